@@ -1,0 +1,319 @@
+"""Profile: counts of stacks over a window, with an accounting that proves nothing was lost silently.
+
+A profile is a value made of tables. Locations, stacks and label sets stand once each; a row says
+how often one stack was seen under one label set. Everything is root first. Names stand beside the
+locations and never in a key, so a better name changes no count.
+
+Law of conservation: `ticks = stored + idle + filtered + sum(lost)`, an equality of integers.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from symbolizer.location import Frame, Location, Module
+
+Integers = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int32]
+
+Labels = tuple[tuple[str, str], ...]
+"""Label names and values, sorted by name; names are unique."""
+
+Stack = tuple[Location, ...]
+"""Root first."""
+
+
+class Loss(StrEnum):
+    """Every way a tick may fail to reach a profile. A closed list: a new way needs a new name."""
+
+    MAP_FULL = "map_full"
+    """A kernel map had no room left in this drain."""
+    MAP_BUSY = "map_busy"
+    """A kernel map's bucket was locked by the code that the tick interrupted."""
+    BUDGET = "budget"
+    """The profiler held back to stay within its own CPU budget."""
+    SPOOL_FULL = "spool_full"
+    """The store was away for so long that the oldest stacks were given up."""
+
+
+def make_labels(labels: Mapping[str, str]) -> Labels:
+    return tuple(sorted(labels.items()))
+
+
+class Window(NamedTuple):
+    """A half-open interval of UTC, in ns since 1970."""
+
+    start_ns: int
+    end_ns: int
+
+    def union(self, other: "Window") -> "Window":
+        return Window(min(self.start_ns, other.start_ns), max(self.end_ns, other.end_ns))
+
+
+class Host(NamedTuple):
+    name: str
+    host_id: str
+    """16 hex digits of a hash, the same over restarts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accounting:
+    """Where every tick of a profile went, and what it cost to take.
+
+    Counts add up over windows and hosts; `hosts` is their union. Times are ns: `nonidle_ns` is what
+    the kernel itself says the CPUs were busy, `profiled_ns` the window's length times the hosts.
+    """
+
+    hosts: tuple[Host, ...] = ()
+    cpus: int = 0
+    nonidle_ns: int = 0
+    profiled_ns: int = 0
+    ticks: int = 0
+    idle: int = 0
+    filtered: int = 0
+    stored: int = 0
+    lost: Mapping[str, int] = field(default_factory=dict)
+    stops: Mapping[str, int] = field(default_factory=dict)
+    """Stored samples by the reason their user stack ended."""
+    misses: Mapping[str, int] = field(default_factory=dict)
+    """Distinct locations without a name, by the reason."""
+    agent_cpu_ns: int = 0
+    agent_rss_bytes: int = 0
+
+    @property
+    def mismatch(self) -> int:
+        """Ticks that are not accounted for. Zero, or something is broken."""
+        return self.ticks - self.stored - self.idle - self.filtered - sum(self.lost.values())
+
+    def merge(self, other: "Accounting") -> "Accounting":
+        return Accounting(
+            hosts=tuple(sorted({*self.hosts, *other.hosts})),
+            cpus=max(self.cpus, other.cpus),
+            nonidle_ns=self.nonidle_ns + other.nonidle_ns,
+            profiled_ns=self.profiled_ns + other.profiled_ns,
+            ticks=self.ticks + other.ticks,
+            idle=self.idle + other.idle,
+            filtered=self.filtered + other.filtered,
+            stored=self.stored + other.stored,
+            lost=add_counts(self.lost, other.lost),
+            stops=add_counts(self.stops, other.stops),
+            misses=add_counts(self.misses, other.misses),
+            agent_cpu_ns=self.agent_cpu_ns + other.agent_cpu_ns,
+            agent_rss_bytes=max(self.agent_rss_bytes, other.agent_rss_bytes),
+        )
+
+
+def add_counts(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in sorted({*one, *other})}
+
+
+class Row(NamedTuple):
+    """One line of a profile, for reading it row by row; the columns are there for speed."""
+
+    labels: Labels
+    stack: Stack
+    samples: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Profile:
+    """Rows of (label set, stack, samples, value), with the tables they point into.
+
+    `type` and `unit` say what `value` is: for `cpu` nanoseconds, samples times the period, so that
+    profiles of different rates merge. Stack number s is
+    `stack_locations[stack_offsets[s]:stack_offsets[s + 1]]`, root first. A (label set, stack) pair
+    occurs in one row at most. `names[i]` are the frames of `locations[i]`, innermost inlined call
+    first, empty for a location nobody could name.
+    """
+
+    type: str
+    unit: str
+    period_ns: int
+    window: Window
+    accounting: Accounting
+    modules: Mapping[str, Module]
+    """By build id."""
+    locations: tuple[Location, ...]
+    names: tuple[tuple[Frame, ...], ...]
+    label_sets: tuple[Labels, ...]
+    stack_offsets: Integers
+    stack_locations: Indices
+    row_labels: Indices
+    row_stacks: Indices
+    row_samples: Integers
+    row_values: Integers
+
+    @property
+    def total_samples(self) -> int:
+        return int(self.row_samples.sum())
+
+    @property
+    def total_value(self) -> int:
+        return int(self.row_values.sum())
+
+    def stack(self, number: int) -> Stack:
+        start, end = self.stack_offsets[number : number + 2]
+        return tuple(self.locations[i] for i in self.stack_locations[start:end].tolist())
+
+    def rows(self) -> Iterator[Row]:
+        columns = (self.row_labels, self.row_stacks, self.row_samples, self.row_values)
+        for labels, stack, samples, value in zip(*(c.tolist() for c in columns), strict=True):
+            yield Row(self.label_sets[labels], self.stack(stack), samples, value)
+
+    def counts(self) -> dict[tuple[Labels, Stack], tuple[int, int]]:
+        """Give (samples, value) by (labels, stack): what two equal profiles agree on."""
+        return {(row.labels, row.stack): (row.samples, row.value) for row in self.rows()}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Profile):
+            return NotImplemented
+        mine = (self.type, self.unit, self.window, self.accounting)
+        theirs = (other.type, other.unit, other.window, other.accounting)
+        return mine == theirs and self.counts() == other.counts()
+
+    __hash__ = None  # type: ignore[assignment]  # equal by content, and the content is arrays
+
+    def filter(self, keep: Callable[[Mapping[str, str]], bool]) -> "Profile":
+        """Give the rows whose labels `keep` accepts. The accounting stays that of the whole."""
+        kept = np.array([keep(dict(labels)) for labels in self.label_sets], dtype=bool)
+        chosen = np.flatnonzero(kept[self.row_labels]) if len(kept) else np.arange(0)
+        builder = ProfileBuilder.like(self)
+        builder.add_rows(self, chosen, self.label_sets)
+        return builder.build(self.window, self.accounting)
+
+    def group_by(self, names: Sequence[str]) -> "Profile":
+        """Keep only the labels in `names` and add up the rows that have become the same."""
+        wanted = set(names)
+        reduced = tuple(
+            tuple((name, value) for name, value in labels if name in wanted)
+            for labels in self.label_sets
+        )
+        builder = ProfileBuilder.like(self)
+        builder.add_rows(self, np.arange(len(self.row_stacks)), reduced)
+        return builder.build(self.window, self.accounting)
+
+
+class ProfileBuilder:
+    """Collects counts of stacks and gives a Profile; the one place where stacks are folded."""
+
+    def __init__(self, period_ns: int, type: str = "cpu", unit: str = "nanoseconds") -> None:  # noqa: A002 - the field's word
+        self.period_ns = period_ns
+        self.type = type
+        self.unit = unit
+        self.modules: dict[str, Module] = {}
+        self._locations: dict[Location, int] = {}
+        self._names: list[tuple[Frame, ...]] = []
+        self._label_sets: dict[Labels, int] = {}
+        self._stacks: dict[bytes, int] = {}
+        self._samples: Counter[tuple[int, int]] = Counter()
+        self._values: Counter[tuple[int, int]] = Counter()
+
+    @classmethod
+    def like(cls, profile: Profile) -> "ProfileBuilder":
+        return cls(profile.period_ns, profile.type, profile.unit)
+
+    def location(self, location: Location, names: tuple[Frame, ...] = ()) -> int:
+        """Give the number of a location. A location without names takes the first that come."""
+        number = self._locations.setdefault(location, len(self._names))
+        if number == len(self._names):
+            self._names.append(names)
+        elif names and not self._names[number]:
+            self._names[number] = names
+        return number
+
+    def unnamed_locations(self) -> list[Location]:
+        return [place for place, number in self._locations.items() if not self._names[number]]
+
+    def add(
+        self, labels: Labels, root_first: Iterable[int], samples: int, value: int | None = None
+    ) -> None:
+        """Count a stack given as location numbers, root first. `value` is by default the time."""
+        words = np.fromiter(root_first, dtype=np.int32).tobytes()
+        self._add(self._label_set(labels), words, samples, value)
+
+    def add_profile(self, other: Profile) -> None:
+        self.add_rows(other, np.arange(len(other.row_stacks)), other.label_sets)
+
+    def add_rows(self, other: Profile, rows: Integers, label_sets: Sequence[Labels]) -> None:
+        """Count chosen rows of another profile, with `label_sets` in the place of its own."""
+        used = np.unique(other.row_stacks[rows]).tolist()
+        numbers = np.full(len(other.locations), -1, dtype=np.int32)
+        stacks: dict[int, bytes] = {}
+        for stack in used:
+            start, end = other.stack_offsets[stack : stack + 2]
+            theirs = other.stack_locations[start:end]
+            for i in theirs[numbers[theirs] < 0].tolist():
+                numbers[i] = self.location(other.locations[i], other.names[i])
+            stacks[stack] = numbers[theirs].tobytes()
+        self._adopt_modules(other)
+        for row in rows.tolist():
+            self._add(
+                self._label_set(label_sets[other.row_labels[row]]),
+                stacks[int(other.row_stacks[row])],
+                int(other.row_samples[row]),
+                int(other.row_values[row]),
+            )
+
+    def build(self, window: Window, accounting: Accounting) -> Profile:
+        words = list(self._stacks)
+        lengths = np.fromiter((len(stack) // 4 for stack in words), np.int64, len(words))
+        keys = np.array(list(self._samples), dtype=np.int32).reshape(-1, 2)
+        return Profile(
+            type=self.type,
+            unit=self.unit,
+            period_ns=self.period_ns,
+            window=window,
+            accounting=accounting,
+            modules=dict(self.modules),
+            locations=tuple(self._locations),
+            names=tuple(self._names),
+            label_sets=tuple(self._label_sets),
+            stack_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            stack_locations=np.frombuffer(b"".join(words), dtype=np.int32),
+            row_labels=keys[:, 0],
+            row_stacks=keys[:, 1],
+            row_samples=np.fromiter(self._samples.values(), np.int64, len(keys)),
+            row_values=np.fromiter(self._values.values(), np.int64, len(keys)),
+        )
+
+    def _add(self, label_set: int, words: bytes, samples: int, value: int | None) -> None:
+        key = (label_set, self._stacks.setdefault(words, len(self._stacks)))
+        self._samples[key] += samples
+        self._values[key] += samples * self.period_ns if value is None else value
+
+    def _label_set(self, labels: Labels) -> int:
+        return self._label_sets.setdefault(labels, len(self._label_sets))
+
+    def _adopt_modules(self, other: Profile) -> None:
+        for build_id, module in other.modules.items():
+            mine = self.modules.get(build_id)
+            # The smaller path wins, so that the order of a merge does not show in its result.
+            if mine is None or (not mine.segments, mine.path) > (not module.segments, module.path):
+                self.modules[build_id] = module
+
+
+def merge(profiles: Iterable[Profile]) -> Profile:
+    """Add profiles up. Associative and commutative in counts, window and accounting.
+
+    Raises:
+        ValueError: there is none, or they measure different things.
+    """
+    profiles = list(profiles)
+    if not profiles:
+        raise ValueError("cannot merge: no profile given")
+    first = profiles[0]
+    if any((p.type, p.unit) != (first.type, first.unit) for p in profiles):
+        raise ValueError("cannot merge: the profiles are of different types or units")
+    builder = ProfileBuilder.like(first)
+    window, accounting = first.window, Accounting()
+    for profile in profiles:
+        builder.add_profile(profile)
+        window = window.union(profile.window)
+        accounting = accounting.merge(profile.accounting)
+    return builder.build(window, accounting)
