@@ -1,0 +1,1 @@
+/* bcc asks for it before it defines its own. */

@@ -1,0 +1,1 @@
+/* Empty: bcc names it, nothing of it is used. */

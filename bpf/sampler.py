@@ -1,0 +1,316 @@
+"""Sampler: the perf events of all CPUs, the BPF program on them, and the draining of its maps.
+
+Typical use: `with Sampler(SamplerConfig()) as sampler: sampler.start(); …; sampler.drain()` once a
+second. All of it happens in the caller's thread; nothing here starts one.
+"""
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from bpf import perf_event, syscalls
+from bpf.errors import LoadError
+from bpf.samples import (
+    COUNT,
+    COUNT_KEY,
+    KERNEL_STACK,
+    MAX_KERNEL_WORDS,
+    MAX_USER_WORDS,
+    USER_STACK,
+    Counter,
+    Drain,
+    RawSample,
+    StopReason,
+    Words,
+)
+
+MAX_FREQUENCY_HZ = 999
+_SELECTED_CAPACITY = 32768
+_GENERATIONS = (0, 1)
+_COMPILE_TIMEOUT_S = 60
+_NO_WORDS: Words = np.empty(0, np.uint64)
+_STOP_LABELS = {reason.value: reason.label for reason in StopReason}
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerConfig:
+    """What to sample.
+
+    Attributes:
+        frequency_hz: ticks per second and CPU, 1 to 999.
+        hardware: tick on CPU cycles instead of the CPU clock.
+        pids: only these processes and what they start; None samples everything.
+        drain_period_s: how long a generation of the maps must last without overflowing.
+    """
+
+    frequency_hz: int = 99
+    hardware: bool = False
+    pids: frozenset[int] | None = None
+    drain_period_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.frequency_hz <= MAX_FREQUENCY_HZ:
+            raise ValueError(
+                f"cannot sample at {self.frequency_hz} Hz: choose 1 to {MAX_FREQUENCY_HZ}"
+            )
+
+    def capacity(self, cpus: int) -> int:
+        """Give the entries of each map: a drain may come twice as late before one is full."""
+        needed = int(2 * self.frequency_hz * cpus * self.drain_period_s)
+        return max(1024, 1 << (needed - 1).bit_length())
+
+
+class Sampler:
+    """Owns the programs, maps and events.
+
+    Raises:
+        LoadError: on construction, when the programs cannot be compiled or loaded.
+    """
+
+    def __init__(self, config: SamplerConfig) -> None:
+        self.config = config
+        possible = Path("/sys/devices/system/cpu/possible").read_text()
+        self._possible_cpus = len(perf_event.parse_cpus(possible))
+        self._fds = _load(config, self._possible_cpus)
+        self._events: dict[int, int] = {}
+        self._tracepoints: list[int] = []
+        self._generation = 0
+        self._counted = {
+            generation: np.zeros(len(Counter), np.uint64) for generation in _GENERATIONS
+        }
+        self._counts = self._readers("counts", COUNT_KEY, COUNT)
+        self._user_stacks = self._readers("user_stacks", np.dtype(np.uint64), USER_STACK)
+        self._kernel_stacks = self._readers("kernel_stacks", np.dtype(np.uint64), KERNEL_STACK)
+        self._barrier_inner = syscalls.create_map(syscalls.MAP_TYPE_ARRAY, 4, 4, 1)
+        self._barrier = syscalls.create_map(
+            syscalls.MAP_TYPE_ARRAY_OF_MAPS, 4, 4, 1, inner_map_fd=self._barrier_inner
+        )
+        if config.pids is not None:
+            for name, program in (
+                ("sched_process_fork", "on_fork"),
+                ("sched_process_free", "on_free"),
+            ):
+                self._tracepoints.append(syscalls.attach_raw_tracepoint(name, self._fds[program]))
+            self.select(config.pids)
+
+    def _readers(
+        self, name: str, key: np.dtype[np.generic], value: np.dtype[np.generic]
+    ) -> list[syscalls.BatchReader]:
+        return [syscalls.BatchReader(self._fds[f"{name}_{g}"], key, value) for g in _GENERATIONS]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Begin to tick on every online CPU."""
+        self.refresh_cpus()
+
+    def refresh_cpus(self) -> bool:
+        """Follow CPUs that have come or gone; True if there were any.
+
+        A CPU that was off and on again needs a new event: the old one stays blind.
+        """
+        online = set(perf_event.online_cpus())
+        if online == self._events.keys():
+            return False
+        for cpu in self._events.keys() - online:
+            os.close(self._events.pop(cpu))
+        attr = perf_event.sampling_attr(self.config.frequency_hz, self.config.hardware)
+        for cpu in sorted(online - self._events.keys()):
+            fd = perf_event.open_event(attr, cpu=cpu)
+            self._events[cpu] = fd
+            perf_event.set_bpf(fd, self._fds["on_tick"])
+        for cpu in online:
+            perf_event.enable(self._events[cpu])
+        return True
+
+    def stop(self) -> None:
+        """End ticking. What was counted is still there for one more drain."""
+        for fd in self._events.values():
+            os.close(fd)
+        self._events.clear()
+
+    def select(self, pids: Iterable[int]) -> None:
+        """Sample these processes and what they start from now on.
+
+        Raises:
+            SyscallError: there are more than 32,768 of them.
+        """
+        for pid in pids:
+            syscalls.update(self._fds["selected"], pid, struct.pack("<Q", 0))
+
+    @property
+    def unselected(self) -> int:
+        """Processes that should have been sampled and found no room in the selection."""
+        if self.config.pids is None:
+            return 0
+        return int.from_bytes(syscalls.lookup(self._fds["unselected"], 0, 8), sys.byteorder)
+
+    def run_stats(self) -> syscalls.ProgramInfo:
+        """Ask for the tick program's run time; counts only inside `syscalls.run_time_stats`."""
+        return syscalls.ProgramInfo(self._fds["on_tick"])
+
+    def drain(self) -> Drain:
+        """Flip the generations and empty the one that has become idle."""
+        idle_generation = self._generation
+        self._generation ^= 1
+        syscalls.update(self._fds["active"], 0, struct.pack("<I", self._generation))
+        # The kernel answers an update of a map of maps only when every program that was running
+        # has ended (maybe_wait_bpf_programs, since 4.18): nobody writes to the old one any more.
+        syscalls.update(self._barrier, 0, struct.pack("<I", self._barrier_inner))
+        counts = self._take_counters(idle_generation)
+        samples = self._take_samples(idle_generation)
+        return Drain(
+            samples=samples,
+            ticks=counts[Counter.TICKS],
+            idle=counts[Counter.IDLE],
+            filtered=counts[Counter.FILTERED],
+            lost={
+                cause.name.lower(): counts[cause]
+                for cause in (Counter.MAP_FULL, Counter.MAP_BUSY)
+                if counts[cause]
+            },
+        )
+
+    def _take_counters(self, generation: int) -> Mapping[Counter, int]:
+        size = 8 * len(Counter) * self._possible_cpus
+        raw = syscalls.lookup(self._fds["counters"], generation, size)
+        totals = np.frombuffer(raw, np.uint64).reshape(-1, len(Counter)).sum(axis=0)
+        new = totals - self._counted[generation]
+        self._counted[generation] = totals
+        return {counter: int(new[counter]) for counter in Counter}
+
+    def _take_samples(self, generation: int) -> list[RawSample]:
+        keys, counts = self._counts[generation].take_all()
+        user = _stacks(*self._user_stacks[generation].take_all())
+        kernel = _stacks(*self._kernel_stacks[generation].take_all())
+        samples = []
+        for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
+            start_ns, user_hash, kernel_hash, cgroup_id, pid, tid, exec_id, comm = key
+            number, first_ns, last_ns, leader_comm = count
+            user_words, stop = user[user_hash]
+            kernel_words = kernel[kernel_hash][0] if kernel_hash else _NO_WORDS
+            samples.append(
+                RawSample(
+                    pid=pid,
+                    tid=tid,
+                    start_ns=start_ns,
+                    exec_id=exec_id,
+                    cgroup_id=cgroup_id,
+                    comm=comm,
+                    leader_comm=leader_comm,
+                    first_ns=first_ns,
+                    last_ns=last_ns,
+                    samples=number,
+                    stop=_STOP_LABELS[stop],
+                    user=user_words,
+                    kernel=_as_lookups(kernel_words),
+                )
+            )
+        return samples
+
+    def close(self) -> None:
+        """Detach and free everything; safe to call twice."""
+        self.stop()
+        for fd in (*self._tracepoints, *self._fds.values()):
+            os.close(fd)
+        self._tracepoints.clear()
+        self._fds.clear()
+        for fd in (self._barrier, self._barrier_inner):
+            if fd >= 0:
+                os.close(fd)
+        self._barrier = self._barrier_inner = -1
+
+
+def _stacks(
+    keys: np.ndarray,
+    values: np.ndarray,
+) -> dict[int, tuple[Words, int]]:
+    lengths, stops = values["length"].tolist(), values["stop"].tolist()
+    words = values["words"]
+    return {key: (words[i, : lengths[i]], stops[i]) for i, key in enumerate(keys.tolist())}
+
+
+def _as_lookups(kernel_words: Words) -> Words:
+    """Move callers into their call instruction; the leaf is where the tick fell."""
+    lookups = kernel_words.copy()
+    lookups[1:] -= np.uint64(1)
+    return lookups
+
+
+def _load(config: SamplerConfig, cpus: int) -> dict[str, int]:
+    """Compile and load in a child; give descriptors of programs and maps by name."""
+    constants = {
+        "CAPACITY": config.capacity(cpus),
+        "MAX_USER_WORDS": MAX_USER_WORDS,
+        "MAX_KERNEL_WORDS": MAX_KERNEL_WORDS,
+        "COUNT_KEY_SIZE": COUNT_KEY.itemsize,
+        "COUNT_SIZE": COUNT.itemsize,
+        "USER_STACK_SIZE": USER_STACK.itemsize,
+        "KERNEL_STACK_SIZE": KERNEL_STACK.itemsize,
+        "COUNTERS": len(Counter),
+    }
+    constants |= {f"STOP_{reason.name}": reason.value for reason in StopReason}
+    constants |= {f"COUNTER_{counter.name}": counter.value for counter in Counter}
+    programs = {"on_tick": "PERF_EVENT"}
+    maps = ["active", "counters"]
+    for name in ("counts", "user_stacks", "kernel_stacks"):
+        maps += [f"{name}_{generation}" for generation in _GENERATIONS]
+    if config.pids is not None:
+        constants["SELECTED_CAPACITY"] = _SELECTED_CAPACITY
+        programs |= {"on_fork": "RAW_TRACEPOINT", "on_free": "RAW_TRACEPOINT"}
+        maps += ["selected", "unselected"]
+    request = {"constants": constants, "programs": programs, "maps": maps}
+    return _ask_child(json.dumps(request).encode())
+
+
+def _ask_child(request: bytes) -> dict[str, int]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "bpf.compile", str(theirs.fileno())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+            env={
+                "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+                "LC_ALL": "C.UTF-8",
+                "BCC_KERNEL_SOURCE": str(Path(__file__).parent),
+                "PYTHONPATH": str(Path(__file__).parent.parent),
+            },
+        )
+        theirs.close()
+        try:
+            _, complaint = child.communicate(request, timeout=_COMPILE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+            raise LoadError(
+                f"cannot compile the BPF programs: no answer in {_COMPILE_TIMEOUT_S} s"
+            ) from None
+        message, fds, _, _ = socket.recv_fds(ours, 1 << 16, 64)
+    answer = json.loads(message) if message else {"error": "the compiling child died"}
+    if "error" in answer:
+        lines = [line for line in complaint.decode(errors="replace").splitlines() if line.strip()]
+        detail = next((line for line in lines if "error" in line.lower()), "")
+        raise LoadError(f"{answer['error']}{': ' if detail else ''}{detail}")
+    return dict(zip(answer["descriptors"], fds, strict=True))

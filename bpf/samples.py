@@ -1,0 +1,129 @@
+"""What crosses from the kernel: record layouts, stop reasons, and the RawSample they become.
+
+This file is the only place that says how the records look. The numpy types below have C's own
+alignment, and the compiler asserts their sizes against the structs in sampler.bpf.h; enumerators
+and limits are handed to it as -D constants, so the two sides cannot drift apart.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Words = npt.NDArray[np.uint64]
+
+MAX_KERNEL_WORDS = 127
+"""kernel.perf_event_max_stack's default: bpf_get_stack refuses a larger buffer on some kernels."""
+
+MAX_USER_WORDS = 128
+"""Words of one user stack. Deeper stacks keep the leaf part and say `truncated`."""
+
+
+class StopReason(IntEnum):
+    """Why a user stack ends where it does; `label` is the name outside of this package."""
+
+    ROOT = 0
+    """The outermost frame was reached: its saved frame pointer is zero (System V ABI, 3.4.1)."""
+    KERNEL_THREAD = 1
+    """There is no user stack: the thread belongs to the kernel."""
+    NO_USER_REGISTERS = 2
+    """The thread has no user registers (it is exiting, or serves io_uring inside the kernel)."""
+    BAD_FRAME_POINTER = 3
+    """The saved frame pointer does not point further up the stack, or not to a return address."""
+    UNREADABLE = 4
+    """The stack's memory could not be read (not mapped, or paged out)."""
+    TRUNCATED = 5
+    """The stack is deeper than a record has room for."""
+    COMPAT = 6
+    """A 32-bit program; only its leaf is kept."""
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+class Counter(IntEnum):
+    """Counters of the BPF program, one set per CPU and generation."""
+
+    TICKS = 0
+    IDLE = 1
+    FILTERED = 2
+    MAP_FULL = 3
+    MAP_BUSY = 4
+
+
+COUNT_KEY = np.dtype(
+    [
+        ("start_ns", np.uint64),
+        ("user_stack", np.uint64),
+        ("kernel_stack", np.uint64),
+        ("cgroup_id", np.uint64),
+        ("pid", np.uint32),
+        ("tid", np.uint32),
+        ("exec_id", np.uint64),
+        ("comm", "S16"),
+    ],
+    align=True,
+)
+COUNT = np.dtype(
+    [
+        ("samples", np.uint64),
+        ("first_ns", np.uint64),
+        ("last_ns", np.uint64),
+        ("leader_comm", "S16"),
+    ],
+    align=True,
+)
+
+
+def stack_dtype(max_words: int) -> np.dtype[np.void]:
+    """Give the layout of one entry of a stack map."""
+    return np.dtype(
+        [("length", np.uint32), ("stop", np.uint32), ("words", np.uint64, (max_words,))],
+        align=True,
+    )
+
+
+USER_STACK = stack_dtype(MAX_USER_WORDS)
+KERNEL_STACK = stack_dtype(MAX_KERNEL_WORDS)
+
+
+class RawSample(NamedTuple):
+    """A stack of a thread and how often it was seen in one drain.
+
+    Words are leaf first. Each is the address to look up: callers are already one byte before their
+    return address. `user` words carry a tag in the top byte; 0 is a native address. `pid` is the
+    process (the kernel's tgid), `tid` the thread. `start_ns` is the process's start on
+    CLOCK_BOOTTIME, `first_ns` and `last_ns` are on CLOCK_MONOTONIC. `exec_id` changes with every
+    exec of the thread.
+    """
+
+    pid: int
+    tid: int
+    start_ns: int
+    exec_id: int
+    cgroup_id: int
+    comm: bytes
+    leader_comm: bytes
+    first_ns: int
+    last_ns: int
+    samples: int
+    stop: str
+    user: Words
+    kernel: Words
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """One generation of the maps: every tick of it is in exactly one of these counts.
+
+    `ticks = sum(samples) + idle + filtered + sum(lost)`.
+    """
+
+    samples: list[RawSample]
+    ticks: int
+    idle: int
+    filtered: int
+    lost: dict[str, int]
