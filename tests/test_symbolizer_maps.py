@@ -1,0 +1,84 @@
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from symbolizer.maps import Mapping, MappingTable, parse_maps
+
+LINES = rb"""00400000-00452000 r-xp 00001000 08:02 173521      /usr/bin/dbus-daemon
+00651000-00652000 r--p 00051000 08:02 173521      /usr/bin/dbus-daemon
+35b1800000-35b1820000 r-xp 00000000 fd:0c 135522  /opt/two words\012and a line (deleted)
+7f0000000000-7f0000001000 rwxp 00000000 00:00 0
+7fff000000-7fff001000 r-xp 00000000 00:00 0 [vdso]
+"""
+
+
+def test_only_executable_mappings_are_read():
+    """A data mapping never holds an instruction; a path may be missing, or hold blanks."""
+    mappings = parse_maps(LINES)
+
+    assert [mapping.path for mapping in mappings] == [
+        b"/usr/bin/dbus-daemon",
+        b"/opt/two words\nand a line (deleted)",
+        b"",
+        b"[vdso]",
+    ]
+    assert mappings[0] == Mapping(
+        0x400000, 0x452000, 0x1000, b"/usr/bin/dbus-daemon", (8, 2), 173521
+    )
+
+
+def test_deleted_file_keeps_its_path():
+    """` (deleted)` is a mark of the kernel, not a part of the path to open."""
+    mapping = parse_maps(LINES)[1]
+
+    assert mapping.is_deleted
+    assert mapping.file_path == b"/opt/two words\nand a line"
+
+
+def test_cut_line_is_left_out():
+    """The maps of a process that exits meanwhile may end anywhere."""
+    for end in range(len(LINES)):
+        assert len(parse_maps(LINES[:end])) <= 4
+
+
+def test_own_maps_hold_own_code():
+    """The running interpreter finds the address of one of its own functions."""
+    table = MappingTable.of(parse_maps(Path("/proc/self/maps").read_bytes()))
+
+    inside = np.array([table.starts[0], table.ends[0] - 1, 1], dtype=np.uint64)
+
+    assert table.find(inside).tolist() == [0, 0, -1]
+    interpreter = bytes(Path("/proc/self/exe").readlink())
+    assert interpreter in [mapping.path for mapping in table.mappings]
+
+
+def test_empty_table_finds_nothing():
+    """A process that exited unseen has no mappings, and says which module stands for that."""
+    table = MappingTable.of([], missing="[exited]")
+
+    assert table.find(np.array([1, 2], dtype=np.uint64)).tolist() == [-1, -1]
+    assert table.missing == "[exited]"
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=12))
+def test_later_mapping_takes_its_range(ranges):
+    """Each address belongs to the last mapping over it, at the file offset it had there."""
+    mappings = [
+        Mapping(start, start + length, 1000 * number + start, b"/%d" % number)
+        for number, (start, length) in enumerate(ranges)
+    ]
+    table = MappingTable.of(mappings)
+
+    found = table.find(np.arange(100, dtype=np.uint64)).tolist()
+
+    for address, number in enumerate(found):
+        truth = [m for m in mappings if m.start <= address < m.end]
+        if not truth:
+            assert number == -1
+            continue
+        mapping = table.mappings[number]
+        assert mapping.path == truth[-1].path
+        expected = truth[-1].file_offset + address - truth[-1].start
+        assert mapping.file_offset + address - mapping.start == expected
