@@ -1,4 +1,4 @@
-"""Profile: counts of stacks over a window, with an accounting that proves nothing was lost silently.
+"""Profile: counts of stacks over a window, and an accounting that proves nothing was lost.
 
 A profile is a value made of tables. Locations, stacks and label sets stand once each; a row says
 how often one stack was seen under one label set. Everything is root first. Names stand beside the
@@ -11,12 +11,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from symbolizer.location import Frame, Location, Module
+from symbolizer.location import (
+    AddressLocation,
+    Frame,
+    Kind,
+    Location,
+    Module,
+    NamedLocation,
+    unnamed,
+)
 
 Integers = npt.NDArray[np.int64]
 Indices = npt.NDArray[np.int32]
@@ -26,6 +34,20 @@ Labels = tuple[tuple[str, str], ...]
 
 Stack = tuple[Location, ...]
 """Root first."""
+
+Key = TypeVar("Key", str, Labels)
+
+
+class ProfileError(ValueError):
+    """Bytes that are not a profile, or a damaged one. The message says what is wrong with them.
+
+    ProfileError
+    └── SchemaError
+    """
+
+
+class SchemaError(ProfileError):
+    """A profile in a schema that this version does not know; it is skipped, never guessed at."""
 
 
 class Loss(StrEnum):
@@ -82,6 +104,8 @@ class Accounting:
     """Stored samples by the reason their user stack ended."""
     misses: Mapping[str, int] = field(default_factory=dict)
     """Distinct locations without a name, by the reason."""
+    services: Mapping[Labels, int] = field(default_factory=dict)
+    """For how many ns at least one process of each service instance lived, sampled or not."""
     agent_cpu_ns: int = 0
     agent_rss_bytes: int = 0
 
@@ -103,13 +127,17 @@ class Accounting:
             lost=add_counts(self.lost, other.lost),
             stops=add_counts(self.stops, other.stops),
             misses=add_counts(self.misses, other.misses),
+            services=add_counts(self.services, other.services),
             agent_cpu_ns=self.agent_cpu_ns + other.agent_cpu_ns,
             agent_rss_bytes=max(self.agent_rss_bytes, other.agent_rss_bytes),
         )
 
 
-def add_counts(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    return {name: one.get(name, 0) + other.get(name, 0) for name in sorted({*one, *other})}
+def add_counts(one: Mapping[Key, int], other: Mapping[Key, int]) -> dict[Key, int]:
+    counts = dict(one)
+    for name, count in other.items():
+        counts[name] = counts.get(name, 0) + count
+    return counts
 
 
 class Row(NamedTuple):
@@ -161,6 +189,22 @@ class Profile:
         start, end = self.stack_offsets[number : number + 2]
         return tuple(self.locations[i] for i in self.stack_locations[start:end].tolist())
 
+    def frames(self, number: int) -> tuple[Frame, ...]:
+        """Give how a location is shown: at least one frame, innermost inlined call first.
+
+        A named location is its own frame. All the addresses of a module that nobody could name
+        share one frame, so that they are one box.
+        """
+        location = self.locations[number]
+        if isinstance(location, NamedLocation):
+            return (Frame(*location[:4], location.line),)
+        if self.names[number]:
+            return self.names[number]
+        module = self.modules.get(location.build_id)
+        if module is None:
+            return (unnamed(location.build_id, Kind.NATIVE),)
+        return (unnamed(module.name, module.kind),)
+
     def rows(self) -> Iterator[Row]:
         columns = (self.row_labels, self.row_stacks, self.row_samples, self.row_values)
         for labels, stack, samples, value in zip(*(c.tolist() for c in columns), strict=True):
@@ -182,7 +226,7 @@ class Profile:
     def filter(self, keep: Callable[[Mapping[str, str]], bool]) -> "Profile":
         """Give the rows whose labels `keep` accepts. The accounting stays that of the whole."""
         kept = np.array([keep(dict(labels)) for labels in self.label_sets], dtype=bool)
-        chosen = np.flatnonzero(kept[self.row_labels]) if len(kept) else np.arange(0)
+        chosen = np.flatnonzero(kept[self.row_labels])
         builder = ProfileBuilder.like(self)
         builder.add_rows(self, chosen, self.label_sets)
         return builder.build(self.window, self.accounting)
@@ -213,6 +257,7 @@ class ProfileBuilder:
         self._stacks: dict[bytes, int] = {}
         self._samples: Counter[tuple[int, int]] = Counter()
         self._values: Counter[tuple[int, int]] = Counter()
+        self._columns: list[Integers] = []
 
     @classmethod
     def like(cls, profile: Profile) -> "ProfileBuilder":
@@ -242,28 +287,27 @@ class ProfileBuilder:
 
     def add_rows(self, other: Profile, rows: Integers, label_sets: Sequence[Labels]) -> None:
         """Count chosen rows of another profile, with `label_sets` in the place of its own."""
-        used = np.unique(other.row_stacks[rows]).tolist()
-        numbers = np.full(len(other.locations), -1, dtype=np.int32)
-        stacks: dict[int, bytes] = {}
-        for stack in used:
-            start, end = other.stack_offsets[stack : stack + 2]
-            theirs = other.stack_locations[start:end]
-            for i in theirs[numbers[theirs] < 0].tolist():
-                numbers[i] = self.location(other.locations[i], other.names[i])
-            stacks[stack] = numbers[theirs].tobytes()
-        self._adopt_modules(other)
-        for row in rows.tolist():
-            self._add(
-                self._label_set(label_sets[other.row_labels[row]]),
-                stacks[int(other.row_stacks[row])],
-                int(other.row_samples[row]),
-                int(other.row_values[row]),
+        stacks = np.full(len(other.stack_offsets), -1, dtype=np.int64)
+        used_stacks = np.unique(other.row_stacks[rows])
+        stacks[used_stacks] = self._adopt_stacks(other, used_stacks)
+        labels = np.full(len(label_sets), -1, dtype=np.int64)
+        for number in np.unique(other.row_labels[rows]).tolist():
+            labels[number] = self._label_set(label_sets[number])
+        self._columns.append(
+            np.stack(
+                [
+                    labels[other.row_labels[rows]],
+                    stacks[other.row_stacks[rows]],
+                    other.row_samples[rows],
+                    other.row_values[rows],
+                ]
             )
+        )
 
     def build(self, window: Window, accounting: Accounting) -> Profile:
         words = list(self._stacks)
         lengths = np.fromiter((len(stack) // 4 for stack in words), np.int64, len(words))
-        keys = np.array(list(self._samples), dtype=np.int32).reshape(-1, 2)
+        labels, stacks, samples, values = self._fold()
         return Profile(
             type=self.type,
             unit=self.unit,
@@ -276,23 +320,61 @@ class ProfileBuilder:
             label_sets=tuple(self._label_sets),
             stack_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
             stack_locations=np.frombuffer(b"".join(words), dtype=np.int32),
-            row_labels=keys[:, 0],
-            row_stacks=keys[:, 1],
-            row_samples=np.fromiter(self._samples.values(), np.int64, len(keys)),
-            row_values=np.fromiter(self._values.values(), np.int64, len(keys)),
+            row_labels=labels.astype(np.int32),
+            row_stacks=stacks.astype(np.int32),
+            row_samples=samples,
+            row_values=values,
         )
+
+    def _fold(self) -> Integers:
+        """Give the columns (label set, stack, samples, value), each pair of the first two once."""
+        single = np.array(
+            [(*key, samples, self._values[key]) for key, samples in self._samples.items()],
+            dtype=np.int64,
+        ).reshape(-1, 4)
+        columns = np.concatenate([single.T, *self._columns], axis=1)
+        if columns.shape[1] == 0:
+            return columns
+        key = columns[0] * len(self._stacks) + columns[1]
+        order = np.argsort(key, kind="stable")
+        key = key[order]
+        firsts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
+        counts = np.add.reduceat(columns[2:, order], firsts, axis=1)
+        return np.concatenate([columns[:2, order[firsts]], counts])
 
     def _add(self, label_set: int, words: bytes, samples: int, value: int | None) -> None:
         key = (label_set, self._stacks.setdefault(words, len(self._stacks)))
         self._samples[key] += samples
         self._values[key] += samples * self.period_ns if value is None else value
 
+    def _adopt_stacks(self, other: Profile, stacks: Indices) -> list[int]:
+        """Give my number for each of their stacks, taking over the locations and modules."""
+        starts, ends = other.stack_offsets[stacks], other.stack_offsets[stacks + 1]
+        # Difference of marks: +1 where a used stack starts, -1 where it ends; the running sum is
+        # positive exactly on the words of used stacks.
+        marks = np.zeros(len(other.stack_locations) + 1, dtype=np.int64)
+        np.add.at(marks, starts, 1)
+        np.add.at(marks, ends, -1)
+        used = np.unique(other.stack_locations[np.cumsum(marks[:-1]) > 0])
+        numbers = np.full(len(other.locations), -1, dtype=np.int32)
+        for i in used.tolist():
+            numbers[i] = self.location(other.locations[i], other.names[i])
+        self._adopt_modules(other, used)
+        words = numbers[other.stack_locations].tobytes()
+        mine = self._stacks
+        return [
+            mine.setdefault(words[start:end], len(mine))
+            for start, end in zip((starts * 4).tolist(), (ends * 4).tolist(), strict=True)
+        ]
+
     def _label_set(self, labels: Labels) -> int:
         return self._label_sets.setdefault(labels, len(self._label_sets))
 
-    def _adopt_modules(self, other: Profile) -> None:
-        for build_id, module in other.modules.items():
-            mine = self.modules.get(build_id)
+    def _adopt_modules(self, other: Profile, used_locations: Indices) -> None:
+        places = (other.locations[i] for i in used_locations.tolist())
+        build_ids = {place.build_id for place in places if isinstance(place, AddressLocation)}
+        for build_id in sorted(build_ids & other.modules.keys()):
+            module, mine = other.modules[build_id], self.modules.get(build_id)
             # The smaller path wins, so that the order of a merge does not show in its result.
             if mine is None or (not mine.segments, mine.path) > (not module.segments, module.path):
                 self.modules[build_id] = module
@@ -310,7 +392,7 @@ def merge(profiles: Iterable[Profile]) -> Profile:
     first = profiles[0]
     if any((p.type, p.unit) != (first.type, first.unit) for p in profiles):
         raise ValueError("cannot merge: the profiles are of different types or units")
-    builder = ProfileBuilder.like(first)
+    builder = ProfileBuilder(min(p.period_ns for p in profiles), first.type, first.unit)
     window, accounting = first.window, Accounting()
     for profile in profiles:
         builder.add_profile(profile)
