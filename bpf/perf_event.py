@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import struct
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ PERF_COUNT_SW_CPU_CLOCK = 0
 PERF_COUNT_SW_DUMMY = 9
 
 PERF_SAMPLE_TIME = 1 << 2
+PERF_FORMAT_TOTAL_TIME_ENABLED = 1 << 0
 PERF_FLAG_FD_CLOEXEC = 1 << 3
 
 PERF_EVENT_IOC_ENABLE = 0x2400
@@ -159,6 +161,20 @@ def set_bpf(fd: int, prog_fd: int) -> None:
     _control(fd, "attach the BPF program to", PERF_EVENT_IOC_SET_BPF, prog_fd)
 
 
+def enabled_ns(fd: int) -> int:
+    """Give for how long the event has been enabled, if it was opened by one of the attrs below.
+
+    An event whose CPU went offline stops for good, also when the CPU comes back, and nothing else
+    shows it (kernel 6.18): a time that stands still means that the event must be opened again.
+    """
+    try:
+        count_and_time = os.read(fd, 16)
+    except OSError as error:
+        number = error.errno or 0
+        raise PerfEventError(f"cannot read perf event {fd}: {_explain(number)}", number) from error
+    return int.from_bytes(count_and_time[8:16], sys.byteorder)
+
+
 def set_period(fd: int, period: int) -> None:
     """Change how far apart two samples are.
 
@@ -190,6 +206,7 @@ def sampling_attr(frequency_hz: int, hardware: bool) -> PerfEventAttr:
     attr = PerfEventAttr()
     attr.type = PERF_TYPE_HARDWARE if hardware else PERF_TYPE_SOFTWARE
     attr.config = PERF_COUNT_HW_CPU_CYCLES if hardware else PERF_COUNT_SW_CPU_CLOCK
+    attr.read_format = PERF_FORMAT_TOTAL_TIME_ENABLED
     attr.sample_freq = frequency_hz
     attr.freq = 1
     attr.disabled = 1
@@ -207,6 +224,7 @@ def lifecycle_attr(wakeup_bytes: int) -> PerfEventAttr:
     attr.type = PERF_TYPE_SOFTWARE
     attr.config = PERF_COUNT_SW_DUMMY
     attr.sample_type = PERF_SAMPLE_TIME
+    attr.read_format = PERF_FORMAT_TOTAL_TIME_ENABLED
     attr.disabled = 1
     for name in ("mmap", "mmap2", "comm", "comm_exec", "task", "build_id", "sample_id_all"):
         setattr(attr, name, 1)
