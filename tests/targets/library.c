@@ -1,0 +1,10 @@
+/* One function that spends time, under a name of the compiler's command line (-DNAME=...). */
+#include <stdint.h>
+
+static volatile uint64_t sink;
+
+void NAME(uint64_t rounds)
+{
+	for (uint64_t i = 0; i < rounds; i++)
+		sink += i * 3;
+}

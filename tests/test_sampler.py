@@ -1,0 +1,295 @@
+"""The real BPF program on the real kernel: what it counts, whom it samples, what it leaves."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from targets import compile_target, running
+
+from bpf import perf_event, syscalls
+from bpf.errors import BpfError
+from bpf.sampler import Sampler, SamplerConfig
+from bpf.samples import MAX_USER_WORDS, Counter, Drain, StopReason
+from storage.profile import Loss
+
+pytestmark = pytest.mark.kernel
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_target("split.c", tmp_path_factory.mktemp("targets") / "split")
+
+
+@pytest.fixture
+def busy(split: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with running(split, "60") as process:
+        yield process
+
+
+def drain_for(sampler: Sampler, seconds: float) -> Drain:
+    """Sample for a while and drain once."""
+    sampler.start()
+    time.sleep(seconds)
+    sampler.stop()
+    return sampler.drain()
+
+
+def sampler_of(process: subprocess.Popen[bytes]) -> Sampler:
+    return Sampler(SamplerConfig(frequency_hz=999, pids=frozenset({process.pid})))
+
+
+def mismatch(drain: Drain) -> int:
+    stored = sum(sample.samples for sample in drain.samples)
+    return drain.ticks - stored - drain.idle - drain.filtered - sum(drain.lost.values())
+
+
+def test_every_tick_is_stored_idle_filtered_or_lost(busy) -> None:
+    """Law 1, over many drains while the machine works."""
+    with Sampler(SamplerConfig(frequency_hz=999)) as sampler:
+        sampler.start()
+        drains = []
+        for _ in range(20):
+            time.sleep(0.05)
+            drains.append(sampler.drain())
+        sampler.stop()
+        drains.append(sampler.drain())
+
+    assert sum(drain.ticks for drain in drains) > 500
+    assert [mismatch(drain) for drain in drains] == [0] * 21
+
+
+def test_a_full_map_is_counted_as_lost(busy) -> None:
+    """Without draining, the maps fill up at 999 Hz; each further tick says `map_full`."""
+    config = SamplerConfig(frequency_hz=999, drain_period_s=0.001)  # the smallest maps
+    with Sampler(config) as sampler:
+        sampler.start()
+        processes, drains = 50, []
+        while not any(drain.lost for drain in drains) and processes < 1000:
+            for _ in range(processes):
+                subprocess.run([sys.executable, "-c", "sum(range(10**5))"], check=True)
+            drains.append(sampler.drain())
+            processes *= 2
+
+    assert drains[-1].lost["map_full"] > 0
+    assert [mismatch(drain) for drain in drains] == [0] * len(drains)
+
+
+def test_the_loss_causes_are_those_that_profiles_know(busy) -> None:
+    """bpf speaks strings; each must be in storage's closed list."""
+    causes = {Counter.MAP_FULL.name.lower(), Counter.MAP_BUSY.name.lower()}
+
+    assert causes <= {loss.value for loss in Loss}
+
+
+def test_a_pid_filter_leaves_everything_else_filtered(busy) -> None:
+    """What is not selected is counted apart, and nothing of it is stored."""
+    with Sampler(SamplerConfig(pids=frozenset({busy.pid}))) as sampler:
+        drain = drain_for(sampler, 1.0)
+
+    assert {sample.pid for sample in drain.samples} == {busy.pid}
+    assert mismatch(drain) == 0
+
+
+def test_children_of_a_selected_process_are_selected(split) -> None:
+    """Also grandchildren, from their first instruction on, whether they exec or not."""
+    script = f"import os, subprocess; os.fork(); subprocess.run(['{split}', '1'])"
+    gate = f"import sys; sys.stdin.read(1)\n{script}"
+    with (
+        running(sys.executable, "-c", gate, stdin=subprocess.PIPE) as parent,
+        Sampler(SamplerConfig(pids=frozenset({parent.pid}))) as sampler,
+    ):
+        sampler.start()
+        parent.communicate(b"!")
+        sampler.stop()
+        drain = sampler.drain()
+
+    by_name = {sample.comm for sample in drain.samples}
+    assert b"split" in by_name
+    assert len({sample.pid for sample in drain.samples if sample.comm == b"split"}) == 2
+    assert mismatch(drain) == 0
+
+
+def test_a_sample_names_its_process_and_thread(busy) -> None:
+    with Sampler(SamplerConfig(pids=frozenset({busy.pid}))) as sampler:
+        before = time.monotonic_ns()
+        drain = drain_for(sampler, 0.5)
+        after = time.monotonic_ns()
+
+    fields = Path(f"/proc/{busy.pid}/stat").read_text().rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    for sample in drain.samples:
+        assert (sample.pid, sample.tid) == (busy.pid, busy.pid)
+        assert (sample.comm, sample.leader_comm) == (b"split", b"split")
+        assert abs(sample.start_ns / 1e9 - started) < 0.02
+        assert before <= sample.first_ns <= sample.last_ns <= after
+
+
+def test_frame_pointers_lead_from_the_leaf_to_main(busy, split) -> None:
+    """A stack of the target lies in its own text up to main, then in the C library."""
+    with sampler_of(busy) as sampler:
+        drain = drain_for(sampler, 1.0)
+
+    inside = mapped_range(busy.pid, split)
+    deep = [sample for sample in drain.samples if len(sample.user) >= 2]
+    assert len(deep) > 0.9 * len(drain.samples)
+    assert all(int(sample.user[0]) in inside for sample in deep if not len(sample.kernel))
+
+
+def mapped_range(pid: int, path: Path) -> range:
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    line = next(line for line in lines if " r-xp " in line and line.endswith(str(path)))
+    start, _, end = line.split()[0].partition("-")
+    return range(int(start, 16), int(end, 16))
+
+
+def test_a_system_call_shows_both_stacks(tmp_path) -> None:
+    """Reading from /dev/zero is kernel work that a user stack asked for."""
+    chain = compile_target("chain.c", tmp_path / "chain")
+    with running(chain, "60", "kernel") as process, sampler_of(process) as sampler:
+        drain = drain_for(sampler, 1.0)
+
+    both = [sample for sample in drain.samples if len(sample.kernel) and len(sample.user) >= 3]
+    assert sum(sample.samples for sample in both) > 0.5 * sum(s.samples for s in drain.samples)
+    assert all(int(sample.kernel[0]) >> 63 for sample in both)
+
+
+def test_a_deeper_stack_than_there_is_room_for_is_marked_truncated(tmp_path) -> None:
+    source = tmp_path / "deep.c"
+    source.write_text(
+        "volatile long n; __attribute__((noinline)) void down(int d)"
+        "{ if (d) down(d - 1); else for (;;) n++; n++; } int main(void) { down(1000); }"
+    )
+    deep = compile_target(str(source), tmp_path / "deep", "-O1", "-fno-omit-frame-pointer")
+    with running(deep) as process, sampler_of(process) as sampler:
+        drain = drain_for(sampler, 0.5)
+
+    stacks = [sample for sample in drain.samples if not len(sample.kernel)]
+    assert {sample.stop for sample in stacks} == {StopReason.TRUNCATED.label}
+    assert {len(sample.user) for sample in stacks} == {MAX_USER_WORDS}
+
+
+def test_kernel_threads_have_no_user_stack(tmp_path) -> None:
+    """Writing back a file makes kernel threads work; none of them gets a user word."""
+    with Sampler(SamplerConfig(frequency_hz=999)) as sampler:
+        sampler.start()
+        deadline = time.monotonic() + 20
+        found = []
+        while not found and time.monotonic() < deadline:
+            (tmp_path / "file").write_bytes(os.urandom(1 << 24))
+            os.sync()
+            drain = sampler.drain()
+            kernel = StopReason.KERNEL_THREAD.label
+            found = [sample for sample in drain.samples if sample.stop == kernel]
+
+    assert found
+    assert all(len(sample.user) == 0 and len(sample.kernel) > 0 for sample in found)
+
+
+def test_a_cpu_that_was_away_is_sampled_again(busy) -> None:
+    """Its old event would stay blind for ever (the CPU is put back whatever happens)."""
+    switch = Path("/sys/devices/system/cpu/cpu1/online")
+    if not switch.exists():
+        pytest.skip("this machine has no second CPU that can be taken offline")
+    with Sampler(SamplerConfig(frequency_hz=999)) as sampler:
+        sampler.start()
+        try:
+            switch.write_text("0")
+            assert sampler.refresh_cpus()
+            assert perf_event.online_cpus() == (0,)
+        finally:
+            switch.write_text("1")
+        assert sampler.refresh_cpus()
+        sampler.drain()
+        with running("taskset", "-c", "1", "sh", "-c", "while :; do :; done") as loop:
+            time.sleep(0.5)
+            drain = sampler.drain()
+
+    on_loop = sum(sample.samples for sample in drain.samples if sample.pid == loop.pid)
+    assert on_loop > 20  # a blind CPU gives none
+    assert mismatch(drain) == 0
+
+
+def test_the_sampling_process_maps_neither_bcc_nor_llvm() -> None:
+    """The compiler lives and dies in a child."""
+    script = (
+        "from bpf.sampler import Sampler, SamplerConfig; import sys\n"
+        "sampler = Sampler(SamplerConfig()); sampler.start(); sampler.drain()\n"
+        "print('bcc' in sys.modules, 'LLVM' in open('/proc/self/maps').read())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+
+    assert result.stdout.split() == ["False", "False"]
+
+
+def test_closing_leaves_no_program_map_or_event_behind() -> None:
+    """Everything lives in descriptors of this process."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+
+    with Sampler(SamplerConfig(pids=frozenset({os.getpid()}))) as sampler:
+        drain_for(sampler, 0.1)
+
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_no_kernel_headers_tracefs_or_debugfs_are_needed() -> None:
+    """The same in a mount namespace where all three are hidden by empty folders."""
+    script = (
+        "for d in /sys/kernel/tracing /sys/kernel/debug /lib/modules /usr/src; do"
+        " [ ! -d $d ] || mount -t tmpfs none $d; done;"
+        f" exec {sys.executable} -c 'from bpf.sampler import *;"
+        " s = Sampler(SamplerConfig(pids=frozenset({1}))); s.start(); print(s.drain().lost)'"
+    )
+
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], check=True, capture_output=True, text=True
+    )
+
+    assert result.stdout == "{}\n"
+
+
+def test_an_environment_made_to_mislead_bcc_does_no_harm() -> None:
+    script = "from bpf.sampler import *; Sampler(SamplerConfig()).close(); print('loaded')"
+    misleading = {**os.environ, "ARCH": "mips", "BCC_LINUX_VERSION_CODE": "1"}
+
+    result = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, env=misleading
+    )
+
+    assert result.stdout == "loaded\n"
+
+
+def test_hardware_cycles_are_counted_or_refused_with_the_way_out(busy) -> None:
+    """Virtual machines often have no cycle counter: then the message names the cpu-clock."""
+    with Sampler(SamplerConfig(hardware=True)) as sampler:
+        if has_cycle_counter():
+            assert drain_for(sampler, 0.5).ticks > 20
+        else:
+            with pytest.raises(BpfError, match="use the cpu-clock"):
+                sampler.start()
+
+
+def has_cycle_counter() -> bool:
+    command = ["perf", "stat", "-x,", "-e", "cycles", "true"]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return "not supported" not in result.stderr
+
+
+def test_run_time_statistics_are_those_of_the_tick_program(busy) -> None:
+    with syscalls.run_time_stats(), Sampler(SamplerConfig(frequency_hz=999)) as sampler:
+        drain = drain_for(sampler, 0.5)
+        info = sampler.run_stats()
+
+    assert info.run_count == drain.ticks
+    assert info.run_time_ns > 0
+
+
+@pytest.mark.parametrize("frequency_hz", [0, -1, 1000])
+def test_a_frequency_outside_of_the_limits_is_refused(frequency_hz: int) -> None:
+    with pytest.raises(ValueError, match="choose 1 to 999"):
+        SamplerConfig(frequency_hz=frequency_hz)
