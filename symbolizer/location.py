@@ -34,6 +34,38 @@ class Kind(StrEnum):
     """What was too narrow to draw, summed into one visible node."""
 
 
+class Miss(StrEnum):
+    """Why an address has no name. A closed list: a new way needs a new reason."""
+
+    NO_SYMBOL = "no symbol"
+    """The file has symbols, but none that covers the address."""
+    STRIPPED = "no symbol table"
+    NO_FILE = "file not found"
+    """Deleted, out of reach, or gone with its process before it was opened."""
+    FILE_REPLACED = "file replaced"
+    """Another file stands where the mapped one was."""
+    NOT_PERMITTED = "file not permitted"
+    NOT_REGULAR = "not a regular file"
+    NOT_ELF = "not an ELF file"
+    UNSUPPORTED = "unsupported ELF file"
+    """Big-endian."""
+    DAMAGED = "damaged ELF file"
+    TOO_LARGE = "too many symbols"
+    """Beyond the limits that bound the profiler's memory."""
+    NO_MAPPING = "no mapping"
+    EXITED = "process exited"
+    """It was gone before its mappings were seen."""
+    ANONYMOUS = "anonymous memory"
+    """Code without a file: just-in-time compilers, trampolines."""
+    NO_CODE_KNOWN = "pseudo file"
+    """Memory of the kernel's own that has no symbols, as [vsyscall]."""
+    KERNEL_HIDDEN = "kernel addresses hidden"
+    """kallsyms shows zeros: kernel.kptr_restrict, or CAP_SYSLOG is missing."""
+    KERNEL_UNKNOWN = "unknown kernel code"
+    NOT_KEPT = "symbols no longer kept"
+    """They were read, and have made room for others since."""
+
+
 class Segment(NamedTuple):
     """An executable PT_LOAD: where it is linked and where it lies in the file (ELF gABI)."""
 

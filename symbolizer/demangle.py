@@ -1,0 +1,137 @@
+"""C++ and Rust names, made readable by a `c++filt` child.
+
+The child parses names out of other people's files: it is bounded in memory, asked in batches under
+a deadline, and started again when it dies or stalls. A name it fails on stays as it is.
+"""
+
+import contextlib
+import os
+import re
+import resource
+import select
+import subprocess
+import time
+from collections.abc import Sequence
+
+# Itanium C++ (also legacy Rust) and Rust v0, and nothing else: c++filt takes other words for
+# names of compilers long gone. The suffixes are those of clones, as .cold and .isra.0.
+_MANGLED = re.compile(rb"(?:_Z[A-Za-z0-9_]|_R[A-Z0-9])[A-Za-z0-9_.$]{1,4095}")
+
+# c++filt takes about 10 us per name; 1,000 template-heavy ones 0.1 s.
+_BATCH = 512
+_BATCH_DEADLINE_S = 1.0
+_CALL_DEADLINE_S = 3.0
+# Substitutions let a name of a few hundred bytes expand without end.
+_MEMORY_BYTES = 256 << 20
+_MAX_OUTPUT_BYTES = 4 << 20
+_RESTARTS_PER_CALL = 8
+
+# What rustc puts into a name to make it unique differs from build to build; with it no function
+# could be found again in the next deployment.
+_RUST_LEGACY_HASH = re.compile(rb"::h[0-9a-f]{16}(?= |$)")
+_RUST_CRATE_HASH = re.compile(rb"(?<=\w)\[[0-9a-f]{1,16}\]")
+
+
+class Demangler:
+    def __init__(self, program: str = "c++filt") -> None:
+        self._program: str | None = program
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def demangle(self, names: Sequence[bytes]) -> list[bytes]:
+        """Give each name demangled where it can be, and else as it is. Never raises."""
+        result = list(names)
+        waiting = [i for i, name in enumerate(names) if _MANGLED.fullmatch(_without_plt(name))]
+        give_up_at = time.monotonic() + _CALL_DEADLINE_S
+        restarts = 0
+        while waiting and restarts <= _RESTARTS_PER_CALL and time.monotonic() < give_up_at:
+            batch = waiting[:_BATCH]
+            lines = self._ask([_without_plt(names[i]) for i in batch])
+            for i, line in zip(batch, lines, strict=False):
+                shown = _drop_build_hashes(names[i], line)
+                result[i] = shown + b"@plt" if names[i].endswith(b"@plt") else shown
+            if len(lines) < len(batch):
+                self.close()
+                restarts += 1
+                if self._program is None:
+                    break
+            # The name it stopped at stays as it is, so that it cannot stop the rest for ever.
+            waiting = waiting[len(lines) + (len(lines) < len(batch)) :]
+        return result
+
+    def close(self) -> None:
+        child, self._child = self._child, None
+        if child is None:
+            return
+        child.kill()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        child.wait()
+
+    def _ask(self, names: list[bytes]) -> list[bytes]:
+        """Give the answers to the first names, as many as came in time and whole."""
+        child = self._running_child()
+        if child is None:
+            return []
+        assert child.stdin is not None
+        assert child.stdout is not None
+        question = memoryview(b"".join(name + b"\n" for name in names))
+        answer = bytearray()
+        poll = select.poll()
+        poll.register(child.stdout, select.POLLIN)
+        poll.register(child.stdin, select.POLLOUT)
+        deadline = time.monotonic() + _BATCH_DEADLINE_S
+        try:
+            while answer.count(b"\n") < len(names) and len(answer) < _MAX_OUTPUT_BYTES:
+                ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+                if not ready:
+                    break
+                if question and child.stdin.fileno() in ready:
+                    question = question[os.write(child.stdin.fileno(), question[:4096]) :]
+                    if not question:
+                        poll.unregister(child.stdin)
+                if child.stdout.fileno() in ready:
+                    chunk = os.read(child.stdout.fileno(), 65_536)
+                    if not chunk:
+                        break
+                    answer += chunk
+        except OSError:  # it died while it was written to
+            pass
+        lines = bytes(answer).split(b"\n")
+        if len(lines) > len(names) + 1 or (len(lines) > len(names) and lines[-1]):
+            return []  # more than was asked for: no telling which answer belongs to which name
+        return lines[:-1]
+
+    def _running_child(self) -> subprocess.Popen[bytes] | None:
+        if self._child is None and self._program is not None:
+            try:
+                self._child = subprocess.Popen(
+                    [self._program],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    bufsize=0,
+                    env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+                    start_new_session=True,
+                )
+            except OSError:  # binutils is not installed: names stay raw
+                self._program = None
+                return None
+            os.set_blocking(self._child.stdin.fileno(), False)  # type: ignore[union-attr]  # a pipe
+            with contextlib.suppress(OSError, ValueError):
+                limits = (_MEMORY_BYTES, _MEMORY_BYTES)
+                resource.prlimit(self._child.pid, resource.RLIMIT_AS, limits)
+        return self._child
+
+
+def _without_plt(name: bytes) -> bytes:
+    return name.removesuffix(b"@plt")
+
+
+def _drop_build_hashes(name: bytes, demangled: bytes) -> bytes:
+    if name.startswith(b"_R"):
+        return _RUST_CRATE_HASH.sub(b"", demangled)
+    if b"17h" in name:
+        return _RUST_LEGACY_HASH.sub(b"", demangled)
+    return demangled
