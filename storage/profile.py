@@ -380,6 +380,19 @@ class ProfileBuilder:
                 self.modules[build_id] = module
 
 
+def label_frames(label_sets: Iterable[Labels], by: Sequence[str]) -> list[tuple[Frame, ...]]:
+    """Give, for each label set, the frames drawn above its stacks, in the order of `by`.
+
+    A label that no set has makes no frame; where only some lack it, theirs says so.
+    """
+    sets = [dict(labels) for labels in label_sets]
+    present = [name for name in by if any(name in labels for labels in sets)]
+    return [
+        tuple(Frame(labels.get(name) or f"[no {name}]", "", Kind.LABEL) for name in present)
+        for labels in sets
+    ]
+
+
 def merge(profiles: Iterable[Profile]) -> Profile:
     """Add profiles up. Associative and commutative in counts, window and accounting.
 
