@@ -76,8 +76,8 @@ def _build(folder: Path) -> None:
 @contextlib.contextmanager
 def ten_programs() -> Iterator[list[str]]:
     """Run the load for the length of the block and give the names of those that run."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         commands = _commands(folder)
         _build(folder)
         needs = {name: command[0] for name, command in commands.items()}

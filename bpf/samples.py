@@ -24,8 +24,9 @@ MAX_USER_WORDS = 128
 class StopReason(IntEnum):
     """Why a user stack ends where it does; `label` is the name outside of this package."""
 
-    ROOT = 0
-    """The outermost frame was reached: its saved frame pointer is zero (System V ABI, 3.4.1)."""
+    CHAIN_END = 0
+    """The saved frame pointer is zero, which marks the outermost frame (System V ABI, 3.4.1) of a
+    program that keeps frame pointers; in others the register may hold zero by chance."""
     KERNEL_THREAD = 1
     """There is no user stack: the thread belongs to the kernel."""
     NO_USER_REGISTERS = 2

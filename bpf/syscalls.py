@@ -20,7 +20,7 @@ from bpf.errors import SyscallError
 _NR_BPF = {"x86_64": 321, "aarch64": 280}
 
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE = 0, 1, 2
-_PROG_LOAD, _OBJ_GET_INFO, _RAW_TRACEPOINT_OPEN = 5, 15, 17
+_PROG_LOAD, _PROG_BY_ID, _OBJ_GET_INFO, _RAW_TRACEPOINT_OPEN = 5, 13, 15, 17
 _LOOKUP_AND_DELETE_BATCH, _ENABLE_STATS = 25, 32
 
 MAP_TYPE_ARRAY = 2
@@ -92,6 +92,12 @@ def attach_raw_tracepoint(name: str, program_fd: int) -> int:
     text = ctypes.create_string_buffer(name.encode())
     attr = struct.pack("<QI", ctypes.addressof(text), program_fd).ljust(24, b"\0")
     return _bpf(_RAW_TRACEPOINT_OPEN, attr, f"attach to the raw tracepoint {name}")
+
+
+def program_by_id(program_id: int) -> int:
+    """Give a descriptor of a program that somebody else has loaded."""
+    attr = struct.pack("<III", program_id, 0, 0)
+    return _bpf(_PROG_BY_ID, attr, f"open the BPF program {program_id}")
 
 
 class ProgramInfo:

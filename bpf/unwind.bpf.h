@@ -70,7 +70,7 @@ static __always_inline void walk_frame_pointers(const struct user_registers *use
 	for (u32 i = 1; i < MAX_USER_WORDS; i++) {
 		asm volatile("" : "+r"(i)); /* keeps the bound visible to the verifier */
 		if (bp == 0) {
-			stack->stop = STOP_ROOT;
+			stack->stop = STOP_CHAIN_END;
 			return;
 		}
 		if (bp < lowest || bp >= USER_ADDRESS_LIMIT || (bp & 7)) {
@@ -83,7 +83,7 @@ static __always_inline void walk_frame_pointers(const struct user_registers *use
 		}
 		/* A zero return address ends the stack as well: clone and some start codes do so. */
 		if (frame.return_address == 0) {
-			stack->stop = STOP_ROOT;
+			stack->stop = STOP_CHAIN_END;
 			return;
 		}
 		if (!is_user_code(frame.return_address)) {

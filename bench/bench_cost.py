@@ -1,0 +1,117 @@
+"""What recording costs: CPU, memory and BPF run time, with ten programs on both CPUs.
+
+One whole-process run of `everflame record -a`, watched from outside: CPU of the process and of all
+children it waited for (from /proc/PID/stat), its memory, and the run time that the kernel itself
+measured for the BPF program (kernel.bpf_stats). "Steady" is what is spent after the first 20 s.
+
+Run as root: `python bench/bench_cost.py [--seconds 60]`.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from load import ten_programs
+
+from bpf import syscalls
+from storage import pprof
+
+EVERFLAME = Path(sys.executable).with_name("everflame")
+START_UP_S = 20
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+
+
+class Reading(NamedTuple):
+    at_s: float
+    cpu_s: float
+    bpf_s: float
+    ticks: int
+
+
+def read(pid: int, program_fd: int) -> Reading:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    info = syscalls.ProgramInfo(program_fd)
+    cpu_s = sum(map(int, fields[11:15])) * TICK_S
+    return Reading(time.monotonic(), cpu_s, info.run_time_ns / 1e9, info.run_count)
+
+
+def find_program(pid: int) -> int:
+    """Give a descriptor of the tick program of process `pid`, when it has loaded it."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+            text = path.read_text()
+            kind = re.search(r"^prog_type:\s+7$", text, re.MULTILINE)
+            number = re.search(r"^prog_id:\s+(\d+)$", text, re.MULTILINE)
+            if kind and number:
+                return syscalls.program_by_id(int(number[1]))
+        time.sleep(0.05)
+    raise SystemExit("the recording process has loaded no perf_event program")
+
+
+def memory_mb(pid: int, field: str) -> float:
+    text = Path(f"/proc/{pid}/status").read_text()
+    match = re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(match[1]) / 1024 if match else 0.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=int, default=60)
+    seconds = parser.parse_args().seconds
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ten_programs() as programs,
+        syscalls.run_time_stats(),
+    ):
+        output = Path(name) / "profile.pb.gz"
+        command = [EVERFLAME, "record", "-a", "--for", f"{seconds}s", "-o", output]
+        with subprocess.Popen(command) as process:
+            program = find_program(process.pid)
+            time.sleep(START_UP_S)
+            first = read(process.pid, program)
+            time.sleep(seconds - START_UP_S - 3)
+            last = read(process.pid, program)
+            rss, peak = memory_mb(process.pid, "VmRSS"), memory_mb(process.pid, "VmHWM")
+            process.wait()
+        os.close(program)
+        profile = pprof.decode(output.read_bytes())
+    span = last.at_s - first.at_s
+    own = (last.cpu_s - first.cpu_s) / span
+    bpf = (last.bpf_s - first.bpf_s) / span
+    counts = profile.accounting
+    print(f"load: {', '.join(programs)}; {counts.cpus} CPUs, 99 Hz, {seconds} s")
+    rows = [
+        ("start-up CPU (first 20 s)", first.cpu_s + first.bpf_s, "s", 3.0),
+        ("steady CPU, process", 100 * own, "% of one CPU", None),
+        ("steady CPU, BPF", 100 * bpf, "% of one CPU", None),
+        ("steady CPU in all", 100 * (own + bpf), "% of one CPU", 1.0),
+        (
+            "BPF run time",
+            1e6 * (last.bpf_s - first.bpf_s) / (last.ticks - first.ticks),
+            "us a sample",
+            None,
+        ),
+        ("RSS", rss, "MB", 60.0),
+        ("peak RSS", peak, "MB", None),
+        ("lost", sum(counts.lost.values()), "samples", 0),
+        ("law 1 mismatch", counts.mismatch, "ticks", 0),
+        ("samples stored", counts.stored, "", None),
+    ]
+    missed = 0
+    for what, value, unit, limit in rows:
+        verdict = "" if limit is None else "ok" if value <= limit else "MISSED"
+        missed += verdict == "MISSED"
+        aim = "" if limit is None else f"  (at most {limit:g}: {verdict})"
+        print(f"{what:28} {value:10.2f} {unit}{aim}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

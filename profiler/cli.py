@@ -1,0 +1,341 @@
+"""The `everflame` command: parses what is asked for and calls the module that does it.
+
+Data go to stdout, talk goes to stderr. Exit codes: 0 fine, 1 a check failed, 2 usage or I/O.
+Modules are imported by the command that needs them, so that `--help` does not wait for numpy.
+"""
+
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from storage.profile import Profile
+
+_UNITS_S = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit status. No traceback without --debug."""
+    environment = dict(os.environ)
+    # One thread is enough for sums over a few thousand integers; each other costs memory.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments, command = _split_command(arguments)
+    options = _parser().parse_args(arguments)
+    options.command = command
+    options.environment = environment
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if options.debug or not _is_expected(error):
+            raise
+        print(f"everflame: {error}", file=sys.stderr)
+        return 2
+
+
+def _is_expected(error: Exception) -> bool:
+    """Tell what a user can do something about from what is a defect of ours."""
+    return isinstance(error, (OSError, ValueError)) or type(error).__module__.split(".")[0] in (
+        "bpf",
+        "profiler",
+        "storage",
+        "symbolizer",
+    )
+
+
+def _split_command(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Cut `-- COMMAND …` off `record`; argparse would look for options in it."""
+    if arguments[:1] == ["record"] and "--" in arguments:
+        at = arguments.index("--")
+        if at + 1 == len(arguments):
+            _parser().error("record --: name the command to run")
+        return arguments[:at], tuple(arguments[at + 1 :])
+    return arguments, ()
+
+
+def duration_s(text: str) -> float:
+    """Parse `30s`, `2m`, `1.5h`, `90` (seconds)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)", text)
+    if not match or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration (try 30s, 2m or 1h)")
+    return float(match[1]) * _UNITS_S[match[2]]
+
+
+def frequency_hz(text: str) -> int:
+    from bpf.sampler import MAX_FREQUENCY_HZ  # noqa: PLC0415
+
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_FREQUENCY_HZ:
+        raise argparse.ArgumentTypeError(f"{text!r} is no frequency (1 to {MAX_FREQUENCY_HZ} Hz)")
+    return int(text)
+
+
+def label_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="everflame",
+        description="Sample what the CPUs do, and look at it as a flame graph.",
+        epilog="example: everflame record -a --for 20s -o cpu.svg",
+    )
+    parser.add_argument("--version", action="version", version=f"everflame {version('everflame')}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_record(commands)
+    _add_top(commands)
+    _add_flamegraph(commands)
+    _add_export(commands)
+    _add_verify(commands)
+    _add_doctor(commands)
+    return parser
+
+
+_Commands = argparse._SubParsersAction  # type: ignore[type-arg]  # noqa: SLF001 - argparse gives the type no public name
+
+
+def _add_command(
+    commands: _Commands,
+    name: str,
+    summary: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # SUPPRESS: the default stands at the main parser, and must not be reset here.
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("-a", "--all", action="store_true", help="sample all CPUs (the default)")
+    target.add_argument(
+        "-p",
+        "--pid",
+        dest="pids",
+        metavar="PID",
+        type=int,
+        action="append",
+        default=[],
+        help="sample this process and what it starts; may be repeated",
+    )
+    parser.add_argument(
+        "-F",
+        "--frequency",
+        type=frequency_hz,
+        default=99,
+        metavar="HZ",
+        help="samples per second and CPU, 1 to 999 (default 99)",
+    )
+    parser.add_argument(
+        "--hardware",
+        action="store_true",
+        help="tick on CPU cycles instead of time, where the CPU offers that",
+    )
+    parser.add_argument(
+        "--for",
+        dest="duration_s",
+        type=duration_s,
+        default=math.inf,
+        metavar="TIME",
+        help="end by itself after 30s, 2m, 1h (default: at Ctrl-C)",
+    )
+
+
+def _add_record(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "record",
+        "sample this machine, processes or a command, and write the profile",
+        "examples:\n"
+        "  everflame record -a --for 20s -o cpu.svg\n"
+        "  everflame record -p 1234 --for 1m -o api.speedscope.json -o api.pb.gz\n"
+        "  everflame record -F 499 -- make -j2\n\n"
+        "Without -o: a table on the terminal, and ./everflame-UTC.pb.gz.",
+    )
+    parser.usage = "everflame record [-a | -p PID | -- COMMAND ...] [--for TIME] [-o FILE] ..."
+    _add_sampling(parser)
+    _add_outputs(parser)
+    _add_by(parser)
+    parser.set_defaults(run=_run_record)
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o",
+        "--output",
+        dest="outputs",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="where to write; the ending says how: .svg .pb.gz .speedscope.json .folded .json;"
+        " - is stdout (folded); may be repeated",
+    )
+
+
+def _add_by(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--by",
+        type=label_names,
+        default=None,
+        metavar="LABEL,...",
+        help="labels drawn as frames above the root (default comm): comm, thread, pid",
+    )
+
+
+def _run_record(options: argparse.Namespace) -> int:
+    from profiler import record  # noqa: PLC0415
+
+    if options.command and (options.pids or options.all):
+        raise ValueError("record: choose one of -a, -p PID and -- COMMAND")
+    asked = record.RecordOptions(
+        pids=tuple(options.pids),
+        command=options.command,
+        frequency_hz=options.frequency,
+        hardware=options.hardware,
+        duration_s=options.duration_s,
+        outputs=tuple(options.outputs),
+        by=options.by,
+    )
+    return record.run(asked, options.environment)
+
+
+def _add_top(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "top",
+        "show live which functions the CPUs spend their time in",
+        "examples:\n  everflame top\n  everflame top -p 1234 --interval 5s",
+    )
+    _add_sampling(parser)
+    parser.add_argument(
+        "--interval", type=duration_s, default=2.0, metavar="TIME", help="redraw this often (2s)"
+    )
+    parser.set_defaults(run=_run_top)
+
+
+def _run_top(options: argparse.Namespace) -> int:
+    from profiler import top  # noqa: PLC0415
+
+    return top.run(
+        pids=tuple(options.pids),
+        frequency_hz=options.frequency,
+        hardware=options.hardware,
+        duration_s=options.duration_s,
+        interval_s=options.interval,
+    )
+
+
+def _add_flamegraph(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "flamegraph",
+        "draw the flame graph of a file, in the terminal or into a file",
+        "examples:\n"
+        "  everflame flamegraph cpu.pb.gz\n"
+        "  everflame flamegraph cpu.pb.gz -o cpu.svg --by comm,thread",
+    )
+    parser.add_argument("file", metavar="FILE", help=".pb.gz, .folded or .speedscope.json")
+    _add_outputs(parser)
+    _add_by(parser)
+    parser.set_defaults(run=_run_flamegraph)
+
+
+def _run_flamegraph(options: argparse.Namespace) -> int:
+    from profiler import export, terminal  # noqa: PLC0415
+
+    profile = export.read(options.file)
+    if not options.outputs:
+        print(terminal.flame_chart(profile, options.by or export.DEFAULT_BY, sys.stdout))
+    return _write_all(options, profile)
+
+
+def _write_all(options: argparse.Namespace, profile: "Profile") -> int:
+    from profiler import export  # noqa: PLC0415
+
+    for output in options.outputs:
+        export.write(profile, output, by=options.by)
+        if output != "-":
+            print(f"wrote {output}", file=sys.stderr)
+    return 0
+
+
+def _add_export(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "export",
+        "write a profile in another format",
+        "examples:\n"
+        "  everflame export cpu.pb.gz -o cpu.speedscope.json\n"
+        "  everflame export cpu.pb.gz -o - --by '' | flamegraph.pl > cpu.svg",
+    )
+    parser.add_argument("file", metavar="FILE", help=".pb.gz, .folded or .speedscope.json")
+    _add_outputs(parser)
+    _add_by(parser)
+    parser.set_defaults(run=_run_export)
+
+
+def _run_export(options: argparse.Namespace) -> int:
+    from profiler import export  # noqa: PLC0415
+
+    if not options.outputs:
+        raise ValueError("export: name the file to write with -o FILE")
+    return _write_all(options, export.read(options.file))
+
+
+def _add_verify(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "verify",
+        "prove that every tick of a profile is accounted for",
+        "example: everflame verify cpu.pb.gz\n\n"
+        "Exit status 1 when ticks and stored + idle + filtered + lost differ.",
+    )
+    parser.add_argument("files", metavar="FILE", nargs="+", help="profiles (.pb.gz)")
+    _add_json(parser)
+    parser.set_defaults(run=_run_verify)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON for other programs")
+
+
+def _run_verify(options: argparse.Namespace) -> int:
+    from profiler import verify  # noqa: PLC0415
+
+    return verify.run(options.files, as_json=options.json)
+
+
+def _add_doctor(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "doctor",
+        "check what this host offers a profiler, with a remedy beside every failure",
+        "example: sudo everflame doctor",
+    )
+    _add_json(parser)
+    parser.set_defaults(run=_run_doctor)
+
+
+def _run_doctor(options: argparse.Namespace) -> int:
+    from profiler import doctor  # noqa: PLC0415
+
+    return doctor.main(options.json)

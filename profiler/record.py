@@ -1,0 +1,277 @@
+"""`everflame record`: sample for a while, then write the profile and say what it holds.
+
+Whatever ends the recording (time, Ctrl-C, SIGTERM, the end of what is watched), the ticks that were
+counted are folded and written.
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from bpf.sampler import SamplerConfig
+from profiler import export, signals, terminal
+from profiler.recorder import DRAIN_PERIOD_S, Recorder
+from storage.profile import Accounting, Profile
+
+_GRACE_S = 5.0
+"""How long a command may take to end when asked to, before the recording ends without it."""
+
+
+class RefusedError(Exception):
+    """What was asked for cannot be done; the message says what to do instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordOptions:
+    """What `everflame record` was asked for.
+
+    `pids` and `command` are empty when all CPUs are meant; `duration_s` is infinite without --for.
+    """
+
+    pids: tuple[int, ...]
+    command: tuple[str, ...]
+    frequency_hz: int
+    hardware: bool
+    duration_s: float
+    outputs: tuple[str, ...]
+    by: tuple[str, ...]
+
+
+class Target(Protocol):
+    """What is watched: it says which processes, and when there is nothing left to watch."""
+
+    pids: frozenset[int] | None
+
+    def start(self) -> None: ...
+    def has_ended(self) -> bool: ...
+    def ask_to_end(self, met: signal.Signals) -> None: ...
+    def exit_status(self) -> int: ...
+
+
+class AllCpus:
+    pids: frozenset[int] | None = None
+
+    def start(self) -> None:
+        pass
+
+    def has_ended(self) -> bool:
+        return False
+
+    def ask_to_end(self, met: signal.Signals) -> None:
+        pass
+
+    def exit_status(self) -> int:
+        return 0
+
+
+class Processes(AllCpus):
+    """Running processes and their descendants.
+
+    Raises:
+        RefusedError: one of them does not exist.
+    """
+
+    def __init__(self, roots: Sequence[int]) -> None:
+        for pid in roots:
+            if not Path(f"/proc/{pid}").exists():
+                raise RefusedError(f"cannot record process {pid}: there is no such process")
+        self._roots = roots
+        self.pids = frozenset(_with_descendants(roots))
+
+    def has_ended(self) -> bool:
+        return not any(Path(f"/proc/{pid}").exists() for pid in self._roots)
+
+
+class Command:
+    """A program that has been forked but waits for `start` before it execs."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
+        gate, self._open_gate = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _become(command, environment, gate, self._open_gate)
+        os.close(gate)
+        self._status: int | None = None
+        self.pids: frozenset[int] | None = frozenset({self._pid})
+
+    def start(self) -> None:
+        os.write(self._open_gate, b"!")
+        os.close(self._open_gate)
+
+    def has_ended(self) -> bool:
+        if self._status is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            self._status = status if pid else None
+        return self._status is not None
+
+    def ask_to_end(self, met: signal.Signals) -> None:
+        # A Ctrl-C at the terminal has reached the command already: it is in the same group.
+        if not self.has_ended() and not (met == signal.SIGINT and _is_foreground()):
+            os.kill(self._pid, met)
+
+    def exit_status(self) -> int:
+        """Wait for the command and give its status as a shell does: 128 + n for signal n."""
+        if not self.has_ended():
+            _, self._status = os.waitpid(self._pid, 0)
+        code = os.waitstatus_to_exitcode(self._status or 0)
+        return code if code >= 0 else 128 - code
+
+
+def _become(command: Sequence[str], environment: dict[str, str], gate: int, other: int) -> None:
+    """Turn the forked child into the command; never returns."""
+    try:
+        os.close(other)
+        if os.read(gate, 1):
+            signals.release()
+            os.execvpe(command[0], list(command), environment)  # noqa: S606 - it is what was asked
+    except OSError as error:
+        sys.stderr.write(f"everflame: cannot run {command[0]}: {error.strerror}\n")
+        sys.stderr.flush()
+    finally:
+        os._exit(127)
+
+
+def _is_foreground() -> bool:
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (OSError, ValueError):
+        return False
+
+
+def _with_descendants(roots: Iterable[int]) -> set[int]:
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The name in parentheses may hold anything, so fields are counted from its end.
+            parent = int(path.read_bytes().rpartition(b")")[2].split()[1])
+        except (OSError, IndexError, ValueError):
+            continue  # it has exited
+        children.setdefault(parent, []).append(int(path.parent.name))
+    found: set[int] = set()
+    pending = list(roots)
+    while pending:
+        pid = pending.pop()
+        if pid not in found:
+            found.add(pid)
+            pending += children.get(pid, [])
+    return found
+
+
+def run(options: RecordOptions, environment: dict[str, str]) -> int:
+    """Record and write; give the exit status."""
+    outputs = options.outputs or (f"./everflame-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.pb.gz",)
+    for output in outputs:
+        export.check_output(output)
+    with signals.held():
+        target = (
+            Command(options.command, environment) if options.command else target_of(options.pids)
+        )
+        config = SamplerConfig(options.frequency_hz, options.hardware, target.pids)
+        with Recorder(config) as recorder:
+            _sample(recorder, target, options.duration_s)
+            profile = recorder.close_window()
+            unselected = recorder.sampler.unselected
+    for output in outputs:
+        export.write(profile, output, by=options.by or None)
+    if not options.outputs:
+        width = terminal.width(sys.stdout)
+        print(terminal.function_table(profile, width=width, limit=25))
+    talk = summary(profile, config)
+    if unselected:
+        talk.append(f"warning: {unselected} processes were left out: too many were started")
+    talk += [f"wrote {output}" for output in outputs if output != "-"]
+    print("\n".join(talk), file=sys.stderr)
+    return target.exit_status()
+
+
+def target_of(pids: Sequence[int]) -> Target:
+    """Watch these processes, or everything if there are none."""
+    return Processes(pids) if pids else AllCpus()
+
+
+def _sample(recorder: Recorder, target: Target, duration_s: float) -> None:
+    progress = Progress(sys.stderr, duration_s)
+    recorder.start()
+    target.start()
+    begun = time.monotonic()
+    deadline = begun + duration_s
+    next_step = begun + DRAIN_PERIOD_S
+    asked = False
+    while not target.has_ended():
+        met = signals.wait(min(next_step, deadline))
+        now = time.monotonic()
+        if met in signals.ENDING or now >= deadline:
+            if asked or not isinstance(target, Command):
+                break
+            asked = True
+            target.ask_to_end(met if met in signals.ENDING else signal.SIGTERM)  # type: ignore[arg-type]  # narrowed by `in`
+            deadline = now + _GRACE_S
+        if now >= next_step:
+            recorder.step()
+            progress.show(now - begun, recorder.counts)
+            next_step = max(next_step + DRAIN_PERIOD_S, now)
+    recorder.stop()
+    progress.clear()
+
+
+class Progress:
+    """One line that is rewritten each second; nothing where no terminal would show it."""
+
+    def __init__(self, out: TextIO, duration_s: float) -> None:
+        self._out = out
+        self._of = "" if math.isinf(duration_s) else f" of {duration_s:g}"
+        self._shown = False
+
+    def show(self, seconds: float, counts: Accounting) -> None:
+        if not self._out.isatty():
+            return
+        lost = sum(counts.lost.values())
+        self._out.write(
+            f"\r\x1b[K{seconds:.0f}{self._of} s  {counts.stored:,} samples  {lost:,} lost"
+            "  (Ctrl-C ends and writes)"
+        )
+        self._out.flush()
+        self._shown = True
+
+    def clear(self) -> None:
+        if self._shown:
+            self._out.write("\r\x1b[K")
+            self._out.flush()
+
+
+def summary(profile: Profile, config: SamplerConfig) -> list[str]:
+    """Say in a few lines what a profile holds and what it cost."""
+    counts = profile.accounting
+    seconds = counts.profiled_ns / 1e9
+    lost = sum(counts.lost.values())
+    busy = profile.total_value / counts.profiled_ns if counts.profiled_ns else 0.0
+    cost = counts.agent_cpu_ns / max(1, counts.profiled_ns)
+    rate = f"{seconds:.1f} s on {counts.cpus} CPUs at {config.frequency_hz} Hz"
+    parts = f"{counts.stored:,} stored + {counts.idle:,} idle + {counts.filtered:,} filtered"
+    lines = [
+        f"{rate}: {counts.stored:,} samples, {lost:,} lost; {busy:.2f} cores used",
+        f"{counts.ticks:,} ticks = {parts} + {lost:,} lost",
+        f"the profiler took {cost:.1%} of one CPU and {counts.agent_rss_bytes / 1e6:.0f} MB",
+    ]
+    lines += [f"warning: {number:,} ticks lost: {cause}" for cause, number in counts.lost.items()]
+    if warning := deviation(counts, config):
+        lines.append(warning)
+    return lines
+
+
+def deviation(counts: Accounting, config: SamplerConfig) -> str:
+    """Compare busy ticks with the kernel's own account of busy time; empty when they agree."""
+    if config.hardware:
+        return ""
+    expected = config.frequency_hz * counts.nonidle_ns / 1e9
+    busy = counts.ticks - counts.idle
+    if expected < 1 or abs(busy - expected) <= expected * max(0.02, 4 / math.sqrt(expected)):
+        return ""
+    return f"warning: {busy:,} busy ticks where the kernel's CPU times let expect {expected:,.0f}"

@@ -1,0 +1,268 @@
+"""From ticks to profiles: the pipeline that every recording command runs.
+
+Each second: drain the kernel's maps, bring the processes up to date, find out where each address
+lies, and count the stack. Names are looked up when a window is closed, once per place; what dies
+with its process was put aside when it was first seen.
+"""
+
+import hashlib
+import os
+import resource
+import socket
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from bpf import perf_event
+from bpf.records import Rings
+from bpf.samples import Drain, RawSample, Words
+from bpf.sampler import Sampler, SamplerConfig
+from profiler.processes import Processes
+from storage.profile import (
+    Accounting,
+    Host,
+    Labels,
+    Profile,
+    ProfileBuilder,
+    Window,
+    make_labels,
+)
+from symbolizer.location import AddressLocation, Location
+from symbolizer.maps import MappingTable
+from symbolizer.symbolizer import Symbolizer
+from symbolizer.text import readable
+
+DRAIN_PERIOD_S = 1.0
+
+Numbers = npt.NDArray[np.int32]
+
+_TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+
+
+def this_host() -> Host:
+    """Give the name of this host and an id that stays over restarts (from machine-id(5))."""
+    name = socket.gethostname()
+    seed = name
+    for path in (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id")):
+        if path.is_file() and (text := path.read_text().strip()):
+            seed = text
+            break
+    return Host(name, hashlib.sha256(f"everflame {seed}".encode()).hexdigest()[:16])
+
+
+def default_cache() -> Path:
+    """Give where symbol tables are kept from one run to the next."""
+    if chosen := os.environ.get("EVERFLAME_CACHE"):
+        return Path(chosen)
+    if os.geteuid() == 0:
+        return Path("/var/cache/everflame")
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "everflame"
+
+
+class Recorder:
+    """Samples until it is closed; `step` once a second, `close_window` whenever a profile is due.
+
+    Raises:
+        BpfError: on construction, when this host cannot be sampled; the message says what to do.
+    """
+
+    def __init__(self, config: SamplerConfig, cache: Path | None = None) -> None:
+        self.config = config
+        self.period_ns = 1_000_000_000 // config.frequency_hz
+        self._host = this_host()
+        self._rings = Rings()
+        try:
+            # The records first: what maps before the first tick must be known at the first tick.
+            self.processes = Processes(self._rings)
+            self.sampler = Sampler(config)
+        except BaseException:
+            self._rings.close()
+            raise
+        self.symbolizer = Symbolizer(cache or default_cache())
+        self._window = _OpenWindow(self.period_ns)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        self._window = _OpenWindow(self.period_ns)
+        self.sampler.start()
+
+    def stop(self) -> None:
+        """End ticking; `close_window` still gives what was counted."""
+        self.sampler.stop()
+        self._window.end()
+
+    @property
+    def counts(self) -> Accounting:
+        """Where the ticks of the open window have gone up to the last step."""
+        return self._window.accounting(self._host, {})
+
+    def step(self) -> None:
+        """Take in what was counted since the last step. To be called every DRAIN_PERIOD_S."""
+        if self.sampler.refresh_cpus():
+            self._rings.refresh()
+        self._fold(self.sampler.drain())
+
+    def close_window(self) -> Profile:
+        """Give the profile since `start` or the last call, named as well as this host can."""
+        self._fold(self.sampler.drain())
+        window, self._window = self._window, _OpenWindow(self.period_ns)
+        window.end(self._window)
+        builder = window.builder
+        unnamed = builder.unnamed_locations()
+        for location, frames in zip(unnamed, self.symbolizer.names(unnamed), strict=True):
+            builder.location(location, frames)
+        modules = {place.build_id for place in unnamed if isinstance(place, AddressLocation)}
+        builder.modules.update({key: self.symbolizer.modules[key] for key in modules})
+        misses = Counter(self.symbolizer.miss(place) for place in builder.unnamed_locations())
+        return builder.build(window.window, window.accounting(self._host, misses))
+
+    def close(self) -> None:
+        self.sampler.close()
+        self._rings.close()
+        self.symbolizer.close()
+
+    def _fold(self, drain: Drain) -> None:
+        self.processes.poll()
+        window = self._window
+        window.count(drain)
+        groups: dict[MappingTable, list[RawSample]] = defaultdict(list)
+        for sample in drain.samples:
+            table = self.processes.mappings(sample.pid, sample.last_ns, sample.start_ns)
+            groups[table].append(sample)
+        samples = [sample for group in groups.values() for sample in group]
+        user = [stack for table, group in groups.items() for stack in self._user(table, group)]
+        kernel = self._numbers([sample.kernel for sample in samples], self.symbolizer.locate_kernel)
+        for sample, user_part, kernel_part in zip(samples, user, kernel, strict=True):
+            # Leaf first becomes root first, here and nowhere else.
+            stack = np.concatenate([user_part[::-1], kernel_part[::-1]])
+            window.builder.add(_labels(sample), stack, sample.samples)
+        self.processes.expire(time.monotonic_ns())
+
+    def _user(self, table: MappingTable, samples: Sequence[RawSample]) -> list[Numbers]:
+        locate = partial(self.symbolizer.locate, samples[0].pid, table)
+        return self._numbers([sample.user for sample in samples], locate)
+
+    def _numbers(
+        self, stacks: Sequence[Words], locate: Callable[[Words], list[Location]]
+    ) -> list[Numbers]:
+        """Give each stack as location numbers. Most addresses recur: each is located once."""
+        if not stacks:
+            return []
+        words, where = np.unique(np.concatenate(stacks), return_inverse=True)
+        location = self._window.builder.location
+        numbers = np.array([location(place) for place in locate(words)], dtype=np.int32)
+        ends = np.cumsum([len(stack) for stack in stacks])
+        return np.split(numbers[where], ends[:-1])
+
+
+class _OpenWindow:
+    """What has been counted since a moment, and what the clocks said at that moment."""
+
+    def __init__(self, period_ns: int) -> None:
+        self.builder = ProfileBuilder(period_ns)
+        self.begun = _Clocks.now()
+        self._ended: _Clocks | None = None
+        self._ticks = self._idle = self._filtered = 0
+        self._lost: Counter[str] = Counter()
+        self._stops: Counter[str] = Counter()
+
+    def count(self, drain: Drain) -> None:
+        self._ticks += drain.ticks
+        self._idle += drain.idle
+        self._filtered += drain.filtered
+        self._lost.update(drain.lost)
+        for sample in drain.samples:
+            self._stops[sample.stop] += sample.samples
+
+    def end(self, successor: "_OpenWindow | None" = None) -> None:
+        """Stop the clocks, at the moment the next window begins; a second call changes nothing."""
+        self._ended = self._ended or (successor.begun if successor else _Clocks.now())
+
+    @property
+    def window(self) -> Window:
+        ended = self._ended or _Clocks.now()
+        return Window(self.begun.wall_ns, self.begun.wall_ns + ended.since(self.begun))
+
+    def accounting(self, host: Host, misses: Mapping[str, int]) -> Accounting:
+        ended = self._ended or _Clocks.now()
+        return Accounting(
+            hosts=(host,),
+            cpus=len(perf_event.online_cpus()),
+            nonidle_ns=ended.nonidle_ns - self.begun.nonidle_ns,
+            profiled_ns=ended.since(self.begun),
+            ticks=self._ticks,
+            idle=self._idle,
+            filtered=self._filtered,
+            stored=self._stops.total(),
+            lost=dict(self._lost),
+            stops=dict(self._stops),
+            misses=misses,
+            agent_cpu_ns=ended.own_cpu_ns - self.begun.own_cpu_ns,
+            agent_rss_bytes=rss_bytes(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Clocks:
+    wall_ns: int
+    monotonic_ns: int
+    nonidle_ns: int
+    own_cpu_ns: int
+
+    @classmethod
+    def now(cls) -> "_Clocks":
+        return cls(time.time_ns(), time.monotonic_ns(), nonidle_ns(), own_cpu_ns())
+
+    def since(self, earlier: "_Clocks") -> int:
+        """Give the ns between two readings; the wall clock may have been set in between."""
+        return self.monotonic_ns - earlier.monotonic_ns
+
+
+def nonidle_ns() -> int:
+    """Give how long all CPUs together were busy since boot, in ns, to 10 ms (proc_stat(5)).
+
+    Guest time is part of user time there, and steal is time the machine did not have.
+    """
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    user, nice, system, _idle, _iowait, irq, softirq = map(int, fields[:7])
+    return (user + nice + system + irq + softirq) * _TICK_NS
+
+
+def own_cpu_ns() -> int:
+    """Give the CPU time of this process and of the helpers that it has waited for."""
+    return sum(
+        int((usage.ru_utime + usage.ru_stime) * 1e9)
+        for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+
+
+def rss_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _labels(sample: RawSample) -> Labels:
+    return _cached_labels(sample.leader_comm, sample.comm, sample.pid)
+
+
+@lru_cache(maxsize=16384)
+def _cached_labels(leader_comm: bytes, comm: bytes, pid: int) -> Labels:
+    return make_labels({"comm": readable(leader_comm), "thread": readable(comm), "pid": str(pid)})
