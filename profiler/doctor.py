@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -111,8 +112,8 @@ def format_table(checks: Sequence[Check]) -> str:
 
 def check_kernel() -> Check:
     release = platform.release()
-    major, minor = (int(part) for part in release.split("-")[0].split(".")[:2])
-    if (major, minor) >= _OLDEST_KERNEL:
+    version = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
+    if version >= _OLDEST_KERNEL:
         return Check("kernel", Status.OK, release)
     oldest = ".".join(map(str, _OLDEST_KERNEL))
     return Check("kernel", Status.FAIL, f"{release} is too old", f"boot {oldest} or newer")
