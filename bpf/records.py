@@ -43,6 +43,13 @@ _DATA_HEAD, _DATA_TAIL = 1024 // 8, 1032 // 8
 # An MMAP2 record with a path of PATH_MAX is the largest there is; a LOST record precedes it.
 _LARGEST_RECORD = 72 + 4096 + 8 + 32
 _SMALLEST_RECORD = 24
+_SMALLEST = {
+    PERF_RECORD_LOST: 32,
+    PERF_RECORD_COMM: 32,
+    PERF_RECORD_EXIT: 40,
+    PERF_RECORD_FORK: 40,
+    PERF_RECORD_MMAP2: 88,
+}
 _TASKS = frozenset((PERF_RECORD_FORK, PERF_RECORD_EXIT))
 
 # type, misc, size; then pid and two words whose meaning depends on the type.
@@ -266,11 +273,12 @@ class Rings:
         self, ring: "_Ring", cutoff_ns: int, merged: list[Record]
     ) -> None:
         unread, is_full = ring.take()
+        smallest = _SMALLEST.get
         unpack_head, unpack_time, append = _HEAD.unpack_from, _TIME.unpack_from, merged.append
         position, end, count = 0, len(unread), 0
         while position + _SMALLEST_RECORD <= end:
             type_, misc, size, pid, _, third = unpack_head(unread, position)
-            if size < _SMALLEST_RECORD or position + size > end:
+            if size < smallest(type_, _SMALLEST_RECORD) or position + size > end:
                 break
             start, position = position, position + size
             count += 1
@@ -302,8 +310,6 @@ class Rings:
         At the start of what was read from a ring that was full the last time, it tells of the gap
         that is known already: reading made room.
         """
-        if end - start < 32:
-            return
         (lost,) = _LOST.unpack_from(unread, start)
         self.lost += lost
         if start == 0 and ring.was_full:
