@@ -1,0 +1,152 @@
+"""Opening the file behind a mapping, without trusting the process that mapped it.
+
+A path is a claim: the process may live in another root, the file may be deleted or replaced, and a
+hostile one may have put a FIFO, a device or a link out of its container there. So a file is first
+opened with O_PATH, which has no effect on it, and only a regular one is opened for reading.
+"""
+
+import ctypes
+import errno
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple, Self
+
+from symbolizer.location import Miss
+from symbolizer.maps import Mapping, parse_maps
+
+# openat2(2), from Linux 5.6 on; the C library has no wrapper.
+_SYS_OPENAT2 = 437
+_RESOLVE_NO_MAGICLINKS, _RESOLVE_IN_ROOT = 0x02, 0x10
+_OPEN_HOW = struct.Struct("QQQ")
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class OpenedFile(NamedTuple):
+    """A regular file, open for reading; the receiver closes it.
+
+    `is_certain`: the kernel itself says that this is the mapped file.
+    """
+
+    fd: int
+    is_certain: bool
+
+
+class ProcessFiles:
+    """The files of one process during one look at it. Close it, or use it in a `with`.
+
+    All goes through one descriptor of /proc/PID, so it stays the same process even if it exits and
+    its pid is given away meanwhile.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._maps: list[Mapping] | None = None
+        self._root = -1
+        self.failure = Miss.NO_FILE
+        """Why the last candidate could not be opened."""
+        try:
+            self._process = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            self._process = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for fd in (self._process, self._root):
+            if fd >= 0:
+                os.close(fd)
+        self._process = self._root = -1
+
+    def candidates(self, mapping: Mapping) -> Iterator[OpenedFile]:
+        """Open what may be the mapped file, the likeliest first; later ones only when asked for.
+
+        The mapped file itself through map_files, the path in the process's root, the path here.
+        The receiver compares identities and closes each.
+        """
+        self.failure = Miss.NO_FILE
+        if self._process >= 0:
+            yield from self._open_map_file(mapping)
+            yield from self._reopen(self._open_in_root(mapping.file_path), is_certain=False)
+        yield from self._reopen(_open_path(mapping.file_path), is_certain=False)
+
+    def _open_map_file(self, mapping: Mapping) -> Iterator[OpenedFile]:
+        if mapping.build_id:  # which will prove the file, so the maps need not be read
+            yield from self._open_range(mapping.start, mapping.end, is_certain=False)
+        for current in self._current_maps():
+            overlaps = current.start < mapping.end and mapping.start < current.end
+            if overlaps and current.is_same_file(mapping):
+                yield from self._open_range(current.start, current.end, is_certain=True)
+                return
+
+    def _open_range(self, start: int, end: int, *, is_certain: bool) -> Iterator[OpenedFile]:
+        link = f"map_files/{start:x}-{end:x}"
+        yield from self._reopen(_try_open(link, self._process), is_certain=is_certain)
+
+    def _current_maps(self) -> list[Mapping]:
+        if self._maps is None:
+            self._maps = []
+            fd = _try_open("maps", self._process, _READ_FLAGS)
+            if fd >= 0:
+                with os.fdopen(fd, "rb") as maps:
+                    try:
+                        self._maps = parse_maps(maps.read())
+                    except OSError:  # the process has gone
+                        self._maps = []
+        return self._maps
+
+    def _open_in_root(self, path: bytes) -> int:
+        if self._root < 0:
+            self._root = _try_open("root", self._process, os.O_PATH | os.O_DIRECTORY)
+        if self._root < 0 or not path.startswith(b"/"):
+            return -1
+        how = _OPEN_HOW.pack(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+        fd: int = _libc.syscall(
+            ctypes.c_long(_SYS_OPENAT2),
+            ctypes.c_int(self._root),
+            ctypes.c_char_p(path),
+            ctypes.c_char_p(how),
+            ctypes.c_size_t(_OPEN_HOW.size),
+        )
+        if fd < 0:
+            self._note(ctypes.get_errno())
+        return fd
+
+    def _reopen(self, path_fd: int, *, is_certain: bool) -> Iterator[OpenedFile]:
+        """Turn an O_PATH descriptor, which this closes, into one to read from."""
+        if path_fd < 0:
+            return
+        try:
+            if not stat.S_ISREG(os.fstat(path_fd).st_mode):
+                self.failure = Miss.NOT_REGULAR
+                return
+            fd = os.open(f"/proc/self/fd/{path_fd}", _READ_FLAGS)
+        except OSError as error:
+            self._note(error.errno)
+            return
+        finally:
+            os.close(path_fd)
+        yield OpenedFile(fd, is_certain)
+
+    def _note(self, number: int | None) -> None:
+        if number in (errno.EACCES, errno.EPERM):
+            self.failure = Miss.NOT_PERMITTED
+
+
+def _open_path(path: bytes) -> int:
+    if not path.startswith(b"/") or b"\0" in path:
+        return -1
+    return _try_open(path, None)
+
+
+def _try_open(path: str | bytes, directory: int | None, flags: int = os.O_PATH) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC, dir_fd=directory)
+    except OSError:
+        return -1
