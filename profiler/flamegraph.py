@@ -1,0 +1,441 @@
+"""FlameGraph: a profile as boxes in preorder, and the table of its functions.
+
+A box is (function, module, kind). Node 0 is the root. Parallel arrays, one element per node; a
+node's subtree is the range from itself to its `end`. Siblings stand largest total first, ties by
+name. For every node, total = self + the sum of its children's totals; what was too narrow to draw
+is a node of kind `rest`, the last of its siblings, so that this holds after pruning too.
+
+Trees are built and cut level by level with numpy: 200,000 stacks make 3.6 million nodes, which
+is too many to visit one by one (bench/bench_flamegraph.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.profile import Indices, Integers, Profile, label_frames
+from symbolizer.location import Frame, Kind
+
+DEPTH_LIMIT = 4096
+"""Frames of a stack that become nodes. Deeper ones are one node of kind `rest`: each level costs
+numpy calls, and a foreign file may hold one stack of a million frames."""
+
+ROOT = Frame("all", "", Kind.LABEL)
+REST = Frame("(too narrow to draw)", "", Kind.REST)
+DEEPER = Frame("(deeper)", "", Kind.REST)
+
+_FNV_OFFSET = np.uint64(0xCBF29CE484222325)
+_FNV_PRIME = np.uint64(0x100000001B3)
+
+
+class Group(StrEnum):
+    """What a box stands for. File and module boxes that follow each other directly become one."""
+
+    FUNCTION = "function"
+    LINE = "line"
+    FILE = "file"
+    MODULE = "module"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlameGraph:
+    """Nodes in preorder. `total` and `self` count in `unit`, `samples` is the total in samples."""
+
+    unit: str
+    frames: tuple[Frame, ...]
+    frame: Indices
+    """Index into `frames`."""
+    depth: Indices
+    """0 for the root."""
+    parent: Indices
+    """Index of the parent; the root's is itself."""
+    end: Indices
+    """Index just past the node's subtree."""
+    total: Integers
+    self: Integers
+    samples: Integers
+    cut_nodes: int = 0
+    """How many nodes pruning has summed into nodes of kind `rest`."""
+    cut_total: int = 0
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def subtree(self, node: int) -> "FlameGraph":
+        """Give the graph whose root is `node`."""
+        nodes = slice(node, int(self.end[node]))
+        return FlameGraph(
+            unit=self.unit,
+            frames=self.frames,
+            frame=self.frame[nodes],
+            depth=self.depth[nodes] - self.depth[node],
+            parent=np.maximum(self.parent[nodes] - node, 0),
+            end=self.end[nodes] - node,
+            total=self.total[nodes],
+            self=self.self[nodes],
+            samples=self.samples[nodes],
+        )
+
+    def prune(self, width_px: float, least_px: float = 0.5) -> "FlameGraph":
+        """Cut what is narrower than `least_px` when the root is `width_px` wide.
+
+        Per parent, the cut children are summed into one node of kind `rest`, however narrow.
+        """
+        keep = self.total * width_px >= self.total[0] * least_px
+        keep[0] = True
+        cut = np.flatnonzero(~keep & keep[self.parent])
+        if len(cut) == 0:
+            return self
+        kept = np.flatnonzero(keep)
+        parents, which = np.unique(self.parent[cut], return_inverse=True)
+        rest_total = _sum_by(which, self.total[cut], len(parents))
+        rest_samples = _sum_by(which, self.samples[cut], len(parents))
+        rest_frame = np.full(len(parents), len(self.frames), dtype=np.int32)
+        # A rest stands where its parent's subtree ends, before the node that follows there; of
+        # several that end at one place the deepest comes first.
+        places = np.concatenate([kept, self.end[parents]])
+        is_kept = np.repeat([1, 0], [len(kept), len(parents)])
+        depth = np.concatenate([self.depth[kept], self.depth[parents] + 1])
+        order = np.lexsort((-depth, is_kept, places))
+        position = np.empty(len(order), dtype=np.int32)
+        position[order] = np.arange(len(order), dtype=np.int32)
+        new_index = np.zeros(len(self), dtype=np.int32)
+        new_index[kept] = position[: len(kept)]
+        depth = depth[order]
+        parent = new_index[np.concatenate([self.parent[kept], parents])][order]
+        used, frame = np.unique(
+            np.concatenate([self.frame[kept], rest_frame])[order], return_inverse=True
+        )
+        frames = (*self.frames, REST)
+        return FlameGraph(
+            unit=self.unit,
+            frames=tuple(frames[i] for i in used.tolist()),
+            frame=frame.astype(np.int32),
+            depth=depth,
+            parent=parent,
+            end=_ends(depth, parent),
+            total=np.concatenate([self.total[kept], rest_total])[order],
+            self=np.concatenate([self.self[kept], rest_total])[order],
+            samples=np.concatenate([self.samples[kept], rest_samples])[order],
+            cut_nodes=self.cut_nodes + len(self) - len(kept),
+            cut_total=self.cut_total + int(rest_total.sum()),
+        )
+
+    def ids(self) -> npt.NDArray[np.uint64]:
+        """Give each node's stable id, the same for the same path in any data.
+
+        FNV-1a 64 over the root-first keys (function NUL module NUL kind, joined by 0x01), without
+        the root, whose id is FNV's offset basis.
+        """
+        keys = [f"{f.function}\0{f.module}\0{f.kind}".encode() for f in self.frames]
+        lengths = np.fromiter(map(len, keys), np.int64, len(keys))
+        starts = np.cumsum(lengths) - lengths
+        text = np.frombuffer(b"".join(keys), dtype=np.uint8).astype(np.uint64)
+        ids = np.full(len(self), _FNV_OFFSET, dtype=np.uint64)
+        for depth, nodes in enumerate(_levels(self.depth)):
+            if depth == 0:
+                continue
+            state = ids[self.parent[nodes]]
+            if depth > 1:
+                state = (state ^ np.uint64(1)) * _FNV_PRIME
+            # Longest keys first: then the nodes that still have a byte left are always a prefix.
+            order = np.argsort(-lengths[self.frame[nodes]], kind="stable")
+            frames = self.frame[nodes][order]
+            state = state[order]
+            left = np.searchsorted(-lengths[frames], -np.arange(1, lengths[frames[0]] + 1), "right")
+            for i, count in enumerate(left.tolist()):
+                state[:count] = (state[:count] ^ text[starts[frames[:count]] + i]) * _FNV_PRIME
+            ids[nodes[order]] = state
+        return ids
+
+    def path(self, node: int) -> tuple[Frame, ...]:
+        """Give the frames from below the root down to `node`."""
+        frames = []
+        while node:
+            frames.append(self.frames[self.frame[node]])
+            node = int(self.parent[node])
+        return tuple(reversed(frames))
+
+
+class FunctionTotal(NamedTuple):
+    """A row of the table: `self` where the function is the leaf, `total` where it is anywhere."""
+
+    frame: Frame
+    self: int
+    total: int
+    self_samples: int
+    total_samples: int
+
+
+def build(
+    profile: Profile,
+    by: Sequence[str] = (),
+    group: Group = Group.FUNCTION,
+    invert: bool = False,
+) -> FlameGraph:
+    """Draw a profile as a tree, with the labels in `by` as frames of kind `label` at the top.
+
+    `invert` grows it from the leaves: below each function stand its callers.
+    """
+    stacks = Stacks.of(profile, group)
+    heads = label_frames(profile.label_sets, by)
+    label_boxes = sorted({frame for head in heads for frame in head})
+    first = len(stacks.frames)
+    number = {frame: first + i for i, frame in enumerate(label_boxes)}
+    deeper = first + len(label_boxes)
+    frames = (*stacks.frames, *label_boxes, DEEPER, ROOT)
+
+    rows = _Rows(
+        starts=stacks.offsets[profile.row_stacks],
+        ends=stacks.offsets[profile.row_stacks.astype(np.int64) + 1],
+        values=profile.row_values,
+        samples=profile.row_samples,
+    )
+    levels = [_Level.root(rows, frame=len(frames) - 1)]
+    node = np.zeros(len(rows.values), dtype=np.int64)
+    for i in range(len(heads[0]) if heads else 0):
+        boxes = np.array([number[head[i]] for head in heads], dtype=np.int64)
+        alive = np.arange(len(node))
+        level, node = _Level.below(rows, alive, node, boxes[profile.row_labels])
+        levels.append(level)
+    alive = np.flatnonzero(rows.ends > rows.starts)
+    node = node[alive]
+    for i in range(DEPTH_LIMIT):
+        if len(alive) == 0:
+            break
+        at = rows.ends[alive] - 1 - i if invert else rows.starts[alive] + i
+        boxes = stacks.boxes[at].astype(np.int64)
+        left = rows.ends[alive] - rows.starts[alive] - i
+        if i == DEPTH_LIMIT - 1:
+            boxes[left > 1] = deeper
+        level, node = _Level.below(rows, alive, node, boxes)
+        levels.append(level)
+        alive, node = alive[left > 1], node[left > 1]
+    return _lay_out(profile.unit, frames, levels)
+
+
+def top_functions(profile: Profile, group: Group = Group.FUNCTION) -> list[FunctionTotal]:
+    """Give the table of functions, largest self first. Recursion is counted once in the total."""
+    stacks = Stacks.of(profile, group)
+    count, size = len(stacks.frames), len(stacks.offsets) - 1
+    by_stack = [
+        _sum_by(profile.row_stacks, column, size)
+        for column in (profile.row_values, profile.row_samples)
+    ]
+    lengths = np.diff(stacks.offsets)
+    owners = np.repeat(np.arange(size), lengths)
+    words = np.sort(owners * max(count, 1) + stacks.boxes)
+    once = words[np.diff(words, prepend=-1) > 0]
+    filled = np.flatnonzero(lengths)
+    leaves = stacks.boxes[stacks.offsets[filled + 1] - 1]
+    selves = [_sum_by(leaves, column[filled], count) for column in by_stack]
+    owner, box = np.divmod(once, max(count, 1))
+    totals = [_sum_by(box, column[owner], count) for column in by_stack]
+    order = np.lexsort((np.arange(count), -totals[0], -selves[0]))
+    columns = (selves[0], totals[0], selves[1], totals[1])
+    rows = zip(*(column[order].tolist() for column in columns), strict=True)
+    return [
+        FunctionTotal(stacks.frames[number], *row)
+        for number, row in zip(order.tolist(), rows, strict=True)
+    ]
+
+
+def document(profile: Profile, graph: FlameGraph, query: str = "") -> dict[str, object]:
+    """Give the JSON shape that the page and `.json` exports share; times out are Unix ms."""
+    accounting = profile.accounting
+    return {
+        "schema": 1,
+        "type": profile.type,
+        "unit": profile.unit,
+        "window": {
+            "from_ms": profile.window.start_ns // 1_000_000,
+            "until_ms": profile.window.end_ns // 1_000_000,
+        },
+        "query": query,
+        "total": int(graph.total[0]),
+        "samples": int(graph.samples[0]),
+        "host_seconds": accounting.profiled_ns / 1e9,
+        "coverage": {
+            "hosts": len(accounting.hosts),
+            "ticks": accounting.ticks,
+            "idle": accounting.idle,
+            "filtered": accounting.filtered,
+            "stored": accounting.stored,
+            "lost": dict(accounting.lost),
+            "stops": dict(accounting.stops),
+            "skipped": [],
+        },
+        "frames": [list(frame) for frame in graph.frames],
+        "nodes": {"frame": graph.frame, "depth": graph.depth, "total": graph.total},
+        "rest": {"nodes": graph.cut_nodes, "total": graph.cut_total},
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Stacks:
+    """A profile's stacks as boxes, root first; boxes are numbered in the order of their names."""
+
+    frames: tuple[Frame, ...]
+    offsets: Integers
+    boxes: Indices
+
+    @classmethod
+    def of(cls, profile: Profile, group: Group) -> "Stacks":
+        shown = [profile.frames(number)[::-1] for number in range(len(profile.locations))]
+        boxes = [tuple(_box(frame, frames[0].kind, group) for frame in frames) for frames in shown]
+        keys = sorted({box for each in boxes for box in each})
+        number = {box: i for i, box in enumerate(keys)}
+        per_location = np.fromiter(map(len, boxes), np.int64, len(boxes))
+        first = np.cumsum(per_location) - per_location
+        flat = np.fromiter(
+            (number[box] for each in boxes for box in each), np.int32, int(per_location.sum())
+        )
+        # Each word of a stack becomes the boxes of its location: one, or several when inlined.
+        counts = per_location[profile.stack_locations]
+        ends = np.cumsum(counts)
+        within = np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)
+        words = flat[np.repeat(first[profile.stack_locations], counts) + within]
+        offsets = np.concatenate([np.zeros(1, np.int64), ends])[profile.stack_offsets]
+        if group in {Group.FILE, Group.MODULE} and len(words):
+            differs = np.concatenate([[True], words[1:] != words[:-1]])
+            differs[offsets[:-1][np.diff(offsets) > 0]] = True
+            offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(differs)])[offsets]
+            words = words[differs]
+        if group is not Group.FUNCTION:
+            return cls(tuple(Frame(*key) for key in keys), offsets, words)
+        return cls(_with_files(keys, shown, boxes), offsets, words)
+
+
+_Box = tuple[str, str, Kind, str, int]
+
+
+def _box(frame: Frame, outer_kind: Kind, group: Group) -> _Box:
+    """Give what tells one box from another, as a tuple like Frame.
+
+    In boxes of files and modules an inlined call counts as the code it was inlined into.
+    """
+    if group is Group.FUNCTION:
+        return (frame.function, frame.module, frame.kind, "", 0)
+    if group is Group.LINE:
+        return (frame.function, frame.module, frame.kind, frame.file, frame.line)
+    if group is Group.FILE and frame.file:
+        return (frame.file, frame.module, outer_kind, frame.file, 0)
+    return (frame.module or "[unknown]", frame.module, outer_kind, "", 0)
+
+
+def _with_files(
+    keys: Sequence[_Box], shown: Sequence[Sequence[Frame]], boxes: Sequence[Sequence[_Box]]
+) -> tuple[Frame, ...]:
+    """Give the frame of each function's box, with a file if all of its frames agree on it."""
+    files: dict[_Box, str | None] = {}
+    for frames, theirs in zip(shown, boxes, strict=True):
+        for frame, box in zip(frames, theirs, strict=True):
+            if frame.file and files.setdefault(box, frame.file) != frame.file:
+                files[box] = None
+    return tuple(Frame(*box[:3], files.get(box) or "") for box in keys)
+
+
+class _Rows(NamedTuple):
+    """Per row of the profile: where its stack starts and ends among the boxes, and its counts."""
+
+    starts: Integers
+    ends: Integers
+    values: Integers
+    samples: Integers
+
+
+class _Level(NamedTuple):
+    """The nodes of one depth, by parent, largest total first."""
+
+    parent: Integers
+    """Number within the level above."""
+    frame: Integers
+    total: Integers
+    samples: Integers
+
+    @classmethod
+    def root(cls, rows: _Rows, frame: int) -> "_Level":
+        zero = np.zeros(1, np.int64)
+        return cls(zero, zero + frame, zero + rows.values.sum(), zero + rows.samples.sum())
+
+    @classmethod
+    def below(
+        cls, rows: _Rows, alive: Integers, node: Integers, boxes: Integers
+    ) -> tuple["_Level", Integers]:
+        """Give the next level, and the number in it of the node of each row that is alive.
+
+        `node` says in which node of the level above each of these rows stands, `boxes` which box
+        comes next.
+        """
+        width = int(boxes.max()) + 1
+        key = node * width + boxes
+        order = np.argsort(key, kind="stable")
+        ordered = key[order]
+        is_first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+        firsts = np.flatnonzero(is_first)
+        total = np.add.reduceat(rows.values[alive][order], firsts)
+        samples = np.add.reduceat(rows.samples[alive][order], firsts)
+        parent, frame = np.divmod(ordered[firsts], width)
+        # Boxes are numbered by name, so equal totals stay in the order of their names.
+        by_size = np.lexsort((-total, parent))
+        rank = np.empty(len(by_size), dtype=np.int64)
+        rank[by_size] = np.arange(len(by_size))
+        numbers = np.empty(len(key), dtype=np.int64)
+        numbers[order] = rank[np.cumsum(is_first) - 1]
+        level = cls(parent[by_size], frame[by_size], total[by_size], samples[by_size])
+        return level, numbers
+
+
+def _lay_out(unit: str, frames: tuple[Frame, ...], levels: list[_Level]) -> FlameGraph:
+    """Put levels into preorder: subtree sizes from the bottom up, positions from the top down."""
+    sizes = [np.ones(len(level.parent), dtype=np.int64) for level in levels]
+    for above, below, level in zip(sizes[-2::-1], sizes[:0:-1], levels[:0:-1], strict=True):
+        np.add.at(above, level.parent, below)
+    positions = [np.zeros(1, dtype=np.int64)]
+    for level, size in zip(levels[1:], sizes[1:], strict=True):
+        before = np.cumsum(size) - size
+        # Siblings stand side by side; `before` counts from the level's start, so take off what
+        # the first sibling has before it.
+        is_first = np.concatenate([[True], level.parent[1:] != level.parent[:-1]])
+        of_first = before[is_first][np.cumsum(is_first) - 1]
+        positions.append(positions[-1][level.parent] + 1 + before - of_first)
+    count = sum(map(len, positions))
+    total, samples = (np.empty(count, np.int64) for _ in range(2))
+    frame, depth, parent = (np.empty(count, np.int32) for _ in range(3))
+    for i, (level, position) in enumerate(zip(levels, positions, strict=True)):
+        frame[position] = level.frame
+        depth[position] = i
+        parent[position] = positions[max(i - 1, 0)][level.parent]
+        total[position] = level.total
+        samples[position] = level.samples
+    end = np.empty(count, np.int32)
+    for position, size in zip(positions, sizes, strict=True):
+        end[position] = position + size
+    own = total.copy()
+    np.subtract.at(own, parent[1:], total[1:])
+    return FlameGraph(unit, frames, frame, depth, parent, end, total, own, samples)
+
+
+def _ends(depth: Indices, parent: Indices) -> Indices:
+    """Give the index just past each subtree of nodes in preorder."""
+    size = np.ones(len(depth), dtype=np.int32)
+    for nodes in reversed(_levels(depth)[1:]):
+        np.add.at(size, parent[nodes], size[nodes])
+    return np.arange(len(depth), dtype=np.int32) + size
+
+
+def _levels(depth: Indices) -> list[Integers]:
+    """Give the nodes of each depth, in preorder."""
+    order = np.argsort(depth, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(depth))[:-1])
+
+
+def _sum_by(which: Indices | Integers, values: Integers, count: int) -> Integers:
+    """Add up integers by group, exactly: bincount's weights are floats, exact to 2^53 only."""
+    sums = np.zeros(count, dtype=np.int64)
+    np.add.at(sums, which, values)
+    return sums
