@@ -20,12 +20,15 @@ Wide = npt.NDArray[np.uint64]
 
 KERNEL_NAME = "[kernel.kallsyms]"
 
-_CHUNK_BYTES = 1 << 18
+_CHUNK_BYTES = 1 << 16
 _MAX_KALLSYMS_BYTES = 256 << 20
 _MAX_MODULE_BYTES = 1 << 28
 # A BPF program has no end in kallsyms; programs of a million instructions do not exist.
 _MAX_PROGRAM_BYTES = 1 << 16
 _PROGRAM_MODULES = ("bpf", "__builtin__ftrace", "__builtin__kprobes")
+
+# Ends of names that mark a place in the image. A function that begins there is the better name.
+_MARKERS = (b"_text", b"_stext", b"_text_start", b"_text_end")
 
 _HEX = np.zeros(256, dtype=np.uint64)
 _HEX[list(b"0123456789abcdef")] = np.arange(16)
@@ -128,7 +131,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
     rest = b""
     total = 0
     try:
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb") as file:
             while (chunk := file.read(_CHUNK_BYTES)) and total < _MAX_KALLSYMS_BYTES:
                 total += len(chunk)
                 lines, newline, tail = chunk.rpartition(b"\n")
@@ -157,7 +160,9 @@ def _read_lines(lines: bytes, parts: dict[bytes, _Part]) -> None:
     addresses = np.zeros(len(starts), dtype=np.uint64)
     for k in range(16):
         addresses = (addresses << np.uint64(4)) | _HEX[text[starts + k]]
-    ranks = _RANKS[text[starts + 17]]
+    ranks = _RANKS[text[starts + 17]].copy()
+    for marker in _MARKERS:
+        ranks[_ends_with(text, ends, marker)] = 3
     tabs = np.flatnonzero(text == ord("\t"))
     owned = np.searchsorted(tabs, starts) != np.searchsorted(tabs, ends)
     core = np.flatnonzero(~owned)
@@ -172,6 +177,16 @@ def _read_lines(lines: bytes, parts: dict[bytes, _Part]) -> None:
     for i in np.flatnonzero(owned).tolist():
         name, _, module = lines[starts[i] + 19 : ends[i]].partition(b"\t")
         _add_one(parts.setdefault(module.strip(b"[]"), _Part()), addresses[i], ranks[i], name)
+
+
+def _ends_with(
+    text: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64], suffix: bytes
+) -> npt.NDArray[np.bool_]:
+    """Compare the bytes before each end, which lie behind an address and a type of 19 bytes."""
+    matches = np.ones(len(ends), dtype=np.bool_)
+    for k, character in enumerate(reversed(suffix)):
+        matches &= text[ends - 1 - k] == character
+    return matches
 
 
 def _add_one(part: _Part, address: np.uint64, rank: np.uint8, name: bytes) -> None:
