@@ -17,7 +17,6 @@ as no code runs in a range that is not mapped, no sample is named wrongly by it.
 in the records start anew. Where the truth is not known the table is empty and says `[exited]`.
 """
 
-import contextlib
 import logging
 import os
 import time
@@ -312,16 +311,21 @@ class Processes:
     def _read_maps(self, life: "_Life") -> list[Mapping] | None:
         """Read the mappings, from another thread when the first one has exited.
 
-        Paths are made relative to the root of the process, as they are in records.
+        There are none where the kernel forbids it (ptrace(2), "access mode checking"). Paths are
+        made relative to the root of the process, as they are in records.
         """
         pids = [f"{life.pid}"]
         if life.exit_ns:
             pids = [f"{life.pid}/task/{tid}" for tid in self._other_threads(life.pid)]
         for pid in pids:
-            with contextlib.suppress(OSError):
-                mappings = parse_maps(Path(f"{self._proc}/{pid}/maps").read_bytes())
+            try:
                 root = os.fsencode(Path(f"{self._proc}/{pid}/root").readlink())
-                return mappings if root == b"/" else [_inside(root, m) for m in mappings]
+                mappings = parse_maps(Path(f"{self._proc}/{pid}/maps").read_bytes())
+            except PermissionError:
+                return []
+            except OSError:  # it has exited
+                continue
+            return mappings if root == b"/" else [_inside(root, m) for m in mappings]
         return None
 
     def _other_threads(self, pid: int) -> list[str]:

@@ -1,0 +1,147 @@
+"""What it costs to know every process's mappings while about 1,000 of them start every second.
+
+Workload: a C program runs a tiny other one by posix_spawn and waits for it, at a fixed rate, for
+`--seconds`. The rings are read once a second, and when one is half full. Once a second 198 of the
+processes that began in it (as many as 2 CPUs at 99 Hz can sample) are asked for their mappings,
+and what is old expires: what the profiler does, without the samples. CPU is that of this thread
+in per cent of one CPU. The answer is asserted: a mapping of the tiny program must be in at least
+99 % of the tables.
+
+Run as root: `python bench/bench_processes.py [--rate 1000] [--seconds 10]`.
+"""
+
+import argparse
+import os
+import resource
+import select
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from bpf.records import PERF_RECORD_COMM, Batch, Rings, decode_comm
+from profiler.processes import Processes
+
+SAMPLED = 198
+
+TINY = "int main(void) { return 0; }"
+SPAWNER = r"""
+#include <spawn.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <time.h>
+
+static long long now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+int main(int argc, char **argv)
+{
+    char *tiny[] = {argv[1], NULL}, *environment[] = {NULL};
+    long long period = 1000000000LL / atoi(argv[2]), next = now_ns();
+    long long end = next + atoi(argv[3]) * 1000000000LL;
+    for (; next < end; next += period) {
+        struct timespec at = {next / 1000000000LL, next % 1000000000LL};
+        clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &at, NULL);
+        pid_t pid;
+        if (posix_spawn(&pid, tiny[0], NULL, NULL, tiny, environment) == 0)
+            waitpid(pid, NULL, 0);
+    }
+    return 0;
+}
+"""
+
+
+class ExecRings(Rings):
+    """Rings that also remember which of the tiny programs began since they were last asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.execs: list[tuple[int, int]] = []
+        self.noting_ns = 0
+
+    def read(self) -> Batch:
+        batch = super().read()
+        begin_ns = time.thread_time_ns()
+        for record in batch.records:
+            if record.type == PERF_RECORD_COMM and decode_comm(record).comm == b"tiny":
+                self.execs.append((record.pid, record.time_ns))
+        self.noting_ns += time.thread_time_ns() - begin_ns
+        return batch
+
+
+def compile_c(source: str, output: Path) -> Path:
+    command = ["gcc", "-O2", "-x", "c", "-", "-o", output]
+    subprocess.run(command, input=source.encode(), check=True)
+    return output
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rate", type=int, default=1000)
+    parser.add_argument("--seconds", type=int, default=10)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = compile_c(TINY, Path(folder) / "tiny")
+        spawner = compile_c(SPAWNER, Path(folder) / "spawner")
+        command = [spawner, tiny, str(arguments.rate), str(arguments.seconds)]
+        measure(command, os.fsencode(tiny))
+
+
+def poll_for_a_second(processes: Processes, rings: ExecRings) -> int:
+    """Poll at the end of the second, and earlier when a ring is half full. Gives ns of CPU."""
+    cpu_ns, end_s, is_over = 0, time.monotonic() + 1, False
+    while not is_over:
+        readable, _, _ = select.select([rings], [], [], max(0, end_s - time.monotonic()))
+        is_over = not readable
+        noted_ns, begin_ns = rings.noting_ns, time.thread_time_ns()
+        processes.poll()
+        cpu_ns += time.thread_time_ns() - begin_ns - (rings.noting_ns - noted_ns)
+    return cpu_ns
+
+
+def measure(command: list[object], tiny: bytes) -> None:
+    rings = ExecRings()
+    processes = Processes(rings)
+    poll_ns, table_ns, expire_ns, tables_us = 0, 0, 0, []
+    asked, found, begun = 0, 0, 0
+    wall_ns = time.monotonic_ns()
+    with subprocess.Popen([str(word) for word in command]) as spawner:
+        while spawner.poll() is None:
+            poll_ns += poll_for_a_second(processes, rings)
+            execs, rings.execs = rings.execs, []
+            now_ns = time.monotonic_ns()
+            begun += len(execs)
+            for pid, exec_ns in execs[:: max(1, len(execs) // SAMPLED)][:SAMPLED]:
+                begin_ns = time.thread_time_ns()
+                table = processes.mappings(pid, min(exec_ns + 500_000, now_ns))
+                tables_us.append((time.thread_time_ns() - begin_ns) / 1000)
+                asked += 1
+                found += any(mapping.path == tiny for mapping in table.mappings)
+            table_ns = int(sum(tables_us) * 1000)
+            begin_ns = time.thread_time_ns()
+            processes.expire(time.monotonic_ns())
+            expire_ns += time.thread_time_ns() - begin_ns
+            rings.refresh()
+    wall_ns = time.monotonic_ns() - wall_ns
+    rings.close()
+    total_ns = poll_ns + table_ns + expire_ns
+    print(f"processes {begun}, {begun * 1e9 / wall_ns:.0f} a second; records {rings.records}")
+    print(f"lost {rings.lost}, gaps {processes.gaps}, snapshots {processes.snapshots}")
+    print(
+        f"poll {poll_ns / 1000 / begun:.1f} us, expire {expire_ns / 1000 / begun:.1f} us a process"
+    )
+    spread = statistics.quantiles(tables_us, n=20)
+    print(f"mappings median {spread[9]:.0f} us, 95th percentile {spread[18]:.0f} us")
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(f"CPU {total_ns / wall_ns:.2%} of one, peak memory {peak_mb} MB")
+    print(f"own executable in {found} of {asked} tables")
+    assert found >= 0.99 * asked, "processes went unnamed"
+
+
+if __name__ == "__main__":
+    main()
