@@ -4,6 +4,8 @@ Data go to stdout, talk goes to stderr. Exit codes: 0 fine, 1 a check failed, 2 
 Modules are imported by the command that needs them, so that `--help` does not wait for numpy.
 """
 
+from __future__ import annotations
+
 import argparse
 import math
 import os
@@ -15,6 +17,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from storage.profile import Profile
+
+    # argparse has no public name for what add_subparsers gives.
+    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
 _UNITS_S = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -101,16 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_Commands = argparse._SubParsersAction  # type: ignore[type-arg]  # noqa: SLF001 - argparse gives the type no public name
-
-
 def _add_command(
     commands: _Commands,
     name: str,
     summary: str,
     example: str,
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = commands.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
@@ -268,7 +270,7 @@ def _run_flamegraph(options: argparse.Namespace) -> int:
     return _write_all(options, profile)
 
 
-def _write_all(options: argparse.Namespace, profile: "Profile") -> int:
+def _write_all(options: argparse.Namespace, profile: Profile) -> int:
     from profiler import export  # noqa: PLC0415
 
     for output in options.outputs:
