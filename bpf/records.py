@@ -43,6 +43,7 @@ _DATA_HEAD, _DATA_TAIL = 1024 // 8, 1032 // 8
 # An MMAP2 record with a path of PATH_MAX is the largest there is; a LOST record precedes it.
 _LARGEST_RECORD = 72 + 4096 + 8 + 32
 _SMALLEST_RECORD = 24
+_STANDSTILL_NS = 20_000_000  # longer than a jiffy, to which coarse clocks are bound
 _SMALLEST = {
     PERF_RECORD_LOST: 32,
     PERF_RECORD_COMM: 32,
@@ -331,7 +332,6 @@ class _Ring:
         self.fd = fd
         self.last_ns = now_ns
         self.was_full = False
-        self._enabled_ns = -1
         self._memory = memory
         self._words = memoryview(memory).cast("Q")
         self._size = len(memory) - _PAGE
@@ -350,9 +350,13 @@ class _Ring:
         return unread, self._size - (head - tail) < _LARGEST_RECORD
 
     def has_stopped(self) -> bool:
-        """Tell whether the event is dead since the last call, its CPU having been offline."""
-        before, self._enabled_ns = self._enabled_ns, perf_event.enabled_ns(self.fd)
-        return self._enabled_ns == before
+        """Tell whether the event is dead, its CPU having been offline since it was opened."""
+        first_ns = perf_event.enabled_ns(self.fd)
+        give_up_ns = time.monotonic_ns() + _STANDSTILL_NS
+        while perf_event.enabled_ns(self.fd) == first_ns:
+            if time.monotonic_ns() > give_up_ns:
+                return True
+        return False
 
     def close(self) -> None:
         self._words.release()
