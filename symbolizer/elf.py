@@ -38,7 +38,8 @@ _MAX_SECTION_NAME_BYTES = 1 << 20
 _MAX_BUILD_ID_BYTES = 64
 _MAX_HEADER_READS_BYTES = 1 << 16
 
-_HASHED_BYTES = 4096
+_HASHED_BLOCK_BYTES = 4096
+_HASHED_BLOCKS = 64
 
 _PHDR_FIELDS_64 = ("p_type", "p_flags", "p_offset", "p_vaddr", "p_paddr", "p_filesz")
 _PHDR = {
@@ -142,7 +143,7 @@ class Elf:
     """Headers of one file, checked.
 
     Attributes:
-        build_id: hex of the GNU build id, `hash-` and hex of (size, first and last 4 KiB) without.
+        build_id: hex of the GNU build id, or of `hash_content` where there is none.
         segments: executable PT_LOADs in the order of the program headers.
         entry: e_entry where the program is started there, else None: shared libraries have one too.
     """
@@ -198,10 +199,16 @@ def read_elf(source: Source) -> Elf:
 
 
 def hash_content(source: Source) -> str:
-    """Identify a file without a build id, cheaply: by its size and both of its ends."""
-    size = min(source.size, _HASHED_BYTES)
-    ends = source.read_at(0, size) + source.read_at(source.size - size, size)
-    return "hash-" + hashlib.sha256(source.size.to_bytes(8, "little") + ends).hexdigest()[:40]
+    """Identify a file without a build id, cheaply: by its size and blocks spread over it.
+
+    Both ends alone would not do: a program built again often keeps its size and its ends.
+    """
+    digest = hashlib.sha256(source.size.to_bytes(8, "little"))
+    last = max(0, source.size - _HASHED_BLOCK_BYTES)
+    step = max(_HASHED_BLOCK_BYTES, -(-last // (_HASHED_BLOCKS - 1)))
+    for start in [*range(0, last, step), last]:
+        digest.update(source.read_at(start, min(_HASHED_BLOCK_BYTES, source.size)))
+    return "hash-" + digest.hexdigest()[:40]
 
 
 class _Header(NamedTuple):

@@ -130,7 +130,7 @@ def read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
     is_complete = any(section.type == SHT_SYMTAB for section in tables)
     for table in tables[:2]:
         parts += _read_symbols(elf, space, table, strings.add(table), is_complete)
-    symbols = Candidates.join(parts)
+    symbols = _drop_aliases(Candidates.join(parts), strings)
     stubs = _read_stubs(elf, space, strings, symbols)
     functions = arrange(Candidates.join([symbols, stubs]), strings, space.base)
     functions = _add_entry(elf, space, functions, strings.size)
@@ -206,8 +206,7 @@ def arrange(symbols: Candidates, strings: Strings, base: int) -> Functions:
     """Choose one name per address and make the ranges disjoint."""
     if not len(symbols.starts):
         return Functions(base, symbols.starts, symbols.ends, symbols.names)
-    order = np.argsort(symbols.starts, kind="stable")
-    symbols = _drop_aliases(symbols.take(order), strings)
+    symbols = _drop_aliases(symbols, strings)
     ends = symbols.ends
     # A label without a size in the middle of a function is a jump target, not a function.
     covered = np.maximum.accumulate(np.where(symbols.is_sized, ends, np.uint32(0)))
@@ -325,17 +324,17 @@ def _name_resolvers(
     indirect = np.flatnonzero(stubs.symbols == 0)
     if not len(indirect) or not len(symbols.starts):
         return
-    order = np.argsort(symbols.starts, kind="stable")
     offsets, limits = space.offsets(stubs.resolvers[indirect])
-    found = np.minimum(np.searchsorted(symbols.starts[order], offsets), len(order) - 1)
-    found = order[found]
-    hit = (symbols.starts[found] == offsets) & (limits > 0)
+    # The last at an address is the best name there.
+    found = np.searchsorted(symbols.starts, offsets, side="right") - 1
+    hit = (found >= 0) & (symbols.starts[found] == offsets) & (limits > 0)
     names[indirect[hit]] = symbols.names[found[hit]]
     is_named[indirect[hit]] = True
 
 
 def _drop_aliases(symbols: Candidates, strings: Strings) -> Candidates:
-    """Keep the best name of each address, and the longest range where that reaches further."""
+    """Sort; keep the best name of each address, before it the longest range if that is longer."""
+    symbols = symbols.take(np.argsort(symbols.starts, kind="stable"))
     is_again = symbols.starts[1:] == symbols.starts[:-1]
     if not is_again.any():
         return symbols

@@ -79,8 +79,9 @@ class Module:
     """The file behind a mapping, known by its build id.
 
     Attributes:
-        build_id: hex of the GNU build id; `hash-` and hex of (size, first and last 4 KiB) for a
-            file without one; a name in brackets where there is no file, as `[exited]`.
+        build_id: hex of the GNU build id; `hash-` and hex of (size, 64 blocks of 4 KiB spread
+            over the file) for a file without one; a name in brackets where there is no file, as
+            `[exited]`.
         path: what to show, already readable (`/usr/lib/…`, `[kernel.kallsyms]`, `[vdso]`).
         segments: executable segments in file order; empty where they are not known, and then
             addresses are shown as file offsets.

@@ -41,7 +41,7 @@ _KEY = re.compile(r"(hash-)?[0-9a-f]{2,128}")
 
 
 class SymbolTable:
-    """The functions of one file, by file offset. Holds a descriptor until `close`."""
+    """The functions of one file, by file offset. Holds a descriptor until `close` or its end."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class SymbolTable:
         strings_at: int,
         strings_bytes: int,
     ) -> None:
-        self._file = file
+        self._fd = os.dup(file.fileno())
         self._functions = functions
         self._strings_at = strings_at
         self._strings_bytes = strings_bytes
@@ -88,13 +88,17 @@ class SymbolTable:
         return name + b"@plt" if is_plt and name else name
 
     def close(self) -> None:
-        self._file.close()
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = close
 
     def _read_string(self, position: int, size: int) -> bytes:
         size = min(size, self._strings_bytes - position)
         if size <= 0:
             return b""
-        text = os.pread(self._file.fileno(), size, self._strings_at + position)
+        text = os.pread(self._fd, size, self._strings_at + position)
         return text.partition(b"\0")[0]
 
 
@@ -118,12 +122,11 @@ class SymbolCache:
         if path is None:
             return None
         try:
-            file = path.open("rb")
+            with path.open("rb") as file:
+                table = _read_table(file, key)
         except OSError:
             return None
-        table = _read_table(file, key)
         if table is None:
-            file.close()
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
@@ -146,22 +149,17 @@ class SymbolCache:
         """
         path = self._path(key)
         if path is None:
-            file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - the table closes it
-            try:
-                return _write_table(file, key, functions, segments, strings)
-            except BaseException:
-                file.close()
-                raise
+            with tempfile.TemporaryFile() as unnamed:
+                return _write_table(unnamed, key, functions, segments, strings)
         fd, written = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-        file = os.fdopen(fd, "w+b")
         try:
-            table = _write_table(file, key, functions, segments, strings)
+            with os.fdopen(fd, "w+b") as file:
+                table = _write_table(file, key, functions, segments, strings)
+                self._used_bytes += os.fstat(fd).st_size
             Path(written).replace(path)
         except BaseException:
-            file.close()
             Path(written).unlink(missing_ok=True)
             raise
-        self._used_bytes += os.fstat(file.fileno()).st_size
         if self._used_bytes > self._limit_bytes:
             self._make_room()
         return table
