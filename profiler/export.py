@@ -1,0 +1,133 @@
+"""Profiles as files: the ending of the name says the format, in both directions.
+
+Every format tells the same counts. What each can hold differs: `.pb.gz` everything; `.folded` and
+`.speedscope.json` names and counts; `.svg` and `.json` a drawing, which cannot be read back.
+"""
+
+import os
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import orjson
+
+from profiler import flamegraph, speedscope, svg
+from storage import folded, pprof
+from storage.profile import Profile, ProfileError
+
+DEFAULT_BY = ("comm",)
+"""Labels drawn as frames above the root, where the format draws a tree."""
+
+STDOUT = "-"
+"""The name that stands for standard output, which gets folded text for other programs to read."""
+
+_JSON_WIDTH_PX = 4096
+"""The drawing in a `.json` is cut for a screen of this width, twice a common one."""
+
+
+class ExportError(ValueError):
+    """A file whose ending names no format, or none that goes in this direction."""
+
+
+def check_output(file: str) -> None:
+    """Fail early, before there is anything to write.
+
+    Raises:
+        ExportError: the ending names no format.
+        OSError: the folder does not exist or cannot be written to.
+    """
+    _find(file, _WRITERS, "write")
+    folder = Path(file).parent
+    if file != STDOUT and not os.access(folder, os.W_OK):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"cannot write {file}: there is no folder {folder}")
+        raise PermissionError(f"cannot write {file}: the folder {folder} is not writable")
+
+
+def encode(profile: Profile, file: str, by: Sequence[str] | None = None) -> bytes:
+    """Give the profile in the format that the ending of `file` names.
+
+    Raises:
+        ExportError: the ending names no format.
+    """
+    return _find(file, _WRITERS, "write")(profile, DEFAULT_BY if by is None else by)
+
+
+def write(profile: Profile, file: str, by: Sequence[str] | None = None) -> None:
+    """Write a profile in the format that the ending names; `-` is folded text on stdout.
+
+    A file appears complete or not at all. pprof keeps labels on its samples and ignores `by`.
+
+    Raises:
+        ExportError: the ending names no format.
+        OSError: the file cannot be written.
+    """
+    content = encode(profile, file, by)
+    if file == STDOUT:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+        return
+    path = Path(file)
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)  # a pipe or a device must be written to, not replaced
+        return
+    part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(file: str) -> Profile:
+    """Read a profile in the format that the ending names.
+
+    Raises:
+        ExportError: the ending names no format that can be read.
+        ProfileError: the file is damaged or is something else; the message names it.
+        OSError: the file cannot be read.
+    """
+    reader = _find(file, _READERS, "read")
+    content = Path(file).read_bytes()
+    try:
+        return reader(content)
+    except ProfileError as error:
+        raise type(error)(f"{file}: {error}") from error
+
+
+def _write_json(profile: Profile, by: Sequence[str]) -> bytes:
+    graph = flamegraph.build(profile, by).prune(_JSON_WIDTH_PX)
+    return orjson.dumps(
+        flamegraph.document(profile, graph),
+        option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_SORT_KEYS,
+    )
+
+
+_Writer = Callable[[Profile, Sequence[str]], bytes]
+_Reader = Callable[[bytes], Profile]
+_Codec = TypeVar("_Codec")
+
+_WRITERS: dict[str, _Writer] = {
+    ".pb.gz": lambda profile, _: pprof.encode(profile),
+    ".speedscope.json": speedscope.encode,
+    ".folded": folded.encode,
+    ".svg": svg.draw,
+    ".json": _write_json,
+    STDOUT: folded.encode,
+}
+_READERS: dict[str, _Reader] = {
+    ".pb.gz": pprof.decode,
+    ".speedscope.json": speedscope.decode,
+    ".folded": folded.decode,
+}
+
+
+def _find(file: str, codecs: dict[str, _Codec], verb: str) -> _Codec:
+    # In the order of the tables: `.speedscope.json` stands before `.json`.
+    for ending, codec in codecs.items():
+        if file == ending or (ending != STDOUT and file.endswith(ending)):
+            return codec
+    endings = ", ".join(ending for ending in codecs if ending != STDOUT)
+    raise ExportError(f"cannot {verb} {file}: its ending names no format (there are {endings})")

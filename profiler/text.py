@@ -1,0 +1,67 @@
+"""Text that fits: widths in cells of a fixed-width font, cutting, quantities with units."""
+
+import unicodedata
+
+ELLIPSIS = "…"
+
+_TIMES = ((1e9, "s"), (1e6, "ms"), (1e3, "µs"), (1, "ns"))
+_SIZES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+
+
+def cells(text: str) -> int:
+    """Give how many cells a fixed-width font takes for it: 2 for wide characters, 0 for marks."""
+    if text.isascii():
+        return len(text)
+    return sum(map(_cells_of, text))
+
+
+def fit(text: str, width: int) -> str:
+    """Cut text to at most `width` cells; what was cut ends in an ellipsis."""
+    if cells(text) <= width:
+        return text
+    if width <= 0:
+        return ""
+    kept, room = [], width - 1
+    for character in text:
+        room -= _cells_of(character)
+        if room < 0:
+            break
+        kept.append(character)
+    return "".join(kept) + ELLIPSIS
+
+
+def pad(text: str, width: int) -> str:
+    """Cut or fill text with spaces to exactly `width` cells."""
+    cut = fit(text, width)
+    return cut + " " * (width - cells(cut))
+
+
+def quantity(value: int, unit: str) -> str:
+    """Give a value as people read it: three digits or more, and the unit that suits its size."""
+    scales = {"nanoseconds": _TIMES, "bytes": _SIZES}.get(unit)
+    if scales is None:
+        return f"{value:,} {'' if unit == 'count' else unit}".rstrip()
+    for scale, name in scales:
+        if value >= scale:
+            scaled = value / scale
+            digits = 0 if scale == 1 or scaled >= 100 else 1 if scaled >= 10 else 2
+            return f"{scaled:,.{digits}f} {name}"
+    return f"0 {scales[0][1]}"
+
+
+def percent(part: int, whole: int) -> str:
+    if whole == 0:
+        return "0 %"
+    share = 100 * part / whole
+    return f"{share:.{1 if share < 99.95 else 0}f} %"
+
+
+def counted(number: int, noun: str) -> str:
+    """Give `1 sample`, `1,234 samples`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _cells_of(character: str) -> int:
+    if unicodedata.combining(character) or unicodedata.category(character) in {"Mn", "Me", "Cf"}:
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1
