@@ -36,6 +36,7 @@ class Demangler:
     def __init__(self, program: str = "c++filt") -> None:
         self._program: str | None = program
         self._child: subprocess.Popen[bytes] | None = None
+        self._batches = 0
 
     def demangle(self, names: Sequence[bytes]) -> list[bytes]:
         """Give each name demangled where it can be, and else as it is. Never raises."""
@@ -76,14 +77,17 @@ class Demangler:
             return []
         assert child.stdin is not None
         assert child.stdout is not None
-        question = memoryview(b"".join(name + b"\n" for name in names))
+        # Comes back as it is, and proves that each answer stands at its name.
+        self._batches += 1
+        mark = b"%d" % self._batches
+        question = memoryview(b"\n".join([*names, mark, b""]))
         answer = bytearray()
         poll = select.poll()
         poll.register(child.stdout, select.POLLIN)
         poll.register(child.stdin, select.POLLOUT)
         deadline = time.monotonic() + _BATCH_DEADLINE_S
         try:
-            while answer.count(b"\n") < len(names) and len(answer) < _MAX_OUTPUT_BYTES:
+            while answer.count(b"\n") <= len(names) and len(answer) < _MAX_OUTPUT_BYTES:
                 ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
                 if not ready:
                     break
@@ -98,10 +102,10 @@ class Demangler:
                     answer += chunk
         except OSError:  # it died while it was written to
             pass
-        lines = bytes(answer).split(b"\n")
-        if len(lines) > len(names) + 1 or (len(lines) > len(names) and lines[-1]):
-            return []  # more than was asked for: no telling which answer belongs to which name
-        return lines[:-1]
+        *lines, _ = bytes(answer).split(b"\n")
+        if len(lines) > len(names) and lines[len(names) :] != [mark]:
+            return []
+        return lines[: len(names)]
 
     def _running_child(self) -> subprocess.Popen[bytes] | None:
         if self._child is None and self._program is not None:
