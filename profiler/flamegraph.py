@@ -152,6 +152,21 @@ class FlameGraph:
             ids[nodes[order]] = state
         return ids
 
+    def left(self) -> Integers:
+        """Give where each node starts, in the unit of the totals; siblings stand side by side.
+
+        A node's own self lies right of its children.
+        """
+        left = np.zeros(len(self), dtype=np.int64)
+        for nodes in _levels(self.depth)[1:]:
+            total = self.total[nodes]
+            before = np.cumsum(total) - total
+            parents = self.parent[nodes]
+            is_first = np.diff(parents, prepend=-1) != 0
+            of_first = before[is_first][np.cumsum(is_first) - 1]
+            left[nodes] = left[parents] + before - of_first
+        return left
+
     def path(self, node: int) -> tuple[Frame, ...]:
         """Give the frames from below the root down to `node`."""
         frames = []
@@ -186,8 +201,9 @@ def build(
     label_boxes = sorted({frame for head in heads for frame in head})
     first = len(stacks.frames)
     number = {frame: first + i for i, frame in enumerate(label_boxes)}
-    deeper = first + len(label_boxes)
-    frames = (*stacks.frames, *label_boxes, DEEPER, ROOT)
+    root = first + len(label_boxes)
+    deeper = root + 1
+    frames = (*stacks.frames, *label_boxes, ROOT, DEEPER)
 
     rows = _Rows(
         starts=stacks.offsets[profile.row_stacks],
@@ -195,7 +211,7 @@ def build(
         values=profile.row_values,
         samples=profile.row_samples,
     )
-    levels = [_Level.root(rows, frame=len(frames) - 1)]
+    levels = [_Level.root(rows, frame=root)]
     node = np.zeros(len(rows.values), dtype=np.int64)
     for i in range(len(heads[0]) if heads else 0):
         boxes = np.array([number[head[i]] for head in heads], dtype=np.int64)

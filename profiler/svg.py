@@ -152,7 +152,8 @@ def _legend(graph: FlameGraph) -> Iterator[str]:
     own = dict.fromkeys(Kind, 0)
     for i, kind in enumerate(Kind):
         own[kind] = int(graph.self[frame_kinds[graph.frame] == i].sum())
-    shown = [(kind, own[kind]) for kind in Kind if own[kind]]
+    drawn = {frame.kind for frame in graph.frames} - {Kind.LABEL, Kind.REST}
+    shown = [(kind, own[kind]) for kind in Kind if kind in drawn]
     shown.sort(key=lambda each: -each[1])
     for i, (kind, total) in enumerate(shown):
         column, row = divmod(i, 4)
@@ -166,7 +167,7 @@ def _legend(graph: FlameGraph) -> Iterator[str]:
 def _boxes(graph: FlameGraph, classes: dict[str, tuple[Kind, int | None]]) -> Iterator[str]:
     """Draw every node, and collect the classes that the style sheet must hold."""
     scale = _INNER_PX / max(1, int(graph.total[0]))
-    left = _left_edges(graph)
+    left = graph.left()
     for kind in Kind:
         classes[_class(kind)] = (kind, None)
     columns = (graph.frame, graph.depth, graph.total, graph.self, graph.samples)
@@ -179,24 +180,13 @@ def _boxes(graph: FlameGraph, classes: dict[str, tuple[Kind, int | None]]) -> It
         x, width = _MARGIN_PX + start * scale, total * scale
         y = _HEADER_PX + depth * _ROW_PX
         gap = 1 if width > 3 else 0
+        # Crisp edges snap to whole pixels: narrower than one, a box might not show at all.
+        drawn = width - gap if frame.kind is Kind.REST else max(1.0, width - gap)
         yield (
             f"<g><title>{escape(_tooltip(frame, graph, total, own, samples))}</title>"
-            f'<rect class="{class_name}" x="{x:.2f}" y="{y}" width="{width - gap:.2f}" '
+            f'<rect class="{class_name}" x="{x:.2f}" y="{y}" width="{drawn:.2f}" '
             f'height="{_ROW_PX - 1}"/>{_label(frame, x, y, width)}</g>'
         )
-
-
-def _left_edges(graph: FlameGraph) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Give where each node starts, in the unit of the totals: siblings side by side."""
-    # A parent's own self lies right of its children. Only nodes that are drawn come here, so a loop
-    # is quick enough.
-    left = np.zeros(len(graph), dtype=np.int64)
-    taken = np.zeros(len(graph), dtype=np.int64)
-    for node in range(1, len(graph)):
-        parent = graph.parent[node]
-        left[node] = left[parent] + taken[parent]
-        taken[parent] += graph.total[node]
-    return left
 
 
 def _label(frame: Frame, x: float, y: int, width: float) -> str:
