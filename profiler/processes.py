@@ -213,10 +213,15 @@ class Processes:
         log.warning("dropped logs total=%d", self.dropped_logs)
 
     def _settle_children(self, life: "_Life") -> None:
-        """Work out what its living children have from it, while that can still be known."""
+        """Work out what its children have from it, while that can still be known.
+
+        Only for those that live on it, or have children themselves that may.
+        """
         for child in list(life.children):
-            lives_on = self._lives.get(child.pid) is child and not child.exit_ns
-            if lives_on and child.base is None and not child.execs:
+            lives_on_it = (
+                self._lives.get(child.pid) is child and not child.exit_ns and not child.execs
+            )
+            if child.base is None and (lives_on_it or child.children):
                 self._table(child, child.begin_ns)
 
     def _drop(self, life: "_Life") -> None:
