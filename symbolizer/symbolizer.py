@@ -47,8 +47,8 @@ _TABLES_BYTES = 8 << 20
 _MAX_TABLES = 128
 _MAX_MODULES = 8192
 _MAX_IDENTIFIED = 8192
-# Resolved names, about 250 bytes each with their text.
-_MAX_NAMES = 30_000
+# Resolved names, some 300 bytes each with their text: 5 MB.
+_MAX_NAMES = 16_384
 
 # Modules and BPF programs come and go; reading kallsyms again takes 0.1 s.
 _KERNEL_REFRESH_NS = 60 * 10**9
@@ -96,7 +96,8 @@ class Symbolizer:
         self._tables_bytes = tables_bytes
         self._identified: OrderedDict[tuple[int, ...], str] = OrderedDict()
         self._files: WeakKeyDictionary[MappingTable, dict[int, _File]] = WeakKeyDictionary()
-        self._frames: dict[tuple[str, int], tuple[Frame, ...]] = {}
+        self._frames: dict[str, dict[int, tuple[Frame, ...]]] = {}
+        self._named = 0
         self._demangler = Demangler()
         self._kernel: KernelMap | None = None
         self._kernel_modules: dict[str, tuple[int, int]] = {}
@@ -184,12 +185,13 @@ class Symbolizer:
 
     def _add_module(self, module: Module, absent: Miss | None = None) -> None:
         known = self._modules.get(module.build_id)
-        if known is None or not known.segments:
+        is_better = known is None or not known.segments
+        if is_better:
             self._modules[module.build_id] = module
-            if absent is None:
-                self._absent.pop(module.build_id, None)
-            else:
-                self._absent[module.build_id] = absent
+        if absent is None:
+            self._absent.pop(module.build_id, None)
+        elif is_better:
+            self._absent[module.build_id] = absent
         self._modules.move_to_end(module.build_id)
         while len(self._modules) > _MAX_MODULES:
             forgotten, _ = self._modules.popitem(last=False)
@@ -249,7 +251,7 @@ class Symbolizer:
         """Tell whether a build id's file was read before, by this process or an earlier one."""
         build_id = mapping.build_id
         module = self._modules.get(build_id)
-        if module is not None and module.segments:
+        if module is not None and module.segments and self._is_kept(build_id):
             self._modules.move_to_end(build_id)
             return True
         table = self._table(build_id)
@@ -257,6 +259,11 @@ class Symbolizer:
             return False
         self._add_module(Module(build_id, readable(mapping.file_path), segments=table.segments))
         return True
+
+    def _is_kept(self, build_id: str) -> bool:
+        """Tell whether to read the file once more would bring nothing."""
+        absent = self._absent.get(build_id, Miss.NOT_KEPT)
+        return absent != Miss.NOT_KEPT or self._table(build_id) is not None
 
     def _open_file(self, files: ProcessFiles, mapping: maps.Mapping) -> _File:
         is_replaced = False
@@ -285,7 +292,8 @@ class Symbolizer:
             *(status.st_mtime_ns, status.st_ctime_ns),
         )
         known = self._identified.get(identity)
-        if known is not None and known in self._modules and mapping.build_id in ("", known):
+        is_known = known in self._modules and mapping.build_id in ("", known)
+        if known is not None and is_known and self._is_kept(known):
             self._identified.move_to_end(identity)
             return _File(known)
         build_id = self._read_source(FileSource(fd), mapping, is_same)
@@ -399,30 +407,35 @@ class Symbolizer:
         module = self._modules.get(build_id)
         table = self._table(build_id) if module and build_id not in self._absent else None
         if module is None or table is None:
-            distinct = len(np.unique(offsets))
-            self.misses[self._absent.get(build_id, Miss.NOT_KEPT)] += distinct
+            reason = self._absent.get(build_id, Miss.NOT_KEPT)
+            self.misses[reason.value] += len(np.unique(offsets))
             return [()] * len(offsets)
         numbers = table.find(offsets)
         missing = numbers < 0
         if missing.any():
             reason = Miss.NO_SYMBOL if len(table) else Miss.STRIPPED
-            self.misses[reason] += len(np.unique(offsets[missing]))
+            self.misses[reason.value] += len(np.unique(offsets[missing]))
         wanted = numbers.tolist()
-        self._resolve(module, table, wanted)
-        frames = self._frames
-        return [frames[build_id, number] if number >= 0 else () for number in wanted]
+        frames = self._resolve(module, table, wanted)
+        return [frames[number] for number in wanted]
 
-    def _resolve(self, module: Module, table: SymbolTable, numbers: list[int]) -> None:
+    def _resolve(
+        self, module: Module, table: SymbolTable, numbers: list[int]
+    ) -> dict[int, tuple[Frame, ...]]:
         """Read and demangle the names of functions that are met for the first time."""
-        build_id, frames = module.build_id, self._frames
-        new = [n for n in set(numbers) if n >= 0 and (build_id, n) not in frames]
-        if len(frames) + len(new) > _MAX_NAMES:
-            frames.clear()
-            new = [n for n in set(numbers) if n >= 0]
-        names = self._demangler.demangle([table.name(number) for number in new])
-        for number, name in zip(new, names, strict=True):
-            named = Frame(readable(name), module.name, module.kind) if name else None
-            frames[build_id, number] = (named,) if named else ()
+        new = set(numbers) - self._frames.get(module.build_id, {-1: ()}).keys()
+        if self._named + len(new) > _MAX_NAMES:
+            self._frames.clear()
+            self._named = 0
+            new = set(numbers)
+        frames = self._frames.setdefault(module.build_id, {-1: ()})
+        order = sorted(new - {-1})
+        names = self._demangler.demangle([table.name(number) for number in order])
+        for number, name in zip(order, names, strict=True):
+            frame = Frame(readable(name), module.name, module.kind)
+            frames[number] = (frame,) if name else ()
+        self._named += len(order)
+        return frames
 
 
 def _is_anonymous(path: bytes) -> bool:

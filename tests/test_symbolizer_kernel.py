@@ -185,11 +185,15 @@ def test_unprivileged_process_names_nothing(tmp_path):
             pytest.skip("this kernel shows its addresses to everybody")
     child = os.fork()
     if child == 0:
-        os.setuid(65534)
-        symbolizer = Symbolizer(None)
-        places = symbolizer.locate_kernel(np.array([0xFFFFFFFF81001000], dtype=np.uint64))
-        is_right = symbolizer.names(places) == [()] and symbolizer.misses == {Miss.KERNEL_HIDDEN: 1}
-        os._exit(0 if is_right else 1)
+        is_right = False
+        try:
+            os.setuid(65534)
+            symbolizer = Symbolizer(None)
+            places = symbolizer.locate_kernel(np.array([0xFFFFFFFF81001000], dtype=np.uint64))
+            is_unnamed = symbolizer.names(places) == [()]
+            is_right = is_unnamed and symbolizer.misses == {Miss.KERNEL_HIDDEN: 1}
+        finally:
+            os._exit(0 if is_right else 1)
 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
