@@ -2,7 +2,7 @@
 
 Workload: a C program runs a tiny other one by posix_spawn and waits for it, at a fixed rate, for
 `--seconds`. The rings are read once a second, and when one is half full. Once a second 198 of the
-processes that began in it (as many as 2 CPUs at 99 Hz can sample) are asked for their mappings,
+processes that ended in it (as many as 2 CPUs at 99 Hz can sample) are asked for their mappings,
 and what is old expires: what the profiler does, without the samples. CPU is that of this thread
 in per cent of one CPU. The answer is asserted: a mapping of the tiny program must be in at least
 99 % of the tables.
@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bpf.records import PERF_RECORD_COMM, Batch, Rings, decode_comm
+from bpf.records import PERF_RECORD_COMM, PERF_RECORD_EXIT, Batch, Rings, decode_comm
 from profiler.processes import Processes
 
 SAMPLED = 198
@@ -56,12 +56,13 @@ int main(int argc, char **argv)
 """
 
 
-class ExecRings(Rings):
-    """Rings that also remember which of the tiny programs began since they were last asked."""
+class NotingRings(Rings):
+    """Rings that also remember which of the tiny programs ended since they were last asked."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.execs: list[tuple[int, int]] = []
+        self.exits: list[tuple[int, int]] = []
+        self._running: set[int] = set()
         self.noting_ns = 0
 
     def read(self) -> Batch:
@@ -69,7 +70,10 @@ class ExecRings(Rings):
         begin_ns = time.thread_time_ns()
         for record in batch.records:
             if record.type == PERF_RECORD_COMM and decode_comm(record).comm == b"tiny":
-                self.execs.append((record.pid, record.time_ns))
+                self._running.add(record.pid)
+            elif record.type == PERF_RECORD_EXIT and record.pid in self._running:
+                self._running.remove(record.pid)
+                self.exits.append((record.pid, record.time_ns))
         self.noting_ns += time.thread_time_ns() - begin_ns
         return batch
 
@@ -92,7 +96,7 @@ def main() -> None:
         measure(command, os.fsencode(tiny))
 
 
-def poll_for_a_second(processes: Processes, rings: ExecRings) -> int:
+def poll_for_a_second(processes: Processes, rings: NotingRings) -> int:
     """Poll at the end of the second, and earlier when a ring is half full. Gives ns of CPU."""
     cpu_ns, end_s, is_over = 0, time.monotonic() + 1, False
     while not is_over:
@@ -105,20 +109,19 @@ def poll_for_a_second(processes: Processes, rings: ExecRings) -> int:
 
 
 def measure(command: list[object], tiny: bytes) -> None:
-    rings = ExecRings()
+    rings = NotingRings()
     processes = Processes(rings)
     poll_ns, table_ns, expire_ns, tables_us = 0, 0, 0, []
-    asked, found, begun = 0, 0, 0
+    asked, found, ended = 0, 0, 0
     wall_ns = time.monotonic_ns()
     with subprocess.Popen([str(word) for word in command]) as spawner:
         while spawner.poll() is None:
             poll_ns += poll_for_a_second(processes, rings)
-            execs, rings.execs = rings.execs, []
-            now_ns = time.monotonic_ns()
-            begun += len(execs)
-            for pid, exec_ns in execs[:: max(1, len(execs) // SAMPLED)][:SAMPLED]:
+            exits, rings.exits = rings.exits, []
+            ended += len(exits)
+            for pid, exit_ns in exits[:: max(1, len(exits) // SAMPLED)][:SAMPLED]:
                 begin_ns = time.thread_time_ns()
-                table = processes.mappings(pid, min(exec_ns + 500_000, now_ns))
+                table = processes.mappings(pid, exit_ns)
                 tables_us.append((time.thread_time_ns() - begin_ns) / 1000)
                 asked += 1
                 found += any(mapping.path == tiny for mapping in table.mappings)
@@ -130,10 +133,10 @@ def measure(command: list[object], tiny: bytes) -> None:
     wall_ns = time.monotonic_ns() - wall_ns
     rings.close()
     total_ns = poll_ns + table_ns + expire_ns
-    print(f"processes {begun}, {begun * 1e9 / wall_ns:.0f} a second; records {rings.records}")
+    print(f"processes {ended}, {ended * 1e9 / wall_ns:.0f} a second; records {rings.records}")
     print(f"lost {rings.lost}, gaps {processes.gaps}, snapshots {processes.snapshots}")
     print(
-        f"poll {poll_ns / 1000 / begun:.1f} us, expire {expire_ns / 1000 / begun:.1f} us a process"
+        f"poll {poll_ns / 1000 / ended:.1f} us, expire {expire_ns / 1000 / ended:.1f} us a process"
     )
     spread = statistics.quantiles(tables_us, n=20)
     print(f"mappings median {spread[9]:.0f} us, 95th percentile {spread[18]:.0f} us")
