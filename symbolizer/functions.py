@@ -35,8 +35,9 @@ STB_LOCAL, STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE = 0, 1, 2, 10
 AT_PLT = np.uint32(1 << 31)
 """Set in a name's position: the name is that of a PLT stub, to be shown with `@plt` behind it."""
 
-# 2^20 functions take 60 MB while they are sorted and 12 MB after. The largest programs seen
-# (browsers, ClickHouse) stay below; what is larger is TOO_LARGE rather than the profiler.
+# 400,000 functions take 22 MB while they are sorted and 5 MB after, see bench/bench_symbolize.py
+# --library. What is larger than the largest programs (browsers, databases) is TOO_LARGE, so that a
+# made-up file costs a bounded amount.
 MAX_FUNCTIONS = 1 << 20
 _MAX_SYMBOLS_BYTES = 24 << 22
 _MAX_STRINGS_BYTES = 256 << 20
@@ -125,12 +126,13 @@ def read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
     """
     space = _OffsetSpace(elf)
     strings = StringSections(elf)
-    parts: list[Candidates] = []
-    tables = [section for section in elf.sections if section.type in (SHT_SYMTAB, SHT_DYNSYM)]
-    is_complete = any(section.type == SHT_SYMTAB for section in tables)
-    for table in tables[:2]:
-        parts += _read_symbols(elf, space, table, strings.add(table), is_complete)
-    symbols = _drop_aliases(Candidates.join(parts), strings)
+    # .symtab first: it holds what .dynsym holds, and more.
+    tables = [section for section in elf.sections if section.type == SHT_SYMTAB][:1]
+    tables += [section for section in elf.sections if section.type == SHT_DYNSYM][:1]
+    symbols = _EMPTY
+    for table in tables:
+        found = _read_symbols(elf, space, table, strings.add(table), symbols.starts)
+        symbols = _drop_aliases(Candidates.join([symbols, *found]), strings)
     stubs = _read_stubs(elf, space, strings, symbols)
     functions = arrange(Candidates.join([symbols, stubs]), strings, space.base)
     functions = _add_entry(elf, space, functions, strings.size)
@@ -242,10 +244,16 @@ class _OffsetSpace:
 
 
 def _read_symbols(
-    elf: Elf, space: _OffsetSpace, table: Section, strings: tuple[int, int], is_complete: bool
+    elf: Elf,
+    space: _OffsetSpace,
+    table: Section,
+    strings: tuple[int, int],
+    known: Words,
 ) -> Iterator[Candidates]:
+    """Read the code symbols of a table, except for those that start where a known one does."""
     dtype = _SYM[elf.bits]
     names_start, names_size = strings
+    is_complete = any(section.type == SHT_SYMTAB for section in elf.sections)
     code_starts = np.array([s.address if s.is_code else 0 for s in elf.sections], dtype=np.uint64)
     code_sizes = np.array([s.size if s.is_code else 0 for s in elf.sections], dtype=np.uint64)
     kept = 0
@@ -265,6 +273,9 @@ def _read_symbols(
         in_section = within < code_sizes[rows["st_shndx"]]
         offsets, limits = space.offsets(values)
         keep = in_section & (limits > 0)
+        if len(known):
+            place = np.minimum(np.searchsorted(known, offsets.astype(np.uint32)), len(known) - 1)
+            keep &= known[place] != offsets
         if not is_complete:
             keep &= rows["st_size"] > 0
         rows, offsets, limits, space_left = (
