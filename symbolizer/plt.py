@@ -10,15 +10,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from symbolizer.elf import SHT_DYNSYM, SHT_PROGBITS, SHT_RELA, Elf, Section
+from symbolizer.elf import SHT_DYNSYM, SHT_PROGBITS, SHT_RELA, Elf, Section, UnreadableElf
+from symbolizer.location import Miss
 
 Wide = npt.NDArray[np.uint64]
 
 R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT, R_X86_64_IRELATIVE = 6, 7, 37
 
 _PLT_NAMES = (b".plt", b".plt.sec", b".plt.got", b".plt.bnd", b".iplt")
-_MAX_PLT_BYTES = 16 << 20
-_MAX_RELOCATIONS_BYTES = 512 << 20
+# libLLVM has 8.5 MB of relocations in all, and 477 stubs. The limits are for made-up files.
+_MAX_PLT_BYTES = 4 << 20
+_MAX_RELOCATIONS_BYTES = 128 << 20
+_MAX_SLOTS = 1 << 18
+_MAX_SYMBOLS_BYTES = 24 << 22
 _CHUNK_BYTES = 24 << 15
 _LONGEST_STUB_BYTES = 16
 _ENDBR64 = b"\xf3\x0f\x1e\xfa"
@@ -65,7 +69,7 @@ def read_symbol_names(elf: Elf, symbols: npt.NDArray[np.int64]) -> npt.NDArray[n
     tables = [section for section in elf.sections if section.type == SHT_DYNSYM]
     for table in tables[:1]:
         first = 0
-        for chunk in elf.chunks(table, _CHUNK_BYTES, _MAX_RELOCATIONS_BYTES):
+        for chunk in elf.chunks(table, _CHUNK_BYTES, _MAX_SYMBOLS_BYTES):
             st_names = np.frombuffer(chunk, "<u4", len(chunk) // 24 * 6)[::6]
             here = (symbols >= first) & (symbols < first + len(st_names))
             names[here] = st_names[symbols[here] - first]
@@ -105,18 +109,24 @@ def _stub_starts(
 def _relocations(elf: Elf) -> npt.NDArray[np.void]:
     """Read those that fill a slot with a function's address, sorted by slot."""
     parts = [_NO_RELA]
-    for section in elf.sections:
-        if section.type == SHT_RELA:
-            for chunk in elf.chunks(section, _CHUNK_BYTES, _MAX_RELOCATIONS_BYTES):
-                rows = np.frombuffer(chunk, _RELA, len(chunk) // _RELA.itemsize)
-                types = rows["r_info"] & np.uint64(0xFFFFFFFF)
-                parts.append(
-                    rows[
-                        (types == R_X86_64_GLOB_DAT)
-                        | (types == R_X86_64_JUMP_SLOT)
-                        | (types == R_X86_64_IRELATIVE)
-                    ]
-                )
+    slots = 0
+    sections = [section for section in elf.sections if section.type == SHT_RELA]
+    if sum(section.size for section in sections) > _MAX_RELOCATIONS_BYTES:
+        raise UnreadableElf(Miss.TOO_LARGE)
+    for section in sections:
+        for chunk in elf.chunks(section, _CHUNK_BYTES, _MAX_RELOCATIONS_BYTES):
+            rows = np.frombuffer(chunk, _RELA, len(chunk) // _RELA.itemsize)
+            types = rows["r_info"] & np.uint64(0xFFFFFFFF)
+            parts.append(
+                rows[
+                    (types == R_X86_64_GLOB_DAT)
+                    | (types == R_X86_64_JUMP_SLOT)
+                    | (types == R_X86_64_IRELATIVE)
+                ]
+            )
+            slots += len(parts[-1])
+            if slots > _MAX_SLOTS:
+                raise UnreadableElf(Miss.TOO_LARGE)
     rows = np.concatenate(parts)
     return rows[np.argsort(rows["r_offset"], kind="stable")]
 

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import subprocess
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -393,7 +394,7 @@ def test_cut_file_gives_no_wrong_name(program, tmp_path):
 
 
 def test_flipped_bytes_raise_nothing_else_and_take_no_memory(program, tmp_path):
-    """Thousands of damaged files: a table or a reason, within 32 MB."""
+    """Hundreds of damaged files: a table or a reason, within 32 MB."""
     whole = bytearray(program.read_bytes())
     header = read_elf_header(program)
     chance = random.Random(7)
@@ -403,7 +404,7 @@ def test_flipped_bytes_raise_nothing_else_and_take_no_memory(program, tmp_path):
     outcomes = []
 
     tracemalloc.start()
-    for _ in range(2000):
+    for _ in range(800):
         damaged = bytearray(whole)
         for _ in range(chance.choice((1, 1, 4, 40))):
             place = (
@@ -425,6 +426,35 @@ def test_flipped_bytes_raise_nothing_else_and_take_no_memory(program, tmp_path):
 
     assert set(outcomes) >= {"read", Miss.DAMAGED}
     assert peak < 32 << 20
+
+
+def test_endless_sections_cost_no_time_and_no_memory(program, tmp_path):
+    """60,000 sections that each claim the same 128 MB are refused before they are read."""
+    header = read_elf_header(program)
+    content = bytearray(program.read_bytes())
+    shdrs = np.frombuffer(content, "<u8", 8 * header.shnum, header.shoff).reshape(-1, 8)
+    relocations = shdrs[shdrs[:, 0] >> np.uint64(32) == 4][:1].copy()
+    relocations[0, 3:5] = 0, 128 << 20  # sh_offset, sh_size
+    path = tmp_path / "endless"
+    shoff = 128 << 20
+    content[40:48] = shoff.to_bytes(8, "little")
+    content[60:62] = (60_000).to_bytes(2, "little")
+    with path.open("wb") as file:
+        file.write(content)
+        file.seek(shoff)
+        file.write(shdrs.tobytes())
+        file.write(np.repeat(relocations, 60_000 - header.shnum, axis=0).tobytes())
+
+    started = time.monotonic()
+    tracemalloc.start()
+    with pytest.raises(UnreadableElf) as raised:
+        read_table(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert raised.value.reason == Miss.TOO_LARGE
+    assert time.monotonic() - started < 10
+    assert peak < 64 << 20
 
 
 @pytest.mark.parametrize(
