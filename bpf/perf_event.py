@@ -32,6 +32,8 @@ PERF_EVENT_IOC_DISABLE = 0x2401
 PERF_EVENT_IOC_PERIOD = 0x40082404
 PERF_EVENT_IOC_SET_BPF = 0x40042408
 
+_STANDSTILL_NS = 20_000_000  # longer than a jiffy, to which coarse clocks are bound
+
 _ONLINE = Path("/sys/devices/system/cpu/online")
 _PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 
@@ -173,6 +175,16 @@ def enabled_ns(fd: int) -> int:
         number = error.errno or 0
         raise PerfEventError(f"cannot read perf event {fd}: {_explain(number)}", number) from error
     return int.from_bytes(count_and_time[8:16], sys.byteorder)
+
+
+def has_stopped(fd: int) -> bool:
+    """Tell whether the event is dead, its CPU having been offline since it was opened."""
+    first_ns = enabled_ns(fd)
+    give_up_ns = time.monotonic_ns() + _STANDSTILL_NS
+    while enabled_ns(fd) == first_ns:
+        if time.monotonic_ns() > give_up_ns:
+            return True
+    return False
 
 
 def set_period(fd: int, period: int) -> None:

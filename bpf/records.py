@@ -43,7 +43,6 @@ _DATA_HEAD, _DATA_TAIL = 1024 // 8, 1032 // 8
 # An MMAP2 record with a path of PATH_MAX is the largest there is; a LOST record precedes it.
 _LARGEST_RECORD = 72 + 4096 + 8 + 32
 _SMALLEST_RECORD = 24
-_STANDSTILL_NS = 20_000_000  # longer than a jiffy, to which coarse clocks are bound
 _SMALLEST = {
     PERF_RECORD_LOST: 32,
     PERF_RECORD_COMM: 32,
@@ -232,7 +231,11 @@ class Rings:
         """
         now_ns = self._clock_ns()
         online = perf_event.online_cpus()
-        stopped = [c for c, ring in self._rings.items() if c not in online or ring.has_stopped()]
+        stopped = [
+            c
+            for c, ring in self._rings.items()
+            if c not in online or perf_event.has_stopped(ring.fd)
+        ]
         for cpu in stopped:
             ring = self._rings.pop(cpu)
             self._read_ring(ring, now_ns, self._held_back)
@@ -348,15 +351,6 @@ class _Ring:
             unread = self._memory[start:] + self._memory[_PAGE:end]
         self._words[_DATA_TAIL] = head
         return unread, self._size - (head - tail) < _LARGEST_RECORD
-
-    def has_stopped(self) -> bool:
-        """Tell whether the event is dead, its CPU having been offline since it was opened."""
-        first_ns = perf_event.enabled_ns(self.fd)
-        give_up_ns = time.monotonic_ns() + _STANDSTILL_NS
-        while perf_event.enabled_ns(self.fd) == first_ns:
-            if time.monotonic_ns() > give_up_ns:
-                return True
-        return False
 
     def close(self) -> None:
         self._words.release()

@@ -4,6 +4,7 @@ Typical use: `with Sampler(SamplerConfig()) as sampler: sampler.start(); …; sa
 second. All of it happens in the caller's thread; nothing here starts one.
 """
 
+import errno
 import json
 import os
 import socket
@@ -19,7 +20,7 @@ from typing import Self
 import numpy as np
 
 from bpf import perf_event, syscalls
-from bpf.errors import LoadError
+from bpf.errors import LoadError, PerfEventError
 from bpf.samples import (
     COUNT,
     COUNT_KEY,
@@ -129,18 +130,22 @@ class Sampler:
         A CPU that was off and on again needs a new event: the old one stays blind.
         """
         online = set(perf_event.online_cpus())
-        if online == self._events.keys():
-            return False
-        for cpu in self._events.keys() - online:
+        gone = [
+            cpu
+            for cpu, fd in self._events.items()
+            if cpu not in online or perf_event.has_stopped(fd)
+        ]
+        for cpu in gone:
             os.close(self._events.pop(cpu))
+        come = sorted(online - self._events.keys())
         attr = perf_event.sampling_attr(self.config.frequency_hz, self.config.hardware)
-        for cpu in sorted(online - self._events.keys()):
-            fd = perf_event.open_event(attr, cpu=cpu)
-            self._events[cpu] = fd
+        opened = {cpu: fd for cpu in come if (fd := _open_if_online(attr, cpu)) is not None}
+        self._events |= opened
+        for fd in opened.values():
             perf_event.set_bpf(fd, self._fds["on_tick"])
-        for cpu in online:
-            perf_event.enable(self._events[cpu])
-        return True
+        for fd in opened.values():
+            perf_event.enable(fd)
+        return bool(gone or come)
 
     def stop(self) -> None:
         """End ticking. What was counted is still there for one more drain."""
@@ -238,6 +243,15 @@ class Sampler:
             if fd >= 0:
                 os.close(fd)
         self._barrier = self._barrier_inner = -1
+
+
+def _open_if_online(attr: perf_event.PerfEventAttr, cpu: int) -> int | None:
+    try:
+        return perf_event.open_event(attr, cpu=cpu)
+    except PerfEventError as error:
+        if error.errno == errno.ENODEV:  # it went offline a moment ago
+            return None
+        raise
 
 
 def _stacks(

@@ -7,15 +7,17 @@ Modules are imported by the command that needs them, so that `--help` does not w
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import re
 import sys
-from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from storage.profile import Profile
 
     # argparse has no public name for what add_subparsers gives.
@@ -32,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments, command = _split_command(arguments)
     options = _parser().parse_args(arguments)
+    logging.basicConfig(format="everflame: %(message)s")
     options.command = command
     options.environment = environment
     try:

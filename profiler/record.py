@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Protocol, TextIO
 
 from bpf.sampler import SamplerConfig
-from profiler import export, signals, terminal
+from profiler import export, terminal
 from profiler.recorder import DRAIN_PERIOD_S, Recorder
+from profiler.signals import ENDING, Signals
 from storage.profile import Accounting, Profile
 
 _GRACE_S = 5.0
@@ -80,13 +81,13 @@ class Processes(AllCpus):
 
     def __init__(self, roots: Sequence[int]) -> None:
         for pid in roots:
-            if not Path(f"/proc/{pid}").exists():
+            if not _is_running(pid):
                 raise RefusedError(f"cannot record process {pid}: there is no such process")
         self._roots = roots
         self.pids = frozenset(_with_descendants(roots))
 
     def has_ended(self) -> bool:
-        return not any(Path(f"/proc/{pid}").exists() for pid in self._roots)
+        return not any(map(_is_running, self._roots))
 
 
 class Command:
@@ -129,7 +130,9 @@ def _become(command: Sequence[str], environment: dict[str, str], gate: int, othe
     try:
         os.close(other)
         if os.read(gate, 1):
-            signals.release()
+            # Python ignores these two, and what is ignored stays so over an exec.
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             os.execvpe(command[0], list(command), environment)  # noqa: S606 - it is what was asked
     except OSError as error:
         sys.stderr.write(f"everflame: cannot run {command[0]}: {error.strerror}\n")
@@ -145,15 +148,27 @@ def _is_foreground() -> bool:
         return False
 
 
+def _state_and_parent(pid: int) -> tuple[bytes, int] | None:
+    """Read /proc/PID/stat (proc_pid_stat(5)); None when there is no such process."""
+    try:
+        # The name in parentheses may hold anything, so fields are counted from its end.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return fields[0], int(fields[1])
+
+
+def _is_running(pid: int) -> bool:
+    """Tell whether it exists and is more than a zombie that waits for its parent."""
+    found = _state_and_parent(pid)
+    return found is not None and found[0] not in (b"Z", b"X")
+
+
 def _with_descendants(roots: Iterable[int]) -> set[int]:
     children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # The name in parentheses may hold anything, so fields are counted from its end.
-            parent = int(path.read_bytes().rpartition(b")")[2].split()[1])
-        except (OSError, IndexError, ValueError):
-            continue  # it has exited
-        children.setdefault(parent, []).append(int(path.parent.name))
+    for path in Path("/proc").glob("[0-9]*"):
+        if stat := _state_and_parent(int(path.name)):
+            children.setdefault(stat[1], []).append(int(path.name))
     found: set[int] = set()
     pending = list(roots)
     while pending:
@@ -169,13 +184,13 @@ def run(options: RecordOptions, environment: dict[str, str]) -> int:
     outputs = options.outputs or (f"./everflame-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.pb.gz",)
     for output in outputs:
         export.check_output(output)
-    with signals.held():
+    with Signals() as signals:
         target = (
             Command(options.command, environment) if options.command else target_of(options.pids)
         )
         config = SamplerConfig(options.frequency_hz, options.hardware, target.pids)
         with Recorder(config) as recorder:
-            _sample(recorder, target, options.duration_s)
+            _sample(recorder, target, options.duration_s, signals)
             profile = recorder.close_window()
             unselected = recorder.sampler.unselected
     for output in outputs:
@@ -196,8 +211,9 @@ def target_of(pids: Sequence[int]) -> Target:
     return Processes(pids) if pids else AllCpus()
 
 
-def _sample(recorder: Recorder, target: Target, duration_s: float) -> None:
+def _sample(recorder: Recorder, target: Target, duration_s: float, signals: Signals) -> None:
     progress = Progress(sys.stderr, duration_s)
+    signals.watch(recorder.fileno())
     recorder.start()
     target.start()
     begun = time.monotonic()
@@ -206,12 +222,13 @@ def _sample(recorder: Recorder, target: Target, duration_s: float) -> None:
     asked = False
     while not target.has_ended():
         met = signals.wait(min(next_step, deadline))
+        recorder.catch_up()
         now = time.monotonic()
-        if met in signals.ENDING or now >= deadline:
+        if met in ENDING or now >= deadline:
             if asked or not isinstance(target, Command):
                 break
             asked = True
-            target.ask_to_end(met if met in signals.ENDING else signal.SIGTERM)  # type: ignore[arg-type]  # narrowed by `in`
+            target.ask_to_end(met if met in ENDING else signal.SIGTERM)
             deadline = now + _GRACE_S
         if now >= next_step:
             recorder.step()

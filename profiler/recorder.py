@@ -118,10 +118,18 @@ class Recorder:
         """Where the ticks of the open window have gone up to the last step."""
         return self._window.accounting(self._host, {})
 
+    def fileno(self) -> int:
+        """Give a descriptor that is readable when `catch_up` should not wait for the next step."""
+        return self._rings.fileno()
+
+    def catch_up(self) -> None:
+        """Take in what the kernel told of processes, before its rings are full."""
+        self.processes.poll()
+
     def step(self) -> None:
         """Take in what was counted since the last step. To be called every DRAIN_PERIOD_S."""
-        if self.sampler.refresh_cpus():
-            self._rings.refresh()
+        self.sampler.refresh_cpus()
+        self._rings.refresh()
         self._fold(self.sampler.drain())
 
     def close_window(self) -> Profile:
@@ -235,7 +243,7 @@ class _Clocks:
 
     @classmethod
     def now(cls) -> "_Clocks":
-        return cls(time.time_ns(), time.monotonic_ns(), nonidle_ns(), own_cpu_ns())
+        return cls(time.time_ns(), time.monotonic_ns(), nonidle_ns(), time.process_time_ns())
 
     def since(self, earlier: "_Clocks") -> int:
         """Give the ns between two readings; the wall clock may have been set in between."""
@@ -261,14 +269,6 @@ def nonidle_ns() -> int:
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     user, nice, system, _idle, _iowait, irq, softirq = map(int, fields[:7])
     return (user + nice + system + irq + softirq) * _TICK_NS
-
-
-def own_cpu_ns() -> int:
-    """Give the CPU time of this process and of the helpers that it has waited for."""
-    return sum(
-        int((usage.ru_utime + usage.ru_stime) * 1e9)
-        for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    )
 
 
 def rss_bytes() -> int:

@@ -1,30 +1,59 @@
-"""Signals as values: a loop waits for the next one or for a deadline, and nothing interrupts it."""
+"""Signals as values: a loop waits for a signal, for a descriptor or for a deadline.
 
-import contextlib
+Nothing else is interrupted by them: what ends a recording is met between two steps of it.
+"""
+
+import os
+import select
 import signal
 import time
-from collections.abc import Iterator
+from collections import deque
+from types import FrameType, TracebackType
+from typing import Self
 
 ENDING = frozenset({signal.SIGINT, signal.SIGTERM})
-_HELD = ENDING | {signal.SIGCHLD}
 
 
-@contextlib.contextmanager
-def held() -> Iterator[None]:
-    """Hold SIGINT, SIGTERM and SIGCHLD back inside of the block, to be met by `wait` only."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+class Signals:
+    """Takes SIGINT, SIGTERM and SIGCHLD for as long as its block lasts. One at a time."""
 
+    def __init__(self) -> None:
+        self._met: deque[signal.Signals] = deque()
+        self._poll = select.poll()
 
-def release() -> None:
-    """Let held signals through again, as a program that is about to be started expects."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+    def __enter__(self) -> Self:
+        self._wakes, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._poll.register(self._wakes, select.POLLIN)
+        self._wakeup_before = signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._note) for number in self._numbers}
+        return self
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._wakes)
+        os.close(self._woken)
 
-def wait(until_s: float) -> signal.Signals | None:
-    """Give the next held signal, or None when `time.monotonic()` has reached `until_s`."""
-    met = signal.sigtimedwait(_HELD, max(0.0, until_s - time.monotonic()))
-    return signal.Signals(met.si_signo) if met else None
+    _numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._met.append(signal.Signals(number))
+
+    def watch(self, fd: int) -> None:
+        """Let `wait` return as well when the descriptor has become readable."""
+        self._poll.register(fd, select.POLLIN)
+
+    def wait(self, until_s: float) -> signal.Signals | None:
+        """Give the next signal; None at `time.monotonic()` = `until_s`, or for a descriptor."""
+        if not self._met:
+            left_s = max(0.0, until_s - time.monotonic())
+            ready = dict(self._poll.poll(None if left_s == float("inf") else left_s * 1000))
+            if self._wakes in ready:
+                os.read(self._wakes, 4096)
+        return self._met.popleft() if self._met else None

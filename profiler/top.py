@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 
 from bpf.sampler import SamplerConfig
-from profiler import signals, terminal
+from profiler import terminal
 from profiler.record import target_of
 from profiler.recorder import DRAIN_PERIOD_S, Recorder
+from profiler.signals import ENDING, Signals
 from storage.profile import Profile
 
 # Alternate screen and hidden cursor, and back: what was on the terminal is there again at the end.
@@ -28,17 +29,18 @@ def run(
     Where stdout is no terminal, one table after the other is printed.
     """
     is_screen = sys.stdout.isatty()
-    with signals.held():
+    with Signals() as signals:
         target = target_of(pids)
         config = SamplerConfig(frequency_hz, hardware, target.pids)
         with Recorder(config) as recorder:
+            signals.watch(recorder.fileno())
             recorder.start()
             end = time.monotonic() + duration_s
             try:
                 sys.stdout.write(_ENTER if is_screen else "")
                 going = True
                 while going and not target.has_ended() and (now := time.monotonic()) < end:
-                    going = _sample(recorder, min(now + interval_s, end))
+                    going = _sample(recorder, signals, min(now + interval_s, end))
                     sys.stdout.write(_HOME if is_screen else "")
                     print(screen(recorder.close_window(), is_screen=is_screen), flush=True)
             finally:
@@ -47,12 +49,17 @@ def run(
     return 0
 
 
-def _sample(recorder: Recorder, until: float) -> bool:
+def _sample(recorder: Recorder, signals: Signals, until: float) -> bool:
     """Sample until then; False when a signal asks to end."""
-    while (now := time.monotonic()) < until:
-        if signals.wait(min(now + DRAIN_PERIOD_S, until)) in signals.ENDING:
+    next_step = time.monotonic() + DRAIN_PERIOD_S
+    while time.monotonic() < until:
+        met = signals.wait(min(next_step, until))
+        recorder.catch_up()
+        if met in ENDING:
             return False
-        recorder.step()
+        if time.monotonic() >= next_step:
+            recorder.step()
+            next_step = time.monotonic() + DRAIN_PERIOD_S
     return True
 
 

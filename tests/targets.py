@@ -24,4 +24,7 @@ def running(*command: str | Path, **options: object) -> Iterator[subprocess.Pope
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe:
+                pipe.close()

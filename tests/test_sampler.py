@@ -189,20 +189,28 @@ def test_kernel_threads_have_no_user_stack(tmp_path) -> None:
     assert all(len(sample.user) == 0 and len(sample.kernel) > 0 for sample in found)
 
 
-def test_a_cpu_that_was_away_is_sampled_again(busy) -> None:
-    """Its old event would stay blind for ever (the CPU is put back whatever happens)."""
+@pytest.fixture
+def second_cpu() -> Iterator[Path]:
+    """The switch of CPU 1, which is on again afterwards whatever happens."""
     switch = Path("/sys/devices/system/cpu/cpu1/online")
     if not switch.exists():
         pytest.skip("this machine has no second CPU that can be taken offline")
+    yield switch
+    switch.write_text("1")
+
+
+@pytest.mark.parametrize("is_seen_offline", [True, False])
+def test_a_cpu_that_was_away_is_sampled_again(is_seen_offline, second_cpu) -> None:
+    """Its old event stays blind for ever, also when nobody looked while it was away."""
     with Sampler(SamplerConfig(frequency_hz=999)) as sampler:
         sampler.start()
-        try:
-            switch.write_text("0")
+        second_cpu.write_text("0")
+        if is_seen_offline:
             assert sampler.refresh_cpus()
             assert perf_event.online_cpus() == (0,)
-        finally:
-            switch.write_text("1")
+        second_cpu.write_text("1")
         assert sampler.refresh_cpus()
+        assert not sampler.refresh_cpus()
         sampler.drain()
         with running("taskset", "-c", "1", "sh", "-c", "while :; do :; done") as loop:
             time.sleep(0.5)
