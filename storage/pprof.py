@@ -414,7 +414,9 @@ class _Decoder:
             if len(values) != len(parsed.sample_type):
                 raise ProfileError("cannot read pprof: a sample has too many values or too few")
             value = values[value_at] * scale
-            samples = values[samples_at] if samples_at >= 0 else -(-value // period_ns)
+            # Without a count and a period, nothing says how often a stack was seen.
+            derived = max(1, value // period_ns) if period_ns > 1 else 1
+            samples = values[samples_at] if samples_at >= 0 else derived
             if value < 0 or samples < 0:
                 raise ProfileError(
                     "cannot read pprof: a negative value, so this is a difference, not a profile"

@@ -1,7 +1,9 @@
 """Profiles for tests: a small one that has everything, strategies, and large synthetic ones."""
 
+import dataclasses
 import random
 
+import numpy as np
 from hypothesis import strategies as st
 
 from storage.profile import Accounting, Host, Labels, Profile, ProfileBuilder, Window, make_labels
@@ -51,7 +53,7 @@ HOSTILE_NAMES = (
     b"\\x3b",
     b"\\",
     b"kernel_[k]",
-    b'"quoted" & \'single\' ]]> -->',
+    b"\"quoted\" & 'single' ]]> -->",
     "漢字 wide 🔥".encode(),
     b"",
 )
@@ -180,9 +182,7 @@ def segments() -> st.SearchStrategy[tuple[Segment, ...]]:
     """Up to two segments that do not overlap, congruent modulo the page as the gABI asks."""
     return st.builds(
         lambda base, low, sizes: tuple(
-            Segment(
-                ElfAddress(base + (i << 20) + low), FileOffset((i << 20) + low), size
-            )
+            Segment(ElfAddress(base + (i << 20) + low), FileOffset((i << 20) + low), size)
             for i, size in enumerate(sizes)
         ),
         st.sampled_from([0, 0x400000, 0xFFFFFFFF80000000]),
@@ -198,7 +198,7 @@ def modules() -> st.SearchStrategy[tuple[Module, ...]]:
     return st.lists(module, max_size=4, unique_by=lambda each: each.build_id).map(tuple)
 
 
-kinds = st.sampled_from(list(Kind))
+kinds = st.sampled_from([kind for kind in Kind if kind not in {Kind.LABEL, Kind.REST}])
 frames = st.builds(Frame, texts.filter(bool), texts, kinds, texts, st.integers(0, 2**31))
 locations = st.one_of(
     st.builds(
@@ -248,3 +248,8 @@ def named_locations(profile: Profile) -> dict[Location, tuple[Frame, ...]]:
 
 def label_value(labels: Labels, name: str) -> str:
     return dict(labels).get(name, "")
+
+
+def with_values(profile: Profile, values: list[int]) -> Profile:
+    """Replace the values of the rows, in their order."""
+    return dataclasses.replace(profile, row_values=np.array(values, dtype=np.int64))
