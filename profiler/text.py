@@ -46,7 +46,7 @@ def quantity(value: int, unit: str) -> str:
             scaled = value / scale
             digits = 0 if scale == 1 or scaled >= 100 else 1 if scaled >= 10 else 2
             return f"{scaled:,.{digits}f} {name}"
-    return f"0 {scales[0][1]}"
+    return "0 s" if unit == "nanoseconds" else "0 B"
 
 
 def percent(part: int, whole: int) -> str:
