@@ -52,9 +52,10 @@ from symbolizer.text import readable
 
 SCHEMA = 1
 
-SIZE_LIMIT_BYTES = 512 * 1024 * 1024
-"""Decompressed size of a profile. 500,000 stacks of 30 frames take about 60 MB; whatever is larger
-than this limit is refused, so that a small file cannot fill the memory."""
+SIZE_LIMIT_BYTES = 128 * 1024 * 1024
+"""Decompressed size of a profile; 200,000 stacks of 30 frames take 16 MB. Whatever is larger is
+refused, so that a small file cannot fill the memory: two bytes make an empty sample, which takes
+50 once it is parsed, and 128 MiB of those 3.2 GB."""
 
 COUNT_LIMIT = 2**62
 """Sum of a file's samples or values. A larger one is refused: the columns are 64 bits wide."""
@@ -372,7 +373,7 @@ class _Line(NamedTuple):
     system_name: str
     file: str
     first_line: int
-    line: int
+    line: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +395,7 @@ class _Decoder:
         self._raw_strings: Sequence[bytes] = parsed.string_table
         self._strings = [readable(text) for text in parsed.string_table]
         self._mappings = _by_id("mapping", parsed.mapping)
-        self._functions = _by_id("function", parsed.function)
+        self._functions: dict[int, _Line] = {}
 
     def decode(self) -> Profile:
         parsed = self._parsed
@@ -407,6 +408,7 @@ class _Decoder:
         builder = ProfileBuilder(period_ns, type_, unit)
         if ours is not None:
             builder.modules.update(ours.modules)
+        self._functions = self._read_functions(is_ours=ours is not None)
         numbers = self._locations(builder, ours)
         stored, total = 0, 0
         for sample in parsed.sample:
@@ -489,7 +491,7 @@ class _Decoder:
         for location in self._parsed.location:
             if location.id == 0 or location.id in numbers:
                 raise ProfileError(f"cannot read pprof: location id {location.id} is not unique")
-            lines = [self._line(line, ours is not None) for line in location.line]
+            lines = [self._line(line) for line in location.line]
             mapping = self._mapping_of(location)
             if ours is not None and (mapping is None or not mapping.build_id):
                 numbers[location.id] = self._named(builder, mapping, lines)
@@ -516,18 +518,24 @@ class _Decoder:
             raise ProfileError(f"cannot read pprof: no mapping has the id {location.mapping_id}")
         return self._mappings[location.mapping_id]
 
-    def _line(self, line: Any, is_ours: bool) -> _Line:
+    def _read_functions(self, is_ours: bool) -> dict[int, _Line]:
+        """Give, by function id, what all of its lines share."""
+        functions = {}
+        for id_, function in _by_id("function", self._parsed.function).items():
+            name, system_name = self._string(function.name), self._string(function.system_name)
+            functions[id_] = _Line(
+                name=name if is_ours else name or system_name,
+                system_name=system_name,
+                file=self._string(function.filename),
+                first_line=max(0, function.start_line),
+            )
+        return functions
+
+    def _line(self, line: Any) -> _Line:
         function = self._functions.get(line.function_id)
         if function is None:
             raise ProfileError(f"cannot read pprof: no function has the id {line.function_id}")
-        name, system_name = self._string(function.name), self._string(function.system_name)
-        return _Line(
-            name=name if is_ours else name or system_name,
-            system_name=system_name,
-            file=self._string(function.filename),
-            first_line=max(0, function.start_line),
-            line=max(0, line.line),
-        )
+        return function._replace(line=line.line) if line.line > 0 else function
 
     def _address(
         self, builder: ProfileBuilder, mapping: Any | None, address: int, is_ours: bool
