@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import orjson
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
@@ -200,7 +201,7 @@ class _Encoder:
         out.duration_nanos = profile.window.end_ns - profile.window.start_ns
         for comment in (_accounting_comment(profile), _modules_comment(profile.modules)):
             out.comment.append(self._string(comment))
-        for module in profile.modules.values():
+        for module in _by_presence(profile):
             for segment in module.segments or (None,):
                 self._mapping(module.build_id, module.path, segment)
         for number in range(len(profile.locations)):
@@ -306,6 +307,30 @@ class _Encoder:
             content = {"num": number} if number else {"str": self._string(value)}
             fields.append({"key": self._string(name), **content})
         return fields
+
+
+def _by_presence(profile: Profile) -> list[Module]:
+    """Order modules by how often they are on a stack, the kernel's last.
+
+    The first mapping is the main binary, which pprof names in its header.
+    """
+    numbers = {build_id: i for i, build_id in enumerate(profile.modules)}
+    owners = np.array(
+        [
+            numbers.get(place.build_id, -1) if isinstance(place, AddressLocation) else -1
+            for place in profile.locations
+        ],
+        dtype=np.int64,
+    )
+    samples = np.zeros(len(profile.stack_offsets) - 1, dtype=np.int64)
+    np.add.at(samples, profile.row_stacks, profile.row_samples)
+    on_stacks = np.repeat(samples, np.diff(profile.stack_offsets))
+    presence = np.zeros(len(numbers) + 1, dtype=np.int64)  # the last one is for all the others
+    np.add.at(presence, owners[profile.stack_locations], on_stacks)
+    return sorted(
+        profile.modules.values(),
+        key=lambda module: (module.kind is Kind.KERNEL, -presence[numbers[module.build_id]]),
+    )
 
 
 def _segment_of(module: Module, offset: FileOffset) -> Segment | None:

@@ -104,6 +104,13 @@ def test_mappings_are_segments_with_addresses_as_linked():
     assert "[python]" in by_name
 
 
+def test_the_first_mapping_is_the_main_binary():
+    """pprof names it in its header: the module that is on the stacks most often, not the kernel."""
+    parsed = message(some.sample_profile())
+
+    assert text(parsed, parsed.mapping[0].filename) == "/srv/api"
+
+
 def test_only_a_mapping_whose_locations_are_all_named_has_functions():
     """One address without a name is a reason for other tools to look it up."""
     parsed = message(some.sample_profile())
