@@ -5,7 +5,6 @@ Every format tells the same counts. What each can hold differs: `.pb.gz` everyth
 """
 
 import os
-import secrets
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +12,6 @@ from typing import TypeVar
 
 import orjson
 
-from profiler import flamegraph, speedscope, svg
-from storage import folded, pprof
 from storage.profile import Profile, ProfileError
 
 DEFAULT_BY = ("comm",)
@@ -73,7 +70,7 @@ def write(profile: Profile, file: str, by: Sequence[str] | None = None) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(content)  # a pipe or a device must be written to, not replaced
         return
-    part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".{path.name[:200]}.{os.urandom(4).hex()}.part")
     try:
         part.write_bytes(content)
         part.replace(path)
@@ -97,7 +94,42 @@ def read(file: str) -> Profile:
         raise type(error)(f"{file}: {error}") from error
 
 
+_Writer = Callable[[Profile, Sequence[str]], bytes]
+_Reader = Callable[[bytes], Profile]
+_Codec = TypeVar("_Codec")
+
+# Each format is imported when it is needed: the sampling process is to stay small, and what only
+# draws or encodes would be 6 MB of it.
+# ruff: noqa: PLC0415
+
+
+def _write_pprof(profile: Profile, _by: Sequence[str]) -> bytes:
+    from storage import pprof
+
+    return pprof.encode(profile)
+
+
+def _write_speedscope(profile: Profile, by: Sequence[str]) -> bytes:
+    from profiler import speedscope
+
+    return speedscope.encode(profile, by)
+
+
+def _write_folded(profile: Profile, by: Sequence[str]) -> bytes:
+    from storage import folded
+
+    return folded.encode(profile, by)
+
+
+def _write_svg(profile: Profile, by: Sequence[str]) -> bytes:
+    from profiler import svg
+
+    return svg.draw(profile, by)
+
+
 def _write_json(profile: Profile, by: Sequence[str]) -> bytes:
+    from profiler import flamegraph
+
     graph = flamegraph.build(profile, by).prune(_JSON_WIDTH_PX)
     return orjson.dumps(
         flamegraph.document(profile, graph),
@@ -105,22 +137,36 @@ def _write_json(profile: Profile, by: Sequence[str]) -> bytes:
     )
 
 
-_Writer = Callable[[Profile, Sequence[str]], bytes]
-_Reader = Callable[[bytes], Profile]
-_Codec = TypeVar("_Codec")
+def _read_pprof(content: bytes) -> Profile:
+    from storage import pprof
+
+    return pprof.decode(content)
+
+
+def _read_speedscope(content: bytes) -> Profile:
+    from profiler import speedscope
+
+    return speedscope.decode(content)
+
+
+def _read_folded(content: bytes) -> Profile:
+    from storage import folded
+
+    return folded.decode(content)
+
 
 _WRITERS: dict[str, _Writer] = {
-    ".pb.gz": lambda profile, _: pprof.encode(profile),
-    ".speedscope.json": speedscope.encode,
-    ".folded": folded.encode,
-    ".svg": svg.draw,
+    ".pb.gz": _write_pprof,
+    ".speedscope.json": _write_speedscope,
+    ".folded": _write_folded,
+    ".svg": _write_svg,
     ".json": _write_json,
-    STDOUT: folded.encode,
+    STDOUT: _write_folded,
 }
 _READERS: dict[str, _Reader] = {
-    ".pb.gz": pprof.decode,
-    ".speedscope.json": speedscope.decode,
-    ".folded": folded.decode,
+    ".pb.gz": _read_pprof,
+    ".speedscope.json": _read_speedscope,
+    ".folded": _read_folded,
 }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol, TextIO
 
 from bpf.sampler import SamplerConfig
-from profiler import export, terminal
+from profiler import export
 from profiler.recorder import DRAIN_PERIOD_S, Recorder
 from profiler.signals import ENDING, Signals
 from storage.profile import Accounting, Profile
@@ -196,6 +196,8 @@ def run(options: RecordOptions, environment: dict[str, str]) -> int:
     for output in outputs:
         export.write(profile, output, by=options.by or None)
     if not options.outputs:
+        from profiler import terminal  # noqa: PLC0415 - memory that sampling does not need
+
         width = terminal.width(sys.stdout)
         print(terminal.function_table(profile, width=width, limit=25))
     talk = summary(profile, config)

@@ -6,7 +6,6 @@ with its process was put aside when it was first seen.
 """
 
 import ctypes
-import hashlib
 import os
 import resource
 import socket
@@ -15,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -36,6 +36,7 @@ from storage.profile import (
     Window,
     make_labels,
 )
+from symbolizer.digest import blake2b
 from symbolizer.location import AddressLocation, Location
 from symbolizer.maps import MappingTable
 from symbolizer.symbolizer import Symbolizer
@@ -58,7 +59,8 @@ def this_host() -> Host:
         if path.is_file() and (text := path.read_text().strip()):
             seed = text
             break
-    return Host(name, hashlib.sha256(f"everflame {seed}".encode()).hexdigest()[:16])
+    # machine-id(5) asks for a keyed hash wherever the id leaves the host.
+    return Host(name, blake2b(seed.encode(), digest_size=8, key=b"everflame").hexdigest())
 
 
 def default_cache() -> Path:
@@ -183,8 +185,9 @@ class Recorder:
         words, where = np.unique(np.concatenate(stacks), return_inverse=True)
         location = self._window.builder.location
         numbers = np.array([location(place) for place in locate(words)], dtype=np.int32)
-        ends = np.cumsum([len(stack) for stack in stacks])
-        return np.split(numbers[where], ends[:-1])
+        numbers = numbers[where]
+        ends = list(accumulate(len(stack) for stack in stacks))
+        return [numbers[start:end] for start, end in pairwise([0, *ends])]
 
 
 class _OpenWindow:

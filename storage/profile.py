@@ -276,10 +276,10 @@ class ProfileBuilder:
         return [place for place, number in self._locations.items() if not self._names[number]]
 
     def add(
-        self, labels: Labels, root_first: Iterable[int], samples: int, value: int | None = None
+        self, labels: Labels, root_first: npt.ArrayLike, samples: int, value: int | None = None
     ) -> None:
         """Count a stack given as location numbers, root first. `value` is by default the time."""
-        words = np.fromiter(root_first, dtype=np.int32).tobytes()
+        words = np.asarray(root_first, dtype=np.int32).tobytes()
         self._add(self._label_set(labels), words, samples, value)
 
     def add_profile(self, other: Profile) -> None:

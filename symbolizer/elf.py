@@ -6,7 +6,6 @@ anything is allocated, and whatever is wrong comes out as UnreadableElf with a c
 Layouts and names are those of the ELF gABI and the x86-64 psABI.
 """
 
-import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from elftools.elf.elffile import ELFFile
 
+from symbolizer.digest import blake2b
 from symbolizer.location import ElfAddress, FileOffset, Miss, Segment
 
 PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE = 1, 2, 3, 4
@@ -203,7 +203,7 @@ def hash_content(source: Source) -> str:
 
     Both ends alone would not do: a program built again often keeps its size and its ends.
     """
-    digest = hashlib.sha256(source.size.to_bytes(8, "little"))
+    digest = blake2b(source.size.to_bytes(8, "little"), digest_size=32)
     last = max(0, source.size - _HASHED_BLOCK_BYTES)
     step = max(_HASHED_BLOCK_BYTES, -(-last // (_HASHED_BLOCKS - 1)))
     for start in [*range(0, last, step), last]:
