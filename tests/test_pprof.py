@@ -156,7 +156,7 @@ def go(tmp_path):
         **os.environ,
         # Go builds its pprof when it is first used: keep it, in the folder that git ignores.
         "GOCACHE": str(Path(__file__).parents[1] / ".cache" / "go"),
-        "GOFLAGS": "-mod=mod",
+        "GOFLAGS": "",
         "GOTOOLCHAIN": "local",
         "GOTELEMETRY": "off",
         "PPROF_TMPDIR": str(tmp_path),
