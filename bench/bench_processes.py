@@ -20,40 +20,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from load import spawner
+
 from bpf.records import PERF_RECORD_COMM, PERF_RECORD_EXIT, Batch, Rings, decode_comm
 from profiler.processes import Processes
 
 SAMPLED = 198
-
-TINY = "int main(void) { return 0; }"
-SPAWNER = r"""
-#include <spawn.h>
-#include <stdlib.h>
-#include <sys/wait.h>
-#include <time.h>
-
-static long long now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
-
-int main(int argc, char **argv)
-{
-    char *tiny[] = {argv[1], NULL}, *environment[] = {NULL};
-    long long period = 1000000000LL / atoi(argv[2]), next = now_ns();
-    long long end = next + atoi(argv[3]) * 1000000000LL;
-    for (; next < end; next += period) {
-        struct timespec at = {next / 1000000000LL, next % 1000000000LL};
-        clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &at, NULL);
-        pid_t pid;
-        if (posix_spawn(&pid, tiny[0], NULL, NULL, tiny, environment) == 0)
-            waitpid(pid, NULL, 0);
-    }
-    return 0;
-}
-"""
 
 
 class NotingRings(Rings):
@@ -78,22 +50,14 @@ class NotingRings(Rings):
         return batch
 
 
-def compile_c(source: str, output: Path) -> Path:
-    command = ["gcc", "-O2", "-x", "c", "-", "-o", output]
-    subprocess.run(command, input=source.encode(), check=True)
-    return output
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", type=int, default=1000)
     parser.add_argument("--seconds", type=int, default=10)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        tiny = compile_c(TINY, Path(folder) / "tiny")
-        spawner = compile_c(SPAWNER, Path(folder) / "spawner")
-        command = [spawner, tiny, str(arguments.rate), str(arguments.seconds)]
-        measure(command, os.fsencode(tiny))
+        command = spawner(Path(folder), arguments.rate, arguments.seconds)
+        measure(command, os.fsencode(command[1]))
 
 
 def poll_for_a_second(processes: Processes, rings: NotingRings) -> int:
@@ -108,14 +72,14 @@ def poll_for_a_second(processes: Processes, rings: NotingRings) -> int:
     return cpu_ns
 
 
-def measure(command: list[object], tiny: bytes) -> None:
+def measure(command: list[str], tiny: bytes) -> None:
     rings = NotingRings()
     processes = Processes(rings)
     poll_ns, table_ns, expire_ns, tables_us = 0, 0, 0, []
     asked, found, ended = 0, 0, 0
     wall_ns = time.monotonic_ns()
-    with subprocess.Popen([str(word) for word in command]) as spawner:
-        while spawner.poll() is None:
+    with subprocess.Popen(command) as running:
+        while running.poll() is None:
             poll_ns += poll_for_a_second(processes, rings)
             exits, rings.exits = rings.exits, []
             ended += len(exits)

@@ -1,7 +1,8 @@
-"""The ten-program load: openssl, xz, python3, node, java, Go, g++ in a loop, bash, sort and perl.
+"""Loads to profile: ten different programs on all CPUs, and a thousand short processes a second.
 
-The programs are single-threaded or nearly so and together keep two CPUs busy for as long as the
-block lasts. What is not installed is left out, and said so.
+The ten are openssl, xz, python3, node, java, Go, g++ in a loop, bash, sort and perl. They are
+single-threaded or nearly so and together keep two CPUs busy for as long as the block lasts. What is
+not installed is left out, and said so.
 """
 
 import contextlib
@@ -105,3 +106,54 @@ def ten_programs() -> Iterator[list[str]]:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+_TINY = "int main(void) { return 0; }"
+_SPAWNER = r"""
+#include <spawn.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <time.h>
+
+static long long now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+int main(int argc, char **argv)
+{
+    char *tiny[] = {argv[1], NULL}, *environment[] = {NULL};
+    long long period = 1000000000LL / atoi(argv[2]), next = now_ns();
+    long long end = next + atoi(argv[3]) * 1000000000LL;
+    for (; next < end; next += period) {
+        struct timespec at = {next / 1000000000LL, next % 1000000000LL};
+        clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &at, NULL);
+        pid_t pid;
+        if (posix_spawn(&pid, tiny[0], NULL, NULL, tiny, environment) == 0)
+            waitpid(pid, NULL, 0);
+    }
+    return 0;
+}
+"""
+
+
+def spawner(folder: Path, rate: int, seconds: int) -> list[str]:
+    """Compile a program that starts a tiny one `rate` times a second; give its command line."""
+    for source, name in ((_TINY, "tiny"), (_SPAWNER, "spawner")):
+        command = ["gcc", "-O2", "-x", "c", "-", "-o", folder / name]
+        subprocess.run(command, input=source.encode(), check=True)
+    return [str(folder / "spawner"), str(folder / "tiny"), str(rate), str(seconds)]
+
+
+@contextlib.contextmanager
+def thousand_processes() -> Iterator[list[str]]:
+    """Start 1,000 short processes a second for the length of the block, at most ten minutes."""
+    with tempfile.TemporaryDirectory() as temporary:
+        process = subprocess.Popen(spawner(Path(temporary), 1000, 600))
+        try:
+            yield ["1,000 processes a second"]
+        finally:
+            process.kill()
+            process.wait()
