@@ -269,7 +269,8 @@ def _run_flamegraph(options: argparse.Namespace) -> int:
 
     profile = export.read(options.file)
     if not options.outputs:
-        print(terminal.flame_chart(profile, options.by or export.DEFAULT_BY, sys.stdout))
+        by = export.DEFAULT_BY if options.by is None else options.by
+        print(terminal.flame_chart(profile, by, sys.stdout))
     return _write_all(options, profile)
 
 

@@ -33,7 +33,8 @@ class RefusedError(Exception):
 class RecordOptions:
     """What `everflame record` was asked for.
 
-    `pids` and `command` are empty when all CPUs are meant; `duration_s` is infinite without --for.
+    `pids` and `command` are empty when all CPUs are meant; `duration_s` is infinite without --for;
+    `by` is None where the format's default is meant.
     """
 
     pids: tuple[int, ...]
@@ -42,7 +43,7 @@ class RecordOptions:
     hardware: bool
     duration_s: float
     outputs: tuple[str, ...]
-    by: tuple[str, ...]
+    by: tuple[str, ...] | None
 
 
 class Target(Protocol):
@@ -194,7 +195,7 @@ def run(options: RecordOptions, environment: dict[str, str]) -> int:
             profile = recorder.close_window()
             unselected = recorder.sampler.unselected
     for output in outputs:
-        export.write(profile, output, by=options.by or None)
+        export.write(profile, output, by=options.by)
     if not options.outputs:
         from profiler import terminal  # noqa: PLC0415 - memory that sampling does not need
 

@@ -53,10 +53,10 @@ from symbolizer.text import readable
 
 SCHEMA = 1
 
-SIZE_LIMIT_BYTES = 128 * 1024 * 1024
-"""Decompressed size of a profile; 200,000 stacks of 30 frames take 16 MB. Whatever is larger is
-refused, so that a small file cannot fill the memory: two bytes make an empty sample, which takes
-50 once it is parsed, and 128 MiB of those 3.2 GB."""
+SIZE_LIMIT_BYTES = 64 * 1024 * 1024
+"""Decompressed size of a profile. 200,000 stacks of 30 frames take 16 MB. A larger one is refused,
+because a few hundred kilobytes of gzip could otherwise fill the memory: protobuf makes 25 times as
+much of a file that is nothing but empty samples."""
 
 COUNT_LIMIT = 2**62
 """Sum of a file's samples or values. A larger one is refused: the columns are 64 bits wide."""
