@@ -5,13 +5,14 @@ lies, and count the stack. Names are looked up when a window is closed, once per
 with its process was put aside when it was first seen.
 """
 
+import contextlib
 import ctypes
 import os
 import resource
 import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
@@ -31,6 +32,7 @@ from storage.profile import (
     Accounting,
     Host,
     Labels,
+    Loss,
     Profile,
     ProfileBuilder,
     Window,
@@ -83,6 +85,7 @@ class Recorder:
         _give_large_blocks_back()
         self.config = config
         self.period_ns = 1_000_000_000 // config.frequency_hz
+        self.cost = Cost()
         self._host = this_host()
         self._rings = Rings()
         try:
@@ -130,13 +133,21 @@ class Recorder:
 
     def step(self) -> None:
         """Take in what was counted since the last step. To be called every DRAIN_PERIOD_S."""
-        self.sampler.refresh_cpus()
-        self._rings.refresh()
-        self._fold(self.sampler.drain())
+        with self.cost.of("drain"):
+            self.sampler.refresh_cpus()
+            self._rings.refresh()
+            drain = self.sampler.drain()
+        self._fold(drain)
 
     def close_window(self) -> Profile:
         """Give the profile since `start` or the last call, named as well as this host can."""
-        self._fold(self.sampler.drain())
+        with self.cost.of("drain"):
+            drain = self.sampler.drain()
+        self._fold(drain)
+        with self.cost.of("symbolize"):
+            return self._name()
+
+    def _name(self) -> Profile:
         window, self._window = self._window, _OpenWindow(self.period_ns)
         window.end(self._window)
         builder = window.builder
@@ -156,21 +167,40 @@ class Recorder:
         self.symbolizer.close()
 
     def _fold(self, drain: Drain) -> None:
-        self.processes.poll()
         window = self._window
         window.count(drain)
+        try:
+            with self.cost.of("processes"):
+                self.processes.poll()
+                groups = self._by_mappings(drain.samples)
+            with self.cost.of("symbolize"):
+                samples, stacks = self._locate(groups)
+            with self.cost.of("fold"):
+                for sample, stack in zip(samples, stacks, strict=True):
+                    window.add(sample, stack)
+        finally:
+            window.settle()
+            self.processes.expire(time.monotonic_ns())
+
+    def _by_mappings(self, samples: Sequence[RawSample]) -> dict[MappingTable, list[RawSample]]:
         groups: dict[MappingTable, list[RawSample]] = defaultdict(list)
-        for sample in drain.samples:
+        for sample in samples:
             table = self.processes.mappings(sample.pid, sample.last_ns, sample.start_ns)
             groups[table].append(sample)
+        return groups
+
+    def _locate(
+        self, groups: Mapping[MappingTable, list[RawSample]]
+    ) -> tuple[list[RawSample], list[Numbers]]:
+        """Give the samples group by group and their stacks as location numbers, root first."""
         samples = [sample for group in groups.values() for sample in group]
         user = [stack for table, group in groups.items() for stack in self._user(table, group)]
         kernel = self._numbers([sample.kernel for sample in samples], self.symbolizer.locate_kernel)
-        for sample, user_part, kernel_part in zip(samples, user, kernel, strict=True):
-            # Leaf first becomes root first, here and nowhere else.
-            stack = np.concatenate([user_part[::-1], kernel_part[::-1]])
-            window.builder.add(_labels(sample), stack, sample.samples)
-        self.processes.expire(time.monotonic_ns())
+        # Leaf first becomes root first, here and nowhere else.
+        return samples, [
+            np.concatenate([user_part[::-1], kernel_part[::-1]])
+            for user_part, kernel_part in zip(user, kernel, strict=True)
+        ]
 
     def _user(self, table: MappingTable, samples: Sequence[RawSample]) -> list[Numbers]:
         locate = partial(self.symbolizer.locate, samples[0].pid, table)
@@ -190,6 +220,21 @@ class Recorder:
         return [numbers[start:end] for start, end in pairwise([0, *ends])]
 
 
+class Cost:
+    """CPU time by part of the work, in ns since the start."""
+
+    def __init__(self) -> None:
+        self.cpu_ns: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        begun = time.thread_time_ns()
+        try:
+            yield
+        finally:
+            self.cpu_ns[part] += time.thread_time_ns() - begun
+
+
 class _OpenWindow:
     """What has been counted since a moment, and what the clocks said at that moment."""
 
@@ -197,17 +242,28 @@ class _OpenWindow:
         self.builder = ProfileBuilder(period_ns)
         self.begun = _Clocks.now()
         self._ended: _Clocks | None = None
-        self._ticks = self._idle = self._filtered = 0
+        self._ticks = self._idle = self._filtered = self._pending = 0
         self._lost: Counter[str] = Counter()
         self._stops: Counter[str] = Counter()
 
     def count(self, drain: Drain) -> None:
+        """Take a drain's counts; its samples are still to be added."""
         self._ticks += drain.ticks
         self._idle += drain.idle
         self._filtered += drain.filtered
         self._lost.update(drain.lost)
-        for sample in drain.samples:
-            self._stops[sample.stop] += sample.samples
+        self._pending = sum(sample.samples for sample in drain.samples)
+
+    def add(self, sample: RawSample, root_first: Numbers) -> None:
+        self.builder.add(_labels(sample), root_first, sample.samples)
+        self._stops[sample.stop] += sample.samples
+        self._pending -= sample.samples
+
+    def settle(self) -> None:
+        """Count what was announced and did not come: something failed on the way."""
+        if self._pending:
+            self._lost[Loss.FAULT] += self._pending
+            self._pending = 0
 
     def end(self, successor: "_OpenWindow | None" = None) -> None:
         """Stop the clocks, at the moment the next window begins; a second call changes nothing."""
@@ -229,7 +285,7 @@ class _OpenWindow:
             idle=self._idle,
             filtered=self._filtered,
             stored=self._stops.total(),
-            lost=dict(self._lost),
+            lost={str(cause): number for cause, number in self._lost.items()},
             stops=dict(self._stops),
             misses=misses,
             agent_cpu_ns=ended.own_cpu_ns - self.begun.own_cpu_ns,

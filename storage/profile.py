@@ -59,6 +59,8 @@ class Loss(StrEnum):
     """A kernel map's bucket was locked by the code that the tick interrupted."""
     BUDGET = "budget"
     """The profiler held back to stay within its own CPU budget."""
+    FAULT = "fault"
+    """The profiler itself failed while it took a drain in; its log says how."""
     SPOOL_FULL = "spool_full"
     """The store was away for so long that the oldest stacks were given up."""
 
