@@ -198,7 +198,9 @@ class Sampler:
     def _take_counters(self, generation: int) -> Mapping[Counter, int]:
         size = 8 * len(Counter) * self._possible_cpus
         raw = syscalls.lookup(self._fds["counters"], generation, size)
-        totals = np.frombuffer(raw, np.uint64).reshape(-1, len(Counter)).sum(axis=0)
+        totals = (
+            np.frombuffer(raw, np.uint64).reshape(-1, len(Counter)).sum(axis=0, dtype=np.uint64)
+        )
         new = totals - self._counted[generation]
         self._counted[generation] = totals
         return {counter: int(new[counter]) for counter in Counter}
@@ -310,6 +312,7 @@ def _ask_child(request: bytes) -> dict[str, int]:
                 "LC_ALL": "C.UTF-8",
                 "BCC_KERNEL_SOURCE": str(Path(__file__).parent),
                 "PYTHONPATH": str(Path(__file__).parent.parent),
+                "PYTHONDONTWRITEBYTECODE": "1" if sys.dont_write_bytecode else "",
             },
         )
         theirs.close()

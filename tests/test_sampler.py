@@ -1,6 +1,7 @@
 """The real BPF program on the real kernel: what it counts, whom it samples, what it leaves."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from targets import compile_target, running
 from bpf import perf_event, syscalls
 from bpf.errors import BpfError
 from bpf.sampler import Sampler, SamplerConfig
-from bpf.samples import MAX_USER_WORDS, Counter, Drain, StopReason
+from bpf.samples import MAX_USER_WORDS, Counter, Drain, RawSample, StopReason
 from storage.profile import Loss
 
 pytestmark = pytest.mark.kernel
@@ -135,8 +136,13 @@ def test_frame_pointers_lead_from_the_leaf_to_main(busy, split) -> None:
 
     inside = mapped_range(busy.pid, split)
     deep = [sample for sample in drain.samples if len(sample.user) >= 2]
-    assert len(deep) > 0.9 * len(drain.samples)
-    assert all(int(sample.user[0]) in inside for sample in deep if not len(sample.kernel))
+    own = [sample for sample in deep if int(sample.user[0]) in inside]
+    assert count(deep) > 0.9 * count(drain.samples)
+    assert count(own) > 0.9 * count(drain.samples)  # now and then it asks for the time
+
+
+def count(samples: list[RawSample]) -> int:
+    return sum(sample.samples for sample in samples)
 
 
 def mapped_range(pid: int, path: Path) -> range:
@@ -153,7 +159,7 @@ def test_a_system_call_shows_both_stacks(tmp_path) -> None:
         drain = drain_for(sampler, 1.0)
 
     both = [sample for sample in drain.samples if len(sample.kernel) and len(sample.user) >= 3]
-    assert sum(sample.samples for sample in both) > 0.5 * sum(s.samples for s in drain.samples)
+    assert count(both) > 0.5 * count(drain.samples)
     assert all(int(sample.kernel[0]) >> 63 for sample in both)
 
 
@@ -250,7 +256,7 @@ def test_no_kernel_headers_tracefs_or_debugfs_are_needed() -> None:
     script = (
         "for d in /sys/kernel/tracing /sys/kernel/debug /lib/modules /usr/src; do"
         " [ ! -d $d ] || mount -t tmpfs none $d; done;"
-        f" exec {sys.executable} -c 'from bpf.sampler import *;"
+        f" exec {shlex.quote(sys.executable)} -c 'from bpf.sampler import *;"
         " s = Sampler(SamplerConfig(pids=frozenset({1}))); s.start(); print(s.drain().lost)'"
     )
 

@@ -463,13 +463,14 @@ def test_endless_sections_cost_no_time_and_no_memory(program, tmp_path):
         "/lib/x86_64-linux-gnu/libc.so.6",
         "/lib/x86_64-linux-gnu/libcrypto.so.3",
         "/usr/bin/python3",
-        "/usr/lib/x86_64-linux-gnu/libLLVM-14.so.1",
+        "/usr/lib/x86_64-linux-gnu/libLLVM*.so*",  # what bcc links, under whichever version
     ],
 )
 def test_real_files_agree_with_readelf(path):
     """At thousands of addresses the name is one that covers the address; without one, a stub."""
-    if not Path(path).exists():
-        pytest.skip(f"no {path}")
+    path = min(Path("/").glob(path[1:]), default=None)
+    if path is None:
+        pytest.skip("it is not installed")
     symbols = sorted(code_symbols(path))
     starts = np.array([s.address for s in symbols])
     ends = np.array([s.address + s.size for s in symbols])
