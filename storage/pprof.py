@@ -94,8 +94,12 @@ _SCHEMA = {
 
 
 # protobuf's classes are made at run time and have no types: Any, here and below.
-def _message_class() -> Any:
-    """Build the classes from the table above: generated code is tied to a version of protobuf."""
+def message_class(package: str, unread: frozenset[str] = frozenset()) -> Any:
+    """Build the class of a profile from the table above.
+
+    Generated code would be tied to a version of protobuf. Messages of the types in `unread` stay
+    bytes, for a reader that goes through thousands of them at once.
+    """
     types = descriptor_pb2.FieldDescriptorProto
     scalars = {
         "int64": types.TYPE_INT64,
@@ -103,9 +107,8 @@ def _message_class() -> Any:
         "bool": types.TYPE_BOOL,
         "bytes": types.TYPE_BYTES,
     }
-    package = "everflame.pprof"
     file = descriptor_pb2.FileDescriptorProto(
-        name="everflame/pprof.proto", package=package, syntax="proto3"
+        name=f"{package}.proto", package=package, syntax="proto3"
     )
     for name, fields in _SCHEMA.items():
         described = file.message_type.add(name=name)
@@ -114,15 +117,15 @@ def _message_class() -> Any:
             added = described.field.add(name=field_name, number=number)
             repeated = declared.startswith("*")
             added.label = types.LABEL_REPEATED if repeated else types.LABEL_OPTIONAL
-            added.type = scalars.get(kind, types.TYPE_MESSAGE)
-            if kind not in scalars:
+            added.type = scalars.get("bytes" if kind in unread else kind, types.TYPE_MESSAGE)
+            if added.type == types.TYPE_MESSAGE:
                 added.type_name = f".{package}.{kind}"
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.Profile"))
 
 
-_ProfileMessage = _message_class()
+_ProfileMessage = message_class("everflame.pprof")
 
 
 def encode(profile: Profile) -> bytes:
@@ -143,13 +146,13 @@ def decode(content: bytes, size_limit_bytes: int = SIZE_LIMIT_BYTES) -> Profile:
     """
     parsed = _ProfileMessage()
     try:
-        parsed.ParseFromString(_decompress(content, size_limit_bytes))
+        parsed.ParseFromString(decompress(content, size_limit_bytes))
     except message.DecodeError as error:
         raise ProfileError("cannot read pprof: this is not a profile, or a damaged one") from error
     return _Decoder(parsed).decode()
 
 
-def _decompress(content: bytes, limit_bytes: int) -> bytes:
+def decompress(content: bytes, limit_bytes: int) -> bytes:
     parts: list[bytes] = []
     room = limit_bytes
     while content.startswith(b"\x1f\x8b"):  # a gzip file may have several members (RFC 1952)
@@ -402,7 +405,7 @@ class _Line(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Ours:
+class Ours:
     """What our comments say: everything that pprof has no field for."""
 
     type: str
@@ -475,7 +478,7 @@ class _Decoder:
     def _value_type(self, value_type: Any) -> tuple[str, str]:
         return self._string(value_type.type), self._string(value_type.unit)
 
-    def _choose_values(self, ours: _Ours | None) -> tuple[int, int]:
+    def _choose_values(self, ours: Ours | None) -> tuple[int, int]:
         """Give the positions of the sample count (-1 if there is none) and of the value."""
         types = [self._value_type(value_type) for value_type in self._parsed.sample_type]
         if not types:
@@ -509,7 +512,7 @@ class _Decoder:
             values.setdefault(self._string(label.key), []).append(text)
         return make_labels({name: ", ".join(texts) for name, texts in values.items()})
 
-    def _locations(self, builder: ProfileBuilder, ours: _Ours | None) -> dict[int, tuple[int, ...]]:
+    def _locations(self, builder: ProfileBuilder, ours: Ours | None) -> dict[int, tuple[int, ...]]:
         """Give, by location id, the location's numbers in the builder, root first."""
         numbers: dict[int, tuple[int, ...]] = {}
         seen: dict[AddressLocation, list[_Line]] = {}
@@ -588,7 +591,7 @@ class _Decoder:
         for i, line in enumerate(lines):
             usual = (Kind.INLINED if i < len(lines) - 1 else kind, module_name)
             if is_ours:
-                frame_kind, frame_module = _kind_and_module(line, usual)
+                frame_kind, frame_module = kind_and_module(line.name, line.system_name, usual)
             else:
                 frame_kind, frame_module = _foreign_kind(line.file, usual[0]), module_name
             frames.append(Frame(line.name, frame_module, frame_kind, line.file, line.line))
@@ -602,7 +605,7 @@ class _Decoder:
         if len(lines) != 1 or kind_name not in set(Kind):
             raise ProfileError(f"cannot read pprof: a location of {place!r} is not one named line")
         (line,) = lines
-        kind, module = _kind_and_module(line, (Kind(kind_name), place))
+        kind, module = kind_and_module(line.name, line.system_name, (Kind(kind_name), place))
         location = NamedLocation(line.name, module, kind, line.file, line.first_line, line.line)
         return (
             builder.location(location, (Frame(line.name, module, kind, line.file, line.line),)),
@@ -622,28 +625,36 @@ class _Decoder:
             numbers.append(builder.location(location, (frame,)))
         return tuple(reversed(numbers))
 
-    def _read_comments(self) -> _Ours | None:
-        """Read our own comments, if it has any.
-
-        A file that another tool merged out of several of ours has several: they add up.
-        """
-        found: list[_Ours] = []
-        modules: dict[str, Module] = {}
+    def _read_comments(self) -> Ours | None:
         for index in self._parsed.comment:
             self._string(index)
-            comment = self._raw_strings[index] if index else b""
-            if comment.startswith(_ACCOUNTING.encode()):
-                found.append(_parse_accounting(_parse_json(comment[len(_ACCOUNTING) :])))
-            elif comment.startswith(_MODULES.encode()):
-                modules.update(_parse_modules(_parse_json(comment[len(_MODULES) :])))
-        if not found:
-            return None
-        window, accounting = found[0].window, Accounting()
-        for ours in found:
-            window = window.union(ours.window)
-            accounting = accounting.merge(ours.accounting)
-        period_ns = min(ours.period_ns for ours in found)
-        return _Ours(found[0].type, period_ns, window, accounting, modules)
+        return read_comments(self._raw_strings[i] for i in self._parsed.comment if i)
+
+
+def read_comments(comments: Iterable[bytes]) -> Ours | None:
+    """Read our own comments, if there are any.
+
+    A file that another tool merged out of several of ours has several: they add up.
+
+    Raises:
+        ProfileError: one of ours is damaged.
+        SchemaError: a later version of this program wrote them.
+    """
+    found: list[Ours] = []
+    modules: dict[str, Module] = {}
+    for comment in comments:
+        if comment.startswith(_ACCOUNTING.encode()):
+            found.append(_parse_accounting(_parse_json(comment[len(_ACCOUNTING) :])))
+        elif comment.startswith(_MODULES.encode()):
+            modules.update(_parse_modules(comment[len(_MODULES) :]))
+    if not found:
+        return None
+    window, accounting = found[0].window, Accounting()
+    for ours in found:
+        window = window.union(ours.window)
+        accounting = accounting.merge(ours.accounting)
+    period_ns = min(ours.period_ns for ours in found)
+    return Ours(found[0].type, period_ns, window, accounting, modules)
 
 
 def _by_id(name: str, messages: Iterable[Any]) -> dict[int, Any]:
@@ -655,10 +666,11 @@ def _by_id(name: str, messages: Iterable[Any]) -> dict[int, Any]:
     return found
 
 
-def _kind_and_module(line: _Line, usual: tuple[Kind, str]) -> tuple[Kind, str]:
-    if line.system_name in {line.name, ""}:
+def kind_and_module(name: str, system_name: str, usual: tuple[Kind, str]) -> tuple[Kind, str]:
+    """Read what a Function's system_name says where it is not what the mapping says."""
+    if system_name in {name, ""}:
         return usual
-    kind, _, module = line.system_name.lstrip(" ").partition(" ")
+    kind, _, module = system_name.lstrip(" ").partition(" ")
     if kind not in set(Kind):
         return usual
     return Kind(kind), module
@@ -722,7 +734,7 @@ def _parse_json(content: bytes) -> _Record:
         raise ProfileError(f"cannot read pprof: our comment is damaged ({error})") from error
 
 
-def _parse_accounting(record: _Record) -> _Ours:
+def _parse_accounting(record: _Record) -> Ours:
     schema = record.integer("schema")
     if schema > SCHEMA:
         raise SchemaError(
@@ -758,7 +770,7 @@ def _parse_accounting(record: _Record) -> _Ours:
         agent_cpu_ns=agent.integer("cpu_ns"),
         agent_rss_bytes=agent.integer("rss_bytes"),
     )
-    return _Ours(
+    return Ours(
         record.text("type"), max(1, record.integer("period_ns")), Window(*bounds), accounting
     )
 
@@ -769,7 +781,9 @@ def _parse_host(host: object) -> Host:
     return Host(_checked_text(host[0], "hosts"), _checked_text(host[1], "hosts"))
 
 
-def _parse_modules(records: _Record) -> dict[str, Module]:
+@functools.lru_cache(maxsize=16)  # a host's modules are the same in most of its windows
+def _parse_modules(content: bytes) -> Mapping[str, Module]:
+    records = _parse_json(content)
     modules = {}
     for name in records.names():
         record = records.record(name)
