@@ -1,0 +1,215 @@
+"""S3: objects in a bucket, of Amazon or of any server that speaks its protocol. The home of boto3.
+
+Needs PUT with If-None-Match, GET with ranges, ListObjectsV2 and DELETE. Keys come from the usual
+AWS variables and files. Retries, time-outs and the number of connections are botocore's own and
+bounded; what remains is one line that says what to do. An answer is believed only when it is that
+of an object store: a proxy's friendly page must not pass for a stored profile.
+"""
+
+import base64
+import contextlib
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+from botocore import exceptions
+from botocore.config import Config
+
+from storage.objects import (
+    NS_PER_S,
+    ObjectMissing,
+    StoredObject,
+    StoreRefused,
+    StoreUnavailable,
+    check_key,
+    check_range,
+)
+
+CONNECTIONS = 4
+"""Requests at the same time; a thread more than these waits for one to end."""
+
+_CONFIG = {
+    "connect_timeout": 5,
+    "read_timeout": 30,
+    "max_pool_connections": CONNECTIONS,
+    # Two tries with botocore's jittered pause: the uploader's own pauses are the longer ones.
+    "retries": {"mode": "standard", "total_max_attempts": 2},
+}
+
+_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`"
+_REMEDIES = {
+    "SignatureDoesNotMatch": "the secret key is wrong: check AWS_SECRET_ACCESS_KEY",
+    "InvalidAccessKeyId": "the access key is unknown: check AWS_ACCESS_KEY_ID",
+    "ExpiredToken": "the credentials have expired: renew them",
+    "InvalidToken": "the session token is not valid: check AWS_SESSION_TOKEN",
+    "RequestTimeTooSkewed": "this machine's clock is wrong: set the time (chrony)",
+    "RequestExpired": "this machine's clock is wrong: set the time (chrony)",
+    "NoSuchBucket": "there is no such bucket: create it, or correct --store",
+    "InvalidBucketName": "this cannot be a bucket's name: correct --store",
+    "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION",
+    "AuthorizationHeaderMalformed": "the bucket is in another region: set AWS_DEFAULT_REGION",
+    "IllegalLocationConstraintException": "the bucket is in another region: set AWS_DEFAULT_REGION",
+    "AccessDenied": "the keys lack the right: allow s3:PutObject, GetObject, DeleteObject and"
+    " ListBucket",
+    "NotImplemented": "this server cannot do it: use one that knows If-None-Match",
+}
+_STATUS_CODES = {301: "PermanentRedirect", 401: "AccessDenied", 403: "AccessDenied"}
+"""Answers without a body, as to HEAD, have a status only."""
+
+
+class S3Store:
+    """Objects in a bucket, below a prefix. Opening it asks nothing of the server.
+
+    Raises:
+        StoreRefused: the bucket's name or the endpoint cannot be one.
+    """
+
+    def __init__(self, bucket: str, prefix: str = "", endpoint: str | None = None) -> None:
+        self._bucket = bucket
+        self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
+        self._place = f"s3://{bucket}/{self._prefix}" + (f" at {endpoint}" if endpoint else "")
+        # A server of one's own seldom has a name for each bucket: its buckets are paths.
+        style = "path" if endpoint else "auto"
+        config = Config(s3={"addressing_style": style}, **_CONFIG)
+        session = boto3.session.Session()  # not the default one: credentials are read anew
+        with self._explaining("open", ""):
+            if not bucket:
+                raise exceptions.ParamValidationError(report="it has no bucket")
+            # boto3 makes its clients at run time, so they have no type.
+            self._client: Any = session.client(
+                "s3",
+                endpoint_url=endpoint,
+                region_name=session.region_name or "us-east-1",
+                config=config,
+            )
+
+    def __str__(self) -> str:
+        return self._place
+
+    def put(self, key: str, content: bytes) -> bool:
+        name = self._name(key)
+        checksum = base64.b64encode(zlib.crc32(content).to_bytes(4, "big")).decode()
+        with self._explaining("write", key):
+            try:
+                answer = self._client.put_object(
+                    Bucket=self._bucket,
+                    Key=name,
+                    Body=content,
+                    IfNoneMatch="*",
+                    ContentType="application/octet-stream",
+                    ChecksumCRC32=checksum,
+                )
+            except exceptions.ClientError as error:
+                if _status(error) in {409, 412}:
+                    return self._explain_conflict(key, name)
+                raise
+        if not answer.get("ETag") or answer.get("ChecksumCRC32", checksum) != checksum:
+            raise StoreUnavailable(
+                f"cannot write {key!r} to {self._place}: the answer is not that of a store which"
+                " took it (is there a proxy in between?)"
+            )
+        return True
+
+    def get(self, key: str) -> bytes:
+        with self._explaining("read", key):
+            return self._read(Key=self._name(key))
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        check_range(start, length)
+        name = self._name(key)
+        with self._explaining("read", key):
+            try:
+                content = self._read(Key=name, Range=f"bytes={start}-{start + length - 1}")
+            except exceptions.ClientError as error:
+                if _status(error) == 416:  # it ends before `start`
+                    return b""
+                raise
+        if len(content) > length:
+            raise StoreUnavailable(f"cannot read {key!r} in {self._place}: it ignores ranges")
+        return content
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[StoredObject]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket,
+            Prefix=self._prefix + prefix,
+            **({"StartAfter": self._prefix + start_after} if start_after else {}),
+        )
+        pages = iter(pages)
+        while True:
+            with self._explaining("list", prefix):
+                page = next(pages, None)
+            if page is None:
+                return
+            for each in page.get("Contents", ()):
+                modified_ns = int(each["LastModified"].timestamp()) * NS_PER_S
+                yield StoredObject(each["Key"][len(self._prefix) :], each["Size"], modified_ns)
+
+    def delete(self, key: str) -> None:
+        with self._explaining("delete", key):
+            self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
+
+    def _name(self, key: str) -> str:
+        check_key(key)
+        return self._prefix + key
+
+    def _read(self, **request: str) -> bytes:
+        answer = self._client.get_object(Bucket=self._bucket, **request)
+        content: bytes = answer["Body"].read()
+        return content
+
+    def _explain_conflict(self, key: str, name: str) -> bool:
+        """Give False when the object is there; 409 may also mean a delete or a put under way."""
+        try:
+            self._client.head_object(Bucket=self._bucket, Key=name)
+        except exceptions.ClientError as error:
+            if _status(error) == 403:
+                return False  # keys that may only write are told nothing more
+            if _status(error) != 404:
+                raise
+            raise StoreUnavailable(
+                f"cannot write {key!r} to {self._place}: it says the object exists, but has none"
+            ) from error
+        return False
+
+    @contextlib.contextmanager
+    def _explaining(self, verb: str, key: str) -> Iterator[None]:
+        what = f"cannot {verb} {key!r} in {self._place}" if key else f"cannot {verb} {self._place}"
+        try:
+            yield
+        except exceptions.ClientError as error:
+            raise _explain(what, error) from error
+        except (
+            exceptions.NoCredentialsError,
+            exceptions.PartialCredentialsError,
+            exceptions.CredentialRetrievalError,
+            exceptions.ProfileNotFound,
+        ) as error:
+            raise StoreRefused(f"{what}: there are no usable keys ({_CREDENTIALS})") from error
+        except (exceptions.ParamValidationError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise StoreRefused(f"{what}: {reason} (correct --store or --s3-endpoint)") from error
+        except (exceptions.BotoCoreError, exceptions.HTTPClientError) as error:
+            reason = " ".join(str(error).split())
+            raise StoreUnavailable(f"{what}: {reason}") from error
+
+
+def _status(error: exceptions.ClientError) -> int:
+    metadata = error.response.get("ResponseMetadata", {})
+    return int(metadata.get("HTTPStatusCode", 0))
+
+
+def _explain(
+    what: str, error: exceptions.ClientError
+) -> StoreRefused | StoreUnavailable | ObjectMissing:
+    details = error.response.get("Error", {})
+    status = _status(error)
+    code = str(details.get("Code", ""))
+    if code == "NoSuchKey":
+        return ObjectMissing(f"{what}: there is no such object")
+    if code not in _REMEDIES:
+        code = _STATUS_CODES.get(status, code)
+    if code in _REMEDIES:
+        return StoreRefused(f"{what}: {_REMEDIES[code]} ({code})")
+    message = " ".join(str(details.get("Message", "")).split())[:200]
+    return StoreUnavailable(f"{what}: it answered {status} {code} {message}".rstrip())
