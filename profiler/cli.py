@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -87,6 +88,22 @@ def frequency_hz(text: str) -> int:
     return int(text)
 
 
+def interval_s(text: str) -> int:
+    """Parse the length of a window, whole seconds."""
+    seconds = duration_s(text)
+    if not 5 <= seconds <= 1800 or seconds != int(seconds):
+        raise argparse.ArgumentTypeError(f"{text!r} is no interval (whole seconds, 5s to 30m)")
+    return int(seconds)
+
+
+def size_bytes(text: str) -> int:
+    """Parse `512MB`, `5GB`, `1000000` (bytes); units are decimal."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(kB|MB|GB|TB|)", text)
+    if not match or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size (try 512MB or 5GB)")
+    return int(float(match[1]) * 1000 ** ("", "kB", "MB", "GB", "TB").index(match[2]))
+
+
 def label_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
@@ -105,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_flamegraph(commands)
     _add_export(commands)
     _add_verify(commands)
+    _add_agent(commands)
+    _add_status(commands)
     _add_doctor(commands)
     return parser
 
@@ -142,6 +161,10 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="sample this process and what it starts; may be repeated",
     )
+    _add_frequency(parser)
+
+
+def _add_frequency(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-F",
         "--frequency",
@@ -328,6 +351,109 @@ def _run_verify(options: argparse.Namespace) -> int:
     from profiler import verify  # noqa: PLC0415
 
     return verify.run(options.files, as_json=options.json)
+
+
+def _add_agent(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "agent",
+        "profile this host for ever, one object per window into a directory or S3",
+        "examples:\n"
+        "  everflame agent\n"
+        "  everflame agent --store s3://profiles/prod --interval 60s\n"
+        "  everflame agent --store /srv/profiles --keep 7d --keep-bytes 20GB\n\n"
+        "S3 keys come from the usual variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...).",
+    )
+    _add_frequency(parser)
+    parser.add_argument(
+        "--interval",
+        type=interval_s,
+        default=60,
+        metavar="TIME",
+        help="length of a window, 5s to 30m (default 60s)",
+    )
+    _add_store(parser)
+    parser.add_argument(
+        "--keep",
+        type=duration_s,
+        metavar="TIME",
+        help="in a directory, delete what is older (default 2d)",
+    )
+    parser.add_argument(
+        "--keep-bytes",
+        type=size_bytes,
+        metavar="SIZE",
+        help="in a directory, delete the oldest beyond this size (default 5GB)",
+    )
+    parser.add_argument(
+        "--spool", metavar="DIR", help="where windows wait for the store (default: see status)"
+    )
+    parser.add_argument(
+        "--spool-limit",
+        type=size_bytes,
+        default=512_000_000,
+        metavar="SIZE",
+        help="what may wait; beyond it the oldest keep their counts only (default 512MB)",
+    )
+    parser.add_argument(
+        "--metrics-listen",
+        default="",
+        metavar="HOST:PORT",
+        help="serve Prometheus metrics there (default: not at all)",
+    )
+    parser.set_defaults(run=_run_agent)
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store",
+        default="",
+        metavar="URL",
+        help="file:///path, a path or s3://bucket/prefix (default EVERFLAME_STORE, else"
+        " /var/lib/everflame or ~/.local/share/everflame)",
+    )
+    parser.add_argument(
+        "--s3-endpoint", default="", metavar="URL", help="an S3 server other than Amazon's"
+    )
+
+
+def _run_agent(options: argparse.Namespace) -> int:
+    from profiler import agent, status  # noqa: PLC0415
+
+    logging.getLogger().setLevel(logging.INFO)
+    spool = Path(options.spool) if options.spool else status.default_spool()
+    asked = agent.AgentOptions(
+        frequency_hz=options.frequency,
+        hardware=options.hardware,
+        interval_s=options.interval,
+        duration_s=options.duration_s,
+        spool=spool.absolute(),
+        spool_limit_bytes=options.spool_limit,
+        run_folder=status.default_run_folder(),
+        store=options.store,
+        endpoint=options.s3_endpoint,
+        keep_s=options.keep,
+        keep_bytes=options.keep_bytes,
+        metrics_listen=options.metrics_listen,
+    )
+    return agent.run(asked)
+
+
+def _add_status(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "status",
+        "tell how the agent of this host fares",
+        "examples:\n  everflame status\n  everflame status --json",
+    )
+    _add_json(parser)
+    parser.set_defaults(run=_run_status)
+
+
+def _run_status(options: argparse.Namespace) -> int:
+    from profiler import status  # noqa: PLC0415
+
+    return status.run(status.default_run_folder(), as_json=options.json)
 
 
 def _add_doctor(commands: _Commands) -> None:

@@ -139,17 +139,21 @@ class Recorder:
             drain = self.sampler.drain()
         self._fold(drain)
 
-    def close_window(self) -> Profile:
-        """Give the profile since `start` or the last call, named as well as this host can."""
+    def close_window(self, edge_ns: int | None = None) -> Profile:
+        """Give the profile since `start` or the last call, named as well as this host can.
+
+        `edge_ns` is the time (UTC) at which this window ends and the next begins, a few ms ago,
+        where windows are to be aligned; by default it is now.
+        """
         with self.cost.of("drain"):
             drain = self.sampler.drain()
         self._fold(drain)
         with self.cost.of("symbolize"):
-            return self._name()
+            return self._name(edge_ns)
 
-    def _name(self) -> Profile:
-        window, self._window = self._window, _OpenWindow(self.period_ns)
-        window.end(self._window)
+    def _name(self, edge_ns: int | None) -> Profile:
+        window, self._window = self._window, _OpenWindow(self.period_ns, edge_ns)
+        window.end(self._window, edge_ns)
         builder = window.builder
         unnamed = builder.unnamed_locations()
         for location, frames in zip(unnamed, self.symbolizer.names(unnamed), strict=True):
@@ -238,9 +242,11 @@ class Cost:
 class _OpenWindow:
     """What has been counted since a moment, and what the clocks said at that moment."""
 
-    def __init__(self, period_ns: int) -> None:
+    def __init__(self, period_ns: int, edge_ns: int | None = None) -> None:
         self.builder = ProfileBuilder(period_ns)
         self.begun = _Clocks.now()
+        self._start_ns = edge_ns or self.begun.wall_ns
+        self._end_ns: int | None = None
         self._ended: _Clocks | None = None
         self._ticks = self._idle = self._filtered = self._pending = 0
         self._lost: Counter[str] = Counter()
@@ -265,14 +271,16 @@ class _OpenWindow:
             self._lost[Loss.FAULT] += self._pending
             self._pending = 0
 
-    def end(self, successor: "_OpenWindow | None" = None) -> None:
+    def end(self, successor: "_OpenWindow | None" = None, edge_ns: int | None = None) -> None:
         """Stop the clocks, at the moment the next window begins; a second call changes nothing."""
         self._ended = self._ended or (successor.begun if successor else _Clocks.now())
+        self._end_ns = edge_ns
 
     @property
     def window(self) -> Window:
+        """From edge to edge, where there are any; else by the clock that nobody can set."""
         ended = self._ended or _Clocks.now()
-        return Window(self.begun.wall_ns, self.begun.wall_ns + ended.since(self.begun))
+        return Window(self._start_ns, self._end_ns or self._start_ns + ended.since(self.begun))
 
     def accounting(self, host: Host, misses: Mapping[str, int]) -> Accounting:
         ended = self._ended or _Clocks.now()

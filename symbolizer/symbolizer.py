@@ -47,6 +47,7 @@ _TABLES_BYTES = 8 << 20
 _MAX_TABLES = 128
 _MAX_MODULES = 8192
 _MAX_IDENTIFIED = 8192
+_SLOWEST = 5
 # Resolved names, some 300 bytes each with their text: 5 MB.
 _MAX_NAMES = 16_384
 
@@ -98,6 +99,7 @@ class Symbolizer:
         self._files: WeakKeyDictionary[MappingTable, dict[int, _File]] = WeakKeyDictionary()
         self._frames: dict[str, dict[int, tuple[Frame, ...]]] = {}
         self._named = 0
+        self._slowest: list[tuple[float, str]] = []
         self._demangler = Demangler()
         self._kernel: KernelMap | None = None
         self._kernel_modules: dict[str, tuple[int, int]] = {}
@@ -174,6 +176,10 @@ class Symbolizer:
             for i, named in zip(where, self._name_offsets(build_id, offsets), strict=True):
                 frames[i] = named
         return frames
+
+    def slowest(self) -> list[dict[str, str | float]]:
+        """Give the files whose symbols took longest to read, `path` and `ms`, slowest first."""
+        return [{"path": path, "ms": ms} for ms, path in sorted(self._slowest, reverse=True)]
 
     def close(self) -> None:
         self._demangler.close()
@@ -320,6 +326,7 @@ class Symbolizer:
         module = Module(elf.build_id, path, segments=elf.segments)
         absent = None
         if self._table(elf.build_id) is None:
+            begun_ns = time.thread_time_ns()
             try:
                 functions, strings = read_functions(elf)
                 table = self._cache.store(elf.build_id, functions, elf.segments, strings)
@@ -329,6 +336,8 @@ class Symbolizer:
                 absent = Miss.NOT_KEPT
             else:
                 self._keep_table(elf.build_id, table)
+            self._slowest.append(((time.thread_time_ns() - begun_ns) / 1e6, path))
+            self._slowest = sorted(self._slowest, reverse=True)[:_SLOWEST]
         self._add_module(module, absent)
         return elf.build_id
 
