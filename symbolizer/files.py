@@ -1,4 +1,4 @@
-"""Opening the file behind a mapping, without trusting the process that mapped it.
+"""Opening the files of a process, without trusting it.
 
 A path is a claim: the process may live in another root, the file may be deleted or replaced, and a
 hostile one may have put a FIFO, a device or a link out of its container there. So a file is first
@@ -11,6 +11,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple, Self
 
 from symbolizer.location import Miss
@@ -76,6 +77,56 @@ class ProcessFiles:
             yield from self._reopen(self._open_in_root(mapping.file_path), is_certain=False)
         yield from self._reopen(_open_path(mapping.file_path), is_certain=False)
 
+    def read(self, name: str, limit_bytes: int) -> bytes | None:
+        """Read up to `limit_bytes` of /proc/PID/`name`; None when the process has gone."""
+        fd = _try_open(name, self._process, _READ_FLAGS) if self._process >= 0 else -1
+        if fd < 0:
+            return None
+        parts = []
+        try:
+            while limit_bytes > 0 and (part := os.read(fd, limit_bytes)):
+                parts.append(part)
+                limit_bytes -= len(part)
+        except OSError:  # it has exited meanwhile
+            return None
+        finally:
+            os.close(fd)
+        return b"".join(parts)
+
+    def link(self, name: str) -> bytes:
+        """Give where the link /proc/PID/`name` leads, empty if that is not known."""
+        try:
+            return (
+                os.readlink(os.fsencode(name), dir_fd=self._process) if self._process >= 0 else b""
+            )
+        except OSError:
+            return b""
+
+    def open_executable(self) -> OpenedFile | None:
+        """Open the program that the process runs, also when it was deleted."""
+        if self._process < 0:
+            return None
+        return next(self._reopen(_try_open("exe", self._process), is_certain=True), None)
+
+    def open_file(self, path: bytes) -> OpenedFile | None:
+        """Open a regular file by its path in the process's root, out of which no link leads."""
+        if self._process < 0:
+            return None
+        return next(self._reopen(self._open_in_root(path), is_certain=False), None)
+
+    def resolve(self, path: bytes) -> bytes:
+        """Give the path in the root of the process without links; empty if nothing is there."""
+        fd = self._open_in_root(path) if self._process >= 0 else -1
+        if fd < 0:
+            return b""
+        try:
+            resolved, root = _path_of(fd), _path_of(self._root)
+        except OSError:
+            return b""
+        finally:
+            os.close(fd)
+        return resolved.removeprefix(root) if resolved.startswith(root + b"/") else resolved
+
     def _open_map_file(self, mapping: Mapping) -> Iterator[OpenedFile]:
         if mapping.build_id:  # which will prove the file, so the maps need not be read
             yield from self._open_range(mapping.start, mapping.end, is_certain=False)
@@ -137,6 +188,10 @@ class ProcessFiles:
     def _note(self, number: int | None) -> None:
         if number in (errno.EACCES, errno.EPERM):
             self.failure = Miss.NOT_PERMITTED
+
+
+def _path_of(fd: int) -> bytes:
+    return os.fsencode(Path(f"/proc/self/fd/{fd}").readlink())
 
 
 def _open_path(path: bytes) -> int:
