@@ -1,0 +1,176 @@
+"""Where a process stands among the control groups: its container, its pod, its systemd unit.
+
+/proc/PID/cgroup has one line for each hierarchy: `0::PATH` is cgroup v2, the others are v1
+(cgroups(7)); on hybrid hosts units are in `name=systemd` and containers may be in any. The names
+are those that runtimes give:
+
+- a container ends in its id of 64 hex digits: `docker-ID.scope`, `cri-containerd-ID.scope`,
+  `crio-ID.scope`, `libpod-ID.scope` with the systemd driver, `/docker/ID`, `/kubepods/…/podUID/ID`
+  without. The innermost one counts: containers run in containers.
+- a pod is `podUID` or `kubepods-burstable-podUID.slice`, dashes written as underscores.
+- a unit is the innermost `.service` or `.scope`, within the container if there is one. What logins
+  and `systemd-run` make up (`session-*.scope`, `user@*.service`, `run-*`, scopes of a user) and
+  `init.scope` say nothing of a service and are no units here.
+"""
+
+import ctypes
+import os
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from symbolizer.text import readable
+
+_CONTAINER = re.compile(r"(?:^|.*[-:])([0-9a-f]{64})(?:\.scope)?")
+_POD = re.compile(
+    r"(?:kubepods.*-)?pod([0-9a-f]{8}(?:[-_]?[0-9a-f]{4}){3}[-_]?[0-9a-f]{12})(?:\.slice.*)?"
+)
+_NO_UNIT = re.compile(r"session-.*\.scope|user@.*\.service|init\.scope|run-.*|.*-conmon-.*")
+_USER_MANAGER = re.compile(r"user@.*\.service")
+_TRANSIENT_OF_USER = re.compile(r".*\.scope|app-.*")
+
+_MAX_LINES = 64  # a kernel has about a dozen v1 controllers
+
+_FILE_HANDLE = struct.Struct("=IiQ")  # struct file_handle, open_by_handle_at(2)
+_FILEID_KERNFS = 0xFE  # exportfs.h; the handle is the cgroup's id
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What the cgroups of a process say.
+
+    Attributes:
+        paths: one for each different path, v2's first.
+        container_id: 64 hex digits, or empty.
+        pod_uid: a UUID with dashes (or the 32 digits of a static pod), or empty.
+        unit: with its suffix, or empty.
+        key: the path up to the container or unit. Processes of one key are one service's; empty
+            where there is neither.
+    """
+
+    paths: tuple[str, ...] = ()
+    container_id: str = ""
+    pod_uid: str = ""
+    unit: str = ""
+    key: str = ""
+
+
+def parse_cgroups(content: bytes) -> Place:
+    """Read /proc/PID/cgroup."""
+    paths: dict[tuple[int, int], str] = {}
+    for position, line in enumerate(content.split(b"\n", _MAX_LINES)[:_MAX_LINES]):
+        hierarchy, _, rest = line.partition(b":")
+        controllers, colon, path = rest.partition(b":")
+        if colon:
+            order = 0 if hierarchy == b"0" else 1 if controllers == b"name=systemd" else 2
+            paths[order, position] = readable(path.removesuffix(b" (deleted)"))
+    return place_of([paths[key] for key in sorted(paths)])
+
+
+def place_of(paths: list[str]) -> Place:
+    """Give the place from the paths of the hierarchies; an earlier one wins over a later."""
+    places = [_read_path(path) for path in dict.fromkeys(paths)]
+    of_container = next((place for place in places if place.container_id), None)
+    of_pod = next((place for place in places if place.pod_uid), None)
+    of_unit = next((place for place in places if place.unit), None)
+    chosen = of_container or of_unit or of_pod or Place()
+    return Place(
+        paths=tuple(path for place in places for path in place.paths),
+        container_id=chosen.container_id,
+        pod_uid=(of_pod or chosen).pod_uid,
+        unit=(of_unit or chosen).unit,
+        key=chosen.key,
+    )
+
+
+def _read_path(path: str) -> Place:
+    parts = path.split("/")
+    containers = [
+        (i, match) for i, match in _matches(_CONTAINER, parts) if "conmon-" not in parts[i]
+    ]
+    at, container = containers[-1] if containers else (-1, None)
+    pods = [match[1] for i, match in _matches(_POD, parts) if at < 0 or i <= at]
+    unit_at = _find_unit(parts, at + 1)
+    if unit_at < 0 and container and not pods:
+        # A unit whose processes are a container: `podman run --cgroups=split`.
+        unit_at = _find_unit(parts[:at], 0)
+    end = max(at, unit_at)
+    return Place(
+        paths=(path,),
+        container_id=container[1] if container else "",
+        pod_uid=pods[-1].replace("_", "-") if pods else "",
+        unit=parts[unit_at] if unit_at >= 0 else "",
+        key="/".join(parts[: end + 1]) if end >= 0 else f"pod {pods[-1]}" if pods else "",
+    )
+
+
+def _matches(pattern: re.Pattern[str], parts: list[str]) -> Iterator[tuple[int, re.Match[str]]]:
+    for position, part in enumerate(parts):
+        if match := pattern.fullmatch(part):
+            yield position, match
+
+
+def _find_unit(parts: list[str], start: int) -> int:
+    """Give the position of the innermost unit from `start` on, or -1."""
+    is_users = False
+    found = -1
+    for position in range(start, len(parts)):
+        part = parts[position]
+        if _USER_MANAGER.fullmatch(part):
+            is_users = True
+        elif part.endswith((".service", ".scope")) and not (
+            _NO_UNIT.fullmatch(part)
+            or _CONTAINER.fullmatch(part)
+            or (is_users and _TRANSIENT_OF_USER.fullmatch(part))
+        ):
+            found = position
+    return found
+
+
+class CgroupIds:
+    """Paths of cgroups by their v2 id, for processes that are gone before /proc could be read."""
+
+    def __init__(self) -> None:
+        self._mount = _find_mount()
+        self._mount_fd = -1
+        if self._mount is not None:
+            try:
+                self._mount_fd = os.open(self._mount, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError:
+                self._mount = None
+
+    def close(self) -> None:
+        if self._mount_fd >= 0:
+            os.close(self._mount_fd)
+            self._mount_fd = -1
+
+    def path(self, cgroup_id: int) -> str:
+        """Give the path within the hierarchy; empty for the root and where it is not known.
+
+        It is known as long as the cgroup is there, given CAP_DAC_READ_SEARCH and Linux 5.5.
+        """
+        if self._mount_fd < 0 or cgroup_id <= 1:
+            return ""
+        handle = ctypes.create_string_buffer(_FILE_HANDLE.pack(8, _FILEID_KERNFS, cgroup_id))
+        fd = _libc.open_by_handle_at(self._mount_fd, handle, os.O_PATH | os.O_CLOEXEC)
+        if fd < 0:
+            return ""
+        try:
+            path = os.fsencode(Path(f"/proc/self/fd/{fd}").readlink())
+        except OSError:
+            return ""
+        finally:
+            os.close(fd)
+        return readable(path.removeprefix(os.fsencode(self._mount or "")))
+
+
+def _find_mount() -> Path | None:
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        before, _, after = line.partition(b" - ")
+        fields = before.split()
+        if after.startswith(b"cgroup2 ") and len(fields) > 4 and fields[3] == b"/":
+            return Path(os.fsdecode(fields[4].replace(rb"\040", b" ")))
+    return None
