@@ -94,13 +94,18 @@ class ProcessFiles:
         return b"".join(parts)
 
     def link(self, name: str) -> bytes:
-        """Give where the link /proc/PID/`name` leads, empty if that is not known."""
+        """Give where the link /proc/PID/`name` leads, in the root of the process.
+
+        It is empty if that is not known.
+        """
+        if self._process < 0:
+            return b""
         try:
-            return (
-                os.readlink(os.fsencode(name), dir_fd=self._process) if self._process >= 0 else b""
-            )
+            target = os.readlink(os.fsencode(name), dir_fd=self._process)
+            root = os.readlink(b"root", dir_fd=self._process)
         except OSError:
             return b""
+        return _inside(root, target)
 
     def open_executable(self) -> OpenedFile | None:
         """Open the program that the process runs, also when it was deleted."""
@@ -125,7 +130,7 @@ class ProcessFiles:
             return b""
         finally:
             os.close(fd)
-        return resolved.removeprefix(root) if resolved.startswith(root + b"/") else resolved
+        return _inside(root, resolved)
 
     def _open_map_file(self, mapping: Mapping) -> Iterator[OpenedFile]:
         if mapping.build_id:  # which will prove the file, so the maps need not be read
@@ -188,6 +193,13 @@ class ProcessFiles:
     def _note(self, number: int | None) -> None:
         if number in (errno.EACCES, errno.EPERM):
             self.failure = Miss.NOT_PERMITTED
+
+
+def _inside(root: bytes, path: bytes) -> bytes:
+    """Give a path below a root as it is called there, where the two are seen from outside."""
+    if root == b"/" or not (path + b"/").startswith(root + b"/"):
+        return path
+    return path[len(root) :] or b"/"
 
 
 def _path_of(fd: int) -> bytes:
