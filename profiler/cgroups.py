@@ -25,7 +25,7 @@ from symbolizer.text import readable
 
 _CONTAINER = re.compile(r"(?:^|.*[-:])([0-9a-f]{64})(?:\.scope)?")
 _POD = re.compile(
-    r"(?:kubepods.*-)?pod([0-9a-f]{8}(?:[-_]?[0-9a-f]{4}){3}[-_]?[0-9a-f]{12})(?:\.slice.*)?"
+    r"(?:.*kubepods.*-)?pod([0-9a-f]{8}(?:[-_]?[0-9a-f]{4}){3}[-_]?[0-9a-f]{12})(?:\.slice.*)?"
 )
 _NO_UNIT = re.compile(r"session-.*\.scope|user@.*\.service|init\.scope|run-.*|.*-conmon-.*")
 _USER_MANAGER = re.compile(r"user@.*\.service")

@@ -143,7 +143,7 @@ def _from_release(files: ProcessFiles, program: Program) -> str:
     if release:
         name = basename(release)
         head = _git_head(files, release) or _revision_file(files, release)
-        is_named_so = not head or name in head or head[:7] in name
+        is_named_so = not head or head[:7] in name
         return _text(name if is_named_so else name + b"+" + head[:12])
     folder = dirname(resolved)
     if not program.script and program.is_own_code:
