@@ -25,6 +25,7 @@ from bpf.errors import SyscallError
 from bpf.sampler import SamplerConfig
 from profiler.record import RefusedError, deviation
 from profiler.recorder import DRAIN_PERIOD_S, Recorder, rss_bytes
+from profiler.rules import Rules
 from profiler.signals import ENDING, Signals
 from profiler.status import StatusSocket, uploader_state
 from storage.objects import default_store_url
@@ -68,6 +69,7 @@ class AgentOptions:
     keep_s: float | None
     keep_bytes: int | None
     metrics_listen: str
+    rules: Rules
 
 
 class Edges:
@@ -345,7 +347,7 @@ def run(options: AgentOptions) -> int:
         spool = Spool(options.spool, options.spool_limit_bytes)
         uploader = UploaderProcess(options)
         log.info("%s", _greeting(options))
-        with Recorder(config) as recorder:
+        with Recorder(config, rules=options.rules) as recorder:
             signals.watch(recorder.fileno())
             signals.watch(socket.fileno())
             try:

@@ -401,6 +401,9 @@ def _add_agent(commands: _Commands) -> None:
         metavar="HOST:PORT",
         help="serve Prometheus metrics there (default: not at all)",
     )
+    parser.add_argument(
+        "--config", metavar="FILE", help="rules that name services (TOML; see the README)"
+    )
     parser.set_defaults(run=_run_agent)
 
 
@@ -419,6 +422,7 @@ def _add_store(parser: argparse.ArgumentParser) -> None:
 
 def _run_agent(options: argparse.Namespace) -> int:
     from profiler import agent, status  # noqa: PLC0415
+    from profiler.rules import Rules, load_rules  # noqa: PLC0415
 
     logging.getLogger().setLevel(logging.INFO)
     spool = Path(options.spool) if options.spool else status.default_spool()
@@ -435,6 +439,7 @@ def _run_agent(options: argparse.Namespace) -> int:
         keep_s=options.keep,
         keep_bytes=options.keep_bytes,
         metrics_listen=options.metrics_listen,
+        rules=load_rules(Path(options.config)) if options.config else Rules(),
     )
     return agent.run(asked)
 

@@ -116,7 +116,7 @@ class Labeler:
         self._containers = Containers(root)
         self._versions = Versions(version_variables)
         self._cgroup_ids = CgroupIds()
-        self._parent_of = parent_of or _parent_in_proc
+        self._parent_of = parent_of or parent_in_proc
         self._own_pid = os.getpid() if own_pid is None else own_pid
         self._commands = commands
         self._host = socket.gethostname() if host is None else host
@@ -314,7 +314,7 @@ class Labeler:
         """Read a process, its unknown ancestors first: their service may be its own."""
         chain = [pid]
         while len(chain) < _MAX_ANCESTORS:
-            parent = _parent_in_proc(chain[-1])
+            parent = parent_in_proc(chain[-1])
             if not parent or parent in self._live or parent in chain:
                 break
             chain.append(parent)
@@ -780,7 +780,7 @@ def _is_alive(process: _Process) -> bool:
     return stat is not None and not stat.is_dead and stat.start_ticks == process.stat.start_ticks
 
 
-def _parent_in_proc(pid: int) -> int | None:
+def parent_in_proc(pid: int) -> int | None:
     stat = _read_stat(pid)
     return stat.parent_pid if stat else None
 

@@ -114,6 +114,12 @@ class Processes:
             newer = older
         return _EXITED
 
+    def parent_of(self, pid: int) -> int | None:
+        """Give who bore a process, also one that is gone; None where no record told."""
+        past = self._past.get(pid)
+        life = self._lives.get(pid) or (past[-1] if past else None)
+        return life.parent_pid if life and life.parent_pid else None
+
     def expire(self, now_ns: int) -> None:
         """Drop what ended a while before `now_ns`. Call it after the `mappings` of a drain."""
         until_ns = now_ns - RETENTION_NS
@@ -357,6 +363,7 @@ class _Life:
         end_ns: the last moment that its log tells about.
         exit_ns: when its first thread exited; 0 while that lives or when others turned up later.
         parent: whose mappings it was born with; None when there is no need to know any more.
+        parent_pid: who bore it; 0 where that was before the records.
         children: those whose `parent` it is.
         records: MMAP2 records by time.
         execs: when it started another program.
@@ -373,6 +380,7 @@ class _Life:
         "execs",
         "exit_ns",
         "parent",
+        "parent_pid",
         "pid",
         "records",
         "was_forked",
@@ -385,6 +393,7 @@ class _Life:
         self.exit_ns = 0
         self.was_forked = parent is not None
         self.parent = parent
+        self.parent_pid = parent.pid if parent else 0
         self.children: set[_Life] = set()
         self.base: _Base | None = None
         self.bridge: MappingTable | None = None

@@ -190,7 +190,8 @@ def run(options: RecordOptions, environment: dict[str, str]) -> int:
             Command(options.command, environment) if options.command else target_of(options.pids)
         )
         config = SamplerConfig(options.frequency_hz, options.hardware, target.pids)
-        with Recorder(config) as recorder:
+        commands = target.pids if isinstance(target, Command) else None
+        with Recorder(config, commands=commands or ()) as recorder:
             _sample(recorder, target, options.duration_s, signals)
             profile = recorder.close_window()
             unselected = recorder.sampler.unselected

@@ -12,9 +12,9 @@ import resource
 import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,9 @@ from bpf import perf_event
 from bpf.records import Rings
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import Drain, RawSample, Words
+from profiler.labels import Labeler, parent_in_proc
 from profiler.processes import Processes
+from profiler.rules import Rules
 from storage.profile import (
     Accounting,
     Host,
@@ -36,15 +38,17 @@ from storage.profile import (
     Profile,
     ProfileBuilder,
     Window,
-    make_labels,
 )
 from symbolizer.digest import blake2b
 from symbolizer.location import AddressLocation, Location
 from symbolizer.maps import MappingTable
 from symbolizer.symbolizer import Symbolizer
-from symbolizer.text import readable
 
 DRAIN_PERIOD_S = 1.0
+
+_SCAN_PERIOD_S = 5.0
+"""How often new services are looked for in /proc. Their first seconds are found all the same: a
+process's start is known."""
 
 Numbers = npt.NDArray[np.int32]
 
@@ -81,7 +85,18 @@ class Recorder:
         BpfError: on construction, when this host cannot be sampled; the message says what to do.
     """
 
-    def __init__(self, config: SamplerConfig, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: SamplerConfig,
+        cache: Path | None = None,
+        rules: Rules | None = None,
+        commands: Collection[int] = (),
+    ) -> None:
+        """Load everything; nothing is sampled yet.
+
+        `rules` name services, `commands` are children of this process that are not the profiler's
+        own: what it was told to record.
+        """
         _give_large_blocks_back()
         self.config = config
         self.period_ns = 1_000_000_000 // config.frequency_hz
@@ -96,6 +111,15 @@ class Recorder:
             self._rings.close()
             raise
         self.symbolizer = Symbolizer(cache or default_cache())
+        rules = rules or Rules()
+        self._commands = commands
+        self._labeler = Labeler(
+            rules.services,
+            parent_of=self._parent_of,
+            version_variables=rules.version_variables,
+            commands=commands,
+        )
+        self._next_scan_s = 0.0
         self._window = _OpenWindow(self.period_ns)
 
     def __enter__(self) -> Self:
@@ -109,7 +133,20 @@ class Recorder:
     ) -> None:
         self.close()
 
+    def _parent_of(self, pid: int) -> int | None:
+        return self.processes.parent_of(pid) or parent_in_proc(pid)
+
+    def _scan(self) -> None:
+        """Look for new services now and then, whether they are sampled or not."""
+        if time.monotonic() >= self._next_scan_s:
+            with self.cost.of("labels"):
+                self._labeler.scan()
+            self._next_scan_s = time.monotonic() + _SCAN_PERIOD_S
+
     def start(self) -> None:
+        """Begin to tick. A command that still waits to exec is not looked at as what it is now."""
+        if not self._commands:
+            self._scan()
         self._window = _OpenWindow(self.period_ns)
         self.sampler.start()
 
@@ -138,6 +175,7 @@ class Recorder:
             self._rings.refresh()
             drain = self.sampler.drain()
         self._fold(drain)
+        self._scan()
 
     def close_window(self, edge_ns: int | None = None) -> Profile:
         """Give the profile since `start` or the last call, named as well as this host can.
@@ -163,12 +201,15 @@ class Recorder:
         builder.modules.update({key: known[key] for key in modules & known.keys()})
         misses = {str(reason): number for reason, number in self.symbolizer.misses.items()}
         self.symbolizer.misses.clear()
-        return builder.build(window.window, window.accounting(self._host, misses))
+        accounting = window.accounting(self._host, misses)
+        services = self._labeler.present(*window.boottime_ns)
+        return builder.build(window.window, replace(accounting, services=services))
 
     def close(self) -> None:
         self.sampler.close()
         self._rings.close()
         self.symbolizer.close()
+        self._labeler.close()
 
     def _fold(self, drain: Drain) -> None:
         window = self._window
@@ -179,9 +220,11 @@ class Recorder:
                 groups = self._by_mappings(drain.samples)
             with self.cost.of("symbolize"):
                 samples, stacks = self._locate(groups)
+            with self.cost.of("labels"):
+                labels = [self._labeler.labels(sample) for sample in samples]
             with self.cost.of("fold"):
-                for sample, stack in zip(samples, stacks, strict=True):
-                    window.add(sample, stack)
+                for sample, stack, names in zip(samples, stacks, labels, strict=True):
+                    window.add(sample, stack, names)
         finally:
             window.settle()
             self.processes.expire(time.monotonic_ns())
@@ -260,8 +303,8 @@ class _OpenWindow:
         self._lost.update(drain.lost)
         self._pending = sum(sample.samples for sample in drain.samples)
 
-    def add(self, sample: RawSample, root_first: Numbers) -> None:
-        self.builder.add(_labels(sample), root_first, sample.samples)
+    def add(self, sample: RawSample, root_first: Numbers, labels: Labels) -> None:
+        self.builder.add(labels, root_first, sample.samples)
         self._stops[sample.stop] += sample.samples
         self._pending -= sample.samples
 
@@ -281,6 +324,11 @@ class _OpenWindow:
         """From edge to edge, where there are any; else by the clock that nobody can set."""
         ended = self._ended or _Clocks.now()
         return Window(self._start_ns, self._end_ns or self._start_ns + ended.since(self.begun))
+
+    @property
+    def boottime_ns(self) -> tuple[int, int]:
+        ended = self._ended or _Clocks.now()
+        return self.begun.boottime_ns, ended.boottime_ns
 
     def accounting(self, host: Host, misses: Mapping[str, int]) -> Accounting:
         ended = self._ended or _Clocks.now()
@@ -305,12 +353,19 @@ class _OpenWindow:
 class _Clocks:
     wall_ns: int
     monotonic_ns: int
+    boottime_ns: int
     nonidle_ns: int
     own_cpu_ns: int
 
     @classmethod
     def now(cls) -> "_Clocks":
-        return cls(time.time_ns(), time.monotonic_ns(), nonidle_ns(), time.process_time_ns())
+        return cls(
+            wall_ns=time.time_ns(),
+            monotonic_ns=time.monotonic_ns(),
+            boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            nonidle_ns=nonidle_ns(),
+            own_cpu_ns=time.process_time_ns(),
+        )
 
     def since(self, earlier: "_Clocks") -> int:
         """Give the ns between two readings; the wall clock may have been set in between."""
@@ -344,12 +399,3 @@ def nonidle_ns() -> int:
 def rss_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
-
-
-def _labels(sample: RawSample) -> Labels:
-    return _cached_labels(sample.leader_comm, sample.comm, sample.pid)
-
-
-@lru_cache(maxsize=16384)
-def _cached_labels(leader_comm: bytes, comm: bytes, pid: int) -> Labels:
-    return make_labels({"comm": readable(leader_comm), "thread": readable(comm), "pid": str(pid)})
