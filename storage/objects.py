@@ -15,15 +15,17 @@ window apart, and a whole file from a damaged one.
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import re
 import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from storage.profile import Profile, Window
+if TYPE_CHECKING:  # the uploader needs no numpy, which is a third of its memory
+    from storage.profile import Profile, Window
 
 NS_PER_S = 1_000_000_000
 LONGEST_WINDOW_S = 3600
@@ -31,6 +33,7 @@ LONGEST_WINDOW_S = 3600
 
 DEFAULT_TENANT = "default"
 
+_FOREVER_NS = 2**63
 _KEY_LIMIT_BYTES = 1024  # S3's own limit
 _SEGMENT_LIMIT_BYTES = 255  # NAME_MAX of Linux file systems
 _PARTIAL = ".partial"
@@ -137,9 +140,12 @@ class ObjectKey(NamedTuple):
         )
 
     @property
-    def window(self) -> Window:
-        """The seconds the profile's own window lies in."""
-        return Window(self.start_s * NS_PER_S, (self.start_s + self.length_s) * NS_PER_S)
+    def start_ns(self) -> int:
+        return self.start_s * NS_PER_S
+
+    @property
+    def end_ns(self) -> int:
+        return (self.start_s + self.length_s) * NS_PER_S
 
 
 _KEY_PATTERN = re.compile(
@@ -152,7 +158,7 @@ _KEY_PATTERN = re.compile(
 _HOST_ID_PATTERN = re.compile(r"[0-9a-f]{16}")
 
 
-def object_key(profile: Profile, content: bytes, tenant: str = DEFAULT_TENANT) -> ObjectKey:
+def object_key(profile: "Profile", content: bytes, tenant: str = DEFAULT_TENANT) -> ObjectKey:
     """Give the key under which `content`, the encoded profile, is kept.
 
     A profile of several hosts, or of one without an id of 16 hex digits, gets a hash of them all.
@@ -176,24 +182,54 @@ def content16(content: bytes) -> str:
 
 
 def list_window(
-    store: ObjectStore, window: Window, tenant: str = DEFAULT_TENANT
+    store: ObjectStore, window: "Window", tenant: str = DEFAULT_TENANT
 ) -> Iterator[tuple[ObjectKey, StoredObject]]:
     """Give the profiles whose windows overlap `window`, by hour, host and start.
 
     Lists exactly the hours in question, and the one before for a window that reaches across.
     What is not a profile of ours is passed over.
     """
+    yield from _list_between(store, window.start_ns, window.end_ns, tenant)
+
+
+def _list_between(
+    store: ObjectStore, start_ns: int, end_ns: int, tenant: str
+) -> Iterator[tuple[ObjectKey, StoredObject]]:
     prefix = _hours_prefix(tenant)
-    first = _hour(window.start_ns // NS_PER_S - LONGEST_WINDOW_S)
-    last = _hour((window.end_ns - 1) // NS_PER_S)
+    first = _hour(start_ns // NS_PER_S - LONGEST_WINDOW_S)
+    last = _hour((end_ns - 1) // NS_PER_S)
     for stored in store.list(prefix, start_after=prefix + first):
         if stored.key[len(prefix) : len(prefix) + len(last)] > last:
             return
         key = ObjectKey.parse(stored.key)
-        if key is None or key.window.end_ns <= window.start_ns:
-            continue
-        if key.window.start_ns < window.end_ns:
+        if key is not None and key.start_ns < end_ns and key.end_ns > start_ns:
             yield key, stored
+
+
+def expire(
+    store: ObjectStore, now_s: int, keep_s: int, keep_bytes: int, tenant: str = DEFAULT_TENANT
+) -> Iterator[StoredObject]:
+    """Delete the oldest profiles, and give each of them.
+
+    Deletes those that ended `keep_s` ago, then as many as exceed `keep_bytes`; a limit of 0 is
+    none. Whatever else lies in the store stays.
+    """
+    excess_bytes = 0
+    if keep_bytes:
+        every = _list_between(store, 0, _FOREVER_NS, tenant)
+        excess_bytes = sum(stored.size_bytes for _, stored in every) - keep_bytes
+    oldest_ns = (now_s - keep_s) * NS_PER_S if keep_s else 0
+    by_hour = itertools.groupby(
+        _list_between(store, 0, _FOREVER_NS, tenant),
+        lambda pair: pair[0].start_s // LONGEST_WINDOW_S,
+    )
+    for _, hour in by_hour:
+        for key, stored in sorted(hour, key=lambda pair: pair[0].start_s):
+            if excess_bytes <= 0 and key.end_ns > oldest_ns:
+                return
+            store.delete(stored.key)
+            excess_bytes -= stored.size_bytes
+            yield stored
 
 
 def _hours_prefix(tenant: str) -> str:

@@ -54,6 +54,7 @@ _REMEDIES = {
     " ListBucket",
     "NotImplemented": "this server cannot do it: use one that knows If-None-Match",
 }
+_NOT_A_STORE = "the answer is not an object store's (is there a proxy in between?)"
 _STATUS_CODES = {301: "PermanentRedirect", 401: "AccessDenied", 403: "AccessDenied"}
 """Answers without a body, as to HEAD, have a status only."""
 
@@ -105,10 +106,7 @@ class S3Store:
                     return self._explain_conflict(key, name)
                 raise
         if not answer.get("ETag") or answer.get("ChecksumCRC32", checksum) != checksum:
-            raise StoreUnavailable(
-                f"cannot write {key!r} to {self._place}: the answer is not that of a store which"
-                " took it (is there a proxy in between?)"
-            )
+            raise StoreUnavailable(f"cannot write {key!r} in {self._place}: {_NOT_A_STORE}")
         return True
 
     def get(self, key: str) -> bytes:
@@ -155,6 +153,8 @@ class S3Store:
 
     def _read(self, **request: str) -> bytes:
         answer = self._client.get_object(Bucket=self._bucket, **request)
+        if not answer.get("ETag"):
+            raise StoreUnavailable(f"cannot read {self._place}: {_NOT_A_STORE}")
         content: bytes = answer["Body"].read()
         return content
 
@@ -168,7 +168,7 @@ class S3Store:
             if _status(error) != 404:
                 raise
             raise StoreUnavailable(
-                f"cannot write {key!r} to {self._place}: it says the object exists, but has none"
+                f"cannot write {key!r} in {self._place}: it says the object exists, but has none"
             ) from error
         return False
 

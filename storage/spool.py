@@ -1,65 +1,64 @@
 """Spool: profiles on disk between the sampler, which writes them, and the uploader, which sends.
 
-The two processes share nothing but the folder, and either may be killed at any moment. A file
-belongs to whoever has renamed it into a folder of its own, and a rename is all or nothing:
-
-    partial/     being written; what a crash leaves here was never closed, and is removed
-    waiting/     closed profiles. From here on nothing is lost and nothing counted twice
-    sending/     the uploader's: perhaps stored already, so nobody may change their content
-    giving-up/   the sampler's: on their way to a tombstone
-    tombstones/  profiles without stacks, which keep the counts of those given up
-    damaged/     the last few files that were not what their names say
+The folder is laid out as `storage.outbox` says, so that either process may be killed at any moment
+and a closed profile is neither lost nor doubled.
 
 The size is bounded. Where a profile does not fit, because of the bound or because the disk is full,
 the oldest give up their stacks: their stored samples become lost ones (`spool_full`), so the law of
 conservation holds. The tombstones of a host's hour are one file; they alone may exceed the bound,
-by a block of the disk an hour. A file's name is its object's key with + for /.
+by a block of the disk an hour.
 """
 
 import contextlib
 import errno
-import heapq
 import logging
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from google.protobuf import message
 
 from storage import pprof
 from storage.objects import (
     LONGEST_WINDOW_S,
     NS_PER_S,
     ObjectKey,
-    content16,
     make_folder,
     object_key,
     sync_folder,
     write_synced,
 )
+from storage.outbox import (
+    FOLDERS,
+    GIVING_UP,
+    PARTIAL,
+    TOMBSTONES,
+    WAITING,
+    allocated,
+    file_name,
+    move_aside,
+    scan,
+    start_of,
+    usage,
+)
 from storage.profile import Loss, Profile, ProfileBuilder, ProfileError, add_counts, merge
+from symbolizer.text import readable
 
 DEFAULT_LIMIT_BYTES = 512_000_000
-
-_PARTIAL = "partial"
-_WAITING = "waiting"
-_SENDING = "sending"
-_GIVING_UP = "giving-up"
-_TOMBSTONES = "tombstones"
-_DAMAGED = "damaged"
-_FOLDERS = (_PARTIAL, _WAITING, _SENDING, _GIVING_UP, _TOMBSTONES, _DAMAGED)
-_SENT = frozenset({_WAITING, _SENDING, _TOMBSTONES})
 
 _MERGED = ".merged"
 _TOMBSTONE = ".tombstone"
 _RESERVE = "reserve"
 _RESERVE_BYTES = 64 * 1024
 """Kept on the disk, beside the bound, for the tombstone that is to make room on a full one."""
-_BLOCK_BYTES = 4096
-_DAMAGED_LIMIT = 16
 _FULL_DISK_ATTEMPTS = 8
 """Profiles given up for one new one: more would be pointless where others fill the disk."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+_LeanMessage: Any = pprof.message_class(
+    "everflame.spool", unread=frozenset({"Sample", "Mapping", "Location", "Function"})
+)
+"""A class that protobuf makes at run time, so without a type."""
 
 _log = logging.getLogger(__name__)
 
@@ -77,13 +76,6 @@ class SpoolStatus(NamedTuple):
     last_error: str
 
 
-class SpooledProfile(NamedTuple):
-    """A profile on its way to the store."""
-
-    key: ObjectKey
-    path: Path
-
-
 def tombstone(profile: Profile) -> Profile:
     """Give a profile's counts without its stacks: what was stored is now lost."""
     accounting = profile.accounting
@@ -92,6 +84,22 @@ def tombstone(profile: Profile) -> Profile:
         accounting, stored=0, lost=add_counts(accounting.lost, lost), stops={}, misses={}
     )
     return ProfileBuilder.like(profile).build(profile.window, emptied)
+
+
+def _read_tombstone(content: bytes) -> Profile:
+    """Read the tombstone of an encoded profile, without its stacks: they are the costly part."""
+    parsed = _LeanMessage()
+    try:
+        parsed.ParseFromString(pprof.decompress(content, pprof.SIZE_LIMIT_BYTES))
+    except message.DecodeError as error:
+        raise ProfileError("cannot read the spool: a file in it is damaged") from error
+    strings = parsed.string_table
+    ours = pprof.read_comments(strings[i] for i in parsed.comment if 0 < i < len(strings))
+    if ours is None or not 0 < parsed.period_type.unit < len(strings):
+        raise ProfileError("cannot read the spool: a file in it is not a profile of ours")
+    unit = readable(strings[parsed.period_type.unit])
+    stackless = ProfileBuilder(ours.period_ns, ours.type, unit)
+    return tombstone(stackless.build(ours.window, ours.accounting))
 
 
 class Spool:
@@ -104,9 +112,9 @@ class Spool:
         self._given_up = 0
         self._damaged = 0
         self._last_error = ""
-        for name in _FOLDERS:
+        for name in FOLDERS:
             make_folder(folder / name)
-        for path in (folder / _PARTIAL).iterdir():
+        for path in (folder / PARTIAL).iterdir():
             path.unlink()
         self._settle()
         self._used_bytes = usage(folder)[1]
@@ -139,7 +147,7 @@ class Spool:
 
     def _keep(self, key: ObjectKey, content: bytes) -> bool:
         """Write a profile, giving up older ones until it fits; False when that is not enough."""
-        size_bytes = _allocated(len(content))
+        size_bytes = allocated(len(content))
         failures = 0
         while size_bytes <= self._limit_bytes and failures < _FULL_DISK_ATTEMPTS:
             self._make_reserve()
@@ -147,7 +155,7 @@ class Spool:
                 self._used_bytes = usage(self._folder)[1]  # the uploader may have made room
             if self._used_bytes + size_bytes <= self._limit_bytes:
                 try:
-                    self._write(content, self._folder / _WAITING / _file_name(key))
+                    self._write(content, self._folder / WAITING / file_name(key))
                 except OSError as error:
                     self._note(error)
                     if error.errno not in _FULL:
@@ -163,21 +171,21 @@ class Spool:
 
     def _give_up_oldest(self) -> bool:
         """Turn the oldest waiting profile into a tombstone; False when there is none or no way."""
-        oldest = min(_scan(self._folder / _WAITING), key=_start, default=None)
+        oldest = min(scan(self._folder / WAITING), key=start_of, default=None)
         if oldest is None:
             return False
         try:
             self._settle()
             source = self._take(oldest.path, "")
-            profile = self._decode(source) if source else None
+            profile = self._read(source) if source else None
             if profile is None:
                 return True  # the uploader has taken it, or it was damaged: look again
-            self._bury(tombstone(profile))
+            self._bury(profile)
         except OSError as error:
             self._note(error)
             return False
         self._given_up += 1
-        _log.warning("gave up window=%d samples=%d", oldest.key.start_s, profile.accounting.stored)
+        _log.warning("gave up window=%d ticks=%d", oldest.key.start_s, profile.accounting.ticks)
         return True
 
     def _carry(self, profile: Profile) -> None:
@@ -205,8 +213,8 @@ class Spool:
         try:
             profile = self._join_hour(profile)
             content = pprof.encode(profile)
-            name = _file_name(object_key(profile, content)) + _MERGED
-            target = self._folder / _GIVING_UP / name
+            name = file_name(object_key(profile, content)) + _MERGED
+            target = self._folder / GIVING_UP / name
             try:
                 self._write(content, target)
             except OSError as error:
@@ -220,9 +228,9 @@ class Spool:
 
     def _join_hour(self, profile: Profile) -> Profile:
         hour = _hour(object_key(profile, b""))
-        for spooled in sorted(_scan(self._folder / _TOMBSTONES), key=_start):
+        for spooled in sorted(scan(self._folder / TOMBSTONES), key=start_of):
             source = self._take(spooled.path, _TOMBSTONE) if _hour(spooled.key) == hour else None
-            earlier = self._decode(source) if source else None
+            earlier = self._read(source) if source else None
             if source is None or earlier is None:
                 continue
             if _are_of_one_hour(earlier, profile):
@@ -232,7 +240,7 @@ class Spool:
 
     def _settle(self) -> None:
         """Empty giving-up/: finish what a merged file has replaced, undo anything else."""
-        folder = self._folder / _GIVING_UP
+        folder = self._folder / GIVING_UP
         paths = list(folder.iterdir())
         merged = [path for path in paths if path.name.endswith(_MERGED)]
         for path in paths:
@@ -241,37 +249,37 @@ class Spool:
             if merged:
                 path.unlink()
             elif path.name.endswith(_TOMBSTONE):
-                path.rename(self._folder / _TOMBSTONES / path.name.removesuffix(_TOMBSTONE))
+                path.rename(self._folder / TOMBSTONES / path.name.removesuffix(_TOMBSTONE))
             else:
-                path.rename(self._folder / _WAITING / path.name)
+                path.rename(self._folder / WAITING / path.name)
         if merged:
             sync_folder(folder)
         for path in merged:
-            path.rename(self._folder / _TOMBSTONES / path.name.removesuffix(_MERGED))
-            sync_folder(self._folder / _TOMBSTONES)
+            path.rename(self._folder / TOMBSTONES / path.name.removesuffix(_MERGED))
+            sync_folder(self._folder / TOMBSTONES)
 
     def _take(self, path: Path, mark: str) -> Path | None:
         """Move a file to giving-up/; None when the uploader was faster."""
-        taken = self._folder / _GIVING_UP / (path.name + mark)
+        taken = self._folder / GIVING_UP / (path.name + mark)
         try:
             path.rename(taken)
         except FileNotFoundError:
             return None
         return taken
 
-    def _decode(self, taken: Path) -> Profile | None:
-        """Read a file in giving-up/; None, and it is moved aside, when it is damaged."""
+    def _read(self, taken: Path) -> Profile | None:
+        """Read a file in giving-up/ as a tombstone; None, and it is moved aside, when damaged."""
         try:
-            return pprof.decode(taken.read_bytes())
+            return _read_tombstone(taken.read_bytes())
         except ProfileError as error:
             _log.warning("set aside file=%s reason=%s", taken.name, error)
         self._damaged += 1
-        _set_aside(taken, self._folder)
+        move_aside(taken, self._folder)
         return None
 
     def _write(self, content: bytes, target: Path) -> None:
         """Write a file that is whole and durable as soon as it has its name."""
-        partial = self._folder / _PARTIAL / target.name
+        partial = self._folder / PARTIAL / target.name
         try:
             write_synced(partial, content)
             partial.rename(target)
@@ -295,94 +303,6 @@ class Spool:
         _log.warning("failed to write spool=%s error=%s", self._folder, error.strerror)
 
 
-class SpoolReader:
-    """The uploader's side: gives the oldest profiles first and removes what is stored."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def pending(self, limit: int) -> list[SpooledProfile]:
-        """Give the oldest `limit` profiles, those claimed before first of all."""
-        claimed = heapq.nsmallest(limit, _scan(self._folder / _SENDING), key=_start)
-        others = (
-            spooled for name in (_WAITING, _TOMBSTONES) for spooled in _scan(self._folder / name)
-        )
-        return claimed + heapq.nsmallest(limit - len(claimed), others, key=_start)
-
-    def claim(self, profile: SpooledProfile) -> SpooledProfile | None:
-        """Take a profile for sending, before the first byte is sent; None when it is gone.
-
-        Nobody changes it from now on: the store may have it, whatever becomes of the answer.
-        """
-        target = self._folder / _SENDING / profile.path.name
-        if profile.path == target:
-            return profile
-        try:
-            profile.path.rename(target)
-        except FileNotFoundError:
-            return None  # the sampler has given it up
-        sync_folder(target.parent)
-        return profile._replace(path=target)
-
-    def read(self, profile: SpooledProfile) -> bytes:
-        """Give a profile's content.
-
-        Raises:
-            ProfileError: it is not what its name says it is.
-        """
-        content = profile.path.read_bytes()
-        if content16(content) != profile.key.content16:
-            raise ProfileError(f"{profile.path.name}: the content is not that of its name")
-        return content
-
-    def remove(self, profile: SpooledProfile) -> None:
-        profile.path.unlink(missing_ok=True)
-
-    def set_aside(self, profile: SpooledProfile) -> None:
-        """Move a damaged file to where nobody tries it again; only the last few are kept."""
-        _set_aside(profile.path, self._folder)
-
-
-def usage(folder: Path) -> tuple[int, int]:
-    """Count the profiles of a spool, and the bytes that all its files take, in whole blocks."""
-    profiles, size_bytes = 0, 0
-    for name in _FOLDERS:
-        for entry in _entries(folder / name):
-            with contextlib.suppress(FileNotFoundError):
-                size_bytes += _allocated(entry.stat(follow_symlinks=False).st_size)
-                profiles += name in _SENT
-    return profiles, size_bytes
-
-
-def _set_aside(path: Path, folder: Path) -> None:
-    kept = sorted((folder / _DAMAGED).iterdir(), key=lambda each: each.stat().st_mtime_ns)
-    for oldest in kept[: max(0, len(kept) + 1 - _DAMAGED_LIMIT)]:
-        oldest.unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(folder / _DAMAGED / path.name)
-
-
-def _scan(folder: Path) -> Iterator[SpooledProfile]:
-    """Give the profiles in a folder, in no order. A file that is named otherwise is not ours."""
-    for entry in _entries(folder):
-        key = ObjectKey.parse(entry.name.replace("+", "/"))
-        if key is not None:
-            yield SpooledProfile(key, Path(entry))
-
-
-def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-        yield from entries
-
-
-def _file_name(key: ObjectKey) -> str:
-    return key.text.replace("/", "+")
-
-
-def _start(spooled: SpooledProfile) -> int:
-    return spooled.key.start_s
-
-
 def _hour(key: ObjectKey) -> tuple[str, int]:
     return key.host_id, key.start_s // LONGEST_WINDOW_S
 
@@ -399,7 +319,3 @@ def _are_of_one_hour(one: Profile, other: Profile) -> bool:
     end_s = -(-one.window.union(other.window).end_ns // NS_PER_S)
     is_one_hour = starts_s[0] // LONGEST_WINDOW_S == starts_s[1] // LONGEST_WINDOW_S
     return is_one_hour and end_s - min(starts_s) <= LONGEST_WINDOW_S
-
-
-def _allocated(size_bytes: int) -> int:
-    return -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES

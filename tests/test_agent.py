@@ -94,7 +94,7 @@ def test_windows_are_aligned_and_every_tick_is_in_one(agent, place) -> None:
     assert all(a.end_ns == b.start_ns for a, b in itertools.pairwise(windows))
     assert all(profile.accounting.mismatch == 0 for profile in objects.values())
     assert all(
-        key.window.start_ns // SECOND == p.window.start_ns // SECOND for key, p in objects.items()
+        key.start_ns // SECOND == p.window.start_ns // SECOND for key, p in objects.items()
     )
     assert not list((place.root / "spool" / "waiting").iterdir())
 
