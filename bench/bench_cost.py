@@ -48,7 +48,10 @@ def find_program(pid: int) -> int:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         for path in Path(f"/proc/{pid}/fdinfo").iterdir():
-            text = path.read_text()
+            try:
+                text = path.read_text()
+            except FileNotFoundError:  # closed since the folder was listed
+                continue
             kind = re.search(r"^prog_type:\s+7$", text, re.MULTILINE)
             number = re.search(r"^prog_id:\s+(\d+)$", text, re.MULTILINE)
             if kind and number:

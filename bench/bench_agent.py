@@ -1,0 +1,102 @@
+"""What the agent costs for ever: ten programs on both CPUs, 60 s windows into a directory.
+
+The sampler and the uploader are watched from outside, after the first 20 s and over whole windows.
+PSS shares out what the two processes have in common. Bytes per core and day are what two full
+windows took in the store, times the windows of a day, over the CPUs.
+
+Run as root: `python bench/bench_agent.py [--windows 2]`.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench_cost import EVERFLAME, START_UP_S, find_program, memory_mb, read
+from load import ten_programs
+
+from bpf import syscalls
+from storage import pprof
+from storage.profile import Accounting
+
+WINDOW_S = 60
+
+
+def child_of(pid: int) -> int:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    names = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+    return next(child for child, name in names.items() if b"profiler.uploader" in name)
+
+
+def pss_mb(pid: int) -> float:
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    match = re.search(r"^Pss:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(match[1]) / 1024 if match else 0.0
+
+
+def all_pids(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(each for child in children for each in all_pids(int(child)))]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--windows", type=int, default=2)
+    windows = parser.parse_args().windows
+    with tempfile.TemporaryDirectory() as name, ten_programs(), syscalls.run_time_stats():
+        folder = Path(name)
+        environment = {**os.environ, "EVERFLAME_RUN": str(folder / "run")}
+        command = [EVERFLAME, "agent", f"--store={folder / 'store'}", f"--spool={folder / 'spool'}"]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as agent:
+            try:
+                program = find_program(agent.pid)
+                time.sleep(START_UP_S)
+                uploader = child_of(agent.pid)
+                first, first_other = read(agent.pid, program), read(uploader, program)
+                time.sleep(windows * WINDOW_S)
+                last, last_other = read(agent.pid, program), read(uploader, program)
+                rss, peak = memory_mb(agent.pid, "VmRSS"), memory_mb(agent.pid, "VmHWM")
+                pss = sum(map(pss_mb, all_pids(agent.pid)))
+            finally:
+                agent.terminate()
+                agent.wait()
+        os.close(program)
+        files = sorted((folder / "store").rglob("*.pb.gz"))
+        full = [path for path in files if f"-{WINDOW_S}-" in path.name]
+        sizes = [path.stat().st_size for path in full]
+        counts = Accounting()
+        for path in files:
+            counts = counts.merge(pprof.decode(path.read_bytes()).accounting)
+    span = last.at_s - first.at_s
+    own = 100 * (last.cpu_s - first.cpu_s) / span
+    other = 100 * (last_other.cpu_s - first_other.cpu_s) / span
+    bpf = 100 * (last.bpf_s - first.bpf_s) / span
+    mean_size = sum(sizes) / len(sizes)
+    rows = [
+        ("steady CPU, sampler", own, "% of one CPU", None),
+        ("steady CPU, uploader", other, "% of one CPU", None),
+        ("steady CPU, BPF", bpf, "% of one CPU", None),
+        ("steady CPU in all", own + other + bpf, "% of one CPU", 1.0),
+        ("sampler, RSS", rss, "MB", 60.0),
+        ("sampler, peak RSS", peak, "MB", None),
+        ("all processes, PSS", pss, "MB", 120.0),
+        ("an object of a minute", mean_size / 1e3, "kB", None),
+        ("a core and day", mean_size * 86400 / WINDOW_S / counts.cpus / 1e6, "MB", None),
+        ("lost", sum(counts.lost.values()), "samples", 0),
+        ("law 1 mismatch", counts.mismatch, "ticks", 0),
+    ]
+    missed = 0
+    for what, value, unit, most in rows:
+        verdict = "" if most is None else "ok" if value <= most else "MISSED"
+        missed += verdict == "MISSED"
+        aim = "" if most is None else f"  (at most {most:g}: {verdict})"
+        print(f"{what:24} {value:10.2f} {unit}{aim}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
