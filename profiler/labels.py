@@ -294,6 +294,9 @@ class Labeler:
 
     def _labels_of_ancestors(self, sample: RawSample) -> Labels:
         pid: int | None = sample.pid
+        current = self._live.get(sample.pid)
+        if current is not None and current.stat.start_ticks != sample.start_ns // _TICK_NS:
+            return ()  # the parent that is known now is that of a later process
         for _ in range(_MAX_ANCESTORS):
             pid = self._parent_of(pid) if pid else None
             if not pid or pid == 1:

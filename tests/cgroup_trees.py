@@ -2,11 +2,14 @@
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from profiler.cgroups import parse_cgroups
 
 
 def hierarchies() -> dict[str, Path]:
@@ -28,8 +31,7 @@ class CgroupTree:
     """A folder of the test's own in one hierarchy."""
 
     def __init__(self, mount: Path) -> None:
-        self._top = mount / f"everflame-test-{os.getpid()}"
-        self._pids: list[int] = []
+        self._top = Path(tempfile.mkdtemp(prefix="everflame-test-", dir=mount))
 
     def move(self, pid: int, path: str) -> int:
         """Move a process into a cgroup below the folder; gives the cgroup's id."""
@@ -56,14 +58,32 @@ class CgroupTree:
 
 
 @contextlib.contextmanager
+def outside_of_units() -> Iterator[None]:
+    """Take this process out of its unit or container, so that what it starts has none."""
+    content = Path("/proc/self/cgroup").read_text()
+    if not parse_cgroups(content.encode()).key:
+        yield
+        return
+    with contextlib.ExitStack() as trees:
+        for line in content.splitlines():
+            number, names, path = line.split(":", 2)
+            for name in ["v2"] if number == "0" else names.split(","):
+                if path != "/" and name in hierarchies():
+                    tree = trees.enter_context(cgroup_tree(name))
+                    tree.move(os.getpid(), "tests")
+                    home = hierarchies()[name] / path.lstrip("/") / "cgroup.procs"
+                    trees.callback(home.write_text, str(os.getpid()))
+        yield
+
+
+@contextlib.contextmanager
 def cgroup_tree(hierarchy: str) -> Iterator[CgroupTree]:
     """Make a tree. The processes in it have to have ended at the end of the block."""
     mount = hierarchies().get(hierarchy)
     if mount is None:
         pytest.skip(f"no cgroup hierarchy {hierarchy} on this machine")
-    tree = CgroupTree(mount)
     try:
-        (mount / tree.path("").strip("/")).mkdir()
+        tree = CgroupTree(mount)
     except OSError as error:
         pytest.skip(f"cannot make cgroups in {mount}: {error.strerror}")
     try:
