@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -137,8 +138,7 @@ def table(status: Mapping[str, Any]) -> str:
         ("bpf", f"{status['bpf_ns_per_tick'] / 1000:.1f} us a tick"),
         ("memory", f"sampler {own_mb}, uploader {_megabytes(upload.get('rss_bytes', 0))}"),
         ("spool", f"{waiting}, {spool['given_up']:,} given up"),
-        ("uploader", ""),
-        *((f"  {name}", str(upload[name])) for name in sorted(upload)),
+        *_upload(upload),
     ]
     if status["alarm"]:
         lines.append(("alarm", "ticks and the kernel's own CPU times do not agree"))
@@ -148,6 +148,23 @@ def table(status: Mapping[str, Any]) -> str:
     ]
     wide = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:{wide}}  {text}".rstrip() for name, text in lines)
+
+
+def _upload(upload: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if not upload.get("store"):
+        yield "uploader", "has not told anything yet"
+        return
+    last_ns = upload["last_upload_ns"]
+    last = f"{_duration(time.time() - last_ns / 1e9)} ago" if last_ns else "never"
+    yield "uploader", f"pid {upload['pid']}, started {upload['starts']:,} times"
+    yield "  store", f"{upload['store']}, last upload {last}"
+    failed = f"{upload['failed']:,} attempts failed, {upload['damaged']:,} files damaged"
+    size_mb = _megabytes(upload["uploaded_bytes"])
+    yield "  sent", f"{upload['uploaded']:,} windows, {size_mb}; {failed}"
+    if upload["expired"]:
+        yield "  removed", f"{upload['expired']:,} old windows"
+    if upload["last_error"]:
+        yield "  error", upload["last_error"]
 
 
 def _stops(stops: Mapping[str, int]) -> Iterator[tuple[str, str]]:

@@ -4,16 +4,18 @@ import itertools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 import pytest
-from targets import running
+from targets import compile_target, running
 
 from profiler.agent import Edges
 from storage import pprof
@@ -93,9 +95,7 @@ def test_windows_are_aligned_and_every_tick_is_in_one(agent, place) -> None:
     assert all(window.start_ns % (5 * SECOND) == 0 for window in windows[1:])
     assert all(a.end_ns == b.start_ns for a, b in itertools.pairwise(windows))
     assert all(profile.accounting.mismatch == 0 for profile in objects.values())
-    assert all(
-        key.start_ns // SECOND == p.window.start_ns // SECOND for key, p in objects.items()
-    )
+    assert all(key.start_ns // SECOND == p.window.start_ns // SECOND for key, p in objects.items())
     assert not list((place.root / "spool" / "waiting").iterdir())
 
 
@@ -162,6 +162,52 @@ def test_a_killed_agent_leaves_its_closed_windows_to_the_next(agent, place) -> N
     assert len({key.host_id for key in objects}) == 1
     assert len({profile.window for profile in objects.values()}) == len(objects)
     assert len(objects) >= status["windows"] + 1
+
+
+@pytest.mark.kernel
+def test_metrics_are_served_from_loopback(place) -> None:
+    """Prometheus reads them; every line is a comment or a name, labels and a number."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = place.command(f"--metrics-listen=127.0.0.1:{port}")
+    with running(*command, env=place.environment):
+        wait_until(lambda: b'cpu_seconds_total{part="drain"}' in fetch(port, "/metrics"))
+
+        lines = fetch(port, "/metrics").decode().splitlines()
+
+    sample = re.compile(r'# TYPE .*|everflame_[a-z_]+(\{[a-z]+="[a-z_]+"\})? -?[0-9.e+-]+')
+    assert [line for line in lines if not sample.fullmatch(line)] == []
+    assert any(line.startswith("everflame_ticks_total ") for line in lines)
+
+
+def fetch(port: int, path: str) -> bytes:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            return answer.read()
+    except OSError:
+        return b""
+
+
+@pytest.mark.kernel
+def test_the_profiler_and_what_it_profiles_have_labels(place, tmp_path) -> None:
+    """A service that runs, sampled or not, has its present_ns; the agent is service everflame."""
+    split = compile_target("split.c", tmp_path / "split")
+    with running(split, "60"), running("sleep", "60", env={"SERVICE_VERSION": "1.2.3"}):
+        subprocess.run(place.command("--for", "7s"), check=True, env=place.environment)
+
+    present: dict[str, int] = {}
+    versions: dict[str, set[str]] = {}
+    services: set[str] = set()
+    for profile in place.objects().values():
+        for labels, present_ns in profile.accounting.services.items():
+            named = dict(labels)
+            present[named["service"]] = present.get(named["service"], 0) + present_ns
+            versions.setdefault(named["service"], set()).add(named.get("version", ""))
+        services |= {dict(row.labels).get("service", "") for row in profile.rows()}
+    assert {"split", "everflame"} <= services
+    assert "1.2.3" in versions["sleep"]
+    assert present["split"] > 5 * SECOND
+    assert present["sleep"] > 5 * SECOND
 
 
 @pytest.mark.kernel
