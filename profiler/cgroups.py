@@ -147,6 +147,15 @@ class CgroupIds:
             os.close(self._mount_fd)
             self._mount_fd = -1
 
+    def find(self, path: str) -> int:
+        """Give the id of the cgroup at a path within the hierarchy; 0 if it is not there."""
+        if self._mount is None or not path:
+            return 0
+        try:
+            return (self._mount / path.lstrip("/")).stat().st_ino
+        except OSError:
+            return 0
+
     def path(self, cgroup_id: int) -> str:
         """Give the path within the hierarchy; empty for the root and where it is not known.
 

@@ -45,11 +45,11 @@ from symbolizer.text import readable
 KERNEL_SERVICE = "[kernel]"
 OWN_SERVICE = "everflame"
 
-MAX_CACHED_LABELS = 16_384
+MAX_CACHED_LABELS = 4_096
 """Label sets by thread name and process. The oldest go; a process that still runs is not read
-again for them."""
+again for them. They take some 600 bytes each."""
 
-_MAX_ENDED = 4_096  # processes that were read and have ended, for their late samples and children
+_MAX_ENDED = 2_048  # processes that were read and have ended, for their late samples and children
 _MAX_PLACES = 4_096
 _NAMES_WITHIN_NS = 60_000_000_000
 """For how long after its first process a container's name is looked for on disk."""
@@ -218,11 +218,6 @@ class Labeler:
         return present
 
     def _label(self, sample: RawSample) -> "_Labeled":
-        names = {
-            "comm": readable(sample.leader_comm),
-            "thread": readable(sample.comm),
-            "pid": str(sample.pid),
-        }
         life = None
         if sample.stop == "kernel_thread":
             instance = self._kernel
@@ -230,7 +225,13 @@ class Labeler:
             instance = process.labels
         else:
             instance, life = self._inherited(sample)
-        return _Labeled(make_labels({**names, **dict(instance)}), life)
+        thread = (
+            ("comm", readable(sample.leader_comm)),
+            ("thread", readable(sample.comm)),
+            ("pid", str(sample.pid)),
+        )
+        # As make_labels would, but with the instance's pairs themselves: thousands share them.
+        return _Labeled(tuple(sorted((*instance, *thread))), life)
 
     def _current(self, sample: RawSample) -> "_Process | None":
         """Give the process as it was when the sample was taken, if it can still be known."""
@@ -308,8 +309,11 @@ class Labeler:
                 continue
             if parent.stat.start_ticks > sample.start_ns // _TICK_NS:
                 break  # a later use of the pid
-            if sample.cgroup_id > 1 and parent.cgroup_id not in (0, sample.cgroup_id):
-                break  # another service's process has started it
+            if sample.cgroup_id > 1:
+                paths = parent.place.paths or ("",)
+                parent_id = parent.cgroup_id or self._cgroup_ids.find(paths[0])
+                if parent_id not in (0, sample.cgroup_id):
+                    break  # another service's process has started it
             return parent.labels
         return ()
 
@@ -365,7 +369,7 @@ class Labeler:
         elif process.is_part_of_parent and process.parent is not None:
             process.named = process.parent.named
         else:
-            command = readable(cmdline[:_MAX_COMMAND_BYTES].replace(b"\0", b" "))
+            command = cmdline[:_MAX_COMMAND_BYTES].replace(b"\0", b" ").decode(errors="replace")
             process.named = self._named_by_rule(process.place, exe, command)
 
     def _place(self, cgroups: bytes) -> Place:
@@ -434,6 +438,12 @@ class Labeler:
             self._nameless.add(instance)
         return instance
 
+    def _settle_version(self, instance: "_Instance") -> None:
+        """Find the version again, from the process that is the oldest now."""
+        with ProcessFiles(instance.oldest.pid) as files:
+            if _is_alive(instance.oldest):
+                self._find_version(instance, instance.oldest, files, is_oldest=True)
+
     def _find_version(
         self, instance: "_Instance", process: "_Process", files: ProcessFiles, *, is_oldest: bool
     ) -> None:
@@ -480,9 +490,7 @@ class Labeler:
             self._nameless.discard(instance)
         elif instance.oldest is process:
             instance.oldest = min(instance.members.values(), key=_order_of)
-            with ProcessFiles(instance.oldest.pid) as files:
-                if _is_alive(instance.oldest):
-                    self._find_version(instance, instance.oldest, files, is_oldest=True)
+            self._settle_version(instance)
             self._relabel(instance)
 
     def _is_unchanged(self, process: "_Process") -> bool:
@@ -512,8 +520,7 @@ class Labeler:
                 named = instance.oldest.named
                 instance.container = container
                 instance.service = named or self._service(place, container, instance.service)
-                if not instance.version:
-                    instance.version = container.version
+                self._settle_version(instance)
                 self._relabel(instance)
             if not instance.is_nameless or now_ns - instance.begin_ns > _NAMES_WITHIN_NS:
                 self._nameless.discard(instance)

@@ -208,7 +208,7 @@ def _java(arguments: Sequence[bytes]) -> _Target:
         elif argument.endswith(b".java"):
             return _Target(basename(argument).removesuffix(b".java"), argument)
         elif not argument.startswith((b"-", b"@")):
-            return _Target(argument.rpartition(b".")[2])
+            return _Target(argument)
     return _NOTHING
 
 

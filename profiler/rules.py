@@ -9,7 +9,9 @@ r"""Which service a process belongs to, as the operator says it (TOML).
 
 The first rule that matches gives the name. Within a rule all keys must match: `unit`, `cgroup` (any
 of the process's paths) and `exe` are patterns as the shell's, in which `*` also matches `/`;
-`command` is a regular expression that is looked for in the arguments, joined by spaces.
+`command` is a regular expression that is looked for in the arguments, joined by spaces, of which
+the first 4,096 bytes count. Anyone may choose arguments: an expression that backtracks without end
+would hold up the profiler.
 `version_variables` are environment variables that hold a version, besides the usual ones.
 """
 

@@ -45,7 +45,17 @@ _MAX_FOLDERS = 6
 _COMMIT = re.compile(rb"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 _RELEASES = frozenset({b"releases", b"release", b"versions", b"deploys", b"deployments", b"builds"})
 _FOLDERS_OF_CODE = frozenset({b"bin", b"sbin", b"src", b"lib", b"dist", b"build", b"app"})
-_OF_DISTRIBUTION = (b"/usr/", b"/lib", b"/bin/", b"/sbin/", b"/proc/", b"/sys/", b"/dev/")
+_OF_DISTRIBUTION = (
+    b"/usr/",
+    b"/lib/",
+    b"/lib32/",
+    b"/lib64/",
+    b"/bin/",
+    b"/sbin/",
+    b"/proc/",
+    b"/sys/",
+    b"/dev/",
+)
 
 
 class _Executable(NamedTuple):

@@ -497,7 +497,6 @@ def test_ancestors_of_another_cgroup_lend_no_name(copy_sleep) -> None:
         elsewhere = tree.move(shim.pid, "a")
         pid = gone("true")
         labeler = Labeler(own_pid=0, parent_of={pid: shim.pid}.get)
-        labeler.labels(sample_of(shim.pid, cgroup_id=elsewhere))
         sample = sample_of(pid, start_ns=boottime_ns(), comm=b"x", cgroup_id=elsewhere + 1000)
 
         assert dict(labeler.labels(sample))["service"] == "x"
@@ -683,3 +682,17 @@ def test_real_samples_are_labelled(labeler: Labeler, tmp_path: Path) -> None:
     assert len(labels) == 1
     assert dict(labels.pop())["service"] == "api"
     assert labeler.reads < 30
+
+
+def test_image_that_is_known_later_comes_before_the_build_id(
+    labeler: Labeler, tmp_path: Path
+) -> None:
+    """The order of the sources holds whenever they turn up."""
+    with cgroup_tree("v2") as tree, started("sleep", "60", env=CLEAN) as process:
+        tree.move(process.pid, DOCKER)
+        assert len(instance_of(labeler, process.pid)["version"]) == 40
+
+        write_docker(tmp_path)
+        labeler.scan()
+
+        assert instance_of(labeler, process.pid)["version"] == "1.4.2"

@@ -53,7 +53,7 @@ def describe_process(pid: int) -> Program:
         ("python3 -m flask --app shop run", "shop"),
         ("java -Xmx1g -jar /opt/orders-1.4.2-SNAPSHOT.jar --x", "orders"),
         ("java -jar app.jar", "app"),
-        ("java -cp a.jar:b.jar -Dx=y org.shop.Main arg", "Main"),
+        ("java -cp a.jar:b.jar -Dx=y org.shop.Main arg", "org.shop.Main"),
         ("java --module-path mods -m shop.web/org.shop.Main", "shop.web"),
         ("java", "java"),
         ("node --require ./t.js --inspect /srv/shop/server.js", "server"),
