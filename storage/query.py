@@ -1,0 +1,463 @@
+"""Query: any window and selection of a store, as one profile, a timeline or a table of functions.
+
+A window is half-open. An object counts as a whole when its start lies inside: objects are aligned
+to their length, so a window that is too loses and doubles nothing. Only objects that the window
+asks for are fetched, each is decoded once, and what was decoded is kept in a cache on disk.
+
+The objects of one host and one hour that lies wholly in the window, and is past for long enough
+that nothing more is expected, are kept merged as well: 24 hours of a host are then 24 files and not
+1,440. A late object gives another name to that file, so it is never out of date.
+
+The label `host` comes from the object's accounting where its rows have none. An object that is
+damaged, of a later schema or of another type is named in the answer and never stops it.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from storage import wire
+from storage.cache import DEFAULT_LIMIT_BYTES, DecodedCache
+from storage.columns import OBJECT_FIELDS, Columns, Hasher, merge_columns
+from storage.objects import (
+    DEFAULT_TENANT,
+    NS_PER_S,
+    ObjectKey,
+    ObjectStore,
+    StoredObject,
+    StoreError,
+    content16,
+    list_window,
+)
+from storage.profile import (
+    Accounting,
+    Host,
+    Integers,
+    Labels,
+    Profile,
+    ProfileBuilder,
+    ProfileError,
+    Window,
+)
+from storage.selector import Selector
+from storage.sums import PROCESS_LABELS, FunctionSum, Sums, merge_sums
+
+HOUR_NS = 3600 * NS_PER_S
+_SETTLED_AFTER_NS = 300 * NS_PER_S
+"""After its end, so long does an hour wait for late objects before it is kept merged."""
+_FETCHES = 4
+"""Objects fetched and decoded at a time."""
+_FAILURES_REMEMBERED = 10_000
+EMPTY = Selector()
+
+_Kept = TypeVar("_Kept", Columns, Sums)
+
+
+class Skipped(NamedTuple):
+    """An object that is not in the answer, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What an answer is made of. The accounting is that of whole objects, whatever the selector."""
+
+    window: Window
+    objects: int
+    accounting: Accounting
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def hosts(self) -> tuple[Host, ...]:
+        return self.accounting.hosts
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    profile: Profile
+    coverage: Coverage
+
+
+class Series(NamedTuple):
+    """One line of a timeline; what lies between two steps is in the earlier one."""
+
+    labels: Labels
+    samples: Integers
+    values: Integers
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Sums per step. Step i begins at `start_ns + i * step_ns`; the largest series comes first."""
+
+    type: str
+    unit: str
+    start_ns: int
+    step_ns: int
+    series: tuple[Series, ...]
+    totals: dict[str, Integers]
+    """OBJECT_FIELDS from `nonidle_ns` on, added up over the objects of each step."""
+    coverage: Coverage
+
+
+@dataclass(frozen=True, slots=True)
+class Functions:
+    """A table of functions by label set, largest self first."""
+
+    type: str
+    unit: str
+    rows: tuple[FunctionSum, ...]
+    total: int
+    samples: int
+    coverage: Coverage
+
+
+class Query:
+    """Reads a store. Safe to use from several threads; several may share a cache folder."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        cache_folder: Path,
+        cache_bytes: int = DEFAULT_LIMIT_BYTES,
+        tenant: str = DEFAULT_TENANT,
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._store = store
+        self._tenant = tenant
+        self._now_ns = now_ns
+        self._cache = DecodedCache(cache_folder, cache_bytes)
+        self._hasher = self._cache.hasher()
+        self._failures: dict[StoredObject, str] = {}
+
+    def profile(self, window: Window, selector: Selector = EMPTY, type: str = "cpu") -> Answer:  # noqa: A002 - the field's word
+        """Merge what was sampled in a window and is asked for."""
+        parts, coverage = self._chosen(self._stacks, window, selector, type)
+        chosen = [part.filter(selector) for part in parts]
+        if not chosen:
+            unit = "nanoseconds" if type == "cpu" else "count"
+            empty = ProfileBuilder(period_ns=1, type=type, unit=unit)
+            return Answer(empty.build(window, Accounting()), coverage)
+        # What is merged already holds nothing that its rows do not need.
+        is_merged = len(chosen) == 1 and not selector.matchers
+        merged = chosen[0] if is_merged else merge_columns(chosen)
+        return Answer(merged.profile(), coverage)
+
+    def timeline(
+        self,
+        window: Window,
+        selector: Selector = EMPTY,
+        step_ns: int = 60 * NS_PER_S,
+        by: Sequence[str] = (),
+        type: str = "cpu",  # noqa: A002
+    ) -> Timeline:
+        """Add up samples and values per step, one series for each combination of `by`.
+
+        Raises:
+            ValueError: the step is not positive.
+        """
+        if step_ns <= 0:
+            raise ValueError(f"cannot make a timeline of steps of {step_ns} ns")
+        parts, coverage = self._chosen(self._sums, window, selector, type)
+        count = -(-(window.end_ns - window.start_ns) // step_ns)
+        totals = {name: np.zeros(count, np.int64) for name in OBJECT_FIELDS[3:]}
+        sums: dict[Labels, Integers] = {}
+        for part in parts:
+            # An object may begin a fraction of a second before the whole second of its key.
+            step = (part.objects[:, 0] - window.start_ns) // step_ns
+            step = np.clip(step, 0, count - 1)
+            for i, name in enumerate(OBJECT_FIELDS[3:], start=3):
+                np.add.at(totals[name], step, part.objects[:, i])
+            _add_series(sums, part.filter(selector), step, by, count)
+        series = [Series(labels, *sum_.T) for labels, sum_ in sums.items()]
+        series.sort(key=lambda each: (-int(each.values.sum()), each.labels))
+        unit = parts[0].unit if parts else "nanoseconds"
+        return Timeline(type, unit, window.start_ns, step_ns, tuple(series), totals, coverage)
+
+    def functions(
+        self,
+        window: Window,
+        selector: Selector = EMPTY,
+        by: Sequence[str] = ("service",),
+        type: str = "cpu",  # noqa: A002
+        limit: int | None = None,
+    ) -> Functions:
+        """Give what each function cost under each combination of `by`, at most `limit` rows.
+
+        Stacks are read only for labels of single processes (PROCESS_LABELS), which sums leave out.
+        """
+        if PROCESS_LABELS & {*selector.names, *by}:
+            stacks, coverage = self._chosen(self._stacks, window, selector, type)
+            left_out = PROCESS_LABELS.difference(by)
+            parts = [Sums.of(part.filter(selector), self._hasher, left_out) for part in stacks]
+        else:
+            sums, coverage = self._chosen(self._sums, window, selector, type)
+            parts = [part.filter(selector) for part in sums]
+        if not parts:
+            return Functions(type, "nanoseconds" if type == "cpu" else "count", (), 0, 0, coverage)
+        merged = merge_sums(parts).by(by)
+        samples, total = merged.time_counts.sum(axis=0).tolist()
+        rows = tuple(merged.function_sums(limit))
+        return Functions(type, merged.unit, rows, total, samples, coverage)
+
+    def labels(self, window: Window, selector: Selector = EMPTY) -> dict[str, dict[str, int]]:
+        """Give the names of labels, their values, and the samples each value has."""
+        found: dict[str, dict[str, int]] = {}
+        for loaded in self._read(self._sums, window):
+            if loaded.value is None:
+                continue
+            chosen = loaded.value.filter(selector)
+            samples = np.zeros(len(chosen.label_sets), dtype=np.int64)
+            np.add.at(samples, chosen.times[:, 1], chosen.time_counts[:, 0])
+            for labels, count in zip(chosen.label_sets, samples.tolist(), strict=True):
+                for name, value in labels if count else ():
+                    values = found.setdefault(name, {})
+                    values[value] = values.get(value, 0) + count
+        return found
+
+    def label_values(self, window: Window, name: str, selector: Selector = EMPTY) -> dict[str, int]:
+        """Give the values of one label and the samples each has, most first."""
+        values = self.labels(window, selector).get(name, {})
+        return dict(sorted(values.items(), key=lambda pair: (-pair[1], pair[0])))
+
+    def objects(self, window: Window) -> Iterator[tuple[ObjectKey, StoredObject]]:
+        """Give the objects that start inside a window, by hour, host and start; none is read."""
+        for key, stored in list_window(self._store, window, self._tenant):
+            if window.start_ns <= key.start_s * NS_PER_S < window.end_ns:
+                yield key, stored
+
+    def _chosen(
+        self,
+        reader: "_Reader[_Kept]",
+        window: Window,
+        selector: Selector,
+        type_: str,
+    ) -> tuple[list[_Kept], Coverage]:
+        """Give the parts of a window that may hold what is asked for, and what they cover."""
+        parts: list[_Kept] = []
+        skipped: list[Skipped] = []
+        accounting, objects = Accounting(), 0
+        for loaded in self._read(reader, window):
+            skipped += loaded.skipped
+            value = loaded.value
+            if value is None or not _has_host(value.accounting, selector):
+                continue
+            if value.type != type_:
+                reason = f"it is of the type {value.type}, not {type_}"
+                skipped += [Skipped(key, reason) for key in loaded.keys]
+                continue
+            objects += len(value.objects)
+            accounting = accounting.merge(value.accounting)
+            parts.append(value)
+        return parts, Coverage(window, objects, accounting, tuple(skipped))
+
+    def _read(self, reader: "_Reader[_Kept]", window: Window) -> Iterator["_Loaded[_Kept]"]:
+        """Give the parts of a window in the order of their keys, decoding what is not cached."""
+        settled_ns = self._now_ns() - _SETTLED_AFTER_NS
+        with ThreadPoolExecutor(_FETCHES, "query") as pool:
+            hours = itertools.groupby(self.objects(window), lambda pair: _hour_of(pair[0]))
+            for (hour_ns, _), pairs in hours:
+                objects = [_Object(key, stored) for key, stored in pairs]
+                end_ns = hour_ns + HOUR_NS
+                is_whole = window.start_ns <= hour_ns and end_ns <= min(window.end_ns, settled_ns)
+                if is_whole:
+                    yield from reader.of_hour(objects, pool)
+                else:
+                    yield from _map_ahead(pool, reader.of_object, objects)
+
+    @property
+    def _stacks(self) -> "_Reader[Columns]":
+        return _Reader(self._columns_of_object, self._columns_of_hour)
+
+    @property
+    def _sums(self) -> "_Reader[Sums]":
+        return _Reader(self._sums_of_object, self._sums_of_hour)
+
+    def _columns_of_object(self, object_: "_Object", keep: bool = True) -> "_Loaded[Columns]":
+        name = self._name([object_])
+        known = self._cache.load(Columns, name)
+        if known is not None:
+            return _Loaded((object_.stored.key,), known[0])
+        loaded = self._decode(object_)
+        if keep and loaded.value is not None:
+            self._cache.save(loaded.value, name)
+        return loaded
+
+    def _sums_of_object(self, object_: "_Object") -> "_Loaded[Sums]":
+        name = self._name([object_])
+        known = self._cache.load(Sums, name)
+        if known is not None:
+            return _Loaded((object_.stored.key,), known[0])
+        sums = self._columns_of_object(object_).with_sums(self._hasher)
+        if sums.value is not None:
+            self._cache.save(sums.value, name)
+        return sums
+
+    def _columns_of_hour(
+        self, objects: Sequence["_Object"], pool: ThreadPoolExecutor
+    ) -> Iterator["_Loaded[Columns]"]:
+        """Give a host's hour as one, or its objects one by one where they do not add up."""
+        keys, name = tuple(each.stored.key for each in objects), self._name(objects)
+        known = self._cache.load(Columns, name)
+        if known is not None:
+            yield _Loaded(keys, known[0], tuple(Skipped(*each) for each in known[1]))
+            return
+        read = list(_map_ahead(pool, lambda each: self._columns_of_object(each, False), objects))
+        columns = [loaded.value for loaded in read if loaded.value is not None]
+        if len({(each.type, each.unit) for each in columns}) != 1:
+            yield from read
+            return
+        merged = merge_columns(columns)
+        skipped = tuple(itertools.chain.from_iterable(loaded.skipped for loaded in read))
+        hour = _Loaded(keys, merged, skipped, all(loaded.is_lasting for loaded in read))
+        if hour.is_lasting:
+            self._cache.save(merged, name, skipped)
+        yield hour
+
+    def _sums_of_hour(
+        self, objects: Sequence["_Object"], pool: ThreadPoolExecutor
+    ) -> Iterator["_Loaded[Sums]"]:
+        keys, name = tuple(each.stored.key for each in objects), self._name(objects)
+        known = self._cache.load(Sums, name)
+        if known is not None:
+            yield _Loaded(keys, known[0], tuple(Skipped(*each) for each in known[1]))
+            return
+        for loaded in self._columns_of_hour(objects, pool):
+            sums = loaded.with_sums(self._hasher)
+            if sums.value is not None and sums.is_lasting and sums.keys == keys:
+                self._cache.save(sums.value, name, sums.skipped)
+            yield sums
+
+    def _name(self, objects: Sequence["_Object"]) -> str:
+        """Name what is decoded from objects. Time and size tell a repaired one from a damaged."""
+        listed = (f"{s.key} {s.size_bytes} {s.modified_ns}" for _, s in objects)
+        return self._cache.name([str(self._store), *listed])
+
+    def _decode(self, object_: "_Object") -> "_Loaded[Columns]":
+        key, stored = object_
+        if stored in self._failures:
+            return _failed(stored.key, self._failures[stored])
+        try:
+            content = self._store.get(stored.key)
+        except StoreError as error:
+            return _failed(stored.key, str(error), is_lasting=False)
+        try:
+            columns = decode_object(key, content, self._hasher)
+        except ProfileError as error:
+            if len(self._failures) < _FAILURES_REMEMBERED:
+                self._failures[stored] = str(error)
+            return _failed(stored.key, str(error))
+        return _Loaded((stored.key,), columns)
+
+
+class _Object(NamedTuple):
+    key: ObjectKey
+    stored: StoredObject
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded(Generic[_Kept]):
+    """A part of a window: what it holds, or nothing, and what is missing from it."""
+
+    keys: tuple[str, ...]
+    value: _Kept | None
+    skipped: tuple[Skipped, ...] = ()
+    is_lasting: bool = True
+    """Asking again gives the same: nothing was missing for a reason that may pass."""
+
+    def with_sums(self, hasher: Hasher) -> "_Loaded[Sums]":
+        sums = Sums.of(self.value, hasher) if isinstance(self.value, Columns) else self.value
+        return _Loaded(self.keys, sums, self.skipped, self.is_lasting)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader(Generic[_Kept]):
+    """How to get one kind of value, of an object and of all objects of a host and hour."""
+
+    of_object: Callable[[_Object], _Loaded[_Kept]]
+    of_hour: Callable[[Sequence[_Object], ThreadPoolExecutor], Iterator[_Loaded[_Kept]]]
+
+
+def _failed(key: str, reason: str, is_lasting: bool = True) -> _Loaded[Columns]:
+    return _Loaded((key,), None, (Skipped(key, reason),), is_lasting)
+
+
+def decode_object(key: ObjectKey, content: bytes, hasher: Hasher) -> Columns:
+    """Read an object, with the label `host` of its accounting.
+
+    Raises:
+        ProfileError: it is damaged; also when its content is not what its key says.
+        SchemaError: a later version of this program wrote it.
+    """
+    if content16(content) != key.content16:
+        raise ProfileError("its content is not what its key says: it is damaged or cut short")
+    if key.ending != "pb.gz":
+        raise ProfileError(f"this version cannot read .{key.ending}")
+    columns = wire.decode(content, hasher)
+    if len(columns.accounting.hosts) == 1 and columns.accounting.hosts[0].name:
+        columns = columns.with_label("host", columns.accounting.hosts[0].name)
+    return columns
+
+
+def _hour_of(key: ObjectKey) -> tuple[int, str]:
+    """Give the start of the hour that an object is kept under, and its host."""
+    start_ns = key.start_s * NS_PER_S
+    return start_ns - start_ns % HOUR_NS, key.host_id
+
+
+def _has_host(accounting: Accounting, selector: Selector) -> bool:
+    """Tell whether the selector's matchers of `host` accept any of the object's hosts."""
+    matchers = tuple(each for each in selector.matchers if each.name == "host")
+    if not matchers or len(accounting.hosts) != 1:
+        return True
+    return Selector(matchers).accepts({"host": accounting.hosts[0].name})
+
+
+_One = TypeVar("_One")
+_Other = TypeVar("_Other")
+
+
+def _map_ahead(
+    pool: ThreadPoolExecutor, act: Callable[[_One], _Other], things: Iterable[_One]
+) -> Iterator[_Other]:
+    """Give `act` of each in order, with no more than a few waiting to be taken."""
+    waiting: deque[Future[_Other]] = deque()
+    try:
+        for thing in things:
+            waiting.append(pool.submit(act, thing))
+            if len(waiting) > 2 * _FETCHES:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _add_series(
+    series: dict[Labels, Integers], sums: Sums, step: Integers, by: Sequence[str], count: int
+) -> None:
+    wanted = set(by)
+    chosen = [
+        tuple((name, value) for name, value in labels if name in wanted)
+        for labels in sums.label_sets
+    ]
+    numbers: dict[Labels, int] = {}
+    mine = np.array([numbers.setdefault(each, len(numbers)) for each in chosen], dtype=np.int64)
+    cells = np.zeros((len(numbers), count, 2), dtype=np.int64)
+    np.add.at(cells, (mine[sums.times[:, 1]], step[sums.times[:, 0]]), sums.time_counts)
+    is_present = np.zeros(len(numbers), dtype=bool)
+    is_present[mine[sums.times[:, 1]]] = True
+    for labels, number in numbers.items():
+        if is_present[number]:
+            known = series.get(labels)
+            series[labels] = cells[number] if known is None else known + cells[number]

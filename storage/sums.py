@@ -1,0 +1,385 @@
+"""Sums: what timelines and tables of functions need of profiles, without their stacks.
+
+Computed once per decoded object or hour, a fiftieth of its stacks' size. Functions are told apart
+as boxes of the flame graph are: by (function, module, kind); recursion counts once in the total.
+They are added up per label set, with the labels of single processes left out (PROCESS_LABELS).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from storage.columns import (
+    Columns,
+    Hasher,
+    Hashes,
+    Numbers,
+    Texts,
+    add_groups,
+    adopt_texts,
+    chain,
+    group,
+    join_times,
+    merge_label_sets,
+    ranges,
+)
+from storage.profile import Accounting, Integers, Labels, Window
+from storage.selector import Selector
+from symbolizer.location import Frame, Kind, unnamed
+
+PROCESS_LABELS = frozenset({"comm", "pid", "thread", "tid"})
+"""Labels that tell the processes and threads of one service apart."""
+
+NO_FILE, FILES_DIFFER = 0, 1
+"""What the file of a function says instead of 2 + the number of its text."""
+
+
+class FunctionSum(NamedTuple):
+    """What one function cost under one label set: `self` as the leaf, `total` anywhere."""
+
+    labels: Labels
+    frame: Frame
+    self: int
+    total: int
+    self_samples: int
+    total_samples: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sums:
+    """Per-object times and per-service functions of some profiles.
+
+    `times` and `objects` are those of Columns and refer to `label_sets`. `functions` has a line
+    (function, module, kind: texts; file: see NO_FILE) per function. `rows` has a line (service set,
+    function), `counts` its (self, total, self samples, total samples); only the functions that
+    occur under a set have a row there.
+    """
+
+    type: str
+    unit: str
+    window: Window
+    accounting: Accounting
+    objects: Numbers
+    label_sets: tuple[Labels, ...]
+    times: Numbers
+    time_counts: Numbers
+    service_sets: tuple[Labels, ...]
+    texts: Texts
+    function_hashes: Hashes
+    functions: Numbers
+    rows: Numbers
+    counts: Numbers
+
+    @classmethod
+    def of(
+        cls, columns: Columns, hasher: Hasher, left_out: frozenset[str] = PROCESS_LABELS
+    ) -> "Sums":
+        """Add up the functions of every stack, by the labels that are not left out."""
+        boxes = _Boxes.of(columns, hasher)
+        of_label, service_sets = _service_sets(columns.label_sets, left_out)
+        rows, counts = _sum_functions(columns, boxes, of_label)
+        return cls(
+            type=columns.type,
+            unit=columns.unit,
+            window=columns.window,
+            accounting=columns.accounting,
+            objects=columns.objects,
+            label_sets=columns.label_sets,
+            times=columns.times,
+            time_counts=columns.time_counts,
+            service_sets=service_sets,
+            texts=boxes.texts,
+            function_hashes=boxes.hashes,
+            functions=boxes.table,
+            rows=rows,
+            counts=counts,
+        )
+
+    def filter(self, selector: Selector) -> "Sums":
+        """Give what is asked for. The functions know nothing of PROCESS_LABELS."""
+        if not selector.matchers:
+            return self
+        by_time = np.array(selector.choose(map(dict, self.label_sets)), dtype=bool)
+        by_service = np.array(selector.choose(map(dict, self.service_sets)), dtype=bool)
+        kept_times = by_time[self.times[:, 1]]
+        kept = by_service[self.rows[:, 0]]
+        return replace(
+            self,
+            times=self.times[kept_times],
+            time_counts=self.time_counts[kept_times],
+            rows=self.rows[kept],
+            counts=self.counts[kept],
+        )
+
+    def function_sums(self, limit: int | None = None) -> Iterator[FunctionSum]:
+        """Give the table, largest self first, then largest total."""
+        order = np.lexsort((-self.counts[:, 1], -self.counts[:, 0]))[:limit]
+        used = np.unique(self.rows[order, 1])
+        frames = dict(zip(used.tolist(), self._frames(used), strict=True))
+        rows, counts = self.rows[order].tolist(), self.counts[order].tolist()
+        for (labels, function), numbers in zip(rows, counts, strict=True):
+            yield FunctionSum(self.service_sets[labels], frames[function], *numbers)
+
+    def _frames(self, numbers: Integers) -> list[Frame]:
+        table = self.functions[numbers].astype(np.int64)
+        has_file = table[:, 3] > FILES_DIFFER
+        table[:, 3] -= 2
+        texts = [self.texts.take(table[:, i]) for i in range(3)]
+        files = self.texts.take(np.where(has_file, table[:, 3], 0))
+        shown = zip(*texts, files, has_file.tolist(), strict=True)
+        return [
+            Frame(
+                function.decode(),
+                module.decode(),
+                Kind(kind.decode()),
+                file.decode() if known else "",
+            )
+            for function, module, kind, file, known in shown
+        ]
+
+    def by(self, names: Sequence[str]) -> "Sums":
+        """Add up the functions of the service sets that agree on these labels."""
+        wanted = set(names)
+        reduced = [
+            tuple((name, value) for name, value in labels if name in wanted)
+            for labels in self.service_sets
+        ]
+        numbers: dict[Labels, int] = {}
+        mine = np.array(
+            [numbers.setdefault(labels, len(numbers)) for labels in reduced], dtype=np.int64
+        )
+        rows, counts = _fold(mine[self.rows[:, 0]], self.rows[:, 1], self.counts)
+        return replace(self, service_sets=tuple(numbers), rows=rows, counts=counts)
+
+
+def merge_sums(parts: Sequence[Sums]) -> Sums:
+    """Add up the sums of different objects. The accounting is added up as well.
+
+    Raises:
+        ValueError: there is none, or they measure different things.
+    """
+    if not parts:
+        raise ValueError("cannot merge: no sums given")
+    first = parts[0]
+    if any((part.type, part.unit) != (first.type, first.unit) for part in parts):
+        raise ValueError("cannot merge: the sums are of different types or units")
+    window, accounting = first.window, Accounting()
+    for part in parts:
+        window = window.union(part.window)
+        accounting = accounting.merge(part.accounting)
+    label_sets, label_numbers = merge_label_sets(
+        [part.label_sets for part in parts], [part.times[:, 1] for part in parts]
+    )
+    service_sets, service_numbers = merge_label_sets(
+        [part.service_sets for part in parts], [part.rows[:, 0] for part in parts]
+    )
+    functions = _MergedFunctions.of(parts)
+    rows, counts = _fold(
+        np.concatenate(
+            [mine[p.rows[:, 0]] for p, mine in zip(parts, service_numbers, strict=True)]
+        ),
+        np.concatenate(
+            [mine[p.rows[:, 1]] for p, mine in zip(parts, functions.numbers, strict=True)]
+        ),
+        np.concatenate([part.counts for part in parts]),
+    )
+    return Sums(
+        type=first.type,
+        unit=first.unit,
+        window=window,
+        accounting=accounting,
+        objects=np.concatenate([part.objects for part in parts]).astype(np.int64),
+        label_sets=label_sets,
+        times=join_times(parts, label_numbers),
+        time_counts=np.concatenate([part.time_counts for part in parts]).astype(np.int64),
+        service_sets=service_sets,
+        texts=functions.texts,
+        function_hashes=functions.hashes,
+        functions=functions.table,
+        rows=rows,
+        counts=counts,
+    )
+
+
+class _MergedFunctions(NamedTuple):
+    texts: Texts
+    hashes: Hashes
+    table: Integers
+    numbers: list[Integers]
+    """By part, the new number of each old function."""
+
+    @classmethod
+    def of(cls, parts: Sequence[Sums]) -> "_MergedFunctions":
+        texts: dict[bytes, int] = {}
+        tables = []
+        hashes = np.concatenate([part.function_hashes for part in parts])
+        firsts, order = group(hashes)
+        which = np.empty(len(hashes), dtype=np.int64)
+        which[order] = np.repeat(np.arange(len(firsts)), np.diff(np.append(firsts, len(hashes))))
+        at = 0
+        numbers = []
+        for part in parts:
+            numbers.append(which[at : at + len(part.functions)])
+            at += len(part.functions)
+        # Only the first part that knows a function, and a file that no one before it knew, is read.
+        chosen = np.zeros((len(firsts), 4), dtype=np.int64)
+        is_known = np.zeros(len(firsts), dtype=bool)
+        for part, mine in zip(parts, numbers, strict=True):
+            table = part.functions.astype(np.int64)
+            tables.append(_adopt_functions(texts, part.texts, table, ~is_known[mine]))
+            new = ~is_known[mine]
+            chosen[mine[new]] = tables[-1][new]
+            is_known[mine] = True
+            old = np.flatnonzero(~new)
+            chosen[mine[old], 3] = _join_files(chosen[mine[old], 3], tables[-1][old, 3])
+        unique_hashes = hashes[order[firsts]]
+        return cls(Texts.of(list(texts)), unique_hashes, chosen, numbers)
+
+
+def _adopt_functions(
+    texts: dict[bytes, int], theirs: Texts, table: Integers, is_new: Numbers
+) -> Integers:
+    has_file = table[:, 3] > FILES_DIFFER
+    files = table[has_file, 3] - 2
+    mine = adopt_texts(texts, theirs, [table[is_new, :3], files])
+    adopted = table.copy()
+    adopted[is_new, :3] = mine[table[is_new, :3]]
+    adopted[has_file, 3] = mine[files] + 2
+    return adopted
+
+
+def _join_files(one: Integers, other: Integers) -> Integers:
+    agreed = np.where((one == other) | (other == NO_FILE), one, FILES_DIFFER)
+    return np.where(one == NO_FILE, other, agreed)
+
+
+def _service_sets(
+    label_sets: Sequence[Labels], left_out: frozenset[str]
+) -> tuple[Integers, tuple[Labels, ...]]:
+    """Give the sets without some labels, and by label set the number of its own."""
+    numbers: dict[Labels, int] = {}
+    of_label = [
+        numbers.setdefault(tuple(pair for pair in labels if pair[0] not in left_out), len(numbers))
+        for labels in label_sets
+    ]
+    return np.array(of_label, dtype=np.int64), tuple(numbers)
+
+
+class _Boxes(NamedTuple):
+    """The boxes of some profiles: what they are, and which a location stands for."""
+
+    texts: Texts
+    hashes: Hashes
+    table: Integers
+    offsets: Integers
+    """Location i stands for `numbers[offsets[i]:offsets[i + 1]]`, innermost first."""
+    numbers: Integers
+
+    @classmethod
+    def of(cls, columns: Columns, hasher: Hasher) -> "_Boxes":
+        frame_offsets = columns.frame_offsets.astype(np.int64)
+        frame_counts = np.diff(frame_offsets)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.maximum(frame_counts, 1))])
+        texts = columns.texts.take(np.arange(len(columns.texts)))
+        numbers = {text: i for i, text in enumerate(texts)}
+        flat = np.zeros((int(offsets[-1]), 4), dtype=np.int64)
+        framed = np.flatnonzero(frame_counts)
+        flat[ranges(offsets[framed], frame_counts[framed])] = columns.frames[:, :4][
+            ranges(frame_offsets[framed], frame_counts[framed])
+        ]
+        named = np.flatnonzero(columns.locations[:, 2])
+        lines = columns.named[columns.locations[named, 2].astype(np.int64) - 1]
+        flat[offsets[named], 0] = columns.locations[named, 0]
+        flat[offsets[named], 1:] = lines[:, :3]
+        bare = np.flatnonzero((frame_counts == 0) & (columns.locations[:, 2] == 0))
+        empty = numbers.setdefault(b"", len(numbers))
+        build_ids, which = np.unique(
+            columns.locations[bare, 0].astype(np.int64), return_inverse=True
+        )
+        shown = np.zeros((len(build_ids), 4), dtype=np.int64)
+        for i, build_id in enumerate(build_ids.tolist()):
+            frame = _unnamed(columns, texts[build_id].decode())
+            shown[i] = [numbers.setdefault(text.encode(), len(numbers)) for text in frame[:4]]
+        flat[offsets[bare]] = shown[which]
+        return cls._number(Texts.of(list(numbers)), hasher, flat, offsets, empty)
+
+    @classmethod
+    def _number(
+        cls, texts: Texts, hasher: Hasher, flat: Integers, offsets: Integers, empty: int
+    ) -> "_Boxes":
+        text_hashes = np.zeros(len(texts), dtype=np.uint64)
+        used = np.unique(flat[:, :3])
+        text_hashes[used] = hasher.texts(texts.take(used))
+        hashes = chain(*(text_hashes[flat[:, i]] for i in range(3)))
+        firsts, order = group(hashes)
+        which = np.empty(len(hashes), dtype=np.int64)
+        which[order] = np.repeat(np.arange(len(firsts)), np.diff(np.append(firsts, len(hashes))))
+        table = flat[order[firsts]]
+        # A function's file, if all of its frames that have one agree on it.
+        files = np.where(flat[:, 3] == empty, -1, flat[:, 3])
+        largest = np.full(len(firsts), -1, dtype=np.int64)
+        np.maximum.at(largest, which, files)
+        files[files < 0] = np.iinfo(np.int64).max
+        least = np.full(len(firsts), np.iinfo(np.int64).max, dtype=np.int64)
+        np.minimum.at(least, which, files)
+        table[:, 3] = np.where(largest < 0, NO_FILE, FILES_DIFFER)
+        agreed = (largest >= 0) & (largest == least)
+        table[agreed, 3] = 2 + largest[agreed]
+        numbers: dict[bytes, int] = {}
+        table = _adopt_functions(numbers, texts, table, np.ones(len(table), dtype=bool))
+        return cls(Texts.of(list(numbers)), hashes[order[firsts]], table, offsets, which)
+
+
+def _unnamed(columns: Columns, build_id: str) -> Frame:
+    module = columns.modules.get(build_id)
+    if module is None:
+        return unnamed(build_id, Kind.NATIVE)
+    return unnamed(module.name, module.kind)
+
+
+def _sum_functions(
+    columns: Columns, boxes: _Boxes, of_label: Integers
+) -> tuple[Integers, Integers]:
+    count = len(boxes.hashes)
+    stack_offsets = columns.stack_offsets.astype(np.int64)
+    depths = np.diff(stack_offsets)
+    # Which functions are on each stack, each once.
+    words = columns.stack_words.astype(np.int64)
+    per_word = np.diff(boxes.offsets)[words]
+    owner = np.repeat(np.repeat(np.arange(len(depths)), depths), per_word)
+    box = boxes.numbers[ranges(boxes.offsets[words], per_word)]
+    pairs = np.sort(owner * max(count, 1) + box)
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]
+    owner, box = np.divmod(pairs, max(count, 1))
+    sizes = np.bincount(owner, minlength=len(depths))
+    starts = np.cumsum(sizes) - sizes
+    # Counts by (service set, stack), then by every function on the stack.
+    services = of_label[columns.rows[:, 0]] if len(of_label) else np.zeros(0, np.int64)
+    rows, counts = _fold(services, columns.rows[:, 1], columns.counts)
+    service, stack = rows.T
+    length = sizes[stack]
+    totals, total_counts = _fold(
+        np.repeat(service, length),
+        box[ranges(starts[stack], length)],
+        np.repeat(counts, length, axis=0),
+    )
+    filled = np.flatnonzero(depths[stack])
+    leaf = words[stack_offsets[stack[filled] + 1] - 1]
+    selves, self_counts = _fold(service[filled], boxes.numbers[boxes.offsets[leaf]], counts[filled])
+    result = np.zeros((len(totals), 4), dtype=np.int64)
+    result[:, 1], result[:, 3] = total_counts[:, 1], total_counts[:, 0]
+    # Both are sorted by (service set, function), and every leaf is on its stack.
+    at = np.searchsorted(totals @ (count + 1, 1), selves @ (count + 1, 1))
+    result[at, 0], result[at, 2] = self_counts[:, 1], self_counts[:, 0]
+    return totals, result
+
+
+def _fold(major: Numbers, minor: Numbers, counts: Numbers) -> tuple[Integers, Integers]:
+    """Add up the lines of counts whose two keys agree; the result is sorted by both."""
+    width = int(minor.max()) + 1 if len(minor) else 1
+    key = major.astype(np.int64) * width + minor
+    firsts, order = group(key)
+    keys = np.stack(np.divmod(key[order[firsts]], width), axis=1)
+    return keys, add_groups(counts[order], firsts)
