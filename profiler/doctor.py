@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -26,6 +26,7 @@ from bpf.btf import VMLINUX, Btf
 from bpf.errors import BpfError, LoadError, PerfEventError
 from bpf.records import RING_PAGES
 from bpf.sampler import Sampler, SamplerConfig
+from storage.objects import ObjectStore, StoreError, StoreRefused, open_store
 
 SCHEMA = 1
 
@@ -37,6 +38,7 @@ _SLOW_CLOCKSOURCES = {"acpi_pm", "hpet", "jiffies", "pit"}
 _STEAL_WARN_SHARE = 0.05
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h
 _BCC_IMPORT_TIMEOUT_S = 60
+_CLOCK_SKEW_WARN_S = 30
 
 _GIVE_RIGHTS = "run as root, or give CAP_BPF and CAP_PERFMON"
 
@@ -57,9 +59,14 @@ class Check:
     remedy: str = ""
 
 
-def main(as_json: bool) -> int:
-    """Print every check to stdout and give the exit status: 1 when one of them failed."""
+def main(as_json: bool, store: str | None = None, endpoint: str | None = None) -> int:
+    """Print every check to stdout and give the exit status: 1 when one of them failed.
+
+    With `store`, the URL of an object store, that is checked too.
+    """
     checks = run_checks()
+    if store is not None:
+        checks += store_checks(store, endpoint)
     print(format_json(checks) if as_json else format_table(checks))
     return 0 if _is_fit(checks) else 1
 
@@ -365,6 +372,67 @@ def check_steal() -> Check:
         Status.WARN,
         f"{detail}: stolen time is sampled as if it had been used",
         "move to a less crowded host, or compare shares and not costs",
+    )
+
+
+def store_checks(url: str, endpoint: str | None = None) -> list[Check]:
+    """Try an object store with a small object, which is deleted again.
+
+    Gives checks up to the first that fails, because the later ones need what it tried.
+    """
+    checks: list[Check] = []
+    try:
+        store = open_store(url, endpoint)
+        checks.extend(_try_store(store))  # keeps those given before one raises
+    except StoreRefused as error:
+        name = _STORE_CHECKS[len(checks)]
+        checks.append(Check(name, Status.FAIL, error.problem, error.remedy))
+    except StoreError as error:
+        remedy = "see that the store runs, has room and can be reached, then run doctor again"
+        checks.append(Check(_STORE_CHECKS[len(checks)], Status.FAIL, str(error), remedy))
+    return checks
+
+
+_STORE_CHECKS = ("store", "store_write", "store_conditional", "store_clock")
+
+
+def _try_store(store: ObjectStore) -> Iterator[Check]:
+    folder = "v1/.doctor/"
+    probe = f"{folder}{os.getpid()}-{os.urandom(8).hex()}"
+    next(store.list(folder), None)
+    yield Check("store", Status.OK, f"{store} can be read")
+    before_ns = time.time_ns()
+    try:
+        store.put(probe, b"probe")
+        yield Check("store_write", Status.OK, "an object was written")
+        yield _judge_second_put(is_new=store.put(probe, b"another"))
+        modified_ns = next(store.list(probe)).modified_ns
+        yield _judge_store_clock((modified_ns - (before_ns + time.time_ns()) // 2) / 1e9)
+    finally:
+        store.delete(probe)
+
+
+def _judge_second_put(*, is_new: bool) -> Check:
+    if not is_new:
+        return Check("store_conditional", Status.OK, "an existing object is not replaced")
+    return Check(
+        "store_conditional",
+        Status.FAIL,
+        "it replaces existing objects: a retry could count a window twice",
+        "use a server that knows If-None-Match (Amazon's, MinIO, SeaweedFS 4, Ceph 19 do)",
+    )
+
+
+def _judge_store_clock(ahead_s: float) -> Check:
+    """Judge the difference of the clocks; the store's own time stamps may be whole seconds."""
+    if abs(ahead_s) <= _CLOCK_SKEW_WARN_S:
+        return Check("store_clock", Status.OK, f"within {_CLOCK_SKEW_WARN_S} s of this machine's")
+    side = "ahead of" if ahead_s > 0 else "behind"
+    return Check(
+        "store_clock",
+        Status.WARN,
+        f"{abs(ahead_s):.0f} s {side} this machine's: S3 refuses requests from 15 minutes on",
+        "set the time of the one that is wrong (chrony)",
     )
 
 

@@ -57,7 +57,12 @@ class StoreUnavailable(StoreError):  # noqa: N818 - says what happened, as the t
 
 
 class StoreRefused(StoreError):  # noqa: N818
-    """It will go on refusing until somebody changes what the message says."""
+    """It will go on refusing until somebody does what `remedy` says."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem} ({remedy})")
+        self.problem = problem
+        self.remedy = remedy
 
 
 class ObjectMissing(StoreError):  # noqa: N818
@@ -97,7 +102,8 @@ class ObjectStore(Protocol):
     def list(self, prefix: str, start_after: str = "") -> Iterator[StoredObject]:
         """Give the objects whose keys begin with `prefix`, sorted by key, lazily.
 
-        With `start_after` only those behind that key.
+        With `start_after` only those behind that key. Servers differ in one case: SeaweedFS puts
+        all of `a/` before `a-b`. Where the names in a folder are of one length, there is none.
         """
 
     def delete(self, key: str) -> None:
@@ -266,7 +272,7 @@ def open_store(url: str = "", endpoint: str | None = None) -> ObjectStore:
     path = rest if has_scheme and scheme == "file" else url
     if has_scheme and (scheme != "file" or not path.startswith("/")):
         raise StoreRefused(
-            f"cannot open the store {url!r}: give file:///path, a path or s3://bucket/prefix"
+            f"cannot open the store {url!r}", "give file:///path, a path or s3://bucket/prefix"
         )
     return DirectoryStore(Path(path).expanduser().absolute())
 
@@ -407,9 +413,8 @@ class DirectoryStore:
                 raise ObjectMissing(f"there is no object {key!r} in {self.root}") from error
             reason = f"cannot {verb} {key!r} in the store {self.root}: {error.strerror}"
             if error.errno in _REFUSALS:
-                raise StoreRefused(
-                    f"{reason} (give the user {os.geteuid()} the right to it, or use --store)"
-                ) from error
+                remedy = f"give the user {os.geteuid()} the right to it, or use another --store"
+                raise StoreRefused(reason, remedy) from error
             raise StoreUnavailable(reason) from error
 
 

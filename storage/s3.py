@@ -29,31 +29,34 @@ from storage.objects import (
 CONNECTIONS = 4
 """Requests at the same time; a thread more than these waits for one to end."""
 
+_TIMEOUT_S = 30.0
 _CONFIG = {
     "connect_timeout": 5,
-    "read_timeout": 30,
     "max_pool_connections": CONNECTIONS,
     # Two tries with botocore's jittered pause: the uploader's own pauses are the longer ones.
     "retries": {"mode": "standard", "total_max_attempts": 2},
 }
 
-_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`"
-_REMEDIES = {
-    "SignatureDoesNotMatch": "the secret key is wrong: check AWS_SECRET_ACCESS_KEY",
-    "InvalidAccessKeyId": "the access key is unknown: check AWS_ACCESS_KEY_ID",
-    "ExpiredToken": "the credentials have expired: renew them",
-    "InvalidToken": "the session token is not valid: check AWS_SESSION_TOKEN",
-    "RequestTimeTooSkewed": "this machine's clock is wrong: set the time (chrony)",
-    "RequestExpired": "this machine's clock is wrong: set the time (chrony)",
-    "NoSuchBucket": "there is no such bucket: create it, or correct --store",
-    "InvalidBucketName": "this cannot be a bucket's name: correct --store",
-    "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION",
-    "AuthorizationHeaderMalformed": "the bucket is in another region: set AWS_DEFAULT_REGION",
-    "IllegalLocationConstraintException": "the bucket is in another region: set AWS_DEFAULT_REGION",
-    "AccessDenied": "the keys lack the right: allow s3:PutObject, GetObject, DeleteObject and"
-    " ListBucket",
-    "NotImplemented": "this server cannot do it: use one that knows If-None-Match",
+_CORRECT = "correct --store or --s3-endpoint"
+_RIGHTS = "allow s3:PutObject, s3:GetObject, s3:DeleteObject and s3:ListBucket"
+_CLOCK = ("this machine's clock is wrong", "set the time, with chrony for example")
+_REGION = ("the bucket is in another region", "set AWS_DEFAULT_REGION")
+_REFUSALS = {
+    "SignatureDoesNotMatch": ("the secret key is wrong", "check AWS_SECRET_ACCESS_KEY"),
+    "InvalidAccessKeyId": ("the access key is unknown", "check AWS_ACCESS_KEY_ID"),
+    "ExpiredToken": ("the credentials have expired", "renew them"),
+    "InvalidToken": ("the session token is not valid", "check AWS_SESSION_TOKEN"),
+    "RequestTimeTooSkewed": _CLOCK,
+    "RequestExpired": _CLOCK,
+    "NoSuchBucket": ("there is no such bucket", "create it, or correct --store"),
+    "InvalidBucketName": ("this cannot be a bucket's name", "correct --store"),
+    "PermanentRedirect": _REGION,
+    "AuthorizationHeaderMalformed": _REGION,
+    "IllegalLocationConstraintException": _REGION,
+    "AccessDenied": ("these keys lack the right", _RIGHTS),
+    "NotImplemented": ("it cannot do that", "use a server that knows If-None-Match"),
 }
+"""By S3's error code: what is wrong and what to do."""
 _NOT_A_STORE = "the answer is not an object store's (is there a proxy in between?)"
 _STATUS_CODES = {301: "PermanentRedirect", 401: "AccessDenied", 403: "AccessDenied"}
 """Answers without a body, as to HEAD, have a status only."""
@@ -66,24 +69,33 @@ class S3Store:
         StoreRefused: the bucket's name or the endpoint cannot be one.
     """
 
-    def __init__(self, bucket: str, prefix: str = "", endpoint: str | None = None) -> None:
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        endpoint: str | None = None,
+        timeout_s: float = _TIMEOUT_S,
+    ) -> None:
         self._bucket = bucket
         self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         self._place = f"s3://{bucket}/{self._prefix}" + (f" at {endpoint}" if endpoint else "")
         # A server of one's own seldom has a name for each bucket: its buckets are paths.
         style = "path" if endpoint else "auto"
-        config = Config(s3={"addressing_style": style}, **_CONFIG)
+        config = Config(s3={"addressing_style": style}, read_timeout=timeout_s, **_CONFIG)
         session = boto3.session.Session()  # not the default one: credentials are read anew
-        with self._explaining("open", ""):
-            if not bucket:
-                raise exceptions.ParamValidationError(report="it has no bucket")
-            # boto3 makes its clients at run time, so they have no type.
-            self._client: Any = session.client(
-                "s3",
-                endpoint_url=endpoint,
-                region_name=session.region_name or "us-east-1",
-                config=config,
-            )
+        if not bucket:
+            raise StoreRefused(f"cannot open {self._place}: it has no bucket", _CORRECT)
+        try:
+            with self._explaining("open", ""):
+                # boto3 makes its clients at run time, so they have no type.
+                self._client: Any = session.client(
+                    "s3",
+                    endpoint_url=endpoint,
+                    region_name=session.region_name or "us-east-1",
+                    config=config,
+                )
+        except ValueError as error:
+            raise StoreRefused(f"cannot open {self._place}: {error}", _CORRECT) from error
 
     def __str__(self) -> str:
         return self._place
@@ -110,8 +122,9 @@ class S3Store:
         return True
 
     def get(self, key: str) -> bytes:
+        name = self._name(key)
         with self._explaining("read", key):
-            return self._read(Key=self._name(key))
+            return self._read(Key=name)
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         check_range(start, length)
@@ -139,13 +152,16 @@ class S3Store:
                 page = next(pages, None)
             if page is None:
                 return
+            if "IsTruncated" not in page:  # a page of HTML would look like an empty list
+                raise StoreUnavailable(f"cannot list {prefix!r} in {self._place}: {_NOT_A_STORE}")
             for each in page.get("Contents", ()):
                 modified_ns = int(each["LastModified"].timestamp()) * NS_PER_S
                 yield StoredObject(each["Key"][len(self._prefix) :], each["Size"], modified_ns)
 
     def delete(self, key: str) -> None:
+        name = self._name(key)
         with self._explaining("delete", key):
-            self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
+            self._client.delete_object(Bucket=self._bucket, Key=name)
 
     def _name(self, key: str) -> str:
         check_key(key)
@@ -185,10 +201,13 @@ class S3Store:
             exceptions.CredentialRetrievalError,
             exceptions.ProfileNotFound,
         ) as error:
-            raise StoreRefused(f"{what}: there are no usable keys ({_CREDENTIALS})") from error
-        except (exceptions.ParamValidationError, ValueError) as error:
+            raise StoreRefused(
+                f"{what}: there are no usable keys",
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`",
+            ) from error
+        except exceptions.ParamValidationError as error:
             reason = " ".join(str(error).split())
-            raise StoreRefused(f"{what}: {reason} (correct --store or --s3-endpoint)") from error
+            raise StoreRefused(f"{what}: {reason}", _CORRECT) from error
         except (exceptions.BotoCoreError, exceptions.HTTPClientError) as error:
             reason = " ".join(str(error).split())
             raise StoreUnavailable(f"{what}: {reason}") from error
@@ -207,9 +226,10 @@ def _explain(
     code = str(details.get("Code", ""))
     if code == "NoSuchKey":
         return ObjectMissing(f"{what}: there is no such object")
-    if code not in _REMEDIES:
+    if code not in _REFUSALS:
         code = _STATUS_CODES.get(status, code)
-    if code in _REMEDIES:
-        return StoreRefused(f"{what}: {_REMEDIES[code]} ({code})")
+    if code in _REFUSALS:
+        reason, remedy = _REFUSALS[code]
+        return StoreRefused(f"{what}: {reason}", remedy)
     message = " ".join(str(details.get("Message", "")).split())[:200]
     return StoreUnavailable(f"{what}: it answered {status} {code} {message}".rstrip())

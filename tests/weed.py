@@ -154,10 +154,13 @@ def using_keys(access: str = ACCESS_KEY, secret: str = SECRET_KEY) -> Iterator[N
         os.environ.update(before)
 
 
-SLOW_DOWN = (
-    b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: 77\r\n\r\n"
-    b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
-)
+def s3_error(status: str, code: str) -> bytes:
+    """Give an answer by which an S3 server says no."""
+    body = f"<Error><Code>{code}</Code><Message>because</Message></Error>"
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+SLOW_DOWN = s3_error("503 Slow Down", "SlowDown")
 NONSENSE = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 20\r\n"
     b"Connection: close\r\n\r\n<html>Log in</html>\n"
