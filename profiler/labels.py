@@ -35,6 +35,7 @@ from typing import NamedTuple, TypeVar
 from bpf.samples import RawSample
 from profiler.cgroups import CgroupIds, Place, parse_cgroups, place_of
 from profiler.containers import Container, ContainerMiss, Containers, workload
+from profiler.presence import Interval, Presence
 from profiler.programs import Program, describe
 from profiler.rules import ServiceRule
 from profiler.versions import Versions
@@ -56,8 +57,6 @@ _NAMES_WITHIN_NS = 60_000_000_000
 
 _MAX_PRESENCES = 16_384
 """Instances whose time is counted. Beyond it new ones have no `present_ns`."""
-_MAX_INTERVALS = 16_384  # of one instance; beyond it the older half is forgotten
-_CLOSED_GAP_NS = 1_000_000  # lives so close to one another are counted as one
 
 _RECHECKED_PER_SCAN = 64
 """Processes that a scan looks at again, in turn, for an exec or a new cgroup without a sample."""
@@ -126,7 +125,7 @@ class Labeler:
         self._nameless: set[_Instance] = set()
         self._places: dict[bytes, Place] = {}
         self._labels: dict[tuple[object, ...], _Labeled] = {}
-        self._presences: dict[Labels, _Presence] = {}
+        self._presences: dict[Labels, Presence] = {}
         self._young: list[_Process] = []
         self._turn: list[int] = []
         self._scanned_ns = 0
@@ -134,7 +133,7 @@ class Labeler:
         self._own_version = _own_version()
         release = os.uname().release
         self._kernel = make_labels({"service": KERNEL_SERVICE, "version": release})
-        self._presences[self._kernel] = _Presence()
+        self._presences[self._kernel] = Presence()
         self._presences[self._kernel].open(0)
 
     @property
@@ -271,7 +270,7 @@ class Labeler:
             return process
         return self._ended.get((pid, ticks))
 
-    def _inherited(self, sample: RawSample) -> "tuple[Labels, _Interval | None]":
+    def _inherited(self, sample: RawSample) -> tuple[Labels, Interval | None]:
         """Give the labels of the cgroup or the ancestors, and count the life that was seen."""
         path = self._cgroup_ids.path(sample.cgroup_id)
         place = place_of([path]) if path else _UNKNOWN_PLACE
@@ -525,10 +524,10 @@ class Labeler:
             if not instance.is_nameless or now_ns - instance.begin_ns > _NAMES_WITHIN_NS:
                 self._nameless.discard(instance)
 
-    def _presence(self, labels: Labels) -> "_Presence | None":
+    def _presence(self, labels: Labels) -> Presence | None:
         presence = self._presences.get(labels)
         if presence is None and len(self._presences) < _MAX_PRESENCES:
-            presence = self._presences[labels] = _Presence()
+            presence = self._presences[labels] = Presence()
         return presence
 
 
@@ -659,7 +658,7 @@ class _Instance:
         self.oldest = oldest
         self.members: dict[int, _Process] = {}
         self.labels: Labels = ()
-        self.presence: _Presence | None = None
+        self.presence: Presence | None = None
         self.begin_ns = boottime_ns()
 
     @property
@@ -675,70 +674,11 @@ class _Instance:
             self.presence.close(at_ns)
 
 
-class _Interval:
-    __slots__ = ("end_ns", "start_ns")
-
-    def __init__(self, start_ns: int, end_ns: int) -> None:
-        self.start_ns = start_ns
-        self.end_ns = end_ns
-
-
 class _Labeled(NamedTuple):
     """`life`: of a process that was gone when it was first sampled; its samples lengthen it."""
 
     labels: Labels
-    life: _Interval | None
-
-
-class _Presence:
-    """When at least one process of an instance lived: past intervals, and one that goes on."""
-
-    __slots__ = ("_intervals", "_open", "_since_ns")
-
-    def __init__(self) -> None:
-        self._intervals: list[_Interval] = []
-        self._open = 0
-        self._since_ns = 0
-
-    @property
-    def is_empty(self) -> bool:
-        return not self._open and not self._intervals
-
-    def open(self, at_ns: int) -> None:
-        self._since_ns = min(self._since_ns, at_ns) if self._open else at_ns
-        self._open += 1
-
-    def close(self, at_ns: int) -> None:
-        self._open -= 1
-        if not self._open:
-            self.add(self._since_ns, at_ns)
-
-    def add(self, start_ns: int, end_ns: int) -> _Interval:
-        """Count an interval; gives the one that holds it from now on."""
-        last = self._intervals[-1] if self._intervals else None
-        if last and last.start_ns <= start_ns <= last.end_ns + _CLOSED_GAP_NS:
-            last.end_ns = max(last.end_ns, end_ns)
-            return last
-        if len(self._intervals) >= _MAX_INTERVALS:
-            del self._intervals[: _MAX_INTERVALS // 2]
-        interval = _Interval(start_ns, end_ns)
-        self._intervals.append(interval)
-        return interval
-
-    def within(self, start_ns: int, end_ns: int) -> int:
-        """Give how much of a window is covered."""
-        parts = [(part.start_ns, part.end_ns) for part in self._intervals]
-        if self._open:
-            parts.append((self._since_ns, end_ns))
-        covered_ns, reached_ns = 0, start_ns
-        for part_start_ns, part_end_ns in sorted(parts):
-            until_ns = min(part_end_ns, end_ns)
-            covered_ns += max(0, until_ns - max(part_start_ns, reached_ns))
-            reached_ns = max(reached_ns, until_ns)
-        return covered_ns
-
-    def forget(self, before_ns: int) -> None:
-        self._intervals = [part for part in self._intervals if part.end_ns > before_ns]
+    life: Interval | None
 
 
 def _instance_labels(place: Place, container: Container, service: str, version: str) -> Labels:
