@@ -466,13 +466,16 @@ def _add_doctor(commands: _Commands) -> None:
         commands,
         "doctor",
         "check what this host offers a profiler, with a remedy beside every failure",
-        "example: sudo everflame doctor",
+        "examples:\n  sudo everflame doctor\n  everflame doctor --store s3://profiles/prod\n\n"
+        "The store is checked when --store or EVERFLAME_STORE names one.",
     )
     _add_json(parser)
+    _add_store(parser)
     parser.set_defaults(run=_run_doctor)
 
 
 def _run_doctor(options: argparse.Namespace) -> int:
     from profiler import doctor  # noqa: PLC0415
 
-    return doctor.main(options.json)
+    store = options.store or os.environ.get("EVERFLAME_STORE")
+    return doctor.main(options.json, store, options.s3_endpoint or None)
