@@ -283,7 +283,11 @@ class _Boxes(NamedTuple):
         frame_counts = np.diff(frame_offsets)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.maximum(frame_counts, 1))])
         texts = columns.texts.take(np.arange(len(columns.texts)))
-        numbers = {text: i for i, text in enumerate(texts)}
+        added: dict[bytes, int] = {}
+
+        def number(text: bytes) -> int:
+            return added.setdefault(text, len(texts) + len(added))
+
         flat = np.zeros((int(offsets[-1]), 4), dtype=np.int64)
         framed = np.flatnonzero(frame_counts)
         flat[ranges(offsets[framed], frame_counts[framed])] = columns.frames[:, :4][
@@ -294,21 +298,18 @@ class _Boxes(NamedTuple):
         flat[offsets[named], 0] = columns.locations[named, 0]
         flat[offsets[named], 1:] = lines[:, :3]
         bare = np.flatnonzero((frame_counts == 0) & (columns.locations[:, 2] == 0))
-        empty = numbers.setdefault(b"", len(numbers))
         build_ids, which = np.unique(
             columns.locations[bare, 0].astype(np.int64), return_inverse=True
         )
         shown = np.zeros((len(build_ids), 4), dtype=np.int64)
         for i, build_id in enumerate(build_ids.tolist()):
             frame = _unnamed(columns, texts[build_id].decode())
-            shown[i] = [numbers.setdefault(text.encode(), len(numbers)) for text in frame[:4]]
+            shown[i] = [number(text.encode()) for text in frame[:4]]
         flat[offsets[bare]] = shown[which]
-        return cls._number(Texts.of(list(numbers)), hasher, flat, offsets, empty)
+        return cls._number(Texts.of([*texts, *added]), hasher, flat, offsets)
 
     @classmethod
-    def _number(
-        cls, texts: Texts, hasher: Hasher, flat: Integers, offsets: Integers, empty: int
-    ) -> "_Boxes":
+    def _number(cls, texts: Texts, hasher: Hasher, flat: Integers, offsets: Integers) -> "_Boxes":
         text_hashes = np.zeros(len(texts), dtype=np.uint64)
         used = np.unique(flat[:, :3])
         text_hashes[used] = hasher.texts(texts.take(used))
@@ -318,7 +319,8 @@ class _Boxes(NamedTuple):
         which[order] = np.repeat(np.arange(len(firsts)), np.diff(np.append(firsts, len(hashes))))
         table = flat[order[firsts]]
         # A function's file, if all of its frames that have one agree on it.
-        files = np.where(flat[:, 3] == empty, -1, flat[:, 3])
+        is_empty = np.diff(texts.offsets) == 0
+        files = np.where(is_empty[flat[:, 3]], -1, flat[:, 3])
         largest = np.full(len(firsts), -1, dtype=np.int64)
         np.maximum.at(largest, which, files)
         files[files < 0] = np.iinfo(np.int64).max

@@ -1,0 +1,556 @@
+"""Queries: any window and selection of a real store, exact, whatever the cache holds."""
+
+import dataclasses
+import multiprocessing
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import profiles as some
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from profiler import flamegraph
+from storage import pprof, wire
+from storage.cache import DecodedCache
+from storage.columns import Columns, Hasher, merge_columns
+from storage.objects import DirectoryStore, ObjectKey, StoreUnavailable, object_key
+from storage.profile import (
+    Host,
+    Profile,
+    ProfileError,
+    SchemaError,
+    Window,
+    make_labels,
+    merge,
+)
+from storage.query import HOUR_NS, Query
+from storage.selector import Matcher, Operator, Selector
+from storage.sums import Sums, merge_sums
+
+START_NS = 1_780_000_000_000_000_000 // HOUR_NS * HOUR_NS
+MINUTE_NS = 60_000_000_000
+DAY = Window(START_NS, START_NS + 24 * HOUR_NS)
+HASHER = Hasher(b"test")
+
+
+class CountingStore(DirectoryStore):
+    """A directory that remembers what was fetched, and may be away."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.fetched: Counter[str] = Counter()
+        self.is_away = False
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> bytes:
+        with self._lock:
+            self.fetched[key] += 1
+        if self.is_away:
+            raise StoreUnavailable("away")
+        return super().get(key)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CountingStore(tmp_path / "store")
+
+
+@pytest.fixture
+def query(store, tmp_path):
+    return Query(store, tmp_path / "cache")
+
+
+def at(profile: Profile, minute: int, host: str = "web-1", host_id: str = "00112233445566aa"):
+    """Move a profile to a minute after START_NS, on some host."""
+    window = Window(START_NS + minute * MINUTE_NS, START_NS + (minute + 1) * MINUTE_NS)
+    accounting = dataclasses.replace(profile.accounting, hosts=(Host(host, host_id),))
+    return dataclasses.replace(profile, window=window, accounting=accounting)
+
+
+def put(store: DirectoryStore, profile: Profile) -> ObjectKey:
+    content = pprof.encode(profile)
+    key = object_key(profile, content)
+    store.put(key.text, content)
+    return key
+
+
+def minutes(first: int, last: int) -> Window:
+    return Window(START_NS + first * MINUTE_NS, START_NS + last * MINUTE_NS)
+
+
+def with_host(profile: Profile) -> Profile:
+    name = profile.accounting.hosts[0].name
+    sets = tuple(make_labels({"host": name, **dict(labels)}) for labels in profile.label_sets)
+    return dataclasses.replace(profile, label_sets=sets)
+
+
+def small(number: int) -> Profile:
+    """A profile that shares most of its stacks with the others, and has one of its own."""
+    return some.build(
+        [
+            ({"service": "api", "version": f"1.{number % 3}", "comm": "api", "pid": "7"},
+             [some.MAIN, some.WORK], number + 1),
+            ({"service": "jobs", "comm": "python3", "pid": str(number)},
+             [some.HANDLER, some.named(f"job_{number}")], 2),
+        ],
+        some.NAMES,
+    )  # fmt: skip
+
+
+def names_of(profile: Profile):
+    return some.named_locations(profile)
+
+
+def by_function(rows):
+    return {
+        (row.frame.function, row.frame.module, row.frame.kind): (
+            row.self, row.total, row.self_samples, row.total_samples
+        )
+        for row in rows
+        if row.total_samples
+    }  # fmt: skip
+
+
+@given(some.profiles())
+def test_the_fast_reader_gives_what_the_thorough_one_gives(profile):
+    """Counts, labels, accounting and names, for anything our encoder writes."""
+    content = pprof.encode(profile)
+
+    fast = wire.decode(content, HASHER).profile()
+    thorough = pprof.decode(content)
+
+    assert fast == thorough
+    assert names_of(fast) == names_of(thorough)
+    assert fast.modules == thorough.modules
+
+
+def test_our_own_objects_take_the_fast_way():
+    """Hostile names and every kind of frame included; only odd files take the long one."""
+    for profile in (some.sample_profile(), some.hostile_profile(), some.build([])):
+        plain = pprof.decompress(pprof.encode(profile), pprof.SIZE_LIMIT_BYTES)
+        assert wire._decode_ours(plain, HASHER).profile() == profile
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_a_changed_byte_is_read_as_the_thorough_reader_reads_it(data):
+    """Whatever a damaged file says, both say the same, or both refuse it."""
+    plain = bytearray(pprof.decompress(pprof.encode(some.sample_profile()), 1 << 20))
+    for _ in range(data.draw(st.integers(1, 3))):
+        plain[data.draw(st.integers(0, len(plain) - 1))] = data.draw(st.integers(0, 255))
+    cut = bytes(plain[: data.draw(st.integers(0, len(plain)))])
+
+    for content in (bytes(plain), cut):
+        try:
+            thorough = pprof.decode(content)
+        except ProfileError:
+            with pytest.raises(ProfileError):
+                wire.decode(content, HASHER)
+            continue
+        fast = wire.decode(content, HASHER).profile()
+        assert fast == thorough
+        assert names_of(fast) == names_of(thorough)
+
+
+@given(st.lists(some.profiles(), min_size=1, max_size=4))
+def test_columns_merge_as_profiles_do(profiles):
+    """Counts, window, accounting, and the names of locations that only some profiles name."""
+    merged = merge_columns([Columns.of(profile, HASHER) for profile in profiles]).profile()
+
+    expected = merge(profiles)
+    assert merged == expected
+    assert names_of(merged) == names_of(expected)
+
+
+@given(st.lists(some.profiles(), min_size=1, max_size=3))
+def test_sums_of_functions_are_those_of_the_stacks(profiles):
+    """Self and total, recursion counted once, as the flame graph's own table counts them."""
+    for profile in profiles:
+        expected = flamegraph.top_functions(profile)
+        files = {row.frame for row in expected if row.total_samples}
+        for columns in (
+            Columns.of(profile, HASHER),
+            wire.decode(pprof.encode(profile), HASHER),
+        ):
+            sums = Sums.of(columns, HASHER).by(())
+            assert by_function(sums.function_sums()) == by_function(expected)
+            assert {row.frame for row in sums.function_sums() if row.total_samples} == files
+
+
+@given(st.lists(some.profiles(), min_size=1, max_size=4))
+def test_sums_add_up_over_objects(profiles):
+    """The sum of what each object's functions cost, whatever the order of the objects."""
+    sums = [Sums.of(Columns.of(profile, HASHER), HASHER) for profile in profiles]
+    expected: Counter[tuple[object, ...]] = Counter()
+    for profile in profiles:
+        for row in flamegraph.top_functions(profile):
+            expected[row.frame[:3]] += row.self_samples
+
+    for parts in (sums, sums[::-1]):
+        merged = merge_sums(parts).by(())
+        found = {row.frame[:3]: row.self_samples for row in merged.function_sums()}
+        assert +Counter(found) == +expected
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(some.profiles(), min_size=1, max_size=6), st.integers(0, 6))
+def test_a_partition_of_a_window_merges_to_the_whole(tmp_path_factory, profiles, cut):
+    """The parts of a window, asked for one by one, add up to it; so do cold and warm answers."""
+    folder = tmp_path_factory.mktemp("partition")
+    store = DirectoryStore(folder / "store")
+    placed = [at(profile, 30 * i) for i, profile in enumerate(profiles)]
+    for profile in placed:
+        put(store, profile)
+    query = Query(store, folder / "cache")
+    expected = merge([with_host(profile) for profile in placed])
+
+    whole = query.profile(DAY).profile
+    middle = START_NS + cut * 30 * MINUTE_NS
+    parts = [Window(START_NS, middle), Window(middle, DAY.end_ns)]
+    answers = [query.profile(part) for part in parts if part.start_ns < part.end_ns]
+    found = merge([answer.profile for answer in answers if answer.coverage.objects])
+
+    assert whole == expected
+    assert found == expected
+    assert query.profile(DAY).profile == expected
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(some.profiles(), st.sampled_from(["service", "comm", "pid", "host"]), some.texts)
+def test_a_selector_filters_rows_as_by_hand(tmp_path_factory, profile, name, value):
+    """Hostile label values included; also for what has the value that is asked for."""
+    folder = tmp_path_factory.mktemp("filter")
+    store = DirectoryStore(folder / "store")
+    placed = at(profile, 0)
+    put(store, placed)
+    values = {value, *(dict(labels).get(name, "") for labels in placed.label_sets)}
+    query = Query(store, folder / "cache")
+
+    for wanted in sorted(values):
+        selector = Selector((Matcher(name, Operator.EQUAL, wanted),))
+        answer = query.profile(minutes(0, 60), selector)
+        rows = with_host(placed).filter(lambda labels, w=wanted: labels.get(name, "") == w)
+        if name == "host" and wanted != "web-1" and not _has_own_host(placed):
+            assert answer.coverage.objects == 0
+            continue
+        assert answer.profile.counts() == rows.counts()
+        assert answer.profile.accounting == placed.accounting
+        table = query.functions(minutes(0, 60), selector, by=())
+        assert by_function(table.rows) == by_function(flamegraph.top_functions(rows))
+        assert table.samples == rows.total_samples
+
+
+def _has_own_host(profile: Profile) -> bool:
+    return any("host" in dict(labels) for labels in profile.label_sets)
+
+
+def test_objects_outside_the_window_are_never_fetched(store, query):
+    """Nor is any fetched twice: the second answer comes from the cache alone."""
+    keys = [put(store, at(small(i), i)).text for i in range(0, 180, 10)]
+
+    answer = query.profile(minutes(55, 95))
+    again = query.profile(minutes(55, 95))
+
+    assert store.fetched == Counter(keys[6:10])
+    assert answer.coverage.objects == 4
+    assert again.profile == answer.profile
+
+
+def test_an_object_belongs_to_the_window_that_holds_its_start(store, query):
+    """Half-open: the start counts, the end does not, and an object counts as a whole."""
+    put(store, at(small(0), 5))
+    inside = Window(START_NS + 5 * MINUTE_NS, START_NS + 5 * MINUTE_NS + 1)
+
+    assert query.profile(inside).profile.total_samples == small(0).total_samples
+    assert query.profile(minutes(4, 5)).coverage.objects == 0
+    assert query.profile(minutes(6, 7)).coverage.objects == 0
+
+
+def test_whole_hours_answer_as_their_objects_do(store, query, tmp_path):
+    """Merged hours are an optimisation: every kind of answer is equal without them."""
+    for host in range(2):
+        for minute in range(0, 180, 20):
+            put(store, at(small(minute + host), minute, f"web-{host}", f"{host:016x}"))
+    never_settled = Query(store, tmp_path / "other", now_ns=lambda: START_NS)
+    selector = Selector.parse('{version=~"1.[01]"}')
+    step = 10 * MINUTE_NS
+
+    for window in (minutes(0, 180), minutes(0, 180), minutes(10, 170)):
+        hours, objects = (
+            (
+                each.profile(window).profile,
+                each.profile(window, selector).profile.counts(),
+                each.functions(window, selector),
+                [
+                    (series.labels, series.samples.tolist(), series.values.tolist())
+                    for series in each.timeline(window, selector, step, ("host", "comm")).series
+                ],
+                each.labels(window),
+            )
+            for each in (query, never_settled)
+        )
+        assert hours[:2] == objects[:2]
+        assert sorted(hours[2].rows) == sorted(objects[2].rows)
+        assert hours[2].coverage == objects[2].coverage
+        assert hours[3:] == objects[3:]
+
+
+def test_a_late_object_is_found_in_an_hour_that_was_merged_already(store, query):
+    """The name of what is kept says what it was made from."""
+    put(store, at(small(1), 1))
+    first = query.profile(minutes(0, 60)).profile.total_samples
+
+    put(store, at(small(2), 2))
+
+    second = query.profile(minutes(0, 60)).profile.total_samples
+    assert second == first + small(2).total_samples
+
+
+def test_a_timeline_adds_up_each_step(store, query):
+    """Per label, largest first, with the accounting of each step beside it."""
+    for i in range(4):
+        put(store, at(small(i), i))
+
+    timeline = query.timeline(minutes(0, 5), Selector(), 2 * MINUTE_NS, ("service",))
+
+    assert [(dict(s.labels)["service"], s.samples.tolist()) for s in timeline.series] == [
+        ("api", [3, 7, 0]),
+        ("jobs", [4, 4, 0]),
+    ]
+    assert timeline.totals["stored"].tolist() == [7, 11, 0]
+    assert timeline.totals["lost"].tolist() == [4, 4, 0]
+    assert timeline.totals["profiled_ns"].tolist() == [2 * MINUTE_NS, 2 * MINUTE_NS, 0]
+    with pytest.raises(ValueError, match="steps of 0 ns"):
+        query.timeline(minutes(0, 5), step_ns=0)
+
+
+def test_functions_may_be_told_apart_by_thread(store, query):
+    """Labels of single processes are read from stacks, all others from sums."""
+    for i in range(3):
+        put(store, at(small(i), i))
+
+    table = query.functions(minutes(0, 9), Selector.parse('{pid="1"}'), by=("pid", "service"))
+
+    assert [(dict(row.labels), row.frame.function, row.self_samples) for row in table.rows] == [
+        ({"pid": "1", "service": "jobs"}, "job_1", 2),
+        ({"pid": "1", "service": "jobs"}, "handler", 0),
+    ]
+    assert table.samples == 2
+
+
+def test_labels_and_their_values_are_counted_in_samples(store, query):
+    """Values of one label, most samples first; the host comes from the accounting."""
+    for i in range(3):
+        put(store, at(small(i), i, f"web-{i}", f"{i:016x}"))
+
+    assert query.labels(minutes(0, 9))["service"] == {"api": 6, "jobs": 6}
+    assert query.label_values(minutes(0, 9), "version") == {"1.2": 3, "1.1": 2, "1.0": 1}
+    assert list(query.label_values(minutes(0, 9), "host")) == ["web-2", "web-1", "web-0"]
+    assert query.label_values(minutes(0, 9), "nothing") == {}
+
+
+def test_an_empty_window_gives_an_empty_answer(query):
+    """Of every kind, without an error."""
+    assert query.profile(DAY).profile.total_samples == 0
+    assert query.profile(DAY).profile.window == DAY
+    assert query.functions(DAY).rows == ()
+    assert query.timeline(DAY, step_ns=HOUR_NS).series == ()
+    assert query.labels(DAY) == {}
+
+
+def test_what_cannot_be_read_is_named_and_stops_nothing(store, query):
+    """Damaged, cut short, of a later schema, no profile at all: named with the reason."""
+    good = put(store, at(small(1), 1))
+    content = pprof.encode(at(small(2), 2))
+    key = object_key(at(small(2), 2), content)
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    foreign = b"not a profile"
+    later = make_later(at(small(4), 4))
+    broken = {
+        key.text: bytes(flipped),
+        key._replace(start_s=key.start_s + 60).text: content[: len(content) // 2],
+        key._replace(start_s=key.start_s + 120).text: b"",
+        object_key(at(small(4), 4), later).text: later,
+        object_key(at(small(5), 5), foreign).text: foreign,
+    }
+    for broken_key, bytes_ in broken.items():
+        store.put(broken_key, bytes_)
+    store.put("v1/default/l0/README", b"?")
+    store.put(good.text.replace("pb.gz", "txt"), b"?")
+
+    for window in (minutes(0, 9), minutes(0, 60), minutes(0, 60)):
+        answer = query.profile(window)
+        assert answer.profile.total_samples == small(1).total_samples
+        assert {each.key for each in answer.coverage.skipped} == set(broken)
+        reasons = " ".join(each.reason for each in answer.coverage.skipped)
+        assert "damaged" in reasons
+        assert "schema 99" in reasons
+        assert query.functions(window).coverage.skipped == answer.coverage.skipped
+    assert max(store.fetched[each] for each in broken) == 1
+
+
+def make_later(profile: Profile) -> bytes:
+    """Give the profile as a later version of this program would write it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pprof, "SCHEMA", 99)
+        content = pprof.encode(profile)
+    with pytest.raises(SchemaError):
+        pprof.decode(content)
+    return content
+
+
+def test_a_damaged_object_that_was_repaired_is_read(store, query):
+    """Failures are remembered for the bytes they were found in, not for the key."""
+    content = pprof.encode(at(small(1), 1))
+    key = object_key(at(small(1), 1), content).text
+    store.put(key, content[:-5])
+    assert query.profile(minutes(0, 60)).coverage.skipped
+
+    store.delete(key)
+    store.put(key, content)
+
+    assert query.profile(minutes(0, 60)).profile.total_samples == small(1).total_samples
+
+
+def test_a_store_that_is_away_spoils_no_later_answer(store, query):
+    """What could not be fetched is named now, and there again when the store is."""
+    put(store, at(small(1), 1))
+    store.is_away = True
+    assert [each.reason for each in query.profile(minutes(0, 60)).coverage.skipped] == ["away"]
+    assert query.functions(minutes(0, 60)).rows == ()
+
+    store.is_away = False
+
+    assert query.profile(minutes(0, 60)).profile.total_samples == small(1).total_samples
+    assert query.functions(minutes(0, 60)).samples == small(1).total_samples
+
+
+def test_objects_of_another_type_are_named(store, query):
+    """Samples of unknown length are never added to nanoseconds."""
+    put(store, at(small(1), 1))
+    content = pprof.encode(at(some.samples_only(small(2)), 2))
+    key = object_key(at(small(2), 2), content).text
+    store.put(key, content)
+
+    for window in (minutes(0, 60), minutes(0, 5)):
+        answer = query.profile(window)
+        assert answer.profile.total_samples == small(1).total_samples
+        assert [each.key for each in answer.coverage.skipped] == [key]
+        other = query.profile(window, type="samples")
+        assert other.profile.total_samples == small(2).total_samples
+
+
+def test_damaged_cache_files_are_made_again(store, query, tmp_path):
+    """Any flipped bit, any cut: the answer is the same, and the file is whole again."""
+    for i in range(3):
+        put(store, at(small(i), i))
+    expected = query.profile(minutes(0, 60)).profile
+    query.profile(minutes(0, 5))
+    query.functions(minutes(0, 60))
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    kept = {path: path.read_bytes() for path in files}
+    assert len(kept) == 6  # a secret, three objects, an hour, its sums
+
+    for damage in (lambda c: c[: len(c) // 2], lambda c: c[:0], flip_last_bit, flip_middle_bit):
+        for path, content in kept.items():
+            path.write_bytes(damage(content))
+        fresh = Query(store, tmp_path / "cache")
+        assert fresh.profile(minutes(0, 60)).profile == expected
+        assert fresh.profile(minutes(0, 5)).profile == expected
+        assert fresh.functions(minutes(0, 60)).samples == expected.total_samples
+
+
+def flip_last_bit(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def flip_middle_bit(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(store, tmp_path):
+    """A file stands where the folder should be: every answer is right all the same."""
+    (tmp_path / "cache").write_text("in the way")
+    put(store, at(small(1), 1))
+    query = Query(store, tmp_path / "cache")
+
+    assert query.profile(minutes(0, 60)).profile.total_samples == small(1).total_samples
+    assert query.functions(minutes(0, 60)).samples == small(1).total_samples
+
+
+def test_the_cache_keeps_to_its_size_and_to_what_was_used_last(tmp_path):
+    """Beyond the limit the longest unused go first."""
+    cache = DecodedCache(tmp_path / "cache", limit_bytes=200_000)
+    columns = Columns.of(some.synthetic(200, 10, 500), cache.hasher())
+
+    for i in range(40):
+        cache.save(columns, f"{i:040x}")
+
+    assert cache.size_bytes() <= 200_000
+    assert cache.load(Columns, f"{39:040x}") is not None
+    assert cache.load(Columns, f"{0:040x}") is None
+
+
+def test_what_is_kept_comes_back_as_it_was(tmp_path):
+    """Columns and sums, with accounting, modules and labels of any content."""
+    cache = DecodedCache(tmp_path / "cache")
+    for i, profile in enumerate((some.sample_profile(), some.hostile_profile(), some.build([]))):
+        columns = Columns.of(profile, cache.hasher())
+        sums = Sums.of(columns, cache.hasher())
+        cache.save(columns, f"c{i}")
+        cache.save(sums, f"s{i}", [["key", "reason"]])
+
+        kept, note = cache.load(Columns, f"c{i}")
+        kept_sums, sums_note = cache.load(Sums, f"s{i}")
+
+        assert kept.profile() == profile
+        assert kept.modules == profile.modules
+        assert names_of(kept.profile()) == names_of(profile)
+        assert (note, sums_note) == (None, [["key", "reason"]])
+        assert list(kept_sums.function_sums()) == list(sums.function_sums())
+        assert np.array_equal(kept_sums.objects, sums.objects)
+
+
+def test_two_processes_share_a_cache(store, tmp_path):
+    """Both start with nothing, at once, and both are right; so is a third that finds it full."""
+    for i in range(30):
+        put(store, at(small(i), 4 * i))
+    expected = sum(small(i).total_samples for i in range(30))
+    context = multiprocessing.get_context("spawn")
+    arguments = (str(store.root), str(tmp_path / "cache"))
+
+    with context.Pool(2) as pool:
+        found = pool.starmap(ask, [arguments] * 6, chunksize=1)
+
+    assert found == [(expected, expected)] * 6
+    assert Query(store, tmp_path / "cache").profile(DAY).profile.total_samples == expected
+    assert not store.fetched
+
+
+def ask(root: str, cache: str) -> tuple[int, int]:
+    query = Query(DirectoryStore(Path(root)), Path(cache))
+    return query.profile(DAY).profile.total_samples, query.functions(DAY).samples
+
+
+def test_hashes_depend_on_the_secret():
+    """Who does not know it cannot make stacks that collide."""
+    texts = [b"main", b"work"]
+
+    assert not np.array_equal(Hasher(b"1" * 32).texts(texts), Hasher(b"2" * 32).texts(texts))
+    assert np.array_equal(Hasher(b"1" * 32).texts(texts), Hasher(b"1" * 32).texts(texts))
+
+
+def test_the_accounting_covers_only_hosts_that_are_asked_for(store, query):
+    """A selector of hosts leaves out the other hosts' objects, ticks included."""
+    for i in range(3):
+        put(store, at(small(i), i, f"web-{i}", f"{i:016x}"))
+
+    answer = query.profile(minutes(0, 60), Selector.parse('{host=~"web-[01]"}'))
+
+    assert [host.name for host in answer.coverage.hosts] == ["web-0", "web-1"]
+    assert answer.profile.accounting.ticks == sum(small(i).accounting.ticks for i in range(2))
