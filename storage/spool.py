@@ -141,7 +141,7 @@ class Spool:
             limit_bytes=self._limit_bytes,
             given_up=self._given_up,
             damaged=self._damaged,
-            unwritten_ticks=sum(profile.accounting.ticks for profile in self._unwritten),
+            unwritten_ticks=self._unwritten_ticks(),
             last_error=self._last_error,
         )
 
@@ -200,7 +200,7 @@ class Spool:
                 self._bury(self._unwritten[0])
             except OSError as error:
                 self._note(error)
-                _log.warning("kept in memory windows=%d", len(self._unwritten))
+                _log.warning("kept in memory ticks=%d", self._unwritten_ticks())
                 return
             del self._unwritten[0]
 
@@ -218,9 +218,10 @@ class Spool:
             try:
                 self._write(content, target)
             except OSError as error:
-                if error.errno not in _FULL:
+                reserve = self._folder / _RESERVE
+                if error.errno not in _FULL or not reserve.exists():
                     raise
-                (self._folder / _RESERVE).unlink()
+                reserve.unlink()
                 self._write(content, target)
         finally:
             with contextlib.suppress(OSError):
@@ -291,6 +292,9 @@ class Spool:
         with contextlib.suppress(OSError):
             sync_folder(target.parent)
 
+    def _unwritten_ticks(self) -> int:
+        return sum(profile.accounting.ticks for profile in self._unwritten)
+
     def _make_reserve(self) -> None:
         path = self._folder / _RESERVE
         if path.exists():
@@ -299,8 +303,10 @@ class Spool:
             self._write(bytes(_RESERVE_BYTES), path)
 
     def _note(self, error: OSError) -> None:
-        self._last_error = f"cannot write the spool {self._folder}: {error.strerror}"
-        _log.warning("failed to write spool=%s error=%s", self._folder, error.strerror)
+        reason = f"cannot write the spool {self._folder}: {error.strerror}"
+        if reason != self._last_error:
+            _log.warning("failed to write spool=%s error=%s", self._folder, error.strerror)
+        self._last_error = reason
 
 
 def _hour(key: ObjectKey) -> tuple[str, int]:
