@@ -1,6 +1,5 @@
 """What the paths of cgroups say, as systemd and container runtimes write them."""
 
-
 import pytest
 from cgroup_trees import cgroup_tree
 from targets import running
