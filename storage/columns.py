@@ -63,10 +63,9 @@ class Hasher:
     def texts(self, texts: Sequence[bytes]) -> Hashes:
         known = self._known
         try:
-            hashes = list(map(known.__getitem__, texts))
+            return np.fromiter(map(known.__getitem__, texts), np.uint64, len(texts))
         except KeyError:
-            hashes = self._learn(texts)
-        return np.array(hashes, dtype=np.uint64)
+            return np.array(self._learn(texts), dtype=np.uint64)
 
     def _learn(self, texts: Sequence[bytes]) -> list[int]:
         hashes = []
@@ -414,6 +413,8 @@ class _Chosen:
     hashes: Hashes
     part: Integers
     number: Integers
+    chosen: Integers
+    """For each of the things given, which of the distinct ones it is."""
 
     @classmethod
     def among(
@@ -423,15 +424,18 @@ class _Chosen:
         joined = np.concatenate(hashes)
         part = np.repeat(np.arange(len(hashes)), [len(each) for each in hashes])
         number = np.concatenate(numbers).astype(np.int64)
+        if len(joined) == 0:
+            return cls(joined, part, number, number)
         firsts, order = group(joined)
-        best = (
-            np.minimum.reduceat((rank * len(joined) + np.arange(len(joined)))[order], firsts)
-            if len(joined)
-            else firsts
-        )
-        best %= max(1, len(joined))
-        best.sort()
-        return cls(joined[best], part[best], number[best])
+        preference = order + rank[order] * len(joined) if len(rank) else order
+        best = np.minimum.reduceat(preference, firsts) % len(joined)
+        by_place = np.argsort(best)
+        position = np.empty(len(best), dtype=np.int64)
+        position[by_place] = np.arange(len(best))
+        best = best[by_place]
+        chosen = np.empty(len(joined), dtype=np.int64)
+        chosen[order] = np.repeat(position, np.diff(np.append(firsts, len(joined))))
+        return cls(joined[best], part[best], number[best], chosen)
 
     def of_part(self, part: int) -> Integers:
         return np.flatnonzero(self.part == part)
@@ -450,12 +454,10 @@ def _merge_rows(
     parts: Sequence[Columns], label_numbers: Sequence[Integers]
 ) -> tuple[Integers, Integers, _Chosen]:
     hashes = [part.stack_hashes[part.rows[:, 1]] for part in parts]
-    stacks = _Chosen.among(hashes, [part.rows[:, 1] for part in parts], np.zeros(1, np.int64))
+    stacks = _Chosen.among(hashes, [part.rows[:, 1] for part in parts], np.zeros(0, np.int64))
     labels = [mine[part.rows[:, 0]] for part, mine in zip(parts, label_numbers, strict=True)]
     counts = np.concatenate([part.counts for part in parts])
-    order = np.argsort(stacks.hashes)
-    stack = order[np.searchsorted(stacks.hashes, np.concatenate(hashes), sorter=order)]
-    key = np.concatenate(labels) * max(1, len(stacks.hashes)) + stack
+    key = np.concatenate(labels) * max(1, len(stacks.hashes)) + stacks.chosen
     firsts, by_key = group(key)
     rows = np.stack(np.divmod(key[by_key[firsts]], max(1, len(stacks.hashes))), axis=1)
     return rows, add_groups(counts[by_key], firsts), stacks
@@ -493,12 +495,11 @@ def _gather_stacks(
         bare = part.frame_offsets[numbers + 1] == part.frame_offsets[numbers]
         ranks.append(bare.astype(np.int64))
     places = _Chosen.among(hashes, used, np.concatenate(ranks))
-    order = np.argsort(places.hashes)
-    sorted_hashes = places.hashes[order]
-    flat = []
-    for part, theirs, numbers, mine in zip(parts, hashes, used, words, strict=True):
+    flat, at = [], 0
+    for part, numbers, mine in zip(parts, used, words, strict=True):
         number_of = np.zeros(len(part.locations), dtype=np.int64)
-        number_of[numbers] = order[np.searchsorted(sorted_hashes, theirs)]
+        number_of[numbers] = places.chosen[at : at + len(numbers)]
+        at += len(numbers)
         flat.append(number_of[mine])
     # Stacks are in the order of their parts, so the words of one part follow those of another.
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])

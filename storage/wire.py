@@ -44,6 +44,9 @@ _PlainMessage: Any = pprof.message_class("everflame.wire_labels")
 _NUMBER_LIMIT = 2**31
 """Lines and ids beyond it are left to the thorough reader."""
 
+_NO_USUAL = (Kind.REST, "\n")
+"""What no text of a file can say: names hold no line ends."""
+
 
 class _UnusualError(Exception):
     """It is not written as our encoder writes."""
@@ -140,6 +143,10 @@ class _Strings:
     def __getitem__(self, index: int) -> str:
         return self._texts[index].decode()
 
+    def require_distinct(self) -> None:
+        ordered = np.sort(self._base)
+        _require((ordered[1:] != ordered[:-1]).all())
+
     def number(self, text: str) -> int:
         """Give the number of any text."""
         content = text.encode()
@@ -217,11 +224,12 @@ class _Pairs(NamedTuple):
         values, starts = _Varints.of(np.frombuffer(content, np.uint8))
         _require(len(values) % 2 == 0)
         starts = starts[::2]
-        owner = np.searchsorted(ends, starts, side="right")
-        # Every message that is not empty must begin with a tag.
-        begins = (ends - lengths)[lengths > 0]
-        _require(np.array_equal(starts[np.searchsorted(starts, begins)], begins))
-        return cls(owner, values[::2], values[1::2], np.append(starts, len(content)), ends)
+        starts = np.append(starts, len(content))
+        # Every message must end where a pair does.
+        past = np.searchsorted(starts, ends)
+        _require(np.array_equal(starts[past], ends))
+        owner = np.repeat(np.arange(len(messages)), np.diff(past, prepend=0))
+        return cls(owner, values[::2], values[1::2], starts, ends)
 
 
 def _is_ascending(major: Numbers, minor: Hashes) -> bool:
@@ -381,12 +389,17 @@ class _Locator:
         is_last = np.arange(len(lines)) == first_line[owner + 1] - 1
         kind = np.where(is_last, kinds[owner], inlined)
         module = modules[owner]
-        for i in np.flatnonzero((system_name != name) & (system_name != 0)).tolist():
-            usual = (Kind(self._strings[kind[i]]), self._strings[module[i]])
-            texts = (self._strings[name[i]], self._strings[system_name[i]])
-            frame_kind, frame_module = pprof.kind_and_module(*texts, usual)
-            kind[i] = self._strings.number(frame_kind)
-            module[i] = self._strings.number(frame_module)
+        odd = np.flatnonzero((system_name != name) & (system_name != 0))
+        if len(odd):
+            # A text that stands in the file twice would be another string and the same name.
+            self._strings.require_distinct()
+        for number in np.unique(system_name[odd]).tolist():
+            at = odd[system_name[odd] == number]
+            # The first word tells a kind; what the mapping says usually does not matter then.
+            described = pprof.kind_and_module("", self._strings[number], _NO_USUAL)
+            if described != _NO_USUAL:
+                kind[at] = self._strings.number(described[0])
+                module[at] = self._strings.number(described[1])
         return np.stack([name, module, kind, file, lines[:, 1]], axis=1)
 
 
@@ -456,16 +469,13 @@ def _read_labels(
     contents: Sequence[bytes], raw: Sequence[bytes]
 ) -> tuple[tuple[Labels, ...], Integers]:
     """Give the distinct label sets, and each sample's number among them."""
-    by_content: dict[bytes, int] = {}
     label_sets: dict[Labels, int] = {}
-    numbers = []
-    for content in contents:
-        number = by_content.get(content)
-        if number is None:
-            labels = _parse_labels(content, raw)
-            number = by_content[content] = label_sets.setdefault(labels, len(label_sets))
-        numbers.append(number)
-    return tuple(label_sets), np.array(numbers, dtype=np.int64)
+    numbers = {
+        content: label_sets.setdefault(_parse_labels(content, raw), len(label_sets))
+        for content in dict.fromkeys(contents)
+    }
+    each = np.fromiter(map(numbers.__getitem__, contents), np.int64, len(contents))
+    return tuple(label_sets), each
 
 
 def _parse_labels(content: bytes, raw: Sequence[bytes]) -> Labels:
