@@ -30,7 +30,7 @@ from storage.spool import Spool  # noqa: E402
 
 ADDED = 6
 LIMIT_BYTES = 4 * SIZE_BYTES
-STEPS = ("rename", "replace", "unlink", "link", "fsync")
+STEPS = "rename,replace,unlink,link,fsync"
 
 
 class Clock:
@@ -135,7 +135,7 @@ class Lives:
             return store
 
         def live() -> None:
-            for name in STEPS:
+            for name in self.options.steps.split(","):
                 setattr(os, name, watched(name, getattr(os, name)))
             self.add(ADDED)
             self.upload(0, wrap)
@@ -147,9 +147,8 @@ class Lives:
         victims = self.random.choice(["sampler", "uploader", "both"])
 
         def sample() -> None:
-            for _ in range(20):
+            for _ in range(6):
                 self.add(1)
-                time.sleep(0.001)
 
         sampler, uploader = self.fork(sample), self.fork(lambda: self.upload(1_000_000))
         time.sleep(self.random.uniform(0, life_s))
@@ -175,13 +174,13 @@ def main() -> None:
     parser.add_argument("--endpoint")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--stride", type=int, default=1)
+    parser.add_argument("--steps", default=STEPS)
     parser.add_argument("--random", type=int, default=100)
     parser.add_argument("--life-s", type=float, default=0.03)
     lives = Lives(parser.parse_args())
     step = 1
     while lives.kill_at_step(step):
-        step += lives.random.randint(1, lives.options.stride)
+        step += 1
     for _ in range(lives.options.random):
         lives.kill_at_random(lives.options.life_s)
     lives.end(lives.fork(lambda: lives.add(1)))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import WINDOW, sample_profile
 from weed import BUCKET, GARBAGE, NONSENSE, SLOW_DOWN, Proxy, Weed, free_ports, s3_error, using_keys
@@ -318,6 +318,7 @@ def test_profiles_of_no_or_odd_or_several_hosts_have_a_key_too(hosts: tuple[Host
 windows = st.tuples(st.integers(0, 4 * HOUR_S), st.integers(1, HOUR_S))
 
 
+@settings(max_examples=30)  # each makes a folder of its own
 @given(st.lists(windows, max_size=12), windows)
 def test_a_window_finds_exactly_the_objects_that_overlap_it(
     tmp_path_factory: pytest.TempPathFactory, kept: list[tuple[int, int]], asked: tuple[int, int]

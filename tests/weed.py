@@ -108,7 +108,7 @@ class Weed:
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
             try:
-                self._process.wait(10)
+                self._process.wait(4)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
