@@ -556,6 +556,8 @@ def test_a_bucket_out_of_reach_is_to_be_tried_again() -> None:
     ],
     ids=["throttled", "a page", "garbage", "silence"],
 )
+# Where the answer is no HTTP, the client's library leaves its socket to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_bucket_that_answers_wrongly_is_to_be_tried_again(
     proxy: Proxy, answer: bytes, expected: str
 ) -> None:
