@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from profiler.selection import Selection
     from storage.profile import Profile
 
     # argparse has no public name for what add_subparsers gives.
@@ -121,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_top(commands)
     _add_flamegraph(commands)
     _add_export(commands)
+    _add_ls(commands)
+    _add_import(commands)
     _add_verify(commands)
     _add_agent(commands)
     _add_status(commands)
@@ -311,15 +315,54 @@ def _add_export(commands: _Commands) -> None:
     parser = _add_command(
         commands,
         "export",
-        "write a profile in another format",
+        "write a profile in another format, a file's or that of a window of the store",
         "examples:\n"
         "  everflame export cpu.pb.gz -o cpu.speedscope.json\n"
-        "  everflame export cpu.pb.gz -o - --by '' | flamegraph.pl > cpu.svg",
+        "  everflame export cpu.pb.gz -o - --by '' | flamegraph.pl > cpu.svg\n"
+        "  everflame export -o api.svg --from now-1h -q '{service=\"api\"}'\n\n"
+        "Without FILE it reads the store, by default the last hour.",
     )
-    parser.add_argument("file", metavar="FILE", help=".pb.gz, .folded or .speedscope.json")
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", help=".pb.gz, .folded or .speedscope.json"
+    )
     _add_outputs(parser)
     _add_by(parser)
+    _add_store(parser)
+    _add_window(parser)
+    _add_query(parser)
     parser.set_defaults(run=_run_export)
+
+
+def _add_window(parser: argparse.ArgumentParser) -> None:
+    for name, destination in (("--from", "start"), ("--until", "end")):
+        parser.add_argument(
+            name,
+            dest=destination,
+            metavar="TIME",
+            help="now-1h, RFC 3339 (2026-01-31T09:00:00Z), Unix seconds or milliseconds",
+        )
+
+
+def _add_query(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-q",
+        "--query",
+        default="",
+        metavar="SELECTOR",
+        help="""labels to keep, as '{service="api",version=~"1\\\\.5.*"}' (= != =~ !~)""",
+    )
+
+
+def _selection(options: argparse.Namespace, start: str | None = None) -> Selection:
+    from profiler.selection import Selection  # noqa: PLC0415
+
+    return Selection.parse(
+        options.store,
+        options.s3_endpoint,
+        start=options.start or start,
+        end=options.end,
+        query=getattr(options, "query", ""),
+    )
 
 
 def _run_export(options: argparse.Namespace) -> int:
@@ -327,19 +370,37 @@ def _run_export(options: argparse.Namespace) -> int:
 
     if not options.outputs:
         raise ValueError("export: name the file to write with -o FILE")
+    if options.file is None:
+        for output in options.outputs:
+            export.check_output(output)
+        answer = _selection(options, start="now-1h").answer()
+        for key, reason in answer.coverage.skipped:
+            print(f"everflame: skipped {key}: {reason}", file=sys.stderr)
+        return _write_all(options, answer.profile)
+    _refuse_store_words(options, "export")
     return _write_all(options, export.read(options.file))
+
+
+def _refuse_store_words(options: argparse.Namespace, command: str) -> None:
+    asked = (options.store, options.start, options.end, getattr(options, "query", ""))
+    if any(asked):
+        raise ValueError(f"{command}: give files, or --store, --from, --until, -q; not both")
 
 
 def _add_verify(commands: _Commands) -> None:
     parser = _add_command(
         commands,
         "verify",
-        "prove that every tick of a profile is accounted for",
-        "example: everflame verify cpu.pb.gz\n\n"
-        "Exit status 1 when ticks and stored + idle + filtered + lost differ.",
+        "prove that every tick of files or of a whole store is accounted for",
+        "examples:\n  everflame verify cpu.pb.gz\n  everflame verify --store s3://profiles/prod\n\n"
+        "Without FILE it reads the store, and also tells the gaps between a host's windows.\n"
+        "Exit status 1 when ticks and stored + idle + filtered + lost differ, or a profile\n"
+        "cannot be read.",
     )
-    parser.add_argument("files", metavar="FILE", nargs="+", help="profiles (.pb.gz)")
+    parser.add_argument("files", metavar="FILE", nargs="*", help="profiles (.pb.gz)")
     _add_json(parser)
+    _add_store(parser)
+    _add_window(parser)
     parser.set_defaults(run=_run_verify)
 
 
@@ -350,7 +411,100 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 def _run_verify(options: argparse.Namespace) -> int:
     from profiler import verify  # noqa: PLC0415
 
-    return verify.run(options.files, as_json=options.json)
+    if options.files:
+        _refuse_store_words(options, "verify")
+        return verify.run(options.files, as_json=options.json)
+    selection = _selection(options)
+    return verify.run_store(selection.store, selection.window, as_json=options.json)
+
+
+def _add_ls(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "ls",
+        "list what a store holds: hosts, windows, sizes, services, versions",
+        "examples:\n"
+        "  everflame ls\n"
+        "  everflame ls --from now-1h -q '{service=~\"api.*\"}' --json\n\n"
+        "Without --from, --until and -q only the latest object of each host is read.",
+    )
+    _add_json(parser)
+    _add_store(parser)
+    _add_window(parser)
+    _add_query(parser)
+    parser.set_defaults(run=_run_ls)
+
+
+def _run_ls(options: argparse.Namespace) -> int:
+    from profiler import ls  # noqa: PLC0415
+
+    return ls.run(_selection(options), as_json=options.json)
+
+
+def label_pair(text: str) -> tuple[str, str]:
+    name, is_pair, value = text.partition("=")
+    if not is_pair or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is no label (try service=api)")
+    return name, value
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no rate (1 to 1,000,000 Hz)")
+    return int(text)
+
+
+def _add_import(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "import",
+        "put profiles of other tools into a store: pprof, folded, perf script",
+        "examples:\n"
+        "  everflame import cpu.pb.gz --host web-1 --label service=api\n"
+        "  perf script > perf.txt && everflame import perf.txt --window 2026-01-31T09:00:00Z\n"
+        "  everflame import out.folded --window now-5m..now -F 49",
+    )
+    parser.add_argument("files", metavar="FILE", nargs="+", help="one object is made of each")
+    _add_store(parser)
+    parser.add_argument(
+        "--window",
+        default="",
+        metavar="START..END",
+        help="when it was taken, for files that do not say so; START alone if they say how long",
+    )
+    parser.add_argument("--host", default="", help="the host it was taken on (default: imported)")
+    parser.add_argument(
+        "--label",
+        dest="labels",
+        type=label_pair,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="label of all its samples; may be repeated",
+    )
+    parser.add_argument(
+        "-F",
+        "--frequency",
+        type=positive,
+        default=99,
+        metavar="HZ",
+        help="samples per second and CPU, for files that do not say (default 99)",
+    )
+    parser.set_defaults(run=_run_import)
+
+
+def _run_import(options: argparse.Namespace) -> int:
+    from profiler import importing  # noqa: PLC0415
+    from storage.objects import open_store  # noqa: PLC0415
+
+    asked = importing.ImportOptions(
+        window=options.window,
+        host=options.host,
+        labels=dict(options.labels),
+        frequency_hz=options.frequency,
+    )
+    store = open_store(options.store, options.s3_endpoint or None)
+    return importing.run(options.files, store, asked, time.time_ns())
 
 
 def _add_agent(commands: _Commands) -> None:

@@ -256,3 +256,13 @@ def _parse_labels(pairs: Iterable[tuple[str, str]]) -> Labels:
 
 def _parse_segments(segments: Iterable[tuple[int, int, int]]) -> tuple[Segment, ...]:
     return tuple(Segment(ElfAddress(v), FileOffset(o), size) for v, o, size in segments)
+
+
+def default_folder() -> Path:
+    """Give where this user's decoded objects are kept: EVERFLAME_CACHE, else the usual places."""
+    if chosen := os.environ.get("EVERFLAME_CACHE"):
+        return Path(chosen) / "query"
+    if os.geteuid() == 0:
+        return Path("/var/cache/everflame/query")
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "everflame" / "query"

@@ -272,7 +272,7 @@ class Query:
                 if is_whole:
                     yield from reader.of_hour(objects, pool)
                 else:
-                    yield from _map_ahead(pool, reader.of_object, objects)
+                    yield from map_ahead(pool, reader.of_object, objects)
 
     @property
     def _stacks(self) -> "_Reader[Columns]":
@@ -311,7 +311,7 @@ class Query:
         if known is not None:
             yield _Loaded(keys, known[0], tuple(Skipped(*each) for each in known[1]))
             return
-        read = list(_map_ahead(pool, lambda each: self._columns_of_object(each, False), objects))
+        read = list(map_ahead(pool, lambda each: self._columns_of_object(each, False), objects))
         columns = [loaded.value for loaded in read if loaded.value is not None]
         if len({(each.type, each.unit) for each in columns}) != 1:
             yield from read
@@ -426,15 +426,18 @@ _One = TypeVar("_One")
 _Other = TypeVar("_Other")
 
 
-def _map_ahead(
-    pool: ThreadPoolExecutor, act: Callable[[_One], _Other], things: Iterable[_One]
+def map_ahead(
+    pool: ThreadPoolExecutor,
+    act: Callable[[_One], _Other],
+    things: Iterable[_One],
+    ahead: int = 2 * _FETCHES,
 ) -> Iterator[_Other]:
     """Give `act` of each in order, with no more than a few waiting to be taken."""
     waiting: deque[Future[_Other]] = deque()
     try:
         for thing in things:
             waiting.append(pool.submit(act, thing))
-            if len(waiting) > 2 * _FETCHES:
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
