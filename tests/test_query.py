@@ -11,14 +11,14 @@ import profiles as some
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stores import MINUTE_NS, START_NS, at, minutes, put
 
 from profiler import flamegraph
 from storage import pprof, wire
 from storage.cache import DecodedCache
 from storage.columns import Columns, Hasher, merge_columns
-from storage.objects import DirectoryStore, ObjectKey, StoreUnavailable, object_key
+from storage.objects import DirectoryStore, StoreUnavailable, object_key
 from storage.profile import (
-    Host,
     Profile,
     ProfileError,
     SchemaError,
@@ -30,8 +30,6 @@ from storage.query import HOUR_NS, Query
 from storage.selector import Matcher, Operator, Selector
 from storage.sums import Sums, merge_sums
 
-START_NS = 1_780_000_000_000_000_000 // HOUR_NS * HOUR_NS
-MINUTE_NS = 60_000_000_000
 DAY = Window(START_NS, START_NS + 24 * HOUR_NS)
 HASHER = Hasher(b"test")
 
@@ -61,24 +59,6 @@ def store(tmp_path):
 @pytest.fixture
 def query(store, tmp_path):
     return Query(store, tmp_path / "cache")
-
-
-def at(profile: Profile, minute: int, host: str = "web-1", host_id: str = "00112233445566aa"):
-    """Move a profile to a minute after START_NS, on some host."""
-    window = Window(START_NS + minute * MINUTE_NS, START_NS + (minute + 1) * MINUTE_NS)
-    accounting = dataclasses.replace(profile.accounting, hosts=(Host(host, host_id),))
-    return dataclasses.replace(profile, window=window, accounting=accounting)
-
-
-def put(store: DirectoryStore, profile: Profile) -> ObjectKey:
-    content = pprof.encode(profile)
-    key = object_key(profile, content)
-    store.put(key.text, content)
-    return key
-
-
-def minutes(first: int, last: int) -> Window:
-    return Window(START_NS + first * MINUTE_NS, START_NS + last * MINUTE_NS)
 
 
 def with_host(profile: Profile) -> Profile:
