@@ -19,8 +19,9 @@ whatever is wrong is a ProfileError that says what.
 
 import functools
 import importlib.metadata
+import itertools
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -64,6 +65,7 @@ COUNT_LIMIT = 2**62
 _ACCOUNTING = "everflame "
 _MODULES = "everflame-modules "
 _PAGE_BYTES = 4096
+_SAMPLES_AT_ONCE = 256
 _NUMBER_LABELS = frozenset({"pid", "tid"})
 _NS_PER_UNIT = {
     "nanoseconds": 1,
@@ -193,9 +195,9 @@ class _Encoder:
         self._mappings: dict[tuple[str, str, Segment | None], Any] = {}
 
     def encode(self) -> bytes:
-        profile, out = self._profile, self._message
+        profile, out, head = self._profile, self._message, _ProfileMessage()
         for type_, unit in (("samples", "count"), (profile.type, profile.unit)):
-            out.sample_type.add(type=self._string(type_), unit=self._string(unit))
+            head.sample_type.add(type=self._string(type_), unit=self._string(unit))
         out.period_type.type = self._string(profile.type)
         out.period_type.unit = self._string(profile.unit)
         out.period = profile.period_ns
@@ -209,10 +211,13 @@ class _Encoder:
                 self._mapping(module.build_id, module.path, segment)
         for number in range(len(profile.locations)):
             self._add_location(number)
-        self._add_samples()
+        label_sets = [self._labels(labels) for labels in profile.label_sets]
         out.string_table.extend(text.encode("utf-8", "replace") for text in self._strings)
         deflater = zlib.compressobj(1, zlib.DEFLATED, wbits=31)  # writes no time: deterministic
-        return deflater.compress(out.SerializeToString(deterministic=True)) + deflater.flush()
+        # Messages one after the other are one: what is serialized of the samples is given back.
+        messages = itertools.chain([head], self._samples(label_sets), [out])
+        parts = [deflater.compress(each.SerializeToString(deterministic=True)) for each in messages]
+        return b"".join(parts) + deflater.flush()
 
     def _string(self, text: str) -> int:
         return self._strings.setdefault(text, len(self._strings))
@@ -288,20 +293,23 @@ class _Encoder:
             )
         return self._functions[key]
 
-    def _add_samples(self) -> None:
+    def _samples(self, label_sets: Sequence[list[dict[str, int]]]) -> Iterator[Any]:
+        """Give the samples in messages of a few hundred: all at once take megabytes."""
         profile = self._profile
-        label_sets = [self._labels(labels) for labels in profile.label_sets]
-        ids = (profile.stack_locations[::-1] + 1).tolist()
+        leaf_first = profile.stack_locations[::-1] + 1
         # Reversed as a whole, a stack that ended at `end` starts at `len - end`, leaf first.
-        starts = (len(ids) - profile.stack_offsets[1:]).tolist()
-        ends = (len(ids) - profile.stack_offsets[:-1]).tolist()
+        starts = (len(leaf_first) - profile.stack_offsets[1:]).tolist()
+        ends = (len(leaf_first) - profile.stack_offsets[:-1]).tolist()
         columns = (profile.row_labels, profile.row_stacks, profile.row_samples, profile.row_values)
-        for labels, stack, samples, value in zip(*(c.tolist() for c in columns), strict=True):
-            sample = self._message.sample.add(
-                location_id=ids[starts[stack] : ends[stack]], value=(samples, value)
-            )
-            for label in label_sets[labels]:
-                sample.label.add(**label)
+        for begin in range(0, len(profile.row_stacks), _SAMPLES_AT_ONCE):
+            out = _ProfileMessage()
+            rows = (column[begin : begin + _SAMPLES_AT_ONCE].tolist() for column in columns)
+            for labels, stack, samples, value in zip(*rows, strict=True):
+                location_id = leaf_first[starts[stack] : ends[stack]].tolist()
+                sample = out.sample.add(location_id=location_id, value=(samples, value))
+                for label in label_sets[labels]:
+                    sample.label.add(**label)
+            yield out
 
     def _labels(self, labels: Labels) -> list[dict[str, int]]:
         fields = []
