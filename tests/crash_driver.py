@@ -1,9 +1,10 @@
 """Kill the sampler's and the uploader's halves of the way to the store, again and again.
 
-A program of its own, without threads: it forks a child for each life. Every child adds profiles to
-one spool and uploads from it, until SIGKILL comes: at the n-th step (before or after a system call
-on a file, or a put), or at a random time. Each next child finds what the one before has left. At
-the end one child is let live. Prints what was begun, what was closed, and where the kills were.
+A program of its own, which has no threads: it forks a child for each life. Every child adds
+profiles to one spool and uploads from it, until SIGKILL comes: at the n-th step (before or after a
+system call on a file, or a put), at a named one, or at a random time. Each next child finds what
+the one before has left. At the end one child is let live. Prints what was begun, what was closed,
+and the kills that met a living process, by half and by place.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -58,7 +60,7 @@ class Lives:
         self.ledger: Path = options.folder / "ledger"
         self.places: Path = options.folder / "places"
         self.random = random.Random(options.seed)
-        self.kills = 0
+        self.kills: Counter[str] = Counter()
 
     def noted(self, word: str) -> list[int]:
         lines = self.ledger.read_text().splitlines() if self.ledger.exists() else []
@@ -99,26 +101,31 @@ class Lives:
                 os._exit(status)
         return pid
 
-    def end(self, pid: int) -> bool:
-        """Wait for a child; tell whether it was killed."""
+    def end(self, pid: int, half: str = "") -> bool:
+        """Wait for a child; tell whether it was killed, which one that had ended before was not.
+
+        `half` says what it was; by default the first word of the place that it has noted last.
+        """
         status = os.waitpid(pid, 0)[1]
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-            self.kills += 1
+            self.kills[half or self.places.read_text().splitlines()[-1].split()[0]] += 1
             return True
         if status:
             raise SystemExit(f"a child failed with status {status}")
         return False
 
-    def kill_at_step(self, number: int) -> bool:
-        """Live until the n-th step; False when there are not so many."""
-        left = number
+    def kill_at_step(self, number: int, named: str = "") -> bool:
+        """Live until the n-th step, of all or of those named so; False when there are fewer."""
+        left, half, uploading_threads = number, "sampler", threading.Lock()
 
         def step(name: str) -> None:
             nonlocal left
-            left -= 1
-            if left == 0:
-                self.note(self.places, name)
-                os.kill(os.getpid(), signal.SIGKILL)
+            place = f"{half} {name}"
+            with uploading_threads:
+                left -= named in {"", place}
+                if left == 0:
+                    self.note(self.places, place)
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*arguments: Any, **options: Any) -> Any:
@@ -135,9 +142,11 @@ class Lives:
             return store
 
         def live() -> None:
+            nonlocal half
             for name in self.options.steps.split(","):
                 setattr(os, name, watched(name, getattr(os, name)))
             self.add(ADDED)
+            half = "uploader"
             self.upload(0, wrap)
 
         return self.end(self.fork(live))
@@ -154,9 +163,9 @@ class Lives:
         time.sleep(self.random.uniform(0, life_s))
         if victims in {"sampler", "both"}:
             os.kill(sampler, signal.SIGKILL)
-        self.end(sampler)
+        self.end(sampler, "sampler")
         os.kill(uploader, signal.SIGKILL)
-        self.end(uploader)
+        self.end(uploader, "uploader")
 
 
 def _folders(arguments: tuple[Any, ...]) -> list[str]:
@@ -175,12 +184,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", default=STEPS)
+    parser.add_argument("--named", action="append", default=[])
     parser.add_argument("--random", type=int, default=100)
     parser.add_argument("--life-s", type=float, default=0.03)
     lives = Lives(parser.parse_args())
     step = 1
     while lives.kill_at_step(step):
         step += 1
+    for name in lives.options.named:
+        if not any(lives.kill_at_step(1, name) for _ in range(3)):
+            raise SystemExit(f"no life came to the step {name!r}")
     for _ in range(lives.options.random):
         lives.kill_at_random(lives.options.life_s)
     lives.end(lives.fork(lambda: lives.add(1)))

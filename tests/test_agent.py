@@ -210,6 +210,51 @@ def test_the_profiler_and_what_it_profiles_have_labels(place, tmp_path) -> None:
     assert present["sleep"] > 5 * SECOND
 
 
+STEPPED = """
+import sys, time
+from pathlib import Path
+real_ns, offset = time.time_ns, Path(sys.argv.pop(1))
+time.time_ns = lambda: real_ns() + int(offset.read_text()) * 1_000_000_000
+from profiler.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.kernel
+def test_a_clock_that_steps_by_an_hour_loses_no_tick(place) -> None:
+    """Forwards, then back: each window closes at once, and has the length that really passed."""
+    offset = place.root / "offset"
+
+    def set_clock(to_s: int) -> None:
+        offset.with_suffix(".new").write_text(str(to_s))
+        offset.with_suffix(".new").rename(offset)
+
+    set_clock(0)
+    program = [sys.executable, "-c", STEPPED, str(offset), *place.command()[1:]]
+    with running(*program, env=place.environment, stderr=subprocess.DEVNULL) as agent:
+        for ended, to_s in enumerate((3600, 0)):
+            wait_until(lambda at=ended: _has_ticks_in_window(place.status(), at))
+            set_clock(to_s)
+            wait_until(lambda at=ended: place.status()["windows"] > at)
+        last = place.status()
+        agent.terminate()
+        assert agent.wait(30) == 0
+
+    profiles = sorted(place.objects().values(), key=lambda profile: profile.window)
+    counts = [profile.accounting for profile in profiles]
+    starts_s = [profile.window.start_ns // SECOND for profile in profiles]
+    assert len(profiles) >= 3
+    assert sum(abs(start_s - starts_s[0] - 3600) < 60 for start_s in starts_s) >= 1
+    assert all(0 < p.window.end_ns - p.window.start_ns <= 6 * SECOND for p in profiles)
+    assert all(each.mismatch == 0 and not each.lost for each in counts)
+    assert sum(each.ticks for each in counts) >= last["ticks"]
+    assert last["faults"] == 0
+
+
+def _has_ticks_in_window(status: dict, windows: int) -> bool:
+    return status.get("windows", 0) >= windows and status.get("ticks", 0) > 0
+
+
 @pytest.mark.kernel
 def test_nobody_to_ask_is_one_line(place) -> None:
     result = place.run("status")

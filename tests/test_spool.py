@@ -5,6 +5,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,24 @@ def test_the_tombstones_of_an_hour_are_one_file(tmp_path: Path) -> None:
     assert minutes(found) == once(*range(153))
     assert len(hours) == len(set(hours)) == 4
     assert all(p.window.end_ns - p.window.start_ns <= 3_600_000_000_000 for p in found)
+
+
+@pytest.mark.parametrize("step", [-60, 60])
+@pytest.mark.parametrize("limit_bytes", [SIZE_BYTES - 1, 8 * SIZE_BYTES, 1000 * SIZE_BYTES])
+def test_windows_on_both_sides_of_a_clock_step_are_all_kept(
+    tmp_path: Path, step: int, limit_bytes: int
+) -> None:
+    """The clock was set by an hour: minutes come twice, or are missing; no count is either."""
+    spool = Spool(tmp_path, limit_bytes)
+
+    for number in range(0, 120, 4):
+        told = window(number + step if number >= 72 else number).window
+        spool.add(replace(window(number), window=told))
+
+    found = contents(tmp_path)
+    assert minutes(found) == once(*range(0, 120, 4))
+    assert all(p.window.end_ns - p.window.start_ns <= 3_600_000_000_000 for p in found)
+    assert spool.status().unwritten_ticks == 0
 
 
 def test_a_profile_larger_than_the_spool_is_counted(tmp_path: Path) -> None:
