@@ -130,7 +130,7 @@ def _write_svg(profile: Profile, by: Sequence[str]) -> bytes:
 def _write_json(profile: Profile, by: Sequence[str]) -> bytes:
     from profiler import flamegraph
 
-    graph = flamegraph.build(profile, by).prune(_JSON_WIDTH_PX)
+    graph = flamegraph.build(profile, by, screen=flamegraph.Screen(_JSON_WIDTH_PX))
     return orjson.dumps(
         flamegraph.document(profile, graph),
         option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_SORT_KEYS,

@@ -6,7 +6,8 @@ name. For every node, total = self + the sum of its children's totals; what was 
 is a node of kind `rest`, the last of its siblings, so that this holds after pruning too.
 
 Trees are built and cut level by level with numpy: 200,000 stacks make 3.6 million nodes, which
-is too many to visit one by one (bench/bench_flamegraph.py).
+is too many to visit one by one. Who draws says how wide: then what is too narrow is cut while the
+tree grows, and only what is drawn is ever made (bench/bench_flamegraph.py).
 """
 
 from collections.abc import Sequence
@@ -59,7 +60,7 @@ class FlameGraph:
     self: Integers
     samples: Integers
     cut_nodes: int = 0
-    """How many nodes pruning has summed into nodes of kind `rest`."""
+    """How many boxes were summed into nodes of kind `rest`, without what stands on them."""
     cut_total: int = 0
 
     def __len__(self) -> int:
@@ -121,7 +122,7 @@ class FlameGraph:
             total=np.concatenate([self.total[kept], rest_total])[order],
             self=np.concatenate([self.self[kept], rest_total])[order],
             samples=np.concatenate([self.samples[kept], rest_samples])[order],
-            cut_nodes=self.cut_nodes + len(self) - len(kept),
+            cut_nodes=self.cut_nodes + len(cut),
             cut_total=self.cut_total + int(rest_total.sum()),
         )
 
@@ -176,6 +177,13 @@ class FlameGraph:
         return tuple(reversed(frames))
 
 
+class Screen(NamedTuple):
+    """How wide the root is drawn, and how wide a box must be to be drawn at all."""
+
+    width_px: float
+    least_px: float = 0.5
+
+
 class FunctionTotal(NamedTuple):
     """A row of the table: `self` where the function is the leaf, `total` where it is anywhere."""
 
@@ -191,10 +199,12 @@ def build(
     by: Sequence[str] = (),
     group: Group = Group.FUNCTION,
     invert: bool = False,
+    screen: Screen | None = None,
 ) -> FlameGraph:
     """Draw a profile as a tree, with the labels in `by` as frames of kind `label` at the top.
 
-    `invert` grows it from the leaves: below each function stand its callers.
+    `invert` grows it from the leaves: below each function stand its callers. With a screen the
+    tree is that of `prune`, in a fraction of the time.
     """
     stacks = Stacks.of(profile, group)
     heads = label_frames(profile.label_sets, by)
@@ -202,24 +212,27 @@ def build(
     first = len(stacks.frames)
     number = {frame: first + i for i, frame in enumerate(label_boxes)}
     root = first + len(label_boxes)
-    deeper = root + 1
-    frames = (*stacks.frames, *label_boxes, ROOT, DEEPER)
+    deeper, rest = root + 1, root + 2
+    frames = (*stacks.frames, *label_boxes, ROOT, DEEPER, REST)
 
     rows = _Rows(
         starts=stacks.offsets[profile.row_stacks],
         ends=stacks.offsets[profile.row_stacks.astype(np.int64) + 1],
         values=profile.row_values,
         samples=profile.row_samples,
+        rest=rest,
+        least=screen.least_px * profile.total_value / screen.width_px if screen else 0.0,
     )
     levels = [_Level.root(rows, frame=root)]
     node = np.zeros(len(rows.values), dtype=np.int64)
+    alive = np.arange(len(node))
     for i in range(len(heads[0]) if heads else 0):
         boxes = np.array([number[head[i]] for head in heads], dtype=np.int64)
-        alive = np.arange(len(node))
-        level, node = _Level.below(rows, alive, node, boxes[profile.row_labels])
+        level, node = _Level.below(rows, alive, node, boxes[profile.row_labels[alive]])
         levels.append(level)
-    alive = np.flatnonzero(rows.ends > rows.starts)
-    node = node[alive]
+        alive, node = alive[node >= 0], node[node >= 0]
+    is_longer = rows.ends[alive] > rows.starts[alive]
+    alive, node = alive[is_longer], node[is_longer]
     for i in range(DEPTH_LIMIT):
         if len(alive) == 0:
             break
@@ -230,7 +243,8 @@ def build(
             boxes[left > 1] = deeper
         level, node = _Level.below(rows, alive, node, boxes)
         levels.append(level)
-        alive, node = alive[left > 1], node[left > 1]
+        goes_on = (left > 1) & (node >= 0)
+        alive, node = alive[goes_on], node[goes_on]
     return _lay_out(profile.unit, frames, levels)
 
 
@@ -301,58 +315,85 @@ class Stacks:
 
     @classmethod
     def of(cls, profile: Profile, group: Group) -> "Stacks":
-        shown = [profile.frames(number)[::-1] for number in range(len(profile.locations))]
-        boxes = [tuple(_box(frame, frames[0].kind, group) for frame in frames) for frames in shown]
-        keys = sorted({box for each in boxes for box in each})
-        number = {box: i for i, box in enumerate(keys)}
-        per_location = np.fromiter(map(len, boxes), np.int64, len(boxes))
+        table = _BoxTable(group)
+        for number in range(len(profile.locations)):
+            table.add(profile.frames(number))
+        per_location = np.array(table.counts, dtype=np.int64)
         first = np.cumsum(per_location) - per_location
-        flat = np.fromiter(
-            (number[box] for each in boxes for box in each), np.int32, int(per_location.sum())
-        )
+        frames, rank = table.sorted_frames()
+        flat = rank[np.array(table.numbers, dtype=np.int64)]
+        if len(flat) == len(first):
+            return cls._joined(group, frames, profile.stack_offsets, flat[profile.stack_locations])
         # Each word of a stack becomes the boxes of its location: one, or several when inlined.
         counts = per_location[profile.stack_locations]
         ends = np.cumsum(counts)
         within = np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)
         words = flat[np.repeat(first[profile.stack_locations], counts) + within]
         offsets = np.concatenate([np.zeros(1, np.int64), ends])[profile.stack_offsets]
+        return cls._joined(group, frames, offsets, words)
+
+    @classmethod
+    def _joined(
+        cls, group: Group, frames: tuple[Frame, ...], offsets: Integers, words: Indices
+    ) -> "Stacks":
         if group in {Group.FILE, Group.MODULE} and len(words):
             differs = np.concatenate([[True], words[1:] != words[:-1]])
             differs[offsets[:-1][np.diff(offsets) > 0]] = True
             offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(differs)])[offsets]
             words = words[differs]
-        if group is not Group.FUNCTION:
-            return cls(tuple(Frame(*key) for key in keys), offsets, words)
-        return cls(_with_files(keys, shown, boxes), offsets, words)
+        return cls(frames, offsets, words)
 
 
-_Box = tuple[str, str, Kind, str, int]
+class _BoxTable:
+    """Numbers the boxes of locations, in the order in which they come."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._numbers: dict[tuple[str, str, Kind, str, int], int] = {}
+        self._files: list[str | None] = []
+        self.counts: list[int] = []
+        """How many boxes each location stands for."""
+        self.numbers: list[int] = []
+        """The boxes of all locations, outermost first."""
+
+    def add(self, frames: Sequence[Frame]) -> None:
+        """Add a location. Its frames come innermost inlined call first."""
+        self.counts.append(len(frames))
+        for frame in reversed(frames):
+            key = _box(frame, frames[-1].kind, self._group)
+            number = self._numbers.setdefault(key, len(self._files))
+            if number == len(self._files):
+                self._files.append(frame.file)
+            elif frame.file and frame.file != self._files[number]:
+                # The file of a function is shown if all of its frames that have one agree on it.
+                self._files[number] = None if self._files[number] != "" else frame.file
+            self.numbers.append(number)
+
+    def sorted_frames(self) -> tuple[tuple[Frame, ...], Indices]:
+        """Give the frames of the boxes in the order of their names, and each number's place."""
+        keys = sorted(self._numbers)
+        numbers = [self._numbers[key] for key in keys]
+        rank = np.empty(len(keys), dtype=np.int32)
+        rank[numbers] = np.arange(len(keys), dtype=np.int32)
+        if self._group is not Group.FUNCTION:
+            return tuple(Frame(*key) for key in keys), rank
+        files = (self._files[number] or "" for number in numbers)
+        return tuple(Frame(*k[:3], file) for k, file in zip(keys, files, strict=True)), rank
 
 
-def _box(frame: Frame, outer_kind: Kind, group: Group) -> _Box:
+def _box(frame: Frame, outer_kind: Kind, group: Group) -> tuple[str, str, Kind, str, int]:
     """Give what tells one box from another, as a tuple like Frame.
 
     In boxes of files and modules an inlined call counts as the code it was inlined into.
     """
+    function, module, kind, file, line = frame
     if group is Group.FUNCTION:
-        return (frame.function, frame.module, frame.kind, "", 0)
+        return (function, module, kind, "", 0)
     if group is Group.LINE:
-        return (frame.function, frame.module, frame.kind, frame.file, frame.line)
-    if group is Group.FILE and frame.file:
-        return (frame.file, frame.module, outer_kind, frame.file, 0)
-    return (frame.module or "[unknown]", frame.module, outer_kind, "", 0)
-
-
-def _with_files(
-    keys: Sequence[_Box], shown: Sequence[Sequence[Frame]], boxes: Sequence[Sequence[_Box]]
-) -> tuple[Frame, ...]:
-    """Give the frame of each function's box, with a file if all of its frames agree on it."""
-    files: dict[_Box, str | None] = {}
-    for frames, theirs in zip(shown, boxes, strict=True):
-        for frame, box in zip(frames, theirs, strict=True):
-            if frame.file and files.setdefault(box, frame.file) != frame.file:
-                files[box] = None
-    return tuple(Frame(*box[:3], files.get(box) or "") for box in keys)
+        return (function, module, kind, file, line)
+    if group is Group.FILE and file:
+        return (file, module, outer_kind, file, 0)
+    return (module or "[unknown]", module, outer_kind, "", 0)
 
 
 class _Rows(NamedTuple):
@@ -362,16 +403,21 @@ class _Rows(NamedTuple):
     ends: Integers
     values: Integers
     samples: Integers
+    rest: int
+    """The box of what is less than `least`."""
+    least: float
 
 
 class _Level(NamedTuple):
-    """The nodes of one depth, by parent, largest total first."""
+    """The nodes of one depth, by parent, largest total first, what was cut last."""
 
     parent: Integers
     """Number within the level above."""
     frame: Integers
     total: Integers
     samples: Integers
+    cut_nodes: int = 0
+    cut_total: int = 0
 
     @classmethod
     def root(cls, rows: _Rows, frame: int) -> "_Level":
@@ -380,60 +426,103 @@ class _Level(NamedTuple):
 
     @classmethod
     def below(
-        cls, rows: _Rows, alive: Integers, node: Integers, boxes: Integers
+        cls,
+        rows: _Rows,
+        alive: Integers,
+        node: Integers,
+        boxes: Integers,
     ) -> tuple["_Level", Integers]:
         """Give the next level, and the number in it of the node of each row that is alive.
 
         `node` says in which node of the level above each of these rows stands, `boxes` which box
-        comes next.
+        comes next. What is too narrow becomes a box of kind `rest`, whose rows are in node -1.
         """
-        width = int(boxes.max()) + 1
+        rest = rows.rest
+        width = rest + 1
         key = node * width + boxes
         order = np.argsort(key, kind="stable")
         ordered = key[order]
-        is_first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+        is_first = np.ones(len(ordered), dtype=bool)
+        is_first[1:] = ordered[1:] != ordered[:-1]
         firsts = np.flatnonzero(is_first)
-        total = np.add.reduceat(rows.values[alive][order], firsts)
-        samples = np.add.reduceat(rows.samples[alive][order], firsts)
+        total = np.add.reduceat(rows.values[alive][order], firsts) if len(firsts) else firsts
+        samples = np.add.reduceat(rows.samples[alive][order], firsts) if len(firsts) else firsts
         parent, frame = np.divmod(ordered[firsts], width)
+        is_kept = total >= rows.least
+        cut_nodes, cut_total = 0, 0
+        rank = np.full(len(firsts), -1, dtype=np.int64)
+        if not is_kept.all():
+            cut = np.flatnonzero(~is_kept)
+            cut_nodes, cut_total = len(cut), int(total[cut].sum())
+            parents, which = np.unique(parent[cut], return_inverse=True)
+            rests = [_sum_by(which, column[cut], len(parents)) for column in (total, samples)]
+            parent = np.concatenate([parent[is_kept], parents])
+            frame = np.concatenate([frame[is_kept], np.full(len(parents), rest)])
+            total = np.concatenate([total[is_kept], rests[0]])
+            samples = np.concatenate([samples[is_kept], rests[1]])
         # Boxes are numbered by name, so equal totals stay in the order of their names.
-        by_size = np.lexsort((-total, parent))
-        rank = np.empty(len(by_size), dtype=np.int64)
-        rank[by_size] = np.arange(len(by_size))
+        by_size = np.lexsort((-total, frame == rest, parent))
+        place = np.empty(len(by_size), dtype=np.int64)
+        place[by_size] = np.arange(len(by_size))
+        rank[is_kept] = place[: len(rank) - cut_nodes]
         numbers = np.empty(len(key), dtype=np.int64)
         numbers[order] = rank[np.cumsum(is_first) - 1]
-        level = cls(parent[by_size], frame[by_size], total[by_size], samples[by_size])
+        level = cls(
+            parent=parent[by_size],
+            frame=frame[by_size],
+            total=total[by_size],
+            samples=samples[by_size],
+            cut_nodes=cut_nodes,
+            cut_total=cut_total,
+        )
         return level, numbers
 
 
 def _lay_out(unit: str, frames: tuple[Frame, ...], levels: list[_Level]) -> FlameGraph:
     """Put levels into preorder: subtree sizes from the bottom up, positions from the top down."""
     sizes = [np.ones(len(level.parent), dtype=np.int64) for level in levels]
-    for above, below, level in zip(sizes[-2::-1], sizes[:0:-1], levels[:0:-1], strict=True):
-        np.add.at(above, level.parent, below)
+    selves = [level.total.copy() for level in levels]
+    for i in range(len(levels) - 1, 0, -1):
+        # Children of a parent stand together: add them up from each first one to the next.
+        firsts = np.flatnonzero(np.diff(levels[i].parent, prepend=-1))
+        if len(firsts):
+            above = levels[i].parent[firsts]
+            sizes[i - 1][above] += np.add.reduceat(sizes[i], firsts)
+            selves[i - 1][above] -= np.add.reduceat(levels[i].total, firsts)
     positions = [np.zeros(1, dtype=np.int64)]
     for level, size in zip(levels[1:], sizes[1:], strict=True):
         before = np.cumsum(size) - size
         # Siblings stand side by side; `before` counts from the level's start, so take off what
         # the first sibling has before it.
-        is_first = np.concatenate([[True], level.parent[1:] != level.parent[:-1]])
+        is_first = np.diff(level.parent, prepend=-1) != 0
         of_first = before[is_first][np.cumsum(is_first) - 1]
         positions.append(positions[-1][level.parent] + 1 + before - of_first)
     count = sum(map(len, positions))
-    total, samples = (np.empty(count, np.int64) for _ in range(2))
-    frame, depth, parent = (np.empty(count, np.int32) for _ in range(3))
+    total, own, samples = (np.empty(count, np.int64) for _ in range(3))
+    frame, depth, parent, end = (np.empty(count, np.int32) for _ in range(4))
     for i, (level, position) in enumerate(zip(levels, positions, strict=True)):
         frame[position] = level.frame
         depth[position] = i
         parent[position] = positions[max(i - 1, 0)][level.parent]
         total[position] = level.total
+        own[position] = selves[i]
         samples[position] = level.samples
-    end = np.empty(count, np.int32)
-    for position, size in zip(positions, sizes, strict=True):
-        end[position] = position + size
-    own = total.copy()
-    np.subtract.at(own, parent[1:], total[1:])
-    return FlameGraph(unit, frames, frame, depth, parent, end, total, own, samples)
+        end[position] = position + sizes[i]
+    is_used = np.zeros(len(frames), dtype=bool)
+    is_used[frame] = True
+    return FlameGraph(
+        unit=unit,
+        frames=tuple(frames[i] for i in np.flatnonzero(is_used).tolist()),
+        frame=(np.cumsum(is_used, dtype=np.int32) - 1)[frame],
+        depth=depth,
+        parent=parent,
+        end=end,
+        total=total,
+        self=own,
+        samples=samples,
+        cut_nodes=sum(level.cut_nodes for level in levels),
+        cut_total=sum(level.cut_total for level in levels),
+    )
 
 
 def _ends(depth: Indices, parent: Indices) -> Indices:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import orjson
 
 from storage import pprof
-from storage.columns import Columns, Hasher, Texts
+from storage.columns import Columns, Texts
 from storage.profile import Accounting, Host, Labels, Window
 from storage.sums import Sums
 from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
@@ -55,13 +55,10 @@ class DecodedCache:
         self._limit_bytes = limit_bytes
         self._unmeasured_bytes = _CHECK_EVERY_BYTES
         self._lock = threading.Lock()
-        self._secret = _read_secret(folder)
+        self.secret = _read_secret(folder)
         # Hashes made with another secret mean nothing here.
-        mark = hashlib.blake2b(self._secret, digest_size=4).hexdigest()
+        mark = hashlib.blake2b(self.secret, digest_size=4).hexdigest()
         self._folder = folder / f"decoded-{_VERSION}.{pprof.SCHEMA}-{mark}"
-
-    def hasher(self) -> Hasher:
-        return Hasher(self._secret)
 
     def name(self, parts: Iterable[str]) -> str:
         """Give the name of what is made from `parts`."""
@@ -79,7 +76,7 @@ class DecodedCache:
         except OSError:
             return None
         try:
-            return _unpack(kind, content)
+            return unpack(kind, content)
         except (ValueError, KeyError, TypeError, IndexError, struct.error):
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -88,7 +85,7 @@ class DecodedCache:
     def save(self, value: _Kept, name: str, note: Any = None) -> None:
         """Keep a value, and a note that JSON can hold."""
         try:
-            content = _pack(value, note)
+            content = pack(value, note)
         except orjson.JSONEncodeError:  # sums beyond 64 bits: only damaged counts can add up so
             return
         path = self._path(type(value), name)
@@ -162,7 +159,12 @@ def _read_secret(folder: Path) -> bytes:
     return secret
 
 
-def _pack(value: Columns | Sums, note: Any) -> bytes:
+def pack(value: Columns | Sums, note: Any = None) -> bytes:
+    """Give a value as the content of a file.
+
+    Raises:
+        orjson.JSONEncodeError: its sums are beyond 64 bits.
+    """
     arrays: dict[str, npt.NDArray[Any]] = {}
     meta: dict[str, Any] = {}
     for field in fields(value):
@@ -202,7 +204,8 @@ def _checksum(content: bytes | bytearray) -> int:
     return zlib.crc32(view[12:], zlib.crc32(view[:8]))
 
 
-def _unpack(kind: type[_Kept], content: bytes) -> tuple[_Kept, Any]:
+def unpack(kind: type[_Kept], content: bytes) -> tuple[_Kept, Any]:
+    """Give back what was packed, and its note. Damage raises one of the errors of `load`."""
     mark, checksum, header_bytes = _PREFIX.unpack_from(content)
     if mark != _MARK or checksum != _checksum(content):
         raise ValueError("damaged")

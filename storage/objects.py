@@ -296,7 +296,7 @@ def _problem_of(key: str) -> str:
         return "it is not Unicode"
     if any(segment in {"", ".", ".."} for segment in segments):
         return "a segment is empty, . or .."
-    if any(not character.isprintable() for character in key) or "\\" in key:
+    if not key.isprintable() or "\\" in key:
         return "it has control characters or backslashes"
     if key.startswith("."):
         return "the first segment begins with a dot"

@@ -12,11 +12,20 @@ The label `host` comes from the object's accounting where its rows have none. An
 damaged, of a later schema or of another type is named in the answer and never stops it.
 """
 
+import ctypes
+import functools
 import itertools
+import multiprocessing
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -24,7 +33,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 
 from storage import wire
-from storage.cache import DEFAULT_LIMIT_BYTES, DecodedCache
+from storage.cache import DEFAULT_LIMIT_BYTES, DecodedCache, pack, unpack
 from storage.columns import OBJECT_FIELDS, Columns, Hasher, merge_columns
 from storage.objects import (
     DEFAULT_TENANT,
@@ -54,10 +63,13 @@ _SETTLED_AFTER_NS = 300 * NS_PER_S
 """After its end, so long does an hour wait for late objects before it is kept merged."""
 _FETCHES = 4
 """Objects fetched and decoded at a time."""
+_CHUNK = 8
+"""Objects of an hour that one worker decodes and merges: fewer, larger answers are cheaper."""
 _FAILURES_REMEMBERED = 10_000
 EMPTY = Selector()
 
 _Kept = TypeVar("_Kept", Columns, Sums)
+_Form = TypeVar("_Form", Columns, bytes)
 
 
 class Skipped(NamedTuple):
@@ -122,21 +134,29 @@ class Functions:
 
 
 class Query:
-    """Reads a store. Safe to use from several threads; several may share a cache folder."""
+    """Reads a store. Safe to use from several threads; several may share a cache folder.
+
+    With `workers` (see `start_workers`) objects are decoded in these processes, else in threads of
+    this one, which Python runs one at a time.
+    """
 
     def __init__(
         self,
         store: ObjectStore,
         cache_folder: Path,
+        *,
         cache_bytes: int = DEFAULT_LIMIT_BYTES,
         tenant: str = DEFAULT_TENANT,
         now_ns: Callable[[], int] = time.time_ns,
+        workers: Executor | None = None,
     ) -> None:
         self._store = store
+        self._workers = workers
         self._tenant = tenant
         self._now_ns = now_ns
         self._cache = DecodedCache(cache_folder, cache_bytes)
-        self._hasher = self._cache.hasher()
+        self._secret = self._cache.secret
+        self._hasher = Hasher(self._secret)
         self._failures: dict[StoredObject, str] = {}
 
     def profile(self, window: Window, selector: Selector = EMPTY, type: str = "cpu") -> Answer:  # noqa: A002 - the field's word
@@ -282,13 +302,13 @@ class Query:
     def _sums(self) -> "_Reader[Sums]":
         return _Reader(self._sums_of_object, self._sums_of_hour)
 
-    def _columns_of_object(self, object_: "_Object", keep: bool = True) -> "_Loaded[Columns]":
+    def _columns_of_object(self, object_: "_Object") -> "_Loaded[Columns]":
         name = self._name([object_])
         known = self._cache.load(Columns, name)
         if known is not None:
             return _Loaded((object_.stored.key,), known[0])
-        loaded = self._decode(object_)
-        if keep and loaded.value is not None:
+        (loaded,) = self._decode([object_])
+        if loaded.value is not None:
             self._cache.save(loaded.value, name)
         return loaded
 
@@ -311,7 +331,8 @@ class Query:
         if known is not None:
             yield _Loaded(keys, known[0], tuple(Skipped(*each) for each in known[1]))
             return
-        read = list(map_ahead(pool, lambda each: self._columns_of_object(each, False), objects))
+        chunks = [objects[i : i + _CHUNK] for i in range(0, len(objects), _CHUNK)]
+        read = list(itertools.chain.from_iterable(map_ahead(pool, self._decode, chunks)))
         columns = [loaded.value for loaded in read if loaded.value is not None]
         if len({(each.type, each.unit) for each in columns}) != 1:
             yield from read
@@ -342,21 +363,37 @@ class Query:
         listed = (f"{s.key} {s.size_bytes} {s.modified_ns}" for _, s in objects)
         return self._cache.name([str(self._store), *listed])
 
-    def _decode(self, object_: "_Object") -> "_Loaded[Columns]":
-        key, stored = object_
-        if stored in self._failures:
-            return _failed(stored.key, self._failures[stored])
-        try:
-            content = self._store.get(stored.key)
-        except StoreError as error:
-            return _failed(stored.key, str(error), is_lasting=False)
-        try:
-            columns = decode_object(key, content, self._hasher)
-        except ProfileError as error:
+    def _decode(self, objects: Sequence["_Object"]) -> list["_Loaded[Columns]"]:
+        """Fetch and decode some objects, those that add up as one."""
+        read: list[_Loaded[Columns]] = []
+        fetched: list[tuple[ObjectKey, bytes]] = []
+        stored_of: dict[str, StoredObject] = {}
+        for key, stored in objects:
+            if stored in self._failures:
+                read.append(_failed(stored.key, self._failures[stored]))
+                continue
+            try:
+                fetched.append((key, self._store.get(stored.key)))
+                stored_of[key.text] = stored
+            except StoreError as error:
+                read.append(_failed(stored.key, str(error), is_lasting=False))
+        decoded, failures = self._decode_content(fetched)
+        read += [_Loaded(keys, columns) for keys, columns in decoded]
+        for text, reason in failures:
             if len(self._failures) < _FAILURES_REMEMBERED:
-                self._failures[stored] = str(error)
-            return _failed(stored.key, str(error))
-        return _Loaded((stored.key,), columns)
+                self._failures[stored_of[text]] = reason
+            read.append(_failed(text, reason))
+        return read
+
+    def _decode_content(self, fetched: list[tuple[ObjectKey, bytes]]) -> "_Decoded[Columns]":
+        if self._workers is None or not fetched:
+            return decode_objects(fetched, self._hasher)
+        try:
+            decoded, failures = self._workers.submit(_work, fetched, self._secret).result()
+        except (BrokenExecutor, RuntimeError, TypeError):
+            # A worker was killed, all are shut down, or sums are beyond what can be packed.
+            return decode_objects(fetched, self._hasher)
+        return _Decoded([(keys, unpack(Columns, each)[0]) for keys, each in decoded], failures)
 
 
 class _Object(NamedTuple):
@@ -389,6 +426,62 @@ class _Reader(Generic[_Kept]):
 
 def _failed(key: str, reason: str, is_lasting: bool = True) -> _Loaded[Columns]:
     return _Loaded((key,), None, (Skipped(key, reason),), is_lasting)
+
+
+class _Decoded(NamedTuple, Generic[_Form]):
+    """Some objects decoded: those that could be merged together with their keys, and failures."""
+
+    parts: list[tuple[tuple[str, ...], _Form]]
+    failures: list[tuple[str, str]]
+
+
+def start_workers(count: int) -> Executor:
+    """Start processes that decode objects. They are ready when this returns.
+
+    What they are sent is data, what they send back are arrays; a worker that dies costs only time.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers = ProcessPoolExecutor(count, context, initializer=_keep_freed_memory)
+    for started in [workers.submit(_keep_freed_memory) for _ in range(count)]:
+        started.result()
+    return workers
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc keep what is freed: a third of decoding was the kernel's zeroing of pages."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
+        mmap_threshold, trim_threshold = -3, -1
+        libc.mallopt(mmap_threshold, 1 << 28)
+        libc.mallopt(trim_threshold, 1 << 28)
+
+
+_hasher_of = functools.lru_cache(maxsize=1)(Hasher)
+
+
+def _work(fetched: list[tuple[ObjectKey, bytes]], secret: bytes) -> _Decoded[bytes]:
+    """Decode in a worker; what it answers is packed, as in the cache."""
+    parts, failures = decode_objects(fetched, _hasher_of(secret))
+    return _Decoded([(keys, pack(columns)) for keys, columns in parts], failures)
+
+
+def decode_objects(fetched: Iterable[tuple[ObjectKey, bytes]], hasher: Hasher) -> _Decoded[Columns]:
+    """Read some objects and merge those of one type and unit."""
+    alike: dict[tuple[str, str], list[tuple[str, Columns]]] = {}
+    failures: list[tuple[str, str]] = []
+    for key, content in fetched:
+        try:
+            columns = decode_object(key, content, hasher)
+        except ProfileError as error:
+            failures.append((key.text, str(error)))
+            continue
+        alike.setdefault((columns.type, columns.unit), []).append((key.text, columns))
+    parts = []
+    for group in alike.values():
+        some = [columns for _, columns in group]
+        merged = some[0] if len(some) == 1 else merge_columns(some)
+        parts.append((tuple(key for key, _ in group), merged))
+    return _Decoded(parts, failures)
 
 
 def decode_object(key: ObjectKey, content: bytes, hasher: Hasher) -> Columns:

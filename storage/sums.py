@@ -32,6 +32,9 @@ from symbolizer.location import Frame, Kind, unnamed
 PROCESS_LABELS = frozenset({"comm", "pid", "thread", "tid"})
 """Labels that tell the processes and threads of one service apart."""
 
+_DENSE_LIMIT = 1 << 16
+"""Sums that are cheap to lay out in full, however few lines there are."""
+
 NO_FILE, FILES_DIFFER = 0, 1
 """What the file of a function says instead of 2 + the number of its text."""
 
@@ -382,6 +385,16 @@ def _fold(major: Numbers, minor: Numbers, counts: Numbers) -> tuple[Integers, In
     """Add up the lines of counts whose two keys agree; the result is sorted by both."""
     width = int(minor.max()) + 1 if len(minor) else 1
     key = major.astype(np.int64) * width + minor
-    firsts, order = group(key)
-    keys = np.stack(np.divmod(key[order[firsts]], width), axis=1)
-    return keys, add_groups(counts[order], firsts)
+    span = int(key.max()) + 1 if len(key) else 1
+    if span > 4 * len(key) + _DENSE_LIMIT:
+        firsts, order = group(key)
+        keys = np.stack(np.divmod(key[order[firsts]], width), axis=1)
+        return keys, add_groups(counts[order], firsts)
+    # Few keys and many lines, as for a day of a few services: a place for every key, no sorting.
+    is_used = np.zeros(span, dtype=bool)
+    is_used[key] = True
+    used = np.flatnonzero(is_used)
+    sums = np.zeros((span, counts.shape[1]), dtype=np.int64)
+    for i in range(counts.shape[1]):
+        np.add.at(sums[:, i], key, counts[:, i].astype(np.int64, copy=False))
+    return np.stack(np.divmod(used, width), axis=1), sums[used]

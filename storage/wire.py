@@ -74,6 +74,12 @@ def _require(condition: object) -> None:
         raise _UnusualError
 
 
+def _require_tags(tags: Hashes, allowed: tuple[int, ...]) -> None:
+    is_allowed = np.zeros(256, dtype=bool)
+    is_allowed[list(allowed)] = True
+    _require((tags < 256).all() and is_allowed[tags].all())
+
+
 def _decode_ours(content: bytes, hasher: Hasher) -> Columns:
     parsed = _LeanMessage()
     parsed.ParseFromString(content)
@@ -188,20 +194,27 @@ class _Varints(NamedTuple):
     def of(cls, content: _Bytes) -> "_Varints":
         if len(content) == 0:
             return cls(np.zeros(0, np.uint64), np.zeros(0, np.int64))
-        ends = np.flatnonzero(content < 0x80)
         _require(content[-1] < 0x80)
+        goes_on = content >> 7
+        low = (content & 0x7F).astype(np.uint32)
+        # Nearly all numbers have one or two bytes: at each byte, what it makes with that before it.
+        pair = low << (7 * np.concatenate([goes_on[:1] & 0, goes_on[:-1]])).astype(np.uint32)
+        pair[1:] |= low[:-1] * goes_on[:-1]
+        ends = np.flatnonzero(goes_on == 0)
+        values = pair[ends].astype(np.uint64)
         starts = np.empty(len(ends), dtype=np.int64)
         starts[0] = 0
         starts[1:] = ends[:-1] + 1
-        values = (content[starts] & 0x7F).astype(np.uint64)
-        long = np.flatnonzero(ends > starts)
-        for i in range(1, 10):
-            if len(long) == 0:
-                break
-            part = (content[starts[long] + i] & 0x7F).astype(np.uint64)
-            values[long] |= part << np.uint64(7 * i)
-            long = long[ends[long] > starts[long] + i]
-        _require(len(long) == 0)
+        lengths = ends - starts
+        long = np.flatnonzero(lengths >= 2)
+        if len(long):
+            # The last byte holds the highest bits: from it down, those below.
+            at = ends[long]
+            values[long] = low[at]
+            _require(lengths[long].max() < 10)
+            for i in range(1, int(lengths[long].max()) + 1):
+                mine = lengths[long] >= i
+                values[long[mine]] = (values[long[mine]] << np.uint64(7)) | low[at[mine] - i]
         return cls(values, starts)
 
 
@@ -240,7 +253,7 @@ def _is_ascending(major: Numbers, minor: Hashes) -> bool:
 def _read_functions(messages: Sequence[bytes], strings: int) -> Integers:
     """Give (0, name, system name, file, first line) by id; ids count from 1, line 0 is unused."""
     pairs = _Pairs.of(messages)
-    _require(np.isin(pairs.tags, (0x08, 0x10, 0x18, 0x20, 0x28)).all())
+    _require_tags(pairs.tags, (0x08, 0x10, 0x18, 0x20, 0x28))
     _require(_is_ascending(pairs.owner, pairs.tags))
     _require((pairs.values < _NUMBER_LIMIT).all())
     table = np.zeros((len(messages) + 1, 6), dtype=np.int64)
@@ -277,7 +290,7 @@ def _read_locations(
     is_inner = ~opens & (line_of >= first_line[pairs.owner])
     is_outer = ~opens & ~is_inner
     outer = np.flatnonzero(is_outer)
-    _require(np.isin(pairs.tags[outer], (0x08, 0x10, 0x18)).all())
+    _require_tags(pairs.tags[outer], (0x08, 0x10, 0x18))
     _require(_is_ascending(pairs.owner[outer], pairs.tags[outer]))
     table = np.zeros((count, 4), dtype=np.uint64)
     fields = (pairs.tags[outer] >> np.uint64(3)).astype(np.int64)
@@ -291,7 +304,7 @@ def _read_lines(
     pairs: _Pairs, inner: Integers, line_of: Integers, line_at: Integers, functions: int
 ) -> Integers:
     """Give (function id, line) for every line of every location, in their order."""
-    _require(np.isin(pairs.tags[inner], (0x08, 0x10)).all())
+    _require_tags(pairs.tags[inner], (0x08, 0x10))
     _require(_is_ascending(line_of[inner], pairs.tags[inner]))
     _require((pairs.values[inner] < _NUMBER_LIMIT).all())
     owner = pairs.owner[line_at]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiler import flamegraph
-from profiler.flamegraph import FlameGraph, Group
+from profiler.flamegraph import FlameGraph, Group, Screen
 from storage.profile import Profile
 from symbolizer.location import Frame, Kind, NamedLocation
 
@@ -112,10 +112,25 @@ def test_pruning_keeps_the_total_of_every_node(profile, width, group):
     check(pruned)
     assert pruned.total[0] == graph.total[0] == profile.total_value
     assert pruned.samples[0] == profile.total_samples
-    assert len(pruned) - np.count_nonzero(is_rest(pruned)) == len(graph) - pruned.cut_nodes
+    is_kept = graph.total * width >= graph.total[0] * 0.5
+    is_kept[0] = True
+    assert pruned.cut_nodes == np.count_nonzero(~is_kept & is_kept[graph.parent])
     assert pruned.total[is_rest(pruned)].sum() == pruned.cut_total
     kept = pruned.total[~is_rest(pruned)][1:]
     assert (kept * width >= pruned.total[0] * 0.5).all()
+
+
+@given(some.profiles(), st.floats(1, 2000), st.sampled_from(list(Group)), st.booleans())
+def test_a_tree_cut_while_it_grows_is_the_pruned_tree(profile, width, group, invert):
+    """Who gives the screen at once gets, box by box, what pruning the whole tree gives."""
+    pruned = flamegraph.build(profile, ("comm",), group, invert).prune(width)
+    grown = flamegraph.build(profile, ("comm",), group, invert, Screen(width))
+
+    check(grown)
+    for name in ("depth", "parent", "end", "total", "self", "samples", "cut_nodes", "cut_total"):
+        assert np.array_equal(getattr(grown, name), getattr(pruned, name)), name
+    frames = [[each.frames[i] for i in each.frame.tolist()] for each in (grown, pruned)]
+    assert frames[0] == frames[1]
 
 
 def is_rest(graph: FlameGraph) -> np.ndarray:

@@ -26,7 +26,7 @@ from storage.profile import (
     make_labels,
     merge,
 )
-from storage.query import HOUR_NS, Query
+from storage.query import HOUR_NS, Query, start_workers
 from storage.selector import Matcher, Operator, Selector
 from storage.sums import Sums, merge_sums
 
@@ -466,7 +466,7 @@ def test_a_cache_that_cannot_be_written_only_costs_time(store, tmp_path):
 def test_the_cache_keeps_to_its_size_and_to_what_was_used_last(tmp_path):
     """Beyond the limit the longest unused go first."""
     cache = DecodedCache(tmp_path / "cache", limit_bytes=200_000)
-    columns = Columns.of(some.synthetic(200, 10, 500), cache.hasher())
+    columns = Columns.of(some.synthetic(200, 10, 500), Hasher(cache.secret))
 
     for i in range(40):
         cache.save(columns, f"{i:040x}")
@@ -480,8 +480,8 @@ def test_what_is_kept_comes_back_as_it_was(tmp_path):
     """Columns and sums, with accounting, modules and labels of any content."""
     cache = DecodedCache(tmp_path / "cache")
     for i, profile in enumerate((some.sample_profile(), some.hostile_profile(), some.build([]))):
-        columns = Columns.of(profile, cache.hasher())
-        sums = Sums.of(columns, cache.hasher())
+        columns = Columns.of(profile, Hasher(cache.secret))
+        sums = Sums.of(columns, Hasher(cache.secret))
         cache.save(columns, f"c{i}")
         cache.save(sums, f"s{i}", [["key", "reason"]])
 
@@ -515,6 +515,31 @@ def test_two_processes_share_a_cache(store, tmp_path):
 def ask(root: str, cache: str) -> tuple[int, int]:
     query = Query(DirectoryStore(Path(root)), Path(cache))
     return query.profile(DAY).profile.total_samples, query.functions(DAY).samples
+
+
+def test_workers_decode_what_this_process_would(store, tmp_path):
+    """Whole hours and single objects, damaged ones included; killed workers cost only time."""
+    for minute in range(0, 120, 4):
+        put(store, at(small(minute), minute))
+    key = put(store, at(small(3), 3))
+    store.delete(key.text)
+    store.put(key.text, b"damaged")
+    here = Query(store, tmp_path / "here").profile(minutes(0, 90))
+    workers = start_workers(2)
+    try:
+        query = Query(store, tmp_path / "there", workers=workers)
+        there = query.profile(minutes(0, 90))
+        assert there.profile == here.profile
+        assert there.coverage == here.coverage
+        assert len(there.coverage.skipped) == 1
+
+        for process in multiprocessing.active_children():
+            process.kill()
+
+        assert query.profile(minutes(0, 120)).profile.total_samples > here.profile.total_samples
+        assert query.profile(minutes(60, 120)).coverage.skipped == ()
+    finally:
+        workers.shutdown()
 
 
 def test_hashes_depend_on_the_secret():
