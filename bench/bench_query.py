@@ -1,8 +1,9 @@
 """What a question to the store costs: an hour's flame graph, a day's timeline and functions.
 
 Workload: objects of one minute, each of 4,186 stacks of 30 frames, drawn from a host's 60,000
-stacks in 12,000 locations so that few stacks are in nearly every minute and many in one; 20
-processes of 4 services. An hour of one host (60 objects), and a day of three hosts (4,320 objects,
+stacks in 6,000 locations so that few stacks are in nearly every minute and many in one; 20
+processes of 4 services. (A real minute of ten programs on two busy CPUs: 3,461 rows over 2,376
+locations.) An hour of one host (60 objects), and a day of three hosts (4,320 objects,
 made from 60 distinct minutes per host), in a directory.
 
 Cold: nothing is in the cache of decoded objects; the files of the store are in the page cache.
@@ -37,7 +38,7 @@ from symbolizer.location import AddressLocation, FileOffset, Frame, Kind, Module
 START_NS = 1_780_000_000_000_000_000 // (24 * HOUR_NS) * (24 * HOUR_NS)
 MINUTE_NS = 60_000_000_000
 PERIOD_NS = 1_000_000_000 // 99
-STACKS, DEPTH, POOL, LOCATIONS, FUNCTIONS = 4_186, 30, 60_000, 12_000, 8_000
+STACKS, DEPTH, POOL, LOCATIONS, FUNCTIONS = 4_186, 30, 60_000, 6_000, 4_000
 HOSTS = ("web-1", "web-2", "web-3")
 RUNS = 5
 

@@ -4,9 +4,10 @@ A window is half-open. An object counts as a whole when its start lies inside: o
 to their length, so a window that is too loses and doubles nothing. Only objects that the window
 asks for are fetched, each is decoded once, and what was decoded is kept in a cache on disk.
 
-The objects of one host and one hour that lies wholly in the window, and is past for long enough
-that nothing more is expected, are kept merged as well: 24 hours of a host are then 24 files and not
-1,440. A late object gives another name to that file, so it is never out of date.
+The objects of one host and one hour (else of ten minutes) that lies wholly in the window, and is
+past for long enough that nothing more is expected, are kept merged as well: 24 hours of a host are
+then 24 files and not 1,440. A late object gives another name to that file, so it is never out of
+date.
 
 The label `host` comes from the object's accounting where its rows have none. An object that is
 damaged, of a later schema or of another type is named in the answer and never stops it.
@@ -59,8 +60,11 @@ from storage.selector import Selector
 from storage.sums import PROCESS_LABELS, FunctionSum, Sums, merge_sums
 
 HOUR_NS = 3600 * NS_PER_S
+_SPANS_NS = (HOUR_NS, HOUR_NS // 6)
+"""What is kept merged, of one host: whole hours, and of others their parts. The last hour begins
+and ends inside one, and is what most people ask for."""
 _SETTLED_AFTER_NS = 300 * NS_PER_S
-"""After its end, so long does an hour wait for late objects before it is kept merged."""
+"""After its end, so long does a span wait for late objects before it is kept merged."""
 _FETCHES = 4
 """Objects fetched and decoded at a time."""
 _CHUNK = 8
@@ -284,23 +288,21 @@ class Query:
         """Give the parts of a window in the order of their keys, decoding what is not cached."""
         settled_ns = self._now_ns() - _SETTLED_AFTER_NS
         with ThreadPoolExecutor(_FETCHES, "query") as pool:
-            hours = itertools.groupby(self.objects(window), lambda pair: _hour_of(pair[0]))
-            for (hour_ns, _), pairs in hours:
-                objects = [_Object(key, stored) for key, stored in pairs]
-                end_ns = hour_ns + HOUR_NS
-                is_whole = window.start_ns <= hour_ns and end_ns <= min(window.end_ns, settled_ns)
+            objects = (_Object(key, stored) for key, stored in self.objects(window))
+            end_ns = min(window.end_ns, settled_ns)
+            for part, is_whole in _split(objects, window.start_ns, end_ns, _SPANS_NS):
                 if is_whole:
-                    yield from reader.of_hour(objects, pool)
+                    yield from reader.of_span(part, pool)
                 else:
-                    yield from map_ahead(pool, reader.of_object, objects)
+                    yield from map_ahead(pool, reader.of_object, part)
 
     @property
     def _stacks(self) -> "_Reader[Columns]":
-        return _Reader(self._columns_of_object, self._columns_of_hour)
+        return _Reader(self._columns_of_object, self._columns_of_span)
 
     @property
     def _sums(self) -> "_Reader[Sums]":
-        return _Reader(self._sums_of_object, self._sums_of_hour)
+        return _Reader(self._sums_of_object, self._sums_of_span)
 
     def _columns_of_object(self, object_: "_Object") -> "_Loaded[Columns]":
         name = self._name([object_])
@@ -322,10 +324,10 @@ class Query:
             self._cache.save(sums.value, name)
         return sums
 
-    def _columns_of_hour(
+    def _columns_of_span(
         self, objects: Sequence["_Object"], pool: ThreadPoolExecutor
     ) -> Iterator["_Loaded[Columns]"]:
-        """Give a host's hour as one, or its objects one by one where they do not add up."""
+        """Give a host's span as one, or its objects one by one where they do not add up."""
         keys, name = tuple(each.stored.key for each in objects), self._name(objects)
         known = self._cache.load(Columns, name)
         if known is not None:
@@ -339,12 +341,12 @@ class Query:
             return
         merged = merge_columns(columns)
         skipped = tuple(itertools.chain.from_iterable(loaded.skipped for loaded in read))
-        hour = _Loaded(keys, merged, skipped, all(loaded.is_lasting for loaded in read))
-        if hour.is_lasting:
+        whole = _Loaded(keys, merged, skipped, all(loaded.is_lasting for loaded in read))
+        if whole.is_lasting:
             self._cache.save(merged, name, skipped)
-        yield hour
+        yield whole
 
-    def _sums_of_hour(
+    def _sums_of_span(
         self, objects: Sequence["_Object"], pool: ThreadPoolExecutor
     ) -> Iterator["_Loaded[Sums]"]:
         keys, name = tuple(each.stored.key for each in objects), self._name(objects)
@@ -352,7 +354,7 @@ class Query:
         if known is not None:
             yield _Loaded(keys, known[0], tuple(Skipped(*each) for each in known[1]))
             return
-        for loaded in self._columns_of_hour(objects, pool):
+        for loaded in self._columns_of_span(objects, pool):
             sums = loaded.with_sums(self._hasher)
             if sums.value is not None and sums.is_lasting and sums.keys == keys:
                 self._cache.save(sums.value, name, sums.skipped)
@@ -421,7 +423,7 @@ class _Reader(Generic[_Kept]):
     """How to get one kind of value, of an object and of all objects of a host and hour."""
 
     of_object: Callable[[_Object], _Loaded[_Kept]]
-    of_hour: Callable[[Sequence[_Object], ThreadPoolExecutor], Iterator[_Loaded[_Kept]]]
+    of_span: Callable[[Sequence[_Object], ThreadPoolExecutor], Iterator[_Loaded[_Kept]]]
 
 
 def _failed(key: str, reason: str, is_lasting: bool = True) -> _Loaded[Columns]:
@@ -501,10 +503,25 @@ def decode_object(key: ObjectKey, content: bytes, hasher: Hasher) -> Columns:
     return columns
 
 
-def _hour_of(key: ObjectKey) -> tuple[int, str]:
-    """Give the start of the hour that an object is kept under, and its host."""
-    start_ns = key.start_s * NS_PER_S
-    return start_ns - start_ns % HOUR_NS, key.host_id
+def _split(
+    objects: Iterable[_Object], start_ns: int, end_ns: int, spans_ns: Sequence[int]
+) -> Iterator[tuple[list[_Object], bool]]:
+    """Cut objects into spans of a host, and tell which of them lie wholly between two times.
+
+    Those that do not are cut into shorter spans, as far as there are any.
+    """
+
+    def span_of(each: _Object) -> tuple[int, str]:
+        return each.key.start_ns // spans_ns[0], each.key.host_id
+
+    for (number, _), group in itertools.groupby(objects, span_of):
+        part = list(group)
+        if start_ns <= number * spans_ns[0] and (number + 1) * spans_ns[0] <= end_ns:
+            yield part, True
+        elif spans_ns[1:]:
+            yield from _split(part, start_ns, end_ns, spans_ns[1:])
+        else:
+            yield part, False
 
 
 def _has_host(accounting: Accounting, selector: Selector) -> bool:

@@ -34,6 +34,7 @@ from symbolizer.location import Kind, Module
 from symbolizer.text import READABLE_LIMIT, readable
 
 _Bytes = npt.NDArray[np.uint8]
+_Unsigned = npt.NDArray[np.uint32] | Hashes
 
 # protobuf's classes are made at run time and have no types: Any, here and below.
 _LeanMessage: Any = pprof.message_class(
@@ -74,7 +75,7 @@ def _require(condition: object) -> None:
         raise _UnusualError
 
 
-def _require_tags(tags: Hashes, allowed: tuple[int, ...]) -> None:
+def _require_tags(tags: _Unsigned, allowed: tuple[int, ...]) -> None:
     is_allowed = np.zeros(256, dtype=bool)
     is_allowed[list(allowed)] = True
     _require((tags < 256).all() and is_allowed[tags].all())
@@ -187,35 +188,40 @@ def _make_readable(raw: Sequence[bytes]) -> list[bytes]:
 class _Varints(NamedTuple):
     """All variable-length integers of some bytes that hold nothing else."""
 
-    values: Hashes
-    starts: Integers
+    values: _Unsigned
+    """Of 32 bits where all have at most four bytes, else of 64."""
+    ends: Integers
+    """Position of each one's last byte."""
 
     @classmethod
     def of(cls, content: _Bytes) -> "_Varints":
         if len(content) == 0:
             return cls(np.zeros(0, np.uint64), np.zeros(0, np.int64))
         _require(content[-1] < 0x80)
-        goes_on = content >> 7
-        low = (content & 0x7F).astype(np.uint32)
-        # Nearly all numbers have one or two bytes: at each byte, what it makes with that before it.
-        pair = low << (7 * np.concatenate([goes_on[:1] & 0, goes_on[:-1]])).astype(np.uint32)
-        pair[1:] |= low[:-1] * goes_on[:-1]
-        ends = np.flatnonzero(goes_on == 0)
-        values = pair[ends].astype(np.uint64)
-        starts = np.empty(len(ends), dtype=np.int64)
-        starts[0] = 0
-        starts[1:] = ends[:-1] + 1
-        lengths = ends - starts
-        long = np.flatnonzero(lengths >= 2)
-        if len(long):
-            # The last byte holds the highest bits: from it down, those below.
-            at = ends[long]
-            values[long] = low[at]
-            _require(lengths[long].max() < 10)
-            for i in range(1, int(lengths[long].max()) + 1):
-                mine = lengths[long] >= i
-                values[long[mine]] = (values[long[mine]] << np.uint64(7)) | low[at[mine] - i]
-        return cls(values, starts)
+        is_end = content < 0x80
+        low = content & 0x7F
+        ends = np.flatnonzero(is_end)
+        # The last byte holds the highest bits. Nearly all numbers have one byte or two.
+        has_more = ~is_end[ends - 1]
+        has_more[0] = ends[0] > 0
+        values = low[ends].astype(np.uint32)
+        values <<= has_more * np.uint32(7)
+        values |= low[ends - 1] * has_more
+        long = np.flatnonzero(has_more)
+        long = long[(ends[long] > 1) & ~is_end[ends[long] - 2]]
+        if len(long) == 0:
+            return cls(values, ends)
+        at = ends[long]
+        lengths = at - np.where(long > 0, ends[long - 1], -1)
+        _require(lengths.max() <= 10)
+        numbers = low[at].astype(np.uint64)
+        for i in range(1, int(lengths.max())):
+            mine = lengths > i
+            numbers[mine] = (numbers[mine] << np.uint64(7)) | low[at[mine] - i]
+        if lengths.max() > 4:
+            values = values.astype(np.uint64)
+        values[long] = numbers
+        return cls(values, ends)
 
 
 class _Pairs(NamedTuple):
@@ -223,8 +229,8 @@ class _Pairs(NamedTuple):
 
     owner: Integers
     """Number of the message."""
-    tags: Hashes
-    values: Hashes
+    tags: _Unsigned
+    values: _Unsigned
     starts: Integers
     """Position of the tag; one more at the end."""
     message_ends: Integers
@@ -234,10 +240,9 @@ class _Pairs(NamedTuple):
         content = b"".join(messages)
         lengths = np.fromiter(map(len, messages), np.int64, len(messages))
         ends = np.cumsum(lengths)
-        values, starts = _Varints.of(np.frombuffer(content, np.uint8))
+        values, number_ends = _Varints.of(np.frombuffer(content, np.uint8))
         _require(len(values) % 2 == 0)
-        starts = starts[::2]
-        starts = np.append(starts, len(content))
+        starts = np.append([0], number_ends[1::2] + 1)
         # Every message must end where a pair does.
         past = np.searchsorted(starts, ends)
         _require(np.array_equal(starts[past], ends))
@@ -245,7 +250,7 @@ class _Pairs(NamedTuple):
         return cls(owner, values[::2], values[1::2], starts, ends)
 
 
-def _is_ascending(major: Numbers, minor: Hashes) -> bool:
+def _is_ascending(major: Numbers, minor: _Unsigned) -> bool:
     key = major * 256 + np.minimum(minor, 255).astype(np.int64)
     return bool((key[1:] > key[:-1]).all())
 
@@ -431,10 +436,11 @@ def _read_samples(messages: Sequence[bytes], locations: int) -> _Samples:
     _require((lengths >= 4).all())
     ends = np.cumsum(lengths)
     at = ends - lengths
-    values, starts = _Varints.of(data)
+    values, number_ends = _Varints.of(data)
+    # Which number begins at each byte; the one after the last begins at the end.
     number_at = np.full(len(data) + 1, -1, dtype=np.int32)
-    number_at[starts] = np.arange(len(starts), dtype=np.int32)
-    number_at[len(data)] = len(starts)
+    number_at[0] = 0
+    number_at[number_ends + 1] = np.arange(1, len(number_ends) + 1, dtype=np.int32)
     # location_id, if the stack is not empty: a tag, a length, and as many bytes of numbers.
     has_stack = data[at] == 0x0A
     stack_length, at = _packed(values, number_at, at, has_stack)
@@ -462,7 +468,10 @@ def _read_samples(messages: Sequence[bytes], locations: int) -> _Samples:
 
 
 def _packed(
-    values: Hashes, number_at: npt.NDArray[np.int32], at: Integers, present: npt.NDArray[np.bool_]
+    values: _Unsigned,
+    number_at: npt.NDArray[np.int32],
+    at: Integers,
+    present: npt.NDArray[np.bool_],
 ) -> tuple[Integers, Integers]:
     """Give the length of a field of bytes at `at`, where present, and where it ends."""
     length_at = number_at[np.where(present, at + 1, 0)]
