@@ -1,0 +1,139 @@
+// State: everything a person has chosen, and the address that says it. Pure.
+//
+// The address is the only store, so every view is a link and Back undoes. Defaults are left out of
+// it. A word that means nothing is read as its default: links from other versions still open.
+
+/** The state of a page without any parameters, and the order of the parameters in the address. */
+export const DEFAULTS = Object.freeze({
+  q: "", // the selector
+  from: "now-1h",
+  until: "now",
+  over: "", // the timeline's own window, `from..until`, where it is wider than the chosen one
+  series: "service", // the label whose values are the timeline's layers
+  by: "service", // labels as frames above the root, a comma list
+  group: "function",
+  invert: false,
+  callers: "", // the function whose callers are shown
+  focus: [], // functions: only stacks with all of them
+  hide: [], // functions: taken out of the stacks
+  node: "", // the id of the box zoomed to
+  select: "", // the id of the selected box
+  search: "",
+  color: "kind",
+  view: "icicle",
+  tab: "", // graph, table or both; empty: what the screen has room for
+  sort: "self",
+  filter: "", // of the table
+  rows: 200, // of the table
+  tz: "utc",
+});
+
+const CHOICES = {
+  group: ["function", "line", "file", "module"],
+  color: ["kind", "module", "self"],
+  view: ["icicle", "flame"],
+  tab: ["", "graph", "table", "both"],
+  sort: ["self", "total", "name", "module"],
+  tz: ["utc", "local"],
+  rows: [200, 1000, 5000],
+};
+
+const ID = /^[0-9a-f]{16}$/;
+const LABEL = /^[A-Za-z_][A-Za-z0-9_.]*$/;
+
+/** What is refined while looking, and does not make a step that Back undoes. */
+const REFINEMENTS = new Set(["search", "filter", "select", "rows", "tz"]);
+
+/** After a change of these, node ids of before mean nothing. */
+const OTHER_TREE = ["by", "group", "invert", "callers", "hide"];
+
+/** Read the part of an address behind the `?`. */
+export function parseState(search) {
+  const params = new URLSearchParams(search);
+  const state = { ...DEFAULTS };
+  for (const [name, fallback] of Object.entries(DEFAULTS)) {
+    if (!params.has(name)) continue;
+    const texts = params.getAll(name);
+    state[name] = parseValue(name, fallback, texts);
+  }
+  return state;
+}
+
+/** Write a state as the part of an address from the `?` on; the empty text for the defaults. */
+export function printState(state) {
+  const params = new URLSearchParams();
+  for (const [name, fallback] of Object.entries(DEFAULTS)) {
+    const value = state[name];
+    if (Array.isArray(value)) for (const each of value) params.append(name, each);
+    else if (value !== fallback) params.set(name, value === true ? "1" : String(value));
+  }
+  const text = params.toString();
+  return text ? `?${text}` : "";
+}
+
+/** Give the state after a change, with what the change makes meaningless set back. */
+export function changeState(state, change) {
+  const next = { ...state, ...change };
+  const isOther = OTHER_TREE.some((name) => String(next[name]) !== String(state[name]));
+  if (isOther && change.node === undefined) next.node = "";
+  if ((isOther || next.node !== state.node) && change.select === undefined) next.select = "";
+  const isMoved = next.from !== state.from || next.until !== state.until;
+  if (isMoved && change.over === undefined) next.over = "";
+  return next;
+}
+
+/** Tell whether going from one state to the next is a step that Back should undo. */
+export function isStep(state, next) {
+  return Object.keys(DEFAULTS).some(
+    (name) => !REFINEMENTS.has(name) && String(next[name]) !== String(state[name]),
+  );
+}
+
+/** Give the change that narrows to a part of the timeline's window, which stays as it is. */
+export function narrowTo(state, window) {
+  const [from, until] = outerWindow(state);
+  return { from: String(window.from), until: String(window.until), over: `${from}..${until}` };
+}
+
+/** Give the change that goes back to the timeline's whole window. */
+export function widen(state) {
+  const [from, until] = outerWindow(state);
+  return { from, until, over: "" };
+}
+
+/** The timeline's window as two texts: wider than the chosen one after narrowing. */
+export function outerWindow(state) {
+  const [from, until] = state.over.split("..");
+  return from && until ? [from, until] : [state.from, state.until];
+}
+
+/** Give the state with all times absolute, as a link keeps them. */
+export function freezeState(state, window, outer) {
+  const over = state.over ? `${outer.from}..${outer.until}` : "";
+  return { ...state, from: String(window.from), until: String(window.until), over };
+}
+
+/** The parameters that flamegraph, top and export share; `window` is in ms. */
+export function queryParams(state, window) {
+  return [
+    ["query", state.q],
+    ["from", String(window.from)],
+    ["until", String(window.until)],
+    ["by", state.by],
+    ...state.focus.map((each) => ["focus", each]),
+    ...state.hide.map((each) => ["hide", each]),
+  ].filter(([name, value]) => value !== "" || name === "by");
+}
+
+function parseValue(name, fallback, texts) {
+  const text = texts[0];
+  if (Array.isArray(fallback)) return [...new Set(texts.filter(Boolean))];
+  if (typeof fallback === "boolean") return text === "1" || text === "true";
+  if (name === "node" || name === "select") return ID.test(text) ? text : fallback;
+  if (name === "series") return LABEL.test(text) ? text : fallback;
+  if (name in CHOICES) {
+    const value = typeof fallback === "number" ? Number(text) : text;
+    return CHOICES[name].includes(value) ? value : fallback;
+  }
+  return name === "from" || name === "until" ? text || fallback : text;
+}

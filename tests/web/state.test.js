@@ -1,0 +1,108 @@
+// The address is the state: it reads back, leaves defaults out, and Back undoes steps.
+
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import * as state from "../../profiler/web/state.js";
+
+const { DEFAULTS, changeState, isStep, parseState, printState } = state;
+
+test("no parameters are the defaults, and the defaults are no parameters", () => {
+  assert.deepEqual(parseState(""), { ...DEFAULTS });
+  assert.equal(printState(DEFAULTS), "");
+});
+
+test("every state reads back from its address", () => {
+  const full = {
+    ...DEFAULTS,
+    q: '{service="a b&c"}',
+    from: "1763720000000",
+    until: "1763723600000",
+    over: "now-6h..now",
+    series: "version",
+    by: "",
+    group: "line",
+    invert: true,
+    callers: "std::vector<int>::push_back(int const&)",
+    focus: ["main", "a+b"],
+    hide: ["%s"],
+    node: "0123456789abcdef",
+    select: "cbf29ce484222325",
+    search: "memcpy",
+    color: "self",
+    view: "flame",
+    tab: "both",
+    sort: "name",
+    filter: "é",
+    rows: 1000,
+    tz: "local",
+  };
+
+  assert.deepEqual(parseState(printState(full)), full);
+});
+
+test("what means nothing is read as the default", () => {
+  const read = parseState("?group=galaxy&node=xyz&view=&rows=7&invert=no&from=&series=%3D&unknown=1");
+
+  assert.deepEqual(read, { ...DEFAULTS });
+});
+
+test("an empty list of labels is kept apart from the default", () => {
+  assert.equal(printState({ ...DEFAULTS, by: "" }), "?by=");
+  assert.equal(parseState("?by=").by, "");
+});
+
+test("a change of the tree forgets the zoom, a change of the time keeps it", () => {
+  const zoomed = { ...DEFAULTS, node: "0123456789abcdef", select: "0123456789abcdef" };
+
+  assert.equal(changeState(zoomed, { invert: true }).node, "");
+  assert.equal(changeState(zoomed, { hide: ["f"] }).select, "");
+  assert.equal(changeState(zoomed, { from: "now-3h" }).node, zoomed.node);
+  assert.equal(changeState(zoomed, { q: '{service="api"}' }).node, zoomed.node);
+  assert.equal(changeState(zoomed, { node: "" }).select, "");
+});
+
+test("steps can be undone, refinements make no steps", () => {
+  for (const change of [{ q: "{}" }, { from: "now-3h" }, { node: "0123456789abcdef" }, { focus: ["f"] }, { tab: "table" }]) {
+    assert.equal(isStep(DEFAULTS, changeState(DEFAULTS, change)), true, JSON.stringify(change));
+  }
+  for (const change of [{ search: "m" }, { filter: "m" }, { select: "0123456789abcdef" }, { tz: "local" }]) {
+    assert.equal(isStep(DEFAULTS, changeState(DEFAULTS, change)), false, JSON.stringify(change));
+  }
+});
+
+test("narrowing keeps the timeline's window, and the whole range is the way back", () => {
+  const once = changeState(DEFAULTS, state.narrowTo(DEFAULTS, { from: 1000, until: 2000 }));
+  const twice = changeState(once, state.narrowTo(once, { from: 1500, until: 1600 }));
+
+  assert.deepEqual([once.from, once.until, once.over], ["1000", "2000", "now-1h..now"]);
+  assert.deepEqual([twice.from, twice.until, twice.over], ["1500", "1600", "now-1h..now"]);
+  assert.deepEqual(state.outerWindow(twice), ["now-1h", "now"]);
+  assert.deepEqual(changeState(twice, state.widen(twice)), { ...DEFAULTS });
+});
+
+test("another range ends the narrowing", () => {
+  const narrow = changeState(DEFAULTS, state.narrowTo(DEFAULTS, { from: 1000, until: 2000 }));
+
+  assert.equal(changeState(narrow, { from: "now-3h", until: "now" }).over, "");
+});
+
+test("a link holds absolute times", () => {
+  const narrow = changeState(DEFAULTS, state.narrowTo(DEFAULTS, { from: 1000, until: 2000 }));
+
+  const frozen = state.freezeState(narrow, { from: 1000, until: 2000 }, { from: 0, until: 3600000 });
+
+  assert.deepEqual([frozen.from, frozen.until, frozen.over], ["1000", "2000", "0..3600000"]);
+});
+
+test("requests carry absolute times and leave out what is not asked for", () => {
+  const asked = { ...DEFAULTS, by: "", focus: ["a", "b"] };
+
+  assert.deepEqual(state.queryParams(asked, { from: 1, until: 2 }), [
+    ["from", "1"],
+    ["until", "2"],
+    ["by", ""],
+    ["focus", "a"],
+    ["focus", "b"],
+  ]);
+});
