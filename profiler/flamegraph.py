@@ -12,34 +12,24 @@ tree grows, and only what is drawn is ever made (bench/bench_flamegraph.py).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from storage.profile import Indices, Integers, Profile, label_frames
+from profiler.paths import FunctionTotal, Group, Paths, sum_by
+from storage.profile import Indices, Integers, Profile
 from symbolizer.location import Frame, Kind
 
 DEPTH_LIMIT = 4096
 """Frames of a stack that become nodes. Deeper ones are one node of kind `rest`: each level costs
 numpy calls, and a foreign file may hold one stack of a million frames."""
 
-ROOT = Frame("all", "", Kind.LABEL)
 REST = Frame("(too narrow to draw)", "", Kind.REST)
 DEEPER = Frame("(deeper)", "", Kind.REST)
 
 _FNV_OFFSET = np.uint64(0xCBF29CE484222325)
 _FNV_PRIME = np.uint64(0x100000001B3)
-
-
-class Group(StrEnum):
-    """What a box stands for. File and module boxes that follow each other directly become one."""
-
-    FUNCTION = "function"
-    LINE = "line"
-    FILE = "file"
-    MODULE = "module"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,8 +83,8 @@ class FlameGraph:
             return self
         kept = np.flatnonzero(keep)
         parents, which = np.unique(self.parent[cut], return_inverse=True)
-        rest_total = _sum_by(which, self.total[cut], len(parents))
-        rest_samples = _sum_by(which, self.samples[cut], len(parents))
+        rest_total = sum_by(which, self.total[cut], len(parents))
+        rest_samples = sum_by(which, self.samples[cut], len(parents))
         rest_frame = np.full(len(parents), len(self.frames), dtype=np.int32)
         # A rest stands where its parent's subtree ends, before the node that follows there; of
         # several that end at one place the deepest comes first.
@@ -184,16 +174,6 @@ class Screen(NamedTuple):
     least_px: float = 0.5
 
 
-class FunctionTotal(NamedTuple):
-    """A row of the table: `self` where the function is the leaf, `total` where it is anywhere."""
-
-    frame: Frame
-    self: int
-    total: int
-    self_samples: int
-    total_samples: int
-
-
 def build(
     profile: Profile,
     by: Sequence[str] = (),
@@ -203,75 +183,42 @@ def build(
 ) -> FlameGraph:
     """Draw a profile as a tree, with the labels in `by` as frames of kind `label` at the top.
 
-    `invert` grows it from the leaves: below each function stand its callers. With a screen the
-    tree is that of `prune`, in a fraction of the time.
+    `invert` grows it from the leaves: below each function stand its callers.
     """
-    stacks = Stacks.of(profile, group)
-    heads = label_frames(profile.label_sets, by)
-    label_boxes = sorted({frame for head in heads for frame in head})
-    first = len(stacks.frames)
-    number = {frame: first + i for i, frame in enumerate(label_boxes)}
-    root = first + len(label_boxes)
-    deeper, rest = root + 1, root + 2
-    frames = (*stacks.frames, *label_boxes, ROOT, DEEPER, REST)
+    paths = Paths.of(profile, by, group)
+    return draw(paths.inverted() if invert else paths, screen)
 
+
+def draw(paths: Paths, screen: Screen | None = None) -> FlameGraph:
+    """Draw paths as a tree. With a screen it is that of `prune`, in a fraction of the time."""
+    root = len(paths.frames)
+    deeper, rest = root + 1, root + 2
     rows = _Rows(
-        starts=stacks.offsets[profile.row_stacks],
-        ends=stacks.offsets[profile.row_stacks.astype(np.int64) + 1],
-        values=profile.row_values,
-        samples=profile.row_samples,
+        values=paths.values,
+        samples=paths.samples,
         rest=rest,
-        least=screen.least_px * profile.total_value / screen.width_px if screen else 0.0,
+        least=screen.least_px * paths.total / screen.width_px if screen else 0.0,
     )
     levels = [_Level.root(rows, frame=root)]
-    node = np.zeros(len(rows.values), dtype=np.int64)
-    alive = np.arange(len(node))
-    for i in range(len(heads[0]) if heads else 0):
-        boxes = np.array([number[head[i]] for head in heads], dtype=np.int64)
-        level, node = _Level.below(rows, alive, node, boxes[profile.row_labels[alive]])
-        levels.append(level)
-        alive, node = alive[node >= 0], node[node >= 0]
-    is_longer = rows.ends[alive] > rows.starts[alive]
-    alive, node = alive[is_longer], node[is_longer]
+    alive = np.flatnonzero(paths.ends > paths.starts)
+    node = np.zeros(len(alive), dtype=np.int64)
     for i in range(DEPTH_LIMIT):
         if len(alive) == 0:
             break
-        at = rows.ends[alive] - 1 - i if invert else rows.starts[alive] + i
-        boxes = stacks.boxes[at].astype(np.int64)
-        left = rows.ends[alive] - rows.starts[alive] - i
+        boxes = paths.boxes[paths.starts[alive] + i].astype(np.int64)
+        left = paths.ends[alive] - paths.starts[alive] - i
         if i == DEPTH_LIMIT - 1:
             boxes[left > 1] = deeper
         level, node = _Level.below(rows, alive, node, boxes)
         levels.append(level)
         goes_on = (left > 1) & (node >= 0)
         alive, node = alive[goes_on], node[goes_on]
-    return _lay_out(profile.unit, frames, levels)
+    return _lay_out(paths.unit, (*paths.frames, paths.root, DEEPER, REST), levels)
 
 
 def top_functions(profile: Profile, group: Group = Group.FUNCTION) -> list[FunctionTotal]:
     """Give the table of functions, largest self first. Recursion is counted once in the total."""
-    stacks = Stacks.of(profile, group)
-    count, size = len(stacks.frames), len(stacks.offsets) - 1
-    by_stack = [
-        _sum_by(profile.row_stacks, column, size)
-        for column in (profile.row_values, profile.row_samples)
-    ]
-    lengths = np.diff(stacks.offsets)
-    owners = np.repeat(np.arange(size), lengths)
-    words = np.sort(owners * max(count, 1) + stacks.boxes)
-    once = words[np.diff(words, prepend=-1) > 0]
-    filled = np.flatnonzero(lengths)
-    leaves = stacks.boxes[stacks.offsets[filled + 1] - 1]
-    selves = [_sum_by(leaves, column[filled], count) for column in by_stack]
-    owner, box = np.divmod(once, max(count, 1))
-    totals = [_sum_by(box, column[owner], count) for column in by_stack]
-    order = np.lexsort((np.arange(count), -totals[0], -selves[0]))
-    columns = (selves[0], totals[0], selves[1], totals[1])
-    rows = zip(*(column[order].tolist() for column in columns), strict=True)
-    return [
-        FunctionTotal(stacks.frames[number], *row)
-        for number, row in zip(order.tolist(), rows, strict=True)
-    ]
+    return Paths.of(profile, (), group).functions()
 
 
 def document(profile: Profile, graph: FlameGraph, query: str = "") -> dict[str, object]:
@@ -305,102 +252,9 @@ def document(profile: Profile, graph: FlameGraph, query: str = "") -> dict[str, 
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Stacks:
-    """A profile's stacks as boxes, root first; boxes are numbered in the order of their names."""
-
-    frames: tuple[Frame, ...]
-    offsets: Integers
-    boxes: Indices
-
-    @classmethod
-    def of(cls, profile: Profile, group: Group) -> "Stacks":
-        table = _BoxTable(group)
-        for number in range(len(profile.locations)):
-            table.add(profile.frames(number))
-        per_location = np.array(table.counts, dtype=np.int64)
-        first = np.cumsum(per_location) - per_location
-        frames, rank = table.sorted_frames()
-        flat = rank[np.array(table.numbers, dtype=np.int64)]
-        if len(flat) == len(first):
-            return cls._joined(group, frames, profile.stack_offsets, flat[profile.stack_locations])
-        # Each word of a stack becomes the boxes of its location: one, or several when inlined.
-        counts = per_location[profile.stack_locations]
-        ends = np.cumsum(counts)
-        within = np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)
-        words = flat[np.repeat(first[profile.stack_locations], counts) + within]
-        offsets = np.concatenate([np.zeros(1, np.int64), ends])[profile.stack_offsets]
-        return cls._joined(group, frames, offsets, words)
-
-    @classmethod
-    def _joined(
-        cls, group: Group, frames: tuple[Frame, ...], offsets: Integers, words: Indices
-    ) -> "Stacks":
-        if group in {Group.FILE, Group.MODULE} and len(words):
-            differs = np.concatenate([[True], words[1:] != words[:-1]])
-            differs[offsets[:-1][np.diff(offsets) > 0]] = True
-            offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(differs)])[offsets]
-            words = words[differs]
-        return cls(frames, offsets, words)
-
-
-class _BoxTable:
-    """Numbers the boxes of locations, in the order in which they come."""
-
-    def __init__(self, group: Group) -> None:
-        self._group = group
-        self._numbers: dict[tuple[str, str, Kind, str, int], int] = {}
-        self._files: list[str | None] = []
-        self.counts: list[int] = []
-        """How many boxes each location stands for."""
-        self.numbers: list[int] = []
-        """The boxes of all locations, outermost first."""
-
-    def add(self, frames: Sequence[Frame]) -> None:
-        """Add a location. Its frames come innermost inlined call first."""
-        self.counts.append(len(frames))
-        for frame in reversed(frames):
-            key = _box(frame, frames[-1].kind, self._group)
-            number = self._numbers.setdefault(key, len(self._files))
-            if number == len(self._files):
-                self._files.append(frame.file)
-            elif frame.file and frame.file != self._files[number]:
-                # The file of a function is shown if all of its frames that have one agree on it.
-                self._files[number] = None if self._files[number] != "" else frame.file
-            self.numbers.append(number)
-
-    def sorted_frames(self) -> tuple[tuple[Frame, ...], Indices]:
-        """Give the frames of the boxes in the order of their names, and each number's place."""
-        keys = sorted(self._numbers)
-        numbers = [self._numbers[key] for key in keys]
-        rank = np.empty(len(keys), dtype=np.int32)
-        rank[numbers] = np.arange(len(keys), dtype=np.int32)
-        if self._group is not Group.FUNCTION:
-            return tuple(Frame(*key) for key in keys), rank
-        files = (self._files[number] or "" for number in numbers)
-        return tuple(Frame(*k[:3], file) for k, file in zip(keys, files, strict=True)), rank
-
-
-def _box(frame: Frame, outer_kind: Kind, group: Group) -> tuple[str, str, Kind, str, int]:
-    """Give what tells one box from another, as a tuple like Frame.
-
-    In boxes of files and modules an inlined call counts as the code it was inlined into.
-    """
-    function, module, kind, file, line = frame
-    if group is Group.FUNCTION:
-        return (function, module, kind, "", 0)
-    if group is Group.LINE:
-        return (function, module, kind, file, line)
-    if group is Group.FILE and file:
-        return (file, module, outer_kind, file, 0)
-    return (module or "[unknown]", module, outer_kind, "", 0)
-
-
 class _Rows(NamedTuple):
-    """Per row of the profile: where its stack starts and ends among the boxes, and its counts."""
+    """The counts of each path, and how small ones are drawn."""
 
-    starts: Integers
-    ends: Integers
     values: Integers
     samples: Integers
     rest: int
@@ -455,7 +309,7 @@ class _Level(NamedTuple):
             cut = np.flatnonzero(~is_kept)
             cut_nodes, cut_total = len(cut), int(total[cut].sum())
             parents, which = np.unique(parent[cut], return_inverse=True)
-            rests = [_sum_by(which, column[cut], len(parents)) for column in (total, samples)]
+            rests = [sum_by(which, column[cut], len(parents)) for column in (total, samples)]
             parent = np.concatenate([parent[is_kept], parents])
             frame = np.concatenate([frame[is_kept], np.full(len(parents), rest)])
             total = np.concatenate([total[is_kept], rests[0]])
@@ -537,10 +391,3 @@ def _levels(depth: Indices) -> list[Integers]:
     """Give the nodes of each depth, in preorder."""
     order = np.argsort(depth, kind="stable")
     return np.split(order, np.cumsum(np.bincount(depth))[:-1])
-
-
-def _sum_by(which: Indices | Integers, values: Integers, count: int) -> Integers:
-    """Add up integers by group, exactly: bincount's weights are floats, exact to 2^53 only."""
-    sums = np.zeros(count, dtype=np.int64)
-    np.add.at(sums, which, values)
-    return sums

@@ -11,7 +11,8 @@ from typing import Any
 
 import orjson
 
-from profiler.flamegraph import DEEPER, Group, Stacks
+from profiler.flamegraph import DEEPER
+from profiler.paths import Group, Stacks
 from storage.profile import (
     Accounting,
     Labels,

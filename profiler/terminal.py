@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from profiler import flamegraph
-from profiler.flamegraph import FlameGraph, FunctionTotal
+from profiler.flamegraph import FlameGraph
+from profiler.paths import FunctionTotal
 from profiler.text import cells, counted, fit, pad, percent, quantity
 from storage.profile import Profile
 from symbolizer.location import Frame, Kind

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiler import flamegraph
-from profiler.flamegraph import FlameGraph, Group, Screen
+from profiler.flamegraph import FlameGraph, Screen
+from profiler.paths import Group
 from storage.profile import Profile
 from symbolizer.location import Frame, Kind, NamedLocation
 

@@ -1,0 +1,105 @@
+"""Paths: what a person asks of a flame graph, held to the slow and obvious way."""
+
+from collections import Counter
+
+import profiles as some
+from hypothesis import given
+from hypothesis import strategies as st
+
+from profiler.paths import Group, Paths
+from symbolizer.location import Kind
+
+Listed = Counter[tuple[str, ...]]
+
+
+def listed(paths: Paths) -> Listed:
+    """Give the values by path, as names."""
+    counts: Listed = Counter()
+    bounds = zip(paths.starts.tolist(), paths.ends.tolist(), paths.values.tolist(), strict=True)
+    for start, end, value in bounds:
+        counts[tuple(paths.frames[box].function for box in paths.boxes[start:end])] += value
+    return counts
+
+
+def changed(paths: Paths, change) -> Listed:
+    counts: Listed = Counter()
+    for names, value in listed(paths).items():
+        new = change(names)
+        if new is not None:
+            counts[new] += value
+    return counts
+
+
+def a_function(paths: Paths, data) -> str:
+    names = sorted({frame.function for frame in paths.frames if frame.kind is not Kind.LABEL})
+    return data.draw(st.sampled_from(names)) if names else "none"
+
+
+@given(some.profiles(), st.sampled_from(list(Group)), st.data())
+def test_every_question_gives_the_paths_it_says(profile, group, data):
+    """Focus, hide, callers and inversion, with labels above, conserve what they keep."""
+    paths = Paths.of(profile, ("comm", "service"), group)
+    name, heads = a_function(paths, data), paths.heads
+
+    def callers(names):
+        if name not in names[heads:] and name not in names:
+            return None
+        at = max(i for i, each in enumerate(names) if each == name)
+        return names[:at][::-1]
+
+    def hidden(names):
+        return tuple(each for each in names if each != name)
+
+    assert listed(paths.focus(name)) == changed(paths, lambda n: n if name in n else None)
+    assert listed(paths.hide(name)) == changed(paths, hidden)
+    assert listed(paths.callers(name)) == changed(paths, callers)
+    assert listed(paths.inverted()) == changed(paths, lambda n: n[:heads] + n[heads:][::-1])
+    assert paths.hide(name).total == profile.total_value
+
+
+@given(some.profiles(), st.data())
+def test_what_stands_on_a_box_is_the_rest_of_its_paths(profile, data):
+    """Following boxes from the root keeps the paths that begin with them."""
+    paths = Paths.of(profile, ("comm",))
+    rows = [
+        paths.boxes[start:end].tolist()
+        for start, end in zip(paths.starts.tolist(), paths.ends.tolist(), strict=True)
+    ]
+    if not rows:
+        return
+    row = data.draw(st.sampled_from(rows))
+    path = row[: data.draw(st.integers(0, len(row)))]
+    names = tuple(paths.frames[box].function for box in path)
+
+    below = paths.below(path)
+
+    begun = [each[: len(path)] == path for each in rows]
+    assert below.total == sum(
+        value for value, has in zip(paths.values.tolist(), begun, strict=True) if has
+    )
+    assert all(listed(paths)[names + rest] for rest in listed(below))
+    assert below.root == (paths.frames[path[-1]] if path else paths.root)
+
+
+@given(some.profiles(), st.sampled_from(["", "a", "F", "main", ".so", "\u202e"]))
+def test_a_search_counts_each_path_once(profile, text):
+    """The share that matches is that of the paths with at least one match."""
+    paths = Paths.of(profile, ("comm",))
+
+    found = paths.search(text)
+
+    expected, functions = 0, set()
+    for start, end, value in zip(
+        paths.starts.tolist(), paths.ends.tolist(), paths.values.tolist(), strict=True
+    ):
+        frames = [paths.frames[box] for box in paths.boxes[start:end]]
+        hits = {
+            frame
+            for frame in frames
+            if text.casefold() in frame.function.casefold()
+            or text.casefold() in frame.module.casefold()
+        }
+        functions |= hits
+        expected += value if hits else 0
+    assert found.total == expected
+    assert found.functions == len(functions)
