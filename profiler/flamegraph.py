@@ -28,7 +28,8 @@ numpy calls, and a foreign file may hold one stack of a million frames."""
 REST = Frame("(too narrow to draw)", "", Kind.REST)
 DEEPER = Frame("(deeper)", "", Kind.REST)
 
-_FNV_OFFSET = np.uint64(0xCBF29CE484222325)
+ROOT_ID = 0xCBF29CE484222325
+"""FNV-1a's offset basis: the id of the root."""
 _FNV_PRIME = np.uint64(0x100000001B3)
 
 
@@ -116,22 +117,22 @@ class FlameGraph:
             cut_total=self.cut_total + int(rest_total.sum()),
         )
 
-    def ids(self) -> npt.NDArray[np.uint64]:
+    def ids(self, root_id: int = ROOT_ID) -> npt.NDArray[np.uint64]:
         """Give each node's stable id, the same for the same path in any data.
 
         FNV-1a 64 over the root-first keys (function NUL module NUL kind, joined by 0x01), without
-        the root, whose id is FNV's offset basis.
+        the root, whose id is FNV's offset basis; that of a subtree's root must be told.
         """
         keys = [f"{f.function}\0{f.module}\0{f.kind}".encode() for f in self.frames]
         lengths = np.fromiter(map(len, keys), np.int64, len(keys))
         starts = np.cumsum(lengths) - lengths
         text = np.frombuffer(b"".join(keys), dtype=np.uint8).astype(np.uint64)
-        ids = np.full(len(self), _FNV_OFFSET, dtype=np.uint64)
+        ids = np.full(len(self), root_id, dtype=np.uint64)
         for depth, nodes in enumerate(_levels(self.depth)):
             if depth == 0:
                 continue
             state = ids[self.parent[nodes]]
-            if depth > 1:
+            if depth > 1 or root_id != ROOT_ID:
                 state = (state ^ np.uint64(1)) * _FNV_PRIME
             # Longest keys first: then the nodes that still have a byte left are always a prefix.
             order = np.argsort(-lengths[self.frame[nodes]], kind="stable")

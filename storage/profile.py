@@ -85,6 +85,11 @@ class Host(NamedTuple):
     """16 hex digits of a hash, the same over restarts."""
 
 
+GOOD_STOPS = frozenset({"chain_end", "kernel_thread"})
+"""Reasons for which a user stack ends where it should: at its outermost frame, or with none at all.
+Every other reason is an incomplete stack."""
+
+
 @dataclass(frozen=True, slots=True)
 class Accounting:
     """Where every tick of a profile went, and what it cost to take.

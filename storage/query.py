@@ -13,6 +13,7 @@ The label `host` comes from the object's accounting where its rows have none. An
 damaged, of a later schema or of another type is named in the answer and never stops it.
 """
 
+import copy
 import ctypes
 import functools
 import itertools
@@ -91,6 +92,8 @@ class Coverage:
     objects: int
     accounting: Accounting
     skipped: tuple[Skipped, ...]
+    is_lasting: bool = True
+    """Asking again gives the same: nothing was skipped for a reason that may pass."""
 
     @property
     def hosts(self) -> tuple[Host, ...]:
@@ -162,6 +165,17 @@ class Query:
         self._secret = self._cache.secret
         self._hasher = Hasher(self._secret)
         self._failures: dict[StoredObject, str] = {}
+        self._check: Callable[[], None] = _go_on
+
+    def interruptible(self, check: Callable[[], None]) -> "Query":
+        """Give this same query, which calls `check` between objects: what it raises ends it."""
+        other = copy.copy(self)
+        other._check = check  # noqa: SLF001 - a copy of this very object
+        return other
+
+    def fingerprint(self, window: Window) -> str:
+        """Name the objects of a window: as long as it is the same, so is every answer."""
+        return self._name([_Object(key, stored) for key, stored in self.objects(window)])
 
     def profile(self, window: Window, selector: Selector = EMPTY, type: str = "cpu") -> Answer:  # noqa: A002 - the field's word
         """Merge what was sampled in a window and is asked for."""
@@ -182,22 +196,27 @@ class Query:
         selector: Selector = EMPTY,
         step_ns: int = 60 * NS_PER_S,
         by: Sequence[str] = (),
+        *,
         type: str = "cpu",  # noqa: A002
+        origin_ns: int | None = None,
     ) -> Timeline:
         """Add up samples and values per step, one series for each combination of `by`.
 
+        The first step begins at `origin_ns`, or with the window.
+
         Raises:
-            ValueError: the step is not positive.
+            ValueError: the step is not positive, or the window begins before the origin.
         """
-        if step_ns <= 0:
-            raise ValueError(f"cannot make a timeline of steps of {step_ns} ns")
+        origin_ns = window.start_ns if origin_ns is None else origin_ns
+        if step_ns <= 0 or origin_ns > window.start_ns:
+            raise ValueError(f"cannot make a timeline of steps of {step_ns} ns from {origin_ns}")
         parts, coverage = self._chosen(self._sums, window, selector, type)
-        count = -(-(window.end_ns - window.start_ns) // step_ns)
+        count = -(-(window.end_ns - origin_ns) // step_ns)
         totals = {name: np.zeros(count, np.int64) for name in OBJECT_FIELDS[3:]}
         sums: dict[Labels, Integers] = {}
         for part in parts:
             # An object may begin a fraction of a second before the whole second of its key.
-            step = (part.objects[:, 0] - window.start_ns) // step_ns
+            step = (part.objects[:, 0] - origin_ns) // step_ns
             step = np.clip(step, 0, count - 1)
             for i, name in enumerate(OBJECT_FIELDS[3:], start=3):
                 np.add.at(totals[name], step, part.objects[:, i])
@@ -205,7 +224,7 @@ class Query:
         series = [Series(labels, *sum_.T) for labels, sum_ in sums.items()]
         series.sort(key=lambda each: (-int(each.values.sum()), each.labels))
         unit = parts[0].unit if parts else "nanoseconds"
-        return Timeline(type, unit, window.start_ns, step_ns, tuple(series), totals, coverage)
+        return Timeline(type, unit, origin_ns, step_ns, tuple(series), totals, coverage)
 
     def functions(
         self,
@@ -256,6 +275,7 @@ class Query:
     def objects(self, window: Window) -> Iterator[tuple[ObjectKey, StoredObject]]:
         """Give the objects that start inside a window, by hour, host and start; none is read."""
         for key, stored in list_window(self._store, window, self._tenant):
+            self._check()
             if window.start_ns <= key.start_s * NS_PER_S < window.end_ns:
                 yield key, stored
 
@@ -269,9 +289,10 @@ class Query:
         """Give the parts of a window that may hold what is asked for, and what they cover."""
         parts: list[_Kept] = []
         skipped: list[Skipped] = []
-        accounting, objects = Accounting(), 0
+        accounting, objects, is_lasting = Accounting(), 0, True
         for loaded in self._read(reader, window):
             skipped += loaded.skipped
+            is_lasting &= loaded.is_lasting
             value = loaded.value
             if value is None or not _has_host(value.accounting, selector):
                 continue
@@ -282,7 +303,7 @@ class Query:
             objects += len(value.objects)
             accounting = accounting.merge(value.accounting)
             parts.append(value)
-        return parts, Coverage(window, objects, accounting, tuple(skipped))
+        return parts, Coverage(window, objects, accounting, tuple(skipped), is_lasting)
 
     def _read(self, reader: "_Reader[_Kept]", window: Window) -> Iterator["_Loaded[_Kept]"]:
         """Give the parts of a window in the order of their keys, decoding what is not cached."""
@@ -291,10 +312,10 @@ class Query:
             objects = (_Object(key, stored) for key, stored in self.objects(window))
             end_ns = min(window.end_ns, settled_ns)
             for part, is_whole in _split(objects, window.start_ns, end_ns, _SPANS_NS):
-                if is_whole:
-                    yield from reader.of_span(part, pool)
-                else:
-                    yield from map_ahead(pool, reader.of_object, part)
+                read = reader.of_span(part, pool)
+                for loaded in read if is_whole else map_ahead(pool, reader.of_object, part):
+                    self._check()
+                    yield loaded
 
     @property
     def _stacks(self) -> "_Reader[Columns]":
@@ -379,6 +400,7 @@ class Query:
                 stored_of[key.text] = stored
             except StoreError as error:
                 read.append(_failed(stored.key, str(error), is_lasting=False))
+        self._check()
         decoded, failures = self._decode_content(fetched)
         read += [_Loaded(keys, columns) for keys, columns in decoded]
         for text, reason in failures:
@@ -424,6 +446,10 @@ class _Reader(Generic[_Kept]):
 
     of_object: Callable[[_Object], _Loaded[_Kept]]
     of_span: Callable[[Sequence[_Object], ThreadPoolExecutor], Iterator[_Loaded[_Kept]]]
+
+
+def _go_on() -> None:
+    """Interrupt nothing."""
 
 
 def _failed(key: str, reason: str, is_lasting: bool = True) -> _Loaded[Columns]:

@@ -1,0 +1,476 @@
+"""Answers: what the service says to a question about its store, in the shapes of its API.
+
+A merged profile is kept as arrays for as long as there is room, under the names of its objects, so
+that what changes in the store is never missed and every zoom, search and table starts from it. Only
+what a screen shows is drawn and sent; the rest is summed in boxes of kind `rest`.
+
+Times in are ns, times out are Unix milliseconds. All answers are dicts that orjson can write.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from profiler.flamegraph import ROOT_ID, FlameGraph, Screen, draw
+from profiler.paths import Group, Paths, Stacks
+from profiler.selection import nearest_objects
+from storage.objects import ObjectStore
+from storage.profile import GOOD_STOPS, Window
+from storage.query import Answer, Coverage, Functions, Query
+from storage.selector import Selector
+from symbolizer.location import Frame
+
+SCHEMA = 1
+
+_KEPT_WORDS = 30_000_000
+"""Boxes of all stacks of the merged profiles that are kept, 12 bytes each with all that is made of
+them; the last one asked for is kept whatever its size."""
+_KEPT_NODES = 200_000
+"""Nodes remembered per merged profile, so that a zoom into one that was drawn is not searched."""
+_FINER = (1, 30, 1000)
+"""How much finer than the screen the tree is drawn, step by step, to find a node by its id."""
+_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
+"""Lengths in seconds that a timeline's step has when nobody asks for one."""
+_WANTED_STEPS = 180
+MOST_STEPS = 5_000
+
+Check = Callable[[], None]
+"""Called between steps of long work; what it raises ends the work."""
+
+
+class NoSuchNodeError(LookupError):
+    """The node of a link is not among the stacks that are asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked about: the part of the store, and how its stacks are looked at."""
+
+    window: Window
+    selector: Selector
+    type: str = "cpu"
+    by: tuple[str, ...] = ()
+    group: Group = Group.FUNCTION
+    invert: bool = False
+    callers: str = ""
+    focus: tuple[str, ...] = ()
+    hide: tuple[str, ...] = ()
+    node: int = ROOT_ID
+    search: str = ""
+    width_px: float = 1200.0
+
+    @property
+    def view(self) -> tuple[object, ...]:
+        """What the paths depend on, but for the node that is zoomed into."""
+        return (self.by, self.group, self.invert, self.callers, self.focus, self.hide)
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether sums of functions answer it without any stack."""
+        looks = (self.invert, self.callers, self.focus, self.hide)
+        return not any(looks) and self.node == ROOT_ID and self.group is Group.FUNCTION
+
+
+@dataclass(slots=True)
+class _Merged:
+    """A merged profile and what was made of it so far."""
+
+    answer: Answer
+    stacks: dict[Group, Stacks] = field(default_factory=dict)
+    paths: dict[tuple[object, ...], Paths] = field(default_factory=dict)
+    nodes: dict[tuple[object, ...], dict[int, tuple[int, int]]] = field(default_factory=dict)
+    """By view and id: the parent's id and the number of the box."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def words(self) -> int:
+        return len(self.answer.profile.stack_locations)
+
+    def paths_of(self, question: Question) -> Paths:
+        """Give the paths of a view. A few views are kept: they are as large as the profile."""
+        with self.lock:
+            known = self.paths.get(question.view)
+            if known is not None:
+                return known
+            stacks = self.stacks.get(question.group)
+            if stacks is None:
+                stacks = Stacks.of(self.answer.profile, question.group)
+                self.stacks = {question.group: stacks}
+            paths = Paths.of_stacks(stacks, self.answer.profile, question.by)
+            for function in question.hide:
+                paths = paths.hide(function)
+            for function in question.focus:
+                paths = paths.focus(function)
+            if question.callers:
+                paths = paths.callers(question.callers)
+            elif question.invert:
+                paths = paths.inverted()
+            if len(self.paths) >= 3:
+                del self.paths[next(iter(self.paths))]
+            self.paths[question.view] = paths
+            return paths
+
+    def remember(self, question: Question, paths: Paths, graph: FlameGraph) -> None:
+        """Note where the nodes of a drawn graph stand, so that their ids lead to them."""
+        known = self.nodes.setdefault(question.view, {})
+        if len(known) > _KEPT_NODES:
+            known.clear()
+        number = {frame: i for i, frame in enumerate(paths.frames)}
+        boxes = [number.get(frame, -1) for frame in graph.frames]
+        ids = graph.ids(question.node).tolist()
+        parents, frames = graph.parent.tolist(), graph.frame.tolist()
+        for node in range(1, len(ids)):
+            box = boxes[frames[node]]
+            if box >= 0:
+                known.setdefault(ids[node], (ids[parents[node]], box))
+
+    def path_to(self, question: Question, paths: Paths) -> list[tuple[int, int]]:
+        """Give the (id, box) that lead from below the root to the node of the question.
+
+        Raises:
+            NoSuchNodeError: no stack goes there.
+        """
+        known = self.nodes.get(question.view, {})
+        for finer in (*_FINER, 0):
+            found = _follow(known, question.node)
+            if found is not None:
+                return found
+            screen = Screen(question.width_px * finer) if finer else None
+            self.remember(replace(question, node=ROOT_ID), paths, draw(paths, screen))
+            known = self.nodes[question.view]
+        found = _follow(known, question.node)
+        if found is None:
+            raise NoSuchNodeError(f"{question.node:016x}")
+        return found
+
+
+def _follow(known: dict[int, tuple[int, int]], node: int) -> list[tuple[int, int]] | None:
+    path: list[tuple[int, int]] = []
+    while node != ROOT_ID:
+        if node not in known:
+            return None
+        parent, box = known[node]
+        path.append((node, box))
+        node = parent
+    return path[::-1]
+
+
+class Answers:
+    """Answers questions about one store. Safe to use from several threads."""
+
+    def __init__(self, store: ObjectStore, query: Query) -> None:
+        self._store = store
+        self._query = query
+        self._merged: OrderedDict[tuple[str, str, str], _Merged] = OrderedDict()
+        self._lock = threading.Lock()
+        self._merging: dict[tuple[str, str, str], threading.Lock] = {}
+
+    def flamegraph(self, question: Question, check: Check) -> dict[str, Any]:
+        """Answer `flamegraph`.
+
+        Raises:
+            NoSuchNodeError: the question's node is not there.
+        """
+        merged = self._merge(question, check)
+        paths = merged.paths_of(question)
+        check()
+        path = merged.path_to(question, paths) if question.node != ROOT_ID else []
+        below = paths.below([box for _, box in path])
+        check()
+        graph = draw(below, Screen(question.width_px))
+        check()
+        merged.remember(question, paths, graph)
+        found = below.search(question.search) if question.search else None
+        profile = merged.answer.profile
+        return {
+            **self._head(question, merged.answer.coverage),
+            "unit": profile.unit,
+            "total": profile.total_value,
+            "samples": profile.total_samples,
+            "frames": [list(frame) for frame in graph.frames],
+            "nodes": {
+                "frame": graph.frame,
+                "depth": graph.depth,
+                "total": graph.total,
+                "self": graph.self,
+                "samples": graph.samples,
+            },
+            "rest": {"nodes": graph.cut_nodes, "total": graph.cut_total},
+            "path": _ancestors(paths, path),
+            "search": {"text": question.search, **found._asdict()} if found else None,
+            "empty": self._empty(question, merged.answer.coverage, profile.total_samples),
+        }
+
+    def top(self, question: Question, sort: str, limit: int, check: Check) -> dict[str, Any]:
+        """Answer `top`: the table of functions, sorted and filtered from the full data.
+
+        Raises:
+            NoSuchNodeError: the question's node is not there.
+        """
+        if question.is_plain and not self._has(question):
+            table = self._query.interruptible(check).functions(
+                question.window, question.selector, (), question.type
+            )
+            rows = _rows_of_sums(table)
+            unit, total, samples = table.unit, table.total, table.samples
+            coverage = table.coverage
+        else:
+            merged = self._merge(question, check)
+            paths = merged.paths_of(question)
+            if question.node != ROOT_ID:
+                paths = paths.through([box for _, box in merged.path_to(question, paths)])
+            check()
+            rows = [(row.frame, row[1:]) for row in paths.functions() if row.total]
+            profile, coverage = merged.answer.profile, merged.answer.coverage
+            unit, total, samples = profile.unit, profile.total_value, profile.total_samples
+        check()
+        if question.search:
+            wanted = question.search.casefold()
+            rows = [
+                row
+                for row in rows
+                if wanted in row[0].function.casefold() or wanted in row[0].module.casefold()
+            ]
+        rows.sort(key=_SORTS[sort])
+        return {
+            **self._head(question, coverage),
+            "unit": unit,
+            "total": total,
+            "samples": samples,
+            "functions": [
+                {
+                    "function": frame.function,
+                    "module": frame.module,
+                    "kind": frame.kind,
+                    "file": frame.file,
+                    "self": counts[0],
+                    "total": counts[1],
+                    "self_samples": counts[2],
+                    "total_samples": counts[3],
+                }
+                for frame, counts in rows[:limit]
+            ],
+            "rows": len(rows),
+            "empty": self._empty(question, coverage, samples),
+        }
+
+    def timeline(
+        self, question: Question, step_ns: int, limit: int, check: Check
+    ) -> dict[str, Any]:
+        """Answer `timeline`. What is beyond `limit` series is one more, marked as the rest."""
+        window = question.window
+        step_ns = step_ns or usual_step_ns(window)
+        # Steps begin at multiples of their length, so that the same minute is the same step.
+        aligned = Window(window.start_ns - window.start_ns % step_ns, window.end_ns)
+        whole = self._query.interruptible(check).timeline(
+            window,
+            question.selector,
+            step_ns,
+            question.by,
+            type=question.type,
+            origin_ns=aligned.start_ns,
+        )
+        series = [
+            {
+                "labels": dict(each.labels),
+                "rest": False,
+                "values": each.values,
+                "samples": each.samples,
+            }
+            for each in whole.series[:limit]
+        ]
+        others = whole.series[limit:]
+        if others:
+            series.append(
+                {
+                    "labels": {},
+                    "rest": True,
+                    "values": sum(each.values for each in others[1:]) + others[0].values,
+                    "samples": sum(each.samples for each in others[1:]) + others[0].samples,
+                }
+            )
+        samples = sum(int(each.samples.sum()) for each in whole.series)
+        return {
+            **self._head(question, whole.coverage),
+            "unit": whole.unit,
+            "start_ms": whole.start_ns // 1_000_000,
+            "step_ms": whole.step_ns // 1_000_000,
+            "series": series,
+            "totals": {name: whole.totals[name] for name in _TIMELINE_TOTALS},
+            "empty": self._empty(question, whole.coverage, samples),
+        }
+
+    def labels(self, question: Question, check: Check) -> dict[str, Any]:
+        """Answer `labels`: the names there are, how many values and samples each has."""
+        found = self._query.interruptible(check).labels(question.window, question.selector)
+        names = [
+            {"name": name, "values": len(values), "samples": sum(values.values())}
+            for name, values in sorted(found.items())
+        ]
+        return {"schema": SCHEMA, "window": _window(question.window), "labels": names}
+
+    def label_values(self, question: Question, name: str, check: Check) -> dict[str, Any]:
+        """Answer `labels/{name}/values`, most samples first."""
+        query = self._query.interruptible(check)
+        values = query.label_values(question.window, name, question.selector)
+        return {
+            "schema": SCHEMA,
+            "window": _window(question.window),
+            "name": name,
+            "values": [{"value": value, "samples": count} for value, count in values.items()],
+        }
+
+    def profile(self, question: Question, check: Check) -> Answer:
+        """Give the merged profile itself, for exports."""
+        return self._merge(question, check).answer
+
+    def span(self) -> Window | None:
+        """Give when the data of the store begin and end; None if there are none."""
+        far = Window(2**62, 2**62 + 1)
+        last = nearest_objects(self._store, far)
+        first = nearest_objects(self._store, Window(0, 1))
+        if not last or not first:
+            return None
+        return Window(min(key.start_ns for key in first), max(key.end_ns for key in last))
+
+    def _key(self, question: Question) -> tuple[str, str, str]:
+        objects = self._query.fingerprint(question.window)
+        return (objects, str(question.selector), question.type)
+
+    def _has(self, question: Question) -> bool:
+        return self._key(question) in self._merged
+
+    def _merge(self, question: Question, check: Check) -> _Merged:
+        key = self._key(question)
+        with self._lock:
+            turn = self._merging.setdefault(key, threading.Lock())
+        try:
+            while not turn.acquire(timeout=0.1):
+                check()
+            try:
+                with self._lock:
+                    known = self._merged.get(key)
+                    if known is not None:
+                        self._merged.move_to_end(key)
+                        return known
+                query = self._query.interruptible(check)
+                answer = query.profile(question.window, question.selector, question.type)
+                merged = _Merged(answer)
+                if answer.coverage.is_lasting:
+                    self._keep(key, merged)
+                return merged
+            finally:
+                turn.release()
+        finally:
+            with self._lock:
+                if not turn.locked():
+                    self._merging.pop(key, None)
+
+    def _keep(self, key: tuple[str, str, str], merged: _Merged) -> None:
+        with self._lock:
+            self._merged[key] = merged
+            words = sum(each.words for each in self._merged.values())
+            while words > _KEPT_WORDS and len(self._merged) > 1:
+                _, oldest = self._merged.popitem(last=False)
+                words -= oldest.words
+
+    def _head(self, question: Question, coverage: Coverage) -> dict[str, Any]:
+        accounting = coverage.accounting
+        stops = dict(accounting.stops)
+        good = sum(count for reason, count in stops.items() if reason in GOOD_STOPS)
+        ended = sum(stops.values())
+        return {
+            "schema": SCHEMA,
+            "type": question.type,
+            "window": _window(question.window),
+            "query": str(question.selector),
+            "host_seconds": accounting.profiled_ns / 1e9,
+            "coverage": {
+                "hosts": len(accounting.hosts),
+                "objects": coverage.objects,
+                "cpus": accounting.cpus,
+                "ticks": accounting.ticks,
+                "idle": accounting.idle,
+                "filtered": accounting.filtered,
+                "stored": accounting.stored,
+                "lost": dict(accounting.lost),
+                "stops": stops,
+                "complete": good / ended if ended else None,
+                "nonidle_ns": accounting.nonidle_ns,
+                "profiled_ns": accounting.profiled_ns,
+                "skipped": [{"key": each.key, "reason": each.reason} for each in coverage.skipped],
+            },
+            "agent": {
+                "cpu_ns": accounting.agent_cpu_ns,
+                "rss_bytes": accounting.agent_rss_bytes,
+            },
+        }
+
+    def _empty(self, question: Question, coverage: Coverage, samples: int) -> dict[str, Any] | None:
+        if samples:
+            return None
+        if coverage.objects or (question.selector.matchers and self._any(question.window)):
+            services = self._query.label_values(question.window, "service")
+            return {"reason": "nothing_matches", "nearest": [], "services": list(services)[:50]}
+        nearest = [
+            {"from_ms": key.start_ns // 1_000_000, "until_ms": key.end_ns // 1_000_000}
+            for key in nearest_objects(self._store, question.window)
+        ]
+        reason = "no_data_in_range" if nearest else "no_data_ever"
+        return {"reason": reason, "nearest": nearest, "services": []}
+
+    def _any(self, window: Window) -> bool:
+        return next(iter(self._query.objects(window)), None) is not None
+
+
+def usual_step_ns(window: Window) -> int:
+    """Give the step that cuts a window into a number of steps that a screen can show."""
+    length_s = (window.end_ns - window.start_ns) / 1e9
+    fitting = (step for step in _STEPS if length_s / step <= _WANTED_STEPS)
+    return next(fitting, 86400 * (1 + int(length_s / 86400 / _WANTED_STEPS))) * 1_000_000_000
+
+
+_TIMELINE_TOTALS = ("profiled_ns", "nonidle_ns", "ticks", "idle", "filtered", "stored", "lost")
+
+_Row = tuple[Frame, tuple[int, int, int, int]]
+
+_SORTS: dict[str, Callable[[_Row], tuple[object, ...]]] = {
+    "self": lambda row: (-row[1][0], -row[1][1], row[0]),
+    "total": lambda row: (-row[1][1], -row[1][0], row[0]),
+    "name": lambda row: (row[0].function.casefold(), row[0]),
+    "module": lambda row: (row[0].module.casefold(), -row[1][0], row[0]),
+}
+SORTS = tuple(_SORTS)
+
+
+def _rows_of_sums(table: Functions) -> list[_Row]:
+    return [
+        (row.frame, (row.self, row.total, row.self_samples, row.total_samples))
+        for row in table.rows
+    ]
+
+
+def _window(window: Window) -> dict[str, int]:
+    return {
+        "from_ms": window.start_ns // 1_000_000,
+        "until_ms": window.end_ns // 1_000_000,
+    }
+
+
+def _ancestors(paths: Paths, path: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Give the boxes that lead to the zoomed one, itself last, each with what it costs."""
+    listed, boxes = [], []
+    for node, box in path:
+        boxes.append(box)
+        below = paths.through(boxes)
+        listed.append(
+            {
+                "id": f"{node:016x}",
+                "frame": list(paths.frames[box]),
+                "total": below.total,
+                "samples": below.total_samples,
+            }
+        )
+    return listed
