@@ -307,15 +307,21 @@ class Query:
 
     def _read(self, reader: "_Reader[_Kept]", window: Window) -> Iterator["_Loaded[_Kept]"]:
         """Give the parts of a window in the order of their keys, decoding what is not cached."""
-        settled_ns = self._now_ns() - _SETTLED_AFTER_NS
-        with ThreadPoolExecutor(_FETCHES, "query") as pool:
-            objects = (_Object(key, stored) for key, stored in self.objects(window))
-            end_ns = min(window.end_ns, settled_ns)
-            for part, is_whole in _split(objects, window.start_ns, end_ns, _SPANS_NS):
-                read = reader.of_span(part, pool)
-                for loaded in read if is_whole else map_ahead(pool, reader.of_object, part):
-                    self._check()
-                    yield loaded
+        end_ns = min(window.end_ns, self._now_ns() - _SETTLED_AFTER_NS)
+        objects = (_Object(key, stored) for key, stored in self.objects(window))
+        with ThreadPoolExecutor(_FETCHES, "query") as pool, ThreadPoolExecutor(2, "spans") as spans:
+
+            def read(part: tuple[list[_Object], bool]) -> list[_Loaded[_Kept]]:
+                listed, is_whole = part
+                if is_whole:
+                    return list(reader.of_span(listed, pool))
+                return list(map_ahead(pool, reader.of_object, listed))
+
+            parts = _split(objects, window.start_ns, end_ns, _SPANS_NS)
+            # Two spans at a time: while one is merged, the next is decoded.
+            for loaded in map_ahead(spans, read, parts, ahead=2):
+                self._check()
+                yield from loaded
 
     @property
     def _stacks(self) -> "_Reader[Columns]":
@@ -354,7 +360,8 @@ class Query:
         if known is not None:
             yield _Loaded(keys, known[0], tuple(Skipped(*each) for each in known[1]))
             return
-        chunks = [objects[i : i + _CHUNK] for i in range(0, len(objects), _CHUNK)]
+        size = min(_CHUNK, -(-len(objects) // 2))
+        chunks = [objects[i : i + size] for i in range(0, len(objects), size)]
         read = list(itertools.chain.from_iterable(map_ahead(pool, self._decode, chunks)))
         columns = [loaded.value for loaded in read if loaded.value is not None]
         if len({(each.type, each.unit) for each in columns}) != 1:
