@@ -49,38 +49,701 @@
 //   everflame:first-paint   from the answer's arrival until it is painted
 //   everflame:zoom          from the click or key until all boxes are drawn
 
+import {boxColour, dimColour, matchColour} from "./colour.js";
+import {cores, counted, number, place, quantity, safeName, share, shorten} from "./format.js";
+import {Graph, ROOT_ID, boxOf, hit, layOut, neighbour, stepMatch, sumOf} from "./layout.js";
+
+const ROW_PX = 20;
+const GAP_PX = 1;
+const FONT = '12px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace';
+const TEXT_INSET_PX = 4;
+const TEXT_LEAST_PX = 30;
+const TOOLTIP_GAP_PX = 14;
+/** Browsers draw nothing on a canvas that is wider or higher than this in device pixels. */
+const CANVAS_LIMIT = 32767;
+const CACHED_TEXTS = 20000;
+
+const KIND_NAMES = {jit: "JIT", go: "Go", java: "Java", node: "Node.js", python: "Python"};
+
 /** A canvas that shows one answer of the service. */
 export class FlameGraphView {
-  width = 1200;
+  #callbacks;
+  #container;
+  #parts;
+  #watchers;
+  #context;
+  #graph = null;
+  #answer = null;
+  #view = "icicle";
+  #colour = "kind";
+  #boxes = null;
+  #rows = 0;
+  /** The node that was asked for; above the answer's root it is not drawn until the next show(). */
+  #asked = 0;
+  #selected = null;
+  #hovered = -1;
+  #searched = "";
+  #isMatch = null;
+  #matches = [];
+  #scheme = null;
+  #colours = [];
+  #texts = new Map();
+  #cellPx = 7.2;
+  #frameRequest = 0;
 
   constructor(container, {onZoom, onSelect, onHover} = {}) {
-    this.callbacks = {onZoom, onSelect, onHover};
-    this.container = container;
+    this.#callbacks = {onZoom, onSelect, onHover};
+    this.#container = container;
+    this.#parts = makeParts(container.ownerDocument);
+    container.append(this.#parts.root);
+    this.#context = this.#parts.canvas.getContext("2d", {alpha: false});
+    this.#listen();
+    this.#watchers = this.#watch();
+    this.#readScheme();
   }
 
-  show(answer, {view = "icicle", colour = "kind", zoomPath = null, arrivedAt = null} = {}) {}
+  get width() {
+    return this.#parts.scroller.clientWidth;
+  }
+
+  show(answer, {view = "icicle", colour = "kind", zoomPath = null, arrivedAt = null} = {}) {
+    const start = arrivedAt ?? performance.now();
+    const selectedPath = this.#selected === null ? null : this.#graph.pathOf(this.#selected);
+    const isOtherView = view !== this.#view || this.#graph === null;
+    this.#graph = new Graph(answer);
+    this.#answer = answer;
+    this.#view = view;
+    this.#colour = colour;
+    this.#colours = [];
+    this.#asked = zoomPath ? Math.max(0, this.#graph.findPath(zoomPath)) : 0;
+    this.#selected = selectedPath ? exactly(this.#graph, selectedPath) : null;
+    this.#findMatches();
+    this.#hide();
+    this.#layOut();
+    if (isOtherView) this.#parts.scroller.scrollTop = view === "flame" ? this.#rows * ROW_PX : 0;
+    this.#draw();
+    afterPaint(() => {
+      performance.measure("everflame:first-paint", {start, end: performance.now()});
+    });
+  }
 
   highlight(text) {
-    return {index: 0, count: 0};
+    this.#searched = text;
+    this.#findMatches();
+    this.#draw();
+    return this.#place();
   }
 
   step(direction) {
-    return {index: 0, count: 0};
+    const at = stepMatch(this.#matches, this.#selected, direction);
+    if (at < 0) return {index: 0, count: 0};
+    this.#selectNode(this.#matches[at]);
+    return this.#place();
   }
 
   select(id) {
+    const node = id === null ? null : this.#graph?.findId(id) ?? null;
+    this.#selected = node;
+    this.#showSelection();
+    return node !== null;
+  }
+
+  zoom(id) {
+    if (!this.#graph) return;
+    const node = id === null ? this.#graph.top : this.#graph.findId(id);
+    if (node !== null) this.#zoomTo(node);
+  }
+
+  resize() {
+    if (!this.#graph) return;
+    this.#hide();
+    this.#layOut();
+    this.#draw();
+  }
+
+  recolour() {
+    this.#readScheme();
+    this.#draw();
+  }
+
+  dim(isDim) {
+    this.#parts.root.classList.toggle("is-dim", isDim);
+  }
+
+  focus() {
+    this.#parts.canvas.focus({preventScroll: true});
+  }
+
+  destroy() {
+    cancelAnimationFrame(this.#frameRequest);
+    for (const stop of this.#watchers) stop();
+    this.#parts.root.remove();
+  }
+
+  // Laying out
+
+  get #zoomed() {
+    return Math.max(0, this.#asked);
+  }
+
+  #layOut() {
+    const {space, scroller} = this.#parts;
+    const before = this.#rows;
+    this.#rows = this.#graph.size && this.#answer.total > 0 ? this.#graph.rowsTo(this.#zoomed) : 0;
+    const {scrollTop} = scroller;
+    space.style.height = `${this.#rows * ROW_PX}px`;
+    // With the root at the bottom, rows keep their distance to the bottom.
+    if (this.#view === "flame" && before) scroller.scrollTop = scrollTop + (this.#rows - before) * ROW_PX;
+    this.#parts.canvas.setAttribute("aria-label", this.#description());
+    this.#fit();
+  }
+
+  // The boxes for the width at hand: a scroll bar that came or went has changed it.
+  #fit() {
+    const {canvas, scroller} = this.#parts;
+    const ratio = this.#ratio;
+    const [width, height] = [scroller.clientWidth, scroller.clientHeight];
+    canvas.style.width = `${width}px`;
+    canvas.style.height = `${height}px`;
+    canvas.width = Math.round(width * ratio);
+    canvas.height = Math.round(height * ratio);
+    this.#boxes = layOut(this.#graph, this.#zoomed, this.#rows ? width : 0);
+    this.#listMatches();
+  }
+
+  get #ratio() {
+    const {clientWidth, clientHeight} = this.#parts.scroller;
+    const most = CANVAS_LIMIT / Math.max(1, clientWidth, clientHeight);
+    return Math.min(devicePixelRatio || 1, most);
+  }
+
+  #topOf(row) {
+    return (this.#view === "flame" ? this.#rows - 1 - row : row) * ROW_PX;
+  }
+
+  #rowAt(y) {
+    const line = Math.floor(y / ROW_PX);
+    return this.#view === "flame" ? this.#rows - 1 - line : line;
+  }
+
+  // Drawing
+
+  #draw() {
+    if (!this.#graph || !this.#boxes) return;
+    const {canvas, scroller} = this.#parts;
+    const context = this.#context;
+    const ratio = this.#ratio;
+    const {scrollTop, clientHeight, clientWidth} = scroller;
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.fillStyle = this.#scheme.background;
+    context.fillRect(0, 0, canvas.width, canvas.height);
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    context.font = FONT;
+    context.textBaseline = "middle";
+    const hatching = this.#hatching(ratio);
+    const edges = [this.#rowAt(scrollTop), this.#rowAt(scrollTop + clientHeight - 1)];
+    const first = Math.max(0, Math.min(...edges));
+    const last = Math.min(this.#boxes.rows - 1, Math.max(...edges));
+    for (let row = first; row <= last; row += 1) {
+      this.#drawRow(row, this.#topOf(row) - scrollTop, clientWidth, ratio, hatching);
+    }
+    this.#placeOutlines();
+  }
+
+  #drawRow(row, top, right, ratio, hatching) {
+    const context = this.#context;
+    const {x, width, node, cutEnd, rowStart} = this.#boxes;
+    const height = ROW_PX - GAP_PX;
+    for (let i = rowStart[row]; i < rowStart[row + 1]; i += 1) {
+      // On whole device pixels edges stay sharp, and neighbours neither overlap nor gape.
+      const start = Math.round(x[i] * ratio) / ratio;
+      const end = Math.min(right, Math.round((x[i] + width[i]) * ratio) / ratio);
+      const gap = width[i] > 3 ? GAP_PX : 0;
+      const drawn = Math.max(1 / ratio, end - start - gap);
+      const {fill, text} = this.#colourOf(node[i], cutEnd[i] !== 0);
+      context.fillStyle = fill;
+      context.fillRect(start, top, drawn, height);
+      if (cutEnd[i] !== 0 || this.#graph.frameOf(node[i]).kind === "rest") {
+        context.fillStyle = hatching;
+        context.fillRect(start, top, drawn, height);
+      } else if (drawn >= TEXT_LEAST_PX) {
+        context.fillStyle = text;
+        const name = this.#fitted(this.#graph.frameOf(node[i]).function, drawn - 2 * TEXT_INSET_PX);
+        context.fillText(name, start + TEXT_INSET_PX, top + height / 2 + 0.5);
+      }
+    }
+  }
+
+  #colourOf(node, isSum) {
+    const {isDark} = this.#scheme;
+    const isSearching = this.#isMatch !== null;
+    if (isSum) return this.#frameColour({kind: "rest", module: ""}, "rest", 0, isSearching);
+    if (isSearching && this.#isMatch.has(node)) return matchColour(isDark);
+    const isAbove = node !== this.#zoomed && this.#graph.isWithin(this.#zoomed, node);
+    const frame = this.#graph.frameOf(node);
+    if (this.#colour === "self") {
+      const own = isAbove ? 0 : this.#graph.selfOf(node) / (this.#graph.wholeTotal || 1);
+      const step = Math.round(own * 400);
+      const key = frame.kind === "label" ? "label" : `self ${step}`;
+      return this.#frameColour(frame, key, step / 400, isSearching || isAbove);
+    }
+    const key = node < 0 ? `above ${node}` : this.#graph.frame[node];
+    return this.#frameColour(frame, key, 0, isSearching || isAbove);
+  }
+
+  #frameColour(frame, key, selfShare, isDimmed) {
+    const {isDark} = this.#scheme;
+    const cache = (this.#colours[isDimmed ? 1 : 0] ??= new Map());
+    let colour = cache.get(key);
+    if (!colour) {
+      colour = boxColour(frame, this.#colour, isDark, selfShare);
+      if (isDimmed) colour = dimColour(colour, isDark);
+      cache.set(key, colour);
+    }
+    return colour;
+  }
+
+  #fitted(name, width) {
+    const length = Math.floor(width / this.#cellPx);
+    const key = `${length} ${name}`;
+    let text = this.#texts.get(key);
+    if (text === undefined) {
+      text = shorten(safeName(name), length);
+      // Other scripts are wider than the font's cell.
+      for (let fit = length - 1; fit > 0 && !isAscii(text) && this.#measure(text) > width; fit -= 1) {
+        text = shorten(safeName(name), fit);
+      }
+      if (this.#texts.size >= CACHED_TEXTS) this.#texts.clear();
+      this.#texts.set(key, text);
+    }
+    return text;
+  }
+
+  #measure(text) {
+    return this.#context.measureText(text).width;
+  }
+
+  #hatching(ratio) {
+    const key = `${ratio} ${this.#scheme.isDark}`;
+    if (this.#scheme.hatchingKey !== key) {
+      this.#scheme.hatching = drawHatching(this.#context, ratio, this.#scheme);
+      this.#scheme.hatchingKey = key;
+    }
+    return this.#scheme.hatching;
+  }
+
+  #readScheme() {
+    const {root, canvas} = this.#parts;
+    const style = getComputedStyle(root);
+    const background = style.backgroundColor;
+    this.#scheme = {background, isDark: isDarkColour(background), muted: style.borderTopColor};
+    canvas.classList.toggle("is-dark", this.#scheme.isDark);
+    this.#colours = [];
+    this.#texts.clear();
+    this.#context.font = FONT;
+    this.#cellPx = this.#measure("M".repeat(20)) / 20;
+  }
+
+  #placeOutlines() {
+    const {hovered, selected} = this.#parts;
+    this.#outline(hovered, this.#hovered);
+    const node = this.#selected;
+    this.#outline(selected, node === null ? -1 : boxOf(this.#graph, this.#boxes, node));
+  }
+
+  #outline(element, i) {
+    element.hidden = i < 0;
+    if (i < 0) return;
+    const {left, top, width} = this.#rectOf(i);
+    element.style.transform = `translate(${left}px, ${top}px)`;
+    element.style.width = `${Math.max(2, width)}px`;
+    element.style.height = `${ROW_PX - GAP_PX}px`;
+  }
+
+  #rectOf(i) {
+    const {x, width} = this.#boxes;
+    return {left: x[i], top: this.#topOf(this.#rowOfBox(i)), width: width[i] - (width[i] > 3 ? GAP_PX : 0)};
+  }
+
+  #rowOfBox(i) {
+    return this.#graph.rowOf(this.#boxes.node[i]);
+  }
+
+  // Searching
+
+  #findMatches() {
+    const isSearching = this.#searched !== "" && this.#graph !== null;
+    this.#isMatch = isSearching ? new Set(this.#graph.matches(this.#searched)) : null;
+    this.#listMatches();
+  }
+
+  // Only what is drawn can be stepped to.
+  #listMatches() {
+    this.#matches = [];
+    if (!this.#isMatch || !this.#boxes) return;
+    const {node, cutEnd} = this.#boxes;
+    for (let i = 0; i < node.length; i += 1) {
+      if (cutEnd[i] === 0 && this.#isMatch.has(node[i])) this.#matches.push(node[i]);
+    }
+    this.#matches.sort((a, b) => a - b);
+  }
+
+  #place() {
+    const index = this.#selected === null ? 0 : this.#matches.indexOf(this.#selected) + 1;
+    return {index, count: this.#matches.length};
+  }
+
+  // Zooming and selecting
+
+  #zoomTo(node) {
+    const start = performance.now();
+    const target = this.#graph.isRest(node) ? this.#graph.parentOf(node) : node;
+    if (target === null || target === this.#asked) return;
+    this.#asked = target;
+    if (target >= 0) {
+      this.#hide();
+      this.#layOut();
+      this.#draw();
+      performance.measure("everflame:zoom", {start, end: performance.now()});
+    }
+    const path = this.#graph.pathOf(target);
+    this.#callbacks.onZoom?.(path.length ? this.#graph.idOf(target) : null, path);
+  }
+
+  #selectNode(node) {
+    this.#selected = node;
+    this.#showSelection();
+    const i = node === null ? -1 : boxOf(this.#graph, this.#boxes, node);
+    this.#callbacks.onSelect?.(node === null ? null : this.#describe(node, i));
+  }
+
+  #showSelection() {
+    const {live} = this.#parts;
+    if (!this.#boxes) return;
+    this.#placeOutlines();
+    live.textContent = this.#selected === null ? "" : this.#spoken(this.#selected);
+    if (this.#selected !== null) this.#scrollTo(this.#selected);
+  }
+
+  #scrollTo(node) {
+    const {scroller} = this.#parts;
+    const top = this.#topOf(this.#graph.rowOf(node));
+    if (top < scroller.scrollTop) scroller.scrollTop = top - ROW_PX;
+    const bottom = top + ROW_PX - scroller.clientHeight;
+    if (bottom > scroller.scrollTop) scroller.scrollTop = bottom + ROW_PX;
+  }
+
+  /** Tell a callback about a box: that of a node, or the sum of what is too narrow. */
+  #describe(node, i = -1) {
+    const graph = this.#graph;
+    const isSum = i >= 0 && this.#boxes.cutEnd[i] !== 0;
+    const isRest = isSum || graph.isRest(node);
+    const {total, samples, nodes} = isSum ? sumOf(graph, this.#boxes, i)
+      : {total: graph.totalOf(node), samples: graph.samplesOf(node), nodes: 1};
+    const path = graph.pathOf(isRest ? graph.parentOf(node) : node);
+    const frame = isSum
+      ? {function: `(${counted(nodes, "box").replace(/boxs$/, "boxes")} too narrow to draw)`, module: "", kind: "rest", file: "", line: 0}
+      : graph.frameOf(node);
+    return {
+      id: path.length ? this.#graph.idOf(isRest ? graph.parentOf(node) : node) : ROOT_ID,
+      path,
+      frame,
+      total,
+      self: isSum ? total : graph.selfOf(node),
+      samples,
+      depth: graph.rowOf(node),
+      share: total / (graph.totalOf(this.#zoomed) || 1),
+      shareOfAll: total / (graph.wholeTotal || 1),
+      isRest,
+    };
+  }
+
+  #spoken(node) {
+    const graph = this.#graph;
+    const name = safeName(graph.frameOf(node).function);
+    const of = this.#answer.type === "cpu" ? "of CPU" : "of all";
+    const spoken = `${name}, ${share(graph.totalOf(node), graph.wholeTotal)} ${of}, depth ${graph.rowOf(node)}`;
+    return this.#isMatch?.has(node) ? `${spoken}, match ${this.#place().index} of ${this.#matches.length}` : spoken;
+  }
+
+  #description() {
+    const {total, samples, unit} = this.#answer;
+    if (!this.#rows) return "Flame graph, empty";
+    const name = safeName(this.#graph.frameOf(this.#zoomed).function);
+    return `Flame graph of ${name}: ${quantity(total, unit)} in all, ${counted(samples, "sample")}. `
+      + "Arrow keys move, Enter zooms in, Escape zooms out, Home shows everything.";
+  }
+
+  // Pointer and keyboard
+
+  #listen() {
+    const {canvas, scroller} = this.#parts;
+    canvas.addEventListener("click", event => this.#click(event));
+    canvas.addEventListener("pointermove", event => this.#move(event));
+    canvas.addEventListener("pointerleave", () => this.#hide());
+    canvas.addEventListener("keydown", event => this.#press(event));
+    canvas.addEventListener("blur", () => this.#hide());
+    scroller.addEventListener("scroll", () => {
+      this.#hide();
+      this.#drawSoon();
+    }, {passive: true});
+  }
+
+  #watch() {
+    const {root, scroller} = this.#parts;
+    const sizes = new ResizeObserver(() => {
+      const isOther = scroller.clientWidth !== parseFloat(this.#parts.canvas.style.width)
+        || scroller.clientHeight !== parseFloat(this.#parts.canvas.style.height);
+      if (isOther) this.resize();
+    });
+    sizes.observe(scroller);
+    const recolour = () => this.recolour();
+    const scheme = matchMedia("(prefers-color-scheme: dark)");
+    scheme.addEventListener("change", recolour);
+    const theme = new MutationObserver(recolour);
+    const html = root.ownerDocument.documentElement;
+    theme.observe(html, {attributeFilter: ["class", "style", "data-theme", "data-scheme"]});
+    return [
+      () => sizes.disconnect(),
+      () => scheme.removeEventListener("change", recolour),
+      () => theme.disconnect(),
+    ];
+  }
+
+  #drawSoon() {
+    if (this.#frameRequest) return;
+    this.#frameRequest = requestAnimationFrame(() => {
+      this.#frameRequest = 0;
+      this.#draw();
+    });
+  }
+
+  #boxAt(event) {
+    if (!this.#boxes) return -1;
+    const {top, left} = this.#parts.scroller.getBoundingClientRect();
+    const y = event.clientY - top + this.#parts.scroller.scrollTop;
+    return hit(this.#boxes, event.clientX - left, this.#rowAt(y));
+  }
+
+  #click(event) {
+    const i = this.#boxAt(event);
+    if (i < 0) {
+      if (this.#selected !== null) this.#selectNode(null);
+      return;
+    }
+    const node = this.#boxes.node[i];
+    if (this.#boxes.cutEnd[i] !== 0) {
+      this.#zoomTo(this.#graph.parentOf(node));
+      return;
+    }
+    this.#selectNode(node);
+    this.#zoomTo(node);
+  }
+
+  #move(event) {
+    const i = this.#boxAt(event);
+    this.#parts.canvas.classList.toggle("is-over-box", i >= 0);
+    if (i !== this.#hovered) {
+      this.#hovered = i;
+      this.#outline(this.#parts.hovered, i);
+      if (i >= 0) fillTooltip(this.#parts.tooltip, this.#tooltipLines(i));
+      this.#callbacks.onHover?.(i < 0 ? null : this.#describe(this.#boxes.node[i], i));
+    }
+    this.#parts.tooltip.hidden = i < 0 || event.pointerType === "touch";
+    if (i >= 0) placeTooltip(this.#parts.tooltip, event.clientX, event.clientY, TOOLTIP_GAP_PX);
+  }
+
+  #hide() {
+    const wasOver = this.#hovered >= 0;
+    this.#hovered = -1;
+    this.#parts.hovered.hidden = true;
+    this.#parts.tooltip.hidden = true;
+    if (wasOver) this.#callbacks.onHover?.(null);
+  }
+
+  #press(event) {
+    if (!this.#rows || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (this.#act(event.key)) event.preventDefault();
+  }
+
+  #act(key) {
+    const isFlame = this.#view === "flame";
+    const moves = {
+      ArrowUp: isFlame ? "child" : "parent",
+      ArrowDown: isFlame ? "parent" : "child",
+      ArrowLeft: "previous",
+      ArrowRight: "next",
+    };
+    if (Object.hasOwn(moves, key)) return this.#moveSelection(moves[key]);
+    if (key === "Enter" && this.#selected !== null) return this.#zoomByKey(this.#selected);
+    if (key === "Escape" || key === "Backspace") return this.#zoomByKey(this.#graph.parentOf(this.#asked));
+    if (key === "Home") return this.#zoomByKey(this.#graph.top);
     return false;
   }
 
-  zoom(id) {}
+  #moveSelection(direction) {
+    const isShown = this.#selected !== null && boxOf(this.#graph, this.#boxes, this.#selected) >= 0;
+    const node = isShown ? neighbour(this.#graph, this.#boxes, this.#selected, direction) : this.#zoomed;
+    if (node !== null) {
+      this.#selectNode(node);
+      this.#showTooltipAt(node);
+    }
+    return true;
+  }
 
-  resize() {}
+  #zoomByKey(node) {
+    if (node === null) return false;
+    this.#zoomTo(node);
+    if (this.#selected !== null) this.#showSelection();
+    return true;
+  }
 
-  recolour() {}
+  #showTooltipAt(node) {
+    const {tooltip, scroller} = this.#parts;
+    const i = boxOf(this.#graph, this.#boxes, node);
+    const {left, top} = this.#rectOf(i);
+    const frame = scroller.getBoundingClientRect();
+    fillTooltip(tooltip, this.#tooltipLines(i));
+    tooltip.hidden = false;
+    placeTooltip(tooltip, frame.left + left, frame.top + top + ROW_PX - scroller.scrollTop, 4);
+  }
 
-  dim(isDim) {}
+  #tooltipLines(i) {
+    const node = this.#boxes.node[i];
+    const box = this.#describe(node, i);
+    const {unit, window, type} = this.#answer;
+    const {frame} = box;
+    const lines = {
+      name: safeName(frame.function),
+      where: [safeName(frame.module), kindName(frame.kind)].filter(Boolean).join(" · "),
+      file: safeName(place(frame.file, frame.line)),
+      rows: [],
+    };
+    const all = this.#graph.wholeTotal;
+    const isZoomed = this.#graph.totalOf(this.#zoomed) !== all;
+    lines.rows.push(["Total", quantity(box.total, unit), share(box.total, all)]);
+    if (box.self !== null && !box.isRest) lines.rows.push(["Self", quantity(box.self, unit), share(box.self, all)]);
+    if (isZoomed && node >= this.#zoomed) {
+      lines.rows.push(["Of the zoomed", "", share(box.total, this.#graph.totalOf(this.#zoomed))]);
+    }
+    if (type === "cpu" && window) {
+      lines.rows.push(["On average", cores(box.total, window.until_ms - window.from_ms), ""]);
+    }
+    if (box.samples !== null) lines.rows.push(["Samples", number(box.samples), ""]);
+    lines.hint = box.isRest ? "Too narrow to draw: zoom in to see them." : "";
+    return lines;
+  }
+}
 
-  focus() {}
+function makeParts(document) {
+  const make = (tag, className, parent, attributes = {}) => {
+    const element = document.createElement(tag);
+    element.className = className;
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    parent?.append(element);
+    return element;
+  };
+  const root = make("div", "flame", null);
+  const scroller = make("div", "flame-scroller", root);
+  const space = make("div", "flame-space", scroller);
+  const canvas = make("canvas", "flame-canvas", space, {
+    role: "application",
+    tabindex: "0",
+    "aria-roledescription": "flame graph",
+    "aria-label": "Flame graph",
+  });
+  const outline = className => make("div", `flame-outline ${className}`, space, {"aria-hidden": "true"});
+  const selected = outline("flame-selected");
+  const hovered = outline("flame-hovered");
+  const tooltip = make("div", "flame-tooltip", root, {role: "tooltip"});
+  const live = make("div", "flame-live", root, {"aria-live": "polite", role: "status"});
+  for (const element of [selected, hovered, tooltip]) element.hidden = true;
+  return {root, scroller, space, canvas, selected, hovered, tooltip, live};
+}
 
-  destroy() {}
+function fillTooltip(tooltip, {name, where, file, rows, hint}) {
+  const {ownerDocument: document} = tooltip;
+  const make = (tag, className, text) => {
+    const element = document.createElement(tag);
+    element.className = className;
+    element.textContent = text;
+    return element;
+  };
+  const table = make("table", "flame-tooltip-numbers", "");
+  for (const [title, value, part] of rows) {
+    const row = make("tr", "", "");
+    row.append(make("th", "", title), make("td", "", value), make("td", "", part));
+    table.append(row);
+  }
+  const lines = [["flame-tooltip-name", name], ["flame-tooltip-where", where], ["flame-tooltip-where", file]]
+    .filter(([, text]) => text).map(([className, text]) => make("div", className, text));
+  if (hint) lines.push(make("div", "flame-tooltip-where", hint));
+  tooltip.replaceChildren(...lines, table);
+}
+
+// Beside the pointer, inside of the window, never under the pointer.
+function placeTooltip(tooltip, x, y, gap) {
+  const {offsetWidth: width, offsetHeight: height} = tooltip;
+  const {clientWidth, clientHeight} = tooltip.ownerDocument.documentElement;
+  const left = Math.max(4, Math.min(x + gap, clientWidth - width - 4));
+  const below = y + gap + height <= clientHeight - 4;
+  const top = below ? y + gap : Math.max(4, y - gap - height);
+  tooltip.style.left = `${left}px`;
+  tooltip.style.top = `${top}px`;
+}
+
+function drawHatching(context, ratio, {isDark}) {
+  const side = Math.max(4, Math.round(6 * ratio));
+  const tile = context.canvas.ownerDocument.createElement("canvas");
+  tile.width = side;
+  tile.height = side;
+  const pen = tile.getContext("2d");
+  pen.strokeStyle = isDark ? "#4a515c" : "#bfc5ce";
+  pen.lineWidth = ratio;
+  pen.beginPath();
+  for (const shift of [-side, 0, side]) {
+    pen.moveTo(shift - 1, side + 1);
+    pen.lineTo(shift + side + 1, -1);
+  }
+  pen.stroke();
+  const pattern = context.createPattern(tile, "repeat");
+  pattern.setTransform(new DOMMatrix().scale(1 / ratio));
+  return pattern;
+}
+
+function exactly(graph, path) {
+  const node = graph.findPath(path);
+  return graph.pathOf(node).length === path.length ? node : null;
+}
+
+function kindName(kind) {
+  if (kind === "rest") return "";
+  return Object.hasOwn(KIND_NAMES, kind) ? KIND_NAMES[kind] : safeName(kind);
+}
+
+// Computed colours are rgb(...) or rgba(...), with color-mix() also color(srgb ...).
+function isDarkColour(colour) {
+  const scale = colour.startsWith("color(") ? 255 : 1;
+  const [red, green, blue] = (colour.match(/[\d.]+/g) ?? [255, 255, 255]).map(part => part * scale);
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue < 128;
+}
+
+function isAscii(text) {
+  for (let i = 0; i < text.length; i += 1) {
+    // The ellipsis is of the font's own width.
+    if (text.charCodeAt(i) > 126 && text[i] !== "…") return false;
+  }
+  return true;
+}
+
+// A message is handled after the frame that the callback of an animation frame belongs to.
+function afterPaint(done) {
+  requestAnimationFrame(() => {
+    const {port1, port2} = new MessageChannel();
+    port1.onmessage = () => {
+      port1.close();
+      done();
+    };
+    port2.postMessage(null);
+  });
 }
