@@ -15,9 +15,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
 
 from bpf import syscalls
@@ -41,7 +42,10 @@ KEEP_BYTES = 5_000_000_000
 """What a directory keeps by default, whichever comes first; a bucket has lifecycle rules."""
 
 _JITTER_SHARE = 0.2
-"""Of the interval: hosts close their windows at the same moment, and must not all send then."""
+"""Of the interval: hosts close their windows at the same moment, and must not all send then. A
+directory is no other host's."""
+_FIRST_NS = 60_000_000_000
+"""For how long windows are as short as the first one was asked to be."""
 _STEP_NS = 500_000_000
 """A larger difference between the wall clock and the monotonic one is a step, not a drift."""
 _ALARM_AFTER = 3
@@ -70,26 +74,39 @@ class AgentOptions:
     keep_bytes: int | None
     metrics_listen: str
     rules: Rules
+    first_interval_s: int = 0
+    """The length of windows in the first minute, 0 for that of all others."""
 
 
 class Edges:
-    """When windows end: at multiples of the interval on the wall clock, by the monotonic one."""
+    """When windows end: at multiples of the interval on the wall clock, by the monotonic one.
+
+    Those that begin in the first minute end at multiples of `first_interval_s` too.
+    """
 
     def __init__(
         self,
         interval_s: int,
         wall_ns: Callable[[], int] = time.time_ns,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
+        first_interval_s: int = 0,
     ) -> None:
         self._interval_ns = interval_s * 1_000_000_000
+        self._first_interval_ns = first_interval_s * 1_000_000_000 or self._interval_ns
         self._wall_ns, self._monotonic_ns = wall_ns, monotonic_ns
+        self._first_until_ns = monotonic_ns() + _FIRST_NS
         self.begin()
 
     def begin(self) -> None:
         """Look for the next edge; one that is less than a second away is left to the window."""
         self._begun_ns, self._begun_monotonic_ns = self._wall_ns(), self._monotonic_ns()
-        soonest_ns = self._begun_ns + min(1_000_000_000, self._interval_ns // 10)
-        self.edge_ns = -(-soonest_ns // self._interval_ns) * self._interval_ns
+        self.edge_ns = self._next_multiple(self._interval_ns)
+        if self._begun_monotonic_ns < self._first_until_ns:
+            self.edge_ns = min(self.edge_ns, self._next_multiple(self._first_interval_ns))
+
+    def _next_multiple(self, interval_ns: int) -> int:
+        soonest_ns = self._begun_ns + min(1_000_000_000, interval_ns // 10)
+        return -(-soonest_ns // interval_ns) * interval_ns
 
     @property
     def edge_monotonic_s(self) -> float:
@@ -122,7 +139,7 @@ def host_lock(run_folder: Path) -> Iterator[None]:
             pid = os.read(fd, 20).decode(errors="replace").strip() or "unknown"
             raise RefusedError(
                 f"cannot start: an agent runs on this host already (pid {pid};"
-                " everflame status tells how it fares)"
+                " everflame status tells how it fares, everflame serve draws what it stores)"
             ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
@@ -131,15 +148,27 @@ def host_lock(run_folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-class UploaderProcess:
-    """The other process, started again whenever it has died."""
+class Child:
+    """Another process, started again whenever it has died. What it starts is in its group.
 
-    def __init__(self, options: AgentOptions) -> None:
-        self._command = _uploader_command(options)
+    Attributes:
+        pid: 0 when it does not run.
+        starts: how often it was started.
+        status: with which it last ended, None as long as it has not.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._name = name
+        self._command = command
+        self._environment = environment
         self._restart_s = _RESTART_S[0]
         self._restart_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_asked = False
         self.starts = 0
+        self.status: int | None = None
 
     @property
     def pid(self) -> int:
@@ -149,35 +178,52 @@ class UploaderProcess:
         """Start it if it does not run and its time has come."""
         now = time.monotonic()
         if self._process and self._process.poll() is not None:
-            log.warning("lost the uploader status=%s", self._process.returncode)
-            self._process = None
+            self.status = self._process.returncode
+            log.warning("lost the %s status=%s", self._name, self.status)
+            self._end_group()
             self._restart_at = now + self._restart_s
             self._restart_s = min(2 * self._restart_s, _RESTART_S[1])
         if self._process is None and now >= self._restart_at:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, env=self._environment, process_group=0
+            )
             self.starts += 1
 
-    def end(self) -> None:
-        """Let it send what is waiting, for a while."""
+    def ask_to_end(self) -> None:
+        """Ask once: a second SIGTERM would come in the middle of what the first one began."""
+        if self._process is not None and not self._is_asked:
+            self._is_asked = True
+            self._process.terminate()
+
+    def end(self, within_s: float) -> None:
+        """Let it finish what it does, for a while."""
         if self._process is None:
             return
-        self._process.terminate()
-        try:
-            self._process.wait(_UPLOADER_GRACE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        self.ask_to_end()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(within_s)
+        self._end_group()
+
+    def _end_group(self) -> None:
+        """Take what it has left behind with it: workers do not notice that their parent is dead."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, SIGKILL)
             self._process.wait()
+            self._process = None
 
 
 def _uploader_command(options: AgentOptions) -> list[str]:
     """Give its command line. It is not imported: what it needs is memory that sampling does not."""
     store = options.store or default_store_url()
-    command = [sys.executable, "-m", "profiler.uploader"]
+    command = [sys.executable, "-P", "-m", "profiler.uploader"]
     command += [f"--spool={options.spool}", f"--store={store}", f"--parent={os.getpid()}"]
-    command += [f"--jitter-s={options.interval_s * _JITTER_SHARE}"]
     if options.endpoint:
         command.append(f"--endpoint={options.endpoint}")
-    if is_directory(store):
+    if not is_directory(store):
+        shortest_s = options.first_interval_s or options.interval_s
+        command.append(f"--jitter-s={shortest_s * _JITTER_SHARE}")
+    else:
         command.append(f"--keep-s={int(options.keep_s or KEEP_S)}")
         command.append(f"--keep-bytes={options.keep_bytes or KEEP_BYTES}")
     if options.metrics_listen:
@@ -221,6 +267,31 @@ class BpfCost:
         self._stack.close()
 
 
+class Beside:
+    """What runs beside an agent, in its loop. For `everflame agent` that is nothing."""
+
+    commands: Collection[int] = ()
+    """Children of this process that are not the profiler's own."""
+    has_failed = False
+    """Whether the agent is to end as well."""
+
+    def start(self) -> None:
+        """Begin, once the lock is held and before anything is loaded."""
+
+    def supervise(self) -> None:
+        """Look after it, several times a second. What this raises is logged."""
+
+    def note(self, profile: Profile) -> None:
+        """Take note of a window that was closed."""
+
+    def status(self) -> dict[str, Any]:
+        """Give what is to stand in the agent's status."""
+        return {}
+
+    def end(self) -> None:
+        """End it; called in any case, and last."""
+
+
 class Agent:
     """Runs the loop. Everything it owns is handed in, and closed by whoever made it."""
 
@@ -229,14 +300,16 @@ class Agent:
         options: AgentOptions,
         recorder: Recorder,
         spool: Spool,
-        uploader: UploaderProcess,
+        uploader: Child,
+        beside: Beside,
     ) -> None:
         self._options = options
         self._recorder = recorder
         self._spool = spool
         self._uploader = uploader
+        self._beside = beside
         self._bpf = BpfCost(recorder)
-        self._edges = Edges(options.interval_s)
+        self._edges = Edges(options.interval_s, first_interval_s=options.first_interval_s)
         self._begun_s = time.monotonic()
         self._begun_cpu_ns = time.process_time_ns()
         self._totals = Accounting()
@@ -251,7 +324,7 @@ class Agent:
         self._edges.begin()
         self._bpf.begin()
         next_step = time.monotonic() + DRAIN_PERIOD_S
-        while time.monotonic() < end_s:
+        while time.monotonic() < end_s and not self._beside.has_failed:
             met = signals.wait(min(next_step, self._edges.edge_monotonic_s, end_s))
             if met in ENDING:
                 break
@@ -259,6 +332,7 @@ class Agent:
                 self._recorder.catch_up()
                 socket.answer(self.status)
                 self._uploader.supervise()
+                self._beside.supervise()
                 if time.monotonic() >= next_step:
                     next_step = max(next_step + DRAIN_PERIOD_S, time.monotonic())
                     self._recorder.step()
@@ -300,6 +374,7 @@ class Agent:
         self._deviating = self._deviating + 1 if warning else 0
         if self._deviating >= _ALARM_AFTER:
             log.warning("%s (%d windows in a row)", warning, self._deviating)
+        self._beside.note(profile)
 
     def status(self) -> dict[str, Any]:
         """Give what `everflame status --json` prints."""
@@ -333,38 +408,47 @@ class Agent:
             | uploader_state(self._options.spool),
             "spool": spool._asdict(),
             "slowest_binaries": recorder.symbolizer.slowest(),
+            **self._beside.status(),
         }
 
 
-def run(options: AgentOptions) -> int:
-    """Be the agent of this host until it is told to end."""
+def run(options: AgentOptions, beside: Beside | None = None) -> dict[str, Any]:
+    """Be the agent of this host until it is told to end, and give its last status."""
+    beside = beside or Beside()
     config = SamplerConfig(options.frequency_hz, options.hardware)
     with (
         host_lock(options.run_folder),
         Signals() as signals,
         StatusSocket(options.run_folder) as socket,
     ):
-        spool = Spool(options.spool, options.spool_limit_bytes)
-        uploader = UploaderProcess(options)
-        log.info("%s", _greeting(options))
-        with Recorder(config, rules=options.rules) as recorder:
-            signals.watch(recorder.fileno())
-            signals.watch(socket.fileno())
-            try:
-                Agent(options, recorder, spool, uploader).run(signals, socket)
-            finally:
-                uploader.end()
-    return 0
+        uploader = Child("uploader", _uploader_command(options))
+        log.info("%s", greeting(options))
+        try:
+            beside.start()
+            spool = Spool(options.spool, options.spool_limit_bytes)
+            with Recorder(config, rules=options.rules, commands=beside.commands) as recorder:
+                signals.watch(recorder.fileno())
+                signals.watch(socket.fileno())
+                agent = Agent(options, recorder, spool, uploader, beside)
+                try:
+                    agent.run(signals, socket)
+                finally:
+                    uploader.end(_UPLOADER_GRACE_S)
+                return agent.status()
+        finally:
+            beside.end()
 
 
-def _greeting(options: AgentOptions) -> str:
+def greeting(options: AgentOptions) -> str:
     """Say at the start what goes where, and how long it is kept."""
     store = options.store or default_store_url()
     kept = "for ever (set a lifecycle rule in the bucket to change that)"
     if is_directory(store):
         days = (options.keep_s or KEEP_S) / 86400
         kept = f"{days:g} days or {(options.keep_bytes or KEEP_BYTES) / 1e9:g} GB"
+    is_shorter_first = 0 < options.first_interval_s < options.interval_s
+    first = f" ({options.first_interval_s} s at first)" if is_shorter_first else ""
     return (
-        f"sampling at {options.frequency_hz} Hz, one object every {options.interval_s} s into"
-        f" {store}, kept {kept}; waiting ones lie in {options.spool}"
+        f"sampling at {options.frequency_hz} Hz, one object every {options.interval_s} s{first}"
+        f" into {store}, kept {kept}; waiting ones lie in {options.spool}"
     )

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from profiler.agent import AgentOptions
     from profiler.selection import Selection
     from storage.profile import Profile
 
@@ -126,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ls(commands)
     _add_import(commands)
     _add_verify(commands)
+    _add_up(commands)
     _add_agent(commands)
     _add_status(commands)
     _add_doctor(commands)
@@ -518,6 +520,35 @@ def _add_agent(commands: _Commands) -> None:
         "  everflame agent --store /srv/profiles --keep 7d --keep-bytes 20GB\n\n"
         "S3 keys come from the usual variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...).",
     )
+    _add_always_on(parser)
+    parser.set_defaults(run=_run_agent)
+
+
+def _add_up(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "up",
+        "profile this host and serve its flame graphs: the agent and its page",
+        "examples:\n"
+        "  everflame up\n"
+        "  everflame up --for 20s --listen 127.0.0.1:5050\n"
+        "  everflame up --demo\n\n"
+        "Windows are of 5 s in the first minute. Ctrl-C closes and stores the last one.",
+    )
+    parser.add_argument(
+        "--listen",
+        default="127.0.0.1:4040",
+        metavar="HOST:PORT",
+        help="where the page is served (default 127.0.0.1:4040)",
+    )
+    parser.add_argument(
+        "--demo", action="store_true", help="run a few small programs that are worth a look"
+    )
+    _add_always_on(parser)
+    parser.set_defaults(run=_run_up)
+
+
+def _add_always_on(parser: argparse.ArgumentParser) -> None:
     _add_frequency(parser)
     parser.add_argument(
         "--interval",
@@ -558,7 +589,6 @@ def _add_agent(commands: _Commands) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="rules that name services (TOML; see the README)"
     )
-    parser.set_defaults(run=_run_agent)
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
@@ -575,12 +605,25 @@ def _add_store(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_agent(options: argparse.Namespace) -> int:
+    from profiler import agent  # noqa: PLC0415
+
+    logging.getLogger().setLevel(logging.INFO)
+    agent.run(_agent_options(options))
+    return 0
+
+
+def _run_up(options: argparse.Namespace) -> int:
+    from profiler import up  # noqa: PLC0415
+
+    return up.run(_agent_options(options), options.listen, has_demo=options.demo)
+
+
+def _agent_options(options: argparse.Namespace) -> AgentOptions:
     from profiler import agent, status  # noqa: PLC0415
     from profiler.rules import Rules, load_rules  # noqa: PLC0415
 
-    logging.getLogger().setLevel(logging.INFO)
     spool = Path(options.spool) if options.spool else status.default_spool()
-    asked = agent.AgentOptions(
+    return agent.AgentOptions(
         frequency_hz=options.frequency,
         hardware=options.hardware,
         interval_s=options.interval,
@@ -595,7 +638,6 @@ def _run_agent(options: argparse.Namespace) -> int:
         metrics_listen=options.metrics_listen,
         rules=load_rules(Path(options.config)) if options.config else Rules(),
     )
-    return agent.run(asked)
 
 
 def _add_status(commands: _Commands) -> None:

@@ -111,8 +111,8 @@ def test_setting_up_what_is_set_up_says_nothing() -> None:
 
 
 @pytest.mark.kernel
-def test_arguments_replace_those_of_the_main_job(tmp_path: Path) -> None:
-    """They go to `everflame record`, from whatever folder; its exit status comes back."""
+def test_arguments_are_those_of_the_main_job(tmp_path: Path) -> None:
+    """They go to `everflame up`, from whatever folder; its exit status comes back."""
     if not (ROOT / ".venv" / "made-for").exists():
         pytest.skip("no .venv that check made: run ./check")
 
@@ -121,7 +121,7 @@ def test_arguments_replace_those_of_the_main_job(tmp_path: Path) -> None:
     )
 
     assert child.returncode == 0
-    assert "everflame record" in child.stdout
+    assert "usage: everflame up" in child.stdout
     assert child.stderr == ""
     assert list(tmp_path.iterdir()) == []
 
