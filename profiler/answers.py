@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from profiler.flamegraph import ROOT_ID, FlameGraph, Screen, draw
 from profiler.paths import Group, Paths, Stacks
 from profiler.selection import nearest_objects
@@ -276,8 +278,8 @@ class Answers:
             {
                 "labels": dict(each.labels),
                 "rest": False,
-                "values": each.values,
-                "samples": each.samples,
+                "values": each.values.tolist(),
+                "samples": each.samples.tolist(),
             }
             for each in whole.series[:limit]
         ]
@@ -287,8 +289,8 @@ class Answers:
                 {
                     "labels": {},
                     "rest": True,
-                    "values": sum(each.values for each in others[1:]) + others[0].values,
-                    "samples": sum(each.samples for each in others[1:]) + others[0].samples,
+                    "values": np.sum([each.values for each in others], axis=0),
+                    "samples": np.sum([each.samples for each in others], axis=0),
                 }
             )
         samples = sum(int(each.samples.sum()) for each in whole.series)
@@ -385,7 +387,7 @@ class Answers:
             "schema": SCHEMA,
             "type": question.type,
             "window": _window(question.window),
-            "query": str(question.selector),
+            "query": str(question.selector) if question.selector.matchers else "",
             "host_seconds": accounting.profiled_ns / 1e9,
             "coverage": {
                 "hosts": len(accounting.hosts),

@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_up(commands)
     _add_agent(commands)
+    _add_serve(commands)
     _add_status(commands)
     _add_doctor(commands)
     return parser
@@ -546,6 +547,33 @@ def _add_up(commands: _Commands) -> None:
     )
     _add_always_on(parser)
     parser.set_defaults(run=_run_up)
+
+
+def _add_serve(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "serve",
+        "serve the page and its API over a store",
+        "examples:\n"
+        "  everflame serve\n"
+        "  everflame serve --store s3://profiles/prod --listen 127.0.0.1:4040\n\n"
+        "It only reads. From elsewhere it is reached with ssh -L 4040:127.0.0.1:4040.",
+    )
+    _add_store(parser)
+    parser.add_argument(
+        "--listen",
+        default="127.0.0.1:4040",
+        metavar="HOST:PORT",
+        help="where the page is served (default 127.0.0.1:4040)",
+    )
+    parser.set_defaults(run=_run_serve)
+
+
+def _run_serve(options: argparse.Namespace) -> int:
+    from profiler import serve  # noqa: PLC0415
+
+    asked = [f"--store={options.store}", f"--s3-endpoint={options.s3_endpoint}"]
+    return serve.main([*asked, f"--listen={options.listen}"])
 
 
 def _add_always_on(parser: argparse.ArgumentParser) -> None:

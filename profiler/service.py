@@ -1,0 +1,528 @@
+"""The HTTP service: the API of one window, its exports, and the page that shows them.
+
+Every answer is computed in a thread, under a deadline. Requests that ask the same share one
+computation, and it ends when nobody waits for it any more. Errors are problem+json (RFC 9457);
+a parameter that is unknown or stands twice is one.
+
+Whoever can make a browser send requests must not be able to read the answers: the Host header has
+to name this machine's loopback (against DNS rebinding), nothing is shared across origins, and the
+page may load nothing but its own files.
+"""
+
+import asyncio
+import contextlib
+import functools
+import hashlib
+import logging
+import math
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from profiler import export, status
+from profiler.answers import MOST_STEPS, SORTS, Answers, Check, NoSuchNodeError, Question
+from profiler.flamegraph import ROOT_ID
+from profiler.openapi import ENDPOINTS, document
+from profiler.paths import Group
+from profiler.times import parse_time, parse_window
+from storage.objects import StoreError
+from storage.selector import Selector
+
+DEADLINE_S = 30.0
+_WORKERS = 2
+"""Computations at a time: they are bound by the CPU."""
+_WAITING_LIMIT = 32
+"""Beyond so many waiting computations a new one is refused: it would only time out."""
+_WIDTHS_PX = (100, 10_000)
+_ROWS_LIMIT = 10_000
+_LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.ASCII | re.I)
+_EXPORT_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}", re.ASCII)
+
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self';"
+    " img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+}
+_MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".json": "application/json",
+    ".folded": "text/plain; charset=utf-8",
+    ".gz": "application/octet-stream",
+}
+
+log = logging.getLogger(__name__)
+
+
+class ProblemError(Exception):
+    """An answer that is an error: its status, what is wrong, and more fields of the answer."""
+
+    def __init__(self, code: int, title: str, detail: str, **more: object) -> None:
+        super().__init__(detail)
+        self.code, self.title, self.detail, self.more = code, title, detail, more
+
+    def response(self) -> Response:
+        body = {"type": "about:blank", "title": self.title, "status": self.code}
+        content = orjson.dumps({**body, "detail": self.detail, **self.more})
+        headers = {"retry-after": "5"} if self.code == 503 else None
+        return Response(content, self.code, headers, "application/problem+json")
+
+
+class EndedError(Exception):
+    """A computation that nobody waits for any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What the service tells of itself and of the agent beside it."""
+
+    store: str
+    run_folder: Path
+    keep_s: int = 0
+    keep_bytes: int = 0
+
+
+class Parameters:
+    """The query string of one request: each parameter once, none that is unknown."""
+
+    def __init__(self, request: Request, endpoint: str, now_ns: int) -> None:
+        allowed = ENDPOINTS[endpoint].parameters
+        self._now_ns = now_ns
+        self._values: dict[str, list[str]] = {}
+        for name, value in request.query_params.multi_items():
+            if name not in allowed:
+                known = ", ".join(allowed)
+                raise _bad(name, f"there is no parameter {name!r}; this takes {known}")
+            self._values.setdefault(name, []).append(value)
+        for name, values in self._values.items():
+            if len(values) > 1 and name not in {"focus", "hide"}:
+                raise _bad(name, f"the parameter {name!r} stands {len(values)} times")
+            if any("\0" in value or len(value) > 4096 for value in values):
+                raise _bad(name, f"the parameter {name!r} is too long or holds a NUL")
+
+    def text(self, name: str, usual: str = "") -> str:
+        return self._values.get(name, [usual])[0]
+
+    def number(self, name: str, usual: int, least: int, most: int) -> int:
+        text = self.text(name, str(usual))
+        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not least <= int(text) <= most:
+            raise _bad(name, f"{name}={text!r} is no number from {least} to {most}")
+        return int(text)
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        text = self.text(name, choices[0])
+        if text not in choices:
+            raise _bad(name, f"{name}={text!r} is none of {', '.join(choices)}")
+        return text
+
+    def flag(self, name: str) -> bool:
+        return self.choice(name, ("0", "1")) == "1"
+
+    def step_ns(self) -> int:
+        """Give `step` in ns: milliseconds, or a time as `60s`; 0 if it is not there."""
+        text = self.text("step")
+        if not text:
+            return 0
+        try:
+            wanted = int(text) * 1_000_000 if text.isdecimal() else parse_time(f"now+{text}", 0)
+        except ValueError:
+            wanted = 0
+        if not 1_000_000 <= wanted <= 366 * 86_400 * 10**9:
+            raise _bad("step", f"step={text!r} is no time (try 60s, or milliseconds)")
+        return wanted
+
+    def question(self, usual_by: str = "service") -> Question:
+        """Give what the parameters that all endpoints share ask about."""
+        try:
+            window = parse_window(
+                self.text("from", "now-1h"), self.text("until", "now"), self._now_ns
+            )
+        except ValueError as error:
+            raise _bad("from", str(error)) from error
+        try:
+            selector = Selector.parse(self.text("query"))
+        except ValueError as error:
+            raise _bad("query", str(error)) from error
+        node = self.text("node", f"{ROOT_ID:016x}")
+        if not re.fullmatch(r"[0-9a-f]{16}", node):
+            raise _bad("node", f"node={node!r} is not 16 hex digits")
+        by = tuple(name for name in self.text("by", usual_by).split(",") if name)
+        return Question(
+            window=window,
+            selector=selector,
+            type=self.choice("type", ("cpu", "samples")),
+            by=by[:8],
+            group=Group(self.choice("group", tuple(Group))),
+            invert=self.flag("invert"),
+            callers=self.text("callers"),
+            focus=tuple(self._values.get("focus", ())),
+            hide=tuple(self._values.get("hide", ())),
+            node=int(node, 16),
+            search=self.text("search"),
+            width_px=float(self.number("width", 1200, *_WIDTHS_PX)),
+        )
+
+
+def _bad(parameter: str, detail: str) -> ProblemError:
+    return ProblemError(400, "Bad request", detail, parameter=parameter)
+
+
+Compute = Callable[[Check], tuple[bytes, str]]
+"""Gives the body and its media type."""
+
+
+class _Flight:
+    """One computation, and how many requests wait for it."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self._deadline = time.monotonic() + deadline_s
+        self._ended = threading.Event()
+        self.waiting = 0
+        self.future: asyncio.Future[tuple[bytes, str]]
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def check(self) -> None:
+        if self._ended.is_set():
+            raise EndedError
+        if time.monotonic() > self._deadline:
+            raise ProblemError(
+                504,
+                "Took too long",
+                f"the answer was not there after {DEADLINE_S:.0f} s; ask for a shorter time"
+                " or fewer services (what was decoded is kept, asking again goes further)",
+            )
+
+
+class Flights:
+    """Shares computations: those who ask the same wait for the same."""
+
+    def __init__(self, deadline_s: float = DEADLINE_S) -> None:
+        self._deadline_s = deadline_s
+        self._pool = ThreadPoolExecutor(_WORKERS, "answer")
+        self._flights: dict[str, _Flight] = {}
+        self.shared = 0
+        self.ended = 0
+
+    def close(self) -> None:
+        for flight in self._flights.values():
+            flight.end()
+        self._pool.shutdown(cancel_futures=True)
+
+    async def answer(self, key: str, compute: Compute, request: Request) -> tuple[bytes, str]:
+        """Wait for a computation, for as long as the client does."""
+        flight = self._flights.get(key)
+        if flight is None:
+            if len(self._flights) >= _WAITING_LIMIT:
+                raise ProblemError(503, "Busy", "too many questions wait for an answer already")
+            flight = _Flight(self._deadline_s)
+            loop = asyncio.get_running_loop()
+            flight.future = asyncio.ensure_future(
+                loop.run_in_executor(self._pool, compute, flight.check)
+            )
+            flight.future.add_done_callback(functools.partial(self._landed, key))
+            self._flights[key] = flight
+        else:
+            self.shared += 1
+        flight.waiting += 1
+        gone = asyncio.ensure_future(_disconnected(request))
+        either: set[asyncio.Future[Any]] = {flight.future, gone}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not flight.future.done():
+                raise EndedError
+            return flight.future.result()
+        finally:
+            gone.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await gone
+            flight.waiting -= 1
+            if flight.waiting == 0 and not flight.future.done():
+                self.ended += 1
+                flight.end()
+                self._flights.pop(key, None)
+
+    def _landed(self, key: str, future: asyncio.Future[tuple[bytes, str]]) -> None:
+        flight = self._flights.get(key)
+        if flight is not None and flight.future is future:
+            del self._flights[key]
+        if not future.cancelled():
+            future.exception()  # whoever waited has it; nobody may
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Guard:
+    """Refuses foreign Host headers and adds the headers that every answer has."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers[name] = value
+                headers.setdefault("cache-control", "no-store")
+            await send(message)
+
+        host = Headers(scope=scope).get("host", "")
+        if not _LOOPBACK.fullmatch(host):
+            problem = ProblemError(421, "Wrong host", "this service answers to loopback names only")
+            await problem.response()(scope, receive, send_with_headers)
+            return
+        await self._app(scope, receive, send_with_headers)
+
+
+class Service:
+    """The endpoints, over the answers of one store."""
+
+    def __init__(
+        self,
+        answers: Answers,
+        about: About,
+        now_ns: Callable[[], int] = time.time_ns,
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        self._answers = answers
+        self._about = about
+        self._now_ns = now_ns
+        self._started_ns = now_ns()
+        self._flights = Flights(deadline_s)
+        self._requests: Counter[tuple[str, int]] = Counter()
+        self._seconds: dict[str, float] = {}
+
+    def app(self) -> Starlette:
+        api = "/api/v1"
+        routes = [
+            Route(f"{api}/flamegraph", self._route("flamegraph", self._flamegraph)),
+            Route(f"{api}/top", self._route("top", self._top)),
+            Route(f"{api}/timeline", self._route("timeline", self._timeline)),
+            Route(f"{api}/labels", self._route("labels", self._labels)),
+            Route(f"{api}/labels/{{name}}/values", self._route("label_values", self._values)),
+            Route(f"{api}/export/{{name}}", self._route("export", self._export)),
+            Route(f"{api}/status", self._route("status", self._status)),
+            Route(f"{api}/openapi.json", self._route("openapi", self._openapi)),
+            Route("/healthz", self._healthz),
+            Route("/readyz", self._route("readyz", self._readyz)),
+            Route("/metrics", self._metrics),
+            *_page_routes(Path(__file__).parent / "web"),
+        ]
+        return Starlette(
+            routes=routes,
+            middleware=[
+                Middleware(Guard),
+                Middleware(GZipMiddleware, minimum_size=500, compresslevel=1),
+            ],
+            exception_handlers={404: _not_found, 405: _not_allowed},
+        )
+
+    def close(self) -> None:
+        self._flights.close()
+
+    def _route(
+        self, endpoint: str, prepare: Callable[[Parameters, Mapping[str, str]], Compute]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def respond(request: Request) -> Response:
+            started = time.monotonic()
+            try:
+                response = await self._respond(request, endpoint, prepare)
+            except ProblemError as problem:
+                response = problem.response()
+            except EndedError:
+                response = Response(status_code=499)  # nobody is there to read it
+            self._requests[endpoint, response.status_code] += 1
+            took_s = time.monotonic() - started
+            self._seconds[endpoint] = self._seconds.get(endpoint, 0.0) + took_s
+            return response
+
+        return respond
+
+    async def _respond(
+        self,
+        request: Request,
+        endpoint: str,
+        prepare: Callable[[Parameters, Mapping[str, str]], Compute],
+    ) -> Response:
+        # To the second, so that the panels of one page ask for one window.
+        now_ns = self._now_ns() // 10**9 * 10**9
+        parameters = Parameters(request, endpoint, now_ns)
+        compute = prepare(parameters, request.path_params)
+        key = f"{now_ns} {request.url.path}?{request.url.query}"
+        try:
+            content, media_type = await self._flights.answer(key, compute, request)
+        except NoSuchNodeError as error:
+            raise ProblemError(
+                404, "No such frame", "the frame is not in this range", node=str(error)
+            ) from error
+        except StoreError as error:
+            raise ProblemError(503, "Store away", str(error)) from error
+        response = Response(content, media_type=media_type)
+        if endpoint == "export":
+            name = request.path_params["name"]
+            response.headers["content-disposition"] = f'attachment; filename="{name}"'
+        return response
+
+    def _flamegraph(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
+        question = parameters.question()
+        return lambda check: _json(self._answers.flamegraph(question, check))
+
+    def _top(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
+        question = parameters.question()
+        sort = parameters.choice("sort", SORTS)
+        limit = parameters.number("limit", 200, 1, _ROWS_LIMIT)
+        return lambda check: _json(self._answers.top(question, sort, limit, check))
+
+    def _timeline(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
+        question, step_ns = parameters.question(), parameters.step_ns()
+        length_ns = question.window.end_ns - question.window.start_ns
+        if step_ns and math.ceil(length_ns / step_ns) > MOST_STEPS:
+            raise _bad("step", f"that makes more than {MOST_STEPS} steps: ask for longer ones")
+        limit = parameters.number("limit", 8, 1, 100)
+        return lambda check: _json(self._answers.timeline(question, step_ns, limit, check))
+
+    def _labels(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
+        question = parameters.question()
+        return lambda check: _json(self._answers.labels(question, check))
+
+    def _values(self, parameters: Parameters, path: Mapping[str, str]) -> Compute:
+        question = parameters.question()
+        return lambda check: _json(self._answers.label_values(question, path["name"], check))
+
+    def _export(self, parameters: Parameters, path: Mapping[str, str]) -> Compute:
+        name, question = path["name"], parameters.question(usual_by="comm")
+        if not _EXPORT_NAME.fullmatch(name):
+            raise ProblemError(404, "No such file", "a name has letters, digits, . _ and -")
+
+        def compute(check: Check) -> tuple[bytes, str]:
+            answer = self._answers.profile(question, check)
+            check()
+            try:
+                content = export.encode(answer.profile, name, question.by)
+            except export.ExportError as error:
+                raise ProblemError(404, "No such format", str(error)) from error
+            return content, _MEDIA_TYPES[Path(name).suffix]
+
+        return compute
+
+    def _status(self, _parameters: Parameters, _path: Mapping[str, str]) -> Compute:
+        def compute(_check: Check) -> tuple[bytes, str]:
+            span, about = self._answers.span(), self._about
+            agent: dict[str, Any] | None = None
+            with contextlib.suppress(status.NoAgentError):
+                agent = status.ask(about.run_folder)
+            data = span and {
+                "from_ms": span.start_ns // 1_000_000,
+                "until_ms": span.end_ns // 1_000_000,
+            }
+            keep = {"seconds": about.keep_s, "bytes": about.keep_bytes} if about.keep_s else None
+            return _json(
+                {
+                    "schema": 1,
+                    "version": version("everflame"),
+                    "store": about.store,
+                    "type": "cpu",
+                    "now_ms": self._now_ns() // 1_000_000,
+                    "started_ms": self._started_ns // 1_000_000,
+                    "keep": keep,
+                    "data": data,
+                    "agent": agent,
+                }
+            )
+
+        return compute
+
+    def _openapi(self, _parameters: Parameters, _path: Mapping[str, str]) -> Compute:
+        return lambda _check: _json(document(version("everflame")))
+
+    def _readyz(self, _parameters: Parameters, _path: Mapping[str, str]) -> Compute:
+        def compute(_check: Check) -> tuple[bytes, str]:
+            self._answers.span()  # a store that is away raises
+            return _json({"ready": True})
+
+        return compute
+
+    async def _healthz(self, _request: Request) -> Response:
+        return Response(b"ok\n", media_type="text/plain")
+
+    async def _metrics(self, _request: Request) -> Response:
+        lines = ["# TYPE everflame_service_requests_total counter"]
+        for (endpoint, code), count in sorted(self._requests.items()):
+            labels = f'endpoint="{endpoint}",status="{code}"'
+            lines.append(f"everflame_service_requests_total{{{labels}}} {count}")
+        lines.append("# TYPE everflame_service_seconds_total counter")
+        for endpoint, seconds in sorted(self._seconds.items()):
+            lines.append(f'everflame_service_seconds_total{{endpoint="{endpoint}"}} {seconds:.6f}')
+        for name, value in (("shared", self._flights.shared), ("ended", self._flights.ended)):
+            lines.append(f"# TYPE everflame_service_{name}_total counter")
+            lines.append(f"everflame_service_{name}_total {value}")
+        return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+def _json(content: object) -> tuple[bytes, str]:
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), "application/json"
+
+
+def _page_routes(folder: Path) -> list[Route]:
+    """Give a route for each file of the page, read once."""
+    routes = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _MEDIA_TYPES:
+            endpoint = _file_endpoint(file.read_bytes(), _MEDIA_TYPES[file.suffix])
+            path = "/" if file.name == "index.html" else f"/web/{file.name}"
+            routes.append(Route(path, endpoint))
+    return routes
+
+
+def _file_endpoint(content: bytes, media_type: str) -> Callable[[Request], Awaitable[Response]]:
+    tag = f'"{hashlib.blake2b(content, digest_size=8).hexdigest()}"'
+    headers = {"etag": tag, "cache-control": "no-cache"}
+
+    async def respond(request: Request) -> Response:
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(content, headers=headers, media_type=media_type)
+
+    return respond
+
+
+async def _not_found(request: Request, _error: Exception) -> Response:
+    detail = f"there is nothing at {request.url.path[:200]}; the API is at /api/v1/openapi.json"
+    return ProblemError(404, "Not found", detail).response()
+
+
+async def _not_allowed(_request: Request, _error: Exception) -> Response:
+    return ProblemError(405, "Method not allowed", "everything here is read with GET").response()

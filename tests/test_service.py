@@ -1,0 +1,260 @@
+"""The service, as the real process over a real store, asked over real HTTP."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import profiles as some
+import pytest
+from stores import START_NS, at, directory, minutes
+
+from profiler import flamegraph
+from profiler.openapi import ENDPOINTS
+from storage import folded, pprof
+from storage.objects import DirectoryStore
+from storage.profile import merge
+from storage.query import Query
+
+FROM, UNTIL = (str(ns // 1_000_000) for ns in minutes(0, 60))
+HOUR = {"from": FROM, "until": UNTIL}
+
+
+class Client:
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def get(self, path: str, headers=None, **parameters):
+        """Give (status, headers, body)."""
+        query = urllib.parse.urlencode(parameters, doseq=True)
+        request = urllib.request.Request(f"{self.url}{path}?{query}", headers=headers or {})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return response.status, response.headers, response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.headers, error.read()
+
+    def json(self, path: str, **parameters):
+        status, _, body = self.get(f"/api/v1/{path}", **parameters)
+        assert status == 200, body
+        return json.loads(body)
+
+
+def profile_of(minute: int):
+    return at(
+        some.build(
+            [
+                ({"service": "api", "comm": "api"}, [some.MAIN, some.WORK], minute + 1),
+                ({"service": "jobs", "comm": "jobs"}, [some.HANDLER, some.named("job")], 2),
+            ],
+            some.NAMES,
+        ),
+        minute,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("service")
+
+
+@pytest.fixture(scope="module")
+def client(folder):
+    directory(folder / "store", *(profile_of(minute) for minute in range(5)))
+    command = [sys.executable, "-m", "profiler.serve", "--listen=127.0.0.1:0"]
+    command += [f"--store={folder / 'store'}", f"--cache={folder / 'cache'}"]
+    command += [f"--run-folder={folder}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stderr.readline()
+            yield Client(line.split()[-1].rstrip("/"))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) in {0, -signal.SIGTERM}
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def whole():
+    return merge([profile_of(minute) for minute in range(5)])
+
+
+def test_a_flame_graph_holds_every_count_of_its_window(client):
+    """The answer equals the tree of what was stored, with services above."""
+    answer = client.json("flamegraph", **HOUR)
+
+    assert answer["total"] == whole().total_value
+    assert answer["nodes"]["total"][0] == answer["total"]
+    graph = flamegraph.build(whole(), ("service",))
+    assert answer["nodes"]["total"] == graph.total.tolist()
+    names = [answer["frames"][i][0] for i in answer["nodes"]["frame"]]
+    assert names == [graph.frames[i].function for i in graph.frame.tolist()]
+    assert answer["empty"] is None
+
+
+def test_a_node_leads_to_its_subtree_and_its_path(client):
+    """Ids are those of the graph; a node that is not there is a 404 that says so."""
+    graph = flamegraph.build(whole(), ("service",))
+    node = next(i for i in range(len(graph)) if graph.depth[i] == 2)
+    node_id = f"{int(graph.ids()[node]):016x}"
+
+    answer = client.json("flamegraph", node=node_id, **HOUR)
+
+    assert answer["nodes"]["total"][0] == graph.total[node]
+    assert [each["frame"][0] for each in answer["path"]] == [f.function for f in graph.path(node)]
+    assert answer["path"][-1]["id"] == node_id
+    status, headers, body = client.get("/api/v1/flamegraph", node="0" * 16, **HOUR)
+    assert status == 404
+    assert headers["content-type"] == "application/problem+json"
+    assert json.loads(body)["node"] == "0" * 16
+
+
+def test_a_view_counts_what_it_says(client):
+    """Callers, focus, hide, inversion and search, each from the full data."""
+    function = some.NAMES[some.WORK][-1].function
+    work = sum(minute + 1 for minute in range(5))
+
+    assert client.json("flamegraph", focus=function, **HOUR)["nodes"]["samples"][0] == work
+    assert client.json("flamegraph", callers=function, **HOUR)["nodes"]["samples"][0] == work
+    hidden = client.json("flamegraph", hide=function, **HOUR)
+    assert function not in {frame[0] for frame in hidden["frames"]}
+    assert hidden["nodes"]["total"][0] == hidden["total"]
+    assert client.json("flamegraph", search="JOB", **HOUR)["search"]["samples"] == 10
+    inverted = client.json("flamegraph", invert="1", by="", **HOUR)
+    assert inverted["nodes"]["total"][0] == inverted["total"]
+
+
+def test_the_table_and_the_timeline_add_up_to_the_whole(client):
+    """Self times are all of it; steps without data are gaps, told by profiled_ns."""
+    table = client.json("top", **HOUR)
+    line = client.json("timeline", step="60s", **HOUR)
+
+    assert sum(row["self"] for row in table["functions"]) == whole().total_value
+    assert sum(sum(series["values"]) for series in line["series"]) == whole().total_value
+    assert [i for i, ns in enumerate(line["totals"]["profiled_ns"]) if ns] == list(range(5))
+    few = client.json("timeline", limit="1", **HOUR)
+    assert [series["rest"] for series in few["series"]] == [False, True]
+    assert len(client.json("top", limit="1", sort="total", search="job", **HOUR)["functions"]) == 1
+
+
+def test_labels_and_their_values_are_told(client):
+    """What a selector can be completed with."""
+    names = {each["name"] for each in client.json("labels", **HOUR)["labels"]}
+    values = client.json("labels/service/values", **HOUR)["values"]
+
+    assert {"service", "comm", "host"} <= names
+    assert values == [{"value": "api", "samples": 15}, {"value": "jobs", "samples": 10}]
+
+
+@pytest.mark.parametrize("ending", ["folded", "pb.gz", "speedscope.json", "svg", "json"])
+def test_exports_over_http_are_those_of_the_command(client, folder, tmp_path, ending):
+    """Byte by byte what `everflame export` writes for the same window."""
+    status, headers, body = client.get(f"/api/v1/export/cpu.{ending}", **HOUR)
+    out = tmp_path / f"cpu.{ending}"
+    command = [sys.executable, "-c", "from profiler.cli import main; raise SystemExit(main())"]
+    command += ["export", f"--store={folder / 'store'}", f"--from={FROM}", f"--until={UNTIL}"]
+    environment = {**os.environ, "EVERFLAME_CACHE": str(tmp_path)}
+    subprocess.run([*command, "-o", str(out)], check=True, env=environment, capture_output=True)
+
+    assert status == 200
+    assert headers["content-disposition"] == f'attachment; filename="cpu.{ending}"'
+    assert body == out.read_bytes()
+    if ending == "folded":
+        assert folded.decode(body).total_samples == whole().total_samples
+    if ending == "pb.gz":
+        assert pprof.decode(body).total_value == whole().total_value
+
+
+def test_every_empty_answer_says_why(client):
+    """No data in the range comes with the nearest, a selector that fits nothing with services."""
+    later = {"from": str(START_NS // 10**9 + 86_400), "until": str(START_NS // 10**9 + 90_000)}
+    outside = client.json("flamegraph", **later)["empty"]
+    unmatched = client.json("flamegraph", query='{service="none"}', **HOUR)["empty"]
+
+    assert outside["reason"] == "no_data_in_range"
+    assert outside["nearest"][0]["until_ms"] == minutes(0, 5).end_ns // 1_000_000
+    assert unmatched["reason"] == "nothing_matches"
+    assert unmatched["services"] == ["api", "jobs"]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"unknown": "1"},
+        {"from": "yesterday"},
+        {"from": "now", "until": "now-1h"},
+        {"query": "{service=}"},
+        {"node": "xyz"},
+        {"width": "1"},
+        {"group": "thread"},
+        {"invert": "yes"},
+        {"query": ["{}", "{}"]},
+        {"search": "x" * 5000},
+    ],
+)
+def test_what_cannot_be_answered_is_a_problem_with_a_detail(client, parameters):
+    """400, problem+json, and words that name the parameter."""
+    status, headers, body = client.get("/api/v1/flamegraph", **parameters)
+
+    assert status == 400
+    assert headers["content-type"] == "application/problem+json"
+    assert json.loads(body)["detail"]
+
+
+def test_every_answer_carries_the_headers_that_keep_it_safe(client):
+    """No script but our own, nothing shared across origins, no foreign Host header."""
+    for path in ("/api/v1/status", "/healthz", "/nothing"):
+        _, headers, _ = client.get(path)
+        assert headers["content-security-policy"].startswith("default-src 'none'")
+        assert headers["x-content-type-options"] == "nosniff"
+    for host in ("evil.example", "127.0.0.1.evil.example", ""):
+        assert client.get("/api/v1/status", {"Host": host})[0] == 421
+    for host in ("localhost:9999", "127.0.0.1", "[::1]:4040"):
+        assert client.get("/api/v1/status", {"Host": host})[0] == 200
+
+
+def test_large_answers_are_compressed_for_those_who_can_read_it(client):
+    """gzip on request, the same bytes inside."""
+    plain = client.get("/api/v1/openapi.json")[2]
+    _, headers, body = client.get("/api/v1/openapi.json", {"Accept-Encoding": "gzip"})
+
+    assert headers["content-encoding"] == "gzip"
+    assert gzip.decompress(body) == plain
+    assert {each.path for each in ENDPOINTS.values()} == set(json.loads(plain)["paths"])
+
+
+def test_health_and_metrics_are_told(client):
+    """Ready means that the store answers."""
+    assert client.get("/healthz")[0] == client.get("/readyz")[0] == 200
+    assert b'endpoint="readyz",status="200"' in client.get("/metrics")[2]
+
+
+def test_only_loopback_is_served(tmp_path):
+    """Listening elsewhere than on loopback is refused with the way to do it."""
+    command = [sys.executable, "-m", "profiler.serve", "--listen=0.0.0.0:0"]
+    done = subprocess.run(
+        [*command, f"--store={tmp_path}"], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 2
+    assert "ssh -L" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_answers_are_equal_whatever_was_asked_before(folder, client):
+    """The same question after many others, and from a fresh cache, gives the same counts."""
+    first = client.json("flamegraph", **HOUR)
+    for group in ("line", "file", "module"):
+        assert client.json("flamegraph", group=group, **HOUR)["total"] == first["total"]
+    again = client.json("flamegraph", **HOUR)
+
+    assert again["nodes"] == first["nodes"]
+    fresh = Query(DirectoryStore(Path(folder) / "store"), folder / "fresh")
+    assert fresh.profile(minutes(0, 60)).profile.total_value == first["total"]
