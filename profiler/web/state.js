@@ -18,6 +18,7 @@ export const DEFAULTS = Object.freeze({
   hide: [], // functions: taken out of the stacks
   node: "", // the id of the box zoomed to
   select: "", // the id of the selected box
+  row: "", // the function selected in the table
   search: "",
   color: "kind",
   view: "icicle",
@@ -42,7 +43,7 @@ const ID = /^[0-9a-f]{16}$/;
 const LABEL = /^[A-Za-z_][A-Za-z0-9_.]*$/;
 
 /** What is refined while looking, and does not make a step that Back undoes. */
-const REFINEMENTS = new Set(["search", "filter", "select", "rows", "tz"]);
+const REFINEMENTS = new Set(["search", "filter", "select", "row", "rows", "tz"]);
 
 /** After a change of these, node ids of before mean nothing. */
 const OTHER_TREE = ["by", "group", "invert", "callers", "hide"];
@@ -76,6 +77,8 @@ export function changeState(state, change) {
   const next = { ...state, ...change };
   const isOther = OTHER_TREE.some((name) => String(next[name]) !== String(state[name]));
   if (isOther && change.node === undefined) next.node = "";
+  if (change.select && change.row === undefined) next.row = "";
+  if (change.row && change.select === undefined) next.select = "";
   if ((isOther || next.node !== state.node) && change.select === undefined) next.select = "";
   const isMoved = next.from !== state.from || next.until !== state.until;
   if (isMoved && change.over === undefined) next.over = "";

@@ -60,20 +60,6 @@ export function formatWindow(from, until, zone) {
   return `${start} – ${end} ${zoneName(zone)}`;
 }
 
-/** Write how long something lasts, in its two largest units: `1 h 30 min`. */
-export function formatDuration(ms) {
-  if (ms < 1000) return `${Math.round(ms)} ms`;
-  const parts = [];
-  let rest = Math.round(ms / 1000);
-  for (const [seconds, name] of [[86_400, "d"], [3600, "h"], [60, "min"], [1, "s"]]) {
-    const count = Math.floor(rest / seconds);
-    if (count) parts.push(`${count} ${name}`);
-    else if (parts.length) break;
-    rest -= count * seconds;
-  }
-  return parts.slice(0, 2).join(" ");
-}
-
 /** Name a range as its button does. */
 export function formatRange(from, until, nowMs, zone) {
   const known = RANGES.find((range) => range[0] === from && range[1] === until);

@@ -118,10 +118,9 @@ test("a window must end after it starts", () => {
   assert.equal(times.resolveWindow("now", "now-1h", NOON), null);
 });
 
-test("windows, lengths and ranges are written for people", () => {
+test("windows and ranges are written for people", () => {
   assert.equal(times.formatWindow(NOON, NOON + 90 * MIN, "utc"), "2026-11-21 12:00 – 13:30 UTC");
   assert.equal(times.formatWindow(NOON, NOON + 720 * MIN + 5000, "utc"), "2026-11-21 12:00 – 2026-11-22 00:00:05 UTC");
-  assert.deepEqual([250, 1000, 90 * MIN, 86_400_000, 3_605_000].map(times.formatDuration), ["250 ms", "1 s", "1 h 30 min", "1 d", "1 h"]);
   assert.equal(times.formatRange("now-6h", "now", NOON, "utc"), "Last 6 hours");
 });
 

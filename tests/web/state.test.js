@@ -28,6 +28,7 @@ test("every state reads back from its address", () => {
     hide: ["%s"],
     node: "0123456789abcdef",
     select: "cbf29ce484222325",
+    row: "memset",
     search: "memcpy",
     color: "self",
     view: "flame",
@@ -60,6 +61,14 @@ test("a change of the tree forgets the zoom, a change of the time keeps it", () 
   assert.equal(changeState(zoomed, { from: "now-3h" }).node, zoomed.node);
   assert.equal(changeState(zoomed, { q: '{service="api"}' }).node, zoomed.node);
   assert.equal(changeState(zoomed, { node: "" }).select, "");
+});
+
+test("a box or a row of the table is selected, not both", () => {
+  const boxed = changeState(DEFAULTS, { select: "0123456789abcdef" });
+  const rowed = changeState(boxed, { row: "memcpy" });
+
+  assert.deepEqual([rowed.select, rowed.row], ["", "memcpy"]);
+  assert.deepEqual([changeState(rowed, { select: "0123456789abcdef" }).row], [""]);
 });
 
 test("steps can be undone, refinements make no steps", () => {

@@ -1,0 +1,90 @@
+// Panel: all that is known of the selected box or function, and what can be done with it.
+
+import {button, el} from "./dom.js";
+import {cores, counted, cpuTime, number, place, safeName, share} from "./format.js";
+
+export class DetailPanel {
+  #container;
+  #callbacks;
+
+  /**
+   * Callbacks: onZoom(id), onCallers(name), onFocus(name), onHide(name), onSearch(name),
+   * onFilter(value, isExcluding), onCopy(text), onClose().
+   */
+  constructor(container, callbacks) {
+    this.#container = container;
+    this.#callbacks = callbacks;
+  }
+
+  hide() {
+    this.#container.hidden = true;
+    this.#container.replaceChildren();
+  }
+
+  /** Show a box of the graph. `labelName` is the label whose value it is, if that is known. */
+  showBox(box, {windowMs, labelName, isZoomed, isCallers}) {
+    const {frame} = box;
+    if (box.isRest) {
+      this.#show("Boxes too narrow to draw", [["Total", amount(box.total, box.shareOfAll)], ["How to see them", "zoom in, or narrow the selection"]], []);
+      return;
+    }
+    const facts = [];
+    if (frame.kind === "label") facts.push(["Label", labelName ? safeName(labelName) : box.depth === 0 ? "everything selected" : "label"]);
+    else facts.push(["Module", safeName(frame.module) || "unknown"], ["Kind", safeName(frame.kind)]);
+    const where = place(frame.file, frame.line);
+    if (where) facts.push(["Source", safeName(where)]);
+    if (frame.build_id) facts.push(["Build id", safeName(frame.build_id)]);
+    facts.push(["Total", amount(box.total, box.shareOfAll)]);
+    if (box.self !== null && box.self !== undefined) {
+      facts.push(["Self", amount(box.self, box.total ? (box.self / box.total) * box.shareOfAll : 0)]);
+    }
+    facts.push(["Cores", cores(box.total, windowMs)]);
+    if (box.samples !== null && box.samples !== undefined) facts.push(["Samples", number(box.samples)]);
+    const actions = [];
+    if (box.depth > 0 && !isZoomed) actions.push(["Zoom", "Fill the width with this box", () => this.#callbacks.onZoom(box.id)]);
+    if (frame.kind === "label" && labelName) {
+      actions.push([`Only ${labelName} ${frame.function}`, "Filter to this value", () => this.#callbacks.onFilter(labelName, frame.function, false)]);
+      actions.push(["Without it", "Leave out this value", () => this.#callbacks.onFilter(labelName, frame.function, true)]);
+    }
+    if (frame.kind !== "label") actions.push(...this.#functionActions(frame.function, isCallers));
+    this.#show(frame.function, facts, actions);
+  }
+
+  /** Show a function of the table: all its boxes together. */
+  showFunction(row, {windowMs, total, isCallers}) {
+    const facts = [["Module", safeName(row.module) || "unknown"], ["Kind", safeName(row.kind)]];
+    if (row.file) facts.push(["Source", safeName(row.file)]);
+    facts.push(
+      ["Total", amount(row.total, total ? row.total / total : 0)],
+      ["Self", amount(row.self, total ? row.self / total : 0)],
+      ["Cores", cores(row.total, windowMs)],
+      ["Samples", `${counted(row.total_samples, "sample")}, ${number(row.self_samples)} of them self`],
+    );
+    const find = ["Find in graph", "Search for its boxes", () => this.#callbacks.onSearch(row.function)];
+    this.#show(row.function, facts, [find, ...this.#functionActions(row.function, isCallers)]);
+  }
+
+  #functionActions(name, isCallers) {
+    const {onCallers, onFocus, onHide, onCopy} = this.#callbacks;
+    return [
+      isCallers ? null : ["Callers", "Show who calls this function, from all places", () => onCallers(name)],
+      ["Only with it", "Keep only the stacks that have this function", () => onFocus(name)],
+      ["Hide", "Take this function out of the stacks; what it calls moves up", () => onHide(name)],
+      ["Copy name", "Copy the function's name", () => onCopy(name)],
+    ].filter(Boolean);
+  }
+
+  #show(name, facts, actions) {
+    const close = button({icon: "close", label: "Close (Escape)", class: "quiet", click: () => this.#callbacks.onClose()});
+    this.#container.replaceChildren(
+      el("div", {class: "panel-head"}, el("h3", {text: safeName(name), title: safeName(name)}), close),
+      el("dl", {}, facts.map(([term, text]) => el("div", {}, el("dt", {text: term}), el("dd", {text, title: text})))),
+      el("div", {class: "panel-actions"}, actions.map(([text, title, click]) => el("button", {type: "button", class: "button small", title, text: safeName(text), on: {click}}))),
+    );
+    this.#container.hidden = false;
+  }
+}
+
+function amount(ns, part) {
+  return `${share(part, 1)} · ${cpuTime(ns)}`;
+}

@@ -1,0 +1,269 @@
+// Timeline: CPU cores over time as stacked bars, with a part of it to choose by pointer or keys.
+//
+// What has no profile is hatched, never zero. The chart is a slider to assistive software: its text
+// says the chosen steps and what was used in them.
+
+import {el, svg} from "./dom.js";
+import {cores, share, span} from "./format.js";
+import * as scale from "./scale.js";
+import {formatTime, zoneName} from "./times.js";
+
+const HEIGHT_PX = 132;
+const MARGIN = {top: 8, right: 1, bottom: 20, left: 40};
+const DRAG_PX = 4;
+const TOOLTIP_ROWS = 7;
+
+export class TimelineView {
+  #container;
+  #callbacks;
+  #shown = null;
+  #geometry = null;
+  #selection = null;
+  #drag = null;
+
+  /** `onApply(window)`: a part was chosen, {from, until} in ms. */
+  constructor(container, callbacks) {
+    this.#container = container;
+    this.#callbacks = callbacks;
+    this.chart = el("div", {
+      class: "chart",
+      tabindex: "0",
+      role: "slider",
+      "aria-label": "Timeline of CPU cores used. Arrow keys choose a step, with Shift a range, Enter shows it",
+      "aria-valuemin": "0",
+      on: {
+        keydown: (event) => this.#onKey(event),
+        pointerdown: (event) => this.#onDown(event),
+        pointermove: (event) => this.#onMove(event),
+        pointerup: () => this.#onUp(),
+        pointercancel: () => this.#select(null),
+        pointerleave: () => this.#hover(null),
+        blur: () => this.#drag || this.#select(null),
+      },
+    });
+    this.tooltip = el("div", {class: "tooltip", hidden: true});
+    this.message = el("p", {class: "muted chart-message", hidden: true});
+    container.append(this.chart, this.tooltip, this.message);
+    new ResizeObserver(() => this.#draw()).observe(container);
+  }
+
+  /**
+   * Show an answer of /api/v1/timeline. `chosen` is the part that the rest of the page shows
+   * ({from, until}, or null for all), `label` whose values the layers are, `colours` their numbers.
+   */
+  show(timeline, {chosen, label, zone, colours}) {
+    this.#shown = {timeline, chosen, label, zone, colours, ...scale.stackSeries(timeline)};
+    this.#selection = null;
+    this.message.hidden = true;
+    this.chart.classList.remove("stale");
+    this.#draw();
+  }
+
+  /** Say why there is nothing, or nothing new, to show. */
+  fail(text) {
+    this.message.textContent = text;
+    this.message.hidden = false;
+    this.chart.classList.add("stale");
+  }
+
+  focus() {
+    this.chart.focus();
+  }
+
+  get #count() {
+    return this.#shown?.isGap.length ?? 0;
+  }
+
+  #draw() {
+    const width = Math.floor(this.#container.clientWidth);
+    if (!this.#shown || width < 80) return;
+    const {timeline, layers, isGap, max, chosen} = this.#shown;
+    const {from_ms: from, until_ms: until} = timeline.window;
+    const ticks = scale.valueTicks(max, 4);
+    const bottom = HEIGHT_PX - MARGIN.bottom;
+    const right = width - MARGIN.right;
+    const time = scale.linear([from, until], [MARGIN.left, right]);
+    const clamp = (px) => Math.min(right, Math.max(MARGIN.left, px));
+    const x = (step) => clamp(time(timeline.start_ms + step * timeline.step_ms));
+    const y = scale.linear([0, ticks.at(-1)], [bottom, MARGIN.top]);
+    this.#geometry = {time, x, bottom, right};
+
+    const hatch = svg("pattern", {id: "gap-hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)"},
+      svg("line", {x1: 0, y1: 0, x2: 0, y2: 6, class: "hatch"}));
+    const parts = [svg("defs", {}, hatch)];
+    for (const value of ticks) {
+      const line = Math.round(y(value)) + 0.5;
+      parts.push(svg("line", {class: value === 0 ? "axis" : "grid", x1: MARGIN.left, x2: right, y1: line, y2: line}));
+      parts.push(svgText(value.toLocaleString("en-US"), {class: "tick end", x: MARGIN.left - 6, y: line + 3.5}));
+    }
+    for (const [start, end] of scale.runs(isGap)) {
+      parts.push(svg("rect", {class: "gap", x: x(start), y: MARGIN.top, width: Math.max(0, x(end) - x(start)), height: bottom - MARGIN.top, fill: "url(#gap-hatch)"}));
+    }
+    layers.forEach((layer, i) => {
+      parts.push(svg("path", {class: `layer ${this.#colourOf(i)}`, d: scale.layerPath(layer, isGap, x, y)}));
+    });
+    for (const {ms, label} of scale.timeTicks(from, until, Math.floor(width / 84), this.#shown.zone)) {
+      const at = Math.round(time(ms)) + 0.5;
+      parts.push(svg("line", {class: "axis", x1: at, x2: at, y1: bottom, y2: bottom + 4}));
+      if (at > MARGIN.left + 14 && at < right - 16) parts.push(svgText(label, {class: "tick middle", x: at, y: bottom + 15}));
+    }
+    if (chosen) {
+      const [left, end] = [clamp(time(chosen.from)), clamp(time(chosen.until))];
+      parts.push(svg("rect", {class: "outside", x: MARGIN.left, y: 0, width: left - MARGIN.left, height: bottom}));
+      parts.push(svg("rect", {class: "outside", x: end, y: 0, width: right - end, height: bottom}));
+      parts.push(svg("rect", {class: "chosen", x: left, y: 0.5, width: Math.max(1, end - left), height: bottom - 0.5}));
+    }
+    this.cursor = svg("line", {class: "cursor", y1: 0, y2: bottom, visibility: "hidden"});
+    this.brush = svg("rect", {class: "brush", y: 0, height: bottom, visibility: "hidden"});
+    parts.push(this.cursor, this.brush);
+    this.chart.replaceChildren(svg("svg", {width, height: HEIGHT_PX, "aria-hidden": "true"}, ...parts));
+    this.chart.setAttribute("aria-valuemax", String(Math.max(0, this.#count - 1)));
+    this.#select(this.#selection);
+  }
+
+  #colourOf(layer) {
+    const {timeline, label, colours} = this.#shown;
+    const series = timeline.series[layer];
+    return colourClass(series.rest ? undefined : colours.get(series.labels[label] ?? ""));
+  }
+
+  #onKey(event) {
+    if (event.key === "Enter" && this.#selection) {
+      event.preventDefault();
+      this.#apply();
+    } else if (event.key === "Escape" && this.#selection) {
+      event.preventDefault();
+      event.stopPropagation();
+      this.#select(null);
+    } else if (!event.ctrlKey && !event.metaKey && !event.altKey) {
+      const moved = scale.moveSelection(this.#selection, event.key, event.shiftKey, this.#count);
+      if (!moved) return;
+      event.preventDefault();
+      event.stopPropagation();
+      this.#select(moved);
+      this.#hover(moved.head);
+    }
+  }
+
+  #onDown(event) {
+    if (event.button !== 0 || !this.#shown) return;
+    const step = this.#stepAt(event);
+    if (step === null) return;
+    this.chart.setPointerCapture(event.pointerId);
+    this.#drag = {step, x: event.clientX, isMoved: false};
+    this.#selection = null;
+  }
+
+  #onMove(event) {
+    if (!this.#shown) return;
+    const step = this.#stepAt(event);
+    if (this.#drag && step !== null) {
+      this.#drag.isMoved ||= Math.abs(event.clientX - this.#drag.x) >= DRAG_PX;
+      if (this.#drag.isMoved) this.#select({anchor: this.#drag.step, head: step});
+    }
+    this.#hover(step, event);
+  }
+
+  #onUp() {
+    const isMoved = this.#drag?.isMoved;
+    this.#drag = null;
+    if (isMoved && this.#selection) this.#apply();
+  }
+
+  #apply() {
+    const window = scale.selectionWindow(this.#selection, this.#shown.timeline);
+    this.#select(null);
+    this.#hover(null);
+    this.#callbacks.onApply(window);
+  }
+
+  #stepAt(event) {
+    if (!this.#geometry || this.#count === 0) return null;
+    const {timeline} = this.#shown;
+    const ms = this.#geometry.time.invert(event.clientX - this.chart.getBoundingClientRect().left);
+    const step = Math.floor((ms - timeline.start_ms) / timeline.step_ms);
+    return Math.min(this.#count - 1, Math.max(0, step));
+  }
+
+  #select(selection) {
+    this.#selection = selection;
+    if (!selection) this.#drag = null;
+    if (!this.brush) return;
+    const text = selection ? this.#describe(selection) : "nothing chosen";
+    this.chart.setAttribute("aria-valuenow", String(selection?.head ?? 0));
+    this.chart.setAttribute("aria-valuetext", text);
+    this.brush.setAttribute("visibility", selection ? "visible" : "hidden");
+    if (!selection) return;
+    const [low, high] = [Math.min(selection.anchor, selection.head), Math.max(selection.anchor, selection.head)];
+    const left = this.#geometry.x(low);
+    this.brush.setAttribute("x", left);
+    this.brush.setAttribute("width", Math.max(1, this.#geometry.x(high + 1) - left));
+  }
+
+  #describe(selection) {
+    const {timeline, layers, isGap, zone} = this.#shown;
+    const window = scale.selectionWindow(selection, timeline);
+    const steps = [Math.min(selection.anchor, selection.head), Math.max(selection.anchor, selection.head) + 1];
+    const there = isGap.slice(...steps).filter((gap) => !gap).length;
+    const used = layers.at(-1)?.upper.slice(...steps).reduce((sum, value) => sum + value, 0) ?? 0;
+    const said = there ? `${(used / there).toFixed(2)} cores` : "no data";
+    return `${formatTime(window.from, zone)} until ${formatTime(window.until, zone, {hasDate: false})} ${zoneName(zone)}, ${said}`;
+  }
+
+  /** Show what was used in a step; null takes it away. */
+  #hover(step, event) {
+    if (!this.cursor) return;
+    this.tooltip.hidden = step === null;
+    this.cursor.setAttribute("visibility", step === null ? "hidden" : "visible");
+    if (step === null) return;
+    const {timeline} = this.#shown;
+    const at = this.#geometry.time(timeline.start_ms + (step + 0.5) * timeline.step_ms);
+    const x = event ? event.clientX - this.chart.getBoundingClientRect().left : at;
+    const line = Math.min(this.#geometry.right, Math.max(MARGIN.left, x));
+    this.cursor.setAttribute("x1", line);
+    this.cursor.setAttribute("x2", line);
+    this.tooltip.replaceChildren(...this.#tooltipLines(step));
+    const width = this.tooltip.offsetWidth;
+    const isLeft = line + width + 18 > this.#container.clientWidth;
+    this.tooltip.style.left = `${Math.max(0, isLeft ? line - width - 12 : line + 12)}px`;
+  }
+
+  #tooltipLines(step) {
+    const {timeline, isGap, zone, label} = this.#shown;
+    const selection = this.#selection ?? {anchor: step, head: step};
+    const window = scale.selectionWindow(selection, timeline);
+    const head = `${formatTime(window.from, zone, {hasSeconds: timeline.step_ms < 60_000})} – ${formatTime(window.until, zone, {hasDate: false})} (${span(window.until - window.from)})`;
+    const lines = [el("div", {class: "tooltip-head", text: head})];
+    if (isGap[step]) return [...lines, el("div", {class: "muted", text: "nothing was profiled here"})];
+    const rows = timeline.series
+      .map((series, i) => ({ns: series.values[step] ?? 0, name: seriesName(series, label), colour: this.#colourOf(i)}))
+      .filter((row) => row.ns > 0)
+      .sort((one, other) => other.ns - one.ns);
+    const total = rows.reduce((sum, row) => sum + row.ns, 0);
+    lines.push(el("div", {class: "tooltip-row"}, el("b", {text: "all"}), el("span", {text: cores(total, timeline.step_ms)})));
+    for (const row of rows.slice(0, TOOLTIP_ROWS)) {
+      lines.push(el("div", {class: "tooltip-row"},
+        el("span", {}, el("i", {class: `swatch ${row.colour}`}), row.name),
+        el("span", {text: `${cores(row.ns, timeline.step_ms)} · ${share(row.ns, total)}`})));
+    }
+    if (rows.length > TOOLTIP_ROWS) lines.push(el("div", {class: "muted", text: `and ${rows.length - TOOLTIP_ROWS} more`}));
+    return lines;
+  }
+}
+
+/** Name a series as legends do. */
+export function seriesName(series, label) {
+  if (series.rest) return "all others";
+  return series.labels[label] || `no ${label}`;
+}
+
+/** Give the style sheet's class of a colour number; none is the grey of the rest. */
+export function colourClass(colour) {
+  return colour === undefined ? "s-rest" : `s${colour}`;
+}
+
+function svgText(text, attributes) {
+  const element = svg("text", attributes);
+  element.textContent = text;
+  return element;
+}
