@@ -5,8 +5,8 @@
 // the SVG's (profiler/svg.py); saturation and lightness were searched for the largest distance
 // between any two kinds for protanopia, deuteranopia, tritanopia and full sight.
 
-const TEXT = {light: "#14181d", dark: "#f2f4f7"};
-const DIM_TEXT = {light: "#5b6470", dark: "#99a3b0"};
+const TEXT = { light: "#14181d", dark: "#f2f4f7" };
+const DIM_TEXT = { light: "#5b6470", dark: "#99a3b0" };
 
 // Hue in degrees, saturation, lightness.
 const KINDS = {
@@ -39,20 +39,26 @@ const KINDS = {
 // Modules of one kind differ a little, never as far as the next kind.
 const VARIANTS = 6;
 const VARIANT_HUE = 2;
-const VARIANT_LIGHTNESS = {light: 0.009, dark: 0.007};
+const VARIANT_LIGHTNESS = { light: 0.009, dark: 0.007 };
 
 // OKLCH, whose lightness is what the eye sees: hues may differ freely and the text stays readable.
-const MODULES = {light: {lightness: [0.76, 0.81, 0.86], chroma: 0.1}, dark: {lightness: [0.38, 0.42, 0.46], chroma: 0.085}};
+const MODULES = {
+  light: { lightness: [0.76, 0.81, 0.86], chroma: 0.1 },
+  dark: { lightness: [0.38, 0.42, 0.46], chroma: 0.085 },
+};
 const OWN_TIME = {
-  light: {from: [0.955, 0.006, 90], to: [0.69, 0.17, 45]},
-  dark: {from: [0.29, 0.012, 260], to: [0.5, 0.15, 40]},
+  light: { from: [0.955, 0.006, 90], to: [0.69, 0.17, 45] },
+  dark: { from: [0.29, 0.012, 70], to: [0.5, 0.15, 40] },
 };
 /** The share of own time that has the full colour; more than this in one box is rare. */
 const OWN_TIME_FULL = 0.25;
 
+// Just off the page's background, so that faded boxes still have edges.
+const PAPER = { light: "#fbfbfc", dark: "#1c2026" };
+
 const MATCH = {
-  light: {fill: "#8b1a8f", text: "#ffffff"},
-  dark: {fill: "#f59af7", text: "#1a0a1c"},
+  light: { fill: "#8b1a8f", text: "#ffffff" },
+  dark: { fill: "#f59af7", text: "#1a0a1c" },
 };
 
 /**
@@ -62,13 +68,13 @@ const MATCH = {
  */
 export function boxColour(frame, colour, isDark, selfShare = 0) {
   const scheme = isDark ? "dark" : "light";
-  return {fill: fillOf(frame, colour, scheme, selfShare), text: TEXT[scheme]};
+  return { fill: fillOf(frame, colour, scheme, selfShare), text: TEXT[scheme] };
 }
 
 /** Give the colour of a kind as legends show it. Unknown kinds are drawn as native. */
 export function kindColour(kind, isDark) {
   const scheme = isDark ? "dark" : "light";
-  return {fill: rgbHex(hslRgb(shadeOf(kind, scheme))), text: TEXT[scheme]};
+  return { fill: rgbHex(hslRgb(shadeOf(kind, scheme))), text: TEXT[scheme] };
 }
 
 /** Give the colour of what a search found: far darker or lighter than any other box. */
@@ -77,11 +83,13 @@ export function matchColour(isDark) {
 }
 
 /** Give the colour of a box that a search did not find: most of the way to the background. */
-export function dimColour({fill}, isDark) {
-  const scheme = isDark ? "dark" : "light";
-  const towards = isDark ? [0.11, 0.125, 0.15] : [0.985, 0.985, 0.99];
-  const rgb = parseHex(fill).map((part, i) => part + (towards[i] - part) * 0.86);
-  return {fill: rgbHex(rgb), text: DIM_TEXT[scheme]};
+export function dimColour({ fill }, isDark) {
+  return { fill: towardsPaper(fill, isDark, 0.86), text: DIM_TEXT[isDark ? "dark" : "light"] };
+}
+
+/** Give the colour of a box above the one that was zoomed into: it is there to go back. */
+export function fadeColour({ fill, text }, isDark) {
+  return { fill: towardsPaper(fill, isDark, 0.62), text };
 }
 
 /** Give the contrast of two colours, 1 to 21 (WCAG 2.2, "contrast ratio"). */
@@ -92,9 +100,15 @@ export function contrast(one, other) {
 
 /** Give the relative luminance of #rrggbb, 0 to 1 (WCAG 2.2). */
 export function luminance(colour) {
-  const [red, green, blue] = parseHex(colour).map(
-    part => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
+  const [red, green, blue] = parseHex(colour).map((part) =>
+    part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4,
+  );
   return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+}
+
+function towardsPaper(fill, isDark, part) {
+  const paper = parseHex(PAPER[isDark ? "dark" : "light"]);
+  return rgbHex(parseHex(fill).map((each, i) => each + (paper[i] - each) * part));
 }
 
 function fillOf(frame, colour, scheme, selfShare) {
@@ -122,14 +136,14 @@ function shadeOf(kind, scheme) {
 }
 
 function moduleShade(module, scheme) {
-  const {lightness, chroma} = MODULES[scheme];
+  const { lightness, chroma } = MODULES[scheme];
   const number = hash(module);
   // 24 hues in 3 lightnesses: closer ones could not be told apart.
   return [lightness[number % 3], module ? chroma : 0.01, 15 * (Math.floor(number / 3) % 24)];
 }
 
 function ownTimeShade(share, scheme) {
-  const {from, to} = OWN_TIME[scheme];
+  const { from, to } = OWN_TIME[scheme];
   const part = Math.sqrt(Math.min(1, Math.max(0, share) / OWN_TIME_FULL));
   return [
     from[0] + (to[0] - from[0]) * part,
@@ -150,7 +164,7 @@ function hash(text) {
 
 function hslRgb([hue, saturation, lightness]) {
   const spread = saturation * Math.min(lightness, 1 - lightness);
-  return [0, 8, 4].map(offset => {
+  return [0, 8, 4].map((offset) => {
     const place = (((offset + hue / 30) % 12) + 12) % 12;
     return lightness - spread * Math.max(-1, Math.min(place - 3, 9 - place, 1));
   });
@@ -167,14 +181,19 @@ function oklchRgb([lightness, chroma, hue]) {
     4.0767416621 * long - 3.3077115913 * medium + 0.2309699292 * short,
     -1.2684380046 * long + 2.6097574011 * medium - 0.3413193965 * short,
     -0.0041960863 * long - 0.7034186147 * medium + 1.707614701 * short,
-  ].map(part => (part <= 0.0031308 ? 12.92 * part : 1.055 * part ** (1 / 2.4) - 0.055));
+  ].map((part) => (part <= 0.0031308 ? 12.92 * part : 1.055 * part ** (1 / 2.4) - 0.055));
 }
 
 function parseHex(colour) {
-  return [1, 3, 5].map(at => parseInt(colour.slice(at, at + 2), 16) / 255);
+  return [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16) / 255);
 }
 
 function rgbHex(parts) {
-  return `#${parts.map(part => Math.round(255 * Math.min(1, Math.max(0, part)))
-    .toString(16).padStart(2, "0")).join("")}`;
+  return `#${parts
+    .map((part) =>
+      Math.round(255 * Math.min(1, Math.max(0, part)))
+        .toString(16)
+        .padStart(2, "0"),
+    )
+    .join("")}`;
 }

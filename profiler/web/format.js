@@ -4,20 +4,22 @@ const SECOND_NS = 1e9;
 const MINUTE_NS = 60 * SECOND_NS;
 const HOUR_NS = 60 * MINUTE_NS;
 const DAY_NS = 24 * HOUR_NS;
+const SPLIT_LENGTH = 14;
 const ELLIPSIS = "…";
 const DASH = "–";
 
-const whole = new Intl.NumberFormat("en-US", {maximumFractionDigits: 0});
+const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 
 // What a reader cannot see, or what would reorder what they see: control, format, lone surrogates,
 // private, unassigned, separators other than a space, and the default-ignorable characters outside
 // of those categories (symbolizer/text.py).
-const INVISIBLE = /[\p{C}\p{Zl}\p{Zp}\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\u{e0100}-\u{e01ef}]/gu;
-const SHORT_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"};
+const INVISIBLE =
+  /[\p{C}\p{Zl}\p{Zp}\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\u{e0100}-\u{e01ef}]/gu;
+const SHORT_ESCAPES = { "\n": "\\n", "\r": "\\r", "\t": "\\t" };
 
 /** Give a name with everything that cannot be seen written as a visible escape, as the service does. */
 export function safeName(text) {
-  return String(text).replace(INVISIBLE, character => {
+  return String(text).replace(INVISIBLE, (character) => {
     if (Object.hasOwn(SHORT_ESCAPES, character)) return SHORT_ESCAPES[character];
     const code = character.codePointAt(0);
     if (code <= 0xff) return `\\x${code.toString(16).padStart(2, "0")}`;
@@ -26,17 +28,20 @@ export function safeName(text) {
   });
 }
 
-/** Cut text in its middle to at most `length` characters, more of its end than of its begin: names
- * of one namespace or folder differ at the end. */
+/** Cut text to at most `length` characters: in its middle, as names of one namespace differ at their
+ * end; where little fits, at the end. */
 export function shorten(text, length) {
   if (text.length <= length) return text;
   const characters = [...text];
   if (characters.length <= length) return text;
   if (length <= 1) return length === 1 ? ELLIPSIS : "";
-  const head = length < 8 ? length - 1 : Math.floor((length - 1) * 0.4);
+  const head = length < SPLIT_LENGTH ? length - 1 : Math.ceil((length - 1) / 2);
   const tail = length - 1 - head;
-  return characters.slice(0, head).join("") + ELLIPSIS
-    + (tail > 0 ? characters.slice(-tail).join("") : "");
+  return (
+    characters.slice(0, head).join("") +
+    ELLIPSIS +
+    (tail > 0 ? characters.slice(-tail).join("") : "")
+  );
 }
 
 /** Give a whole number with thousands separated. */
@@ -101,7 +106,12 @@ export function span(ms) {
   if (ms < 1000) return `${Math.round(ms)} ms`;
   let seconds = Math.round(ms / 1000);
   const parts = [];
-  for (const [length, unit] of [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]]) {
+  for (const [length, unit] of [
+    [86400, "d"],
+    [3600, "h"],
+    [60, "min"],
+    [1, "s"],
+  ]) {
     const count = Math.floor(seconds / length);
     seconds -= count * length;
     if (count > 0) parts.push(`${count} ${unit}`);
@@ -111,18 +121,18 @@ export function span(ms) {
 
 /** Give a moment as `2026-05-28 20:26:40`; `zone` is "utc" or "local", or a name from the tz base. */
 export function moment(ms, zone = "utc") {
-  const {year, month, day, hour, minute, second} = clock(ms, zone);
+  const { year, month, day, hour, minute, second } = clock(ms, zone);
   return `${year}-${month}-${day} ${hour}:${minute}:${second}`;
 }
 
 /** Give the time of day: `20:26:40`. */
 export function timeOfDay(ms, zone = "utc") {
-  const {hour, minute, second} = clock(ms, zone);
+  const { hour, minute, second } = clock(ms, zone);
   return `${hour}:${minute}:${second}`;
 }
 
 /** Give a window with its zone and length: the day once, when it ends on the day it began. */
-export function windowText({from_ms: from, until_ms: until}, zone = "utc") {
+export function windowText({ from_ms: from, until_ms: until }, zone = "utc") {
   const start = moment(from, zone);
   const end = moment(until, zone);
   const isOneDay = start.slice(0, 10) === end.slice(0, 10);
@@ -145,8 +155,13 @@ function scaled(value, unit) {
 function clock(ms, zone) {
   const format = new Intl.DateTimeFormat("en-CA", {
     timeZone: zone === "utc" ? "UTC" : zone === "local" ? undefined : zone,
-    year: "numeric", month: "2-digit", day: "2-digit",
-    hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23",
+    year: "numeric",
+    month: "2-digit",
+    day: "2-digit",
+    hour: "2-digit",
+    minute: "2-digit",
+    second: "2-digit",
+    hourCycle: "h23",
   });
-  return Object.fromEntries(format.formatToParts(ms).map(part => [part.type, part.value]));
+  return Object.fromEntries(format.formatToParts(ms).map((part) => [part.type, part.value]));
 }

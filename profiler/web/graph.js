@@ -49,9 +49,9 @@
 //   everflame:first-paint   from the answer's arrival until it is painted
 //   everflame:zoom          from the click or key until all boxes are drawn
 
-import {boxColour, dimColour, matchColour} from "./colour.js";
-import {cores, counted, number, place, quantity, safeName, share, shorten} from "./format.js";
-import {Graph, ROOT_ID, boxOf, hit, layOut, neighbour, stepMatch, sumOf} from "./layout.js";
+import { boxColour, dimColour, fadeColour, matchColour } from "./colour.js";
+import { cores, counted, number, place, quantity, safeName, share, shorten } from "./format.js";
+import { Graph, boxOf, hit, layOut, neighbour, stepMatch, sumOf } from "./layout.js";
 
 const ROW_PX = 20;
 const GAP_PX = 1;
@@ -63,12 +63,11 @@ const TOOLTIP_GAP_PX = 14;
 const CANVAS_LIMIT = 32767;
 const CACHED_TEXTS = 20000;
 
-const KIND_NAMES = {jit: "JIT", go: "Go", java: "Java", node: "Node.js", python: "Python"};
+const KIND_NAMES = { jit: "JIT", go: "Go", java: "Java", node: "Node.js", python: "Python" };
 
 /** A canvas that shows one answer of the service. */
 export class FlameGraphView {
   #callbacks;
-  #container;
   #parts;
   #watchers;
   #context;
@@ -82,21 +81,22 @@ export class FlameGraphView {
   #asked = 0;
   #selected = null;
   #hovered = -1;
+  /** The node whose tooltip the keyboard opened. */
+  #told = null;
   #searched = "";
   #isMatch = null;
   #matches = [];
   #scheme = null;
-  #colours = [];
+  #colours = new Map();
   #texts = new Map();
   #cellPx = 7.2;
   #frameRequest = 0;
 
-  constructor(container, {onZoom, onSelect, onHover} = {}) {
-    this.#callbacks = {onZoom, onSelect, onHover};
-    this.#container = container;
+  constructor(container, { onZoom, onSelect, onHover } = {}) {
+    this.#callbacks = { onZoom, onSelect, onHover };
     this.#parts = makeParts(container.ownerDocument);
     container.append(this.#parts.root);
-    this.#context = this.#parts.canvas.getContext("2d", {alpha: false});
+    this.#context = this.#parts.canvas.getContext("2d", { alpha: false });
     this.#listen();
     this.#watchers = this.#watch();
     this.#readScheme();
@@ -106,15 +106,16 @@ export class FlameGraphView {
     return this.#parts.scroller.clientWidth;
   }
 
-  show(answer, {view = "icicle", colour = "kind", zoomPath = null, arrivedAt = null} = {}) {
+  show(answer, { view = "icicle", colour = "kind", zoomPath = null, arrivedAt = null } = {}) {
     const start = arrivedAt ?? performance.now();
     const selectedPath = this.#selected === null ? null : this.#graph.pathOf(this.#selected);
     const isOtherView = view !== this.#view || this.#graph === null;
     this.#graph = new Graph(answer);
+    this.#boxes = null;
     this.#answer = answer;
     this.#view = view;
     this.#colour = colour;
-    this.#colours = [];
+    this.#colours.clear();
     this.#asked = zoomPath ? Math.max(0, this.#graph.findPath(zoomPath)) : 0;
     this.#selected = selectedPath ? exactly(this.#graph, selectedPath) : null;
     this.#findMatches();
@@ -123,7 +124,7 @@ export class FlameGraphView {
     if (isOtherView) this.#parts.scroller.scrollTop = view === "flame" ? this.#rows * ROW_PX : 0;
     this.#draw();
     afterPaint(() => {
-      performance.measure("everflame:first-paint", {start, end: performance.now()});
+      performance.measure("everflame:first-paint", { start, end: performance.now() });
     });
   }
 
@@ -136,13 +137,13 @@ export class FlameGraphView {
 
   step(direction) {
     const at = stepMatch(this.#matches, this.#selected, direction);
-    if (at < 0) return {index: 0, count: 0};
+    if (at < 0) return { index: 0, count: 0 };
     this.#selectNode(this.#matches[at]);
     return this.#place();
   }
 
   select(id) {
-    const node = id === null ? null : this.#graph?.findId(id) ?? null;
+    const node = id === null ? null : (this.#graph?.findId(id) ?? null);
     this.#selected = node;
     this.#showSelection();
     return node !== null;
@@ -171,7 +172,7 @@ export class FlameGraphView {
   }
 
   focus() {
-    this.#parts.canvas.focus({preventScroll: true});
+    this.#parts.canvas.focus({ preventScroll: true });
   }
 
   destroy() {
@@ -187,20 +188,21 @@ export class FlameGraphView {
   }
 
   #layOut() {
-    const {space, scroller} = this.#parts;
+    const { space, scroller } = this.#parts;
     const before = this.#rows;
     this.#rows = this.#graph.size && this.#answer.total > 0 ? this.#graph.rowsTo(this.#zoomed) : 0;
-    const {scrollTop} = scroller;
+    const { scrollTop } = scroller;
     space.style.height = `${this.#rows * ROW_PX}px`;
     // With the root at the bottom, rows keep their distance to the bottom.
-    if (this.#view === "flame" && before) scroller.scrollTop = scrollTop + (this.#rows - before) * ROW_PX;
+    if (this.#view === "flame" && before)
+      scroller.scrollTop = scrollTop + (this.#rows - before) * ROW_PX;
     this.#parts.canvas.setAttribute("aria-label", this.#description());
     this.#fit();
   }
 
   // The boxes for the width at hand: a scroll bar that came or went has changed it.
   #fit() {
-    const {canvas, scroller} = this.#parts;
+    const { canvas, scroller } = this.#parts;
     const ratio = this.#ratio;
     const [width, height] = [scroller.clientWidth, scroller.clientHeight];
     canvas.style.width = `${width}px`;
@@ -212,7 +214,7 @@ export class FlameGraphView {
   }
 
   get #ratio() {
-    const {clientWidth, clientHeight} = this.#parts.scroller;
+    const { clientWidth, clientHeight } = this.#parts.scroller;
     const most = CANVAS_LIMIT / Math.max(1, clientWidth, clientHeight);
     return Math.min(devicePixelRatio || 1, most);
   }
@@ -230,10 +232,10 @@ export class FlameGraphView {
 
   #draw() {
     if (!this.#graph || !this.#boxes) return;
-    const {canvas, scroller} = this.#parts;
+    const { canvas, scroller } = this.#parts;
     const context = this.#context;
     const ratio = this.#ratio;
-    const {scrollTop, clientHeight, clientWidth} = scroller;
+    const { scrollTop, clientHeight, clientWidth } = scroller;
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.fillStyle = this.#scheme.background;
     context.fillRect(0, 0, canvas.width, canvas.height);
@@ -252,7 +254,7 @@ export class FlameGraphView {
 
   #drawRow(row, top, right, ratio, hatching) {
     const context = this.#context;
-    const {x, width, node, cutEnd, rowStart} = this.#boxes;
+    const { x, width, node, cutEnd, rowStart } = this.#boxes;
     const height = ROW_PX - GAP_PX;
     for (let i = rowStart[row]; i < rowStart[row + 1]; i += 1) {
       // On whole device pixels edges stay sharp, and neighbours neither overlap nor gape.
@@ -260,7 +262,7 @@ export class FlameGraphView {
       const end = Math.min(right, Math.round((x[i] + width[i]) * ratio) / ratio);
       const gap = width[i] > 3 ? GAP_PX : 0;
       const drawn = Math.max(1 / ratio, end - start - gap);
-      const {fill, text} = this.#colourOf(node[i], cutEnd[i] !== 0);
+      const { fill, text } = this.#colourOf(node[i], cutEnd[i] !== 0);
       context.fillStyle = fill;
       context.fillRect(start, top, drawn, height);
       if (cutEnd[i] !== 0 || this.#graph.frameOf(node[i]).kind === "rest") {
@@ -275,29 +277,30 @@ export class FlameGraphView {
   }
 
   #colourOf(node, isSum) {
-    const {isDark} = this.#scheme;
-    const isSearching = this.#isMatch !== null;
-    if (isSum) return this.#frameColour({kind: "rest", module: ""}, "rest", 0, isSearching);
-    if (isSearching && this.#isMatch.has(node)) return matchColour(isDark);
-    const isAbove = node !== this.#zoomed && this.#graph.isWithin(this.#zoomed, node);
+    const { isDark } = this.#scheme;
+    if (this.#isMatch?.has(node) && !isSum) return matchColour(isDark);
+    const isAbove = node < this.#zoomed && this.#graph.isWithin(this.#zoomed, node);
+    const change = this.#isMatch ? dimColour : isAbove ? fadeColour : null;
+    if (isSum) return this.#frameColour({ kind: "rest", module: "" }, "rest", 0, change);
     const frame = this.#graph.frameOf(node);
     if (this.#colour === "self") {
       const own = isAbove ? 0 : this.#graph.selfOf(node) / (this.#graph.wholeTotal || 1);
       const step = Math.round(own * 400);
       const key = frame.kind === "label" ? "label" : `self ${step}`;
-      return this.#frameColour(frame, key, step / 400, isSearching || isAbove);
+      return this.#frameColour(frame, key, step / 400, change);
     }
     const key = node < 0 ? `above ${node}` : this.#graph.frame[node];
-    return this.#frameColour(frame, key, 0, isSearching || isAbove);
+    return this.#frameColour(frame, key, 0, change);
   }
 
-  #frameColour(frame, key, selfShare, isDimmed) {
-    const {isDark} = this.#scheme;
-    const cache = (this.#colours[isDimmed ? 1 : 0] ??= new Map());
+  #frameColour(frame, key, selfShare, change) {
+    const { isDark } = this.#scheme;
+    let cache = this.#colours.get(change);
+    if (!cache) this.#colours.set(change, (cache = new Map()));
     let colour = cache.get(key);
     if (!colour) {
       colour = boxColour(frame, this.#colour, isDark, selfShare);
-      if (isDimmed) colour = dimColour(colour, isDark);
+      if (change) colour = change(colour, isDark);
       cache.set(key, colour);
     }
     return colour;
@@ -310,7 +313,11 @@ export class FlameGraphView {
     if (text === undefined) {
       text = shorten(safeName(name), length);
       // Other scripts are wider than the font's cell.
-      for (let fit = length - 1; fit > 0 && !isAscii(text) && this.#measure(text) > width; fit -= 1) {
+      for (
+        let fit = length - 1;
+        fit > 0 && !isAscii(text) && this.#measure(text) > width;
+        fit -= 1
+      ) {
         text = shorten(safeName(name), fit);
       }
       if (this.#texts.size >= CACHED_TEXTS) this.#texts.clear();
@@ -333,19 +340,19 @@ export class FlameGraphView {
   }
 
   #readScheme() {
-    const {root, canvas} = this.#parts;
+    const { root, canvas } = this.#parts;
     const style = getComputedStyle(root);
     const background = style.backgroundColor;
-    this.#scheme = {background, isDark: isDarkColour(background), muted: style.borderTopColor};
+    this.#scheme = { background, isDark: isDarkColour(background), muted: style.borderTopColor };
     canvas.classList.toggle("is-dark", this.#scheme.isDark);
-    this.#colours = [];
+    this.#colours.clear();
     this.#texts.clear();
     this.#context.font = FONT;
     this.#cellPx = this.#measure("M".repeat(20)) / 20;
   }
 
   #placeOutlines() {
-    const {hovered, selected} = this.#parts;
+    const { hovered, selected } = this.#parts;
     this.#outline(hovered, this.#hovered);
     const node = this.#selected;
     this.#outline(selected, node === null ? -1 : boxOf(this.#graph, this.#boxes, node));
@@ -354,15 +361,19 @@ export class FlameGraphView {
   #outline(element, i) {
     element.hidden = i < 0;
     if (i < 0) return;
-    const {left, top, width} = this.#rectOf(i);
+    const { left, top, width } = this.#rectOf(i);
     element.style.transform = `translate(${left}px, ${top}px)`;
     element.style.width = `${Math.max(2, width)}px`;
     element.style.height = `${ROW_PX - GAP_PX}px`;
   }
 
   #rectOf(i) {
-    const {x, width} = this.#boxes;
-    return {left: x[i], top: this.#topOf(this.#rowOfBox(i)), width: width[i] - (width[i] > 3 ? GAP_PX : 0)};
+    const { x, width } = this.#boxes;
+    return {
+      left: x[i],
+      top: this.#topOf(this.#rowOfBox(i)),
+      width: width[i] - (width[i] > 3 ? GAP_PX : 0),
+    };
   }
 
   #rowOfBox(i) {
@@ -381,7 +392,7 @@ export class FlameGraphView {
   #listMatches() {
     this.#matches = [];
     if (!this.#isMatch || !this.#boxes) return;
-    const {node, cutEnd} = this.#boxes;
+    const { node, cutEnd } = this.#boxes;
     for (let i = 0; i < node.length; i += 1) {
       if (cutEnd[i] === 0 && this.#isMatch.has(node[i])) this.#matches.push(node[i]);
     }
@@ -390,7 +401,7 @@ export class FlameGraphView {
 
   #place() {
     const index = this.#selected === null ? 0 : this.#matches.indexOf(this.#selected) + 1;
-    return {index, count: this.#matches.length};
+    return { index, count: this.#matches.length };
   }
 
   // Zooming and selecting
@@ -398,13 +409,14 @@ export class FlameGraphView {
   #zoomTo(node) {
     const start = performance.now();
     const target = this.#graph.isRest(node) ? this.#graph.parentOf(node) : node;
-    if (target === null || target === this.#asked) return;
+    // What lies above this answer may be asked for again: the service may have failed to answer.
+    if (target === null || (target === this.#asked && target >= 0)) return;
     this.#asked = target;
     if (target >= 0) {
       this.#hide();
       this.#layOut();
       this.#draw();
-      performance.measure("everflame:zoom", {start, end: performance.now()});
+      performance.measure("everflame:zoom", { start, end: performance.now() });
     }
     const path = this.#graph.pathOf(target);
     this.#callbacks.onZoom?.(path.length ? this.#graph.idOf(target) : null, path);
@@ -418,7 +430,7 @@ export class FlameGraphView {
   }
 
   #showSelection() {
-    const {live} = this.#parts;
+    const { live } = this.#parts;
     if (!this.#boxes) return;
     this.#placeOutlines();
     live.textContent = this.#selected === null ? "" : this.#spoken(this.#selected);
@@ -426,28 +438,26 @@ export class FlameGraphView {
   }
 
   #scrollTo(node) {
-    const {scroller} = this.#parts;
+    const { scroller } = this.#parts;
     const top = this.#topOf(this.#graph.rowOf(node));
     if (top < scroller.scrollTop) scroller.scrollTop = top - ROW_PX;
     const bottom = top + ROW_PX - scroller.clientHeight;
     if (bottom > scroller.scrollTop) scroller.scrollTop = bottom + ROW_PX;
   }
 
-  /** Tell a callback about a box: that of a node, or the sum of what is too narrow. */
-  #describe(node, i = -1) {
+  /** Give what callbacks are told about a box; `i` is its place among the boxes, -1 if not drawn. */
+  #describe(node, i) {
     const graph = this.#graph;
     const isSum = i >= 0 && this.#boxes.cutEnd[i] !== 0;
     const isRest = isSum || graph.isRest(node);
-    const {total, samples, nodes} = isSum ? sumOf(graph, this.#boxes, i)
-      : {total: graph.totalOf(node), samples: graph.samplesOf(node), nodes: 1};
-    const path = graph.pathOf(isRest ? graph.parentOf(node) : node);
-    const frame = isSum
-      ? {function: `(${counted(nodes, "box").replace(/boxs$/, "boxes")} too narrow to draw)`, module: "", kind: "rest", file: "", line: 0}
-      : graph.frameOf(node);
+    const named = isRest ? graph.parentOf(node) : node;
+    const { total, samples, nodes } = isSum
+      ? sumOf(graph, this.#boxes, i)
+      : { total: graph.totalOf(node), samples: graph.samplesOf(node), nodes: 1 };
     return {
-      id: path.length ? this.#graph.idOf(isRest ? graph.parentOf(node) : node) : ROOT_ID,
-      path,
-      frame,
+      id: graph.idOf(named),
+      path: graph.pathOf(named),
+      frame: isSum ? sumFrame(nodes) : graph.frameOf(node),
       total,
       self: isSum ? total : graph.selfOf(node),
       samples,
@@ -463,48 +473,61 @@ export class FlameGraphView {
     const name = safeName(graph.frameOf(node).function);
     const of = this.#answer.type === "cpu" ? "of CPU" : "of all";
     const spoken = `${name}, ${share(graph.totalOf(node), graph.wholeTotal)} ${of}, depth ${graph.rowOf(node)}`;
-    return this.#isMatch?.has(node) ? `${spoken}, match ${this.#place().index} of ${this.#matches.length}` : spoken;
+    return this.#isMatch?.has(node)
+      ? `${spoken}, match ${this.#place().index} of ${this.#matches.length}`
+      : spoken;
   }
 
   #description() {
-    const {total, samples, unit} = this.#answer;
+    const { total, samples, unit } = this.#answer;
     if (!this.#rows) return "Flame graph, empty";
     const name = safeName(this.#graph.frameOf(this.#zoomed).function);
-    return `Flame graph of ${name}: ${quantity(total, unit)} in all, ${counted(samples, "sample")}. `
-      + "Arrow keys move, Enter zooms in, Escape zooms out, Home shows everything.";
+    return (
+      `Flame graph of ${name}: ${quantity(total, unit)} in all, ${counted(samples, "sample")}. ` +
+      "Arrow keys move, Enter zooms in, Escape zooms out, Home shows everything."
+    );
   }
 
   // Pointer and keyboard
 
   #listen() {
-    const {canvas, scroller} = this.#parts;
-    canvas.addEventListener("click", event => this.#click(event));
-    canvas.addEventListener("pointermove", event => this.#move(event));
+    const { canvas, scroller } = this.#parts;
+    canvas.addEventListener("click", (event) => this.#click(event));
+    canvas.addEventListener("pointermove", (event) => this.#move(event));
     canvas.addEventListener("pointerleave", () => this.#hide());
-    canvas.addEventListener("keydown", event => this.#press(event));
+    canvas.addEventListener("keydown", (event) => this.#press(event));
     canvas.addEventListener("blur", () => this.#hide());
-    scroller.addEventListener("scroll", () => {
-      this.#hide();
-      this.#drawSoon();
-    }, {passive: true});
+    scroller.addEventListener(
+      "scroll",
+      () => {
+        if (this.#hovered >= 0) this.#hide();
+        else if (this.#told !== null) this.#showTooltipAt(this.#told);
+        this.#drawSoon();
+      },
+      { passive: true },
+    );
   }
 
   #watch() {
-    const {root, scroller} = this.#parts;
+    const { root, scroller } = this.#parts;
     const sizes = new ResizeObserver(() => {
-      const isOther = scroller.clientWidth !== parseFloat(this.#parts.canvas.style.width)
-        || scroller.clientHeight !== parseFloat(this.#parts.canvas.style.height);
+      const isOther =
+        scroller.clientWidth !== parseFloat(this.#parts.canvas.style.width) ||
+        scroller.clientHeight !== parseFloat(this.#parts.canvas.style.height);
       if (isOther) this.resize();
     });
     sizes.observe(scroller);
+    const hide = () => this.#hide();
+    window.addEventListener("scroll", hide, { passive: true });
     const recolour = () => this.recolour();
     const scheme = matchMedia("(prefers-color-scheme: dark)");
     scheme.addEventListener("change", recolour);
     const theme = new MutationObserver(recolour);
     const html = root.ownerDocument.documentElement;
-    theme.observe(html, {attributeFilter: ["class", "style", "data-theme", "data-scheme"]});
+    theme.observe(html, { attributeFilter: ["class", "style", "data-theme", "data-scheme"] });
     return [
       () => sizes.disconnect(),
+      () => window.removeEventListener("scroll", hide),
       () => scheme.removeEventListener("change", recolour),
       () => theme.disconnect(),
     ];
@@ -520,7 +543,7 @@ export class FlameGraphView {
 
   #boxAt(event) {
     if (!this.#boxes) return -1;
-    const {top, left} = this.#parts.scroller.getBoundingClientRect();
+    const { top, left } = this.#parts.scroller.getBoundingClientRect();
     const y = event.clientY - top + this.#parts.scroller.scrollTop;
     return hit(this.#boxes, event.clientX - left, this.#rowAt(y));
   }
@@ -555,6 +578,7 @@ export class FlameGraphView {
 
   #hide() {
     const wasOver = this.#hovered >= 0;
+    this.#told = null;
     this.#hovered = -1;
     this.#parts.hovered.hidden = true;
     this.#parts.tooltip.hidden = true;
@@ -576,14 +600,17 @@ export class FlameGraphView {
     };
     if (Object.hasOwn(moves, key)) return this.#moveSelection(moves[key]);
     if (key === "Enter" && this.#selected !== null) return this.#zoomByKey(this.#selected);
-    if (key === "Escape" || key === "Backspace") return this.#zoomByKey(this.#graph.parentOf(this.#asked));
+    if (key === "Escape" || key === "Backspace")
+      return this.#zoomByKey(this.#graph.parentOf(this.#asked));
     if (key === "Home") return this.#zoomByKey(this.#graph.top);
     return false;
   }
 
   #moveSelection(direction) {
     const isShown = this.#selected !== null && boxOf(this.#graph, this.#boxes, this.#selected) >= 0;
-    const node = isShown ? neighbour(this.#graph, this.#boxes, this.#selected, direction) : this.#zoomed;
+    const node = isShown
+      ? neighbour(this.#graph, this.#boxes, this.#selected, direction)
+      : this.#zoomed;
     if (node !== null) {
       this.#selectNode(node);
       this.#showTooltipAt(node);
@@ -594,25 +621,29 @@ export class FlameGraphView {
   #zoomByKey(node) {
     if (node === null) return false;
     this.#zoomTo(node);
-    if (this.#selected !== null) this.#showSelection();
+    if (this.#selected !== null) this.#scrollTo(this.#selected);
+    this.#parts.live.textContent = `Zoomed to ${this.#spoken(this.#graph.isRest(node) ? this.#asked : node)}`;
     return true;
   }
 
   #showTooltipAt(node) {
-    const {tooltip, scroller} = this.#parts;
+    const { tooltip, scroller } = this.#parts;
     const i = boxOf(this.#graph, this.#boxes, node);
-    const {left, top} = this.#rectOf(i);
+    const { left, top } = this.#rectOf(i);
     const frame = scroller.getBoundingClientRect();
+    const below = top + ROW_PX - scroller.scrollTop;
+    this.#told = node;
+    tooltip.hidden = below < ROW_PX || below > scroller.clientHeight + 1;
+    if (tooltip.hidden) return;
     fillTooltip(tooltip, this.#tooltipLines(i));
-    tooltip.hidden = false;
-    placeTooltip(tooltip, frame.left + left, frame.top + top + ROW_PX - scroller.scrollTop, 4);
+    placeTooltip(tooltip, frame.left + left, frame.top + below, 4, ROW_PX);
   }
 
   #tooltipLines(i) {
     const node = this.#boxes.node[i];
     const box = this.#describe(node, i);
-    const {unit, window, type} = this.#answer;
-    const {frame} = box;
+    const { unit, window, type } = this.#answer;
+    const { frame } = box;
     const lines = {
       name: safeName(frame.function),
       where: [safeName(frame.module), kindName(frame.kind)].filter(Boolean).join(" · "),
@@ -622,9 +653,14 @@ export class FlameGraphView {
     const all = this.#graph.wholeTotal;
     const isZoomed = this.#graph.totalOf(this.#zoomed) !== all;
     lines.rows.push(["Total", quantity(box.total, unit), share(box.total, all)]);
-    if (box.self !== null && !box.isRest) lines.rows.push(["Self", quantity(box.self, unit), share(box.self, all)]);
+    if (box.self !== null && !box.isRest)
+      lines.rows.push(["Self", quantity(box.self, unit), share(box.self, all)]);
     if (isZoomed && node >= this.#zoomed) {
-      lines.rows.push(["Of the zoomed", "", share(box.total, this.#graph.totalOf(this.#zoomed))]);
+      lines.rows.push([
+        "Of what is shown",
+        "",
+        share(box.total, this.#graph.totalOf(this.#zoomed)),
+      ]);
     }
     if (type === "cpu" && window) {
       lines.rows.push(["On average", cores(box.total, window.until_ms - window.from_ms), ""]);
@@ -652,17 +688,18 @@ function makeParts(document) {
     "aria-roledescription": "flame graph",
     "aria-label": "Flame graph",
   });
-  const outline = className => make("div", `flame-outline ${className}`, space, {"aria-hidden": "true"});
+  const outline = (className) =>
+    make("div", `flame-outline ${className}`, space, { "aria-hidden": "true" });
   const selected = outline("flame-selected");
   const hovered = outline("flame-hovered");
-  const tooltip = make("div", "flame-tooltip", root, {role: "tooltip"});
-  const live = make("div", "flame-live", root, {"aria-live": "polite", role: "status"});
+  const tooltip = make("div", "flame-tooltip", root, { role: "tooltip" });
+  const live = make("div", "flame-live", root, { "aria-live": "polite", role: "status" });
   for (const element of [selected, hovered, tooltip]) element.hidden = true;
-  return {root, scroller, space, canvas, selected, hovered, tooltip, live};
+  return { root, scroller, space, canvas, selected, hovered, tooltip, live };
 }
 
-function fillTooltip(tooltip, {name, where, file, rows, hint}) {
-  const {ownerDocument: document} = tooltip;
+function fillTooltip(tooltip, { name, where, file, rows, hint }) {
+  const { ownerDocument: document } = tooltip;
   const make = (tag, className, text) => {
     const element = document.createElement(tag);
     element.className = className;
@@ -675,24 +712,29 @@ function fillTooltip(tooltip, {name, where, file, rows, hint}) {
     row.append(make("th", "", title), make("td", "", value), make("td", "", part));
     table.append(row);
   }
-  const lines = [["flame-tooltip-name", name], ["flame-tooltip-where", where], ["flame-tooltip-where", file]]
-    .filter(([, text]) => text).map(([className, text]) => make("div", className, text));
+  const lines = [
+    ["flame-tooltip-name", name],
+    ["flame-tooltip-where", where],
+    ["flame-tooltip-where", file],
+  ]
+    .filter(([, text]) => text)
+    .map(([className, text]) => make("div", className, text));
   if (hint) lines.push(make("div", "flame-tooltip-where", hint));
   tooltip.replaceChildren(...lines, table);
 }
 
-// Beside the pointer, inside of the window, never under the pointer.
-function placeTooltip(tooltip, x, y, gap) {
-  const {offsetWidth: width, offsetHeight: height} = tooltip;
-  const {clientWidth, clientHeight} = tooltip.ownerDocument.documentElement;
+// Below and right of the place, or above it and what is to be kept clear; inside of the window.
+function placeTooltip(tooltip, x, y, gap, keepClearPx = 0) {
+  const { offsetWidth: width, offsetHeight: height } = tooltip;
+  const { clientWidth, clientHeight } = tooltip.ownerDocument.documentElement;
   const left = Math.max(4, Math.min(x + gap, clientWidth - width - 4));
   const below = y + gap + height <= clientHeight - 4;
-  const top = below ? y + gap : Math.max(4, y - gap - height);
+  const top = below ? y + gap : Math.max(4, y - keepClearPx - gap - height);
   tooltip.style.left = `${left}px`;
   tooltip.style.top = `${top}px`;
 }
 
-function drawHatching(context, ratio, {isDark}) {
+function drawHatching(context, ratio, { isDark }) {
   const side = Math.max(4, Math.round(6 * ratio));
   const tile = context.canvas.ownerDocument.createElement("canvas");
   tile.width = side;
@@ -711,6 +753,11 @@ function drawHatching(context, ratio, {isDark}) {
   return pattern;
 }
 
+function sumFrame(nodes) {
+  const boxes = nodes === 1 ? "1 box" : `${number(nodes)} boxes`;
+  return { function: `(${boxes} too narrow to draw)`, module: "", kind: "rest", file: "", line: 0 };
+}
+
 function exactly(graph, path) {
   const node = graph.findPath(path);
   return graph.pathOf(node).length === path.length ? node : null;
@@ -724,7 +771,9 @@ function kindName(kind) {
 // Computed colours are rgb(...) or rgba(...), with color-mix() also color(srgb ...).
 function isDarkColour(colour) {
   const scale = colour.startsWith("color(") ? 255 : 1;
-  const [red, green, blue] = (colour.match(/[\d.]+/g) ?? [255, 255, 255]).map(part => part * scale);
+  const [red, green, blue] = (colour.match(/[\d.]+/g) ?? [255, 255, 255]).map(
+    (part) => part * scale,
+  );
   return 0.2126 * red + 0.7152 * green + 0.0722 * blue < 128;
 }
 
@@ -739,7 +788,7 @@ function isAscii(text) {
 // A message is handled after the frame that the callback of an animation frame belongs to.
 function afterPaint(done) {
   requestAnimationFrame(() => {
-    const {port1, port2} = new MessageChannel();
+    const { port1, port2 } = new MessageChannel();
     port1.onmessage = () => {
       port1.close();
       done();

@@ -15,7 +15,7 @@ export const LEAST_PX = 0.5;
 const FNV_OFFSET = [0xcbf29ce4, 0x84222325];
 const FNV_PRIME_LOW = 0x1b3; // the prime is 2^40 + 0x1b3
 const KEY_SEPARATOR = [1];
-const ROOT_FRAME = {function: "all", module: "", kind: "label", file: "", line: 0};
+const ROOT_FRAME = { function: "all", module: "", kind: "label", file: "", line: 0 };
 const encoder = new TextEncoder();
 
 /**
@@ -34,7 +34,7 @@ export function nodeId(path) {
 
 /** Put an answer of /api/v1/flamegraph into a tree. */
 export class Graph {
-  constructor({frames, nodes, path, total}) {
+  constructor({ frames, nodes, path, total }) {
     this.frames = frames.map(asFrame);
     this.frame = nodes.frame;
     this.depth = nodes.depth;
@@ -66,6 +66,11 @@ export class Graph {
     return node < 0 ? null : this.self[node];
   }
 
+  /** Tell whether a node is what the service summed because it is too narrow to draw. */
+  isRest(node) {
+    return this.frameOf(node).kind === "rest";
+  }
+
   /** Give the parent, or null for the overall root. */
   parentOf(node) {
     if (node > 0) return this.parent[node];
@@ -93,7 +98,7 @@ export class Graph {
   pathOf(node) {
     const path = [];
     for (let at = node; at > this.top; at = this.parentOf(at)) {
-      const {function: name, module, kind} = this.frameOf(at);
+      const { function: name, module, kind } = this.frameOf(at);
       path.push([name, module, kind]);
     }
     return path.reverse();
@@ -116,7 +121,7 @@ export class Graph {
 
   /** Give the first node with this id, or null. */
   findId(id) {
-    const keys = this.frames.map(frame => encodeKey([frame.function, frame.module, frame.kind]));
+    const keys = this.frames.map((frame) => encodeKey([frame.function, frame.module, frame.kind]));
     const states = []; // of the path down to the node at hand, by row
     for (let node = this.top; node < this.size; node += 1) {
       const row = this.rowOf(node);
@@ -124,8 +129,8 @@ export class Graph {
         states[0] = FNV_OFFSET;
       } else {
         const frame = this.frameOf(node);
-        const key = node < 0 ? encodeKey([frame.function, frame.module, frame.kind])
-          : keys[this.frame[node]];
+        const key =
+          node < 0 ? encodeKey([frame.function, frame.module, frame.kind]) : keys[this.frame[node]];
         states[row] = hashKey(states[row - 1], key, row === 1);
       }
       if (hex(states[row]) === id) return node;
@@ -138,7 +143,7 @@ export class Graph {
   matches(text) {
     const wanted = text.toLowerCase();
     if (wanted === "") return [];
-    const isMatch = this.frames.map(frame => hasText(frame, wanted));
+    const isMatch = this.frames.map((frame) => hasText(frame, wanted));
     const nodes = [];
     for (let node = this.top + 1; node < this.size; node += 1) {
       if (node < 0 ? hasText(this.frameOf(node), wanted) : isMatch[this.frame[node]]) {
@@ -190,7 +195,7 @@ export class Graph {
  * `rowStart[r + 1]`; row 0 is the overall root's. A sum that is too narrow itself is left out.
  */
 export function layOut(graph, zoomed, widthPx) {
-  const columns = {x: [], width: [], node: [], cutEnd: [], row: []};
+  const columns = { x: [], width: [], node: [], cutEnd: [], row: [] };
   const add = (x, width, node, cutEnd, row) => {
     columns.x.push(x);
     columns.width.push(width);
@@ -204,7 +209,7 @@ export function layOut(graph, zoomed, widthPx) {
     for (const node of above.reverse()) add(0, widthPx, node, 0, graph.rowOf(node));
     addSubtree(graph, zoomed, widthPx, add);
   }
-  return {zoomed, ...byRow(columns)};
+  return { zoomed, ...byRow(columns) };
 }
 
 /** Give the index of the box at a place, or -1. */
@@ -228,9 +233,9 @@ export function boxOf(graph, boxes, node) {
 export function sumOf(graph, boxes, i) {
   const node = boxes.node[i];
   if (boxes.cutEnd[i] === 0) {
-    return {nodes: 1, total: graph.totalOf(node), samples: graph.samplesOf(node)};
+    return { nodes: 1, total: graph.totalOf(node), samples: graph.samplesOf(node) };
   }
-  const sum = {nodes: 0, total: 0, samples: 0};
+  const sum = { nodes: 0, total: 0, samples: 0 };
   for (let at = node; at < boxes.cutEnd[i]; at = graph.end[at]) {
     sum.nodes += 1;
     sum.total += graph.total[at];
@@ -265,14 +270,14 @@ export function stepMatch(matches, node, direction) {
 }
 
 function asFrame([name, module = "", kind = "native", file = "", line = 0]) {
-  return {function: name, module, kind, file, line};
+  return { function: name, module, kind, file, line };
 }
 
 // `path` ends with the answer's own root, which is node 0.
 function ancestorsOf(path, total) {
   if (!path?.length) return [];
-  const root = {frame: ROOT_FRAME, total, samples: null};
-  const below = path.slice(0, -1).map(each => ({...each, frame: asFrame(each.frame)}));
+  const root = { frame: ROOT_FRAME, total, samples: null };
+  const below = path.slice(0, -1).map((each) => ({ ...each, frame: asFrame(each.frame) }));
   return [root, ...below];
 }
 
@@ -318,7 +323,7 @@ function byRow(columns) {
     node[to] = columns.node[i];
     cutEnd[to] = columns.cutEnd[i];
   }
-  return {rows, rowStart, x, width, node, cutEnd};
+  return { rows, rowStart, x, width, node, cutEnd };
 }
 
 function childTowards(graph, boxes, node) {
@@ -345,8 +350,9 @@ function firstAbove(ascending, start, end, wanted) {
 
 function hasText(frame, wanted) {
   if (frame.kind === "rest") return false;
-  return frame.function.toLowerCase().includes(wanted)
-    || frame.module.toLowerCase().includes(wanted);
+  return (
+    frame.function.toLowerCase().includes(wanted) || frame.module.toLowerCase().includes(wanted)
+  );
 }
 
 function isSameKey(frame, [name, module, kind]) {
@@ -373,5 +379,5 @@ function hash([high, low], bytes) {
 }
 
 function hex(state) {
-  return state.map(half => half.toString(16).padStart(8, "0")).join("");
+  return state.map((half) => half.toString(16).padStart(8, "0")).join("");
 }
