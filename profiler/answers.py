@@ -29,6 +29,7 @@ SCHEMA = 1
 _KEPT_WORDS = 30_000_000
 """Boxes of all stacks of the merged profiles that are kept, 12 bytes each with all that is made of
 them; the last one asked for is kept whatever its size."""
+_NAMED_HOSTS = 100
 _KEPT_NODES = 200_000
 """Nodes remembered per merged profile, so that a zoom into one that was drawn is not searched."""
 _FINER = (1, 30, 1000)
@@ -391,6 +392,7 @@ class Answers:
             "host_seconds": accounting.profiled_ns / 1e9,
             "coverage": {
                 "hosts": len(accounting.hosts),
+                "host_names": [host.name for host in accounting.hosts[:_NAMED_HOSTS]],
                 "objects": coverage.objects,
                 "cpus": accounting.cpus,
                 "ticks": accounting.ticks,

@@ -422,7 +422,7 @@ export class CoverageStrip {
     }
     facts.push([number(lost), `sample${lost === 1 ? "" : "s"} lost`, lost > 0]);
     if (skipped.length) facts.push([number(skipped.length), `object${skipped.length === 1 ? "" : "s"} skipped`, true]);
-    facts.push([number(hosts.length), hosts.length === 1 ? "host" : "hosts", false]);
+    facts.push([number(hosts), hosts === 1 ? "host" : "hosts", false]);
     facts.push([number(samples), samples === 1 ? "sample" : "samples", false]);
     const line = facts.map(([figure, noun, isBad]) => el("span", {class: isBad ? "fact bad" : "fact"}, el("b", {text: figure}), ` ${noun}`));
     this.container.replaceChildren(el("details", {open: isOpen}, el("summary", {}, ...line, el("span", {class: "more"}, "Details", icon("down"))), this.#details(coverage, window)));
@@ -434,8 +434,8 @@ export class CoverageStrip {
 
   #details(coverage, window) {
     const {ticks, stored, idle, filtered} = coverage;
-    const hosts = coverage.hosts.map(safeName);
-    const listed = hosts.slice(0, 12).join(", ") + (hosts.length > 12 ? ` and ${hosts.length - 12} more` : "");
+    const names = coverage.host_names.slice(0, 12).map(safeName);
+    const listed = names.join(", ") + (coverage.hosts > names.length ? ` and ${coverage.hosts - names.length} more` : "");
     const accounts = [
       ["Ticks of the CPUs", ticks], ["stored as samples", stored], ["idle", idle], ["filtered", filtered], ["lost", sum(coverage.lost)],
     ].map(([name, count]) => [name, number(count), ticks ? share(count, ticks) : ""]);
