@@ -20,7 +20,7 @@ from profiler.paths import Group, Paths, Stacks
 from profiler.selection import nearest_objects
 from storage.objects import ObjectStore
 from storage.profile import GOOD_STOPS, Window
-from storage.query import Answer, Coverage, Functions, Query
+from storage.query import HOUR_NS, Answer, Coverage, Functions, Query
 from storage.selector import Selector
 from symbolizer.location import Frame
 
@@ -337,6 +337,13 @@ class Answers:
         if not last or not first:
             return None
         return Window(min(key.start_ns for key in first), max(key.end_ns for key in last))
+
+    def hosts(self, span: Window | None) -> list[str]:
+        """Give the hosts of the last hour that has data."""
+        if span is None:
+            return []
+        last = Window(max(span.start_ns, span.end_ns - HOUR_NS), span.end_ns)
+        return sorted(self._query.label_values(last, "host"))
 
     def _key(self, question: Question) -> tuple[str, str, str]:
         objects = self._query.fingerprint(question.window)

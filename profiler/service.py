@@ -459,6 +459,7 @@ class Service:
                     "started_ms": self._started_ns // 1_000_000,
                     "keep": keep,
                     "data": data,
+                    "hosts": self._answers.hosts(span),
                     "agent": agent,
                 }
             )
