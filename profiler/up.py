@@ -106,7 +106,7 @@ class Companions(Beside):
         self._user = service_user()
         cache = default_cache() / "service"
         command = service_command(options, address, cache, self._user)
-        self._service = Child("service", command, _service_environment(options, cache))
+        self._service = Child("service", command, service_environment(options, cache))
         self._cache = cache
         self._demo = Child("demo", demo.command(self._user)) if has_demo else None
         self._is_ready = False
@@ -246,7 +246,8 @@ def _folders_to_read(store: str) -> Iterator[Path]:
             yield Path(path).absolute()
 
 
-def _service_environment(options: AgentOptions, cache: Path) -> dict[str, str]:
+def service_environment(options: AgentOptions, cache: Path) -> dict[str, str]:
+    """Give what the service gets of this environment; keys only where there is a bucket."""
     prefixes: tuple[str, ...] = _ENVIRONMENT_OF
     if not agent.is_directory(options.store):
         prefixes += _ENVIRONMENT_OF_S3
