@@ -67,7 +67,12 @@ def up(place) -> Iterator[subprocess.Popen[bytes]]:
     with place.start() as process:
         place.wait_for_page()
         wait_until(lambda: place.status().get("uploader", {}).get("pid"))
+        started = descendants_of(process.pid)
         yield process
+        process.terminate()
+        process.wait(30)
+        for pid in filter(is_running, started):  # of a test that has killed it
+            os.kill(pid, signal.SIGKILL)
 
 
 def children_of(pid: int) -> dict[str, int]:
@@ -192,11 +197,7 @@ def test_what_the_service_has_started_ends_when_up_is_killed(up) -> None:
     up.kill()
     up.wait()
 
-    try:
-        wait_until(lambda: not any(map(is_running, descendants)), seconds=5)
-    finally:
-        for pid in filter(is_running, descendants):
-            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not any(map(is_running, descendants)), seconds=5)
 
 
 @needs_service
