@@ -92,6 +92,11 @@ export function fadeColour({ fill, text }, isDark) {
   return { fill: towardsPaper(fill, isDark, 0.62), text };
 }
 
+/** Tell whether a box stands for no code: it has one colour whatever the colours are by. */
+export function isNeutral(frame) {
+  return frame.kind === "label" || frame.kind === "rest";
+}
+
 /** Give the contrast of two colours, 1 to 21 (WCAG 2.2, "contrast ratio"). */
 export function contrast(one, other) {
   const [low, high] = [luminance(one), luminance(other)].sort((a, b) => a - b);
@@ -112,8 +117,7 @@ function towardsPaper(fill, isDark, part) {
 }
 
 function fillOf(frame, colour, scheme, selfShare) {
-  const isNeutral = frame.kind === "label" || frame.kind === "rest";
-  if (isNeutral || colour === "kind") return rgbHex(hslRgb(variantOf(frame, scheme)));
+  if (isNeutral(frame) || colour === "kind") return rgbHex(hslRgb(variantOf(frame, scheme)));
   if (colour === "self") return rgbHex(oklchRgb(ownTimeShade(selfShare, scheme)));
   return rgbHex(oklchRgb(moduleShade(frame.module, scheme)));
 }

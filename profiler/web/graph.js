@@ -49,7 +49,7 @@
 //   everflame:first-paint   from the answer's arrival until it is painted
 //   everflame:zoom          from the click or key until all boxes are drawn
 
-import { boxColour, dimColour, fadeColour, matchColour } from "./colour.js";
+import { boxColour, dimColour, fadeColour, isNeutral, matchColour } from "./colour.js";
 import { cores, counted, number, place, quantity, safeName, share, shorten } from "./format.js";
 import { Graph, boxOf, hit, layOut, neighbour, stepMatch, sumOf } from "./layout.js";
 
@@ -270,8 +270,9 @@ export class FlameGraphView {
         context.fillRect(start, top, drawn, height);
       } else if (drawn >= TEXT_LEAST_PX) {
         context.fillStyle = text;
-        const name = this.#fitted(this.#graph.frameOf(node[i]).function, drawn - 2 * TEXT_INSET_PX);
-        context.fillText(name, start + TEXT_INSET_PX, top + height / 2 + 0.5);
+        const name = nameOf(this.#graph.frameOf(node[i]));
+        const shown = this.#fitted(name, drawn - 2 * TEXT_INSET_PX);
+        context.fillText(shown, start + TEXT_INSET_PX, top + height / 2 + 0.5);
       }
     }
   }
@@ -286,7 +287,7 @@ export class FlameGraphView {
     if (this.#colour === "self") {
       const own = isAbove ? 0 : this.#graph.selfOf(node) / (this.#graph.wholeTotal || 1);
       const step = Math.round(own * 400);
-      const key = frame.kind === "label" ? "label" : `self ${step}`;
+      const key = isNeutral(frame) ? frame.kind : `self ${step}`;
       return this.#frameColour(frame, key, step / 400, change);
     }
     const key = node < 0 ? `above ${node}` : this.#graph.frame[node];
@@ -311,14 +312,14 @@ export class FlameGraphView {
     const key = `${length} ${name}`;
     let text = this.#texts.get(key);
     if (text === undefined) {
-      text = shorten(safeName(name), length);
+      text = shorten(name, length);
       // Other scripts are wider than the font's cell.
       for (
         let fit = length - 1;
         fit > 0 && !isAscii(text) && this.#measure(text) > width;
         fit -= 1
       ) {
-        text = shorten(safeName(name), fit);
+        text = shorten(name, fit);
       }
       if (this.#texts.size >= CACHED_TEXTS) this.#texts.clear();
       this.#texts.set(key, text);
@@ -470,7 +471,7 @@ export class FlameGraphView {
 
   #spoken(node) {
     const graph = this.#graph;
-    const name = safeName(graph.frameOf(node).function);
+    const name = nameOf(graph.frameOf(node));
     const of = this.#answer.type === "cpu" ? "of CPU" : "of all";
     const spoken = `${name}, ${share(graph.totalOf(node), graph.wholeTotal)} ${of}, depth ${graph.rowOf(node)}`;
     return this.#isMatch?.has(node)
@@ -481,7 +482,7 @@ export class FlameGraphView {
   #description() {
     const { total, samples, unit } = this.#answer;
     if (!this.#rows) return "Flame graph, empty";
-    const name = safeName(this.#graph.frameOf(this.#zoomed).function);
+    const name = nameOf(this.#graph.frameOf(this.#zoomed));
     return (
       `Flame graph of ${name}: ${quantity(total, unit)} in all, ${counted(samples, "sample")}. ` +
       "Arrow keys move, Enter zooms in, Escape zooms out, Home shows everything."
@@ -645,7 +646,7 @@ export class FlameGraphView {
     const { unit, window, type } = this.#answer;
     const { frame } = box;
     const lines = {
-      name: safeName(frame.function),
+      name: nameOf(frame),
       where: [safeName(frame.module), kindName(frame.kind)].filter(Boolean).join(" · "),
       file: safeName(place(frame.file, frame.line)),
       rows: [],
@@ -761,6 +762,10 @@ function sumFrame(nodes) {
 function exactly(graph, path) {
   const node = graph.findPath(path);
   return graph.pathOf(node).length === path.length ? node : null;
+}
+
+function nameOf(frame) {
+  return safeName(frame.function) || "(no name)";
 }
 
 function kindName(kind) {
