@@ -18,6 +18,7 @@ import ctypes
 import functools
 import itertools
 import multiprocessing
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -476,15 +477,20 @@ def start_workers(count: int) -> Executor:
     What they are sent is data, what they send back are arrays; a worker that dies costs only time.
     """
     context = multiprocessing.get_context("spawn")
-    workers = ProcessPoolExecutor(count, context, initializer=_keep_freed_memory)
-    for started in [workers.submit(_keep_freed_memory) for _ in range(count)]:
+    workers = ProcessPoolExecutor(count, context, initializer=_settle_in)
+    for started in [workers.submit(_settle_in) for _ in range(count)]:
         started.result()
     return workers
 
 
-def _keep_freed_memory() -> None:
-    """Let malloc keep what is freed: a third of decoding was the kernel's zeroing of pages."""
+def _settle_in() -> None:
+    """Make this process a worker, which ends with its parent, however that ends.
+
+    malloc keeps what is freed: a third of decoding was the kernel's zeroing of pages.
+    """
     libc = ctypes.CDLL(None)
+    pr_set_pdeathsig = 1  # prctl(2)
+    libc.prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)
     if hasattr(libc, "mallopt"):  # musl has none
         mmap_threshold, trim_threshold = -3, -1
         libc.mallopt(mmap_threshold, 1 << 28)

@@ -190,7 +190,6 @@ def test_children_end_when_up_is_killed(up) -> None:
 
 @needs_service
 @pytest.mark.kernel
-@pytest.mark.xfail(reason="the service's workers do not ask to end with it yet", strict=False)
 def test_what_the_service_has_started_ends_when_up_is_killed(up) -> None:
     descendants = descendants_of(up.pid)
 

@@ -439,11 +439,11 @@ export class CoverageStrip {
     const accounts = [
       ["Ticks of the CPUs", ticks], ["stored as samples", stored], ["idle", idle], ["filtered", filtered], ["lost", sum(coverage.lost)],
     ].map(([name, count]) => [name, number(count), ticks ? share(count, ticks) : ""]);
-    const losses = entries(coverage.lost).map(([cause, count]) => [cause, number(count), LOSSES[cause] ?? ""]);
-    const stops = entries(coverage.stops).map(([reason, count]) => [reason, `${number(count)} · ${share(count, stored)}`, (STOPS[reason] ?? ["", ""]).join(": ").replace(/^: $/, "")]);
+    const losses = entries(coverage.lost).map(([cause, count]) => [spoken(cause), number(count), LOSSES[cause] ?? ""]);
+    const stops = entries(coverage.stops).map(([reason, count]) => [spoken(reason), `${number(count)} · ${share(count, stored)}`, (STOPS[reason] ?? ["", ""]).join(": ").replace(/^: $/, "")]);
     const seconds = coverage.profiled_ns && coverage.cpus ? coverage.profiled_ns / 1e6 / Math.max(1, coverage.cpus) : 0;
     const sources = [
-      ["Hosts", listed || "none", ""],
+      ["Hosts", number(coverage.hosts), listed],
       ["CPUs", number(coverage.cpus ?? 0), ""],
       ["Objects read", number(coverage.objects ?? 0), ""],
       ["Window", span(window.until_ms - window.from_ms), seconds ? `profiled for ${span(seconds)} on average per CPU` : ""],
@@ -461,6 +461,10 @@ function facts(title, rows, className = "") {
   return el("section", {class: className}, el("h3", {text: title}), el("table", {}, el("tbody", {}, rows.map(([name, figure, why]) => el(
     "tr", {}, el("th", {scope: "row", text: safeName(name)}), el("td", {class: "num", text: figure}), el("td", {class: "muted", text: safeName(why)}),
   )))));
+}
+
+function spoken(name) {
+  return name.replaceAll("_", " ");
 }
 
 function entries(counts) {

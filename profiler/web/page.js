@@ -175,21 +175,24 @@ class Page {
     const shown = this.#shown[name];
     shown.key = key;
     this.#setBusy(name, true);
+    let arrivedAt = null;
     try {
-      const {answer, arrivedAt} = await this.#api.ask(name, path, params, {isKept: true});
-      shown.answer = answer;
+      const arrived = await this.#api.ask(name, path, params, {isKept: true});
+      if (shown.key !== key) return; // a later question took its place
+      ({arrivedAt} = arrived);
+      shown.answer = arrived.answer;
       shown.error = null;
-      this.#draw(name, arrivedAt);
     } catch (error) {
-      if (isCancelled(error)) {
-        if (shown.key !== key) return; // a later question took its place
-        shown.key = null;
-      } else {
-        shown.error = error;
-        this.#fail(name);
-      }
+      if (shown.key !== key) return;
+      if (isCancelled(error)) shown.key = null;
+      else shown.error = error;
     }
-    this.#setBusy(name, false);
+    try {
+      if (shown.error) this.#fail(name);
+      else if (arrivedAt !== null) this.#draw(name, arrivedAt);
+    } finally {
+      this.#setBusy(name, false);
+    }
   }
 
   #setBusy(name, isBusy) {
@@ -236,7 +239,7 @@ class Page {
       this.drawn = {answer, view: state.view, color: state.color};
     }
     this.graph.dim(false);
-    this.#highlight(state.search || state.row);
+    this.#highlight(this.#highlighted);
     this.graph.select(state.select || null);
     this.coverage.show({...answer, window: answer.window});
     this.#showCrumbs();
@@ -272,7 +275,10 @@ class Page {
 
   #drawTop() {
     const {sort, filter, rows} = this.#state;
-    this.table.show(this.#shown.top.answer, {sort, filter, rows, windowMs: this.#windowMs});
+    const {answer} = this.#shown.top;
+    if (this.drawnTop !== answer) this.table.show(answer, {sort, filter, rows, windowMs: this.#windowMs});
+    this.drawnTop = answer;
+    this.table.dim(false);
     this.#markRow();
     this.#showPanel();
   }
@@ -499,18 +505,29 @@ class Page {
     const {answer} = this.#shown.flame;
     const windowMs = this.#windowMs;
     const box = select && answer ? findBox(answer, select) : null;
-    const picked = row ? this.#shown.top.answer?.functions.find((each) => each.function === row) : null;
+    const picked = row ? this.#shown.top.answer?.functions.find((each) => rowKey(each) === row) : null;
     if (box) this.panel.showBox(box, {windowMs, labelName: this.#labelOf(box), isZoomed: box.id === this.#state.node, isCallers: callers === box.frame.function});
     else if (picked) this.panel.showFunction(picked, {windowMs, total: this.#shown.top.answer.total, isCallers: callers === picked.function});
     else this.panel.hide();
-    this.#markRow(box);
+    this.#markRow();
   }
 
-  #markRow(box = null) {
-    const {row, select} = this.#state;
-    const found = box ?? (select && this.#shown.flame.answer ? findBox(this.#shown.flame.answer, select) : null);
-    if (found && found.frame.kind !== "label") this.table.mark({function: found.frame.function, module: found.frame.module});
-    else this.table.mark(row ? {function: row} : null);
+  #markRow() {
+    this.table.mark(this.#marked);
+  }
+
+  /** The function that the table marks: that of the selected box, or of the selected row. */
+  get #marked() {
+    const {select, row} = this.#state;
+    const {answer} = this.#shown.flame;
+    const box = select && answer ? findBox(answer, select) : null;
+    if (box && box.frame.kind !== "label") return box.frame;
+    return row ? rowOf(row) : null;
+  }
+
+  /** What the graph lights up while nothing is pointed at. */
+  get #highlighted() {
+    return this.#state.search || rowOf(this.#state.row).function;
   }
 
   /** Give the label whose value a box is; null where the levels do not say it. */
@@ -563,16 +580,23 @@ class Page {
       onStep: (direction) => this.#step(direction),
     });
     this.graph = new FlameGraphView(byId("graph"), {
-      onZoom: (id) => this.#change({node: id ?? "", select: id ?? ""}),
-      onSelect: (box) => this.#change({select: box && !box.isRest ? box.id : "", row: ""}),
-      onHover: (box) => this.table.mark(box && !box.isRest && box.frame.kind !== "label" ? box.frame : this.#marked()),
+      onZoom: (id) => {
+        this.zoomed = true;
+        this.#change({node: id ?? "", select: id ?? ""});
+      },
+      onSelect: (box) => {
+        // A click selects and then zooms: that is one step, and Back goes to where nothing was selected.
+        this.zoomed = false;
+        queueMicrotask(() => this.zoomed || this.#change({select: box && !box.isRest ? box.id : "", row: ""}));
+      },
+      onHover: (box) => this.table.mark(box && !box.isRest && box.frame.kind !== "label" ? box.frame : this.#marked),
     });
     this.table = new FunctionTable(byId("pane-table"), {
       onSort: (sort) => this.#change({sort}),
       onFilter: (filter) => this.#change({filter}),
       onRows: (rows) => this.#change({rows}),
-      onHover: (row) => this.graph.highlight(row ? row.function : this.#state.search || this.#state.row),
-      onSelect: (row) => this.#change({row: row.function === this.#state.row ? "" : row.function, select: ""}),
+      onHover: (row) => this.graph.highlight(row ? row.function : this.#highlighted),
+      onSelect: (row) => this.#change({row: rowKey(row) === this.#state.row ? "" : rowKey(row), select: ""}),
     });
     const addTo = (name) => (text) => this.#change({[name]: [...new Set([...this.#state[name], text])]});
     this.panel = new DetailPanel(byId("panel"), {
@@ -585,13 +609,6 @@ class Page {
       onCopy: (text) => this.#copy(text, "Copied the name"),
       onClose: () => this.#change({select: "", row: ""}),
     });
-  }
-
-  #marked() {
-    const {select, row} = this.#state;
-    const box = select && this.#shown.flame.answer ? findBox(this.#shown.flame.answer, select) : null;
-    if (box && box.frame.kind !== "label") return box.frame;
-    return row ? {function: row} : null;
   }
 
   #bindControls() {
@@ -718,6 +735,16 @@ class Page {
     byId("theme").title = label;
     this.graph.recolour();
   }
+}
+
+/** A row of the table as the state names it: names hold no newline. */
+function rowKey({function: name, module}) {
+  return `${name}\n${module}`;
+}
+
+function rowOf(key) {
+  const [name, module] = key.split("\n");
+  return {function: name, module};
 }
 
 /** Describe a box of an answer by its id, as the graph does; null if it is not there. */

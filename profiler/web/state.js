@@ -18,7 +18,7 @@ export const DEFAULTS = Object.freeze({
   hide: [], // functions: taken out of the stacks
   node: "", // the id of the box zoomed to
   select: "", // the id of the selected box
-  row: "", // the function selected in the table
+  row: "", // the row selected in the table: function, newline, module
   search: "",
   color: "kind",
   view: "icicle",

@@ -22,6 +22,8 @@ export class FunctionTable {
   #rows = [];
   #marked = null;
   #active = 0;
+  #largest = 0;
+  #nextStep = STEPS[0];
 
   /**
    * Callbacks: onSort(key), onFilter(text), onRows(count), onHover(row | null), onSelect(row). A row
@@ -48,6 +50,7 @@ export class FunctionTable {
   show(answer, {sort, filter, rows, windowMs}) {
     if (document.activeElement !== this.filter) this.filter.value = filter;
     this.#rows = answer.functions;
+    this.#largest = Math.max(0, ...answer.functions.map((row) => row.self));
     this.#active = 0;
     this.#nextStep = STEPS.find((step) => step > rows) ?? rows;
     this.#showHeadings(sort);
@@ -62,8 +65,6 @@ export class FunctionTable {
     this.mark(this.#marked);
     this.dim(false);
   }
-
-  #nextStep = STEPS[0];
 
   /** Mark the rows of a function ({function, module?}), and show the first; null marks none. */
   mark(wanted) {
@@ -106,7 +107,7 @@ export class FunctionTable {
       this.#callbacks.onSelect(row);
     };
     const bar = el("i", {class: "bar", "aria-hidden": "true"});
-    bar.style.width = `${answer.total ? Math.max(row.self ? 1 : 0, (100 * row.self) / answer.total) : 0}%`;
+    bar.style.width = `${this.#largest ? (100 * row.self) / this.#largest : 0}%`;
     return el("tr", {
       on: {
         click: select,
