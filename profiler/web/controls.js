@@ -8,6 +8,8 @@ import {colourClass} from "./timeline.js";
 import {RANGES, formatWindow, fromInput, toInput} from "./times.js";
 
 const SERVICES_SHOWN = 10;
+const SERVICES_SHOWN_NARROW = 5;
+const NARROW_PX = 560;
 const OPTIONS_SHOWN = 50;
 const OPERATOR_HINTS = {"=": "is", "!=": "is not", "=~": "matches the pattern", "!~": "does not match the pattern"};
 
@@ -275,7 +277,8 @@ export class ServiceChips {
   /** `values` is [{value, samples}], `chosen` the values asked for, `colours` numbers or null. */
   show(values, chosen, colours) {
     const total = values.reduce((sum, each) => sum + each.samples, 0);
-    const shown = this.#isLong ? values : values.filter((each, i) => i < SERVICES_SHOWN || chosen.has(each.value));
+    const most = innerWidth < NARROW_PX ? SERVICES_SHOWN_NARROW : SERVICES_SHOWN;
+    const shown = this.#isLong ? values : values.filter((each, i) => i < most || chosen.has(each.value));
     const chips = shown.map(({value, samples}) => {
       const isChosen = chosen.has(value);
       const name = safeName(value);
@@ -294,7 +297,7 @@ export class ServiceChips {
       );
     });
     const hidden = values.length - shown.length;
-    if (hidden > 0 || this.#isLong) {
+    if (values.length > most) {
       chips.push(button({text: hidden > 0 ? `${number(hidden)} more` : "Fewer", class: "small quiet", click: () => {
         this.#isLong = !this.#isLong;
         this.show(values, chosen, colours);

@@ -494,7 +494,7 @@ class Page {
 
   #awayNotice(error) {
     return el("div", {class: "notice bad"},
-      el("p", {}, el("b", {text: error.title}), ` ${safeName(error.message)}. The last answer stays below.`),
+      el("p", {}, el("b", {text: `${error.title}:`}), ` ${safeName(error.message.replace(/\.$/, ""))}. The last answer stays below.`),
       button({text: "Retry", class: "small", click: () => this.#refresh()}));
   }
 

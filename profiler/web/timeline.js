@@ -104,8 +104,9 @@ export class TimelineView {
     });
     for (const {ms, label} of scale.timeTicks(from, until, Math.floor(width / 84), this.#shown.zone)) {
       const at = Math.round(time(ms)) + 0.5;
+      if (at < MARGIN.left + 14 || at > right - 16) continue;
       parts.push(svg("line", {class: "axis", x1: at, x2: at, y1: bottom, y2: bottom + 4}));
-      if (at > MARGIN.left + 14 && at < right - 16) parts.push(svgText(label, {class: "tick middle", x: at, y: bottom + 15}));
+      parts.push(svgText(label, {class: "tick middle", x: at, y: bottom + 15}));
     }
     if (chosen) {
       const [left, end] = [clamp(time(chosen.from)), clamp(time(chosen.until))];
