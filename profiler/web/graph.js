@@ -188,28 +188,32 @@ export class FlameGraphView {
   }
 
   #layOut() {
-    const { space, scroller } = this.#parts;
-    const before = this.#rows;
-    this.#rows = this.#graph.size && this.#answer.total > 0 ? this.#graph.rowsTo(this.#zoomed) : 0;
-    const { scrollTop } = scroller;
+    const { scroller, space, canvas } = this.#parts;
+    const [rowsBefore, { scrollTop }] = [this.#rows, scroller];
+    // A scroll bar takes width, and less width may mean fewer rows: counting them without it keeps
+    // it from coming and going for ever.
+    const widest = this.#answer.total > 0 ? scroller.offsetWidth : 0;
+    this.#boxes = layOut(this.#graph, this.#zoomed, widest);
+    this.#rows = this.#boxes.rows;
     space.style.height = `${this.#rows * ROW_PX}px`;
-    // With the root at the bottom, rows keep their distance to the bottom.
-    if (this.#view === "flame" && before)
-      scroller.scrollTop = scrollTop + (this.#rows - before) * ROW_PX;
-    this.#parts.canvas.setAttribute("aria-label", this.#description());
-    this.#fit();
+    if (this.#view === "flame") {
+      // With the root at the bottom, rows keep their distance to the bottom.
+      const added = (this.#rows - rowsBefore) * ROW_PX;
+      scroller.scrollTop = rowsBefore > 0 ? scrollTop + added : this.#rows * ROW_PX;
+    }
+    canvas.setAttribute("aria-label", this.#description());
+    this.#fit(widest);
   }
 
-  // The boxes for the width at hand: a scroll bar that came or went has changed it.
-  #fit() {
+  // Fit boxes and canvas to the room that a scroll bar leaves.
+  #fit(widest) {
     const { canvas, scroller } = this.#parts;
-    const ratio = this.#ratio;
-    const [width, height] = [scroller.clientWidth, scroller.clientHeight];
+    const { clientWidth: width, clientHeight: height } = scroller;
+    if (widest > width) this.#boxes = layOut(this.#graph, this.#zoomed, width);
     canvas.style.width = `${width}px`;
     canvas.style.height = `${height}px`;
-    canvas.width = Math.round(width * ratio);
-    canvas.height = Math.round(height * ratio);
-    this.#boxes = layOut(this.#graph, this.#zoomed, this.#rows ? width : 0);
+    canvas.width = Math.round(width * this.#ratio);
+    canvas.height = Math.round(height * this.#ratio);
     this.#listMatches();
   }
 

@@ -82,13 +82,6 @@ export class Graph {
     return node < 0 ? node - this.top : this.depth[node] - this.top;
   }
 
-  /** Give how many rows it takes to draw a subtree and what stands above it. */
-  rowsTo(node) {
-    let deepest = 0;
-    for (let i = node; i < this.end[node]; i += 1) deepest = Math.max(deepest, this.depth[i]);
-    return deepest - this.top + 1;
-  }
-
   isWithin(node, ancestor) {
     if (ancestor < 0) return node >= ancestor;
     return node >= ancestor && node < this.end[ancestor];
