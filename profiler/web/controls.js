@@ -325,14 +325,14 @@ export function showCrumbs(container, crumbs) {
   container.firstChild.scrollLeft = container.firstChild.scrollWidth;
 }
 
-/** Links to the same data as files, for other tools. */
-export function showDownloads(container, links) {
+/** Links to the same data as files, for other tools, and what must be known of them. */
+export function showDownloads(container, links, note) {
   container.replaceChildren(...links.map(({href, name, hint, title}) => el(
     "a",
     {href, download: name, class: "download"},
     el("b", {text: title}),
     el("span", {class: "muted", text: hint}),
-  )));
+  )), note ? el("p", {class: "note muted", text: note}) : "");
 }
 
 /** Call back with a radio's value, a check box's state or a list's choice. */
@@ -444,12 +444,12 @@ export class CoverageStrip {
     ].map(([name, count]) => [name, number(count), ticks ? share(count, ticks) : ""]);
     const losses = entries(coverage.lost).map(([cause, count]) => [spoken(cause), number(count), LOSSES[cause] ?? ""]);
     const stops = entries(coverage.stops).map(([reason, count]) => [spoken(reason), `${number(count)} · ${share(count, stored)}`, (STOPS[reason] ?? ["", ""]).join(": ").replace(/^: $/, "")]);
-    const seconds = coverage.profiled_ns && coverage.cpus ? coverage.profiled_ns / 1e6 / Math.max(1, coverage.cpus) : 0;
+    const profiledMs = coverage.profiled_ns / 1e6 / Math.max(1, coverage.hosts);
     const sources = [
       ["Hosts", number(coverage.hosts), listed],
       ["CPUs", number(coverage.cpus ?? 0), ""],
       ["Objects read", number(coverage.objects ?? 0), ""],
-      ["Window", span(window.until_ms - window.from_ms), seconds ? `profiled for ${span(seconds)} on average per CPU` : ""],
+      ["Window", span(window.until_ms - window.from_ms), coverage.hosts ? `profiled for ${span(profiledMs)} of it${coverage.hosts > 1 ? " on average per host" : ""}` : ""],
     ];
     return el("div", {class: "coverage-details"},
       facts("Every tick ends in one place", accounts),

@@ -167,7 +167,8 @@ class Page {
   }
 
   get #askedWidth() {
-    const width = this.graph.width || byId("graph").clientWidth || 1200;
+    const width = this.graph.width || this.lastWidth || 1200;
+    this.lastWidth = width;
     return Math.min(10_000, Math.max(400, Math.ceil(width / WIDTH_STEP_PX) * WIDTH_STEP_PX));
   }
 
@@ -187,6 +188,7 @@ class Page {
       if (isCancelled(error)) shown.key = null;
       else shown.error = error;
     }
+    this.#showState(); // what is hidden has no width to draw in
     try {
       if (shown.error) this.#fail(name);
       else if (arrivedAt !== null) this.#draw(name, arrivedAt);
@@ -347,10 +349,7 @@ class Page {
   #showDownloads() {
     const {from, until} = this.#window;
     const state = this.#state;
-    const params = [
-      ...queryParams(state, this.#window),
-      ...(state.group === "function" ? [] : [["group", state.group]]),
-    ];
+    const params = queryParams({...state, focus: [], hide: []}, this.#window);
     const files = [
       ["speedscope.json", "speedscope", "for speedscope.app"],
       ["folded", "Folded stacks", "text, for flamegraph.pl and others"],
@@ -361,7 +360,7 @@ class Page {
     controls.showDownloads(byId("downloads"), files.map(([ending, title, hint]) => {
       const name = `everflame-${fileTime(from)}-${fileTime(until)}.${ending}`;
       return {name, title, hint, href: address(`export/${name}`, params)};
-    }));
+    }), state.focus.length || state.hide.length || state.callers ? "Files hold all stacks of the range and the selector: what is only shown or hidden here is not applied." : "");
   }
 
   #showLegend() {
@@ -426,10 +425,10 @@ class Page {
     const box = error && !isStale ? this.#errorState(error) : empty;
     root.dataset.state = isBusy ? "loading" : error ? "error" : empty ? "empty" : answer ? "ready" : "error";
     notice.replaceChildren(...(isStale ? [this.#awayNotice(error)] : []));
-    place.hidden = box === null && answer !== null;
-    if (box === null && answer === null) place.replaceChildren(el("p", {class: "muted", text: isBusy ? "Asking the service…" : "Nothing was asked."}), isBusy ? "" : button({text: "Ask again", click: () => this.#refresh()}));
-    else if (box) place.replaceChildren(...box);
-    byId("panes").hidden = !place.hidden;
+    place.hidden = box === null;
+    place.replaceChildren(...(box ?? []));
+    byId("panes").hidden = box !== null;
+    if (answer === null && box === null) byId("under").replaceChildren(isBusy ? "Asking the service…" : button({text: "Ask again", class: "small", click: () => this.#refresh()}));
     if (error && !isStale) controls.showCrumbs(byId("crumbs"), []);
   }
 
@@ -598,12 +597,11 @@ class Page {
       onHover: (row) => this.graph.highlight(row ? row.function : this.#highlighted),
       onSelect: (row) => this.#change({row: rowKey(row) === this.#state.row ? "" : rowKey(row), select: ""}),
     });
-    const addTo = (name) => (text) => this.#change({[name]: [...new Set([...this.#state[name], text])]});
     this.panel = new DetailPanel(byId("panel"), {
       onZoom: (id) => this.#change({node: id, select: id}),
-      onCallers: (callers) => this.#change({callers, node: ""}),
-      onFocus: addTo("focus"),
-      onHide: addTo("hide"),
+      onCallers: (callers) => this.#change({callers, node: "", select: "", row: ""}),
+      onFocus: (name) => this.#change({focus: [...new Set([...this.#state.focus, name])]}),
+      onHide: (name) => this.#change({hide: [...new Set([...this.#state.hide, name])], row: ""}),
       onSearch: (search) => this.#change({search, tab: this.#tab === "table" ? "graph" : this.#state.tab}),
       onFilter: (name, value, isExcluding) => this.#filter(name, value, isExcluding),
       onCopy: (text) => this.#copy(text, "Copied the name"),

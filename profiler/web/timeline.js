@@ -6,7 +6,7 @@
 import {el, svg} from "./dom.js";
 import {cores, share, span} from "./format.js";
 import * as scale from "./scale.js";
-import {formatTime, zoneName} from "./times.js";
+import {formatWindow} from "./times.js";
 
 const HEIGHT_PX = 132;
 const MARGIN = {top: 8, right: 1, bottom: 20, left: 40};
@@ -208,7 +208,7 @@ export class TimelineView {
     const there = isGap.slice(...steps).filter((gap) => !gap).length;
     const used = layers.at(-1)?.upper.slice(...steps).reduce((sum, value) => sum + value, 0) ?? 0;
     const said = there ? `${(used / there).toFixed(2)} cores` : "no data";
-    return `${formatTime(window.from, zone)} until ${formatTime(window.until, zone, {hasDate: false})} ${zoneName(zone)}, ${said}`;
+    return `${formatWindow(window.from, window.until, zone)}, ${said}`;
   }
 
   /** Show what was used in a step; null takes it away. */
@@ -233,7 +233,7 @@ export class TimelineView {
     const {timeline, isGap, zone, label} = this.#shown;
     const selection = this.#selection ?? {anchor: step, head: step};
     const window = scale.selectionWindow(selection, timeline);
-    const head = `${formatTime(window.from, zone, {hasSeconds: timeline.step_ms < 60_000})} – ${formatTime(window.until, zone, {hasDate: false})} (${span(window.until - window.from)})`;
+    const head = `${formatWindow(window.from, window.until, zone)} (${span(window.until - window.from)})`;
     const lines = [el("div", {class: "tooltip-head", text: head})];
     if (isGap[step]) return [...lines, el("div", {class: "muted", text: "nothing was profiled here"})];
     const rows = timeline.series

@@ -55,8 +55,9 @@ export function formatTime(ms, zone, { hasSeconds = false, hasDate = true } = {}
 /** Write a window, with the second date only where it differs. */
 export function formatWindow(from, until, zone) {
   const isOneDay = dayOf(from, zone) === dayOf(until, zone);
-  const start = formatTime(from, zone);
-  const end = formatTime(until, zone, { hasDate: !isOneDay });
+  const hasSeconds = from % 60_000 > 0 || until % 60_000 > 0;
+  const start = formatTime(from, zone, { hasSeconds });
+  const end = formatTime(until, zone, { hasSeconds, hasDate: !isOneDay });
   return `${start} – ${end} ${zoneName(zone)}`;
 }
 
