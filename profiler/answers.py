@@ -7,6 +7,8 @@ what a screen shows is drawn and sent; the rest is summed in boxes of kind `rest
 Times in are ns, times out are Unix milliseconds. All answers are dicts that orjson can write.
 """
 
+import functools
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -263,17 +265,14 @@ class Answers:
         self, question: Question, step_ns: int, limit: int, check: Check
     ) -> dict[str, Any]:
         """Answer `timeline`. What is beyond `limit` series is one more, marked as the rest."""
-        window = question.window
-        step_ns = step_ns or usual_step_ns(window)
         # Steps begin at multiples of their length, so that the same minute is the same step.
-        aligned = Window(window.start_ns - window.start_ns % step_ns, window.end_ns)
         whole = self._query.interruptible(check).timeline(
-            window,
+            question.window,
             question.selector,
-            step_ns,
+            step_ns or functools.partial(usual_step_ns, question.window),
             question.by,
             type=question.type,
-            origin_ns=aligned.start_ns,
+            is_aligned=True,
         )
         series = [
             {
@@ -436,11 +435,18 @@ class Answers:
         return next(iter(self._query.objects(window)), None) is not None
 
 
-def usual_step_ns(window: Window) -> int:
-    """Give the step that cuts a window into a number of steps that a screen can show."""
+def usual_step_ns(window: Window, object_ns: int) -> int:
+    """Give the step that cuts a window into a number of steps that a screen can show.
+
+    It is a multiple of the longest object's length: an object counts where it begins, so that in
+    shorter steps a CPU would seem to be used more than wholly, and then not at all.
+    """
+    object_s = max(1, math.ceil(object_ns / 1e9))
     length_s = (window.end_ns - window.start_ns) / 1e9
     fitting = (step for step in _STEPS if length_s / step <= _WANTED_STEPS)
-    return next(fitting, 86400 * (1 + int(length_s / 86400 / _WANTED_STEPS))) * 1_000_000_000
+    least = next(fitting, 86400 * (1 + int(length_s / 86400 / _WANTED_STEPS)))
+    whole = (step for step in (*_STEPS, least) if step >= least and step % object_s == 0)
+    return next(whole, object_s * math.ceil(least / object_s)) * 1_000_000_000
 
 
 _TIMELINE_TOTALS = ("profiled_ns", "nonidle_ns", "ticks", "idle", "filtered", "stored", "lost")

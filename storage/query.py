@@ -195,23 +195,28 @@ class Query:
         self,
         window: Window,
         selector: Selector = EMPTY,
-        step_ns: int = 60 * NS_PER_S,
+        step_ns: int | Callable[[int], int] = 60 * NS_PER_S,
         by: Sequence[str] = (),
         *,
         type: str = "cpu",  # noqa: A002
-        origin_ns: int | None = None,
+        is_aligned: bool = False,
     ) -> Timeline:
         """Add up samples and values per step, one series for each combination of `by`.
 
-        The first step begins at `origin_ns`, or with the window.
+        All of an object counts in the step in which it begins. A function for `step_ns` is told how
+        long the longest object is, 0 where there is none. Steps begin with the window, or aligned:
+        at multiples of their length.
 
         Raises:
-            ValueError: the step is not positive, or the window begins before the origin.
+            ValueError: the step is not positive.
         """
-        origin_ns = window.start_ns if origin_ns is None else origin_ns
-        if step_ns <= 0 or origin_ns > window.start_ns:
-            raise ValueError(f"cannot make a timeline of steps of {step_ns} ns from {origin_ns}")
         parts, coverage = self._chosen(self._sums, window, selector, type)
+        if callable(step_ns):
+            lengths = [part.objects[:, 1] - part.objects[:, 0] for part in parts]
+            step_ns = step_ns(max((int(each.max(initial=0)) for each in lengths), default=0))
+        if step_ns <= 0:
+            raise ValueError(f"cannot make a timeline of steps of {step_ns} ns")
+        origin_ns = window.start_ns - (window.start_ns % step_ns if is_aligned else 0)
         count = -(-(window.end_ns - origin_ns) // step_ns)
         totals = {name: np.zeros(count, np.int64) for name in OBJECT_FIELDS[3:]}
         sums: dict[Labels, Integers] = {}

@@ -16,10 +16,11 @@ import pytest
 from stores import START_NS, at, directory, minutes
 
 from profiler import flamegraph
+from profiler.answers import usual_step_ns
 from profiler.openapi import ENDPOINTS
 from storage import folded, pprof
 from storage.objects import DirectoryStore
-from storage.profile import merge
+from storage.profile import Window, merge
 from storage.query import Query
 
 FROM, UNTIL = (str(ns // 1_000_000) for ns in minutes(0, 60))
@@ -142,6 +143,18 @@ def test_the_table_and_the_timeline_add_up_to_the_whole(client):
     few = client.json("timeline", limit="1", **HOUR)
     assert [series["rest"] for series in few["series"]] == [False, True]
     assert len(client.json("top", limit="1", sort="total", search="job", **HOUR)["functions"]) == 1
+
+
+def test_a_timelines_own_step_is_no_shorter_than_an_object(client):
+    """Five minutes of one-minute objects have five steps, none a gap and none too full."""
+    from_ms, until_ms = (ns // 1_000_000 for ns in minutes(0, 5))
+
+    line = client.json("timeline", **{"from": str(from_ms), "until": str(until_ms)})
+
+    assert line["step_ms"] == 60_000
+    assert line["totals"]["profiled_ns"] == [60 * 10**9] * 5
+    odd = Window(0, 1_000 * 10**9)
+    assert [usual_step_ns(odd, s * 10**9) // 10**9 for s in (0, 7, 45, 60)] == [10, 14, 900, 60]
 
 
 def test_labels_and_their_values_are_told(client):
