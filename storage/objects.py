@@ -364,12 +364,12 @@ class DirectoryStore:
 
     def _link(self, partial: Path, path: Path) -> bool:
         for attempts_left in reversed(range(_LINK_ATTEMPTS)):
-            make_folder(path.parent)
             try:
+                make_folder(path.parent)
                 os.link(partial, path)
             except FileExistsError:
                 break
-            except FileNotFoundError:  # a delete has just removed the folder as empty
+            except FileNotFoundError:  # a delete has just removed a folder as empty
                 if not attempts_left:
                     raise
             else:
@@ -409,17 +409,23 @@ class DirectoryStore:
         try:
             yield
         except OSError as error:
-            if error.errno in _ABSENCES and verb != "write":
+            if error.errno in _ABSENCES and verb in {"read", "delete"}:
                 raise ObjectMissing(f"there is no object {key!r} in {self.root}") from error
             reason = f"cannot {verb} {key!r} in the store {self.root}: {error.strerror}"
             if error.errno in _REFUSALS:
-                remedy = f"give the user {os.geteuid()} the right to it, or use another --store"
+                is_place = error.errno in {errno.ENOTDIR, errno.ENOENT}
+                right = "" if is_place else f"give the user {os.geteuid()} the right to it, or "
+                remedy = f"{right}use another --store"
                 raise StoreRefused(reason, remedy) from error
             raise StoreUnavailable(reason) from error
 
 
 _ABSENCES = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
-_REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP})
+_REFUSALS = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENOENT}
+)
+"""ENOENT: of a file system whose folders nobody can make, as /proc. That a folder disappears while
+it is written to is met before."""
 
 
 def _sorted_entries(folder: Path, base: str) -> list[tuple[str, os.DirEntry[str]]]:
@@ -443,16 +449,16 @@ def check_range(start: int, length: int) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder for the owner alone, and those above it, durably."""
-    try:
-        folder.mkdir(mode=0o700)
-    except FileExistsError:
-        return
-    except FileNotFoundError:
-        make_folder(folder.parent)
-        make_folder(folder)
-    else:
-        sync_folder(folder.parent)
+    """Create a folder for the owner alone, and those above it, durably.
+
+    Raises:
+        OSError: that is not possible there, or somebody removes one of them meanwhile.
+    """
+    missing = itertools.takewhile(lambda each: not each.exists(), (folder, *folder.parents))
+    for each in reversed(list(missing)):
+        with contextlib.suppress(FileExistsError):
+            each.mkdir(mode=0o700)
+            sync_folder(each.parent)
 
 
 def write_synced(path: Path, content: bytes) -> None:

@@ -429,12 +429,16 @@ def test_links_and_odd_names_in_a_directory_are_not_listed(tmp_path: Path) -> No
     assert keys(store) == ["v1/a"]
 
 
-def test_a_store_that_cannot_be_a_directory_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["file", "file/a/b", "/proc/everflame", "/proc/everflame/a/b"])
+def test_a_store_that_cannot_be_a_directory_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
-    store = open_store(str(tmp_path / "file"))
+    store = open_store(str(tmp_path / place))
 
-    with pytest.raises(StoreRefused, match=r"Not a directory.*--store"):
+    with pytest.raises(StoreRefused, match=r"cannot write .*--store"):
         store.put("v1/a", b"x")
+    if not place.startswith("/"):
+        with pytest.raises(StoreRefused, match=r"cannot list .*Not a directory.*--store"):
+            list(store.list("v1/"))
 
 
 @pytest.mark.kernel
