@@ -208,13 +208,13 @@ class Sampler:
     def _take_samples(self, generation: int) -> list[RawSample]:
         keys, counts = self._counts[generation].take_all()
         user = _stacks(*self._user_stacks[generation].take_all())
-        kernel = _stacks(*self._kernel_stacks[generation].take_all())
+        kernel_stacks = _stacks(*self._kernel_stacks[generation].take_all())
+        kernel = {key: _as_lookups(words) for key, (words, _) in kernel_stacks.items()}
         samples = []
         for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
             start_ns, user_hash, kernel_hash, cgroup_id, pid, tid, exec_id, comm = key
             number, first_ns, last_ns, leader_comm = count
             user_words, stop = user[user_hash]
-            kernel_words = kernel[kernel_hash][0] if kernel_hash else _NO_WORDS
             samples.append(
                 RawSample(
                     pid=pid,
@@ -229,7 +229,7 @@ class Sampler:
                     samples=number,
                     stop=_STOP_LABELS[stop],
                     user=user_words,
-                    kernel=_as_lookups(kernel_words),
+                    kernel=kernel[kernel_hash] if kernel_hash else _NO_WORDS,
                 )
             )
         return samples

@@ -19,6 +19,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -242,7 +243,10 @@ class Recorder:
         """Give the samples group by group and their stacks as location numbers, root first."""
         samples = [sample for group in groups.values() for sample in group]
         user = [stack for table, group in groups.items() for stack in self._user(table, group)]
-        kernel = self._numbers([sample.kernel for sample in samples], self.symbolizer.locate_kernel)
+        # Kernel code comes and goes at any time: what was unknown a second ago may be known now.
+        kernel = self._numbers(
+            {}, [sample.kernel for sample in samples], self.symbolizer.locate_kernel
+        )
         # Leaf first becomes root first, here and nowhere else.
         return samples, [
             np.concatenate([user_part[::-1], kernel_part[::-1]])
@@ -250,19 +254,25 @@ class Recorder:
         ]
 
     def _user(self, table: MappingTable, samples: Sequence[RawSample]) -> list[Numbers]:
+        known = self._window.known_words.setdefault(table, {})
         locate = partial(self.symbolizer.locate, samples[0].pid, table)
-        return self._numbers([sample.user for sample in samples], locate)
+        return self._numbers(known, [sample.user for sample in samples], locate)
 
     def _numbers(
-        self, stacks: Sequence[Words], locate: Callable[[Words], list[Location]]
+        self,
+        known: dict[int, int],
+        stacks: Sequence[Words],
+        locate: Callable[[Words], list[Location]],
     ) -> list[Numbers]:
-        """Give each stack as location numbers. Most addresses recur: each is located once."""
+        """Give each stack as location numbers. Most words recur: each is located once."""
         if not stacks:
             return []
-        words, where = np.unique(np.concatenate(stacks), return_inverse=True)
-        location = self._window.builder.location
-        numbers = np.array([location(place) for place in locate(words)], dtype=np.int32)
-        numbers = numbers[where]
+        words = np.concatenate(stacks).tolist()
+        new = list({word for word in words if word not in known})
+        if new:
+            places = locate(np.array(new, dtype=np.uint64))
+            known.update(zip(new, map(self._window.builder.location, places), strict=True))
+        numbers = np.fromiter(map(known.__getitem__, words), np.int32, len(words))
         ends = list(accumulate(len(stack) for stack in stacks))
         return [numbers[start:end] for start, end in pairwise([0, *ends])]
 
@@ -287,6 +297,8 @@ class _OpenWindow:
 
     def __init__(self, period_ns: int, edge_ns: int | None = None) -> None:
         self.builder = ProfileBuilder(period_ns)
+        self.known_words: WeakKeyDictionary[MappingTable, dict[int, int]] = WeakKeyDictionary()
+        """By process image: numbers of its words in the builder, for as long as it lives."""
         self.begun = _Clocks.now()
         self._start_ns = edge_ns or self.begun.wall_ns
         self._end_ns: int | None = None

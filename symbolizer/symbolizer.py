@@ -120,21 +120,16 @@ class Symbolizer:
         module and offset remain, with the build id if the mapping carries one.
         """
         addresses = np.asarray(addresses, dtype=np.uint64)
-        numbers = mappings.find(addresses)
-        locations: list[Location] = [AddressLocation("", FileOffset(0))] * len(addresses)
+        numbers = mappings.find(addresses).tolist()
+        places: dict[int, tuple[str, int]] = {}
+        locations: list[Location] = []
         with ProcessFiles(pid) as files:
-            for number in np.unique(numbers).tolist():
-                where = np.flatnonzero(numbers == number)
-                places = addresses[where]
-                if number < 0:
-                    build_id = self._pseudo(mappings.missing).build_id
-                else:
-                    mapping = mappings.mappings[number]
-                    build_id, is_pseudo = self._file(files, mappings, number)
-                    if not is_pseudo:
-                        places = places - np.uint64(mapping.start) + np.uint64(mapping.file_offset)
-                for i, place in zip(where.tolist(), places.tolist(), strict=True):
-                    locations[i] = AddressLocation(build_id, FileOffset(place))
+            for address, number in zip(addresses.tolist(), numbers, strict=True):
+                place = places.get(number)
+                if place is None:
+                    place = places[number] = self._place(files, mappings, number)
+                build_id, start = place
+                locations.append(AddressLocation(build_id, FileOffset(address - start)))
         return locations
 
     def locate_kernel(self, addresses: Addresses) -> list[Location]:
@@ -233,6 +228,14 @@ class Symbolizer:
             oldest.close()
 
     # From mappings to files.
+
+    def _place(self, files: ProcessFiles, mappings: MappingTable, number: int) -> tuple[str, int]:
+        """Give a mapping's build id, and what to take off its addresses for places in the file."""
+        if number < 0:
+            return self._pseudo(mappings.missing).build_id, 0
+        build_id, is_pseudo = self._file(files, mappings, number)
+        mapping = mappings.mappings[number]
+        return build_id, 0 if is_pseudo else mapping.start - mapping.file_offset
 
     def _file(self, files: ProcessFiles, mappings: MappingTable, number: int) -> _File:
         known = self._files.setdefault(mappings, {})
