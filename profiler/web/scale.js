@@ -95,7 +95,8 @@ export function moveSelection(selection, key, isExtending, count) {
   const by = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10, Home: -count, End: count }[key];
   if (by === undefined || count === 0) return null;
   const limit = (step) => Math.min(count - 1, Math.max(0, step));
-  const head = selection ? limit(selection.head + by) : limit(by < 0 ? count - 1 : 0);
+  const isEdge = key === "Home" || key === "End";
+  const head = selection || isEdge ? limit((selection?.head ?? 0) + by) : limit(by < 0 ? count - 1 : 0);
   return { anchor: isExtending && selection ? selection.anchor : head, head };
 }
 

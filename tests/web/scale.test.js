@@ -79,6 +79,8 @@ test("keys move a selection, and with Shift extend it", () => {
 
   assert.deepEqual(move(null, "ArrowRight", false), { anchor: 0, head: 0 });
   assert.deepEqual(move(null, "ArrowLeft", false), { anchor: 19, head: 19 });
+  assert.deepEqual(move(null, "Home", false), { anchor: 0, head: 0 });
+  assert.deepEqual(move(null, "End", false), { anchor: 19, head: 19 });
   assert.deepEqual(move({ anchor: 3, head: 3 }, "ArrowRight", true), { anchor: 3, head: 4 });
   assert.deepEqual(move({ anchor: 3, head: 5 }, "ArrowLeft", false), { anchor: 4, head: 4 });
   assert.deepEqual(move({ anchor: 3, head: 5 }, "End", true), { anchor: 3, head: 19 });
