@@ -347,7 +347,7 @@ class _OpenWindow:
         return Accounting(
             hosts=(host,),
             cpus=len(perf_event.online_cpus()),
-            nonidle_ns=ended.nonidle_ns - self.begun.nonidle_ns,
+            nonidle_ns=ended.nonidle_since(self.begun),
             profiled_ns=ended.since(self.begun),
             ticks=self._ticks,
             idle=self._idle,
@@ -382,6 +382,10 @@ class _Clocks:
     def since(self, earlier: "_Clocks") -> int:
         """Give the ns between two readings; the wall clock may have been set in between."""
         return self.monotonic_ns - earlier.monotonic_ns
+
+    def nonidle_since(self, earlier: "_Clocks") -> int:
+        """Give how long CPUs were not idle in between; idle time is rounded, so not below 0."""
+        return max(0, self.nonidle_ns - earlier.nonidle_ns)
 
 
 def _give_large_blocks_back() -> None:

@@ -14,6 +14,8 @@ import orjson
 import pytest
 from targets import compile_target, running
 
+from bpf.sampler import SamplerConfig
+from profiler.recorder import Recorder
 from storage import folded, pprof
 from storage.profile import Profile
 
@@ -374,3 +376,13 @@ def test_every_command_explains_itself_with_an_example() -> None:
 
         assert result.returncode == 0
         assert re.search(rf"example.*everflame {command}", result.stdout, re.DOTALL)
+
+
+def test_short_windows_of_an_idle_machine_can_be_read(tmp_path) -> None:
+    """The kernel rounds idle times: together they may be longer than the time there was."""
+    with Recorder(SamplerConfig(frequency_hz=99), tmp_path) as recorder:
+        recorder.start()
+        for _ in range(60):
+            time.sleep(0.03)
+            written = pprof.encode(recorder.close_window())
+            assert pprof.decode(written).accounting.profiled_ns > 0
