@@ -14,7 +14,7 @@ export const LEAST_PX = 0.5;
 
 const FNV_OFFSET = [0xcbf29ce4, 0x84222325];
 const FNV_PRIME_LOW = 0x1b3; // the prime is 2^40 + 0x1b3
-const KEY_SEPARATOR = [1];
+const KEY_SEPARATOR = 1;
 const ROOT_FRAME = { function: "all", module: "", kind: "label", file: "", line: 0 };
 const encoder = new TextEncoder();
 
@@ -32,8 +32,19 @@ export function nodeId(path) {
   return hex(state);
 }
 
-/** Put an answer of /api/v1/flamegraph into a tree. */
+const graphs = new WeakMap();
+
+/** Give the tree of an answer, the same one each time: its ids are costly, see `idOf`. */
+export function graphOf(answer) {
+  if (!graphs.has(answer)) graphs.set(answer, new Graph(answer));
+  return graphs.get(answer);
+}
+
+/** An answer of /api/v1/flamegraph as a tree. */
 export class Graph {
+  /** By node, counted from `top`: the halves of its id; computed when first asked for. */
+  #ids = null;
+
   constructor({ frames, nodes, path, total }) {
     this.frames = frames.map(asFrame);
     this.frame = nodes.frame;
@@ -98,7 +109,8 @@ export class Graph {
   }
 
   idOf(node) {
-    return nodeId(this.pathOf(node));
+    const { high, low } = this.#allIds();
+    return hex([high[node - this.top], low[node - this.top]]);
   }
 
   /** Give the deepest node on a path that this answer has. */
@@ -114,19 +126,10 @@ export class Graph {
 
   /** Give the first node with this id, or null. */
   findId(id) {
-    const keys = this.frames.map((frame) => encodeKey([frame.function, frame.module, frame.kind]));
-    const states = []; // of the path down to the node at hand, by row
-    for (let node = this.top; node < this.size; node += 1) {
-      const row = this.rowOf(node);
-      if (row === 0) {
-        states[0] = FNV_OFFSET;
-      } else {
-        const frame = this.frameOf(node);
-        const key =
-          node < 0 ? encodeKey([frame.function, frame.module, frame.kind]) : keys[this.frame[node]];
-        states[row] = hashKey(states[row - 1], key, row === 1);
-      }
-      if (hex(states[row]) === id) return node;
+    const { high, low } = this.#allIds();
+    const [wantedHigh, wantedLow] = [parseInt(id.slice(0, 8), 16), parseInt(id.slice(8), 16)];
+    for (let i = 0; i < low.length; i += 1) {
+      if (low[i] === wantedLow && high[i] === wantedHigh) return i + this.top;
     }
     return null;
   }
@@ -164,6 +167,23 @@ export class Graph {
       open.push(i);
       next[depth] = this.left[i];
     }
+  }
+
+  // All at once, each from its parent's: a box costs one key, not the keys of its whole path.
+  #allIds() {
+    if (this.#ids) return this.#ids;
+    const keys = this.frames.map(keyOf);
+    const count = this.size - this.top;
+    const [high, low] = [new Uint32Array(count), new Uint32Array(count)];
+    [high[0], low[0]] = FNV_OFFSET;
+    for (let i = 1; i < count; i += 1) {
+      const node = i + this.top;
+      const key = node < 0 ? keyOf(this.frameOf(node)) : keys[this.frame[node]];
+      const above = this.parentOf(node) - this.top;
+      [high[i], low[i]] = hashKey([high[above], low[above]], key, above === 0);
+    }
+    this.#ids = { high, low };
+    return this.#ids;
   }
 
   #ancestor(node) {
@@ -356,19 +376,19 @@ function encodeKey([name, module, kind]) {
   return encoder.encode(`${name}\0${module}\0${kind}`);
 }
 
-function hashKey(state, key, isFirst) {
-  return hash(isFirst ? state : hash(state, KEY_SEPARATOR), key);
+function keyOf({ function: name, module, kind }) {
+  return encodeKey([name, module, kind]);
 }
 
-// 64 bits as two halves: BigInt is ten times slower, and every part of the product fits a double.
-function hash([high, low], bytes) {
-  for (const byte of bytes) {
-    low = (low ^ byte) >>> 0;
-    const product = low * FNV_PRIME_LOW;
-    high = (high * FNV_PRIME_LOW + Math.floor(product / 2 ** 32) + (low % 2 ** 24) * 256) % 2 ** 32;
-    low = product % 2 ** 32;
+// 64 bits as two halves: BigInt is ten times slower, and the low product fits a double.
+function hashKey([high, low], key, isFirst) {
+  for (let i = isFirst ? 0 : -1; i < key.length; i += 1) {
+    low = (low ^ (i < 0 ? KEY_SEPARATOR : key[i])) >>> 0;
+    const carry = ((low * FNV_PRIME_LOW) / 2 ** 32) | 0;
+    high = (Math.imul(high, FNV_PRIME_LOW) + carry + (low << 8)) | 0;
+    low = Math.imul(low, FNV_PRIME_LOW) >>> 0;
   }
-  return [high, low];
+  return [high >>> 0, low];
 }
 
 function hex(state) {

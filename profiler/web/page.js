@@ -9,7 +9,7 @@ import * as controls from "./controls.js";
 import {button, el, isTyping} from "./dom.js";
 import {bytes, counted, number, safeName, share, span} from "./format.js";
 import {FlameGraphView} from "./graph.js";
-import {Graph, ROOT_ID} from "./layout.js";
+import {ROOT_ID, graphOf} from "./layout.js";
 import {DetailPanel} from "./panel.js";
 import {assignColours} from "./scale.js";
 import * as selector from "./selector.js";
@@ -43,6 +43,8 @@ class Page {
   #slowTimer = 0;
   #labels = new Map();
   #colours = new Map();
+  /** What each view was drawn from, see #isNew. */
+  #drawnFrom = new Map();
 
   start() {
     controls.fillIcons(document);
@@ -252,7 +254,9 @@ class Page {
 
   #drawTimeline() {
     const {answer} = this.#shown.timeline;
-    const {series} = this.#state;
+    const {series, over, q, tz} = this.#state;
+    const {from, until} = this.#window;
+    if (!this.#isNew("timeline", answer, this.#shown.services.answer, series, over, from, until, q, tz)) return;
     if (series !== "service") this.#colours = assignColours(answer.series.filter((each) => !each.rest).map((each) => each.labels[series] ?? ""), COLOURS);
     else this.#colours = this.#serviceColours();
     this.timeline.show(answer, {chosen: this.#state.over ? this.#window : null, label: series, zone: this.#state.tz, colours: this.#colours});
@@ -260,10 +264,20 @@ class Page {
   }
 
   #drawServices() {
+    const {answer} = this.#shown.services;
+    if (!this.#isNew("services", answer, this.#shown.timeline.answer, this.#state.q, this.#state.series, innerWidth)) return;
     const chosen = new Set(this.#matchers.filter((each) => each.name === "service" && each.operator === "=").map((each) => each.value));
     const isLayered = this.#state.series === "service";
-    this.services.show(this.#shown.services.answer.values, chosen, isLayered ? this.#serviceColours() : null);
+    this.services.show(answer.values, chosen, isLayered ? this.#serviceColours() : null);
     if (isLayered && this.#shown.timeline.answer && !this.#pending.has("timeline")) this.#drawTimeline();
+  }
+
+  /** Tell whether a view is to be drawn from other values than the last time. A zoom must not wait for
+   * a timeline that stays as it is. */
+  #isNew(view, ...values) {
+    const before = this.#drawnFrom.get(view);
+    this.#drawnFrom.set(view, values);
+    return !before || values.some((value, i) => value !== before[i]);
   }
 
   /** Services keep their colours whatever is selected: by all that are there, most first. */
@@ -287,6 +301,7 @@ class Page {
 
   #fail(name) {
     const {error} = this.#shown[name];
+    this.#drawnFrom.delete(name);
     if (name === "timeline") this.timeline.fail(`No timeline: ${error.message}`);
     if (name === "top") this.table.dim(true);
     if (name === "flame") this.graph.dim(true);
@@ -534,7 +549,7 @@ class Page {
     if (frame.kind !== "label" || path.length === 0) return null;
     const names = this.#state.by.split(",").filter(Boolean);
     const {answer} = this.#shown.flame;
-    const graph = new Graph(answer);
+    const graph = graphOf(answer);
     let levels = 0;
     for (let node = graph.top; node < graph.size; node += 1) if (graph.frameOf(node).kind === "label") levels = Math.max(levels, graph.rowOf(node));
     const position = path.filter(([, , kind]) => kind === "label").length - 1;
@@ -748,7 +763,7 @@ function rowOf(key) {
 /** Describe a box of an answer by its id, as the graph does; null if it is not there. */
 function findBox(answer, id) {
   if (answer.nodes.frame.length === 0) return null;
-  const graph = new Graph(answer);
+  const graph = graphOf(answer);
   const node = id === ROOT_ID ? graph.top : graph.findId(id);
   if (node === null) return null;
   const total = graph.totalOf(node);

@@ -179,6 +179,14 @@ test("a node is found by path and by id, above the answer's root too", () => {
   assert.equal(graph.findId("0123456789abcdef"), null);
 });
 
+test("the id of every node is that of its path", () => {
+  for (const graph of [new Graph(answer(SMALL)), new Graph(ZOOMED), new Graph(chain(300))]) {
+    for (let node = graph.top; node < graph.size; node += 1) {
+      assert.equal(graph.idOf(node), nodeId(graph.pathOf(node)));
+    }
+  }
+});
+
 test("a path that ends early in this answer gives the deepest node on it", () => {
   const graph = new Graph(answer(SMALL));
 
