@@ -301,6 +301,7 @@ class Answers:
             "step_ms": whole.step_ns // 1_000_000,
             "series": series,
             "totals": {name: whole.totals[name] for name in _TIMELINE_TOTALS},
+            "covered_ns": whole.covered_ns,
             "empty": self._empty(question, whole.coverage, samples),
         }
 
@@ -438,10 +439,12 @@ class Answers:
 def usual_step_ns(window: Window, object_ns: int) -> int:
     """Give the step that cuts a window into a number of steps that a screen can show.
 
-    It is a multiple of the longest object's length: an object counts where it begins, so that in
-    shorter steps a CPU would seem to be used more than wholly, and then not at all.
+    It is a multiple of the longest object's length: an object counts where it begins, so that
+    shorter steps would have gaps. Odd lengths are those of windows that were cut short.
     """
     object_s = max(1, math.ceil(object_ns / 1e9))
+    if object_s % _STEPS[2]:
+        object_s = next((step for step in _STEPS if step >= object_s), object_s)
     length_s = (window.end_ns - window.start_ns) / 1e9
     fitting = (step for step in _STEPS if length_s / step <= _WANTED_STEPS)
     least = next(fitting, 86400 * (1 + int(length_s / 86400 / _WANTED_STEPS)))

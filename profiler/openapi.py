@@ -10,7 +10,187 @@ class Endpoint(NamedTuple):
     path: str
     summary: str
     parameters: tuple[str, ...]
-    media_type: str = "application/json"
+    answers: Mapping[str, _Schema]
+    """Schemas by media type."""
+    problems: tuple[int, ...] = (400, 421, 503, 504)
+
+    @property
+    def repeatable(self) -> frozenset[str]:
+        return frozenset({"focus", "hide"}.intersection(self.parameters))
+
+
+def _object(fields: Mapping[str, _Schema], optional: Sequence[str] = ()) -> _Schema:
+    required = [name for name in fields if name not in optional]
+    return {"type": "object", "properties": dict(fields), "required": required}
+
+
+def _array(items: _Schema, **more: Any) -> _Schema:
+    return {"type": "array", "items": items, **more}
+
+
+def _or_null(schema: _Schema) -> _Schema:
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+def _ref(name: str) -> _Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+_TEXT: _Schema = {"type": "string"}
+_COUNT: _Schema = {"type": "integer", "minimum": 0}
+_FLAG: _Schema = {"type": "boolean"}
+_SHARE: _Schema = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
+_COUNTS = _array(_COUNT)
+_COUNTS_BY_NAME: _Schema = {"type": "object", "additionalProperties": _COUNT}
+_TEXTS_BY_NAME: _Schema = {"type": "object", "additionalProperties": _TEXT}
+_NODE_ID: _Schema = {"type": "string", "pattern": "^[0-9a-f]{16}$"}
+_SCHEMA: _Schema = {"const": 1}
+_WINDOW = _object({"from_ms": _COUNT, "until_ms": _COUNT})
+_FRAME: _Schema = {
+    "type": "array",
+    "description": "function, module, kind, file, line (0: unknown)",
+    "prefixItems": [_TEXT, _TEXT, _TEXT, _TEXT, _COUNT],
+    "minItems": 5,
+    "maxItems": 5,
+}
+_COVERAGE = _object(
+    {
+        "hosts": _COUNT,
+        "host_names": _array(_TEXT),
+        "objects": _COUNT,
+        "cpus": _COUNT,
+        "ticks": _COUNT,
+        "idle": _COUNT,
+        "filtered": _COUNT,
+        "stored": _COUNT,
+        "lost": _COUNTS_BY_NAME,
+        "stops": _COUNTS_BY_NAME,
+        "complete": _SHARE,
+        "nonidle_ns": _COUNT,
+        "profiled_ns": _COUNT,
+        "skipped": _array(_object({"key": _TEXT, "reason": _TEXT})),
+    }
+)
+_EMPTY = _or_null(
+    _object(
+        {
+            "reason": {"enum": ["no_data_ever", "no_data_in_range", "nothing_matches"]},
+            "nearest": _array(_ref("Window")),
+            "services": _array(_TEXT),
+        }
+    )
+)
+_HEAD = {
+    "schema": _SCHEMA,
+    "type": _TEXT,
+    "unit": _TEXT,
+    "window": _ref("Window"),
+    "query": _TEXT,
+    "host_seconds": {"type": "number", "minimum": 0},
+    "coverage": _ref("Coverage"),
+    "agent": _object({"cpu_ns": _COUNT, "rss_bytes": _COUNT}),
+    "empty": _ref("Empty"),
+}
+_NODES = _object(dict.fromkeys(("frame", "depth", "total", "self", "samples"), _COUNTS))
+_TOTALS = ("profiled_ns", "nonidle_ns", "ticks", "idle", "filtered", "stored", "lost")
+_SCHEMAS: dict[str, _Schema] = {
+    "Problem": _object(
+        {
+            "type": _TEXT,
+            "title": _TEXT,
+            "status": {"type": "integer", "minimum": 400, "maximum": 599},
+            "detail": _TEXT,
+            "parameter": _TEXT,
+            "node": _NODE_ID,
+        },
+        optional=("parameter", "node"),
+    ),
+    "Window": _WINDOW,
+    "Frame": _FRAME,
+    "Coverage": _COVERAGE,
+    "Empty": _EMPTY,
+    "FlameGraph": _object(
+        {
+            **_HEAD,
+            "total": _COUNT,
+            "samples": _COUNT,
+            "frames": _array(_ref("Frame")),
+            "nodes": {**_NODES, "description": "in preorder, the root first"},
+            "rest": _object({"nodes": _COUNT, "total": _COUNT}),
+            "path": _array(
+                _object(
+                    {"id": _NODE_ID, "frame": _ref("Frame"), "total": _COUNT, "samples": _COUNT}
+                )
+            ),
+            "search": _or_null(
+                _object({"text": _TEXT, "total": _COUNT, "samples": _COUNT, "functions": _COUNT})
+            ),
+        }
+    ),
+    "Top": _object(
+        {
+            **_HEAD,
+            "total": _COUNT,
+            "samples": _COUNT,
+            "rows": _COUNT,
+            "functions": _array(
+                _object(
+                    {
+                        **dict.fromkeys(("function", "module", "kind", "file"), _TEXT),
+                        **dict.fromkeys(("self", "total", "self_samples", "total_samples"), _COUNT),
+                    }
+                )
+            ),
+        }
+    ),
+    "Timeline": _object(
+        {
+            **_HEAD,
+            "start_ms": _COUNT,
+            "step_ms": _COUNT,
+            "series": _array(
+                _object(
+                    {"labels": _TEXTS_BY_NAME, "rest": _FLAG, "values": _COUNTS, "samples": _COUNTS}
+                )
+            ),
+            "totals": _object(dict.fromkeys(_TOTALS, _COUNTS)),
+            "covered_ns": _COUNTS,
+        }
+    ),
+    "Labels": _object(
+        {
+            "schema": _SCHEMA,
+            "window": _ref("Window"),
+            "labels": _array(_object({"name": _TEXT, "values": _COUNT, "samples": _COUNT})),
+        }
+    ),
+    "LabelValues": _object(
+        {
+            "schema": _SCHEMA,
+            "window": _ref("Window"),
+            "name": _TEXT,
+            "values": _array(_object({"value": _TEXT, "samples": _COUNT})),
+        }
+    ),
+    "Status": _object(
+        {
+            "schema": _SCHEMA,
+            "version": _TEXT,
+            "store": _TEXT,
+            "type": _TEXT,
+            "now_ms": _COUNT,
+            "started_ms": _COUNT,
+            "keep": _or_null(_object({"seconds": _COUNT, "bytes": _COUNT})),
+            "data": {"oneOf": [_ref("Window"), {"type": "null"}]},
+            "hosts": _array(_TEXT),
+            "agent": {"type": ["object", "null"], "description": "as everflame status --json"},
+        }
+    ),
+}
+
+
+def _json(name: str) -> dict[str, _Schema]:
+    return {"application/json": _ref(name)}
 
 
 ENDPOINTS = {

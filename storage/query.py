@@ -126,6 +126,8 @@ class Timeline:
     series: tuple[Series, ...]
     totals: dict[str, Integers]
     """OBJECT_FIELDS from `nonidle_ns` on, added up over the objects of each step."""
+    covered_ns: Integers
+    """For how long of each step at least one host was profiled: what makes values a rate."""
     coverage: Coverage
 
 
@@ -220,17 +222,20 @@ class Query:
         count = -(-(window.end_ns - origin_ns) // step_ns)
         totals = {name: np.zeros(count, np.int64) for name in OBJECT_FIELDS[3:]}
         sums: dict[Labels, Integers] = {}
+        lives: list[tuple[int, int, int]] = []
         for part in parts:
             # An object may begin a fraction of a second before the whole second of its key.
             step = (part.objects[:, 0] - origin_ns) // step_ns
             step = np.clip(step, 0, count - 1)
             for i, name in enumerate(OBJECT_FIELDS[3:], start=3):
                 np.add.at(totals[name], step, part.objects[:, i])
+            lives.extend(zip(step.tolist(), *part.objects[:, :2].T.tolist(), strict=True))
             _add_series(sums, part.filter(selector), step, by, count)
         series = [Series(labels, *sum_.T) for labels, sum_ in sums.items()]
         series.sort(key=lambda each: (-int(each.values.sum()), each.labels))
         unit = parts[0].unit if parts else "nanoseconds"
-        return Timeline(type, unit, origin_ns, step_ns, tuple(series), totals, coverage)
+        covered = _union_of_lives(lives, count)
+        return Timeline(type, unit, origin_ns, step_ns, tuple(series), totals, covered, coverage)
 
     def functions(
         self,
@@ -606,6 +611,17 @@ def _add_series(
     wanted = set(by)
     chosen = [
         tuple((name, value) for name, value in labels if name in wanted)
+def _union_of_lives(lives: list[tuple[int, int, int]], steps: int) -> Integers:
+    """Give per step how long its objects, (step, start, end), last together, overlaps once."""
+    covered = np.zeros(steps, np.int64)
+    reached = (-1, 0)
+    for step, start, end in sorted(lives):
+        begun = max(start, reached[1]) if step == reached[0] else start
+        covered[step] += max(0, end - begun)
+        reached = (step, max(begun, end))
+    return covered
+
+
         for labels in sums.label_sets
     ]
     numbers: dict[Labels, int] = {}

@@ -307,6 +307,17 @@ def test_a_timeline_adds_up_each_step(store, query):
         query.timeline(minutes(0, 5), step_ns=0)
 
 
+def test_a_timeline_says_for_how_long_each_step_was_profiled(store, query):
+    """Hosts at the same time count once; a step may have only begun."""
+    other = at(small(2), 0, host="web-2", host_id="66")
+    for profile in (at(small(1), 0), other, at(small(3), 1), at(small(4), 3)):
+        put(store, profile)
+
+    timeline = query.timeline(minutes(0, 6), Selector(), 2 * MINUTE_NS)
+
+    assert timeline.covered_ns.tolist() == [2 * MINUTE_NS, MINUTE_NS, 0]
+
+
 def test_functions_may_be_told_apart_by_thread(store, query):
     """Labels of single processes are read from stacks, all others from sums."""
     for i in range(3):

@@ -44,15 +44,15 @@ export function valueTicks(max, count) {
 }
 
 /**
- * Stack a timeline's series: {layers: [{lower, upper}], isGap, max}, in cores.
+ * Stack a timeline's series: {layers: [{lower, upper}], isGap, max}, in cores while profiled: a step
+ * that has only begun is as high as it will be.
  * The last series lies on top; a step in which nothing was profiled is a gap, whatever its values.
  */
 export function stackSeries(timeline) {
-  const isGap = timeline.totals.profiled_ns.map((ns) => !(ns > 0));
-  const perCore = timeline.step_ms * 1e6;
+  const isGap = timeline.covered_ns.map((ns) => !(ns > 0));
   let lower = isGap.map(() => 0);
   const layers = timeline.series.map(({ values }) => {
-    const upper = lower.map((base, i) => (isGap[i] ? base : base + (values[i] ?? 0) / perCore));
+    const upper = lower.map((base, i) => (isGap[i] ? base : base + (values[i] ?? 0) / timeline.covered_ns[i]));
     const layer = { lower, upper };
     lower = upper;
     return layer;

@@ -241,11 +241,11 @@ export class TimelineView {
       .filter((row) => row.ns > 0)
       .sort((one, other) => other.ns - one.ns);
     const total = rows.reduce((sum, row) => sum + row.ns, 0);
-    lines.push(el("div", {class: "tooltip-row"}, el("b", {text: "all"}), el("span", {text: cores(total, timeline.step_ms)})));
+    lines.push(el("div", {class: "tooltip-row"}, el("b", {text: "all"}), el("span", {text: cores(total, timeline.covered_ns[step] / 1e6)})));
     for (const row of rows.slice(0, TOOLTIP_ROWS)) {
       lines.push(el("div", {class: "tooltip-row"},
         el("span", {}, el("i", {class: `swatch ${row.colour}`}), row.name),
-        el("span", {text: `${cores(row.ns, timeline.step_ms)} · ${share(row.ns, total)}`})));
+        el("span", {text: `${cores(row.ns, timeline.covered_ns[step] / 1e6)} · ${share(row.ns, total)}`})));
     }
     if (rows.length > TOOLTIP_ROWS) lines.push(el("div", {class: "muted", text: `and ${rows.length - TOOLTIP_ROWS} more`}));
     return lines;

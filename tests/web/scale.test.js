@@ -9,13 +9,13 @@ import * as times from "../../profiler/web/times.js";
 const NOON = Date.UTC(2026, 10, 21, 12);
 const MIN = 60_000;
 
-function timeline(values, profiled) {
+function timeline(values, covered) {
   return {
     window: { from_ms: 5_000, until_ms: 205_000 },
     start_ms: 0,
     step_ms: 60_000,
     series: values.map((each) => ({ values: each })),
-    totals: { profiled_ns: profiled },
+    covered_ns: covered,
   };
 }
 
@@ -54,15 +54,21 @@ test("ticks of values are round and reach the largest", () => {
 });
 
 test("layers stand on each other in cores", () => {
-  const { layers, max } = scale.stackSeries(timeline([[60e9, 30e9], [30e9, 0]], [1, 1]));
+  const { layers, max } = scale.stackSeries(timeline([[60e9, 30e9], [30e9, 0]], [60e9, 60e9]));
 
   assert.deepEqual(layers[0], { lower: [0, 0], upper: [1, 0.5] });
   assert.deepEqual(layers[1], { lower: [1, 0.5], upper: [1.5, 0.5] });
   assert.equal(max, 1.5);
 });
 
+test("a step that was profiled in part is as high as while it was profiled", () => {
+  const { layers } = scale.stackSeries(timeline([[60e9, 10e9]], [60e9, 10e9]));
+
+  assert.deepEqual(layers[0].upper, [1, 1]);
+});
+
 test("a step without any profile is a gap, never a zero", () => {
-  const { layers, isGap } = scale.stackSeries(timeline([[60e9, 5, 60e9]], [1, 0, 1]));
+  const { layers, isGap } = scale.stackSeries(timeline([[60e9, 5, 60e9]], [60e9, 0, 60e9]));
   const path = scale.layerPath(layers[0], isGap, (i) => i * 10, (cores) => 100 - cores * 10);
 
   assert.deepEqual(isGap, [false, true, false]);
