@@ -503,7 +503,8 @@ class Page {
     const actions = [button({text: "Retry", class: "primary", click: () => this.#refresh()})];
     if (error.parameter === "query") actions.push(button({text: "Clear the selector", click: () => this.#change({q: ""})}));
     else if (error.status >= 400 && error.status < 500) actions.push(button({text: "Start over", click: () => this.#change(parseState(""))}));
-    return [el("h3", {class: "bad", text: error.title}), el("p", {class: "detail", text: safeName(error.message)}), el("p", {class: "row"}, actions)];
+    const title = error.parameter === "query" ? "The selector cannot be read" : error.status === 400 ? "The address asks for what there is not" : error.title;
+    return [el("h3", {class: "bad", text: title}), el("p", {class: "detail", text: safeName(error.message)}), el("p", {class: "row"}, actions)];
   }
 
   #awayNotice(error) {
