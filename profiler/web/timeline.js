@@ -104,7 +104,7 @@ export class TimelineView {
     });
     for (const {ms, label} of scale.timeTicks(from, until, Math.floor(width / 84), this.#shown.zone)) {
       const at = Math.round(time(ms)) + 0.5;
-      if (at < MARGIN.left + 14 || at > right - 16) continue;
+      if (at < MARGIN.left + 14 || at > right - 4 * label.length) continue;
       parts.push(svg("line", {class: "axis", x1: at, x2: at, y1: bottom, y2: bottom + 4}));
       parts.push(svgText(label, {class: "tick middle", x: at, y: bottom + 15}));
     }
