@@ -99,7 +99,7 @@ def make_minute(
     return pprof.encode(builder.build(Window(START_NS, START_NS + MINUTE_NS), accounting))
 
 
-def fill(folder: Path, hosts: int, hours: int) -> None:
+def fill(folder: Path, hosts: int, hours: int, start_ns: int = START_NS) -> None:
     """Make a store; the note beside it says how many samples it holds."""
     store = DirectoryStore(folder)
     samples = 0
@@ -107,14 +107,13 @@ def fill(folder: Path, hosts: int, hours: int) -> None:
         contents = [pprof.decompress(each, 1 << 30) for each in make_minutes(host, 60)]
         counts = [pprof.decode(each).total_samples for each in contents]
         for minute in range(60 * hours):
-            put(store, host, contents[minute % 60], minute)
+            put(store, host, contents[minute % 60], start_ns + minute * MINUTE_NS)
             samples += counts[minute % 60]
     folder.with_suffix(".json").write_text(json.dumps(samples))
 
 
-def put(store: DirectoryStore, host: str, content: bytes, minute: int) -> None:
+def put(store: DirectoryStore, host: str, content: bytes, start_ns: int) -> None:
     """Store a profile at another minute: its window stands once, in a JSON comment."""
-    start_ns = START_NS + minute * MINUTE_NS
     here, there = (
         f'"window":[{start},{start + MINUTE_NS}]'.encode() for start in (START_NS, start_ns)
     )

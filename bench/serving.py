@@ -1,0 +1,105 @@
+"""The real service as a process of its own, asked over HTTP, and what memory it takes."""
+
+import contextlib
+import gzip
+import http.client
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Reply(NamedTuple):
+    """What came back: its status, its body as it was sent, and how long all of it took."""
+
+    status: int
+    body: bytes
+    took_s: float
+
+    @property
+    def plain(self) -> bytes:
+        return gzip.decompress(self.body)
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """A service that listens."""
+
+    url: str
+    pid: int
+
+    def get(self, path: str, **parameters: object) -> Reply:
+        """Ask as a browser does, which takes gzip, over a connection of its own."""
+        address = urllib.parse.urlsplit(self.url)
+        query = urllib.parse.urlencode(parameters, doseq=True)
+        started = time.perf_counter()
+        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=120)
+        with contextlib.closing(connection):
+            connection.request("GET", f"{path}?{query}", headers={"Accept-Encoding": "gzip"})
+            response = connection.getresponse()
+            body = response.read()
+        return Reply(response.status, body, time.perf_counter() - started)
+
+    def memory_mb(self) -> tuple[float, float]:
+        """Give the RSS of the service itself, and the PSS of it and all of its workers."""
+        return rss_mb(self.pid), sum(map(pss_mb, all_pids(self.pid)))
+
+
+@contextlib.contextmanager
+def serving(
+    store: str, cache: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Serving]:
+    """Run `everflame serve`'s process over a store for the length of the block."""
+    command = [sys.executable, "-m", "profiler.serve", "--listen=127.0.0.1:0"]
+    command += [f"--store={store}", f"--cache={cache}", f"--run-folder={cache}", *arguments]
+    with (
+        tempfile.NamedTemporaryFile() as said,
+        subprocess.Popen(
+            command, env={**os.environ, **(environment or {})}, stderr=said
+        ) as process,
+    ):
+        try:
+            url = _wait_for_url(Path(said.name), process)
+            yield Serving(url, process.pid)
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _wait_for_url(said: Path, process: subprocess.Popen[bytes]) -> str:
+    while process.poll() is None:
+        found = re.search(r"http://127\.0\.0\.1:\d+(?=/\n)", said.read_text())
+        if found:
+            return found[0]
+        time.sleep(0.02)
+    raise RuntimeError(f"the service has not started: {said.read_text()}")
+
+
+def all_pids(pid: int) -> list[int]:
+    """Give a process and all that descend from it."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [child for task in tasks for child in task.read_text().split()]
+    return [pid, *(each for child in children for each in all_pids(int(child)))]
+
+
+def pss_mb(pid: int) -> float:
+    return _kilobytes(f"/proc/{pid}/smaps_rollup", "Pss") / 1024
+
+
+def rss_mb(pid: int, field: str = "VmRSS") -> float:
+    return _kilobytes(f"/proc/{pid}/status", field) / 1024
+
+
+def _kilobytes(file: str, name: str) -> int:
+    match = re.search(rf"^{name}:\s+(\d+) kB$", Path(file).read_text(), re.MULTILINE)
+    return int(match[1]) if match else 0
