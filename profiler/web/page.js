@@ -164,7 +164,7 @@ class Page {
       flame: ["flamegraph", flame],
       timeline: ["timeline", [...query, ...range, ["by", state.series]]],
       services: ["labels/service/values", [...(rest ? [["query", rest]] : []), ["from", String(this.#window.from)], ["until", String(this.#window.until)]]],
-      top: this.#tab === "graph" ? null : ["top", top],
+      top: this.#tab === "graph" && !state.row ? null : ["top", top], // a row's figures are in the panel
     };
   }
 
