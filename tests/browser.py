@@ -1,0 +1,329 @@
+"""The page in a real browser over the real service: what a person does, sees, and never should see.
+
+Whatever the browser complains of, in any page that was opened here, fails the test: an error or a
+warning on the console, a violation of the policy, an exception, a request that leaves the origin.
+"""
+
+import contextlib
+import difflib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from live import wait_for
+from playwright.sync_api import Browser, Locator, Page, Request, sync_playwright
+
+ARGUMENTS = (
+    "--no-sandbox",  # tests run as root
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-quic",
+    "--disable-sync",
+    "--no-first-run",
+)
+FLAME_PARAMETERS = (
+    *("query", "from", "until", "by", "group", "node"),
+    *("invert", "callers", "focus", "hide"),
+)
+ROW_PX = 20
+WIDE = {"width": 1280, "height": 900}
+NARROW = {"width": 400, "height": 800}
+
+# A refusal of the policy is on the console too, but what was refused only here.
+WATCH = """
+addEventListener("securitypolicyviolation", (event) => console.error(
+  `policy violation: ${event.effectiveDirective} ${event.blockedURI} ${event.sample}`));
+"""
+
+# Two frames: what follows from sizes is drawn in the one after they are known.
+SETTLED = """async () => {
+  for (let i = 0; i < 2; i += 1) await new Promise((done) => requestAnimationFrame(done));
+  return document.documentElement.dataset.state !== "loading";
+}"""
+
+# What was there before is shown when the event is over.
+BACK = """() => new Promise((done) => {
+  addEventListener("popstate", () => setTimeout(done), {once: true});
+  history.back();
+})"""
+
+SEEN = """async () => {
+  const shown = (element) => element.checkVisibility();
+  const lines = (name) => document.querySelector(name).innerText.split(/\\n+/);
+  const values = [...document.querySelectorAll("input, select")].filter(shown).map((each) =>
+    [each.id || each.name, each.value, each.checked]);
+  const outlines = [...document.querySelectorAll(".flame-selected")].map((each) =>
+    each.hidden ? "none" : each.getAttribute("style"));
+  const chart = document.querySelector("#timeline .chart svg")?.innerHTML ?? "";
+  const canvas = document.querySelector("#graph canvas");
+  const bytes = new TextEncoder().encode(shown(canvas) ? canvas.toDataURL() : "");
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  const tooltips = document.querySelectorAll(".flame-tooltip, .tooltip");
+  for (const each of tooltips) each.style.visibility = "hidden";
+  const seen = {
+    address: [location.search],
+    title: [document.title],
+    header: lines("header"),
+    main: lines("main"),
+    footer: lines("footer"),
+    values,
+    outlines,
+    chart: [chart.replace(/<line class="cursor".*/, "")],
+    canvas: [...digest.slice(0, 8)],
+  };
+  for (const each of tooltips) each.style.visibility = "";
+  return seen;
+}"""
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """Run the distribution's browser, without a window."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path="/usr/bin/chromium", args=list(ARGUMENTS)
+        )
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class Service:
+    """The service process over one store; it can be stopped and come back at the same address."""
+
+    def __init__(self, store: Path, folder: Path) -> None:
+        self.store, self.folder = store, folder
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            self.port = server.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "profiler.serve", f"--listen=127.0.0.1:{self.port}"]
+        command += [f"--store={self.store}", f"--cache={self.folder / 'cache'}"]
+        command += [f"--run-folder={self.folder / 'run'}"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        line = self.process.stderr.readline()
+        assert self.url in line, line + self.process.stderr.read()
+
+    def stop(self) -> None:
+        with self.process:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            finally:
+                self.process.kill()
+
+    def get(self, path: str, **parameters: object) -> bytes:
+        address = f"{self.url}{path}?{urllib.parse.urlencode(parameters, doseq=True)}"
+        with urllib.request.urlopen(address, timeout=30) as response:
+            return response.read()
+
+
+@contextlib.contextmanager
+def serving(store: Path, folder: Path) -> Iterator[Service]:
+    service = Service(store, folder)
+    try:
+        service.start()
+        yield service
+    finally:
+        service.stop()
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box of the flame graph as the page should draw it, from the answer that it drew.
+
+    `start` and `share` are parts of the graph's width; `row` counts from the root.
+    """
+
+    name: str
+    module: str
+    kind: str
+    row: int
+    start: float
+    share: float
+    total: int
+    samples: int
+
+
+def boxes_of(answer: dict) -> list[Box]:
+    """Give the boxes of an answer in preorder, those above the zoomed one first."""
+    whole = answer["nodes"]["total"][0]
+    path = answer["path"]
+    above = [(["all", "", "label"], answer["total"], answer["samples"])] if path else []
+    above += [(each["frame"], each["total"], each["samples"]) for each in path[:-1]]
+    boxes = [
+        Box(*frame[:3], row, 0.0, 1.0, total, samples)
+        for row, (frame, total, samples) in enumerate(above)
+    ]
+    ends = [0] * 5000
+    nodes = [answer["nodes"][name] for name in ("frame", "depth", "total", "samples")]
+    for number, depth, total, samples in zip(*nodes, strict=True):
+        start = ends[depth]
+        ends[depth] = start + total
+        ends[depth + 1] = start
+        name, module, kind = answer["frames"][number][:3]
+        row = depth + len(above)
+        boxes.append(Box(name, module, kind, row, start / whole, total / whole, total, samples))
+    return boxes
+
+
+def changes(before: dict[str, list], after: dict[str, list]) -> list[str]:
+    """Give the first lines by which two views differ, with the part of the page they are in."""
+    differing = [
+        f"{part}: {line}"
+        for part in before
+        for line in difflib.ndiff([*map(str, before[part])], [*map(str, after[part])])
+        if line[0] in "+-"
+    ]
+    return differing[:16]
+
+
+@dataclass
+class View:
+    """One page of the browser."""
+
+    page: Page
+    complaints: list[str] = field(default_factory=list)
+    expected: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        page = self.page
+        page.set_default_timeout(10_000)
+        page.add_init_script(WATCH)
+        page.on("console", lambda message: self._on_console(message.type, message.text))
+        page.on("pageerror", lambda error: self.complaints.append(f"exception: {error}"))
+        page.on("request", self._on_request)
+
+    def _on_console(self, kind: str, text: str) -> None:
+        if kind in {"error", "warning", "assert"}:
+            self.complaints.append(f"console {kind}: {text}")
+
+    def _on_request(self, request: Request) -> None:
+        if not request.url.startswith(("http://127.0.0.1:", "data:", "blob:")):
+            self.complaints.append(f"request to {request.url}")
+
+    def expect(self, pattern: str) -> None:
+        """Say what the browser will rightly complain of, as a failed request on its console."""
+        self.expected.append(pattern)
+
+    def unexpected(self) -> list[str]:
+        return [
+            each
+            for each in self.complaints
+            if not any(re.search(pattern, each) for pattern in self.expected)
+        ]
+
+    # What is shown
+
+    def settle(self) -> None:
+        """Wait until the page has shown what it asked for."""
+        is_settled = False
+        while not is_settled:
+            self.page.locator("html:not([data-state=loading])").wait_for(state="attached")
+            is_settled = self.page.evaluate(SETTLED)
+
+    def seen(self) -> dict[str, list]:
+        """Give what a person sees, but for what follows the pointer, as lists to compare."""
+        self.settle()
+        return self.page.evaluate(SEEN)
+
+    def state(self) -> str:
+        self.settle()
+        return self.page.evaluate("document.documentElement.dataset.state")
+
+    def parameters(self) -> dict[str, str]:
+        return dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.page.url).query))
+
+    def text(self, selector: str) -> str:
+        return self.page.locator(selector).inner_text()
+
+    def boxes(self) -> list[Box]:
+        """Give the boxes that the service has for the page's address, whose times must be fixed."""
+        self.settle()
+        address = urllib.parse.urlsplit(self.page.url)
+        chosen = {"by": ["service"]}
+        chosen |= urllib.parse.parse_qs(address.query, keep_blank_values=True)
+        chosen["query"] = chosen.get("q", [""])
+        asked = {name: chosen[name] for name in FLAME_PARAMETERS if name in chosen}
+        asked["width"] = [str(round(self.canvas.bounding_box()["width"]))]
+        query = urllib.parse.urlencode(asked, doseq=True)
+        url = f"http://{address.netloc}/api/v1/flamegraph?{query}"
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return boxes_of(json.loads(response.read()))
+
+    def box(self, *names: str) -> Box:
+        """Give the widest box of this name; with several, the one below the others."""
+        self.settle()
+        boxes, found = self.boxes(), None
+        for name in names:
+            inside = [
+                each
+                for each in boxes
+                if each.name == name
+                and (found is None or each.row > found.row)
+                and (found is None or found.start <= each.start < found.start + found.share)
+            ]
+            assert inside, f"no box {name!r} among {sorted({each.name for each in boxes})}"
+            found = max(inside, key=lambda each: each.share)
+        assert found is not None
+        return found
+
+    # What a person does
+
+    @property
+    def canvas(self) -> Locator:
+        return self.page.locator("#graph canvas")
+
+    def place_of(self, box: Box) -> dict[str, float]:
+        """Give the middle of a box on the canvas."""
+        size = self.canvas.bounding_box()
+        assert size is not None
+        rows = self.page.locator(".flame-space").bounding_box()["height"] / ROW_PX
+        is_flame = self.page.locator("#view [value=flame]").is_checked()
+        row = rows - 1 - box.row if is_flame else box.row
+        scrolled = self.page.evaluate("document.querySelector('.flame-scroller').scrollTop")
+        return {
+            "x": (box.start + box.share / 2) * size["width"],
+            "y": (row + 0.5) * ROW_PX - scrolled,
+        }
+
+    def click_box(self, *names: str) -> Box:
+        box = self.box(*names)
+        self.canvas.click(position=self.place_of(box))
+        self.settle()
+        return box
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.keyboard.press(key)
+        self.settle()
+
+    def tab_to(self, target: Locator | str, most: int = 150, key: str = "Tab") -> Locator:
+        """Press Tab until the element has the focus, as somebody without a mouse would."""
+        element = self.page.locator(target) if isinstance(target, str) else target
+        handle = element.element_handle()
+        for _ in range(most):
+            if self.page.evaluate("(it) => it === document.activeElement", handle):
+                return element
+            self.page.keyboard.press(key)
+        raise AssertionError(f"{target} cannot be reached with {key}")
+
+    def back(self) -> None:
+        self.page.evaluate(BACK)
+        self.settle()
+
+    def wait(self, is_true: Callable[[], object]) -> None:
+        """Wait in a way that lets the browser's events come in."""
+        wait_for(lambda: self.page.wait_for_timeout(10) or is_true(), 10)

@@ -1,0 +1,729 @@
+"""The page: what people do on it, by mouse and by keyboard alone, and every state it can be in."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from browser import WIDE, Service, View, changes, chromium, serving
+from playwright.sync_api import Browser, Locator, expect
+from targets import compile_target, running
+
+from profiler import demo
+from storage.objects import ObjectKey
+
+pytestmark = [pytest.mark.browser, pytest.mark.kernel]
+
+EVERFLAME = Path(sys.executable).with_name("everflame")
+RECORDED_S = 15
+WINDOW_S = 5
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a real agent stored of programs that ran here, in windows of some seconds."""
+
+    store: Path
+    keys: tuple[ObjectKey, ...]
+
+    @property
+    def from_s(self) -> int:
+        return self.keys[0].start_s // WINDOW_S * WINDOW_S - 2 * WINDOW_S
+
+    @property
+    def until_s(self) -> int:
+        return self.keys[-1].start_s // WINDOW_S * WINDOW_S + 4 * WINDOW_S
+
+    @property
+    def address(self) -> str:
+        """The page's address of all of it, with times that stay."""
+        return f"/?from={self.from_s}000&until={self.until_s}000"
+
+
+def record(folder: Path) -> Path:
+    """Run the demo and a program with a call chain under a real agent; give its store."""
+    chain = compile_target("chain.c", folder / "chain")
+    environment = {**os.environ, "EVERFLAME_RUN": str(folder / "run")}
+    command = [EVERFLAME, "agent", f"--interval={WINDOW_S}s", f"--for={RECORDED_S}s"]
+    command += [f"--store={folder / 'store'}", f"--spool={folder / 'spool'}"]
+    shop = subprocess.Popen(demo.command("nobody"))
+    try:
+        with (
+            running(chain, "99", env={"SERVICE_VERSION": "1.0"}),
+            running(chain, "99", "kernel", env={"SERVICE_VERSION": "2.0"}),
+        ):
+            subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+    finally:
+        shop.terminate()
+        shop.wait()
+    return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory) -> Recording:
+    store = record(tmp_path_factory.mktemp("recording"))
+    names = (str(path.relative_to(store)) for path in store.rglob("*.pb.gz"))
+    keys = sorted(filter(None, map(ObjectKey.parse, names)), key=lambda key: key.start_s)
+    assert len(keys) >= 3
+    return Recording(store, tuple(keys))
+
+
+@pytest.fixture(scope="module")
+def service(recording, tmp_path_factory) -> Iterator[Service]:
+    with serving(recording.store, tmp_path_factory.mktemp("service")) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(browser) -> Iterator[Callable[..., View]]:
+    """Open addresses, each in a browser of its own; what they complained of fails the test."""
+    views = []
+
+    def open_view(address: str, **options: object) -> View:
+        usual = {"viewport": WIDE, "locale": "en-US", "timezone_id": "Asia/Kolkata"}
+        context = browser.new_context(**usual | options)
+        view = View(context.new_page())
+        views.append(view)
+        view.page.goto(address)
+        view.settle()
+        return view
+
+    yield open_view
+    complaints = [each for view in views for each in view.unexpected()]
+    for view in views:
+        view.page.context.close()
+    assert complaints == []
+
+
+class Walk:
+    """A person's steps through the page, which Back undoes one by one."""
+
+    def __init__(self, hand: "Mouse") -> None:
+        self.view = hand.view
+        self.steps = hand.steps
+        self.seen = [self.view.seen()]
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        before = self.seen[-1] = self.view.seen()
+        yield
+        after = self.view.seen()
+        assert after["address"] != before["address"]
+        self.seen.append(after)
+
+    def undo(self) -> None:
+        """Go back to where it began, and see at each step what was there before it."""
+        for before in self.seen[-2::-1]:
+            for _ in range(self.steps):
+                self.view.back()
+                seen = self.view.seen()
+                if seen["address"] == before["address"]:
+                    break
+            assert changes(before, seen) == []
+
+    def restore(self, view: View) -> None:
+        """Open addresses of this walk elsewhere, at least one with each parameter there was."""
+        origin, known = self.view.page.url.partition("?")[0], set()
+        for seen in self.seen[::-1]:
+            names = set(re.findall(r"[?&](\w+)=", seen["address"][0]))
+            if names - known and "now-" not in seen["address"][0]:
+                known |= names
+                view.page.goto(origin + seen["address"][0])
+                assert changes(seen, view.seen()) == []
+
+
+class Mouse:
+    """Does with the pointer what one can do on the page."""
+
+    name = "mouse"
+    steps = 1
+
+    def __init__(self, view: View) -> None:
+        self.view, self.page = view, view.page
+
+    def press(self, target: Locator | str) -> None:
+        (self.page.locator(target) if isinstance(target, str) else target).click()
+        self.view.settle()
+
+    def choose(self, target: str, value: str) -> None:
+        self.page.select_option(target, value)
+        self.view.settle()
+
+    def switch(self, group: str, value: str) -> None:
+        self.page.locator(f"{group} label", has=self.page.locator(f"[value={value}]")).click()
+        self.view.settle()
+
+    def type_selector(self, *choices: tuple[str, str]) -> None:
+        self.page.locator("#selector-input").click()
+        for typed, choice in choices:
+            self.page.keyboard.type(typed)
+            self.option(choice).click()
+        self.view.settle()
+
+    def option(self, choice: str) -> Locator:
+        name = re.compile(f"^{re.escape(choice)}")
+        return self.page.locator("#selector-list").get_by_role("option", name=name)
+
+    def clear_selector(self) -> None:
+        self.press("#selector-clear")
+
+    def type_range(self, from_: str, until: str) -> None:
+        self.page.locator("#custom-from").fill(from_)
+        self.page.locator("#custom-until").fill(until)
+        self.press(self.page.get_by_role("button", name="Apply"))
+
+    def select_steps(self, first: int, last: int, count: int) -> None:
+        (left, y), (right, _) = self.place_of_step(first, count), self.place_of_step(last, count)
+        self.page.mouse.move(left - 8, y)
+        self.page.mouse.down()
+        self.page.mouse.move(right + 8, y, steps=4)
+        self.page.mouse.up()
+        self.view.settle()
+
+    def place_of_step(self, step: int, count: int) -> tuple[float, float]:
+        size = self.page.locator("#timeline .chart").bounding_box()
+        axis = 40  # what the chart keeps clear for its numbers
+        x = size["x"] + axis + (size["width"] - axis) * (step + 0.5) / count
+        return x, size["y"] + size["height"] / 2
+
+    def aim(self, *names: str) -> None:
+        """Go to a box, if it takes steps to get there."""
+
+    def zoom(self, *names: str) -> None:
+        self.view.click_box(*names)
+
+    def search(self, text: str) -> None:
+        self.page.locator("#search").fill(text)
+        self.view.wait(lambda: self.view.parameters().get("search", "") == text)
+        self.view.settle()
+
+    def step_match(self, direction: int) -> None:
+        self.press("#find-next" if direction > 0 else "#find-previous")
+
+    def filter(self, text: str) -> None:
+        self.page.locator("#table-filter").fill(text)
+        self.view.wait(lambda: self.view.parameters().get("filter", "") == text)
+        self.view.settle()
+
+    def choose_row(self, function: str) -> None:
+        name = self.page.get_by_role("button", name=function, exact=True)
+        self.press(self.page.locator("#pane-table tr", has=name))
+
+    def point_at(self, *names: str) -> None:
+        self.view.canvas.hover(position=self.view.place_of(self.view.box(*names)))
+
+    def point_at_step(self, step: int, count: int) -> None:
+        self.page.mouse.move(*self.place_of_step(step, count))
+
+    def press_or(self, _key: str, target: Locator | str) -> None:
+        """Press what can be clicked, or the key for it."""
+        self.press(target)
+
+
+class Keyboard(Mouse):
+    """Does the same without a pointer: with keys, from wherever the focus is."""
+
+    name = "keyboard"
+    steps = 9
+    """A choice is reached through others, each of which is a step too."""
+
+    def press(self, target: Locator | str) -> None:
+        self.view.tab_to(target)
+        self.view.press("Enter")
+
+    def choose(self, target: str, value: str) -> None:
+        field = self.view.tab_to(target)
+        values = field.evaluate("(it) => [...it.options].map((option) => option.value)")
+        way = values.index(value) - values.index(field.input_value())
+        for _ in range(abs(way)):
+            self.view.press("ArrowDown" if way > 0 else "ArrowUp")
+        assert field.input_value() == value
+
+    def switch(self, group: str, value: str) -> None:
+        self.view.tab_to(f"{group} input:checked")
+        for _ in range(5):
+            self.view.press("ArrowRight")
+            if self.page.locator(f"{group} [value={value}]").is_checked():
+                return
+        raise AssertionError(f"{group} never was {value!r}")
+
+    def type_selector(self, *choices: tuple[str, str]) -> None:
+        self.leave()
+        self.view.press("s")
+        for typed, choice in choices:
+            self.page.keyboard.type(typed)
+            option = self.option(choice)
+            expect(option).to_be_visible()
+            while option.get_attribute("aria-selected") != "true":
+                self.page.keyboard.press("ArrowDown")
+            self.page.keyboard.press("Enter")
+        self.view.settle()
+
+    def clear_selector(self) -> None:
+        self.leave()
+        self.view.press("s", "Delete", "Escape", "Enter")
+
+    def type_range(self, from_: str, until: str) -> None:
+        for field, time_ in (("#custom-from", from_), ("#custom-until", until)):
+            self.view.tab_to(field)
+            year, month, day, hour, minute, second = map(int, re.findall(r"\d+", time_))
+            self.page.keyboard.type(f"{month:02}{day:02}{year:04}")
+            self.page.keyboard.press("Tab")
+            half = "PM" if hour >= 12 else "AM"
+            self.page.keyboard.type(f"{hour % 12 or 12:02}{minute:02}{second:02}{half}")
+        self.press(self.page.get_by_role("button", name="Apply"))
+
+    def select_steps(self, first: int, last: int, _count: int) -> None:
+        self.leave()
+        self.view.press("t", "Home", *["ArrowRight"] * first)
+        self.view.press(*["Shift+ArrowRight"] * (last - first), "Enter")
+
+    def zoom(self, *_names: str) -> None:
+        self.view.press("Enter")
+
+    def aim(self, *names: str) -> None:
+        self.leave()
+        self.view.press("g", "Home", "Escape")
+        is_flame = self.page.locator("#view [value=flame]").is_checked()
+        box, boxes = self.view.box(*names), self.view.boxes()
+        path = [
+            each
+            for each in boxes
+            if each.row < box.row and each.start <= box.start < each.start + each.share
+        ]
+        keys = ["ArrowDown"]  # selects the root
+        for target in [*path[1:], box]:
+            keys.append("ArrowUp" if is_flame else "ArrowDown")
+            row = sorted(
+                (each for each in boxes if each.row == target.row), key=lambda each: each.start
+            )
+            inside = [each for each in row if each.start >= path[target.row - 1].start]
+            keys += ["ArrowRight"] * inside.index(target)
+        self.view.press(*keys)
+
+    def search(self, text: str) -> None:
+        self.leave()
+        self.view.press("/", "Control+a")
+        self.page.keyboard.press("Delete")
+        self.page.keyboard.type(text)
+        self.view.wait(lambda: self.view.parameters().get("search", "") == text)
+        self.view.settle()
+
+    def step_match(self, direction: int) -> None:
+        self.leave()
+        self.view.press("n" if direction > 0 else "N")
+
+    def filter(self, text: str) -> None:
+        self.view.tab_to("#table-filter")
+        self.view.press("Control+a", "Delete")
+        self.page.keyboard.type(text)
+        self.view.press("Enter")
+
+    def choose_row(self, function: str) -> None:
+        self.view.tab_to("#pane-table .row-name[tabindex='0']")
+        self.view.press("Home")
+        names = self.page.locator(".row-name").all_inner_texts()
+        self.view.press(*["ArrowDown"] * names.index(function), "Enter")
+
+    def point_at(self, *names: str) -> None:
+        self.aim(*names)
+
+    def point_at_step(self, step: int, _count: int) -> None:
+        self.leave()
+        self.view.press("t", "Home", *["ArrowRight"] * step)
+
+    def press_or(self, key: str, _target: Locator | str) -> None:
+        self.leave()
+        self.view.press(key)
+
+    def leave(self) -> None:
+        """Leave a field, where keys mean letters."""
+        self.page.evaluate("document.activeElement.blur()")
+
+
+@pytest.fixture(params=[Mouse, Keyboard], ids=["mouse", "keyboard"])
+def hand(request, visit, service, recording) -> Mouse:
+    return request.param(visit(service.url + recording.address))
+
+
+def utc(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
+def test_a_selection_is_made_undone_and_sent_as_an_address(hand, visit, service, recording):
+    """Services, the selector with completion, the range, the timeline: each is a step."""
+    view, page = hand.view, hand.page
+    walk = Walk(hand)
+    chip = page.locator("#services").get_by_role("button")
+
+    with walk.step():
+        hand.press(chip.filter(has_text="chain"))
+    assert view.parameters()["q"] == '{service="chain"}'
+    assert [box.name for box in view.boxes() if box.row == 1] == ["chain"]
+    expect(chip.filter(has_text="chain")).to_have_attribute("aria-pressed", "true")
+
+    with walk.step():
+        hand.press(chip.filter(has_text="shop"))
+    assert [box.name for box in view.boxes() if box.row == 1] == ["shop"]
+
+    with walk.step():
+        hand.press(page.get_by_role("button", name=re.compile("^Remove service")))
+    assert "q" not in view.parameters()
+
+    with walk.step():
+        hand.type_selector(("ver", "version"), ("1.5", "1.5.0"))
+    assert view.parameters()["q"] == '{version="1.5.0"}'
+    assert [box.name for box in view.boxes() if box.row == 1] == ["shop"]
+
+    with walk.step():
+        hand.clear_selector()
+    assert "q" not in view.parameters()
+
+    with walk.step():
+        hand.press("#range-button")
+        hand.press(page.get_by_role("button", name="Last 15 minutes"))
+    assert view.parameters()["from"] == "now-15m"
+    assert view.state() == "ready"
+
+    with walk.step():
+        hand.press("#range-button")
+        hand.type_range(utc(recording.from_s), utc(recording.until_s))
+    wanted = {"from": f"{recording.from_s}000", "until": f"{recording.until_s}000"}
+    assert view.parameters() == wanted
+
+    first, last = (recording.keys[i].start_s - recording.from_s for i in (1, 2))
+    count = (recording.until_s - recording.from_s) // WINDOW_S
+    with walk.step():
+        hand.select_steps(first // WINDOW_S, last // WINDOW_S, count)
+    assert view.parameters() == {
+        "from": f"{recording.keys[1].start_s}000",
+        "until": f"{recording.keys[2].start_s + WINDOW_S}000",
+        "over": f"{recording.from_s}000..{recording.until_s}000",
+    }
+    assert 0 < view.box("all").samples < 2.2 * 99 * 2 * WINDOW_S
+
+    with walk.step():
+        hand.press(page.get_by_role("button", name="Zoom in"))
+    assert "over" not in view.parameters()
+
+    with walk.step():
+        hand.select_steps(0, 0, 2)
+    with walk.step():
+        hand.press(page.get_by_role("button", name="Whole range"))
+    assert view.parameters()["from"] == f"{recording.keys[1].start_s}000"
+
+    with walk.step():
+        hand.switch("#series", "version")
+    expect(page.locator("#legend")).to_contain_text("1.5.0")
+
+    walk.undo()
+    walk.restore(visit(service.url))
+
+
+def test_a_flame_graph_is_zoomed_and_searched(hand, visit, service):
+    """Zoom and its path are steps; a search counts all there is and leads from box to box."""
+    view, page = hand.view, hand.page
+    walk = Walk(hand)
+    crumbs = page.locator("#crumbs")
+
+    hand.aim("chain", "outer")
+    with walk.step():
+        hand.zoom("chain", "outer")
+    assert crumbs.inner_text().split()[:2] == ["all", "chain"]
+    assert view.box("outer").share == 1
+    hand.aim("outer", "middle")
+    with walk.step():
+        hand.zoom("outer", "middle")
+    expect(crumbs).to_contain_text("middle")
+    assert page.title().startswith("All services")
+    with walk.step():
+        hand.press(crumbs.get_by_role("button", name="chain"))
+    assert view.box("chain").share == 1
+    with walk.step():
+        hand.press(crumbs.get_by_role("button", name="Reset zoom"))
+    expect(crumbs).to_be_hidden()
+
+    hand.search("ksys_read")
+    found = page.locator("#found")
+    several = [box.name for box in view.boxes()].count("ksys_read")
+    expect(found).to_have_text(re.compile(rf"^{several} boxes, \d+\.\d % of CPU$"))
+    hand.step_match(1)
+    expect(found).to_have_text(re.compile(rf"^1 of {several},"))
+    hand.step_match(-1)
+    expect(found).to_have_text(re.compile(rf"^{several} of {several},"))
+    hand.search("")
+    expect(found).to_have_text("")
+
+    walk.undo()
+    walk.restore(visit(service.url))
+
+
+def test_a_flame_graph_is_drawn_as_one_wants_it(hand, visit, service):
+    """Inversion, levels, grouping, colours, direction: each is a step."""
+    view, page = hand.view, hand.page
+    walk = Walk(hand)
+    names = lambda: {box.name for box in view.boxes()}  # noqa: E731
+    crumbs = page.locator("#crumbs")
+
+    with walk.step():
+        hand.press_or("i", page.get_by_text("Inverted"))
+    assert view.box("chain").row == 1
+    assert view.box("outer", "main").row == view.box("outer").row + 1
+    with walk.step():
+        hand.press_or("i", page.get_by_text("Inverted"))
+    with walk.step():
+        hand.choose("#by", "version")
+    assert {"1.0", "2.0", "1.5.0"} <= names()
+    with walk.step():
+        hand.choose("#by", "")
+    assert view.box("outer", "middle").row == view.box("outer").row + 1
+    for group, name in (("line", "outer"), ("file", "chain"), ("module", "chain")):
+        with walk.step():
+            hand.choose("#group", group)
+        assert name in names()
+        assert "middle" in names() or group != "line"
+    with walk.step():
+        hand.choose("#group", "function")
+    for colour in ("module", "self"):
+        with walk.step():
+            hand.choose("#color", colour)
+        assert walk.seen[-1]["canvas"] != walk.seen[-2]["canvas"]
+    with walk.step():
+        hand.switch("#view", "flame")
+    hand.aim("outer", "middle")
+    with walk.step():
+        hand.zoom("outer", "middle")
+    assert view.box("middle").share == 1
+    with walk.step():
+        hand.press_or("0", crumbs.get_by_role("button", name="Reset zoom"))
+
+    walk.undo()
+    walk.restore(visit(service.url))
+
+
+def test_stacks_are_chosen_by_their_functions(hand, visit, service):
+    """Only with a function, without one, its callers: each is a step, and can be taken away."""
+    view, page = hand.view, hand.page
+    walk = Walk(hand)
+    names = lambda: {box.name for box in view.boxes()}  # noqa: E731
+    crumbs = page.locator("#crumbs")
+    panel = page.locator("#panel")
+
+    hand.aim("outer", "middle")
+    with walk.step():
+        hand.zoom("outer", "middle")
+    middle = view.box("middle")
+    with walk.step():
+        hand.press(panel.get_by_role("button", name="Only with it"))
+    expect(page.locator("#modifiers")).to_contain_text("only with middle")
+    with walk.step():
+        hand.press_or("0", crumbs.get_by_role("button", name="Reset zoom"))
+    assert view.box("outer").total == middle.total
+    hand.aim("middle", "inner")
+    with walk.step():
+        hand.zoom("middle", "inner")
+    with walk.step():
+        hand.press(panel.get_by_role("button", name="Hide"))
+    assert "middle" in names()
+    assert "inner" not in names()
+    for name in ("without inner", "only with middle"):
+        with walk.step():
+            hand.press(page.get_by_role("button", name=f"Remove: {name}"))
+    expect(page.locator("#modifiers")).to_be_hidden()
+    hand.aim("outer", "middle")
+    with walk.step():
+        hand.zoom("outer", "middle")
+    with walk.step():
+        hand.press(panel.get_by_role("button", name="Callers"))
+    assert [box.name for box in view.boxes()][:3] == ["middle", "outer", "main"]
+    with walk.step():
+        hand.press(page.get_by_role("button", name="Remove: callers of middle"))
+
+    walk.undo()
+    walk.restore(visit(service.url))
+
+
+def test_the_table_and_the_graph_lead_to_each_other(hand, visit, service):
+    """Sorting, filtering, rows and boxes of one function, the panel: each by what is shown."""
+    view, page = hand.view, hand.page
+    rows = page.locator("#pane-table tbody tr")
+    panel = page.locator("#panel")
+    walk = Walk(hand)
+
+    with walk.step():
+        hand.switch("#tab", "table")
+    expect(page.locator("#graph")).to_be_hidden()
+    shares = [float(row.split()[0].lstrip("<")) for row in rows.all_inner_texts()]
+    assert shares == sorted(shares, reverse=True)
+    with walk.step():
+        hand.press(page.get_by_role("columnheader", name="Function").get_by_role("button"))
+    names = [name.casefold() for name in page.locator(".row-name").all_inner_texts()]
+    assert names == sorted(names)
+    expect(page.get_by_role("columnheader", name="Function")).to_have_attribute(
+        "aria-sort", "ascending"
+    )
+    with walk.step():
+        hand.press(page.get_by_role("columnheader", name="Total", exact=True).get_by_role("button"))
+    assert rows.first.locator(".row-name").inner_text() != names[0]
+
+    hand.filter("CHAIN")
+    shown = rows.all_inner_texts()
+    assert all("chain" in row.casefold() for row in shown)
+    expect(page.locator(".table-head")).to_contain_text(f"{len(shown)} functions")
+    hand.filter("no such function")
+    expect(rows).to_have_text("No function matches “no such function”")
+    hand.filter("")
+
+    with walk.step():
+        hand.switch("#tab", "both")
+    canvas = view.seen()["canvas"]
+    hand.choose_row("middle")
+    expect(page.locator("tr.marked .row-name")).to_have_text("middle")
+    expect(panel.get_by_role("heading")).to_have_text("middle")
+    expect(panel).to_contain_text("chain")
+    assert view.seen()["canvas"] != canvas
+    hand.choose_row("middle")
+    expect(panel).to_be_hidden()
+
+    hand.aim("outer", "middle", "inner")
+    with walk.step():
+        hand.zoom("outer", "middle", "inner")
+    expect(page.locator("tr.marked .row-name")).to_have_text("inner")
+    for fact in ("Module", "Kind", "Total", "Self", "Cores", "Samples"):
+        expect(panel.locator("dt").get_by_text(fact, exact=True)).to_be_visible()
+    assert f"{view.box('inner').samples:,}" in panel.inner_text()
+    with walk.step():
+        hand.press_or("0", page.get_by_role("button", name="Reset zoom"))
+    hand.choose_row("inner")
+    with walk.step():
+        hand.press(panel.get_by_role("button", name="Callers"))
+    assert [box.name for box in view.boxes()][:3] == ["inner", "middle", "outer"]
+    expect(panel).to_be_hidden()
+    hand.choose_row("middle")
+    hand.press(panel.get_by_role("button", name="Find in graph"))
+    expect(page.locator("#search")).to_have_value("middle")
+    expect(page.locator("#found")).to_have_text(re.compile("^1 box, "))
+    with walk.step():
+        hand.switch("#tab", "graph")
+
+    walk.undo()
+    walk.restore(visit(service.url))
+
+
+def test_what_is_pointed_at_is_told(hand):
+    """A box by its tooltip and aloud, a step of the timeline by its services."""
+    view, page = hand.view, hand.page
+    tooltip = page.locator(".flame-tooltip")
+    expect(tooltip).to_be_hidden()
+
+    hand.point_at("outer", "middle")
+
+    middle = view.box("middle")
+    expect(tooltip).to_contain_text(re.compile(r"^middlechain · native.*Total.*Self.*On average"))
+    expect(tooltip).to_contain_text(f"Samples{middle.samples:,}")
+    if hand.name == "mouse":
+        page.mouse.move(5, 5)
+    else:
+        expect(page.locator(".flame-live")).to_have_text(re.compile(r"^middle, \d+\.\d % of CPU"))
+        view.press("Tab")
+    expect(tooltip).to_be_hidden()
+
+    told = page.locator("#timeline .tooltip")
+    hand.point_at_step(4, 9)
+    expect(told).to_contain_text("chain")
+    expect(told).to_contain_text(re.compile(r"all\d\.\d\d cores"))
+    if hand.name == "keyboard":
+        told = page.get_by_role("slider")
+        expect(told).to_have_attribute("aria-valuetext", re.compile(r"UTC, \d\.\d\d cores$"))
+
+
+def test_a_download_is_what_the_command_exports(hand, recording, tmp_path):
+    """Every format of the menu, for the window and the selector that are shown, byte by byte."""
+    page = hand.page
+    selector = '{service=~"chain|shop"}'
+    query = f"&q={urllib.parse.quote(selector)}"
+    page.goto(f"{page.url}{query}")
+    hand.view.settle()
+    button = page.get_by_role("button", name="Download this flame graph")
+    links = page.locator("#downloads a")
+    environment = {**os.environ, "EVERFLAME_CACHE": str(tmp_path / "cache")}
+    command = [EVERFLAME, "export", f"--store={recording.store}", "--by=service", "-q", selector]
+    command += [f"--from={recording.from_s}", f"--until={recording.until_s}"]
+    endings = [".speedscope.json", ".folded", ".pb.gz", ".svg", ".json"]
+
+    hand.press(button)
+    assert links.count() == len(endings)
+    for link, ending in zip(links.all(), endings, strict=True):
+        with page.expect_download() as caught:
+            hand.press(link)
+        name = caught.value.suggested_filename
+        assert name.endswith(ending)
+        command += ["-o", str(tmp_path / name)]
+        caught.value.save_as(tmp_path / "downloaded" / name)
+    page.keyboard.press("Escape")
+    expect(links.first).to_be_hidden()
+    expect(button).to_be_focused()
+
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+    for path in sorted((tmp_path / "downloaded").iterdir()):
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+def test_a_copied_link_keeps_its_times(hand, visit, service):
+    """A range that moves with the clock is sent as the one that was looked at."""
+    view, page = hand.view, hand.page
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.goto(f"{service.url}/?from=now-24h&tab=graph")
+    shown = view.seen()
+
+    hand.press_or("c", "#copy-link")
+
+    expect(page.locator("#toast")).to_contain_text("Copied a link with fixed times")
+    link = page.evaluate("navigator.clipboard.readText()")
+    times = [int(each) for each in re.findall(r"(?:from|until)=(\d{13})(?:&|$)", link)]
+    assert times[1] - times[0] == 24 * 3600 * 1000
+    assert abs(times[1] / 1000 - time.time()) < 600
+    other = visit(link).seen()
+    for part in ("chart", "canvas"):
+        assert other[part] == shown[part]
+
+
+def test_dark_and_light_and_the_keys(hand, visit, service, recording):
+    """The theme follows the system or a choice that lasts; help opens and gives the focus back."""
+    view, page = hand.view, hand.page
+    background = "getComputedStyle(document.documentElement).backgroundColor"
+    luminance = lambda of: sum(map(float, re.findall(r"[\d.]+", of.page.evaluate(background))))  # noqa: E731
+    assert luminance(view) > 600
+    canvas = view.seen()["canvas"]
+
+    for name in ("light", "dark"):
+        hand.press("#theme")
+        expect(page.locator("#theme")).to_have_attribute("aria-label", f"Colours: {name}")
+    assert luminance(view) < 300
+    assert view.seen()["canvas"] != canvas
+    page.reload()
+    assert luminance(view) < 300
+    assert luminance(visit(service.url + recording.address, color_scheme="dark")) < 300
+
+    hand.press_or("?", "#help-button")
+    dialog = page.get_by_role("dialog", name="Keys")
+    expect(dialog).to_contain_text("previous match")
+    view.press("Escape")
+    expect(dialog).to_be_hidden()
+    hand.press("#help-button")
+    hand.press(dialog.get_by_role("button", name="Close"))
+    expect(dialog).to_be_hidden()
+    expect(page.locator("#help-button")).to_be_focused()
