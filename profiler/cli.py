@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import time
 from importlib.metadata import version
@@ -570,6 +571,8 @@ def _add_serve(commands: _Commands) -> None:
 
 
 def _run_serve(options: argparse.Namespace) -> int:
+    # A Ctrl-C in the middle of an import is a crash of what is imported: until then it just ends.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from profiler import serve  # noqa: PLC0415
 
     asked = [f"--store={options.store}", f"--s3-endpoint={options.s3_endpoint}"]

@@ -1,6 +1,23 @@
-"""What each endpoint takes, as the one table that requests are checked by and openapi.json says."""
+"""The API as a table: what each endpoint takes and gives; openapi.json (OpenAPI 3.1) says it.
 
+Requests are checked by it, and a test holds a running service to all that stands here.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+WIDTH_PX = (100, 10_000)
+ROWS = (1, 10_000)
+SERIES = (1, 100)
+MOST_LABELS = 8
+"""So many labels may be drawn above the stacks."""
+TEXT_LIMIT = 4096
+"""Characters of a parameter's value."""
+LABEL_LIMIT = 200
+"""Characters of a label's name in a path."""
+EXPORT_NAME = r"[A-Za-z0-9._-]{0,100}\.(speedscope\.json|folded|pb\.gz|svg|json)"
+
+_Schema = dict[str, Any]
 
 _SHARED = ("query", "from", "until", "type")
 _VIEW = ("by", "group", "node", "invert", "callers", "focus", "hide", "search")
@@ -198,45 +215,130 @@ ENDPOINTS = {
         "/api/v1/flamegraph",
         "The flame graph of a window, cut for a screen of a width",
         (*_SHARED, *_VIEW, "width"),
+        _json("FlameGraph"),
+        (400, 404, 421, 503, 504),
     ),
     "top": Endpoint(
         "/api/v1/top",
         "The table of functions, from the full data",
         (*_SHARED, *_VIEW, "sort", "limit"),
+        _json("Top"),
+        (400, 404, 421, 503, 504),
     ),
     "timeline": Endpoint(
-        "/api/v1/timeline", "CPU time per step", (*_SHARED, "by", "step", "limit")
+        "/api/v1/timeline",
+        "CPU time per step",
+        (*_SHARED, "by", "step", "limit"),
+        _json("Timeline"),
     ),
-    "labels": Endpoint("/api/v1/labels", "The names of labels", _SHARED),
-    "label_values": Endpoint("/api/v1/labels/{name}/values", "The values of a label", _SHARED),
+    "labels": Endpoint("/api/v1/labels", "The names of labels", _SHARED, _json("Labels")),
+    "label_values": Endpoint(
+        "/api/v1/labels/{name}/values",
+        "The values of a label",
+        _SHARED,
+        _json("LabelValues"),
+        (400, 404, 421, 503, 504),
+    ),
     "export": Endpoint(
         "/api/v1/export/{name}",
-        "A file: .speedscope.json, .folded, .pb.gz, .svg or .json",
+        "A file for other tools, in the format that the ending of its name says",
         (*_SHARED, "by"),
-        "application/octet-stream",
+        {
+            "application/json": {"type": "object"},
+            "text/plain": _TEXT,
+            "image/svg+xml": _TEXT,
+            "application/octet-stream": {"type": "string", "contentMediaType": "application/gzip"},
+        },
+        (400, 404, 421, 503, 504),
     ),
-    "status": Endpoint("/api/v1/status", "What this service and its store are", ()),
-    "openapi": Endpoint("/api/v1/openapi.json", "This document", ()),
-    "readyz": Endpoint("/readyz", "Whether the store answers", ()),
+    "status": Endpoint(
+        "/api/v1/status", "What this service and its store are", (), _json("Status")
+    ),
+    "openapi": Endpoint(
+        "/api/v1/openapi.json", "This document", (), {"application/json": {"type": "object"}}
+    ),
+    "healthz": Endpoint(
+        "/healthz", "Whether the service runs", (), {"text/plain": _TEXT}, (400, 421, 503)
+    ),
+    "readyz": Endpoint(
+        "/readyz",
+        "Whether the store answers",
+        (),
+        {"application/json": _object({"ready": {"const": True}})},
+    ),
+    "metrics": Endpoint(
+        "/metrics",
+        "Figures of the service for Prometheus",
+        (),
+        {"text/plain": _TEXT},
+        (400, 421, 503),
+    ),
 }
 
-_PARAMETERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "query": ('labels to keep, as {service="api",version=~"1\\\\.5.*"}', {"type": "string"}),
-    "from": ("now-1h, RFC 3339, Unix seconds or ms (default: an hour ago)", {"type": "string"}),
-    "until": ("as from (default: now)", {"type": "string"}),
-    "type": ("what is counted", {"type": "string", "enum": ["cpu", "samples"]}),
-    "by": ("labels drawn above the stacks, with commas between", {"type": "string"}),
-    "group": ("what a box is", {"type": "string", "enum": ["function", "line", "file", "module"]}),
-    "node": ("the node to zoom into", {"type": "string", "pattern": "^[0-9a-f]{16}$"}),
-    "invert": ("1: from the leaves", {"type": "string", "enum": ["0", "1"]}),
-    "callers": ("a function whose callers are shown", {"type": "string"}),
-    "focus": ("only stacks with this function", {"type": "array", "items": {"type": "string"}}),
-    "hide": ("a function to leave out", {"type": "array", "items": {"type": "string"}}),
-    "search": ("part of a function or module, in any case", {"type": "string"}),
-    "width": ("of the screen in pixels", {"type": "integer", "minimum": 100, "maximum": 10000}),
-    "sort": ("of the table", {"type": "string", "enum": ["self", "total", "name", "module"]}),
-    "limit": ("rows, or series", {"type": "integer", "minimum": 1}),
-    "step": ("60s, or milliseconds", {"type": "string"}),
+_NAME = r"^[^\u0000]*$"
+_FREE_TEXT: _Schema = {"type": "string", "maxLength": TEXT_LIMIT, "pattern": _NAME}
+
+
+def _number(limits: tuple[int, int], usual: int) -> _Schema:
+    return {"type": "integer", "minimum": limits[0], "maximum": limits[1], "default": usual}
+
+
+_PARAMETERS: dict[str, tuple[str, _Schema]] = {
+    "query": (
+        'labels to keep, as {service="api",version=~"1\\\\.5.*"}',
+        {**_FREE_TEXT, "format": "selector"},
+    ),
+    "from": (
+        "now-1h, RFC 3339, Unix seconds or milliseconds",
+        {**_FREE_TEXT, "format": "moment", "default": "now-1h"},
+    ),
+    "until": ("as from", {**_FREE_TEXT, "format": "moment", "default": "now"}),
+    "type": ("what is counted", {"type": "string", "enum": ["cpu", "samples"], "default": "cpu"}),
+    "by": (
+        f"labels drawn above the stacks, with commas between, at most {MOST_LABELS}",
+        {
+            **_FREE_TEXT,
+            "pattern": rf"^([^,\u0000]*,){{0,{MOST_LABELS - 1}}}[^,\u0000]*$",
+        },
+    ),
+    "group": (
+        "what a box is",
+        {"type": "string", "enum": ["function", "line", "file", "module"], "default": "function"},
+    ),
+    "node": ("the node to zoom into", _NODE_ID),
+    "invert": ("1: from the leaves", {"type": "string", "enum": ["0", "1"], "default": "0"}),
+    "callers": ("a function whose callers are shown", _FREE_TEXT),
+    "focus": ("only stacks with this function; may be repeated", _array(_FREE_TEXT)),
+    "hide": ("a function to leave out; may be repeated", _array(_FREE_TEXT)),
+    "search": ("part of a function or module, in any case", _FREE_TEXT),
+    "width": ("of the screen in pixels", _number(WIDTH_PX, 1200)),
+    "sort": (
+        "of the table",
+        {"type": "string", "enum": ["self", "total", "name", "module"], "default": "self"},
+    ),
+    "top limit": ("rows of the table", _number(ROWS, 200)),
+    "timeline limit": ("series; beyond it they are summed in one", _number(SERIES, 8)),
+    "step": (
+        "60s, or milliseconds; by default there are up to 180 steps",
+        {**_FREE_TEXT, "format": "step"},
+    ),
+    "label_values name": (
+        "a label",
+        {"type": "string", "minLength": 1, "maxLength": LABEL_LIMIT, "pattern": r"^[^/\u0000]+$"},
+    ),
+    "export name": (
+        "what the file is to be called, with .speedscope.json, .folded, .pb.gz, .svg or .json",
+        {"type": "string", "pattern": f"^{EXPORT_NAME}$"},
+    ),
+}
+"""By name; by endpoint and name where endpoints differ."""
+
+_PROBLEMS = {
+    400: "what was asked cannot be understood",
+    404: "there is no such node, file or label",
+    421: "the Host header names another machine",
+    503: "the store is away, or too many questions wait; try again",
+    504: "it took too long",
 }
 
 
@@ -249,24 +351,14 @@ def document(version: str) -> dict[str, Any]:
             endpoint.path: {"get": _operation(name, endpoint)}
             for name, endpoint in ENDPOINTS.items()
         },
+        "components": {"schemas": _SCHEMAS},
     }
 
 
 def _operation(name: str, endpoint: Endpoint) -> dict[str, Any]:
-    parameters: list[dict[str, Any]] = []
-    for each in endpoint.parameters:
-        description, schema = _PARAMETERS[each]
-        parameters.append(
-            {"name": each, "in": "query", "description": description, "schema": schema}
-        )
+    parameters = [_parameter(name, each, "query") for each in endpoint.parameters]
     if "{name}" in endpoint.path:
-        parameters.append(
-            {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-        )
-    problem = {
-        "description": "what is wrong",
-        "content": {"application/problem+json": {"schema": {"type": "object"}}},
-    }
+        parameters.append(_parameter(name, "name", "path"))
     return {
         "operationId": name,
         "summary": endpoint.summary,
@@ -274,8 +366,19 @@ def _operation(name: str, endpoint: Endpoint) -> dict[str, Any]:
         "responses": {
             "200": {
                 "description": "the answer",
-                "content": {endpoint.media_type: {"schema": {}}},
+                "content": {kind: {"schema": each} for kind, each in endpoint.answers.items()},
             },
-            **dict.fromkeys(("400", "404", "421", "503", "504"), problem),
+            **{str(code): _problem(_PROBLEMS[code]) for code in endpoint.problems},
         },
     }
+
+
+def _parameter(endpoint: str, name: str, place: str) -> dict[str, Any]:
+    known = _PARAMETERS.get(f"{endpoint} {name}") or _PARAMETERS[name]
+    required = {"required": True} if place == "path" else {}
+    return {"name": name, "in": place, "description": known[0], "schema": known[1], **required}
+
+
+def _problem(description: str) -> dict[str, Any]:
+    content = {"application/problem+json": {"schema": _ref("Problem")}}
+    return {"description": description, "content": content}

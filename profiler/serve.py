@@ -4,84 +4,114 @@ It is a process of its own that only reads: it needs no root and no credentials 
 """
 
 import argparse
-import ipaddress
 import os
-import socket
+import signal
 import sys
+import threading
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from socket import socket
 
-import uvicorn
-
-from profiler import metrics, status
+from profiler import addresses, status
 from profiler.answers import Answers
+from profiler.connections import Server
 from profiler.service import About, Service
 from storage.cache import default_folder
-from storage.objects import default_store_url, open_store
+from storage.objects import (
+    ObjectStore,
+    StoredObject,
+    StoreError,
+    StoreRefused,
+    default_store_url,
+    open_store,
+)
 from storage.query import Query, start_workers
 
-
-class ListenError(ValueError):
-    """The address cannot be listened on; the message says which, why, and what to do."""
-
-
-def bind(listen: str) -> socket.socket:
-    """Give a socket that is bound to a loopback address.
-
-    Raises:
-        ListenError: it is none, or somebody has it.
-    """
-    host, port = metrics.parse_address(listen)
-    address = "127.0.0.1" if host == "localhost" else host
-    try:
-        is_loopback = ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback:
-        raise ListenError(
-            f"cannot listen on {listen}: only loopback is served, as 127.0.0.1:4040;"
-            " reach it from elsewhere with ssh -L 4040:127.0.0.1:4040"
-        )
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((address, port))
-        listener.listen(128)  # from here on nobody is refused, however long the start takes
-    except OSError as error:
-        listener.close()
-        raise ListenError(
-            f"cannot listen on {listen}: {error.strerror} (choose another with --listen)"
-        ) from error
-    return listener
+_CHECK_WITHIN_S = 5.0
+_END_WITHIN_S = 2.0
+"""How long computations are waited for that nobody waits for any more."""
 
 
-def run(listener: socket.socket, store_url: str, endpoint: str, about: About, cache: Path) -> int:
+def run(
+    listener: socket, store: ObjectStore, about: About, cache: Path, *, is_quiet: bool = False
+) -> int:
     """Serve until SIGINT or SIGTERM."""
-    store = open_store(store_url, endpoint or None)
     workers = start_workers(min(4, os.cpu_count() or 1))
     service = Service(Answers(store, Query(store, cache, workers=workers)), about)
-    config = uvicorn.Config(
-        service.app(),
-        access_log=False,
-        log_level="warning",
-        lifespan="off",
-        server_header=False,
-        timeout_keep_alive=30,
-        limit_concurrency=200,
-    )
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(f"everflame: the page is at http://{shown}:{port}/", file=sys.stderr, flush=True)
+    if not is_quiet:
+        _tell(f"the page is at http://{addresses.shown(listener.getsockname()[:2])}/")
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(service.app(), service.places).run(sockets=[listener])
     finally:
-        service.close()
-        workers.shutdown(cancel_futures=True)
+        has_ended = service.end(_END_WITHIN_S)
+        workers.shutdown(wait=has_ended, cancel_futures=True)
+    if not has_ended:
+        sys.stderr.flush()
+        os._exit(0)  # a thread hangs in a request to the store: it would be waited for
     return 0
 
 
+def check(store: ObjectStore) -> None:
+    """Say what is wrong with a store, before anybody looks at an empty page.
+
+    Raises:
+        StoreRefused: it will not be read from before somebody has done something about it.
+    """
+    found: SimpleQueue[StoredObject | StoreError | None] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            found.put(next(iter(store.list("v1/")), None))
+        except StoreError as error:
+            found.put(error)
+
+    # A daemon: one that hangs in a request is not waited for at the end.
+    threading.Thread(target=ask, name="check", daemon=True).start()
+    try:
+        first = found.get(timeout=_CHECK_WITHIN_S)
+    except Empty:
+        _tell(f"{store} does not answer; the page says so until it does")
+        return
+    if isinstance(first, StoreRefused):
+        raise first
+    if isinstance(first, StoreError):
+        _tell(f"{first}; the page says so until that is over")
+    elif first is None:
+        _tell(f"there is nothing in {store} yet; everflame agent fills it")
+
+
+def _tell(line: str) -> None:
+    print(f"everflame: {line}", file=sys.stderr, flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Be the service that `everflame up` starts."""
+    """Serve as asked; give the exit status."""
+    options = _parse_options(argv)
+    url = options.store or default_store_url()
+    about = About(
+        store=url,
+        run_folder=options.run_folder or status.default_run_folder(),
+        keep_s=options.keep_s,
+        keep_bytes=options.keep_bytes,
+    )
+    # Until the server takes both signals, and after it, either is a Ctrl-C.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        listener = addresses.bind(options.listen)
+        store = open_store(url, options.s3_endpoint or None)
+        if not options.quiet:
+            check(store)
+        cache = options.cache or default_folder()
+        return run(listener, store, about, cache, is_quiet=options.quiet)
+    except (addresses.ListenError, StoreError) as error:
+        _tell(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 0
+
+
+def _parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m profiler.serve")
     parser.add_argument("--store", default="")
     parser.add_argument("--s3-endpoint", default="")
@@ -90,20 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--keep-s", type=int, default=0)
     parser.add_argument("--keep-bytes", type=int, default=0)
-    options = parser.parse_args(argv)
-    store = options.store or default_store_url()
-    about = About(
-        store=store,
-        run_folder=options.run_folder or status.default_run_folder(),
-        keep_s=options.keep_s,
-        keep_bytes=options.keep_bytes,
-    )
-    try:
-        listener = bind(options.listen)
-        return run(listener, store, options.s3_endpoint, about, options.cache or default_folder())
-    except (ValueError, metrics.MetricsError) as error:
-        print(f"everflame: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--quiet", action="store_true", help="say nothing but what is wrong")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, unquote_to_bytes
 
 import orjson
 from starlette.applications import Starlette
@@ -38,22 +39,35 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from profiler import export, status
 from profiler.answers import MOST_STEPS, SORTS, Answers, Check, NoSuchNodeError, Question
+from profiler.connections import Places
 from profiler.flamegraph import ROOT_ID
-from profiler.openapi import ENDPOINTS, document
+from profiler.openapi import (
+    ENDPOINTS,
+    EXPORT_NAME,
+    LABEL_LIMIT,
+    MOST_LABELS,
+    ROWS,
+    SERIES,
+    TEXT_LIMIT,
+    WIDTH_PX,
+    document,
+)
 from profiler.paths import Group
 from profiler.times import parse_time, parse_window
 from storage.objects import StoreError
 from storage.selector import Selector
 
 DEADLINE_S = 30.0
+_STEP_S = 2.0
+"""So much longer may the last step of a computation take."""
 _WORKERS = 2
 """Computations at a time: they are bound by the CPU."""
 _WAITING_LIMIT = 32
 """Beyond so many waiting computations a new one is refused: it would only time out."""
-_WIDTHS_PX = (100, 10_000)
-_ROWS_LIMIT = 10_000
+_FIELDS_LIMIT = 100
+"""Parameters of one request; more are refused before they are looked at."""
 _LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.ASCII | re.I)
-_EXPORT_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}", re.ASCII)
+_EXPORT_NAME = re.compile(EXPORT_NAME, re.ASCII)
 
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self';"
@@ -91,6 +105,12 @@ class ProblemError(Exception):
         headers = {"retry-after": "5"} if self.code == 503 else None
         return Response(content, self.code, headers, "application/problem+json")
 
+    def last_response(self) -> Response:
+        """Give one that has all headers, and closes the connection: no application is asked."""
+        response = self.response()
+        response.headers.update({**HEADERS, "cache-control": "no-store", "connection": "close"})
+        return response
+
 
 class EndedError(Exception):
     """A computation that nobody waits for any more."""
@@ -113,15 +133,15 @@ class Parameters:
         allowed = ENDPOINTS[endpoint].parameters
         self._now_ns = now_ns
         self._values: dict[str, list[str]] = {}
-        for name, value in request.query_params.multi_items():
+        for name, value in _fields(request.scope["query_string"]):
             if name not in allowed:
-                known = ", ".join(allowed)
-                raise _bad(name, f"there is no parameter {name!r}; this takes {known}")
+                known = ", ".join(allowed) or "none"
+                raise _bad(name[:100], f"there is no parameter {name[:100]!r}; there is {known}")
             self._values.setdefault(name, []).append(value)
         for name, values in self._values.items():
-            if len(values) > 1 and name not in {"focus", "hide"}:
+            if len(values) > 1 and name not in ENDPOINTS[endpoint].repeatable:
                 raise _bad(name, f"the parameter {name!r} stands {len(values)} times")
-            if any("\0" in value or len(value) > 4096 for value in values):
+            if any("\0" in value or len(value) > TEXT_LIMIT for value in values):
                 raise _bad(name, f"the parameter {name!r} is too long or holds a NUL")
 
     def text(self, name: str, usual: str = "") -> str:
@@ -171,11 +191,13 @@ class Parameters:
         if not re.fullmatch(r"[0-9a-f]{16}", node):
             raise _bad("node", f"node={node!r} is not 16 hex digits")
         by = tuple(name for name in self.text("by", usual_by).split(",") if name)
+        if len(by) > MOST_LABELS:
+            raise _bad("by", f"by={self.text('by')!r} has more than {MOST_LABELS} labels")
         return Question(
             window=window,
             selector=selector,
             type=self.choice("type", ("cpu", "samples")),
-            by=by[:8],
+            by=by,
             group=Group(self.choice("group", tuple(Group))),
             invert=self.flag("invert"),
             callers=self.text("callers"),
@@ -183,26 +205,48 @@ class Parameters:
             hide=tuple(self._values.get("hide", ())),
             node=int(node, 16),
             search=self.text("search"),
-            width_px=float(self.number("width", 1200, *_WIDTHS_PX)),
+            width_px=float(self.number("width", 1200, *WIDTH_PX)),
         )
 
 
+def _fields(query: bytes) -> list[tuple[str, str]]:
+    """Read a query string; what is no UTF-8 is refused, not replaced by something else."""
+    try:
+        text = query.decode("ascii")
+        return parse_qsl(
+            text, keep_blank_values=True, errors="strict", max_num_fields=_FIELDS_LIMIT
+        )
+    except UnicodeError as error:
+        raise _bad_request("the query string is not UTF-8") from error
+    except ValueError as error:
+        raise _bad_request("there are too many parameters") from error
+
+
 def _bad(parameter: str, detail: str) -> ProblemError:
-    return ProblemError(400, "Bad request", detail, parameter=parameter)
+    return _bad_request(detail, parameter=parameter)
 
 
-Compute = Callable[[Check], tuple[bytes, str]]
-"""Gives the body and its media type."""
+def _bad_request(detail: str, **more: object) -> ProblemError:
+    return ProblemError(400, "Bad request", detail, **more)
+
+
+Content = tuple[bytes, str]
+"""A body and its media type."""
+Compute = Callable[[Check], Content]
+"""Gives one in a thread: what must not wait for computations is Content at once."""
+Prepare = Callable[[Parameters, Mapping[str, str]], Compute | Content]
+"""Checks what is asked, and gives the answer or how to get it."""
 
 
 class _Flight:
     """One computation, and how many requests wait for it."""
 
     def __init__(self, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
         self._deadline = time.monotonic() + deadline_s
         self._ended = threading.Event()
         self.waiting = 0
-        self.future: asyncio.Future[tuple[bytes, str]]
+        self.future: asyncio.Future[Content]
 
     def end(self) -> None:
         self._ended.set()
@@ -211,12 +255,16 @@ class _Flight:
         if self._ended.is_set():
             raise EndedError
         if time.monotonic() > self._deadline:
-            raise ProblemError(
-                504,
-                "Took too long",
-                f"the answer was not there after {DEADLINE_S:.0f} s; ask for a shorter time"
-                " or fewer services (what was decoded is kept, asking again goes further)",
-            )
+            raise _too_slow(self._deadline_s)
+
+
+def _too_slow(deadline_s: float) -> ProblemError:
+    return ProblemError(
+        504,
+        "Took too long",
+        f"the answer was not there after {deadline_s:.0f} s; ask for a shorter time"
+        " or fewer services (what was decoded is kept, asking again goes further)",
+    )
 
 
 class Flights:
@@ -226,25 +274,28 @@ class Flights:
         self._deadline_s = deadline_s
         self._pool = ThreadPoolExecutor(_WORKERS, "answer")
         self._flights: dict[str, _Flight] = {}
+        self._running: set[Future[Content]] = set()
         self.shared = 0
         self.ended = 0
 
-    def close(self) -> None:
+    def close(self, within_s: float) -> bool:
+        """End all; tell whether they have ended within a time."""
         for flight in self._flights.values():
             flight.end()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        return not wait(self._running, within_s).not_done
 
-    async def answer(self, key: str, compute: Compute, request: Request) -> tuple[bytes, str]:
+    async def answer(self, key: str, compute: Compute, request: Request) -> Content:
         """Wait for a computation, for as long as the client does."""
         flight = self._flights.get(key)
         if flight is None:
             if len(self._flights) >= _WAITING_LIMIT:
                 raise ProblemError(503, "Busy", "too many questions wait for an answer already")
             flight = _Flight(self._deadline_s)
-            loop = asyncio.get_running_loop()
-            flight.future = asyncio.ensure_future(
-                loop.run_in_executor(self._pool, compute, flight.check)
-            )
+            work = self._pool.submit(compute, flight.check)
+            self._running.add(work)
+            work.add_done_callback(self._running.discard)
+            flight.future = asyncio.wrap_future(work)
             flight.future.add_done_callback(functools.partial(self._landed, key))
             self._flights[key] = flight
         else:
@@ -253,10 +304,12 @@ class Flights:
         gone = asyncio.ensure_future(_disconnected(request))
         either: set[asyncio.Future[Any]] = {flight.future, gone}
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not flight.future.done():
-                raise EndedError
-            return flight.future.result()
+            # What computes looks at the clock between its steps; one of them may hang.
+            limit_s = self._deadline_s + _STEP_S
+            await asyncio.wait(either, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if flight.future.done():
+                return flight.future.result()
+            raise EndedError if gone.done() else _too_slow(self._deadline_s)
         finally:
             gone.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -265,9 +318,10 @@ class Flights:
             if flight.waiting == 0 and not flight.future.done():
                 self.ended += 1
                 flight.end()
+                flight.future.cancel()  # where it has not begun, it never will
                 self._flights.pop(key, None)
 
-    def _landed(self, key: str, future: asyncio.Future[tuple[bytes, str]]) -> None:
+    def _landed(self, key: str, future: asyncio.Future[Content]) -> None:
         flight = self._flights.get(key)
         if flight is not None and flight.future is future:
             del self._flights[key]
@@ -322,6 +376,11 @@ class Service:
         self._now_ns = now_ns
         self._started_ns = now_ns()
         self._flights = Flights(deadline_s)
+        # What is said where no application is asked.
+        self.places = Places(
+            busy=ProblemError(503, "Busy", "all connections are taken").last_response(),
+            malformed=_bad_request("that is no HTTP/1.1 request, or too long").last_response(),
+        )
         self._requests: Counter[tuple[str, int]] = Counter()
         self._seconds: dict[str, float] = {}
 
@@ -336,12 +395,12 @@ class Service:
             Route(f"{api}/export/{{name}}", self._route("export", self._export)),
             Route(f"{api}/status", self._route("status", self._status)),
             Route(f"{api}/openapi.json", self._route("openapi", self._openapi)),
-            Route("/healthz", self._healthz),
+            Route("/healthz", self._route("healthz", self._healthz)),
             Route("/readyz", self._route("readyz", self._readyz)),
-            Route("/metrics", self._metrics),
+            Route("/metrics", self._route("metrics", self._metrics)),
             *_page_routes(Path(__file__).parent / "web"),
         ]
-        return Starlette(
+        app = Starlette(
             routes=routes,
             middleware=[
                 Middleware(Guard),
@@ -349,13 +408,14 @@ class Service:
             ],
             exception_handlers={404: _not_found, 405: _not_allowed},
         )
+        app.router.redirect_slashes = False  # to an address made of what a client has sent
+        return app
 
-    def close(self) -> None:
-        self._flights.close()
+    def end(self, within_s: float) -> bool:
+        """Let computations end and take no new ones; tell whether all of them have ended."""
+        return self._flights.close(within_s)
 
-    def _route(
-        self, endpoint: str, prepare: Callable[[Parameters, Mapping[str, str]], Compute]
-    ) -> Callable[[Request], Awaitable[Response]]:
+    def _route(self, endpoint: str, prepare: Prepare) -> Callable[[Request], Awaitable[Response]]:
         async def respond(request: Request) -> Response:
             started = time.monotonic()
             try:
@@ -364,6 +424,10 @@ class Service:
                 response = problem.response()
             except EndedError:
                 response = Response(status_code=499)  # nobody is there to read it
+            except Exception:  # the outermost place that knows which question it was
+                log.exception("failed to answer %s", _target(request))
+                detail = "that is a defect of this service; it has written down where"
+                response = ProblemError(500, "Defect", detail).response()
             self._requests[endpoint, response.status_code] += 1
             took_s = time.monotonic() - started
             self._seconds[endpoint] = self._seconds.get(endpoint, 0.0) + took_s
@@ -371,17 +435,15 @@ class Service:
 
         return respond
 
-    async def _respond(
-        self,
-        request: Request,
-        endpoint: str,
-        prepare: Callable[[Parameters, Mapping[str, str]], Compute],
-    ) -> Response:
+    async def _respond(self, request: Request, endpoint: str, prepare: Prepare) -> Response:
+        _check_path(request)
         # To the second, so that the panels of one page ask for one window.
         now_ns = self._now_ns() // 10**9 * 10**9
         parameters = Parameters(request, endpoint, now_ns)
         compute = prepare(parameters, request.path_params)
-        key = f"{now_ns} {request.url.path}?{request.url.query}"
+        if not callable(compute):
+            return Response(compute[0], media_type=compute[1])
+        key = f"{now_ns} {_target(request)}"
         try:
             content, media_type = await self._flights.answer(key, compute, request)
         except NoSuchNodeError as error:
@@ -403,7 +465,7 @@ class Service:
     def _top(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
         question = parameters.question()
         sort = parameters.choice("sort", SORTS)
-        limit = parameters.number("limit", 200, 1, _ROWS_LIMIT)
+        limit = parameters.number("limit", 200, *ROWS)
         return lambda check: _json(self._answers.top(question, sort, limit, check))
 
     def _timeline(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
@@ -411,7 +473,7 @@ class Service:
         length_ns = question.window.end_ns - question.window.start_ns
         if step_ns and math.ceil(length_ns / step_ns) > MOST_STEPS:
             raise _bad("step", f"that makes more than {MOST_STEPS} steps: ask for longer ones")
-        limit = parameters.number("limit", 8, 1, 100)
+        limit = parameters.number("limit", 8, *SERIES)
         return lambda check: _json(self._answers.timeline(question, step_ns, limit, check))
 
     def _labels(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
@@ -419,27 +481,31 @@ class Service:
         return lambda check: _json(self._answers.labels(question, check))
 
     def _values(self, parameters: Parameters, path: Mapping[str, str]) -> Compute:
-        question = parameters.question()
-        return lambda check: _json(self._answers.label_values(question, path["name"], check))
+        question, name = parameters.question(), path["name"]
+        if "\0" in name or len(name) > LABEL_LIMIT:
+            raise _bad("name", "a label's name is shorter, and holds no NUL")
+        return lambda check: _json(self._answers.label_values(question, name, check))
 
     def _export(self, parameters: Parameters, path: Mapping[str, str]) -> Compute:
         name, question = path["name"], parameters.question(usual_by="comm")
         if not _EXPORT_NAME.fullmatch(name):
-            raise ProblemError(404, "No such file", "a name has letters, digits, . _ and -")
+            raise ProblemError(
+                404,
+                "No such file",
+                "a name has letters, digits, . _ and -, and ends in .speedscope.json, .folded,"
+                " .pb.gz, .svg or .json",
+            )
 
-        def compute(check: Check) -> tuple[bytes, str]:
+        def compute(check: Check) -> Content:
             answer = self._answers.profile(question, check)
             check()
-            try:
-                content = export.encode(answer.profile, name, question.by)
-            except export.ExportError as error:
-                raise ProblemError(404, "No such format", str(error)) from error
-            return content, _MEDIA_TYPES[Path(name).suffix]
+            content = export.encode(answer.profile, name, question.by)
+            return content, _MEDIA_TYPES[f".{name.rpartition('.')[2]}"]
 
         return compute
 
     def _status(self, _parameters: Parameters, _path: Mapping[str, str]) -> Compute:
-        def compute(_check: Check) -> tuple[bytes, str]:
+        def compute(_check: Check) -> Content:
             span, about = self._answers.span(), self._about
             agent: dict[str, Any] | None = None
             with contextlib.suppress(status.NoAgentError):
@@ -470,16 +536,16 @@ class Service:
         return lambda _check: _json(document(version("everflame")))
 
     def _readyz(self, _parameters: Parameters, _path: Mapping[str, str]) -> Compute:
-        def compute(_check: Check) -> tuple[bytes, str]:
+        def compute(_check: Check) -> Content:
             self._answers.span()  # a store that is away raises
             return _json({"ready": True})
 
         return compute
 
-    async def _healthz(self, _request: Request) -> Response:
-        return Response(b"ok\n", media_type="text/plain")
+    def _healthz(self, _parameters: Parameters, _path: Mapping[str, str]) -> Content:
+        return b"ok\n", "text/plain"
 
-    async def _metrics(self, _request: Request) -> Response:
+    def _metrics(self, _parameters: Parameters, _path: Mapping[str, str]) -> Content:
         lines = ["# TYPE everflame_service_requests_total counter"]
         for (endpoint, code), count in sorted(self._requests.items()):
             labels = f'endpoint="{endpoint}",status="{code}"'
@@ -490,10 +556,23 @@ class Service:
         for name, value in (("shared", self._flights.shared), ("ended", self._flights.ended)):
             lines.append(f"# TYPE everflame_service_{name}_total counter")
             lines.append(f"everflame_service_{name}_total {value}")
-        return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+        return "\n".join([*lines, ""]).encode(), "text/plain; version=0.0.4"
 
 
-def _json(content: object) -> tuple[bytes, str]:
+def _target(request: Request) -> str:
+    """Give what was asked for as it was sent, in ASCII. A URL cannot be made of all of that."""
+    scope = request.scope
+    return f"{scope['raw_path'].decode('ascii')}?{scope['query_string'].decode('ascii')}"
+
+
+def _check_path(request: Request) -> None:
+    try:
+        unquote_to_bytes(request.scope["raw_path"]).decode()
+    except UnicodeDecodeError as error:
+        raise _bad_request("the path is not UTF-8") from error
+
+
+def _json(content: object) -> Content:
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), "application/json"
 
 
@@ -521,9 +600,13 @@ def _file_endpoint(content: bytes, media_type: str) -> Callable[[Request], Await
 
 
 async def _not_found(request: Request, _error: Exception) -> Response:
-    detail = f"there is nothing at {request.url.path[:200]}; the API is at /api/v1/openapi.json"
+    path = request.scope["path"][:200]
+    detail = f"there is nothing at {path!r}; the API is at /api/v1/openapi.json"
     return ProblemError(404, "Not found", detail).response()
 
 
 async def _not_allowed(_request: Request, _error: Exception) -> Response:
-    return ProblemError(405, "Method not allowed", "everything here is read with GET").response()
+    problem = ProblemError(405, "Method not allowed", "everything here is read with GET")
+    response = problem.response()
+    response.headers["allow"] = "GET, HEAD"
+    return response

@@ -5,7 +5,6 @@ it keeps the service (`profiler.serve`). The service is not root and reads the s
 `profiler.confine`. With `--demo` there is a fourth, whose programs are something to look at.
 """
 
-import errno
 import os
 import pwd
 import shlex
@@ -18,9 +17,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from profiler import agent, demo
+from profiler import addresses, agent, demo
 from profiler.agent import AgentOptions, Beside, Child
 from profiler.record import RefusedError
 from profiler.recorder import default_cache
@@ -75,26 +73,14 @@ def free_address(listen: str) -> tuple[str, int]:
     """Give the address to listen on; a port of 0 becomes one that is free.
 
     Raises:
-        RefusedError: it is no address, not of this machine, or taken.
+        RefusedError: it is no address, not of loopback, or taken.
     """
     try:
-        parts = urlsplit(f"//{listen}")
-        host, port = parts.hostname or "127.0.0.1", parts.port
-    except ValueError:
-        port = None
-    if port is None:
-        raise RefusedError(f"cannot listen on {listen!r}: give HOST:PORT, as 127.0.0.1:4040")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.create_server((host, port), family=family) as free:
-            return host, int(free.getsockname()[1])
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            other = f"{parts.netloc.rpartition(':')[0]}:{port + 1 if port < 65535 else 0}"
-            reason = f"the port is taken (choose another one, as with --listen {other})"
-        else:
-            reason = f"{os.strerror(error.errno or 0)} (choose another address with --listen)"
-        raise RefusedError(f"cannot listen on {listen}: {reason}") from None
+        with addresses.bind(listen) as free:
+            host, port = free.getsockname()[:2]
+    except addresses.ListenError as error:
+        raise RefusedError(str(error)) from None
+    return host, port
 
 
 class Companions(Beside):
@@ -212,13 +198,12 @@ def service_command(
     options: AgentOptions, address: tuple[str, int], cache: Path, user: str
 ) -> list[str]:
     """Give the command line that confines the service and starts it."""
-    host, port = address
     store = options.store
     confine = [sys.executable, "-P", "-m", "profiler.confine", f"--parent={os.getpid()}"]
     confine += [f"--user={user}", f"--write={cache}"]
     confine += [f"--read={path}" for path in _folders_to_read(store)]
     serve = [sys.executable, "-P", "-m", "profiler.serve", f"--store={store}"]
-    serve += [f"--listen=[{host}]:{port}" if ":" in host else f"--listen={host}:{port}"]
+    serve += [f"--listen={addresses.shown(address)}", "--quiet"]
     serve += [f"--run-folder={options.run_folder}", f"--cache={cache}"]
     if options.endpoint:
         serve.append(f"--s3-endpoint={options.endpoint}")
@@ -289,11 +274,10 @@ def check_store(options: AgentOptions) -> None:
 
 def answers(host: str, port: int) -> bool:
     """Tell whether the service is up. No HTTP client: that would map TLS into the sampler."""
-    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - where it listens
-    name = f"[{local}]" if ":" in local else local
-    request = f"GET /healthz HTTP/1.0\r\nHost: {name}:{port}\r\n\r\n"
+    name = addresses.shown((host, port))
+    request = f"GET /healthz HTTP/1.0\r\nHost: {name}\r\n\r\n"
     try:
-        with socket.create_connection((local, port), _PROBE_TIMEOUT_S) as connection:
+        with socket.create_connection((host, port), _PROBE_TIMEOUT_S) as connection:
             connection.sendall(request.encode())
             return connection.recv(64).split(b" ", 2)[1:2] == [b"200"]
     except OSError:
@@ -302,16 +286,16 @@ def answers(host: str, port: int) -> bool:
 
 def directions(host: str, port: int, environment: Mapping[str, str]) -> list[str]:
     """Say where the page is, and how to get there from where the user sits."""
-    name = f"[{host}]" if ":" in host else host
-    lines = [f"flame graphs, the first one after 10 s: http://{name}:{port}"]
+    name = addresses.shown((host, port))
+    lines = [f"flame graphs, the first one after 10 s: http://{name}"]
     # client address, its port, server address, its port (sshd's, see ssh(1))
     connection = environment.get("SSH_CONNECTION", "").split()
-    if len(connection) == 4 and host in ("127.0.0.1", "::1", "localhost"):
+    if len(connection) == 4:
         server, server_port = connection[2:]
         user = environment.get("SUDO_USER") or environment.get("LOGNAME") or "root"
         option = "" if server_port == "22" else f"-p {server_port} "
         lines += [
-            f"from your own machine: ssh -L {port}:{name}:{port} {option}{user}@{server}",
+            f"from your own machine: ssh -L {port}:{name} {option}{user}@{server}",
             f"  and then open http://127.0.0.1:{port} there",
         ]
     return lines

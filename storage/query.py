@@ -18,6 +18,7 @@ import ctypes
 import functools
 import itertools
 import multiprocessing
+import os
 import signal
 import time
 from collections import deque
@@ -30,6 +31,7 @@ from concurrent.futures import (
     ThreadPoolExecutor,
 )
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -72,6 +74,7 @@ _FETCHES = 4
 _CHUNK = 8
 """Objects of an hour that one worker decodes and merges: fewer, larger answers are cheaper."""
 _FAILURES_REMEMBERED = 10_000
+_ENDING = {signal.SIGINT, signal.SIGTERM}
 EMPTY = Selector()
 
 _Kept = TypeVar("_Kept", Columns, Sums)
@@ -487,9 +490,19 @@ def start_workers(count: int) -> Executor:
     What they are sent is data, what they send back are arrays; a worker that dies costs only time.
     """
     context = multiprocessing.get_context("spawn")
+    # A Ctrl-C reaches all processes of a terminal; these end with their parent, and only so. The
+    # tracker is started first: whoever starts it finds both signals unblocked (Python 3.11).
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     workers = ProcessPoolExecutor(count, context, initializer=_settle_in)
-    for started in [workers.submit(_settle_in) for _ in range(count)]:
-        started.result()
+    try:
+        for started in [workers.submit(_settle_in) for _ in range(count)]:
+            started.result()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what came meanwhile is raised here
+    except BaseException:
+        workers.shutdown()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        raise
     return workers
 
 
@@ -498,9 +511,16 @@ def _settle_in() -> None:
 
     malloc keeps what is freed: a third of decoding was the kernel's zeroing of pages.
     """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that came to all
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the executor ends it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     libc = ctypes.CDLL(None)
     pr_set_pdeathsig = 1  # prctl(2)
     libc.prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(0)  # it has died before this line
     if hasattr(libc, "mallopt"):  # musl has none
         mmap_threshold, trim_threshold = -3, -1
         libc.mallopt(mmap_threshold, 1 << 28)

@@ -3,17 +3,15 @@
 import gzip
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 import profiles as some
 import pytest
-from stores import START_NS, at, directory, minutes
+from services import profile_of, service
+from stores import START_NS, directory, minutes
 
 from profiler import flamegraph
 from profiler.answers import usual_step_ns
@@ -27,40 +25,6 @@ FROM, UNTIL = (str(ns // 1_000_000) for ns in minutes(0, 60))
 HOUR = {"from": FROM, "until": UNTIL}
 
 
-class Client:
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def get(self, path: str, headers=None, **parameters):
-        """Give (status, headers, body)."""
-        query = urllib.parse.urlencode(parameters, doseq=True)
-        request = urllib.request.Request(f"{self.url}{path}?{query}", headers=headers or {})
-        try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                return response.status, response.headers, response.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.headers, error.read()
-
-    def json(self, path: str, **parameters):
-        status, _, body = self.get(f"/api/v1/{path}", **parameters)
-        assert status == 200, body
-        return json.loads(body)
-
-
-def profile_of(minute: int):
-    return at(
-        some.build(
-            [
-                ({"service": "api", "comm": "api"}, [some.MAIN, some.WORK], minute + 1),
-                ({"service": "jobs", "comm": "jobs"}, [some.HANDLER, some.named("job")], 2),
-            ],
-            some.NAMES,
-        ),
-        minute,
-    )
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("service")
@@ -69,18 +33,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(folder):
     directory(folder / "store", *(profile_of(minute) for minute in range(5)))
-    command = [sys.executable, "-m", "profiler.serve", "--listen=127.0.0.1:0"]
-    command += [f"--store={folder / 'store'}", f"--cache={folder / 'cache'}"]
-    command += [f"--run-folder={folder}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            line = process.stderr.readline()
-            yield Client(line.split()[-1].rstrip("/"))
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(20) in {0, -signal.SIGTERM}
-        finally:
-            if process.poll() is None:
-                process.kill()
+    with service(folder) as (_, client):
+        yield client
 
 
 def whole():
@@ -249,16 +203,52 @@ def test_health_and_metrics_are_told(client):
     assert b'endpoint="readyz",status="200"' in client.get("/metrics")[2]
 
 
-def test_only_loopback_is_served(tmp_path):
-    """Listening elsewhere than on loopback is refused with the way to do it."""
-    command = [sys.executable, "-m", "profiler.serve", "--listen=0.0.0.0:0"]
+def refusal(*arguments: str, **environment: str) -> str:
+    """Give the one line with which `everflame serve` refuses."""
+    command = [sys.executable, "-c", "from profiler.cli import main; raise SystemExit(main())"]
     done = subprocess.run(
-        [*command, f"--store={tmp_path}"], capture_output=True, text=True, check=False
+        [*command, "serve", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.0.2.1", "example.org"])
+def test_only_loopback_is_served(tmp_path, host):
+    """Listening elsewhere is refused with the way to get there all the same."""
+    line = refusal(f"--listen={host}:4040", f"--store={tmp_path}")
+
+    assert "only loopback is served" in line
+    assert "ssh -L 4040:127.0.0.1:4040" in line
+
+
+def test_a_taken_port_is_one_line_with_a_remedy(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refusal(f"--listen=127.0.0.1:{port}", f"--store={tmp_path}")
+
+    assert line == (
+        f"everflame: cannot listen on 127.0.0.1:{port}: the port is taken"
+        f" (choose another one, as with --listen 127.0.0.1:{port + 1})"
     )
 
-    assert done.returncode == 2
-    assert "ssh -L" in done.stderr
-    assert "Traceback" not in done.stderr
+
+def test_a_store_that_cannot_be_read_is_one_line_with_a_remedy(tmp_path):
+    """A file; a bucket without keys."""
+    (tmp_path / "file").touch()
+    is_file = refusal("--listen=127.0.0.1:0", f"--store={tmp_path / 'file'}")
+    none = {"AWS_SHARED_CREDENTIALS_FILE": "/dev/null", "AWS_EC2_METADATA_DISABLED": "true"}
+    no_keys = refusal("--listen=127.0.0.1:0", "--store=s3://bucket", **none)
+
+    assert is_file.startswith("everflame: cannot list ")
+    assert is_file.endswith("Not a directory (use another --store)")
+    assert "AWS_ACCESS_KEY_ID" in no_keys
 
 
 def test_answers_are_equal_whatever_was_asked_before(folder, client):

@@ -244,7 +244,7 @@ def test_a_store_that_cannot_be_written_is_one_line_with_a_remedy(place) -> None
     line = refusal(place, f"--store={place.root / 'file' / 'store'}")
 
     assert line.startswith("everflame: cannot write ")
-    assert line.endswith("or use another --store)")
+    assert line.endswith("(use another --store)")
     assert not (place.root / "spool").exists()
     assert not processes_of(place)
 

@@ -1,0 +1,178 @@
+"""Connections: uvicorn's HTTP/1.1 with an end to everything that a client can leave undone.
+
+uvicorn gives clients all the time in the world to send a request: a few hundred that send a byte a
+minute take all places there are. Here a request has to be there within a deadline; when all places
+are taken the longest idle connection makes room, and only where none is idle is a new one told to
+come again. Who does not take an answer is cut off as well.
+"""
+
+import asyncio
+import functools
+from socket import socket
+from types import FrameType
+from typing import Any, cast
+
+import h11
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import Response
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+_REQUEST_WITHIN_S = 10.0
+"""From the first byte, or from the connection's begin, until a request is whole."""
+_IDLE_S = 30
+"""How long a connection may wait for its next request."""
+_HEAD_LIMIT_BYTES = 32 << 10
+"""Of a request line and its headers; a page's address with eight long names fits."""
+_CONNECTIONS_LIMIT = 256
+_STALL_S = 30.0
+"""How long a client may take nothing of an answer."""
+_GRACE_S = 3.0
+"""How long answers may take that are under way when the service ends."""
+
+
+class Places:
+    """The connections there may be: `idle` ones wait for a request, the longest waiting first."""
+
+    def __init__(
+        self, busy: Response, malformed: Response, limit: int = _CONNECTIONS_LIMIT
+    ) -> None:
+        self.busy, self.malformed = busy, malformed
+        self.limit = limit
+        self.idle: dict[Connection, None] = {}
+        self.cut = 0
+        self.refused = 0
+
+    def make_room(self) -> bool:
+        """Cut off the longest idle connection; tell whether there was one."""
+        longest = next(iter(self.idle), None)
+        if longest is not None:
+            longest.cut_off()
+        return longest is not None
+
+
+class Connection(H11Protocol):
+    """One connection. Its base class reads, answers and keeps alive."""
+
+    def __init__(
+        self,
+        places: Places,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._places = places
+        self._deadline: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
+        self._left_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as its base class
+        super().connection_made(transport)
+        if len(self.connections) > self._places.limit and not self._places.make_room():
+            self._places.refused += 1
+            self.app = self._places.busy
+        self._await_request()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state in {h11.IDLE, h11.SEND_BODY}:
+            self._await_request()
+        else:
+            self._stop_awaiting()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self._places.idle[self] = None  # for as long as it is kept alive
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_awaiting()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._left_bytes = self.transport.get_write_buffer_size()
+        self._stall = self.loop.call_later(_STALL_S, self._check_progress)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def cut_off(self) -> None:
+        self._stop_awaiting()
+        self._places.cut += 1
+        self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, or too long, as a problem like all others."""
+        del msg
+        if self.cycle is None or self.cycle.response_complete:
+            answer = self._places.malformed
+            head = h11.Response(status_code=answer.status_code, headers=answer.raw_headers)
+            for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _await_request(self) -> None:
+        self._places.idle.setdefault(self)
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(_REQUEST_WITHIN_S, self.cut_off)
+
+    def _stop_awaiting(self) -> None:
+        self._places.idle.pop(self, None)
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _check_progress(self) -> None:
+        left_bytes = self.transport.get_write_buffer_size()
+        if left_bytes >= self._left_bytes:
+            self.cut_off()
+            return
+        self._left_bytes = left_bytes
+        self._stall = self.loop.call_later(_STALL_S, self._check_progress)
+
+
+class Server(uvicorn.Server):
+    """Serves until SIGINT or SIGTERM; then answers what is under way, for a few seconds."""
+
+    def __init__(self, app: Starlette, places: Places) -> None:
+        # uvicorn calls it to get a protocol; its type allows for classes only.
+        protocol = cast("type[asyncio.Protocol]", functools.partial(Connection, places))
+        config = uvicorn.Config(
+            app,
+            http=protocol,
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            access_log=False,
+            # Warnings are about what clients do; those are counted.
+            log_level="error",
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=_IDLE_S,
+            h11_max_incomplete_event_size=_HEAD_LIMIT_BYTES,
+        )
+        super().__init__(config)
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        cut = asyncio.get_running_loop().call_later(_GRACE_S, self._cut_all)
+        await super().shutdown(sockets)
+        cut.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End; at the second signal without waiting. The base class raises it again when done."""
+        del sig, frame
+        if self.should_exit:
+            asyncio.get_running_loop().call_soon_threadsafe(self._cut_all)
+        self.should_exit = True
+
+    def _cut_all(self) -> None:
+        for connection in list(self.server_state.connections):
+            cast("Connection", connection).transport.abort()
