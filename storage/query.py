@@ -625,12 +625,6 @@ def map_ahead(
             future.cancel()
 
 
-def _add_series(
-    series: dict[Labels, Integers], sums: Sums, step: Integers, by: Sequence[str], count: int
-) -> None:
-    wanted = set(by)
-    chosen = [
-        tuple((name, value) for name, value in labels if name in wanted)
 def _union_of_lives(lives: list[tuple[int, int, int]], steps: int) -> Integers:
     """Give per step how long its objects, (step, start, end), last together, overlaps once."""
     covered = np.zeros(steps, np.int64)
@@ -642,6 +636,12 @@ def _union_of_lives(lives: list[tuple[int, int, int]], steps: int) -> Integers:
     return covered
 
 
+def _add_series(
+    series: dict[Labels, Integers], sums: Sums, step: Integers, by: Sequence[str], count: int
+) -> None:
+    wanted = set(by)
+    chosen = [
+        tuple((name, value) for name, value in labels if name in wanted)
         for labels in sums.label_sets
     ]
     numbers: dict[Labels, int] = {}
