@@ -442,8 +442,8 @@ export class CoverageStrip {
     const accounts = [
       ["Ticks of the CPUs", ticks], ["stored as samples", stored], ["idle", idle], ["filtered", filtered], ["lost", sum(coverage.lost)],
     ].map(([name, count]) => [name, number(count), ticks ? share(count, ticks) : ""]);
-    const losses = entries(coverage.lost).map(([cause, count]) => [spoken(cause), number(count), LOSSES[cause] ?? ""]);
-    const stops = entries(coverage.stops).map(([reason, count]) => [spoken(reason), `${number(count)} · ${share(count, stored)}`, (STOPS[reason] ?? ["", ""]).join(": ").replace(/^: $/, "")]);
+    const losses = entries(coverage.lost).map(([cause, count]) => [spoken(cause), number(count), known(LOSSES, cause, "")]);
+    const stops = entries(coverage.stops).map(([reason, count]) => [spoken(reason), `${number(count)} · ${share(count, stored)}`, known(STOPS, reason, ["", ""]).join(": ").replace(/^: $/, "")]);
     const profiledMs = coverage.profiled_ns / 1e6 / Math.max(1, coverage.hosts);
     const sources = [
       ["Hosts", number(coverage.hosts), listed],
@@ -464,6 +464,11 @@ function facts(title, rows, className = "") {
   return el("section", {class: className}, el("h3", {text: title}), el("table", {}, el("tbody", {}, rows.map(([name, figure, why]) => el(
     "tr", {}, el("th", {scope: "row", text: safeName(name)}), el("td", {class: "num", text: figure}), el("td", {class: "muted", text: safeName(why)}),
   )))));
+}
+
+/** Look up a name from outside, which may be one that every object has. */
+function known(table, name, otherwise) {
+  return Object.hasOwn(table, name) ? table[name] : otherwise;
 }
 
 function spoken(name) {

@@ -15,7 +15,7 @@ import {assignColours} from "./scale.js";
 import * as selector from "./selector.js";
 import {changeState, freezeState, isStep, narrowTo, outerWindow, parseState, printState, queryParams, widen} from "./state.js";
 import {FunctionTable} from "./table.js";
-import {TimelineView, colourClass, seriesName} from "./timeline.js";
+import {TimelineView, colourClass, labelOf, seriesName} from "./timeline.js";
 import {formatRange, formatWindow, isRelative, resolveWindow} from "./times.js";
 
 const COLOURS = 10;
@@ -257,7 +257,7 @@ class Page {
     const {series, over, q, tz} = this.#state;
     const {from, until} = this.#window;
     if (!this.#isNew("timeline", answer, this.#shown.services.answer, series, over, from, until, q, tz)) return;
-    if (series !== "service") this.#colours = assignColours(answer.series.filter((each) => !each.rest).map((each) => each.labels[series] ?? ""), COLOURS);
+    if (series !== "service") this.#colours = assignColours(answer.series.filter((each) => !each.rest).map((each) => labelOf(each, series)), COLOURS);
     else this.#colours = this.#serviceColours();
     this.timeline.show(answer, {chosen: this.#state.over ? this.#window : null, label: series, zone: this.#state.tz, colours: this.#colours});
     this.#showLegend();
@@ -285,7 +285,7 @@ class Page {
     const values = this.#shown.services.answer?.values ?? [];
     const drawn = this.#shown.timeline.answer?.series ?? [];
     const names = values.slice(0, COLOURS).map((each) => each.value);
-    for (const each of drawn) if (!each.rest && names.length < COLOURS) names.push(each.labels.service ?? "");
+    for (const each of drawn) if (!each.rest && names.length < COLOURS) names.push(labelOf(each, "service"));
     return assignColours(new Set(names), COLOURS);
   }
 
@@ -386,7 +386,7 @@ class Page {
     if (legend.hidden) return;
     const total = answer.series.reduce((sum, each) => sum + sumOf(each.values), 0);
     legend.replaceChildren(...answer.series.map((each) => {
-      const value = each.labels[series] ?? "";
+      const value = labelOf(each, series);
       const isChosen = selector.has(this.#matchers, {name: series, operator: "=", value});
       return el(
         "button",

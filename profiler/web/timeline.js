@@ -125,7 +125,7 @@ export class TimelineView {
   #colourOf(layer) {
     const {timeline, label, colours} = this.#shown;
     const series = timeline.series[layer];
-    return colourClass(series.rest ? undefined : colours.get(series.labels[label] ?? ""));
+    return colourClass(series.rest ? undefined : colours.get(labelOf(series, label)));
   }
 
   #onKey(event) {
@@ -255,7 +255,12 @@ export class TimelineView {
 /** Name a series as legends do. */
 export function seriesName(series, label) {
   if (series.rest) return "all others";
-  return series.labels[label] || `no ${label}`;
+  return labelOf(series, label) || `no ${label}`;
+}
+
+/** Give a series' value of a label, which may be called as what every object has; "" if it has none. */
+export function labelOf({labels}, name) {
+  return Object.hasOwn(labels, name) ? labels[name] : "";
 }
 
 /** Give the style sheet's class of a colour number; none is the grey of the rest. */
