@@ -104,10 +104,11 @@ class _Merged:
                 stacks = Stacks.of(self.answer.profile, question.group)
                 self.stacks = {question.group: stacks}
             paths = Paths.of_stacks(stacks, self.answer.profile, question.by)
-            for function in question.hide:
-                paths = paths.hide(function)
+            # In this order stacks can be kept for a function that is then taken out of them.
             for function in question.focus:
                 paths = paths.focus(function)
+            for function in question.hide:
+                paths = paths.hide(function)
             if question.callers:
                 paths = paths.callers(question.callers)
             elif question.invert:

@@ -219,7 +219,10 @@ class Paths:
         ]
 
     def _boxes_of(self, function: str) -> npt.NDArray[np.bool_]:
-        named = (frame.function == function for frame in self.frames)
+        # A service may be called as a function is, and is none.
+        named = (
+            frame.function == function and frame.kind is not Kind.LABEL for frame in self.frames
+        )
         return np.fromiter(named, bool, len(self.frames))
 
     def places(self) -> tuple[Integers, Integers, Integers, Integers]:
