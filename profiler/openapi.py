@@ -286,13 +286,13 @@ def _number(limits: tuple[int, int], usual: int) -> _Schema:
 _PARAMETERS: dict[str, tuple[str, _Schema]] = {
     "query": (
         'labels to keep, as {service="api",version=~"1\\\\.5.*"}',
-        {**_FREE_TEXT, "format": "selector"},
+        {"type": "string", "format": "selector"},
     ),
     "from": (
         "now-1h, RFC 3339, Unix seconds or milliseconds",
-        {**_FREE_TEXT, "format": "moment", "default": "now-1h"},
+        {"type": "string", "format": "moment", "default": "now-1h"},
     ),
-    "until": ("as from", {**_FREE_TEXT, "format": "moment", "default": "now"}),
+    "until": ("as from", {"type": "string", "format": "moment", "default": "now"}),
     "type": ("what is counted", {"type": "string", "enum": ["cpu", "samples"], "default": "cpu"}),
     "by": (
         f"labels drawn above the stacks, with commas between, at most {MOST_LABELS}",
@@ -320,7 +320,7 @@ _PARAMETERS: dict[str, tuple[str, _Schema]] = {
     "timeline limit": ("series; beyond it they are summed in one", _number(SERIES, 8)),
     "step": (
         "60s, or milliseconds; by default there are up to 180 steps",
-        {**_FREE_TEXT, "format": "step"},
+        {"type": "string", "format": "step"},
     ),
     "label_values name": (
         "a label",

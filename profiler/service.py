@@ -147,6 +147,10 @@ class Parameters:
     def text(self, name: str, usual: str = "") -> str:
         return self._values.get(name, [usual])[0]
 
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Give all values of a parameter; an empty one is as good as none."""
+        return tuple(filter(None, self._values.get(name, ())))
+
     def number(self, name: str, usual: int, least: int, most: int) -> int:
         text = self.text(name, str(usual))
         if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not least <= int(text) <= most:
@@ -201,8 +205,8 @@ class Parameters:
             group=Group(self.choice("group", tuple(Group))),
             invert=self.flag("invert"),
             callers=self.text("callers"),
-            focus=tuple(self._values.get("focus", ())),
-            hide=tuple(self._values.get("hide", ())),
+            focus=self.texts("focus"),
+            hide=self.texts("hide"),
             node=int(node, 16),
             search=self.text("search"),
             width_px=float(self.number("width", 1200, *WIDTH_PX)),

@@ -26,9 +26,9 @@ class Client:
         self.url = url
         self.port = int(url.rpartition(":")[2])
 
-    def get(self, path: str, headers=None, **parameters):
+    def get(self, path: str, headers=None, raw_query: str = "", **parameters):
         """Give (status, headers, body)."""
-        query = urllib.parse.urlencode(parameters, doseq=True)
+        query = raw_query or urllib.parse.urlencode(parameters, doseq=True)
         request = urllib.request.Request(f"{self.url}{path}?{query}", headers=headers or {})
         try:
             with urllib.request.urlopen(request, timeout=30) as response:
