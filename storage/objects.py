@@ -316,6 +316,7 @@ class DirectoryStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._has_cleaned = False
+        self._was_there = False
 
     def __str__(self) -> str:
         return str(self.root)
@@ -347,6 +348,7 @@ class DirectoryStore:
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[StoredObject]:
         with self._explaining("list", prefix):
+            self._check_root()
             yield from self._walk(self.root, "", prefix, start_after)
 
     def delete(self, key: str) -> None:
@@ -361,6 +363,13 @@ class DirectoryStore:
     def _path(self, key: str) -> Path:
         check_key(key)
         return self.root / key
+
+    def _check_root(self) -> None:
+        """Tell a folder that was taken away from one that nobody has put anything into yet."""
+        is_there = self.root.is_dir()
+        if self._was_there and not is_there:
+            raise StoreUnavailable(f"the folder {self.root} of the store is not there any more")
+        self._was_there |= is_there
 
     def _link(self, partial: Path, path: Path) -> bool:
         for attempts_left in reversed(range(_LINK_ATTEMPTS)):

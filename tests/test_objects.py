@@ -416,6 +416,21 @@ def test_what_a_crash_left_in_a_directory_is_invisible_and_goes(tmp_path: Path) 
     assert not stale.exists()
 
 
+def test_a_directory_that_was_taken_away_is_no_empty_store(tmp_path: Path) -> None:
+    """One that was never there is: the agent makes it with its first object."""
+    store = DirectoryStore(tmp_path / "store")
+    assert list(store.list("")) == []
+    store.put("v1/a", b"x")
+    assert [each.key for each in store.list("")] == ["v1/a"]
+
+    (tmp_path / "store").rename(tmp_path / "away")
+    with pytest.raises(StoreUnavailable, match="is not there any more"):
+        list(store.list(""))
+
+    (tmp_path / "away").rename(tmp_path / "store")
+    assert [each.key for each in store.list("")] == ["v1/a"]
+
+
 def test_links_and_odd_names_in_a_directory_are_not_listed(tmp_path: Path) -> None:
     """Whatever somebody put there, a listed key can be asked for."""
     store = DirectoryStore(tmp_path / "store")
