@@ -40,6 +40,7 @@ class Page {
   #shown = Object.fromEntries(ANSWERS.map((name) => [name, {key: null, answer: null, error: null}]));
   #pending = new Set();
   #status = null;
+  #refreshing = null;
   #slowTimer = 0;
   #labels = new Map();
   #colours = new Map();
@@ -110,13 +111,17 @@ class Page {
 
   /** Read the clock and the status anew, then everything else. */
   async #refresh() {
+    const refresh = (this.#refreshing = {});
     this.#setBusy("status", true);
     try {
       const {answer} = await this.#api.ask("status", "status");
       this.#status = answer;
       this.#clockSkewMs = answer.now_ms - Date.now();
     } catch (error) {
-      if (isCancelled(error)) return;
+      if (isCancelled(error)) {
+        if (this.#refreshing === refresh) this.#setBusy("status", false);
+        return;
+      }
       this.#status ??= null; // the other answers say what is wrong
     }
     this.#nowMs = Date.now() + this.#clockSkewMs;
@@ -176,17 +181,18 @@ class Page {
 
   async #ask(name, key, [path, params]) {
     const shown = this.#shown[name];
+    const question = (shown.question = {}); // what is asked again has the same key
     shown.key = key;
     this.#setBusy(name, true);
     let arrivedAt = null;
     try {
       const arrived = await this.#api.ask(name, path, params, {isKept: true});
-      if (shown.key !== key) return; // a later question took its place
+      if (shown.question !== question) return; // a later one took its place
       ({arrivedAt} = arrived);
       shown.answer = arrived.answer;
       shown.error = null;
     } catch (error) {
-      if (shown.key !== key) return;
+      if (shown.question !== question) return;
       if (isCancelled(error)) shown.key = null;
       else shown.error = error;
     }
@@ -222,7 +228,7 @@ class Page {
   }
 
   #cancel() {
-    for (const name of ANSWERS) this.#api.cancel(name);
+    for (const name of ["status", ...ANSWERS]) this.#api.cancel(name);
     this.#toast("Cancelled. What is shown may belong to the last question.");
   }
 
