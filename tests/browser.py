@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from live import wait_for
-from playwright.sync_api import Browser, Locator, Page, Request, sync_playwright
+from playwright.sync_api import Browser, Error, Locator, Page, Request, sync_playwright
 
 ARGUMENTS = (
     "--no-sandbox",  # tests run as root
@@ -111,9 +111,12 @@ class Service:
         command += [f"--store={self.store}", f"--cache={self.folder / 'cache'}"]
         command += [f"--run-folder={self.folder / 'run'}"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        line = self.process.stderr.readline()
-        assert self.url in line, line + self.process.stderr.read()
+        said = []
+        for line in self.process.stderr:
+            said.append(line)
+            if self.url in line:
+                return
+        raise AssertionError("".join(said))
 
     def stop(self) -> None:
         with self.process:
@@ -203,12 +206,15 @@ class View:
         page.set_default_timeout(10_000)
         page.add_init_script(WATCH)
         page.on("console", lambda message: self._on_console(message.type, message.text))
-        page.on("pageerror", lambda error: self.complaints.append(f"exception: {error}"))
+        page.on("pageerror", self._on_exception)
         page.on("request", self._on_request)
 
     def _on_console(self, kind: str, text: str) -> None:
         if kind in {"error", "warning", "assert"}:
             self.complaints.append(f"console {kind}: {text}")
+
+    def _on_exception(self, error: Error) -> None:
+        self.complaints.append(f"exception: {error.stack or error.message}")
 
     def _on_request(self, request: Request) -> None:
         if not request.url.startswith(("http://127.0.0.1:", "data:", "blob:")):

@@ -2,27 +2,54 @@
 
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import profiles as some
 import pytest
 from browser import WIDE, Service, View, changes, chromium, serving
-from playwright.sync_api import Browser, Locator, expect
+from playwright.sync_api import Browser, Locator, Route, expect
+from stores import START_NS, at, put
 from targets import compile_target, running
 
 from profiler import demo
-from storage.objects import ObjectKey
+from storage.objects import DirectoryStore, ObjectKey
+from symbolizer.location import Kind, NamedLocation
 
 pytestmark = [pytest.mark.browser, pytest.mark.kernel]
 
 EVERFLAME = Path(sys.executable).with_name("everflame")
 RECORDED_S = 15
+HOSTILE_NAMES = (
+    "right-to-left \u202e gnp.exe",
+    "isolate \u2066 \u2069 mark \u200f",
+    "zero\u200bwidth\u2060\ufeff",
+    "nul \0 escape \x1b[31m bell \x07 c1 \x9b",
+    "two\nlines\u2028three\ttab",
+    '<img src=x onerror="window.hacked = 1">',
+    "</script><script>window.hacked = 1</script>",
+    "javascript:window.hacked=1",
+    "__proto__",
+    "constructor",
+    "toString",
+    'it\'s "quoted" `so` \\ {service="x"}',
+    "%3Cimg%3E &lt;b&gt; ${1} {{1}}",
+    "x" * 3000,
+    "long words " * 80,
+    "\U0001f525 emoji \U0001f469\u200d\U0001f467",
+    "\u05e2\u05d1\u05e8\u05d9\u05ea \u0645\u0631\u062d\u0628\u0627",
+    "Z\u0351\u036b\u0343\u036a\u0302\u0363\u034b\u0366a\u0334\u035f",
+    "\ud83d".encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"),
+    " ",
+)
 WINDOW_S = 5
 
 
@@ -78,6 +105,27 @@ def recording(tmp_path_factory) -> Recording:
 @pytest.fixture(scope="module")
 def service(recording, tmp_path_factory) -> Iterator[Service]:
     with serving(recording.store, tmp_path_factory.mktemp("service")) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> Iterator[Service]:
+    """A service over a store in which everything that has a name has one that would do harm."""
+    folder = tmp_path_factory.mktemp("hostile")
+    stacks = []
+    for i, name in enumerate(HOSTILE_NAMES):
+        function = NamedLocation(name, name, Kind.PYTHON, name, i, i)
+        labels = {"service": name, "version": name, "comm": name, "pod": name}
+        stacks.append((labels, [some.HANDLER, function, some.SQUARE], 5 + i))
+    plain = [some.named(f"function_{i:03}") for i in range(300)]
+    stacks += [({"service": "plain"}, [function], 1) for function in plain]
+    profile = some.build(stacks)
+    causes = dict.fromkeys(HOSTILE_NAMES, 2)
+    accounting = replace(profile.accounting, lost=causes, stops=causes)
+    profile = replace(profile, accounting=accounting)
+    for minute in range(3):
+        put(DirectoryStore(folder / "store"), at(profile, minute, HOSTILE_NAMES[0]))
+    with serving(folder / "store", folder) as service:
         yield service
 
 
@@ -357,6 +405,20 @@ class Keyboard(Mouse):
 @pytest.fixture(params=[Mouse, Keyboard], ids=["mouse", "keyboard"])
 def hand(request, visit, service, recording) -> Mouse:
     return request.param(visit(service.url + recording.address))
+
+
+# A line break of index.html is no part of a name; an option's value is not shown.
+UNSEEN = r"""() => {
+  const unseen = /[\p{C}\p{Zl}\p{Zp}\u034f\u115f\u1160\u3164\ufe00-\ufe0f]/u;
+  const texts = [document.title];
+  const shown = ["title", "placeholder", "aria-label", "aria-valuetext", "aria-description"];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_ALL);
+  for (let node = walker.currentNode; node; node = walker.nextNode()) {
+    if (node.nodeType === Node.TEXT_NODE) texts.push(node.data.replace(/\n */g, ""));
+    else texts.push(...shown.map((name) => node.getAttribute?.(name) ?? ""));
+  }
+  return texts.filter((text) => unseen.test(text));
+}"""
 
 
 def utc(seconds: int) -> str:
@@ -727,3 +789,244 @@ def test_dark_and_light_and_the_keys(hand, visit, service, recording):
     hand.press(dialog.get_by_role("button", name="Close"))
     expect(dialog).to_be_hidden()
     expect(page.locator("#help-button")).to_be_focused()
+
+
+def unseen_in(view: View) -> list[str]:
+    """Give texts anywhere in the document that hold what a reader could not see."""
+    return view.page.evaluate(UNSEEN)
+
+
+def test_hostile_names_are_shown_and_nothing_else(visit, hostile):
+    """Wherever a name stands nothing in it runs, hides, reorders or becomes part of the page."""
+    from_s = START_NS // 10**9
+    view = visit(f"{hostile.url}/?from={from_s}&until={from_s + 180}&tab=both")
+    page = view.page
+    mouse = Mouse(view)
+
+    def check() -> None:
+        assert unseen_in(view) == []
+        assert page.evaluate("[window.hacked, ({}).hacked, document.images.length]") == [
+            None,
+            None,
+            0,
+        ]
+        assert page.evaluate("document.scripts.length") == 1
+
+    check()
+    more = page.locator("#services").get_by_role("button", name=re.compile(r"^\d+ more$"))
+    mouse.press(more)
+    chips = page.locator("#services .chip-text")
+    assert chips.count() == len(HOSTILE_NAMES) + 1
+    assert r"right-to-left \u202e gnp.exe" in chips.all_inner_texts()
+    check()
+    page.locator("#coverage summary").click()
+    expect(page.locator("#coverage")).to_contain_text(r"right-to-left \u202e gnp.exe")
+    mouse.switch("#series", "version")
+    mouse.point_at_step(0, 3)
+    check()
+    mouse.switch("#series", "service")
+    mouse.press(page.get_by_role("button", name="Show more"))
+    assert page.locator("#pane-table tbody tr").count() > 300
+    mouse.filter("handler")
+
+    # Each function by its box, its tooltip and its panel.
+    keyboard = Keyboard(view)
+    keyboard.aim("plain")
+    for _ in HOSTILE_NAMES:
+        view.press("ArrowRight", "ArrowDown", "ArrowDown")
+        check()
+        view.press("ArrowUp", "ArrowUp")
+    for name in ("__proto__", "constructor", r"zero\u200bwidth\u2060\ufeff", HOSTILE_NAMES[5]):
+        page.goto(f"{hostile.url}/?from={from_s}&until={from_s + 180}")
+        mouse.press(more)
+        mouse.press(chips.get_by_text(name, exact=True))
+        assert [box.name for box in view.boxes()] == ["all", name, "handler", name, "square"]
+        mouse.zoom("handler", name)
+        expect(page.locator("#crumbs")).to_contain_text(name)
+        expect(page.locator("#panel h3")).to_have_text(name)
+        for action in ("Only with it", "Hide"):
+            mouse.press(page.locator("#panel").get_by_role("button", name=action))
+            expect(page.locator("#modifiers")).to_contain_text(name)
+            check()
+        assert [box.name for box in view.boxes()] == ["all", name, "handler", "square"]
+        mouse.search(name)
+        expect(page.locator("#found")).to_contain_text("1 box")
+        check()
+
+    page.goto(f"{hostile.url}/?from={from_s}&until={from_s + 180}")
+    page.locator("#selector-input").fill("service=")
+    expect(page.locator("#selector-list li")).to_have_count(len(HOSTILE_NAMES) + 1)
+    check()
+
+
+def test_a_hostile_address_is_only_a_strange_question(visit, hostile):
+    """What a link says is taken as text; what means nothing is read as its default."""
+    name = urllib.parse.quote("<img src=x onerror=window.hacked=1>\u202e\0")
+    from_s = START_NS // 10**9
+    for query in (
+        f"q=%7Bservice%3D%22{name}%22%7D&search={name}",
+        f"callers={name}&focus={name}&hide={name}&filter={name}&tab=table",
+        f"by={name}&series=__proto__&color=constructor&view=toString&tab=__proto__",
+        f"node={name}&select={name}&row={name}&group={name}&sort={name}&rows=1e9&over=..",
+        f"from={name}&until={name}&over={name}..{name}&tz=Mars",
+    ):
+        view = visit(hostile.url)
+        view.expect("status of 400")
+        view.page.goto(f"{hostile.url}/?from={from_s}&until={from_s + 180}&{query}")
+        assert view.state() in {"ready", "empty", "error"}
+        assert unseen_in(view) == []
+        assert view.page.evaluate("[window.hacked, document.images.length]") == [None, 0]
+
+
+def test_a_store_without_data_says_how_to_begin(visit, recording, tmp_path):
+    """Until the first object is there; looking again then shows it."""
+    (tmp_path / "store").mkdir()
+    with serving(tmp_path / "store", tmp_path) as service:
+        view = visit(service.url)
+        assert view.state() == "empty"
+        expect(view.page.locator("#state")).to_contain_text("No data yet")
+        expect(view.page.locator("#state")).to_contain_text("sudo everflame up")
+        expect(view.page.locator("#panes")).to_be_hidden()
+
+        shutil.copytree(recording.store, tmp_path / "store", dirs_exist_ok=True)
+        Mouse(view).press(view.page.get_by_role("button", name="Look again"))
+
+        assert view.state() == "ready"
+        expect(view.page.locator("#state")).to_be_hidden()
+
+
+@pytest.mark.parametrize("kind", [Mouse, Keyboard], ids=["mouse", "keyboard"])
+def test_every_dead_end_has_a_way_out(kind, visit, service, recording):
+    """No data in the range, nothing that matches, a box that is not there, a broken selector."""
+    view = visit(f"{service.url}/?from=1700000000&until=1700003600")
+    page, state, hand = view.page, view.page.locator("#state"), kind(view)
+    expect(state).to_contain_text("No data in this range")
+    hand.press(state.get_by_role("button", name=re.compile("^20..-..-.. ")).first)
+    assert view.state() == "ready"
+    expect(page.locator("#pane-graph")).to_be_visible()
+    view.back()
+    assert view.state() == "empty"
+
+    page.goto(f"{service.url}{recording.address}&q=%7Bservice%3D%22nobody%22%7D")
+    expect(state).to_contain_text("Nothing matches")
+    hand.press(state.get_by_role("button", name="chain"))
+    assert view.parameters()["q"] == '{service="chain"}'
+    assert view.state() == "ready"
+    view.back()
+    expect(state).to_contain_text('none of {service="nobody"}')
+    hand.press(state.get_by_role("button", name="Clear the selector"))
+    assert view.state() == "ready"
+
+    view.expect("status of 404")
+    page.goto(f"{service.url}{recording.address}&node=0123456789abcdef")
+    expect(state).to_contain_text("This box is not in this range")
+    hand.press(state.get_by_role("button", name="Zoom out"))
+    assert view.state() == "ready"
+    assert "node" not in view.parameters()
+    view.back()
+    assert view.state() == "error"
+
+    view.expect("status of 400")
+    page.goto(f"{service.url}{recording.address}&q=%7Bservice%3D")
+    assert view.state() == "error"
+    hand.press(state.get_by_role("button", name="Clear the selector"))
+    assert view.state() == "ready"
+    page.locator("#selector-input").fill("service=")
+    page.keyboard.press("Enter")
+    expect(page.locator("#selector-problem")).to_contain_text("at character")
+    expect(page.locator("#selector-input")).to_have_attribute("aria-invalid", "true")
+    assert "q" not in view.parameters()
+
+
+def test_a_damaged_object_is_named_and_the_rest_is_shown(visit, recording, tmp_path):
+    store = shutil.copytree(recording.store, tmp_path / "store")
+    damaged = store / recording.keys[1].text
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with serving(store, tmp_path) as service:
+        view = visit(service.url + recording.address)
+
+        assert view.state() == "ready"
+        expect(view.page.locator("#coverage .fact.bad")).to_contain_text(["1 object skipped"])
+        view.page.locator("#coverage summary").click()
+        expect(view.page.locator("#coverage")).to_contain_text(recording.keys[1].text)
+
+
+def test_the_last_graph_stays_while_the_store_is_away(visit, recording, tmp_path):
+    """Dimmed, with a notice; it comes back when the store does."""
+    store = shutil.copytree(recording.store, tmp_path / "store")
+    with serving(store, tmp_path) as service:
+        view = visit(service.url + recording.address)
+        view.expect("status of 503")
+        page, graph, notice = view.page, view.page.locator("#graph .flame"), "#notice"
+        canvas = view.seen()["canvas"]
+
+        store.rename(tmp_path / "away")
+        Mouse(view).press("#refresh")
+
+        assert view.state() == "error"
+        expect(graph).to_have_class(re.compile("is-dim"))
+        expect(page.locator(notice)).to_contain_text("Store away")
+        assert view.seen()["canvas"] == canvas
+        (tmp_path / "away").rename(store)
+        Mouse(view).press(page.locator(notice).get_by_role("button", name="Retry"))
+        assert view.state() == "ready"
+        expect(page.locator(notice)).to_be_empty()
+        expect(graph).not_to_have_class(re.compile("is-dim"))
+
+
+def test_what_is_asked_again_meanwhile_is_shown(visit, service, recording):
+    """A second refresh takes the place of the first one's questions, which are the same."""
+    view = visit(service.url + recording.address)
+    page, held = view.page, []
+    painted = "performance.getEntriesByName('everflame:first-paint').length"
+    before = page.evaluate(painted)
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/flamegraph?*", hold)
+    page.keyboard.press("r")
+    view.wait(lambda: held)
+    page.unroute_all()
+    page.keyboard.press("r")
+
+    view.wait(lambda: page.evaluate(painted) == before + 1)
+    assert view.state() == "ready"
+
+
+MOVING = "document.getAnimations().filter((each) => each.playState === 'running').length"
+
+
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_a_slow_answer_is_a_sign_and_can_be_cancelled(motion, visit, recording, tmp_path):
+    """Nothing moves for those who want nothing to move. A service that is gone is an error."""
+    with serving(recording.store, tmp_path) as service:
+        view = visit(service.url + recording.address, reduced_motion=motion)
+        page = view.page
+        cancel, notice = page.get_by_role("button", name="Cancel"), page.locator("#notice")
+        expect(cancel).to_be_hidden()
+
+        service.process.send_signal(signal.SIGSTOP)
+        page.locator("#refresh").click()
+        expect(cancel).to_be_visible()
+        assert (page.evaluate(MOVING) > 0) == (motion == "no-preference")
+        cancel.click()
+        expect(cancel).to_be_hidden()
+        expect(page.locator("#toast")).to_contain_text("Cancelled")
+        assert view.state() == "ready"
+        service.process.send_signal(signal.SIGCONT)
+        Mouse(view).press("#refresh")
+        assert view.state() == "ready"
+
+        if motion == "reduce":
+            return
+        view.expect("ERR_CONNECTION_REFUSED|ERR_CONNECTION_RESET|ERR_EMPTY_RESPONSE")
+        service.stop()
+        Mouse(view).press(page.locator("#services").get_by_role("button", name="chain"))
+        assert view.state() == "error"
+        expect(notice).to_contain_text("The service does not answer")
+        expect(page.locator("#graph")).to_be_visible()
+        service.start()
+        Mouse(view).press(notice.get_by_role("button", name="Retry"))
+        assert view.state() == "ready"
+        assert [box.name for box in view.boxes() if box.row == 1] == ["chain"]
