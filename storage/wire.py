@@ -29,7 +29,7 @@ from storage.columns import (
     ranges,
     times_of,
 )
-from storage.profile import Integers, Labels, make_labels
+from storage.profile import Indices, Integers, Labels, make_labels
 from symbolizer.location import Kind, Module
 from symbolizer.text import READABLE_LIMIT, readable
 
@@ -44,6 +44,9 @@ _PlainMessage: Any = pprof.message_class("everflame.wire_labels")
 
 _NUMBER_LIMIT = 2**31
 """Lines and ids beyond it are left to the thorough reader."""
+
+_LONGEST = 10
+"""Bytes of a number of 64 bits."""
 
 _NO_USUAL = (Kind.REST, "\n")
 """What no text of a file can say: names hold no line ends."""
@@ -103,9 +106,9 @@ def _decode_ours(content: bytes, hasher: Hasher) -> Columns:
     _require((ordered[1:] != ordered[:-1]).all())
     stack_hashes = hash_stacks(hashes, stacks.offsets, stacks.words)
     _, first, which = np.unique(stack_hashes, return_index=True, return_inverse=True)
-    starts, ends = stacks.offsets[first], stacks.offsets[first + 1]
     rows = np.stack([label_numbers, which], axis=1)
     _require(len(np.unique(rows[:, 0] * (len(first) + 1) + rows[:, 1])) == len(rows))
+    lengths = stacks.offsets[first + 1] - stacks.offsets[first]
     times, time_counts = times_of(rows, stacks.counts)
     return Columns(
         type=ours.type,
@@ -122,8 +125,8 @@ def _decode_ours(content: bytes, hasher: Hasher) -> Columns:
         frame_offsets=places.frame_offsets,
         frames=places.frames,
         stack_hashes=stack_hashes[first],
-        stack_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(ends - starts)]),
-        stack_words=stacks.words[ranges(starts, ends - starts)],
+        stack_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        stack_words=stacks.words[ranges(stacks.offsets[first], lengths)],
         rows=rows,
         counts=stacks.counts,
         objects=object_of(ours.window, ours.accounting),
@@ -189,7 +192,7 @@ class _Varints(NamedTuple):
     """All variable-length integers of some bytes that hold nothing else."""
 
     values: _Unsigned
-    """Of 32 bits where all have at most four bytes, else of 64."""
+    """Of 32 bits where all fit, else of 64."""
     ends: Integers
     """Position of each one's last byte."""
 
@@ -198,30 +201,59 @@ class _Varints(NamedTuple):
         if len(content) == 0:
             return cls(np.zeros(0, np.uint64), np.zeros(0, np.int64))
         _require(content[-1] < 0x80)
-        is_end = content < 0x80
-        low = content & 0x7F
-        ends = np.flatnonzero(is_end)
-        # The last byte holds the highest bits. Nearly all numbers have one byte or two.
-        has_more = ~is_end[ends - 1]
-        has_more[0] = ends[0] > 0
-        values = low[ends].astype(np.uint32)
-        values <<= has_more * np.uint32(7)
-        values |= low[ends - 1] * has_more
-        long = np.flatnonzero(has_more)
-        long = long[(ends[long] > 1) & ~is_end[ends[long] - 2]]
-        if len(long) == 0:
-            return cls(values, ends)
-        at = ends[long]
-        lengths = at - np.where(long > 0, ends[long - 1], -1)
-        _require(lengths.max() <= 10)
-        numbers = low[at].astype(np.uint64)
-        for i in range(1, int(lengths.max())):
-            mine = lengths > i
-            numbers[mine] = (numbers[mine] << np.uint64(7)) | low[at[mine] - i]
-        if lengths.max() > 4:
-            values = values.astype(np.uint64)
-        values[long] = numbers
-        return cls(values, ends)
+        ends = np.flatnonzero(content < 0x80)
+        return cls(_numbers_at(content, ends), ends)
+
+
+def _numbers_at(content: _Bytes, ends: Integers) -> _Unsigned:
+    """Read the variable-length integers that end at these bytes.
+
+    Before the first of them, in front of `content`, must be an end too.
+    """
+    # The last byte holds the highest bits. Nearly all numbers have one byte or two.
+    values = content.take(ends).astype(np.uint32)
+    before = content.take(ends - 1, mode="wrap")
+    if len(ends) and ends[0] == 0:
+        before[0] = 0
+    has_more = before >> 7
+    values <<= has_more * np.uint8(7)
+    values |= (before & 0x7F) * has_more
+    long = np.flatnonzero(has_more)
+    long = long[(content.take(ends[long] - 2, mode="wrap") >= 0x80) & (ends[long] > 1)]
+    if len(long) == 0:
+        return values
+    numbers = values[long].astype(np.uint64)
+    at, left = ends[long] - 2, np.arange(len(long))
+    for _ in range(2, _LONGEST):
+        numbers[left] = (numbers[left] << np.uint64(7)) | (content[at[left]] & 0x7F)
+        left = left[at[left] > 0]
+        at -= 1
+        left = left[content[at[left]] >= 0x80]
+        if len(left) == 0:
+            break
+    else:
+        raise _UnusualError
+    if numbers.max() >= 1 << 32:
+        values = values.astype(np.uint64)
+    values[long] = numbers
+    return values
+
+
+def _numbers_from(content: _Bytes, starts: Integers) -> tuple[Hashes, Integers]:
+    """Read the variable-length integers that begin at these bytes. Give them and where they end.
+
+    One that goes past the end of `content` ends there or is refused.
+    """
+    values = np.zeros(len(starts), dtype=np.uint64)
+    at, left = starts.copy(), np.arange(len(starts))
+    for i in range(_LONGEST):
+        byte = content.take(at[left], mode="clip")
+        values[left] |= (byte & np.uint64(0x7F)) << np.uint64(7 * i)
+        at[left] += 1
+        left = left[byte >= 0x80]
+        if len(left) == 0:
+            return values, at
+    raise _UnusualError
 
 
 class _Pairs(NamedTuple):
@@ -381,11 +413,12 @@ class _Locator:
     def _describe(self, mapping: Any) -> tuple[int, int, int]:
         """Give the texts of a mapping's build id (-1: named code), kind and module."""
         build_id = self._strings[mapping.build_id] if self._is_string(mapping.build_id) else ""
+        has_place = self._is_string(mapping.filename)
         if build_id:
             module = self._modules.get(build_id)
             kind, name = (module.kind, module.name) if module else (Kind.NATIVE, build_id)
             return mapping.build_id, self._strings.number(kind), self._strings.number(name)
-        place = self._strings[mapping.filename] if self._is_string(mapping.filename) else ""
+        place = self._strings[mapping.filename] if has_place else ""
         _require(place.strip("[]") in set(Kind))
         return -1, self._strings.number(place.strip("[]")), self._strings.number(place)
 
@@ -423,68 +456,71 @@ class _Locator:
 
 class _Samples(NamedTuple):
     offsets: Integers
-    words: Integers
+    words: Indices
     counts: Integers
     labels: list[bytes]
     """Each sample's labels as they stand in the file."""
 
 
 def _read_samples(messages: Sequence[bytes], locations: int) -> _Samples:
+    """Read the samples, the last one first: their words are then root first as they stand."""
     content = b"".join(messages)
     data = np.frombuffer(content, np.uint8)
     lengths = np.fromiter(map(len, messages), np.int64, len(messages))
     _require((lengths >= 4).all())
     ends = np.cumsum(lengths)
     at = ends - lengths
-    values, number_ends = _Varints.of(data)
-    # Which number begins at each byte; the one after the last begins at the end.
-    number_at = np.full(len(data) + 1, -1, dtype=np.int32)
-    number_at[0] = 0
-    number_at[number_ends + 1] = np.arange(1, len(number_ends) + 1, dtype=np.int32)
     # location_id, if the stack is not empty: a tag, a length, and as many bytes of numbers.
     has_stack = data[at] == 0x0A
-    stack_length, at = _packed(values, number_at, at, has_stack)
-    _require((at < ends).all())
-    first, past = number_at[at - stack_length], number_at[at]
-    _require((data[at] == 0x12).all())
-    value_length, values_end = _packed(values, number_at, at, np.ones(len(at), dtype=bool))
+    length, first = _lengths_from(data, at + 1, has_stack)
+    first = np.where(has_stack, first, at)
+    past = first + length
+    _require((past < ends).all())
+    _require((data[past] == 0x12).all())
+    # The two values, and behind them labels.
+    length, value_at = _lengths_from(data, past + 1, np.ones(len(at), dtype=bool))
+    values_end = value_at + length
     _require((values_end <= ends).all())
-    value_at = number_at[values_end - value_length]
-    _require((value_at >= 0).all() and (number_at[values_end] - value_at == 2).all())
-    _require((first >= 0).all() and (past >= first).all())
-    counts = np.stack([values[value_at], values[value_at + 1]], axis=1)
-    limit = np.uint64(pprof.COUNT_LIMIT)
-    _require((counts < limit).all() and (counts.sum(axis=0, dtype=np.float64) < 2.0**61).all())
-    kept = counts.any(axis=1)
-    first, past = first[kept].astype(np.int64), past[kept].astype(np.int64)
-    depths = past - first
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(depths)])
-    # Leaf first in the file, root first here: the k-th word of a stack is its k-th from the end.
-    words = values[np.repeat(past - 1 + offsets[:-1], depths) - np.arange(int(offsets[-1]))]
+    samples, value_at = _numbers_from(data, value_at)
+    values, value_at = _numbers_from(data, value_at)
+    _require(np.array_equal(value_at, values_end))
+    counts = np.stack([samples, values], axis=1)
+    _require((counts < np.uint64(pprof.COUNT_LIMIT)).all())
+    _require((counts.sum(axis=0, dtype=np.float64) < 2.0**61).all())
+    words, depths = _read_words(data, first, past)
     _require(((words >= 1) & (words <= locations)).all())
+    kept = np.flatnonzero(counts.any(axis=1))[::-1]
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(depths[::-1])])
+    words = words[::-1]
+    if len(kept) < len(counts):
+        mine = len(counts) - 1 - kept
+        words = words[ranges(offsets[mine], depths[kept])]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(depths[kept])])
     bounds = zip(values_end[kept].tolist(), ends[kept].tolist(), strict=True)
     labels = [content[start:end] for start, end in bounds]
-    return _Samples(offsets, words.astype(np.int64) - 1, counts[kept].astype(np.int64), labels)
+    return _Samples(offsets, words - 1, counts[kept].astype(np.int64), labels)
 
 
-def _packed(
-    values: _Unsigned,
-    number_at: npt.NDArray[np.int32],
-    at: Integers,
-    present: npt.NDArray[np.bool_],
+def _lengths_from(
+    data: _Bytes, at: Integers, present: npt.NDArray[np.bool_]
 ) -> tuple[Integers, Integers]:
-    """Give the length of a field of bytes at `at`, where present, and where it ends."""
-    length_at = number_at[np.where(present, at + 1, 0)]
-    _require((length_at >= 0).all() and (length_at + 1 < len(values)).all())
-    length = np.where(present, values[length_at], 0)
-    _require((length < _NUMBER_LIMIT).all())
-    length = length.astype(np.int64)
-    # The length's own bytes: one for each seven bits.
-    own = 1 + (length >= 1 << 7) + (length >= 1 << 14) + (length >= 1 << 21) + (length >= 1 << 28)
-    end = np.where(present, at + 1 + own + length, at)
-    _require((end < len(number_at)).all())
-    _require((number_at[end] >= 0).all())
-    return length, end
+    """Read the lengths that begin at these bytes, 0 where none is present, and where they end."""
+    lengths, ends = _numbers_from(data, at)
+    lengths[~present] = 0
+    _require((lengths < _NUMBER_LIMIT).all())
+    return lengths.astype(np.int64), ends
+
+
+def _read_words(data: _Bytes, first: Integers, past: Integers) -> tuple[Indices, Integers]:
+    """Give the numbers between these bounds one after the other, and how many are in each."""
+    is_end = data < 0x80
+    _require(is_end[past[past > first] - 1].all())
+    bounds = np.stack([first, past], axis=1).reshape(-1)
+    between = np.diff(bounds, prepend=0, append=len(data))
+    ends = np.flatnonzero(is_end & np.repeat(np.arange(len(between)) % 2 == 1, between))
+    words = _numbers_at(data, ends)
+    _require((words < _NUMBER_LIMIT).all())
+    return words.astype(np.int32), np.diff(np.searchsorted(ends, past), prepend=0)
 
 
 def _read_labels(

@@ -114,6 +114,26 @@ def test_our_own_objects_take_the_fast_way():
         assert wire._decode_ours(plain, HASHER).profile() == profile
 
 
+def test_numbers_of_three_bytes_are_read_fast_too():
+    """An object with more than 2^14 locations: its stacks' words are longer than most."""
+    profile = some.synthetic(300, 20, 40_000)
+    plain = pprof.decompress(pprof.encode(profile), 1 << 26)
+
+    assert wire._decode_ours(plain, HASHER).profile() == profile
+
+
+def test_a_string_that_is_not_there_is_refused_where_nobody_looks_at_it():
+    """A mapping with a build id needs no file name; a damaged one still damages the file."""
+    plain = pprof.decompress(pprof.encode(some.sample_profile()), 1 << 20)
+    damaged = pprof.message_class("everflame.test")()
+    damaged.ParseFromString(plain)
+    damaged.mapping[1].filename = 99
+
+    for read in (pprof.decode, lambda content: wire.decode(content, HASHER)):
+        with pytest.raises(ProfileError, match="no string number 99"):
+            read(damaged.SerializeToString())
+
+
 @settings(max_examples=300)
 @given(st.data())
 def test_a_changed_byte_is_read_as_the_thorough_reader_reads_it(data):
