@@ -372,7 +372,8 @@ class Query:
         keys, name = tuple(each.stored.key for each in objects), self._name(objects)
         known = self._cache.load(Columns, name)
         if known is not None:
-            yield _Loaded(keys, known[0], tuple(Skipped(*each) for each in known[1]))
+            # One object is a span of its own, too, and then has no note of what was skipped.
+            yield _Loaded(keys, known[0], tuple(Skipped(*each) for each in known[1] or ()))
             return
         size = min(_CHUNK, -(-len(objects) // 2))
         chunks = [objects[i : i + size] for i in range(0, len(objects), size)]
@@ -394,7 +395,8 @@ class Query:
         keys, name = tuple(each.stored.key for each in objects), self._name(objects)
         known = self._cache.load(Sums, name)
         if known is not None:
-            yield _Loaded(keys, known[0], tuple(Skipped(*each) for each in known[1]))
+            # One object is a span of its own, too, and then has no note of what was skipped.
+            yield _Loaded(keys, known[0], tuple(Skipped(*each) for each in known[1] or ()))
             return
         for loaded in self._columns_of_span(objects, pool):
             sums = loaded.with_sums(self._hasher)

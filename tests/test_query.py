@@ -298,6 +298,15 @@ def test_whole_hours_answer_as_their_objects_do(store, query, tmp_path):
         assert hours[3:] == objects[3:]
 
 
+def test_a_lone_object_answers_for_its_hour_and_for_itself(store, query):
+    """Asked for a part of its hour first, it is cached as what the whole hour holds as well."""
+    put(store, at(small(0), 7))
+
+    for window in (minutes(5, 9), minutes(0, 60), minutes(5, 9)):
+        assert query.profile(window).profile.total_samples == small(0).total_samples
+        assert query.labels(window)["host"] == {"web-1": small(0).total_samples}
+
+
 def test_a_late_object_is_found_in_an_hour_that_was_merged_already(store, query):
     """The name of what is kept says what it was made from."""
     put(store, at(small(1), 1))
