@@ -477,7 +477,7 @@ class Page {
           button({text: "Last hour", click: () => this.#change({from: "now-1h", until: "now"})})),
       ].filter(Boolean);
     }
-    if (empty?.reason === "nothing_matches") {
+    if (empty?.reason === "nothing_matches" && this.#matchers.length) {
       const services = empty.services ?? [];
       return [
         el("h3", {text: "Nothing matches"}),
