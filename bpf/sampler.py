@@ -307,6 +307,7 @@ def _ask_child(request: bytes) -> dict[str, int]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=[theirs.fileno()],
+            process_group=0,  # a Ctrl-C is for who waits for it
             env={
                 "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
                 "LC_ALL": "C.UTF-8",

@@ -425,7 +425,7 @@ def run(options: AgentOptions, beside: Beside | None = None) -> dict[str, Any]:
         log.info("%s", greeting(options))
         try:
             beside.start()
-            spool = Spool(options.spool, options.spool_limit_bytes)
+            spool = _open_spool(options)
             with Recorder(config, rules=options.rules, commands=beside.commands) as recorder:
                 signals.watch(recorder.fileno())
                 signals.watch(socket.fileno())
@@ -437,6 +437,15 @@ def run(options: AgentOptions, beside: Beside | None = None) -> dict[str, Any]:
                 return agent.status()
         finally:
             beside.end()
+
+
+def _open_spool(options: AgentOptions) -> Spool:
+    try:
+        return Spool(options.spool, options.spool_limit_bytes)
+    except OSError as error:
+        raise RefusedError(
+            f"cannot keep windows in {options.spool}: {error.strerror} (choose another --spool)"
+        ) from error
 
 
 def greeting(options: AgentOptions) -> str:

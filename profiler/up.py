@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -157,7 +158,7 @@ class Companions(Beside):
 
     def status(self) -> dict[str, Any]:
         pid = self._service.pid
-        return {"service": {"pid": pid, "starts": self._service.starts, **_cost_of(pid)}}
+        return {"service": {"pid": pid, "starts": self._service.starts, **_cost_with_workers(pid)}}
 
     def end(self) -> None:
         children = [child for child in (self._service, self._demo) if child is not None]
@@ -165,6 +166,18 @@ class Companions(Beside):
             child.ask_to_end()
         for child in children:
             child.end(_GRACE_S)
+
+
+def _cost_with_workers(pid: int) -> dict[str, int]:
+    """Give what a process and its children take; nothing if there is no such process."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended, or the kernel does not tell (CONFIG_PROC_CHILDREN)
+        children = []
+    total = Counter(_cost_of(pid))
+    for child in children if total else ():
+        total.update(_cost_of(int(child)))
+    return dict(total)
 
 
 def _cost_of(pid: int) -> dict[str, int]:

@@ -97,6 +97,14 @@ def descendants_of(pid: int) -> set[int]:
     return found.union(*(descendants_of(child) for child in found))
 
 
+def commands_below(pid: int) -> list[str]:
+    commands = []
+    for each in descendants_of(pid):
+        with contextlib.suppress(OSError):
+            commands.append(Path(f"/proc/{each}/cmdline").read_bytes().decode())
+    return commands
+
+
 def status_of(pid: int) -> dict[str, str]:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -216,6 +224,29 @@ def test_a_signal_closes_and_stores_the_last_window(number, up, place) -> None:
 
 @needs_service
 @pytest.mark.kernel
+def test_a_ctrl_c_while_it_starts_ends_it_as_later(place) -> None:
+    """It reaches all processes of the terminal, and the one that compiles would die of it."""
+    command = [EVERFLAME, *place.arguments()]
+    with (
+        (place.root / "talk").open("wb") as talk,
+        running(*command, env=place.environment, stderr=talk, process_group=0) as process,
+    ):
+        wait_until(lambda: any("bpf.compile" in each for each in commands_below(process.pid)))
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) == 0
+
+    assert "Traceback" not in place.talk
+    assert "stored " in place.talk
+
+
+@needs_service
+@pytest.mark.kernel
+def test_the_address_is_told_once(up, place) -> None:
+    assert place.talk.count("http://") == 1
+
+
+@needs_service
+@pytest.mark.kernel
 def test_a_second_one_says_so_in_one_line(up, place) -> None:
     line = refusal(place)
 
@@ -246,6 +277,28 @@ def test_a_store_that_cannot_be_written_is_one_line_with_a_remedy(place) -> None
     assert line.startswith("everflame: cannot write ")
     assert line.endswith("(use another --store)")
     assert not (place.root / "spool").exists()
+    assert not processes_of(place)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("listen", ["0.0.0.0:4040", "[::]:4040", "192.0.2.1:4040"])
+def test_an_address_that_is_not_loopback_is_one_line_with_a_remedy(listen, place) -> None:
+    line = refusal(place, f"--listen={listen}")
+
+    assert "only loopback is served" in line
+    assert "ssh -L 4040:127.0.0.1:4040" in line
+    assert list(place.root.iterdir()) == []
+
+
+@pytest.mark.kernel
+def test_a_spool_that_cannot_be_made_is_one_line_with_a_remedy(place) -> None:
+    talk = place.run(*place.arguments("--spool=/proc/everflame")).stderr
+
+    assert talk.splitlines()[-1] == (
+        "everflame: cannot keep windows in /proc/everflame: No such file or directory"
+        " (choose another --spool)"
+    )
+    assert "Traceback" not in talk
     assert not processes_of(place)
 
 
