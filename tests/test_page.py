@@ -15,13 +15,15 @@ from pathlib import Path
 
 import profiles as some
 import pytest
-from browser import WIDE, Service, View, changes, chromium, serving
+from axe_playwright_python.sync_playwright import Axe
+from browser import NARROW, WIDE, Service, View, changes, chromium, serving
 from playwright.sync_api import Browser, Locator, Route, expect
 from stores import START_NS, at, put
 from targets import compile_target, running
 
 from profiler import demo
 from storage.objects import DirectoryStore, ObjectKey
+from storage.profile import Accounting
 from symbolizer.location import Kind, NamedLocation
 
 pytestmark = [pytest.mark.browser, pytest.mark.kernel]
@@ -1030,3 +1032,161 @@ def test_a_slow_answer_is_a_sign_and_can_be_cancelled(motion, visit, recording, 
         Mouse(view).press(notice.get_by_role("button", name="Retry"))
         assert view.state() == "ready"
         assert [box.name for box in view.boxes() if box.row == 1] == ["chain"]
+
+
+def test_an_idle_machine_is_no_dead_end(visit, tmp_path):
+    """Ticks without a sample are told as what they are."""
+    store = DirectoryStore(tmp_path / "store")
+    idle = some.build([], accounting=Accounting(cpus=2, profiled_ns=60 * 10**9, ticks=7, idle=7))
+    put(store, at(idle, 0))
+    with serving(tmp_path / "store", tmp_path) as service:
+        view = visit(f"{service.url}/?from={START_NS // 10**9}&until={START_NS // 10**9 + 60}")
+
+        expect(view.page.locator("#state")).to_contain_text("The CPUs were idle in this range")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_bars_people_with_other_senses(scheme, visit, service, hostile, recording):
+    """axe-core finds nothing serious in any view, state, menu or size; contrast in the dark."""
+    view = visit(service.url + recording.address, color_scheme=scheme)
+    page, mouse = view.page, Mouse(view)
+    chain = f"{service.url}{recording.address}&q=%7Bservice%3D%22chain%22%7D"
+
+    assert barriers(view) == []
+    for opener in ("#range-button", "#download-menu button", "#selector-input", "#help-button"):
+        mouse.press(opener)
+        if opener == "#selector-input":
+            expect(page.locator("#selector-list li").first).to_be_visible()
+        assert barriers(view) == []
+        page.keyboard.press("Escape")
+    page.locator("#coverage summary").click()
+    mouse.switch("#series", "version")
+    mouse.switch("#tab", "table")
+    mouse.choose_row("outer")
+    assert barriers(view) == []
+    for address in (
+        f"{chain}&tab=both&focus=outer&hide=inner&search=middle&view=flame&color=module",
+        f"{service.url}{recording.address}&invert=1&by=&over=1700000000..1900000000",
+        f"{service.url}/?from=1700000000&until=1700003600",
+        f"{service.url}{recording.address}&q=%7Bservice%3D%22nobody%22%7D",
+        f"{service.url}{recording.address}&node=0123456789abcdef",
+        f"{hostile.url}/?from={START_NS // 10**9}&until={START_NS // 10**9 + 180}&tab=both",
+    ):
+        view.expect("status of 404")
+        page.goto(address)
+        assert barriers(view) == []
+    page.set_viewport_size(NARROW)
+    for address in (chain, f"{chain}&tab=table"):
+        page.goto(address)
+        assert barriers(view) == []
+
+
+def barriers(view: View) -> list[str]:
+    view.settle()
+    options = {"resultTypes": ["violations"]}
+    if view.page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches"):
+        options["runOnly"] = ["color-contrast"]
+    found = Axe().run(view.page, options=options).response["violations"]
+    return [
+        f"{each['impact']} {each['id']}: {node['target']} {node['failureSummary']}"
+        for each in found
+        if each["impact"] in {"serious", "critical"}
+        for node in each["nodes"]
+    ]
+
+
+def test_the_page_fits_a_phone_and_large_type(visit, service, hostile, recording):
+    """At 400 px, and at half of 1280 as at 200 %, no view, state or menu makes the page scroll
+    sideways, and no control lies outside of it.
+    """
+    hostile_range = f"from={START_NS // 10**9}&until={START_NS // 10**9 + 180}"
+    view = visit(service.url, viewport=NARROW)
+    view.expect("status of 404")
+    page, mouse = view.page, Mouse(view)
+    for width in (400, 640):
+        page.set_viewport_size({"width": width, "height": 800})
+        for address in (
+            f"{service.url}{recording.address}&over=1700000000..1900000000",
+            f"{service.url}{recording.address}&tab=table",
+            f"{service.url}/?from=1700000000&until=1700003600",
+            f"{service.url}{recording.address}&node=0123456789abcdef",
+            f"{hostile.url}/?{hostile_range}&tab=table&series=version",
+            f"{hostile.url}/?{hostile_range}&focus={'x' * 999}&q=%7Bservice%21%3D%22x%22%7D",
+        ):
+            page.goto(address)
+            view.settle()
+            assert outside(view) == []
+        page.goto(service.url + recording.address)
+        view.settle()
+        for opener in ("#range-button", "#download-menu button", "#help-button"):
+            mouse.press(opener)
+            assert outside(view) == []
+            page.keyboard.press("Escape")
+        page.locator("#coverage summary").click()
+        view.click_box("chain", "outer")
+        expect(page.locator("#panel")).to_be_visible()
+        assert outside(view) == []
+
+
+# What lies in something that scrolls by itself can be reached there.
+OUTSIDE = """() => {
+  const {scrollWidth, clientWidth} = document.documentElement;
+  const controls = document.querySelectorAll("a, button, input, select, summary, h3, canvas, p");
+  const isBeyond = (each) => {
+    const {left, right, width} = each.getBoundingClientRect();
+    return width > 1 && (left < -1 || right > clientWidth + 1);
+  };
+  const scrolls = (each) => {
+    for (let at = each.parentElement; at && at !== document.body; at = at.parentElement) {
+      if (["auto", "scroll"].includes(getComputedStyle(at).overflowX)) return true;
+    }
+    return false;
+  };
+  const beyond = [...controls].filter((each) => each.checkVisibility() && isBeyond(each));
+  return [
+    ...(scrollWidth > clientWidth ? [`${scrollWidth} px in ${clientWidth}`] : []),
+    ...beyond.filter((each) => !scrolls(each)).map((each) => each.outerHTML.slice(0, 200)),
+  ];
+}"""
+
+
+def outside(view: View) -> list[str]:
+    return view.page.evaluate(OUTSIDE)
+
+
+# What shows the focus may stand around the control, as a label does around a radio button.
+FOCUSED = """() => {
+  const control = document.activeElement;
+  if (control === document.body) return null;
+  const number = [...document.querySelectorAll("*")].indexOf(control);
+  const name = control.id ? `#${control.id}` : `${control.localName} ${number}`;
+  const around = control.closest("label, .flame-scroller") ?? control;
+  const {x, y, width, height} = around.getBoundingClientRect();
+  const [left, top] = [Math.max(0, x - 6), Math.max(0, y - 6)];
+  const seen = Math.min(height + 12, innerHeight - top);
+  return {name, x: left, y: top, width: width + 12, height: seen};
+}"""
+
+
+def test_the_focus_is_seen_wherever_it_goes(visit, service, recording):
+    """Tab reaches each control once, and each looks otherwise with the focus than without."""
+    view = visit(f"{service.url}{recording.address}&q=%7Bservice%3D%22chain%22%7D&focus=outer")
+    page = view.page
+    view.click_box("outer")
+    page.reload()
+    view.settle()
+    reached = []
+    while True:
+        page.keyboard.press("Tab")
+        place = page.evaluate(FOCUSED)
+        if place is None or place["name"] in reached:
+            break
+        reached.append(place["name"])
+        clip = {name: place[name] for name in ("x", "y", "width", "height")}
+        focused = page.screenshot(clip=clip, caret="hide")
+        page.evaluate("window.focused = document.activeElement; document.activeElement.blur()")
+        assert page.screenshot(clip=clip, caret="hide") != focused, place["name"]
+        page.evaluate("window.focused.focus({focusVisible: true, preventScroll: true})")
+    assert len(reached) > 40
+    for name in ("#selector-input", "#range-button", "#refresh", "#copy-link", "#search", "#by"):
+        assert name in reached
