@@ -6,7 +6,7 @@ what stands below a box, only stacks with a function, its callers, the inverted 
 paths, and these are drawn (`profiler.flamegraph`) or added up (`functions`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
@@ -18,6 +18,10 @@ from storage.profile import Indices, Integers, Profile, label_frames
 from symbolizer.location import Frame, Kind
 
 ROOT = Frame("all", "", Kind.LABEL)
+
+_PART_BOXES = 1 << 17
+"""Boxes looked at together: what is made of them for the moment stays in a CPU's cache, and an
+hour of a fleet does not take ten times its own memory."""
 
 
 class Group(StrEnum):
@@ -82,15 +86,15 @@ class Paths:
         boxes = stacks.boxes
         if depth:
             lengths = ends - starts + depth
-            table = np.array([[number[frame] for frame in head] for head in heads], np.int32)
             path_ends = np.cumsum(lengths)
             path_starts = path_ends - lengths
-            # Every place takes from its stack; the first ones of each path are then labels.
-            shift = np.repeat(starts - path_starts - depth, lengths)
-            taken = np.maximum(np.arange(len(shift)) + shift, 0)
-            boxes = stacks.boxes[taken] if len(stacks.boxes) else np.zeros(len(taken), np.int32)
+            boxes = np.empty(int(lengths.sum()), dtype=np.int32)
+            table = np.array([[number[frame] for frame in head] for head in heads], np.int32)
             for i in range(depth):
                 boxes[path_starts + i] = table[profile.row_labels, i]
+            for part in _parts(starts, ends):
+                to = (path_starts[part.rows] + depth)[part.owner] + part.within
+                boxes[to] = stacks.boxes.take(part.place)
             starts, ends = path_starts, path_ends
         return cls(
             unit=profile.unit,
@@ -115,10 +119,12 @@ class Paths:
 
     def inverted(self) -> "Paths":
         """Give the paths leaf first; their labels stay where they are."""
-        starts, lengths, owner, within = self.places()
-        turned = starts[owner] + self.heads + (lengths[owner] - 1 - within)
-        place = np.where(within < self.heads, starts[owner] + within, turned)
-        return self._taken(place, lengths)
+
+        def turn(part: _Part) -> Integers:
+            last = self.ends[part.rows] - 1 + self.heads
+            return np.where(part.within < self.heads, part.place, last[part.owner] - part.within)
+
+        return self._turned(turn)
 
     def callers(self, function: str) -> "Paths":
         """Give what called a function, nearest first; it is the root itself.
@@ -128,18 +134,14 @@ class Paths:
         wanted = self._boxes_of(function)
         last = self._last_with(wanted)
         kept = np.flatnonzero(last >= 0)
-        chosen = replace(self._only(kept), ends=last[kept])
-        _, lengths, owner, within = chosen.places()
+        chosen = replace(self._only(kept), ends=last[kept], heads=0)
         numbers = np.flatnonzero(wanted)
         root = self.frames[numbers[0]] if len(numbers) else Frame(function, "", Kind.NATIVE)
-        return replace(
-            chosen,
-            boxes=self.boxes[chosen.ends[owner] - 1 - within],
-            starts=np.cumsum(lengths) - lengths,
-            ends=np.cumsum(lengths),
-            root=root,
-            heads=0,
-        )
+
+        def turn(part: _Part) -> Integers:
+            return (chosen.ends[part.rows] - 1)[part.owner] - part.within
+
+        return replace(chosen._turned(turn), root=root)  # noqa: SLF001 - paths like these
 
     def focus(self, function: str) -> "Paths":
         """Keep the paths that have a function."""
@@ -147,12 +149,17 @@ class Paths:
 
     def hide(self, function: str) -> "Paths":
         """Take a function out of all paths; what it called stands where it stood."""
-        starts, _, owner, within = self.places()
-        place = starts[owner] + within
-        kept = ~self._boxes_of(function)[self.boxes[place]]
+        hidden = self._boxes_of(function)
         lengths = np.zeros(len(self.starts), dtype=np.int64)
-        np.add.at(lengths, owner[kept], 1)
-        return self._taken(place[kept], lengths)
+        pieces = [np.zeros(0, dtype=np.int32)]
+        for part in self._parts():
+            boxes = self.boxes.take(part.place)
+            kept = ~hidden.take(boxes)
+            pieces.append(boxes[kept])
+            counts = lengths[part.rows]
+            counts += np.bincount(part.owner[kept], minlength=len(counts))
+        ends = np.cumsum(lengths)
+        return replace(self, boxes=np.concatenate(pieces), starts=ends - lengths, ends=ends)
 
     def through(self, path: Sequence[int]) -> "Paths":
         """Give the paths that begin with these boxes, from the last of them on."""
@@ -183,14 +190,17 @@ class Paths:
             return wanted in frame.function.casefold() or wanted in frame.module.casefold()
 
         is_match = np.fromiter(map(matches, self.frames), bool, len(self.frames))
+        is_found = np.zeros(len(self.starts), dtype=bool)
+        is_used = np.zeros(len(self.frames), dtype=bool)
+        for part in self._parts():
+            boxes = self.boxes.take(part.place)
+            hits = np.flatnonzero(is_match.take(boxes))
+            is_used[boxes[hits]] = True
+            is_found[part.rows][part.owner[hits]] = True
         if self.root is not ROOT and matches(self.root):
-            found = np.arange(len(self.starts))
-        else:
-            found = np.flatnonzero(self._last_with(is_match) >= 0)
-        starts, _, owner, within = self._only(found).places()
-        used = np.unique(self.boxes[starts[owner] + within])
-        count = int(is_match[used].sum())
-        return Found(int(self.values[found].sum()), int(self.samples[found].sum()), count)
+            is_found[:] = True
+        samples = int(self.samples[is_found].sum())
+        return Found(int(self.values[is_found].sum()), samples, int(is_used.sum()))
 
     def functions(self) -> list[FunctionTotal]:
         """Give the table of functions, largest self first. Recursion is counted once in the total.
@@ -198,14 +208,15 @@ class Paths:
         Labels are none, and neither is the root.
         """
         count, size = self.functions_count, len(self.starts)
-        starts, _, owner, within = self.places()
-        boxes = self.boxes[starts[owner] + within].astype(np.int64)
-        is_function = boxes < count
-        words = np.sort(owner[is_function] * max(count, 1) + boxes[is_function])
-        once = words[np.diff(words, prepend=-1) > 0]
-        owner, box = np.divmod(once, max(count, 1))
         columns = (self.values, self.samples)
-        totals = [sum_by(box, column[owner], count) for column in columns]
+        totals = [np.zeros(count, dtype=np.int64) for _ in columns]
+        for part in self._parts():
+            boxes = self.boxes.take(part.place).astype(np.int64)
+            is_function = boxes < count
+            words = np.sort(part.owner[is_function] * max(count, 1) + boxes[is_function])
+            owner, box = np.divmod(words[np.diff(words, prepend=-1) > 0], max(count, 1))
+            for total, column in zip(totals, columns, strict=True):
+                np.add.at(total, box, column[part.rows][owner])
         filled = np.flatnonzero(self.ends > self.starts) if size else np.zeros(0, np.int64)
         leaves = self.boxes[self.ends[filled] - 1].astype(np.int64)
         filled, leaves = filled[leaves < count], leaves[leaves < count]
@@ -219,24 +230,22 @@ class Paths:
         ]
 
     def _boxes_of(self, function: str) -> npt.NDArray[np.bool_]:
-        # A service may be called as a function is, and is none.
-        named = (
-            frame.function == function and frame.kind is not Kind.LABEL for frame in self.frames
-        )
-        return np.fromiter(named, bool, len(self.frames))
+        named = np.zeros(len(self.frames), dtype=bool)
+        for i, frame in enumerate(self.frames[: self.functions_count]):
+            named[i] = frame.function == function
+        return named
 
-    def places(self) -> tuple[Integers, Integers, Integers, Integers]:
-        """Give starts and lengths of the paths; by box of a path, its path and its depth."""
-        lengths = (self.ends - self.starts).astype(np.int64)
-        ends = np.cumsum(lengths)
-        owner = np.repeat(np.arange(len(lengths)), lengths)
-        within = np.arange(len(owner)) - np.repeat(ends - lengths, lengths)
-        return self.starts, lengths, owner, within
+    def _parts(self) -> "Iterator[_Part]":
+        return _parts(self.starts, self.ends)
 
-    def _taken(self, place: Integers, lengths: Integers) -> "Paths":
-        """Give paths of these lengths, whose boxes are those at `place`."""
-        ends = np.cumsum(lengths)
-        return replace(self, boxes=self.boxes[place], starts=ends - lengths, ends=ends)
+    def _turned(self, turn: "Callable[[_Part], Integers]") -> "Paths":
+        """Give paths as long as these, with the boxes that `turn` says for each part of them."""
+        ends = np.cumsum(self.ends - self.starts)
+        starts = ends - (self.ends - self.starts)
+        boxes = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.int32)
+        for part in self._parts():
+            boxes[starts[part.rows][0] :][: len(part.owner)] = self.boxes.take(turn(part))
+        return replace(self, boxes=boxes, starts=starts, ends=ends)
 
     def _only(self, rows: Integers) -> "Paths":
         return replace(
@@ -249,12 +258,36 @@ class Paths:
 
     def _last_with(self, wanted: npt.NDArray[np.bool_]) -> Integers:
         """Give where in `boxes` each path has one of the wanted for the last time, or -1."""
-        starts, _, owner, within = self.places()
-        place = starts[owner] + within
         last = np.full(len(self.starts), -1, dtype=np.int64)
-        hits = np.flatnonzero(wanted[self.boxes[place]])
-        last[owner[hits]] = place[hits]  # of several, the last one assigned stays
+        for part in self._parts():
+            hits = np.flatnonzero(wanted.take(self.boxes.take(part.place)))
+            last[part.rows][part.owner[hits]] = part.place[hits]  # of several, the last one stays
         return last
+
+
+class _Part(NamedTuple):
+    """Some of the paths. By box of them: its path, counted within `rows`, and its depth."""
+
+    rows: slice
+    owner: Integers
+    within: Integers
+    place: Integers
+    """Where the box stands."""
+
+
+def _parts(starts: Integers, ends: Integers) -> Iterator[_Part]:
+    """Go through all paths, so many at a time that memory is bounded (but for one long path)."""
+    lengths = ends - starts
+    past = np.cumsum(lengths)
+    first = 0
+    while first < len(lengths):
+        limit = past[first] - lengths[first] + _PART_BOXES
+        rows = slice(first, max(first + 1, int(np.searchsorted(past, limit, "right"))))
+        mine = lengths[rows]
+        owner = np.repeat(np.arange(len(mine)), mine)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(mine) - mine, mine)
+        yield _Part(rows, owner, within, starts[rows][owner] + within)
+        first = rows.stop
 
 
 @dataclass(frozen=True, slots=True)

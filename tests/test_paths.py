@@ -57,6 +57,35 @@ def test_every_question_gives_the_paths_it_says(profile, group, data):
     assert paths.hide(name).total == profile.total_value
 
 
+def test_a_service_named_like_a_function_is_no_function():
+    """To show only main, or to hide it, leaves what runs in a service main as it is."""
+    other = some.named("other")
+    paths = Paths.of(some.build([({"comm": "main"}, [other], 2)], some.NAMES), ("comm",))
+
+    assert paths.focus("main").total == 0
+    assert listed(paths.hide("main")) == listed(paths)
+
+
+def test_what_is_looked_at_in_parts_is_the_whole(monkeypatch):
+    """However many boxes are taken at a time, the answers are the same."""
+    profile = some.synthetic(500, 20, 300)
+    whole = Paths.of(profile, ("comm",))
+    asked = (
+        listed,
+        lambda paths: listed(paths.inverted()),
+        lambda paths: listed(paths.hide("function_3")),
+        lambda paths: listed(paths.callers("function_3")),
+        lambda paths: listed(paths.focus("function_3")),
+        lambda paths: paths.search("_12"),
+        lambda paths: paths.functions(),
+    )
+    expected = [ask(whole) for ask in asked]
+
+    for boxes in (1, 7, 1000):
+        monkeypatch.setattr("profiler.paths._PART_BOXES", boxes)
+        assert [ask(Paths.of(profile, ("comm",))) for ask in asked] == expected
+
+
 @given(some.profiles(), st.data())
 def test_what_stands_on_a_box_is_the_rest_of_its_paths(profile, data):
     """Following boxes from the root keeps the paths that begin with them."""
