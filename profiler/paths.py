@@ -230,6 +230,7 @@ class Paths:
         ]
 
     def _boxes_of(self, function: str) -> npt.NDArray[np.bool_]:
+        # Labels stand last: a service may be called as a function is, and is none.
         named = np.zeros(len(self.frames), dtype=bool)
         for i, frame in enumerate(self.frames[: self.functions_count]):
             named[i] = frame.function == function
