@@ -21,7 +21,7 @@ from profiler.flamegraph import ROOT_ID, FlameGraph, Screen, draw
 from profiler.paths import Group, Paths, Stacks
 from profiler.selection import nearest_objects
 from storage.objects import ObjectStore
-from storage.profile import GOOD_STOPS, Window
+from storage.profile import GOOD_STOPS, Profile, Window
 from storage.query import HOUR_NS, Answer, Coverage, Functions, Query
 from storage.selector import Selector
 from symbolizer.location import Frame
@@ -32,6 +32,7 @@ _KEPT_WORDS = 30_000_000
 """Boxes of all stacks of the merged profiles that are kept, 12 bytes each with all that is made of
 them; the last one asked for is kept whatever its size."""
 _NAMED_HOSTS = 100
+_NAMED_MODULES = 1_000
 _KEPT_NODES = 200_000
 """Nodes remembered per merged profile, so that a zoom into one that was drawn is not searched."""
 _FINER = (1, 30, 1000)
@@ -190,12 +191,15 @@ class Answers:
         merged.remember(question, paths, graph)
         found = below.search(question.search) if question.search else None
         profile = merged.answer.profile
+        above = _ancestors(paths, path)
+        modules = {frame[1] for frame in (*graph.frames, *(each["frame"] for each in above))}
         return {
             **self._head(question, merged.answer.coverage),
             "unit": profile.unit,
             "total": profile.total_value,
             "samples": profile.total_samples,
             "frames": [list(frame) for frame in graph.frames],
+            "modules": _files_of(profile, modules),
             "nodes": {
                 "frame": graph.frame,
                 "depth": graph.depth,
@@ -204,7 +208,7 @@ class Answers:
                 "samples": graph.samples,
             },
             "rest": {"nodes": graph.cut_nodes, "total": graph.cut_total},
-            "path": _ancestors(paths, path),
+            "path": above,
             "search": {"text": question.search, **found._asdict()} if found else None,
             "empty": self._empty(question, merged.answer.coverage, profile.total_samples),
         }
@@ -435,6 +439,12 @@ class Answers:
 
     def _any(self, window: Window) -> bool:
         return next(iter(self._query.objects(window)), None) is not None
+
+
+def _files_of(profile: Profile, modules: set[str]) -> list[list[str]]:
+    """Give (module, path, build id) of the files behind frames; several may be called the same."""
+    files = (file for file in profile.modules.values() if file.name in modules)
+    return sorted([file.name, file.path, file.build_id] for file in files)[:_NAMED_MODULES]
 
 
 def usual_step_ns(window: Window, object_ns: int) -> int:

@@ -132,6 +132,15 @@ _SCHEMAS: dict[str, _Schema] = {
             "total": _COUNT,
             "samples": _COUNT,
             "frames": _array(_ref("Frame")),
+            "modules": _array(
+                {
+                    "type": "array",
+                    "description": "a frame's module, the path and build id of such a file",
+                    "items": _TEXT,
+                    "minItems": 3,
+                    "maxItems": 3,
+                }
+            ),
             "nodes": {**_NODES, "description": "in preorder, the root first"},
             "rest": _object({"nodes": _COUNT, "total": _COUNT}),
             "path": _array(

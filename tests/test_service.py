@@ -52,6 +52,7 @@ def test_a_flame_graph_holds_every_count_of_its_window(client):
     names = [answer["frames"][i][0] for i in answer["nodes"]["frame"]]
     assert names == [graph.frames[i].function for i in graph.frame.tolist()]
     assert answer["empty"] is None
+    assert answer["modules"] == [["api", "/srv/api", "feed"]]
 
 
 def test_a_node_leads_to_its_subtree_and_its_path(client):

@@ -527,8 +527,9 @@ class Page {
     const windowMs = this.#windowMs;
     const box = select && answer ? findBox(answer, select) : null;
     const picked = row ? this.#shown.top.answer?.functions.find((each) => rowKey(each) === row) : null;
-    if (box) this.panel.showBox(box, {windowMs, labelName: this.#labelOf(box), isZoomed: box.id === this.#state.node, isCallers: callers === box.frame.function});
-    else if (picked) this.panel.showFunction(picked, {windowMs, total: this.#shown.top.answer.total, isCallers: callers === picked.function});
+    const files = answer?.modules ?? [];
+    if (box) this.panel.showBox(box, {windowMs, files, labelName: this.#labelOf(box), isZoomed: box.id === this.#state.node, isCallers: callers === box.frame.function});
+    else if (picked) this.panel.showFunction(picked, {windowMs, files, total: this.#shown.top.answer.total, isCallers: callers === picked.function});
     else this.panel.hide();
     this.#markRow();
   }

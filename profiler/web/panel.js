@@ -3,6 +3,8 @@
 import {button, el} from "./dom.js";
 import {cores, counted, cpuTime, number, place, safeName, share} from "./format.js";
 
+const FILES_SHOWN = 3;
+
 export class DetailPanel {
   #container;
   #callbacks;
@@ -21,8 +23,11 @@ export class DetailPanel {
     this.#container.replaceChildren();
   }
 
-  /** Show a box of the graph. `labelName` is the label whose value it is, if that is known. */
-  showBox(box, {windowMs, labelName, isZoomed, isCallers}) {
+  /**
+   * Show a box of the graph. `labelName` is the label whose value it is, if that is known; `files`
+   * are [module, path, build id] of those that its module may be.
+   */
+  showBox(box, {windowMs, labelName, files, isZoomed, isCallers}) {
     const {frame} = box;
     if (box.isRest) {
       this.#show("Boxes too narrow to draw", [["Total", amount(box.total, box.shareOfAll)], ["How to see them", "zoom in, or narrow the selection"]], []);
@@ -30,10 +35,9 @@ export class DetailPanel {
     }
     const facts = [];
     if (frame.kind === "label") facts.push(["Label", labelName ? safeName(labelName) : box.depth === 0 ? "everything selected" : "label"]);
-    else facts.push(["Module", safeName(frame.module) || "unknown"], ["Kind", safeName(frame.kind)]);
+    else facts.push(...moduleFacts(frame, files));
     const where = place(frame.file, frame.line);
     if (where) facts.push(["Source", safeName(where)]);
-    if (frame.build_id) facts.push(["Build id", safeName(frame.build_id)]);
     facts.push(["Total", amount(box.total, box.shareOfAll)]);
     if (box.self !== null && box.self !== undefined) {
       facts.push(["Self", amount(box.self, box.total ? (box.self / box.total) * box.shareOfAll : 0)]);
@@ -51,8 +55,8 @@ export class DetailPanel {
   }
 
   /** Show a function of the table: all its boxes together. */
-  showFunction(row, {windowMs, total, isCallers}) {
-    const facts = [["Module", safeName(row.module) || "unknown"], ["Kind", safeName(row.kind)]];
+  showFunction(row, {windowMs, total, files, isCallers}) {
+    const facts = moduleFacts(row, files);
     if (row.file) facts.push(["Source", safeName(row.file)]);
     facts.push(
       ["Total", amount(row.total, total ? row.total / total : 0)],
@@ -83,6 +87,20 @@ export class DetailPanel {
     );
     this.#container.hidden = false;
   }
+}
+
+/** What is known of where a function stands; several files of one name have a line each. */
+function moduleFacts({module, kind}, files) {
+  const mine = files.filter(([name]) => name === module);
+  const builds = mine.map(([, , build]) => build).filter((build) => !build.startsWith("["));
+  const paths = [...new Set(mine.map(([, path]) => path))].filter((path) => path !== module);
+  return [
+    ["Module", safeName(module) || "unknown"],
+    ["Kind", safeName(kind)],
+    ...paths.slice(0, FILES_SHOWN).map((path) => ["Path", safeName(path)]),
+    ...builds.slice(0, FILES_SHOWN).map((build) => ["Build id", safeName(build)]),
+    ...(builds.length > FILES_SHOWN ? [["", `and ${number(builds.length - FILES_SHOWN)} more builds`]] : []),
+  ];
 }
 
 function amount(ns, part) {
