@@ -26,7 +26,7 @@ import numpy.typing as npt
 import orjson
 
 from storage import pprof
-from storage.columns import Columns, Texts
+from storage.columns import Columns, Texts, Times
 from storage.profile import Accounting, Host, Labels, Window
 from storage.sums import Sums
 from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
@@ -44,11 +44,11 @@ _CHECK_EVERY_BYTES = 32 << 20
 _TOUCH_AFTER_NS = 60 * 1_000_000_000
 """Last uses are kept to the minute."""
 
-_Kept = TypeVar("_Kept", Columns, Sums)
+_Kept = TypeVar("_Kept", Columns, Sums, Times)
 
 
 class DecodedCache:
-    """Columns and Sums by name. What cannot be written or read is only slower, never an error."""
+    """Columns, Sums, Times by name. What cannot be written or read is slower, never an error."""
 
     def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
         self._root = folder
@@ -105,10 +105,23 @@ class DecodedCache:
         if is_due:
             self._evict()
 
+    def touch(self, kind: type[Columns] | type[Sums], name: str) -> int:
+        """Use what was saved under this name without reading it; give its size, 0 if it is gone."""
+        path = self._path(kind, name)
+        try:
+            os.utime(path)
+            return path.stat().st_size
+        except OSError:
+            return 0
+
+    @property
+    def limit_bytes(self) -> int:
+        return self._limit_bytes
+
     def size_bytes(self) -> int:
         return sum(size for _, size, _ in self._files())
 
-    def _path(self, kind: type[Columns] | type[Sums], name: str) -> Path:
+    def _path(self, kind: type[Columns | Sums | Times], name: str) -> Path:
         return self._folder / f"{name}.{kind.__name__.lower()}"
 
     def _files(self) -> list[tuple[int, int, Path]]:
@@ -159,7 +172,7 @@ def _read_secret(folder: Path) -> bytes:
     return secret
 
 
-def pack(value: Columns | Sums, note: Any = None) -> bytes:
+def pack(value: Columns | Sums | Times, note: Any = None) -> bytes:
     """Give a value as the content of a file.
 
     Raises:
@@ -220,8 +233,9 @@ def unpack(kind: type[_Kept], content: bytes) -> tuple[_Kept, Any]:
         arrays[name] = array if is_bulk else array.astype(np.int64)
     meta = header["meta"]
     values: dict[str, Any] = {**meta, **arrays}
-    blob = values.pop("texts.blob").tobytes()
-    values["texts"] = Texts(blob, values.pop("texts.offsets"))
+    if "texts.blob" in arrays:
+        blob = values.pop("texts.blob").tobytes()
+        values["texts"] = Texts(blob, values.pop("texts.offsets"))
     values["window"] = Window(*meta["window"])
     values["accounting"] = _parse_accounting(meta["accounting"])
     for name in ("label_sets", "service_sets"):

@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -303,6 +303,32 @@ OBJECT_FIELDS = (
     "lost",
 )
 """Columns of `Columns.objects`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Times:
+    """What a timeline needs of some profiles, a hundredth of all: fields as those of Columns."""
+
+    type: str
+    unit: str
+    window: Window
+    accounting: Accounting
+    objects: Numbers
+    label_sets: tuple[Labels, ...]
+    times: Numbers
+    time_counts: Numbers
+
+    @classmethod
+    def of(cls, columns: Columns) -> "Times":
+        return cls(**{field.name: getattr(columns, field.name) for field in fields(cls)})
+
+    def filter(self, selector: Selector) -> "Times":
+        """Give what is asked for. The accounting stays that of the whole."""
+        if not selector.matchers:
+            return self
+        chosen = np.array(selector.choose(map(dict, self.label_sets)), dtype=bool)
+        kept = chosen[self.times[:, 1]]
+        return replace(self, times=self.times[kept], time_counts=self.time_counts[kept])
 
 
 def object_of(window: Window, accounting: Accounting) -> Integers:

@@ -13,6 +13,7 @@ The label `host` comes from the object's accounting where its rows have none. An
 damaged, of a later schema or of another type is named in the answer and never stops it.
 """
 
+import contextlib
 import copy
 import ctypes
 import functools
@@ -20,6 +21,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,7 +41,7 @@ import numpy as np
 
 from storage import wire
 from storage.cache import DEFAULT_LIMIT_BYTES, DecodedCache, pack, unpack
-from storage.columns import OBJECT_FIELDS, Columns, Hasher, merge_columns
+from storage.columns import OBJECT_FIELDS, Columns, Hasher, Times, merge_columns
 from storage.objects import (
     DEFAULT_TENANT,
     NS_PER_S,
@@ -77,7 +79,8 @@ _FAILURES_REMEMBERED = 10_000
 _ENDING = {signal.SIGINT, signal.SIGTERM}
 EMPTY = Selector()
 
-_Kept = TypeVar("_Kept", Columns, Sums)
+_Kept = TypeVar("_Kept", Columns, Sums, Times)
+_Made = TypeVar("_Made", Columns, Sums, Times)
 _Form = TypeVar("_Form", Columns, bytes)
 
 
@@ -171,6 +174,7 @@ class Query:
         self._secret = self._cache.secret
         self._hasher = Hasher(self._secret)
         self._failures: dict[StoredObject, str] = {}
+        self._turns = Turns()
         self._check: Callable[[], None] = _go_on
 
     def interruptible(self, check: Callable[[], None]) -> "Query":
@@ -215,7 +219,7 @@ class Query:
         Raises:
             ValueError: the step is not positive.
         """
-        parts, coverage = self._chosen(self._sums, window, selector, type)
+        parts, coverage = self._chosen(self._times, window, selector, type)
         if callable(step_ns):
             lengths = [part.objects[:, 1] - part.objects[:, 0] for part in parts]
             step_ns = step_ns(max((int(each.max(initial=0)) for each in lengths), default=0))
@@ -269,7 +273,7 @@ class Query:
     def labels(self, window: Window, selector: Selector = EMPTY) -> dict[str, dict[str, int]]:
         """Give the names of labels, their values, and the samples each value has."""
         found: dict[str, dict[str, int]] = {}
-        for loaded in self._read(self._sums, window):
+        for loaded in self._read(self._times, window):
             if loaded.value is None:
                 continue
             chosen = loaded.value.filter(selector)
@@ -328,7 +332,7 @@ class Query:
             def read(part: tuple[list[_Object], bool]) -> list[_Loaded[_Kept]]:
                 listed, is_whole = part
                 if is_whole:
-                    return list(reader.of_span(listed, pool))
+                    return reader.of_span(listed, pool)
                 return list(map_ahead(pool, reader.of_object, listed))
 
             parts = _split(objects, window.start_ns, end_ns, _SPANS_NS)
@@ -343,66 +347,107 @@ class Query:
 
     @property
     def _sums(self) -> "_Reader[Sums]":
-        return _Reader(self._sums_of_object, self._sums_of_span)
+        return self._made(Sums, lambda columns: Sums.of(columns, self._hasher))
+
+    @property
+    def _times(self) -> "_Reader[Times]":
+        return self._made(Times, Times.of)
+
+    def _made(self, kind: type[_Kept], make: Callable[[Columns], _Kept]) -> "_Reader[_Kept]":
+        """Give a reader of what is made of the columns, and kept beside them."""
+
+        def of_object(object_: "_Object") -> _Loaded[_Kept]:
+            name = self._name([object_])
+            known = self._cache.load(kind, name)
+            if known is not None:
+                return _Loaded((object_.stored.key,), known[0])
+            made = self._columns_of_object(object_).made(make)
+            if made.value is not None:
+                self._cache.save(made.value, name)
+            return made
+
+        def of_span(objects: Sequence["_Object"], pool: ThreadPoolExecutor) -> list[_Loaded[_Kept]]:
+            known = self._known_span(kind, objects)
+            if known is not None:
+                return [known]
+            keys = tuple(each.stored.key for each in objects)
+            read = [loaded.made(make) for loaded in self._columns_of_span(objects, pool)]
+            for each in read:
+                if each.value is not None and each.is_lasting and each.keys == keys:
+                    self._cache.save(each.value, self._name(objects), each.skipped)
+            return read
+
+        return _Reader(of_object, of_span)
 
     def _columns_of_object(self, object_: "_Object") -> "_Loaded[Columns]":
         name = self._name([object_])
         known = self._cache.load(Columns, name)
-        if known is not None:
-            return _Loaded((object_.stored.key,), known[0])
-        (loaded,) = self._decode([object_])
-        if loaded.value is not None:
-            self._cache.save(loaded.value, name)
-        return loaded
-
-    def _sums_of_object(self, object_: "_Object") -> "_Loaded[Sums]":
-        name = self._name([object_])
-        known = self._cache.load(Sums, name)
-        if known is not None:
-            return _Loaded((object_.stored.key,), known[0])
-        sums = self._columns_of_object(object_).with_sums(self._hasher)
-        if sums.value is not None:
-            self._cache.save(sums.value, name)
-        return sums
+        if known is None:
+            with self._turns.of(name, self._check):
+                known = self._cache.load(Columns, name)
+                if known is None:
+                    (loaded,) = self._decode([object_])
+                    if loaded.value is not None:
+                        self._cache.save(loaded.value, name)
+                    return loaded
+        return _Loaded((object_.stored.key,), known[0])
 
     def _columns_of_span(
         self, objects: Sequence["_Object"], pool: ThreadPoolExecutor
-    ) -> Iterator["_Loaded[Columns]"]:
+    ) -> list["_Loaded[Columns]"]:
         """Give a host's span as one, or its objects one by one where they do not add up."""
-        keys, name = tuple(each.stored.key for each in objects), self._name(objects)
-        known = self._cache.load(Columns, name)
+        known = self._known_span(Columns, objects)
         if known is not None:
-            # One object is a span of its own, too, and then has no note of what was skipped.
-            yield _Loaded(keys, known[0], tuple(Skipped(*each) for each in known[1] or ()))
-            return
-        size = min(_CHUNK, -(-len(objects) // 2))
-        chunks = [objects[i : i + size] for i in range(0, len(objects), size)]
-        read = list(itertools.chain.from_iterable(map_ahead(pool, self._decode, chunks)))
+            return [known]
+        with self._turns.of(self._name(objects), self._check):
+            known = self._known_span(Columns, objects)
+            return [known] if known is not None else self._merge_span(objects, pool)
+
+    def _known_span(
+        self, kind: type[_Kept], objects: Sequence["_Object"]
+    ) -> "_Loaded[_Kept] | None":
+        known = self._cache.load(kind, self._name(objects))
+        if known is None:
+            return None
+        keys = tuple(each.stored.key for each in objects)
+        # One object is a span of its own, too, and then has no note of what was skipped.
+        return _Loaded(keys, known[0], tuple(Skipped(*each) for each in known[1] or ()))
+
+    def _merge_span(
+        self, objects: Sequence["_Object"], pool: ThreadPoolExecutor
+    ) -> list["_Loaded[Columns]"]:
+        read, missing = self._cached_parts(objects)
+        size = min(_CHUNK, max(1, -(-len(missing) // 2)))
+        chunks = [missing[i : i + size] for i in range(0, len(missing), size)]
+        read += itertools.chain.from_iterable(map_ahead(pool, self._decode, chunks))
         columns = [loaded.value for loaded in read if loaded.value is not None]
         if len({(each.type, each.unit) for each in columns}) != 1:
-            yield from read
-            return
+            return read
         merged = merge_columns(columns)
         skipped = tuple(itertools.chain.from_iterable(loaded.skipped for loaded in read))
+        keys = tuple(each.stored.key for each in objects)
         whole = _Loaded(keys, merged, skipped, all(loaded.is_lasting for loaded in read))
         if whole.is_lasting:
-            self._cache.save(merged, name, skipped)
-        yield whole
+            self._cache.save(merged, self._name(objects), skipped)
+        return [whole]
 
-    def _sums_of_span(
-        self, objects: Sequence["_Object"], pool: ThreadPoolExecutor
-    ) -> Iterator["_Loaded[Sums]"]:
-        keys, name = tuple(each.stored.key for each in objects), self._name(objects)
-        known = self._cache.load(Sums, name)
-        if known is not None:
-            # One object is a span of its own, too, and then has no note of what was skipped.
-            yield _Loaded(keys, known[0], tuple(Skipped(*each) for each in known[1] or ()))
-            return
-        for loaded in self._columns_of_span(objects, pool):
-            sums = loaded.with_sums(self._hasher)
-            if sums.value is not None and sums.is_lasting and sums.keys == keys:
-                self._cache.save(sums.value, name, sums.skipped)
-            yield sums
+    def _cached_parts(
+        self, objects: Sequence["_Object"]
+    ) -> tuple[list["_Loaded[Columns]"], list["_Object"]]:
+        """Give what is cached of a span's shorter spans and of its objects, and what is not."""
+        read: list[_Loaded[Columns]] = []
+        missing: list[_Object] = []
+        for part, _ in _split(objects, 0, 0, _SPANS_NS[1:]):
+            if len(part) < len(objects):
+                known = self._known_span(Columns, part)
+                more, rest = ([known], []) if known is not None else self._cached_parts(part)
+            else:
+                found = [(each, self._known_span(Columns, [each])) for each in part]
+                rest = [each for each, known in found if known is None]
+                more = _join([known for _, known in found if known is not None])
+            read += more
+            missing += rest
+        return read, missing
 
     def _name(self, objects: Sequence["_Object"]) -> str:
         """Name what is decoded from objects. Time and size tell a repaired one from a damaged."""
@@ -443,6 +488,11 @@ class Query:
         return _Decoded([(keys, unpack(Columns, each)[0]) for keys, each in decoded], failures)
 
 
+def _skipped(note: list[tuple[str, str]] | None) -> tuple["Skipped", ...]:
+    """Read what a span was saved with; an object alone is saved without, and is a span as well."""
+    return tuple(Skipped(*each) for each in note or ())
+
+
 class _Object(NamedTuple):
     key: ObjectKey
     stored: StoredObject
@@ -458,9 +508,9 @@ class _Loaded(Generic[_Kept]):
     is_lasting: bool = True
     """Asking again gives the same: nothing was missing for a reason that may pass."""
 
-    def with_sums(self, hasher: Hasher) -> "_Loaded[Sums]":
-        sums = Sums.of(self.value, hasher) if isinstance(self.value, Columns) else self.value
-        return _Loaded(self.keys, sums, self.skipped, self.is_lasting)
+    def made(self: "_Loaded[Columns]", make: Callable[[Columns], _Made]) -> "_Loaded[_Made]":
+        value = None if self.value is None else make(self.value)
+        return _Loaded(self.keys, value, self.skipped, self.is_lasting)
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,11 +518,21 @@ class _Reader(Generic[_Kept]):
     """How to get one kind of value, of an object and of all objects of a host and hour."""
 
     of_object: Callable[[_Object], _Loaded[_Kept]]
-    of_span: Callable[[Sequence[_Object], ThreadPoolExecutor], Iterator[_Loaded[_Kept]]]
+    of_span: Callable[[Sequence[_Object], ThreadPoolExecutor], list[_Loaded[_Kept]]]
 
 
 def _go_on() -> None:
     """Interrupt nothing."""
+
+
+def _join(loaded: Sequence[_Loaded[Columns]]) -> list[_Loaded[Columns]]:
+    """Merge what is of one type and unit, so that fewer arrays are held at a time."""
+    columns = [each.value for each in loaded if each.value is not None]
+    if len(columns) < 2 or len({(each.type, each.unit) for each in columns}) != 1:
+        return list(loaded)
+    keys = tuple(itertools.chain.from_iterable(each.keys for each in loaded))
+    skipped = tuple(itertools.chain.from_iterable(each.skipped for each in loaded))
+    return [_Loaded(keys, merge_columns(columns), skipped)]
 
 
 def _failed(key: str, reason: str, is_lasting: bool = True) -> _Loaded[Columns]:
@@ -603,6 +663,33 @@ def _has_host(accounting: Accounting, selector: Selector) -> bool:
     return Selector(matchers).accepts({"host": accounting.hosts[0].name})
 
 
+class Turns:
+    """Lets one thread at a time do what has a name; who comes later finds it done."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._turns: dict[str, tuple[threading.Lock, list[None]]] = {}
+
+    @contextlib.contextmanager
+    def of(self, name: str, check: Callable[[], None]) -> Iterator[None]:
+        """Wait for the turn, for as long as `check` raises nothing, and have it for the block."""
+        with self._lock:
+            turn, waiting = self._turns.setdefault(name, (threading.Lock(), []))
+            waiting.append(None)
+        try:
+            while not turn.acquire(timeout=0.1):
+                check()
+            try:
+                yield
+            finally:
+                turn.release()
+        finally:
+            with self._lock:
+                waiting.pop()
+                if not waiting:
+                    del self._turns[name]
+
+
 _One = TypeVar("_One")
 _Other = TypeVar("_Other")
 
@@ -639,19 +726,19 @@ def _union_of_lives(lives: list[tuple[int, int, int]], steps: int) -> Integers:
 
 
 def _add_series(
-    series: dict[Labels, Integers], sums: Sums, step: Integers, by: Sequence[str], count: int
+    series: dict[Labels, Integers], part: Times, step: Integers, by: Sequence[str], count: int
 ) -> None:
     wanted = set(by)
     chosen = [
         tuple((name, value) for name, value in labels if name in wanted)
-        for labels in sums.label_sets
+        for labels in part.label_sets
     ]
     numbers: dict[Labels, int] = {}
     mine = np.array([numbers.setdefault(each, len(numbers)) for each in chosen], dtype=np.int64)
     cells = np.zeros((len(numbers), count, 2), dtype=np.int64)
-    np.add.at(cells, (mine[sums.times[:, 1]], step[sums.times[:, 0]]), sums.time_counts)
+    np.add.at(cells, (mine[part.times[:, 1]], step[part.times[:, 0]]), part.time_counts)
     is_present = np.zeros(len(numbers), dtype=bool)
-    is_present[mine[sums.times[:, 1]]] = True
+    is_present[mine[part.times[:, 1]]] = True
     for labels, number in numbers.items():
         if is_present[number]:
             known = series.get(labels)

@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from stores import MINUTE_NS, START_NS, at, minutes, put
 from profiler import flamegraph
 from storage import pprof, wire
 from storage.cache import DecodedCache
-from storage.columns import Columns, Hasher, merge_columns
+from storage.columns import Columns, Hasher, Times, merge_columns
 from storage.objects import DirectoryStore, StoreUnavailable, object_key
 from storage.profile import (
     Profile,
@@ -26,7 +27,7 @@ from storage.profile import (
     make_labels,
     merge,
 )
-from storage.query import HOUR_NS, Query, start_workers
+from storage.query import HOUR_NS, Query, Turns, start_workers
 from storage.selector import Matcher, Operator, Selector
 from storage.sums import Sums, merge_sums
 
@@ -517,7 +518,7 @@ def test_the_cache_keeps_to_its_size_and_to_what_was_used_last(tmp_path):
 
 
 def test_what_is_kept_comes_back_as_it_was(tmp_path):
-    """Columns and sums, with accounting, modules and labels of any content."""
+    """Columns, sums and times, with accounting, modules and labels of any content."""
     cache = DecodedCache(tmp_path / "cache")
     for i, profile in enumerate((some.sample_profile(), some.hostile_profile(), some.build([]))):
         columns = Columns.of(profile, Hasher(cache.secret))
@@ -534,6 +535,11 @@ def test_what_is_kept_comes_back_as_it_was(tmp_path):
         assert (note, sums_note) == (None, [["key", "reason"]])
         assert list(kept_sums.function_sums()) == list(sums.function_sums())
         assert np.array_equal(kept_sums.objects, sums.objects)
+        cache.save(Times.of(columns), f"t{i}")
+        kept_times, _ = cache.load(Times, f"t{i}")
+        assert kept_times.label_sets == columns.label_sets
+        assert np.array_equal(kept_times.time_counts, columns.time_counts)
+        assert kept_times.accounting == profile.accounting
 
 
 def test_two_processes_share_a_cache(store, tmp_path):
@@ -555,6 +561,65 @@ def test_two_processes_share_a_cache(store, tmp_path):
 def ask(root: str, cache: str) -> tuple[int, int]:
     query = Query(DirectoryStore(Path(root)), Path(cache))
     return query.profile(DAY).profile.total_samples, query.functions(DAY).samples
+
+
+def test_those_who_ask_at_once_decode_an_object_once(store, query):
+    """What one question decodes, others wait for: hours kept merged, and objects one by one."""
+    for minute in range(0, 90, 5):
+        put(store, at(small(minute), minute))
+    asked = [query.profile, query.timeline, query.functions, query.labels] * 2
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        for answer in [pool.submit(ask, minutes(0, 80)) for ask in asked]:
+            answer.result()
+
+    assert set(store.fetched.values()) == {1}
+    assert len(store.fetched) == 16
+
+
+def test_who_waits_for_another_question_can_be_ended(tmp_path):
+    """The turn is not his, and stays with whom it belongs."""
+
+    class HereToStayError(Exception):
+        pass
+
+    def end() -> None:
+        raise HereToStayError
+
+    turns = Turns()
+    with turns.of("object", end):
+        with ThreadPoolExecutor(1) as pool:
+
+            def wait() -> None:
+                with turns.of("object", end):
+                    raise AssertionError("two have the turn")
+
+            with pytest.raises(HereToStayError):
+                pool.submit(wait).result()
+        with turns.of("other object", end):
+            pass
+    with turns.of("object", end):
+        pass
+
+
+def test_a_timeline_is_kept_without_its_stacks(store, query, tmp_path):
+    """Asked again, it needs neither the store nor what else was decoded."""
+    for minute in range(0, 90, 5):
+        put(store, at(small(minute), minute))
+    first = query.timeline(minutes(0, 80), by=("service",))
+    labels = query.labels(minutes(0, 80))
+    for path in [*(tmp_path / "cache").rglob("*.columns"), *(tmp_path / "cache").rglob("*.sums")]:
+        path.unlink()
+    store.fetched.clear()
+
+    again = query.timeline(minutes(0, 80), by=("service",))
+
+    assert not store.fetched
+    assert [(each.labels, each.values.tolist()) for each in again.series] == [
+        (each.labels, each.values.tolist()) for each in first.series
+    ]
+    assert again.coverage == first.coverage
+    assert query.labels(minutes(0, 80)) == labels
 
 
 def test_workers_decode_what_this_process_would(store, tmp_path):
