@@ -35,12 +35,19 @@ _NAMED_HOSTS = 100
 _NAMED_MODULES = 1_000
 _KEPT_NODES = 200_000
 """Nodes remembered per merged profile, so that a zoom into one that was drawn is not searched."""
+_KEPT_VIEWS = 3
+"""Paths kept per merged profile: each is as large as it."""
+_KEPT_GRAPHS = 16
+"""Drawn graphs kept per merged profile, some hundred kB each: many people look at one hour."""
 _FINER = (1, 30, 1000)
 """How much finer than the screen the tree is drawn, step by step, to find a node by its id."""
 _STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
 """Lengths in seconds that a timeline's step has when nobody asks for one."""
 _WANTED_STEPS = 180
 MOST_STEPS = 5_000
+
+_Row = tuple[Frame, tuple[int, int, int, int]]
+"""A function with its self, total, and both in samples."""
 
 Check = Callable[[], None]
 """Called between steps of long work; what it raises ends the work."""
@@ -86,9 +93,16 @@ class _Merged:
     answer: Answer
     stacks: dict[Group, Stacks] = field(default_factory=dict)
     paths: dict[tuple[object, ...], Paths] = field(default_factory=dict)
+    tables: dict[tuple[object, ...], list[_Row]] = field(default_factory=dict)
+    """By view: the functions, largest self first."""
+    graphs: OrderedDict[tuple[object, ...], FlameGraph] = field(default_factory=OrderedDict)
+    """By view, node and width."""
+    unread: list[tuple[Question, FlameGraph]] = field(default_factory=list)
+    """Drawn, and not yet in `nodes`: most are never zoomed into."""
     nodes: dict[tuple[object, ...], dict[int, tuple[int, int]]] = field(default_factory=dict)
     """By view and id: the parent's id and the number of the box."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    nodes_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def words(self) -> int:
@@ -114,12 +128,39 @@ class _Merged:
                 paths = paths.callers(question.callers)
             elif question.invert:
                 paths = paths.inverted()
-            if len(self.paths) >= 3:
-                del self.paths[next(iter(self.paths))]
+            if len(self.paths) >= _KEPT_VIEWS:
+                oldest = next(iter(self.paths))
+                del self.paths[oldest]
+                self.tables.pop(oldest, None)
             self.paths[question.view] = paths
             return paths
 
-    def remember(self, question: Question, paths: Paths, graph: FlameGraph) -> None:
+    def draw(self, question: Question, paths: Paths, path: Sequence[tuple[int, int]]) -> FlameGraph:
+        """Give what stands on a node of the paths, as wide as the question says."""
+        key = (question.view, question.node, question.width_px)
+        with self.lock:
+            if key in self.graphs:
+                self.graphs.move_to_end(key)
+                return self.graphs[key]
+        graph = draw(paths.below([box for _, box in path]), Screen(question.width_px))
+        with self.lock:
+            self.graphs[key] = graph
+            self.unread = [*self.unread[1 - _KEPT_GRAPHS :], (question, graph)]
+            while len(self.graphs) > _KEPT_GRAPHS:
+                self.graphs.popitem(last=False)
+        return graph
+
+    def table(self, question: Question, paths: Paths) -> list[_Row]:
+        """Give the functions of a view, largest self first."""
+        rows = self.tables.get(question.view)
+        if rows is None:
+            rows = [(row.frame, row[1:]) for row in paths.functions() if row.total]
+            with self.lock:
+                if question.view in self.paths:
+                    self.tables[question.view] = rows
+        return rows
+
+    def _remember(self, question: Question, paths: Paths, graph: FlameGraph) -> None:
         """Note where the nodes of a drawn graph stand, so that their ids lead to them."""
         known = self.nodes.setdefault(question.view, {})
         if len(known) > _KEPT_NODES:
@@ -139,18 +180,24 @@ class _Merged:
         Raises:
             NoSuchNodeError: no stack goes there.
         """
-        known = self.nodes.get(question.view, {})
-        for finer in (*_FINER, 0):
+        with self.nodes_lock:
+            with self.lock:
+                drawn = [each for each in self.unread if each[0].view == question.view]
+                self.unread = [each for each in self.unread if each[0].view != question.view]
+            for each, graph in drawn:
+                self._remember(each, paths, graph)
+            known = self.nodes.get(question.view, {})
+            for finer in (*_FINER, 0):
+                found = _follow(known, question.node)
+                if found is not None:
+                    return found
+                screen = Screen(question.width_px * finer) if finer else None
+                self._remember(replace(question, node=ROOT_ID), paths, draw(paths, screen))
+                known = self.nodes[question.view]
             found = _follow(known, question.node)
-            if found is not None:
-                return found
-            screen = Screen(question.width_px * finer) if finer else None
-            self.remember(replace(question, node=ROOT_ID), paths, draw(paths, screen))
-            known = self.nodes[question.view]
-        found = _follow(known, question.node)
-        if found is None:
-            raise NoSuchNodeError(f"{question.node:016x}")
-        return found
+            if found is None:
+                raise NoSuchNodeError(f"{question.node:016x}")
+            return found
 
 
 def _follow(known: dict[int, tuple[int, int]], node: int) -> list[tuple[int, int]] | None:
@@ -184,12 +231,11 @@ class Answers:
         paths = merged.paths_of(question)
         check()
         path = merged.path_to(question, paths) if question.node != ROOT_ID else []
-        below = paths.below([box for _, box in path])
         check()
-        graph = draw(below, Screen(question.width_px))
+        graph = merged.draw(question, paths, path)
         check()
-        merged.remember(question, paths, graph)
-        found = below.search(question.search) if question.search else None
+        below = paths.below([box for _, box in path]) if question.search else None
+        found = below.search(question.search) if below else None
         profile = merged.answer.profile
         above = _ancestors(paths, path)
         modules = {frame[1] for frame in (*graph.frames, *(each["frame"] for each in above))}
@@ -219,6 +265,7 @@ class Answers:
         Raises:
             NoSuchNodeError: the question's node is not there.
         """
+        is_sorted = False
         if question.is_plain and not self._has(question):
             table = self._query.interruptible(check).functions(
                 question.window, question.selector, (), question.type
@@ -229,10 +276,13 @@ class Answers:
         else:
             merged = self._merge(question, check)
             paths = merged.paths_of(question)
-            if question.node != ROOT_ID:
-                paths = paths.through([box for _, box in merged.path_to(question, paths)])
             check()
-            rows = [(row.frame, row[1:]) for row in paths.functions() if row.total]
+            if question.node == ROOT_ID:
+                rows = merged.table(question, paths)
+            else:
+                paths = paths.through([box for _, box in merged.path_to(question, paths)])
+                rows = [(row.frame, row[1:]) for row in paths.functions() if row.total]
+            is_sorted = sort == "self"
             profile, coverage = merged.answer.profile, merged.answer.coverage
             unit, total, samples = profile.unit, profile.total_value, profile.total_samples
         check()
@@ -243,7 +293,8 @@ class Answers:
                 for row in rows
                 if wanted in row[0].function.casefold() or wanted in row[0].module.casefold()
             ]
-        rows.sort(key=_SORTS[sort])
+        if not is_sorted:
+            rows = sorted(rows, key=_SORTS[sort])
         return {
             **self._head(question, coverage),
             "unit": unit,
@@ -355,7 +406,10 @@ class Answers:
         return (objects, str(question.selector), question.type)
 
     def _has(self, question: Question) -> bool:
-        return self._key(question) in self._merged
+        """Tell whether the stacks are merged, or are being merged for somebody else."""
+        key = self._key(question)
+        with self._lock:
+            return key in self._merged or key in self._merging
 
     def _merge(self, question: Question, check: Check) -> _Merged:
         key = self._key(question)
@@ -465,8 +519,6 @@ def usual_step_ns(window: Window, object_ns: int) -> int:
 
 _TIMELINE_TOTALS = ("profiled_ns", "nonidle_ns", "ticks", "idle", "filtered", "stored", "lost")
 
-_Row = tuple[Frame, tuple[int, int, int, int]]
-
 _SORTS: dict[str, Callable[[_Row], tuple[object, ...]]] = {
     "self": lambda row: (-row[1][0], -row[1][1], row[0]),
     "total": lambda row: (-row[1][1], -row[1][0], row[0]),
@@ -492,16 +544,13 @@ def _window(window: Window) -> dict[str, int]:
 
 def _ancestors(paths: Paths, path: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     """Give the boxes that lead to the zoomed one, itself last, each with what it costs."""
-    listed, boxes = [], []
-    for node, box in path:
-        boxes.append(box)
-        below = paths.through(boxes)
-        listed.append(
-            {
-                "id": f"{node:016x}",
-                "frame": list(paths.frames[box]),
-                "total": below.total,
-                "samples": below.total_samples,
-            }
-        )
-    return listed
+    sums = paths.sums_along([box for _, box in path])
+    return [
+        {
+            "id": f"{node:016x}",
+            "frame": list(paths.frames[box]),
+            "total": total,
+            "samples": samples,
+        }
+        for (node, box), (total, samples) in zip(path, sums, strict=True)
+    ]

@@ -6,6 +6,8 @@ what stands below a box, only stacks with a function, its callers, the inverted 
 paths, and these are drawn (`profiler.flamegraph`) or added up (`functions`).
 """
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -163,13 +165,23 @@ class Paths:
 
     def through(self, path: Sequence[int]) -> "Paths":
         """Give the paths that begin with these boxes, from the last of them on."""
+        chosen = self._only(deque(self._along(path), maxlen=1)[0])
+        above = max(0, len(path) - 1)
+        return replace(chosen, starts=chosen.starts + above, heads=max(0, self.heads - above))
+
+    def sums_along(self, path: Sequence[int]) -> list[tuple[int, int]]:
+        """Give value and samples of what stands on each of these boxes, from the first one on."""
+        rows = itertools.islice(self._along(path), 1, None)
+        return [(int(self.values[each].sum()), int(self.samples[each].sum())) for each in rows]
+
+    def _along(self, path: Sequence[int]) -> Iterator[Integers]:
+        """Give all rows, then those that begin with the first of the boxes, with two of them, …"""
         alive = np.arange(len(self.starts))
+        yield alive
         for i, box in enumerate(path):
             alive = alive[self.ends[alive] - self.starts[alive] > i]
             alive = alive[self.boxes[self.starts[alive] + i] == box]
-        chosen = self._only(alive)
-        above = max(0, len(path) - 1)
-        return replace(chosen, starts=chosen.starts + above, heads=max(0, self.heads - above))
+            yield alive
 
     def below(self, path: Sequence[int]) -> "Paths":
         """Give what stands on the box that these boxes lead to, which becomes the root."""

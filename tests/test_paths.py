@@ -107,6 +107,10 @@ def test_what_stands_on_a_box_is_the_rest_of_its_paths(profile, data):
         value for value, has in zip(paths.values.tolist(), begun, strict=True) if has
     )
     assert all(listed(paths)[names + rest] for rest in listed(below))
+    assert paths.sums_along(path) == [
+        (paths.below(path[: i + 1]).total, paths.below(path[: i + 1]).total_samples)
+        for i in range(len(path))
+    ]
     assert below.root == (paths.frames[path[-1]] if path else paths.root)
 
 
