@@ -175,7 +175,7 @@ class Paths:
         return [(int(self.values[each].sum()), int(self.samples[each].sum())) for each in rows]
 
     def _along(self, path: Sequence[int]) -> Iterator[Integers]:
-        """Give all rows, then those that begin with the first of the boxes, with two of them, …"""
+        """Give all rows, then those that begin with the first box, the first two, and so on."""
         alive = np.arange(len(self.starts))
         yield alive
         for i, box in enumerate(path):
