@@ -12,6 +12,7 @@ page may load nothing but its own files.
 import asyncio
 import contextlib
 import functools
+import gzip
 import hashlib
 import logging
 import math
@@ -31,7 +32,6 @@ import orjson
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
-from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -62,8 +62,11 @@ _STEP_S = 2.0
 """So much longer may the last step of a computation take."""
 _WORKERS = 2
 """Computations at a time: they are bound by the CPU."""
-_WAITING_LIMIT = 32
-"""Beyond so many waiting computations a new one is refused: it would only time out."""
+_WAITING_LIMIT = 200
+"""Beyond so many waiting computations a new one is refused: at 0.1 s each it would time out."""
+_GZIP_LEVEL = 1
+"""Higher ones take longer than the bytes they save do on the way to a browser nearby."""
+_PACKED = {"content-encoding": "gzip", "vary": "Accept-Encoding"}
 _FIELDS_LIMIT = 100
 """Parameters of one request; more are refused before they are looked at."""
 _LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.ASCII | re.I)
@@ -406,10 +409,7 @@ class Service:
         ]
         app = Starlette(
             routes=routes,
-            middleware=[
-                Middleware(Guard),
-                Middleware(GZipMiddleware, minimum_size=500, compresslevel=1),
-            ],
+            middleware=[Middleware(Guard)],
             exception_handlers={404: _not_found, 405: _not_allowed},
         )
         app.router.redirect_slashes = False  # to an address made of what a client has sent
@@ -445,18 +445,22 @@ class Service:
         now_ns = self._now_ns() // 10**9 * 10**9
         parameters = Parameters(request, endpoint, now_ns)
         compute = prepare(parameters, request.path_params)
+        is_packed = _takes_gzip(request) and not request.url.path.endswith(".gz")
         if not callable(compute):
-            return Response(compute[0], media_type=compute[1])
-        key = f"{now_ns} {_target(request)}"
+            content, media_type = _packed(compute) if is_packed else compute
+            return Response(content, headers=_PACKED if is_packed else None, media_type=media_type)
+        key = f"{now_ns} {'packed ' if is_packed else ''}{_target(request)}"
         try:
-            content, media_type = await self._flights.answer(key, compute, request)
+            content, media_type = await self._flights.answer(
+                key, _packing(compute) if is_packed else compute, request
+            )
         except NoSuchNodeError as error:
             raise ProblemError(
                 404, "No such frame", "the frame is not in this range", node=str(error)
             ) from error
         except StoreError as error:
             raise ProblemError(503, "Store away", str(error)) from error
-        response = Response(content, media_type=media_type)
+        response = Response(content, headers=_PACKED if is_packed else None, media_type=media_type)
         if endpoint == "export":
             name = request.path_params["name"]
             response.headers["content-disposition"] = f'attachment; filename="{name}"'
@@ -580,6 +584,19 @@ def _json(content: object) -> Content:
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), "application/json"
 
 
+def _takes_gzip(request: Request) -> bool:
+    return "gzip" in request.headers.get("accept-encoding", "")
+
+
+def _packed(content: Content) -> Content:
+    return gzip.compress(content[0], _GZIP_LEVEL, mtime=0), content[1]
+
+
+def _packing(compute: Compute) -> Compute:
+    """Compress in the thread that computes: the event loop would do nothing else meanwhile."""
+    return lambda check: _packed(compute(check))
+
+
 def _page_routes(folder: Path) -> list[Route]:
     """Give a route for each file of the page, read once."""
     routes = []
@@ -593,11 +610,14 @@ def _page_routes(folder: Path) -> list[Route]:
 
 def _file_endpoint(content: bytes, media_type: str) -> Callable[[Request], Awaitable[Response]]:
     tag = f'"{hashlib.blake2b(content, digest_size=8).hexdigest()}"'
-    headers = {"etag": tag, "cache-control": "no-cache"}
+    headers = {"etag": tag, "cache-control": "no-cache", "vary": "Accept-Encoding"}
+    packed = gzip.compress(content, mtime=0)
 
     async def respond(request: Request) -> Response:
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
+        if _takes_gzip(request):
+            return Response(packed, headers={**headers, **_PACKED}, media_type=media_type)
         return Response(content, headers=headers, media_type=media_type)
 
     return respond
