@@ -43,19 +43,20 @@ addEventListener("securitypolicyviolation", (event) => console.error(
   `policy violation: ${event.effectiveDirective} ${event.blockedURI} ${event.sample}`));
 """
 
-# Two frames: what follows from sizes is drawn in the one after they are known.
-SETTLED = """async () => {
-  for (let i = 0; i < 2; i += 1) await new Promise((done) => requestAnimationFrame(done));
-  return document.documentElement.dataset.state !== "loading";
-}"""
-
 # What was there before is shown when the event is over.
 BACK = """() => new Promise((done) => {
   addEventListener("popstate", () => setTimeout(done), {once: true});
   history.back();
 })"""
 
+LIES_BEHIND = """(it) =>
+  (it.compareDocumentPosition(document.activeElement) & Node.DOCUMENT_POSITION_FOLLOWING) !== 0"""
+
+STATE = "document.documentElement.dataset.state"
+
 SEEN = """async () => {
+  // Two frames: what follows from sizes is drawn in the one after they are known.
+  for (let i = 0; i < 2; i += 1) await new Promise((done) => requestAnimationFrame(done));
   const shown = (element) => element.checkVisibility();
   const lines = (name) => document.querySelector(name).innerText.split(/\\n+/);
   const values = [...document.querySelectorAll("input, select")].filter(shown).map((each) =>
@@ -235,19 +236,20 @@ class View:
 
     def settle(self) -> None:
         """Wait until the page has shown what it asked for."""
-        is_settled = False
-        while not is_settled:
+        if self.page.evaluate(STATE) == "loading":
             self.page.locator("html:not([data-state=loading])").wait_for(state="attached")
-            is_settled = self.page.evaluate(SETTLED)
 
     def seen(self) -> dict[str, list]:
         """Give what a person sees, but for what follows the pointer, as lists to compare."""
-        self.settle()
-        return self.page.evaluate(SEEN)
+        while True:
+            self.settle()
+            seen = self.page.evaluate(SEEN)
+            if self.page.evaluate(STATE) != "loading":
+                return seen
 
     def state(self) -> str:
         self.settle()
-        return self.page.evaluate("document.documentElement.dataset.state")
+        return self.page.evaluate(STATE)
 
     def parameters(self) -> dict[str, str]:
         return dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.page.url).query))
@@ -263,7 +265,8 @@ class View:
         chosen |= urllib.parse.parse_qs(address.query, keep_blank_values=True)
         chosen["query"] = chosen.get("q", [""])
         asked = {name: chosen[name] for name in FLAME_PARAMETERS if name in chosen}
-        asked["width"] = [str(round(self.canvas.bounding_box()["width"]))]
+        size = self.canvas.bounding_box()
+        asked["width"] = [str(round(size["width"]) if size else 1200)]
         query = urllib.parse.urlencode(asked, doseq=True)
         url = f"http://{address.netloc}/api/v1/flamegraph?{query}"
         with urllib.request.urlopen(url, timeout=30) as response:
@@ -316,10 +319,11 @@ class View:
             self.page.keyboard.press(key)
         self.settle()
 
-    def tab_to(self, target: Locator | str, most: int = 150, key: str = "Tab") -> Locator:
-        """Press Tab until the element has the focus, as somebody without a mouse would."""
+    def tab_to(self, target: Locator | str, most: int = 150) -> Locator:
+        """Press Tab until the element has the focus, or Shift and Tab when it lies behind it."""
         element = self.page.locator(target) if isinstance(target, str) else target
         handle = element.element_handle()
+        key = "Shift+Tab" if self.page.evaluate(LIES_BEHIND, handle) else "Tab"
         for _ in range(most):
             if self.page.evaluate("(it) => it === document.activeElement", handle):
                 return element

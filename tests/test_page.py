@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.kernel]
 
 EVERFLAME = Path(sys.executable).with_name("everflame")
 RECORDED_S = 15
+INDIA_S = 5 * 3600 + 1800  # ahead of UTC, the whole year
 HOSTILE_NAMES = (
     "right-to-left \u202e gnp.exe",
     "isolate \u2066 \u2069 mark \u200f",
@@ -164,19 +165,18 @@ class Walk:
     def __init__(self, hand: "Mouse") -> None:
         self.view = hand.view
         self.steps = hand.steps
-        self.seen = [self.view.seen()]
+        self.seen: list[dict[str, list]] = []
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        before = self.seen[-1] = self.view.seen()
+        before = self.view.seen()
         yield
-        after = self.view.seen()
-        assert after["address"] != before["address"]
-        self.seen.append(after)
+        assert [self.view.page.evaluate("location.search")] != before["address"]
+        self.seen.append(before)
 
     def undo(self) -> None:
         """Go back to where it began, and see at each step what was there before it."""
-        for before in self.seen[-2::-1]:
+        for before in self.seen[::-1]:
             for _ in range(self.steps):
                 self.view.back()
                 seen = self.view.seen()
@@ -275,6 +275,9 @@ class Mouse:
     def point_at(self, *names: str) -> None:
         self.view.canvas.hover(position=self.view.place_of(self.view.box(*names)))
 
+    def point_at_row(self, function: str) -> None:
+        self.page.get_by_role("button", name=function, exact=True).hover()
+
     def point_at_step(self, step: int, count: int) -> None:
         self.page.mouse.move(*self.place_of_step(step, count))
 
@@ -328,7 +331,10 @@ class Keyboard(Mouse):
 
     def type_range(self, from_: str, until: str) -> None:
         for field, time_ in (("#custom-from", from_), ("#custom-until", until)):
-            self.view.tab_to(field)
+            input_ = self.view.tab_to(field)
+            while input_.evaluate("(it) => it === document.activeElement"):
+                self.page.keyboard.press("Shift+Tab")  # each part of a time is a stop
+            self.page.keyboard.press("Tab")
             year, month, day, hour, minute, second = map(int, re.findall(r"\d+", time_))
             self.page.keyboard.type(f"{month:02}{day:02}{year:04}")
             self.page.keyboard.press("Tab")
@@ -383,10 +389,14 @@ class Keyboard(Mouse):
         self.view.press("Enter")
 
     def choose_row(self, function: str) -> None:
+        self.point_at_row(function)
+        self.view.press("Enter")
+
+    def point_at_row(self, function: str) -> None:
         self.view.tab_to("#pane-table .row-name[tabindex='0']")
         self.view.press("Home")
         names = self.page.locator(".row-name").all_inner_texts()
-        self.view.press(*["ArrowDown"] * names.index(function), "Enter")
+        self.view.press(*["ArrowDown"] * names.index(function))
 
     def point_at(self, *names: str) -> None:
         self.aim(*names)
@@ -493,8 +503,9 @@ def test_a_selection_is_made_undone_and_sent_as_an_address(hand, visit, service,
         hand.switch("#series", "version")
     expect(page.locator("#legend")).to_contain_text("1.5.0")
 
+    if hand.name == "mouse":
+        walk.restore(visit(service.url))
     walk.undo()
-    walk.restore(visit(service.url))
 
 
 def test_a_flame_graph_is_zoomed_and_searched(hand, visit, service):
@@ -531,8 +542,9 @@ def test_a_flame_graph_is_zoomed_and_searched(hand, visit, service):
     hand.search("")
     expect(found).to_have_text("")
 
+    if hand.name == "mouse":
+        walk.restore(visit(service.url))
     walk.undo()
-    walk.restore(visit(service.url))
 
 
 def test_a_flame_graph_is_drawn_as_one_wants_it(hand, visit, service):
@@ -564,7 +576,7 @@ def test_a_flame_graph_is_drawn_as_one_wants_it(hand, visit, service):
     for colour in ("module", "self"):
         with walk.step():
             hand.choose("#color", colour)
-        assert walk.seen[-1]["canvas"] != walk.seen[-2]["canvas"]
+        assert view.seen()["canvas"] != walk.seen[-1]["canvas"]
     with walk.step():
         hand.switch("#view", "flame")
     hand.aim("outer", "middle")
@@ -574,8 +586,9 @@ def test_a_flame_graph_is_drawn_as_one_wants_it(hand, visit, service):
     with walk.step():
         hand.press_or("0", crumbs.get_by_role("button", name="Reset zoom"))
 
+    if hand.name == "mouse":
+        walk.restore(visit(service.url))
     walk.undo()
-    walk.restore(visit(service.url))
 
 
 def test_stacks_are_chosen_by_their_functions(hand, visit, service):
@@ -607,6 +620,16 @@ def test_stacks_are_chosen_by_their_functions(hand, visit, service):
         with walk.step():
             hand.press(page.get_by_role("button", name=f"Remove: {name}"))
     expect(page.locator("#modifiers")).to_be_hidden()
+    for action, operator in (("Only service shop", "="), ("Without it", "!=")):
+        hand.aim("shop")
+        with walk.step():
+            hand.zoom("shop")
+        with walk.step():
+            hand.press(panel.get_by_role("button", name=action))
+        assert view.parameters()["q"] == f'{{service{operator}"shop"}}'
+        assert ("chain" in names()) == (operator == "!=")
+        with walk.step():
+            hand.press(page.get_by_role("button", name=re.compile("^Remove service")))
     hand.aim("outer", "middle")
     with walk.step():
         hand.zoom("outer", "middle")
@@ -616,8 +639,9 @@ def test_stacks_are_chosen_by_their_functions(hand, visit, service):
     with walk.step():
         hand.press(page.get_by_role("button", name="Remove: callers of middle"))
 
+    if hand.name == "mouse":
+        walk.restore(visit(service.url))
     walk.undo()
-    walk.restore(visit(service.url))
 
 
 def test_the_table_and_the_graph_lead_to_each_other(hand, visit, service):
@@ -669,6 +693,7 @@ def test_the_table_and_the_graph_lead_to_each_other(hand, visit, service):
     for fact in ("Module", "Kind", "Total", "Self", "Cores", "Samples"):
         expect(panel.locator("dt").get_by_text(fact, exact=True)).to_be_visible()
     assert f"{view.box('inner').samples:,}" in panel.inner_text()
+    expect(panel).to_contain_text(re.compile(r"Path/\S+/chain\s*Build id[0-9a-f]{40}"))
     with walk.step():
         hand.press_or("0", page.get_by_role("button", name="Reset zoom"))
     hand.choose_row("inner")
@@ -683,8 +708,34 @@ def test_the_table_and_the_graph_lead_to_each_other(hand, visit, service):
     with walk.step():
         hand.switch("#tab", "graph")
 
+    if hand.name == "mouse":
+        walk.restore(visit(service.url))
     walk.undo()
-    walk.restore(visit(service.url))
+
+
+def test_a_range_is_read_in_the_zone_that_is_chosen(hand, recording):
+    """UTC or the browser's own; a range that ends before it starts is refused where it is typed."""
+    view, page = hand.view, hand.page
+    from_, until = utc(recording.from_s), utc(recording.until_s)
+
+    hand.press("#range-button")
+    presets = page.locator("#ranges button").all_inner_texts()
+    assert presets[:1] + presets[-1:] == ["Last 15 minutes", "Last 24 hours"]
+    assert page.locator("#custom-from").input_value() == from_
+    hand.type_range(until, from_)
+    expect(page.locator("#custom-problem")).to_have_text("The range must end after it starts.")
+    hand.switch("#zone", "local")
+    local = utc(recording.from_s + INDIA_S)
+    assert page.locator("#custom-from").input_value() == local
+    expect(page.locator("#timeline-range")).to_contain_text(local[11:16])
+    hand.type_range(local, utc(recording.until_s + INDIA_S - 1))
+
+    assert view.parameters() == {
+        "from": f"{recording.from_s}000",
+        "until": f"{recording.until_s - 1}000",
+        "tz": "local",
+    }
+    expect(page.locator("#range-name")).to_contain_text("local")
 
 
 def test_what_is_pointed_at_is_told(hand):
@@ -704,6 +755,13 @@ def test_what_is_pointed_at_is_told(hand):
         expect(page.locator(".flame-live")).to_have_text(re.compile(r"^middle, \d+\.\d % of CPU"))
         view.press("Tab")
     expect(tooltip).to_be_hidden()
+
+    canvas = view.seen()["canvas"]
+    hand.point_at_row("middle")
+    assert view.seen()["canvas"] != canvas
+    if hand.name == "mouse":
+        hand.point_at("outer", "middle", "inner")
+        expect(page.locator("tr.marked .row-name")).to_have_text("inner")
 
     told = page.locator("#timeline .tooltip")
     hand.point_at_step(4, 9)
@@ -863,6 +921,8 @@ def test_hostile_names_are_shown_and_nothing_else(visit, hostile):
 
 def test_a_hostile_address_is_only_a_strange_question(visit, hostile):
     """What a link says is taken as text; what means nothing is read as its default."""
+    view = visit(hostile.url)
+    view.expect("status of 400")
     name = urllib.parse.quote("<img src=x onerror=window.hacked=1>\u202e\0")
     from_s = START_NS // 10**9
     for query in (
@@ -872,8 +932,6 @@ def test_a_hostile_address_is_only_a_strange_question(visit, hostile):
         f"node={name}&select={name}&row={name}&group={name}&sort={name}&rows=1e9&over=..",
         f"from={name}&until={name}&over={name}..{name}&tz=Mars",
     ):
-        view = visit(hostile.url)
-        view.expect("status of 400")
         view.page.goto(f"{hostile.url}/?from={from_s}&until={from_s + 180}&{query}")
         assert view.state() in {"ready", "empty", "error"}
         assert unseen_in(view) == []
@@ -1045,15 +1103,24 @@ def test_an_idle_machine_is_no_dead_end(visit, tmp_path):
         expect(view.page.locator("#state")).to_contain_text("The CPUs were idle in this range")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_bars_people_with_other_senses(scheme, visit, service, hostile, recording):
-    """axe-core finds nothing serious in any view, state, menu or size; contrast in the dark."""
-    view = visit(service.url + recording.address, color_scheme=scheme)
+def test_nothing_bars_people_with_other_senses(visit, service, hostile, recording):
+    """axe-core finds nothing serious in any view, state, open menu or size, nor in the dark."""
+    # Rows of a table are all alike: a few of them will do.
+    whole = f"{service.url}{recording.address}&filter=chain"
+    hostile_range = f"from={START_NS // 10**9}&until={START_NS // 10**9 + 180}"
+    view = visit(whole)
+    view.expect("status of 404")
     page, mouse = view.page, Mouse(view)
-    chain = f"{service.url}{recording.address}&q=%7Bservice%3D%22chain%22%7D"
 
     assert barriers(view) == []
-    for opener in ("#range-button", "#download-menu button", "#selector-input", "#help-button"):
+    page.emulate_media(color_scheme="dark")
+    assert barriers(view) == []
+    mouse.press("#range-button")
+    assert barriers(view) == []
+    page.emulate_media(color_scheme="light")
+    assert barriers(view) == []
+    page.keyboard.press("Escape")
+    for opener in ("#download-menu button", "#help-button", "#selector-input"):
         mouse.press(opener)
         if opener == "#selector-input":
             expect(page.locator("#selector-list li").first).to_be_visible()
@@ -1065,20 +1132,48 @@ def test_nothing_bars_people_with_other_senses(scheme, visit, service, hostile, 
     mouse.choose_row("outer")
     assert barriers(view) == []
     for address in (
-        f"{chain}&tab=both&focus=outer&hide=inner&search=middle&view=flame&color=module",
-        f"{service.url}{recording.address}&invert=1&by=&over=1700000000..1900000000",
-        f"{service.url}/?from=1700000000&until=1700003600",
-        f"{service.url}{recording.address}&q=%7Bservice%3D%22nobody%22%7D",
-        f"{service.url}{recording.address}&node=0123456789abcdef",
-        f"{hostile.url}/?from={START_NS // 10**9}&until={START_NS // 10**9 + 180}&tab=both",
+        f"{whole}&q=%7Bservice%3D%22chain%22%7D&focus=outer&hide=inner&search=middle&view=flame",
+        f"{hostile.url}/?{hostile_range}&tab=both&filter=e",
     ):
-        view.expect("status of 404")
+        page.goto(address)
+        assert barriers(view) == []
+        page.emulate_media(color_scheme="dark")
+        assert barriers(view) == []
+        page.emulate_media(color_scheme="light")
+    for address in (
+        f"{service.url}/?from=1700000000&until=1700003600",
+        f"{whole}&q=%7Bservice%3D%22nobody%22%7D",
+        f"{whole}&node=0123456789abcdef",
+    ):
         page.goto(address)
         assert barriers(view) == []
     page.set_viewport_size(NARROW)
-    for address in (chain, f"{chain}&tab=table"):
+    for address in (whole, f"{whole}&tab=table"):
         page.goto(address)
         assert barriers(view) == []
+
+
+def test_the_table_says_what_the_canvas_draws(visit, service, recording):
+    """Those whom a drawing says nothing find each function by name, with its shares."""
+    view = visit(f"{service.url}{recording.address}&tab=table&rows=5000")
+    table = view.page.get_by_role("table", name="Functions by CPU time")
+    headings = table.get_by_role("columnheader").evaluate_all(
+        "(all) => all.map((each) => each.ariaLabel ?? each.textContent)"
+    )
+    assert headings == [
+        *("Self", "Self, CPU time", "Total", "Total, CPU time", "Cores"),
+        *("Function", "Module"),
+    ]
+    told = {}
+    for row in table.locator("tbody tr").all_inner_texts()[:50]:
+        self_, _, total, _, _, name, module = row.replace("\n", "").split("\t")
+        told[name, module] = [float(each.rstrip(" %").lstrip("<>")) for each in (self_, total)]
+
+    boxes = view.boxes()
+    for name, module in (("outer", "chain"), ("middle", "chain"), ("inner", "chain")):
+        total = sum(box.total for box in boxes if (box.name, box.module) == (name, module))
+        assert told[name, module][1] == pytest.approx(100 * total / boxes[0].total, abs=0.051)
+        assert told[name, module][0] <= told[name, module][1]
 
 
 def barriers(view: View) -> list[str]:
