@@ -39,6 +39,8 @@ _KEPT_VIEWS = 3
 """Paths kept per merged profile: each is as large as it."""
 _KEPT_GRAPHS = 16
 """Drawn graphs kept per merged profile, some hundred kB each: many people look at one hour."""
+_BELIEVED_S = 0.5
+"""A listing of the store is believed for so long: as long as the panels of a page take to ask."""
 _FINER = (1, 30, 1000)
 """How much finer than the screen the tree is drawn, step by step, to find a node by its id."""
 _STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
@@ -216,7 +218,7 @@ class Answers:
 
     def __init__(self, store: ObjectStore, query: Query) -> None:
         self._store = store
-        self._query = query
+        self._query = query.believing(_BELIEVED_S)
         self._merged: OrderedDict[tuple[str, str, str], _Merged] = OrderedDict()
         self._lock = threading.Lock()
         self._merging: dict[tuple[str, str, str], threading.Lock] = {}

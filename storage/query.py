@@ -175,12 +175,24 @@ class Query:
         self._hasher = Hasher(self._secret)
         self._failures: dict[StoredObject, str] = {}
         self._turns = Turns()
+        self._believed_s = 0.0
+        self._listings: dict[Window, tuple[float, list[tuple[ObjectKey, StoredObject]]]] = {}
         self._check: Callable[[], None] = _go_on
 
     def interruptible(self, check: Callable[[], None]) -> "Query":
         """Give this same query, which calls `check` between objects: what it raises ends it."""
         other = copy.copy(self)
         other._check = check  # noqa: SLF001 - a copy of this very object
+        return other
+
+    def believing(self, listing_s: float) -> "Query":
+        """Give this same query, which lists a window again only after so many seconds.
+
+        The panels of a page ask for one window at once, and a listing takes an object store longer
+        than an answer that is kept.
+        """
+        other = copy.copy(self)
+        other._believed_s = listing_s  # noqa: SLF001 - a copy of this very object
         return other
 
     def fingerprint(self, window: Window) -> str:
@@ -292,6 +304,19 @@ class Query:
 
     def objects(self, window: Window) -> Iterator[tuple[ObjectKey, StoredObject]]:
         """Give the objects that start inside a window, by hour, host and start; none is read."""
+        if not self._believed_s:
+            yield from self._list(window)
+            return
+        oldest_s = time.monotonic() - self._believed_s
+        known = self._listings.get(window)
+        if known is None or known[0] < oldest_s:
+            known = (time.monotonic(), list(self._list(window)))
+            for other in [w for w, (at_s, _) in list(self._listings.items()) if at_s < oldest_s]:
+                self._listings.pop(other, None)
+            self._listings[window] = known
+        yield from known[1]
+
+    def _list(self, window: Window) -> Iterator[tuple[ObjectKey, StoredObject]]:
         for key, stored in list_window(self._store, window, self._tenant):
             self._check()
             if window.start_ns <= key.start_s * NS_PER_S < window.end_ns:

@@ -12,6 +12,7 @@ import profiles as some
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from live import wait_for
 from stores import MINUTE_NS, START_NS, at, minutes, put
 
 from profiler import flamegraph
@@ -561,6 +562,21 @@ def test_two_processes_share_a_cache(store, tmp_path):
 def ask(root: str, cache: str) -> tuple[int, int]:
     query = Query(DirectoryStore(Path(root)), Path(cache))
     return query.profile(DAY).profile.total_samples, query.functions(DAY).samples
+
+
+def test_a_listing_is_believed_for_a_while(store, query):
+    """Who asks again at once is answered from the same objects; others list the store."""
+    put(store, at(small(0), 0))
+    believing, soon = query.believing(3600), query.believing(0.01)
+    assert believing.profile(minutes(0, 9)).coverage.objects == 1
+    assert soon.profile(minutes(0, 9)).coverage.objects == 1
+
+    put(store, at(small(1), 1))
+
+    assert believing.profile(minutes(0, 9)).coverage.objects == 1
+    assert believing.profile(minutes(0, 8)).coverage.objects == 2
+    assert query.profile(minutes(0, 9)).coverage.objects == 2
+    wait_for(lambda: soon.profile(minutes(0, 9)).coverage.objects == 2)
 
 
 def test_those_who_ask_at_once_decode_an_object_once(store, query):
