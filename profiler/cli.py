@@ -546,6 +546,7 @@ def _add_up(commands: _Commands) -> None:
     parser.add_argument(
         "--demo", action="store_true", help="run a few small programs that are worth a look"
     )
+    _add_decode_ahead(parser)
     _add_always_on(parser)
     parser.set_defaults(run=_run_up)
 
@@ -567,7 +568,25 @@ def _add_serve(commands: _Commands) -> None:
         metavar="HOST:PORT",
         help="where the page is served (default 127.0.0.1:4040)",
     )
+    _add_decode_ahead(parser)
     parser.set_defaults(run=_run_serve)
+
+
+def percent(text: str) -> int:
+    if not text.isdecimal() or int(text) > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share of a CPU (0 to 100)")
+    return int(text)
+
+
+def _add_decode_ahead(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--decode-ahead",
+        type=percent,
+        default=10,
+        metavar="PERCENT",
+        help="of one otherwise idle CPU, to decode the last day before anybody asks for it"
+        " (default 10; 0: not at all)",
+    )
 
 
 def _run_serve(options: argparse.Namespace) -> int:
@@ -576,7 +595,8 @@ def _run_serve(options: argparse.Namespace) -> int:
     from profiler import serve  # noqa: PLC0415
 
     asked = [f"--store={options.store}", f"--s3-endpoint={options.s3_endpoint}"]
-    return serve.main([*asked, f"--listen={options.listen}"])
+    asked += [f"--listen={options.listen}", f"--decode-ahead={options.decode_ahead}"]
+    return serve.main(asked)
 
 
 def _add_always_on(parser: argparse.ArgumentParser) -> None:
@@ -646,7 +666,12 @@ def _run_agent(options: argparse.Namespace) -> int:
 def _run_up(options: argparse.Namespace) -> int:
     from profiler import up  # noqa: PLC0415
 
-    return up.run(_agent_options(options), options.listen, has_demo=options.demo)
+    return up.run(
+        _agent_options(options),
+        options.listen,
+        has_demo=options.demo,
+        decode_ahead=options.decode_ahead,
+    )
 
 
 def _agent_options(options: argparse.Namespace) -> AgentOptions:

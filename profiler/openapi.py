@@ -210,6 +210,17 @@ _SCHEMAS: dict[str, _Schema] = {
             "data": {"oneOf": [_ref("Window"), {"type": "null"}]},
             "hosts": _array(_TEXT),
             "agent": {"type": ["object", "null"], "description": "as everflame status --json"},
+            "ahead": {
+                **_or_null(
+                    _object(
+                        {
+                            **dict.fromkeys(("decoded", "waiting", "cpu_ns", "at_ms"), _COUNT),
+                            "error": _TEXT,
+                        }
+                    )
+                ),
+                "description": "objects decoded before anybody asked, since the start",
+            },
         }
     ),
 }

@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 from socket import socket
 
 from profiler import addresses, status
+from profiler.ahead import DEFAULT_PERCENT, Ahead
 from profiler.answers import Answers
 from profiler.connections import Server
 from profiler.service import About, Service
@@ -33,16 +34,24 @@ _END_WITHIN_S = 2.0
 
 
 def run(
-    listener: socket, store: ObjectStore, about: About, cache: Path, *, is_quiet: bool = False
+    listener: socket,
+    store: ObjectStore,
+    about: About,
+    cache: Path,
+    ahead: Ahead,
+    *,
+    is_quiet: bool = False,
 ) -> int:
     """Serve until SIGINT or SIGTERM."""
     workers = start_workers(min(4, os.cpu_count() or 1))
-    service = Service(Answers(store, Query(store, cache, workers=workers)), about)
+    service = Service(Answers(store, Query(store, cache, workers=workers)), about, ahead.told)
+    ahead.start()
     if not is_quiet:
         _tell(f"the page is at http://{addresses.shown(listener.getsockname()[:2])}/")
     try:
         Server(service.app(), service.places).run(sockets=[listener])
     finally:
+        ahead.end()
         has_ended = service.end(_END_WITHIN_S)
         workers.shutdown(wait=has_ended, cancel_futures=True)
     if not has_ended:
@@ -103,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         if not options.quiet:
             check(store)
         cache = options.cache or default_folder()
-        return run(listener, store, about, cache, is_quiet=options.quiet)
+        ahead = Ahead(url, options.s3_endpoint, cache, options.decode_ahead)
+        return run(listener, store, about, cache, ahead, is_quiet=options.quiet)
     except (addresses.ListenError, StoreError) as error:
         _tell(str(error))
         return 2
@@ -120,6 +130,7 @@ def _parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--keep-s", type=int, default=0)
     parser.add_argument("--keep-bytes", type=int, default=0)
+    parser.add_argument("--decode-ahead", type=int, default=DEFAULT_PERCENT)
     parser.add_argument("--quiet", action="store_true", help="say nothing but what is wrong")
     return parser.parse_args(argv)
 

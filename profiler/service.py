@@ -375,11 +375,13 @@ class Service:
         self,
         answers: Answers,
         about: About,
+        ahead: Callable[[], Mapping[str, Any]] = dict,
         now_ns: Callable[[], int] = time.time_ns,
         deadline_s: float = DEADLINE_S,
     ) -> None:
         self._answers = answers
         self._about = about
+        self._ahead = ahead
         self._now_ns = now_ns
         self._started_ns = now_ns()
         self._flights = Flights(deadline_s)
@@ -535,6 +537,7 @@ class Service:
                     "data": data,
                     "hosts": self._answers.hosts(span),
                     "agent": agent,
+                    "ahead": self._ahead() or None,
                 }
             )
 
@@ -564,7 +567,21 @@ class Service:
         for name, value in (("shared", self._flights.shared), ("ended", self._flights.ended)):
             lines.append(f"# TYPE everflame_service_{name}_total counter")
             lines.append(f"everflame_service_{name}_total {value}")
+        lines += _ahead_lines(self._ahead())
         return "\n".join([*lines, ""]).encode(), "text/plain; version=0.0.4"
+
+
+def _ahead_lines(told: Mapping[str, Any]) -> list[str]:
+    if not told:
+        return []
+    return [
+        "# TYPE everflame_service_decoded_ahead_total counter",
+        f"everflame_service_decoded_ahead_total {told['decoded']}",
+        "# TYPE everflame_service_decode_ahead_waiting gauge",
+        f"everflame_service_decode_ahead_waiting {told['waiting']}",
+        "# TYPE everflame_service_decode_ahead_cpu_seconds_total counter",
+        f"everflame_service_decode_ahead_cpu_seconds_total {told['cpu_ns'] / 1e9:.3f}",
+    ]
 
 
 def _target(request: Request) -> str:

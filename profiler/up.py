@@ -5,6 +5,7 @@ it keeps the service (`profiler.serve`). The service is not root and reads the s
 `profiler.confine`. With `--demo` there is a fourth, whose programs are something to look at.
 """
 
+import contextlib
 import os
 import pwd
 import shlex
@@ -48,7 +49,9 @@ _IDLE_WINDOWS = 2
 """So many windows are judged, after the first one, in which everything here starts."""
 
 
-def run(options: AgentOptions, listen: str, *, has_demo: bool = False) -> int:
+def run(
+    options: AgentOptions, listen: str, *, has_demo: bool = False, decode_ahead: int = 0
+) -> int:
     """Sample and serve until told to end; give the exit status.
 
     Raises:
@@ -57,7 +60,7 @@ def run(options: AgentOptions, listen: str, *, has_demo: bool = False) -> int:
     address = free_address(listen)
     first_s = min(FIRST_INTERVAL_S, options.interval_s)
     options = replace(options, store=options.store or default_store_url(), first_interval_s=first_s)
-    beside = Companions(options, address, has_demo=has_demo)
+    beside = Companions(options, address, has_demo=has_demo, decode_ahead=decode_ahead)
     begun_ns = time.time_ns()
     status = agent.run(options, beside)
     if beside.has_failed:
@@ -87,12 +90,20 @@ def free_address(listen: str) -> tuple[str, int]:
 class Companions(Beside):
     """The service, and the demo where it is wanted, in the agent's loop."""
 
-    def __init__(self, options: AgentOptions, address: tuple[str, int], *, has_demo: bool) -> None:
+    def __init__(
+        self,
+        options: AgentOptions,
+        address: tuple[str, int],
+        *,
+        has_demo: bool = False,
+        decode_ahead: int = 0,
+    ) -> None:
         self._options = options
         self._host, self._port = address
         self._user = service_user()
         cache = default_cache() / "service"
         command = service_command(options, address, cache, self._user)
+        command.append(f"--decode-ahead={decode_ahead}")
         self._service = Child("service", command, service_environment(options, cache))
         self._cache = cache
         self._demo = Child("demo", demo.command(self._user)) if has_demo else None
@@ -170,13 +181,12 @@ class Companions(Beside):
 
 def _cost_with_workers(pid: int) -> dict[str, int]:
     """Give what a process and its children take; nothing if there is no such process."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:  # it has ended, or the kernel does not tell (CONFIG_PROC_CHILDREN)
-        children = []
     total = Counter(_cost_of(pid))
-    for child in children if total else ():
-        total.update(_cost_of(int(child)))
+    # Each thread has children of its own; a kernel may not tell (CONFIG_PROC_CHILDREN).
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has ended
+            for child in path.read_text().split():
+                total.update(_cost_of(int(child)))
     return dict(total)
 
 

@@ -105,7 +105,7 @@ class DecodedCache:
         if is_due:
             self._evict()
 
-    def touch(self, kind: type[Columns] | type[Sums], name: str) -> int:
+    def touch(self, kind: type[Columns | Sums | Times], name: str) -> int:
         """Use what was saved under this name without reading it; give its size, 0 if it is gone."""
         path = self._path(kind, name)
         try:

@@ -71,6 +71,8 @@ _SPANS_NS = (HOUR_NS, HOUR_NS // 6)
 and ends inside one, and is what most people ask for."""
 _SETTLED_AFTER_NS = 300 * NS_PER_S
 """After its end, so long does a span wait for late objects before it is kept merged."""
+_RECENT_NS = 2 * HOUR_NS
+"""Windows begin inside of these hours more often than inside of others."""
 _FETCHES = 4
 """Objects fetched and decoded at a time."""
 _CHUNK = 8
@@ -149,6 +151,13 @@ class Functions:
     coverage: Coverage
 
 
+class Prepared(NamedTuple):
+    """A part of a window that was decoded and kept, and how many objects are left to decode."""
+
+    objects: int
+    left: int
+
+
 class Query:
     """Reads a store. Safe to use from several threads; several may share a cache folder.
 
@@ -177,6 +186,7 @@ class Query:
         self._turns = Turns()
         self._believed_s = 0.0
         self._listings: dict[Window, tuple[float, list[tuple[ObjectKey, StoredObject]]]] = {}
+        self._unkept: dict[str, int] = {}
         self._check: Callable[[], None] = _go_on
 
     def interruptible(self, check: Callable[[], None]) -> "Query":
@@ -321,6 +331,69 @@ class Query:
             self._check()
             if window.start_ns <= key.start_s * NS_PER_S < window.end_ns:
                 yield key, stored
+
+    def prepare(self, window: Window) -> Iterator["Prepared"]:
+        """Decode and keep what will be asked about a window, its latest part first.
+
+        Gives what was not kept before, part by part: whoever stops asking ends it. What is kept is
+        marked as used. It goes back no further than half of the cache reaches.
+        """
+        settled_ns = self._now_ns() - _SETTLED_AFTER_NS
+        objects = [_Object(key, stored) for key, stored in self.objects(window)]
+        recent = [each for each in objects if each.key.start_ns >= self._now_ns() - _RECENT_NS]
+        # The latest hours by the parts of which they are made, then whole hours.
+        parts = [
+            (listed, is_whole)
+            for some, spans_ns in ((recent, _SPANS_NS[1:]), (objects, _SPANS_NS))
+            for listed, is_whole in sorted(
+                _split(some, window.start_ns, settled_ns, spans_ns),
+                key=lambda part: -part[0][-1].key.end_ns,
+            )
+        ]
+        groups = {
+            self._name(group): group
+            for listed, is_whole in parts
+            for group in ([listed] if is_whole else [[each] for each in reversed(listed)])
+        }
+        reach_bytes = self._cache.limit_bytes // 2
+        kept_bytes: dict[str, int] = {}
+        left_bytes = reach_bytes
+        for name in groups:
+            if left_bytes < 0:
+                break
+            kept_bytes[name] = self._touch(name)
+            left_bytes -= kept_bytes[name]
+        missing = {
+            name
+            for name, size in kept_bytes.items()
+            if size == 0 and self._unkept.get(name, 0) < settled_ns
+        }
+        left = sum(len(groups[name]) for name in missing)
+        for name, size_bytes in kept_bytes.items():
+            reach_bytes -= size_bytes
+            if name in missing:
+                self._read_group(groups[name])
+                made_bytes = self._touch(name)
+                if made_bytes == 0:  # it cannot be kept, as where types differ
+                    self._unkept[name] = self._now_ns()
+                reach_bytes -= made_bytes
+                left -= len(groups[name])
+                yield Prepared(len(groups[name]), left)
+            if reach_bytes < 0:
+                return
+
+    def _touch(self, name: str) -> int:
+        """Mark all that is kept under a name as used; give its size, 0 if some of it is missing."""
+        sizes = [self._cache.touch(kind, name) for kind in (Columns, Sums, Times)]
+        return sum(sizes) if all(sizes) else 0
+
+    def _read_group(self, group: Sequence["_Object"]) -> None:
+        with ThreadPoolExecutor(1, "prepare") as pool:
+            for reader in (self._stacks, self._sums, self._times):
+                if len(group) > 1:
+                    reader.of_span(group, pool)
+                else:
+                    reader.of_object(group[0])
 
     def _chosen(
         self,
@@ -511,11 +584,6 @@ class Query:
             # A worker was killed, all are shut down, or sums are beyond what can be packed.
             return decode_objects(fetched, self._hasher)
         return _Decoded([(keys, unpack(Columns, each)[0]) for keys, each in decoded], failures)
-
-
-def _skipped(note: list[tuple[str, str]] | None) -> tuple["Skipped", ...]:
-    """Read what a span was saved with; an object alone is saved without, and is a span as well."""
-    return tuple(Skipped(*each) for each in note or ())
 
 
 class _Object(NamedTuple):

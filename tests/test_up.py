@@ -92,8 +92,10 @@ def children_of(pid: int) -> dict[str, int]:
 
 
 def descendants_of(pid: int) -> set[int]:
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    found = {int(child) for child in path.read_text().split()} if path.exists() else set()
+    found: set[int] = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found |= {int(child) for child in path.read_text().split()}
     return found.union(*(descendants_of(child) for child in found))
 
 
