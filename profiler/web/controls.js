@@ -373,7 +373,8 @@ export class SearchBox {
   }
 
   show(text) {
-    if (document.activeElement !== this.input) this.input.value = text;
+    // What is being typed stays; what Back or a button changed is shown, whoever has the focus.
+    if (!this.search.isPending() && this.input.value.trim() !== text) this.input.value = text;
     for (const each of this.buttons) each.hidden = text === "";
     if (text === "") this.found.textContent = "";
   }

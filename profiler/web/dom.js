@@ -75,17 +75,22 @@ export function removableChip(text, label, remove, className = "") {
   );
 }
 
-/** Keep calling back at most once per `ms`, with the last arguments. */
+/**
+ * Keep calling back at most once per `ms`, with the last arguments; `now` calls at once, `isPending`
+ * tells whether a call is still to come.
+ */
 export function debounce(callback, ms) {
   let timer = 0;
   const later = (...args) => {
     clearTimeout(timer);
-    timer = setTimeout(() => callback(...args), ms);
+    timer = setTimeout(() => later.now(...args), ms);
   };
   later.now = (...args) => {
     clearTimeout(timer);
+    timer = 0;
     callback(...args);
   };
+  later.isPending = () => timer !== 0;
   return later;
 }
 

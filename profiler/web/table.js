@@ -32,6 +32,7 @@ export class FunctionTable {
   constructor(container, callbacks) {
     this.#callbacks = callbacks;
     const filter = debounce((text) => callbacks.onFilter(text), FILTER_MS);
+    this.isTyped = filter.isPending;
     this.filter = el("input", {
       type: "search", id: "table-filter", placeholder: "Filter functions", "aria-label": "Filter functions and modules",
       autocomplete: "off", spellcheck: "false",
@@ -48,7 +49,7 @@ export class FunctionTable {
 
   /** Show an answer of /api/v1/top; `windowMs` is its length in time. */
   show(answer, {sort, filter, rows, windowMs}) {
-    if (document.activeElement !== this.filter) this.filter.value = filter;
+    if (!this.isTyped() && this.filter.value.trim() !== filter) this.filter.value = filter;
     this.#rows = answer.functions;
     this.#largest = Math.max(0, ...answer.functions.map((row) => row.self));
     this.#active = 0;
