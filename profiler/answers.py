@@ -8,37 +8,39 @@ Times in are ns, times out are Unix milliseconds. All answers are dicts that orj
 """
 
 import functools
+import itertools
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from profiler.flamegraph import ROOT_ID, FlameGraph, Screen, draw
 from profiler.paths import Group, Paths, Stacks
 from profiler.selection import nearest_objects
 from storage.objects import ObjectStore
 from storage.profile import GOOD_STOPS, Profile, Window
-from storage.query import HOUR_NS, Answer, Coverage, Functions, Query
+from storage.query import EMPTY, HOUR_NS, Answer, Coverage, Functions, Query
 from storage.selector import Selector
 from symbolizer.location import Frame
 
 SCHEMA = 1
 
-_KEPT_WORDS = 30_000_000
-"""Boxes of all stacks of the merged profiles that are kept, 12 bytes each with all that is made of
-them; the last one asked for is kept whatever its size."""
+_KEPT_WORDS = 6_000_000
+"""Boxes of all stacks of the merged profiles that are kept, 12 to 20 bytes each with all that is
+made of them: four hours of a host. The last one asked for is kept whatever its size."""
 _NAMED_HOSTS = 100
 _NAMED_MODULES = 1_000
-_KEPT_NODES = 200_000
-"""Nodes remembered per merged profile, so that a zoom into one that was drawn is not searched."""
 _KEPT_VIEWS = 3
 """Paths kept per merged profile: each is as large as it."""
+_KEPT_SELECTIONS = 16
 _KEPT_GRAPHS = 16
-"""Drawn graphs kept per merged profile, some hundred kB each: many people look at one hour."""
+"""Drawn graphs kept per view, some hundred kB each: many people look at one hour, and a zoom into a
+box that was drawn is not searched for."""
 _BELIEVED_S = 0.5
 """A listing of the store is believed for so long: as long as the panels of a page take to ask."""
 _FINER = (1, 30, 1000)
@@ -88,129 +90,153 @@ class Question:
         return not any(looks) and self.node == ROOT_ID and self.group is Group.FUNCTION
 
 
+_Path = list[tuple[int, int]]
+"""Ids and boxes that lead from below the root to a node."""
+
+
+@dataclass(slots=True)
+class _Drawn:
+    """A graph that was drawn, and what leads to its root."""
+
+    path: _Path
+    graph: FlameGraph
+    ids: npt.NDArray[np.uint64] | None = None
+    """Of its nodes: computed when somebody zooms, which is later or never."""
+
+    def path_to(self, node: int, numbers: Mapping[Frame, int]) -> _Path | None:
+        """Give what leads to a node, None where it was not drawn here."""
+        graph = self.graph
+        if self.ids is None:
+            self.ids = graph.ids(self.path[-1][0] if self.path else ROOT_ID)
+        for found in np.flatnonzero(self.ids == np.uint64(node)).tolist():
+            below, at = [], found
+            while at:
+                box = numbers.get(graph.frames[graph.frame[at]], -1)
+                below.append((int(self.ids[at]), box))
+                at = int(graph.parent[at])
+            if all(box >= 0 for _, box in below):  # else it is a sum of what is too narrow
+                return [*self.path, *reversed(below)]
+        return None
+
+
+@dataclass(slots=True)
+class _View:
+    """The paths of a profile, looked at in one way, and what was made of them so far."""
+
+    paths: Paths
+    numbers: dict[Frame, int]
+    """Of the boxes."""
+    table: list[_Row] | None = None
+    """The functions, largest self first."""
+    drawn: OrderedDict[tuple[int, float], _Drawn] = field(default_factory=OrderedDict)
+    """By node and width; used last stands last."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(cls, paths: Paths) -> "_View":
+        return cls(paths, {frame: i for i, frame in enumerate(paths.frames)})
+
+    def draw(self, question: Question, path: _Path) -> FlameGraph:
+        """Give what stands on the node that a path leads to, as wide as the question says."""
+        key = (question.node, question.width_px)
+        with self.lock:
+            if key in self.drawn:
+                self.drawn.move_to_end(key)
+                return self.drawn[key].graph
+        graph = draw(self.paths.below([box for _, box in path]), Screen(question.width_px))
+        with self.lock:
+            self.drawn[key] = _Drawn(path, graph)
+            while len(self.drawn) > _KEPT_GRAPHS:
+                self.drawn.popitem(last=False)
+        return graph
+
+    def rows(self) -> list[_Row]:
+        """Give the table of functions, which nobody may change."""
+        if self.table is None:
+            self.table = [(row.frame, row[1:]) for row in self.paths.functions() if row.total]
+        return self.table
+
+    def path_to(self, question: Question) -> _Path:
+        """Give what leads to the node of the question.
+
+        Raises:
+            NoSuchNodeError: no stack goes there.
+        """
+        if question.node == ROOT_ID:
+            return []
+        with self.lock:
+            drawn = list(reversed(self.drawn.values()))
+        finer = (Screen(question.width_px * times) for times in _FINER)
+        searched = (_Drawn([], draw(self.paths, screen)) for screen in (*finer, None))
+        for each in itertools.chain(drawn, searched):
+            found = each.path_to(question.node, self.numbers)
+            if found is not None:
+                return found
+        raise NoSuchNodeError(f"{question.node:016x}")
+
+
 @dataclass(slots=True)
 class _Merged:
     """A merged profile and what was made of it so far."""
 
     answer: Answer
-    stacks: dict[Group, Stacks] = field(default_factory=dict)
-    paths: dict[tuple[object, ...], Paths] = field(default_factory=dict)
-    tables: dict[tuple[object, ...], list[_Row]] = field(default_factory=dict)
-    """By view: the functions, largest self first."""
-    graphs: OrderedDict[tuple[object, ...], FlameGraph] = field(default_factory=OrderedDict)
-    """By view, node and width."""
-    unread: list[tuple[Question, FlameGraph]] = field(default_factory=list)
-    """Drawn, and not yet in `nodes`: most are never zoomed into."""
-    nodes: dict[tuple[object, ...], dict[int, tuple[int, int]]] = field(default_factory=dict)
-    """By view and id: the parent's id and the number of the box."""
+    whole: "_Merged | None" = None
+    """Where it is a selection: what it was selected from, which has the same stacks."""
+    stacks: tuple[Group, Stacks] | None = None
+    views: OrderedDict[tuple[object, ...], _View] = field(default_factory=OrderedDict)
+    selections: OrderedDict[str, "_Merged"] = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    nodes_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def words(self) -> int:
         return len(self.answer.profile.stack_locations)
 
-    def paths_of(self, question: Question) -> Paths:
-        """Give the paths of a view. A few views are kept: they are as large as the profile."""
+    def select(self, selector: Selector) -> "_Merged":
+        """Give the rows that are asked for, without reading or merging anything again."""
         with self.lock:
-            known = self.paths.get(question.view)
-            if known is not None:
-                return known
-            stacks = self.stacks.get(question.group)
-            if stacks is None:
-                stacks = Stacks.of(self.answer.profile, question.group)
-                self.stacks = {question.group: stacks}
-            paths = Paths.of_stacks(stacks, self.answer.profile, question.by)
-            # In this order stacks can be kept for a function that is then taken out of them.
-            for function in question.focus:
-                paths = paths.focus(function)
-            for function in question.hide:
-                paths = paths.hide(function)
-            if question.callers:
-                paths = paths.callers(question.callers)
-            elif question.invert:
-                paths = paths.inverted()
-            if len(self.paths) >= _KEPT_VIEWS:
-                oldest = next(iter(self.paths))
-                del self.paths[oldest]
-                self.tables.pop(oldest, None)
-            self.paths[question.view] = paths
-            return paths
+            known = self.selections.get(str(selector))
+            if known is None:
+                profile = self.answer.profile
+                chosen = np.array(selector.choose(map(dict, profile.label_sets)), dtype=bool)
+                kept = np.flatnonzero(chosen[profile.row_labels])
+                columns = ("row_labels", "row_stacks", "row_samples", "row_values")
+                rows = {name: getattr(profile, name)[kept] for name in columns}
+                known = _Merged(replace(self.answer, profile=replace(profile, **rows)), self)
+                self.selections[str(selector)] = known
+                while len(self.selections) > _KEPT_SELECTIONS:
+                    self.selections.popitem(last=False)
+            self.selections.move_to_end(str(selector))
+            return known
 
-    def draw(self, question: Question, paths: Paths, path: Sequence[tuple[int, int]]) -> FlameGraph:
-        """Give what stands on a node of the paths, as wide as the question says."""
-        key = (question.view, question.node, question.width_px)
+    def view(self, question: Question) -> _View:
+        """Look at it as asked. A few views are kept: each is as large as the profile."""
         with self.lock:
-            if key in self.graphs:
-                self.graphs.move_to_end(key)
-                return self.graphs[key]
-        graph = draw(paths.below([box for _, box in path]), Screen(question.width_px))
-        with self.lock:
-            self.graphs[key] = graph
-            self.unread = [*self.unread[1 - _KEPT_GRAPHS :], (question, graph)]
-            while len(self.graphs) > _KEPT_GRAPHS:
-                self.graphs.popitem(last=False)
-        return graph
+            known = self.views.get(question.view)
+            if known is None:
+                known = self.views[question.view] = _View.of(self._paths_of(question))
+                while len(self.views) > _KEPT_VIEWS:
+                    self.views.popitem(last=False)
+            self.views.move_to_end(question.view)
+            return known
 
-    def table(self, question: Question, paths: Paths) -> list[_Row]:
-        """Give the functions of a view, largest self first."""
-        rows = self.tables.get(question.view)
-        if rows is None:
-            rows = [(row.frame, row[1:]) for row in paths.functions() if row.total]
-            with self.lock:
-                if question.view in self.paths:
-                    self.tables[question.view] = rows
-        return rows
+    def _paths_of(self, question: Question) -> Paths:
+        paths = Paths.of_stacks(self._stacks_of(question.group), self.answer.profile, question.by)
+        # In this order stacks can be kept for a function that is then taken out of them.
+        for function in question.focus:
+            paths = paths.focus(function)
+        for function in question.hide:
+            paths = paths.hide(function)
+        if question.callers:
+            return paths.callers(question.callers)
+        return paths.inverted() if question.invert else paths
 
-    def _remember(self, question: Question, paths: Paths, graph: FlameGraph) -> None:
-        """Note where the nodes of a drawn graph stand, so that their ids lead to them."""
-        known = self.nodes.setdefault(question.view, {})
-        if len(known) > _KEPT_NODES:
-            known.clear()
-        number = {frame: i for i, frame in enumerate(paths.frames)}
-        boxes = [number.get(frame, -1) for frame in graph.frames]
-        ids = graph.ids(question.node).tolist()
-        parents, frames = graph.parent.tolist(), graph.frame.tolist()
-        for node in range(1, len(ids)):
-            box = boxes[frames[node]]
-            if box >= 0:
-                known.setdefault(ids[node], (ids[parents[node]], box))
-
-    def path_to(self, question: Question, paths: Paths) -> list[tuple[int, int]]:
-        """Give the (id, box) that lead from below the root to the node of the question.
-
-        Raises:
-            NoSuchNodeError: no stack goes there.
-        """
-        with self.nodes_lock:
-            with self.lock:
-                drawn = [each for each in self.unread if each[0].view == question.view]
-                self.unread = [each for each in self.unread if each[0].view != question.view]
-            for each, graph in drawn:
-                self._remember(each, paths, graph)
-            known = self.nodes.get(question.view, {})
-            for finer in (*_FINER, 0):
-                found = _follow(known, question.node)
-                if found is not None:
-                    return found
-                screen = Screen(question.width_px * finer) if finer else None
-                self._remember(replace(question, node=ROOT_ID), paths, draw(paths, screen))
-                known = self.nodes[question.view]
-            found = _follow(known, question.node)
-            if found is None:
-                raise NoSuchNodeError(f"{question.node:016x}")
-            return found
-
-
-def _follow(known: dict[int, tuple[int, int]], node: int) -> list[tuple[int, int]] | None:
-    path: list[tuple[int, int]] = []
-    while node != ROOT_ID:
-        if node not in known:
-            return None
-        parent, box = known[node]
-        path.append((node, box))
-        node = parent
-    return path[::-1]
+    def _stacks_of(self, group: Group) -> Stacks:
+        if self.whole is not None:
+            with self.whole.lock:
+                return self.whole._stacks_of(group)  # noqa: SLF001 - one like this
+        if self.stacks is None or self.stacks[0] is not group:
+            self.stacks = (group, Stacks.of(self.answer.profile, group))
+        return self.stacks[1]
 
 
 class Answers:
@@ -229,12 +255,13 @@ class Answers:
         Raises:
             NoSuchNodeError: the question's node is not there.
         """
-        merged = self._merge(question, check)
-        paths = merged.paths_of(question)
+        merged = self._select(question, check)
+        view = merged.view(question)
+        paths = view.paths
         check()
-        path = merged.path_to(question, paths) if question.node != ROOT_ID else []
+        path = view.path_to(question)
         check()
-        graph = merged.draw(question, paths, path)
+        graph = view.draw(question, path)
         check()
         below = paths.below([box for _, box in path]) if question.search else None
         found = below.search(question.search) if below else None
@@ -276,13 +303,13 @@ class Answers:
             unit, total, samples = table.unit, table.total, table.samples
             coverage = table.coverage
         else:
-            merged = self._merge(question, check)
-            paths = merged.paths_of(question)
+            merged = self._select(question, check)
+            view = merged.view(question)
             check()
             if question.node == ROOT_ID:
-                rows = merged.table(question, paths)
+                rows = view.rows()
             else:
-                paths = paths.through([box for _, box in merged.path_to(question, paths)])
+                paths = view.paths.through([box for _, box in view.path_to(question)])
                 rows = [(row.frame, row[1:]) for row in paths.functions() if row.total]
             is_sorted = sort == "self"
             profile, coverage = merged.answer.profile, merged.answer.coverage
@@ -411,7 +438,28 @@ class Answers:
         """Tell whether the stacks are merged, or are being merged for somebody else."""
         key = self._key(question)
         with self._lock:
-            return key in self._merged or key in self._merging
+            if key in self._merged or key in self._merging:
+                return True
+        return self._whole_of(question) is not None
+
+    def _select(self, question: Question, check: Check) -> _Merged:
+        """Give what is asked for, from all that is merged where it is."""
+        whole = self._whole_of(question)
+        return self._merge(question, check) if whole is None else whole.select(question.selector)
+
+    def _whole_of(self, question: Question) -> _Merged | None:
+        """Give all of the window where it is merged and a part of it is asked for.
+
+        Not for a part of the hosts: its accounting is that of its objects.
+        """
+        if not question.selector.matchers or "host" in question.selector.names:
+            return None
+        key = self._key(replace(question, selector=EMPTY))
+        with self._lock:
+            whole = self._merged.get(key)
+            if whole is not None:
+                self._merged.move_to_end(key)
+            return whole
 
     def _merge(self, question: Question, check: Check) -> _Merged:
         key = self._key(question)
