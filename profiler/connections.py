@@ -7,6 +7,7 @@ come again. Who does not take an answer is cut off as well.
 """
 
 import asyncio
+import contextlib
 import functools
 from socket import socket
 from types import FrameType
@@ -160,6 +161,13 @@ class Server(uvicorn.Server):
             h11_max_incomplete_event_size=_HEAD_LIMIT_BYTES,
         )
         super().__init__(config)
+        self._wakes = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        """Tick once a second. The base class does ten times: most of what an idle service costs."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wakes.wait(), 1.0)
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         cut = asyncio.get_running_loop().call_later(_GRACE_S, self._cut_all)
@@ -169,8 +177,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End; at the second signal without waiting. The base class raises it again when done."""
         del sig, frame
-        if self.should_exit:
-            asyncio.get_running_loop().call_soon_threadsafe(self._cut_all)
+        loop = asyncio.get_running_loop()
+        loop.call_soon_threadsafe(self._cut_all if self.should_exit else self._wakes.set)
         self.should_exit = True
 
     def _cut_all(self) -> None:
