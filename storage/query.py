@@ -77,6 +77,8 @@ _FETCHES = 4
 """Objects fetched and decoded at a time."""
 _CHUNK = 8
 """Objects of an hour that one worker decodes and merges: fewer, larger answers are cheaper."""
+_REST_S = 2.0
+"""A worker that does nothing for so long gives memory back."""
 _FAILURES_REMEMBERED = 10_000
 _ENDING = {signal.SIGINT, signal.SIGTERM}
 EMPTY = Selector()
@@ -651,7 +653,7 @@ def start_workers(count: int) -> Executor:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     workers = ProcessPoolExecutor(count, context, initializer=_settle_in)
     try:
-        for started in [workers.submit(_settle_in) for _ in range(count)]:
+        for started in [workers.submit(os.getpid) for _ in range(count)]:
             started.result()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what came meanwhile is raised here
     except BaseException:
@@ -664,7 +666,8 @@ def start_workers(count: int) -> Executor:
 def _settle_in() -> None:
     """Make this process a worker, which ends with its parent, however that ends.
 
-    malloc keeps what is freed: a third of decoding was the kernel's zeroing of pages.
+    malloc keeps what is freed, as a third of decoding was the kernel's zeroing of pages, until
+    there has been nothing to decode for a while: that is 25 MB.
     """
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that came to all
@@ -680,6 +683,18 @@ def _settle_in() -> None:
         mmap_threshold, trim_threshold = -3, -1
         libc.mallopt(mmap_threshold, 1 << 28)
         libc.mallopt(trim_threshold, 1 << 28)
+        threading.Thread(target=_give_back, args=(libc.malloc_trim,), daemon=True).start()
+
+
+def _give_back(trim: Callable[[int], int]) -> None:
+    used_s = given_s = time.process_time()
+    while True:
+        time.sleep(_REST_S)
+        before_s, used_s = used_s, time.process_time()
+        is_resting = used_s - before_s < _REST_S / 100
+        if is_resting and used_s - given_s > _REST_S / 100:
+            trim(0)
+            given_s = time.process_time()
 
 
 _hasher_of = functools.lru_cache(maxsize=1)(Hasher)
