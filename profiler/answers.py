@@ -22,6 +22,7 @@ import numpy.typing as npt
 from profiler.flamegraph import ROOT_ID, FlameGraph, Screen, draw
 from profiler.paths import Group, Paths, Stacks
 from profiler.selection import nearest_objects
+from profiler.views import NoSuchNodeError, View
 from storage.objects import ObjectStore
 from storage.profile import GOOD_STOPS, Profile, Window
 from storage.query import EMPTY, HOUR_NS, Answer, Coverage, Functions, Query
@@ -57,10 +58,6 @@ Check = Callable[[], None]
 """Called between steps of long work; what it raises ends the work."""
 
 
-class NoSuchNodeError(LookupError):
-    """The node of a link is not among the stacks that are asked for."""
-
-
 @dataclass(frozen=True, slots=True)
 class Question:
     """What is asked about: the part of the store, and how its stacks are looked at."""
@@ -79,15 +76,14 @@ class Question:
     width_px: float = 1200.0
 
     @property
-    def view(self) -> tuple[object, ...]:
+    def view(self) -> View:
         """What the paths depend on, but for the node that is zoomed into."""
-        return (self.by, self.group, self.invert, self.callers, self.focus, self.hide)
+        return View(self.by, self.group, self.invert, self.callers, self.focus, self.hide)
 
     @property
     def is_plain(self) -> bool:
         """Tell whether sums of functions answer it without any stack."""
-        looks = (self.invert, self.callers, self.focus, self.hide)
-        return not any(looks) and self.node == ROOT_ID and self.group is Group.FUNCTION
+        return self.view.is_whole and self.node == ROOT_ID
 
 
 _Path = list[tuple[int, int]]
@@ -183,7 +179,7 @@ class _Merged:
     whole: "_Merged | None" = None
     """Where it is a selection: what it was selected from, which has the same stacks."""
     stacks: tuple[Group, Stacks] | None = None
-    views: OrderedDict[tuple[object, ...], _View] = field(default_factory=OrderedDict)
+    views: OrderedDict[View, _View] = field(default_factory=OrderedDict)
     selections: OrderedDict[str, "_Merged"] = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -220,15 +216,8 @@ class _Merged:
             return known
 
     def _paths_of(self, question: Question) -> Paths:
-        paths = Paths.of_stacks(self._stacks_of(question.group), self.answer.profile, question.by)
-        # In this order stacks can be kept for a function that is then taken out of them.
-        for function in question.focus:
-            paths = paths.focus(function)
-        for function in question.hide:
-            paths = paths.hide(function)
-        if question.callers:
-            return paths.callers(question.callers)
-        return paths.inverted() if question.invert else paths
+        view, profile = question.view, self.answer.profile
+        return view.of(Paths.of_stacks(self._stacks_of(view.group), profile, view.by))
 
     def _stacks_of(self, group: Group) -> Stacks:
         if self.whole is not None:

@@ -305,11 +305,13 @@ def _run_flamegraph(options: argparse.Namespace) -> int:
     return _write_all(options, profile)
 
 
-def _write_all(options: argparse.Namespace, profile: Profile) -> int:
+def _write_all(
+    options: argparse.Namespace, profile: Profile, by: tuple[str, ...] | None = None
+) -> int:
     from profiler import export  # noqa: PLC0415
 
     for output in options.outputs:
-        export.write(profile, output, by=options.by)
+        export.write(profile, output, by=options.by if by is None else by)
         if output != "-":
             print(f"wrote {output}", file=sys.stderr)
     return 0
@@ -323,7 +325,8 @@ def _add_export(commands: _Commands) -> None:
         "examples:\n"
         "  everflame export cpu.pb.gz -o cpu.speedscope.json\n"
         "  everflame export cpu.pb.gz -o - --by '' | flamegraph.pl > cpu.svg\n"
-        "  everflame export -o api.svg --from now-1h -q '{service=\"api\"}'\n\n"
+        "  everflame export -o api.svg --from now-1h -q '{service=\"api\"}'\n"
+        "  everflame export -o parse.folded --focus parse --hide memcpy\n\n"
         "Without FILE it reads the store, by default the last hour.",
     )
     parser.add_argument(
@@ -331,10 +334,67 @@ def _add_export(commands: _Commands) -> None:
     )
     _add_outputs(parser)
     _add_by(parser)
+    _add_view(parser)
     _add_store(parser)
     _add_window(parser)
     _add_query(parser)
     parser.set_defaults(run=_run_export)
+
+
+def node_id(text: str) -> int:
+    if not re.fullmatch(r"[0-9a-f]{16}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no node (16 hex digits, as in a link)")
+    return int(text, 16)
+
+
+def _add_view(parser: argparse.ArgumentParser) -> None:
+    """Add what a link to the page has in it, too: the file is then what the page shows."""
+    for name, summary in (
+        ("--focus", "only stacks with this function; may be repeated"),
+        ("--hide", "take this function out of all stacks; may be repeated"),
+    ):
+        parser.add_argument(name, metavar="FUNCTION", action="append", default=[], help=summary)
+    parser.add_argument(
+        "--callers", metavar="FUNCTION", default="", help="what called this function, it first"
+    )
+    parser.add_argument("--invert", action="store_true", help="from the leaves")
+    parser.add_argument(
+        "--group",
+        choices=("function", "line", "file", "module"),
+        default="function",
+        help="what a box is (default function)",
+    )
+    parser.add_argument(
+        "--node", metavar="ID", type=node_id, help="only what goes through this box of the page"
+    )
+
+
+def _viewed(options: argparse.Namespace, profile: Profile) -> tuple[Profile, tuple[str, ...]]:
+    """Give what is left of a profile, and the labels to draw above its stacks."""
+    from profiler import export  # noqa: PLC0415
+    from profiler.flamegraph import ROOT_ID  # noqa: PLC0415
+    from profiler.paths import Group  # noqa: PLC0415
+    from profiler.views import NoSuchNodeError, View  # noqa: PLC0415
+
+    view = View(
+        by=export.DEFAULT_BY if options.by is None else options.by,
+        group=Group(options.group),
+        invert=options.invert,
+        callers=options.callers,
+        focus=tuple(options.focus),
+        hide=tuple(options.hide),
+    )
+    try:
+        shown = view.shown(profile, ROOT_ID if options.node is None else options.node)
+    except NoSuchNodeError as error:
+        raise ValueError(
+            f"nothing selected: no stack goes through the node {error}; it is one of a view, so"
+            " give --by, --group, --invert, --callers, --focus and --hide as the link does"
+        ) from error
+    if profile.total_samples and not shown.profile.total_samples:
+        names = ", ".join(filter(None, (*options.focus, options.callers)))
+        raise ValueError(f"nothing selected: there is no stack with {names}")
+    return shown.profile, shown.by
 
 
 def _add_window(parser: argparse.ArgumentParser) -> None:
@@ -380,9 +440,9 @@ def _run_export(options: argparse.Namespace) -> int:
         answer = _selection(options, start="now-1h").answer()
         for key, reason in answer.coverage.skipped:
             print(f"everflame: skipped {key}: {reason}", file=sys.stderr)
-        return _write_all(options, answer.profile)
+        return _write_all(options, *_viewed(options, answer.profile))
     _refuse_store_words(options, "export")
-    return _write_all(options, export.read(options.file))
+    return _write_all(options, *_viewed(options, export.read(options.file)))
 
 
 def _refuse_store_words(options: argparse.Namespace, command: str) -> None:

@@ -20,7 +20,7 @@ EXPORT_NAME = r"[A-Za-z0-9._-]{0,100}\.(speedscope\.json|folded|pb\.gz|svg|json)
 _Schema = dict[str, Any]
 
 _SHARED = ("query", "from", "until", "type")
-_VIEW = ("by", "group", "node", "invert", "callers", "focus", "hide", "search")
+_VIEW = ("by", "group", "node", "invert", "callers", "focus", "hide")
 
 
 class Endpoint(NamedTuple):
@@ -234,14 +234,14 @@ ENDPOINTS = {
     "flamegraph": Endpoint(
         "/api/v1/flamegraph",
         "The flame graph of a window, cut for a screen of a width",
-        (*_SHARED, *_VIEW, "width"),
+        (*_SHARED, *_VIEW, "search", "width"),
         _json("FlameGraph"),
         (400, 404, 421, 503, 504),
     ),
     "top": Endpoint(
         "/api/v1/top",
         "The table of functions, from the full data",
-        (*_SHARED, *_VIEW, "sort", "limit"),
+        (*_SHARED, *_VIEW, "search", "sort", "limit"),
         _json("Top"),
         (400, 404, 421, 503, 504),
     ),
@@ -262,7 +262,7 @@ ENDPOINTS = {
     "export": Endpoint(
         "/api/v1/export/{name}",
         "A file for other tools, in the format that the ending of its name says",
-        (*_SHARED, "by"),
+        (*_SHARED, *_VIEW),
         {
             "application/json": {"type": "object"},
             "text/plain": _TEXT,

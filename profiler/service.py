@@ -38,7 +38,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from profiler import export, status
-from profiler.answers import MOST_STEPS, SORTS, Answers, Check, NoSuchNodeError, Question
+from profiler.answers import MOST_STEPS, SORTS, Answers, Check, Question
 from profiler.connections import Places
 from profiler.flamegraph import ROOT_ID
 from profiler.openapi import (
@@ -54,6 +54,7 @@ from profiler.openapi import (
 )
 from profiler.paths import Group
 from profiler.times import parse_time, parse_window
+from profiler.views import NoSuchNodeError
 from storage.objects import StoreError
 from storage.selector import Selector
 
@@ -509,7 +510,9 @@ class Service:
         def compute(check: Check) -> Content:
             answer = self._answers.profile(question, check)
             check()
-            content = export.encode(answer.profile, name, question.by)
+            shown = question.view.shown(answer.profile, question.node, check)
+            check()
+            content = export.encode(shown.profile, name, shown.by)
             return content, _MEDIA_TYPES[f".{name.rpartition('.')[2]}"]
 
         return compute

@@ -25,6 +25,10 @@ FROM, UNTIL = (str(ns // 1_000_000) for ns in minutes(0, 60))
 HOUR = {"from": FROM, "until": UNTIL}
 
 
+def whole():
+    return merge([profile_of(minute) for minute in range(5)])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("service")
@@ -35,10 +39,6 @@ def client(folder):
     directory(folder / "store", *(profile_of(minute) for minute in range(5)))
     with service(folder) as (_, client):
         yield client
-
-
-def whole():
-    return merge([profile_of(minute) for minute in range(5)])
 
 
 def test_a_flame_graph_holds_every_count_of_its_window(client):
@@ -124,16 +124,25 @@ def test_labels_and_their_values_are_told(client):
     assert values == [{"value": "api", "samples": 15}, {"value": "jobs", "samples": 10}]
 
 
+def exported(folder, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from profiler.cli import main; raise SystemExit(main())"]
+    command += ["export", f"--store={folder / 'store'}", f"--from={FROM}", f"--until={UNTIL}"]
+    return subprocess.run(
+        [*command, "-o", str(out), *arguments],
+        env={**os.environ, "EVERFLAME_CACHE": str(folder / "cli-cache")},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+
 @pytest.mark.parametrize("ending", ["folded", "pb.gz", "speedscope.json", "svg", "json"])
 def test_exports_over_http_are_those_of_the_command(client, folder, tmp_path, ending):
     """Byte by byte what `everflame export` writes for the same window."""
     status, headers, body = client.get(f"/api/v1/export/cpu.{ending}", **HOUR)
     out = tmp_path / f"cpu.{ending}"
-    command = [sys.executable, "-c", "from profiler.cli import main; raise SystemExit(main())"]
-    command += ["export", f"--store={folder / 'store'}", f"--from={FROM}", f"--until={UNTIL}"]
-    environment = {**os.environ, "EVERFLAME_CACHE": str(tmp_path)}
-    subprocess.run([*command, "-o", str(out)], check=True, env=environment, capture_output=True)
 
+    assert exported(folder, out).returncode == 0
     assert status == 200
     assert headers["content-disposition"] == f'attachment; filename="cpu.{ending}"'
     assert body == out.read_bytes()
@@ -141,6 +150,60 @@ def test_exports_over_http_are_those_of_the_command(client, folder, tmp_path, en
         assert folded.decode(body).total_samples == whole().total_samples
     if ending == "pb.gz":
         assert pprof.decode(body).total_value == whole().total_value
+
+
+WORK = some.NAMES[some.WORK][-1].function
+MAIN = some.NAMES[some.MAIN][-1].function
+NODE = f"{int(flamegraph.build(whole(), ('comm',)).ids()[3]):016x}"
+
+
+def flags(parameters: dict[str, str | list[str]]) -> list[str]:
+    """Give the flags of `everflame export` for parameters of the service."""
+    pairs = [
+        (name, each)
+        for name, value in parameters.items()
+        for each in (value if isinstance(value, list) else [value])
+    ]
+    return [f"--{name}" if name == "invert" else f"--{name}={value}" for name, value in pairs]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"query": '{service="api"}'},
+        {"focus": WORK, "by": "comm"},
+        {"hide": [WORK, MAIN]},
+        {"callers": WORK},
+        {"invert": "1", "by": "service"},
+        {"group": "module", "by": ""},
+        {"node": NODE},
+    ],
+)
+@pytest.mark.parametrize("ending", ["folded", "pb.gz", "speedscope.json", "svg", "json"])
+def test_downloads_of_a_view_are_those_of_the_command(client, folder, tmp_path, ending, parameters):
+    """And hold as much as the screen shows."""
+    screen = client.json("flamegraph", **HOUR, **{"by": "comm", **parameters})
+    _, _, body = client.get(f"/api/v1/export/cpu.{ending}", **HOUR, **parameters)
+    out = tmp_path / f"cpu.{ending}"
+
+    done = exported(folder, out, *flags(parameters))
+
+    assert done.returncode == 0, done.stderr
+    assert body == out.read_bytes()
+    if ending == "pb.gz":
+        assert pprof.decode(body).total_value == screen["nodes"]["total"][0]
+
+
+def test_a_download_of_a_node_that_is_not_there_is_refused(client, folder, tmp_path):
+    """As its view is; the command says what a node is one of."""
+    status, _, body = client.get("/api/v1/export/cpu.svg", node="0" * 16, **HOUR)
+    done = exported(folder, tmp_path / "cpu.svg", "--node", "0" * 16)
+    nothing = exported(folder, tmp_path / "cpu.svg", "--focus", "no such function")
+
+    assert (status, json.loads(body)["node"]) == (404, "0" * 16)
+    assert done.returncode == nothing.returncode == 2
+    assert "no stack goes through the node 0000000000000000" in done.stderr
+    assert "nothing selected: there is no stack with no such function" in nothing.stderr
 
 
 def test_every_empty_answer_says_why(client):
