@@ -821,6 +821,33 @@ def test_a_download_is_what_the_command_exports(hand, recording, tmp_path):
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "view", [["focus=inner", "hide=outer"], ["callers=inner"], ["invert=1", "group=module"]]
+)
+def test_a_download_is_what_the_graph_shows(visit, service, recording, tmp_path, view):
+    """What is left out, turned or grouped on the screen is so in the file; the menu says it."""
+    page = visit("&".join([f"{service.url}{recording.address}", *view])).page
+    flags = [f"--{each}" if each != "invert=1" else "--invert" for each in view]
+    command = [EVERFLAME, "export", f"--store={recording.store}", "--by=service", *flags]
+    command += [f"--from={recording.from_s}", f"--until={recording.until_s}"]
+    environment = {**os.environ, "EVERFLAME_CACHE": str(tmp_path / "cache")}
+    for link in page.locator("#downloads a").all():
+        name = link.get_attribute("download")
+        answer = page.request.get(urllib.parse.urljoin(page.url, link.get_attribute("href")))
+        subprocess.run(
+            [*command, "-o", str(tmp_path / name)],
+            env=environment,
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+
+        assert answer.body() == (tmp_path / name).read_bytes()
+    expect(page.locator("#downloads .note")).to_have_text(
+        "Files hold what the graph shows, not all of the range."
+    )
+
+
 def test_a_copied_link_keeps_its_times(hand, visit, service):
     """A range that moves with the clock is sent as the one that was looked at."""
     view, page = hand.view, hand.page

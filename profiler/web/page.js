@@ -154,11 +154,8 @@ class Page {
     const range = [["from", String(outer.from)], ["until", String(outer.until)]];
     const query = state.q ? [["query", state.q]] : [];
     const rest = selector.print(this.#matchers.filter((each) => each.name !== "service"));
-    const invert = state.invert ? [["invert", "1"]] : [];
     const flame = [
-      ...common, ...invert, ["group", state.group], ["width", String(this.#askedWidth)],
-      ...(state.node && state.node !== ROOT_ID ? [["node", state.node]] : []),
-      ...(state.callers ? [["callers", state.callers]] : []),
+      ...this.#viewParams(), ["width", String(this.#askedWidth)],
       ...(state.search ? [["search", state.search]] : []),
     ];
     const top = [
@@ -171,6 +168,18 @@ class Page {
       services: ["labels/service/values", [...(rest ? [["query", rest]] : []), ["from", String(this.#window.from)], ["until", String(this.#window.until)]]],
       top: this.#tab === "graph" && !state.row ? null : ["top", top], // a row's figures are in the panel
     };
+  }
+
+  /** What is looked at and how: the graph's question, and a download's. */
+  #viewParams() {
+    const state = this.#state;
+    return [
+      ...queryParams(state, this.#window),
+      ...(state.invert ? [["invert", "1"]] : []),
+      ["group", state.group],
+      ...(state.node && state.node !== ROOT_ID ? [["node", state.node]] : []),
+      ...(state.callers ? [["callers", state.callers]] : []),
+    ];
   }
 
   get #askedWidth() {
@@ -370,18 +379,19 @@ class Page {
   #showDownloads() {
     const {from, until} = this.#window;
     const state = this.#state;
-    const params = queryParams({...state, focus: [], hide: []}, this.#window);
+    const isZoomed = Boolean(state.node) && state.node !== ROOT_ID;
+    const isChanged = Boolean(state.callers || state.hide.length) || state.invert || state.group !== "function";
     const files = [
       ["speedscope.json", "speedscope", "for speedscope.app"],
       ["folded", "Folded stacks", "text, for flamegraph.pl and others"],
-      ["pb.gz", "pprof", "everything: labels, build ids, accounting"],
+      ["pb.gz", "pprof", isChanged ? "for pprof: labels and names" : "everything: labels, build ids, accounting"],
       ["svg", "SVG", "a picture to send around"],
       ["json", "JSON", "the drawing as arrays"],
     ];
     controls.showDownloads(byId("downloads"), files.map(([ending, title, hint]) => {
       const name = `everflame-${fileTime(from)}-${fileTime(until)}.${ending}`;
-      return {name, title, hint, href: address(`export/${name}`, params)};
-    }), state.focus.length || state.hide.length || state.callers ? "Files hold all stacks of the range and the selector: what is only shown or hidden here is not applied." : "");
+      return {name, title, hint, href: address(`export/${name}`, this.#viewParams())};
+    }), isZoomed || isChanged || state.focus.length ? "Files hold what the graph shows, not all of the range." : "");
   }
 
   #showLegend() {
