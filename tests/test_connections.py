@@ -67,7 +67,8 @@ def slow_clients(client: Client, count: int) -> Iterator[list[socket.socket]]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
     with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(connect(client)) for _ in range(count)]
+        connections = [connect(client) for _ in range(count)]
+        stack.callback(lambda: [connection.close() for connection in connections])
         yield connections
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -229,18 +230,32 @@ def test_the_end_waits_for_no_client(folder, number):
     assert len((folder / "talk").read_text().splitlines()) == 1
 
 
-def test_the_end_waits_for_no_store(tmp_path):
-    """A store that takes a connection and says nothing: the question has no answer, the end has."""
+def test_a_store_that_hangs_takes_all_places_and_not_the_end(tmp_path):
+    """A store that takes a connection and says nothing: who comes when all wait for it is told so
+    politely, and the service ends all the same."""
+    asked = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"--s3-endpoint=http://127.0.0.1:{silent.getsockname()[1]}"
         keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
         with (
             service(tmp_path, "--store=s3://bucket", endpoint, environment=keys) as (_, client),
-            connect(client) as connection,
+            slow_clients(client, 256) as connections,
         ):
-            connection.sendall(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            wait_for(lambda: client.get("/healthz")[0] == 200)
+            trickle(asked, *connections)
 
+            def is_full() -> bool:
+                # Who asks before all of these were heard takes the place of one of them.
+                connections.append(connect(client))
+                trickle(asked, connections[-1])
+                return client.get("/healthz")[0] == 503
+
+            wait_for(is_full)
+            _, headers, body = client.get("/healthz")
+
+    assert headers["retry-after"] == "5"
+    assert headers["content-type"] == "application/problem+json"
+    assert headers["content-security-policy"].startswith("default-src 'none'")
+    assert json.loads(body)["title"] == "Busy"
     assert "does not answer; the page says so until it does" in (tmp_path / "talk").read_text()
 
 
