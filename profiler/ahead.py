@@ -33,6 +33,9 @@ _PERIOD_S = 60.0
 """As often the latest hours are listed: agents store an object a minute."""
 _WHOLE_EVERY = 10
 """Of these times, one looks at the whole day: that takes a listing of each hour."""
+_FIRST_AFTER_S = 2.0
+"""Whoever opens the page at once is answered first: an interpreter's start is half a second of CPU,
+before it can be scheduled as what may wait."""
 _RESTART_S = 60.0
 _ENVIRONMENT = {
     # Merging an hour takes arrays of 100 MB for a second; without these two malloc keeps them.
@@ -69,6 +72,7 @@ class Ahead:
             self._process.kill()  # the cache's files appear whole or not at all
 
     def _keep(self) -> None:
+        self._has_ended.wait(_FIRST_AFTER_S)
         while not self._has_ended.is_set():
             self._process = subprocess.Popen(
                 self._command,
