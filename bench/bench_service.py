@@ -7,12 +7,12 @@ still change. Server, service, its workers and the clients share this machine's 
 
 Cold: a new process with an empty cache. Restarted: a new process over the cache of the one before.
 Again: the same process asked for the same again. Medians of several runs; every answer is checked
-against the sum of what was put in.
+against the sum of what was put in. The page's questions are four, each over its own connection.
 
-Then fifty clients, each with a connection of its own, ask what people at the page ask: the hour,
-zooms into its boxes, single services, searches, the table, the timeline, labels. First each about
-once a second, then all as fast as they are answered. Memory is that of afterwards: the service's
-own, and with the worker processes that decode, what they share counted once (PSS).
+Then, when the page was opened once, fifty clients, each with a connection of its own, ask what
+people at it ask: the hour, zooms into its boxes, single services, searches, the table, the
+timeline, labels. First each about once a second, then all as fast as they are answered. Memory is that of afterwards: the service's
+own, and with all of its processes, what they share counted once (PSS).
 
 Run: `python bench/bench_service.py [--runs 5] [--seconds 20]`.
 """
@@ -28,6 +28,7 @@ import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,10 +74,29 @@ def ask_hour(service: Serving, hour: Hour, samples: int) -> float:
     return reply.took_s
 
 
+def ask_page(service: Serving, hour: Hour) -> float:
+    """Ask what the page asks when it is opened, all at once, and wait for the last answer."""
+    asked = (
+        ("flamegraph", {"width": WIDTH_PX}),
+        ("timeline", {}),
+        ("labels/service/values", {}),
+        ("top", {}),
+    )
+    started = time.perf_counter()
+    with ThreadPoolExecutor(len(asked)) as pool:
+        replies = [pool.submit(service.get, f"/api/v1/{p}", **hour, **more) for p, more in asked]
+        assert {reply.result().status for reply in replies} == {200}
+    return time.perf_counter() - started
+
+
 def single(endpoint: str, folder: Path, hour: Hour, samples: int, runs: int) -> Iterator[Row]:
     """Ask one question at a time."""
     took: dict[str, list[float]] = {"cold": [], "restarted": [], "again": []}
+    pages: dict[str, list[float]] = {"cold": [], "again": []}
     for run in range(runs):
+        with serving(STORE, folder / f"page-{run}", f"--s3-endpoint={endpoint}") as service:
+            pages["cold"].append(ask_page(service, hour))
+            pages["again"] += [ask_page(service, hour) for _ in range(5)]
         cache = folder / f"cache-{run}"
         with serving(STORE, cache, f"--s3-endpoint={endpoint}") as service:
             took["cold"].append(ask_hour(service, hour, samples))
@@ -86,6 +106,8 @@ def single(endpoint: str, folder: Path, hour: Hour, samples: int, runs: int) -> 
     for name, limit in (("cold", 1.0), ("restarted", None), ("again", 0.2)):
         yield f"flame graph of the hour, {name}", statistics.median(took[name]), "s", limit
         yield f"    longest of {len(took[name])}", max(took[name]), "s", None
+    for name, times in pages.items():
+        yield f"all that the page asks for at once, {name}", statistics.median(times), "s", None
 
 
 def questions(hour: Hour, nodes: list[str], seed: int) -> Iterator[str]:
@@ -181,6 +203,7 @@ def many(
 ) -> Iterator[Row]:
     """Ask from many sides at once, then look at what memory it took."""
     with serving(STORE, folder / "cache-many", f"--s3-endpoint={endpoint}") as service:
+        ask_page(service, hour)
         for name, pause_s in (("a question a second each", 1.0), ("without a pause", 0.0)):
             load = asyncio.run(run_clients(service, hour, nodes, pause_s, seconds))
             yield from load.rows(name)
@@ -189,7 +212,7 @@ def many(
                 print(f"    by status: {unexpected}")
         own, together = service.memory_mb()
         yield "the service, RSS", own, "MB", 300
-        yield "the service and its workers, PSS", together, "MB", 300
+        yield "the service and all its processes, PSS", together, "MB", 300
         yield "the service, peak RSS", rss_mb(service.pid, "VmHWM"), "MB", None
 
 
