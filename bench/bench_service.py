@@ -11,8 +11,9 @@ against the sum of what was put in. The page's questions are four, each over its
 
 Then, when the page was opened once, fifty clients, each with a connection of its own, ask what
 people at it ask: the hour, zooms into its boxes, single services, searches, the table, the
-timeline, labels. First each about once a second, then all as fast as they are answered. Memory is that of afterwards: the service's
-own, and with all of its processes, what they share counted once (PSS).
+timeline, labels. First each about once a second, then all as fast as they are answered. Memory is
+that of afterwards: the service's own, and with all of its processes, those that decode included,
+what they share counted once (PSS).
 
 Run: `python bench/bench_service.py [--runs 5] [--seconds 20]`.
 """

@@ -10,10 +10,12 @@ import sys
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+EVERFLAME = Path(sys.executable).with_name("everflame")
 
 
 class Reply(NamedTuple):
@@ -53,17 +55,13 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(
-    store: str, cache: Path, *arguments: str, environment: Mapping[str, str] | None = None
-) -> Iterator[Serving]:
-    """Run `everflame serve`'s process over a store for the length of the block."""
-    command = [sys.executable, "-m", "profiler.serve", "--listen=127.0.0.1:0"]
-    command += [f"--store={store}", f"--cache={cache}", f"--run-folder={cache}", *arguments]
+def serving(store: str, cache: Path, *arguments: str) -> Iterator[Serving]:
+    """Run `everflame serve` over a store for the length of the block."""
+    command = [EVERFLAME, "serve", "--listen=127.0.0.1:0", f"--store={store}", *arguments]
+    folders = {"EVERFLAME_CACHE": str(cache), "EVERFLAME_RUN": str(cache)}
     with (
         tempfile.NamedTemporaryFile() as said,
-        subprocess.Popen(
-            command, env={**os.environ, **(environment or {})}, stderr=said
-        ) as process,
+        subprocess.Popen(command, env={**os.environ, **folders}, stderr=said) as process,
     ):
         try:
             url = _wait_for_url(Path(said.name), process)
