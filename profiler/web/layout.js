@@ -44,6 +44,8 @@ export function graphOf(answer) {
 export class Graph {
   /** By node, counted from `top`: the halves of its id; computed when first asked for. */
   #ids = null;
+  /** By id: the answer's root and what stands above it, whose ids the answer tells. */
+  #above = new Map();
 
   constructor({ frames, nodes, path, total }) {
     this.frames = frames.map(asFrame);
@@ -56,6 +58,7 @@ export class Graph {
     this.wholeTotal = total;
     this.ancestors = ancestorsOf(path, total);
     this.top = -this.ancestors.length;
+    path?.forEach(({ id }, i) => this.#above.set(id, i - path.length + 1));
     this.#link();
   }
 
@@ -126,6 +129,7 @@ export class Graph {
 
   /** Give the first node with this id, or null. */
   findId(id) {
+    if (this.#above.has(id)) return this.#above.get(id);
     const { high, low } = this.#allIds();
     const [wantedHigh, wantedLow] = [parseInt(id.slice(0, 8), 16), parseInt(id.slice(8), 16)];
     for (let i = 0; i < low.length; i += 1) {

@@ -260,7 +260,9 @@ class Page {
     this.graph.dim(false);
     this.#highlight(this.#highlighted);
     this.graph.select(state.select || null);
-    this.coverage.show({...answer, window: answer.window});
+    const {coverage, samples, window} = answer;
+    // A zoom is an answer of its own about the same objects.
+    if (this.#isNew("coverage", JSON.stringify([coverage, samples, window]))) this.coverage.show({coverage, samples, window});
     this.#showCrumbs();
     this.#showPanel();
     this.#showUnder();
@@ -353,6 +355,7 @@ class Page {
   }
 
   #showSplits() {
+    if (!this.#isNew("splits", this.#state.by)) return;
     const options = SPLITS.includes(this.#state.by) ? SPLITS : [...SPLITS, this.#state.by];
     byId("by").replaceChildren(...options.map((value) => el("option", {value, text: value ? safeName(value.split(",").join(", ")) : "nothing", selected: value === this.#state.by})));
   }

@@ -187,6 +187,15 @@ test("the id of every node is that of its path", () => {
   }
 });
 
+test("the ids that an answer tells of its root and what stands above lead there", () => {
+  const told = ["00000000000000a1", "00000000000000a2", "00000000000000a3"];
+  const path = ZOOMED.path.map((each, i) => ({ ...each, id: told[i] }));
+  const graph = new Graph({ ...ZOOMED, path });
+
+  assert.deepEqual(told.map((id) => graph.findId(id)), [-2, -1, 0]);
+  assert.equal(graph.findId(ROOT_ID), graph.top);
+});
+
 test("a path that ends early in this answer gives the deepest node on it", () => {
   const graph = new Graph(answer(SMALL));
 
