@@ -148,17 +148,27 @@ def serving(store: Path, folder: Path) -> Iterator[Service]:
 class Box:
     """A box of the flame graph as the page should draw it, from the answer that it drew.
 
-    `start` and `share` are parts of the graph's width; `row` counts from the root.
+    It stands from `start` to `end` of the `width` that the graph's values have; `row` counts from
+    the root.
     """
 
     name: str
     module: str
     kind: str
     row: int
-    start: float
-    share: float
+    start: int
+    end: int
+    width: int
     total: int
     samples: int
+
+    @property
+    def share(self) -> float:
+        return (self.end - self.start) / self.width
+
+    def stands_on(self, other: "Box") -> bool:
+        """Tell whether the other is one of its callers."""
+        return other.row < self.row and other.start <= self.start < other.end
 
 
 def boxes_of(answer: dict) -> list[Box]:
@@ -168,7 +178,7 @@ def boxes_of(answer: dict) -> list[Box]:
     above = [(["all", "", "label"], answer["total"], answer["samples"])] if path else []
     above += [(each["frame"], each["total"], each["samples"]) for each in path[:-1]]
     boxes = [
-        Box(*frame[:3], row, 0.0, 1.0, total, samples)
+        Box(*frame[:3], row, 0, whole, whole, total, samples)
         for row, (frame, total, samples) in enumerate(above)
     ]
     ends = [0] * 5000
@@ -179,7 +189,7 @@ def boxes_of(answer: dict) -> list[Box]:
         ends[depth + 1] = start
         name, module, kind = answer["frames"][number][:3]
         row = depth + len(above)
-        boxes.append(Box(name, module, kind, row, start / whole, total / whole, total, samples))
+        boxes.append(Box(name, module, kind, row, start, start + total, whole, total, samples))
     return boxes
 
 
@@ -280,9 +290,7 @@ class View:
             inside = [
                 each
                 for each in boxes
-                if each.name == name
-                and (found is None or each.row > found.row)
-                and (found is None or found.start <= each.start < found.start + found.share)
+                if each.name == name and (found is None or each.stands_on(found))
             ]
             assert inside, f"no box {name!r} among {sorted({each.name for each in boxes})}"
             found = max(inside, key=lambda each: each.share)
@@ -290,6 +298,13 @@ class View:
         return found
 
     # What a person does
+
+    def button(self, name: str, within: str = "body") -> Locator:
+        return self.page.locator(within).get_by_role("button", name=name, exact=True)
+
+    def chip(self, service: str) -> Locator:
+        name = self.page.get_by_text(service, exact=True)
+        return self.page.locator("#services button", has=name)
 
     @property
     def canvas(self) -> Locator:
@@ -304,7 +319,7 @@ class View:
         row = rows - 1 - box.row if is_flame else box.row
         scrolled = self.page.evaluate("document.querySelector('.flame-scroller').scrollTop")
         return {
-            "x": (box.start + box.share / 2) * size["width"],
+            "x": (box.start + box.end) / 2 / box.width * size["width"],
             "y": (row + 0.5) * ROW_PX - scrolled,
         }
 
