@@ -2,8 +2,8 @@
 
 A process of its own, `python -m profiler.ahead`, which the service keeps and which ends with it. It
 is scheduled when nothing else wants the CPU (SCHED_IDLE), takes no more than a share of one CPU
-even then, and writes into the cache that the service reads. It goes back as far as half of that
-cache reaches, at most a day. What it does it tells in lines of JSON on its standard output.
+even then, and writes into the cache that the service reads. It goes back a day, as far as most of
+that cache reaches. What it does it tells in lines of JSON on its standard output.
 """
 
 import argparse

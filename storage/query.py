@@ -71,8 +71,10 @@ _SPANS_NS = (HOUR_NS, HOUR_NS // 6)
 and ends inside one, and is what most people ask for."""
 _SETTLED_AFTER_NS = 300 * NS_PER_S
 """After its end, so long does a span wait for late objects before it is kept merged."""
-_RECENT_NS = 2 * HOUR_NS
-"""Windows begin inside of these hours more often than inside of others."""
+_RECENT_NS = HOUR_NS * 7 // 6
+"""Windows of the last hour begin inside of these ten minutes."""
+_PREPARED_SHARE = 0.75
+"""Of the cache, for what nobody has asked for yet."""
 _FETCHES = 4
 """Objects fetched and decoded at a time."""
 _CHUNK = 8
@@ -338,7 +340,7 @@ class Query:
         """Decode and keep what will be asked about a window, its latest part first.
 
         Gives what was not kept before, part by part: whoever stops asking ends it. What is kept is
-        marked as used. It goes back no further than half of the cache reaches.
+        marked as used. It goes back no further than most of the cache reaches.
         """
         settled_ns = self._now_ns() - _SETTLED_AFTER_NS
         objects = [_Object(key, stored) for key, stored in self.objects(window)]
@@ -357,7 +359,7 @@ class Query:
             for listed, is_whole in parts
             for group in ([listed] if is_whole else [[each] for each in reversed(listed)])
         }
-        reach_bytes = self._cache.limit_bytes // 2
+        reach_bytes = int(self._cache.limit_bytes * _PREPARED_SHARE)
         kept_bytes: dict[str, int] = {}
         left_bytes = reach_bytes
         for name in groups:

@@ -91,7 +91,7 @@ def test_a_late_object_is_prepared_as_well(store, tmp_path) -> None:
     )
 
 
-def test_half_of_the_cache_is_taken_and_not_more(store, tmp_path) -> None:
+def test_most_of_the_cache_is_taken_and_not_more(store, tmp_path) -> None:
     """The latest part of the day stays prepared; what has no room is not made again and again."""
     list(make_query(store, tmp_path / "whole").prepare(DAY))
     whole_bytes = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*.*"))
@@ -103,7 +103,7 @@ def test_half_of_the_cache_is_taken_and_not_more(store, tmp_path) -> None:
     again = list(query.prepare(DAY))
     query.profile(minutes(280, 338))
 
-    assert taken_bytes < 0.7 * whole_bytes
+    assert 0.5 * whole_bytes < taken_bytes < 0.9 * whole_bytes
     assert made[-1].left > 0
     assert again == []
     assert not store.fetched
