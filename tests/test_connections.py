@@ -9,14 +9,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from live import wait_for
 from services import Client, profile_of, service
+from starlette.responses import Response
 from stores import directory, minutes
 from test_up import descendants_of, is_running
+
+from profiler import connections
+from profiler.connections import Places, Server
 
 FROM, UNTIL = (ns // 1_000_000 for ns in minutes(0, 60))
 GRAPH = f"/api/v1/flamegraph?from={FROM}&until={UNTIL}"
@@ -92,6 +98,40 @@ def test_a_body_that_never_comes_is_not_waited_for(client):
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
         assert b" 200 " in connection.recv(1 << 16)
         wait_for(lambda: is_cut_off(connection))
+
+
+async def large(scope, receive, send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for _ in range(64):
+        await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+    await send({"type": "http.response.body"})
+
+
+@pytest.mark.parametrize(("pause_s", "is_cut"), [(0.02, False), (None, True)])
+def test_who_takes_nothing_of_an_answer_is_cut_off(monkeypatch, pause_s, is_cut):
+    """Who takes a little now and then is not."""
+    monkeypatch.setattr(connections, "_STALL_S", 2.0)
+    places = Places(Response(status_code=503), Response(status_code=400))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        server = Server(large, places)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener.dup()]})
+        thread.start()
+        with socket.create_connection(("127.0.0.1", port), 20) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            taken = 0
+            if pause_s is None:
+                wait_for(lambda: places.cut == 1)
+            else:
+                while some := connection.recv(1 << 20):
+                    taken += len(some)
+                    time.sleep(pause_s)
+        server.should_exit = True
+        thread.join(20)
+
+    assert not thread.is_alive()
+    assert (places.cut == 1) == is_cut
+    assert (taken > 64 << 20) == (not is_cut)
 
 
 @pytest.mark.parametrize(
