@@ -564,6 +564,29 @@ def ask(root: str, cache: str) -> tuple[int, int]:
     return query.profile(DAY).profile.total_samples, query.functions(DAY).samples
 
 
+def test_what_is_merged_bit_by_bit_is_the_whole(store, query, monkeypatch):
+    """However much is held at once, stacks, functions and coverage are the same."""
+    for minute in range(0, 240, 5):
+        put(store, at(small(minute), minute, f"web-{minute % 2}", f"{minute % 2:016x}"))
+    asked = [
+        (query.profile, ()),
+        (query.profile, (Selector.parse('{service="api",host="web-1"}'),)),
+        (query.functions, ()),
+        (query.functions, (Selector.parse('{service="jobs"}'), ("version",))),
+    ]
+    expected = [ask(minutes(0, 230), *more) for ask, more in asked]
+
+    monkeypatch.setattr("storage.query._FOLDED_ROWS", 10)
+
+    for (ask, more), before in zip(asked, expected, strict=True):
+        again = ask(minutes(0, 230), *more)
+        assert again.coverage == before.coverage
+        if ask == query.profile:
+            assert again.profile == before.profile
+        else:
+            assert by_function(again.rows) == by_function(before.rows)
+
+
 def test_a_listing_is_believed_for_a_while(store, query):
     """Who asks again at once is answered from the same objects; others list the store."""
     put(store, at(small(0), 0))
