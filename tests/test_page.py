@@ -122,7 +122,7 @@ def hostile(tmp_path_factory) -> Iterator[Service]:
         function = NamedLocation(name, name, Kind.PYTHON, name, i, i)
         labels = {"service": name, "version": name, "comm": name, "pod": name}
         stacks.append((labels, [some.HANDLER, function, some.SQUARE], 5 + i))
-    plain = [some.named(f"function_{i:03}") for i in range(300)]
+    plain = [some.named(name) for name in ["", *(f"function_{i:03}" for i in range(300))]]
     stacks += [({"service": "plain"}, [function], 1) for function in plain]
     profile = some.build(stacks)
     causes = dict.fromkeys(HOSTILE_NAMES, 2)
@@ -948,6 +948,7 @@ def test_hostile_names_are_shown_and_nothing_else(visit, hostile):
         ]
         assert page.evaluate("document.scripts.length") == 1
 
+    assert view.state() == "ready"
     check()
     more = page.locator("#services").get_by_role("button", name=re.compile(r"^\d+ more$"))
     mouse.press(more)
@@ -963,6 +964,9 @@ def test_hostile_names_are_shown_and_nothing_else(visit, hostile):
     mouse.switch("#series", "service")
     mouse.press("#pane-table .table-more button")
     assert page.locator("#pane-table tbody tr").count() > 300
+    names = page.locator(".row-name, .chip-text").all_inner_texts()
+    assert {r"\x20", "(no name)"} < set(names)
+    assert all(map(str.strip, names))
     mouse.filter("handler")
 
     # Each function by its box, its tooltip and its panel.

@@ -19,7 +19,10 @@ const SHORT_ESCAPES = { "\n": "\\n", "\r": "\\r", "\t": "\\t" };
 
 /** Give a name with everything that cannot be seen written as a visible escape, as the service does. */
 export function safeName(text) {
-  return String(text).replace(INVISIBLE, (character) => {
+  const name = String(text);
+  // Nothing but spaces would be a button without a name.
+  if (/^ +$/.test(name)) return "\\x20".repeat(name.length);
+  return name.replace(INVISIBLE, (character) => {
     if (Object.hasOwn(SHORT_ESCAPES, character)) return SHORT_ESCAPES[character];
     const code = character.codePointAt(0);
     if (code <= 0xff) return `\\x${code.toString(16).padStart(2, "0")}`;

@@ -81,7 +81,7 @@ export class DetailPanel {
   #show(name, facts, actions) {
     const close = button({icon: "close", label: "Close (Escape)", class: "quiet", click: () => this.#callbacks.onClose()});
     this.#container.replaceChildren(
-      el("div", {class: "panel-head"}, el("h3", {text: safeName(name), title: safeName(name)}), close),
+      el("div", {class: "panel-head"}, el("h3", {text: safeName(name) || "(no name)", title: safeName(name)}), close),
       el("dl", {}, facts.map(([term, text]) => el("div", {}, el("dt", {text: term}), el("dd", {text, title: text})))),
       el("div", {class: "panel-actions"}, actions.map(([text, title, click]) => el("button", {type: "button", class: "button small", title, text: safeName(text), on: {click}}))),
     );

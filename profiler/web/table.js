@@ -102,7 +102,7 @@ export class FunctionTable {
   }
 
   #row(row, i, answer, windowMs) {
-    const name = safeName(row.function);
+    const name = safeName(row.function) || "(no name)";
     const select = () => {
       this.#active = i;
       this.#callbacks.onSelect(row);

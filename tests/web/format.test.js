@@ -106,6 +106,10 @@ test("what cannot be seen in a name is written out", () => {
   for (const [name, text] of cases) assert.equal(format.safeName(name), text);
 });
 
+test("a name of nothing but spaces can be seen", () => {
+  assert.equal(format.safeName("  "), "\\x20\\x20");
+});
+
 test("what can be seen in a name stays as it is", () => {
   for (const name of ["std::vector<int>::push_back", "漢字 🔥", "naïve", "a b", "<b>&amp;", ""]) {
     assert.equal(format.safeName(name), name);
