@@ -1103,6 +1103,7 @@ def test_the_last_graph_stays_while_the_store_is_away(visit, recording, tmp_path
         canvas = view.seen()["canvas"]
 
         store.rename(tmp_path / "away")
+        page.wait_for_timeout(1000)  # a listing is believed for half a second
         Mouse(view).press("#refresh")
 
         assert view.state() == "error"
