@@ -200,18 +200,19 @@ def pack(value: Columns | Sums | Times, note: Any = None) -> bytes:
         places[name] = (array.dtype.str, array.shape, start)
         end = start + array.nbytes
     header = orjson.dumps({"meta": meta, "arrays": places, "note": note}, default=list)
-    first = -(-(_PREFIX.size + len(header)) // _ALIGNMENT) * _ALIGNMENT
-    content = bytearray(first + end)
-    content[_PREFIX.size : _PREFIX.size + len(header)] = header
-    for name, array in arrays.items():
-        start = first + places[name][2]
-        content[start : start + array.nbytes] = np.ascontiguousarray(array).tobytes()
-    _PREFIX.pack_into(content, 0, _MARK, 0, len(header))
-    _PREFIX.pack_into(content, 0, _MARK, _checksum(content), len(header))
-    return bytes(content)
+    pieces: list[bytes | memoryview] = [header]
+    end = _PREFIX.size + len(header)
+    for array in arrays.values():
+        pieces.append(bytes(-end % _ALIGNMENT))
+        pieces.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        end += len(pieces[-2]) + array.nbytes
+    checksum = zlib.crc32(_PREFIX.pack(_MARK, 0, len(header))[12:], zlib.crc32(_MARK))
+    for piece in pieces:
+        checksum = zlib.crc32(piece, checksum)
+    return b"".join([_PREFIX.pack(_MARK, checksum, len(header)), *pieces])
 
 
-def _checksum(content: bytes | bytearray) -> int:
+def _checksum(content: bytes) -> int:
     """Give the CRC-32 of a file but for its own four bytes."""
     view = memoryview(content)
     return zlib.crc32(view[12:], zlib.crc32(view[:8]))
