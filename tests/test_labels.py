@@ -408,6 +408,7 @@ def test_reused_pid_is_another_process(labeler: Labeler, copy_sleep) -> None:
         assert dict(labeler.labels(first))["service"] == "first"
         labeler.scan()
     pid = process.pid
+    time.sleep(2 * TICK_NS / SECOND_NS)  # /proc does not tell starts of one tick apart
     with contextlib.ExitStack() as stack:
         for _ in range(50):
             Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))

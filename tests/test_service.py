@@ -270,12 +270,17 @@ def test_health_and_metrics_are_told(client):
     assert b'endpoint="readyz",status="200"' in client.get("/metrics")[2]
 
 
+def without_keys() -> dict[str, str]:
+    """Give this environment without the keys that other tests may have put there."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+
+
 def refusal(*arguments: str, **environment: str) -> str:
     """Give the one line with which `everflame serve` refuses."""
     command = [sys.executable, "-c", "from profiler.cli import main; raise SystemExit(main())"]
     done = subprocess.run(
         [*command, "serve", *arguments],
-        env={**os.environ, **environment},
+        env={**without_keys(), **environment},
         capture_output=True,
         text=True,
         check=False,
