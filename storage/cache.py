@@ -33,7 +33,7 @@ from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
 
 DEFAULT_LIMIT_BYTES = 1 << 30
 
-_VERSION = 1
+_VERSION = 2
 """Of the arrays' meaning. What an object is read as also depends on pprof's schema."""
 
 _PREFIX = struct.Struct("<8sII")
@@ -84,11 +84,12 @@ class DecodedCache:
 
     def save(self, value: _Kept, name: str, note: Any = None) -> None:
         """Keep a value, and a note that JSON can hold."""
-        try:
-            content = pack(value, note)
-        except orjson.JSONEncodeError:  # sums beyond 64 bits: only damaged counts can add up so
-            return
-        path = self._path(type(value), name)
+        with contextlib.suppress(orjson.JSONEncodeError):  # damaged counts: sums beyond 64 bits
+            self.save_packed(type(value), pack(value, note), name)
+
+    def save_packed(self, kind: type[_Kept], content: bytes, name: str) -> None:
+        """Keep a value that is packed already."""
+        path = self._path(kind, name)
         part = path.with_name(f".{secrets.token_hex(8)}.part")
         with contextlib.suppress(OSError):  # no room, no right: it is decoded again next time
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -59,6 +59,27 @@ class Hasher:
         self._secret = secret[:64]
         self._known: dict[bytes, int] = {}
         self._lock = threading.Lock()
+        self._seed = np.uint64(self._learn([b"\0depths"])[0])
+        self._factors = np.zeros(0, np.uint64)
+
+    def stacks(self, location_hashes: Hashes, offsets: Numbers, words: Numbers) -> Hashes:
+        """Give each stack's hash: the sum of its locations' hashes, each times one of its depth.
+
+        That is multilinear hashing (Carter and Wegman, 1979), with secret factors.
+        """
+        offsets = offsets.astype(np.int64, copy=False)
+        lengths: Integers = offsets[1:] - offsets[:-1]
+        deepest = int(lengths.max(initial=0))
+        if len(self._factors) < deepest:
+            depths = np.arange(1, 2 * deepest + 1, dtype=np.uint64)
+            self._factors = mix(depths * _GOLDEN + self._seed) | np.uint64(1)
+        depth = np.arange(len(words))
+        depth -= np.repeat(offsets[:-1], lengths)
+        products = location_hashes.take(words)
+        products *= self._factors.take(depth)
+        sums = np.zeros(len(words) + 1, dtype=np.uint64)
+        np.cumsum(products, out=sums[1:])
+        return chain(sums[offsets[1:]] - sums[offsets[:-1]], lengths)
 
     def texts(self, texts: Sequence[bytes]) -> Hashes:
         known = self._known
@@ -100,19 +121,6 @@ def chain(*parts: Numbers) -> Hashes:
     for part in parts:
         state = mix(state * _MIX_2 + part.astype(np.uint64, copy=False) + _GOLDEN)
     return state
-
-
-def hash_stacks(location_hashes: Hashes, offsets: Numbers, words: Numbers) -> Hashes:
-    """Give each stack's hash: the sum of its locations' hashes, each mixed with its depth."""
-    offsets = offsets.astype(np.int64)
-    lengths: Integers = offsets[1:] - offsets[:-1]
-    depth = np.arange(len(words), dtype=np.uint64)
-    depth -= np.repeat(offsets[:-1].astype(np.uint64), lengths)
-    depth *= _GOLDEN
-    depth += location_hashes.take(words)
-    sums = np.zeros(len(words) + 1, dtype=np.uint64)
-    np.cumsum(mix(depth), out=sums[1:])
-    return chain(sums[offsets[1:]] - sums[offsets[:-1]], lengths)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -212,7 +220,7 @@ class Columns:
             named=named_table,
             frame_offsets=np.cumsum(frame_counts),
             frames=np.array(frames, dtype=np.int64).reshape(-1, 5),
-            stack_hashes=hash_stacks(hashes, profile.stack_offsets, profile.stack_locations),
+            stack_hashes=hasher.stacks(hashes, profile.stack_offsets, profile.stack_locations),
             stack_offsets=profile.stack_offsets,
             stack_words=profile.stack_locations,
             rows=rows,

@@ -27,12 +27,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import (
     BrokenExecutor,
+    CancelledError,
     Executor,
     Future,
     ProcessPoolExecutor,
     ThreadPoolExecutor,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -76,9 +77,9 @@ _RECENT_NS = HOUR_NS * 7 // 6
 _PREPARED_SHARE = 0.75
 """Of the cache, for what nobody has asked for yet."""
 _FETCHES = 4
-"""Objects fetched and decoded at a time."""
-_CHUNK = 8
-"""Objects of an hour that one worker decodes and merges: fewer, larger answers are cheaper."""
+"""Objects fetched at a time; so many are also decoded one by one, or wait as chunks."""
+_CHUNK = 10
+"""Objects that one worker decodes and merges: ten minutes at once are then merged only there."""
 _REST_S = 2.0
 """A worker that does nothing for so long gives memory back."""
 _FOLDED_ROWS = 600_000
@@ -90,7 +91,6 @@ EMPTY = Selector()
 
 _Kept = TypeVar("_Kept", Columns, Sums, Times)
 _Made = TypeVar("_Made", Columns, Sums, Times)
-_Form = TypeVar("_Form", Columns, bytes)
 
 
 class Skipped(NamedTuple):
@@ -191,6 +191,7 @@ class Query:
         self._hasher = Hasher(self._secret)
         self._failures: dict[StoredObject, str] = {}
         self._turns = Turns()
+        self._fetcher = ThreadPoolExecutor(_FETCHES, "fetch")
         self._believed_s = 0.0
         self._listings: dict[Window, tuple[float, list[tuple[ObjectKey, StoredObject]]]] = {}
         self._unkept: dict[str, int] = {}
@@ -407,12 +408,11 @@ class Query:
         return sum(sizes) if all(sizes) else 0
 
     def _read_group(self, group: Sequence["_Object"]) -> None:
-        with ThreadPoolExecutor(1, "prepare") as pool:
-            for reader in (self._stacks, self._sums, self._times):
-                if len(group) > 1:
-                    reader.of_span(group, pool)
-                else:
-                    reader.of_object(group[0])
+        for reader in (self._stacks, self._sums, self._times):
+            if len(group) > 1:
+                reader.of_span(group)
+            else:
+                reader.of_object(group[0])
 
     def _chosen(
         self,
@@ -449,17 +449,17 @@ class Query:
         """Give the parts of a window in the order of their keys, decoding what is not cached."""
         end_ns = min(window.end_ns, self._now_ns() - _SETTLED_AFTER_NS)
         objects = (_Object(key, stored) for key, stored in self.objects(window))
-        with ThreadPoolExecutor(_FETCHES, "query") as pool, ThreadPoolExecutor(2, "spans") as spans:
+        with ThreadPoolExecutor(_FETCHES, "one") as ones, ThreadPoolExecutor(3, "span") as spans:
 
             def read(part: tuple[list[_Object], bool]) -> list[_Loaded[_Kept]]:
                 listed, is_whole = part
                 if is_whole:
-                    return reader.of_span(listed, pool)
-                return list(map_ahead(pool, reader.of_object, listed))
+                    return reader.of_span(listed)
+                return list(map_ahead(ones, reader.of_object, listed))
 
             parts = _split(objects, window.start_ns, end_ns, _SPANS_NS)
-            # Two spans at a time: while one is merged, the next is decoded.
-            for loaded in map_ahead(spans, read, parts, ahead=2):
+            # Three spans at a time: while two are decoded, the next is fetched.
+            for loaded in map_ahead(spans, read, parts, ahead=3):
                 self._check()
                 yield from loaded
 
@@ -488,12 +488,12 @@ class Query:
                 self._cache.save(made.value, name)
             return made
 
-        def of_span(objects: Sequence["_Object"], pool: ThreadPoolExecutor) -> list[_Loaded[_Kept]]:
+        def of_span(objects: Sequence["_Object"]) -> list[_Loaded[_Kept]]:
             known = self._known_span(kind, objects)
             if known is not None:
                 return [known]
             keys = tuple(each.stored.key for each in objects)
-            read = [loaded.made(make) for loaded in self._columns_of_span(objects, pool)]
+            read = [loaded.made(make) for loaded in self._columns_of_span(objects)]
             for each in read:
                 if each.value is not None and each.is_lasting and each.keys == keys:
                     self._cache.save(each.value, self._name(objects), each.skipped)
@@ -509,21 +509,18 @@ class Query:
                 known = self._cache.load(Columns, name)
                 if known is None:
                     (loaded,) = self._decode([object_])
-                    if loaded.value is not None:
-                        self._cache.save(loaded.value, name)
+                    self._keep(loaded, name)
                     return loaded
         return _Loaded((object_.stored.key,), known[0])
 
-    def _columns_of_span(
-        self, objects: Sequence["_Object"], pool: ThreadPoolExecutor
-    ) -> list["_Loaded[Columns]"]:
+    def _columns_of_span(self, objects: Sequence["_Object"]) -> list["_Loaded[Columns]"]:
         """Give a host's span as one, or its objects one by one where they do not add up."""
         known = self._known_span(Columns, objects)
         if known is not None:
             return [known]
         with self._turns.of(self._name(objects), self._check):
             known = self._known_span(Columns, objects)
-            return [known] if known is not None else self._merge_span(objects, pool)
+            return [known] if known is not None else self._merge_span(objects)
 
     def _known_span(
         self, kind: type[_Kept], objects: Sequence["_Object"]
@@ -535,23 +532,28 @@ class Query:
         # One object is a span of its own, too, and then has no note of what was skipped.
         return _Loaded(keys, known[0], tuple(Skipped(*each) for each in known[1] or ()))
 
-    def _merge_span(
-        self, objects: Sequence["_Object"], pool: ThreadPoolExecutor
-    ) -> list["_Loaded[Columns]"]:
+    def _merge_span(self, objects: Sequence["_Object"]) -> list["_Loaded[Columns]"]:
         read, missing = self._cached_parts(objects)
-        size = min(_CHUNK, max(1, -(-len(missing) // 2)))
-        chunks = [missing[i : i + size] for i in range(0, len(missing), size)]
-        read += itertools.chain.from_iterable(map_ahead(pool, self._decode, chunks))
+        read += self._decode(missing)
         columns = [loaded.value for loaded in read if loaded.value is not None]
         if len({(each.type, each.unit) for each in columns}) != 1:
             return read
-        merged = merge_columns(columns)
         skipped = tuple(itertools.chain.from_iterable(loaded.skipped for loaded in read))
         keys = tuple(each.stored.key for each in objects)
-        whole = _Loaded(keys, merged, skipped, all(loaded.is_lasting for loaded in read))
+        if len(read) == 1:
+            whole = replace(read[0], keys=keys)
+        else:
+            is_lasting = all(loaded.is_lasting for loaded in read)
+            whole = _Loaded(keys, merge_columns(columns), skipped, is_lasting)
         if whole.is_lasting:
-            self._cache.save(merged, self._name(objects), skipped)
+            self._keep(whole, self._name(objects))
         return [whole]
+
+    def _keep(self, loaded: "_Loaded[Columns]", name: str) -> None:
+        if loaded.packed:
+            self._cache.save_packed(Columns, loaded.packed, name)
+        elif loaded.value is not None:
+            self._cache.save(loaded.value, name, loaded.skipped)
 
     def _cached_parts(
         self, objects: Sequence["_Object"]
@@ -577,37 +579,69 @@ class Query:
         return self._cache.name([str(self._store), *listed])
 
     def _decode(self, objects: Sequence["_Object"]) -> list["_Loaded[Columns]"]:
-        """Fetch and decode some objects, those that add up as one."""
+        """Fetch and decode objects. Those of a chunk are merged, as far as they add up."""
         read: list[_Loaded[Columns]] = []
-        fetched: list[tuple[ObjectKey, bytes]] = []
-        stored_of: dict[str, StoredObject] = {}
-        for key, stored in objects:
-            if stored in self._failures:
-                read.append(_failed(stored.key, self._failures[stored]))
-                continue
-            try:
-                fetched.append((key, self._store.get(stored.key)))
-                stored_of[key.text] = stored
-            except StoreError as error:
-                read.append(_failed(stored.key, str(error), is_lasting=False))
-        self._check()
-        decoded, failures = self._decode_content(fetched)
-        read += [_Loaded(keys, columns) for keys, columns in decoded]
-        for text, reason in failures:
-            if len(self._failures) < _FAILURES_REMEMBERED:
-                self._failures[stored_of[text]] = reason
-            read.append(_failed(text, reason))
+        waiting: deque[Callable[[], _Decoded]] = deque()
+        stored_of = {key.text: stored for key, stored in objects}
+
+        def take() -> None:
+            self._check()
+            decoded, failures = waiting.popleft()()
+            read.extend(decoded)
+            for text, reason in failures:
+                if len(self._failures) < _FAILURES_REMEMBERED:
+                    self._failures[stored_of[text]] = reason
+                read.append(_failed(text, reason))
+
+        chunk: list[tuple[ObjectKey, bytes]] = []
+        for (key, _), fetched in zip(
+            objects, map_ahead(self._fetcher, self._fetch, objects), strict=True
+        ):
+            if isinstance(fetched, bytes):
+                chunk.append((key, fetched))
+            else:
+                read.append(fetched)
+            if len(chunk) == _CHUNK:
+                waiting.append(self._start_decoding(chunk))
+                chunk = []
+            if len(waiting) > _FETCHES:
+                take()
+        if chunk:
+            waiting.append(self._start_decoding(chunk))
+        while waiting:
+            take()
         return read
 
-    def _decode_content(self, fetched: list[tuple[ObjectKey, bytes]]) -> "_Decoded[Columns]":
-        if self._workers is None or not fetched:
-            return decode_objects(fetched, self._hasher)
+    def _fetch(self, object_: "_Object") -> "bytes | _Loaded[Columns]":
+        key, stored = object_
+        if stored in self._failures:
+            return _failed(key.text, self._failures[stored])
         try:
-            decoded, failures = self._workers.submit(_work, fetched, self._secret).result()
-        except (BrokenExecutor, RuntimeError, TypeError):
-            # A worker was killed, all are shut down, or sums are beyond what can be packed.
-            return decode_objects(fetched, self._hasher)
-        return _Decoded([(keys, unpack(Columns, each)[0]) for keys, each in decoded], failures)
+            return self._store.get(stored.key)
+        except StoreError as error:
+            return _failed(stored.key, str(error), is_lasting=False)
+
+    def _start_decoding(self, fetched: list[tuple[ObjectKey, bytes]]) -> "Callable[[], _Decoded]":
+        """Have a worker decode, if there is one; give what waits for the result."""
+        if self._workers is None:
+            return functools.partial(decode_objects, fetched, self._hasher)
+        try:
+            future = self._workers.submit(_work, fetched, self._secret)
+        except (BrokenExecutor, RuntimeError):  # a worker was killed, or all are shut down
+            return functools.partial(decode_objects, fetched, self._hasher)
+
+        def wait() -> _Decoded:
+            try:
+                parts, failures = future.result()
+            except (BrokenExecutor, CancelledError, TypeError):
+                # Also when sums are beyond what can be packed.
+                return decode_objects(fetched, self._hasher)
+            unpacked = [
+                _Loaded(keys, unpack(Columns, packed)[0], packed=packed) for keys, packed in parts
+            ]
+            return _Decoded(unpacked, failures)
+
+        return wait
 
 
 class _Object(NamedTuple):
@@ -624,6 +658,8 @@ class _Loaded(Generic[_Kept]):
     skipped: tuple[Skipped, ...] = ()
     is_lasting: bool = True
     """Asking again gives the same: nothing was missing for a reason that may pass."""
+    packed: bytes = b""
+    """The value as the cache keeps it, where a worker has made that."""
 
     def made(self: "_Loaded[Columns]", make: Callable[[Columns], _Made]) -> "_Loaded[_Made]":
         value = None if self.value is None else make(self.value)
@@ -635,7 +671,7 @@ class _Reader(Generic[_Kept]):
     """How to get one kind of value, of an object and of all objects of a host and hour."""
 
     of_object: Callable[[_Object], _Loaded[_Kept]]
-    of_span: Callable[[Sequence[_Object], ThreadPoolExecutor], list[_Loaded[_Kept]]]
+    of_span: Callable[[Sequence[_Object]], list[_Loaded[_Kept]]]
 
 
 def _go_on() -> None:
@@ -656,10 +692,10 @@ def _failed(key: str, reason: str, is_lasting: bool = True) -> _Loaded[Columns]:
     return _Loaded((key,), None, (Skipped(key, reason),), is_lasting)
 
 
-class _Decoded(NamedTuple, Generic[_Form]):
-    """Some objects decoded: those that could be merged together with their keys, and failures."""
+class _Decoded(NamedTuple):
+    """Some objects decoded, those that add up merged; and which could not be, and why."""
 
-    parts: list[tuple[tuple[str, ...], _Form]]
+    parts: list[_Loaded[Columns]]
     failures: list[tuple[str, str]]
 
 
@@ -722,13 +758,16 @@ def _give_back(trim: Callable[[int], int]) -> None:
 _hasher_of = functools.lru_cache(maxsize=1)(Hasher)
 
 
-def _work(fetched: list[tuple[ObjectKey, bytes]], secret: bytes) -> _Decoded[bytes]:
+def _work(
+    fetched: list[tuple[ObjectKey, bytes]], secret: bytes
+) -> tuple[list[tuple[tuple[str, ...], bytes]], list[tuple[str, str]]]:
     """Decode in a worker; what it answers is packed, as in the cache."""
     parts, failures = decode_objects(fetched, _hasher_of(secret))
-    return _Decoded([(keys, pack(columns)) for keys, columns in parts], failures)
+    packed = [(part.keys, pack(part.value)) for part in parts if part.value is not None]
+    return packed, failures
 
 
-def decode_objects(fetched: Iterable[tuple[ObjectKey, bytes]], hasher: Hasher) -> _Decoded[Columns]:
+def decode_objects(fetched: Iterable[tuple[ObjectKey, bytes]], hasher: Hasher) -> _Decoded:
     """Read some objects and merge those of one type and unit."""
     alike: dict[tuple[str, str], list[tuple[str, Columns]]] = {}
     failures: list[tuple[str, str]] = []
@@ -743,7 +782,7 @@ def decode_objects(fetched: Iterable[tuple[ObjectKey, bytes]], hasher: Hasher) -
     for group in alike.values():
         some = [columns for _, columns in group]
         merged = some[0] if len(some) == 1 else merge_columns(some)
-        parts.append((tuple(key for key, _ in group), merged))
+        parts.append(_Loaded(tuple(key for key, _ in group), merged))
     return _Decoded(parts, failures)
 
 

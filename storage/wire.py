@@ -24,7 +24,6 @@ from storage.columns import (
     Numbers,
     Texts,
     hash_locations,
-    hash_stacks,
     object_of,
     ranges,
     times_of,
@@ -99,16 +98,23 @@ def _decode_ours(content: bytes, hasher: Hasher) -> Columns:
     functions = _read_functions(list(parsed.function), len(raw))
     places = _read_locations(list(parsed.location), parsed.mapping, functions, ours, strings)
     stacks = _read_samples(list(parsed.sample), len(places.locations))
-    label_sets, label_numbers = _read_labels(stacks.labels, raw)
+    label_sets, label_numbers = _read_labels(stacks.labels, strings)
     texts = strings.texts
     hashes = hash_locations(strings.hashes, places.locations, places.named)
     ordered = np.sort(hashes)
     _require((ordered[1:] != ordered[:-1]).all())
-    stack_hashes = hash_stacks(hashes, stacks.offsets, stacks.words)
-    _, first, which = np.unique(stack_hashes, return_index=True, return_inverse=True)
-    rows = np.stack([label_numbers, which], axis=1)
-    _require(len(np.unique(rows[:, 0] * (len(first) + 1) + rows[:, 1])) == len(rows))
-    lengths = stacks.offsets[first + 1] - stacks.offsets[first]
+    stack_hashes = hasher.stacks(hashes, stacks.offsets, stacks.words)
+    offsets, words = stacks.offsets, stacks.words
+    ordered, first, which = np.unique(stack_hashes, return_index=True, return_inverse=True)
+    if len(first) < len(stack_hashes):  # several label sets have one stack
+        rows = np.stack([label_numbers, which], axis=1)
+        _require(len(np.unique(rows[:, 0] * (len(first) + 1) + rows[:, 1])) == len(rows))
+        lengths = offsets[first + 1] - offsets[first]
+        words = words[ranges(offsets[first], lengths)]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        stack_hashes = ordered
+    else:
+        rows = np.stack([label_numbers, np.arange(len(stack_hashes))], axis=1)
     times, time_counts = times_of(rows, stacks.counts)
     return Columns(
         type=ours.type,
@@ -124,9 +130,9 @@ def _decode_ours(content: bytes, hasher: Hasher) -> Columns:
         named=places.named,
         frame_offsets=places.frame_offsets,
         frames=places.frames,
-        stack_hashes=stack_hashes[first],
-        stack_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        stack_words=stacks.words[ranges(stacks.offsets[first], lengths)],
+        stack_hashes=stack_hashes,
+        stack_offsets=offsets,
+        stack_words=words,
         rows=rows,
         counts=stacks.counts,
         objects=object_of(ours.window, ours.accounting),
@@ -524,26 +530,27 @@ def _read_words(data: _Bytes, first: Integers, past: Integers) -> tuple[Indices,
 
 
 def _read_labels(
-    contents: Sequence[bytes], raw: Sequence[bytes]
+    contents: Sequence[bytes], strings: _Strings
 ) -> tuple[tuple[Labels, ...], Integers]:
     """Give the distinct label sets, and each sample's number among them."""
     label_sets: dict[Labels, int] = {}
     numbers = {
-        content: label_sets.setdefault(_parse_labels(content, raw), len(label_sets))
+        content: label_sets.setdefault(_parse_labels(content, strings), len(label_sets))
         for content in dict.fromkeys(contents)
     }
     each = np.fromiter(map(numbers.__getitem__, contents), np.int64, len(contents))
     return tuple(label_sets), each
 
 
-def _parse_labels(content: bytes, raw: Sequence[bytes]) -> Labels:
+def _parse_labels(content: bytes, strings: _Strings) -> Labels:
     # What stands behind a sample's values is a sample too, one that has nothing but labels.
     parsed = _PlainMessage(sample=[{}]).sample[0]
     parsed.ParseFromString(content)
     _require(not parsed.location_id and not parsed.value)
     labels: dict[str, str] = {}
     for label in parsed.label:
-        key = _text(raw, label.key)
+        _require(max(label.key, label.str) < strings.count and min(label.key, label.str) >= 0)
+        key = strings[label.key]
         _require(key not in labels and not label.num_unit)
-        labels[key] = str(label.num) if label.num else _text(raw, label.str)
+        labels[key] = str(label.num) if label.num else strings[label.str]
     return make_labels(labels)
