@@ -31,7 +31,7 @@ from pathlib import Path
 
 import fleet
 import orjson
-from serving import Serving, serving
+from serving import Row, Serving, serving, show
 from viewers import LIMIT_S, Browser, GaveUpError, other_viewers
 
 from profiler import flamegraph, speedscope
@@ -47,8 +47,6 @@ ZOOM_ROWS = (2, 5, 8, 11)
 """Boxes that are clicked: the leftmost, which is the largest, of each of these rows."""
 
 PAINT = "everflame:first-paint"
-
-Row = tuple[str, float, str, float | None]
 
 
 def fill(folder: Path) -> Profile:
@@ -169,16 +167,6 @@ def compare(folder: Path, folded: float) -> None:
                     f" heap {seen.heap_mb:.0f} MB, renderer's peak {seen.peak_mb:.0f} MB"
                 )
             print(f"{viewer.name}, {what} ({size_mb:.0f} MB): {result}", flush=True)
-
-
-def show(rows: Iterator[Row]) -> int:
-    missed = 0
-    for what, value, unit, most in rows:
-        verdict = "" if most is None else "ok" if value <= most else "MISSED"
-        missed += verdict == "MISSED"
-        aim = "" if most is None else f"  (at most {most:g}: {verdict})"
-        print(f"{what:42} {value:10,.2f} {unit}{aim}", flush=True)
-    return missed
 
 
 def main() -> int:

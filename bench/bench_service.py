@@ -35,7 +35,7 @@ from pathlib import Path
 
 import bench_query
 from bench_query import HOUR_NS, MINUTE_NS
-from serving import Serving, rss_mb, serving
+from serving import Row, Serving, rss_mb, serving, show
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
@@ -53,7 +53,6 @@ WIDTH_PX = 1200
 ZOOMS = 200
 """Different boxes that are zoomed into, the largest ones."""
 
-Row = tuple[str, float, str, float | None]
 Hour = dict[str, int]
 
 
@@ -225,16 +224,6 @@ def find_nodes(folder: Path, hour: Window) -> list[str]:
     rest = {i for i, frame in enumerate(graph.frames) if frame.kind == "rest"}
     ids = graph.ids().tolist()
     return [f"{ids[node]:016x}" for node in by_size if graph.frame[node] not in rest][:ZOOMS]
-
-
-def show(rows: Iterator[Row]) -> int:
-    missed = 0
-    for what, value, unit, most in rows:
-        verdict = "" if most is None else "ok" if value <= most else "MISSED"
-        missed += verdict == "MISSED"
-        aim = "" if most is None else f"  (at most {most:g}: {verdict})"
-        print(f"{what:46} {value:10.3f} {unit}{aim}", flush=True)
-    return missed
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The real service as a process of its own, asked over HTTP, and what memory it takes."""
+"""The real service as a process of its own, asked over HTTP, its memory, and figures printed."""
 
 import contextlib
 import gzip
@@ -16,6 +16,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 EVERFLAME = Path(sys.executable).with_name("everflame")
+
+
+Row = tuple[str, float, str, float | None]
+"""A figure: what it is, its value and unit, and the most that it may be."""
+
+
+def show(rows: Iterator[Row]) -> int:
+    """Print figures as they come; give how many missed their aim."""
+    missed = 0
+    for what, value, unit, most in rows:
+        verdict = "" if most is None else "ok" if value <= most else "MISSED"
+        missed += verdict == "MISSED"
+        aim = "" if most is None else f"  (at most {most:g}: {verdict})"
+        print(f"{what:46} {value:10,.3f} {unit}{aim}", flush=True)
+    return missed
 
 
 class Reply(NamedTuple):
