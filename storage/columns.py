@@ -70,13 +70,14 @@ class Hasher:
         offsets = offsets.astype(np.int64, copy=False)
         lengths: Integers = offsets[1:] - offsets[:-1]
         deepest = int(lengths.max(initial=0))
-        if len(self._factors) < deepest:
+        factors = self._factors  # another thread may put fewer of them there meanwhile
+        if len(factors) < deepest:
             depths = np.arange(1, 2 * deepest + 1, dtype=np.uint64)
-            self._factors = mix(depths * _GOLDEN + self._seed) | np.uint64(1)
+            self._factors = factors = mix(depths * _GOLDEN + self._seed) | np.uint64(1)
         depth = np.arange(len(words))
         depth -= np.repeat(offsets[:-1], lengths)
         products = location_hashes.take(words)
-        products *= self._factors.take(depth)
+        products *= factors.take(depth)
         sums = np.zeros(len(words) + 1, dtype=np.uint64)
         np.cumsum(products, out=sums[1:])
         return chain(sums[offsets[1:]] - sums[offsets[:-1]], lengths)

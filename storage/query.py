@@ -91,6 +91,7 @@ EMPTY = Selector()
 
 _Kept = TypeVar("_Kept", Columns, Sums, Times)
 _Made = TypeVar("_Made", Columns, Sums, Times)
+_Rows = TypeVar("_Rows", Columns, Sums)
 
 
 class Skipped(NamedTuple):
@@ -219,12 +220,7 @@ class Query:
 
     def profile(self, window: Window, selector: Selector = EMPTY, type: str = "cpu") -> Answer:  # noqa: A002 - the field's word
         """Merge what was sampled in a window and is asked for."""
-
-        def fold(parts: list[Columns]) -> list[Columns]:
-            if sum(len(part.rows) for part in parts) < _FOLDED_ROWS:
-                return parts
-            return [merge_columns([part.filter(selector) for part in parts])]
-
+        fold = _folding(merge_columns, selector)
         parts, coverage = self._chosen(self._stacks, window, selector, type, fold)
         chosen = [part.filter(selector) for part in parts]
         if not chosen:
@@ -297,12 +293,7 @@ class Query:
             left_out = PROCESS_LABELS.difference(by)
             parts = [Sums.of(part.filter(selector), self._hasher, left_out) for part in stacks]
         else:
-
-            def fold(parts: list[Sums]) -> list[Sums]:
-                if sum(len(part.rows) for part in parts) < _FOLDED_ROWS:
-                    return parts
-                return [merge_sums([part.filter(selector) for part in parts])]
-
+            fold = _folding(merge_sums, selector)
             sums, coverage = self._chosen(self._sums, window, selector, type, fold)
             parts = [part.filter(selector) for part in sums]
         if not parts:
@@ -672,6 +663,19 @@ class _Reader(Generic[_Kept]):
 
     of_object: Callable[[_Object], _Loaded[_Kept]]
     of_span: Callable[[Sequence[_Object]], list[_Loaded[_Kept]]]
+
+
+def _folding(
+    merge: Callable[[Sequence[_Rows]], _Rows], selector: Selector
+) -> Callable[[list[_Rows]], list[_Rows]]:
+    """Give what merges the parts of an answer once they have become large."""
+
+    def fold(parts: list[_Rows]) -> list[_Rows]:
+        if sum(len(part.rows) for part in parts) < _FOLDED_ROWS:
+            return parts
+        return [merge([part.filter(selector) for part in parts])]
+
+    return fold
 
 
 def _go_on() -> None:

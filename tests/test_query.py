@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -703,3 +704,24 @@ def test_the_accounting_covers_only_hosts_that_are_asked_for(store, query):
 
     assert [host.name for host in answer.coverage.hosts] == ["web-0", "web-1"]
     assert answer.profile.accounting.ticks == sum(small(i).accounting.ticks for i in range(2))
+
+
+def test_threads_hash_stacks_of_different_depths_at_once():
+    """One makes the factors of few depths while another needs those of many."""
+    location_hashes = np.arange(5, dtype=np.uint64)
+    depths = (4_000, 30, 2_500, 10)
+
+    def hash_one(hasher: Hasher, depth: int) -> int:
+        (number,) = hasher.stacks(location_hashes, np.array([0, depth]), np.ones(depth, np.int64))
+        return int(number)
+
+    expected = [hash_one(Hasher(b"secret"), depth) for depth in depths]
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(depths)) as pool:
+            for _ in range(500):
+                hashed = pool.map(hash_one, [Hasher(b"secret")] * len(depths), depths)
+                assert list(hashed) == expected
+    finally:
+        sys.setswitchinterval(interval_s)
