@@ -19,9 +19,10 @@ from elftools.elf.elffile import ELFFile
 from symbolizer.digest import blake2b
 from symbolizer.location import ElfAddress, FileOffset, Miss, Segment
 
-PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE = 1, 2, 3, 4
+PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE, PT_GNU_EH_FRAME = 1, 2, 3, 4, 0x6474E550
 PF_X = 0x1
 SHT_PROGBITS, SHT_SYMTAB, SHT_STRTAB, SHT_RELA, SHT_NOTE, SHT_DYNSYM = 1, 2, 3, 4, 7, 11
+SHT_NOBITS = 8
 SHF_EXECINSTR, SHF_COMPRESSED = 0x4, 0x800
 DT_SONAME, DT_FLAGS_1, DF_1_PIE = 14, 0x6FFFFFFB, 0x08000000
 NT_GNU_BUILD_ID = 3
@@ -146,6 +147,9 @@ class Elf:
         build_id: hex of the GNU build id, or of `hash_content` where there is none.
         segments: executable PT_LOADs in the order of the program headers.
         entry: e_entry where the program is started there, else None: shared libraries have one too.
+        entry_point: e_entry as it is, 0 for none.
+        loaded: all PT_LOADs, whatever their rights.
+        eh_frame_hdr: PT_GNU_EH_FRAME.
     """
 
     source: Source
@@ -155,6 +159,9 @@ class Elf:
     segments: tuple[Segment, ...]
     sections: tuple[Section, ...]
     entry: ElfAddress | None
+    entry_point: ElfAddress
+    loaded: tuple[Segment, ...]
+    eh_frame_hdr: Segment | None
 
     def read(self, section: Section, limit_bytes: int) -> bytes:
         """Read a whole section. Compressed ones are refused: they could expand to anything."""
@@ -187,14 +194,21 @@ def read_elf(source: Source) -> Elf:
     phdrs = _read_table(source, header.phoff, header.phnum, _PHDR[header.bits], _MAX_SEGMENTS)
     shdrs = _read_table(source, header.shoff, header.shnum, _SHDR[header.bits], _MAX_SECTIONS)
     sections = _read_sections(source, shdrs, header.shstrndx)
+    is_loaded = phdrs["p_type"] == PT_LOAD
+    is_code = is_loaded & (phdrs["p_flags"] & PF_X != 0)
+    if is_code.sum() > _MAX_EXECUTABLE_SEGMENTS:
+        raise UnreadableElf(Miss.DAMAGED)
     return Elf(
         source=source,
         bits=header.bits,
         is_x86_64=header.is_x86_64,
         build_id=_find_build_id(source, phdrs, sections) or hash_content(source),
-        segments=_find_segments(phdrs),
+        segments=_find_segments(phdrs[is_code]),
         sections=sections,
         entry=_find_entry(source, header, phdrs),
+        entry_point=ElfAddress(header.entry),
+        loaded=_find_segments(phdrs[is_loaded]),
+        eh_frame_hdr=next(iter(_find_segments(phdrs[phdrs["p_type"] == PT_GNU_EH_FRAME])), None),
     )
 
 
@@ -304,11 +318,8 @@ def _c_string(strings: bytes, position: int, limit: int = 64) -> bytes:
 
 
 def _find_segments(phdrs: npt.NDArray[np.void]) -> tuple[Segment, ...]:
-    code = phdrs[(phdrs["p_type"] == PT_LOAD) & (phdrs["p_flags"] & PF_X != 0)]
-    if len(code) > _MAX_EXECUTABLE_SEGMENTS:
-        raise UnreadableElf(Miss.DAMAGED)
     segments = []
-    for row in code:
+    for row in phdrs:
         vaddr, offset, size = int(row["p_vaddr"]), int(row["p_offset"]), int(row["p_filesz"])
         if max(vaddr, offset) + size >= 1 << 63:
             raise UnreadableElf(Miss.DAMAGED)

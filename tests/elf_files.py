@@ -11,6 +11,7 @@ import numpy as np
 
 from symbolizer.elf import FileSource, read_elf
 from symbolizer.functions import read_functions
+from symbolizer.location import FileOffset, Module
 from symbolizer.symbols import SymbolCache, SymbolTable
 
 
@@ -41,7 +42,20 @@ def read_table(path: Path) -> SymbolTable:
 def names_at(table: SymbolTable, elf_addresses: Sequence[int]) -> list[bytes | None]:
     """Name addresses as linked, as a tool of binutils prints them."""
     numbers = table.find(np.array([file_offset(table, a) for a in elf_addresses], dtype=np.uint64))
-    return [table.name(number) if number >= 0 else None for number in numbers.tolist()]
+    named = numbers >= 0
+    named[named] = table.extent_starts(numbers[named]) < 0
+    return [
+        table.name(number) if is_named else None
+        for number, is_named in zip(numbers.tolist(), named.tolist(), strict=True)
+    ]
+
+
+def starts_at(table: SymbolTable, elf_addresses: Sequence[int]) -> list[int | None]:
+    """Give where the functions without a name begin that addresses lie in, as linked."""
+    numbers = table.find(np.array([file_offset(table, a) for a in elf_addresses], dtype=np.uint64))
+    starts = np.full(len(numbers), -1)
+    starts[numbers >= 0] = table.extent_starts(numbers[numbers >= 0])
+    return [elf_address(table, start) if start >= 0 else None for start in starts.tolist()]
 
 
 def file_offset(table: SymbolTable, elf_address: int) -> int:
@@ -49,6 +63,11 @@ def file_offset(table: SymbolTable, elf_address: int) -> int:
         if p_vaddr <= elf_address < p_vaddr + p_filesz:
             return elf_address - p_vaddr + p_offset
     raise ValueError(f"{elf_address:#x} is not executable")
+
+
+def elf_address(table: SymbolTable, offset: int) -> int:
+    module = Module("", "", segments=table.segments)
+    return module.elf_address(FileOffset(offset))
 
 
 class Symbol(NamedTuple):
