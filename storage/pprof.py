@@ -49,6 +49,7 @@ from symbolizer.location import (
     Module,
     NamedLocation,
     Segment,
+    is_bounded,
 )
 from symbolizer.text import readable
 
@@ -270,7 +271,7 @@ class _Encoder:
         for i, frame in enumerate(frames):
             usual = (Kind.INLINED if i < len(frames) - 1 else kind, module_name)
             added.line.add(function_id=self._function(frame, usual, first_line), line=frame.line)
-        mapping.has_functions &= bool(frames)
+        mapping.has_functions &= bool(frames) and not is_bounded(frames[0])
         mapping.has_filenames &= bool(frames) and all(frame.file for frame in frames)
         mapping.has_line_numbers &= bool(frames) and all(frame.line for frame in frames)
         mapping.has_inline_frames |= len(frames) > 1

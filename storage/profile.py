@@ -23,6 +23,7 @@ from symbolizer.location import (
     Location,
     Module,
     NamedLocation,
+    is_bounded,
     unnamed,
 )
 
@@ -271,12 +272,18 @@ class ProfileBuilder:
         return cls(profile.period_ns, profile.type, profile.unit)
 
     def location(self, location: Location, names: tuple[Frame, ...] = ()) -> int:
-        """Give the number of a location. A location without names takes the first that come."""
+        """Give the number of a location.
+
+        A location without names takes the first that come. A function that is known by its extent
+        takes its name: a file and its stripped twin have one build id.
+        """
         number = self._locations.setdefault(location, len(self._names))
         if number == len(self._names):
             self._names.append(names)
-        elif names and not self._names[number]:
-            self._names[number] = names
+        elif names:
+            mine = self._names[number]
+            if not mine or (is_bounded(mine[0]) and not is_bounded(names[0])):
+                self._names[number] = names
         return number
 
     def unnamed_locations(self) -> list[Location]:

@@ -1,19 +1,25 @@
-"""The functions of an ELF file, from .symtab, .dynsym, the PLT and the entry point.
+"""The functions of an ELF file, from .symtab, .dynsym, the PLT, the entry point and FDEs.
 
 The result lives in the space of file offsets, which is the space of locations: look-up needs no
 segments. Only what really covers an address names it. A symbol ends where its size says; one
-without a size (hand-written assembly) ends at the next symbol or with its section, and only in
+without a size (hand-written assembly) ends at the next symbol or with its section, but only in
 files that have a .symtab: where just the exported symbols are left, the next one says nothing.
+
+In those, .eh_frame still says where each function begins and ends: its extent. A symbol without
+type and size that begins an extent ends with it. One of a function that has no size names nothing:
+compilers leave functions empty that cannot be reached, and the next one begins at their address.
+What no name covers of an extent is a function without a name.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from symbolizer.cfi import read_extents
 from symbolizer.elf import (
     SHT_DYNSYM,
     SHT_STRTAB,
@@ -34,6 +40,10 @@ STB_LOCAL, STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE = 0, 1, 2, 10
 
 AT_PLT = np.uint32(1 << 31)
 """Set in a name's position: the name is that of a PLT stub, to be shown with `@plt` behind it."""
+
+IN_EXTENT = np.uint32(1 << 30)
+"""Set in the place of a name's position: there is none, and the other bits are the number of the
+range that the function begins with. It has others where a name covers the middle of its extent."""
 
 # 400,000 functions take 22 MB while they are sorted and 5 MB after, see bench/bench_symbolize.py
 # --library. What is larger than the largest programs (browsers, databases) is TOO_LARGE, so that a
@@ -66,7 +76,7 @@ class Functions:
 
     Attributes:
         base: what `starts` and `ends` count from, so that 32 bits are enough.
-        names: where each name begins in the concatenated `strings`, with AT_PLT.
+        names: where each name begins in the concatenated `strings`, with AT_PLT; or IN_EXTENT.
     """
 
     base: int
@@ -125,17 +135,21 @@ def read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
         UnreadableElf: with the reason; also while the strings are read.
     """
     space = _OffsetSpace(elf)
+    extents = _read_extents(elf, space)
     strings = StringSections(elf)
     # .symtab first: it holds what .dynsym holds, and more.
     tables = [section for section in elf.sections if section.type == SHT_SYMTAB][:1]
     tables += [section for section in elf.sections if section.type == SHT_DYNSYM][:1]
     symbols = _EMPTY
     for table in tables:
-        found = _read_symbols(elf, space, table, strings.add(table), symbols.starts)
+        found = _read_symbols(
+            elf, space, table, strings.add(table), symbols.starts, extents=extents
+        )
         symbols = _drop_aliases(Candidates.join([symbols, *found]), strings)
     stubs = _read_stubs(elf, space, strings, symbols)
     functions = arrange(Candidates.join([symbols, stubs]), strings, space.base)
-    functions = _add_entry(elf, space, functions, strings.size)
+    functions = _add_entry(elf, space, functions, strings.size, extents)
+    functions = _add_extents(functions, extents)
     return functions, chain(strings.chunks(), [_ENTRY_NAME])
 
 
@@ -243,17 +257,65 @@ class _OffsetSpace:
         return offsets, np.minimum(limits, np.uint64((1 << 32) - 1))
 
 
+class _Extents(NamedTuple):
+    """Ranges in the space of `_OffsetSpace`, disjoint, sorted."""
+
+    starts: Words
+    ends: Words
+
+    def ends_of(self, starts: Words) -> Words:
+        """Give the end of the extent that begins at each offset, 0 where none does."""
+        if not len(self.starts):
+            return np.zeros(len(starts), dtype=np.uint32)
+        places = np.minimum(np.searchsorted(self.starts, starts), len(self.starts) - 1)
+        ends: Words = np.where(self.starts[places] == starts, self.ends[places], np.uint32(0))
+        return ends
+
+
+_NO_EXTENTS = _Extents(np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.uint32))
+
+
+def _has_all_symbols(elf: Elf) -> bool:
+    return any(section.type == SHT_SYMTAB for section in elf.sections)
+
+
+def _read_extents(elf: Elf, space: _OffsetSpace) -> _Extents:
+    """Read what FDEs cover, in files where symbols do not say it. Damaged FDEs cover nothing.
+
+    Where two overlap the later start wins; of several with one start the longest.
+    """
+    if _has_all_symbols(elf):
+        return _NO_EXTENTS
+    try:
+        first_addresses, end_addresses = read_extents(elf)
+    except UnreadableElf:
+        return _NO_EXTENTS
+    offsets, limits = space.offsets(first_addresses)
+    is_code = limits > offsets
+    starts = offsets[is_code].astype(np.uint32)
+    offsets += end_addresses - first_addresses
+    ends = np.minimum(offsets, limits)[is_code].astype(np.uint32)
+    if (starts[1:] <= starts[:-1]).any():
+        order = np.lexsort((~ends, starts))
+        order = order[np.append(True, starts[order[1:]] != starts[order[:-1]])]
+        starts, ends = starts[order], ends[order]
+    ends[:-1] = np.minimum(ends[:-1], starts[1:])
+    return _Extents(starts, ends)
+
+
 def _read_symbols(
     elf: Elf,
     space: _OffsetSpace,
     table: Section,
     strings: tuple[int, int],
     known: Words,
+    *,
+    extents: _Extents,
 ) -> Iterator[Candidates]:
     """Read the code symbols of a table, except for those that start where a known one does."""
     dtype = _SYM[elf.bits]
     names_start, names_size = strings
-    is_complete = any(section.type == SHT_SYMTAB for section in elf.sections)
+    is_complete = _has_all_symbols(elf)
     code_starts = np.array([s.address if s.is_code else 0 for s in elf.sections], dtype=np.uint64)
     code_sizes = np.array([s.size if s.is_code else 0 for s in elf.sections], dtype=np.uint64)
     kept = 0
@@ -276,12 +338,16 @@ def _read_symbols(
         if len(known):
             place = np.minimum(np.searchsorted(known, offsets.astype(np.uint32)), len(known) - 1)
             keep &= known[place] != offsets
-        if not is_complete:
-            keep &= rows["st_size"] > 0
-        rows, offsets, limits, space_left = (
-            column[keep] for column in (rows, offsets, limits, space_left)
-        )
         sizes = rows["st_size"].astype(np.uint64)
+        if not is_complete:
+            is_label = (sizes == 0) & (rows["st_info"] & 15 == STT_NOTYPE) & (limits > 0)
+            labels = offsets[is_label].astype(np.uint32)
+            own_ends = extents.ends_of(labels)
+            sizes[is_label] = np.where(own_ends > 0, own_ends - labels, np.uint32(0))
+            keep &= sizes > 0
+        rows, sizes, offsets, limits, space_left = (
+            column[keep] for column in (rows, sizes, offsets, limits, space_left)
+        )
         room = np.minimum(limits - offsets, space_left)
         lengths = np.where(sizes > 0, np.minimum(sizes, room), room)
         kept += len(rows)
@@ -427,7 +493,9 @@ def _sweep(ranges: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]
     return pieces
 
 
-def _add_entry(elf: Elf, space: _OffsetSpace, functions: Functions, name: int) -> Functions:
+def _add_entry(
+    elf: Elf, space: _OffsetSpace, functions: Functions, name: int, extents: _Extents
+) -> Functions:
     """Call a program's entry point `_start` where no symbol does."""
     if elf.entry is None:
         return functions
@@ -437,9 +505,11 @@ def _add_entry(elf: Elf, space: _OffsetSpace, functions: Functions, name: int) -
     is_named = place > 0 and start < int(functions.ends[place - 1])
     if is_named or not limit:
         return functions
-    if place < len(functions.starts):
-        limit = min(limit, int(functions.starts[place]))
-    end = min(limit, start + _start_size(elf, start + space.base))
+    for starts in (functions.starts, extents.starts):
+        behind = starts[np.searchsorted(starts, start, side="right") :][:1]
+        limit = min([limit, *behind.tolist()])
+    own_end = int(extents.ends_of(offsets.astype(np.uint32))[0])
+    end = min(limit, own_end or start + _start_size(elf, start + space.base))
     return Functions(
         functions.base,
         np.insert(functions.starts, place, np.uint32(start)),
@@ -457,3 +527,54 @@ def _start_size(elf: Elf, offset: int) -> int:
         if place >= 0 and code[place + length : place + length + 1] == b"\xf4":
             return place + length + 1
     return _START_WITHOUT_HLT_BYTES
+
+
+def _add_extents(functions: Functions, extents: _Extents) -> Functions:
+    """Add what no name covers of each extent, as ranges that point to the first of them."""
+    if not len(extents.starts):
+        return functions
+    starts, ends, owners = _uncovered(functions, extents)
+    if not len(starts) or len(starts) > MAX_FUNCTIONS:
+        return functions
+    # Each range moves back by what is inserted before it.
+    numbers = np.searchsorted(functions.starts, starts) + np.arange(len(starts))
+    is_old = np.ones(len(functions.starts) + len(starts), dtype=np.bool_)
+    is_old[numbers] = False
+
+    def insert(old: Words, new: Words) -> Words:
+        both = np.empty(len(is_old), dtype=np.uint32)
+        both[is_old], both[numbers] = old, new
+        return both
+
+    is_first = np.append(True, owners[1:] != owners[:-1])
+    names = numbers[is_first].astype(np.uint32)[np.cumsum(is_first) - 1] | IN_EXTENT
+    return Functions(
+        functions.base,
+        insert(functions.starts, starts),
+        insert(functions.ends, ends),
+        insert(functions.names, names),
+    )
+
+
+def _uncovered(
+    functions: Functions, extents: _Extents
+) -> tuple[Words, Words, npt.NDArray[np.int32]]:
+    """Give the parts of extents outside of functions, sorted, and which extent each is of."""
+    columns = (extents.starts, extents.ends, functions.starts, functions.ends)
+    bounds = np.concatenate(columns)
+    order = np.argsort(bounds, kind="stable")
+    bounds = bounds[order]
+    counts = [len(column) for column in columns]
+    # Both are 0 or 1 behind the last of several equal bounds, and only those begin a part.
+    extents_around = np.cumsum(np.repeat(_BEGIN_AND_END, counts)[order], dtype=np.int8)
+    functions_around = np.cumsum(
+        np.repeat(np.roll(_BEGIN_AND_END, 2), counts)[order], dtype=np.int8
+    )
+    owners = np.cumsum(order < counts[0], dtype=np.int32) - 1
+    is_part = (extents_around[:-1] == 1) & (functions_around[:-1] == 0)
+    is_part &= bounds[:-1] < bounds[1:]
+    parts = np.flatnonzero(is_part)
+    return bounds[parts], bounds[parts + 1], owners[parts]
+
+
+_BEGIN_AND_END = np.array([1, -1, 0, 0], dtype=np.int8)

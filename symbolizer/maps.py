@@ -138,3 +138,12 @@ def _map_over(kept: list[Mapping], mapping: Mapping) -> None:
     else:
         rest.append(mapping)
     kept[first:last] = rest
+
+
+def is_anonymous(path: bytes) -> bool:
+    """Tell whether the kernel's name of a mapping stands for memory without a file."""
+    return (
+        not path.startswith((b"/", b"["))
+        or path.startswith((b"//anon", b"/dev/zero", b"/SYSV", b"/anon_hugepage", b"[anon"))
+        or path in (b"[heap]", b"[stack]")
+    )

@@ -8,7 +8,7 @@ import contextlib
 import os
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -31,8 +31,9 @@ from symbolizer.location import (
     Miss,
     Module,
     NamedLocation,
+    bounded,
 )
-from symbolizer.maps import MappingTable, parse_maps
+from symbolizer.maps import MappingTable, is_anonymous, parse_maps
 from symbolizer.symbols import SymbolCache, SymbolTable
 from symbolizer.text import readable
 
@@ -89,7 +90,8 @@ class Symbolizer:
             monotonic_ns: the clock for reading the kernel's symbols again.
         """
         self.misses: Counter[str] = Counter()
-        """Locations that `names` could not name, by Miss; each once per call. Yours to clear."""
+        """Locations that `names` could not name, by Miss; each once per call. Yours to clear.
+        Those that are shown by the extent of their function are among them."""
         self._modules: OrderedDict[str, Module] = OrderedDict()
         self._absent: dict[str, Miss] = {}
         self._cache = SymbolCache(cache_dir, cache_bytes)
@@ -132,6 +134,29 @@ class Symbolizer:
                 locations.append(AddressLocation(build_id, FileOffset(address - start)))
         return locations
 
+    def identify(self, pid: int, mappings: MappingTable, number: int) -> str:
+        """Give the build id of a mapping's file; empty for memory without a file."""
+        with ProcessFiles(pid) as files:
+            build_id, is_pseudo = self._file(files, mappings, number)
+        return "" if is_pseudo else build_id
+
+    @contextlib.contextmanager
+    def opened(self, pid: int, mapping: maps.Mapping, build_id: str) -> Iterator[Source | None]:
+        """Open the file of a build id, which a process has mapped; None if out of reach."""
+        if mapping.path == b"[vdso]":
+            yield _own_vdso()[1]
+            return
+        with ProcessFiles(pid) as files:
+            for fd, _ in files.candidates(mapping):
+                try:
+                    source = FileSource(fd)
+                    if _is_of(source, build_id):
+                        yield source
+                        return
+                finally:
+                    os.close(fd)
+        yield None
+
     def locate_kernel(self, addresses: Addresses) -> list[Location]:
         """Give one Location per kernel address."""
         addresses = np.asarray(addresses, dtype=np.uint64)
@@ -158,7 +183,11 @@ class Symbolizer:
         return locations
 
     def names(self, locations: Sequence[Location]) -> list[tuple[Frame, ...]]:
-        """Give the frames of each location, innermost first; () where there is no name."""
+        """Give the frames of each location, innermost first; () where there is no name.
+
+        An address in a function that has no name, but whose extent is known, has the frame of that
+        function, named after its first address: `module+0x…`, as linked.
+        """
         frames: list[tuple[Frame, ...]] = [()] * len(locations)
         by_module: dict[str, list[int]] = {}
         for i, location in enumerate(locations):
@@ -248,7 +277,7 @@ class Symbolizer:
         path = mapping.path
         if path == b"[vdso]":
             return self._find_vdso(mapping)
-        if _is_anonymous(path):
+        if is_anonymous(path):
             return self._pseudo(_JIT)
         if path.startswith(b"["):
             return self._pseudo(readable(path))
@@ -372,19 +401,10 @@ class Symbolizer:
         return _File(build_id)
 
     def _read_own_vdso(self) -> tuple[str, int]:
-        own = parse_maps(Path("/proc/self/maps").read_bytes())
-        for mapping in own:
-            if mapping.path == b"[vdso]":
-                size = mapping.end - mapping.start
-                fd = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    source = MemorySource(os.pread(fd, size, mapping.start))
-                except OSError:  # a hardened kernel
-                    continue
-                finally:
-                    os.close(fd)
-                return self._read_source(source, mapping, is_same=True) or "", size
-        return "", 0
+        mapping, source = _own_vdso()
+        if source is None:
+            return "", 0
+        return self._read_source(source, mapping, is_same=True) or "", source.size
 
     # The kernel.
 
@@ -424,9 +444,11 @@ class Symbolizer:
             return [()] * len(offsets)
         numbers = table.find(offsets)
         missing = numbers < 0
+        # A function that is known by its extent has a box, but no name.
+        missing[~missing] = table.extent_starts(numbers[~missing]) >= 0
         if missing.any():
-            reason = Miss.NO_SYMBOL if len(table) else Miss.STRIPPED
-            self.misses[reason.value] += len(np.unique(offsets[missing]))
+            reason = Miss.NO_SYMBOL if table.has_names else Miss.STRIPPED
+            self.misses[reason.value] += len(set(offsets[missing].tolist()))
         wanted = numbers.tolist()
         frames = self._resolve(module, table, wanted)
         return [frames[number] for number in wanted]
@@ -442,20 +464,37 @@ class Symbolizer:
             new = set(numbers)
         frames = self._frames.setdefault(module.build_id, {-1: ()})
         order = sorted(new - {-1})
+        starts = table.extent_starts(np.array(order, dtype=np.int64)).tolist()
         names = self._demangler.demangle([table.name(number) for number in order])
-        for number, name in zip(order, names, strict=True):
+        for number, name, start in zip(order, names, starts, strict=True):
             frame = Frame(readable(name), module.name, module.kind)
             frames[number] = (frame,) if name else ()
+            if start >= 0:
+                address = module.elf_address(FileOffset(start))
+                frames[number] = (bounded(module.name, module.kind, address),)
         self._named += len(order)
         return frames
 
 
-def _is_anonymous(path: bytes) -> bool:
-    return (
-        not path.startswith((b"/", b"["))
-        or path.startswith((b"//anon", b"/dev/zero", b"/SYSV", b"/anon_hugepage", b"[anon"))
-        or path in (b"[heap]", b"[stack]")
-    )
+def _is_of(source: Source, build_id: str) -> bool:
+    try:
+        return read_elf(source).build_id == build_id
+    except UnreadableElf:
+        return False
+
+
+def _own_vdso() -> tuple[maps.Mapping, Source | None]:
+    for mapping in parse_maps(Path("/proc/self/maps").read_bytes()):
+        if mapping.path == b"[vdso]":
+            fd = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                content = os.pread(fd, mapping.end - mapping.start, mapping.start)
+            except OSError:  # a hardened kernel
+                continue
+            finally:
+                os.close(fd)
+            return mapping, MemorySource(content)
+    return maps.Mapping(0, 0, 0, b"[vdso]"), None
 
 
 def _named_frame(location: NamedLocation) -> Frame:

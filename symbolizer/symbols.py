@@ -19,19 +19,20 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from symbolizer.functions import AT_PLT, MAX_FUNCTIONS, Functions
+from symbolizer.functions import AT_PLT, IN_EXTENT, MAX_FUNCTIONS, Functions
 from symbolizer.location import ElfAddress, FileOffset, Segment
 
 _MAGIC = b"EFLSYMS\n"
 # Raise this with the layout, and with everything that changes which name an address gets.
-_VERSION = 1
+_VERSION = 2
 # magic, version, CRC-32 of all that follows it, key (NUL-padded), base, functions, string bytes,
 # segments
 _HEADER = struct.Struct("<8sII136sQQQQ")
 _CHECKED_FROM = 16
 _MAX_SEGMENTS = 64
-# Three for a symbol: it may be the rest of one around it on both sides, and the entry point.
-_MAX_FUNCTIONS = 3 * MAX_FUNCTIONS
+# Three for a symbol: it may be the rest of one around it on both sides, and the entry point. One
+# more for what has an extent but no name.
+_MAX_FUNCTIONS = 4 * MAX_FUNCTIONS
 _COPY_BYTES = 1 << 18
 
 _FIRST_READ_BYTES = 256
@@ -57,6 +58,8 @@ class SymbolTable:
         self._strings_bytes = strings_bytes
         self.segments = segments
         self.memory_bytes = 12 * len(functions.starts)
+        self.has_names = bool((functions.names & IN_EXTENT == 0).any())
+        """There may be functions without: those that are known by their extent."""
 
     def __len__(self) -> int:
         return len(self._functions.starts)
@@ -74,9 +77,23 @@ class SymbolTable:
         found[(found >= 0) & (narrow >= functions.ends[found])] = -1
         return found
 
+    def extent_starts(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Give where functions without a name begin, by file offset; -1 for those with one."""
+        functions = self._functions
+        names = functions.names[numbers]
+        is_in_extent = names & IN_EXTENT != 0
+        first = np.where(is_in_extent, names & ~IN_EXTENT, np.uint32(0))
+        starts = functions.starts[first].astype(np.int64) + functions.base
+        return np.where(is_in_extent, starts, -1)
+
     def name(self, number: int) -> bytes:
-        """Give a function's name as the file has it, without a symbol version; PLT: `name@plt`."""
+        """Give a function's name as the file has it, without a symbol version; PLT: `name@plt`.
+
+        It is empty for a function that is known by its extent.
+        """
         position = int(self._functions.names[number])
+        if position & int(IN_EXTENT):
+            return b""
         is_plt = bool(position & int(AT_PLT))
         position &= ~int(AT_PLT)
         name = self._read_string(position, _FIRST_READ_BYTES)

@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 
 from storage import pprof
 from storage.profile import Accounting, Profile, ProfileError, SchemaError, Window, merge
-from symbolizer.location import AddressLocation, FileOffset, Frame, Kind, Module, NamedLocation
+from symbolizer.location import (
+    AddressLocation,
+    ElfAddress,
+    FileOffset,
+    Frame,
+    Kind,
+    Module,
+    NamedLocation,
+    bounded,
+)
 
 
 @given(some.profiles())
@@ -118,6 +127,20 @@ def test_only_a_mapping_whose_locations_are_all_named_has_functions():
     has = {text(parsed, each.filename): each.has_functions for each in parsed.mapping}
     assert has["/srv/api"]
     assert not has["/usr/lib/x86_64-linux-gnu/libc.so.6"]
+
+
+def test_function_known_by_its_extent_is_no_reason_not_to_look_it_up():
+    """Its start stands where a name would, and other tools may know the name."""
+    place = some.native(some.LIBC, 0x30000)
+    extent = bounded("libc.so.6", Kind.NATIVE, ElfAddress(0x2FF00))
+    profile = some.build([({}, [place], 1)], {place: (extent,)})
+
+    parsed = message(profile)
+
+    assert [text(parsed, each.name) for each in parsed.function] == ["libc.so.6+0x2ff00"]
+    has = {text(parsed, each.filename): each.has_functions for each in parsed.mapping}
+    assert not has["/usr/lib/x86_64-linux-gnu/libc.so.6"]
+    assert pprof.decode(pprof.encode(profile)).frames(0) == (extent,)
 
 
 def test_process_ids_are_numbers_and_names_are_text():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.profile import Accounting, Window, label_frames, make_labels, merge
-from symbolizer.location import Frame, Kind
+from symbolizer.location import ElfAddress, Frame, Kind, bounded
 
 
 @given(some.profiles(), some.profiles())
@@ -111,6 +111,18 @@ def test_addresses_without_a_name_share_the_frame_of_their_module():
     frames = [profile.frames(number) for number in range(3)]
     assert frames[0] == frames[1] == (Frame("[libc.so.6]", "libc.so.6", Kind.NATIVE),)
     assert frames[2] == (Frame("[kernel.kallsyms]", "[kernel.kallsyms]", Kind.KERNEL),)
+
+
+def test_name_is_better_than_where_a_function_begins():
+    """A file and its stripped twin have one build id, in whichever order they come."""
+    place = some.native(some.LIBC, 0x30000)
+    read = Frame("read", "libc.so.6", Kind.NATIVE)
+    extent = bounded("libc.so.6", Kind.NATIVE, ElfAddress(0x2FF00))
+    assert extent.function == "libc.so.6+0x2ff00"
+    profiles = [some.build([({}, [place], 1)], {place: (frame,)}) for frame in (read, extent)]
+
+    for pair in (profiles, profiles[::-1]):
+        assert merge(pair).frames(0) == (read,)
 
 
 def test_rows_that_lack_a_label_say_so_in_its_frame():

@@ -276,13 +276,26 @@ def test_file_in_another_mount_namespace(tmp_path, symbolizer, program):
 
 def test_stripped_file_misses_with_its_reason(tmp_path, symbolizer):
     """A miss keeps module, build id and offset, and counts once however often it occurs."""
-    path = strip(build(tmp_path / "program", PROGRAM))
-    with running(path) as (pid, (work, _, _)):
+    path = build(tmp_path / "program", PROGRAM, "-fno-asynchronous-unwind-tables")
+    with running(strip(path)) as (pid, (work, _, _)):
         location = symbolizer.locate(pid, mappings_of(pid), np.array([work], dtype=np.uint64))[0]
 
     assert symbolizer.names([location] * 3) == [(), (), ()]
     assert symbolizer.misses == {Miss.NO_SYMBOL: 1}
     assert location.build_id == build_id_of(path)
+
+
+def test_function_of_a_running_stripped_program_is_named_after_its_start(tmp_path, symbolizer):
+    """By its address as linked, wherever the process has it; and it is still a miss."""
+    path = build(tmp_path / "program", PROGRAM)
+    linked = next(s.address for s in read_symbols(path) if s.name == b"work")
+    with running(strip(path)) as (pid, (work, _, _)):
+        places = np.array([work, work + 1], dtype=np.uint64)
+        locations = symbolizer.locate(pid, mappings_of(pid), places)
+
+    frame = Frame(f"program+{linked:#x}", "program", Kind.NATIVE)
+    assert symbolizer.names(locations) == [(frame,), (frame,)]
+    assert symbolizer.misses == {Miss.NO_SYMBOL: 2}
 
 
 def test_damaged_file_misses_with_its_reason(tmp_path, symbolizer, program):
