@@ -6,6 +6,7 @@ is one end of a Unix stream socket and standard input holds a Request as JSON. T
 message: JSON, and the descriptors that it numbers.
 """
 
+import ctypes
 import json
 import os
 import socket
@@ -17,6 +18,8 @@ from bpf.btf import Btf
 from bpf.errors import BpfError
 
 HERE = Path(__file__).parent
+MAX_PROGRAMS = 32
+"""A program may call the next 33 times, on old kernels 32 (MAX_TAIL_CALL_CNT)."""
 
 _TASK_MEMBERS = (
     "pid",
@@ -54,19 +57,41 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     constants |= request["constants"]
     os.chdir("/")  # bcc would find headers in the current directory before its own
     try:
-        module = BPF(
-            src_file=str(HERE / "sampler.bpf.c").encode(),
-            cflags=[f"-I{HERE}", *(f"-D{name}={value}" for name, value in constants.items())],
+        module, programs, frames = _compile(
+            BPF, constants, request["programs"], request["frames_per_program"]
         )
-        programs = {
-            name: module.load_func(name.encode(), getattr(BPF, kind)).fd
-            for name, kind in request["programs"].items()
-        }
+        for place, name in enumerate(request["calls"]):
+            module[b"programs"][ctypes.c_int(place)] = ctypes.c_int(programs[name])
         maps = {name: module[name.encode()].map_fd for name in request["maps"]}
     except Exception as error:  # bcc raises plain Exception for everything
         raise BpfError(f"cannot load the BPF programs: {error}") from error
     names = [*programs, *maps]
-    return {"descriptors": names}, [*programs.values(), *maps.values()]
+    answer = {"descriptors": names, "frames_per_program": frames}
+    return answer, [*programs.values(), *maps.values()]
+
+
+def _compile(
+    bpf: Any, constants: dict[str, int], kinds: dict[str, str], choices: list[int]
+) -> tuple[Any, dict[str, int], int]:
+    """Compile and load; where the verifier finds a program too large, smaller ones are tried."""
+    for frames in choices:
+        limits = {"FRAMES_PER_PROGRAM": frames, "MAX_PROGRAMS": MAX_PROGRAMS}
+        defined = {**constants, **limits}
+        module = bpf(
+            src_file=str(HERE / "sampler.bpf.c").encode(),
+            cflags=[f"-I{HERE}", *(f"-D{name}={value}" for name, value in defined.items())],
+        )
+        try:
+            programs = {
+                name: module.load_func(name.encode(), getattr(bpf, kind)).fd
+                for name, kind in kinds.items()
+            }
+        except Exception:  # the verifier's refusal is a plain Exception, as all else of bcc
+            if frames == choices[-1]:
+                raise
+        else:
+            return module, programs, frames
+    raise AssertionError
 
 
 if __name__ == "__main__":

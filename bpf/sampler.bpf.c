@@ -8,22 +8,140 @@
  * until no program can still hold the old number, and empties the idle one in peace.
  */
 #include "sampler.bpf.h"
+#include "tables.bpf.h"
+
+BPF_HASH(processes, u32, struct process, PROCESSES_CAPACITY);
+BPF_ARRAY(mappings, struct mapping, MAPPINGS_CAPACITY);
+BPF_ARRAY(executables, struct table, EXECUTABLES_CAPACITY);
+BPF_ARRAY(pages, struct page, PAGES_CAPACITY);
+BPF_F_TABLE("array", u32, struct row, shard, SHARD_ROWS, SHARD_FLAGS);
+BPF_TABLE("array_of_maps$shard", int, int, shards, SHARDS_CAPACITY);
+BPF_PERCPU_ARRAY(known_rows, struct known_row, KNOWN_SPACES * KNOWN_ROWS);
+BPF_RINGBUF_OUTPUT(wanted, WANTED_PAGES);
+BPF_ARRAY(last_wake_ns, u64, 1);
+
+/* Of a map within a map, for which bcc has no word. */
+#define lookup_in(map, key) \
+	(((void *(*)(void *, const void *))BPF_FUNC_map_lookup_elem)(map, key))
+
+static __always_inline struct process *lookup_process(u32 pid)
+{
+	return processes.lookup(&pid);
+}
+
+/* Bisect an address space for the mapping at `address`. */
+static __always_inline struct mapping *lookup_mapping(const struct process *process, u64 address)
+{
+	u32 first = process->first, count = process->count;
+	struct mapping *mapping;
+
+	for (u32 i = 0; i < 16; i++) {
+		u32 half = count >> 1, at = first + half;
+
+		if (half == 0)
+			break;
+		mapping = mappings.lookup(&at);
+		if (!mapping)
+			return NULL;
+		if (mapping->start <= address) {
+			first = at;
+			count -= half;
+		} else {
+			count = half;
+		}
+	}
+	mapping = mappings.lookup(&first);
+	if (!mapping || address < mapping->start || address >= mapping->end)
+		return NULL;
+	return mapping;
+}
+
+#define GOLDEN_RATIO 0x9e3779b97f4a7c15ULL /* times 2^64: spreads neighbours */
+
+/* The rows of one address space share a page of memory: another page is another wait. */
+static __always_inline struct known_row *lookup_known_row(u64 address, u32 space)
+{
+	u32 place = (space % KNOWN_SPACES) * KNOWN_ROWS + (address * GOLDEN_RATIO >> 32) % KNOWN_ROWS;
+
+	return known_rows.lookup(&place);
+}
+
+static __always_inline struct page *lookup_page(u32 place)
+{
+	return pages.lookup(&place);
+}
+
+static __always_inline struct table *lookup_table(u32 executable)
+{
+	return executables.lookup(&executable);
+}
+
+/* Bisect a page for the row in force at `low`; every page begins with one for its first byte. */
+static __always_inline struct row *lookup_row(const struct page *page, u32 low)
+{
+	u32 first = page->first & (SHARD_ROWS - 1), count = page->count;
+	int number = page->first / SHARD_ROWS;
+	void *rows = shards.lookup(&number);
+	struct row *row;
+
+	if (!rows)
+		return NULL;
+	for (u32 i = 0; i <= PAGE_BITS; i++) {
+		u32 half = count >> 1, at = first + half;
+
+		if (half == 0)
+			break;
+		row = lookup_in(rows, &at);
+		if (!row)
+			return NULL;
+		if (row->pc_low <= low) {
+			first = at;
+			count -= half;
+		} else {
+			count = half;
+		}
+	}
+	return lookup_in(rows, &first);
+}
+
+/* Ask for something; wake who reads only now and then: a wake costs more than what it is for. */
+static __always_inline void want(struct wish *wish)
+{
+	u64 now = bpf_ktime_get_ns();
+	u64 flags = BPF_RB_NO_WAKEUP;
+	u32 zero = 0;
+	u64 *last = last_wake_ns.lookup(&zero);
+
+	if (last && now - *last > WAKE_PERIOD_NS) {
+		*last = now;
+		flags = BPF_RB_FORCE_WAKEUP;
+	}
+	wanted.ringbuf_output(wish, sizeof(*wish), flags);
+}
+
 #include "unwind.bpf.h"
 
 struct scratch {
 	struct count_key key;
 	struct count first_count;
+	struct walk walk;
 	struct user_stack user;
 	struct kernel_stack kernel;
+	u64 leader;
+	u32 generation;
+	u32 programs; /* how many have walked this stack */
 };
 
 BPF_ARRAY(active, u32, 1);
 BPF_PERCPU_ARRAY(counters, struct counters, 2);
 BPF_PERCPU_ARRAY(scratch, struct scratch, 1);
+BPF_PROG_ARRAY(programs, 1);
 BPF_HASH(counts_0, struct count_key, struct count, CAPACITY);
 BPF_HASH(counts_1, struct count_key, struct count, CAPACITY);
-BPF_HASH(user_stacks_0, u64, struct user_stack, CAPACITY);
-BPF_HASH(user_stacks_1, u64, struct user_stack, CAPACITY);
+BPF_HASH(short_stacks_0, u64, struct short_stack, CAPACITY);
+BPF_HASH(short_stacks_1, u64, struct short_stack, CAPACITY);
+BPF_HASH(user_stacks_0, u64, struct user_stack, LONG_CAPACITY);
+BPF_HASH(user_stacks_1, u64, struct user_stack, LONG_CAPACITY);
 BPF_HASH(kernel_stacks_0, u64, struct kernel_stack, CAPACITY);
 BPF_HASH(kernel_stacks_1, u64, struct kernel_stack, CAPACITY);
 
@@ -71,7 +189,17 @@ static __always_inline u32 put_user_stack(u32 generation, struct scratch *at)
 		hash = mix(hash, at->user.words[i]);
 	}
 	at->key.user_stack = hash;
-	if (generation) {
+	if (at->user.length <= MAX_SHORT_WORDS) {
+		struct short_stack *stack = (struct short_stack *)&at->user;
+
+		if (generation) {
+			if (!short_stacks_1.lookup(&hash))
+				error = short_stacks_1.insert(&hash, stack);
+		} else {
+			if (!short_stacks_0.lookup(&hash))
+				error = short_stacks_0.insert(&hash, stack);
+		}
+	} else if (generation) {
 		if (!user_stacks_1.lookup(&hash))
 			error = user_stacks_1.insert(&hash, &at->user);
 	} else {
@@ -84,11 +212,13 @@ static __always_inline u32 put_user_stack(u32 generation, struct scratch *at)
 static __always_inline u32 put_kernel_stack(u32 generation, struct scratch *at,
 					    struct bpf_perf_event_data *ctx)
 {
-	long size = bpf_get_stack(ctx, at->kernel.words, sizeof(at->kernel.words), 0);
 	u64 hash = 0;
-	long error = 0;
+	long error = 0, size;
 
 	at->key.kernel_stack = 0;
+	if (is_in_user_mode(ctx))
+		return 0;
+	size = bpf_get_stack(ctx, at->kernel.words, sizeof(at->kernel.words), 0);
 	if (size <= 0)
 		return 0;
 	at->kernel.length = (u32)size / sizeof(u64);
@@ -137,14 +267,52 @@ static __always_inline u32 add_count(u32 generation, struct scratch *at, u64 lea
 	return error == -7 ? COUNTER_MAP_FULL : COUNTER_MAP_BUSY;
 }
 
+/* Put the tick where it belongs, now that both stacks are known. */
+static __always_inline int count_tick(struct bpf_perf_event_data *ctx, struct scratch *at)
+{
+	u32 generation = at->generation & 1;
+	struct counters *count = counters.lookup(&generation);
+	u32 loss;
+
+	loss = put_user_stack(generation, at);
+	if (!loss)
+		loss = put_kernel_stack(generation, at, ctx);
+	if (!loss)
+		loss = add_count(generation, at, at->leader);
+	if (count && loss && loss < COUNTERS)
+		count->values[loss]++;
+	return 0;
+}
+
+/*
+ * One program may do only so much, so a deep stack is walked by several, each calling the next.
+ * A call that fails falls through: the stack ends there, and says so.
+ */
+int on_walk(struct bpf_perf_event_data *ctx)
+{
+	u32 zero = 0, stop;
+	struct scratch *at = scratch.lookup(&zero);
+
+	if (!at)
+		return 0;
+	stop = walk_on(&at->walk, &at->user);
+	if (stop == GO_ON) {
+		if (++at->programs < MAX_PROGRAMS)
+			programs.call(ctx, 0);
+		stop = STOP_TRUNCATED;
+	}
+	at->user.stop = stop;
+	return count_tick(ctx, at);
+}
+
 int on_tick(struct bpf_perf_event_data *ctx)
 {
 	u64 ids = bpf_get_current_pid_tgid();
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 	struct counters *count;
 	struct scratch *at;
-	u32 *generation_at, zero = 0, generation, loss;
-	u64 leader, start_ns;
+	u32 *generation_at, zero = 0, generation, stop;
+	u64 start_ns;
 
 	generation_at = active.lookup(&zero);
 	if (!generation_at)
@@ -159,8 +327,9 @@ int on_tick(struct bpf_perf_event_data *ctx)
 		count->values[COUNTER_IDLE]++;
 		return 0;
 	}
-	leader = leader_of((u64)task);
-	start_ns = kernel_u64(leader + TASK_START_BOOTTIME);
+	at->generation = generation;
+	at->leader = leader_of((u64)task);
+	start_ns = kernel_u64(at->leader + TASK_START_BOOTTIME);
 	if (!is_selected(ids >> 32, start_ns)) {
 		count->values[COUNTER_FILTERED]++;
 		return 0;
@@ -172,15 +341,14 @@ int on_tick(struct bpf_perf_event_data *ctx)
 	at->key.cgroup_id = bpf_get_current_cgroup_id();
 	bpf_get_current_comm(at->key.comm, COMM_SIZE);
 
-	unwind_user(ctx, (void *)task, &at->user);
-	loss = put_user_stack(generation, at);
-	if (!loss)
-		loss = put_kernel_stack(generation, at, ctx);
-	if (!loss)
-		loss = add_count(generation, at, leader);
-	if (loss && loss < COUNTERS)
-		count->values[loss]++;
-	return 0;
+	stop = begin_walk(ctx, (void *)task, &at->key, &at->walk, &at->user);
+	if (stop == GO_ON) {
+		at->programs = 0;
+		programs.call(ctx, 0);
+		stop = STOP_TRUNCATED;
+	}
+	at->user.stop = stop;
+	return count_tick(ctx, at);
 }
 
 #ifdef SELECTED_CAPACITY

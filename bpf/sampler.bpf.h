@@ -41,6 +41,14 @@ struct user_stack {
 };
 _Static_assert(sizeof(struct user_stack) == USER_STACK_SIZE, "samples.py: USER_STACK");
 
+/* Most stacks are short: copying the rest of a long one would cost more than walking it. */
+struct short_stack {
+	u32 length;
+	u32 stop;
+	u64 words[MAX_SHORT_WORDS];
+};
+_Static_assert(sizeof(struct short_stack) == SHORT_STACK_SIZE, "samples.py: SHORT_STACK");
+
 struct kernel_stack {
 	u32 length;
 	u32 stop;
@@ -51,6 +59,10 @@ _Static_assert(sizeof(struct kernel_stack) == KERNEL_STACK_SIZE, "samples.py: KE
 struct counters {
 	u64 values[COUNTERS];
 };
+
+/* What is seldom done stands apart in the code, which is as cold as the data when a tick comes. */
+#define likely(condition) __builtin_expect(!!(condition), 1)
+#define unlikely(condition) __builtin_expect(!!(condition), 0)
 
 /*
  * bcc turns probe_read_user into the pre-5.5 helper when kallsyms hides its name, and that helper

@@ -19,14 +19,17 @@ from typing import Self
 
 import numpy as np
 
-from bpf import perf_event, syscalls
+from bpf import perf_event, syscalls, tables
+from bpf.compile import MAX_PROGRAMS
 from bpf.errors import LoadError, PerfEventError
 from bpf.samples import (
     COUNT,
     COUNT_KEY,
     KERNEL_STACK,
     MAX_KERNEL_WORDS,
+    MAX_SHORT_WORDS,
     MAX_USER_WORDS,
+    SHORT_STACK,
     USER_STACK,
     Counter,
     Drain,
@@ -39,6 +42,7 @@ MAX_FREQUENCY_HZ = 999
 _SELECTED_CAPACITY = 32768
 _GENERATIONS = (0, 1)
 _COMPILE_TIMEOUT_S = 60
+_GO_ON = 1000  # no StopReason has this number
 _NO_WORDS: Words = np.empty(0, np.uint64)
 _STOP_LABELS = {reason.value: reason.label for reason in StopReason}
 
@@ -52,12 +56,17 @@ class SamplerConfig:
         hardware: tick on CPU cycles instead of the CPU clock.
         pids: only these processes and what they start; None samples everything.
         drain_period_s: how long a generation of the maps must last without overflowing.
+        tables_limit_bytes: what unwind tables and address spaces may take in the kernel.
+        frames_per_program: how many frames one program leaves before it calls the next; the first
+            number that the kernel's verifier takes is used.
     """
 
     frequency_hz: int = 99
     hardware: bool = False
     pids: frozenset[int] | None = None
     drain_period_s: float = 1.0
+    tables_limit_bytes: int = tables.DEFAULT_LIMIT_BYTES
+    frames_per_program: tuple[int, ...] = (32, 16, 8, 5)
 
     def __post_init__(self) -> None:
         if not 1 <= self.frequency_hz <= MAX_FREQUENCY_HZ:
@@ -82,7 +91,10 @@ class Sampler:
         self.config = config
         possible = Path("/sys/devices/system/cpu/possible").read_text()
         self._possible_cpus = len(perf_event.parse_cpus(possible))
-        self._fds = _load(config, self._possible_cpus)
+        self._fds, frames = _load(config, self._possible_cpus)
+        self.deepest_stack = min(MAX_USER_WORDS, frames * MAX_PROGRAMS)
+        """User frames that are followed: fewer than MAX_USER_WORDS if the verifier is strict."""
+        self.tables = tables.Tables(self._fds, config.tables_limit_bytes, self._possible_cpus)
         self._events: dict[int, int] = {}
         self._tracepoints: list[int] = []
         self._generation = 0
@@ -90,6 +102,7 @@ class Sampler:
             generation: np.zeros(len(Counter), np.uint64) for generation in _GENERATIONS
         }
         self._counts = self._readers("counts", COUNT_KEY, COUNT)
+        self._short_stacks = self._readers("short_stacks", np.dtype(np.uint64), SHORT_STACK)
         self._user_stacks = self._readers("user_stacks", np.dtype(np.uint64), USER_STACK)
         self._kernel_stacks = self._readers("kernel_stacks", np.dtype(np.uint64), KERNEL_STACK)
         self._barrier_inner = syscalls.create_map(syscalls.MAP_TYPE_ARRAY, 4, 4, 1)
@@ -178,9 +191,7 @@ class Sampler:
         idle_generation = self._generation
         self._generation ^= 1
         syscalls.update(self._fds["active"], 0, struct.pack("<I", self._generation))
-        # The kernel answers an update of a map of maps only when every program that was running
-        # has ended (maybe_wait_bpf_programs, since 4.18): nobody writes to the old one any more.
-        syscalls.update(self._barrier, 0, struct.pack("<I", self._barrier_inner))
+        self.wait_for_programs()  # nobody writes to the old one any more
         counts = self._take_counters(idle_generation)
         samples = self._take_samples(idle_generation)
         return Drain(
@@ -195,6 +206,14 @@ class Sampler:
             },
         )
 
+    def wait_for_programs(self) -> None:
+        """Return when no program runs any more that was running at the call.
+
+        The kernel answers an update of a map of maps only then (maybe_wait_bpf_programs, 4.18).
+        """
+        syscalls.update(self._barrier, 0, struct.pack("<I", self._barrier_inner))
+        self.tables.settle()
+
     def _take_counters(self, generation: int) -> Mapping[Counter, int]:
         size = 8 * len(Counter) * self._possible_cpus
         raw = syscalls.lookup(self._fds["counters"], generation, size)
@@ -207,7 +226,8 @@ class Sampler:
 
     def _take_samples(self, generation: int) -> list[RawSample]:
         keys, counts = self._counts[generation].take_all()
-        user = _stacks(*self._user_stacks[generation].take_all())
+        user = _stacks(*self._short_stacks[generation].take_all())
+        user |= _stacks(*self._user_stacks[generation].take_all())
         kernel_stacks = _stacks(*self._kernel_stacks[generation].take_all())
         kernel = {key: _as_lookups(words) for key, (words, _) in kernel_stacks.items()}
         samples = []
@@ -237,6 +257,7 @@ class Sampler:
     def close(self) -> None:
         """Detach and free everything; safe to call twice."""
         self.stop()
+        self.tables.close()
         for fd in (*self._tracepoints, *self._fds.values()):
             os.close(fd)
         self._tracepoints.clear()
@@ -272,33 +293,44 @@ def _as_lookups(kernel_words: Words) -> Words:
     return lookups
 
 
-def _load(config: SamplerConfig, cpus: int) -> dict[str, int]:
+def _load(config: SamplerConfig, cpus: int) -> tuple[dict[str, int], int]:
     """Compile and load in a child; give descriptors of programs and maps by name."""
     constants = {
         "CAPACITY": config.capacity(cpus),
+        "LONG_CAPACITY": max(1024, config.capacity(cpus) // 2),
         "MAX_USER_WORDS": MAX_USER_WORDS,
+        "MAX_SHORT_WORDS": MAX_SHORT_WORDS,
         "MAX_KERNEL_WORDS": MAX_KERNEL_WORDS,
         "COUNT_KEY_SIZE": COUNT_KEY.itemsize,
         "COUNT_SIZE": COUNT.itemsize,
         "USER_STACK_SIZE": USER_STACK.itemsize,
+        "SHORT_STACK_SIZE": SHORT_STACK.itemsize,
         "KERNEL_STACK_SIZE": KERNEL_STACK.itemsize,
         "COUNTERS": len(Counter),
     }
     constants |= {f"STOP_{reason.name}": reason.value for reason in StopReason}
     constants |= {f"COUNTER_{counter.name}": counter.value for counter in Counter}
-    programs = {"on_tick": "PERF_EVENT"}
-    maps = ["active", "counters"]
-    for name in ("counts", "user_stacks", "kernel_stacks"):
+    constants |= tables.constants() | {"GO_ON": _GO_ON, "FOUND": _GO_ON}
+    programs = {"on_tick": "PERF_EVENT", "on_walk": "PERF_EVENT"}
+    # An array of programs is emptied when nobody holds it.
+    maps = ["active", "counters", "programs", *tables.MAPS]
+    for name in ("counts", "short_stacks", "user_stacks", "kernel_stacks"):
         maps += [f"{name}_{generation}" for generation in _GENERATIONS]
     if config.pids is not None:
         constants["SELECTED_CAPACITY"] = _SELECTED_CAPACITY
         programs |= {"on_fork": "RAW_TRACEPOINT", "on_free": "RAW_TRACEPOINT"}
         maps += ["selected", "unselected"]
-    request = {"constants": constants, "programs": programs, "maps": maps}
+    request = {
+        "constants": constants,
+        "programs": programs,
+        "maps": maps,
+        "calls": ["on_walk"],
+        "frames_per_program": config.frames_per_program,
+    }
     return _ask_child(json.dumps(request).encode())
 
 
-def _ask_child(request: bytes) -> dict[str, int]:
+def _ask_child(request: bytes) -> tuple[dict[str, int], int]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         child = subprocess.Popen(
@@ -331,4 +363,4 @@ def _ask_child(request: bytes) -> dict[str, int]:
         lines = [line for line in complaint.decode(errors="replace").splitlines() if line.strip()]
         detail = next((line for line in lines if "error" in line.lower()), "")
         raise LoadError(f"{answer['error']}{': ' if detail else ''}{detail}")
-    return dict(zip(answer["descriptors"], fds, strict=True))
+    return dict(zip(answer["descriptors"], fds, strict=True)), int(answer["frames_per_program"])

@@ -17,28 +17,53 @@ Words = npt.NDArray[np.uint64]
 MAX_KERNEL_WORDS = 127
 """kernel.perf_event_max_stack's default: bpf_get_stack refuses a larger buffer on some kernels."""
 
-MAX_USER_WORDS = 128
+MAX_USER_WORDS = 255
 """Words of one user stack. Deeper stacks keep the leaf part and say `truncated`."""
+
+MAX_SHORT_WORDS = 63
+"""User stacks of so many words are kept apart from longer ones, which are few."""
 
 
 class StopReason(IntEnum):
     """Why a user stack ends where it does; `label` is the name outside of this package."""
 
-    CHAIN_END = 0
-    """The saved frame pointer is zero, which marks the outermost frame (System V ABI, 3.4.1) of a
-    program that keeps frame pointers; in others the register may hold zero by chance."""
+    ROOT = 0
+    """The outermost frame: the compiler says that it returns to nobody (DWARF 5, 6.4.4), as it does
+    of a program's and of a thread's start, and we of Go's."""
     KERNEL_THREAD = 1
     """There is no user stack: the thread belongs to the kernel."""
     NO_USER_REGISTERS = 2
     """The thread has no user registers (it is exiting, or serves io_uring inside the kernel)."""
-    BAD_FRAME_POINTER = 3
-    """The saved frame pointer does not point further up the stack, or not to a return address."""
-    UNREADABLE = 4
+    NO_PROCESS_YET = 3
+    """What the process has mapped was not known yet: it is young, or was never sampled before."""
+    NO_TABLE_YET = 4
+    """The table of a file was not here yet."""
+    NO_TABLE = 5
+    """The file has no unwind information, or what cannot be read, and keeps no frame pointers."""
+    NO_MAPPING = 6
+    """There is no code known at this address."""
+    HOLE = 7
+    """The file's unwind information leaves this function out, and it keeps no frame pointer."""
+    UNSUPPORTED_RULE = 8
+    """The rule for this instruction is of a kind that the walk cannot follow."""
+    REGISTER_LOST = 9
+    """The rule needs a register that only the leaf frame has for certain."""
+    BAD_FRAME_POINTER = 10
+    """In code without tables: the saved frame pointer does not point further up the stack, or not
+    to a return address."""
+    BAD_STACK_POINTER = 11
+    """By its rule the frame would not lie further up the stack, or would not return to code."""
+    CHAIN_END = 12
+    """The return address or the saved frame pointer is zero, which marks the outermost frame of
+    code that keeps frame pointers (System V ABI, 3.4.1) but may stand there by chance."""
+    UNREADABLE = 13
     """The stack's memory could not be read (not mapped, or paged out)."""
-    TRUNCATED = 5
+    TRUNCATED = 14
     """The stack is deeper than a record has room for."""
-    COMPAT = 6
+    COMPAT = 15
     """A 32-bit program; only its leaf is kept."""
+    NO_ROOM = 16
+    """The file's table is larger than the room that those in use leave."""
 
     @property
     def label(self) -> str:
@@ -88,6 +113,7 @@ def stack_dtype(max_words: int) -> np.dtype[np.void]:
 
 
 USER_STACK = stack_dtype(MAX_USER_WORDS)
+SHORT_STACK = stack_dtype(MAX_SHORT_WORDS)
 KERNEL_STACK = stack_dtype(MAX_KERNEL_WORDS)
 
 

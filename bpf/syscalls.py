@@ -21,7 +21,8 @@ _NR_BPF = {"x86_64": 321, "aarch64": 280}
 
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE = 0, 1, 2
 _PROG_LOAD, _PROG_BY_ID, _OBJ_GET_INFO, _RAW_TRACEPOINT_OPEN = 5, 13, 15, 17
-_LOOKUP_AND_DELETE_BATCH, _ENABLE_STATS = 25, 32
+_MAP_DELETE = 3
+_LOOKUP_AND_DELETE_BATCH, _UPDATE_BATCH, _ENABLE_STATS = 25, 26, 32
 
 MAP_TYPE_ARRAY = 2
 MAP_TYPE_ARRAY_OF_MAPS = 12
@@ -49,10 +50,16 @@ def _bpf(command: int, attr: bytes, what: str) -> int:
 
 
 def create_map(
-    map_type: int, key_size: int, value_size: int, max_entries: int, *, inner_map_fd: int = 0
+    map_type: int,
+    key_size: int,
+    value_size: int,
+    max_entries: int,
+    *,
+    flags: int = 0,
+    inner_map_fd: int = 0,
 ) -> int:
     """Create a map and give its file descriptor (close-on-exec)."""
-    attr = struct.pack("<6I", map_type, key_size, value_size, max_entries, 0, inner_map_fd)
+    attr = struct.pack("<6I", map_type, key_size, value_size, max_entries, flags, inner_map_fd)
     return _bpf(_MAP_CREATE, attr.ljust(72, b"\0"), "create a BPF map")
 
 
@@ -85,6 +92,27 @@ def update(map_fd: int, key: int, value: bytes) -> None:
     value_buffer = ctypes.create_string_buffer(value, len(value))
     addresses = (ctypes.addressof(key_buffer), ctypes.addressof(value_buffer))
     _bpf(_MAP_UPDATE, struct.pack("<IIQQQ", map_fd, 0, *addresses, 0), "write a BPF map")
+
+
+def update_batch(
+    map_fd: int, keys: npt.NDArray[np.generic], values: npt.NDArray[np.generic]
+) -> None:
+    """Write many entries at once; what stood before an error is written."""
+    if not len(keys):
+        return
+    addresses = (keys.ctypes.data, values.ctypes.data)
+    attr = struct.pack("<QQQQIIQQ", 0, 0, *addresses, len(keys), map_fd, 0, 0)
+    _bpf(_UPDATE_BATCH, attr, "write a BPF map")
+
+
+def delete_each(map_fd: int, keys: npt.NDArray[np.generic]) -> None:
+    """Remove entries, those that are there."""
+    keys = np.ascontiguousarray(keys)
+    for i in range(len(keys)):
+        attr = struct.pack("<IIQQQ", map_fd, 0, keys.ctypes.data + i * keys.itemsize, 0, 0)
+        _, error, _ = _call(_MAP_DELETE, attr)
+        if error not in (0, errno.ENOENT):
+            raise SyscallError("remove from a BPF map", error)
 
 
 def attach_raw_tracepoint(name: str, program_fd: int) -> int:

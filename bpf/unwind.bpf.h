@@ -1,24 +1,52 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * The user stack of the current thread: registers and stack memory in, tagged words out, leaf
- * first, with the reason it ended. A word is the address to look up, so callers are one byte
+ * The user stack of the current thread: registers, stack memory and tables in, tagged words out,
+ * leaf first, with the reason it ended. A word is the address to look up, so callers are one byte
  * before their return address; its top byte is the tag, 0 for native code.
+ *
+ * Each step leaves one frame by the rule that the compiler wrote into .eh_frame for that very
+ * instruction (DWARF 5, 6.4). Where there is no rule, because a runtime compiled the code or the
+ * table is not here yet, saved frame pointers are followed for that step, each checked.
  */
 #ifndef EVERFLAME_UNWIND_BPF_H
 #define EVERFLAME_UNWIND_BPF_H
 
 #include "sampler.bpf.h"
+#include "tables.bpf.h"
 
 #define USER_ADDRESS_LIMIT 0x0000800000000000ULL /* the top byte stays free for the tag */
 #define USER_CS_64 0x33 /* __USER_CS: 64-bit code */
 #define NOT_A_SYSCALL (~0ULL) /* orig_ax outside of system calls */
+#define WORD 8
 
-struct user_registers {
+#define DWARF_RBP 6
+#define DWARF_RSP 7
+#define DWARF_REGISTERS 16
+
+/* struct rt_sigframe at rsp when a handler has returned: ucontext, whose registers begin at 40. */
+#define SIGNAL_REGISTERS_OFFSET 40
+enum { SIGNAL_R8 = 0, SIGNAL_RDI = 8, SIGNAL_RSI, SIGNAL_RBP, SIGNAL_RBX, SIGNAL_RDX, SIGNAL_RAX,
+       SIGNAL_RCX, SIGNAL_RSP, SIGNAL_RIP, SIGNAL_REGISTERS };
+
+struct walk {
 	u64 pc;
 	u64 sp;
 	u64 bp;
-	u64 cs;
-	bool pc_is_return_address;
+	u64 others[DWARF_REGISTERS]; /* by DWARF number; bp and sp are above */
+	u64 start_ns;
+	u64 exec_id;
+	u32 pid;
+	struct process process; /* `count` 0: it is not known yet */
+	u8 pc_is_return_address;
+	u8 knows_others;
+	u8 knows_bp;
+	u8 has_page;
+	u8 has_wished;
+	struct known_row leaf_row;
+	struct mapping mapping; /* that of the last step; most frames have a neighbour in it */
+	struct table table; /* of that mapping */
+	struct page page; /* and the last page of it */
+	u32 page_number;
 };
 
 static __always_inline bool is_user_code(u64 address)
@@ -26,100 +54,413 @@ static __always_inline bool is_user_code(u64 address)
 	return address >= 4096 && address < USER_ADDRESS_LIMIT;
 }
 
+static __always_inline bool is_in_user_mode(struct bpf_perf_event_data *ctx)
+{
+	return ctx->regs.cs & 3;
+}
+
 /*
  * Registers of the thread when it was last in user mode. A tick inside the kernel finds them at
  * the top of the kernel stack. A system call's pc is that of the instruction after it, so it
  * counts as a return address; an interrupted one's is the instruction itself.
  */
-static __always_inline void read_user_registers(struct bpf_perf_event_data *ctx, void *task,
-						struct user_registers *user)
+static __always_inline u64 read_user_registers(struct bpf_perf_event_data *ctx, void *task,
+					       struct walk *walk)
 {
-	struct pt_regs saved = {};
+	struct pt_regs saved;
 
-	if (ctx->regs.cs & 3) {
-		user->pc = ctx->regs.ip;
-		user->sp = ctx->regs.sp;
-		user->bp = ctx->regs.bp;
-		user->cs = ctx->regs.cs;
-		user->pc_is_return_address = false;
-		return;
+	if (is_in_user_mode(ctx)) {
+		saved = ctx->regs;
+		walk->pc_is_return_address = false;
+	} else {
+		__builtin_memset(&saved, 0, sizeof(saved));
+		read_kernel(&saved, sizeof(saved), (const void *)bpf_task_pt_regs(task));
+		walk->pc_is_return_address = saved.orig_ax != NOT_A_SYSCALL;
 	}
-	read_kernel(&saved, sizeof(saved), (const void *)bpf_task_pt_regs(task));
-	user->pc = saved.ip;
-	user->sp = saved.sp;
-	user->bp = saved.bp;
-	user->cs = saved.cs;
-	user->pc_is_return_address = saved.orig_ax != NOT_A_SYSCALL;
+	walk->pc = saved.ip;
+	walk->sp = saved.sp;
+	walk->bp = saved.bp;
+	walk->others[0] = saved.ax;
+	walk->others[1] = saved.dx;
+	walk->others[2] = saved.cx;
+	walk->others[3] = saved.bx;
+	walk->others[4] = saved.si;
+	walk->others[5] = saved.di;
+	walk->others[8] = saved.r8;
+	walk->others[9] = saved.r9;
+	walk->others[10] = saved.r10;
+	walk->others[11] = saved.r11;
+	walk->others[12] = saved.r12;
+	walk->others[13] = saved.r13;
+	walk->others[14] = saved.r14;
+	walk->others[15] = saved.r15;
+	walk->knows_others = true;
+	walk->knows_bp = true;
+	return saved.cs;
 }
 
 /*
- * Follow saved frame pointers: [bp] is the caller's, [bp + 8] the return address. Each step must
- * lead further up the stack, so the walk ends whatever the memory holds.
+ * Leave a frame by its saved frame pointer: [bp] is the caller's, [bp + 8] the return address.
+ * `why` says why there is no better way; it is the reason when this one fails.
  */
-static __always_inline void walk_frame_pointers(const struct user_registers *user,
-						struct user_stack *stack)
+static __always_inline u32 leave_by_frame_pointer(struct walk *walk, u32 why)
 {
 	struct {
 		u64 bp;
 		u64 return_address;
 	} frame;
-	u64 bp = user->bp;
-	u64 lowest = user->sp;
+	u64 bp = walk->bp;
 
-	stack->stop = STOP_TRUNCATED;
-	for (u32 i = 1; i < MAX_USER_WORDS; i++) {
-		asm volatile("" : "+r"(i)); /* keeps the bound visible to the verifier */
-		if (bp == 0) {
-			stack->stop = STOP_CHAIN_END;
-			return;
-		}
-		if (bp < lowest || bp >= USER_ADDRESS_LIMIT || (bp & 7)) {
-			stack->stop = STOP_BAD_FRAME_POINTER;
-			return;
-		}
-		if (read_user(&frame, sizeof(frame), (const void *)bp)) {
-			stack->stop = STOP_UNREADABLE;
-			return;
-		}
-		/* A zero return address ends the stack as well: clone and some start codes do so. */
-		if (frame.return_address == 0) {
-			stack->stop = STOP_CHAIN_END;
-			return;
-		}
-		if (!is_user_code(frame.return_address)) {
-			stack->stop = STOP_BAD_FRAME_POINTER;
-			return;
-		}
-		stack->words[i] = frame.return_address - 1;
-		stack->length = i + 1;
-		lowest = bp + sizeof(frame);
-		bp = frame.bp;
-	}
+	if (bp == 0)
+		return why == STOP_BAD_FRAME_POINTER ? STOP_CHAIN_END : why;
+	if (!walk->knows_bp || bp < walk->sp || bp >= USER_ADDRESS_LIMIT || (bp & 7))
+		return why;
+	if (read_user(&frame, sizeof(frame), (const void *)bp))
+		return why == STOP_BAD_FRAME_POINTER ? STOP_UNREADABLE : why;
+	/* A zero return address ends the stack as well: some start codes do so. */
+	if (frame.return_address == 0)
+		return why == STOP_BAD_FRAME_POINTER ? STOP_CHAIN_END : why;
+	if (!is_user_code(frame.return_address))
+		return why;
+	walk->pc = frame.return_address;
+	walk->sp = bp + sizeof(frame);
+	walk->bp = frame.bp;
+	walk->pc_is_return_address = true;
+	walk->knows_others = false;
+	return GO_ON;
 }
 
-static __always_inline void unwind_user(struct bpf_perf_event_data *ctx, void *task,
-					struct user_stack *stack)
+/* The kernel put all registers of the interrupted code on the stack for the handler's return. */
+static __always_inline u32 leave_signal_frame(struct walk *walk)
 {
-	struct user_registers user = {};
+	u64 saved[SIGNAL_REGISTERS];
+
+	if (read_user(&saved, sizeof(saved), (const void *)(walk->sp + SIGNAL_REGISTERS_OFFSET)))
+		return STOP_UNREADABLE;
+	if (!is_user_code(saved[SIGNAL_RIP]))
+		return STOP_BAD_STACK_POINTER;
+	for (u32 i = 0; i < 8; i++)
+		walk->others[8 + i] = saved[SIGNAL_R8 + i];
+	walk->others[0] = saved[SIGNAL_RAX];
+	walk->others[1] = saved[SIGNAL_RDX];
+	walk->others[2] = saved[SIGNAL_RCX];
+	walk->others[3] = saved[SIGNAL_RBX];
+	walk->others[4] = saved[SIGNAL_RSI];
+	walk->others[5] = saved[SIGNAL_RDI];
+	walk->pc = saved[SIGNAL_RIP];
+	walk->sp = saved[SIGNAL_RSP];
+	walk->bp = saved[SIGNAL_RBP];
+	walk->pc_is_return_address = false;
+	walk->knows_others = true;
+	walk->knows_bp = true;
+	return GO_ON;
+}
+
+/* A word that a DWARF expression reads: a register plus an offset, dereferenced. */
+static __always_inline long read_word(u64 *to, u64 base, s64 words)
+{
+	return read_user(to, sizeof(*to), (const void *)(base + words * WORD));
+}
+
+/* The canonical frame address, from which all else is counted; 0 in `error` where it is known. */
+static __always_inline u64 frame_address(struct walk *walk, const struct row *row, u32 *error)
+{
+	u64 cfa = 0;
+	u32 number;
+
+	*error = 0;
+	switch (row->cfa_kind) {
+	case CFA_RSP:
+		return walk->sp + (u64)row->cfa * WORD;
+	case CFA_RBP:
+		if (!walk->knows_bp)
+			*error = STOP_REGISTER_LOST;
+		return walk->bp + (u64)row->cfa * WORD;
+	case CFA_CLONE:
+		return walk->sp + WORD;
+	case CFA_PLT: /* `cfa` is where in a stub of 16 bytes its push has been done */
+	case CFA_PLT_LAZY:
+		return walk->sp + WORD + ((walk->pc & 15) >= row->cfa ? WORD : 0);
+	case CFA_DEREF_RBP:
+	case CFA_DEREF_RSP:
+		if (row->cfa_kind == CFA_DEREF_RBP && !walk->knows_bp)
+			*error = STOP_REGISTER_LOST;
+		else if (read_word(&cfa, row->cfa_kind == CFA_DEREF_RBP ? walk->bp : walk->sp,
+				   (s8)(row->cfa & 0xff)))
+			*error = STOP_UNREADABLE;
+		return cfa + (u64)(row->cfa >> 8) * WORD;
+	}
+	if (row->cfa_kind < CFA_REGISTER) {
+		*error = STOP_UNSUPPORTED_RULE;
+		return 0;
+	}
+	if (!walk->knows_others) {
+		*error = STOP_REGISTER_LOST;
+		return 0;
+	}
+	number = row->cfa_kind & (DWARF_REGISTERS - 1);
+	asm volatile("" : "+r"(number)); /* keeps the bound visible to the verifier */
+	number &= DWARF_REGISTERS - 1;
+	return walk->others[number] + (u64)row->cfa * WORD;
+}
+
+static __always_inline u32 leave_by_row(struct walk *walk, const struct row *row)
+{
+	u64 saved[2]; /* where most functions keep them: rbp, return address */
+	u32 error;
+	u64 cfa = frame_address(walk, row, &error);
+
+	if (unlikely(error))
+		return error;
+	/* A caller's frame lies higher, so that the walk ends whatever the memory holds. */
+	if (unlikely(cfa <= walk->sp || cfa >= USER_ADDRESS_LIMIT))
+		return STOP_BAD_STACK_POINTER;
+	if (unlikely(read_user(&saved, sizeof(saved), (const void *)(cfa - sizeof(saved)))))
+		return STOP_UNREADABLE;
+	if (likely(row->rbp_kind == RBP_SAME)) {
+		/* it is where it was */
+	} else if (likely(row->rbp_kind == RBP_AT_CFA)) {
+		if (row->rbp == -2)
+			walk->bp = saved[0];
+		else if (read_word(&walk->bp, cfa, row->rbp))
+			return STOP_UNREADABLE;
+		walk->knows_bp = true;
+	} else if (row->rbp_kind == RBP_AT_RBP) {
+		if (read_word(&walk->bp, walk->bp, row->rbp))
+			return STOP_UNREADABLE;
+	} else if (row->rbp_kind == RBP_AT_RSP) {
+		if (read_word(&walk->bp, walk->sp, row->rbp))
+			return STOP_UNREADABLE;
+		walk->knows_bp = true;
+	} else {
+		walk->knows_bp = false;
+	}
+	walk->sp = cfa;
+	walk->pc = saved[1];
+	walk->pc_is_return_address = true;
+	walk->knows_others = false;
+	if (walk->pc == 0)
+		return STOP_CHAIN_END;
+	return is_user_code(walk->pc) ? GO_ON : STOP_BAD_STACK_POINTER;
+}
+
+/* The return address is in a register, as it is while vfork() asks the kernel for a child. */
+static __always_inline u32 leave_by_register(struct walk *walk, const struct row *row)
+{
+	u32 number = row->cfa_kind & (DWARF_REGISTERS - 1);
+
+	if (!walk->knows_others)
+		return STOP_REGISTER_LOST;
+	asm volatile("" : "+r"(number)); /* keeps the bound visible to the verifier */
+	number &= DWARF_REGISTERS - 1;
+	walk->pc = walk->others[number];
+	walk->sp += (u64)row->cfa * WORD;
+	walk->pc_is_return_address = true;
+	walk->knows_others = false;
+	return is_user_code(walk->pc) ? GO_ON : STOP_BAD_STACK_POINTER;
+}
+
+/* Ask once in a walk: for a table, or (0) for what the process has mapped by now. */
+static __always_inline void want_more(struct walk *walk, u32 executable)
+{
+	struct wish wish = {
+		.start_ns = walk->start_ns,
+		.exec_id = walk->exec_id,
+		.pid = walk->pid,
+		.executable = executable,
+	};
+
+	if (walk->has_wished)
+		return;
+	walk->has_wished = true;
+	want(&wish);
+}
+
+/* Find out what code `address` is: FOUND, or why its frame pointer must do. */
+static __always_inline u32 find_table(struct walk *walk, u64 address)
+{
+	struct mapping *mapping;
+	struct table *table;
+
+	if (address < walk->mapping.start || address >= walk->mapping.end) {
+		walk->has_page = false;
+		walk->mapping.end = 0;
+		mapping = lookup_mapping(&walk->process, address);
+		if (!mapping) {
+			want_more(walk, 0);
+			return STOP_NO_MAPPING;
+		}
+		walk->mapping = *mapping;
+		walk->table.state = TABLE_NONE;
+		table = lookup_table(walk->mapping.executable);
+		if (table)
+			walk->table = *table;
+	}
+	if (!walk->mapping.executable) /* memory without a file: a runtime compiled this code */
+		return STOP_BAD_FRAME_POINTER;
+	if (walk->table.state == TABLE_NONE)
+		return STOP_NO_TABLE;
+	if (walk->table.state == TABLE_NO_ROOM)
+		return STOP_NO_ROOM;
+	if (walk->table.state == TABLE_UNKNOWN) {
+		want_more(walk, walk->mapping.executable);
+		return STOP_NO_TABLE_YET;
+	}
+	return FOUND;
+}
+
+static __always_inline u32 find_page(struct walk *walk, u64 offset)
+{
+	u32 number = offset >> PAGE_BITS;
+	struct page *page;
+
+	if (walk->has_page && walk->page_number == number)
+		return FOUND;
+	walk->has_page = false;
+	if (offset >> (32 + PAGE_BITS) || number - walk->table.low >= walk->table.count)
+		return STOP_HOLE;
+	page = lookup_page(walk->table.first + number - walk->table.low);
+	if (!page || !page->count)
+		return STOP_HOLE;
+	walk->page = *page;
+	walk->page_number = number;
+	walk->has_page = true;
+	return FOUND;
+}
+
+/* An address has 47 bits, which leaves 17 for what tells the last 131,072 address spaces apart. */
+static __always_inline u64 key_of_row(u64 address, u32 space)
+{
+	return (u64)space << 47 | address;
+}
+
+/* Find the rule for `address`, and keep it for the next walk: FOUND, or why there is none. */
+static __always_inline u32 find_row(struct walk *walk, u64 address, struct known_row *known)
+{
+	struct row found = { .cfa_kind = CFA_FRAME_POINTER };
+	struct row *row;
+	u64 offset;
+	u32 why = find_table(walk, address);
+
+	if (why == FOUND) {
+		offset = address - walk->mapping.start + walk->mapping.file_offset;
+		found.cfa_kind = CFA_HOLE;
+		if (find_page(walk, offset) == FOUND) {
+			row = lookup_row(&walk->page, offset & ((1 << PAGE_BITS) - 1));
+			if (row)
+				found = *row;
+		}
+	} else if (why != STOP_BAD_FRAME_POINTER) {
+		return why;
+	}
+	known->row = found;
+	known->key = key_of_row(address, walk->process.space);
+	return FOUND;
+}
+
+/* Leave a frame by a rule that is not one of the two that 99 of 100 have. */
+static __always_inline u32 leave_by_rare_row(struct walk *walk, const struct row *row)
+{
+	if (row->cfa_kind == CFA_STOP)
+		return STOP_ROOT;
+	if (row->cfa_kind == CFA_SIGNAL)
+		return leave_signal_frame(walk);
+	if (row->cfa_kind == CFA_HOLE)
+		return leave_by_frame_pointer(walk, STOP_HOLE);
+	if (row->cfa_kind == CFA_FRAME_POINTER)
+		return leave_by_frame_pointer(walk, STOP_BAD_FRAME_POINTER);
+	if (row->cfa_kind == CFA_CLONE && walk->knows_others && walk->others[0] == 0)
+		return STOP_ROOT; /* the thread that has just been made */
+	if (row->cfa_kind >= CFA_RETURN_REGISTER)
+		return leave_by_register(walk, row);
+	return leave_by_row(walk, row);
+}
+
+/* Leave one frame: GO_ON, or the reason why the stack ends here. */
+static __always_inline u32 leave_frame(struct walk *walk, u64 address)
+{
+	struct known_row *known = &walk->leaf_row;
+	struct row *row;
+	u32 why;
+
+	if (unlikely(!walk->process.count))
+		return leave_by_frame_pointer(walk, STOP_NO_PROCESS_YET);
+	/* A leaf is seldom where the last one was, and would take a caller's place. */
+	if (walk->pc_is_return_address)
+		known = lookup_known_row(address, walk->process.space);
+	if (unlikely(!known))
+		return STOP_HOLE;
+	if (known->key != key_of_row(address, walk->process.space)) {
+		why = find_row(walk, address, known);
+		if (unlikely(why != FOUND))
+			return leave_by_frame_pointer(walk, why);
+	}
+	row = &known->row;
+	if (likely(row->cfa_kind == CFA_RSP || row->cfa_kind == CFA_RBP))
+		return leave_by_row(walk, row);
+	return leave_by_rare_row(walk, row);
+}
+
+/* Leave up to FRAMES_PER_PROGRAM frames; GO_ON where there are more. */
+static __always_inline u32 walk_on(struct walk *walk, struct user_stack *stack)
+{
+	u32 stop = GO_ON;
+
+	for (u32 i = 0; i < FRAMES_PER_PROGRAM && stop == GO_ON; i++) {
+		u64 address = walk->pc - walk->pc_is_return_address;
+		u32 length = stack->length;
+
+		asm volatile("" : "+r"(length)); /* keeps the bound visible to the verifier */
+		if (length >= MAX_USER_WORDS)
+			return STOP_TRUNCATED;
+		stack->words[length] = address;
+		stack->length = length + 1;
+		stop = leave_frame(walk, address);
+	}
+	return stop;
+}
+
+/* Which address space the current process has, if user space has seen the program it runs now. */
+static __always_inline void find_process(struct walk *walk, const struct count_key *key)
+{
+	struct process *process = lookup_process(key->pid);
+
+	walk->pid = key->pid;
+	walk->start_ns = key->start_ns;
+	walk->exec_id = key->exec_id;
+	walk->has_wished = false;
+	walk->has_page = false;
+	walk->mapping.end = 0;
+	walk->process.count = 0;
+	if (process && process->start_ns == key->start_ns && process->exec_id == key->exec_id) {
+		walk->process = *process;
+		return;
+	}
+	want_more(walk, 0);
+}
+
+/* Begin the walk of the current thread: GO_ON, or why it has no user stack. */
+static __always_inline u32 begin_walk(struct bpf_perf_event_data *ctx, void *task,
+				      const struct count_key *key, struct walk *walk,
+				      struct user_stack *stack)
+{
+	u64 cs;
 
 	stack->length = 0;
-	if (kernel_u32((u64)task + TASK_FLAGS) & PF_KTHREAD) {
-		stack->stop = STOP_KERNEL_THREAD;
-		return;
-	}
-	stack->stop = STOP_NO_USER_REGISTERS;
+	if (kernel_u32((u64)task + TASK_FLAGS) & PF_KTHREAD)
+		return STOP_KERNEL_THREAD;
 	if (!kernel_u64((u64)task + TASK_MM))
-		return;
-	read_user_registers(ctx, task, &user);
-	if (!is_user_code(user.pc))
-		return;
-	stack->words[0] = user.pc - user.pc_is_return_address;
-	stack->length = 1;
-	if (user.cs != USER_CS_64) {
-		stack->stop = STOP_COMPAT;
-		return;
+		return STOP_NO_USER_REGISTERS;
+	cs = read_user_registers(ctx, task, walk);
+	if (!is_user_code(walk->pc))
+		return STOP_NO_USER_REGISTERS;
+	if (cs != USER_CS_64) {
+		stack->words[0] = walk->pc - walk->pc_is_return_address;
+		stack->length = 1;
+		return STOP_COMPAT;
 	}
-	walk_frame_pointers(&user, stack);
+	find_process(walk, key);
+	return GO_ON;
 }
 
 #endif

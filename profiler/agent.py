@@ -30,7 +30,7 @@ from profiler.rules import Rules
 from profiler.signals import ENDING, Signals
 from profiler.status import StatusSocket, uploader_state
 from storage.objects import default_store_url
-from storage.profile import Accounting, Profile
+from storage.profile import GOOD_STOPS, Accounting, Profile
 from storage.spool import Spool
 
 SCHEMA = 1
@@ -67,6 +67,7 @@ class AgentOptions:
     duration_s: float
     spool: Path
     spool_limit_bytes: int
+    tables_limit_bytes: int
     run_folder: Path
     store: str
     endpoint: str
@@ -397,6 +398,7 @@ class Agent:
             "stored": counts.stored,
             "lost": dict(counts.lost),
             "stops": dict(counts.stops),
+            "complete": sum(counts.stops.get(reason, 0) for reason in GOOD_STOPS),
             "cpu_ns": {
                 **recorder.cost.cpu_ns,
                 "bpf": round(self._bpf.ns_per_tick * counts.ticks),
@@ -407,6 +409,7 @@ class Agent:
             "uploader": {"pid": self._uploader.pid, "starts": self._uploader.starts}
             | uploader_state(self._options.spool),
             "spool": spool._asdict(),
+            "unwinding": recorder.unwinding.status(),
             "slowest_binaries": recorder.symbolizer.slowest(),
             **self._beside.status(),
         }
@@ -415,7 +418,9 @@ class Agent:
 def run(options: AgentOptions, beside: Beside | None = None) -> dict[str, Any]:
     """Be the agent of this host until it is told to end, and give its last status."""
     beside = beside or Beside()
-    config = SamplerConfig(options.frequency_hz, options.hardware)
+    config = SamplerConfig(
+        options.frequency_hz, options.hardware, tables_limit_bytes=options.tables_limit_bytes
+    )
     with (
         host_lock(options.run_folder),
         Signals() as signals,

@@ -692,6 +692,13 @@ def _add_always_on(parser: argparse.ArgumentParser) -> None:
         help="what may wait; beyond it the oldest keep their counts only (default 512MB)",
     )
     parser.add_argument(
+        "--unwind-memory",
+        type=size_bytes,
+        default=48_000_000,
+        metavar="SIZE",
+        help="of the kernel, for unwind tables; those not in use make room (default 48MB)",
+    )
+    parser.add_argument(
         "--metrics-listen",
         default="",
         metavar="HOST:PORT",
@@ -746,6 +753,7 @@ def _agent_options(options: argparse.Namespace) -> AgentOptions:
         duration_s=options.duration_s,
         spool=spool.absolute(),
         spool_limit_bytes=options.spool_limit,
+        tables_limit_bytes=options.unwind_memory,
         run_folder=status.default_run_folder(),
         store=options.store,
         endpoint=options.s3_endpoint,

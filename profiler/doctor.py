@@ -26,6 +26,7 @@ from bpf.btf import VMLINUX, Btf
 from bpf.errors import BpfError, LoadError, PerfEventError
 from bpf.records import RING_PAGES
 from bpf.sampler import Sampler, SamplerConfig
+from bpf.samples import MAX_USER_WORDS
 from storage.objects import ObjectStore, StoreError, StoreRefused, open_store
 
 SCHEMA = 1
@@ -255,12 +256,17 @@ def check_programs() -> Check:
     """Compile and load the sampler's real programs, and throw them away again."""
     start = time.monotonic()
     try:
-        Sampler(SamplerConfig()).close()
+        with Sampler(SamplerConfig()) as sampler:
+            depth = sampler.deepest_stack
     except LoadError as error:
         return Check("programs", Status.FAIL, str(error), "mend what failed above first")
     except PerfEventError as error:
         return Check("programs", Status.FAIL, str(error), _GIVE_RIGHTS)
-    return Check("programs", Status.OK, f"compiled and loaded in {time.monotonic() - start:.1f} s")
+    detail = f"compiled and loaded in {time.monotonic() - start:.1f} s"
+    if depth < MAX_USER_WORDS:
+        detail += f"; this kernel's verifier takes small ones only, for stacks of {depth} frames"
+        return Check("programs", Status.WARN, detail, "none is needed; a newer kernel takes more")
+    return Check("programs", Status.OK, f"{detail}, for stacks of up to {depth} frames")
 
 
 def check_perf_event() -> Check:

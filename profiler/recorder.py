@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import select
 import socket
 import time
 from collections import Counter, defaultdict
@@ -31,6 +32,7 @@ from bpf.samples import Drain, RawSample, Words
 from profiler.labels import Labeler, parent_in_proc
 from profiler.processes import Processes
 from profiler.rules import Rules
+from profiler.unwinding import Unwinding
 from storage.profile import (
     Accounting,
     Host,
@@ -44,6 +46,7 @@ from symbolizer.digest import blake2b
 from symbolizer.location import AddressLocation, Location
 from symbolizer.maps import MappingTable
 from symbolizer.symbolizer import Symbolizer
+from symbolizer.unwind import UnwindCache
 
 DRAIN_PERIOD_S = 1.0
 
@@ -111,7 +114,14 @@ class Recorder:
         except BaseException:
             self._rings.close()
             raise
-        self.symbolizer = Symbolizer(cache or default_cache())
+        cache = cache or default_cache()
+        self.symbolizer = Symbolizer(cache)
+        self.unwinding = Unwinding(
+            self.sampler, self.processes, self.symbolizer, UnwindCache(cache / "unwind")
+        )
+        self._wakes = select.epoll()
+        for fd in (self._rings.fileno(), self.unwinding.fileno()):
+            self._wakes.register(fd, select.EPOLLIN)
         rules = rules or Rules()
         self._commands = commands
         self._labeler = Labeler(
@@ -163,11 +173,14 @@ class Recorder:
 
     def fileno(self) -> int:
         """Give a descriptor that is readable when `catch_up` should not wait for the next step."""
-        return self._rings.fileno()
+        return self._wakes.fileno()
 
     def catch_up(self) -> None:
-        """Take in what the kernel told of processes, before its rings are full."""
-        self.processes.poll()
+        """Take in what the kernel told of processes, and give its walks what they wish for."""
+        with self.cost.of("processes"):
+            self.processes.poll()
+        with self.cost.of("unwind"):
+            self.unwinding.catch_up()
 
     def step(self) -> None:
         """Take in what was counted since the last step. To be called every DRAIN_PERIOD_S."""
@@ -207,6 +220,8 @@ class Recorder:
         return builder.build(window.window, replace(accounting, services=services))
 
     def close(self) -> None:
+        self._wakes.close()
+        self.unwinding.close()
         self.sampler.close()
         self._rings.close()
         self.symbolizer.close()
@@ -219,6 +234,9 @@ class Recorder:
             with self.cost.of("processes"):
                 self.processes.poll()
                 groups = self._by_mappings(drain.samples)
+            with self.cost.of("unwind"):
+                self.unwinding.note(groups)
+                self.unwinding.catch_up()
             with self.cost.of("symbolize"):
                 samples, stacks = self._locate(groups)
             with self.cost.of("labels"):

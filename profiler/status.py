@@ -133,9 +133,10 @@ def table(status: Mapping[str, Any]) -> str:
         ("sampling", f"{rate}, {status['windows']:,} closed, {status['faults']:,} faults"),
         ("ticks", f"{ticks} + {status['filtered']:,} filtered + {lost:,} lost"),
         *((f"  {cause}", f"{number:,} lost") for cause, number in status["lost"].items()),
-        *_stops(status["stops"]),
+        *_stops(status["stops"], status["complete"]),
         *_costs(status["cpu_ns"], status["uptime_s"]),
         ("bpf", f"{status['bpf_ns_per_tick'] / 1000:.1f} us a tick"),
+        *_unwinding(status["unwinding"]),
         ("memory", f"sampler {own_mb}, uploader {_megabytes(upload.get('rss_bytes', 0))}"),
         ("spool", f"{waiting}, {spool['given_up']:,} given up"),
         *_upload(upload),
@@ -167,8 +168,21 @@ def _upload(upload: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "  error", upload["last_error"]
 
 
-def _stops(stops: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+def _unwinding(state: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    processes = f"{state['processes']:,} processes, {state['tables']:,} unwind tables"
+    waiting = state["tables_waiting"]
+    yield (
+        "unwinding",
+        f"{processes} in {_megabytes(state['kernel_bytes'])} of the kernel's memory,"
+        f" {state['tables_evicted']:,} made room"
+        + (f", {waiting:,} wait for room (see --unwind-memory)" if waiting else ""),
+    )
+
+
+def _stops(stops: Mapping[str, int], complete: int) -> Iterator[tuple[str, str]]:
     whole = sum(stops.values())
+    if whole:
+        yield "stacks", f"{complete / whole:.1%} complete"
     for reason, number in sorted(stops.items(), key=lambda item: -item[1]):
         yield f"  {reason}", f"{number / whole:.1%} of stacks end so"
 
@@ -205,6 +219,10 @@ def metrics(status: Mapping[str, Any]) -> bytes:
         "alarm": int(status["alarm"]),
         "uptime_seconds": status["uptime_s"],
         "bpf_seconds_per_tick": status["bpf_ns_per_tick"] / 1e9,
+        "unwind_processes": status["unwinding"]["processes"],
+        "unwind_tables": status["unwinding"]["tables"],
+        "unwind_tables_waiting": status["unwinding"]["tables_waiting"],
+        "unwind_kernel_bytes": status["unwinding"]["kernel_bytes"],
         "spool_windows": spool["profiles"],
         "spool_bytes": spool["size_bytes"],
         "spool_limit_bytes": spool["limit_bytes"],

@@ -86,7 +86,7 @@ class Host(NamedTuple):
     """16 hex digits of a hash, the same over restarts."""
 
 
-GOOD_STOPS = frozenset({"chain_end", "kernel_thread"})
+GOOD_STOPS = frozenset({"root", "kernel_thread"})
 """Reasons for which a user stack ends where it should: at its outermost frame, or with none at all.
 Every other reason is an incomplete stack."""
 

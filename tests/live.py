@@ -65,7 +65,7 @@ def sample_of(pid: int, **changes: object) -> RawSample:
         first_ns=now_ns,
         last_ns=now_ns,
         samples=1,
-        stop="chain_end",
+        stop="root",
         user=_NO_WORDS,
         kernel=_NO_WORDS,
     )

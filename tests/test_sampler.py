@@ -178,6 +178,24 @@ def test_a_deeper_stack_than_there_is_room_for_is_marked_truncated(tmp_path) -> 
     assert {len(sample.user) for sample in stacks} == {MAX_USER_WORDS}
 
 
+def test_smaller_programs_are_tried_where_the_verifier_refuses(tmp_path) -> None:
+    """One that leaves 100,000 frames is refused by any kernel; one of 5 goes on in itself."""
+    source = tmp_path / "deep.c"
+    source.write_text(
+        "volatile long n; __attribute__((noinline)) void down(int d)"
+        "{ if (d) down(d - 1); else for (;;) n++; n++; } int main(void) { down(1000); }"
+    )
+    deep = compile_target(str(source), tmp_path / "deep", "-O1", "-fno-omit-frame-pointer")
+    with running(deep) as process:
+        config = SamplerConfig(pids=frozenset({process.pid}), frames_per_program=(100_000, 5))
+        with Sampler(config) as sampler:
+            stacks = [each for each in drain_for(sampler, 0.5).samples if not len(each.kernel)]
+
+            assert 100 < sampler.deepest_stack < MAX_USER_WORDS
+            assert {len(each.user) for each in stacks} == {sampler.deepest_stack}
+            assert {each.stop for each in stacks} == {StopReason.TRUNCATED.label}
+
+
 def test_kernel_threads_have_no_user_stack(tmp_path) -> None:
     """Writing back a file makes kernel threads work; none of them gets a user word."""
     with Sampler(SamplerConfig(frequency_hz=999)) as sampler:

@@ -355,6 +355,7 @@ def agent_options(folder: Path) -> AgentOptions:
         duration_s=20,
         spool=folder / "spool",
         spool_limit_bytes=1_000_000,
+        tables_limit_bytes=48_000_000,
         run_folder=folder / "run",
         store=str(folder / "store"),
         endpoint="",

@@ -1,0 +1,83 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What user space tells the walk: which code lies where in a process, and how to leave it.
+ *
+ *     processes   pid -> a range of `mappings`: the address space of the program it runs now
+ *     mappings    sorted by address: which executable is there, and from where in its file
+ *     executables executable -> its table, if it is here: a range of `pages`
+ *     pages       for each page of 4 KiB of the file: where its rows are
+ *     shards      rows, 8 bytes each: from this address on, the caller's frame is found like this
+ *
+ * What a walk reads was last read some milliseconds ago, so that each cache line is a wait for memory:
+ * ranges are bisected in arrays whose neighbours share lines, pages are small, and the rows of most
+ * callers are `known_rows` from the walk before.
+ *
+ * Layouts are those of tables.py, which the compiler asserts by size. The maps themselves, and how they
+ * are asked, stand in sampler.bpf.c: bcc knows maps only in the file that it compiles.
+ */
+#ifndef EVERFLAME_TABLES_BPF_H
+#define EVERFLAME_TABLES_BPF_H
+
+#include "sampler.bpf.h"
+
+struct process {
+	u64 start_ns;
+	u64 exec_id;
+	u32 first;
+	u32 count;
+	u32 space; /* a number that no other address space has had */
+	u32 unused;
+};
+_Static_assert(sizeof(struct process) == PROCESS_SIZE, "tables.py: PROCESS");
+
+struct mapping {
+	u64 start;
+	u64 end;
+	u64 file_offset;
+	u32 executable; /* 0: memory without a file */
+	u32 unused;
+};
+_Static_assert(sizeof(struct mapping) == MAPPING_SIZE, "tables.py: MAPPING");
+
+struct table {
+	u32 state;
+	u32 low; /* the first page of the file that has rows */
+	u32 count;
+	u32 first; /* its place in `pages` */
+};
+_Static_assert(sizeof(struct table) == TABLE_SIZE, "tables.py: TABLE");
+
+struct page {
+	u32 first; /* counted through all shards */
+	u16 count;
+	u16 unused;
+};
+_Static_assert(sizeof(struct page) == PAGE_SIZE_IN_MAP, "tables.py: PAGE");
+
+struct row {
+	u16 pc_low; /* of the first instruction it holds for, within its page */
+	u16 cfa; /* in words of 8 bytes */
+	u8 cfa_kind;
+	u8 rbp_kind;
+	s16 rbp; /* in words of 8 bytes */
+};
+_Static_assert(sizeof(struct row) == ROW_SIZE, "tables.py: ROW");
+
+/*
+ * The rows that this CPU's last walks found for callers. An address in an address space never gets
+ * another rule, so what is here is right for as long as it is here.
+ */
+struct known_row {
+	u64 key; /* see key_of_row() */
+	struct row row;
+};
+
+struct wish {
+	u64 start_ns;
+	u64 exec_id;
+	u32 pid;
+	u32 executable; /* 0: the process itself is not known */
+};
+_Static_assert(sizeof(struct wish) == WISH_SIZE, "tables.py: WISH");
+
+#endif

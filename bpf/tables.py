@@ -1,0 +1,455 @@
+"""Unwind tables in the kernel: what the walk needs to leave frames that keep no frame pointer.
+
+The owner says which process has what mapped where, gives the rows of the executables that are
+wished for, and takes them away again; `wishes` tells what was needed and was not there. All of it
+is plain integers and arrays: who made them, and from what, is not known here. Layouts and the
+meaning of rows are those of tables.bpf.h and unwind.bpf.h.
+"""
+
+import mmap
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bpf import syscalls
+from bpf.errors import BpfError
+
+Rows = npt.NDArray[np.void]
+
+
+class CfaKind(IntEnum):
+    """How the canonical frame address is found; the last two: plus a DWARF register number."""
+
+    HOLE = 0
+    RSP = 1
+    RBP = 2
+    PLT = 3
+    PLT_LAZY = 4
+    DEREF_RBP = 5
+    DEREF_RSP = 6
+    SIGNAL = 7
+    STOP = 8
+    UNSUPPORTED = 9
+    FRAME_POINTER = 10
+    CLONE = 11
+    REGISTER = 16
+    RETURN_REGISTER = 32
+
+
+class RbpKind(IntEnum):
+    """Where the caller's frame pointer is."""
+
+    SAME = 0
+    AT_CFA = 1
+    AT_RBP = 2
+    LOST = 3
+    AT_RSP = 4
+
+
+class TableState(IntEnum):
+    """Whether an executable has a table: nobody looked yet, it has, it has none, it has no room."""
+
+    UNKNOWN = 0
+    LOADED = 1
+    NONE = 2
+    NO_ROOM = 3
+
+
+PROCESS = np.dtype(
+    [
+        *(("start_ns", "u8"), ("exec_id", "u8"), ("first", "u4"), ("count", "u4")),
+        *(("space", "u4"), ("unused", "u4")),
+    ]
+)
+MAPPING = np.dtype(
+    [("start", "u8"), ("end", "u8"), ("file_offset", "u8"), ("executable", "u4"), ("unused", "u4")]
+)
+TABLE = np.dtype([("state", "u4"), ("low", "u4"), ("count", "u4"), ("first", "u4")])
+PAGE = np.dtype([("first", "u4"), ("count", "u2"), ("unused", "u2")])
+ROW = np.dtype(
+    [("pc_low", "u2"), ("cfa", "u2"), ("cfa_kind", "u1"), ("rbp_kind", "u1"), ("rbp", "i2")]
+)
+WISH = np.dtype([("start_ns", "u8"), ("exec_id", "u8"), ("pid", "u4"), ("executable", "u4")])
+
+PAGE_BITS = 12
+SHARD_ROWS = 262_144
+SHARD_BYTES = SHARD_ROWS * ROW.itemsize
+PROCESSES_CAPACITY = 16_384
+MAPPINGS_CAPACITY = 1 << 16
+EXECUTABLES_CAPACITY = 16_384
+PAGES_CAPACITY = 1 << 19
+SHARDS_CAPACITY = 1_024
+KNOWN_SPACES, KNOWN_ROWS = 32, 256
+"""Of each CPU: rows that were found, by address space."""
+WANTED_PAGES = 16
+WAKE_PERIOD_NS = 100_000_000
+DEFAULT_LIMIT_BYTES = 48_000_000
+FIXED_BYTES = MAPPINGS_CAPACITY * MAPPING.itemsize + PAGES_CAPACITY * PAGE.itemsize
+BYTES_PER_CPU = KNOWN_SPACES * KNOWN_ROWS * 2 * ROW.itemsize
+
+_BPF_F_MMAPABLE = 1 << 10
+_RINGBUF_BUSY, _RINGBUF_DISCARD, _RINGBUF_HEADER = 1 << 31, 1 << 30, 8
+
+MAPS = ("processes", "mappings", "executables", "pages", "shard", "shards", "wanted")
+
+
+class NoRoomError(BpfError):
+    """The tables would take more memory than they may."""
+
+
+class Wish(NamedTuple):
+    """What a sample needed and did not find: an executable's rows, or (0) all about a process."""
+
+    pid: int
+    start_ns: int
+    exec_id: int
+    executable: int
+
+
+class MappingRow(NamedTuple):
+    """One executable mapping, [start, end); memory without a file is executable 0."""
+
+    start: int
+    end: int
+    file_offset: int
+    executable: int
+
+
+def constants() -> dict[str, int]:
+    """Give what the programs are compiled with."""
+    return {
+        "PROCESS_SIZE": PROCESS.itemsize,
+        "MAPPING_SIZE": MAPPING.itemsize,
+        "TABLE_SIZE": TABLE.itemsize,
+        "PAGE_SIZE_IN_MAP": PAGE.itemsize,
+        "ROW_SIZE": ROW.itemsize,
+        "WISH_SIZE": WISH.itemsize,
+        "PAGE_BITS": PAGE_BITS,
+        "SHARD_ROWS": SHARD_ROWS,
+        "SHARD_FLAGS": _BPF_F_MMAPABLE,
+        "PROCESSES_CAPACITY": PROCESSES_CAPACITY,
+        "MAPPINGS_CAPACITY": MAPPINGS_CAPACITY,
+        "EXECUTABLES_CAPACITY": EXECUTABLES_CAPACITY,
+        "PAGES_CAPACITY": PAGES_CAPACITY,
+        "SHARDS_CAPACITY": SHARDS_CAPACITY,
+        "KNOWN_SPACES": KNOWN_SPACES,
+        "KNOWN_ROWS": KNOWN_ROWS,
+        "WANTED_PAGES": WANTED_PAGES,
+        "WAKE_PERIOD_NS": WAKE_PERIOD_NS,
+        **{f"CFA_{kind.name}": kind.value for kind in CfaKind},
+        **{f"RBP_{kind.name}": kind.value for kind in RbpKind},
+        **{f"TABLE_{state.name}": state.value for state in TableState},
+    }
+
+
+class Tables:
+    """The maps that the walk reads. Descriptors stay the caller's.
+
+    What is taken away may still be read by a walk that has begun: its room is given out again only
+    after `settle`, which the caller calls when no such walk can run any more.
+    """
+
+    def __init__(self, fds: Mapping[str, int], limit_bytes: int, cpus: int) -> None:
+        self._fds = fds
+        self._fixed_bytes = FIXED_BYTES + cpus * BYTES_PER_CPU
+        self._limit_bytes = limit_bytes
+        self._shards: list[_Shard] = []
+        self._rows = _Room()
+        self._pages = _Room()
+        self._pages.add(0, PAGES_CAPACITY)
+        self._loaded: dict[int, _Loaded] = {}
+        self._mappings = _Room()
+        self._mappings.add(0, MAPPINGS_CAPACITY)
+        self._spaces: dict[int, _Extent] = {}
+        self._wanted = _RingBuffer(fds["wanted"])
+        self._add_shard(fds["shard"])
+
+    def fileno(self) -> int:
+        """Give a descriptor that becomes readable when there are wishes, now and then."""
+        return self._fds["wanted"]
+
+    def close(self) -> None:
+        self._wanted.close()
+        for shard in self._shards:
+            shard.close()
+        self._shards.clear()
+
+    @property
+    def memory_bytes(self) -> int:
+        """What rows, pages and address spaces take in the kernel, used or free."""
+        return self._fixed_bytes + len(self._shards) * SHARD_BYTES
+
+    def wishes(self) -> list[Wish]:
+        """Take what was asked for since the last call, each once."""
+        found = np.frombuffer(b"".join(self._wanted.take()), WISH)
+        return [
+            Wish(pid, start_ns, exec_id, executable)
+            for start_ns, exec_id, pid, executable in dict.fromkeys(found.tolist())
+        ]
+
+    # Tables.
+
+    def load(self, table: int, pages: Rows, rows: Rows) -> None:
+        """Take in a table's rows.
+
+        Args:
+            table: a number that no other has.
+            pages: `number` of each page of the file, ascending, and the `count` of its rows.
+            rows: of dtype ROW, page after page, sorted by address within each.
+
+        Raises:
+            NoRoomError: they do not fit. Nothing has changed.
+        """
+        low = int(pages["number"][0])
+        span = int(pages["number"][-1]) - low + 1
+        counts = pages["count"].astype(np.int64)
+        extents = self._take_rows(int(counts.sum()), int(counts.max()))
+        place = self._pages.take(span)
+        if place is None:
+            self._rows.give_back(extents)
+            raise NoRoomError("cannot load an unwind table: there are too many pages")
+        entries = np.zeros(span, PAGE)
+        used = self._fill(extents, pages, rows, entries, low)
+        syscalls.update_batch(
+            self._fds["pages"], np.arange(place.first, place.first + span, dtype=np.uint32), entries
+        )
+        value = np.array([(TableState.LOADED, low, span, place.first)], TABLE)
+        self._loaded[table] = _Loaded(used, place, value.tobytes())
+
+    def unload(self, table: int) -> None:
+        """Take a table's rows away. No executable may refer to it any more."""
+        loaded = self._loaded.pop(table)
+        self._rows.leave(loaded.rows)
+        self._pages.leave([loaded.pages])
+
+    def set_table(self, executable: int, table: int) -> None:
+        """Let an executable use a table that is loaded."""
+        syscalls.update(self._fds["executables"], executable, self._loaded[table].value)
+
+    def set_state(self, executable: int, state: TableState) -> None:
+        """Say that an executable has no table: none that is known, or none at all."""
+        value = np.array([(state, 0, 0, 0)], TABLE)
+        syscalls.update(self._fds["executables"], executable, value.tobytes())
+
+    def settle(self) -> None:
+        """Give the room of what was taken away out again: no walk of that time runs any more."""
+        for room in (self._rows, self._pages, self._mappings):
+            room.settle()
+
+    # Processes.
+
+    def add_space(self, space: int, mappings: Sequence[MappingRow]) -> None:
+        """Describe an address space, by a number that no other has.
+
+        Args:
+            space: the number.
+            mappings: at least one, sorted, without overlaps.
+
+        Raises:
+            NoRoomError: there is no room for it. Nothing has changed.
+        """
+        place = self._mappings.take(len(mappings))
+        if place is None:
+            raise NoRoomError("cannot take in an address space: others take all the memory")
+        values = np.zeros(len(mappings), MAPPING)
+        for name in MappingRow._fields:
+            values[name] = [getattr(row, name) for row in mappings]
+        numbers = np.arange(place.first, place.end, dtype=np.uint32)
+        syscalls.update_batch(self._fds["mappings"], numbers, values)
+        self._spaces[space] = place
+
+    def remove_space(self, space: int) -> None:
+        """Take an address space away. No process may have it any more."""
+        self._mappings.leave([self._spaces.pop(space)])
+
+    def set_process(self, pid: int, start_ns: int, exec_id: int, space: int) -> None:
+        """Say what the program that a process runs now has mapped."""
+        place = self._spaces[space]
+        value = np.array([(start_ns, exec_id, place.first, place.count, space, 0)], PROCESS)
+        syscalls.update(self._fds["processes"], pid, value.tobytes())
+
+    def remove_process(self, pid: int) -> None:
+        syscalls.delete_each(self._fds["processes"], np.array([pid], np.uint32))
+
+    # Room for rows.
+
+    def _take_rows(self, wanted: int, largest: int) -> list["_Extent"]:
+        """Take extents that hold so many rows, even when each wastes most of a page at its end."""
+        taken: list[_Extent] = []
+        room = 0
+        while room < wanted:
+            extent = self._rows.take_largest(largest)
+            if extent:
+                taken.append(extent)
+                room += extent.count if extent.count >= wanted - room else extent.count - largest
+            elif self._may_grow() and largest <= SHARD_ROWS:
+                self._add_shard(
+                    syscalls.create_map(
+                        syscalls.MAP_TYPE_ARRAY, 4, ROW.itemsize, SHARD_ROWS, flags=_BPF_F_MMAPABLE
+                    ),
+                    is_ours=True,
+                )
+            else:
+                self._rows.give_back(taken)
+                raise NoRoomError("cannot load an unwind table: others take all the memory")
+        return taken
+
+    def _may_grow(self) -> bool:
+        is_within = self.memory_bytes + SHARD_BYTES <= self._limit_bytes
+        return is_within and len(self._shards) < SHARDS_CAPACITY
+
+    def _fill(
+        self, extents: list["_Extent"], pages: Rows, rows: Rows, entries: Rows, low: int
+    ) -> list["_Extent"]:
+        """Put whole pages into one extent after the other; give those parts that were used."""
+        used: list[_Extent] = []
+        left = list(reversed(extents))
+        ends = np.cumsum(pages["count"].astype(np.int64))
+        done = begun = 0
+        while begun < len(pages):
+            extent = left.pop()
+            end = int(np.searchsorted(ends, done + extent.count, side="right"))
+            size = int(ends[end - 1]) - done if end > begun else 0
+            self._shards[extent.shard].write(extent.first, rows[done : done + size])
+            here = entries[pages["number"][begun:end].astype(np.int64) - low]
+            here["count"] = pages["count"][begun:end]
+            here["first"] = ends[begun:end] - here["count"] - done + extent.place
+            entries[pages["number"][begun:end].astype(np.int64) - low] = here
+            used.append(self._rows.cut(extent, size))
+            done, begun = done + size, end
+        self._rows.give_back(left)
+        return used
+
+    def _add_shard(self, fd: int, *, is_ours: bool = False) -> None:
+        number = len(self._shards)
+        self._shards.append(_Shard(fd, is_ours))
+        syscalls.update(self._fds["shards"], number, fd.to_bytes(4, sys.byteorder))
+        self._rows.add(number, SHARD_ROWS)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Extent:
+    shard: int
+    first: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.first + self.count
+
+    @property
+    def place(self) -> int:
+        """Where it begins, counted through all shards."""
+        return self.shard * SHARD_ROWS + self.first
+
+
+class _Loaded(NamedTuple):
+    rows: list[_Extent]
+    pages: _Extent
+    value: bytes
+
+
+class _Room:
+    """Places that are free, as extents that are as large as can be."""
+
+    def __init__(self) -> None:
+        self._free: list[_Extent] = []
+        self._left: list[_Extent] = []
+
+    def add(self, shard: int, count: int) -> None:
+        self.give_back([_Extent(shard, 0, count)])
+
+    def take(self, count: int) -> _Extent | None:
+        """Take the first extent that is large enough, and give back what is over."""
+        for extent in self._free:
+            if extent.count >= count:
+                self._free.remove(extent)
+                return self.cut(extent, count)
+        return None
+
+    def take_largest(self, least: int) -> _Extent | None:
+        largest = max(self._free, key=lambda each: each.count, default=None)
+        if largest is None or largest.count < least:
+            return None
+        self._free.remove(largest)
+        return largest
+
+    def cut(self, extent: _Extent, count: int) -> _Extent:
+        rest = _Extent(extent.shard, extent.first + count, extent.count - count)
+        self.give_back([rest])
+        return replace(extent, count=count)
+
+    def leave(self, extents: Sequence[_Extent]) -> None:
+        """Take these back, to be given out again after `settle`."""
+        self._left.extend(extents)
+
+    def settle(self) -> None:
+        if self._left:
+            self.give_back(self._left)
+            self._left.clear()
+
+    def give_back(self, extents: Sequence[_Extent]) -> None:
+        merged: list[_Extent] = []
+        for each in sorted(each for each in (*self._free, *extents) if each.count):
+            last = merged[-1] if merged else None
+            if last and (last.shard, last.end) == (each.shard, each.first):
+                merged[-1] = replace(last, count=last.count + each.count)
+            else:
+                merged.append(each)
+        self._free = merged
+
+
+class _Shard(NamedTuple):
+    """One map of rows."""
+
+    fd: int
+    is_ours: bool
+
+    def write(self, first: int, rows: Rows) -> None:
+        """Write through memory shared with the kernel, which is ours for as long as this takes."""
+        with mmap.mmap(self.fd, SHARD_BYTES) as memory:
+            start = first * ROW.itemsize
+            memory[start : start + rows.nbytes] = rows.tobytes()
+
+    def close(self) -> None:
+        if self.is_ours:
+            os.close(self.fd)
+
+
+class _RingBuffer:
+    """The consumer's side of BPF_MAP_TYPE_RINGBUF (Documentation/bpf/ringbuf.rst)."""
+
+    def __init__(self, fd: int) -> None:
+        self._size = WANTED_PAGES * mmap.PAGESIZE
+        self._consumer = mmap.mmap(fd, mmap.PAGESIZE)
+        self._producer = mmap.mmap(
+            fd, mmap.PAGESIZE + 2 * self._size, prot=mmap.PROT_READ, offset=mmap.PAGESIZE
+        )
+        self._consumed = memoryview(self._consumer).cast("Q")
+        self._produced = memoryview(self._producer).cast("Q")
+
+    def take(self) -> Iterator[bytes]:
+        position, end = self._consumed[0], self._produced[0]
+        while position < end:
+            # The data are mapped twice in a row, so that no record is cut at the end.
+            at = mmap.PAGESIZE + position % self._size
+            header = int.from_bytes(self._producer[at : at + 4], sys.byteorder)
+            if header & _RINGBUF_BUSY:
+                break
+            length = header & ~(_RINGBUF_BUSY | _RINGBUF_DISCARD)
+            if not header & _RINGBUF_DISCARD and length == WISH.itemsize:
+                yield self._producer[at + _RINGBUF_HEADER : at + _RINGBUF_HEADER + length]
+            position += (_RINGBUF_HEADER + length + 7) & ~7
+            self._consumed[0] = position
+
+    def close(self) -> None:
+        self._consumed.release()
+        self._produced.release()
+        self._consumer.close()
+        self._producer.close()
