@@ -74,38 +74,47 @@ def _build(folder: Path) -> None:
         subprocess.run(["javac", "-d", str(folder), str(folder / "Spin.java")], check=True)
 
 
+def commands_in(folder: Path) -> dict[str, list[str]]:
+    """Prepare the ten in a folder and give the command lines of those that are installed."""
+    commands = _commands(folder)
+    _build(folder)
+    needs = {name: command[0] for name, command in commands.items()}
+    needs |= {"xz": "xz", "g++": "g++", "sort": "sort"}
+    if not (folder / "Spin.class").exists():
+        needs["java"] = "javac"
+    missing = [name for name in commands if not shutil.which(needs[name])]
+    if missing:
+        print(f"left out, not installed: {', '.join(missing)}", file=sys.stderr)
+    return {name: command for name, command in commands.items() if name not in missing}
+
+
+@contextlib.contextmanager
+def running(command: list[str]) -> Iterator[int]:
+    """Run a command for the length of the block; give its pid, which is that of its group."""
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield process.pid
+    finally:
+        # It leads a group of its own, with whatever its loop has started.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 @contextlib.contextmanager
 def ten_programs() -> Iterator[list[str]]:
     """Run the load for the length of the block and give the names of those that run."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        commands = _commands(folder)
-        _build(folder)
-        needs = {name: command[0] for name, command in commands.items()}
-        needs |= {"xz": "xz", "g++": "g++", "sort": "sort"}
-        if not (folder / "Spin.class").exists():
-            needs["java"] = "javac"
-        started = []
-        try:
-            for name, command in commands.items():
-                if not shutil.which(needs[name]):
-                    print(f"left out, not installed: {name}", file=sys.stderr)
-                    continue
-                started.append(
-                    subprocess.Popen(
-                        command,
-                        start_new_session=True,
-                        stdout=subprocess.DEVNULL,
-                        stderr=subprocess.DEVNULL,
-                    )
-                )
-            yield [name for name in commands if shutil.which(needs[name])]
-        finally:
-            for process in started:
-                # Each leads a group of its own, with whatever its loop has started.
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        commands = commands_in(Path(temporary))
+        for command in commands.values():
+            stack.enter_context(running(command))
+        yield list(commands)
 
 
 _TINY = "int main(void) { return 0; }"
