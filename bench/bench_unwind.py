@@ -209,11 +209,11 @@ sleep 1; redis-benchmark -p 7391 -l -q -t set,get,lpush,lrange_100"""
 _NGINX = """echo 'daemon off; pid nginx.pid; error_log stderr; worker_processes 1; events {}
 http { access_log off; server { listen 127.0.0.1:7392; root /usr/share; } }' > nginx.conf
 nginx -p . -c nginx.conf & sleep 1; wrk -d 600 -t 1 -c 20 http://127.0.0.1:7392/common-licenses/GPL-3"""
-_POSTGRES = """chmod 755 . ; mkdir -p data; chown postgres data
+_POSTGRES = """chmod 755 .; data=$(mktemp -d -p "$PWD"); chown postgres "$data"
 as() { runuser -u postgres -- "$@"; }
 bin=$(dirname "$(ls /usr/lib/postgresql/*/bin/initdb | tail -1)")
-as $bin/initdb -D data; as $bin/postgres -D data -k /tmp -p 7393 -h '' & sleep 5
-as pgbench -h /tmp -p 7393 -i -s 5 postgres; as pgbench -h /tmp -p 7393 -c 4 -T 600 postgres"""
+as $bin/initdb -D $data; as $bin/postgres -D $data -k $data -p 7393 -h '' & sleep 5
+as pgbench -h $data -p 7393 -i -s 5 postgres; as pgbench -h $data -p 7393 -c 4 -T 600 postgres"""
 
 
 def more_programs(folder: Path) -> dict[str, list[str]]:
