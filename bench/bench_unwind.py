@@ -332,7 +332,7 @@ def measure_short(folder: Path, seconds: float, _has_more: bool) -> int:
         recorder.start()
         for name, command in loads.items():
             with running(command):
-                recorder.watch(8)
+                recorder.watch(15)
                 begun_ns, begun = cpu_ns(recorder), processes_so_far()
                 samples = recorder.watch(3 * seconds)
                 percent = (cpu_ns(recorder) - begun_ns) / seconds / 3e7
