@@ -36,7 +36,7 @@ PAGE = np.dtype([("number", "<u4"), ("first", "<u4"), ("count", "<u4")])
 # libLLVM has 820,000 rows, ClickHouse some 2.8 million. A table beyond this, 64 MB, would take the
 # whole budget of the kernel's memory.
 _MAX_ROWS = 1 << 23
-_MAX_ADDRESS = 1 << 48
+_MAX_ADDRESS = 1 << (32 + PAGE_BITS)
 _MAX_SPAN = 1 << 32
 
 _MAGIC = b"EFLUNWD\n"

@@ -26,7 +26,7 @@ from symbolizer import cfa
 from symbolizer.cfa import CfaKind, RbpKind
 from symbolizer.elf import FileSource, MemorySource, UnreadableElf
 from symbolizer.location import Miss
-from symbolizer.unwind import UnwindTable, build, functions
+from symbolizer.unwind import PAGE_BITS, UnwindTable, build, functions
 
 PROGRAM = """
 #include <alloca.h>
@@ -648,25 +648,26 @@ def test_padding_between_functions_gets_no_row():
 
     kinds = [rule_at(table, CODE + n)[0] for n in (30, 31, 61, 62, 79, 110, 127)]
     assert kinds == [*[CfaKind.RSP] * 3, *[CfaKind.HOLE] * 4]
-    # The head of the page, the first function, the hole, the third function, the hole.
-    assert len(table.rows) == 5
+    # The first function, at the head of the page, the hole, the third function, the hole.
+    assert len(table.rows) == 4
 
 
 def test_pages_repeat_the_rule_in_force():
     """A look-up never leaves the page of its address; pages without rules are not there."""
     section = FrameSection()
     section.add_cie()
-    section.add_fde(CODE + 0x100, 0x30000, b"\x0e\x20")
-    elf = make_elf({b".eh_frame": section.content}, code=b"\x90" * 0x60000)
+    section.add_fde(CODE + 0x100, 0x3000, b"\x0e\x20")
+    elf = make_elf({b".eh_frame": section.content}, code=b"\x90" * 0x6000)
 
     table = build(MemorySource(elf))
 
-    assert table.pages["number"].tolist() == [0x40, 0x41, 0x42, 0x43]
+    first = CODE >> PAGE_BITS
+    assert table.pages["number"].tolist() == [first, first + 1, first + 2, first + 3]
     assert table.pages["count"].tolist() == [2, 1, 1, 2]
     assert table.pages["first"].tolist() == [0, 2, 3, 4]
     assert (table.rows["pc_low"][table.pages["first"]] == 0).all()
-    assert rule_at(table, CODE + 0x30100) == (CfaKind.HOLE, 0, 0, 0)
-    assert rule_at(table, CODE + 0x300FF) == (CfaKind.RSP, 4, 0, 0)
+    assert rule_at(table, CODE + 0x3100) == (CfaKind.HOLE, 0, 0, 0)
+    assert rule_at(table, CODE + 0x30FF) == (CfaKind.RSP, 4, 0, 0)
     assert rule_at(table, 0x500000) == (CfaKind.HOLE, 0, 0, 0)
 
 
@@ -858,13 +859,17 @@ def far_apart(*addresses: int) -> MemorySource:
 
 
 def test_code_far_up_has_rules():
-    """Addresses of 47 bits are what a process has."""
-    address = (1 << 47) - (1 << 16)
+    """As far as the pages' numbers go; as places in the file, from wherever a process has it."""
+    address, highest = (1 << 44) - (1 << 16), (1 << 47) - (1 << 16)
 
     assert rule_at(build(far_apart(address)), address)[0] == CfaKind.RSP
+    by_place = build(far_apart(highest), by_file_offset=True)
+    assert by_place.rows["cfa_kind"][:2].tolist() == [CfaKind.RSP, CfaKind.HOLE]
 
 
-@pytest.mark.parametrize("addresses", [(1 << 48,), ((1 << 63) - (1 << 20),), (CODE, 1 << 36)])
+@pytest.mark.parametrize(
+    "addresses", [(1 << 44,), (1 << 48,), ((1 << 63) - (1 << 20),), (CODE, 1 << 36)]
+)
 def test_code_that_is_too_far_away_is_refused(addresses):
     """Pages are numbered in 32 bits, and a made-up file must not need 4 billion of them."""
     with pytest.raises(UnreadableElf) as caught:
