@@ -10,13 +10,13 @@
 #include "sampler.bpf.h"
 #include "tables.bpf.h"
 
-BPF_HASH(processes, u32, struct process, PROCESSES_CAPACITY);
+BPF_F_TABLE("array", u32, struct process, processes, PROCESSES_CAPACITY, MMAPABLE);
 BPF_ARRAY(mappings, struct mapping, MAPPINGS_CAPACITY);
 BPF_ARRAY(executables, struct table, EXECUTABLES_CAPACITY);
 BPF_ARRAY(pages, struct page, PAGES_CAPACITY);
-BPF_F_TABLE("array", u32, struct row, shard, SHARD_ROWS, SHARD_FLAGS);
+BPF_F_TABLE("array", u32, struct row, shard, SHARD_ROWS, MMAPABLE);
 BPF_TABLE("array_of_maps$shard", int, int, shards, SHARDS_CAPACITY);
-BPF_PERCPU_ARRAY(known_rows, struct known_row, KNOWN_SPACES * KNOWN_ROWS);
+BPF_PERCPU_ARRAY(known, struct known_space, KNOWN_SPACES);
 BPF_RINGBUF_OUTPUT(wanted, WANTED_PAGES);
 BPF_ARRAY(last_wake_ns, u64, 1);
 
@@ -24,15 +24,17 @@ BPF_ARRAY(last_wake_ns, u64, 1);
 #define lookup_in(map, key) \
 	(((void *(*)(void *, const void *))BPF_FUNC_map_lookup_elem)(map, key))
 
-static __always_inline struct process *lookup_process(u32 pid)
+/* Give the one in the pid's `nth` place, whoever it is. */
+static __always_inline struct process *lookup_process(u32 pid, u32 nth)
 {
-	return processes.lookup(&pid);
+	u32 place = (pid ^ nth) % PROCESSES_CAPACITY;
+
+	return processes.lookup(&place);
 }
 
 /* Bisect an address space for the mapping at `address`. */
-static __always_inline struct mapping *lookup_mapping(const struct process *process, u64 address)
+static __always_inline struct mapping *lookup_mapping(u32 first, u32 count, u64 address)
 {
-	u32 first = process->first, count = process->count;
 	struct mapping *mapping;
 
 	for (u32 i = 0; i < 16; i++) {
@@ -56,14 +58,11 @@ static __always_inline struct mapping *lookup_mapping(const struct process *proc
 	return mapping;
 }
 
-#define GOLDEN_RATIO 0x9e3779b97f4a7c15ULL /* times 2^64: spreads neighbours */
-
-/* The rows of one address space share a page of memory: another page is another wait. */
-static __always_inline struct known_row *lookup_known_row(u64 address, u32 space)
+static __always_inline struct known_space *lookup_known_space(u32 space)
 {
-	u32 place = (space % KNOWN_SPACES) * KNOWN_ROWS + (address * GOLDEN_RATIO >> 32) % KNOWN_ROWS;
+	u32 place = space % KNOWN_SPACES;
 
-	return known_rows.lookup(&place);
+	return known.lookup(&place);
 }
 
 static __always_inline struct page *lookup_page(u32 place)
@@ -76,8 +75,11 @@ static __always_inline struct table *lookup_table(u32 executable)
 	return executables.lookup(&executable);
 }
 
-/* Bisect a page for the row in force at `low`; every page begins with one for its first byte. */
-static __always_inline struct row *lookup_row(const struct page *page, u32 low)
+/*
+ * Bisect a page for the row in force at `low`, and give in `high` where the next one begins; every
+ * page begins with a row for its first byte.
+ */
+static __always_inline struct row *lookup_row(const struct page *page, u32 low, u32 *high)
 {
 	u32 first = page->first & (SHARD_ROWS - 1), count = page->count;
 	int number = page->first / SHARD_ROWS;
@@ -98,6 +100,7 @@ static __always_inline struct row *lookup_row(const struct page *page, u32 low)
 			first = at;
 			count -= half;
 		} else {
+			*high = row->pc_low;
 			count = half;
 		}
 	}
@@ -123,9 +126,14 @@ static __always_inline void want(struct wish *wish)
 
 struct scratch {
 	struct count_key key;
-	struct count first_count;
-	struct walk walk;
+	struct {
+		u64 samples;
+		u64 first_ns;
+		u64 last_ns;
+		char leader_comm[COMM_SIZE];
+	} first; /* with what follows it is a struct count */
 	struct user_stack user;
+	struct walk walk;
 	struct kernel_stack kernel;
 	u64 leader;
 	u32 generation;
@@ -138,8 +146,6 @@ BPF_PERCPU_ARRAY(scratch, struct scratch, 1);
 BPF_PROG_ARRAY(programs, 1);
 BPF_HASH(counts_0, struct count_key, struct count, CAPACITY);
 BPF_HASH(counts_1, struct count_key, struct count, CAPACITY);
-BPF_HASH(short_stacks_0, u64, struct short_stack, CAPACITY);
-BPF_HASH(short_stacks_1, u64, struct short_stack, CAPACITY);
 BPF_HASH(user_stacks_0, u64, struct user_stack, LONG_CAPACITY);
 BPF_HASH(user_stacks_1, u64, struct user_stack, LONG_CAPACITY);
 BPF_HASH(kernel_stacks_0, u64, struct kernel_stack, CAPACITY);
@@ -189,17 +195,9 @@ static __always_inline u32 put_user_stack(u32 generation, struct scratch *at)
 		hash = mix(hash, at->user.words[i]);
 	}
 	at->key.user_stack = hash;
-	if (at->user.length <= MAX_SHORT_WORDS) {
-		struct short_stack *stack = (struct short_stack *)&at->user;
-
-		if (generation) {
-			if (!short_stacks_1.lookup(&hash))
-				error = short_stacks_1.insert(&hash, stack);
-		} else {
-			if (!short_stacks_0.lookup(&hash))
-				error = short_stacks_0.insert(&hash, stack);
-		}
-	} else if (generation) {
+	if (at->user.length <= MAX_SHORT_WORDS)
+		return 0;
+	if (generation) {
 		if (!user_stacks_1.lookup(&hash))
 			error = user_stacks_1.insert(&hash, &at->user);
 	} else {
@@ -253,14 +251,15 @@ static __always_inline u32 add_count(u32 generation, struct scratch *at, u64 lea
 		count->last_ns = now;
 		return 0;
 	}
-	at->first_count.samples = 1;
-	at->first_count.first_ns = now;
-	at->first_count.last_ns = now;
-	read_kernel(at->first_count.leader_comm, COMM_SIZE, (const void *)(leader + TASK_COMM));
+	at->first.samples = 1;
+	at->first.first_ns = now;
+	at->first.last_ns = now;
+	read_kernel(at->first.leader_comm, COMM_SIZE, (const void *)(leader + TASK_COMM));
+	count = (struct count *)&at->first;
 	if (generation)
-		error = counts_1.insert(&at->key, &at->first_count);
+		error = counts_1.insert(&at->key, count);
 	else
-		error = counts_0.insert(&at->key, &at->first_count);
+		error = counts_0.insert(&at->key, count);
 	/* Unlike a stack, a count that somebody else put there is not this tick's. */
 	if (error == 0)
 		return 0;
@@ -308,7 +307,7 @@ int on_walk(struct bpf_perf_event_data *ctx)
 int on_tick(struct bpf_perf_event_data *ctx)
 {
 	u64 ids = bpf_get_current_pid_tgid();
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
+	const char *task = (const char *)bpf_get_current_task_btf(), *leader;
 	struct counters *count;
 	struct scratch *at;
 	u32 *generation_at, zero = 0, generation, stop;
@@ -328,8 +327,9 @@ int on_tick(struct bpf_perf_event_data *ctx)
 		return 0;
 	}
 	at->generation = generation;
-	at->leader = leader_of((u64)task);
-	start_ns = kernel_u64(at->leader + TASK_START_BOOTTIME);
+	leader = MEMBER(task, TASK_GROUP_LEADER, const char *);
+	at->leader = (u64)leader;
+	start_ns = MEMBER(leader, TASK_START_BOOTTIME, u64);
 	if (!is_selected(ids >> 32, start_ns)) {
 		count->values[COUNTER_FILTERED]++;
 		return 0;
@@ -337,13 +337,15 @@ int on_tick(struct bpf_perf_event_data *ctx)
 	at->key.start_ns = start_ns;
 	at->key.pid = ids >> 32;
 	at->key.tid = (u32)ids;
-	at->key.exec_id = kernel_u64((u64)task + TASK_SELF_EXEC_ID);
+	at->key.exec_id = MEMBER(task, TASK_SELF_EXEC_ID, u64);
 	at->key.cgroup_id = bpf_get_current_cgroup_id();
 	bpf_get_current_comm(at->key.comm, COMM_SIZE);
 
 	stop = begin_walk(ctx, (void *)task, &at->key, &at->walk, &at->user);
+	if (stop == GO_ON)
+		stop = walk_on(&at->walk, &at->user);
 	if (stop == GO_ON) {
-		at->programs = 0;
+		at->programs = 1;
 		programs.call(ctx, 0);
 		stop = STOP_TRUNCATED;
 	}

@@ -26,14 +26,6 @@ struct count_key {
 };
 _Static_assert(sizeof(struct count_key) == COUNT_KEY_SIZE, "samples.py: COUNT_KEY");
 
-struct count {
-	u64 samples;
-	u64 first_ns;
-	u64 last_ns;
-	char leader_comm[COMM_SIZE];
-};
-_Static_assert(sizeof(struct count) == COUNT_SIZE, "samples.py: COUNT");
-
 struct user_stack {
 	u32 length;
 	u32 stop;
@@ -41,13 +33,20 @@ struct user_stack {
 };
 _Static_assert(sizeof(struct user_stack) == USER_STACK_SIZE, "samples.py: USER_STACK");
 
-/* Most stacks are short: copying the rest of a long one would cost more than walking it. */
-struct short_stack {
+/*
+ * Most user stacks are short, and most that are seen in a second are seen once: such a stack stands
+ * with its count. A longer one stands in a map of its own; here is its beginning.
+ */
+struct count {
+	u64 samples;
+	u64 first_ns;
+	u64 last_ns;
+	char leader_comm[COMM_SIZE];
 	u32 length;
 	u32 stop;
 	u64 words[MAX_SHORT_WORDS];
 };
-_Static_assert(sizeof(struct short_stack) == SHORT_STACK_SIZE, "samples.py: SHORT_STACK");
+_Static_assert(sizeof(struct count) == COUNT_SIZE, "samples.py: COUNT");
 
 struct kernel_stack {
 	u32 length;
@@ -70,6 +69,9 @@ struct counters {
  */
 static long (*read_user)(void *to, u32 size, const void *from) = (void *)112;
 static long (*read_kernel)(void *to, u32 size, const void *from) = (void *)113;
+
+/* A member of a struct that the verifier knows the type of: a plain load. */
+#define MEMBER(struct_at, offset, type) (*(const type *)((const char *)(struct_at) + (offset)))
 
 static __always_inline u64 kernel_u64(u64 address)
 {

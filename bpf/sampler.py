@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,7 +29,6 @@ from bpf.samples import (
     MAX_KERNEL_WORDS,
     MAX_SHORT_WORDS,
     MAX_USER_WORDS,
-    SHORT_STACK,
     USER_STACK,
     Counter,
     Drain,
@@ -43,6 +42,7 @@ _SELECTED_CAPACITY = 32768
 _GENERATIONS = (0, 1)
 _COMPILE_TIMEOUT_S = 60
 _GO_ON = 1000  # no StopReason has this number
+_COUNT_HEAD = [name for name in COUNT.names or () if name != "words"]
 _NO_WORDS: Words = np.empty(0, np.uint64)
 _STOP_LABELS = {reason.value: reason.label for reason in StopReason}
 
@@ -66,7 +66,7 @@ class SamplerConfig:
     pids: frozenset[int] | None = None
     drain_period_s: float = 1.0
     tables_limit_bytes: int = tables.DEFAULT_LIMIT_BYTES
-    frames_per_program: tuple[int, ...] = (32, 16, 8, 5)
+    frames_per_program: tuple[int, ...] = (24, 16, 8, 5)
 
     def __post_init__(self) -> None:
         if not 1 <= self.frequency_hz <= MAX_FREQUENCY_HZ:
@@ -78,6 +78,13 @@ class SamplerConfig:
         """Give the entries of each map: a drain may come twice as late before one is full."""
         needed = int(2 * self.frequency_hz * cpus * self.drain_period_s)
         return max(1024, 1 << (needed - 1).bit_length())
+
+    def lasts_s(self, cpus: int) -> float:
+        """Give how long the maps last with as much to spare: `drain_period_s` or longer.
+
+        Even the smallest maps are larger than a small host needs.
+        """
+        return self.capacity(cpus) / (2 * self.frequency_hz * cpus)
 
 
 class Sampler:
@@ -102,7 +109,6 @@ class Sampler:
             generation: np.zeros(len(Counter), np.uint64) for generation in _GENERATIONS
         }
         self._counts = self._readers("counts", COUNT_KEY, COUNT)
-        self._short_stacks = self._readers("short_stacks", np.dtype(np.uint64), SHORT_STACK)
         self._user_stacks = self._readers("user_stacks", np.dtype(np.uint64), USER_STACK)
         self._kernel_stacks = self._readers("kernel_stacks", np.dtype(np.uint64), KERNEL_STACK)
         self._barrier_inner = syscalls.create_map(syscalls.MAP_TYPE_ARRAY, 4, 4, 1)
@@ -226,15 +232,14 @@ class Sampler:
 
     def _take_samples(self, generation: int) -> list[RawSample]:
         keys, counts = self._counts[generation].take_all()
-        user = _stacks(*self._short_stacks[generation].take_all())
-        user |= _stacks(*self._user_stacks[generation].take_all())
+        long = _stacks(*self._user_stacks[generation].take_all())
         kernel_stacks = _stacks(*self._kernel_stacks[generation].take_all())
-        kernel = {key: _as_lookups(words) for key, (words, _) in kernel_stacks.items()}
+        kernel = {key: _as_lookups(words) for key, words in kernel_stacks.items()}
+        short, heads = _words_and_heads(counts)
         samples = []
-        for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
+        for i, (key, head) in enumerate(zip(keys.tolist(), heads, strict=True)):
             start_ns, user_hash, kernel_hash, cgroup_id, pid, tid, exec_id, comm = key
-            number, first_ns, last_ns, leader_comm = count
-            user_words, stop = user[user_hash]
+            number, first_ns, last_ns, leader_comm, length, stop = head
             samples.append(
                 RawSample(
                     pid=pid,
@@ -248,7 +253,7 @@ class Sampler:
                     last_ns=last_ns,
                     samples=number,
                     stop=_STOP_LABELS[stop],
-                    user=user_words,
+                    user=short[i, :length] if length <= MAX_SHORT_WORDS else long[user_hash],
                     kernel=kernel[kernel_hash] if kernel_hash else _NO_WORDS,
                 )
             )
@@ -277,13 +282,13 @@ def _open_if_online(attr: perf_event.PerfEventAttr, cpu: int) -> int | None:
         raise
 
 
-def _stacks(
-    keys: np.ndarray,
-    values: np.ndarray,
-) -> dict[int, tuple[Words, int]]:
-    lengths, stops = values["length"].tolist(), values["stop"].tolist()
-    words = values["words"]
-    return {key: (words[i, : lengths[i]], stops[i]) for i, key in enumerate(keys.tolist())}
+def _words_and_heads(counts: np.ndarray) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
+    return counts["words"], counts[_COUNT_HEAD].tolist()
+
+
+def _stacks(keys: np.ndarray, values: np.ndarray) -> dict[int, Words]:
+    lengths, words = values["length"].tolist(), values["words"]
+    return {key: words[i, : lengths[i]] for i, key in enumerate(keys.tolist())}
 
 
 def _as_lookups(kernel_words: Words) -> Words:
@@ -304,7 +309,6 @@ def _load(config: SamplerConfig, cpus: int) -> tuple[dict[str, int], int]:
         "COUNT_KEY_SIZE": COUNT_KEY.itemsize,
         "COUNT_SIZE": COUNT.itemsize,
         "USER_STACK_SIZE": USER_STACK.itemsize,
-        "SHORT_STACK_SIZE": SHORT_STACK.itemsize,
         "KERNEL_STACK_SIZE": KERNEL_STACK.itemsize,
         "COUNTERS": len(Counter),
     }
@@ -314,7 +318,7 @@ def _load(config: SamplerConfig, cpus: int) -> tuple[dict[str, int], int]:
     programs = {"on_tick": "PERF_EVENT", "on_walk": "PERF_EVENT"}
     # An array of programs is emptied when nobody holds it.
     maps = ["active", "counters", "programs", *tables.MAPS]
-    for name in ("counts", "short_stacks", "user_stacks", "kernel_stacks"):
+    for name in ("counts", "user_stacks", "kernel_stacks"):
         maps += [f"{name}_{generation}" for generation in _GENERATIONS]
     if config.pids is not None:
         constants["SELECTED_CAPACITY"] = _SELECTED_CAPACITY

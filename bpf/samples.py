@@ -21,7 +21,7 @@ MAX_USER_WORDS = 255
 """Words of one user stack. Deeper stacks keep the leaf part and say `truncated`."""
 
 MAX_SHORT_WORDS = 63
-"""User stacks of so many words are kept apart from longer ones, which are few."""
+"""A user stack of so many words stands with its count; longer ones, which are few, apart."""
 
 
 class StopReason(IntEnum):
@@ -99,6 +99,9 @@ COUNT = np.dtype(
         ("first_ns", np.uint64),
         ("last_ns", np.uint64),
         ("leader_comm", "S16"),
+        ("length", np.uint32),
+        ("stop", np.uint32),
+        ("words", np.uint64, (MAX_SHORT_WORDS,)),
     ],
     align=True,
 )
@@ -113,7 +116,6 @@ def stack_dtype(max_words: int) -> np.dtype[np.void]:
 
 
 USER_STACK = stack_dtype(MAX_USER_WORDS)
-SHORT_STACK = stack_dtype(MAX_SHORT_WORDS)
 KERNEL_STACK = stack_dtype(MAX_KERNEL_WORDS)
 
 

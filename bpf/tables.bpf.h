@@ -2,15 +2,15 @@
 /*
  * What user space tells the walk: which code lies where in a process, and how to leave it.
  *
- *     processes   pid -> a range of `mappings`: the address space of the program it runs now
+ *     processes   by pid: the address space of the program it runs now, a range of `mappings`
  *     mappings    sorted by address: which executable is there, and from where in its file
  *     executables executable -> its table, if it is here: a range of `pages`
  *     pages       for each page of 4 KiB of the file: where its rows are
  *     shards      rows, 8 bytes each: from this address on, the caller's frame is found like this
  *
  * What a walk reads was last read some milliseconds ago, so that each cache line is a wait for memory:
- * ranges are bisected in arrays whose neighbours share lines, pages are small, and the rows of most
- * callers are `known_rows` from the walk before.
+ * ranges are bisected in arrays whose neighbours share lines, pages are small, and the rules of most
+ * frames are known from the walk before, which also tells what to load all at once.
  *
  * Layouts are those of tables.py, which the compiler asserts by size. The maps themselves, and how they
  * are asked, stand in sampler.bpf.c: bcc knows maps only in the file that it compiles.
@@ -20,13 +20,19 @@
 
 #include "sampler.bpf.h"
 
+/*
+ * User space writes these through shared memory. A process has one of PROCESS_PLACES places that its
+ * pid gives; a hash table of the kernel's would be three more waits for memory.
+ */
 struct process {
+	u64 version; /* odd while it is being written */
 	u64 start_ns;
 	u64 exec_id;
+	u32 pid;
+	u32 space; /* a number that no other address space has had */
 	u32 first;
 	u32 count;
-	u32 space; /* a number that no other address space has had */
-	u32 unused;
+	u64 unused[3]; /* a line of memory each */
 };
 _Static_assert(sizeof(struct process) == PROCESS_SIZE, "tables.py: PROCESS");
 
@@ -54,23 +60,38 @@ struct page {
 };
 _Static_assert(sizeof(struct page) == PAGE_SIZE_IN_MAP, "tables.py: PAGE");
 
-struct row {
-	u16 pc_low; /* of the first instruction it holds for, within its page */
+/* How a frame is left. */
+struct rule {
 	u16 cfa; /* in words of 8 bytes */
 	u8 cfa_kind;
 	u8 rbp_kind;
 	s16 rbp; /* in words of 8 bytes */
 };
+
+struct row {
+	u16 pc_low; /* of the first instruction it holds for, within its page */
+	struct rule rule;
+};
 _Static_assert(sizeof(struct row) == ROW_SIZE, "tables.py: ROW");
 
 /*
- * The rows that this CPU's last walks found for callers. An address in an address space never gets
- * another rule, so what is here is right for as long as it is here.
+ * A rule that a walk on this CPU has found for some instructions of a block of code. An address in an
+ * address space never gets another rule, so what is here is right for as long as it is here.
  */
-struct known_row {
-	u64 key; /* see key_of_row() */
-	struct row row;
+struct known_rule {
+	u64 key; /* see key_of_block() */
+	u8 low; /* the bytes of the block that it holds for: [low, high) */
+	u8 high;
+	struct rule rule;
 };
+
+/* The known rules of an address space: their places by block, and those that its last walk needed. */
+struct known_space {
+	u8 last[KNOWN_FRAMES];
+	struct known_rule rules[KNOWN_RULES];
+};
+_Static_assert(sizeof(struct known_space) == KNOWN_SPACE_SIZE, "tables.py: KNOWN_SPACE_SIZE");
+_Static_assert(KNOWN_RULES == 256, "a place in `last` is a byte");
 
 struct wish {
 	u64 start_ns;

@@ -63,8 +63,8 @@ class TableState(IntEnum):
 
 PROCESS = np.dtype(
     [
-        *(("start_ns", "u8"), ("exec_id", "u8"), ("first", "u4"), ("count", "u4")),
-        *(("space", "u4"), ("unused", "u4")),
+        *(("version", "u8"), ("start_ns", "u8"), ("exec_id", "u8"), ("pid", "u4")),
+        *(("space", "u4"), ("first", "u4"), ("count", "u4"), ("unused", "u8", (3,))),
     ]
 )
 MAPPING = np.dtype(
@@ -80,18 +80,24 @@ WISH = np.dtype([("start_ns", "u8"), ("exec_id", "u8"), ("pid", "u4"), ("executa
 PAGE_BITS = 12
 SHARD_ROWS = 262_144
 SHARD_BYTES = SHARD_ROWS * ROW.itemsize
-PROCESSES_CAPACITY = 16_384
+PROCESSES_CAPACITY, PROCESS_PLACES = 16_384, 4
 MAPPINGS_CAPACITY = 1 << 16
 EXECUTABLES_CAPACITY = 16_384
 PAGES_CAPACITY = 1 << 19
 SHARDS_CAPACITY = 1_024
-KNOWN_SPACES, KNOWN_ROWS = 32, 256
-"""Of each CPU: rows that were found, by address space."""
+BLOCK_BITS = 6
+KNOWN_SPACES, KNOWN_RULES, KNOWN_FRAMES = 32, 256, 64
+"""Of each CPU: rules that were found, by address space, and those of the last walk there."""
+KNOWN_SPACE_SIZE = KNOWN_FRAMES + KNOWN_RULES * 2 * ROW.itemsize
 WANTED_PAGES = 16
 WAKE_PERIOD_NS = 100_000_000
 DEFAULT_LIMIT_BYTES = 48_000_000
-FIXED_BYTES = MAPPINGS_CAPACITY * MAPPING.itemsize + PAGES_CAPACITY * PAGE.itemsize
-BYTES_PER_CPU = KNOWN_SPACES * KNOWN_ROWS * 2 * ROW.itemsize
+FIXED_BYTES = (
+    PROCESSES_CAPACITY * PROCESS.itemsize
+    + MAPPINGS_CAPACITY * MAPPING.itemsize
+    + PAGES_CAPACITY * PAGE.itemsize
+)
+BYTES_PER_CPU = KNOWN_SPACES * KNOWN_SPACE_SIZE
 
 _BPF_F_MMAPABLE = 1 << 10
 _RINGBUF_BUSY, _RINGBUF_DISCARD, _RINGBUF_HEADER = 1 << 31, 1 << 30, 8
@@ -132,14 +138,18 @@ def constants() -> dict[str, int]:
         "WISH_SIZE": WISH.itemsize,
         "PAGE_BITS": PAGE_BITS,
         "SHARD_ROWS": SHARD_ROWS,
-        "SHARD_FLAGS": _BPF_F_MMAPABLE,
+        "MMAPABLE": _BPF_F_MMAPABLE,
         "PROCESSES_CAPACITY": PROCESSES_CAPACITY,
+        "PROCESS_PLACES": PROCESS_PLACES,
         "MAPPINGS_CAPACITY": MAPPINGS_CAPACITY,
         "EXECUTABLES_CAPACITY": EXECUTABLES_CAPACITY,
         "PAGES_CAPACITY": PAGES_CAPACITY,
         "SHARDS_CAPACITY": SHARDS_CAPACITY,
         "KNOWN_SPACES": KNOWN_SPACES,
-        "KNOWN_ROWS": KNOWN_ROWS,
+        "KNOWN_RULES": KNOWN_RULES,
+        "KNOWN_FRAMES": KNOWN_FRAMES,
+        "KNOWN_SPACE_SIZE": KNOWN_SPACE_SIZE,
+        "BLOCK_BITS": BLOCK_BITS,
         "WANTED_PAGES": WANTED_PAGES,
         "WAKE_PERIOD_NS": WAKE_PERIOD_NS,
         **{f"CFA_{kind.name}": kind.value for kind in CfaKind},
@@ -167,6 +177,7 @@ class Tables:
         self._mappings = _Room()
         self._mappings.add(0, MAPPINGS_CAPACITY)
         self._spaces: dict[int, _Extent] = {}
+        self._processes = _Processes(fds["processes"])
         self._wanted = _RingBuffer(fds["wanted"])
         self._add_shard(fds["shard"])
 
@@ -176,6 +187,7 @@ class Tables:
 
     def close(self) -> None:
         self._wanted.close()
+        self._processes.close()
         for shard in self._shards:
             shard.close()
         self._shards.clear()
@@ -270,12 +282,10 @@ class Tables:
 
     def set_process(self, pid: int, start_ns: int, exec_id: int, space: int) -> None:
         """Say what the program that a process runs now has mapped."""
-        place = self._spaces[space]
-        value = np.array([(start_ns, exec_id, place.first, place.count, space, 0)], PROCESS)
-        syscalls.update(self._fds["processes"], pid, value.tobytes())
+        self._processes.put(pid, start_ns, exec_id, space, self._spaces[space])
 
     def remove_process(self, pid: int) -> None:
-        syscalls.delete_each(self._fds["processes"], np.array([pid], np.uint32))
+        self._processes.remove(pid)
 
     # Room for rows.
 
@@ -420,6 +430,55 @@ class _Shard(NamedTuple):
     def close(self) -> None:
         if self.is_ours:
             os.close(self.fd)
+
+
+class _Processes:
+    """Places for processes, in memory shared with the kernel.
+
+    A walk may read a place while it is written: `version` is odd for as long, and another one
+    afterwards. Each assignment is one store of 8 bytes, which x86 keeps in order.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._memory = mmap.mmap(fd, PROCESSES_CAPACITY * PROCESS.itemsize)
+        self._words = memoryview(self._memory).cast("Q")
+        self._next = 0
+
+    def put(self, pid: int, start_ns: int, exec_id: int, space: int, mappings: _Extent) -> None:
+        """Give it a place. Where all of its are taken, another loses its own and wishes again."""
+        places = list(self._places(pid))
+        pids = [self._pid_at(place) for place in places]
+        if pid in pids:
+            place = places[pids.index(pid)]
+        elif 0 in pids:
+            place = places[pids.index(0)]
+        else:
+            self._next += 1
+            place = places[self._next % PROCESS_PLACES]
+        values = (start_ns, exec_id, pid | space << 32, mappings.first | mappings.count << 32)
+        self._write(place, values)
+
+    def remove(self, pid: int) -> None:
+        for place in self._places(pid):
+            if self._pid_at(place) == pid:
+                self._write(place, (0, 0, 0, 0))
+
+    def close(self) -> None:
+        self._words.release()
+        self._memory.close()
+
+    def _places(self, pid: int) -> Iterator[int]:
+        for nth in range(PROCESS_PLACES):
+            yield (pid ^ nth) % PROCESSES_CAPACITY * (PROCESS.itemsize // 8)
+
+    def _pid_at(self, place: int) -> int:
+        return self._words[place + 3] & 0xFFFFFFFF
+
+    def _write(self, place: int, values: Sequence[int]) -> None:
+        self._words[place] += 1
+        for i, value in enumerate(values, start=1):
+            self._words[place + i] = value
+        self._words[place] += 1
 
 
 class _RingBuffer:

@@ -36,13 +36,14 @@ struct walk {
 	u64 start_ns;
 	u64 exec_id;
 	u32 pid;
-	struct process process; /* `count` 0: it is not known yet */
+	u32 space;
+	u32 first_mapping;
+	u32 mappings; /* how many; 0: its address space is not known yet */
 	u8 pc_is_return_address;
 	u8 knows_others;
 	u8 knows_bp;
 	u8 has_page;
 	u8 has_wished;
-	struct known_row leaf_row;
 	struct mapping mapping; /* that of the last step; most frames have a neighbour in it */
 	struct table table; /* of that mapping */
 	struct page page; /* and the last page of it */
@@ -163,34 +164,34 @@ static __always_inline long read_word(u64 *to, u64 base, s64 words)
 }
 
 /* The canonical frame address, from which all else is counted; 0 in `error` where it is known. */
-static __always_inline u64 frame_address(struct walk *walk, const struct row *row, u32 *error)
+static __always_inline u64 frame_address(struct walk *walk, const struct rule *rule, u32 *error)
 {
 	u64 cfa = 0;
 	u32 number;
 
 	*error = 0;
-	switch (row->cfa_kind) {
+	switch (rule->cfa_kind) {
 	case CFA_RSP:
-		return walk->sp + (u64)row->cfa * WORD;
+		return walk->sp + (u64)rule->cfa * WORD;
 	case CFA_RBP:
 		if (!walk->knows_bp)
 			*error = STOP_REGISTER_LOST;
-		return walk->bp + (u64)row->cfa * WORD;
+		return walk->bp + (u64)rule->cfa * WORD;
 	case CFA_CLONE:
 		return walk->sp + WORD;
 	case CFA_PLT: /* `cfa` is where in a stub of 16 bytes its push has been done */
 	case CFA_PLT_LAZY:
-		return walk->sp + WORD + ((walk->pc & 15) >= row->cfa ? WORD : 0);
+		return walk->sp + WORD + ((walk->pc & 15) >= rule->cfa ? WORD : 0);
 	case CFA_DEREF_RBP:
 	case CFA_DEREF_RSP:
-		if (row->cfa_kind == CFA_DEREF_RBP && !walk->knows_bp)
+		if (rule->cfa_kind == CFA_DEREF_RBP && !walk->knows_bp)
 			*error = STOP_REGISTER_LOST;
-		else if (read_word(&cfa, row->cfa_kind == CFA_DEREF_RBP ? walk->bp : walk->sp,
-				   (s8)(row->cfa & 0xff)))
+		else if (read_word(&cfa, rule->cfa_kind == CFA_DEREF_RBP ? walk->bp : walk->sp,
+				   (s8)(rule->cfa & 0xff)))
 			*error = STOP_UNREADABLE;
-		return cfa + (u64)(row->cfa >> 8) * WORD;
+		return cfa + (u64)(rule->cfa >> 8) * WORD;
 	}
-	if (row->cfa_kind < CFA_REGISTER) {
+	if (rule->cfa_kind < CFA_REGISTER) {
 		*error = STOP_UNSUPPORTED_RULE;
 		return 0;
 	}
@@ -198,17 +199,17 @@ static __always_inline u64 frame_address(struct walk *walk, const struct row *ro
 		*error = STOP_REGISTER_LOST;
 		return 0;
 	}
-	number = row->cfa_kind & (DWARF_REGISTERS - 1);
+	number = rule->cfa_kind & (DWARF_REGISTERS - 1);
 	asm volatile("" : "+r"(number)); /* keeps the bound visible to the verifier */
 	number &= DWARF_REGISTERS - 1;
-	return walk->others[number] + (u64)row->cfa * WORD;
+	return walk->others[number] + (u64)rule->cfa * WORD;
 }
 
-static __always_inline u32 leave_by_row(struct walk *walk, const struct row *row)
+static __always_inline u32 leave_by_rule(struct walk *walk, const struct rule *rule)
 {
 	u64 saved[2]; /* where most functions keep them: rbp, return address */
 	u32 error;
-	u64 cfa = frame_address(walk, row, &error);
+	u64 cfa = frame_address(walk, rule, &error);
 
 	if (unlikely(error))
 		return error;
@@ -217,19 +218,19 @@ static __always_inline u32 leave_by_row(struct walk *walk, const struct row *row
 		return STOP_BAD_STACK_POINTER;
 	if (unlikely(read_user(&saved, sizeof(saved), (const void *)(cfa - sizeof(saved)))))
 		return STOP_UNREADABLE;
-	if (likely(row->rbp_kind == RBP_SAME)) {
+	if (likely(rule->rbp_kind == RBP_SAME)) {
 		/* it is where it was */
-	} else if (likely(row->rbp_kind == RBP_AT_CFA)) {
-		if (row->rbp == -2)
+	} else if (likely(rule->rbp_kind == RBP_AT_CFA)) {
+		if (rule->rbp == -2)
 			walk->bp = saved[0];
-		else if (read_word(&walk->bp, cfa, row->rbp))
+		else if (read_word(&walk->bp, cfa, rule->rbp))
 			return STOP_UNREADABLE;
 		walk->knows_bp = true;
-	} else if (row->rbp_kind == RBP_AT_RBP) {
-		if (read_word(&walk->bp, walk->bp, row->rbp))
+	} else if (rule->rbp_kind == RBP_AT_RBP) {
+		if (read_word(&walk->bp, walk->bp, rule->rbp))
 			return STOP_UNREADABLE;
-	} else if (row->rbp_kind == RBP_AT_RSP) {
-		if (read_word(&walk->bp, walk->sp, row->rbp))
+	} else if (rule->rbp_kind == RBP_AT_RSP) {
+		if (read_word(&walk->bp, walk->sp, rule->rbp))
 			return STOP_UNREADABLE;
 		walk->knows_bp = true;
 	} else {
@@ -245,16 +246,16 @@ static __always_inline u32 leave_by_row(struct walk *walk, const struct row *row
 }
 
 /* The return address is in a register, as it is while vfork() asks the kernel for a child. */
-static __always_inline u32 leave_by_register(struct walk *walk, const struct row *row)
+static __always_inline u32 leave_by_register(struct walk *walk, const struct rule *rule)
 {
-	u32 number = row->cfa_kind & (DWARF_REGISTERS - 1);
+	u32 number = rule->cfa_kind & (DWARF_REGISTERS - 1);
 
 	if (!walk->knows_others)
 		return STOP_REGISTER_LOST;
 	asm volatile("" : "+r"(number)); /* keeps the bound visible to the verifier */
 	number &= DWARF_REGISTERS - 1;
 	walk->pc = walk->others[number];
-	walk->sp += (u64)row->cfa * WORD;
+	walk->sp += (u64)rule->cfa * WORD;
 	walk->pc_is_return_address = true;
 	walk->knows_others = false;
 	return is_user_code(walk->pc) ? GO_ON : STOP_BAD_STACK_POINTER;
@@ -285,7 +286,7 @@ static __always_inline u32 find_table(struct walk *walk, u64 address)
 	if (address < walk->mapping.start || address >= walk->mapping.end) {
 		walk->has_page = false;
 		walk->mapping.end = 0;
-		mapping = lookup_mapping(&walk->process, address);
+		mapping = lookup_mapping(walk->first_mapping, walk->mappings, address);
 		if (!mapping) {
 			want_more(walk, 0);
 			return STOP_NO_MAPPING;
@@ -328,84 +329,107 @@ static __always_inline u32 find_page(struct walk *walk, u64 offset)
 	return FOUND;
 }
 
-/* An address has 47 bits, which leaves 17 for what tells the last 131,072 address spaces apart. */
-static __always_inline u64 key_of_row(u64 address, u32 space)
+#define BLOCK_SIZE (1 << BLOCK_BITS)
+#define GOLDEN_RATIO 0x9e3779b97f4a7c15ULL /* times 2^64: spreads neighbours */
+
+/* A block's number has 41 bits, which leaves 23 for what tells the last 8 million spaces apart. */
+static __always_inline u64 key_of_block(u64 address, u32 space)
 {
-	return (u64)space << 47 | address;
+	return (u64)space << (47 - BLOCK_BITS) | address >> BLOCK_BITS;
+}
+
+/* Which of the known rules may be that for `address`. */
+static __always_inline u8 place_of_block(u64 address)
+{
+	return (address >> BLOCK_BITS) * GOLDEN_RATIO >> 56;
 }
 
 /* Find the rule for `address`, and keep it for the next walk: FOUND, or why there is none. */
-static __always_inline u32 find_row(struct walk *walk, u64 address, struct known_row *known)
+static __always_inline u32 find_rule(struct walk *walk, u64 address, struct known_rule *known)
 {
-	struct row found = { .cfa_kind = CFA_FRAME_POINTER };
+	struct rule found = { .cfa_kind = CFA_FRAME_POINTER };
+	u32 low = 0, high = BLOCK_SIZE;
+	u32 in_page, block, end = 1 << PAGE_BITS;
 	struct row *row;
 	u64 offset;
 	u32 why = find_table(walk, address);
 
 	if (why == FOUND) {
-		offset = address - walk->mapping.start + walk->mapping.file_offset;
 		found.cfa_kind = CFA_HOLE;
+		offset = address - walk->mapping.start + walk->mapping.file_offset;
 		if (find_page(walk, offset) == FOUND) {
-			row = lookup_row(&walk->page, offset & ((1 << PAGE_BITS) - 1));
-			if (row)
-				found = *row;
+			in_page = offset & ((1 << PAGE_BITS) - 1);
+			block = in_page & -BLOCK_SIZE;
+			row = lookup_row(&walk->page, in_page, &end);
+			if (row) {
+				found = row->rule;
+				low = row->pc_low > block ? row->pc_low - block : 0;
+				high = end < block + BLOCK_SIZE ? end - block : BLOCK_SIZE;
+			}
 		}
 	} else if (why != STOP_BAD_FRAME_POINTER) {
 		return why;
 	}
-	known->row = found;
-	known->key = key_of_row(address, walk->process.space);
+	known->key = key_of_block(address, walk->space);
+	known->low = low;
+	known->high = high;
+	known->rule = found;
 	return FOUND;
 }
 
 /* Leave a frame by a rule that is not one of the two that 99 of 100 have. */
-static __always_inline u32 leave_by_rare_row(struct walk *walk, const struct row *row)
+static __always_inline u32 leave_by_rare_rule(struct walk *walk, const struct rule *rule)
 {
-	if (row->cfa_kind == CFA_STOP)
+	if (rule->cfa_kind == CFA_STOP)
 		return STOP_ROOT;
-	if (row->cfa_kind == CFA_SIGNAL)
+	if (rule->cfa_kind == CFA_SIGNAL)
 		return leave_signal_frame(walk);
-	if (row->cfa_kind == CFA_HOLE)
+	if (rule->cfa_kind == CFA_HOLE)
 		return leave_by_frame_pointer(walk, STOP_HOLE);
-	if (row->cfa_kind == CFA_FRAME_POINTER)
+	if (rule->cfa_kind == CFA_FRAME_POINTER)
 		return leave_by_frame_pointer(walk, STOP_BAD_FRAME_POINTER);
-	if (row->cfa_kind == CFA_CLONE && walk->knows_others && walk->others[0] == 0)
+	if (rule->cfa_kind == CFA_CLONE && walk->knows_others && walk->others[0] == 0)
 		return STOP_ROOT; /* the thread that has just been made */
-	if (row->cfa_kind >= CFA_RETURN_REGISTER)
-		return leave_by_register(walk, row);
-	return leave_by_row(walk, row);
+	if (rule->cfa_kind >= CFA_RETURN_REGISTER)
+		return leave_by_register(walk, rule);
+	return leave_by_rule(walk, rule);
 }
 
 /* Leave one frame: GO_ON, or the reason why the stack ends here. */
-static __always_inline u32 leave_frame(struct walk *walk, u64 address)
+static __always_inline u32 leave_frame(struct walk *walk, struct known_space *space, u64 address,
+				       u32 depth)
 {
-	struct known_row *known = &walk->leaf_row;
-	struct row *row;
+	u32 within = address & (BLOCK_SIZE - 1);
+	u8 place = place_of_block(address);
+	struct known_rule *known;
+	struct rule *rule;
 	u32 why;
 
-	if (unlikely(!walk->process.count))
+	if (unlikely(!walk->mappings))
 		return leave_by_frame_pointer(walk, STOP_NO_PROCESS_YET);
-	/* A leaf is seldom where the last one was, and would take a caller's place. */
-	if (walk->pc_is_return_address)
-		known = lookup_known_row(address, walk->process.space);
-	if (unlikely(!known))
-		return STOP_HOLE;
-	if (known->key != key_of_row(address, walk->process.space)) {
-		why = find_row(walk, address, known);
+	if (depth < KNOWN_FRAMES)
+		space->last[depth] = place;
+	known = &space->rules[place];
+	if (known->key != key_of_block(address, walk->space) || within < known->low ||
+	    within >= known->high) {
+		why = find_rule(walk, address, known);
 		if (unlikely(why != FOUND))
 			return leave_by_frame_pointer(walk, why);
 	}
-	row = &known->row;
-	if (likely(row->cfa_kind == CFA_RSP || row->cfa_kind == CFA_RBP))
-		return leave_by_row(walk, row);
-	return leave_by_rare_row(walk, row);
+	rule = &known->rule;
+	if (likely(rule->cfa_kind == CFA_RSP || rule->cfa_kind == CFA_RBP))
+		return leave_by_rule(walk, rule);
+	return leave_by_rare_rule(walk, rule);
 }
 
 /* Leave up to FRAMES_PER_PROGRAM frames; GO_ON where there are more. */
 static __always_inline u32 walk_on(struct walk *walk, struct user_stack *stack)
 {
+	struct known_space *space = lookup_known_space(walk->space);
 	u32 stop = GO_ON;
 
+	if (!space)
+		return STOP_HOLE;
 	for (u32 i = 0; i < FRAMES_PER_PROGRAM && stop == GO_ON; i++) {
 		u64 address = walk->pc - walk->pc_is_return_address;
 		u32 length = stack->length;
@@ -415,15 +439,50 @@ static __always_inline u32 walk_on(struct walk *walk, struct user_stack *stack)
 			return STOP_TRUNCATED;
 		stack->words[length] = address;
 		stack->length = length + 1;
-		stop = leave_frame(walk, address);
+		stop = leave_frame(walk, space, address, length);
 	}
 	return stop;
+}
+
+/*
+ * Load what the last walk needed, all at once: one after the other, as the walk comes to need them,
+ * each would be a wait of its own.
+ */
+static __always_inline void warm_up(u32 space)
+{
+	struct known_space *known = lookup_known_space(space);
+
+	if (!known)
+		return;
+	for (u32 i = 0; i < KNOWN_FRAMES / 2; i++)
+		(void)*(volatile u64 *)&known->rules[known->last[i]].key;
+}
+
+/*
+ * Take in the address space of the walk's process: false if it is that of an earlier program or of
+ * an earlier process with this pid, or is being written. (x86 keeps loads in order.)
+ */
+static __always_inline bool copy_process(struct walk *walk, struct process *process)
+{
+	u64 version = *(volatile u64 *)&process->version;
+
+	if (version & 1 || process->pid != walk->pid || process->start_ns != walk->start_ns ||
+	    process->exec_id != walk->exec_id)
+		return false;
+	walk->space = process->space;
+	walk->first_mapping = process->first;
+	walk->mappings = process->count;
+	asm volatile("" ::: "memory");
+	if (*(volatile u64 *)&process->version == version)
+		return true;
+	walk->mappings = 0;
+	return false;
 }
 
 /* Which address space the current process has, if user space has seen the program it runs now. */
 static __always_inline void find_process(struct walk *walk, const struct count_key *key)
 {
-	struct process *process = lookup_process(key->pid);
+	struct process *process = NULL;
 
 	walk->pid = key->pid;
 	walk->start_ns = key->start_ns;
@@ -431,12 +490,16 @@ static __always_inline void find_process(struct walk *walk, const struct count_k
 	walk->has_wished = false;
 	walk->has_page = false;
 	walk->mapping.end = 0;
-	walk->process.count = 0;
-	if (process && process->start_ns == key->start_ns && process->exec_id == key->exec_id) {
-		walk->process = *process;
-		return;
+	walk->mappings = 0;
+	for (u32 i = 0; i < PROCESS_PLACES; i++) {
+		process = lookup_process(key->pid, i);
+		if (process && process->pid == key->pid)
+			break;
 	}
-	want_more(walk, 0);
+	if (process && copy_process(walk, process))
+		warm_up(walk->space);
+	else
+		want_more(walk, 0);
 }
 
 /* Begin the walk of the current thread: GO_ON, or why it has no user stack. */
@@ -447,9 +510,9 @@ static __always_inline u32 begin_walk(struct bpf_perf_event_data *ctx, void *tas
 	u64 cs;
 
 	stack->length = 0;
-	if (kernel_u32((u64)task + TASK_FLAGS) & PF_KTHREAD)
+	if (MEMBER(task, TASK_FLAGS, u32) & PF_KTHREAD)
 		return STOP_KERNEL_THREAD;
-	if (!kernel_u64((u64)task + TASK_MM))
+	if (!MEMBER(task, TASK_MM, u64))
 		return STOP_NO_USER_REGISTERS;
 	cs = read_user_registers(ctx, task, walk);
 	if (!is_user_code(walk->pc))

@@ -325,3 +325,11 @@ def test_run_time_statistics_are_those_of_the_tick_program(busy) -> None:
 def test_a_frequency_outside_of_the_limits_is_refused(frequency_hz: int) -> None:
     with pytest.raises(ValueError, match="choose 1 to 999"):
         SamplerConfig(frequency_hz=frequency_hz)
+
+
+def test_maps_of_a_small_host_last_longer_than_they_must():
+    config = SamplerConfig()
+
+    assert config.lasts_s(2) > 2.0
+    assert config.lasts_s(128) >= config.drain_period_s
+    assert config.capacity(128) >= config.lasts_s(128) * 99 * 128

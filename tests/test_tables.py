@@ -5,9 +5,17 @@ import contextlib
 import numpy as np
 import pytest
 
-from bpf import tables
+from bpf import syscalls, tables
 from bpf.sampler import Sampler, SamplerConfig
-from bpf.tables import ROW, SHARD_BYTES, MappingRow, NoRoomError
+from bpf.tables import (
+    PROCESS,
+    PROCESS_PLACES,
+    PROCESSES_CAPACITY,
+    ROW,
+    SHARD_BYTES,
+    MappingRow,
+    NoRoomError,
+)
 from symbolizer import cfa, unwind
 
 
@@ -95,3 +103,33 @@ def test_a_process_and_its_space_come_and_go(sampler):
     sampler.tables.remove_process(1)
     sampler.tables.remove_process(1)
     sampler.tables.remove_space(9)
+
+
+def pids_in_the_kernel(sampler, pid):
+    """Give who has the places that a pid may have."""
+    fd = sampler._fds["processes"]
+    found = []
+    for nth in range(PROCESS_PLACES):
+        raw = syscalls.lookup(fd, (pid ^ nth) % PROCESSES_CAPACITY, PROCESS.itemsize)
+        found.append(int(np.frombuffer(raw, PROCESS)["pid"][0]))
+    return sorted(filter(None, found))
+
+
+def test_processes_whose_pids_want_one_place_have_others(sampler):
+    pids = [77 + nth * PROCESSES_CAPACITY for nth in range(PROCESS_PLACES)]
+    sampler.tables.add_space(11, [MappingRow(0x400000, 0x523000, 0, 7)])
+
+    for pid in (*pids, *pids):  # the second time they are there already
+        sampler.tables.set_process(pid, 12345, 6, 11)
+    assert pids_in_the_kernel(sampler, 77) == pids
+
+    another = 77 + PROCESS_PLACES * PROCESSES_CAPACITY
+    sampler.tables.set_process(another, 12345, 6, 11)
+    there = pids_in_the_kernel(sampler, 77)
+    assert another in there
+    assert len(set(pids) & set(there)) == PROCESS_PLACES - 1
+
+    for pid in (*pids, another):
+        sampler.tables.remove_process(pid)
+    assert not pids_in_the_kernel(sampler, 77)
+    sampler.tables.remove_space(11)
