@@ -25,7 +25,7 @@ from bpf import syscalls
 from bpf.errors import SyscallError
 from bpf.sampler import SamplerConfig
 from profiler.record import RefusedError, deviation
-from profiler.recorder import DRAIN_PERIOD_S, Recorder, rss_bytes
+from profiler.recorder import Recorder, rss_bytes
 from profiler.rules import Rules
 from profiler.signals import ENDING, Signals
 from profiler.status import StatusSocket, uploader_state
@@ -324,7 +324,7 @@ class Agent:
         self._recorder.start()
         self._edges.begin()
         self._bpf.begin()
-        next_step = time.monotonic() + DRAIN_PERIOD_S
+        next_step = time.monotonic() + self._recorder.drain_period_s
         while time.monotonic() < end_s and not self._beside.has_failed:
             met = signals.wait(min(next_step, self._edges.edge_monotonic_s, end_s))
             if met in ENDING:
@@ -335,7 +335,8 @@ class Agent:
                 self._uploader.supervise()
                 self._beside.supervise()
                 if time.monotonic() >= next_step:
-                    next_step = max(next_step + DRAIN_PERIOD_S, time.monotonic())
+                    period_s = self._recorder.drain_period_s
+                    next_step = max(next_step + period_s, time.monotonic())
                     self._recorder.step()
                     self._bpf.end()
             if self._edges.is_reached or self._edges.is_stepped:

@@ -42,8 +42,8 @@ from symbolizer.maps import Mapping, MappingTable, parse_maps
 
 log = logging.getLogger(__name__)
 
-RETENTION_NS = 3_000_000_000
-"""How long an ended life is kept. Samples are drained every second, right after their records."""
+RETENTION_NS = 4_000_000_000
+"""How long an ended life is kept. Samples are drained every second or two, after their records."""
 
 MAX_LOG_BYTES = 16 << 20
 """All logs together; 1,000 execs a second need a third of it. Beyond it the oldest logs go, their

@@ -49,6 +49,7 @@ from symbolizer.symbolizer import Symbolizer
 from symbolizer.unwind import UnwindCache
 
 DRAIN_PERIOD_S = 1.0
+_LONGEST_DRAIN_PERIOD_S = 2.0
 
 _SCAN_PERIOD_S = 5.0
 """How often new services are looked for in /proc. Their first seconds are found all the same: a
@@ -83,7 +84,7 @@ def default_cache() -> Path:
 
 
 class Recorder:
-    """Samples until it is closed; `step` once a second, `close_window` whenever a profile is due.
+    """Samples until it is closed; `step` now and then, `close_window` whenever a profile is due.
 
     Raises:
         BpfError: on construction, when this host cannot be sampled; the message says what to do.
@@ -171,6 +172,12 @@ class Recorder:
         """Where the ticks of the open window have gone up to the last step."""
         return self._window.accounting(self._host, {})
 
+    @property
+    def drain_period_s(self) -> float:
+        """How long a step may wait where nobody looks on: fewer, larger steps cost less."""
+        lasts_s = self.config.lasts_s(len(perf_event.online_cpus()))
+        return min(_LONGEST_DRAIN_PERIOD_S, max(DRAIN_PERIOD_S, lasts_s))
+
     def fileno(self) -> int:
         """Give a descriptor that is readable when `catch_up` should not wait for the next step."""
         return self._wakes.fileno()
@@ -183,7 +190,7 @@ class Recorder:
             self.unwinding.catch_up()
 
     def step(self) -> None:
-        """Take in what was counted since the last step. To be called every DRAIN_PERIOD_S."""
+        """Take in what was counted since the last step. To be called every `drain_period_s`."""
         with self.cost.of("drain"):
             self.sampler.refresh_cpus()
             self._rings.refresh()
