@@ -377,7 +377,10 @@ static __always_inline u32 find_rule(struct walk *walk, u64 address, struct know
 	return FOUND;
 }
 
-/* Leave a frame by a rule that is not one of the two that 99 of 100 have. */
+/*
+ * Leave a frame by a rule that is not one of the two that 99 of 100 have. A runtime whose frames need a
+ * step of their own gets it here: a kind of rule, which the table gives for the code it stands for.
+ */
 static __always_inline u32 leave_by_rare_rule(struct walk *walk, const struct rule *rule)
 {
 	if (rule->cfa_kind == CFA_STOP)
