@@ -47,7 +47,7 @@ from symbolizer.unwind import UnwindCache, UnwindTable, key_of
 log = logging.getLogger(__name__)
 
 _YOUNG_NS = 50_000_000
-"""Younger processes are likely to be gone before it pays; those that stay wish again."""
+"""Younger processes are likely to be gone before it pays; those that stay are followed then."""
 _SWEEP_S = 5.0
 _UNUSED_S = 3 * _SWEEP_S
 """A table that no sample has used for so long may go when another needs the room."""
@@ -57,6 +57,7 @@ _BUILD_S = 60
 _BUILD_CPU_S = 20
 _BUILD_BYTES = 1 << 30
 """Of memory, beyond what the child begins with. The largest tables take 100 MB."""
+_MAX_RECENT = 1024
 _FAILED = 3
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -125,7 +126,9 @@ class Unwinding:
         self._executables: dict[int, _Executable] = {}
         self._free = deque(range(1, EXECUTABLES_CAPACITY))
         self._keys: dict[int, str] = {}
+        self._recent: dict[_File, str] = {}  # of files that have no number now: their keys
         self._loaded: dict[str, _Loaded] = {}
+        self._young: list[Wish] = []
         self._waiting: set[str] = set()
         self._unreachable: set[int] = set()
         self._next_table = 1
@@ -157,9 +160,14 @@ class Unwinding:
         if built:
             self._offer(built)
         wishes = self._tables.wishes()
-        for wish in wishes:
-            if not wish.executable and boot_ns - wish.start_ns >= _YOUNG_NS:
+        # Who was too young may sleep by now, and would not wish again for long.
+        waiting = dict.fromkeys((*self._young, *(wish for wish in wishes if not wish.executable)))
+        self._young.clear()
+        for wish in waiting:
+            if boot_ns - wish.start_ns >= _YOUNG_NS:
                 self._follow(wish.pid, wish.start_ns, wish.exec_id, now_ns)
+            else:
+                self._young.append(wish)
         for wish in wishes:
             if wish.executable:
                 self._grant_table(wish)
@@ -238,8 +246,14 @@ class Unwinding:
             if not self._free:
                 return 0
             number = self._numbers[file] = self._free.popleft()
-            self._tables.set_state(number, TableState.UNKNOWN)
             self._executables[number] = _Executable(file, mappings, place)
+            key = self._recent.pop(file, "")
+            if key:
+                self._keys[number] = key
+            if key in self._loaded:
+                self._tables.set_table(number, self._loaded[key].number)
+            else:
+                self._tables.set_state(number, TableState.UNKNOWN)
         executable = self._executables[number]
         executable.uses += 1
         executable.mappings, executable.place = mappings, place
@@ -252,7 +266,9 @@ class Unwinding:
             executable.uses -= 1
             if not executable.uses:
                 del self._numbers[executable.file], self._executables[number]
-                self._keys.pop(number, None)
+                self._recent[executable.file] = self._keys.pop(number, "")
+                if len(self._recent) > _MAX_RECENT:
+                    del self._recent[next(iter(self._recent))]
                 self._tables.set_state(number, TableState.UNKNOWN)
                 self._free.append(number)  # the longest unused one is given out first
 
