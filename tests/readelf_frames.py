@@ -43,7 +43,8 @@ def read_rows(path: Path, section: str = "frames-interp") -> Iterator[Row]:
 
 
 _FDE = re.compile(r"FDE cie=([0-9a-f]+) pc=([0-9a-f]+)\.\.([0-9a-f]+)$")
-_CIE = re.compile(r"^([0-9a-f]+) \S+ \S+ CIE ")
+_CIE = re.compile(r"^([0-9a-f]+) \S+ \S+ CIE\b")
+_ROW = re.compile(r"   LOC|[0-9a-f]{16} ")
 
 
 class _Entry:
@@ -81,10 +82,10 @@ def parse_rows(lines: Iterator[str]) -> Iterator[Row]:
     cies: dict[str, Row] = {}
     entry = _Entry("")
     for line in lines:
-        if " FDE " in line or " CIE " in line or line.startswith("Contents"):
+        if _FDE.search(line.rstrip()) or _CIE.match(line) or line.startswith("Contents"):
             yield from entry.finish(cies)
             entry = _Entry(line)
-        elif line.startswith("   LOC") or line[16:17] == " ":
+        elif _ROW.match(line):
             entry.add(line)
     yield from entry.finish(cies)
 
