@@ -1,0 +1,341 @@
+"""Whether functions cost more or less than before: statistics over what a service always costs.
+
+The quantity that decides is a log ratio: per host the CPU time of a function per time that the
+service was there, after over before, less the *common change*, which is the median over the
+functions that matter. A busier service raises every function, and one function that grows lowers
+every other share; neither is what a change of the code does.
+
+How far such a ratio strays when nothing has changed is measured, not assumed: by the same contrast
+at earlier positions of the same service, or between hosts. Variances of single functions from so
+few positions are bad guesses, so they are drawn towards what functions of their size have in common
+(Smyth 2004, "Linear models and empirical Bayes methods", section 6.2), and the false discovery rate
+over all functions is kept at 5 % (Benjamini and Hochberg 1995).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+
+LEVEL = 0.05
+"""Of false discoveries among what is called changed; 1 - LEVEL is that of intervals."""
+MIN_SHARE = 0.002
+"""Of the total: smaller functions do not tell what all have in common."""
+MIN_COMMON = 10
+"""So many functions must be that large; the median of fewer is a function of its own."""
+MIN_POSITIONS = 6
+MIN_HOSTS = 8
+MIN_REPLICATES = 3
+_MIN_SAMPLES = 10
+"""Of both sides together: functions with fewer are not looked at, and cost the others nothing."""
+_GUARD = 0.5
+"""Samples that are added to each count, so that none is zero."""
+
+
+class Change(StrEnum):
+    MORE = "more"
+    LESS = "less"
+    NEW = "new"
+    GONE = "gone"
+    UNCHANGED = "unchanged"
+    TOO_LITTLE = "too little data"
+
+
+class Source(StrEnum):
+    """What says how far ratios stray when nothing has changed."""
+
+    HISTORY = "history"
+    HOSTS = "hosts"
+    REPLICATES = "replicates"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Costs:
+    """The self CPU time of a service's functions in one window.
+
+    `samples` has a row per host and a column per function; fractions are fine. `present_s` tells
+    for how long the service was on each host; where it was not, the host is left out.
+    """
+
+    samples: Floats
+    present_s: Floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contrast:
+    """Log ratios of after to before.
+
+    `ratios` has a row per host that is on both sides, a column per function, and is less the
+    `common` change. `counting` is the variance that the mean of a column has from counting samples
+    alone, were nothing changed: 2 / n for two counts that are both n.
+    """
+
+    ratios: Floats
+    common: float
+    hosts_common: Floats
+    counting: Floats
+
+    @property
+    def mean(self) -> Floats:
+        mean: Floats = self.ratios.mean(axis=0)
+        return mean
+
+
+def contrast(before: Costs, after: Costs) -> Contrast:
+    """Compare two windows of the same hosts and functions.
+
+    Raises:
+        ValueError: no host has the service on both sides.
+    """
+    is_there = (before.present_s > 0) & (after.present_s > 0)
+    if not is_there.any():
+        raise ValueError("cannot compare: no host has the service on both sides")
+    counts = [side.samples[is_there] for side in (before, after)]
+    spans = [side.present_s[is_there, None] for side in (before, after)]
+    rates = [np.log((count + _GUARD) / span) for count, span in zip(counts, spans, strict=True)]
+    ratios = rates[1] - rates[0]
+    large = large_functions(counts[0].sum(axis=0) + counts[1].sum(axis=0))
+    hosts_common = (
+        np.median(ratios[:, large], axis=1) if large.sum() >= MIN_COMMON else np.zeros(len(ratios))
+    )
+    common = float(np.median(ratios.mean(axis=0)[large])) if large.sum() >= MIN_COMMON else 0.0
+    # Were nothing changed, each side would have its part of what both have together.
+    both, total = counts[0] + counts[1], spans[0] + spans[1]
+    expected = [both * span / total + _GUARD for span in spans]
+    counting = (1 / expected[0] + 1 / expected[1]).sum(axis=0) / len(ratios) ** 2
+    return Contrast(ratios - common, common, hosts_common, counting)
+
+
+def large_functions(samples: Floats) -> npt.NDArray[np.bool_]:
+    """Tell which functions are large enough to say what all have in common."""
+    is_large: npt.NDArray[np.bool_] = samples >= max(MIN_SHARE * samples.sum(), _MIN_SAMPLES)
+    return is_large
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Noise:
+    """Variances of a contrast's means, each with the same degrees of freedom.
+
+    `counting` is the part of `variances` that counting samples explains.
+    """
+
+    source: Source
+    positions: int
+    df: float
+    variances: Floats
+    counting: Floats
+    common_variance: float
+
+
+def noise_of_history(past: Sequence[Contrast], independent: int) -> Noise:
+    """Take the same contrast at earlier positions, of which so many do not overlap."""
+    means = np.array([each.mean for each in past])
+    return Noise(
+        source=Source.HISTORY,
+        positions=independent,
+        df=float(independent),
+        variances=(means**2).mean(axis=0),
+        counting=np.mean([each.counting for each in past], axis=0),
+        common_variance=float(np.mean([each.common**2 for each in past])),
+    )
+
+
+def noise_of_hosts(now: Contrast) -> Noise:
+    """Take what differs between hosts."""
+    hosts = len(now.ratios)
+    own = now.ratios - (now.hosts_common - now.common)[:, None]
+    return Noise(
+        source=Source.HOSTS,
+        positions=hosts,
+        df=float(hosts - 1),
+        variances=own.var(axis=0, ddof=1) / hosts,
+        counting=now.counting,
+        common_variance=float(now.hosts_common.var(ddof=1) / hosts),
+    )
+
+
+class Judgement(NamedTuple):
+    """Of each function: the log ratio, its interval, p and q values, and what is made of it."""
+
+    ratios: Floats
+    low: Floats
+    high: Floats
+    p: Floats
+    q: Floats
+    changes: list[Change]
+
+
+def judge(now: Contrast, samples: tuple[Floats, Floats], noise: Noise) -> Judgement:
+    """Tell what has changed. `samples` are each function's before and after, of all hosts."""
+    ratios = now.mean
+    before, after = samples
+    tested = before + after >= _MIN_SAMPLES
+    variances, df = moderate(noise, now.counting, tested)
+    deviations = np.sqrt(variances)
+    p = np.ones_like(ratios)
+    p[tested] = student_p(ratios[tested] / deviations[tested], np.full(tested.sum(), df))
+    q = np.ones_like(ratios)
+    q[tested] = adjust(p[tested])
+    reach = student_quantile(LEVEL, np.array([df]))[0] * deviations
+    changes = [Change.UNCHANGED] * len(ratios)
+    for i in np.flatnonzero(q <= LEVEL).tolist():
+        if not before[i]:
+            changes[i] = Change.NEW
+        elif not after[i]:
+            changes[i] = Change.GONE
+        else:
+            changes[i] = Change.MORE if ratios[i] > 0 else Change.LESS
+    return Judgement(ratios, ratios - reach, ratios + reach, p, q, changes)
+
+
+def moderate(noise: Noise, counting: Floats, tested: npt.NDArray[np.bool_]) -> tuple[Floats, float]:
+    """Draw variances towards what functions of their size have; give them and their df.
+
+    The variance that is expected of a function is that of counting its samples plus one that all
+    functions share. What single ones differ from that is fitted as limma does (Smyth 2004, 6.2).
+    """
+    if not tested.any():
+        return counting + 1.0, noise.df
+    over = noise.variances[tested] - noise.counting[tested]
+    weights = 1 / noise.counting[tested]
+    shared = max(0.0, _weighted_median(over, weights))
+    expected = noise.counting + shared
+    strange = np.maximum(noise.variances / expected, 1e-6)
+    prior_df, prior = fit_variances(strange[tested], noise.df)
+    if math.isinf(prior_df):
+        factors, df = np.full_like(strange, prior), noise.df * tested.sum()
+    else:
+        factors = (prior_df * prior + noise.df * strange) / (prior_df + noise.df)
+        df = min(prior_df + noise.df, noise.df * tested.sum())
+    return np.maximum(factors * (counting + shared), counting), float(df)
+
+
+def fit_variances(variances: Floats, df: float) -> tuple[float, float]:
+    """Fit a scaled F distribution; give the prior's degrees of freedom, or infinity, and scale."""
+    half = np.array([df / 2])
+    logs = np.log(variances) - float(digamma(half)[0]) + math.log(df / 2)
+    spread = float(logs.var(ddof=1)) - float(trigamma(half)[0]) if len(logs) > 1 else 0.0
+    if spread <= 0:
+        return math.inf, math.exp(float(logs.mean()))
+    prior_df = 2 * inverse_trigamma(spread)
+    shift = float(digamma(np.array([prior_df / 2]))[0]) - math.log(prior_df / 2)
+    return prior_df, math.exp(float(logs.mean()) + shift)
+
+
+def adjust(p: Floats) -> Floats:
+    """Give q-values: Benjamini and Hochberg's adjusted p-values."""
+    order = np.argsort(p)[::-1]
+    ranks = np.arange(len(p), 0, -1)
+    q = np.empty_like(p)
+    q[order] = np.minimum.accumulate(np.minimum(p[order] * len(p) / ranks, 1.0))
+    return q
+
+
+def _weighted_median(values: Floats, weights: Floats) -> float:
+    order = np.argsort(values)
+    so_far = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(so_far, so_far[-1] / 2)])
+
+
+# Distributions: scipy has them, and takes more memory than all else of the service together.
+
+
+def student_p(t: Floats, df: Floats) -> Floats:
+    """Give the two-sided p-value of Student's t: the chance of such a |t| or a larger one."""
+    return incomplete_beta(df / 2, np.full_like(df, 0.5), df / (df + t * t))
+
+
+def student_quantile(p: float, df: Floats) -> Floats:
+    """Give the t that is exceeded in absolute value with probability `p`, by bisection."""
+    low, high = np.zeros_like(df), np.full_like(df, 1e6)
+    for _ in range(100):
+        middle = (low + high) / 2
+        is_beyond = student_p(middle, df) > p
+        low, high = np.where(is_beyond, middle, low), np.where(is_beyond, high, middle)
+    return (low + high) / 2
+
+
+def incomplete_beta(a: Floats, b: Floats, x: Floats) -> Floats:
+    """Give I_x(a, b) by its continued fraction (DLMF 8.17.22), on the side where it is fast."""
+    is_far = x > (a + 1) / (a + b + 2)
+    a, b = np.where(is_far, b, a), np.where(is_far, a, b)
+    x = np.clip(np.where(is_far, 1 - x, x), 0.0, 1.0)
+    with np.errstate(divide="ignore"):
+        powers = a * np.log(x) + b * np.log1p(-x)
+    front = np.exp(_log_gamma(a + b) - _log_gamma(a) - _log_gamma(b) + powers) / a
+    near: Floats = front * _beta_fraction(a, b, x)
+    return np.where(is_far, 1 - near, near)
+
+
+def _beta_fraction(a: Floats, b: Floats, x: Floats) -> Floats:
+    """Evaluate it as Lentz does."""
+    tiny = 1e-300
+    c = np.ones_like(x)
+    d = 1 / _away_from_zero(1 - (a + b) * x / (a + 1), tiny)
+    total = d
+    for m in range(1, 300):
+        for top in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            d = 1 / _away_from_zero(1 + top * d, tiny)
+            c = _away_from_zero(1 + top / c, tiny)
+            total = total * c * d
+        if np.all(np.abs(c * d - 1) < 1e-15):
+            break
+    return total
+
+
+def _away_from_zero(values: Floats, tiny: float) -> Floats:
+    return np.where(np.abs(values) < tiny, tiny, values)
+
+
+_log_gamma = np.vectorize(math.lgamma, otypes=[float])
+
+
+def digamma(x: Floats) -> Floats:
+    """Give the derivative of log gamma, x > 0: by recurrence to x >= 8, then DLMF 5.11.2."""
+    total = np.zeros_like(x)
+    x = x.copy()
+    while np.any(small := x < 8):
+        total[small] -= 1 / x[small]
+        x[small] += 1
+    y = 1 / (x * x)
+    return total + np.log(x) - 0.5 / x - y * (1 / 12 - y * (1 / 120 - y * (1 / 252 - y / 240)))
+
+
+def trigamma(x: Floats) -> Floats:
+    """Give the second derivative of log gamma, x > 0, likewise (DLMF 5.15.8)."""
+    total = np.zeros_like(x)
+    x = x.copy()
+    while np.any(small := x < 8):
+        total[small] += 1 / (x[small] * x[small])
+        x[small] += 1
+    y = 1 / (x * x)
+    return total + 1 / x + y / 2 + y / x * (1 / 6 - y * (1 / 30 - y * (1 / 42 - y / 30)))
+
+
+def inverse_trigamma(y: float) -> float:
+    """Give the x whose trigamma is y > 0, by Newton's method (Smyth 2004, appendix)."""
+    if y > 1e7:
+        return 1 / math.sqrt(y)
+    if y < 1e-6:
+        return 1 / y
+    x = 0.5 + 1 / y
+    for _ in range(50):
+        at = np.array([x])
+        value = float(trigamma(at)[0])
+        slope = (float(trigamma(at + 1e-5)[0]) - float(trigamma(at - 1e-5)[0])) / 2e-5
+        step = value * (1 - value / y) / slope
+        x += step
+        if -step / x < 1e-9:
+            break
+    return x
