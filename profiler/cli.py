@@ -67,7 +67,13 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _split_command(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Cut `-- COMMAND …` off `record`; argparse would look for options in it."""
+    """Cut `-- COMMAND …` off `record`; argparse would look for options in it.
+
+    The dashes of `diff BEFORE… -- AFTER…` part two lists, and options may follow.
+    """
+    if arguments[:1] == ["diff"] and "--" in arguments:
+        at = arguments.index("--")
+        return [*arguments[:at], "--after", *arguments[at + 1 :]], ()
     if arguments[:1] == ["record"] and "--" in arguments:
         at = arguments.index("--")
         if at + 1 == len(arguments):
@@ -128,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ls(commands)
     _add_import(commands)
     _add_verify(commands)
+    _add_diff(commands)
     _add_up(commands)
     _add_agent(commands)
     _add_serve(commands)
@@ -503,6 +510,58 @@ def _run_ls(options: argparse.Namespace) -> int:
     from profiler import ls  # noqa: PLC0415
 
     return ls.run(_selection(options), as_json=options.json)
+
+
+def _add_diff(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "diff",
+        "tell what costs more than before, and how certain that is",
+        "examples:\n"
+        "  everflame diff '{service=\"api\"}@now-3h..now-2h' -- '{service=\"api\"}@now-1h..now'\n"
+        "  everflame diff old-*.pb.gz -- new-*.pb.gz --markdown\n\n"
+        "A window of a store is judged by what its service did in the day before it, files by\n"
+        "what differs between those of one side, of which there must be three or more.\n"
+        "Exit codes: 0 fine, 1 regression, 2 nothing to compare, 3 inconclusive (with --strict).",
+    )
+    parser.usage = "everflame diff [OPTIONS] BEFORE... -- AFTER..."
+    parser.add_argument(
+        "before", metavar="BEFORE", nargs="+", help="a file, or a window: {selector}@FROM..UNTIL"
+    )
+    parser.add_argument("--after", nargs="+", default=[], help=argparse.SUPPRESS)
+    _add_json(parser)
+    parser.add_argument("--markdown", action="store_true", help="as Markdown, for a merge request")
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with 3 where there is too little data"
+    )
+    parser.add_argument(
+        "--fail-over",
+        metavar="GATE",
+        default="relative>=10%,share>=0.5pp",
+        help="which functions that cost more fail: those that grew by so much and by so many"
+        " points of the total (default %(default)s)",
+    )
+    _add_store(parser)
+    parser.set_defaults(run=_run_diff)
+
+
+def _run_diff(options: argparse.Namespace) -> int:
+    from profiler import diff  # noqa: PLC0415
+
+    before, after = options.before, options.after
+    if not after and len(before) == 2:
+        before, after = before[:1], before[1:]
+    if not after:
+        raise ValueError("diff: name both sides: everflame diff BEFORE... -- AFTER...")
+    settings = diff.Options(
+        store=options.store,
+        endpoint=options.s3_endpoint,
+        gate=diff.Gate.parse(options.fail_over),
+        strict=options.strict,
+        as_json=options.json,
+        as_markdown=options.markdown,
+    )
+    return diff.run(before, after, settings, time.time_ns())
 
 
 def label_pair(text: str) -> tuple[str, str]:

@@ -162,6 +162,58 @@ def noise_of_hosts(now: Contrast) -> Noise:
     )
 
 
+def contrast_of_replicates(before: Costs, after: Costs) -> tuple[Contrast, Noise]:
+    """Compare two sets of runs, each row one of them, by what differs between runs of one side."""
+    sides = [before, after]
+    both = before.samples.sum(axis=0) + after.samples.sum(axis=0)
+    large = large_functions(both)
+    rates = [np.log((each.samples + _GUARD) / each.present_s[:, None]) for each in sides]
+    has_common = large.sum() >= MIN_COMMON
+    means = [each.mean(axis=0) for each in rates]
+    common = float(np.median((means[1] - means[0])[large])) if has_common else 0.0
+    squares, runs_common, weight = np.zeros(len(both)), 0.0, 0.0
+    for each, mean in zip(rates, means, strict=True):
+        strays = each - mean
+        own = np.median(strays[:, large], axis=1) if has_common else np.zeros(len(each))
+        squares += ((strays - own[:, None]) ** 2).sum(axis=0)
+        runs_common += float((own**2).sum())
+        weight += 1 / len(each)
+    df = sum(len(each) - 1 for each in rates)
+    spans = [each.present_s for each in sides]
+    total = float(sum(span.sum() for span in spans))
+    counting = sum(
+        (1 / (np.outer(span, both) / total + _GUARD)).sum(axis=0) / len(span) ** 2 for span in spans
+    )
+    ratios = (means[1] - means[0] - common)[None]
+    noise = Noise(
+        source=Source.REPLICATES,
+        positions=sum(len(each) for each in rates),
+        df=float(df),
+        variances=squares / df * weight,
+        counting=np.asarray(counting),
+        common_variance=runs_common / df * weight,
+    )
+    return Contrast(ratios, common, np.array([common]), np.asarray(counting)), noise
+
+
+class CommonJudgement(NamedTuple):
+    low: float
+    high: float
+    change: Change
+
+
+def judge_common(now: Contrast, noise: Noise | None) -> CommonJudgement:
+    """Tell whether all functions together have changed, and give the interval of the log ratio."""
+    if noise is None:
+        return CommonJudgement(-math.inf, math.inf, Change.TOO_LITTLE)
+    reach = float(student_quantile(LEVEL, np.array([noise.df]))[0]) * math.sqrt(
+        noise.common_variance
+    )
+    low, high = now.common - reach, now.common + reach
+    change = Change.MORE if low > 0 else Change.LESS if high < 0 else Change.UNCHANGED
+    return CommonJudgement(low, high, change)
+
+
 class Judgement(NamedTuple):
     """Of each function: the log ratio, its interval, p and q values, and what is made of it."""
 

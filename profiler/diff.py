@@ -1,0 +1,328 @@
+"""`everflame diff`: what costs more than before, for people, programs and pipelines.
+
+Each side is some files, which are replicates where they are several, or a window of a store,
+`{selector}@FROM..UNTIL`. A gate says which changes fail a pipeline; only what costs more can.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from profiler import export
+from profiler.comparison import (
+    Comparison,
+    ComparisonError,
+    Function,
+    Operand,
+    Side,
+    changed,
+    of_profiles,
+    of_store,
+)
+from profiler.text import cells, counted, fit, pad
+from profiler.times import NS_PER_S, parse_window, rfc3339
+from profiler.verdict import Change, Source
+from storage.cache import default_folder
+from storage.objects import open_store
+from storage.query import Query
+from storage.selector import Selector
+
+REGRESSION, INCONCLUSIVE = 1, 3
+"""Exit codes; the second only with `--strict`."""
+DEFAULT_GATE = "relative>=10%,share>=0.5pp"
+_WORSE = (Change.MORE, Change.NEW)
+_SHOWN = 20
+_NAME_WIDTH = 60
+_CONDITION = re.compile(r"(relative|share)>=(\d+(?:\.\d+)?)(%|pp)")
+_NOISE = {
+    Source.HISTORY: "{} earlier positions of the same length, on the same hosts",
+    Source.HOSTS: "what differs between {} hosts",
+    Source.REPLICATES: "what differs between {} runs",
+    Source.NONE: "unknown",
+}
+
+
+class Gate(NamedTuple):
+    """What a function that costs more must reach to fail: growth, and points of the total."""
+
+    relative: float
+    share: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Gate":
+        """Read `relative>=10%,share>=0.5pp`, or one of the two.
+
+        Raises:
+            ValueError: it says something else.
+        """
+        least = {"relative": 0.0, "share": 0.0}
+        for part in text.replace(" ", "").split(","):
+            found = _CONDITION.fullmatch(part)
+            if not found or (found[1] == "relative") != (found[3] == "%"):
+                raise ValueError(f"{text!r} is no gate (try {DEFAULT_GATE!r})")
+            least[found[1]] = float(found[2]) / 100
+        return cls(**least)
+
+    def fails(self, function: Function) -> bool:
+        is_worse = function.change in _WORSE
+        grown = function.change == Change.NEW or function.relative[0] >= self.relative
+        return is_worse and grown and function.share[0] >= self.share
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    store: str
+    endpoint: str
+    gate: Gate
+    strict: bool = False
+    as_json: bool = False
+    as_markdown: bool = False
+
+
+class Verdict(NamedTuple):
+    word: str
+    exit_code: int
+
+
+def run(before: Sequence[str], after: Sequence[str], options: Options, now_ns: int) -> int:
+    """Compare, print, and give the exit code.
+
+    Raises:
+        ComparisonError: there is nothing to compare.
+        ValueError: an operand, a time or a selector cannot be read.
+    """
+    found = compare(before, after, options, now_ns)
+    verdict = verdict_of(found, options)
+    if options.as_json:
+        sys.stdout.buffer.write(as_json(found, verdict, options.gate) + b"\n")
+    elif options.as_markdown:
+        print(as_markdown(found, verdict, options.gate))
+    else:
+        print(as_text(found, verdict, options.gate))
+    return verdict.exit_code
+
+
+def compare(
+    before: Sequence[str], after: Sequence[str], options: Options, now_ns: int
+) -> Comparison:
+    sides = [before, after]
+    in_store = [[_is_selection(each) for each in side] for side in sides]
+    if all(map(all, in_store)):
+        if len(before) > 1 or len(after) > 1:
+            raise ComparisonError("give one window a side: hosts are its replicates")
+        operands = [_operand(side[0], now_ns) for side in sides]
+        query = Query(open_store(options.store, options.endpoint or None), default_folder())
+        return of_store(query, operands[0], operands[1])
+    if any(map(any, in_store)):
+        raise ComparisonError("give files on both sides, or a window of the store on both")
+    return of_profiles(list(map(export.read, before)), list(map(export.read, after)))
+
+
+def verdict_of(found: Comparison, options: Options) -> Verdict:
+    if found.source == Source.NONE:
+        return Verdict("inconclusive", INCONCLUSIVE if options.strict else 0)
+    changes = {function.change for function in found.functions}
+    if any(map(options.gate.fails, found.functions)):
+        return Verdict("regression", REGRESSION)
+    if changes & {Change.LESS, Change.GONE} and not changes & set(_WORSE):
+        return Verdict("improvement", 0)
+    return Verdict("unchanged", 0)
+
+
+def _is_selection(operand: str) -> bool:
+    return operand.startswith("{") and not Path(operand).exists()
+
+
+def _operand(text: str, now_ns: int) -> Operand:
+    selector, has_window, times = text.rpartition("@")
+    start, is_range, end = times.partition("..")
+    if not has_window or not is_range:
+        raise ComparisonError(
+            f"{text!r} names no window (try '{{service=\"api\"}}@now-2h..now-1h')"
+        )
+    return Operand(Selector.parse(selector), parse_window(start, end or "now", now_ns))
+
+
+# What is printed.
+
+
+def as_json(found: Comparison, verdict: Verdict, gate: Gate) -> bytes:
+    """Give it as interfaces for programs say: times are Unix ms, shares parts of 1."""
+    return orjson.dumps(
+        {
+            "schema": 1,
+            "verdict": verdict.word,
+            "exit_code": verdict.exit_code,
+            "before": _side_record(found.before),
+            "after": _side_record(found.after),
+            "noise": {"source": found.source, "positions": found.positions, "df": found.df},
+            "common_change": {
+                "relative": found.common.relative,
+                "low": _finite(found.common.low),
+                "high": _finite(found.common.high),
+                "verdict": found.common.change,
+            },
+            "functions": [_function_record(function, gate) for function in found.functions],
+            "warnings": found.warnings,
+        }
+    )
+
+
+def _side_record(side: Side) -> dict[str, Any]:
+    return {
+        "query": side.query,
+        "window": {
+            "from_ms": side.window.start_ns // 1_000_000,
+            "until_ms": side.window.end_ns // 1_000_000,
+        },
+        "versions": side.versions,
+        "hosts": side.hosts,
+        "samples": round(float(side.samples.sum())),
+        "cores": side.cores,
+    }
+
+
+def _function_record(function: Function, gate: Gate) -> dict[str, Any]:
+    frame = function.frame
+    return {
+        "function": frame.function,
+        "module": frame.module,
+        "kind": frame.kind,
+        "self": dict(zip(("before", "after"), function.self, strict=True)),
+        "total": dict(zip(("before", "after"), function.total, strict=True)),
+        "cores": [_finite(each) for each in function.cores],
+        "share": [_finite(each) for each in function.share],
+        "relative": [_finite(each) for each in function.relative],
+        "p": function.p,
+        "q": function.q,
+        "verdict": function.change,
+        "because": function.because,
+        "fails": gate.fails(function),
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no infinity: an interval without an end has none."""
+    return value if abs(value) < 1e300 else None
+
+
+def as_text(found: Comparison, verdict: Verdict, gate: Gate) -> str:
+    lines = [_headline(found, verdict, gate), ""]
+    for name, side in (("before", found.before), ("after", found.after)):
+        lines.append(f"{name:7} {_side_text(side)}")
+    lines.append(f"noise   {_NOISE[found.source].format(found.positions)}")
+    lines.append(f"common  {_common_text(found)}")
+    lines += [f"warning: {warning}" for warning in found.warnings]
+    shown = changed(found.functions)[:_SHOWN] or list(found.functions[:5])
+    if shown:
+        lines += ["", *_table(found, shown, gate)]
+    return "\n".join(lines)
+
+
+def as_markdown(found: Comparison, verdict: Verdict, gate: Gate) -> str:
+    lines = [f"**{_headline(found, verdict, gate)}**", ""]
+    shown = changed(found.functions)[:_SHOWN]
+    if shown:
+        lines += ["| change | growth | of the total | function |", "|---|---|---|---|"]
+        for function in shown:
+            before, after = _shares(found, function)
+            mark = " (fails)" if gate.fails(function) else ""
+            lines.append(
+                f"| {function.change}{mark} | {_growth(function)}"
+                f" | {before:.2%} → {after:.2%} | {_markdown(_name(function))} |"
+            )
+        lines.append("")
+    for name, side in (("Before", found.before), ("After", found.after)):
+        lines.append(f"- {name}: {_markdown(_side_text(side))}")
+    lines.append(f"- Noise: {_NOISE[found.source].format(found.positions)}")
+    lines.append(f"- Common change: {_common_text(found)}")
+    lines += [f"- Warning: {_markdown(warning)}" for warning in found.warnings]
+    return "\n".join(lines)
+
+
+def _headline(found: Comparison, verdict: Verdict, gate: Gate) -> str:
+    failing = sum(map(gate.fails, found.functions))
+    words = {
+        "regression": f"regression: {_cost(failing)} more than the gate allows",
+        "improvement": f"improvement: {_cost(len(changed(found.functions)))} less",
+        "unchanged": "unchanged: nothing costs more than the gate allows",
+        "inconclusive": "inconclusive: too little data for a verdict",
+    }
+    return words[verdict.word]
+
+
+def _cost(number: int) -> str:
+    return f"{counted(number, 'function')} {'costs' if number == 1 else 'cost'}"
+
+
+def _side_text(side: Side) -> str:
+    window = side.window
+    parts = [side.query] if side.query else []
+    if window.start_ns:
+        start, end = (rfc3339(at_ns - at_ns % NS_PER_S) for at_ns in window)
+        parts.append(f"{start} until {end}")
+    rows = "run" if side.hosts and side.hosts[0] == "file 1" else "host"
+    parts.append(counted(len(side.hosts), rows))
+    if side.versions:
+        parts.append(f"version {', '.join(side.versions[:4])}")
+    parts.append(f"{counted(round(float(side.samples.sum())), 'sample')}, {side.cores:.3f} cores")
+    return "; ".join(parts)
+
+
+def _common_text(found: Comparison) -> str:
+    common = found.common
+    if found.source == Source.NONE:
+        return f"{common.relative:+.1%}"
+    return f"{common.relative:+.1%} ({common.low:+.1%} to {common.high:+.1%}): {common.change}"
+
+
+def _shares(found: Comparison, function: Function) -> tuple[float, float]:
+    return (
+        function.self[0] / max(1.0, found.before.total),
+        function.self[1] / max(1.0, found.after.total),
+    )
+
+
+def _growth(function: Function) -> str:
+    estimate, low, high = function.relative
+    if function.change in (Change.NEW, Change.GONE):
+        return str(function.change)
+    if _finite(low) is None or _finite(high) is None:
+        return f"{estimate:+.0%}"
+    return f"{estimate:+.0%} ({low:+.0%} to {high:+.0%})"
+
+
+def _name(function: Function) -> str:
+    module = function.frame.module
+    return f"{function.frame.function} ({module})" if module else function.frame.function
+
+
+def _table(found: Comparison, shown: Sequence[Function], gate: Gate) -> list[str]:
+    rows = [("change", "growth", "of the total", "function")]
+    for function in shown:
+        before, after = _shares(found, function)
+        mark = "! " if gate.fails(function) else "  "
+        rows.append(
+            (
+                f"{mark}{function.change}",
+                _growth(function),
+                f"{before:.2%} → {after:.2%}",
+                fit(_name(function), _NAME_WIDTH),
+            )
+        )
+    widths = [max(cells(row[i]) for row in rows) for i in range(3)]
+    lines = []
+    for row in rows:
+        padded = [pad(text, width) for text, width in zip(row[:3], widths, strict=True)]
+        lines.append("  ".join([*padded, row[3]]).rstrip())
+    return lines
+
+
+def _markdown(text: str) -> str:
+    """Names come from outside: nothing in them may be markup."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", text)

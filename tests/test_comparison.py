@@ -1,0 +1,247 @@
+"""Comparisons: two windows of a store and two sets of files, from real objects to an exit code."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import orjson
+import profiles as some
+import pytest
+from stores import at, directory, minutes
+
+from profiler import comparison
+from profiler.comparison import ComparisonError, Operand
+from profiler.diff import Gate
+from profiler.verdict import Change, Source
+from storage import pprof
+from storage.query import Query
+from storage.selector import Selector
+
+EVERFLAME = Path(sys.executable).with_name("everflame")
+API = Selector.parse('{service="api"}')
+LENGTH = 4
+FUNCTIONS = 24
+RATES = 3000 / np.arange(1, FUNCTIONS + 1)
+
+
+def minute(rng, number: int, host: int, version: str, factors: dict[int, float]):
+    """A minute of a service whose functions stray by 5 % and are sampled."""
+    rates = RATES * np.exp(rng.normal(0, 0.05, FUNCTIONS))
+    for function, factor in factors.items():
+        rates[function] *= factor
+    labels = {"service": "api", "version": version, "comm": "api"}
+    stacks = [
+        (labels, [some.named("main"), some.named(f"function_{i}")], int(samples))
+        for i, samples in enumerate(rng.poisson(rates))
+    ]
+    stacks.append(({"service": "jobs", "comm": "jobs"}, [some.named("job")], 500))
+    profile = some.build([stack for stack in stacks if stack[2]])
+    present = {some.make_labels({"service": "api", "version": version}): 60_000_000_000}
+    accounting = dataclasses.replace(profile.accounting, services=present)
+    profile = dataclasses.replace(profile, accounting=accounting)
+    return at(profile, number, f"web-{host}", f"{host:016x}")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Two hosts for 80 minutes; in the last ones function_3 takes half as long again."""
+    rng = np.random.default_rng(5)
+    found = []
+    for number in range(80):
+        is_new = number >= 80 - LENGTH
+        for host in range(2):
+            factors = {3: 1.5} if is_new else {}
+            found.append(minute(rng, number, host, "2" if is_new else "1", factors))
+    return directory(tmp_path_factory.mktemp("store"), *found)
+
+
+@pytest.fixture
+def query(store, tmp_path):
+    return Query(store, tmp_path / "cache")
+
+
+def last(length: int, before: int) -> Operand:
+    """Give a window of so many minutes that ends so many minutes before the end."""
+    return Operand(API, minutes(80 - before - length, 80 - before))
+
+
+def changes(found: comparison.Comparison) -> dict[str, Change]:
+    return {each.frame.function: each.change for each in comparison.changed(found.functions)}
+
+
+def test_what_a_new_version_made_slower_is_named_and_nothing_else(query):
+    found = comparison.of_store(query, last(LENGTH, LENGTH), last(LENGTH, 0))
+
+    assert found.source == Source.HISTORY
+    assert found.positions >= 6
+    assert changes(found) == {"function_3": Change.MORE}
+    slower = found.functions[0]
+    assert slower.relative[1] < 0.5 < slower.relative[2]
+    assert (found.before.versions, found.after.versions) == (("1",), ("2",))
+    assert found.common.change == Change.UNCHANGED
+
+
+def test_the_other_way_round_it_became_faster(query):
+    found = comparison.of_store(query, last(LENGTH, 0), last(LENGTH, LENGTH))
+
+    assert changes(found) == {"function_3": Change.LESS}
+
+
+def test_a_service_that_stayed_as_it_was_is_unchanged(query):
+    found = comparison.of_store(query, last(LENGTH, 3 * LENGTH), last(LENGTH, 2 * LENGTH))
+
+    assert found.source == Source.HISTORY
+    assert not changes(found)
+
+
+def test_without_a_past_there_is_no_verdict(query):
+    found = comparison.of_store(query, Operand(API, minutes(0, 4)), Operand(API, minutes(4, 8)))
+
+    assert (found.source, changes(found)) == (Source.NONE, {})
+    assert {each.change for each in found.functions} == {Change.TOO_LITTLE}
+    assert "too little data" in found.warnings[-1]
+
+
+def test_an_empty_side_is_named(query):
+    with pytest.raises(ComparisonError, match=r"the after side .* has no samples"):
+        comparison.of_store(query, last(4, 4), Operand(API, minutes(500, 504)))
+
+
+def test_a_host_on_one_side_only_is_said(store, tmp_path):
+    lonely = minute(np.random.default_rng(6), 79, 7, "2", {})
+    alone = directory(tmp_path / "alone", lonely)
+    for key in store.list(""):
+        alone.put(key.key, store.get(key.key))
+    found = comparison.of_store(
+        Query(alone, tmp_path / "cache"), last(LENGTH, LENGTH), last(LENGTH, 0)
+    )
+
+    assert found.after.hosts == ("web-0", "web-1")
+    assert "only on the after side: web-7" in " ".join(found.warnings)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Runs of an old and a new version; function_3 is slower, function_5 faster in the new one."""
+    rng = np.random.default_rng(7)
+    folder = tmp_path_factory.mktemp("files")
+    for side, factors in (("old", {}), ("new", {3: 1.6, 5: 0.5}), ("same", {})):
+        for i in range(4):
+            profile = minute(rng, i, 0, "1", factors)
+            (folder / f"{side}-{i}.pb.gz").write_bytes(pprof.encode(profile))
+    return folder
+
+
+def everflame(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [EVERFLAME, "diff", *arguments],
+        check=False,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def side(name: str, runs: int = 4) -> list[str]:
+    return [f"{name}-{i}.pb.gz" for i in range(runs)]
+
+
+def test_a_pipeline_fails_for_what_became_slower_and_for_nothing_else(files):
+    worse = everflame(files, *side("old"), "--", *side("new"), "--json")
+    better = everflame(files, *side("new"), "--", *side("old"))
+    same = everflame(files, *side("old"), "--", *side("same"), "--strict")
+
+    found = orjson.loads(worse.stdout)
+    assert (worse.returncode, found["verdict"], found["exit_code"]) == (1, "regression", 1)
+    assert found["noise"] == {"source": "replicates", "positions": 8, "df": 6}
+    changed = {f["function"]: f for f in found["functions"] if f["verdict"] in ("more", "less")}
+    assert {name: (f["verdict"], f["fails"]) for name, f in changed.items()} == {
+        "function_3": ("more", True),
+        "function_5": ("less", False),
+    }
+    assert better.returncode == 1  # function_5 is slower this way round
+    assert "! more" in better.stdout
+    assert (same.returncode, same.stdout.splitlines()[0][:9]) == (0, "unchanged")
+
+
+def test_a_wider_gate_lets_it_through(files):
+    found = everflame(files, *side("old"), "--", *side("new"), "--fail-over", "relative>=200%")
+
+    assert found.returncode == 0
+    assert "more" in found.stdout
+
+
+def test_too_few_files_are_inconclusive(files):
+    pair = ["old-0.pb.gz", "new-0.pb.gz"]
+    lenient, strict = everflame(files, *pair), everflame(files, *pair, "--strict")
+
+    assert (lenient.returncode, strict.returncode) == (0, 3)
+    assert lenient.stdout.startswith("inconclusive: too little data")
+    assert "3 or more a side" in lenient.stdout
+
+
+def test_markdown_shows_names_as_they_are(files, tmp_path):
+    rng = np.random.default_rng(8)
+    for number in range(6):
+        profile = minute(rng, number, 0, "1", {})
+        stacks = [({"comm": "api"}, [some.named("<b>|*x*")], 5000 if number > 2 else 900)]
+        merged = some.build([*stacks, *([({"comm": "api"}, [some.named("rest")], 9000)])])
+        (tmp_path / f"{number}.pb.gz").write_bytes(pprof.encode(merged))
+        assert profile.total_samples
+    names = [str(tmp_path / f"{number}.pb.gz") for number in range(6)]
+    found = everflame(files, *names[:3], "--", *names[3:], "--markdown")
+
+    assert "\\<b\\>\\|\\*x\\*" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["old-0.pb.gz"], "name both sides"),
+        (["old-0.pb.gz", "--", "missing.pb.gz"], "missing.pb.gz"),
+        (["old-0.pb.gz", "--", "{}@now-1h..now"], "files on both sides"),
+        (["{}", "--", "{}@now-1h..now"], "names no window"),
+        (["{}@now..now-1h", "--", "{}@now-1h..now"], "must end after it starts"),
+        (["old-0.pb.gz", "new-0.pb.gz", "--fail-over", "much"], "is no gate"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line_that_says_why(files, arguments, complaint):
+    found = everflame(files, *arguments)
+
+    assert found.returncode == 2
+    assert len(found.stderr.splitlines()) == 1
+    assert complaint in found.stderr
+
+
+def test_a_window_of_the_store_is_compared_by_its_words(store, tmp_path):
+    def words(operand: Operand) -> str:
+        start, end = (at_ns // 10**9 for at_ns in operand.window)
+        return f"{operand.selector}@{start}..{end}"
+
+    found = subprocess.run(
+        [
+            *(EVERFLAME, "diff", f"--store={store.root}"),
+            *(words(last(LENGTH, LENGTH)), "--", words(last(LENGTH, 0))),
+        ],
+        check=False,
+        env={"EVERFLAME_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert found.returncode == 1, found.stderr
+    assert found.stdout.startswith("regression: 1 function costs more than the gate allows")
+    assert "earlier positions of the same length" in found.stdout
+    assert "function_3" in found.stdout
+
+
+def test_gates_are_read():
+    assert Gate.parse("relative>=10%,share>=0.5pp") == Gate(0.1, 0.005)
+    assert Gate.parse(" share >= 2pp ") == Gate(0.0, 0.02)
+    for text in ("", "relative>=10pp", "share>=1%", "relative>10%", "cores>=1"):
+        with pytest.raises(ValueError, match="is no gate"):
+            Gate.parse(text)
