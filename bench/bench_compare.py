@@ -135,10 +135,8 @@ def measure_power(rng: np.random.Generator, pairs: int) -> int:
         found = others = 0
         for _ in range(pairs):
             changes = judged(*simulate(rng, hosts, functions, 0.10, (which, factor)))
-            found += changes[which] == Change.MORE
-            others += any(
-                each != Change.UNCHANGED for each in changes[:which] + changes[which + 1 :]
-            )
+            found += changes.pop(which) == Change.MORE
+            others += set(changes) != {Change.UNCHANGED}
         word = "ok" if found >= 0.9 * pairs else "MISSED"
         missed += word == "MISSED"
         print(
