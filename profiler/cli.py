@@ -532,6 +532,11 @@ def _add_diff(commands: _Commands) -> None:
     _add_json(parser)
     parser.add_argument("--markdown", action="store_true", help="as Markdown, for a merge request")
     parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="tell how often the same rule is wrong about the service's unchanged past",
+    )
+    parser.add_argument(
         "--strict", action="store_true", help="exit with 3 where there is too little data"
     )
     parser.add_argument(
@@ -560,6 +565,7 @@ def _run_diff(options: argparse.Namespace) -> int:
         strict=options.strict,
         as_json=options.json,
         as_markdown=options.markdown,
+        calibrate=options.calibrate,
     )
     return diff.run(before, after, settings, time.time_ns())
 

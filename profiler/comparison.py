@@ -143,6 +143,42 @@ def of_store(query: Query, before: Operand, after: Operand) -> Comparison:
     return _judged(sides[0], sides[1], now, noise, warnings)
 
 
+class Calibration(NamedTuple):
+    """Of how many unchanged pairs of windows any function was called changed, and their rate."""
+
+    pairs: int
+    alarms: int
+    low: float
+    high: float
+    """The ends of the rate's 95 % interval."""
+
+
+def calibrate(query: Query, before: Operand, after: Operand) -> Calibration:
+    """Judge each earlier position of two windows by the others, by the same rule as ever.
+
+    Raises:
+        ComparisonError: there are too few of them.
+    """
+    table = _Functions()
+    ends = [_read(query, operand, table) for operand in (before, after)]
+    hosts = sorted(set(ends[0].hosts) & set(ends[1].hosts))
+    found = list(_past(query, before, after, hosts, table))
+    if len(found) <= verdict.MIN_POSITIONS:
+        raise ComparisonError(
+            f"nothing to calibrate with: {len(found)} earlier positions of the same length, on the"
+            f" same hosts and of one version, and it takes {verdict.MIN_POSITIONS + 1}"
+        )
+    past = [[_align(side, hosts, table) for side in pair] for pair in found]
+    contrasts = [verdict.contrast(*map(_costs, pair)) for pair in past]
+    alarms = 0
+    for i, (now, pair) in enumerate(zip(contrasts, past, strict=True)):
+        others = [*contrasts[:i], *contrasts[i + 1 :]]
+        noise = verdict.noise_of_history(others, len(others))
+        samples = pair[0].samples.sum(axis=0), pair[1].samples.sum(axis=0)
+        alarms += set(verdict.judge(now, samples, noise).changes) != {Change.UNCHANGED}
+    return Calibration(len(past), alarms, *verdict.rate_interval(alarms, len(past)))
+
+
 def of_profiles(before: Sequence[Profile], after: Sequence[Profile], name: str = "") -> Comparison:
     """Compare files. Several a side are replicates: what differs between them is the noise.
 

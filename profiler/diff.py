@@ -20,6 +20,7 @@ from profiler.comparison import (
     Function,
     Operand,
     Side,
+    calibrate,
     changed,
     of_profiles,
     of_store,
@@ -82,6 +83,7 @@ class Options:
     strict: bool = False
     as_json: bool = False
     as_markdown: bool = False
+    calibrate: bool = False
 
 
 class Verdict(NamedTuple):
@@ -96,6 +98,8 @@ def run(before: Sequence[str], after: Sequence[str], options: Options, now_ns: i
         ComparisonError: there is nothing to compare.
         ValueError: an operand, a time or a selector cannot be read.
     """
+    if options.calibrate:
+        return _calibrate(before, after, options, now_ns)
     found = compare(before, after, options, now_ns)
     verdict = verdict_of(found, options)
     if options.as_json:
@@ -113,14 +117,33 @@ def compare(
     sides = [before, after]
     in_store = [[_is_selection(each) for each in side] for side in sides]
     if all(map(all, in_store)):
-        if len(before) > 1 or len(after) > 1:
-            raise ComparisonError("give one window a side: hosts are its replicates")
-        operands = [_operand(side[0], now_ns) for side in sides]
-        query = Query(open_store(options.store, options.endpoint or None), default_folder())
-        return of_store(query, operands[0], operands[1])
+        return of_store(*_in_store(before, after, options, now_ns))
     if any(map(any, in_store)):
         raise ComparisonError("give files on both sides, or a window of the store on both")
     return of_profiles(list(map(export.read, before)), list(map(export.read, after)))
+
+
+def _in_store(
+    before: Sequence[str], after: Sequence[str], options: Options, now_ns: int
+) -> tuple[Query, Operand, Operand]:
+    if len(before) > 1 or len(after) > 1:
+        raise ComparisonError("give one window a side: hosts are its replicates")
+    query = Query(open_store(options.store, options.endpoint or None), default_folder())
+    return query, _operand(before[0], now_ns), _operand(after[0], now_ns)
+
+
+def _calibrate(before: Sequence[str], after: Sequence[str], options: Options, now_ns: int) -> int:
+    """Say how often the same rule is wrong about the service's unchanged past."""
+    found = calibrate(*_in_store(before, after, options, now_ns))
+    if options.as_json:
+        sys.stdout.buffer.write(orjson.dumps({"schema": 1, **found._asdict()}) + b"\n")
+    else:
+        print(
+            f"{found.alarms} of {counted(found.pairs, 'unchanged pair')} of windows would have"
+            f" alarmed: {found.alarms / found.pairs:.1%}"
+            f" (95 % interval {found.low:.1%} to {found.high:.1%})"
+        )
+    return 0
 
 
 def verdict_of(found: Comparison, options: Options) -> Verdict:

@@ -305,6 +305,22 @@ def student_p(t: Floats, df: Floats) -> Floats:
     return incomplete_beta(df / 2, np.full_like(df, 0.5), df / (df + t * t))
 
 
+def rate_interval(hits: int, tries: int) -> tuple[float, float]:
+    """Give the 95 % interval of a rate (Clopper and Pearson 1934), by bisection."""
+
+    def beta_quantile(p: float, a: float, b: float) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            reached = float(incomplete_beta(*map(np.array, ([a], [b], [middle])))[0])
+            low, high = (middle, high) if reached < p else (low, middle)
+        return (low + high) / 2
+
+    low = beta_quantile(LEVEL / 2, hits, tries - hits + 1) if hits else 0.0
+    high = beta_quantile(1 - LEVEL / 2, hits + 1, tries - hits) if hits < tries else 1.0
+    return low, high
+
+
 def student_quantile(p: float, df: Floats) -> Floats:
     """Give the t that is exceeded in absolute value with probability `p`, by bisection."""
     low, high = np.zeros_like(df), np.full_like(df, 1e6)

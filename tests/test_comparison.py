@@ -96,6 +96,16 @@ def test_a_service_that_stayed_as_it_was_is_unchanged(query):
     assert not changes(found)
 
 
+def test_the_rule_is_tried_on_the_unchanged_past(query):
+    found = comparison.calibrate(query, last(2, 6), last(2, 4))
+
+    assert found.pairs >= 12
+    assert found.alarms <= 3
+    assert found.low <= found.alarms / found.pairs <= found.high
+    with pytest.raises(ComparisonError, match="nothing to calibrate with: 1 earlier position"):
+        comparison.calibrate(query, Operand(API, minutes(4, 6)), Operand(API, minutes(6, 8)))
+
+
 def test_without_a_past_there_is_no_verdict(query):
     found = comparison.of_store(query, Operand(API, minutes(0, 4)), Operand(API, minutes(4, 8)))
 

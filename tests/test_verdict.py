@@ -30,6 +30,13 @@ def test_quantiles_are_those_of_scipy(p):
     np.testing.assert_allclose(verdict.student_quantile(p, df), stats.t.isf(p / 2, df), rtol=1e-9)
 
 
+@pytest.mark.parametrize(("hits", "tries"), [(0, 20), (1, 20), (7, 9), (9, 9), (50, 1000)])
+def test_intervals_of_rates_are_those_of_scipy(hits, tries):
+    expected = stats.binomtest(hits, tries).proportion_ci(0.95, method="exact")
+
+    assert verdict.rate_interval(hits, tries) == pytest.approx(tuple(expected), abs=1e-9)
+
+
 def test_derivatives_of_log_gamma_are_those_of_scipy():
     x = np.concatenate([RNG.uniform(0.01, 60, 400), [1e4]])
 
