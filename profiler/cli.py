@@ -98,6 +98,12 @@ def frequency_hz(text: str) -> int:
     return int(text)
 
 
+def run_count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of runs (1 to 1000)")
+    return int(text)
+
+
 def interval_s(text: str) -> int:
     """Parse the length of a window, whole seconds."""
     seconds = duration_s(text)
@@ -211,13 +217,21 @@ def _add_record(commands: _Commands) -> None:
         "examples:\n"
         "  everflame record -a --for 20s -o cpu.svg\n"
         "  everflame record -p 1234 --for 1m -o api.speedscope.json -o api.pb.gz\n"
-        "  everflame record -F 499 -- make -j2\n\n"
+        "  everflame record -F 499 -- make -j2\n"
+        "  everflame record --repeat 5 -o new.pb.gz -- ./benchmark\n\n"
         "Without -o: a table on the terminal, and ./everflame-UTC.pb.gz.",
     )
     parser.usage = "everflame record [-a | -p PID | -- COMMAND ...] [--for TIME] [-o FILE] ..."
     _add_sampling(parser)
     _add_outputs(parser)
     _add_by(parser)
+    parser.add_argument(
+        "--repeat",
+        type=run_count,
+        default=0,
+        metavar="N",
+        help="run the COMMAND so often, into FILE-1 to FILE-N: replicates for everflame diff",
+    )
     parser.set_defaults(run=_run_record)
 
 
@@ -258,7 +272,11 @@ def _run_record(options: argparse.Namespace) -> int:
         outputs=tuple(options.outputs),
         by=options.by,
     )
-    return record.run(asked, options.environment)
+    if not options.repeat:
+        return record.run(asked, options.environment)
+    if not options.command or "-" in options.outputs:
+        raise ValueError("record: --repeat runs a COMMAND again and again, into numbered files")
+    return record.run_repeatedly(asked, options.environment, options.repeat)
 
 
 def _add_top(commands: _Commands) -> None:

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -208,6 +208,26 @@ def run(options: RecordOptions, environment: dict[str, str]) -> int:
     talk += [f"wrote {output}" for output in outputs if output != "-"]
     print("\n".join(talk), file=sys.stderr)
     return target.exit_status()
+
+
+def run_repeatedly(options: RecordOptions, environment: dict[str, str], times: int) -> int:
+    """Record a command so often, each run into files of its own: `NAME-1.pb.gz` and so on.
+
+    The first run that fails ends it, with its exit status.
+    """
+    outputs = options.outputs or ("everflame.pb.gz",)
+    for number in range(1, times + 1):
+        numbered = tuple(_numbered(output, number) for output in outputs)
+        status = run(replace(options, outputs=numbered), environment)
+        if status:
+            return status
+    return 0
+
+
+def _numbered(output: str, number: int) -> str:
+    path = Path(output)
+    stem, dot, ending = path.name.partition(".")
+    return str(path.with_name(f"{stem}-{number}{dot}{ending}"))
 
 
 def target_of(pids: Sequence[int]) -> Target:
