@@ -33,7 +33,7 @@ from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
 
 DEFAULT_LIMIT_BYTES = 1 << 30
 
-_VERSION = 2
+_VERSION = 3
 """Of the arrays' meaning. What an object is read as also depends on pprof's schema."""
 
 _PREFIX = struct.Struct("<8sII")
@@ -240,7 +240,7 @@ def unpack(kind: type[_Kept], content: bytes) -> tuple[_Kept, Any]:
         values["texts"] = Texts(blob, values.pop("texts.offsets"))
     values["window"] = Window(*meta["window"])
     values["accounting"] = _parse_accounting(meta["accounting"])
-    for name in ("label_sets", "service_sets"):
+    for name in ("label_sets", "service_sets", "present_sets"):
         if name in meta:
             values[name] = tuple(map(_parse_labels, meta[name]))
     if "modules" in meta:

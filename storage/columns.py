@@ -157,7 +157,8 @@ class Columns:
 
     What a timeline needs stands apart, because merging keeps it for each object: `objects` has a
     line of OBJECT_FIELDS per object, `times` a line (object, label set) with `time_counts`
-    (samples, value).
+    (samples, value). So does what a comparison needs: `presence` has a line (object, present set,
+    present_ns) per service that was there, sampled or not, and `present_sets` are their labels.
     """
 
     type: str
@@ -181,6 +182,8 @@ class Columns:
     objects: Numbers
     times: Numbers
     time_counts: Numbers
+    present_sets: tuple[Labels, ...]
+    presence: Numbers
 
     @classmethod
     def of(cls, profile: Profile, hasher: Hasher) -> "Columns":
@@ -207,6 +210,7 @@ class Columns:
         rows = np.stack([profile.row_labels, profile.row_stacks], axis=1).astype(np.int64)
         counts = np.stack([profile.row_samples, profile.row_values], axis=1)
         times, time_counts = times_of(rows, counts)
+        present_sets, presence = presence_of(profile.accounting)
         return cls(
             type=profile.type,
             unit=profile.unit,
@@ -229,12 +233,21 @@ class Columns:
             objects=object_of(profile.window, profile.accounting),
             times=times,
             time_counts=time_counts,
+            present_sets=present_sets,
+            presence=presence,
         )
 
     def with_label(self, name: str, value: str) -> "Columns":
         """Give every label set that lacks the label this value of it."""
-        sets = tuple(make_labels({name: value, **dict(labels)}) for labels in self.label_sets)
-        return replace(self, label_sets=sets)
+
+        def labelled(label_sets: tuple[Labels, ...]) -> tuple[Labels, ...]:
+            return tuple(make_labels({name: value, **dict(labels)}) for labels in label_sets)
+
+        return replace(
+            self,
+            label_sets=labelled(self.label_sets),
+            present_sets=labelled(self.present_sets),
+        )
 
     def filter(self, selector: Selector) -> "Columns":
         """Give the rows whose labels are asked for. The accounting stays that of the whole."""
@@ -249,6 +262,7 @@ class Columns:
             counts=self.counts[kept],
             times=self.times[kept_times],
             time_counts=self.time_counts[kept_times],
+            presence=_present(self.presence, self.present_sets, selector),
         )
 
     def profile(self) -> Profile:
@@ -316,7 +330,7 @@ OBJECT_FIELDS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Times:
-    """What a timeline needs of some profiles, a hundredth of all: fields as those of Columns."""
+    """What timelines and deployments need of some profiles, a hundredth: fields as of Columns."""
 
     type: str
     unit: str
@@ -326,6 +340,8 @@ class Times:
     label_sets: tuple[Labels, ...]
     times: Numbers
     time_counts: Numbers
+    present_sets: tuple[Labels, ...]
+    presence: Numbers
 
     @classmethod
     def of(cls, columns: Columns) -> "Times":
@@ -337,7 +353,18 @@ class Times:
             return self
         chosen = np.array(selector.choose(map(dict, self.label_sets)), dtype=bool)
         kept = chosen[self.times[:, 1]]
-        return replace(self, times=self.times[kept], time_counts=self.time_counts[kept])
+        return replace(
+            self,
+            times=self.times[kept],
+            time_counts=self.time_counts[kept],
+            presence=_present(self.presence, self.present_sets, selector),
+        )
+
+
+def _present(presence: Numbers, label_sets: Sequence[Labels], selector: Selector) -> Numbers:
+    is_chosen: Numbers = np.array(selector.choose(map(dict, label_sets)), dtype=bool)
+    kept: Numbers = presence[is_chosen[presence[:, 1]]]
+    return kept
 
 
 def object_of(window: Window, accounting: Accounting) -> Integers:
@@ -352,6 +379,12 @@ def times_of(rows: Numbers, counts: Numbers) -> tuple[Integers, Integers]:
     firsts, order = group(rows[:, 0])
     labels = rows[order[firsts], 0].astype(np.int64)
     return np.stack([np.zeros_like(labels), labels], axis=1), add_groups(counts[order], firsts)
+
+
+def presence_of(accounting: Accounting) -> tuple[tuple[Labels, ...], Integers]:
+    """Give `present_sets` and `presence` of a single profile."""
+    lines = [[0, i, min(ns, 2**62)] for i, ns in enumerate(accounting.services.values())]
+    return tuple(accounting.services), np.array(lines, dtype=np.int64).reshape(-1, 3)
 
 
 def add_groups(counts: Numbers, firsts: Integers) -> Integers:
@@ -389,6 +422,9 @@ def merge_columns(parts: Sequence[Columns]) -> Columns:
     label_sets, label_numbers = merge_label_sets(
         [part.label_sets for part in parts], [part.rows[:, 0] for part in parts]
     )
+    present_sets, present_numbers = merge_label_sets(
+        [part.present_sets for part in parts], [part.presence[:, 1] for part in parts]
+    )
     rows, counts, stacks = _merge_rows(parts, label_numbers)
     words, offsets, places, used = _gather_stacks(parts, stacks)
     tables = _gather_locations(parts, places)
@@ -412,8 +448,10 @@ def merge_columns(parts: Sequence[Columns]) -> Columns:
         rows=rows,
         counts=counts,
         objects=np.concatenate([part.objects for part in parts]).astype(np.int64),
-        times=join_times(parts, label_numbers),
+        times=join_lines(parts, [part.times for part in parts], label_numbers),
         time_counts=np.concatenate([part.time_counts for part in parts]).astype(np.int64),
+        present_sets=present_sets,
+        presence=join_lines(parts, [part.presence for part in parts], present_numbers),
     )
 
 
@@ -431,21 +469,23 @@ def merge_label_sets(
     return tuple(numbers), by_part
 
 
-class _HasTimes(Protocol):
+class _HasObjects(Protocol):
     @property
     def objects(self) -> Numbers: ...
-    @property
-    def times(self) -> Numbers: ...
 
 
-def join_times(parts: Sequence[_HasTimes], label_numbers: Sequence[Integers]) -> Integers:
-    """Put the times of several parts, each with its own objects, one after the other."""
+def join_lines(
+    parts: Sequence[_HasObjects], lines: Sequence[Numbers], label_numbers: Sequence[Integers]
+) -> Integers:
+    """Put lines (object, label set, …) of parts, each with its own objects, one after the other."""
     counts = [len(part.objects) for part in parts]
     befores = np.cumsum([0, *counts[:-1]])
-    joined = [
-        np.stack([part.times[:, 0].astype(np.int64) + before, mine[part.times[:, 1]]], axis=1)
-        for part, before, mine in zip(parts, befores, label_numbers, strict=True)
-    ]
+    joined = []
+    for theirs, before, mine in zip(lines, befores, label_numbers, strict=True):
+        ours = theirs.astype(np.int64)
+        ours[:, 0] += before
+        ours[:, 1] = mine[theirs[:, 1]]
+        joined.append(ours)
     return np.concatenate(joined)
 
 

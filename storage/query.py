@@ -42,7 +42,15 @@ import numpy as np
 
 from storage import wire
 from storage.cache import DEFAULT_LIMIT_BYTES, DecodedCache, pack, unpack
-from storage.columns import OBJECT_FIELDS, Columns, Hasher, Times, merge_columns
+from storage.columns import (
+    OBJECT_FIELDS,
+    Columns,
+    Hasher,
+    Times,
+    join_lines,
+    merge_columns,
+    merge_label_sets,
+)
 from storage.objects import (
     DEFAULT_TENANT,
     NS_PER_S,
@@ -144,6 +152,20 @@ class Timeline:
     """OBJECT_FIELDS from `nonidle_ns` on, added up over the objects of each step."""
     covered_ns: Integers
     """For how long of each step at least one host was profiled: what makes values a rate."""
+    coverage: Coverage
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """Which services were there, object by object, sampled or not.
+
+    `objects` has a line (start_ns, end_ns) per object, `rows` a line (object, label set,
+    present_ns) for each of its services, labelled as in `Accounting.services` and with `host`.
+    """
+
+    objects: Integers
+    label_sets: tuple[Labels, ...]
+    rows: Integers
     coverage: Coverage
 
 
@@ -302,6 +324,22 @@ class Query:
         samples, total = merged.time_counts.sum(axis=0).tolist()
         rows = tuple(merged.function_sums(limit))
         return Functions(type, merged.unit, rows, total, samples, coverage)
+
+    def presence(self, window: Window, selector: Selector = EMPTY) -> Presence:
+        """Give for how long each service that is asked for was there in each object."""
+        parts, coverage = self._chosen(self._times, window, selector, "cpu")
+        if not parts:
+            return Presence(np.zeros((0, 2), np.int64), (), np.zeros((0, 3), np.int64), coverage)
+        chosen = [part.filter(selector) for part in parts]
+        label_sets, numbers = merge_label_sets(
+            [part.present_sets for part in chosen], [part.presence[:, 1] for part in chosen]
+        )
+        return Presence(
+            objects=np.concatenate([part.objects[:, :2] for part in chosen]).astype(np.int64),
+            label_sets=label_sets,
+            rows=join_lines(chosen, [part.presence for part in chosen], numbers),
+            coverage=coverage,
+        )
 
     def labels(self, window: Window, selector: Selector = EMPTY) -> dict[str, dict[str, int]]:
         """Give the names of labels, their values, and the samples each value has."""

@@ -21,7 +21,7 @@ from storage.columns import (
     adopt_texts,
     chain,
     group,
-    join_times,
+    join_lines,
     merge_label_sets,
     ranges,
 )
@@ -195,7 +195,7 @@ def merge_sums(parts: Sequence[Sums]) -> Sums:
         accounting=accounting,
         objects=np.concatenate([part.objects for part in parts]).astype(np.int64),
         label_sets=label_sets,
-        times=join_times(parts, label_numbers),
+        times=join_lines(parts, [part.times for part in parts], label_numbers),
         time_counts=np.concatenate([part.time_counts for part in parts]).astype(np.int64),
         service_sets=service_sets,
         texts=functions.texts,

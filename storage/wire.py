@@ -25,6 +25,7 @@ from storage.columns import (
     Texts,
     hash_locations,
     object_of,
+    presence_of,
     ranges,
     times_of,
 )
@@ -116,6 +117,7 @@ def _decode_ours(content: bytes, hasher: Hasher) -> Columns:
     else:
         rows = np.stack([label_numbers, np.arange(len(stack_hashes))], axis=1)
     times, time_counts = times_of(rows, stacks.counts)
+    present_sets, presence = presence_of(ours.accounting)
     return Columns(
         type=ours.type,
         unit=types[1][1],
@@ -138,6 +140,8 @@ def _decode_ours(content: bytes, hasher: Hasher) -> Columns:
         objects=object_of(ours.window, ours.accounting),
         times=times,
         time_counts=time_counts,
+        present_sets=present_sets,
+        presence=presence,
     )
 
 

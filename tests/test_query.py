@@ -350,6 +350,31 @@ def test_a_timeline_says_for_how_long_each_step_was_profiled(store, query):
     assert timeline.covered_ns.tolist() == [2 * MINUTE_NS, MINUTE_NS, 0]
 
 
+def test_services_that_were_there_are_known_object_by_object(store, query, tmp_path):
+    """Sampled or not; merged hours tell the same as their objects."""
+    idle = make_labels({"service": "mail", "version": "2"})
+    for host in range(2):
+        for minute in range(0, 150, 30):
+            profile = small(minute)
+            services = {idle: 1000 + minute, make_labels({"service": "api"}): 7}
+            accounting = dataclasses.replace(profile.accounting, services=services)
+            profile = dataclasses.replace(profile, accounting=accounting)
+            put(store, at(profile, minute, f"web-{host}", f"{host:016x}"))
+    never_settled = Query(store, tmp_path / "other", now_ns=lambda: START_NS)
+    selector = Selector.parse('{service="mail",host="web-1"}')
+
+    for each in (query, never_settled):
+        found = each.presence(minutes(0, 180), selector)
+        starts = ((found.objects[found.rows[:, 0], 0] - START_NS) // MINUTE_NS).tolist()
+        labels = {found.label_sets[number] for number in found.rows[:, 1].tolist()}
+
+        assert labels == {make_labels({**dict(idle), "host": "web-1"})}
+        assert dict(zip(starts, found.rows[:, 2].tolist(), strict=True)) == {
+            minute: 1000 + minute for minute in range(0, 150, 30)
+        }
+    assert not len(query.presence(minutes(400, 500)).rows)
+
+
 def test_functions_may_be_told_apart_by_thread(store, query):
     """Labels of single processes are read from stacks, all others from sums."""
     for i in range(3):
