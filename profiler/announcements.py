@@ -146,7 +146,8 @@ def _latest(
 def _list(store: ObjectStore, window: Window, tenant: str) -> Iterator[StoredObject]:
     prefix = _prefix(tenant)
     first, last = _month(window.start_ns), _month(window.end_ns - 1)
-    for stored in store.list(prefix, start_after=prefix + first):
+    # With the slash: SeaweedFS takes a folder's bare name for all that is in it.
+    for stored in store.list(prefix, start_after=f"{prefix}{first}/"):
         if stored.key[len(prefix) : len(prefix) + len(last)] > last:
             return
         yield stored
