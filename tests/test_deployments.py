@@ -140,6 +140,18 @@ def test_side_by_side_for_as_long_as_a_rollout_is_none_yet():
     assert found(f"a 1*10 2*{PAUSE}", f"b {rest}")[0][0::6] == ("rollout", "a")
 
 
+def test_what_is_taken_back_soon_is_no_canary():
+    """The other host stays on its version, but side by side they were for minutes."""
+    assert [each[0] for each in found(f"a 1*10 2*8 1*{LONG}", f"b 1*{LONG + 18}")] == [
+        "rollout", "rollback",
+    ]  # fmt: skip
+
+
+def test_a_host_with_both_versions_at_the_end_of_the_data_has_not_ended_the_first():
+    """It is among those that still run it."""
+    assert found("a 1*10 1+2*5") == [("rollout", "1", "2", 10, 11, 13, "a", "a")]
+
+
 def test_a_canary_may_run_on_the_host_of_the_version_before():
     """Two processes of one service: the host has both."""
     assert found(f"a 1*10 1+2*{LONG}") == [("canary", "1", "2", 10, 11, 13, "a", "a")]
@@ -226,11 +238,17 @@ hosts_over_time = st.lists(
 
 @given(hosts_over_time, st.randoms(use_true_random=False))
 def test_the_order_of_objects_does_not_matter(hosts, random_):
-    """Nor how often one is there."""
+    """Nor how often one is there, nor a shorter one beside it."""
     seen = sightings(*(f"host-{i} {steps}" for i, steps in enumerate(hosts)))
-    order = list(range(len(seen.rows)))
+    order, numbers = list(range(len(seen.rows))), list(range(len(seen.instances)))
     random_.shuffle(order)
-    shuffled = Sightings(seen.instances, seen.rows[order + order[:3]])
+    random_.shuffle(numbers)
+    instances = tuple(seen.instances[each] for each in np.argsort(numbers))
+    rows = seen.rows[order]
+    if len(rows):
+        rows[:, 2] = np.array(numbers)[rows[:, 2]]
+    shorter = rows[:9] - [0, MINUTE_NS // 2, 0]
+    shuffled = Sightings(instances, np.concatenate([shorter, rows, rows[:3]]))
 
     assert find_deployments(shuffled) == find_deployments(seen)
 
