@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from profiler.deployments import deployments_in
 from profiler.flamegraph import ROOT_ID, FlameGraph, Screen, draw
 from profiler.paths import Group, Paths, Stacks
 from profiler.selection import nearest_objects
@@ -36,6 +37,8 @@ _KEPT_WORDS = 6_000_000
 made of them: four hours of a host. The last one asked for is kept whatever its size."""
 _NAMED_HOSTS = 100
 _NAMED_MODULES = 1_000
+_NAMED_SERVICES = 50
+_MOST_DEPLOYMENTS = 1_000
 _KEPT_VIEWS = 3
 """Paths kept per merged profile: each is as large as it."""
 _KEPT_SELECTIONS = 16
@@ -379,6 +382,22 @@ class Answers:
             "empty": self._empty(question, whole.coverage, samples),
         }
 
+    def deployments(self, question: Question, check: Check) -> dict[str, Any]:
+        """Answer `deployments`, those that began in the window, newest first."""
+        query = self._query.interruptible(check)
+        found = deployments_in(self._store, query, question.window, question.selector, check)
+        shown = found.deployments[:_MOST_DEPLOYMENTS]
+        empty = {"reason": found.reason, "services": found.services[:_NAMED_SERVICES]}
+        return {
+            "schema": SCHEMA,
+            "window": _window(question.window),
+            "query": str(question.selector) if question.selector.matchers else "",
+            "deployments": [each.as_json() for each in shown],
+            "rest": len(found.deployments) - len(shown),
+            "empty": empty if found.reason else None,
+            "skipped": [{"key": key, "reason": reason} for key, reason in found.skipped],
+        }
+
     def labels(self, question: Question, check: Check) -> dict[str, Any]:
         """Answer `labels`: the names there are, how many values and samples each has."""
         found = self._query.interruptible(check).labels(question.window, question.selector)
@@ -522,7 +541,11 @@ class Answers:
             return None
         if coverage.objects or (question.selector.matchers and self._any(question.window)):
             services = self._query.label_values(question.window, "service")
-            return {"reason": "nothing_matches", "nearest": [], "services": list(services)[:50]}
+            return {
+                "reason": "nothing_matches",
+                "nearest": [],
+                "services": list(services)[:_NAMED_SERVICES],
+            }
         nearest = [
             {"from_ms": key.start_ns // 1_000_000, "until_ms": key.end_ns // 1_000_000}
             for key in nearest_objects(self._store, question.window)

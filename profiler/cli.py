@@ -138,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_flamegraph(commands)
     _add_export(commands)
     _add_ls(commands)
+    _add_deployments(commands)
     _add_import(commands)
     _add_verify(commands)
     _add_diff(commands)
@@ -588,6 +589,70 @@ def _run_diff(options: argparse.Namespace) -> int:
     return diff.run(before, after, settings, time.time_ns())
 
 
+def _add_deployments(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "deployments",
+        "list when services began to run another version, and announce it",
+        "examples:\n"
+        "  everflame deployments\n"
+        "  everflame deployments --from now-7d -q '{service=\"api\"}' --json\n"
+        "  everflame deployments add --service api --version 1.6\n\n"
+        "They are found by the versions that hosts ran, by default in the last 24 hours. Of the\n"
+        "selector, version says which deployments; all else which services and hosts. KIND is\n"
+        "rollout, rollback (to a version that was there before) or canary (some hosts stay on\n"
+        "the version before for longer than half an hour). SETTLED is two windows after the\n"
+        "last host changed. Exit status 2 when nothing is selected.",
+    )
+    _add_json(parser)
+    _add_store(parser)
+    _add_window(parser)
+    _add_query(parser)
+    parser.set_defaults(run=_run_deployments)
+    actions = parser.add_subparsers(metavar="[add]")
+    add = _add_command(
+        actions,
+        "add",
+        "announce a deployment, as from a pipeline",
+        "examples:\n"
+        "  everflame deployments add --service api --version 1.6 --store s3://profiles/prod\n"
+        "  everflame deployments add --service api --version 1.6 --at 2026-01-31T09:00:00Z\n\n"
+        "It gives the exact begin of a deployment that is found by itself, and is how one of a\n"
+        "service without a version is known. To say the same twice does no harm.",
+    )
+    add.add_argument("--service", required=True, help="as its label says")
+    add.add_argument("--version", required=True, help="the one that begins to run")
+    add.add_argument(
+        "--at", metavar="TIME", default="now", help="when it begins, as --from (default now)"
+    )
+    _add_store(add, usual=argparse.SUPPRESS)  # else it would undo what stands before `add`
+    add.set_defaults(run=_run_deployments_add)
+
+
+def _run_deployments(options: argparse.Namespace) -> int:
+    from profiler import deployments  # noqa: PLC0415
+
+    start = None if options.end else "now-24h"
+    return deployments.run(_selection(options, start=start), as_json=options.json)
+
+
+def _run_deployments_add(options: argparse.Namespace) -> int:
+    from profiler.announcements import announce  # noqa: PLC0415
+    from profiler.times import parse_time, rfc3339  # noqa: PLC0415
+    from storage.objects import open_store  # noqa: PLC0415
+
+    if options.start or options.end or options.query or options.json:
+        raise ValueError("deployments add: it takes no --from, --until, -q and --json")
+    store = open_store(options.store, options.s3_endpoint or None)
+    at_ns = parse_time(options.at, time.time_ns())
+    said = announce(store, options.service, options.version, at_ns)
+    print(
+        f"announced {said.service} {said.version} at {rfc3339(said.at_ns)} in {store}",
+        file=sys.stderr,
+    )
+    return 0
+
+
 def label_pair(text: str) -> tuple[str, str]:
     name, is_pair, value = text.partition("=")
     if not is_pair or not name:
@@ -792,16 +857,16 @@ def _add_always_on(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_store(parser: argparse.ArgumentParser) -> None:
+def _add_store(parser: argparse.ArgumentParser, usual: str = "") -> None:
     parser.add_argument(
         "--store",
-        default="",
+        default=usual,
         metavar="URL",
         help="file:///path, a path or s3://bucket/prefix (default EVERFLAME_STORE, else"
         " /var/lib/everflame or ~/.local/share/everflame)",
     )
     parser.add_argument(
-        "--s3-endpoint", default="", metavar="URL", help="an S3 server other than Amazon's"
+        "--s3-endpoint", default=usual, metavar="URL", help="an S3 server other than Amazon's"
     )
 
 

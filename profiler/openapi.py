@@ -198,6 +198,42 @@ _SCHEMAS: dict[str, _Schema] = {
             "values": _array(_object({"value": _TEXT, "samples": _COUNT})),
         }
     ),
+    "Deployments": _object(
+        {
+            "schema": _SCHEMA,
+            "window": _ref("Window"),
+            "query": _TEXT,
+            "deployments": _array(
+                _object(
+                    {
+                        **dict.fromkeys(("service", "version", "previous"), _TEXT),
+                        **dict.fromkeys(("first_ms", "last_ms", "settled_ms"), _COUNT),
+                        **dict.fromkeys(("hosts", "hosts_before"), _array(_TEXT)),
+                        "kind": {"enum": ["rollout", "rollback", "canary"]},
+                        "source": {"enum": ["found", "announced"]},
+                    }
+                ),
+                description="newest first; previous is empty where it is not known",
+            ),
+            "rest": {**_COUNT, "description": "older ones that are beyond the limit"},
+            "empty": _or_null(
+                _object(
+                    {
+                        "reason": {
+                            "enum": [
+                                "no_data_in_range",
+                                "nothing_matches",
+                                "no_versions",
+                                "no_change",
+                            ]
+                        },
+                        "services": _array(_TEXT),
+                    }
+                )
+            ),
+            "skipped": _array(_object({"key": _TEXT, "reason": _TEXT})),
+        }
+    ),
     "Status": _object(
         {
             "schema": _SCHEMA,
@@ -250,6 +286,12 @@ ENDPOINTS = {
         "CPU time per step",
         (*_SHARED, "by", "step", "limit"),
         _json("Timeline"),
+    ),
+    "deployments": Endpoint(
+        "/api/v1/deployments",
+        "When services began to run another version",
+        ("query", "from", "until"),
+        _json("Deployments"),
     ),
     "labels": Endpoint("/api/v1/labels", "The names of labels", _SHARED, _json("Labels")),
     "label_values": Endpoint(

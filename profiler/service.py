@@ -400,6 +400,7 @@ class Service:
             Route(f"{api}/flamegraph", self._route("flamegraph", self._flamegraph)),
             Route(f"{api}/top", self._route("top", self._top)),
             Route(f"{api}/timeline", self._route("timeline", self._timeline)),
+            Route(f"{api}/deployments", self._route("deployments", self._deployments)),
             Route(f"{api}/labels", self._route("labels", self._labels)),
             Route(f"{api}/labels/{{name}}/values", self._route("label_values", self._values)),
             Route(f"{api}/export/{{name}}", self._route("export", self._export)),
@@ -486,6 +487,10 @@ class Service:
             raise _bad("step", f"that makes more than {MOST_STEPS} steps: ask for longer ones")
         limit = parameters.number("limit", 8, *SERIES)
         return lambda check: _json(self._answers.timeline(question, step_ns, limit, check))
+
+    def _deployments(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
+        question = parameters.question()
+        return lambda check: _json(self._answers.deployments(question, check))
 
     def _labels(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
         question = parameters.question()

@@ -34,7 +34,7 @@ _OTEL = "OTEL_RESOURCE_ATTRIBUTES"
 
 _MAX_ENVIRON_BYTES = 256 << 10
 _MAX_VALUE_BYTES = 4096
-_MAX_VERSION = 200
+MAX_VERSION = 200
 """Characters of a version; what is longer is cut."""
 _MAX_HEAD_BYTES = 4096
 _MAX_PACKED_REFS_BYTES = 1 << 20
@@ -77,14 +77,14 @@ class Versions:
         oldest of its service; of the others the executable may be any tool that the service runs.
         """
         if found := self._from_environment(files) or image:
-            return found[:_MAX_VERSION]
+            return found[:MAX_VERSION]
         executable = _Executable()
         if program.is_own_code:
             executable = self._read_executable(files)
             if executable.go:
-                return executable.go[:_MAX_VERSION]
+                return executable.go[:MAX_VERSION]
         found = _from_release(files, program)
-        return found[:_MAX_VERSION] or (executable.build_id if is_first else "")
+        return found[:MAX_VERSION] or (executable.build_id if is_first else "")
 
     def _from_environment(self, files: ProcessFiles) -> str:
         environ = files.read("environ", _MAX_ENVIRON_BYTES) or b""
