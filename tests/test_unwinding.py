@@ -1,7 +1,6 @@
 """Unwinding of real processes: each frame is the one that the debugger finds, none is missing."""
 
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -74,27 +73,31 @@ def samples_of(
     recorder: Recorder, pids: Collection[int], seconds: float = 0.5
 ) -> dict[int, list[RawSample]]:
     """Give the samples of processes from when the tables of all of them are loaded on."""
+    is_known: dict[int, bool] = {}
     found: dict[int, list[RawSample]] = {}
 
-    def take() -> bool:
-        drain = recorder.sampler.drain()
-        found.clear()
-        for sample in drain.samples:
-            if sample.pid in pids:
-                found.setdefault(sample.pid, []).append(sample)
-        return len(found) == len(pids)
+    def drained() -> list[RawSample]:
+        return [sample for sample in recorder.sampler.drain().samples if sample.pid in pids]
 
     def are_known() -> bool:
         recorder.step()
         recorder.catch_up()
         time.sleep(0.2)
-        samples = itertools.chain.from_iterable(found.values()) if take() else [None]
-        return all(sample and "yet" not in sample.stop for sample in samples)
+        samples = drained()
+        is_known.update({sample.pid: True for sample in samples})
+        is_known.update({sample.pid: False for sample in samples if "yet" in sample.stop})
+        return len(is_known) == len(pids) and all(is_known.values())
 
-    wait_for(are_known)
+    def are_sampled() -> bool:
+        time.sleep(seconds)
+        for sample in drained():
+            found.setdefault(sample.pid, []).append(sample)
+        return len(found) == len(pids)
+
+    # On a busy machine not every process is on a CPU at a tick of each round.
+    wait_for(are_known, timeout_s=60)
     recorder.sampler.drain()
-    time.sleep(seconds)
-    assert take()
+    wait_for(are_sampled)
     return found
 
 
