@@ -204,7 +204,8 @@ def _list_between(
     prefix = _hours_prefix(tenant)
     first = _hour(start_ns // NS_PER_S - LONGEST_WINDOW_S)
     last = _hour((end_ns - 1) // NS_PER_S)
-    for stored in store.list(prefix, start_after=prefix + first):
+    # Behind the name of a folder SeaweedFS goes on behind the folder; with the slash, in it.
+    for stored in store.list(prefix, start_after=f"{prefix}{first}/"):
         if stored.key[len(prefix) : len(prefix) + len(last)] > last:
             return
         key = ObjectKey.parse(stored.key)

@@ -338,6 +338,15 @@ def test_a_window_finds_exactly_the_objects_that_overlap_it(
     )
 
 
+def test_a_window_finds_what_began_in_the_hour_before(store: ObjectStore) -> None:
+    """Each server has its own way with a listing that starts behind the name of a folder."""
+    key = window_key(START_S + HOUR_S // 2, HOUR_S)
+    store.put(key.text, b"")
+    asked = Window((START_S + HOUR_S) * NS_PER_S, (START_S + HOUR_S + 60) * NS_PER_S)
+
+    assert [found for found, _ in list_window(store, asked)] == [key]
+
+
 def test_listing_a_window_reads_no_hours_outside_it(store: ObjectStore, monkeypatch) -> None:
     """A day of objects behind the window costs nothing: listing stops at its end."""
     for hour in range(24):
