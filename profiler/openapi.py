@@ -11,6 +11,8 @@ ROWS = (1, 10_000)
 SERIES = (1, 100)
 MOST_LABELS = 8
 """So many labels may be drawn above the stacks."""
+MAX_REPEATED = 40
+"""So many functions may be in focus, and as many hidden."""
 TEXT_LIMIT = 4096
 """Characters of a parameter's value."""
 LABEL_LIMIT = 200
@@ -339,6 +341,7 @@ ENDPOINTS = {
 
 _NAME = r"^[^\u0000]*$"
 _FREE_TEXT: _Schema = {"type": "string", "maxLength": TEXT_LIMIT, "pattern": _NAME}
+_FUNCTIONS = _array(_FREE_TEXT, maxItems=MAX_REPEATED)
 
 
 def _number(limits: tuple[int, int], usual: int) -> _Schema:
@@ -370,8 +373,8 @@ _PARAMETERS: dict[str, tuple[str, _Schema]] = {
     "node": ("the node to zoom into", _NODE_ID),
     "invert": ("1: from the leaves", {"type": "string", "enum": ["0", "1"], "default": "0"}),
     "callers": ("a function whose callers are shown", _FREE_TEXT),
-    "focus": ("only stacks with this function; may be repeated", _array(_FREE_TEXT)),
-    "hide": ("a function to leave out; may be repeated", _array(_FREE_TEXT)),
+    "focus": ("only stacks with this function; may be repeated", _FUNCTIONS),
+    "hide": ("a function to leave out; may be repeated", _FUNCTIONS),
     "search": ("part of a function or module, in any case", _FREE_TEXT),
     "width": ("of the screen in pixels", _number(WIDTH_PX, 1200)),
     "sort": (

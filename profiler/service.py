@@ -45,6 +45,7 @@ from profiler.openapi import (
     ENDPOINTS,
     EXPORT_NAME,
     LABEL_LIMIT,
+    MAX_REPEATED,
     MOST_LABELS,
     ROWS,
     SERIES,
@@ -153,7 +154,10 @@ class Parameters:
 
     def texts(self, name: str) -> tuple[str, ...]:
         """Give all values of a parameter; an empty one is as good as none."""
-        return tuple(filter(None, self._values.get(name, ())))
+        values = self._values.get(name, ())
+        if len(values) > MAX_REPEATED:
+            raise _bad(name, f"{name} may be repeated {MAX_REPEATED} times, not {len(values)}")
+        return tuple(filter(None, values))
 
     def number(self, name: str, usual: int, least: int, most: int) -> int:
         text = self.text(name, str(usual))

@@ -368,7 +368,7 @@ class Keyboard(Mouse):
             while input_.evaluate("(it) => it === document.activeElement"):
                 self.page.keyboard.press("Shift+Tab")  # each part of a time is a stop
             self.page.keyboard.press("Tab")
-            year, month, day, hour, minute, second = map(int, re.findall(r"\d+", time_))
+            year, month, day, hour, minute, second = [*map(int, re.findall(r"\d+", time_)), 0][:6]
             self.page.keyboard.type(f"{month:02}{day:02}{year:04}")
             self.page.keyboard.press("Tab")
             half = "PM" if hour >= 12 else "AM"
@@ -464,7 +464,8 @@ UNSEEN = r"""() => {
 
 
 def utc(seconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    """Give a time as a field for times has it: without seconds where they are zero."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)).removesuffix(":00")
 
 
 def test_a_selection_is_made_undone_and_sent_as_an_address(hand, visit, service, recording):
