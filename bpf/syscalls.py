@@ -21,7 +21,6 @@ _NR_BPF = {"x86_64": 321, "aarch64": 280}
 
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE = 0, 1, 2
 _PROG_LOAD, _PROG_BY_ID, _OBJ_GET_INFO, _RAW_TRACEPOINT_OPEN = 5, 13, 15, 17
-_MAP_DELETE = 3
 _LOOKUP_AND_DELETE_BATCH, _UPDATE_BATCH, _ENABLE_STATS = 25, 26, 32
 
 MAP_TYPE_ARRAY = 2
@@ -103,16 +102,6 @@ def update_batch(
     addresses = (keys.ctypes.data, values.ctypes.data)
     attr = struct.pack("<QQQQIIQQ", 0, 0, *addresses, len(keys), map_fd, 0, 0)
     _bpf(_UPDATE_BATCH, attr, "write a BPF map")
-
-
-def delete_each(map_fd: int, keys: npt.NDArray[np.generic]) -> None:
-    """Remove entries, those that are there."""
-    keys = np.ascontiguousarray(keys)
-    for i in range(len(keys)):
-        attr = struct.pack("<IIQQQ", map_fd, 0, keys.ctypes.data + i * keys.itemsize, 0, 0)
-        _, error, _ = _call(_MAP_DELETE, attr)
-        if error not in (0, errno.ENOENT):
-            raise SyscallError("remove from a BPF map", error)
 
 
 def attach_raw_tracepoint(name: str, program_fd: int) -> int:

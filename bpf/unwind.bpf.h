@@ -19,8 +19,6 @@
 #define NOT_A_SYSCALL (~0ULL) /* orig_ax outside of system calls */
 #define WORD 8
 
-#define DWARF_RBP 6
-#define DWARF_RSP 7
 #define DWARF_REGISTERS 16
 
 /* struct rt_sigframe at rsp when a handler has returned: ucontext, whose registers begin at 40. */

@@ -69,12 +69,17 @@ class _Process(NamedTuple):
 
 
 class _File(NamedTuple):
-    """A mapped file as the kernel tells of it: what needs no look at the file itself."""
+    """A mapped file as the kernel tells of it: what needs no look at the file itself.
+
+    Without a build id nothing tells it from another one that has its inode and its name later, so
+    that each address space (by its number, else 0) has one of its own.
+    """
 
     device: tuple[int, int]
     inode: int
     build_id: str
     path: bytes
+    space: int
 
 
 class _Loaded(NamedTuple):
@@ -240,15 +245,17 @@ class Unwinding:
         mapping = mappings.mappings[place]
         if is_anonymous(mapping.path):
             return 0
-        file = _File(mapping.device, mapping.inode, mapping.build_id, mapping.path)
+        is_known = mapping.build_id or mapping.path.startswith(b"[")  # or the kernel's own
+        space = 0 if is_known else self._next_space
+        file = _File(mapping.device, mapping.inode, mapping.build_id, mapping.path, space)
         number = self._numbers.get(file)
         if number is None:
             if not self._free:
                 return 0
             number = self._numbers[file] = self._free.popleft()
             self._executables[number] = _Executable(file, mappings, place)
-            key = self._recent.pop(file, "")
-            if key:
+            key = self._recent.pop(file, None)
+            if key is not None:
                 self._keys[number] = key
             if key in self._loaded:
                 self._tables.set_table(number, self._loaded[key].number)
@@ -266,9 +273,11 @@ class Unwinding:
             executable.uses -= 1
             if not executable.uses:
                 del self._numbers[executable.file], self._executables[number]
-                self._recent[executable.file] = self._keys.pop(number, "")
-                if len(self._recent) > _MAX_RECENT:
-                    del self._recent[next(iter(self._recent))]
+                key = self._keys.pop(number, None)
+                if key is not None and not executable.file.space:
+                    self._recent[executable.file] = key
+                    if len(self._recent) > _MAX_RECENT:
+                        del self._recent[next(iter(self._recent))]
                 self._tables.set_state(number, TableState.UNKNOWN)
                 self._free.append(number)  # the longest unused one is given out first
 

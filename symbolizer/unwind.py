@@ -1,4 +1,4 @@
-"""Unwind tables: for each code address of a file, how a caller's frame is found without debugger.
+"""Unwind tables: for each code address of a file, how a caller's frame is found.
 
 A table is an array of 8-byte rows sorted by address, as the walk in the kernel bisects it. The
 rules come from call frame information (cfi.py, cfa.py); where that has holes, from what is known of

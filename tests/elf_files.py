@@ -8,11 +8,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 
 from symbolizer.elf import FileSource, read_elf
 from symbolizer.functions import read_functions
 from symbolizer.location import FileOffset, Module
 from symbolizer.symbols import SymbolCache, SymbolTable
+
+REAL_FILES = (
+    "/lib/x86_64-linux-gnu/libc.so.6",
+    "/lib/x86_64-linux-gnu/libcrypto.so.3",
+    "/usr/bin/python3",
+    "/usr/lib/x86_64-linux-gnu/libLLVM*.so*",  # what bcc links, under whichever version
+)
+
+
+def real_file(pattern: str) -> Path:
+    """Give the distribution's file, or skip the test where it is not installed."""
+    path = min(Path("/").glob(pattern[1:]), default=None)
+    if path is None:
+        pytest.skip("it is not installed")
+    return path
 
 
 def build(output: Path, source: str, *flags: str, language: str = "c") -> Path:

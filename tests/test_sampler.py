@@ -1,5 +1,6 @@
 """The real BPF program on the real kernel: what it counts, whom it samples, what it leaves."""
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -9,12 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from live import wait_for
 from targets import compile_target, running
 
 from bpf import perf_event, syscalls
 from bpf.errors import BpfError
 from bpf.sampler import Sampler, SamplerConfig
-from bpf.samples import MAX_USER_WORDS, Counter, Drain, RawSample, StopReason
+from bpf.samples import (
+    MAX_SHORT_WORDS,
+    MAX_USER_WORDS,
+    Counter,
+    Drain,
+    RawSample,
+    StopReason,
+)
 from storage.profile import Loss
 
 pytestmark = pytest.mark.kernel
@@ -163,14 +172,45 @@ def test_a_system_call_shows_both_stacks(tmp_path) -> None:
     assert all(int(sample.kernel[0]) >> 63 for sample in both)
 
 
-def test_a_deeper_stack_than_there_is_room_for_is_marked_truncated(tmp_path) -> None:
-    source = tmp_path / "deep.c"
+def compile_deep(folder: Path) -> Path:
+    """Compile a program that spins as many calls deep as it is told."""
+    source = folder / "deep.c"
     source.write_text(
-        "volatile long n; __attribute__((noinline)) void down(int d)"
-        "{ if (d) down(d - 1); else for (;;) n++; n++; } int main(void) { down(1000); }"
+        "#include <stdlib.h>\nvolatile long n; __attribute__((noinline)) void down(int d)"
+        "{ if (d) down(d - 1); else for (;;) n++; n++; }"
+        "int main(int c, char **v) { down(atoi(v[1])); }"
     )
-    deep = compile_target(str(source), tmp_path / "deep", "-O1", "-fno-omit-frame-pointer")
-    with running(deep) as process, sampler_of(process) as sampler:
+    return compile_target(str(source), folder / "deep", "-O1", "-fno-omit-frame-pointer")
+
+
+def test_stacks_that_just_fit_beside_their_count_are_whole(tmp_path) -> None:
+    """Longer ones stand in a map of their own: each call deeper is one word more, whichever."""
+    deep = compile_deep(tmp_path)
+    depths = range(MAX_SHORT_WORDS - 5, MAX_SHORT_WORDS + 3)
+    with contextlib.ExitStack() as stack:
+        pids = [stack.enter_context(running(deep, str(depth))).pid for depth in depths]
+        sampler = stack.enter_context(Sampler(SamplerConfig(999, pids=frozenset(pids))))
+        stacks: dict[int, set[tuple[int, ...]]] = {}
+
+        def are_seen() -> bool:
+            for sample in drain_for(sampler, 0.5).samples:
+                if not len(sample.kernel):
+                    stacks.setdefault(sample.pid, set()).add(tuple(sample.user.tolist()[1:]))
+            return len(stacks) == len(pids)
+
+        wait_for(are_seen)
+
+    callers = [max(stacks[pid], key=len) for pid in pids]  # it may begin to spin only later
+    assert [len(each) - len(callers[0]) for each in callers] == list(range(len(depths)))
+    assert len(callers[0]) < MAX_SHORT_WORDS - 1 < len(callers[-1])
+    assert all(len(set(each[:50])) == 1 for each in callers)  # down() calls itself in one place
+
+
+def test_a_deeper_stack_than_there_is_room_for_is_marked_truncated(tmp_path) -> None:
+    with (
+        running(compile_deep(tmp_path), "1000") as process,
+        sampler_of(process) as sampler,
+    ):
         drain = drain_for(sampler, 0.5)
 
     stacks = [sample for sample in drain.samples if not len(sample.kernel)]
@@ -180,13 +220,7 @@ def test_a_deeper_stack_than_there_is_room_for_is_marked_truncated(tmp_path) -> 
 
 def test_smaller_programs_are_tried_where_the_verifier_refuses(tmp_path) -> None:
     """One that leaves 100,000 frames is refused by any kernel; one of 5 goes on in itself."""
-    source = tmp_path / "deep.c"
-    source.write_text(
-        "volatile long n; __attribute__((noinline)) void down(int d)"
-        "{ if (d) down(d - 1); else for (;;) n++; n++; } int main(void) { down(1000); }"
-    )
-    deep = compile_target(str(source), tmp_path / "deep", "-O1", "-fno-omit-frame-pointer")
-    with running(deep) as process:
+    with running(compile_deep(tmp_path), "1000") as process:
         config = SamplerConfig(pids=frozenset({process.pid}), frames_per_program=(100_000, 5))
         with Sampler(config) as sampler:
             stacks = [each for each in drain_for(sampler, 0.5).samples if not len(each.kernel)]

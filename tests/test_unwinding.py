@@ -256,6 +256,31 @@ def test_what_a_process_becomes_is_followed(what, recorder, tmp_path):
         wait_for(lambda: stops_of(recorder, pid) == {"root"})
 
 
+FRAMES = """
+volatile long n;
+__attribute__((noinline)) void spin(void) { volatile char room[SIZE]; room[0] = 1;
+  while (n >= 0) room[0]++; }
+__attribute__((noinline)) void middle(void) { volatile char room[SIZE]; room[1] = 2; spin();
+  room[1] = 3; }
+int main(void) { middle(); return n; }
+"""
+
+
+def test_a_program_that_was_built_again_has_its_own_rules(recorder, tmp_path):
+    """Without a build id, in the same inode, under the same name: nothing tells it from the old."""
+    (tmp_path / "frames.c").write_text(FRAMES)
+    program = tmp_path / "program"
+    for size in (64, 4096):
+        flags = ("-O1", *NO_FRAME_POINTERS, "-Wl,--build-id=none", f"-DSIZE={size}")
+        built = compile_target(str(tmp_path / "frames.c"), tmp_path / "built", *flags)
+        with program.open("ab") as file:  # not replaced
+            file.truncate(0)
+            file.write(built.read_bytes())
+        program.chmod(0o755)
+        with running(program) as process:
+            wait_for(lambda pid=process.pid: stops_of(recorder, pid) == {"root"})
+
+
 def with_rows(folder: Path, name: str, count: int) -> Path:
     """Compile a program that spins, and has a table of so many rows besides."""
     rules = "".join(f"nop\n.cfi_def_cfa_offset {8 * i}\n" for i in range(2, 9))
