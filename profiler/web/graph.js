@@ -11,8 +11,8 @@
 //   show(answer, {view, colour, factsOf, zoomPath, arrivedAt})
 //       Draw an answer of /api/v1/flamegraph, or a view of a comparison (layout.js), at once. view:
 //       "icicle" (root on top; the default) or "flame". colour: "kind" (default), "module", "self"
-//       or "change". factsOf(box): what the tooltip says of a box, [[name, value, share], ...];
-//       left out, what it costs. zoomPath: null, or frames
+//       or "change". factsOf(box): what the tooltip says of a box, {rows: [[name, value, share], ...],
+//       hint}; left out, what it costs. zoomPath: null, or frames
 //       [[function, module, kind], ...] from below the overall root, as onZoom gives them: zoom
 //       into that node inside of this answer (as far down as it is there). arrivedAt:
 //       performance.now() of the answer's arrival, where the measure `everflame:first-paint`
@@ -726,7 +726,7 @@ export class FlameGraphView {
       rows: [],
       hint: box.isRest ? "Too narrow to draw: zoom in to see them." : "",
     };
-    if (this.#factsOf) return { ...lines, rows: this.#factsOf(box) };
+    if (this.#factsOf) return { ...lines, ...this.#factsOf(box) };
     const all = this.#graph.wholeTotal;
     const isZoomed = this.#graph.totalOf(this.#zoomed) !== all;
     lines.rows.push(["Total", quantity(box.total, unit), share(box.total, all)]);

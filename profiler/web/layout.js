@@ -63,7 +63,7 @@ export class Graph {
   /** By id: the answer's root and what stands above it, whose ids the answer tells. */
   #above = new Map();
 
-  constructor({ frames, nodes, path, total, verdicts, scale }) {
+  constructor({ frames, nodes, path, total, ...comparison }) {
     this.frames = frames.map(asFrame);
     this.frame = nodes.frame;
     this.depth = nodes.depth;
@@ -74,8 +74,7 @@ export class Graph {
     this.before = nodes.before;
     this.after = nodes.after;
     this.verdict = nodes.verdict;
-    this.verdicts = verdicts;
-    this.scale = scale;
+    this.comparison = comparison;
     this.wholeTotal = total;
     this.ancestors = ancestorsOf(path, total);
     this.top = -this.ancestors.length;
@@ -115,14 +114,16 @@ export class Graph {
 
   /** Give what a comparison says of a node; empty where it says nothing. */
   verdictOf(node) {
-    return this.isComparison && node >= 0 ? this.verdicts[this.verdict[node]] : "";
+    return this.isComparison && node >= 0 ? this.comparison.verdicts[this.verdict[node]] : "";
   }
 
-  /** Give by how much more a comparison's node has after than before, in its own part of the total;
-   * what the sides as a whole differ by is taken off. */
+  /** Give by how much more a comparison's node costs after than before, in cores a host and beyond
+   * what all functions have in common. */
   growthOf(node) {
     const { before, after } = this.sidesOf(node);
-    return after * this.scale.after - before * this.scale.before;
+    const { scale, common_change: common } = this.comparison;
+    const factor = Math.sqrt(1 + common.relative); // of both sides alike: swapped, the sign alone
+    return (after * scale.after) / factor - before * scale.before * factor;
   }
 
   /** Give the node below that made most of a node's growth itself, of those that changed; or null. */
