@@ -38,8 +38,17 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from profiler import export, status
-from profiler.answers import MOST_STEPS, SORTS, Answers, Check, Question
+from profiler.answers import (
+    MOST_STEPS,
+    SORTS,
+    Answers,
+    Check,
+    NothingToCompareError,
+    Question,
+)
+from profiler.comparison import Operand
 from profiler.connections import Places
+from profiler.diff import DEFAULT_GATE, Gate
 from profiler.flamegraph import ROOT_ID
 from profiler.openapi import (
     ENDPOINTS,
@@ -57,6 +66,7 @@ from profiler.paths import Group
 from profiler.times import parse_time, parse_window
 from profiler.views import NoSuchNodeError
 from storage.objects import StoreError
+from storage.profile import Window
 from storage.selector import Selector
 
 DEADLINE_S = 30.0
@@ -189,16 +199,7 @@ class Parameters:
 
     def question(self, usual_by: str = "service") -> Question:
         """Give what the parameters that all endpoints share ask about."""
-        try:
-            window = parse_window(
-                self.text("from", "now-1h"), self.text("until", "now"), self._now_ns
-            )
-        except ValueError as error:
-            raise _bad("from", str(error)) from error
-        try:
-            selector = Selector.parse(self.text("query"))
-        except ValueError as error:
-            raise _bad("query", str(error)) from error
+        window, selector = self._window("from", "until"), self._selector("query")
         node = self.text("node", f"{ROOT_ID:016x}")
         if not re.fullmatch(r"[0-9a-f]{16}", node):
             raise _bad("node", f"node={node!r} is not 16 hex digits")
@@ -219,6 +220,32 @@ class Parameters:
             search=self.text("search"),
             width_px=float(self.number("width", 1200, *WIDTH_PX)),
         )
+
+    def before(self) -> Operand:
+        """Give the side that the question is compared with."""
+        for name in ("before_from", "before_until"):
+            if not self.text(name):
+                raise _bad(name, f"{name} is missing: say when the side before begins and ends")
+        query = "before_query" if "before_query" in self._values else "query"
+        return Operand(self._selector(query), self._window("before_from", "before_until"))
+
+    def gate(self) -> Gate:
+        try:
+            return Gate.parse(self.text("fail_over") or DEFAULT_GATE)
+        except ValueError as error:
+            raise _bad("fail_over", str(error)) from error
+
+    def _window(self, start: str, end: str) -> Window:
+        try:
+            return parse_window(self.text(start, "now-1h"), self.text(end, "now"), self._now_ns)
+        except ValueError as error:
+            raise _bad(start, str(error)) from error
+
+    def _selector(self, name: str) -> Selector:
+        try:
+            return Selector.parse(self.text(name))
+        except ValueError as error:
+            raise _bad(name, str(error)) from error
 
 
 def _fields(query: bytes) -> list[tuple[str, str]]:
@@ -403,6 +430,8 @@ class Service:
         routes = [
             Route(f"{api}/flamegraph", self._route("flamegraph", self._flamegraph)),
             Route(f"{api}/top", self._route("top", self._top)),
+            Route(f"{api}/diff", self._route("diff", self._diff)),
+            Route(f"{api}/diff/top", self._route("diff_top", self._diff_top)),
             Route(f"{api}/timeline", self._route("timeline", self._timeline)),
             Route(f"{api}/deployments", self._route("deployments", self._deployments)),
             Route(f"{api}/labels", self._route("labels", self._labels)),
@@ -466,6 +495,8 @@ class Service:
             raise ProblemError(
                 404, "No such frame", "the frame is not in this range", node=str(error)
             ) from error
+        except NothingToCompareError as error:
+            raise ProblemError(404, "Nothing to compare", str(error), **error.fields) from error
         except StoreError as error:
             raise ProblemError(503, "Store away", str(error)) from error
         response = Response(content, headers=_PACKED if is_packed else None, media_type=media_type)
@@ -483,6 +514,15 @@ class Service:
         sort = parameters.choice("sort", SORTS)
         limit = parameters.number("limit", 200, *ROWS)
         return lambda check: _json(self._answers.top(question, sort, limit, check))
+
+    def _diff(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
+        question, before, gate = parameters.question(), parameters.before(), parameters.gate()
+        return lambda check: _json(self._answers.diff(question, before, gate, check))
+
+    def _diff_top(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
+        question, before, gate = parameters.question(), parameters.before(), parameters.gate()
+        limit = parameters.number("limit", 200, *ROWS)
+        return lambda check: _json(self._answers.diff_top(question, before, gate, limit, check))
 
     def _timeline(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
         question, step_ns = parameters.question(), parameters.step_ns()
