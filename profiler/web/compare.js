@@ -48,7 +48,7 @@ function swatch(verdict) {
 /** Fill the list that says what colours and marks mean. */
 export function showLegend(list) {
   const words = {
-    more: "costs more", less: "costs less", new: "new: hatched", gone: "gone: dashed", moved: "moved between callers", unchanged: "not changed, or too little data",
+    more: "costs more", less: "costs less", new: "new", gone: "gone", moved: "moved between callers", unchanged: "unchanged, or too little data",
   };
   list.replaceChildren(...Object.entries(words).map(([verdict, text]) => el("li", {}, swatch(verdict), text)));
 }
@@ -160,19 +160,20 @@ export const CHANGES = {
   columns: [
     {key: "verdict", title: "Change", class: "verdict-cell"},
     {key: "growth", title: "Growth", class: "num pair", hint: "Self time, less what all functions have in common, with its 95 % interval"},
-    {key: "share", title: "Of the total", class: "num pair", hint: "Share of self time, before and after"},
+    {key: "share", title: "Share", class: "num pair", hint: "Share of self time, before and after"},
     {key: "name", title: "Function, and why", class: "name"},
   ],
-  /** `totals` is what both sides cost in all. */
-  cells(row, {totals}) {
+  /** Of the answer: what both sides cost in all, and what makes cores of the rows' values. */
+  cells(row, {before, after, scale}) {
     const {module, q} = row;
     const verdict = saidOf(row);
-    const below = [module ? safeName(module) : "", safeName(row.because)].filter(Boolean).join(" · ");
+    const shares = [share(row.self.before * scale.before, before.cores), share(row.self.after * scale.after, after.cores)];
+    const why = safeName(row.because);
     return [
       el("td", {class: "verdict-cell"}, swatch(verdict), el("span", {text: verdict})),
-      el("td", {class: "num pair"}, el("b", {text: growthText(row)}), el("small", {text: intervalText(row.relative)})),
-      el("td", {class: "num pair"}, el("b", {text: `${share(row.self.before, totals.before)} → ${share(row.self.after, totals.after)}`}), el("small", {text: probability(q)})),
-      el("td", {class: "name"}, rowName(row), el("small", {text: below, title: below})),
+      el("td", {class: "num pair"}, el("b", {text: growthText(row)}), el("small", {text: intervalText(row)})),
+      el("td", {class: "num pair"}, el("b", {text: shares.join(" → ").replace(" % →", " →")}), el("small", {text: probability(q)})),
+      el("td", {class: "name"}, el("div", {class: "of-module"}, rowName(row), el("small", {text: safeName(module)})), el("small", {text: why, title: why})),
     ];
   },
 };
@@ -194,8 +195,9 @@ function growthText({verdict, relative}) {
   return verdict === "new" || verdict === "gone" ? verdict : growth(relative[0]);
 }
 
-function intervalText([, low, high]) {
-  return low === null || high === null ? "" : `${growth(low)} to ${growth(high)}`;
+function intervalText({verdict, relative: [, low, high]}) {
+  const isBounded = low !== null && high !== null && verdict !== "new" && verdict !== "gone";
+  return isBounded ? `${growth(low)} to ${growth(high)}` : "";
 }
 
 function probability(q) {
@@ -206,7 +208,7 @@ function probability(q) {
 export function tooltipOf(box, row, answer) {
   const rows = sideRows(box, answer);
   if (box.verdict && !box.isRest) rows.push(["Verdict", `${changeSign(box.verdict)} ${box.verdict}`.trim(), ""]);
-  if (row && CHANGED.has(box.verdict)) rows.push(["Growth", growthText(row), intervalText(row.relative)]);
+  if (row && CHANGED.has(box.verdict)) rows.push(["Growth", growthText(row), intervalText(row)]);
   if (box.isRest) return {rows};
   return {rows, hint: box.cause ? `Because of ${safeName(box.cause.function)}` : ""};
 }
@@ -214,26 +216,19 @@ export function tooltipOf(box, row, answer) {
 function sideRows({before, after}, answer) {
   return [["Before", "before"], ["After", "after"]].map(([title, side]) => {
     const value = side === "before" ? before : after;
-    return [title, coresPerHost(value * answer.scale[side]), share(value, totalsOf(answer)[side])];
+    return [title, coresPerHost(value * answer.scale[side]), share(value, answer.totals[side])];
   });
-}
-
-/** Give what both sides of an answer of /api/v1/diff cost in all. */
-export function totalsOf({total, nodes}) {
-  return total ?? {before: nodes.before[0] ?? 0, after: nodes.after[0] ?? 0};
 }
 
 /** Give the facts of a box or a function for the panel: [[term, text], ...]. */
 export function changeFacts({frame, before, after, verdict, cause}, row, answer) {
+  const isFunction = frame.kind !== "label";
+  const hasOwn = isFunction && row !== null && row.self.before + row.self.after > 0; // what a verdict is on
   const facts = [["Verdict", [verdictText(verdict, row), cause ? `because of ${safeName(cause.function)}` : ""].filter(Boolean).join(", ")]];
-  if (row && frame.kind !== "label") {
-    facts.push(["Growth of the function", [growthText(row), intervalText(row.relative)].filter(Boolean).join(", ")]);
-  }
+  if (hasOwn) facts.push(["Growth of the function", withInterval(growthText(row), intervalText(row))]);
   for (const [title, cores, part] of sideRows({before, after}, answer)) facts.push([title, `${part} · ${cores}`]);
-  if (row && frame.kind !== "label") {
-    facts.push(["Cost of the function", coresText(row.cores)], ["Why", `${safeName(row.because)}; ${probability(row.q)}`]);
-  }
-  if (frame.kind !== "label") facts.push(["Module", safeName(frame.module) || "unknown"], ["Kind", safeName(frame.kind)]);
+  if (hasOwn) facts.push(["Cost of the function", coresText(row.cores)], ["Why", `${safeName(row.because)}; ${probability(row.q)}`]);
+  if (isFunction) facts.push(["Module", `${safeName(frame.module) || "unknown"} · ${safeName(frame.kind)}`]);
   const where = place(frame.file, frame.line);
   if (where) facts.push(["Source", safeName(where)]);
   return facts;
@@ -247,8 +242,12 @@ function verdictText(verdict, row) {
 
 function coresText([estimate, low, high]) {
   const signed = (value) => `${value < 0 ? "−" : "+"}${coresPerHost(Math.abs(value)).replace(" cores a host", "")}`;
-  const interval = low === null || high === null ? "" : ` (${signed(low)} to ${signed(high)})`;
-  return `${signed(estimate)} cores a host${interval}`;
+  const interval = low === null || high === null ? "" : `${signed(low)} to ${signed(high)}`;
+  return withInterval(`${signed(estimate)} cores a host`, interval);
+}
+
+function withInterval(text, interval) {
+  return interval ? `${text} (${interval})` : text;
 }
 
 /** The deployments of the timeline's window, each a button that compares before and after it. */

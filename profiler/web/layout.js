@@ -382,7 +382,7 @@ function ancestorsOf(path, total) {
 }
 
 function makeView(diff, side) {
-  const { nodes, scale, path } = diff;
+  const { nodes, scale, path, totals } = diff;
   const width = ({ before, after }) => {
     if (side === "before") return before * scale.before;
     if (side === "after") return after * scale.after;
@@ -391,7 +391,7 @@ function makeView(diff, side) {
   const total = nodes.before.map((before, i) => width({ before, after: nodes.after[i] }));
   return {
     ...diff,
-    total: diff.total ? width(diff.total) : total[0],
+    total: width(totals),
     nodes: { ...nodes, total },
     path: path?.map((each) => ({ ...each, total: width(each) })),
   };

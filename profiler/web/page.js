@@ -5,7 +5,7 @@
 // empty or error.
 
 import {Api, address, isCancelled} from "./api.js";
-import {CHANGES, DeploymentsMenu, Sides, Verdict, changeFacts, changesShown, nextSteps, publishColours, showLegend, tooltipOf, totalsOf} from "./compare.js";
+import {CHANGES, DeploymentsMenu, Sides, Verdict, changeFacts, changesShown, nextSteps, publishColours, showLegend, tooltipOf} from "./compare.js";
 import * as controls from "./controls.js";
 import {button, el, isTyping} from "./dom.js";
 import {bytes, counted, number, safeName, share, span} from "./format.js";
@@ -31,6 +31,8 @@ const THEME_KEY = "everflame-theme";
 const THEMES = ["auto", "light", "dark"];
 const SPLITS = ["service", "version", "service,version", "host", "service,host", "comm", "service,comm", ""];
 const ANSWERS = ["flame", "diff", "timeline", "services", "top", "changes", "deployments"];
+/** Functions that a comparison asks for, what changed first; smaller ones cost next to nothing. */
+const CHANGES_ASKED = 1000;
 /** Of what is compared, this much more is on the timeline to each side. */
 const CONTEXT = 0.15;
 
@@ -203,7 +205,7 @@ class Page {
     if (this.#isComparison) {
       return {
         diff: ["diff", [...this.#viewParams(), width]],
-        changes: ["diff/top", [...common, ...this.#beforeParams()]],
+        changes: ["diff/top", [...query, ["from", String(this.#window.from)], ["until", String(this.#window.until)], ...this.#beforeParams(), ["limit", String(CHANGES_ASKED)]]],
         timeline, services, deployments,
       };
     }
@@ -414,9 +416,7 @@ class Page {
     const {filter, rows, changes} = this.#state;
     if (this.#isNew("changes", answer, filter, rows, changes)) {
       const wanted = changesShown(answer, this.#state);
-      const sum = (side) => sumOf(answer.functions.map((each) => each.self[side]));
-      const context = {totals: {before: sum("before"), after: sum("after")}};
-      this.changes.show(wanted.slice(0, rows), {all: wanted.length, filter, limit: rows, context});
+      this.changes.show(wanted.slice(0, rows), {all: wanted.length, filter, limit: rows, context: answer});
     }
     this.changes.dim(false);
     if (this.#shown.diff.answer && !this.#shown.diff.error) this.#showVerdict();
@@ -476,6 +476,7 @@ class Page {
   #showSides() {
     const is = this.#isComparison;
     byId("compare-button").setAttribute("aria-pressed", String(is));
+    byId("panes").classList.toggle("compared", is);
     for (const id of ["comparison", "target", "side", "changes-legend", "pane-changes"]) byId(id).hidden = !is;
     for (const id of ["coverage", "color-pick", "pane-table"]) byId(id).hidden = is;
     if (!is) return;
@@ -671,7 +672,7 @@ class Page {
         el("p", {class: "row"}, button({text: "Zoom out", class: "primary", click: () => this.#change({node: ""})}), button({text: "Back", click: () => history.back()})),
       ];
     }
-    if (this.#isComparison && error.nearest.length) return this.#emptySide(error);
+    if (error.problem.side) return this.#emptySide(error);
     const actions = [button({text: "Retry", class: "primary", click: () => this.#refresh()})];
     if (error.parameter === "query") actions.push(button({text: "Clear the selector", click: () => this.#change({q: ""})}));
     else if (error.status >= 400 && error.status < 500) actions.push(button({text: "Start over", click: () => this.#change(parseState(""))}));
@@ -679,15 +680,26 @@ class Page {
     return [el("h3", {class: "bad", text: title}), el("p", {class: "detail", text: safeName(error.message)}), el("p", {class: "row"}, actions)];
   }
 
-  /** Nothing stands on a side: say which, and lead to what is near. */
-  #emptySide(error) {
+  /** Nothing stands on a side: say which, and lead to what is there. */
+  #emptySide({title, message, problem: {side, reason, nearest = [], services = [], versions = [], hosts}}) {
     const {tz} = this.#state;
+    const ofSide = (change) => this.#changeSide(side, change);
+    const query = side === "before" ? beforeQuery(this.#state) : this.#state.q;
+    const choices = (values, name) => values.map((value) => el("button", {type: "button", class: "chip service", on: {click: () => ofSide({query: withMatcher(query, name, value)})}}, el("span", {class: "chip-text", text: safeName(value)})));
+    const titles = {before: "Nothing stands before", after: "Nothing stands after", both: "No host is on both sides"};
     return [
-      el("h3", {text: error.title}),
-      el("p", {class: "detail", text: safeName(error.message)}),
-      el("p", {text: "The nearest data:"}),
-      el("p", {class: "row"}, error.nearest.map((each) => button({text: formatWindow(each.from_ms, each.until_ms, tz), click: () => this.#change(around(each, this.#windowMs))}))),
-    ];
+      el("h3", {text: titles[side] ?? title}),
+      el("p", {class: "detail", text: safeName(message)}),
+      hosts ? el("p", {text: `Before: ${hosts.before.map(safeName).join(", ") || "none"}. After: ${hosts.after.map(safeName).join(", ") || "none"}. A verdict takes the same hosts on both sides.`}) : null,
+      reason === "nothing_matches" && versions.length ? el("p", {text: "Versions that are there:"}) : null,
+      reason === "nothing_matches" && versions.length ? el("p", {class: "chips"}, choices(versions, "version")) : null,
+      reason === "nothing_matches" && services.length ? el("p", {text: "Services that are there:"}) : null,
+      reason === "nothing_matches" && services.length ? el("p", {class: "chips"}, choices(services, "service")) : null,
+      nearest.length ? el("p", {text: "The nearest data:"}) : null,
+      el("p", {class: "row"},
+        nearest.map((each) => button({text: formatWindow(each.from_ms, each.until_ms, tz), click: () => ofSide(around(each, this.#windowMs))})),
+        button({text: "End the comparison", click: () => this.#change(endComparison())})),
+    ].filter(Boolean);
   }
 
   #awayNotice(error) {
@@ -750,8 +762,7 @@ class Page {
   #labelOf({frame, path}) {
     if (frame.kind !== "label" || path.length === 0) return null;
     const names = this.#state.by.split(",").filter(Boolean);
-    const {answer} = this.#shown.flame;
-    const graph = graphOf(answer);
+    const graph = graphOf(this.#drawing);
     let levels = 0;
     for (let node = graph.top; node < graph.size; node += 1) if (graph.frameOf(node).kind === "label") levels = Math.max(levels, graph.rowOf(node));
     const position = path.filter(([, , kind]) => kind === "label").length - 1;
@@ -788,6 +799,13 @@ class Page {
     const after = {...this.#window, query: this.#state.q};
     const {from, until} = this.#outer;
     this.#change({...compare(after, {...this.#before, query: beforeQuery(this.#state)}), over: this.#state.over && `${from}..${until}`});
+  }
+
+  /** Change what one side selects: {query} or {from, until} as texts. */
+  #changeSide(side, {query, from, until}) {
+    const isBefore = side === "before";
+    if (query !== undefined) return this.#change(isBefore ? {before_query: query} : {q: query, before_query: beforeQuery(this.#state)});
+    this.#change(isBefore ? {before_from: from, before_until: until} : {from, until});
   }
 
   /** Halve both windows, towards each other. */
@@ -1052,6 +1070,12 @@ function findBox(answer, id) {
 function around({from_ms: from, until_ms: until}, lengthMs) {
   const more = Math.max(0, lengthMs - (until - from)) / 2;
   return {from: String(Math.floor(from - more)), until: String(Math.ceil(until + more)), over: ""};
+}
+
+/** Give a selector with a label's value, in place of what it asks of that label. */
+function withMatcher(query, name, value) {
+  const others = selector.parse(query).filter((each) => each.name !== name);
+  return selector.print([...others, {name, operator: "=", value}]);
 }
 
 function fileTime(ms) {

@@ -393,6 +393,8 @@ function diff(rows, { scale = { before: 1, after: 2 } } = {}) {
   const column = (i) => rows.map((row) => row[i]);
   return {
     scale,
+    common_change: { relative: 0 },
+    totals: { before: rows[0][2], after: rows[0][3] },
     frames: FRAMES,
     path: [],
     verdicts: VERDICTS,
