@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from profiler.comparison import ComparisonError, Operand, of_store
+from profiler.comparison import Operand, of_store
 from profiler.deployments import deployments_in
 from profiler.diff import Gate, Options, as_json, verdict_of
 from profiler.differential import VERDICTS, Pair, UnionGraph, UnionPaths
@@ -460,9 +460,11 @@ class Answers:
                 for row in rows
                 if wanted in row["function"].casefold() or wanted in row["module"].casefold()
             ]
-        moved, reasons = compared.pair.moved, compared.pair.reasons()
-        for row in rows[:limit]:
-            key = (row["function"], row["module"], row["kind"])
+        pair, rows_count, rows = compared.pair, len(rows), rows[:limit]
+        shown = {(row["function"], row["module"], row["kind"]): row for row in rows}
+        functions = [each for each in pair.found.functions if each.frame[:3] in shown]
+        moved, reasons = pair.moved, pair.reasons(functions)
+        for key, row in shown.items():
             row["moved"] = key in moved
             row["total"]["because"] = [
                 {
@@ -474,7 +476,7 @@ class Answers:
                 }
                 for each in reasons.get(key, ())
             ]
-        return {**head, "rows": len(rows), "functions": rows[:limit]}
+        return {**head, "rows": rows_count, "functions": rows}
 
     def compare(self, question: Question, before: Operand, check: Check) -> Pair:
         """Give the comparison itself, for exports.
@@ -512,7 +514,7 @@ class Answers:
             operands = [Operand(side.selector, side.window) for side in sides]
             try:
                 found = of_store(self._query.interruptible(check), *operands)
-            except ComparisonError as error:
+            except ValueError as error:  # a ComparisonError, or nobody knows when it was there
                 hosts = [_hosts_of(answer.profile) for answer in merged]
                 raise NothingToCompareError(
                     str(error),

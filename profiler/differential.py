@@ -14,7 +14,7 @@ node inherits from the one decision per function (`profiler.comparison`).
 - A function that only has a new caller is not new, and is moved at most.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -134,9 +134,33 @@ class Pair:
         """The functions whose cost moved between callers."""
         return self._judge().moved
 
-    def reasons(self) -> dict[_Key, tuple[Reason, ...]]:
-        """Give by function the changed ones below it that make up its change, largest first."""
-        return self._judge().reasons
+    def reasons(self, functions: Collection[Function]) -> dict[_Key, tuple[Reason, ...]]:
+        """Give, of these functions, the changed ones below that make up a change, largest first."""
+        judged, scale = self._judge(), self.scale
+        paths, leaves = judged.changed, judged.leaves
+        size = len(paths.frames)
+        wholes = np.full(size, np.inf)
+        numbers = {_key(frame): i for i, frame in enumerate(paths.frames)}
+        for function in functions:
+            before, after = function.total
+            whole = (before * scale.before + after * scale.after) / 2
+            wholes[numbers.get(_key(function.frame), [])] = whole
+        rows, boxes = paths.pairs()
+        is_asked = np.isfinite(wholes[boxes]) & (boxes != leaves[rows])
+        rows, boxes = rows[is_asked], boxes[is_asked]
+        pairs, which = np.unique(boxes * size + leaves[rows], return_inverse=True)
+        above, below = np.divmod(pairs, size)
+        sums = [sum_by(which, column[rows], len(pairs)) for column in (paths.values, paths.samples)]
+        growth = np.abs(self._growth(*sums))
+        explains = np.flatnonzero(growth >= _REASON_SHARE * wholes[above])
+        found: dict[_Key, tuple[Reason, ...]] = {}
+        for i in explains[np.argsort(-growth[explains], kind="stable")].tolist():
+            key = _key(paths.frames[above[i]])
+            known = found.get(key, ())
+            if len(known) < _REASONS:
+                reason = Reason(paths.frames[below[i]], int(sums[0][i]), int(sums[1][i]))
+                found[key] = (*known, reason)
+        return found
 
     def view(self, view: View) -> UnionPaths:
         """Look at the stacks of both sides as asked."""
@@ -279,8 +303,6 @@ class Pair:
         functions = {_key(each.frame): each for each in self.found.functions}
         known = [functions.get(_key(frame)) for frame in stacks.frames]
         of_frame = np.array([_CODES[f.change] if f else UNCHANGED for f in known] + [0], np.int8)
-        if self.found.source == Source.NONE:
-            return _Judged(np.zeros(len(which), np.int8), frozenset(), {})
         codes = of_frame[leaves]
         moved = _find_moved(leaves, counts, known)
         codes[moved] = MOVED
@@ -296,42 +318,19 @@ class Pair:
         return _Judged(
             codes=codes[which],
             moved=frozenset(_key(stacks.frames[i]) for i in np.unique(leaves[moved]).tolist()),
-            reasons=self._find_reasons(paths, leaves[chosen], functions),
+            changed=paths,
+            leaves=leaves[chosen],
         )
-
-    def _find_reasons(
-        self, paths: Paths, leaves: Integers, functions: Mapping[_Key, Function]
-    ) -> dict[_Key, tuple[Reason, ...]]:
-        """Add up what each changed function costs below each function above it."""
-        size = len(paths.frames)
-        rows, boxes = paths.pairs()
-        boxes = boxes.astype(np.int64)
-        _, first, which = np.unique(
-            boxes * size + leaves[rows], return_index=True, return_inverse=True
-        )
-        before = sum_by(which, paths.values[rows], len(first))
-        after = sum_by(which, paths.samples[rows], len(first))
-        growth = np.abs(self._growth(before, after))
-        found: dict[_Key, list[Reason]] = {}
-        scale = self.scale
-        for i in np.argsort(-growth, kind="stable").tolist():
-            above, below = int(boxes[first[i]]), int(leaves[rows[first[i]]])
-            key = _key(paths.frames[above])
-            reasons = found.setdefault(key, [])
-            if above == below or len(reasons) == _REASONS or key not in functions:
-                continue
-            total = functions[key].total
-            whole = (total[0] * scale.before + total[1] * scale.after) / 2
-            if growth[i] >= _REASON_SHARE * whole:
-                reasons.append(Reason(paths.frames[below], int(before[i]), int(after[i])))
-        return {key: tuple(reasons) for key, reasons in found.items() if reasons}
 
 
 class _Judged(NamedTuple):
     codes: npt.NDArray[np.int8]
     """By row of both profiles: the verdict on the box at the end of its stack."""
     moved: frozenset[_Key]
-    reasons: dict[_Key, tuple[Reason, ...]]
+    changed: Paths
+    """The stacks of changed functions; `values` count before, `samples` after."""
+    leaves: Integers
+    """By such a stack: the box at its end."""
 
 
 def _key(frame: Frame) -> _Key:

@@ -23,8 +23,10 @@ _Schema = dict[str, Any]
 
 _SHARED = ("query", "from", "until", "type")
 _VIEW = ("by", "group", "node", "invert", "callers", "focus", "hide")
-_BEFORE = ("before_query", "before_from", "before_until")
-_COMPARED = ("query", "from", "until", *_BEFORE)
+_BEFORE_SIDE = ("before_query", "before_from", "before_until")
+_COMPARED = ("query", "from", "until", *_BEFORE_SIDE)
+BEFORE = frozenset(_BEFORE_SIDE)
+"""Whoever gives one of them asks for a comparison."""
 
 
 class Endpoint(NamedTuple):
@@ -34,7 +36,6 @@ class Endpoint(NamedTuple):
     answers: Mapping[str, _Schema]
     """Schemas by media type."""
     problems: tuple[int, ...] = (400, 421, 503, 504)
-    required: tuple[str, ...] = ()
 
     @property
     def repeatable(self) -> frozenset[str]:
@@ -426,7 +427,6 @@ ENDPOINTS = {
         (*_COMPARED, *_VIEW, "width", "fail_over"),
         _json("Diff"),
         (400, 404, 421, 503, 504),
-        required=("before_from", "before_until"),
     ),
     "diff_top": Endpoint(
         "/api/v1/diff/top",
@@ -434,7 +434,6 @@ ENDPOINTS = {
         (*_COMPARED, "search", "limit", "fail_over"),
         _json("DiffTop"),
         (400, 404, 421, 503, 504),
-        required=("before_from", "before_until"),
     ),
     "timeline": Endpoint(
         "/api/v1/timeline",
@@ -516,10 +515,13 @@ _PARAMETERS: dict[str, tuple[str, _Schema]] = {
         {"type": "string", "format": "selector"},
     ),
     "before_from": (
-        "where the side before begins, as from",
+        "when the side before begins, as from; by default it is as long as the other",
         {"type": "string", "format": "moment"},
     ),
-    "before_until": ("where it ends, as from", {"type": "string", "format": "moment"}),
+    "before_until": (
+        "when the side before ends, as from; by default where the other begins",
+        {"type": "string", "format": "moment"},
+    ),
     "fail_over": (
         "what a function that costs more must reach to fail, as relative>=10%,share>=0.5pp",
         {"type": "string", "format": "gate", "default": "relative>=10%,share>=0.5pp"},
@@ -607,8 +609,7 @@ def _operation(name: str, endpoint: Endpoint) -> dict[str, Any]:
 
 def _parameter(endpoint: str, name: str, place: str) -> dict[str, Any]:
     known = _PARAMETERS.get(f"{endpoint} {name}") or _PARAMETERS[name]
-    is_required = place == "path" or name in ENDPOINTS[endpoint].required
-    required = {"required": True} if is_required else {}
+    required = {"required": True} if place == "path" else {}
     return {"name": name, "in": place, "description": known[0], "schema": known[1], **required}
 
 

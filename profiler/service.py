@@ -51,6 +51,7 @@ from profiler.connections import Places
 from profiler.diff import DEFAULT_GATE, Gate
 from profiler.flamegraph import ROOT_ID
 from profiler.openapi import (
+    BEFORE,
     ENDPOINTS,
     EXPORT_NAME,
     LABEL_LIMIT,
@@ -63,10 +64,9 @@ from profiler.openapi import (
     document,
 )
 from profiler.paths import Group
-from profiler.times import parse_time, parse_window
+from profiler.times import parse_time, parse_window, rfc3339
 from profiler.views import NoSuchNodeError
 from storage.objects import StoreError
-from storage.profile import Window
 from storage.selector import Selector
 
 DEADLINE_S = 30.0
@@ -199,7 +199,13 @@ class Parameters:
 
     def question(self, usual_by: str = "service") -> Question:
         """Give what the parameters that all endpoints share ask about."""
-        window, selector = self._window("from", "until"), self._selector("query")
+        try:
+            window = parse_window(
+                self.text("from", "now-1h"), self.text("until", "now"), self._now_ns
+            )
+        except ValueError as error:
+            raise _bad("from", str(error)) from error
+        selector = self._selector("query")
         node = self.text("node", f"{ROOT_ID:016x}")
         if not re.fullmatch(r"[0-9a-f]{16}", node):
             raise _bad("node", f"node={node!r} is not 16 hex digits")
@@ -221,25 +227,28 @@ class Parameters:
             width_px=float(self.number("width", 1200, *WIDTH_PX)),
         )
 
-    def before(self) -> Operand:
-        """Give the side that the question is compared with."""
-        for name in ("before_from", "before_until"):
-            if not self.text(name):
-                raise _bad(name, f"{name} is missing: say when the side before begins and ends")
+    @property
+    def is_comparison(self) -> bool:
+        return not BEFORE.isdisjoint(self._values)
+
+    def before(self, question: Question) -> Operand:
+        """Give the side that a question is compared with: by default the time just before it."""
+        start_ns, end_ns = question.window
+        end = self.text("before_until") or rfc3339(start_ns)
+        try:
+            until_ns = parse_time(end, self._now_ns)
+            start = self.text("before_from") or rfc3339(max(0, until_ns - end_ns + start_ns))
+            window = parse_window(start, end, self._now_ns)
+        except ValueError as error:
+            raise _bad("before_from", str(error)) from error
         query = "before_query" if "before_query" in self._values else "query"
-        return Operand(self._selector(query), self._window("before_from", "before_until"))
+        return Operand(self._selector(query), window)
 
     def gate(self) -> Gate:
         try:
             return Gate.parse(self.text("fail_over") or DEFAULT_GATE)
         except ValueError as error:
             raise _bad("fail_over", str(error)) from error
-
-    def _window(self, start: str, end: str) -> Window:
-        try:
-            return parse_window(self.text(start, "now-1h"), self.text(end, "now"), self._now_ns)
-        except ValueError as error:
-            raise _bad(start, str(error)) from error
 
     def _selector(self, name: str) -> Selector:
         try:
@@ -516,11 +525,13 @@ class Service:
         return lambda check: _json(self._answers.top(question, sort, limit, check))
 
     def _diff(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
-        question, before, gate = parameters.question(), parameters.before(), parameters.gate()
+        question, gate = parameters.question(), parameters.gate()
+        before = parameters.before(question)
         return lambda check: _json(self._answers.diff(question, before, gate, check))
 
     def _diff_top(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
-        question, before, gate = parameters.question(), parameters.before(), parameters.gate()
+        question, gate = parameters.question(), parameters.gate()
+        before = parameters.before(question)
         limit = parameters.number("limit", 200, *ROWS)
         return lambda check: _json(self._answers.diff_top(question, before, gate, limit, check))
 
