@@ -62,15 +62,19 @@ def simulate(
     rates = shares(functions) * np.exp(rng.normal(0, HOST_SD, (hosts, functions)))
     noise = sd * strayed(rng, (hosts, functions, minutes))
     noise += FLEET_SD * strayed(rng, (1, functions, minutes))
-    expected = rates[:, :, None] * day * np.exp(noise) * 60 * HZ
-    if effect:
-        expected[:, effect[0], minutes - LENGTH :] *= effect[1]
-    samples = rng.poisson(expected)
+    expected = np.exp(noise, out=noise)
+    expected *= day.astype(np.float32)
     present_s = np.full(hosts, 60.0 * LENGTH)
     contrasts = []
     for end in range(SPAN, minutes + 1, SPAN):
-        first = samples[:, :, end - SPAN : end - SPAN + LENGTH].sum(axis=2).astype(float)
-        second = samples[:, :, end - LENGTH : end].sum(axis=2).astype(float)
+        # What is counted in an hour are the counts of its minutes, added up.
+        first, second = (
+            rates * expected[:, :, at : at + LENGTH].sum(axis=2) * 60 * HZ
+            for at in (end - SPAN, end - LENGTH)
+        )
+        if effect and end == minutes:
+            second[:, effect[0]] *= effect[1]
+        first, second = (rng.poisson(each).astype(float) for each in (first, second))
         contrasts.append(verdict.contrast(Costs(first, present_s), Costs(second, present_s)))
     return contrasts, (first.sum(axis=0), second.sum(axis=0))
 

@@ -14,7 +14,7 @@ over all functions is kept at 5 % (Benjamini and Hochberg 1995).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -26,6 +26,9 @@ Floats = npt.NDArray[np.float64]
 
 LEVEL = 0.05
 """Of false discoveries among what is called changed; 1 - LEVEL is that of intervals."""
+MIN_POINTS = 0.001
+"""Of the total: what changes by less is called unchanged. Of 200 functions that only stray, most
+of those that stray far are small, and nobody acts on them."""
 MIN_SHARE = 0.002
 """Of the total: smaller functions do not tell what all have in common."""
 MIN_COMMON = 10
@@ -33,8 +36,9 @@ MIN_COMMON = 10
 MIN_POSITIONS = 6
 MIN_HOSTS = 8
 MIN_REPLICATES = 3
-_MIN_SAMPLES = 10
-"""Of both sides together: functions with fewer are not looked at, and cost the others nothing."""
+_MIN_SAMPLES = 5
+"""On a host and side, on average: the logarithm of fewer says little. Functions with fewer are not
+looked at, and cost the others nothing."""
 _GUARD = 0.5
 """Samples that are added to each count, so that none is zero."""
 
@@ -75,13 +79,15 @@ class Contrast:
 
     `ratios` has a row per host that is on both sides, a column per function, and is less the
     `common` change. `counting` is the variance that the mean of a column has from counting samples
-    alone, were nothing changed: 2 / n for two counts that are both n.
+    alone, were nothing changed: 2 / n for two counts that are both n. `cells` is of how many counts
+    a column is made.
     """
 
     ratios: Floats
     common: float
     hosts_common: Floats
     counting: Floats
+    cells: int
 
     @property
     def mean(self) -> Floats:
@@ -102,7 +108,8 @@ def contrast(before: Costs, after: Costs) -> Contrast:
     spans = [side.present_s[is_there, None] for side in (before, after)]
     rates = [np.log((count + _GUARD) / span) for count, span in zip(counts, spans, strict=True)]
     ratios = rates[1] - rates[0]
-    large = large_functions(counts[0].sum(axis=0) + counts[1].sum(axis=0))
+    cells = 2 * len(ratios)
+    large = large_functions(counts[0].sum(axis=0) + counts[1].sum(axis=0), cells)
     hosts_common = (
         np.median(ratios[:, large], axis=1) if large.sum() >= MIN_COMMON else np.zeros(len(ratios))
     )
@@ -111,12 +118,13 @@ def contrast(before: Costs, after: Costs) -> Contrast:
     both, total = counts[0] + counts[1], spans[0] + spans[1]
     expected = [both * span / total + _GUARD for span in spans]
     counting = (1 / expected[0] + 1 / expected[1]).sum(axis=0) / len(ratios) ** 2
-    return Contrast(ratios - common, common, hosts_common, counting)
+    return Contrast(ratios - common, common, hosts_common, counting, cells)
 
 
-def large_functions(samples: Floats) -> npt.NDArray[np.bool_]:
+def large_functions(samples: Floats, cells: int) -> npt.NDArray[np.bool_]:
     """Tell which functions are large enough to say what all have in common."""
-    is_large: npt.NDArray[np.bool_] = samples >= max(MIN_SHARE * samples.sum(), _MIN_SAMPLES)
+    least = max(MIN_SHARE * samples.sum(), _MIN_SAMPLES * cells)
+    is_large: npt.NDArray[np.bool_] = samples >= least
     return is_large
 
 
@@ -148,6 +156,23 @@ def noise_of_history(past: Sequence[Contrast], independent: int) -> Noise:
     )
 
 
+def against_history(now: Contrast, past: Sequence[Contrast]) -> tuple[Contrast, Noise]:
+    """Take from a contrast of different hosts what they always differ by, as their past shows."""
+    means = np.array([each.mean for each in past])
+    commons = np.array([each.common for each in past])
+    ratios, common = now.ratios - means.mean(axis=0), now.common - float(commons.mean())
+    of_mean = 1 + 1 / len(past)
+    noise = Noise(
+        source=Source.HISTORY,
+        positions=len(past),
+        df=float(len(past) - 1),
+        variances=means.var(axis=0, ddof=1) * of_mean,
+        counting=np.mean([each.counting for each in past], axis=0) * of_mean,
+        common_variance=float(commons.var(ddof=1)) * of_mean,
+    )
+    return replace(now, ratios=ratios, common=common), noise
+
+
 def noise_of_hosts(now: Contrast) -> Noise:
     """Take what differs between hosts."""
     hosts = len(now.ratios)
@@ -162,11 +187,17 @@ def noise_of_hosts(now: Contrast) -> Noise:
     )
 
 
-def contrast_of_replicates(before: Costs, after: Costs) -> tuple[Contrast, Noise]:
-    """Compare two sets of runs, each row one of them, by what differs between runs of one side."""
+def contrast_of_replicates(
+    before: Costs, after: Costs, source: Source = Source.REPLICATES
+) -> tuple[Contrast, Noise]:
+    """Compare two sets of runs or of different hosts, each row one of them.
+
+    The noise is what differs between the rows of one side; it means nothing where both have one.
+    """
     sides = [before, after]
+    cells = len(before.samples) + len(after.samples)
     both = before.samples.sum(axis=0) + after.samples.sum(axis=0)
-    large = large_functions(both)
+    large = large_functions(both, cells)
     rates = [np.log((each.samples + _GUARD) / each.present_s[:, None]) for each in sides]
     has_common = large.sum() >= MIN_COMMON
     means = [each.mean(axis=0) for each in rates]
@@ -178,7 +209,7 @@ def contrast_of_replicates(before: Costs, after: Costs) -> tuple[Contrast, Noise
         squares += ((strays - own[:, None]) ** 2).sum(axis=0)
         runs_common += float((own**2).sum())
         weight += 1 / len(each)
-    df = sum(len(each) - 1 for each in rates)
+    df = max(1, sum(len(each) - 1 for each in rates))
     spans = [each.present_s for each in sides]
     total = float(sum(span.sum() for span in spans))
     counting = sum(
@@ -186,14 +217,15 @@ def contrast_of_replicates(before: Costs, after: Costs) -> tuple[Contrast, Noise
     )
     ratios = (means[1] - means[0] - common)[None]
     noise = Noise(
-        source=Source.REPLICATES,
+        source=source,
         positions=sum(len(each) for each in rates),
         df=float(df),
         variances=squares / df * weight,
         counting=np.asarray(counting),
         common_variance=runs_common / df * weight,
     )
-    return Contrast(ratios, common, np.array([common]), np.asarray(counting)), noise
+    now = Contrast(ratios, common, np.array([common]), np.asarray(counting), cells)
+    return now, noise
 
 
 class CommonJudgement(NamedTuple):
@@ -229,7 +261,7 @@ def judge(now: Contrast, samples: tuple[Floats, Floats], noise: Noise) -> Judgem
     """Tell what has changed. `samples` are each function's before and after, of all hosts."""
     ratios = now.mean
     before, after = samples
-    tested = before + after >= _MIN_SAMPLES
+    tested = before + after >= _MIN_SAMPLES * now.cells
     variances, df = moderate(noise, now.counting, tested)
     deviations = np.sqrt(variances)
     p = np.ones_like(ratios)
@@ -238,7 +270,8 @@ def judge(now: Contrast, samples: tuple[Floats, Floats], noise: Noise) -> Judgem
     q[tested] = adjust(p[tested])
     reach = student_quantile(LEVEL, np.array([df]))[0] * deviations
     changes = [Change.UNCHANGED] * len(ratios)
-    for i in np.flatnonzero(q <= LEVEL).tolist():
+    matters = points_of(ratios, before, after) >= MIN_POINTS
+    for i in np.flatnonzero((q <= LEVEL) & matters).tolist():
         if not before[i]:
             changes[i] = Change.NEW
         elif not after[i]:
@@ -246,6 +279,16 @@ def judge(now: Contrast, samples: tuple[Floats, Floats], noise: Noise) -> Judgem
         else:
             changes[i] = Change.MORE if ratios[i] > 0 else Change.LESS
     return Judgement(ratios, ratios - reach, ratios + reach, p, q, changes)
+
+
+def points_of(ratios: Floats, before: Floats, after: Floats) -> Floats:
+    """Give what log ratios make of the total: parts of 1, of the mean of both sides.
+
+    A cost m (1 - x) before and m (1 + x) after has the log ratio 2 atanh(x).
+    """
+    shares = (before / max(1.0, before.sum()) + after / max(1.0, after.sum())) / 2
+    points: Floats = 2 * shares * np.tanh(np.abs(ratios) / 2)
+    return points
 
 
 def moderate(noise: Noise, counting: Floats, tested: npt.NDArray[np.bool_]) -> tuple[Floats, float]:
