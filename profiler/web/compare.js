@@ -48,9 +48,9 @@ function swatch(verdict) {
 /** Fill the list that says what colours and marks mean. */
 export function showLegend(list) {
   const words = {
-    more: "costs more", less: "costs less", new: "new", gone: "gone", moved: "moved between callers", unchanged: "unchanged, or too little data",
+    more: "costs more", less: "costs less", new: "new", gone: "gone", moved: "moved", unchanged: "unchanged, or too little data",
   };
-  list.replaceChildren(...Object.entries(words).map(([verdict, text]) => el("li", {}, swatch(verdict), text)));
+  list.replaceChildren(...Object.entries(words).map(([verdict, text]) => el("li", {title: verdict === "moved" ? "Costs as much as before, from other callers" : null}, swatch(verdict), text)));
 }
 
 /** The two selections: what stands before can be chosen here, what stands after is the page's own. */
@@ -156,11 +156,11 @@ function commonText({relative, low, high, verdict}, whole) {
 export const CHANGES = {
   id: "changes-filter",
   label: "Functions by what changed",
-  none: "No function changed",
+  none: "No function changed. “Unchanged too” says for each how large a change would have shown.",
   columns: [
     {key: "verdict", title: "Change", class: "verdict-cell"},
     {key: "growth", title: "Growth", class: "num pair", hint: "Self time, less what all functions have in common, with its 95 % interval"},
-    {key: "share", title: "Share", class: "num pair", hint: "Share of self time, before and after"},
+    {key: "share", title: "Share", class: "num pair narrow-less", hint: "Share of self time, before and after"},
     {key: "name", title: "Function, and why", class: "name"},
   ],
   /** Of the answer: what both sides cost in all, and what makes cores of the rows' values. */
@@ -172,7 +172,7 @@ export const CHANGES = {
     return [
       el("td", {class: "verdict-cell"}, swatch(verdict), el("span", {text: verdict})),
       el("td", {class: "num pair"}, el("b", {text: growthText(row)}), el("small", {text: intervalText(row)})),
-      el("td", {class: "num pair"}, el("b", {text: shares.join(" → ").replace(" % →", " →")}), el("small", {text: probability(q)})),
+      el("td", {class: "num pair narrow-less"}, el("b", {text: shares.join(" → ").replace(" % →", " →")}), el("small", {text: probability(q)})),
       el("td", {class: "name"}, el("div", {class: "of-module"}, rowName(row), el("small", {text: safeName(module)})), el("small", {text: why, title: why})),
     ];
   },
