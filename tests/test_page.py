@@ -703,7 +703,7 @@ def test_the_table_and_the_graph_lead_to_each_other(hand, visit, service):
     hand.filter("CHAIN")
     shown = rows.all_inner_texts()
     assert all("chain" in row.casefold() for row in shown)
-    expect(page.locator(".table-head")).to_contain_text(f"{len(shown)} functions")
+    expect(page.locator("#pane-table .table-head")).to_contain_text(f"{len(shown)} functions")
     hand.filter("no such function")
     expect(rows).to_have_text("No function matches “no such function”")
     hand.filter("")
