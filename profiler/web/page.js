@@ -609,7 +609,8 @@ class Page {
     root.dataset.state = isBusy ? "loading" : error ? "error" : empty ? "empty" : answer ? "ready" : "error";
     notice.replaceChildren(...(isStale ? [this.#awayNotice(error)] : []));
     place.hidden = box === null;
-    place.replaceChildren(...(box ?? []));
+    // Whoever has come to a button in it stays there while other answers arrive.
+    if (this.#isNew("state", box && printState(this.#state), error, answer, this.#status)) place.replaceChildren(...(box ?? []));
     byId("panes").hidden = box !== null;
     if (answer === null && box === null) byId("under").replaceChildren(isBusy ? "Asking the service…" : button({text: "Ask again", class: "small", click: () => this.#refresh()}));
     if (error && !isStale) controls.showCrumbs(byId("crumbs"), []);
