@@ -24,7 +24,7 @@ import orjson
 from profiler.comparison import Operand, of_store
 from profiler.deployments import deployments_in
 from profiler.diff import Gate, Options, as_json, verdict_of
-from profiler.differential import VERDICTS, Pair, UnionGraph, UnionPaths
+from profiler.differential import Pair, UnionGraph, UnionPaths, document
 from profiler.flamegraph import ROOT_ID, FlameGraph, Screen, draw
 from profiler.paths import Group, Paths, Stacks
 from profiler.selection import nearest_objects
@@ -414,27 +414,10 @@ class Answers:
         files = (_files_of(profile, modules) for profile in (pair.before, pair.after))
         head = self._compared_head(compared, gate)
         head.pop("functions")
-        totals = [int(each.total_value) for each in (pair.before, pair.after)]
         return {
             **head,
-            "totals": dict(zip(("before", "after"), totals, strict=True)),
-            "verdicts": VERDICTS,
-            "frames": [list(frame) for frame in graph.frames],
+            **document(pair, graph),
             "modules": sorted({tuple(file): file for side in files for file in side}.values()),
-            "nodes": {
-                "frame": graph.frame,
-                "depth": graph.depth,
-                "before": graph.before,
-                "after": graph.after,
-                "before_samples": graph.before_samples,
-                "after_samples": graph.after_samples,
-                "verdict": graph.verdict,
-            },
-            "rest": {
-                "nodes": graph.cut_nodes,
-                "before": graph.cut_before,
-                "after": graph.cut_after,
-            },
             "path": [
                 {"id": f"{node:016x}", "frame": list(shown.paths.frames[box]), **sums}
                 for (node, box), sums in zip(path, shown.sums_along(boxes), strict=True)

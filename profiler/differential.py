@@ -14,7 +14,7 @@ node inherits from the one decision per function (`profiler.comparison`).
 - A function that only has a new caller is not new, and is moved at most.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from profiler.comparison import Comparison, Function
 from profiler.flamegraph import Screen, grow
 from profiler.paths import Group, Paths, Rows, Stacks, sum_by
 from profiler.verdict import Change, Floats, Source
-from profiler.views import View
+from profiler.views import NoSuchNodeError, Shown, View
 from storage.profile import Indices, Integers, Profile, label_frames
 from symbolizer.location import Frame
 
@@ -87,6 +87,10 @@ class UnionGraph:
 
     def __len__(self) -> int:
         return len(self.frame)
+
+    def widths(self, scale: Scale) -> Floats:
+        """Give how wide nodes are: the mean of both sides in cores a host."""
+        return _widths(scale, self.before, self.after)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -184,6 +188,25 @@ class Pair:
         own_depth = whole.heads + 1 if view.invert and not view.callers else None
         return UnionPaths(paths, counts, codes, own_depth, view.callers)
 
+    def shown(
+        self, view: View, node: int, check: Callable[[], None] = lambda: None
+    ) -> tuple[Shown, Shown]:
+        """Give what a view leaves of each side, only the stacks that go through a node.
+
+        Raises:
+            NoSuchNodeError: no stack of either side goes there.
+        """
+        found: list[Shown | None] = []
+        for profile in (self.before, self.after):
+            try:
+                found.append(view.shown(profile, node, check))
+            except NoSuchNodeError:
+                found.append(None)
+        before, after = found
+        if before is None and after is None:
+            raise NoSuchNodeError(f"{node:016x}")
+        return before or _nothing_of(self.before, after), after or _nothing_of(self.after, before)
+
     def draw(self, shown: UnionPaths, path: Sequence[int], screen: Screen | None) -> UnionGraph:
         """Draw what stands on the box that a path leads to; without a screen nothing is cut."""
         paths = shown.paths.below(path)
@@ -191,8 +214,7 @@ class Pair:
         scale = self.scale
 
         def widths(totals: Sequence[Integers]) -> Floats:
-            found: Floats = (totals[0] * scale.before + totals[1] * scale.after) / 2
-            return found
+            return _widths(scale, totals[0], totals[1])
 
         counts = tuple(column[chosen] for column in shown.counts)
         depth = None if shown.own_depth is None else shown.own_depth - len(path)
@@ -323,6 +345,37 @@ class Pair:
         )
 
 
+def document(pair: Pair, graph: UnionGraph) -> dict[str, object]:
+    """Give the fields that a graph adds to what is said of a comparison in JSON."""
+    return {
+        "type": pair.after.type,
+        "unit": pair.after.unit,
+        "scale": pair.scale._asdict(),
+        "totals": {"before": pair.before.total_value, "after": pair.after.total_value},
+        "verdicts": VERDICTS,
+        "frames": [list(frame) for frame in graph.frames],
+        "nodes": {
+            "frame": graph.frame,
+            "depth": graph.depth,
+            "before": graph.before,
+            "after": graph.after,
+            "before_samples": graph.before_samples,
+            "after_samples": graph.after_samples,
+            "verdict": graph.verdict,
+        },
+        "rest": {
+            "nodes": graph.cut_nodes,
+            "before": graph.cut_before,
+            "after": graph.cut_after,
+        },
+    }
+
+
+def _widths(scale: Scale, before: Integers, after: Integers) -> Floats:
+    found: Floats = (before * scale.before + after * scale.after) / 2
+    return found
+
+
 class _Judged(NamedTuple):
     codes: npt.NDArray[np.int8]
     """By row of both profiles: the verdict on the box at the end of its stack."""
@@ -331,6 +384,13 @@ class _Judged(NamedTuple):
     """The stacks of changed functions; `values` count before, `samples` after."""
     leaves: Integers
     """By such a stack: the box at its end."""
+
+
+def _nothing_of(profile: Profile, other: Shown | None) -> Shown:
+    """Give no stack of a side, labelled as the other one is."""
+    columns = ("row_labels", "row_stacks", "row_samples", "row_values")
+    rows = {name: getattr(profile, name)[:0] for name in columns}
+    return Shown(replace(profile, **rows), other.by if other else ())
 
 
 def _key(frame: Frame) -> _Key:

@@ -12,7 +12,7 @@ tree grows, and only what is drawn is ever made (bench/bench_flamegraph.py).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,9 @@ DEEPER = Frame("(deeper)", "", Kind.REST)
 ROOT_ID = 0xCBF29CE484222325
 """FNV-1a's offset basis: the id of the root."""
 _FNV_PRIME = np.uint64(0x100000001B3)
+
+
+Number = TypeVar("Number", np.int64, np.float64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,15 +152,7 @@ class FlameGraph:
 
         A node's own self lies right of its children.
         """
-        left = np.zeros(len(self), dtype=np.int64)
-        for nodes in _levels(self.depth)[1:]:
-            total = self.total[nodes]
-            before = np.cumsum(total) - total
-            parents = self.parent[nodes]
-            is_first = np.diff(parents, prepend=-1) != 0
-            of_first = before[is_first][np.cumsum(is_first) - 1]
-            left[nodes] = left[parents] + before - of_first
-        return left
+        return lefts(self.depth, self.parent, self.total)
 
     def path(self, node: int) -> tuple[Frame, ...]:
         """Give the frames from below the root down to `node`."""
@@ -166,6 +161,18 @@ class FlameGraph:
             frames.append(self.frames[self.frame[node]])
             node = int(self.parent[node])
         return tuple(reversed(frames))
+
+
+def lefts(depth: Indices, parent: Indices, width: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """Give where each of nodes in preorder starts when siblings stand side by side."""
+    left = np.zeros_like(width)
+    for nodes in _levels(depth)[1:]:
+        before = np.cumsum(width[nodes]) - width[nodes]
+        parents = parent[nodes]
+        is_first = np.diff(parents, prepend=-1) != 0
+        of_first = before[is_first][np.cumsum(is_first) - 1]
+        left[nodes] = left[parents] + before - of_first
+    return left
 
 
 class Screen(NamedTuple):

@@ -457,8 +457,9 @@ ENDPOINTS = {
     ),
     "export": Endpoint(
         "/api/v1/export/{name}",
-        "A file for other tools, in the format that the ending of its name says",
-        (*_SHARED, *_VIEW),
+        "A file for other tools, in the format that the ending of its name says; with before_query,"
+        " before_from or before_until of a comparison",
+        (*_SHARED, *_VIEW, *_BEFORE_SIDE, "fail_over"),
         {
             "application/json": {"type": "object"},
             "text/plain": _TEXT,

@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -567,13 +567,32 @@ class Service:
                 " .pb.gz, .svg or .json",
             )
 
+        media_type, gate = _MEDIA_TYPES[f".{name.rpartition('.')[2]}"], parameters.gate()
+        if parameters.is_comparison:
+            try:
+                ending = export.pair_ending(name)
+            except export.ExportError as error:
+                raise ProblemError(404, "No such file", str(error)) from error
+            before = parameters.before(question)
+            if ending == ".json":
+                wide = replace(question, width_px=float(export.JSON_WIDTH_PX))
+                return lambda check: _json(self._answers.diff(wide, before, gate, check))
+
+            def compare(check: Check) -> Content:
+                pair = self._answers.compare(question, before, check)
+                check()
+                view, node = question.view, question.node
+                return export.encode_pair(pair, name, view, node, check=check), media_type
+
+            return compare
+
         def compute(check: Check) -> Content:
             answer = self._answers.profile(question, check)
             check()
             shown = question.view.shown(answer.profile, question.node, check)
             check()
             content = export.encode(shown.profile, name, shown.by)
-            return content, _MEDIA_TYPES[f".{name.rpartition('.')[2]}"]
+            return content, media_type
 
         return compute
 
