@@ -598,13 +598,13 @@ class Answers:
         """Answer `deployments`, those that began in the window, newest first."""
         query = self._query.interruptible(check)
         found = deployments_in(self._store, query, question.window, question.selector, check)
-        shown = found.deployments[:_MOST_DEPLOYMENTS]
+        shown = found.records()[:_MOST_DEPLOYMENTS]
         empty = {"reason": found.reason, "services": found.services[:_NAMED_SERVICES]}
         return {
             "schema": SCHEMA,
             "window": _window(question.window),
             "query": str(question.selector) if question.selector.matchers else "",
-            "deployments": [each.as_json() for each in shown],
+            "deployments": shown,
             "rest": len(found.deployments) - len(shown),
             "empty": empty if found.reason else None,
             "skipped": [{"key": key, "reason": reason} for key, reason in found.skipped],

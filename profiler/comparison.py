@@ -31,8 +31,10 @@ from storage.sums import Sums, merge_sums
 from symbolizer.location import Frame
 
 _SECOND_NS = 10**9
-_MINUTE_NS = 60 * _SECOND_NS
+MINUTE_NS = 60 * _SECOND_NS
 _DAY_NS = 24 * 3600 * _SECOND_NS
+ALIGNED_NS = 60 * MINUTE_NS
+"""Positions of longer spans lie whole ten minutes back."""
 HISTORY_NS = _DAY_NS
 """How far back earlier positions are looked for that follow each other."""
 _MOST_POSITIONS = 24
@@ -438,8 +440,8 @@ class _Past:
         """Else both sides are the same wherever versions do not tell them apart."""
         # Objects begin at multiples of their length, and ten minutes of them are kept merged.
         span_ns = self.span.end_ns - self.span.start_ns
-        fits = (each for each in (600, 60, 5) if span_ns >= 2 * each * _SECOND_NS)
-        grid_ns = next(fits, 1) * _SECOND_NS
+        grid_ns = 5 * _SECOND_NS if span_ns < 2 * MINUTE_NS else MINUTE_NS
+        grid_ns = 10 * MINUTE_NS if span_ns >= ALIGNED_NS else grid_ns
         self.step_ns = -(-span_ns // grid_ns) * grid_ns
         self._selectors = [
             Selector(tuple(m for m in read.operand.selector.matchers if m.name != "version"))
@@ -561,8 +563,8 @@ def _too_little(past: _Past, sides: Sequence[Side], positions: int) -> str:
         text += f"; profile {span_text(missing * past.step_ns)} more without a change"
         gap_ns = past.span.end_ns - past.span.start_ns - 2 * past.length_ns
         length_ns = (positions * past.step_ns // verdict.MIN_POSITIONS - max(0, gap_ns)) // 2
-        if length_ns >= _MINUTE_NS:
-            text += f", or compare windows of {span_text(length_ns - length_ns % _MINUTE_NS)}"
+        if length_ns >= MINUTE_NS:
+            text += f", or compare windows of {span_text(length_ns - length_ns % MINUTE_NS)}"
     return text + _visible(sides)
 
 

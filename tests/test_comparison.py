@@ -255,3 +255,85 @@ def test_gates_are_read():
     for text in ("", "relative>=10pp", "share>=1%", "relative>10%", "cores>=1"):
         with pytest.raises(ValueError, match="is no gate"):
             Gate.parse(text)
+
+
+def last_deploy(store, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    start, end = (at_ns // 10**9 for at_ns in minutes(0, 600))
+    return subprocess.run(
+        [
+            *(EVERFLAME, "diff", "--last-deploy", f"--store={store.root}"),
+            *(f"--from={start}", f"--until={end}", *arguments),
+        ],
+        check=False,
+        env={"EVERFLAME_CACHE": str(cache), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def rolled_out(
+    folder: Path, begin: int, end: int, *, factor: float = 1, hosts: int = 2, canary: int = 0
+):
+    """Make a store of so many minutes in which a version is rolled out from one of them on.
+
+    Each host changes a minute after the one before it; with a canary only the last so many do.
+    """
+    rng = np.random.default_rng(9)
+    found = []
+    for number in range(end):
+        for host in range(hosts):
+            is_new = number >= begin + host and host >= (hosts - canary if canary else 0)
+            found.append(
+                minute(rng, number, host, "2" if is_new else "1", {3: factor} if is_new else {})
+            )
+    return directory(folder, *found)
+
+
+def test_the_last_deployment_is_compared_over_windows_that_match(tmp_path):
+    store = rolled_out(tmp_path / "store", 100, 112, factor=1.5)
+    found = last_deploy(store, tmp_path, "-q", '{service="api"}', "--json")
+    side = orjson.loads(found.stdout)
+
+    assert found.returncode == 1, found.stderr
+    assert "rollout of api 1 -> 2" in found.stderr
+    # The last host changed in minute 101 and settles for two windows more; 112 is the end.
+    for name, version, first, last in (("before", "1", 95, 100), ("after", "2", 104, 109)):
+        window = minutes(first, last)
+        assert side[name]["versions"] == [version]
+        assert side[name]["window"] == {
+            "from_ms": window.start_ns // 10**6,
+            "until_ms": window.end_ns // 10**6,
+        }
+    assert side["noise"]["source"] == "history"
+    assert [f["function"] for f in side["functions"] if f["fails"]] == ["function_3"]
+
+
+def test_a_canary_is_compared_with_the_rest_at_the_same_time(tmp_path):
+    store = rolled_out(tmp_path / "store", 60, 96, factor=1.5, hosts=4, canary=1)
+    found = last_deploy(store, tmp_path, "--json")
+    side = orjson.loads(found.stdout)
+
+    assert found.returncode == 1, found.stderr
+    assert side["before"]["window"] == side["after"]["window"]
+    assert (side["before"]["hosts"], side["after"]["hosts"]) == (
+        ["web-0", "web-1", "web-2"],
+        ["web-3"],
+    )
+    assert [f["function"] for f in side["functions"] if f["fails"]] == ["function_3"]
+
+
+def test_a_deployment_that_has_not_settled_is_no_comparison_yet(tmp_path):
+    store = rolled_out(tmp_path / "store", 40, 43)
+    found = last_deploy(store, tmp_path)
+
+    assert found.returncode == 2
+    assert "not comparable: it has settled only at" in found.stderr
+
+
+def test_without_a_deployment_there_is_nothing_to_compare(tmp_path):
+    store = rolled_out(tmp_path / "store", 40, 20)
+    found = last_deploy(store, tmp_path)
+
+    assert found.returncode == 2
+    assert "no other version of api began to run" in found.stderr
