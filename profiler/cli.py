@@ -548,6 +548,14 @@ def _add_diff(commands: _Commands) -> None:
         "before", metavar="BEFORE", nargs="+", help="a file, or a window: {selector}@FROM..UNTIL"
     )
     parser.add_argument("--after", nargs="+", default=[], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        default="",
+        help="write the graph of both sides as well, in the format of its ending: .svg, .folded"
+        " (as difffolded.pl), .speedscope.json, .json; - is stdout",
+    )
     _add_json(parser)
     parser.add_argument("--markdown", action="store_true", help="as Markdown, for a merge request")
     parser.add_argument(
@@ -585,6 +593,7 @@ def _run_diff(options: argparse.Namespace) -> int:
         as_json=options.json,
         as_markdown=options.markdown,
         calibrate=options.calibrate,
+        output=options.output,
     )
     return diff.run(before, after, settings, time.time_ns())
 
