@@ -24,7 +24,14 @@ import orjson
 from profiler.comparison import Operand, of_store
 from profiler.deployments import deployments_in
 from profiler.diff import Gate, Options, as_json, verdict_of
-from profiler.differential import Pair, UnionGraph, UnionPaths, document
+from profiler.differential import (
+    Pair,
+    UnionGraph,
+    UnionPaths,
+    document,
+    only_hosts,
+    only_labels,
+)
 from profiler.flamegraph import ROOT_ID, FlameGraph, Screen, draw
 from profiler.paths import Group, Paths, Stacks
 from profiler.selection import nearest_objects
@@ -207,7 +214,7 @@ class _Merged:
             if known is None:
                 profile = self.answer.profile
                 chosen = list(selector.choose(map(dict, profile.label_sets)))
-                known = _Merged(replace(self.answer, profile=_only_labels(profile, chosen)), self)
+                known = _Merged(replace(self.answer, profile=only_labels(profile, chosen)), self)
                 self.selections[str(selector)] = known
                 while len(self.selections) > _KEPT_SELECTIONS:
                     self.selections.popitem(last=False)
@@ -507,7 +514,7 @@ class Answers:
                 ) from error
             check()
             chosen = [
-                _only_hosts(answer.profile, side.hosts)
+                only_hosts(answer.profile, side.hosts)
                 for answer, side in zip(merged, (found.before, found.after), strict=True)
             ]
             made = _Compared(
@@ -777,19 +784,6 @@ def _coverage(coverage: Coverage) -> dict[str, Any]:
 def _hosts_of(profile: Profile) -> list[str]:
     used = np.unique(profile.row_labels).tolist()
     return sorted({dict(profile.label_sets[i]).get("host", "") for i in used})[:_NAMED_HOSTS]
-
-
-def _only_hosts(profile: Profile, hosts: Sequence[str]) -> Profile:
-    """Give the rows of some hosts, without merging anything again."""
-    wanted = set(hosts)
-    is_wanted = [dict(labels).get("host", "") in wanted for labels in profile.label_sets]
-    return profile if all(is_wanted) else _only_labels(profile, is_wanted)
-
-
-def _only_labels(profile: Profile, is_wanted: Sequence[bool]) -> Profile:
-    kept = np.flatnonzero(np.array(is_wanted, dtype=bool)[profile.row_labels])
-    columns = ("row_labels", "row_stacks", "row_samples", "row_values")
-    return replace(profile, **{name: getattr(profile, name)[kept] for name in columns})
 
 
 def _moment(at_ns: int) -> str:

@@ -386,11 +386,24 @@ class _Judged(NamedTuple):
     """By such a stack: the box at its end."""
 
 
+def only_hosts(profile: Profile, hosts: Sequence[str]) -> Profile:
+    """Give the rows of some hosts, without merging anything again."""
+    wanted = set(hosts)
+    is_wanted = [dict(labels).get("host", "") in wanted for labels in profile.label_sets]
+    return profile if all(is_wanted) else only_labels(profile, is_wanted)
+
+
+def only_labels(profile: Profile, is_wanted: Sequence[bool]) -> Profile:
+    """Give the rows with the wanted ones of the label sets."""
+    kept = np.flatnonzero(np.array(is_wanted, dtype=bool)[profile.row_labels])
+    columns = ("row_labels", "row_stacks", "row_samples", "row_values")
+    return replace(profile, **{name: getattr(profile, name)[kept] for name in columns})
+
+
 def _nothing_of(profile: Profile, other: Shown | None) -> Shown:
     """Give no stack of a side, labelled as the other one is."""
-    columns = ("row_labels", "row_stacks", "row_samples", "row_values")
-    rows = {name: getattr(profile, name)[:0] for name in columns}
-    return Shown(replace(profile, **rows), other.by if other else ())
+    nothing = only_labels(profile, [False] * len(profile.label_sets))
+    return Shown(nothing, other.by if other else ())
 
 
 def _key(frame: Frame) -> _Key:
