@@ -570,7 +570,7 @@ def _too_little(past: _Past, sides: Sequence[Side], positions: int) -> str:
 
 def _visible(sides: Sequence[Side]) -> str:
     samples = [max(1.0, _SMALL * float(side.samples.sum())) for side in sides]
-    reach = float(verdict.student_quantile(verdict.LEVEL, np.array([1e6]))[0])
+    reach = verdict.student_quantile(verdict.LEVEL, 1e6)
     least = math.expm1(reach * math.sqrt(sum(1 / each for each in samples)))
     return f"; so many samples show changes from {least:.0%} on in a function of {_SMALL:.0%}"
 
