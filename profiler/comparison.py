@@ -33,8 +33,13 @@ from symbolizer.location import Frame
 _SECOND_NS = 10**9
 MINUTE_NS = 60 * _SECOND_NS
 _DAY_NS = 24 * 3600 * _SECOND_NS
-ALIGNED_NS = 60 * MINUTE_NS
-"""Positions of longer spans lie whole ten minutes back."""
+GRIDS_NS = (
+    (60 * MINUTE_NS, 10 * MINUTE_NS),
+    (2 * MINUTE_NS, MINUTE_NS),
+    (0, 5 * _SECOND_NS),
+)
+"""Positions of spans that are so long lie multiples of this back: objects begin at multiples of
+their length, and ten minutes of them are kept merged."""
 HISTORY_NS = _DAY_NS
 """How far back earlier positions are looked for that follow each other."""
 _MOST_POSITIONS = 24
@@ -438,10 +443,8 @@ class _Past:
         has_common = set(pair.hosts[0]) & set(pair.hosts[1])
         self.is_possible = not (overlap and has_common)
         """Else both sides are the same wherever versions do not tell them apart."""
-        # Objects begin at multiples of their length, and ten minutes of them are kept merged.
         span_ns = self.span.end_ns - self.span.start_ns
-        grid_ns = 5 * _SECOND_NS if span_ns < 2 * MINUTE_NS else MINUTE_NS
-        grid_ns = 10 * MINUTE_NS if span_ns >= ALIGNED_NS else grid_ns
+        grid_ns = next(grid_ns for least_ns, grid_ns in GRIDS_NS if span_ns >= least_ns)
         self.step_ns = -(-span_ns // grid_ns) * grid_ns
         self._selectors = [
             Selector(tuple(m for m in read.operand.selector.matchers if m.name != "version"))
@@ -570,7 +573,7 @@ def _too_little(past: _Past, sides: Sequence[Side], positions: int) -> str:
 
 def _visible(sides: Sequence[Side]) -> str:
     samples = [max(1.0, _SMALL * float(side.samples.sum())) for side in sides]
-    reach = float(verdict.student_quantile(verdict.LEVEL, np.array([1e6]))[0])
+    reach = verdict.student_quantile(verdict.LEVEL, 1e6)
     least = math.expm1(reach * math.sqrt(sum(1 / each for each in samples)))
     return f"; so many samples show changes from {least:.0%} on in a function of {_SMALL:.0%}"
 

@@ -9,7 +9,7 @@ are shorter, so that there are enough earlier positions of them to judge by.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from profiler.comparison import ALIGNED_NS, HISTORY_NS, MINUTE_NS, Operand
+from profiler.comparison import GRIDS_NS, HISTORY_NS, Operand
 from profiler.rollouts import SETTLED_WINDOWS, Deployment, Kind
 from profiler.times import NS_PER_S, rfc3339
 from profiler.verdict import MIN_HOSTS, MIN_POSITIONS, MIN_REPLICATES
@@ -17,8 +17,8 @@ from storage.profile import Window
 from storage.query import HOUR_NS, Presence
 from storage.selector import Matcher, Operator, Selector
 
-_GRID_NS = HOUR_NS // 6
-"""What is kept merged: longer windows are aligned to it, and their past is then quickly read."""
+_GRID_NS = GRIDS_NS[0][1]
+"""Longer windows are aligned to it: their past is then quickly read."""
 _LEAST_WINDOWS = 5
 """No window is made shorter than this for the sake of more positions."""
 _PROBES = (14, 10, 7, 4, 2)
@@ -155,12 +155,12 @@ class _Room(NamedTuple):
 def _shortened(length_ns: int, room: _Room) -> int:
     """Give a length of which there are enough positions, if one is long enough for that."""
     fits_ns = 0
-    for grid_ns in (_GRID_NS, max(room.window_ns, MINUTE_NS)):
+    for least_ns, grid_ns in GRIDS_NS:
         between_ns = MIN_POSITIONS * (room.gap_ns + grid_ns)
         # One more window of the past is the side before itself.
         fits_ns = (room.past_ns - between_ns) // (room.windows * MIN_POSITIONS + 1)
         fits_ns -= fits_ns % room.window_ns
-        if room.windows * fits_ns + room.gap_ns >= ALIGNED_NS:
+        if room.windows * fits_ns + room.gap_ns >= least_ns:
             break
     return min(length_ns, fits_ns) if fits_ns >= _LEAST_WINDOWS * room.window_ns else length_ns
 
