@@ -329,7 +329,7 @@ def test_the_real_viewer_shows_the_same_totals(site, chromium, tmp_path, profile
 @pytest.mark.parametrize("before", [some.sample_profile(), some.hostile_profile()])
 def test_the_real_viewer_opens_both_sides(site, chromium, tmp_path, before):
     """It shows the after side, lists the before side with it, and exports both again."""
-    after = some.synthetic(2000, 30)
+    after = some.synthetic(300, 20)
     content = speedscope.encode_pair(before, after)
 
     again = json.loads(exported_again(site, chromium, tmp_path, content, "after"))
