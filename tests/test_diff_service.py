@@ -327,7 +327,9 @@ def test_downloads_are_those_of_the_command(client, folder, tmp_path, ending):
     assert status == 200
     assert headers["content-disposition"] == f'attachment; filename="diff.{ending}"'
     file = tmp_path / f"diff.{ending}"
-    assert command(folder, "-o", str(file)).returncode == 1
+    done = command(folder, "-o", str(file))
+    assert done.returncode == 1
+    assert b"moved   from some callers to others: shared\n" in done.stdout
     written = file.read_bytes()
     if ending == "json":
         said, graph = json.loads(written), json.loads(body)
