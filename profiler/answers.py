@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from profiler.comparison import Operand, of_store
+from profiler.comparison import Function, Operand, of_store
 from profiler.deployments import deployments_in
 from profiler.diff import Gate, Options, as_json, verdict_of
 from profiler.differential import (
@@ -58,7 +58,6 @@ _KEPT_SELECTIONS = 16
 _KEPT_GRAPHS = 16
 """Drawn graphs kept per view, some hundred kB each: many people look at one hour, and a zoom into a
 box that was drawn is not searched for."""
-_KEPT_COMPARISONS = 4
 _COMPARED_S = 300.0
 """A comparison is kept for so long: what is new of its sides gives another one at once, but late
 objects of the time before may make it more certain."""
@@ -266,6 +265,10 @@ class _Compared:
     )
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def words(self) -> int:
+        return sum(len(each.stack_locations) for each in (self.pair.before, self.pair.after))
+
     def draw(self, question: Question, check: Check) -> tuple[UnionPaths, _Path, UnionGraph]:
         """Give the paths of a view, what leads to the question's node, and what stands on it.
 
@@ -276,7 +279,7 @@ class _Compared:
             view = question.view
             shown = self.views.get(view)
             if shown is None:
-                shown = self.views[view] = self.pair.view(view)
+                shown = self.views[view] = self.pair.view(view, check)
             self.views.move_to_end(view)
             while len(self.views) > _KEPT_VIEWS:
                 self.views.popitem(last=False)
@@ -440,21 +443,18 @@ class Answers:
             NothingToCompareError: a side is empty.
         """
         compared = self._compare(question, before, check)
-        head = self._compared_head(compared, gate)
-        rows = head.pop("functions")
+        pair, wanted = compared.pair, question.search.casefold()
+        functions = [
+            each
+            for each in pair.found.functions
+            if wanted in each.frame.function.casefold() or wanted in each.frame.module.casefold()
+        ]
+        shown = functions[:limit]
+        head = self._compared_head(compared, gate, shown)
         check()
-        if question.search:
-            wanted = question.search.casefold()
-            rows = [
-                row
-                for row in rows
-                if wanted in row["function"].casefold() or wanted in row["module"].casefold()
-            ]
-        pair, rows_count, rows = compared.pair, len(rows), rows[:limit]
-        shown = {(row["function"], row["module"], row["kind"]): row for row in rows}
-        functions = [each for each in pair.found.functions if each.frame[:3] in shown]
-        moved, reasons = pair.moved, pair.reasons(functions)
-        for key, row in shown.items():
+        moved, reasons = pair.moved, pair.reasons(shown)
+        for function, row in zip(shown, head["functions"], strict=True):
+            key = (function.frame.function, function.frame.module, function.frame.kind)
             row["moved"] = key in moved
             row["total"]["because"] = [
                 {
@@ -466,7 +466,7 @@ class Answers:
                 }
                 for each in reasons.get(key, ())
             ]
-        return {**head, "rows": rows_count, "functions": rows}
+        return {**head, "rows": len(functions)}
 
     def compare(self, question: Question, before: Operand, check: Check) -> Pair:
         """Give the comparison itself, for exports.
@@ -476,10 +476,14 @@ class Answers:
         """
         return self._compare(question, before, check).pair
 
-    def _compared_head(self, compared: _Compared, gate: Gate) -> dict[str, Any]:
+    def _compared_head(
+        self, compared: _Compared, gate: Gate, functions: Sequence[Function] = ()
+    ) -> dict[str, Any]:
+        """Give what is said of a comparison, and the records of some of its functions."""
         pair = compared.pair
         verdict = verdict_of(pair.found, Options("", "", gate))
-        record: dict[str, Any] = orjson.loads(as_json(pair.found, verdict, gate))
+        told = replace(pair.found, functions=tuple(functions))
+        record: dict[str, Any] = orjson.loads(as_json(told, verdict, gate))
         for name, coverage in zip(("before", "after"), compared.coverages, strict=True):
             record[name]["coverage"] = _coverage(coverage)
             record[name]["host_seconds"] = coverage.accounting.profiled_ns / 1e9
@@ -525,8 +529,10 @@ class Answers:
             if all(answer.coverage.is_lasting for answer in merged):
                 with self._lock:
                     self._compared[key] = made
-                    while len(self._compared) > _KEPT_COMPARISONS:
-                        self._compared.popitem(last=False)
+                    words = sum(each.words for each in self._compared.values())
+                    while words > _KEPT_WORDS and len(self._compared) > 1:
+                        _, oldest = self._compared.popitem(last=False)
+                        words -= oldest.words
             return made
 
     def _refuse_empty(self, name: str, question: Question, answer: Answer) -> None:

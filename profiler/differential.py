@@ -166,9 +166,10 @@ class Pair:
                 found[key] = (*known, reason)
         return found
 
-    def view(self, view: View) -> UnionPaths:
+    def view(self, view: View, check: Callable[[], None] = lambda: None) -> UnionPaths:
         """Look at the stacks of both sides as asked."""
         stacks, marks = self._stacks_of(view.group)
+        check()
         profiles = (self.before, self.after)
         heads = label_frames((*self.before.label_sets, *self.after.label_sets), view.by)
         raw = self._raw_rows()
@@ -178,10 +179,12 @@ class Pair:
         keys = marks[raw.stacks] ^ salt[table[raw.labels]]
         _, first, which = np.unique(keys, return_index=True, return_inverse=True)
         counts = self._counts(which, len(first))
+        check()
         codes = np.zeros(len(first), np.int8)
         by_weight = np.argsort(raw.values * self._scale_of_rows(), kind="stable")
         judged = self._judge().codes[by_weight]
         codes[which[by_weight][judged > 0]] = judged[judged > 0]
+        check()
         rows = Rows(raw.stacks[first], raw.labels[first], raw.values[first], np.arange(len(first)))
         whole = Paths.of_rows(stacks, heads, rows, profiles[0].unit)
         paths = view.of(replace(whole, values=counts[0] + counts[1]))
@@ -429,7 +432,8 @@ def _find_moved(
     for i, function in enumerate(functions):
         if function is not None and function.change == Change.UNCHANGED:
             is_unchanged[i] = True
-            low, high = np.log1p(function.relative[1:])
+            with np.errstate(divide="ignore"):  # an interval may reach down to nothing at all
+                low, high = np.log1p(function.relative[1:])
             reach[i] = (high - low) / 2
     before, after = (column.astype(np.float64) for column in counts[2:])
     sums = [np.bincount(leaves, column, count)[leaves] for column in (before, after)]
