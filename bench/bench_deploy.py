@@ -53,7 +53,7 @@ _SERVICE = """
 #include <unistd.h>
 volatile unsigned long sink;
 #define WORK(name, rounds) __attribute__((noinline)) void name(void) \\
-  { for (unsigned long i = 0; i < (rounds) * 20000ul; i++) sink += i ^ (sink >> 3); sink++; }
+  { for (unsigned long i = 0; i < (rounds) * 2000ul; i++) sink += i ^ (sink >> 3); sink++; }
 %s
 int main(int argc, char **argv)
 {

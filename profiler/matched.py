@@ -21,7 +21,7 @@ _GRID_NS = GRIDS_NS[0][1]
 """Longer windows are aligned to it: their past is then quickly read."""
 _LEAST_WINDOWS = 5
 """No window is made shorter than this for the sake of more positions."""
-_PROBES = (14, 10, 7, 4, 2)
+_PROBES = (15, 10, 7, 4, 2)
 """Hours before the windows at which it is looked whether there are data."""
 
 
