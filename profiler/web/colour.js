@@ -58,21 +58,22 @@ const PAPER = { light: "#fbfbfc", dark: "#1c2026" };
 
 // What a comparison says of a box. Blue and orange differ for all eyes, and each has a mark and a
 // sign of its own, so that nothing is said by colour alone. `line` is what the mark is drawn with.
-const PLAIN = { light: { fill: "#e6e9ed" }, dark: { fill: "#2b3139" } };
+// They are those of the SVG export (profiler/svg_diff.py).
+const PLAIN = { light: { fill: "#e3e6ea" }, dark: { fill: "#333a44" } };
 const CHANGES = {
   light: {
-    more: { fill: "#f4a259" },
-    less: { fill: "#8dbdf2" },
+    more: { fill: "#f5a04c" },
+    less: { fill: "#7fb2f0" },
     new: { fill: "#fbd3a8", line: "#f0974a" },
-    gone: { fill: "#f4f9ff", line: "#1f63b0" },
-    moved: { fill: "#e6e9ed", line: "#59636e" },
+    gone: { fill: "#dbe9fb", line: "#1d5fb4" },
+    moved: { fill: "#e3e6ea", line: "#4a5360" },
   },
   dark: {
-    more: { fill: "#a4530f" },
-    less: { fill: "#2c65ae" },
+    more: { fill: "#9a4f00" },
+    less: { fill: "#1f5fa8" },
     new: { fill: "#6e3a10", line: "#a4530f" },
-    gone: { fill: "#14202e", line: "#6cb0ff" },
-    moved: { fill: "#2b3139", line: "#9aa4b2" },
+    gone: { fill: "#16324f", line: "#7fb2f0" },
+    moved: { fill: "#333a44", line: "#b4bdc9" },
   },
 };
 const MARKS = { new: "hatched", gone: "dashed", moved: "dotted" };
