@@ -36,7 +36,7 @@ HOSTILE = '<img src=x onerror="window.hacked = 1">\u202e'
 SHOWN_HOSTILE = '<img src=x onerror="window.hacked = 1">\\u202e'
 UNCHANGED = [f"step_{i:02}" for i in range(20)]
 API = '{service="api"}'
-ORANGE, BLUE, GREY = (244, 162, 89), (141, 189, 242), (230, 233, 237)
+ORANGE, BLUE, GREY = (245, 160, 76), (127, 178, 240), (227, 230, 234)
 """What costs more, less and as much as before, in light colours."""
 
 
@@ -662,8 +662,10 @@ def test_the_layout_stands_still_while_a_verdict_comes(visit, service):
 
 
 def test_a_deployment_is_compared_by_one_press_of_its_mark(hand_of, visit, service):
-    """Over the windows that match; the timeline stays, the list knows which one is compared."""
-    view = visit(address(service, q=API, **AROUND))
+    """Over the windows that match; the timeline stays with what both sides have in common, the
+    list knows which one is compared.
+    """
+    view = visit(address(service, q=API, series="version", **AROUND))
     hand, page = hand_of(view), view.page
     alone = view.seen()
     mark = page.get_by_role("group", name="Deployments").get_by_role("button")
@@ -687,6 +689,7 @@ def test_a_deployment_is_compared_by_one_press_of_its_mark(hand_of, visit, servi
     expect(headline(view)).to_have_text("Regression: 2 functions cost more than before")
     assert CHANGED.items() <= rows(view).items()
     expect(page.locator("#timeline .chosen-name")).to_have_text(["before", "after"])
+    expect(page.locator("#legend .chip-text")).to_have_text(["1.0", "2.0"])
     hand.press(page.locator("#deployments-menu button").first)
     choice = page.get_by_role("dialog", name="Deployments").get_by_role("button")
     expect(choice).to_have_attribute("aria-current", "true")

@@ -129,17 +129,18 @@ export class Graph {
   /** Give the node below that made most of a node's growth itself, of those that changed; or null. */
   causeOf(node) {
     const growth = this.growthOf(node);
-    const end = node < 0 ? this.size : this.end[node];
     const first = Math.max(0, node);
-    const own = new Map();
+    const end = node < 0 ? this.size : this.end[node];
+    const own = new Float64Array(end - first);
     for (let at = first; at < end; at += 1) {
-      own.set(at, (own.get(at) ?? 0) + this.growthOf(at));
-      if (at > first) own.set(this.parent[at], own.get(this.parent[at]) - this.growthOf(at));
+      const part = this.growthOf(at);
+      own[at - first] += part;
+      if (at > first) own[this.parent[at] - first] -= part;
     }
     let [cause, most] = [null, 0];
-    for (const [at, part] of own) {
-      const isNearer = at !== node && CHANGED.has(this.verdictOf(at)) && part * growth > 0;
-      if (isNearer && Math.abs(part) > most) [cause, most] = [at, Math.abs(part)];
+    for (let at = first; at < end; at += 1) {
+      const part = own[at - first] * Math.sign(growth);
+      if (at !== node && part > most && CHANGED.has(this.verdictOf(at))) [cause, most] = [at, part];
     }
     return cause;
   }

@@ -33,6 +33,8 @@ const SPLITS = ["service", "version", "service,version", "host", "service,host",
 const ANSWERS = ["flame", "diff", "timeline", "services", "top", "changes", "deployments"];
 /** Functions that a comparison asks for, what changed first; smaller ones cost next to nothing. */
 const CHANGES_ASKED = 1000;
+/** The parameters that say what stands after. */
+const SIDE = ["query", "from", "until"];
 /** Of what is compared, this much more is on the timeline to each side. */
 const CONTEXT = 0.15;
 
@@ -44,7 +46,7 @@ class Page {
   #state = parseState(location.search);
   #clockSkewMs = 0;
   #nowMs = Date.now();
-  /** The last answer of each question, with the address that was asked: {key, answer, error}. */
+  /** The last answer of each question, with the address that was asked: {key, answer, error, isOld}. */
   #shown = Object.fromEntries(ANSWERS.map((name) => [name, {key: null, answer: null, error: null}]));
   #pending = new Set();
   #status = null;
@@ -135,6 +137,18 @@ class Page {
     }
   }
 
+  /** What is asked for; of a comparison what both sides ask for, which the timeline shows. */
+  get #sharedMatchers() {
+    const matchers = this.#matchers;
+    if (!this.#isComparison) return matchers;
+    try {
+      const before = selector.parse(beforeQuery(this.#state));
+      return matchers.filter((each) => selector.has(before, each));
+    } catch {
+      return [];
+    }
+  }
+
   get #tab() {
     const isWide = innerWidth >= WIDE_PX;
     const {tab} = this.#state;
@@ -188,9 +202,10 @@ class Page {
     const common = queryParams(state, this.#window);
     const outer = this.#outer;
     const range = [["from", String(outer.from)], ["until", String(outer.until)]];
-    const query = state.q ? [["query", state.q]] : [];
+    const shared = this.#isComparison ? selector.print(this.#sharedMatchers) : state.q;
+    const query = shared ? [["query", shared]] : [];
     const width = ["width", String(this.#askedWidth)];
-    const rest = selector.print(this.#matchers.filter((each) => each.name !== "service"));
+    const rest = selector.print(this.#sharedMatchers.filter((each) => each.name !== "service"));
     const flame = [
       ...this.#viewParams(), width,
       ...(state.search ? [["search", state.search]] : []),
@@ -205,7 +220,7 @@ class Page {
     if (this.#isComparison) {
       return {
         diff: ["diff", [...this.#viewParams(), width]],
-        changes: ["diff/top", [...query, ["from", String(this.#window.from)], ["until", String(this.#window.until)], ...this.#beforeParams(), ["limit", String(CHANGES_ASKED)]]],
+        changes: ["diff/top", [...common.filter(([name]) => SIDE.includes(name)), ...this.#beforeParams(), ["limit", String(CHANGES_ASKED)]]],
         timeline, services, deployments,
       };
     }
@@ -244,6 +259,7 @@ class Page {
     const shown = this.#shown[name];
     const question = (shown.question = {}); // what is asked again has the same key
     shown.key = key;
+    shown.isOld = true;
     this.#setBusy(name, true);
     let arrivedAt = null;
     try {
@@ -251,6 +267,7 @@ class Page {
       if (shown.question !== question) return; // a later one took its place
       ({arrivedAt} = arrived);
       shown.answer = arrived.answer;
+      shown.isOld = false;
       shown.error = null;
     } catch (error) {
       if (shown.question !== question) return;
@@ -282,7 +299,7 @@ class Page {
   #showSlow(isSlow) {
     const progress = byId("progress");
     progress.hidden = !isSlow;
-    byId("graph").classList.toggle("waiting", isSlow);
+    for (const id of ["graph", "verdict"]) byId(id).classList.toggle("waiting", isSlow);
     progress.replaceChildren(...(isSlow
       ? [el("span", {class: "hidden", role: "status", text: "Waiting for the service"}), el("i"), button({text: "Cancel", class: "small cancel", click: () => this.#cancel()})]
       : []));
@@ -331,7 +348,8 @@ class Page {
 
   #showVerdict() {
     const {answer} = this.#shown.diff;
-    const functions = this.#shown.changes.error ? null : this.#shown.changes.answer?.functions ?? null;
+    const {answer: changes, error, isOld} = this.#shown.changes;
+    const functions = changes && !error && !isOld ? changes.functions : null;
     this.sides.tell(answer);
     this.verdict.show(answer, functions, nextSteps(answer, {
       onHalve: () => this.#halve(),
@@ -479,6 +497,7 @@ class Page {
     byId("panes").classList.toggle("compared", is);
     for (const id of ["comparison", "target", "side", "changes-legend", "pane-changes"]) byId(id).hidden = !is;
     for (const id of ["coverage", "color-pick", "pane-table"]) byId(id).hidden = is;
+    if (this.drawn && (this.drawn.colour === "change") !== is) this.graph.dim(true); // until the answer comes
     if (!is) return;
     const {q, changes} = this.#state;
     this.sides.show({...this.#before, query: beforeQuery(this.#state)}, {...this.#window, query: q}, this.#state);

@@ -69,7 +69,7 @@ export class FunctionTable {
     this.caption = el("span", {class: "muted", role: "status"});
     this.headings = el("tr");
     this.body = el("tbody", {on: {keydown: (event) => this.#onKey(event), mouseleave: () => callbacks.onHover(null)}});
-    this.more = button({text: "Show more", class: "small", click: () => callbacks.onRows(this.#nextStep)});
+    this.more = button({text: "Show more", class: "small", hidden: true, click: () => callbacks.onRows(this.#nextStep)});
     this.table = el("table", {"aria-label": kind.label}, el("thead", {}, this.headings), this.body);
     this.scroller = el("div", {class: "table-scroll"}, this.table);
     this.head = el("div", {class: "table-head"}, this.filter, this.caption);
