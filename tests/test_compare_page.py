@@ -47,6 +47,9 @@ def stacks_of(service: str, is_new: bool) -> dict[tuple[str, ...], float]:
     stacks["main", "serve", "parse"] = 600 * grown
     stacks["main", "retry", "parse"] = 200 * grown
     stacks["main", "serve", "pack"] = 500 * shrunk
+    here, there = ("retry", "serve") if is_new else ("serve", "retry")
+    stacks["main", here, "shift"] = 400
+    stacks["main", there, "shift"] = 100
     if service == "api":
         stacks["main", "serve", HOSTILE if is_new else "legacy"] = 200
     return stacks
@@ -183,6 +186,7 @@ def headline(view: View) -> Locator:
 
 
 CHANGED = {"parse": "more", "pack": "less", SHOWN_HOSTILE: "new", "legacy": "gone"}
+LISTED = CHANGED | {"shift": "moved"}
 
 
 def test_one_press_compares_with_what_was_right_before(hand_of, visit, service):
@@ -200,7 +204,7 @@ def test_one_press_compares_with_what_was_right_before(hand_of, visit, service):
     expect(page.locator("#after-facts")).to_contain_text("version 2.0 · 2 hosts")
     expect(page.locator("#compare-button")).to_have_attribute("aria-pressed", "true")
     expect(page).to_have_title(re.compile("^Compare api"))
-    assert CHANGED.items() <= rows(view).items()
+    assert LISTED.items() <= rows(view).items()
     view.back()
     assert changes(alone, view.seen()) == []
 
@@ -342,12 +346,14 @@ def test_only_what_changed_has_a_colour(visit, service, side):
             assert inside == {wanted}, box
         elif box.verdict == "new":  # hatched
             assert len(inside) > 1, box
-        else:  # dashed: the edge has gaps
+        else:  # dotted below, or dashed all around: the edge has gaps
+            edge_px = {"moved": 17.5, "gone": 0.5}[box.verdict]
             edge = [
-                colour_at(box.left * width + 2 + step, top + 0.5)
+                colour_at(box.left * width + 2 + step, top + edge_px)
                 for step in range(int((box.right - box.left) * width - 4))
             ]
             assert len(set(edge)) > 1, box
+            assert box.verdict == "gone" or GREY in inside
     drawn = {each.name for each in wide}
     assert ("legacy" in drawn) == (side != "after")
     assert (HOSTILE.replace("\u202e", "\\u202e") in drawn) == (side != "before")
@@ -433,7 +439,7 @@ def test_a_box_says_both_sides_and_what_below_it_changed(visit, service):
     expect(tooltip).to_contain_text(re.compile(r"Before.*cores a host.*After.*cores a host"))
     expect(tooltip).to_contain_text(re.compile(r"↓ less.*Growth\W\d\d %\W\d\d % to \W\d\d %"))
     view.canvas.hover(position=place("serve"))
-    expect(tooltip).to_contain_text("Because of parse")
+    expect(tooltip).to_contain_text("Because of shift")
 
     view.press("g", "Home")
     view.press("ArrowDown", "ArrowDown", "ArrowDown", "ArrowDown", "ArrowDown")
@@ -442,10 +448,10 @@ def test_a_box_says_both_sides_and_what_below_it_changed(visit, service):
     view.canvas.click(position=place("serve"))
     view.settle()
     panel = page.locator("#panel")
-    expect(panel).to_contain_text("unchanged, because of parse")
+    expect(panel).to_contain_text("unchanged, because of shift")
     expect(page.locator("#crumbs")).to_contain_text("serve")
-    Hand(view, has_pointer=True).press(panel.get_by_role("button", name="Show parse"))
-    expect(panel.get_by_role("heading")).to_have_text("parse")
+    Hand(view, has_pointer=True).press(panel.get_by_role("button", name="Show shift"))
+    expect(panel.get_by_role("heading")).to_have_text("shift")
 
 
 def test_what_is_searched_and_filtered_stays_in_the_address(visit, service):
@@ -687,7 +693,7 @@ def test_a_deployment_is_compared_by_one_press_of_its_mark(hand_of, visit, servi
         str(matched["before"]["from_ms"]),
     )
     expect(headline(view)).to_have_text("Regression: 2 functions cost more than before")
-    assert CHANGED.items() <= rows(view).items()
+    assert LISTED.items() <= rows(view).items()
     expect(page.locator("#timeline .chosen-name")).to_have_text(["before", "after"])
     expect(page.locator("#legend .chip-text")).to_have_text(["1.0", "2.0"])
     hand.press(page.locator("#deployments-menu button").first)

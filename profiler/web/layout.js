@@ -126,7 +126,8 @@ export class Graph {
     return (after * scale.after) / factor - before * scale.before * factor;
   }
 
-  /** Give the node below that made most of a node's growth itself, of those that changed; or null. */
+  /** Give the node below that made most of a node's growth itself, of those that changed or whose cost
+   * moved; or null. */
   causeOf(node) {
     const growth = this.growthOf(node);
     const first = Math.max(0, node);
@@ -140,7 +141,9 @@ export class Graph {
     let [cause, most] = [null, 0];
     for (let at = first; at < end; at += 1) {
       const part = own[at - first] * Math.sign(growth);
-      if (at !== node && part > most && CHANGED.has(this.verdictOf(at))) [cause, most] = [at, part];
+      const verdict = this.verdictOf(at);
+      const isChange = CHANGED.has(verdict) || verdict === "moved";
+      if (isChange && at !== node && part > most) [cause, most] = [at, part];
     }
     return cause;
   }
