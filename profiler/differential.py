@@ -285,11 +285,16 @@ class Pair:
         return np.array([next((_CODES[change] for change in changes), UNCHANGED)], np.int8)
 
     def _stacks_of(self, group: Group) -> tuple[Stacks, npt.NDArray[np.uint64]]:
-        if group not in self._stacks:
-            sides = [Stacks.of(profile, group) for profile in (self.before, self.after)]
-            joined = sides[0].with_others(sides[1], group)
-            self._stacks[group] = (joined, joined.fingerprints())
-        return self._stacks[group]
+        known = self._stacks
+        if group in known:
+            return known[group]
+        sides = [Stacks.of(profile, group) for profile in (self.before, self.after)]
+        joined = sides[0].with_others(sides[1], group)
+        found = (joined, joined.fingerprints())
+        # Verdicts are of functions; of what else boxes may be, the last one asked for is kept.
+        kept = {each: known[each] for each in known if each is Group.FUNCTION}
+        self._stacks = {**kept, group: found}
+        return found
 
     def _raw_rows(self) -> Rows:
         """Give the rows of both profiles, those of the after side with numbers behind."""
