@@ -50,6 +50,8 @@ _REASONS = 3
 _REASON_SHARE = 0.01
 """Of a function's total: smaller parts do not explain its change."""
 
+_Marked = tuple[Stacks, npt.NDArray[np.uint64]]
+"""Stacks of both sides, and the fingerprint of each."""
 _Key = tuple[str, str, str]
 """Function, module, kind."""
 
@@ -129,7 +131,7 @@ class Pair:
     found: Comparison
     before: Profile
     after: Profile
-    _stacks: dict[Group, tuple[Stacks, npt.NDArray[np.uint64]]] = field(default_factory=dict)
+    _stacks: dict[Group, _Marked] = field(default_factory=dict)
     _judged: "_Judged | None" = None
 
     @property
@@ -284,7 +286,7 @@ class Pair:
         changes = (each.change for each in self.found.functions if each.frame.function == function)
         return np.array([next((_CODES[change] for change in changes), UNCHANGED)], np.int8)
 
-    def _stacks_of(self, group: Group) -> tuple[Stacks, npt.NDArray[np.uint64]]:
+    def _stacks_of(self, group: Group) -> _Marked:
         known = self._stacks
         if group in known:
             return known[group]
@@ -292,8 +294,8 @@ class Pair:
         joined = sides[0].with_others(sides[1], group)
         found = (joined, joined.fingerprints())
         # Verdicts are of functions; of what else boxes may be, the last one asked for is kept.
-        kept = {each: known[each] for each in known if each is Group.FUNCTION}
-        self._stacks = {**kept, group: found}
+        kept = [each for each in known.items() if each[0] is Group.FUNCTION]
+        self._stacks = dict([*kept, (group, found)])
         return found
 
     def _raw_rows(self) -> Rows:
