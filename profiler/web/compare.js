@@ -173,7 +173,7 @@ export const CHANGES = {
       el("td", {class: "verdict-cell"}, swatch(verdict), el("span", {text: verdict})),
       el("td", {class: "num pair"}, el("b", {text: growthText(row)}), el("small", {text: intervalText(row)})),
       el("td", {class: "num pair narrow-less"}, el("b", {text: shares.join(" → ").replace(" % →", " →")}), el("small", {text: probability(q)})),
-      el("td", {class: "name"}, el("div", {class: "of-module"}, rowName(row), el("small", {text: safeName(module)})), el("small", {text: why, title: why})),
+      el("td", {class: "name"}, el("div", {class: "of-module"}, rowName(row), el("small", {class: "narrow-less", text: safeName(module)})), el("small", {text: why, title: why})),
     ];
   },
 };
