@@ -715,6 +715,20 @@ def test_a_deployment_is_chosen_from_the_list(hand_of, visit, service):
     expect(headline(view)).to_contain_text("Regression")
 
 
+def test_deployments_close_together_are_one_mark_that_opens_the_list(hand_of, visit, service):
+    view = visit(address(service, **window(-24 * 60, MINUTES - NEW_AT)))
+    hand, page = hand_of(view), view.page
+    mark = page.locator("#timeline .mark")
+    expect(mark).to_have_text("2")
+    expect(mark).to_have_attribute("aria-label", re.compile(r"^api 2\.0 .*fresh 8 .*Choose one$"))
+
+    hand.press(mark)
+
+    choices = page.get_by_role("dialog", name="Deployments").get_by_role("button")
+    expect(choices).to_have_count(2)
+    expect(choices.first).to_be_focused()
+
+
 def test_what_cannot_be_compared_says_why(hand_of, visit, service):
     """A deployment of just now: its mark, the list, and what is said when either is pressed."""
     view = visit(address(service, q='{service="fresh"}', **AROUND))
