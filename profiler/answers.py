@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,15 +19,27 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
+from profiler.comparison import Function, Operand, of_store
 from profiler.deployments import deployments_in
+from profiler.diff import Gate, Options, as_json, verdict_of
+from profiler.differential import (
+    Pair,
+    UnionGraph,
+    UnionPaths,
+    document,
+    only_hosts,
+    only_labels,
+)
 from profiler.flamegraph import ROOT_ID, FlameGraph, Screen, draw
 from profiler.paths import Group, Paths, Stacks
 from profiler.selection import nearest_objects
-from profiler.views import NoSuchNodeError, View
+from profiler.times import NS_PER_S, rfc3339
+from profiler.views import NoSuchNodeError, View, path_to
 from storage.objects import ObjectStore
 from storage.profile import GOOD_STOPS, Profile, Window
-from storage.query import EMPTY, HOUR_NS, Answer, Coverage, Functions, Query
+from storage.query import EMPTY, HOUR_NS, Answer, Coverage, Functions, Query, Turns
 from storage.selector import Selector
 from symbolizer.location import Frame
 
@@ -45,6 +58,9 @@ _KEPT_SELECTIONS = 16
 _KEPT_GRAPHS = 16
 """Drawn graphs kept per view, some hundred kB each: many people look at one hour, and a zoom into a
 box that was drawn is not searched for."""
+_COMPARED_S = 300.0
+"""A comparison is kept for so long: what is new of its sides gives another one at once, but late
+objects of the time before may make it more certain."""
 _BELIEVED_S = 0.5
 """A listing of the store is believed for so long: as long as the panels of a page take to ask."""
 _FINER = (1, 30, 1000)
@@ -196,11 +212,8 @@ class _Merged:
             known = self.selections.get(str(selector))
             if known is None:
                 profile = self.answer.profile
-                chosen = np.array(selector.choose(map(dict, profile.label_sets)), dtype=bool)
-                kept = np.flatnonzero(chosen[profile.row_labels])
-                columns = ("row_labels", "row_stacks", "row_samples", "row_values")
-                rows = {name: getattr(profile, name)[kept] for name in columns}
-                known = _Merged(replace(self.answer, profile=replace(profile, **rows)), self)
+                chosen = list(selector.choose(map(dict, profile.label_sets)))
+                known = _Merged(replace(self.answer, profile=only_labels(profile, chosen)), self)
                 self.selections[str(selector)] = known
                 while len(self.selections) > _KEPT_SELECTIONS:
                     self.selections.popitem(last=False)
@@ -231,6 +244,59 @@ class _Merged:
         return self.stacks[1]
 
 
+class NothingToCompareError(LookupError):
+    """A side of a comparison is empty."""
+
+    def __init__(self, detail: str, side: str, reason: str, **more: object) -> None:
+        super().__init__(detail)
+        self.fields = {"side": side, "reason": reason, **more}
+
+
+@dataclass(slots=True)
+class _Compared:
+    """Two sides compared, and the views of them that were asked for."""
+
+    pair: Pair
+    coverages: tuple[Coverage, Coverage]
+    made_s: float
+    views: OrderedDict[View, UnionPaths] = field(default_factory=OrderedDict)
+    drawn: OrderedDict[tuple[View, int, float], tuple[_Path, UnionGraph]] = field(
+        default_factory=OrderedDict
+    )
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def words(self) -> int:
+        return sum(len(each.stack_locations) for each in (self.pair.before, self.pair.after))
+
+    def draw(self, question: Question, check: Check) -> tuple[UnionPaths, _Path, UnionGraph]:
+        """Give the paths of a view, what leads to the question's node, and what stands on it.
+
+        Raises:
+            NoSuchNodeError: no stack goes there.
+        """
+        with self.lock:
+            view = question.view
+            shown = self.views.get(view)
+            if shown is None:
+                shown = self.views[view] = self.pair.view(view)
+            self.views.move_to_end(view)
+            while len(self.views) > _KEPT_VIEWS:
+                self.views.popitem(last=False)
+            check()
+            key = (view, question.node, question.width_px)
+            if key not in self.drawn:
+                path = path_to(shown.paths, question.node, check)
+                check()
+                boxes = [box for _, box in path]
+                graph = self.pair.draw(shown, boxes, Screen(question.width_px))
+                self.drawn[key] = path, graph
+            self.drawn.move_to_end(key)
+            while len(self.drawn) > _KEPT_GRAPHS:
+                self.drawn.popitem(last=False)
+            return shown, *self.drawn[key]
+
+
 class Answers:
     """Answers questions about one store. Safe to use from several threads."""
 
@@ -240,6 +306,8 @@ class Answers:
         self._merged: OrderedDict[tuple[str, str, str], _Merged] = OrderedDict()
         self._lock = threading.Lock()
         self._merging: dict[tuple[str, str, str], threading.Lock] = {}
+        self._compared: OrderedDict[tuple[tuple[str, str, str], ...], _Compared] = OrderedDict()
+        self._comparing = Turns()
 
     def flamegraph(self, question: Question, check: Check) -> dict[str, Any]:
         """Answer `flamegraph`.
@@ -337,6 +405,154 @@ class Answers:
             "rows": len(rows),
             "empty": self._empty(question, coverage, samples),
         }
+
+    def diff(self, question: Question, before: Operand, gate: Gate, check: Check) -> dict[str, Any]:
+        """Answer `diff`: the union of the question's graph and the same of an earlier window.
+
+        Raises:
+            NoSuchNodeError: the question's node is on neither side.
+            NothingToCompareError: a side is empty.
+        """
+        compared = self._compare(question, before, check)
+        pair = compared.pair
+        shown, path, graph = compared.draw(question, check)
+        check()
+        boxes = [box for _, box in path]
+        modules = {
+            frame.module for frame in (*graph.frames, *map(shown.paths.frames.__getitem__, boxes))
+        }
+        files = (_files_of(profile, modules) for profile in (pair.before, pair.after))
+        head = self._compared_head(compared, gate)
+        head.pop("functions")
+        return {
+            **head,
+            **document(pair, graph),
+            "modules": sorted({tuple(file): file for side in files for file in side}.values()),
+            "path": [
+                {"id": f"{node:016x}", "frame": list(shown.paths.frames[box]), **sums}
+                for (node, box), sums in zip(path, shown.sums_along(boxes), strict=True)
+            ],
+        }
+
+    def diff_top(
+        self, question: Question, before: Operand, gate: Gate, limit: int, check: Check
+    ) -> dict[str, Any]:
+        """Answer `diff/top`: the functions of a comparison, what changed first, then by cost.
+
+        Raises:
+            NothingToCompareError: a side is empty.
+        """
+        compared = self._compare(question, before, check)
+        pair, wanted = compared.pair, question.search.casefold()
+        functions = [
+            each
+            for each in pair.found.functions
+            if wanted in each.frame.function.casefold() or wanted in each.frame.module.casefold()
+        ]
+        shown = functions[:limit]
+        head = self._compared_head(compared, gate, shown)
+        check()
+        moved, reasons = pair.moved, pair.reasons(shown)
+        for function, row in zip(shown, head["functions"], strict=True):
+            key = (function.frame.function, function.frame.module, function.frame.kind)
+            row["moved"] = key in moved
+            row["total"]["because"] = [
+                {
+                    "function": each.frame.function,
+                    "module": each.frame.module,
+                    "kind": each.frame.kind,
+                    "before": each.before,
+                    "after": each.after,
+                }
+                for each in reasons.get(key, ())
+            ]
+        return {**head, "rows": len(functions)}
+
+    def compare(self, question: Question, before: Operand, check: Check) -> Pair:
+        """Give the comparison itself, for exports.
+
+        Raises:
+            NothingToCompareError: a side is empty.
+        """
+        return self._compare(question, before, check).pair
+
+    def _compared_head(
+        self, compared: _Compared, gate: Gate, functions: Sequence[Function] = ()
+    ) -> dict[str, Any]:
+        """Give what is said of a comparison, and the records of some of its functions."""
+        pair = compared.pair
+        verdict = verdict_of(pair.found, Options("", "", gate))
+        told = replace(pair.found, functions=tuple(functions))
+        record: dict[str, Any] = orjson.loads(as_json(told, verdict, gate))
+        for name, coverage in zip(("before", "after"), compared.coverages, strict=True):
+            record[name]["coverage"] = _coverage(coverage)
+            record[name]["host_seconds"] = coverage.accounting.profiled_ns / 1e9
+        return {
+            **record,
+            "type": pair.after.type,
+            "unit": pair.after.unit,
+            "scale": pair.scale._asdict(),
+        }
+
+    def _compare(self, question: Question, before: Operand, check: Check) -> _Compared:
+        sides = [replace(question, window=before.window, selector=before.selector), question]
+        key = tuple(self._key(side) for side in sides)
+        with self._comparing.of(repr(key), check):
+            known = self._compared.get(key)
+            if known is not None and known.made_s > time.monotonic() - _COMPARED_S:
+                self._compared.move_to_end(key)
+                return known
+            merged = [self._select(side, check).answer for side in sides]
+            for name, side, answer in zip(("before", "after"), sides, merged, strict=True):
+                self._refuse_empty(name, side, answer)
+            operands = [Operand(side.selector, side.window) for side in sides]
+            found = of_store(self._query.interruptible(check), operands[0], operands[1])
+            check()
+            chosen = [
+                only_hosts(answer.profile, side.hosts)
+                for answer, side in zip(merged, (found.before, found.after), strict=True)
+            ]
+            made = _Compared(
+                pair=Pair(found, before=chosen[0], after=chosen[1]),
+                coverages=(merged[0].coverage, merged[1].coverage),
+                made_s=time.monotonic(),
+            )
+            if all(answer.coverage.is_lasting for answer in merged):
+                with self._lock:
+                    self._compared[key] = made
+                    words = sum(each.words for each in self._compared.values())
+                    while words > _KEPT_WORDS and len(self._compared) > 1:
+                        _, oldest = self._compared.popitem(last=False)
+                        words -= oldest.words
+            return made
+
+    def _refuse_empty(self, name: str, question: Question, answer: Answer) -> None:
+        empty = self._empty(question, answer.coverage, answer.profile.total_samples)
+        if empty is None:
+            return
+        span = f"from {_moment(question.window.start_ns)} until {_moment(question.window.end_ns)}"
+        if empty["reason"] == "nothing_matches":
+            others = (each for each in question.selector.matchers if each.name != "version")
+            versions = self._query.label_values(question.window, "version", Selector(tuple(others)))
+            services = ", ".join(empty["services"][:8]) or "none"
+            detail = f"no sample {span} is of {question.selector}; services there: {services}"
+            raise NothingToCompareError(
+                f"nothing to compare: the {name} side is empty: {detail}",
+                name,
+                **empty,
+                versions=list(versions)[:_NAMED_SERVICES],
+            )
+        nearest = " and ".join(
+            f"{_moment(each['from_ms'] * 10**6)} until {_moment(each['until_ms'] * 10**6)}"
+            for each in empty["nearest"]
+        )
+        there = f"the nearest data are from {nearest}" if nearest else "the store is empty"
+        raise NothingToCompareError(
+            f"nothing to compare: the {name} side is empty: there are no data {span}; {there}",
+            name,
+            **empty,
+            versions=[],
+        )
 
     def timeline(
         self, question: Question, step_ns: int, limit: int, check: Check
@@ -505,31 +721,13 @@ class Answers:
 
     def _head(self, question: Question, coverage: Coverage) -> dict[str, Any]:
         accounting = coverage.accounting
-        stops = dict(accounting.stops)
-        good = sum(count for reason, count in stops.items() if reason in GOOD_STOPS)
-        ended = sum(stops.values())
         return {
             "schema": SCHEMA,
             "type": question.type,
             "window": _window(question.window),
             "query": str(question.selector) if question.selector.matchers else "",
             "host_seconds": accounting.profiled_ns / 1e9,
-            "coverage": {
-                "hosts": len(accounting.hosts),
-                "host_names": [host.name for host in accounting.hosts[:_NAMED_HOSTS]],
-                "objects": coverage.objects,
-                "cpus": accounting.cpus,
-                "ticks": accounting.ticks,
-                "idle": accounting.idle,
-                "filtered": accounting.filtered,
-                "stored": accounting.stored,
-                "lost": dict(accounting.lost),
-                "stops": stops,
-                "complete": good / ended if ended else None,
-                "nonidle_ns": accounting.nonidle_ns,
-                "profiled_ns": accounting.profiled_ns,
-                "skipped": [{"key": each.key, "reason": each.reason} for each in coverage.skipped],
-            },
+            "coverage": _coverage(coverage),
             "agent": {
                 "cpu_ns": accounting.agent_cpu_ns,
                 "rss_bytes": accounting.agent_rss_bytes,
@@ -555,6 +753,33 @@ class Answers:
 
     def _any(self, window: Window) -> bool:
         return next(iter(self._query.objects(window)), None) is not None
+
+
+def _coverage(coverage: Coverage) -> dict[str, Any]:
+    accounting = coverage.accounting
+    stops = dict(accounting.stops)
+    good = sum(count for reason, count in stops.items() if reason in GOOD_STOPS)
+    ended = sum(stops.values())
+    return {
+        "hosts": len(accounting.hosts),
+        "host_names": [host.name for host in accounting.hosts[:_NAMED_HOSTS]],
+        "objects": coverage.objects,
+        "cpus": accounting.cpus,
+        "ticks": accounting.ticks,
+        "idle": accounting.idle,
+        "filtered": accounting.filtered,
+        "stored": accounting.stored,
+        "lost": dict(accounting.lost),
+        "stops": stops,
+        "complete": good / ended if ended else None,
+        "nonidle_ns": accounting.nonidle_ns,
+        "profiled_ns": accounting.profiled_ns,
+        "skipped": [{"key": each.key, "reason": each.reason} for each in coverage.skipped],
+    }
+
+
+def _moment(at_ns: int) -> str:
+    return rfc3339(at_ns - at_ns % NS_PER_S)
 
 
 def _files_of(profile: Profile, modules: set[str]) -> list[list[str]]:

@@ -560,6 +560,14 @@ def _add_diff(commands: _Commands) -> None:
     _add_query(parser)
     _add_window(parser)
     parser.add_argument("--after", nargs="+", default=[], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        default="",
+        help="write the graph of both sides as well, in the format of its ending: .svg, .folded"
+        " (as difffolded.pl), .speedscope.json, .json; - is stdout",
+    )
     _add_json(parser)
     parser.add_argument("--markdown", action="store_true", help="as Markdown, for a merge request")
     parser.add_argument(
@@ -605,6 +613,7 @@ def _run_diff(options: argparse.Namespace) -> int:
         as_markdown=options.markdown,
         last_deploy=_selection(options, start="now-7d") if options.last_deploy else None,
         calibrate=options.calibrate,
+        output=options.output,
     )
     return diff.run(before, after, settings, time.time_ns())
 

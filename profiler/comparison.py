@@ -246,14 +246,22 @@ def of_profiles(before: Sequence[Profile], after: Sequence[Profile], name: str =
 class _Table:
     """The functions of both sides, each with its column; what the past had besides is left out."""
 
-    hashes: npt.NDArray[np.uint64]
     frames: tuple[Frame, ...]
+    """By name: hashes are keyed, and sums must not depend on their order."""
+    hashes: npt.NDArray[np.uint64]
+    columns: npt.NDArray[np.int64]
+    """Of each hash."""
 
     @classmethod
     def of(cls, parts: Sequence[Sums]) -> "_Table":
         merged = merge_sums(parts)
         order = np.argsort(merged.function_hashes)
-        return cls(merged.function_hashes[order], tuple(merged.frames(order)))
+        frames = merged.frames(order)
+        by_name = np.array(sorted(range(len(frames)), key=lambda i: frames[i][:3]), np.int64)
+        columns = np.empty_like(by_name)
+        columns[by_name] = np.arange(len(frames))
+        named = tuple(frames[i] for i in by_name.tolist())
+        return cls(named, merged.function_hashes[order], columns)
 
     def counts(self, sums: Sums | None, hosts: dict[str, int]) -> Floats:
         """Give (self, total, both in samples) by host and function."""
@@ -261,9 +269,10 @@ class _Table:
         if sums is None or not len(sums.rows):
             return counts
         rows = np.array([hosts.get(dict(each).get("host", ""), -1) for each in sums.service_sets])
-        columns = np.searchsorted(self.hashes, sums.function_hashes)
-        columns = np.minimum(columns, len(self.hashes) - 1)
-        columns[self.hashes[columns] != sums.function_hashes] = -1
+        found = np.searchsorted(self.hashes, sums.function_hashes)
+        found = np.minimum(found, len(self.hashes) - 1)
+        is_known = self.hashes[found] == sums.function_hashes
+        columns = np.where(is_known, self.columns[found], -1)
         row, column = rows[sums.rows[:, 0]], columns[sums.rows[:, 1]]
         known = (row >= 0) & (column >= 0)
         np.add.at(counts, (row[known], column[known]), sums.counts[known])

@@ -25,12 +25,14 @@ from profiler.comparison import (
     of_profiles,
     of_store,
 )
+from profiler.differential import Pair, only_hosts
 from profiler.selection import Selection
 from profiler.text import cells, counted, fit, pad
 from profiler.times import NS_PER_S, parse_window, rfc3339
 from profiler.verdict import Change, Source
 from storage.cache import default_folder
 from storage.objects import open_store
+from storage.profile import merge
 from storage.query import Query
 from storage.selector import Selector
 
@@ -87,6 +89,8 @@ class Options:
     as_json: bool = False
     as_markdown: bool = False
     calibrate: bool = False
+    output: str = ""
+    """A file for the graph of both sides; `-` is standard output, which then has nothing else."""
 
 
 class Verdict(NamedTuple):
@@ -103,8 +107,15 @@ def run(before: Sequence[str], after: Sequence[str], options: Options, now_ns: i
     """
     if options.calibrate:
         return _calibrate(before, after, options, now_ns)
+    if options.output:
+        export.pair_ending(options.output)
+        export.check_folder(options.output)
     found = compare(before, after, options, now_ns)
     verdict = verdict_of(found, options)
+    if options.output:
+        _write(found, before, after, options)
+    if options.output == export.STDOUT:
+        return verdict.exit_code
     if options.as_json:
         sys.stdout.buffer.write(as_json(found, verdict, options.gate) + b"\n")
     elif options.as_markdown:
@@ -126,6 +137,28 @@ def compare(
     if any(map(any, in_store)):
         raise ComparisonError("give files on both sides, or a window of the store on both")
     return of_profiles(list(map(export.read, before)), list(map(export.read, after)))
+
+
+def _write(
+    found: Comparison, before: Sequence[str], after: Sequence[str], options: Options
+) -> None:
+    """Write the graph of both sides, which takes their stacks and not only sums of functions."""
+    if found.before.coverage is not None:
+        query = Query(open_store(options.store, options.endpoint or None), default_folder())
+        profiles = [
+            only_hosts(query.profile(side.window, Selector.parse(side.query)).profile, side.hosts)
+            for side in (found.before, found.after)
+        ]
+    else:
+        profiles = [merge(map(export.read, side)) for side in (before, after)]
+    if profiles[0].unit != profiles[1].unit:
+        raise ComparisonError(
+            f"cannot draw a comparison of {profiles[0].unit} with {profiles[1].unit}"
+        )
+    pair = Pair(found, before=profiles[0], after=profiles[1])
+    record = orjson.loads(as_json(found, verdict_of(found, options), options.gate))
+    record.pop("functions")
+    export.put(export.encode_pair(pair, options.output, record=record), options.output)
 
 
 def _in_store(

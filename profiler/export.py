@@ -6,13 +6,18 @@ Every format tells the same counts. What each can hold differs: `.pb.gz` everyth
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar
 
 import orjson
 
 from storage.profile import Profile, ProfileError
+
+if TYPE_CHECKING:
+    from profiler.differential import Pair
+    from profiler.views import View
 
 DEFAULT_BY = ("comm",)
 """Labels drawn as frames above the root, where the format draws a tree."""
@@ -20,7 +25,7 @@ DEFAULT_BY = ("comm",)
 STDOUT = "-"
 """The name that stands for standard output, which gets folded text for other programs to read."""
 
-_JSON_WIDTH_PX = 4096
+JSON_WIDTH_PX = 4096
 """The drawing in a `.json` is cut for a screen of this width, twice a common one."""
 
 
@@ -36,6 +41,15 @@ def check_output(file: str) -> None:
         OSError: the folder does not exist or cannot be written to.
     """
     _find(file, _WRITERS, "write")
+    check_folder(file)
+
+
+def check_folder(file: str) -> None:
+    """Fail early where a file cannot be written.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written to.
+    """
     folder = Path(file).parent
     if file != STDOUT and not os.access(folder, os.W_OK):
         if not folder.is_dir():
@@ -52,6 +66,63 @@ def encode(profile: Profile, file: str, by: Sequence[str] | None = None) -> byte
     return _find(file, _WRITERS, "write")(profile, DEFAULT_BY if by is None else by)
 
 
+def encode_pair(
+    pair: "Pair",
+    file: str,
+    view: "View | None" = None,
+    node: int | None = None,
+    *,
+    record: Mapping[str, object] = MappingProxyType({}),
+    check: Callable[[], None] = lambda: None,
+) -> bytes:
+    """Give a comparison in the format that the ending of `file` names, as a view leaves it.
+
+    `record` is what is said of the comparison in JSON, to which `.json` adds the graph.
+
+    Raises:
+        ExportError: the ending names no format that holds two sides.
+        NoSuchNodeError: the node is on neither side.
+    """
+    from profiler import svg_diff
+    from profiler.differential import document
+    from profiler.flamegraph import ROOT_ID, Screen
+    from profiler.views import View, path_to
+
+    ending = pair_ending(file)
+    view, node = view or View(DEFAULT_BY), ROOT_ID if node is None else node
+    if ending in _PAIR_WRITERS:
+        before, after = pair.shown(view, node, check)
+        check()
+        return _PAIR_WRITERS[ending](before.profile, after.profile, after.by)
+    shown = pair.view(view)
+    check()
+    path = [box for _, box in path_to(shown.paths, node, check)]
+    if ending == ".svg":
+        return svg_diff.draw(pair, pair.draw(shown, path, svg_diff.SCREEN))
+    graph = pair.draw(shown, path, Screen(JSON_WIDTH_PX))
+    return orjson.dumps({**record, **document(pair, graph)}, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def pair_ending(file: str) -> str:
+    """Give the ending that says in which format a comparison is written.
+
+    Raises:
+        ExportError: it names no format, or one that holds no two sides.
+    """
+    for ending in _PAIR_ENDINGS:
+        if file == ending or (ending != STDOUT and file.endswith(ending)):
+            return ".folded" if ending == STDOUT else ending
+    endings = ", ".join(_PAIR_ENDINGS[:-1])
+    if file.endswith(".pb.gz"):
+        raise ExportError(
+            f"cannot write a comparison as {file}: pprof holds one side; write each by itself,"
+            f" or both as one of {endings}"
+        )
+    raise ExportError(
+        f"cannot write a comparison as {file}: its ending names no format (there are {endings})"
+    )
+
+
 def write(profile: Profile, file: str, by: Sequence[str] | None = None) -> None:
     """Write a profile in the format that the ending names; `-` is folded text on stdout.
 
@@ -61,7 +132,15 @@ def write(profile: Profile, file: str, by: Sequence[str] | None = None) -> None:
         ExportError: the ending names no format.
         OSError: the file cannot be written.
     """
-    content = encode(profile, file, by)
+    put(encode(profile, file, by), file)
+
+
+def put(content: bytes, file: str) -> None:
+    """Write a file, which appears complete or not at all; `-` is standard output.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     if file == STDOUT:
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
@@ -130,11 +209,23 @@ def _write_svg(profile: Profile, by: Sequence[str]) -> bytes:
 def _write_json(profile: Profile, by: Sequence[str]) -> bytes:
     from profiler import flamegraph
 
-    graph = flamegraph.build(profile, by, screen=flamegraph.Screen(_JSON_WIDTH_PX))
+    graph = flamegraph.build(profile, by, screen=flamegraph.Screen(JSON_WIDTH_PX))
     return orjson.dumps(
         flamegraph.document(profile, graph),
         option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_SORT_KEYS,
     )
+
+
+def _pair_as_speedscope(before: Profile, after: Profile, by: Sequence[str]) -> bytes:
+    from profiler import speedscope
+
+    return speedscope.encode_pair(before, after, by)
+
+
+def _pair_as_folded(before: Profile, after: Profile, by: Sequence[str]) -> bytes:
+    from storage import folded
+
+    return folded.encode_pair(before, after, by)
 
 
 def _read_pprof(content: bytes) -> Profile:
@@ -163,6 +254,11 @@ _WRITERS: dict[str, _Writer] = {
     ".json": _write_json,
     STDOUT: _write_folded,
 }
+_PAIR_WRITERS: dict[str, Callable[[Profile, Profile, Sequence[str]], bytes]] = {
+    ".speedscope.json": _pair_as_speedscope,
+    ".folded": _pair_as_folded,
+}
+_PAIR_ENDINGS = (".speedscope.json", ".folded", ".svg", ".json", STDOUT)
 _READERS: dict[str, _Reader] = {
     ".pb.gz": _read_pprof,
     ".speedscope.json": _read_speedscope,

@@ -10,9 +10,9 @@ is too many to visit one by one. Who draws says how wide: then what is too narro
 tree grows, and only what is drawn is ever made (bench/bench_flamegraph.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,9 @@ DEEPER = Frame("(deeper)", "", Kind.REST)
 ROOT_ID = 0xCBF29CE484222325
 """FNV-1a's offset basis: the id of the root."""
 _FNV_PRIME = np.uint64(0x100000001B3)
+
+
+Number = TypeVar("Number", np.int64, np.float64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,15 +152,7 @@ class FlameGraph:
 
         A node's own self lies right of its children.
         """
-        left = np.zeros(len(self), dtype=np.int64)
-        for nodes in _levels(self.depth)[1:]:
-            total = self.total[nodes]
-            before = np.cumsum(total) - total
-            parents = self.parent[nodes]
-            is_first = np.diff(parents, prepend=-1) != 0
-            of_first = before[is_first][np.cumsum(is_first) - 1]
-            left[nodes] = left[parents] + before - of_first
-        return left
+        return lefts(self.depth, self.parent, self.total)
 
     def path(self, node: int) -> tuple[Frame, ...]:
         """Give the frames from below the root down to `node`."""
@@ -166,6 +161,18 @@ class FlameGraph:
             frames.append(self.frames[self.frame[node]])
             node = int(self.parent[node])
         return tuple(reversed(frames))
+
+
+def lefts(depth: Indices, parent: Indices, width: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """Give where each of nodes in preorder starts when siblings stand side by side."""
+    left = np.zeros_like(width)
+    for nodes in _levels(depth)[1:]:
+        before = np.cumsum(width[nodes]) - width[nodes]
+        parents = parent[nodes]
+        is_first = np.diff(parents, prepend=-1) != 0
+        of_first = before[is_first][np.cumsum(is_first) - 1]
+        left[nodes] = left[parents] + before - of_first
+    return left
 
 
 class Screen(NamedTuple):
@@ -192,17 +199,70 @@ def build(
 
 def draw(paths: Paths, screen: Screen | None = None) -> FlameGraph:
     """Draw paths as a tree. With a screen it is that of `prune`, in a fraction of the time."""
+    tree = grow(paths, (paths.values, paths.samples), lambda totals: totals[0], screen)
+    return FlameGraph(
+        unit=paths.unit,
+        frames=tree.frames,
+        frame=tree.frame,
+        depth=tree.depth,
+        parent=tree.parent,
+        end=tree.end,
+        total=tree.totals[0],
+        self=tree.selves[0],
+        samples=tree.totals[1],
+        cut_nodes=tree.cut_nodes,
+        cut_total=tree.cut[0],
+    )
+
+
+Widths = Callable[[Sequence[Integers]], Integers | npt.NDArray[np.float64]]
+"""Gives how wide boxes are from the totals of their columns."""
+
+
+class Tree(NamedTuple):
+    """Nodes in preorder as those of a FlameGraph, with any columns of counts."""
+
+    frames: tuple[Frame, ...]
+    frame: Indices
+    depth: Indices
+    parent: Indices
+    end: Indices
+    totals: tuple[Integers, ...]
+    selves: tuple[Integers, ...]
+    nodes: Integers
+    """By path: the node at which it ends, or that of a wanted depth; -1 where there is none."""
+    cut_nodes: int
+    cut: tuple[int, ...]
+    """The totals of what was cut."""
+
+
+def grow(
+    paths: Paths,
+    columns: tuple[Integers, ...],
+    widths: Widths,
+    screen: Screen | None = None,
+    depth: int | None = None,
+) -> Tree:
+    """Make the tree of paths. Each column has a count by path; `widths` order and cut boxes.
+
+    With a `depth` it tells which node of that depth each path goes through, not where it ends.
+    """
     root = len(paths.frames)
     deeper, rest = root + 1, root + 2
+    whole = float(widths([column.sum(keepdims=True) for column in columns])[0])
     rows = _Rows(
-        values=paths.values,
-        samples=paths.samples,
+        columns=columns,
+        widths=widths,
         rest=rest,
-        least=screen.least_px * paths.total / screen.width_px if screen else 0.0,
+        least=screen.least_px * whole / screen.width_px if screen else 0.0,
     )
     levels = [_Level.root(rows, frame=root)]
-    alive = np.flatnonzero(paths.ends > paths.starts)
+    is_there = paths.ends > paths.starts
+    alive = np.flatnonzero(is_there)
     node = np.zeros(len(alive), dtype=np.int64)
+    # The node that is told of each path: its depth, and its number among those.
+    is_root = ~is_there if depth is None else np.full(len(is_there), depth == 0)
+    reached, number = np.where(is_root, 0, -1), np.where(is_root, 0, -1)
     for i in range(DEPTH_LIMIT):
         if len(alive) == 0:
             break
@@ -212,9 +272,11 @@ def draw(paths: Paths, screen: Screen | None = None) -> FlameGraph:
             boxes[left > 1] = deeper
         level, node = _Level.below(rows, alive, node, boxes)
         levels.append(level)
+        is_told = left == 1 if depth is None else np.full(len(alive), depth == i + 1)
+        reached[alive[is_told]], number[alive[is_told]] = i + 1, node[is_told]
         goes_on = (left > 1) & (node >= 0)
         alive, node = alive[goes_on], node[goes_on]
-    return _lay_out(paths.unit, (*paths.frames, paths.root, DEEPER, REST), levels)
+    return _lay_out((*paths.frames, paths.root, DEEPER, REST), levels, (reached, number))
 
 
 def top_functions(profile: Profile, group: Group = Group.FUNCTION) -> list[FunctionTotal]:
@@ -256,28 +318,27 @@ def document(profile: Profile, graph: FlameGraph, query: str = "") -> dict[str, 
 class _Rows(NamedTuple):
     """The counts of each path, and how small ones are drawn."""
 
-    values: Integers
-    samples: Integers
+    columns: tuple[Integers, ...]
+    widths: Widths
     rest: int
     """The box of what is less than `least`."""
     least: float
 
 
 class _Level(NamedTuple):
-    """The nodes of one depth, by parent, largest total first, what was cut last."""
+    """The nodes of one depth, by parent, widest first, what was cut last."""
 
     parent: Integers
     """Number within the level above."""
     frame: Integers
-    total: Integers
-    samples: Integers
+    totals: tuple[Integers, ...]
     cut_nodes: int = 0
-    cut_total: int = 0
+    cut: tuple[int, ...] = ()
 
     @classmethod
     def root(cls, rows: _Rows, frame: int) -> "_Level":
         zero = np.zeros(1, np.int64)
-        return cls(zero, zero + frame, zero + rows.values.sum(), zero + rows.samples.sum())
+        return cls(zero, zero + frame, tuple(zero + column.sum() for column in rows.columns))
 
     @classmethod
     def below(
@@ -300,23 +361,27 @@ class _Level(NamedTuple):
         is_first = np.ones(len(ordered), dtype=bool)
         is_first[1:] = ordered[1:] != ordered[:-1]
         firsts = np.flatnonzero(is_first)
-        total = np.add.reduceat(rows.values[alive][order], firsts) if len(firsts) else firsts
-        samples = np.add.reduceat(rows.samples[alive][order], firsts) if len(firsts) else firsts
+        chosen = alive[order]
+        totals = [
+            np.add.reduceat(column[chosen], firsts) if len(firsts) else firsts
+            for column in rows.columns
+        ]
         parent, frame = np.divmod(ordered[firsts], width)
-        is_kept = total >= rows.least
-        cut_nodes, cut_total = 0, 0
+        is_kept = rows.widths(totals) >= rows.least
+        cut_nodes, cut = 0, tuple(0 for _ in totals)
         rank = np.full(len(firsts), -1, dtype=np.int64)
         if not is_kept.all():
-            cut = np.flatnonzero(~is_kept)
-            cut_nodes, cut_total = len(cut), int(total[cut].sum())
-            parents, which = np.unique(parent[cut], return_inverse=True)
-            rests = [sum_by(which, column[cut], len(parents)) for column in (total, samples)]
+            lost = np.flatnonzero(~is_kept)
+            cut_nodes, cut = len(lost), tuple(int(total[lost].sum()) for total in totals)
+            parents, which = np.unique(parent[lost], return_inverse=True)
+            totals = [
+                np.concatenate([total[is_kept], sum_by(which, total[lost], len(parents))])
+                for total in totals
+            ]
             parent = np.concatenate([parent[is_kept], parents])
             frame = np.concatenate([frame[is_kept], np.full(len(parents), rest)])
-            total = np.concatenate([total[is_kept], rests[0]])
-            samples = np.concatenate([samples[is_kept], rests[1]])
-        # Boxes are numbered by name, so equal totals stay in the order of their names.
-        by_size = np.lexsort((-total, frame == rest, parent))
+        # Boxes are numbered by name, so equal ones stay in the order of their names.
+        by_size = np.lexsort((-rows.widths(totals), frame == rest, parent))
         place = np.empty(len(by_size), dtype=np.int64)
         place[by_size] = np.arange(len(by_size))
         rank[is_kept] = place[: len(rank) - cut_nodes]
@@ -325,25 +390,27 @@ class _Level(NamedTuple):
         level = cls(
             parent=parent[by_size],
             frame=frame[by_size],
-            total=total[by_size],
-            samples=samples[by_size],
+            totals=tuple(total[by_size] for total in totals),
             cut_nodes=cut_nodes,
-            cut_total=cut_total,
+            cut=cut,
         )
         return level, numbers
 
 
-def _lay_out(unit: str, frames: tuple[Frame, ...], levels: list[_Level]) -> FlameGraph:
+def _lay_out(
+    frames: tuple[Frame, ...], levels: list[_Level], told: tuple[Integers, Integers]
+) -> Tree:
     """Put levels into preorder: subtree sizes from the bottom up, positions from the top down."""
     sizes = [np.ones(len(level.parent), dtype=np.int64) for level in levels]
-    selves = [level.total.copy() for level in levels]
+    selves = [[total.copy() for total in level.totals] for level in levels]
     for i in range(len(levels) - 1, 0, -1):
         # Children of a parent stand together: add them up from each first one to the next.
         firsts = np.flatnonzero(np.diff(levels[i].parent, prepend=-1))
         if len(firsts):
             above = levels[i].parent[firsts]
             sizes[i - 1][above] += np.add.reduceat(sizes[i], firsts)
-            selves[i - 1][above] -= np.add.reduceat(levels[i].total, firsts)
+            for own, total in zip(selves[i - 1], levels[i].totals, strict=True):
+                own[above] -= np.add.reduceat(total, firsts)
     positions = [np.zeros(1, dtype=np.int64)]
     for level, size in zip(levels[1:], sizes[1:], strict=True):
         before = np.cumsum(size) - size
@@ -353,30 +420,35 @@ def _lay_out(unit: str, frames: tuple[Frame, ...], levels: list[_Level]) -> Flam
         of_first = before[is_first][np.cumsum(is_first) - 1]
         positions.append(positions[-1][level.parent] + 1 + before - of_first)
     count = sum(map(len, positions))
-    total, own, samples = (np.empty(count, np.int64) for _ in range(3))
+    totals = tuple(np.empty(count, np.int64) for _ in levels[0].totals)
+    own_totals = tuple(np.empty(count, np.int64) for _ in totals)
     frame, depth, parent, end = (np.empty(count, np.int32) for _ in range(4))
     for i, (level, position) in enumerate(zip(levels, positions, strict=True)):
         frame[position] = level.frame
         depth[position] = i
         parent[position] = positions[max(i - 1, 0)][level.parent]
-        total[position] = level.total
-        own[position] = selves[i]
-        samples[position] = level.samples
         end[position] = position + sizes[i]
+        for columns, parts in ((totals, level.totals), (own_totals, selves[i])):
+            for column, part in zip(columns, parts, strict=True):
+                column[position] = part
     is_used = np.zeros(len(frames), dtype=bool)
     is_used[frame] = True
-    return FlameGraph(
-        unit=unit,
+    firsts = np.cumsum([0, *map(len, positions)])
+    reached, number = told
+    is_drawn = (reached >= 0) & (number >= 0)
+    nodes = np.full(len(reached), -1, dtype=np.int64)
+    nodes[is_drawn] = np.concatenate(positions)[firsts[reached[is_drawn]] + number[is_drawn]]
+    return Tree(
         frames=tuple(frames[i] for i in np.flatnonzero(is_used).tolist()),
         frame=(np.cumsum(is_used, dtype=np.int32) - 1)[frame],
         depth=depth,
         parent=parent,
         end=end,
-        total=total,
-        self=own,
-        samples=samples,
+        totals=totals,
+        selves=own_totals,
+        nodes=nodes,
         cut_nodes=sum(level.cut_nodes for level in levels),
-        cut_total=sum(level.cut_total for level in levels),
+        cut=tuple(sum(level.cut[i] for level in levels[1:]) for i in range(len(totals))),
     )
 
 

@@ -23,6 +23,10 @@ _Schema = dict[str, Any]
 
 _SHARED = ("query", "from", "until", "type")
 _VIEW = ("by", "group", "node", "invert", "callers", "focus", "hide")
+_BEFORE_SIDE = ("before_query", "before_from", "before_until")
+_COMPARED = ("query", "from", "until", *_BEFORE_SIDE)
+BEFORE = frozenset(_BEFORE_SIDE)
+"""Whoever gives one of them asks for a comparison."""
 
 
 class Endpoint(NamedTuple):
@@ -59,6 +63,7 @@ _TEXT: _Schema = {"type": "string"}
 _COUNT: _Schema = {"type": "integer", "minimum": 0}
 _FLAG: _Schema = {"type": "boolean"}
 _SHARE: _Schema = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
+_POSITIVE: _Schema = {"type": "number", "minimum": 0}
 _COUNTS = _array(_COUNT)
 _COUNTS_BY_NAME: _Schema = {"type": "object", "additionalProperties": _COUNT}
 _TEXTS_BY_NAME: _Schema = {"type": "object", "additionalProperties": _TEXT}
@@ -111,8 +116,66 @@ _HEAD = {
     "agent": _object({"cpu_ns": _COUNT, "rss_bytes": _COUNT}),
     "empty": _ref("Empty"),
 }
+_MODULES = _array(
+    {
+        "type": "array",
+        "description": "a frame's module, the path and build id of such a file",
+        "items": _TEXT,
+        "minItems": 3,
+        "maxItems": 3,
+    }
+)
 _NODES = _object(dict.fromkeys(("frame", "depth", "total", "self", "samples"), _COUNTS))
 _TOTALS = ("profiled_ns", "nonidle_ns", "ticks", "idle", "filtered", "stored", "lost")
+_NUMBER: _Schema = {"type": "number"}
+_OR_ENDLESS: _Schema = {"type": ["number", "null"]}
+_ESTIMATE = _array(_OR_ENDLESS, minItems=3, maxItems=3)
+"""An estimate and the ends of its 95 % interval; null is no end."""
+_BOTH_SIDES = {"before": _COUNT, "after": _COUNT}
+_BOTH_COSTS = {"before": _POSITIVE, "after": _POSITIVE}
+_CHANGE: _Schema = {"enum": ["more", "less", "new", "gone", "unchanged", "too little data"]}
+_NAMED = dict.fromkeys(("function", "module", "kind"), _TEXT)
+_COMPARED_SIDE = _object(
+    {
+        "query": _TEXT,
+        "window": _ref("Window"),
+        "versions": _array(_TEXT),
+        "hosts": _array(_TEXT),
+        "samples": _COUNT,
+        "cores": {**_POSITIVE, "description": "mean cores a host"},
+        "coverage": _ref("Coverage"),
+        "host_seconds": _POSITIVE,
+    }
+)
+_COMPARISON = {
+    "schema": _SCHEMA,
+    "type": _TEXT,
+    "unit": _TEXT,
+    "verdict": {"enum": ["regression", "improvement", "unchanged", "inconclusive"]},
+    "exit_code": _COUNT,
+    "before": _ref("ComparedSide"),
+    "after": _ref("ComparedSide"),
+    "scale": {
+        **_object(_BOTH_COSTS),
+        "description": "times the nanoseconds of a side it is cores a host",
+    },
+    "noise": _object(
+        {
+            "source": {"enum": ["history", "hosts", "replicates", "none"]},
+            "positions": _COUNT,
+            "df": _POSITIVE,
+        }
+    ),
+    "common_change": _object(
+        {
+            "relative": _NUMBER,
+            "low": _OR_ENDLESS,
+            "high": _OR_ENDLESS,
+            "verdict": _CHANGE,
+        }
+    ),
+    "warnings": _array(_TEXT),
+}
 _SCHEMAS: dict[str, _Schema] = {
     "Problem": _object(
         {
@@ -122,8 +185,80 @@ _SCHEMAS: dict[str, _Schema] = {
             "detail": _TEXT,
             "parameter": _TEXT,
             "node": _NODE_ID,
+            "side": {"enum": ["before", "after"]},
+            "reason": {"enum": ["no_data_ever", "no_data_in_range", "nothing_matches"]},
+            "nearest": _array(_ref("Window")),
+            "services": _array(_TEXT),
+            "versions": _array(_TEXT),
         },
-        optional=("parameter", "node"),
+        optional=("parameter", "node", "side", "reason", "nearest", "services", "versions"),
+    ),
+    "ComparedSide": _COMPARED_SIDE,
+    "Diff": _object(
+        {
+            **_COMPARISON,
+            "totals": _object(_BOTH_SIDES),
+            "verdicts": _array(_TEXT, description="names of what nodes' verdicts are numbers of"),
+            "frames": _array(_ref("Frame")),
+            "modules": _MODULES,
+            "nodes": {
+                **_object(
+                    dict.fromkeys(
+                        (
+                            *("frame", "depth", "before", "after"),
+                            *("before_samples", "after_samples", "verdict"),
+                        ),
+                        _COUNTS,
+                    )
+                ),
+                "description": "in preorder, the root first; the width is (before + after) / 2"
+                " after both are scaled",
+            },
+            "rest": _object({"nodes": _COUNT, **_BOTH_SIDES}),
+            "path": _array(
+                _object(
+                    {
+                        "id": _NODE_ID,
+                        "frame": _ref("Frame"),
+                        **_BOTH_SIDES,
+                        "before_samples": _COUNT,
+                        "after_samples": _COUNT,
+                    }
+                )
+            ),
+        }
+    ),
+    "DiffTop": _object(
+        {
+            **_COMPARISON,
+            "rows": _COUNT,
+            "functions": _array(
+                _object(
+                    {
+                        **_NAMED,
+                        "self": _object(_BOTH_COSTS),
+                        "total": _object(
+                            {
+                                **_BOTH_COSTS,
+                                "because": _array(
+                                    _object({**_NAMED, **_BOTH_SIDES}),
+                                    description="changed functions below it, and what they cost"
+                                    " there",
+                                ),
+                            }
+                        ),
+                        **dict.fromkeys(("cores", "share", "relative"), _ESTIMATE),
+                        "p": _NUMBER,
+                        "q": _NUMBER,
+                        "verdict": _CHANGE,
+                        "because": _TEXT,
+                        "fails": _FLAG,
+                        "moved": {**_FLAG, "description": "from some callers to others"},
+                    }
+                ),
+                description="what changed first, then by cost",
+            ),
+        }
     ),
     "Window": _WINDOW,
     "Frame": _FRAME,
@@ -135,15 +270,7 @@ _SCHEMAS: dict[str, _Schema] = {
             "total": _COUNT,
             "samples": _COUNT,
             "frames": _array(_ref("Frame")),
-            "modules": _array(
-                {
-                    "type": "array",
-                    "description": "a frame's module, the path and build id of such a file",
-                    "items": _TEXT,
-                    "minItems": 3,
-                    "maxItems": 3,
-                }
-            ),
+            "modules": _MODULES,
             "nodes": {**_NODES, "description": "in preorder, the root first"},
             "rest": _object({"nodes": _COUNT, "total": _COUNT}),
             "path": _array(
@@ -289,6 +416,20 @@ ENDPOINTS = {
         _json("Top"),
         (400, 404, 421, 503, 504),
     ),
+    "diff": Endpoint(
+        "/api/v1/diff",
+        "A window compared with one before it, as one flame graph cut for a screen of a width",
+        (*_COMPARED, *_VIEW, "width", "fail_over"),
+        _json("Diff"),
+        (400, 404, 421, 503, 504),
+    ),
+    "diff_top": Endpoint(
+        "/api/v1/diff/top",
+        "A window compared with one before it, function by function",
+        (*_COMPARED, "search", "limit", "fail_over"),
+        _json("DiffTop"),
+        (400, 404, 421, 503, 504),
+    ),
     "timeline": Endpoint(
         "/api/v1/timeline",
         "CPU time per step",
@@ -311,8 +452,9 @@ ENDPOINTS = {
     ),
     "export": Endpoint(
         "/api/v1/export/{name}",
-        "A file for other tools, in the format that the ending of its name says",
-        (*_SHARED, *_VIEW),
+        "A file for other tools, in the format that the ending of its name says; with before_query,"
+        " before_from or before_until of a comparison",
+        (*_SHARED, *_VIEW, *_BEFORE_SIDE, "fail_over"),
         {
             "application/json": {"type": "object"},
             "text/plain": _TEXT,
@@ -364,6 +506,22 @@ _PARAMETERS: dict[str, tuple[str, _Schema]] = {
         {"type": "string", "format": "moment", "default": "now-1h"},
     ),
     "until": ("as from", {"type": "string", "format": "moment", "default": "now"}),
+    "before_query": (
+        "labels to keep of the side before; by default those of query",
+        {"type": "string", "format": "selector"},
+    ),
+    "before_from": (
+        "when the side before begins, as from; by default it is as long as the other",
+        {"type": "string", "format": "moment"},
+    ),
+    "before_until": (
+        "when the side before ends, as from; by default where the other begins",
+        {"type": "string", "format": "moment"},
+    ),
+    "fail_over": (
+        "what a function that costs more must reach to fail, as relative>=10%,share>=0.5pp",
+        {"type": "string", "format": "gate", "default": "relative>=10%,share>=0.5pp"},
+    ),
     "type": ("what is counted", {"type": "string", "enum": ["cpu", "samples"], "default": "cpu"}),
     "by": (
         f"labels drawn above the stacks, with commas between, at most {MOST_LABELS}",
@@ -388,6 +546,7 @@ _PARAMETERS: dict[str, tuple[str, _Schema]] = {
         {"type": "string", "enum": ["self", "total", "name", "module"], "default": "self"},
     ),
     "top limit": ("rows of the table", _number(ROWS, 200)),
+    "diff_top limit": ("rows of the table", _number(ROWS, 200)),
     "timeline limit": ("series; beyond it they are summed in one", _number(SERIES, 8)),
     "step": (
         "60s, or milliseconds; by default there are up to 180 steps",
@@ -406,7 +565,7 @@ _PARAMETERS: dict[str, tuple[str, _Schema]] = {
 
 _PROBLEMS = {
     400: "what was asked cannot be understood",
-    404: "there is no such node, file or label",
+    404: "there is no such node, file or label, or nothing to compare",
     421: "the Host header names another machine",
     503: "the store is away, or too many questions wait; try again",
     504: "it took too long",

@@ -78,13 +78,20 @@ class Paths:
 
     @classmethod
     def of_stacks(cls, stacks: "Stacks", profile: Profile, by: Sequence[str]) -> "Paths":
-        heads = label_frames(profile.label_sets, by)
+        rows = Rows(profile.row_stacks, profile.row_labels, profile.row_values, profile.row_samples)
+        return cls.of_rows(stacks, label_frames(profile.label_sets, by), rows, profile.unit)
+
+    @classmethod
+    def of_rows(
+        cls, stacks: "Stacks", heads: Sequence[Sequence[Frame]], rows: "Rows", unit: str
+    ) -> "Paths":
+        """Give a path by row: the frames that its labels have in `heads`, then its stack."""
         labels = sorted({frame for head in heads for frame in head})
         first = len(stacks.frames)
         number = {frame: first + i for i, frame in enumerate(labels)}
         depth = len(heads[0]) if heads else 0
-        rows = profile.row_stacks.astype(np.int64)
-        starts, ends = stacks.offsets[rows], stacks.offsets[rows + 1]
+        numbers = rows.stacks.astype(np.int64)
+        starts, ends = stacks.offsets[numbers], stacks.offsets[numbers + 1]
         boxes = stacks.boxes
         if depth:
             lengths = ends - starts + depth
@@ -93,13 +100,13 @@ class Paths:
             boxes = np.empty(int(lengths.sum()), dtype=np.int32)
             table = np.array([[number[frame] for frame in head] for head in heads], np.int32)
             for i in range(depth):
-                boxes[path_starts + i] = table[profile.row_labels, i]
+                boxes[path_starts + i] = table[rows.labels, i]
             for part in _parts(starts, ends):
                 to = (path_starts[part.rows] + depth)[part.owner] + part.within
                 boxes[to] = stacks.boxes.take(part.place)
             starts, ends = path_starts, path_ends
         return cls(
-            unit=profile.unit,
+            unit=unit,
             frames=(*stacks.frames, *labels),
             functions_count=first,
             root=ROOT,
@@ -107,8 +114,8 @@ class Paths:
             starts=starts,
             ends=ends,
             heads=depth,
-            values=profile.row_values,
-            samples=profile.row_samples,
+            values=rows.values,
+            samples=rows.samples,
         )
 
     @property
@@ -214,6 +221,24 @@ class Paths:
         samples = int(self.samples[is_found].sum())
         return Found(int(self.values[is_found].sum()), samples, int(is_used.sum()))
 
+    def pairs(self) -> tuple[Integers, Integers]:
+        """Give which function is in which path: numbers of paths, and of their boxes."""
+        found = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
+        for part in self._parts():
+            owner, box = self._distinct(part)
+            found.append((owner + part.rows.start, box))
+        rows, boxes = zip(*found, strict=True)
+        return np.concatenate(rows), np.concatenate(boxes)
+
+    def _distinct(self, part: "_Part") -> tuple[Integers, Integers]:
+        """Give the functions of some paths, each once by path: its path in the part, its number."""
+        count = max(self.functions_count, 1)
+        boxes = self.boxes.take(part.place).astype(np.int64)
+        is_function = boxes < self.functions_count
+        words = np.sort(part.owner[is_function] * count + boxes[is_function])
+        owner, box = np.divmod(words[np.diff(words, prepend=-1) > 0], count)
+        return owner, box
+
     def functions(self) -> list[FunctionTotal]:
         """Give the table of functions, largest self first. Recursion is counted once in the total.
 
@@ -223,10 +248,7 @@ class Paths:
         columns = (self.values, self.samples)
         totals = [np.zeros(count, dtype=np.int64) for _ in columns]
         for part in self._parts():
-            boxes = self.boxes.take(part.place).astype(np.int64)
-            is_function = boxes < count
-            words = np.sort(part.owner[is_function] * max(count, 1) + boxes[is_function])
-            owner, box = np.divmod(words[np.diff(words, prepend=-1) > 0], max(count, 1))
+            owner, box = self._distinct(part)
             for total, column in zip(totals, columns, strict=True):
                 np.add.at(total, box, column[part.rows][owner])
         filled = np.flatnonzero(self.ends > self.starts) if size else np.zeros(0, np.int64)
@@ -276,6 +298,15 @@ class Paths:
             hits = np.flatnonzero(wanted.take(self.boxes.take(part.place)))
             last[part.rows][part.owner[hits]] = part.place[hits]  # of several, the last one stays
         return last
+
+
+class Rows(NamedTuple):
+    """Rows of a profile: numbers of stacks and of label sets, and what each counts."""
+
+    stacks: Indices | Integers
+    labels: Indices | Integers
+    values: Integers
+    samples: Integers
 
 
 class _Part(NamedTuple):
@@ -329,6 +360,46 @@ class Stacks:
         words = flat[np.repeat(first[profile.stack_locations], counts) + within]
         offsets = np.concatenate([np.zeros(1, np.int64), ends])[profile.stack_offsets]
         return cls._joined(group, frames, offsets, words)
+
+    def with_others(self, others: "Stacks", group: Group) -> "Stacks":
+        """Give both as one: these stacks, then the others, over one table of boxes."""
+        known: dict[Frame, Frame] = {}
+        keys = []
+        for frame in (*self.frames, *others.frames):
+            # The file of a function is shown where both agree on it, and tells none from another.
+            key = frame._replace(file="") if group is Group.FUNCTION else frame
+            keys.append(key)
+            before = known.setdefault(key, frame)
+            if before.file != frame.file:
+                either = "" if before.file and frame.file else before.file or frame.file
+                known[key] = frame._replace(file=either)
+        order = {key: i for i, key in enumerate(sorted(known))}
+        rank = np.array([order[key] for key in keys], dtype=np.int32)
+        mine, theirs = rank[: len(self.frames)], rank[len(self.frames) :]
+        return Stacks(
+            tuple(known[key] for key in order),
+            np.concatenate([self.offsets, others.offsets[1:] + self.offsets[-1]]),
+            np.concatenate([mine[self.boxes], theirs[others.boxes]]),
+        )
+
+    def fingerprints(self) -> npt.NDArray[np.uint64]:
+        """Give a number by stack, the same for the same boxes in the same order.
+
+        Drawn anew each time, so that nobody can make two different stacks that have the same.
+        """
+        random = np.random.default_rng()
+        words = random.integers(2**64, size=len(self.frames), dtype=np.uint64)
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        longest = int((ends - starts).max(initial=0))
+        base = random.integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        powers = np.full(longest, base, dtype=np.uint64).cumprod(dtype=np.uint64)
+        found = np.zeros(len(starts), dtype=np.uint64)
+        for part in _parts(starts, ends):
+            terms = words[self.boxes.take(part.place)] * powers[part.within]
+            sums = np.concatenate([np.zeros(1, np.uint64), terms.cumsum(dtype=np.uint64)])
+            last = (ends - starts)[part.rows].cumsum()
+            found[part.rows] = np.diff(sums[np.concatenate([np.zeros(1, np.int64), last])])
+        return found
 
     @classmethod
     def _joined(

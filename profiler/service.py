@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,20 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from profiler import export, status
-from profiler.answers import MOST_STEPS, SORTS, Answers, Check, Question
+from profiler.answers import (
+    MOST_STEPS,
+    SORTS,
+    Answers,
+    Check,
+    NothingToCompareError,
+    Question,
+)
+from profiler.comparison import Operand
 from profiler.connections import Places
+from profiler.diff import DEFAULT_GATE, Gate
 from profiler.flamegraph import ROOT_ID
 from profiler.openapi import (
+    BEFORE,
     ENDPOINTS,
     EXPORT_NAME,
     LABEL_LIMIT,
@@ -54,7 +64,7 @@ from profiler.openapi import (
     document,
 )
 from profiler.paths import Group
-from profiler.times import parse_time, parse_window
+from profiler.times import parse_time, parse_window, rfc3339
 from profiler.views import NoSuchNodeError
 from storage.objects import StoreError
 from storage.selector import Selector
@@ -195,10 +205,7 @@ class Parameters:
             )
         except ValueError as error:
             raise _bad("from", str(error)) from error
-        try:
-            selector = Selector.parse(self.text("query"))
-        except ValueError as error:
-            raise _bad("query", str(error)) from error
+        selector = self._selector("query")
         node = self.text("node", f"{ROOT_ID:016x}")
         if not re.fullmatch(r"[0-9a-f]{16}", node):
             raise _bad("node", f"node={node!r} is not 16 hex digits")
@@ -219,6 +226,35 @@ class Parameters:
             search=self.text("search"),
             width_px=float(self.number("width", 1200, *WIDTH_PX)),
         )
+
+    @property
+    def is_comparison(self) -> bool:
+        return not BEFORE.isdisjoint(self._values)
+
+    def before(self, question: Question) -> Operand:
+        """Give the side that a question is compared with: by default the time just before it."""
+        start_ns, end_ns = question.window
+        end = self.text("before_until") or rfc3339(start_ns)
+        try:
+            until_ns = parse_time(end, self._now_ns)
+            start = self.text("before_from") or rfc3339(max(0, until_ns - end_ns + start_ns))
+            window = parse_window(start, end, self._now_ns)
+        except ValueError as error:
+            raise _bad("before_from", str(error)) from error
+        query = "before_query" if "before_query" in self._values else "query"
+        return Operand(self._selector(query), window)
+
+    def gate(self) -> Gate:
+        try:
+            return Gate.parse(self.text("fail_over") or DEFAULT_GATE)
+        except ValueError as error:
+            raise _bad("fail_over", str(error)) from error
+
+    def _selector(self, name: str) -> Selector:
+        try:
+            return Selector.parse(self.text(name))
+        except ValueError as error:
+            raise _bad(name, str(error)) from error
 
 
 def _fields(query: bytes) -> list[tuple[str, str]]:
@@ -403,6 +439,8 @@ class Service:
         routes = [
             Route(f"{api}/flamegraph", self._route("flamegraph", self._flamegraph)),
             Route(f"{api}/top", self._route("top", self._top)),
+            Route(f"{api}/diff", self._route("diff", self._diff)),
+            Route(f"{api}/diff/top", self._route("diff_top", self._diff_top)),
             Route(f"{api}/timeline", self._route("timeline", self._timeline)),
             Route(f"{api}/deployments", self._route("deployments", self._deployments)),
             Route(f"{api}/labels", self._route("labels", self._labels)),
@@ -466,6 +504,8 @@ class Service:
             raise ProblemError(
                 404, "No such frame", "the frame is not in this range", node=str(error)
             ) from error
+        except NothingToCompareError as error:
+            raise ProblemError(404, "Nothing to compare", str(error), **error.fields) from error
         except StoreError as error:
             raise ProblemError(503, "Store away", str(error)) from error
         response = Response(content, headers=_PACKED if is_packed else None, media_type=media_type)
@@ -483,6 +523,17 @@ class Service:
         sort = parameters.choice("sort", SORTS)
         limit = parameters.number("limit", 200, *ROWS)
         return lambda check: _json(self._answers.top(question, sort, limit, check))
+
+    def _diff(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
+        question, gate = parameters.question(), parameters.gate()
+        before = parameters.before(question)
+        return lambda check: _json(self._answers.diff(question, before, gate, check))
+
+    def _diff_top(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
+        question, gate = parameters.question(), parameters.gate()
+        before = parameters.before(question)
+        limit = parameters.number("limit", 200, *ROWS)
+        return lambda check: _json(self._answers.diff_top(question, before, gate, limit, check))
 
     def _timeline(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
         question, step_ns = parameters.question(), parameters.step_ns()
@@ -516,13 +567,32 @@ class Service:
                 " .pb.gz, .svg or .json",
             )
 
+        media_type, gate = _MEDIA_TYPES[f".{name.rpartition('.')[2]}"], parameters.gate()
+        if parameters.is_comparison:
+            try:
+                ending = export.pair_ending(name)
+            except export.ExportError as error:
+                raise ProblemError(404, "No such file", str(error)) from error
+            before = parameters.before(question)
+            if ending == ".json":
+                wide = replace(question, width_px=float(export.JSON_WIDTH_PX))
+                return lambda check: _json(self._answers.diff(wide, before, gate, check))
+
+            def compare(check: Check) -> Content:
+                pair = self._answers.compare(question, before, check)
+                check()
+                view, node = question.view, question.node
+                return export.encode_pair(pair, name, view, node, check=check), media_type
+
+            return compare
+
         def compute(check: Check) -> Content:
             answer = self._answers.profile(question, check)
             check()
             shown = question.view.shown(answer.profile, question.node, check)
             check()
             content = export.encode(shown.profile, name, shown.by)
-            return content, _MEDIA_TYPES[f".{name.rpartition('.')[2]}"]
+            return content, media_type
 
         return compute
 

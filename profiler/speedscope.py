@@ -48,12 +48,35 @@ _NS_PER_UNIT = {
 }
 
 
+_Counted = Sequence[tuple[tuple[Frame, ...], tuple[int, int]]]
+"""Stacks, root first, each with its samples and its value."""
+_Shown = dict[tuple[str, str], Frame]
+"""Frames that the viewer cannot tell apart are one: else it draws two boxes of one name."""
+
+
 def encode(profile: Profile, by: Sequence[str] = ("comm",)) -> bytes:
     """Write the stacks as one profile, the labels in `by` as their first frames."""
+    stacks = _largest(profile, label_frames(profile.label_sets, by), {})
+    hosts = " ".join(host.name for host in profile.accounting.hosts[:3])
+    name = f"{profile.type} {hosts}".rstrip()
+    return _document(name, [(name, profile, stacks)], profile.window)
+
+
+def encode_pair(before: Profile, after: Profile, by: Sequence[str] = ("comm",)) -> bytes:
+    """Write two profiles over one table of frames, called before and after; this one is shown."""
+    heads = label_frames((*before.label_sets, *after.label_sets), by)
+    middle = len(before.label_sets)
+    shown: _Shown = {}
+    sides = [
+        ("before", before, _largest(before, heads[:middle], shown)),
+        ("after", after, _largest(after, heads[middle:], shown)),
+    ]
+    name = f"{after.type} before and after"
+    return _document(name, sides, before.window.union(after.window), active=1)
+
+
+def _largest(profile: Profile, heads: Sequence[Sequence[Frame]], shown: _Shown) -> _Counted:
     boxes = Stacks.of(profile, Group.FUNCTION)
-    heads = label_frames(profile.label_sets, by)
-    # Frames that the viewer cannot tell apart are one: else it draws two boxes of one name.
-    shown: dict[tuple[str, str], Frame] = {}
     frames = [shown.setdefault(_identity(frame), frame) for frame in boxes.frames]
     stacks: dict[tuple[Frame, ...], tuple[int, int]] = {}
     bounds, words = boxes.offsets.tolist(), boxes.boxes.tolist()
@@ -70,7 +93,7 @@ def encode(profile: Profile, by: Sequence[str] = ("comm",)) -> bytes:
         cut = [counts for _, counts in largest[STACK_LIMIT - 1 :]]
         sums = (sum(samples for samples, _ in cut), sum(value for _, value in cut))
         largest = [*largest[: STACK_LIMIT - 1], ((SMALLER,), sums)]
-    return _document(profile, largest)
+    return largest
 
 
 def _identity(frame: Frame) -> tuple[str, str]:
@@ -78,42 +101,46 @@ def _identity(frame: Frame) -> tuple[str, str]:
 
 
 def _document(
-    profile: Profile, stacks: Sequence[tuple[tuple[Frame, ...], tuple[int, int]]]
+    name: str, sides: Sequence[tuple[str, Profile, _Counted]], window: Window, active: int = 0
 ) -> bytes:
+    profile = sides[active][1]
     numbers: dict[Frame, int] = {}
-    samples = [
-        [numbers.setdefault(frame, len(numbers)) for frame in root_first]
-        for root_first, _ in stacks
-    ]
-    counts = [count for _, (count, _) in stacks]
-    weights = [value for _, (_, value) in stacks]
     unit = profile.unit if profile.unit in {"nanoseconds", "bytes"} else "none"
-    if sum(weights) > WEIGHT_LIMIT:
-        weights, unit = counts, "none"
-    name = f"{profile.type} {' '.join(host.name for host in profile.accounting.hosts[:3])}".rstrip()
-    document = {
-        "$schema": _SCHEMA,
-        "exporter": "everflame",
-        "name": name,
-        "activeProfileIndex": 0,
-        "shared": {"frames": [_frame_record(frame) for frame in numbers]},
-        "profiles": [
+    is_too_large = any(
+        sum(value for _, (_, value) in stacks) > WEIGHT_LIMIT for _, _, stacks in sides
+    )
+    profiles = []
+    for title, _, stacks in sides:
+        samples = [
+            [numbers.setdefault(frame, len(numbers)) for frame in root_first]
+            for root_first, _ in stacks
+        ]
+        counts = [count for _, (count, _) in stacks]
+        weights = counts if is_too_large else [value for _, (_, value) in stacks]
+        profiles.append(
             {
                 "type": "sampled",
-                "name": name,
-                "unit": unit,
+                "name": title,
+                "unit": "none" if is_too_large else unit,
                 "startValue": 0,
                 "endValue": sum(weights),
                 "samples": samples,
                 "weights": weights,
                 "counts": counts,
             }
-        ],
+        )
+    document = {
+        "$schema": _SCHEMA,
+        "exporter": "everflame",
+        "name": name,
+        "activeProfileIndex": active,
+        "shared": {"frames": [_frame_record(frame) for frame in numbers]},
+        "profiles": profiles,
         "everflame": {
             "type": profile.type,
             "unit": profile.unit,
             "period_ns": profile.period_ns,
-            "window": profile.window,
+            "window": window,
         },
     }
     return orjson.dumps(document, default=list)

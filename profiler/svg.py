@@ -18,18 +18,18 @@ import numpy as np
 from profiler import flamegraph
 from profiler.flamegraph import FlameGraph
 from profiler.text import counted, fit, percent, quantity
-from storage.profile import Profile
+from storage.profile import Profile, Window
 from symbolizer.location import Frame, Kind
 
-_WIDTH_PX = 1200
-_MARGIN_PX = 16
-_INNER_PX = _WIDTH_PX - 2 * _MARGIN_PX
+WIDTH_PX = 1200
+MARGIN_PX = 16
+INNER_PX = WIDTH_PX - 2 * MARGIN_PX
 _HEADER_PX = 132
-_FOOTER_PX = 34
-_ROW_PX = 18
-_CELL_PX = 6.63
+FOOTER_PX = 34
+ROW_PX = 18
+CELL_PX = 6.63
 """Width of a character: 11 px of the widest common fixed-width font, DejaVu Sans Mono (0.602)."""
-_TEXT_LEAST_PX = 3 * _CELL_PX
+TEXT_LEAST_PX = 3 * CELL_PX
 _VARIANTS = 6
 
 
@@ -71,21 +71,21 @@ svg{background:#14171c}text,.l{fill:#e8eaed}.p{fill:#14171c}.s,.c{fill:#9aa4b2}
 def draw(profile: Profile, by: Sequence[str] = ("comm",)) -> bytes:
     """Draw a profile, with the labels in `by` as boxes below the root."""
     whole = flamegraph.build(profile, by)
-    graph = whole.prune(_INNER_PX)
-    height = _HEADER_PX + (int(graph.depth.max()) + 1) * _ROW_PX + _FOOTER_PX
+    graph = whole.prune(INNER_PX)
+    height = _HEADER_PX + (int(graph.depth.max()) + 1) * ROW_PX + FOOTER_PX
     title = _title(profile)
     summary = "; ".join(f"{value} {caption}" for value, caption, _ in _figures(profile))
     classes: dict[str, tuple[Kind, int | None]] = {}
     boxes = "\n".join(_boxes(graph, classes))
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{_attribute(title)}"',
-        f' viewBox="0 0 {_WIDTH_PX} {height}" width="{_WIDTH_PX}" height="{height}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{attribute(title)}"',
+        f' viewBox="0 0 {WIDTH_PX} {height}" width="{WIDTH_PX}" height="{height}">',
         f"<title>{escape(title)}</title>",
         f"<desc>{escape(f'{_subtitle(profile)}; {summary}')}</desc>",
         f"<style>{_STYLE}{_colours(classes, is_dark=False)}",
         f"@media (prefers-color-scheme:dark){{{_DARK_STYLE}{_colours(classes, is_dark=True)}}}",
         "</style>",
-        f'<rect class="p" width="{_WIDTH_PX}" height="{height}"/>',
+        f'<rect class="p" width="{WIDTH_PX}" height="{height}"/>',
         *_header(profile, title),
         *_legend(whole),
         boxes,
@@ -103,16 +103,20 @@ def _title(profile: Profile) -> str:
     return f"{what} on {hosts[0].name}" if len(hosts) == 1 else f"{what} on {len(hosts)} hosts"
 
 
-def _subtitle(profile: Profile) -> str:
-    start_ns, end_ns = profile.window
+def span_text(window: Window) -> str:
+    """Say when a window was, and how long it is."""
+    start_ns, end_ns = window
     if end_ns <= start_ns:
         return "window not known"
     start, end = (datetime.fromtimestamp(ns // 10**9, UTC) for ns in (start_ns, end_ns))
     until = f"{end:%H:%M:%S}" if start.date() == end.date() else f"{end:%Y-%m-%d %H:%M:%S}"
-    window = (
-        f"{start:%Y-%m-%d %H:%M:%S} to {until} UTC ({quantity(end_ns - start_ns, 'nanoseconds')})"
-    )
-    if profile.type != "cpu":
+    length = quantity(end_ns - start_ns, "nanoseconds")
+    return f"{start:%Y-%m-%d %H:%M:%S} to {until} UTC ({length})"
+
+
+def _subtitle(profile: Profile) -> str:
+    window = span_text(profile.window)
+    if profile.type != "cpu" or profile.window.end_ns <= profile.window.start_ns:
         return window
     return f"{window}, {round(1e9 / profile.period_ns)} samples a second and CPU"
 
@@ -136,9 +140,9 @@ def _figures(profile: Profile) -> list[tuple[str, str, bool]]:
 
 
 def _header(profile: Profile, title: str) -> Iterator[str]:
-    yield f'<text class="h" x="{_MARGIN_PX}" y="32">{escape(fit(title, 100))}</text>'
-    yield f'<text class="s" x="{_MARGIN_PX}" y="52">{escape(_subtitle(profile))}</text>'
-    x = float(_MARGIN_PX)
+    yield f'<text class="h" x="{MARGIN_PX}" y="32">{escape(fit(title, 100))}</text>'
+    yield f'<text class="s" x="{MARGIN_PX}" y="52">{escape(_subtitle(profile))}</text>'
+    x = float(MARGIN_PX)
     for value, caption, is_warning in _figures(profile):
         warning = " w" if is_warning else ""
         yield f'<text class="v{warning}" x="{x:.0f}" y="86">{escape(value)}</text>'
@@ -157,7 +161,7 @@ def _legend(graph: FlameGraph) -> Iterator[str]:
     shown.sort(key=lambda each: -each[1])
     for i, (kind, total) in enumerate(shown):
         column, row = divmod(i, 4)
-        x, y = _WIDTH_PX - _MARGIN_PX - 150 * (column + 1), 26 + 21 * row
+        x, y = WIDTH_PX - MARGIN_PX - 150 * (column + 1), 26 + 21 * row
         yield f'<rect class="{_class(kind)}" x="{x}" y="{y - 11}" width="14" height="14"/>'
         yield f'<text class="l" x="{x + 22}" y="{y}">{kind}</text>'
         share = percent(total, int(graph.total[0]))
@@ -166,7 +170,7 @@ def _legend(graph: FlameGraph) -> Iterator[str]:
 
 def _boxes(graph: FlameGraph, classes: dict[str, tuple[Kind, int | None]]) -> Iterator[str]:
     """Draw every node, and collect the classes that the style sheet must hold."""
-    scale = _INNER_PX / max(1, int(graph.total[0]))
+    scale = INNER_PX / max(1, int(graph.total[0]))
     left = graph.left()
     for kind in Kind:
         classes[_class(kind)] = (kind, None)
@@ -177,22 +181,22 @@ def _boxes(graph: FlameGraph, classes: dict[str, tuple[Kind, int | None]]) -> It
         variant = zlib.crc32(frame.module.encode()) % _VARIANTS if frame.module else None
         class_name = _class(frame.kind, variant)
         classes[class_name] = (frame.kind, variant)
-        x, width = _MARGIN_PX + start * scale, total * scale
-        y = _HEADER_PX + depth * _ROW_PX
+        x, width = MARGIN_PX + start * scale, total * scale
+        y = _HEADER_PX + depth * ROW_PX
         gap = 1 if width > 3 else 0
         # Crisp edges snap to whole pixels: narrower than one, a box might not show at all.
         drawn = width - gap if frame.kind is Kind.REST else max(1.0, width - gap)
         yield (
             f"<g><title>{escape(_tooltip(frame, graph, total, own, samples))}</title>"
             f'<rect class="{class_name}" x="{x:.2f}" y="{y}" width="{drawn:.2f}" '
-            f'height="{_ROW_PX - 1}"/>{_label(frame, x, y, width)}</g>'
+            f'height="{ROW_PX - 1}"/>{_label(frame, x, y, width)}</g>'
         )
 
 
 def _label(frame: Frame, x: float, y: int, width: float) -> str:
-    if width < _TEXT_LEAST_PX or frame.kind is Kind.REST:
+    if width < TEXT_LEAST_PX or frame.kind is Kind.REST:
         return ""
-    text = fit(frame.function, int((width - 6) / _CELL_PX))
+    text = fit(frame.function, int((width - 6) / CELL_PX))
     return f'<text x="{x + 3:.2f}" y="{y + 12.5}">{escape(text)}</text>'
 
 
@@ -212,7 +216,7 @@ def _footer(graph: FlameGraph, height: int) -> str:
         if graph.cut_nodes == 1:
             boxes = "1 box under half a pixel is"
         said = f"{said} {boxes} drawn as grey sums, {share} of the total."
-    return f'<text class="s" x="{_MARGIN_PX}" y="{height - 12}">{escape(said)}</text>'
+    return f'<text class="s" x="{MARGIN_PX}" y="{height - 12}">{escape(said)}</text>'
 
 
 def _class(kind: Kind, variant: int | None = None) -> str:
@@ -235,5 +239,5 @@ def _colours(classes: dict[str, tuple[Kind, int | None]], is_dark: bool) -> str:
     return "".join(rules)
 
 
-def _attribute(text: str) -> str:
+def attribute(text: str) -> str:
     return escape(text, {'"': "&quot;"})

@@ -70,7 +70,7 @@ class View:
         check()
         rows = paths.samples
         if node != ROOT_ID:
-            rows = paths.through(_path_to(paths, node, check)).samples
+            rows = paths.through([box for _, box in path_to(paths, node, check)]).samples
         builder = ProfileBuilder.like(profile)
         if self.keeps_stacks:
             builder.add_rows(profile, rows, profile.label_sets)
@@ -89,16 +89,28 @@ class Shown:
     by: tuple[str, ...]
 
 
-def _path_to(paths: Paths, node: int, check: Callable[[], None]) -> list[int]:
-    """Give the boxes that lead from below the root to a node."""
+def path_to(
+    paths: Paths, node: int, check: Callable[[], None] = lambda: None
+) -> list[tuple[int, int]]:
+    """Give the ids and the boxes that lead from below the root to a node.
+
+    Raises:
+        NoSuchNodeError: no stack goes there.
+    """
+    if node == ROOT_ID:
+        return []
     numbers = {frame: i for i, frame in enumerate(paths.frames)}
     for screen in (*map(Screen, _WIDTHS_PX), None):
         check()
         graph = draw(paths, screen)
-        for found in np.flatnonzero(graph.ids() == np.uint64(node)).tolist():
-            path = [numbers.get(frame, -1) for frame in graph.path(found)]
-            if min(path, default=-1) >= 0:  # else it is a sum of what is too narrow
-                return path
+        ids = graph.ids()
+        for found in np.flatnonzero(ids == np.uint64(node)).tolist():
+            path, at = [], found
+            while at:
+                path.append((int(ids[at]), numbers.get(graph.frames[graph.frame[at]], -1)))
+                at = int(graph.parent[at])
+            if all(box >= 0 for _, box in path):  # else it is a sum of what is too narrow
+                return path[::-1]
     raise NoSuchNodeError(f"{node:016x}")
 
 

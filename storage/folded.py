@@ -31,14 +31,32 @@ def encode(profile: Profile, by: Sequence[str] = ("comm",)) -> bytes:
 
     The number is that of samples. A label that no row has is left out.
     """
+    counts = _counts(profile, label_frames(profile.label_sets, by))
+    return "".join(f"{line} {count}\n" for line, count in sorted(counts.items())).encode()
+
+
+def encode_pair(before: Profile, after: Profile, by: Sequence[str] = ("comm",)) -> bytes:
+    """Write one line per stack of either, with two numbers: samples before and after.
+
+    As difffolded.pl writes it, and flamegraph.pl reads it; numbers are not normalized.
+    """
+    heads = label_frames((*before.label_sets, *after.label_sets), by)
+    first = _counts(before, heads[: len(before.label_sets)])
+    second = _counts(after, heads[len(before.label_sets) :])
+    lines = sorted(first.keys() | second.keys())
+    return "".join(
+        f"{line} {first.get(line, 0)} {second.get(line, 0)}\n" for line in lines
+    ).encode()
+
+
+def _counts(profile: Profile, heads_frames: Sequence[Sequence[Frame]]) -> dict[str, int]:
+    """Give the samples of each line, which begins with the frames of its labels."""
     counts: dict[str, int] = {}
     shown = [
         ";".join(_escape(frame) for frame in reversed(profile.frames(number)))
         for number in range(len(profile.locations))
     ]
-    heads = [
-        [_escape(frame) for frame in frames] for frames in label_frames(profile.label_sets, by)
-    ]
+    heads = [[_escape(frame) for frame in frames] for frames in heads_frames]
     words = profile.stack_locations.tolist()
     bounds = profile.stack_offsets.tolist()
     stacks = [
@@ -50,7 +68,7 @@ def encode(profile: Profile, by: Sequence[str] = ("comm",)) -> bytes:
     for labels, stack, samples in zip(*(c.tolist() for c in columns), strict=True):
         line = ";".join([*heads[labels], stacks[stack] or nothing])
         counts[line] = counts.get(line, 0) + samples
-    return "".join(f"{line} {count}\n" for line, count in sorted(counts.items())).encode()
+    return counts
 
 
 def decode(content: bytes) -> Profile:

@@ -17,7 +17,7 @@ from stores import directory
 from profiler import flamegraph
 from profiler.openapi import ENDPOINTS, document
 from profiler.times import rfc3339
-from storage.profile import Profile, Window
+from storage.profile import Profile, Window, make_labels
 
 NOW_S = int(time.time()) // 60 * 60
 LABELS = ("service", "comm", "host", "version", "ünïcode", "no such")
@@ -64,7 +64,10 @@ def moments(first_min: int, last_min: int) -> st.SearchStrategy[str]:
 # No two of them make an empty window, whether both are given or only one is.
 schemathesis.openapi.format("from moment", moments(120, 40))
 schemathesis.openapi.format("until moment", moments(30, 0))
+schemathesis.openapi.format("before_from moment", moments(240, 130))
+schemathesis.openapi.format("before_until moment", moments(128, 121))
 schemathesis.openapi.format("selector", selectors())
+schemathesis.openapi.format("gate", st.sampled_from(("relative>=5%", "share>=1pp,relative>=0%")))
 schemathesis.openapi.format("step", st.sampled_from(("2s", "60s", "1m30s", "5000", "1h")))
 
 
@@ -79,7 +82,7 @@ def strict(schema: Any) -> Any:
         return schema
     copied = {name: strict(each) for name, each in schema.items()}
     name = copied["name"] if "in" in copied else ""
-    if name in ("from", "until"):
+    if name in ("from", "until", "before_from", "before_until"):
         copied["schema"] = {"type": "string", "format": f"{name} moment"}
     elif name in EXAMPLES:
         copied["examples"] = {str(i): {"value": each} for i, each in enumerate(EXAMPLES[name])}
@@ -94,13 +97,17 @@ schema = schemathesis.openapi.from_dict(strict(document("1")))
 def recent(minute: int) -> Profile:
     """Give the profile of so many minutes ago."""
     start_ns = (NOW_S - minute * 60) * 10**9
-    return replace(profile_of(minute), window=Window(start_ns, start_ns + 60 * 10**9))
+    profile = profile_of(minute)
+    present = {make_labels({"service": service}): 60 * 10**9 for service in ("api", "jobs")}
+    accounting = replace(profile.accounting, services=present)
+    window = Window(start_ns, start_ns + 60 * 10**9)
+    return replace(profile, window=window, accounting=accounting)
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
     folder = tmp_path_factory.mktemp("openapi")
-    directory(folder / "store", *map(recent, range(5, 55, 5)))
+    directory(folder / "store", *map(recent, range(5, 240, 5)))
     with service(folder) as (_, client):
         yield client
 
@@ -127,6 +134,9 @@ BAD = {
         *("yesterday", "-1", "nan", "inf", "1e3", "9" * 13, "9" * 4000, "now-", "now+1y", "0x10"),
         *("2026-02-30T00:00:00Z", "2026-01-01T00:00:00", "now-999999999w", "٣", "now\0"),
     ],
+    "before_from": ["yesterday", "-1", "now+1w", "2026-02-30T00:00:00Z", "now\0"],
+    "before_until": ["yesterday", "0", "NaN", "99999999999999"],
+    "fail_over": ["10%", "relative>=10pp", "share>=-1pp", "relative>10%", "x" * 5000, "\0"],
     "until": [
         "yesterday",
         "0",
@@ -137,6 +147,7 @@ BAD = {
         "99999999999999",
         "now+999999999w",
     ],
+    "before_query": ["{", "service", "{service=~}", "\0", ENDLESS],
     "type": ["CPU", "memory", "cpu,samples", "\0"],
     "by": ["a,b,c,d,e,f,g,h,i", "\0", "x" * 5000],
     "group": ["thread", "FUNCTION", "function,line"],
@@ -167,7 +178,7 @@ def test_values_that_mean_nothing_are_refused(endpoint, client):
 
         assert (status, headers["content-type"]) == (400, "application/problem+json"), (name, value)
         problem = json.loads(body)
-        about = {name, "from"} if name == "until" else {name}
+        about = {name, name.replace("until", "from")}
         assert problem["parameter"] in about, (name, value)
         assert problem["detail"]
 

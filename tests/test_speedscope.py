@@ -80,6 +80,37 @@ def test_a_file_holds_to_what_the_viewer_needs():
     assert drawn["name"]
 
 
+def test_two_sides_stand_over_one_table_of_frames(viewer):
+    """The after side is the one that is shown; frames that both have stand once."""
+    before, after = some.sample_profile(), some.hostile_profile()
+    written = orjson.loads(speedscope.encode_pair(before, after))
+
+    jsonschema.validate(written, json.loads((viewer / "file-format-schema.json").read_text()))
+    first, second = written["profiles"]
+    assert (first["name"], second["name"]) == ("before", "after")
+    assert written["profiles"][written["activeProfileIndex"]] is second
+    for profile, drawn in ((before, first), (after, second)):
+        assert sum(drawn["weights"]) == drawn["endValue"] == profile.total_value
+        assert sum(drawn["counts"]) == profile.total_samples
+    frames = written["shared"]["frames"]
+    identities = [(frame["name"], frame.get("file")) for frame in frames]
+    assert len(set(identities)) == len(identities)
+    assert sum(frame["name"] == "handler" for frame in frames) == 1
+
+
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_two_sides_count_the_same_when_one_sum_is_too_large(monkeypatch, is_swapped):
+    """Nanoseconds could not be compared with samples."""
+    sides = [some.sample_profile(), some.hostile_profile()]
+    monkeypatch.setattr(speedscope, "WEIGHT_LIMIT", min(side.total_value for side in sides))
+    sides = sides[::-1] if is_swapped else sides
+
+    written = orjson.loads(speedscope.encode_pair(*sides))
+
+    assert {profile["unit"] for profile in written["profiles"]} == {"none"}
+    assert [each["endValue"] for each in written["profiles"]] == [s.total_samples for s in sides]
+
+
 def test_inlined_and_called_forms_of_a_function_are_one_frame():
     """The viewer cannot tell them apart, so they must not be two boxes of one name."""
     called = some.native(some.API, 0x1800)
@@ -287,22 +318,44 @@ def chromium():
 )
 def test_the_real_viewer_shows_the_same_totals(site, chromium, tmp_path, profile):
     """speedscope opens the file and exports the same weight for the same stacks again."""
-    (tmp_path / "profiles" / "p.speedscope.json").write_bytes(speedscope.encode(profile))
+    exported = exported_again(site, chromium, tmp_path, speedscope.encode(profile), "cpu")
+
+    again = speedscope.decode(exported)
+    assert again.total_value == profile.total_value
+    assert by_names(again) == by_names(speedscope.decode(speedscope.encode(profile)))
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("before", [some.sample_profile(), some.hostile_profile()])
+def test_the_real_viewer_opens_both_sides(site, chromium, tmp_path, before):
+    """It shows the after side, lists the before side with it, and exports both again."""
+    after = some.synthetic(300, 20)
+    content = speedscope.encode_pair(before, after)
+
+    again = json.loads(exported_again(site, chromium, tmp_path, content, "after"))
+
+    assert {profile["name"]: profile["endValue"] for profile in again["profiles"]} == {
+        "before": before.total_value,
+        "after": after.total_value,
+    }
+
+
+def exported_again(site, chromium, tmp_path, content: bytes, title: str) -> bytes:
+    """Give what the viewer exports of a file, once its title has a word."""
+    (tmp_path / "profiles" / "p.speedscope.json").write_bytes(content)
     page = chromium.new_page(accept_downloads=True)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
 
     page.goto(f"{site}/#profileURL={site}/profiles/p.speedscope.json")
-    page.wait_for_function("document.title.includes('cpu')", timeout=30_000)
+    page.wait_for_function(f"document.title.includes('{title}')", timeout=30_000)
     with page.expect_download(timeout=30_000) as download:
         page.keyboard.press("Control+s")
     exported = Path(download.value.path()).read_bytes()
 
     assert not problems
-    again = speedscope.decode(exported)
-    assert again.total_value == profile.total_value
-    assert by_names(again) == by_names(speedscope.decode(speedscope.encode(profile)))
+    return exported
 
 
 def by_names(profile) -> dict[tuple[str, ...], int]:
