@@ -291,8 +291,15 @@ class _Lives:
         self._start_ns = (starts_ns - starts_ns % _SECOND_NS)[number]
         self._is_there = self._present_ns > 0
 
-    def seconds(self, selector: Selector, window: Window) -> dict[str, float]:
-        """Give for how long what is asked for was there, by host."""
+    def seconds(
+        self, selector: Selector, window: Window, hosts: Iterable[str] = ()
+    ) -> dict[str, float]:
+        """Give for how long what is asked for was there, by host.
+
+        Profiles of other producers do not say it: then these hosts had it all the time.
+        """
+        if not len(self._set):
+            return dict.fromkeys(hosts, (window.end_ns - window.start_ns) / _SECOND_NS)
         chosen = self._chosen(selector, window)
         sums = np.zeros(len(self._labels))
         np.add.at(sums, self._set[chosen], self._present_ns[chosen] / _SECOND_NS)
@@ -340,15 +347,10 @@ class _Read(NamedTuple):
         sums, coverage = query.sums(window, selector, by=("host",))
         known = _known(selector)
         lives = _Lives(query.presence(window, known))
-        seconds = lives.seconds(known, window)
+        sampled = sums.service_sets if sums is not None else ()
+        hosts = [dict(labels).get("host", "") for labels in sampled]
+        seconds = lives.seconds(known, window, hosts)
         versions = {each for _, each in lives.versions(known, window, set(seconds))} - {""}
-        if sums is not None:  # profiles of others do not say for how long a service was there
-            of_set = np.zeros(len(sums.service_sets), np.int64)
-            np.add.at(of_set, sums.rows[:, 0], sums.counts[:, 2])
-            length_s = (window.end_ns - window.start_ns) / _SECOND_NS
-            for labels, samples in zip(sums.service_sets, of_set.tolist(), strict=True):
-                if samples:
-                    seconds.setdefault(dict(labels).get("host", ""), length_s)
         return cls(operand, sums, seconds, tuple(sorted(versions)), coverage)
 
 
@@ -468,9 +470,11 @@ class _Past:
             found = []
             for i, hosts in enumerate(self._pair.hosts):
                 window = self._window(i, back_ns)
-                sums, _ = query.sums(window, self._selectors[i], by=("host",))
+                parts, _ = query.parts(window, self._selectors[i], by=("host",))
                 numbers = {host: j for j, host in enumerate(hosts)}
-                samples = self._pair.table.counts(sums, numbers)[:, :, 2]
+                samples = np.zeros((len(hosts), len(self._pair.table.frames)))
+                for part in parts:
+                    samples += self._pair.table.counts(part, numbers)[:, :, 2]
                 found.append(Costs(samples, np.array([seconds[i][host] for host in hosts])))
             if all(each.samples.any() for each in found):
                 yield found[0], found[1]
@@ -520,7 +524,7 @@ class _Past:
             if len({service for service, _ in versions}) == 1 and len(versions) > 1:
                 continue
             seconds = tuple(
-                life.seconds(known, self._window(i, back_ns))
+                life.seconds(known, self._window(i, back_ns), hosts)
                 for i, (known, life) in enumerate(zip(knowns, of_side, strict=True))
             )
             if all(
