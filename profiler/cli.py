@@ -538,15 +538,27 @@ def _add_diff(commands: _Commands) -> None:
         "tell what costs more than before, and how certain that is",
         "examples:\n"
         "  everflame diff '{service=\"api\"}@now-3h..now-2h' -- '{service=\"api\"}@now-1h..now'\n"
-        "  everflame diff old-*.pb.gz -- new-*.pb.gz --markdown\n\n"
+        "  everflame diff old-*.pb.gz -- new-*.pb.gz --markdown\n"
+        "  everflame diff --last-deploy -q '{service=\"api\"}'\n\n"
         "A window of a store is judged by what its service did in the day before it, files by\n"
         "what differs between those of one side, of which there must be three or more.\n"
         "Exit codes: 0 fine, 1 regression, 2 nothing to compare, 3 inconclusive (with --strict).",
     )
-    parser.usage = "everflame diff [OPTIONS] BEFORE... -- AFTER..."
-    parser.add_argument(
-        "before", metavar="BEFORE", nargs="+", help="a file, or a window: {selector}@FROM..UNTIL"
+    parser.usage = (
+        "everflame diff [OPTIONS] BEFORE... -- AFTER...\n"
+        "       everflame diff [OPTIONS] --last-deploy -q SELECTOR"
     )
+    parser.add_argument(
+        "before", metavar="BEFORE", nargs="*", help="a file, or a window: {selector}@FROM..UNTIL"
+    )
+    parser.add_argument(
+        "--last-deploy",
+        action="store_true",
+        help="compare before and after the last deployment that -q, --from and --until select"
+        " (default: of the last 7 days), over windows that match",
+    )
+    _add_query(parser)
+    _add_window(parser)
     parser.add_argument("--after", nargs="+", default=[], help=argparse.SUPPRESS)
     parser.add_argument(
         "-o",
@@ -583,8 +595,15 @@ def _run_diff(options: argparse.Namespace) -> int:
     before, after = options.before, options.after
     if not after and len(before) == 2:
         before, after = before[:1], before[1:]
-    if not after:
-        raise ValueError("diff: name both sides: everflame diff BEFORE... -- AFTER...")
+    if options.last_deploy and before:
+        raise ValueError("diff: give either two sides or --last-deploy")
+    if not options.last_deploy:
+        if not after:
+            raise ValueError(
+                "diff: name both sides: everflame diff BEFORE... -- AFTER... (or --last-deploy)"
+            )
+        if options.query or options.start or options.end:
+            raise ValueError("diff: -q, --from and --until are for --last-deploy")
     settings = diff.Options(
         store=options.store,
         endpoint=options.s3_endpoint,
@@ -592,6 +611,7 @@ def _run_diff(options: argparse.Namespace) -> int:
         strict=options.strict,
         as_json=options.json,
         as_markdown=options.markdown,
+        last_deploy=_selection(options, start="now-7d") if options.last_deploy else None,
         calibrate=options.calibrate,
         output=options.output,
     )

@@ -2,33 +2,56 @@
 
 A side is a window of a service in a store, or some files. Of a store the service's own past tells
 how far costs stray when nothing has changed: the same two windows, as long and as far apart, are
-compared at earlier positions, on the same hosts, wherever the service ran one and the same version.
-Where there are too few such positions hosts are compared with each other, and of files replicates
-of one side. Where there is none of these nothing is called changed.
+compared at earlier positions, on the same hosts, wherever the service ran one and the same version;
+on other days at the same hours where there are days enough. Where there are too few such positions
+hosts are compared with each other, and of files replicates of one side. Where there is none of
+these nothing is called changed.
+
+Two sides without a common host, as a canary and the rest, are compared as a whole; what they always
+differ by is taken from their past.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from profiler import verdict
+from profiler.text import counted
+from profiler.times import rfc3339, span_text
 from profiler.verdict import Change, Contrast, Costs, Floats, Judgement, Noise, Source
 from storage.columns import Columns, Hasher
 from storage.profile import Profile, Window
-from storage.query import Query
+from storage.query import Coverage, Presence, Query
 from storage.selector import Selector
-from storage.sums import Sums
+from storage.sums import Sums, merge_sums
 from symbolizer.location import Frame
 
-HISTORY_NS = 24 * 3600 * 10**9
-"""How far back earlier positions are looked for."""
-MAX_POSITIONS = 24
+_SECOND_NS = 10**9
+MINUTE_NS = 60 * _SECOND_NS
+_DAY_NS = 24 * 3600 * _SECOND_NS
+GRIDS_NS = (
+    (60 * MINUTE_NS, 10 * MINUTE_NS),
+    (2 * MINUTE_NS, MINUTE_NS),
+    (0, 5 * _SECOND_NS),
+)
+"""Positions of spans that are so long lie multiples of this back: objects begin at multiples of
+their length, and ten minutes of them are kept merged."""
+HISTORY_NS = _DAY_NS
+"""How far back earlier positions are looked for that follow each other."""
+_MOST_POSITIONS = 24
+_MOST_DAYS = 14
 _SERVICE_LABELS = frozenset({"service", "version", "host", "container", "pod", "namespace", "unit"})
 """Labels that `present_ns` is known by."""
-_SECOND_NS = 10**9
+_UNEVEN = 0.1
+"""Sides of which one is covered better than the other by more than this part are said aloud."""
+_LOST = 0.02
+_LOAD = 0.2
+_SMALL = 0.01
+"""Of the total: the function whose smallest visible change tells how little data there are."""
 
 
 class ComparisonError(ValueError):
@@ -42,7 +65,7 @@ class Operand(NamedTuple):
     window: Window
 
     def __str__(self) -> str:
-        return f"{self.selector}@{self.window.start_ns}..{self.window.end_ns}"
+        return f"{self.selector}@{rfc3339(self.window.start_ns)}..{rfc3339(self.window.end_ns)}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +83,8 @@ class Side:
     present_s: Floats
     """For how long the service was there, by host."""
     versions: tuple[str, ...] = ()
+    coverage: Coverage | None = None
+    """None for files."""
 
     @property
     def total(self) -> float:
@@ -68,7 +93,11 @@ class Side:
     @property
     def cores(self) -> float:
         """Mean cores while the service was there, a host."""
-        return self.total / 1e9 / max(1e-9, float(self.present_s.sum()))
+        return self.total / _SECOND_NS / max(1e-9, float(self.present_s.sum()))
+
+    @property
+    def costs(self) -> Costs:
+        return Costs(self.samples, self.present_s)
 
 
 class Function(NamedTuple):
@@ -109,37 +138,25 @@ class Comparison:
     warnings: tuple[str, ...]
 
 
-def of_store(query: Query, before: Operand, after: Operand) -> Comparison:
+def of_store(
+    query: Query, before: Operand, after: Operand, changes_ns: Sequence[int] = ()
+) -> Comparison:
     """Compare two windows of a store.
 
+    Nothing that straddles one of the times `changes_ns` is taken for the service's unchanged past,
+    nor what straddles a version change that its labels tell of.
+
     Raises:
-        ComparisonError: a side is empty, or no host is on both.
+        ComparisonError: a side is empty.
     """
-    table = _Functions()
-    sides = [_read(query, operand, table) for operand in (before, after)]
-    hosts = sorted(set(sides[0].hosts) & set(sides[1].hosts))
-    for name, side, operand in zip(("before", "after"), sides, (before, after), strict=True):
-        if not side.samples.sum():
-            raise ComparisonError(f"nothing to compare: the {name} side {operand} has no samples")
-    if not hosts:
-        raise ComparisonError("nothing to compare: no host has the service on both sides")
-    warnings = _one_sided(sides[0], sides[1])
-    past = list(_past(query, before, after, hosts, table))
-    sides = [_align(side, hosts, table) for side in sides]
-    now = verdict.contrast(_costs(sides[0]), _costs(sides[1]))
-    contrasts = [
-        verdict.contrast(*(_costs(_align(side, hosts, table)) for side in pair)) for pair in past
-    ]
-    noise = None
-    if len(contrasts) >= verdict.MIN_POSITIONS:
-        noise = verdict.noise_of_history(contrasts, len(contrasts))
-    elif len(hosts) >= verdict.MIN_HOSTS:
-        noise = verdict.noise_of_hosts(now)
-    else:
-        warnings.append(
-            f"too little data for a verdict: {len(contrasts)} earlier positions of the same length"
-            f" (of {verdict.MIN_POSITIONS}) and {len(hosts)} hosts (of {verdict.MIN_HOSTS})"
-        )
+    pair = _Pair.read(query, before, after)
+    sides = pair.sides()
+    past = _Past(query, pair, changes_ns)
+    contrasts = [pair.contrast(*costs) for costs in past.costs()]
+    now, noise = _noise(pair, sides[0], sides[1], contrasts)
+    warnings = pair.warnings()
+    if noise is None:
+        warnings.append(_too_little(past, sides, len(contrasts)))
     return _judged(sides[0], sides[1], now, noise, warnings)
 
 
@@ -153,28 +170,28 @@ class Calibration(NamedTuple):
     """The ends of the rate's 95 % interval."""
 
 
-def calibrate(query: Query, before: Operand, after: Operand) -> Calibration:
+def calibrate(
+    query: Query, before: Operand, after: Operand, changes_ns: Sequence[int] = ()
+) -> Calibration:
     """Judge each earlier position of two windows by the others, by the same rule as ever.
 
     Raises:
         ComparisonError: there are too few of them.
     """
-    table = _Functions()
-    ends = [_read(query, operand, table) for operand in (before, after)]
-    hosts = sorted(set(ends[0].hosts) & set(ends[1].hosts))
-    found = list(_past(query, before, after, hosts, table))
-    if len(found) <= verdict.MIN_POSITIONS:
+    pair = _Pair.read(query, before, after)
+    past = list(_Past(query, pair, changes_ns).costs())
+    if len(past) <= verdict.MIN_POSITIONS:
         raise ComparisonError(
-            f"nothing to calibrate with: {len(found)} earlier positions of the same length, on the"
-            f" same hosts and of one version, and it takes {verdict.MIN_POSITIONS + 1}"
+            f"nothing to calibrate with: {counted(len(past), 'earlier position')} of the same"
+            f" length, on the same hosts and of one version, and it takes"
+            f" {verdict.MIN_POSITIONS + 1}"
         )
-    past = [[_align(side, hosts, table) for side in pair] for pair in found]
-    contrasts = [verdict.contrast(*map(_costs, pair)) for pair in past]
+    contrasts = [pair.contrast(*costs) for costs in past]
     alarms = 0
-    for i, (now, pair) in enumerate(zip(contrasts, past, strict=True)):
+    for i, costs in enumerate(past):
         others = [*contrasts[:i], *contrasts[i + 1 :]]
-        noise = verdict.noise_of_history(others, len(others))
-        samples = pair[0].samples.sum(axis=0), pair[1].samples.sum(axis=0)
+        now, noise = pair.against(contrasts[i], others)
+        samples = costs[0].samples.sum(axis=0), costs[1].samples.sum(axis=0)
         alarms += set(verdict.judge(now, samples, noise).changes) != {Change.UNCHANGED}
     return Calibration(len(past), alarms, *verdict.rate_interval(alarms, len(past)))
 
@@ -185,19 +202,38 @@ def of_profiles(before: Sequence[Profile], after: Sequence[Profile], name: str =
     Raises:
         ComparisonError: a side is empty.
     """
-    table = _Functions()
-    sides = [_of_profiles(profiles, table, name) for profiles in (before, after)]
-    for which, side in zip(("before", "after"), sides, strict=True):
-        if not side.samples.sum():
+    hasher = Hasher(b"comparison")
+    sums = [
+        [Sums.of(Columns.of(profile, hasher), hasher).by(()) for profile in profiles]
+        for profiles in (before, after)
+    ]
+    for which, side in zip(("before", "after"), sums, strict=True):
+        if not any(each.counts[:, 2].any() for each in side):
             raise ComparisonError(f"nothing to compare: the {which} side has no samples")
-    sides = [_align(side, side.hosts, table) for side in sides]
+    table = _Table.of([*sums[0], *sums[1]])
+    sides = []
+    for profiles, side in zip((before, after), sums, strict=True):
+        windows = [profile.window for profile in profiles]
+        counts = np.concatenate([table.counts(each, {"": 0}) for each in side])
+        sides.append(
+            Side(
+                name,
+                Window(min(w.start_ns for w in windows), max(w.end_ns for w in windows)),
+                tuple(f"file {i + 1}" for i in range(len(profiles))),
+                table.frames,
+                counts[:, :, 2],
+                counts[:, :, 0],
+                counts[:, :, 1],
+                np.array([max(1, w.end_ns - w.start_ns) / _SECOND_NS for w in windows]),
+            )
+        )
     warnings: list[str] = []
     if min(len(before), len(after)) >= verdict.MIN_REPLICATES:
-        now, noise = verdict.contrast_of_replicates(_costs(sides[0]), _costs(sides[1]))
+        now, noise = verdict.contrast_of_replicates(sides[0].costs, sides[1].costs)
         return _judged(sides[0], sides[1], now, noise, warnings)
     warnings.append(
         f"too little data for a verdict: {len(before)} and {len(after)} files;"
-        f" {verdict.MIN_REPLICATES} or more a side tell how far they stray"
+        f" {verdict.MIN_REPLICATES} or more a side tell how far they stray{_visible(sides)}"
     )
     pooled = [Costs(side.samples.sum(axis=0)[None], np.ones(1)) for side in sides]
     return _judged(sides[0], sides[1], verdict.contrast(*pooled), None, warnings)
@@ -206,139 +242,353 @@ def of_profiles(before: Sequence[Profile], after: Sequence[Profile], name: str =
 # Reading.
 
 
-class _Functions:
-    """The functions of all sides and positions, each with its column."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Table:
+    """The functions of both sides, each with its column; what the past had besides is left out."""
 
-    def __init__(self) -> None:
-        self.numbers: dict[tuple[str, str, str], int] = {}
-        self.frames: list[Frame] = []
+    frames: tuple[Frame, ...]
+    """By name: hashes are keyed, and sums must not depend on their order."""
+    hashes: npt.NDArray[np.uint64]
+    columns: npt.NDArray[np.int64]
+    """Of each hash."""
 
-    def number(self, frame: Frame) -> int:
-        key = (frame.function, frame.module, frame.kind)
-        if key not in self.numbers:
-            self.numbers[key] = len(self.frames)
-            self.frames.append(frame)
-        return self.numbers[key]
+    @classmethod
+    def of(cls, parts: Sequence[Sums]) -> "_Table":
+        merged = merge_sums(parts)
+        order = np.argsort(merged.function_hashes)
+        frames = merged.frames(order)
+        by_name = np.array(sorted(range(len(frames)), key=lambda i: frames[i][:3]), np.int64)
+        columns = np.empty_like(by_name)
+        columns[by_name] = np.arange(len(frames))
+        named = tuple(frames[i] for i in by_name.tolist())
+        return cls(named, merged.function_hashes[order], columns)
 
-
-def _read(query: Query, operand: Operand, table: _Functions) -> Side:
-    """Read one window of a store, by host."""
-    selector, window = operand
-    found = query.functions(window, selector, by=("host",))
-    lines = [(dict(row.labels).get("host", ""), table.number(row.frame), row) for row in found.rows]
-    present, versions = _presence(query, operand)
-    hosts = sorted({host for host, _, _ in lines} | present.keys())
-    places = {host: i for i, host in enumerate(hosts)}
-    samples, selfs, totals = np.zeros((3, len(hosts), len(table.frames)))
-    for host, column, row in lines:
-        samples[places[host], column] += row.self_samples
-        selfs[places[host], column] += row.self
-        totals[places[host], column] += row.total
-    present_s = np.array([present.get(host, 0.0) for host in hosts])
-    return Side(
-        str(selector),
-        window,
-        tuple(hosts),
-        tuple(table.frames),
-        samples,
-        selfs,
-        totals,
-        present_s,
-        versions,
-    )
+    def counts(self, sums: Sums | None, hosts: dict[str, int]) -> Floats:
+        """Give (self, total, both in samples) by host and function."""
+        counts = np.zeros((len(hosts), len(self.hashes), 4))
+        if sums is None or not len(sums.rows):
+            return counts
+        rows = np.array([hosts.get(dict(each).get("host", ""), -1) for each in sums.service_sets])
+        found = np.searchsorted(self.hashes, sums.function_hashes)
+        found = np.minimum(found, len(self.hashes) - 1)
+        is_known = self.hashes[found] == sums.function_hashes
+        columns = np.where(is_known, self.columns[found], -1)
+        row, column = rows[sums.rows[:, 0]], columns[sums.rows[:, 1]]
+        known = (row >= 0) & (column >= 0)
+        np.add.at(counts, (row[known], column[known]), sums.counts[known])
+        return counts
 
 
-def _presence(query: Query, operand: Operand) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Give for how long the service was there, by host in s, and in which versions."""
-    selector, window = operand
-    known = Selector(tuple(each for each in selector.matchers if each.name in _SERVICE_LABELS))
-    found = query.presence(window, known)
-    seconds: dict[str, float] = {}
-    versions = set()
-    for _, number, present_ns in found.rows.tolist():
-        labels = dict(found.label_sets[number])
-        host = labels.get("host", "")
-        seconds[host] = seconds.get(host, 0.0) + present_ns / _SECOND_NS
-        versions.add(labels.get("version", ""))
-    return seconds, tuple(sorted(versions - {""}))
+class _Lives:
+    """Which services were where and when, from what every object says of it."""
+
+    def __init__(self, presence: Presence) -> None:
+        labels = [dict(each) for each in presence.label_sets]
+        self._labels = labels
+        number, self._set, self._present_ns = presence.rows.T
+        # An object may begin a fraction of a second before the whole second of its key.
+        starts_ns = presence.objects[:, 0] + _SECOND_NS // 2
+        self._start_ns = (starts_ns - starts_ns % _SECOND_NS)[number]
+        self._is_there = self._present_ns > 0
+
+    def seconds(
+        self, selector: Selector, window: Window, hosts: Iterable[str] = ()
+    ) -> dict[str, float]:
+        """Give for how long what is asked for was there, by host.
+
+        Profiles of other producers do not say it: then these hosts had it all the time.
+        """
+        if not len(self._set):
+            return dict.fromkeys(hosts, (window.end_ns - window.start_ns) / _SECOND_NS)
+        chosen = self._chosen(selector, window)
+        sums = np.zeros(len(self._labels))
+        np.add.at(sums, self._set[chosen], self._present_ns[chosen] / _SECOND_NS)
+        found: dict[str, float] = {}
+        for labels, seconds in zip(self._labels, sums.tolist(), strict=True):
+            if seconds:
+                host = labels.get("host", "")
+                found[host] = found.get(host, 0.0) + seconds
+        return found
+
+    def versions(self, selector: Selector, window: Window, hosts: set[str]) -> set[tuple[str, str]]:
+        """Give the services and versions that were there on some hosts."""
+        there = np.unique(self._set[self._chosen(selector, window)]).tolist()
+        return {
+            (labels.get("service", ""), labels.get("version", ""))
+            for labels in (self._labels[i] for i in there)
+            if labels.get("host", "") in hosts
+        }
+
+    def _chosen(self, selector: Selector, window: Window) -> npt.NDArray[np.bool_]:
+        is_asked = np.array(selector.choose(self._labels), dtype=bool)
+        is_inside = (window.start_ns <= self._start_ns) & (self._start_ns < window.end_ns)
+        chosen: npt.NDArray[np.bool_] = self._is_there & is_inside & is_asked[self._set]
+        return chosen
 
 
-def _past(
-    query: Query, before: Operand, after: Operand, hosts: Sequence[str], table: _Functions
-) -> Iterator[tuple[Side, Side]]:
-    """Give the same pair of windows at earlier positions that do not overlap, the latest first."""
-    start_ns = min(before.window.start_ns, after.window.start_ns)
-    span_ns = max(before.window.end_ns, after.window.end_ns) - start_ns
-    for number in range(1, MAX_POSITIONS + 1):
-        back_ns = number * span_ns
-        if back_ns > HISTORY_NS:
-            return
-        pair = [
-            Operand(before.selector, Window(*(at - back_ns for at in operand.window)))
-            for operand in (before, after)
+def _known(selector: Selector, but: frozenset[str] = frozenset()) -> Selector:
+    """Give what a selector says of labels that presence is known by."""
+    names = _SERVICE_LABELS - but
+    return Selector(tuple(each for each in selector.matchers if each.name in names))
+
+
+class _Read(NamedTuple):
+    """What one side's window holds."""
+
+    operand: Operand
+    sums: Sums | None
+    seconds: dict[str, float]
+    versions: tuple[str, ...]
+    coverage: Coverage
+
+    @classmethod
+    def of(cls, query: Query, operand: Operand) -> "_Read":
+        selector, window = operand
+        sums, coverage = query.sums(window, selector, by=("host",))
+        known = _known(selector)
+        lives = _Lives(query.presence(window, known))
+        sampled = sums.service_sets if sums is not None else ()
+        hosts = [dict(labels).get("host", "") for labels in sampled]
+        seconds = lives.seconds(known, window, hosts)
+        versions = {each for _, each in lives.versions(known, window, set(seconds))} - {""}
+        return cls(operand, sums, seconds, tuple(sorted(versions)), coverage)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pair:
+    """Two windows of a store, and the hosts on which they are compared."""
+
+    reads: tuple[_Read, _Read]
+    hosts: tuple[tuple[str, ...], tuple[str, ...]]
+    is_paired: bool
+    """Each host is compared with itself; else the sides have different ones."""
+    table: _Table
+
+    @classmethod
+    def read(cls, query: Query, before: Operand, after: Operand) -> "_Pair":
+        reads = (_Read.of(query, before), _Read.of(query, after))
+        for name, each in zip(("before", "after"), reads, strict=True):
+            if each.sums is None or not each.sums.counts[:, 2].any():
+                raise ComparisonError(
+                    f"nothing to compare: the {name} side {each.operand} has no samples"
+                )
+        common = sorted(reads[0].seconds.keys() & reads[1].seconds.keys())
+        alone = tuple(tuple(sorted(each.seconds)) for each in reads)
+        hosts = (tuple(common), tuple(common)) if common else (alone[0], alone[1])
+        table = _Table.of([each.sums for each in reads if each.sums is not None])
+        return cls(reads, hosts, bool(common), table)
+
+    def sides(self) -> tuple[Side, Side]:
+        before, after = (
+            self._side(read, hosts) for read, hosts in zip(self.reads, self.hosts, strict=True)
+        )
+        return before, after
+
+    def _side(self, read: _Read, hosts: tuple[str, ...]) -> Side:
+        counts = self.table.counts(read.sums, {host: i for i, host in enumerate(hosts)})
+        return Side(
+            query=str(read.operand.selector),
+            window=read.operand.window,
+            hosts=hosts,
+            frames=self.table.frames,
+            samples=counts[:, :, 2],
+            self_values=counts[:, :, 0],
+            total_values=counts[:, :, 1],
+            present_s=np.array([read.seconds[host] for host in hosts]),
+            versions=read.versions,
+            coverage=read.coverage,
+        )
+
+    def contrast(self, before: Costs, after: Costs) -> Contrast:
+        if self.is_paired:
+            return verdict.contrast(before, after)
+        return verdict.contrast_of_replicates(before, after)[0]
+
+    def against(self, now: Contrast, past: Sequence[Contrast]) -> tuple[Contrast, Noise]:
+        if self.is_paired:
+            return now, verdict.noise_of_history(past, len(past))
+        return verdict.against_history(now, past)
+
+    def warnings(self) -> list[str]:
+        """Say which hosts are left out, and what of the sides is unequal."""
+        found = []
+        for name, read, hosts in zip(("before", "after"), self.reads, self.hosts, strict=True):
+            alone = sorted(set(read.seconds) - set(hosts))
+            if alone:
+                shown = ", ".join(alone[:5]) + (f" and {len(alone) - 5} more" if alone[5:] else "")
+                found.append(f"left out, only on the {name} side: {shown}")
+        if not self.is_paired:
+            found.append("no host is on both sides: they are compared as a whole")
+        parts = []
+        for read, hosts in zip(self.reads, self.hosts, strict=True):
+            window = read.operand.window
+            length_ns = (window.end_ns - window.start_ns) * max(1, len(read.coverage.hosts))
+            parts.append(read.coverage.accounting.profiled_ns / length_ns if hosts else 0.0)
+        if abs(parts[0] - parts[1]) > _UNEVEN:
+            found.append(
+                f"unequal coverage: {parts[0]:.0%} of the before side's time was profiled,"
+                f" {parts[1]:.0%} of the after side's"
+            )
+        for name, read in zip(("before", "after"), self.reads, strict=True):
+            accounting = read.coverage.accounting
+            lost = sum(accounting.lost.values()) / max(1, accounting.ticks)
+            if lost > _LOST:
+                found.append(f"{lost:.1%} of the {name} side's ticks were lost")
+            if read.coverage.skipped:
+                skipped = counted(len(read.coverage.skipped), "object")
+                found.append(f"{skipped} of the {name} side cannot be read")
+        return found
+
+
+class _Past:
+    """The same two windows at earlier positions that do not overlap, the latest first."""
+
+    def __init__(self, query: Query, pair: _Pair, changes_ns: Sequence[int]) -> None:
+        self._query = query
+        self._pair = pair
+        self._changes_ns = changes_ns
+        windows = [read.operand.window for read in pair.reads]
+        self.span = Window(min(w.start_ns for w in windows), max(w.end_ns for w in windows))
+        self.length_ns = max(w.end_ns - w.start_ns for w in windows)
+        overlap = max(w.start_ns for w in windows) < min(w.end_ns for w in windows)
+        has_common = set(pair.hosts[0]) & set(pair.hosts[1])
+        self.is_possible = not (overlap and has_common)
+        """Else both sides are the same wherever versions do not tell them apart."""
+        span_ns = self.span.end_ns - self.span.start_ns
+        grid_ns = next(grid_ns for least_ns, grid_ns in GRIDS_NS if span_ns >= least_ns)
+        self.step_ns = -(-span_ns // grid_ns) * grid_ns
+        self._selectors = [
+            Selector(tuple(m for m in read.operand.selector.matchers if m.name != "version"))
+            for read in pair.reads
         ]
-        if pair[0].window.start_ns < 0:
+
+    def costs(self) -> Iterator[tuple[Costs, Costs]]:
+        if not self.is_possible:
             return
-        sides = [_read(query, operand, table) for operand in pair]
-        is_one_version = len({*sides[0].versions, *sides[1].versions}) <= 1
-        is_complete = all(set(hosts) <= set(side.hosts) for side in sides)
-        if is_complete and is_one_version and all(side.samples.sum() for side in sides):
-            yield sides[0], sides[1]
+        query, positions = self._positions()
+        for back_ns, seconds in positions:
+            found = []
+            for i, hosts in enumerate(self._pair.hosts):
+                window = self._window(i, back_ns)
+                parts, _ = query.parts(window, self._selectors[i], by=("host",))
+                numbers = {host: j for j, host in enumerate(hosts)}
+                samples = np.zeros((len(hosts), len(self._pair.table.frames)))
+                for part in parts:
+                    samples += self._pair.table.counts(part, numbers)[:, :, 2]
+                found.append(Costs(samples, np.array([seconds[i][host] for host in hosts])))
+            if all(each.samples.any() for each in found):
+                yield found[0], found[1]
+
+    def _positions(self) -> tuple[Query, list["_Position"]]:
+        """Give the positions on other days at the same hours, or those that follow each other."""
+        span_ns = self.span.end_ns - self.span.start_ns
+        days_ns = -(-span_ns // _DAY_NS) * _DAY_NS
+        daily = [
+            back_ns
+            for back_ns in range(days_ns, _MOST_DAYS * _DAY_NS + 1, days_ns)
+            if back_ns < self.span.start_ns
+        ]
+        if len(daily) >= verdict.MIN_POSITIONS and self._has_data(daily[verdict.MIN_POSITIONS - 1]):
+            found = []
+            for back_ns in daily:
+                found += self._valid(self._query, [back_ns])
+            if len(found) >= verdict.MIN_POSITIONS:
+                return self._query, found
+        backs = [self.step_ns * (i + 1) for i in range(_MOST_POSITIONS)]
+        backs = [each for each in backs if each <= min(HISTORY_NS, self.span.start_ns)]
+        if not backs:
+            return self._query, []
+        query = self._query.listing(self._back(self.span, backs[-1], 0))
+        return query, self._valid(query, backs)
+
+    def _has_data(self, back_ns: int) -> bool:
+        window = self._back(self.span, back_ns, back_ns)
+        return any(True for _ in self._query.objects(window))
+
+    def _valid(self, query: Query, backs: Sequence[int]) -> list["_Position"]:
+        """Give those at which the service was there as it is now, in one version."""
+        window = self._back(self.span, backs[-1], backs[0])
+        knowns = [_known(each) for each in self._selectors]
+        lives = [_Lives(query.presence(window, known)) for known in dict.fromkeys(knowns)]
+        of_side = [lives[0], lives[-1]]
+        hosts = {*self._pair.hosts[0], *self._pair.hosts[1]}
+        found = []
+        for back_ns in backs:
+            span = self._back(self.span, back_ns, back_ns)
+            if any(span.start_ns < at_ns < span.end_ns for at_ns in self._changes_ns):
+                continue
+            versions = set()
+            for known, life in zip(knowns, of_side, strict=True):
+                versions |= life.versions(known, span, hosts)
+            # Of many services some program is always a new one.
+            if len({service for service, _ in versions}) == 1 and len(versions) > 1:
+                continue
+            seconds = tuple(
+                life.seconds(known, self._window(i, back_ns), hosts)
+                for i, (known, life) in enumerate(zip(knowns, of_side, strict=True))
+            )
+            if all(
+                set(hosts) <= each.keys()
+                for hosts, each in zip(self._pair.hosts, seconds, strict=True)
+            ):
+                found.append(_Position(back_ns, seconds))
+        return found
+
+    def _window(self, side: int, back_ns: int) -> Window:
+        return self._back(self._pair.reads[side].operand.window, back_ns, back_ns)
+
+    @staticmethod
+    def _back(window: Window, start_ns: int, end_ns: int) -> Window:
+        return Window(window.start_ns - start_ns, window.end_ns - end_ns)
 
 
-def _of_profiles(profiles: Sequence[Profile], table: _Functions, name: str) -> Side:
-    hasher = Hasher(b"comparison")
-    lines = []
-    windows = [profile.window for profile in profiles]
-    for i, profile in enumerate(profiles):
-        sums = Sums.of(Columns.of(profile, hasher), hasher)
-        lines += [(i, table.number(row.frame), row) for row in sums.function_sums()]
-    samples, selfs, totals = np.zeros((3, len(profiles), len(table.frames)))
-    for i, column, row in lines:
-        samples[i, column] += row.self_samples
-        selfs[i, column] += row.self
-        totals[i, column] += row.total
-    window = Window(min(w.start_ns for w in windows), max(w.end_ns for w in windows))
-    present_s = np.array([max(1, w.end_ns - w.start_ns) / _SECOND_NS for w in windows])
-    names = tuple(f"file {i + 1}" for i in range(len(profiles)))
-    return Side(name, window, names, tuple(table.frames), samples, selfs, totals, present_s)
-
-
-def _align(side: Side, hosts: Sequence[str], table: _Functions) -> Side:
-    """Give the side with these hosts as rows and all functions as columns."""
-    rows = [side.hosts.index(host) for host in hosts]
-    missing = len(table.frames) - side.samples.shape[1]
-
-    def aligned(values: Floats) -> Floats:
-        return np.pad(values[rows], ((0, 0), (0, missing)))
-
-    return replace(
-        side,
-        hosts=tuple(hosts),
-        frames=tuple(table.frames),
-        samples=aligned(side.samples),
-        self_values=aligned(side.self_values),
-        total_values=aligned(side.total_values),
-        present_s=side.present_s[rows],
-    )
-
-
-def _costs(side: Side) -> Costs:
-    return Costs(side.samples, side.present_s)
-
-
-def _one_sided(before: Side, after: Side) -> list[str]:
-    """Say which hosts are left out."""
-    found = []
-    for name, one, other in (("before", before, after), ("after", after, before)):
-        alone = sorted(set(one.hosts) - set(other.hosts))
-        if alone:
-            shown = ", ".join(alone[:5]) + (f" and {len(alone) - 5} more" if alone[5:] else "")
-            found.append(f"left out, only on the {name} side: {shown}")
-    return found
+class _Position(NamedTuple):
+    back_ns: int
+    seconds: tuple[dict[str, float], ...]
+    """By side: for how long the service was there, by host."""
 
 
 # Judging.
+
+
+def _noise(
+    pair: _Pair, before: Side, after: Side, past: Sequence[Contrast]
+) -> tuple[Contrast, Noise | None]:
+    now = pair.contrast(before.costs, after.costs)
+    if len(past) >= verdict.MIN_POSITIONS:
+        return pair.against(now, past)
+    hosts = len(before.hosts), len(after.hosts)
+    if pair.is_paired and hosts[0] >= verdict.MIN_HOSTS:
+        return now, verdict.noise_of_hosts(now)
+    is_enough = min(hosts) >= verdict.MIN_REPLICATES and sum(hosts) >= verdict.MIN_HOSTS
+    if not pair.is_paired and is_enough:
+        return verdict.contrast_of_replicates(before.costs, after.costs, Source.HOSTS)
+    return now, None
+
+
+def _too_little(past: _Past, sides: Sequence[Side], positions: int) -> str:
+    """Say what a verdict would take, and what could show with as many samples."""
+    hosts = len(sides[0].hosts)
+    text = (
+        f"too little data for a verdict: {counted(positions, 'earlier position')} of the same"
+        f" length (it takes {verdict.MIN_POSITIONS}), {counted(hosts, 'host')} (or"
+        f" {verdict.MIN_HOSTS})"
+    )
+    missing = verdict.MIN_POSITIONS - positions
+    if past.is_possible:
+        text += f"; profile {span_text(missing * past.step_ns)} more without a change"
+        gap_ns = past.span.end_ns - past.span.start_ns - 2 * past.length_ns
+        length_ns = (positions * past.step_ns // verdict.MIN_POSITIONS - max(0, gap_ns)) // 2
+        if length_ns >= MINUTE_NS:
+            text += f", or compare windows of {span_text(length_ns - length_ns % MINUTE_NS)}"
+    return text + _visible(sides)
+
+
+def _visible(sides: Sequence[Side]) -> str:
+    samples = [max(1.0, _SMALL * float(side.samples.sum())) for side in sides]
+    reach = verdict.student_quantile(verdict.LEVEL, 1e6)
+    least = math.expm1(reach * math.sqrt(sum(1 / each for each in samples)))
+    return f"; so many samples show changes from {least:.0%} on in a function of {_SMALL:.0%}"
 
 
 def _judged(
@@ -373,7 +623,7 @@ def _judged(
         )
     functions.sort(key=_by_weight)
     growth = math.expm1(now.common)
-    if abs(growth) > 0.2:
+    if abs(growth) > _LOAD:
         warnings.append(f"the load changed: all functions by {growth:+.0%} in common")
     return Comparison(
         before=before,
@@ -409,6 +659,8 @@ def _because(found: Judgement, i: int, noise: Noise | None) -> str:
     if noise is None:
         return "nothing tells how far it strays when nothing has changed"
     reach = float(found.high[i] - found.low[i]) / 2
+    if found.changes[i] == Change.UNCHANGED and found.q[i] <= verdict.LEVEL:
+        return f"changed by less than {verdict.MIN_POINTS:.1%} of the total"
     if found.changes[i] == Change.UNCHANGED:
         return f"changes below {math.expm1(reach):.0%} would not show"
     return f"strays by {math.expm1(reach):.0%} when nothing has changed"

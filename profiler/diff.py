@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from profiler import export
+from profiler import deployments, export
 from profiler.comparison import (
     Comparison,
     ComparisonError,
@@ -26,6 +26,7 @@ from profiler.comparison import (
     of_store,
 )
 from profiler.differential import Pair, only_hosts
+from profiler.selection import Selection
 from profiler.text import cells, counted, fit, pad
 from profiler.times import NS_PER_S, parse_window, rfc3339
 from profiler.verdict import Change, Source
@@ -84,6 +85,8 @@ class Options:
     endpoint: str
     gate: Gate
     strict: bool = False
+    last_deploy: Selection | None = None
+    """Compare over the matched windows of the last deployment in it; without operands."""
     as_json: bool = False
     as_markdown: bool = False
     calibrate: bool = False
@@ -112,7 +115,7 @@ def run(before: Sequence[str], after: Sequence[str], options: Options, now_ns: i
     verdict = verdict_of(found, options)
     moved: list[str] = []
     if options.output:
-        pair = _pair(found, before, after, options, now_ns)
+        pair = _pair(found, before, after, options)
         moved = sorted(function for function, *_ in pair.moved)
         record = orjson.loads(as_json(found, verdict, options.gate))
         record.pop("functions")
@@ -135,6 +138,8 @@ def run(before: Sequence[str], after: Sequence[str], options: Options, now_ns: i
 def compare(
     before: Sequence[str], after: Sequence[str], options: Options, now_ns: int
 ) -> Comparison:
+    if options.last_deploy:
+        return of_store(*_in_store(before, after, options, now_ns))
     sides = [before, after]
     in_store = [[_is_selection(each) for each in side] for side in sides]
     if all(map(all, in_store)):
@@ -144,15 +149,13 @@ def compare(
     return of_profiles(list(map(export.read, before)), list(map(export.read, after)))
 
 
-def _pair(
-    found: Comparison, before: Sequence[str], after: Sequence[str], options: Options, now_ns: int
-) -> Pair:
+def _pair(found: Comparison, before: Sequence[str], after: Sequence[str], options: Options) -> Pair:
     """Read the stacks of both sides, where the verdict took only sums of functions."""
-    if _is_selection(before[0]):
-        query, *operands = _in_store(before, after, options, now_ns)
+    if found.before.coverage is not None:
+        query = Query(open_store(options.store, options.endpoint or None), default_folder())
         profiles = [
-            only_hosts(query.profile(operand.window, operand.selector).profile, side.hosts)
-            for operand, side in zip(operands, (found.before, found.after), strict=True)
+            only_hosts(query.profile(side.window, Selector.parse(side.query)).profile, side.hosts)
+            for side in (found.before, found.after)
         ]
     else:
         profiles = [merge(map(export.read, side)) for side in (before, after)]
@@ -164,11 +167,40 @@ def _pair(
 
 def _in_store(
     before: Sequence[str], after: Sequence[str], options: Options, now_ns: int
-) -> tuple[Query, Operand, Operand]:
+) -> tuple[Query, Operand, Operand, Sequence[int]]:
+    if options.last_deploy:
+        return _last_deploy(options.last_deploy)
     if len(before) > 1 or len(after) > 1:
         raise ComparisonError("give one window a side: hosts are its replicates")
     query = Query(open_store(options.store, options.endpoint or None), default_folder())
-    return query, _operand(before[0], now_ns), _operand(after[0], now_ns)
+    return query, _operand(before[0], now_ns), _operand(after[0], now_ns), ()
+
+
+def _last_deploy(selection: Selection) -> tuple[Query, Operand, Operand, Sequence[int]]:
+    """Find the last deployment that is asked for, and its matched windows."""
+    query = selection.query()
+    found = deployments.deployments_in(selection.store, query, selection.window, selection.selector)
+    if not found.deployments:
+        raise ComparisonError(deployments.explain(selection, found))
+    last, match = found.deployments[0], found.matches[0]
+    services = sorted({each.service for each in found.deployments})
+    if len(services) > 1:
+        raise ComparisonError(
+            f"{counted(len(services), 'service')} were deployed: {', '.join(services[:8])};"
+            f" say which one: -q '{{service=\"{last.service}\"}}'"
+        )
+    name = f"{last.kind} of {last.service} {last.previous or '?'} -> {last.version}"
+    if match.before is None or match.after is None:
+        raise ComparisonError(f"{name} at {rfc3339(last.first_ns)} is {match.reason}")
+    print(
+        f"everflame: {name}, began {_second(last.first_ns)}, settled {_second(last.settled_ns)}",
+        file=sys.stderr,
+    )
+    return query, match.before, match.after, found.all_ns
+
+
+def _second(at_ns: int) -> str:
+    return rfc3339(at_ns - at_ns % NS_PER_S)
 
 
 def _calibrate(before: Sequence[str], after: Sequence[str], options: Options, now_ns: int) -> int:
@@ -326,7 +358,7 @@ def _side_text(side: Side) -> str:
     window = side.window
     parts = [side.query] if side.query else []
     if window.start_ns:
-        start, end = (rfc3339(at_ns - at_ns % NS_PER_S) for at_ns in window)
+        start, end = map(_second, window)
         parts.append(f"{start} until {end}")
     rows = "run" if side.hosts and side.hosts[0] == "file 1" else "host"
     parts.append(counted(len(side.hosts), rows))

@@ -70,6 +70,7 @@ _TEXTS_BY_NAME: _Schema = {"type": "object", "additionalProperties": _TEXT}
 _NODE_ID: _Schema = {"type": "string", "pattern": "^[0-9a-f]{16}$"}
 _SCHEMA: _Schema = {"const": 1}
 _WINDOW = _object({"from_ms": _COUNT, "until_ms": _COUNT})
+_OPERAND = _object({"query": _TEXT, "from_ms": _COUNT, "until_ms": _COUNT})
 _FRAME: _Schema = {
     "type": "array",
     "description": "function, module, kind, file, line (0: unknown)",
@@ -184,24 +185,13 @@ _SCHEMAS: dict[str, _Schema] = {
             "detail": _TEXT,
             "parameter": _TEXT,
             "node": _NODE_ID,
-            "side": {"enum": ["before", "after", "both"]},
-            "reason": {
-                "enum": [
-                    "no_data_ever",
-                    "no_data_in_range",
-                    "nothing_matches",
-                    "no_common_host",
-                ]
-            },
+            "side": {"enum": ["before", "after"]},
+            "reason": {"enum": ["no_data_ever", "no_data_in_range", "nothing_matches"]},
             "nearest": _array(_ref("Window")),
             "services": _array(_TEXT),
             "versions": _array(_TEXT),
-            "hosts": _object(dict.fromkeys(("before", "after"), _array(_TEXT))),
         },
-        optional=(
-            *("parameter", "node", "side", "reason"),
-            *("nearest", "services", "versions", "hosts"),
-        ),
+        optional=("parameter", "node", "side", "reason", "nearest", "services", "versions"),
     ),
     "ComparedSide": _COMPARED_SIDE,
     "Diff": _object(
@@ -351,6 +341,11 @@ _SCHEMAS: dict[str, _Schema] = {
                         **dict.fromkeys(("hosts", "hosts_before"), _array(_TEXT)),
                         "kind": {"enum": ["rollout", "rollback", "canary"]},
                         "source": {"enum": ["found", "announced"]},
+                        "compare": {
+                            **_or_null(_object({"before": _OPERAND, "after": _OPERAND})),
+                            "description": "the matched windows, or null, and compare_reason why",
+                        },
+                        "compare_reason": _TEXT,
                     }
                 ),
                 description="newest first; previous is empty where it is not known",

@@ -94,11 +94,16 @@ class Processes(AllCpus):
 class Command:
     """A program that has been forked but waits for `start` before it execs."""
 
-    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: dict[str, str],
+        ignored: Iterable[signal.Signals] = (),
+    ) -> None:
         gate, self._open_gate = os.pipe()
         self._pid = os.fork()
         if self._pid == 0:
-            _become(command, environment, gate, self._open_gate)
+            _become(command, environment, ignored, gate, self._open_gate)
         os.close(gate)
         self._status: int | None = None
         self.pids: frozenset[int] | None = frozenset({self._pid})
@@ -126,7 +131,13 @@ class Command:
         return code if code >= 0 else 128 - code
 
 
-def _become(command: Sequence[str], environment: dict[str, str], gate: int, other: int) -> None:
+def _become(
+    command: Sequence[str],
+    environment: dict[str, str],
+    ignored: Iterable[signal.Signals],
+    gate: int,
+    other: int,
+) -> None:
     """Turn the forked child into the command; never returns."""
     try:
         os.close(other)
@@ -134,6 +145,8 @@ def _become(command: Sequence[str], environment: dict[str, str], gate: int, othe
             # Python ignores these two, and what is ignored stays so over an exec.
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            for number in ignored:
+                signal.signal(number, signal.SIG_IGN)
             os.execvpe(command[0], list(command), environment)  # noqa: S606 - it is what was asked
     except OSError as error:
         sys.stderr.write(f"everflame: cannot run {command[0]}: {error.strerror}\n")
@@ -187,7 +200,9 @@ def run(options: RecordOptions, environment: dict[str, str]) -> int:
         export.check_output(output)
     with Signals() as signals:
         target = (
-            Command(options.command, environment) if options.command else target_of(options.pids)
+            Command(options.command, environment, signals.ignored)
+            if options.command
+            else target_of(options.pids)
         )
         config = SamplerConfig(options.frequency_hz, options.hardware, target.pids)
         commands = target.pids if isinstance(target, Command) else None

@@ -28,6 +28,11 @@ class Signals:
         self._before = {number: signal.signal(number, self._note) for number in self._numbers}
         return self
 
+    @property
+    def ignored(self) -> frozenset[signal.Signals]:
+        """Those that were ignored before, as SIGINT is by what a script starts with `&`."""
+        return frozenset(n for n, before in self._before.items() if before == signal.SIG_IGN)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

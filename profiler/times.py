@@ -92,3 +92,13 @@ def _checked(at_ns: int, text: str) -> int:
     if not 0 <= at_ns <= _LATEST_NS:
         raise TimeError(f"{text!r} is no time between 1970 and 2262")
     return at_ns
+
+
+def span_text(span_ns: int) -> str:
+    """Give a length as people say it, with its two largest parts: `2 h 6 min`, `40 s`."""
+    parts = []
+    for unit, name in (("d", "d"), ("h", "h"), ("m", "min"), ("s", "s")):
+        number, span_ns = divmod(span_ns, _NS_PER_UNIT[unit])
+        if number:
+            parts.append(f"{number} {name}")
+    return " ".join(parts[:2]) or "0 s"

@@ -14,8 +14,9 @@ over all functions is kept at 5 % (Benjamini and Hochberg 1995).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,9 @@ Floats = npt.NDArray[np.float64]
 
 LEVEL = 0.05
 """Of false discoveries among what is called changed; 1 - LEVEL is that of intervals."""
+MIN_POINTS = 0.001
+"""Of the total: what changes by less is called unchanged. Of 200 functions that only stray, most
+of those that stray far are small, and nobody acts on them."""
 MIN_SHARE = 0.002
 """Of the total: smaller functions do not tell what all have in common."""
 MIN_COMMON = 10
@@ -33,8 +37,9 @@ MIN_COMMON = 10
 MIN_POSITIONS = 6
 MIN_HOSTS = 8
 MIN_REPLICATES = 3
-_MIN_SAMPLES = 10
-"""Of both sides together: functions with fewer are not looked at, and cost the others nothing."""
+_MIN_SAMPLES = 5
+"""On a host and side, on average: the logarithm of fewer says little. Functions with fewer are not
+looked at, and cost the others nothing."""
 _GUARD = 0.5
 """Samples that are added to each count, so that none is zero."""
 
@@ -75,13 +80,15 @@ class Contrast:
 
     `ratios` has a row per host that is on both sides, a column per function, and is less the
     `common` change. `counting` is the variance that the mean of a column has from counting samples
-    alone, were nothing changed: 2 / n for two counts that are both n.
+    alone, were nothing changed: 2 / n for two counts that are both n. `cells` is of how many counts
+    a column is made.
     """
 
     ratios: Floats
     common: float
     hosts_common: Floats
     counting: Floats
+    cells: int
 
     @property
     def mean(self) -> Floats:
@@ -102,7 +109,8 @@ def contrast(before: Costs, after: Costs) -> Contrast:
     spans = [side.present_s[is_there, None] for side in (before, after)]
     rates = [np.log((count + _GUARD) / span) for count, span in zip(counts, spans, strict=True)]
     ratios = rates[1] - rates[0]
-    large = large_functions(counts[0].sum(axis=0) + counts[1].sum(axis=0))
+    cells = 2 * len(ratios)
+    large = large_functions(counts[0].sum(axis=0) + counts[1].sum(axis=0), cells)
     hosts_common = (
         np.median(ratios[:, large], axis=1) if large.sum() >= MIN_COMMON else np.zeros(len(ratios))
     )
@@ -111,12 +119,13 @@ def contrast(before: Costs, after: Costs) -> Contrast:
     both, total = counts[0] + counts[1], spans[0] + spans[1]
     expected = [both * span / total + _GUARD for span in spans]
     counting = (1 / expected[0] + 1 / expected[1]).sum(axis=0) / len(ratios) ** 2
-    return Contrast(ratios - common, common, hosts_common, counting)
+    return Contrast(ratios - common, common, hosts_common, counting, cells)
 
 
-def large_functions(samples: Floats) -> npt.NDArray[np.bool_]:
+def large_functions(samples: Floats, cells: int) -> npt.NDArray[np.bool_]:
     """Tell which functions are large enough to say what all have in common."""
-    is_large: npt.NDArray[np.bool_] = samples >= max(MIN_SHARE * samples.sum(), _MIN_SAMPLES)
+    least = max(MIN_SHARE * samples.sum(), _MIN_SAMPLES * cells)
+    is_large: npt.NDArray[np.bool_] = samples >= least
     return is_large
 
 
@@ -148,6 +157,23 @@ def noise_of_history(past: Sequence[Contrast], independent: int) -> Noise:
     )
 
 
+def against_history(now: Contrast, past: Sequence[Contrast]) -> tuple[Contrast, Noise]:
+    """Take from a contrast of different hosts what they always differ by, as their past shows."""
+    means = np.array([each.mean for each in past])
+    commons = np.array([each.common for each in past])
+    ratios, common = now.ratios - means.mean(axis=0), now.common - float(commons.mean())
+    of_mean = 1 + 1 / len(past)
+    noise = Noise(
+        source=Source.HISTORY,
+        positions=len(past),
+        df=float(len(past) - 1),
+        variances=means.var(axis=0, ddof=1) * of_mean,
+        counting=np.mean([each.counting for each in past], axis=0) * of_mean,
+        common_variance=float(commons.var(ddof=1)) * of_mean,
+    )
+    return replace(now, ratios=ratios, common=common), noise
+
+
 def noise_of_hosts(now: Contrast) -> Noise:
     """Take what differs between hosts."""
     hosts = len(now.ratios)
@@ -162,11 +188,17 @@ def noise_of_hosts(now: Contrast) -> Noise:
     )
 
 
-def contrast_of_replicates(before: Costs, after: Costs) -> tuple[Contrast, Noise]:
-    """Compare two sets of runs, each row one of them, by what differs between runs of one side."""
+def contrast_of_replicates(
+    before: Costs, after: Costs, source: Source = Source.REPLICATES
+) -> tuple[Contrast, Noise]:
+    """Compare two sets of runs or of different hosts, each row one of them.
+
+    The noise is what differs between the rows of one side; it means nothing where both have one.
+    """
     sides = [before, after]
+    cells = len(before.samples) + len(after.samples)
     both = before.samples.sum(axis=0) + after.samples.sum(axis=0)
-    large = large_functions(both)
+    large = large_functions(both, cells)
     rates = [np.log((each.samples + _GUARD) / each.present_s[:, None]) for each in sides]
     has_common = large.sum() >= MIN_COMMON
     means = [each.mean(axis=0) for each in rates]
@@ -178,7 +210,7 @@ def contrast_of_replicates(before: Costs, after: Costs) -> tuple[Contrast, Noise
         squares += ((strays - own[:, None]) ** 2).sum(axis=0)
         runs_common += float((own**2).sum())
         weight += 1 / len(each)
-    df = sum(len(each) - 1 for each in rates)
+    df = max(1, sum(len(each) - 1 for each in rates))
     spans = [each.present_s for each in sides]
     total = float(sum(span.sum() for span in spans))
     counting = sum(
@@ -186,14 +218,15 @@ def contrast_of_replicates(before: Costs, after: Costs) -> tuple[Contrast, Noise
     )
     ratios = (means[1] - means[0] - common)[None]
     noise = Noise(
-        source=Source.REPLICATES,
+        source=source,
         positions=sum(len(each) for each in rates),
         df=float(df),
         variances=squares / df * weight,
         counting=np.asarray(counting),
         common_variance=runs_common / df * weight,
     )
-    return Contrast(ratios, common, np.array([common]), np.asarray(counting)), noise
+    now = Contrast(ratios, common, np.array([common]), np.asarray(counting), cells)
+    return now, noise
 
 
 class CommonJudgement(NamedTuple):
@@ -206,9 +239,7 @@ def judge_common(now: Contrast, noise: Noise | None) -> CommonJudgement:
     """Tell whether all functions together have changed, and give the interval of the log ratio."""
     if noise is None:
         return CommonJudgement(-math.inf, math.inf, Change.TOO_LITTLE)
-    reach = float(student_quantile(LEVEL, np.array([noise.df]))[0]) * math.sqrt(
-        noise.common_variance
-    )
+    reach = student_quantile(LEVEL, noise.df) * math.sqrt(noise.common_variance)
     low, high = now.common - reach, now.common + reach
     change = Change.MORE if low > 0 else Change.LESS if high < 0 else Change.UNCHANGED
     return CommonJudgement(low, high, change)
@@ -229,16 +260,17 @@ def judge(now: Contrast, samples: tuple[Floats, Floats], noise: Noise) -> Judgem
     """Tell what has changed. `samples` are each function's before and after, of all hosts."""
     ratios = now.mean
     before, after = samples
-    tested = before + after >= _MIN_SAMPLES
+    tested = before + after >= _MIN_SAMPLES * now.cells
     variances, df = moderate(noise, now.counting, tested)
     deviations = np.sqrt(variances)
     p = np.ones_like(ratios)
     p[tested] = student_p(ratios[tested] / deviations[tested], np.full(tested.sum(), df))
     q = np.ones_like(ratios)
     q[tested] = adjust(p[tested])
-    reach = student_quantile(LEVEL, np.array([df]))[0] * deviations
+    reach = student_quantile(LEVEL, df) * deviations
     changes = [Change.UNCHANGED] * len(ratios)
-    for i in np.flatnonzero(q <= LEVEL).tolist():
+    matters = points_of(ratios, before, after) >= MIN_POINTS
+    for i in np.flatnonzero((q <= LEVEL) & matters).tolist():
         if not before[i]:
             changes[i] = Change.NEW
         elif not after[i]:
@@ -246,6 +278,16 @@ def judge(now: Contrast, samples: tuple[Floats, Floats], noise: Noise) -> Judgem
         else:
             changes[i] = Change.MORE if ratios[i] > 0 else Change.LESS
     return Judgement(ratios, ratios - reach, ratios + reach, p, q, changes)
+
+
+def points_of(ratios: Floats, before: Floats, after: Floats) -> Floats:
+    """Give what log ratios make of the total: parts of 1, of the mean of both sides.
+
+    A cost m (1 - x) before and m (1 + x) after has the log ratio 2 atanh(x).
+    """
+    shares = (before / max(1.0, before.sum()) + after / max(1.0, after.sum())) / 2
+    points: Floats = 2 * shares * np.tanh(np.abs(ratios) / 2)
+    return points
 
 
 def moderate(noise: Noise, counting: Floats, tested: npt.NDArray[np.bool_]) -> tuple[Floats, float]:
@@ -321,14 +363,32 @@ def rate_interval(hits: int, tries: int) -> tuple[float, float]:
     return low, high
 
 
-def student_quantile(p: float, df: Floats) -> Floats:
-    """Give the t that is exceeded in absolute value with probability `p`, by bisection."""
-    low, high = np.zeros_like(df), np.full_like(df, 1e6)
-    for _ in range(100):
-        middle = (low + high) / 2
-        is_beyond = student_p(middle, df) > p
-        low, high = np.where(is_beyond, middle, low), np.where(is_beyond, high, middle)
-    return (low + high) / 2
+def student_quantile(p: float, df: float) -> float:
+    """Give the t that is exceeded in absolute value with probability `p`.
+
+    The tail's logarithm is nearly straight over that of t: a few steps of the Illinois method.
+    """
+
+    def beyond(log_t: float) -> float:
+        t = np.array([math.exp(log_t)])
+        return math.log(max(float(student_p(t, np.array([df], float))[0]), 1e-300)) - math.log(p)
+
+    low = math.log(NormalDist().inv_cdf(1 - p / 2)) - 1e-6  # no Student's t has a thinner tail
+    high = low + 1.0
+    at_low = beyond(low)
+    while (at_high := beyond(high)) > 0:
+        low, at_low, high = high, at_high, high + 1.0
+    for _ in range(60):
+        middle = (low * at_high - high * at_low) / (at_high - at_low)
+        at_middle = beyond(middle)
+        if at_middle * at_high <= 0:
+            low, at_low = high, at_high
+        else:
+            at_low /= 2
+        high, at_high = middle, at_middle
+        if abs(at_high) < 1e-12:
+            break
+    return math.exp(high)
 
 
 def incomplete_beta(a: Floats, b: Floats, x: Floats) -> Floats:

@@ -217,6 +217,7 @@ class Query:
         self._fetcher = ThreadPoolExecutor(_FETCHES, "fetch")
         self._believed_s = 0.0
         self._listings: dict[Window, tuple[float, list[tuple[ObjectKey, StoredObject]]]] = {}
+        self._listed: tuple[Window, list[tuple[ObjectKey, StoredObject]]] | None = None
         self._unkept: dict[str, int] = {}
         self._check: Callable[[], None] = _go_on
 
@@ -234,6 +235,12 @@ class Query:
         """
         other = copy.copy(self)
         other._believed_s = listing_s  # noqa: SLF001 - a copy of this very object
+        return other
+
+    def listing(self, window: Window) -> "Query":
+        """Give this same query, which has listed a window and lists no part of it again."""
+        other = copy.copy(self)
+        other._listed = (window, list(self.objects(window)))  # noqa: SLF001 - a copy of this very object
         return other
 
     def fingerprint(self, window: Window) -> str:
@@ -306,7 +313,33 @@ class Query:
         type: str = "cpu",  # noqa: A002
         limit: int | None = None,
     ) -> Functions:
-        """Give what each function cost under each combination of `by`, at most `limit` rows.
+        """Give what each function cost under each combination of `by`, at most `limit` rows."""
+        merged, coverage = self.sums(window, selector, by, type)
+        if merged is None:
+            return Functions(type, "nanoseconds" if type == "cpu" else "count", (), 0, 0, coverage)
+        samples, total = merged.time_counts.sum(axis=0).tolist()
+        rows = tuple(merged.function_sums(limit))
+        return Functions(type, merged.unit, rows, total, samples, coverage)
+
+    def sums(
+        self,
+        window: Window,
+        selector: Selector = EMPTY,
+        by: Sequence[str] = ("service",),
+        type: str = "cpu",  # noqa: A002
+    ) -> tuple[Sums | None, Coverage]:
+        """Give the same as arrays, and nothing where nothing is."""
+        parts, coverage = self.parts(window, selector, by, type)
+        return (merge_sums(parts).by(by) if parts else None), coverage
+
+    def parts(
+        self,
+        window: Window,
+        selector: Selector = EMPTY,
+        by: Sequence[str] = ("service",),
+        type: str = "cpu",  # noqa: A002
+    ) -> tuple[list[Sums], Coverage]:
+        """Give sums of parts of a window: who needs them under known names need not merge them.
 
         Stacks are read only for labels of single processes (PROCESS_LABELS), which sums leave out.
         """
@@ -318,12 +351,7 @@ class Query:
             fold = _folding(merge_sums, selector)
             sums, coverage = self._chosen(self._sums, window, selector, type, fold)
             parts = [part.filter(selector) for part in sums]
-        if not parts:
-            return Functions(type, "nanoseconds" if type == "cpu" else "count", (), 0, 0, coverage)
-        merged = merge_sums(parts).by(by)
-        samples, total = merged.time_counts.sum(axis=0).tolist()
-        rows = tuple(merged.function_sums(limit))
-        return Functions(type, merged.unit, rows, total, samples, coverage)
+        return parts, coverage
 
     def presence(self, window: Window, selector: Selector = EMPTY) -> Presence:
         """Give for how long each service that is asked for was there in each object."""
@@ -363,6 +391,13 @@ class Query:
 
     def objects(self, window: Window) -> Iterator[tuple[ObjectKey, StoredObject]]:
         """Give the objects that start inside a window, by hour, host and start; none is read."""
+        if self._listed is not None:
+            whole, listed = self._listed
+            if whole.start_ns <= window.start_ns and window.end_ns <= whole.end_ns:
+                for key, stored in listed:
+                    if window.start_ns <= key.start_ns < window.end_ns:
+                        yield key, stored
+                return
         if not self._believed_s:
             yield from self._list(window)
             return
@@ -378,7 +413,7 @@ class Query:
     def _list(self, window: Window) -> Iterator[tuple[ObjectKey, StoredObject]]:
         for key, stored in list_window(self._store, window, self._tenant):
             self._check()
-            if window.start_ns <= key.start_s * NS_PER_S < window.end_ns:
+            if window.start_ns <= key.start_ns < window.end_ns:
                 yield key, stored
 
     def prepare(self, window: Window) -> Iterator["Prepared"]:

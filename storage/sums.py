@@ -120,12 +120,13 @@ class Sums:
         """Give the table, largest self first, then largest total."""
         order = np.lexsort((-self.counts[:, 1], -self.counts[:, 0]))[:limit]
         used = np.unique(self.rows[order, 1])
-        frames = dict(zip(used.tolist(), self._frames(used), strict=True))
+        frames = dict(zip(used.tolist(), self.frames(used), strict=True))
         rows, counts = self.rows[order].tolist(), self.counts[order].tolist()
         for (labels, function), numbers in zip(rows, counts, strict=True):
             yield FunctionSum(self.service_sets[labels], frames[function], *numbers)
 
-    def _frames(self, numbers: Integers) -> list[Frame]:
+    def frames(self, numbers: Integers) -> list[Frame]:
+        """Give what some lines of `functions` say."""
         table = self.functions[numbers].astype(np.int64)
         has_file = table[:, 3] > FILES_DIFFER
         table[:, 3] -= 2

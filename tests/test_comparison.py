@@ -16,6 +16,7 @@ from profiler.comparison import ComparisonError, Operand
 from profiler.diff import Gate
 from profiler.verdict import Change, Source
 from storage import pprof
+from storage.profile import Window
 from storage.query import Query
 from storage.selector import Selector
 
@@ -130,6 +131,109 @@ def test_a_host_on_one_side_only_is_said(store, tmp_path):
 
     assert found.after.hosts == ("web-0", "web-1")
     assert "only on the after side: web-7" in " ".join(found.warnings)
+
+
+def test_swapping_the_sides_mirrors_every_line(query):
+    sides = last(LENGTH, LENGTH), last(LENGTH, 0)
+    there, back = comparison.of_store(query, *sides), comparison.of_store(query, *sides[::-1])
+    mirrored = {each.frame.function: each for each in back.functions}
+
+    assert len(there.functions) == len(mirrored) == FUNCTIONS + 1
+    for one in there.functions:
+        other = mirrored[one.frame.function]
+        assert (one.p, one.q) == pytest.approx((other.p, other.q))
+        for triple in ("cores", "share"):
+            estimate, low, high = getattr(other, triple)
+            assert getattr(one, triple) == pytest.approx((-estimate, -high, -low))
+        estimate, low, high = (1 / (1 + each) - 1 for each in other.relative)
+        assert one.relative == pytest.approx((estimate, high, low))
+
+
+def test_what_always_happens_at_an_hour_is_no_change(tmp_path):
+    """A job of the night in function_5: on other days it was there at the same time."""
+    rng = np.random.default_rng(11)
+    found = []
+    for day in range(9):
+        for number in range(10):
+            factors = {5: 1.6} if number >= 5 else {}
+            if day == 8 and number >= 5:
+                factors[3] = 1.5
+            found.append(minute(rng, 1440 * day + number, 0, "1", factors))
+    store = directory(tmp_path / "store", *found)
+    begin = 1440 * 8
+    sides = (Operand(API, minutes(begin + i, begin + i + 5)) for i in (0, 5))
+    compared = comparison.of_store(Query(store, tmp_path / "cache"), *sides)
+
+    assert (compared.source, compared.positions) == (Source.HISTORY, 8)
+    assert changes(compared) == {"function_3": Change.MORE}
+
+
+def test_windows_of_five_seconds_are_enough(tmp_path):
+    """Seven pairs of twenty seconds, objects of five."""
+    rng = np.random.default_rng(12)
+    found = []
+    for number in range(14 * 4):
+        profile = minute(rng, 0, 0, "1", {3: 1.5} if number >= 13 * 4 else {})
+        start_ns = minutes(0, 1).start_ns + number * 5 * 10**9
+        window = Window(start_ns, start_ns + 5 * 10**9)
+        found.append(dataclasses.replace(profile, window=window))
+    store = directory(tmp_path / "store", *found)
+    sides = (Window(found[i].window.start_ns, found[i + 3].window.end_ns) for i in (48, 52))
+    operands = (Operand(API, window) for window in sides)
+    compared = comparison.of_store(Query(store, tmp_path / "cache"), *operands)
+
+    assert (compared.source, compared.positions) == (Source.HISTORY, 6)
+    assert changes(compared) == {"function_3": Change.MORE}
+
+
+def test_a_change_that_was_told_is_not_taken_for_the_past(query):
+    sides = last(LENGTH, 3 * LENGTH), last(LENGTH, 2 * LENGTH)
+    told = [minutes(20, 21).start_ns + 1]
+    usual, fewer = (comparison.of_store(query, *sides, each) for each in ((), told))
+
+    assert fewer.positions == usual.positions - 1
+
+
+def test_unequal_coverage_and_losses_are_said(tmp_path):
+    rng = np.random.default_rng(13)
+    found = [minute(rng, number, 0, "1", {}) for number in range(8) if number not in {5, 6}]
+    accounting = found[-1].accounting
+    ticks = accounting.ticks // 10
+    lossy = dataclasses.replace(accounting, ticks=accounting.ticks + ticks, lost={"budget": ticks})
+    found[-1] = dataclasses.replace(found[-1], accounting=lossy)
+    store = directory(tmp_path / "store", *found)
+    sides = (Operand(API, minutes(i, i + 4)) for i in (0, 4))
+    compared = comparison.of_store(Query(store, tmp_path / "cache"), *sides)
+
+    said = " ".join(compared.warnings)
+    assert "100% of the before side's time was profiled, 50% of the after side's" in said
+    assert "of the after side's ticks were lost" in said
+
+
+def test_too_little_data_says_how_much_it_takes(query):
+    operands = Operand(API, minutes(20, 24)), Operand(API, minutes(24, 28))
+    found = comparison.of_store(query, *operands)
+
+    assert found.source == Source.NONE
+    warning = found.warnings[-1]
+    assert "2 earlier positions of the same length (it takes 6)" in warning
+    assert "profile 32 min more without a change" in warning
+    assert "show changes from" in warning
+
+
+def test_profiles_without_word_of_services_count_as_there(tmp_path):
+    """What other producers made says nothing of the time that a service lived."""
+    rng = np.random.default_rng(14)
+    found = []
+    for number in range(4):
+        profile = minute(rng, number, 0, "1", {})
+        bare = dataclasses.replace(profile.accounting, services={})
+        found.append(dataclasses.replace(profile, accounting=bare))
+    store = directory(tmp_path / "store", *found)
+    sides = (Operand(API, minutes(i, i + 2)) for i in (0, 2))
+    compared = comparison.of_store(Query(store, tmp_path / "cache"), *sides)
+
+    assert compared.before.present_s.tolist() == [120.0]
 
 
 @pytest.fixture(scope="module")
@@ -255,3 +359,85 @@ def test_gates_are_read():
     for text in ("", "relative>=10pp", "share>=1%", "relative>10%", "cores>=1"):
         with pytest.raises(ValueError, match="is no gate"):
             Gate.parse(text)
+
+
+def last_deploy(store, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    start, end = (at_ns // 10**9 for at_ns in minutes(0, 600))
+    return subprocess.run(
+        [
+            *(EVERFLAME, "diff", "--last-deploy", f"--store={store.root}"),
+            *(f"--from={start}", f"--until={end}", *arguments),
+        ],
+        check=False,
+        env={"EVERFLAME_CACHE": str(cache), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def rolled_out(
+    folder: Path, begin: int, end: int, *, factor: float = 1, hosts: int = 2, canary: int = 0
+):
+    """Make a store of so many minutes in which a version is rolled out from one of them on.
+
+    Each host changes a minute after the one before it; with a canary only the last so many do.
+    """
+    rng = np.random.default_rng(9)
+    found = []
+    for number in range(end):
+        for host in range(hosts):
+            is_new = number >= begin + host and host >= (hosts - canary if canary else 0)
+            found.append(
+                minute(rng, number, host, "2" if is_new else "1", {3: factor} if is_new else {})
+            )
+    return directory(folder, *found)
+
+
+def test_the_last_deployment_is_compared_over_windows_that_match(tmp_path):
+    store = rolled_out(tmp_path / "store", 100, 112, factor=1.5)
+    found = last_deploy(store, tmp_path, "-q", '{service="api"}', "--json")
+    side = orjson.loads(found.stdout)
+
+    assert found.returncode == 1, found.stderr
+    assert "rollout of api 1 -> 2" in found.stderr
+    # The last host changed in minute 101 and settles for two windows more; 112 is the end.
+    for name, version, first, last in (("before", "1", 95, 100), ("after", "2", 104, 109)):
+        window = minutes(first, last)
+        assert side[name]["versions"] == [version]
+        assert side[name]["window"] == {
+            "from_ms": window.start_ns // 10**6,
+            "until_ms": window.end_ns // 10**6,
+        }
+    assert side["noise"]["source"] == "history"
+    assert [f["function"] for f in side["functions"] if f["fails"]] == ["function_3"]
+
+
+def test_a_canary_is_compared_with_the_rest_at_the_same_time(tmp_path):
+    store = rolled_out(tmp_path / "store", 60, 96, factor=1.5, hosts=4, canary=1)
+    found = last_deploy(store, tmp_path, "--json")
+    side = orjson.loads(found.stdout)
+
+    assert found.returncode == 1, found.stderr
+    assert side["before"]["window"] == side["after"]["window"]
+    assert (side["before"]["hosts"], side["after"]["hosts"]) == (
+        ["web-0", "web-1", "web-2"],
+        ["web-3"],
+    )
+    assert [f["function"] for f in side["functions"] if f["fails"]] == ["function_3"]
+
+
+def test_a_deployment_that_has_not_settled_is_no_comparison_yet(tmp_path):
+    store = rolled_out(tmp_path / "store", 40, 43)
+    found = last_deploy(store, tmp_path)
+
+    assert found.returncode == 2
+    assert "not comparable: it has settled only at" in found.stderr
+
+
+def test_without_a_deployment_there_is_nothing_to_compare(tmp_path):
+    store = rolled_out(tmp_path / "store", 40, 20)
+    found = last_deploy(store, tmp_path)
+
+    assert found.returncode == 2
+    assert "no other version of api began to run" in found.stderr

@@ -18,14 +18,14 @@ from weed import BUCKET, Weed, using_keys
 
 from profiler import ls
 from profiler.announcements import Announcement, announce, list_announcements
-from profiler.deployments import (
+from profiler.deployments import deployments_in
+from profiler.rollouts import (
     PAUSE_NS,
     Deployment,
     Instance,
     Kind,
     Sightings,
     Source,
-    deployments_in,
     find_deployments,
     merge_announcements,
 )
@@ -589,7 +589,14 @@ def test_the_command_prints_json(store):
     answer = json.loads(listed(store, "--json", "-q", '{service="api"}').stdout)
 
     (deployment,) = answer.pop("deployments")
+    compare = deployment.pop("compare")
+    assert compare["before"]["query"] == '{service="api",version="1"}'
+    assert compare["before"]["until_ms"] == deployment["first_ms"]
+    assert compare["after"]["from_ms"] == deployment["settled_ms"]
+    lengths = {side["until_ms"] - side["from_ms"] for side in compare.values()}
+    assert len(lengths) == 1
     assert deployment == {
+        "compare_reason": "",
         "service": "api",
         "version": "2",
         "previous": "1",

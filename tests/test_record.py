@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -131,6 +132,16 @@ def test_the_command_keeps_its_environment_and_gets_signals_as_usual(tmp_path) -
     alone = subprocess.run(["sh", "-c", script], env=given, check=True, stdout=subprocess.PIPE)
     assert result.stdout == alone.stdout.decode()
     assert f"SigBlk:\t{0:016x}\n" in result.stdout
+
+
+def test_what_a_script_starts_in_the_background_ignores_interrupts_as_usual(tmp_path) -> None:
+    output = tmp_path / "status"
+    command = f"exec grep SigIgn /proc/self/status > {output}"
+    recording = [str(EVERFLAME), "record", "-o", tmp_path / "x.folded", "--", "sh", "-c", command]
+    script = f"{shlex.join(map(str, recording))} & wait $!"
+    subprocess.run(["sh", "-c", script], check=True, capture_output=True, timeout=60)
+
+    assert int(output.read_text().split()[1], 16) >> (signal.SIGINT - 1) & 1
 
 
 @pytest.fixture

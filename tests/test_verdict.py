@@ -25,9 +25,10 @@ def test_p_values_are_those_of_scipy():
 
 @pytest.mark.parametrize("p", [0.5, 0.05, 0.001, 1e-6])
 def test_quantiles_are_those_of_scipy(p):
-    df = np.array([1.0, 2, 6, 40, 1e5])
+    df = [0.7, 1.0, 2, 6, 40, 1e5]
+    found = [verdict.student_quantile(p, each) for each in df]
 
-    np.testing.assert_allclose(verdict.student_quantile(p, df), stats.t.isf(p / 2, df), rtol=1e-9)
+    np.testing.assert_allclose(found, stats.t.isf(p / 2, df), rtol=1e-9)
 
 
 @pytest.mark.parametrize(("hits", "tries"), [(0, 20), (1, 20), (7, 9), (9, 9), (50, 1000)])
@@ -155,6 +156,44 @@ def test_a_function_that_has_a_few_samples_is_not_called_new():
     now = contrast(costs(before), costs(after))
 
     assert judge(now, (before, after), known_noise(now)).changes[0] == Change.UNCHANGED
+
+
+def test_a_change_that_hardly_matters_is_none():
+    """A function of one in 3,000 doubles, which is certain and makes 0.03 points."""
+    before = np.full(30, 30_000.0)
+    before[0] = 300
+    after = before.copy()
+    after[0] = 600
+    now = contrast(costs(before), costs(after))
+    found = judge(now, (before, after), known_noise(now))
+
+    assert found.q[0] < verdict.LEVEL
+    assert found.changes[0] == Change.UNCHANGED
+    points = verdict.points_of(now.mean, before, after)
+    assert points[0] == pytest.approx(300 / before.sum(), rel=0.01)
+
+
+def test_what_different_hosts_always_differ_by_is_no_change():
+    rng = np.random.default_rng(6)
+    rates = rng.uniform(2000, 4000, 40)
+    of_canary = rates * np.exp(rng.normal(0, 0.3, 40))
+
+    def sides(factor: float = 1.0) -> tuple[Costs, Costs]:
+        slower = of_canary.copy()
+        slower[7] *= factor
+        rest = [rng.poisson(rates * np.exp(rng.normal(0, 0.03, 40))) for _ in range(3)]
+        canary = rng.poisson(slower * np.exp(rng.normal(0, 0.03, 40)))
+        return costs(rest), costs(canary)
+
+    past = [verdict.contrast_of_replicates(*sides())[0] for _ in range(9)]
+    for factor, expected in ((1.0, Change.UNCHANGED), (1.5, Change.MORE)):
+        pair = sides(factor)
+        now, noise = verdict.against_history(verdict.contrast_of_replicates(*pair)[0], past)
+        samples = pair[0].samples.sum(axis=0), pair[1].samples.sum(axis=0)
+        found = judge(now, samples, noise)
+        assert found.changes[7] == expected
+        assert found.low[7] < np.log(factor) < found.high[7]
+        assert found.changes.count(Change.UNCHANGED) >= 38
 
 
 def simulate(rng, positions: int, functions: int = 60, sd: float = 0.1) -> list[Costs]:
