@@ -94,6 +94,10 @@ def make_minute(
         ticks=stored,
         stored=stored,
         profiled_ns=MINUTE_NS,
+        services={
+            make_labels({"service": f"service-{i}", "version": "1.5.2"}): MINUTE_NS
+            for i in range(4)
+        },
         nonidle_ns=stored * PERIOD_NS,
     )
     return pprof.encode(builder.build(Window(START_NS, START_NS + MINUTE_NS), accounting))

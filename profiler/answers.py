@@ -245,7 +245,7 @@ class _Merged:
 
 
 class NothingToCompareError(LookupError):
-    """A side of a comparison is empty, or the sides have no host in common."""
+    """A side of a comparison is empty."""
 
     def __init__(self, detail: str, side: str, reason: str, **more: object) -> None:
         super().__init__(detail)
@@ -506,16 +506,7 @@ class Answers:
             for name, side, answer in zip(("before", "after"), sides, merged, strict=True):
                 self._refuse_empty(name, side, answer)
             operands = [Operand(side.selector, side.window) for side in sides]
-            try:
-                found = of_store(self._query.interruptible(check), *operands)
-            except ValueError as error:  # a ComparisonError, or nobody knows when it was there
-                hosts = [_hosts_of(answer.profile) for answer in merged]
-                raise NothingToCompareError(
-                    str(error),
-                    "both",
-                    "no_common_host",
-                    hosts=dict(zip(("before", "after"), hosts, strict=True)),
-                ) from error
+            found = of_store(self._query.interruptible(check), operands[0], operands[1])
             check()
             chosen = [
                 only_hosts(answer.profile, side.hosts)
@@ -785,11 +776,6 @@ def _coverage(coverage: Coverage) -> dict[str, Any]:
         "profiled_ns": accounting.profiled_ns,
         "skipped": [{"key": each.key, "reason": each.reason} for each in coverage.skipped],
     }
-
-
-def _hosts_of(profile: Profile) -> list[str]:
-    used = np.unique(profile.row_labels).tolist()
-    return sorted({dict(profile.label_sets[i]).get("host", "") for i in used})[:_NAMED_HOSTS]
 
 
 def _moment(at_ns: int) -> str:

@@ -246,14 +246,22 @@ def of_profiles(before: Sequence[Profile], after: Sequence[Profile], name: str =
 class _Table:
     """The functions of both sides, each with its column; what the past had besides is left out."""
 
-    hashes: npt.NDArray[np.uint64]
     frames: tuple[Frame, ...]
+    """By name: hashes are keyed, and sums must not depend on their order."""
+    hashes: npt.NDArray[np.uint64]
+    columns: npt.NDArray[np.int64]
+    """Of each hash."""
 
     @classmethod
     def of(cls, parts: Sequence[Sums]) -> "_Table":
         merged = merge_sums(parts)
         order = np.argsort(merged.function_hashes)
-        return cls(merged.function_hashes[order], tuple(merged.frames(order)))
+        frames = merged.frames(order)
+        by_name = np.array(sorted(range(len(frames)), key=lambda i: frames[i][:3]), np.int64)
+        columns = np.empty_like(by_name)
+        columns[by_name] = np.arange(len(frames))
+        named = tuple(frames[i] for i in by_name.tolist())
+        return cls(named, merged.function_hashes[order], columns)
 
     def counts(self, sums: Sums | None, hosts: dict[str, int]) -> Floats:
         """Give (self, total, both in samples) by host and function."""
@@ -261,9 +269,10 @@ class _Table:
         if sums is None or not len(sums.rows):
             return counts
         rows = np.array([hosts.get(dict(each).get("host", ""), -1) for each in sums.service_sets])
-        columns = np.searchsorted(self.hashes, sums.function_hashes)
-        columns = np.minimum(columns, len(self.hashes) - 1)
-        columns[self.hashes[columns] != sums.function_hashes] = -1
+        found = np.searchsorted(self.hashes, sums.function_hashes)
+        found = np.minimum(found, len(self.hashes) - 1)
+        is_known = self.hashes[found] == sums.function_hashes
+        columns = np.where(is_known, self.columns[found], -1)
         row, column = rows[sums.rows[:, 0]], columns[sums.rows[:, 1]]
         known = (row >= 0) & (column >= 0)
         np.add.at(counts, (row[known], column[known]), sums.counts[known])
@@ -282,8 +291,15 @@ class _Lives:
         self._start_ns = (starts_ns - starts_ns % _SECOND_NS)[number]
         self._is_there = self._present_ns > 0
 
-    def seconds(self, selector: Selector, window: Window) -> dict[str, float]:
-        """Give for how long what is asked for was there, by host."""
+    def seconds(
+        self, selector: Selector, window: Window, hosts: Iterable[str] = ()
+    ) -> dict[str, float]:
+        """Give for how long what is asked for was there, by host.
+
+        Profiles of other producers do not say it: then these hosts had it all the time.
+        """
+        if not len(self._set):
+            return dict.fromkeys(hosts, (window.end_ns - window.start_ns) / _SECOND_NS)
         chosen = self._chosen(selector, window)
         sums = np.zeros(len(self._labels))
         np.add.at(sums, self._set[chosen], self._present_ns[chosen] / _SECOND_NS)
@@ -331,15 +347,10 @@ class _Read(NamedTuple):
         sums, coverage = query.sums(window, selector, by=("host",))
         known = _known(selector)
         lives = _Lives(query.presence(window, known))
-        seconds = lives.seconds(known, window)
+        sampled = sums.service_sets if sums is not None else ()
+        hosts = [dict(labels).get("host", "") for labels in sampled]
+        seconds = lives.seconds(known, window, hosts)
         versions = {each for _, each in lives.versions(known, window, set(seconds))} - {""}
-        if sums is not None:  # profiles of others do not say for how long a service was there
-            of_set = np.zeros(len(sums.service_sets), np.int64)
-            np.add.at(of_set, sums.rows[:, 0], sums.counts[:, 2])
-            length_s = (window.end_ns - window.start_ns) / _SECOND_NS
-            for labels, samples in zip(sums.service_sets, of_set.tolist(), strict=True):
-                if samples:
-                    seconds.setdefault(dict(labels).get("host", ""), length_s)
         return cls(operand, sums, seconds, tuple(sorted(versions)), coverage)
 
 
@@ -459,9 +470,11 @@ class _Past:
             found = []
             for i, hosts in enumerate(self._pair.hosts):
                 window = self._window(i, back_ns)
-                sums, _ = query.sums(window, self._selectors[i], by=("host",))
+                parts, _ = query.parts(window, self._selectors[i], by=("host",))
                 numbers = {host: j for j, host in enumerate(hosts)}
-                samples = self._pair.table.counts(sums, numbers)[:, :, 2]
+                samples = np.zeros((len(hosts), len(self._pair.table.frames)))
+                for part in parts:
+                    samples += self._pair.table.counts(part, numbers)[:, :, 2]
                 found.append(Costs(samples, np.array([seconds[i][host] for host in hosts])))
             if all(each.samples.any() for each in found):
                 yield found[0], found[1]
@@ -511,7 +524,7 @@ class _Past:
             if len({service for service, _ in versions}) == 1 and len(versions) > 1:
                 continue
             seconds = tuple(
-                life.seconds(known, self._window(i, back_ns))
+                life.seconds(known, self._window(i, back_ns), hosts)
                 for i, (known, life) in enumerate(zip(knowns, of_side, strict=True))
             )
             if all(

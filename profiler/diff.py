@@ -115,7 +115,7 @@ def run(before: Sequence[str], after: Sequence[str], options: Options, now_ns: i
     verdict = verdict_of(found, options)
     moved: list[str] = []
     if options.output:
-        pair = _pair(found, before, after, options, now_ns)
+        pair = _pair(found, before, after, options)
         moved = sorted(function for function, *_ in pair.moved)
         record = orjson.loads(as_json(found, verdict, options.gate))
         record.pop("functions")
@@ -149,15 +149,13 @@ def compare(
     return of_profiles(list(map(export.read, before)), list(map(export.read, after)))
 
 
-def _pair(
-    found: Comparison, before: Sequence[str], after: Sequence[str], options: Options, now_ns: int
-) -> Pair:
+def _pair(found: Comparison, before: Sequence[str], after: Sequence[str], options: Options) -> Pair:
     """Read the stacks of both sides, where the verdict took only sums of functions."""
-    if _is_selection(before[0]):
-        query, *operands = _in_store(before, after, options, now_ns)
+    if found.before.coverage is not None:
+        query = Query(open_store(options.store, options.endpoint or None), default_folder())
         profiles = [
-            only_hosts(query.profile(operand.window, operand.selector).profile, side.hosts)
-            for operand, side in zip(operands, (found.before, found.after), strict=True)
+            only_hosts(query.profile(side.window, Selector.parse(side.query)).profile, side.hosts)
+            for side in (found.before, found.after)
         ]
     else:
         profiles = [merge(map(export.read, side)) for side in (before, after)]

@@ -185,24 +185,13 @@ _SCHEMAS: dict[str, _Schema] = {
             "detail": _TEXT,
             "parameter": _TEXT,
             "node": _NODE_ID,
-            "side": {"enum": ["before", "after", "both"]},
-            "reason": {
-                "enum": [
-                    "no_data_ever",
-                    "no_data_in_range",
-                    "nothing_matches",
-                    "no_common_host",
-                ]
-            },
+            "side": {"enum": ["before", "after"]},
+            "reason": {"enum": ["no_data_ever", "no_data_in_range", "nothing_matches"]},
             "nearest": _array(_ref("Window")),
             "services": _array(_TEXT),
             "versions": _array(_TEXT),
-            "hosts": _object(dict.fromkeys(("before", "after"), _array(_TEXT))),
         },
-        optional=(
-            *("parameter", "node", "side", "reason"),
-            *("nearest", "services", "versions", "hosts"),
-        ),
+        optional=("parameter", "node", "side", "reason", "nearest", "services", "versions"),
     ),
     "ComparedSide": _COMPARED_SIDE,
     "Diff": _object(

@@ -328,7 +328,18 @@ class Query:
         by: Sequence[str] = ("service",),
         type: str = "cpu",  # noqa: A002
     ) -> tuple[Sums | None, Coverage]:
-        """Give the same as arrays, and nothing where nothing is.
+        """Give the same as arrays, and nothing where nothing is."""
+        parts, coverage = self.parts(window, selector, by, type)
+        return (merge_sums(parts).by(by) if parts else None), coverage
+
+    def parts(
+        self,
+        window: Window,
+        selector: Selector = EMPTY,
+        by: Sequence[str] = ("service",),
+        type: str = "cpu",  # noqa: A002
+    ) -> tuple[list[Sums], Coverage]:
+        """Give sums of parts of a window: who needs them under known names need not merge them.
 
         Stacks are read only for labels of single processes (PROCESS_LABELS), which sums leave out.
         """
@@ -340,7 +351,7 @@ class Query:
             fold = _folding(merge_sums, selector)
             sums, coverage = self._chosen(self._sums, window, selector, type, fold)
             parts = [part.filter(selector) for part in sums]
-        return (merge_sums(parts).by(by) if parts else None), coverage
+        return parts, coverage
 
     def presence(self, window: Window, selector: Selector = EMPTY) -> Presence:
         """Give for how long each service that is asked for was there in each object."""

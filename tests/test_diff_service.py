@@ -268,13 +268,12 @@ def test_an_empty_side_says_why_and_what_there_is(client):
     assert "the nearest data are from" in found["detail"]
 
 
-def test_sides_without_a_common_host_are_refused(client):
+def test_sides_without_a_common_host_are_compared_as_a_whole(client):
     one = {**BOTH, "query": '{host="web-1"}', "before_query": '{host="web-0"}'}
+    found = client.json("diff", **one)
 
-    found = problem(client, 404, **one)
-
-    assert (found["side"], found["reason"]) == ("both", "no_common_host")
-    assert found["hosts"] == {"before": ["web-0"], "after": ["web-1"]}
+    assert (found["before"]["hosts"], found["after"]["hosts"]) == (["web-0"], ["web-1"])
+    assert "no host is on both sides: they are compared as a whole" in found["warnings"]
 
 
 @pytest.mark.parametrize(
