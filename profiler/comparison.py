@@ -50,6 +50,8 @@ _UNEVEN = 0.1
 """Sides of which one is covered better than the other by more than this part are said aloud."""
 _LOST = 0.02
 _LOAD = 0.2
+_ALIKE = 3
+"""So many functions in common make two modules look like one."""
 _SMALL = 0.01
 """Of the total: the function whose smallest visible change tells how little data there are."""
 
@@ -622,6 +624,7 @@ def _judged(
             )
         )
     functions.sort(key=_by_weight)
+    warnings += _renamed(functions)
     growth = math.expm1(now.common)
     if abs(growth) > _LOAD:
         warnings.append(f"the load changed: all functions by {growth:+.0%} in common")
@@ -635,6 +638,26 @@ def _judged(
         functions=tuple(functions),
         warnings=tuple(warnings),
     )
+
+
+def _renamed(functions: Sequence[Function]) -> list[str]:
+    """Say which modules of one side look like one of the other under another name."""
+    names: list[dict[str, set[str]]] = [{}, {}]
+    for function in functions:
+        for side, total in zip(names, function.total, strict=True):
+            if total:
+                side.setdefault(function.frame.module, set()).add(function.frame.function)
+    before, after = names
+    found = []
+    for old in sorted(before.keys() - after.keys()):
+        for new in sorted(after.keys() - before.keys()):
+            smaller = min(len(before[old]), len(after[new]))
+            if len(before[old] & after[new]) >= max(_ALIKE, smaller / 2):
+                found.append(
+                    f"{old} and {new} have the same functions, which are compared by file name:"
+                    " give both builds the same one, in folders of their own"
+                )
+    return found[:_ALIKE]
 
 
 def _undecided(now: Contrast) -> Judgement:
