@@ -257,13 +257,15 @@ class _Table:
     @classmethod
     def of(cls, parts: Sequence[Sums]) -> "_Table":
         merged = merge_sums(parts)
-        order = np.argsort(merged.function_hashes)
-        frames = merged.frames(order)
+        used = np.unique(merged.rows[:, 1])  # a selection keeps the names of all functions
+        hashes = merged.function_hashes[used]
+        order = np.argsort(hashes)
+        frames = merged.frames(used[order])
         by_name = np.array(sorted(range(len(frames)), key=lambda i: frames[i][:3]), np.int64)
         columns = np.empty_like(by_name)
         columns[by_name] = np.arange(len(frames))
         named = tuple(frames[i] for i in by_name.tolist())
-        return cls(named, merged.function_hashes[order], columns)
+        return cls(named, hashes[order], columns)
 
     def counts(self, sums: Sums | None, hosts: dict[str, int]) -> Floats:
         """Give (self, total, both in samples) by host and function."""
@@ -625,6 +627,11 @@ def _judged(
         )
     functions.sort(key=_by_weight)
     warnings += _renamed(functions)
+    if verdict.large_functions(sides[0] + sides[1], now.cells).sum() < verdict.MIN_COMMON:
+        warnings.append(
+            "too few functions are large enough to tell a change of the load from one of theirs:"
+            " growth is read with care"
+        )
     growth = math.expm1(now.common)
     if abs(growth) > _LOAD:
         warnings.append(f"the load changed: all functions by {growth:+.0%} in common")
