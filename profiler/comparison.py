@@ -50,6 +50,8 @@ _UNEVEN = 0.1
 """Sides of which one is covered better than the other by more than this part are said aloud."""
 _LOST = 0.02
 _LOAD = 0.2
+_ALIKE = 3
+"""So many functions in common make two modules look like one."""
 _SMALL = 0.01
 """Of the total: the function whose smallest visible change tells how little data there are."""
 
@@ -255,13 +257,15 @@ class _Table:
     @classmethod
     def of(cls, parts: Sequence[Sums]) -> "_Table":
         merged = merge_sums(parts)
-        order = np.argsort(merged.function_hashes)
-        frames = merged.frames(order)
+        used = np.unique(merged.rows[:, 1])  # a selection keeps the names of all functions
+        hashes = merged.function_hashes[used]
+        order = np.argsort(hashes)
+        frames = merged.frames(used[order])
         by_name = np.array(sorted(range(len(frames)), key=lambda i: frames[i][:3]), np.int64)
         columns = np.empty_like(by_name)
         columns[by_name] = np.arange(len(frames))
         named = tuple(frames[i] for i in by_name.tolist())
-        return cls(named, merged.function_hashes[order], columns)
+        return cls(named, hashes[order], columns)
 
     def counts(self, sums: Sums | None, hosts: dict[str, int]) -> Floats:
         """Give (self, total, both in samples) by host and function."""
@@ -622,6 +626,12 @@ def _judged(
             )
         )
     functions.sort(key=_by_weight)
+    warnings += _renamed(functions)
+    if verdict.large_functions(sides[0] + sides[1], now.cells).sum() < verdict.MIN_COMMON:
+        warnings.append(
+            "too few functions are large enough to tell a change of the load from one of theirs:"
+            " growth is read with care"
+        )
     growth = math.expm1(now.common)
     if abs(growth) > _LOAD:
         warnings.append(f"the load changed: all functions by {growth:+.0%} in common")
@@ -635,6 +645,26 @@ def _judged(
         functions=tuple(functions),
         warnings=tuple(warnings),
     )
+
+
+def _renamed(functions: Sequence[Function]) -> list[str]:
+    """Say which modules of one side look like one of the other under another name."""
+    names: list[dict[str, set[str]]] = [{}, {}]
+    for function in functions:
+        for side, total in zip(names, function.total, strict=True):
+            if total:
+                side.setdefault(function.frame.module, set()).add(function.frame.function)
+    before, after = names
+    found = []
+    for old in sorted(before.keys() - after.keys()):
+        for new in sorted(after.keys() - before.keys()):
+            smaller = min(len(before[old]), len(after[new]))
+            if len(before[old] & after[new]) >= max(_ALIKE, smaller / 2):
+                found.append(
+                    f"{old} and {new} have the same functions, which are compared by file name:"
+                    " give both builds the same one, in folders of their own"
+                )
+    return found[:_ALIKE]
 
 
 def _undecided(now: Contrast) -> Judgement:

@@ -37,9 +37,9 @@ MIN_COMMON = 10
 MIN_POSITIONS = 6
 MIN_HOSTS = 8
 MIN_REPLICATES = 3
-_MIN_SAMPLES = 5
-"""On a host and side, on average: the logarithm of fewer says little. Functions with fewer are not
-looked at, and cost the others nothing."""
+_MIN_SAMPLES = 20
+"""On a host and side, on average: of fewer the logarithm says little, and one burst makes them.
+Functions with fewer are not looked at, and cost the others nothing."""
 _GUARD = 0.5
 """Samples that are added to each count, so that none is zero."""
 

@@ -133,6 +133,14 @@ def test_a_host_on_one_side_only_is_said(store, tmp_path):
     assert "only on the after side: web-7" in " ".join(found.warnings)
 
 
+def test_with_itself_nothing_has_changed(query):
+    found = comparison.of_store(query, last(LENGTH, 0), last(LENGTH, 0))
+
+    assert not changes(found)
+    assert {each.relative[0] for each in found.functions} == {0.0}
+    assert found.common.relative == 0
+
+
 def test_swapping_the_sides_mirrors_every_line(query):
     sides = last(LENGTH, LENGTH), last(LENGTH, 0)
     there, back = comparison.of_store(query, *sides), comparison.of_store(query, *sides[::-1])

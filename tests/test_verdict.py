@@ -102,6 +102,23 @@ def test_with_itself_nothing_has_changed(samples):
     assert (found.high >= 0).all()
 
 
+large_counts = st.lists(st.integers(2000, 90_000), min_size=12, max_size=12)
+
+
+@given(large_counts, large_counts, st.integers(2, 50))
+def test_scaling_both_sides_changes_nothing(before, after, factor):
+    """Neither longer windows, of samples and presence, nor another unit of time."""
+    usual = contrast(costs(before), costs(after))
+    slower = contrast(costs(before, 3600.0 * factor), costs(after, 3600.0 * factor))
+    longer = contrast(
+        *(costs(factor * np.array(side), 3600.0 * factor) for side in (before, after))
+    )
+
+    for other in (slower, longer):
+        np.testing.assert_allclose(other.ratios, usual.ratios, atol=1e-3)
+        assert other.common == pytest.approx(usual.common, abs=1e-3)
+
+
 def test_a_busier_service_changes_nothing_but_the_common_change():
     samples = RNG.integers(500, 5000, 40)
     now = contrast(costs(samples), costs(3 * samples))
