@@ -121,6 +121,20 @@ OUTSIDE = """() => {
 }"""
 
 
+# What shows the focus may stand around the control, as a label does around a radio button.
+FOCUSED = """() => {
+  const control = document.activeElement;
+  if (control === document.body) return null;
+  const number = [...document.querySelectorAll("*")].indexOf(control);
+  const name = control.id ? `#${control.id}` : `${control.localName} ${number}`;
+  const around = control.closest("label, .flame-scroller") ?? control;
+  const {x, y, width, height} = around.getBoundingClientRect();
+  const [left, top] = [Math.max(0, x - 6), Math.max(0, y - 6)];
+  const seen = Math.min(height + 12, innerHeight - top);
+  return {name, x: left, y: top, width: width + 12, height: seen};
+}"""
+
+
 @contextlib.contextmanager
 def chromium() -> Iterator[Browser]:
     """Run the distribution's browser, without a window."""
@@ -432,3 +446,19 @@ def barriers(view: View) -> list[str]:
 
 def outside(view: View) -> list[str]:
     return view.page.evaluate(OUTSIDE)
+
+
+def walk_focus(view: View) -> list[str]:
+    """Press Tab until it comes round; give what was reached. Each must look otherwise with it."""
+    page, reached = view.page, []
+    while True:
+        page.keyboard.press("Tab")
+        place = page.evaluate(FOCUSED)
+        if place is None or place["name"] in reached:
+            return reached
+        reached.append(place["name"])
+        clip = {name: place[name] for name in ("x", "y", "width", "height")}
+        focused = page.screenshot(clip=clip, caret="hide")
+        page.evaluate("window.focused = document.activeElement; document.activeElement.blur()")
+        assert page.screenshot(clip=clip, caret="hide") != focused, place["name"]
+        page.evaluate("window.focused.focus({focusVisible: true, preventScroll: true})")

@@ -22,6 +22,7 @@ from browser import (
     serving,
     unseen_in,
     visiting,
+    walk_focus,
 )
 from playwright.sync_api import Browser, Locator, expect
 from stores import START_NS, at, directory
@@ -627,6 +628,20 @@ def test_nothing_bars_people_with_other_senses(visit, service):
     page.emulate_media(color_scheme="light")
     page.goto(compared(service))
     assert barriers(view) == []
+
+
+def test_the_focus_is_seen_wherever_it_goes(visit, service):
+    """Tab reaches each control, the marks of the timeline and the list among them."""
+    view = visit(compared(service))
+    reached = walk_focus(view)
+
+    assert {"#compare-button", "#before-input", "#swap", "#compare-end"} <= set(reached)
+    assert {"#changes-filter", "#changes-all"} <= set(reached)
+    marks = view.page.locator("#timeline .mark").evaluate_all(
+        "(all) => all.map((each) => `button ${[...document.querySelectorAll('*')].indexOf(each)}`)"
+    )
+    assert marks
+    assert set(marks) <= set(reached)
 
 
 def test_it_fits_a_phone_and_large_type(visit, service):

@@ -27,6 +27,7 @@ from browser import (
     serving,
     unseen_in,
     visiting,
+    walk_focus,
 )
 from playwright.sync_api import Browser, Locator, Route, expect
 from stores import START_NS, at, put
@@ -1273,20 +1274,6 @@ def test_the_page_fits_a_phone_and_large_type(visit, service, hostile, recording
         assert outside(view) == []
 
 
-# What shows the focus may stand around the control, as a label does around a radio button.
-FOCUSED = """() => {
-  const control = document.activeElement;
-  if (control === document.body) return null;
-  const number = [...document.querySelectorAll("*")].indexOf(control);
-  const name = control.id ? `#${control.id}` : `${control.localName} ${number}`;
-  const around = control.closest("label, .flame-scroller") ?? control;
-  const {x, y, width, height} = around.getBoundingClientRect();
-  const [left, top] = [Math.max(0, x - 6), Math.max(0, y - 6)];
-  const seen = Math.min(height + 12, innerHeight - top);
-  return {name, x: left, y: top, width: width + 12, height: seen};
-}"""
-
-
 def test_the_focus_is_seen_wherever_it_goes(visit, service, recording):
     """Tab reaches each control once, and each looks otherwise with the focus than without."""
     view = visit(f"{service.url}{recording.address}&q=%7Bservice%3D%22chain%22%7D&focus=outer")
@@ -1294,18 +1281,7 @@ def test_the_focus_is_seen_wherever_it_goes(visit, service, recording):
     view.click_box("outer")
     page.reload()
     view.settle()
-    reached = []
-    while True:
-        page.keyboard.press("Tab")
-        place = page.evaluate(FOCUSED)
-        if place is None or place["name"] in reached:
-            break
-        reached.append(place["name"])
-        clip = {name: place[name] for name in ("x", "y", "width", "height")}
-        focused = page.screenshot(clip=clip, caret="hide")
-        page.evaluate("window.focused = document.activeElement; document.activeElement.blur()")
-        assert page.screenshot(clip=clip, caret="hide") != focused, place["name"]
-        page.evaluate("window.focused.focus({focusVisible: true, preventScroll: true})")
+    reached = walk_focus(view)
     assert len(reached) > 40
     for name in ("#selector-input", "#range-button", "#refresh", "#copy-link", "#search", "#by"):
         assert name in reached

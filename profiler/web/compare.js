@@ -48,7 +48,7 @@ function swatch(verdict) {
 /** Fill the list that says what colours and marks mean. */
 export function showLegend(list) {
   const words = {
-    more: "costs more", less: "costs less", new: "new", gone: "gone", moved: "moved", unchanged: "unchanged, or too little data",
+    more: "costs more", less: "costs less", new: "new", gone: "gone", moved: "moved", unchanged: "no change shown",
   };
   list.replaceChildren(...Object.entries(words).map(([verdict, text]) => el("li", {title: verdict === "moved" ? "Costs as much as before, from other callers" : null}, swatch(verdict), text)));
 }
