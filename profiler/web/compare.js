@@ -8,6 +8,7 @@ import {Menu, RangePicker, SelectorInput} from "./controls.js";
 import {button, el} from "./dom.js";
 import {coresPerHost, counted, growth, number, place, safeName, share} from "./format.js";
 import {CHANGED} from "./layout.js";
+import * as selector from "./selector.js";
 import {rowName} from "./table.js";
 import {deploymentText} from "./timeline.js";
 import {formatTime, formatWindow, zoneName} from "./times.js";
@@ -317,6 +318,42 @@ function noDeployments(reason) {
     el("p", {text: `${why} Versions are found by themselves in SERVICE_VERSION and the like, in images and release folders; or a pipeline says them:`}),
     el("pre", {text: ANNOUNCE}),
   ];
+}
+
+/**
+ * Say on which side nothing stands, and lead to what is there: nodes to show for an ApiError. `query`
+ * is that side's selector. Callbacks: onQuery(text), onWindow(nearest), onEnd().
+ */
+export function emptySide({title, message, problem}, {tz, query, onQuery, onWindow, onEnd}) {
+  const {side, reason, nearest = [], services = [], versions = [], hosts} = problem;
+  const titles = {before: "Nothing stands before", after: "Nothing stands after", both: "No host is on both sides"};
+  const choices = (text, values, name) => {
+    if (reason !== "nothing_matches" || values.length === 0) return [];
+    const chips = values.map((value) => el(
+      "button",
+      {type: "button", class: "chip service", on: {click: () => onQuery(withMatcher(query, name, value))}},
+      el("span", {class: "chip-text", text: safeName(value)}),
+    ));
+    return [el("p", {text}), el("p", {class: "chips"}, chips)];
+  };
+  const named = (names) => names.map(safeName).join(", ") || "none";
+  return [
+    el("h3", {text: titles[side] ?? title}),
+    el("p", {class: "detail", text: safeName(message)}),
+    ...(hosts ? [el("p", {text: `Before: ${named(hosts.before)}. After: ${named(hosts.after)}. A verdict takes the same hosts on both sides.`})] : []),
+    ...choices("Versions that are there:", versions, "version"),
+    ...choices("Services that are there:", services, "service"),
+    ...(nearest.length ? [el("p", {text: "The nearest data:"})] : []),
+    el("p", {class: "row"},
+      nearest.map((each) => button({text: formatWindow(each.from_ms, each.until_ms, tz), click: () => onWindow(each)})),
+      button({text: "End the comparison", click: onEnd})),
+  ];
+}
+
+/** Give a selector with a label's value, in place of what it asks of that label. */
+function withMatcher(query, name, value) {
+  const others = selector.parse(query).filter((each) => each.name !== name);
+  return selector.print([...others, {name, operator: "=", value}]);
 }
 
 /** Give the buttons that help where a comparison came to nothing; `callbacks` are what they do. */

@@ -5,7 +5,7 @@
 // empty or error.
 
 import {Api, address, isCancelled} from "./api.js";
-import {CHANGES, DeploymentsMenu, Sides, Verdict, changeFacts, changesShown, nextSteps, publishColours, showLegend, tooltipOf} from "./compare.js";
+import {CHANGES, DeploymentsMenu, Sides, Verdict, changeFacts, changesShown, emptySide, nextSteps, publishColours, showLegend, tooltipOf} from "./compare.js";
 import * as controls from "./controls.js";
 import {button, el, isTyping} from "./dom.js";
 import {bytes, counted, number, safeName, share, span} from "./format.js";
@@ -692,34 +692,21 @@ class Page {
         el("p", {class: "row"}, button({text: "Zoom out", class: "primary", click: () => this.#change({node: ""})}), button({text: "Back", click: () => history.back()})),
       ];
     }
-    if (error.problem.side) return this.#emptySide(error);
+    if (error.problem.side) {
+      const {side} = error.problem;
+      return emptySide(error, {
+        tz: this.#state.tz,
+        query: side === "before" ? beforeQuery(this.#state) : this.#state.q,
+        onQuery: (query) => this.#changeSide(side, {query}),
+        onWindow: (nearest) => this.#changeSide(side, around(nearest, this.#windowMs)),
+        onEnd: () => this.#change(endComparison()),
+      });
+    }
     const actions = [button({text: "Retry", class: "primary", click: () => this.#refresh()})];
     if (error.parameter === "query") actions.push(button({text: "Clear the selector", click: () => this.#change({q: ""})}));
     else if (error.status >= 400 && error.status < 500) actions.push(button({text: "Start over", click: () => this.#change(parseState(""))}));
     const title = error.parameter === "query" ? "The selector cannot be read" : error.status === 400 ? "The address asks for what there is not" : error.title;
     return [el("h3", {class: "bad", text: title}), el("p", {class: "detail", text: safeName(error.message)}), el("p", {class: "row"}, actions)];
-  }
-
-  /** Nothing stands on a side: say which, and lead to what is there. */
-  #emptySide({title, message, problem: {side, reason, nearest = [], services = [], versions = [], hosts}}) {
-    const {tz} = this.#state;
-    const ofSide = (change) => this.#changeSide(side, change);
-    const query = side === "before" ? beforeQuery(this.#state) : this.#state.q;
-    const choices = (values, name) => values.map((value) => el("button", {type: "button", class: "chip service", on: {click: () => ofSide({query: withMatcher(query, name, value)})}}, el("span", {class: "chip-text", text: safeName(value)})));
-    const titles = {before: "Nothing stands before", after: "Nothing stands after", both: "No host is on both sides"};
-    return [
-      el("h3", {text: titles[side] ?? title}),
-      el("p", {class: "detail", text: safeName(message)}),
-      hosts ? el("p", {text: `Before: ${hosts.before.map(safeName).join(", ") || "none"}. After: ${hosts.after.map(safeName).join(", ") || "none"}. A verdict takes the same hosts on both sides.`}) : null,
-      reason === "nothing_matches" && versions.length ? el("p", {text: "Versions that are there:"}) : null,
-      reason === "nothing_matches" && versions.length ? el("p", {class: "chips"}, choices(versions, "version")) : null,
-      reason === "nothing_matches" && services.length ? el("p", {text: "Services that are there:"}) : null,
-      reason === "nothing_matches" && services.length ? el("p", {class: "chips"}, choices(services, "service")) : null,
-      nearest.length ? el("p", {text: "The nearest data:"}) : null,
-      el("p", {class: "row"},
-        nearest.map((each) => button({text: formatWindow(each.from_ms, each.until_ms, tz), click: () => ofSide(around(each, this.#windowMs))})),
-        button({text: "End the comparison", click: () => this.#change(endComparison())})),
-    ].filter(Boolean);
   }
 
   #awayNotice(error) {
@@ -1090,12 +1077,6 @@ function findBox(answer, id) {
 function around({from_ms: from, until_ms: until}, lengthMs) {
   const more = Math.max(0, lengthMs - (until - from)) / 2;
   return {from: String(Math.floor(from - more)), until: String(Math.ceil(until + more)), over: ""};
-}
-
-/** Give a selector with a label's value, in place of what it asks of that label. */
-function withMatcher(query, name, value) {
-  const others = selector.parse(query).filter((each) => each.name !== name);
-  return selector.print([...others, {name, operator: "=", value}]);
 }
 
 function fileTime(ms) {
