@@ -60,6 +60,15 @@ class ComparisonError(ValueError):
     """There is nothing to compare; the message says on which side."""
 
 
+class EmptySideError(ComparisonError):
+    """A side of a store has no samples."""
+
+    def __init__(self, name: str, operand: "Operand") -> None:
+        super().__init__(f"nothing to compare: the {name} side {operand} has no samples")
+        self.name = name
+        self.operand = operand
+
+
 class Operand(NamedTuple):
     """What one side is taken from in a store."""
 
@@ -149,7 +158,7 @@ def of_store(
     nor what straddles a version change that its labels tell of.
 
     Raises:
-        ComparisonError: a side is empty.
+        EmptySideError: a side has no samples.
     """
     pair = _Pair.read(query, before, after)
     sides = pair.sides()
@@ -373,9 +382,7 @@ class _Pair:
         reads = (_Read.of(query, before), _Read.of(query, after))
         for name, each in zip(("before", "after"), reads, strict=True):
             if each.sums is None or not each.sums.counts[:, 2].any():
-                raise ComparisonError(
-                    f"nothing to compare: the {name} side {each.operand} has no samples"
-                )
+                raise EmptySideError(name, each.operand)
         common = sorted(reads[0].seconds.keys() & reads[1].seconds.keys())
         alone = tuple(tuple(sorted(each.seconds)) for each in reads)
         hosts = (tuple(common), tuple(common)) if common else (alone[0], alone[1])
