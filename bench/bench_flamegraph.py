@@ -1,8 +1,9 @@
-"""What it takes to merge, encode, draw and cut a large profile.
+"""What it takes to merge, encode, draw, cut and compare a large profile.
 
 Workload: 200,000 distinct stacks of 30 frames that share their upper parts, 20 processes, made
-from a fixed seed; and a host-minute, 4,186 stacks over 12,000 locations. Every step is checked
-once for the right answer before it is timed.
+from a fixed seed; and a host-minute, 4,186 stacks over 12,000 locations. Compared are two profiles
+that each have nine tenths of those stacks, as two hours have most of theirs in common. Every step
+is checked once for the right answer before it is timed.
 
 Run: `python bench/bench_flamegraph.py --fast` (pyperf's options; `-o FILE` keeps the figures).
 """
@@ -10,11 +11,16 @@ Run: `python bench/bench_flamegraph.py --fast` (pyperf's options; `-o FILE` keep
 import functools
 import random
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pyperf
 
-from profiler import export, flamegraph
-from profiler.flamegraph import FlameGraph
+from profiler import comparison, export, flamegraph
+from profiler.differential import Pair, UnionGraph, UnionPaths
+from profiler.flamegraph import FlameGraph, Screen
+from profiler.verdict import Change, Source
+from profiler.views import View
 from storage import pprof
 from storage.profile import Accounting, Profile, ProfileBuilder, Window, merge
 from symbolizer.location import AddressLocation, FileOffset, Frame, Kind, Module
@@ -63,7 +69,36 @@ def encoded() -> bytes:
     return pprof.encode(minute())
 
 
+@functools.cache
+def sides() -> Pair:
+    """Two profiles and what their functions cost; the verdict on these is another's work."""
+    random_ = np.random.default_rng(2)
+    before, after = (part_of(large(), random_) for _ in range(2))
+    found = comparison.of_profiles([before], [after])
+    unchanged = (
+        each._replace(change=Change.UNCHANGED, relative=(0.0, -0.05, 0.05))
+        for each in found.functions
+    )
+    found = replace(found, source=Source.HISTORY, functions=tuple(unchanged))
+    return Pair(found, before=before, after=after)
+
+
+def part_of(profile: Profile, random_: np.random.Generator) -> Profile:
+    kept = np.flatnonzero(random_.random(len(profile.row_values)) < 0.9)
+    columns = ("row_labels", "row_stacks", "row_samples", "row_values")
+    return replace(profile, **{name: getattr(profile, name)[kept] for name in columns})
+
+
+def union(pair: Pair) -> UnionGraph:
+    """Join two profiles that nothing is known of yet, and draw them."""
+    fresh = Pair(pair.found, before=pair.before, after=pair.after)
+    return fresh.draw(fresh.view(View()), [], Screen(SCREEN_PX))
+
+
 def check() -> None:
+    both_sides = union(sides())
+    for profile, total in ((sides().before, both_sides.before), (sides().after, both_sides.after)):
+        assert total[0] == profile.total_value
     pruned = graph().prune(SCREEN_PX)
     functions = flamegraph.top_functions(large())
     both = merge([large(), minute()])
@@ -88,8 +123,21 @@ def main() -> None:
     runner.bench_func("merge 200,000 + 4,186 stacks", lambda: merge([large(), minute()]))
     runner.bench_func("pprof encode a host-minute", lambda: pprof.encode(minute()))
     runner.bench_func("pprof decode a host-minute", lambda: pprof.decode(encoded()))
+    runner.bench_func("union of two, drawn", lambda: union(sides()))
+    runner.bench_func("the same zoomed", zoomed_union)
     for ending in (".folded", ".speedscope.json", ".svg"):
         runner.bench_func(f"{ending} of a host-minute", functools.partial(export_minute, ending))
+
+
+@functools.cache
+def viewed() -> UnionPaths:
+    return sides().view(View())
+
+
+def zoomed_union() -> UnionGraph:
+    """Draw what stands on the first frame of the first stack."""
+    paths = viewed().paths
+    return sides().draw(viewed(), [int(paths.boxes[paths.starts[0]])], Screen(SCREEN_PX))
 
 
 def export_minute(ending: str) -> bytes:

@@ -279,7 +279,7 @@ class _Compared:
             view = question.view
             shown = self.views.get(view)
             if shown is None:
-                shown = self.views[view] = self.pair.view(view)
+                shown = self.views[view] = self.pair.view(view, check)
             self.views.move_to_end(view)
             while len(self.views) > _KEPT_VIEWS:
                 self.views.popitem(last=False)

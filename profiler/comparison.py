@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from profiler import verdict
 from profiler.text import counted
-from profiler.times import rfc3339, span_text
+from profiler.times import length_text, rfc3339
 from profiler.verdict import Change, Contrast, Costs, Floats, Judgement, Noise, Source
 from storage.columns import Columns, Hasher
 from storage.profile import Profile, Window
@@ -587,11 +587,11 @@ def _too_little(past: _Past, sides: Sequence[Side], positions: int) -> str:
     )
     missing = verdict.MIN_POSITIONS - positions
     if past.is_possible:
-        text += f"; profile {span_text(missing * past.step_ns)} more without a change"
+        text += f"; profile {length_text(missing * past.step_ns)} more without a change"
         gap_ns = past.span.end_ns - past.span.start_ns - 2 * past.length_ns
         length_ns = (positions * past.step_ns // verdict.MIN_POSITIONS - max(0, gap_ns)) // 2
         if length_ns >= MINUTE_NS:
-            text += f", or compare windows of {span_text(length_ns - length_ns % MINUTE_NS)}"
+            text += f", or compare windows of {length_text(length_ns - length_ns % MINUTE_NS)}"
     return text + _visible(sides)
 
 

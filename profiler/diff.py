@@ -43,6 +43,7 @@ DEFAULT_GATE = "relative>=10%,share>=0.5pp"
 _WORSE = (Change.MORE, Change.NEW)
 _SHOWN = 20
 _NAME_WIDTH = 60
+_SHOWN_MOVED = 5
 _CONDITION = re.compile(r"(relative|share)>=(\d+(?:\.\d+)?)(%|pp)")
 _NOISE = {
     Source.HISTORY: "{} earlier positions of the same length, on the same hosts",
@@ -113,8 +114,13 @@ def run(before: Sequence[str], after: Sequence[str], options: Options, now_ns: i
         export.check_folder(options.output)
     found = compare(before, after, options, now_ns)
     verdict = verdict_of(found, options)
+    moved: list[str] = []
     if options.output:
-        _write(found, before, after, options)
+        pair = _pair(found, before, after, options)
+        moved = sorted(function for function, *_ in pair.moved)
+        record = orjson.loads(as_json(found, verdict, options.gate))
+        record.pop("functions")
+        export.put(export.encode_pair(pair, options.output, record=record), options.output)
     if options.output == export.STDOUT:
         return verdict.exit_code
     if options.as_json:
@@ -123,6 +129,10 @@ def run(before: Sequence[str], after: Sequence[str], options: Options, now_ns: i
         print(as_markdown(found, verdict, options.gate))
     else:
         print(as_text(found, verdict, options.gate))
+        if moved:
+            more = f" and {len(moved) - _SHOWN_MOVED} more" if moved[_SHOWN_MOVED:] else ""
+            names = ", ".join(fit(name, _NAME_WIDTH) for name in moved[:_SHOWN_MOVED])
+            print(f"\nmoved   from some callers to others: {names}{more}")
     return verdict.exit_code
 
 
@@ -155,10 +165,8 @@ def _of_store(
         raise
 
 
-def _write(
-    found: Comparison, before: Sequence[str], after: Sequence[str], options: Options
-) -> None:
-    """Write the graph of both sides, which takes their stacks and not only sums of functions."""
+def _pair(found: Comparison, before: Sequence[str], after: Sequence[str], options: Options) -> Pair:
+    """Read the stacks of both sides, where the verdict took only sums of functions."""
     if found.before.coverage is not None:
         query = Query(open_store(options.store, options.endpoint or None), default_folder())
         profiles = [
@@ -167,14 +175,10 @@ def _write(
         ]
     else:
         profiles = [merge(map(export.read, side)) for side in (before, after)]
-    if profiles[0].unit != profiles[1].unit:
-        raise ComparisonError(
-            f"cannot draw a comparison of {profiles[0].unit} with {profiles[1].unit}"
-        )
-    pair = Pair(found, before=profiles[0], after=profiles[1])
-    record = orjson.loads(as_json(found, verdict_of(found, options), options.gate))
-    record.pop("functions")
-    export.put(export.encode_pair(pair, options.output, record=record), options.output)
+    units = [profile.unit for profile in profiles]
+    if units[0] != units[1]:
+        raise ComparisonError(f"cannot draw both sides: one counts {units[0]}, one {units[1]}")
+    return Pair(found, before=profiles[0], after=profiles[1])
 
 
 def _in_store(

@@ -94,7 +94,7 @@ def encode_pair(
         before, after = pair.shown(view, node, check)
         check()
         return _PAIR_WRITERS[ending](before.profile, after.profile, after.by)
-    shown = pair.view(view)
+    shown = pair.view(view, check)
     check()
     path = [box for _, box in path_to(shown.paths, node, check)]
     if ending == ".svg":

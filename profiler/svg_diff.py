@@ -148,6 +148,14 @@ def _side_text(side: Side) -> str:
     return ", ".join(parts)
 
 
+def _costs(pair: Pair) -> tuple[str, str]:
+    if pair.after.unit == "nanoseconds":
+        found = pair.found
+        return f"{found.before.cores:.3g} → {found.after.cores:.3g}", "cores a host"
+    totals = (quantity(side.total_value, side.unit) for side in (pair.before, pair.after))
+    return " → ".join(totals), "in total"
+
+
 def _figures(pair: Pair) -> list[tuple[str, str]]:
     found = pair.found
     changes = Counter(str(function.change) for function in found.functions)
@@ -155,7 +163,7 @@ def _figures(pair: Pair) -> list[tuple[str, str]]:
         changes[one] + changes[other] for one, other in (("more", "new"), ("less", "gone"))
     )
     return [
-        (f"{found.before.cores:.3g} → {found.after.cores:.3g}", "cores a host"),
+        _costs(pair),
         (f"{more:,}", "functions cost more"),
         (f"{less:,}", "functions cost less"),
         (f"{found.common.relative:+.1%}", "all in common"),
@@ -223,11 +231,14 @@ def _tooltip(pair: Pair, graph: UnionGraph, i: int) -> str:
         ("before", graph.before, graph.before_samples, pair.scale.before),
         ("after", graph.after, graph.after_samples, pair.scale.after),
     ):
-        lines.append(
-            f"{name} {percent(int(totals[i]), int(totals[0]))},"
-            f" {quantity(int(totals[i]), pair.after.unit)}, {counted(int(samples[i]), 'sample')},"
-            f" {totals[i] * scale:.3g} cores a host"
-        )
+        said = [
+            f"{name} {percent(int(totals[i]), int(totals[0]))}",
+            quantity(int(totals[i]), pair.after.unit),
+            counted(int(samples[i]), "sample"),
+        ]
+        if pair.after.unit == "nanoseconds":
+            said.append(f"{totals[i] * scale:.3g} cores a host")
+        lines.append(", ".join(said))
     return "\n".join([*lines, VERDICTS[graph.verdict[i]]])
 
 

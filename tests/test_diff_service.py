@@ -1,7 +1,9 @@
 """Comparisons over HTTP: a real service, a fleet whose last minutes run another version."""
 
 import dataclasses
+import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -9,15 +11,21 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
+import orjson
 import profiles as some
 import pytest
 from live import wait_for
 from services import service
-from stores import MINUTE_NS, START_NS, at, directory, put
+from stores import MINUTE_NS, START_NS, at, directory, minutes, put
 
 from profiler import flamegraph
+from profiler.answers import Answers, Question
+from profiler.comparison import Operand
+from profiler.diff import Gate
 from storage.objects import DirectoryStore
 from storage.profile import Profile
+from storage.query import Query
+from storage.selector import Selector
 
 EVERFLAME = Path(sys.executable).with_name("everflame")
 LENGTH, END = 4, 60
@@ -306,6 +314,44 @@ def test_what_has_arrived_since_is_in_the_next_answer(tmp_path):
     assert asked[-1]["totals"]["before"] == first["totals"]["before"]
 
 
+class EnoughError(Exception):
+    """Nobody waits any more."""
+
+
+def test_a_comparison_may_end_at_any_step(folder, tmp_path):
+    """Whoever asks next gets the same as if it never had been asked."""
+    store = DirectoryStore(folder / "store")
+    sides = [
+        Operand(Selector.parse(API["query"]), minutes(END - (i + 1) * LENGTH, END - i * LENGTH))
+        for i in range(2)
+    ]
+    after = Question(sides[0].window, sides[0].selector, by=("service",))
+
+    def ask(answers: Answers, steps: float) -> bytes:
+        done = itertools.count()
+
+        def check() -> None:
+            if next(done) >= steps:
+                raise EnoughError
+
+        found = answers.diff(after, sides[1], Gate(0.1, 0.005), check)
+        assert next(done) > 20
+        return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)
+
+    expected = ask(Answers(store, Query(store, tmp_path / "cache")), math.inf)
+    answers = Answers(store, Query(store, tmp_path / "other"))
+    steps = 1
+    while True:
+        try:
+            found = ask(answers, steps)
+            break
+        except EnoughError:
+            steps *= 2
+
+    assert steps > 16
+    assert found == expected
+
+
 def test_metrics_count_comparisons_by_endpoint(client):
     client.json("diff", **BOTH)
     client.json("diff/top", **BOTH)
@@ -326,7 +372,9 @@ def test_downloads_are_those_of_the_command(client, folder, tmp_path, ending):
     assert status == 200
     assert headers["content-disposition"] == f'attachment; filename="diff.{ending}"'
     file = tmp_path / f"diff.{ending}"
-    assert command(folder, "-o", str(file)).returncode == 1
+    done = command(folder, "-o", str(file))
+    assert done.returncode == 1
+    assert b"moved   from some callers to others: shared\n" in done.stdout
     written = file.read_bytes()
     if ending == "json":
         said, graph = json.loads(written), json.loads(body)

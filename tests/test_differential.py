@@ -237,6 +237,19 @@ def test_cost_that_strays_between_callers_is_not_moved():
     assert verdicts(drawn(steady(*strays), View())) == {}
 
 
+def test_a_new_caller_that_all_others_make_room_for_is_not_moved():
+    """Each of them may have strayed: what moved must be seen to leave as well as to arrive."""
+    callers = [some.named(f"caller_{i}") for i in range(10)]
+    pair = steady(
+        *(([MAIN, caller, COPY], 1000, 800) for caller in callers), ([MAIN, SEND, COPY], 0, 2000)
+    )
+
+    assert {each.frame.function: each.change for each in pair.found.functions}[
+        "copy"
+    ] == "unchanged"
+    assert not pair.moved
+
+
 def test_an_ancestor_knows_whose_change_its_own_is():
     """The largest first; the changed function itself has no such reason."""
     pair = steady(

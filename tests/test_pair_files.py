@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from test_differential import COPY, MAIN, PARSE, SEND, drawn, pair_of, steady
 from test_svg import NS, parse
 
-from profiler import export, svg_diff
-from profiler.differential import VERDICTS
+from profiler import comparison, export, svg_diff
+from profiler.differential import VERDICTS, Pair
 from profiler.svg_diff import COLOURS
 from profiler.views import View
 from storage import folded
@@ -141,6 +141,16 @@ def test_hostile_names_are_shown_as_they_are():
     text = folded.encode_pair(HOSTILE.before, HOSTILE.after).decode()
     assert r"a\x3bb" in text
     assert len(lines_of(text.encode())) == len(some.HOSTILE_NAMES)
+
+
+def test_what_is_no_time_is_not_shown_as_cores():
+    """Folded text counts samples, and says nothing of how long it took."""
+    counted = folded.decode(b"main;work 60\nmain 40\n")
+    pair = Pair(comparison.of_profiles([counted], [counted]), counted, counted)
+    drawing = svg_of(pair).decode()
+
+    assert "cores" not in drawing
+    assert "before 60.0 %, 60, 60 samples\n" in drawing
 
 
 def test_warnings_stand_in_the_drawing():
