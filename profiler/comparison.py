@@ -103,7 +103,9 @@ class Side:
 
     @property
     def cores(self) -> float:
-        """Mean cores while the service was there, a host."""
+        """Mean cores while the service was there, a host; 0 for files that know no time."""
+        if self.window.end_ns <= self.window.start_ns:
+            return 0.0
         return self.total / _SECOND_NS / max(1e-9, float(self.present_s.sum()))
 
     @property
@@ -599,6 +601,8 @@ def _visible(sides: Sequence[Side]) -> str:
     samples = [max(1.0, _SMALL * float(side.samples.sum())) for side in sides]
     reach = verdict.student_quantile(verdict.LEVEL, 1e6)
     least = math.expm1(reach * math.sqrt(sum(1 / each for each in samples)))
+    if least > 1:
+        return f"; so few samples show nothing of a function of {_SMALL:.0%}"
     return f"; so many samples show changes from {least:.0%} on in a function of {_SMALL:.0%}"
 
 
@@ -634,7 +638,8 @@ def _judged(
         )
     functions.sort(key=_by_weight)
     warnings += _renamed(functions)
-    if verdict.large_functions(sides[0] + sides[1], now.cells).sum() < verdict.MIN_COMMON:
+    large = verdict.large_functions(sides[0] + sides[1], now.cells)
+    if noise and large.sum() < verdict.MIN_COMMON:
         warnings.append(
             "too few functions are large enough to tell a change of the load from one of theirs:"
             " growth is read with care"

@@ -380,7 +380,8 @@ def _side_text(side: Side) -> str:
     parts.append(counted(len(side.hosts), rows))
     if side.versions:
         parts.append(f"version {', '.join(side.versions[:4])}")
-    parts.append(f"{counted(round(float(side.samples.sum())), 'sample')}, {side.cores:.3f} cores")
+    cores = f", {side.cores:.3f} cores" if side.cores else ""
+    parts.append(f"{counted(round(float(side.samples.sum())), 'sample')}{cores}")
     return "; ".join(parts)
 
 
