@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from axe_playwright_python.sync_playwright import Axe
 from live import wait_for
 from playwright.sync_api import Browser, Error, Locator, Page, Request, sync_playwright
 
@@ -82,6 +83,55 @@ SEEN = """async () => {
   };
   for (const each of tooltips) each.style.visibility = "";
   return seen;
+}"""
+
+
+# A line break of index.html is no part of a name; an option's value is not shown.
+UNSEEN = r"""() => {
+  const unseen = /[\p{C}\p{Zl}\p{Zp}\u034f\u115f\u1160\u3164\ufe00-\ufe0f]/u;
+  const texts = [document.title];
+  const shown = ["title", "placeholder", "aria-label", "aria-valuetext", "aria-description"];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_ALL);
+  for (let node = walker.currentNode; node; node = walker.nextNode()) {
+    if (node.nodeType === Node.TEXT_NODE) texts.push(node.data.replace(/\n */g, ""));
+    else texts.push(...shown.map((name) => node.getAttribute?.(name) ?? ""));
+  }
+  return texts.filter((text) => unseen.test(text));
+}"""
+
+# What lies in something that scrolls by itself can be reached there.
+OUTSIDE = """() => {
+  const {scrollWidth, clientWidth} = document.documentElement;
+  const controls = document.querySelectorAll("a, button, input, select, summary, h3, canvas, p");
+  const isBeyond = (each) => {
+    const {left, right, width} = each.getBoundingClientRect();
+    return width > 1 && (left < -1 || right > clientWidth + 1);
+  };
+  const scrolls = (each) => {
+    for (let at = each.parentElement; at && at !== document.body; at = at.parentElement) {
+      if (["auto", "scroll"].includes(getComputedStyle(at).overflowX)) return true;
+    }
+    return false;
+  };
+  const beyond = [...controls].filter((each) => each.checkVisibility() && isBeyond(each));
+  return [
+    ...(scrollWidth > clientWidth ? [`${scrollWidth} px in ${clientWidth}`] : []),
+    ...beyond.filter((each) => !scrolls(each)).map((each) => each.outerHTML.slice(0, 200)),
+  ];
+}"""
+
+
+# What shows the focus may stand around the control, as a label does around a radio button.
+FOCUSED = """() => {
+  const control = document.activeElement;
+  if (control === document.body) return null;
+  const number = [...document.querySelectorAll("*")].indexOf(control);
+  const name = control.id ? `#${control.id}` : `${control.localName} ${number}`;
+  const around = control.closest("label, .flame-scroller") ?? control;
+  const {x, y, width, height} = around.getBoundingClientRect();
+  const [left, top] = [Math.max(0, x - 6), Math.max(0, y - 6)];
+  const seen = Math.min(height + 12, innerHeight - top);
+  return {name, x: left, y: top, width: width + 12, height: seen};
 }"""
 
 
@@ -352,3 +402,63 @@ class View:
     def wait(self, is_true: Callable[[], object]) -> None:
         """Wait in a way that lets the browser's events come in."""
         wait_for(lambda: self.page.wait_for_timeout(10) or is_true(), 10)
+
+
+@contextlib.contextmanager
+def visiting(browser: Browser) -> Iterator[Callable[..., View]]:
+    """Open addresses, each in a browser of its own; what they complained of fails the test."""
+    views = []
+
+    def open_view(address: str, **options: object) -> View:
+        usual = {"viewport": WIDE, "locale": "en-US", "timezone_id": "Asia/Kolkata"}
+        context = browser.new_context(**usual | options)
+        view = View(context.new_page())
+        views.append(view)
+        view.page.goto(address)
+        view.settle()
+        return view
+
+    yield open_view
+    complaints = [each for view in views for each in view.unexpected()]
+    for view in views:
+        view.page.context.close()
+    assert complaints == []
+
+
+def unseen_in(view: View) -> list[str]:
+    """Give texts anywhere in the document that hold what a reader could not see."""
+    return view.page.evaluate(UNSEEN)
+
+
+def barriers(view: View) -> list[str]:
+    view.settle()
+    options = {"resultTypes": ["violations"]}
+    if view.page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches"):
+        options["runOnly"] = ["color-contrast"]
+    found = Axe().run(view.page, options=options).response["violations"]
+    return [
+        f"{each['impact']} {each['id']}: {node['target']} {node['failureSummary']}"
+        for each in found
+        if each["impact"] in {"serious", "critical"}
+        for node in each["nodes"]
+    ]
+
+
+def outside(view: View) -> list[str]:
+    return view.page.evaluate(OUTSIDE)
+
+
+def walk_focus(view: View) -> list[str]:
+    """Press Tab until it comes round; give what was reached. Each must look otherwise with it."""
+    page, reached = view.page, []
+    while True:
+        page.keyboard.press("Tab")
+        place = page.evaluate(FOCUSED)
+        if place is None or place["name"] in reached:
+            return reached
+        reached.append(place["name"])
+        clip = {name: place[name] for name in ("x", "y", "width", "height")}
+        focused = page.screenshot(clip=clip, caret="hide")
+        page.evaluate("window.focused = document.activeElement; document.activeElement.blur()")
+        assert page.screenshot(clip=clip, caret="hide") != focused, place["name"]
+        page.evaluate("window.focused.focus({focusVisible: true, preventScroll: true})")

@@ -16,8 +16,19 @@ from pathlib import Path
 
 import profiles as some
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from browser import NARROW, WIDE, Service, View, changes, chromium, serving
+from browser import (
+    NARROW,
+    Service,
+    View,
+    barriers,
+    changes,
+    chromium,
+    outside,
+    serving,
+    unseen_in,
+    visiting,
+    walk_focus,
+)
 from playwright.sync_api import Browser, Locator, Route, expect
 from stores import START_NS, at, put
 from targets import compile_target, running
@@ -142,23 +153,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visit(browser) -> Iterator[Callable[..., View]]:
-    """Open addresses, each in a browser of its own; what they complained of fails the test."""
-    views = []
-
-    def open_view(address: str, **options: object) -> View:
-        usual = {"viewport": WIDE, "locale": "en-US", "timezone_id": "Asia/Kolkata"}
-        context = browser.new_context(**usual | options)
-        view = View(context.new_page())
-        views.append(view)
-        view.page.goto(address)
-        view.settle()
-        return view
-
-    yield open_view
-    complaints = [each for view in views for each in view.unexpected()]
-    for view in views:
-        view.page.context.close()
-    assert complaints == []
+    with visiting(browser) as open_view:
+        yield open_view
 
 
 @dataclass(frozen=True)
@@ -449,20 +445,6 @@ def hand(request, visit, service, recording) -> Mouse:
     return request.param(visit(service.url + recording.address))
 
 
-# A line break of index.html is no part of a name; an option's value is not shown.
-UNSEEN = r"""() => {
-  const unseen = /[\p{C}\p{Zl}\p{Zp}\u034f\u115f\u1160\u3164\ufe00-\ufe0f]/u;
-  const texts = [document.title];
-  const shown = ["title", "placeholder", "aria-label", "aria-valuetext", "aria-description"];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_ALL);
-  for (let node = walker.currentNode; node; node = walker.nextNode()) {
-    if (node.nodeType === Node.TEXT_NODE) texts.push(node.data.replace(/\n */g, ""));
-    else texts.push(...shown.map((name) => node.getAttribute?.(name) ?? ""));
-  }
-  return texts.filter((text) => unseen.test(text));
-}"""
-
-
 def utc(seconds: int) -> str:
     """Give a time as a field for times has it: without seconds where they are zero."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)).removesuffix(":00")
@@ -703,7 +685,7 @@ def test_the_table_and_the_graph_lead_to_each_other(hand, visit, service):
     hand.filter("CHAIN")
     shown = rows.all_inner_texts()
     assert all("chain" in row.casefold() for row in shown)
-    expect(page.locator(".table-head")).to_contain_text(f"{len(shown)} functions")
+    expect(page.locator("#pane-table .table-head")).to_contain_text(f"{len(shown)} functions")
     hand.filter("no such function")
     expect(rows).to_have_text("No function matches “no such function”")
     hand.filter("")
@@ -926,11 +908,6 @@ def test_dark_and_light_and_the_keys(hand, visit, service, recording):
     hand.press(dialog.get_by_role("button", name="Close"))
     expect(dialog).to_be_hidden()
     expect(page.locator("#help-button")).to_be_focused()
-
-
-def unseen_in(view: View) -> list[str]:
-    """Give texts anywhere in the document that hold what a reader could not see."""
-    return view.page.evaluate(UNSEEN)
 
 
 def test_hostile_names_are_shown_and_nothing_else(visit, hostile):
@@ -1264,20 +1241,6 @@ def test_the_table_says_what_the_canvas_draws(visit, service, recording):
         assert told[name, module][0] <= told[name, module][1]
 
 
-def barriers(view: View) -> list[str]:
-    view.settle()
-    options = {"resultTypes": ["violations"]}
-    if view.page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches"):
-        options["runOnly"] = ["color-contrast"]
-    found = Axe().run(view.page, options=options).response["violations"]
-    return [
-        f"{each['impact']} {each['id']}: {node['target']} {node['failureSummary']}"
-        for each in found
-        if each["impact"] in {"serious", "critical"}
-        for node in each["nodes"]
-    ]
-
-
 def test_the_page_fits_a_phone_and_large_type(visit, service, hostile, recording):
     """At 400 px, and at half of 1280 as at 200 %, no view, state or menu makes the page scroll
     sideways, and no control lies outside of it.
@@ -1311,46 +1274,6 @@ def test_the_page_fits_a_phone_and_large_type(visit, service, hostile, recording
         assert outside(view) == []
 
 
-# What lies in something that scrolls by itself can be reached there.
-OUTSIDE = """() => {
-  const {scrollWidth, clientWidth} = document.documentElement;
-  const controls = document.querySelectorAll("a, button, input, select, summary, h3, canvas, p");
-  const isBeyond = (each) => {
-    const {left, right, width} = each.getBoundingClientRect();
-    return width > 1 && (left < -1 || right > clientWidth + 1);
-  };
-  const scrolls = (each) => {
-    for (let at = each.parentElement; at && at !== document.body; at = at.parentElement) {
-      if (["auto", "scroll"].includes(getComputedStyle(at).overflowX)) return true;
-    }
-    return false;
-  };
-  const beyond = [...controls].filter((each) => each.checkVisibility() && isBeyond(each));
-  return [
-    ...(scrollWidth > clientWidth ? [`${scrollWidth} px in ${clientWidth}`] : []),
-    ...beyond.filter((each) => !scrolls(each)).map((each) => each.outerHTML.slice(0, 200)),
-  ];
-}"""
-
-
-def outside(view: View) -> list[str]:
-    return view.page.evaluate(OUTSIDE)
-
-
-# What shows the focus may stand around the control, as a label does around a radio button.
-FOCUSED = """() => {
-  const control = document.activeElement;
-  if (control === document.body) return null;
-  const number = [...document.querySelectorAll("*")].indexOf(control);
-  const name = control.id ? `#${control.id}` : `${control.localName} ${number}`;
-  const around = control.closest("label, .flame-scroller") ?? control;
-  const {x, y, width, height} = around.getBoundingClientRect();
-  const [left, top] = [Math.max(0, x - 6), Math.max(0, y - 6)];
-  const seen = Math.min(height + 12, innerHeight - top);
-  return {name, x: left, y: top, width: width + 12, height: seen};
-}"""
-
-
 def test_the_focus_is_seen_wherever_it_goes(visit, service, recording):
     """Tab reaches each control once, and each looks otherwise with the focus than without."""
     view = visit(f"{service.url}{recording.address}&q=%7Bservice%3D%22chain%22%7D&focus=outer")
@@ -1358,18 +1281,7 @@ def test_the_focus_is_seen_wherever_it_goes(visit, service, recording):
     view.click_box("outer")
     page.reload()
     view.settle()
-    reached = []
-    while True:
-        page.keyboard.press("Tab")
-        place = page.evaluate(FOCUSED)
-        if place is None or place["name"] in reached:
-            break
-        reached.append(place["name"])
-        clip = {name: place[name] for name in ("x", "y", "width", "height")}
-        focused = page.screenshot(clip=clip, caret="hide")
-        page.evaluate("window.focused = document.activeElement; document.activeElement.blur()")
-        assert page.screenshot(clip=clip, caret="hide") != focused, place["name"]
-        page.evaluate("window.focused.focus({focusVisible: true, preventScroll: true})")
+    reached = walk_focus(view)
     assert len(reached) > 40
     for name in ("#selector-input", "#range-button", "#refresh", "#copy-link", "#search", "#by"):
         assert name in reached

@@ -7,10 +7,10 @@ const KEPT = 12;
 export class ApiError extends Error {
   constructor(problem, status) {
     super(problem.detail || problem.title || `the service answered with status ${status}`);
+    this.problem = problem;
     this.title = problem.title || "The service failed";
     this.status = status;
     this.node = problem.node ?? null;
-    this.nearest = problem.nearest ?? [];
     this.parameter = problem.parameter ?? null;
   }
 

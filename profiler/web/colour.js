@@ -56,6 +56,29 @@ const OWN_TIME_FULL = 0.25;
 // Just off the page's background, so that faded boxes still have edges.
 const PAPER = { light: "#fbfbfc", dark: "#1c2026" };
 
+// What a comparison says of a box. Blue and orange differ for all eyes, and each has a mark and a
+// sign of its own, so that nothing is said by colour alone. `line` is what the mark is drawn with.
+// They are those of the SVG export (profiler/svg_diff.py).
+const PLAIN = { light: { fill: "#e3e6ea" }, dark: { fill: "#333a44" } };
+const CHANGES = {
+  light: {
+    more: { fill: "#f5a04c" },
+    less: { fill: "#7fb2f0" },
+    new: { fill: "#fbd3a8", line: "#f0974a" },
+    gone: { fill: "#dbe9fb", line: "#1d5fb4" },
+    moved: { fill: "#e3e6ea", line: "#4a5360" },
+  },
+  dark: {
+    more: { fill: "#9a4f00" },
+    less: { fill: "#1f5fa8" },
+    new: { fill: "#6e3a10", line: "#a4530f" },
+    gone: { fill: "#16324f", line: "#7fb2f0" },
+    moved: { fill: "#333a44", line: "#b4bdc9" },
+  },
+};
+const MARKS = { new: "hatched", gone: "dashed", moved: "dotted" };
+const SIGNS = { more: "↑", less: "↓", new: "+", gone: "−", moved: "⇄" };
+
 const MATCH = {
   light: { fill: "#8b1a8f", text: "#ffffff" },
   dark: { fill: "#f59af7", text: "#1a0a1c" },
@@ -90,6 +113,23 @@ export function dimColour({ fill }, isDark) {
 /** Give the colour of a box above the one that was zoomed into: it is there to go back. */
 export function fadeColour({ fill, text }, isDark) {
   return { fill: towardsPaper(fill, isDark, 0.62), text };
+}
+
+/**
+ * Give {fill, text, line, mark} of a box by what a comparison says of it. `mark` is "hatched",
+ * "dashed", "dotted" or empty; anything that is no change has the same grey.
+ */
+export function changeColour(verdict, isDark) {
+  const scheme = isDark ? "dark" : "light";
+  const known = CHANGES[scheme];
+  const colour = Object.hasOwn(known, verdict) ? known[verdict] : PLAIN[scheme];
+  const mark = Object.hasOwn(MARKS, verdict) ? MARKS[verdict] : "";
+  return { line: colour.fill, ...colour, text: TEXT[scheme], mark };
+}
+
+/** Give the sign that stands before names of what has changed; empty for all else. */
+export function changeSign(verdict) {
+  return Object.hasOwn(SIGNS, verdict) ? SIGNS[verdict] : "";
 }
 
 /** Tell whether a box stands for no code: it has one colour whatever the colours are by. */

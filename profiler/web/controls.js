@@ -5,7 +5,7 @@ import {button, debounce, el, icon, removableChip, set} from "./dom.js";
 import {counted, number, safeName, share, span} from "./format.js";
 import * as selector from "./selector.js";
 import {colourClass} from "./timeline.js";
-import {RANGES, formatWindow, fromInput, toInput} from "./times.js";
+import {formatWindow, fromInput, toInput} from "./times.js";
 
 const SERVICES_SHOWN = 10;
 const SERVICES_SHOWN_NARROW = 5;
@@ -66,7 +66,7 @@ export class SelectorInput {
     this.input = form.querySelector("input");
     this.list = form.querySelector("[role=listbox]");
     this.problem = form.querySelector(".problem");
-    this.clear = form.querySelector("#selector-clear");
+    this.clear = form.querySelector(".clear");
     this.suggest = suggest;
     this.onCommit = onCommit;
     this.shown = "";
@@ -163,7 +163,7 @@ export class SelectorInput {
   #draw() {
     this.list.replaceChildren(...this.#options.map(({value, hint}, i) => el(
       "li",
-      {id: `selector-option-${i}`, role: "option", "aria-selected": "false", on: {pointerdown: (event) => {
+      {id: `${this.list.id}-${i}`, role: "option", "aria-selected": "false", on: {pointerdown: (event) => {
         event.preventDefault();
         this.#take(i);
       }}},
@@ -178,7 +178,7 @@ export class SelectorInput {
   #choose(i) {
     this.#active = i;
     [...this.list.children].forEach((option, k) => option.setAttribute("aria-selected", String(k === i)));
-    set(this.input, {"aria-activedescendant": i < 0 ? null : `selector-option-${i}`});
+    set(this.input, {"aria-activedescendant": i < 0 ? null : `${this.list.id}-${i}`});
     this.list.children[i]?.scrollIntoView({block: "nearest"});
   }
 
@@ -206,15 +206,17 @@ export function fixedSuggestions(expects) {
   return expects === "end" ? [{value: ",", hint: "and another label"}] : [];
 }
 
-/** The range: presets, and two times in the zone that is chosen. */
+/** A window: presets ([from, until, name]), and two times in the zone that is chosen. */
 export class RangePicker {
-  constructor(container, {onRange, onZone}) {
+  constructor(container, {label, presets, onRange, onZone}) {
     this.menu = new Menu(container, {onOpen: () => this.#fill()});
-    this.presets = container.querySelector("#ranges");
+    this.label = label;
+    this.presets = presets;
+    this.list = container.querySelector(".ranges");
     this.form = container.querySelector("form");
-    this.from = container.querySelector("#custom-from");
-    this.until = container.querySelector("#custom-until");
-    this.problem = container.querySelector("#custom-problem");
+    this.from = container.querySelector("[name=from]");
+    this.until = container.querySelector("[name=until]");
+    this.problem = container.querySelector(".problem");
     this.onRange = onRange;
     for (const radio of container.querySelectorAll("[name=tz]")) {
       radio.addEventListener("change", () => {
@@ -231,8 +233,8 @@ export class RangePicker {
   /** `window` in ms is what the texts mean now. */
   show({from, until, tz, window, name}) {
     this.shown = {from, until, tz, window};
-    this.menu.button.querySelector("#range-name").textContent = name;
-    set(this.menu.button, {"aria-label": `Time range: ${name}`, title: formatWindow(window.from, window.until, tz)});
+    this.menu.button.querySelector(".range-name").textContent = name;
+    set(this.menu.button, {"aria-label": `${this.label}: ${name}`, title: formatWindow(window.from, window.until, tz)});
     checkRadio(this.form, tz);
   }
 
@@ -241,7 +243,7 @@ export class RangePicker {
     this.problem.hidden = true;
     this.from.value = toInput(window.from - (window.from % 1000), tz);
     this.until.value = toInput(window.until - (window.until % 1000), tz);
-    this.presets.replaceChildren(...RANGES.map(([start, end, name]) => button({
+    this.list.replaceChildren(...this.presets.map(([start, end, name]) => button({
       text: name,
       class: "quiet",
       "aria-current": start === from && end === until ? "true" : null,
@@ -495,8 +497,8 @@ function sum(counts) {
 }
 
 const KEYS = [
-  ["Anywhere", [["/", "search"], ["n  N", "next, previous match"], ["s", "selector"], ["t", "timeline"], ["g", "graph"], ["1  2  3", "graph, table, both"], ["i", "inverted or not"], ["v", "icicle or flame"], ["0", "reset the zoom"], ["r", "refresh"], ["c", "copy a link"], ["Escape", "close, let go of the selected box"], ["?", "this help"]]],
-  ["Timeline", [["← →", "choose a step"], ["Shift ← →", "extend to a range"], ["Enter", "show that range"], ["Escape", "let go"]]],
+  ["Anywhere", [["/", "search"], ["n  N", "next, previous match"], ["s", "selector"], ["t", "timeline"], ["g", "graph"], ["1  2  3", "graph, table, both"], ["i", "inverted or not"], ["v", "icicle or flame"], ["0", "reset the zoom"], ["r", "refresh"], ["d", "compare with before, or not"], ["b  a  u", "as wide as before, after, both"], ["c", "copy a link"], ["Escape", "close, let go of the selected box"], ["?", "this help"]]],
+  ["Timeline", [["← →", "choose a step"], ["Shift ← →", "extend to a range"], ["Enter", "show that range"], ["Escape", "let go"], ["Tab", "go on to the deployments"]]],
   ["Graph", [["← → ↑ ↓", "go from box to box"], ["Enter", "zoom in"], ["Escape", "zoom out"], ["Home", "show everything"]]],
   ["Table", [["↑ ↓", "go from row to row"], ["Enter", "select the function"]]],
 ];

@@ -66,6 +66,21 @@ export function share(part, total) {
   return `${percent.toFixed(percent === 0 || percent >= 100 ? 0 : 1)} %`;
 }
 
+/** Give a growth with its sign: `+52 %`, `−3.4 %`, `×13` from ten times as much on; 0.5 is half as
+ * much again. */
+export function growth(relative) {
+  if (relative >= 9) return `×${number(1 + relative)}`;
+  const percent = 100 * Math.abs(relative);
+  const text = percent.toFixed(percent < 9.95 ? 1 : 0);
+  return `${Number(text) === 0 ? "±" : relative < 0 ? "−" : "+"}${text} %`;
+}
+
+/** Give cores a host: `0.42`, `0.0031`, and `<0.0001` for what would round to nothing. */
+export function coresPerHost(value) {
+  if (value > 0 && value < 0.0001) return "<0.0001 cores a host";
+  return `${Number(value.toPrecision(value < 0.01 ? 2 : 3))} cores a host`;
+}
+
 /** Give nanoseconds of CPU time with the unit that suits: `820 µs`, `1.24 s`, `12.3 min`, `3.1 d`. */
 export function cpuTime(ns) {
   const size = Math.abs(ns);

@@ -8,16 +8,19 @@
 // loads graph.css beside its own style sheet.
 //
 // Methods
-//   show(answer, {view, colour, zoomPath, arrivedAt})
-//       Draw an answer of /api/v1/flamegraph, at once. view: "icicle" (root on top; the default) or
-//       "flame". colour: "kind" (default), "module" or "self". zoomPath: null, or frames
+//   show(answer, {view, colour, factsOf, zoomPath, arrivedAt})
+//       Draw an answer of /api/v1/flamegraph, or a view of a comparison (layout.js), at once. view:
+//       "icicle" (root on top; the default) or "flame". colour: "kind" (default), "module", "self"
+//       or "change". factsOf(box): what the tooltip says of a box, {rows: [[name, value, share], ...],
+//       hint}; left out, what it costs. zoomPath: null, or frames
 //       [[function, module, kind], ...] from below the overall root, as onZoom gives them: zoom
 //       into that node inside of this answer (as far down as it is there). arrivedAt:
 //       performance.now() of the answer's arrival, where the measure `everflame:first-paint`
 //       begins. Every call gives all options: what is left out has its default.
 //       An answer without boxes (empty, or a total of 0) is drawn as nothing, 0 px high.
-//   highlight(text)      Light up boxes whose function or module has it; "" ends it. Survives show().
-//                        Gives {index, count} as step() does.
+//   highlight(wanted)    Light up boxes whose function or module has this text, or those of one
+//                        {function, module}; "" ends it. Survives show(). Gives {index, count} as
+//                        step() does.
 //   step(+1 | -1)        Select the next or previous match, scroll to it: {index, count}, index
 //                        counts from 1, 0 when none is selected. Wraps around.
 //   select(id | null)    Select the box with this node id (16 hex digits), scroll to it. Gives
@@ -40,18 +43,28 @@
 //   onSelect(box | null) The user selected a box (click, arrows, step) or nothing.
 //   onHover(box | null)  The pointer is on another box.
 //   box: {id, path, frame: {function, module, kind, file, line}, total, self, samples, depth,
-//         share, shareOfAll, isRest}
+//         share, shareOfAll, isRest, verdict, before, after, cause}
 //       total, self in the answer's unit (self is null for ancestors above the answer's root);
 //       share is of the node zoomed to, shareOfAll of the answer's `total`; depth 0 is the overall
-//       root; isRest: a sum of boxes too narrow to draw (its id and path are its parent's).
+//       root; isRest: a sum of boxes too narrow to draw (its id and path are its parent's). Of a
+//       comparison alone: what it says of the box, both sides in its unit, and the frame of what
+//       changed below it, which made most of the box's own difference, or null.
 //
 // Measures for benchmarks (performance.getEntriesByName):
 //   everflame:first-paint   from the answer's arrival until it is painted
 //   everflame:zoom          from the click or key until it is painted; what the callbacks do is in it
 
-import { boxColour, dimColour, fadeColour, isNeutral, matchColour } from "./colour.js";
+import {
+  boxColour,
+  changeColour,
+  changeSign,
+  dimColour,
+  fadeColour,
+  isNeutral,
+  matchColour,
+} from "./colour.js";
 import { cores, counted, number, place, quantity, safeName, share, shorten } from "./format.js";
-import { ROOT_ID, boxOf, graphOf, hit, layOut, neighbour, stepMatch, sumOf } from "./layout.js";
+import { CHANGED, ROOT_ID, boxOf, comparedTo, graphOf, hit, layOut, neighbour, stepMatch, sumOf } from "./layout.js";
 
 const ROW_PX = 20;
 const GAP_PX = 1;
@@ -75,6 +88,7 @@ export class FlameGraphView {
   #answer = null;
   #view = "icicle";
   #colour = "kind";
+  #factsOf = null;
   #boxes = null;
   #rows = 0;
   /** The node that was asked for; above the answer's root it is not drawn until the next show(). */
@@ -89,6 +103,7 @@ export class FlameGraphView {
   #scheme = null;
   #colours = new Map();
   #texts = new Map();
+  #hatchings = new Map();
   #cellPx = 7.2;
   #frameRequest = 0;
 
@@ -106,7 +121,10 @@ export class FlameGraphView {
     return this.#parts.scroller.clientWidth;
   }
 
-  show(answer, { view = "icicle", colour = "kind", zoomPath = null, arrivedAt = null } = {}) {
+  show(
+    answer,
+    { view = "icicle", colour = "kind", factsOf = null, zoomPath = null, arrivedAt = null } = {},
+  ) {
     const start = arrivedAt ?? performance.now();
     const selectedPath = this.#selected === null ? null : this.#graph.pathOf(this.#selected);
     const isOtherView = view !== this.#view || this.#graph === null;
@@ -115,6 +133,7 @@ export class FlameGraphView {
     this.#answer = answer;
     this.#view = view;
     this.#colour = colour;
+    this.#factsOf = factsOf;
     this.#colours.clear();
     this.#asked = zoomPath ? Math.max(0, this.#graph.findPath(zoomPath)) : 0;
     this.#selected = selectedPath ? exactly(this.#graph, selectedPath) : null;
@@ -130,9 +149,9 @@ export class FlameGraphView {
     });
   }
 
-  highlight(text) {
-    if (text !== this.#searched) {
-      this.#searched = text;
+  highlight(wanted) {
+    if (!isSameSearch(wanted, this.#searched)) {
+      this.#searched = wanted;
       this.#findMatches();
       this.#draw();
     }
@@ -196,7 +215,8 @@ export class FlameGraphView {
     const [rowsBefore, { scrollTop }] = [this.#rows, scroller];
     // A scroll bar takes width, and less width may mean fewer rows: counting them without it keeps
     // it from coming and going for ever.
-    const widest = this.#answer.total > 0 ? scroller.offsetWidth : 0;
+    const isThere = this.#graph.size > 0 && this.#graph.totalOf(this.#zoomed) > 0;
+    const widest = isThere ? scroller.offsetWidth : 0;
     this.#boxes = layOut(this.#graph, this.#zoomed, widest);
     this.#rows = this.#boxes.rows;
     space.style.height = `${this.#rows * ROW_PX}px`;
@@ -270,24 +290,57 @@ export class FlameGraphView {
       const end = Math.min(right, Math.round((x[i] + width[i]) * ratio) / ratio);
       const gap = width[i] > 3 ? GAP_PX : 0;
       const drawn = Math.max(1 / ratio, end - start - gap);
-      const { fill, text } = this.#colourOf(node[i], cutEnd[i] !== 0);
-      context.fillStyle = fill;
+      const colour = this.#colourOf(node[i], cutEnd[i] !== 0);
+      context.fillStyle = colour.fill;
       context.fillRect(start, top, drawn, height);
       if (cutEnd[i] !== 0 || this.#graph.frameOf(node[i]).kind === "rest") {
         context.fillStyle = hatching;
         context.fillRect(start, top, drawn, height);
-      } else if (drawn >= TEXT_LEAST_PX) {
-        context.fillStyle = text;
-        const name = nameOf(this.#graph.frameOf(node[i]));
-        const shown = this.#fitted(name, drawn - 2 * TEXT_INSET_PX);
+        continue;
+      }
+      if (colour.mark) this.#drawMark(colour, start, top, drawn, ratio);
+      if (drawn >= TEXT_LEAST_PX) {
+        context.fillStyle = colour.text;
+        const shown = this.#fitted(this.#titleOf(node[i]), drawn - 2 * TEXT_INSET_PX);
         context.fillText(shown, start + TEXT_INSET_PX, top + height / 2 + 0.5);
       }
+      if (colour.isFound) this.#strokeBox(start, top, drawn, this.#scheme.foreground, []);
     }
+  }
+
+  // Marks say without colour what changes are.
+  #drawMark({ mark, line }, start, top, width, ratio) {
+    const context = this.#context;
+    if (mark === "hatched") {
+      context.fillStyle = this.#hatching(ratio, line);
+      context.fillRect(start, top, width, ROW_PX - GAP_PX);
+    } else if (mark === "dashed") {
+      this.#strokeBox(start, top, width, line, [4, 3]);
+    } else {
+      context.fillStyle = line;
+      for (let x = start; x < start + width - 1; x += 4) context.fillRect(x, top + 17, 2, 2);
+    }
+  }
+
+  #strokeBox(start, top, width, colour, dash) {
+    const context = this.#context;
+    context.strokeStyle = colour;
+    context.lineWidth = 1.5;
+    context.setLineDash(dash);
+    context.strokeRect(start + 0.75, top + 0.75, Math.max(0, width - 1.5), ROW_PX - GAP_PX - 1.5);
+  }
+
+  #titleOf(node) {
+    const name = nameOf(this.#graph.frameOf(node));
+    const sign = changeSign(this.#graph.verdictOf(node));
+    return sign ? `${sign} ${name}` : name;
   }
 
   #colourOf(node, isSum) {
     const { isDark } = this.#scheme;
-    if (this.#isMatch?.has(node) && !isSum) return matchColour(isDark);
+    const isFound = this.#isMatch?.has(node) && !isSum;
+    if (this.#colour === "change") return this.#colourOfChange(node, isSum, isFound);
+    if (isFound) return matchColour(isDark);
     const isAbove = node < this.#zoomed && this.#graph.isWithin(this.#zoomed, node);
     const change = this.#isMatch ? dimColour : isAbove ? fadeColour : null;
     if (isSum) return this.#frameColour({ kind: "rest", module: "" }, "rest", 0, change);
@@ -300,6 +353,15 @@ export class FlameGraphView {
     }
     const key = node < 0 ? `above ${node}` : this.#graph.frame[node];
     return this.#frameColour(frame, key, 0, change);
+  }
+
+  // What changed keeps its colour when it is found: the colour is the answer.
+  #colourOfChange(node, isSum, isFound) {
+    const { isDark } = this.#scheme;
+    const key = isSum ? "" : this.#graph.verdictOf(node);
+    const colour = changeColour(key, isDark);
+    if (!this.#isMatch) return colour;
+    return isFound ? { ...colour, isFound } : dimColour(colour, isDark);
   }
 
   #frameColour(frame, key, selfShare, change) {
@@ -339,20 +401,19 @@ export class FlameGraphView {
     return this.#context.measureText(text).width;
   }
 
-  #hatching(ratio) {
-    const key = `${ratio} ${this.#scheme.isDark}`;
-    if (this.#scheme.hatchingKey !== key) {
-      this.#scheme.hatching = drawHatching(this.#context, ratio, this.#scheme);
-      this.#scheme.hatchingKey = key;
+  #hatching(ratio, colour = this.#scheme.isDark ? "#4a515c" : "#bfc5ce") {
+    const key = `${ratio} ${colour}`;
+    if (!this.#hatchings.has(key)) {
+      this.#hatchings.set(key, drawHatching(this.#context, ratio, colour));
     }
-    return this.#scheme.hatching;
+    return this.#hatchings.get(key);
   }
 
   #readScheme() {
     const { root, canvas } = this.#parts;
     const style = getComputedStyle(root);
     const background = style.backgroundColor;
-    this.#scheme = { background, isDark: isDarkColour(background), muted: style.borderTopColor };
+    this.#scheme = { background, foreground: style.color, isDark: isDarkColour(background) };
     canvas.classList.toggle("is-dark", this.#scheme.isDark);
     this.#colours.clear();
     this.#texts.clear();
@@ -473,6 +534,7 @@ export class FlameGraphView {
       share: total / (graph.totalOf(this.#zoomed) || 1),
       shareOfAll: total / (graph.wholeTotal || 1),
       isRest,
+      ...(graph.isComparison ? comparedTo(graph, node, isSum ? this.#boxes.cutEnd[i] : 0) : {}),
     };
   }
 
@@ -480,7 +542,9 @@ export class FlameGraphView {
     const graph = this.#graph;
     const name = nameOf(graph.frameOf(node));
     const of = this.#answer.type === "cpu" ? "of CPU" : "of all";
-    const spoken = `${name}, ${share(graph.totalOf(node), graph.wholeTotal)} ${of}, depth ${graph.rowOf(node)}`;
+    const verdict = graph.verdictOf(node);
+    const said = CHANGED.has(verdict) || verdict === "moved" ? `${verdict}, ` : "";
+    const spoken = `${name}, ${said}${share(graph.totalOf(node), graph.wholeTotal)} ${of}, depth ${graph.rowOf(node)}`;
     return this.#isMatch?.has(node)
       ? `${spoken}, match ${this.#place().index} of ${this.#matches.length}`
       : spoken;
@@ -490,8 +554,11 @@ export class FlameGraphView {
     const { total, samples, unit } = this.#answer;
     if (!this.#rows) return "Flame graph, empty";
     const name = nameOf(this.#graph.frameOf(this.#zoomed));
+    const size = this.#graph.isComparison
+      ? "before and after"
+      : `${quantity(total, unit)} in all, ${counted(samples, "sample")}`;
     return (
-      `Flame graph of ${name}: ${quantity(total, unit)} in all, ${counted(samples, "sample")}. ` +
+      `Flame graph of ${name}: ${size}. ` +
       "Arrow keys move, Enter zooms in, Escape zooms out, Home shows everything."
     );
   }
@@ -657,7 +724,9 @@ export class FlameGraphView {
       where: [safeName(frame.module), kindName(frame.kind)].filter(Boolean).join(" · "),
       file: safeName(place(frame.file, frame.line)),
       rows: [],
+      hint: box.isRest ? "Too narrow to draw: zoom in to see them." : "",
     };
+    if (this.#factsOf) return { ...lines, ...this.#factsOf(box) };
     const all = this.#graph.wholeTotal;
     const isZoomed = this.#graph.totalOf(this.#zoomed) !== all;
     lines.rows.push(["Total", quantity(box.total, unit), share(box.total, all)]);
@@ -674,7 +743,6 @@ export class FlameGraphView {
       lines.rows.push(["On average", cores(box.total, window.until_ms - window.from_ms), ""]);
     }
     if (box.samples !== null) lines.rows.push(["Samples", number(box.samples), ""]);
-    lines.hint = box.isRest ? "Too narrow to draw: zoom in to see them." : "";
     return lines;
   }
 }
@@ -742,13 +810,13 @@ function placeTooltip(tooltip, x, y, gap, keepClearPx = 0) {
   tooltip.style.top = `${top}px`;
 }
 
-function drawHatching(context, ratio, { isDark }) {
+function drawHatching(context, ratio, colour) {
   const side = Math.max(4, Math.round(6 * ratio));
   const tile = context.canvas.ownerDocument.createElement("canvas");
   tile.width = side;
   tile.height = side;
   const pen = tile.getContext("2d");
-  pen.strokeStyle = isDark ? "#4a515c" : "#bfc5ce";
+  pen.strokeStyle = colour;
   pen.lineWidth = ratio;
   pen.beginPath();
   for (const shift of [-side, 0, side]) {
@@ -759,6 +827,11 @@ function drawHatching(context, ratio, { isDark }) {
   const pattern = context.createPattern(tile, "repeat");
   pattern.setTransform(new DOMMatrix().scale(1 / ratio));
   return pattern;
+}
+
+function isSameSearch(one, other) {
+  if (typeof one === "string" || typeof other === "string") return one === other;
+  return one.function === other.function && one.module === other.module;
 }
 
 function sumFrame(nodes) {

@@ -12,6 +12,9 @@ export const ROOT_ID = "cbf29ce484222325";
 /** Narrower than this a box is not drawn by itself, as the service cuts (profiler/flamegraph.py). */
 export const LEAST_PX = 0.5;
 
+/** The verdicts on what costs more or less than before. */
+export const CHANGED = new Set(["more", "less", "new", "gone"]);
+
 const FNV_OFFSET = [0xcbf29ce4, 0x84222325];
 const FNV_PRIME_LOW = 0x1b3; // the prime is 2^40 + 0x1b3
 const KEY_SEPARATOR = 1;
@@ -40,14 +43,27 @@ export function graphOf(answer) {
   return graphs.get(answer);
 }
 
-/** An answer of /api/v1/flamegraph as a tree. */
+const views = new WeakMap();
+
+/**
+ * Give an answer of /api/v1/diff as one of /api/v1/flamegraph, whose boxes are as wide as `side`
+ * makes them: "before", "after", or "" for the mean of both. The same one each time.
+ */
+export function viewOf(diff, side) {
+  if (!views.has(diff)) views.set(diff, new Map());
+  const ofSides = views.get(diff);
+  if (!ofSides.has(side)) ofSides.set(side, makeView(diff, side));
+  return ofSides.get(side);
+}
+
+/** An answer of /api/v1/flamegraph as a tree, or a view of a comparison. */
 export class Graph {
   /** By node, counted from `top`: the halves of its id; computed when first asked for. */
   #ids = null;
   /** By id: the answer's root and what stands above it, whose ids the answer tells. */
   #above = new Map();
 
-  constructor({ frames, nodes, path, total }) {
+  constructor({ frames, nodes, path, total, ...comparison }) {
     this.frames = frames.map(asFrame);
     this.frame = nodes.frame;
     this.depth = nodes.depth;
@@ -55,6 +71,10 @@ export class Graph {
     this.samples = nodes.samples;
     this.self = nodes.self;
     this.size = nodes.frame.length;
+    this.before = nodes.before;
+    this.after = nodes.after;
+    this.verdict = nodes.verdict;
+    this.comparison = comparison;
     this.wholeTotal = total;
     this.ancestors = ancestorsOf(path, total);
     this.top = -this.ancestors.length;
@@ -72,12 +92,60 @@ export class Graph {
 
   /** Give the node's samples, or null where the answer does not say. */
   samplesOf(node) {
+    if (!this.samples) return null;
     return node < 0 ? this.#ancestor(node).samples : this.samples[node];
   }
 
   /** Give the node's own part of its total, or null where the answer does not say. */
   selfOf(node) {
-    return node < 0 ? null : this.self[node];
+    return node < 0 || !this.self ? null : this.self[node];
+  }
+
+  /** Tell whether this is a comparison: then boxes have two sides and a verdict. */
+  get isComparison() {
+    return this.verdict !== undefined;
+  }
+
+  /** Give {before, after} of a comparison's node. */
+  sidesOf(node) {
+    if (node < 0) return this.#ancestor(node);
+    return { before: this.before[node], after: this.after[node] };
+  }
+
+  /** Give what a comparison says of a node; empty where it says nothing. */
+  verdictOf(node) {
+    return this.isComparison && node >= 0 ? this.comparison.verdicts[this.verdict[node]] : "";
+  }
+
+  /** Give by how much more a comparison's node costs after than before, in cores a host and beyond
+   * what all functions have in common. */
+  growthOf(node) {
+    const { before, after } = this.sidesOf(node);
+    const { scale, common_change: common } = this.comparison;
+    const factor = Math.sqrt(1 + common.relative); // of both sides alike: swapped, the sign alone
+    return (after * scale.after) / factor - before * scale.before * factor;
+  }
+
+  /** Give the node below that made most of a node's growth itself, of those that changed or whose cost
+   * moved; or null. */
+  causeOf(node) {
+    const growth = this.growthOf(node);
+    const first = Math.max(0, node);
+    const end = node < 0 ? this.size : this.end[node];
+    const own = new Float64Array(end - first);
+    for (let at = first; at < end; at += 1) {
+      const part = this.growthOf(at);
+      own[at - first] += part;
+      if (at > first) own[this.parent[at] - first] -= part;
+    }
+    let [cause, most] = [null, 0];
+    for (let at = first; at < end; at += 1) {
+      const part = own[at - first] * Math.sign(growth);
+      const verdict = this.verdictOf(at);
+      const isChange = CHANGED.has(verdict) || verdict === "moved";
+      if (isChange && at !== node && part > most) [cause, most] = [at, part];
+    }
+    return cause;
   }
 
   /** Tell whether a node is what the service summed because it is too narrow to draw. */
@@ -138,17 +206,16 @@ export class Graph {
     return null;
   }
 
-  /** Give the nodes whose function or module has the text, whatever its case, in preorder.
-   * The overall root and sums of what is too narrow have no function. */
-  matches(text) {
-    const wanted = text.toLowerCase();
+  /** Give the nodes whose function or module has the text, whatever its case, or those of one
+   * function, {function, module}; in preorder. The overall root and sums of what is too narrow have
+   * no function. */
+  matches(wanted) {
     if (wanted === "") return [];
-    const isMatch = this.frames.map((frame) => hasText(frame, wanted));
+    const isWanted = typeof wanted === "string" ? withText(wanted) : ofFunction(wanted);
+    const isMatch = this.frames.map(isWanted);
     const nodes = [];
     for (let node = this.top + 1; node < this.size; node += 1) {
-      if (node < 0 ? hasText(this.frameOf(node), wanted) : isMatch[this.frame[node]]) {
-        nodes.push(node);
-      }
+      if (node < 0 ? isWanted(this.frameOf(node)) : isMatch[this.frame[node]]) nodes.push(node);
     }
     return nodes;
   }
@@ -256,9 +323,29 @@ export function sumOf(graph, boxes, i) {
   for (let at = node; at < boxes.cutEnd[i]; at = graph.end[at]) {
     sum.nodes += 1;
     sum.total += graph.total[at];
-    sum.samples += graph.samples[at];
+    sum.samples += graph.samples?.[at] ?? 0;
   }
   return sum;
+}
+
+/** Give what a comparison says of a node, or of all siblings from it up to `cutEnd`. */
+export function comparedTo(graph, node, cutEnd = 0) {
+  const sides = graph.sidesOf(node);
+  if (cutEnd === 0) {
+    const cause = graph.causeOf(node);
+    return {
+      before: sides.before,
+      after: sides.after,
+      verdict: graph.verdictOf(node),
+      cause: cause === null ? null : graph.frameOf(cause),
+    };
+  }
+  let [before, after] = [0, 0];
+  for (let at = node; at < cutEnd; at = graph.end[at]) {
+    before += graph.before[at];
+    after += graph.after[at];
+  }
+  return { before, after, verdict: "", cause: null };
 }
 
 /** Give the drawn node that lies "parent", "child", "next" or "previous" of a drawn one, or null.
@@ -298,6 +385,22 @@ function ancestorsOf(path, total) {
   return [root, ...below];
 }
 
+function makeView(diff, side) {
+  const { nodes, scale, path, totals } = diff;
+  const width = ({ before, after }) => {
+    if (side === "before") return before * scale.before;
+    if (side === "after") return after * scale.after;
+    return (before * scale.before + after * scale.after) / 2;
+  };
+  const total = nodes.before.map((before, i) => width({ before, after: nodes.after[i] }));
+  return {
+    ...diff,
+    total: width(totals),
+    nodes: { ...nodes, total },
+    path: path?.map((each) => ({ ...each, total: width(each) })),
+  };
+}
+
 function addSubtree(graph, zoomed, widthPx, add) {
   const scale = widthPx / (graph.total[zoomed] || 1);
   const left = graph.left[zoomed];
@@ -310,7 +413,7 @@ function addSubtree(graph, zoomed, widthPx, add) {
       i += 1;
       continue;
     }
-    // What follows is narrower still, or the rest.
+    // What follows is narrower still, or the rest; of one side of a comparison it may be wider.
     const end = graph.end[graph.parent[i]];
     let [cut, sum] = [i, 0];
     for (; cut < end && graph.total[cut] * scale < LEAST_PX; cut = graph.end[cut]) {
@@ -365,11 +468,16 @@ function firstAbove(ascending, start, end, wanted) {
   return low;
 }
 
-function hasText(frame, wanted) {
-  if (frame.kind === "rest") return false;
-  return (
-    frame.function.toLowerCase().includes(wanted) || frame.module.toLowerCase().includes(wanted)
-  );
+function withText(text) {
+  const wanted = text.toLowerCase();
+  return ({ function: name, module, kind }) =>
+    kind !== "rest" &&
+    (name.toLowerCase().includes(wanted) || module.toLowerCase().includes(wanted));
+}
+
+function ofFunction(wanted) {
+  return ({ function: name, module, kind }) =>
+    name === wanted.function && module === wanted.module && kind !== "label" && kind !== "rest";
 }
 
 function isSameKey(frame, [name, module, kind]) {

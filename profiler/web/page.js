@@ -5,18 +5,22 @@
 // empty or error.
 
 import {Api, address, isCancelled} from "./api.js";
+import {CHANGES, DeploymentsMenu, Sides, Verdict, changeFacts, changesShown, nextSteps, publishColours, showLegend, tooltipOf} from "./compare.js";
 import * as controls from "./controls.js";
 import {button, el, isTyping} from "./dom.js";
 import {bytes, counted, number, safeName, share, span} from "./format.js";
 import {FlameGraphView} from "./graph.js";
-import {ROOT_ID, graphOf} from "./layout.js";
+import {ROOT_ID, comparedTo, graphOf, viewOf} from "./layout.js";
 import {DetailPanel} from "./panel.js";
 import {assignColours} from "./scale.js";
 import * as selector from "./selector.js";
-import {changeState, freezeState, isStep, narrowTo, outerWindow, parseState, printState, queryParams, widen} from "./state.js";
-import {FunctionTable} from "./table.js";
+import {
+  SAME, beforeQuery, beforeWindow, changeState, compare, endComparison, freezeState, isComparison, isStep, narrowTo, outerWindow, parseState, printState,
+  queryParams, widen,
+} from "./state.js";
+import {COSTS, FunctionTable} from "./table.js";
 import {TimelineView, colourClass, labelOf, seriesName} from "./timeline.js";
-import {formatRange, formatWindow, isRelative, resolveWindow} from "./times.js";
+import {RANGES, formatRange, formatWindow, isRelative, resolveWindow} from "./times.js";
 
 const COLOURS = 10;
 const SLOW_MS = 300;
@@ -26,7 +30,13 @@ const TOAST_MS = 4000;
 const THEME_KEY = "everflame-theme";
 const THEMES = ["auto", "light", "dark"];
 const SPLITS = ["service", "version", "service,version", "host", "service,host", "comm", "service,comm", ""];
-const ANSWERS = ["flame", "timeline", "services", "top"];
+const ANSWERS = ["flame", "diff", "timeline", "services", "top", "changes", "deployments"];
+/** Functions that a comparison asks for, what changed first; smaller ones cost next to nothing. */
+const CHANGES_ASKED = 1000;
+/** The parameters that say what stands after. */
+const SIDE = ["query", "from", "until"];
+/** Of what is compared, this much more is on the timeline to each side. */
+const CONTEXT = 0.15;
 
 const byId = (id) => document.getElementById(id);
 const root = document.documentElement;
@@ -36,7 +46,7 @@ class Page {
   #state = parseState(location.search);
   #clockSkewMs = 0;
   #nowMs = Date.now();
-  /** The last answer of each question, with the address that was asked: {key, answer, error}. */
+  /** The last answer of each question, with the address that was asked: {key, answer, error, isOld}. */
   #shown = Object.fromEntries(ANSWERS.map((name) => [name, {key: null, answer: null, error: null}]));
   #pending = new Set();
   #status = null;
@@ -49,6 +59,8 @@ class Page {
 
   start() {
     controls.fillIcons(document);
+    publishColours(root);
+    showLegend(byId("changes-legend"));
     this.#makeViews();
     this.#bindControls();
     this.#bindKeys();
@@ -84,8 +96,33 @@ class Page {
     return resolveWindow(this.#state.from, this.#state.until, this.#nowMs) ?? {from: this.#nowMs - 3_600_000, until: this.#nowMs};
   }
 
+  /** The timeline's window; of a comparison it has both sides. */
   get #outer() {
-    return resolveWindow(...outerWindow(this.#state), this.#nowMs) ?? this.#window;
+    const own = resolveWindow(...outerWindow(this.#state), this.#nowMs) ?? this.#window;
+    if (!this.#isComparison) return own;
+    const windows = [own, this.#window, this.#before];
+    const [from, until] = [Math.min(...windows.map((each) => each.from)), Math.max(...windows.map((each) => each.until))];
+    if (this.#state.over) return {from, until};
+    const more = Math.round((until - from) * CONTEXT);
+    return {from: from - more, until: Math.max(until, Math.min(until + more, this.#nowMs))};
+  }
+
+  get #isComparison() {
+    return isComparison(this.#state);
+  }
+
+  get #before() {
+    return beforeWindow(this.#state, this.#window, this.#nowMs);
+  }
+
+  /** What the graph shows: the answer of its question, which a comparison has a view of; or null. */
+  get #drawing() {
+    const {answer} = this.#shown[this.#graphName];
+    return answer && this.#isComparison ? viewOf(answer, this.#state.side) : answer;
+  }
+
+  get #graphName() {
+    return this.#isComparison ? "diff" : "flame";
   }
 
   get #windowMs() {
@@ -100,9 +137,22 @@ class Page {
     }
   }
 
+  /** What is asked for; of a comparison what both sides ask for, which the timeline shows. */
+  get #sharedMatchers() {
+    const matchers = this.#matchers;
+    if (!this.#isComparison) return matchers;
+    try {
+      const before = selector.parse(beforeQuery(this.#state));
+      return matchers.filter((each) => selector.has(before, each));
+    } catch {
+      return [];
+    }
+  }
+
   get #tab() {
     const isWide = innerWidth >= WIDE_PX;
     const {tab} = this.#state;
+    if (this.#isComparison) return tab || "both"; // the list says what the colours are
     if (tab === "both" && innerWidth < 900) return "graph";
     return tab || (isWide ? "both" : "graph");
   }
@@ -152,20 +202,31 @@ class Page {
     const common = queryParams(state, this.#window);
     const outer = this.#outer;
     const range = [["from", String(outer.from)], ["until", String(outer.until)]];
-    const query = state.q ? [["query", state.q]] : [];
-    const rest = selector.print(this.#matchers.filter((each) => each.name !== "service"));
+    const shared = this.#isComparison ? selector.print(this.#sharedMatchers) : state.q;
+    const query = shared ? [["query", shared]] : [];
+    const width = ["width", String(this.#askedWidth)];
+    const rest = selector.print(this.#sharedMatchers.filter((each) => each.name !== "service"));
     const flame = [
-      ...this.#viewParams(), ["width", String(this.#askedWidth)],
+      ...this.#viewParams(), width,
       ...(state.search ? [["search", state.search]] : []),
     ];
     const top = [
       ...common, ["sort", state.sort], ["limit", String(state.rows)],
       ...(state.filter ? [["search", state.filter]] : []),
     ];
+    const deployments = ["deployments", [...query, ...range]];
+    const services = ["labels/service/values", [...(rest ? [["query", rest]] : []), ["from", String(this.#window.from)], ["until", String(this.#window.until)]]];
+    const timeline = ["timeline", [...query, ...range, ["by", state.series]]];
+    if (this.#isComparison) {
+      return {
+        diff: ["diff", [...this.#viewParams(), width]],
+        changes: ["diff/top", [...common.filter(([name]) => SIDE.includes(name)), ...this.#beforeParams(), ["limit", String(CHANGES_ASKED)]]],
+        timeline, services, deployments,
+      };
+    }
     return {
       flame: ["flamegraph", flame],
-      timeline: ["timeline", [...query, ...range, ["by", state.series]]],
-      services: ["labels/service/values", [...(rest ? [["query", rest]] : []), ["from", String(this.#window.from)], ["until", String(this.#window.until)]]],
+      timeline, services, deployments,
       top: this.#tab === "graph" && !state.row ? null : ["top", top], // a row's figures are in the panel
     };
   }
@@ -179,7 +240,13 @@ class Page {
       ["group", state.group],
       ...(state.node && state.node !== ROOT_ID ? [["node", state.node]] : []),
       ...(state.callers ? [["callers", state.callers]] : []),
+      ...(this.#isComparison ? this.#beforeParams() : []),
     ];
+  }
+
+  #beforeParams() {
+    const {from, until} = this.#before;
+    return [["before_query", beforeQuery(this.#state)], ["before_from", String(from)], ["before_until", String(until)]];
   }
 
   get #askedWidth() {
@@ -192,6 +259,7 @@ class Page {
     const shown = this.#shown[name];
     const question = (shown.question = {}); // what is asked again has the same key
     shown.key = key;
+    shown.isOld = true;
     this.#setBusy(name, true);
     let arrivedAt = null;
     try {
@@ -199,6 +267,7 @@ class Page {
       if (shown.question !== question) return; // a later one took its place
       ({arrivedAt} = arrived);
       shown.answer = arrived.answer;
+      shown.isOld = false;
       shown.error = null;
     } catch (error) {
       if (shown.question !== question) return;
@@ -230,7 +299,7 @@ class Page {
   #showSlow(isSlow) {
     const progress = byId("progress");
     progress.hidden = !isSlow;
-    byId("graph").classList.toggle("waiting", isSlow);
+    for (const id of ["graph", "verdict"]) byId(id).classList.toggle("waiting", isSlow);
     progress.replaceChildren(...(isSlow
       ? [el("span", {class: "hidden", role: "status", text: "Waiting for the service"}), el("i"), button({text: "Cancel", class: "small cancel", click: () => this.#cancel()})]
       : []));
@@ -244,40 +313,80 @@ class Page {
   // Drawing answers
 
   #draw(name, arrivedAt = null) {
-    if (name === "flame") this.#drawFlame(arrivedAt);
+    if (name === this.#graphName) this.#drawGraph(arrivedAt);
     else if (name === "timeline") this.#drawTimeline();
     else if (name === "services") this.#drawServices();
-    else this.#drawTop();
+    else if (name === "top") this.#drawTop();
+    else if (name === "changes") this.#drawChanges();
+    else if (name === "deployments") this.#drawDeployments();
   }
 
-  #drawFlame(arrivedAt) {
-    const state = this.#state;
-    const {answer} = this.#shown.flame;
-    if (arrivedAt !== null || this.drawn?.answer !== answer || this.drawn.view !== state.view || this.drawn.color !== state.color) {
-      this.graph.show(answer, {view: state.view, colour: state.color, arrivedAt});
-      this.drawn = {answer, view: state.view, color: state.color};
+  #drawGraph(arrivedAt) {
+    const {view, color, select} = this.#state;
+    const answer = this.#drawing;
+    const colour = this.#isComparison ? "change" : color;
+    if (arrivedAt !== null || this.drawn?.answer !== answer || this.drawn.view !== view || this.drawn.colour !== colour) {
+      const factsOf = this.#isComparison ? (box) => tooltipOf(box, this.#rowOf(box), this.#shown.diff.answer) : null;
+      this.graph.show(answer, {view, colour, factsOf, arrivedAt});
+      this.drawn = {answer, view, colour};
     }
     this.graph.dim(false);
     this.#highlight(this.#highlighted);
-    this.graph.select(state.select || null);
-    const {coverage, samples, window} = answer;
-    // A zoom is an answer of its own about the same objects.
-    if (this.#isNew("coverage", JSON.stringify([coverage, samples, window]))) this.coverage.show({coverage, samples, window});
+    this.graph.select(select || null);
+    if (this.#isComparison) this.#showVerdict();
+    else this.#showCoverage(answer);
     this.#showCrumbs();
     this.#showPanel();
     this.#showUnder();
     this.#showFoot();
   }
 
+  #showCoverage({coverage, samples, window}) {
+    // A zoom is an answer of its own about the same objects.
+    if (this.#isNew("coverage", JSON.stringify([coverage, samples, window]))) this.coverage.show({coverage, samples, window});
+  }
+
+  #showVerdict() {
+    const {answer} = this.#shown.diff;
+    const {answer: changes, error, isOld} = this.#shown.changes;
+    const functions = changes && !error && !isOld ? changes.functions : null;
+    this.sides.tell(answer);
+    this.verdict.show(answer, functions, nextSteps(answer, {
+      onHalve: () => this.#halve(),
+      onAll: () => this.#change({changes: "all"}),
+      onYesterday: () => this.#change({before_from: "-1d", before_until: ""}),
+    }));
+  }
+
   #drawTimeline() {
     const {answer} = this.#shown.timeline;
     const {series, over, q, tz} = this.#state;
     const {from, until} = this.#window;
-    if (!this.#isNew("timeline", answer, this.#shown.services.answer, series, over, from, until, q, tz)) return;
+    const deployments = this.#shown.deployments.answer?.deployments ?? [];
+    const chosen = this.#chosenParts;
+    if (!this.#isNew("timeline", answer, this.#shown.services.answer, series, over, from, until, q, tz, deployments, JSON.stringify(chosen))) return;
     if (series !== "service") this.#colours = assignColours(answer.series.filter((each) => !each.rest).map((each) => labelOf(each, series)), COLOURS);
     else this.#colours = this.#serviceColours();
-    this.timeline.show(answer, {chosen: this.#state.over ? this.#window : null, label: series, zone: this.#state.tz, colours: this.#colours});
+    this.timeline.show(answer, {chosen, label: series, zone: tz, colours: this.#colours, deployments});
     this.#showLegend();
+  }
+
+  get #chosenParts() {
+    if (!this.#isComparison) return this.#state.over ? [this.#window] : [];
+    return [{...this.#before, name: "before"}, {...this.#window, name: "after"}];
+  }
+
+  #drawDeployments() {
+    const {answer, error} = this.#shown.deployments;
+    this.deployments.show(answer, {tz: this.#state.tz, problem: error?.message, isChosen: (each) => this.#isCompared(each)});
+    if (this.#shown.timeline.answer && !this.#pending.has("timeline")) this.#drawTimeline();
+  }
+
+  #isCompared({compare: windows}) {
+    if (!windows || !this.#isComparison) return false;
+    const [after, before] = [this.#window, this.#before];
+    const isOf = (side, window) => side.from_ms === window.from && side.until_ms === window.until;
+    return isOf(windows.after, after) && isOf(windows.before, before);
   }
 
   #drawServices() {
@@ -309,11 +418,36 @@ class Page {
   #drawTop() {
     const {sort, filter, rows} = this.#state;
     const {answer} = this.#shown.top;
-    if (this.drawnTop !== answer) this.table.show(answer, {sort, filter, rows, windowMs: this.#windowMs});
+    if (this.drawnTop !== answer) {
+      const {functions, total} = answer;
+      const context = {total, windowMs: this.#windowMs, largest: Math.max(0, ...functions.map((row) => row.self))};
+      this.table.show(functions, {all: answer.rows ?? functions.length, sort, filter, limit: rows, context});
+    }
     this.drawnTop = answer;
     this.table.dim(false);
     this.#markRow();
     this.#showPanel();
+  }
+
+  #drawChanges() {
+    const {answer} = this.#shown.changes;
+    const {filter, rows, changes} = this.#state;
+    if (this.#isNew("changes", answer, filter, rows, changes)) {
+      const wanted = changesShown(answer, this.#state);
+      this.changes.show(wanted.slice(0, rows), {all: wanted.length, filter, limit: rows, context: answer});
+    }
+    this.changes.dim(false);
+    if (this.#shown.diff.answer && !this.#shown.diff.error) this.#showVerdict();
+    this.#highlight(this.#highlighted);
+    this.#markRow();
+    this.#showPanel();
+  }
+
+  /** Give what the list of changes has of a box's function; null where it has nothing. */
+  #rowOf({frame}) {
+    const functions = this.#shown.changes.answer?.functions ?? [];
+    if (frame.kind === "label" || frame.kind === "rest") return null;
+    return functions.find((each) => each.function === frame.function && each.module === frame.module) ?? null;
   }
 
   #fail(name) {
@@ -321,7 +455,9 @@ class Page {
     this.#drawnFrom.delete(name);
     if (name === "timeline") this.timeline.fail(`No timeline: ${error.message}`);
     if (name === "top") this.table.dim(true);
-    if (name === "flame") this.graph.dim(true);
+    if (name === "changes") this.changes.dim(true);
+    if (name === "deployments") this.#drawDeployments();
+    if (name === this.#graphName) this.graph.dim(true);
   }
 
   // Views of the state
@@ -334,7 +470,7 @@ class Page {
     this.selector.show(state.q);
     this.range.show({from: state.from, until: state.until, tz: state.tz, window, name});
     this.search.show(state.search);
-    for (const id of ["series", "view"]) controls.checkRadio(byId(id), state[id]);
+    for (const id of ["series", "view", "side"]) controls.checkRadio(byId(id), state[id]);
     controls.checkRadio(byId("tab"), this.#tab);
     byId("invert").checked = state.invert;
     byId("group").value = state.group;
@@ -343,15 +479,29 @@ class Page {
     this.#showMatchers();
     this.#showModifiers();
     this.#showDownloads();
+    this.#showSides();
     byId("panes").dataset.tab = this.#tab;
     byId("tools-graph").hidden = this.#tab === "table";
     byId("finder").hidden = this.#tab === "table";
-    byId("timeline-whole").hidden = state.over === "";
+    byId("timeline-whole").hidden = state.over === "" || this.#isComparison;
     byId("timeline-zoom").hidden = state.over === "";
-    byId("timeline-range").textContent = state.over ? formatWindow(window.from, window.until, state.tz) : formatWindow(this.#outer.from, this.#outer.until, state.tz);
+    byId("timeline-range").textContent = state.over && !this.#isComparison ? formatWindow(window.from, window.until, state.tz) : formatWindow(this.#outer.from, this.#outer.until, state.tz);
     byId("refresh").disabled = false;
     const what = this.#matchers.filter((each) => each.operator === "=").map((each) => safeName(each.value)).join(", ");
-    document.title = `${what || "All services"} · ${name} – Everflame`;
+    document.title = `${this.#isComparison ? "Compare " : ""}${what || (this.#isComparison ? "all services" : "All services")} · ${name} – Everflame`;
+  }
+
+  #showSides() {
+    const is = this.#isComparison;
+    byId("compare-button").setAttribute("aria-pressed", String(is));
+    byId("panes").classList.toggle("compared", is);
+    for (const id of ["comparison", "target", "side", "changes-legend", "pane-changes"]) byId(id).hidden = !is;
+    for (const id of ["coverage", "color-pick", "pane-table"]) byId(id).hidden = is;
+    if (this.drawn && (this.drawn.colour === "change") !== is) this.graph.dim(true); // until the answer comes
+    if (!is) return;
+    const {q, changes} = this.#state;
+    this.sides.show({...this.#before, query: beforeQuery(this.#state)}, {...this.#window, query: q}, this.#state);
+    byId("changes-all").checked = changes === "all";
   }
 
   #showSplits() {
@@ -384,15 +534,22 @@ class Page {
     const state = this.#state;
     const isZoomed = Boolean(state.node) && state.node !== ROOT_ID;
     const isChanged = Boolean(state.callers || state.hide.length) || state.invert || state.group !== "function";
-    const files = [
+    const formats = [
       ["speedscope.json", "speedscope", "for speedscope.app"],
       ["folded", "Folded stacks", "text, for flamegraph.pl and others"],
       ["pb.gz", "pprof", isChanged ? "for pprof: labels and names" : "everything: labels, build ids, accounting"],
       ["svg", "SVG", "a picture to send around"],
       ["json", "JSON", "the drawing as arrays"],
     ];
+    const compared = [
+      ["speedscope.json", "speedscope", "both profiles, for speedscope.app"],
+      ["folded", "Folded stacks", "text with two counts, as difffolded.pl writes"],
+      ["svg", "SVG", "a picture with the same colours"],
+      ["json", "JSON", "the drawing as arrays, with the verdict"],
+    ];
+    const files = this.#isComparison ? compared : formats;
     controls.showDownloads(byId("downloads"), files.map(([ending, title, hint]) => {
-      const name = `everflame-${fileTime(from)}-${fileTime(until)}.${ending}`;
+      const name = `everflame-${this.#isComparison ? "diff-" : ""}${fileTime(from)}-${fileTime(until)}.${ending}`;
       return {name, title, hint, href: address(`export/${name}`, this.#viewParams())};
     }), isZoomed || isChanged || state.focus.length ? "Files hold what the graph shows, not all of the range." : "");
   }
@@ -418,7 +575,7 @@ class Page {
   }
 
   #showCrumbs() {
-    const {path, nodes, frames} = this.#shown.flame.answer;
+    const {path, nodes, frames} = this.#drawing;
     if (!this.#state.node || this.#state.node === ROOT_ID || nodes.frame.length === 0) return controls.showCrumbs(byId("crumbs"), []);
     const steps = [{id: "", frame: ["all"]}, ...path];
     if (path.length === 0) steps.push({id: this.#state.node, frame: frames[nodes.frame[0]]});
@@ -426,6 +583,7 @@ class Page {
   }
 
   #showUnder() {
+    if (this.#isComparison) return this.#showUnderComparison();
     const {rest, nodes, total, window} = this.#shown.flame.answer;
     const parts = [];
     if (rest.nodes > 0) parts.push(`${number(rest.nodes)} ${rest.nodes === 1 ? "box" : "boxes"} too narrow to draw: summed, hatched, ${share(rest.total, nodes.total[0] || total)}. Zoom in to see them.`);
@@ -433,8 +591,18 @@ class Page {
     byId("under").textContent = nodes.frame.length ? parts.join(" ") : "";
   }
 
+  #showUnderComparison() {
+    const {rest, nodes} = this.#drawing;
+    const {side} = this.#state;
+    const parts = [];
+    if (nodes.frame.length && !(nodes.total[0] > 0)) parts.push(`There is nothing of this ${side}.`);
+    if (rest.nodes > 0) parts.push(`${number(rest.nodes)} ${rest.nodes === 1 ? "box" : "boxes"} too narrow to draw: summed, hatched in grey. Zoom in to see them.`);
+    parts.push(side ? `Boxes are as wide as ${side}; what is not there then has no box.` : "Boxes are as wide as both sides on average, so what is new or gone is there too.");
+    byId("under").textContent = parts.join(" ");
+  }
+
   #showFoot() {
-    const {agent, host_seconds: hostSeconds} = this.#shown.flame.answer;
+    const {agent, host_seconds: hostSeconds} = this.#drawing;
     const parts = [];
     if (agent && hostSeconds > 0) {
       parts.push(el("span", {title: "On average over the hosts of this selection"}, `The agent itself: ${share(agent.cpu_ns, hostSeconds * 1e9)} of one CPU, ${bytes(agent.rss_bytes)}`));
@@ -450,20 +618,25 @@ class Page {
 
   /** Say what the flame graph's question came to, and show or hide the panes with it. */
   #showState() {
-    const {answer, error} = this.#shown.flame;
+    const {answer, error} = this.#shown[this.#graphName];
     const isBusy = this.#pending.size > 0;
     const place = byId("state");
     const notice = byId("notice");
-    const empty = error || !answer ? null : this.#emptyState(answer);
+    const empty = error || !answer || this.#isComparison ? null : this.#emptyState(answer);
     const isStale = error !== null && answer !== null && answer.nodes.frame.length > 0 && error.isAway;
     const box = error && !isStale ? this.#errorState(error) : empty;
     root.dataset.state = isBusy ? "loading" : error ? "error" : empty ? "empty" : answer ? "ready" : "error";
     notice.replaceChildren(...(isStale ? [this.#awayNotice(error)] : []));
     place.hidden = box === null;
-    place.replaceChildren(...(box ?? []));
+    // Whoever has come to a button in it stays there while other answers arrive.
+    if (this.#isNew("state", box && printState(this.#state), error, answer, this.#status)) place.replaceChildren(...(box ?? []));
     byId("panes").hidden = box !== null;
     if (answer === null && box === null) byId("under").replaceChildren(isBusy ? "Asking the service…" : button({text: "Ask again", class: "small", click: () => this.#refresh()}));
     if (error && !isStale) controls.showCrumbs(byId("crumbs"), []);
+    if (this.#isComparison && !isStale && (error || !answer)) {
+      this.sides.tell(null);
+      this.verdict.clear(error ? "No verdict" : "Comparing…");
+    }
   }
 
   #emptyState(answer) {
@@ -519,11 +692,34 @@ class Page {
         el("p", {class: "row"}, button({text: "Zoom out", class: "primary", click: () => this.#change({node: ""})}), button({text: "Back", click: () => history.back()})),
       ];
     }
+    if (error.problem.side) return this.#emptySide(error);
     const actions = [button({text: "Retry", class: "primary", click: () => this.#refresh()})];
     if (error.parameter === "query") actions.push(button({text: "Clear the selector", click: () => this.#change({q: ""})}));
     else if (error.status >= 400 && error.status < 500) actions.push(button({text: "Start over", click: () => this.#change(parseState(""))}));
     const title = error.parameter === "query" ? "The selector cannot be read" : error.status === 400 ? "The address asks for what there is not" : error.title;
     return [el("h3", {class: "bad", text: title}), el("p", {class: "detail", text: safeName(error.message)}), el("p", {class: "row"}, actions)];
+  }
+
+  /** Nothing stands on a side: say which, and lead to what is there. */
+  #emptySide({title, message, problem: {side, reason, nearest = [], services = [], versions = [], hosts}}) {
+    const {tz} = this.#state;
+    const ofSide = (change) => this.#changeSide(side, change);
+    const query = side === "before" ? beforeQuery(this.#state) : this.#state.q;
+    const choices = (values, name) => values.map((value) => el("button", {type: "button", class: "chip service", on: {click: () => ofSide({query: withMatcher(query, name, value)})}}, el("span", {class: "chip-text", text: safeName(value)})));
+    const titles = {before: "Nothing stands before", after: "Nothing stands after", both: "No host is on both sides"};
+    return [
+      el("h3", {text: titles[side] ?? title}),
+      el("p", {class: "detail", text: safeName(message)}),
+      hosts ? el("p", {text: `Before: ${hosts.before.map(safeName).join(", ") || "none"}. After: ${hosts.after.map(safeName).join(", ") || "none"}. A verdict takes the same hosts on both sides.`}) : null,
+      reason === "nothing_matches" && versions.length ? el("p", {text: "Versions that are there:"}) : null,
+      reason === "nothing_matches" && versions.length ? el("p", {class: "chips"}, choices(versions, "version")) : null,
+      reason === "nothing_matches" && services.length ? el("p", {text: "Services that are there:"}) : null,
+      reason === "nothing_matches" && services.length ? el("p", {class: "chips"}, choices(services, "service")) : null,
+      nearest.length ? el("p", {text: "The nearest data:"}) : null,
+      el("p", {class: "row"},
+        nearest.map((each) => button({text: formatWindow(each.from_ms, each.until_ms, tz), click: () => ofSide(around(each, this.#windowMs))})),
+        button({text: "End the comparison", click: () => this.#change(endComparison())})),
+    ].filter(Boolean);
   }
 
   #awayNotice(error) {
@@ -535,6 +731,7 @@ class Page {
   // Selection: a box of the graph, or a row of the table
 
   #showPanel() {
+    if (this.#isComparison) return this.#showChange();
     const {select, row, callers} = this.#state;
     const {answer} = this.#shown.flame;
     const windowMs = this.#windowMs;
@@ -547,14 +744,29 @@ class Page {
     this.#markRow();
   }
 
+  #showChange() {
+    const {select, row, callers, node} = this.#state;
+    const {answer} = this.#shown.diff;
+    const box = select && answer ? findBox(this.#drawing, select) : null;
+    const picked = row ? this.#shown.changes.answer?.functions.find((each) => rowKey(each) === row) : null;
+    if (box) {
+      const {frame, cause} = box;
+      this.panel.showChange(frame, {facts: changeFacts(box, this.#rowOf(box), answer), id: box.depth ? box.id : null, cause, isZoomed: box.id === node, isCallers: callers === frame.function});
+    } else if (picked && answer) {
+      const told = {frame: {file: "", line: 0, ...picked}, before: picked.total.before, after: picked.total.after, verdict: picked.verdict, cause: null};
+      this.panel.showChange(told.frame, {facts: changeFacts(told, picked, answer), isCallers: callers === picked.function});
+    } else this.panel.hide();
+    this.#markRow();
+  }
+
   #markRow() {
-    this.table.mark(this.#marked);
+    (this.#isComparison ? this.changes : this.table).mark(this.#marked);
   }
 
   /** The function that the table marks: that of the selected box, or of the selected row. */
   get #marked() {
     const {select, row} = this.#state;
-    const {answer} = this.#shown.flame;
+    const answer = this.#drawing;
     const box = select && answer ? findBox(answer, select) : null;
     if (box && box.frame.kind !== "label") return box.frame;
     return row ? rowOf(row) : null;
@@ -562,31 +774,76 @@ class Page {
 
   /** What the graph lights up while nothing is pointed at. */
   get #highlighted() {
-    return this.#state.search || rowOf(this.#state.row).function;
+    const {search, row} = this.#state;
+    return search || (row ? rowOf(row) : "");
   }
 
   /** Give the label whose value a box is; null where the levels do not say it. */
   #labelOf({frame, path}) {
     if (frame.kind !== "label" || path.length === 0) return null;
     const names = this.#state.by.split(",").filter(Boolean);
-    const {answer} = this.#shown.flame;
-    const graph = graphOf(answer);
+    const graph = graphOf(this.#drawing);
     let levels = 0;
     for (let node = graph.top; node < graph.size; node += 1) if (graph.frameOf(node).kind === "label") levels = Math.max(levels, graph.rowOf(node));
     const position = path.filter(([, , kind]) => kind === "label").length - 1;
     return levels === names.length ? names[position] ?? null : null;
   }
 
-  #highlight(text) {
-    const place = this.graph.highlight(text);
-    const {answer} = this.#shown.flame;
+  #highlight(wanted) {
+    const place = this.graph.highlight(wanted);
+    const answer = this.#drawing;
     const search = answer?.search && answer.search.text === this.#state.search ? answer.search : null;
     if (this.#state.search) this.search.say(place, search, answer?.nodes.total[0] ?? 0);
   }
 
   #step(direction) {
-    const place = this.graph.step(direction);
-    this.search.say(place, this.#shown.flame.answer?.search, this.#shown.flame.answer?.nodes.total[0] ?? 0);
+    const answer = this.#drawing;
+    this.search.say(this.graph.step(direction), answer?.search, answer?.nodes.total[0] ?? 0);
+  }
+
+  // Comparing
+
+  #toggleComparison() {
+    this.#change(this.#isComparison ? endComparison() : {mode: "compare"});
+  }
+
+  #compareDeployment({compare: windows, compare_reason: reason}) {
+    if (!windows) return this.#toast(reason ?? "This deployment cannot be compared.");
+    const [before, after] = [windows.before, windows.after].map((each) => ({query: each.query, from: each.from_ms, until: each.until_ms}));
+    const {from, until} = this.#outer;
+    const over = `${Math.min(from, before.from)}..${Math.max(until, after.until)}`;
+    this.#change({...compare(before, after), over, node: "", select: "", row: ""});
+  }
+
+  #swap() {
+    const after = {...this.#window, query: this.#state.q};
+    const {from, until} = this.#outer;
+    this.#change({...compare(after, {...this.#before, query: beforeQuery(this.#state)}), over: this.#state.over && `${from}..${until}`});
+  }
+
+  /** Change what one side selects: {query} or {from, until} as texts. */
+  #changeSide(side, {query, from, until}) {
+    const isBefore = side === "before";
+    if (query !== undefined) return this.#change(isBefore ? {before_query: query} : {q: query, before_query: beforeQuery(this.#state)});
+    this.#change(isBefore ? {before_from: from, before_until: until} : {from, until});
+  }
+
+  /** Halve both windows, towards each other. */
+  #halve() {
+    const [before, after] = [this.#before, this.#window];
+    const half = (window) => Math.round((window.until - window.from) / 2);
+    const query = beforeQuery(this.#state);
+    this.#change(compare({query, from: before.until - half(before), until: before.until}, {query: this.#state.q, from: after.from, until: after.from + half(after)}));
+  }
+
+  /** Take a part of the timeline: of a comparison it is the side that a drag chooses. */
+  #choosePart(window) {
+    if (!this.#isComparison) return this.#change(narrowTo(this.#state, window));
+    const {from, until} = this.#outer;
+    const side = byId("target").querySelector(":checked").value;
+    const times = {from: String(window.from), until: String(window.until)};
+    const change = side === "after" ? times : {before_from: times.from, before_until: times.until};
+    this.#change({...change, over: `${from}..${until}`});
   }
 
   // Making views, and what they call
@@ -597,6 +854,8 @@ class Page {
       onCommit: (q) => this.#change({q}),
     });
     this.range = new controls.RangePicker(byId("range-menu"), {
+      label: "Time range",
+      presets: RANGES,
       onRange: (from, until) => {
         const isAgain = from === this.#state.from && until === this.#state.until;
         this.#change({from, until, over: ""});
@@ -605,7 +864,22 @@ class Page {
       onZone: (tz) => this.#change({tz}),
     });
     this.services = new controls.ServiceChips(byId("services"), {onToggle: (value, isChosen) => this.#toggleMatcher("service", value, isChosen)});
-    this.timeline = new TimelineView(byId("timeline"), {onApply: (window) => this.#change(narrowTo(this.#state, window))});
+    this.timeline = new TimelineView(byId("timeline"), {
+      onApply: (window) => this.#choosePart(window),
+      onMark: (deployments) => (deployments.length > 1 ? this.deployments.open() : this.#compareDeployment(deployments[0])),
+    });
+    this.deployments = new DeploymentsMenu(byId("deployments-menu"), {onCompare: (deployment) => this.#compareDeployment(deployment)});
+    this.sides = new Sides(byId("comparison"), {
+      suggest: (expects, name) => this.#suggest(expects, name),
+      onWindow: (from, until) => this.#change({before_from: from, before_until: until}),
+      onQuery: (query) => this.#change({before_query: query === this.#state.q ? SAME : query}),
+      onSwap: () => this.#swap(),
+      onEnd: () => {
+        byId("compare-button").focus();
+        this.#toggleComparison();
+      },
+    });
+    this.verdict = new Verdict(byId("verdict"));
     this.coverage = new controls.CoverageStrip(byId("coverage"));
     this.search = new controls.SearchBox(byId("finder"), {
       onSearch: (search) => {
@@ -624,15 +898,18 @@ class Page {
         this.zoomed = false;
         queueMicrotask(() => this.zoomed || this.#change({select: box && !box.isRest ? box.id : "", row: ""}));
       },
-      onHover: (box) => this.table.mark(box && !box.isRest && box.frame.kind !== "label" ? box.frame : this.#marked),
+      onHover: (box) => (this.#isComparison ? this.changes : this.table).mark(box && !box.isRest && box.frame.kind !== "label" ? box.frame : this.#marked),
     });
-    this.table = new FunctionTable(byId("pane-table"), {
+    const ofTables = {
       onSort: (sort) => this.#change({sort}),
       onFilter: (filter) => this.#change({filter}),
       onRows: (rows) => this.#change({rows}),
-      onHover: (row) => this.graph.highlight(row ? row.function : this.#highlighted),
+      onHover: (row) => this.graph.highlight(row ?? this.#highlighted),
       onSelect: (row) => this.#change({row: rowKey(row) === this.#state.row ? "" : rowKey(row), select: ""}),
-    });
+    };
+    this.table = new FunctionTable(byId("pane-table"), COSTS, ofTables);
+    this.changes = new FunctionTable(byId("pane-changes"), CHANGES, ofTables);
+    this.changes.head.append(el("label", {class: "toggle"}, el("input", {type: "checkbox", id: "changes-all", on: {change: (event) => this.#change({changes: event.target.checked ? "all" : ""})}}), el("span", {text: "Unchanged too"})));
     this.panel = new DetailPanel(byId("panel"), {
       onZoom: (id) => this.#change({node: id, select: id}),
       onCallers: (callers) => this.#change({callers, node: "", select: "", row: ""}),
@@ -640,6 +917,7 @@ class Page {
       onHide: (name) => this.#change({hide: [...new Set([...this.#state.hide, name])], row: ""}),
       onSearch: (search) => this.#change({search, tab: this.#tab === "table" ? "graph" : this.#state.tab}),
       onFilter: (name, value, isExcluding) => this.#filter(name, value, isExcluding),
+      onRow: (cause) => this.#change({row: rowKey(cause), select: "", node: ""}),
       onCopy: (text) => this.#copy(text, "Copied the name"),
       onClose: () => this.#change({select: "", row: ""}),
     });
@@ -648,6 +926,8 @@ class Page {
   #bindControls() {
     controls.bindChoice(byId("series"), (series) => this.#change({series}));
     controls.bindChoice(byId("view"), (view) => this.#change({view}));
+    controls.bindChoice(byId("side"), (side) => this.#change({side}));
+    byId("compare-button").addEventListener("click", () => this.#toggleComparison());
     controls.bindChoice(byId("tab"), (tab) => this.#change({tab}));
     for (const id of ["invert", "by", "group", "color"]) controls.bindChoice(byId(id), (value) => this.#change({[id]: value}));
     new controls.Menu(byId("download-menu"));
@@ -675,6 +955,10 @@ class Page {
       i: () => this.#change({invert: !this.#state.invert}),
       v: () => this.#change({view: this.#state.view === "icicle" ? "flame" : "icicle"}),
       0: () => this.#change({node: ""}),
+      d: () => this.#toggleComparison(),
+      b: () => this.#isComparison && this.#change({side: "before"}),
+      a: () => this.#isComparison && this.#change({side: "after"}),
+      u: () => this.#isComparison && this.#change({side: ""}),
       r: () => this.#refresh(),
       c: () => this.#copyLink(),
       Escape: () => this.#change({select: "", row: ""}),
@@ -688,7 +972,7 @@ class Page {
   }
 
   #focusSearch() {
-    if (this.#tab === "table") this.table.filter.focus();
+    if (this.#tab === "table") (this.#isComparison ? this.changes : this.table).filter.focus();
     else this.search.input.focus();
   }
 
@@ -736,7 +1020,7 @@ class Page {
   }
 
   #copyLink() {
-    const frozen = freezeState(this.#state, this.#window, this.#outer);
+    const frozen = freezeState(this.#state, this.#window, this.#outer, this.#before);
     const link = `${location.origin}${location.pathname}${printState(frozen)}`;
     this.#copy(link, "Copied a link with fixed times");
   }
@@ -798,6 +1082,7 @@ function findBox(answer, id) {
     depth: graph.rowOf(node),
     shareOfAll: total / (answer.total || 1),
     isRest: false,
+    ...(graph.isComparison ? comparedTo(graph, node) : {}),
   };
 }
 
@@ -805,6 +1090,12 @@ function findBox(answer, id) {
 function around({from_ms: from, until_ms: until}, lengthMs) {
   const more = Math.max(0, lengthMs - (until - from)) / 2;
   return {from: String(Math.floor(from - more)), until: String(Math.ceil(until + more)), over: ""};
+}
+
+/** Give a selector with a label's value, in place of what it asks of that label. */
+function withMatcher(query, name, value) {
+  const others = selector.parse(query).filter((each) => each.name !== name);
+  return selector.print([...others, {name, operator: "=", value}]);
 }
 
 function fileTime(ms) {

@@ -11,7 +11,7 @@ export class DetailPanel {
 
   /**
    * Callbacks: onZoom(id), onCallers(name), onFocus(name), onHide(name), onSearch(name),
-   * onFilter(value, isExcluding), onCopy(text), onClose().
+   * onFilter(value, isExcluding), onRow(function), onCopy(text), onClose().
    */
   constructor(container, callbacks) {
     this.#container = container;
@@ -66,6 +66,18 @@ export class DetailPanel {
     );
     const find = ["Find in graph", "Search for its boxes", () => this.#callbacks.onSearch(row.function)];
     this.#show(row.function, facts, [find, ...this.#functionActions(row.function, isCallers)]);
+  }
+
+  /**
+   * Show a box or a function of a comparison; `facts` are [[term, text], ...]. `id` is the box's, and
+   * `cause` the function that made most of its difference.
+   */
+  showChange(frame, {facts, id, cause, isZoomed, isCallers}) {
+    const actions = [];
+    if (id && !isZoomed) actions.push(["Zoom", "Fill the width with this box", () => this.#callbacks.onZoom(id)]);
+    if (cause) actions.push([`Show ${cause.function}`, "Light up the function that made most of the difference", () => this.#callbacks.onRow(cause)]);
+    if (frame.kind !== "label") actions.push(...this.#functionActions(frame.function, isCallers));
+    this.#show(frame.function, facts, actions);
   }
 
   #functionActions(name, isCallers) {

@@ -3,11 +3,22 @@
 // The address is the only store, so every view is a link and Back undoes. Defaults are left out of
 // it. A word that means nothing is read as its default: links from other versions still open.
 
+import { parseTime, resolveWindow } from "./times.js";
+
+/** What stands before by the same selector; no selector looks like this. */
+export const SAME = "=";
+
 /** The state of a page without any parameters, and the order of the parameters in the address. */
 export const DEFAULTS = Object.freeze({
   q: "", // the selector
   from: "now-1h",
   until: "now",
+  mode: "", // compare: this selection is what stands after, the next three say what before
+  before_query: SAME,
+  before_from: "", // empty: right before the other window; -1d: a day before it; else a time
+  before_until: "",
+  side: "", // before, after: how wide boxes are; empty: as wide as both sides on average
+  changes: "", // all: also the functions that did not change
   over: "", // the timeline's own window, `from..until`, where it is wider than the chosen one
   series: "service", // the label whose values are the timeline's layers
   by: "service", // labels as frames above the root, a comma list
@@ -30,6 +41,9 @@ export const DEFAULTS = Object.freeze({
 });
 
 const CHOICES = {
+  mode: ["", "compare"],
+  side: ["", "before", "after"],
+  changes: ["", "all"],
   group: ["function", "line", "file", "module"],
   color: ["kind", "module", "self"],
   view: ["icicle", "flame"],
@@ -40,6 +54,7 @@ const CHOICES = {
 };
 
 const ID = /^[0-9a-f]{16}$/;
+const EARLIER = /^-\d{1,9}[smhdw]$/;
 const LABEL = /^[A-Za-z_][A-Za-z0-9_.]*$/;
 
 /** What is refined while looking, and does not make a step that Back undoes. */
@@ -98,6 +113,45 @@ export function narrowTo(state, window) {
   return { from: String(window.from), until: String(window.until), over: `${from}..${until}` };
 }
 
+/** Tell whether two selections are compared. */
+export function isComparison(state) {
+  return state.mode === "compare";
+}
+
+/** Give the window before the one at hand; both are in ms. */
+export function beforeWindow(state, window, nowMs) {
+  const { before_from: from, before_until: until } = state;
+  const beside = { from: 2 * window.from - window.until, until: window.from };
+  if (from === "") return beside;
+  if (!EARLIER.test(from)) return resolveWindow(from, until, nowMs) ?? beside;
+  const earlier = (ms) => parseTime(`now${from}`, ms);
+  return { from: earlier(window.from), until: earlier(window.until) };
+}
+
+/** Give the selector of what stands before. */
+export function beforeQuery({ q, before_query: query }) {
+  return query === SAME ? q : query;
+}
+
+/** Give the change that compares two selections, {query, from, until} each, with times in ms. */
+export function compare(before, after) {
+  return {
+    mode: "compare",
+    q: after.query,
+    from: String(after.from),
+    until: String(after.until),
+    before_query: before.query === after.query ? SAME : before.query,
+    before_from: String(before.from),
+    before_until: String(before.until),
+  };
+}
+
+/** Give the change that ends a comparison; what stood after stays. */
+export function endComparison() {
+  const { before_query, before_from, before_until, side, changes } = DEFAULTS;
+  return { mode: "", before_query, before_from, before_until, side, changes };
+}
+
 /** Give the change that goes back to the timeline's whole window. */
 export function widen(state) {
   const [from, until] = outerWindow(state);
@@ -111,9 +165,11 @@ export function outerWindow(state) {
 }
 
 /** Give the state with all times absolute, as a link keeps them. */
-export function freezeState(state, window, outer) {
+export function freezeState(state, window, outer, before) {
   const over = state.over ? `${outer.from}..${outer.until}` : "";
-  return { ...state, from: String(window.from), until: String(window.until), over };
+  const frozen = { ...state, from: String(window.from), until: String(window.until), over };
+  if (!isComparison(state)) return frozen;
+  return { ...frozen, before_from: String(before.from), before_until: String(before.until) };
 }
 
 /** The parameters that flamegraph, top and export share; `window` is in ms. */

@@ -5,64 +5,94 @@
 import {button, debounce, el} from "./dom.js";
 import {cores, counted, cpuTime, number, safeName, share} from "./format.js";
 
-const COLUMNS = [
-  {key: "self", title: "Self", sort: "self", class: "num", hint: "Time in the function itself"},
-  {key: "self-time", title: "", class: "num optional", spoken: "Self, CPU time"},
-  {key: "total", title: "Total", sort: "total", class: "num", hint: "Time in the function and in what it calls"},
-  {key: "total-time", title: "", class: "num optional", spoken: "Total, CPU time"},
-  {key: "cores", title: "Cores", class: "num optional", hint: "Total as CPU cores, on average over the window"},
-  {key: "name", title: "Function", sort: "name", class: "name"},
-  {key: "module", title: "Module", sort: "module", class: "module optional"},
-];
+/** What functions cost: the answers of /api/v1/top. */
+export const COSTS = {
+  id: "table-filter",
+  label: "Functions by CPU time",
+  none: "No functions",
+  columns: [
+    {key: "self", title: "Self", sort: "self", class: "num", hint: "Time in the function itself"},
+    {key: "self-time", title: "", class: "num optional", spoken: "Self, CPU time"},
+    {key: "total", title: "Total", sort: "total", class: "num", hint: "Time in the function and in what it calls"},
+    {key: "total-time", title: "", class: "num optional", spoken: "Total, CPU time"},
+    {key: "cores", title: "Cores", class: "num optional", hint: "Total as CPU cores, on average over the window"},
+    {key: "name", title: "Function", sort: "name", class: "name"},
+    {key: "module", title: "Module", sort: "module", class: "module optional"},
+  ],
+  /** `total` is that of all functions, `windowMs` the length in time, `largest` the largest self. */
+  cells(row, {total, windowMs, largest}) {
+    const bar = el("i", {class: "bar", "aria-hidden": "true"});
+    bar.style.width = `${largest ? (100 * row.self) / largest : 0}%`;
+    return [
+      el("td", {class: "num share"}, bar, el("span", {text: share(row.self, total)})),
+      el("td", {class: "num optional muted", text: cpuTime(row.self)}),
+      el("td", {class: "num", text: share(row.total, total)}),
+      el("td", {class: "num optional muted", text: cpuTime(row.total)}),
+      el("td", {class: "num optional", text: cores(row.total, windowMs).replace(/ cores?$/, "")}),
+      el("td", {class: "name"}, rowName(row)),
+      el("td", {class: "module optional", title: safeName(row.module), text: safeName(row.module)}),
+    ];
+  },
+};
 const STEPS = [200, 1000, 5000];
 const FILTER_MS = 250;
 
+/** Give the button that selects a row: its name. */
+export function rowName(row) {
+  const name = safeName(row.function) || "(no name)";
+  return el("button", {type: "button", class: "row-name", tabindex: "-1", title: name, text: name});
+}
+
 export class FunctionTable {
+  #kind;
   #callbacks;
   #rows = [];
   #marked = null;
   #active = 0;
-  #largest = 0;
   #nextStep = STEPS[0];
 
   /**
-   * Callbacks: onSort(key), onFilter(text), onRows(count), onHover(row | null), onSelect(row). A row
-   * is a function as /api/v1/top gives it.
+   * `kind` says what is shown of a function, as COSTS does: `cells` makes a row's, one of which has
+   * the `rowName`. Callbacks: onSort(key), onFilter(text), onRows(count), onHover(row | null),
+   * onSelect(row). A row is a function as the service gives it.
    */
-  constructor(container, callbacks) {
+  constructor(container, kind, callbacks) {
+    this.#kind = kind;
     this.#callbacks = callbacks;
     const filter = debounce((text) => callbacks.onFilter(text), FILTER_MS);
     this.isTyped = filter.isPending;
     this.filter = el("input", {
-      type: "search", id: "table-filter", placeholder: "Filter functions", "aria-label": "Filter functions and modules",
+      type: "search", id: kind.id, placeholder: "Filter functions", "aria-label": "Filter functions and modules",
       autocomplete: "off", spellcheck: "false",
       on: {input: (event) => filter(event.target.value.trim()), change: (event) => filter.now(event.target.value.trim())},
     });
     this.caption = el("span", {class: "muted", role: "status"});
     this.headings = el("tr");
     this.body = el("tbody", {on: {keydown: (event) => this.#onKey(event), mouseleave: () => callbacks.onHover(null)}});
-    this.more = button({text: "Show more", class: "small", click: () => callbacks.onRows(this.#nextStep)});
-    this.table = el("table", {"aria-label": "Functions by CPU time"}, el("thead", {}, this.headings), this.body);
+    this.more = button({text: "Show more", class: "small", hidden: true, click: () => callbacks.onRows(this.#nextStep)});
+    this.table = el("table", {"aria-label": kind.label}, el("thead", {}, this.headings), this.body);
     this.scroller = el("div", {class: "table-scroll"}, this.table);
-    container.append(el("div", {class: "table-head"}, this.filter, this.caption), this.scroller, el("div", {class: "table-more"}, this.more));
+    this.head = el("div", {class: "table-head"}, this.filter, this.caption);
+    container.append(this.head, this.scroller, el("div", {class: "table-more"}, this.more));
   }
 
-  /** Show an answer of /api/v1/top; `windowMs` is its length in time. */
-  show(answer, {sort, filter, rows, windowMs}) {
+  /**
+   * Show functions, `all` of which there are. `context` is what the kind's cells need beside them.
+   */
+  show(functions, {all, sort = "", filter, limit, context}) {
     if (!this.isTyped() && this.filter.value.trim() !== filter) this.filter.value = filter;
-    this.#rows = answer.functions;
-    this.#largest = Math.max(0, ...answer.functions.map((row) => row.self));
+    this.#rows = functions;
     this.#active = 0;
-    this.#nextStep = STEPS.find((step) => step > rows) ?? rows;
+    this.#nextStep = STEPS.find((step) => step > limit) ?? limit;
     this.#showHeadings(sort);
     const kept = this.body.contains(document.activeElement);
-    this.body.replaceChildren(...answer.functions.map((row, i) => this.#row(row, i, answer, windowMs)));
+    this.body.replaceChildren(...functions.map((row, i) => this.#row(row, i, context)));
+    this.#buttonOf(0)?.setAttribute("tabindex", "0");
     if (kept) this.#focusRow(0);
-    const all = answer.rows ?? answer.functions.length;
-    const shown = answer.functions.length;
+    const shown = functions.length;
     this.caption.textContent = shown < all ? `${number(shown)} of ${counted(all, "function")}` : counted(all, "function");
-    if (shown === 0) this.body.append(el("tr", {}, el("td", {class: "muted none", colspan: COLUMNS.length, text: filter ? `No function matches “${safeName(filter)}”` : "No functions"})));
-    this.more.hidden = shown >= all || this.#nextStep === rows;
+    if (shown === 0) this.body.append(el("tr", {}, el("td", {class: "muted none", colspan: this.#kind.columns.length, text: filter ? `No function matches “${safeName(filter)}”` : this.#kind.none})));
+    this.more.hidden = shown >= all || this.#nextStep === limit;
     this.mark(this.#marked);
     this.dim(false);
   }
@@ -91,7 +121,7 @@ export class FunctionTable {
   }
 
   #showHeadings(sort) {
-    this.headings.replaceChildren(...COLUMNS.map((column) => {
+    this.headings.replaceChildren(...this.#kind.columns.map((column) => {
       const isSorted = column.sort === sort;
       const ariaSort = isSorted ? (["name", "module"].includes(sort) ? "ascending" : "descending") : column.sort ? "none" : null;
       const heading = el("th", {scope: "col", class: column.class, "aria-sort": ariaSort, "aria-label": column.spoken, title: column.hint});
@@ -101,14 +131,11 @@ export class FunctionTable {
     }));
   }
 
-  #row(row, i, answer, windowMs) {
-    const name = safeName(row.function) || "(no name)";
+  #row(row, i, context) {
     const select = () => {
       this.#active = i;
       this.#callbacks.onSelect(row);
     };
-    const bar = el("i", {class: "bar", "aria-hidden": "true"});
-    bar.style.width = `${this.#largest ? (100 * row.self) / this.#largest : 0}%`;
     return el("tr", {
       on: {
         click: select,
@@ -116,14 +143,7 @@ export class FunctionTable {
         focusin: () => this.#callbacks.onHover(row),
         focusout: () => this.#callbacks.onHover(null),
       },
-    },
-    el("td", {class: "num share"}, bar, el("span", {text: share(row.self, answer.total)})),
-    el("td", {class: "num optional muted", text: cpuTime(row.self)}),
-    el("td", {class: "num", text: share(row.total, answer.total)}),
-    el("td", {class: "num optional muted", text: cpuTime(row.total)}),
-    el("td", {class: "num optional", text: cores(row.total, windowMs).replace(/ cores?$/, "")}),
-    el("td", {class: "name"}, el("button", {type: "button", class: "row-name", tabindex: i === 0 ? "0" : "-1", title: name, text: name})),
-    el("td", {class: "module optional", title: safeName(row.module), text: safeName(row.module)}));
+    }, this.#kind.cells(row, context));
   }
 
   #onKey(event) {

@@ -1,16 +1,18 @@
-// Timeline: CPU cores over time as stacked bars, with a part of it to choose by pointer or keys.
+// Timeline: CPU cores over time as stacked bars, with a part of it to choose by pointer or keys, and
+// with marks where deployments were.
 //
 // What has no profile is hatched, never zero. The chart is a slider to assistive software: its text
-// says the chosen steps and what was used in them.
+// says the chosen steps and what was used in them. Marks are buttons beside it.
 
 import {el, svg} from "./dom.js";
-import {cores, share, span} from "./format.js";
+import {cores, counted, safeName, share, span} from "./format.js";
 import * as scale from "./scale.js";
-import {formatWindow} from "./times.js";
+import {formatTime, formatWindow, zoneName} from "./times.js";
 
-const HEIGHT_PX = 132;
-const MARGIN = {top: 8, right: 1, bottom: 20, left: 40};
+const HEIGHT_PX = 142;
+const MARGIN = {top: 20, right: 1, bottom: 20, left: 40};
 const DRAG_PX = 4;
+const MARK_PX = 24; // what a finger needs, too
 const TOOLTIP_ROWS = 7;
 
 export class TimelineView {
@@ -21,7 +23,10 @@ export class TimelineView {
   #selection = null;
   #drag = null;
 
-  /** `onApply(window)`: a part was chosen, {from, until} in ms. */
+  /**
+   * `onApply(window)`: a part was chosen, {from, until} in ms. `onMark(deployments)`: a mark was
+   * pressed, which stands for one deployment or for several that are close together.
+   */
   constructor(container, callbacks) {
     this.#container = container;
     this.#callbacks = callbacks;
@@ -43,16 +48,18 @@ export class TimelineView {
     });
     this.tooltip = el("div", {class: "tooltip", hidden: true});
     this.message = el("p", {class: "muted chart-message", hidden: true});
-    container.append(this.chart, this.tooltip, this.message);
+    this.marks = el("div", {class: "marks", role: "group", "aria-label": "Deployments"});
+    container.append(this.chart, this.marks, this.tooltip, this.message);
     new ResizeObserver(() => this.#draw()).observe(container);
   }
 
   /**
-   * Show an answer of /api/v1/timeline. `chosen` is the part that the rest of the page shows
-   * ({from, until}, or null for all), `label` whose values the layers are, `colours` their numbers.
+   * Show an answer of /api/v1/timeline. `chosen` are the parts that the rest of the page shows
+   * ([{from, until, name}], none for all; those of two have names), `label` whose values the layers
+   * are, `colours` their numbers, `deployments` those of /api/v1/deployments.
    */
-  show(timeline, {chosen, label, zone, colours}) {
-    this.#shown = {timeline, chosen, label, zone, colours, ...scale.stackSeries(timeline)};
+  show(timeline, {chosen, label, zone, colours, deployments}) {
+    this.#shown = {timeline, chosen, label, zone, colours, deployments, ...scale.stackSeries(timeline)};
     this.#selection = null;
     this.message.hidden = true;
     this.chart.classList.remove("stale");
@@ -108,11 +115,10 @@ export class TimelineView {
       parts.push(svg("line", {class: "axis", x1: at, x2: at, y1: bottom, y2: bottom + 4}));
       parts.push(svgText(label, {class: "tick middle", x: at, y: bottom + 15}));
     }
-    if (chosen) {
-      const [left, end] = [clamp(time(chosen.from)), clamp(time(chosen.until))];
-      parts.push(svg("rect", {class: "outside", x: MARGIN.left, y: 0, width: left - MARGIN.left, height: bottom}));
-      parts.push(svg("rect", {class: "outside", x: end, y: 0, width: right - end, height: bottom}));
-      parts.push(svg("rect", {class: "chosen", x: left, y: 0.5, width: Math.max(1, end - left), height: bottom - 0.5}));
+    if (chosen.length) parts.push(...drawChosen(chosen.map((part) => ({...part, left: clamp(time(part.from)), right: clamp(time(part.until))})), {right, bottom}));
+    for (const {first_ms: ms} of this.#deployments) {
+      const at = Math.round(time(ms)) + 0.5;
+      parts.push(svg("line", {class: "deployment", x1: at, x2: at, y1: MARGIN.top - 2, y2: bottom}));
     }
     this.cursor = svg("line", {class: "cursor", y1: 0, y2: bottom, visibility: "hidden"});
     this.brush = svg("rect", {class: "brush", y: 0, height: bottom, visibility: "hidden"});
@@ -120,6 +126,71 @@ export class TimelineView {
     this.chart.replaceChildren(svg("svg", {width, height: HEIGHT_PX, "aria-hidden": "true"}, ...parts));
     this.chart.setAttribute("aria-valuemax", String(Math.max(0, this.#count - 1)));
     this.#select(this.#selection);
+    this.#drawMarks();
+  }
+
+  /** The deployments that began in the window, earliest first. */
+  get #deployments() {
+    const {timeline, deployments} = this.#shown;
+    const {from_ms: from, until_ms: until} = timeline.window;
+    const inside = deployments.filter(({first_ms: ms}) => ms >= from && ms < until);
+    return inside.sort((one, other) => one.first_ms - other.first_ms);
+  }
+
+  #drawMarks() {
+    const {time, right} = this.#geometry;
+    const groups = [];
+    for (const deployment of this.#deployments) {
+      const x = Math.min(right - MARK_PX / 2, time(deployment.first_ms));
+      const last = groups.at(-1);
+      if (last && x - last.x < MARK_PX) last.deployments.push(deployment);
+      else groups.push({x, deployments: [deployment]});
+    }
+    const focused = [...this.marks.children].indexOf(document.activeElement);
+    this.marks.replaceChildren(...groups.map((group) => this.#mark(group)));
+    this.marks.hidden = groups.length === 0;
+    this.marks.children[focused]?.focus();
+  }
+
+  #mark({x, deployments}) {
+    const told = deployments.map((each) => this.#describeDeployment(each));
+    const act = deployments.length > 1 ? "Choose one" : deployments[0].compare ? "Compare before and after" : "";
+    const mark = el("button", {
+      type: "button",
+      class: `mark ${deployments.some((each) => each.compare) ? "" : "bare"}`,
+      "aria-label": [...told, act].filter(Boolean).join(". "),
+      on: {
+        click: () => this.#callbacks.onMark(deployments),
+        pointerenter: () => this.#tell(told, act, x),
+        focus: () => this.#tell(told, act, x),
+        pointerleave: () => this.#tell(null),
+        blur: () => this.#tell(null),
+      },
+    }, deployments.length > 1 ? String(deployments.length) : {rollout: "▲", rollback: "▼", canary: "◆"}[deployments[0].kind] ?? "▲");
+    mark.style.left = `${x}px`;
+    return mark;
+  }
+
+  #describeDeployment(deployment) {
+    const {first_ms: ms, compare, compare_reason: reason} = deployment;
+    const when = `${formatTime(ms, this.#shown.zone, {hasDate: false})} ${zoneName(this.#shown.zone)}`;
+    return [`${deploymentText(deployment)}, ${when}`, compare ? "" : reason].filter(Boolean).join(": ");
+  }
+
+  #tell(told, act, x) {
+    this.tooltip.hidden = told === null;
+    if (told === null) return;
+    const lines = told.slice(0, TOOLTIP_ROWS).map((text, i) => el("div", {class: i === 0 ? "tooltip-head" : "", text}));
+    if (told.length > TOOLTIP_ROWS) lines.push(el("div", {class: "muted", text: `and ${told.length - TOOLTIP_ROWS} more`}));
+    if (act) lines.push(el("div", {class: "muted", text: act}));
+    this.tooltip.replaceChildren(...lines);
+    this.#placeTooltip(x);
+  }
+
+  #placeTooltip(x) {
+    const width = this.tooltip.offsetWidth;
+    const isLeft = x + width + 18 > this.#container.clientWidth;
+    this.tooltip.style.left = `${Math.max(0, isLeft ? x - width - 12 : x + 12)}px`;
   }
 
   #colourOf(layer) {
@@ -224,9 +295,7 @@ export class TimelineView {
     this.cursor.setAttribute("x1", line);
     this.cursor.setAttribute("x2", line);
     this.tooltip.replaceChildren(...this.#tooltipLines(step));
-    const width = this.tooltip.offsetWidth;
-    const isLeft = line + width + 18 > this.#container.clientWidth;
-    this.tooltip.style.left = `${Math.max(0, isLeft ? line - width - 12 : line + 12)}px`;
+    this.#placeTooltip(line);
   }
 
   #tooltipLines(step) {
@@ -250,6 +319,29 @@ export class TimelineView {
     if (rows.length > TOOLTIP_ROWS) lines.push(el("div", {class: "muted", text: `and ${rows.length - TOOLTIP_ROWS} more`}));
     return lines;
   }
+}
+
+/** Say what a deployment was: `api 1.5.0 (before: 1.4.2), rollout on 3 hosts`. */
+export function deploymentText({service, version, previous, kind, hosts}) {
+  const name = [service, version].map(safeName).join(" ");
+  return [name, previous ? ` (before: ${safeName(previous)})` : "", `, ${kind}`, hosts.length ? ` on ${counted(hosts.length, "host")}` : ""].join("");
+}
+
+/** Draw the chosen parts: what is outside pales, each has an edge of its own and its name. */
+function drawChosen(chosen, {right, bottom}) {
+  const parts = [];
+  let from = MARGIN.left;
+  for (const each of chosen.toSorted((one, other) => one.left - other.left)) {
+    if (each.left > from) parts.push(svg("rect", {class: "outside", x: from, y: MARGIN.top, width: each.left - from, height: bottom - MARGIN.top}));
+    from = Math.max(from, each.right);
+  }
+  if (from < right) parts.push(svg("rect", {class: "outside", x: from, y: MARGIN.top, width: right - from, height: bottom - MARGIN.top}));
+  for (const {left, right: end, name} of chosen) {
+    const width = Math.max(1, end - left);
+    parts.push(svg("rect", {class: `chosen ${name ?? ""}`, x: left + 0.5, y: MARGIN.top, width: Math.max(1, width - 1), height: bottom - MARGIN.top}));
+    if (name && width > 8 * name.length) parts.push(svgText(name, {class: `chosen-name ${name}`, x: left + 6, y: MARGIN.top + 14}));
+  }
+  return parts;
 }
 
 /** Name a series as legends do. */

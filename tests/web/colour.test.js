@@ -5,6 +5,8 @@ import { test } from "node:test";
 
 import {
   boxColour,
+  changeColour,
+  changeSign,
   contrast,
   dimColour,
   fadeColour,
@@ -174,4 +176,31 @@ test("an unknown kind is drawn as native", () => {
 
   assert.deepEqual(of("wasm"), of("native"));
   assert.deepEqual(of("constructor"), of("native"));
+});
+
+test("what changed is readable, and told apart by all eyes and by more than its colour", () => {
+  const verdicts = ["more", "less", "new", "gone", "moved", "unchanged"];
+  for (const isDark of [false, true]) {
+    const colours = verdicts.map((verdict) => changeColour(verdict, isDark));
+    for (const { fill, line, text, mark } of colours) {
+      assert.ok(contrast(fill, text) >= 4.5, fill);
+      // Text stands on the hatching, but beside a dashed edge, which itself must be seen.
+      const edge = mark === "dashed" ? contrast(line, fill) >= 3 : mark === "dotted" || contrast(line, text) >= 4.5;
+      assert.ok(edge, line);
+    }
+    for (const eyes of Object.values(EYES)) {
+      const [more, less, , , , plain] = colours.map(({ fill }) => labOf(fill, eyes));
+      const pairs = [[more, less], [more, plain], [less, plain]];
+      assert.ok(Math.min(...pairs.map((pair) => distance(...pair))) > 10);
+    }
+    assert.equal(new Set(colours.slice(2, 5).map(({ mark }) => mark)).size, 3);
+  }
+  assert.equal(new Set(verdicts.map(changeSign)).size, verdicts.length);
+});
+
+test("what is no change has one grey", () => {
+  for (const verdict of ["unchanged", "too little data", "", "__proto__", "constructor"]) {
+    assert.deepEqual(changeColour(verdict, true), changeColour("unchanged", true));
+    assert.equal(changeSign(verdict), "");
+  }
 });

@@ -8,12 +8,15 @@ import {
   LEAST_PX,
   ROOT_ID,
   boxOf,
+  comparedTo,
+  graphOf,
   hit,
   layOut,
   neighbour,
   nodeId,
   stepMatch,
   sumOf,
+  viewOf,
 } from "../../profiler/web/layout.js";
 
 const FRAMES = [
@@ -381,4 +384,88 @@ test("a root without time has no boxes below it", () => {
   );
 
   assert.deepEqual([...layOut(graph, 0, 500).node], [0]);
+});
+
+const VERDICTS = ["unchanged", "more", "gone", "new"];
+
+// Rows of [frame, depth, before, after, verdict]; the after side has half the CPU time.
+function diff(rows, { scale = { before: 1, after: 2 } } = {}) {
+  const column = (i) => rows.map((row) => row[i]);
+  return {
+    scale,
+    common_change: { relative: 0 },
+    totals: { before: rows[0][2], after: rows[0][3] },
+    frames: FRAMES,
+    path: [],
+    verdicts: VERDICTS,
+    nodes: {
+      frame: column(0),
+      depth: column(1),
+      before: column(2),
+      after: column(3),
+      verdict: column(4),
+    },
+  };
+}
+
+// all > api > main > (work, memcpy), where memcpy is gone and work costs more.
+const COMPARED = [
+  [0, 0, 1000, 600, 0],
+  [1, 1, 1000, 600, 0],
+  [2, 2, 1000, 600, 0],
+  [3, 3, 500, 600, 1],
+  [4, 3, 300, 0, 2],
+];
+
+test("a comparison's boxes are as wide as both sides on average, or as one of them", () => {
+  const answer = diff(COMPARED);
+  const widths = (side) => viewOf(answer, side).nodes.total;
+
+  assert.deepEqual(widths(""), [1100, 1100, 1100, 850, 150]);
+  assert.deepEqual(widths("before"), [1000, 1000, 1000, 500, 300]);
+  assert.deepEqual(widths("after"), [1200, 1200, 1200, 1200, 0]);
+  assert.equal(viewOf(answer, "after"), viewOf(answer, "after"));
+});
+
+test("boxes keep their order on each side, and what is not there has none", () => {
+  const answer = diff([
+    [0, 0, 1000, 600, 0],
+    [3, 1, 300, 500, 1],
+    [4, 1, 600, 100, 0],
+  ]);
+  const drawn = (side) => {
+    const boxes = layOut(graphOf(viewOf(answer, side)), 0, 1000);
+    return [...boxes.node].map((node, i) => [node, Math.round(boxes.x[i])]);
+  };
+
+  assert.deepEqual(drawn("before"), [[0, 0], [1, 0], [2, 300]]);
+  assert.deepEqual(drawn("after"), [[0, 0], [1, 0], [2, 833]]);
+  const gone = layOut(graphOf(viewOf(diff(COMPARED), "after")), 0, 1000);
+  assert.ok(![...gone.node].includes(4));
+});
+
+test("an ancestor that did not change itself names what changed below it", () => {
+  const graph = graphOf(viewOf(diff(COMPARED), ""));
+
+  assert.equal(graph.frameOf(graph.causeOf(0)).function, "work");
+  assert.deepEqual(comparedTo(graph, 1), {
+    before: 1000,
+    after: 600,
+    verdict: "unchanged",
+    cause: graph.frameOf(3),
+  });
+  assert.equal(graph.causeOf(4), null);
+  assert.deepEqual(comparedTo(graph, 3, 5), { before: 800, after: 600, verdict: "", cause: null });
+});
+
+test("a function's boxes are found by its name and module, not by a part of them", () => {
+  const frames = [["all", "", "label"], ["work", "api", "native"], ["work", "b", "native"]];
+  const graph = new Graph({
+    total: 9,
+    frames: [...frames, ["rework", "api", "native"], ["work", "api", "label"]],
+    nodes: { frame: [0, 1, 2, 3, 4], depth: [0, 1, 2, 3, 4], total: [9, 9, 9, 9, 9] },
+  });
+
+  assert.deepEqual(graph.matches({ function: "work", module: "api" }), [1]);
+  assert.deepEqual(graph.matches("WORK"), [1, 2, 3, 4]);
 });

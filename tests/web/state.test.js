@@ -19,6 +19,12 @@ test("every state reads back from its address", () => {
     from: "1763720000000",
     until: "1763723600000",
     over: "now-6h..now",
+    mode: "compare",
+    before_query: "",
+    before_from: "1763716400000",
+    before_until: "1763720000000",
+    side: "before",
+    changes: "all",
     series: "version",
     by: "",
     group: "line",
@@ -43,7 +49,7 @@ test("every state reads back from its address", () => {
 });
 
 test("what means nothing is read as the default", () => {
-  const read = parseState("?group=galaxy&node=xyz&view=&rows=7&invert=no&from=&series=%3D&unknown=1");
+  const read = parseState("?mode=x&side=y&group=galaxy&node=xyz&view=&rows=7&invert=no&from=&series=%3D&unknown=1");
 
   assert.deepEqual(read, { ...DEFAULTS });
 });
@@ -114,4 +120,39 @@ test("requests carry absolute times and leave out what is not asked for", () => 
     ["focus", "a"],
     ["focus", "b"],
   ]);
+});
+
+test("what stands before is the same selection, right before or a while earlier", () => {
+  const window = { from: 7_200_000, until: 9_000_000 };
+  const of = (change) => state.beforeWindow({ ...DEFAULTS, ...change }, window, 10_000_000);
+
+  assert.deepEqual(of({}), { from: 5_400_000, until: 7_200_000 });
+  assert.deepEqual(of({ before_from: "-1h" }), { from: 3_600_000, until: 5_400_000 });
+  assert.deepEqual(of({ before_from: "1", before_until: "now" }), {
+    from: 1000,
+    until: 10_000_000,
+  });
+  assert.deepEqual(of({ before_from: "nonsense" }), of({}));
+  assert.equal(state.beforeQuery({ ...DEFAULTS, q: '{a="b"}' }), '{a="b"}');
+  assert.equal(state.beforeQuery({ ...DEFAULTS, q: '{a="b"}', before_query: "" }), "");
+});
+
+test("two selections become a state, and what stood after stays when it ends", () => {
+  const before = { query: '{host="a"}', from: 1, until: 2 };
+  const after = { query: '{host="b"}', from: 3, until: 4 };
+  const both = changeState(DEFAULTS, state.compare(before, after));
+
+  assert.deepEqual(state.beforeWindow(both, after, 0), { from: 1000, until: 2000 });
+  assert.equal(state.beforeQuery(both), before.query);
+  assert.equal(both.q, after.query);
+  assert.equal(state.compare(before, { ...before }).before_query, state.SAME);
+  const alone = changeState(both, state.endComparison());
+  assert.equal(printState(alone), "?q=%7Bhost%3D%22b%22%7D&from=3&until=4");
+});
+
+test("a link keeps the times of both sides", () => {
+  const moving = { ...DEFAULTS, mode: "compare", before_from: "-1d" };
+  const frozen = state.freezeState(moving, { from: 5, until: 6 }, null, { from: 3, until: 4 });
+
+  assert.equal(printState(frozen), "?from=5&until=6&mode=compare&before_from=3&before_until=4");
 });

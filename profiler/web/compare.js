@@ -1,0 +1,330 @@
+// Compare: what stands before and after, the verdict on it, the list of changes, deployments.
+//
+// One test decides about a function (profiler/verdict.py); all that is said here is what the answers
+// of /api/v1/diff and /api/v1/diff/top say, in words, with their intervals.
+
+import {changeColour, changeSign} from "./colour.js";
+import {Menu, RangePicker, SelectorInput} from "./controls.js";
+import {button, el} from "./dom.js";
+import {coresPerHost, counted, growth, number, place, safeName, share} from "./format.js";
+import {CHANGED} from "./layout.js";
+import {rowName} from "./table.js";
+import {deploymentText} from "./timeline.js";
+import {formatTime, formatWindow, zoneName} from "./times.js";
+
+const EARLIER = [
+  ["", "", "Right before"],
+  ["-1d", "", "Same time yesterday"],
+  ["-7d", "", "Same time a week ago"],
+];
+const VERDICTS = ["more", "less", "new", "gone", "moved", "unchanged", "too little data"];
+const HEADLINES = {
+  regression: ["↑", "Regression"],
+  improvement: ["↓", "Improvement"],
+  unchanged: ["=", "Nothing changed"],
+  inconclusive: ["?", "Too little data for a verdict"],
+};
+const NOISE = {
+  history: (count) => `${counted(count, "earlier position")} of the same length, on the same hosts`,
+  hosts: (count) => `what differs between ${counted(count, "host")}`,
+  replicates: (count) => `what differs between ${counted(count, "run")}`,
+};
+const ANNOUNCE = "everflame deployments add --service NAME --version VERSION";
+
+/** Hand the colours of changes to the style sheet: what is around the graph has the graph's own. */
+export function publishColours({style}) {
+  for (const verdict of VERDICTS.slice(0, 6)) {
+    const [light, dark] = [changeColour(verdict, false), changeColour(verdict, true)];
+    style.setProperty(`--${verdict}`, `light-dark(${light.fill}, ${dark.fill})`);
+    style.setProperty(`--${verdict}-line`, `light-dark(${light.line}, ${dark.line})`);
+  }
+}
+
+/** A swatch of a verdict as the graph draws its boxes. */
+function swatch(verdict) {
+  return el("i", {class: `change ${verdict.replaceAll(" ", "-")}`, "aria-hidden": "true", text: changeSign(verdict)});
+}
+
+/** Fill the list that says what colours and marks mean. */
+export function showLegend(list) {
+  const words = {
+    more: "costs more", less: "costs less", new: "new", gone: "gone", moved: "moved", unchanged: "no change shown",
+  };
+  list.replaceChildren(...Object.entries(words).map(([verdict, text]) => el("li", {title: verdict === "moved" ? "Costs as much as before, from other callers" : null}, swatch(verdict), text)));
+}
+
+/** The two selections: what stands before can be chosen here, what stands after is the page's own. */
+export class Sides {
+  /**
+   * Callbacks: onWindow(from, until) of what stands before, onQuery(text) of it, onSwap(), onEnd();
+   * `suggest` is the SelectorInput's.
+   */
+  constructor(container, {suggest, onWindow, onQuery, onSwap, onEnd}) {
+    const find = (id) => container.querySelector(`#${id}`);
+    this.selector = new SelectorInput(find("before-selector"), {suggest, onCommit: onQuery});
+    this.range = new RangePicker(find("before-menu"), {label: "When before", presets: EARLIER, onRange: onWindow});
+    this.query = find("after-query");
+    this.window = find("after-window");
+    this.facts = [find("before-facts"), find("after-facts")];
+    find("swap").addEventListener("click", onSwap);
+    find("compare-end").addEventListener("click", onEnd);
+  }
+
+  /** `before` and `after` are {query, from, until} in ms, `state` says how what stands before is chosen. */
+  show(before, after, {before_from: from, before_until: until, tz}) {
+    const text = formatWindow(before.from, before.until, tz);
+    const preset = EARLIER.find((each) => each[0] === from);
+    this.selector.show(before.query);
+    this.range.show({from, until, tz, window: before, name: preset ? `${preset[2]}: ${text}` : text});
+    this.query.textContent = safeName(after.query) || "everything";
+    this.window.textContent = formatWindow(after.from, after.until, tz);
+  }
+
+  /** Say what the sides of an answer are; null while there is none. */
+  tell(answer) {
+    this.facts.forEach((facts, i) => {
+      facts.textContent = answer ? sideText(i === 0 ? answer.before : answer.after) : "";
+    });
+  }
+}
+
+function sideText({versions, hosts, samples, cores}) {
+  const shown = versions.slice(0, 3).map(safeName).join(", ");
+  return [
+    versions.length ? `version ${shown}${versions.length > 3 ? ` and ${versions.length - 3} more` : ""}` : "",
+    counted(hosts.length, "host"), counted(samples, "sample"), coresPerHost(cores),
+  ].filter(Boolean).join(" · ");
+}
+
+/** The verdict as a headline, what it rests on, and what to do where there is none. */
+export class Verdict {
+  constructor(container) {
+    this.container = container;
+    this.headline = el("p", {class: "headline", role: "status"});
+    this.body = el("div", {class: "grounds"});
+    container.append(this.headline, this.body);
+  }
+
+  /** Show an answer of /api/v1/diff, with the functions of /api/v1/diff/top once they are there. */
+  show(answer, functions, actions) {
+    const {verdict, noise, common_change: common, warnings} = answer;
+    const [sign, word] = Object.hasOwn(HEADLINES, verdict) ? HEADLINES[verdict] : ["?", verdict];
+    this.container.dataset.verdict = verdict;
+    this.#say(sign, headlineOf(verdict, word, functions));
+    const grounds = [
+      ["Noise", Object.hasOwn(NOISE, noise.source) ? NOISE[noise.source](noise.positions) : "not known: nothing tells how far costs stray when nothing has changed"],
+      ["In common", commonText(common, verdict)],
+    ];
+    this.body.replaceChildren(
+      el("dl", {}, grounds.map(([term, text]) => el("div", {}, el("dt", {text: term}), el("dd", {text})))),
+      warnings.length ? el("ul", {class: "warnings", "aria-label": "Warnings"}, warnings.map((text) => el("li", {text: safeName(text)}))) : "",
+      ...(actions.length ? [el("div", {class: "row next"}, actions)] : []),
+    );
+  }
+
+  /** Say that there is no verdict yet, or none. */
+  clear(text) {
+    delete this.container.dataset.verdict;
+    this.#say("", text);
+    this.body.replaceChildren();
+  }
+
+  #say(sign, text) {
+    if (this.headline.textContent === sign + text) return; // said once
+    this.headline.replaceChildren(...(sign ? [el("i", {class: "sign", "aria-hidden": "true", text: sign})] : []), el("span", {text}));
+  }
+}
+
+function headlineOf(verdict, word, functions) {
+  if (!functions) return word;
+  const changed = functions.filter((each) => CHANGED.has(each.verdict));
+  const failing = functions.filter((each) => each.fails);
+  const cost = (count) => `${counted(count, "function")} ${count === 1 ? "costs" : "cost"}`;
+  if (verdict === "regression") return `${word}: ${cost(failing.length)} more than before`;
+  if (verdict === "improvement") return `${word}: ${cost(changed.length)} less than before`;
+  if (verdict === "unchanged" && changed.length) return `No regression: ${counted(changed.length, "function")} changed, within what the gate allows`;
+  return verdict === "unchanged" ? `${word}: no function costs more or less than before` : word;
+}
+
+function commonText({relative, low, high, verdict}, whole) {
+  const interval = low === null || high === null ? "" : ` (${growth(low)} to ${growth(high)})`;
+  const said = whole === "inconclusive" ? "" : verdict === "unchanged" ? ": the load is as it was" : `: the load is ${verdict}`;
+  return `all functions ${growth(relative)}${interval}${said}; taken off each of them`;
+}
+
+/** What is shown of functions in a comparison: the answers of /api/v1/diff/top. */
+export const CHANGES = {
+  id: "changes-filter",
+  label: "Functions by what changed",
+  none: "No function changed. “Unchanged too” says for each how large a change would have shown.",
+  columns: [
+    {key: "verdict", title: "Change", class: "verdict-cell"},
+    {key: "growth", title: "Growth", class: "num pair", hint: "Self time, less what all functions have in common, with its 95 % interval"},
+    {key: "share", title: "Share", class: "num pair narrow-less", hint: "Share of self time, before and after"},
+    {key: "name", title: "Function, and why", class: "name"},
+  ],
+  /** Of the answer: what both sides cost in all, and what makes cores of the rows' values. */
+  cells(row, {before, after, scale}) {
+    const {module, q} = row;
+    const verdict = saidOf(row);
+    const shares = [share(row.self.before * scale.before, before.cores), share(row.self.after * scale.after, after.cores)];
+    const why = safeName(row.because);
+    return [
+      el("td", {class: "verdict-cell"}, swatch(verdict), el("span", {text: verdict})),
+      el("td", {class: "num pair"}, el("b", {text: growthText(row)}), el("small", {text: intervalText(row)})),
+      el("td", {class: "num pair narrow-less"}, el("b", {text: shares.join(" → ").replace(" % →", " →")}), el("small", {text: probability(q)})),
+      el("td", {class: "name"}, el("div", {class: "of-module"}, rowName(row), el("small", {class: "narrow-less", text: safeName(module)})), el("small", {text: why, title: why})),
+    ];
+  },
+};
+
+function saidOf({verdict, moved}) {
+  return moved && !CHANGED.has(verdict) ? "moved" : verdict;
+}
+
+/** Give the rows of an answer of /api/v1/diff/top that are asked for. */
+export function changesShown({functions}, {filter, changes}) {
+  const wanted = filter.toLowerCase();
+  return functions.filter((each) => {
+    const isAsked = changes === "all" || CHANGED.has(each.verdict) || each.moved;
+    return isAsked && (each.function.toLowerCase().includes(wanted) || each.module.toLowerCase().includes(wanted));
+  });
+}
+
+function growthText({verdict, relative}) {
+  return verdict === "new" || verdict === "gone" ? verdict : growth(relative[0]);
+}
+
+function intervalText({verdict, relative: [, low, high]}) {
+  const isBounded = low !== null && high !== null && verdict !== "new" && verdict !== "gone";
+  return isBounded ? `${growth(low)} to ${growth(high)}` : "";
+}
+
+function probability(q) {
+  return q < 0.001 ? "q <0.001" : `q ${q.toFixed(3)}`;
+}
+
+/** Say what a box costs on both sides: for its tooltip. `answer` is that of /api/v1/diff. */
+export function tooltipOf(box, row, answer) {
+  const rows = sideRows(box, answer);
+  if (box.verdict && !box.isRest) rows.push(["Verdict", `${changeSign(box.verdict)} ${box.verdict}`.trim(), ""]);
+  if (row && CHANGED.has(box.verdict)) rows.push(["Growth", growthText(row), intervalText(row)]);
+  if (box.isRest) return {rows};
+  return {rows, hint: box.cause ? `Because of ${safeName(box.cause.function)}` : ""};
+}
+
+function sideRows({before, after}, answer) {
+  return [["Before", "before"], ["After", "after"]].map(([title, side]) => {
+    const value = side === "before" ? before : after;
+    return [title, coresPerHost(value * answer.scale[side]), share(value, answer.totals[side])];
+  });
+}
+
+/** Give the facts of a box or a function for the panel: [[term, text], ...]. */
+export function changeFacts({frame, before, after, verdict, cause}, row, answer) {
+  const isFunction = frame.kind !== "label";
+  const hasOwn = isFunction && row !== null && row.self.before + row.self.after > 0; // what a verdict is on
+  const facts = [["Verdict", [verdictText(verdict, row), cause ? `because of ${safeName(cause.function)}` : ""].filter(Boolean).join(", ")]];
+  if (hasOwn) facts.push(["Growth of the function", withInterval(growthText(row), intervalText(row))]);
+  for (const [title, cores, part] of sideRows({before, after}, answer)) facts.push([title, `${part} · ${cores}`]);
+  if (hasOwn) facts.push(["Cost of the function", coresText(row.cores)], ["Why", `${safeName(row.because)}; ${probability(row.q)}`]);
+  if (isFunction) facts.push(["Module", `${safeName(frame.module) || "unknown"} · ${safeName(frame.kind)}`]);
+  const where = place(frame.file, frame.line);
+  if (where) facts.push(["Source", safeName(where)]);
+  return facts;
+}
+
+function verdictText(verdict, row) {
+  const text = verdict || "a sum";
+  const sign = changeSign(verdict);
+  return `${sign ? `${sign} ` : ""}${text}${row?.fails && CHANGED.has(verdict) ? " (fails the gate)" : ""}`;
+}
+
+function coresText([estimate, low, high]) {
+  const signed = (value) => `${value < 0 ? "−" : "+"}${coresPerHost(Math.abs(value)).replace(" cores a host", "")}`;
+  const interval = low === null || high === null ? "" : `${signed(low)} to ${signed(high)}`;
+  return withInterval(`${signed(estimate)} cores a host`, interval);
+}
+
+function withInterval(text, interval) {
+  return interval ? `${text} (${interval})` : text;
+}
+
+/** The deployments of the timeline's window, each a button that compares before and after it. */
+export class DeploymentsMenu {
+  #shown = null;
+
+  /** `onCompare(deployment)`: one was chosen. */
+  constructor(container, {onCompare}) {
+    this.container = container;
+    this.menu = new Menu(container, {onOpen: () => this.#fill()});
+    this.count = container.querySelector(".count");
+    this.onCompare = onCompare;
+  }
+
+  /** Show an answer of /api/v1/deployments (null: none, for `problem`); `isChosen` tells which is compared. */
+  show(answer, {tz, problem, isChosen}) {
+    this.#shown = {answer, tz, problem, isChosen};
+    const count = answer?.deployments.length ?? 0;
+    this.count.textContent = count ? number(count + answer.rest) : "";
+    if (!this.menu.popup.hidden) this.#fill();
+  }
+
+  open() {
+    this.menu.open();
+  }
+
+  #fill() {
+    const {answer, tz, problem, isChosen} = this.#shown ?? {};
+    const popup = this.menu.popup;
+    if (!answer) return popup.replaceChildren(el("p", {class: "muted", text: problem ? `No deployments are known: ${safeName(problem)}` : "Asking the service…"}));
+    if (answer.deployments.length === 0) return popup.replaceChildren(...noDeployments(answer.empty?.reason));
+    popup.replaceChildren(
+      el("ul", {}, answer.deployments.map((each) => el("li", {}, this.#choice(each, tz, isChosen(each))))),
+      answer.rest ? el("p", {class: "muted", text: `and ${number(answer.rest)} earlier ones: choose a shorter range` }) : "",
+    );
+  }
+
+  #choice(deployment, tz, isChosen) {
+    const {first_ms: ms, compare, compare_reason: reason} = deployment;
+    return el("button", {
+      type: "button",
+      class: "deployment-choice",
+      "aria-current": isChosen ? "true" : null,
+      "aria-disabled": compare ? null : "true",
+      on: {click: () => {
+        if (compare) {
+          this.menu.close();
+          this.menu.button.focus();
+        }
+        this.onCompare(deployment);
+      }},
+    },
+    el("b", {text: deploymentText(deployment)}),
+    el("span", {class: "muted", text: `${formatTime(ms, tz)} ${zoneName(tz)}${compare ? "" : `: ${reason ?? "not to be compared"}`}`}));
+  }
+}
+
+function noDeployments(reason) {
+  const why = {
+    no_change: "No service began to run another version in this range.",
+    no_versions: "No version of these services is known.",
+    nothing_matches: "No service of this range is of the selector.",
+    no_data_in_range: "Nothing was profiled in this range.",
+  }[reason] ?? "There are none in this range.";
+  return [
+    el("p", {}, el("b", {text: "No deployments"})),
+    el("p", {text: `${why} Versions are found by themselves in SERVICE_VERSION and the like, in images and release folders; or a pipeline says them:`}),
+    el("pre", {text: ANNOUNCE}),
+  ];
+}
+
+/** Give the buttons that help where a comparison came to nothing; `callbacks` are what they do. */
+export function nextSteps(answer, {onHalve, onAll, onYesterday}) {
+  const shorter = button({text: "Half as long", label: "Compare windows half as long: they fit more often into the past", class: "small", click: onHalve});
+  const other = button({text: "Same time yesterday", label: "Compare with the same time yesterday", class: "small", click: onYesterday});
+  const all = button({text: "Show all functions", class: "small", click: onAll});
+  if (answer.verdict === "inconclusive") return [shorter, other, all];
+  return [];
+}
+
