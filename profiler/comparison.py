@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from profiler import verdict
 from profiler.text import counted
-from profiler.times import rfc3339, span_text
+from profiler.times import length_text, rfc3339
 from profiler.verdict import Change, Contrast, Costs, Floats, Judgement, Noise, Source
 from storage.columns import Columns, Hasher
 from storage.profile import Profile, Window
@@ -60,6 +60,15 @@ class ComparisonError(ValueError):
     """There is nothing to compare; the message says on which side."""
 
 
+class EmptySideError(ComparisonError):
+    """A side of a store has no samples."""
+
+    def __init__(self, name: str, operand: "Operand") -> None:
+        super().__init__(f"nothing to compare: the {name} side {operand} has no samples")
+        self.name = name
+        self.operand = operand
+
+
 class Operand(NamedTuple):
     """What one side is taken from in a store."""
 
@@ -94,7 +103,9 @@ class Side:
 
     @property
     def cores(self) -> float:
-        """Mean cores while the service was there, a host."""
+        """Mean cores while the service was there, a host; 0 for files that know no time."""
+        if self.window.end_ns <= self.window.start_ns:
+            return 0.0
         return self.total / _SECOND_NS / max(1e-9, float(self.present_s.sum()))
 
     @property
@@ -149,7 +160,7 @@ def of_store(
     nor what straddles a version change that its labels tell of.
 
     Raises:
-        ComparisonError: a side is empty.
+        EmptySideError: a side has no samples.
     """
     pair = _Pair.read(query, before, after)
     sides = pair.sides()
@@ -373,9 +384,7 @@ class _Pair:
         reads = (_Read.of(query, before), _Read.of(query, after))
         for name, each in zip(("before", "after"), reads, strict=True):
             if each.sums is None or not each.sums.counts[:, 2].any():
-                raise ComparisonError(
-                    f"nothing to compare: the {name} side {each.operand} has no samples"
-                )
+                raise EmptySideError(name, each.operand)
         common = sorted(reads[0].seconds.keys() & reads[1].seconds.keys())
         alone = tuple(tuple(sorted(each.seconds)) for each in reads)
         hosts = (tuple(common), tuple(common)) if common else (alone[0], alone[1])
@@ -580,11 +589,11 @@ def _too_little(past: _Past, sides: Sequence[Side], positions: int) -> str:
     )
     missing = verdict.MIN_POSITIONS - positions
     if past.is_possible:
-        text += f"; profile {span_text(missing * past.step_ns)} more without a change"
+        text += f"; profile {length_text(missing * past.step_ns)} more without a change"
         gap_ns = past.span.end_ns - past.span.start_ns - 2 * past.length_ns
         length_ns = (positions * past.step_ns // verdict.MIN_POSITIONS - max(0, gap_ns)) // 2
         if length_ns >= MINUTE_NS:
-            text += f", or compare windows of {span_text(length_ns - length_ns % MINUTE_NS)}"
+            text += f", or compare windows of {length_text(length_ns - length_ns % MINUTE_NS)}"
     return text + _visible(sides)
 
 
@@ -592,6 +601,8 @@ def _visible(sides: Sequence[Side]) -> str:
     samples = [max(1.0, _SMALL * float(side.samples.sum())) for side in sides]
     reach = verdict.student_quantile(verdict.LEVEL, 1e6)
     least = math.expm1(reach * math.sqrt(sum(1 / each for each in samples)))
+    if least > 1:
+        return f"; so few samples show nothing of a function of {_SMALL:.0%}"
     return f"; so many samples show changes from {least:.0%} on in a function of {_SMALL:.0%}"
 
 
@@ -627,7 +638,8 @@ def _judged(
         )
     functions.sort(key=_by_weight)
     warnings += _renamed(functions)
-    if verdict.large_functions(sides[0] + sides[1], now.cells).sum() < verdict.MIN_COMMON:
+    large = verdict.large_functions(sides[0] + sides[1], now.cells)
+    if noise and large.sum() < verdict.MIN_COMMON:
         warnings.append(
             "too few functions are large enough to tell a change of the load from one of theirs:"
             " growth is read with care"

@@ -17,6 +17,7 @@ from profiler import deployments, export
 from profiler.comparison import (
     Comparison,
     ComparisonError,
+    EmptySideError,
     Function,
     Operand,
     Side,
@@ -26,7 +27,7 @@ from profiler.comparison import (
     of_store,
 )
 from profiler.differential import Pair, only_hosts
-from profiler.selection import Selection
+from profiler.selection import NothingSelectedError, Selection
 from profiler.text import cells, counted, fit, pad
 from profiler.times import NS_PER_S, parse_window, rfc3339
 from profiler.verdict import Change, Source
@@ -139,14 +140,29 @@ def compare(
     before: Sequence[str], after: Sequence[str], options: Options, now_ns: int
 ) -> Comparison:
     if options.last_deploy:
-        return of_store(*_in_store(before, after, options, now_ns))
+        return _of_store(before, after, options, now_ns)
     sides = [before, after]
     in_store = [[_is_selection(each) for each in side] for side in sides]
     if all(map(all, in_store)):
-        return of_store(*_in_store(before, after, options, now_ns))
+        return _of_store(before, after, options, now_ns)
     if any(map(any, in_store)):
         raise ComparisonError("give files on both sides, or a window of the store on both")
     return of_profiles(list(map(export.read, before)), list(map(export.read, after)))
+
+
+def _of_store(
+    before: Sequence[str], after: Sequence[str], options: Options, now_ns: int
+) -> Comparison:
+    try:
+        return of_store(*_in_store(before, after, options, now_ns))
+    except EmptySideError as error:
+        store = open_store(options.store, options.endpoint or None)
+        selection = Selection(store, error.operand.window, error.operand.selector)
+        try:
+            selection.answer()
+        except NothingSelectedError as nothing:  # it says where the nearest data are
+            raise ComparisonError(f"{error.name} side: {nothing}") from error
+        raise
 
 
 def _pair(found: Comparison, before: Sequence[str], after: Sequence[str], options: Options) -> Pair:
@@ -364,7 +380,8 @@ def _side_text(side: Side) -> str:
     parts.append(counted(len(side.hosts), rows))
     if side.versions:
         parts.append(f"version {', '.join(side.versions[:4])}")
-    parts.append(f"{counted(round(float(side.samples.sum())), 'sample')}, {side.cores:.3f} cores")
+    cores = f", {side.cores:.3f} cores" if side.cores else ""
+    parts.append(f"{counted(round(float(side.samples.sum())), 'sample')}{cores}")
     return "; ".join(parts)
 
 

@@ -94,7 +94,7 @@ def _checked(at_ns: int, text: str) -> int:
     return at_ns
 
 
-def span_text(span_ns: int) -> str:
+def length_text(span_ns: int) -> str:
     """Give a length as people say it, with its two largest parts: `2 h 6 min`, `40 s`."""
     parts = []
     for unit, name in (("d", "d"), ("h", "h"), ("m", "min"), ("s", "s")):

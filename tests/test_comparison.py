@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 import profiles as some
 import pytest
-from stores import at, directory, minutes
+from stores import START_NS, at, directory, minutes
 
 from profiler import comparison
 from profiler.comparison import ComparisonError, Operand
@@ -359,6 +359,32 @@ def test_a_window_of_the_store_is_compared_by_its_words(store, tmp_path):
     assert found.stdout.startswith("regression: 1 function costs more than the gate allows")
     assert "earlier positions of the same length" in found.stdout
     assert "function_3" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("side", "complaint"),
+    [
+        ('{service="api"}@2001-01-01T00:00:00Z..2001-01-01T01:00:00Z', "the nearest data are from"),
+        (
+            f'{{service="ape"}}@{START_NS // 10**9}..{START_NS // 10**9 + 600}',
+            "services there: api",
+        ),
+    ],
+)
+def test_an_empty_side_says_what_is_there_instead(store, tmp_path, side, complaint):
+    found = subprocess.run(
+        [EVERFLAME, "diff", f"--store={store.root}", side, "--", side.replace("ape", "api")],
+        check=False,
+        env={"EVERFLAME_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert found.returncode == 2
+    assert len(found.stderr.splitlines()) == 1
+    assert "before side: nothing selected" in found.stderr
+    assert complaint in found.stderr
 
 
 def test_gates_are_read():
