@@ -325,8 +325,8 @@ function noDeployments(reason) {
  * is that side's selector. Callbacks: onQuery(text), onWindow(nearest), onEnd().
  */
 export function emptySide({title, message, problem}, {tz, query, onQuery, onWindow, onEnd}) {
-  const {side, reason, nearest = [], services = [], versions = [], hosts} = problem;
-  const titles = {before: "Nothing stands before", after: "Nothing stands after", both: "No host is on both sides"};
+  const {side, reason, nearest = [], services = [], versions = []} = problem;
+  const titles = {before: "Nothing stands before", after: "Nothing stands after"};
   const choices = (text, values, name) => {
     if (reason !== "nothing_matches" || values.length === 0) return [];
     const chips = values.map((value) => el(
@@ -336,11 +336,9 @@ export function emptySide({title, message, problem}, {tz, query, onQuery, onWind
     ));
     return [el("p", {text}), el("p", {class: "chips"}, chips)];
   };
-  const named = (names) => names.map(safeName).join(", ") || "none";
   return [
     el("h3", {text: titles[side] ?? title}),
     el("p", {class: "detail", text: safeName(message)}),
-    ...(hosts ? [el("p", {text: `Before: ${named(hosts.before)}. After: ${named(hosts.after)}. A verdict takes the same hosts on both sides.`})] : []),
     ...choices("Versions that are there:", versions, "version"),
     ...choices("Services that are there:", services, "service"),
     ...(nearest.length ? [el("p", {text: "The nearest data:"})] : []),

@@ -112,6 +112,8 @@ export class FlameGraphView {
     this.#parts = makeParts(container.ownerDocument);
     container.append(this.#parts.root);
     this.#context = this.#parts.canvas.getContext("2d", { alpha: false });
+    // Nothing is black until the first answer is drawn.
+    this.#parts.canvas.width = this.#parts.canvas.height = 0;
     this.#listen();
     this.#watchers = this.#watch();
     this.#readScheme();
