@@ -61,11 +61,12 @@ def moments(first_min: int, last_min: int) -> st.SearchStrategy[str]:
     )
 
 
-# No two of them make an empty window, whether both are given or only one is.
-schemathesis.openapi.format("from moment", moments(120, 40))
+# No two of them make an empty window, whether both are given or only one is, and also where an hour
+# of other tests has passed since NOW_S.
+schemathesis.openapi.format("from moment", moments(160, 100))
 schemathesis.openapi.format("until moment", moments(30, 0))
-schemathesis.openapi.format("before_from moment", moments(240, 130))
-schemathesis.openapi.format("before_until moment", moments(128, 121))
+schemathesis.openapi.format("before_from moment", moments(400, 330))
+schemathesis.openapi.format("before_until moment", moments(250, 221))
 schemathesis.openapi.format("selector", selectors())
 schemathesis.openapi.format("gate", st.sampled_from(("relative>=5%", "share>=1pp,relative>=0%")))
 schemathesis.openapi.format("step", st.sampled_from(("2s", "60s", "1m30s", "5000", "1h")))
