@@ -21,7 +21,8 @@ _GRID_NS = GRIDS_NS[0][1]
 """Longer windows are aligned to it: their past is then quickly read."""
 _LEAST_WINDOWS = 5
 """No window is made shorter than this for the sake of more positions."""
-_PROBES = (15, 10, 7, 4, 2)
+_MOST_SPOILED = 3
+_PROBES = (24, 15, 10, 7, 4, 2)
 """Hours before the windows at which it is looked whether there are data."""
 
 
@@ -90,7 +91,8 @@ def match(
         length_ns = min(HOUR_NS, after_ns)
         if len(deployment.hosts) < MIN_REPLICATES:
             past_ns = _past_ns(first_ns, life, has_data)
-            length_ns = _shortened(length_ns, _Room(past_ns - gap_ns, 0, 1, window_ns))
+            room = _Room(past_ns - gap_ns, 0, 1, window_ns, len(earlier))
+            length_ns = _shortened(length_ns, room)
         both = Window(deployment.settled_ns, deployment.settled_ns + length_ns)
         return _match(deployment, selector, both, both)
     begin_ns = max([life.start_ns, *(each.settled_ns for each in earlier[-1:])])
@@ -104,7 +106,7 @@ def match(
     length_ns = min(HOUR_NS, after_ns, before_ns)
     if len(deployment.hosts) < MIN_HOSTS:
         past_ns = _past_ns(first_ns, life, has_data)
-        length_ns = _shortened(length_ns, _Room(past_ns, gap_ns, 2, window_ns))
+        length_ns = _shortened(length_ns, _Room(past_ns, gap_ns, 2, window_ns, len(earlier)))
     before = Window(first_ns - length_ns, first_ns)
     after = Window(deployment.settled_ns, deployment.settled_ns + length_ns)
     return _match(deployment, selector, *_aligned(before, after, begin_ns, end_ns))
@@ -150,15 +152,17 @@ class _Room(NamedTuple):
     gap_ns: int
     windows: int
     window_ns: int
+    earlier: int
+    """Deployments in it: each may spoil two positions."""
 
 
 def _shortened(length_ns: int, room: _Room) -> int:
     """Give a length of which there are enough positions, if one is long enough for that."""
-    fits_ns = 0
+    fits_ns, positions = 0, MIN_POSITIONS + 2 * min(room.earlier, _MOST_SPOILED)
     for least_ns, grid_ns in GRIDS_NS:
-        between_ns = MIN_POSITIONS * (room.gap_ns + grid_ns)
+        between_ns = positions * (room.gap_ns + grid_ns)
         # One more window of the past is the side before itself.
-        fits_ns = (room.past_ns - between_ns) // (room.windows * MIN_POSITIONS + 1)
+        fits_ns = (room.past_ns - between_ns) // (room.windows * positions + 1)
         fits_ns -= fits_ns % room.window_ns
         if room.windows * fits_ns + room.gap_ns >= least_ns:
             break
