@@ -35,7 +35,7 @@ from profiler.differential import (
 from profiler.flamegraph import ROOT_ID, FlameGraph, Screen, draw
 from profiler.paths import Group, Paths, Stacks
 from profiler.selection import nearest_objects
-from profiler.times import NS_PER_S, rfc3339
+from profiler.times import from_until
 from profiler.views import NoSuchNodeError, View, path_to
 from storage.objects import ObjectStore
 from storage.profile import GOOD_STOPS, Profile, Window
@@ -123,15 +123,8 @@ class _Drawn:
         graph = self.graph
         if self.ids is None:
             self.ids = graph.ids(self.path[-1][0] if self.path else ROOT_ID)
-        for found in np.flatnonzero(self.ids == np.uint64(node)).tolist():
-            below, at = [], found
-            while at:
-                box = numbers.get(graph.frames[graph.frame[at]], -1)
-                below.append((int(self.ids[at]), box))
-                at = int(graph.parent[at])
-            if all(box >= 0 for _, box in below):  # else it is a sum of what is too narrow
-                return [*self.path, *reversed(below)]
-        return None
+        below = graph.path_to(node, self.ids, numbers)
+        return None if below is None else [*self.path, *below]
 
 
 @dataclass(slots=True)
@@ -530,7 +523,7 @@ class Answers:
         empty = self._empty(question, answer.coverage, answer.profile.total_samples)
         if empty is None:
             return
-        span = f"from {_moment(question.window.start_ns)} until {_moment(question.window.end_ns)}"
+        span = f"from {from_until(question.window)}"
         if empty["reason"] == "nothing_matches":
             others = (each for each in question.selector.matchers if each.name != "version")
             versions = self._query.label_values(question.window, "version", Selector(tuple(others)))
@@ -543,7 +536,7 @@ class Answers:
                 versions=list(versions)[:_NAMED_SERVICES],
             )
         nearest = " and ".join(
-            f"{_moment(each['from_ms'] * 10**6)} until {_moment(each['until_ms'] * 10**6)}"
+            from_until(Window(each["from_ms"] * 10**6, each["until_ms"] * 10**6))
             for each in empty["nearest"]
         )
         there = f"the nearest data are from {nearest}" if nearest else "the store is empty"
@@ -776,10 +769,6 @@ def _coverage(coverage: Coverage) -> dict[str, Any]:
         "profiled_ns": accounting.profiled_ns,
         "skipped": [{"key": each.key, "reason": each.reason} for each in coverage.skipped],
     }
-
-
-def _moment(at_ns: int) -> str:
-    return rfc3339(at_ns - at_ns % NS_PER_S)
 
 
 def _files_of(profile: Profile, modules: set[str]) -> list[list[str]]:

@@ -276,7 +276,10 @@ def _run_record(options: argparse.Namespace) -> int:
     if not options.repeat:
         return record.run(asked, options.environment)
     if not options.command or "-" in options.outputs:
-        raise ValueError("record: --repeat runs a COMMAND again and again, into numbered files")
+        raise ValueError(
+            "record: --repeat runs a COMMAND again and again, into numbered files: add -- COMMAND,"
+            " and name no stdout"
+        )
     return record.run_repeatedly(asked, options.environment, options.repeat)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler import verdict
-from profiler.text import counted
+from profiler.text import counted, listed
 from profiler.times import length_text, rfc3339
 from profiler.verdict import Change, Contrast, Costs, Floats, Judgement, Noise, Source
 from storage.columns import Columns, Hasher
@@ -428,8 +428,7 @@ class _Pair:
         for name, read, hosts in zip(("before", "after"), self.reads, self.hosts, strict=True):
             alone = sorted(set(read.seconds) - set(hosts))
             if alone:
-                shown = ", ".join(alone[:5]) + (f" and {len(alone) - 5} more" if alone[5:] else "")
-                found.append(f"left out, only on the {name} side: {shown}")
+                found.append(f"left out, only on the {name} side: {listed(alone, 5)}")
         if not self.is_paired:
             found.append("no host is on both sides: they are compared as a whole")
         parts = []

@@ -18,8 +18,8 @@ from profiler.rollouts import (
     merge_announcements,
 )
 from profiler.selection import Selection, nearest_objects
-from profiler.text import cells, pad
-from profiler.times import NS_PER_S, rfc3339
+from profiler.text import in_columns, listed
+from profiler.times import from_until, whole_second
 from storage.objects import ObjectStore
 from storage.profile import Window
 from storage.query import Query, Skipped
@@ -158,10 +158,10 @@ def _json(selection: Selection, found: Found) -> bytes:
 
 def explain(selection: Selection, found: Found) -> str:
     """Say why there are none."""
-    window = f"{rfc3339(selection.window.start_ns)} until {rfc3339(selection.window.end_ns)}"
+    window = from_until(selection.window)
     if found.reason == "no_data_in_range":
         nearest = [
-            f"{rfc3339(key.start_ns)} until {rfc3339(key.end_ns)}"
+            from_until(Window(key.start_ns, key.end_ns))
             for key in nearest_objects(selection.store, selection.window)
         ]
         where = (
@@ -172,9 +172,7 @@ def explain(selection: Selection, found: Found) -> str:
         return f"nothing selected: nothing was profiled from {window}; {where}"
     if found.reason == "nothing_matches":
         return f"nothing selected: no service from {window} is of {selection.selector}"
-    names = ", ".join(found.services[:_NAMED])
-    if len(found.services) > _NAMED:
-        names += f" and {len(found.services) - _NAMED} more"
+    names = listed(found.services, _NAMED)
     if found.reason == "no_versions":
         return f"no deployments: no version is known of {names}; {ADVICE}"
     return f"no deployments from {window}: no other version of {names} began to run"
@@ -184,8 +182,8 @@ def _table(deployments: Sequence[Deployment]) -> str:
     rows = [("BEGAN", "SETTLED", "SERVICE", "VERSION", "BEFORE", "KIND", "HOSTS", "SOURCE")]
     rows += [
         (
-            _second(each.first_ns),
-            _second(each.settled_ns),
+            whole_second(each.first_ns),
+            whole_second(each.settled_ns),
             each.service,
             each.version,
             each.previous or "-",
@@ -195,20 +193,12 @@ def _table(deployments: Sequence[Deployment]) -> str:
         )
         for each in deployments
     ]
-    widths = [max(cells(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
-    for row, deployment in zip(rows, [None, *deployments], strict=True):
-        lines.append("  ".join(pad(text, width) for text, width in zip(row, widths, strict=True)))
+    for line, deployment in zip(in_columns(rows), [None, *deployments], strict=True):
+        lines.append(line)
         if deployment is not None and deployment.hosts_before:
-            lines.append(f"    {deployment.version} on {_some(deployment.hosts)}")
-            lines.append(f"    {deployment.previous} still on {_some(deployment.hosts_before)}")
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _second(at_ns: int) -> str:
-    return rfc3339(at_ns // NS_PER_S * NS_PER_S)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+            lines.append(f"    {deployment.version} on {listed(deployment.hosts, _NAMED)}")
+            lines.append(
+                f"    {deployment.previous} still on {listed(deployment.hosts_before, _NAMED)}"
+            )
+    return "\n".join(lines)

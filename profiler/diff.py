@@ -28,8 +28,8 @@ from profiler.comparison import (
 )
 from profiler.differential import Pair, only_hosts
 from profiler.selection import NothingSelectedError, Selection
-from profiler.text import cells, counted, fit, pad
-from profiler.times import NS_PER_S, parse_window, rfc3339
+from profiler.text import counted, fit, in_columns, listed
+from profiler.times import from_until, parse_window, rfc3339, whole_second
 from profiler.verdict import Change, Source
 from storage.cache import default_folder
 from storage.objects import open_store
@@ -130,9 +130,8 @@ def run(before: Sequence[str], after: Sequence[str], options: Options, now_ns: i
     else:
         print(as_text(found, verdict, options.gate))
         if moved:
-            more = f" and {len(moved) - _SHOWN_MOVED} more" if moved[_SHOWN_MOVED:] else ""
-            names = ", ".join(fit(name, _NAME_WIDTH) for name in moved[:_SHOWN_MOVED])
-            print(f"\nmoved   from some callers to others: {names}{more}")
+            names = listed([fit(name, _NAME_WIDTH) for name in moved], _SHOWN_MOVED)
+            print(f"\nmoved   from some callers to others: {names}")
     return verdict.exit_code
 
 
@@ -209,14 +208,11 @@ def _last_deploy(selection: Selection) -> tuple[Query, Operand, Operand, Sequenc
     if match.before is None or match.after is None:
         raise ComparisonError(f"{name} at {rfc3339(last.first_ns)} is {match.reason}")
     print(
-        f"everflame: {name}, began {_second(last.first_ns)}, settled {_second(last.settled_ns)}",
+        f"everflame: {name}, began {whole_second(last.first_ns)},"
+        f" settled {whole_second(last.settled_ns)}",
         file=sys.stderr,
     )
     return query, match.before, match.after, found.all_ns
-
-
-def _second(at_ns: int) -> str:
-    return rfc3339(at_ns - at_ns % NS_PER_S)
 
 
 def _calibrate(before: Sequence[str], after: Sequence[str], options: Options, now_ns: int) -> int:
@@ -374,8 +370,7 @@ def _side_text(side: Side) -> str:
     window = side.window
     parts = [side.query] if side.query else []
     if window.start_ns:
-        start, end = map(_second, window)
-        parts.append(f"{start} until {end}")
+        parts.append(from_until(window))
     rows = "run" if side.hosts and side.hosts[0] == "file 1" else "host"
     parts.append(counted(len(side.hosts), rows))
     if side.versions:
@@ -426,12 +421,7 @@ def _table(found: Comparison, shown: Sequence[Function], gate: Gate) -> list[str
                 fit(_name(function), _NAME_WIDTH),
             )
         )
-    widths = [max(cells(row[i]) for row in rows) for i in range(3)]
-    lines = []
-    for row in rows:
-        padded = [pad(text, width) for text, width in zip(row[:3], widths, strict=True)]
-        lines.append("  ".join([*padded, row[3]]).rstrip())
-    return lines
+    return in_columns(rows)
 
 
 def _markdown(text: str) -> str:

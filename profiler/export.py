@@ -6,10 +6,10 @@ Every format tells the same counts. What each can hold differs: `.pb.gz` everyth
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import orjson
 
@@ -40,7 +40,7 @@ def check_output(file: str) -> None:
         ExportError: the ending names no format.
         OSError: the folder does not exist or cannot be written to.
     """
-    _find(file, _WRITERS, "write")
+    ending_of(file)
     check_folder(file)
 
 
@@ -63,7 +63,7 @@ def encode(profile: Profile, file: str, by: Sequence[str] | None = None) -> byte
     Raises:
         ExportError: the ending names no format.
     """
-    return _find(file, _WRITERS, "write")(profile, DEFAULT_BY if by is None else by)
+    return _WRITERS[ending_of(file)](profile, DEFAULT_BY if by is None else by)
 
 
 def encode_pair(
@@ -165,7 +165,7 @@ def read(file: str) -> Profile:
         ProfileError: the file is damaged or is something else; the message names it.
         OSError: the file cannot be read.
     """
-    reader = _find(file, _READERS, "read")
+    reader = _READERS[_find(file, _READERS, "read")]
     content = Path(file).read_bytes()
     try:
         return reader(content)
@@ -175,7 +175,6 @@ def read(file: str) -> Profile:
 
 _Writer = Callable[[Profile, Sequence[str]], bytes]
 _Reader = Callable[[bytes], Profile]
-_Codec = TypeVar("_Codec")
 
 # Each format is imported when it is needed: the sampling process is to stay small, and what only
 # draws or encodes would be 6 MB of it.
@@ -266,10 +265,19 @@ _READERS: dict[str, _Reader] = {
 }
 
 
-def _find(file: str, codecs: dict[str, _Codec], verb: str) -> _Codec:
+def ending_of(file: str) -> str:
+    """Give the ending that says in which format a profile is written.
+
+    Raises:
+        ExportError: it names no format.
+    """
+    return _find(file, _WRITERS, "write")
+
+
+def _find(file: str, codecs: Iterable[str], verb: str) -> str:
     # In the order of the tables: `.speedscope.json` stands before `.json`.
-    for ending, codec in codecs.items():
+    for ending in codecs:
         if file == ending or (ending != STDOUT and file.endswith(ending)):
-            return codec
+            return ending
     endings = ", ".join(ending for ending in codecs if ending != STDOUT)
     raise ExportError(f"cannot {verb} {file}: its ending names no format (there are {endings})")

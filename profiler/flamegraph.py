@@ -10,7 +10,7 @@ is too many to visit one by one. Who draws says how wide: then what is too narro
 tree grows, and only what is drawn is ever made (bench/bench_flamegraph.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -161,6 +161,23 @@ class FlameGraph:
             frames.append(self.frames[self.frame[node]])
             node = int(self.parent[node])
         return tuple(reversed(frames))
+
+    def path_to(
+        self, node: int, ids: npt.NDArray[np.uint64], numbers: Mapping[Frame, int]
+    ) -> list[tuple[int, int]] | None:
+        """Give the ids and the numbers of the frames from below the root down to the node of an id.
+
+        None if there is no such node, or if it is a sum of what is too narrow to be drawn, whose
+        frame has no number.
+        """
+        for found in np.flatnonzero(ids == np.uint64(node)).tolist():
+            path, at = [], found
+            while at:
+                path.append((int(ids[at]), numbers.get(self.frames[self.frame[at]], -1)))
+                at = int(self.parent[at])
+            if all(number >= 0 for _, number in path):
+                return path[::-1]
+        return None
 
 
 def lefts(depth: Indices, parent: Indices, width: npt.NDArray[Number]) -> npt.NDArray[Number]:

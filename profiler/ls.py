@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 
 from profiler.selection import Selection
-from profiler.text import cells, counted, pad, quantity
+from profiler.text import counted, in_columns, quantity
 from profiler.times import rfc3339
 from profiler.verify import ALWAYS
 from storage.columns import Hasher
@@ -181,10 +181,9 @@ def _table(listing: Listing) -> str:
         )
         for host in listing.hosts
     ]
-    widths = [max(cells(row[i]) for row in rows) for i in range(5)]
     lines = []
-    for row, host in zip(rows, [None, *listing.hosts], strict=True):
-        lines.append("  ".join(pad(text, width) for text, width in zip(row, widths, strict=True)))
+    for line, host in zip(in_columns(rows), [None, *listing.hosts], strict=True):
+        lines.append(line)
         if host is None:
             continue
         services = _largest(host.services)
@@ -198,4 +197,4 @@ def _table(listing: Listing) -> str:
     objects = counted(sum(host.objects for host in listing.hosts), "object")
     where = "latest object" if listing.is_latest_only else "window"
     lines.append(f"{objects}, {size}; services are those of each host's {where}")
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(lines)

@@ -22,6 +22,7 @@ _GRID_NS = GRIDS_NS[0][1]
 _LEAST_WINDOWS = 5
 """No window is made shorter than this for the sake of more positions."""
 _MOST_SPOILED = 3
+"""Deployments of the past that windows are made shorter for; more would leave them too short."""
 _PROBES = (24, 15, 10, 7, 4, 2)
 """Hours before the windows at which it is looked whether there are data."""
 

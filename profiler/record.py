@@ -229,6 +229,9 @@ def run_repeatedly(options: RecordOptions, environment: dict[str, str], times: i
     """Record a command so often, each run into files of its own: `NAME-1.pb.gz` and so on.
 
     The first run that fails ends it, with its exit status.
+
+    Raises:
+        ExportError: the ending of an output names no format.
     """
     outputs = options.outputs or ("everflame.pb.gz",)
     for number in range(1, times + 1):
@@ -240,9 +243,8 @@ def run_repeatedly(options: RecordOptions, environment: dict[str, str], times: i
 
 
 def _numbered(output: str, number: int) -> str:
-    path = Path(output)
-    stem, dot, ending = path.name.partition(".")
-    return str(path.with_name(f"{stem}-{number}{dot}{ending}"))
+    ending = export.ending_of(output)
+    return f"{output.removesuffix(ending)}-{number}{ending}"
 
 
 def target_of(pids: Sequence[int]) -> Target:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from profiler.times import NS_PER_S, parse_window, rfc3339
+from profiler.times import NS_PER_S, from_until, parse_window
 from profiler.verify import ALWAYS
 from storage.cache import default_folder
 from storage.objects import ObjectKey, ObjectStore, StoredObject, list_window, open_store
@@ -117,4 +117,4 @@ def nearest_objects(store: ObjectStore, window: Window) -> list[ObjectKey]:
 def _shown(window: Window) -> str:
     if window == ALWAYS:
         return "any time"
-    return f"{rfc3339(window.start_ns)} until {rfc3339(window.end_ns)}"
+    return from_until(window)

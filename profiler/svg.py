@@ -27,9 +27,9 @@ INNER_PX = WIDTH_PX - 2 * MARGIN_PX
 _HEADER_PX = 132
 FOOTER_PX = 34
 ROW_PX = 18
-CELL_PX = 6.63
+_CELL_PX = 6.63
 """Width of a character: 11 px of the widest common fixed-width font, DejaVu Sans Mono (0.602)."""
-TEXT_LEAST_PX = 3 * CELL_PX
+_TEXT_LEAST_PX = 3 * _CELL_PX
 _VARIANTS = 6
 
 
@@ -89,7 +89,12 @@ def draw(profile: Profile, by: Sequence[str] = ("comm",)) -> bytes:
         *_header(profile, title),
         *_legend(whole),
         boxes,
-        _footer(graph, height),
+        footer(
+            "Hover over a box for its full name and counts.",
+            graph.cut_nodes,
+            percent(graph.cut_total, int(graph.total[0])),
+            height,
+        ),
         "</svg>\n",
     ]
     return "\n".join(parts).encode()
@@ -181,23 +186,33 @@ def _boxes(graph: FlameGraph, classes: dict[str, tuple[Kind, int | None]]) -> It
         variant = zlib.crc32(frame.module.encode()) % _VARIANTS if frame.module else None
         class_name = _class(frame.kind, variant)
         classes[class_name] = (frame.kind, variant)
-        x, width = MARGIN_PX + start * scale, total * scale
-        y = _HEADER_PX + depth * ROW_PX
-        gap = 1 if width > 3 else 0
-        # Crisp edges snap to whole pixels: narrower than one, a box might not show at all.
-        drawn = width - gap if frame.kind is Kind.REST else max(1.0, width - gap)
-        yield (
-            f"<g><title>{escape(_tooltip(frame, graph, total, own, samples))}</title>"
-            f'<rect class="{class_name}" x="{x:.2f}" y="{y}" width="{drawn:.2f}" '
-            f'height="{ROW_PX - 1}"/>{_label(frame, x, y, width)}</g>'
-        )
+        place = Place(start * scale, _HEADER_PX + depth * ROW_PX, total * scale)
+        yield box(frame, place, class_name, _tooltip(frame, graph, total, own, samples))
 
 
-def _label(frame: Frame, x: float, y: int, width: float) -> str:
-    if width < TEXT_LEAST_PX or frame.kind is Kind.REST:
-        return ""
-    text = fit(frame.function, int((width - 6) / CELL_PX))
-    return f'<text x="{x + 3:.2f}" y="{y + 12.5}">{escape(text)}</text>'
+class Place(NamedTuple):
+    """Where a box is, in pixels: left edge from the margin on, upper edge, width."""
+
+    left: float
+    top: int
+    width: float
+
+
+def box(frame: Frame, place: Place, class_name: str, tooltip: str) -> str:
+    """Draw a box of a flame graph, with its name where there is room for it."""
+    x, y, width = MARGIN_PX + place.left, place.top, place.width
+    is_rest = frame.kind is Kind.REST
+    gap = 1 if width > 3 else 0
+    # Crisp edges snap to whole pixels: narrower than one, a box might not show at all.
+    drawn = width - gap if is_rest else max(1.0, width - gap)
+    label = ""
+    if width >= _TEXT_LEAST_PX and not is_rest:
+        name = escape(fit(frame.function, int((width - 6) / _CELL_PX)))
+        label = f'<text x="{x + 3:.2f}" y="{y + 12.5}">{name}</text>'
+    return (
+        f'<g><title>{escape(tooltip)}</title><rect class="{class_name}" x="{x:.2f}" y="{y}" '
+        f'width="{drawn:.2f}" height="{ROW_PX - 1}"/>{label}</g>'
+    )
 
 
 def _tooltip(frame: Frame, graph: FlameGraph, total: int, own: int, samples: int) -> str:
@@ -208,14 +223,11 @@ def _tooltip(frame: Frame, graph: FlameGraph, total: int, own: int, samples: int
     return f"{frame.function}\n{where}\n{counts}, self {quantity(own, graph.unit)}"
 
 
-def _footer(graph: FlameGraph, height: int) -> str:
-    share = percent(graph.cut_total, int(graph.total[0]))
-    said = "Hover over a box for its full name and counts."
-    if graph.cut_nodes:
-        boxes = f"{graph.cut_nodes:,} boxes under half a pixel are"
-        if graph.cut_nodes == 1:
-            boxes = "1 box under half a pixel is"
-        said = f"{said} {boxes} drawn as grey sums, {share} of the total."
+def footer(said: str, cut_nodes: int, cut_share: str, height: int) -> str:
+    """Draw the last line: what it says, and how much is drawn as sums of what is too narrow."""
+    if cut_nodes:
+        are = "box under half a pixel is" if cut_nodes == 1 else "boxes under half a pixel are"
+        said = f"{said} {cut_nodes:,} {are} drawn as grey sums, {cut_share} of the total."
     return f'<text class="s" x="{MARGIN_PX}" y="{height - 12}">{escape(said)}</text>'
 
 

@@ -15,19 +15,20 @@ from profiler.comparison import Side
 from profiler.differential import VERDICTS, Pair, UnionGraph
 from profiler.flamegraph import Screen, lefts
 from profiler.svg import (
-    CELL_PX,
     FOOTER_PX,
     INNER_PX,
     MARGIN_PX,
     ROW_PX,
-    TEXT_LEAST_PX,
     WIDTH_PX,
+    Place,
     attribute,
+    box,
+    footer,
     span_text,
 )
 from profiler.text import counted, fit, percent, quantity
 from profiler.verdict import Source
-from symbolizer.location import Frame, Kind
+from symbolizer.location import Kind
 
 SCREEN = Screen(INNER_PX)
 _HEADER_PX = 156
@@ -127,7 +128,12 @@ def draw(pair: Pair, graph: UnionGraph) -> bytes:
             for i, warning in enumerate(warnings)
         ),
         *_boxes(pair, graph, top),
-        _footer(pair, graph, height),
+        footer(
+            "Hover over a box for its full name and both costs.",
+            graph.cut_nodes,
+            _cut_share(pair, graph),
+            height,
+        ),
         "</svg>\n",
     ]
     return "\n".join(parts).encode()
@@ -202,24 +208,9 @@ def _boxes(pair: Pair, graph: UnionGraph, top: int) -> Iterator[str]:
     nodes = zip(*(column.tolist() for column in columns), strict=True)
     for i, (number, depth, code, start, width) in enumerate(nodes):
         frame = graph.frames[number]
-        is_rest = frame.kind is Kind.REST
-        x, y = MARGIN_PX + start, top + depth * ROW_PX
-        gap = 1 if width > 3 else 0
-        # Crisp edges snap to whole pixels: narrower than one, a box might not show at all.
-        drawn = width - gap if is_rest else max(1.0, width - gap)
-        name = "r" if is_rest else _class(VERDICTS[code])
-        yield (
-            f"<g><title>{escape(_tooltip(pair, graph, i))}</title>"
-            f'<rect class="{name}" x="{x:.2f}" y="{y}" width="{drawn:.2f}" '
-            f'height="{ROW_PX - 1}"/>{_label(frame, x, y, width)}</g>'
-        )
-
-
-def _label(frame: Frame, x: float, y: int, width: float) -> str:
-    if width < TEXT_LEAST_PX or frame.kind is Kind.REST:
-        return ""
-    text = fit(frame.function, int((width - 6) / CELL_PX))
-    return f'<text x="{x + 3:.2f}" y="{y + 12.5}">{escape(text)}</text>'
+        class_name = "r" if frame.kind is Kind.REST else _class(VERDICTS[code])
+        place = Place(start, top + depth * ROW_PX, width)
+        yield box(frame, place, class_name, _tooltip(pair, graph, i))
 
 
 def _tooltip(pair: Pair, graph: UnionGraph, i: int) -> str:
@@ -242,16 +233,9 @@ def _tooltip(pair: Pair, graph: UnionGraph, i: int) -> str:
     return "\n".join([*lines, VERDICTS[graph.verdict[i]]])
 
 
-def _footer(pair: Pair, graph: UnionGraph, height: int) -> str:
-    said = "Hover over a box for its full name and both costs."
-    if graph.cut_nodes:
-        cut = graph.cut_before * pair.scale.before + graph.cut_after * pair.scale.after
-        share = percent(round(1e6 * cut), round(1e6 * 2 * float(graph.widths(pair.scale)[0])))
-        are = (
-            "box under half a pixel is" if graph.cut_nodes == 1 else "boxes under half a pixel are"
-        )
-        said = f"{said} {graph.cut_nodes:,} {are} drawn as grey sums, {share} of the total."
-    return f'<text class="s" x="{MARGIN_PX}" y="{height - 12}">{escape(said)}</text>'
+def _cut_share(pair: Pair, graph: UnionGraph) -> str:
+    cut = graph.cut_before * pair.scale.before + graph.cut_after * pair.scale.after
+    return percent(round(1e6 * cut), round(1e6 * 2 * float(graph.widths(pair.scale)[0])))
 
 
 def _class(verdict: str) -> str:

@@ -1,6 +1,7 @@
 """Text that fits: widths in cells of a fixed-width font, cutting, quantities with units."""
 
 import unicodedata
+from collections.abc import Sequence
 
 ELLIPSIS = "…"
 
@@ -36,6 +37,15 @@ def pad(text: str, width: int) -> str:
     return cut + " " * (width - cells(cut))
 
 
+def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Give a line for each row; every column is as wide as its widest text."""
+    widths = [max(map(cells, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(pad(text, width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
 def quantity(value: int, unit: str) -> str:
     """Give a value as people read it: three digits or more, and the unit that suits its size."""
     scales = {"nanoseconds": _TIMES, "bytes": _SIZES}.get(unit)
@@ -59,6 +69,12 @@ def percent(part: int, whole: int) -> str:
 def counted(number: int, noun: str) -> str:
     """Give `1 sample`, `1,234 samples`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Give `a, b`, and of more than `most` names how many more there are: `a, b and 3 more`."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _cells_of(character: str) -> int:

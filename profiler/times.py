@@ -88,6 +88,16 @@ def rfc3339(at_ns: int) -> str:
     return f"{text}{digits}Z"
 
 
+def whole_second(at_ns: int) -> str:
+    """Give a time as RFC 3339 in UTC, to the second before it."""
+    return rfc3339(at_ns - at_ns % NS_PER_S)
+
+
+def from_until(window: Window) -> str:
+    """Give `FROM until UNTIL`, both to the second before."""
+    return f"{whole_second(window.start_ns)} until {whole_second(window.end_ns)}"
+
+
 def _checked(at_ns: int, text: str) -> int:
     if not 0 <= at_ns <= _LATEST_NS:
         raise TimeError(f"{text!r} is no time between 1970 and 2262")

@@ -103,14 +103,9 @@ def path_to(
     for screen in (*map(Screen, _WIDTHS_PX), None):
         check()
         graph = draw(paths, screen)
-        ids = graph.ids()
-        for found in np.flatnonzero(ids == np.uint64(node)).tolist():
-            path, at = [], found
-            while at:
-                path.append((int(ids[at]), numbers.get(graph.frames[graph.frame[at]], -1)))
-                at = int(graph.parent[at])
-            if all(box >= 0 for _, box in path):  # else it is a sum of what is too narrow
-                return path[::-1]
+        path = graph.path_to(node, graph.ids(), numbers)
+        if path is not None:
+            return path
     raise NoSuchNodeError(f"{node:016x}")
 
 

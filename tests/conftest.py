@@ -2,10 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
+from browser import View, chromium, visiting
+from playwright.sync_api import Browser
 from weed import Weed
 
 # A busy machine makes single examples slow; what a test may take in all is pytest's timeout.
@@ -33,3 +35,15 @@ def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Callable[..., View]]:
+    with visiting(browser) as open_view:
+        yield open_view

@@ -17,14 +17,12 @@ from browser import (
     View,
     barriers,
     changes,
-    chromium,
     outside,
     serving,
     unseen_in,
-    visiting,
     walk_focus,
 )
-from playwright.sync_api import Browser, Locator, expect
+from playwright.sync_api import Locator, expect
 from stores import START_NS, at, directory
 
 from storage.profile import Profile
@@ -95,18 +93,6 @@ def service(tmp_path_factory) -> Iterator[Service]:
     fill(folder / "store")
     with serving(folder / "store", folder) as service:
         yield service
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def visit(browser) -> Iterator[Callable[..., View]]:
-    with visiting(browser) as open_view:
-        yield open_view
 
 
 def ms(number: int) -> int:

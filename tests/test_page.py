@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,14 +22,12 @@ from browser import (
     View,
     barriers,
     changes,
-    chromium,
     outside,
     serving,
     unseen_in,
-    visiting,
     walk_focus,
 )
-from playwright.sync_api import Browser, Locator, Route, expect
+from playwright.sync_api import Locator, Route, expect
 from stores import START_NS, at, put
 from targets import compile_target, running
 
@@ -143,18 +141,6 @@ def hostile(tmp_path_factory) -> Iterator[Service]:
         put(DirectoryStore(folder / "store"), at(profile, minute, HOSTILE_NAMES[0]))
     with serving(folder / "store", folder) as service:
         yield service
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def visit(browser) -> Iterator[Callable[..., View]]:
-    with visiting(browser) as open_view:
-        yield open_view
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,20 @@ def test_the_status_is_that_of_the_command(command, status, tmp_path) -> None:
     assert result.returncode == status
 
 
+def test_repeated_runs_are_files_with_numbers_before_the_ending(split, tmp_path) -> None:
+    outputs = ["-o", tmp_path / "v1.5.pb.gz", "-o", tmp_path / "v1.5.speedscope.json"]
+
+    result = everflame("record", "--repeat", "2", *outputs, "--", split, "0.3")
+    refused = everflame("record", "--repeat", "2", "-o", "-", "--", split, "0.3")
+
+    assert result.returncode == 0, result.stderr
+    endings = ("pb.gz", "speedscope.json")
+    expected = {f"v1.5-{number}.{ending}" for number in (1, 2) for ending in endings}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "stdout" in refused.stderr
+
+
 def test_a_command_that_cannot_run_says_so(tmp_path) -> None:
     result = everflame("record", "-o", tmp_path / "x.folded", "--", "./no-such-program")
 
