@@ -23,10 +23,11 @@ from profiler import verdict
 from profiler.text import counted, listed
 from profiler.times import length_text, rfc3339
 from profiler.verdict import Change, Contrast, Costs, Floats, Judgement, Noise, Source
-from storage.columns import Columns, Hasher
+from storage.columns import Columns, Hasher, key_starts_ns
 from storage.profile import Profile, Window
 from storage.query import Coverage, Presence, Query
 from storage.selector import Selector
+from storage.selfs import SelfSamples
 from storage.sums import Sums, merge_sums
 from symbolizer.location import Frame
 
@@ -281,17 +282,32 @@ class _Table:
     def counts(self, sums: Sums | None, hosts: dict[str, int]) -> Floats:
         """Give (self, total, both in samples) by host and function."""
         counts = np.zeros((len(hosts), len(self.hashes), 4))
-        if sums is None or not len(sums.rows):
-            return counts
-        rows = np.array([hosts.get(dict(each).get("host", ""), -1) for each in sums.service_sets])
-        found = np.searchsorted(self.hashes, sums.function_hashes)
-        found = np.minimum(found, len(self.hashes) - 1)
-        is_known = self.hashes[found] == sums.function_hashes
-        columns = np.where(is_known, self.columns[found], -1)
-        row, column = rows[sums.rows[:, 0]], columns[sums.rows[:, 1]]
-        known = (row >= 0) & (column >= 0)
-        np.add.at(counts, (row[known], column[known]), sums.counts[known])
+        if sums is not None:
+            cells, known = self._cells(SelfSamples(*sums.self_samples()), hosts)
+            np.add.at(counts.reshape(-1, 4), cells, sums.counts[known])
         return counts
+
+    def samples(self, part: SelfSamples, hosts: dict[str, int]) -> Floats:
+        """Give the self samples by host and function."""
+        cells, known = self._cells(part, hosts)
+        size = len(hosts) * len(self.hashes)
+        weights = part.samples[known].astype(np.float64)
+        counts = np.bincount(cells, weights, size).astype(np.float64, copy=False)
+        return counts.reshape(len(hosts), len(self.hashes))
+
+    def _cells(
+        self, part: SelfSamples, hosts: dict[str, int]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Give the place of lines, row by row, and which lines have one."""
+        rows = [hosts.get(dict(each).get("host", ""), -1) for each in part.service_sets]
+        found = np.searchsorted(self.hashes, part.function_hashes)
+        found = np.minimum(found, len(self.hashes) - 1)
+        is_known = self.hashes[found] == part.function_hashes
+        columns = np.where(is_known, self.columns[found], -1)
+        row = np.array(rows, np.int64)[part.lines[:, 0]]
+        column = columns[part.lines[:, 1]]
+        known = (row >= 0) & (column >= 0)
+        return row[known] * len(self.hashes) + column[known], known
 
 
 class _Lives:
@@ -301,9 +317,7 @@ class _Lives:
         labels = [dict(each) for each in presence.label_sets]
         self._labels = labels
         number, self._set, self._present_ns = presence.rows.T
-        # An object may begin a fraction of a second before the whole second of its key.
-        starts_ns = presence.objects[:, 0] + _SECOND_NS // 2
-        self._start_ns = (starts_ns - starts_ns % _SECOND_NS)[number]
+        self._start_ns = key_starts_ns(presence.objects)[number]
         self._is_there = self._present_ns > 0
 
     def seconds(
@@ -478,18 +492,28 @@ class _Past:
         if not self.is_possible:
             return
         query, positions = self._positions()
-        for back_ns, seconds in positions:
-            found = []
-            for i, hosts in enumerate(self._pair.hosts):
-                window = self._window(i, back_ns)
-                parts, _ = query.parts(window, self._selectors[i], by=("host",))
-                numbers = {host: j for j, host in enumerate(hosts)}
-                samples = np.zeros((len(hosts), len(self._pair.table.frames)))
-                for part in parts:
-                    samples += self._pair.table.counts(part, numbers)[:, :, 2]
-                found.append(Costs(samples, np.array([seconds[i][host] for host in hosts])))
-            if all(each.samples.any() for each in found):
-                yield found[0], found[1]
+        samples = self._samples(query, [back_ns for back_ns, _ in positions])
+        for number, (_, seconds) in enumerate(positions):
+            before, after = (
+                Costs(samples[side][number], np.array([seconds[side][host] for host in hosts]))
+                for side, hosts in enumerate(self._pair.hosts)
+            )
+            if before.samples.any() and after.samples.any():
+                yield before, after
+
+    def _samples(self, query: Query, backs: Sequence[int]) -> list[Floats]:
+        """Give for each side the self samples by position, host and function, read once."""
+        table, sides = self._pair.table, range(len(self._selectors))
+        found = [np.zeros((len(backs), len(h), len(table.frames))) for h in self._pair.hosts]
+        numbers = [{host: j for j, host in enumerate(hosts)} for hosts in self._pair.hosts]
+        for selector in dict.fromkeys(self._selectors):
+            asked = [side for side in sides if self._selectors[side] == selector]
+            places = [(side, number) for side in asked for number in range(len(backs))]
+            windows = [self._window(side, backs[number]) for side, number in places]
+            for i, part in query.selfs(windows, selector):
+                side, number = places[i]
+                found[side][number] += table.samples(part, numbers[side])
+        return found
 
     def _positions(self) -> tuple[Query, list["_Position"]]:
         """Give the positions on other days at the same hours, or those that follow each other."""

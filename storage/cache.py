@@ -28,12 +28,13 @@ import orjson
 from storage import pprof
 from storage.columns import Columns, Texts, Times
 from storage.profile import Accounting, Host, Labels, Window
+from storage.selfs import Selfs
 from storage.sums import Sums
 from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
 
 DEFAULT_LIMIT_BYTES = 1 << 30
 
-_VERSION = 3
+_VERSION = 4
 """Of the arrays' meaning. What an object is read as also depends on pprof's schema."""
 
 _PREFIX = struct.Struct("<8sII")
@@ -41,14 +42,22 @@ _MARK = b"everfl1\n"
 _ALIGNMENT = 64
 _CHECK_EVERY_BYTES = 32 << 20
 """So much may be written before the folder is measured again."""
+_BULK = frozenset({"texts.blob", "stack_words", "lines", "line_samples"})
 _TOUCH_AFTER_NS = 60 * 1_000_000_000
 """Last uses are kept to the minute."""
 
-_Kept = TypeVar("_Kept", Columns, Sums, Times)
+_Kept = TypeVar("_Kept", Columns, Sums, Times, Selfs)
+_LONG_KEPT = frozenset({".times", ".selfs"})
+"""Comparisons ask for these of many days: what is evicted first is all else, while they take no
+more than this part of the limit."""
+_LONG_KEPT_PART = 4
 
 
 class DecodedCache:
-    """Columns, Sums, Times by name. What cannot be written or read is slower, never an error."""
+    """Columns, Sums, Times, Selfs by name.
+
+    What cannot be written or read is slower, never an error.
+    """
 
     def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
         self._root = folder
@@ -106,7 +115,7 @@ class DecodedCache:
         if is_due:
             self._evict()
 
-    def touch(self, kind: type[Columns | Sums | Times], name: str) -> int:
+    def touch(self, kind: type[Columns | Sums | Times | Selfs], name: str) -> int:
         """Use what was saved under this name without reading it; give its size, 0 if it is gone."""
         path = self._path(kind, name)
         try:
@@ -122,7 +131,7 @@ class DecodedCache:
     def size_bytes(self) -> int:
         return sum(size for _, size, _ in self._files())
 
-    def _path(self, kind: type[Columns | Sums | Times], name: str) -> Path:
+    def _path(self, kind: type[Columns | Sums | Times | Selfs], name: str) -> Path:
         return self._folder / f"{name}.{kind.__name__.lower()}"
 
     def _files(self) -> list[tuple[int, int, Path]]:
@@ -140,12 +149,23 @@ class DecodedCache:
         if excess <= 0:
             return
         excess += self._limit_bytes // 10  # so that not every write has to make room
-        for _, size, path in files:
+        for _, size, path in self._by_turn(files):
             if excess <= 0:
                 break
             with contextlib.suppress(OSError):
                 path.unlink()
                 excess -= size
+
+    def _by_turn(self, files: list[tuple[int, int, Path]]) -> list[tuple[int, int, Path]]:
+        """Give files as they are to go, from the order of their last use."""
+        room = self._limit_bytes // _LONG_KEPT_PART
+        first: list[tuple[int, int, Path]] = []
+        last: list[tuple[int, int, Path]] = []
+        for file in reversed(files):
+            is_long_kept = file[2].suffix in _LONG_KEPT and room >= file[1]
+            room -= file[1] if is_long_kept else 0
+            (last if is_long_kept else first).append(file)
+        return [*reversed(first), *reversed(last)]
 
 
 def _read_secret(folder: Path) -> bytes:
@@ -173,7 +193,7 @@ def _read_secret(folder: Path) -> bytes:
     return secret
 
 
-def pack(value: Columns | Sums | Times, note: Any = None) -> bytes:
+def pack(value: Columns | Sums | Times | Selfs, note: Any = None) -> bytes:
     """Give a value as the content of a file.
 
     Raises:
@@ -230,8 +250,8 @@ def unpack(kind: type[_Kept], content: bytes) -> tuple[_Kept, Any]:
     for name, (dtype, shape, start) in header["arrays"].items():
         count = int(np.prod(shape))
         array = np.frombuffer(content, dtype, count, first + start).reshape(shape)
-        # Sums of narrow numbers would overflow; only the words, the bulk of it, stay as they are.
-        is_bulk = name in {"texts.blob", "stack_words"} or array.dtype == np.uint64
+        # Sums of narrow numbers would overflow; only the bulk of it stays as it is.
+        is_bulk = name in _BULK or array.dtype == np.uint64
         arrays[name] = array if is_bulk else array.astype(np.int64)
     meta = header["meta"]
     values: dict[str, Any] = {**meta, **arrays}

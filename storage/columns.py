@@ -374,6 +374,12 @@ def object_of(window: Window, accounting: Accounting) -> Integers:
     return np.array([[*window, *counts, lost]], dtype=np.int64)
 
 
+def key_starts_ns(objects: Numbers) -> Integers:
+    """Give when objects start by their keys: they may begin a part of a second before or after."""
+    starts_ns: Integers = objects[:, 0].astype(np.int64) + 10**9 // 2
+    return starts_ns - starts_ns % 10**9
+
+
 def times_of(rows: Numbers, counts: Numbers) -> tuple[Integers, Integers]:
     """Give `times` and `time_counts` of a single profile."""
     firsts, order = group(rows[:, 0])

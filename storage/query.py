@@ -48,6 +48,7 @@ from storage.columns import (
     Hasher,
     Times,
     join_lines,
+    key_starts_ns,
     merge_columns,
     merge_label_sets,
 )
@@ -72,6 +73,7 @@ from storage.profile import (
     Window,
 )
 from storage.selector import Selector
+from storage.selfs import Selfs, SelfSamples, join_selfs
 from storage.sums import PROCESS_LABELS, FunctionSum, Sums, merge_sums
 
 HOUR_NS = 3600 * NS_PER_S
@@ -80,8 +82,9 @@ _SPANS_NS = (HOUR_NS, HOUR_NS // 6)
 and ends inside one, and is what most people ask for."""
 _SETTLED_AFTER_NS = 300 * NS_PER_S
 """After its end, so long does a span wait for late objects before it is kept merged."""
-_RECENT_NS = HOUR_NS * 7 // 6
-"""Windows of the last hour begin inside of these ten minutes."""
+_RECENT_NS = HOUR_NS * 5 // 2
+"""Windows of the last hour begin inside of ten minutes, as does one before it that it is compared
+with."""
 _PREPARED_SHARE = 0.75
 """Of the cache, for what nobody has asked for yet."""
 _FETCHES = 4
@@ -97,7 +100,8 @@ _FAILURES_REMEMBERED = 10_000
 _ENDING = {signal.SIGINT, signal.SIGTERM}
 EMPTY = Selector()
 
-_Kept = TypeVar("_Kept", Columns, Sums, Times)
+_KINDS = (Columns, Sums, Times, Selfs)
+_Kept = TypeVar("_Kept", Columns, Sums, Times, Selfs)
 _Made = TypeVar("_Made", Columns, Sums, Times)
 _Rows = TypeVar("_Rows", Columns, Sums)
 
@@ -238,9 +242,10 @@ class Query:
         return other
 
     def listing(self, window: Window) -> "Query":
-        """Give this same query, which has listed a window and lists no part of it again."""
+        """Give this same query, which has listed a window's hours and lists no part of it again."""
         other = copy.copy(self)
-        other._listed = (window, list(self.objects(window)))  # noqa: SLF001 - a copy of this very object
+        (hours,) = _union([window], HOUR_NS)
+        other._listed = (hours, list(self.objects(hours)))  # noqa: SLF001 - a copy of this very object
         return other
 
     def fingerprint(self, window: Window) -> str:
@@ -250,7 +255,8 @@ class Query:
     def profile(self, window: Window, selector: Selector = EMPTY, type: str = "cpu") -> Answer:  # noqa: A002 - the field's word
         """Merge what was sampled in a window and is asked for."""
         fold = _folding(merge_columns, selector)
-        parts, coverage = self._chosen(self._stacks, window, selector, type, fold)
+        read = self._read(self._stacks, window)
+        parts, coverage = _chosen(read, window, selector, type, fold)
         chosen = [part.filter(selector) for part in parts]
         if not chosen:
             unit = "nanoseconds" if type == "cpu" else "count"
@@ -280,7 +286,7 @@ class Query:
         Raises:
             ValueError: the step is not positive.
         """
-        parts, coverage = self._chosen(self._times, window, selector, type)
+        parts, coverage = _chosen(self._read(self._times, window), window, selector, type)
         if callable(step_ns):
             lengths = [part.objects[:, 1] - part.objects[:, 0] for part in parts]
             step_ns = step_ns(max((int(each.max(initial=0)) for each in lengths), default=0))
@@ -344,30 +350,57 @@ class Query:
         Stacks are read only for labels of single processes (PROCESS_LABELS), which sums leave out.
         """
         if PROCESS_LABELS & {*selector.names, *by}:
-            stacks, coverage = self._chosen(self._stacks, window, selector, type)
+            read = self._read(self._stacks, window)
+            stacks, coverage = _chosen(read, window, selector, type)
             left_out = PROCESS_LABELS.difference(by)
             parts = [Sums.of(part.filter(selector), self._hasher, left_out) for part in stacks]
         else:
             fold = _folding(merge_sums, selector)
-            sums, coverage = self._chosen(self._sums, window, selector, type, fold)
+            sums, coverage = _chosen(self._read(self._sums, window), window, selector, type, fold)
             parts = [part.filter(selector) for part in sums]
         return parts, coverage
 
+    def selfs(
+        self, windows: Sequence[Window], selector: Selector = EMPTY
+    ) -> Iterator[tuple[int, SelfSamples]]:
+        """Give what each function cost itself in each of some windows, part by part.
+
+        Whatever hours they begin in, what is kept of whole hours answers them. Each part comes with
+        the number of its window; whoever knows the functions by their hashes needs no name.
+        """
+        if PROCESS_LABELS & {*selector.names}:
+            for i, window in enumerate(windows):
+                for part in self.parts(window, selector, ("host",))[0]:
+                    yield i, SelfSamples(*part.self_samples())
+            return
+        for loaded in self._read_around(Selfs, self._selfs, windows):
+            selfs = loaded.value
+            if selfs is None or selfs.type != "cpu" or not _has_host(selfs.accounting, selector):
+                continue
+            for i, window in enumerate(windows):
+                if _overlap(window, selfs.window):
+                    yield i, selfs.inside(window, selector)
+
     def presence(self, window: Window, selector: Selector = EMPTY) -> Presence:
         """Give for how long each service that is asked for was there in each object."""
-        parts, coverage = self._chosen(self._times, window, selector, "cpu")
+        read = self._read_around(Times, self._times, [window])
+        parts, coverage = _chosen(read, window, selector, "cpu")
         if not parts:
             return Presence(np.zeros((0, 2), np.int64), (), np.zeros((0, 3), np.int64), coverage)
-        chosen = [part.filter(selector) for part in parts]
+        is_inside, lines = [], []
+        for part in parts:
+            starts_ns = key_starts_ns(part.objects)
+            is_inside.append((window.start_ns <= starts_ns) & (starts_ns < window.end_ns))
+            presence = part.filter(selector).presence
+            lines.append(presence[is_inside[-1][presence[:, 0]]])
         label_sets, numbers = merge_label_sets(
-            [part.present_sets for part in chosen], [part.presence[:, 1] for part in chosen]
+            [part.present_sets for part in parts], [each[:, 1] for each in lines]
         )
-        return Presence(
-            objects=np.concatenate([part.objects[:, :2] for part in chosen]).astype(np.int64),
-            label_sets=label_sets,
-            rows=join_lines(chosen, [part.presence for part in chosen], numbers),
-            coverage=coverage,
-        )
+        rows = join_lines(parts, lines, numbers)
+        chosen = np.concatenate(is_inside)
+        rows[:, 0] = (np.cumsum(chosen) - 1)[rows[:, 0]]
+        objects = np.concatenate([part.objects[:, :2] for part in parts])[chosen]
+        return Presence(objects.astype(np.int64), label_sets, rows, coverage)
 
     def labels(self, window: Window, selector: Selector = EMPTY) -> dict[str, dict[str, int]]:
         """Give the names of labels, their values, and the samples each value has."""
@@ -468,51 +501,61 @@ class Query:
 
     def _touch(self, name: str) -> int:
         """Mark all that is kept under a name as used; give its size, 0 if some of it is missing."""
-        sizes = [self._cache.touch(kind, name) for kind in (Columns, Sums, Times)]
+        sizes = [self._cache.touch(kind, name) for kind in _KINDS]
         return sum(sizes) if all(sizes) else 0
 
     def _read_group(self, group: Sequence["_Object"]) -> None:
-        for reader in (self._stacks, self._sums, self._times):
+        for reader in (self._stacks, self._sums, self._times, self._selfs):
             if len(group) > 1:
                 reader.of_span(group)
             else:
                 reader.of_object(group[0])
 
-    def _chosen(
-        self,
-        reader: "_Reader[_Kept]",
-        window: Window,
-        selector: Selector,
-        type_: str,
-        fold: Callable[[list[_Kept]], list[_Kept]] = list,
-    ) -> tuple[list[_Kept], Coverage]:
-        """Give the parts of a window that may hold what is asked for, and what they cover.
-
-        `fold` makes fewer of them, once they have become large: a day is not held at once.
-        """
-        parts: list[_Kept] = []
-        skipped: list[Skipped] = []
-        accounting, objects, is_lasting = Accounting(), 0, True
-        for loaded in self._read(reader, window):
-            skipped += loaded.skipped
-            is_lasting &= loaded.is_lasting
-            value = loaded.value
-            if value is None or not _has_host(value.accounting, selector):
-                continue
-            if value.type != type_:
-                reason = f"it is of the type {value.type}, not {type_}"
-                skipped += [Skipped(key, reason) for key in loaded.keys]
-                continue
-            objects += len(value.objects)
-            accounting = accounting.merge(value.accounting)
-            parts.append(value)
-            parts = fold(parts)
-        return parts, Coverage(window, objects, accounting, tuple(skipped), is_lasting)
-
     def _read(self, reader: "_Reader[_Kept]", window: Window) -> Iterator["_Loaded[_Kept]"]:
         """Give the parts of a window in the order of their keys, decoding what is not cached."""
+        yield from self._read_parts(reader, self._parts(self.objects(window), window, _SPANS_NS))
+
+    def _read_around(
+        self,
+        kind: type[_Kept],
+        reader: "_Reader[_Kept]",
+        windows: Sequence[Window],
+    ) -> Iterator["_Loaded[_Kept]"]:
+        """Give the parts of windows, of whole hours around them where these are kept."""
+        joined = _union(windows, 1)
+
+        def parts() -> Iterator[tuple[list[_Object], bool]]:
+            for hours in _union(windows, HOUR_NS):
+                for listed, is_whole in self._parts(self.objects(hours), hours, _SPANS_NS[:1]):
+                    number = listed[0].key.start_ns // HOUR_NS
+                    hour = Window(number * HOUR_NS, (number + 1) * HOUR_NS)
+                    asked = [
+                        (window, [each for each in listed if _is_inside(each.key, window)])
+                        for window in joined
+                        if _overlap(window, hour)
+                    ]
+                    is_all = sum(len(some) for _, some in asked) == len(listed)
+                    if is_whole and (is_all or self._cache.touch(kind, self._name(listed))):
+                        yield listed, True
+                        continue
+                    for window, some in asked:
+                        yield from self._parts(some, window, _SPANS_NS)
+
+        yield from self._read_parts(reader, parts())
+
+    def _parts(
+        self,
+        objects: Iterable[tuple[ObjectKey, StoredObject]],
+        window: Window,
+        spans_ns: Sequence[int],
+    ) -> Iterator[tuple[list["_Object"], bool]]:
+        """Cut what a window holds into what may be kept merged, and what may not."""
         end_ns = min(window.end_ns, self._now_ns() - _SETTLED_AFTER_NS)
-        objects = (_Object(key, stored) for key, stored in self.objects(window))
+        yield from _split(itertools.starmap(_Object, objects), window.start_ns, end_ns, spans_ns)
+
+    def _read_parts(
+        self, reader: "_Reader[_Kept]", parts: Iterable[tuple[list["_Object"], bool]]
+    ) -> Iterator["_Loaded[_Kept]"]:
         with ThreadPoolExecutor(_FETCHES, "one") as ones, ThreadPoolExecutor(3, "span") as spans:
 
             def read(part: tuple[list[_Object], bool]) -> list[_Loaded[_Kept]]:
@@ -521,7 +564,6 @@ class Query:
                     return reader.of_span(listed)
                 return list(map_ahead(ones, reader.of_object, listed))
 
-            parts = _split(objects, window.start_ns, end_ns, _SPANS_NS)
             # Three spans at a time: while two are decoded, the next is fetched.
             for loaded in map_ahead(spans, read, parts, ahead=3):
                 self._check()
@@ -539,10 +581,14 @@ class Query:
     def _times(self) -> "_Reader[Times]":
         return self._made(Times, Times.of)
 
-    def _made(self, kind: type[_Kept], make: Callable[[Columns], _Kept]) -> "_Reader[_Kept]":
+    @property
+    def _selfs(self) -> "_Reader[Selfs]":
+        return _Reader(self._selfs_of_object, self._selfs_of_span)
+
+    def _made(self, kind: type[_Made], make: Callable[[Columns], _Made]) -> "_Reader[_Made]":
         """Give a reader of what is made of the columns, and kept beside them."""
 
-        def of_object(object_: "_Object") -> _Loaded[_Kept]:
+        def of_object(object_: "_Object") -> _Loaded[_Made]:
             name = self._name([object_])
             known = self._cache.load(kind, name)
             if known is not None:
@@ -552,7 +598,7 @@ class Query:
                 self._cache.save(made.value, name)
             return made
 
-        def of_span(objects: Sequence["_Object"]) -> list[_Loaded[_Kept]]:
+        def of_span(objects: Sequence["_Object"]) -> list[_Loaded[_Made]]:
             known = self._known_span(kind, objects)
             if known is not None:
                 return [known]
@@ -576,6 +622,34 @@ class Query:
                     self._keep(loaded, name)
                     return loaded
         return _Loaded((object_.stored.key,), known[0])
+
+    def _selfs_of_object(self, object_: "_Object") -> "_Loaded[Selfs]":
+        (loaded,) = self._selfs_of_span([object_])
+        return loaded
+
+    def _selfs_of_span(self, objects: Sequence["_Object"]) -> list["_Loaded[Selfs]"]:
+        known = self._known_span(Selfs, objects)
+        if known is not None:
+            return [known]
+        name = self._name(objects)
+        with self._turns.of(name, self._check):
+            known = self._known_span(Selfs, objects)
+            if known is not None:
+                return [known]
+            read = self._merge_span(objects)
+            if any(each.value is not None and each.selfs is None for each in read):
+                # Only the stacks of some part were kept.
+                read = self._decode(objects)
+                selfs = [each.selfs for each in read if each.selfs is not None]
+                if len({(each.type, each.unit) for each in selfs}) == 1:
+                    skipped = tuple(itertools.chain.from_iterable(each.skipped for each in read))
+                    keys = tuple(each.stored.key for each in objects)
+                    is_lasting = all(each.is_lasting for each in read)
+                    whole = join_selfs(selfs)
+                    if is_lasting:
+                        self._cache.save(whole, name, skipped)
+                    return [_Loaded(keys, whole, skipped, is_lasting)]
+        return [_Loaded(each.keys, each.selfs, each.skipped, each.is_lasting) for each in read]
 
     def _columns_of_span(self, objects: Sequence["_Object"]) -> list["_Loaded[Columns]"]:
         """Give a host's span as one, or its objects one by one where they do not add up."""
@@ -608,7 +682,8 @@ class Query:
             whole = replace(read[0], keys=keys)
         else:
             is_lasting = all(loaded.is_lasting for loaded in read)
-            whole = _Loaded(keys, merge_columns(columns), skipped, is_lasting)
+            selfs = _join_selfs(read)
+            whole = _Loaded(keys, merge_columns(columns), skipped, is_lasting, selfs=selfs)
         if whole.is_lasting:
             self._keep(whole, self._name(objects))
         return [whole]
@@ -618,6 +693,8 @@ class Query:
             self._cache.save_packed(Columns, loaded.packed, name)
         elif loaded.value is not None:
             self._cache.save(loaded.value, name, loaded.skipped)
+        if loaded.selfs is not None:
+            self._cache.save(loaded.selfs, name, loaded.skipped)
 
     def _cached_parts(
         self, objects: Sequence["_Object"]
@@ -627,15 +704,23 @@ class Query:
         missing: list[_Object] = []
         for part, _ in _split(objects, 0, 0, _SPANS_NS[1:]):
             if len(part) < len(objects):
-                known = self._known_span(Columns, part)
+                known = self._known_part(part)
                 more, rest = ([known], []) if known is not None else self._cached_parts(part)
             else:
-                found = [(each, self._known_span(Columns, [each])) for each in part]
+                found = [(each, self._known_part([each])) for each in part]
                 rest = [each for each, known in found if known is None]
                 more = _join([known for _, known in found if known is not None])
             read += more
             missing += rest
         return read, missing
+
+    def _known_part(self, objects: Sequence["_Object"]) -> "_Loaded[Columns] | None":
+        """Give what is kept of a part that is to be merged, with its selfs if they are kept."""
+        known = self._known_span(Columns, objects)
+        if known is None:
+            return None
+        selfs = self._cache.load(Selfs, self._name(objects))
+        return replace(known, selfs=selfs[0] if selfs else None)
 
     def _name(self, objects: Sequence["_Object"]) -> str:
         """Name what is decoded from objects. Time and size tell a repaired one from a damaged."""
@@ -701,7 +786,13 @@ class Query:
                 # Also when sums are beyond what can be packed.
                 return decode_objects(fetched, self._hasher)
             unpacked = [
-                _Loaded(keys, unpack(Columns, packed)[0], packed=packed) for keys, packed in parts
+                _Loaded(
+                    keys,
+                    unpack(Columns, packed)[0],
+                    packed=packed,
+                    selfs=unpack(Selfs, packed_selfs)[0],
+                )
+                for keys, packed, packed_selfs in parts
             ]
             return _Decoded(unpacked, failures)
 
@@ -724,6 +815,8 @@ class _Loaded(Generic[_Kept]):
     """Asking again gives the same: nothing was missing for a reason that may pass."""
     packed: bytes = b""
     """The value as the cache keeps it, where a worker has made that."""
+    selfs: Selfs | None = None
+    """Of columns: those of each object. Nothing tells them of objects that are merged."""
 
     def made(self: "_Loaded[Columns]", make: Callable[[Columns], _Made]) -> "_Loaded[_Made]":
         value = None if self.value is None else make(self.value)
@@ -736,6 +829,37 @@ class _Reader(Generic[_Kept]):
 
     of_object: Callable[[_Object], _Loaded[_Kept]]
     of_span: Callable[[Sequence[_Object]], list[_Loaded[_Kept]]]
+
+
+def _chosen(
+    read: Iterable[_Loaded[_Kept]],
+    window: Window,
+    selector: Selector,
+    type_: str,
+    fold: Callable[[list[_Kept]], list[_Kept]] = list,
+) -> tuple[list[_Kept], Coverage]:
+    """Give the parts of a window that may hold what is asked for, and what they cover.
+
+    `fold` makes fewer of them, once they have become large: a day is not held at once.
+    """
+    parts: list[_Kept] = []
+    skipped: list[Skipped] = []
+    accounting, objects, is_lasting = Accounting(), 0, True
+    for loaded in read:
+        skipped += loaded.skipped
+        is_lasting &= loaded.is_lasting
+        value = loaded.value
+        if value is None or not _has_host(value.accounting, selector):
+            continue
+        if value.type != type_:
+            reason = f"it is of the type {value.type}, not {type_}"
+            skipped += [Skipped(key, reason) for key in loaded.keys]
+            continue
+        objects += len(value.objects)
+        accounting = accounting.merge(value.accounting)
+        parts.append(value)
+        parts = fold(parts)
+    return parts, Coverage(window, objects, accounting, tuple(skipped), is_lasting)
 
 
 def _folding(
@@ -762,7 +886,16 @@ def _join(loaded: Sequence[_Loaded[Columns]]) -> list[_Loaded[Columns]]:
         return list(loaded)
     keys = tuple(itertools.chain.from_iterable(each.keys for each in loaded))
     skipped = tuple(itertools.chain.from_iterable(each.skipped for each in loaded))
-    return [_Loaded(keys, merge_columns(columns), skipped)]
+    is_lasting = all(each.is_lasting for each in loaded)
+    merged = merge_columns(columns)
+    return [_Loaded(keys, merged, skipped, is_lasting, selfs=_join_selfs(loaded))]
+
+
+def _join_selfs(loaded: Sequence[_Loaded[Columns]]) -> Selfs | None:
+    """Put the selfs of parts together, if those of each are known."""
+    selfs = [each.selfs for each in loaded if each.value is not None]
+    known = [each for each in selfs if each is not None]
+    return join_selfs(known) if known and len(known) == len(selfs) else None
 
 
 def _failed(key: str, reason: str, is_lasting: bool = True) -> _Loaded[Columns]:
@@ -837,10 +970,14 @@ _hasher_of = functools.lru_cache(maxsize=1)(Hasher)
 
 def _work(
     fetched: list[tuple[ObjectKey, bytes]], secret: bytes
-) -> tuple[list[tuple[tuple[str, ...], bytes]], list[tuple[str, str]]]:
+) -> tuple[list[tuple[tuple[str, ...], bytes, bytes]], list[tuple[str, str]]]:
     """Decode in a worker; what it answers is packed, as in the cache."""
     parts, failures = decode_objects(fetched, _hasher_of(secret))
-    packed = [(part.keys, pack(part.value)) for part in parts if part.value is not None]
+    packed = [
+        (part.keys, pack(part.value), pack(part.selfs))
+        for part in parts
+        if part.value is not None and part.selfs is not None
+    ]
     return packed, failures
 
 
@@ -859,7 +996,8 @@ def decode_objects(fetched: Iterable[tuple[ObjectKey, bytes]], hasher: Hasher) -
     for group in alike.values():
         some = [columns for _, columns in group]
         merged = some[0] if len(some) == 1 else merge_columns(some)
-        parts.append(_Loaded(tuple(key for key, _ in group), merged))
+        selfs = join_selfs([Selfs.of(columns, hasher) for columns in some])
+        parts.append(_Loaded(tuple(key for key, _ in group), merged, selfs=selfs))
     return _Decoded(parts, failures)
 
 
@@ -899,6 +1037,26 @@ def _split(
             yield from _split(part, start_ns, end_ns, spans_ns[1:])
         else:
             yield part, False
+
+
+def _union(windows: Iterable[Window], grid_ns: int) -> list[Window]:
+    """Give windows widened to multiples of a length, and joined where they meet; latest first."""
+    joined: list[Window] = []
+    for window in sorted(windows, reverse=True):
+        start_ns = window.start_ns // grid_ns * grid_ns
+        end_ns = -(-window.end_ns // grid_ns) * grid_ns
+        if joined and joined[-1].start_ns <= end_ns:
+            end_ns = max(end_ns, joined.pop().end_ns)
+        joined.append(Window(start_ns, end_ns))
+    return joined
+
+
+def _is_inside(key: ObjectKey, window: Window) -> bool:
+    return window.start_ns <= key.start_ns < window.end_ns
+
+
+def _overlap(one: Window, other: Window) -> bool:
+    return one.start_ns < other.end_ns and other.start_ns < one.end_ns
 
 
 def _has_host(accounting: Accounting, selector: Selector) -> bool:

@@ -81,7 +81,7 @@ class Sums:
     ) -> "Sums":
         """Add up the functions of every stack, by the labels that are not left out."""
         boxes = _Boxes.of(columns, hasher)
-        of_label, service_sets = _service_sets(columns.label_sets, left_out)
+        of_label, service_sets = service_sets_of(columns.label_sets, left_out)
         rows, counts = _sum_functions(columns, boxes, of_label)
         return cls(
             type=columns.type,
@@ -115,6 +115,10 @@ class Sums:
             rows=self.rows[kept],
             counts=self.counts[kept],
         )
+
+    def self_samples(self) -> tuple[tuple[Labels, ...], Hashes, Integers, Integers]:
+        """Give the fields of `storage.selfs.SelfSamples`."""
+        return self.service_sets, self.function_hashes, self.rows, self.counts[:, 2]
 
     def function_sums(self, limit: int | None = None) -> Iterator[FunctionSum]:
         """Give the table, largest self first, then largest total."""
@@ -154,7 +158,7 @@ class Sums:
         mine = np.array(
             [numbers.setdefault(labels, len(numbers)) for labels in reduced], dtype=np.int64
         )
-        rows, counts = _fold(mine[self.rows[:, 0]], self.rows[:, 1], self.counts)
+        rows, counts = fold(mine[self.rows[:, 0]], self.rows[:, 1], self.counts)
         return replace(self, service_sets=tuple(numbers), rows=rows, counts=counts)
 
 
@@ -180,7 +184,7 @@ def merge_sums(parts: Sequence[Sums]) -> Sums:
         [part.service_sets for part in parts], [part.rows[:, 0] for part in parts]
     )
     functions = _MergedFunctions.of(parts)
-    rows, counts = _fold(
+    rows, counts = fold(
         np.concatenate(
             [mine[p.rows[:, 0]] for p, mine in zip(parts, service_numbers, strict=True)]
         ),
@@ -259,7 +263,7 @@ def _join_files(one: Integers, other: Integers) -> Integers:
     return np.where(one == NO_FILE, other, agreed)
 
 
-def _service_sets(
+def service_sets_of(
     label_sets: Sequence[Labels], left_out: frozenset[str]
 ) -> tuple[Integers, tuple[Labels, ...]]:
     """Give the sets without some labels, and by label set the number of its own."""
@@ -307,7 +311,7 @@ class _Boxes(NamedTuple):
         )
         shown = np.zeros((len(build_ids), 4), dtype=np.int64)
         for i, build_id in enumerate(build_ids.tolist()):
-            frame = _unnamed(columns, texts[build_id].decode())
+            frame = unnamed_of(columns, texts[build_id].decode())
             shown[i] = [number(text.encode()) for text in frame[:4]]
         flat[offsets[bare]] = shown[which]
         return cls._number(Texts.of([*texts, *added]), hasher, flat, offsets)
@@ -338,7 +342,7 @@ class _Boxes(NamedTuple):
         return cls(Texts.of(list(numbers)), hashes[order[firsts]], table, offsets, which)
 
 
-def _unnamed(columns: Columns, build_id: str) -> Frame:
+def unnamed_of(columns: Columns, build_id: str) -> Frame:
     module = columns.modules.get(build_id)
     if module is None:
         return unnamed(build_id, Kind.NATIVE)
@@ -363,17 +367,17 @@ def _sum_functions(
     starts = np.cumsum(sizes) - sizes
     # Counts by (service set, stack), then by every function on the stack.
     services = of_label[columns.rows[:, 0]] if len(of_label) else np.zeros(0, np.int64)
-    rows, counts = _fold(services, columns.rows[:, 1], columns.counts)
+    rows, counts = fold(services, columns.rows[:, 1], columns.counts)
     service, stack = rows.T
     length = sizes[stack]
-    totals, total_counts = _fold(
+    totals, total_counts = fold(
         np.repeat(service, length),
         box[ranges(starts[stack], length)],
         np.repeat(counts, length, axis=0),
     )
     filled = np.flatnonzero(depths[stack])
     leaf = words[stack_offsets[stack[filled] + 1] - 1]
-    selves, self_counts = _fold(service[filled], boxes.numbers[boxes.offsets[leaf]], counts[filled])
+    selves, self_counts = fold(service[filled], boxes.numbers[boxes.offsets[leaf]], counts[filled])
     result = np.zeros((len(totals), 4), dtype=np.int64)
     result[:, 1], result[:, 3] = total_counts[:, 1], total_counts[:, 0]
     # Both are sorted by (service set, function), and every leaf is on its stack.
@@ -382,7 +386,7 @@ def _sum_functions(
     return totals, result
 
 
-def _fold(major: Numbers, minor: Numbers, counts: Numbers) -> tuple[Integers, Integers]:
+def fold(major: Numbers, minor: Numbers, counts: Numbers) -> tuple[Integers, Integers]:
     """Add up the lines of counts whose two keys agree; the result is sorted by both."""
     width = int(minor.max()) + 1 if len(minor) else 1
     key = major.astype(np.int64) * width + minor

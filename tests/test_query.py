@@ -31,6 +31,7 @@ from storage.profile import (
 )
 from storage.query import HOUR_NS, Query, Turns, start_workers
 from storage.selector import Matcher, Operator, Selector
+from storage.selfs import Selfs, join_selfs
 from storage.sums import Sums, merge_sums
 
 DAY = Window(START_NS, START_NS + 24 * HOUR_NS)
@@ -196,6 +197,103 @@ def test_sums_add_up_over_objects(profiles):
         merged = merge_sums(parts).by(())
         found = {row.frame[:3]: row.self_samples for row in merged.function_sums()}
         assert +Counter(found) == +expected
+
+
+@given(st.lists(some.profiles(), min_size=1, max_size=4))
+def test_self_samples_are_those_of_the_sums(profiles):
+    """Of every service and function, of one object and of several."""
+    for some_of_them in (profiles[:1], profiles):
+        columns = [wire.decode(pprof.encode(profile), HASHER) for profile in some_of_them]
+        joined = join_selfs([Selfs.of(each, HASHER) for each in columns])
+        everything = joined.inside(Window(0, 2**63 - 1), Selector())
+        sums = merge_sums([Sums.of(each, HASHER) for each in columns])
+
+        assert counted(*everything) == counted(*sums.self_samples())
+
+
+def counted(label_sets, hashes, lines, samples) -> Counter[tuple[object, ...]]:
+    found: Counter[tuple[object, ...]] = Counter()
+    for (number, function), count in zip(lines.tolist(), samples.tolist(), strict=True):
+        found[label_sets[number], int(hashes[function])] += count
+    return +found
+
+
+def selfs_of(query: Query, window: Window, text: str = "{}") -> Counter[tuple[object, ...]]:
+    """Count self samples by labels of the service and function's hash, as comparisons do."""
+    found: Counter[tuple[object, ...]] = Counter()
+    for number, part in query.selfs([window], Selector.parse(text)):
+        assert number == 0
+        found += counted(*part)
+    return by_host(found)
+
+
+def functions_of(query: Query, window: Window, text: str = "{}") -> Counter[tuple[object, ...]]:
+    """Count the same from the sums of functions."""
+    parts, _ = query.parts(window, Selector.parse(text))
+    return by_host(sum((counted(*part.self_samples()) for part in parts), Counter()))
+
+
+def by_host(found: Counter[tuple[object, ...]]) -> Counter[tuple[object, ...]]:
+    sums: Counter[tuple[object, ...]] = Counter()
+    for (labels, function), samples in found.items():
+        sums[dict(labels)["host"], function] += samples
+    return sums
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '{service="api",host="web-1"}', '{comm="api"}', '{service="no"}']
+)
+def test_self_samples_of_any_window_need_no_object_where_hours_are_kept(store, tmp_path, text):
+    """Windows begin where they like, on either side of an hour, and may be asked for together."""
+    for minute in range(0, 180, 4):
+        put(store, at(small(minute), minute, f"web-{minute % 3}", f"{minute % 3:016x}"))
+    asked = [
+        minutes(10, 55),
+        minutes(55, 61),
+        minutes(100, 179),
+        minutes(61, 62),
+        minutes(300, 360),
+    ]
+    # In the same folder, as hashes have its secret.
+    never_settled = Query(store, tmp_path / "cache", now_ns=lambda: START_NS)
+    expected = [functions_of(never_settled, window, text) for window in asked]
+    query = Query(store, tmp_path / "cache")
+    list(query.prepare(minutes(0, 180)))
+    store.fetched.clear()
+
+    together: list[Counter[tuple[object, ...]]] = [Counter() for _ in asked]
+    for number, part in query.selfs(asked, Selector.parse(text)):
+        together[number] += counted(*part)
+
+    assert [selfs_of(query, window, text) for window in asked] == expected
+    assert list(map(by_host, together)) == expected
+    assert sum(map(len, expected[:4])) > 0 or "no" in text
+    # Which process a sample is of is known to stacks alone.
+    assert not store.fetched or "comm" in text
+
+
+def test_where_no_hour_is_kept_only_what_a_window_holds_is_fetched(store, query):
+    for minute in range(0, 180, 4):
+        put(store, at(small(minute), minute))
+
+    assert selfs_of(query, minutes(10, 20)) != Counter()
+    assert len(query.presence(minutes(100, 110)).objects) == 3
+    assert len(store.fetched) == 2 + 3
+    assert selfs_of(query, minutes(50, 130)) == functions_of(query, minutes(50, 130))
+    assert len(store.fetched) == 2 + 20
+
+
+def test_self_samples_are_made_again_where_only_stacks_were_kept(store, tmp_path):
+    for minute in range(0, 120, 7):
+        put(store, at(small(minute), minute))
+    query = Query(store, tmp_path / "cache")
+    list(query.prepare(minutes(0, 120)))
+    for path in (tmp_path / "cache").rglob("*.selfs"):
+        path.unlink()
+
+    window = minutes(20, 90)
+
+    assert selfs_of(query, window) == functions_of(query, window) != Counter()
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -372,7 +470,15 @@ def test_services_that_were_there_are_known_object_by_object(store, query, tmp_p
         assert dict(zip(starts, found.rows[:, 2].tolist(), strict=True)) == {
             minute: 1000 + minute for minute in range(0, 150, 30)
         }
+        part = each.presence(minutes(31, 91), selector)
+        starts = ((part.objects[:, 0] - START_NS) // MINUTE_NS).tolist()
+        assert sorted(starts) == [60, 90]
+        assert sorted(part.rows[:, 2].tolist()) == [1060, 1090]
     assert not len(query.presence(minutes(400, 500)).rows)
+    list(query.prepare(minutes(0, 180)))
+    store.fetched.clear()
+    assert len(query.presence(minutes(31, 91), selector).rows) == 2
+    assert not store.fetched
 
 
 def test_functions_may_be_told_apart_by_thread(store, query):
@@ -501,7 +607,7 @@ def test_damaged_cache_files_are_made_again(store, query, tmp_path):
     query.functions(minutes(0, 60))
     files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     kept = {path: path.read_bytes() for path in files}
-    assert len(kept) == 6  # a secret, three objects, an hour, its sums
+    assert len(kept) == 10  # a secret, three objects and an hour with their selfs, its sums
 
     for damage in (lambda c: c[: len(c) // 2], lambda c: c[:0], flip_last_bit, flip_middle_bit):
         for path, content in kept.items():
@@ -510,6 +616,7 @@ def test_damaged_cache_files_are_made_again(store, query, tmp_path):
         assert fresh.profile(minutes(0, 60)).profile == expected
         assert fresh.profile(minutes(0, 5)).profile == expected
         assert fresh.functions(minutes(0, 60)).samples == expected.total_samples
+        assert selfs_of(fresh, minutes(0, 60)) == functions_of(fresh, minutes(0, 60))
 
 
 def flip_last_bit(content: bytes) -> bytes:
@@ -542,6 +649,28 @@ def test_the_cache_keeps_to_its_size_and_to_what_was_used_last(tmp_path):
     assert cache.size_bytes() <= 200_000
     assert cache.load(Columns, f"{39:040x}") is not None
     assert cache.load(Columns, f"{0:040x}") is None
+
+
+def test_what_comparisons_need_of_many_days_is_kept_longer(tmp_path):
+    """But takes no more than a part of the cache: stacks have the rest."""
+    cache = DecodedCache(tmp_path / "cache", limit_bytes=400_000)
+    hasher = Hasher(cache.secret)
+    columns = Columns.of(some.synthetic(200, 10, 500), hasher)
+    selfs = Selfs.of(columns, hasher)
+
+    for i in range(40):
+        cache.save(selfs, f"{i:040x}")
+        cache.save(columns, f"{i:040x}")
+
+    assert cache.size_bytes() <= 400_000
+    kept = {
+        kind: [i for i in range(40) if cache.load(kind, f"{i:040x}") is not None]
+        for kind in (Columns, Selfs)
+    }
+    assert 0 < len(kept[Columns]) < len(kept[Selfs])
+    assert kept[Columns][-1] == kept[Selfs][-1] == 39
+    sizes = [path.stat().st_size for path in (tmp_path / "cache").rglob("*.selfs")]
+    assert sum(sizes) <= 200_000
 
 
 def test_what_is_kept_comes_back_as_it_was(tmp_path):
