@@ -54,8 +54,8 @@ class Selfs:
         stack = columns.rows[:, 1].astype(np.int64)
         has_leaf = stack_offsets[stack + 1] > stack_offsets[stack]
         ends = stack_offsets[stack[has_leaf] + 1]
-        places, which = np.unique(columns.stack_words[ends - 1], return_inverse=True)
-        hashes = _hash_functions(columns, places.astype(np.int64), hasher)
+        places, which = _distinct(columns.stack_words[ends - 1], len(columns.locations))
+        hashes = _hash_functions(columns, places, hasher)
         firsts, order = group(hashes)
         of_place = np.empty(len(hashes), dtype=np.int64)
         of_place[order] = np.repeat(np.arange(len(firsts)), np.diff([*firsts, len(hashes)]))
@@ -144,9 +144,8 @@ def _hash_functions(columns: Columns, places: Integers, hasher: Hasher) -> Hashe
     table[is_named, 1:] = columns.named[of_place[is_named, 2] - 1, :2]
     is_bare = ~is_framed & ~is_named
     table[is_bare] = of_place[is_bare, :1]
-    used, which = np.unique(table, return_inverse=True)
+    used, numbers = _distinct(table, len(columns.texts))
     texts = columns.texts.take(used)
-    numbers = which.reshape(table.shape)
     by_text = hasher.texts(texts)
     hashes = chain(*(by_text[numbers[:, i]] for i in range(3)))
     for number in np.unique(numbers[is_bare, 0]).tolist():
@@ -154,3 +153,11 @@ def _hash_functions(columns: Columns, places: Integers, hasher: Hasher) -> Hashe
         parts = hasher.texts([name.encode() for name in names])
         hashes[is_bare & (numbers[:, 0] == number)] = chain(*parts.reshape(3, 1))
     return hashes
+
+
+def _distinct(numbers: Numbers, limit: int) -> tuple[Integers, Integers]:
+    """Give the numbers below a limit that occur, and for each place which of them stands there."""
+    wide = numbers.astype(np.int64, copy=False)
+    is_used = np.zeros(limit, dtype=bool)
+    is_used[wide] = True
+    return np.flatnonzero(is_used), (np.cumsum(is_used) - 1)[wide]
