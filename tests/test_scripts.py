@@ -128,21 +128,24 @@ def test_arguments_are_those_of_the_main_job(tmp_path: Path) -> None:
 
 def test_check_ends_with_one_line_of_counts(tmp_path: Path) -> None:
     """Scripts read the last line; what failed is named before it, and is the exit code."""
-    tests = tmp_path / "test_three.py"
-    tests.write_text(
+    three = (
         "import pytest\n"
         "def test_one(): ...\n"
         "def test_two(): assert False\n"
         "def test_three(): pytest.skip('no reason')\n"
     )
     pytest_command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
-    run(*pytest_command, f"--rootdir={tmp_path}", f"--junit-xml={tmp_path}/tests.xml", tests)
+    for name, content in (("alone", three), ("beside", "def test_four(): ...\n")):
+        tests = tmp_path / f"test_{name}.py"
+        tests.write_text(content)
+        xml = tmp_path / f"tests-{name}.xml"
+        run(*pytest_command, f"--rootdir={tmp_path}", f"--junit-xml={xml}", tests)
     script = f'. "{ROOT}/check"; stage lint true; stage types false; report "{tmp_path}"'
 
     child = run("bash", "-c", script)
 
     assert child.returncode == 1
-    assert child.stdout.splitlines()[-2:] == ["failed: types", "1 passed, 1 failed, 1 skipped"]
+    assert child.stdout.splitlines()[-2:] == ["failed: types", "2 passed, 1 failed, 1 skipped"]
 
 
 def test_check_shows_what_a_failed_tool_said_and_hides_what_a_good_one_says() -> None:

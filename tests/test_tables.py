@@ -18,6 +18,8 @@ from bpf.tables import (
 )
 from symbolizer import cfa, unwind
 
+pytestmark = pytest.mark.kernel
+
 
 @pytest.fixture(scope="module")
 def sampler():

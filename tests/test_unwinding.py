@@ -24,6 +24,8 @@ from profiler.recorder import Recorder
 from symbolizer.elf import FileSource, read_elf
 from symbolizer.maps import MappingTable, parse_maps
 
+pytestmark = pytest.mark.kernel
+
 PARKED = (
     *("recursion", "callback", "tail_call", "signal", "another_stack", "alloca", "aligned"),
     *("variable_length", "large_frame", "longjmp", "call_at_the_end"),
