@@ -18,7 +18,7 @@ from elf_files import read_plt, read_symbols, strip
 from elftools.dwarf.callframe import CallFrameInfo
 from elftools.dwarf.structs import DWARFStructs
 from frame_files import CODE, FRAMES, FrameSection, block, cie, make_elf, sleb, uleb
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from readelf_frames import compare, read_rows
 
@@ -312,6 +312,8 @@ def expected_rule(line) -> tuple[int, int, int, int]:
     if ra is not None and ra.type == "UNDEFINED":
         return CfaKind.STOP, 0, 0, 0
     kind, operand = expected_cfa(line["cfa"])
+    if ra is not None and ra.type == "REGISTER" and ra.arg < 16 and kind == CfaKind.RSP:
+        return CfaKind.RETURN_REGISTER + ra.arg, operand, *expected_rbp(line.get(6))
     if kind == CfaKind.UNSUPPORTED or ra is None or (ra.type, ra.arg) != ("OFFSET", -8):
         return CfaKind.UNSUPPORTED, 0, 0, 0
     return kind, operand, *expected_rbp(line.get(6))
@@ -360,6 +362,8 @@ def expected_rbp(rule) -> tuple[int, int]:
     code_alignment=st.sampled_from([1, 1, 2, 4]),
     data_alignment=st.sampled_from([-8, -8, 8, -4]),
 )
+@example(b"\x09\x10\x00", 1, -8)  # the return address is in rax
+@example(b"\x09\x10\x10\x0e\x80\x01", 1, -8)  # in itself, which says nothing
 def test_rules_are_those_of_pyelftools(program, code_alignment, data_alignment):
     """An interpreter that goes instruction by instruction comes to the same rules."""
     section = FrameSection()
