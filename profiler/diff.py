@@ -27,11 +27,10 @@ from profiler.comparison import (
     of_store,
 )
 from profiler.differential import Pair, only_hosts
-from profiler.selection import NothingSelectedError, Selection
+from profiler.selection import NothingSelectedError, Selection, query_of
 from profiler.text import counted, fit, in_columns, listed
 from profiler.times import from_until, parse_window, rfc3339, whole_second
 from profiler.verdict import Change, Source
-from storage.cache import default_folder
 from storage.objects import open_store
 from storage.profile import merge
 from storage.query import Query
@@ -167,7 +166,7 @@ def _of_store(
 def _pair(found: Comparison, before: Sequence[str], after: Sequence[str], options: Options) -> Pair:
     """Read the stacks of both sides, where the verdict took only sums of functions."""
     if found.before.coverage is not None:
-        query = Query(open_store(options.store, options.endpoint or None), default_folder())
+        query = query_of(open_store(options.store, options.endpoint or None))
         profiles = [
             only_hosts(query.profile(side.window, Selector.parse(side.query)).profile, side.hosts)
             for side in (found.before, found.after)
@@ -187,7 +186,7 @@ def _in_store(
         return _last_deploy(options.last_deploy)
     if len(before) > 1 or len(after) > 1:
         raise ComparisonError("give one window a side: hosts are its replicates")
-    query = Query(open_store(options.store, options.endpoint or None), default_folder())
+    query = query_of(open_store(options.store, options.endpoint or None))
     return query, _operand(before[0], now_ns), _operand(after[0], now_ns), ()
 
 

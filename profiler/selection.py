@@ -3,11 +3,15 @@
 The same words mean the same everywhere: `--store`, `--from`, `--until`, `-q`.
 """
 
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TextIO
 
+from profiler.text import counted
 from profiler.times import NS_PER_S, from_until, parse_window
 from profiler.verify import ALWAYS
 from storage.cache import default_folder
@@ -18,6 +22,9 @@ from storage.selector import Selector
 
 _LOOK_AROUND_S = (3600, 86_400, 30 * 86_400)
 """How far to look for the nearest data, step by step, before the whole store is listed."""
+
+
+_SHOWN_AFTER_S, _EVERY_S = 1.0, 0.2
 
 
 class NothingSelectedError(ValueError):
@@ -54,7 +61,7 @@ class Selection:
         return cls(open_store(store, endpoint or None), window, Selector.parse(query))
 
     def query(self) -> Query:
-        return Query(self.store, default_folder())
+        return query_of(self.store)
 
     def objects(self) -> Iterator[tuple[ObjectKey, StoredObject]]:
         """Give the objects that start inside the window; none is read."""
@@ -118,3 +125,36 @@ def _shown(window: Window) -> str:
     if window == ALWAYS:
         return "any time"
     return from_until(window)
+
+
+def query_of(store: ObjectStore) -> Query:
+    """Read a store for a command, with a line on its terminal while much has to be decoded."""
+    return Query(store, default_folder()).watched(Decoding(sys.stderr))
+
+
+class Decoding:
+    """One line that tells what is waited for; none where no terminal would show it."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._lock = threading.Lock()
+        self._objects = 0
+        self._begun_s = time.monotonic()
+        self._next_s = self._begun_s + _SHOWN_AFTER_S
+        self._is_shown = False
+
+    def __call__(self, objects: int) -> None:
+        """Count objects that were decoded; none of them: other lines follow."""
+        now_s = time.monotonic()
+        with self._lock:
+            self._objects += objects
+            if not objects and self._is_shown:
+                self._out.write("\r\x1b[K")
+                self._is_shown = False
+            elif objects and now_s >= self._next_s and self._out.isatty():
+                what = counted(self._objects, "object")
+                self._out.write(f"\r\x1b[Kreading the store: {what}, {now_s - self._begun_s:.0f} s")
+                self._is_shown, self._next_s = True, now_s + _EVERY_S
+            else:
+                return
+            self._out.flush()

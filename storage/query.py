@@ -224,11 +224,21 @@ class Query:
         self._listed: tuple[Window, list[tuple[ObjectKey, StoredObject]]] | None = None
         self._unkept: dict[str, int] = {}
         self._check: Callable[[], None] = _go_on
+        self._watch: Callable[[int], None] = _tell_nobody
 
     def interruptible(self, check: Callable[[], None]) -> "Query":
         """Give this same query, which calls `check` between objects: what it raises ends it."""
         other = copy.copy(self)
         other._check = check  # noqa: SLF001 - a copy of this very object
+        return other
+
+    def watched(self, watch: Callable[[int], None]) -> "Query":
+        """Give this same query, which tells of each part it had to decode how many objects it was.
+
+        Of none at the end of each reading. `watch` is called from several threads.
+        """
+        other = copy.copy(self)
+        other._watch = watch  # noqa: SLF001 - a copy of this very object
         return other
 
     def believing(self, listing_s: float) -> "Query":
@@ -565,9 +575,12 @@ class Query:
                 return list(map_ahead(ones, reader.of_object, listed))
 
             # Three spans at a time: while two are decoded, the next is fetched.
-            for loaded in map_ahead(spans, read, parts, ahead=3):
-                self._check()
-                yield from loaded
+            try:
+                for loaded in map_ahead(spans, read, parts, ahead=3):
+                    self._check()
+                    yield from loaded
+            finally:
+                self._watch(0)
 
     @property
     def _stacks(self) -> "_Reader[Columns]":
@@ -736,6 +749,7 @@ class Query:
         def take() -> None:
             self._check()
             decoded, failures = waiting.popleft()()
+            self._watch(sum(len(each.keys) for each in decoded) + len(failures))
             read.extend(decoded)
             for text, reason in failures:
                 if len(self._failures) < _FAILURES_REMEMBERED:
@@ -877,6 +891,10 @@ def _folding(
 
 def _go_on() -> None:
     """Interrupt nothing."""
+
+
+def _tell_nobody(_decoded: int) -> None:
+    """Watch nothing."""
 
 
 def _join(loaded: Sequence[_Loaded[Columns]]) -> list[_Loaded[Columns]]:

@@ -1,6 +1,7 @@
 """ls and exports of a store: what is there, where the nearest data are, equal counts everywhere."""
 
 import dataclasses
+import io
 from collections import Counter
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pytest
 from stores import START_NS, at, directory, minutes, put
 
 from profiler import cli, ls
+from profiler import selection as selections
 from profiler.export import read
-from profiler.selection import NothingSelectedError, Selection
+from profiler.selection import Decoding, NothingSelectedError, Selection
 from profiler.times import rfc3339
 from storage import folded
 from storage.objects import DirectoryStore
 from storage.profile import merge
+from storage.query import Query
 from storage.selector import Selector
 
 
@@ -189,3 +192,25 @@ def test_skipped_objects_are_named_on_stderr(store, capfd, tmp_path):
     assert cli.main(["export", "-o", str(tmp_path / "x.pb.gz"), "--from", "0"]) == 0
 
     assert f"skipped {key.text}: its content is not what its key says" in capfd.readouterr().err
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_takes_long_says_what_it_reads_on_a_terminal_alone(store, tmp_path, monkeypatch):
+    """A line that is rewritten, and gone before anything else is written."""
+    monkeypatch.setattr(selections, "_SHOWN_AFTER_S", 0.0)
+    monkeypatch.setattr(selections, "_EVERY_S", 0.0)
+    for number, (out, is_shown) in enumerate(((Screen(), True), (io.StringIO(), False))):
+        query = Query(store, tmp_path / f"cache-{number}").watched(Decoding(out))
+
+        query.profile(minutes(0, 120))
+
+        lines = out.getvalue().split("\r\x1b[K")
+        assert any(line.startswith("reading the store: 4 objects, ") for line in lines) == is_shown
+        assert lines[-1] == ""
+        shown = out.getvalue()
+        query.profile(minutes(0, 120))  # which is kept by now
+        assert out.getvalue() == shown
