@@ -28,6 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let no test be lost: of several with one name, workers run the last."""
+    names = [item.nodeid for item in session.items]
+    if hasattr(session.config, "workerinput") and len(set(names)) < len(names):
+        twice = max(names, key=names.count)
+        raise pytest.UsageError(f"several tests are called {twice}: mark them as alone")
+
+
 @pytest.fixture(scope="session")
 def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
     """Run one S3 server for all tests; each keeps its objects below a prefix of its own."""

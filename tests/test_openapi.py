@@ -113,6 +113,8 @@ def client(tmp_path_factory):
         yield client
 
 
+# Its tests of all endpoints have one name, of which workers would run one.
+@pytest.mark.alone
 @schema.parametrize()
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 def test_the_service_is_as_its_description_says(case, client):
