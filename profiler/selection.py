@@ -3,6 +3,7 @@
 The same words mean the same everywhere: `--store`, `--from`, `--until`, `-q`.
 """
 
+import os
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from profiler.verify import ALWAYS
 from storage.cache import default_folder
 from storage.objects import ObjectKey, ObjectStore, StoredObject, list_window, open_store
 from storage.profile import Window
-from storage.query import Answer, Query
+from storage.query import Answer, LateWorkers, Query
 from storage.selector import Selector
 
 _LOOK_AROUND_S = (3600, 86_400, 30 * 86_400)
@@ -129,7 +130,8 @@ def _shown(window: Window) -> str:
 
 def query_of(store: ObjectStore) -> Query:
     """Read a store for a command, with a line on its terminal while much has to be decoded."""
-    return Query(store, default_folder()).watched(Decoding(sys.stderr))
+    workers = LateWorkers(min(4, os.cpu_count() or 1))
+    return Query(store, default_folder(), workers=workers).watched(Decoding(sys.stderr))
 
 
 class Decoding:

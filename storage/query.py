@@ -36,7 +36,7 @@ from concurrent.futures import (
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -91,6 +91,8 @@ _FETCHES = 4
 """Objects fetched at a time; so many are also decoded one by one, or wait as chunks."""
 _CHUNK = 10
 """Objects that one worker decodes and merges: ten minutes at once are then merged only there."""
+_LATE_AFTER = 6
+"""Chunks that are decoded before workers are started: a second's work."""
 _REST_S = 2.0
 """A worker that does nothing for so long gives memory back."""
 _FOLDED_ROWS = 600_000
@@ -100,6 +102,7 @@ _FAILURES_REMEMBERED = 10_000
 _ENDING = {signal.SIGINT, signal.SIGTERM}
 EMPTY = Selector()
 
+_Done = TypeVar("_Done")
 _KINDS = (Columns, Sums, Times, Selfs)
 _Kept = TypeVar("_Kept", Columns, Sums, Times, Selfs)
 _Made = TypeVar("_Made", Columns, Sums, Times)
@@ -947,6 +950,42 @@ def start_workers(count: int) -> Executor:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         raise
     return workers
+
+
+class LateWorkers(Executor):
+    """Workers for who may have little to decode: they are started once it is much.
+
+    A start takes half a second and each of them 60 MB. Until they are ready what is submitted is
+    refused, and a Query decodes it itself.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._refused = 0
+        self._lock = threading.Lock()
+        self._workers: Executor | None = None
+
+    def submit(self, act: Callable[..., _Done], /, *things: Any, **more: Any) -> "Future[_Done]":
+        """Have a worker act.
+
+        Raises:
+            RuntimeError: there are none yet.
+        """
+        if self._workers is not None:
+            return self._workers.submit(act, *things, **more)
+        with self._lock:
+            self._refused += 1
+            if self._refused == _LATE_AFTER and self._count > 1:
+                threading.Thread(target=self._start, name="workers", daemon=True).start()
+        raise RuntimeError("there are no workers yet")
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        if self._workers is not None:
+            self._workers.shutdown(wait, cancel_futures=cancel_futures)
+
+    def _start(self) -> None:
+        self._workers = start_workers(self._count)
+        threading.Event().wait()  # they end with the thread that started them
 
 
 def _settle_in() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import os
 import sys
 import threading
 from collections import Counter
@@ -29,7 +30,7 @@ from storage.profile import (
     make_labels,
     merge,
 )
-from storage.query import HOUR_NS, Query, Turns, start_workers
+from storage.query import HOUR_NS, LateWorkers, Query, Turns, start_workers
 from storage.selector import Matcher, Operator, Selector
 from storage.selfs import Selfs, join_selfs
 from storage.sums import Sums, merge_sums
@@ -839,6 +840,32 @@ def test_workers_decode_what_this_process_would(store, tmp_path):
         assert query.profile(minutes(60, 120)).coverage.skipped == ()
     finally:
         workers.shutdown()
+
+
+def test_workers_are_started_where_there_is_much_to_decode(store, tmp_path):
+    """Asking for little starts none; what was asked before they are ready is answered as well."""
+    for minute in range(90):
+        put(store, at(small(minute), minute))
+    with LateWorkers(2) as workers:
+        query = Query(store, tmp_path / "cache", workers=workers)
+
+        query.profile(minutes(0, 2))
+        with pytest.raises(RuntimeError, match="no workers yet"):
+            workers.submit(os.getpid)
+        first = query.profile(minutes(0, 90)).profile
+
+        wait_for(lambda: is_working(workers))
+        again = Query(store, tmp_path / "other", workers=workers).profile(minutes(0, 90)).profile
+        assert again == first
+        assert workers.submit(os.getpid).result() != os.getpid()
+
+
+def is_working(workers: LateWorkers) -> bool:
+    try:
+        workers.submit(os.getpid)
+    except RuntimeError:
+        return False
+    return True
 
 
 def test_hashes_depend_on_the_secret():
