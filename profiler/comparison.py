@@ -27,8 +27,7 @@ from storage.columns import Columns, Hasher, key_starts_ns
 from storage.profile import Profile, Window
 from storage.query import Coverage, Presence, Query
 from storage.selector import Selector
-from storage.selfs import SelfSamples
-from storage.sums import Sums, merge_sums
+from storage.sums import SelfSamples, Sums, merge_sums
 from symbolizer.location import Frame
 
 _SECOND_NS = 10**9
@@ -283,7 +282,7 @@ class _Table:
         """Give (self, total, both in samples) by host and function."""
         counts = np.zeros((len(hosts), len(self.hashes), 4))
         if sums is not None:
-            cells, known = self._cells(SelfSamples(*sums.self_samples()), hosts)
+            cells, known = self._cells(sums.self_samples(), hosts)
             np.add.at(counts.reshape(-1, 4), cells, sums.counts[known])
         return counts
 

@@ -73,8 +73,8 @@ from storage.profile import (
     Window,
 )
 from storage.selector import Selector
-from storage.selfs import Selfs, SelfSamples, join_selfs
-from storage.sums import PROCESS_LABELS, FunctionSum, Sums, merge_sums
+from storage.selfs import Selfs, join_selfs
+from storage.sums import PROCESS_LABELS, FunctionSum, SelfSamples, Sums, merge_sums
 
 HOUR_NS = 3600 * NS_PER_S
 _SPANS_NS = (HOUR_NS, HOUR_NS // 6)
@@ -384,7 +384,7 @@ class Query:
         if PROCESS_LABELS & {*selector.names}:
             for i, window in enumerate(windows):
                 for part in self.parts(window, selector, ("host",))[0]:
-                    yield i, SelfSamples(*part.self_samples())
+                    yield i, part.self_samples()
             return
         for loaded in self._read_around(Selfs, self._selfs, windows):
             selfs = loaded.value

@@ -7,23 +7,13 @@ is answered by the hours that are kept merged: no window of a comparison begins 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from storage.columns import Columns, Hasher, Hashes, Numbers, chain, group, key_starts_ns, ranges
 from storage.profile import Accounting, Integers, Labels, Window
 from storage.selector import Selector
-from storage.sums import PROCESS_LABELS, fold, service_sets_of, unnamed_of
-
-
-class SelfSamples(NamedTuple):
-    """Some lines of Selfs: (service set, function), and the samples of each."""
-
-    service_sets: tuple[Labels, ...]
-    function_hashes: Hashes
-    lines: Integers
-    samples: Integers
+from storage.sums import PROCESS_LABELS, SelfSamples, fold, service_sets_of, unnamed_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)

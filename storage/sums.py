@@ -50,6 +50,15 @@ class FunctionSum(NamedTuple):
     total_samples: int
 
 
+class SelfSamples(NamedTuple):
+    """Lines (service set, function), and the self samples of each."""
+
+    service_sets: tuple[Labels, ...]
+    function_hashes: Hashes
+    lines: Numbers
+    samples: Numbers
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Sums:
     """Per-object times and per-service functions of some profiles.
@@ -116,9 +125,8 @@ class Sums:
             counts=self.counts[kept],
         )
 
-    def self_samples(self) -> tuple[tuple[Labels, ...], Hashes, Integers, Integers]:
-        """Give the fields of `storage.selfs.SelfSamples`."""
-        return self.service_sets, self.function_hashes, self.rows, self.counts[:, 2]
+    def self_samples(self) -> SelfSamples:
+        return SelfSamples(self.service_sets, self.function_hashes, self.rows, self.counts[:, 2])
 
     def function_sums(self, limit: int | None = None) -> Iterator[FunctionSum]:
         """Give the table, largest self first, then largest total."""
