@@ -19,6 +19,7 @@ from bpf.sampler import SamplerConfig
 from profiler import export
 from profiler.recorder import DRAIN_PERIOD_S, Recorder
 from profiler.signals import ENDING, Signals
+from profiler.text import StatusLine
 from storage.profile import Accounting, Profile
 
 _GRACE_S = 5.0
@@ -283,25 +284,18 @@ class Progress:
     """One line that is rewritten each second; nothing where no terminal would show it."""
 
     def __init__(self, out: TextIO, duration_s: float) -> None:
-        self._out = out
+        self._line = StatusLine(out)
         self._of = "" if math.isinf(duration_s) else f" of {duration_s:g}"
-        self._shown = False
 
     def show(self, seconds: float, counts: Accounting) -> None:
-        if not self._out.isatty():
-            return
         lost = sum(counts.lost.values())
-        self._out.write(
-            f"\r\x1b[K{seconds:.0f}{self._of} s  {counts.stored:,} samples  {lost:,} lost"
+        self._line.show(
+            f"{seconds:.0f}{self._of} s  {counts.stored:,} samples  {lost:,} lost"
             "  (Ctrl-C ends and writes)"
         )
-        self._out.flush()
-        self._shown = True
 
     def clear(self) -> None:
-        if self._shown:
-            self._out.write("\r\x1b[K")
-            self._out.flush()
+        self._line.clear()
 
 
 def summary(profile: Profile, config: SamplerConfig) -> list[str]:

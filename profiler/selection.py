@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TextIO
 
-from profiler.text import counted
+from profiler.text import StatusLine, counted
 from profiler.times import NS_PER_S, from_until, parse_window
 from profiler.verify import ALWAYS
 from storage.cache import default_folder
@@ -135,28 +135,23 @@ def query_of(store: ObjectStore) -> Query:
 
 
 class Decoding:
-    """One line that tells what is waited for; none where no terminal would show it."""
+    """Tells what is waited for, once it is more than a moment."""
 
     def __init__(self, out: TextIO) -> None:
-        self._out = out
+        self._line = StatusLine(out)
         self._lock = threading.Lock()
         self._objects = 0
         self._begun_s = time.monotonic()
         self._next_s = self._begun_s + _SHOWN_AFTER_S
-        self._is_shown = False
 
     def __call__(self, objects: int) -> None:
         """Count objects that were decoded; none of them: other lines follow."""
         now_s = time.monotonic()
         with self._lock:
             self._objects += objects
-            if not objects and self._is_shown:
-                self._out.write("\r\x1b[K")
-                self._is_shown = False
-            elif objects and now_s >= self._next_s and self._out.isatty():
+            if not objects:
+                self._line.clear()
+            elif now_s >= self._next_s:
                 what = counted(self._objects, "object")
-                self._out.write(f"\r\x1b[Kreading the store: {what}, {now_s - self._begun_s:.0f} s")
-                self._is_shown, self._next_s = True, now_s + _EVERY_S
-            else:
-                return
-            self._out.flush()
+                self._line.show(f"reading the store: {what}, {now_s - self._begun_s:.0f} s")
+                self._next_s = now_s + _EVERY_S

@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Sequence
+from typing import TextIO
 
 ELLIPSIS = "…"
 
@@ -81,3 +82,26 @@ def _cells_of(character: str) -> int:
     if unicodedata.combining(character) or unicodedata.category(character) in {"Mn", "Me", "Cf"}:
         return 0
     return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1
+
+
+class StatusLine:
+    """A line that is rewritten in its place; nothing where no terminal would show it."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._is_shown = False
+
+    def show(self, text: str) -> None:
+        if self._out.isatty():
+            self._write(text)
+            self._is_shown = True
+
+    def clear(self) -> None:
+        """Make room for other lines."""
+        if self._is_shown:
+            self._write("")
+            self._is_shown = False
+
+    def _write(self, text: str) -> None:
+        self._out.write(f"\r\x1b[K{text}")
+        self._out.flush()

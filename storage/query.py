@@ -547,7 +547,10 @@ class Query:
                         for window in joined
                         if _overlap(window, hour)
                     ]
-                    is_all = sum(len(some) for _, some in asked) == len(listed)
+                    count = sum(len(some) for _, some in asked)
+                    is_all = count == len(listed)
+                    if count == 0:
+                        continue
                     if is_whole and (is_all or self._cache.touch(kind, self._name(listed))):
                         yield listed, True
                         continue
@@ -654,17 +657,7 @@ class Query:
                 return [known]
             read = self._merge_span(objects)
             if any(each.value is not None and each.selfs is None for each in read):
-                # Only the stacks of some part were kept.
-                read = self._decode(objects)
-                selfs = [each.selfs for each in read if each.selfs is not None]
-                if len({(each.type, each.unit) for each in selfs}) == 1:
-                    skipped = tuple(itertools.chain.from_iterable(each.skipped for each in read))
-                    keys = tuple(each.stored.key for each in objects)
-                    is_lasting = all(each.is_lasting for each in read)
-                    whole = join_selfs(selfs)
-                    if is_lasting:
-                        self._cache.save(whole, name, skipped)
-                    return [_Loaded(keys, whole, skipped, is_lasting)]
+                read = self._merge_span(objects, anew=True)  # some part's stacks alone were kept
         return [_Loaded(each.keys, each.selfs, each.skipped, each.is_lasting) for each in read]
 
     def _columns_of_span(self, objects: Sequence["_Object"]) -> list["_Loaded[Columns]"]:
@@ -686,8 +679,11 @@ class Query:
         # One object is a span of its own, too, and then has no note of what was skipped.
         return _Loaded(keys, known[0], tuple(Skipped(*each) for each in known[1] or ()))
 
-    def _merge_span(self, objects: Sequence["_Object"]) -> list["_Loaded[Columns]"]:
-        read, missing = self._cached_parts(objects)
+    def _merge_span(
+        self, objects: Sequence["_Object"], *, anew: bool = False
+    ) -> list["_Loaded[Columns]"]:
+        """Decode and merge what is not kept of a span; anew: all of it."""
+        read, missing = ([], objects) if anew else self._cached_parts(objects)
         read += self._decode(missing)
         columns = [loaded.value for loaded in read if loaded.value is not None]
         if len({(each.type, each.unit) for each in columns}) != 1:
