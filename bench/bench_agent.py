@@ -20,7 +20,7 @@ from bench_cost import EVERFLAME, START_UP_S, find_program, memory_mb, read
 from load import ten_programs
 
 from bpf import syscalls
-from storage import pprof
+from storage.formats import pprof
 from storage.profile import Accounting
 
 WINDOW_S = 60
@@ -29,7 +29,7 @@ WINDOW_S = 60
 def child_of(pid: int) -> int:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     names = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
-    return next(child for child, name in names.items() if b"profiler.uploader" in name)
+    return next(child for child, name in names.items() if b"profiler.agent.uploader" in name)
 
 
 def pss_mb(pid: int) -> float:

@@ -33,12 +33,12 @@ from load import ten_programs
 from scipy import stats
 from scipy.signal import lfilter
 
-from profiler import comparison, verdict
-from profiler.comparison import ComparisonError, Operand
-from profiler.verdict import Change, Contrast, Costs, Floats
-from storage.objects import DirectoryStore, list_window
+from profiler.comparison import comparison, verdict
+from profiler.comparison.comparison import ComparisonError, Operand
+from profiler.comparison.verdict import Change, Contrast, Costs, Floats
+from storage.objects.open import DirectoryStore, list_window
 from storage.profile import Window
-from storage.query import Query
+from storage.query.query import Query
 from storage.selector import Matcher, Operator, Selector
 
 HZ = 99

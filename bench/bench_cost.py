@@ -20,7 +20,7 @@ from typing import NamedTuple
 from load import ten_programs, thousand_processes
 
 from bpf import syscalls
-from storage import pprof
+from storage.formats import pprof
 
 EVERFLAME = Path(sys.executable).with_name("everflame")
 START_UP_S = 20

@@ -27,12 +27,12 @@ from pathlib import Path
 import orjson
 from bench_query import START_NS, fill
 
-from profiler.answers import Answers, Question
-from profiler.comparison import Operand
-from profiler.diff import DEFAULT_GATE, Gate
-from storage.objects import DirectoryStore
+from profiler.commands.diff import DEFAULT_GATE, Gate
+from profiler.comparison.comparison import Operand
+from profiler.service.responses import Answers, Question
+from storage.objects.open import DirectoryStore
 from storage.profile import Window
-from storage.query import HOUR_NS, Query, start_workers
+from storage.query.query import HOUR_NS, Query, start_workers
 from storage.selector import Selector
 
 HOSTS, HOURS = 3, 16

@@ -16,12 +16,14 @@ from dataclasses import replace
 import numpy as np
 import pyperf
 
-from profiler import comparison, export, flamegraph
-from profiler.differential import Pair, UnionGraph, UnionPaths
-from profiler.flamegraph import FlameGraph, Screen
-from profiler.verdict import Change, Source
-from profiler.views import View
-from storage import pprof
+from profiler.comparison import comparison
+from profiler.comparison.verdict import Change, Source
+from profiler.flamegraph import flamegraph
+from profiler.flamegraph.differential import Pair, UnionGraph, UnionPaths
+from profiler.flamegraph.flamegraph import FlameGraph, Screen
+from profiler.flamegraph.views import View
+from profiler.formats import export
+from storage.formats import pprof
 from storage.profile import Accounting, Profile, ProfileBuilder, Window, merge
 from symbolizer.location import AddressLocation, FileOffset, Frame, Kind, Module
 

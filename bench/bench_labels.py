@@ -27,11 +27,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from live import has_execed, sample_of, wait_for
-
-from profiler.labels import Labeler, boottime_ns
+from profiler.processes.labels import Labeler, boottime_ns
+from tests.support.live import has_execed, sample_of, wait_for
 
 
 def main() -> None:

@@ -34,9 +34,10 @@ import orjson
 from serving import Row, Serving, serving, show
 from viewers import LIMIT_S, Browser, GaveUpError, other_viewers
 
-from profiler import flamegraph, speedscope
-from storage import pprof
-from storage.objects import DEFAULT_TENANT, NS_PER_S, DirectoryStore, ObjectKey, content16
+from profiler.flamegraph import flamegraph
+from profiler.formats import speedscope
+from storage.formats import pprof
+from storage.objects.open import DEFAULT_TENANT, NS_PER_S, DirectoryStore, ObjectKey, content16
 from storage.profile import Profile, merge
 
 START_NS = 1_780_000_000_000_000_000 // (3600 * NS_PER_S) * (3600 * NS_PER_S)

@@ -23,7 +23,7 @@ from pathlib import Path
 from load import spawner
 
 from bpf.records import PERF_RECORD_COMM, PERF_RECORD_EXIT, Batch, Rings, decode_comm
-from profiler.processes import Processes
+from profiler.processes.address_spaces import Processes
 
 SAMPLED = 198
 

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from storage import pprof
+from storage.formats import pprof
 from storage.profile import Profile
 
 TARGETS = Path(__file__).parent.parent / "tests" / "targets"

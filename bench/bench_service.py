@@ -38,14 +38,13 @@ from bench_query import HOUR_NS, MINUTE_NS
 from serving import Row, Serving, rss_mb, serving, show
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT))
 
-from weed import BUCKET, Weed, using_keys  # noqa: E402
-
-from profiler import flamegraph  # noqa: E402
-from storage.objects import DirectoryStore, ObjectStore, open_store  # noqa: E402
+from profiler.flamegraph import flamegraph  # noqa: E402
+from storage.objects.open import DirectoryStore, ObjectStore, open_store  # noqa: E402
 from storage.profile import Window  # noqa: E402
-from storage.query import Query  # noqa: E402
+from storage.query.query import Query  # noqa: E402
+from tests.support.weed import BUCKET, Weed, using_keys  # noqa: E402
 
 CLIENTS = 50
 STORE = f"s3://{BUCKET}/bench"

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pyperf
 
-from symbolizer.kernel import read_kernel_map
 from symbolizer.location import AddressLocation, FileOffset
 from symbolizer.maps import Mapping, MappingTable
 from symbolizer.symbolizer import Symbolizer
+from symbolizer.symbols.kernel import read_kernel_map
 
 LIBRARY = "/usr/lib/x86_64-linux-gnu/libLLVM-14.so.1"
 LOOK_UPS = 10_000

@@ -42,7 +42,7 @@ from load import commands_in, running, spawner
 from bpf import syscalls
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import Drain, RawSample
-from profiler.recorder import Recorder
+from profiler.agent.recorder import Recorder
 from storage.profile import GOOD_STOPS, Profile
 from symbolizer.location import Kind, NamedLocation
 

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-from readelf_frames import compare  # noqa: E402
-
-from symbolizer.unwind import UnwindTable  # noqa: E402
+from symbolizer.unwind.table import UnwindTable  # noqa: E402
+from tests.support.readelf_frames import compare  # noqa: E402
 
 LARGEST = Path("/usr/lib/x86_64-linux-gnu/libLLVM-14.so.1")
 FILES = (

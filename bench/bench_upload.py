@@ -26,18 +26,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT))
 
-from profiles import synthetic  # noqa: E402
-from test_uploader import AWAY, FakeClock, MemoryStore  # noqa: E402
-from weed import BUCKET, Weed, using_keys  # noqa: E402
-from windows import minutes, once, window  # noqa: E402
-
-from profiler.uploader import Uploader, UploaderOptions  # noqa: E402
-from storage import pprof  # noqa: E402
-from storage.objects import ObjectStore, open_store  # noqa: E402
-from storage.outbox import usage  # noqa: E402
-from storage.spool import Spool  # noqa: E402
+from profiler.agent.uploader import Uploader, UploaderOptions  # noqa: E402
+from storage.formats import pprof  # noqa: E402
+from storage.objects.open import ObjectStore, open_store  # noqa: E402
+from storage.spool.spool import Spool  # noqa: E402
+from storage.spool.upload_queue import usage  # noqa: E402
+from tests.agent.test_uploader import AWAY, FakeClock, MemoryStore  # noqa: E402
+from tests.support.profiles import synthetic  # noqa: E402
+from tests.support.weed import BUCKET, Weed, using_keys  # noqa: E402
+from tests.support.windows import minutes, once, window  # noqa: E402
 
 DAY_S = 24 * 3600
 OUTAGE_LIMIT_BYTES = 60_000_000
@@ -70,7 +69,13 @@ def measure(kind: str, count: int) -> float:
         spool = Path(name) / "spool"
         fill(spool, count)
         size_mb = usage(spool)[1] / 1e6
-        command = [sys.executable, "-m", "profiler.uploader", f"--spool={spool}", f"--store={url}"]
+        command = [
+            sys.executable,
+            "-m",
+            "profiler.agent.uploader",
+            f"--spool={spool}",
+            f"--store={url}",
+        ]
         command += [f"--endpoint={endpoint}"] if endpoint else []
         start_s = time.monotonic()
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from profiler.agent import AgentOptions
-    from profiler.selection import Selection
+    from profiler.agent.agent import AgentOptions
+    from profiler.commands.selection import Selection
     from storage.profile import Profile
 
     # argparse has no public name for what add_subparsers gives.
@@ -260,7 +260,7 @@ def _add_by(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_record(options: argparse.Namespace) -> int:
-    from profiler import record  # noqa: PLC0415
+    from profiler.commands import record  # noqa: PLC0415
 
     if options.command and (options.pids or options.all):
         raise ValueError("record: choose one of -a, -p PID and -- COMMAND")
@@ -298,7 +298,7 @@ def _add_top(commands: _Commands) -> None:
 
 
 def _run_top(options: argparse.Namespace) -> int:
-    from profiler import top  # noqa: PLC0415
+    from profiler.commands import top  # noqa: PLC0415
 
     return top.run(
         pids=tuple(options.pids),
@@ -325,7 +325,8 @@ def _add_flamegraph(commands: _Commands) -> None:
 
 
 def _run_flamegraph(options: argparse.Namespace) -> int:
-    from profiler import export, terminal  # noqa: PLC0415
+    from profiler.commands import terminal  # noqa: PLC0415
+    from profiler.formats import export  # noqa: PLC0415
 
     profile = export.read(options.file)
     if not options.outputs:
@@ -337,7 +338,7 @@ def _run_flamegraph(options: argparse.Namespace) -> int:
 def _write_all(
     options: argparse.Namespace, profile: Profile, by: tuple[str, ...] | None = None
 ) -> int:
-    from profiler import export  # noqa: PLC0415
+    from profiler.formats import export  # noqa: PLC0415
 
     for output in options.outputs:
         export.write(profile, output, by=options.by if by is None else by)
@@ -400,10 +401,10 @@ def _add_view(parser: argparse.ArgumentParser) -> None:
 
 def _viewed(options: argparse.Namespace, profile: Profile) -> tuple[Profile, tuple[str, ...]]:
     """Give what is left of a profile, and the labels to draw above its stacks."""
-    from profiler import export  # noqa: PLC0415
-    from profiler.flamegraph import ROOT_ID  # noqa: PLC0415
-    from profiler.paths import Group  # noqa: PLC0415
-    from profiler.views import NoSuchNodeError, View  # noqa: PLC0415
+    from profiler.flamegraph.flamegraph import ROOT_ID  # noqa: PLC0415
+    from profiler.flamegraph.paths import Group  # noqa: PLC0415
+    from profiler.flamegraph.views import NoSuchNodeError, View  # noqa: PLC0415
+    from profiler.formats import export  # noqa: PLC0415
 
     view = View(
         by=export.DEFAULT_BY if options.by is None else options.by,
@@ -447,7 +448,7 @@ def _add_query(parser: argparse.ArgumentParser) -> None:
 
 
 def _selection(options: argparse.Namespace, start: str | None = None) -> Selection:
-    from profiler.selection import Selection  # noqa: PLC0415
+    from profiler.commands.selection import Selection  # noqa: PLC0415
 
     return Selection.parse(
         options.store,
@@ -459,7 +460,7 @@ def _selection(options: argparse.Namespace, start: str | None = None) -> Selecti
 
 
 def _run_export(options: argparse.Namespace) -> int:
-    from profiler import export  # noqa: PLC0415
+    from profiler.formats import export  # noqa: PLC0415
 
     if not options.outputs:
         raise ValueError("export: name the file to write with -o FILE")
@@ -502,7 +503,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_verify(options: argparse.Namespace) -> int:
-    from profiler import verify  # noqa: PLC0415
+    from profiler.commands import verify  # noqa: PLC0415
 
     if options.files:
         _refuse_store_words(options, "verify")
@@ -529,7 +530,7 @@ def _add_ls(commands: _Commands) -> None:
 
 
 def _run_ls(options: argparse.Namespace) -> int:
-    from profiler import ls  # noqa: PLC0415
+    from profiler.commands import ls  # noqa: PLC0415
 
     return ls.run(_selection(options), as_json=options.json)
 
@@ -593,7 +594,7 @@ def _add_diff(commands: _Commands) -> None:
 
 
 def _run_diff(options: argparse.Namespace) -> int:
-    from profiler import diff  # noqa: PLC0415
+    from profiler.commands import diff  # noqa: PLC0415
 
     before, after = options.before, options.after
     if not after and len(before) == 2:
@@ -662,16 +663,16 @@ def _add_deployments(commands: _Commands) -> None:
 
 
 def _run_deployments(options: argparse.Namespace) -> int:
-    from profiler import deployments  # noqa: PLC0415
+    from profiler.commands import deployments  # noqa: PLC0415
 
     start = None if options.end else "now-24h"
     return deployments.run(_selection(options, start=start), as_json=options.json)
 
 
 def _run_deployments_add(options: argparse.Namespace) -> int:
-    from profiler.announcements import announce  # noqa: PLC0415
+    from profiler.comparison.announcements import announce  # noqa: PLC0415
     from profiler.times import parse_time, rfc3339  # noqa: PLC0415
-    from storage.objects import open_store  # noqa: PLC0415
+    from storage.objects.open import open_store  # noqa: PLC0415
 
     if options.start or options.end or options.query or options.json:
         raise ValueError("deployments add: it takes no --from, --until, -q and --json")
@@ -738,17 +739,17 @@ def _add_import(commands: _Commands) -> None:
 
 
 def _run_import(options: argparse.Namespace) -> int:
-    from profiler import importing  # noqa: PLC0415
-    from storage.objects import open_store  # noqa: PLC0415
+    from profiler.commands import import_  # noqa: PLC0415
+    from storage.objects.open import open_store  # noqa: PLC0415
 
-    asked = importing.ImportOptions(
+    asked = import_.ImportOptions(
         window=options.window,
         host=options.host,
         labels=dict(options.labels),
         frequency_hz=options.frequency,
     )
     store = open_store(options.store, options.s3_endpoint or None)
-    return importing.run(options.files, store, asked, time.time_ns())
+    return import_.run(options.files, store, asked, time.time_ns())
 
 
 def _add_agent(commands: _Commands) -> None:
@@ -832,7 +833,7 @@ def _add_decode_ahead(parser: argparse.ArgumentParser) -> None:
 def _run_serve(options: argparse.Namespace) -> int:
     # A Ctrl-C in the middle of an import is a crash of what is imported: until then it just ends.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from profiler import serve  # noqa: PLC0415
+    from profiler.commands import serve  # noqa: PLC0415
 
     asked = [f"--store={options.store}", f"--s3-endpoint={options.s3_endpoint}"]
     asked += [f"--listen={options.listen}", f"--decode-ahead={options.decode_ahead}"]
@@ -903,7 +904,7 @@ def _add_store(parser: argparse.ArgumentParser, usual: str = "") -> None:
 
 
 def _run_agent(options: argparse.Namespace) -> int:
-    from profiler import agent  # noqa: PLC0415
+    from profiler.agent import agent  # noqa: PLC0415
 
     logging.getLogger().setLevel(logging.INFO)
     agent.run(_agent_options(options))
@@ -911,7 +912,7 @@ def _run_agent(options: argparse.Namespace) -> int:
 
 
 def _run_up(options: argparse.Namespace) -> int:
-    from profiler import up  # noqa: PLC0415
+    from profiler.commands import up  # noqa: PLC0415
 
     return up.run(
         _agent_options(options),
@@ -922,8 +923,8 @@ def _run_up(options: argparse.Namespace) -> int:
 
 
 def _agent_options(options: argparse.Namespace) -> AgentOptions:
-    from profiler import agent, status  # noqa: PLC0415
-    from profiler.rules import Rules, load_rules  # noqa: PLC0415
+    from profiler.agent import agent, status  # noqa: PLC0415
+    from profiler.processes.rules import Rules, load_rules  # noqa: PLC0415
 
     spool = Path(options.spool) if options.spool else status.default_spool()
     return agent.AgentOptions(
@@ -956,7 +957,7 @@ def _add_status(commands: _Commands) -> None:
 
 
 def _run_status(options: argparse.Namespace) -> int:
-    from profiler import status  # noqa: PLC0415
+    from profiler.agent import status  # noqa: PLC0415
 
     return status.run(status.default_run_folder(), as_json=options.json)
 
@@ -975,7 +976,7 @@ def _add_doctor(commands: _Commands) -> None:
 
 
 def _run_doctor(options: argparse.Namespace) -> int:
-    from profiler import doctor  # noqa: PLC0415
+    from profiler.commands import doctor  # noqa: PLC0415
 
     store = options.store or os.environ.get("EVERFLAME_STORE")
     return doctor.main(options.json, store, options.s3_endpoint or None)

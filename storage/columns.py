@@ -8,7 +8,7 @@ chance collision among a million stacks has a probability of 3e-8; it would move
 stack to another and change no sum.
 
 What a location resolves to, and how boxes are told apart, is that of `Profile.frames` and of
-`profiler.flamegraph` (group by function); tests hold both to it.
+`profiler.flamegraph.flamegraph` (group by function); tests hold both to it.
 """
 
 import hashlib

@@ -17,11 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from symbolizer import maps
-from symbolizer.demangle import Demangler
-from symbolizer.elf import FileSource, MemorySource, Source, UnreadableElf, hash_content, read_elf
 from symbolizer.files import ProcessFiles
-from symbolizer.functions import Functions, read_functions
-from symbolizer.kernel import KERNEL_NAME, Image, KernelMap, parse_modules, read_kernel_map
 from symbolizer.location import (
     AddressLocation,
     FileOffset,
@@ -34,7 +30,18 @@ from symbolizer.location import (
     bounded,
 )
 from symbolizer.maps import MappingTable, is_anonymous, parse_maps
-from symbolizer.symbols import SymbolCache, SymbolTable
+from symbolizer.symbols.demangle import Demangler
+from symbolizer.symbols.elf import (
+    FileSource,
+    MemorySource,
+    Source,
+    UnreadableElf,
+    hash_content,
+    read_elf,
+)
+from symbolizer.symbols.functions import Functions, read_functions
+from symbolizer.symbols.kernel import KERNEL_NAME, Image, KernelMap, parse_modules, read_kernel_map
+from symbolizer.symbols.table import SymbolCache, SymbolTable
 from symbolizer.text import readable
 
 Addresses = npt.NDArray[np.uint64]

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
-from browser import View, chromium, visiting
 from playwright.sync_api import Browser
-from weed import Weed
+
+from tests.support.browser import View, chromium, visiting
+from tests.support.weed import Weed
 
 # A busy machine makes single examples slow; what a test may take in all is pytest's timeout.
 hypothesis.settings.register_profile("everflame", deadline=None)

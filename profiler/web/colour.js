@@ -2,7 +2,7 @@
 //
 // A colour depends on names alone (own time: on its share), so that a box keeps it from one window to
 // the next. Text on a box has a contrast of 4.5:1 or more (WCAG 2.2, 1.4.3). The kinds stay near to
-// the SVG's (profiler/svg.py); saturation and lightness were searched for the largest distance
+// the SVG's (profiler/formats/svg.py); saturation and lightness were searched for the largest distance
 // between any two kinds for protanopia, deuteranopia, tritanopia and full sight.
 
 const TEXT = { light: "#14181d", dark: "#f2f4f7" };
@@ -58,7 +58,7 @@ const PAPER = { light: "#fbfbfc", dark: "#1c2026" };
 
 // What a comparison says of a box. Blue and orange differ for all eyes, and each has a mark and a
 // sign of its own, so that nothing is said by colour alone. `line` is what the mark is drawn with.
-// They are those of the SVG export (profiler/svg_diff.py).
+// They are those of the SVG export (profiler/formats/svg_diff.py).
 const PLAIN = { light: { fill: "#e3e6ea" }, dark: { fill: "#333a44" } };
 const CHANGES = {
   light: {

@@ -1,6 +1,6 @@
 // Compare: what stands before and after, the verdict on it, the list of changes, deployments.
 //
-// One test decides about a function (profiler/verdict.py); all that is said here is what the answers
+// One test decides about a function (profiler/comparison/verdict.py); all that is said here is what the answers
 // of /api/v1/diff and /api/v1/diff/top say, in words, with their intervals.
 
 import {changeColour, changeSign} from "./colour.js";

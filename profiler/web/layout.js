@@ -1,7 +1,7 @@
 // Arrays in, boxes out: the tree of one answer, and where its boxes stand at some width. No DOM.
 //
 // Nodes stand in preorder, node 0 is the answer's root, a node's subtree is the range from itself to
-// its `end` (profiler/flamegraph.py). Siblings stand largest first, a `rest` last. An answer for a
+// its `end` (profiler/flamegraph/flamegraph.py). Siblings stand largest first, a `rest` last. An answer for a
 // zoomed node also says what stands above it: those are nodes -1 (the parent of 0), -2, ...; the last
 // of them, `top`, is the overall root. So numbers ascend in preorder throughout.
 //
@@ -9,7 +9,7 @@
 
 export const ROOT_ID = "cbf29ce484222325";
 
-/** Narrower than this a box is not drawn by itself, as the service cuts (profiler/flamegraph.py). */
+/** Narrower than this a box is not drawn by itself, as the service cuts (profiler/flamegraph/flamegraph.py). */
 export const LEAST_PX = 0.5;
 
 /** The verdicts on what costs more or less than before. */

@@ -88,7 +88,7 @@ test("node ids are the service's", () => {
   const japanese = "漢字 wide 🔥";
   const escaped = "right-to-left \\u202e gnp.exe";
 
-  // From FlameGraph.ids() of profiler/flamegraph.py.
+  // From FlameGraph.ids() of profiler/flamegraph/flamegraph.py.
   assert.equal(nodeId([]), "cbf29ce484222325");
   assert.equal(nodeId([api]), "b6532b671fe739e7");
   assert.equal(nodeId([api, main]), "fc198849504c84c6");

@@ -1,0 +1,470 @@
+"""`everflame agent`: sample this host for ever, one profile for each window.
+
+Two processes. This one samples, names, closes windows and writes them into the spool; it holds no
+credentials and opens no connection. The other (`profiler.agent.uploader`) sends what lies in the
+spool. What happens to the store, the network or the credentials is therefore nothing to the
+sampling.
+
+The outer loop is the one place that survives a failure of any step: the drain in hand is counted as
+lost (`fault`), logged, and the next second is sampled as usual.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from signal import SIGKILL
+from typing import Any
+
+from bpf import syscalls
+from bpf.errors import SyscallError
+from bpf.sampler import SamplerConfig
+from profiler.agent.recorder import Recorder, rss_bytes
+from profiler.agent.signals import ENDING, Signals
+from profiler.agent.status import StatusSocket, uploader_state
+from profiler.commands.record import RefusedError, deviation
+from profiler.processes.rules import Rules
+from storage.objects.open import default_store_url
+from storage.profile import GOOD_STOPS, Accounting, Profile
+from storage.spool.spool import Spool
+
+SCHEMA = 1
+MIN_INTERVAL_S = 5
+MAX_INTERVAL_S = 1800
+
+KEEP_S = 2 * 86400
+KEEP_BYTES = 5_000_000_000
+"""What a directory keeps by default, whichever comes first; a bucket has lifecycle rules."""
+
+_JITTER_SHARE = 0.2
+"""Of the interval: hosts close their windows at the same moment, and must not all send then. A
+directory is no other host's."""
+_FIRST_NS = 60_000_000_000
+"""For how long windows are as short as the first one was asked to be."""
+_STEP_NS = 500_000_000
+"""A larger difference between the wall clock and the monotonic one is a step, not a drift."""
+_ALARM_AFTER = 3
+"""Windows in a row whose ticks differ from the kernel's own account of busy time."""
+_UPLOADER_GRACE_S = 15.0
+_RESTART_S = (1.0, 60.0)
+"""How soon an uploader that has died is started again: at first, and at most."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOptions:
+    """What `everflame agent` was asked for. An empty `store` is the default one of this user."""
+
+    frequency_hz: int
+    hardware: bool
+    interval_s: int
+    duration_s: float
+    spool: Path
+    spool_limit_bytes: int
+    tables_limit_bytes: int
+    run_folder: Path
+    store: str
+    endpoint: str
+    keep_s: float | None
+    keep_bytes: int | None
+    metrics_listen: str
+    rules: Rules
+    first_interval_s: int = 0
+    """The length of windows in the first minute, 0 for that of all others."""
+
+
+class Edges:
+    """When windows end: at multiples of the interval on the wall clock, by the monotonic one.
+
+    Those that begin in the first minute end at multiples of `first_interval_s` too.
+    """
+
+    def __init__(
+        self,
+        interval_s: int,
+        wall_ns: Callable[[], int] = time.time_ns,
+        monotonic_ns: Callable[[], int] = time.monotonic_ns,
+        first_interval_s: int = 0,
+    ) -> None:
+        self._interval_ns = interval_s * 1_000_000_000
+        self._first_interval_ns = first_interval_s * 1_000_000_000 or self._interval_ns
+        self._wall_ns, self._monotonic_ns = wall_ns, monotonic_ns
+        self._first_until_ns = monotonic_ns() + _FIRST_NS
+        self.begin()
+
+    def begin(self) -> None:
+        """Look for the next edge; one that is less than a second away is left to the window."""
+        self._begun_ns, self._begun_monotonic_ns = self._wall_ns(), self._monotonic_ns()
+        self.edge_ns = self._next_multiple(self._interval_ns)
+        if self._begun_monotonic_ns < self._first_until_ns:
+            self.edge_ns = min(self.edge_ns, self._next_multiple(self._first_interval_ns))
+
+    def _next_multiple(self, interval_ns: int) -> int:
+        soonest_ns = self._begun_ns + min(1_000_000_000, interval_ns // 10)
+        return -(-soonest_ns // interval_ns) * interval_ns
+
+    @property
+    def edge_monotonic_s(self) -> float:
+        return (self._begun_monotonic_ns + self.edge_ns - self._begun_ns) / 1e9
+
+    @property
+    def is_reached(self) -> bool:
+        return self._monotonic_ns() / 1e9 >= self.edge_monotonic_s
+
+    @property
+    def is_stepped(self) -> bool:
+        """Tell whether somebody has set the wall clock since the window began."""
+        passed_ns = self._monotonic_ns() - self._begun_monotonic_ns
+        return abs(self._wall_ns() - self._begun_ns - passed_ns) > _STEP_NS
+
+
+@contextlib.contextmanager
+def host_lock(run_folder: Path) -> Iterator[None]:
+    """Hold the lock that one agent of a host holds.
+
+    Raises:
+        RefusedError: another agent holds it.
+    """
+    run_folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    fd = os.open(run_folder / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(fd, 20).decode(errors="replace").strip() or "unknown"
+            raise RefusedError(
+                f"cannot start: an agent runs on this host already (pid {pid};"
+                " everflame status tells how it fares, everflame serve draws what it stores)"
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+class Child:
+    """Another process, started again whenever it has died. What it starts is in its group.
+
+    Attributes:
+        pid: 0 when it does not run.
+        starts: how often it was started.
+        status: with which it last ended, None as long as it has not.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._name = name
+        self._command = command
+        self._environment = environment
+        self._restart_s = _RESTART_S[0]
+        self._restart_at = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_asked = False
+        self.starts = 0
+        self.status: int | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process else 0
+
+    def supervise(self) -> None:
+        """Start it if it does not run and its time has come."""
+        now = time.monotonic()
+        if self._process and self._process.poll() is not None:
+            self.status = self._process.returncode
+            log.warning("lost the %s status=%s", self._name, self.status)
+            self._end_group()
+            self._restart_at = now + self._restart_s
+            self._restart_s = min(2 * self._restart_s, _RESTART_S[1])
+        if self._process is None and now >= self._restart_at:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, env=self._environment, process_group=0
+            )
+            self.starts += 1
+
+    def ask_to_end(self) -> None:
+        """Ask once: a second SIGTERM would come in the middle of what the first one began."""
+        if self._process is not None and not self._is_asked:
+            self._is_asked = True
+            self._process.terminate()
+
+    def end(self, within_s: float) -> None:
+        """Let it finish what it does, for a while."""
+        if self._process is None:
+            return
+        self.ask_to_end()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(within_s)
+        self._end_group()
+
+    def _end_group(self) -> None:
+        """Take what it has left behind with it: workers do not notice that their parent is dead."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+def _uploader_command(options: AgentOptions) -> list[str]:
+    """Give its command line. It is not imported: what it needs is memory that sampling does not."""
+    store = options.store or default_store_url()
+    command = [sys.executable, "-P", "-m", "profiler.agent.uploader"]
+    command += [f"--spool={options.spool}", f"--store={store}", f"--parent={os.getpid()}"]
+    if options.endpoint:
+        command.append(f"--endpoint={options.endpoint}")
+    if not is_directory(store):
+        shortest_s = options.first_interval_s or options.interval_s
+        command.append(f"--jitter-s={shortest_s * _JITTER_SHARE}")
+    else:
+        command.append(f"--keep-s={int(options.keep_s or KEEP_S)}")
+        command.append(f"--keep-bytes={options.keep_bytes or KEEP_BYTES}")
+    if options.metrics_listen:
+        command.append(f"--metrics-listen={options.metrics_listen}")
+        command.append(f"--run-folder={options.run_folder}")
+    return command
+
+
+def is_directory(store: str) -> bool:
+    return not store.startswith("s3://")
+
+
+class BpfCost:
+    """Measures the tick program's run time in one second of each window.
+
+    The kernel's measuring costs every BPF program of the host a little, so it is not left on.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._stack = contextlib.ExitStack()
+        self._before: syscalls.ProgramInfo | None = None
+        self.ns_per_tick = 0.0
+
+    def begin(self) -> None:
+        try:
+            self._stack.enter_context(syscalls.run_time_stats())
+        except SyscallError as error:
+            log.debug("cannot measure BPF: %s", error)
+            return
+        self._before = self._recorder.sampler.run_stats()
+
+    def end(self) -> None:
+        if self._before is None:
+            return
+        after = self._recorder.sampler.run_stats()
+        ticks = after.run_count - self._before.run_count
+        if ticks:
+            self.ns_per_tick = (after.run_time_ns - self._before.run_time_ns) / ticks
+        self._before = None
+        self._stack.close()
+
+
+class Beside:
+    """What runs beside an agent, in its loop. For `everflame agent` that is nothing."""
+
+    commands: Collection[int] = ()
+    """Children of this process that are not the profiler's own."""
+    has_failed = False
+    """Whether the agent is to end as well."""
+
+    def start(self) -> None:
+        """Begin, once the lock is held and before anything is loaded."""
+
+    def supervise(self) -> None:
+        """Look after it, several times a second. What this raises is logged."""
+
+    def note(self, profile: Profile) -> None:
+        """Take note of a window that was closed."""
+
+    def status(self) -> dict[str, Any]:
+        """Give what is to stand in the agent's status."""
+        return {}
+
+    def end(self) -> None:
+        """End it; called in any case, and last."""
+
+
+class Agent:
+    """Runs the loop. Everything it owns is handed in, and closed by whoever made it."""
+
+    def __init__(
+        self,
+        options: AgentOptions,
+        recorder: Recorder,
+        spool: Spool,
+        uploader: Child,
+        beside: Beside,
+    ) -> None:
+        self._options = options
+        self._recorder = recorder
+        self._spool = spool
+        self._uploader = uploader
+        self._beside = beside
+        self._bpf = BpfCost(recorder)
+        self._edges = Edges(options.interval_s, first_interval_s=options.first_interval_s)
+        self._begun_s = time.monotonic()
+        self._begun_cpu_ns = time.process_time_ns()
+        self._totals = Accounting()
+        self._windows = 0
+        self._faults = 0
+        self._deviating = 0
+
+    def run(self, signals: Signals, socket: StatusSocket) -> None:
+        """Sample until a signal or the end of the asked time; the last window is closed."""
+        end_s = self._begun_s + self._options.duration_s
+        self._recorder.start()
+        self._edges.begin()
+        self._bpf.begin()
+        next_step = time.monotonic() + self._recorder.drain_period_s
+        while time.monotonic() < end_s and not self._beside.has_failed:
+            met = signals.wait(min(next_step, self._edges.edge_monotonic_s, end_s))
+            if met in ENDING:
+                break
+            with self._surviving():
+                self._recorder.catch_up()
+                socket.answer(self.status)
+                self._uploader.supervise()
+                self._beside.supervise()
+                if time.monotonic() >= next_step:
+                    period_s = self._recorder.drain_period_s
+                    next_step = max(next_step + period_s, time.monotonic())
+                    self._recorder.step()
+                    self._bpf.end()
+            if self._edges.is_reached or self._edges.is_stepped:
+                with self._surviving():
+                    self._close_window()
+        self._recorder.stop()
+        self._bpf.end()
+        self._close_window()
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:  # the single place that survives: the next second is sampled again
+            self._faults += 1
+            log.exception("survived a fault")
+
+    def _close_window(self) -> None:
+        is_aligned = self._edges.is_reached and not self._edges.is_stepped
+        edge_ns = self._edges.edge_ns if is_aligned else None
+        self._edges.begin()
+        profile = self._recorder.close_window(edge_ns)
+        with self._recorder.cost.of("encode"):
+            self._spool.add(profile)
+        self._bpf.begin()
+        self._note(profile)
+
+    def _note(self, profile: Profile) -> None:
+        counts = profile.accounting
+        self._windows += 1
+        self._totals = self._totals.merge(replace(counts, services={}, misses={}))
+        lost = sum(counts.lost.values())
+        log.info("closed a window samples=%d lost=%d idle=%d", counts.stored, lost, counts.idle)
+        if lost:
+            log.warning("lost ticks=%d causes=%s", lost, dict(counts.lost))
+        warning = deviation(counts, self._recorder.config)
+        self._deviating = self._deviating + 1 if warning else 0
+        if self._deviating >= _ALARM_AFTER:
+            log.warning("%s (%d windows in a row)", warning, self._deviating)
+        self._beside.note(profile)
+
+    def status(self) -> dict[str, Any]:
+        """Give what `everflame status --json` prints."""
+        recorder, counts = self._recorder, self._totals.merge(self._recorder.counts)
+        spool = self._spool.status()
+        return {
+            "schema": SCHEMA,
+            "pid": os.getpid(),
+            "host": counts.hosts[0].name,
+            "host_id": counts.hosts[0].host_id,
+            "uptime_s": round(time.monotonic() - self._begun_s, 3),
+            "interval_s": self._options.interval_s,
+            "frequency_hz": self._options.frequency_hz,
+            "windows": self._windows,
+            "faults": self._faults,
+            "alarm": self._deviating >= _ALARM_AFTER,
+            "ticks": counts.ticks,
+            "idle": counts.idle,
+            "filtered": counts.filtered,
+            "stored": counts.stored,
+            "lost": dict(counts.lost),
+            "stops": dict(counts.stops),
+            "complete": sum(counts.stops.get(reason, 0) for reason in GOOD_STOPS),
+            "cpu_ns": {
+                **recorder.cost.cpu_ns,
+                "bpf": round(self._bpf.ns_per_tick * counts.ticks),
+                "sampler": time.process_time_ns() - self._begun_cpu_ns,
+            },
+            "bpf_ns_per_tick": round(self._bpf.ns_per_tick),
+            "sampler": {"pid": os.getpid(), "rss_bytes": rss_bytes()},
+            "uploader": {"pid": self._uploader.pid, "starts": self._uploader.starts}
+            | uploader_state(self._options.spool),
+            "spool": spool._asdict(),
+            "unwinding": recorder.unwinding.status(),
+            "slowest_binaries": recorder.symbolizer.slowest(),
+            **self._beside.status(),
+        }
+
+
+def run(options: AgentOptions, beside: Beside | None = None) -> dict[str, Any]:
+    """Be the agent of this host until it is told to end, and give its last status."""
+    beside = beside or Beside()
+    config = SamplerConfig(
+        options.frequency_hz, options.hardware, tables_limit_bytes=options.tables_limit_bytes
+    )
+    with (
+        host_lock(options.run_folder),
+        Signals() as signals,
+        StatusSocket(options.run_folder) as socket,
+    ):
+        uploader = Child("uploader", _uploader_command(options))
+        log.info("%s", greeting(options))
+        try:
+            beside.start()
+            spool = _open_spool(options)
+            with Recorder(config, rules=options.rules, commands=beside.commands) as recorder:
+                signals.watch(recorder.fileno())
+                signals.watch(socket.fileno())
+                agent = Agent(options, recorder, spool, uploader, beside)
+                try:
+                    agent.run(signals, socket)
+                finally:
+                    uploader.end(_UPLOADER_GRACE_S)
+                return agent.status()
+        finally:
+            beside.end()
+
+
+def _open_spool(options: AgentOptions) -> Spool:
+    try:
+        return Spool(options.spool, options.spool_limit_bytes)
+    except OSError as error:
+        raise RefusedError(
+            f"cannot keep windows in {options.spool}: {error.strerror} (choose another --spool)"
+        ) from error
+
+
+def greeting(options: AgentOptions) -> str:
+    """Say at the start what goes where, and how long it is kept."""
+    store = options.store or default_store_url()
+    kept = "for ever (set a lifecycle rule in the bucket to change that)"
+    if is_directory(store):
+        days = (options.keep_s or KEEP_S) / 86400
+        kept = f"{days:g} days or {(options.keep_bytes or KEEP_BYTES) / 1e9:g} GB"
+    is_shorter_first = 0 < options.first_interval_s < options.interval_s
+    first = f" ({options.first_interval_s} s at first)" if is_shorter_first else ""
+    return (
+        f"sampling at {options.frequency_hz} Hz, one object every {options.interval_s} s{first}"
+        f" into {store}, kept {kept}; waiting ones lie in {options.spool}"
+    )

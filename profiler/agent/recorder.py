@@ -1,0 +1,442 @@
+"""From ticks to profiles: the pipeline that every recording command runs.
+
+Each second: drain the kernel's maps, bring the processes up to date, find out where each address
+lies, and count the stack. Names are looked up when a window is closed, once per place; what dies
+with its process was put aside when it was first seen.
+"""
+
+import contextlib
+import ctypes
+import os
+import resource
+import select
+import socket
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from bpf import perf_event
+from bpf.records import Rings
+from bpf.sampler import Sampler, SamplerConfig
+from bpf.samples import Drain, RawSample, Words
+from profiler.agent.unwind_tables import Unwinding
+from profiler.processes.address_spaces import Processes
+from profiler.processes.labels import Labeler, parent_in_proc
+from profiler.processes.rules import Rules
+from storage.profile import (
+    Accounting,
+    Host,
+    Labels,
+    Loss,
+    Profile,
+    ProfileBuilder,
+    Window,
+)
+from symbolizer.digest import blake2b
+from symbolizer.location import AddressLocation, Location
+from symbolizer.maps import MappingTable
+from symbolizer.symbolizer import Symbolizer
+from symbolizer.unwind.table import UnwindCache
+
+DRAIN_PERIOD_S = 1.0
+_LONGEST_DRAIN_PERIOD_S = 2.0
+
+_SCAN_PERIOD_S = 5.0
+"""How often new services are looked for in /proc. Their first seconds are found all the same: a
+process's start is known."""
+
+Numbers = npt.NDArray[np.int32]
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+_TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+
+
+def this_host() -> Host:
+    """Give the name of this host and an id that stays over restarts (from machine-id(5))."""
+    name = socket.gethostname()
+    seed = name
+    for path in (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id")):
+        if path.is_file() and (text := path.read_text().strip()):
+            seed = text
+            break
+    # machine-id(5) asks for a keyed hash wherever the id leaves the host.
+    return Host(name, blake2b(seed.encode(), digest_size=8, key=b"everflame").hexdigest())
+
+
+def default_cache() -> Path:
+    """Give where symbol tables are kept from one run to the next."""
+    if chosen := os.environ.get("EVERFLAME_CACHE"):
+        return Path(chosen)
+    if os.geteuid() == 0:
+        return Path("/var/cache/everflame")
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "everflame"
+
+
+class Recorder:
+    """Samples until it is closed; `step` now and then, `close_window` whenever a profile is due.
+
+    Raises:
+        BpfError: on construction, when this host cannot be sampled; the message says what to do.
+    """
+
+    def __init__(
+        self,
+        config: SamplerConfig,
+        cache: Path | None = None,
+        rules: Rules | None = None,
+        commands: Collection[int] = (),
+    ) -> None:
+        """Load everything; nothing is sampled yet.
+
+        `rules` name services, `commands` are children of this process that are not the profiler's
+        own: what it was told to record.
+        """
+        _give_large_blocks_back()
+        self.config = config
+        self.period_ns = 1_000_000_000 // config.frequency_hz
+        self.cost = Cost()
+        self._host = this_host()
+        self._rings = Rings()
+        try:
+            # The records first: what maps before the first tick must be known at the first tick.
+            self.processes = Processes(self._rings)
+            self.sampler = Sampler(config)
+        except BaseException:
+            self._rings.close()
+            raise
+        cache = cache or default_cache()
+        self.symbolizer = Symbolizer(cache)
+        self.unwinding = Unwinding(
+            self.sampler, self.processes, self.symbolizer, UnwindCache(cache / "unwind")
+        )
+        self._wakes = select.epoll()
+        for fd in (self._rings.fileno(), self.unwinding.fileno()):
+            self._wakes.register(fd, select.EPOLLIN)
+        rules = rules or Rules()
+        self._commands = commands
+        self._labeler = Labeler(
+            rules.services,
+            parent_of=self._parent_of,
+            version_variables=rules.version_variables,
+            commands=commands,
+        )
+        self._next_scan_s = 0.0
+        self._window = _OpenWindow(self.period_ns)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _parent_of(self, pid: int) -> int | None:
+        return self.processes.parent_of(pid) or parent_in_proc(pid)
+
+    def _scan(self) -> None:
+        """Look for new services now and then, whether they are sampled or not."""
+        if time.monotonic() >= self._next_scan_s:
+            with self.cost.of("labels"):
+                self._labeler.scan()
+            self._next_scan_s = time.monotonic() + _SCAN_PERIOD_S
+
+    def start(self) -> None:
+        """Begin to tick. A command that still waits to exec is not looked at as what it is now."""
+        if not self._commands:
+            self._scan()
+        self._window = _OpenWindow(self.period_ns)
+        self.sampler.start()
+
+    def stop(self) -> None:
+        """End ticking; `close_window` still gives what was counted."""
+        self.sampler.stop()
+        self._window.end()
+
+    @property
+    def counts(self) -> Accounting:
+        """Where the ticks of the open window have gone up to the last step."""
+        return self._window.accounting(self._host, {})
+
+    @property
+    def drain_period_s(self) -> float:
+        """How long a step may wait where nobody looks on: fewer, larger steps cost less."""
+        lasts_s = self.config.lasts_s(len(perf_event.online_cpus()))
+        return min(_LONGEST_DRAIN_PERIOD_S, max(DRAIN_PERIOD_S, lasts_s))
+
+    def fileno(self) -> int:
+        """Give a descriptor that is readable when `catch_up` should not wait for the next step."""
+        return self._wakes.fileno()
+
+    def catch_up(self) -> None:
+        """Take in what the kernel told of processes, and give its walks what they wish for."""
+        with self.cost.of("processes"):
+            self.processes.poll()
+        with self.cost.of("unwind"):
+            self.unwinding.catch_up()
+
+    def step(self) -> None:
+        """Take in what was counted since the last step. To be called every `drain_period_s`."""
+        with self.cost.of("drain"):
+            self.sampler.refresh_cpus()
+            self._rings.refresh()
+            drain = self.sampler.drain()
+        self._fold(drain)
+        self._scan()
+
+    def close_window(self, edge_ns: int | None = None) -> Profile:
+        """Give the profile since `start` or the last call, named as well as this host can.
+
+        `edge_ns` is the time (UTC) at which this window ends and the next begins, a few ms ago,
+        where windows are to be aligned; by default it is now.
+        """
+        with self.cost.of("drain"):
+            drain = self.sampler.drain()
+        self._fold(drain)
+        with self.cost.of("symbolize"):
+            return self._name(edge_ns)
+
+    def _name(self, edge_ns: int | None) -> Profile:
+        window, self._window = self._window, _OpenWindow(self.period_ns, edge_ns)
+        window.end(self._window, edge_ns)
+        builder = window.builder
+        unnamed = builder.unnamed_locations()
+        for location, frames in zip(unnamed, self.symbolizer.names(unnamed), strict=True):
+            builder.location(location, frames)
+        modules = {place.build_id for place in unnamed if isinstance(place, AddressLocation)}
+        known = self.symbolizer.modules
+        builder.modules.update({key: known[key] for key in modules & known.keys()})
+        misses = {str(reason): number for reason, number in self.symbolizer.misses.items()}
+        self.symbolizer.misses.clear()
+        accounting = window.accounting(self._host, misses)
+        services = self._labeler.present(*window.boottime_ns)
+        return builder.build(window.window, replace(accounting, services=services))
+
+    def close(self) -> None:
+        self._wakes.close()
+        self.unwinding.close()
+        self.sampler.close()
+        self._rings.close()
+        self.symbolizer.close()
+        self._labeler.close()
+
+    def _fold(self, drain: Drain) -> None:
+        window = self._window
+        window.count(drain)
+        try:
+            with self.cost.of("processes"):
+                self.processes.poll()
+                groups = self._by_mappings(drain.samples)
+            with self.cost.of("unwind"):
+                self.unwinding.note(groups)
+                self.unwinding.catch_up()
+            with self.cost.of("symbolize"):
+                samples, stacks = self._locate(groups)
+            with self.cost.of("labels"):
+                labels = [self._labeler.labels(sample) for sample in samples]
+            with self.cost.of("fold"):
+                for sample, stack, names in zip(samples, stacks, labels, strict=True):
+                    window.add(sample, stack, names)
+        finally:
+            window.settle()
+            self.processes.expire(time.monotonic_ns())
+
+    def _by_mappings(self, samples: Sequence[RawSample]) -> dict[MappingTable, list[RawSample]]:
+        groups: dict[MappingTable, list[RawSample]] = defaultdict(list)
+        for sample in samples:
+            table = self.processes.mappings(sample.pid, sample.last_ns, sample.start_ns)
+            groups[table].append(sample)
+        return groups
+
+    def _locate(
+        self, groups: Mapping[MappingTable, list[RawSample]]
+    ) -> tuple[list[RawSample], list[Numbers]]:
+        """Give the samples group by group and their stacks as location numbers, root first."""
+        samples = [sample for group in groups.values() for sample in group]
+        user = [stack for table, group in groups.items() for stack in self._user(table, group)]
+        # Kernel code comes and goes at any time: what was unknown a second ago may be known now.
+        kernel = self._numbers(
+            {}, [sample.kernel for sample in samples], self.symbolizer.locate_kernel
+        )
+        # Leaf first becomes root first, here and nowhere else.
+        return samples, [
+            np.concatenate([user_part[::-1], kernel_part[::-1]])
+            for user_part, kernel_part in zip(user, kernel, strict=True)
+        ]
+
+    def _user(self, table: MappingTable, samples: Sequence[RawSample]) -> list[Numbers]:
+        known = self._window.known_words.setdefault(table, {})
+        locate = partial(self.symbolizer.locate, samples[0].pid, table)
+        return self._numbers(known, [sample.user for sample in samples], locate)
+
+    def _numbers(
+        self,
+        known: dict[int, int],
+        stacks: Sequence[Words],
+        locate: Callable[[Words], list[Location]],
+    ) -> list[Numbers]:
+        """Give each stack as location numbers. Most words recur: each is located once."""
+        if not stacks:
+            return []
+        words = np.concatenate(stacks).tolist()
+        new = list({word for word in words if word not in known})
+        if new:
+            places = locate(np.array(new, dtype=np.uint64))
+            known.update(zip(new, map(self._window.builder.location, places), strict=True))
+        numbers = np.fromiter(map(known.__getitem__, words), np.int32, len(words))
+        ends = list(accumulate(len(stack) for stack in stacks))
+        return [numbers[start:end] for start, end in pairwise([0, *ends])]
+
+
+class Cost:
+    """CPU time by part of the work, in ns since the start."""
+
+    def __init__(self) -> None:
+        self.cpu_ns: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        begun = time.thread_time_ns()
+        try:
+            yield
+        finally:
+            self.cpu_ns[part] += time.thread_time_ns() - begun
+
+
+class _OpenWindow:
+    """What has been counted since a moment, and what the clocks said at that moment."""
+
+    def __init__(self, period_ns: int, edge_ns: int | None = None) -> None:
+        self.builder = ProfileBuilder(period_ns)
+        self.known_words: WeakKeyDictionary[MappingTable, dict[int, int]] = WeakKeyDictionary()
+        """By process image: numbers of its words in the builder, for as long as it lives."""
+        self.begun = _Clocks.now()
+        self._start_ns = edge_ns or self.begun.wall_ns
+        self._end_ns: int | None = None
+        self._ended: _Clocks | None = None
+        self._ticks = self._idle = self._filtered = self._pending = 0
+        self._lost: Counter[str] = Counter()
+        self._stops: Counter[str] = Counter()
+
+    def count(self, drain: Drain) -> None:
+        """Take a drain's counts; its samples are still to be added."""
+        self._ticks += drain.ticks
+        self._idle += drain.idle
+        self._filtered += drain.filtered
+        self._lost.update(drain.lost)
+        self._pending = sum(sample.samples for sample in drain.samples)
+
+    def add(self, sample: RawSample, root_first: Numbers, labels: Labels) -> None:
+        self.builder.add(labels, root_first, sample.samples)
+        self._stops[sample.stop] += sample.samples
+        self._pending -= sample.samples
+
+    def settle(self) -> None:
+        """Count what was announced and did not come: something failed on the way."""
+        if self._pending:
+            self._lost[Loss.FAULT] += self._pending
+            self._pending = 0
+
+    def end(self, successor: "_OpenWindow | None" = None, edge_ns: int | None = None) -> None:
+        """Stop the clocks, at the moment the next window begins; a second call changes nothing."""
+        self._ended = self._ended or (successor.begun if successor else _Clocks.now())
+        self._end_ns = edge_ns
+
+    @property
+    def window(self) -> Window:
+        """From edge to edge, where there are any; else by the clock that nobody can set."""
+        ended = self._ended or _Clocks.now()
+        return Window(self._start_ns, self._end_ns or self._start_ns + ended.since(self.begun))
+
+    @property
+    def boottime_ns(self) -> tuple[int, int]:
+        ended = self._ended or _Clocks.now()
+        return self.begun.boottime_ns, ended.boottime_ns
+
+    def accounting(self, host: Host, misses: Mapping[str, int]) -> Accounting:
+        ended = self._ended or _Clocks.now()
+        return Accounting(
+            hosts=(host,),
+            cpus=len(perf_event.online_cpus()),
+            nonidle_ns=ended.nonidle_since(self.begun),
+            profiled_ns=ended.since(self.begun),
+            ticks=self._ticks,
+            idle=self._idle,
+            filtered=self._filtered,
+            stored=self._stops.total(),
+            lost={str(cause): number for cause, number in self._lost.items()},
+            stops=dict(self._stops),
+            misses=misses,
+            agent_cpu_ns=ended.own_cpu_ns - self.begun.own_cpu_ns,
+            agent_rss_bytes=rss_bytes(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Clocks:
+    wall_ns: int
+    monotonic_ns: int
+    boottime_ns: int
+    nonidle_ns: int
+    own_cpu_ns: int
+
+    @classmethod
+    def now(cls) -> "_Clocks":
+        return cls(
+            wall_ns=time.time_ns(),
+            monotonic_ns=time.monotonic_ns(),
+            boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            nonidle_ns=nonidle_ns(),
+            own_cpu_ns=time.process_time_ns(),
+        )
+
+    def since(self, earlier: "_Clocks") -> int:
+        """Give the ns between two readings; the wall clock may have been set in between."""
+        return self.monotonic_ns - earlier.monotonic_ns
+
+    def nonidle_since(self, earlier: "_Clocks") -> int:
+        """Give how long CPUs were not idle in between; idle time is rounded, so not below 0."""
+        return max(0, self.nonidle_ns - earlier.nonidle_ns)
+
+
+def _give_large_blocks_back() -> None:
+    """Keep what symbol tables needed while they were read from staying with this process.
+
+    glibc raises its threshold for mmap with each large block that is freed, and then keeps them on
+    the heap (mallopt(3)). Fixed at 64 KB, 5 MB of 55 less stay resident (bench/bench_cost.py).
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has no such thing, and no such habit
+        libc.mallopt(_M_MMAP_THRESHOLD, 64 << 10)
+
+
+def nonidle_ns() -> int:
+    """Give how long all online CPUs together were not idle, in ns from an arbitrary start.
+
+    The time there was, less what /proc/stat calls idle, waiting or stolen (proc_stat(5)): those are
+    measured, while its busy times are guessed at the timer's ticks, which miss whatever a timer
+    starts: of a thousand short processes a second they saw a tenth.
+    """
+    there_was = time.monotonic_ns() * len(perf_event.online_cpus())
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    idle, iowait, steal = int(fields[4]), int(fields[5]), int(fields[8])
+    return there_was - (idle + iowait + steal) * _TICK_NS
+
+
+def rss_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()

@@ -1,0 +1,493 @@
+"""Keeps the kernel's unwind tables fit for what is on CPU, so that stacks are whole.
+
+The walk in the kernel wishes for what it misses: first for a process, that is for what it has
+mapped where; then for the table of a file that it came across. Only what was wished for is loaded.
+A table is built from the file once, by a child process, as files are others' and large ones take
+memory; it is kept on disk, by what it was built from, and shared by all processes. When the
+kernel's memory for tables is full, those go that no sample has used for a while; if there is none,
+the new one waits.
+
+Processes are followed by what `Processes` tells of them at each drain: a process that mapped more
+has another MappingTable, and so gets another address space in the kernel. A process that started
+another program, or whose pid is another's now, is told apart by the kernel itself.
+"""
+
+import contextlib
+import ctypes
+import logging
+import os
+import resource
+import signal
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+
+from bpf.sampler import Sampler
+from bpf.samples import RawSample
+from bpf.tables import (
+    EXECUTABLES_CAPACITY,
+    PROCESSES_CAPACITY,
+    MappingRow,
+    NoRoomError,
+    TableState,
+    Wish,
+)
+from profiler.processes.address_spaces import Processes
+from symbolizer.maps import MappingTable, is_anonymous
+from symbolizer.symbolizer import Symbolizer
+from symbolizer.symbols.elf import Source, UnreadableElf
+from symbolizer.unwind.table import UnwindCache, UnwindTable, key_of
+
+log = logging.getLogger(__name__)
+
+_YOUNG_NS = 50_000_000
+"""Younger processes are likely to be gone before it pays; those that stay are followed then."""
+_SWEEP_S = 5.0
+_UNUSED_S = 3 * _SWEEP_S
+"""A table that no sample has used for so long may go when another needs the room."""
+_WAIT_S = 30.0
+"""After so long a table for which there was no room is tried again."""
+_BUILD_S = 60
+_BUILD_CPU_S = 20
+_BUILD_BYTES = 1 << 30
+"""Of memory, beyond what the child begins with. The largest tables take 100 MB."""
+_MAX_RECENT = 1024
+_FAILED = 3
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class _Process(NamedTuple):
+    start_ns: int
+    exec_id: int
+    mappings: MappingTable
+
+
+class _File(NamedTuple):
+    """A mapped file as the kernel tells of it: what needs no look at the file itself.
+
+    Without a build id nothing tells it from another one that has its inode and its name later, so
+    that each address space (by its number, else 0) has one of its own.
+    """
+
+    device: tuple[int, int]
+    inode: int
+    build_id: str
+    path: bytes
+    space: int
+
+
+class _Loaded(NamedTuple):
+    number: int
+    used_s: float
+
+
+@dataclass(slots=True)
+class _Executable:
+    """A file under one number, in how many spaces it is, and a mapping of it to open it by."""
+
+    file: _File
+    mappings: MappingTable
+    place: int
+    uses: int = 0
+
+
+class _Space(NamedTuple):
+    """An address space in the kernel, the processes that have it, and its executables."""
+
+    number: int
+    pids: set[int]
+    executables: list[int]
+
+
+class _Outcome(Enum):
+    """What became of a table: it is in the cache, it cannot be, or the file was out of reach."""
+
+    BUILT = "built"
+    FAILED = "failed"
+    UNREACHABLE = "unreachable"
+
+
+class Unwinding:
+    """Not to be used from several threads at once."""
+
+    def __init__(
+        self, sampler: Sampler, processes: Processes, symbolizer: Symbolizer, cache: UnwindCache
+    ) -> None:
+        self._sampler = sampler
+        self._tables = sampler.tables
+        self._processes = processes
+        self._symbolizer = symbolizer
+        self._cache = cache
+        self._known: dict[int, _Process] = {}
+        self._spaces: dict[MappingTable, _Space] = {}
+        self._next_space = 1
+        self._numbers: dict[_File, int] = {}
+        self._executables: dict[int, _Executable] = {}
+        self._free = deque(range(1, EXECUTABLES_CAPACITY))
+        self._keys: dict[int, str] = {}
+        self._recent: dict[_File, str] = {}  # of files that have no number now: their keys
+        self._loaded: dict[str, _Loaded] = {}
+        self._young: list[Wish] = []
+        self._waiting: set[str] = set()
+        self._unreachable: set[int] = set()
+        self._next_table = 1
+        self._builder = _Builder()
+        self._next_sweep_s = self._next_try_s = 0.0
+        self._evicted = 0
+
+    def fileno(self) -> int:
+        return self._tables.fileno()
+
+    def close(self) -> None:
+        self._builder.close()
+
+    def status(self) -> dict[str, int]:
+        """Give what `everflame status` tells of it."""
+        return {
+            "processes": len(self._known),
+            "tables": len(self._loaded),
+            "tables_waiting": len(self._waiting),
+            "tables_evicted": self._evicted,
+            "kernel_bytes": self._tables.memory_bytes,
+        }
+
+    def catch_up(self) -> None:
+        """Grant what was wished for. The records of processes must have been polled before."""
+        now_ns = time.monotonic_ns()
+        boot_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        built = self._builder.finished()
+        if built:
+            self._offer(built)
+        wishes = self._tables.wishes()
+        # Who was too young may sleep by now, and would not wish again for long.
+        waiting = dict.fromkeys((*self._young, *(wish for wish in wishes if not wish.executable)))
+        self._young.clear()
+        for wish in waiting:
+            if boot_ns - wish.start_ns >= _YOUNG_NS:
+                self._follow(wish.pid, wish.start_ns, wish.exec_id, now_ns)
+            else:
+                self._young.append(wish)
+        for wish in wishes:
+            if wish.executable:
+                self._grant_table(wish)
+
+    def note(self, groups: Mapping[MappingTable, Sequence[RawSample]]) -> None:
+        """Follow the sampled processes: whoever mapped more gets it."""
+        for mappings, samples in groups.items():
+            for sample in samples:
+                known = self._known.get(sample.pid)
+                if known is None or known.mappings is mappings:
+                    continue
+                if (known.start_ns, known.exec_id) == (sample.start_ns, sample.exec_id):
+                    self._set(sample.pid, sample.start_ns, sample.exec_id, mappings)
+        now_s = time.monotonic()
+        if now_s >= self._next_sweep_s:
+            self._next_sweep_s = now_s + _SWEEP_S
+            self._sweep()
+            self._note_use(groups, now_s)
+            for number in self._unreachable & self._executables.keys():
+                self._tables.set_state(number, TableState.UNKNOWN)
+            self._unreachable.clear()
+        if self._waiting and now_s >= self._next_try_s:
+            self._next_try_s = now_s + _WAIT_S
+            for key in self._waiting:
+                self._set_state(key, TableState.UNKNOWN)
+            self._waiting.clear()
+
+    # Processes and their address spaces.
+
+    def _follow(self, pid: int, start_ns: int, exec_id: int, now_ns: int) -> None:
+        if not os.path.exists(f"/proc/{pid}"):  # noqa: PTH110 - a thousand times a second
+            return
+        mappings = self._processes.mappings(pid, now_ns, start_ns)
+        if mappings.mappings:
+            self._set(pid, start_ns, exec_id, mappings)
+
+    def _set(self, pid: int, start_ns: int, exec_id: int, mappings: MappingTable) -> None:
+        try:
+            if pid not in self._known and len(self._known) >= PROCESSES_CAPACITY:
+                raise NoRoomError("cannot take in a process: there are too many")
+            space = self._spaces.get(mappings) or self._add_space(mappings)
+        except NoRoomError:
+            self._forget_oldest()
+            return  # it wishes again
+        self._tables.set_process(pid, start_ns, exec_id, space.number)
+        space.pids.add(pid)
+        before = self._known.pop(pid, None)  # to the end: the oldest come first
+        self._known[pid] = _Process(start_ns, exec_id, mappings)
+        if before and before.mappings is not mappings:
+            self._leave(pid, before.mappings)
+
+    def _add_space(self, mappings: MappingTable) -> "_Space":
+        executables = [self._number(mappings, place) for place in range(len(mappings.mappings))]
+        rows = [
+            MappingRow(each.start, each.end, each.file_offset, number)
+            for each, number in zip(mappings.mappings, executables, strict=True)
+        ]
+        space = _Space(self._next_space, set(), executables)
+        try:
+            self._tables.add_space(space.number, rows)
+        except NoRoomError:
+            self._give_up(executables)
+            raise
+        self._next_space += 1
+        self._spaces[mappings] = space
+        return space
+
+    def _number(self, mappings: MappingTable, place: int) -> int:
+        """Give the number that a mapping's file has in the kernel; 0 for memory without one."""
+        mapping = mappings.mappings[place]
+        if is_anonymous(mapping.path):
+            return 0
+        is_known = mapping.build_id or mapping.path.startswith(b"[")  # or the kernel's own
+        space = 0 if is_known else self._next_space
+        file = _File(mapping.device, mapping.inode, mapping.build_id, mapping.path, space)
+        number = self._numbers.get(file)
+        if number is None:
+            if not self._free:
+                return 0
+            number = self._numbers[file] = self._free.popleft()
+            self._executables[number] = _Executable(file, mappings, place)
+            key = self._recent.pop(file, None)
+            if key is not None:
+                self._keys[number] = key
+            if key in self._loaded:
+                self._tables.set_table(number, self._loaded[key].number)
+            else:
+                self._tables.set_state(number, TableState.UNKNOWN)
+        executable = self._executables[number]
+        executable.uses += 1
+        executable.mappings, executable.place = mappings, place
+        return number
+
+    def _give_up(self, executables: Iterable[int]) -> None:
+        """Let go of the numbers that a space has used; those that nobody uses are free again."""
+        for number in filter(None, executables):
+            executable = self._executables[number]
+            executable.uses -= 1
+            if not executable.uses:
+                del self._numbers[executable.file], self._executables[number]
+                key = self._keys.pop(number, None)
+                if key is not None and not executable.file.space:
+                    self._recent[executable.file] = key
+                    if len(self._recent) > _MAX_RECENT:
+                        del self._recent[next(iter(self._recent))]
+                self._tables.set_state(number, TableState.UNKNOWN)
+                self._free.append(number)  # the longest unused one is given out first
+
+    def _leave(self, pid: int, mappings: MappingTable) -> None:
+        space = self._spaces[mappings]
+        space.pids.discard(pid)
+        if not space.pids:
+            del self._spaces[mappings]
+            self._tables.remove_space(space.number)
+            self._give_up(space.executables)
+
+    def _sweep(self) -> None:
+        """Forget the processes that are gone."""
+        for pid in [p for p in self._known if not os.path.exists(f"/proc/{p}")]:  # noqa: PTH110
+            self._forget(pid)
+
+    def _forget_oldest(self) -> None:
+        """Make room for others; those that still run are sampled again, and wish again."""
+        for pid in list(self._known)[: 1 + len(self._known) // 8]:
+            self._forget(pid)
+
+    def _forget(self, pid: int) -> None:
+        self._tables.remove_process(pid)
+        self._leave(pid, self._known.pop(pid).mappings)
+
+    # Tables.
+
+    def _grant_table(self, wish: Wish) -> None:
+        executable = self._executables.get(wish.executable)
+        if executable is None:
+            return
+        key = self._keys.get(wish.executable)
+        if key is None:
+            with _opened(self._symbolizer, wish.pid, executable) as source:
+                if source is None:  # the process may be gone: another one will wish again
+                    self._tables.set_state(wish.executable, TableState.NONE)
+                    self._unreachable.add(wish.executable)
+                    return
+                with contextlib.suppress(UnreadableElf):
+                    key = key_of(source)
+            self._keys[wish.executable] = key = key or ""
+        if not key:
+            self._tables.set_state(wish.executable, TableState.NONE)
+        elif key in self._loaded:
+            self._tables.set_table(wish.executable, self._loaded[key].number)
+        elif not self._load(key):
+            self._builder.ask(_Request(key, wish.pid, executable, self._symbolizer, self._cache))
+
+    def _load(self, key: str) -> bool:
+        """Load a table from the cache; False where it has to be built."""
+        table = self._cache.load(key)
+        if table is None:
+            return False
+        if len(table.rows):
+            self._take_in(key, table)
+        else:
+            self._set_state(key, TableState.NONE)
+        return True
+
+    def _take_in(self, key: str, table: UnwindTable) -> None:
+        """Give a table to the kernel, if there is room or can be."""
+        number = self._next_table
+        self._next_table += 1
+        while True:
+            try:
+                self._tables.load(number, table.pages, table.rows)
+            except NoRoomError:
+                if not self._evict():
+                    self._waiting.add(key)
+                    self._set_state(key, TableState.NO_ROOM)
+                    return
+            else:
+                self._loaded[key] = _Loaded(number, time.monotonic())
+                for executable in self._executables_of(key):
+                    self._tables.set_table(executable, number)
+                return
+
+    def _evict(self) -> bool:
+        """Take the table away that was not used for longest, if that is long enough."""
+        key = min(self._loaded, key=lambda each: self._loaded[each].used_s, default=None)
+        if key is None or self._loaded[key].used_s > time.monotonic() - _UNUSED_S:
+            return False
+        self._set_state(key, TableState.UNKNOWN)
+        self._tables.unload(self._loaded.pop(key).number)
+        self._sampler.wait_for_programs()
+        self._evicted += 1
+        return True
+
+    def _note_use(self, groups: Mapping[MappingTable, Sequence[RawSample]], now_s: float) -> None:
+        """Remember which tables these samples have used: one second of every few is enough."""
+        used: set[str] = set()
+        for mappings, samples in groups.items():
+            space = self._spaces.get(mappings)
+            if space is not None:
+                places = mappings.find(np.concatenate([sample.user for sample in samples]))
+                numbers = [space.executables[i] for i in np.unique(places[places >= 0]).tolist()]
+                used.update(self._keys.get(number, "") for number in numbers)
+        for key in used & self._loaded.keys():
+            self._loaded[key] = self._loaded[key]._replace(used_s=now_s)
+
+    def _set_state(self, key: str, state: TableState) -> None:
+        for executable in self._executables_of(key):
+            self._tables.set_state(executable, state)
+
+    def _executables_of(self, key: str) -> list[int]:
+        """Give all numbers that a file goes by."""
+        return [number for number, its_key in self._keys.items() if its_key == key]
+
+    def _offer(self, built: Iterable[tuple[str, "_Outcome"]]) -> None:
+        for key, outcome in built:
+            is_there = outcome == _Outcome.BUILT and self._load(key)
+            if not is_there and outcome != _Outcome.UNREACHABLE:
+                self._set_state(key, TableState.NONE)
+
+
+@contextlib.contextmanager
+def _opened(symbolizer: Symbolizer, pid: int, executable: _Executable) -> Iterator[Source | None]:
+    """Open the file of a mapping; None for what has no code of a file, or is out of reach."""
+    build_id = symbolizer.identify(pid, executable.mappings, executable.place)
+    module = symbolizer.modules.get(build_id)
+    if not build_id or module is None or not module.segments:
+        yield None
+        return
+    with symbolizer.opened(pid, executable.mappings.mappings[executable.place], build_id) as source:
+        yield source
+
+
+class _Request(NamedTuple):
+    key: str
+    pid: int
+    executable: _Executable
+    symbolizer: Symbolizer
+    cache: UnwindCache
+
+
+class _Builder:
+    """Builds tables in children, one after the other."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, _Request] = {}
+        self._child = 0
+        self._key = ""
+        self._deadline_s = 0.0
+        self._finished: list[tuple[str, _Outcome]] = []
+
+    def ask(self, request: _Request) -> None:
+        if request.key != self._key:
+            self._waiting.setdefault(request.key, request)
+        if not self._child:
+            self._start_next()
+
+    def finished(self) -> list[tuple[str, _Outcome]]:
+        """Give what became of the tables that were asked for since the last call, by key."""
+        if self._child:
+            pid, status = os.waitpid(self._child, os.WNOHANG)
+            if not pid and time.monotonic() > self._deadline_s:
+                os.kill(self._child, signal.SIGKILL)
+                pid, status = os.waitpid(self._child, 0)
+            if pid:
+                outcome = _Outcome.FAILED if status else _Outcome.BUILT
+                self._finished.append((self._key, outcome))
+                self._child, self._key = 0, ""
+                self._start_next()
+        finished, self._finished = self._finished, []
+        return finished
+
+    def close(self) -> None:
+        if self._child:
+            os.kill(self._child, signal.SIGKILL)
+            os.waitpid(self._child, 0)
+            self._child = 0
+
+    def _start_next(self) -> None:
+        while self._waiting and not self._child:
+            request = self._waiting.pop(next(iter(self._waiting)))
+            with _opened(request.symbolizer, request.pid, request.executable) as source:
+                if source is None:
+                    self._finished.append((request.key, _Outcome.UNREACHABLE))
+                    continue
+                parent = os.getpid()
+                self._child = os.fork()
+                if not self._child:
+                    _build(parent, source, request)
+            self._key = request.key
+            self._deadline_s = time.monotonic() + _BUILD_S
+
+
+def _build(parent: int, source: Source, request: _Request) -> NoReturn:
+    """Be the child: build, write, and end without running anything of the parent's."""
+    status = _FAILED
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        # It holds the programs' descriptors, which must not outlive the parent.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        resource.setrlimit(resource.RLIMIT_CPU, (_BUILD_CPU_S, _BUILD_CPU_S))
+        limit_bytes = _address_space_bytes() + _BUILD_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+        if os.getppid() == parent:
+            request.cache.build(source)
+            status = 0
+    except UnreadableElf:
+        pass
+    except BaseException:  # whatever it is, the parent goes on
+        log.exception("cannot build an unwind table key=%s", request.key)
+    finally:
+        os._exit(status)
+
+
+def _address_space_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_bytes().split()[0])
+    return pages * resource.getpagesize()

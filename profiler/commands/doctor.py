@@ -1,0 +1,478 @@
+"""Doctor: tells whether this machine can be profiled, and what to do where it cannot.
+
+Every check tries the thing itself where that is possible: it loads a program, opens an event,
+imports bcc. Only `fail` stops the sampler; `warn` costs names, accuracy or speed.
+"""
+
+import ctypes
+import errno
+import json
+import mmap
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple
+
+from bpf import perf_event, syscalls
+from bpf.btf import VMLINUX, Btf
+from bpf.errors import BpfError, LoadError, PerfEventError
+from bpf.records import RING_PAGES
+from bpf.sampler import Sampler, SamplerConfig
+from bpf.samples import MAX_USER_WORDS
+from storage.objects.open import ObjectStore, StoreError, StoreRefused, open_store
+
+SCHEMA = 1
+
+_OLDEST_KERNEL = (5, 15)
+_BEFORE_THIS_PROGRAM_S = 1_767_225_600
+"""2026-01-01: a clock that shows an earlier time was never set."""
+_SLOW_CLOCKSOURCES = {"acpi_pm", "hpet", "jiffies", "pit"}
+"""A read takes a microsecond or more, and several are taken per sample and window."""
+_STEAL_WARN_SHARE = 0.05
+_INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h
+_BCC_IMPORT_TIMEOUT_S = 60
+_CLOCK_SKEW_WARN_S = 30
+
+_GIVE_RIGHTS = "run as root, or give CAP_BPF and CAP_PERFMON"
+
+
+class Status(StrEnum):
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What was found. `remedy` is empty where there is nothing to mend."""
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+def main(as_json: bool, store: str | None = None, endpoint: str | None = None) -> int:
+    """Print every check to stdout and give the exit status: 1 when one of them failed.
+
+    With `store`, the URL of an object store, that is checked too.
+    """
+    checks = run_checks()
+    if store is not None:
+        checks += store_checks(store, endpoint)
+    print(format_json(checks) if as_json else format_table(checks))
+    return 0 if _is_fit(checks) else 1
+
+
+def run_checks() -> list[Check]:
+    """Run every check, in the order in which the sampler needs what they try."""
+    checks: tuple[Callable[[], Check], ...] = (
+        check_kernel,
+        check_architecture,
+        check_btf,
+        check_capabilities,
+        check_bpf,
+        check_jit,
+        check_bcc,
+        check_programs,
+        check_perf_event,
+        check_cycles,
+        check_rings,
+        check_pid_namespace,
+        check_kallsyms,
+        check_cppfilt,
+        check_clock,
+        check_steal,
+    )
+    return [_run(check) for check in checks]
+
+
+def format_json(checks: Iterable[Check]) -> str:
+    checks = list(checks)
+    report = {"schema": SCHEMA, "ok": _is_fit(checks), "checks": [asdict(c) for c in checks]}
+    return json.dumps(report, ensure_ascii=False)
+
+
+def format_table(checks: Sequence[Check]) -> str:
+    """Write one line a check, with the remedy below what is not well."""
+    width = max((len(check.name) for check in checks), default=0)
+    lines = []
+    for check in checks:
+        lines.append(f"{check.status:4}  {check.name:{width}}  {check.detail}")
+        if check.remedy:
+            lines.append(f"{'':4}  {'':{width}}  -> {check.remedy}")
+    failed = [check.name for check in checks if check.status is Status.FAIL]
+    lines.append(
+        f"This machine cannot be profiled yet: {', '.join(failed)}."
+        if failed
+        else "This machine can be profiled."
+    )
+    return "\n".join(lines)
+
+
+def check_kernel() -> Check:
+    release = platform.release()
+    version = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
+    if version >= _OLDEST_KERNEL:
+        return Check("kernel", Status.OK, release)
+    oldest = ".".join(map(str, _OLDEST_KERNEL))
+    return Check("kernel", Status.FAIL, f"{release} is too old", f"boot {oldest} or newer")
+
+
+def check_architecture() -> Check:
+    machine = platform.machine()
+    if machine == "x86_64":
+        return Check("architecture", Status.OK, machine)
+    return Check(
+        "architecture", Status.FAIL, f"{machine} is not supported", "use a machine of x86_64"
+    )
+
+
+def check_btf() -> Check:
+    """Read the kernel's types: the programs take the offsets of struct members from there."""
+    try:
+        Btf.of_kernel()
+    except BpfError as error:
+        return Check(
+            "btf",
+            Status.FAIL,
+            str(error),
+            "boot a kernel with CONFIG_DEBUG_INFO_BTF=y; in a container mount /sys",
+        )
+    return Check("btf", Status.OK, str(VMLINUX))
+
+
+class _Capability(NamedTuple):
+    name: str
+    number: int
+    cost: str
+    is_needed: bool = False
+    superset: int | None = None
+    """The number of another capability that is as good."""
+
+
+_DAC_OVERRIDE, _IPC_LOCK, _SYS_ADMIN = 1, 14, 21
+_CAPABILITIES = (
+    _Capability("CAP_BPF", 39, "programs cannot be loaded", True, _SYS_ADMIN),
+    _Capability("CAP_PERFMON", 38, "CPUs cannot be sampled", True, _SYS_ADMIN),
+    _Capability("CAP_SYS_PTRACE", 19, "processes of other users stay without names"),
+    _Capability("CAP_DAC_READ_SEARCH", 2, "files of others give no names", False, _DAC_OVERRIDE),
+    _Capability("CAP_SYSLOG", 34, "kernel functions stay without names"),
+    _Capability(
+        "CAP_CHECKPOINT_RESTORE", 40, "deleted executables give no names", False, _SYS_ADMIN
+    ),
+)
+"""What the agent uses and what is lost without it (capabilities(7))."""
+
+
+def check_capabilities() -> Check:
+    missing = [
+        capability
+        for capability in _CAPABILITIES
+        if not (_has_capability(capability.number) or _has_capability(capability.superset))
+    ]
+    if not missing:
+        return Check("capabilities", Status.OK, f"all {len(_CAPABILITIES)} that are used")
+    status = Status.FAIL if any(c.is_needed for c in missing) else Status.WARN
+    detail = "; ".join(f"no {c.name}: {c.cost}" for c in missing)
+    return Check(
+        "capabilities", status, detail, f"run as root, or give {' '.join(c.name for c in missing)}"
+    )
+
+
+def check_bpf() -> Check:
+    """Create a map and load the shortest program there is: `r0 = 0; exit`."""
+    instructions = bytes.fromhex("b7000000000000009500000000000000")
+    try:
+        os.close(syscalls.create_map(syscalls.MAP_TYPE_ARRAY, 4, 8, 1))
+        os.close(syscalls.load_program(instructions))
+    except BpfError as error:
+        return Check("bpf", Status.FAIL, str(error), _GIVE_RIGHTS)
+    return Check("bpf", Status.OK, "a map was created and a program loaded")
+
+
+def check_jit() -> Check:
+    setting = Path("/proc/sys/net/core/bpf_jit_enable")
+    try:
+        is_on = setting.read_text().strip() != "0"
+    except FileNotFoundError:
+        return Check("jit", Status.OK, "always on, or not told to this network namespace")
+    except PermissionError:
+        return Check("jit", Status.WARN, f"{setting} is readable by root only", "ask as root")
+    if is_on:
+        return Check("jit", Status.OK, "on")
+    return Check(
+        "jit",
+        Status.WARN,
+        "off: a sample costs several times as much",
+        "sysctl net.core.bpf_jit_enable=1",
+    )
+
+
+# In a child: LLVM, once mapped, would stay. A child as the sampler's own, see bpf/sampler.py.
+_IMPORT_BCC = "import bcc; print(bcc.__file__); print(getattr(bcc, 'BPF', '') and bcc.__version__)"
+
+
+def check_bcc(python: str = sys.executable) -> Check:
+    """Import bcc with the interpreter that is to compile, and see that it is the real one."""
+    child = subprocess.run(
+        [python, "-c", _IMPORT_BCC],
+        env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=_BCC_IMPORT_TIMEOUT_S,
+        check=False,
+    )
+    file, _, bcc_version = child.stdout.strip().partition("\n")
+    if child.returncode == 0 and bcc_version:
+        return Check("bcc", Status.OK, f"{bcc_version} in {Path(file).parent}")
+    if file:
+        return Check(
+            "bcc",
+            Status.FAIL,
+            f"{file} is another program of the same name (PyPI's bcc)",
+            f"{python} -m pip uninstall bcc; apt-get install python3-bpfcc",
+        )
+    reason = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
+    return Check(
+        "bcc",
+        Status.FAIL,
+        f"{python} cannot import it: {reason}",
+        "apt-get install python3-bpfcc, and use a virtual environment of the distribution's"
+        " python3 with --system-site-packages (./quickstart makes one)",
+    )
+
+
+def check_programs() -> Check:
+    """Compile and load the sampler's real programs, and throw them away again."""
+    start = time.monotonic()
+    try:
+        with Sampler(SamplerConfig()) as sampler:
+            depth = sampler.deepest_stack
+    except LoadError as error:
+        return Check("programs", Status.FAIL, str(error), "mend what failed above first")
+    except PerfEventError as error:
+        return Check("programs", Status.FAIL, str(error), _GIVE_RIGHTS)
+    detail = f"compiled and loaded in {time.monotonic() - start:.1f} s"
+    if depth < MAX_USER_WORDS:
+        detail += f"; this kernel's verifier takes small ones only, for stacks of {depth} frames"
+        return Check("programs", Status.WARN, detail, "none is needed; a newer kernel takes more")
+    return Check("programs", Status.OK, f"{detail}, for stacks of up to {depth} frames")
+
+
+def check_perf_event() -> Check:
+    try:
+        _open_on_first_cpu(hardware=False)
+    except PerfEventError as error:
+        return Check("perf_event", Status.FAIL, str(error), _GIVE_RIGHTS)
+    return Check("perf_event", Status.OK, "the cpu-clock ticks")
+
+
+def check_cycles() -> Check:
+    try:
+        _open_on_first_cpu(hardware=True)
+    except PerfEventError as error:
+        is_refused = error.errno in (errno.EACCES, errno.EPERM)
+        remedy = "none is needed without --hardware (a virtual machine needs a virtual PMU)"
+        return Check("cycles", Status.WARN, str(error), _GIVE_RIGHTS if is_refused else remedy)
+    return Check("cycles", Status.OK, "the cycle counter can be sampled (--hardware)")
+
+
+def check_rings() -> Check:
+    """Compare what may be locked for the rings that tell of new processes with what they take."""
+    wanted_kb = (1 + RING_PAGES) * mmap.PAGESIZE // 1024
+    allowed_kb = int(Path("/proc/sys/kernel/perf_event_mlock_kb").read_text())
+    if allowed_kb >= wanted_kb or _has_capability(_IPC_LOCK):
+        return Check("rings", Status.OK, f"{wanted_kb} KB a CPU may be locked")
+    return Check(
+        "rings",
+        Status.WARN,
+        f"only {allowed_kb} of {wanted_kb} KB a CPU may be locked: short processes lose names",
+        f"sysctl kernel.perf_event_mlock_kb={wanted_kb}, or give CAP_IPC_LOCK",
+    )
+
+
+def check_pid_namespace() -> Check:
+    """See that pids mean here what they mean to the kernel, whose numbers the samples carry."""
+    if Path("/proc/self/ns/pid").stat().st_ino == _INITIAL_PID_NAMESPACE:
+        return Check("pid_namespace", Status.OK, "the host's")
+    return Check(
+        "pid_namespace",
+        Status.FAIL,
+        "this is a container's: the processes of samples cannot be found",
+        "docker run --pid=host; in Kubernetes hostPID: true",
+    )
+
+
+def check_kallsyms() -> Check:
+    # Per-CPU symbols have the address 0 on some kernels, so one line tells nothing.
+    with Path("/proc/kallsyms").open(encoding="ascii", errors="replace") as lines:
+        if any(line.split(" ", 1)[0].strip("0") for line in lines):
+            return Check("kallsyms", Status.OK, "kernel addresses are visible")
+    restriction = Path("/proc/sys/kernel/kptr_restrict").read_text().strip()
+    return Check(
+        "kallsyms",
+        Status.WARN,
+        f"addresses are hidden (kptr_restrict is {restriction}): kernel functions have no names",
+        "give CAP_SYSLOG" + ("; sysctl kernel.kptr_restrict=1" if restriction == "2" else ""),
+    )
+
+
+def check_cppfilt() -> Check:
+    path = shutil.which("c++filt")
+    if path:
+        return Check("cppfilt", Status.OK, path)
+    return Check(
+        "cppfilt",
+        Status.WARN,
+        "c++filt not found: C++ and Rust names stay mangled",
+        "apt-get install binutils",
+    )
+
+
+def check_clock() -> Check:
+    """Judge the clock that windows are cut by, and the one behind every time stamp."""
+    source = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+    name = source.read_text().strip() if source.exists() else "unknown"
+    now_s = time.time()
+    if now_s < _BEFORE_THIS_PROGRAM_S:
+        shown = time.strftime("%Y-%m-%d", time.gmtime(now_s))
+        return Check(
+            "clock", Status.FAIL, f"it shows {shown}, which cannot be", "set the time (chrony)"
+        )
+    if name in _SLOW_CLOCKSOURCES:
+        return Check(
+            "clock",
+            Status.WARN,
+            f"the clocksource {name} is slow",
+            "see `dmesg | grep clocksource` for why the kernel gave up tsc",
+        )
+    if not _is_synchronized():
+        return Check(
+            "clock",
+            Status.WARN,
+            f"clocksource {name}; not synchronized: windows of hosts may not line up",
+            "run a time service (apt-get install chrony)",
+        )
+    return Check("clock", Status.OK, f"clocksource {name}, synchronized")
+
+
+def check_steal() -> Check:
+    """Tell how much CPU time since boot the hypervisor gave to others (proc_stat(5))."""
+    times = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    share = times[7] / max(sum(times), 1)
+    detail = f"{share:.1%} of the CPU time since boot went to other machines"
+    if share < _STEAL_WARN_SHARE:
+        return Check("steal", Status.OK, detail)
+    return Check(
+        "steal",
+        Status.WARN,
+        f"{detail}: stolen time is sampled as if it had been used",
+        "move to a less crowded host, or compare shares and not costs",
+    )
+
+
+def store_checks(url: str, endpoint: str | None = None) -> list[Check]:
+    """Try an object store with a small object, which is deleted again.
+
+    Gives checks up to the first that fails, because the later ones need what it tried.
+    """
+    checks: list[Check] = []
+    try:
+        store = open_store(url, endpoint)
+        checks.extend(_try_store(store))  # keeps those given before one raises
+    except StoreRefused as error:
+        name = _STORE_CHECKS[len(checks)]
+        checks.append(Check(name, Status.FAIL, error.problem, error.remedy))
+    except StoreError as error:
+        remedy = "see that the store runs, has room and can be reached, then run doctor again"
+        checks.append(Check(_STORE_CHECKS[len(checks)], Status.FAIL, str(error), remedy))
+    return checks
+
+
+_STORE_CHECKS = ("store", "store_write", "store_conditional", "store_clock")
+
+
+def _try_store(store: ObjectStore) -> Iterator[Check]:
+    folder = "v1/.doctor/"
+    probe = f"{folder}{os.getpid()}-{os.urandom(8).hex()}"
+    next(store.list(folder), None)
+    yield Check("store", Status.OK, f"{store} can be read")
+    before_ns = time.time_ns()
+    try:
+        store.put(probe, b"probe")
+        yield Check("store_write", Status.OK, "an object was written")
+        yield _judge_second_put(is_new=store.put(probe, b"another"))
+        modified_ns = next(store.list(probe)).modified_ns
+        yield _judge_store_clock((modified_ns - (before_ns + time.time_ns()) // 2) / 1e9)
+    finally:
+        store.delete(probe)
+
+
+def _judge_second_put(*, is_new: bool) -> Check:
+    if not is_new:
+        return Check("store_conditional", Status.OK, "an existing object is not replaced")
+    return Check(
+        "store_conditional",
+        Status.FAIL,
+        "it replaces existing objects: a retry could count a window twice",
+        "use a server that knows If-None-Match (Amazon's, MinIO, SeaweedFS 4, Ceph 19 do)",
+    )
+
+
+def _judge_store_clock(ahead_s: float) -> Check:
+    """Judge the difference of the clocks; the store's own time stamps may be whole seconds."""
+    if abs(ahead_s) <= _CLOCK_SKEW_WARN_S:
+        return Check("store_clock", Status.OK, f"within {_CLOCK_SKEW_WARN_S} s of this machine's")
+    side = "ahead of" if ahead_s > 0 else "behind"
+    return Check(
+        "store_clock",
+        Status.WARN,
+        f"{abs(ahead_s):.0f} s {side} this machine's: S3 refuses requests from 15 minutes on",
+        "set the time of the one that is wrong (chrony)",
+    )
+
+
+def _run(check: Callable[[], Check]) -> Check:
+    """Run one check; a file that cannot be read fails that check and not the others."""
+    try:
+        return check()
+    except (OSError, subprocess.SubprocessError) as error:
+        name = check.__name__.removeprefix("check_")
+        return Check(name, Status.FAIL, f"cannot be checked: {error}", "mount /proc and /sys")
+
+
+def _is_fit(checks: Iterable[Check]) -> bool:
+    return all(check.status is not Status.FAIL for check in checks)
+
+
+def _has_capability(number: int | None) -> bool:
+    """Tell whether it is effective (CapEff in proc_pid_status(5)); no number is no capability."""
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.partition("CapEff:")[2].split(maxsplit=1)[0], 16)
+    return number is not None and bool(effective >> number & 1)
+
+
+def _open_on_first_cpu(*, hardware: bool) -> None:
+    attr = perf_event.sampling_attr(99, hardware)
+    os.close(perf_event.open_event(attr, cpu=perf_event.online_cpus()[0]))
+
+
+class _Timex(ctypes.Structure):
+    """struct timex; only `modes` is set, to 0: read and change nothing (adjtimex(2))."""
+
+    _fields_ = (("modes", ctypes.c_uint), ("rest", ctypes.c_long * 31))
+
+
+def _is_synchronized() -> bool:
+    time_error = 5  # TIME_ERROR: nobody keeps the clock
+    return int(ctypes.CDLL(None).adjtimex(ctypes.byref(_Timex()))) != time_error

@@ -1,0 +1,200 @@
+"""`everflame ls`: what a store holds: hosts, their windows and sizes, services and versions.
+
+Without a window or a selector it reads keys, and of each host the latest object only: that tells
+the host's name and which services it runs now. With one it reads what was sampled in the window.
+"""
+
+import secrets
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import orjson
+
+from profiler.commands.selection import Selection
+from profiler.commands.verify import ALWAYS
+from profiler.text import counted, in_columns, quantity
+from profiler.times import rfc3339
+from storage.columns import Hasher
+from storage.objects.open import ObjectKey, StoredObject, StoreError
+from storage.profile import Labels, ProfileError
+from storage.query.query import Skipped, decode_object
+
+_FETCHES = 4
+_SHOWN_SERVICES = 12
+
+
+@dataclass(slots=True)
+class HostListing:
+    """One host; its name is its id where no object of it could be read."""
+
+    host_id: str
+    name: str = ""
+    objects: int = 0
+    bytes: int = 0
+    start_ns: int = ALWAYS.end_ns
+    end_ns: int = 0
+    services: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Samples by (service, version)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    hosts: list[HostListing]
+    is_latest_only: bool
+    """The services are those of each host's latest object."""
+    skipped: list[Skipped]
+
+    def as_json(self) -> bytes:
+        return orjson.dumps(
+            {
+                "schema": 1,
+                "objects": sum(host.objects for host in self.hosts),
+                "bytes": sum(host.bytes for host in self.hosts),
+                "services_of": "latest" if self.is_latest_only else "window",
+                "hosts": [
+                    {
+                        "host": host.name,
+                        "host_id": host.host_id,
+                        "objects": host.objects,
+                        "bytes": host.bytes,
+                        "from_ms": host.start_ns // 1_000_000,
+                        "until_ms": host.end_ns // 1_000_000,
+                        "services": [
+                            {"service": service, "version": version, "samples": samples}
+                            for (service, version), samples in _largest(host.services)
+                        ],
+                    }
+                    for host in self.hosts
+                ],
+                "skipped": [{"key": key, "reason": reason} for key, reason in self.skipped],
+            }
+        )
+
+
+def run(selection: Selection, *, as_json: bool) -> int:
+    """Print what there is; 2 when that is nothing."""
+    listing = list_hosts(selection)
+    if as_json:
+        sys.stdout.buffer.write(listing.as_json() + b"\n")
+    elif listing.hosts:
+        print(_table(listing))
+    for key, reason in listing.skipped:
+        print(f"everflame: skipped {key}: {reason}", file=sys.stderr)
+    if not listing.hosts:
+        print(f"everflame: nothing in the store {selection.store}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def list_hosts(selection: Selection) -> Listing:
+    """Give the hosts that have objects in the window, by name."""
+    hosts: dict[str, HostListing] = {}
+    latest: dict[str, tuple[ObjectKey, StoredObject]] = {}
+    for key, stored in selection.objects():
+        host = hosts.setdefault(key.host_id, HostListing(key.host_id, key.host_id))
+        host.objects += 1
+        host.bytes += stored.size_bytes
+        host.start_ns = min(host.start_ns, key.start_ns)
+        host.end_ns = max(host.end_ns, key.end_ns)
+        latest[key.host_id] = (key, stored)
+    skipped = _read_latest(selection, hosts, latest.values())
+    is_latest_only = selection.window == ALWAYS and not selection.selector.matchers
+    if not is_latest_only:
+        skipped = _read_window(selection, hosts)
+    chosen = [host for host in hosts.values() if host.services or not selection.selector.matchers]
+    chosen.sort(key=lambda host: (host.name, host.host_id))
+    return Listing(chosen, is_latest_only, skipped)
+
+
+def _read_latest(
+    selection: Selection,
+    hosts: dict[str, HostListing],
+    objects: Iterable[tuple[ObjectKey, StoredObject]],
+) -> list[Skipped]:
+    """Take each host's name and services from one object of it."""
+    hasher = Hasher(secrets.token_bytes(32))
+
+    def read(pair: tuple[ObjectKey, StoredObject]) -> Skipped | None:
+        key, stored = pair
+        try:
+            columns = decode_object(key, selection.store.get(stored.key), hasher)
+        except (ProfileError, StoreError) as error:
+            return Skipped(stored.key, str(error))
+        host = hosts[key.host_id]
+        if len(columns.accounting.hosts) == 1:
+            host.name = columns.accounting.hosts[0].name or host.host_id
+        samples = np.zeros(len(columns.label_sets), dtype=np.int64)
+        np.add.at(samples, columns.times[:, 1], columns.time_counts[:, 0])
+        for labels, count in zip(columns.label_sets, samples.tolist(), strict=True):
+            _count(host, labels, count)
+        return None
+
+    with ThreadPoolExecutor(_FETCHES, "ls") as pool:
+        return [problem for problem in pool.map(read, objects) if problem is not None]
+
+
+def _read_window(selection: Selection, hosts: dict[str, HostListing]) -> list[Skipped]:
+    by_name: dict[str, list[HostListing]] = {}
+    for host in hosts.values():
+        host.services = {}
+        by_name.setdefault(host.name, []).append(host)
+    start_ns = min((host.start_ns for host in hosts.values()), default=0)
+    end_ns = max((host.end_ns for host in hosts.values()), default=1)
+    timeline = selection.query().timeline(
+        selection.window._replace(
+            start_ns=max(selection.window.start_ns, start_ns),
+            end_ns=min(selection.window.end_ns, end_ns),
+        ),
+        selection.selector,
+        step_ns=max(1, end_ns - start_ns),
+        by=("host", "service", "version"),
+    )
+    for series in timeline.series:
+        name = dict(series.labels).get("host", "")
+        for host in by_name.get(name, [])[:1]:
+            _count(host, series.labels, int(series.samples.sum()))
+    return list(timeline.coverage.skipped)
+
+
+def _count(host: HostListing, labels: Labels, samples: int) -> None:
+    values = dict(labels)
+    key = (values.get("service", ""), values.get("version", ""))
+    host.services[key] = host.services.get(key, 0) + samples
+
+
+def _largest(services: dict[tuple[str, str], int]) -> list[tuple[tuple[str, str], int]]:
+    return sorted(services.items(), key=lambda pair: (-pair[1], pair[0]))
+
+
+def _table(listing: Listing) -> str:
+    rows = [("HOST", "OBJECTS", "SIZE", "FROM", "UNTIL")]
+    rows += [
+        (
+            host.name,
+            f"{host.objects:,}",
+            quantity(host.bytes, "bytes"),
+            rfc3339(host.start_ns),
+            rfc3339(host.end_ns),
+        )
+        for host in listing.hosts
+    ]
+    lines = []
+    for line, host in zip(in_columns(rows), [None, *listing.hosts], strict=True):
+        lines.append(line)
+        if host is None:
+            continue
+        services = _largest(host.services)
+        for (service, version), samples in services[:_SHOWN_SERVICES]:
+            name = f"{service or '[no service]'} {version}".rstrip()
+            lines.append(f"    {name}  {counted(samples, 'sample')}")
+        if len(services) > _SHOWN_SERVICES:
+            more = counted(len(services) - _SHOWN_SERVICES, "more service")
+            lines.append(f"    and {more}")
+    size = quantity(sum(host.bytes for host in listing.hosts), "bytes")
+    objects = counted(sum(host.objects for host in listing.hosts), "object")
+    where = "latest object" if listing.is_latest_only else "window"
+    lines.append(f"{objects}, {size}; services are those of each host's {where}")
+    return "\n".join(lines)

@@ -1,0 +1,329 @@
+"""`everflame record`: sample for a while, then write the profile and say what it holds.
+
+Whatever ends the recording (time, Ctrl-C, SIGTERM, the end of what is watched), the ticks that were
+counted are folded and written.
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from bpf.sampler import SamplerConfig
+from profiler.agent.recorder import DRAIN_PERIOD_S, Recorder
+from profiler.agent.signals import ENDING, Signals
+from profiler.formats import export
+from profiler.text import StatusLine
+from storage.profile import Accounting, Profile
+
+_GRACE_S = 5.0
+"""How long a command may take to end when asked to, before the recording ends without it."""
+
+
+class RefusedError(Exception):
+    """What was asked for cannot be done; the message says what to do instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordOptions:
+    """What `everflame record` was asked for.
+
+    `pids` and `command` are empty when all CPUs are meant; `duration_s` is infinite without --for;
+    `by` is None where the format's default is meant.
+    """
+
+    pids: tuple[int, ...]
+    command: tuple[str, ...]
+    frequency_hz: int
+    hardware: bool
+    duration_s: float
+    outputs: tuple[str, ...]
+    by: tuple[str, ...] | None
+
+
+class Target(Protocol):
+    """What is watched: it says which processes, and when there is nothing left to watch."""
+
+    pids: frozenset[int] | None
+
+    def start(self) -> None: ...
+    def has_ended(self) -> bool: ...
+    def ask_to_end(self, met: signal.Signals) -> None: ...
+    def exit_status(self) -> int: ...
+
+
+class AllCpus:
+    pids: frozenset[int] | None = None
+
+    def start(self) -> None:
+        pass
+
+    def has_ended(self) -> bool:
+        return False
+
+    def ask_to_end(self, met: signal.Signals) -> None:
+        pass
+
+    def exit_status(self) -> int:
+        return 0
+
+
+class Processes(AllCpus):
+    """Running processes and their descendants.
+
+    Raises:
+        RefusedError: one of them does not exist.
+    """
+
+    def __init__(self, roots: Sequence[int]) -> None:
+        for pid in roots:
+            if not _is_running(pid):
+                raise RefusedError(f"cannot record process {pid}: there is no such process")
+        self._roots = roots
+        self.pids = frozenset(_with_descendants(roots))
+
+    def has_ended(self) -> bool:
+        return not any(map(_is_running, self._roots))
+
+
+class Command:
+    """A program that has been forked but waits for `start` before it execs."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: dict[str, str],
+        ignored: Iterable[signal.Signals] = (),
+    ) -> None:
+        gate, self._open_gate = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _become(command, environment, ignored, gate, self._open_gate)
+        os.close(gate)
+        self._status: int | None = None
+        self.pids: frozenset[int] | None = frozenset({self._pid})
+
+    def start(self) -> None:
+        os.write(self._open_gate, b"!")
+        os.close(self._open_gate)
+
+    def has_ended(self) -> bool:
+        if self._status is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            self._status = status if pid else None
+        return self._status is not None
+
+    def ask_to_end(self, met: signal.Signals) -> None:
+        # A Ctrl-C at the terminal has reached the command already: it is in the same group.
+        if not self.has_ended() and not (met == signal.SIGINT and _is_foreground()):
+            os.kill(self._pid, met)
+
+    def exit_status(self) -> int:
+        """Wait for the command and give its status as a shell does: 128 + n for signal n."""
+        if not self.has_ended():
+            _, self._status = os.waitpid(self._pid, 0)
+        code = os.waitstatus_to_exitcode(self._status or 0)
+        return code if code >= 0 else 128 - code
+
+
+def _become(
+    command: Sequence[str],
+    environment: dict[str, str],
+    ignored: Iterable[signal.Signals],
+    gate: int,
+    other: int,
+) -> None:
+    """Turn the forked child into the command; never returns."""
+    try:
+        os.close(other)
+        if os.read(gate, 1):
+            # Python ignores these two, and what is ignored stays so over an exec.
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            for number in ignored:
+                signal.signal(number, signal.SIG_IGN)
+            os.execvpe(command[0], list(command), environment)  # noqa: S606 - it is what was asked
+    except OSError as error:
+        sys.stderr.write(f"everflame: cannot run {command[0]}: {error.strerror}\n")
+        sys.stderr.flush()
+    finally:
+        os._exit(127)
+
+
+def _is_foreground() -> bool:
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (OSError, ValueError):
+        return False
+
+
+def _state_and_parent(pid: int) -> tuple[bytes, int] | None:
+    """Read /proc/PID/stat (proc_pid_stat(5)); None when there is no such process."""
+    try:
+        # The name in parentheses may hold anything, so fields are counted from its end.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return fields[0], int(fields[1])
+
+
+def _is_running(pid: int) -> bool:
+    """Tell whether it exists and is more than a zombie that waits for its parent."""
+    found = _state_and_parent(pid)
+    return found is not None and found[0] not in (b"Z", b"X")
+
+
+def _with_descendants(roots: Iterable[int]) -> set[int]:
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        if stat := _state_and_parent(int(path.name)):
+            children.setdefault(stat[1], []).append(int(path.name))
+    found: set[int] = set()
+    pending = list(roots)
+    while pending:
+        pid = pending.pop()
+        if pid not in found:
+            found.add(pid)
+            pending += children.get(pid, [])
+    return found
+
+
+def run(options: RecordOptions, environment: dict[str, str]) -> int:
+    """Record and write; give the exit status."""
+    outputs = options.outputs or (f"./everflame-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.pb.gz",)
+    for output in outputs:
+        export.check_output(output)
+    with Signals() as signals:
+        target = (
+            Command(options.command, environment, signals.ignored)
+            if options.command
+            else target_of(options.pids)
+        )
+        config = SamplerConfig(options.frequency_hz, options.hardware, target.pids)
+        commands = target.pids if isinstance(target, Command) else None
+        with Recorder(config, commands=commands or ()) as recorder:
+            _sample(recorder, target, options.duration_s, signals)
+            profile = recorder.close_window()
+            unselected = recorder.sampler.unselected
+    for output in outputs:
+        export.write(profile, output, by=options.by)
+    if not options.outputs:
+        from profiler.commands import terminal  # noqa: PLC0415 - memory that sampling does not need
+
+        width = terminal.width(sys.stdout)
+        print(terminal.function_table(profile, width=width, limit=25))
+    talk = summary(profile, config)
+    if unselected:
+        talk.append(f"warning: {unselected} processes were left out: too many were started")
+    talk += [f"wrote {output}" for output in outputs if output != "-"]
+    print("\n".join(talk), file=sys.stderr)
+    return target.exit_status()
+
+
+def run_repeatedly(options: RecordOptions, environment: dict[str, str], times: int) -> int:
+    """Record a command so often, each run into files of its own: `NAME-1.pb.gz` and so on.
+
+    The first run that fails ends it, with its exit status.
+
+    Raises:
+        ExportError: the ending of an output names no format.
+    """
+    outputs = options.outputs or ("everflame.pb.gz",)
+    for number in range(1, times + 1):
+        numbered = tuple(_numbered(output, number) for output in outputs)
+        status = run(replace(options, outputs=numbered), environment)
+        if status:
+            return status
+    return 0
+
+
+def _numbered(output: str, number: int) -> str:
+    ending = export.ending_of(output)
+    return f"{output.removesuffix(ending)}-{number}{ending}"
+
+
+def target_of(pids: Sequence[int]) -> Target:
+    """Watch these processes, or everything if there are none."""
+    return Processes(pids) if pids else AllCpus()
+
+
+def _sample(recorder: Recorder, target: Target, duration_s: float, signals: Signals) -> None:
+    progress = Progress(sys.stderr, duration_s)
+    signals.watch(recorder.fileno())
+    recorder.start()
+    target.start()
+    begun = time.monotonic()
+    deadline = begun + duration_s
+    next_step = begun + DRAIN_PERIOD_S
+    asked = False
+    while not target.has_ended():
+        met = signals.wait(min(next_step, deadline))
+        recorder.catch_up()
+        now = time.monotonic()
+        if met in ENDING or now >= deadline:
+            if asked or not isinstance(target, Command):
+                break
+            asked = True
+            target.ask_to_end(met if met in ENDING else signal.SIGTERM)
+            deadline = now + _GRACE_S
+        if now >= next_step:
+            recorder.step()
+            progress.show(now - begun, recorder.counts)
+            next_step = max(next_step + DRAIN_PERIOD_S, now)
+    recorder.stop()
+    progress.clear()
+
+
+class Progress:
+    """One line that is rewritten each second; nothing where no terminal would show it."""
+
+    def __init__(self, out: TextIO, duration_s: float) -> None:
+        self._line = StatusLine(out)
+        self._of = "" if math.isinf(duration_s) else f" of {duration_s:g}"
+
+    def show(self, seconds: float, counts: Accounting) -> None:
+        lost = sum(counts.lost.values())
+        self._line.show(
+            f"{seconds:.0f}{self._of} s  {counts.stored:,} samples  {lost:,} lost"
+            "  (Ctrl-C ends and writes)"
+        )
+
+    def clear(self) -> None:
+        self._line.clear()
+
+
+def summary(profile: Profile, config: SamplerConfig) -> list[str]:
+    """Say in a few lines what a profile holds and what it cost."""
+    counts = profile.accounting
+    seconds = counts.profiled_ns / 1e9
+    lost = sum(counts.lost.values())
+    busy = profile.total_value / counts.profiled_ns if counts.profiled_ns else 0.0
+    cost = counts.agent_cpu_ns / max(1, counts.profiled_ns)
+    rate = f"{seconds:.1f} s on {counts.cpus} CPUs at {config.frequency_hz} Hz"
+    parts = f"{counts.stored:,} stored + {counts.idle:,} idle + {counts.filtered:,} filtered"
+    lines = [
+        f"{rate}: {counts.stored:,} samples, {lost:,} lost; {busy:.2f} cores used",
+        f"{counts.ticks:,} ticks = {parts} + {lost:,} lost",
+        f"the profiler took {cost:.1%} of one CPU and {counts.agent_rss_bytes / 1e6:.0f} MB",
+    ]
+    lines += [f"warning: {number:,} ticks lost: {cause}" for cause, number in counts.lost.items()]
+    if warning := deviation(counts, config):
+        lines.append(warning)
+    return lines
+
+
+def deviation(counts: Accounting, config: SamplerConfig) -> str:
+    """Compare busy ticks with the kernel's own account of busy time; empty when they agree."""
+    if config.hardware:
+        return ""
+    expected = config.frequency_hz * counts.nonidle_ns / 1e9
+    busy = counts.ticks - counts.idle
+    if expected < 1 or abs(busy - expected) <= expected * max(0.02, 4 / math.sqrt(expected)):
+        return ""
+    return f"warning: {busy:,} busy ticks where the kernel's CPU times let expect {expected:,.0f}"

@@ -1,0 +1,78 @@
+"""`everflame top`: which functions used the CPUs in the last seconds, redrawn over and over."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from bpf.sampler import SamplerConfig
+from profiler.agent.recorder import DRAIN_PERIOD_S, Recorder
+from profiler.agent.signals import ENDING, Signals
+from profiler.commands import terminal
+from profiler.commands.record import target_of
+from storage.profile import Profile
+
+# Alternate screen and hidden cursor, and back: what was on the terminal is there again at the end.
+_ENTER, _LEAVE, _HOME = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l", "\x1b[H\x1b[J"
+
+
+def run(
+    *,
+    pids: Sequence[int],
+    frequency_hz: int,
+    hardware: bool,
+    duration_s: float,
+    interval_s: float,
+) -> int:
+    """Draw until Ctrl-C, the end of `duration_s`, or the exit of all `pids`.
+
+    Where stdout is no terminal, one table after the other is printed.
+    """
+    is_screen = sys.stdout.isatty()
+    with Signals() as signals:
+        target = target_of(pids)
+        config = SamplerConfig(frequency_hz, hardware, target.pids)
+        with Recorder(config) as recorder:
+            signals.watch(recorder.fileno())
+            recorder.start()
+            end = time.monotonic() + duration_s
+            try:
+                sys.stdout.write(_ENTER if is_screen else "")
+                going = True
+                while going and not target.has_ended() and (now := time.monotonic()) < end:
+                    going = _sample(recorder, signals, min(now + interval_s, end))
+                    sys.stdout.write(_HOME if is_screen else "")
+                    print(screen(recorder.close_window(), is_screen=is_screen), flush=True)
+            finally:
+                sys.stdout.write(_LEAVE if is_screen else "")
+                sys.stdout.flush()
+    return 0
+
+
+def _sample(recorder: Recorder, signals: Signals, until: float) -> bool:
+    """Sample until then; False when a signal asks to end."""
+    next_step = time.monotonic() + DRAIN_PERIOD_S
+    while time.monotonic() < until:
+        met = signals.wait(min(next_step, until))
+        recorder.catch_up()
+        if met in ENDING:
+            return False
+        if time.monotonic() >= next_step:
+            recorder.step()
+            next_step = time.monotonic() + DRAIN_PERIOD_S
+    return True
+
+
+def screen(profile: Profile, *, is_screen: bool) -> str:
+    """Lay out one redraw for the terminal's size."""
+    counts = profile.accounting
+    size = os.get_terminal_size() if is_screen else os.terminal_size((100, 30))
+    seconds = counts.profiled_ns / 1e9
+    cores = profile.total_value / counts.profiled_ns if counts.profiled_ns else 0.0
+    head = (
+        f"everflame top  {time.strftime('%H:%M:%S')}  last {seconds:.1f} s:"
+        f" {cores:.2f} of {counts.cpus} cores used, {counts.stored:,} samples,"
+        f" {sum(counts.lost.values()):,} lost"
+    )
+    table = terminal.function_table(profile, width=size.columns, limit=size.lines - 5)
+    return f"{head[: size.columns]}\n\n{table}"

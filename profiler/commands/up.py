@@ -1,0 +1,380 @@
+"""`everflame up`: the agent of this host and the page about it, for as long as one wants to look.
+
+Three processes: this one is the sampler, exactly as in `everflame agent`, and beside its uploader
+it keeps the service (`profiler.commands.serve`). The service is not root and reads the store only:
+see `profiler.service.confine`. With `--demo` there is a fourth, whose programs are something to
+look at.
+"""
+
+import contextlib
+import os
+import pwd
+import shlex
+import shutil
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from profiler.agent import agent
+from profiler.agent.agent import AgentOptions, Beside, Child
+from profiler.agent.recorder import default_cache
+from profiler.commands import demo
+from profiler.commands.record import RefusedError
+from profiler.service import addresses
+from storage.objects.open import (
+    DirectoryStore,
+    StoreError,
+    StoreRefused,
+    default_store_url,
+    open_store,
+)
+from storage.profile import Profile
+
+FIRST_INTERVAL_S = 5
+
+_USERS = ("everflame", "nobody")
+"""Whom the service runs as: the first of these that this host has."""
+_ENVIRONMENT = ("PATH", "HOME", "LANG", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR")
+_ENVIRONMENT_OF = ("EVERFLAME_", "LC_", "PYTHON", "OPENBLAS_")
+_ENVIRONMENT_OF_S3 = ("AWS_", "HTTP_", "HTTPS_", "NO_", "http_", "https_", "no_")
+"""What of the environment the service gets; that of root may hold anybody's secrets."""
+
+_PROBE_PERIOD_S = 0.5
+_PROBE_TIMEOUT_S = 0.25
+"""The service is on loopback. Samples wait in the kernel meanwhile: a drain may come late."""
+_READY_WITHIN_S = 30.0
+_GRACE_S = 5.0
+_USAGE = 2
+"""The exit status of a service that cannot start as asked."""
+
+_IDLE_SHARE = 0.05
+_IDLE_WINDOWS = 2
+"""So many windows are judged, after the first one, in which everything here starts."""
+
+
+def run(
+    options: AgentOptions, listen: str, *, has_demo: bool = False, decode_ahead: int = 0
+) -> int:
+    """Sample and serve until told to end; give the exit status.
+
+    Raises:
+        RefusedError: the address, the store or the host is not to be had.
+    """
+    address = free_address(listen)
+    first_s = min(FIRST_INTERVAL_S, options.interval_s)
+    options = replace(options, store=options.store or default_store_url(), first_interval_s=first_s)
+    beside = Companions(options, address, has_demo=has_demo, decode_ahead=decode_ahead)
+    begun_ns = time.time_ns()
+    status = agent.run(options, beside)
+    if beside.has_failed:
+        return _USAGE
+    tell(*summary(options, status, begun_ns))
+    return 0
+
+
+def tell(*lines: str) -> None:
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def free_address(listen: str) -> tuple[str, int]:
+    """Give the address to listen on; a port of 0 becomes one that is free.
+
+    Raises:
+        RefusedError: it is no address, not of loopback, or taken.
+    """
+    try:
+        with addresses.bind(listen) as free:
+            host, port = free.getsockname()[:2]
+    except addresses.ListenError as error:
+        raise RefusedError(str(error)) from None
+    return host, port
+
+
+class Companions(Beside):
+    """The service, and the demo where it is wanted, in the agent's loop."""
+
+    def __init__(
+        self,
+        options: AgentOptions,
+        address: tuple[str, int],
+        *,
+        has_demo: bool = False,
+        decode_ahead: int = 0,
+    ) -> None:
+        self._options = options
+        self._host, self._port = address
+        self._user = service_user()
+        cache = default_cache() / "service"
+        command = service_command(options, address, cache, self._user)
+        command.append(f"--decode-ahead={decode_ahead}")
+        self._service = Child("service", command, service_environment(options, cache))
+        self._cache = cache
+        self._demo = Child("demo", demo.command(self._user)) if has_demo else None
+        self._is_ready = False
+        self._begun_s = self._next_probe_s = 0.0
+        self._windows = 0
+        self._cpu_ns = self._nonidle_ns = 0
+        self.commands: set[int] = set()
+        self.has_failed = False
+
+    def start(self) -> None:
+        check_store(self._options)
+        self._cache.mkdir(parents=True, exist_ok=True)
+        if os.geteuid() == 0:
+            account = pwd.getpwnam(self._user)
+            self._cache.chmod(0o700)
+            os.chown(self._cache, account.pw_uid, account.pw_gid)
+            # So that the page can show the agent's status; root may connect all the same.
+            os.chown(self._options.run_folder / "agent.sock", account.pw_uid, -1)
+        tell(agent.greeting(self._options))
+        self._begun_s = time.monotonic()
+        self._service.supervise()
+        self._start_demo()
+
+    def supervise(self) -> None:
+        self._service.supervise()
+        self._start_demo()
+        if self._is_ready:
+            return
+        now = time.monotonic()
+        # Not a signal's: it could not be started as asked, and will not be the next time.
+        if (self._service.status or 0) > 0:
+            tell("everflame: cannot serve the page, for the reason above")
+            self.has_failed = True
+        elif now >= self._next_probe_s:
+            self._next_probe_s = now + _PROBE_PERIOD_S
+            self._is_ready = answers(self._host, self._port)
+            if self._is_ready:
+                tell(*directions(self._host, self._port, os.environ))
+            elif now > self._begun_s + _READY_WITHIN_S:
+                tell("everflame: the page does not answer yet; sampling goes on")
+                self._begun_s = float("inf")
+
+    def _start_demo(self) -> None:
+        if self._demo is not None:
+            self._demo.supervise()
+            self.commands.add(self._demo.pid)
+
+    def note(self, profile: Profile) -> None:
+        """Tell somebody who waits for a picture of an idle machine how to get a better one."""
+        self._windows += 1
+        if not 1 < self._windows <= 1 + _IDLE_WINDOWS or self._demo is not None:
+            return
+        counts = profile.accounting
+        self._cpu_ns += counts.profiled_ns * counts.cpus
+        self._nonidle_ns += counts.nonidle_ns
+        busy = self._nonidle_ns / max(1, self._cpu_ns)
+        if self._windows == 1 + _IDLE_WINDOWS and busy < _IDLE_SHARE:
+            tell(
+                f"this machine is {1 - busy:.0%} idle, so there is little to see;"
+                " ./quickstart --demo runs something to look at"
+            )
+
+    def status(self) -> dict[str, Any]:
+        pid = self._service.pid
+        return {"service": {"pid": pid, "starts": self._service.starts, **_cost_with_workers(pid)}}
+
+    def end(self) -> None:
+        children = [child for child in (self._service, self._demo) if child is not None]
+        for child in children:
+            child.ask_to_end()
+        for child in children:
+            child.end(_GRACE_S)
+
+
+def _cost_with_workers(pid: int) -> dict[str, int]:
+    """Give what a process and its children take; nothing if there is no such process."""
+    total = Counter(_cost_of(pid))
+    # Each thread has children of its own; a kernel may not tell (CONFIG_PROC_CHILDREN).
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has ended
+            for child in path.read_text().split():
+                total.update(_cost_of(int(child)))
+    return dict(total)
+
+
+def _cost_of(pid: int) -> dict[str, int]:
+    """Give what a process takes, nothing if there is no such process (proc_pid_stat(5))."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return {}
+    tick_ns = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+    return {
+        "cpu_ns": (int(fields[11]) + int(fields[12])) * tick_ns,
+        "rss_bytes": int(fields[21]) * os.sysconf("SC_PAGESIZE"),
+    }
+
+
+def service_user() -> str:
+    """Give whom the service is to run as; this user itself where it is an ordinary one."""
+    if os.geteuid() != 0:
+        return ""
+    known = {account.pw_name for account in pwd.getpwall()}
+    for name in _USERS:
+        if name in known:
+            return name
+    raise RefusedError(
+        "cannot serve the page: there is no user for it, and root it must not be"
+        " (adduser --system everflame)"
+    )
+
+
+def service_command(
+    options: AgentOptions, address: tuple[str, int], cache: Path, user: str
+) -> list[str]:
+    """Give the command line that confines the service and starts it."""
+    store = options.store
+    confine = [sys.executable, "-P", "-m", "profiler.service.confine", f"--parent={os.getpid()}"]
+    confine += [f"--user={user}", f"--write={cache}"]
+    confine += [f"--read={path}" for path in _folders_to_read(store)]
+    serve = [sys.executable, "-P", "-m", "profiler.commands.serve", f"--store={store}"]
+    serve += [f"--listen={addresses.shown(address)}", "--quiet"]
+    serve += [f"--run-folder={options.run_folder}", f"--cache={cache}"]
+    if options.endpoint:
+        serve.append(f"--s3-endpoint={options.endpoint}")
+    if agent.is_directory(store):
+        serve.append(f"--keep-s={int(options.keep_s or agent.KEEP_S)}")
+        serve.append(f"--keep-bytes={options.keep_bytes or agent.KEEP_BYTES}")
+    return [*confine, "--", *serve]
+
+
+def _folders_to_read(store: str) -> Iterator[Path]:
+    """Give the store, or where the keys of a bucket may be."""
+    if agent.is_directory(store):
+        yield directory_of(store)
+        return
+    yield Path("~/.aws").expanduser()
+    for name in (
+        "AWS_SHARED_CREDENTIALS_FILE",
+        "AWS_CONFIG_FILE",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CA_BUNDLE",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+    ):
+        if path := os.environ.get(name):
+            yield Path(path).absolute()
+
+
+def service_environment(options: AgentOptions, cache: Path) -> dict[str, str]:
+    """Give what the service gets of this environment; keys only where there is a bucket."""
+    prefixes: tuple[str, ...] = _ENVIRONMENT_OF
+    if not agent.is_directory(options.store):
+        prefixes += _ENVIRONMENT_OF_S3
+    kept = {k: v for k, v in os.environ.items() if k in _ENVIRONMENT or k.startswith(prefixes)}
+    return {**kept, "EVERFLAME_CACHE": str(cache), "TMPDIR": str(cache)}
+
+
+def directory_of(store: str) -> Path:
+    """Give the folder that a store lies in.
+
+    Raises:
+        RefusedError: it is no folder's name.
+    """
+    opened = open_store(store)
+    assert isinstance(opened, DirectoryStore)
+    return opened.root
+
+
+def check_store(options: AgentOptions) -> None:
+    """Write an object into a directory and delete it again.
+
+    A bucket is the uploader's to try, who has the keys; windows wait for it.
+
+    Raises:
+        RefusedError: that is not possible; the message says what to do.
+    """
+    if not agent.is_directory(options.store):
+        return
+    store = open_store(options.store)
+    probe = f"v1/.up/{os.getpid()}-{os.urandom(8).hex()}"
+    try:
+        store.put(probe, b"probe")
+        store.delete(probe)
+    except StoreRefused as error:
+        raise RefusedError(str(error)) from error
+    except StoreError as error:
+        raise RefusedError(f"{error} (make room there, or use another --store)") from error
+
+
+def answers(host: str, port: int) -> bool:
+    """Tell whether the service is up. No HTTP client: that would map TLS into the sampler."""
+    name = addresses.shown((host, port))
+    request = f"GET /healthz HTTP/1.0\r\nHost: {name}\r\n\r\n"
+    try:
+        with socket.create_connection((host, port), _PROBE_TIMEOUT_S) as connection:
+            connection.sendall(request.encode())
+            return connection.recv(64).split(b" ", 2)[1:2] == [b"200"]
+    except OSError:
+        return False
+
+
+def directions(host: str, port: int, environment: Mapping[str, str]) -> list[str]:
+    """Say where the page is, and how to get there from where the user sits."""
+    name = addresses.shown((host, port))
+    lines = [f"flame graphs, the first one after 10 s: http://{name}"]
+    # client address, its port, server address, its port (sshd's, see ssh(1))
+    connection = environment.get("SSH_CONNECTION", "").split()
+    if len(connection) == 4:
+        server, server_port = connection[2:]
+        user = environment.get("SUDO_USER") or environment.get("LOGNAME") or "root"
+        option = "" if server_port == "22" else f"-p {server_port} "
+        lines += [
+            f"from your own machine: ssh -L {port}:{name} {option}{user}@{server}",
+            f"  and then open http://127.0.0.1:{port} there",
+        ]
+    return lines
+
+
+def summary(options: AgentOptions, status: Mapping[str, Any], begun_ns: int) -> list[str]:
+    """Say in a few lines what was stored, what it cost, and what to do with it."""
+    upload, seconds = status["uploader"], status["uptime_s"]
+    lost = sum(status["lost"].values())
+    cpu_ns = status["cpu_ns"]
+    own = (cpu_ns["sampler"] + cpu_ns["bpf"]) / 1e9 / seconds
+    parts = f"{status['stored']:,} stored + {status['idle']:,} idle + {status['filtered']:,}"
+    rate = f"{seconds:.1f} s at {status['frequency_hz']} Hz"
+    memory = " + ".join(
+        f"{status[name].get('rss_bytes', 0) / 1e6:.0f}"
+        for name in ("sampler", "uploader", "service")
+    )
+    others_s = sum(status[name].get("cpu_ns", 0) for name in ("uploader", "service")) / 1e9
+    others = f"uploader and service {others_s:.1f} s"
+    size = f"{upload.get('uploaded_bytes', 0) / 1e3:,.0f} kB"
+    lines = [
+        f"stored {upload.get('uploaded', 0):,} windows, {size}, in {options.store}",
+        f"{rate}: {status['windows']:,} windows, {status['stored']:,} samples, {lost:,} lost",
+        f"{status['ticks']:,} ticks = {parts} filtered + {lost:,} lost",
+        f"the sampler took {own:.1%} of one CPU, {others}; memory {memory} MB",
+    ]
+    lines += [f"warning: {number:,} ticks lost: {why}" for why, number in status["lost"].items()]
+    if waiting := status["spool"]["profiles"]:
+        reason = upload.get("last_error") or "the store has not taken them yet"
+        lines.append(f"warning: {waiting:,} windows wait in {options.spool}: {reason}")
+    command = f"{_own_command()} "
+    start = datetime.fromtimestamp(begun_ns // 1_000_000_000, UTC)
+    place = "" if options.store == default_store_url() else f" --store {shlex.quote(options.store)}"
+    if options.endpoint:
+        place += f" --s3-endpoint {shlex.quote(options.endpoint)}"
+    return [
+        *lines,
+        f"look again:  {command}serve{place}",
+        f"export it:   {command}export{place} --from {start:%Y-%m-%dT%H:%M:%SZ} -o cpu.svg",
+        f"prove it:    {command}verify{place}",
+    ]
+
+
+def _own_command() -> str:
+    """Give how this program can be called from here."""
+    own = Path(sys.argv[0]).absolute()
+    if shutil.which("everflame") == str(own):
+        return "everflame"
+    name = os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own)
+    return ("sudo " if os.environ.get("SUDO_USER") else "") + shlex.quote(name)

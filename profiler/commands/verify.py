@@ -1,0 +1,245 @@
+"""`everflame verify`: prove law 1 for profiles, ticks = stored + idle + filtered + lost.
+
+Also that the rows add up to what the accounting says was stored: a file cannot claim more samples
+than it holds. Over a store every object is read, not what was decoded of it earlier, and time that
+is missing between the windows of a host is told. A gap is no failure: a host may have been off.
+"""
+
+import secrets
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import orjson
+
+from profiler.formats import export
+from profiler.text import counted
+from profiler.times import rfc3339
+from storage.objects.open import (
+    DEFAULT_TENANT,
+    ObjectKey,
+    ObjectStore,
+    StoredObject,
+    StoreError,
+    list_window,
+)
+from storage.profile import Accounting, ProfileError, Window
+
+ALWAYS = Window(0, 2**63 - 1)
+"""The window that holds every object."""
+
+_FETCHES = 4
+_AHEAD = 64
+"""Objects that are read before the earlier ones are counted."""
+_PROGRESS_S = 5.0
+_GAP = 0.5
+"""Missing time is a gap when it exceeds this part of the host's usual window: its windows then
+start more than one and a half lengths apart, and one lost window shows."""
+
+
+class Gap(NamedTuple):
+    """Time between two windows of a host that no window covers."""
+
+    host: str
+    window: Window
+
+
+class _Checked(NamedTuple):
+    """What was read of one profile: its accounting and the samples of its rows, or why not."""
+
+    key: str
+    accounting: Accounting
+    samples: int
+    problem: str = ""
+
+
+@dataclass(slots=True)
+class Verification:
+    """What was found; the sums are over all readable objects."""
+
+    objects: int = 0
+    sums: Accounting = field(default_factory=Accounting)
+    mismatches: list[dict[str, int | str]] = field(default_factory=list)
+    unreadable: list[dict[str, str]] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
+
+    @property
+    def is_ok(self) -> bool:
+        return not self.mismatches and not self.unreadable
+
+    def add(self, checked: _Checked) -> None:
+        if checked.problem:
+            self.unreadable.append({"key": checked.key, "reason": checked.problem})
+            return
+        self.objects += 1
+        counts = checked.accounting
+        self.sums = self.sums.merge(counts)
+        accounted = counts.ticks - counts.mismatch - counts.stored + checked.samples
+        if counts.ticks != accounted or counts.stored != checked.samples:
+            self.mismatches.append({"key": checked.key, "ticks": counts.ticks, "sum": accounted})
+
+    def as_json(self) -> bytes:
+        """Give the shape of `verify --json`."""
+        lost: Counter[str] = Counter(self.sums.lost)
+        return orjson.dumps(
+            {
+                "schema": 1,
+                "ok": self.is_ok,
+                "objects": self.objects,
+                "ticks": self.sums.ticks,
+                "idle": self.sums.idle,
+                "filtered": self.sums.filtered,
+                "stored": self.sums.stored,
+                "lost": lost,
+                "mismatches": self.mismatches,
+                "unreadable": self.unreadable,
+                "gaps": [
+                    {
+                        "host": host,
+                        "from_ms": window.start_ns // 1_000_000,
+                        "until_ms": window.end_ns // 1_000_000,
+                    }
+                    for host, window in self.gaps
+                ],
+            }
+        )
+
+
+def verify(files: Iterable[str]) -> Verification:
+    """Check each file; a damaged one is named, and the others are checked all the same."""
+    found = Verification()
+    for file in files:
+        try:
+            profile = export.read(file)
+        except (ProfileError, OSError) as error:
+            found.add(_Checked(file, Accounting(), 0, str(error)))
+            continue
+        found.add(_Checked(file, profile.accounting, profile.total_samples))
+    return found
+
+
+def verify_store(
+    store: ObjectStore,
+    window: Window,
+    tenant: str = DEFAULT_TENANT,
+    tell: Callable[[int], None] = lambda _: None,
+) -> Verification:
+    """Read every object that starts inside the window. `tell` gets their number now and then.
+
+    What lies among the profiles and is none is named as unreadable when the whole store is asked
+    for.
+    """
+    found = Verification()
+    windows: dict[str, list[Window]] = {}
+    names: dict[str, str] = {}
+    next_s = time.monotonic() + _PROGRESS_S
+    listed = _listed(store, window, tenant, windows)
+    for number, (key, checked) in enumerate(_check_all(store, listed), start=1):
+        found.add(checked)
+        if key is not None and len(checked.accounting.hosts) == 1:
+            names[key.host_id] = checked.accounting.hosts[0].name
+        if time.monotonic() >= next_s:
+            tell(number)
+            next_s = time.monotonic() + _PROGRESS_S
+    for host_id, theirs in windows.items():
+        name = names.get(host_id) or host_id
+        found.gaps += [Gap(name, missing) for missing in find_gaps(theirs)]
+    found.gaps.sort()
+    return found
+
+
+def find_gaps(windows: Iterable[Window]) -> list[Window]:
+    """Give the time between a host's windows that is missing, if it is long (see _GAP)."""
+    ordered = sorted(windows)
+    if not ordered:
+        return []
+    lengths = Counter(window.end_ns - window.start_ns for window in ordered)
+    usual_ns = max(lengths, key=lambda length: (lengths[length], length))
+    gaps, covered_ns = [], ordered[0].end_ns
+    for window in ordered:
+        if window.start_ns - covered_ns > _GAP * usual_ns:
+            gaps.append(Window(covered_ns, window.start_ns))
+        covered_ns = max(covered_ns, window.end_ns)
+    return gaps
+
+
+def _listed(
+    store: ObjectStore, window: Window, tenant: str, windows: dict[str, list[Window]]
+) -> Iterator[tuple[str, ObjectKey | None]]:
+    """Give what is listed, noting the windows of each host."""
+    pairs: Iterable[tuple[ObjectKey | None, StoredObject]] = list_window(store, window, tenant)
+    if window == ALWAYS:
+        listed = store.list(f"v1/{tenant}/l0/")
+        pairs = ((ObjectKey.parse(stored.key), stored) for stored in listed)
+    for key, stored in pairs:
+        if key is None:
+            yield stored.key, None
+        elif window.start_ns <= key.start_ns < window.end_ns:
+            windows.setdefault(key.host_id, []).append(Window(key.start_ns, key.end_ns))
+            yield stored.key, key
+
+
+def _check_all(
+    store: ObjectStore, listed: Iterator[tuple[str, ObjectKey | None]]
+) -> Iterator[tuple[ObjectKey | None, _Checked]]:
+    # The store's readers are imported when there is a store: checking files needs none of them.
+    from storage.columns import Hasher  # noqa: PLC0415
+    from storage.query.query import decode_object, map_ahead  # noqa: PLC0415
+
+    hasher = Hasher(secrets.token_bytes(32))
+
+    def check(pair: tuple[str, ObjectKey | None]) -> tuple[ObjectKey | None, _Checked]:
+        text, key = pair
+        if key is None:
+            return key, _Checked(text, Accounting(), 0, "its name is not that of a profile")
+        try:
+            columns = decode_object(key, store.get(text), hasher)
+        except (ProfileError, StoreError) as error:
+            return key, _Checked(text, Accounting(), 0, str(error))
+        return key, _Checked(text, columns.accounting, int(columns.counts[:, 0].sum()))
+
+    with ThreadPoolExecutor(_FETCHES, "verify") as pool:
+        yield from map_ahead(pool, check, listed, _AHEAD)
+
+
+def run(files: Iterable[str], *, as_json: bool) -> int:
+    """Print what was found in files; 1 when one does not add up or cannot be read."""
+    return _report(verify(files), as_json=as_json)
+
+
+def run_store(store: ObjectStore, window: Window, *, as_json: bool) -> int:
+    """Print what was found in a store; 1 when an object does not add up or cannot be read.
+
+    Raises:
+        StoreError: the store cannot be listed.
+    """
+
+    def tell(number: int) -> None:
+        print(f"everflame: verified {counted(number, 'object')}", file=sys.stderr)
+
+    return _report(verify_store(store, window, tell=tell), as_json=as_json)
+
+
+def _report(found: Verification, *, as_json: bool) -> int:
+    if as_json:
+        sys.stdout.buffer.write(found.as_json() + b"\n")
+        return 0 if found.is_ok else 1
+    counts = found.sums
+    print(
+        f"{counts.ticks:,} ticks = {counts.stored:,} stored + {counts.idle:,} idle"
+        f" + {counts.filtered:,} filtered + {sum(counts.lost.values()):,} lost"
+    )
+    for cause, number in counts.lost.items():
+        print(f"  lost to {cause}: {number:,}")
+    for mismatch in found.mismatches:
+        print(f"MISMATCH {mismatch['key']}: {mismatch['ticks']} ticks, sum {mismatch['sum']}")
+    for problem in found.unreadable:
+        print(f"UNREADABLE {problem['key']}: {problem['reason']}")
+    for host, window in found.gaps:
+        print(f"GAP {host}: nothing from {rfc3339(window.start_ns)} until {rfc3339(window.end_ns)}")
+    print(f"{found.objects} profiles: {'every tick accounted for' if found.is_ok else 'NOT OK'}")
+    return 0 if found.is_ok else 1

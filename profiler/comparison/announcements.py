@@ -1,0 +1,211 @@
+"""Announcements: deployments that a pipeline has told of, small JSON objects beside the profiles.
+
+    v1/{tenant}/deployments/{month}/{service16}-{at_ms}-{content16}.json
+    {"schema":1,"service":"api","version":"1.6","at_ns":1780000000000000000}
+
+`month` is that of the time (UTC, `2026-01`), `service16` the start of the SHA-256 of the service,
+`at_ms` has 13 digits: a window is found by listing alone. Whoever may write to the store may write
+anything there: what is not an announcement to the last byte of its key is named and passed over.
+"""
+
+import hashlib
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import orjson
+
+from profiler.processes.versions import MAX_VERSION
+from storage.objects.open import DEFAULT_TENANT, ObjectStore, StoredObject, StoreError, content16
+from storage.profile import Window
+from storage.query.query import Skipped, map_ahead
+from symbolizer.text import readable
+
+_NS_PER_MS = 1_000_000
+_LATEST_NS = 2**63 - 1
+_SIZE_LIMIT_BYTES = 16 << 10
+"""A service and a version of the longest kind, escaped, take less."""
+_LIMIT = 10_000
+"""Announcements of one window that are read, the last in the order of keys, which begin with the
+month; others are left out, and that is said."""
+_SKIPPED_LIMIT = 1_000
+_FETCHES = 4
+_KEY = re.compile(
+    r"\d{4}-\d\d/(?P<service16>[0-9a-f]{16})-(?P<at_ms>\d{13})-(?P<content16>[0-9a-f]{16})\.json",
+    re.ASCII,
+)
+
+
+class Announcement(NamedTuple):
+    service: str
+    version: str
+    at_ns: int
+
+
+class Announced(NamedTuple):
+    """The announcements of a window, earliest first, and what is not one."""
+
+    announcements: list[Announcement]
+    skipped: list[Skipped]
+
+
+class _NoAnnouncementError(ValueError):
+    """An object that is none. The message says why."""
+
+
+def announce(
+    store: ObjectStore, service: str, version: str, at_ns: int, tenant: str = DEFAULT_TENANT
+) -> Announcement:
+    """Write an announcement; to say the same again changes nothing. Give it as it is read back.
+
+    Names become what labels of samples are: made safe, and as long.
+
+    Raises:
+        ValueError: a name is empty, or the time is none.
+    """
+    announcement = _checked(service, version, at_ns)
+    content = orjson.dumps({"schema": 1, **announcement._asdict()})
+    store.put(_prefix(tenant) + _name(announcement, content), content)
+    return announcement
+
+
+def list_announcements(
+    store: ObjectStore,
+    window: Window,
+    tenant: str = DEFAULT_TENANT,
+    check: Callable[[], None] = lambda: None,
+) -> Announced:
+    """Give what was announced for times inside a window. What `check` raises ends it.
+
+    Raises:
+        StoreError: the store cannot be listed. One object that cannot be read is only named.
+    """
+    skips = _Skips()
+    latest = _latest(store, window, tenant, skips, check)
+
+    def read(stored: StoredObject) -> Announcement | Skipped:
+        try:
+            return _read(store, stored, tenant)
+        except (_NoAnnouncementError, StoreError) as error:
+            return Skipped(stored.key, str(error))
+
+    found: list[Announcement] = []
+    with ThreadPoolExecutor(_FETCHES, "announcements") as pool:
+        for each in map_ahead(pool, read, latest):
+            check()
+            if isinstance(each, Skipped):
+                skips.add(*each)
+            elif window.start_ns <= each.at_ns < window.end_ns:
+                found.append(each)
+    return Announced(sorted(found, key=lambda each: (each.at_ns, each)), skips.all())
+
+
+class _Skips:
+    """What is passed over, the first of it named and the rest counted."""
+
+    def __init__(self) -> None:
+        self._named: list[Skipped] = []
+        self._others = 0
+
+    def add(self, key: str, reason: str) -> None:
+        if len(self._named) < _SKIPPED_LIMIT:
+            self._named.append(Skipped(readable(key.encode()), reason))
+        else:
+            self._others += 1
+
+    def all(self) -> list[Skipped]:
+        if not self._others:
+            return self._named
+        return [*self._named, Skipped("others", f"{self._others:,} more are no announcements")]
+
+
+def _latest(
+    store: ObjectStore, window: Window, tenant: str, skips: _Skips, check: Callable[[], None]
+) -> Iterable[StoredObject]:
+    """Give the objects whose keys say that they were announced for a time in the window."""
+    latest: deque[StoredObject] = deque(maxlen=_LIMIT)
+    listed = 0
+    first_ms, last_ms = (at_ns // _NS_PER_MS for at_ns in (window.start_ns, window.end_ns))
+    for stored in _list(store, window, tenant):
+        check()
+        match = _KEY.fullmatch(stored.key.removeprefix(_prefix(tenant)))
+        if match is None:
+            skips.add(stored.key, "its key is not that of an announcement")
+        elif first_ms <= int(match["at_ms"]) <= last_ms:
+            latest.append(stored)
+            listed += 1
+    if listed > _LIMIT:
+        reason = f"only {_LIMIT:,} of {listed:,} announcements are read, those of the last months"
+        skips.add(_prefix(tenant), reason)
+    return latest
+
+
+def _list(store: ObjectStore, window: Window, tenant: str) -> Iterator[StoredObject]:
+    prefix = _prefix(tenant)
+    first, last = _month(window.start_ns), _month(window.end_ns - 1)
+    # With the slash: SeaweedFS takes a folder's bare name for all that is in it.
+    for stored in store.list(prefix, start_after=f"{prefix}{first}/"):
+        if stored.key[len(prefix) : len(prefix) + len(last)] > last:
+            return
+        yield stored
+
+
+def _read(store: ObjectStore, stored: StoredObject, tenant: str) -> Announcement:
+    if stored.size_bytes > _SIZE_LIMIT_BYTES:
+        raise _NoAnnouncementError(f"it is longer than {_SIZE_LIMIT_BYTES >> 10} KiB")
+    content = store.get_range(stored.key, 0, _SIZE_LIMIT_BYTES)
+    if f"-{content16(content)}." not in stored.key:
+        raise _NoAnnouncementError(
+            "its content is not what its key says: it is damaged or cut short"
+        )
+    try:
+        fields = orjson.loads(content)
+    except ValueError as error:
+        raise _NoAnnouncementError("it is no JSON") from error
+    if not isinstance(fields, dict):
+        raise _NoAnnouncementError("it is no JSON object")
+    if fields.get("schema") != 1:
+        raise _NoAnnouncementError("a later version of this program wrote it")
+    values = [fields.get(name) for name in Announcement._fields]
+    match values:
+        case [str(service), str(version), int(at_ns)] if not isinstance(at_ns, bool):
+            try:
+                announcement = _checked(service, version, at_ns)
+            except ValueError as error:
+                raise _NoAnnouncementError(str(error)) from error
+        case _:
+            raise _NoAnnouncementError("it has no service, version and at_ns")
+    if announcement != (service, version, at_ns):
+        raise _NoAnnouncementError("a name in it is too long, or not safe to show")
+    if stored.key != _prefix(tenant) + _name(announcement, content):
+        raise _NoAnnouncementError("its key is that of another service or time")
+    return announcement
+
+
+def _checked(service: str, version: str, at_ns: int) -> Announcement:
+    names = [
+        readable(name.strip().encode("utf-8", "surrogateescape")) for name in (service, version)
+    ]
+    for what, name in zip(("service", "version"), names, strict=True):
+        if not name:
+            raise ValueError(f"the {what} has no name")
+    if not 0 <= at_ns <= _LATEST_NS:
+        raise ValueError(f"{at_ns} is no time between 1970 and 2262")
+    return Announcement(names[0], names[1][:MAX_VERSION].strip(), at_ns)
+
+
+def _prefix(tenant: str) -> str:
+    return f"v1/{tenant}/deployments/"
+
+
+def _name(announcement: Announcement, content: bytes) -> str:
+    service16 = hashlib.sha256(announcement.service.encode()).hexdigest()[:16]
+    at_ms = announcement.at_ns // _NS_PER_MS
+    return f"{_month(announcement.at_ns)}/{service16}-{at_ms:013d}-{content16(content)}.json"
+
+
+def _month(at_ns: int) -> str:
+    return time.strftime("%Y-%m", time.gmtime(min(max(at_ns, 0), _LATEST_NS) // 10**9))

@@ -1,0 +1,182 @@
+"""Matched windows: over which a deployment is compared, so that little but the version differs.
+
+Both sides are equally long, an hour at most. The side before ends when the first host changed; the
+side after begins when the last one had for two windows. Neither holds another deployment of the
+service. A canary is compared with the rest at the same time. Where the past is short the windows
+are shorter, so that there are enough earlier positions of them to judge by.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from profiler.comparison.comparison import GRIDS_NS, HISTORY_NS, Operand
+from profiler.comparison.deployments import SETTLED_WINDOWS, Deployment, Kind
+from profiler.comparison.verdict import MIN_HOSTS, MIN_POSITIONS, MIN_REPLICATES
+from profiler.times import NS_PER_S, rfc3339
+from storage.profile import Window
+from storage.query.query import HOUR_NS, Presence
+from storage.selector import Matcher, Operator, Selector
+
+_GRID_NS = GRIDS_NS[0][1]
+"""Longer windows are aligned to it: their past is then quickly read."""
+_LEAST_WINDOWS = 5
+"""No window is made shorter than this for the sake of more positions."""
+_MOST_SPOILED = 3
+"""Deployments of the past that windows are made shorter for; more would leave them too short."""
+_PROBES = (24, 15, 10, 7, 4, 2)
+"""Hours before the windows at which it is looked whether there are data."""
+
+
+class Match(NamedTuple):
+    """Two windows to compare, or why there are none."""
+
+    before: Operand | None
+    after: Operand | None
+    reason: str
+
+    def as_json(self) -> dict[str, Any]:
+        sides = {"before": self.before, "after": self.after}
+        compare = {
+            name: {
+                "query": str(side.selector),
+                "from_ms": side.window.start_ns // 1_000_000,
+                "until_ms": side.window.end_ns // 1_000_000,
+            }
+            for name, side in sides.items()
+            if side is not None
+        }
+        return {"compare": compare or None, "compare_reason": self.reason}
+
+
+def lives_of(presence: Presence) -> dict[str, Window]:
+    """Give from when until when each service is known to have been there."""
+    numbers = presence.rows[:, 0]
+    found: dict[str, Window] = {}
+    for i, labels in enumerate(presence.label_sets):
+        times = presence.objects[numbers[(presence.rows[:, 1] == i) & (presence.rows[:, 2] > 0)]]
+        if len(times):
+            service = dict(labels).get("service", "")
+            life = Window(int(times[:, 0].min()), int(times[:, 1].max()))
+            found[service] = life.union(found.get(service, life))
+    return found
+
+
+def match(
+    deployment: Deployment,
+    of_service: Sequence[Deployment],
+    selector: Selector,
+    life: Window | None,
+    has_data: Callable[[Window], bool],
+) -> Match:
+    """Choose the windows. `of_service` are all deployments of the same service, earliest first.
+
+    `life` is when the service is known to have been there; `has_data` tells of other times.
+    """
+    if life is None:
+        return _none(f"nothing of {deployment.service} was profiled around it")
+    window_ns = max(NS_PER_S, (deployment.settled_ns - deployment.last_ns) // SETTLED_WINDOWS)
+    earlier = [each for each in of_service if each.first_ns < deployment.first_ns]
+    later = [each for each in of_service if each.first_ns > deployment.first_ns]
+    end_ns = min([life.end_ns, *(each.first_ns for each in later[:1])])
+    after_ns = (end_ns - deployment.settled_ns) // window_ns * window_ns
+    if after_ns < window_ns:
+        if later and later[0].first_ns <= deployment.settled_ns:
+            return _none(f"{_name(later[0])} came before it had settled")
+        return _none(
+            f"it has settled only at {rfc3339(deployment.settled_ns)}, and nothing is known of"
+            " later yet: wait for a few windows"
+        )
+    first_ns = deployment.first_ns // window_ns * window_ns
+    gap_ns = deployment.settled_ns - first_ns
+    if deployment.kind is Kind.CANARY:
+        length_ns = min(HOUR_NS, after_ns)
+        if len(deployment.hosts) < MIN_REPLICATES:
+            past_ns = _past_ns(first_ns, life, has_data)
+            room = _Room(past_ns - gap_ns, 0, 1, window_ns, len(earlier))
+            length_ns = _shortened(length_ns, room)
+        both = Window(deployment.settled_ns, deployment.settled_ns + length_ns)
+        return _match(deployment, selector, both, both)
+    begin_ns = max([life.start_ns, *(each.settled_ns for each in earlier[-1:])])
+    before_ns = (first_ns - begin_ns) // window_ns * window_ns
+    if before_ns < window_ns:
+        return _none(
+            f"{_name(earlier[-1])} had not settled before it"
+            if earlier and earlier[-1].settled_ns > life.start_ns
+            else "nothing is known of the time before it"
+        )
+    length_ns = min(HOUR_NS, after_ns, before_ns)
+    if len(deployment.hosts) < MIN_HOSTS:
+        past_ns = _past_ns(first_ns, life, has_data)
+        length_ns = _shortened(length_ns, _Room(past_ns, gap_ns, 2, window_ns, len(earlier)))
+    before = Window(first_ns - length_ns, first_ns)
+    after = Window(deployment.settled_ns, deployment.settled_ns + length_ns)
+    return _match(deployment, selector, *_aligned(before, after, begin_ns, end_ns))
+
+
+def _none(reason: str) -> Match:
+    return Match(None, None, f"not comparable: {reason}")
+
+
+def _name(deployment: Deployment) -> str:
+    return f"{deployment.version} ({deployment.kind} at {rfc3339(deployment.first_ns)})"
+
+
+def _match(deployment: Deployment, selector: Selector, before: Window, after: Window) -> Match:
+    kept = [each for each in selector.matchers if each.name not in {"service", "version"}]
+    service = Matcher("service", Operator.EQUAL, deployment.service)
+
+    def operand(version: str, window: Window) -> Operand:
+        of_version = [Matcher("version", Operator.EQUAL, version)] if version else []
+        return Operand(Selector((service, *of_version, *kept)), window)
+
+    # A service without versions is announced as one, and its windows do not know it.
+    version = deployment.version if deployment.hosts else ""
+    return Match(operand(deployment.previous, before), operand(version, after), "")
+
+
+def _past_ns(until_ns: int, life: Window, has_data: Callable[[Window], bool]) -> int:
+    """Give for how long there are data before a time, as far as it matters."""
+    known_ns = until_ns - life.start_ns
+    for hours in _PROBES:
+        hour_ns = (until_ns // HOUR_NS - hours) * HOUR_NS
+        if hours * HOUR_NS <= known_ns:
+            break
+        if hour_ns >= 0 and has_data(Window(hour_ns, hour_ns + HOUR_NS)):
+            return hours * HOUR_NS
+    return min(known_ns, HISTORY_NS)
+
+
+class _Room(NamedTuple):
+    """What there is of the past, and what a position takes: its windows, and the time between."""
+
+    past_ns: int
+    gap_ns: int
+    windows: int
+    window_ns: int
+    earlier: int
+    """Deployments in it: each may spoil two positions."""
+
+
+def _shortened(length_ns: int, room: _Room) -> int:
+    """Give a length of which there are enough positions, if one is long enough for that."""
+    fits_ns, positions = 0, MIN_POSITIONS + 2 * min(room.earlier, _MOST_SPOILED)
+    for least_ns, grid_ns in GRIDS_NS:
+        between_ns = positions * (room.gap_ns + grid_ns)
+        # One more window of the past is the side before itself.
+        fits_ns = (room.past_ns - between_ns) // (room.windows * positions + 1)
+        fits_ns -= fits_ns % room.window_ns
+        if room.windows * fits_ns + room.gap_ns >= least_ns:
+            break
+    return min(length_ns, fits_ns) if fits_ns >= _LEAST_WINDOWS * room.window_ns else length_ns
+
+
+def _aligned(before: Window, after: Window, begin_ns: int, end_ns: int) -> tuple[Window, Window]:
+    """Move long windows apart to whole tens of minutes, as far as there is room."""
+    length_ns = (after.end_ns - after.start_ns) // _GRID_NS * _GRID_NS
+    if length_ns < 3 * _GRID_NS:
+        return before, after
+    until_ns = before.end_ns // _GRID_NS * _GRID_NS
+    from_ns = -(-after.start_ns // _GRID_NS) * _GRID_NS
+    if until_ns - length_ns < begin_ns or from_ns + length_ns > end_ns:
+        length_ns -= _GRID_NS
+    return Window(until_ns - length_ns, until_ns), Window(from_ns, from_ns + length_ns)

@@ -1,0 +1,496 @@
+"""Differential: two profiles as one flame graph, the union of their stacks, and what changed in it.
+
+A node holds what both sides cost there. It is as wide as the mean of both in cores a host, so the
+graph nests and nothing that is gone is missing from it. What has changed is not tested again: each
+node inherits from the one decision per function (`profiler.comparison.comparison`).
+
+- A node is *more*, *less*, *new* or *gone* where its function is, and where its own self time went
+  the same way, less the common change. An inverted graph says so at the leaf function, one of
+  callers at its root.
+- Above and below nothing is coloured: an ancestor's change is that of its deepest changed
+  descendants, which `Pair.reasons` names for each function.
+- A function that is unchanged over all, and costs more under some callers and less under others, is
+  *moved* there: see `_find_moved` for how much it takes.
+- A function that only has a new caller is not new, and is moved at most.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from profiler.comparison.comparison import Comparison, Function
+from profiler.comparison.verdict import Change, Floats, Source
+from profiler.flamegraph.flamegraph import Screen, grow
+from profiler.flamegraph.paths import Group, Paths, Rows, Stacks, sum_by
+from profiler.flamegraph.views import NoSuchNodeError, Shown, View
+from storage.profile import Indices, Integers, Profile, label_frames
+from symbolizer.location import Frame
+
+VERDICTS = ("unchanged", "more", "less", "new", "gone", "moved", "too little data")
+"""What may be said of a node; numbers of it stand in graphs."""
+UNCHANGED, MORE, LESS, NEW, GONE, MOVED, TOO_LITTLE = range(len(VERDICTS))
+_CODES = {change: VERDICTS.index(change) for change in Change}
+_MOVED_Z = 5.0
+"""With nothing changed, 200 functions of 1 to 11 callers that stray by 10 or 20 % each, normally or
+with heavy tails (t, 4 df): any alarm in 0 to 13 of 200 pairs; at 4 in up to 36."""
+_MOVED_SHARE = 0.001
+"""Of the total: what moves less is not looked at."""
+_MIN_SAMPLES = 10.0
+_GUARD = 0.5
+_MOVED_PART = 0.1
+"""Of the function itself, likewise."""
+_QUANTILE, _SQUARE_AT_QUANTILE = 0.75, 1.3233
+"""How far parts stray is read off here, where a squared standard normal has this value. At the
+median it takes heavier tails for changes; higher up it takes the changes for noise."""
+_MIN_STRAYS = 10
+_REASONS = 3
+_REASON_SHARE = 0.01
+"""Of a function's total: smaller parts do not explain its change."""
+
+_Marked = tuple[Stacks, npt.NDArray[np.uint64]]
+"""Stacks of both sides, and the fingerprint of each."""
+_Key = tuple[str, str, str]
+"""Function, module, kind."""
+
+
+class Scale(NamedTuple):
+    """What makes cores a host of the nanoseconds of each side."""
+
+    before: float
+    after: float
+
+
+class Reason(NamedTuple):
+    """A changed function below another one, and what it costs there on both sides."""
+
+    frame: Frame
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnionGraph:
+    """Nodes in preorder, siblings by width, ties by name; nanoseconds as measured."""
+
+    frames: tuple[Frame, ...]
+    frame: Indices
+    depth: Indices
+    parent: Indices
+    end: Indices
+    before: Integers
+    after: Integers
+    before_self: Integers
+    after_self: Integers
+    before_samples: Integers
+    after_samples: Integers
+    verdict: npt.NDArray[np.int8]
+    """Numbers of VERDICTS."""
+    cut_nodes: int
+    cut_before: int
+    cut_after: int
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def widths(self, scale: Scale) -> Floats:
+        """Give how wide nodes are: the mean of both sides in cores a host."""
+        return _widths(scale, self.before, self.after)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnionPaths:
+    """The paths of both sides as one view leaves them, each once, and what they count."""
+
+    paths: Paths
+    """Their `samples` are the rows that the other columns are of."""
+    counts: tuple[Integers, Integers, Integers, Integers]
+    """Before, after, and both in samples."""
+    codes: npt.NDArray[np.int8]
+    own_depth: int | None
+    """Where the box stands whose self time a path is; None: at its end."""
+    callers: str
+
+    def sums_along(self, path: Sequence[int]) -> list[dict[str, int]]:
+        """Give what stands on each of these boxes, from the first one on."""
+        found = []
+        for i in range(len(path)):
+            rows = self.paths.through(path[: i + 1]).samples
+            sums = [int(column[rows].sum()) for column in self.counts]
+            names = ("before", "after", "before_samples", "after_samples")
+            found.append(dict(zip(names, sums, strict=True)))
+        return found
+
+
+@dataclass(slots=True, eq=False)
+class Pair:
+    """Two profiles, of the hosts that were compared, and what the comparison found."""
+
+    found: Comparison
+    before: Profile
+    after: Profile
+    _stacks: dict[Group, _Marked] = field(default_factory=dict)
+    _judged: "_Judged | None" = None
+
+    @property
+    def scale(self) -> Scale:
+        sides = (self.found.before, self.found.after)
+        spans = (max(float(side.present_s.sum()), 1e-9) for side in sides)
+        return Scale(*(1e-9 / span for span in spans))
+
+    @property
+    def moved(self) -> frozenset[_Key]:
+        """The functions whose cost moved between callers."""
+        return self._judge().moved
+
+    def reasons(self, functions: Collection[Function]) -> dict[_Key, tuple[Reason, ...]]:
+        """Give, of these functions, the changed ones below that make up a change, largest first."""
+        judged, scale = self._judge(), self.scale
+        paths, leaves = judged.changed, judged.leaves
+        size = len(paths.frames)
+        wholes = np.full(size, np.inf)
+        numbers = {_key(frame): i for i, frame in enumerate(paths.frames)}
+        for function in functions:
+            before, after = function.total
+            whole = (before * scale.before + after * scale.after) / 2
+            wholes[numbers.get(_key(function.frame), [])] = whole
+        rows, boxes = paths.pairs()
+        is_asked = np.isfinite(wholes[boxes]) & (boxes != leaves[rows])
+        rows, boxes = rows[is_asked], boxes[is_asked]
+        pairs, which = np.unique(boxes * size + leaves[rows], return_inverse=True)
+        above, below = np.divmod(pairs, size)
+        sums = [sum_by(which, column[rows], len(pairs)) for column in (paths.values, paths.samples)]
+        growth = np.abs(self._growth(*sums))
+        explains = np.flatnonzero(growth >= _REASON_SHARE * wholes[above])
+        found: dict[_Key, tuple[Reason, ...]] = {}
+        for i in explains[np.argsort(-growth[explains], kind="stable")].tolist():
+            key = _key(paths.frames[above[i]])
+            known = found.get(key, ())
+            if len(known) < _REASONS:
+                reason = Reason(paths.frames[below[i]], int(sums[0][i]), int(sums[1][i]))
+                found[key] = (*known, reason)
+        return found
+
+    def view(self, view: View, check: Callable[[], None] = lambda: None) -> UnionPaths:
+        """Look at the stacks of both sides as asked."""
+        stacks, marks = self._stacks_of(view.group)
+        check()
+        profiles = (self.before, self.after)
+        heads = label_frames((*self.before.label_sets, *self.after.label_sets), view.by)
+        raw = self._raw_rows()
+        numbers: dict[tuple[Frame, ...], int] = {}
+        table = np.array([numbers.setdefault(head, len(numbers)) for head in heads], np.int64)
+        salt = np.random.default_rng().integers(2**64, size=len(numbers), dtype=np.uint64)
+        keys = marks[raw.stacks] ^ salt[table[raw.labels]]
+        _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+        counts = self._counts(which, len(first))
+        check()
+        codes = np.zeros(len(first), np.int8)
+        by_weight = np.argsort(raw.values * self._scale_of_rows(), kind="stable")
+        judged = self._judge().codes[by_weight]
+        codes[which[by_weight][judged > 0]] = judged[judged > 0]
+        check()
+        rows = Rows(raw.stacks[first], raw.labels[first], raw.values[first], np.arange(len(first)))
+        whole = Paths.of_rows(stacks, heads, rows, profiles[0].unit)
+        paths = view.of(replace(whole, values=counts[0] + counts[1]))
+        own_depth = whole.heads + 1 if view.invert and not view.callers else None
+        return UnionPaths(paths, counts, codes, own_depth, view.callers)
+
+    def shown(
+        self, view: View, node: int, check: Callable[[], None] = lambda: None
+    ) -> tuple[Shown, Shown]:
+        """Give what a view leaves of each side, only the stacks that go through a node.
+
+        Raises:
+            NoSuchNodeError: no stack of either side goes there.
+        """
+        found: list[Shown | None] = []
+        for profile in (self.before, self.after):
+            try:
+                found.append(view.shown(profile, node, check))
+            except NoSuchNodeError:
+                found.append(None)
+        before, after = found
+        if before is None and after is None:
+            raise NoSuchNodeError(f"{node:016x}")
+        return before or _nothing_of(self.before, after), after or _nothing_of(self.after, before)
+
+    def draw(self, shown: UnionPaths, path: Sequence[int], screen: Screen | None) -> UnionGraph:
+        """Draw what stands on the box that a path leads to; without a screen nothing is cut."""
+        paths = shown.paths.below(path)
+        chosen = paths.samples
+        scale = self.scale
+
+        def widths(totals: Sequence[Integers]) -> Floats:
+            return _widths(scale, totals[0], totals[1])
+
+        counts = tuple(column[chosen] for column in shown.counts)
+        depth = None if shown.own_depth is None else shown.own_depth - len(path)
+        tree = grow(paths, counts, widths, screen, depth)
+        own = tree.nodes
+        codes = shown.codes[chosen]
+        if shown.callers:
+            codes, own = self._code_of(shown.callers), np.zeros(1, np.int64)
+            counts = tuple(total[:1] for total in tree.totals)
+        return UnionGraph(
+            frames=tree.frames,
+            frame=tree.frame,
+            depth=tree.depth,
+            parent=tree.parent,
+            end=tree.end,
+            before=tree.totals[0],
+            after=tree.totals[1],
+            before_self=tree.selves[0],
+            after_self=tree.selves[1],
+            before_samples=tree.totals[2],
+            after_samples=tree.totals[3],
+            verdict=self._verdicts(len(tree.frame), own, counts, codes),
+            cut_nodes=tree.cut_nodes,
+            cut_before=tree.cut[0],
+            cut_after=tree.cut[1],
+        )
+
+    def _verdicts(
+        self, size: int, own: Integers, counts: Sequence[Integers], codes: npt.NDArray[np.int8]
+    ) -> npt.NDArray[np.int8]:
+        """Give each node what is said of the paths that end there, the most costly of them."""
+        if self.found.source == Source.NONE:
+            return np.full(size, TOO_LITTLE, np.int8)
+        verdicts = np.zeros(size, np.int8)
+        is_own = own >= 0
+        own, codes = own[is_own], codes[is_own]
+        scale = self.scale
+        before = counts[0][is_own] * scale.before
+        after = counts[1][is_own] * scale.after
+        by_weight = np.argsort(before + after, kind="stable")
+        by_weight = by_weight[codes[by_weight] > 0]
+        verdicts[own[by_weight]] = codes[by_weight]
+        selves = [sum_by(own, counts[i][is_own], size) for i in (0, 1)]
+        growth = self._growth(selves[0], selves[1])
+        goes_up = np.isin(verdicts, (MORE, NEW))
+        goes_down = np.isin(verdicts, (LESS, GONE))
+        verdicts[(goes_up & (growth <= 0)) | (goes_down & (growth >= 0))] = UNCHANGED
+        return verdicts
+
+    def _growth(self, before: Integers, after: Integers) -> Floats:
+        """Give by how much costs grew beyond the common change, in cores a host."""
+        scale, common = self.scale, self.found.common.relative
+        # Divided among both sides alike, so that swapping them changes the sign alone.
+        factor = np.sqrt(1 + common)
+        growth: Floats = after * scale.after / factor - before * scale.before * factor
+        return growth
+
+    def _code_of(self, function: str) -> npt.NDArray[np.int8]:
+        changes = (each.change for each in self.found.functions if each.frame.function == function)
+        return np.array([next((_CODES[change] for change in changes), UNCHANGED)], np.int8)
+
+    def _stacks_of(self, group: Group) -> _Marked:
+        known = self._stacks
+        if group in known:
+            return known[group]
+        sides = [Stacks.of(profile, group) for profile in (self.before, self.after)]
+        joined = sides[0].with_others(sides[1], group)
+        found = (joined, joined.fingerprints())
+        # Verdicts are of functions; of what else boxes may be, the last one asked for is kept.
+        kept = [each for each in known.items() if each[0] is Group.FUNCTION]
+        self._stacks = dict([*kept, (group, found)])
+        return found
+
+    def _raw_rows(self) -> Rows:
+        """Give the rows of both profiles, those of the after side with numbers behind."""
+        before, after = self.before, self.after
+        stacks = after.row_stacks.astype(np.int64) + len(before.stack_offsets) - 1
+        labels = after.row_labels.astype(np.int64) + len(before.label_sets)
+        return Rows(
+            np.concatenate([before.row_stacks, stacks]),
+            np.concatenate([before.row_labels, labels]),
+            np.concatenate([before.row_values, after.row_values]),
+            np.concatenate([before.row_samples, after.row_samples]),
+        )
+
+    def _scale_of_rows(self) -> Floats:
+        return np.repeat(self.scale, [len(self.before.row_values), len(self.after.row_values)])
+
+    def _counts(self, which: Integers, count: int) -> tuple[Integers, Integers, Integers, Integers]:
+        """Add the rows of both profiles up, each side for itself: values, then samples."""
+        middle = len(self.before.row_values)
+        return (
+            sum_by(which[:middle], self.before.row_values, count),
+            sum_by(which[middle:], self.after.row_values, count),
+            sum_by(which[:middle], self.before.row_samples, count),
+            sum_by(which[middle:], self.after.row_samples, count),
+        )
+
+    def _judge(self) -> "_Judged":
+        if self._judged is None:
+            self._judged = self._judge_anew()
+        return self._judged
+
+    def _judge_anew(self) -> "_Judged":
+        stacks, marks = self._stacks_of(Group.FUNCTION)
+        raw = self._raw_rows()
+        _, first, which = np.unique(marks[raw.stacks], return_index=True, return_inverse=True)
+        counts = self._counts(which, len(first))
+        numbers = raw.stacks[first]
+        starts, ends = stacks.offsets[numbers], stacks.offsets[numbers + 1]
+        leaves = np.full(len(first), len(stacks.frames), np.int64)
+        leaves[ends > starts] = stacks.boxes[ends[ends > starts] - 1]
+        functions = {_key(each.frame): each for each in self.found.functions}
+        known = [functions.get(_key(frame)) for frame in stacks.frames]
+        of_frame = np.array([_CODES[f.change] if f else UNCHANGED for f in known] + [0], np.int8)
+        codes = of_frame[leaves]
+        moved = _find_moved(leaves, counts, known)
+        codes[moved] = MOVED
+        chosen = np.isin(codes, (MORE, LESS, NEW, GONE))
+        paths = Paths.of_rows(
+            stacks,
+            [()],
+            Rows(
+                numbers[chosen], np.zeros(chosen.sum(), np.int64), *(c[chosen] for c in counts[:2])
+            ),
+            self.before.unit,
+        )
+        return _Judged(
+            codes=codes[which],
+            moved=frozenset(_key(stacks.frames[i]) for i in np.unique(leaves[moved]).tolist()),
+            changed=paths,
+            leaves=leaves[chosen],
+        )
+
+
+def document(pair: Pair, graph: UnionGraph) -> dict[str, object]:
+    """Give the fields that a graph adds to what is said of a comparison in JSON."""
+    return {
+        "type": pair.after.type,
+        "unit": pair.after.unit,
+        "scale": pair.scale._asdict(),
+        "totals": {"before": pair.before.total_value, "after": pair.after.total_value},
+        "verdicts": VERDICTS,
+        "frames": [list(frame) for frame in graph.frames],
+        "nodes": {
+            "frame": graph.frame,
+            "depth": graph.depth,
+            "before": graph.before,
+            "after": graph.after,
+            "before_samples": graph.before_samples,
+            "after_samples": graph.after_samples,
+            "verdict": graph.verdict,
+        },
+        "rest": {
+            "nodes": graph.cut_nodes,
+            "before": graph.cut_before,
+            "after": graph.cut_after,
+        },
+    }
+
+
+def _widths(scale: Scale, before: Integers, after: Integers) -> Floats:
+    found: Floats = (before * scale.before + after * scale.after) / 2
+    return found
+
+
+class _Judged(NamedTuple):
+    codes: npt.NDArray[np.int8]
+    """By row of both profiles: the verdict on the box at the end of its stack."""
+    moved: frozenset[_Key]
+    changed: Paths
+    """The stacks of changed functions; `values` count before, `samples` after."""
+    leaves: Integers
+    """By such a stack: the box at its end."""
+
+
+def only_hosts(profile: Profile, hosts: Sequence[str]) -> Profile:
+    """Give the rows of some hosts, without merging anything again."""
+    wanted = set(hosts)
+    is_wanted = [dict(labels).get("host", "") in wanted for labels in profile.label_sets]
+    return profile if all(is_wanted) else only_labels(profile, is_wanted)
+
+
+def only_labels(profile: Profile, is_wanted: Sequence[bool]) -> Profile:
+    """Give the rows with the wanted ones of the label sets."""
+    kept = np.flatnonzero(np.array(is_wanted, dtype=bool)[profile.row_labels])
+    columns = ("row_labels", "row_stacks", "row_samples", "row_values")
+    return replace(profile, **{name: getattr(profile, name)[kept] for name in columns})
+
+
+def _nothing_of(profile: Profile, other: Shown | None) -> Shown:
+    """Give no stack of a side, labelled as the other one is."""
+    nothing = only_labels(profile, [False] * len(profile.label_sets))
+    return Shown(nothing, other.by if other else ())
+
+
+def _key(frame: Frame) -> _Key:
+    return (frame.function, frame.module, frame.kind)
+
+
+def _find_moved(
+    leaves: Integers,
+    counts: tuple[Integers, Integers, Integers, Integers],
+    functions: Sequence[Function | None],
+) -> npt.NDArray[np.bool_]:
+    """Tell on which stacks the cost of an unchanged function has moved to others.
+
+    Of each stack it is known what part of its leaf function it is, before and after; what is
+    compared are the odds. They stray more than counting samples explains, as requests come in
+    another mixture: by how much is taken from all parts of unchanged functions together. A part
+    has changed that is _MOVED_Z such deviations off, by more than the function itself strays, and
+    by _MOVED_PART of it and _MOVED_SHARE of the total; it has moved where another part of the same
+    function has changed the other way.
+    """
+    count = len(functions) + 1
+    is_unchanged = np.zeros(count, bool)
+    reach = np.zeros(count)
+    for i, function in enumerate(functions):
+        if function is not None and function.change == Change.UNCHANGED:
+            is_unchanged[i] = True
+            with np.errstate(divide="ignore"):  # an interval may reach down to nothing at all
+                low, high = np.log1p(function.relative[1:])
+            reach[i] = (high - low) / 2
+    before, after = (column.astype(np.float64) for column in counts[2:])
+    sums = [np.bincount(leaves, column, count)[leaves] for column in (before, after)]
+    both = before + after
+    looked_at = (
+        is_unchanged[leaves]
+        & (np.minimum(*sums) >= _MIN_SAMPLES)
+        & (both >= _MIN_SAMPLES)
+        & (both < sums[0] + sums[1])
+    )
+    nothing = np.zeros(len(leaves), bool)
+    if not looked_at.any():
+        return nothing
+    mine = [column[looked_at] for column in (before, after)]
+    wholes = [column[looked_at] for column in sums]
+    rests = [whole - own for whole, own in zip(wholes, mine, strict=True)]
+    change = np.log(
+        ((mine[1] + _GUARD) * (rests[0] + _GUARD)) / ((mine[0] + _GUARD) * (rests[1] + _GUARD))
+    )
+    # Were nothing changed, each side would have the part that both have together.
+    part = both[looked_at] / (wholes[0] + wholes[1])
+    counts_expected = [share * whole + _GUARD for whole in wholes for share in (part, 1 - part)]
+    counting = (1 / np.array(counts_expected)).sum(axis=0)
+    shared = 0.0
+    if len(change) >= _MIN_STRAYS:
+        strays = change**2 / _SQUARE_AT_QUANTILE - counting
+        shared = max(0.0, _weighted_quantile(strays, 1 / counting))
+    own_reach = reach[leaves[looked_at]]
+    parts = [own / whole for own, whole in zip(mine, wholes, strict=True)]
+    shift = np.abs(parts[1] - parts[0])
+    has_changed = (
+        (np.abs(change) >= _MOVED_Z * np.sqrt(counting + shared))
+        & (np.abs(change) > own_reach)
+        & (shift >= _MOVED_PART)
+        & (shift * (wholes[0] + wholes[1]) >= _MOVED_SHARE * both.sum())
+    )
+    where = leaves[looked_at]
+    went_up = np.bincount(where[has_changed & (change > 0)], minlength=count) > 0
+    went_down = np.bincount(where[has_changed & (change < 0)], minlength=count) > 0
+    nothing[looked_at] = has_changed & (went_up & went_down)[where]
+    return nothing
+
+
+def _weighted_quantile(values: Floats, weights: Floats) -> float:
+    order = np.argsort(values)
+    so_far = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(so_far, so_far[-1] * _QUANTILE)])

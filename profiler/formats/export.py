@@ -1,0 +1,283 @@
+"""Profiles as files: the ending of the name says the format, in both directions.
+
+Every format tells the same counts. What each can hold differs: `.pb.gz` everything; `.folded` and
+`.speedscope.json` names and counts; `.svg` and `.json` a drawing, which cannot be read back.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import orjson
+
+from storage.profile import Profile, ProfileError
+
+if TYPE_CHECKING:
+    from profiler.flamegraph.differential import Pair
+    from profiler.flamegraph.views import View
+
+DEFAULT_BY = ("comm",)
+"""Labels drawn as frames above the root, where the format draws a tree."""
+
+STDOUT = "-"
+"""The name that stands for standard output, which gets folded text for other programs to read."""
+
+JSON_WIDTH_PX = 4096
+"""The drawing in a `.json` is cut for a screen of this width, twice a common one."""
+
+
+class ExportError(ValueError):
+    """A file whose ending names no format, or none that goes in this direction."""
+
+
+def check_output(file: str) -> None:
+    """Fail early, before there is anything to write.
+
+    Raises:
+        ExportError: the ending names no format.
+        OSError: the folder does not exist or cannot be written to.
+    """
+    ending_of(file)
+    check_folder(file)
+
+
+def check_folder(file: str) -> None:
+    """Fail early where a file cannot be written.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written to.
+    """
+    folder = Path(file).parent
+    if file != STDOUT and not os.access(folder, os.W_OK):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"cannot write {file}: there is no folder {folder}")
+        raise PermissionError(f"cannot write {file}: the folder {folder} is not writable")
+
+
+def encode(profile: Profile, file: str, by: Sequence[str] | None = None) -> bytes:
+    """Give the profile in the format that the ending of `file` names.
+
+    Raises:
+        ExportError: the ending names no format.
+    """
+    return _WRITERS[ending_of(file)](profile, DEFAULT_BY if by is None else by)
+
+
+def encode_pair(
+    pair: "Pair",
+    file: str,
+    view: "View | None" = None,
+    node: int | None = None,
+    *,
+    record: Mapping[str, object] = MappingProxyType({}),
+    check: Callable[[], None] = lambda: None,
+) -> bytes:
+    """Give a comparison in the format that the ending of `file` names, as a view leaves it.
+
+    `record` is what is said of the comparison in JSON, to which `.json` adds the graph.
+
+    Raises:
+        ExportError: the ending names no format that holds two sides.
+        NoSuchNodeError: the node is on neither side.
+    """
+    from profiler.flamegraph.differential import document
+    from profiler.flamegraph.flamegraph import ROOT_ID, Screen
+    from profiler.flamegraph.views import View, path_to
+    from profiler.formats import svg_diff
+
+    ending = pair_ending(file)
+    view, node = view or View(DEFAULT_BY), ROOT_ID if node is None else node
+    if ending in _PAIR_WRITERS:
+        before, after = pair.shown(view, node, check)
+        check()
+        return _PAIR_WRITERS[ending](before.profile, after.profile, after.by)
+    shown = pair.view(view, check)
+    check()
+    path = [box for _, box in path_to(shown.paths, node, check)]
+    if ending == ".svg":
+        return svg_diff.draw(pair, pair.draw(shown, path, svg_diff.SCREEN))
+    graph = pair.draw(shown, path, Screen(JSON_WIDTH_PX))
+    return orjson.dumps({**record, **document(pair, graph)}, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def pair_ending(file: str) -> str:
+    """Give the ending that says in which format a comparison is written.
+
+    Raises:
+        ExportError: it names no format, or one that holds no two sides.
+    """
+    for ending in _PAIR_ENDINGS:
+        if file == ending or (ending != STDOUT and file.endswith(ending)):
+            return ".folded" if ending == STDOUT else ending
+    endings = ", ".join(_PAIR_ENDINGS[:-1])
+    if file.endswith(".pb.gz"):
+        raise ExportError(
+            f"cannot write a comparison as {file}: pprof holds one side; write each by itself,"
+            f" or both as one of {endings}"
+        )
+    raise ExportError(
+        f"cannot write a comparison as {file}: its ending names no format (there are {endings})"
+    )
+
+
+def write(profile: Profile, file: str, by: Sequence[str] | None = None) -> None:
+    """Write a profile in the format that the ending names; `-` is folded text on stdout.
+
+    A file appears complete or not at all. pprof keeps labels on its samples and ignores `by`.
+
+    Raises:
+        ExportError: the ending names no format.
+        OSError: the file cannot be written.
+    """
+    put(encode(profile, file, by), file)
+
+
+def put(content: bytes, file: str) -> None:
+    """Write a file, which appears complete or not at all; `-` is standard output.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if file == STDOUT:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+        return
+    path = Path(file)
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)  # a pipe or a device must be written to, not replaced
+        return
+    part = path.with_name(f".{path.name[:200]}.{os.urandom(4).hex()}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(file: str) -> Profile:
+    """Read a profile in the format that the ending names.
+
+    Raises:
+        ExportError: the ending names no format that can be read.
+        ProfileError: the file is damaged or is something else; the message names it.
+        OSError: the file cannot be read.
+    """
+    reader = _READERS[_find(file, _READERS, "read")]
+    content = Path(file).read_bytes()
+    try:
+        return reader(content)
+    except ProfileError as error:
+        raise type(error)(f"{file}: {error}") from error
+
+
+_Writer = Callable[[Profile, Sequence[str]], bytes]
+_Reader = Callable[[bytes], Profile]
+
+# Each format is imported when it is needed: the sampling process is to stay small, and what only
+# draws or encodes would be 6 MB of it.
+# ruff: noqa: PLC0415
+
+
+def _write_pprof(profile: Profile, _by: Sequence[str]) -> bytes:
+    from storage.formats import pprof
+
+    return pprof.encode(profile)
+
+
+def _write_speedscope(profile: Profile, by: Sequence[str]) -> bytes:
+    from profiler.formats import speedscope
+
+    return speedscope.encode(profile, by)
+
+
+def _write_folded(profile: Profile, by: Sequence[str]) -> bytes:
+    from storage.formats import folded
+
+    return folded.encode(profile, by)
+
+
+def _write_svg(profile: Profile, by: Sequence[str]) -> bytes:
+    from profiler.formats import svg
+
+    return svg.draw(profile, by)
+
+
+def _write_json(profile: Profile, by: Sequence[str]) -> bytes:
+    from profiler.flamegraph import flamegraph
+
+    graph = flamegraph.build(profile, by, screen=flamegraph.Screen(JSON_WIDTH_PX))
+    return orjson.dumps(
+        flamegraph.document(profile, graph),
+        option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_SORT_KEYS,
+    )
+
+
+def _pair_as_speedscope(before: Profile, after: Profile, by: Sequence[str]) -> bytes:
+    from profiler.formats import speedscope
+
+    return speedscope.encode_pair(before, after, by)
+
+
+def _pair_as_folded(before: Profile, after: Profile, by: Sequence[str]) -> bytes:
+    from storage.formats import folded
+
+    return folded.encode_pair(before, after, by)
+
+
+def _read_pprof(content: bytes) -> Profile:
+    from storage.formats import pprof
+
+    return pprof.decode(content)
+
+
+def _read_speedscope(content: bytes) -> Profile:
+    from profiler.formats import speedscope
+
+    return speedscope.decode(content)
+
+
+def _read_folded(content: bytes) -> Profile:
+    from storage.formats import folded
+
+    return folded.decode(content)
+
+
+_WRITERS: dict[str, _Writer] = {
+    ".pb.gz": _write_pprof,
+    ".speedscope.json": _write_speedscope,
+    ".folded": _write_folded,
+    ".svg": _write_svg,
+    ".json": _write_json,
+    STDOUT: _write_folded,
+}
+_PAIR_WRITERS: dict[str, Callable[[Profile, Profile, Sequence[str]], bytes]] = {
+    ".speedscope.json": _pair_as_speedscope,
+    ".folded": _pair_as_folded,
+}
+_PAIR_ENDINGS = (".speedscope.json", ".folded", ".svg", ".json", STDOUT)
+_READERS: dict[str, _Reader] = {
+    ".pb.gz": _read_pprof,
+    ".speedscope.json": _read_speedscope,
+    ".folded": _read_folded,
+}
+
+
+def ending_of(file: str) -> str:
+    """Give the ending that says in which format a profile is written.
+
+    Raises:
+        ExportError: it names no format.
+    """
+    return _find(file, _WRITERS, "write")
+
+
+def _find(file: str, codecs: Iterable[str], verb: str) -> str:
+    # In the order of the tables: `.speedscope.json` stands before `.json`.
+    for ending in codecs:
+        if file == ending or (ending != STDOUT and file.endswith(ending)):
+            return ending
+    endings = ", ".join(ending for ending in codecs if ending != STDOUT)
+    raise ExportError(f"cannot {verb} {file}: its ending names no format (there are {endings})")

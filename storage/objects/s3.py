@@ -1,0 +1,235 @@
+"""S3: objects in a bucket, of Amazon or of any server that speaks its protocol. The home of boto3.
+
+Needs PUT with If-None-Match, GET with ranges, ListObjectsV2 and DELETE. Keys come from the usual
+AWS variables and files. Retries, time-outs and the number of connections are botocore's own and
+bounded; what remains is one line that says what to do. An answer is believed only when it is that
+of an object store: a proxy's friendly page must not pass for a stored profile.
+"""
+
+import base64
+import contextlib
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+from botocore import exceptions
+from botocore.config import Config
+
+from storage.objects.open import (
+    NS_PER_S,
+    ObjectMissing,
+    StoredObject,
+    StoreRefused,
+    StoreUnavailable,
+    check_key,
+    check_range,
+)
+
+CONNECTIONS = 4
+"""Requests at the same time; a thread more than these waits for one to end."""
+
+_TIMEOUT_S = 30.0
+_CONFIG = {
+    "connect_timeout": 5,
+    "max_pool_connections": CONNECTIONS,
+    # Two tries with botocore's jittered pause: the uploader's own pauses are the longer ones.
+    "retries": {"mode": "standard", "total_max_attempts": 2},
+}
+
+_CORRECT = "correct --store or --s3-endpoint"
+_RIGHTS = "allow s3:PutObject, s3:GetObject, s3:DeleteObject and s3:ListBucket"
+_CLOCK = ("this machine's clock is wrong", "set the time, with chrony for example")
+_REGION = ("the bucket is in another region", "set AWS_DEFAULT_REGION")
+_REFUSALS = {
+    "SignatureDoesNotMatch": ("the secret key is wrong", "check AWS_SECRET_ACCESS_KEY"),
+    "InvalidAccessKeyId": ("the access key is unknown", "check AWS_ACCESS_KEY_ID"),
+    "ExpiredToken": ("the credentials have expired", "renew them"),
+    "InvalidToken": ("the session token is not valid", "check AWS_SESSION_TOKEN"),
+    "RequestTimeTooSkewed": _CLOCK,
+    "RequestExpired": _CLOCK,
+    "NoSuchBucket": ("there is no such bucket", "create it, or correct --store"),
+    "InvalidBucketName": ("this cannot be a bucket's name", "correct --store"),
+    "PermanentRedirect": _REGION,
+    "AuthorizationHeaderMalformed": _REGION,
+    "IllegalLocationConstraintException": _REGION,
+    "AccessDenied": ("these keys lack the right", _RIGHTS),
+    "NotImplemented": ("it cannot do that", "use a server that knows If-None-Match"),
+}
+"""By S3's error code: what is wrong and what to do."""
+_NOT_A_STORE = "the answer is not an object store's (is there a proxy in between?)"
+_STATUS_CODES = {301: "PermanentRedirect", 401: "AccessDenied", 403: "AccessDenied"}
+"""Answers without a body, as to HEAD, have a status only."""
+
+
+class S3Store:
+    """Objects in a bucket, below a prefix. Opening it asks nothing of the server.
+
+    Raises:
+        StoreRefused: the bucket's name or the endpoint cannot be one.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        endpoint: str | None = None,
+        timeout_s: float = _TIMEOUT_S,
+    ) -> None:
+        self._bucket = bucket
+        self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
+        self._place = f"s3://{bucket}/{self._prefix}" + (f" at {endpoint}" if endpoint else "")
+        # A server of one's own seldom has a name for each bucket: its buckets are paths.
+        style = "path" if endpoint else "auto"
+        config = Config(s3={"addressing_style": style}, read_timeout=timeout_s, **_CONFIG)
+        session = boto3.session.Session()  # not the default one: credentials are read anew
+        if not bucket:
+            raise StoreRefused(f"cannot open {self._place}: it has no bucket", _CORRECT)
+        try:
+            with self._explaining("open", ""):
+                # boto3 makes its clients at run time, so they have no type.
+                self._client: Any = session.client(
+                    "s3",
+                    endpoint_url=endpoint,
+                    region_name=session.region_name or "us-east-1",
+                    config=config,
+                )
+        except ValueError as error:
+            raise StoreRefused(f"cannot open {self._place}: {error}", _CORRECT) from error
+
+    def __str__(self) -> str:
+        return self._place
+
+    def put(self, key: str, content: bytes) -> bool:
+        name = self._name(key)
+        checksum = base64.b64encode(zlib.crc32(content).to_bytes(4, "big")).decode()
+        with self._explaining("write", key):
+            try:
+                answer = self._client.put_object(
+                    Bucket=self._bucket,
+                    Key=name,
+                    Body=content,
+                    IfNoneMatch="*",
+                    ContentType="application/octet-stream",
+                    ChecksumCRC32=checksum,
+                )
+            except exceptions.ClientError as error:
+                if _status(error) in {409, 412}:
+                    return self._explain_conflict(key, name)
+                raise
+        if not answer.get("ETag") or answer.get("ChecksumCRC32", checksum) != checksum:
+            raise StoreUnavailable(f"cannot write {key!r} in {self._place}: {_NOT_A_STORE}")
+        return True
+
+    def get(self, key: str) -> bytes:
+        name = self._name(key)
+        with self._explaining("read", key):
+            return self._read(Key=name)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        check_range(start, length)
+        name = self._name(key)
+        with self._explaining("read", key):
+            try:
+                content = self._read(Key=name, Range=f"bytes={start}-{start + length - 1}")
+            except exceptions.ClientError as error:
+                if _status(error) == 416:  # it ends before `start`
+                    return b""
+                raise
+        if len(content) > length:
+            raise StoreUnavailable(f"cannot read {key!r} in {self._place}: it ignores ranges")
+        return content
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[StoredObject]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket,
+            Prefix=self._prefix + prefix,
+            **({"StartAfter": self._prefix + start_after} if start_after else {}),
+        )
+        pages = iter(pages)
+        while True:
+            with self._explaining("list", prefix):
+                page = next(pages, None)
+            if page is None:
+                return
+            if "IsTruncated" not in page:  # a page of HTML would look like an empty list
+                raise StoreUnavailable(f"cannot list {prefix!r} in {self._place}: {_NOT_A_STORE}")
+            for each in page.get("Contents", ()):
+                modified_ns = int(each["LastModified"].timestamp()) * NS_PER_S
+                yield StoredObject(each["Key"][len(self._prefix) :], each["Size"], modified_ns)
+
+    def delete(self, key: str) -> None:
+        name = self._name(key)
+        with self._explaining("delete", key):
+            self._client.delete_object(Bucket=self._bucket, Key=name)
+
+    def _name(self, key: str) -> str:
+        check_key(key)
+        return self._prefix + key
+
+    def _read(self, **request: str) -> bytes:
+        answer = self._client.get_object(Bucket=self._bucket, **request)
+        if not answer.get("ETag"):
+            raise StoreUnavailable(f"cannot read {self._place}: {_NOT_A_STORE}")
+        content: bytes = answer["Body"].read()
+        return content
+
+    def _explain_conflict(self, key: str, name: str) -> bool:
+        """Give False when the object is there; 409 may also mean a delete or a put under way."""
+        try:
+            self._client.head_object(Bucket=self._bucket, Key=name)
+        except exceptions.ClientError as error:
+            if _status(error) == 403:
+                return False  # keys that may only write are told nothing more
+            if _status(error) != 404:
+                raise
+            raise StoreUnavailable(
+                f"cannot write {key!r} in {self._place}: it says the object exists, but has none"
+            ) from error
+        return False
+
+    @contextlib.contextmanager
+    def _explaining(self, verb: str, key: str) -> Iterator[None]:
+        what = f"cannot {verb} {key!r} in {self._place}" if key else f"cannot {verb} {self._place}"
+        try:
+            yield
+        except exceptions.ClientError as error:
+            raise _explain(what, error) from error
+        except (
+            exceptions.NoCredentialsError,
+            exceptions.PartialCredentialsError,
+            exceptions.CredentialRetrievalError,
+            exceptions.ProfileNotFound,
+        ) as error:
+            raise StoreRefused(
+                f"{what}: there are no usable keys",
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`",
+            ) from error
+        except exceptions.ParamValidationError as error:
+            reason = " ".join(str(error).split())
+            raise StoreRefused(f"{what}: {reason}", _CORRECT) from error
+        except (exceptions.BotoCoreError, exceptions.HTTPClientError) as error:
+            reason = " ".join(str(error).split())
+            raise StoreUnavailable(f"{what}: {reason}") from error
+
+
+def _status(error: exceptions.ClientError) -> int:
+    metadata = error.response.get("ResponseMetadata", {})
+    return int(metadata.get("HTTPStatusCode", 0))
+
+
+def _explain(
+    what: str, error: exceptions.ClientError
+) -> StoreRefused | StoreUnavailable | ObjectMissing:
+    details = error.response.get("Error", {})
+    status = _status(error)
+    code = str(details.get("Code", ""))
+    if code == "NoSuchKey":
+        return ObjectMissing(f"{what}: there is no such object")
+    if code not in _REFUSALS:
+        code = _STATUS_CODES.get(status, code)
+    if code in _REFUSALS:
+        reason, remedy = _REFUSALS[code]
+        return StoreRefused(f"{what}: {reason}", remedy)
+    message = " ".join(str(details.get("Message", "")).split())[:200]
+    return StoreUnavailable(f"{what}: it answered {status} {code} {message}".rstrip())

@@ -1,0 +1,307 @@
+"""Cache: decoded objects as files of arrays within a byte budget, longest unused evicted first.
+
+Objects never change, so neither does what was made of them: a file is named by a digest of what it
+was made from and is never out of date. Files are written beside and renamed, carry a CRC-32 of all
+they hold, and one that is damaged is as good as none. Several processes may share a folder.
+
+A file is 16 bytes (mark, CRC-32 of the rest, length of the header), a JSON header, and the arrays,
+each at a multiple of 64 bytes and as narrow as its numbers allow.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from storage.columns import Columns, Texts, Times
+from storage.formats import pprof
+from storage.profile import Accounting, Host, Labels, Window
+from storage.query.function_totals import Sums
+from storage.query.self_samples import Selfs
+from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
+
+DEFAULT_LIMIT_BYTES = 1 << 30
+
+_VERSION = 4
+"""Of the arrays' meaning. What an object is read as also depends on pprof's schema."""
+
+_PREFIX = struct.Struct("<8sII")
+_MARK = b"everfl1\n"
+_ALIGNMENT = 64
+_CHECK_EVERY_BYTES = 32 << 20
+"""So much may be written before the folder is measured again."""
+_BULK = frozenset({"texts.blob", "stack_words", "lines", "line_samples"})
+_TOUCH_AFTER_NS = 60 * 1_000_000_000
+"""Last uses are kept to the minute."""
+
+_Kept = TypeVar("_Kept", Columns, Sums, Times, Selfs)
+_LONG_KEPT = frozenset({".times", ".selfs"})
+"""Comparisons ask for these of many days: what is evicted first is all else, while they take no
+more than this part of the limit."""
+_LONG_KEPT_PART = 4
+
+
+class DecodedCache:
+    """Columns, Sums, Times, Selfs by name.
+
+    What cannot be written or read is slower, never an error.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+        self._root = folder
+        self._limit_bytes = limit_bytes
+        self._unmeasured_bytes = _CHECK_EVERY_BYTES
+        self._lock = threading.Lock()
+        self.secret = _read_secret(folder)
+        # Hashes made with another secret mean nothing here.
+        mark = hashlib.blake2b(self.secret, digest_size=4).hexdigest()
+        self._folder = folder / f"decoded-{_VERSION}.{pprof.SCHEMA}-{mark}"
+
+    def name(self, parts: Iterable[str]) -> str:
+        """Give the name of what is made from `parts`."""
+        return hashlib.blake2b("\0".join(parts).encode(), digest_size=20).hexdigest()
+
+    def load(self, kind: type[_Kept], name: str) -> tuple[_Kept, Any] | None:
+        """Give what was saved under this name, and its note; None if there is none intact."""
+        path = self._path(kind, name)
+        try:
+            with path.open("rb") as file:
+                content = file.read()
+                status = os.fstat(file.fileno())
+            if status.st_mtime_ns < time.time_ns() - _TOUCH_AFTER_NS:
+                os.utime(path)  # eviction goes by it: reading alone may leave no time behind
+        except OSError:
+            return None
+        try:
+            return unpack(kind, content)
+        except (ValueError, KeyError, TypeError, IndexError, struct.error):
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+
+    def save(self, value: _Kept, name: str, note: Any = None) -> None:
+        """Keep a value, and a note that JSON can hold."""
+        with contextlib.suppress(orjson.JSONEncodeError):  # damaged counts: sums beyond 64 bits
+            self.save_packed(type(value), pack(value, note), name)
+
+    def save_packed(self, kind: type[_Kept], content: bytes, name: str) -> None:
+        """Keep a value that is packed already."""
+        path = self._path(kind, name)
+        part = path.with_name(f".{secrets.token_hex(8)}.part")
+        with contextlib.suppress(OSError):  # no room, no right: it is decoded again next time
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                part.write_bytes(content)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+        with self._lock:
+            self._unmeasured_bytes += len(content)
+            is_due = self._unmeasured_bytes >= min(_CHECK_EVERY_BYTES, self._limit_bytes // 8)
+            if is_due:
+                self._unmeasured_bytes = 0
+        if is_due:
+            self._evict()
+
+    def touch(self, kind: type[Columns | Sums | Times | Selfs], name: str) -> int:
+        """Use what was saved under this name without reading it; give its size, 0 if it is gone."""
+        path = self._path(kind, name)
+        try:
+            os.utime(path)
+            return path.stat().st_size
+        except OSError:
+            return 0
+
+    @property
+    def limit_bytes(self) -> int:
+        return self._limit_bytes
+
+    def size_bytes(self) -> int:
+        return sum(size for _, size, _ in self._files())
+
+    def _path(self, kind: type[Columns | Sums | Times | Selfs], name: str) -> Path:
+        return self._folder / f"{name}.{kind.__name__.lower()}"
+
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """Give (last use, size, path) of all files, those of other versions included."""
+        files = []
+        for path in self._root.glob("decoded-*/*"):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                files.append((status.st_mtime_ns, status.st_size, path))
+        return files
+
+    def _evict(self) -> None:
+        files = sorted(self._files())
+        excess = sum(size for _, size, _ in files) - self._limit_bytes
+        if excess <= 0:
+            return
+        excess += self._limit_bytes // 10  # so that not every write has to make room
+        for _, size, path in self._by_turn(files):
+            if excess <= 0:
+                break
+            with contextlib.suppress(OSError):
+                path.unlink()
+                excess -= size
+
+    def _by_turn(self, files: list[tuple[int, int, Path]]) -> list[tuple[int, int, Path]]:
+        """Give files as they are to go, from the order of their last use."""
+        room = self._limit_bytes // _LONG_KEPT_PART
+        first: list[tuple[int, int, Path]] = []
+        last: list[tuple[int, int, Path]] = []
+        for file in reversed(files):
+            is_long_kept = file[2].suffix in _LONG_KEPT and room >= file[1]
+            room -= file[1] if is_long_kept else 0
+            (last if is_long_kept else first).append(file)
+        return [*reversed(first), *reversed(last)]
+
+
+def _read_secret(folder: Path) -> bytes:
+    """Give the folder's secret, making one where there is none; without a folder, one for now."""
+    path = folder / "secret"
+    made = secrets.token_bytes(32)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part = folder / f".{secrets.token_hex(8)}.part"
+        try:
+            if not path.exists():
+                part.touch(mode=0o600)
+                part.write_bytes(made)
+                with contextlib.suppress(FileExistsError):
+                    os.link(part, path)  # of two that start at once, one makes the secret
+        finally:
+            part.unlink(missing_ok=True)
+        secret = path.read_bytes()
+    except OSError:
+        return made
+    if len(secret) != len(made):
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return made
+    return secret
+
+
+def pack(value: Columns | Sums | Times | Selfs, note: Any = None) -> bytes:
+    """Give a value as the content of a file.
+
+    Raises:
+        orjson.JSONEncodeError: its sums are beyond 64 bits.
+    """
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    meta: dict[str, Any] = {}
+    for field in fields(value):
+        content = getattr(value, field.name)
+        if isinstance(content, Texts):
+            arrays["texts.blob"] = np.frombuffer(content.blob, np.uint8)
+            arrays["texts.offsets"] = _narrow(content.offsets)
+        elif isinstance(content, np.ndarray):
+            arrays[field.name] = _narrow(content)
+        elif isinstance(content, Accounting):
+            meta[field.name] = _accounting_record(content)
+        elif field.name == "modules":
+            meta[field.name] = [[m.build_id, m.path, m.kind, m.segments] for m in content.values()]
+        else:
+            meta[field.name] = content
+    places: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    end = 0
+    for name, array in arrays.items():
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        places[name] = (array.dtype.str, array.shape, start)
+        end = start + array.nbytes
+    header = orjson.dumps({"meta": meta, "arrays": places, "note": note}, default=list)
+    pieces: list[bytes | memoryview] = [header]
+    end = _PREFIX.size + len(header)
+    for array in arrays.values():
+        pieces.append(bytes(-end % _ALIGNMENT))
+        pieces.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        end += len(pieces[-2]) + array.nbytes
+    checksum = zlib.crc32(_PREFIX.pack(_MARK, 0, len(header))[12:], zlib.crc32(_MARK))
+    for piece in pieces:
+        checksum = zlib.crc32(piece, checksum)
+    return b"".join([_PREFIX.pack(_MARK, checksum, len(header)), *pieces])
+
+
+def _checksum(content: bytes) -> int:
+    """Give the CRC-32 of a file but for its own four bytes."""
+    view = memoryview(content)
+    return zlib.crc32(view[12:], zlib.crc32(view[:8]))
+
+
+def unpack(kind: type[_Kept], content: bytes) -> tuple[_Kept, Any]:
+    """Give back what was packed, and its note. Damage raises one of the errors of `load`."""
+    mark, checksum, header_bytes = _PREFIX.unpack_from(content)
+    if mark != _MARK or checksum != _checksum(content):
+        raise ValueError("damaged")
+    header = orjson.loads(content[_PREFIX.size : _PREFIX.size + header_bytes])
+    first = -(-(_PREFIX.size + header_bytes) // _ALIGNMENT) * _ALIGNMENT
+    arrays = {}
+    for name, (dtype, shape, start) in header["arrays"].items():
+        count = int(np.prod(shape))
+        array = np.frombuffer(content, dtype, count, first + start).reshape(shape)
+        # Sums of narrow numbers would overflow; only the bulk of it stays as it is.
+        is_bulk = name in _BULK or array.dtype == np.uint64
+        arrays[name] = array if is_bulk else array.astype(np.int64)
+    meta = header["meta"]
+    values: dict[str, Any] = {**meta, **arrays}
+    if "texts.blob" in arrays:
+        blob = values.pop("texts.blob").tobytes()
+        values["texts"] = Texts(blob, values.pop("texts.offsets"))
+    values["window"] = Window(*meta["window"])
+    values["accounting"] = _parse_accounting(meta["accounting"])
+    for name in ("label_sets", "service_sets", "present_sets"):
+        if name in meta:
+            values[name] = tuple(map(_parse_labels, meta[name]))
+    if "modules" in meta:
+        values["modules"] = {
+            build_id: Module(build_id, path, Kind(kind), _parse_segments(segments))
+            for build_id, path, kind, segments in meta["modules"]
+        }
+    return kind(**values), header["note"]
+
+
+def _narrow(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Give the same numbers in the narrowest unsigned type; uint64 stays, it is hashes."""
+    if array.dtype == np.uint64 or array.size == 0 or array.min() < 0:
+        return array
+    return array.astype(np.min_scalar_type(int(array.max())).newbyteorder("<"))
+
+
+def _accounting_record(accounting: Accounting) -> dict[str, Any]:
+    record = {field.name: getattr(accounting, field.name) for field in fields(accounting)}
+    return {**record, "services": list(accounting.services.items())}
+
+
+def _parse_accounting(record: Mapping[str, Any]) -> Accounting:
+    services = {_parse_labels(labels): present_ns for labels, present_ns in record["services"]}
+    hosts = tuple(Host(*host) for host in record["hosts"])
+    return Accounting(**{**record, "hosts": hosts, "services": services})
+
+
+def _parse_labels(pairs: Iterable[tuple[str, str]]) -> Labels:
+    return tuple((name, value) for name, value in pairs)
+
+
+def _parse_segments(segments: Iterable[tuple[int, int, int]]) -> tuple[Segment, ...]:
+    return tuple(Segment(ElfAddress(v), FileOffset(o), size) for v, o, size in segments)
+
+
+def default_folder() -> Path:
+    """Give where this user's decoded objects are kept: EVERFLAME_CACHE, else the usual places."""
+    if chosen := os.environ.get("EVERFLAME_CACHE"):
+        return Path(chosen) / "query"
+    if os.geteuid() == 0:
+        return Path("/var/cache/everflame/query")
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "everflame" / "query"

@@ -1,0 +1,327 @@
+"""Spool: profiles on disk between the sampler, which writes them, and the uploader, which sends.
+
+The folder is laid out as `storage.spool.upload_queue` says, so that either process may be killed at
+any moment and a closed profile is neither lost nor doubled.
+
+The size is bounded. Where a profile does not fit, because of the bound or because the disk is full,
+the oldest give up their stacks: their stored samples become lost ones (`spool_full`), so the law of
+conservation holds. The tombstones of a host's hour are one file; they alone may exceed the bound,
+by a block of the disk an hour.
+"""
+
+import contextlib
+import errno
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from google.protobuf import message
+
+from storage.formats import pprof
+from storage.objects.open import (
+    LONGEST_WINDOW_S,
+    NS_PER_S,
+    ObjectKey,
+    make_folder,
+    object_key,
+    sync_folder,
+    write_synced,
+)
+from storage.profile import Loss, Profile, ProfileBuilder, ProfileError, add_counts, merge
+from storage.spool.upload_queue import (
+    FOLDERS,
+    GIVING_UP,
+    PARTIAL,
+    TOMBSTONES,
+    WAITING,
+    allocated,
+    file_name,
+    move_aside,
+    scan,
+    start_of,
+    usage,
+)
+from symbolizer.text import readable
+
+DEFAULT_LIMIT_BYTES = 512_000_000
+
+_MERGED = ".merged"
+_TOMBSTONE = ".tombstone"
+_RESERVE = "reserve"
+_RESERVE_BYTES = 64 * 1024
+"""Kept on the disk, beside the bound, for the tombstone that is to make room on a full one."""
+_FULL_DISK_ATTEMPTS = 8
+"""Profiles given up for one new one: more would be pointless where others fill the disk."""
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+_LeanMessage: Any = pprof.message_class(
+    "everflame.spool", unread=frozenset({"Sample", "Mapping", "Location", "Function"})
+)
+"""A class that protobuf makes at run time, so without a type."""
+
+_log = logging.getLogger(__name__)
+
+
+class SpoolStatus(NamedTuple):
+    profiles: int
+    size_bytes: int
+    limit_bytes: int
+    given_up: int
+    """Profiles that became tombstones since the start."""
+    damaged: int
+    """Files since the start that were not what their names say, and were moved aside."""
+    unwritten_ticks: int
+    """Counts that no disk has taken yet: they are in memory only, and go with the process."""
+    last_error: str
+
+
+def tombstone(profile: Profile) -> Profile:
+    """Give a profile's counts without its stacks: what was stored is now lost."""
+    accounting = profile.accounting
+    lost = {Loss.SPOOL_FULL.value: accounting.stored} if accounting.stored else {}
+    emptied = replace(
+        accounting, stored=0, lost=add_counts(accounting.lost, lost), stops={}, misses={}
+    )
+    return ProfileBuilder.like(profile).build(profile.window, emptied)
+
+
+def _read_tombstone(content: bytes) -> Profile:
+    """Read the tombstone of an encoded profile, without its stacks: they are the costly part."""
+    parsed = _LeanMessage()
+    try:
+        parsed.ParseFromString(pprof.decompress(content, pprof.SIZE_LIMIT_BYTES))
+    except message.DecodeError as error:
+        raise ProfileError("cannot read the spool: a file in it is damaged") from error
+    strings = parsed.string_table
+    ours = pprof.read_comments(strings[i] for i in parsed.comment if 0 < i < len(strings))
+    if ours is None or not 0 < parsed.period_type.unit < len(strings):
+        raise ProfileError("cannot read the spool: a file in it is not a profile of ours")
+    unit = readable(strings[parsed.period_type.unit])
+    stackless = ProfileBuilder(ours.period_ns, ours.type, unit)
+    return tombstone(stackless.build(ours.window, ours.accounting))
+
+
+class Spool:
+    """The sampler's side: takes closed profiles and keeps the bound. One writer for a folder."""
+
+    def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+        self._unwritten: list[Profile] = []
+        self._given_up = 0
+        self._damaged = 0
+        self._last_error = ""
+        for name in FOLDERS:
+            make_folder(folder / name)
+        for path in (folder / PARTIAL).iterdir():
+            path.unlink()
+        self._settle()
+        self._used_bytes = usage(folder)[1]
+
+    def add(self, profile: Profile) -> None:
+        """Keep a closed profile: once this returns, a crash does not lose it.
+
+        A disk that takes nothing is no error here: the counts wait in memory for one that does.
+
+        Raises:
+            ValueError: the window is longer than an hour.
+        """
+        content = pprof.encode(profile)
+        if not self._keep(object_key(profile, content), content):
+            self._given_up += 1
+            self._carry(tombstone(profile))
+        self._write_unwritten()
+
+    def status(self) -> SpoolStatus:
+        profiles, size_bytes = usage(self._folder)
+        return SpoolStatus(
+            profiles=profiles,
+            size_bytes=size_bytes,
+            limit_bytes=self._limit_bytes,
+            given_up=self._given_up,
+            damaged=self._damaged,
+            unwritten_ticks=self._unwritten_ticks(),
+            last_error=self._last_error,
+        )
+
+    def _keep(self, key: ObjectKey, content: bytes) -> bool:
+        """Write a profile, giving up older ones until it fits; False when that is not enough."""
+        size_bytes = allocated(len(content))
+        failures = 0
+        while size_bytes <= self._limit_bytes and failures < _FULL_DISK_ATTEMPTS:
+            self._make_reserve()
+            if self._used_bytes + size_bytes > self._limit_bytes:
+                self._used_bytes = usage(self._folder)[1]  # the uploader may have made room
+            if self._used_bytes + size_bytes <= self._limit_bytes:
+                try:
+                    self._write(content, self._folder / WAITING / file_name(key))
+                except OSError as error:
+                    self._note(error)
+                    if error.errno not in _FULL:
+                        break
+                    failures += 1
+                else:
+                    self._used_bytes += size_bytes
+                    self._last_error = ""
+                    return True
+            if not self._give_up_oldest():
+                break
+        return False
+
+    def _give_up_oldest(self) -> bool:
+        """Turn the oldest waiting profile into a tombstone; False when there is none or no way."""
+        oldest = min(scan(self._folder / WAITING), key=start_of, default=None)
+        if oldest is None:
+            return False
+        try:
+            self._settle()
+            source = self._take(oldest.path, "")
+            profile = self._read(source) if source else None
+            if profile is None:
+                return True  # the uploader has taken it, or it was damaged: look again
+            self._bury(profile)
+        except OSError as error:
+            self._note(error)
+            return False
+        self._given_up += 1
+        _log.warning("gave up window=%d ticks=%d", oldest.key.start_s, profile.accounting.ticks)
+        return True
+
+    def _carry(self, profile: Profile) -> None:
+        if self._unwritten and _are_of_one_hour(self._unwritten[-1], profile):
+            profile = merge([self._unwritten.pop(), profile])  # an hour of counts is one in memory
+        self._unwritten.append(profile)
+
+    def _write_unwritten(self) -> None:
+        while self._unwritten:
+            try:
+                self._settle()
+                self._bury(self._unwritten[0])
+            except OSError as error:
+                self._note(error)
+                _log.warning("kept in memory ticks=%d", self._unwritten_ticks())
+                return
+            del self._unwritten[0]
+
+    def _bury(self, profile: Profile) -> None:
+        """Write a tombstone in the place of what lies in giving-up/, joined with its hour's.
+
+        The rename to a merged file is the one moment at which it takes the place of the others;
+        `_settle` then finishes, now or after a crash. Raises only when nothing has changed.
+        """
+        try:
+            profile = self._join_hour(profile)
+            content = pprof.encode(profile)
+            name = file_name(object_key(profile, content)) + _MERGED
+            target = self._folder / GIVING_UP / name
+            try:
+                self._write(content, target)
+            except OSError as error:
+                reserve = self._folder / _RESERVE
+                if error.errno not in _FULL or not reserve.exists():
+                    raise
+                reserve.unlink()
+                self._write(content, target)
+        finally:
+            with contextlib.suppress(OSError):
+                self._settle()
+
+    def _join_hour(self, profile: Profile) -> Profile:
+        hour = _hour(object_key(profile, b""))
+        for spooled in sorted(scan(self._folder / TOMBSTONES), key=start_of):
+            source = self._take(spooled.path, _TOMBSTONE) if _hour(spooled.key) == hour else None
+            earlier = self._read(source) if source else None
+            if source is None or earlier is None:
+                continue
+            if _are_of_one_hour(earlier, profile):
+                return merge([earlier, profile])
+            source.rename(spooled.path)
+        return profile
+
+    def _settle(self) -> None:
+        """Empty giving-up/: finish what a merged file has replaced, undo anything else."""
+        folder = self._folder / GIVING_UP
+        paths = list(folder.iterdir())
+        merged = [path for path in paths if path.name.endswith(_MERGED)]
+        for path in paths:
+            if path in merged:
+                continue
+            if merged:
+                path.unlink()
+            elif path.name.endswith(_TOMBSTONE):
+                path.rename(self._folder / TOMBSTONES / path.name.removesuffix(_TOMBSTONE))
+            else:
+                path.rename(self._folder / WAITING / path.name)
+        if merged:
+            sync_folder(folder)
+        for path in merged:
+            path.rename(self._folder / TOMBSTONES / path.name.removesuffix(_MERGED))
+            sync_folder(self._folder / TOMBSTONES)
+
+    def _take(self, path: Path, mark: str) -> Path | None:
+        """Move a file to giving-up/; None when the uploader was faster."""
+        taken = self._folder / GIVING_UP / (path.name + mark)
+        try:
+            path.rename(taken)
+        except FileNotFoundError:
+            return None
+        return taken
+
+    def _read(self, taken: Path) -> Profile | None:
+        """Read a file in giving-up/ as a tombstone; None, and it is moved aside, when damaged."""
+        try:
+            return _read_tombstone(taken.read_bytes())
+        except ProfileError as error:
+            _log.warning("set aside file=%s reason=%s", taken.name, error)
+        self._damaged += 1
+        move_aside(taken, self._folder)
+        return None
+
+    def _write(self, content: bytes, target: Path) -> None:
+        """Write a file that is whole and durable as soon as it has its name."""
+        partial = self._folder / PARTIAL / target.name
+        try:
+            write_synced(partial, content)
+            partial.rename(target)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+        # The file is there: an error of the disk from here on must not count it a second time.
+        with contextlib.suppress(OSError):
+            sync_folder(target.parent)
+
+    def _unwritten_ticks(self) -> int:
+        return sum(profile.accounting.ticks for profile in self._unwritten)
+
+    def _make_reserve(self) -> None:
+        path = self._folder / _RESERVE
+        if path.exists():
+            return
+        with contextlib.suppress(OSError):
+            self._write(bytes(_RESERVE_BYTES), path)
+
+    def _note(self, error: OSError) -> None:
+        reason = f"cannot write the spool {self._folder}: {error.strerror}"
+        if reason != self._last_error:
+            _log.warning("failed to write spool=%s error=%s", self._folder, error.strerror)
+        self._last_error = reason
+
+
+def _hour(key: ObjectKey) -> tuple[str, int]:
+    return key.host_id, key.start_s // LONGEST_WINDOW_S
+
+
+def _are_of_one_hour(one: Profile, other: Profile) -> bool:
+    """Tell whether two profiles can become one whose key finds both of their windows."""
+    if (one.type, one.unit, one.accounting.hosts) != (
+        other.type,
+        other.unit,
+        other.accounting.hosts,
+    ):
+        return False
+    starts_s = [profile.window.start_ns // NS_PER_S for profile in (one, other)]
+    end_s = -(-one.window.union(other.window).end_ns // NS_PER_S)
+    is_one_hour = starts_s[0] // LONGEST_WINDOW_S == starts_s[1] // LONGEST_WINDOW_S
+    return is_one_hour and end_s - min(starts_s) <= LONGEST_WINDOW_S

@@ -1,0 +1,580 @@
+"""The functions of an ELF file, from .symtab, .dynsym, the PLT, the entry point and FDEs.
+
+The result lives in the space of file offsets, which is the space of locations: look-up needs no
+segments. Only what really covers an address names it. A symbol ends where its size says; one
+without a size (hand-written assembly) ends at the next symbol or with its section, but only in
+files that have a .symtab: where just the exported symbols are left, the next one says nothing.
+
+In those, .eh_frame still says where each function begins and ends: its extent. A symbol without
+type and size that begins an extent ends with it. One of a function that has no size names nothing:
+compilers leave functions empty that cannot be reached, and the next one begins at their address.
+What no name covers of an extent is a function without a name.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from symbolizer.location import Miss
+from symbolizer.symbols.elf import (
+    SHT_DYNSYM,
+    SHT_STRTAB,
+    SHT_SYMTAB,
+    Elf,
+    Section,
+    UnreadableElf,
+    check_size,
+)
+from symbolizer.symbols.plt import PltStubs, find_plt_stubs, read_symbol_names
+from symbolizer.unwind.cfi import read_extents
+
+Words = npt.NDArray[np.uint32]
+Wide = npt.NDArray[np.uint64]
+
+STT_NOTYPE, STT_FUNC, STT_GNU_IFUNC = 0, 2, 10
+STB_LOCAL, STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE = 0, 1, 2, 10
+
+AT_PLT = np.uint32(1 << 31)
+"""Set in a name's position: the name is that of a PLT stub, to be shown with `@plt` behind it."""
+
+IN_EXTENT = np.uint32(1 << 30)
+"""Set in the place of a name's position: there is none, and the other bits are the number of the
+range that the function begins with. It has others where a name covers the middle of its extent."""
+
+# 400,000 functions take 22 MB while they are sorted and 5 MB after, see bench/bench_symbolize.py
+# --library. What is larger than the largest programs (browsers, databases) is TOO_LARGE, so that a
+# made-up file costs a bounded amount.
+MAX_FUNCTIONS = 1 << 20
+_MAX_SYMBOLS_BYTES = 24 << 22
+_MAX_STRINGS_BYTES = 256 << 20
+_SYMBOLS_PER_CHUNK = 1 << 15
+_STRINGS_PER_CHUNK = 1 << 20
+
+# A name that is longer counts as this long when the best of several is chosen.
+_COMPARED_NAME_BYTES = 4096
+
+# glibc's _start has 34 to 38 bytes, musl's fewer.
+_START_BYTES = 48
+_START_WITHOUT_HLT_BYTES = 32
+_ENTRY_NAME = b"_start\0"
+
+_SYM = {
+    64: np.dtype("<u4,u1,u1,<u2,<u8,<u8"),
+    32: np.dtype("<u4,<u4,<u4,u1,u1,<u2"),
+}
+_SYM[64].names = ("st_name", "st_info", "st_other", "st_shndx", "st_value", "st_size")
+_SYM[32].names = ("st_name", "st_value", "st_size", "st_info", "st_other", "st_shndx")
+
+
+@dataclass(frozen=True, slots=True)
+class Functions:
+    """Disjoint ranges, sorted.
+
+    Attributes:
+        base: what `starts` and `ends` count from, so that 32 bits are enough.
+        names: where each name begins in the concatenated `strings`, with AT_PLT; or IN_EXTENT.
+    """
+
+    base: int
+    starts: Words
+    ends: Words
+    names: Words
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Symbols as they come: unsorted, several for an address, with and without a size.
+
+    `ranks` are smaller for better names: 0 global, 1 weak, 2 local, 3 PLT stub.
+    """
+
+    starts: Words
+    ends: Words
+    names: Words
+    ranks: npt.NDArray[np.uint8]
+    is_sized: npt.NDArray[np.bool_]
+
+    @classmethod
+    def join(cls, parts: Iterable["Candidates"]) -> "Candidates":
+        parts = [_EMPTY, *parts]
+        return cls(
+            np.concatenate([part.starts for part in parts]),
+            np.concatenate([part.ends for part in parts]),
+            np.concatenate([part.names for part in parts]),
+            np.concatenate([part.ranks for part in parts]),
+            np.concatenate([part.is_sized for part in parts]),
+        )
+
+    def take(self, chosen: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> "Candidates":
+        return Candidates(
+            self.starts[chosen],
+            self.ends[chosen],
+            self.names[chosen],
+            self.ranks[chosen],
+            self.is_sized[chosen],
+        )
+
+
+_EMPTY = Candidates(
+    starts=np.zeros(0, dtype=np.uint32),
+    ends=np.zeros(0, dtype=np.uint32),
+    names=np.zeros(0, dtype=np.uint32),
+    ranks=np.zeros(0, dtype=np.uint8),
+    is_sized=np.zeros(0, dtype=np.bool_),
+)
+
+
+def read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
+    """Give the functions, and the strings that hold their names piece by piece, NUL-terminated.
+
+    Raises:
+        UnreadableElf: with the reason; also while the strings are read.
+    """
+    space = _OffsetSpace(elf)
+    extents = _read_extents(elf, space)
+    strings = StringSections(elf)
+    # .symtab first: it holds what .dynsym holds, and more.
+    tables = [section for section in elf.sections if section.type == SHT_SYMTAB][:1]
+    tables += [section for section in elf.sections if section.type == SHT_DYNSYM][:1]
+    symbols = _EMPTY
+    for table in tables:
+        found = _read_symbols(
+            elf, space, table, strings.add(table), symbols.starts, extents=extents
+        )
+        symbols = _drop_aliases(Candidates.join([symbols, *found]), strings)
+    stubs = _read_stubs(elf, space, strings, symbols)
+    functions = arrange(Candidates.join([symbols, stubs]), strings, space.base)
+    functions = _add_entry(elf, space, functions, strings.size, extents)
+    functions = _add_extents(functions, extents)
+    return functions, chain(strings.chunks(), [_ENTRY_NAME])
+
+
+class StringSections:
+    """String tables, thought of as one, each with a NUL behind it. Nothing is kept in memory."""
+
+    def __init__(self, elf: Elf) -> None:
+        self._elf = elf
+        self._starts: dict[Section, int] = {}
+        self.size = 0
+
+    def add(self, table: Section) -> tuple[int, int]:
+        """Give the start and the size of a symbol table's strings."""
+        sections = self._elf.sections
+        section = sections[table.link] if table.link < len(sections) else None
+        if section is None or section.type != SHT_STRTAB:
+            return 0, 0
+        check_size(section, _MAX_STRINGS_BYTES)
+        if section not in self._starts:
+            self._starts[section] = self.size
+            self.size += section.size + 1
+        return self._starts[section], section.size
+
+    def chunks(self) -> Iterator[bytes]:
+        for section in self._starts:
+            yield from self._elf.chunks(section, _STRINGS_PER_CHUNK, _MAX_STRINGS_BYTES)
+            yield b"\0"
+
+    def preferences(self, positions: Words) -> npt.NDArray[np.int64]:
+        numbers = np.zeros(len(positions), dtype=np.int64)
+        for section, start in self._starts.items():
+            for offset in range(0, section.size, _STRINGS_PER_CHUNK):
+                first, last = np.searchsorted(
+                    positions, [start + offset, start + offset + _STRINGS_PER_CHUNK]
+                ).tolist()
+                first_beyond = int(np.searchsorted(positions, start + section.size))
+                last = min(last, first_beyond)
+                if first < last:
+                    size = min(_STRINGS_PER_CHUNK + _COMPARED_NAME_BYTES, section.size - offset)
+                    chunk = self._elf.source.read_at(section.offset + offset, size)
+                    within = positions[first:last].astype(np.int64) - start - offset
+                    numbers[first:last] = name_preferences(chunk, within)
+        return numbers
+
+
+def name_preferences(strings: bytes, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Rank names: not `__GI_` (glibc's own aliases), fewer leading underscores, shorter."""
+    text = np.frombuffer(strings + b"\0" * 6, dtype=np.uint8)
+    terminators = np.flatnonzero(text == 0)
+    lengths = terminators[np.searchsorted(terminators, positions)] - positions
+    underscores = np.zeros(len(positions), dtype=np.int64)
+    is_underscore = np.ones(len(positions), dtype=np.bool_)
+    for k in range(5):
+        is_underscore &= text[positions + k] == ord("_")
+        underscores += is_underscore
+    is_internal = np.ones(len(positions), dtype=np.bool_)
+    for k, character in enumerate(b"__GI_"):
+        is_internal &= text[positions + k] == character
+    costs: npt.NDArray[np.int64] = np.minimum(lengths, _COMPARED_NAME_BYTES)
+    costs += (is_internal.astype(np.int64) << 20) + (underscores << 16)
+    return costs
+
+
+class Strings(Protocol):
+    def preferences(self, positions: Words) -> npt.NDArray[np.int64]:
+        """Give a number per name, smaller for better ones, for positions in ascending order."""
+
+
+def arrange(symbols: Candidates, strings: Strings, base: int) -> Functions:
+    """Choose one name per address and make the ranges disjoint."""
+    if not len(symbols.starts):
+        return Functions(base, symbols.starts, symbols.ends, symbols.names)
+    symbols = _drop_aliases(symbols, strings)
+    ends = symbols.ends
+    # A label without a size in the middle of a function is a jump target, not a function.
+    covered = np.maximum.accumulate(np.where(symbols.is_sized, ends, np.uint32(0)))
+    is_label = np.zeros(len(ends), dtype=np.bool_)
+    is_label[1:] = ~symbols.is_sized[1:] & (covered[:-1] > symbols.starts[1:])
+    symbols = symbols.take(~is_label)
+    ends = symbols.ends.copy()
+    unsized = np.flatnonzero(~symbols.is_sized[:-1])
+    ends[unsized] = np.minimum(ends[unsized], symbols.starts[unsized + 1])
+    starts, ends, names = _make_disjoint(symbols.starts, ends, symbols.names)
+    return Functions(base, starts, ends, names)
+
+
+class _OffsetSpace:
+    """Translates addresses as linked into file offsets, counted from the first executable one."""
+
+    def __init__(self, elf: Elf) -> None:
+        self.segments = elf.segments
+        self.base = min((segment.p_offset for segment in elf.segments), default=0)
+
+    def offsets(self, addresses: Wide) -> tuple[Wide, Wide]:
+        """Give offset and end of its segment per address; both 0 outside of executable segments."""
+        offsets = np.zeros(len(addresses), dtype=np.uint64)
+        limits = np.zeros(len(addresses), dtype=np.uint64)
+        for p_vaddr, p_offset, p_filesz in reversed(self.segments):
+            # Unsigned: an address below p_vaddr wraps and is larger than any size.
+            within = addresses - np.uint64(p_vaddr)
+            start = p_offset - self.base
+            inside = within < np.uint64(max(0, min(p_filesz, (1 << 32) - 1 - start)))
+            offsets[inside] = within[inside] + np.uint64(start)
+            limits[inside] = start + p_filesz
+        return offsets, np.minimum(limits, np.uint64((1 << 32) - 1))
+
+
+class _Extents(NamedTuple):
+    """Ranges in the space of `_OffsetSpace`, disjoint, sorted."""
+
+    starts: Words
+    ends: Words
+
+    def ends_of(self, starts: Words) -> Words:
+        """Give the end of the extent that begins at each offset, 0 where none does."""
+        if not len(self.starts):
+            return np.zeros(len(starts), dtype=np.uint32)
+        places = np.minimum(np.searchsorted(self.starts, starts), len(self.starts) - 1)
+        ends: Words = np.where(self.starts[places] == starts, self.ends[places], np.uint32(0))
+        return ends
+
+
+_NO_EXTENTS = _Extents(np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.uint32))
+
+
+def _has_all_symbols(elf: Elf) -> bool:
+    return any(section.type == SHT_SYMTAB for section in elf.sections)
+
+
+def _read_extents(elf: Elf, space: _OffsetSpace) -> _Extents:
+    """Read what FDEs cover, in files where symbols do not say it. Damaged FDEs cover nothing.
+
+    Where two overlap the later start wins; of several with one start the longest.
+    """
+    if _has_all_symbols(elf):
+        return _NO_EXTENTS
+    try:
+        first_addresses, end_addresses = read_extents(elf)
+    except UnreadableElf:
+        return _NO_EXTENTS
+    offsets, limits = space.offsets(first_addresses)
+    is_code = limits > offsets
+    starts = offsets[is_code].astype(np.uint32)
+    offsets += end_addresses - first_addresses
+    ends = np.minimum(offsets, limits)[is_code].astype(np.uint32)
+    if (starts[1:] <= starts[:-1]).any():
+        order = np.lexsort((~ends, starts))
+        order = order[np.append(True, starts[order[1:]] != starts[order[:-1]])]
+        starts, ends = starts[order], ends[order]
+    ends[:-1] = np.minimum(ends[:-1], starts[1:])
+    return _Extents(starts, ends)
+
+
+def _read_symbols(
+    elf: Elf,
+    space: _OffsetSpace,
+    table: Section,
+    strings: tuple[int, int],
+    known: Words,
+    *,
+    extents: _Extents,
+) -> Iterator[Candidates]:
+    """Read the code symbols of a table, except for those that start where a known one does."""
+    dtype = _SYM[elf.bits]
+    names_start, names_size = strings
+    is_complete = _has_all_symbols(elf)
+    code_starts = np.array([s.address if s.is_code else 0 for s in elf.sections], dtype=np.uint64)
+    code_sizes = np.array([s.size if s.is_code else 0 for s in elf.sections], dtype=np.uint64)
+    kept = 0
+    for chunk in elf.chunks(table, _SYMBOLS_PER_CHUNK * dtype.itemsize, _MAX_SYMBOLS_BYTES):
+        rows = np.frombuffer(chunk, dtype, len(chunk) // dtype.itemsize)
+        types, sections = rows["st_info"] & 15, rows["st_shndx"]
+        rows = rows[
+            ((types == STT_FUNC) | (types == STT_NOTYPE) | (types == STT_GNU_IFUNC))
+            & (sections > 0)
+            & (sections < len(code_sizes))
+            & (rows["st_name"] > 0)
+            & (rows["st_name"] < names_size)
+        ]
+        values = rows["st_value"].astype(np.uint64)
+        within = values - code_starts[rows["st_shndx"]]
+        space_left = code_sizes[rows["st_shndx"]] - within
+        in_section = within < code_sizes[rows["st_shndx"]]
+        offsets, limits = space.offsets(values)
+        keep = in_section & (limits > 0)
+        if len(known):
+            place = np.minimum(np.searchsorted(known, offsets.astype(np.uint32)), len(known) - 1)
+            keep &= known[place] != offsets
+        sizes = rows["st_size"].astype(np.uint64)
+        if not is_complete:
+            is_label = (sizes == 0) & (rows["st_info"] & 15 == STT_NOTYPE) & (limits > 0)
+            labels = offsets[is_label].astype(np.uint32)
+            own_ends = extents.ends_of(labels)
+            sizes[is_label] = np.where(own_ends > 0, own_ends - labels, np.uint32(0))
+            keep &= sizes > 0
+        rows, sizes, offsets, limits, space_left = (
+            column[keep] for column in (rows, sizes, offsets, limits, space_left)
+        )
+        room = np.minimum(limits - offsets, space_left)
+        lengths = np.where(sizes > 0, np.minimum(sizes, room), room)
+        kept += len(rows)
+        if kept > MAX_FUNCTIONS:
+            raise UnreadableElf(Miss.TOO_LARGE)
+        yield Candidates(
+            offsets.astype(np.uint32),
+            (offsets + lengths).astype(np.uint32),
+            rows["st_name"] + np.uint32(names_start),
+            _rank_bindings(rows["st_info"] >> 4),
+            sizes > 0,
+        )
+
+
+def _rank_bindings(bindings: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    ranks = np.full(16, 2, dtype=np.uint8)
+    ranks[[STB_GLOBAL, STB_GNU_UNIQUE, STB_WEAK]] = 0, 0, 1
+    return ranks[bindings]
+
+
+def _read_stubs(
+    elf: Elf, space: _OffsetSpace, strings: StringSections, symbols: Candidates
+) -> Candidates:
+    stubs = find_plt_stubs(elf)
+    tables = [section for section in elf.sections if section.type == SHT_DYNSYM]
+    names_start, names_size = strings.add(tables[0]) if tables else (0, 0)
+    names = read_symbol_names(elf, stubs.symbols)
+    is_named = (names > 0) & (names < names_size)
+    names = names + np.uint32(names_start)
+    _name_resolvers(space, symbols, stubs, names, is_named)
+    starts, limits = space.offsets(stubs.starts)
+    keep = is_named & (limits > 0)
+    starts, sizes = starts[keep], (stubs.ends - stubs.starts)[keep]
+    return Candidates(
+        starts.astype(np.uint32),
+        np.minimum(starts + sizes, limits[keep]).astype(np.uint32),
+        names[keep] | AT_PLT,
+        np.full(len(starts), 3, dtype=np.uint8),
+        np.ones(len(starts), dtype=np.bool_),
+    )
+
+
+def _name_resolvers(
+    space: _OffsetSpace,
+    symbols: Candidates,
+    stubs: PltStubs,
+    names: Words,
+    is_named: npt.NDArray[np.bool_],
+) -> None:
+    """Name stubs of the file's own indirect functions after the symbol at their resolver."""
+    indirect = np.flatnonzero(stubs.symbols == 0)
+    if not len(indirect) or not len(symbols.starts):
+        return
+    offsets, limits = space.offsets(stubs.resolvers[indirect])
+    # The last at an address is the best name there.
+    found = np.searchsorted(symbols.starts, offsets, side="right") - 1
+    hit = (found >= 0) & (symbols.starts[found] == offsets) & (limits > 0)
+    names[indirect[hit]] = symbols.names[found[hit]]
+    is_named[indirect[hit]] = True
+
+
+def _drop_aliases(symbols: Candidates, strings: Strings) -> Candidates:
+    """Sort; keep the best name of each address, before it the longest range if that is longer."""
+    symbols = symbols.take(np.argsort(symbols.starts, kind="stable"))
+    is_again = symbols.starts[1:] == symbols.starts[:-1]
+    if not is_again.any():
+        return symbols
+    is_alias = np.append(is_again, False) | np.insert(is_again, 0, False)
+    aliases = np.flatnonzero(is_alias)
+    names = symbols.names[aliases] & ~AT_PLT
+    by_name = np.argsort(names)
+    costs = np.zeros(len(aliases), dtype=np.int64)
+    costs[by_name] = strings.preferences(names[by_name])
+    costs += symbols.ranks[aliases].astype(np.int64) << 32
+    costs += (~symbols.is_sized[aliases]).astype(np.int64) << 40
+    starts, ends = symbols.starts[aliases], symbols.ends[aliases]
+    best = _first_of_each(starts, np.lexsort((costs, starts)))
+    longest = _first_of_each(starts, np.lexsort((costs, -ends.astype(np.int64), starts)))
+    reaches_further = symbols.is_sized[aliases[longest]] & (ends[longest] > ends[best])
+    # In this order, so that the best name lies on top of the longer one.
+    chosen = np.concatenate([np.flatnonzero(~is_alias), aliases[longest[reaches_further]]])
+    chosen = np.concatenate([chosen, aliases[best]])
+    return symbols.take(chosen[np.argsort(symbols.starts[chosen], kind="stable")])
+
+
+def _first_of_each(starts: Words, order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    in_order = starts[order]
+    first: npt.NDArray[np.int64] = order[np.insert(in_order[1:] != in_order[:-1], 0, True)]
+    return first
+
+
+# Real files have a few dozen ranges inside others. In a file made of them the outer ones are cut
+# short, which leaves addresses without a name but takes no time.
+_MAX_NESTED = 100_000
+
+
+def _make_disjoint(starts: Words, ends: Words, names: Words) -> tuple[Words, Words, Words]:
+    """Give each address to the range that starts last before it, then to the one around that."""
+    reach = np.maximum.accumulate(ends)
+    is_nested = starts[1:] < reach[:-1]
+    if not is_nested.any():
+        return starts, ends, names
+    in_cluster = np.append(is_nested, False) | np.insert(is_nested, 0, False)
+    nested = np.flatnonzero(in_cluster)
+    if len(nested) > _MAX_NESTED:
+        cut = np.minimum(ends[:-1], starts[1:])
+        ends = np.append(cut, ends[-1:])
+        keep = starts < ends
+        return starts[keep], ends[keep], names[keep]
+    pieces = np.array(
+        _sweep(zip(*(c[nested].tolist() for c in (starts, ends, names)), strict=True)),
+        dtype=np.uint32,
+    ).reshape(-1, 3)
+    apart = ~in_cluster
+    starts, ends, names = (
+        np.concatenate([column[apart], pieces[:, k]])
+        for k, column in enumerate((starts, ends, names))
+    )
+    order = np.argsort(starts, kind="stable")
+    return starts[order], ends[order], names[order]
+
+
+def _sweep(ranges: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    pieces: list[tuple[int, int, int]] = []
+    around: list[tuple[int, int]] = []
+    position = 0
+
+    def close_until(limit: int) -> None:
+        nonlocal position
+        while around and position < limit:
+            end, name = around[-1]
+            if end <= limit:
+                around.pop()
+            if position < min(end, limit):
+                pieces.append((position, min(end, limit), name))
+                position = min(end, limit)
+        position = limit
+
+    for start, end, name in ranges:
+        close_until(start)
+        around.append((end, name))
+    close_until(1 << 32)
+    return pieces
+
+
+def _add_entry(
+    elf: Elf, space: _OffsetSpace, functions: Functions, name: int, extents: _Extents
+) -> Functions:
+    """Call a program's entry point `_start` where no symbol does."""
+    if elf.entry is None:
+        return functions
+    offsets, limits = space.offsets(np.array([elf.entry], dtype=np.uint64))
+    start, limit = int(offsets[0]), int(limits[0])
+    place = int(np.searchsorted(functions.starts, start, side="right"))
+    is_named = place > 0 and start < int(functions.ends[place - 1])
+    if is_named or not limit:
+        return functions
+    for starts in (functions.starts, extents.starts):
+        behind = starts[np.searchsorted(starts, start, side="right") :][:1]
+        limit = min([limit, *behind.tolist()])
+    own_end = int(extents.ends_of(offsets.astype(np.uint32))[0])
+    end = min(limit, own_end or start + _start_size(elf, start + space.base))
+    return Functions(
+        functions.base,
+        np.insert(functions.starts, place, np.uint32(start)),
+        np.insert(functions.ends, place, np.uint32(end)),
+        np.insert(functions.names, place, np.uint32(name)),
+    )
+
+
+def _start_size(elf: Elf, offset: int) -> int:
+    """Find the `hlt` that ends _start, in case the call of __libc_start_main should return."""
+    size = min(_START_BYTES, elf.source.size - offset)
+    code = elf.source.read_at(offset, size) if size > 0 else b""
+    for call, length in ((b"\xff\x15", 6), (b"\xe8", 5)):
+        place = code.find(call)
+        if place >= 0 and code[place + length : place + length + 1] == b"\xf4":
+            return place + length + 1
+    return _START_WITHOUT_HLT_BYTES
+
+
+def _add_extents(functions: Functions, extents: _Extents) -> Functions:
+    """Add what no name covers of each extent, as ranges that point to the first of them."""
+    if not len(extents.starts):
+        return functions
+    starts, ends, owners = _uncovered(functions, extents)
+    if not len(starts) or len(starts) > MAX_FUNCTIONS:
+        return functions
+    # Each range moves back by what is inserted before it.
+    numbers = np.searchsorted(functions.starts, starts) + np.arange(len(starts))
+    is_old = np.ones(len(functions.starts) + len(starts), dtype=np.bool_)
+    is_old[numbers] = False
+
+    def insert(old: Words, new: Words) -> Words:
+        both = np.empty(len(is_old), dtype=np.uint32)
+        both[is_old], both[numbers] = old, new
+        return both
+
+    is_first = np.append(True, owners[1:] != owners[:-1])
+    names = numbers[is_first].astype(np.uint32)[np.cumsum(is_first) - 1] | IN_EXTENT
+    return Functions(
+        functions.base,
+        insert(functions.starts, starts),
+        insert(functions.ends, ends),
+        insert(functions.names, names),
+    )
+
+
+def _uncovered(
+    functions: Functions, extents: _Extents
+) -> tuple[Words, Words, npt.NDArray[np.int32]]:
+    """Give the parts of extents outside of functions, sorted, and which extent each is of."""
+    columns = (extents.starts, extents.ends, functions.starts, functions.ends)
+    bounds = np.concatenate(columns)
+    order = np.argsort(bounds, kind="stable")
+    bounds = bounds[order]
+    counts = [len(column) for column in columns]
+    # Both are 0 or 1 behind the last of several equal bounds, and only those begin a part.
+    extents_around = np.cumsum(np.repeat(_BEGIN_AND_END, counts)[order], dtype=np.int8)
+    functions_around = np.cumsum(
+        np.repeat(np.roll(_BEGIN_AND_END, 2), counts)[order], dtype=np.int8
+    )
+    owners = np.cumsum(order < counts[0], dtype=np.int32) - 1
+    is_part = (extents_around[:-1] == 1) & (functions_around[:-1] == 0)
+    is_part &= bounds[:-1] < bounds[1:]
+    parts = np.flatnonzero(is_part)
+    return bounds[parts], bounds[parts + 1], owners[parts]
+
+
+_BEGIN_AND_END = np.array([1, -1, 0, 0], dtype=np.int8)

@@ -1,0 +1,271 @@
+"""Symbol tables for look-up, and the bounded directory of files they are kept in.
+
+A table is a file: a header, the sorted arrays, the strings. The arrays are held in memory (12 bytes
+a function), the strings are read from the file name by name, so that libLLVM costs 0.4 MB and not
+4. A file is written under another name and renamed, carries a checksum over all of it and is
+rebuilt when that does not hold: bytes are read, never mapped, so damage is a value and no signal.
+"""
+
+import contextlib
+import os
+import re
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from symbolizer.location import ElfAddress, FileOffset, Segment
+from symbolizer.symbols.functions import AT_PLT, IN_EXTENT, MAX_FUNCTIONS, Functions
+
+_MAGIC = b"EFLSYMS\n"
+# Raise this with the layout, and with everything that changes which name an address gets.
+_VERSION = 2
+# magic, version, CRC-32 of all that follows it, key (NUL-padded), base, functions, string bytes,
+# segments
+_HEADER = struct.Struct("<8sII136sQQQQ")
+_CHECKED_FROM = 16
+_MAX_SEGMENTS = 64
+# Three for a symbol: it may be the rest of one around it on both sides, and the entry point. One
+# more for what has an extent but no name.
+_MAX_FUNCTIONS = 4 * MAX_FUNCTIONS
+_COPY_BYTES = 1 << 18
+
+_FIRST_READ_BYTES = 256
+_MAX_NAME_BYTES = 1 << 16
+
+_KEY = re.compile(r"(hash-)?[0-9a-f]{2,128}")
+
+
+class SymbolTable:
+    """The functions of one file, by file offset. Holds a descriptor until `close` or its end."""
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        functions: Functions,
+        segments: tuple[Segment, ...],
+        strings_at: int,
+        strings_bytes: int,
+    ) -> None:
+        self._fd = os.dup(file.fileno())
+        self._functions = functions
+        self._strings_at = strings_at
+        self._strings_bytes = strings_bytes
+        self.segments = segments
+        self.memory_bytes = 12 * len(functions.starts)
+        self.has_names = bool((functions.names & IN_EXTENT == 0).any())
+        """There may be functions without: those that are known by their extent."""
+
+    def __len__(self) -> int:
+        return len(self._functions.starts)
+
+    def find(self, offsets: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """Give the number of the function around each file offset, -1 where there is none."""
+        functions = self._functions
+        if not len(functions.starts):
+            return np.full(len(offsets), -1, dtype=np.int64)
+        found: npt.NDArray[np.int64]
+        # Unsigned: an offset below the base wraps and lies behind everything, as it should.
+        within = np.minimum(offsets - np.uint64(functions.base), np.uint64((1 << 32) - 1))
+        narrow = within.astype(np.uint32)
+        found = np.searchsorted(functions.starts, narrow, side="right").astype(np.int64) - 1
+        found[(found >= 0) & (narrow >= functions.ends[found])] = -1
+        return found
+
+    def extent_starts(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Give where functions without a name begin, by file offset; -1 for those with one."""
+        functions = self._functions
+        names = functions.names[numbers]
+        is_in_extent = names & IN_EXTENT != 0
+        first = np.where(is_in_extent, names & ~IN_EXTENT, np.uint32(0))
+        starts = functions.starts[first].astype(np.int64) + functions.base
+        return np.where(is_in_extent, starts, -1)
+
+    def name(self, number: int) -> bytes:
+        """Give a function's name as the file has it, without a symbol version; PLT: `name@plt`.
+
+        It is empty for a function that is known by its extent.
+        """
+        position = int(self._functions.names[number])
+        if position & int(IN_EXTENT):
+            return b""
+        is_plt = bool(position & int(AT_PLT))
+        position &= ~int(AT_PLT)
+        name = self._read_string(position, _FIRST_READ_BYTES)
+        if len(name) == _FIRST_READ_BYTES:
+            name = self._read_string(position, _MAX_NAME_BYTES)
+        # .symtab of a library has `name@@VERSION`; a name does not begin with an @.
+        at = name.find(b"@", 1)
+        name = name[:at] if at > 0 else name
+        return name + b"@plt" if is_plt and name else name
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = close
+
+    def _read_string(self, position: int, size: int) -> bytes:
+        size = min(size, self._strings_bytes - position)
+        if size <= 0:
+            return b""
+        text = os.pread(self._fd, size, self._strings_at + position)
+        return text.partition(b"\0")[0]
+
+
+class SymbolCache:
+    """A directory of symbol tables, bounded in bytes; the longest unused ones go first.
+
+    Without a directory a table lives in an unnamed temporary file, until it is closed.
+    """
+
+    def __init__(self, directory: Path | None, limit_bytes: int) -> None:
+        self._directory = directory
+        self._limit_bytes = limit_bytes
+        self._used_bytes = 0
+        if directory is not None:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make_room()
+
+    def load(self, key: str) -> SymbolTable | None:
+        """Open the table of a build id. A damaged one is removed and counts as absent."""
+        path = self._path(key)
+        if path is None:
+            return None
+        try:
+            with path.open("rb") as file:
+                table = _read_table(file, key)
+        except OSError:
+            return None
+        if table is None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return table
+
+    def store(
+        self,
+        key: str,
+        functions: Functions,
+        segments: tuple[Segment, ...],
+        strings: Iterable[bytes],
+    ) -> SymbolTable:
+        """Write a table and give it back, opened.
+
+        Raises:
+            OSError: it cannot be written.
+            UnreadableElf: `strings` raised it.
+        """
+        path = self._path(key)
+        if path is None:
+            with tempfile.TemporaryFile() as unnamed:
+                return _write_table(unnamed, key, functions, segments, strings)
+        fd, written = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+        try:
+            with os.fdopen(fd, "w+b") as file:
+                table = _write_table(file, key, functions, segments, strings)
+                self._used_bytes += os.fstat(fd).st_size
+            Path(written).replace(path)
+        except BaseException:
+            Path(written).unlink(missing_ok=True)
+            raise
+        if self._used_bytes > self._limit_bytes:
+            self._make_room()
+        return table
+
+    def _path(self, key: str) -> Path | None:
+        if self._directory is None or not _KEY.fullmatch(key):
+            return None
+        return self._directory / f"{key}.symbols"
+
+    def _make_room(self) -> None:
+        """Count what is there; beyond the limit remove the oldest down to three quarters of it."""
+        assert self._directory is not None
+        files = []
+        for entry in os.scandir(self._directory):
+            if entry.name.endswith(".symbols") or entry.name.startswith(".new-"):
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    files.append((status.st_mtime_ns, status.st_size, entry.path))
+        self._used_bytes = sum(size for _, size, _ in files)
+        if self._used_bytes <= self._limit_bytes:
+            return
+        for _, size, path in sorted(files):
+            Path(path).unlink(missing_ok=True)
+            self._used_bytes -= size
+            if self._used_bytes <= self._limit_bytes * 3 // 4:
+                return
+
+
+def _write_table(
+    file: BinaryIO,
+    key: str,
+    functions: Functions,
+    segments: tuple[Segment, ...],
+    strings: Iterable[bytes],
+) -> SymbolTable:
+    file.write(bytes(_HEADER.size))
+    body = [np.array(segments, dtype="<u8").tobytes()]
+    body += [a.astype("<u4").tobytes() for a in (functions.starts, functions.ends, functions.names)]
+    checksum = 0
+    for part in body:
+        file.write(part)
+        checksum = zlib.crc32(part, checksum)
+    strings_at = file.tell()
+    for chunk in strings:
+        file.write(chunk)
+        checksum = zlib.crc32(chunk, checksum)
+    strings_bytes = file.tell() - strings_at
+    counts = (functions.base, len(functions.starts), strings_bytes, len(segments))
+    header = _HEADER.pack(_MAGIC, _VERSION, 0, key.encode(), *counts)
+    checksum = zlib.crc32(header[_CHECKED_FROM:], checksum)
+    file.seek(0)
+    file.write(_HEADER.pack(_MAGIC, _VERSION, checksum, key.encode(), *counts))
+    file.flush()
+    return SymbolTable(file, functions, segments, strings_at, strings_bytes)
+
+
+def _read_table(file: BinaryIO, key: str) -> SymbolTable | None:
+    """Open a table; None if anything about it does not hold."""
+    try:
+        head = file.read(_HEADER.size)
+        if len(head) < _HEADER.size:
+            return None
+        fields = _HEADER.unpack(head)
+        magic, version, checksum, name, base, count, strings_bytes, segment_count = fields
+        strings_at = _HEADER.size + 24 * segment_count + 12 * count
+        is_plausible = (
+            (magic, version, name.rstrip(b"\0")) == (_MAGIC, _VERSION, key.encode())
+            and count <= _MAX_FUNCTIONS
+            and segment_count <= _MAX_SEGMENTS
+            and os.fstat(file.fileno()).st_size == strings_at + strings_bytes
+        )
+        body = file.read(strings_at - _HEADER.size) if is_plausible else b""
+        if not is_plausible or _checksum(file, body, head) != checksum:
+            return None
+    except OSError:
+        return None
+    segments = np.frombuffer(body, "<u8", 3 * segment_count).reshape(-1, 3).tolist()
+    columns = np.frombuffer(body, "<u4", 3 * count, 24 * segment_count).reshape(3, -1)
+    return SymbolTable(
+        file,
+        Functions(base, *columns),
+        tuple(Segment(ElfAddress(v), FileOffset(o), s) for v, o, s in segments),
+        strings_at,
+        strings_bytes,
+    )
+
+
+def _checksum(file: BinaryIO, body: bytes, head: bytes) -> int:
+    checksum = zlib.crc32(body)
+    while chunk := file.read(_COPY_BYTES):
+        checksum = zlib.crc32(chunk, checksum)
+    return zlib.crc32(head[_CHECKED_FROM:], checksum)

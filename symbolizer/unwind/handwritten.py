@@ -1,0 +1,242 @@
+"""Unwind rules of code that is written by hand or by a linker, without call frame information.
+
+All of it looks the same in every file: the entry point of a program, the return from a signal
+handler, the stubs through which lld lets functions of other files be called.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from symbolizer.symbols.elf import SHT_PROGBITS, Elf, UnreadableElf
+from symbolizer.symbols.functions import read_functions
+from symbolizer.unwind.cfa import CfaKind, Rules, rule
+from symbolizer.unwind.cfi import Wide
+
+Range = tuple[int, int, int]
+"""First address, end, rule."""
+
+
+def find_known_code(elf: Elf, rules: Rules) -> Rules:
+    """Give rules for what is known; `rules` are those that the file has, which come first.
+
+    Raises:
+        UnreadableElf: the code cannot be read.
+    """
+    holes = _Holes.of(rules)
+    found = [*_find_plt(elf), *_find_signal_returns(elf, holes), *_find_entry(elf, holes)]
+    found += _find_callers_of_main(elf, holes)
+    found += _find_clones(elf, holes)
+    return Rules.of_ranges(found)
+
+
+class _Holes(NamedTuple):
+    """Ranges of addresses without rules, sorted."""
+
+    starts: Wide
+    ends: Wide
+
+    @classmethod
+    def of(cls, rules: Rules) -> "_Holes":
+        places = np.append(-1, np.flatnonzero(rules.rules == rule(CfaKind.HOLE)))
+        starts = np.append(np.uint64(0), rules.addresses)[places + 1]
+        ends = np.append(rules.addresses, np.uint64((1 << 64) - 1))[places + 1]
+        return cls(starts, ends)
+
+    def within(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Give the parts of holes that lie between two addresses."""
+        first = int(np.searchsorted(self.ends, np.uint64(start), side="right"))
+        last = int(np.searchsorted(self.starts, np.uint64(end)))
+        for place in range(first, last):
+            yield max(start, int(self.starts[place])), min(end, int(self.ends[place]))
+
+
+# Stubs of 16 bytes: a jump that takes 6, and where it may lead back, a push of 5 and another jump.
+# Where indirect jumps need a landing pad, the stub is that, the push and the jump. The first of a
+# section pushes with 6 bytes, and takes what others have pushed.
+_STUB_BYTES, _PUSH_BYTES = 16, 6
+_FIRST_STUB = b"\xff\x35"  # push slot(%rip)
+_ENDBR64 = b"\xf3\x0f\x1e\xfa"
+_PLAIN_STUBS = (b".plt.sec", b".plt.got", b".iplt")
+
+
+def _find_plt(elf: Elf) -> Iterator[Range]:
+    """Give rules for stubs, which lld's files have no call frame information for."""
+    for section in elf.sections:
+        start, end = section.address, section.address + section.size
+        if section.type != SHT_PROGBITS or not _is_code(elf, start, end) or start % _STUB_BYTES:
+            continue
+        if section.name in _PLAIN_STUBS:
+            yield start, end, rule(CfaKind.RSP, 1)
+        if section.name == b".plt" and section.size >= 2 * _STUB_BYTES:
+            code = elf.source.read_at(section.offset, _STUB_BYTES + len(_ENDBR64))
+            if code.startswith(_FIRST_STUB):
+                has_pad = code.endswith(_ENDBR64)
+                yield start, start + _PUSH_BYTES, rule(CfaKind.RSP, 2)
+                yield start + _PUSH_BYTES, start + _STUB_BYTES, rule(CfaKind.RSP, 3)
+                others = rule(CfaKind.PLT_LAZY, 9) if has_pad else rule(CfaKind.PLT, 11)
+                yield start + _STUB_BYTES, end, others
+
+
+def _is_code(elf: Elf, start: int, end: int) -> bool:
+    return any(s.p_vaddr <= start <= end <= s.p_vaddr + s.p_filesz for s in elf.segments)
+
+
+# `mov $15, %rax; syscall`: how rt_sigreturn is called in musl, in Go, and by all others that want
+# to be recognised by debuggers: libgcc and gdb look for these bytes.
+_SIGNAL_RETURN = bytes.fromhex("48c7c00f0000000f05")
+_MAX_SEARCHED_BYTES = 1 << 30
+_MAX_SEARCHED_HOLES = 1 << 16
+_MAX_CODE_SECTIONS = 64
+_MAX_SIGNAL_RETURNS = 64
+_SEARCHED_CHUNK_BYTES = 1 << 20
+
+
+def _find_signal_returns(elf: Elf, holes: _Holes) -> Iterator[Range]:
+    """Find where signal handlers return to in code without call frame information.
+
+    The range begins one byte early, as does glibc's FDE: a handler's return address is the first
+    instruction, and a caller is looked up one byte before. Where musl puts a nop for that purpose.
+    """
+    found = 0
+    left = _MAX_SEARCHED_BYTES
+    for start, end in itertools.islice(_in_code_sections(elf, holes), _MAX_SEARCHED_HOLES):
+        for address, content in _read_code(elf, start, min(end, start + left)):
+            left -= len(content)
+            place = content.find(_SIGNAL_RETURN)
+            while place >= 0 and found < _MAX_SIGNAL_RETURNS:
+                found += 1
+                at = address + place
+                yield max(at - 1, start), at + len(_SIGNAL_RETURN), rule(CfaKind.SIGNAL)
+                place = content.find(_SIGNAL_RETURN, place + len(_SIGNAL_RETURN))
+
+
+# syscall; test %rax, %rax: glibc ends clone()'s rules before it, as they do not hold in the thread
+# that it makes. In musl two instructions that put the thread's function on its stack come first.
+_GLIBC_CLONE = bytes.fromhex("0f054885c0")
+_MUSL_CLONE = bytes.fromhex("4883ee0848890e0f0585c0")
+_MUSL_CLONE_SYSCALL = 7
+_CLONE_BYTES = 16
+
+
+def _find_clones(elf: Elf, holes: _Holes) -> Iterator[Range]:
+    """Find where threads are made. Their maker returns to whom its stack pointer points at."""
+    left = _MAX_SEARCHED_BYTES
+    for start, end in itertools.islice(_in_code_sections(elf, holes), _MAX_SEARCHED_HOLES):
+        is_short = end - start <= _CLONE_BYTES
+        for address, content in _read_code(elf, start, min(end, start + left)):
+            left -= len(content)
+            if is_short and content.startswith(_GLIBC_CLONE):
+                yield start, end, rule(CfaKind.CLONE)
+            place = content.find(_MUSL_CLONE)
+            if place >= 0:
+                at = address + place
+                yield at + _MUSL_CLONE_SYSCALL, at + len(_MUSL_CLONE) + 2, rule(CfaKind.CLONE)
+
+
+# call *%rbx or another register; mov %eax, %edi; call.
+_CALL_AND_EXIT = re.compile(rb"\xff[\xd0-\xd7]\x89\xc7\xe8(....)", re.DOTALL)
+
+
+def _find_callers_of_main(elf: Elf, holes: _Holes) -> Iterator[Range]:
+    """Stop where what a function returns is handed to exit(): in musl, that has no rules at all.
+
+    Only where symbols say that it is exit() that is called.
+    """
+    calls: dict[int, int] = {}
+    left = _MAX_SEARCHED_BYTES
+    for start, end in itertools.islice(_in_code_sections(elf, holes), _MAX_SEARCHED_HOLES):
+        for address, content in _read_code(elf, start, min(end, start + left)):
+            left -= len(content)
+            for match in _CALL_AND_EXIT.finditer(content):
+                distance = int.from_bytes(match[1], "little", signed=True)
+                calls[address + match.start()] = address + match.end() + distance
+    if not 0 < len(calls) < _MAX_SIGNAL_RETURNS:
+        return
+    exits = _addresses_of(elf, b"exit")
+    for address, target in calls.items():
+        if target in exits:
+            yield address, address + _CALL_BYTES, rule(CfaKind.STOP)
+
+
+_CALL_BYTES = 2
+
+
+def _addresses_of(elf: Elf, name: bytes) -> set[int]:
+    """Give where functions of a name begin."""
+    try:
+        functions, strings = read_functions(elf)
+        text = b"".join(itertools.islice(strings, _MAX_STRING_PIECES))
+    except UnreadableElf:
+        return set()
+    # Linkers let a name be the end of a longer one.
+    places = [match.start() for match in re.finditer(re.escape(name) + b"\0", text)]
+    is_named = np.isin(functions.names, np.array(places, dtype=np.uint32))
+    offsets = functions.starts[is_named].astype(np.int64) + functions.base
+    return {
+        offset - segment.p_offset + segment.p_vaddr
+        for offset in offsets.tolist()
+        for segment in elf.segments
+        if segment.p_offset <= offset < segment.p_offset + segment.p_filesz
+    }
+
+
+_MAX_STRING_PIECES = 64
+"""Of a megabyte each. Only C libraries are looked at, and what is linked with one statically."""
+
+
+def _in_code_sections(elf: Elf, holes: _Holes) -> Iterator[tuple[int, int]]:
+    """Leave out what is mapped as code with it: libLLVM has 26 MB of tables there."""
+    parts = [(s.address, s.address + s.size) for s in elf.sections if s.is_code]
+    parts = [part for part in parts if _is_code(elf, *part)]
+    parts = parts or [(s.p_vaddr, s.p_vaddr + s.p_filesz) for s in elf.segments]
+    for start, end in parts[:_MAX_CODE_SECTIONS]:
+        yield from holes.within(start, end)
+
+
+def _read_code(elf: Elf, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """Give what is linked at addresses, in pieces that overlap by less than what is looked for."""
+    for p_vaddr, p_offset, p_filesz in elf.segments:
+        first, last = max(start, p_vaddr), min(end, p_vaddr + p_filesz)
+        for address in range(first, last, _SEARCHED_CHUNK_BYTES):
+            size = min(_SEARCHED_CHUNK_BYTES + len(_SIGNAL_RETURN) - 1, last - address)
+            if size >= len(_SIGNAL_RETURN):
+                yield address, elf.source.read_at(address - p_vaddr + p_offset, size)
+
+
+# musl's _start has 22 bytes, and glibc's has an FDE.
+_ENTRY_BYTES = 64
+_BEGINNING_BYTES = 16
+_TAKE_STACK = bytes.fromhex("4889e7")  # mov %rsp, %rdi
+
+
+def _find_entry(elf: Elf, holes: _Holes) -> Iterator[Range]:
+    """Stop in a program's entry point, which nobody has called, where it has no rules.
+
+    A shared library's may be any address, but a loader's, which is one too, is where programs that
+    it loads call their constructors from. It begins like all of them: with taking the stack.
+    """
+    start = elf.entry_point
+    if not _is_code(elf, start, start + 1) or not any(holes.within(start, start + 1)):
+        return
+    beginning = b"".join(code for _, code in _read_code(elf, start, start + _BEGINNING_BYTES))
+    if elf.entry is not None or _TAKE_STACK in beginning:
+        end = _end_of_function(elf, start)
+        yield start, min(end, start + _ENTRY_BYTES), rule(CfaKind.STOP)
+
+
+def _end_of_function(elf: Elf, address: int) -> int:
+    try:
+        named, _ = read_functions(elf)
+    except UnreadableElf:
+        return address + _ENTRY_BYTES
+    for p_vaddr, p_offset, p_filesz in elf.segments:
+        if p_vaddr <= address < p_vaddr + p_filesz:
+            offset = address - p_vaddr + p_offset - named.base
+            place = int(np.searchsorted(named.ends, offset, side="right"))
+            if place < len(named.ends) and named.starts[place] <= offset:
+                return address + int(named.ends[place]) - offset
+    return address + _ENTRY_BYTES

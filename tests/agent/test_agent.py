@@ -1,0 +1,316 @@
+"""`everflame agent` as a service runs it: windows, the lock, the status, signals, and the clock."""
+
+import itertools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+import pytest
+
+from profiler.agent.agent import Edges
+from storage.formats import pprof
+from storage.objects.open import ObjectKey
+from storage.profile import Profile
+from tests.support.targets import compile_target, running
+
+EVERFLAME = Path(sys.executable).with_name("everflame")
+SECOND = 1_000_000_000
+
+
+@dataclass
+class Place:
+    """Folders of an agent that disturbs no other."""
+
+    root: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "EVERFLAME_RUN": str(self.root / "run")}
+
+    def command(self, *arguments: str) -> list[str]:
+        folders = [f"--store={self.root / 'store'}", f"--spool={self.root / 'spool'}"]
+        return [str(EVERFLAME), "agent", "--interval=5s", *folders, *arguments]
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [EVERFLAME, *arguments],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            env=self.environment,
+        )
+
+    def status(self) -> dict:
+        return orjson.loads(self.run("status", "--json").stdout or "{}")
+
+    def objects(self) -> dict[ObjectKey, Profile]:
+        found = {}
+        for path in sorted((self.root / "store").rglob("*.pb.gz")):
+            key = ObjectKey.parse(str(path.relative_to(self.root / "store")))
+            assert key is not None, path
+            found[key] = pprof.decode(path.read_bytes())
+        return found
+
+
+def wait_until(is_true, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def place(tmp_path) -> Place:
+    return Place(tmp_path)
+
+
+@pytest.fixture
+def agent(place) -> Iterator[subprocess.Popen[bytes]]:
+    with running(*place.command(), env=place.environment, stderr=subprocess.PIPE) as process:
+        wait_until(lambda: place.status().get("ticks", 0) > 0)
+        yield process
+
+
+@pytest.mark.kernel
+def test_windows_are_aligned_and_every_tick_is_in_one(agent, place) -> None:
+    """Two closed windows and the rest at SIGTERM: no gap, no overlap, law 1, nothing waiting."""
+    wait_until(lambda: place.status()["windows"] >= 2)
+    agent.send_signal(signal.SIGTERM)
+    agent.communicate(timeout=30)
+
+    objects = place.objects()
+    windows = sorted(profile.window for profile in objects.values())
+    assert agent.returncode == 0
+    assert len(windows) >= 3
+    assert all(window.start_ns % (5 * SECOND) == 0 for window in windows[1:])
+    assert all(a.end_ns == b.start_ns for a, b in itertools.pairwise(windows))
+    assert all(profile.accounting.mismatch == 0 for profile in objects.values())
+    assert all(key.start_ns // SECOND == p.window.start_ns // SECOND for key, p in objects.items())
+    assert not list((place.root / "spool" / "waiting").iterdir())
+
+
+@pytest.mark.kernel
+def test_a_second_agent_of_the_host_says_so_in_one_line(agent, place) -> None:
+    result = place.run(*place.command()[1:])
+
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert f"an agent runs on this host already (pid {agent.pid};" in last
+
+
+@pytest.mark.kernel
+def test_status_tells_what_the_agent_does_and_costs(agent, place) -> None:
+    status = place.status()
+
+    lost = sum(status["lost"].values())
+    assert status["ticks"] == status["stored"] + status["idle"] + status["filtered"] + lost
+    assert {"drain", "processes", "symbolize", "fold", "sampler"} <= status["cpu_ns"].keys()
+    assert 10e6 < status["sampler"]["rss_bytes"] < 100e6
+    text = place.run("status").stdout
+    assert f"pid {agent.pid}" in text
+    assert "stored" in text
+
+
+@pytest.mark.kernel
+def test_the_sampler_imports_no_client_no_compiler_and_no_server(agent) -> None:
+    """Neither boto3 nor bcc, LLVM or a web server is mapped into it."""
+    maps = Path(f"/proc/{agent.pid}/maps").read_text()
+    script = (
+        "import sys, profiler.agent.agent, profiler.agent.recorder\n"
+        "import storage.spool.spool, storage.formats.pprof\n"
+        "print({'bcc', 'boto3', 'botocore', 'duckdb', 'starlette', 'ssl'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+    assert not re.search(r"LLVM|_ssl|libssl", maps)
+    assert found.stdout == b"set()\n"
+
+
+@pytest.mark.kernel
+def test_an_uploader_that_was_killed_is_started_again(agent, place) -> None:
+    first = place.status()["uploader"]["pid"]
+
+    os.kill(first, signal.SIGKILL)
+
+    wait_until(lambda: place.status()["uploader"]["starts"] == 2)
+    wait_until(lambda: place.status()["windows"] >= 1)
+    wait_until(lambda: len(place.objects()) >= 1)
+
+
+@pytest.mark.kernel
+def test_a_killed_agent_leaves_its_closed_windows_to_the_next(agent, place) -> None:
+    """SIGKILL to both: what was closed is stored once, by the next agent at the latest."""
+    wait_until(lambda: place.status()["windows"] >= 1)
+    status = place.status()
+    agent.kill()
+    agent.wait()
+    wait_until(lambda: not Path(f"/proc/{status['uploader']['pid']}").exists())
+
+    with running(*place.command("--for", "1s"), env=place.environment) as second:
+        assert second.wait(30) == 0
+
+    objects = place.objects()
+    assert len({key.host_id for key in objects}) == 1
+    assert len({profile.window for profile in objects.values()}) == len(objects)
+    assert len(objects) >= status["windows"] + 1
+
+
+@pytest.mark.kernel
+def test_metrics_are_served_from_loopback(place) -> None:
+    """Prometheus reads them; every line is a comment or a name, labels and a number."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = place.command(f"--metrics-listen=127.0.0.1:{port}")
+    with running(*command, env=place.environment):
+        wait_until(lambda: b'cpu_seconds_total{part="drain"}' in fetch(port, "/metrics"))
+
+        lines = fetch(port, "/metrics").decode().splitlines()
+
+    sample = re.compile(r'# TYPE .*|everflame_[a-z_]+(\{[a-z]+="[a-z_]+"\})? -?[0-9.e+-]+')
+    assert [line for line in lines if not sample.fullmatch(line)] == []
+    assert any(line.startswith("everflame_ticks_total ") for line in lines)
+
+
+def fetch(port: int, path: str) -> bytes:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            return answer.read()
+    except OSError:
+        return b""
+
+
+@pytest.mark.kernel
+def test_the_profiler_and_what_it_profiles_have_labels(place, tmp_path) -> None:
+    """A service that runs, sampled or not, has its present_ns; the agent is service everflame."""
+    split = compile_target("split.c", tmp_path / "split")
+    with running(split, "60"), running("sleep", "60", env={"SERVICE_VERSION": "1.2.3"}):
+        subprocess.run(place.command("--for", "7s"), check=True, env=place.environment)
+
+    present: dict[str, int] = {}
+    versions: dict[str, set[str]] = {}
+    services: set[str] = set()
+    for profile in place.objects().values():
+        for labels, present_ns in profile.accounting.services.items():
+            named = dict(labels)
+            present[named["service"]] = present.get(named["service"], 0) + present_ns
+            versions.setdefault(named["service"], set()).add(named.get("version", ""))
+        services |= {dict(row.labels).get("service", "") for row in profile.rows()}
+    assert {"split", "everflame"} <= services
+    assert "1.2.3" in versions["sleep"]
+    assert present["split"] > 5 * SECOND
+    assert present["sleep"] > 5 * SECOND
+
+
+STEPPED = """
+import sys, time
+from pathlib import Path
+real_ns, offset = time.time_ns, Path(sys.argv.pop(1))
+time.time_ns = lambda: real_ns() + int(offset.read_text()) * 1_000_000_000
+from profiler.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.kernel
+def test_a_clock_that_steps_by_an_hour_loses_no_tick(place) -> None:
+    """Forwards, then back: each window closes at once, and has the length that really passed."""
+    offset = place.root / "offset"
+
+    def set_clock(to_s: int) -> None:
+        offset.with_suffix(".new").write_text(str(to_s))
+        offset.with_suffix(".new").rename(offset)
+
+    set_clock(0)
+    program = [sys.executable, "-c", STEPPED, str(offset), *place.command()[1:]]
+    with running(*program, env=place.environment, stderr=subprocess.DEVNULL) as agent:
+        for ended, to_s in enumerate((3600, 0)):
+            wait_until(lambda at=ended: _has_ticks_in_window(place.status(), at))
+            set_clock(to_s)
+            wait_until(lambda at=ended: place.status()["windows"] > at)
+        last = place.status()
+        agent.terminate()
+        assert agent.wait(30) == 0
+
+    profiles = sorted(place.objects().values(), key=lambda profile: profile.window)
+    counts = [profile.accounting for profile in profiles]
+    starts_s = [profile.window.start_ns // SECOND for profile in profiles]
+    assert len(profiles) >= 3
+    assert sum(abs(start_s - starts_s[0] - 3600) < 60 for start_s in starts_s) >= 1
+    assert all(0 < p.window.end_ns - p.window.start_ns <= 6 * SECOND for p in profiles)
+    assert all(each.mismatch == 0 and not each.lost for each in counts)
+    assert sum(each.ticks for each in counts) >= last["ticks"]
+    assert last["faults"] == 0
+
+
+def _has_ticks_in_window(status: dict, windows: int) -> bool:
+    return status.get("windows", 0) >= windows and status.get("ticks", 0) > 0
+
+
+@pytest.mark.kernel
+def test_nobody_to_ask_is_one_line(place) -> None:
+    result = place.run("status")
+
+    assert result.returncode == 2
+    assert "start one with: everflame agent" in result.stderr
+
+
+class Clocks:
+    """A wall clock that can be set, and a monotonic one that cannot."""
+
+    def __init__(self, wall_ns: int) -> None:
+        self.offset_ns = wall_ns
+        self.passed_ns = 0
+
+    def wall_ns(self) -> int:
+        return self.offset_ns + self.passed_ns
+
+    def monotonic_ns(self) -> int:
+        return self.passed_ns
+
+
+@pytest.fixture
+def clocks() -> Clocks:
+    return Clocks(1_795_258_443 * SECOND)
+
+
+def test_a_window_ends_at_the_next_multiple_of_the_interval(clocks) -> None:
+    edges = Edges(60, clocks.wall_ns, clocks.monotonic_ns)
+    assert edges.edge_ns == 1_795_258_500 * SECOND
+
+    clocks.passed_ns = 57 * SECOND - 1
+    assert not edges.is_reached
+    clocks.passed_ns += 1
+    assert edges.is_reached
+
+
+def test_an_edge_that_is_too_near_is_passed_over(clocks) -> None:
+    """A window of milliseconds would be an object for nothing."""
+    clocks.offset_ns = 1_795_258_500 * SECOND - 1000
+    edges = Edges(60, clocks.wall_ns, clocks.monotonic_ns)
+
+    assert edges.edge_ns == 1_795_258_560 * SECOND
+
+
+@pytest.mark.parametrize("step_s", [3600, -3600])
+def test_a_clock_that_was_set_ends_the_window(step_s, clocks) -> None:
+    """Forwards or back: the window closes at once and the next one takes the new time."""
+    edges = Edges(60, clocks.wall_ns, clocks.monotonic_ns)
+    clocks.passed_ns = 10 * SECOND
+    assert not edges.is_stepped
+
+    clocks.offset_ns += step_s * SECOND
+    assert edges.is_stepped
+    edges.begin()
+
+    assert not edges.is_stepped
+    assert edges.edge_ns == (1_795_258_500 + step_s) * SECOND

@@ -1,0 +1,352 @@
+"""Unwinding of real processes: each frame is the one that the debugger finds, none is missing."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bpf.sampler import Sampler, SamplerConfig
+from bpf.samples import RawSample
+from bpf.tables import SHARD_BYTES
+from profiler.agent import unwind_tables as unwinding
+from profiler.agent.recorder import Recorder
+from symbolizer.maps import MappingTable, parse_maps
+from symbolizer.symbols.elf import FileSource, read_elf
+from tests.support.live import wait_for
+from tests.support.targets import compile_target, running
+
+pytestmark = pytest.mark.kernel
+
+PARKED = (
+    *("recursion", "callback", "tail_call", "signal", "another_stack", "alloca", "aligned"),
+    *("variable_length", "large_frame", "longjmp", "call_at_the_end"),
+)
+Places = tuple[tuple[int, str], ...]
+"""A stack, leaf first: where each address is in its page, and the name of its file."""
+CHANGING = ("-O2", "-fno-plt", "-fno-optimize-sibling-calls", "-fomit-frame-pointer")
+NO_FRAME_POINTERS = ("-fomit-frame-pointer", "-fasynchronous-unwind-tables")
+
+# Callers are looked up one byte before their return address; what a signal interrupted is not.
+GDB_SCRIPT = """set backtrace past-main on
+set backtrace past-entry on
+python
+import gdb, json
+def words_of(pid):
+    gdb.execute(f"attach {pid}", to_string=True)
+    words, frame, newer = [], gdb.newest_frame(), None
+    while frame is not None:
+        if frame.type() in (gdb.NORMAL_FRAME, gdb.SIGTRAMP_FRAME):  # not inlined, not jumped out of
+            is_exact = newer is None or newer.type() == gdb.SIGTRAMP_FRAME
+            words.append(frame.pc() if is_exact else frame.pc() - 1)
+            newer = frame
+        frame = frame.older()
+    gdb.execute("detach", to_string=True)
+    return words
+print("WORDS", json.dumps([words_of(pid) for pid in PIDS]))
+"""
+
+
+@pytest.fixture(scope="module")
+def recorder(tmp_path_factory) -> Iterator[Recorder]:
+    with Recorder(SamplerConfig(frequency_hz=499), tmp_path_factory.mktemp("cache")) as recorder:
+        recorder.start()
+        yield recorder
+
+
+@contextlib.contextmanager
+def all_parked(program: Path, parked: Sequence[str]) -> Iterator[dict[str, int]]:
+    """Run a program for each way of being parked, all at once; give their pids."""
+    with contextlib.ExitStack() as stack:
+        started = {what: stack.enter_context(running(program, what)) for what in parked}
+        time.sleep(1.5)  # until the signals have come
+        yield {what: process.pid for what, process in started.items()}
+
+
+def samples_of(
+    recorder: Recorder, pids: Collection[int], seconds: float = 0.5
+) -> dict[int, list[RawSample]]:
+    """Give the samples of processes from when the tables of all of them are loaded on."""
+    is_known: dict[int, bool] = {}
+    found: dict[int, list[RawSample]] = {}
+
+    def drained() -> list[RawSample]:
+        return [sample for sample in recorder.sampler.drain().samples if sample.pid in pids]
+
+    def are_known() -> bool:
+        recorder.step()
+        recorder.catch_up()
+        time.sleep(0.2)
+        samples = drained()
+        is_known.update({sample.pid: True for sample in samples})
+        is_known.update({sample.pid: False for sample in samples if "yet" in sample.stop})
+        return len(is_known) == len(pids) and all(is_known.values())
+
+    def are_sampled() -> bool:
+        time.sleep(seconds)
+        for sample in drained():
+            found.setdefault(sample.pid, []).append(sample)
+        return len(found) == len(pids)
+
+    # On a busy machine not every process is on a CPU at a tick of each round.
+    wait_for(are_known, timeout_s=60)
+    recorder.sampler.drain()
+    wait_for(are_sampled)
+    return found
+
+
+def stacks_by_gdb(pids: Collection[int], folder: Path) -> list[list[int]]:
+    if not shutil.which("gdb"):
+        pytest.skip("no gdb: apt-get install gdb")
+    (folder / "script").write_text(GDB_SCRIPT.replace("PIDS", str(list(pids))))
+    command = ["gdb", "-nx", "-batch", "-x", folder / "script"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    found = [line for line in done.stdout.splitlines() if line.startswith("WORDS")]
+    assert found, done.stdout + done.stderr
+    return json.loads(found[0].removeprefix("WORDS"))
+
+
+def check_frames(recorder: Recorder, program: Path, parked: Sequence[str], folder: Path) -> None:
+    with all_parked(program, parked) as pids:
+        samples = samples_of(recorder, pids.values())
+        expected = stacks_by_gdb(pids.values(), folder)
+
+    for (what, pid), words in zip(pids.items(), expected, strict=True):
+        assert {sample.stop for sample in samples[pid]} == {"root"}, what
+        # The leaf moves within its loop; it makes no call. Where the lowest returns to is no frame.
+        callers = tuple(word for word in words[1:] if word > 0)
+        assert {tuple(sample.user[1:].tolist()) for sample in samples[pid]} == {callers}, what
+
+
+@pytest.mark.parametrize("level", ["-O0", "-O1", "-O2", "-O3"])
+def test_frames_are_those_of_the_debugger(level, recorder, tmp_path):
+    """At every level of optimisation, for every way of calling that compilers know."""
+    program = compile_target("parked.c", tmp_path / "parked", level, *NO_FRAME_POINTERS)
+
+    check_frames(recorder, program, PARKED, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("-static",), ("-fno-plt",), ("-no-pie", "-fno-pie"), ("-fuse-ld=lld",), ("-fuse-ld=gold",)],
+    ids=" ".join,
+)
+def test_frames_are_right_however_a_program_is_linked(flags, recorder, tmp_path):
+    if "-fuse-ld=gold" in flags and not shutil.which("ld.gold"):
+        pytest.skip("no gold: it left binutils in Debian 13")
+    program = compile_target("parked.c", tmp_path / "parked", "-O2", *NO_FRAME_POINTERS, *flags)
+
+    check_frames(recorder, program, ("recursion", "callback", "signal"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "parked"),
+    # The debugger loses its way where a handler returns to, when nothing says whose code that is.
+    [((), ("recursion", "alloca")), (("-static",), ("recursion", "alloca", "signal"))],
+    ids=["dynamic", "static"],
+)
+def test_frames_are_right_with_musl(flags, parked, recorder, tmp_path):
+    """Another C library, whose own code has no rules: what called main is known all the same."""
+    program = compile_target(
+        "parked.c", tmp_path / "parked", "-O2", *NO_FRAME_POINTERS, *flags, compiler="musl-gcc"
+    )
+
+    check_frames(recorder, program, parked, tmp_path)
+
+
+def stacks_by_perf(pids: Collection[int], folder: Path) -> dict[int, set[Places]]:
+    """Give the distinct stacks that perf unwinds from copies of the stacks' memory, leaf first."""
+    if not shutil.which("perf"):
+        pytest.skip("no perf: apt-get install linux-perf")
+    data = str(folder / "perf.data")
+    record = ["perf", "record", "-q", "-e", "cpu-clock:u", "-F", "99", "-o", data]
+    record += ["-p", ",".join(map(str, pids)), "--call-graph", "dwarf,65528", "--", "sleep", "1"]
+    subprocess.run(record, check=True, capture_output=True, timeout=60)
+    script = ["perf", "script", "-i", data, "--no-inline", "-F", "pid,ip,dso"]
+    script += ["--max-stack", "300"]
+    text = subprocess.run(script, check=True, capture_output=True, text=True, timeout=60).stdout
+    stacks: dict[int, set[Places]] = {pid: set() for pid in pids}
+    for block in text.split("\n\n"):
+        if block.strip():
+            pid, *frames = block.strip().splitlines()
+            places = (line.split() for line in frames)
+            stacks[int(pid)].add(
+                tuple((int(at, 16) % 4096, Path(dso.strip("()")).name) for at, dso in places)
+            )
+    return stacks
+
+
+def places_of(words: Sequence[int], maps: MappingTable) -> Places:
+    """Give addresses as perf tells them: relative to something that depends on its version."""
+    found = maps.find(np.array(words, dtype=np.uint64)).tolist()
+    return tuple(
+        (word % 4096, Path(os.fsdecode(maps.mappings[place].path)).name)
+        for word, place in zip(words, found, strict=True)
+    )
+
+
+def test_stacks_are_those_of_perf(recorder, tmp_path):
+    """perf unwinds afterwards with libdw, another reader of the same rules."""
+    program = compile_target("parked.c", tmp_path / "parked", "-O2", *NO_FRAME_POINTERS)
+    parked = [what for what in PARKED if what != "another_stack"]  # perf copies one only
+    with all_parked(program, parked) as pids:
+        samples = samples_of(recorder, pids.values())
+        theirs = stacks_by_perf(pids.values(), tmp_path)
+        maps = {
+            pid: MappingTable.of(parse_maps(Path(f"/proc/{pid}/maps").read_bytes()))
+            for pid in pids.values()
+        }
+
+    for what, pid in pids.items():
+        ours = {places_of(sample.user[1:].tolist(), maps[pid]) for sample in samples[pid]}
+        assert ours == {stack[1:] for stack in theirs[pid]}, what
+
+
+def test_stacks_are_whole_below_the_vdso_and_in_the_kernel(recorder, tmp_path):
+    program = compile_target("parked.c", tmp_path / "parked", "-O2", *NO_FRAME_POINTERS)
+
+    with all_parked(program, ("vdso", "kernel")) as pids:
+        samples = samples_of(recorder, pids.values())
+        expected = stacks_by_gdb(pids.values(), tmp_path)
+
+    for pid, words in zip(pids.values(), expected, strict=True):
+        assert {sample.stop for sample in samples[pid]} == {"root"}
+        assert {tuple(sample.user[-3:].tolist()) for sample in samples[pid]} == {tuple(words[-3:])}
+
+
+def stops_of(recorder: Recorder, pid: int, seconds: float = 0.3) -> set[str]:
+    """Give why the stacks of a process end just now, while the recorder goes on."""
+    found: set[str] = set()
+    end_s = time.monotonic() + seconds
+    while time.monotonic() < end_s:
+        time.sleep(0.05)
+        recorder.catch_up()
+        drain = recorder.sampler.drain()
+        recorder.unwinding.note(recorder._by_mappings(drain.samples))
+        recorder.catch_up()
+        found |= {sample.stop for sample in drain.samples if sample.pid == pid}
+    return found
+
+
+@pytest.mark.parametrize("what", ["open", "exec", "fork"])
+def test_what_a_process_becomes_is_followed(what, recorder, tmp_path):
+    """A library that it opens later, another program, a child: whole again within a moment."""
+    library = compile_target("changing.c", tmp_path / "library.so", *CHANGING, "-shared", "-fPIC")
+    program = compile_target("changing.c", tmp_path / "changing", *CHANGING)
+
+    with running(program, what, library) as process:
+        wait_for(lambda: stops_of(recorder, process.pid) == {"root"})
+        process.send_signal(signal.SIGUSR1)
+        pid = process.pid
+        if what == "fork":
+            children = Path(f"/proc/{pid}/task/{pid}/children")
+            wait_for(children.read_text)
+            pid = int(children.read_text())
+        elif what == "exec":
+            wait_for(lambda: Path(f"/proc/{pid}/comm").read_text() == "sleepless\n")
+        else:
+            wait_for(lambda: str(library) in Path(f"/proc/{pid}/maps").read_text())
+
+        wait_for(lambda: stops_of(recorder, pid) == {"root"})
+
+
+FRAMES = """
+volatile long n;
+__attribute__((noinline)) void spin(void) { volatile char room[SIZE]; room[0] = 1;
+  while (n >= 0) room[0]++; }
+__attribute__((noinline)) void middle(void) { volatile char room[SIZE]; room[1] = 2; spin();
+  room[1] = 3; }
+int main(void) { middle(); return n; }
+"""
+
+
+def test_a_program_that_was_built_again_has_its_own_rules(recorder, tmp_path):
+    """Without a build id, in the same inode, under the same name: nothing tells it from the old."""
+    (tmp_path / "frames.c").write_text(FRAMES)
+    program = tmp_path / "program"
+    for size in (64, 4096):
+        flags = ("-O1", *NO_FRAME_POINTERS, "-Wl,--build-id=none", f"-DSIZE={size}")
+        built = compile_target(str(tmp_path / "frames.c"), tmp_path / "built", *flags)
+        with program.open("ab") as file:  # not replaced
+            file.truncate(0)
+            file.write(built.read_bytes())
+        program.chmod(0o755)
+        with running(program) as process:
+            wait_for(lambda pid=process.pid: stops_of(recorder, pid) == {"root"})
+
+
+def with_rows(folder: Path, name: str, count: int) -> Path:
+    """Compile a program that spins, and has a table of so many rows besides."""
+    rules = "".join(f"nop\n.cfi_def_cfa_offset {8 * i}\n" for i in range(2, 9))
+    (folder / f"{name}.s").write_text(
+        f".text\n.rept {count // 8}\n.cfi_startproc\n{rules}nop\n.cfi_endproc\n.endr\n"
+        ".section .note.GNU-stack\n"
+    )
+    return compile_target(
+        "parked.c", folder / name, "-O2", *NO_FRAME_POINTERS, str(folder / f"{name}.s")
+    )
+
+
+def test_tables_in_use_stay_and_those_that_are_not_make_room(tmp_path, monkeypatch):
+    """Where two do not fit, the second waits, says so, and comes in when the first is unused."""
+    monkeypatch.setattr(unwinding, "_UNUSED_S", 1.0)
+    monkeypatch.setattr(unwinding, "_SWEEP_S", 0.2)
+    monkeypatch.setattr(unwinding, "_WAIT_S", 3.0)
+    first, second = (with_rows(tmp_path, name, n) for name, n in (("a", 200_000), ("b", 202_000)))
+
+    with running(first, "recursion") as one, running(second, "recursion") as two:
+        two.send_signal(signal.SIGSTOP)
+        with Sampler(SamplerConfig()) as empty:
+            fixed_bytes = empty.tables.memory_bytes - SHARD_BYTES
+        config = SamplerConfig(
+            frequency_hz=499,
+            pids=frozenset({one.pid, two.pid}),  # nobody else's tables come in between
+            tables_limit_bytes=fixed_bytes + 2 * SHARD_BYTES - 1,
+        )
+        with Recorder(config, tmp_path / "cache") as recorder:
+            recorder.start()
+            wait_for(lambda: stops_of(recorder, one.pid) == {"root"})
+            two.send_signal(signal.SIGCONT)
+            wait_for(lambda: stops_of(recorder, two.pid) == {"no_room"})
+            assert stops_of(recorder, one.pid) == {"root"}
+            assert recorder.unwinding.status()["tables_waiting"] == 1
+            one.send_signal(signal.SIGSTOP)
+            wait_for(lambda: stops_of(recorder, two.pid) == {"root"})
+            status = recorder.unwinding.status()
+
+    assert status["tables_evicted"] >= 1
+    assert status["tables_waiting"] == 0
+    assert status["kernel_bytes"] <= config.tables_limit_bytes
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_call_frame_information_harms_nobody_else(seed, recorder, tmp_path):
+    """A file whose .eh_frame is noise: its own stacks may be cut short, and nothing more."""
+    honest = compile_target("parked.c", tmp_path / "honest", "-O2", *NO_FRAME_POINTERS)
+    damaged = tmp_path / "damaged"
+    content = bytearray(honest.read_bytes())
+    start, size = place_of(honest, ".eh_frame")
+    noise = random.Random(seed)
+    for at in range(start, start + size):
+        if noise.random() < (0.02, 0.1, 0.5, 1)[seed]:
+            content[at] = noise.randrange(256)
+    damaged.write_bytes(content)
+    damaged.chmod(0o755)
+
+    with running(damaged, "recursion") as process, running(honest, "recursion") as other:
+        wait_for(lambda: not any("yet" in stop for stop in stops_of(recorder, process.pid)))
+        wait_for(lambda: stops_of(recorder, other.pid) == {"root"})
+
+
+def place_of(path: Path, section: str) -> tuple[int, int]:
+    elf = read_elf(FileSource(os.open(path, os.O_RDONLY)))
+    (found,) = (each for each in elf.sections if each.name == section.encode())
+    return found.offset, found.size

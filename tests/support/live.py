@@ -1,0 +1,72 @@
+"""Real processes that have got as far as a test needs them, and samples of them."""
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from bpf.samples import RawSample
+from tests.support.targets import running
+
+TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+
+_NO_WORDS = np.zeros(0, dtype=np.uint64)
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.002)
+
+
+def stat_fields(pid: int) -> list[bytes]:
+    """Give /proc/PID/stat from its third field on."""
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+
+
+def has_execed(pid: int) -> bool:
+    """Tell whether arguments and environment of the program are in place (field 51, env_end).
+
+    Popen returns a moment before that: the kernel lets the parent of a vfork go on early.
+    """
+    return stat_fields(pid)[48] != b"0"
+
+
+@contextlib.contextmanager
+def started(*command: str | Path, **options: object) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program for the length of the block, which begins when it has its arguments."""
+    with running(*command, **options) as process:
+        wait_for(lambda: has_execed(process.pid))
+        yield process
+
+
+def start_ns_of(pid: int) -> int:
+    """Give a start that a sample of this process may have: /proc knows it to 10 ms."""
+    return int(stat_fields(pid)[19]) * TICK_NS + 1_234_567
+
+
+def sample_of(pid: int, **changes: object) -> RawSample:
+    """Give a sample as the kernel would have taken it now."""
+    now_ns = time.monotonic_ns()
+    comm = changes.pop("comm", None) or Path(f"/proc/{pid}/comm").read_bytes().rstrip(b"\n")
+    sample = RawSample(
+        pid=pid,
+        tid=pid,
+        start_ns=changes.pop("start_ns", None) or start_ns_of(pid),
+        exec_id=1,
+        cgroup_id=1,
+        comm=comm,
+        leader_comm=comm,
+        first_ns=now_ns,
+        last_ns=now_ns,
+        samples=1,
+        stop="root",
+        user=_NO_WORDS,
+        kernel=_NO_WORDS,
+    )
+    return sample._replace(**changes)

@@ -1,0 +1,97 @@
+import time
+
+import pytest
+
+from symbolizer.symbols.demangle import Demangler
+
+
+@pytest.fixture
+def demangler():
+    demangler = Demangler()
+    yield demangler
+    demangler.close()
+
+
+def program(tmp_path, text):
+    path = tmp_path / "filter"
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o700)
+    return str(path)
+
+
+def test_only_mangled_names_change(demangler):
+    """What merely looks like an old compiler's name is left alone."""
+    names = [
+        b"main",
+        b"_Z1fv",
+        b"f__Fi",
+        b"_Z3foov.cold",
+        b"_Z1fv@plt",
+        b"_Z",
+        b"_RNvC1a1b",
+        b"a b",
+    ]
+
+    assert demangler.demangle(names) == [
+        *(b"main", b"f()", b"f__Fi", b"foo() [clone .cold]", b"f()@plt", b"_Z", b"a::b", b"a b"),
+    ]
+
+
+def test_lines_and_options_do_not_reach_the_child(demangler):
+    """A name with a newline in it would shift every answer after it."""
+    names = [b"_Z1fv\n_Z1gv", b"_Z1fv _Z1gv", b"--help", b"_Z1hv"]
+
+    assert demangler.demangle(names) == [*names[:3], b"h()"]
+
+
+def test_large_batches_do_not_block(demangler):
+    """Both pipes fill up, and still each answer stands at its name."""
+    names = [b"_ZN%d%sEi" % (n, b"x" * n) for n in range(1, 200)] * 50
+
+    answers = demangler.demangle(names)
+
+    assert answers == [b"x" * n + b"(int)" for n in range(1, 200)] * 50
+
+
+def test_missing_program_leaves_names_raw():
+    """binutils need not be installed."""
+    assert Demangler("/no/such/program").demangle([b"_Z1fv"]) == [b"_Z1fv"]
+
+
+@pytest.mark.parametrize("text", ["exit 1", "exec sleep 100", "echo one too many; cat"])
+def test_failing_child_leaves_names_raw(tmp_path, text):
+    """It dies, hangs, or says more than it was asked; the answer comes in bounded time."""
+    demangler = Demangler(program(tmp_path, text))
+    started = time.monotonic()
+
+    answers = demangler.demangle([b"_Z1fv", b"_Z1gv"])
+
+    demangler.close()
+    assert answers == [b"_Z1fv", b"_Z1gv"]
+    assert time.monotonic() - started < 10
+
+
+def test_one_bad_name_costs_only_itself(tmp_path):
+    """A name that kills the child is left raw, and the others are asked again."""
+    killer = 'while read name; do [ "$name" = _Z3badv ] && exit 1; echo "$name" | c++filt; done'
+    demangler = Demangler(program(tmp_path, killer))
+
+    answers = demangler.demangle([b"_Z1fv", b"_Z3badv", b"_Z1gv"])
+
+    demangler.close()
+    assert answers == [b"f()", b"_Z3badv", b"g()"]
+
+
+def test_expanding_name_is_bounded(demangler):
+    """Substitutions double a name again and again; neither memory nor time follows."""
+    bomb = b"_Z1fI1AE"
+    for seq in [b"S_", *(b"S%X_" % n for n in range(30))]:
+        bomb += b"1BI" + seq + seq + b"E"
+    started = time.monotonic()
+
+    answers = demangler.demangle([b"_Z1gv", bomb, b"_Z1hv"])
+
+    assert answers[0] == b"g()"
+    assert answers[2] == b"h()"
+    assert len(answers[1]) < 8 << 20
+    assert time.monotonic() - started < 10

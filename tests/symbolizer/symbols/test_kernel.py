@@ -1,0 +1,205 @@
+"""Kernel addresses: images that do not move with randomisation, names, and missing privilege."""
+
+import os
+from bisect import bisect_left
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from symbolizer.location import AddressLocation, Kind, Miss, NamedLocation
+from symbolizer.symbolizer import Symbolizer
+from symbolizer.symbols.kernel import KERNEL_NAME, parse_modules, read_kernel_map
+
+CORE = [
+    (0xFFFFFFFF81000000, "T", "_stext"),
+    (0xFFFFFFFF81000000, "T", "_text"),
+    (0xFFFFFFFF81000000, "t", "first"),
+    (0xFFFFFFFF81000FF0, "t", "__pfx_second"),
+    (0xFFFFFFFF81001000, "T", "__second"),
+    (0xFFFFFFFF81001000, "T", "second"),
+    (0xFFFFFFFF81001800, "D", "not_code"),
+    (0xFFFFFFFF81002000, "T", "_etext"),
+    (0xFFFFFFFF83000000, "T", "boot_only"),
+]
+MODULES = "disk 20480 1 - Live 0xffffffffc0200000\nnet 4096 0 - Live 0xffffffffc0300000 (E)\n"
+IN_MODULES = [
+    (0xFFFFFFFFC0200010, "t", "read_block\t[disk]"),
+    (0xFFFFFFFFC0300000, "t", "send\t[net]"),
+    (0xFFFFFFFFC0280000, "t", "bpf_prog_6deef7357e7b4530\t[bpf]"),
+    (0xFFFFFFFFC0380000, "t", "bpf_prog_0123456789abcdef_mine\t[bpf]"),
+]
+
+
+def write_kernel(folder, slide=0, symbols=(*CORE, *IN_MODULES)):
+    folder.mkdir()
+    lines = [f"{address + slide:016x} {kind} {name}\n" for address, kind, name in symbols]
+    (folder / "kallsyms").write_text("".join(lines))
+    (folder / "modules").write_text(MODULES)
+    note = np.array([4, 20, 3], dtype="<u4").tobytes() + b"GNU\0" + bytes(range(20))
+    (folder / "kernel").mkdir()
+    (folder / "kernel/notes").write_bytes(note)
+    notes = folder / "module/disk/notes"
+    notes.mkdir(parents=True)
+    (notes / ".note.gnu.build-id").write_bytes(note[:16] + bytes(20))
+    return folder
+
+
+def read(folder):
+    kept = {}
+
+    def keep(image, functions, strings):
+        names = [strings[n : strings.index(b"\0", n)].decode() for n in functions.names.tolist()]
+        kept[image.name] = dict(zip(functions.starts.tolist(), names, strict=True))
+
+    kernel = read_kernel_map(keep, folder / "kallsyms", folder / "modules", folder)
+    return kernel, kept
+
+
+def test_images_and_their_functions(tmp_path):
+    """Functions of the kernel and its modules, from their image's start; best names; no padding."""
+    kernel, functions = read(write_kernel(tmp_path / "kernel"))
+
+    assert functions == {
+        KERNEL_NAME: {0: "first", 0x1000: "second"},
+        "[disk]": {0x10: "read_block"},
+        "[net]": {0: "send"},
+    }
+    assert {image.name: image.build_id for image in kernel.images if not image.program} == {
+        KERNEL_NAME: bytes(range(20)).hex(),
+        "[disk]": "00" * 20,
+        "[net]": "[net]",
+    }
+
+
+def test_place_belongs_to_the_image_around_it(tmp_path):
+    """BPF programs lie between the modules, and one ends where a module begins."""
+    kernel, _ = read(write_kernel(tmp_path / "kernel"))
+    addresses = [0xFFFFFFFF81001234, 0xFFFFFFFFC0204FFF, 0xFFFFFFFFC0205000, 0xFFFFFFFFC0280004]
+    addresses += [0xFFFFFFFFC0300FFF, 0xFFFFFFFF81002000, 0x1000]
+
+    numbers = kernel.find(np.array(addresses, dtype=np.uint64)).tolist()
+
+    images = [kernel.images[n] if n >= 0 else None for n in numbers]
+    assert [image and (image.program or image.name) for image in images] == [
+        *(KERNEL_NAME, "[disk]", None, "bpf_prog_6deef7357e7b4530", "[net]", None, None),
+    ]
+
+
+def test_randomised_addresses_are_one_place(tmp_path):
+    """Two boots of one kernel give the same image with the same offsets."""
+    kernel, functions = read(write_kernel(tmp_path / "one", symbols=CORE))
+    moved, moved_functions = read(write_kernel(tmp_path / "two", 0x1DE00000, symbols=CORE))
+
+    assert functions == moved_functions
+    assert kernel.images[0].build_id == moved.images[0].build_id
+    assert moved.images[0].start - kernel.images[0].start == 0x1DE00000
+
+
+def test_hidden_addresses_are_no_addresses(tmp_path):
+    """Without privilege every address reads as zero, and then nothing may be named."""
+    symbols = [(0, kind, name) for _, kind, name in (*CORE, *IN_MODULES)]
+    folder = write_kernel(tmp_path / "kernel", symbols=symbols)
+    (folder / "modules").write_text(MODULES.replace("ffffffffc0200000", "0" * 16))
+
+    kernel, functions = read(folder)
+
+    assert kernel.is_hidden
+    assert KERNEL_NAME not in functions
+
+
+def test_kernel_without_kallsyms(tmp_path):
+    kernel, functions = read(tmp_path)
+
+    assert kernel.is_hidden
+    assert functions == {}
+
+
+@pytest.mark.parametrize("text", [b"", b"\n", b"disk", b"disk x 1 - Live 0xzz\n", b"\xff\xfe 1\n"])
+def test_unexpected_modules_are_left_out(text):
+    assert parse_modules(text) == {}
+
+
+@pytest.fixture
+def symbolizer(tmp_path):
+    symbolizer = Symbolizer(tmp_path / "cache")
+    yield symbolizer
+    symbolizer.close()
+
+
+def needs_addresses():
+    text = Path("/proc/kallsyms").read_text()
+    symbols = [line.split() for line in text.splitlines()]
+    code = [(int(line[0], 16), line[2]) for line in symbols if line[1] in "tTwW" and len(line) == 3]
+    if not any(address for address, _ in code):
+        pytest.skip("kallsyms shows no addresses: run as root")
+    return code
+
+
+def test_running_kernel_agrees_with_kallsyms(symbolizer):
+    """Thousands of addresses inside of functions get a name that stands before them."""
+    code = sorted(needs_addresses())
+    named = {name: address for address, name in code}
+    addresses = np.unique([a for a, _ in code if named["_text"] <= a < named["_etext"]])
+    chosen = np.random.default_rng(5).choice(len(addresses) - 1, 5000)
+    wanted = (addresses[chosen] + (addresses[chosen + 1] - addresses[chosen]) // 3).astype(
+        np.uint64
+    )
+
+    locations = symbolizer.locate_kernel(wanted)
+
+    assert {type(location) for location in locations} == {AddressLocation}
+    for frames, start, location in zip(
+        symbolizer.names(locations), addresses[chosen].tolist(), locations, strict=True
+    ):
+        assert frames[0].kind == Kind.KERNEL
+        assert frames[0].module == KERNEL_NAME
+        at = {name for address, name in at_address(code, start)}
+        assert frames[0].function in at or all(name.startswith("__pfx_") for name in at)
+        assert location.offset < named["_etext"] - named["_text"]
+
+
+def at_address(code, address):
+    place = bisect_left(code, (address, ""))
+    while place < len(code) and code[place][0] == address:
+        yield code[place]
+        place += 1
+
+
+def test_unknown_kernel_address_says_why(symbolizer):
+    """Outside of every image nothing is guessed."""
+    needs_addresses()
+
+    locations = symbolizer.locate_kernel(np.array([0xFFFFFFFFFFFFF000], dtype=np.uint64))
+
+    assert symbolizer.names(locations) == [()]
+    assert symbolizer.misses == {Miss.KERNEL_UNKNOWN: 1}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can lose its privilege")
+def test_unprivileged_process_names_nothing(tmp_path):
+    """A user who may not see the addresses gets the reason instead of a wrong name."""
+    if Path("/proc/sys/kernel/kptr_restrict").read_text().strip() == "0":
+        paranoid = Path("/proc/sys/kernel/perf_event_paranoid")
+        if not paranoid.exists() or int(paranoid.read_text()) <= 1:
+            pytest.skip("this kernel shows its addresses to everybody")
+    child = os.fork()
+    if child == 0:
+        is_right = False
+        try:
+            os.setuid(65534)
+            symbolizer = Symbolizer(None)
+            places = symbolizer.locate_kernel(np.array([0xFFFFFFFF81001000], dtype=np.uint64))
+            is_unnamed = symbolizer.names(places) == [()]
+            is_right = is_unnamed and symbolizer.misses == {Miss.KERNEL_HIDDEN: 1}
+        finally:
+            os._exit(0 if is_right else 1)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_generated_code_is_known_by_its_name():
+    """A BPF program's address means nothing on another host; its name carries its hash."""
+    place = NamedLocation("bpf_prog_6deef7357e7b4530", "[bpf]", Kind.KERNEL, "", 0, 0)
+
+    assert Symbolizer(None).names([place])[0][0].function == "bpf_prog_6deef7357e7b4530"

@@ -1,0 +1,134 @@
+"""The directory of symbol tables: bounded, and never believed when it is damaged."""
+
+import os
+
+import numpy as np
+import pytest
+
+from symbolizer.location import Miss, Segment
+from symbolizer.symbols.elf import UnreadableElf
+from symbolizer.symbols.functions import AT_PLT, Functions
+from symbolizer.symbols.table import SymbolCache
+
+KEY = "ab" * 20
+SEGMENTS = (Segment(0x401000, 0x1000, 0x5000),)
+STRINGS = b"\0main\0helper\0puts\0"
+
+
+def functions(base=0x1000):
+    return Functions(
+        base,
+        np.array([0, 16, 64], dtype=np.uint32),
+        np.array([16, 32, 80], dtype=np.uint32),
+        np.array([1, 6, 13 | AT_PLT], dtype=np.uint32),
+    )
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return SymbolCache(tmp_path / "cache", 1 << 20)
+
+
+def store(cache, key=KEY, strings=STRINGS):
+    cache.store(key, functions(), SEGMENTS, [strings]).close()
+
+
+def path_of(tmp_path, key=KEY):
+    return tmp_path / "cache" / f"{key}.symbols"
+
+
+def test_table_comes_back_as_it_was_stored(cache):
+    store(cache)
+
+    table = cache.load(KEY)
+
+    offsets = np.array([0, 0x1000, 0x100F, 0x1010, 0x1020, 0x1040, 1 << 40], dtype=np.uint64)
+    assert table.find(offsets).tolist() == [-1, 0, 0, 1, -1, 2, -1]
+    assert [table.name(number) for number in range(3)] == [b"main", b"helper", b"puts@plt"]
+    assert table.segments == SEGMENTS
+
+
+def test_every_damaged_byte_is_noticed(cache, tmp_path):
+    """A wrong byte anywhere makes the file as good as absent, and removes it."""
+    store(cache)
+    whole = path_of(tmp_path).read_bytes()
+
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x41
+        path_of(tmp_path).write_bytes(damaged)
+        assert cache.load(KEY) is None, place
+        assert not path_of(tmp_path).exists()
+
+
+def test_every_cut_file_is_noticed(cache, tmp_path):
+    store(cache)
+    whole = path_of(tmp_path).read_bytes()
+
+    for length in [*range(len(whole)), len(whole) + 1]:
+        path_of(tmp_path).write_bytes((whole + b"x")[:length])
+        assert cache.load(KEY) is None
+
+
+def test_file_of_another_module_is_noticed(cache, tmp_path):
+    """The build id is in the file, not only in its name."""
+    store(cache)
+    other = "cd" * 20
+    path_of(tmp_path).rename(path_of(tmp_path, other))
+
+    assert cache.load(other) is None
+
+
+def test_longest_unused_table_makes_room(tmp_path):
+    """The directory stays within its limit; a table that was used lately stays."""
+    cache = SymbolCache(tmp_path / "cache", 10_000)
+    keys = [f"{number:040x}" for number in range(30)]
+    for number, key in enumerate(keys):
+        store(cache, key, STRINGS + bytes(1000))
+        os.utime(path_of(tmp_path, key), ns=(number, number))
+        if number:
+            cache.load(keys[0]).close()
+
+    left = list((tmp_path / "cache").iterdir())
+    assert sum(path.stat().st_size for path in left) <= 10_000
+    assert path_of(tmp_path, keys[0]) in left
+    assert path_of(tmp_path, keys[-1]) in left
+
+
+def test_limit_holds_for_what_was_there_before(tmp_path):
+    store(SymbolCache(tmp_path / "cache", 1 << 20), strings=STRINGS + bytes(5000))
+    (tmp_path / "cache" / ".new-left-by-a-crash").write_bytes(bytes(5000))
+
+    SymbolCache(tmp_path / "cache", 1000)
+
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_failed_write_leaves_nothing(cache, tmp_path):
+    """A file that cannot be read to its end leaves no half table behind."""
+
+    def broken():
+        yield STRINGS
+        raise UnreadableElf(Miss.DAMAGED)
+
+    with pytest.raises(UnreadableElf):
+        cache.store(KEY, functions(), SEGMENTS, broken())
+
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["../../etc/passwd", "", "[exited]", "a/b", "AB", "ab" * 200])
+def test_key_that_is_no_build_id_names_no_file(cache, tmp_path, key):
+    """Build ids come from files of others."""
+    table = cache.store(key, functions(), SEGMENTS, [STRINGS])
+
+    assert table.name(0) == b"main"
+    assert cache.load(key) is None
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_cache_is_private(cache, tmp_path):
+    store(cache)
+
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+    assert path_of(tmp_path).stat().st_mode & 0o777 == 0o600
