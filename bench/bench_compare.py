@@ -72,7 +72,7 @@ def function_of(share: float, functions: int) -> int:
 
 
 def strayed(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
-    """Give first-order autoregressive noise of variance 1 along the last axis, in minutes."""
+    """Return first-order autoregressive noise of variance 1 along the last axis, in minutes."""
     keep = np.exp(-1 / CORRELATION_MIN)
     steps = rng.standard_normal(shape, dtype=np.float32)
     steps *= np.float32(np.sqrt(1 - keep**2))
@@ -130,14 +130,14 @@ class Pair:
 
 
 def by_ratio(before: Floats, after: Floats) -> bool:
-    """Tell whether any share differs by more than 0.1 % of itself."""
+    """Return whether any share differs by more than 0.1 % of itself."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = (after / after.sum()) / (before / before.sum()) - 1
     return bool((np.abs(ratio) > 0.001).any())
 
 
 def by_proportions(before: Floats, after: Floats) -> bool:
-    """Tell whether a test of two proportions of all samples finds any difference."""
+    """Return whether a test of two proportions of all samples finds any difference."""
     totals = before.sum(), after.sum()
     pooled = (before + after) / sum(totals)
     deviation = np.sqrt(pooled * (1 - pooled) * (1 / totals[0] + 1 / totals[1]))
@@ -152,7 +152,7 @@ def interval(hits: int, pairs: int) -> str:
 
 
 def is_too_often(alarms: int, pairs: int) -> bool:
-    """Tell whether chance alone cannot explain so many, were it one pair in twenty."""
+    """Return whether chance alone cannot explain so many, were it one pair in twenty."""
     return bool(stats.binomtest(alarms, pairs, 0.05, alternative="greater").pvalue < 0.025)
 
 

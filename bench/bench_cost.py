@@ -44,7 +44,7 @@ def read(pid: int, program_fd: int) -> Reading:
 
 
 def find_program(pid: int) -> int:
-    """Give a descriptor of the tick program of process `pid`, when it has loaded it."""
+    """Return a descriptor of the tick program of process `pid`, when it has loaded it."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         for path in Path(f"/proc/{pid}/fdinfo").iterdir():

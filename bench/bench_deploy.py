@@ -156,7 +156,7 @@ def changes(found: dict) -> dict[str, str]:
 
 
 def around(at_s: float) -> list[str]:
-    """Give the windows of both sides of a restart, without the objects that it falls in."""
+    """Return the windows of both sides of a restart, without the objects that it falls in."""
     end_s = int(at_s) // WINDOW_S * WINDOW_S
     start_s = end_s + 2 * WINDOW_S
     sides = ((end_s - SIDE_S, end_s), (start_s, start_s + SIDE_S))

@@ -48,7 +48,7 @@ GOALS_S = {"cold": 2.0, "warm": 0.5}
 
 
 def ask(folder: Path, cache: Path, shift_min: int) -> dict[str, float]:
-    """Ask twice in this process, and give what it took."""
+    """Ask twice in this process, and return what it took."""
     workers = start_workers(os.cpu_count() or 1)
     store = DirectoryStore(folder)
     windows = (Window(*(ns - shift_min * HOUR_NS // 60 for ns in each)) for each in (BEFORE, AFTER))

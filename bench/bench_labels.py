@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def linked(folder: Path, count: int) -> list[Path]:
-    """Give names of one program, each of which is a service."""
+    """Return names of one program, each of which is a service."""
     first = folder / "service-0"
     shutil.copy("/bin/sleep", first)
     others = [folder / f"service-{number}" for number in range(1, count)]
@@ -92,7 +92,7 @@ def measure(pids: Sequence[int], programs: Sequence[Path]) -> None:
 
 
 def timed(call: Callable[[], object], times: int = 1) -> float:
-    """Give µs, divided by the number of things done."""
+    """Return µs, divided by the number of things done."""
     begin_ns = time.perf_counter_ns()
     call()
     return (time.perf_counter_ns() - begin_ns) / times / 1000

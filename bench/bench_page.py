@@ -51,7 +51,7 @@ PAINT = "everflame:first-paint"
 
 
 def fill(folder: Path) -> Profile:
-    """Store the hour and give all of it as one."""
+    """Store the hour and return all of it as one."""
     store, minutes = DirectoryStore(folder), []
     for profile in fleet.minutes(START_NS):
         content = pprof.encode(profile)

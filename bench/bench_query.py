@@ -44,7 +44,7 @@ RUNS = 5
 
 
 def make_minutes(host: str, count: int) -> list[bytes]:
-    """Give the encoded windows of one host, all at the same time."""
+    """Return the encoded windows of one host, all at the same time."""
     random = np.random.default_rng(len(host) + ord(host[-1]))
     stacks = np.empty((POOL, DEPTH), dtype=np.int64)
     stack = np.zeros(DEPTH, dtype=np.int64)
@@ -138,7 +138,7 @@ def put(store: DirectoryStore, host: str, content: bytes, start_ns: int) -> None
 
 
 def ask(question: str, folder: Path, cache: Path) -> dict[str, float | int]:
-    """Answer one question in this process and give what it took."""
+    """Answer one question in this process and return what it took."""
     # As the service does, once, when it starts.
     workers = start_workers(os.cpu_count() or 1)
     started = time.perf_counter()

@@ -43,7 +43,7 @@ def record(folder: Path, *arguments: str | Path) -> Profile:
 
 
 def self_and_total(profile: Profile, comm: str) -> tuple[Counter[str], Counter[str], int]:
-    """Give samples by function, as leaf among the process's own frames and anywhere."""
+    """Return samples by function, as leaf among the process's own frames and anywhere."""
     own: Counter[str] = Counter()
     total: Counter[str] = Counter()
     samples = 0

@@ -110,7 +110,7 @@ def single(endpoint: str, folder: Path, hour: Hour, samples: int, runs: int) -> 
 
 
 def questions(hour: Hour, nodes: list[str], seed: int) -> Iterator[str]:
-    """Give what one person asks, without end."""
+    """Return what one person asks, without end."""
     choice = random.Random(seed)
     while True:
         service = f'{{service="service-{choice.randrange(4)}"}}'
@@ -216,7 +216,7 @@ def many(
 
 
 def find_nodes(folder: Path, hour: Window) -> list[str]:
-    """Give the ids of the largest boxes of the hour."""
+    """Return the ids of the largest boxes of the hour."""
     profile = Query(DirectoryStore(folder / "made"), folder / "cache").profile(hour).profile
     graph = flamegraph.build(profile, ("service",), screen=flamegraph.Screen(WIDTH_PX))
     by_size = sorted(range(1, len(graph)), key=lambda node: -int(graph.total[node]))

@@ -65,7 +65,7 @@ def choose_places(symbolizer: Symbolizer) -> list[AddressLocation]:
 
 
 def measure_growth(path: Path, cache: Path | None) -> tuple[int, int]:
-    """Give by how many KiB a fresh process grows with the table, and grew at most."""
+    """Return by how many KiB a fresh process grows with the table, and grew at most."""
     code = (
         "import sys, gc; sys.path[:0] = sys.argv[1:3]; import bench_symbolize as b, pathlib\n"
         "def status(key):\n"

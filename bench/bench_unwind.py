@@ -129,7 +129,7 @@ class Watching(Recorder):
         super()._fold(drain)
 
     def watch(self, seconds: float) -> list[RawSample]:
-        """Record for so long, as `everflame record` does, and give what was seen."""
+        """Record for so long, as `everflame record` does, and return what was seen."""
         self.seen = []
         end_s = time.monotonic() + seconds
         next_step_s = time.monotonic() + 1
@@ -182,7 +182,7 @@ def compile_c(source: str, target: Path, *flags: str) -> list[str]:
 
 
 def native_programs(folder: Path) -> dict[str, list[str]]:
-    """Give more command lines, by the name that the processes to count have."""
+    """Return more command lines, by the name that the processes to count have."""
     (folder / "big.cpp").write_text(BIG)
     found = {"ours -O3": compile_c(OURS, folder / "ours", "-xc++", "-O3")}
     for name, compiler in (("g++", "g++"), ("clang", "clang++")):
@@ -217,7 +217,7 @@ as pgbench -h $data -p 7393 -i -s 5 postgres; as pgbench -h $data -p 7393 -c 4 -
 
 
 def more_programs(folder: Path) -> dict[str, list[str]]:
-    """Give those that a machine seldom has all of."""
+    """Return those that a machine seldom has all of."""
     found = {}
     for python in sorted((Path.home() / ".pyenv/versions").glob("3.*/bin/python3")):
         version = python.parent.parent.name
@@ -239,7 +239,7 @@ def more_programs(folder: Path) -> dict[str, list[str]]:
 
 
 def measure_shares(folder: Path, seconds: float, has_more: bool) -> int:
-    """Print the table of programs; give how many have missed their aim."""
+    """Print the table of programs; return how many have missed their aim."""
     names = {"g++": "cc1plus", "python3": "python3", "go": "spin-go", "rust": "spin-rust"}
     names |= {"ours -O3": "ours", "clang": "clang++"}
     commands = {**commands_in(folder), **native_programs(folder)}
@@ -348,7 +348,7 @@ def processes_so_far() -> int:
 
 
 def cpu_ns(recorder: Recorder) -> int:
-    """Give the CPU time of this process, of the builders it waited for, and of its programs."""
+    """Return the CPU time of this process, of the builders it waited for, and of its programs."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     theirs = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = own.ru_utime + own.ru_stime + theirs.ru_utime + theirs.ru_stime
@@ -376,7 +376,7 @@ def show_short(share: Share, profile: Profile, cpu_percent: float) -> int:
 
 
 def attribute(profile: Profile) -> tuple[int, int, int]:
-    """Give the samples whose user frames are all in known files, those of others, and the rest."""
+    """Return samples whose user frames are all in known files, those of others, and the rest."""
     is_lost = [
         isinstance(place, NamedLocation) and place.module in {"[exited]", "[unknown]"}
         for place in profile.locations

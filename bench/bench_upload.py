@@ -47,7 +47,7 @@ REQUESTS_PER_S_LIMIT = 1.2
 
 @contextlib.contextmanager
 def store_of(kind: str, folder: Path) -> Iterator[tuple[str, str | None]]:
-    """Give the URL of an empty store and its endpoint."""
+    """Return the URL of an empty store and its endpoint."""
     if kind == "directory":
         yield str(folder / "store"), None
         return
@@ -61,7 +61,7 @@ def store_of(kind: str, folder: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def measure(kind: str, count: int) -> float:
-    """Upload `count` waiting windows; give the uploader's peak memory in MB."""
+    """Upload `count` waiting windows; return the uploader's peak memory in MB."""
     with (
         tempfile.TemporaryDirectory() as name,
         store_of(kind, Path(name)) as (url, endpoint),

@@ -95,7 +95,7 @@ _KERNEL_FUNCTIONS = 1200
 
 
 def minutes(start_ns: int, seed: int = 1) -> Iterator[Profile]:
-    """Give the fleet's hour as sixty profiles of a minute, together STACKS different stacks."""
+    """Return the fleet's hour as sixty profiles of a minute, together STACKS different stacks."""
     random = np.random.default_rng(seed)
     names = _Names(random)
     graphs = [_calls(random, program.functions, _LAYERS) for program in _PROGRAMS]
@@ -187,7 +187,7 @@ def _calls(random: np.random.Generator, functions: int, layers: int) -> _Calls:
 def _walk(
     random: np.random.Generator, graphs: list[_Calls], below: _Calls
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Give different walks as rows of function numbers, -1 past their end, and their counts."""
+    """Return different walks as rows of function numbers, -1 past their end, and their counts."""
     seen: dict[bytes, int] = {}
     counts: list[int] = []
     firsts = np.cumsum([0, *(len(graph.layer) for graph in graphs)])

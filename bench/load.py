@@ -75,7 +75,7 @@ def _build(folder: Path) -> None:
 
 
 def commands_in(folder: Path) -> dict[str, list[str]]:
-    """Prepare the ten in a folder and give the command lines of those that are installed."""
+    """Prepare the ten in a folder and return the command lines of those that are installed."""
     commands = _commands(folder)
     _build(folder)
     needs = {name: command[0] for name, command in commands.items()}
@@ -90,7 +90,7 @@ def commands_in(folder: Path) -> dict[str, list[str]]:
 
 @contextlib.contextmanager
 def running(command: list[str]) -> Iterator[int]:
-    """Run a command for the length of the block; give its pid, which is that of its group."""
+    """Run a command for the length of the block; return its pid, which is that of its group."""
     process = subprocess.Popen(
         command,
         start_new_session=True,
@@ -109,7 +109,7 @@ def running(command: list[str]) -> Iterator[int]:
 
 @contextlib.contextmanager
 def ten_programs() -> Iterator[list[str]]:
-    """Run the load for the length of the block and give the names of those that run."""
+    """Run the load for the length of the block and return the names of those that run."""
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         commands = commands_in(Path(temporary))
         for command in commands.values():
@@ -149,7 +149,7 @@ int main(int argc, char **argv)
 
 
 def spawner(folder: Path, rate: int, seconds: int) -> list[str]:
-    """Compile a program that starts a tiny one `rate` times a second; give its command line."""
+    """Compile a program that starts a tiny one `rate` times a second; return its command line."""
     for source, name in ((_TINY, "tiny"), (_SPAWNER, "spawner")):
         command = ["gcc", "-O2", "-x", "c", "-", "-o", folder / name]
         subprocess.run(command, input=source.encode(), check=True)

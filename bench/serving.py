@@ -23,7 +23,7 @@ Row = tuple[str, float, str, float | None]
 
 
 def show(rows: Iterator[Row]) -> int:
-    """Print figures as they come; give how many missed their aim."""
+    """Print figures as they come; return how many missed their aim."""
     missed = 0
     for what, value, unit, most in rows:
         verdict = "" if most is None else "ok" if value <= most else "MISSED"
@@ -65,7 +65,7 @@ class Serving:
         return Reply(response.status, body, time.perf_counter() - started)
 
     def memory_mb(self) -> tuple[float, float]:
-        """Give the RSS of the service itself, and the PSS of it and all of its workers."""
+        """Return the RSS of the service itself, and the PSS of it and all of its workers."""
         return rss_mb(self.pid), sum(map(pss_mb, all_pids(self.pid)))
 
 
@@ -99,7 +99,7 @@ def _wait_for_url(said: Path, process: subprocess.Popen[bytes]) -> str:
 
 
 def all_pids(pid: int) -> list[int]:
-    """Give a process and all that descend from it."""
+    """Return a process and all that descend from it."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     children = [child for task in tasks for child in task.read_text().split()]
     return [pid, *(each for child in children for each in all_pids(int(child)))]

@@ -193,7 +193,7 @@ class Browser:
         self._page.keyboard.press(key)
 
     def heap_mb(self) -> float:
-        """Give what JavaScript holds after a garbage collection, array buffers included."""
+        """Return what JavaScript holds after a garbage collection, array buffers included."""
         session = self._page.context.new_cdp_session(self._page)
         session.send("HeapProfiler.collectGarbage")
         usage = session.send("Runtime.getHeapUsage")
@@ -201,7 +201,7 @@ class Browser:
         return (usage["usedSize"] + usage.get("backingStorageSize", 0)) / 1e6
 
     def peak_mb(self) -> float:
-        """Give the largest peak of memory of the processes that draw pages."""
+        """Return the largest peak of memory of the processes that draw pages."""
         return max((rss_mb(pid, "VmHWM") for pid in self._renderers()), default=0.0)
 
 

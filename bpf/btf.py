@@ -65,7 +65,7 @@ class Btf:
         return self._blob[start : self._blob.index(b"\0", start)]
 
     def member_offsets(self, struct_name: str, members: Iterable[str]) -> dict[str, int]:
-        """Give the byte offset of each member, looking through anonymous structs and unions.
+        """Return the byte offset of each member, looking through anonymous structs and unions.
 
         Raises:
             BtfError: the kernel has no such struct, or the struct lacks one of the members.

@@ -129,7 +129,7 @@ def open_event(
     group_fd: int = -1,
     flags: int = PERF_FLAG_FD_CLOEXEC,
 ) -> int:
-    """Open a perf event and give its file descriptor, which the caller closes.
+    """Open a perf event and return its file descriptor, which the caller closes.
 
     Raises:
         PerfEventError: the kernel refused; `errno` tells why, the message what to do.
@@ -164,7 +164,7 @@ def set_bpf(fd: int, prog_fd: int) -> None:
 
 
 def enabled_ns(fd: int) -> int:
-    """Give for how long the event has been enabled, if it was opened by one of the attrs below.
+    """Return for how long the event has been enabled, if it was opened by one of the attrs below.
 
     An event whose CPU went offline stops for good, also when the CPU comes back, and nothing else
     shows it (kernel 6.18): a time that stands still means that the event must be opened again.
@@ -178,7 +178,7 @@ def enabled_ns(fd: int) -> int:
 
 
 def has_stopped(fd: int) -> bool:
-    """Tell whether the event is dead, its CPU having been offline since it was opened."""
+    """Return whether the event is dead, its CPU having been offline since it was opened."""
     first_ns = enabled_ns(fd)
     give_up_ns = time.monotonic_ns() + _STANDSTILL_NS
     while enabled_ns(fd) == first_ns:

@@ -200,7 +200,7 @@ class Rings:
         self.opened_ns = self._refreshed_ns = clock_ns()
 
     def fileno(self) -> int:
-        """Give a descriptor that becomes readable when a ring is half full."""
+        """Return a descriptor that becomes readable when a ring is half full."""
         return self._epoll.fileno()
 
     def read(self) -> Batch:
@@ -340,7 +340,7 @@ class _Ring:
         self._size = len(memory) - _PAGE
 
     def take(self) -> tuple[bytes, bool]:
-        """Give what is unread, and whether the ring may have been too full for another record."""
+        """Return what is unread, and whether the ring may have been too full for another record."""
         head, tail = self._words[_DATA_HEAD], self._words[_DATA_TAIL]
         if head == tail:
             return b"", False

@@ -75,12 +75,12 @@ class SamplerConfig:
             )
 
     def capacity(self, cpus: int) -> int:
-        """Give the entries of each map: a drain may come twice as late before one is full."""
+        """Return the entries of each map: a drain may come twice as late before one is full."""
         needed = int(2 * self.frequency_hz * cpus * self.drain_period_s)
         return max(1024, 1 << (needed - 1).bit_length())
 
     def lasts_s(self, cpus: int) -> float:
-        """Give how long the maps last with as much to spare: `drain_period_s` or longer.
+        """Return how long the maps last with as much to spare: `drain_period_s` or longer.
 
         Even the smallest maps are larger than a small host needs.
         """
@@ -299,7 +299,7 @@ def _as_lookups(kernel_words: Words) -> Words:
 
 
 def _load(config: SamplerConfig, cpus: int) -> tuple[dict[str, int], int]:
-    """Compile and load in a child; give descriptors of programs and maps by name."""
+    """Compile and load in a child; return descriptors of programs and maps by name."""
     constants = {
         "CAPACITY": config.capacity(cpus),
         "LONG_CAPACITY": max(1024, config.capacity(cpus) // 2),

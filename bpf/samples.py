@@ -108,7 +108,7 @@ COUNT = np.dtype(
 
 
 def stack_dtype(max_words: int) -> np.dtype[np.void]:
-    """Give the layout of one entry of a stack map."""
+    """Return the layout of one entry of a stack map."""
     return np.dtype(
         [("length", np.uint32), ("stop", np.uint32), ("words", np.uint64, (max_words,))],
         align=True,

@@ -32,7 +32,7 @@ _libc.syscall.restype = ctypes.c_long
 
 
 def _call(command: int, attr: bytes) -> tuple[int, int, bytes]:
-    """Run one command; give (result, errno, the attr, into which the kernel may have written)."""
+    """Run one command; return (result, errno, the attr, into which the kernel may have written)."""
     buffer = ctypes.create_string_buffer(attr, len(attr))
     number = _NR_BPF.get(platform.machine(), 321)
     result = _libc.syscall(
@@ -57,13 +57,13 @@ def create_map(
     flags: int = 0,
     inner_map_fd: int = 0,
 ) -> int:
-    """Create a map and give its file descriptor (close-on-exec)."""
+    """Create a map and return its file descriptor (close-on-exec)."""
     attr = struct.pack("<6I", map_type, key_size, value_size, max_entries, flags, inner_map_fd)
     return _bpf(_MAP_CREATE, attr.ljust(72, b"\0"), "create a BPF map")
 
 
 def load_program(instructions: bytes, program_type: int = PROG_TYPE_PERF_EVENT) -> int:
-    """Load instructions (8 bytes each) as a GPL program and give its file descriptor."""
+    """Load instructions (8 bytes each) as a GPL program and return its file descriptor."""
     code = ctypes.create_string_buffer(instructions, len(instructions))
     licence = ctypes.create_string_buffer(b"GPL")
     attr = struct.pack(
@@ -112,7 +112,7 @@ def attach_raw_tracepoint(name: str, program_fd: int) -> int:
 
 
 def program_by_id(program_id: int) -> int:
-    """Give a descriptor of a program that somebody else has loaded."""
+    """Return a descriptor of a program that somebody else has loaded."""
     attr = struct.pack("<III", program_id, 0, 0)
     return _bpf(_PROG_BY_ID, attr, f"open the BPF program {program_id}")
 
@@ -157,7 +157,7 @@ class BatchReader:
         self._values = np.empty(room, self._value)
 
     def take_all(self) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
-        """Remove every entry and give (keys, values).
+        """Remove every entry and return (keys, values).
 
         BPF_MAP_LOOKUP_AND_DELETE_BATCH ends with ENOENT *and* a count: that count is the last
         batch, not a failure. ENOSPC means that one bucket holds more than the buffers.

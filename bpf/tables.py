@@ -128,7 +128,7 @@ class MappingRow(NamedTuple):
 
 
 def constants() -> dict[str, int]:
-    """Give what the programs are compiled with."""
+    """Return what the programs are compiled with."""
     return {
         "PROCESS_SIZE": PROCESS.itemsize,
         "MAPPING_SIZE": MAPPING.itemsize,
@@ -182,7 +182,7 @@ class Tables:
         self._add_shard(fds["shard"])
 
     def fileno(self) -> int:
-        """Give a descriptor that becomes readable when there are wishes, now and then."""
+        """Return a descriptor that becomes readable when there are wishes, now and then."""
         return self._fds["wanted"]
 
     def close(self) -> None:
@@ -250,7 +250,7 @@ class Tables:
         syscalls.update(self._fds["executables"], executable, value.tobytes())
 
     def settle(self) -> None:
-        """Give the room of what was taken away out again: no walk of that time runs any more."""
+        """Return the room of what was taken away out again: no walk of that time runs any more."""
         for room in (self._rows, self._pages, self._mappings):
             room.settle()
 
@@ -317,7 +317,7 @@ class Tables:
     def _fill(
         self, extents: list["_Extent"], pages: Rows, rows: Rows, entries: Rows, low: int
     ) -> list["_Extent"]:
-        """Put whole pages into one extent after the other; give those parts that were used."""
+        """Put whole pages into one extent after the other; return those parts that were used."""
         used: list[_Extent] = []
         left = list(reversed(extents))
         ends = np.cumsum(pages["count"].astype(np.int64))
@@ -376,7 +376,7 @@ class _Room:
         self.give_back([_Extent(shard, 0, count)])
 
     def take(self, count: int) -> _Extent | None:
-        """Take the first extent that is large enough, and give back what is over."""
+        """Take the first extent that is large enough, and return back what is over."""
         for extent in self._free:
             if extent.count >= count:
                 self._free.remove(extent)
@@ -445,7 +445,7 @@ class _Processes:
         self._next = 0
 
     def put(self, pid: int, start_ns: int, exec_id: int, space: int, mappings: _Extent) -> None:
-        """Give it a place. Where all of its are taken, another loses its own and wishes again."""
+        """Return it a place. Where all of its are taken, another loses its own and wishes again."""
         places = list(self._places(pid))
         pids = [self._pid_at(place) for place in places]
         if pid in pids:

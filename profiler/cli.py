@@ -32,7 +32,7 @@ _UNITS_S = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and give its exit status. No traceback without --debug."""
+    """Run one command and return its exit status. No traceback without --debug."""
     environment = dict(os.environ)
     # One thread is enough for sums over a few thousand integers; each other costs memory.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Tell what a user can do something about from what is a defect of ours."""
+    """Return what a user can do something about from what is a defect of ours."""
     return isinstance(error, (OSError, ValueError)) or type(error).__module__.split(".")[0] in (
         "bpf",
         "profiler",
@@ -400,7 +400,7 @@ def _add_view(parser: argparse.ArgumentParser) -> None:
 
 
 def _viewed(options: argparse.Namespace, profile: Profile) -> tuple[Profile, tuple[str, ...]]:
-    """Give what is left of a profile, and the labels to draw above its stacks."""
+    """Return what is left of a profile, and the labels to draw above its stacks."""
     from profiler.flamegraph.flamegraph import ROOT_ID  # noqa: PLC0415
     from profiler.flamegraph.paths import Group  # noqa: PLC0415
     from profiler.flamegraph.views import NoSuchNodeError, View  # noqa: PLC0415

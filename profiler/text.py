@@ -11,7 +11,7 @@ _SIZES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B
 
 
 def cells(text: str) -> int:
-    """Give how many cells a fixed-width font takes for it: 2 for wide characters, 0 for marks."""
+    """Return how many cells a fixed-width font takes for it: 2 for wide characters, 0 for marks."""
     if text.isascii():
         return len(text)
     return sum(map(_cells_of, text))
@@ -39,7 +39,7 @@ def pad(text: str, width: int) -> str:
 
 
 def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Give a line for each row; every column is as wide as its widest text."""
+    """Return a line for each row; every column is as wide as its widest text."""
     widths = [max(map(cells, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(pad(text, width) for text, width in zip(row, widths, strict=True)).rstrip()
@@ -48,7 +48,7 @@ def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def quantity(value: int, unit: str) -> str:
-    """Give a value as people read it: three digits or more, and the unit that suits its size."""
+    """Return a value as people read it: three digits or more, and the unit that suits its size."""
     scales = {"nanoseconds": _TIMES, "bytes": _SIZES}.get(unit)
     if scales is None:
         return f"{value:,} {'' if unit == 'count' else unit}".rstrip()
@@ -68,12 +68,12 @@ def percent(part: int, whole: int) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Give `1 sample`, `1,234 samples`."""
+    """Return `1 sample`, `1,234 samples`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def listed(names: Sequence[str], most: int) -> str:
-    """Give `a, b`, and of more than `most` names how many more there are: `a, b and 3 more`."""
+    """Return `a, b`, and of more than `most` names how many more there are: `a, b and 3 more`."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 

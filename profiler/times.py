@@ -36,7 +36,7 @@ class TimeError(ValueError):
 
 
 def parse_time(text: str, now_ns: int) -> int:
-    """Give the ns since 1970 that the text names.
+    """Return the ns since 1970 that the text names.
 
     Raises:
         TimeError: it names none; the message says what is accepted.
@@ -67,7 +67,7 @@ def parse_time(text: str, now_ns: int) -> int:
 
 
 def parse_window(start: str, end: str, now_ns: int) -> Window:
-    """Give the half-open window between two times.
+    """Return the half-open window between two times.
 
     Raises:
         TimeError: one is no time, or they are not in order.
@@ -81,7 +81,7 @@ def parse_window(start: str, end: str, now_ns: int) -> Window:
 
 
 def rfc3339(at_ns: int) -> str:
-    """Give a time as RFC 3339 in UTC, with as many digits of a second as it has."""
+    """Return a time as RFC 3339 in UTC, with as many digits of a second as it has."""
     seconds, fraction = divmod(at_ns, NS_PER_S)
     text = (_EPOCH + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%S")
     digits = f".{fraction:09d}".rstrip("0").rstrip(".") if fraction else ""
@@ -89,12 +89,12 @@ def rfc3339(at_ns: int) -> str:
 
 
 def whole_second(at_ns: int) -> str:
-    """Give a time as RFC 3339 in UTC, to the second before it."""
+    """Return a time as RFC 3339 in UTC, to the second before it."""
     return rfc3339(at_ns - at_ns % NS_PER_S)
 
 
 def from_until(window: Window) -> str:
-    """Give `FROM until UNTIL`, both to the second before."""
+    """Return `FROM until UNTIL`, both to the second before."""
     return f"{whole_second(window.start_ns)} until {whole_second(window.end_ns)}"
 
 
@@ -105,7 +105,7 @@ def _checked(at_ns: int, text: str) -> int:
 
 
 def length_text(span_ns: int) -> str:
-    """Give a length as people say it, with its two largest parts: `2 h 6 min`, `40 s`."""
+    """Return a length as people say it, with its two largest parts: `2 h 6 min`, `40 s`."""
     parts = []
     for unit, name in (("d", "d"), ("h", "h"), ("m", "min"), ("s", "s")):
         number, span_ns = divmod(span_ns, _NS_PER_UNIT[unit])

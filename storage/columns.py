@@ -63,7 +63,7 @@ class Hasher:
         self._factors = np.zeros(0, np.uint64)
 
     def stacks(self, location_hashes: Hashes, offsets: Numbers, words: Numbers) -> Hashes:
-        """Give each stack's hash: the sum of its locations' hashes, each times one of its depth.
+        """Return each stack's hash: the sum of its locations' hashes, each times one of its depth.
 
         That is multilinear hashing (Carter and Wegman, 1979), with secret factors.
         """
@@ -117,7 +117,7 @@ def mix(values: Hashes) -> Hashes:
 
 
 def chain(*parts: Numbers) -> Hashes:
-    """Give one hash for each tuple of numbers, with their order."""
+    """Return one hash for each tuple of numbers, with their order."""
     state = np.full(len(parts[0]), _GOLDEN)
     for part in parts:
         state = mix(state * _MIX_2 + part.astype(np.uint64, copy=False) + _GOLDEN)
@@ -238,7 +238,7 @@ class Columns:
         )
 
     def with_label(self, name: str, value: str) -> "Columns":
-        """Give every label set that lacks the label this value of it."""
+        """Return every label set that lacks the label this value of it."""
 
         def labelled(label_sets: tuple[Labels, ...]) -> tuple[Labels, ...]:
             return tuple(make_labels({name: value, **dict(labels)}) for labels in label_sets)
@@ -250,7 +250,7 @@ class Columns:
         )
 
     def filter(self, selector: Selector) -> "Columns":
-        """Give the rows whose labels are asked for. The accounting stays that of the whole."""
+        """Return the rows whose labels are asked for. The accounting stays that of the whole."""
         if not selector.matchers:
             return self
         chosen = np.array(selector.choose(map(dict, self.label_sets)), dtype=bool)
@@ -266,7 +266,7 @@ class Columns:
         )
 
     def profile(self) -> Profile:
-        """Give what the arrays stand for, as Python values."""
+        """Return what the arrays stand for, as Python values."""
         texts = [text.decode() for text in self.texts.take(np.arange(len(self.texts)))]
         locations, names = self._places(texts)
         return Profile(
@@ -348,7 +348,7 @@ class Times:
         return cls(**{field.name: getattr(columns, field.name) for field in fields(cls)})
 
     def filter(self, selector: Selector) -> "Times":
-        """Give what is asked for. The accounting stays that of the whole."""
+        """Return what is asked for. The accounting stays that of the whole."""
         if not selector.matchers:
             return self
         chosen = np.array(selector.choose(map(dict, self.label_sets)), dtype=bool)
@@ -368,27 +368,27 @@ def _present(presence: Numbers, label_sets: Sequence[Labels], selector: Selector
 
 
 def object_of(window: Window, accounting: Accounting) -> Integers:
-    """Give the one line of `objects` that a single profile has."""
+    """Return the one line of `objects` that a single profile has."""
     lost = min(sum(accounting.lost.values()), 2**62)
     counts = [getattr(accounting, name) for name in OBJECT_FIELDS[2:-1]]
     return np.array([[*window, *counts, lost]], dtype=np.int64)
 
 
 def key_starts_ns(objects: Numbers) -> Integers:
-    """Give when objects start by their keys: they may begin a part of a second before or after."""
+    """Return when objects start by their keys, to a second before or after their content."""
     starts_ns: Integers = objects[:, 0].astype(np.int64) + 10**9 // 2
     return starts_ns - starts_ns % 10**9
 
 
 def times_of(rows: Numbers, counts: Numbers) -> tuple[Integers, Integers]:
-    """Give `times` and `time_counts` of a single profile."""
+    """Return `times` and `time_counts` of a single profile."""
     firsts, order = group(rows[:, 0])
     labels = rows[order[firsts], 0].astype(np.int64)
     return np.stack([np.zeros_like(labels), labels], axis=1), add_groups(counts[order], firsts)
 
 
 def presence_of(accounting: Accounting) -> tuple[tuple[Labels, ...], Integers]:
-    """Give `present_sets` and `presence` of a single profile."""
+    """Return `present_sets` and `presence` of a single profile."""
     lines = [[0, i, min(ns, 2**62)] for i, ns in enumerate(accounting.services.values())]
     return tuple(accounting.services), np.array(lines, dtype=np.int64).reshape(-1, 3)
 
@@ -400,7 +400,7 @@ def add_groups(counts: Numbers, firsts: Integers) -> Integers:
 
 
 def hash_locations(text_hashes: Hashes, locations: Numbers, named: Numbers) -> Hashes:
-    """Give each location's hash; what stands in the tables is said at Columns."""
+    """Return each location's hash; what stands in the tables is said at Columns."""
     hashes = chain(text_hashes[locations[:, 0]], locations[:, 1])
     at = np.flatnonzero(locations[:, 2])
     if len(at):
@@ -464,7 +464,7 @@ def merge_columns(parts: Sequence[Columns]) -> Columns:
 def merge_label_sets(
     label_sets: Sequence[tuple[Labels, ...]], used: Sequence[Numbers]
 ) -> tuple[tuple[Labels, ...], list[Integers]]:
-    """Give the label sets in use, each once, and by part the new number of each old one."""
+    """Return the label sets in use, each once, and by part the new number of each old one."""
     numbers: dict[Labels, int] = {}
     by_part = []
     for sets, theirs in zip(label_sets, used, strict=True):
@@ -531,7 +531,7 @@ class _Chosen:
 
 
 def group(keys: Numbers) -> tuple[Integers, Integers]:
-    """Give an order in which equal keys stand together, and where in it each group starts."""
+    """Return an order in which equal keys stand together, and where in it each group starts."""
     order = np.argsort(keys)
     ordered = keys[order]
     is_first = np.ones(len(keys), dtype=bool)
@@ -553,7 +553,7 @@ def _merge_rows(
 
 
 def ranges(starts: Numbers, lengths: Numbers) -> Integers:
-    """Give the numbers of several ranges, one after the other."""
+    """Return the numbers of several ranges, one after the other."""
     lengths = lengths.astype(np.int64)
     ends = np.cumsum(lengths)
     shift = starts.astype(np.int64) - (ends - lengths)
@@ -564,7 +564,7 @@ def ranges(starts: Numbers, lengths: Numbers) -> Integers:
 def _gather_stacks(
     parts: Sequence[Columns], stacks: _Chosen
 ) -> tuple[Integers, Integers, _Chosen, list[Integers]]:
-    """Give the words and offsets of the chosen stacks, and the locations to take for them.
+    """Return the words and offsets of the chosen stacks, and the locations to take for them.
 
     Also, by part, the numbers of the locations that its rows use.
     """
@@ -597,7 +597,7 @@ def _gather_stacks(
 
 
 def _used_words(part: Columns) -> Numbers:
-    """Give the words of the stacks that rows still point to."""
+    """Return the words of the stacks that rows still point to."""
     is_used = np.zeros(len(part.stack_hashes), dtype=bool)
     is_used[part.rows[:, 1]] = True
     if is_used.all():
@@ -656,7 +656,7 @@ def _gather_locations(parts: Sequence[Columns], chosen: _Chosen) -> _Places:
 
 
 def adopt_texts(numbers: dict[bytes, int], texts: Texts, used: Iterable[Numbers]) -> Integers:
-    """Give my number for each text in use, taking over those that are new."""
+    """Return my number for each text in use, taking over those that are new."""
     is_used = np.zeros(len(texts), dtype=bool)
     for each in used:
         is_used[each] = True

@@ -198,7 +198,7 @@ class Profile:
         return tuple(self.locations[i] for i in self.stack_locations[start:end].tolist())
 
     def frames(self, number: int) -> tuple[Frame, ...]:
-        """Give how a location is shown: at least one frame, innermost inlined call first.
+        """Return how a location is shown: at least one frame, innermost inlined call first.
 
         A named location is its own frame. All the addresses of a module that nobody could name
         share one frame, so that they are one box.
@@ -219,7 +219,7 @@ class Profile:
             yield Row(self.label_sets[labels], self.stack(stack), samples, value)
 
     def counts(self) -> dict[tuple[Labels, Stack], tuple[int, int]]:
-        """Give (samples, value) by (labels, stack): what two equal profiles agree on."""
+        """Return (samples, value) by (labels, stack): what two equal profiles agree on."""
         return {(row.labels, row.stack): (row.samples, row.value) for row in self.rows()}
 
     def __eq__(self, other: object) -> bool:
@@ -232,7 +232,7 @@ class Profile:
     __hash__ = None  # type: ignore[assignment]  # equal by content, and the content is arrays
 
     def filter(self, keep: Callable[[Mapping[str, str]], bool]) -> "Profile":
-        """Give the rows whose labels `keep` accepts. The accounting stays that of the whole."""
+        """Return the rows whose labels `keep` accepts. The accounting stays that of the whole."""
         kept = np.array([keep(dict(labels)) for labels in self.label_sets], dtype=bool)
         chosen = np.flatnonzero(kept[self.row_labels])
         builder = ProfileBuilder.like(self)
@@ -272,7 +272,7 @@ class ProfileBuilder:
         return cls(profile.period_ns, profile.type, profile.unit)
 
     def location(self, location: Location, names: tuple[Frame, ...] = ()) -> int:
-        """Give the number of a location.
+        """Return the number of a location.
 
         A location without names takes the first that come. A function that is known by its extent
         takes its name: a file and its stripped twin have one build id.
@@ -341,7 +341,7 @@ class ProfileBuilder:
         )
 
     def _fold(self) -> Integers:
-        """Give the columns (label set, stack, samples, value), each pair of the first two once."""
+        """Return columns (label set, stack, samples, value), each pair of the first two once."""
         single = np.array(
             [(*key, samples, self._values[key]) for key, samples in self._samples.items()],
             dtype=np.int64,
@@ -362,7 +362,7 @@ class ProfileBuilder:
         self._values[key] += samples * self.period_ns if value is None else value
 
     def _adopt_stacks(self, other: Profile, stacks: Indices) -> list[int]:
-        """Give my number for each of their stacks, taking over the locations and modules."""
+        """Return my number for each of their stacks, taking over the locations and modules."""
         starts, ends = other.stack_offsets[stacks], other.stack_offsets[stacks + 1]
         # Difference of marks: +1 where a used stack starts, -1 where it ends; the running sum is
         # positive exactly on the words of used stacks.

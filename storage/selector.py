@@ -60,7 +60,7 @@ class Matcher(NamedTuple):
     value: str
 
     def accepts(self, value: str) -> bool:
-        """Tell whether a label of this value (empty if there is none) is asked for."""
+        """Return whether a label of this value (empty if there is none) is asked for."""
         match self.operator:
             case Operator.EQUAL:
                 return value == self.value
@@ -100,7 +100,7 @@ class Selector:
         return all(m.accepts(labels.get(m.name, "")) for m in self.matchers)
 
     def choose(self, label_sets: Iterable[Mapping[str, str]]) -> list[bool]:
-        """Tell which of many label sets are asked for, looking at each distinct value once."""
+        """Return which of many label sets are asked for, looking at each distinct value once."""
         rules: list[tuple[str, Callable[[str], bool]]] = [
             (matcher.name, functools.cache(matcher.accepts)) for matcher in self.matchers
         ]

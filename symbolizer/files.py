@@ -94,7 +94,7 @@ class ProcessFiles:
         return b"".join(parts)
 
     def link(self, name: str) -> bytes:
-        """Give where the link /proc/PID/`name` leads, in the root of the process.
+        """Return where the link /proc/PID/`name` leads, in the root of the process.
 
         It is empty if that is not known.
         """
@@ -120,7 +120,7 @@ class ProcessFiles:
         return next(self._reopen(self._open_in_root(path), is_certain=False), None)
 
     def resolve(self, path: bytes) -> bytes:
-        """Give the path in the root of the process without links; empty if nothing is there."""
+        """Return the path in the root of the process without links; empty if nothing is there."""
         fd = self._open_in_root(path) if self._process >= 0 else -1
         if fd < 0:
             return b""
@@ -196,7 +196,7 @@ class ProcessFiles:
 
 
 def _inside(root: bytes, path: bytes) -> bytes:
-    """Give a path below a root as it is called there, where the two are seen from outside."""
+    """Return a path below a root as it is called there, where the two are seen from outside."""
     if root == b"/" or not (path + b"/").startswith(root + b"/"):
         return path
     return path[len(root) :] or b"/"

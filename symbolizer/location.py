@@ -145,16 +145,16 @@ class Frame(NamedTuple):
 
 
 def bounded(module: str, kind: Kind, start: ElfAddress) -> Frame:
-    """Give the box of a function that has no name, but is known to begin at an address."""
+    """Return the box of a function that has no name, but is known to begin at an address."""
     return Frame(f"{module}+{start:#x}", module, kind)
 
 
 def is_bounded(frame: Frame) -> bool:
-    """Tell whether a frame is such a box, so that a name from elsewhere is better."""
+    """Return whether a frame is such a box, so that a name from elsewhere is better."""
     return frame.function.startswith(f"{frame.module}+0x")
 
 
 def unnamed(module: str, kind: Kind) -> Frame:
-    """Give the one box in which all addresses of a module that have no name are drawn."""
+    """Return the one box in which all addresses of a module that have no name are drawn."""
     inner = module.strip("[]") or "unknown"
     return Frame(f"[{inner}]", module, kind)

@@ -45,7 +45,7 @@ class Mapping:
         return self.path.removesuffix(_DELETED)
 
     def is_same_file(self, other: "Mapping") -> bool:
-        """Tell whether the kernel describes one file in both, deleted in the meantime or not."""
+        """Return whether the kernel describes one file in both, deleted in the meantime or not."""
         return (self.device, self.inode, self.file_path) == (
             other.device,
             other.inode,
@@ -113,7 +113,7 @@ class MappingTable:
         )
 
     def find(self, addresses: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-        """Give the number of the mapping that holds each address, -1 where there is none."""
+        """Return the number of the mapping that holds each address, -1 where there is none."""
         if not self.mappings:
             return np.full(len(addresses), -1, dtype=np.int64)
         found = np.searchsorted(self.starts, addresses, side="right").astype(np.int64) - 1
@@ -141,7 +141,7 @@ def _map_over(kept: list[Mapping], mapping: Mapping) -> None:
 
 
 def is_anonymous(path: bytes) -> bool:
-    """Tell whether the kernel's name of a mapping stands for memory without a file."""
+    """Return whether the kernel's name of a mapping stands for memory without a file."""
     return (
         not path.startswith((b"/", b"["))
         or path.startswith((b"//anon", b"/dev/zero", b"/SYSV", b"/anon_hugepage", b"[anon"))

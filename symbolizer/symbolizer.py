@@ -122,7 +122,7 @@ class Symbolizer:
         return self._modules
 
     def locate(self, pid: int, mappings: MappingTable, addresses: Addresses) -> list[Location]:
-        """Give one Location per user address.
+        """Return one Location per user address.
 
         An address is that of the instruction to look up: for a caller, its return address - 1. A
         file is opened and its symbols are kept when it is first seen; if it cannot be opened,
@@ -142,7 +142,7 @@ class Symbolizer:
         return locations
 
     def identify(self, pid: int, mappings: MappingTable, number: int) -> str:
-        """Give the build id of a mapping's file; empty for memory without a file."""
+        """Return the build id of a mapping's file; empty for memory without a file."""
         with ProcessFiles(pid) as files:
             build_id, is_pseudo = self._file(files, mappings, number)
         return "" if is_pseudo else build_id
@@ -165,7 +165,7 @@ class Symbolizer:
         yield None
 
     def locate_kernel(self, addresses: Addresses) -> list[Location]:
-        """Give one Location per kernel address."""
+        """Return one Location per kernel address."""
         addresses = np.asarray(addresses, dtype=np.uint64)
         if not len(addresses):
             return []
@@ -190,7 +190,7 @@ class Symbolizer:
         return locations
 
     def names(self, locations: Sequence[Location]) -> list[tuple[Frame, ...]]:
-        """Give the frames of each location, innermost first; () where there is no name.
+        """Return the frames of each location, innermost first; () where there is no name.
 
         An address in a function that has no name, but whose extent is known, has the frame of that
         function, named after its first address: `module+0x…`, as linked.
@@ -209,7 +209,7 @@ class Symbolizer:
         return frames
 
     def slowest(self) -> list[dict[str, str | float]]:
-        """Give the files whose symbols took longest to read, `path` and `ms`, slowest first."""
+        """Return the files whose symbols took longest to read, `path` and `ms`, slowest first."""
         return [{"path": path, "ms": ms} for ms, path in sorted(self._slowest, reverse=True)]
 
     def close(self) -> None:
@@ -266,7 +266,7 @@ class Symbolizer:
     # From mappings to files.
 
     def _place(self, files: ProcessFiles, mappings: MappingTable, number: int) -> tuple[str, int]:
-        """Give a mapping's build id, and what to take off its addresses for places in the file."""
+        """Return a mapping's build id, and what to subtract from addresses for file offsets."""
         if number < 0:
             return self._pseudo(mappings.missing).build_id, 0
         build_id, is_pseudo = self._file(files, mappings, number)
@@ -293,7 +293,7 @@ class Symbolizer:
         return self._open_file(files, mapping)
 
     def _is_known(self, mapping: maps.Mapping) -> bool:
-        """Tell whether a build id's file was read before, by this process or an earlier one."""
+        """Return whether a build id's file was read before, by this process or an earlier one."""
         build_id = mapping.build_id
         module = self._modules.get(build_id)
         if module is not None and module.segments and self._is_kept(build_id):
@@ -306,7 +306,7 @@ class Symbolizer:
         return True
 
     def _is_kept(self, build_id: str) -> bool:
-        """Tell whether to read the file once more would bring nothing."""
+        """Return whether to read the file once more would bring nothing."""
         absent = self._absent.get(build_id, Miss.NOT_KEPT)
         return absent != Miss.NOT_KEPT or self._table(build_id) is not None
 

@@ -120,7 +120,7 @@ class Edges:
 
     @property
     def is_stepped(self) -> bool:
-        """Tell whether somebody has set the wall clock since the window began."""
+        """Return whether somebody has set the wall clock since the window began."""
         passed_ns = self._monotonic_ns() - self._begun_monotonic_ns
         return abs(self._wall_ns() - self._begun_ns - passed_ns) > _STEP_NS
 
@@ -216,7 +216,7 @@ class Child:
 
 
 def _uploader_command(options: AgentOptions) -> list[str]:
-    """Give its command line. It is not imported: what it needs is memory that sampling does not."""
+    """Return its command line. It is not imported, because its libraries take memory."""
     store = options.store or default_store_url()
     command = [sys.executable, "-P", "-m", "profiler.agent.uploader"]
     command += [f"--spool={options.spool}", f"--store={store}", f"--parent={os.getpid()}"]
@@ -287,7 +287,7 @@ class Beside:
         """Take note of a window that was closed."""
 
     def status(self) -> dict[str, Any]:
-        """Give what is to stand in the agent's status."""
+        """Return what is to stand in the agent's status."""
         return {}
 
     def end(self) -> None:
@@ -380,7 +380,7 @@ class Agent:
         self._beside.note(profile)
 
     def status(self) -> dict[str, Any]:
-        """Give what `everflame status --json` prints."""
+        """Return what `everflame status --json` prints."""
         recorder, counts = self._recorder, self._totals.merge(self._recorder.counts)
         spool = self._spool.status()
         return {
@@ -418,7 +418,7 @@ class Agent:
 
 
 def run(options: AgentOptions, beside: Beside | None = None) -> dict[str, Any]:
-    """Be the agent of this host until it is told to end, and give its last status."""
+    """Be the agent of this host until it is told to end, and return its last status."""
     beside = beside or Beside()
     config = SamplerConfig(
         options.frequency_hz, options.hardware, tables_limit_bytes=options.tables_limit_bytes

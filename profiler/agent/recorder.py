@@ -63,7 +63,7 @@ _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
 def this_host() -> Host:
-    """Give the name of this host and an id that stays over restarts (from machine-id(5))."""
+    """Return the name of this host and an id that stays over restarts (from machine-id(5))."""
     name = socket.gethostname()
     seed = name
     for path in (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id")):
@@ -75,7 +75,7 @@ def this_host() -> Host:
 
 
 def default_cache() -> Path:
-    """Give where symbol tables are kept from one run to the next."""
+    """Return where symbol tables are kept from one run to the next."""
     if chosen := os.environ.get("EVERFLAME_CACHE"):
         return Path(chosen)
     if os.geteuid() == 0:
@@ -179,11 +179,11 @@ class Recorder:
         return min(_LONGEST_DRAIN_PERIOD_S, max(DRAIN_PERIOD_S, lasts_s))
 
     def fileno(self) -> int:
-        """Give a descriptor that is readable when `catch_up` should not wait for the next step."""
+        """Return a descriptor, readable when `catch_up` should not wait for the next step."""
         return self._wakes.fileno()
 
     def catch_up(self) -> None:
-        """Take in what the kernel told of processes, and give its walks what they wish for."""
+        """Take in what the kernel told of processes, and return its walks what they wish for."""
         with self.cost.of("processes"):
             self.processes.poll()
         with self.cost.of("unwind"):
@@ -199,7 +199,7 @@ class Recorder:
         self._scan()
 
     def close_window(self, edge_ns: int | None = None) -> Profile:
-        """Give the profile since `start` or the last call, named as well as this host can.
+        """Return the profile since `start` or the last call, named as well as this host can.
 
         `edge_ns` is the time (UTC) at which this window ends and the next begins, a few ms ago,
         where windows are to be aligned; by default it is now.
@@ -265,7 +265,7 @@ class Recorder:
     def _locate(
         self, groups: Mapping[MappingTable, list[RawSample]]
     ) -> tuple[list[RawSample], list[Numbers]]:
-        """Give the samples group by group and their stacks as location numbers, root first."""
+        """Return the samples group by group and their stacks as location numbers, root first."""
         samples = [sample for group in groups.values() for sample in group]
         user = [stack for table, group in groups.items() for stack in self._user(table, group)]
         # Kernel code comes and goes at any time: what was unknown a second ago may be known now.
@@ -289,7 +289,7 @@ class Recorder:
         stacks: Sequence[Words],
         locate: Callable[[Words], list[Location]],
     ) -> list[Numbers]:
-        """Give each stack as location numbers. Most words recur: each is located once."""
+        """Return each stack as location numbers. Most words recur: each is located once."""
         if not stacks:
             return []
         words = np.concatenate(stacks).tolist()
@@ -405,11 +405,11 @@ class _Clocks:
         )
 
     def since(self, earlier: "_Clocks") -> int:
-        """Give the ns between two readings; the wall clock may have been set in between."""
+        """Return the ns between two readings; the wall clock may have been set in between."""
         return self.monotonic_ns - earlier.monotonic_ns
 
     def nonidle_since(self, earlier: "_Clocks") -> int:
-        """Give how long CPUs were not idle in between; idle time is rounded, so not below 0."""
+        """Return how long CPUs were not idle in between; idle time is rounded, so not below 0."""
         return max(0, self.nonidle_ns - earlier.nonidle_ns)
 
 
@@ -425,7 +425,7 @@ def _give_large_blocks_back() -> None:
 
 
 def nonidle_ns() -> int:
-    """Give how long all online CPUs together were not idle, in ns from an arbitrary start.
+    """Return how long all online CPUs together were not idle, in ns from an arbitrary start.
 
     The time there was, less what /proc/stat calls idle, waiting or stolen (proc_stat(5)): those are
     measured, while its busy times are guessed at the timer's ticks, which miss whatever a timer

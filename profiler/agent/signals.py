@@ -55,7 +55,7 @@ class Signals:
         self._poll.register(fd, select.POLLIN)
 
     def wait(self, until_s: float) -> signal.Signals | None:
-        """Give the next signal; None at `time.monotonic()` = `until_s`, or for a descriptor."""
+        """Return the next signal; None at `time.monotonic()` = `until_s`, or for a descriptor."""
         if not self._met:
             left_s = max(0.0, until_s - time.monotonic())
             ready = dict(self._poll.poll(None if left_s == float("inf") else left_s * 1000))

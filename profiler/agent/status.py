@@ -23,7 +23,7 @@ class NoAgentError(Exception):
 
 
 def default_run_folder() -> Path:
-    """Give where the agent's lock and socket are."""
+    """Return where the agent's lock and socket are."""
     if chosen := os.environ.get("EVERFLAME_RUN"):
         return Path(chosen)
     if os.geteuid() == 0:
@@ -32,7 +32,7 @@ def default_run_folder() -> Path:
 
 
 def default_spool() -> Path:
-    """Give where closed windows wait for the store."""
+    """Return where closed windows wait for the store."""
     if chosen := os.environ.get("EVERFLAME_SPOOL"):
         return Path(chosen)
     if os.geteuid() == 0:
@@ -203,7 +203,7 @@ def _megabytes(size_bytes: int) -> str:
 
 
 def metrics(status: Mapping[str, Any]) -> bytes:
-    """Give the status in Prometheus' text format (exposition format 0.0.4)."""
+    """Return the status in Prometheus' text format (exposition format 0.0.4)."""
     upload, spool = status["uploader"], status["spool"]
     counters = {
         "ticks": status["ticks"],
@@ -266,5 +266,5 @@ def metrics(status: Mapping[str, Any]) -> bytes:
 
 
 def _labelled(label: str, values: Mapping[str, float]) -> dict[str, float]:
-    """Give values by their label as Prometheus writes it; the names are our own, and plain."""
+    """Return values by their label as Prometheus writes it; the names are our own, and plain."""
     return {f'{{{label}="{name}"}}': value for name, value in values.items()}

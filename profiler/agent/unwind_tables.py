@@ -148,7 +148,7 @@ class Unwinding:
         self._builder.close()
 
     def status(self) -> dict[str, int]:
-        """Give what `everflame status` tells of it."""
+        """Return what `everflame status` tells of it."""
         return {
             "processes": len(self._known),
             "tables": len(self._loaded),
@@ -241,7 +241,7 @@ class Unwinding:
         return space
 
     def _number(self, mappings: MappingTable, place: int) -> int:
-        """Give the number that a mapping's file has in the kernel; 0 for memory without one."""
+        """Return the number that a mapping's file has in the kernel; 0 for memory without one."""
         mapping = mappings.mappings[place]
         if is_anonymous(mapping.path):
             return 0
@@ -338,7 +338,7 @@ class Unwinding:
         return True
 
     def _take_in(self, key: str, table: UnwindTable) -> None:
-        """Give a table to the kernel, if there is room or can be."""
+        """Return a table to the kernel, if there is room or can be."""
         number = self._next_table
         self._next_table += 1
         while True:
@@ -383,7 +383,7 @@ class Unwinding:
             self._tables.set_state(executable, state)
 
     def _executables_of(self, key: str) -> list[int]:
-        """Give all numbers that a file goes by."""
+        """Return all numbers that a file goes by."""
         return [number for number, its_key in self._keys.items() if its_key == key]
 
     def _offer(self, built: Iterable[tuple[str, "_Outcome"]]) -> None:
@@ -430,7 +430,7 @@ class _Builder:
             self._start_next()
 
     def finished(self) -> list[tuple[str, _Outcome]]:
-        """Give what became of the tables that were asked for since the last call, by key."""
+        """Return what became of the tables that were asked for since the last call, by key."""
         if self._child:
             pid, status = os.waitpid(self._child, os.WNOHANG)
             if not pid and time.monotonic() > self._deadline_s:

@@ -119,10 +119,10 @@ class Clock(Protocol):
     """Time, and the request to end, which comes from outside as time does."""
 
     def now_ns(self) -> int:
-        """Give the time of day, UTC."""
+        """Return the time of day, UTC."""
 
     def monotonic_s(self) -> float:
-        """Give a time that never steps."""
+        """Return a time that never steps."""
 
     def wait(self, seconds: float) -> bool:
         """Let time pass, less when the request to end comes meanwhile; tell whether it has come."""
@@ -183,7 +183,7 @@ class Uploader:
         return is_complete
 
     def _round(self) -> float | None:
-        """Send what is due and give the pause until the next round; None to give up waiting."""
+        """Send what is due and return the pause until the next round; None to give up waiting."""
         self._retain()
         batch = self._due()
         for group in self._groups(batch):
@@ -213,7 +213,7 @@ class Uploader:
         return sorted(batch, key=lambda each: self._attempts[each.key])
 
     def _has_waited(self, profile: SpooledProfile) -> bool:
-        """Tell whether its share of the jitter has passed, which its hash decides: once, for good.
+        """Return whether its share of the jitter has passed, which its hash decides once.
 
         A file from the future is due: the clock was set back.
         """
@@ -253,7 +253,7 @@ class Uploader:
         return True
 
     def _send(self, store: ObjectStore, profile: SpooledProfile) -> tuple[_Outcome, int]:
-        """Send one profile and give its size; runs in a thread, so it changes nothing of ours."""
+        """Send one profile and return its size; runs in a thread, so it changes nothing of ours."""
         claimed = self._outbox.claim(profile)
         if claimed is None:
             return _Outcome.GONE, 0
@@ -301,7 +301,7 @@ class Uploader:
             self._store = None  # opened anew it reads the credentials anew
 
     def _pause_s(self) -> float:
-        """Give how long to leave the store alone: full jitter, or slowly where it has refused."""
+        """Return how long to leave the store alone: full jitter, or slowly where it has refused."""
         if self._is_refused:
             return self._chance.uniform(_LONGEST_PAUSE_S / 2, _LONGEST_PAUSE_S)
         limit_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._failures, 10))

@@ -57,7 +57,7 @@ while (1) {
 
 
 def command(user: str) -> list[str]:
-    """Give the command line of the demo; as root it becomes `user`, otherwise that is empty."""
+    """Return the command line of the demo; as root it becomes `user`, otherwise that is empty."""
     return [sys.executable, __file__, f"--user={user}", f"--parent={os.getpid()}"]
 
 

@@ -77,7 +77,7 @@ def deployments_in(
     selector: Selector,
     check: Callable[[], None] = lambda: None,
 ) -> Found:
-    """Give the deployments that began in a window. `check` is called while the store is listed.
+    """Return the deployments that began in a window. `check` is called while the store is listed.
 
     Of the selector, `version` says which deployments; everything else says which services and
     hosts are looked at.

@@ -101,7 +101,7 @@ class Verdict(NamedTuple):
 
 
 def run(before: Sequence[str], after: Sequence[str], options: Options, now_ns: int) -> int:
-    """Compare, print, and give the exit code.
+    """Compare, print, and return the exit code.
 
     Raises:
         ComparisonError: there is nothing to compare.
@@ -258,7 +258,7 @@ def _operand(text: str, now_ns: int) -> Operand:
 
 
 def as_json(found: Comparison, verdict: Verdict, gate: Gate) -> bytes:
-    """Give it as interfaces for programs say: times are Unix ms, shares parts of 1."""
+    """Return it as interfaces for programs say: times are Unix ms, shares parts of 1."""
     return orjson.dumps(
         {
             "schema": 1,

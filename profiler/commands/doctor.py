@@ -61,7 +61,7 @@ class Check:
 
 
 def main(as_json: bool, store: str | None = None, endpoint: str | None = None) -> int:
-    """Print every check to stdout and give the exit status: 1 when one of them failed.
+    """Print every check to stdout and return the exit status: 1 when one of them failed.
 
     With `store`, the URL of an object store, that is checked too.
     """
@@ -367,7 +367,7 @@ def check_clock() -> Check:
 
 
 def check_steal() -> Check:
-    """Tell how much CPU time since boot the hypervisor gave to others (proc_stat(5))."""
+    """Return how much CPU time since boot the hypervisor gave to others (proc_stat(5))."""
     times = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     share = times[7] / max(sum(times), 1)
     detail = f"{share:.1%} of the CPU time since boot went to other machines"
@@ -456,7 +456,7 @@ def _is_fit(checks: Iterable[Check]) -> bool:
 
 
 def _has_capability(number: int | None) -> bool:
-    """Tell whether it is effective (CapEff in proc_pid_status(5)); no number is no capability."""
+    """Return whether it is effective (CapEff in proc_pid_status(5)); no number is no capability."""
     status = Path("/proc/self/status").read_text()
     effective = int(status.partition("CapEff:")[2].split(maxsplit=1)[0], 16)
     return number is not None and bool(effective >> number & 1)

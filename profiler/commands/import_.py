@@ -156,7 +156,7 @@ def _imported(profile: Profile, frequency_hz: int) -> Imported:
 
 
 def complete(imported: Imported, file: str, options: ImportOptions, now_ns: int) -> Profile:
-    """Give the profile with the window, host and labels that were asked for.
+    """Return the profile with the window, host and labels that were asked for.
 
     Raises:
         IncompleteFileError: it has no window, or one longer than an hour.

@@ -90,7 +90,7 @@ def run(selection: Selection, *, as_json: bool) -> int:
 
 
 def list_hosts(selection: Selection) -> Listing:
-    """Give the hosts that have objects in the window, by name."""
+    """Return the hosts that have objects in the window, by name."""
     hosts: dict[str, HostListing] = {}
     latest: dict[str, tuple[ObjectKey, StoredObject]] = {}
     for key, stored in selection.objects():

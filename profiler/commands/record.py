@@ -125,7 +125,7 @@ class Command:
             os.kill(self._pid, met)
 
     def exit_status(self) -> int:
-        """Wait for the command and give its status as a shell does: 128 + n for signal n."""
+        """Wait for the command and return its status as a shell does: 128 + n for signal n."""
         if not self.has_ended():
             _, self._status = os.waitpid(self._pid, 0)
         code = os.waitstatus_to_exitcode(self._status or 0)
@@ -174,7 +174,7 @@ def _state_and_parent(pid: int) -> tuple[bytes, int] | None:
 
 
 def _is_running(pid: int) -> bool:
-    """Tell whether it exists and is more than a zombie that waits for its parent."""
+    """Return whether it exists and is more than a zombie that waits for its parent."""
     found = _state_and_parent(pid)
     return found is not None and found[0] not in (b"Z", b"X")
 
@@ -195,7 +195,7 @@ def _with_descendants(roots: Iterable[int]) -> set[int]:
 
 
 def run(options: RecordOptions, environment: dict[str, str]) -> int:
-    """Record and write; give the exit status."""
+    """Record and write; return the exit status."""
     outputs = options.outputs or (f"./everflame-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.pb.gz",)
     for output in outputs:
         export.check_output(output)

@@ -65,7 +65,7 @@ class Selection:
         return query_of(self.store)
 
     def objects(self) -> Iterator[tuple[ObjectKey, StoredObject]]:
-        """Give the objects that start inside the window; none is read."""
+        """Return the objects that start inside the window; none is read."""
         for key, stored in list_window(self.store, self.window):
             if self.window.start_ns <= key.start_ns < self.window.end_ns:
                 yield key, stored
@@ -106,7 +106,7 @@ class Selection:
 
 
 def nearest_objects(store: ObjectStore, window: Window) -> list[ObjectKey]:
-    """Give the last object before a window and the first behind it, as far as there are any."""
+    """Return the last object before a window and the first behind it, as far as there are any."""
     found: list[ObjectKey] = []
     for seconds in (*_LOOK_AROUND_S, None):
         start_ns = 0 if seconds is None else max(0, window.start_ns - seconds * NS_PER_S)

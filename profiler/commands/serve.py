@@ -111,7 +111,7 @@ def _tell(line: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve as asked; give the exit status."""
+    """Serve as asked; return the exit status."""
     options = _parse_options(argv)
     url = options.store or default_store_url()
     about = About(

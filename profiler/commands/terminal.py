@@ -37,14 +37,14 @@ _RESET = "\x1b[0m"
 
 
 def width(stream: TextIO) -> int:
-    """Give the terminal's width, or a fixed one where the stream is no terminal."""
+    """Return the terminal's width, or a fixed one where the stream is no terminal."""
     if not stream.isatty():
         return _WIDTH_WITHOUT_TERMINAL
     return max(20, shutil.get_terminal_size((_WIDTH_WITHOUT_TERMINAL, 24)).columns)
 
 
 def has_colours(stream: TextIO) -> bool:
-    """Tell whether to colour: on a terminal, unless NO_COLOR is set (no-color.org)."""
+    """Return whether to colour: on a terminal, unless NO_COLOR is set (no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -129,7 +129,7 @@ def _summary(graph: FlameGraph) -> str:
 
 
 def _spans(graph: FlameGraph, width: int) -> Iterator[tuple[int, int, int]]:
-    """Give each node's first and last cell. Both edges are rounded alike, so siblings touch."""
+    """Return each node's first and last cell. Both edges are rounded alike, so siblings touch."""
     whole = max(1, int(graph.total[0]))
     left = graph.left().tolist()
     for node, (start, total) in enumerate(zip(left, graph.total.tolist(), strict=True)):

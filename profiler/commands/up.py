@@ -61,7 +61,7 @@ _IDLE_WINDOWS = 2
 def run(
     options: AgentOptions, listen: str, *, has_demo: bool = False, decode_ahead: int = 0
 ) -> int:
-    """Sample and serve until told to end; give the exit status.
+    """Sample and serve until told to end; return the exit status.
 
     Raises:
         RefusedError: the address, the store or the host is not to be had.
@@ -83,7 +83,7 @@ def tell(*lines: str) -> None:
 
 
 def free_address(listen: str) -> tuple[str, int]:
-    """Give the address to listen on; a port of 0 becomes one that is free.
+    """Return the address to listen on; a port of 0 becomes one that is free.
 
     Raises:
         RefusedError: it is no address, not of loopback, or taken.
@@ -189,7 +189,7 @@ class Companions(Beside):
 
 
 def _cost_with_workers(pid: int) -> dict[str, int]:
-    """Give what a process and its children take; nothing if there is no such process."""
+    """Return what a process and its children take; nothing if there is no such process."""
     total = Counter(_cost_of(pid))
     # Each thread has children of its own; a kernel may not tell (CONFIG_PROC_CHILDREN).
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -200,7 +200,7 @@ def _cost_with_workers(pid: int) -> dict[str, int]:
 
 
 def _cost_of(pid: int) -> dict[str, int]:
-    """Give what a process takes, nothing if there is no such process (proc_pid_stat(5))."""
+    """Return what a process takes, nothing if there is no such process (proc_pid_stat(5))."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
@@ -213,7 +213,7 @@ def _cost_of(pid: int) -> dict[str, int]:
 
 
 def service_user() -> str:
-    """Give whom the service is to run as; this user itself where it is an ordinary one."""
+    """Return whom the service is to run as; this user itself where it is an ordinary one."""
     if os.geteuid() != 0:
         return ""
     known = {account.pw_name for account in pwd.getpwall()}
@@ -229,7 +229,7 @@ def service_user() -> str:
 def service_command(
     options: AgentOptions, address: tuple[str, int], cache: Path, user: str
 ) -> list[str]:
-    """Give the command line that confines the service and starts it."""
+    """Return the command line that confines the service and starts it."""
     store = options.store
     confine = [sys.executable, "-P", "-m", "profiler.service.confine", f"--parent={os.getpid()}"]
     confine += [f"--user={user}", f"--write={cache}"]
@@ -246,7 +246,7 @@ def service_command(
 
 
 def _folders_to_read(store: str) -> Iterator[Path]:
-    """Give the store, or where the keys of a bucket may be."""
+    """Return the store, or where the keys of a bucket may be."""
     if agent.is_directory(store):
         yield directory_of(store)
         return
@@ -264,7 +264,7 @@ def _folders_to_read(store: str) -> Iterator[Path]:
 
 
 def service_environment(options: AgentOptions, cache: Path) -> dict[str, str]:
-    """Give what the service gets of this environment; keys only where there is a bucket."""
+    """Return what the service gets of this environment; keys only where there is a bucket."""
     prefixes: tuple[str, ...] = _ENVIRONMENT_OF
     if not agent.is_directory(options.store):
         prefixes += _ENVIRONMENT_OF_S3
@@ -273,7 +273,7 @@ def service_environment(options: AgentOptions, cache: Path) -> dict[str, str]:
 
 
 def directory_of(store: str) -> Path:
-    """Give the folder that a store lies in.
+    """Return the folder that a store lies in.
 
     Raises:
         RefusedError: it is no folder's name.
@@ -305,7 +305,7 @@ def check_store(options: AgentOptions) -> None:
 
 
 def answers(host: str, port: int) -> bool:
-    """Tell whether the service is up. No HTTP client: that would map TLS into the sampler."""
+    """Return whether the service is up. No HTTP client: that would map TLS into the sampler."""
     name = addresses.shown((host, port))
     request = f"GET /healthz HTTP/1.0\r\nHost: {name}\r\n\r\n"
     try:
@@ -372,7 +372,7 @@ def summary(options: AgentOptions, status: Mapping[str, Any], begun_ns: int) -> 
 
 
 def _own_command() -> str:
-    """Give how this program can be called from here."""
+    """Return how this program can be called from here."""
     own = Path(sys.argv[0]).absolute()
     if shutil.which("everflame") == str(own):
         return "everflame"

@@ -83,7 +83,7 @@ class Verification:
             self.mismatches.append({"key": checked.key, "ticks": counts.ticks, "sum": accounted})
 
     def as_json(self) -> bytes:
-        """Give the shape of `verify --json`."""
+        """Return the shape of `verify --json`."""
         lost: Counter[str] = Counter(self.sums.lost)
         return orjson.dumps(
             {
@@ -153,7 +153,7 @@ def verify_store(
 
 
 def find_gaps(windows: Iterable[Window]) -> list[Window]:
-    """Give the time between a host's windows that is missing, if it is long (see _GAP)."""
+    """Return the time between a host's windows that is missing, if it is long (see _GAP)."""
     ordered = sorted(windows)
     if not ordered:
         return []
@@ -170,7 +170,7 @@ def find_gaps(windows: Iterable[Window]) -> list[Window]:
 def _listed(
     store: ObjectStore, window: Window, tenant: str, windows: dict[str, list[Window]]
 ) -> Iterator[tuple[str, ObjectKey | None]]:
-    """Give what is listed, noting the windows of each host."""
+    """Return what is listed, noting the windows of each host."""
     pairs: Iterable[tuple[ObjectKey | None, StoredObject]] = list_window(store, window, tenant)
     if window == ALWAYS:
         listed = store.list(f"v1/{tenant}/l0/")

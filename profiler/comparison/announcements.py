@@ -78,7 +78,7 @@ def list_announcements(
     tenant: str = DEFAULT_TENANT,
     check: Callable[[], None] = lambda: None,
 ) -> Announced:
-    """Give what was announced for times inside a window. What `check` raises ends it.
+    """Return what was announced for times inside a window. What `check` raises ends it.
 
     Raises:
         StoreError: the store cannot be listed. One object that cannot be read is only named.
@@ -125,7 +125,7 @@ class _Skips:
 def _latest(
     store: ObjectStore, window: Window, tenant: str, skips: _Skips, check: Callable[[], None]
 ) -> Iterable[StoredObject]:
-    """Give the objects whose keys say that they were announced for a time in the window."""
+    """Return the objects whose keys say that they were announced for a time in the window."""
     latest: deque[StoredObject] = deque(maxlen=_LIMIT)
     listed = 0
     first_ms, last_ms = (at_ns // _NS_PER_MS for at_ns in (window.start_ns, window.end_ns))

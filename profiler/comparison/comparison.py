@@ -279,7 +279,7 @@ class _Table:
         return cls(named, hashes[order], columns)
 
     def counts(self, sums: Sums | None, hosts: dict[str, int]) -> Floats:
-        """Give (self, total, both in samples) by host and function."""
+        """Return (self, total, both in samples) by host and function."""
         counts = np.zeros((len(hosts), len(self.hashes), 4))
         if sums is not None:
             cells, known = self._cells(sums.self_samples(), hosts)
@@ -287,7 +287,7 @@ class _Table:
         return counts
 
     def samples(self, part: SelfSamples, hosts: dict[str, int]) -> Floats:
-        """Give the self samples by host and function."""
+        """Return the self samples by host and function."""
         cells, known = self._cells(part, hosts)
         size = len(hosts) * len(self.hashes)
         weights = part.samples[known].astype(np.float64)
@@ -297,7 +297,7 @@ class _Table:
     def _cells(
         self, part: SelfSamples, hosts: dict[str, int]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Give the place of lines, row by row, and which lines have one."""
+        """Return the place of lines, row by row, and which lines have one."""
         rows = [hosts.get(dict(each).get("host", ""), -1) for each in part.service_sets]
         found = np.searchsorted(self.hashes, part.function_hashes)
         found = np.minimum(found, len(self.hashes) - 1)
@@ -322,7 +322,7 @@ class _Lives:
     def seconds(
         self, selector: Selector, window: Window, hosts: Iterable[str] = ()
     ) -> dict[str, float]:
-        """Give for how long what is asked for was there, by host.
+        """Return for how long what is asked for was there, by host.
 
         Profiles of other producers do not say it: then these hosts had it all the time.
         """
@@ -339,7 +339,7 @@ class _Lives:
         return found
 
     def versions(self, selector: Selector, window: Window, hosts: set[str]) -> set[tuple[str, str]]:
-        """Give the services and versions that were there on some hosts."""
+        """Return the services and versions that were there on some hosts."""
         there = np.unique(self._set[self._chosen(selector, window)]).tolist()
         return {
             (labels.get("service", ""), labels.get("version", ""))
@@ -355,7 +355,7 @@ class _Lives:
 
 
 def _known(selector: Selector, but: frozenset[str] = frozenset()) -> Selector:
-    """Give what a selector says of labels that presence is known by."""
+    """Return what a selector says of labels that presence is known by."""
     names = _SERVICE_LABELS - but
     return Selector(tuple(each for each in selector.matchers if each.name in names))
 
@@ -501,7 +501,7 @@ class _Past:
                 yield before, after
 
     def _samples(self, query: Query, backs: Sequence[int]) -> list[Floats]:
-        """Give for each side the self samples by position, host and function, read once."""
+        """Return for each side the self samples by position, host and function, read once."""
         table, sides = self._pair.table, range(len(self._selectors))
         found = [np.zeros((len(backs), len(h), len(table.frames))) for h in self._pair.hosts]
         numbers = [{host: j for j, host in enumerate(hosts)} for hosts in self._pair.hosts]
@@ -515,7 +515,7 @@ class _Past:
         return found
 
     def _positions(self) -> tuple[Query, list["_Position"]]:
-        """Give the positions on other days at the same hours, or those that follow each other."""
+        """Return the positions on other days at the same hours, or those that follow each other."""
         span_ns = self.span.end_ns - self.span.start_ns
         days_ns = -(-span_ns // _DAY_NS) * _DAY_NS
         daily = [
@@ -541,7 +541,7 @@ class _Past:
         return any(True for _ in self._query.objects(window))
 
     def _valid(self, query: Query, backs: Sequence[int]) -> list["_Position"]:
-        """Give those at which the service was there as it is now, in one version."""
+        """Return those at which the service was there as it is now, in one version."""
         window = self._back(self.span, backs[-1], backs[0])
         knowns = [_known(each) for each in self._selectors]
         lives = [_Lives(query.presence(window, known)) for known in dict.fromkeys(knowns)]
@@ -711,7 +711,7 @@ def _undecided(now: Contrast) -> Judgement:
 def _spread(
     before: float, after: float, ratio: float, low: float, high: float
 ) -> tuple[float, float, float]:
-    """Give a difference with an interval as wide as that of the log ratio makes it."""
+    """Return a difference with an interval as wide as that of the log ratio makes it."""
     middle = (before + after) / 2
     change = after - before
     if not middle:

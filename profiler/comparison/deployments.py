@@ -149,7 +149,7 @@ class _Change(NamedTuple):
 
 
 def find_deployments(sightings: Sightings) -> list[Deployment]:
-    """Give the deployments of all services, earliest first. Pure; rows may be in any order."""
+    """Return the deployments of all services, earliest first. Pure; rows may be in any order."""
     found: list[Deployment] = []
     runs = sorted(_runs(sightings), key=lambda run: run.instance.service)
     for _, of_service in groupby(runs, key=lambda run: run.instance.service):
@@ -202,7 +202,7 @@ def _order(deployment: Deployment) -> tuple[int, str, str, tuple[str, ...]]:
 
 
 def _runs(sightings: Sightings) -> Iterator[_Run]:
-    """Give the runs of at least two windows, of all services and hosts."""
+    """Return the runs of at least two windows, of all services and hosts."""
     instances, rows = sightings.instances, sightings.rows
     if not len(rows):
         return
@@ -295,7 +295,7 @@ class _Service:
             yield self._deployment(changes)
 
     def _changed_from(self, run: _Run) -> str | None:
-        """Give the version that a host ran before, None where it has not changed."""
+        """Return the version that a host ran before, None where it has not changed."""
         known = self._newest.get(run.host)
         if known is not None:
             return known if known != run.version else None
@@ -353,7 +353,7 @@ class _Service:
         )
 
     def _changed_ns(self, change: _Change) -> int:
-        """Give when a host had changed: what it ran before may take a while to end."""
+        """Return when a host had changed: what it ran before may take a while to end."""
         at_ns, host = change.run.start_ns, change.run.host
         ends = [
             run.end_ns
@@ -366,5 +366,5 @@ class _Service:
         return max([change.run.first_end_ns, *ends])
 
     def _most(self, counts: Counter[str]) -> str:
-        """Give the most frequent version, of several the newest."""
+        """Return the most frequent version, of several the newest."""
         return max(counts, key=lambda each: (counts[each], self._since[each], each))

@@ -49,7 +49,7 @@ class Match(NamedTuple):
 
 
 def lives_of(presence: Presence) -> dict[str, Window]:
-    """Give from when until when each service is known to have been there."""
+    """Return from when until when each service is known to have been there."""
     numbers = presence.rows[:, 0]
     found: dict[str, Window] = {}
     for i, labels in enumerate(presence.label_sets):
@@ -135,7 +135,7 @@ def _match(deployment: Deployment, selector: Selector, before: Window, after: Wi
 
 
 def _past_ns(until_ns: int, life: Window, has_data: Callable[[Window], bool]) -> int:
-    """Give for how long there are data before a time, as far as it matters."""
+    """Return for how long there are data before a time, as far as it matters."""
     known_ns = until_ns - life.start_ns
     for hours in _PROBES:
         hour_ns = (until_ns // HOUR_NS - hours) * HOUR_NS
@@ -158,7 +158,7 @@ class _Room(NamedTuple):
 
 
 def _shortened(length_ns: int, room: _Room) -> int:
-    """Give a length of which there are enough positions, if one is long enough for that."""
+    """Return a length of which there are enough positions, if one is long enough for that."""
     fits_ns, positions = 0, MIN_POSITIONS + 2 * min(room.earlier, _MOST_SPOILED)
     for least_ns, grid_ns in GRIDS_NS:
         between_ns = positions * (room.gap_ns + grid_ns)

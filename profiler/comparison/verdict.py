@@ -123,7 +123,7 @@ def contrast(before: Costs, after: Costs) -> Contrast:
 
 
 def large_functions(samples: Floats, cells: int) -> npt.NDArray[np.bool_]:
-    """Tell which functions are large enough to say what all have in common."""
+    """Return which functions are large enough to say what all have in common."""
     least = max(MIN_SHARE * samples.sum(), _MIN_SAMPLES * cells)
     is_large: npt.NDArray[np.bool_] = samples >= least
     return is_large
@@ -236,7 +236,7 @@ class CommonJudgement(NamedTuple):
 
 
 def judge_common(now: Contrast, noise: Noise | None) -> CommonJudgement:
-    """Tell whether all functions together have changed, and give the interval of the log ratio."""
+    """Return whether all functions together changed, and the interval of the log ratio."""
     if noise is None:
         return CommonJudgement(-math.inf, math.inf, Change.TOO_LITTLE)
     reach = student_quantile(LEVEL, noise.df) * math.sqrt(noise.common_variance)
@@ -257,7 +257,7 @@ class Judgement(NamedTuple):
 
 
 def judge(now: Contrast, samples: tuple[Floats, Floats], noise: Noise) -> Judgement:
-    """Tell what has changed. `samples` are each function's before and after, of all hosts."""
+    """Return what has changed. `samples` are each function's before and after, of all hosts."""
     ratios = now.mean
     before, after = samples
     tested = before + after >= _MIN_SAMPLES * now.cells
@@ -281,7 +281,7 @@ def judge(now: Contrast, samples: tuple[Floats, Floats], noise: Noise) -> Judgem
 
 
 def points_of(ratios: Floats, before: Floats, after: Floats) -> Floats:
-    """Give what log ratios make of the total: parts of 1, of the mean of both sides.
+    """Return what log ratios make of the total: parts of 1, of the mean of both sides.
 
     A cost m (1 - x) before and m (1 + x) after has the log ratio 2 atanh(x).
     """
@@ -291,7 +291,7 @@ def points_of(ratios: Floats, before: Floats, after: Floats) -> Floats:
 
 
 def moderate(noise: Noise, counting: Floats, tested: npt.NDArray[np.bool_]) -> tuple[Floats, float]:
-    """Draw variances towards what functions of their size have; give them and their df.
+    """Draw variances towards what functions of their size have; return them and their df.
 
     The variance that is expected of a function is that of counting its samples plus one that all
     functions share. What single ones differ from that is fitted as limma does (Smyth 2004, 6.2).
@@ -313,7 +313,7 @@ def moderate(noise: Noise, counting: Floats, tested: npt.NDArray[np.bool_]) -> t
 
 
 def fit_variances(variances: Floats, df: float) -> tuple[float, float]:
-    """Fit a scaled F distribution; give the prior's degrees of freedom, or infinity, and scale."""
+    """Fit a scaled F; return the prior's degrees of freedom (maybe infinite) and scale."""
     half = np.array([df / 2])
     logs = np.log(variances) - float(digamma(half)[0]) + math.log(df / 2)
     spread = float(logs.var(ddof=1)) - float(trigamma(half)[0]) if len(logs) > 1 else 0.0
@@ -325,7 +325,7 @@ def fit_variances(variances: Floats, df: float) -> tuple[float, float]:
 
 
 def adjust(p: Floats) -> Floats:
-    """Give q-values: Benjamini and Hochberg's adjusted p-values."""
+    """Return q-values: Benjamini and Hochberg's adjusted p-values."""
     order = np.argsort(p)[::-1]
     ranks = np.arange(len(p), 0, -1)
     q = np.empty_like(p)
@@ -343,12 +343,12 @@ def _weighted_median(values: Floats, weights: Floats) -> float:
 
 
 def student_p(t: Floats, df: Floats) -> Floats:
-    """Give the two-sided p-value of Student's t: the chance of such a |t| or a larger one."""
+    """Return the two-sided p-value of Student's t: the chance of such a |t| or a larger one."""
     return incomplete_beta(df / 2, np.full_like(df, 0.5), df / (df + t * t))
 
 
 def rate_interval(hits: int, tries: int) -> tuple[float, float]:
-    """Give the 95 % interval of a rate (Clopper and Pearson 1934), by bisection."""
+    """Return the 95 % interval of a rate (Clopper and Pearson 1934), by bisection."""
 
     def beta_quantile(p: float, a: float, b: float) -> float:
         low, high = 0.0, 1.0
@@ -364,7 +364,7 @@ def rate_interval(hits: int, tries: int) -> tuple[float, float]:
 
 
 def student_quantile(p: float, df: float) -> float:
-    """Give the t that is exceeded in absolute value with probability `p`.
+    """Return the t that is exceeded in absolute value with probability `p`.
 
     The tail's logarithm is nearly straight over that of t: a few steps of the Illinois method.
     """
@@ -392,7 +392,7 @@ def student_quantile(p: float, df: float) -> float:
 
 
 def incomplete_beta(a: Floats, b: Floats, x: Floats) -> Floats:
-    """Give I_x(a, b) by its continued fraction (DLMF 8.17.22), on the side where it is fast."""
+    """Return I_x(a, b) by its continued fraction (DLMF 8.17.22), on the side where it is fast."""
     is_far = x > (a + 1) / (a + b + 2)
     a, b = np.where(is_far, b, a), np.where(is_far, a, b)
     x = np.clip(np.where(is_far, 1 - x, x), 0.0, 1.0)
@@ -430,7 +430,7 @@ _log_gamma = np.vectorize(math.lgamma, otypes=[float])
 
 
 def digamma(x: Floats) -> Floats:
-    """Give the derivative of log gamma, x > 0: by recurrence to x >= 8, then DLMF 5.11.2."""
+    """Return the derivative of log gamma, x > 0: by recurrence to x >= 8, then DLMF 5.11.2."""
     total = np.zeros_like(x)
     x = x.copy()
     while np.any(small := x < 8):
@@ -441,7 +441,7 @@ def digamma(x: Floats) -> Floats:
 
 
 def trigamma(x: Floats) -> Floats:
-    """Give the second derivative of log gamma, x > 0, likewise (DLMF 5.15.8)."""
+    """Return the second derivative of log gamma, x > 0, likewise (DLMF 5.15.8)."""
     total = np.zeros_like(x)
     x = x.copy()
     while np.any(small := x < 8):
@@ -452,7 +452,7 @@ def trigamma(x: Floats) -> Floats:
 
 
 def inverse_trigamma(y: float) -> float:
-    """Give the x whose trigamma is y > 0, by Newton's method (Smyth 2004, appendix)."""
+    """Return the x whose trigamma is y > 0, by Newton's method (Smyth 2004, appendix)."""
     if y > 1e7:
         return 1 / math.sqrt(y)
     if y < 1e-6:

@@ -96,7 +96,7 @@ class UnionGraph:
         return len(self.frame)
 
     def widths(self, scale: Scale) -> Floats:
-        """Give how wide nodes are: the mean of both sides in cores a host."""
+        """Return how wide nodes are: the mean of both sides in cores a host."""
         return _widths(scale, self.before, self.after)
 
 
@@ -114,7 +114,7 @@ class UnionPaths:
     callers: str
 
     def sums_along(self, path: Sequence[int]) -> list[dict[str, int]]:
-        """Give what stands on each of these boxes, from the first one on."""
+        """Return what stands on each of these boxes, from the first one on."""
         found = []
         for i in range(len(path)):
             rows = self.paths.through(path[: i + 1]).samples
@@ -201,7 +201,7 @@ class Pair:
     def shown(
         self, view: View, node: int, check: Callable[[], None] = lambda: None
     ) -> tuple[Shown, Shown]:
-        """Give what a view leaves of each side, only the stacks that go through a node.
+        """Return what a view leaves of each side, only the stacks that go through a node.
 
         Raises:
             NoSuchNodeError: no stack of either side goes there.
@@ -255,7 +255,7 @@ class Pair:
     def _verdicts(
         self, size: int, own: Integers, counts: Sequence[Integers], codes: npt.NDArray[np.int8]
     ) -> npt.NDArray[np.int8]:
-        """Give each node what is said of the paths that end there, the most costly of them."""
+        """Return each node what is said of the paths that end there, the most costly of them."""
         if self.found.source == Source.NONE:
             return np.full(size, TOO_LITTLE, np.int8)
         verdicts = np.zeros(size, np.int8)
@@ -275,7 +275,7 @@ class Pair:
         return verdicts
 
     def _growth(self, before: Integers, after: Integers) -> Floats:
-        """Give by how much costs grew beyond the common change, in cores a host."""
+        """Return by how much costs grew beyond the common change, in cores a host."""
         scale, common = self.scale, self.found.common.relative
         # Divided among both sides alike, so that swapping them changes the sign alone.
         factor = np.sqrt(1 + common)
@@ -299,7 +299,7 @@ class Pair:
         return found
 
     def _raw_rows(self) -> Rows:
-        """Give the rows of both profiles, those of the after side with numbers behind."""
+        """Return the rows of both profiles, those of the after side with numbers behind."""
         before, after = self.before, self.after
         stacks = after.row_stacks.astype(np.int64) + len(before.stack_offsets) - 1
         labels = after.row_labels.astype(np.int64) + len(before.label_sets)
@@ -361,7 +361,7 @@ class Pair:
 
 
 def document(pair: Pair, graph: UnionGraph) -> dict[str, object]:
-    """Give the fields that a graph adds to what is said of a comparison in JSON."""
+    """Return the fields that a graph adds to what is said of a comparison in JSON."""
     return {
         "type": pair.after.type,
         "unit": pair.after.unit,
@@ -402,21 +402,21 @@ class _Judged(NamedTuple):
 
 
 def only_hosts(profile: Profile, hosts: Sequence[str]) -> Profile:
-    """Give the rows of some hosts, without merging anything again."""
+    """Return the rows of some hosts, without merging anything again."""
     wanted = set(hosts)
     is_wanted = [dict(labels).get("host", "") in wanted for labels in profile.label_sets]
     return profile if all(is_wanted) else only_labels(profile, is_wanted)
 
 
 def only_labels(profile: Profile, is_wanted: Sequence[bool]) -> Profile:
-    """Give the rows with the wanted ones of the label sets."""
+    """Return the rows with the wanted ones of the label sets."""
     kept = np.flatnonzero(np.array(is_wanted, dtype=bool)[profile.row_labels])
     columns = ("row_labels", "row_stacks", "row_samples", "row_values")
     return replace(profile, **{name: getattr(profile, name)[kept] for name in columns})
 
 
 def _nothing_of(profile: Profile, other: Shown | None) -> Shown:
-    """Give no stack of a side, labelled as the other one is."""
+    """Return no stack of a side, labelled as the other one is."""
     nothing = only_labels(profile, [False] * len(profile.label_sets))
     return Shown(nothing, other.by if other else ())
 
@@ -430,7 +430,7 @@ def _find_moved(
     counts: tuple[Integers, Integers, Integers, Integers],
     functions: Sequence[Function | None],
 ) -> npt.NDArray[np.bool_]:
-    """Tell on which stacks the cost of an unchanged function has moved to others.
+    """Return on which stacks the cost of an unchanged function has moved to others.
 
     Of each stack it is known what part of its leaf function it is, before and after; what is
     compared are the odds. They stray more than counting samples explains, as requests come in

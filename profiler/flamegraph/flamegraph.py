@@ -61,7 +61,7 @@ class FlameGraph:
         return len(self.frame)
 
     def subtree(self, node: int) -> "FlameGraph":
-        """Give the graph whose root is `node`."""
+        """Return the graph whose root is `node`."""
         nodes = slice(node, int(self.end[node]))
         return FlameGraph(
             unit=self.unit,
@@ -121,7 +121,7 @@ class FlameGraph:
         )
 
     def ids(self, root_id: int = ROOT_ID) -> npt.NDArray[np.uint64]:
-        """Give each node's stable id, the same for the same path in any data.
+        """Return each node's stable id, the same for the same path in any data.
 
         FNV-1a 64 over the root-first keys (function NUL module NUL kind, joined by 0x01), without
         the root, whose id is FNV's offset basis; that of a subtree's root must be told.
@@ -148,14 +148,14 @@ class FlameGraph:
         return ids
 
     def left(self) -> Integers:
-        """Give where each node starts, in the unit of the totals; siblings stand side by side.
+        """Return where each node starts, in the unit of the totals; siblings stand side by side.
 
         A node's own self lies right of its children.
         """
         return lefts(self.depth, self.parent, self.total)
 
     def path(self, node: int) -> tuple[Frame, ...]:
-        """Give the frames from below the root down to `node`."""
+        """Return the frames from below the root down to `node`."""
         frames = []
         while node:
             frames.append(self.frames[self.frame[node]])
@@ -165,7 +165,7 @@ class FlameGraph:
     def path_to(
         self, node: int, ids: npt.NDArray[np.uint64], numbers: Mapping[Frame, int]
     ) -> list[tuple[int, int]] | None:
-        """Give the ids and the numbers of the frames from below the root down to the node of an id.
+        """Return ids and frame numbers from below the root down to the node of an id.
 
         None if there is no such node, or if it is a sum of what is too narrow to be drawn, whose
         frame has no number.
@@ -181,7 +181,7 @@ class FlameGraph:
 
 
 def lefts(depth: Indices, parent: Indices, width: npt.NDArray[Number]) -> npt.NDArray[Number]:
-    """Give where each of nodes in preorder starts when siblings stand side by side."""
+    """Return where each of nodes in preorder starts when siblings stand side by side."""
     left = np.zeros_like(width)
     for nodes in _levels(depth)[1:]:
         before = np.cumsum(width[nodes]) - width[nodes]
@@ -297,12 +297,12 @@ def grow(
 
 
 def top_functions(profile: Profile, group: Group = Group.FUNCTION) -> list[FunctionTotal]:
-    """Give the table of functions, largest self first. Recursion is counted once in the total."""
+    """Return the table of functions, largest self first. Recursion is counted once in the total."""
     return Paths.of(profile, (), group).functions()
 
 
 def document(profile: Profile, graph: FlameGraph, query: str = "") -> dict[str, object]:
-    """Give the JSON shape that the page and `.json` exports share; times out are Unix ms."""
+    """Return the JSON shape that the page and `.json` exports share; times out are Unix ms."""
     accounting = profile.accounting
     return {
         "schema": 1,
@@ -365,7 +365,7 @@ class _Level(NamedTuple):
         node: Integers,
         boxes: Integers,
     ) -> tuple["_Level", Integers]:
-        """Give the next level, and the number in it of the node of each row that is alive.
+        """Return the next level, and the number in it of the node of each row that is alive.
 
         `node` says in which node of the level above each of these rows stands, `boxes` which box
         comes next. What is too narrow becomes a box of kind `rest`, whose rows are in node -1.
@@ -470,7 +470,7 @@ def _lay_out(
 
 
 def _ends(depth: Indices, parent: Indices) -> Indices:
-    """Give the index just past each subtree of nodes in preorder."""
+    """Return the index just past each subtree of nodes in preorder."""
     size = np.ones(len(depth), dtype=np.int32)
     for nodes in reversed(_levels(depth)[1:]):
         np.add.at(size, parent[nodes], size[nodes])
@@ -478,6 +478,6 @@ def _ends(depth: Indices, parent: Indices) -> Indices:
 
 
 def _levels(depth: Indices) -> list[Integers]:
-    """Give the nodes of each depth, in preorder."""
+    """Return the nodes of each depth, in preorder."""
     order = np.argsort(depth, kind="stable")
     return np.split(order, np.cumsum(np.bincount(depth))[:-1])

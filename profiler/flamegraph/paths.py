@@ -73,7 +73,7 @@ class Paths:
 
     @classmethod
     def of(cls, profile: Profile, by: Sequence[str] = (), group: Group = Group.FUNCTION) -> "Paths":
-        """Give the paths of a profile, the labels in `by` as their first frames."""
+        """Return the paths of a profile, the labels in `by` as their first frames."""
         return cls.of_stacks(Stacks.of(profile, group), profile, by)
 
     @classmethod
@@ -85,7 +85,7 @@ class Paths:
     def of_rows(
         cls, stacks: "Stacks", heads: Sequence[Sequence[Frame]], rows: "Rows", unit: str
     ) -> "Paths":
-        """Give a path by row: the frames that its labels have in `heads`, then its stack."""
+        """Return a path by row: the frames that its labels have in `heads`, then its stack."""
         labels = sorted({frame for head in heads for frame in head})
         first = len(stacks.frames)
         number = {frame: first + i for i, frame in enumerate(labels)}
@@ -127,7 +127,7 @@ class Paths:
         return int(self.samples.sum())
 
     def inverted(self) -> "Paths":
-        """Give the paths leaf first; their labels stay where they are."""
+        """Return the paths leaf first; their labels stay where they are."""
 
         def turn(part: _Part) -> Integers:
             last = self.ends[part.rows] - 1 + self.heads
@@ -136,7 +136,7 @@ class Paths:
         return self._turned(turn)
 
     def callers(self, function: str) -> "Paths":
-        """Give what called a function, nearest first; it is the root itself.
+        """Return what called a function, nearest first; it is the root itself.
 
         A stack counts once, from the innermost call of it.
         """
@@ -171,18 +171,18 @@ class Paths:
         return replace(self, boxes=np.concatenate(pieces), starts=ends - lengths, ends=ends)
 
     def through(self, path: Sequence[int]) -> "Paths":
-        """Give the paths that begin with these boxes, from the last of them on."""
+        """Return the paths that begin with these boxes, from the last of them on."""
         chosen = self._only(deque(self._along(path), maxlen=1)[0])
         above = max(0, len(path) - 1)
         return replace(chosen, starts=chosen.starts + above, heads=max(0, self.heads - above))
 
     def sums_along(self, path: Sequence[int]) -> list[tuple[int, int]]:
-        """Give value and samples of what stands on each of these boxes, from the first one on."""
+        """Return value and samples of what stands on each of these boxes, from the first one on."""
         rows = itertools.islice(self._along(path), 1, None)
         return [(int(self.values[each].sum()), int(self.samples[each].sum())) for each in rows]
 
     def _along(self, path: Sequence[int]) -> Iterator[Integers]:
-        """Give all rows, then those that begin with the first box, the first two, and so on."""
+        """Return all rows, then those that begin with the first box, the first two, and so on."""
         alive = np.arange(len(self.starts))
         yield alive
         for i, box in enumerate(path):
@@ -191,7 +191,7 @@ class Paths:
             yield alive
 
     def below(self, path: Sequence[int]) -> "Paths":
-        """Give what stands on the box that these boxes lead to, which becomes the root."""
+        """Return what stands on the box that these boxes lead to, which becomes the root."""
         if not path:
             return self
         chosen = self.through(path)
@@ -222,7 +222,7 @@ class Paths:
         return Found(int(self.values[is_found].sum()), samples, int(is_used.sum()))
 
     def pairs(self) -> tuple[Integers, Integers]:
-        """Give which function is in which path: numbers of paths, and of their boxes."""
+        """Return which function is in which path: numbers of paths, and of their boxes."""
         found = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
         for part in self._parts():
             owner, box = self._distinct(part)
@@ -231,7 +231,7 @@ class Paths:
         return np.concatenate(rows), np.concatenate(boxes)
 
     def _distinct(self, part: "_Part") -> tuple[Integers, Integers]:
-        """Give the functions of some paths, each once by path: its path in the part, its number."""
+        """Return the functions of some paths, once by path: its path in the part, its number."""
         count = max(self.functions_count, 1)
         boxes = self.boxes.take(part.place).astype(np.int64)
         is_function = boxes < self.functions_count
@@ -240,7 +240,7 @@ class Paths:
         return owner, box
 
     def functions(self) -> list[FunctionTotal]:
-        """Give the table of functions, largest self first. Recursion is counted once in the total.
+        """Return the table of functions, largest self first. Recursion is counted once in the total.
 
         Labels are none, and neither is the root.
         """
@@ -274,7 +274,7 @@ class Paths:
         return _parts(self.starts, self.ends)
 
     def _turned(self, turn: "Callable[[_Part], Integers]") -> "Paths":
-        """Give paths as long as these, with the boxes that `turn` says for each part of them."""
+        """Return paths as long as these, with the boxes that `turn` says for each part of them."""
         ends = np.cumsum(self.ends - self.starts)
         starts = ends - (self.ends - self.starts)
         boxes = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.int32)
@@ -292,7 +292,7 @@ class Paths:
         )
 
     def _last_with(self, wanted: npt.NDArray[np.bool_]) -> Integers:
-        """Give where in `boxes` each path has one of the wanted for the last time, or -1."""
+        """Return where in `boxes` each path has one of the wanted for the last time, or -1."""
         last = np.full(len(self.starts), -1, dtype=np.int64)
         for part in self._parts():
             hits = np.flatnonzero(wanted.take(self.boxes.take(part.place)))
@@ -362,7 +362,7 @@ class Stacks:
         return cls._joined(group, frames, offsets, words)
 
     def with_others(self, others: "Stacks", group: Group) -> "Stacks":
-        """Give both as one: these stacks, then the others, over one table of boxes."""
+        """Return both as one: these stacks, then the others, over one table of boxes."""
         known: dict[Frame, Frame] = {}
         keys = []
         for frame in (*self.frames, *others.frames):
@@ -383,7 +383,7 @@ class Stacks:
         )
 
     def fingerprints(self) -> npt.NDArray[np.uint64]:
-        """Give a number by stack, the same for the same boxes in the same order.
+        """Return a number by stack, the same for the same boxes in the same order.
 
         Drawn anew each time, so that nobody can make two different stacks that have the same.
         """
@@ -439,7 +439,7 @@ class _BoxTable:
             self.numbers.append(number)
 
     def sorted_frames(self) -> tuple[tuple[Frame, ...], Indices]:
-        """Give the frames of the boxes in the order of their names, and each number's place."""
+        """Return the frames of the boxes in the order of their names, and each number's place."""
         keys = sorted(self._numbers)
         numbers = [self._numbers[key] for key in keys]
         rank = np.empty(len(keys), dtype=np.int32)
@@ -451,7 +451,7 @@ class _BoxTable:
 
 
 def _box(frame: Frame, outer_kind: Kind, group: Group) -> tuple[str, str, Kind, str, int]:
-    """Give what tells one box from another, as a tuple like Frame.
+    """Return what tells one box from another, as a tuple like Frame.
 
     In boxes of files and modules an inlined call counts as the code it was inlined into.
     """

@@ -34,7 +34,7 @@ class View:
 
     @property
     def keeps_stacks(self) -> bool:
-        """Tell whether the stacks that are left are as they were sampled."""
+        """Return whether the stacks that are left are as they were sampled."""
         changes = (self.invert, self.callers, self.hide)
         return self.group is Group.FUNCTION and not any(changes)
 
@@ -56,7 +56,7 @@ class View:
     def shown(
         self, profile: Profile, node: int = ROOT_ID, check: Callable[[], None] = lambda: None
     ) -> "Shown":
-        """Give what this view leaves of a profile, only the stacks that go through a node.
+        """Return what this view leaves of a profile, only the stacks that go through a node.
 
         Raises:
             NoSuchNodeError: no stack goes there.
@@ -92,7 +92,7 @@ class Shown:
 def path_to(
     paths: Paths, node: int, check: Callable[[], None] = lambda: None
 ) -> list[tuple[int, int]]:
-    """Give the ids and the boxes that lead from below the root to a node.
+    """Return the ids and the boxes that lead from below the root to a node.
 
     Raises:
         NoSuchNodeError: no stack goes there.

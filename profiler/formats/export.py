@@ -58,7 +58,7 @@ def check_folder(file: str) -> None:
 
 
 def encode(profile: Profile, file: str, by: Sequence[str] | None = None) -> bytes:
-    """Give the profile in the format that the ending of `file` names.
+    """Return the profile in the format that the ending of `file` names.
 
     Raises:
         ExportError: the ending names no format.
@@ -75,7 +75,7 @@ def encode_pair(
     record: Mapping[str, object] = MappingProxyType({}),
     check: Callable[[], None] = lambda: None,
 ) -> bytes:
-    """Give a comparison in the format that the ending of `file` names, as a view leaves it.
+    """Return a comparison in the format that the ending of `file` names, as a view leaves it.
 
     `record` is what is said of the comparison in JSON, to which `.json` adds the graph.
 
@@ -104,7 +104,7 @@ def encode_pair(
 
 
 def pair_ending(file: str) -> str:
-    """Give the ending that says in which format a comparison is written.
+    """Return the ending that says in which format a comparison is written.
 
     Raises:
         ExportError: it names no format, or one that holds no two sides.
@@ -266,7 +266,7 @@ _READERS: dict[str, _Reader] = {
 
 
 def ending_of(file: str) -> str:
-    """Give the ending that says in which format a profile is written.
+    """Return the ending that says in which format a profile is written.
 
     Raises:
         ExportError: it names no format.

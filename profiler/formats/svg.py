@@ -127,7 +127,7 @@ def _subtitle(profile: Profile) -> str:
 
 
 def _figures(profile: Profile) -> list[tuple[str, str, bool]]:
-    """Give the header's figures: value, caption, and whether it is a warning."""
+    """Return the header's figures: value, caption, and whether it is a warning."""
     accounting, length_ns = profile.accounting, profile.window.end_ns - profile.window.start_ns
     figures = [
         (quantity(profile.total_value, profile.unit), "in total", False),

@@ -94,7 +94,7 @@ class Processes:
             self._drop_oldest_logs()
 
     def mappings(self, pid: int, at_ns: int, start_ns: int | None = None) -> MappingTable:
-        """Give what the process had mapped executable at `at_ns`, a time before the last `poll`.
+        """Return what the process had mapped executable at `at_ns`, a time before the last `poll`.
 
         Times are CLOCK_MONOTONIC. The same object comes back as long as nothing has changed. With
         `start_ns`, the start of the process in time since boot, /proc is not believed when a later
@@ -115,7 +115,7 @@ class Processes:
         return _EXITED
 
     def parent_of(self, pid: int) -> int | None:
-        """Give who bore a process, also one that is gone; None where no record told."""
+        """Return who bore a process, also one that is gone; None where no record told."""
         past = self._past.get(pid)
         life = self._lives.get(pid) or (past[-1] if past else None)
         return life.parent_pid if life and life.parent_pid else None
@@ -255,7 +255,7 @@ class Processes:
             self._long.discard(life)
 
     def _table(self, life: "_Life", at_ns: int, start_ns: int | None = None) -> MappingTable:
-        """Give a life's table, working out its base if need be.
+        """Return a life's table, working out its base if need be.
 
         The oldest ancestor that it depends on comes first: its snapshot serves all its children,
         of which most are gone by now.
@@ -278,7 +278,7 @@ class Processes:
         return table
 
     def _table_in_gap(self, older: "_Life", newer: "_Life", start_ns: int | None) -> MappingTable:
-        """Give what was mapped both before and after the gap, so most likely also within it."""
+        """Return what was mapped both before and after the gap, so most likely also within it."""
         if newer.was_forked:
             return _EXITED
         if older.bridge is None:
@@ -312,7 +312,7 @@ class Processes:
         return _Base(MappingTable.of(mappings), begin_ns, end_ns)
 
     def _start_ticks(self, pid: int) -> int | None:
-        """Give field 22 of /proc/PID/stat, which no two lives of a pid share (proc_pid_stat(5))."""
+        """Return starttime, field 22 of /proc/PID/stat, unique to a pid (proc_pid_stat(5))."""
         try:
             stat = Path(f"{self._proc}/{pid}/stat").read_bytes()
         except OSError:
@@ -449,7 +449,7 @@ class _Life:
             self.parent = None
 
     def table_at(self, at_ns: int) -> MappingTable | None:
-        """Give the table at a time; None when that depends on a base that is not known yet."""
+        """Return the table at a time; None when that depends on a base that is not known yet."""
         from_ns = max((t for t in self.execs if t <= at_ns), default=0)
         first = _UNKNOWN
         if not from_ns:
@@ -477,7 +477,7 @@ class _Life:
         return table
 
     def _table_before(self, base: _Base, at_ns: int) -> MappingTable:
-        """Give the table at a time before the base was seen: what has not been mapped since."""
+        """Return the table at a time before the base was seen: what has not been mapped since."""
         if any(at_ns < t <= base.end_ns for t in self.execs):
             return _EXITED
         start = bisect_right(self.records, at_ns, key=_time_of)
@@ -535,7 +535,7 @@ def _mappings_of(records: Sequence[Record]) -> list[Mapping]:
 
 
 def _common(before: MappingTable, after: MappingTable) -> MappingTable:
-    """Give the mappings of `before` that `after` has too, though one may know less of them."""
+    """Return the mappings of `before` that `after` has too, though one may know less of them."""
     places = {(m.start, m.end, m.file_offset, m.file_path) for m in after.mappings}
     both = (m for m in before.mappings if (m.start, m.end, m.file_offset, m.file_path) in places)
     return MappingTable.of(both, "[exited]" if after.missing == "[exited]" else before.missing)

@@ -71,7 +71,7 @@ def parse_cgroups(content: bytes) -> Place:
 
 
 def place_of(paths: list[str]) -> Place:
-    """Give the place from the paths of the hierarchies; an earlier one wins over a later."""
+    """Return the place from the paths of the hierarchies; an earlier one wins over a later."""
     places = [_read_path(path) for path in dict.fromkeys(paths)]
     of_container = next((place for place in places if place.container_id), None)
     of_pod = next((place for place in places if place.pod_uid), None)
@@ -114,7 +114,7 @@ def _matches(pattern: re.Pattern[str], parts: list[str]) -> Iterator[tuple[int, 
 
 
 def _find_unit(parts: list[str], start: int) -> int:
-    """Give the position of the innermost unit from `start` on, or -1."""
+    """Return the position of the innermost unit from `start` on, or -1."""
     is_users = False
     found = -1
     for position in range(start, len(parts)):
@@ -148,7 +148,7 @@ class CgroupIds:
             self._mount_fd = -1
 
     def find(self, path: str) -> int:
-        """Give the id of the cgroup at a path within the hierarchy; 0 if it is not there."""
+        """Return the id of the cgroup at a path within the hierarchy; 0 if it is not there."""
         if self._mount is None or not path:
             return 0
         try:
@@ -157,7 +157,7 @@ class CgroupIds:
             return 0
 
     def path(self, cgroup_id: int) -> str:
-        """Give the path within the hierarchy; empty for the root and where it is not known.
+        """Return the path within the hierarchy; empty for the root and where it is not known.
 
         It is known as long as the cgroup is there, given CAP_DAC_READ_SEARCH and Linux 5.5.
         """

@@ -77,7 +77,7 @@ class Container(NamedTuple):
 
     @property
     def version(self) -> str:
-        """Give the image's tag, else its digest. `latest` is no version."""
+        """Return the image's tag, else its digest. `latest` is no version."""
         name, _, digest = self.image.partition("@")
         tag = name.rpartition("/")[2].partition(":")[2]
         if name.startswith("sha256:"):
@@ -272,7 +272,7 @@ _POD_OF_STATEFUL_SET = re.compile(r"(.+)-[0-9]{1,4}")
 
 
 def workload(pod: str, host: str = "") -> str:
-    """Give the name of what a pod is one of: its name without what controllers append.
+    """Return the name of what a pod is one of: its name without what controllers append.
 
     Deployments append `-HASH-RANDOM` (CronJobs `-TIME-RANDOM`), DaemonSets, Jobs and ReplicaSets
     `-RANDOM`, StatefulSets `-NUMBER`, static pods `-HOST`. RANDOM is 5 of the 27 characters that

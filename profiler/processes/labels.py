@@ -144,7 +144,7 @@ class Labeler:
         self._cgroup_ids.close()
 
     def labels(self, sample: RawSample) -> Labels:
-        """Give what is known of the sample's thread, process and service instance."""
+        """Return what is known of the sample's thread, process and service instance."""
         key = (
             sample.pid,
             sample.start_ns,
@@ -164,7 +164,7 @@ class Labeler:
         return labeled.labels
 
     def instance(self, pid: int, start_ns: int) -> Labels:
-        """Give the labels of the service instance alone; nothing if the process is not known."""
+        """Return the labels of the service instance alone; nothing if the process is not known."""
         process = self._find(pid, start_ns)
         if process is None:
             return ()
@@ -200,7 +200,7 @@ class Labeler:
         self._asleep_ns = _asleep_ns()
 
     def present(self, window_start_ns: int, window_end_ns: int) -> dict[Labels, int]:
-        """Give for how long at least one process of each instance lived within a window.
+        """Return for how long at least one process of each instance lived within a window.
 
         Times are CLOCK_BOOTTIME. Starts are exact to 10 ms; ends lie between two scans and are
         taken to be midway. What lived between two scans only counts from its birth to its last
@@ -233,7 +233,7 @@ class Labeler:
         return _Labeled(tuple(sorted((*instance, *thread))), life)
 
     def _current(self, sample: RawSample) -> "_Process | None":
-        """Give the process as it was when the sample was taken, if it can still be known."""
+        """Return the process as it was when the sample was taken, if it can still be known."""
         reads = self.reads
         process = self._find(sample.pid, sample.start_ns)
         if process is None or not process.labels:
@@ -257,7 +257,7 @@ class Labeler:
         return process if process.exec_id == sample.exec_id else None
 
     def _find(self, pid: int, start_ns: int) -> "_Process | None":
-        """Give the process with this start, reading it if need be."""
+        """Return the process with this start, reading it if need be."""
         ticks = start_ns // _TICK_NS
         process = self._live.get(pid)
         if process is not None and process.stat.start_ticks < ticks:
@@ -271,7 +271,7 @@ class Labeler:
         return self._ended.get((pid, ticks))
 
     def _inherited(self, sample: RawSample) -> tuple[Labels, Interval | None]:
-        """Give the labels of the cgroup or the ancestors, and count the life that was seen."""
+        """Return the labels of the cgroup or the ancestors, and count the life that was seen."""
         path = self._cgroup_ids.path(sample.cgroup_id)
         place = place_of([path]) if path else _UNKNOWN_PLACE
         found = self._labels_of_place(place) if place.key else self._labels_of_ancestors(sample)
@@ -380,7 +380,7 @@ class Labeler:
         return place
 
     def _named_by_rule(self, place: Place, exe: bytes | None, command: str) -> str:
-        """Give the name by the operator's rules, or nothing. Without `exe` there is no process."""
+        """Return the name by the operator's rules, or nothing. No `exe`: no process."""
         path = readable(exe.removesuffix(b" (deleted)")) if exe and self._rules else ""
         for rule in self._rules:
             if (exe is not None or not rule.needs_process) and rule.matches(
@@ -493,7 +493,7 @@ class Labeler:
             self._relabel(instance)
 
     def _is_unchanged(self, process: "_Process") -> bool:
-        """Tell whether it still runs the same program in the same cgroups; takes in its name."""
+        """Return whether it still runs the same program in the same cgroups; takes in its name."""
         stat = _read_stat(process.pid)
         if stat is None or stat.identity != process.stat.identity:
             return False
@@ -694,12 +694,12 @@ def _instance_labels(place: Place, container: Container, service: str, version: 
 
 
 def _unit_name(unit: str) -> str:
-    """Give a unit's name without suffix and instance: `worker@3.service` is one of `worker`."""
+    """Return a unit's name without suffix and instance: `worker@3.service` is one of `worker`."""
     return unit.rpartition(".")[0].partition("@")[0]
 
 
 def _list_processes() -> dict[int, int]:
-    """Give each process with the inode of its folder.
+    """Return each process with the inode of its folder.
 
     It stays as long as the process lives, unless the kernel has dropped it from its caches.
     """
@@ -736,7 +736,7 @@ def parent_in_proc(pid: int) -> int | None:
 
 
 def _asleep_ns() -> int:
-    """Give what CLOCK_BOOTTIME is ahead of CLOCK_MONOTONIC: the machine's time asleep."""
+    """Return what CLOCK_BOOTTIME is ahead of CLOCK_MONOTONIC: the machine's time asleep."""
     return boottime_ns() - time.monotonic_ns()
 
 

@@ -48,7 +48,7 @@ class Presence:
         return interval
 
     def within(self, start_ns: int, end_ns: int) -> int:
-        """Give how much of a window is covered."""
+        """Return how much of a window is covered."""
         parts = [(part.start_ns, part.end_ns) for part in self._intervals]
         if self._open:
             parts.append((self._since_ns, end_ns))

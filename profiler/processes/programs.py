@@ -156,7 +156,7 @@ def _python_script(script: bytes, rest: Sequence[bytes]) -> _Target:
 
 
 def _application(launcher: bytes, arguments: Sequence[bytes]) -> bytes:
-    """Give the module of the application that a known server was told to run, else nothing."""
+    """Return the module of the application that a known server was told to run, else nothing."""
     if launcher in (b"celery", b"flask"):
         options = (b"-A", b"--app")
         for position, argument in enumerate(arguments):

@@ -44,7 +44,7 @@ class ServiceRule:
 
     @property
     def needs_process(self) -> bool:
-        """Tell whether it can only be held against a process that is still there."""
+        """Return whether it can only be held against a process that is still there."""
         return bool(self.exe or self.command)
 
     def matches(self, cgroups: Sequence[str], unit: str, exe: str = "", command: str = "") -> bool:

@@ -71,7 +71,7 @@ class Versions:
         self._executables: dict[tuple[int, ...], _Executable] = {}
 
     def find(self, files: ProcessFiles, program: Program, image: str, *, is_first: bool) -> str:
-        """Give the version, empty if nothing tells it.
+        """Return the version, empty if nothing tells it.
 
         `image` is the version that the container's image says. `is_first`: the process is the
         oldest of its service; of the others the executable may be any tool that the service runs.
@@ -117,7 +117,7 @@ class Versions:
 
 
 def _value(environ: bytes, name: bytes) -> bytes:
-    """Give the first value of a variable, as getenv(3) does, without copying any other."""
+    """Return the first value of a variable, as getenv(3) does, without copying any other."""
     mark = name + b"="
     start = 0 if environ.startswith(mark) else environ.find(b"\0" + mark) + 1
     if start == 0 and not environ.startswith(mark):
@@ -162,7 +162,7 @@ def _from_release(files: ProcessFiles, program: Program) -> str:
 
 
 def _release_of_link(path: bytes, resolved: bytes) -> bytes:
-    """Give the folder that the last link within `path` stands for, if it may be a release's."""
+    """Return the folder that the last link within `path` stands for, if it may be a release's."""
     if not resolved or path == resolved or resolved.startswith(_OF_DISTRIBUTION):
         return b""
     given, real = path.split(b"/"), resolved.split(b"/")
@@ -180,7 +180,7 @@ def _release_of_link(path: bytes, resolved: bytes) -> bytes:
 
 
 def _release_of_folder(files: ProcessFiles, folder: bytes) -> bytes:
-    """Give the release that a resolved folder is or lies in, by its place or the link to it."""
+    """Return the release that a resolved folder is or lies in, by its place or the link to it."""
     if folder.startswith(_OF_DISTRIBUTION):
         return b""
     for _ in range(_MAX_FOLDERS):
@@ -213,7 +213,7 @@ def _work_tree_head(files: ProcessFiles, folder: bytes) -> bytes:
 
 
 def _git_head(files: ProcessFiles, folder: bytes) -> bytes:
-    """Give the commit that is checked out in a folder (gitrepository-layout(5)), or nothing.
+    """Return the commit that is checked out in a folder (gitrepository-layout(5)), or nothing.
 
     A linked work tree has a file `.git` that names its own folder, whose `commondir` names the
     folder of the refs. Refs in a reftable are not read.
@@ -237,7 +237,7 @@ def _git_head(files: ProcessFiles, folder: bytes) -> bytes:
 
 
 def _revision_file(files: ProcessFiles, folder: bytes) -> bytes:
-    """Give the commit that Capistrano notes in a release that it has exported."""
+    """Return the commit that Capistrano notes in a release that it has exported."""
     commit = _read_file(files, join(folder, b"REVISION"), _MAX_HEAD_BYTES).strip()
     return commit if _COMMIT.fullmatch(commit) else b""
 

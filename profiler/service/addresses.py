@@ -18,7 +18,7 @@ class ListenError(ValueError):
 
 
 def bind(listen: str) -> socket.socket:
-    """Give a socket that listens on a loopback address: HOST:PORT, a port of 0 is any free one.
+    """Return a socket that listens on a loopback address: HOST:PORT, a port of 0 is any free one.
 
     Raises:
         ListenError: it is no such address, or somebody has it.
@@ -40,7 +40,7 @@ def bind(listen: str) -> socket.socket:
 
 
 def shown(address: tuple[str, int]) -> str:
-    """Give an address as it stands in a URL."""
+    """Return an address as it stands in a URL."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

@@ -122,7 +122,7 @@ class ProblemError(Exception):
         return Response(content, self.code, headers, "application/problem+json")
 
     def last_response(self) -> Response:
-        """Give one that has all headers, and closes the connection: no application is asked."""
+        """Return one that has all headers, and closes the connection: no application is asked."""
         response = self.response()
         response.headers.update({**HEADERS, "cache-control": "no-store", "connection": "close"})
         return response
@@ -164,7 +164,7 @@ class Parameters:
         return self._values.get(name, [usual])[0]
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """Give all values of a parameter; an empty one is as good as none."""
+        """Return all values of a parameter; an empty one is as good as none."""
         values = self._values.get(name, ())
         if len(values) > MAX_REPEATED:
             raise _bad(name, f"{name} may be repeated {MAX_REPEATED} times, not {len(values)}")
@@ -186,7 +186,7 @@ class Parameters:
         return self.choice(name, ("0", "1")) == "1"
 
     def step_ns(self) -> int:
-        """Give `step` in ns: milliseconds, or a time as `60s`; 0 if it is not there."""
+        """Return `step` in ns: milliseconds, or a time as `60s`; 0 if it is not there."""
         text = self.text("step")
         if not text:
             return 0
@@ -199,7 +199,7 @@ class Parameters:
         return wanted
 
     def question(self, usual_by: str = "service") -> Question:
-        """Give what the parameters that all endpoints share ask about."""
+        """Return what the parameters that all endpoints share ask about."""
         try:
             window = parse_window(
                 self.text("from", "now-1h"), self.text("until", "now"), self._now_ns
@@ -233,7 +233,7 @@ class Parameters:
         return not BEFORE.isdisjoint(self._values)
 
     def before(self, question: Question) -> Operand:
-        """Give the side that a question is compared with: by default the time just before it."""
+        """Return the side that a question is compared with: by default the time just before it."""
         start_ns, end_ns = question.window
         end = self.text("before_until") or rfc3339(start_ns)
         try:
@@ -668,7 +668,7 @@ def _ahead_lines(told: Mapping[str, Any]) -> list[str]:
 
 
 def _target(request: Request) -> str:
-    """Give what was asked for as it was sent, in ASCII. A URL cannot be made of all of that."""
+    """Return what was asked for as it was sent, in ASCII. A URL cannot be made of all of that."""
     scope = request.scope
     return f"{scope['raw_path'].decode('ascii')}?{scope['query_string'].decode('ascii')}"
 
@@ -698,7 +698,7 @@ def _packing(compute: Compute) -> Compute:
 
 
 def _page_routes(folder: Path) -> list[Route]:
-    """Give a route for each file of the page, read once."""
+    """Return a route for each file of the page, read once."""
     routes = []
     for file in sorted(folder.iterdir()):
         if file.suffix in _MEDIA_TYPES:

@@ -143,7 +143,7 @@ def _become(user: str, kept: set[int]) -> None:
 
 
 def capabilities() -> set[int]:
-    """Give the capabilities that this process may use."""
+    """Return the capabilities that this process may use."""
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     sets = ctypes.create_string_buffer(24)
     if _libc.capget(header, sets) != 0:
@@ -172,7 +172,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _make_ruleset(read: Iterable[Path], write: Iterable[Path]) -> int | None:
-    """Give a Landlock ruleset's descriptor, None where the kernel has no Landlock."""
+    """Return a Landlock ruleset's descriptor, None where the kernel has no Landlock."""
     version = _libc.syscall(_NR_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
     if version < 1:
         return None

@@ -69,7 +69,7 @@ class Ahead:
             threading.Thread(target=self._keep, name="ahead", daemon=True).start()
 
     def told(self) -> dict[str, Any]:
-        """Give what it last told; nothing before it has told anything."""
+        """Return what it last told; nothing before it has told anything."""
         return self._told
 
     def end(self) -> None:

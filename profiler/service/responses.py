@@ -101,7 +101,7 @@ class Question:
 
     @property
     def is_plain(self) -> bool:
-        """Tell whether sums of functions answer it without any stack."""
+        """Return whether sums of functions answer it without any stack."""
         return self.view.is_whole and self.node == ROOT_ID
 
 
@@ -119,7 +119,7 @@ class _Drawn:
     """Of its nodes: computed when somebody zooms, which is later or never."""
 
     def path_to(self, node: int, numbers: Mapping[Frame, int]) -> _Path | None:
-        """Give what leads to a node, None where it was not drawn here."""
+        """Return what leads to a node, None where it was not drawn here."""
         graph = self.graph
         if self.ids is None:
             self.ids = graph.ids(self.path[-1][0] if self.path else ROOT_ID)
@@ -145,7 +145,7 @@ class _View:
         return cls(paths, {frame: i for i, frame in enumerate(paths.frames)})
 
     def draw(self, question: Question, path: _Path) -> FlameGraph:
-        """Give what stands on the node that a path leads to, as wide as the question says."""
+        """Return what stands on the node that a path leads to, as wide as the question says."""
         key = (question.node, question.width_px)
         with self.lock:
             if key in self.drawn:
@@ -159,13 +159,13 @@ class _View:
         return graph
 
     def rows(self) -> list[_Row]:
-        """Give the table of functions, which nobody may change."""
+        """Return the table of functions, which nobody may change."""
         if self.table is None:
             self.table = [(row.frame, row[1:]) for row in self.paths.functions() if row.total]
         return self.table
 
     def path_to(self, question: Question) -> _Path:
-        """Give what leads to the node of the question.
+        """Return what leads to the node of the question.
 
         Raises:
             NoSuchNodeError: no stack goes there.
@@ -200,7 +200,7 @@ class _Merged:
         return len(self.answer.profile.stack_locations)
 
     def select(self, selector: Selector) -> "_Merged":
-        """Give the rows that are asked for, without reading or merging anything again."""
+        """Return the rows that are asked for, without reading or merging anything again."""
         with self.lock:
             known = self.selections.get(str(selector))
             if known is None:
@@ -263,7 +263,7 @@ class _Compared:
         return sum(len(each.stack_locations) for each in (self.pair.before, self.pair.after))
 
     def draw(self, question: Question, check: Check) -> tuple[UnionPaths, _Path, UnionGraph]:
-        """Give the paths of a view, what leads to the question's node, and what stands on it.
+        """Return the paths of a view, what leads to the question's node, and what stands on it.
 
         Raises:
             NoSuchNodeError: no stack goes there.
@@ -462,7 +462,7 @@ class Answers:
         return {**head, "rows": len(functions)}
 
     def compare(self, question: Question, before: Operand, check: Check) -> Pair:
-        """Give the comparison itself, for exports.
+        """Return the comparison itself, for exports.
 
         Raises:
             NothingToCompareError: a side is empty.
@@ -472,7 +472,7 @@ class Answers:
     def _compared_head(
         self, compared: _Compared, gate: Gate, functions: Sequence[Function] = ()
     ) -> dict[str, Any]:
-        """Give what is said of a comparison, and the records of some of its functions."""
+        """Return what is said of a comparison, and the records of some of its functions."""
         pair = compared.pair
         verdict = verdict_of(pair.found, Options("", "", gate))
         told = replace(pair.found, functions=tuple(functions))
@@ -628,11 +628,11 @@ class Answers:
         }
 
     def profile(self, question: Question, check: Check) -> Answer:
-        """Give the merged profile itself, for exports."""
+        """Return the merged profile itself, for exports."""
         return self._merge(question, check).answer
 
     def span(self) -> Window | None:
-        """Give when the data of the store begin and end; None if there are none."""
+        """Return when the data of the store begin and end; None if there are none."""
         far = Window(2**62, 2**62 + 1)
         last = nearest_objects(self._store, far)
         first = nearest_objects(self._store, Window(0, 1))
@@ -641,7 +641,7 @@ class Answers:
         return Window(min(key.start_ns for key in first), max(key.end_ns for key in last))
 
     def hosts(self, span: Window | None) -> list[str]:
-        """Give the hosts of the last hour that has data."""
+        """Return the hosts of the last hour that has data."""
         if span is None:
             return []
         last = Window(max(span.start_ns, span.end_ns - HOUR_NS), span.end_ns)
@@ -652,7 +652,7 @@ class Answers:
         return (objects, str(question.selector), question.type)
 
     def _has(self, question: Question) -> bool:
-        """Tell whether the stacks are merged, or are being merged for somebody else."""
+        """Return whether the stacks are merged, or are being merged for somebody else."""
         key = self._key(question)
         with self._lock:
             if key in self._merged or key in self._merging:
@@ -660,12 +660,12 @@ class Answers:
         return self._whole_of(question) is not None
 
     def _select(self, question: Question, check: Check) -> _Merged:
-        """Give what is asked for, from all that is merged where it is."""
+        """Return what is asked for, from all that is merged where it is."""
         whole = self._whole_of(question)
         return self._merge(question, check) if whole is None else whole.select(question.selector)
 
     def _whole_of(self, question: Question) -> _Merged | None:
-        """Give all of the window where it is merged and a part of it is asked for.
+        """Return all of the window where it is merged and a part of it is asked for.
 
         Not for a part of the hosts: its accounting is that of its objects.
         """
@@ -772,13 +772,13 @@ def _coverage(coverage: Coverage) -> dict[str, Any]:
 
 
 def _files_of(profile: Profile, modules: set[str]) -> list[list[str]]:
-    """Give (module, path, build id) of the files behind frames; several may be called the same."""
+    """Return (module, path, build id) of the files behind frames; names may repeat."""
     files = (file for file in profile.modules.values() if file.name in modules)
     return sorted([file.name, file.path, file.build_id] for file in files)[:_NAMED_MODULES]
 
 
 def usual_step_ns(window: Window, object_ns: int) -> int:
-    """Give the step that cuts a window into a number of steps that a screen can show.
+    """Return the step that cuts a window into a number of steps that a screen can show.
 
     It is a multiple of the longest object's length: an object counts where it begins, so that
     shorter steps would have gaps. Odd lengths are those of windows that were cut short.
@@ -819,7 +819,7 @@ def _window(window: Window) -> dict[str, int]:
 
 
 def _ancestors(paths: Paths, path: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Give the boxes that lead to the zoomed one, itself last, each with what it costs."""
+    """Return the boxes that lead to the zoomed one, itself last, each with what it costs."""
     sums = paths.sums_along([box for _, box in path])
     return [
         {

@@ -573,7 +573,7 @@ _PROBLEMS = {
 
 
 def document(version: str) -> dict[str, Any]:
-    """Give the description of the API in OpenAPI 3.1."""
+    """Return the description of the API in OpenAPI 3.1."""
     return {
         "openapi": "3.1.0",
         "info": {"title": "Everflame", "version": version},

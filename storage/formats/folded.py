@@ -50,7 +50,7 @@ def encode_pair(before: Profile, after: Profile, by: Sequence[str] = ("comm",)) 
 
 
 def _counts(profile: Profile, heads_frames: Sequence[Sequence[Frame]]) -> dict[str, int]:
-    """Give the samples of each line, which begins with the frames of its labels."""
+    """Return the samples of each line, which begins with the frames of its labels."""
     counts: dict[str, int] = {}
     shown = [
         ";".join(_escape(frame) for frame in reversed(profile.frames(number)))

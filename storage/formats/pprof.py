@@ -224,7 +224,7 @@ class _Encoder:
         return self._strings.setdefault(text, len(self._strings))
 
     def _mapping(self, build_id: str, path: str, segment: Segment | None) -> Any:
-        """Give the mapping of a segment; None stands for the whole file, by file offsets."""
+        """Return the mapping of a segment; None stands for the whole file, by file offsets."""
         key = (build_id, path, segment)
         if key not in self._mappings:
             start, offset, limit = 0, 0, 0
@@ -295,7 +295,7 @@ class _Encoder:
         return self._functions[key]
 
     def _samples(self, label_sets: Sequence[list[dict[str, int]]]) -> Iterator[Any]:
-        """Give the samples in messages of a few hundred: all at once take megabytes."""
+        """Return the samples in messages of a few hundred: all at once take megabytes."""
         profile = self._profile
         leaf_first = profile.stack_locations[::-1] + 1
         # Reversed as a whole, a stack that ended at `end` starts at `len - end`, leaf first.
@@ -353,7 +353,7 @@ def _segment_of(module: Module, offset: FileOffset) -> Segment | None:
 
 
 def _label_number(value: str) -> int:
-    """Give the number a label's value spells, 0 for anything else.
+    """Return the number a label's value spells, 0 for anything else.
 
     A zero cannot be told from an unset field: it stays a string.
     """
@@ -488,7 +488,7 @@ class _Decoder:
         return self._string(value_type.type), self._string(value_type.unit)
 
     def _choose_values(self, ours: Ours | None) -> tuple[int, int]:
-        """Give the positions of the sample count (-1 if there is none) and of the value."""
+        """Return the positions of the sample count (-1 if there is none) and of the value."""
         types = [self._value_type(value_type) for value_type in self._parsed.sample_type]
         if not types:
             raise ProfileError("cannot read pprof: it does not say what its values are")

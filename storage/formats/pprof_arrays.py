@@ -168,7 +168,7 @@ class _Strings:
         _require((ordered[1:] != ordered[:-1]).all())
 
     def number(self, text: str) -> int:
-        """Give the number of any text."""
+        """Return the number of any text."""
         content = text.encode()
         if content not in self._numbers:
             self._numbers[content] = len(self._texts)
@@ -298,7 +298,7 @@ def _is_ascending(major: Numbers, minor: _Unsigned) -> bool:
 
 
 def _read_functions(messages: Sequence[bytes], strings: int) -> Integers:
-    """Give (0, name, system name, file, first line) by id; ids count from 1, line 0 is unused."""
+    """Return (0, name, system name, file, first line) by id; ids count from 1, line 0 is unused."""
     pairs = _Pairs.of(messages)
     _require_tags(pairs.tags, (0x08, 0x10, 0x18, 0x20, 0x28))
     _require(_is_ascending(pairs.owner, pairs.tags))
@@ -350,7 +350,7 @@ def _read_locations(
 def _read_lines(
     pairs: _Pairs, inner: Integers, line_of: Integers, line_at: Integers, functions: int
 ) -> Integers:
-    """Give (function id, line) for every line of every location, in their order."""
+    """Return (function id, line) for every line of every location, in their order."""
     _require_tags(pairs.tags[inner], (0x08, 0x10))
     _require(_is_ascending(line_of[inner], pairs.tags[inner]))
     _require((pairs.values[inner] < _NUMBER_LIMIT).all())
@@ -421,7 +421,7 @@ class _Locator:
         )
 
     def _describe(self, mapping: Any) -> tuple[int, int, int]:
-        """Give the texts of a mapping's build id (-1: named code), kind and module."""
+        """Return the texts of a mapping's build id (-1: named code), kind and module."""
         build_id = self._strings[mapping.build_id] if self._is_string(mapping.build_id) else ""
         has_place = self._is_string(mapping.filename)
         if build_id:
@@ -444,7 +444,7 @@ class _Locator:
         kinds: Integers,
         modules: Integers,
     ) -> Integers:
-        """Give (function, module, kind, file, line) for each line."""
+        """Return (function, module, kind, file, line) for each line."""
         name, system_name, file = self._functions[lines[:, 0], 1:4].T
         inlined = self._strings.number(Kind.INLINED)
         is_last = np.arange(len(lines)) == first_line[owner + 1] - 1
@@ -522,7 +522,7 @@ def _lengths_from(
 
 
 def _read_words(data: _Bytes, first: Integers, past: Integers) -> tuple[Indices, Integers]:
-    """Give the numbers between these bounds one after the other, and how many are in each."""
+    """Return the numbers between these bounds one after the other, and how many are in each."""
     is_end = data < 0x80
     _require(is_end[past[past > first] - 1].all())
     bounds = np.stack([first, past], axis=1).reshape(-1)
@@ -536,7 +536,7 @@ def _read_words(data: _Bytes, first: Integers, past: Integers) -> tuple[Indices,
 def _read_labels(
     contents: Sequence[bytes], strings: _Strings
 ) -> tuple[tuple[Labels, ...], Integers]:
-    """Give the distinct label sets, and each sample's number among them."""
+    """Return the distinct label sets, and each sample's number among them."""
     label_sets: dict[Labels, int] = {}
     numbers = {
         content: label_sets.setdefault(_parse_labels(content, strings), len(label_sets))

@@ -83,24 +83,24 @@ class ObjectStore(Protocol):
     """
 
     def put(self, key: str, content: bytes) -> bool:
-        """Write an object durably; give False, and change nothing, when the key exists already."""
+        """Write an object durably; return False and change nothing if the key exists."""
 
     def get(self, key: str) -> bytes:
-        """Give an object's content.
+        """Return an object's content.
 
         Raises:
             ObjectMissing: there is no such object.
         """
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        """Give `length` bytes from byte `start` on, fewer where the object ends, maybe none.
+        """Return `length` bytes from byte `start` on, fewer where the object ends, maybe none.
 
         Raises:
             ObjectMissing: there is no such object.
         """
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[StoredObject]:
-        """Give the objects whose keys begin with `prefix`, sorted by key, lazily.
+        """Return the objects whose keys begin with `prefix`, sorted by key, lazily.
 
         With `start_after` only those behind that key. Servers differ in one case: SeaweedFS puts
         all of `a/` before `a-b`. Where the names in a folder are of one length, there is none.
@@ -165,7 +165,7 @@ _HOST_ID_PATTERN = re.compile(r"[0-9a-f]{16}")
 
 
 def object_key(profile: "Profile", content: bytes, tenant: str = DEFAULT_TENANT) -> ObjectKey:
-    """Give the key under which `content`, the encoded profile, is kept.
+    """Return the key under which `content`, the encoded profile, is kept.
 
     A profile of several hosts, or of one without an id of 16 hex digits, gets a hash of them all.
 
@@ -190,7 +190,7 @@ def content16(content: bytes) -> str:
 def list_window(
     store: ObjectStore, window: "Window", tenant: str = DEFAULT_TENANT
 ) -> Iterator[tuple[ObjectKey, StoredObject]]:
-    """Give the profiles whose windows overlap `window`, by hour, host and start.
+    """Return the profiles whose windows overlap `window`, by hour, host and start.
 
     Lists exactly the hours in question, and the one before for a window that reaches across.
     What is not a profile of ours is passed over.
@@ -216,7 +216,7 @@ def _list_between(
 def expire(
     store: ObjectStore, now_s: int, keep_s: int, keep_bytes: int, tenant: str = DEFAULT_TENANT
 ) -> Iterator[StoredObject]:
-    """Delete the oldest profiles, and give each of them.
+    """Delete the oldest profiles, and return each of them.
 
     Deletes those that ended `keep_s` ago, then as many as exceed `keep_bytes`; a limit of 0 is
     none. Whatever else lies in the store stays.
@@ -244,12 +244,12 @@ def _hours_prefix(tenant: str) -> str:
 
 
 def _hour(at_s: int) -> str:
-    """Give the hour of a time; all before 1970 and after 9999 are the first and the last one."""
+    """Return the hour of a time; all before 1970 and after 9999 are the first and the last one."""
     return time.strftime("%Y-%m-%dT%H", time.gmtime(min(max(at_s, 0), 253_402_300_799)))
 
 
 def default_store_url() -> str:
-    """Give EVERFLAME_STORE, else the place that the user may write to."""
+    """Return EVERFLAME_STORE, else the place that the user may write to."""
     place = "/var/lib/everflame" if os.geteuid() == 0 else "~/.local/share/everflame"
     return os.environ.get("EVERFLAME_STORE") or str(Path(place).expanduser())
 
@@ -439,7 +439,7 @@ it is written to is met before."""
 
 
 def _sorted_entries(folder: Path, base: str) -> list[tuple[str, os.DirEntry[str]]]:
-    """Give what is in a folder with its key, a folder's ending in /, sorted as keys are."""
+    """Return what is in a folder with its key, a folder's ending in /, sorted as keys are."""
     try:
         with os.scandir(folder) as entries:
             found = [

@@ -175,7 +175,7 @@ class S3Store:
         return content
 
     def _explain_conflict(self, key: str, name: str) -> bool:
-        """Give False when the object is there; 409 may also mean a delete or a put under way."""
+        """Return False when the object is there; 409 may also mean a delete or a put under way."""
         try:
             self._client.head_object(Bucket=self._bucket, Key=name)
         except exceptions.ClientError as error:

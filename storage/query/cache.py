@@ -70,11 +70,11 @@ class DecodedCache:
         self._folder = folder / f"decoded-{_VERSION}.{pprof.SCHEMA}-{mark}"
 
     def name(self, parts: Iterable[str]) -> str:
-        """Give the name of what is made from `parts`."""
+        """Return the name of what is made from `parts`."""
         return hashlib.blake2b("\0".join(parts).encode(), digest_size=20).hexdigest()
 
     def load(self, kind: type[_Kept], name: str) -> tuple[_Kept, Any] | None:
-        """Give what was saved under this name, and its note; None if there is none intact."""
+        """Return what was saved under this name, and its note; None if there is none intact."""
         path = self._path(kind, name)
         try:
             with path.open("rb") as file:
@@ -116,7 +116,7 @@ class DecodedCache:
             self._evict()
 
     def touch(self, kind: type[Columns | Sums | Times | Selfs], name: str) -> int:
-        """Use what was saved under this name without reading it; give its size, 0 if it is gone."""
+        """Mark a saved file as used without reading it; return its size, 0 if it is gone."""
         path = self._path(kind, name)
         try:
             os.utime(path)
@@ -135,7 +135,7 @@ class DecodedCache:
         return self._folder / f"{name}.{kind.__name__.lower()}"
 
     def _files(self) -> list[tuple[int, int, Path]]:
-        """Give (last use, size, path) of all files, those of other versions included."""
+        """Return (last use, size, path) of all files, those of other versions included."""
         files = []
         for path in self._root.glob("decoded-*/*"):
             with contextlib.suppress(OSError):
@@ -157,7 +157,7 @@ class DecodedCache:
                 excess -= size
 
     def _by_turn(self, files: list[tuple[int, int, Path]]) -> list[tuple[int, int, Path]]:
-        """Give files as they are to go, from the order of their last use."""
+        """Return files as they are to go, from the order of their last use."""
         room = self._limit_bytes // _LONG_KEPT_PART
         first: list[tuple[int, int, Path]] = []
         last: list[tuple[int, int, Path]] = []
@@ -169,7 +169,7 @@ class DecodedCache:
 
 
 def _read_secret(folder: Path) -> bytes:
-    """Give the folder's secret, making one where there is none; without a folder, one for now."""
+    """Return the folder's secret, making one where there is none; without a folder, one for now."""
     path = folder / "secret"
     made = secrets.token_bytes(32)
     try:
@@ -194,7 +194,7 @@ def _read_secret(folder: Path) -> bytes:
 
 
 def pack(value: Columns | Sums | Times | Selfs, note: Any = None) -> bytes:
-    """Give a value as the content of a file.
+    """Return a value as the content of a file.
 
     Raises:
         orjson.JSONEncodeError: its sums are beyond 64 bits.
@@ -234,13 +234,13 @@ def pack(value: Columns | Sums | Times | Selfs, note: Any = None) -> bytes:
 
 
 def _checksum(content: bytes) -> int:
-    """Give the CRC-32 of a file but for its own four bytes."""
+    """Return the CRC-32 of a file but for its own four bytes."""
     view = memoryview(content)
     return zlib.crc32(view[12:], zlib.crc32(view[:8]))
 
 
 def unpack(kind: type[_Kept], content: bytes) -> tuple[_Kept, Any]:
-    """Give back what was packed, and its note. Damage raises one of the errors of `load`."""
+    """Return what was packed, and its note. Damage raises one of the errors of `load`."""
     mark, checksum, header_bytes = _PREFIX.unpack_from(content)
     if mark != _MARK or checksum != _checksum(content):
         raise ValueError("damaged")
@@ -272,7 +272,7 @@ def unpack(kind: type[_Kept], content: bytes) -> tuple[_Kept, Any]:
 
 
 def _narrow(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Give the same numbers in the narrowest unsigned type; uint64 stays, it is hashes."""
+    """Return the same numbers in the narrowest unsigned type; uint64 stays, it is hashes."""
     if array.dtype == np.uint64 or array.size == 0 or array.min() < 0:
         return array
     return array.astype(np.min_scalar_type(int(array.max())).newbyteorder("<"))
@@ -298,7 +298,7 @@ def _parse_segments(segments: Iterable[tuple[int, int, int]]) -> tuple[Segment, 
 
 
 def default_folder() -> Path:
-    """Give where this user's decoded objects are kept: EVERFLAME_CACHE, else the usual places."""
+    """Return where this user's decoded objects are kept: EVERFLAME_CACHE, else the usual places."""
     if chosen := os.environ.get("EVERFLAME_CACHE"):
         return Path(chosen) / "query"
     if os.geteuid() == 0:

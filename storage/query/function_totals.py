@@ -110,7 +110,7 @@ class Sums:
         )
 
     def filter(self, selector: Selector) -> "Sums":
-        """Give what is asked for. The functions know nothing of PROCESS_LABELS."""
+        """Return what is asked for. The functions know nothing of PROCESS_LABELS."""
         if not selector.matchers:
             return self
         by_time = np.array(selector.choose(map(dict, self.label_sets)), dtype=bool)
@@ -129,7 +129,7 @@ class Sums:
         return SelfSamples(self.service_sets, self.function_hashes, self.rows, self.counts[:, 2])
 
     def function_sums(self, limit: int | None = None) -> Iterator[FunctionSum]:
-        """Give the table, largest self first, then largest total."""
+        """Return the table, largest self first, then largest total."""
         order = np.lexsort((-self.counts[:, 1], -self.counts[:, 0]))[:limit]
         used = np.unique(self.rows[order, 1])
         frames = dict(zip(used.tolist(), self.frames(used), strict=True))
@@ -138,7 +138,7 @@ class Sums:
             yield FunctionSum(self.service_sets[labels], frames[function], *numbers)
 
     def frames(self, numbers: Integers) -> list[Frame]:
-        """Give what some lines of `functions` say."""
+        """Return what some lines of `functions` say."""
         table = self.functions[numbers].astype(np.int64)
         has_file = table[:, 3] > FILES_DIFFER
         table[:, 3] -= 2
@@ -274,7 +274,7 @@ def _join_files(one: Integers, other: Integers) -> Integers:
 def service_sets_of(
     label_sets: Sequence[Labels], left_out: frozenset[str]
 ) -> tuple[Integers, tuple[Labels, ...]]:
-    """Give the sets without some labels, and by label set the number of its own."""
+    """Return the sets without some labels, and by label set the number of its own."""
     numbers: dict[Labels, int] = {}
     of_label = [
         numbers.setdefault(tuple(pair for pair in labels if pair[0] not in left_out), len(numbers))

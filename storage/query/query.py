@@ -230,13 +230,13 @@ class Query:
         self._watch: Callable[[int], None] = _tell_nobody
 
     def interruptible(self, check: Callable[[], None]) -> "Query":
-        """Give this same query, which calls `check` between objects: what it raises ends it."""
+        """Return this same query, which calls `check` between objects: what it raises ends it."""
         other = copy.copy(self)
         other._check = check  # noqa: SLF001 - a copy of this very object
         return other
 
     def watched(self, watch: Callable[[int], None]) -> "Query":
-        """Give this same query, which tells of each part it had to decode how many objects it was.
+        """Return a copy of this query that reports how many objects each decoded part has.
 
         Of none at the end of each reading. `watch` is called from several threads.
         """
@@ -245,7 +245,7 @@ class Query:
         return other
 
     def believing(self, listing_s: float) -> "Query":
-        """Give this same query, which lists a window again only after so many seconds.
+        """Return this same query, which lists a window again only after so many seconds.
 
         The panels of a page ask for one window at once, and a listing takes an object store longer
         than an answer that is kept.
@@ -255,7 +255,7 @@ class Query:
         return other
 
     def listing(self, window: Window) -> "Query":
-        """Give this same query, which has listed a window's hours and lists no part of it again."""
+        """Return a copy of this query that lists the hours of a window once."""
         other = copy.copy(self)
         (hours,) = _union([window], HOUR_NS)
         other._listed = (hours, list(self.objects(hours)))  # noqa: SLF001 - a copy of this very object
@@ -332,7 +332,7 @@ class Query:
         type: str = "cpu",  # noqa: A002
         limit: int | None = None,
     ) -> Functions:
-        """Give what each function cost under each combination of `by`, at most `limit` rows."""
+        """Return what each function cost under each combination of `by`, at most `limit` rows."""
         merged, coverage = self.sums(window, selector, by, type)
         if merged is None:
             return Functions(type, "nanoseconds" if type == "cpu" else "count", (), 0, 0, coverage)
@@ -347,7 +347,7 @@ class Query:
         by: Sequence[str] = ("service",),
         type: str = "cpu",  # noqa: A002
     ) -> tuple[Sums | None, Coverage]:
-        """Give the same as arrays, and nothing where nothing is."""
+        """Return the same as arrays, and nothing where nothing is."""
         parts, coverage = self.parts(window, selector, by, type)
         return (merge_sums(parts).by(by) if parts else None), coverage
 
@@ -358,7 +358,7 @@ class Query:
         by: Sequence[str] = ("service",),
         type: str = "cpu",  # noqa: A002
     ) -> tuple[list[Sums], Coverage]:
-        """Give sums of parts of a window: who needs them under known names need not merge them.
+        """Return sums of parts of a window: who needs them under known names need not merge them.
 
         Stacks are read only for labels of single processes (PROCESS_LABELS), which sums leave out.
         """
@@ -376,7 +376,7 @@ class Query:
     def selfs(
         self, windows: Sequence[Window], selector: Selector = EMPTY
     ) -> Iterator[tuple[int, SelfSamples]]:
-        """Give what each function cost itself in each of some windows, part by part.
+        """Return what each function cost itself in each of some windows, part by part.
 
         Whatever hours they begin in, what is kept of whole hours answers them. Each part comes with
         the number of its window; whoever knows the functions by their hashes needs no name.
@@ -395,7 +395,7 @@ class Query:
                     yield i, selfs.inside(window, selector)
 
     def presence(self, window: Window, selector: Selector = EMPTY) -> Presence:
-        """Give for how long each service that is asked for was there in each object."""
+        """Return for how long each service that is asked for was there in each object."""
         read = self._read_around(Times, self._times, [window])
         parts, coverage = _chosen(read, window, selector, "cpu")
         if not parts:
@@ -416,7 +416,7 @@ class Query:
         return Presence(objects.astype(np.int64), label_sets, rows, coverage)
 
     def labels(self, window: Window, selector: Selector = EMPTY) -> dict[str, dict[str, int]]:
-        """Give the names of labels, their values, and the samples each value has."""
+        """Return the names of labels, their values, and the samples each value has."""
         found: dict[str, dict[str, int]] = {}
         for loaded in self._read(self._times, window):
             if loaded.value is None:
@@ -431,12 +431,12 @@ class Query:
         return found
 
     def label_values(self, window: Window, name: str, selector: Selector = EMPTY) -> dict[str, int]:
-        """Give the values of one label and the samples each has, most first."""
+        """Return the values of one label and the samples each has, most first."""
         values = self.labels(window, selector).get(name, {})
         return dict(sorted(values.items(), key=lambda pair: (-pair[1], pair[0])))
 
     def objects(self, window: Window) -> Iterator[tuple[ObjectKey, StoredObject]]:
-        """Give the objects that start inside a window, by hour, host and start; none is read."""
+        """Return the objects that start inside a window, by hour, host and start; none is read."""
         if self._listed is not None:
             whole, listed = self._listed
             if whole.start_ns <= window.start_ns and window.end_ns <= whole.end_ns:
@@ -513,7 +513,7 @@ class Query:
                 return
 
     def _touch(self, name: str) -> int:
-        """Mark all that is kept under a name as used; give its size, 0 if some of it is missing."""
+        """Mark what is kept under a name as used; return its size, 0 if some is missing."""
         sizes = [self._cache.touch(kind, name) for kind in _KINDS]
         return sum(sizes) if all(sizes) else 0
 
@@ -525,7 +525,7 @@ class Query:
                 reader.of_object(group[0])
 
     def _read(self, reader: "_Reader[_Kept]", window: Window) -> Iterator["_Loaded[_Kept]"]:
-        """Give the parts of a window in the order of their keys, decoding what is not cached."""
+        """Return the parts of a window in the order of their keys, decoding what is not cached."""
         yield from self._read_parts(reader, self._parts(self.objects(window), window, _SPANS_NS))
 
     def _read_around(
@@ -534,7 +534,7 @@ class Query:
         reader: "_Reader[_Kept]",
         windows: Sequence[Window],
     ) -> Iterator["_Loaded[_Kept]"]:
-        """Give the parts of windows, of whole hours around them where these are kept."""
+        """Return the parts of windows, of whole hours around them where these are kept."""
         joined = _union(windows, 1)
 
         def parts() -> Iterator[tuple[list[_Object], bool]]:
@@ -605,7 +605,7 @@ class Query:
         return _Reader(self._selfs_of_object, self._selfs_of_span)
 
     def _made(self, kind: type[_Made], make: Callable[[Columns], _Made]) -> "_Reader[_Made]":
-        """Give a reader of what is made of the columns, and kept beside them."""
+        """Return a reader of what is made of the columns, and kept beside them."""
 
         def of_object(object_: "_Object") -> _Loaded[_Made]:
             name = self._name([object_])
@@ -661,7 +661,7 @@ class Query:
         return [_Loaded(each.keys, each.selfs, each.skipped, each.is_lasting) for each in read]
 
     def _columns_of_span(self, objects: Sequence["_Object"]) -> list["_Loaded[Columns]"]:
-        """Give a host's span as one, or its objects one by one where they do not add up."""
+        """Return a host's span as one, or its objects one by one where they do not add up."""
         known = self._known_span(Columns, objects)
         if known is not None:
             return [known]
@@ -711,7 +711,7 @@ class Query:
     def _cached_parts(
         self, objects: Sequence["_Object"]
     ) -> tuple[list["_Loaded[Columns]"], list["_Object"]]:
-        """Give what is cached of a span's shorter spans and of its objects, and what is not."""
+        """Return what is cached of a span's shorter spans and of its objects, and what is not."""
         read: list[_Loaded[Columns]] = []
         missing: list[_Object] = []
         for part, _ in _split(objects, 0, 0, _SPANS_NS[1:]):
@@ -727,7 +727,7 @@ class Query:
         return read, missing
 
     def _known_part(self, objects: Sequence["_Object"]) -> "_Loaded[Columns] | None":
-        """Give what is kept of a part that is to be merged, with its selfs if they are kept."""
+        """Return what is kept of a part that is to be merged, with its selfs if they are kept."""
         known = self._known_span(Columns, objects)
         if known is None:
             return None
@@ -784,7 +784,7 @@ class Query:
             return _failed(stored.key, str(error), is_lasting=False)
 
     def _start_decoding(self, fetched: list[tuple[ObjectKey, bytes]]) -> "Callable[[], _Decoded]":
-        """Have a worker decode, if there is one; give what waits for the result."""
+        """Have a worker decode, if there is one; return what waits for the result."""
         if self._workers is None:
             return functools.partial(decode_objects, fetched, self._hasher)
         try:
@@ -851,7 +851,7 @@ def _chosen(
     type_: str,
     fold: Callable[[list[_Kept]], list[_Kept]] = list,
 ) -> tuple[list[_Kept], Coverage]:
-    """Give the parts of a window that may hold what is asked for, and what they cover.
+    """Return the parts of a window that may hold what is asked for, and what they cover.
 
     `fold` makes fewer of them, once they have become large: a day is not held at once.
     """
@@ -878,7 +878,7 @@ def _chosen(
 def _folding(
     merge: Callable[[Sequence[_Rows]], _Rows], selector: Selector
 ) -> Callable[[list[_Rows]], list[_Rows]]:
-    """Give what merges the parts of an answer once they have become large."""
+    """Return what merges the parts of an answer once they have become large."""
 
     def fold(parts: list[_Rows]) -> list[_Rows]:
         if sum(len(part.rows) for part in parts) < _FOLDED_ROWS:
@@ -1093,7 +1093,7 @@ def _split(
 
 
 def _union(windows: Iterable[Window], grid_ns: int) -> list[Window]:
-    """Give windows widened to multiples of a length, and joined where they meet; latest first."""
+    """Return windows widened to multiples of a length, and joined where they meet; latest first."""
     joined: list[Window] = []
     for window in sorted(windows, reverse=True):
         start_ns = window.start_ns // grid_ns * grid_ns
@@ -1113,7 +1113,7 @@ def _overlap(one: Window, other: Window) -> bool:
 
 
 def _has_host(accounting: Accounting, selector: Selector) -> bool:
-    """Tell whether the selector's matchers of `host` accept any of the object's hosts."""
+    """Return whether the selector's matchers of `host` accept any of the object's hosts."""
     matchers = tuple(each for each in selector.matchers if each.name == "host")
     if not matchers or len(accounting.hosts) != 1:
         return True
@@ -1157,7 +1157,7 @@ def map_ahead(
     things: Iterable[_One],
     ahead: int = 2 * _FETCHES,
 ) -> Iterator[_Other]:
-    """Give `act` of each in order, with no more than a few waiting to be taken."""
+    """Return `act` of each in order, with no more than a few waiting to be taken."""
     waiting: deque[Future[_Other]] = deque()
     try:
         for thing in things:
@@ -1172,7 +1172,7 @@ def map_ahead(
 
 
 def _union_of_lives(lives: list[tuple[int, int, int]], steps: int) -> Integers:
-    """Give per step how long its objects, (step, start, end), last together, overlaps once."""
+    """Return per step how long its objects, (step, start, end), last together, overlaps once."""
     covered = np.zeros(steps, np.int64)
     reached = (-1, 0)
     for step, start, end in sorted(lives):

@@ -75,7 +75,7 @@ class Selfs:
         )
 
     def inside(self, window: Window, selector: Selector) -> SelfSamples:
-        """Give the lines of the objects that start in a window, of what is asked for."""
+        """Return the lines of the objects that start in a window, of what is asked for."""
         starts_ns = key_starts_ns(self.objects)
         chosen = np.flatnonzero((window.start_ns <= starts_ns) & (starts_ns < window.end_ns))
         offsets = self.line_offsets.astype(np.int64)
@@ -130,7 +130,7 @@ def join_selfs(parts: Sequence[Selfs]) -> Selfs:
 
 
 def _hash_functions(columns: Columns, places: Integers, hasher: Hasher) -> Hashes:
-    """Give the hash of the innermost frame of each location."""
+    """Return the hash of the innermost frame of each location."""
     table = np.zeros((len(places), 3), dtype=np.int64)
     starts = columns.frame_offsets[places].astype(np.int64)
     is_framed = columns.frame_offsets[places + 1] > starts
@@ -153,7 +153,7 @@ def _hash_functions(columns: Columns, places: Integers, hasher: Hasher) -> Hashe
 
 
 def _distinct(numbers: Numbers, limit: int) -> tuple[Integers, Integers]:
-    """Give the numbers below a limit that occur, and for each place which of them stands there."""
+    """Return the numbers below a limit that occur, and for each place its index there."""
     wide = numbers.astype(np.int64, copy=False)
     is_used = np.zeros(limit, dtype=bool)
     is_used[wide] = True

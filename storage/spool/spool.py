@@ -77,7 +77,7 @@ class SpoolStatus(NamedTuple):
 
 
 def tombstone(profile: Profile) -> Profile:
-    """Give a profile's counts without its stacks: what was stored is now lost."""
+    """Return a profile's counts without its stacks: what was stored is now lost."""
     accounting = profile.accounting
     lost = {Loss.SPOOL_FULL.value: accounting.stored} if accounting.stored else {}
     emptied = replace(
@@ -314,7 +314,7 @@ def _hour(key: ObjectKey) -> tuple[str, int]:
 
 
 def _are_of_one_hour(one: Profile, other: Profile) -> bool:
-    """Tell whether two profiles can become one whose key finds both of their windows."""
+    """Return whether two profiles can become one whose key finds both of their windows."""
     if (one.type, one.unit, one.accounting.hosts) != (
         other.type,
         other.unit,

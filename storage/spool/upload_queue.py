@@ -54,7 +54,7 @@ class Outbox:
         self._folder = folder
 
     def pending(self, limit: int) -> list[SpooledProfile]:
-        """Give the oldest `limit` profiles, those claimed before first of all."""
+        """Return the oldest `limit` profiles, those claimed before first of all."""
         claimed = heapq.nsmallest(limit, scan(self._folder / SENDING), key=start_of)
         others = (
             spooled for name in (WAITING, TOMBSTONES) for spooled in scan(self._folder / name)
@@ -77,7 +77,7 @@ class Outbox:
         return profile._replace(path=target)
 
     def read(self, profile: SpooledProfile) -> bytes | None:
-        """Give a profile's content; None when it is not what its name says.
+        """Return a profile's content; None when it is not what its name says.
 
         Raises:
             OSError: the disk does not give it.
@@ -114,7 +114,7 @@ def move_aside(path: Path, folder: Path) -> None:
 
 
 def scan(folder: Path) -> Iterator[SpooledProfile]:
-    """Give the profiles in a folder, in no order. A file that is named otherwise is not ours."""
+    """Return the profiles in a folder, in no order. A file that is named otherwise is not ours."""
     for entry in _entries(folder):
         key = ObjectKey.parse(entry.name.replace("+", "/"))
         if key is not None:
@@ -135,5 +135,5 @@ def start_of(spooled: SpooledProfile) -> int:
 
 
 def allocated(size_bytes: int) -> int:
-    """Give what a file takes on the disk, in whole blocks."""
+    """Return what a file takes on the disk, in whole blocks."""
     return -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES

@@ -39,7 +39,7 @@ class Demangler:
         self._batches = 0
 
     def demangle(self, names: Sequence[bytes]) -> list[bytes]:
-        """Give each name demangled where it can be, and else as it is. Never raises."""
+        """Return each name demangled where it can be, and else as it is. Never raises."""
         result = list(names)
         waiting = [i for i, name in enumerate(names) if _MANGLED.fullmatch(_without_plt(name))]
         give_up_at = time.monotonic() + _CALL_DEADLINE_S
@@ -71,7 +71,7 @@ class Demangler:
         child.wait()
 
     def _ask(self, names: list[bytes]) -> list[bytes]:
-        """Give the answers to the first names, as many as came in time and whole."""
+        """Return the answers to the first names, as many as came in time and whole."""
         child = self._running_child()
         if child is None:
             return []

@@ -85,7 +85,7 @@ class Source(Protocol):
     size: int
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Give exactly `size` bytes.
+        """Return exactly `size` bytes.
 
         Raises:
             UnreadableElf: there are fewer.
@@ -343,7 +343,7 @@ def _find_build_id(
 
 
 def parse_build_id(notes: bytes) -> str:
-    """Give the hex of the GNU build id among ELF notes, empty if there is none."""
+    """Return the hex of the GNU build id among ELF notes, empty if there is none."""
     position = 0
     while position + 12 <= len(notes):
         name_size, desc_size, note_type = np.frombuffer(notes, "<u4", 3, position).tolist()

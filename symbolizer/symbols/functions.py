@@ -129,7 +129,7 @@ _EMPTY = Candidates(
 
 
 def read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
-    """Give the functions, and the strings that hold their names piece by piece, NUL-terminated.
+    """Return the functions, and the strings that hold their names piece by piece, NUL-terminated.
 
     Raises:
         UnreadableElf: with the reason; also while the strings are read.
@@ -162,7 +162,7 @@ class StringSections:
         self.size = 0
 
     def add(self, table: Section) -> tuple[int, int]:
-        """Give the start and the size of a symbol table's strings."""
+        """Return the start and the size of a symbol table's strings."""
         sections = self._elf.sections
         section = sections[table.link] if table.link < len(sections) else None
         if section is None or section.type != SHT_STRTAB:
@@ -215,7 +215,7 @@ def name_preferences(strings: bytes, positions: npt.NDArray[np.int64]) -> npt.ND
 
 class Strings(Protocol):
     def preferences(self, positions: Words) -> npt.NDArray[np.int64]:
-        """Give a number per name, smaller for better ones, for positions in ascending order."""
+        """Return a number per name, smaller for better ones, for positions in ascending order."""
 
 
 def arrange(symbols: Candidates, strings: Strings, base: int) -> Functions:
@@ -244,7 +244,7 @@ class _OffsetSpace:
         self.base = min((segment.p_offset for segment in elf.segments), default=0)
 
     def offsets(self, addresses: Wide) -> tuple[Wide, Wide]:
-        """Give offset and end of its segment per address; both 0 outside of executable segments."""
+        """Return offset and end of its segment per address; 0 outside executable segments."""
         offsets = np.zeros(len(addresses), dtype=np.uint64)
         limits = np.zeros(len(addresses), dtype=np.uint64)
         for p_vaddr, p_offset, p_filesz in reversed(self.segments):
@@ -264,7 +264,7 @@ class _Extents(NamedTuple):
     ends: Words
 
     def ends_of(self, starts: Words) -> Words:
-        """Give the end of the extent that begins at each offset, 0 where none does."""
+        """Return the end of the extent that begins at each offset, 0 where none does."""
         if not len(self.starts):
             return np.zeros(len(starts), dtype=np.uint32)
         places = np.minimum(np.searchsorted(self.starts, starts), len(self.starts) - 1)
@@ -445,7 +445,7 @@ _MAX_NESTED = 100_000
 
 
 def _make_disjoint(starts: Words, ends: Words, names: Words) -> tuple[Words, Words, Words]:
-    """Give each address to the range that starts last before it, then to the one around that."""
+    """Return each address to the range that starts last before it, then to the one around that."""
     reach = np.maximum.accumulate(ends)
     is_nested = starts[1:] < reach[:-1]
     if not is_nested.any():
@@ -559,7 +559,7 @@ def _add_extents(functions: Functions, extents: _Extents) -> Functions:
 def _uncovered(
     functions: Functions, extents: _Extents
 ) -> tuple[Words, Words, npt.NDArray[np.int32]]:
-    """Give the parts of extents outside of functions, sorted, and which extent each is of."""
+    """Return the parts of extents outside of functions, sorted, and which extent each is of."""
     columns = (extents.starts, extents.ends, functions.starts, functions.ends)
     bounds = np.concatenate(columns)
     order = np.argsort(bounds, kind="stable")

@@ -26,7 +26,7 @@ class GoBuild(NamedTuple):
 
 
 def read_go_build(elf: Elf) -> GoBuild | None:
-    """Give what a Go program says of itself; None if it was not linked by Go 1.18 or later.
+    """Return what a Go program says of itself; None if it was not linked by Go 1.18 or later.
 
     Raises:
         UnreadableElf: the section is damaged or too large.

@@ -89,7 +89,7 @@ class _Functions(NamedTuple):
 
 
 def read_go_rules(elf: Elf) -> Rules | None:
-    """Give rules for all of Go's code; None if there is none, or not of a known version.
+    """Return rules for all of Go's code; None if there is none, or not of a known version.
 
     Raises:
         UnreadableElf: damaged, or too large.
@@ -160,7 +160,7 @@ class _Table:
         return _Functions(starts, records, names)
 
     def find_named(self, functions: _Functions) -> dict[bytes, list[int]]:
-        """Give the numbers of the functions that have a meaning here, by name.
+        """Return the numbers of the functions that have a meaning here, by name.
 
         Two have the same name where one calls the other with arguments moved (ABI wrappers).
         """
@@ -179,7 +179,7 @@ class _Table:
         return {name: sorted(numbers) for name, numbers in named.items()}
 
     def read_frames(self, functions: _Functions, named: dict[bytes, list[int]]) -> Rules:
-        """Give rules, whose addresses count from where Go's code begins."""
+        """Return rules, whose addresses count from where Go's code begins."""
         starts, ends = functions.starts[:-1], functions.starts[1:]
         frame_pointer = rule(CfaKind.FRAME_POINTER)
         if self._layout.pcsp < 0:
@@ -203,7 +203,7 @@ class _Table:
         return Rules.of_ranges(handlers).over(Rules(addresses[is_kept], rules[is_kept]))
 
     def _read_depths(self, position: int, size: int) -> Iterator[tuple[int, int, int]]:
-        """Give the depths of one function: from where in it, to where, how many bytes."""
+        """Return the depths of one function: from where in it, to where, how many bytes."""
         content = self._read(position, min(_DEPTHS_BYTES, self._pcs[1] - position))
         padded = np.zeros(len(content) + PADDING_BYTES, dtype=np.uint8)
         padded[: len(content)] = np.frombuffer(content, np.uint8)

@@ -67,7 +67,7 @@ class KernelMap:
     is_hidden: bool = False
 
     def find(self, addresses: Wide) -> npt.NDArray[np.int64]:
-        """Give the number of the image that holds each address, -1 where there is none."""
+        """Return the number of the image that holds each address, -1 where there is none."""
         if not self.images:
             return np.full(len(addresses), -1, dtype=np.int64)
         found = np.searchsorted(self.starts, addresses, side="right").astype(np.int64) - 1
@@ -127,7 +127,7 @@ def parse_modules(text: bytes) -> dict[str, tuple[int, int]]:
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    """Give the file in pieces that end with a line."""
+    """Return the file in pieces that end with a line."""
     rest = b""
     total = 0
     try:
@@ -220,7 +220,7 @@ def _make_image(
     sys: Path,
     keep: Callable[[Image, Functions, bytes], None],
 ) -> Iterator[Image]:
-    """Give the image, or nothing where its addresses are hidden."""
+    """Return the image, or nothing where its addresses are hidden."""
     addresses = np.concatenate(part.addresses)
     positions = np.concatenate(part.positions)
     strings = bytes(part.strings)
@@ -249,7 +249,7 @@ def _bounds(
     strings: bytes,
     layout: dict[str, tuple[int, int]],
 ) -> tuple[int, int]:
-    """Give start and end of an image's code; zeros where they are hidden."""
+    """Return start and end of an image's code; zeros where they are hidden."""
     if name:
         start, size = layout.get(name, (0, 0))
         return start, start + min(size, _MAX_MODULE_BYTES)

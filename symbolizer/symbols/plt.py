@@ -64,7 +64,7 @@ def find_plt_stubs(elf: Elf) -> PltStubs:
 
 
 def read_symbol_names(elf: Elf, symbols: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
-    """Give st_name of symbols by their number in .dynsym, 0 for those that are not there."""
+    """Return st_name of symbols by their number in .dynsym, 0 for those that are not there."""
     names = np.zeros(len(symbols), dtype=np.uint32)
     tables = [section for section in elf.sections if section.type == SHT_DYNSYM]
     for table in tables[:1]:

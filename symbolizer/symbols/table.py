@@ -65,7 +65,7 @@ class SymbolTable:
         return len(self._functions.starts)
 
     def find(self, offsets: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-        """Give the number of the function around each file offset, -1 where there is none."""
+        """Return the number of the function around each file offset, -1 where there is none."""
         functions = self._functions
         if not len(functions.starts):
             return np.full(len(offsets), -1, dtype=np.int64)
@@ -78,7 +78,7 @@ class SymbolTable:
         return found
 
     def extent_starts(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Give where functions without a name begin, by file offset; -1 for those with one."""
+        """Return where functions without a name begin, by file offset; -1 for those with one."""
         functions = self._functions
         names = functions.names[numbers]
         is_in_extent = names & IN_EXTENT != 0
@@ -87,7 +87,7 @@ class SymbolTable:
         return np.where(is_in_extent, starts, -1)
 
     def name(self, number: int) -> bytes:
-        """Give a function's name as the file has it, without a symbol version; PLT: `name@plt`.
+        """Return a function's name as the file has it, without a symbol version; PLT: `name@plt`.
 
         It is empty for a function that is known by its extent.
         """
@@ -158,7 +158,7 @@ class SymbolCache:
         segments: tuple[Segment, ...],
         strings: Iterable[bytes],
     ) -> SymbolTable:
-        """Write a table and give it back, opened.
+        """Write a table and return it back, opened.
 
         Raises:
             OSError: it cannot be written.

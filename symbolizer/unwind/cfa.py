@@ -95,7 +95,7 @@ ROW = np.dtype(
 
 
 def rule(kind: CfaKind, cfa: int = 0) -> int:
-    """Give a row as one number, its first field 0 and rbp the SAME: what rules are while built."""
+    """Return a row as one number, first field 0 and rbp the SAME, as rules are built."""
     return int(kind) << 32 | cfa << 16
 
 
@@ -110,7 +110,7 @@ class Rules(NamedTuple):
 
     @classmethod
     def of_ranges(cls, ranges: Iterable[tuple[int, int, int]]) -> "Rules":
-        """Give a rule for each (start, end, rule), which do not overlap, and HOLEs between them."""
+        """Return a rule for each (start, end, rule), none overlapping, and HOLEs between."""
         edges: dict[int, int] = {}
         for start, end, number in sorted(ranges):
             edges[start] = number
@@ -120,7 +120,7 @@ class Rules(NamedTuple):
         return cls(columns[:, 0], columns[:, 1])
 
     def over(self, lower: "Rules") -> "Rules":
-        """Give these rules, and the lower ones where these have a HOLE."""
+        """Return these rules, and the lower ones where these have a HOLE."""
         if not len(self.rules) or not len(lower.rules):
             return self if len(self.rules) else lower
         addresses = np.concatenate([self.addresses, lower.addresses])
@@ -136,13 +136,13 @@ class Rules(NamedTuple):
         return Rules(self.addresses[is_new], self.rules[is_new])
 
     def at(self, addresses: Wide) -> Wide:
-        """Give the rule at each address."""
+        """Return the rule at each address."""
         places = np.searchsorted(self.addresses, addresses, side="right")
         return np.append(np.uint64(rule(CfaKind.HOLE)), self.rules)[places]
 
 
 def run_programs(frames: CallFrames) -> Iterator[Rules]:
-    """Give the rows of all FDEs, sorted, in pieces. Behind an FDE a HOLE begins, or the next FDE.
+    """Return the rows of all FDEs, sorted, in pieces. Behind an FDE a HOLE begins, or the next FDE.
 
     What fills up to the next multiple of 16 between two FDEs is padding that nobody executes: it
     gets no row, which saves one row per function.
@@ -237,7 +237,7 @@ def _run_cies(frames: CallFrames) -> _Cies:
 
 
 def _run_fdes(frames: CallFrames, cies: _Cies, here: slice) -> tuple[Rules, int]:
-    """Give the rows of a run of FDEs, and how many states there were before some were dropped."""
+    """Return the rows of a run of FDEs, and how many states there were before some were dropped."""
     own = cies.take(frames.cie_numbers[here])
     lanes = _gather(frames, frames.programs[here], frames.program_ends[here], own)
     steps = _find_steps(lanes, own.initial)
@@ -391,7 +391,7 @@ _TRAITS = {
 
 
 def _tabulate(bits: Mapping[int, Collection[int]]) -> bytes:
-    """Give for each opcode the sum of the bits that name it."""
+    """Return for each opcode the sum of the bits that name it."""
     return bytes(sum(bit for bit, opcodes in bits.items() if n in opcodes) for n in range(256))
 
 
@@ -404,7 +404,7 @@ _SHORT_ADVANCES_TABLE = bytes(n & 63 if n >> 6 == _ADVANCE >> 6 else 0 for n in 
 
 
 def _look_up(table: bytes, opcodes: Bytes) -> Bytes:
-    """Give a table's byte for each byte; several times as fast as an array indexed by one."""
+    """Return a table's byte for each byte; several times as fast as an array indexed by one."""
     return np.frombuffer(opcodes.tobytes().translate(table), np.uint8)
 
 
@@ -473,7 +473,7 @@ class _Program(NamedTuple):
 
 
 def _find_widths(code: Bytes, traits: Bytes) -> Ints:
-    """Give for each byte how long the instruction would be, if one began there."""
+    """Return for each byte how long the instruction would be, if one began there."""
     number_widths = np.ones(len(code), dtype=np.uint8)
     goes_on = code >= 0x80
     for _ in range(1, MAX_LEB_BYTES):
@@ -494,7 +494,7 @@ def _find_widths(code: Bytes, traits: Bytes) -> Ints:
 
 
 def _block_at(code: Bytes, at: Ints) -> tuple[Ints, Ints]:
-    """Give for instructions that end in a block where its size and its content stand."""
+    """Return for instructions that end in a block where its size and its content stand."""
     sizes_at = at + 1
     has_register = np.flatnonzero(code[at] != _DEF_CFA_EXPRESSION)
     last = len(code) - 1
@@ -531,7 +531,7 @@ def _mark_starts(widths: Ints, starts: Ints, ends: Ints) -> Flags:
 
 
 def _locations(program: _Program) -> Ints:
-    """Give for each instruction how far its program has advanced before it."""
+    """Return for each instruction how far its program has advanced before it."""
     code, positions, opcodes = program.source.code, program.positions, program.opcodes
     advances = _look_up(_SHORT_ADVANCES_TABLE, opcodes).astype(np.int64)
     for opcode, form in ((_ADVANCE_1, "u1"), (_ADVANCE_2, "<u2"), (_ADVANCE_4, "<u4")):
@@ -546,7 +546,7 @@ def _locations(program: _Program) -> Ints:
 
 
 def _states_at(program: _Program, places: Ints, initial: _State) -> _State:
-    """Give the state in force at each instruction of `places`."""
+    """Return the state in force at each instruction of `places`."""
     writes, values = _find_writes(program, initial)
     # What no instruction of a program has written yet is as the first one found it.
     is_first = np.zeros(len(writes), dtype=np.bool_)
@@ -595,7 +595,7 @@ class _Restores(NamedTuple):
         return cls(both[is_restore], origins[is_restore])
 
     def resolve(self, writers: Ints, written: Ints) -> Ints:
-        """Give what each writer of one column has written, the restoring ones included."""
+        """Return what each writer of one column has written, the restoring ones included."""
         if not len(self.numbers):
             return written
         own = np.searchsorted(writers, self.numbers)
@@ -614,7 +614,7 @@ class _Restores(NamedTuple):
 
 
 def _find_writes(program: _Program, initial: _State) -> tuple[Bytes, _State]:
-    """Give which columns each instruction writes, and what it writes into them."""
+    """Return which columns each instruction writes, and what it writes into them."""
     code, opcodes = program.source.code, program.opcodes
     writes = _look_up(_WRITES_TABLE, opcodes).copy()
     values = _State(*(np.zeros(len(opcodes), dtype=np.int64) for _ in _COLUMNS))
@@ -658,7 +658,7 @@ def _factors(program: _Program, found: Ints) -> Ints:
 
 
 def _saved_at(program: _Program, found: Ints) -> tuple[Flags, Ints]:
-    """Tell which instructions save at an offset from the CFA, and give that offset in bytes."""
+    """Return which instructions save at an offset from the CFA, and return that offset in bytes."""
     code, positions, opcodes = program.source.code, program.positions, program.opcodes
     is_saved = np.zeros(len(found), dtype=np.bool_)
     offsets = np.zeros(len(found), dtype=np.int64)
@@ -731,7 +731,7 @@ _DW_OP_DEREF, _DW_OP_PLUS_UCONST, _DW_OP_LIT0, _DW_OP_BREG = 0x06, 0x23, 0x30, 0
 
 
 def _blocks(program: _Program, found: Ints) -> tuple[Ints, Ints]:
-    """Give where the expressions of instructions begin and end."""
+    """Return where the expressions of instructions begin and end."""
     code = program.source.code
     sizes_at, starts = _block_at(code, program.positions[found])
     ends = starts + read_uleb(code, sizes_at)[0]

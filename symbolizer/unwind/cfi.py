@@ -143,7 +143,7 @@ def read_debug_frame(elf: Elf) -> CallFrames:
 
 
 def read_extents(elf: Elf) -> tuple[Wide, Wide]:
-    """Give the first addresses and the ends of functions that have an FDE, whatever its program.
+    """Return the first addresses and the ends of functions that have an FDE, whatever its program.
 
     They lie inside executable segments, in any order, and overlap in damaged files. The FDEs are
     those in .eh_frame_hdr's table if it has the usual form, as far as each says of itself what the
@@ -188,7 +188,7 @@ def _read_indexed(elf: Elf) -> tuple[Wide, Wide]:
 
 
 def _read_index(elf: Elf) -> npt.NDArray[np.int32]:
-    """Give pairs of first address and FDE, both counted from .eh_frame_hdr on."""
+    """Return pairs of first address and FDE, both counted from .eh_frame_hdr on."""
     header = elf.eh_frame_hdr
     nothing = np.zeros((0, 2), dtype=np.int32)
     if header is None or header.p_filesz < _HEADER_BYTES:
@@ -216,7 +216,7 @@ class _CieEncodings:
         self._known: dict[int, int] = {}
 
     def find(self, positions: Ints) -> Ints:
-        """Give DW_EH_PE_* for each position, -1 where there is no CIE of use."""
+        """Return DW_EH_PE_* for each position, -1 where there is no CIE of use."""
         # Neighbours mostly share theirs.
         firsts = np.flatnonzero(np.append(True, positions[1:] != positions[:-1]))
         found = [self._find_one(position) for position in positions[firsts].tolist()]
@@ -431,7 +431,7 @@ def _read_fdes(cies: "_CieTable", part: _Part, first: int) -> _Fdes:
 
 
 def _find_records(content: Bytes, first: int, end: int, ends_at_zero: bool) -> Ints:
-    """Give the positions of the records that lie whole between `first` and `end`.
+    """Return the positions of the records that lie whole between `first` and `end`.
 
     A length of 0 ends the section for the C++ runtime, but linkers leave such terminators in the
     middle when they join files (crtend.o), so the walk goes on behind them.
@@ -518,7 +518,7 @@ class _CieTable:
         self._numbers: dict[bytes, int] = {}
 
     def find(self, wanted: Ints, positions: Ints, ends: Ints) -> Ints:
-        """Give the number of the CIE at each wanted position, -1 where there is none of use."""
+        """Return the number of the CIE at each wanted position, -1 where there is none of use."""
         if not len(positions):
             return np.full(len(wanted), -1, dtype=np.int64)
         places = np.minimum(np.searchsorted(positions, wanted), len(positions) - 1)
@@ -566,7 +566,7 @@ def _parse_cie(content: bytes) -> Cie | None:
 
 
 def _read_cie_header(cursor: "_Cursor") -> tuple[Cie, bytes]:
-    """Give what stands before the augmentation's data, and the augmentation."""
+    """Return what stands before the augmentation's data, and the augmentation."""
     version = cursor.byte()
     augmentation = cursor.string()
     if version not in (1, 3, 4):
@@ -663,7 +663,7 @@ _LEB_BYTES_READ = 8
 
 
 def read_uleb(content: Bytes, at: Ints) -> tuple[Ints, Ints]:
-    """Give numbers and their widths in bytes at positions that lie before the padding."""
+    """Return numbers and their widths in bytes at positions that lie before the padding."""
     values, widths = _read_leb(content, at)
     return np.minimum(values, _TOO_LARGE), widths
 

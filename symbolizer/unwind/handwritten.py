@@ -21,7 +21,7 @@ Range = tuple[int, int, int]
 
 
 def find_known_code(elf: Elf, rules: Rules) -> Rules:
-    """Give rules for what is known; `rules` are those that the file has, which come first.
+    """Return rules for what is known; `rules` are those that the file has, which come first.
 
     Raises:
         UnreadableElf: the code cannot be read.
@@ -47,7 +47,7 @@ class _Holes(NamedTuple):
         return cls(starts, ends)
 
     def within(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Give the parts of holes that lie between two addresses."""
+        """Return the parts of holes that lie between two addresses."""
         first = int(np.searchsorted(self.ends, np.uint64(start), side="right"))
         last = int(np.searchsorted(self.starts, np.uint64(end)))
         for place in range(first, last):
@@ -64,7 +64,7 @@ _PLAIN_STUBS = (b".plt.sec", b".plt.got", b".iplt")
 
 
 def _find_plt(elf: Elf) -> Iterator[Range]:
-    """Give rules for stubs, which lld's files have no call frame information for."""
+    """Return rules for stubs, which lld's files have no call frame information for."""
     for section in elf.sections:
         start, end = section.address, section.address + section.size
         if section.type != SHT_PROGBITS or not _is_code(elf, start, end) or start % _STUB_BYTES:
@@ -166,7 +166,7 @@ _CALL_BYTES = 2
 
 
 def _addresses_of(elf: Elf, name: bytes) -> set[int]:
-    """Give where functions of a name begin."""
+    """Return where functions of a name begin."""
     try:
         functions, strings = read_functions(elf)
         text = b"".join(itertools.islice(strings, _MAX_STRING_PIECES))
@@ -198,7 +198,7 @@ def _in_code_sections(elf: Elf, holes: _Holes) -> Iterator[tuple[int, int]]:
 
 
 def _read_code(elf: Elf, start: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """Give what is linked at addresses, in pieces that overlap by less than what is looked for."""
+    """Return the bytes at addresses, in pieces that overlap by less than the pattern."""
     for p_vaddr, p_offset, p_filesz in elf.segments:
         first, last = max(start, p_vaddr), min(end, p_vaddr + p_filesz)
         for address in range(first, last, _SEARCHED_CHUNK_BYTES):

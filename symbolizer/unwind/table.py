@@ -71,7 +71,7 @@ class UnwindTable:
         return self.pages.nbytes + self.rows.nbytes
 
     def find(self, elf_addresses: Wide) -> npt.NDArray[np.void]:
-        """Give the row in force at each address, as the walk finds it; a HOLE where none is."""
+        """Return the row in force at each address, as the walk finds it; a HOLE where none is."""
         found = np.zeros(len(elf_addresses), dtype=ROW)
         if not len(self.pages):
             return found
@@ -147,7 +147,7 @@ def build(source: Source, *, by_file_offset: bool = False) -> UnwindTable:
 
 
 def functions(source: Source) -> tuple[Wide, Wide]:
-    """Give the first addresses and the ends of functions that have an FDE: sorted, disjoint.
+    """Return the first addresses and the ends of functions that have an FDE: sorted, disjoint.
 
     Raises:
         UnreadableElf: with the reason.

@@ -64,7 +64,7 @@ def recorder(tmp_path_factory) -> Iterator[Recorder]:
 
 @contextlib.contextmanager
 def all_parked(program: Path, parked: Sequence[str]) -> Iterator[dict[str, int]]:
-    """Run a program for each way of being parked, all at once; give their pids."""
+    """Run a program for each way of being parked, all at once; return their pids."""
     with contextlib.ExitStack() as stack:
         started = {what: stack.enter_context(running(program, what)) for what in parked}
         time.sleep(1.5)  # until the signals have come
@@ -74,7 +74,7 @@ def all_parked(program: Path, parked: Sequence[str]) -> Iterator[dict[str, int]]
 def samples_of(
     recorder: Recorder, pids: Collection[int], seconds: float = 0.5
 ) -> dict[int, list[RawSample]]:
-    """Give the samples of processes from when the tables of all of them are loaded on."""
+    """Return the samples of processes from when the tables of all of them are loaded on."""
     is_known: dict[int, bool] = {}
     found: dict[int, list[RawSample]] = {}
 
@@ -163,7 +163,7 @@ def test_frames_are_right_with_musl(flags, parked, recorder, tmp_path):
 
 
 def stacks_by_perf(pids: Collection[int], folder: Path) -> dict[int, set[Places]]:
-    """Give the distinct stacks that perf unwinds from copies of the stacks' memory, leaf first."""
+    """Return the distinct stacks that perf unwinds from stack copies, leaf first."""
     if not shutil.which("perf"):
         pytest.skip("no perf: apt-get install linux-perf")
     data = str(folder / "perf.data")
@@ -185,7 +185,7 @@ def stacks_by_perf(pids: Collection[int], folder: Path) -> dict[int, set[Places]
 
 
 def places_of(words: Sequence[int], maps: MappingTable) -> Places:
-    """Give addresses as perf tells them: relative to something that depends on its version."""
+    """Return addresses as perf tells them: relative to something that depends on its version."""
     found = maps.find(np.array(words, dtype=np.uint64)).tolist()
     return tuple(
         (word % 4096, Path(os.fsdecode(maps.mappings[place].path)).name)
@@ -223,7 +223,7 @@ def test_stacks_are_whole_below_the_vdso_and_in_the_kernel(recorder, tmp_path):
 
 
 def stops_of(recorder: Recorder, pid: int, seconds: float = 0.3) -> set[str]:
-    """Give why the stacks of a process end just now, while the recorder goes on."""
+    """Return why the stacks of a process end just now, while the recorder goes on."""
     found: set[str] = set()
     end_s = time.monotonic() + seconds
     while time.monotonic() < end_s:

@@ -115,7 +115,7 @@ class MemoryStore:
 
 
 def stored(store: ObjectStore) -> dict[str, int]:
-    """Give how often each minute is counted in a store."""
+    """Return how often each minute is counted in a store."""
     return minutes(pprof.decode(store.get(each.key)) for each in store.list("v1/"))
 
 

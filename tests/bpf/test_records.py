@@ -316,7 +316,7 @@ def records_of(rings: Rings, pid: int, last_type: int, timeout_s: float = 10) ->
 
 
 def run_on(cpu: int) -> int:
-    """Run /bin/true on one CPU and give its pid."""
+    """Run /bin/true on one CPU and return its pid."""
     command = f"import os; os.sched_setaffinity(0, {{{cpu}}}); os.execv('/bin/true', ['true'])"
     with subprocess.Popen(["/usr/bin/python3", "-c", command]) as process:
         process.wait(timeout=20)

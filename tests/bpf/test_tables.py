@@ -29,7 +29,7 @@ def sampler():
 
 
 def table_of(pages: int, rows_a_page: int):
-    """Give a table whose rows are all different."""
+    """Return a table whose rows are all different."""
     listed = np.zeros(pages, unwind.PAGE)
     listed["number"] = 3 + np.arange(pages)
     listed["first"] = np.arange(pages) * rows_a_page
@@ -109,7 +109,7 @@ def test_a_process_and_its_space_come_and_go(sampler):
 
 
 def pids_in_the_kernel(sampler, pid):
-    """Give who has the places that a pid may have."""
+    """Return who has the places that a pid may have."""
     fd = sampler._fds["processes"]
     found = []
     for nth in range(PROCESS_PLACES):

@@ -34,7 +34,7 @@ def parent() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def programs_of(pid: int) -> dict[str, int]:
-    """Give the four programs by their script, once each runs what it is for."""
+    """Return the four programs by their script, once each runs what it is for."""
     found = {}
     for child in descendants_of(pid):
         try:

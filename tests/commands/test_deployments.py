@@ -67,7 +67,7 @@ def minute(at_ns: int) -> float:
 
 
 def found(*lines: str) -> list[tuple[object, ...]]:
-    """Give (kind, previous, version, first, last, settled, hosts, hosts before) of each."""
+    """Return (kind, previous, version, first, last, settled, hosts, hosts before) of each."""
     return [
         (
             str(each.kind), each.previous, each.version,

@@ -16,7 +16,7 @@ Report = dict[str, dict[str, str]]
 
 @pytest.fixture
 def examine() -> Callable[..., tuple[int, Report]]:
-    """Run doctor below a command that takes something away; give its status and its checks."""
+    """Run doctor below a command that takes something away; return its status and its checks."""
 
     def run(*around: str) -> tuple[int, Report]:
         command = [*around, sys.executable, "-c", RUN_DOCTOR]

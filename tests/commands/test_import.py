@@ -43,7 +43,7 @@ def stacks(profile: Profile) -> dict[str, int]:
 
 
 def imported(folder, *arguments):
-    """Run the command and give the objects that it made."""
+    """Run the command and return the objects that it made."""
     store = DirectoryStore(folder / "store")
     assert cli.main(["import", "--store", str(store.root), *map(str, arguments)]) == 0
     keys = [each.key for each in store.list("v1/")]

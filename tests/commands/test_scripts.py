@@ -26,7 +26,7 @@ def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[s
 
 
 def refusal(child: subprocess.CompletedProcess[str]) -> str:
-    """Give the one line with which a script refuses."""
+    """Return the one line with which a script refuses."""
     assert child.returncode == 2
     assert child.stdout == ""
     (line,) = child.stderr.splitlines()

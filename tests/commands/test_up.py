@@ -83,7 +83,7 @@ def up(place) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def children_of(pid: int) -> dict[str, int]:
-    """Give the children of `up` by what they are."""
+    """Return the children of `up` by what they are."""
     names = {
         "profiler.agent.uploader": "uploader",
         "profiler.commands.serve": "service",
@@ -131,7 +131,7 @@ def is_running(pid: int) -> bool:
 
 
 def processes_of(place: UpPlace) -> list[str]:
-    """Give the command lines that have this place's folders in them."""
+    """Return the command lines that have this place's folders in them."""
     commands = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -140,7 +140,7 @@ def processes_of(place: UpPlace) -> list[str]:
 
 
 def refusal(place: UpPlace, *arguments: str) -> str:
-    """Give the one line with which it refuses."""
+    """Return the one line with which it refuses."""
     result = place.run(*place.arguments(*arguments))
     assert result.returncode == 2
     assert result.stdout == ""
@@ -458,7 +458,7 @@ def test_quickstart_sets_up_and_runs_it(place) -> None:
 
 
 def windows_of(edges: Edges, clocks: Clocks, until_s: float) -> list[float]:
-    """Give when windows end, in seconds of the wall clock's minute, for so long."""
+    """Return when windows end, in seconds of the wall clock's minute, for so long."""
     ends = []
     while clocks.passed_ns < until_s * SECOND:
         clocks.passed_ns = round(edges.edge_monotonic_s * SECOND)

@@ -64,7 +64,7 @@ def query(store, tmp_path):
 
 
 def last(length: int, before: int) -> Operand:
-    """Give a window of so many minutes that ends so many minutes before the end."""
+    """Return a window of so many minutes that ends so many minutes before the end."""
     return Operand(API, minutes(80 - before - length, 80 - before))
 
 

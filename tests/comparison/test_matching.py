@@ -17,7 +17,7 @@ HOSTS = ("web-1", "web-2")
 def deployed(
     first: int, last: int, *, previous: str = "1", version: str = "2", kind: Kind = Kind.ROLLOUT
 ) -> Deployment:
-    """Give one whose first host changed in a minute and whose last had before another."""
+    """Return one whose first host changed in a minute and whose last had before another."""
     first_ns, last_ns = (START_NS + at * MINUTE_NS for at in (first, last))
     rest = ("web-3",) if kind is Kind.CANARY else ()
     settled_ns = last_ns + 2 * MINUTE_NS

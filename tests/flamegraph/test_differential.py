@@ -68,7 +68,7 @@ def drawn(pair: Pair, view: View, screen: Screen | None = None) -> UnionGraph:
 
 
 def by_path(graph: UnionGraph) -> dict[tuple[Frame, ...], int]:
-    """Give the number of each node by its path; files are no part of a box."""
+    """Return the number of each node by its path; files are no part of a box."""
     paths: list[tuple[Frame, ...]] = []
     for i, frame in enumerate(graph.frame.tolist()):
         above = paths[graph.parent[i]] if i else ()
@@ -77,7 +77,7 @@ def by_path(graph: UnionGraph) -> dict[tuple[Frame, ...], int]:
 
 
 def verdicts(graph: UnionGraph) -> dict[str, str]:
-    """Give what is said of nodes that something is said of, by the names that lead there."""
+    """Return what is said of nodes that something is said of, by the names that lead there."""
     found = {path: VERDICTS[graph.verdict[i]] for path, i in by_path(graph).items()}
     return {
         ";".join(frame.function for frame in path[1:]): verdict

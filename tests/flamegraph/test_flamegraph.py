@@ -16,7 +16,7 @@ from tests.support import profiles as some
 
 
 def drawn(graph: FlameGraph) -> list[tuple[int, str, int]]:
-    """Give (depth, function, samples) of each node."""
+    """Return (depth, function, samples) of each node."""
     return [
         (depth, graph.frames[frame].function, samples)
         for depth, frame, samples in zip(

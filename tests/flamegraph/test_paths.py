@@ -13,7 +13,7 @@ Listed = Counter[tuple[str, ...]]
 
 
 def listed(paths: Paths) -> Listed:
-    """Give the values by path, as names."""
+    """Return the values by path, as names."""
     counts: Listed = Counter()
     bounds = zip(paths.starts.tolist(), paths.ends.tolist(), paths.values.tolist(), strict=True)
     for start, end, value in bounds:

@@ -33,7 +33,7 @@ def graph_of(view: View) -> flamegraph.FlameGraph:
 
 
 def tree(graph: flamegraph.FlameGraph, at: int = 0) -> dict:
-    """Give what can be compared: totals by the functions that lead to them."""
+    """Return what can be compared: totals by the functions that lead to them."""
     return {
         tuple(frame.function for frame in graph.path(node)): int(graph.total[node])
         for node in range(len(graph))

@@ -75,7 +75,7 @@ def test_a_label_that_one_side_lacks_is_drawn_on_both():
 
 
 def drawn_as(content: bytes) -> dict[str, set[str]]:
-    """Give the classes in which boxes are drawn, by the first line of their tooltips."""
+    """Return the classes in which boxes are drawn, by the first line of their tooltips."""
     found: dict[str, set[str]] = {}
     for group in parse(content).iter(f"{NS}g"):
         name = group.find(f"{NS}title").text.split("\n")[0]

@@ -27,7 +27,7 @@ NPM_FOLDER = Path(__file__).parents[2] / ".cache" / "npm"
 
 @pytest.fixture(scope="session")
 def viewer() -> Path:
-    """Give the folder of speedscope's own build, installed once with npm."""
+    """Return the folder of speedscope's own build, installed once with npm."""
     release = NPM_FOLDER / "node_modules" / "speedscope" / "dist" / "release"
     if not (release / "file-format-schema.json").exists():
         npm = Path(sys.executable).with_name("npm")
@@ -341,7 +341,7 @@ def test_the_real_viewer_opens_both_sides(site, chromium, tmp_path, before):
 
 
 def exported_again(site, chromium, tmp_path, content: bytes, title: str) -> bytes:
-    """Give what the viewer exports of a file, once its title has a word."""
+    """Return what the viewer exports of a file, once its title has a word."""
     (tmp_path / "profiles" / "p.speedscope.json").write_bytes(content)
     page = chromium.new_page(accept_downloads=True)
     problems: list[str] = []

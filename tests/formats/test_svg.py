@@ -22,7 +22,7 @@ def parse(content: bytes) -> ET.Element:
 
 
 def boxes(root: ET.Element) -> list[tuple[str, float, float, float]]:
-    """Give (tooltip, x, y, width) of each box."""
+    """Return (tooltip, x, y, width) of each box."""
     found = []
     for group in root.iter(f"{NS}g"):
         rect = group.find(f"{NS}rect")

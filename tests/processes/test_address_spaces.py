@@ -40,7 +40,7 @@ class Target:
         self.pid = self.ask("hello")
 
     def ask(self, command: str) -> int:
-        """Give the pid that the command is answered with."""
+        """Return the pid that the command is answered with."""
         self.tell(command)
         assert self._process.stdout is not None
         return int(self._process.stdout.readline())
@@ -103,7 +103,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 20) -> None:
 
 
 def run(path: bytes | str) -> tuple[int, int]:
-    """Run a program to its end and give its pid and a time at which it had its libraries."""
+    """Run a program to its end and return its pid and a time at which it had its libraries."""
     with subprocess.Popen([path]) as process:
         process.wait(timeout=20)
     return process.pid, now()
@@ -525,7 +525,7 @@ def test_ended_processes_are_kept_for_a_while(processes: Processes) -> None:
 
 
 def overflow(processes: Processes) -> int:
-    """Run programs until records are lost, and give a time in the gap."""
+    """Run programs until records are lost, and return a time in the gap."""
     processes.poll()
     gaps = processes.gaps
     for _ in range(100):

@@ -54,7 +54,7 @@ def labeler(tmp_path: Path) -> Iterator[Labeler]:
 
 @pytest.fixture
 def copy_sleep(tmp_path: Path) -> Callable[[str], Path]:
-    """Give `sleep` under a name of its own, which no other process of this machine has."""
+    """Return `sleep` under a name of its own, which no other process of this machine has."""
 
     def copy(name: str) -> Path:
         path = tmp_path / name
@@ -86,7 +86,7 @@ def instance_of(labeler: Labeler, pid: int) -> dict[str, str]:
 
 
 def gone(*command: str | Path) -> int:
-    """Give the pid of a process that has ended and was waited for."""
+    """Return the pid of a process that has ended and was waited for."""
     process = subprocess.Popen(command)
     process.wait()
     return process.pid

@@ -47,7 +47,7 @@ def connect(client: Client) -> socket.socket:
 
 
 def say(client: Client, request: bytes) -> bytes:
-    """Give all that is answered to some bytes."""
+    """Return all that is answered to some bytes."""
     with connect(client) as connection:
         connection.sendall(request)
         return b"".join(iter(lambda: connection.recv(1 << 16), b""))

@@ -34,7 +34,7 @@ MAIN, OLD, NEW, SHARED = map(some.named, ("main", "old_path", "new_path", "share
 
 
 def times(first: int, last: int, prefix: str = "") -> dict[str, str]:
-    """Give the parameters of a window in minutes."""
+    """Return the parameters of a window in minutes."""
     start_ms, end_ms = ((START_NS + each * MINUTE_NS) // 1_000_000 for each in (first, last))
     return {f"{prefix}from": str(start_ms), f"{prefix}until": str(end_ms)}
 
@@ -92,7 +92,7 @@ def problem(client, status: int, **parameters):
 
 
 def coloured(graph) -> dict[str, str]:
-    """Give what is said of nodes that something is said of, by the names that lead there."""
+    """Return what is said of nodes that something is said of, by the names that lead there."""
     nodes, path, found = graph["nodes"], [], {}
     for frame, depth, verdict in zip(nodes["frame"], nodes["depth"], nodes["verdict"], strict=True):
         path[depth:] = [graph["frames"][frame][0]]

@@ -47,13 +47,13 @@ def profiles():
 
 @pytest.fixture
 def new_answers(tmp_path):
-    """Give answers that have nothing merged yet, over the same store and cache."""
+    """Return answers that have nothing merged yet, over the same store and cache."""
     store = directory(tmp_path / "store", *profiles())
     return lambda: Answers(store, Query(store, tmp_path / "cache"))
 
 
 def asked(answers: Answers, question: Question):
-    """Give all that is said about a selection, as plain values."""
+    """Return all that is said about a selection, as plain values."""
     graph = answers.flamegraph(question, go_on)
     graph["nodes"] = {name: column.tolist() for name, column in graph["nodes"].items()}
     return graph, answers.top(question, "self", 100, go_on)

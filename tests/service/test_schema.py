@@ -50,7 +50,7 @@ def selectors() -> st.SearchStrategy[str]:
 
 
 def moments(first_min: int, last_min: int) -> st.SearchStrategy[str]:
-    """Give times so many minutes ago, as people write them."""
+    """Return times so many minutes ago, as people write them."""
     seconds = st.integers(NOW_S - first_min * 60, NOW_S - last_min * 60)
     ago = st.integers(last_min, first_min)
     return st.one_of(
@@ -73,7 +73,7 @@ schemathesis.openapi.format("step", st.sampled_from(("4s", "60s", "1m30s", "5000
 
 
 def strict(schema: Any) -> Any:
-    """Give a schema whose objects have only the fields it names, and whose windows are not empty.
+    """Return a schema whose objects have only the fields it names, and whose windows are not empty.
 
     Which of two times comes first cannot be said in a schema.
     """
@@ -96,7 +96,7 @@ schema = schemathesis.openapi.from_dict(strict(document("1")))
 
 
 def recent(minute: int) -> Profile:
-    """Give the profile of so many minutes ago."""
+    """Return the profile of so many minutes ago."""
     start_ns = (NOW_S - minute * 60) * 10**9
     profile = profile_of(minute)
     present = {make_labels({"service": service}): 60 * 10**9 for service in ("api", "jobs")}

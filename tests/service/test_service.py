@@ -158,7 +158,7 @@ NODE = f"{int(flamegraph.build(whole(), ('comm',)).ids()[3]):016x}"
 
 
 def flags(parameters: dict[str, str | list[str]]) -> list[str]:
-    """Give the flags of `everflame export` for parameters of the service."""
+    """Return the flags of `everflame export` for parameters of the service."""
     pairs = [
         (name, each)
         for name, value in parameters.items()
@@ -271,12 +271,12 @@ def test_health_and_metrics_are_told(client):
 
 
 def without_keys() -> dict[str, str]:
-    """Give this environment without the keys that other tests may have put there."""
+    """Return this environment without the keys that other tests may have put there."""
     return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
 
 
 def refusal(*arguments: str, **environment: str) -> str:
-    """Give the one line with which `everflame serve` refuses."""
+    """Return the one line with which `everflame serve` refuses."""
     command = [sys.executable, "-c", "from profiler.cli import main; raise SystemExit(main())"]
     done = subprocess.run(
         [*command, "serve", *arguments],

@@ -223,12 +223,12 @@ class Box:
         return (self.end - self.start) / self.width
 
     def stands_on(self, other: "Box") -> bool:
-        """Tell whether the other is one of its callers."""
+        """Return whether the other is one of its callers."""
         return other.row < self.row and other.start <= self.start < other.end
 
 
 def boxes_of(answer: dict) -> list[Box]:
-    """Give the boxes of an answer in preorder, those above the zoomed one first."""
+    """Return the boxes of an answer in preorder, those above the zoomed one first."""
     whole = answer["nodes"]["total"][0]
     path = answer["path"]
     above = [(["all", "", "label"], answer["total"], answer["samples"])] if path else []
@@ -250,7 +250,7 @@ def boxes_of(answer: dict) -> list[Box]:
 
 
 def changes(before: dict[str, list], after: dict[str, list]) -> list[str]:
-    """Give the first lines by which two views differ, with the part of the page they are in."""
+    """Return the first lines by which two views differ, with the part of the page they are in."""
     differing = [
         f"{part}: {line}"
         for part in before
@@ -306,7 +306,7 @@ class View:
             self.page.locator("html:not([data-state=loading])").wait_for(state="attached")
 
     def seen(self) -> dict[str, list]:
-        """Give what a person sees, but for what follows the pointer, as lists to compare."""
+        """Return what a person sees, but for what follows the pointer, as lists to compare."""
         while True:
             self.settle()
             seen = self.page.evaluate(SEEN)
@@ -324,7 +324,7 @@ class View:
         return self.page.locator(selector).inner_text()
 
     def boxes(self) -> list[Box]:
-        """Give the boxes that the service has for the page's address, whose times must be fixed."""
+        """Return the service's boxes for the page's address, whose times must be fixed."""
         self.settle()
         address = urllib.parse.urlsplit(self.page.url)
         chosen = {"by": ["service"]}
@@ -339,7 +339,7 @@ class View:
             return boxes_of(json.loads(response.read()))
 
     def box(self, *names: str) -> Box:
-        """Give the widest box of this name; with several, the one below the others."""
+        """Return the widest box of this name; with several, the one below the others."""
         self.settle()
         boxes, found = self.boxes(), None
         for name in names:
@@ -367,7 +367,7 @@ class View:
         return self.page.locator("#graph canvas")
 
     def place_of(self, box: Box) -> dict[str, float]:
-        """Give the middle of a box on the canvas."""
+        """Return the middle of a box on the canvas."""
         size = self.canvas.bounding_box()
         assert size is not None
         rows = self.page.locator(".flame-space").bounding_box()["height"] / ROW_PX
@@ -432,7 +432,7 @@ def visiting(browser: Browser) -> Iterator[Callable[..., View]]:
 
 
 def unseen_in(view: View) -> list[str]:
-    """Give texts anywhere in the document that hold what a reader could not see."""
+    """Return texts anywhere in the document that hold what a reader could not see."""
     return view.page.evaluate(UNSEEN)
 
 
@@ -455,7 +455,7 @@ def outside(view: View) -> list[str]:
 
 
 def walk_focus(view: View) -> list[str]:
-    """Press Tab until it comes round; give what was reached. Each must look otherwise with it."""
+    """Press Tab until it comes round; return what was reached. Each must look otherwise with it."""
     page, reached = view.page, []
     while True:
         page.keyboard.press("Tab")

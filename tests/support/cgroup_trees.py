@@ -13,7 +13,7 @@ from profiler.processes.cgroups import parse_cgroups
 
 
 def hierarchies() -> dict[str, Path]:
-    """Give the mount points: `v2`, and v1's by controllers (`pids`, `name=systemd`, …)."""
+    """Return the mount points: `v2`, and v1's by controllers (`pids`, `name=systemd`, …)."""
     mounts = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields, _, rest = line.partition(" - ")

@@ -24,7 +24,7 @@ REAL_FILES = (
 
 
 def real_file(pattern: str) -> Path:
-    """Give the distribution's file, or skip the test where it is not installed."""
+    """Return the distribution's file, or skip the test where it is not installed."""
     path = min(Path("/").glob(pattern[1:]), default=None)
     if path is None:
         pytest.skip("it is not installed")
@@ -67,7 +67,7 @@ def names_at(table: SymbolTable, elf_addresses: Sequence[int]) -> list[bytes | N
 
 
 def starts_at(table: SymbolTable, elf_addresses: Sequence[int]) -> list[int | None]:
-    """Give where the functions without a name begin that addresses lie in, as linked."""
+    """Return where the functions without a name begin that addresses lie in, as linked."""
     numbers = table.find(np.array([file_offset(table, a) for a in elf_addresses], dtype=np.uint64))
     starts = np.full(len(numbers), -1)
     starts[numbers >= 0] = table.extent_starts(numbers[numbers >= 0])

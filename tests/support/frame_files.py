@@ -101,7 +101,7 @@ def make_elf(
     flags: dict[bytes, int] | None = None,
     entry: int = 0,
 ) -> bytes:
-    """Give an executable: code at each of those addresses, behind it sections from FRAMES on."""
+    """Return an executable: code at each of those addresses, behind it sections from FRAMES on."""
     names = b"\0" + b"\0".join([*sections, b".shstrtab"]) + b"\0"
     offset = 0x1000 + len(code)
     headers = [struct.pack("<IIQQQQIIQQ", *[0] * 10)]

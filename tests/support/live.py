@@ -25,12 +25,12 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 20) -> None:
 
 
 def stat_fields(pid: int) -> list[bytes]:
-    """Give /proc/PID/stat from its third field on."""
+    """Return /proc/PID/stat from its third field on."""
     return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
 
 
 def has_execed(pid: int) -> bool:
-    """Tell whether arguments and environment of the program are in place (field 51, env_end).
+    """Return whether arguments and environment of the program are in place (field 51, env_end).
 
     Popen returns a moment before that: the kernel lets the parent of a vfork go on early.
     """
@@ -46,12 +46,12 @@ def started(*command: str | Path, **options: object) -> Iterator[subprocess.Pope
 
 
 def start_ns_of(pid: int) -> int:
-    """Give a start that a sample of this process may have: /proc knows it to 10 ms."""
+    """Return a start that a sample of this process may have: /proc knows it to 10 ms."""
     return int(stat_fields(pid)[19]) * TICK_NS + 1_234_567
 
 
 def sample_of(pid: int, **changes: object) -> RawSample:
-    """Give a sample as the kernel would have taken it now."""
+    """Return a sample as the kernel would have taken it now."""
     now_ns = time.monotonic_ns()
     comm = changes.pop("comm", None) or Path(f"/proc/{pid}/comm").read_bytes().rstrip(b"\n")
     sample = RawSample(

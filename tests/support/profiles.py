@@ -242,7 +242,7 @@ def profiles(draw: st.DrawFn) -> Profile:
 
 
 def named_locations(profile: Profile) -> dict[Location, tuple[Frame, ...]]:
-    """Give how each location is shown, which equality of profiles leaves out."""
+    """Return how each location is shown, which equality of profiles leaves out."""
     return {place: profile.frames(i) for i, place in enumerate(profile.locations)}
 
 

@@ -68,7 +68,7 @@ class _Entry:
         self.rows.append(Row(int(cells[0], 16), self.end, *texts))
 
     def finish(self, cies: dict[str, Row]) -> Iterator[Row]:
-        """Give each row its end. readelf prints no row for a program that changes nothing."""
+        """Return each row its end. readelf prints no row for a program that changes nothing."""
         if not self.is_fde:
             cies.update((self.cie, row) for row in self.rows)
             return
@@ -94,7 +94,7 @@ _BY_RETURN_ADDRESS = {"u": CfaKind.STOP, "exp": CfaKind.SIGNAL}
 
 
 def expected_kinds(row: Row) -> tuple[tuple[CfaKind | int, ...], int | None]:
-    """Give the kinds that say what readelf does, and the operand, None where it does not say."""
+    """Return the kinds that say what readelf does, and the operand, None where it does not say."""
     if row.ra in _BY_RETURN_ADDRESS:
         return (_BY_RETURN_ADDRESS[row.ra],), 0
     in_register = re.fullmatch(r"r(\d+)", row.ra)

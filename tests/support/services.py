@@ -26,7 +26,7 @@ class Client:
         self.port = int(url.rpartition(":")[2])
 
     def get(self, path: str, headers=None, raw_query: str = "", **parameters):
-        """Give (status, headers, body)."""
+        """Return (status, headers, body)."""
         query = raw_query or urllib.parse.urlencode(parameters, doseq=True)
         request = urllib.request.Request(f"{self.url}{path}?{query}", headers=headers or {})
         try:

@@ -42,7 +42,7 @@ def wait_for(is_met: Callable[[], object], what: str, timeout_s: float = 30) -> 
 
 
 def free_ports(count: int) -> list[int]:
-    """Give ports that nobody listens at, below the range that clients are given theirs from.
+    """Return ports that nobody listens at, below the range that clients are given theirs from.
 
     The servers of `weed` offer gRPC at their port plus 10,000 where they are not told otherwise.
     """
@@ -115,7 +115,7 @@ class Weed:
             self._process = None
 
     def _is_ready(self) -> bool:
-        """Tell whether it takes an object: it listens before it has a volume to write to."""
+        """Return whether it takes an object: it listens before it has a volume to write to."""
         from storage.objects.open import StoreError
         from storage.objects.s3 import S3Store
 
@@ -155,7 +155,7 @@ def using_keys(access: str = ACCESS_KEY, secret: str = SECRET_KEY) -> Iterator[N
 
 
 def s3_error(status: str, code: str) -> bytes:
-    """Give an answer by which an S3 server says no."""
+    """Return an answer by which an S3 server says no."""
     body = f"<Error><Code>{code}</Code><Message>because</Message></Error>"
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
 

@@ -14,7 +14,7 @@ STACKS = synthetic(60, 20, 300)
 
 
 def window(number: int, host: Host = HOST, stacks: Profile = STACKS) -> Profile:
-    """Give the profile of a minute, whose accounting says which minute it was, for ever."""
+    """Return the profile of a minute, whose accounting says which minute it was, for ever."""
     start_ns = (START_S + 60 * number) * 1_000_000_000
     stored = stacks.total_samples
     accounting = Accounting(
@@ -33,7 +33,7 @@ SIZE_BYTES = allocated(len(pprof.encode(window(0))))
 
 
 def minutes(found: Iterable[Profile]) -> dict[str, int]:
-    """Give how often each minute is counted in some profiles."""
+    """Return how often each minute is counted in some profiles."""
     counts: dict[str, int] = {}
     for profile in found:
         assert profile.accounting.mismatch == 0

@@ -48,7 +48,7 @@ def program(tmp_path):
 
 @contextlib.contextmanager
 def running(*command, **options):
-    """Give a process, and the addresses of `work`, of anonymous code and of puts in it."""
+    """Return a process, and the addresses of `work`, of anonymous code and of puts in it."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
     try:
         yield process.pid, [int(word, 16) for word in process.stdout.readline().split()]
@@ -243,7 +243,7 @@ def test_path_is_followed_inside_of_the_root_of_the_process(tmp_path, symbolizer
 
 
 def mapping_seen_by(mapping, path):
-    """Give what a perf record says: the path in the process's root, and the inode."""
+    """Return what a perf record says: the path in the process's root, and the inode."""
     status = path.stat()
     device = (os.major(status.st_dev), os.minor(status.st_dev))
     return Mapping(*mapped_range(mapping), b"/program", device, status.st_ino)

@@ -40,7 +40,7 @@ ORANGE, BLUE, GREY = (245, 160, 76), (127, 178, 240), (227, 230, 234)
 
 
 def stacks_of(service: str, is_new: bool) -> dict[tuple[str, ...], float]:
-    """Give stacks and their samples a minute."""
+    """Return stacks and their samples a minute."""
     stacks = {("main", "serve", name): 900 / (i + 2) for i, name in enumerate(UNCHANGED)}
     grown, shrunk = (1.6, 0.5) if is_new else (1.0, 1.0)
     stacks["main", "serve", "parse"] = 600 * grown
@@ -55,7 +55,7 @@ def stacks_of(service: str, is_new: bool) -> dict[tuple[str, ...], float]:
 
 
 def minute(rng: np.random.Generator, number: int, host: int, services: dict[str, str]) -> Profile:
-    """Give a minute of services and their versions on a host; functions stray by 3 %."""
+    """Return a minute of services and their versions on a host; functions stray by 3 %."""
     rows = []
     for service, version in services.items():
         labels = {"service": service, "version": version, "comm": service}
@@ -96,7 +96,7 @@ def service(tmp_path_factory) -> Iterator[Service]:
 
 
 def ms(number: int) -> int:
-    """Give a minute after the deployment."""
+    """Return a minute after the deployment."""
     return START_NS // 1_000_000 + (NEW_AT + number) * 60_000
 
 
@@ -113,7 +113,7 @@ def address(service: Service, **parameters: str) -> str:
 
 
 def compared(service: Service, q: str = API, **more: str) -> str:
-    """Give the address of a comparison of four minutes of both versions."""
+    """Return the address of a comparison of four minutes of both versions."""
     return address(service, mode="compare", q=q, **(AFTER | BEFORE | more))
 
 
@@ -160,7 +160,7 @@ def row(view: View, name: str) -> Locator:
 
 
 def rows(view: View) -> dict[str, str]:
-    """Give the list of changes: by function what is said of it."""
+    """Return the list of changes: by function what is said of it."""
     found = view.page.locator("#pane-changes tbody tr").all()
     return {
         each.locator(".row-name").inner_text(): each.locator(".verdict-cell span").inner_text()
@@ -265,7 +265,7 @@ def test_a_part_of_the_timeline_becomes_either_side(visit, service):
 
 
 def pixels(view: View) -> Callable[[float, float], tuple[int, ...]]:
-    """Give what reads the canvas: the colour at a place in CSS pixels."""
+    """Return what reads the canvas: the colour at a place in CSS pixels."""
     view.settle()
     found = view.page.evaluate("""() => {
       const canvas = document.querySelector("#graph canvas");
@@ -293,7 +293,7 @@ class Compared:
 
 
 def boxes_of(service: Service, side: str) -> list[Compared]:
-    """Give the boxes that the page should draw of a side; empty for the union."""
+    """Return the boxes that the page should draw of a side; empty for the union."""
     answer = json.loads(
         service.get("/api/v1/diff", query=API, by="service", **AFTER, **BEFORE, width="1000")
     )

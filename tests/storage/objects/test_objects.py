@@ -54,7 +54,7 @@ DAY_AFTER_S = START_S + 24 * HOUR_S
 
 @pytest.fixture(params=["directory", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
-    """Give an empty store, once as a directory and once as a bucket."""
+    """Return an empty store, once as a directory and once as a bucket."""
     if request.param == "directory":
         yield open_store(f"file://{tmp_path}/store")
     else:

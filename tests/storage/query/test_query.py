@@ -549,7 +549,7 @@ def test_what_cannot_be_read_is_named_and_stops_nothing(store, query):
 
 
 def make_later(profile: Profile) -> bytes:
-    """Give the profile as a later version of this program would write it."""
+    """Return the profile as a later version of this program would write it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pprof, "SCHEMA", 99)
         content = pprof.encode(profile)

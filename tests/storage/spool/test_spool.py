@@ -21,7 +21,7 @@ from tests.support.windows import SIZE_BYTES, START_S, minutes, once, window
 
 
 def contents(folder: Path) -> list[Profile]:
-    """Give what waits in a spool, oldest first."""
+    """Return what waits in a spool, oldest first."""
     outbox = Outbox(folder)
     waiting = outbox.pending(1_000_000)
     found = [outbox.read(each) for each in waiting]
@@ -283,7 +283,7 @@ def test_the_spool_belongs_to_its_owner_alone(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Give a disk of 512 KB, mounted for the test."""
+    """Return a disk of 512 KB, mounted for the test."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", tmp_path], check=True)
     try:
         yield tmp_path

@@ -45,7 +45,7 @@ def program(tmp_path_factory):
 
 
 def code_symbols(path):
-    """Give symbols with a size that lie in executable segments."""
+    """Return symbols with a size that lie in executable segments."""
     table = read_table(path)
     for symbol in read_symbols(path):
         if symbol.size:

@@ -298,7 +298,7 @@ class Stripped(NamedTuple):
     end: int
 
     def with_table(self, change) -> bytes:
-        """Give the file with another table of (first address, FDE) in its header."""
+        """Return the file with another table of (first address, FDE) in its header."""
         begin, end = self.header + 12, self.header + 12 + 8 * self.count
         table = np.frombuffer(self.content[begin:end], "<i4").reshape(-1, 2)
         changed = np.asarray(change(table), dtype="<i4").tobytes()
@@ -322,7 +322,7 @@ def stripped(tmp_path_factory):
 
 
 def extents_of(content: bytes) -> list[tuple[int, int]]:
-    """Give the ranges without a name that are in the table, whatever function they belong to."""
+    """Return the ranges without a name that are in the table, whatever function they belong to."""
     elf = read_elf(MemorySource(content))
     functions, _ = read_functions(elf)
     starts, ends = functions.starts.astype(np.int64), functions.ends.astype(np.int64)
@@ -385,7 +385,7 @@ def test_table_may_end_early(stripped):
 
 
 def with_sizes(stripped: Stripped, change) -> bytes:
-    """Give the file with other sizes in its FDEs, by the rows of the header's table."""
+    """Return the file with other sizes in its FDEs, by the rows of the header's table."""
     content = bytearray(stripped.content)
     for row in range(stripped.count):
         _, distance = struct.unpack_from("<ii", content, stripped.header + 12 + 8 * row)

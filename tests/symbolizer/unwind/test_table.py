@@ -105,7 +105,7 @@ def read(path: Path | str) -> UnwindTable:
 
 
 def rule_at(table: UnwindTable, address: int) -> tuple[int, int, int, int]:
-    """Give cfa_kind, cfa, rbp_kind, rbp."""
+    """Return cfa_kind, cfa, rbp_kind, rbp."""
     _, operand, kind, rbp_kind, rbp = table.find(np.array([address], dtype=np.uint64)).tolist()[0]
     return kind, operand, rbp_kind, rbp
 
@@ -223,7 +223,7 @@ def numbers(low: int, high: int, step: int = 1):
 
 
 def instruction(*parts):
-    """Give bytes drawn from parts that are bytes or strategies for bytes."""
+    """Return bytes drawn from parts that are bytes or strategies for bytes."""
     drawn = [st.just(part) if isinstance(part, bytes) else part for part in parts]
     return st.tuples(*drawn).map(b"".join)
 
@@ -278,7 +278,7 @@ INSTRUCTIONS = {
 
 @st.composite
 def frame_programs(draw):
-    """Give instructions of one FDE; register and offset change only where the CFA is those."""
+    """Return instructions of one FDE; register and offset change only where the CFA is those."""
     program = b""
     is_sum = True
     remembered: list[bool] = []
