@@ -240,7 +240,7 @@ class Paths:
         return owner, box
 
     def functions(self) -> list[FunctionTotal]:
-        """Return the table of functions, largest self first. Recursion is counted once in the total.
+        """Return the table of functions, largest self first; recursion counts once in the total.
 
         Labels are none, and neither is the root.
         """
