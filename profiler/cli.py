@@ -595,6 +595,7 @@ def _add_diff(commands: _Commands) -> None:
 
 def _run_diff(options: argparse.Namespace) -> int:
     from profiler.commands import diff  # noqa: PLC0415
+    from profiler.comparison.gate import Gate  # noqa: PLC0415
 
     before, after = options.before, options.after
     if not after and len(before) == 2:
@@ -611,7 +612,7 @@ def _run_diff(options: argparse.Namespace) -> int:
     settings = diff.Options(
         store=options.store,
         endpoint=options.s3_endpoint,
-        gate=diff.Gate.parse(options.fail_over),
+        gate=Gate.parse(options.fail_over),
         strict=options.strict,
         as_json=options.json,
         as_markdown=options.markdown,

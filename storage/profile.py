@@ -80,6 +80,10 @@ class Window(NamedTuple):
         return Window(min(self.start_ns, other.start_ns), max(self.end_ns, other.end_ns))
 
 
+ALWAYS = Window(0, 2**63 - 1)
+"""The window that holds every object."""
+
+
 class Host(NamedTuple):
     name: str
     host_id: str

@@ -10,16 +10,13 @@ lost (`fault`), logged, and the next second is sampled as usual.
 """
 
 import contextlib
-import fcntl
 import logging
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from signal import SIGKILL
 from typing import Any
 
 from bpf import syscalls
@@ -28,7 +25,8 @@ from bpf.sampler import SamplerConfig
 from profiler.agent.recorder import Recorder, rss_bytes
 from profiler.agent.signals import ENDING, Signals
 from profiler.agent.status import StatusSocket, uploader_state
-from profiler.commands.record import RefusedError, deviation
+from profiler.agent.supervise import Child, RefusedError, host_lock
+from profiler.agent.window import Edges, deviation
 from profiler.processes.rules import Rules
 from storage.objects.open import default_store_url
 from storage.profile import GOOD_STOPS, Accounting, Profile
@@ -45,15 +43,9 @@ KEEP_BYTES = 5_000_000_000
 _JITTER_SHARE = 0.2
 """Of the interval: hosts close their windows at the same moment, and must not all send then. A
 directory is no other host's."""
-_FIRST_NS = 60_000_000_000
-"""For how long windows are as short as the first one was asked to be."""
-_STEP_NS = 500_000_000
-"""A larger difference between the wall clock and the monotonic one is a step, not a drift."""
 _ALARM_AFTER = 3
 """Windows in a row whose ticks differ from the kernel's own account of busy time."""
 _UPLOADER_GRACE_S = 15.0
-_RESTART_S = (1.0, 60.0)
-"""How soon an uploader that has died is started again: at first, and at most."""
 
 log = logging.getLogger(__name__)
 
@@ -78,141 +70,6 @@ class AgentOptions:
     rules: Rules
     first_interval_s: int = 0
     """The length of windows in the first minute, 0 for that of all others."""
-
-
-class Edges:
-    """When windows end: at multiples of the interval on the wall clock, by the monotonic one.
-
-    Those that begin in the first minute end at multiples of `first_interval_s` too.
-    """
-
-    def __init__(
-        self,
-        interval_s: int,
-        wall_ns: Callable[[], int] = time.time_ns,
-        monotonic_ns: Callable[[], int] = time.monotonic_ns,
-        first_interval_s: int = 0,
-    ) -> None:
-        self._interval_ns = interval_s * 1_000_000_000
-        self._first_interval_ns = first_interval_s * 1_000_000_000 or self._interval_ns
-        self._wall_ns, self._monotonic_ns = wall_ns, monotonic_ns
-        self._first_until_ns = monotonic_ns() + _FIRST_NS
-        self.begin()
-
-    def begin(self) -> None:
-        """Look for the next edge; one that is less than a second away is left to the window."""
-        self._begun_ns, self._begun_monotonic_ns = self._wall_ns(), self._monotonic_ns()
-        self.edge_ns = self._next_multiple(self._interval_ns)
-        if self._begun_monotonic_ns < self._first_until_ns:
-            self.edge_ns = min(self.edge_ns, self._next_multiple(self._first_interval_ns))
-
-    def _next_multiple(self, interval_ns: int) -> int:
-        soonest_ns = self._begun_ns + min(1_000_000_000, interval_ns // 10)
-        return -(-soonest_ns // interval_ns) * interval_ns
-
-    @property
-    def edge_monotonic_s(self) -> float:
-        return (self._begun_monotonic_ns + self.edge_ns - self._begun_ns) / 1e9
-
-    @property
-    def is_reached(self) -> bool:
-        return self._monotonic_ns() / 1e9 >= self.edge_monotonic_s
-
-    @property
-    def is_stepped(self) -> bool:
-        """Return whether somebody has set the wall clock since the window began."""
-        passed_ns = self._monotonic_ns() - self._begun_monotonic_ns
-        return abs(self._wall_ns() - self._begun_ns - passed_ns) > _STEP_NS
-
-
-@contextlib.contextmanager
-def host_lock(run_folder: Path) -> Iterator[None]:
-    """Hold the lock that one agent of a host holds.
-
-    Raises:
-        RefusedError: another agent holds it.
-    """
-    run_folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-    fd = os.open(run_folder / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.read(fd, 20).decode(errors="replace").strip() or "unknown"
-            raise RefusedError(
-                f"cannot start: an agent runs on this host already (pid {pid};"
-                " everflame status tells how it fares, everflame serve draws what it stores)"
-            ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(fd)
-
-
-class Child:
-    """Another process, started again whenever it has died. What it starts is in its group.
-
-    Attributes:
-        pid: 0 when it does not run.
-        starts: how often it was started.
-        status: with which it last ended, None as long as it has not.
-    """
-
-    def __init__(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
-    ) -> None:
-        self._name = name
-        self._command = command
-        self._environment = environment
-        self._restart_s = _RESTART_S[0]
-        self._restart_at = 0.0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._is_asked = False
-        self.starts = 0
-        self.status: int | None = None
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid if self._process else 0
-
-    def supervise(self) -> None:
-        """Start it if it does not run and its time has come."""
-        now = time.monotonic()
-        if self._process and self._process.poll() is not None:
-            self.status = self._process.returncode
-            log.warning("lost the %s status=%s", self._name, self.status)
-            self._end_group()
-            self._restart_at = now + self._restart_s
-            self._restart_s = min(2 * self._restart_s, _RESTART_S[1])
-        if self._process is None and now >= self._restart_at:
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, env=self._environment, process_group=0
-            )
-            self.starts += 1
-
-    def ask_to_end(self) -> None:
-        """Ask once: a second SIGTERM would come in the middle of what the first one began."""
-        if self._process is not None and not self._is_asked:
-            self._is_asked = True
-            self._process.terminate()
-
-    def end(self, within_s: float) -> None:
-        """Let it finish what it does, for a while."""
-        if self._process is None:
-            return
-        self.ask_to_end()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(within_s)
-        self._end_group()
-
-    def _end_group(self) -> None:
-        """Take what it has left behind with it: workers do not notice that their parent is dead."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, SIGKILL)
-            self._process.wait()
-            self._process = None
 
 
 def _uploader_command(options: AgentOptions) -> list[str]:

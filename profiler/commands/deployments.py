@@ -1,33 +1,20 @@
 """`everflame deployments`: which there were, and over which windows each is compared."""
 
-import functools
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import orjson
 
-from profiler.commands.selection import Selection, nearest_objects
-from profiler.comparison.announcements import list_announcements
-from profiler.comparison.deployments import (
-    PAUSE_NS,
+from profiler.commands.selection import Selection
+from profiler.comparison.deployments import Found, deployments_in
+from profiler.comparison.rollouts import (
     Deployment,
-    Sightings,
-    find_deployments,
-    merge_announcements,
 )
-from profiler.comparison.matching import Match, lives_of, match
 from profiler.text import in_columns, listed
 from profiler.times import from_until, whole_second
-from storage.objects.open import ObjectStore
 from storage.profile import Window
-from storage.query.query import Query, Skipped
-from storage.selector import Selector
+from storage.query.query import nearest_objects
 
-AROUND_NS = 2 * PAUSE_NS
-"""So much is read before and behind a window: what was there before it, and how it went on."""
-_LATEST_NS = 2**63 - 1
 _NAMED = 8
 
 ADVICE = (
@@ -35,96 +22,6 @@ ADVICE = (
     " service.version of OTEL_RESOURCE_ATTRIBUTES, in an image's tag or a release's folder;"
     " or say it with: everflame deployments add --service NAME --version VERSION"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The deployments of a part of a store, newest first, and what explains that there are none."""
-
-    deployments: tuple[Deployment, ...]
-    matches: tuple[Match, ...]
-    """Of each, over which windows it is compared."""
-    all_ns: tuple[int, ...]
-    """When any of these services was deployed, also before and behind what is asked for."""
-    has_objects: bool
-    """Something was profiled in the window, or there are deployments."""
-    services: tuple[str, ...]
-    """Those that were there and are asked for."""
-    has_versions: bool
-    """Any of them has one."""
-    skipped: tuple[Skipped, ...]
-
-    def records(self) -> list[dict[str, Any]]:
-        pairs = zip(self.deployments, self.matches, strict=True)
-        return [{**each.as_json(), **found.as_json()} for each, found in pairs]
-
-    @property
-    def reason(self) -> str:
-        """Why there is none; empty where there are some."""
-        if self.deployments:
-            return ""
-        if not self.has_objects:
-            return "no_data_in_range"
-        if not self.services:
-            return "nothing_matches"
-        return "no_change" if self.has_versions else "no_versions"
-
-
-def deployments_in(
-    store: ObjectStore,
-    query: Query,
-    window: Window,
-    selector: Selector,
-    check: Callable[[], None] = lambda: None,
-) -> Found:
-    """Return the deployments that began in a window. `check` is called while the store is listed.
-
-    Of the selector, `version` says which deployments; everything else says which services and
-    hosts are looked at.
-    """
-    around = Window(max(0, window.start_ns - AROUND_NS), min(_LATEST_NS, window.end_ns + AROUND_NS))
-    of_version = Selector(tuple(each for each in selector.matchers if each.name == "version"))
-    of_service = Selector(tuple(each for each in selector.matchers if each.name == "service"))
-    of_others = Selector(tuple(each for each in selector.matchers if each.name != "version"))
-    presence = query.presence(around, of_others)
-    services = {dict(labels).get("service", "") for labels in presence.label_sets} - {""}
-    sightings = Sightings.of(presence)
-    told = list_announcements(store, around, check=check)
-    # Nobody announces for a host: what is asked for by more than the service has to be there.
-    is_wider = len(of_others.matchers) > len(of_service.matchers)
-    announcements = [
-        each
-        for each in told.announcements
-        if of_service.accepts({"service": each.service})
-        and (not is_wider or each.service in services)
-    ]
-    merged = merge_announcements(find_deployments(sightings), announcements)
-    chosen = [
-        each
-        for each in merged
-        if window.start_ns <= each.first_ns < window.end_ns
-        and of_version.accepts({"version": each.version})
-    ]
-    chosen.reverse()
-    lives = lives_of(presence)
-
-    @functools.cache  # deployments of one day look at the same hours
-    def has_data(window: Window) -> bool:
-        return any(True for _ in query.objects(window))
-
-    def matched(each: Deployment) -> Match:
-        same = [other for other in merged if other.service == each.service]
-        return match(each, same, of_others, lives.get(each.service), has_data)
-
-    return Found(
-        deployments=tuple(chosen),
-        matches=tuple(map(matched, chosen)),
-        all_ns=tuple(each.first_ns for each in merged),
-        has_objects=bool(chosen) or any(True for _ in query.objects(window)),
-        services=tuple(sorted(services)),
-        has_versions=bool(sightings.instances),
-        skipped=(*presence.coverage.skipped, *told.skipped),
-    )
 
 
 def run(selection: Selection, *, as_json: bool) -> int:

@@ -4,12 +4,10 @@ Each side is some files, which are replicates where they are several, or a windo
 `{selector}@FROM..UNTIL`. A gate says which changes fail a pipeline; only what costs more can.
 """
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import orjson
 
@@ -19,65 +17,24 @@ from profiler.comparison.comparison import (
     Comparison,
     ComparisonError,
     EmptySideError,
-    Function,
     Operand,
-    Side,
     calibrate,
-    changed,
     of_profiles,
     of_store,
 )
-from profiler.comparison.verdict import Change, Source
+from profiler.comparison.deployments import deployments_in
+from profiler.comparison.gate import Gate, verdict_of
+from profiler.comparison.report import NAME_WIDTH, as_json, as_markdown, as_text
 from profiler.flamegraph.differential import Pair, only_hosts
 from profiler.formats import export
-from profiler.text import counted, fit, in_columns, listed
-from profiler.times import from_until, parse_window, rfc3339, whole_second
+from profiler.text import counted, fit, listed
+from profiler.times import parse_window, rfc3339, whole_second
 from storage.objects.open import open_store
 from storage.profile import merge
 from storage.query.query import Query
 from storage.selector import Selector
 
-REGRESSION, INCONCLUSIVE = 1, 3
-"""Exit codes; the second only with `--strict`."""
-DEFAULT_GATE = "relative>=10%,share>=0.5pp"
-_WORSE = (Change.MORE, Change.NEW)
-_SHOWN = 20
-_NAME_WIDTH = 60
 _SHOWN_MOVED = 5
-_CONDITION = re.compile(r"(relative|share)>=(\d+(?:\.\d+)?)(%|pp)")
-_NOISE = {
-    Source.HISTORY: "{} earlier positions of the same length, on the same hosts",
-    Source.HOSTS: "what differs between {} hosts",
-    Source.REPLICATES: "what differs between {} runs",
-    Source.NONE: "unknown",
-}
-
-
-class Gate(NamedTuple):
-    """What a function that costs more must reach to fail: growth, and points of the total."""
-
-    relative: float
-    share: float
-
-    @classmethod
-    def parse(cls, text: str) -> "Gate":
-        """Read `relative>=10%,share>=0.5pp`, or one of the two.
-
-        Raises:
-            ValueError: it says something else.
-        """
-        least = {"relative": 0.0, "share": 0.0}
-        for part in text.replace(" ", "").split(","):
-            found = _CONDITION.fullmatch(part)
-            if not found or (found[1] == "relative") != (found[3] == "%"):
-                raise ValueError(f"{text!r} is no gate (try {DEFAULT_GATE!r})")
-            least[found[1]] = float(found[2]) / 100
-        return cls(**least)
-
-    def fails(self, function: Function) -> bool:
-        is_worse = function.change in _WORSE
-        grown = function.change == Change.NEW or function.relative[0] >= self.relative
-        return is_worse and grown and function.share[0] >= self.share
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +52,6 @@ class Options:
     """A file for the graph of both sides; `-` is standard output, which then has nothing else."""
 
 
-class Verdict(NamedTuple):
-    word: str
-    exit_code: int
-
-
 def run(before: Sequence[str], after: Sequence[str], options: Options, now_ns: int) -> int:
     """Compare, print, and return the exit code.
 
@@ -113,7 +65,7 @@ def run(before: Sequence[str], after: Sequence[str], options: Options, now_ns: i
         export.pair_ending(options.output)
         export.check_folder(options.output)
     found = compare(before, after, options, now_ns)
-    verdict = verdict_of(found, options)
+    verdict = verdict_of(found, options.gate, is_strict=options.strict)
     moved: list[str] = []
     if options.output:
         pair = _pair(found, before, after, options)
@@ -130,7 +82,7 @@ def run(before: Sequence[str], after: Sequence[str], options: Options, now_ns: i
     else:
         print(as_text(found, verdict, options.gate))
         if moved:
-            names = listed([fit(name, _NAME_WIDTH) for name in moved], _SHOWN_MOVED)
+            names = listed([fit(name, NAME_WIDTH) for name in moved], _SHOWN_MOVED)
             print(f"\nmoved   from some callers to others: {names}")
     return verdict.exit_code
 
@@ -194,7 +146,7 @@ def _in_store(
 def _last_deploy(selection: Selection) -> tuple[Query, Operand, Operand, Sequence[int]]:
     """Find the last deployment that is asked for, and its matched windows."""
     query = selection.query()
-    found = deployments.deployments_in(selection.store, query, selection.window, selection.selector)
+    found = deployments_in(selection.store, query, selection.window, selection.selector)
     if not found.deployments:
         raise ComparisonError(deployments.explain(selection, found))
     last, match = found.deployments[0], found.matches[0]
@@ -229,17 +181,6 @@ def _calibrate(before: Sequence[str], after: Sequence[str], options: Options, no
     return 0
 
 
-def verdict_of(found: Comparison, options: Options) -> Verdict:
-    if found.source == Source.NONE:
-        return Verdict("inconclusive", INCONCLUSIVE if options.strict else 0)
-    changes = {function.change for function in found.functions}
-    if any(map(options.gate.fails, found.functions)):
-        return Verdict("regression", REGRESSION)
-    if changes & {Change.LESS, Change.GONE} and not changes & set(_WORSE):
-        return Verdict("improvement", 0)
-    return Verdict("unchanged", 0)
-
-
 def _is_selection(operand: str) -> bool:
     return operand.startswith("{") and not Path(operand).exists()
 
@@ -252,178 +193,3 @@ def _operand(text: str, now_ns: int) -> Operand:
             f"{text!r} names no window (try '{{service=\"api\"}}@now-2h..now-1h')"
         )
     return Operand(Selector.parse(selector), parse_window(start, end or "now", now_ns))
-
-
-# What is printed.
-
-
-def as_json(found: Comparison, verdict: Verdict, gate: Gate) -> bytes:
-    """Return it as interfaces for programs say: times are Unix ms, shares parts of 1."""
-    return orjson.dumps(
-        {
-            "schema": 1,
-            "verdict": verdict.word,
-            "exit_code": verdict.exit_code,
-            "before": _side_record(found.before),
-            "after": _side_record(found.after),
-            "noise": {"source": found.source, "positions": found.positions, "df": found.df},
-            "common_change": {
-                "relative": found.common.relative,
-                "low": _finite(found.common.low),
-                "high": _finite(found.common.high),
-                "verdict": found.common.change,
-            },
-            "functions": [_function_record(function, gate) for function in found.functions],
-            "warnings": found.warnings,
-        }
-    )
-
-
-def _side_record(side: Side) -> dict[str, Any]:
-    return {
-        "query": side.query,
-        "window": {
-            "from_ms": side.window.start_ns // 1_000_000,
-            "until_ms": side.window.end_ns // 1_000_000,
-        },
-        "versions": side.versions,
-        "hosts": side.hosts,
-        "samples": round(float(side.samples.sum())),
-        "cores": side.cores,
-    }
-
-
-def _function_record(function: Function, gate: Gate) -> dict[str, Any]:
-    frame = function.frame
-    return {
-        "function": frame.function,
-        "module": frame.module,
-        "kind": frame.kind,
-        "self": dict(zip(("before", "after"), function.self, strict=True)),
-        "total": dict(zip(("before", "after"), function.total, strict=True)),
-        "cores": [_finite(each) for each in function.cores],
-        "share": [_finite(each) for each in function.share],
-        "relative": [_finite(each) for each in function.relative],
-        "p": function.p,
-        "q": function.q,
-        "verdict": function.change,
-        "because": function.because,
-        "fails": gate.fails(function),
-    }
-
-
-def _finite(value: float) -> float | None:
-    """JSON knows no infinity: an interval without an end has none."""
-    return value if abs(value) < 1e300 else None
-
-
-def as_text(found: Comparison, verdict: Verdict, gate: Gate) -> str:
-    lines = [_headline(found, verdict, gate), ""]
-    for name, side in (("before", found.before), ("after", found.after)):
-        lines.append(f"{name:7} {_side_text(side)}")
-    lines.append(f"noise   {_NOISE[found.source].format(found.positions)}")
-    lines.append(f"common  {_common_text(found)}")
-    lines += [f"warning: {warning}" for warning in found.warnings]
-    shown = changed(found.functions)[:_SHOWN] or list(found.functions[:5])
-    if shown:
-        lines += ["", *_table(found, shown, gate)]
-    return "\n".join(lines)
-
-
-def as_markdown(found: Comparison, verdict: Verdict, gate: Gate) -> str:
-    lines = [f"**{_headline(found, verdict, gate)}**", ""]
-    shown = changed(found.functions)[:_SHOWN]
-    if shown:
-        lines += ["| change | growth | of the total | function |", "|---|---|---|---|"]
-        for function in shown:
-            before, after = _shares(found, function)
-            mark = " (fails)" if gate.fails(function) else ""
-            lines.append(
-                f"| {function.change}{mark} | {_growth(function)}"
-                f" | {before:.2%} → {after:.2%} | {_markdown(_name(function))} |"
-            )
-        lines.append("")
-    for name, side in (("Before", found.before), ("After", found.after)):
-        lines.append(f"- {name}: {_markdown(_side_text(side))}")
-    lines.append(f"- Noise: {_NOISE[found.source].format(found.positions)}")
-    lines.append(f"- Common change: {_common_text(found)}")
-    lines += [f"- Warning: {_markdown(warning)}" for warning in found.warnings]
-    return "\n".join(lines)
-
-
-def _headline(found: Comparison, verdict: Verdict, gate: Gate) -> str:
-    failing = sum(map(gate.fails, found.functions))
-    words = {
-        "regression": f"regression: {_cost(failing)} more than the gate allows",
-        "improvement": f"improvement: {_cost(len(changed(found.functions)))} less",
-        "unchanged": "unchanged: nothing costs more than the gate allows",
-        "inconclusive": "inconclusive: too little data for a verdict",
-    }
-    return words[verdict.word]
-
-
-def _cost(number: int) -> str:
-    return f"{counted(number, 'function')} {'costs' if number == 1 else 'cost'}"
-
-
-def _side_text(side: Side) -> str:
-    window = side.window
-    parts = [side.query] if side.query else []
-    if window.start_ns:
-        parts.append(from_until(window))
-    rows = "run" if side.hosts and side.hosts[0] == "file 1" else "host"
-    parts.append(counted(len(side.hosts), rows))
-    if side.versions:
-        parts.append(f"version {', '.join(side.versions[:4])}")
-    cores = f", {side.cores:.3f} cores" if side.cores else ""
-    parts.append(f"{counted(round(float(side.samples.sum())), 'sample')}{cores}")
-    return "; ".join(parts)
-
-
-def _common_text(found: Comparison) -> str:
-    common = found.common
-    if found.source == Source.NONE:
-        return f"{common.relative:+.1%}"
-    return f"{common.relative:+.1%} ({common.low:+.1%} to {common.high:+.1%}): {common.change}"
-
-
-def _shares(found: Comparison, function: Function) -> tuple[float, float]:
-    return (
-        function.self[0] / max(1.0, found.before.total),
-        function.self[1] / max(1.0, found.after.total),
-    )
-
-
-def _growth(function: Function) -> str:
-    estimate, low, high = function.relative
-    if function.change in (Change.NEW, Change.GONE):
-        return str(function.change)
-    if _finite(low) is None or _finite(high) is None:
-        return f"{estimate:+.0%}"
-    return f"{estimate:+.0%} ({low:+.0%} to {high:+.0%})"
-
-
-def _name(function: Function) -> str:
-    module = function.frame.module
-    return f"{function.frame.function} ({module})" if module else function.frame.function
-
-
-def _table(found: Comparison, shown: Sequence[Function], gate: Gate) -> list[str]:
-    rows = [("change", "growth", "of the total", "function")]
-    for function in shown:
-        before, after = _shares(found, function)
-        mark = "! " if gate.fails(function) else "  "
-        rows.append(
-            (
-                f"{mark}{function.change}",
-                _growth(function),
-                f"{before:.2%} → {after:.2%}",
-                fit(_name(function), _NAME_WIDTH),
-            )
-        )
-    return in_columns(rows)
-
-
-def _markdown(text: str) -> str:
-    """Names come from outside: nothing in them may be markup."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", text)

@@ -18,16 +18,14 @@ from typing import Protocol, TextIO
 from bpf.sampler import SamplerConfig
 from profiler.agent.recorder import DRAIN_PERIOD_S, Recorder
 from profiler.agent.signals import ENDING, Signals
+from profiler.agent.supervise import RefusedError
+from profiler.agent.window import deviation
 from profiler.formats import export
 from profiler.text import StatusLine
 from storage.profile import Accounting, Profile
 
 _GRACE_S = 5.0
 """How long a command may take to end when asked to, before the recording ends without it."""
-
-
-class RefusedError(Exception):
-    """What was asked for cannot be done; the message says what to do instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,14 +314,3 @@ def summary(profile: Profile, config: SamplerConfig) -> list[str]:
     if warning := deviation(counts, config):
         lines.append(warning)
     return lines
-
-
-def deviation(counts: Accounting, config: SamplerConfig) -> str:
-    """Compare busy ticks with the kernel's own account of busy time; empty when they agree."""
-    if config.hardware:
-        return ""
-    expected = config.frequency_hz * counts.nonidle_ns / 1e9
-    busy = counts.ticks - counts.idle
-    if expected < 1 or abs(busy - expected) <= expected * max(0.02, 4 / math.sqrt(expected)):
-        return ""
-    return f"warning: {busy:,} busy ticks where the kernel's CPU times let expect {expected:,.0f}"

@@ -7,23 +7,17 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TextIO
 
-from profiler.commands.verify import ALWAYS
 from profiler.text import StatusLine, counted
-from profiler.times import NS_PER_S, from_until, parse_window
+from profiler.times import from_until, parse_window
 from storage.objects.open import ObjectKey, ObjectStore, StoredObject, list_window, open_store
-from storage.profile import Window
+from storage.profile import ALWAYS, Window
 from storage.query.cache import default_folder
-from storage.query.query import Answer, LateWorkers, Query
+from storage.query.query import Answer, LateWorkers, Query, nearest_objects
 from storage.selector import Selector
-
-_LOOK_AROUND_S = (3600, 86_400, 30 * 86_400)
-"""How far to look for the nearest data, step by step, before the whole store is listed."""
-
 
 _SHOWN_AFTER_S, _EVERY_S = 1.0, 0.2
 
@@ -103,23 +97,6 @@ class Selection:
         if not nearest:
             return f"{text}; the store {self.store} is empty"
         return f"{text}; the nearest data are from {' and '.join(nearest)}"
-
-
-def nearest_objects(store: ObjectStore, window: Window) -> list[ObjectKey]:
-    """Return the last object before a window and the first behind it, as far as there are any."""
-    found: list[ObjectKey] = []
-    for seconds in (*_LOOK_AROUND_S, None):
-        start_ns = 0 if seconds is None else max(0, window.start_ns - seconds * NS_PER_S)
-        if start_ns >= window.start_ns:
-            break
-        last = deque(list_window(store, Window(start_ns, window.start_ns)), maxlen=1)
-        if last:
-            found.append(max(key for key, _ in last))
-            break
-    if window.end_ns < ALWAYS.end_ns:
-        behind = list_window(store, Window(window.end_ns, ALWAYS.end_ns))
-        found += [key for key, _ in [next(behind, (None, None))] if key is not None]
-    return found
 
 
 def _shown(window: Window) -> str:

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from profiler.agent import agent
-from profiler.agent.agent import AgentOptions, Beside, Child
+from profiler.agent.agent import AgentOptions, Beside
 from profiler.agent.recorder import default_cache
+from profiler.agent.supervise import Child, RefusedError
 from profiler.commands import demo
-from profiler.commands.record import RefusedError
 from profiler.service import addresses
 from storage.objects.open import (
     DirectoryStore,

@@ -27,10 +27,7 @@ from storage.objects.open import (
     StoreError,
     list_window,
 )
-from storage.profile import Accounting, ProfileError, Window
-
-ALWAYS = Window(0, 2**63 - 1)
-"""The window that holds every object."""
+from storage.profile import ALWAYS, Accounting, ProfileError, Window
 
 _FETCHES = 4
 _AHEAD = 64

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from profiler.comparison.comparison import GRIDS_NS, HISTORY_NS, Operand
-from profiler.comparison.deployments import SETTLED_WINDOWS, Deployment, Kind
+from profiler.comparison.rollouts import SETTLED_WINDOWS, Deployment, Kind
 from profiler.comparison.verdict import MIN_HOSTS, MIN_POSITIONS, MIN_REPLICATES
 from profiler.times import NS_PER_S, rfc3339
 from storage.profile import Window

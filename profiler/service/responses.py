@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from profiler.commands.deployments import deployments_in
-from profiler.commands.diff import Gate, Options, as_json, verdict_of
-from profiler.commands.selection import nearest_objects
 from profiler.comparison.comparison import Function, Operand, of_store
+from profiler.comparison.deployments import deployments_in
+from profiler.comparison.gate import Gate, verdict_of
+from profiler.comparison.report import as_json
 from profiler.flamegraph.differential import (
     Pair,
     UnionGraph,
@@ -39,7 +39,16 @@ from profiler.flamegraph.views import NoSuchNodeError, View, path_to
 from profiler.times import from_until
 from storage.objects.open import ObjectStore
 from storage.profile import GOOD_STOPS, Profile, Window
-from storage.query.query import EMPTY, HOUR_NS, Answer, Coverage, Functions, Query, Turns
+from storage.query.query import (
+    EMPTY,
+    HOUR_NS,
+    Answer,
+    Coverage,
+    Functions,
+    Query,
+    Turns,
+    nearest_objects,
+)
 from storage.selector import Selector
 from symbolizer.location import Frame
 
@@ -474,7 +483,7 @@ class Answers:
     ) -> dict[str, Any]:
         """Return what is said of a comparison, and the records of some of its functions."""
         pair = compared.pair
-        verdict = verdict_of(pair.found, Options("", "", gate))
+        verdict = verdict_of(pair.found, gate)
         told = replace(pair.found, functions=tuple(functions))
         record: dict[str, Any] = orjson.loads(as_json(told, verdict, gate))
         for name, coverage in zip(("before", "after"), compared.coverages, strict=True):

@@ -62,6 +62,7 @@ from storage.objects.open import (
     list_window,
 )
 from storage.profile import (
+    ALWAYS,
     Accounting,
     Host,
     Integers,
@@ -193,6 +194,10 @@ class Prepared(NamedTuple):
 
     objects: int
     left: int
+
+
+_LOOK_AROUND_S = (3600, 86_400, 30 * 86_400)
+"""How far to look for the nearest data, step by step, before the whole store is listed."""
 
 
 class Query:
@@ -1118,6 +1123,23 @@ def _has_host(accounting: Accounting, selector: Selector) -> bool:
     if not matchers or len(accounting.hosts) != 1:
         return True
     return Selector(matchers).accepts({"host": accounting.hosts[0].name})
+
+
+def nearest_objects(store: ObjectStore, window: Window) -> list[ObjectKey]:
+    """Return the last object before a window and the first behind it, as far as there are any."""
+    found: list[ObjectKey] = []
+    for seconds in (*_LOOK_AROUND_S, None):
+        start_ns = 0 if seconds is None else max(0, window.start_ns - seconds * NS_PER_S)
+        if start_ns >= window.start_ns:
+            break
+        last = deque(list_window(store, Window(start_ns, window.start_ns)), maxlen=1)
+        if last:
+            found.append(max(key for key, _ in last))
+            break
+    if window.end_ns < ALWAYS.end_ns:
+        behind = list_window(store, Window(window.end_ns, ALWAYS.end_ns))
+        found += [key for key, _ in [next(behind, (None, None))] if key is not None]
+    return found
 
 
 class Turns:

@@ -16,7 +16,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from profiler.agent.agent import Edges
+from profiler.agent.window import Edges
 from storage.formats import pprof
 from storage.objects.open import ObjectKey
 from storage.profile import Profile

@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiler.commands import ls
-from profiler.commands.deployments import deployments_in
 from profiler.commands.selection import Selection
-from profiler.commands.verify import ALWAYS
 from profiler.comparison.announcements import Announcement, announce, list_announcements
-from profiler.comparison.deployments import (
+from profiler.comparison.deployments import deployments_in
+from profiler.comparison.rollouts import (
     PAUSE_NS,
     Deployment,
     Instance,
@@ -29,7 +28,7 @@ from profiler.comparison.deployments import (
 )
 from profiler.times import rfc3339
 from storage.objects.open import DirectoryStore, content16, expire, list_window, open_store
-from storage.profile import Profile, make_labels
+from storage.profile import ALWAYS, Profile, make_labels
 from storage.query.query import Query
 from storage.selector import Selector
 from tests.support import profiles as some

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from profiler.agent.agent import AgentOptions, Edges
+from profiler.agent.agent import AgentOptions
+from profiler.agent.window import Edges
 from profiler.commands.up import (
     Companions,
     directions,

@@ -7,9 +7,9 @@ import pytest
 
 from profiler import cli
 from profiler.commands import verify
-from profiler.commands.verify import ALWAYS, find_gaps, verify_store
+from profiler.commands.verify import find_gaps, verify_store
 from storage.objects.open import object_key
-from storage.profile import Window
+from storage.profile import ALWAYS, Window
 from tests.support import profiles as some
 from tests.support.stores import MINUTE_NS, START_NS, at, directory, minutes, put
 

@@ -9,9 +9,9 @@ import numpy as np
 import orjson
 import pytest
 
-from profiler.commands.diff import Gate
 from profiler.comparison import comparison
 from profiler.comparison.comparison import ComparisonError, Operand
+from profiler.comparison.gate import Gate
 from profiler.comparison.verdict import Change, Source
 from storage.formats import pprof
 from storage.profile import Window

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiler.comparison.comparison import Operand
-from profiler.comparison.deployments import Deployment, Kind
 from profiler.comparison.matching import match
+from profiler.comparison.rollouts import Deployment, Kind
 from storage.profile import Window
 from storage.selector import Selector
 from tests.support.stores import MINUTE_NS, START_NS, minutes

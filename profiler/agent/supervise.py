@@ -1,0 +1,110 @@
+"""Supervise: one agent a host, and the child processes that it restarts."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from signal import SIGKILL
+
+_RESTART_S = (1.0, 60.0)
+"""How soon an uploader that has died is started again: at first, and at most."""
+
+log = logging.getLogger(__name__)
+
+
+class RefusedError(Exception):
+    """What was asked for cannot be done; the message says what to do instead."""
+
+
+@contextlib.contextmanager
+def host_lock(run_folder: Path) -> Iterator[None]:
+    """Hold the lock that one agent of a host holds.
+
+    Raises:
+        RefusedError: another agent holds it.
+    """
+    run_folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    fd = os.open(run_folder / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(fd, 20).decode(errors="replace").strip() or "unknown"
+            raise RefusedError(
+                f"cannot start: an agent runs on this host already (pid {pid};"
+                " everflame status tells how it fares, everflame serve draws what it stores)"
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+class Child:
+    """Another process, started again whenever it has died. What it starts is in its group.
+
+    Attributes:
+        pid: 0 when it does not run.
+        starts: how often it was started.
+        status: with which it last ended, None as long as it has not.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._name = name
+        self._command = command
+        self._environment = environment
+        self._restart_s = _RESTART_S[0]
+        self._restart_at = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_asked = False
+        self.starts = 0
+        self.status: int | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process else 0
+
+    def supervise(self) -> None:
+        """Start it if it does not run and its time has come."""
+        now = time.monotonic()
+        if self._process and self._process.poll() is not None:
+            self.status = self._process.returncode
+            log.warning("lost the %s status=%s", self._name, self.status)
+            self._end_group()
+            self._restart_at = now + self._restart_s
+            self._restart_s = min(2 * self._restart_s, _RESTART_S[1])
+        if self._process is None and now >= self._restart_at:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, env=self._environment, process_group=0
+            )
+            self.starts += 1
+
+    def ask_to_end(self) -> None:
+        """Ask once: a second SIGTERM would come in the middle of what the first one began."""
+        if self._process is not None and not self._is_asked:
+            self._is_asked = True
+            self._process.terminate()
+
+    def end(self, within_s: float) -> None:
+        """Let it finish what it does, for a while."""
+        if self._process is None:
+            return
+        self.ask_to_end()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(within_s)
+        self._end_group()
+
+    def _end_group(self) -> None:
+        """Take what it has left behind with it: workers do not notice that their parent is dead."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, SIGKILL)
+            self._process.wait()
+            self._process = None

@@ -1,0 +1,59 @@
+"""Gate: the verdict of a whole comparison, and which changes fail a pipeline.
+
+Only what costs more can fail.
+"""
+
+import re
+from typing import NamedTuple
+
+from profiler.comparison.comparison import Comparison, Function
+from profiler.comparison.verdict import Change, Source
+
+REGRESSION, INCONCLUSIVE = 1, 3
+"""Exit codes; the second only with `--strict`."""
+DEFAULT_GATE = "relative>=10%,share>=0.5pp"
+_WORSE = (Change.MORE, Change.NEW)
+_CONDITION = re.compile(r"(relative|share)>=(\d+(?:\.\d+)?)(%|pp)")
+
+
+class Gate(NamedTuple):
+    """What a function that costs more must reach to fail: growth, and points of the total."""
+
+    relative: float
+    share: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Gate":
+        """Read `relative>=10%,share>=0.5pp`, or one of the two.
+
+        Raises:
+            ValueError: it says something else.
+        """
+        least = {"relative": 0.0, "share": 0.0}
+        for part in text.replace(" ", "").split(","):
+            found = _CONDITION.fullmatch(part)
+            if not found or (found[1] == "relative") != (found[3] == "%"):
+                raise ValueError(f"{text!r} is no gate (try {DEFAULT_GATE!r})")
+            least[found[1]] = float(found[2]) / 100
+        return cls(**least)
+
+    def fails(self, function: Function) -> bool:
+        is_worse = function.change in _WORSE
+        grown = function.change == Change.NEW or function.relative[0] >= self.relative
+        return is_worse and grown and function.share[0] >= self.share
+
+
+class Verdict(NamedTuple):
+    word: str
+    exit_code: int
+
+
+def verdict_of(found: Comparison, gate: Gate, *, is_strict: bool = False) -> Verdict:
+    if found.source == Source.NONE:
+        return Verdict("inconclusive", INCONCLUSIVE if is_strict else 0)
+    changes = {function.change for function in found.functions}
+    if any(map(gate.fails, found.functions)):
+        return Verdict("regression", REGRESSION)
+    if changes & {Change.LESS, Change.GONE} and not changes & set(_WORSE):
+        return Verdict("improvement", 0)
+    return Verdict("unchanged", 0)
