@@ -46,8 +46,8 @@ MOST_DIFFERENT = 1e-5
 BUILD = """
 import os, pathlib, sys, time
 sys.path.insert(0, sys.argv[1])
-from symbolizer.elf import FileSource
-from symbolizer.unwind import build
+from symbolizer.symbols.elf import FileSource
+from symbolizer.unwind.table import build
 
 def memory_kb(field):
     text = pathlib.Path("/proc/self/status").read_text()
