@@ -452,7 +452,7 @@ class Symbolizer:
         numbers = table.find(offsets)
         missing = numbers < 0
         # A function that is known by its extent has a box, but no name.
-        missing[~missing] = table.extent_starts(numbers[~missing]) >= 0
+        missing[~missing] = table.unnamed_starts(numbers[~missing]) >= 0
         if missing.any():
             reason = Miss.NO_SYMBOL if table.has_names else Miss.STRIPPED
             self.misses[reason.value] += len(set(offsets[missing].tolist()))
@@ -471,7 +471,7 @@ class Symbolizer:
             new = set(numbers)
         frames = self._frames.setdefault(module.build_id, {-1: ()})
         order = sorted(new - {-1})
-        starts = table.extent_starts(np.array(order, dtype=np.int64)).tolist()
+        starts = table.unnamed_starts(np.array(order, dtype=np.int64)).tolist()
         names = self._demangler.demangle([table.name(number) for number in order])
         for number, name, start in zip(order, names, starts, strict=True):
             frame = Frame(readable(name), module.name, module.kind)

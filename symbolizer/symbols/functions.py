@@ -30,7 +30,7 @@ from symbolizer.symbols.elf import (
     check_size,
 )
 from symbolizer.symbols.plt import PltStubs, find_plt_stubs, read_symbol_names
-from symbolizer.unwind.cfi import read_extents
+from symbolizer.unwind.cfi import read_fde_ranges
 
 Words = npt.NDArray[np.uint32]
 Wide = npt.NDArray[np.uint64]
@@ -41,7 +41,7 @@ STB_LOCAL, STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE = 0, 1, 2, 10
 AT_PLT = np.uint32(1 << 31)
 """Set in a name's position: the name is that of a PLT stub, to be shown with `@plt` behind it."""
 
-IN_EXTENT = np.uint32(1 << 30)
+IN_FDE_RANGE = np.uint32(1 << 30)
 """Set in the place of a name's position: there is none, and the other bits are the number of the
 range that the function begins with. It has others where a name covers the middle of its extent."""
 
@@ -76,7 +76,7 @@ class Functions:
 
     Attributes:
         base: what `starts` and `ends` count from, so that 32 bits are enough.
-        names: where each name begins in the concatenated `strings`, with AT_PLT; or IN_EXTENT.
+        names: where each name begins in the concatenated `strings`, with AT_PLT; or IN_FDE_RANGE.
     """
 
     base: int
@@ -135,7 +135,7 @@ def read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
         UnreadableElf: with the reason; also while the strings are read.
     """
     space = _OffsetSpace(elf)
-    extents = _read_extents(elf, space)
+    fde_ranges = _read_fde_ranges(elf, space)
     strings = StringSections(elf)
     # .symtab first: it holds what .dynsym holds, and more.
     tables = [section for section in elf.sections if section.type == SHT_SYMTAB][:1]
@@ -143,13 +143,13 @@ def read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
     symbols = _EMPTY
     for table in tables:
         found = _read_symbols(
-            elf, space, table, strings.add(table), symbols.starts, extents=extents
+            elf, space, table, strings.add(table), symbols.starts, fde_ranges=fde_ranges
         )
         symbols = _drop_aliases(Candidates.join([symbols, *found]), strings)
     stubs = _read_stubs(elf, space, strings, symbols)
     functions = arrange(Candidates.join([symbols, stubs]), strings, space.base)
-    functions = _add_entry(elf, space, functions, strings.size, extents)
-    functions = _add_extents(functions, extents)
+    functions = _add_entry(elf, space, functions, strings.size, fde_ranges)
+    functions = _add_unnamed(functions, fde_ranges)
     return functions, chain(strings.chunks(), [_ENTRY_NAME])
 
 
@@ -257,7 +257,7 @@ class _OffsetSpace:
         return offsets, np.minimum(limits, np.uint64((1 << 32) - 1))
 
 
-class _Extents(NamedTuple):
+class _FdeRanges(NamedTuple):
     """Ranges in the space of `_OffsetSpace`, disjoint, sorted."""
 
     starts: Words
@@ -272,24 +272,24 @@ class _Extents(NamedTuple):
         return ends
 
 
-_NO_EXTENTS = _Extents(np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.uint32))
+_NO_FDE_RANGES = _FdeRanges(np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.uint32))
 
 
 def _has_all_symbols(elf: Elf) -> bool:
     return any(section.type == SHT_SYMTAB for section in elf.sections)
 
 
-def _read_extents(elf: Elf, space: _OffsetSpace) -> _Extents:
+def _read_fde_ranges(elf: Elf, space: _OffsetSpace) -> _FdeRanges:
     """Read what FDEs cover, in files where symbols do not say it. Damaged FDEs cover nothing.
 
     Where two overlap the later start wins; of several with one start the longest.
     """
     if _has_all_symbols(elf):
-        return _NO_EXTENTS
+        return _NO_FDE_RANGES
     try:
-        first_addresses, end_addresses = read_extents(elf)
+        first_addresses, end_addresses = read_fde_ranges(elf)
     except UnreadableElf:
-        return _NO_EXTENTS
+        return _NO_FDE_RANGES
     offsets, limits = space.offsets(first_addresses)
     is_code = limits > offsets
     starts = offsets[is_code].astype(np.uint32)
@@ -300,7 +300,7 @@ def _read_extents(elf: Elf, space: _OffsetSpace) -> _Extents:
         order = order[np.append(True, starts[order[1:]] != starts[order[:-1]])]
         starts, ends = starts[order], ends[order]
     ends[:-1] = np.minimum(ends[:-1], starts[1:])
-    return _Extents(starts, ends)
+    return _FdeRanges(starts, ends)
 
 
 def _read_symbols(
@@ -310,7 +310,7 @@ def _read_symbols(
     strings: tuple[int, int],
     known: Words,
     *,
-    extents: _Extents,
+    fde_ranges: _FdeRanges,
 ) -> Iterator[Candidates]:
     """Read the code symbols of a table, except for those that start where a known one does."""
     dtype = _SYM[elf.bits]
@@ -342,7 +342,7 @@ def _read_symbols(
         if not is_complete:
             is_label = (sizes == 0) & (rows["st_info"] & 15 == STT_NOTYPE) & (limits > 0)
             labels = offsets[is_label].astype(np.uint32)
-            own_ends = extents.ends_of(labels)
+            own_ends = fde_ranges.ends_of(labels)
             sizes[is_label] = np.where(own_ends > 0, own_ends - labels, np.uint32(0))
             keep &= sizes > 0
         rows, sizes, offsets, limits, space_left = (
@@ -494,7 +494,7 @@ def _sweep(ranges: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]
 
 
 def _add_entry(
-    elf: Elf, space: _OffsetSpace, functions: Functions, name: int, extents: _Extents
+    elf: Elf, space: _OffsetSpace, functions: Functions, name: int, fde_ranges: _FdeRanges
 ) -> Functions:
     """Call a program's entry point `_start` where no symbol does."""
     if elf.entry is None:
@@ -505,10 +505,10 @@ def _add_entry(
     is_named = place > 0 and start < int(functions.ends[place - 1])
     if is_named or not limit:
         return functions
-    for starts in (functions.starts, extents.starts):
+    for starts in (functions.starts, fde_ranges.starts):
         behind = starts[np.searchsorted(starts, start, side="right") :][:1]
         limit = min([limit, *behind.tolist()])
-    own_end = int(extents.ends_of(offsets.astype(np.uint32))[0])
+    own_end = int(fde_ranges.ends_of(offsets.astype(np.uint32))[0])
     end = min(limit, own_end or start + _start_size(elf, start + space.base))
     return Functions(
         functions.base,
@@ -529,11 +529,11 @@ def _start_size(elf: Elf, offset: int) -> int:
     return _START_WITHOUT_HLT_BYTES
 
 
-def _add_extents(functions: Functions, extents: _Extents) -> Functions:
+def _add_unnamed(functions: Functions, fde_ranges: _FdeRanges) -> Functions:
     """Add what no name covers of each extent, as ranges that point to the first of them."""
-    if not len(extents.starts):
+    if not len(fde_ranges.starts):
         return functions
-    starts, ends, owners = _uncovered(functions, extents)
+    starts, ends, owners = _uncovered(functions, fde_ranges)
     if not len(starts) or len(starts) > MAX_FUNCTIONS:
         return functions
     # Each range moves back by what is inserted before it.
@@ -547,7 +547,7 @@ def _add_extents(functions: Functions, extents: _Extents) -> Functions:
         return both
 
     is_first = np.append(True, owners[1:] != owners[:-1])
-    names = numbers[is_first].astype(np.uint32)[np.cumsum(is_first) - 1] | IN_EXTENT
+    names = numbers[is_first].astype(np.uint32)[np.cumsum(is_first) - 1] | IN_FDE_RANGE
     return Functions(
         functions.base,
         insert(functions.starts, starts),
@@ -557,21 +557,21 @@ def _add_extents(functions: Functions, extents: _Extents) -> Functions:
 
 
 def _uncovered(
-    functions: Functions, extents: _Extents
+    functions: Functions, fde_ranges: _FdeRanges
 ) -> tuple[Words, Words, npt.NDArray[np.int32]]:
-    """Return the parts of extents outside of functions, sorted, and which extent each is of."""
-    columns = (extents.starts, extents.ends, functions.starts, functions.ends)
+    """Return the parts of FDE ranges outside of functions, sorted, and which range each is of."""
+    columns = (fde_ranges.starts, fde_ranges.ends, functions.starts, functions.ends)
     bounds = np.concatenate(columns)
     order = np.argsort(bounds, kind="stable")
     bounds = bounds[order]
     counts = [len(column) for column in columns]
     # Both are 0 or 1 behind the last of several equal bounds, and only those begin a part.
-    extents_around = np.cumsum(np.repeat(_BEGIN_AND_END, counts)[order], dtype=np.int8)
+    fde_ranges_around = np.cumsum(np.repeat(_BEGIN_AND_END, counts)[order], dtype=np.int8)
     functions_around = np.cumsum(
         np.repeat(np.roll(_BEGIN_AND_END, 2), counts)[order], dtype=np.int8
     )
     owners = np.cumsum(order < counts[0], dtype=np.int32) - 1
-    is_part = (extents_around[:-1] == 1) & (functions_around[:-1] == 0)
+    is_part = (fde_ranges_around[:-1] == 1) & (functions_around[:-1] == 0)
     is_part &= bounds[:-1] < bounds[1:]
     parts = np.flatnonzero(is_part)
     return bounds[parts], bounds[parts + 1], owners[parts]

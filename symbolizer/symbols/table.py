@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from symbolizer.location import ElfAddress, FileOffset, Segment
-from symbolizer.symbols.functions import AT_PLT, IN_EXTENT, MAX_FUNCTIONS, Functions
+from symbolizer.symbols.functions import AT_PLT, IN_FDE_RANGE, MAX_FUNCTIONS, Functions
 
 _MAGIC = b"EFLSYMS\n"
 # Raise this with the layout, and with everything that changes which name an address gets.
@@ -58,7 +58,7 @@ class SymbolTable:
         self._strings_bytes = strings_bytes
         self.segments = segments
         self.memory_bytes = 12 * len(functions.starts)
-        self.has_names = bool((functions.names & IN_EXTENT == 0).any())
+        self.has_names = bool((functions.names & IN_FDE_RANGE == 0).any())
         """There may be functions without: those that are known by their extent."""
 
     def __len__(self) -> int:
@@ -77,14 +77,14 @@ class SymbolTable:
         found[(found >= 0) & (narrow >= functions.ends[found])] = -1
         return found
 
-    def extent_starts(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def unnamed_starts(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return where functions without a name begin, by file offset; -1 for those with one."""
         functions = self._functions
         names = functions.names[numbers]
-        is_in_extent = names & IN_EXTENT != 0
-        first = np.where(is_in_extent, names & ~IN_EXTENT, np.uint32(0))
+        is_in_fde_range = names & IN_FDE_RANGE != 0
+        first = np.where(is_in_fde_range, names & ~IN_FDE_RANGE, np.uint32(0))
         starts = functions.starts[first].astype(np.int64) + functions.base
-        return np.where(is_in_extent, starts, -1)
+        return np.where(is_in_fde_range, starts, -1)
 
     def name(self, number: int) -> bytes:
         """Return a function's name as the file has it, without a symbol version; PLT: `name@plt`.
@@ -92,7 +92,7 @@ class SymbolTable:
         It is empty for a function that is known by its extent.
         """
         position = int(self._functions.names[number])
-        if position & int(IN_EXTENT):
+        if position & int(IN_FDE_RANGE):
             return b""
         is_plt = bool(position & int(AT_PLT))
         position &= ~int(AT_PLT)

@@ -39,10 +39,10 @@ _MAX_SECTIONS = 16
 # Extents are read inside the sampling process, which needs 8 MB meanwhile for libLLVM's 95,000 and
 # 77 MB for a million; what is beyond is TOO_LARGE. So is an .eh_frame beyond that size without an
 # index: it has to be walked record by record, for which 2 MB of it need 40.
-_MAX_EXTENTS = 1 << 20
-_MAX_EXTENT_CIES = 1 << 14
+_MAX_FDE_RANGES = 1 << 20
+_MAX_INDEXED_CIES = 1 << 14
 _MAX_UNINDEXED_BYTES = 2 << 20
-_EXTENTS_CHUNK_BYTES = 1 << 20
+_INDEXED_CHUNK_BYTES = 1 << 20
 _MAX_CIE_HEAD_BYTES = 256
 _FDE_HEAD_BYTES = 24
 _HEADER_BYTES = 12
@@ -142,7 +142,7 @@ def read_debug_frame(elf: Elf) -> CallFrames:
     return _read_parts(elf, list(_debug_frame_parts(elf)))
 
 
-def read_extents(elf: Elf) -> tuple[Wide, Wide]:
+def read_fde_ranges(elf: Elf) -> tuple[Wide, Wide]:
     """Return the first addresses and the ends of functions that have an FDE, whatever its program.
 
     They lie inside executable segments, in any order, and overlap in damaged files. The FDEs are
@@ -176,8 +176,8 @@ def _read_indexed(elf: Elf) -> tuple[Wide, Wide]:
     sizes = np.zeros(len(index), dtype=np.uint32)
     order = np.argsort(index[:, 1])
     cies = _CieEncodings(elf, place)
-    for first in range(0, place.p_filesz, _EXTENTS_CHUNK_BYTES):
-        limits = np.array([first, first + _EXTENTS_CHUNK_BYTES]) - to_position
+    for first in range(0, place.p_filesz, _INDEXED_CHUNK_BYTES):
+        limits = np.array([first, first + _INDEXED_CHUNK_BYTES]) - to_position
         rows = order[slice(*np.searchsorted(index[:, 1], limits, sorter=order).tolist())]
         if len(rows):
             positions = index[rows, 1].astype(np.int64) + to_position
@@ -201,7 +201,7 @@ def _read_index(elf: Elf) -> npt.NDArray[np.int32]:
     is_usual &= encoding == _DW_EH_PE_DATAREL | _DW_EH_PE_SDATA4
     if not is_usual or count > (header.p_filesz - _HEADER_BYTES) // 8:
         return nothing
-    if count > _MAX_EXTENTS:
+    if count > _MAX_FDE_RANGES:
         raise UnreadableElf(Miss.TOO_LARGE)
     table = elf.source.read_at(header.p_offset + _HEADER_BYTES, 8 * count)
     return np.frombuffer(table, "<i4").reshape(-1, 2)
@@ -226,7 +226,7 @@ class _CieEncodings:
         encoding = self._known.get(position)
         if encoding is None:
             encoding = self._known[position] = self._read(position)
-            if len(self._known) > _MAX_EXTENT_CIES:
+            if len(self._known) > _MAX_INDEXED_CIES:
                 raise UnreadableElf(Miss.TOO_LARGE)
         return encoding
 
@@ -248,7 +248,7 @@ def _read_sizes(
     It is 0 where there is no FDE of a function with that start.
     """
     place = cies.place
-    wanted = _EXTENTS_CHUNK_BYTES + _FDE_HEAD_BYTES
+    wanted = _INDEXED_CHUNK_BYTES + _FDE_HEAD_BYTES
     chunk = cies.source.read_at(place.p_offset + first, min(wanted, place.p_filesz - first))
     content = np.frombuffer(chunk.ljust(wanted, b"\0"), np.uint8)
     words = view(content, "<u4")

@@ -20,7 +20,7 @@ Range = tuple[int, int, int]
 """First address, end, rule."""
 
 
-def find_known_code(elf: Elf, rules: Rules) -> Rules:
+def find_handwritten_rules(elf: Elf, rules: Rules) -> Rules:
     """Return rules for what is known; `rules` are those that the file has, which come first.
 
     Raises:

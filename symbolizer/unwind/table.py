@@ -2,7 +2,7 @@
 
 A table is an array of 8-byte rows sorted by address, as the walk in the kernel bisects it. The
 rules come from call frame information (cfi.py, cfa.py); where that has holes, from what is known of
-code that has none (knowncode.py, gopclntab.py).
+code that has none (handwritten.py, gopclntab.py).
 
 The rows are cut into pages of 4 KiB of addresses, so that a row needs only the low bits of its
 address, and a look-up touches few cache lines. The rule in force at the start of a page is repeated
@@ -27,7 +27,7 @@ from symbolizer.symbols.elf import SHT_NOBITS, Elf, Source, UnreadableElf, read_
 from symbolizer.symbols.gopclntab import read_go_rules
 from symbolizer.unwind.cfa import ROW, CfaKind, Rules, rule, run_programs
 from symbolizer.unwind.cfi import Wide, read_debug_frame, read_eh_frame
-from symbolizer.unwind.handwritten import find_known_code
+from symbolizer.unwind.handwritten import find_handwritten_rules
 
 PAGE_BITS = 12
 PAGE = np.dtype([("number", "<u4"), ("first", "<u4"), ("count", "<u4")])
@@ -161,7 +161,7 @@ def _read_rules(elf: Elf) -> Rules:
     rules = _collect(run_programs(read_eh_frame(elf)))
     if go is None:  # musl describes its assembly in .debug_frame only
         rules = rules.over(_collect(run_programs(read_debug_frame(elf))))
-    rules = rules.over(find_known_code(elf, rules))
+    rules = rules.over(find_handwritten_rules(elf, rules))
     return rules if go is None else rules.over(go)
 
 

@@ -59,7 +59,7 @@ def names_at(table: SymbolTable, elf_addresses: Sequence[int]) -> list[bytes | N
     """Name addresses as linked, as a tool of binutils prints them."""
     numbers = table.find(np.array([file_offset(table, a) for a in elf_addresses], dtype=np.uint64))
     named = numbers >= 0
-    named[named] = table.extent_starts(numbers[named]) < 0
+    named[named] = table.unnamed_starts(numbers[named]) < 0
     return [
         table.name(number) if is_named else None
         for number, is_named in zip(numbers.tolist(), named.tolist(), strict=True)
@@ -70,7 +70,7 @@ def starts_at(table: SymbolTable, elf_addresses: Sequence[int]) -> list[int | No
     """Return where the functions without a name begin that addresses lie in, as linked."""
     numbers = table.find(np.array([file_offset(table, a) for a in elf_addresses], dtype=np.uint64))
     starts = np.full(len(numbers), -1)
-    starts[numbers >= 0] = table.extent_starts(numbers[numbers >= 0])
+    starts[numbers >= 0] = table.unnamed_starts(numbers[numbers >= 0])
     return [elf_address(table, start) if start >= 0 else None for start in starts.tolist()]
 
 

@@ -22,8 +22,8 @@ from symbolizer.location import Frame, Kind, Miss
 from symbolizer.maps import Mapping, MappingTable
 from symbolizer.symbolizer import Symbolizer
 from symbolizer.symbols.elf import FileSource, MemorySource, UnreadableElf, read_elf
-from symbolizer.symbols.functions import IN_EXTENT, read_functions
-from symbolizer.unwind.cfi import read_eh_frame, read_extents
+from symbolizer.symbols.functions import IN_FDE_RANGE, read_functions
+from symbolizer.unwind.cfi import read_eh_frame, read_fde_ranges
 from tests.support.elf_files import (
     REAL_FILES,
     build,
@@ -141,11 +141,11 @@ def test_every_function_of_a_stripped_program_has_its_start(tmp_path, flags):
         assert names_at(table, places_in(symbol)) == [None] * 3
 
 
-def test_functions_of_a_complete_file_have_no_extents(tmp_path):
+def test_functions_of_a_complete_file_have_no_fde_ranges(tmp_path):
     """Where .symtab says what there is, FDEs add nothing."""
     table = read_table(build(tmp_path / "program", PROGRAM))
 
-    assert (table.extent_starts(np.arange(len(table))) == -1).all()
+    assert (table.unnamed_starts(np.arange(len(table))) == -1).all()
 
 
 def test_exported_functions_keep_their_names_and_no_more(tmp_path):
@@ -198,7 +198,7 @@ def test_empty_function_does_not_name_the_one_behind_it(assembled):
     assert starts_at(table, [address["behind"] + 1]) == [address["behind"]]
 
 
-def test_name_inside_of_an_extent_leaves_the_rest_one_function(assembled):
+def test_name_inside_of_an_fde_range_leaves_the_rest_one_function(assembled):
     """The bytes before and behind it lead to the same start."""
     table, address = assembled
     start = address["around"]
@@ -207,7 +207,7 @@ def test_name_inside_of_an_extent_leaves_the_rest_one_function(assembled):
     assert starts_at(table, range(start, start + 6)) == [start] * 2 + [None] * 2 + [start] * 2
 
 
-def test_extent_begins_behind_a_name_that_is_shorter(assembled):
+def test_fde_range_begins_behind_a_name_that_is_shorter(assembled):
     """A start that has a name of its own would be taken for that function."""
     table, address = assembled
     start = address["short"]
@@ -249,7 +249,7 @@ def test_index_and_section_of_real_files_agree(pattern):
     path = real_file(pattern)
     with path.open("rb") as file:
         elf = read_elf(FileSource(file.fileno()))
-        starts, ends = read_extents(dataclasses.replace(elf, sections=()))
+        starts, ends = read_fde_ranges(dataclasses.replace(elf, sections=()))
         walked = read_eh_frame(elf)
     order = np.argsort(starts)
 
@@ -311,7 +311,7 @@ class Stripped(NamedTuple):
 
 @pytest.fixture(scope="module")
 def stripped(tmp_path_factory):
-    path = strip(build(tmp_path_factory.mktemp("extents") / "program", PROGRAM))
+    path = strip(build(tmp_path_factory.mktemp("fde_ranges") / "program", PROGRAM))
     with path.open("rb") as file:
         elf = read_elf(FileSource(file.fileno()))
     sections = {section.name: section for section in elf.sections}
@@ -321,7 +321,7 @@ def stripped(tmp_path_factory):
     return Stripped(content, header.offset, count, frames.offset, frames.offset + frames.size)
 
 
-def extents_of(content: bytes) -> list[tuple[int, int]]:
+def unnamed_ranges(content: bytes) -> list[tuple[int, int]]:
     """Return the ranges without a name that are in the table, whatever function they belong to."""
     elf = read_elf(MemorySource(content))
     functions, _ = read_functions(elf)
@@ -330,30 +330,30 @@ def extents_of(content: bytes) -> list[tuple[int, int]]:
     assert (ends[:-1] <= starts[1:]).all()
     limit = max(segment.p_offset + segment.p_filesz for segment in elf.segments)
     assert not len(ends) or functions.base + ends[-1] <= limit
-    is_extent = functions.names >> 30 == 1
-    first = functions.names[is_extent] & ~IN_EXTENT
+    is_unnamed = functions.names >> 30 == 1
+    first = functions.names[is_unnamed] & ~IN_FDE_RANGE
     assert (first < len(starts)).all()
-    assert (functions.starts[first] <= functions.starts[is_extent]).all()
-    return list(zip(starts[is_extent].tolist(), ends[is_extent].tolist(), strict=True))
+    assert (functions.starts[first] <= functions.starts[is_unnamed]).all()
+    return list(zip(starts[is_unnamed].tolist(), ends[is_unnamed].tolist(), strict=True))
 
 
-def test_table_in_any_order_gives_the_same_extents(stripped):
+def test_table_in_any_order_gives_the_same_fde_ranges(stripped):
     """The order is the linker's promise to the C++ runtime; it is not needed here."""
-    whole = extents_of(stripped.content)
+    whole = unnamed_ranges(stripped.content)
     assert len(whole) >= len(OWN)
 
-    assert extents_of(stripped.with_table(lambda table: table[::-1])) == whole
+    assert unnamed_ranges(stripped.with_table(lambda table: table[::-1])) == whole
 
 
 def test_row_that_its_fde_denies_gives_nothing(stripped):
     """A function begins where both copies of the address say so."""
-    whole = extents_of(stripped.content)
+    whole = unnamed_ranges(stripped.content)
     twisted = stripped.with_table(lambda table: np.column_stack([table[:, 0], table[::-1, 1]]))
     moved = stripped.with_table(lambda table: np.add(table, [1, 0]))
 
-    assert set(extents_of(twisted)) <= set(whole)
+    assert set(unnamed_ranges(twisted)) <= set(whole)
     # No row is left, so .eh_frame itself is read.
-    assert extents_of(moved) == whole
+    assert unnamed_ranges(moved) == whole
 
 
 @pytest.mark.parametrize(
@@ -371,17 +371,17 @@ def test_row_that_its_fde_denies_gives_nothing(stripped):
 def test_section_is_read_where_the_header_is_of_no_use(stripped, at, content):
     damaged = stripped.with_bytes(stripped.header + at, content)
 
-    assert extents_of(damaged) == extents_of(stripped.content)
+    assert unnamed_ranges(damaged) == unnamed_ranges(stripped.content)
 
 
 def test_table_may_end_early(stripped):
     """What it does not list is left out."""
     shorter = stripped.with_bytes(stripped.header + 8, struct.pack("<I", stripped.count - 2))
 
-    found = extents_of(shorter)
+    found = unnamed_ranges(shorter)
 
     assert found
-    assert set(found) < set(extents_of(stripped.content))
+    assert set(found) < set(unnamed_ranges(stripped.content))
 
 
 def with_sizes(stripped: Stripped, change) -> bytes:
@@ -397,10 +397,10 @@ def with_sizes(stripped: Stripped, change) -> bytes:
 
 def test_fde_that_reaches_into_the_next_ends_before_it(stripped):
     """Each function has its own start, however long the one before it claims to be."""
-    whole = extents_of(stripped.content)
+    whole = unnamed_ranges(stripped.content)
 
     last = stripped.count - 1  # which would reach out of the code
-    found = extents_of(with_sizes(stripped, lambda row, size: size + 24 * (row < last)))
+    found = unnamed_ranges(with_sizes(stripped, lambda row, size: size + 24 * (row < last)))
 
     assert {start for start, _ in whole} <= {start for start, _ in found}
     assert found != whole
@@ -409,10 +409,10 @@ def test_fde_that_reaches_into_the_next_ends_before_it(stripped):
 @pytest.mark.parametrize("size", [0, 0x7FFFFFFF, 0xFFFFFFFF])
 def test_fde_that_reaches_out_of_the_code_counts_for_nothing(stripped, size):
     """Nor does an empty one; the others stay."""
-    whole = extents_of(stripped.content)
+    whole = unnamed_ranges(stripped.content)
     row = stripped.count - 1
 
-    found = extents_of(with_sizes(stripped, lambda i, old: size if i == row else old))
+    found = unnamed_ranges(with_sizes(stripped, lambda i, old: size if i == row else old))
 
     assert len(found) == len(whole) - 1
     assert set(found) < set(whole)
@@ -429,7 +429,7 @@ def test_damaged_headers_and_frames_raise_nothing(stripped, data):
         at = data.draw(st.integers(*inside) | st.integers(*fields))
         content[at] = data.draw(st.integers(0, 255) | st.sampled_from([0, 0x7F, 0x80, 0xFF]))
 
-    extents_of(bytes(content))
+    unnamed_ranges(bytes(content))
 
 
 @settings(max_examples=200, deadline=None)
@@ -437,7 +437,7 @@ def test_damaged_headers_and_frames_raise_nothing(stripped, data):
 @example(section=b"\xff" * 400)
 def test_random_frames_raise_nothing(section):
     """No section is well-formed here, and there is no header."""
-    extents_of(make_elf({b".eh_frame": section}))
+    unnamed_ranges(make_elf({b".eh_frame": section}))
 
 
 def test_overlapping_fdes_become_disjoint():
@@ -447,7 +447,7 @@ def test_overlapping_fdes_become_disjoint():
     for start, size in ((256, 32), (0, 300), (64, 16), (64, 32), (0x2FF0, 0x100)):
         section.add_fde(CODE + start, size)
 
-    found = extents_of(make_elf({b".eh_frame": section.content}))
+    found = unnamed_ranges(make_elf({b".eh_frame": section.content}))
 
     assert found == [(0, 64), (64, 96), (256, 288)]
 
@@ -477,7 +477,7 @@ def test_many_rows_cost_little(tmp_path):
             elf = dataclasses.replace(elf, loaded=(*elf.loaded, elf.eh_frame_hdr))
             tracemalloc.start()
             with contextlib.suppress(UnreadableElf):
-                outcomes.append(len(read_extents(elf)[0]))
+                outcomes.append(len(read_fde_ranges(elf)[0]))
             functions, _ = read_functions(elf)
             _, peak = tracemalloc.get_traced_memory()
             tracemalloc.stop()
@@ -493,9 +493,9 @@ def test_large_section_without_an_index_is_left_unread(tmp_path):
     section = FrameSection()
     section.add_cie()
     section.add_fde(CODE, 64)
-    assert extents_of(make_elf({b".eh_frame": section.content})) == [(0, 64)]
+    assert unnamed_ranges(make_elf({b".eh_frame": section.content})) == [(0, 64)]
 
-    assert extents_of(make_elf({b".eh_frame": section.content + bytes(3 << 20)})) == []
+    assert unnamed_ranges(make_elf({b".eh_frame": section.content + bytes(3 << 20)})) == []
 
 
 # What is shown.
@@ -545,7 +545,7 @@ def test_addresses_of_a_stripped_function_are_one_box(tmp_path, symbolizer, flag
     assert sorted(graph.total.tolist()[1:]) == [3 * PERIOD_NS] * len(OWN)
 
 
-def test_place_outside_of_extents_has_no_frame(tmp_path, symbolizer):
+def test_place_outside_of_fde_ranges_has_no_frame(tmp_path, symbolizer):
     """It stays in its module's box, and all that has no name is counted, extent or not."""
     path = build(tmp_path / "program", PROGRAM)
     (first,) = own_functions(path, {b"first"})
@@ -572,7 +572,7 @@ def test_file_without_any_name_says_so(tmp_path, symbolizer):
     assert symbolizer.misses == {Miss.STRIPPED: 2}
 
 
-def test_extents_are_kept_in_the_cache(tmp_path, symbolizer):
+def test_fde_ranges_are_kept_in_the_cache(tmp_path, symbolizer):
     """With a build id in the record, a later profiler shows the same without the file."""
     path = build(tmp_path / "program", PROGRAM)
     (first,) = own_functions(path, {b"first"})
