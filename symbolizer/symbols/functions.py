@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from symbolizer.integers import Wide
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import (
     SHT_DYNSYM,
@@ -30,10 +31,9 @@ from symbolizer.symbols.elf import (
     check_size,
 )
 from symbolizer.symbols.plt import PltStubs, find_plt_stubs, read_symbol_names
-from symbolizer.unwind.cfi import read_fde_ranges
+from symbolizer.unwind.fde_ranges import read_fde_ranges
 
 Words = npt.NDArray[np.uint32]
-Wide = npt.NDArray[np.uint64]
 
 STT_NOTYPE, STT_FUNC, STT_GNU_IFUNC = 0, 2, 10
 STB_LOCAL, STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE = 0, 1, 2, 10

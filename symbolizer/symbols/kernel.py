@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from symbolizer.integers import Wide
 from symbolizer.symbols.elf import parse_build_id
 from symbolizer.symbols.functions import Candidates, Functions, arrange, name_preferences
 from symbolizer.text import readable
-
-Wide = npt.NDArray[np.uint64]
 
 KERNEL_NAME = "[kernel.kallsyms]"
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from symbolizer.integers import Wide
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import SHT_DYNSYM, SHT_PROGBITS, SHT_RELA, Elf, Section, UnreadableElf
-
-Wide = npt.NDArray[np.uint64]
 
 R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT, R_X86_64_IRELATIVE = 6, 7, 37
 

@@ -16,14 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from symbolizer.location import Miss
-from symbolizer.symbols.elf import UnreadableElf
-from symbolizer.unwind.cfi import (
+from symbolizer.integers import (
     MAX_LEB_BYTES,
     PADDING_BYTES,
-    RETURN_ADDRESS,
     Bytes,
-    CallFrames,
     Flags,
     Ints,
     Wide,
@@ -31,6 +27,10 @@ from symbolizer.unwind.cfi import (
     read_uleb,
     view,
 )
+from symbolizer.location import Miss
+from symbolizer.symbols.elf import UnreadableElf
+from symbolizer.unwind.cfi import CallFrames
+from symbolizer.unwind.cie import RETURN_ADDRESS
 
 # Arrays of this many elements stay in the processor's second cache; larger chunks are slower, and
 # smaller ones pay numpy's price of a call too often (bench/bench_unwind_tables.py).

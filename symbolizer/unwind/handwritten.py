@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from symbolizer.integers import Wide
 from symbolizer.symbols.elf import SHT_PROGBITS, Elf, UnreadableElf
 from symbolizer.symbols.functions import read_functions
 from symbolizer.unwind.cfa import CfaKind, Rules, rule
-from symbolizer.unwind.cfi import Wide
 
 Range = tuple[int, int, int]
 """First address, end, rule."""

@@ -22,11 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from symbolizer import digest
+from symbolizer.integers import Wide
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import SHT_NOBITS, Elf, Source, UnreadableElf, read_elf
 from symbolizer.symbols.gopclntab import read_go_rules
 from symbolizer.unwind.cfa import ROW, CfaKind, Rules, rule, run_programs
-from symbolizer.unwind.cfi import Wide, read_debug_frame, read_eh_frame
+from symbolizer.unwind.cfi import read_debug_frame, read_eh_frame
 from symbolizer.unwind.handwritten import find_handwritten_rules
 
 PAGE_BITS = 12
