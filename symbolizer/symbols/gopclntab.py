@@ -23,7 +23,7 @@ import numpy.typing as npt
 from symbolizer.integers import PADDING_BYTES, Ints, read_uleb, view
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import Elf, Section, UnreadableElf
-from symbolizer.unwind.cfa import CfaKind, Rules, rule
+from symbolizer.unwind.rules import CfaKind, Rules, rule
 
 # kubectl has 67,000 functions; the limit is for made-up files.
 _MAX_FUNCTIONS = 1 << 20

@@ -10,14 +10,12 @@ programs, whatever they hold. So time and memory grow with the bytes alone, also
 are made to hurt.
 """
 
-import enum
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from symbolizer.integers import (
-    MAX_LEB_BYTES,
     PADDING_BYTES,
     Bytes,
     Flags,
@@ -25,12 +23,19 @@ from symbolizer.integers import (
     Wide,
     read_sleb,
     read_uleb,
-    view,
 )
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import UnreadableElf
+from symbolizer.unwind import instructions as op
 from symbolizer.unwind.cfi import CallFrames
-from symbolizer.unwind.cie import RETURN_ADDRESS
+from symbolizer.unwind.cie import RBP, RETURN_ADDRESS, RSP
+from symbolizer.unwind.instructions import (
+    Instructions,
+    Programs,
+    block_at,
+    look_up,
+)
+from symbolizer.unwind.rules import CfaKind, RbpKind, Rules, rule
 
 # Arrays of this many elements stay in the processor's second cache; larger chunks are slower, and
 # smaller ones pay numpy's price of a call too often (bench/bench_unwind_tables.py).
@@ -39,106 +44,6 @@ _CHUNK_BYTES = 1 << 17
 # libLLVM's programs have 860,000 states between their advances. With more than 20 times that, a
 # file was made to take long.
 _MAX_STEPS = 1 << 24
-
-
-class CfaKind(enum.IntEnum):
-    """How a frame's CFA is computed. Offsets are in units of 8 bytes, below called `cfa`."""
-
-    HOLE = 0
-    """No FDE covers the address."""
-    RSP = 1
-    """rsp + 8 * cfa."""
-    RBP = 2
-    """rbp + 8 * cfa."""
-    PLT = 3
-    """rsp + 8, and 8 more from byte `cfa` of the 16 of a stub on, behind its push: from 11 on."""
-    PLT_LAZY = 4
-    """The same in stubs that begin with a landing pad: from 9 on, 10 in those of old linkers."""
-    DEREF_RBP = 5
-    """*(rbp + 8 * low byte of cfa, signed) + 8 * high byte: functions that align the stack."""
-    DEREF_RSP = 6
-    """The same from rsp: hand-written assembly of OpenSSL."""
-    SIGNAL = 7
-    """The registers are in the ucontext that rt_sigreturn takes from rsp."""
-    STOP = 8
-    """There is no caller."""
-    UNSUPPORTED = 9
-    """There are rules, but not among these."""
-    FRAME_POINTER = 10
-    """The file has no rules here, but its compiler keeps frame pointers."""
-    CLONE = 11
-    """rsp + 8, behind the system call that makes a thread; in the thread, where rax is 0, STOP."""
-    REGISTER = 16
-    """And above: register number (DWARF's) + 8 * cfa. Known at the leaf and behind signals only."""
-    RETURN_REGISTER = 32
-    """And above: rsp + 8 * cfa, and the return address is in that register: glibc's vfork()."""
-
-
-class RbpKind(enum.IntEnum):
-    """Where the caller's rbp is. Offsets are in units of 8 bytes, below called `rbp`."""
-
-    SAME = 0
-    AT_CFA = 1
-    """At CFA + 8 * rbp."""
-    DEREF_RBP = 2
-    """At rbp + 8 * rbp."""
-    UNDEFINED = 3
-    """Lost, or beyond us."""
-    DEREF_RSP = 4
-    """At rsp + 8 * rbp."""
-
-
-ROW = np.dtype(
-    [("pc_low", "<u2"), ("cfa", "<u2"), ("cfa_kind", "u1"), ("rbp_kind", "u1"), ("rbp", "<i2")]
-)
-"""A rule and the low 16 bits of the ELF address from which on it holds."""
-
-
-def rule(kind: CfaKind, cfa: int = 0) -> int:
-    """Return a row as one number, first field 0 and rbp the SAME, as rules are built."""
-    return int(kind) << 32 | cfa << 16
-
-
-class Rules(NamedTuple):
-    """Rows before they are cut into pages: an address and a number whose low 16 bits are free.
-
-    Sorted by address. A rule holds up to the next, which is another; before the first is a HOLE.
-    """
-
-    addresses: Wide
-    rules: Wide
-
-    @classmethod
-    def of_ranges(cls, ranges: Iterable[tuple[int, int, int]]) -> "Rules":
-        """Return a rule for each (start, end, rule), none overlapping, and HOLEs between."""
-        edges: dict[int, int] = {}
-        for start, end, number in sorted(ranges):
-            edges[start] = number
-            edges[end] = rule(CfaKind.HOLE)
-        in_order = sorted(edges.items())
-        columns = np.array(in_order, dtype=np.uint64).reshape(-1, 2)
-        return cls(columns[:, 0], columns[:, 1])
-
-    def over(self, lower: "Rules") -> "Rules":
-        """Return these rules, and the lower ones where these have a HOLE."""
-        if not len(self.rules) or not len(lower.rules):
-            return self if len(self.rules) else lower
-        addresses = np.concatenate([self.addresses, lower.addresses])
-        addresses.sort(kind="stable")  # which merges the two; numpy's unique takes 30 times as long
-        addresses = addresses[np.append(True, addresses[1:] != addresses[:-1])]
-        own = self.at(addresses)
-        rules = np.where(own == rule(CfaKind.HOLE), lower.at(addresses), own)
-        return Rules(addresses, rules).without_repetitions()
-
-    def without_repetitions(self) -> "Rules":
-        is_new = np.ones(len(self.rules), dtype=np.bool_)
-        is_new[1:] = self.rules[1:] != self.rules[:-1]
-        return Rules(self.addresses[is_new], self.rules[is_new])
-
-    def at(self, addresses: Wide) -> Wide:
-        """Return the rule at each address."""
-        places = np.searchsorted(self.addresses, addresses, side="right")
-        return np.append(np.uint64(rule(CfaKind.HOLE)), self.rules)[places]
 
 
 def run_programs(frames: CallFrames) -> Iterator[Rules]:
@@ -189,7 +94,6 @@ class _State(NamedTuple):
 
 _READY = 1 << 30
 _NO_BASE = 31
-_RSP, _RBP = 7, 6
 
 _AT_CFA_MINUS_8, _UNDEFINED, _IN_UCONTEXT, _ELSEWHERE = range(4)
 _IN_REGISTER = 16
@@ -239,18 +143,18 @@ def _run_cies(frames: CallFrames) -> _Cies:
 def _run_fdes(frames: CallFrames, cies: _Cies, here: slice) -> tuple[Rules, int]:
     """Return the rows of a run of FDEs, and how many states there were before some were dropped."""
     own = cies.take(frames.cie_numbers[here])
-    lanes = _gather(frames, frames.programs[here], frames.program_ends[here], own)
-    steps = _find_steps(lanes, own.initial)
-    rules = _pack(steps.states, own.is_signal[steps.lanes])
-    addresses = frames.starts[here][steps.lanes] + steps.locations.astype(np.uint64)
+    programs = _gather(frames, frames.programs[here], frames.program_ends[here], own)
+    steps = _find_steps(programs, own.initial)
+    rules = _pack(steps.states, own.is_signal[steps.owners])
+    addresses = frames.starts[here][steps.owners] + steps.locations.astype(np.uint64)
 
     # A row that begins where the next one does, or behind its function, holds nowhere.
     ends = frames.ends[here]
-    holds = addresses < ends[steps.lanes]
+    holds = addresses < ends[steps.owners]
     holds[:-1] &= (addresses[:-1] != addresses[1:]) | steps.is_last[:-1]
     next_starts = np.append(frames.starts[here.start + 1 : here.stop + 1], _BEHIND_ALL)
     begins_hole = (ends + np.uint64(15) & ~np.uint64(15)) < next_starts[: len(ends)]
-    hole_follows = steps.is_last & begins_hole[steps.lanes]
+    hole_follows = steps.is_last & begins_hole[steps.owners]
     rows = _with_holes(Rules(addresses, rules), holds, hole_follows, ends[begins_hole])
     return rows, len(rules)
 
@@ -284,7 +188,7 @@ def _pack(states: _State, is_signal: Flags) -> Wide:
     is_supported = (is_plain | is_ready) & (states.return_address == _AT_CFA_MINUS_8)
     rules[~is_supported] = rule(CfaKind.UNSUPPORTED)
     in_register = states.return_address - _IN_REGISTER
-    at = np.flatnonzero(is_plain & (base == _RSP) & (in_register >= 0))
+    at = np.flatnonzero(is_plain & (base == RSP) & (in_register >= 0))
     kinds = int(CfaKind.RETURN_REGISTER) + in_register[at]
     rules[at] = kinds << 32 | offset[at] >> 3 << 16 | states.rbp[at] << 40
     rules[is_signal_frame] = rule(CfaKind.SIGNAL)
@@ -301,267 +205,58 @@ def _saved_rbp(kind: RbpKind, offset: int) -> int:
 
 
 _KINDS = np.arange(CfaKind.REGISTER, CfaKind.REGISTER + 32, dtype=np.int64)
-_KINDS[[_RSP, _RBP]] = CfaKind.RSP, CfaKind.RBP
+_KINDS[[RSP, RBP]] = CfaKind.RSP, CfaKind.RBP
 _KINDS <<= 16
 
 
-class _Lanes(NamedTuple):
-    """Programs side by side, each followed by one `_END`.
-
-    Attributes:
-        code: the bytes, with padding behind them.
-        starts: where each program begins; `ends` are the places of `_END`.
-        code_alignments: per program, as `data_alignments`.
-    """
-
-    code: Bytes
-    starts: Ints
-    ends: Ints
-    code_alignments: Ints
-    data_alignments: Ints
-
-
-def _gather(frames: CallFrames, programs: Ints, program_ends: Ints, cies: _Cies) -> _Lanes:
-    sizes = program_ends - programs + 1
-    after = np.cumsum(sizes)
-    size = int(after[-1])
-    places = np.repeat(programs - (after - sizes), sizes)
-    places += np.arange(size)
-    code = np.zeros(size + PADDING_BYTES, dtype=np.uint8)
-    np.take(frames.content, places, out=code[:size], mode="clip")
-    code[after - 1] = _END
-    return _Lanes(code, after - sizes, after - 1, cies.code_alignments, cies.data_alignments)
-
-
-# Instructions by their number: DWARF 5, section 7.24, and the GNU ones.
-_NOP, _ADVANCE_1, _ADVANCE_2, _ADVANCE_4 = 0x00, 0x02, 0x03, 0x04
-_OFFSET_EXTENDED, _RESTORE_EXTENDED, _UNDEFINED_REGISTER = 0x05, 0x06, 0x07
-_SAME_VALUE, _REGISTER, _REMEMBER_STATE, _RESTORE_STATE = 0x08, 0x09, 0x0A, 0x0B
-_DEF_CFA, _DEF_CFA_REGISTER, _DEF_CFA_OFFSET, _DEF_CFA_EXPRESSION = 0x0C, 0x0D, 0x0E, 0x0F
-_EXPRESSION, _OFFSET_EXTENDED_SF, _DEF_CFA_SF, _DEF_CFA_OFFSET_SF = 0x10, 0x11, 0x12, 0x13
-_VAL_OFFSET, _VAL_OFFSET_SF, _VAL_EXPRESSION = 0x14, 0x15, 0x16
-_GNU_ARGS_SIZE, _GNU_NEGATIVE_OFFSET = 0x2E, 0x2F
-_END = 0x3F  # DW_CFA_hi_user: in a program it is as unknown as any other
-_ADVANCE, _OFFSET, _RESTORE = 0x40, 0x80, 0xC0
-
-_OF_REGISTERS = (
-    *(_OFFSET_EXTENDED, _RESTORE_EXTENDED, _UNDEFINED_REGISTER, _SAME_VALUE, _REGISTER),
-    *(_EXPRESSION, _OFFSET_EXTENDED_SF, _VAL_OFFSET, _VAL_OFFSET_SF, _VAL_EXPRESSION),
-    _GNU_NEGATIVE_OFFSET,
-)
-_WITH_BLOCK = (_DEF_CFA_EXPRESSION, _EXPRESSION, _VAL_EXPRESSION)
-_WITH_TWO_NUMBERS = (
-    *(_OFFSET_EXTENDED, _REGISTER, _DEF_CFA, _OFFSET_EXTENDED_SF, _DEF_CFA_SF),
-    *(_VAL_OFFSET, _VAL_OFFSET_SF, _GNU_NEGATIVE_OFFSET, _EXPRESSION, _VAL_EXPRESSION),
-)
-_WITH_NUMBERS = (
-    *(_RESTORE_EXTENDED, _UNDEFINED_REGISTER, _SAME_VALUE, _DEF_CFA_REGISTER, _DEF_CFA_OFFSET),
-    *(_DEF_CFA_EXPRESSION, _DEF_CFA_OFFSET_SF, _GNU_ARGS_SIZE, *range(_OFFSET, _RESTORE)),
-    *_WITH_TWO_NUMBERS,
-)
-_ADVANCES = (_ADVANCE_1, _ADVANCE_2, _ADVANCE_4, *range(_ADVANCE, _OFFSET))
-_WITHOUT_NUMBERS = (_NOP, _REMEMBER_STATE, _RESTORE_STATE, *_ADVANCES, *range(_RESTORE, 256))
-
-# One bit per column of _State.
-_WRITES_BASE, _WRITES_OFFSET, _WRITES_RBP, _WRITES_RETURN_ADDRESS = 1, 2, 4, 8
-_COLUMNS = (_WRITES_BASE, _WRITES_OFFSET, _WRITES_RBP, _WRITES_RETURN_ADDRESS)
-_WRITERS = {
-    _WRITES_BASE: (_DEF_CFA, _DEF_CFA_SF, _DEF_CFA_REGISTER, _DEF_CFA_EXPRESSION, _RESTORE_STATE),
-    _WRITES_OFFSET: (_DEF_CFA, _DEF_CFA_SF, _DEF_CFA_OFFSET, _DEF_CFA_OFFSET_SF, _RESTORE_STATE),
-    _WRITES_RBP: (_OFFSET + _RBP, _RESTORE + _RBP, _RESTORE_STATE),
-    _WRITES_RETURN_ADDRESS: (_OFFSET + RETURN_ADDRESS, _RESTORE + RETURN_ADDRESS, _RESTORE_STATE),
-}
-
-_IS_ADVANCE, _IS_OF_REGISTER, _IS_UNKNOWN, _MATTERS = 1, 2, 4, 8
-_HAS_NUMBER, _HAS_SECOND, _HAS_BLOCK = 16, 32, 64
-_TRAITS = {
-    _IS_ADVANCE: _ADVANCES,
-    _IS_OF_REGISTER: _OF_REGISTERS,
-    _IS_UNKNOWN: set(range(256)) - {*_WITH_NUMBERS, *_WITHOUT_NUMBERS},
-    # Most instructions are about registers that do not matter.
-    _MATTERS: {
-        *range(_OFFSET),
-        *(opcode for writers in _WRITERS.values() for opcode in writers),
-    }
-    - {_NOP, _GNU_ARGS_SIZE},
-    _HAS_NUMBER: _WITH_NUMBERS,
-    _HAS_SECOND: _WITH_TWO_NUMBERS,
-    _HAS_BLOCK: _WITH_BLOCK,
-}
-
-
-def _tabulate(bits: Mapping[int, Collection[int]]) -> bytes:
-    """Return for each opcode the sum of the bits that name it."""
-    return bytes(sum(bit for bit, opcodes in bits.items() if n in opcodes) for n in range(256))
-
-
-_TRAITS_TABLE = _tabulate(_TRAITS)
-_WRITES_TABLE = _tabulate(_WRITERS)
-_FIXED_WIDTHS_TABLE = bytes(
-    {_ADVANCE_1: 2, _ADVANCE_2: 3, _ADVANCE_4: 5}.get(n, 1) for n in range(256)
-)
-_SHORT_ADVANCES_TABLE = bytes(n & 63 if n >> 6 == _ADVANCE >> 6 else 0 for n in range(256))
-
-
-def _look_up(table: bytes, opcodes: Bytes) -> Bytes:
-    """Return a table's byte for each byte; several times as fast as an array indexed by one."""
-    return np.frombuffer(opcodes.tobytes().translate(table), np.uint8)
+def _gather(frames: CallFrames, starts: Ints, ends: Ints, cies: _Cies) -> Programs:
+    alignments = (cies.code_alignments, cies.data_alignments)
+    return Programs.gather(frames.content, starts, ends, *alignments)
 
 
 class _Steps(NamedTuple):
     """The states of programs between their advances, program after program.
 
     Attributes:
-        lanes: the number of the program.
+        owners: the number of the program.
         locations: how far from the beginning of its function the state begins to hold.
         is_last: the last one of its program.
     """
 
-    lanes: Ints
+    owners: Ints
     locations: Ints
     is_last: Flags
     states: _State
 
 
-def _find_steps(lanes: _Lanes, initial: _State) -> _Steps:
-    program = _Program.decode(lanes)
-    is_last = np.zeros(len(program.opcodes), dtype=np.bool_)
-    is_last[program.lasts] = True
-    places = np.flatnonzero((program.traits & _IS_ADVANCE > 0) | is_last)
-    states = _states_at(program, places, initial)
-    return _Steps(program.lanes[places], _locations(program)[places], is_last[places], states)
+def _find_steps(programs: Programs, initial: _State) -> _Steps:
+    instructions = Instructions.decode(programs)
+    is_last = np.zeros(len(instructions.opcodes), dtype=np.bool_)
+    is_last[instructions.lasts] = True
+    places = np.flatnonzero((instructions.traits & op.IS_ADVANCE > 0) | is_last)
+    states = _states_at(instructions, places, initial)
+    return _Steps(
+        instructions.owners[places], instructions.locations()[places], is_last[places], states
+    )
 
 
-class _Program(NamedTuple):
-    """The instructions that matter, of all lanes, in order.
-
-    Attributes:
-        source: what they were found in.
-        positions: of their first bytes in the code.
-        opcodes: their first bytes.
-        traits: what is known of these, as bits.
-        lanes: the number of the program each is in.
-        firsts: per lane, the number of its first instruction; `lasts` are those of `_END`.
-        is_broken: per lane, whether it holds what cannot be understood.
-    """
-
-    source: _Lanes
-    positions: Ints
-    opcodes: Bytes
-    traits: Bytes
-    lanes: Ints
-    firsts: Ints
-    lasts: Ints
-    is_broken: Flags
-
-    @classmethod
-    def decode(cls, source: _Lanes) -> "_Program":
-        code, ends = source.code, source.ends
-        code_traits = _look_up(_TRAITS_TABLE, code)
-        widths = _find_widths(code, code_traits)
-        is_start = _mark_starts(widths, source.starts, ends)
-        positions = np.flatnonzero(is_start & (code_traits[: len(is_start)] & _MATTERS > 0))
-        opcodes, traits = code[positions], code_traits[positions]
-        lasts = np.searchsorted(positions, ends)
-        counts = np.diff(lasts, prepend=-1)
-        lanes = np.repeat(np.arange(len(ends)), counts)
-        is_wrong = (traits & _IS_UNKNOWN > 0) | (positions + widths[positions] > ends[lanes])
-        is_wrong[lasts] = False
-        is_broken = np.zeros(len(ends), dtype=np.bool_)
-        is_broken[lanes[is_wrong]] = True
-        return cls(source, positions, opcodes, traits, lanes, lasts - counts + 1, lasts, is_broken)
-
-
-def _find_widths(code: Bytes, traits: Bytes) -> Ints:
-    """Return for each byte how long the instruction would be, if one began there."""
-    number_widths = np.ones(len(code), dtype=np.uint8)
-    goes_on = code >= 0x80
-    for _ in range(1, MAX_LEB_BYTES):
-        number_widths[: len(goes_on)] += goes_on
-        goes_on = goes_on[:-1] & goes_on[1:]
-        if not goes_on.any():
-            break
-    narrow = _look_up(_FIXED_WIDTHS_TABLE, code).copy()
-    narrow[:-1] += number_widths[1:] * (traits[:-1] & _HAS_NUMBER > 0)
-    last = len(code) - 1
-    two = np.flatnonzero(traits & _HAS_SECOND)
-    narrow[two] += number_widths[np.minimum(two + narrow[two], last)]
-    widths = narrow.astype(np.int64)
-    blocks = np.flatnonzero(traits & _HAS_BLOCK)
-    sizes, _ = read_uleb(code, _block_at(code, blocks)[0])
-    widths[blocks] += np.minimum(sizes, len(code))
-    return widths
-
-
-def _block_at(code: Bytes, at: Ints) -> tuple[Ints, Ints]:
-    """Return for instructions that end in a block where its size and its content stand."""
-    sizes_at = at + 1
-    has_register = np.flatnonzero(code[at] != _DEF_CFA_EXPRESSION)
-    last = len(code) - 1
-    sizes_at[has_register] += read_uleb(code, np.minimum(sizes_at[has_register], last))[1]
-    sizes_at = np.minimum(sizes_at, last)
-    return sizes_at, sizes_at + read_uleb(code, sizes_at)[1]
-
-
-# With fewer programs left, a loop over their instructions is quicker than calls of numpy for one
-# each; after so many steps the finished ones are taken out.
-_FEW = 48
-_STEPS_BETWEEN = 8
-
-
-def _mark_starts(widths: Ints, starts: Ints, ends: Ints) -> Flags:
-    """Mark where the instructions of all programs begin, and their `_END`s."""
-    is_start = np.zeros(int(ends[-1]) + 1, dtype=np.bool_)
-    is_start[ends] = True
-    positions = starts
-    while len(positions) > _FEW:
-        for _ in range(_STEPS_BETWEEN):
-            is_start[positions] = True
-            positions = np.minimum(positions + widths[positions], ends)
-        is_left = positions < ends
-        positions, ends = positions[is_left], ends[is_left]
-    marks = is_start.data
-    steps = widths.data
-    for position, end in zip(positions.tolist(), ends.tolist(), strict=True):
-        at = position
-        while at < end:
-            marks[at] = True
-            at += steps[at]
-    return is_start
-
-
-def _locations(program: _Program) -> Ints:
-    """Return for each instruction how far its program has advanced before it."""
-    code, positions, opcodes = program.source.code, program.positions, program.opcodes
-    advances = _look_up(_SHORT_ADVANCES_TABLE, opcodes).astype(np.int64)
-    for opcode, form in ((_ADVANCE_1, "u1"), (_ADVANCE_2, "<u2"), (_ADVANCE_4, "<u4")):
-        found = np.flatnonzero(opcodes == opcode)
-        advances[found] = view(code, form)[positions[found] + 1]
-    if (program.source.code_alignments != 1).any():
-        advances = advances * program.source.code_alignments[program.lanes]
-    before = np.cumsum(advances)
-    before -= advances
-    locations: Ints = before - before[program.firsts][program.lanes]
-    return locations
-
-
-def _states_at(program: _Program, places: Ints, initial: _State) -> _State:
+def _states_at(instructions: Instructions, places: Ints, initial: _State) -> _State:
     """Return the state in force at each instruction of `places`."""
-    writes, values = _find_writes(program, initial)
+    writes, values = _find_writes(instructions, initial)
     # What no instruction of a program has written yet is as the first one found it.
     is_first = np.zeros(len(writes), dtype=np.bool_)
-    is_first[program.firsts] = True
-    restores = _Restores.match(program)
+    is_first[instructions.firsts] = True
+    restores = _Restores.match(instructions)
     columns = []
-    for bit, written, before in zip(_COLUMNS, values, initial, strict=True):
+    for bit, written, before in zip(op.COLUMNS, values, initial, strict=True):
         is_written = writes & bit > 0
-        unwritten = ~is_written[program.firsts]
-        written[program.firsts[unwritten]] = before[unwritten]
+        unwritten = ~is_written[instructions.firsts]
+        written[instructions.firsts[unwritten]] = before[unwritten]
         writers = np.flatnonzero(is_written | is_first)
         column = restores.resolve(writers, written[writers])
         lengths = np.diff(writers, append=len(writes))
         columns.append(np.repeat(column, lengths)[places])
-    is_broken = program.is_broken[program.lanes[places]]
+    is_broken = instructions.is_broken[instructions.owners[places]]
     columns[0][is_broken] = _NO_BASE
     columns[3][is_broken] = _ELSEWHERE
     return _State(*columns)
@@ -578,17 +273,17 @@ class _Restores(NamedTuple):
     origins: Ints
 
     @classmethod
-    def match(cls, program: _Program) -> "_Restores":
+    def match(cls, instructions: Instructions) -> "_Restores":
         """Pair them like brackets. A program that restores what it did not remember is broken."""
-        is_restore = program.opcodes == _RESTORE_STATE
-        both = np.flatnonzero(is_restore | (program.opcodes == _REMEMBER_STATE))
-        lanes, is_restore = program.lanes[both], is_restore[both]
+        is_restore = instructions.opcodes == op.RESTORE_STATE
+        both = np.flatnonzero(is_restore | (instructions.opcodes == op.REMEMBER_STATE))
+        owners, is_restore = instructions.owners[both], is_restore[both]
         depth = np.cumsum(np.where(is_restore, -1, 1))
-        before = np.append(0, depth)[np.searchsorted(lanes, lanes)]
+        before = np.append(0, depth)[np.searchsorted(owners, owners)]
         # A pair shares the level that the one opens and the other closes.
         levels = depth - before + is_restore
-        program.is_broken[lanes[levels <= 0]] = True
-        order = np.lexsort((levels, lanes))
+        instructions.is_broken[owners[levels <= 0]] = True
+        order = np.lexsort((levels, owners))
         at = np.flatnonzero(is_restore[order])
         origins = np.empty(len(both), dtype=np.int64)
         origins[order[at]] = both[order[np.maximum(at - 1, 0)]]
@@ -613,85 +308,93 @@ class _Restores(NamedTuple):
         return written
 
 
-def _find_writes(program: _Program, initial: _State) -> tuple[Bytes, _State]:
+def _find_writes(instructions: Instructions, initial: _State) -> tuple[Bytes, _State]:
     """Return which columns each instruction writes, and what it writes into them."""
-    code, opcodes = program.source.code, program.opcodes
-    writes = _look_up(_WRITES_TABLE, opcodes).copy()
-    values = _State(*(np.zeros(len(opcodes), dtype=np.int64) for _ in _COLUMNS))
-    _write_cfa(program, values)
-    extended = np.flatnonzero(program.traits & _IS_OF_REGISTER)
-    registers = read_uleb(code, program.positions[extended] + 1)[0]
-    writes[extended[registers == _RBP]] = _WRITES_RBP
-    writes[extended[registers == RETURN_ADDRESS]] = _WRITES_RETURN_ADDRESS
-    _write_rbp(program, np.flatnonzero(writes == _WRITES_RBP), initial, values.rbp)
-    found = np.flatnonzero(writes == _WRITES_RETURN_ADDRESS)
+    code, opcodes = instructions.code, instructions.opcodes
+    writes = look_up(op.WRITES_TABLE, opcodes).copy()
+    values = _State(*(np.zeros(len(opcodes), dtype=np.int64) for _ in op.COLUMNS))
+    _write_cfa(instructions, values)
+    extended = np.flatnonzero(instructions.traits & op.IS_OF_REGISTER)
+    registers = read_uleb(code, instructions.positions[extended] + 1)[0]
+    writes[extended[registers == RBP]] = op.WRITES_RBP
+    writes[extended[registers == RETURN_ADDRESS]] = op.WRITES_RETURN_ADDRESS
+    _write_rbp(instructions, np.flatnonzero(writes == op.WRITES_RBP), initial, values.rbp)
+    found = np.flatnonzero(writes == op.WRITES_RETURN_ADDRESS)
     if len(found):
-        _write_return_address(program, found, initial, values.return_address)
+        _write_return_address(instructions, found, initial, values.return_address)
     return writes, values
 
 
-def _write_cfa(program: _Program, values: _State) -> None:
-    code, positions, opcodes = program.source.code, program.positions, program.opcodes
-    found = np.flatnonzero(opcodes == _DEF_CFA_OFFSET)
+def _write_cfa(instructions: Instructions, values: _State) -> None:
+    code, positions, opcodes = (
+        instructions.code,
+        instructions.positions,
+        instructions.opcodes,
+    )
+    found = np.flatnonzero(opcodes == op.DEF_CFA_OFFSET)
     values.offset[found] = read_uleb(code, positions[found] + 1)[0]
-    found = np.flatnonzero(opcodes == _DEF_CFA_OFFSET_SF)
-    values.offset[found] = read_sleb(code, positions[found] + 1)[0] * _factors(program, found)
-    found = np.flatnonzero(opcodes == _DEF_CFA_REGISTER)
+    found = np.flatnonzero(opcodes == op.DEF_CFA_OFFSET_SF)
+    values.offset[found] = read_sleb(code, positions[found] + 1)[0] * _factors(instructions, found)
+    found = np.flatnonzero(opcodes == op.DEF_CFA_REGISTER)
     registers = read_uleb(code, positions[found] + 1)[0]
     values.base[found] = np.minimum(registers, _NO_BASE)
-    found = np.flatnonzero(opcodes == _DEF_CFA)
+    found = np.flatnonzero(opcodes == op.DEF_CFA)
     registers, widths = read_uleb(code, positions[found] + 1)
     values.base[found] = np.minimum(registers, _NO_BASE)
     values.offset[found] = read_uleb(code, positions[found] + 1 + widths)[0]
-    found = np.flatnonzero(opcodes == _DEF_CFA_SF)
+    found = np.flatnonzero(opcodes == op.DEF_CFA_SF)
     registers, widths = read_uleb(code, positions[found] + 1)
     values.base[found] = np.minimum(registers, _NO_BASE)
     offsets = read_sleb(code, positions[found] + 1 + widths)[0]
-    values.offset[found] = offsets * _factors(program, found)
-    found = np.flatnonzero(opcodes == _DEF_CFA_EXPRESSION)
+    values.offset[found] = offsets * _factors(instructions, found)
+    found = np.flatnonzero(opcodes == op.DEF_CFA_EXPRESSION)
     if len(found):
-        values.base[found] = _read_cfa_expressions(code, *_blocks(program, found))
+        values.base[found] = _read_cfa_expressions(code, *_blocks(instructions, found))
 
 
-def _factors(program: _Program, found: Ints) -> Ints:
-    return program.source.data_alignments[program.lanes[found]]
+def _factors(instructions: Instructions, found: Ints) -> Ints:
+    return instructions.programs.data_alignments[instructions.owners[found]]
 
 
-def _saved_at(program: _Program, found: Ints) -> tuple[Flags, Ints]:
+def _saved_at(instructions: Instructions, found: Ints) -> tuple[Flags, Ints]:
     """Return which instructions save at an offset from the CFA, and return that offset in bytes."""
-    code, positions, opcodes = program.source.code, program.positions, program.opcodes
+    code, positions, opcodes = (
+        instructions.code,
+        instructions.positions,
+        instructions.opcodes,
+    )
     is_saved = np.zeros(len(found), dtype=np.bool_)
     offsets = np.zeros(len(found), dtype=np.int64)
     own = opcodes[found]
-    here = np.flatnonzero(own >> 6 == _OFFSET >> 6)
+    here = np.flatnonzero(own >> 6 == op.OFFSET >> 6)
     is_saved[here] = True
     offsets[here] = read_uleb(code, positions[found[here]] + 1)[0]
     for opcode, read, sign in (
-        (_OFFSET_EXTENDED, read_uleb, 1),
-        (_OFFSET_EXTENDED_SF, read_sleb, 1),
-        (_GNU_NEGATIVE_OFFSET, read_uleb, -1),
+        (op.OFFSET_EXTENDED, read_uleb, 1),
+        (op.OFFSET_EXTENDED_SF, read_sleb, 1),
+        (op.GNU_NEGATIVE_OFFSET, read_uleb, -1),
     ):
         here = np.flatnonzero(own == opcode)
         is_saved[here] = True
         second = positions[found[here]] + 1
         second = second + read_uleb(code, second)[1]
         offsets[here] = sign * read(code, second)[0]
-    return is_saved, offsets * _factors(program, found)
+    return is_saved, offsets * _factors(instructions, found)
 
 
-def _write_rbp(program: _Program, found: Ints, initial: _State, rbp: Ints) -> None:
-    opcodes = program.opcodes[found]
+def _write_rbp(instructions: Instructions, found: Ints, initial: _State, rbp: Ints) -> None:
+    opcodes = instructions.opcodes[found]
     values = np.full(len(found), RbpKind.UNDEFINED, dtype=np.int64)
-    is_saved, offsets = _saved_at(program, found)
+    is_saved, offsets = _saved_at(instructions, found)
     fits = _is_short(offsets)
     values[is_saved & fits] = _save_rbp(RbpKind.AT_CFA, offsets[is_saved & fits])
-    values[opcodes == _SAME_VALUE] = RbpKind.SAME
-    is_restored = (opcodes == _RESTORE_EXTENDED) | (opcodes == _RESTORE + _RBP)
-    values[is_restored] = initial.rbp[program.lanes[found[is_restored]]]
-    here = np.flatnonzero(opcodes == _EXPRESSION)
-    registers, offsets = _read_sums(program.source.code, *_blocks(program, found[here]))
+    values[opcodes == op.SAME_VALUE] = RbpKind.SAME
+    is_restored = (opcodes == op.RESTORE_EXTENDED) | (opcodes == op.RESTORE + RBP)
+    values[is_restored] = initial.rbp[instructions.owners[found[is_restored]]]
+    here = np.flatnonzero(opcodes == op.EXPRESSION)
+    registers, offsets = _read_sums(instructions.code, *_blocks(instructions, found[here]))
     fits = _is_short(offsets)
-    for register, kind in ((_RBP, RbpKind.DEREF_RBP), (_RSP, RbpKind.DEREF_RSP)):
+    for register, kind in ((RBP, RbpKind.DEREF_RBP), (RSP, RbpKind.DEREF_RSP)):
         chosen = fits & (registers == register)
         values[here[chosen]] = _save_rbp(kind, offsets[chosen])
     rbp[found] = values
@@ -706,21 +409,23 @@ def _save_rbp(kind: RbpKind, offsets: Ints) -> Ints:
     return int(kind) | (offsets >> 3 & 0xFFFF) << 8
 
 
-def _write_return_address(program: _Program, found: Ints, initial: _State, values: Ints) -> None:
-    opcodes = program.opcodes[found]
+def _write_return_address(
+    instructions: Instructions, found: Ints, initial: _State, values: Ints
+) -> None:
+    opcodes = instructions.opcodes[found]
     states = np.full(len(found), _ELSEWHERE, dtype=np.int64)
-    is_saved, offsets = _saved_at(program, found)
+    is_saved, offsets = _saved_at(instructions, found)
     states[is_saved & (offsets == -8)] = _AT_CFA_MINUS_8
-    states[opcodes == _UNDEFINED_REGISTER] = _UNDEFINED
-    is_restored = (opcodes == _RESTORE_EXTENDED) | (opcodes == _RESTORE + RETURN_ADDRESS)
-    states[is_restored] = initial.return_address[program.lanes[found[is_restored]]]
-    here = np.flatnonzero(opcodes == _EXPRESSION)
-    registers, offsets = _read_sums(program.source.code, *_blocks(program, found[here]))
-    states[here[(registers == _RSP) & (offsets == _UCONTEXT_RIP)]] = _IN_UCONTEXT
-    here = np.flatnonzero(opcodes == _REGISTER)
-    second = program.positions[found[here]] + 1
-    second = second + read_uleb(program.source.code, second)[1]
-    registers = read_uleb(program.source.code, second)[0]
+    states[opcodes == op.UNDEFINED_REGISTER] = _UNDEFINED
+    is_restored = (opcodes == op.RESTORE_EXTENDED) | (opcodes == op.RESTORE + RETURN_ADDRESS)
+    states[is_restored] = initial.return_address[instructions.owners[found[is_restored]]]
+    here = np.flatnonzero(opcodes == op.EXPRESSION)
+    registers, offsets = _read_sums(instructions.code, *_blocks(instructions, found[here]))
+    states[here[(registers == RSP) & (offsets == _UCONTEXT_RIP)]] = _IN_UCONTEXT
+    here = np.flatnonzero(opcodes == op.REGISTER)
+    second = instructions.positions[found[here]] + 1
+    second = second + read_uleb(instructions.code, second)[1]
+    registers = read_uleb(instructions.code, second)[0]
     is_general = registers < RETURN_ADDRESS
     states[here[is_general]] = _IN_REGISTER + registers[is_general]
     values[found] = states
@@ -730,10 +435,10 @@ def _write_return_address(program: _Program, found: Ints, initial: _State, value
 _DW_OP_DEREF, _DW_OP_PLUS_UCONST, _DW_OP_LIT0, _DW_OP_BREG = 0x06, 0x23, 0x30, 0x70
 
 
-def _blocks(program: _Program, found: Ints) -> tuple[Ints, Ints]:
+def _blocks(instructions: Instructions, found: Ints) -> tuple[Ints, Ints]:
     """Return where the expressions of instructions begin and end."""
-    code = program.source.code
-    sizes_at, starts = _block_at(code, program.positions[found])
+    code = instructions.code
+    sizes_at, starts = block_at(code, instructions.positions[found])
     ends = starts + read_uleb(code, sizes_at)[0]
     # Those that run over the end of their program are broken, and only have to be readable.
     limit = len(code) - PADDING_BYTES
@@ -772,7 +477,7 @@ def _read_cfa_expressions(code: Bytes, starts: Ints, ends: Ints) -> Ints:
     after = np.where(has_addend, after + 1 + widths, after)
     is_deref &= (after == ends) & (offsets & 7 == 0) & (addends & 7 == 0)
     is_deref &= (offsets >= -(8 << 7)) & (offsets < 8 << 7) & (addends <= 8 * 0xFF)
-    for register, kind in ((_RBP, CfaKind.DEREF_RBP), (_RSP, CfaKind.DEREF_RSP)):
+    for register, kind in ((RBP, CfaKind.DEREF_RBP), (RSP, CfaKind.DEREF_RSP)):
         chosen = is_deref & (registers == register)
         low, high = offsets[chosen] >> 3 & 0xFF, addends[chosen] >> 3
         bases[chosen] = _ready(kind, 0) | low | high << 8

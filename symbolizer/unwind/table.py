@@ -26,9 +26,10 @@ from symbolizer.integers import Wide
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import SHT_NOBITS, Elf, Source, UnreadableElf, read_elf
 from symbolizer.symbols.gopclntab import read_go_rules
-from symbolizer.unwind.cfa import ROW, CfaKind, Rules, rule, run_programs
+from symbolizer.unwind.cfa import run_programs
 from symbolizer.unwind.cfi import read_debug_frame, read_eh_frame
 from symbolizer.unwind.handwritten import find_handwritten_rules
+from symbolizer.unwind.rules import ROW, CfaKind, Rules, rule
 
 PAGE_BITS = 12
 PAGE = np.dtype([("number", "<u4"), ("first", "<u4"), ("count", "<u4")])

@@ -16,7 +16,7 @@ from bpf.tables import (
     MappingRow,
     NoRoomError,
 )
-from symbolizer.unwind import cfa
+from symbolizer.unwind import rules
 from symbolizer.unwind import table as unwind
 
 pytestmark = pytest.mark.kernel
@@ -41,10 +41,10 @@ def table_of(pages: int, rows_a_page: int):
 
 def test_the_kernel_and_the_tables_makers_speak_of_the_same():
     """Two packages that do not know each other name the same kinds by the same numbers."""
-    theirs = {int(kind) for kind in cfa.CfaKind}
+    theirs = {int(kind) for kind in rules.CfaKind}
     assert {int(kind) for kind in tables.CfaKind} == theirs
-    assert {int(kind) for kind in tables.RbpKind} <= {int(kind) for kind in cfa.RbpKind}
-    assert cfa.ROW == tables.ROW
+    assert {int(kind) for kind in tables.RbpKind} <= {int(kind) for kind in rules.RbpKind}
+    assert rules.ROW == tables.ROW
 
 
 def test_room_is_given_out_again_when_no_walk_can_read_it(sampler):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from symbolizer.unwind.cfa import CfaKind, RbpKind
+from symbolizer.unwind.rules import CfaKind, RbpKind
 from symbolizer.unwind.table import UnwindTable
 
 REGISTERS = {

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import FileSource, MemorySource, UnreadableElf
 from symbolizer.unwind import cfa
-from symbolizer.unwind.cfa import CfaKind, RbpKind
+from symbolizer.unwind.rules import CfaKind, RbpKind
 from symbolizer.unwind.table import PAGE_BITS, UnwindTable, build, functions
 from tests.support.elf_files import build as compile_text
 from tests.support.elf_files import read_plt, read_symbols, strip

@@ -1,0 +1,242 @@
+"""Where the instructions of call frame programs begin, and what is known of each by its opcode.
+
+Programs (DWARF 5, section 6.4.2) stand side by side in one array, and all of them are decoded at
+once: for every byte is found how long an instruction would be that began there, and then the
+beginnings are followed through each instructions.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from symbolizer.integers import MAX_LEB_BYTES, PADDING_BYTES, Bytes, Flags, Ints, read_uleb, view
+from symbolizer.unwind.cie import RBP, RETURN_ADDRESS
+
+
+class Programs(NamedTuple):
+    """Programs side by side, each followed by one `END`.
+
+    Attributes:
+        code: the bytes, with padding behind them.
+        starts: where each program begins; `ends` are the places of `END`.
+        code_alignments: per program, as `data_alignments`.
+    """
+
+    code: Bytes
+    starts: Ints
+    ends: Ints
+    code_alignments: Ints
+    data_alignments: Ints
+
+    @classmethod
+    def gather(
+        cls,
+        content: Bytes,
+        starts: Ints,
+        ends: Ints,
+        code_alignments: Ints,
+        data_alignments: Ints,
+    ) -> "Programs":
+        """Copy programs, given by where they begin and end in `content`."""
+        sizes = ends - starts + 1
+        after = np.cumsum(sizes)
+        size = int(after[-1])
+        places = np.repeat(starts - (after - sizes), sizes)
+        places += np.arange(size)
+        code = np.zeros(size + PADDING_BYTES, dtype=np.uint8)
+        np.take(content, places, out=code[:size], mode="clip")
+        code[after - 1] = END
+        return cls(code, after - sizes, after - 1, code_alignments, data_alignments)
+
+
+# Instructions by their number: DWARF 5, section 7.24, and the GNU ones.
+_NOP, _ADVANCE_1, _ADVANCE_2, _ADVANCE_4 = 0x00, 0x02, 0x03, 0x04
+OFFSET_EXTENDED, RESTORE_EXTENDED, UNDEFINED_REGISTER = 0x05, 0x06, 0x07
+SAME_VALUE, REGISTER, REMEMBER_STATE, RESTORE_STATE = 0x08, 0x09, 0x0A, 0x0B
+DEF_CFA, DEF_CFA_REGISTER, DEF_CFA_OFFSET, DEF_CFA_EXPRESSION = 0x0C, 0x0D, 0x0E, 0x0F
+EXPRESSION, OFFSET_EXTENDED_SF, DEF_CFA_SF, DEF_CFA_OFFSET_SF = 0x10, 0x11, 0x12, 0x13
+_VAL_OFFSET, _VAL_OFFSET_SF, _VAL_EXPRESSION = 0x14, 0x15, 0x16
+_GNU_ARGS_SIZE, GNU_NEGATIVE_OFFSET = 0x2E, 0x2F
+END = 0x3F  # DW_CFA_hi_user: in a program it is as unknown as any other
+_ADVANCE, OFFSET, RESTORE = 0x40, 0x80, 0xC0
+
+_OF_REGISTERS = (
+    *(OFFSET_EXTENDED, RESTORE_EXTENDED, UNDEFINED_REGISTER, SAME_VALUE, REGISTER),
+    *(EXPRESSION, OFFSET_EXTENDED_SF, _VAL_OFFSET, _VAL_OFFSET_SF, _VAL_EXPRESSION),
+    GNU_NEGATIVE_OFFSET,
+)
+_WITH_BLOCK = (DEF_CFA_EXPRESSION, EXPRESSION, _VAL_EXPRESSION)
+_WITH_TWO_NUMBERS = (
+    *(OFFSET_EXTENDED, REGISTER, DEF_CFA, OFFSET_EXTENDED_SF, DEF_CFA_SF),
+    *(_VAL_OFFSET, _VAL_OFFSET_SF, GNU_NEGATIVE_OFFSET, EXPRESSION, _VAL_EXPRESSION),
+)
+_WITH_NUMBERS = (
+    *(RESTORE_EXTENDED, UNDEFINED_REGISTER, SAME_VALUE, DEF_CFA_REGISTER, DEF_CFA_OFFSET),
+    *(DEF_CFA_EXPRESSION, DEF_CFA_OFFSET_SF, _GNU_ARGS_SIZE, *range(OFFSET, RESTORE)),
+    *_WITH_TWO_NUMBERS,
+)
+_ADVANCES = (_ADVANCE_1, _ADVANCE_2, _ADVANCE_4, *range(_ADVANCE, OFFSET))
+_WITHOUT_NUMBERS = (_NOP, REMEMBER_STATE, RESTORE_STATE, *_ADVANCES, *range(RESTORE, 256))
+
+# One bit per column of _State.
+_WRITES_BASE, _WRITES_OFFSET, WRITES_RBP, WRITES_RETURN_ADDRESS = 1, 2, 4, 8
+COLUMNS = (_WRITES_BASE, _WRITES_OFFSET, WRITES_RBP, WRITES_RETURN_ADDRESS)
+_WRITERS = {
+    _WRITES_BASE: (DEF_CFA, DEF_CFA_SF, DEF_CFA_REGISTER, DEF_CFA_EXPRESSION, RESTORE_STATE),
+    _WRITES_OFFSET: (DEF_CFA, DEF_CFA_SF, DEF_CFA_OFFSET, DEF_CFA_OFFSET_SF, RESTORE_STATE),
+    WRITES_RBP: (OFFSET + RBP, RESTORE + RBP, RESTORE_STATE),
+    WRITES_RETURN_ADDRESS: (OFFSET + RETURN_ADDRESS, RESTORE + RETURN_ADDRESS, RESTORE_STATE),
+}
+
+IS_ADVANCE, IS_OF_REGISTER, _IS_UNKNOWN, _MATTERS = 1, 2, 4, 8
+_HAS_NUMBER, _HAS_SECOND, _HAS_BLOCK = 16, 32, 64
+_TRAITS = {
+    IS_ADVANCE: _ADVANCES,
+    IS_OF_REGISTER: _OF_REGISTERS,
+    _IS_UNKNOWN: set(range(256)) - {*_WITH_NUMBERS, *_WITHOUT_NUMBERS},
+    # Most instructions are about registers that do not matter.
+    _MATTERS: {
+        *range(OFFSET),
+        *(opcode for writers in _WRITERS.values() for opcode in writers),
+    }
+    - {_NOP, _GNU_ARGS_SIZE},
+    _HAS_NUMBER: _WITH_NUMBERS,
+    _HAS_SECOND: _WITH_TWO_NUMBERS,
+    _HAS_BLOCK: _WITH_BLOCK,
+}
+
+
+def _tabulate(bits: Mapping[int, Collection[int]]) -> bytes:
+    """Return for each opcode the sum of the bits that name it."""
+    return bytes(sum(bit for bit, opcodes in bits.items() if n in opcodes) for n in range(256))
+
+
+_TRAITS_TABLE = _tabulate(_TRAITS)
+WRITES_TABLE = _tabulate(_WRITERS)
+_FIXED_WIDTHS_TABLE = bytes(
+    {_ADVANCE_1: 2, _ADVANCE_2: 3, _ADVANCE_4: 5}.get(n, 1) for n in range(256)
+)
+_SHORT_ADVANCES_TABLE = bytes(n & 63 if n >> 6 == _ADVANCE >> 6 else 0 for n in range(256))
+
+
+def look_up(table: bytes, opcodes: Bytes) -> Bytes:
+    """Return a table's byte for each byte; several times as fast as an array indexed by one."""
+    return np.frombuffer(opcodes.tobytes().translate(table), np.uint8)
+
+
+class Instructions(NamedTuple):
+    """The instructions that matter, of all programs, in order.
+
+    Attributes:
+        programs: what they were found in.
+        positions: of their first bytes in the code.
+        opcodes: their first bytes.
+        traits: what is known of these, as bits.
+        owners: the number of the program each is in.
+        firsts: per program, the number of its first instruction; `lasts` are those of `END`.
+        is_broken: per program, whether it holds what cannot be understood.
+    """
+
+    programs: Programs
+    positions: Ints
+    opcodes: Bytes
+    traits: Bytes
+    owners: Ints
+    firsts: Ints
+    lasts: Ints
+    is_broken: Flags
+
+    @classmethod
+    def decode(cls, programs: Programs) -> "Instructions":
+        code, ends = programs.code, programs.ends
+        code_traits = look_up(_TRAITS_TABLE, code)
+        widths = _find_widths(code, code_traits)
+        is_start = _mark_starts(widths, programs.starts, ends)
+        positions = np.flatnonzero(is_start & (code_traits[: len(is_start)] & _MATTERS > 0))
+        opcodes, traits = code[positions], code_traits[positions]
+        lasts = np.searchsorted(positions, ends)
+        counts = np.diff(lasts, prepend=-1)
+        owners = np.repeat(np.arange(len(ends)), counts)
+        is_wrong = (traits & _IS_UNKNOWN > 0) | (positions + widths[positions] > ends[owners])
+        is_wrong[lasts] = False
+        is_broken = np.zeros(len(ends), dtype=np.bool_)
+        is_broken[owners[is_wrong]] = True
+        firsts = lasts - counts + 1
+        return cls(programs, positions, opcodes, traits, owners, firsts, lasts, is_broken)
+
+    @property
+    def code(self) -> Bytes:
+        return self.programs.code
+
+    def locations(self) -> Ints:
+        """Return for each instruction how far its program has advanced before it."""
+        code, positions, opcodes = self.code, self.positions, self.opcodes
+        advances = look_up(_SHORT_ADVANCES_TABLE, opcodes).astype(np.int64)
+        for opcode, form in ((_ADVANCE_1, "u1"), (_ADVANCE_2, "<u2"), (_ADVANCE_4, "<u4")):
+            found = np.flatnonzero(opcodes == opcode)
+            advances[found] = view(code, form)[positions[found] + 1]
+        if (self.programs.code_alignments != 1).any():
+            advances = advances * self.programs.code_alignments[self.owners]
+        before = np.cumsum(advances)
+        before -= advances
+        locations: Ints = before - before[self.firsts][self.owners]
+        return locations
+
+
+def _find_widths(code: Bytes, traits: Bytes) -> Ints:
+    """Return for each byte how long the instruction would be, if one began there."""
+    number_widths = np.ones(len(code), dtype=np.uint8)
+    goes_on = code >= 0x80
+    for _ in range(1, MAX_LEB_BYTES):
+        number_widths[: len(goes_on)] += goes_on
+        goes_on = goes_on[:-1] & goes_on[1:]
+        if not goes_on.any():
+            break
+    narrow = look_up(_FIXED_WIDTHS_TABLE, code).copy()
+    narrow[:-1] += number_widths[1:] * (traits[:-1] & _HAS_NUMBER > 0)
+    last = len(code) - 1
+    two = np.flatnonzero(traits & _HAS_SECOND)
+    narrow[two] += number_widths[np.minimum(two + narrow[two], last)]
+    widths = narrow.astype(np.int64)
+    blocks = np.flatnonzero(traits & _HAS_BLOCK)
+    sizes, _ = read_uleb(code, block_at(code, blocks)[0])
+    widths[blocks] += np.minimum(sizes, len(code))
+    return widths
+
+
+def block_at(code: Bytes, at: Ints) -> tuple[Ints, Ints]:
+    """Return for instructions that end in a block where its size and its content stand."""
+    sizes_at = at + 1
+    has_register = np.flatnonzero(code[at] != DEF_CFA_EXPRESSION)
+    last = len(code) - 1
+    sizes_at[has_register] += read_uleb(code, np.minimum(sizes_at[has_register], last))[1]
+    sizes_at = np.minimum(sizes_at, last)
+    return sizes_at, sizes_at + read_uleb(code, sizes_at)[1]
+
+
+# With fewer programs left, a loop over their instructions is quicker than calls of numpy for one
+# each; after so many steps the finished ones are taken out.
+_FEW = 48
+_STEPS_BETWEEN = 8
+
+
+def _mark_starts(widths: Ints, starts: Ints, ends: Ints) -> Flags:
+    """Mark where the instructions of all programs begin, and their `END`s."""
+    is_start = np.zeros(int(ends[-1]) + 1, dtype=np.bool_)
+    is_start[ends] = True
+    positions = starts
+    while len(positions) > _FEW:
+        for _ in range(_STEPS_BETWEEN):
+            is_start[positions] = True
+            positions = np.minimum(positions + widths[positions], ends)
+        is_left = positions < ends
+        positions, ends = positions[is_left], ends[is_left]
+    marks = is_start.data
+    steps = widths.data
+    for position, end in zip(positions.tolist(), ends.tolist(), strict=True):
+        at = position
+        while at < end:
+            marks[at] = True
+            at += steps[at]
+    return is_start
