@@ -30,6 +30,7 @@ from symbolizer.location import (
     bounded,
 )
 from symbolizer.maps import MappingTable, is_anonymous, parse_maps
+from symbolizer.symbols.candidates import Functions
 from symbolizer.symbols.demangle import Demangler
 from symbolizer.symbols.elf import (
     FileSource,
@@ -39,7 +40,7 @@ from symbolizer.symbols.elf import (
     hash_content,
     read_elf,
 )
-from symbolizer.symbols.functions import Functions, read_functions
+from symbolizer.symbols.functions import read_functions
 from symbolizer.symbols.kernel import KERNEL_NAME, Image, KernelMap, parse_modules, read_kernel_map
 from symbolizer.symbols.table import SymbolCache, SymbolTable
 from symbolizer.text import readable

@@ -11,16 +11,27 @@ compilers leave functions empty that cannot be reached, and the next one begins 
 What no name covers of an extent is a function without a name.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import chain
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from symbolizer.integers import Wide
 from symbolizer.location import Miss
+from symbolizer.symbols.candidates import (
+    AT_PLT,
+    COMPARED_NAME_BYTES,
+    IN_FDE_RANGE,
+    NO_CANDIDATES,
+    Candidates,
+    Functions,
+    Words,
+    arrange,
+    drop_aliases,
+    name_preferences,
+)
 from symbolizer.symbols.elf import (
     SHT_DYNSYM,
     SHT_STRTAB,
@@ -33,17 +44,8 @@ from symbolizer.symbols.elf import (
 from symbolizer.symbols.plt import PltStubs, find_plt_stubs, read_symbol_names
 from symbolizer.unwind.fde_ranges import read_fde_ranges
 
-Words = npt.NDArray[np.uint32]
-
 STT_NOTYPE, STT_FUNC, STT_GNU_IFUNC = 0, 2, 10
 STB_LOCAL, STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE = 0, 1, 2, 10
-
-AT_PLT = np.uint32(1 << 31)
-"""Set in a name's position: the name is that of a PLT stub, to be shown with `@plt` behind it."""
-
-IN_FDE_RANGE = np.uint32(1 << 30)
-"""Set in the place of a name's position: there is none, and the other bits are the number of the
-range that the function begins with. It has others where a name covers the middle of its extent."""
 
 # 400,000 functions take 22 MB while they are sorted and 5 MB after, see bench/bench_symbolize.py
 # --library. What is larger than the largest programs (browsers, databases) is TOO_LARGE, so that a
@@ -53,9 +55,6 @@ _MAX_SYMBOLS_BYTES = 24 << 22
 _MAX_STRINGS_BYTES = 256 << 20
 _SYMBOLS_PER_CHUNK = 1 << 15
 _STRINGS_PER_CHUNK = 1 << 20
-
-# A name that is longer counts as this long when the best of several is chosen.
-_COMPARED_NAME_BYTES = 4096
 
 # glibc's _start has 34 to 38 bytes, musl's fewer.
 _START_BYTES = 48
@@ -70,64 +69,6 @@ _SYM[64].names = ("st_name", "st_info", "st_other", "st_shndx", "st_value", "st_
 _SYM[32].names = ("st_name", "st_value", "st_size", "st_info", "st_other", "st_shndx")
 
 
-@dataclass(frozen=True, slots=True)
-class Functions:
-    """Disjoint ranges, sorted.
-
-    Attributes:
-        base: what `starts` and `ends` count from, so that 32 bits are enough.
-        names: where each name begins in the concatenated `strings`, with AT_PLT; or IN_FDE_RANGE.
-    """
-
-    base: int
-    starts: Words
-    ends: Words
-    names: Words
-
-
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """Symbols as they come: unsorted, several for an address, with and without a size.
-
-    `ranks` are smaller for better names: 0 global, 1 weak, 2 local, 3 PLT stub.
-    """
-
-    starts: Words
-    ends: Words
-    names: Words
-    ranks: npt.NDArray[np.uint8]
-    is_sized: npt.NDArray[np.bool_]
-
-    @classmethod
-    def join(cls, parts: Iterable["Candidates"]) -> "Candidates":
-        parts = [_EMPTY, *parts]
-        return cls(
-            np.concatenate([part.starts for part in parts]),
-            np.concatenate([part.ends for part in parts]),
-            np.concatenate([part.names for part in parts]),
-            np.concatenate([part.ranks for part in parts]),
-            np.concatenate([part.is_sized for part in parts]),
-        )
-
-    def take(self, chosen: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> "Candidates":
-        return Candidates(
-            self.starts[chosen],
-            self.ends[chosen],
-            self.names[chosen],
-            self.ranks[chosen],
-            self.is_sized[chosen],
-        )
-
-
-_EMPTY = Candidates(
-    starts=np.zeros(0, dtype=np.uint32),
-    ends=np.zeros(0, dtype=np.uint32),
-    names=np.zeros(0, dtype=np.uint32),
-    ranks=np.zeros(0, dtype=np.uint8),
-    is_sized=np.zeros(0, dtype=np.bool_),
-)
-
-
 def read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
     """Return the functions, and the strings that hold their names piece by piece, NUL-terminated.
 
@@ -140,12 +81,12 @@ def read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
     # .symtab first: it holds what .dynsym holds, and more.
     tables = [section for section in elf.sections if section.type == SHT_SYMTAB][:1]
     tables += [section for section in elf.sections if section.type == SHT_DYNSYM][:1]
-    symbols = _EMPTY
+    symbols = NO_CANDIDATES
     for table in tables:
         found = _read_symbols(
             elf, space, table, strings.add(table), symbols.starts, fde_ranges=fde_ranges
         )
-        symbols = _drop_aliases(Candidates.join([symbols, *found]), strings)
+        symbols = drop_aliases(Candidates.join([symbols, *found]), strings)
     stubs = _read_stubs(elf, space, strings, symbols)
     functions = arrange(Candidates.join([symbols, stubs]), strings, space.base)
     functions = _add_entry(elf, space, functions, strings.size, fde_ranges)
@@ -188,52 +129,11 @@ class StringSections:
                 first_beyond = int(np.searchsorted(positions, start + section.size))
                 last = min(last, first_beyond)
                 if first < last:
-                    size = min(_STRINGS_PER_CHUNK + _COMPARED_NAME_BYTES, section.size - offset)
+                    size = min(_STRINGS_PER_CHUNK + COMPARED_NAME_BYTES, section.size - offset)
                     chunk = self._elf.source.read_at(section.offset + offset, size)
                     within = positions[first:last].astype(np.int64) - start - offset
                     numbers[first:last] = name_preferences(chunk, within)
         return numbers
-
-
-def name_preferences(strings: bytes, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Rank names: not `__GI_` (glibc's own aliases), fewer leading underscores, shorter."""
-    text = np.frombuffer(strings + b"\0" * 6, dtype=np.uint8)
-    terminators = np.flatnonzero(text == 0)
-    lengths = terminators[np.searchsorted(terminators, positions)] - positions
-    underscores = np.zeros(len(positions), dtype=np.int64)
-    is_underscore = np.ones(len(positions), dtype=np.bool_)
-    for k in range(5):
-        is_underscore &= text[positions + k] == ord("_")
-        underscores += is_underscore
-    is_internal = np.ones(len(positions), dtype=np.bool_)
-    for k, character in enumerate(b"__GI_"):
-        is_internal &= text[positions + k] == character
-    costs: npt.NDArray[np.int64] = np.minimum(lengths, _COMPARED_NAME_BYTES)
-    costs += (is_internal.astype(np.int64) << 20) + (underscores << 16)
-    return costs
-
-
-class Strings(Protocol):
-    def preferences(self, positions: Words) -> npt.NDArray[np.int64]:
-        """Return a number per name, smaller for better ones, for positions in ascending order."""
-
-
-def arrange(symbols: Candidates, strings: Strings, base: int) -> Functions:
-    """Choose one name per address and make the ranges disjoint."""
-    if not len(symbols.starts):
-        return Functions(base, symbols.starts, symbols.ends, symbols.names)
-    symbols = _drop_aliases(symbols, strings)
-    ends = symbols.ends
-    # A label without a size in the middle of a function is a jump target, not a function.
-    covered = np.maximum.accumulate(np.where(symbols.is_sized, ends, np.uint32(0)))
-    is_label = np.zeros(len(ends), dtype=np.bool_)
-    is_label[1:] = ~symbols.is_sized[1:] & (covered[:-1] > symbols.starts[1:])
-    symbols = symbols.take(~is_label)
-    ends = symbols.ends.copy()
-    unsized = np.flatnonzero(~symbols.is_sized[:-1])
-    ends[unsized] = np.minimum(ends[unsized], symbols.starts[unsized + 1])
-    starts, ends, names = _make_disjoint(symbols.starts, ends, symbols.names)
-    return Functions(base, starts, ends, names)
 
 
 class _OffsetSpace:
@@ -407,90 +307,6 @@ def _name_resolvers(
     hit = (found >= 0) & (symbols.starts[found] == offsets) & (limits > 0)
     names[indirect[hit]] = symbols.names[found[hit]]
     is_named[indirect[hit]] = True
-
-
-def _drop_aliases(symbols: Candidates, strings: Strings) -> Candidates:
-    """Sort; keep the best name of each address, before it the longest range if that is longer."""
-    symbols = symbols.take(np.argsort(symbols.starts, kind="stable"))
-    is_again = symbols.starts[1:] == symbols.starts[:-1]
-    if not is_again.any():
-        return symbols
-    is_alias = np.append(is_again, False) | np.insert(is_again, 0, False)
-    aliases = np.flatnonzero(is_alias)
-    names = symbols.names[aliases] & ~AT_PLT
-    by_name = np.argsort(names)
-    costs = np.zeros(len(aliases), dtype=np.int64)
-    costs[by_name] = strings.preferences(names[by_name])
-    costs += symbols.ranks[aliases].astype(np.int64) << 32
-    costs += (~symbols.is_sized[aliases]).astype(np.int64) << 40
-    starts, ends = symbols.starts[aliases], symbols.ends[aliases]
-    best = _first_of_each(starts, np.lexsort((costs, starts)))
-    longest = _first_of_each(starts, np.lexsort((costs, -ends.astype(np.int64), starts)))
-    reaches_further = symbols.is_sized[aliases[longest]] & (ends[longest] > ends[best])
-    # In this order, so that the best name lies on top of the longer one.
-    chosen = np.concatenate([np.flatnonzero(~is_alias), aliases[longest[reaches_further]]])
-    chosen = np.concatenate([chosen, aliases[best]])
-    return symbols.take(chosen[np.argsort(symbols.starts[chosen], kind="stable")])
-
-
-def _first_of_each(starts: Words, order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    in_order = starts[order]
-    first: npt.NDArray[np.int64] = order[np.insert(in_order[1:] != in_order[:-1], 0, True)]
-    return first
-
-
-# Real files have a few dozen ranges inside others. In a file made of them the outer ones are cut
-# short, which leaves addresses without a name but takes no time.
-_MAX_NESTED = 100_000
-
-
-def _make_disjoint(starts: Words, ends: Words, names: Words) -> tuple[Words, Words, Words]:
-    """Return each address to the range that starts last before it, then to the one around that."""
-    reach = np.maximum.accumulate(ends)
-    is_nested = starts[1:] < reach[:-1]
-    if not is_nested.any():
-        return starts, ends, names
-    in_cluster = np.append(is_nested, False) | np.insert(is_nested, 0, False)
-    nested = np.flatnonzero(in_cluster)
-    if len(nested) > _MAX_NESTED:
-        cut = np.minimum(ends[:-1], starts[1:])
-        ends = np.append(cut, ends[-1:])
-        keep = starts < ends
-        return starts[keep], ends[keep], names[keep]
-    pieces = np.array(
-        _sweep(zip(*(c[nested].tolist() for c in (starts, ends, names)), strict=True)),
-        dtype=np.uint32,
-    ).reshape(-1, 3)
-    apart = ~in_cluster
-    starts, ends, names = (
-        np.concatenate([column[apart], pieces[:, k]])
-        for k, column in enumerate((starts, ends, names))
-    )
-    order = np.argsort(starts, kind="stable")
-    return starts[order], ends[order], names[order]
-
-
-def _sweep(ranges: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    pieces: list[tuple[int, int, int]] = []
-    around: list[tuple[int, int]] = []
-    position = 0
-
-    def close_until(limit: int) -> None:
-        nonlocal position
-        while around and position < limit:
-            end, name = around[-1]
-            if end <= limit:
-                around.pop()
-            if position < min(end, limit):
-                pieces.append((position, min(end, limit), name))
-                position = min(end, limit)
-        position = limit
-
-    for start, end, name in ranges:
-        close_until(start)
-        around.append((end, name))
-    close_until(1 << 32)
-    return pieces
 
 
 def _add_entry(

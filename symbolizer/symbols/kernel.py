@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from symbolizer.integers import Wide
+from symbolizer.symbols.candidates import Candidates, Functions, arrange, name_preferences
 from symbolizer.symbols.elf import parse_build_id
-from symbolizer.symbols.functions import Candidates, Functions, arrange, name_preferences
 from symbolizer.text import readable
 
 KERNEL_NAME = "[kernel.kallsyms]"

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from symbolizer.location import ElfAddress, FileOffset, Segment
-from symbolizer.symbols.functions import AT_PLT, IN_FDE_RANGE, MAX_FUNCTIONS, Functions
+from symbolizer.symbols.candidates import AT_PLT, IN_FDE_RANGE, Functions
+from symbolizer.symbols.functions import MAX_FUNCTIONS
 
 _MAGIC = b"EFLSYMS\n"
 # Raise this with the layout, and with everything that changes which name an address gets.

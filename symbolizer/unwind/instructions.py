@@ -2,7 +2,7 @@
 
 Programs (DWARF 5, section 6.4.2) stand side by side in one array, and all of them are decoded at
 once: for every byte is found how long an instruction would be that began there, and then the
-beginnings are followed through each instructions.
+beginnings are followed through each program.
 """
 
 from collections.abc import Collection, Mapping

@@ -21,8 +21,9 @@ from storage.profile import Accounting, ProfileBuilder
 from symbolizer.location import Frame, Kind, Miss
 from symbolizer.maps import Mapping, MappingTable
 from symbolizer.symbolizer import Symbolizer
+from symbolizer.symbols.candidates import IN_FDE_RANGE
 from symbolizer.symbols.elf import FileSource, MemorySource, UnreadableElf, read_elf
-from symbolizer.symbols.functions import IN_FDE_RANGE, read_functions
+from symbolizer.symbols.functions import read_functions
 from symbolizer.unwind.cfi import read_eh_frame
 from symbolizer.unwind.fde_ranges import read_fde_ranges
 from tests.support.elf_files import (

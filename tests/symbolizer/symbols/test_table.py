@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from symbolizer.location import Miss, Segment
+from symbolizer.symbols.candidates import AT_PLT, Functions
 from symbolizer.symbols.elf import UnreadableElf
-from symbolizer.symbols.functions import AT_PLT, Functions
 from symbolizer.symbols.table import SymbolCache
 
 KEY = "ab" * 20
