@@ -1,20 +1,15 @@
-"""Unwind rules of Go code, which has no call frame information of use.
+"""The table of functions that Go's linker puts into every program, also into a stripped one.
 
-The table that Go's runtime finds its own functions and frames by, .gopclntab, is in every program,
-also in a stripped one (Go's package debug/gosym, internal/abi/symtab.go, runtime/symtab.go). For
-each function it says how far the stack pointer is below the frame's top at each pc.
-
-Go keeps frame pointers, but functions without a frame do not set them up, and others have not yet
-in their first instructions: there the table's word is taken, and the frame pointer's for the rest.
-The last instruction or two before a return stay wrong: their rows would outnumber all others.
-.debug_frame, where a program has one, does not tell when the stack is switched, and is not read.
+Go's runtime finds its own functions and frames by it (.gopclntab; Go's package debug/gosym,
+internal/abi/symtab.go, runtime/symtab.go). A header says where the parts lie. The functions stand
+in one part by address, each with the position of its record; a record says where the function's
+name is, and where its table of stack depths. Positions of parts count from the section's start.
 """
 
-import itertools
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +18,6 @@ import numpy.typing as npt
 from symbolizer.integers import PADDING_BYTES, Ints, read_uleb, view
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import Elf, Section, UnreadableElf
-from symbolizer.unwind.rules import CfaKind, Rules, rule
 
 # kubectl has 67,000 functions; the limit is for made-up files.
 _MAX_FUNCTIONS = 1 << 20
@@ -32,21 +26,15 @@ _CHUNK_BYTES = 1 << 20
 _HEADER_BYTES = 72
 _POINTER_BYTES = 8
 
-# Where a stack begins: goroutines, threads, the program. runtime.sigtramp, which Go's own walk ends
-# at too, is left out: below it lies what the signal has interrupted.
-_FIRST_FUNCTIONS = (
-    *(b"runtime.goexit", b"runtime.mstart", b"runtime.rt0_go"),
-    *(b"_rt0_amd64", b"_rt0_amd64_linux", b"_rt0_amd64_lib", b"_rt0_amd64_linux_lib"),
-)
-# They take the thread's own stack, and begin it anew: Go's walk ends at them, too. Until then they
-# are on the goroutine's. The instruction is `mov 56(%r), %rsp`, from its saved registers.
-_SWITCHES = (b"runtime.mcall", b"runtime.morestack")
-_TAKE_STACK = re.compile(rb"[\x48\x49]\x8b[\x60-\x67]\x38")
-_SWITCH_BYTES = 256
-_SIGNAL_HANDLER = b"runtime.sigtramp"
-_GOEXIT, _GOEXIT_CALLEE = b"runtime.goexit", b"runtime.goexit1"
+_MAX_ADDRESS = 1 << 47
+_MAX_SAME_NAMES = 4
+_DEPTHS_BYTES = 4096
+_LENGTH_BYTES = 4
+_MAX_DEPTH = 1 << 16
 
 _FLAG_WRITES_SP = 2
+
+_GOEXIT, _GOEXIT_CALLEE = b"runtime.goexit", b"runtime.goexit1"
 
 
 class _Layout(NamedTuple):
@@ -74,22 +62,30 @@ _LAYOUTS = {
 }
 
 
-class _Functions(NamedTuple):
+class GoFunctions(NamedTuple):
     """Go's functions by address, without holes between them.
 
     Attributes:
         starts: from where Go's code begins; one more than there are functions, for the end.
+        names: positions of their names in `GoTable.strings`.
         records: positions of their records in the section.
-        names: positions of their names in the section.
     """
 
     starts: Ints
-    records: Ints
     names: Ints
+    records: Ints
 
 
-def read_go_rules(elf: Elf) -> Rules | None:
-    """Return rules for all of Go's code; None if there is none, or not of a known version.
+class Depth(NamedTuple):
+    """How many bytes the stack pointer is below the frame's top, for a range within a function."""
+
+    start: int
+    end: int
+    size_bytes: int
+
+
+def open_go_table(elf: Elf) -> "GoTable | None":
+    """Return the table of a Go program; None if there is none, or not of a known version.
 
     Raises:
         UnreadableElf: damaged, or too large.
@@ -101,39 +97,16 @@ def read_go_rules(elf: Elf) -> Rules | None:
     layout = _LAYOUTS.get(int.from_bytes(header[:4], "little"))
     if layout is None or header[4:8] != bytes([0, 0, 1, _POINTER_BYTES]):
         return None
-    table = _Table(elf, section, layout, struct.unpack_from("<8Q", header, 8))
-    functions = table.read_functions()
-    named = table.find_named(functions)
-    text = 0 if layout.entry_bytes == _POINTER_BYTES else _find_text(elf, functions, named)
-    if text is None:
-        return None
-    frames = table.read_frames(functions, named)
-    rules = Rules(frames.addresses + np.uint64(text), frames.rules)
-    first = [
-        (text + int(functions.starts[n]), text + int(functions.starts[n + 1]), rule(CfaKind.STOP))
-        for name in _FIRST_FUNCTIONS
-        for n in named.get(name, ())
-    ]
-    first += _find_switches(elf, functions, named, text)
-    return Rules.of_ranges(first).over(rules)
+    return GoTable(elf, section, layout, struct.unpack_from("<8Q", header, 8))
 
 
-def _find_switches(
-    elf: Elf, functions: _Functions, named: dict[bytes, list[int]], text: int
-) -> Iterator[tuple[int, int, int]]:
-    for number in itertools.chain.from_iterable(named.get(name, ()) for name in _SWITCHES):
-        start, end = (text + int(functions.starts[n]) for n in (number, number + 1))
-        size = min(end - start, _SWITCH_BYTES)
-        for p_vaddr, p_offset, p_filesz in elf.segments:
-            if p_vaddr <= start and start + size <= p_vaddr + p_filesz:
-                code = elf.source.read_at(start - p_vaddr + p_offset, size)
-                taken = _TAKE_STACK.search(code)
-                if taken:
-                    yield start + taken.end(), end, rule(CfaKind.STOP)
+class GoTable:
+    """The section, read piece by piece. All of its methods raise UnreadableElf where it is damaged.
 
-
-class _Table:
-    """The section, read piece by piece."""
+    Attributes:
+        functions: what is in it.
+        has_depths: whether it says how deep the stack is in each function.
+    """
 
     def __init__(self, elf: Elf, section: Section, layout: _Layout, words: tuple[int, ...]) -> None:
         self._elf = elf
@@ -146,8 +119,10 @@ class _Table:
         self._functions_at = words[functions]
         if not 0 < self._count <= _MAX_FUNCTIONS:
             raise UnreadableElf(Miss.TOO_LARGE)
+        self.functions = self._read_functions()
+        self.has_depths = layout.pcsp >= 0
 
-    def read_functions(self) -> _Functions:
+    def _read_functions(self) -> GoFunctions:
         form = f"<u{self._layout.entry_bytes}"
         size = (2 * self._count + 1) * self._layout.entry_bytes
         pairs = np.frombuffer(self._read(self._functions_at, size), form)
@@ -156,57 +131,91 @@ class _Table:
         is_sorted = (starts[1:] >= starts[:-1]).all() and (starts >= 0).all()
         if not is_sorted or (starts > _MAX_ADDRESS).any():
             raise UnreadableElf(Miss.DAMAGED)
-        names = self._gather(records + self._layout.entry_bytes, "<i4") + self._names[0]
-        return _Functions(starts, records, names)
+        return GoFunctions(starts, self._gather(records + self._layout.entry_bytes, "<i4"), records)
 
-    def find_named(self, functions: _Functions) -> dict[bytes, list[int]]:
-        """Return the numbers of the functions that have a meaning here, by name.
+    def strings(self) -> Iterator[bytes]:
+        """Return what holds the functions' names piece by piece, NUL-terminated."""
+        first, end = self._names
+        for start in range(first, end, _CHUNK_BYTES):
+            yield self._read(start, min(_CHUNK_BYTES, end - start))
+
+    def find_named(self, names: Sequence[bytes]) -> dict[bytes, list[int]]:
+        """Return the numbers of the functions that have one of these names.
 
         Two have the same name where one calls the other with arguments moved (ABI wrappers).
         """
-        named: dict[bytes, set[int]] = defaultdict(set)
-        first, end = self._names
-        for start in range(first - 1, end, _CHUNK_BYTES):
-            content = self._read(start, min(_CHUNK_BYTES + _NAME_BYTES, end - start))
-            for name in (*_FIRST_FUNCTIONS, *_SWITCHES, _SIGNAL_HANDLER, _GOEXIT_CALLEE):
+        found: dict[bytes, set[int]] = defaultdict(set)
+        # A name begins behind the NUL of the one before it, and may lie in two pieces.
+        overlap = max(map(len, names)) + 2
+        content, position = b"\0", -1
+        for piece in self.strings():
+            content += piece
+            for name in names:
                 place = -1
                 for _ in range(_MAX_SAME_NAMES):
                     place = content.find(b"\0" + name + b"\0", place + 1)
                     if place < 0:
                         break
-                    numbers = np.flatnonzero(functions.names == start + place + 1)
-                    named[name].update(numbers.tolist())
-        return {name: sorted(numbers) for name, numbers in named.items()}
+                    numbers = np.flatnonzero(self.functions.names == position + place + 1)
+                    found[name].update(numbers.tolist())
+            position += max(0, len(content) - overlap)
+            content = content[-overlap:]
+        return {name: sorted(numbers) for name, numbers in found.items()}
 
-    def read_frames(self, functions: _Functions, named: dict[bytes, list[int]]) -> Rules:
-        """Return rules, whose addresses count from where Go's code begins."""
-        starts, ends = functions.starts[:-1], functions.starts[1:]
-        frame_pointer = rule(CfaKind.FRAME_POINTER)
-        if self._layout.pcsp < 0:
-            return Rules.of_ranges([(int(starts[0]), int(ends[-1]), frame_pointer)])
-        tables = self._gather(functions.records + self._layout.pcsp, "<u4") + self._pcs[0]
-        flags = self._gather(functions.records + self._layout.flags, "u1")
+    def find_text(self) -> int | None:
+        """Return the address that `functions.starts` count from; None if it cannot be told.
+
+        Not every version of the table says where Go's code begins. But runtime.goexit is a nop, a
+        call and a nop in all of them, and the distance of the call is known.
+        """
+        if self._layout.entry_bytes == _POINTER_BYTES:
+            return 0
+        starts = self.functions.starts
+        named = self.find_named((_GOEXIT, _GOEXIT_CALLEE))
+        distances = {
+            int(starts[callee]) - int(starts[caller]) - 6
+            for caller in named.get(_GOEXIT, ())
+            for callee in named.get(_GOEXIT_CALLEE, ())
+        }
+        codes = [
+            b"\x90\xe8" + struct.pack("<i", distance) + b"\x90"
+            for distance in distances
+            if abs(distance) < 1 << 31
+        ]
+        if not codes:
+            return None
+        pattern = re.compile(b"|".join(map(re.escape, codes)))
+        for p_vaddr, p_offset, p_filesz in self._elf.segments:
+            for start in range(0, p_filesz, _CHUNK_BYTES):
+                size = min(_CHUNK_BYTES + 8, p_filesz - start)
+                found = pattern.search(self._elf.source.read_at(p_offset + start, size))
+                if found:
+                    (caller, *_) = named[_GOEXIT]
+                    return p_vaddr + start + found.start() - int(starts[caller])
+        return None
+
+    def read_frameless(self) -> Ints:
+        """Return for each function for how many of its first bytes it has no frame.
+
+        It is 0 for functions that write to the stack pointer. Needs `has_depths`.
+        """
+        tables, flags = self._depths_at(), self._gather(self._flags_at(), "u1")
         # A table is pairs of numbers: by how much the depth changes from -1 on, zigzag, and for how
         # many bytes it holds.
-        begins_without_frame = (self._gather(tables, "u1") == 2) & (flags & _FLAG_WRITES_SP == 0)
-        lengths = np.where(begins_without_frame, self._gather_uleb(tables + 1), 0)
-        framed = starts + np.minimum(lengths, ends - starts)
-        addresses = np.append(np.stack([starts, framed], axis=1), ends[-1]).astype(np.uint64)
-        rules = np.tile(np.array([_WITHOUT_FRAME, frame_pointer], dtype=np.uint64), len(starts))
-        rules = np.append(rules, np.uint64(rule(CfaKind.HOLE)))
-        is_kept = np.append(addresses[1:] != addresses[:-1], True)
-        handlers = [
-            (int(starts[n]) + at, int(starts[n]) + end, _WITHOUT_FRAME + (depth >> 3 << 16))
-            for n in named.get(_SIGNAL_HANDLER, ())
-            for at, end, depth in self._read_depths(int(tables[n]), int(ends[n] - starts[n]))
-        ]
-        return Rules.of_ranges(handlers).over(Rules(addresses[is_kept], rules[is_kept]))
+        has_none = (self._gather(tables, "u1") == 2) & (flags & _FLAG_WRITES_SP == 0)
+        sizes = self.functions.starts[1:] - self.functions.starts[:-1]
+        lengths = np.where(has_none, self._gather_uleb(tables + 1), 0)
+        frameless: Ints = np.minimum(lengths, sizes)
+        return frameless
 
-    def _read_depths(self, position: int, size: int) -> Iterator[tuple[int, int, int]]:
-        """Return the depths of one function: from where in it, to where, how many bytes."""
-        content = self._read(position, min(_DEPTHS_BYTES, self._pcs[1] - position))
+    def read_depths(self, number: int) -> Iterator[Depth]:
+        """Return how deep the stack is along one function. Needs `has_depths`."""
+        record = self.functions.records[number : number + 1]
+        start = int(self._gather(record + self._layout.pcsp, "<u4")[0]) + self._pcs[0]
+        content = self._read(start, min(_DEPTHS_BYTES, self._pcs[1] - start))
         padded = np.zeros(len(content) + PADDING_BYTES, dtype=np.uint8)
         padded[: len(content)] = np.frombuffer(content, np.uint8)
+        size = int(self.functions.starts[number + 1] - self.functions.starts[number])
         at, pc, depth = np.zeros(1, dtype=np.int64), 0, -1
         while pc < size and at[0] < len(content):
             changes, widths = read_uleb(padded, at)
@@ -215,8 +224,14 @@ class _Table:
             depth += int(changes[0] >> 1 ^ -(changes[0] & 1))
             end = min(pc + int(lengths[0]), size)
             if depth & 7 == 0 and 0 <= depth < _MAX_DEPTH and pc < end:
-                yield pc, end, depth
+                yield Depth(pc, end, depth)
             pc = end
+
+    def _depths_at(self) -> Ints:
+        return self._gather(self.functions.records + self._layout.pcsp, "<u4") + self._pcs[0]
+
+    def _flags_at(self) -> Ints:
+        return self.functions.records + self._layout.flags
 
     def _gather_uleb(self, positions: Ints) -> Ints:
         values = np.zeros(len(positions), dtype=np.int64)
@@ -251,40 +266,3 @@ class _Table:
         if start < 0 or size < 0 or start + size > self._section.size:
             raise UnreadableElf(Miss.DAMAGED)
         return self._elf.source.read_at(self._section.offset + start, size)
-
-
-_MAX_ADDRESS = 1 << 47
-_NAME_BYTES = 64
-_MAX_SAME_NAMES = 4
-_DEPTHS_BYTES = 4096
-_LENGTH_BYTES = 4
-_MAX_DEPTH = 1 << 16
-_WITHOUT_FRAME = rule(CfaKind.RSP, 1)
-
-
-def _find_text(elf: Elf, functions: _Functions, named: dict[bytes, list[int]]) -> int | None:
-    """Find where Go's code begins, which the table does not say in every version.
-
-    runtime.goexit is a nop, a call and a nop in all of them, and the distance of the call is known.
-    """
-    distances = {
-        int(functions.starts[callee]) - int(functions.starts[caller]) - 6
-        for caller in named.get(_GOEXIT, ())
-        for callee in named.get(_GOEXIT_CALLEE, ())
-    }
-    codes = [
-        b"\x90\xe8" + struct.pack("<i", distance) + b"\x90"
-        for distance in distances
-        if abs(distance) < 1 << 31
-    ]
-    if not codes:
-        return None
-    pattern = re.compile(b"|".join(map(re.escape, codes)))
-    for p_vaddr, p_offset, p_filesz in elf.segments:
-        for start in range(0, p_filesz, _CHUNK_BYTES):
-            size = min(_CHUNK_BYTES + 8, p_filesz - start)
-            found = pattern.search(elf.source.read_at(p_offset + start, size))
-            if found:
-                (caller, *_) = named[_GOEXIT]
-                return p_vaddr + start + found.start() - int(functions.starts[caller])
-    return None

@@ -14,10 +14,7 @@ import numpy as np
 from symbolizer.integers import Wide
 from symbolizer.symbols.elf import SHT_PROGBITS, Elf, UnreadableElf
 from symbolizer.symbols.functions import read_functions
-from symbolizer.unwind.rules import CfaKind, Rules, rule
-
-Range = tuple[int, int, int]
-"""First address, end, rule."""
+from symbolizer.unwind.rules import CfaKind, Range, Rules, rule
 
 
 def find_handwritten_rules(elf: Elf, rules: Rules) -> Rules:

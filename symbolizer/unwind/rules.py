@@ -71,6 +71,10 @@ def rule(kind: CfaKind, cfa: int = 0) -> int:
     return int(kind) << 32 | cfa << 16
 
 
+Range = tuple[int, int, int]
+"""First address, end, rule."""
+
+
 class Rules(NamedTuple):
     """Rows before they are cut into pages: an address and a number whose low 16 bits are free.
 
@@ -81,7 +85,7 @@ class Rules(NamedTuple):
     rules: Wide
 
     @classmethod
-    def of_ranges(cls, ranges: Iterable[tuple[int, int, int]]) -> "Rules":
+    def of_ranges(cls, ranges: Iterable[Range]) -> "Rules":
         """Return a rule for each (start, end, rule), none overlapping, and HOLEs between."""
         edges: dict[int, int] = {}
         for start, end, number in sorted(ranges):

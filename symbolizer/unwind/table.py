@@ -2,7 +2,7 @@
 
 A table is an array of 8-byte rows sorted by address, as the walk in the kernel bisects it. The
 rules come from call frame information (cfi.py, cfa.py); where that has holes, from what is known of
-code that has none (handwritten.py, gopclntab.py).
+code that has none (handwritten.py, go.py).
 
 The rows are cut into pages of 4 KiB of addresses, so that a row needs only the low bits of its
 address, and a look-up touches few cache lines. The rule in force at the start of a page is repeated
@@ -25,9 +25,9 @@ from symbolizer import digest
 from symbolizer.integers import Wide
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import SHT_NOBITS, Elf, Source, UnreadableElf, read_elf
-from symbolizer.symbols.gopclntab import read_go_rules
 from symbolizer.unwind.cfa import run_programs
 from symbolizer.unwind.cfi import read_debug_frame, read_eh_frame
+from symbolizer.unwind.go import read_go_rules
 from symbolizer.unwind.handwritten import find_handwritten_rules
 from symbolizer.unwind.rules import ROW, CfaKind, Rules, rule
 
