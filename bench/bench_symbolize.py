@@ -101,7 +101,7 @@ def main() -> None:
         symbolizer = load(path, cache)
         places = choose_places(symbolizer)
         (build_id,) = symbolizer.modules
-        table = symbolizer._table(build_id)  # noqa: SLF001 - the part that is timed by itself
+        table = symbolizer._modules.table(build_id)  # noqa: SLF001 - the part that is timed by itself
         assert table is not None
         offsets = np.array([place.offset for place in places], dtype=np.uint64)
         runner.bench_func("names, 10,000 warm", symbolizer.names, places)

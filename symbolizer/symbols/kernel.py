@@ -19,6 +19,10 @@ from symbolizer.text import readable
 
 KERNEL_NAME = "[kernel.kallsyms]"
 
+_MODULES = Path("/proc/modules")
+# Modules and BPF programs come and go; reading kallsyms again takes 0.1 s.
+_REFRESH_NS = 60 * 10**9
+
 _CHUNK_BYTES = 1 << 16
 _MAX_KALLSYMS_BYTES = 256 << 20
 _MAX_MODULE_BYTES = 1 << 28
@@ -87,7 +91,7 @@ class _Part:
 def read_kernel_map(
     keep: Callable[[Image, Functions, bytes], None],
     kallsyms: Path = Path("/proc/kallsyms"),
-    modules: Path = Path("/proc/modules"),
+    modules: Path = _MODULES,
     sys: Path = Path("/sys"),
 ) -> KernelMap:
     """Read the whole kernel's map: 122,000 symbols in 0.1 s.
@@ -113,6 +117,41 @@ def read_kernel_map(
     ends = np.array([image.end for image in images], dtype=np.uint64)
     ends[:-1] = np.minimum(ends[:-1], starts[1:])
     return KernelMap(tuple(images), starts, ends, is_hidden=not images)
+
+
+class RunningKernel:
+    """The kernel's map as of now: read when it is needed, and again where it may have changed."""
+
+    def __init__(
+        self,
+        keep: Callable[[Image, Functions, bytes], None],
+        monotonic_ns: Callable[[], int],
+    ) -> None:
+        """Read nothing yet; `keep` is that of `read_kernel_map`."""
+        self._keep = keep
+        self._monotonic_ns = monotonic_ns
+        self._map: KernelMap | None = None
+        self._modules: dict[str, tuple[int, int]] = {}
+        self._read_ns = 0
+
+    def find(self, addresses: Wide) -> tuple[KernelMap, npt.NDArray[np.int64]]:
+        """Return the map, and the number of each address's image in it, -1 where there is none."""
+        kernel = self._map or self._read()
+        numbers = kernel.find(addresses)
+        images = [kernel.images[n] for n in np.unique(numbers[numbers >= 0]).tolist()]
+        if any(image.name != KERNEL_NAME for image in images) or (numbers < 0).any():
+            is_passing = (numbers < 0).any() or any(image.program for image in images)
+            is_old = self._monotonic_ns() - self._read_ns > _REFRESH_NS
+            if (is_passing and is_old) or parse_modules(_read(_MODULES)) != self._modules:
+                kernel = self._read()
+                numbers = kernel.find(addresses)
+        return kernel, numbers
+
+    def _read(self) -> KernelMap:
+        self._modules = parse_modules(_read(_MODULES))
+        self._read_ns = self._monotonic_ns()
+        self._map = read_kernel_map(self._keep)
+        return self._map
 
 
 def parse_modules(text: bytes) -> dict[str, tuple[int, int]]:
