@@ -1,7 +1,7 @@
-"""A digest that costs no memory: hashlib would map OpenSSL, 4 MB of the 60 the sampler may take.
+"""BLAKE2 without hashlib, which would map OpenSSL: 4 MB of the 60 MB that the sampler may take.
 
-Only the interpreter's own BLAKE2 is loaded, as `random` does with its SHA-2; hashlib is for builds
-of Python that lack it.
+Only the interpreter's own BLAKE2 is loaded, as `random` does with SHA-2. Builds of Python without
+it fall back to hashlib.
 """
 
 try:

@@ -1,8 +1,8 @@
-"""Opening the files of a process, without trusting it.
+"""Open the files of a process without trusting it.
 
-A path is a claim: the process may live in another root, the file may be deleted or replaced, and a
-hostile one may have put a FIFO, a device or a link out of its container there. So a file is first
-opened with O_PATH, which has no effect on it, and only a regular one is opened for reading.
+A path proves nothing: the process may have another root, the file may be deleted or replaced, and
+a hostile process may have put a FIFO, a device or a link out of its container there. So a file is
+first opened with O_PATH, which has no effect on it, and only regular files are opened for reading.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class OpenedFile(NamedTuple):
-    """A regular file, open for reading; the receiver closes it.
+    """A regular file, open for reading; the caller closes it.
 
-    `is_certain`: the kernel itself says that this is the mapped file.
+    `is_certain`: the kernel says that this is the mapped file.
     """
 
     fd: int
@@ -37,10 +37,10 @@ class OpenedFile(NamedTuple):
 
 
 class ProcessFiles:
-    """The files of one process during one look at it. Close it, or use it in a `with`.
+    """The files of one process, to be used briefly. Close it, or use it in a `with`.
 
-    All goes through one descriptor of /proc/PID, so it stays the same process even if it exits and
-    its pid is given away meanwhile.
+    Everything is opened relative to one descriptor of /proc/PID, so it stays the same process even
+    if that exits and its pid is reused meanwhile.
     """
 
     def __init__(self, pid: int) -> None:
@@ -66,10 +66,10 @@ class ProcessFiles:
         self._process = self._root = -1
 
     def candidates(self, mapping: Mapping) -> Iterator[OpenedFile]:
-        """Open what may be the mapped file, the likeliest first; later ones only when asked for.
+        """Open files that may be the mapped one, the likeliest first, each when it is asked for.
 
-        The mapped file itself through map_files, the path in the process's root, the path here.
-        The receiver compares identities and closes each.
+        They are the mapped file itself through map_files, the path in the process's root, and the
+        path in ours. The caller compares identities and closes each.
         """
         self.failure = Miss.NO_FILE
         if self._process >= 0:
@@ -78,7 +78,7 @@ class ProcessFiles:
         yield from self._reopen(_open_path(mapping.file_path), is_certain=False)
 
     def read(self, name: str, limit_bytes: int) -> bytes | None:
-        """Read up to `limit_bytes` of /proc/PID/`name`; None when the process has gone."""
+        """Read up to `limit_bytes` of /proc/PID/`name`; None if the process has exited."""
         fd = _try_open(name, self._process, _READ_FLAGS) if self._process >= 0 else -1
         if fd < 0:
             return None
@@ -87,17 +87,14 @@ class ProcessFiles:
             while limit_bytes > 0 and (part := os.read(fd, limit_bytes)):
                 parts.append(part)
                 limit_bytes -= len(part)
-        except OSError:  # it has exited meanwhile
+        except OSError:  # exited meanwhile
             return None
         finally:
             os.close(fd)
         return b"".join(parts)
 
     def link(self, name: str) -> bytes:
-        """Return where the link /proc/PID/`name` leads, in the root of the process.
-
-        It is empty if that is not known.
-        """
+        """Return the target of the link /proc/PID/`name` in the root of the process, or b""."""
         if self._process < 0:
             return b""
         try:
@@ -108,19 +105,19 @@ class ProcessFiles:
         return _inside(root, target)
 
     def open_executable(self) -> OpenedFile | None:
-        """Open the program that the process runs, also when it was deleted."""
+        """Open the program that the process runs, even if it was deleted."""
         if self._process < 0:
             return None
         return next(self._reopen(_try_open("exe", self._process), is_certain=True), None)
 
     def open_file(self, path: bytes) -> OpenedFile | None:
-        """Open a regular file by its path in the process's root, out of which no link leads."""
+        """Open a regular file by its path in the process's root; links cannot leave that root."""
         if self._process < 0:
             return None
         return next(self._reopen(self._open_in_root(path), is_certain=False), None)
 
     def resolve(self, path: bytes) -> bytes:
-        """Return the path in the root of the process without links; empty if nothing is there."""
+        """Return a path in the root of the process with all links resolved; b"" if not found."""
         fd = self._open_in_root(path) if self._process >= 0 else -1
         if fd < 0:
             return b""
@@ -133,7 +130,7 @@ class ProcessFiles:
         return _inside(root, resolved)
 
     def _open_map_file(self, mapping: Mapping) -> Iterator[OpenedFile]:
-        if mapping.build_id:  # which will prove the file, so the maps need not be read
+        if mapping.build_id:  # it proves the file, so the maps need not be read
             yield from self._open_range(mapping.start, mapping.end, is_certain=False)
         for current in self._current_maps():
             overlaps = current.start < mapping.end and mapping.start < current.end
@@ -153,7 +150,7 @@ class ProcessFiles:
                 with os.fdopen(fd, "rb") as maps:
                     try:
                         self._maps = parse_maps(maps.read())
-                    except OSError:  # the process has gone
+                    except OSError:  # exited meanwhile
                         self._maps = []
         return self._maps
 
@@ -175,7 +172,7 @@ class ProcessFiles:
         return fd
 
     def _reopen(self, path_fd: int, *, is_certain: bool) -> Iterator[OpenedFile]:
-        """Turn an O_PATH descriptor, which this closes, into one to read from."""
+        """Open a file for reading by its O_PATH descriptor, which is closed."""
         if path_fd < 0:
             return
         try:
@@ -196,7 +193,7 @@ class ProcessFiles:
 
 
 def _inside(root: bytes, path: bytes) -> bytes:
-    """Return a path below a root as it is called there, where the two are seen from outside."""
+    """Return a path relative to a root; both are given as seen from outside."""
     if root == b"/" or not (path + b"/").startswith(root + b"/"):
         return path
     return path[len(root) :] or b"/"

@@ -1,4 +1,7 @@
-"""Integers at many positions of a byte array at once: of fixed width, and LEB128 (DWARF 5, 7.6)."""
+"""Read integers at many positions of a byte array at once.
+
+They are of fixed width, or LEB128 (DWARF 5, section 7.6).
+"""
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +12,7 @@ Wide = npt.NDArray[np.uint64]
 Flags = npt.NDArray[np.bool_]
 
 PADDING_BYTES = 64
-"""Zeros behind the content, so that an operand may be read before it is known to be there."""
+"""Zeros that follow the content, so that an operand can be read before its end is checked."""
 MAX_LEB_BYTES = 10
 
 
@@ -19,19 +22,19 @@ def distinct(numbers: Ints) -> list[int]:
 
 
 def view(content: Bytes, form: str) -> npt.NDArray[np.int64]:
-    """See a number of the format `form` at every position; those at the end are missing."""
+    """Return a view with a number of the format `form` at each position that has room for one."""
     dtype = np.dtype(form)
     return np.ndarray((len(content) - dtype.itemsize + 1,), dtype, content, strides=(1,))
 
 
-# A number that is longer counts as this large, which is no offset of any frame. So sums and
-# products stay within 64 bits.
+# Numbers of more than 8 bytes are read as this one, which is not an offset of any real frame. So
+# sums and products stay within 64 bits.
 _TOO_LARGE = 1 << 40
 _LEB_BYTES_READ = 8
 
 
 def read_uleb(content: Bytes, at: Ints) -> tuple[Ints, Ints]:
-    """Return numbers and their widths in bytes at positions that lie before the padding."""
+    """Return the numbers at positions before the padding, and their widths in bytes."""
     values, widths = _read_leb(content, at)
     return np.minimum(values, _TOO_LARGE), widths
 

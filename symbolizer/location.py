@@ -1,8 +1,8 @@
-"""What a sampled address is (Location) and how it is shown (Frame).
+"""What a sampled address is (Location), and how it is shown (Frame).
 
-A Location is identity: it is what profiles of different processes, hosts and days are merged by, so
-it holds nothing that may improve later. A Frame is a view of it, kept in a table beside the stacks:
-better names replace worse ones without touching a count.
+A Location is identity: profiles of different processes, hosts and days are merged by it, so it
+holds nothing that may improve later. A Frame is a view of a Location, kept in a table beside the
+stacks: better names replace worse ones without changing a count.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ ElfAddress = NewType("ElfAddress", int)
 
 
 class Kind(StrEnum):
-    """What a frame is made of; decides its colour and is part of a box's identity."""
+    """The kind of code that a frame runs; it sets the box's colour and is part of its identity."""
 
     KERNEL = "kernel"
     NATIVE = "native"
@@ -31,19 +31,19 @@ class Kind(StrEnum):
     LABEL = "label"
     """A label drawn as a frame above the root."""
     REST = "rest"
-    """What was too narrow to draw, summed into one visible node."""
+    """Everything too narrow to draw, summed into one visible node."""
 
 
 class Miss(StrEnum):
-    """Why an address has no name. A closed list: a new way needs a new reason."""
+    """Why an address has no name. The list is closed: a new cause needs a new reason."""
 
     NO_SYMBOL = "no symbol"
-    """The file has symbols, but none that covers the address."""
+    """The file has symbols, but none covers the address."""
     STRIPPED = "no symbol table"
     NO_FILE = "file not found"
-    """Deleted, out of reach, or gone with its process before it was opened."""
+    """Deleted, not reachable, or lost with its process before it was opened."""
     FILE_REPLACED = "file replaced"
-    """Another file stands where the mapped one was."""
+    """Another file is now at the path of the mapped one."""
     NOT_PERMITTED = "file not permitted"
     NOT_REGULAR = "not a regular file"
     NOT_ELF = "not an ELF file"
@@ -54,16 +54,16 @@ class Miss(StrEnum):
     """Beyond the limits that bound the profiler's memory."""
     NO_MAPPING = "no mapping"
     EXITED = "process exited"
-    """It was gone before its mappings were seen."""
+    """It exited before its mappings were read."""
     ANONYMOUS = "anonymous memory"
-    """Code without a file: just-in-time compilers, trampolines."""
+    """Code without a file: from just-in-time compilers, or trampolines."""
     NO_CODE_KNOWN = "pseudo file"
-    """Memory of the kernel's own that has no symbols, as [vsyscall]."""
+    """The kernel's own mappings without symbols, such as [vsyscall]."""
     KERNEL_HIDDEN = "kernel addresses hidden"
-    """kallsyms shows zeros: kernel.kptr_restrict, or CAP_SYSLOG is missing."""
+    """kallsyms shows only zeros: kernel.kptr_restrict is set, or CAP_SYSLOG is missing."""
     KERNEL_UNKNOWN = "unknown kernel code"
     NOT_KEPT = "symbols no longer kept"
-    """They were read, and have made room for others since."""
+    """They were read, and have since been evicted."""
 
 
 class Segment(NamedTuple):
@@ -80,11 +80,11 @@ class Module:
 
     Attributes:
         build_id: hex of the GNU build id; `hash-` and hex of (size, 64 blocks of 4 KiB spread
-            over the file) for a file without one; a name in brackets where there is no file, as
+            over the file) for a file without one; a name in brackets if there is no file, such as
             `[exited]`.
-        path: what to show, already readable (`/usr/lib/…`, `[kernel.kallsyms]`, `[vdso]`).
-        segments: executable segments in file order; empty where they are not known, and then
-            addresses are shown as file offsets.
+        path: to show, already readable (`/usr/lib/…`, `[kernel.kallsyms]`, `[vdso]`).
+        segments: executable segments in file order; empty if unknown, and then addresses are shown
+            as file offsets.
     """
 
     build_id: str
@@ -94,14 +94,14 @@ class Module:
 
     @property
     def name(self) -> str:
-        """The last part of the path, which is what a box and a table show."""
+        """The last part of the path, as boxes and tables show it."""
         return self.path.rpartition("/")[2] or self.path
 
     def elf_address(self, offset: FileOffset) -> ElfAddress:
         """Translate a file offset into the address the file was linked at.
 
-        Goes through the executable PT_LOAD that holds the offset (ELF gABI, "Program Header"). An
-        offset outside of all of them is returned as it is: it is still one place, only unlinked.
+        Uses the executable PT_LOAD that holds the offset (ELF gABI, "Program Header"). An offset
+        outside all of them is returned unchanged.
         """
         for segment in self.segments:
             if segment.p_offset <= offset < segment.p_offset + segment.p_filesz:
@@ -110,10 +110,10 @@ class Module:
 
 
 class AddressLocation(NamedTuple):
-    """A place in machine code: native files, the kernel, its modules, the vDSO.
+    """An address in machine code: native files, the kernel, its modules, the vDSO.
 
-    The offset is that of the instruction to look up: for a caller it lies inside the call, one
-    byte before the return address.
+    The offset is that of the instruction to look up: for a caller, one byte before the return
+    address, which is inside the call.
     """
 
     build_id: str
@@ -121,7 +121,7 @@ class AddressLocation(NamedTuple):
 
 
 class NamedLocation(NamedTuple):
-    """A place known by its name only: interpreted and JIT code, text formats, foreign profiles."""
+    """Code known only by name: interpreted and JIT code, text formats, foreign profiles."""
 
     function: str
     module: str
@@ -135,7 +135,7 @@ Location = AddressLocation | NamedLocation
 
 
 class Frame(NamedTuple):
-    """One function as it is shown. `line` is 0 and `file` empty where they are not known."""
+    """One function as it is shown. If unknown, `line` is 0 and `file` is empty."""
 
     function: str
     module: str
@@ -145,16 +145,16 @@ class Frame(NamedTuple):
 
 
 def bounded(module: str, kind: Kind, start: ElfAddress) -> Frame:
-    """Return the box of a function that has no name, but is known to begin at an address."""
+    """Return the frame of a function that has no name but a known first address."""
     return Frame(f"{module}+{start:#x}", module, kind)
 
 
 def is_bounded(frame: Frame) -> bool:
-    """Return whether a frame is such a box, so that a name from elsewhere is better."""
+    """Return whether a frame was made by `bounded`, so that any real name is better."""
     return frame.function.startswith(f"{frame.module}+0x")
 
 
 def unnamed(module: str, kind: Kind) -> Frame:
-    """Return the one box in which all addresses of a module that have no name are drawn."""
+    """Return the frame that all addresses of a module without a name share."""
     inner = module.strip("[]") or "unknown"
     return Frame(f"[{inner}]", module, kind)

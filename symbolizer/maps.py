@@ -1,7 +1,7 @@
-"""What a process has mapped executable: from /proc/PID/maps or from perf's MMAP2 records.
+"""The executable mappings of a process, from /proc/PID/maps or from perf's MMAP2 records.
 
-Both sources give the same Mapping. A MappingTable is one state of one address space, sorted for
-look-up; a process that maps more gets a new table.
+Both sources yield the same Mapping. A MappingTable is one state of one address space, sorted for
+look-up; when a process maps more, it gets a new table.
 """
 
 from bisect import bisect_left, bisect_right
@@ -19,12 +19,12 @@ class Mapping:
     """Executable memory of a process.
 
     Attributes:
-        path: as the kernel names it: with ` (deleted)` behind it if so, relative to the root of
-            the process (MMAP2) or of the reader (/proc/PID/maps); empty or `//anon` for anonymous
-            memory, brackets for the kernel's own (`[vdso]`).
-        device: major and minor number, as the kernel prints them. File systems with devices of
-            their own (overlayfs, btrfs) let stat(2) say something else.
-        build_id: hex, where the record carried one; else empty.
+        path: as the kernel writes it: followed by ` (deleted)` if the file is deleted; relative to
+            the root of the process (MMAP2) or of the reader (/proc/PID/maps); empty or `//anon` for
+            anonymous memory; in brackets for the kernel's own (`[vdso]`).
+        device: major and minor number, as the kernel prints them. On file systems with devices of
+            their own (overlayfs, btrfs) stat(2) returns others.
+        build_id: hex if the record carried one, else empty.
     """
 
     start: int
@@ -41,11 +41,11 @@ class Mapping:
 
     @property
     def file_path(self) -> bytes:
-        """The path without the mark of a deleted file."""
+        """The path without ` (deleted)`."""
         return self.path.removesuffix(_DELETED)
 
     def is_same_file(self, other: "Mapping") -> bool:
-        """Return whether the kernel describes one file in both, deleted in the meantime or not."""
+        """Return whether both mappings are of one file, even if it was deleted in between."""
         return (self.device, self.inode, self.file_path) == (
             other.device,
             other.inode,
@@ -56,9 +56,9 @@ class Mapping:
 def parse_maps(text: bytes) -> list[Mapping]:
     r"""Read the executable mappings of /proc/PID/maps (proc_pid_maps(5)).
 
-    The kernel writes a newline in a path as `\012` and escapes nothing else, so a path that holds
-    these four characters itself cannot be told apart. A line that cannot be read is left out: the
-    file may end in the middle of one when the process exits.
+    The kernel writes a newline in a path as `\012` and escapes nothing else, so a path that
+    contains these four characters is ambiguous. Lines that cannot be parsed are left out: if the
+    process exits, the file may end in the middle of one.
     """
     mappings = []
     for line in text.splitlines():
@@ -90,8 +90,8 @@ class MappingTable:
     """The executable mappings of one process, sorted and without overlaps. Equal only to itself.
 
     Attributes:
-        missing: the module of an address outside of all mappings: `[unknown]`, or `[exited]` for
-            a process that was gone before its mappings were seen.
+        missing: the module of an address outside all mappings: `[unknown]`, or `[exited]` for a
+            process that exited before its mappings were read.
     """
 
     mappings: tuple[Mapping, ...]
@@ -101,7 +101,7 @@ class MappingTable:
 
     @classmethod
     def of(cls, mappings: Iterable[Mapping], missing: str = "[unknown]") -> "MappingTable":
-        """Build the table. A later mapping takes its range away from earlier ones, as mmap does."""
+        """Build the table. A later mapping replaces earlier ones in its range, as mmap does."""
         kept: list[Mapping] = []
         for mapping in mappings:
             _map_over(kept, mapping)
@@ -113,7 +113,7 @@ class MappingTable:
         )
 
     def find(self, addresses: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-        """Return the number of the mapping that holds each address, -1 where there is none."""
+        """Return the index of the mapping that holds each address, -1 if there is none."""
         if not self.mappings:
             return np.full(len(addresses), -1, dtype=np.int64)
         found = np.searchsorted(self.starts, addresses, side="right").astype(np.int64) - 1
@@ -141,7 +141,7 @@ def _map_over(kept: list[Mapping], mapping: Mapping) -> None:
 
 
 def is_anonymous(path: bytes) -> bool:
-    """Return whether the kernel's name of a mapping stands for memory without a file."""
+    """Return whether a mapping's path stands for memory without a file."""
     return (
         not path.startswith((b"/", b"["))
         or path.startswith((b"//anon", b"/dev/zero", b"/SYSV", b"/anon_hugepage", b"[anon"))

@@ -1,7 +1,8 @@
-"""The door: addresses of processes and of the kernel -> Locations -> Frames.
+"""Turn addresses of processes and of the kernel into Locations, and Locations into Frames.
 
-`locate` works while the process lives and keeps what naming needs; `names` works at any time after.
-Both take what there is: an address that cannot be placed or named is a value with a counted reason.
+This is the door of the package. `locate` works while the process runs and keeps what `names` needs,
+which works at any later time. Neither fails: an address that cannot be located or named becomes a
+value with a counted reason.
 """
 
 import contextlib
@@ -65,15 +66,15 @@ _PSEUDO_MISSES = {
 
 
 class _File(NamedTuple):
-    """What stands behind a mapping."""
+    """The file behind a mapping."""
 
     build_id: str
     is_pseudo: bool = False
-    """Without a file: places in it are addresses of the process."""
+    """There is no file: its offsets are addresses of the process."""
 
 
 class Symbolizer:
-    """Not to be used from several threads at once."""
+    """Locates and names addresses. Not thread-safe."""
 
     def __init__(
         self,
@@ -82,20 +83,20 @@ class Symbolizer:
         tables_bytes: int = _TABLES_BYTES,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        """Prepare; nothing is read yet.
+        """Create the cache directory; read no symbols yet.
 
         Args:
-            cache_dir: where symbol tables are kept, made if missing; None for temporary files.
-            cache_bytes: what the tables in `cache_dir` may take.
-            tables_bytes: what the tables in memory may take. Others are read from the cache again,
-                so without a `cache_dir` their names are gone (Miss.NOT_KEPT).
-            monotonic_ns: the clock for reading the kernel's symbols again.
+            cache_dir: where symbol tables are stored, created if missing; None for temporary files.
+            cache_bytes: limit for the tables in `cache_dir`.
+            tables_bytes: limit for the tables in memory. Evicted tables are read from the cache
+                again; without a `cache_dir` their names are lost (Miss.NOT_KEPT).
+            monotonic_ns: the clock that says when to read the kernel's symbols again.
         """
         self._modules = Modules(SymbolCache(cache_dir, cache_bytes), tables_bytes)
         self._names = Names(self._modules)
         self.misses = self._names.misses
-        """Locations that `names` could not name, by Miss; each once per call. The caller clears it.
-        Those in functions that are known by their FDE only are counted, too."""
+        """How many locations `names` could not name, by Miss, each once per call; the caller clears
+        it. Locations in functions that are known only by their FDE range count as misses, too."""
         self._identified: OrderedDict[tuple[int, ...], str] = OrderedDict()
         self._files: WeakKeyDictionary[MappingTable, dict[int, _File]] = WeakKeyDictionary()
         self._slowest: list[tuple[float, str]] = []
@@ -104,15 +105,15 @@ class Symbolizer:
 
     @property
     def modules(self) -> Mapping[str, Module]:
-        """By build id, what was located so far: the last 8192."""
+        """The modules located so far by build id; the last 8192 of them."""
         return self._modules.known
 
     def locate(self, pid: int, mappings: MappingTable, addresses: Addresses) -> list[Location]:
         """Return one Location per user address.
 
-        An address is that of the instruction to look up: for a caller, its return address - 1. A
-        file is opened and its symbols are kept when it is first seen; if it cannot be opened,
-        module and offset remain, with the build id if the mapping carries one.
+        Pass the address of the instruction to look up: for a caller, its return address - 1. A file
+        is opened when it is first seen, and its symbols are stored. If it cannot be opened, the
+        location still has module and offset, and the build id if the mapping carries one.
         """
         addresses = np.asarray(addresses, dtype=np.uint64)
         numbers = mappings.find(addresses).tolist()
@@ -135,7 +136,7 @@ class Symbolizer:
 
     @contextlib.contextmanager
     def opened(self, pid: int, mapping: maps.Mapping, build_id: str) -> Iterator[Source | None]:
-        """Open the file of a build id, which a process has mapped; None if out of reach."""
+        """Open the file that a process has mapped; None if no file with that build id is found."""
         if mapping.path == b"[vdso]":
             yield _own_vdso()[1]
             return
@@ -178,8 +179,8 @@ class Symbolizer:
     def names(self, locations: Sequence[Location]) -> list[tuple[Frame, ...]]:
         """Return the frames of each location, innermost first; () where there is no name.
 
-        An address in a function that has no name, but whose extent is known, has the frame of that
-        function, named after its first address: `module+0x…`, as linked.
+        A function that is known only by its FDE range has a frame named after its first address:
+        `module+0x…`, as linked.
         """
         frames: list[tuple[Frame, ...]] = [()] * len(locations)
         by_module: dict[str, list[int]] = {}
@@ -195,7 +196,7 @@ class Symbolizer:
         return frames
 
     def slowest(self) -> list[dict[str, str | float]]:
-        """Return the files whose symbols took longest to read, `path` and `ms`, slowest first."""
+        """Return the files whose symbols took longest to read: `path` and `ms`, slowest first."""
         return [{"path": path, "ms": ms} for ms, path in sorted(self._slowest, reverse=True)]
 
     def close(self) -> None:
@@ -209,7 +210,7 @@ class Symbolizer:
         return _File(name, is_pseudo=True)
 
     def _place(self, files: ProcessFiles, mappings: MappingTable, number: int) -> tuple[str, int]:
-        """Return a mapping's build id, and what to subtract from addresses for file offsets."""
+        """Return a mapping's build id, and what to subtract from an address for its file offset."""
         if number < 0:
             return self._pseudo(mappings.missing).build_id, 0
         build_id, is_pseudo = self._file(files, mappings, number)
@@ -236,7 +237,7 @@ class Symbolizer:
         return self._open_file(files, mapping)
 
     def _is_known(self, mapping: maps.Mapping) -> bool:
-        """Return whether a build id's file was read before, by this process or an earlier one."""
+        """Return whether the mapping's file was read before, by this process or an earlier one."""
         build_id = mapping.build_id
         if self._modules.use(build_id):
             return True
@@ -267,7 +268,7 @@ class Symbolizer:
     def _read_file(
         self, fd: int, status: os.stat_result, mapping: maps.Mapping, is_same: bool
     ) -> _File | None:
-        """Identify an open file and keep its symbols; None if it is not the mapped one."""
+        """Identify an open file and store its symbols; None if it is not the mapped file."""
         identity = (
             *(status.st_dev, status.st_ino, status.st_size),
             *(status.st_mtime_ns, status.st_ctime_ns),
@@ -319,7 +320,7 @@ class Symbolizer:
         if not build_id:
             try:
                 build_id = hash_content(source)
-            except UnreadableElf:  # it shrinks while it is read
+            except UnreadableElf:  # truncated meanwhile
                 build_id = f"[{readable(mapping.file_path)}]"
         self._modules.add(Module(build_id, readable(mapping.file_path)), reason)
         return build_id
@@ -333,7 +334,7 @@ class Symbolizer:
         return _File(build_id)
 
     def _find_vdso(self, mapping: maps.Mapping) -> _File:
-        """Take this process's own vDSO, which is that of every 64-bit process of the host."""
+        """Read this process's own vDSO: all 64-bit processes of a host share one image."""
         if self._vdso is None or self._vdso[0] not in self._modules.known:
             self._vdso = self._read_own_vdso()
         build_id, size = self._vdso

@@ -1,32 +1,32 @@
 r"""Make a name from outside safe to store, log and draw.
 
-Names come from files and processes of other users: symbol tables, paths, demanglers. Whatever is
-in them, nothing that passes through here can break a line, steer a terminal or hide from a reader.
+Names come from files and processes of other users: symbol tables, paths, demanglers. No name that
+passed through here can break a line, control a terminal or hide characters from a reader.
 """
 
 import re
 import zlib
 
 READABLE_LIMIT = 1024
-"""Characters a name may have; a longer one is cut and ends in `…` and 8 hex digits of its CRC-32,
-so that two long names that begin alike stay two."""
+"""The most characters a name may have. A longer one is cut, and ends in `…` and 8 hex digits of its
+CRC-32, so that two long names with the same beginning stay different."""
 
-# What str.isprintable() lets through although it shows as nothing: Unicode's default-ignorable
-# code points outside of the categories Cc, Cf, Cn (DerivedCoreProperties.txt).
+# Characters that are invisible although str.isprintable() accepts them: Unicode's default-ignorable
+# code points outside the categories Cc, Cf, Cn (DerivedCoreProperties.txt).
 _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 
 
 def readable(name: bytes) -> str:
-    r"""Decode a name, with everything that cannot be seen written as a visible escape.
+    r"""Decode a name, and write everything invisible as a visible escape.
 
     Bytes that are not UTF-8 become `\xNN`; control characters (newline, NUL, ESC), bidirectional
     controls, zero-width characters, line and paragraph separators, private and unassigned ones
     become `\n`, `\xNN`, `\uNNNN` or `\UNNNNNNNN`. The result holds at most READABLE_LIMIT
     characters and never a newline, a NUL, an ESC or a lone surrogate: it always encodes to UTF-8.
     """
-    # A character takes up to 4 bytes: what lies beyond could not be shown anyway.
+    # A character takes at most 4 bytes: what follows would be cut anyway.
     text = name[: 4 * READABLE_LIMIT + 4].decode("utf-8", "backslashreplace")
     if not text.isprintable() or not text.isascii():
         text = "".join(map(_visible, text))

@@ -1,8 +1,8 @@
-"""Choose one name for each address: candidates, several for an address, become disjoint functions.
+"""Choose one name for each address: turn overlapping symbols into disjoint functions.
 
-A function inside another has its own bytes, and the outer one has those before and behind. Of
-several names for one address the best is taken: global before weak before local, no internal alias,
-few leading underscores, short.
+A function inside another one owns its bytes, and the outer function those before and after it. Of
+several names for one address the best is chosen: global before weak before local, not an alias of
+glibc's own, few leading underscores, short.
 """
 
 from collections.abc import Iterable
@@ -15,13 +15,13 @@ import numpy.typing as npt
 Words = npt.NDArray[np.uint32]
 
 AT_PLT = np.uint32(1 << 31)
-"""Set in a name's position: the name is that of a PLT stub, to be shown with `@plt` behind it."""
+"""Set in a name's position: the function is a PLT stub, shown with the suffix `@plt`."""
 
 IN_FDE_RANGE = np.uint32(1 << 30)
-"""Set in the place of a name's position: there is none, and the other bits are the number of the
-range that the function begins with. It has others where a name covers the middle of its extent."""
+"""Set instead of a name's position: the function is known only by its FDE range and has no name.
+The other bits are the number of its first part; it has several if a name covers its middle."""
 
-# A name that is longer counts as this long when the best of several is chosen.
+# Longer names count as this long when the best of several is chosen.
 COMPARED_NAME_BYTES = 4096
 
 
@@ -30,8 +30,8 @@ class Functions:
     """Disjoint ranges, sorted.
 
     Attributes:
-        base: what `starts` and `ends` count from, so that 32 bits are enough.
-        names: where each name begins in the concatenated `strings`, with AT_PLT; or IN_FDE_RANGE.
+        base: the file offset that `starts` and `ends` count from, so that 32 bits are enough.
+        names: where each name begins in the concatenated strings, with AT_PLT; or IN_FDE_RANGE.
     """
 
     base: int
@@ -42,9 +42,9 @@ class Functions:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Symbols as they come: unsorted, several for an address, with and without a size.
+    """Symbols as they are read: unsorted, several for an address, with and without a size.
 
-    `ranks` are smaller for better names: 0 global, 1 weak, 2 local, 3 PLT stub.
+    `ranks` are lower for better names: 0 global, 1 weak, 2 local, 3 PLT stub.
     """
 
     starts: Words
@@ -84,7 +84,11 @@ NO_CANDIDATES = Candidates(
 
 
 def name_preferences(strings: bytes, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Rank names: not `__GI_` (glibc's own aliases), fewer leading underscores, shorter."""
+    """Return a number per name, lower for better ones.
+
+    Worst are names in `__GI_` (glibc's own aliases), then those with more leading underscores, then
+    longer ones.
+    """
     text = np.frombuffer(strings + b"\0" * 6, dtype=np.uint8)
     terminators = np.flatnonzero(text == 0)
     lengths = terminators[np.searchsorted(terminators, positions)] - positions
@@ -103,7 +107,7 @@ def name_preferences(strings: bytes, positions: npt.NDArray[np.int64]) -> npt.ND
 
 class Strings(Protocol):
     def preferences(self, positions: Words) -> npt.NDArray[np.int64]:
-        """Return a number per name, smaller for better ones, for positions in ascending order."""
+        """Return a number per name, lower for better ones; `positions` are sorted."""
 
 
 def arrange(symbols: Candidates, strings: Strings, base: int) -> Functions:
@@ -112,7 +116,7 @@ def arrange(symbols: Candidates, strings: Strings, base: int) -> Functions:
         return Functions(base, symbols.starts, symbols.ends, symbols.names)
     symbols = drop_aliases(symbols, strings)
     ends = symbols.ends
-    # A label without a size in the middle of a function is a jump target, not a function.
+    # A label without a size inside a function is a jump target, not a function.
     covered = np.maximum.accumulate(np.where(symbols.is_sized, ends, np.uint32(0)))
     is_label = np.zeros(len(ends), dtype=np.bool_)
     is_label[1:] = ~symbols.is_sized[1:] & (covered[:-1] > symbols.starts[1:])
@@ -125,7 +129,7 @@ def arrange(symbols: Candidates, strings: Strings, base: int) -> Functions:
 
 
 def drop_aliases(symbols: Candidates, strings: Strings) -> Candidates:
-    """Sort; keep the best name of each address, before it the longest range if that is longer."""
+    """Sort; keep the best name of each address, and before it the longest range if it is longer."""
     symbols = symbols.take(np.argsort(symbols.starts, kind="stable"))
     is_again = symbols.starts[1:] == symbols.starts[:-1]
     if not is_again.any():
@@ -142,7 +146,7 @@ def drop_aliases(symbols: Candidates, strings: Strings) -> Candidates:
     best = _first_of_each(starts, np.lexsort((costs, starts)))
     longest = _first_of_each(starts, np.lexsort((costs, -ends.astype(np.int64), starts)))
     reaches_further = symbols.is_sized[aliases[longest]] & (ends[longest] > ends[best])
-    # In this order, so that the best name lies on top of the longer one.
+    # In this order, the best name covers the start of the longer one.
     chosen = np.concatenate([np.flatnonzero(~is_alias), aliases[longest[reaches_further]]])
     chosen = np.concatenate([chosen, aliases[best]])
     return symbols.take(chosen[np.argsort(symbols.starts[chosen], kind="stable")])
@@ -154,13 +158,13 @@ def _first_of_each(starts: Words, order: npt.NDArray[np.int64]) -> npt.NDArray[n
     return first
 
 
-# Real files have a few dozen ranges inside others. In a file made of them the outer ones are cut
-# short, which leaves addresses without a name but takes no time.
+# Real files have a few dozen nested ranges. In a file crafted to have more than this many, the
+# outer ranges are cut, which leaves addresses without a name but takes no time.
 _MAX_NESTED = 100_000
 
 
 def _make_disjoint(starts: Words, ends: Words, names: Words) -> tuple[Words, Words, Words]:
-    """Return each address to the range that starts last before it, then to the one around that."""
+    """Assign each address to the range that starts last before it, else to the one around that."""
     reach = np.maximum.accumulate(ends)
     is_nested = starts[1:] < reach[:-1]
     if not is_nested.any():

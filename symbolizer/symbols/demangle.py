@@ -1,7 +1,7 @@
-"""C++ and Rust names, made readable by a `c++filt` child.
+"""Demangle C++ and Rust names with a `c++filt` child process.
 
-The child parses names out of other people's files: it is bounded in memory, asked in batches under
-a deadline, and started again when it dies or stalls. A name it fails on stays as it is.
+The child parses names from other users' files: its memory is limited, it gets names in batches with
+a deadline, and it is restarted when it exits or hangs. A name that it fails on stays mangled.
 """
 
 import contextlib
@@ -13,21 +13,21 @@ import subprocess
 import time
 from collections.abc import Sequence
 
-# Itanium C++ (also legacy Rust) and Rust v0, and nothing else: c++filt takes other words for
-# names of compilers long gone. The suffixes are those of clones, as .cold and .isra.0.
+# Itanium C++ (and legacy Rust) and Rust v0, nothing else: c++filt would take other words for names
+# of compilers of the past. Suffixes are those of clones, such as .cold and .isra.0.
 _MANGLED = re.compile(rb"(?:_Z[A-Za-z0-9_]|_R[A-Z0-9])[A-Za-z0-9_.$]{1,4095}")
 
 # c++filt takes about 10 us per name; 1,000 template-heavy ones 0.1 s.
 _BATCH = 512
 _BATCH_DEADLINE_S = 1.0
 _CALL_DEADLINE_S = 3.0
-# Substitutions let a name of a few hundred bytes expand without end.
+# Substitutions let a name of a few hundred bytes expand to any length.
 _MEMORY_BYTES = 256 << 20
 _MAX_OUTPUT_BYTES = 4 << 20
 _RESTARTS_PER_CALL = 8
 
-# What rustc puts into a name to make it unique differs from build to build; with it no function
-# could be found again in the next deployment.
+# rustc makes names unique with hashes that differ from build to build. They are removed, so that a
+# function has the same name after a deployment.
 _RUST_LEGACY_HASH = re.compile(rb"::h[0-9a-f]{16}(?= |$)")
 _RUST_CRATE_HASH = re.compile(rb"(?<=\w)\[[0-9a-f]{1,16}\]")
 
@@ -39,7 +39,7 @@ class Demangler:
         self._batches = 0
 
     def demangle(self, names: Sequence[bytes]) -> list[bytes]:
-        """Return each name demangled where it can be, and else as it is. Never raises."""
+        """Return each name demangled, or unchanged if that fails. Never raises."""
         result = list(names)
         waiting = [i for i, name in enumerate(names) if _MANGLED.fullmatch(_without_plt(name))]
         give_up_at = time.monotonic() + _CALL_DEADLINE_S
@@ -55,7 +55,7 @@ class Demangler:
                 restarts += 1
                 if self._program is None:
                     break
-            # The name it stopped at stays as it is, so that it cannot stop the rest for ever.
+            # The name it stopped at stays mangled, so that it cannot block the others.
             waiting = waiting[len(lines) + (len(lines) < len(batch)) :]
         return result
 
@@ -71,13 +71,13 @@ class Demangler:
         child.wait()
 
     def _ask(self, names: list[bytes]) -> list[bytes]:
-        """Return the answers to the first names, as many as came in time and whole."""
+        """Return the names that came back complete and in time, beginning with the first."""
         child = self._running_child()
         if child is None:
             return []
         assert child.stdin is not None
         assert child.stdout is not None
-        # Comes back as it is, and proves that each answer stands at its name.
+        # It is returned unchanged, and proves that each line belongs to its name.
         self._batches += 1
         mark = b"%d" % self._batches
         question = memoryview(b"\n".join([*names, mark, b""]))
@@ -100,7 +100,7 @@ class Demangler:
                     if not chunk:
                         break
                     answer += chunk
-        except OSError:  # it died while it was written to
+        except OSError:  # it exited during the write
             pass
         *lines, _ = bytes(answer).split(b"\n")
         if len(lines) > len(names) and lines[len(names) :] != [mark]:
@@ -119,7 +119,7 @@ class Demangler:
                     env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
                     start_new_session=True,
                 )
-            except OSError:  # binutils is not installed: names stay raw
+            except OSError:  # binutils is not installed: names stay mangled
                 self._program = None
                 return None
             os.set_blocking(self._child.stdin.fileno(), False)  # type: ignore[union-attr]  # a pipe

@@ -1,8 +1,8 @@
-"""The headers of an ELF file: build id, executable segments, sections.
+"""Read the headers of an ELF file: build id, executable segments, sections.
 
-Files belong to other users and may be damaged, hostile or changing while they are read. So nothing
-is mapped into memory (a truncation would be a SIGBUS), every size is held against a limit before
-anything is allocated, and whatever is wrong comes out as UnreadableElf with a counted reason.
+Files belong to other users and may be damaged, hostile, or changing while they are read. So nothing
+is mapped into memory (a truncation would raise SIGBUS), every size is checked against a limit
+before memory is allocated, and every fault is raised as UnreadableElf with a counted reason.
 Layouts and names are those of the ELF gABI and the x86-64 psABI.
 """
 
@@ -27,8 +27,8 @@ SHF_EXECINSTR, SHF_COMPRESSED = 0x4, 0x800
 DT_SONAME, DT_FLAGS_1, DF_1_PIE = 14, 0x6FFFFFFB, 0x08000000
 NT_GNU_BUILD_ID = 3
 
-# The largest real files (browsers, databases) have some 50 sections, 15 segments, notes of 200
-# bytes. What is beyond these limits is no program.
+# The largest real files (browsers, databases) have about 50 sections, 15 segments, and notes of 200
+# bytes. Files beyond these limits are not programs.
 _MAX_SECTIONS = 65_536
 _MAX_SEGMENTS = 4_096
 _MAX_EXECUTABLE_SEGMENTS = 64
@@ -68,10 +68,10 @@ _SHDR = {
 
 
 class SymbolizerError(Exception):
-    """Base of what this package raises. Below it: UnreadableElf."""
+    """Base class of this package's exceptions. Its only subclass is UnreadableElf."""
 
 
-class UnreadableElf(SymbolizerError):  # noqa: N818 - says what the file is, as the reason does
+class UnreadableElf(SymbolizerError):  # noqa: N818 - states what the file is, as the reason does
     """The file cannot be used; `reason` says why."""
 
     def __init__(self, reason: Miss) -> None:
@@ -80,7 +80,7 @@ class UnreadableElf(SymbolizerError):  # noqa: N818 - says what the file is, as 
 
 
 class Source(Protocol):
-    """Bytes of an object file, wherever they are."""
+    """The bytes of an object file, on disk or in memory."""
 
     size: int
 
@@ -88,7 +88,7 @@ class Source(Protocol):
         """Return exactly `size` bytes.
 
         Raises:
-            UnreadableElf: there are fewer.
+            UnreadableElf: the file has fewer.
         """
 
 
@@ -103,7 +103,7 @@ class FileSource:
         _check_range(offset, size, self.size)
         try:
             content = os.pread(self._fd, size, offset)
-        except OSError as error:  # a bad block, a network file system that went away
+        except OSError as error:  # a bad block, a network file system that is unreachable
             raise UnreadableElf(Miss.DAMAGED) from error
         if len(content) != size:  # truncated meanwhile
             raise UnreadableElf(Miss.DAMAGED)
@@ -141,14 +141,14 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Elf:
-    """Headers of one file, checked.
+    """The headers of one file, validated.
 
     Attributes:
-        build_id: hex of the GNU build id, or of `hash_content` where there is none.
+        build_id: hex of the GNU build id, or `hash_content` if there is none.
         segments: executable PT_LOADs in the order of the program headers.
-        entry: e_entry where the program is started there, else None: shared libraries have one too.
-        entry_point: e_entry as it is, 0 for none.
-        loaded: all PT_LOADs, whatever their rights.
+        entry: e_entry if the file is a program; None for a shared library, which may have one, too.
+        entry_point: e_entry as it is in the header, 0 for none.
+        loaded: all PT_LOADs, whatever their permissions.
         eh_frame_hdr: PT_GNU_EH_FRAME.
     """
 
@@ -164,7 +164,7 @@ class Elf:
     eh_frame_hdr: Segment | None
 
     def read(self, section: Section, limit_bytes: int) -> bytes:
-        """Read a whole section. Compressed ones are refused: they could expand to anything."""
+        """Read a whole section. Compressed ones are refused: they could expand to any size."""
         check_size(section, limit_bytes)
         return self.source.read_at(section.offset, section.size)
 
@@ -183,7 +183,7 @@ def check_size(section: Section, limit_bytes: int) -> None:
 
 
 def read_elf(source: Source) -> Elf:
-    """Read and check the headers.
+    """Read and validate the headers.
 
     Raises:
         UnreadableElf: with the reason.
@@ -213,9 +213,9 @@ def read_elf(source: Source) -> Elf:
 
 
 def hash_content(source: Source) -> str:
-    """Identify a file without a build id, cheaply: by its size and blocks spread over it.
+    """Return an identity for a file without a build id: a hash of its size and of some blocks.
 
-    Both ends alone would not do: a program built again often keeps its size and its ends.
+    Hashing only its two ends would not do: a rebuilt program often keeps its size and both ends.
     """
     digest = blake2b(source.size.to_bytes(8, "little"), digest_size=32)
     last = max(0, source.size - _HASHED_BLOCK_BYTES)
@@ -238,7 +238,7 @@ class _Header(NamedTuple):
 
 
 class _Stream(io.RawIOBase):
-    """A source as pyelftools wants it, which may read a bounded number of bytes in all."""
+    """A source as a stream for pyelftools, which may read a limited number of bytes from it."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -330,7 +330,7 @@ def _find_segments(phdrs: npt.NDArray[np.void]) -> tuple[Segment, ...]:
 def _find_build_id(
     source: Source, phdrs: npt.NDArray[np.void], sections: tuple[Section, ...]
 ) -> str:
-    """Look in PT_NOTE, then in SHT_NOTE: Go's linker leaves its note outside of the segments."""
+    """Look in PT_NOTE, then in SHT_NOTE: Go's linker puts its note outside the segments."""
     notes = phdrs[phdrs["p_type"] == PT_NOTE]
     parts = [(int(row["p_offset"]), int(row["p_filesz"])) for row in notes]
     parts += [(s.offset, s.size) for s in sections if s.type == SHT_NOTE]
@@ -343,7 +343,7 @@ def _find_build_id(
 
 
 def parse_build_id(notes: bytes) -> str:
-    """Return the hex of the GNU build id among ELF notes, empty if there is none."""
+    """Return the GNU build id among ELF notes in hex, or an empty string."""
     position = 0
     while position + 12 <= len(notes):
         name_size, desc_size, note_type = np.frombuffer(notes, "<u4", 3, position).tolist()
@@ -358,9 +358,9 @@ def parse_build_id(notes: bytes) -> str:
 
 
 def _find_entry(source: Source, header: _Header, phdrs: npt.NDArray[np.void]) -> ElfAddress | None:
-    """Tell programs from shared libraries, which are both ET_DYN and may both have an entry.
+    """Return a program's entry; None for shared libraries, which are ET_DYN and may have one, too.
 
-    A program says DF_1_PIE, or has an interpreter and no DT_SONAME (libc.so.6 has both).
+    A program has DF_1_PIE set, or has an interpreter and no DT_SONAME (libc.so.6 has both).
     """
     if not header.entry:
         return None

@@ -1,14 +1,14 @@
-"""The functions of an ELF file, from .symtab, .dynsym, the PLT, the entry point and FDEs.
+"""Read the functions of an ELF file from .symtab, .dynsym, the PLT, the entry point and FDEs.
 
-The result lives in the space of file offsets, which is the space of locations: look-up needs no
-segments. Only what really covers an address names it. A symbol ends where its size says; one
-without a size (hand-written assembly) ends at the next symbol or with its section, but only in
-files that have a .symtab: where just the exported symbols are left, the next one says nothing.
+Functions are placed by file offset, as locations are, so a look-up needs no segments. An address
+gets a name only from a symbol that covers it. A symbol's size says where it ends. A symbol without
+a size (hand-written assembly) ends at the next symbol or with its section, but only in files with a
+.symtab: in stripped files the next symbol left may be far away.
 
-In those, .eh_frame still says where each function begins and ends: its extent. A symbol without
-type and size that begins an extent ends with it. One of a function that has no size names nothing:
-compilers leave functions empty that cannot be reached, and the next one begins at their address.
-What no name covers of an extent is a function without a name.
+In stripped files, the FDEs in .eh_frame still say where each function begins and ends: its FDE
+range. A symbol without type and size at the start of an FDE range ends with it. A function symbol
+of size 0 names nothing: compilers emit unreachable functions empty, and the next function begins at
+the same address. The parts of an FDE range that no name covers form an unnamed function.
 """
 
 from collections.abc import Iterator
@@ -47,9 +47,9 @@ from symbolizer.unwind.fde_ranges import read_fde_ranges
 STT_NOTYPE, STT_FUNC, STT_GNU_IFUNC = 0, 2, 10
 STB_LOCAL, STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE = 0, 1, 2, 10
 
-# 400,000 functions take 22 MB while they are sorted and 5 MB after, see bench/bench_symbolize.py
-# --library. What is larger than the largest programs (browsers, databases) is TOO_LARGE, so that a
-# made-up file costs a bounded amount.
+# 400,000 functions take 22 MB while they are sorted and 5 MB afterwards (bench/bench_symbolize.py
+# --library). Files beyond the largest programs (browsers, databases) are TOO_LARGE, so that the
+# cost of a crafted file is bounded.
 MAX_FUNCTIONS = 1 << 20
 _MAX_SYMBOLS_BYTES = 24 << 22
 _MAX_STRINGS_BYTES = 256 << 20
@@ -70,7 +70,7 @@ _SYM[32].names = ("st_name", "st_value", "st_size", "st_info", "st_other", "st_s
 
 
 def read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
-    """Return the functions, and the strings that hold their names piece by piece, NUL-terminated.
+    """Return the functions, and pieces of the strings that hold their names, NUL-terminated.
 
     Raises:
         UnreadableElf: with the reason; also while the strings are read.
@@ -95,7 +95,7 @@ def read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
 
 
 class StringSections:
-    """String tables, thought of as one, each with a NUL behind it. Nothing is kept in memory."""
+    """String tables concatenated, each followed by a NUL. They are read when needed, never kept."""
 
     def __init__(self, elf: Elf) -> None:
         self._elf = elf
@@ -103,7 +103,7 @@ class StringSections:
         self.size = 0
 
     def add(self, table: Section) -> tuple[int, int]:
-        """Return the start and the size of a symbol table's strings."""
+        """Add a symbol table's strings; return their start and size."""
         sections = self._elf.sections
         section = sections[table.link] if table.link < len(sections) else None
         if section is None or section.type != SHT_STRTAB:
@@ -144,7 +144,7 @@ class _OffsetSpace:
         self.base = min((segment.p_offset for segment in elf.segments), default=0)
 
     def offsets(self, addresses: Wide) -> tuple[Wide, Wide]:
-        """Return offset and end of its segment per address; 0 outside executable segments."""
+        """Return each address's offset and its segment's end; 0 outside executable segments."""
         offsets = np.zeros(len(addresses), dtype=np.uint64)
         limits = np.zeros(len(addresses), dtype=np.uint64)
         for p_vaddr, p_offset, p_filesz in reversed(self.segments):
@@ -164,7 +164,7 @@ class _FdeRanges(NamedTuple):
     ends: Words
 
     def ends_of(self, starts: Words) -> Words:
-        """Return the end of the extent that begins at each offset, 0 where none does."""
+        """Return the end of the FDE range that begins at each offset, 0 if none does."""
         if not len(self.starts):
             return np.zeros(len(starts), dtype=np.uint32)
         places = np.minimum(np.searchsorted(self.starts, starts), len(self.starts) - 1)
@@ -180,9 +180,9 @@ def _has_all_symbols(elf: Elf) -> bool:
 
 
 def _read_fde_ranges(elf: Elf, space: _OffsetSpace) -> _FdeRanges:
-    """Read what FDEs cover, in files where symbols do not say it. Damaged FDEs cover nothing.
+    """Read the FDE ranges of a file without .symtab; there are none if its FDEs are unreadable.
 
-    Where two overlap the later start wins; of several with one start the longest.
+    If two overlap, the later start wins; of several with one start, the longest.
     """
     if _has_all_symbols(elf):
         return _NO_FDE_RANGES
@@ -212,7 +212,7 @@ def _read_symbols(
     *,
     fde_ranges: _FdeRanges,
 ) -> Iterator[Candidates]:
-    """Read the code symbols of a table, except for those that start where a known one does."""
+    """Read the code symbols of a table, except those that start where a known one does."""
     dtype = _SYM[elf.bits]
     names_start, names_size = strings
     is_complete = _has_all_symbols(elf)
@@ -297,7 +297,7 @@ def _name_resolvers(
     names: Words,
     is_named: npt.NDArray[np.bool_],
 ) -> None:
-    """Name stubs of the file's own indirect functions after the symbol at their resolver."""
+    """Give stubs of the file's own indirect functions the name of the symbol at their resolver."""
     indirect = np.flatnonzero(stubs.symbols == 0)
     if not len(indirect) or not len(symbols.starts):
         return
@@ -312,7 +312,7 @@ def _name_resolvers(
 def _add_entry(
     elf: Elf, space: _OffsetSpace, functions: Functions, name: int, fde_ranges: _FdeRanges
 ) -> Functions:
-    """Call a program's entry point `_start` where no symbol does."""
+    """Add `_start` at a program's entry point if no symbol is there."""
     if elf.entry is None:
         return functions
     offsets, limits = space.offsets(np.array([elf.entry], dtype=np.uint64))
@@ -335,7 +335,7 @@ def _add_entry(
 
 
 def _start_size(elf: Elf, offset: int) -> int:
-    """Find the `hlt` that ends _start, in case the call of __libc_start_main should return."""
+    """Return the size of _start: it ends with the `hlt` after its call of __libc_start_main."""
     size = min(_START_BYTES, elf.source.size - offset)
     code = elf.source.read_at(offset, size) if size > 0 else b""
     for call, length in ((b"\xff\x15", 6), (b"\xe8", 5)):
@@ -346,13 +346,13 @@ def _start_size(elf: Elf, offset: int) -> int:
 
 
 def _add_unnamed(functions: Functions, fde_ranges: _FdeRanges) -> Functions:
-    """Add what no name covers of each extent, as ranges that point to the first of them."""
+    """Add the parts of each FDE range that no name covers; all point to the first of them."""
     if not len(fde_ranges.starts):
         return functions
     starts, ends, owners = _uncovered(functions, fde_ranges)
     if not len(starts) or len(starts) > MAX_FUNCTIONS:
         return functions
-    # Each range moves back by what is inserted before it.
+    # Each new range moves back by the number of those inserted before it.
     numbers = np.searchsorted(functions.starts, starts) + np.arange(len(starts))
     is_old = np.ones(len(functions.starts) + len(starts), dtype=np.bool_)
     is_old[numbers] = False
@@ -375,13 +375,13 @@ def _add_unnamed(functions: Functions, fde_ranges: _FdeRanges) -> Functions:
 def _uncovered(
     functions: Functions, fde_ranges: _FdeRanges
 ) -> tuple[Words, Words, npt.NDArray[np.int32]]:
-    """Return the parts of FDE ranges outside of functions, sorted, and which range each is of."""
+    """Return the parts of FDE ranges outside functions, sorted, and the FDE range of each."""
     columns = (fde_ranges.starts, fde_ranges.ends, functions.starts, functions.ends)
     bounds = np.concatenate(columns)
     order = np.argsort(bounds, kind="stable")
     bounds = bounds[order]
     counts = [len(column) for column in columns]
-    # Both are 0 or 1 behind the last of several equal bounds, and only those begin a part.
+    # Both are 0 or 1 after the last of several equal bounds, and only those begin a part.
     fde_ranges_around = np.cumsum(np.repeat(_BEGIN_AND_END, counts)[order], dtype=np.int8)
     functions_around = np.cumsum(
         np.repeat(np.roll(_BEGIN_AND_END, 2), counts)[order], dtype=np.int8

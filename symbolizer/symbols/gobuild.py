@@ -1,8 +1,9 @@
-"""What Go's linker wrote into a program about its sources (Go's package debug/buildinfo).
+"""Read what Go's linker wrote into a program about its sources (Go's package debug/buildinfo).
 
 The section .go.buildinfo holds a header of 32 bytes at a multiple of 16: the magic, the pointers'
-size, flags. Since Go 1.18 two strings follow, each behind its length as a varint: Go's version, and
-the module's lines (`mod`, `dep`, `build`, separated by tabs) between two marks of 16 bytes.
+size, flags. Since Go 1.18 two strings follow, each preceded by its length as a varint: Go's
+version, and the module's lines (`mod`, `dep`, `build`, separated by tabs) between two marks of 16
+bytes.
 """
 
 from typing import NamedTuple
@@ -18,15 +19,15 @@ _MAX_TEXT = 256
 
 
 class GoBuild(NamedTuple):
-    """Empty where the program does not say."""
+    """Where a program's sources are from; a field is empty if the program does not say it."""
 
     module_version: str = ""
     revision: str = ""
-    """What the version control called the sources: with git the commit's hash."""
+    """The revision in version control: with git, the commit's hash."""
 
 
 def read_go_build(elf: Elf) -> GoBuild | None:
-    """Return what a Go program says of itself; None if it was not linked by Go 1.18 or later.
+    """Return a Go program's build information; None if it was not linked by Go 1.18 or later.
 
     Raises:
         UnreadableElf: the section is damaged or too large.

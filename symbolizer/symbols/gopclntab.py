@@ -1,9 +1,9 @@
-"""The table of functions that Go's linker puts into every program, also into a stripped one.
+"""Read the table of functions that Go's linker writes into every program, even a stripped one.
 
-Go's runtime finds its own functions and frames by it (.gopclntab; Go's package debug/gosym,
-internal/abi/symtab.go, runtime/symtab.go). A header says where the parts lie. The functions stand
-in one part by address, each with the position of its record; a record says where the function's
-name is, and where its table of stack depths. Positions of parts count from the section's start.
+Go's runtime finds its functions and frames with it (.gopclntab; Go's package debug/gosym,
+internal/abi/symtab.go, runtime/symtab.go). A header says where the parts are. One part lists the
+functions by address, each with the position of its record. A record says where the function's name
+is, and where its table of stack depths. The positions of parts count from the section's start.
 """
 
 import re
@@ -19,7 +19,7 @@ from symbolizer.integers import PADDING_BYTES, Ints, read_uleb, view
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import Elf, Section, UnreadableElf
 
-# kubectl has 67,000 functions; the limit is for made-up files.
+# kubectl has 67,000 functions; the limit is for crafted files.
 _MAX_FUNCTIONS = 1 << 20
 _CHUNK_BYTES = 1 << 20
 
@@ -38,12 +38,12 @@ _GOEXIT, _GOEXIT_CALLEE = b"runtime.goexit", b"runtime.goexit1"
 
 
 class _Layout(NamedTuple):
-    """Where things are in one version of the table.
+    """Where the fields are in one version of the table.
 
     Attributes:
         entry_bytes: 8 for addresses, 4 for distances from where Go's code begins.
         header_words: numbers of the header's words for names, tables of pcs and functions.
-        pcsp: position in a function's record of its table of stack depths; -1: not used.
+        pcsp: position, in a function's record, of its table of stack depths; -1: not read.
         flags: position of its flags.
     """
 
@@ -53,8 +53,8 @@ class _Layout(NamedTuple):
     flags: int
 
 
-# By the first four bytes, which stand for Go 1.20, 1.18 and 1.16. The records of 1.16 do not say
-# yet which functions switch the stack.
+# By the first four bytes: those of Go 1.20, 1.18 and 1.16. Records of 1.16 do not say which
+# functions switch the stack.
 _LAYOUTS = {
     0xFFFFFFF1: _Layout(4, (3, 6, 7), pcsp=16, flags=41),
     0xFFFFFFF0: _Layout(4, (3, 6, 7), pcsp=16, flags=37),
@@ -63,10 +63,10 @@ _LAYOUTS = {
 
 
 class GoFunctions(NamedTuple):
-    """Go's functions by address, without holes between them.
+    """Go's functions by address, without gaps between them.
 
     Attributes:
-        starts: from where Go's code begins; one more than there are functions, for the end.
+        starts: first addresses, counted from the start of Go's code; the last is the end of all.
         names: positions of their names in `GoTable.strings`.
         records: positions of their records in the section.
     """
@@ -77,7 +77,7 @@ class GoFunctions(NamedTuple):
 
 
 class Depth(NamedTuple):
-    """How many bytes the stack pointer is below the frame's top, for a range within a function."""
+    """How many bytes the stack pointer is below the frame's top, in a range within a function."""
 
     start: int
     end: int
@@ -85,7 +85,7 @@ class Depth(NamedTuple):
 
 
 def open_go_table(elf: Elf) -> "GoTable | None":
-    """Return the table of a Go program; None if there is none, or not of a known version.
+    """Return the table of a Go program; None if there is none, or its version is unknown.
 
     Raises:
         UnreadableElf: damaged, or too large.
@@ -101,10 +101,10 @@ def open_go_table(elf: Elf) -> "GoTable | None":
 
 
 class GoTable:
-    """The section, read piece by piece. All of its methods raise UnreadableElf where it is damaged.
+    """The section, read piece by piece. All methods raise UnreadableElf if it is damaged.
 
     Attributes:
-        functions: what is in it.
+        functions: all of them.
         has_depths: whether it says how deep the stack is in each function.
     """
 
@@ -134,18 +134,18 @@ class GoTable:
         return GoFunctions(starts, self._gather(records + self._layout.entry_bytes, "<i4"), records)
 
     def strings(self) -> Iterator[bytes]:
-        """Return what holds the functions' names piece by piece, NUL-terminated."""
+        """Return pieces of the strings that hold the functions' names, NUL-terminated."""
         first, end = self._names
         for start in range(first, end, _CHUNK_BYTES):
             yield self._read(start, min(_CHUNK_BYTES, end - start))
 
     def find_named(self, names: Sequence[bytes]) -> dict[bytes, list[int]]:
-        """Return the numbers of the functions that have one of these names.
+        """Return the numbers of the functions with one of these names, by name.
 
-        Two have the same name where one calls the other with arguments moved (ABI wrappers).
+        Two functions share a name if one is a wrapper that moves arguments for another ABI.
         """
         found: dict[bytes, set[int]] = defaultdict(set)
-        # A name begins behind the NUL of the one before it, and may lie in two pieces.
+        # A name follows the NUL of the one before it, and may be split between two pieces.
         overlap = max(map(len, names)) + 2
         content, position = b"\0", -1
         for piece in self.strings():
@@ -163,9 +163,9 @@ class GoTable:
         return {name: sorted(numbers) for name, numbers in found.items()}
 
     def find_text(self) -> int | None:
-        """Return the address that `functions.starts` count from; None if it cannot be told.
+        """Return the address that `functions.starts` count from; None if it is not found.
 
-        Not every version of the table says where Go's code begins. But runtime.goexit is a nop, a
+        Some versions of the table do not say where Go's code begins. But runtime.goexit is a nop, a
         call and a nop in all of them, and the distance of the call is known.
         """
         if self._layout.entry_bytes == _POINTER_BYTES:
@@ -195,13 +195,13 @@ class GoTable:
         return None
 
     def read_frameless(self) -> Ints:
-        """Return for each function for how many of its first bytes it has no frame.
+        """Return how many bytes each function runs before it has a frame. Needs `has_depths`.
 
-        It is 0 for functions that write to the stack pointer. Needs `has_depths`.
+        It is 0 for functions that write to the stack pointer.
         """
         tables, flags = self._depths_at(), self._gather(self._flags_at(), "u1")
-        # A table is pairs of numbers: by how much the depth changes from -1 on, zigzag, and for how
-        # many bytes it holds.
+        # A table is pairs of numbers: the change of the depth, which begins at -1, zigzag-encoded;
+        # and for how many bytes that depth holds.
         has_none = (self._gather(tables, "u1") == 2) & (flags & _FLAG_WRITES_SP == 0)
         sizes = self.functions.starts[1:] - self.functions.starts[:-1]
         lengths = np.where(has_none, self._gather_uleb(tables + 1), 0)
@@ -209,7 +209,7 @@ class GoTable:
         return frameless
 
     def read_depths(self, number: int) -> Iterator[Depth]:
-        """Return how deep the stack is along one function. Needs `has_depths`."""
+        """Return how deep the stack is in the ranges of one function. Needs `has_depths`."""
         record = self.functions.records[number : number + 1]
         start = int(self._gather(record + self._layout.pcsp, "<u4")[0]) + self._pcs[0]
         content = self._read(start, min(_DEPTHS_BYTES, self._pcs[1] - start))
@@ -245,7 +245,7 @@ class GoTable:
         return values
 
     def _gather(self, positions: Ints, form: str) -> npt.NDArray[np.int64]:
-        """Read a number at each of many positions, a chunk of the section at a time."""
+        """Read a number at each position, one chunk of the section at a time."""
         width = np.dtype(form).itemsize
         order = np.argsort(positions, kind="stable")
         in_order = positions[order]

@@ -1,8 +1,8 @@
-"""The running kernel's code: where its parts lie, and their functions, from /proc/kallsyms.
+"""Read the running kernel's images and their functions from /proc/kallsyms.
 
-Addresses are randomised at boot, so a place is kept as (build id, offset from the image's start).
-kallsyms knows no sizes: a function ends where the next one begins. What comes and goes at run time
-(BPF programs, trampolines) has no offset that means anything and is known by its name.
+Addresses are randomised at boot, so a location is (build id, offset from the image's start).
+kallsyms has no sizes: a function ends where the next one begins. Code made at run time (BPF
+programs, trampolines) has no meaningful offset and is known by its name.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,17 +20,17 @@ from symbolizer.text import readable
 KERNEL_NAME = "[kernel.kallsyms]"
 
 _MODULES = Path("/proc/modules")
-# Modules and BPF programs come and go; reading kallsyms again takes 0.1 s.
+# Modules and BPF programs are loaded and unloaded; reading kallsyms takes 0.1 s.
 _REFRESH_NS = 60 * 10**9
 
 _CHUNK_BYTES = 1 << 16
 _MAX_KALLSYMS_BYTES = 256 << 20
 _MAX_MODULE_BYTES = 1 << 28
-# A BPF program has no end in kallsyms; programs of a million instructions do not exist.
+# kallsyms does not say where a BPF program ends.
 _MAX_PROGRAM_BYTES = 1 << 16
 _PROGRAM_MODULES = ("bpf", "__builtin__ftrace", "__builtin__kprobes")
 
-# Ends of names that mark a place in the image. A function that begins there is the better name.
+# Suffixes of names that mark a place in the image. A function at that address is the better name.
 _MARKERS = (b"_text", b"_stext", b"_text_start", b"_text_end")
 
 _HEX = np.zeros(256, dtype=np.uint64)
@@ -41,11 +41,11 @@ _RANKS[list(b"TWwt")] = 0, 1, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """The kernel itself, one of its modules, or a piece of code that it made at run time.
+    """The kernel itself, one of its modules, or a piece of code made at run time.
 
     Attributes:
         name: in brackets, as shown.
-        build_id: hex; the name where there is none.
+        build_id: hex; the name if there is none.
         program: the name of a piece made at run time, else empty.
     """
 
@@ -61,7 +61,7 @@ class KernelMap:
     """The images, sorted by address, without overlaps.
 
     Attributes:
-        is_hidden: this process may not see the addresses, so there are no images.
+        is_hidden: this process may not read the addresses, so there are no images.
     """
 
     images: tuple[Image, ...]
@@ -70,7 +70,7 @@ class KernelMap:
     is_hidden: bool = False
 
     def find(self, addresses: Wide) -> npt.NDArray[np.int64]:
-        """Return the number of the image that holds each address, -1 where there is none."""
+        """Return the index of the image that holds each address, -1 if there is none."""
         if not self.images:
             return np.full(len(addresses), -1, dtype=np.int64)
         found = np.searchsorted(self.starts, addresses, side="right").astype(np.int64) - 1
@@ -80,7 +80,7 @@ class KernelMap:
 
 @dataclass(slots=True)
 class _Part:
-    """Symbols of one image while kallsyms is read."""
+    """The symbols of one image, collected while kallsyms is read."""
 
     addresses: list[Wide] = field(default_factory=list)
     ranks: list[npt.NDArray[np.uint8]] = field(default_factory=list)
@@ -94,11 +94,11 @@ def read_kernel_map(
     modules: Path = _MODULES,
     sys: Path = Path("/sys"),
 ) -> KernelMap:
-    """Read the whole kernel's map: 122,000 symbols in 0.1 s.
+    """Return the images of the kernel: reads 122,000 symbols in 0.1 s.
 
-    Functions, with the strings that hold their names, are handed to `keep` image by image, so that
-    they need not all stay in memory. Without privilege all addresses read as zero, and then
-    nothing is known.
+    `keep` is called for each image with its functions and the strings that hold their names, so
+    that they need not all stay in memory. Without privilege all addresses read as zero, and the map
+    is empty.
     """
     parts: dict[bytes, _Part] = {}
     for lines in _chunks(kallsyms):
@@ -120,14 +120,14 @@ def read_kernel_map(
 
 
 class RunningKernel:
-    """The kernel's map as of now: read when it is needed, and again where it may have changed."""
+    """The kernel's map, read at first use and again when it may have changed."""
 
     def __init__(
         self,
         keep: Callable[[Image, Functions, bytes], None],
         monotonic_ns: Callable[[], int],
     ) -> None:
-        """Read nothing yet; `keep` is that of `read_kernel_map`."""
+        """Read nothing yet; `keep` is passed to `read_kernel_map`."""
         self._keep = keep
         self._monotonic_ns = monotonic_ns
         self._map: KernelMap | None = None
@@ -135,7 +135,7 @@ class RunningKernel:
         self._read_ns = 0
 
     def find(self, addresses: Wide) -> tuple[KernelMap, npt.NDArray[np.int64]]:
-        """Return the map, and the number of each address's image in it, -1 where there is none."""
+        """Return the map, and the index of the image that holds each address, -1 if none does."""
         kernel = self._map or self._read()
         numbers = kernel.find(addresses)
         images = [kernel.images[n] for n in np.unique(numbers[numbers >= 0]).tolist()]
@@ -155,7 +155,7 @@ class RunningKernel:
 
 
 def parse_modules(text: bytes) -> dict[str, tuple[int, int]]:
-    """Read start and size of the kernel's modules from /proc/modules, which may be missing."""
+    """Return start and size of the kernel's modules by name, from the text of /proc/modules."""
     layout = {}
     for line in text.splitlines():
         fields = line.split()
@@ -165,7 +165,7 @@ def parse_modules(text: bytes) -> dict[str, tuple[int, int]]:
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    """Return the file in pieces that end with a line."""
+    """Return the file in pieces of whole lines."""
     rest = b""
     total = 0
     try:
@@ -183,14 +183,14 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _read_lines(lines: bytes, parts: dict[bytes, _Part]) -> None:
-    """Read lines of address, type, name and perhaps a tab and `[module]`: code symbols only."""
+    """Read lines of address, type, name, and perhaps a tab and `[module]`: code symbols only."""
     text = np.frombuffer(lines, dtype=np.uint8)
     ends = np.flatnonzero(text == ord("\n"))
     starts = np.concatenate([[0], ends[:-1] + 1])
     whole = ends - starts > 19
     starts, ends = starts[whole], ends[whole]
     is_code = (_RANKS[text[starts + 17]] < 4) & (text[starts + 16] == ord(" "))
-    # The compiler's padding before each function; it never runs.
+    # The compiler's padding before each function, which is never executed.
     is_padding = np.ones(len(starts), dtype=np.bool_)
     for k, character in enumerate(b"__pfx_"):
         is_padding &= text[np.minimum(starts + 19 + k, len(text) - 1)] == character
@@ -220,7 +220,7 @@ def _read_lines(lines: bytes, parts: dict[bytes, _Part]) -> None:
 def _ends_with(
     text: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64], suffix: bytes
 ) -> npt.NDArray[np.bool_]:
-    """Compare the bytes before each end, which lie behind an address and a type of 19 bytes."""
+    """Return which lines end with the suffix. Each has 19 bytes of address and type before it."""
     matches = np.ones(len(ends), dtype=np.bool_)
     for k, character in enumerate(reversed(suffix)):
         matches &= text[ends - 1 - k] == character
@@ -258,7 +258,7 @@ def _make_image(
     sys: Path,
     keep: Callable[[Image, Functions, bytes], None],
 ) -> Iterator[Image]:
-    """Return the image, or nothing where its addresses are hidden."""
+    """Return the image, or nothing if its addresses are hidden."""
     addresses = np.concatenate(part.addresses)
     positions = np.concatenate(part.positions)
     strings = bytes(part.strings)
@@ -287,7 +287,7 @@ def _bounds(
     strings: bytes,
     layout: dict[str, tuple[int, int]],
 ) -> tuple[int, int]:
-    """Return start and end of an image's code; zeros where they are hidden."""
+    """Return start and end of an image's code; zeros if they are hidden."""
     if name:
         start, size = layout.get(name, (0, 0))
         return start, start + min(size, _MAX_MODULE_BYTES)

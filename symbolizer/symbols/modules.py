@@ -1,4 +1,4 @@
-"""The modules seen so far, by build id, and their symbol tables within a budget of memory."""
+"""The modules located so far, and their symbol tables within a memory budget."""
 
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -12,10 +12,12 @@ _MAX_MODULES = 8192
 
 
 class Modules:
-    """Modules with segments supersede those without; the longest unused make room for others.
+    """Modules and tables by build id, bounded in number; the least recently used are evicted first.
+
+    A module without segments is replaced by one that has them.
 
     Attributes:
-        known: by build id, the longest unused first.
+        known: modules by build id, the least recently used first.
     """
 
     def __init__(self, cache: SymbolCache, tables_bytes: int) -> None:
@@ -26,7 +28,7 @@ class Modules:
         self._tables_bytes = tables_bytes
 
     def add(self, module: Module, absent: Miss | None = None) -> None:
-        """Add a module, or mark it as used; `absent` says why it has no symbols."""
+        """Add a module, or mark it as used. `absent` is why it has no symbols."""
         known = self.known.get(module.build_id)
         is_better = known is None or not known.segments
         if is_better:
@@ -41,7 +43,7 @@ class Modules:
             self._absent.pop(forgotten, None)
 
     def use(self, build_id: str) -> bool:
-        """Return whether a module with segments is known whose symbols need not be read again."""
+        """Mark a module as used; return False if its file has to be read (again)."""
         module = self.known.get(build_id)
         if module is None or not module.segments or not self.is_kept(build_id):
             return False
@@ -49,16 +51,16 @@ class Modules:
         return True
 
     def is_kept(self, build_id: str) -> bool:
-        """Return whether reading the file again would find nothing new."""
+        """Return whether its symbols are stored, or reading the file again would not find any."""
         absent = self._absent.get(build_id, Miss.NOT_KEPT)
         return absent != Miss.NOT_KEPT or self.table(build_id) is not None
 
     def why_absent(self, build_id: str) -> Miss:
-        """Return why there is no table."""
+        """Return why a build id has no table."""
         return self._absent.get(build_id, Miss.NOT_KEPT)
 
     def named(self, build_id: str) -> tuple[Module, SymbolTable] | None:
-        """Return a module and its table; None if one of them is not there: see `why_absent`."""
+        """Return a module and its table, or None: `why_absent` says why."""
         module = self.known.get(build_id)
         if module is None or build_id in self._absent:
             return None
@@ -83,7 +85,7 @@ class Modules:
         segments: tuple[Segment, ...],
         strings: Iterable[bytes],
     ) -> None:
-        """Make and keep a table.
+        """Write a table to the cache, and keep it open.
 
         Raises:
             OSError: it cannot be written.

@@ -1,4 +1,4 @@
-"""From file offsets to frames: names are read, demangled and made readable once, then kept."""
+"""Turn file offsets into frames. Names are read, demangled and made readable once, then kept."""
 
 from collections import Counter
 
@@ -16,10 +16,10 @@ _MAX_NAMES = 16_384
 
 
 class Names:
-    """Frames of functions by module and number.
+    """The frames of functions met so far.
 
     Attributes:
-        misses: offsets without a name, by Miss; each once per call.
+        misses: how many offsets had no name, by Miss; each offset once per call.
     """
 
     def __init__(self, modules: Modules) -> None:
@@ -30,7 +30,7 @@ class Names:
         self._demangler = Demangler()
 
     def find(self, build_id: str, offsets: Wide) -> list[tuple[Frame, ...]]:
-        """Return the frames of each offset, innermost first; () where there is no name."""
+        """Return the frames of each offset, innermost first; () if it has no name."""
         found = self._modules.named(build_id)
         if found is None:
             self.misses[self._modules.why_absent(build_id).value] += len(np.unique(offsets))
@@ -38,7 +38,7 @@ class Names:
         module, table = found
         numbers = table.find(offsets)
         missing = numbers < 0
-        # A function that is known by its FDE only has a box, but no name.
+        # A function that is known only by its FDE range has a frame, but is a miss all the same.
         missing[~missing] = table.unnamed_starts(numbers[~missing]) >= 0
         if missing.any():
             reason = Miss.NO_SYMBOL if table.has_names else Miss.STRIPPED
@@ -54,7 +54,7 @@ class Names:
     def _resolve(
         self, module: Module, table: SymbolTable, numbers: list[int]
     ) -> dict[int, tuple[Frame, ...]]:
-        """Read and demangle the names of functions that are met for the first time."""
+        """Return frames by function number; read and demangle names at first use."""
         new = set(numbers) - self._frames.get(module.build_id, {-1: ()}).keys()
         if self._named + len(new) > _MAX_NAMES:
             self._frames.clear()

@@ -1,8 +1,8 @@
-"""PLT stubs: the jumps through which a module calls functions of others.
+"""Find PLT stubs: the jumps through which a module calls functions of other modules.
 
 They have no symbols. But every stub of every layout (lazy, IBT's .plt.sec, -z now's .plt.got, lld)
-contains `jmp *slot(%rip)`, bytes ff 25 and a displacement, and a relocation says which symbol goes
-into the slot. Bytes that only look like that jump hit no relocated slot.
+contains `jmp *slot(%rip)`: bytes ff 25 and a displacement. A relocation says which symbol's address
+fills the slot. Bytes that merely look like such a jump do not lead to a relocated slot.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from symbolizer.symbols.elf import SHT_DYNSYM, SHT_PROGBITS, SHT_RELA, Elf, Sect
 R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT, R_X86_64_IRELATIVE = 6, 7, 37
 
 _PLT_NAMES = (b".plt", b".plt.sec", b".plt.got", b".plt.bnd", b".iplt")
-# libLLVM has 8.5 MB of relocations in all, and 477 stubs. The limits are for made-up files.
+# libLLVM has 8.5 MB of relocations in all, and 477 stubs. The limits are for crafted files.
 _MAX_PLT_BYTES = 4 << 20
 _MAX_RELOCATIONS_BYTES = 128 << 20
 _MAX_SLOTS = 1 << 18
@@ -36,7 +36,7 @@ class PltStubs:
 
     Attributes:
         symbols: numbers in .dynsym, 0 for a stub of the file's own indirect function.
-        resolvers: address of that function, where the symbol is 0.
+        resolvers: address of that function, if the symbol is 0.
     """
 
     starts: Wide
@@ -46,7 +46,7 @@ class PltStubs:
 
 
 def find_plt_stubs(elf: Elf) -> PltStubs:
-    """Decode the stubs; none for machines other than x86-64.
+    """Return the stubs of an x86-64 file; none for other machines.
 
     Raises:
         UnreadableElf: with the reason.
@@ -63,7 +63,7 @@ def find_plt_stubs(elf: Elf) -> PltStubs:
 
 
 def read_symbol_names(elf: Elf, symbols: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
-    """Return st_name of symbols by their number in .dynsym, 0 for those that are not there."""
+    """Return st_name of symbols by their number in .dynsym, 0 for numbers beyond its end."""
     names = np.zeros(len(symbols), dtype=np.uint32)
     tables = [section for section in elf.sections if section.type == SHT_DYNSYM]
     for table in tables[:1]:
@@ -79,7 +79,7 @@ def read_symbol_names(elf: Elf, symbols: npt.NDArray[np.int64]) -> npt.NDArray[n
 def _decode(elf: Elf, section: Section) -> tuple[Wide, Wide, Wide]:
     content = elf.read(section, _MAX_PLT_BYTES)
     code = np.frombuffer(content, dtype=np.uint8)
-    # A jump takes 6 bytes, so it begins before the last 5.
+    # A jump has 6 bytes, so it begins before the last 5.
     jumps = np.flatnonzero((code[:-5] == 0xFF) & (code[1:-4] == 0x25))
     displacements = np.zeros(len(jumps), dtype=np.int64)
     for k in range(4):
@@ -96,7 +96,7 @@ def _decode(elf: Elf, section: Section) -> tuple[Wide, Wide, Wide]:
 def _stub_starts(
     code: npt.NDArray[np.uint8], jumps: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """Go back over what may stand before the jump: a bnd prefix and endbr64."""
+    """Return where stubs begin: before the jump there may be a bnd prefix and endbr64."""
     starts = jumps.copy()
     starts -= (starts >= 1) & (code[starts - 1] == 0xF2)
     has_endbr = starts >= 4
@@ -106,7 +106,7 @@ def _stub_starts(
 
 
 def _relocations(elf: Elf) -> npt.NDArray[np.void]:
-    """Read those that fill a slot with a function's address, sorted by slot."""
+    """Return the relocations that fill a slot with a function's address, sorted by slot."""
     parts = [_NO_RELA]
     slots = 0
     sections = [section for section in elf.sections if section.type == SHT_RELA]

@@ -1,9 +1,9 @@
-"""Symbol tables for look-up, and the bounded directory of files they are kept in.
+"""Symbol tables for look-up, and the bounded directory of files that stores them.
 
 A table is a file: a header, the sorted arrays, the strings. The arrays are held in memory (12 bytes
-a function), the strings are read from the file name by name, so that libLLVM costs 0.4 MB and not
-4. A file is written under another name and renamed, carries a checksum over all of it and is
-rebuilt when that does not hold: bytes are read, never mapped, so damage is a value and no signal.
+per function); names are read from the file one by one, so that libLLVM costs 0.4 MB instead of 4.
+A file is written under another name and renamed. Its checksum covers all of it; if that is wrong,
+the table is built again. Files are read, never mapped, so damage cannot raise a signal.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from symbolizer.symbols.candidates import AT_PLT, IN_FDE_RANGE, Functions
 from symbolizer.symbols.functions import MAX_FUNCTIONS
 
 _MAGIC = b"EFLSYMS\n"
-# Raise this with the layout, and with everything that changes which name an address gets.
+# Raise this when the layout changes, or the name that any address gets.
 _VERSION = 2
 # magic, version, CRC-32 of all that follows it, key (NUL-padded), base, functions, string bytes,
 # segments
 _HEADER = struct.Struct("<8sII136sQQQQ")
 _CHECKED_FROM = 16
 _MAX_SEGMENTS = 64
-# Three for a symbol: it may be the rest of one around it on both sides, and the entry point. One
-# more for what has an extent but no name.
+# Three per symbol: it may split one around it in two; and the entry point. One more for unnamed
+# functions.
 _MAX_FUNCTIONS = 4 * MAX_FUNCTIONS
 _COPY_BYTES = 1 << 18
 
@@ -43,7 +43,7 @@ _KEY = re.compile(r"(hash-)?[0-9a-f]{2,128}")
 
 
 class SymbolTable:
-    """The functions of one file, by file offset. Holds a descriptor until `close` or its end."""
+    """The functions of one file by file offset. It holds a file descriptor until it is closed."""
 
     def __init__(
         self,
@@ -60,18 +60,18 @@ class SymbolTable:
         self.segments = segments
         self.memory_bytes = 12 * len(functions.starts)
         self.has_names = bool((functions.names & IN_FDE_RANGE == 0).any())
-        """There may be functions without: those that are known by their extent."""
+        """Whether any function has a name; those known only by their FDE range do not."""
 
     def __len__(self) -> int:
         return len(self._functions.starts)
 
     def find(self, offsets: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-        """Return the number of the function around each file offset, -1 where there is none."""
+        """Return the number of the function around each file offset, -1 if there is none."""
         functions = self._functions
         if not len(functions.starts):
             return np.full(len(offsets), -1, dtype=np.int64)
         found: npt.NDArray[np.int64]
-        # Unsigned: an offset below the base wraps and lies behind everything, as it should.
+        # Unsigned: an offset below the base wraps around and lies after all functions, as wanted.
         within = np.minimum(offsets - np.uint64(functions.base), np.uint64((1 << 32) - 1))
         narrow = within.astype(np.uint32)
         found = np.searchsorted(functions.starts, narrow, side="right").astype(np.int64) - 1
@@ -79,7 +79,7 @@ class SymbolTable:
         return found
 
     def unnamed_starts(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return where functions without a name begin, by file offset; -1 for those with one."""
+        """Return the first file offset of each function that is unnamed, -1 for named ones."""
         functions = self._functions
         names = functions.names[numbers]
         is_in_fde_range = names & IN_FDE_RANGE != 0
@@ -90,7 +90,7 @@ class SymbolTable:
     def name(self, number: int) -> bytes:
         """Return a function's name as the file has it, without a symbol version; PLT: `name@plt`.
 
-        It is empty for a function that is known by its extent.
+        It is empty for a function that is known only by its FDE range.
         """
         position = int(self._functions.names[number])
         if position & int(IN_FDE_RANGE):
@@ -100,7 +100,7 @@ class SymbolTable:
         name = self._read_string(position, _FIRST_READ_BYTES)
         if len(name) == _FIRST_READ_BYTES:
             name = self._read_string(position, _MAX_NAME_BYTES)
-        # .symtab of a library has `name@@VERSION`; a name does not begin with an @.
+        # .symtab of a library has `name@@VERSION`; names do not begin with an @.
         at = name.find(b"@", 1)
         name = name[:at] if at > 0 else name
         return name + b"@plt" if is_plt and name else name
@@ -121,9 +121,9 @@ class SymbolTable:
 
 
 class SymbolCache:
-    """A directory of symbol tables, bounded in bytes; the longest unused ones go first.
+    """A directory of symbol tables, bounded in bytes; the least recently used are removed first.
 
-    Without a directory a table lives in an unnamed temporary file, until it is closed.
+    Without a directory each table is in an unnamed temporary file until it is closed.
     """
 
     def __init__(self, directory: Path | None, limit_bytes: int) -> None:
@@ -135,7 +135,7 @@ class SymbolCache:
             self._make_room()
 
     def load(self, key: str) -> SymbolTable | None:
-        """Open the table of a build id. A damaged one is removed and counts as absent."""
+        """Open the table of a build id; None if there is none. A damaged one is removed."""
         path = self._path(key)
         if path is None:
             return None
@@ -159,7 +159,7 @@ class SymbolCache:
         segments: tuple[Segment, ...],
         strings: Iterable[bytes],
     ) -> SymbolTable:
-        """Write a table and return it back, opened.
+        """Write a table, and return it open.
 
         Raises:
             OSError: it cannot be written.
@@ -188,7 +188,7 @@ class SymbolCache:
         return self._directory / f"{key}.symbols"
 
     def _make_room(self) -> None:
-        """Count what is there; beyond the limit remove the oldest down to three quarters of it."""
+        """Count the bytes in use; beyond the limit, remove the oldest down to 3/4 of it."""
         assert self._directory is not None
         files = []
         for entry in os.scandir(self._directory):
@@ -235,7 +235,7 @@ def _write_table(
 
 
 def _read_table(file: BinaryIO, key: str) -> SymbolTable | None:
-    """Open a table; None if anything about it does not hold."""
+    """Return the table in a file; None if it is damaged or another module's."""
     try:
         head = file.read(_HEADER.size)
         if len(head) < _HEADER.size:

@@ -1,13 +1,14 @@
-"""What the programs of call frame information say, for all functions at once.
+"""Run the programs of call frame information, for all functions at once.
 
 A program (DWARF 5, section 6.4.2) is a list of instructions that move forward through a function
-and change rules: how the canonical frame address (CFA) is computed, where the caller's registers
-were saved. Of these, three matter for walking a stack: the CFA's, rbp's and the return address's.
+and change rules: how the canonical frame address (CFA) is computed, and where the caller's
+registers are saved. Three rules are needed to walk a stack: the CFA's, rbp's and the return
+address's.
 
-No instruction is executed. All are found first; then what each one writes into a rule is spread
-over the instructions up to the next that writes it, in numpy: some 200 calls for a chunk of many
-programs, whatever they hold. So time and memory grow with the bytes alone, also for programs that
-are made to hurt.
+Instructions are not executed one by one. All are decoded first (instructions.py); then each value
+that an instruction writes is repeated up to the next instruction that writes the same rule. In
+numpy this takes about 200 calls for a chunk of many programs, whatever they contain. So time and
+memory depend only on the number of bytes, even for crafted programs.
 """
 
 from collections.abc import Iterator
@@ -37,20 +38,20 @@ from symbolizer.unwind.instructions import (
 )
 from symbolizer.unwind.rules import CfaKind, RbpKind, Rules, rule
 
-# Arrays of this many elements stay in the processor's second cache; larger chunks are slower, and
-# smaller ones pay numpy's price of a call too often (bench/bench_unwind_tables.py).
+# Arrays of this many elements stay in the processor's L2 cache. Larger chunks are slower; with
+# smaller ones the calls of numpy cost too much (bench/bench_unwind_tables.py).
 _CHUNK_BYTES = 1 << 17
 
-# libLLVM's programs have 860,000 states between their advances. With more than 20 times that, a
-# file was made to take long.
+# libLLVM's programs have 860,000 states between their advances. A file with 20 times as many was
+# crafted to take long.
 _MAX_STEPS = 1 << 24
 
 
 def run_programs(frames: CallFrames) -> Iterator[Rules]:
-    """Return the rows of all FDEs, sorted, in pieces. Behind an FDE a HOLE begins, or the next FDE.
+    """Return the rules of all FDEs in pieces, sorted. After an FDE comes a HOLE or the next FDE.
 
-    What fills up to the next multiple of 16 between two FDEs is padding that nobody executes: it
-    gets no row, which saves one row per function.
+    Bytes between an FDE and the next multiple of 16 are padding that is never executed: they get no
+    row, which saves one row per function.
     """
     cies = _run_cies(frames)
     steps = 0
@@ -63,7 +64,7 @@ def run_programs(frames: CallFrames) -> Iterator[Rules]:
 
 
 def _chunks(sizes: Ints) -> Iterator[slice]:
-    """Cut programs into runs of about _CHUNK_BYTES; a longer program is one by itself."""
+    """Cut programs into runs of about _CHUNK_BYTES; a longer program is its own run."""
     after = np.cumsum(sizes + 1)
     first = 0
     while first < len(sizes):
@@ -74,12 +75,12 @@ def _chunks(sizes: Ints) -> Iterator[slice]:
 
 
 class _State(NamedTuple):
-    """The rules that matter, one column each.
+    """The rules needed to walk a stack, one column for each part.
 
     Attributes:
-        base: a register's number, or `_READY` and the high and low half of a finished rule.
-        offset: what is added to the register, in bytes.
-        rbp: RbpKind, and from bit 8 on the offset as 16 bits.
+        base: the CFA's register; or `_READY`, then kind and operand of a finished rule.
+        offset: added to that register, in bytes.
+        rbp: RbpKind; from bit 8 on, the offset as 16 bits.
         return_address: one of the numbers below.
     """
 
@@ -104,7 +105,7 @@ _UCONTEXT_RBP, _UCONTEXT_RSP, _UCONTEXT_RIP = 120, 160, 168
 
 
 class _Cies(NamedTuple):
-    """What FDEs take from their CIEs, one row per CIE: alignments, and the state they begin in."""
+    """What FDEs take from their CIEs, one row per CIE: alignments and the initial state."""
 
     code_alignments: Ints
     data_alignments: Ints
@@ -141,14 +142,14 @@ def _run_cies(frames: CallFrames) -> _Cies:
 
 
 def _run_fdes(frames: CallFrames, cies: _Cies, here: slice) -> tuple[Rules, int]:
-    """Return the rows of a run of FDEs, and how many states there were before some were dropped."""
+    """Return the rules of a run of FDEs, and how many states their programs had."""
     own = cies.take(frames.cie_numbers[here])
     programs = _gather(frames, frames.programs[here], frames.program_ends[here], own)
     steps = _find_steps(programs, own.initial)
     rules = _pack(steps.states, own.is_signal[steps.owners])
     addresses = frames.starts[here][steps.owners] + steps.locations.astype(np.uint64)
 
-    # A row that begins where the next one does, or behind its function, holds nowhere.
+    # A row that begins where the next one does, or after its function, covers nothing.
     ends = frames.ends[here]
     holds = addresses < ends[steps.owners]
     holds[:-1] &= (addresses[:-1] != addresses[1:]) | steps.is_last[:-1]
@@ -163,7 +164,7 @@ _BEHIND_ALL = np.uint64((1 << 64) - 1)
 
 
 def _with_holes(rows: Rules, holds: Flags, hole_follows: Flags, holes_at: Wide) -> Rules:
-    """Keep the rows that hold, put HOLEs behind those they follow; drop what changes nothing."""
+    """Keep the rows that hold, insert HOLEs after rows that need one, and drop repetitions."""
     copies = holds.astype(np.int64) + hole_follows
     addresses, rules = (np.repeat(column, copies) for column in rows)
     holes = np.cumsum(copies)[hole_follows] - 1
@@ -173,7 +174,7 @@ def _with_holes(rows: Rules, holds: Flags, hole_follows: Flags, holes_at: Wide) 
 
 
 def _pack(states: _State, is_signal: Flags) -> Wide:
-    """Turn states into rules."""
+    """Encode states as rules."""
     base, offset = states.base, states.offset
     is_ready = base >= _READY
     is_plain = (base < RETURN_ADDRESS) & (offset & 7 == 0) & (offset >= 0) & (offset <= 8 * 0xFFFF)
@@ -219,8 +220,8 @@ class _Steps(NamedTuple):
 
     Attributes:
         owners: the number of the program.
-        locations: how far from the beginning of its function the state begins to hold.
-        is_last: the last one of its program.
+        locations: from how many bytes after its function's start the state holds.
+        is_last: whether it is the last state of its program.
     """
 
     owners: Ints
@@ -243,7 +244,7 @@ def _find_steps(programs: Programs, initial: _State) -> _Steps:
 def _states_at(instructions: Instructions, places: Ints, initial: _State) -> _State:
     """Return the state in force at each instruction of `places`."""
     writes, values = _find_writes(instructions, initial)
-    # What no instruction of a program has written yet is as the first one found it.
+    # Until an instruction of a program writes a column, its initial value holds.
     is_first = np.zeros(len(writes), dtype=np.bool_)
     is_first[instructions.firsts] = True
     restores = _Restores.match(instructions)
@@ -263,10 +264,10 @@ def _states_at(instructions: Instructions, places: Ints, initial: _State) -> _St
 
 
 class _Restores(NamedTuple):
-    """Which state each DW_CFA_restore_state brings back.
+    """Which state each DW_CFA_restore_state restores.
 
     Attributes:
-        numbers: instructions that restore; `origins` are those that remembered their state.
+        numbers: instructions that restore; `origins` are those that remembered the state.
     """
 
     numbers: Ints
@@ -274,13 +275,13 @@ class _Restores(NamedTuple):
 
     @classmethod
     def match(cls, instructions: Instructions) -> "_Restores":
-        """Pair them like brackets. A program that restores what it did not remember is broken."""
+        """Match them like brackets. A program that restores more than it remembered is broken."""
         is_restore = instructions.opcodes == op.RESTORE_STATE
         both = np.flatnonzero(is_restore | (instructions.opcodes == op.REMEMBER_STATE))
         owners, is_restore = instructions.owners[both], is_restore[both]
         depth = np.cumsum(np.where(is_restore, -1, 1))
         before = np.append(0, depth)[np.searchsorted(owners, owners)]
-        # A pair shares the level that the one opens and the other closes.
+        # The two instructions of a pair have the same level.
         levels = depth - before + is_restore
         instructions.is_broken[owners[levels <= 0]] = True
         order = np.lexsort((levels, owners))
@@ -290,14 +291,15 @@ class _Restores(NamedTuple):
         return cls(both[is_restore], origins[is_restore])
 
     def resolve(self, writers: Ints, written: Ints) -> Ints:
-        """Return what each writer of one column has written, the restoring ones included."""
+        """Return the values of one column by writer, after replacing those of restoring writers."""
         if not len(self.numbers):
             return written
         own = np.searchsorted(writers, self.numbers)
         sources = np.searchsorted(writers, self.origins, side="right") - 1
         ordinals = np.full(len(writers), -1, dtype=np.int64)
         ordinals[own] = np.arange(len(own))
-        # The source of a restore may be a restore again; each round doubles the way seen through.
+        # The source of a restore may itself be a restore; each round doubles the length of the
+        # chains that are resolved.
         for _ in range(len(own).bit_length() + 1):
             through = ordinals[sources]
             again = np.flatnonzero(through >= 0)
@@ -309,7 +311,7 @@ class _Restores(NamedTuple):
 
 
 def _find_writes(instructions: Instructions, initial: _State) -> tuple[Bytes, _State]:
-    """Return which columns each instruction writes, and what it writes into them."""
+    """Return which columns each instruction writes, and the values it writes."""
     code, opcodes = instructions.code, instructions.opcodes
     writes = look_up(op.WRITES_TABLE, opcodes).copy()
     values = _State(*(np.zeros(len(opcodes), dtype=np.int64) for _ in op.COLUMNS))
@@ -357,7 +359,7 @@ def _factors(instructions: Instructions, found: Ints) -> Ints:
 
 
 def _saved_at(instructions: Instructions, found: Ints) -> tuple[Flags, Ints]:
-    """Return which instructions save at an offset from the CFA, and return that offset in bytes."""
+    """Return which instructions save a register relative to the CFA, and that offset in bytes."""
     code, positions, opcodes = (
         instructions.code,
         instructions.positions,
@@ -440,13 +442,13 @@ def _blocks(instructions: Instructions, found: Ints) -> tuple[Ints, Ints]:
     code = instructions.code
     sizes_at, starts = block_at(code, instructions.positions[found])
     ends = starts + read_uleb(code, sizes_at)[0]
-    # Those that run over the end of their program are broken, and only have to be readable.
+    # Those that extend beyond their program are broken: their result is not used.
     limit = len(code) - PADDING_BYTES
     return np.minimum(starts, limit), np.minimum(ends, limit)
 
 
 def _read_sum(code: Bytes, at: Ints) -> tuple[Ints, Ints, Ints]:
-    """Read `DW_OP_bregN offset`: give N, the offset, and where it ends; N is -1 for others."""
+    """Read `DW_OP_bregN offset`: return N, the offset and its end; N is -1 for other operations."""
     offsets, widths = read_sleb(code, at + 1)
     registers = code[at].astype(np.int64) - _DW_OP_BREG
     registers[(registers < 0) | (registers > RETURN_ADDRESS)] = -1
@@ -460,7 +462,7 @@ def _read_sums(code: Bytes, starts: Ints, ends: Ints) -> tuple[Ints, Ints]:
 
 
 def _read_cfa_expressions(code: Bytes, starts: Ints, ends: Ints) -> Ints:
-    """Recognise the expressions that occur, as finished rules; `_NO_BASE` for others."""
+    """Return finished rules for the expressions that compilers and linkers use, else `_NO_BASE`."""
     bases = np.full(len(starts), _NO_BASE, dtype=np.int64)
     is_plt = ends - starts == len(_PLT_EXPRESSION)
     for k, byte in enumerate(_PLT_EXPRESSION):

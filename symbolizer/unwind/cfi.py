@@ -1,12 +1,12 @@
-"""Call frame information of an ELF file: which addresses have unwind rules, and in which program.
+"""Read the call frame information of an ELF file: which FDE covers an address, and its program.
 
 The formats are those of the LSB ("Exception Frames", .eh_frame) and of DWARF 5, section 6.4
 (.debug_frame). A record is a CIE, which holds what many functions have in common, or an FDE, which
 holds the addresses of one function and the program that describes its frame.
 
-Records are found by walking the section from length to length, which needs no .eh_frame_hdr and
-believes none: that index is the linker's second copy, may be missing, and leaves out what the
-linker could not parse. What is damaged costs the records it damages: they have no rules.
+Records are found by walking the section from length to length. The index in .eh_frame_hdr is not
+used: it may be missing, and it omits what the linker could not parse. Damaged records are skipped,
+and their functions have no rules.
 """
 
 import re
@@ -39,9 +39,9 @@ from symbolizer.unwind.cie import (
     parse_cie,
 )
 
-# libLLVM has 5 MB in 95,000 FDEs, rustc's driver 6 MB; the largest program of one FDE in either, in
-# cc1plus and in node has 20 KB. What is beyond the first three limits is TOO_LARGE; a longer
-# program is left unread, and its function is UNSUPPORTED.
+# libLLVM has 5 MB in 95,000 FDEs, rustc's driver 6 MB; the largest program of one FDE in these, in
+# cc1plus and in node has 20 KB. Files beyond the first three limits are TOO_LARGE; a longer program
+# is not read, and its function is UNSUPPORTED.
 _MAX_SECTION_BYTES = 64 << 20
 _MAX_FDES = 1 << 21
 _MAX_CIES = 1 << 16
@@ -61,7 +61,7 @@ class CallFrames:
     """The FDEs of a file by address: sorted, disjoint, inside executable segments.
 
     Attributes:
-        content: the section, with PADDING_BYTES behind it.
+        content: the section, followed by PADDING_BYTES zeros.
         cies: number 0 is WITHOUT_RULES.
         starts: first address of each FDE; `ends` are exclusive.
         programs: where each FDE's instructions begin in `content`; `program_ends` are exclusive.
@@ -81,20 +81,20 @@ class CallFrames:
 
 
 def read_eh_frame(elf: Elf) -> CallFrames:
-    """Read .eh_frame, all of it if there are several. May be empty.
+    """Read all sections named .eh_frame. The result may be empty.
 
-    Where two FDEs overlap the later start wins, as in the binary search of the C++ runtime; of
-    several with one start the longest. FDEs of functions that the linker has thrown away lie at
-    address 0 or outside of code, and are left out.
+    If two FDEs overlap, the later start wins, as in the binary search of the C++ runtime; of
+    several with one start, the longest. FDEs of functions that the linker discarded are at address
+    0 or outside code, and are left out.
 
     Raises:
-        UnreadableElf: not an x86-64 file, or damaged or too large beyond use.
+        UnreadableElf: not an x86-64 file, damaged, or too large.
     """
     return _read_parts(elf, list(_eh_frame_parts(elf)))
 
 
 def read_eh_frame_sections(elf: Elf) -> CallFrames:
-    """Read .eh_frame only where section headers say where it is.
+    """Read .eh_frame by section headers only; without these the result is empty.
 
     Raises:
         UnreadableElf: as above.
@@ -103,7 +103,7 @@ def read_eh_frame_sections(elf: Elf) -> CallFrames:
 
 
 def read_debug_frame(elf: Elf) -> CallFrames:
-    """Read .debug_frame: the same for debuggers, in files built without tables for exceptions.
+    """Read .debug_frame: the same information for debuggers, in files built without .eh_frame.
 
     Raises:
         UnreadableElf: as above.
@@ -112,13 +112,13 @@ def read_debug_frame(elf: Elf) -> CallFrames:
 
 
 class _Part(NamedTuple):
-    """One contribution: its bytes and where they are loaded."""
+    """One section: its bytes and the address they are loaded at."""
 
     content: bytes
     address: int
     is_debug_frame: bool = False
     ends_at_zero: bool = False
-    """Its size is not known, so the terminator of the LSB, a length of 0, must be believed."""
+    """Its size is unknown, so a length of 0 (the LSB's terminator) ends it."""
 
 
 def _eh_frame_parts(elf: Elf) -> Iterator[_Part]:
@@ -133,7 +133,7 @@ def _eh_frame_sections(elf: Elf) -> Iterator[_Part]:
 
 
 def _part_behind_header(elf: Elf) -> Iterator[_Part]:
-    """Read .eh_frame in a file without section headers."""
+    """Read .eh_frame of a file without section headers."""
     place = find_eh_frame(elf)
     if place is not None:
         content = elf.source.read_at(place.p_offset, place.p_filesz)
@@ -141,14 +141,14 @@ def _part_behind_header(elf: Elf) -> Iterator[_Part]:
 
 
 def find_eh_frame(elf: Elf) -> Segment | None:
-    """Find .eh_frame through its .eh_frame_hdr; where it ends is not said there."""
+    """Find .eh_frame through .eh_frame_hdr, which does not say where it ends."""
     header = elf.eh_frame_hdr
     if header is None or header.p_filesz < 8:
         return None
     version, encoding, _, _, distance = struct.unpack(
         "<4Bi", elf.source.read_at(header.p_offset, 8)
     )
-    # What every linker writes.
+    # All linkers write these.
     if (version, encoding) != (1, DW_EH_PE_PCREL | DW_EH_PE_SDATA4):
         return None
     address = header.p_vaddr + 4 + distance
@@ -172,7 +172,7 @@ def _debug_frame_parts(elf: Elf) -> Iterator[_Part]:
 
 
 def _decompress(elf: Elf, section: Section) -> bytes:
-    """Expand a compressed section (gABI, "Section Compression"), never beyond the limit."""
+    """Decompress a section (gABI, "Section Compression"), up to the limit."""
     if section.size > _MAX_SECTION_BYTES:
         raise UnreadableElf(Miss.TOO_LARGE)
     content = elf.source.read_at(section.offset, section.size)
@@ -249,7 +249,7 @@ _NO_FDES = _Fdes(
 
 
 def _read_fdes(cies: "_CieTable", part: _Part, first: int) -> _Fdes:
-    """Decode the FDEs of a part that stands at `first` in the content, in its order."""
+    """Decode the FDEs of a part that begins at `first` in the content, CIE by CIE."""
     content = cies.content
     positions = _find_records(content, first, first + len(part.content), part.ends_at_zero)
     lengths = view(content, "<u4")[positions].astype(np.int64)
@@ -272,10 +272,10 @@ def _read_fdes(cies: "_CieTable", part: _Part, first: int) -> _Fdes:
 
 
 def _find_records(content: Bytes, first: int, end: int, ends_at_zero: bool) -> Ints:
-    """Return the positions of the records that lie whole between `first` and `end`.
+    """Return the positions of the complete records between `first` and `end`.
 
-    A length of 0 ends the section for the C++ runtime, but linkers leave such terminators in the
-    middle when they join files (crtend.o), so the walk goes on behind them.
+    For the C++ runtime a length of 0 ends the section, but linkers leave such terminators in the
+    middle when they join files (crtend.o), so the walk continues after them.
     """
     view_of_all = content.data
     unpack = _WORD.unpack_from
@@ -288,7 +288,7 @@ def _find_records(content: Bytes, first: int, end: int, ends_at_zero: bool) -> I
             if found is None:
                 break
             position += (found.start() - position) // 4 * 4
-        elif length == _EXTENDED_LENGTH:  # nobody writes those; skipped
+        elif length == _EXTENDED_LENGTH:  # not written by any known linker: skip
             position += 12 + _EXTENDED_WORD.unpack_from(view_of_all, position + 4)[0]
         else:
             positions.append(position)
@@ -301,10 +301,10 @@ def _find_records(content: Bytes, first: int, end: int, ends_at_zero: bool) -> I
 
 
 def _decode_fdes(content: Bytes, at: Ints, fde_ends: Ints, cie: Cie, loaded_at: np.uint64) -> _Fdes:
-    """Decode FDEs of one CIE from behind their ids on. Their `cie_numbers` are left at 0.
+    """Decode FDEs of one CIE, given the positions after their ids. Their `cie_numbers` stay 0.
 
-    `loaded_at` leads from positions to the addresses they are loaded at. An address whose bytes are
-    zero is the null pointer, whatever it would be relative to.
+    `loaded_at` is added to a position to get the address it is loaded at. An address whose bytes
+    are zero is the null pointer, even if it would be relative.
     """
     form = POINTER_FORMATS[cie.encoding & 0x0F]
     width = np.dtype(form).itemsize
@@ -318,7 +318,7 @@ def _decode_fdes(content: Bytes, at: Ints, fde_ends: Ints, cie: Cie, loaded_at: 
         data_sizes, widths = read_uleb(content, np.minimum(programs, len(content) - PADDING_BYTES))
         programs = programs + widths + data_sizes
         is_good &= programs <= fde_ends
-    # A size beyond 32 bits is none, and so is one that runs over the end of the address space.
+    # Sizes beyond 32 bits are invalid, and so are ranges beyond the end of the address space.
     is_good &= (starts != 0) & (sizes != 0) & (sizes < 1 << 32) & (starts < 1 << 63)
     numbers = np.zeros(len(at), dtype=np.int64)
     return _Fdes(starts, starts + sizes, programs, fde_ends, numbers).take(is_good)
@@ -345,11 +345,11 @@ def _make_disjoint(fdes: _Fdes) -> _Fdes:
 
 
 class _CieTable:
-    """The CIEs in use, each different one once: linkers that join files leave equal ones behind.
+    """The CIEs in use. Equal ones, which linkers leave when they join files, are kept once.
 
     Attributes:
         cies: how to read FDEs; number 0 is WITHOUT_RULES.
-        rules: per CIE, the number of the one whose rules hold: itself or 0.
+        rules: per CIE, the number of the CIE whose rules apply: itself or 0.
     """
 
     def __init__(self, content: Bytes) -> None:
@@ -359,7 +359,7 @@ class _CieTable:
         self._numbers: dict[bytes, int] = {}
 
     def find(self, wanted: Ints, positions: Ints, ends: Ints) -> Ints:
-        """Return the number of the CIE at each wanted position, -1 where there is none of use."""
+        """Return the number of the CIE at each wanted position, -1 if there is no usable one."""
         if not len(positions):
             return np.full(len(wanted), -1, dtype=np.int64)
         places = np.minimum(np.searchsorted(positions, wanted), len(positions) - 1)

@@ -1,4 +1,4 @@
-"""One CIE: how the FDEs that refer to it are to be read, and where its instructions are.
+"""Parse one CIE: how to read the FDEs that refer to it, and where its instructions are.
 
 The formats are those of the LSB ("Exception Frames", .eh_frame) and of DWARF 5, section 6.4
 (.debug_frame).
@@ -27,13 +27,14 @@ POINTER_FORMATS = {
 
 
 class Cie(NamedTuple):
-    """What FDEs have in common.
+    """What many FDEs have in common.
 
     Attributes:
         program: position of the initial instructions in `CallFrames.content`.
         encoding: DW_EH_PE_* of the addresses in its FDEs.
         has_augmentation_data: so have its FDEs, between their addresses and their program.
-        is_signal_frame: the frame's pc is where the interrupted code stopped, not a return address.
+        is_signal_frame: the pc of these frames is where a signal interrupted the code, not a return
+            address.
     """
 
     program: int = 0
@@ -46,11 +47,14 @@ class Cie(NamedTuple):
 
 
 WITHOUT_RULES = Cie()
-"""Stands for a CIE whose rules are beyond us. Its initial instructions define nothing."""
+"""Replaces a CIE whose rules are not supported. Its initial instructions define nothing."""
 
 
 def parse_cie(content: bytes) -> Cie | None:
-    """Parse what follows a CIE's id; positions count from there. None if FDEs cannot be read."""
+    """Parse what follows a CIE's id; positions count from there.
+
+    Returns None if FDEs of this CIE cannot be read.
+    """
     cursor = _Cursor(content)
     try:
         cie = _read_augmentation(cursor, *_read_cie_header(cursor))
@@ -64,26 +68,29 @@ def parse_cie(content: bytes) -> Cie | None:
 
 
 def _read_cie_header(cursor: "_Cursor") -> tuple[Cie, bytes]:
-    """Return what stands before the augmentation's data, and the augmentation."""
+    """Read the fields before the augmentation's data; return them and the augmentation."""
     version = cursor.byte()
     augmentation = cursor.string()
     if version not in (1, 3, 4):
-        raise ValueError("a version we do not know")
+        raise ValueError("unknown version")
     if version == 4 and (cursor.byte(), cursor.byte()) != (8, 0):
-        raise ValueError("addresses that are not of 8 bytes, or segments")
+        raise ValueError("addresses are not of 8 bytes, or have segments")
     code_alignment, data_alignment = cursor.uleb(), cursor.sleb()
     return_register = cursor.byte() if version == 1 else cursor.uleb()
-    # An alignment of 0 is refused later on: rules for another return address are none for us.
+    # An alignment of 0 is refused later: rules for another return address cannot be used.
     code_alignment *= return_register == RETURN_ADDRESS
     return Cie(code_alignment=code_alignment, data_alignment=data_alignment), augmentation
 
 
 def _read_augmentation(cursor: "_Cursor", cie: Cie, augmentation: bytes) -> Cie:
-    """Read what the letters announce, and skip what is left. Letters: LSB, "CIE"; S and B: GNU."""
+    """Read the augmentation's data by its letters, and skip the rest.
+
+    The letters are those of the LSB ("CIE"); S and B are GNU's.
+    """
     if not augmentation:
         return cie
-    if augmentation[:1] != b"z":  # "eh" of compilers before 2000, or newer than us
-        raise ValueError("an augmentation of unknown size")
+    if augmentation[:1] != b"z":  # "eh" of compilers before 2000, or unknown
+        raise ValueError("augmentation of unknown size")
     size = cursor.uleb()
     end = cursor.position + size
     cie = cie._replace(has_augmentation_data=True)
@@ -97,13 +104,13 @@ def _read_augmentation(cursor: "_Cursor", cie: Cie, augmentation: bytes) -> Cie:
         elif letter == "S":
             cie = cie._replace(is_signal_frame=True)
         elif letter != "B":  # B is about keys of aarch64
-            raise ValueError("an augmentation that we do not know")
+            raise ValueError("unknown augmentation")
     cursor.position = end
     return cie
 
 
 class _Cursor:
-    """Reads a record byte by byte; an IndexError beyond its end."""
+    """Reads a record byte by byte; raises IndexError beyond its end."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
@@ -129,7 +136,7 @@ class _Cursor:
         if encoding != DW_EH_PE_OMIT:
             form = POINTER_FORMATS.get(encoding & 0x0F)
             if form is None:
-                raise ValueError("a pointer of unknown width")
+                raise ValueError("pointer of unknown width")
             self.position += np.dtype(form).itemsize
 
     def _leb(self) -> tuple[int, int]:
@@ -140,4 +147,4 @@ class _Cursor:
             bits += 7
             if byte < 0x80:
                 return value, bits
-        raise ValueError("a number of more than 64 bits")
+        raise ValueError("number of more than 64 bits")

@@ -1,7 +1,7 @@
-"""Which addresses have an FDE, whatever its program says: where functions begin and end.
+"""Read FDE ranges: the addresses that FDEs cover, which say where functions begin and end.
 
-This is read inside the sampling process, so it costs little: the linker's index in .eh_frame_hdr
-leads to each FDE, of which only the head is read, a piece of the section at a time.
+This runs inside the sampling process, so it has to be cheap: the linker's index in .eh_frame_hdr
+leads to each FDE, of which only the head is read, one piece of the section at a time.
 """
 
 import struct
@@ -22,9 +22,9 @@ from symbolizer.unwind.cie import (
     parse_cie,
 )
 
-# Extents are read inside the sampling process, which needs 8 MB meanwhile for libLLVM's 95,000 and
-# 77 MB for a million; what is beyond is TOO_LARGE. So is an .eh_frame beyond that size without an
-# index: it has to be walked record by record, for which 2 MB of it need 40.
+# Reading takes 8 MB for libLLVM's 95,000 ranges and 77 MB for a million; files with more are
+# TOO_LARGE. An .eh_frame without an index has to be walked record by record, which takes 40 MB for
+# 2 MB of it; a larger one is TOO_LARGE, too.
 _MAX_FDE_RANGES = 1 << 20
 _MAX_INDEXED_CIES = 1 << 14
 _MAX_UNINDEXED_BYTES = 2 << 20
@@ -35,11 +35,11 @@ _HEADER_BYTES = 12
 
 
 def read_fde_ranges(elf: Elf) -> tuple[Wide, Wide]:
-    """Return the first addresses and the ends of functions that have an FDE, whatever its program.
+    """Return the first addresses and the ends of all FDE ranges.
 
-    They lie inside executable segments, in any order, and overlap in damaged files. The FDEs are
-    those in .eh_frame_hdr's table if it has the usual form, as far as each says of itself what the
-    table says of it; else all of .eh_frame.
+    They are inside executable segments, in any order, and overlap in damaged files. They are read
+    from the FDEs in .eh_frame_hdr's table, where table and FDE agree on the first address; if the
+    table does not have the usual form, from all of .eh_frame.
 
     Raises:
         UnreadableElf: not an x86-64 file, damaged, or too large: the limits are lower than
@@ -59,7 +59,7 @@ def read_fde_ranges(elf: Elf) -> tuple[Wide, Wide]:
 
 
 def _read_indexed(elf: Elf) -> tuple[Wide, Wide]:
-    """Read the FDEs in .eh_frame_hdr's table (LSB, "Exception Frames"), chunk by chunk."""
+    """Read the FDEs of .eh_frame_hdr's table (LSB, "Exception Frames"), chunk by chunk."""
     place, index = find_eh_frame(elf), _read_index(elf)
     if place is None or elf.eh_frame_hdr is None or not len(index):
         nothing = np.zeros(0, dtype=np.uint64)
@@ -82,7 +82,7 @@ def _read_indexed(elf: Elf) -> tuple[Wide, Wide]:
 
 
 def _read_index(elf: Elf) -> npt.NDArray[np.int32]:
-    """Return pairs of first address and FDE, both counted from .eh_frame_hdr on."""
+    """Return .eh_frame_hdr's table: pairs of first address and FDE, both relative to the header."""
     header = elf.eh_frame_hdr
     nothing = np.zeros((0, 2), dtype=np.int32)
     if header is None or header.p_filesz < _HEADER_BYTES:
@@ -90,7 +90,7 @@ def _read_index(elf: Elf) -> npt.NDArray[np.int32]:
     _, _, count_encoding, encoding, _, count = struct.unpack(
         "<4BiI", elf.source.read_at(header.p_offset, _HEADER_BYTES)
     )
-    # What every linker writes.
+    # All linkers write these.
     is_usual = count_encoding == DW_EH_PE_UDATA4
     is_usual &= encoding == DW_EH_PE_DATAREL | DW_EH_PE_SDATA4
     if not is_usual or count > (header.p_filesz - _HEADER_BYTES) // 8:
@@ -102,7 +102,7 @@ def _read_index(elf: Elf) -> npt.NDArray[np.int32]:
 
 
 class _CieEncodings:
-    """How FDEs of an .eh_frame have their addresses, by the position of their CIE."""
+    """How the addresses in FDEs are encoded, by the position of their CIE."""
 
     def __init__(self, elf: Elf, place: Segment) -> None:
         self.source = elf.source
@@ -110,8 +110,8 @@ class _CieEncodings:
         self._known: dict[int, int] = {}
 
     def find(self, positions: Ints) -> Ints:
-        """Return DW_EH_PE_* for each position, -1 where there is no CIE of use."""
-        # Neighbours mostly share theirs.
+        """Return DW_EH_PE_* for each position, -1 if there is no usable CIE."""
+        # Neighbouring FDEs mostly share a CIE.
         firsts = np.flatnonzero(np.append(True, positions[1:] != positions[:-1]))
         found = [self._find_one(position) for position in positions[firsts].tolist()]
         return np.repeat(np.array(found), np.diff(firsts, append=len(positions)))
@@ -137,9 +137,9 @@ class _CieEncodings:
 def _read_sizes(
     cies: _CieEncodings, first: int, positions: Ints, starts: Wide
 ) -> npt.NDArray[np.uint32]:
-    """Read the sizes of functions from FDEs that begin in the chunk at `first`.
+    """Read the sizes of functions from the FDEs that begin in the chunk at `first`.
 
-    It is 0 where there is no FDE of a function with that start.
+    A size is 0 if there is no FDE of a function with that start.
     """
     place = cies.place
     wanted = _INDEXED_CHUNK_BYTES + _FDE_HEAD_BYTES
@@ -158,7 +158,7 @@ def _read_sizes(
             begins += (at + 8).astype(np.uint64) + np.uint64(place.p_vaddr + first)
         lengths = view(content, form)[at + 8 + width].astype(np.uint64)
         is_good = (begins == starts[chosen]) & (words[at] >= 4 + 2 * width)
-        # Beyond 32 bits it is none, which a negative one is too.
+        # Sizes beyond 32 bits are invalid, and so are negative ones.
         is_good &= lengths < 1 << 32
         sizes[chosen[is_good]] = lengths[is_good]
     return sizes

@@ -1,10 +1,10 @@
-"""Unwind rules of Go code, which has no call frame information of use.
+"""Unwind rules of Go code, which has no usable call frame information.
 
-Go keeps frame pointers, but functions without a frame do not set them up, and others have not yet
-in their first instructions: there the word of Go's own table is taken (symbols/gopclntab.py), and
-the frame pointer's for the rest. The last instruction or two before a return stay wrong: their rows
-would outnumber all others. .debug_frame, where a program has one, does not tell when the stack is
-switched, and is not read.
+Go keeps frame pointers, but functions without a frame do not set them up, and others have not done
+so yet in their first instructions. For these, the rules come from Go's own table
+(symbols/gopclntab.py); all other code is unwound by frame pointer. The last one or two instructions
+before a return stay wrong: rows for them would outnumber all others. A program's .debug_frame is
+not read, because it does not say where the stack is switched.
 """
 
 import itertools
@@ -17,14 +17,14 @@ from symbolizer.symbols.elf import Elf
 from symbolizer.symbols.gopclntab import GoTable, open_go_table
 from symbolizer.unwind.rules import CfaKind, Range, Rules, rule
 
-# Where a stack begins: goroutines, threads, the program. runtime.sigtramp, which Go's own walk ends
-# at too, is left out: below it lies what the signal has interrupted.
+# The first functions of goroutines, threads and the program. runtime.sigtramp, at which Go's own
+# walk also ends, is not one of them: its caller is the code that the signal interrupted.
 _FIRST_FUNCTIONS = (
     *(b"runtime.goexit", b"runtime.mstart", b"runtime.rt0_go"),
     *(b"_rt0_amd64", b"_rt0_amd64_linux", b"_rt0_amd64_lib", b"_rt0_amd64_linux_lib"),
 )
-# They take the thread's own stack, and begin it anew: Go's walk ends at them, too. Until then they
-# are on the goroutine's. The instruction is `mov 56(%r), %rsp`, from its saved registers.
+# They switch from the goroutine's stack to the beginning of the thread's own: Go's walk ends at
+# them, too. The instruction is `mov 56(%r), %rsp`, from the saved registers.
 _SWITCHES = (b"runtime.mcall", b"runtime.morestack")
 _TAKE_STACK = re.compile(rb"[\x48\x49]\x8b[\x60-\x67]\x38")
 _SWITCH_BYTES = 256
@@ -34,7 +34,7 @@ _WITHOUT_FRAME = rule(CfaKind.RSP, 1)
 
 
 def read_go_rules(elf: Elf) -> Rules | None:
-    """Return rules for all of Go's code; None if there is none, or not of a known version.
+    """Return rules for all of Go's code; None if there is none, or its version is unknown.
 
     Raises:
         UnreadableElf: damaged, or too large.
@@ -71,7 +71,7 @@ def _find_switches(
 
 
 def _read_frames(table: GoTable, handlers: list[int]) -> Rules:
-    """Return rules, whose addresses count from where Go's code begins."""
+    """Return rules; their addresses count from the start of Go's code."""
     starts, ends = table.functions.starts[:-1], table.functions.starts[1:]
     frame_pointer = rule(CfaKind.FRAME_POINTER)
     if not table.has_depths:
@@ -81,7 +81,7 @@ def _read_frames(table: GoTable, handlers: list[int]) -> Rules:
     rules = np.tile(np.array([_WITHOUT_FRAME, frame_pointer], dtype=np.uint64), len(starts))
     rules = np.append(rules, np.uint64(rule(CfaKind.HOLE)))
     is_kept = np.append(addresses[1:] != addresses[:-1], True)
-    # The handler lies on the kernel's signal frame, and is followed all the way by its depth.
+    # The kernel's signal frame follows the handler's: its rules come from the table throughout.
     followed = [
         (int(starts[n]) + start, int(starts[n]) + end, _WITHOUT_FRAME + (depth >> 3 << 16))
         for n in handlers

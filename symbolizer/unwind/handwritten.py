@@ -1,7 +1,7 @@
-"""Unwind rules of code that is written by hand or by a linker, without call frame information.
+"""Find unwind rules of handwritten and linker-made code that has no call frame information.
 
-All of it looks the same in every file: the entry point of a program, the return from a signal
-handler, the stubs through which lld lets functions of other files be called.
+Such code is recognised by its bytes, which are the same in every file: a program's entry point, the
+return from a signal handler, the creation of threads, and lld's PLT stubs.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from symbolizer.unwind.rules import CfaKind, Range, Rules, rule
 
 
 def find_handwritten_rules(elf: Elf, rules: Rules) -> Rules:
-    """Return rules for what is known; `rules` are those that the file has, which come first.
+    """Return rules of handwritten code; except for stubs, only where `rules` have holes.
 
     Raises:
         UnreadableElf: the code cannot be read.
@@ -44,16 +44,16 @@ class _Holes(NamedTuple):
         return cls(starts, ends)
 
     def within(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Return the parts of holes that lie between two addresses."""
+        """Return the parts of holes between two addresses."""
         first = int(np.searchsorted(self.ends, np.uint64(start), side="right"))
         last = int(np.searchsorted(self.starts, np.uint64(end)))
         for place in range(first, last):
             yield max(start, int(self.starts[place])), min(end, int(self.ends[place]))
 
 
-# Stubs of 16 bytes: a jump that takes 6, and where it may lead back, a push of 5 and another jump.
-# Where indirect jumps need a landing pad, the stub is that, the push and the jump. The first of a
-# section pushes with 6 bytes, and takes what others have pushed.
+# A stub has 16 bytes: a jump of 6 and, for lazy binding, a push of 5 and another jump. If indirect
+# jumps need a landing pad, a stub is the pad, the push and the jump. The first stub of a section
+# pushes with 6 bytes, after the others have pushed, too.
 _STUB_BYTES, _PUSH_BYTES = 16, 6
 _FIRST_STUB = b"\xff\x35"  # push slot(%rip)
 _ENDBR64 = b"\xf3\x0f\x1e\xfa"
@@ -61,7 +61,7 @@ _PLAIN_STUBS = (b".plt.sec", b".plt.got", b".iplt")
 
 
 def _find_plt(elf: Elf) -> Iterator[Range]:
-    """Return rules for stubs, which lld's files have no call frame information for."""
+    """Return rules of PLT stubs, for which lld writes no call frame information."""
     for section in elf.sections:
         start, end = section.address, section.address + section.size
         if section.type != SHT_PROGBITS or not _is_code(elf, start, end) or start % _STUB_BYTES:
@@ -82,8 +82,8 @@ def _is_code(elf: Elf, start: int, end: int) -> bool:
     return any(s.p_vaddr <= start <= end <= s.p_vaddr + s.p_filesz for s in elf.segments)
 
 
-# `mov $15, %rax; syscall`: how rt_sigreturn is called in musl, in Go, and by all others that want
-# to be recognised by debuggers: libgcc and gdb look for these bytes.
+# `mov $15, %rax; syscall`, the call of rt_sigreturn in musl, in Go, and in all code that debuggers
+# should recognise: libgcc and gdb search for these bytes.
 _SIGNAL_RETURN = bytes.fromhex("48c7c00f0000000f05")
 _MAX_SEARCHED_BYTES = 1 << 30
 _MAX_SEARCHED_HOLES = 1 << 16
@@ -93,10 +93,10 @@ _SEARCHED_CHUNK_BYTES = 1 << 20
 
 
 def _find_signal_returns(elf: Elf, holes: _Holes) -> Iterator[Range]:
-    """Find where signal handlers return to in code without call frame information.
+    """Find the code that signal handlers return to.
 
-    The range begins one byte early, as does glibc's FDE: a handler's return address is the first
-    instruction, and a caller is looked up one byte before. Where musl puts a nop for that purpose.
+    The range begins one byte early, as glibc's FDE does: a handler's return address is the first
+    instruction, and a caller is looked up one byte before it. musl puts a nop there.
     """
     found = 0
     left = _MAX_SEARCHED_BYTES
@@ -111,8 +111,8 @@ def _find_signal_returns(elf: Elf, holes: _Holes) -> Iterator[Range]:
                 place = content.find(_SIGNAL_RETURN, place + len(_SIGNAL_RETURN))
 
 
-# syscall; test %rax, %rax: glibc ends clone()'s rules before it, as they do not hold in the thread
-# that it makes. In musl two instructions that put the thread's function on its stack come first.
+# `syscall; test %rax, %rax`: glibc ends clone()'s rules before it, because they do not hold in the
+# new thread. In musl, two instructions that put the thread's function on its stack precede it.
 _GLIBC_CLONE = bytes.fromhex("0f054885c0")
 _MUSL_CLONE = bytes.fromhex("4883ee0848890e0f0585c0")
 _MUSL_CLONE_SYSCALL = 7
@@ -120,7 +120,7 @@ _CLONE_BYTES = 16
 
 
 def _find_clones(elf: Elf, holes: _Holes) -> Iterator[Range]:
-    """Find where threads are made. Their maker returns to whom its stack pointer points at."""
+    """Find where threads are created. There, the creating thread's return address is at rsp."""
     left = _MAX_SEARCHED_BYTES
     for start, end in itertools.islice(_in_code_sections(elf, holes), _MAX_SEARCHED_HOLES):
         is_short = end - start <= _CLONE_BYTES
@@ -139,9 +139,9 @@ _CALL_AND_EXIT = re.compile(rb"\xff[\xd0-\xd7]\x89\xc7\xe8(....)", re.DOTALL)
 
 
 def _find_callers_of_main(elf: Elf, holes: _Holes) -> Iterator[Range]:
-    """Stop where what a function returns is handed to exit(): in musl, that has no rules at all.
+    """Find calls of main(), whose caller has no rules in musl: its result is passed to exit().
 
-    Only where symbols say that it is exit() that is called.
+    They are recognised only if symbols say that the function called next is exit().
     """
     calls: dict[int, int] = {}
     left = _MAX_SEARCHED_BYTES
@@ -163,13 +163,13 @@ _CALL_BYTES = 2
 
 
 def _addresses_of(elf: Elf, name: bytes) -> set[int]:
-    """Return where functions of a name begin."""
+    """Return the first addresses of the functions with a name."""
     try:
         functions, strings = read_functions(elf)
         text = b"".join(itertools.islice(strings, _MAX_STRING_PIECES))
     except UnreadableElf:
         return set()
-    # Linkers let a name be the end of a longer one.
+    # Linkers store a name as the end of a longer one.
     places = [match.start() for match in re.finditer(re.escape(name) + b"\0", text)]
     is_named = np.isin(functions.names, np.array(places, dtype=np.uint32))
     offsets = functions.starts[is_named].astype(np.int64) + functions.base
@@ -182,11 +182,11 @@ def _addresses_of(elf: Elf, name: bytes) -> set[int]:
 
 
 _MAX_STRING_PIECES = 64
-"""Of a megabyte each. Only C libraries are looked at, and what is linked with one statically."""
+"""A piece is 1 MiB. Only C libraries and programs linked statically with one get this far."""
 
 
 def _in_code_sections(elf: Elf, holes: _Holes) -> Iterator[tuple[int, int]]:
-    """Leave out what is mapped as code with it: libLLVM has 26 MB of tables there."""
+    """Return holes in code sections. Code segments also hold data: libLLVM has 26 MB of tables."""
     parts = [(s.address, s.address + s.size) for s in elf.sections if s.is_code]
     parts = [part for part in parts if _is_code(elf, *part)]
     parts = parts or [(s.p_vaddr, s.p_vaddr + s.p_filesz) for s in elf.segments]
@@ -195,7 +195,7 @@ def _in_code_sections(elf: Elf, holes: _Holes) -> Iterator[tuple[int, int]]:
 
 
 def _read_code(elf: Elf, start: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """Return the bytes at addresses, in pieces that overlap by less than the pattern."""
+    """Return code in pieces with their addresses; they overlap by less than the pattern."""
     for p_vaddr, p_offset, p_filesz in elf.segments:
         first, last = max(start, p_vaddr), min(end, p_vaddr + p_filesz)
         for address in range(first, last, _SEARCHED_CHUNK_BYTES):
@@ -211,10 +211,10 @@ _TAKE_STACK = bytes.fromhex("4889e7")  # mov %rsp, %rdi
 
 
 def _find_entry(elf: Elf, holes: _Holes) -> Iterator[Range]:
-    """Stop in a program's entry point, which nobody has called, where it has no rules.
+    """Find a program's entry point, which has no caller, if it has no rules.
 
-    A shared library's may be any address, but a loader's, which is one too, is where programs that
-    it loads call their constructors from. It begins like all of them: with taking the stack.
+    A shared library's entry point may be any address, unless the library is the loader, which calls
+    constructors from there. That is recognised by its beginning: it takes the stack pointer.
     """
     start = elf.entry_point
     if not _is_code(elf, start, start + 1) or not any(holes.within(start, start + 1)):

@@ -1,8 +1,8 @@
-"""Where the instructions of call frame programs begin, and what is known of each by its opcode.
+"""Decode call frame programs: where their instructions begin, and the traits of each opcode.
 
-Programs (DWARF 5, section 6.4.2) stand side by side in one array, and all of them are decoded at
-once: for every byte is found how long an instruction would be that began there, and then the
-beginnings are followed through each program.
+Programs (DWARF 5, section 6.4.2) are concatenated in one array and decoded all at once: for every
+byte, compute how long an instruction would be if one began there; then follow the instructions
+through each program.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,12 +15,12 @@ from symbolizer.unwind.cie import RBP, RETURN_ADDRESS
 
 
 class Programs(NamedTuple):
-    """Programs side by side, each followed by one `END`.
+    """Programs, concatenated, each followed by one `END`.
 
     Attributes:
-        code: the bytes, with padding behind them.
-        starts: where each program begins; `ends` are the places of `END`.
-        code_alignments: per program, as `data_alignments`.
+        code: the bytes, followed by padding.
+        starts: where each program begins; `ends` are the positions of `END`.
+        code_alignments: one per program, as are `data_alignments`.
     """
 
     code: Bytes
@@ -38,7 +38,7 @@ class Programs(NamedTuple):
         code_alignments: Ints,
         data_alignments: Ints,
     ) -> "Programs":
-        """Copy programs, given by where they begin and end in `content`."""
+        """Copy the programs between `starts` and `ends` out of `content`."""
         sizes = ends - starts + 1
         after = np.cumsum(sizes)
         size = int(after[-1])
@@ -50,7 +50,7 @@ class Programs(NamedTuple):
         return cls(code, after - sizes, after - 1, code_alignments, data_alignments)
 
 
-# Instructions by their number: DWARF 5, section 7.24, and the GNU ones.
+# Opcodes: DWARF 5, section 7.24, and GNU's.
 _NOP, _ADVANCE_1, _ADVANCE_2, _ADVANCE_4 = 0x00, 0x02, 0x03, 0x04
 OFFSET_EXTENDED, RESTORE_EXTENDED, UNDEFINED_REGISTER = 0x05, 0x06, 0x07
 SAME_VALUE, REGISTER, REMEMBER_STATE, RESTORE_STATE = 0x08, 0x09, 0x0A, 0x0B
@@ -58,7 +58,7 @@ DEF_CFA, DEF_CFA_REGISTER, DEF_CFA_OFFSET, DEF_CFA_EXPRESSION = 0x0C, 0x0D, 0x0E
 EXPRESSION, OFFSET_EXTENDED_SF, DEF_CFA_SF, DEF_CFA_OFFSET_SF = 0x10, 0x11, 0x12, 0x13
 _VAL_OFFSET, _VAL_OFFSET_SF, _VAL_EXPRESSION = 0x14, 0x15, 0x16
 _GNU_ARGS_SIZE, GNU_NEGATIVE_OFFSET = 0x2E, 0x2F
-END = 0x3F  # DW_CFA_hi_user: in a program it is as unknown as any other
+END = 0x3F  # DW_CFA_hi_user: inside a program it is an unknown opcode
 _ADVANCE, OFFSET, RESTORE = 0x40, 0x80, 0xC0
 
 _OF_REGISTERS = (
@@ -79,7 +79,7 @@ _WITH_NUMBERS = (
 _ADVANCES = (_ADVANCE_1, _ADVANCE_2, _ADVANCE_4, *range(_ADVANCE, OFFSET))
 _WITHOUT_NUMBERS = (_NOP, REMEMBER_STATE, RESTORE_STATE, *_ADVANCES, *range(RESTORE, 256))
 
-# One bit per column of _State.
+# One bit for each part of a rule: the CFA's register, its offset, rbp, the return address.
 _WRITES_BASE, _WRITES_OFFSET, WRITES_RBP, WRITES_RETURN_ADDRESS = 1, 2, 4, 8
 COLUMNS = (_WRITES_BASE, _WRITES_OFFSET, WRITES_RBP, WRITES_RETURN_ADDRESS)
 _WRITERS = {
@@ -95,7 +95,7 @@ _TRAITS = {
     IS_ADVANCE: _ADVANCES,
     IS_OF_REGISTER: _OF_REGISTERS,
     _IS_UNKNOWN: set(range(256)) - {*_WITH_NUMBERS, *_WITHOUT_NUMBERS},
-    # Most instructions are about registers that do not matter.
+    # Most instructions save other registers and can be skipped.
     _MATTERS: {
         *range(OFFSET),
         *(opcode for writers in _WRITERS.values() for opcode in writers),
@@ -108,7 +108,7 @@ _TRAITS = {
 
 
 def _tabulate(bits: Mapping[int, Collection[int]]) -> bytes:
-    """Return for each opcode the sum of the bits that name it."""
+    """Return for each opcode the sum of the bits whose lists contain it."""
     return bytes(sum(bit for bit, opcodes in bits.items() if n in opcodes) for n in range(256))
 
 
@@ -121,7 +121,7 @@ _SHORT_ADVANCES_TABLE = bytes(n & 63 if n >> 6 == _ADVANCE >> 6 else 0 for n in 
 
 
 def look_up(table: bytes, opcodes: Bytes) -> Bytes:
-    """Return a table's byte for each byte; several times as fast as an array indexed by one."""
+    """Return the table's byte for each opcode; several times as fast as indexing an array."""
     return np.frombuffer(opcodes.tobytes().translate(table), np.uint8)
 
 
@@ -132,10 +132,10 @@ class Instructions(NamedTuple):
         programs: what they were found in.
         positions: of their first bytes in the code.
         opcodes: their first bytes.
-        traits: what is known of these, as bits.
+        traits: bits of their opcodes, as in `_TRAITS`.
         owners: the number of the program each is in.
         firsts: per program, the number of its first instruction; `lasts` are those of `END`.
-        is_broken: per program, whether it holds what cannot be understood.
+        is_broken: per program, whether it contains an invalid instruction.
     """
 
     programs: Programs
@@ -170,7 +170,7 @@ class Instructions(NamedTuple):
         return self.programs.code
 
     def locations(self) -> Ints:
-        """Return for each instruction how far its program has advanced before it."""
+        """Return for each instruction how many bytes of code its program has advanced before it."""
         code, positions, opcodes = self.code, self.positions, self.opcodes
         advances = look_up(_SHORT_ADVANCES_TABLE, opcodes).astype(np.int64)
         for opcode, form in ((_ADVANCE_1, "u1"), (_ADVANCE_2, "<u2"), (_ADVANCE_4, "<u4")):
@@ -185,7 +185,7 @@ class Instructions(NamedTuple):
 
 
 def _find_widths(code: Bytes, traits: Bytes) -> Ints:
-    """Return for each byte how long the instruction would be, if one began there."""
+    """Return for each byte how long an instruction that begins there would be."""
     number_widths = np.ones(len(code), dtype=np.uint8)
     goes_on = code >= 0x80
     for _ in range(1, MAX_LEB_BYTES):
@@ -206,7 +206,7 @@ def _find_widths(code: Bytes, traits: Bytes) -> Ints:
 
 
 def block_at(code: Bytes, at: Ints) -> tuple[Ints, Ints]:
-    """Return for instructions that end in a block where its size and its content stand."""
+    """Return the positions of the size and of the content of the blocks that end instructions."""
     sizes_at = at + 1
     has_register = np.flatnonzero(code[at] != DEF_CFA_EXPRESSION)
     last = len(code) - 1
@@ -215,8 +215,8 @@ def block_at(code: Bytes, at: Ints) -> tuple[Ints, Ints]:
     return sizes_at, sizes_at + read_uleb(code, sizes_at)[1]
 
 
-# With fewer programs left, a loop over their instructions is quicker than calls of numpy for one
-# each; after so many steps the finished ones are taken out.
+# With fewer programs left, a loop over their instructions is faster than a call of numpy for one of
+# each. Finished programs are removed after this many steps.
 _FEW = 48
 _STEPS_BETWEEN = 8
 

@@ -1,7 +1,7 @@
-"""What an unwind rule is: how a frame's CFA and its caller's rbp are found from the registers.
+"""Define unwind rules: how a frame's CFA and its caller's rbp are computed from the registers.
 
-A rule fits into 8 bytes with the low bits of the address from which on it holds: the rows that the
-walk in the kernel bisects.
+A rule and the low bits of its first address fit into 8 bytes. Such rows are bisected by the walk in
+the kernel.
 """
 
 import enum
@@ -14,7 +14,7 @@ from symbolizer.integers import Wide
 
 
 class CfaKind(enum.IntEnum):
-    """How a frame's CFA is computed. Offsets are in units of 8 bytes, below called `cfa`."""
+    """How a frame's CFA is computed. Below, `cfa` is the row's operand, in units of 8 bytes."""
 
     HOLE = 0
     """No FDE covers the address."""
@@ -23,31 +23,33 @@ class CfaKind(enum.IntEnum):
     RBP = 2
     """rbp + 8 * cfa."""
     PLT = 3
-    """rsp + 8, and 8 more from byte `cfa` of the 16 of a stub on, behind its push: from 11 on."""
+    """rsp + 8, and 8 more from byte `cfa` (11) of the stub's 16 bytes on: after its push."""
     PLT_LAZY = 4
-    """The same in stubs that begin with a landing pad: from 9 on, 10 in those of old linkers."""
+    """The same in stubs that begin with a landing pad: from byte 9 on, or 10 from old linkers."""
     DEREF_RBP = 5
     """*(rbp + 8 * low byte of cfa, signed) + 8 * high byte: functions that align the stack."""
     DEREF_RSP = 6
     """The same from rsp: hand-written assembly of OpenSSL."""
     SIGNAL = 7
-    """The registers are in the ucontext that rt_sigreturn takes from rsp."""
+    """The registers are in the ucontext at rsp, from which rt_sigreturn restores them."""
     STOP = 8
     """There is no caller."""
     UNSUPPORTED = 9
-    """There are rules, but not among these."""
+    """There is a rule, but none of these kinds."""
     FRAME_POINTER = 10
-    """The file has no rules here, but its compiler keeps frame pointers."""
+    """The file has no rule here, but its compiler keeps frame pointers."""
     CLONE = 11
-    """rsp + 8, behind the system call that makes a thread; in the thread, where rax is 0, STOP."""
+    """After the system call that creates a thread: rsp + 8; in the new thread (rax is 0), STOP."""
     REGISTER = 16
-    """And above: register number (DWARF's) + 8 * cfa. Known at the leaf and behind signals only."""
+    """And above: this plus DWARF's number of a register; the CFA is that register + 8 * cfa. Such
+    registers are known only in the leaf and in frames that a signal interrupted."""
     RETURN_REGISTER = 32
-    """And above: rsp + 8 * cfa, and the return address is in that register: glibc's vfork()."""
+    """And above: this plus the number of the register that holds the return address; the CFA is
+    rsp + 8 * cfa. glibc's vfork() needs it."""
 
 
 class RbpKind(enum.IntEnum):
-    """Where the caller's rbp is. Offsets are in units of 8 bytes, below called `rbp`."""
+    """Where the caller's rbp is. Below, `rbp` is the row's operand, in units of 8 bytes."""
 
     SAME = 0
     AT_CFA = 1
@@ -55,7 +57,7 @@ class RbpKind(enum.IntEnum):
     DEREF_RBP = 2
     """At rbp + 8 * rbp."""
     UNDEFINED = 3
-    """Lost, or beyond us."""
+    """Lost, or saved in a way that is not supported."""
     DEREF_RSP = 4
     """At rsp + 8 * rbp."""
 
@@ -63,11 +65,11 @@ class RbpKind(enum.IntEnum):
 ROW = np.dtype(
     [("pc_low", "<u2"), ("cfa", "<u2"), ("cfa_kind", "u1"), ("rbp_kind", "u1"), ("rbp", "<i2")]
 )
-"""A rule and the low 16 bits of the ELF address from which on it holds."""
+"""A rule, and the low 16 bits of the first ELF address it applies to."""
 
 
 def rule(kind: CfaKind, cfa: int = 0) -> int:
-    """Return a row as one number, first field 0 and rbp the SAME, as rules are built."""
+    """Return a rule as one number: a row's bits with `pc_low` 0 and rbp the SAME."""
     return int(kind) << 32 | cfa << 16
 
 
@@ -76,9 +78,9 @@ Range = tuple[int, int, int]
 
 
 class Rules(NamedTuple):
-    """Rows before they are cut into pages: an address and a number whose low 16 bits are free.
+    """Rules before they are cut into pages: addresses, and rules as numbers.
 
-    Sorted by address. A rule holds up to the next, which is another; before the first is a HOLE.
+    Sorted by address. A rule holds up to the next one, which differs; before the first is a HOLE.
     """
 
     addresses: Wide
@@ -86,7 +88,7 @@ class Rules(NamedTuple):
 
     @classmethod
     def of_ranges(cls, ranges: Iterable[Range]) -> "Rules":
-        """Return a rule for each (start, end, rule), none overlapping, and HOLEs between."""
+        """Return the rules of disjoint ranges, with HOLEs between them."""
         edges: dict[int, int] = {}
         for start, end, number in sorted(ranges):
             edges[start] = number
@@ -96,11 +98,11 @@ class Rules(NamedTuple):
         return cls(columns[:, 0], columns[:, 1])
 
     def over(self, lower: "Rules") -> "Rules":
-        """Return these rules, and the lower ones where these have a HOLE."""
+        """Return these rules, and where they have a HOLE, those of `lower`."""
         if not len(self.rules) or not len(lower.rules):
             return self if len(self.rules) else lower
         addresses = np.concatenate([self.addresses, lower.addresses])
-        addresses.sort(kind="stable")  # which merges the two; numpy's unique takes 30 times as long
+        addresses.sort(kind="stable")  # merges the two; np.unique takes 30 times as long
         addresses = addresses[np.append(True, addresses[1:] != addresses[:-1])]
         own = self.at(addresses)
         rules = np.where(own == rule(CfaKind.HOLE), lower.at(addresses), own)

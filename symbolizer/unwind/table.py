@@ -1,12 +1,12 @@
-"""Unwind tables: for each code address of a file, how a caller's frame is found.
+"""Build, store and load unwind tables: for each code address of a file, an unwind rule.
 
-A table is an array of 8-byte rows sorted by address, as the walk in the kernel bisects it. The
-rules come from call frame information (cfi.py, cfa.py); where that has holes, from what is known of
-code that has none (handwritten.py, go.py).
+A table is an array of 8-byte rows sorted by address, which the walk in the kernel bisects. The
+rules come from call frame information (cfi.py, cfa.py); where that has holes, from known
+handwritten code and from Go's table (handwritten.py, go.py).
 
 The rows are cut into pages of 4 KiB of addresses, so that a row needs only the low bits of its
 address, and a look-up touches few cache lines. The rule in force at the start of a page is repeated
-there; pages without a row are holes.
+there; pages without rows are holes.
 """
 
 import contextlib
@@ -33,23 +33,23 @@ from symbolizer.unwind.rules import ROW, CfaKind, Rules, rule
 
 PAGE_BITS = 12
 PAGE = np.dtype([("number", "<u4"), ("first", "<u4"), ("count", "<u4")])
-"""A page by its number (ELF address >> PAGE_BITS) and which rows are its."""
+"""A page: its number (ELF address >> PAGE_BITS), its first row and how many it has."""
 
-# libLLVM has 820,000 rows, ClickHouse some 2.8 million. A table beyond this, 64 MB, would take the
-# whole budget of the kernel's memory.
+# libLLVM has 820,000 rows, ClickHouse about 2.8 million. A larger table than this (64 MB) would
+# exceed the budget for memory in the kernel.
 _MAX_ROWS = 1 << 23
 _MAX_ADDRESS = 1 << (32 + PAGE_BITS)
 _MAX_SPAN = 1 << 32
 
 _MAGIC = b"EFLUNWD\n"
-# Raise this with the layout, and with everything that changes which rule an address gets.
+# Raise this when the layout changes, or the rule that any address gets.
 _VERSION = 1
 # magic, version, CRC-32 of all that follows it, key (NUL-padded), pages, rows
 _HEADER = struct.Struct("<8sII136sQQ")
 _CHECKED_FROM = 16
 _MAX_PAGES = _MAX_SPAN >> PAGE_BITS
 _KEYED = (b".eh_frame", b".debug_frame", b".gopclntab", b".plt")
-"""Sections whose content decides about rules. The headers of all sections do so, too."""
+"""Sections whose content determines rules; the headers of all sections do, too."""
 _MAX_KEYED_BYTES = 1 << 28
 _CHUNK_BYTES = 1 << 20
 
@@ -59,7 +59,7 @@ class UnwindTable:
     """The rows of one file.
 
     Attributes:
-        key: the file's build id, or what `key_of` gives.
+        key: the file's build id, or the result of `key_of`.
         pages: of dtype PAGE, sorted by number.
         rows: of dtype ROW, page after page.
     """
@@ -73,7 +73,7 @@ class UnwindTable:
         return self.pages.nbytes + self.rows.nbytes
 
     def find(self, elf_addresses: Wide) -> npt.NDArray[np.void]:
-        """Return the row in force at each address, as the walk finds it; a HOLE where none is."""
+        """Return the row in force at each address, as the walk does; a HOLE if there is none."""
         found = np.zeros(len(elf_addresses), dtype=ROW)
         if not len(self.pages):
             return found
@@ -84,13 +84,13 @@ class UnwindTable:
         is_known = numbers[pages] == elf_addresses >> np.uint64(PAGE_BITS)
         owners = np.repeat(numbers, self.pages["count"])
         keys = owners << np.uint64(PAGE_BITS) | self.rows["pc_low"].astype(np.uint64)
-        # Every page has a row at its start, so a known page's address finds a row of that page.
+        # Every page has a row at its start, so an address in a known page finds a row of that page.
         places = np.searchsorted(keys, elf_addresses[is_known], side="right") - 1
         found[is_known] = self.rows[places]
         return found
 
     def save(self, path: Path) -> None:
-        """Write the table; a reader sees the whole of it or none.
+        """Write the table atomically: a reader sees all of it or nothing.
 
         Raises:
             OSError: it cannot be written.
@@ -112,7 +112,7 @@ class UnwindTable:
 
     @classmethod
     def load(cls, path: Path, key: str) -> "UnwindTable | None":
-        """Read a saved table; None if it is not there, damaged, or another file's."""
+        """Read a saved table; None if it is missing, damaged, or another file's."""
         try:
             content = path.read_bytes()
         except OSError:
@@ -133,13 +133,13 @@ class UnwindTable:
 
 
 def build(source: Source, *, by_file_offset: bool = False) -> UnwindTable:
-    """Build the table of an ELF file. It is empty where nothing is known of the file's code.
+    """Build the table of an ELF file. It is empty if no rules are known.
 
-    With `by_file_offset`, addresses are where the code lies in the file, which is what a mapping
-    tells without a look at the file.
+    With `by_file_offset`, addresses are offsets of the code in the file, which can be computed from
+    a mapping without reading the file.
 
     Raises:
-        UnreadableElf: with the reason; also for machines other than x86-64.
+        UnreadableElf: with the reason; also for files of machines other than x86-64.
     """
     elf = read_elf(source)
     rules = _read_rules(elf)
@@ -168,7 +168,7 @@ def _read_rules(elf: Elf) -> Rules:
 
 
 def _collect(pieces: Iterator[Rules]) -> Rules:
-    """Join pieces, letting go of each when it is copied: this is where most memory is needed."""
+    """Join pieces, freeing each when it is copied: memory use is highest here."""
     collected: list[Rules] = []
     rows = 0
     last_rule = rule(CfaKind.HOLE)
@@ -220,7 +220,7 @@ def _as_file_offsets(rules: Rules, elf: Elf) -> Rules:
         start, end = segment.p_vaddr, segment.p_vaddr + segment.p_filesz
         first, last = np.searchsorted(rules.addresses, np.array([start, end], np.uint64)).tolist()
         addresses, words = rules.addresses[first:last], rules.rules[first:last]
-        # What is in force at the start began before it only in a damaged file: a hole will do.
+        # Only in a damaged file does a rule begin before its segment; a hole is good enough there.
         shift = np.uint64((segment.p_offset - start) % (1 << 64))
         moved.append(Rules(addresses + shift, words))
         moved.append(Rules(np.array([segment.p_offset + segment.p_filesz], np.uint64), _HOLE))
@@ -231,9 +231,9 @@ _HOLE = np.array([rule(CfaKind.HOLE)], np.uint64)
 
 
 def key_of(source: Source) -> str:
-    """Name what a table is built from: files of one name have one table.
+    """Return a hash of everything a table is built from: files with the same key have equal tables.
 
-    A build id alone would let whoever claims that of another file lend it his table.
+    By build id alone, a hostile file could claim another file's id and have its own table used.
 
     Raises:
         UnreadableElf: with the reason.
@@ -263,9 +263,10 @@ def key_of(source: Source) -> str:
 
 
 class UnwindCache:
-    """A directory of unwind tables by `key_of`, bounded in bytes; the longest unused ones go first.
+    """A directory of unwind tables by `key_of`, bounded in bytes.
 
-    A file of which nothing is known has a table without rows.
+    The least recently used tables are removed first. A file without known rules has a table without
+    rows.
     """
 
     def __init__(self, directory: Path, limit_bytes: int = 256 << 20) -> None:
@@ -274,7 +275,7 @@ class UnwindCache:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def load(self, key: str) -> UnwindTable | None:
-        """Read the table of that key; None if it is to be built."""
+        """Read the table of a key; None if it has to be built."""
         path = self._directory / key
         table = UnwindTable.load(path, key)
         if table is not None:
@@ -283,7 +284,7 @@ class UnwindCache:
         return table
 
     def build(self, source: Source) -> None:
-        """Build and keep a table.
+        """Build and store a table.
 
         Raises:
             UnreadableElf: with the reason.
@@ -314,5 +315,5 @@ class UnwindCache:
 
 def _statuses(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
     for path in directory.iterdir():
-        with contextlib.suppress(OSError):  # somebody else removed it
+        with contextlib.suppress(OSError):  # removed by another process
             yield path, path.stat()
