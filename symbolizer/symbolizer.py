@@ -177,7 +177,7 @@ class Symbolizer:
         return locations
 
     def names(self, locations: Sequence[Location]) -> list[tuple[Frame, ...]]:
-        """Return the frames of each location, innermost first; () where there is no name.
+        """Return the frames of each location, innermost first; () if it has no name.
 
         A function that is known only by its FDE range has a frame named after its first address:
         `module+0x…`, as linked.

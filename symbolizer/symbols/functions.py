@@ -322,8 +322,8 @@ def _add_entry(
     if is_named or not limit:
         return functions
     for starts in (functions.starts, fde_ranges.starts):
-        behind = starts[np.searchsorted(starts, start, side="right") :][:1]
-        limit = min([limit, *behind.tolist()])
+        later = starts[np.searchsorted(starts, start, side="right") :][:1]
+        limit = min([limit, *later.tolist()])
     own_end = int(fde_ranges.ends_of(offsets.astype(np.uint32))[0])
     end = min(limit, own_end or start + _start_size(elf, start + space.base))
     return Functions(

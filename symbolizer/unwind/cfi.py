@@ -123,7 +123,7 @@ class _Part(NamedTuple):
 
 def _eh_frame_parts(elf: Elf) -> Iterator[_Part]:
     parts = list(_eh_frame_sections(elf))
-    yield from parts or _part_behind_header(elf)
+    yield from parts or _part_by_header(elf)
 
 
 def _eh_frame_sections(elf: Elf) -> Iterator[_Part]:
@@ -132,7 +132,7 @@ def _eh_frame_sections(elf: Elf) -> Iterator[_Part]:
         yield _Part(elf.read(section, _MAX_SECTION_BYTES), section.address)
 
 
-def _part_behind_header(elf: Elf) -> Iterator[_Part]:
+def _part_by_header(elf: Elf) -> Iterator[_Part]:
     """Read .eh_frame of a file without section headers."""
     place = find_eh_frame(elf)
     if place is not None:
