@@ -148,16 +148,6 @@ def build(source: Source, *, by_file_offset: bool = False) -> UnwindTable:
     return UnwindTable(elf.build_id, *_cut_into_pages(rules))
 
 
-def functions(source: Source) -> tuple[Wide, Wide]:
-    """Return the first addresses and the ends of functions that have an FDE: sorted, disjoint.
-
-    Raises:
-        UnreadableElf: with the reason.
-    """
-    frames = read_eh_frame(read_elf(source))
-    return frames.starts, frames.ends
-
-
 def _read_rules(elf: Elf) -> Rules:
     go = read_go_rules(elf)
     rules = _collect(run_programs(read_eh_frame(elf)))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from symbolizer.location import FileOffset, Module
+from symbolizer.symbols import elf
 from symbolizer.symbols.elf import FileSource, read_elf
 from symbolizer.symbols.functions import read_functions
 from symbolizer.symbols.table import SymbolCache, SymbolTable
@@ -39,6 +41,19 @@ def build(output: Path, source: str, *flags: str, language: str = "c") -> Path:
     return output
 
 
+def build_go(output: Path, source: str, *, is_stripped: bool = False) -> Path:
+    """Compile a Go program of one file, or skip the test where Go is not installed."""
+    if not shutil.which("go"):
+        pytest.skip("no go: install golang-go")
+    main = output.with_suffix(".go")
+    main.write_text(source)
+    flags = "-ldflags=-s -w" if is_stripped else "-ldflags="
+    environment = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=mod"}
+    command = ["go", "build", flags, "-o", output, main.name]
+    subprocess.run(command, cwd=output.parent, env=environment, check=True, timeout=110)
+    return output
+
+
 def strip(path: Path, *flags: str) -> Path:
     subprocess.run(["strip", *flags, path], check=True, timeout=60)
     return path
@@ -48,11 +63,17 @@ def read_table(path: Path) -> SymbolTable:
     """Read a file as the symbolizer does. Raises UnreadableElf."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        elf = read_elf(FileSource(fd))
-        functions, strings = read_functions(elf)
-        return SymbolCache(None, 0).store(elf.build_id, functions, elf.segments, strings)
+        headers = read_elf(FileSource(fd))
+        functions, strings = read_functions(headers)
+        return SymbolCache(None, 0).store(headers.build_id, functions, headers.segments, strings)
     finally:
         os.close(fd)
+
+
+def read_elf_header(path: Path) -> elf._Header:
+    """Read the fields of the ELF header."""
+    with path.open("rb") as file:
+        return elf._read_header(FileSource(file.fileno()))
 
 
 def names_at(table: SymbolTable, elf_addresses: Sequence[int]) -> list[bytes | None]:

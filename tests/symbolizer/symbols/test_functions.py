@@ -1,23 +1,22 @@
 """Which name an address of an ELF file gets, and which it must not get."""
 
-import os
 import random
 import shutil
 import subprocess
 import time
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from symbolizer.location import Miss
-from symbolizer.symbols.elf import FileSource, UnreadableElf, read_elf
+from symbolizer.symbols.elf import UnreadableElf
 from tests.support.elf_files import (
     REAL_FILES,
     build,
     file_offset,
     names_at,
+    read_elf_header,
     read_plt,
     read_symbols,
     read_table,
@@ -111,16 +110,6 @@ def test_entry_point_of_a_stripped_program_is_start(tmp_path, flags):
     inside = [start.address, start.address + start.size - 1]
     assert names_at(table, inside) == [b"_start"] * 2
     assert names_at(table, [start.address + start.size]) == [None]
-
-
-def test_entry_point_of_a_library_is_no_program():
-    """libc.so.6 can be run and has an entry, but it is `__libc_main`, not `_start`."""
-    libc = Path(os.path.realpath("/lib/x86_64-linux-gnu/libc.so.6"))
-    fd = os.open(libc, os.O_RDONLY)
-
-    assert read_elf(FileSource(fd)).entry is None
-
-    os.close(fd)
 
 
 def test_indirect_function_has_a_name(tmp_path):
@@ -315,66 +304,6 @@ def test_symbol_version_is_no_part_of_a_name(tmp_path):
 
     assert all(b"@V" not in table.name(number) for number in range(len(table)))
     assert b"offered" in [table.name(number) for number in range(len(table))]
-
-
-def test_go_build_id_outside_of_the_segments(tmp_path):
-    """A note that no segment covers is found by its section."""
-    path = build(tmp_path / "library", "int f(void){return 1;}", "-shared", "-Wl,--build-id=0xabcd")
-    content = bytearray(path.read_bytes())
-    header = read_elf_header(path)
-    for number in range(header.phnum):  # call each PT_NOTE a PT_NULL
-        place = header.phoff + 56 * number
-        if content[place] == 4:
-            content[place] = 0
-    path.write_bytes(content)
-    fd = os.open(path, os.O_RDONLY)
-
-    build_id = read_elf(FileSource(fd)).build_id
-
-    os.close(fd)
-    assert build_id == "abcd"
-
-
-def read_elf_header(path):
-    from symbolizer.symbols import elf
-
-    fd = os.open(path, os.O_RDONLY)
-    header = elf._read_header(FileSource(fd))
-    os.close(fd)
-    return header
-
-
-def test_file_without_build_id_is_known_by_its_content(tmp_path):
-    """Equal files are one module wherever they lie, different ones are two."""
-    ids = []
-    for number, value in enumerate((1, 1, 2)):
-        source = f"int f(void){{return {value};}}"
-        path = build(tmp_path / f"{number}", source, "-shared", "-Wl,--build-id=none")
-        fd = os.open(path, os.O_RDONLY)
-        ids.append(read_elf(FileSource(fd)).build_id)
-        os.close(fd)
-
-    assert ids[0].startswith("hash-")
-    assert ids[0] == ids[1] != ids[2]
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", Miss.NOT_ELF),
-        (b"#!/bin/sh\n", Miss.NOT_ELF),
-        (b"\x7fELF", Miss.DAMAGED),
-        (b"\x7fELF" + b"\xff" * 60, Miss.DAMAGED),
-    ],
-)
-def test_what_is_no_program_has_a_reason(tmp_path, content, reason):
-    path = tmp_path / "file"
-    path.write_bytes(content)
-
-    with pytest.raises(UnreadableElf) as raised:
-        read_table(path)
-
-    assert raised.value.reason == reason
 
 
 def test_cut_file_gives_no_wrong_name(program, tmp_path):

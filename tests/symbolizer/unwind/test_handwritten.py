@@ -1,0 +1,99 @@
+"""Unwind rules of code without call frame information: stubs, entry points, signal returns."""
+
+import subprocess
+
+import pytest
+
+from symbolizer.symbols.elf import MemorySource
+from symbolizer.unwind.rules import CfaKind
+from symbolizer.unwind.table import build
+from tests.support.elf_files import build as compile_text
+from tests.support.elf_files import read_plt, read_symbols
+from tests.support.frame_files import CODE, make_elf
+from tests.support.unwind_tables import (
+    PROGRAM,
+    address_of,
+    assert_equals_readelf,
+    needs,
+    read_unwind_table,
+    rule_at,
+)
+
+PLT = [
+    pytest.param(("-Wl,-z,lazy", "-fcf-protection=none"), CfaKind.PLT, 11),
+    pytest.param(("-Wl,-z,lazy,-z,ibtplt", "-fcf-protection"), CfaKind.PLT_LAZY, 9),
+]
+WITH_LLD = [
+    (("-fuse-ld=lld",), CfaKind.PLT, 11),
+    (("-fuse-ld=lld", "-Wl,-z,force-ibt"), CfaKind.PLT_LAZY, 9),
+]
+PLT += [pytest.param(*values, marks=needs("ld.lld", "lld")) for values in WITH_LLD]
+
+
+@pytest.mark.parametrize(("flags", "kind", "pushed_at"), PLT)
+def test_stubs_have_rules(tmp_path, flags, kind, pushed_at):
+    """Those of lld have no call frame information, and are made of the same instructions."""
+    path = compile_text(tmp_path / "program", PROGRAM, *flags)
+    table = read_unwind_table(path)
+    sections = subprocess.run(["readelf", "-SW", path], check=True, capture_output=True, text=True)
+    fields = next(line for line in sections.stdout.splitlines() if " .plt " in line).split("]")[1]
+    start, _, size = (int(field, 16) for field in fields.split()[2:5])
+
+    assert rule_at(table, start) == (CfaKind.RSP, 2, 0, 0)
+    assert rule_at(table, start + 6) == (CfaKind.RSP, 3, 0, 0)
+    assert rule_at(table, start + 16) == (kind, pushed_at, 0, 0)
+    assert rule_at(table, start + size - 1) == (kind, pushed_at, 0, 0)
+    for stub in read_plt(path):
+        if not start <= stub < start + size:
+            assert rule_at(table, stub) == (CfaKind.RSP, 1, 0, 0)
+
+
+def test_start_stops(tmp_path):
+    """Nobody has called _start, and its rules say so."""
+    path = compile_text(tmp_path / "program", PROGRAM)
+
+    assert rule_at(read_unwind_table(path), address_of(path, b"_start")) == (CfaKind.STOP, 0, 0, 0)
+
+
+def test_return_from_a_signal_is_recognised(tmp_path):
+    """glibc's trampoline describes the ucontext; the rule begins one byte before it."""
+    path = compile_text(tmp_path / "program", PROGRAM, "-static")
+    table = read_unwind_table(path)
+    code = path.read_bytes()
+    symbol = next(s for s in read_symbols(path) if s.name == b"__restore_rt")
+
+    assert rule_at(table, symbol.address) == (CfaKind.SIGNAL, 0, 0, 0)
+    assert rule_at(table, symbol.address - 1) == (CfaKind.SIGNAL, 0, 0, 0)
+    assert b"\x48\xc7\xc0\x0f\0\0\0\x0f\x05" in code
+
+
+@needs("musl-gcc", "musl-tools")
+def test_musl(tmp_path):
+    """Without call frame information: the entry point stops, signals return, both in time."""
+    path = tmp_path / "program"
+    command = ["musl-gcc", "-O2", "-static", "-x", "c", "-", "-o", path]
+    subprocess.run(command, input=PROGRAM.encode(), check=True, timeout=60, capture_output=True)
+    table = read_unwind_table(path)
+    symbols = {symbol.name: symbol for symbol in read_symbols(path)}
+
+    start, restore = symbols[b"_start"].address, symbols[b"__restore_rt"].address
+    behind = min(s.address for s in symbols.values() if s.address > start)
+
+    assert rule_at(table, start) == (CfaKind.STOP, 0, 0, 0)
+    assert rule_at(table, behind)[0] != CfaKind.STOP
+    assert rule_at(table, restore) == (CfaKind.SIGNAL, 0, 0, 0)
+    assert rule_at(table, restore - 1) == (CfaKind.SIGNAL, 0, 0, 0)
+    assert_equals_readelf(path, at_least=30)
+
+
+def test_stripped_program_stops_at_its_entry_point():
+    """Where no symbol is left, the header's address is enough; a call there ends it."""
+    code = bytearray(b"\x90" * 0x3000)
+    code[0x100:0x110] = bytes.fromhex("4831ed4889e74883e4f0e800000000")[:15] + b"\xf4"
+
+    table = build(MemorySource(make_elf({}, code=bytes(code), entry=CODE + 0x100)))
+
+    assert rule_at(table, CODE + 0x100) == (CfaKind.STOP, 0, 0, 0)
+    assert rule_at(table, CODE + 0x10F) == (CfaKind.STOP, 0, 0, 0)
+    assert rule_at(table, CODE + 0x110)[0] == CfaKind.HOLE
+    assert rule_at(table, CODE + 0xFF)[0] == CfaKind.HOLE
