@@ -1,12 +1,12 @@
-"""Time of symbol look-ups, of loading the largest library, and of the kernel's symbols.
+"""Measure symbol look-ups, loading the largest library, and reading the kernel's symbols.
 
     python bench/bench_symbolize.py [--library PATH] [pyperf options]
 
-The library is libLLVM-14 by default (34,323 functions with a name, 61,148 known by their FDE only,
-110 MB; the package libllvm14). `names` resolves 10,000 different addresses of a table whose
-functions were met before, so a round is one call and look-ups a second are 10,000 divided by the
-time. `find` is the same without the tuples. Loading is timed without the disk cache (cold) and from
-it; memory is what a fresh process grows by.
+The library is libLLVM-14 by default (34,323 named functions, 61,148 known only by their FDE range,
+110 MB; the package libllvm14). `names` resolves 10,000 different addresses in functions named
+before; look-ups per second are 10,000 divided by the time of a round, which is one call. `find` is
+the look-up alone. Loading is timed without the disk cache (cold) and from it; memory is the growth
+of a fresh process.
 """
 
 import os
@@ -25,7 +25,7 @@ from symbolizer.symbols.kernel import read_kernel_map
 
 LIBRARY = "/usr/lib/x86_64-linux-gnu/libLLVM-14.so.1"
 LOOK_UPS = 10_000
-# A pid that cannot exist: files are then found by their path.
+# A pid that cannot exist, so that files are found by their path.
 NO_PROCESS = 2**22 + 1
 BASE = 0x7F0000000000
 
@@ -38,7 +38,7 @@ def map_library(path: Path) -> MappingTable:
 
 
 def load(path: Path, cache: Path | None) -> Symbolizer:
-    """Load the table by locating one address."""
+    """Return a symbolizer that has loaded the table, by locating one address."""
     symbolizer = Symbolizer(cache)
     address = np.array([BASE + path.stat().st_size // 2], dtype=np.uint64)
     location = symbolizer.locate(NO_PROCESS, map_library(path), address)[0]
@@ -51,7 +51,7 @@ def load_and_close(path: Path, cache: Path | None) -> None:
 
 
 def choose_places(symbolizer: Symbolizer) -> list[AddressLocation]:
-    """Choose addresses that have frames, spread over the file; assert that they get them."""
+    """Return addresses spread over the file that have frames."""
     (module,) = symbolizer.modules.values()
     segment = module.segments[0]
     chance = np.random.default_rng(1)
@@ -65,7 +65,7 @@ def choose_places(symbolizer: Symbolizer) -> list[AddressLocation]:
 
 
 def measure_growth(path: Path, cache: Path | None) -> tuple[int, int]:
-    """Return by how many KiB a fresh process grows with the table, and grew at most."""
+    """Return by how many KiB a fresh process grows with the table, and its peak growth."""
     code = (
         "import sys, gc; sys.path[:0] = sys.argv[1:3]; import bench_symbolize as b, pathlib\n"
         "def status(key):\n"
@@ -101,7 +101,7 @@ def main() -> None:
         symbolizer = load(path, cache)
         places = choose_places(symbolizer)
         (build_id,) = symbolizer.modules
-        table = symbolizer._modules.table(build_id)  # noqa: SLF001 - the part that is timed by itself
+        table = symbolizer._modules.table(build_id)  # noqa: SLF001 - timed on its own
         assert table is not None
         offsets = np.array([place.offset for place in places], dtype=np.uint64)
         runner.bench_func("names, 10,000 warm", symbolizer.names, places)
@@ -113,7 +113,7 @@ def main() -> None:
         if not args.worker:
             for label, place in (("cold", None), ("from the cache", cache)):
                 held, peak = measure_growth(path, place)
-                print(f"memory for the library {label}: +{held} KiB, at most +{peak} KiB")
+                print(f"memory for the library {label}: +{held} KiB, peak +{peak} KiB")
         symbolizer.close()
 
 

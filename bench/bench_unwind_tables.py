@@ -1,12 +1,12 @@
-"""Time and memory of building unwind tables, and how many of their rows differ from readelf's.
+"""Measure time and memory of building unwind tables, and count rows that differ from readelf's.
 
-Each file is built in fresh processes, as the agent does it, the page cache warm. Time is the best
-of `--repeat`: the table is a fixed amount of work, and what comes on top is the machine's other
-load; `cpu` is the process's own. The peak is the resident memory of the whole process, `growth`
-what of it came after the imports. `load` is reading the saved table back, with its checksum.
+Each table is built in fresh processes, as by the agent, with a warm page cache. Time is the best of
+`--repeat`: the work is fixed, and any more time is due to other load; `cpu` is the process's own.
+The peak is the resident memory of the whole process; `growth` excludes the imports. `load` is
+reading the saved table, including its checksum.
 
-Then `readelf --debug-dump=frames-interp` prints the same file, and the first and the last address
-of each of its rows are looked up. Files that are not installed are left out.
+Then the first and the last address of each row of `readelf --debug-dump=frames-interp` are looked
+up. Files that are not installed are skipped.
 
 Run: `python bench/bench_unwind_tables.py [--repeat 7] [--no-compare] [FILE...]`.
 """
@@ -64,7 +64,7 @@ print(wall, cpu, peak / 1024, (peak - before) / 1024, table.key)
 
 
 class Built(NamedTuple):
-    """Best times of all runs, largest memory."""
+    """Best times and largest memory of all runs."""
 
     seconds: float
     cpu_seconds: float
@@ -97,7 +97,7 @@ def verdict(value: float, most: float, unit: str) -> str:
 
 
 def report(path: Path, built: Built) -> bool:
-    """Print what was measured; tell whether the limits hold, which are for the largest file."""
+    """Print the measurements; return whether the limits hold, which apply to the largest file."""
     table = built.table
     is_judged = path == LARGEST
     time_verdict = verdict(built.seconds, MOST_SECONDS, " s") if is_judged else ""

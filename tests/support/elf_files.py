@@ -1,4 +1,4 @@
-"""Real ELF files for tests, compiled on the spot, and the names that binutils see in them."""
+"""Compile real ELF files for tests, and read their symbols with binutils."""
 
 import os
 import re
@@ -26,7 +26,7 @@ REAL_FILES = (
 
 
 def real_file(pattern: str) -> Path:
-    """Return the distribution's file, or skip the test where it is not installed."""
+    """Return the distribution's file, or skip the test if it is not installed."""
     path = min(Path("/").glob(pattern[1:]), default=None)
     if path is None:
         pytest.skip("it is not installed")
@@ -34,7 +34,7 @@ def real_file(pattern: str) -> Path:
 
 
 def build(output: Path, source: str, *flags: str, language: str = "c") -> Path:
-    """Compile a source text; `language` is c, c++ or assembler."""
+    """Compile a source text to `output`; `language` is c, c++ or assembler."""
     compiler = "g++" if language == "c++" else "gcc"
     command = [compiler, "-O1", "-x", language, "-", "-o", output, *flags]
     subprocess.run(command, input=source.encode(), check=True, timeout=60, capture_output=True)
@@ -42,7 +42,7 @@ def build(output: Path, source: str, *flags: str, language: str = "c") -> Path:
 
 
 def build_go(output: Path, source: str, *, is_stripped: bool = False) -> Path:
-    """Compile a Go program of one file, or skip the test where Go is not installed."""
+    """Compile a Go program of one file, or skip the test if Go is not installed."""
     if not shutil.which("go"):
         pytest.skip("no go: install golang-go")
     main = output.with_suffix(".go")
@@ -60,7 +60,7 @@ def strip(path: Path, *flags: str) -> Path:
 
 
 def read_table(path: Path) -> SymbolTable:
-    """Read a file as the symbolizer does. Raises UnreadableElf."""
+    """Return a file's symbol table as the symbolizer does. Raises UnreadableElf."""
     fd = os.open(path, os.O_RDONLY)
     try:
         headers = read_elf(FileSource(fd))
@@ -77,7 +77,7 @@ def read_elf_header(path: Path) -> elf._Header:
 
 
 def names_at(table: SymbolTable, elf_addresses: Sequence[int]) -> list[bytes | None]:
-    """Name addresses as linked, as a tool of binutils prints them."""
+    """Return the names of addresses as linked, which is what binutils print; None without one."""
     numbers = table.find(np.array([file_offset(table, a) for a in elf_addresses], dtype=np.uint64))
     named = numbers >= 0
     named[named] = table.unnamed_starts(numbers[named]) < 0
@@ -88,7 +88,7 @@ def names_at(table: SymbolTable, elf_addresses: Sequence[int]) -> list[bytes | N
 
 
 def starts_at(table: SymbolTable, elf_addresses: Sequence[int]) -> list[int | None]:
-    """Return where the functions without a name begin that addresses lie in, as linked."""
+    """Return the start of the unnamed function at each address, both as linked; None if named."""
     numbers = table.find(np.array([file_offset(table, a) for a in elf_addresses], dtype=np.uint64))
     starts = np.full(len(numbers), -1)
     starts[numbers >= 0] = table.unnamed_starts(numbers[numbers >= 0])
@@ -115,7 +115,7 @@ class Symbol(NamedTuple):
 
 
 def read_symbols(path: Path) -> list[Symbol]:
-    """Read the defined code symbols of both tables with readelf, symbol versions removed."""
+    """Return the defined code symbols of both tables from readelf, without symbol versions."""
     command = ["readelf", "--wide", "--syms", "--dyn-syms", path]
     output = subprocess.run(command, check=True, timeout=60, capture_output=True).stdout
     pattern = re.compile(
@@ -129,7 +129,7 @@ def read_symbols(path: Path) -> list[Symbol]:
 
 
 def read_plt(path: Path) -> dict[int, bytes]:
-    """Read the addresses of PLT stubs as objdump names them."""
+    """Return the names of PLT stubs by address from objdump."""
     command = ["objdump", "-d", "-j.plt", "-j.plt.sec", "-j.plt.got", path]
     output = subprocess.run(command, check=False, timeout=60, capture_output=True).stdout
     pattern = re.compile(rb"^([0-9a-f]+) <([^>*]+)@plt>:$", re.MULTILINE)

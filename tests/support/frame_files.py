@@ -1,4 +1,4 @@
-"""ELF files with call frame information that a test writes byte by byte."""
+"""Write ELF files with call frame information byte by byte."""
 
 import struct
 
@@ -41,7 +41,7 @@ def cie(
     version: int = 1,
     identity: int = 0,
 ) -> bytes:
-    """Encode a CIE. By default the one of every compiler: pc-relative, the CFA is rsp + 8."""
+    """Encode a CIE; by default as compilers do: pc-relative addresses, the CFA is rsp + 8."""
     body = bytes([version]) + augmentation + b"\0"
     if version == 4:
         body += bytes([8, 0])
@@ -53,13 +53,13 @@ def cie(
 
 
 def record(body: bytes) -> bytes:
-    """Put the length before; fill with DW_CFA_nop to a multiple of 8, as assemblers do."""
+    """Prepend the length; fill with DW_CFA_nop to a multiple of 8, as assemblers do."""
     body += _ALIGNED[: -(len(body) + 4) % 8]
     return struct.pack("<I", len(body)) + body
 
 
 class FrameSection:
-    """.eh_frame as it grows, loaded at FRAMES."""
+    """An .eh_frame that records are added to, loaded at FRAMES."""
 
     def __init__(self, address: int = FRAMES) -> None:
         self.content = bytearray()
@@ -80,7 +80,7 @@ class FrameSection:
         is_relative: bool = True,
         data: bytes = b"\0",
     ) -> None:
-        """Add an FDE of the last CIE; `form` is how its two addresses are written."""
+        """Add an FDE of the last CIE; `form` is the format of its address and size."""
         at = len(self.content)
         value = start - (self._address + at + 8) if is_relative else start
         body = struct.pack("<I", at + 4 - self._cie)
@@ -88,7 +88,7 @@ class FrameSection:
         self.content += record(body)
 
     def add_null_fde(self) -> None:
-        """Add an FDE of a function that the linker has thrown away: its address is all zeros."""
+        """Add an FDE of a function that the linker discarded: its address is zero."""
         at = len(self.content)
         self.content += record(struct.pack("<Iii", at + 4 - self._cie, 0, 64) + b"\0")
 
@@ -101,7 +101,7 @@ def make_elf(
     flags: dict[bytes, int] | None = None,
     entry: int = 0,
 ) -> bytes:
-    """Return an executable: code at each of those addresses, behind it sections from FRAMES on."""
+    """Return an executable with code at each of these addresses and sections from FRAMES on."""
     names = b"\0" + b"\0".join([*sections, b".shstrtab"]) + b"\0"
     offset = 0x1000 + len(code)
     headers = [struct.pack("<IIQQQQIIQQ", *[0] * 10)]

@@ -1,4 +1,4 @@
-"""Unwind rows as binutils sees them, to compare ours with."""
+"""Read unwind rows from readelf, and compare our tables with them."""
 
 import itertools
 import re
@@ -23,7 +23,7 @@ UNKNOWN = (CfaKind.PLT, CfaKind.PLT_LAZY, CfaKind.DEREF_RBP, CfaKind.DEREF_RSP)
 
 
 class Row(NamedTuple):
-    """A line of `readelf -wF`: where it holds, and the columns that matter; empty if not there."""
+    """A line of `readelf -wF`: its range, and three of its columns, empty if it lacks them."""
 
     start: int
     end: int
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 
 def read_rows(path: Path, section: str = "frames-interp") -> Iterator[Row]:
-    """Print the interpreted frames and parse them, FDE after FDE."""
+    """Return the rows of all FDEs, as readelf interprets them."""
     command = ["readelf", "--wide", f"--debug-dump={section}", path]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -68,7 +68,7 @@ class _Entry:
         self.rows.append(Row(int(cells[0], 16), self.end, *texts))
 
     def finish(self, cies: dict[str, Row]) -> Iterator[Row]:
-        """Return each row its end. readelf prints no row for a program that changes nothing."""
+        """Return the rows with their ends. For a program that changes nothing, that of its CIE."""
         if not self.is_fde:
             cies.update((self.cie, row) for row in self.rows)
             return
@@ -94,7 +94,7 @@ _BY_RETURN_ADDRESS = {"u": CfaKind.STOP, "exp": CfaKind.SIGNAL}
 
 
 def expected_kinds(row: Row) -> tuple[tuple[CfaKind | int, ...], int | None]:
-    """Return the kinds that say what readelf does, and the operand, None where it does not say."""
+    """Return the kinds that match readelf's row, and the operand, None if readelf has none."""
     if row.ra in _BY_RETURN_ADDRESS:
         return (_BY_RETURN_ADDRESS[row.ra],), 0
     in_register = re.fullmatch(r"r(\d+)", row.ra)
@@ -132,7 +132,7 @@ class Comparison(NamedTuple):
 
 
 def compare(path: Path, table: UnwindTable, chunk: int = 100_000) -> Comparison:
-    """Look up the first and the last address of each row of readelf's."""
+    """Compare the rules at the first and last address of each row of readelf with it."""
     count = unsupported = 0
     different: list[tuple[Row, str]] = []
     known: dict[tuple[object, ...], bool] = {}

@@ -1,4 +1,4 @@
-"""Unwind tables of compiled and of made-up files, and the rules that addresses get in them."""
+"""A program with many kinds of frames, and the rules in unwind tables."""
 
 import os
 import shutil
@@ -74,7 +74,7 @@ def read_unwind_table(path: Path | str) -> UnwindTable:
 
 
 def rule_at(table: UnwindTable, address: int) -> tuple[int, int, int, int]:
-    """Return cfa_kind, cfa, rbp_kind, rbp."""
+    """Return the row at an address: cfa_kind, cfa, rbp_kind, rbp."""
     _, operand, kind, rbp_kind, rbp = table.find(np.array([address], dtype=np.uint64)).tolist()[0]
     return kind, operand, rbp_kind, rbp
 

@@ -15,7 +15,7 @@ LINES = rb"""00400000-00452000 r-xp 00001000 08:02 173521      /usr/bin/dbus-dae
 
 
 def test_only_executable_mappings_are_read():
-    """A data mapping never holds an instruction; a path may be missing, or hold blanks."""
+    """Data mappings contain no instructions; a path may be missing or contain blanks."""
     mappings = parse_maps(LINES)
 
     assert [mapping.path for mapping in mappings] == [
@@ -30,21 +30,21 @@ def test_only_executable_mappings_are_read():
 
 
 def test_deleted_file_keeps_its_path():
-    """` (deleted)` is a mark of the kernel, not a part of the path to open."""
+    """` (deleted)` is not a part of the path to open."""
     mapping = parse_maps(LINES)[1]
 
     assert mapping.is_deleted
     assert mapping.file_path == b"/opt/two words\nand a line"
 
 
-def test_cut_line_is_left_out():
-    """The maps of a process that exits meanwhile may end anywhere."""
+def test_truncated_line_is_left_out():
+    """If the process exits meanwhile, its maps may end anywhere."""
     for end in range(len(LINES)):
         assert len(parse_maps(LINES[:end])) <= 4
 
 
-def test_own_maps_hold_own_code():
-    """The running interpreter finds the address of one of its own functions."""
+def test_own_maps_contain_own_code():
+    """The first mapping of this interpreter is found by its addresses."""
     table = MappingTable.of(parse_maps(Path("/proc/self/maps").read_bytes()))
 
     inside = np.array([table.starts[0], table.ends[0] - 1, 1], dtype=np.uint64)
@@ -55,7 +55,7 @@ def test_own_maps_hold_own_code():
 
 
 def test_empty_table_finds_nothing():
-    """A process that exited unseen has no mappings, and says which module stands for that."""
+    """For a process that exited early, the table says which module stands for it."""
     table = MappingTable.of([], missing="[exited]")
 
     assert table.find(np.array([1, 2], dtype=np.uint64)).tolist() == [-1, -1]
@@ -63,7 +63,7 @@ def test_empty_table_finds_nothing():
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=12))
-def test_later_mapping_takes_its_range(ranges):
+def test_later_mapping_replaces_earlier_ones(ranges):
     """Each address belongs to the last mapping over it, at the file offset it had there."""
     mappings = [
         Mapping(start, start + length, 1000 * number + start, b"/%d" % number)

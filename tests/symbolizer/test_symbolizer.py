@@ -1,4 +1,4 @@
-"""From addresses of running processes to names, whatever happens to their files."""
+"""Addresses of running processes are located and named, whatever happens to their files."""
 
 import contextlib
 import os
@@ -48,7 +48,7 @@ def program(tmp_path):
 
 @contextlib.contextmanager
 def running(*command, **options):
-    """Return a process, and the addresses of `work`, of anonymous code and of puts in it."""
+    """Run a process; return its pid, and the addresses in it of `work`, anonymous code and puts."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
     try:
         yield process.pid, [int(word, 16) for word in process.stdout.readline().split()]
@@ -83,7 +83,7 @@ def name_one(symbolizer, pid, address, mappings=None):
     ],
 )
 def test_running_function_is_named(tmp_path, symbolizer, flags):
-    """What a process says where its function is, is named after it, in every layout."""
+    """The address that a process prints for its function has the name of that function."""
     path = build(tmp_path / "program", PROGRAM, *flags)
 
     with running(path) as (pid, (work, _, _)):
@@ -96,7 +96,7 @@ def test_running_function_is_named(tmp_path, symbolizer, flags):
     assert module.path == str(path)
 
 
-def test_places_outside_of_files_say_why(symbolizer, program):
+def test_addresses_outside_files_have_a_reason(symbolizer, program):
     """Anonymous code, unmapped addresses and exited processes are locations without a name."""
     with running(program) as (pid, (_, code, _)):
         table = mappings_of(pid)
@@ -111,7 +111,7 @@ def test_places_outside_of_files_say_why(symbolizer, program):
 
 
 def test_name_is_known_after_process_and_file_are_gone(symbolizer, program):
-    """Locating keeps what naming needs."""
+    """`locate` keeps what `names` needs."""
     with running(program) as (pid, (work, _, _)):
         locations = symbolizer.locate(pid, mappings_of(pid), np.array([work], dtype=np.uint64))
     program.unlink()
@@ -120,7 +120,7 @@ def test_name_is_known_after_process_and_file_are_gone(symbolizer, program):
 
 
 def test_name_survives_a_restart_of_the_profiler(tmp_path, symbolizer, program):
-    """With a build id in the record, the cache names what cannot be opened any more."""
+    """With a build id in the record, the cache has the names of a deleted file."""
     with running(program) as (pid, (work, _, _)):
         location = symbolizer.locate(pid, mappings_of(pid), np.array([work], dtype=np.uint64))[0]
     program.unlink()
@@ -135,7 +135,7 @@ def test_name_survives_a_restart_of_the_profiler(tmp_path, symbolizer, program):
 
 @needs_map_files
 def test_deleted_file_is_read_through_its_mapping(symbolizer, program):
-    """A deployment replaces files while they run."""
+    """Deployments replace files while they run."""
     with running(program) as (pid, (work, _, _)):
         program.unlink()
 
@@ -144,7 +144,7 @@ def test_deleted_file_is_read_through_its_mapping(symbolizer, program):
 
 @needs_map_files
 def test_replaced_file_does_not_name_the_running_one(tmp_path, symbolizer, program):
-    """The path leads to another file now: the mapped one is still found."""
+    """Another file is at the path now; the mapped file is still found."""
     other = build(tmp_path / "other", PROGRAM.replace("work", "elsewhere"))
     with running(program) as (pid, (work, _, _)):
         table = mappings_of(pid)
@@ -153,8 +153,8 @@ def test_replaced_file_does_not_name_the_running_one(tmp_path, symbolizer, progr
         assert name_one(symbolizer, pid, work, table) == "work"
 
 
-def test_replaced_file_of_a_dead_process_is_a_miss(tmp_path, symbolizer, program):
-    """Once the process is gone, only the very same file may speak for it."""
+def test_replaced_file_of_an_exited_process_is_a_miss(tmp_path, symbolizer, program):
+    """After the process has exited, only the very same file may be used."""
     other = build(tmp_path / "other", PROGRAM.replace("work", "elsewhere"))
     with running(program) as (pid, (work, _, _)):
         table = mappings_of(pid)
@@ -164,8 +164,8 @@ def test_replaced_file_of_a_dead_process_is_a_miss(tmp_path, symbolizer, program
     assert symbolizer.misses == {Miss.FILE_REPLACED: 1}
 
 
-def test_unchanged_file_of_a_dead_process_is_read(symbolizer, program):
-    """The same device and inode under the same path are the same file."""
+def test_unchanged_file_of_an_exited_process_is_read(symbolizer, program):
+    """A file with the same path, device and inode is the same file."""
     with running(program) as (pid, (work, _, _)):
         table = mappings_of(pid)
 
@@ -173,7 +173,7 @@ def test_unchanged_file_of_a_dead_process_is_read(symbolizer, program):
 
 
 def test_file_with_another_build_id_is_not_used(symbolizer, program):
-    """The build id of the record outweighs path, device and inode."""
+    """The build id of the record overrules path, device and inode."""
     with running(program) as (pid, (work, _, _)):
         mapped = next(m for m in mappings_of(pid).mappings if m.path == bytes(program))
         claimed = Mapping(*mapped_range(mapped), mapped.path, build_id="00" * 20)
@@ -190,7 +190,7 @@ def mapped_range(mapping):
 
 
 def test_missing_file_keeps_path_and_build_id(symbolizer):
-    """A location without names can be named later, by whoever has the file."""
+    """Its locations can be named later, where the file exists."""
     mapping = Mapping(0x1000, 0x9000, 0x2000, b"/no/such\x1bfile", build_id="abcd" * 10)
 
     table = MappingTable.of([mapping])
@@ -203,8 +203,8 @@ def test_missing_file_keeps_path_and_build_id(symbolizer):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder", "socket"])
-def test_what_is_not_a_file_is_not_opened(tmp_path, symbolizer, kind):
-    """Opening a FIFO would wait for ever, opening a device may do anything."""
+def test_only_regular_files_are_opened(tmp_path, symbolizer, kind):
+    """Opening a FIFO would block, and opening a device can have any effect."""
     path = tmp_path / "thing"
     if kind == "fifo":
         os.mkfifo(path)
@@ -221,8 +221,8 @@ def test_what_is_not_a_file_is_not_opened(tmp_path, symbolizer, kind):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="chroot needs root")
-def test_path_is_followed_inside_of_the_root_of_the_process(tmp_path, symbolizer):
-    """A link in a container leads to the container's file, not to that of the same name here."""
+def test_links_are_followed_inside_the_root_of_the_process(tmp_path, symbolizer):
+    """A link in a container leads to the container's file, not to the host's."""
     outside = build(tmp_path / "outside", PROGRAM.replace("work", "outside"), "-static")
     root = tmp_path / "root"
     inside = root / str(outside)[1:]
@@ -243,7 +243,7 @@ def test_path_is_followed_inside_of_the_root_of_the_process(tmp_path, symbolizer
 
 
 def mapping_seen_by(mapping, path):
-    """Return what a perf record says: the path in the process's root, and the inode."""
+    """Return a mapping as in a perf record: the path in the process's root, and the inode."""
     status = path.stat()
     device = (os.major(status.st_dev), os.minor(status.st_dev))
     return Mapping(*mapped_range(mapping), b"/program", device, status.st_ino)
@@ -255,8 +255,8 @@ def build_id_of(path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a mount namespace needs root")
-def test_file_in_another_mount_namespace(tmp_path, symbolizer, program):
-    """The file lies on a file system that only the process sees."""
+def test_file_in_another_mount_namespace_is_read(tmp_path, symbolizer, program):
+    """The file is on a file system that only the process sees."""
     folder = tmp_path / "mounted"
     folder.mkdir()
     script = f"mount -t tmpfs none {folder} && cp {program} {folder}/p && exec {folder}/p"
@@ -264,7 +264,7 @@ def test_file_in_another_mount_namespace(tmp_path, symbolizer, program):
         assert not (folder / "p").exists()
 
         assert name_one(symbolizer, pid, work) == "work"
-        # Without map_files, as for a range that has been split since.
+        # Without map_files, as after the range was split.
         moved = [
             Mapping(m.start, m.end, m.file_offset, m.path, m.device, m.inode, build_id_of(program))
             for m in mappings_of(pid).mappings
@@ -274,7 +274,7 @@ def test_file_in_another_mount_namespace(tmp_path, symbolizer, program):
         again.close()
 
 
-def test_stripped_file_misses_with_its_reason(tmp_path, symbolizer):
+def test_address_in_a_stripped_file_has_a_reason(tmp_path, symbolizer):
     """A miss keeps module, build id and offset, and counts once however often it occurs."""
     path = build(tmp_path / "program", PROGRAM, "-fno-asynchronous-unwind-tables")
     with running(strip(path)) as (pid, (work, _, _)):
@@ -285,8 +285,8 @@ def test_stripped_file_misses_with_its_reason(tmp_path, symbolizer):
     assert location.build_id == build_id_of(path)
 
 
-def test_function_of_a_running_stripped_program_is_named_after_its_start(tmp_path, symbolizer):
-    """By its address as linked, wherever the process has it; and it is still a miss."""
+def test_unnamed_function_of_a_running_program_is_named_after_its_start(tmp_path, symbolizer):
+    """The frame has its address as linked, wherever it is mapped; it is still a miss."""
     path = build(tmp_path / "program", PROGRAM)
     linked = next(s.address for s in read_symbols(path) if s.name == b"work")
     with running(strip(path)) as (pid, (work, _, _)):
@@ -298,8 +298,8 @@ def test_function_of_a_running_stripped_program_is_named_after_its_start(tmp_pat
     assert symbolizer.misses == {Miss.NO_SYMBOL: 2}
 
 
-def test_damaged_file_misses_with_its_reason(tmp_path, symbolizer, program):
-    """Mapped files can be damaged too, and the build id of the record stays."""
+def test_address_in_a_damaged_file_has_a_reason(tmp_path, symbolizer, program):
+    """Mapped files can be damaged, too."""
     content = bytearray(program.read_bytes())
     content[40:48] = b"\xff" * 8  # e_shoff
     program.write_bytes(content)
@@ -313,8 +313,8 @@ def test_damaged_file_misses_with_its_reason(tmp_path, symbolizer, program):
     assert symbolizer.misses == {Miss.DAMAGED: 1}
 
 
-def test_mapped_text_is_no_program(tmp_path, symbolizer):
-    """Anything can be mapped executable."""
+def test_address_in_a_text_file_has_a_reason(tmp_path, symbolizer):
+    """Any file can be mapped executable."""
     path = tmp_path / "text"
     path.write_bytes(b"hello\n" * 1000)
     status = path.stat()
@@ -326,7 +326,7 @@ def test_mapped_text_is_no_program(tmp_path, symbolizer):
 
 
 def test_vdso_has_names_and_a_build_id(symbolizer):
-    """Its file is in memory only; its identity is that of the kernel's image."""
+    """It exists in memory only; its build id is that of the kernel's image of it."""
     table = mappings_of(os.getpid())
     vdso = next((m for m in table.mappings if m.path == b"[vdso]"), None)
     if vdso is None:
@@ -341,8 +341,8 @@ def test_vdso_has_names_and_a_build_id(symbolizer):
     assert not locations[0].build_id.startswith("[")
 
 
-def test_hostile_names_come_out_readable(tmp_path, symbolizer):
-    """A symbol may hold a newline, an escape sequence and no UTF-8, and a path too."""
+def test_hostile_names_are_made_readable(tmp_path, symbolizer):
+    """Symbols and paths may contain a newline, an escape sequence, and bytes that are not UTF-8."""
     hostile = b"bad\n\x1b[31m\xff;\xe2\x80\xaename"
     placeholder = "w" * len(hostile)
     path = build(tmp_path / "a\nb\x1b", PROGRAM.replace("work", placeholder))
@@ -356,15 +356,15 @@ def test_hostile_names_come_out_readable(tmp_path, symbolizer):
     assert frame.module == r"a\nb\x1b"
 
 
-def test_names_of_named_locations(symbolizer):
-    """What is known by its name only needs no look-up."""
+def test_named_location_has_its_own_name(symbolizer):
+    """Code known only by name needs no look-up."""
     place = NamedLocation("f", "m.py", Kind.PYTHON, "m.py", 3, 5)
 
     assert symbolizer.names([place]) == [(Frame("f", "m.py", Kind.PYTHON, "m.py", 5),)]
 
 
-def test_mangled_names_are_shown_as_their_source_has_them(tmp_path, symbolizer):
-    """C++, and Rust without what makes it differ from build to build."""
+def test_mangled_names_are_demangled(tmp_path, symbolizer):
+    """C++, and Rust without the hashes that differ from build to build."""
     mangled = {
         "_ZN5space4workEi": "space::work(int)",
         "_ZN4core3fmt9Formatter3pad17h0123456789abcdefE": "core::fmt::Formatter::pad",
@@ -384,8 +384,8 @@ def test_mangled_names_are_shown_as_their_source_has_them(tmp_path, symbolizer):
     assert [frames[0].function for frames in symbolizer.names(locations)] == list(mangled.values())
 
 
-def test_many_tables_within_a_small_budget(tmp_path, symbolizer):
-    """Tables that had to go are read from the cache again."""
+def test_evicted_tables_are_read_again(tmp_path, symbolizer):
+    """The budget has room for one table; the others are in the cache."""
     small = Symbolizer(tmp_path / "cache", tables_bytes=1)
     table = mappings_of(os.getpid())
     addresses = np.concatenate([table.starts + np.uint64(k * 1024) for k in range(40)])
@@ -398,8 +398,8 @@ def test_many_tables_within_a_small_budget(tmp_path, symbolizer):
     assert sum(map(bool, found)) > 100
 
 
-def test_without_a_cache_directory(program):
-    """Tables then live as long as there is room for them."""
+def test_symbolizer_works_without_a_cache_directory(program):
+    """Tables are kept while there is room for them."""
     symbolizer = Symbolizer(None)
     with running(program) as (pid, (work, _, puts)):
         assert name_one(symbolizer, pid, work) == "work"
@@ -408,7 +408,7 @@ def test_without_a_cache_directory(program):
 
 
 def test_no_descriptor_is_left_open(tmp_path, program):
-    """After `close` the process holds what it held before."""
+    """After `close` the process has the same open files as before."""
     before = set(Path("/proc/self/fd").iterdir())
     symbolizer = Symbolizer(tmp_path / "cache")
     with running(program) as (pid, (work, _, _)):
@@ -419,8 +419,8 @@ def test_no_descriptor_is_left_open(tmp_path, program):
     assert set(Path("/proc/self/fd").iterdir()) == before
 
 
-def test_process_that_is_being_killed(symbolizer, program):
-    """A zombie has a /proc entry, but nothing behind it."""
+def test_zombie_has_no_files(symbolizer, program):
+    """It has a /proc entry, but nothing in it."""
     with running(program) as (pid, (work, _, _)):
         table = mappings_of(pid)
         program.unlink()

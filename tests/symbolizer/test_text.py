@@ -18,13 +18,13 @@ from symbolizer.text import READABLE_LIMIT, readable
         (b"", ""),
     ],
 )
-def test_what_cannot_be_seen_is_written_out(name, expected):
-    """Names keep what is readable and show everything else as an escape."""
+def test_invisible_characters_are_escaped(name, expected):
+    """What is readable stays; everything else is shown as an escape."""
     assert readable(name) == expected
 
 
 def test_long_names_are_cut_and_stay_different():
-    """Two names that differ only far behind the limit do not become one."""
+    """Two names that differ only beyond the limit stay different."""
     one, other = readable(b"x" * 100_000 + b"1"), readable(b"x" * 100_000 + b"2")
 
     assert len(one) == READABLE_LIMIT
@@ -33,7 +33,7 @@ def test_long_names_are_cut_and_stay_different():
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode("utf-8", "replace")))
 def test_result_is_one_printable_line(name):
-    """Whatever the bytes, the result is printable, encodes to UTF-8 and is bounded."""
+    """For any bytes, the result is printable, encodes to UTF-8 and is bounded."""
     text = readable(name)
 
     assert text.isprintable()

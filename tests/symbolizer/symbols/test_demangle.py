@@ -20,7 +20,7 @@ def program(tmp_path, text):
 
 
 def test_only_mangled_names_change(demangler):
-    """What merely looks like an old compiler's name is left alone."""
+    """Words that only look like an old compiler's names do not change."""
     names = [
         b"main",
         b"_Z1fv",
@@ -38,14 +38,14 @@ def test_only_mangled_names_change(demangler):
 
 
 def test_lines_and_options_do_not_reach_the_child(demangler):
-    """A name with a newline in it would shift every answer after it."""
+    """A name with a newline in it would shift all lines after it."""
     names = [b"_Z1fv\n_Z1gv", b"_Z1fv _Z1gv", b"--help", b"_Z1hv"]
 
     assert demangler.demangle(names) == [*names[:3], b"h()"]
 
 
 def test_large_batches_do_not_block(demangler):
-    """Both pipes fill up, and still each answer stands at its name."""
+    """Both pipes fill up, and each result still belongs to its name."""
     names = [b"_ZN%d%sEi" % (n, b"x" * n) for n in range(1, 200)] * 50
 
     answers = demangler.demangle(names)
@@ -53,14 +53,14 @@ def test_large_batches_do_not_block(demangler):
     assert answers == [b"x" * n + b"(int)" for n in range(1, 200)] * 50
 
 
-def test_missing_program_leaves_names_raw():
+def test_missing_program_leaves_names_mangled():
     """binutils need not be installed."""
     assert Demangler("/no/such/program").demangle([b"_Z1fv"]) == [b"_Z1fv"]
 
 
 @pytest.mark.parametrize("text", ["exit 1", "exec sleep 100", "echo one too many; cat"])
-def test_failing_child_leaves_names_raw(tmp_path, text):
-    """It dies, hangs, or says more than it was asked; the answer comes in bounded time."""
+def test_failing_child_leaves_names_mangled(tmp_path, text):
+    """It exits, hangs, or writes too many lines; the call returns in bounded time."""
     demangler = Demangler(program(tmp_path, text))
     started = time.monotonic()
 
@@ -71,8 +71,8 @@ def test_failing_child_leaves_names_raw(tmp_path, text):
     assert time.monotonic() - started < 10
 
 
-def test_one_bad_name_costs_only_itself(tmp_path):
-    """A name that kills the child is left raw, and the others are asked again."""
+def test_name_that_kills_the_child_costs_only_itself(tmp_path):
+    """It stays mangled, and the child is asked for the others again."""
     killer = 'while read name; do [ "$name" = _Z3badv ] && exit 1; echo "$name" | c++filt; done'
     demangler = Demangler(program(tmp_path, killer))
 
@@ -83,7 +83,7 @@ def test_one_bad_name_costs_only_itself(tmp_path):
 
 
 def test_expanding_name_is_bounded(demangler):
-    """Substitutions double a name again and again; neither memory nor time follows."""
+    """Substitutions double a name many times; memory and time stay bounded."""
     bomb = b"_Z1fI1AE"
     for seq in [b"S_", *(b"S%X_" % n for n in range(30))]:
         bomb += b"1BI" + seq + seq + b"E"

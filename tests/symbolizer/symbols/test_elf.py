@@ -14,7 +14,7 @@ from tests.support.elf_files import (
 )
 
 
-def test_entry_point_of_a_library_is_no_program():
+def test_entry_point_of_a_library_is_not_start():
     """libc.so.6 can be run and has an entry, but it is `__libc_main`, not `_start`."""
     libc = Path(os.path.realpath("/lib/x86_64-linux-gnu/libc.so.6"))
     fd = os.open(libc, os.O_RDONLY)
@@ -24,8 +24,8 @@ def test_entry_point_of_a_library_is_no_program():
     os.close(fd)
 
 
-def test_go_build_id_outside_of_the_segments(tmp_path):
-    """A note that no segment covers is found by its section."""
+def test_build_id_outside_the_segments_is_found(tmp_path):
+    """A note that no segment covers is found by its section, as in Go programs."""
     path = build(tmp_path / "library", "int f(void){return 1;}", "-shared", "-Wl,--build-id=0xabcd")
     content = bytearray(path.read_bytes())
     header = read_elf_header(path)
@@ -42,8 +42,8 @@ def test_go_build_id_outside_of_the_segments(tmp_path):
     assert build_id == "abcd"
 
 
-def test_file_without_build_id_is_known_by_its_content(tmp_path):
-    """Equal files are one module wherever they lie, different ones are two."""
+def test_file_without_build_id_is_identified_by_its_content(tmp_path):
+    """Equal files at any path are one module, different ones are two."""
     ids = []
     for number, value in enumerate((1, 1, 2)):
         source = f"int f(void){{return {value};}}"
@@ -65,7 +65,7 @@ def test_file_without_build_id_is_known_by_its_content(tmp_path):
         (b"\x7fELF" + b"\xff" * 60, Miss.DAMAGED),
     ],
 )
-def test_what_is_no_program_has_a_reason(tmp_path, content, reason):
+def test_file_that_is_not_a_program_has_a_reason(tmp_path, content, reason):
     path = tmp_path / "file"
     path.write_bytes(content)
 

@@ -1,4 +1,4 @@
-"""Which name an address of an ELF file gets, and which it must not get."""
+"""Names of addresses in ELF files: the right one, or none."""
 
 import random
 import shutil
@@ -44,7 +44,7 @@ def program(tmp_path_factory):
 
 
 def code_symbols(path):
-    """Return symbols with a size that lie in executable segments."""
+    """Return symbols that have a size and are in executable segments."""
     table = read_table(path)
     for symbol in read_symbols(path):
         if symbol.size:
@@ -67,7 +67,7 @@ def code_symbols(path):
     ],
 )
 def test_every_byte_of_a_function_has_its_name(tmp_path, flags):
-    """First and last byte of each function get one of the names that stand there."""
+    """First and last byte of each function have one of the names of that function."""
     path = build(tmp_path / "program", PROGRAM, *flags)
     symbols = list(code_symbols(path))
 
@@ -78,8 +78,8 @@ def test_every_byte_of_a_function_has_its_name(tmp_path, flags):
 
 
 @pytest.mark.parametrize("linker", [LLD])
-def test_layout_of_lld(tmp_path, linker):
-    """A linker that gives each segment pages of its own at odd offsets makes no difference."""
+def test_layout_of_lld_is_read(tmp_path, linker):
+    """lld puts segments on pages of their own, with offsets that differ from their addresses."""
     path = build(tmp_path / "program", PROGRAM, linker)
     table = read_table(path)
     address = {s.name: s.address for s in read_symbols(path)}
@@ -88,8 +88,8 @@ def test_layout_of_lld(tmp_path, linker):
     assert all(s.p_vaddr != s.p_offset for s in table.segments)
 
 
-def test_stripped_file_names_no_hidden_function(tmp_path):
-    """Without .symtab only exported functions have names; the next one below is not taken."""
+def test_hidden_function_of_a_stripped_file_has_no_name(tmp_path):
+    """Without .symtab only exported functions have names; the one before is not used."""
     path = build(tmp_path / "program", PROGRAM, "-rdynamic")
     address = {symbol.name: symbol.address for symbol in read_symbols(path)}
 
@@ -101,7 +101,7 @@ def test_stripped_file_names_no_hidden_function(tmp_path):
 
 @pytest.mark.parametrize("flags", [("-pie",), ("-no-pie",), ("-static",), ("-static-pie",)])
 def test_entry_point_of_a_stripped_program_is_start(tmp_path, flags):
-    """`_start` is known by the header even where no symbol is left, and ends where it ends."""
+    """The header says where `_start` begins, and its code says where it ends."""
     path = build(tmp_path / "program", PROGRAM, *flags)
     start = next(s for s in read_symbols(path) if s.name == b"_start")
 
@@ -113,7 +113,7 @@ def test_entry_point_of_a_stripped_program_is_start(tmp_path, flags):
 
 
 def test_indirect_function_has_a_name(tmp_path):
-    """An IFUNC's symbol stands at its resolver, and its stub is named after it."""
+    """An IFUNC's symbol is at its resolver, and its stub has the same name."""
     source = """
     static int fast(int n) { return n + 1; }
     static int (*choose(void))(int) { return fast; }
@@ -139,12 +139,12 @@ def test_indirect_function_has_a_name(tmp_path):
         ("-no-pie",),
     ],
 )
-def test_stub_is_named_after_what_it_calls(tmp_path, flags):
-    """The PLT of every layout gives `name@plt`, as objdump does, stripped or not."""
+def test_stub_is_named_after_the_function_it_calls(tmp_path, flags):
+    """Stubs of every layout are named `name@plt`, as by objdump, stripped or not."""
     path = build(tmp_path / "program", PROGRAM, *flags)
     stubs = {a: n for a, n in read_plt(path).items() if n != b"*ABS*"}
     assert {b"puts", b"srand", b"rand"} <= set(stubs.values())
-    # In the layout with two tables objdump calls both by the same name; code only calls one.
+    # In the layout with two tables, objdump gives both stubs one name; code calls only one of them.
     called = {name: address for address, name in sorted(stubs.items())}
 
     for table in (read_table(path), read_table(strip(path))):
@@ -153,8 +153,8 @@ def test_stub_is_named_after_what_it_calls(tmp_path, flags):
 
 
 @pytest.mark.parametrize("linker", [LLD])
-def test_stub_of_lld(tmp_path, linker):
-    """Without a separate table of stubs for -z now, and with sections objdump does not decode."""
+def test_stubs_of_lld_are_named(tmp_path, linker):
+    """It writes no separate stubs for -z now, and sections that objdump does not decode."""
     table = read_table(build(tmp_path / "program", PROGRAM, linker))
 
     names = [table.name(number) for number in range(len(table))]
@@ -162,8 +162,8 @@ def test_stub_of_lld(tmp_path, linker):
     assert {b"puts@plt", b"srand@plt", b"rand@plt"} <= set(names)
 
 
-def test_no_stub_without_a_plt(tmp_path):
-    """With -fno-plt the caller jumps through the table itself, and no bytes are taken for one."""
+def test_program_without_plt_has_no_stubs(tmp_path):
+    """With -fno-plt callers jump through the table, and their code is not taken for stubs."""
     table = read_table(build(tmp_path / "program", PROGRAM, "-fno-plt"))
 
     names = [table.name(number) for number in range(len(table))]
@@ -178,7 +178,7 @@ ASSEMBLER = """
     .type sized, @function
 sized: nop; nop; nop; nop
     .size sized, 4
-    nop; nop; nop; nop                      # belongs to nobody
+    nop; nop; nop; nop                      # not part of any function
     .globl unsized
 unsized: nop; nop; nop; nop
     .type around, @function
@@ -231,36 +231,36 @@ def name_of(assembled, symbol, offset=0):
 
 
 def test_symbol_ends_where_its_size_says(assembled):
-    """Bytes behind a function are not its own."""
+    """Bytes after a function are not part of it."""
     assert name_of(assembled, "sized", 3) == b"sized"
     assert name_of(assembled, "sized", 4) is None
 
 
 def test_symbol_without_size_ends_at_the_next(assembled):
-    """Hand-written assembly often has no sizes."""
+    """Handwritten assembly often has no sizes."""
     assert name_of(assembled, "unsized", 3) == b"unsized"
     assert name_of(assembled, "around", -1) == b"unsized"
 
 
 def test_function_inside_another_has_its_own_name(assembled):
-    """The inner one has its bytes, the outer one those before and behind; a label has none."""
+    """The outer one has the bytes before and after the inner one; a label has none."""
     names = [name_of(assembled, "around", offset) for offset in (0, 1, 2, 3, 4, 7)]
 
     assert names == [b"around", b"around", b"inner", b"inner", b"around", b"around"]
 
 
-def test_best_of_several_names(assembled):
+def test_best_of_several_names_is_chosen(assembled):
     """Global before weak before local; not __GI_; fewer underscores."""
     assert name_of(assembled, "best") == b"best"
 
 
-def test_longer_alias_has_the_rest(assembled):
-    """Where the better name ends first, the other one goes on."""
+def test_longer_alias_names_the_rest(assembled):
+    """Where the better name ends first, the other one continues."""
     assert [name_of(assembled, "short", k) for k in range(4)] == [b"short"] + [b"longer"] * 3
 
 
-def test_symbol_without_size_needs_all_symbols(assembled):
-    """Where only exported symbols are left, what follows one without a size is unknown."""
+def test_symbol_without_size_has_no_end_in_a_stripped_file(assembled):
+    """The next exported symbol does not say where it ends."""
     path, _, address = assembled
 
     table = read_table(strip(path))
@@ -268,8 +268,8 @@ def test_symbol_without_size_needs_all_symbols(assembled):
     assert names_at(table, [address["sized"], address["unsized"]]) == [b"sized", None]
 
 
-def test_big_symbol_stays_in_its_section(tmp_path):
-    """A size that is a lie does not name what other sections hold."""
+def test_symbol_ends_with_its_section(tmp_path):
+    """A wrong size does not name the code of other sections."""
     source = """
     .text
     .globl huge
@@ -289,8 +289,8 @@ behind: nop
     assert names_at(table, [address[b"huge"], address[b"behind"]]) == [b"huge", None]
 
 
-def test_symbol_version_is_no_part_of_a_name(tmp_path):
-    """.symtab spells versions out: `name@@VERSION`."""
+def test_symbol_version_is_not_part_of_a_name(tmp_path):
+    """.symtab has `name@@VERSION`."""
     source = """
     int original(int n) { return n; }
     __asm__(".symver original, offered@@V1");
@@ -306,7 +306,7 @@ def test_symbol_version_is_no_part_of_a_name(tmp_path):
     assert b"offered" in [table.name(number) for number in range(len(table))]
 
 
-def test_cut_file_gives_no_wrong_name(program, tmp_path):
+def test_truncated_file_has_no_wrong_names(program, tmp_path):
     """However much is missing, an address has its name or none."""
     whole = program.read_bytes()
     symbols = [s for s in read_symbols(program) if s.size and s.kind == "FUNC"]
@@ -332,13 +332,13 @@ def test_cut_file_gives_no_wrong_name(program, tmp_path):
     assert outcomes >= {Miss.NOT_ELF, Miss.DAMAGED}
 
 
-def test_flipped_bytes_raise_nothing_else_and_take_no_memory(program, tmp_path):
-    """Hundreds of damaged files: a table or a reason, within 32 MB."""
+def test_damaged_bytes_raise_only_unreadable_elf(program, tmp_path):
+    """Hundreds of damaged files yield a table or a reason, within 32 MB."""
     whole = bytearray(program.read_bytes())
     header = read_elf_header(program)
     chance = random.Random(7)
     path = tmp_path / "damaged"
-    # Where the headers are, damage matters most.
+    # Damage matters most in the headers.
     headers = [*range(64 + 56 * header.phnum), *range(header.shoff, len(whole))]
     outcomes = []
 
@@ -367,7 +367,7 @@ def test_flipped_bytes_raise_nothing_else_and_take_no_memory(program, tmp_path):
     assert peak < 32 << 20
 
 
-def test_endless_sections_cost_no_time_and_no_memory(program, tmp_path):
+def test_too_many_large_sections_are_refused(program, tmp_path):
     """60,000 sections that each claim the same 128 MB are refused before they are read."""
     header = read_elf_header(program)
     content = bytearray(program.read_bytes())
@@ -397,8 +397,8 @@ def test_endless_sections_cost_no_time_and_no_memory(program, tmp_path):
 
 
 @pytest.mark.parametrize("pattern", REAL_FILES)
-def test_real_files_agree_with_readelf(pattern):
-    """At thousands of addresses the name is one that covers the address; without one, a stub."""
+def test_names_in_real_files_agree_with_readelf(pattern):
+    """Each of thousands of addresses has a name that covers it, or that of a stub."""
     path = real_file(pattern)
     symbols = sorted(code_symbols(path))
     starts = np.array([s.address for s in symbols])
@@ -422,8 +422,8 @@ def test_real_files_agree_with_readelf(pattern):
         )
 
 
-def test_addr2line_agrees(tmp_path):
-    """A second witness for a program with all its symbols: addr2line, every 5 bytes."""
+def test_names_agree_with_addr2line(tmp_path):
+    """In a program with all its symbols, every 5 bytes."""
     path = build(tmp_path / "program", PROGRAM, "-g")
     table = read_table(path)
     functions = [s for s in read_symbols(path) if s.name in (b"main", b"hidden", b"shown")]

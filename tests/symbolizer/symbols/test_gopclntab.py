@@ -1,4 +1,4 @@
-"""Go's own table of functions, which is left in a stripped program."""
+"""Go's own table of functions, which stripped programs still have."""
 
 import pytest
 
@@ -65,8 +65,8 @@ def test_functions_are_found_by_name(programs):
     assert [text + int(table.functions.starts[n]) for n in found[b"main.work"]] == [work]
 
 
-def test_other_programs_have_no_table():
-    """Neither has a table of a version from the future."""
+def test_program_without_a_known_table_has_none():
+    """It is not a Go program, or the version of its table is unknown."""
     version = b"\xff\xff\xff\x7f\0\0\1\x08" + bytes(100)
 
     assert open_go_table(read_elf(MemorySource(make_elf({})))) is None

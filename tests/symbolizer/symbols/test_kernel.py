@@ -1,4 +1,4 @@
-"""Kernel addresses: images that do not move with randomisation, names, and missing privilege."""
+"""Kernel addresses: images independent of randomisation, names, and missing privilege."""
 
 import os
 from bisect import bisect_left
@@ -56,8 +56,8 @@ def read(folder):
     return kernel, kept
 
 
-def test_images_and_their_functions(tmp_path):
-    """Functions of the kernel and its modules, from their image's start; best names; no padding."""
+def test_functions_of_images_are_read(tmp_path):
+    """They count from their image's start; the best name wins; padding is left out."""
     kernel, functions = read(write_kernel(tmp_path / "kernel"))
 
     assert functions == {
@@ -72,8 +72,8 @@ def test_images_and_their_functions(tmp_path):
     }
 
 
-def test_place_belongs_to_the_image_around_it(tmp_path):
-    """BPF programs lie between the modules, and one ends where a module begins."""
+def test_address_belongs_to_the_image_around_it(tmp_path):
+    """BPF programs are between the modules, and end where a module begins."""
     kernel, _ = read(write_kernel(tmp_path / "kernel"))
     addresses = [0xFFFFFFFF81001234, 0xFFFFFFFFC0204FFF, 0xFFFFFFFFC0205000, 0xFFFFFFFFC0280004]
     addresses += [0xFFFFFFFFC0300FFF, 0xFFFFFFFF81002000, 0x1000]
@@ -86,8 +86,8 @@ def test_place_belongs_to_the_image_around_it(tmp_path):
     ]
 
 
-def test_randomised_addresses_are_one_place(tmp_path):
-    """Two boots of one kernel give the same image with the same offsets."""
+def test_address_randomisation_does_not_change_offsets(tmp_path):
+    """Two boots of one kernel have the same image with the same offsets."""
     kernel, functions = read(write_kernel(tmp_path / "one", symbols=CORE))
     moved, moved_functions = read(write_kernel(tmp_path / "two", 0x1DE00000, symbols=CORE))
 
@@ -96,8 +96,8 @@ def test_randomised_addresses_are_one_place(tmp_path):
     assert moved.images[0].start - kernel.images[0].start == 0x1DE00000
 
 
-def test_hidden_addresses_are_no_addresses(tmp_path):
-    """Without privilege every address reads as zero, and then nothing may be named."""
+def test_hidden_addresses_are_not_addresses(tmp_path):
+    """Without privilege every address reads as zero, and nothing is named."""
     symbols = [(0, kind, name) for _, kind, name in (*CORE, *IN_MODULES)]
     folder = write_kernel(tmp_path / "kernel", symbols=symbols)
     (folder / "modules").write_text(MODULES.replace("ffffffffc0200000", "0" * 16))
@@ -108,7 +108,7 @@ def test_hidden_addresses_are_no_addresses(tmp_path):
     assert KERNEL_NAME not in functions
 
 
-def test_kernel_without_kallsyms(tmp_path):
+def test_kernel_without_kallsyms_is_hidden(tmp_path):
     kernel, functions = read(tmp_path)
 
     assert kernel.is_hidden
@@ -116,7 +116,7 @@ def test_kernel_without_kallsyms(tmp_path):
 
 
 @pytest.mark.parametrize("text", [b"", b"\n", b"disk", b"disk x 1 - Live 0xzz\n", b"\xff\xfe 1\n"])
-def test_unexpected_modules_are_left_out(text):
+def test_unexpected_lines_of_modules_are_left_out(text):
     assert parse_modules(text) == {}
 
 
@@ -136,8 +136,8 @@ def needs_addresses():
     return code
 
 
-def test_running_kernel_agrees_with_kallsyms(symbolizer):
-    """Thousands of addresses inside of functions get a name that stands before them."""
+def test_names_of_the_running_kernel_agree_with_kallsyms(symbolizer):
+    """Thousands of addresses inside functions have the name of a symbol at their start."""
     code = sorted(needs_addresses())
     named = {name: address for address, name in code}
     addresses = np.unique([a for a, _ in code if named["_text"] <= a < named["_etext"]])
@@ -166,8 +166,8 @@ def at_address(code, address):
         place += 1
 
 
-def test_unknown_kernel_address_says_why(symbolizer):
-    """Outside of every image nothing is guessed."""
+def test_unknown_kernel_address_has_a_reason(symbolizer):
+    """Outside all images nothing is guessed."""
     needs_addresses()
 
     locations = symbolizer.locate_kernel(np.array([0xFFFFFFFFFFFFF000], dtype=np.uint64))
@@ -177,8 +177,8 @@ def test_unknown_kernel_address_says_why(symbolizer):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can lose its privilege")
-def test_unprivileged_process_names_nothing(tmp_path):
-    """A user who may not see the addresses gets the reason instead of a wrong name."""
+def test_unprivileged_process_has_a_reason_and_no_names(tmp_path):
+    """A user who may not read the addresses gets a reason, not a wrong name."""
     if Path("/proc/sys/kernel/kptr_restrict").read_text().strip() == "0":
         paranoid = Path("/proc/sys/kernel/perf_event_paranoid")
         if not paranoid.exists() or int(paranoid.read_text()) <= 1:
@@ -198,8 +198,8 @@ def test_unprivileged_process_names_nothing(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_generated_code_is_known_by_its_name():
-    """A BPF program's address means nothing on another host; its name carries its hash."""
+def test_bpf_program_is_known_by_its_name():
+    """Its address means nothing on another host; its name contains its hash."""
     place = NamedLocation("bpf_prog_6deef7357e7b4530", "[bpf]", Kind.KERNEL, "", 0, 0)
 
     assert Symbolizer(None).names([place])[0][0].function == "bpf_prog_6deef7357e7b4530"

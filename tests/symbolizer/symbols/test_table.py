@@ -1,4 +1,4 @@
-"""The directory of symbol tables: bounded, and never believed when it is damaged."""
+"""The directory of symbol tables: it is bounded, and damaged tables are not used."""
 
 import os
 
@@ -37,7 +37,7 @@ def path_of(tmp_path, key=KEY):
     return tmp_path / "cache" / f"{key}.symbols"
 
 
-def test_table_comes_back_as_it_was_stored(cache):
+def test_stored_table_is_loaded_unchanged(cache):
     store(cache)
 
     table = cache.load(KEY)
@@ -48,8 +48,8 @@ def test_table_comes_back_as_it_was_stored(cache):
     assert table.segments == SEGMENTS
 
 
-def test_every_damaged_byte_is_noticed(cache, tmp_path):
-    """A wrong byte anywhere makes the file as good as absent, and removes it."""
+def test_every_damaged_byte_is_detected(cache, tmp_path):
+    """A file with a wrong byte anywhere counts as missing, and is removed."""
     store(cache)
     whole = path_of(tmp_path).read_bytes()
 
@@ -61,7 +61,7 @@ def test_every_damaged_byte_is_noticed(cache, tmp_path):
         assert not path_of(tmp_path).exists()
 
 
-def test_every_cut_file_is_noticed(cache, tmp_path):
+def test_every_truncated_file_is_detected(cache, tmp_path):
     store(cache)
     whole = path_of(tmp_path).read_bytes()
 
@@ -70,7 +70,7 @@ def test_every_cut_file_is_noticed(cache, tmp_path):
         assert cache.load(KEY) is None
 
 
-def test_file_of_another_module_is_noticed(cache, tmp_path):
+def test_file_of_another_module_is_detected(cache, tmp_path):
     """The build id is in the file, not only in its name."""
     store(cache)
     other = "cd" * 20
@@ -79,8 +79,8 @@ def test_file_of_another_module_is_noticed(cache, tmp_path):
     assert cache.load(other) is None
 
 
-def test_longest_unused_table_makes_room(tmp_path):
-    """The directory stays within its limit; a table that was used lately stays."""
+def test_least_recently_used_table_is_removed(tmp_path):
+    """The directory stays within its limit; a table that was used recently stays."""
     cache = SymbolCache(tmp_path / "cache", 10_000)
     keys = [f"{number:040x}" for number in range(30)]
     for number, key in enumerate(keys):
@@ -95,7 +95,7 @@ def test_longest_unused_table_makes_room(tmp_path):
     assert path_of(tmp_path, keys[-1]) in left
 
 
-def test_limit_holds_for_what_was_there_before(tmp_path):
+def test_limit_holds_for_existing_files(tmp_path):
     store(SymbolCache(tmp_path / "cache", 1 << 20), strings=STRINGS + bytes(5000))
     (tmp_path / "cache" / ".new-left-by-a-crash").write_bytes(bytes(5000))
 
@@ -105,7 +105,7 @@ def test_limit_holds_for_what_was_there_before(tmp_path):
 
 
 def test_failed_write_leaves_nothing(cache, tmp_path):
-    """A file that cannot be read to its end leaves no half table behind."""
+    """If the strings cannot be read to their end, no partial table is left."""
 
     def broken():
         yield STRINGS
@@ -118,8 +118,8 @@ def test_failed_write_leaves_nothing(cache, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["../../etc/passwd", "", "[exited]", "a/b", "AB", "ab" * 200])
-def test_key_that_is_no_build_id_names_no_file(cache, tmp_path, key):
-    """Build ids come from files of others."""
+def test_key_that_is_not_a_build_id_is_not_a_file_name(cache, tmp_path, key):
+    """Build ids come from other users' files."""
     table = cache.store(key, functions(), SEGMENTS, [STRINGS])
 
     assert table.name(0) == b"main"

@@ -1,4 +1,4 @@
-"""Functions that have an FDE but no name: each is one box, and nothing else is in it."""
+"""Functions that have an FDE but no name: each is shown as one box of its own."""
 
 import os
 import shutil
@@ -45,8 +45,8 @@ HIDDEN after(int n) { return n * 11 + (n >> 7); }
 int given(int n) { return after(n) + between(n); }
 """
 
-# What an exported function of hand-written assembly looks like: no size, but call frame
-# information; behind it functions with and without. And one that a compiler has left empty.
+# An exported function of handwritten assembly: no size, but call frame information. After it,
+# functions with and without FDEs, and one that a compiler has left empty.
 ASSEMBLER = """
     .text
     .globl unsized, unframed, inner, empty
@@ -59,7 +59,7 @@ neighbour:
     .cfi_startproc
     nop; nop; nop; nop
     .cfi_endproc
-    nop; nop; nop; nop                      # belongs to nobody
+    nop; nop; nop; nop                      # not part of any function
 unframed: nop; nop; nop; nop
     .type around, @function
 around:
@@ -116,7 +116,7 @@ def places_in(symbol):
     ],
 )
 def test_every_function_of_a_stripped_program_has_its_start(tmp_path, flags):
-    """All bytes of a function lead to the address that readelf told of the unstripped twin."""
+    """All bytes of a function lead to the address that readelf prints for the unstripped file."""
     path = build(tmp_path / "program", PROGRAM, *flags)
     symbols = own_functions(path, OWN)
     assert {symbol.name for symbol in symbols} == OWN
@@ -128,15 +128,15 @@ def test_every_function_of_a_stripped_program_has_its_start(tmp_path, flags):
         assert names_at(table, places_in(symbol)) == [None] * 3
 
 
-def test_functions_of_a_complete_file_have_no_fde_ranges(tmp_path):
-    """Where .symtab says what there is, FDEs add nothing."""
+def test_fde_ranges_are_not_used_in_files_with_symtab(tmp_path):
+    """.symtab has all functions."""
     table = read_table(build(tmp_path / "program", PROGRAM))
 
     assert (table.unnamed_starts(np.arange(len(table))) == -1).all()
 
 
-def test_exported_functions_keep_their_names_and_no_more(tmp_path):
-    """In a stripped library exported and hidden functions take turns."""
+def test_names_of_exported_functions_do_not_cover_hidden_ones(tmp_path):
+    """In a stripped library, exported and hidden functions alternate."""
     path = build(tmp_path / "library", LIBRARY, "-shared", "-fPIC")
     exported = own_functions(path, {b"shown", b"offered", b"given"})
     hidden = own_functions(path, {b"before", b"between", b"after"})
@@ -160,7 +160,7 @@ def assembled(tmp_path):
 
 
 def test_exported_function_without_a_size_ends_with_its_fde(assembled):
-    """Neither its neighbour nor the bytes behind that are its own."""
+    """Neither its neighbour nor the bytes after that are part of it."""
     table, address = assembled
     start = address["unsized"]
 
@@ -168,7 +168,7 @@ def test_exported_function_without_a_size_ends_with_its_fde(assembled):
     assert starts_at(table, range(start + 4, start + 12)) == [start + 4] * 4 + [None] * 4
 
 
-def test_exported_function_without_a_size_and_fde_has_no_name(assembled):
+def test_exported_function_without_size_and_fde_has_no_name(assembled):
     """Nothing says where it ends."""
     table, address = assembled
 
@@ -176,8 +176,8 @@ def test_exported_function_without_a_size_and_fde_has_no_name(assembled):
     assert starts_at(table, [address["unframed"]]) == [None]
 
 
-def test_empty_function_does_not_name_the_one_behind_it(assembled):
-    """Both begin at one address: the body of the first cannot be reached, so it has none."""
+def test_empty_function_does_not_name_the_next_one(assembled):
+    """Both begin at one address; compilers emit unreachable functions empty."""
     table, address = assembled
     assert address["empty"] == address["behind"]
 
@@ -185,8 +185,8 @@ def test_empty_function_does_not_name_the_one_behind_it(assembled):
     assert starts_at(table, [address["behind"] + 1]) == [address["behind"]]
 
 
-def test_name_inside_of_an_fde_range_leaves_the_rest_one_function(assembled):
-    """The bytes before and behind it lead to the same start."""
+def test_name_inside_an_fde_range_leaves_the_rest_one_function(assembled):
+    """The bytes before and after it lead to the same start."""
     table, address = assembled
     start = address["around"]
 
@@ -194,8 +194,8 @@ def test_name_inside_of_an_fde_range_leaves_the_rest_one_function(assembled):
     assert starts_at(table, range(start, start + 6)) == [start] * 2 + [None] * 2 + [start] * 2
 
 
-def test_fde_range_begins_behind_a_name_that_is_shorter(assembled):
-    """A start that has a name of its own would be taken for that function."""
+def test_unnamed_function_begins_after_a_name_that_is_shorter_than_its_fde(assembled):
+    """A start with a name of its own would be taken for that function."""
     table, address = assembled
     start = address["short"]
 
@@ -205,7 +205,7 @@ def test_fde_range_begins_behind_a_name_that_is_shorter(assembled):
 
 @pytest.mark.parametrize(("begin", "end"), [(".cfi_startproc", ".cfi_endproc; nop; nop"), ("", "")])
 def test_start_ends_with_its_fde_or_before_the_next(tmp_path, begin, end):
-    """The entry point is bounded by what the file says, not by how long it usually is."""
+    """The file limits the entry point, not its usual size."""
     source = f"""
     .globl _start
 _start:
@@ -230,8 +230,8 @@ next:
     assert starts_at(table, [start, behind - 1, behind, behind + 2]) == [None, None, behind, None]
 
 
-def test_real_library_agrees_with_readelf():
-    """Each FDE's addresses lead to its start or have a name of their own."""
+def test_fde_ranges_of_a_real_library_agree_with_readelf():
+    """Each FDE's addresses lead to its start or have a name."""
     libc = Path(os.path.realpath("/lib/x86_64-linux-gnu/libc.so.6"))
     command = ["readelf", "--wide", "--debug-dump=frames", libc]
     output = subprocess.run(command, check=False, capture_output=True, timeout=60).stdout
@@ -251,7 +251,7 @@ def test_real_library_agrees_with_readelf():
     named = {symbol.address + symbol.size for symbol in read_symbols(libc)}
     for (fde_start, _), name, start in zip(chosen, names, starts, strict=True):
         assert (name is None) != (start is None)
-        # Behind a name that is shorter than its FDE, that is where the rest begins.
+        # If a name is shorter than its FDE, the unnamed rest begins after it.
         assert start in (None, fde_start) or start in named
         found += start == fde_start
     assert found > 300
@@ -272,7 +272,7 @@ def symbolizer(tmp_path):
 
 
 def locate(symbolizer, path, elf_addresses):
-    """Locate addresses as linked in a process that cannot exist."""
+    """Locate addresses, given as linked, in a process that cannot exist."""
     with path.open("rb") as file:
         (segment,) = read_elf(FileSource(file.fileno())).segments
     offsets = [address - segment.p_vaddr + segment.p_offset for address in elf_addresses]
@@ -281,8 +281,8 @@ def locate(symbolizer, path, elf_addresses):
 
 
 @pytest.mark.parametrize("flags", [("-pie",), ("-no-pie",)])
-def test_addresses_of_a_stripped_function_are_one_box(tmp_path, symbolizer, flags):
-    """Different locations, one frame, named after the function's address as linked."""
+def test_addresses_of_an_unnamed_function_are_one_box(tmp_path, symbolizer, flags):
+    """Different locations have one frame, named after the function's address as linked."""
     path = build(tmp_path / "program", PROGRAM, *flags)
     functions = own_functions(path, OWN)
     strip(path)
@@ -301,8 +301,8 @@ def test_addresses_of_a_stripped_function_are_one_box(tmp_path, symbolizer, flag
     assert sorted(graph.total.tolist()[1:]) == [3 * PERIOD_NS] * len(OWN)
 
 
-def test_place_outside_of_fde_ranges_has_no_frame(tmp_path, symbolizer):
-    """It stays in its module's box, and all that has no name is counted, extent or not."""
+def test_address_outside_fde_ranges_has_no_frame(tmp_path, symbolizer):
+    """It is in its module's box. All unnamed addresses count as misses, in an FDE range or not."""
     path = build(tmp_path / "program", PROGRAM)
     (first,) = own_functions(path, {b"first"})
     (init,) = [s.address for s in read_symbols(path) if s.name == b"_init"]
@@ -315,8 +315,8 @@ def test_place_outside_of_fde_ranges_has_no_frame(tmp_path, symbolizer):
     assert symbolizer.misses == {Miss.NO_SYMBOL: 3}
 
 
-def test_file_without_any_name_says_so(tmp_path, symbolizer):
-    """Extents are no symbols."""
+def test_file_without_any_name_counts_as_stripped(tmp_path, symbolizer):
+    """FDE ranges are not symbols."""
     source = ".type f, @function\nf: .cfi_startproc; nop; .cfi_endproc; nop"
     path = build(tmp_path / "lib", source, "-nostdlib", "-shared", language="assembler")
     start = next(symbol.address for symbol in read_symbols(path) if symbol.name == b"f")
@@ -328,7 +328,7 @@ def test_file_without_any_name_says_so(tmp_path, symbolizer):
     assert symbolizer.misses == {Miss.STRIPPED: 2}
 
 
-def test_fde_ranges_are_kept_in_the_cache(tmp_path, symbolizer):
+def test_unnamed_functions_are_stored_in_the_cache(tmp_path, symbolizer):
     """With a build id in the record, a later profiler shows the same without the file."""
     path = build(tmp_path / "program", PROGRAM)
     (first,) = own_functions(path, {b"first"})

@@ -70,16 +70,16 @@ int main(int argc, char **argv) {
     ],
     ids=" ".join,
 )
-def test_rows_are_those_of_readelf(tmp_path, flags):
-    """First and last address of every row that readelf prints have that rule."""
+def test_rows_equal_those_of_readelf(tmp_path, flags):
+    """At the first and last address of each row of readelf, ours has the same rule."""
     path = compile_text(tmp_path / "program", PROGRAM, *flags)
 
     assert_equals_readelf(path, at_least=30)
 
 
 @pytest.mark.parametrize("flags", [("-O0",), ("-O2",), ("-O2", "-static")], ids=" ".join)
-def test_rows_of_code_with_exceptions_are_those_of_readelf(tmp_path, flags):
-    """CIEs that name a personality and FDEs with language specific data are read past."""
+def test_rows_of_code_with_exceptions_equal_those_of_readelf(tmp_path, flags):
+    """CIEs with a personality and FDEs with language specific data are skipped correctly."""
     path = compile_text(tmp_path / "program", THROWING, *flags, language="c++")
 
     assert_equals_readelf(path, at_least=40)
@@ -87,7 +87,7 @@ def test_rows_of_code_with_exceptions_are_those_of_readelf(tmp_path, flags):
 
 @needs("clang", "clang")
 @pytest.mark.parametrize("flags", [("-O0",), ("-O2", "-mavx2"), ("-O2", "-static")], ids=" ".join)
-def test_rows_of_clang_are_those_of_readelf(tmp_path, flags):
+def test_rows_of_clang_equal_those_of_readelf(tmp_path, flags):
     """Another compiler writes other programs."""
     path = tmp_path / "program"
     command = ["clang", *flags, "-x", "c", "-", "-o", path]
@@ -97,8 +97,8 @@ def test_rows_of_clang_are_those_of_readelf(tmp_path, flags):
 
 
 @needs("rustc", "rustc")
-def test_rows_of_rust_are_those_of_readelf(tmp_path):
-    """Rust's own code and what it links statically."""
+def test_rows_of_rust_equal_those_of_readelf(tmp_path):
+    """Rust's own code, and what it links statically."""
     (tmp_path / "main.rs").write_text('fn main() { println!("{:?}", std::env::args()); }')
     command = ["rustc", "-O", "-o", "program", "main.rs"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=100, capture_output=True)
@@ -116,16 +116,16 @@ def test_rows_of_rust_are_those_of_readelf(tmp_path):
         "/usr/bin/perl",
     ],
 )
-def test_rows_of_distribution_files_are_those_of_readelf(path):
-    """Hand-written assembly of libc and OpenSSL included."""
+def test_rows_of_distribution_files_equal_those_of_readelf(path):
+    """These include handwritten assembly of libc and OpenSSL."""
     if not Path(path).exists():
         pytest.skip(f"no {path}")
 
     assert_equals_readelf(Path(path), at_least=1000)
 
 
-def test_chunks_do_not_show(monkeypatch):
-    """Programs are run in pieces that bound the memory, and rules do not depend on them."""
+def test_rules_do_not_depend_on_the_size_of_chunks(monkeypatch):
+    """Programs are run in chunks only to limit memory."""
     whole = read_unwind_table("/bin/bash")
 
     monkeypatch.setattr(cfa, "_CHUNK_BYTES", 200)
@@ -140,7 +140,7 @@ def numbers(low: int, high: int, step: int = 1):
 
 
 def instruction(*parts):
-    """Return bytes drawn from parts that are bytes or strategies for bytes."""
+    """Return a strategy that joins its parts, which are bytes or strategies for bytes."""
     drawn = [st.just(part) if isinstance(part, bytes) else part for part in parts]
     return st.tuples(*drawn).map(b"".join)
 
@@ -195,7 +195,7 @@ INSTRUCTIONS = {
 
 @st.composite
 def frame_programs(draw):
-    """Return instructions of one FDE; register and offset change only where the CFA is those."""
+    """Return the program of an FDE; it changes register or offset only of a CFA that has them."""
     program = b""
     is_sum = True
     remembered: list[bool] = []
@@ -215,7 +215,7 @@ def frame_programs(draw):
 
 
 def rules_of_pyelftools(section: bytes, start: int) -> list[tuple[int, tuple[int, int, int, int]]]:
-    """Interpret the only FDE with the other implementation: locations and rules."""
+    """Return the locations and rules of the only FDE, as pyelftools interprets it."""
     structs = DWARFStructs(little_endian=True, dwarf_format=32, address_size=8)
     stream = io.BytesIO(section)
     entries = CallFrameInfo(stream, len(section), FRAMES, structs, True).get_entries()
@@ -280,9 +280,9 @@ def expected_rbp(rule) -> tuple[int, int]:
     data_alignment=st.sampled_from([-8, -8, 8, -4]),
 )
 @example(b"\x09\x10\x00", 1, -8)  # the return address is in rax
-@example(b"\x09\x10\x10\x0e\x80\x01", 1, -8)  # in itself, which says nothing
-def test_rules_are_those_of_pyelftools(program, code_alignment, data_alignment):
-    """An interpreter that goes instruction by instruction comes to the same rules."""
+@example(b"\x09\x10\x10\x0e\x80\x01", 1, -8)  # it is in itself, which says nothing
+def test_rules_equal_those_of_pyelftools(program, code_alignment, data_alignment):
+    """An interpreter that executes each instruction computes the same rules."""
     section = FrameSection()
     section.add_cie(cie(code_alignment=code_alignment, data_alignment=data_alignment))
     section.add_fde(CODE + 16, 0x800, program)
@@ -298,7 +298,7 @@ def test_rules_are_those_of_pyelftools(program, code_alignment, data_alignment):
             assert rule_at(table, last) == rule
     assert rule_at(table, CODE + 15) == (0, 0, 0, 0)
     assert rule_at(table, CODE + 16 + 0x800) == (0, 0, 0, 0)
-    # One page, one row for each change.
+    # There is one page, with one row for each change.
     assert (np.diff(table.rows["pc_low"].astype(int)) > 0).all()
     assert (
         table.rows[["cfa", "cfa_kind", "rbp_kind", "rbp"]][1:]
@@ -336,7 +336,7 @@ def test_rules_are_those_of_pyelftools(program, code_alignment, data_alignment):
     ids=lambda value: value.hex() if isinstance(value, bytes) else "",
 )
 def test_single_instructions(program, rule):
-    """The limits of a row, and what pyelftools and readelf get wrong or do not tell."""
+    """Limits of a row, and instructions that pyelftools and readelf get wrong or do not print."""
     section = FrameSection()
     section.add_cie()
     section.add_fde(CODE, 64, b"\x41" + program)
@@ -357,8 +357,8 @@ def test_single_instructions(program, rule):
         pytest.param(b"\x01" + b"\x01" * 8, id="absolute advance"),
     ],
 )
-def test_a_broken_program_breaks_its_function_only(program):
-    """All of the function is unsupported, the next one is as it was."""
+def test_broken_program_breaks_only_its_function(program):
+    """The whole function is unsupported; the next one keeps its rules."""
     section = FrameSection()
     section.add_cie()
     section.add_fde(CODE, 32, program)
@@ -372,8 +372,8 @@ def test_a_broken_program_breaks_its_function_only(program):
     assert rule_at(table, CODE + 33) == (CfaKind.RSP, 2, 0, 0)
 
 
-def test_functions_that_align_the_stack(tmp_path):
-    """Their CFA was saved below rbp, and rbp at it."""
+def test_functions_that_align_the_stack_have_rules(tmp_path):
+    """Their CFA is saved below rbp, and the caller's rbp at rbp."""
     path = compile_text(tmp_path / "program", PROGRAM, "-O2", "-mavx2")
     table = read_unwind_table(path)
 
@@ -388,7 +388,7 @@ def test_functions_that_align_the_stack(tmp_path):
 
 
 def test_frames_too_large_for_a_row_are_unsupported(tmp_path):
-    """524,280 bytes are the most; a frame of 500,000 has its rule."""
+    """The largest frame has 524,280 bytes; one of 500,000 has its rule."""
     path = compile_text(tmp_path / "program", PROGRAM, "-O2", "-fno-stack-protector")
     table = read_unwind_table(path)
 

@@ -33,8 +33,8 @@ from tests.support.unwind_tables import PROGRAM, fdes, rule_at
         (0x0C, "<q", False),
     ],
 )
-def test_encodings_of_addresses(encoding, form, is_relative):
-    """Addresses of an FDE are of the width and relative to what its CIE says."""
+def test_addresses_are_read_in_the_encoding_of_their_cie(encoding, form, is_relative):
+    """A CIE says how wide the addresses of its FDEs are, and what they are relative to."""
     section = FrameSection()
     section.add_cie(cie(data=bytes([encoding])))
     if form == "<Q" and is_relative:
@@ -51,8 +51,8 @@ def test_encodings_of_addresses(encoding, form, is_relative):
 
 
 @pytest.mark.parametrize("encoding", [0x01, 0x1A + 0x20, 0x9B, 0xFF, 0x50])
-def test_fdes_whose_addresses_cannot_be_read_are_left_out(encoding):
-    """They are a hole; those of other CIEs are not."""
+def test_fdes_with_unreadable_addresses_are_left_out(encoding):
+    """They leave a hole; FDEs of other CIEs are read."""
     section = FrameSection()
     section.add_cie(cie(data=bytes([encoding])))
     section.add_fde(CODE, 32)
@@ -78,8 +78,8 @@ def test_fdes_whose_addresses_cannot_be_read_are_left_out(encoding):
         (b"zP", b"\x0f", False),
     ],
 )
-def test_augmentations(augmentation, data, is_read):
-    """What a letter announces is skipped; an unknown letter may announce anything."""
+def test_augmentations_are_skipped_if_they_are_known(augmentation, data, is_read):
+    """Data of known letters is skipped; an unknown letter may have any data."""
     section = FrameSection()
     section.add_cie(cie(augmentation=augmentation, data=data))
     if augmentation.startswith(b"z"):
@@ -96,8 +96,8 @@ def test_augmentations(augmentation, data, is_read):
     "changes",
     [{"return_register": 8}, {"code_alignment": 0}, {"code_alignment": 1000}, {"program": b"\x3e"}],
 )
-def test_cies_beyond_us_say_so(changes):
-    """Their FDEs' addresses are known, their rules are not: unsupported, no hole."""
+def test_fdes_of_unsupported_cies_are_unsupported(changes):
+    """Their addresses are known but not their rules, so they are not holes."""
     section = FrameSection()
     section.add_cie(cie(**changes))
     section.add_fde(CODE, 32)
@@ -109,7 +109,7 @@ def test_cies_beyond_us_say_so(changes):
 
 
 def test_zeros_do_not_end_the_section():
-    """Terminators that joined files leave in the middle are walked over."""
+    """Terminators that linkers leave in the middle are skipped."""
     section = FrameSection()
     section.add_cie()
     section.add_fde(CODE, 32)
@@ -125,8 +125,8 @@ def test_zeros_do_not_end_the_section():
     assert [rule_at(table, CODE + n)[0] for n in (0, 64, 128)] == [CfaKind.RSP] * 3
 
 
-def test_a_record_cut_short_is_left_out():
-    """It may have lost what changes its rules; those before it are whole."""
+def test_truncated_record_is_left_out():
+    """It may lack instructions that change its rules; the records before it are complete."""
     section = FrameSection()
     section.add_cie()
     section.add_fde(CODE, 32)
@@ -138,8 +138,8 @@ def test_a_record_cut_short_is_left_out():
     assert rule_at(table, CODE + 64)[0] == CfaKind.HOLE
 
 
-def test_several_sections_are_one():
-    """Positions in the second do not count from the first."""
+def test_several_sections_are_read():
+    """Addresses in the second one are relative to where it is loaded."""
     first, second = FrameSection(), FrameSection()
     for section, start in ((first, CODE), (second, CODE + 64)):
         section.add_cie()
@@ -154,8 +154,8 @@ def test_several_sections_are_one():
     assert [rule_at(table, CODE + n)[0] for n in (0, 64)] == [CfaKind.RSP] * 2
 
 
-def test_unsorted_and_overlapping_fdes():
-    """The later start wins, the longest of equal ones, and the empty one holds nowhere."""
+def test_unsorted_and_overlapping_fdes_become_disjoint():
+    """The later start wins; of equal starts the longest; empty FDEs cover nothing."""
     section = FrameSection()
     section.add_cie()
     section.add_fde(CODE + 256, 32, b"\x0e\x10")
@@ -175,8 +175,8 @@ def test_unsorted_and_overlapping_fdes():
     assert (ends - CODE).tolist() == [64, 96, 288]
 
 
-def test_functions_thrown_away_by_the_linker_are_left_out():
-    """Their FDEs were set to zero, or point outside of code."""
+def test_functions_discarded_by_the_linker_are_left_out():
+    """The addresses of their FDEs are zero or outside code."""
     section = FrameSection()
     section.add_cie()
     section.add_null_fde()
@@ -189,8 +189,8 @@ def test_functions_thrown_away_by_the_linker_are_left_out():
     assert starts.tolist() == [CODE + 128]
 
 
-def test_null_is_no_function_where_code_is_linked_at_zero():
-    """Position independent files may be, with their header in the executable segment."""
+def test_null_is_not_a_function_even_if_code_is_linked_at_zero():
+    """Position-independent files may have their headers in the executable segment."""
     section = FrameSection()
     section.add_cie()
     section.add_null_fde()
@@ -203,7 +203,7 @@ def test_null_is_no_function_where_code_is_linked_at_zero():
 
 
 def test_sections_without_headers_are_found(tmp_path):
-    """A file without section headers has the rules of the one with them."""
+    """A file without section headers has the same rules as with them."""
     path = compile_text(tmp_path / "program", PROGRAM)
     content = bytearray(path.read_bytes())
     with_headers = build(MemorySource(bytes(content)))
@@ -215,8 +215,8 @@ def test_sections_without_headers_are_found(tmp_path):
     assert (table.rows == with_headers.rows).all()
 
 
-def test_header_is_not_believed(tmp_path):
-    """.eh_frame_hdr may hold anything."""
+def test_eh_frame_hdr_does_not_affect_rules(tmp_path):
+    """It may contain anything."""
     path = compile_text(tmp_path / "program", PROGRAM)
     content = bytearray(path.read_bytes())
     before = build(MemorySource(bytes(content)))
@@ -231,7 +231,7 @@ def test_header_is_not_believed(tmp_path):
 
 
 def test_vdso_is_read_from_memory():
-    """The kernel's own library has rules too."""
+    """The kernel's own library has rules, too."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     vdso = next((line for line in maps if line.endswith("[vdso]")), None)
     if vdso is None:
@@ -248,8 +248,8 @@ def test_vdso_is_read_from_memory():
     assert (table.find(starts)["cfa_kind"] == CfaKind.RSP).all()
 
 
-def test_functions_are_those_of_readelf(tmp_path):
-    """Each FDE's range, in order."""
+def test_functions_equal_those_of_readelf(tmp_path):
+    """Each FDE has the same range."""
     path = strip(compile_text(tmp_path / "program", PROGRAM))
     fd = os.open(path, os.O_RDONLY)
 
@@ -262,8 +262,8 @@ def test_functions_are_those_of_readelf(tmp_path):
     assert all(((starts <= row.start) & (row.end <= ends)).any() for row in rows)
 
 
-def test_compressed_section_that_expands_to_anything_is_refused():
-    """Its header says how large it is, and does not decide how much is expanded."""
+def test_decompression_bomb_is_refused():
+    """The size in the section's header limits how much is decompressed."""
     chdr = struct.pack("<IIQQ", 1, 0, 1 << 40, 1)
     small = struct.pack("<IIQQ", 1, 0, 100, 1)
     bomb = zlib.compress(bytes(100 << 20))

@@ -29,8 +29,8 @@ def small_program(tmp_path_factory):
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_damaged_files_raise_nothing_else(small_program, data):
-    """Whatever the bytes are, there is a table or a reason."""
+def test_damaged_files_raise_only_unreadable_elf(small_program, data):
+    """Any bytes yield a table or a reason."""
     content = bytearray(small_program)
     frames = content.find(b"\x14\0\0\0\0\0\0\0\x01zR\0")
     for _ in range(data.draw(st.integers(1, 20))):
@@ -53,15 +53,15 @@ def test_damaged_files_raise_nothing_else(small_program, data):
 
 @settings(max_examples=300, deadline=None)
 @given(section=st.binary(max_size=400), name=st.sampled_from([b".eh_frame", b".debug_frame"]))
-def test_random_sections_raise_nothing_else(section, name):
-    """No section is well-formed here."""
+def test_random_sections_raise_nothing(section, name):
+    """None of these sections is well-formed."""
     build(MemorySource(make_elf({name: section})))
 
 
 @settings(max_examples=300, deadline=None)
 @given(program=st.binary(max_size=120), initial=st.binary(max_size=30))
-def test_random_programs_raise_nothing_else(program, initial):
-    """Any bytes are a program, and the function beside it keeps its rule."""
+def test_random_programs_raise_nothing(program, initial):
+    """Any bytes are run as a program, and the next function keeps its rule."""
     section = FrameSection()
     section.add_cie(cie(initial))
     section.add_fde(CODE, 64, program)
@@ -96,7 +96,7 @@ def section_of(programs: list[bytes]) -> bytes:
     ],
 )
 def test_memory_is_bounded_by_the_size_of_the_section(section):
-    """What is made to grow does not grow beyond a few times the file."""
+    """Crafted sections take at most a few times their size."""
     source = MemorySource(make_elf({b".eh_frame": section}, code=b"\x90" * 0x100000))
     tracemalloc.start()
 

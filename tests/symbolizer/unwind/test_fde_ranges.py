@@ -1,4 +1,4 @@
-"""FDE ranges of real and of damaged files: from the index, from the section, and how they end."""
+"""FDE ranges of real and of damaged files, read from the index and from the section."""
 
 import contextlib
 import dataclasses
@@ -50,7 +50,7 @@ def test_index_and_section_of_real_files_agree(pattern):
 
 
 class Stripped(NamedTuple):
-    """A file, where its header for .eh_frame is and where its .eh_frame is."""
+    """A file, and where in it .eh_frame_hdr and .eh_frame are."""
 
     content: bytes
     header: int
@@ -59,7 +59,7 @@ class Stripped(NamedTuple):
     end: int
 
     def with_table(self, change) -> bytes:
-        """Return the file with another table of (first address, FDE) in its header."""
+        """Return the file with its .eh_frame_hdr's table of (first address, FDE) changed."""
         begin, end = self.header + 12, self.header + 12 + 8 * self.count
         table = np.frombuffer(self.content[begin:end], "<i4").reshape(-1, 2)
         changed = np.asarray(change(table), dtype="<i4").tobytes()
@@ -83,7 +83,7 @@ def stripped(tmp_path_factory):
 
 
 def unnamed_ranges(content: bytes) -> list[tuple[int, int]]:
-    """Return the ranges without a name that are in the table, whatever function they belong to."""
+    """Return the unnamed ranges in the symbol table, whatever function they are part of."""
     elf = read_elf(MemorySource(content))
     functions, _ = read_functions(elf)
     starts, ends = functions.starts.astype(np.int64), functions.ends.astype(np.int64)
@@ -98,29 +98,29 @@ def unnamed_ranges(content: bytes) -> list[tuple[int, int]]:
     return list(zip(starts[is_unnamed].tolist(), ends[is_unnamed].tolist(), strict=True))
 
 
-def test_table_in_any_order_gives_the_same_fde_ranges(stripped):
-    """The order is the linker's promise to the C++ runtime; it is not needed here."""
+def test_order_of_the_table_does_not_matter(stripped):
+    """The linker sorts it for the C++ runtime; we do not rely on it."""
     whole = unnamed_ranges(stripped.content)
     assert len(whole) >= len(OWN)
 
     assert unnamed_ranges(stripped.with_table(lambda table: table[::-1])) == whole
 
 
-def test_row_that_its_fde_denies_gives_nothing(stripped):
-    """A function begins where both copies of the address say so."""
+def test_row_that_contradicts_its_fde_is_ignored(stripped):
+    """A function begins where both copies of its address say so."""
     whole = unnamed_ranges(stripped.content)
     twisted = stripped.with_table(lambda table: np.column_stack([table[:, 0], table[::-1, 1]]))
     moved = stripped.with_table(lambda table: np.add(table, [1, 0]))
 
     assert set(unnamed_ranges(twisted)) <= set(whole)
-    # No row is left, so .eh_frame itself is read.
+    # No row is valid, so .eh_frame itself is read.
     assert unnamed_ranges(moved) == whole
 
 
 @pytest.mark.parametrize(
     ("at", "content"),
     [
-        (0, b"\2"),  # a version that nobody has written yet
+        (0, b"\2"),  # an unknown version
         (1, b"\xff"),  # no .eh_frame
         (2, b"\xff"),  # no count
         (3, b"\xff"),  # no table
@@ -129,14 +129,14 @@ def test_row_that_its_fde_denies_gives_nothing(stripped):
         (8, b"\0\0\0\0"),
     ],
 )
-def test_section_is_read_where_the_header_is_of_no_use(stripped, at, content):
+def test_section_is_read_if_the_header_is_unusable(stripped, at, content):
     damaged = stripped.with_bytes(stripped.header + at, content)
 
     assert unnamed_ranges(damaged) == unnamed_ranges(stripped.content)
 
 
 def test_table_may_end_early(stripped):
-    """What it does not list is left out."""
+    """Functions that it does not list are left out."""
     shorter = stripped.with_bytes(stripped.header + 8, struct.pack("<I", stripped.count - 2))
 
     found = unnamed_ranges(shorter)
@@ -146,7 +146,7 @@ def test_table_may_end_early(stripped):
 
 
 def with_sizes(stripped: Stripped, change) -> bytes:
-    """Return the file with other sizes in its FDEs, by the rows of the header's table."""
+    """Return the file with the sizes in its FDEs changed, by row of the header's table."""
     content = bytearray(stripped.content)
     for row in range(stripped.count):
         _, distance = struct.unpack_from("<ii", content, stripped.header + 12 + 8 * row)
@@ -156,11 +156,11 @@ def with_sizes(stripped: Stripped, change) -> bytes:
     return bytes(content)
 
 
-def test_fde_that_reaches_into_the_next_ends_before_it(stripped):
+def test_fde_that_overlaps_the_next_ends_before_it(stripped):
     """Each function has its own start, however long the one before it claims to be."""
     whole = unnamed_ranges(stripped.content)
 
-    last = stripped.count - 1  # which would reach out of the code
+    last = stripped.count - 1  # it would extend beyond the code
     found = unnamed_ranges(with_sizes(stripped, lambda row, size: size + 24 * (row < last)))
 
     assert {start for start, _ in whole} <= {start for start, _ in found}
@@ -168,8 +168,8 @@ def test_fde_that_reaches_into_the_next_ends_before_it(stripped):
 
 
 @pytest.mark.parametrize("size", [0, 0x7FFFFFFF, 0xFFFFFFFF])
-def test_fde_that_reaches_out_of_the_code_counts_for_nothing(stripped, size):
-    """Nor does an empty one; the others stay."""
+def test_fde_that_extends_beyond_the_code_is_ignored(stripped, size):
+    """So is an empty one; the others stay."""
     whole = unnamed_ranges(stripped.content)
     row = stripped.count - 1
 
@@ -182,7 +182,7 @@ def test_fde_that_reaches_out_of_the_code_counts_for_nothing(stripped, size):
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_damaged_headers_and_frames_raise_nothing(stripped, data):
-    """Whatever their bytes are, ranges stay disjoint and inside of the code."""
+    """With any bytes, ranges stay disjoint and inside the code."""
     content = bytearray(stripped.content)
     for _ in range(data.draw(st.integers(1, 30))):
         inside = (stripped.header, stripped.end - 1)
@@ -197,12 +197,12 @@ def test_damaged_headers_and_frames_raise_nothing(stripped, data):
 @given(section=st.binary(max_size=400))
 @example(section=b"\xff" * 400)
 def test_random_frames_raise_nothing(section):
-    """No section is well-formed here, and there is no header."""
+    """None of these sections is well-formed, and there is no header."""
     unnamed_ranges(make_elf({b".eh_frame": section}))
 
 
 def test_overlapping_fdes_become_disjoint():
-    """The later start wins, and of several with one start the longest."""
+    """The later start wins; of several with one start, the longest."""
     section = FrameSection()
     section.add_cie()
     for start, size in ((256, 32), (0, 300), (64, 16), (64, 32), (0x2FF0, 0x100)):
@@ -214,7 +214,7 @@ def test_overlapping_fdes_become_disjoint():
 
 
 def add_index(content: bytes, section: bytes, rows: int) -> bytes:
-    """Turn the last program header into one of an .eh_frame_hdr that has as many rows as asked."""
+    """Replace the last program header by one of an .eh_frame_hdr with so many rows."""
     index = struct.pack("<4BiI", 1, 0x1B, 3, 0x3B, -4, rows) + section
     phoff, offset = 64 + 56, len(content)
     address = 0x10000000
@@ -225,7 +225,7 @@ def add_index(content: bytes, section: bytes, rows: int) -> bytes:
 
 
 def test_many_rows_cost_little(tmp_path):
-    """A table of a million rows on one FDE, and one beyond the limit, end soon."""
+    """A table of a million rows for one FDE, and one beyond the limit, are read quickly."""
     content = make_elf({b".eh_frame": b"\xff" * 64}, code_addresses=(CODE, CODE))
     outcomes = []
 
@@ -249,8 +249,8 @@ def test_many_rows_cost_little(tmp_path):
     assert time.monotonic() - started < 20
 
 
-def test_large_section_without_an_index_is_left_unread(tmp_path):
-    """It would have to be walked, inside of the sampling process."""
+def test_large_section_without_an_index_is_not_read(tmp_path):
+    """It would have to be walked inside the sampling process."""
     section = FrameSection()
     section.add_cie()
     section.add_fde(CODE, 64)

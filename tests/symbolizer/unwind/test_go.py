@@ -26,8 +26,8 @@ def go_program(request, tmp_path_factory):
     return build_go(folder / "program", GO, is_stripped=request.param), symbols
 
 
-def test_go_keeps_frame_pointers_except_where_there_is_no_frame(go_program):
-    """A leaf's caller is at the stack pointer, and so is that of a function that just began."""
+def test_go_is_unwound_by_frame_pointer_except_without_a_frame(go_program):
+    """In a leaf, and at the start of any function, the return address is at rsp."""
     path, symbols = go_program
     table = read_unwind_table(path)
 
@@ -42,8 +42,8 @@ def test_go_keeps_frame_pointers_except_where_there_is_no_frame(go_program):
 @pytest.mark.parametrize(
     "name", [b"runtime.goexit.abi0", b"runtime.mstart.abi0", b"runtime.rt0_go.abi0"]
 )
-def test_go_stacks_stop_where_they_begin(go_program, name):
-    """A goroutine's, a thread's and the program's first function."""
+def test_go_stacks_stop_at_their_first_function(go_program, name):
+    """The first function of a goroutine, of a thread and of the program."""
     path, symbols = go_program
     if name not in symbols:
         name = name.removesuffix(b".abi0")
@@ -59,8 +59,8 @@ def test_go_stacks_stop_where_they_begin(go_program, name):
 
 
 @pytest.mark.parametrize("name", [b"runtime.mcall", b"runtime.morestack"])
-def test_go_threads_own_stacks_begin_where_they_are_taken(go_program, name):
-    """Before that instruction the goroutine's stack is to be followed."""
+def test_go_stacks_stop_where_the_threads_own_stack_is_taken(go_program, name):
+    """Before that instruction, the goroutine's stack is unwound."""
     path, symbols = go_program
     symbol = symbols.get(name) or symbols[name + b".abi0"]
     table = read_unwind_table(path)
@@ -69,8 +69,8 @@ def test_go_threads_own_stacks_begin_where_they_are_taken(go_program, name):
     assert rule_at(table, symbol.address + symbol.size - 1) == (CfaKind.STOP, 0, 0, 0)
 
 
-def test_go_functions_that_switch_stacks_are_left_to_the_frame_pointer(go_program):
-    """What the stack pointer was is not to be seen in them."""
+def test_go_functions_that_switch_stacks_are_unwound_by_frame_pointer(go_program):
+    """The table does not say what the stack pointer was before."""
     path, symbols = go_program
     name = next(n for n in symbols if n.startswith(b"runtime.systemstack.abi0"))
 
@@ -79,8 +79,8 @@ def test_go_functions_that_switch_stacks_are_left_to_the_frame_pointer(go_progra
     assert rule == (CfaKind.FRAME_POINTER, 0, 0, 0)
 
 
-def test_go_signal_handlers_are_crossed(go_program):
-    """The handler lies on the kernel's signal frame."""
+def test_go_signal_handlers_are_unwound(go_program):
+    """The handler's frame is below the kernel's signal frame."""
     path, symbols = go_program
     table = read_unwind_table(path)
     names = {name.removesuffix(b".abi0"): symbol for name, symbol in symbols.items()}

@@ -31,8 +31,8 @@ PLT += [pytest.param(*values, marks=needs("ld.lld", "lld")) for values in WITH_L
 
 
 @pytest.mark.parametrize(("flags", "kind", "pushed_at"), PLT)
-def test_stubs_have_rules(tmp_path, flags, kind, pushed_at):
-    """Those of lld have no call frame information, and are made of the same instructions."""
+def test_plt_stubs_have_rules(tmp_path, flags, kind, pushed_at):
+    """lld's stubs have no call frame information, but consist of the same instructions."""
     path = compile_text(tmp_path / "program", PROGRAM, *flags)
     table = read_unwind_table(path)
     sections = subprocess.run(["readelf", "-SW", path], check=True, capture_output=True, text=True)
@@ -49,7 +49,7 @@ def test_stubs_have_rules(tmp_path, flags, kind, pushed_at):
 
 
 def test_start_stops(tmp_path):
-    """Nobody has called _start, and its rules say so."""
+    """_start has no caller, and its rules say so."""
     path = compile_text(tmp_path / "program", PROGRAM)
 
     assert rule_at(read_unwind_table(path), address_of(path, b"_start")) == (CfaKind.STOP, 0, 0, 0)
@@ -68,8 +68,8 @@ def test_return_from_a_signal_is_recognised(tmp_path):
 
 
 @needs("musl-gcc", "musl-tools")
-def test_musl(tmp_path):
-    """Without call frame information: the entry point stops, signals return, both in time."""
+def test_musl_has_rules_for_entry_point_and_signal_return(tmp_path):
+    """They have no call frame information in musl."""
     path = tmp_path / "program"
     command = ["musl-gcc", "-O2", "-static", "-x", "c", "-", "-o", path]
     subprocess.run(command, input=PROGRAM.encode(), check=True, timeout=60, capture_output=True)
@@ -87,7 +87,7 @@ def test_musl(tmp_path):
 
 
 def test_stripped_program_stops_at_its_entry_point():
-    """Where no symbol is left, the header's address is enough; a call there ends it."""
+    """Without symbols, the header's address is enough; `hlt` after the call ends the function."""
     code = bytearray(b"\x90" * 0x3000)
     code[0x100:0x110] = bytes.fromhex("4831ed4889e74883e4f0e800000000")[:15] + b"\xf4"
 

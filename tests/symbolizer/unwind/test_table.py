@@ -14,8 +14,8 @@ from tests.support.frame_files import CODE, FrameSection, cie, make_elf
 from tests.support.unwind_tables import read_unwind_table, rule_at
 
 
-def test_padding_between_functions_gets_no_row():
-    """Nobody executes it; a gap that could hold an aligned function is a hole."""
+def test_padding_between_functions_has_no_row():
+    """It is never executed; a gap large enough for an aligned function is a hole."""
     section = FrameSection()
     section.add_cie()
     section.add_fde(CODE, 30)
@@ -26,12 +26,12 @@ def test_padding_between_functions_gets_no_row():
 
     kinds = [rule_at(table, CODE + n)[0] for n in (30, 31, 61, 62, 79, 110, 127)]
     assert kinds == [*[CfaKind.RSP] * 3, *[CfaKind.HOLE] * 4]
-    # The first function, at the head of the page, the hole, the third function, the hole.
+    # The first function (also at the page's start), a hole, the third function, a hole.
     assert len(table.rows) == 4
 
 
 def test_pages_repeat_the_rule_in_force():
-    """A look-up never leaves the page of its address; pages without rules are not there."""
+    """A look-up stays in the page of its address; pages without rules are omitted."""
     section = FrameSection()
     section.add_cie()
     section.add_fde(CODE + 0x100, 0x3000, b"\x0e\x20")
@@ -50,7 +50,7 @@ def test_pages_repeat_the_rule_in_force():
 
 
 def test_file_without_any_rules_has_an_empty_table():
-    """It is not an error, and costs nothing."""
+    """This is not an error, and the table takes no memory."""
     table = build(MemorySource(make_elf({})))
 
     assert (len(table.rows), len(table.pages), table.memory_bytes) == (0, 0, 0)
@@ -65,8 +65,8 @@ def far_apart(*addresses: int) -> MemorySource:
     return MemorySource(make_elf({b".eh_frame": section.content}, code_addresses=addresses))
 
 
-def test_code_far_up_has_rules():
-    """As far as the pages' numbers go; as places in the file, from wherever a process has it."""
+def test_code_at_high_addresses_has_rules():
+    """Up to the highest page number; by file offset, at any address."""
     address, highest = (1 << 44) - (1 << 16), (1 << 47) - (1 << 16)
 
     assert rule_at(build(far_apart(address)), address)[0] == CfaKind.RSP
@@ -77,8 +77,8 @@ def test_code_far_up_has_rules():
 @pytest.mark.parametrize(
     "addresses", [(1 << 44,), (1 << 48,), ((1 << 63) - (1 << 20),), (CODE, 1 << 36)]
 )
-def test_code_that_is_too_far_away_is_refused(addresses):
-    """Pages are numbered in 32 bits, and a made-up file must not need 4 billion of them."""
+def test_code_beyond_the_address_limits_is_refused(addresses):
+    """Page numbers have 32 bits, and a crafted file must not need 4 billion pages."""
     with pytest.raises(UnreadableElf) as caught:
         build(far_apart(*addresses))
 
@@ -96,8 +96,8 @@ def test_other_machines_are_refused():
     assert caught.value.reason == Miss.UNSUPPORTED
 
 
-def test_saved_table_is_loaded_as_it_was(tmp_path):
-    """Build id, pages and rows come back."""
+def test_saved_table_is_loaded_unchanged(tmp_path):
+    """Key, pages and rows are equal."""
     table = read_unwind_table("/bin/bash")
 
     table.save(tmp_path / "table")
@@ -112,7 +112,7 @@ def test_saved_table_is_loaded_as_it_was(tmp_path):
 
 
 def test_empty_table_is_saved_too(tmp_path):
-    """So that the file is not read again and again."""
+    """So its file is not read again."""
     table = build(MemorySource(make_elf({})))
 
     table.save(tmp_path / "table")
@@ -125,7 +125,7 @@ def test_empty_table_is_saved_too(tmp_path):
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_damaged_table_is_not_loaded(tmp_path_factory, data):
-    """One wrong byte anywhere, or a byte more or less, and it counts as absent."""
+    """One wrong byte anywhere, or a byte more or less, makes it count as missing."""
     path = tmp_path_factory.mktemp("damaged") / "table"
     section = FrameSection()
     section.add_cie()
@@ -144,7 +144,7 @@ def test_damaged_table_is_not_loaded(tmp_path_factory, data):
 
 
 def test_table_of_another_file_is_not_loaded(tmp_path):
-    """A table says whose it is; where there is none, there is none."""
+    """A table contains its key; a missing file has no table."""
     table = read_unwind_table("/bin/bash")
     table.save(tmp_path / "table")
 
