@@ -11,7 +11,7 @@ from typing import TextIO
 
 from profiler.flamegraph import flamegraph
 from profiler.flamegraph.flamegraph import FlameGraph
-from profiler.flamegraph.paths import FunctionTotal
+from profiler.flamegraph.paths import FunctionRow
 from profiler.text import cells, counted, fit, pad, percent, quantity
 from storage.profile import Profile
 from symbolizer.location import Frame, Kind
@@ -105,7 +105,7 @@ def tree(graph: FlameGraph, width: int) -> str:
     return "\n".join(fit(line, width) for line in lines)
 
 
-def _row(row: FunctionTotal, whole: int, unit: str) -> tuple[str, str, str, str, str, str]:
+def _row(row: FunctionRow, whole: int, unit: str) -> tuple[str, str, str, str, str, str]:
     frame = row.frame
     return (
         percent(row.self, whole),

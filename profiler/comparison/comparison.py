@@ -25,8 +25,8 @@ from profiler.text import counted, listed
 from profiler.times import length_text, rfc3339
 from storage.columns import Columns, Hasher, key_starts_ns
 from storage.profile import Profile, Window
-from storage.query.function_totals import SelfSamples, Sums, merge_sums
-from storage.query.query import Coverage, Presence, Query
+from storage.query.function_totals import FunctionTotals, SelfSamples, merge_function_totals
+from storage.query.query import Coverage, Query, ServicePresence
 from storage.selector import Selector
 from symbolizer.location import Frame
 
@@ -217,7 +217,7 @@ def of_profiles(before: Sequence[Profile], after: Sequence[Profile], name: str =
     """
     hasher = Hasher(b"comparison")
     sums = [
-        [Sums.of(Columns.of(profile, hasher), hasher).by(()) for profile in profiles]
+        [FunctionTotals.of(Columns.of(profile, hasher), hasher).by(()) for profile in profiles]
         for profiles in (before, after)
     ]
     for which, side in zip(("before", "after"), sums, strict=True):
@@ -266,8 +266,8 @@ class _Table:
     """Of each hash."""
 
     @classmethod
-    def of(cls, parts: Sequence[Sums]) -> "_Table":
-        merged = merge_sums(parts)
+    def of(cls, parts: Sequence[FunctionTotals]) -> "_Table":
+        merged = merge_function_totals(parts)
         used = np.unique(merged.rows[:, 1])  # a selection keeps the names of all functions
         hashes = merged.function_hashes[used]
         order = np.argsort(hashes)
@@ -278,7 +278,7 @@ class _Table:
         named = tuple(frames[i] for i in by_name.tolist())
         return cls(named, hashes[order], columns)
 
-    def counts(self, sums: Sums | None, hosts: dict[str, int]) -> Floats:
+    def counts(self, sums: FunctionTotals | None, hosts: dict[str, int]) -> Floats:
         """Return (self, total, both in samples) by host and function."""
         counts = np.zeros((len(hosts), len(self.hashes), 4))
         if sums is not None:
@@ -312,7 +312,7 @@ class _Table:
 class _Lives:
     """Which services were where and when, from what every object says of it."""
 
-    def __init__(self, presence: Presence) -> None:
+    def __init__(self, presence: ServicePresence) -> None:
         labels = [dict(each) for each in presence.label_sets]
         self._labels = labels
         number, self._set, self._present_ns = presence.rows.T
@@ -364,7 +364,7 @@ class _Read(NamedTuple):
     """What one side's window holds."""
 
     operand: Operand
-    sums: Sums | None
+    sums: FunctionTotals | None
     seconds: dict[str, float]
     versions: tuple[str, ...]
     coverage: Coverage
@@ -372,7 +372,7 @@ class _Read(NamedTuple):
     @classmethod
     def of(cls, query: Query, operand: Operand) -> "_Read":
         selector, window = operand
-        sums, coverage = query.sums(window, selector, by=("host",))
+        sums, coverage = query.function_totals(window, selector, by=("host",))
         known = _known(selector)
         lives = _Lives(query.presence(window, known))
         sampled = sums.service_sets if sums is not None else ()
@@ -509,7 +509,7 @@ class _Past:
             asked = [side for side in sides if self._selectors[side] == selector]
             places = [(side, number) for side in asked for number in range(len(backs))]
             windows = [self._window(side, backs[number]) for side, number in places]
-            for i, part in query.selfs(windows, selector):
+            for i, part in query.self_samples(windows, selector):
                 side, number = places[i]
                 found[side][number] += table.samples(part, numbers[side])
         return found

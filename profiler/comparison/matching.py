@@ -14,7 +14,7 @@ from profiler.comparison.rollouts import SETTLED_WINDOWS, Deployment, Kind
 from profiler.comparison.verdict import MIN_HOSTS, MIN_POSITIONS, MIN_REPLICATES
 from profiler.times import NS_PER_S, rfc3339
 from storage.profile import Window
-from storage.query.query import HOUR_NS, Presence
+from storage.query.query import HOUR_NS, ServicePresence
 from storage.selector import Matcher, Operator, Selector
 
 _GRID_NS = GRIDS_NS[0][1]
@@ -48,7 +48,7 @@ class Match(NamedTuple):
         return {"compare": compare or None, "compare_reason": self.reason}
 
 
-def lives_of(presence: Presence) -> dict[str, Window]:
+def lives_of(presence: ServicePresence) -> dict[str, Window]:
     """Return from when until when each service is known to have been there."""
     numbers = presence.rows[:, 0]
     found: dict[str, Window] = {}

@@ -28,7 +28,7 @@ import numpy as np
 from profiler.comparison.announcements import Announcement
 from profiler.times import NS_PER_S
 from storage.profile import Integers
-from storage.query.query import Presence
+from storage.query.query import ServicePresence
 
 PAUSE_NS = 1800 * NS_PER_S
 """The longest pause inside a rollout: hosts that change later are another deployment, and those
@@ -107,7 +107,7 @@ class Sightings:
     rows: Integers
 
     @classmethod
-    def of(cls, presence: Presence) -> "Sightings":
+    def of(cls, presence: ServicePresence) -> "Sightings":
         """Take what has a service and a version from the presence of services."""
         numbers: dict[Instance, int] = {}
         of_set = []

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from profiler.flamegraph.paths import FunctionTotal, Group, Paths, sum_by
+from profiler.flamegraph.paths import FunctionRow, Group, Paths, sum_by
 from storage.profile import Indices, Integers, Profile
 from symbolizer.location import Frame, Kind
 
@@ -296,7 +296,7 @@ def grow(
     return _lay_out((*paths.frames, paths.root, DEEPER, REST), levels, (reached, number))
 
 
-def top_functions(profile: Profile, group: Group = Group.FUNCTION) -> list[FunctionTotal]:
+def top_functions(profile: Profile, group: Group = Group.FUNCTION) -> list[FunctionRow]:
     """Return the table of functions, largest self first. Recursion is counted once in the total."""
     return Paths.of(profile, (), group).functions()
 

@@ -35,7 +35,7 @@ class Group(StrEnum):
     MODULE = "module"
 
 
-class FunctionTotal(NamedTuple):
+class FunctionRow(NamedTuple):
     """A row of the table: `self` where the function is the leaf, `total` where it is anywhere."""
 
     frame: Frame
@@ -45,7 +45,7 @@ class FunctionTotal(NamedTuple):
     total_samples: int
 
 
-class Found(NamedTuple):
+class Matches(NamedTuple):
     """What a search has found: the paths with a match, and how many functions match."""
 
     total: int
@@ -198,7 +198,7 @@ class Paths:
         root = self.frames[path[-1]]
         return replace(chosen, starts=chosen.starts + 1, root=root, heads=max(0, chosen.heads - 1))
 
-    def search(self, text: str) -> Found:
+    def search(self, text: str) -> Matches:
         """Count the paths with a function or module that has `text` in it, in any case.
 
         The root is one of the functions too: what stands below a match is found.
@@ -219,7 +219,7 @@ class Paths:
         if self.root is not ROOT and matches(self.root):
             is_found[:] = True
         samples = int(self.samples[is_found].sum())
-        return Found(int(self.values[is_found].sum()), samples, int(is_used.sum()))
+        return Matches(int(self.values[is_found].sum()), samples, int(is_used.sum()))
 
     def pairs(self) -> tuple[Integers, Integers]:
         """Return which function is in which path: numbers of paths, and of their boxes."""
@@ -239,7 +239,7 @@ class Paths:
         owner, box = np.divmod(words[np.diff(words, prepend=-1) > 0], count)
         return owner, box
 
-    def functions(self) -> list[FunctionTotal]:
+    def functions(self) -> list[FunctionRow]:
         """Return the table of functions, largest self first; recursion counts once in the total.
 
         Labels are none, and neither is the root.
@@ -254,12 +254,12 @@ class Paths:
         filled = np.flatnonzero(self.ends > self.starts) if size else np.zeros(0, np.int64)
         leaves = self.boxes[self.ends[filled] - 1].astype(np.int64)
         filled, leaves = filled[leaves < count], leaves[leaves < count]
-        selves = [sum_by(leaves, column[filled], count) for column in columns]
-        order = np.lexsort((np.arange(count), -totals[0], -selves[0]))
-        table = (selves[0], totals[0], selves[1], totals[1])
+        self_totals = [sum_by(leaves, column[filled], count) for column in columns]
+        order = np.lexsort((np.arange(count), -totals[0], -self_totals[0]))
+        table = (self_totals[0], totals[0], self_totals[1], totals[1])
         rows = zip(*(column[order].tolist() for column in table), strict=True)
         return [
-            FunctionTotal(self.frames[number], *row)
+            FunctionRow(self.frames[number], *row)
             for number, row in zip(order.tolist(), rows, strict=True)
         ]
 

@@ -361,7 +361,7 @@ class Answers:
             table = self._query.interruptible(check).functions(
                 question.window, question.selector, (), question.type
             )
-            rows = _rows_of_sums(table)
+            rows = _rows_of_totals(table)
             unit, total, samples = table.unit, table.total, table.samples
             coverage = table.coverage
         else:
@@ -813,7 +813,7 @@ _SORTS: dict[str, Callable[[_Row], tuple[object, ...]]] = {
 SORTS = tuple(_SORTS)
 
 
-def _rows_of_sums(table: Functions) -> list[_Row]:
+def _rows_of_totals(table: Functions) -> list[_Row]:
     return [
         (row.frame, (row.self, row.total, row.self_samples, row.total_samples))
         for row in table.rows

@@ -28,13 +28,13 @@ import orjson
 from storage.columns import Columns, Texts, Times
 from storage.formats import pprof
 from storage.profile import Accounting, Host, Labels, Window
-from storage.query.function_totals import Sums
-from storage.query.self_samples import Selfs
+from storage.query.function_totals import FunctionTotals
+from storage.query.self_samples import ObjectSelfSamples
 from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
 
 DEFAULT_LIMIT_BYTES = 1 << 30
 
-_VERSION = 4
+_VERSION = 5
 """Of the arrays' meaning. What an object is read as also depends on pprof's schema."""
 
 _PREFIX = struct.Struct("<8sII")
@@ -46,15 +46,16 @@ _BULK = frozenset({"texts.blob", "stack_words", "lines", "line_samples"})
 _TOUCH_AFTER_NS = 60 * 1_000_000_000
 """Last uses are kept to the minute."""
 
-_Kept = TypeVar("_Kept", Columns, Sums, Times, Selfs)
-_LONG_KEPT = frozenset({".times", ".selfs"})
+_Kind = type[Columns] | type[FunctionTotals] | type[Times] | type[ObjectSelfSamples]
+_Kept = TypeVar("_Kept", Columns, FunctionTotals, Times, ObjectSelfSamples)
+_LONG_KEPT = frozenset({".times", ".objectselfsamples"})
 """Comparisons ask for these of many days: what is evicted first is all else, while they take no
 more than this part of the limit."""
 _LONG_KEPT_PART = 4
 
 
 class DecodedCache:
-    """Columns, Sums, Times, Selfs by name.
+    """Columns, FunctionTotals, Times, ObjectSelfSamples by name.
 
     What cannot be written or read is slower, never an error.
     """
@@ -115,7 +116,7 @@ class DecodedCache:
         if is_due:
             self._evict()
 
-    def touch(self, kind: type[Columns | Sums | Times | Selfs], name: str) -> int:
+    def touch(self, kind: _Kind, name: str) -> int:
         """Mark a saved file as used without reading it; return its size, 0 if it is gone."""
         path = self._path(kind, name)
         try:
@@ -131,7 +132,7 @@ class DecodedCache:
     def size_bytes(self) -> int:
         return sum(size for _, size, _ in self._files())
 
-    def _path(self, kind: type[Columns | Sums | Times | Selfs], name: str) -> Path:
+    def _path(self, kind: _Kind, name: str) -> Path:
         return self._folder / f"{name}.{kind.__name__.lower()}"
 
     def _files(self) -> list[tuple[int, int, Path]]:
@@ -193,7 +194,7 @@ def _read_secret(folder: Path) -> bytes:
     return secret
 
 
-def pack(value: Columns | Sums | Times | Selfs, note: Any = None) -> bytes:
+def pack(value: Columns | FunctionTotals | Times | ObjectSelfSamples, note: Any = None) -> bytes:
     """Return a value as the content of a file.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Sums: what timelines and tables of functions need of profiles, without their stacks.
+"""Function totals: what timelines and tables of functions need of profiles, without their stacks.
 
 Computed once per decoded object or hour, a fiftieth of its stacks' size. Functions are told apart
 as boxes of the flame graph are: by (function, module, kind); recursion counts once in the total.
@@ -33,13 +33,13 @@ PROCESS_LABELS = frozenset({"comm", "pid", "thread", "tid"})
 """Labels that tell the processes and threads of one service apart."""
 
 _DENSE_LIMIT = 1 << 16
-"""Sums that are cheap to lay out in full, however few lines there are."""
+"""FunctionTotals that are cheap to lay out in full, however few lines there are."""
 
 NO_FILE, FILES_DIFFER = 0, 1
 """What the file of a function says instead of 2 + the number of its text."""
 
 
-class FunctionSum(NamedTuple):
+class FunctionTotal(NamedTuple):
     """What one function cost under one label set: `self` as the leaf, `total` anywhere."""
 
     labels: Labels
@@ -60,7 +60,7 @@ class SelfSamples(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sums:
+class FunctionTotals:
     """Per-object times and per-service functions of some profiles.
 
     `times` and `objects` are those of Columns and refer to `label_sets`. `functions` has a line
@@ -87,7 +87,7 @@ class Sums:
     @classmethod
     def of(
         cls, columns: Columns, hasher: Hasher, left_out: frozenset[str] = PROCESS_LABELS
-    ) -> "Sums":
+    ) -> "FunctionTotals":
         """Add up the functions of every stack, by the labels that are not left out."""
         boxes = _Boxes.of(columns, hasher)
         of_label, service_sets = service_sets_of(columns.label_sets, left_out)
@@ -109,7 +109,7 @@ class Sums:
             counts=counts,
         )
 
-    def filter(self, selector: Selector) -> "Sums":
+    def filter(self, selector: Selector) -> "FunctionTotals":
         """Return what is asked for. The functions know nothing of PROCESS_LABELS."""
         if not selector.matchers:
             return self
@@ -128,14 +128,14 @@ class Sums:
     def self_samples(self) -> SelfSamples:
         return SelfSamples(self.service_sets, self.function_hashes, self.rows, self.counts[:, 2])
 
-    def function_sums(self, limit: int | None = None) -> Iterator[FunctionSum]:
+    def function_totals(self, limit: int | None = None) -> Iterator[FunctionTotal]:
         """Return the table, largest self first, then largest total."""
         order = np.lexsort((-self.counts[:, 1], -self.counts[:, 0]))[:limit]
         used = np.unique(self.rows[order, 1])
         frames = dict(zip(used.tolist(), self.frames(used), strict=True))
         rows, counts = self.rows[order].tolist(), self.counts[order].tolist()
         for (labels, function), numbers in zip(rows, counts, strict=True):
-            yield FunctionSum(self.service_sets[labels], frames[function], *numbers)
+            yield FunctionTotal(self.service_sets[labels], frames[function], *numbers)
 
     def frames(self, numbers: Integers) -> list[Frame]:
         """Return what some lines of `functions` say."""
@@ -155,7 +155,7 @@ class Sums:
             for function, module, kind, file, known in shown
         ]
 
-    def by(self, names: Sequence[str]) -> "Sums":
+    def by(self, names: Sequence[str]) -> "FunctionTotals":
         """Add up the functions of the service sets that agree on these labels."""
         wanted = set(names)
         reduced = [
@@ -170,17 +170,17 @@ class Sums:
         return replace(self, service_sets=tuple(numbers), rows=rows, counts=counts)
 
 
-def merge_sums(parts: Sequence[Sums]) -> Sums:
-    """Add up the sums of different objects. The accounting is added up as well.
+def merge_function_totals(parts: Sequence[FunctionTotals]) -> FunctionTotals:
+    """Add up the function totals of different objects. The accounting is added up as well.
 
     Raises:
         ValueError: there is none, or they measure different things.
     """
     if not parts:
-        raise ValueError("cannot merge: no sums given")
+        raise ValueError("cannot merge: no function totals given")
     first = parts[0]
     if any((part.type, part.unit) != (first.type, first.unit) for part in parts):
-        raise ValueError("cannot merge: the sums are of different types or units")
+        raise ValueError("cannot merge: the function totals are of different types or units")
     window, accounting = first.window, Accounting()
     for part in parts:
         window = window.union(part.window)
@@ -201,7 +201,7 @@ def merge_sums(parts: Sequence[Sums]) -> Sums:
         ),
         np.concatenate([part.counts for part in parts]),
     )
-    return Sums(
+    return FunctionTotals(
         type=first.type,
         unit=first.unit,
         window=window,
@@ -227,7 +227,7 @@ class _MergedFunctions(NamedTuple):
     """By part, the new number of each old function."""
 
     @classmethod
-    def of(cls, parts: Sequence[Sums]) -> "_MergedFunctions":
+    def of(cls, parts: Sequence[FunctionTotals]) -> "_MergedFunctions":
         texts: dict[bytes, int] = {}
         tables = []
         hashes = np.concatenate([part.function_hashes for part in parts])

@@ -73,8 +73,14 @@ from storage.profile import (
     Window,
 )
 from storage.query.cache import DEFAULT_LIMIT_BYTES, DecodedCache, pack, unpack
-from storage.query.function_totals import PROCESS_LABELS, FunctionSum, SelfSamples, Sums, merge_sums
-from storage.query.self_samples import Selfs, join_selfs
+from storage.query.function_totals import (
+    PROCESS_LABELS,
+    FunctionTotal,
+    FunctionTotals,
+    SelfSamples,
+    merge_function_totals,
+)
+from storage.query.self_samples import ObjectSelfSamples, join_self_samples
 from storage.selector import Selector
 
 HOUR_NS = 3600 * NS_PER_S
@@ -104,10 +110,10 @@ _ENDING = {signal.SIGINT, signal.SIGTERM}
 EMPTY = Selector()
 
 _Done = TypeVar("_Done")
-_KINDS = (Columns, Sums, Times, Selfs)
-_Kept = TypeVar("_Kept", Columns, Sums, Times, Selfs)
-_Made = TypeVar("_Made", Columns, Sums, Times)
-_Rows = TypeVar("_Rows", Columns, Sums)
+_KINDS = (Columns, FunctionTotals, Times, ObjectSelfSamples)
+_Kept = TypeVar("_Kept", Columns, FunctionTotals, Times, ObjectSelfSamples)
+_Made = TypeVar("_Made", Columns, FunctionTotals, Times)
+_Rows = TypeVar("_Rows", Columns, FunctionTotals)
 
 
 class Skipped(NamedTuple):
@@ -164,7 +170,7 @@ class Timeline:
 
 
 @dataclass(frozen=True, slots=True)
-class Presence:
+class ServicePresence:
     """Which services were there, object by object, sampled or not.
 
     `objects` has a line (start_ns, end_ns) per object, `rows` a line (object, label set,
@@ -183,7 +189,7 @@ class Functions:
 
     type: str
     unit: str
-    rows: tuple[FunctionSum, ...]
+    rows: tuple[FunctionTotal, ...]
     total: int
     samples: int
     coverage: Coverage
@@ -314,19 +320,19 @@ class Query:
         count = -(-(window.end_ns - origin_ns) // step_ns)
         totals = {name: np.zeros(count, np.int64) for name in OBJECT_FIELDS[3:]}
         sums: dict[Labels, Integers] = {}
-        lives: list[tuple[int, int, int]] = []
+        intervals: list[tuple[int, int, int]] = []
         for part in parts:
             # An object may begin a fraction of a second before the whole second of its key.
             step = (part.objects[:, 0] - origin_ns) // step_ns
             step = np.clip(step, 0, count - 1)
             for i, name in enumerate(OBJECT_FIELDS[3:], start=3):
                 np.add.at(totals[name], step, part.objects[:, i])
-            lives.extend(zip(step.tolist(), *part.objects[:, :2].T.tolist(), strict=True))
+            intervals.extend(zip(step.tolist(), *part.objects[:, :2].T.tolist(), strict=True))
             _add_series(sums, part.filter(selector), step, by, count)
         series = [Series(labels, *sum_.T) for labels, sum_ in sums.items()]
         series.sort(key=lambda each: (-int(each.values.sum()), each.labels))
         unit = parts[0].unit if parts else "nanoseconds"
-        covered = _union_of_lives(lives, count)
+        covered = _covered_ns(intervals, count)
         return Timeline(type, unit, origin_ns, step_ns, tuple(series), totals, covered, coverage)
 
     def functions(
@@ -338,23 +344,23 @@ class Query:
         limit: int | None = None,
     ) -> Functions:
         """Return what each function cost under each combination of `by`, at most `limit` rows."""
-        merged, coverage = self.sums(window, selector, by, type)
+        merged, coverage = self.function_totals(window, selector, by, type)
         if merged is None:
             return Functions(type, "nanoseconds" if type == "cpu" else "count", (), 0, 0, coverage)
         samples, total = merged.time_counts.sum(axis=0).tolist()
-        rows = tuple(merged.function_sums(limit))
+        rows = tuple(merged.function_totals(limit))
         return Functions(type, merged.unit, rows, total, samples, coverage)
 
-    def sums(
+    def function_totals(
         self,
         window: Window,
         selector: Selector = EMPTY,
         by: Sequence[str] = ("service",),
         type: str = "cpu",  # noqa: A002
-    ) -> tuple[Sums | None, Coverage]:
+    ) -> tuple[FunctionTotals | None, Coverage]:
         """Return the same as arrays, and nothing where nothing is."""
         parts, coverage = self.parts(window, selector, by, type)
-        return (merge_sums(parts).by(by) if parts else None), coverage
+        return (merge_function_totals(parts).by(by) if parts else None), coverage
 
     def parts(
         self,
@@ -362,7 +368,7 @@ class Query:
         selector: Selector = EMPTY,
         by: Sequence[str] = ("service",),
         type: str = "cpu",  # noqa: A002
-    ) -> tuple[list[Sums], Coverage]:
+    ) -> tuple[list[FunctionTotals], Coverage]:
         """Return sums of parts of a window: who needs them under known names need not merge them.
 
         Stacks are read only for labels of single processes (PROCESS_LABELS), which sums leave out.
@@ -371,14 +377,18 @@ class Query:
             read = self._read(self._stacks, window)
             stacks, coverage = _chosen(read, window, selector, type)
             left_out = PROCESS_LABELS.difference(by)
-            parts = [Sums.of(part.filter(selector), self._hasher, left_out) for part in stacks]
+            parts = [
+                FunctionTotals.of(part.filter(selector), self._hasher, left_out) for part in stacks
+            ]
         else:
-            fold = _folding(merge_sums, selector)
-            sums, coverage = _chosen(self._read(self._sums, window), window, selector, type, fold)
+            fold = _folding(merge_function_totals, selector)
+            sums, coverage = _chosen(
+                self._read(self._function_totals, window), window, selector, type, fold
+            )
             parts = [part.filter(selector) for part in sums]
         return parts, coverage
 
-    def selfs(
+    def self_samples(
         self, windows: Sequence[Window], selector: Selector = EMPTY
     ) -> Iterator[tuple[int, SelfSamples]]:
         """Return what each function cost itself in each of some windows, part by part.
@@ -391,20 +401,26 @@ class Query:
                 for part in self.parts(window, selector, ("host",))[0]:
                     yield i, part.self_samples()
             return
-        for loaded in self._read_around(Selfs, self._selfs, windows):
-            selfs = loaded.value
-            if selfs is None or selfs.type != "cpu" or not _has_host(selfs.accounting, selector):
+        for loaded in self._read_around(ObjectSelfSamples, self._self_samples, windows):
+            self_samples = loaded.value
+            if (
+                self_samples is None
+                or self_samples.type != "cpu"
+                or not _has_host(self_samples.accounting, selector)
+            ):
                 continue
             for i, window in enumerate(windows):
-                if _overlap(window, selfs.window):
-                    yield i, selfs.inside(window, selector)
+                if _overlap(window, self_samples.window):
+                    yield i, self_samples.inside(window, selector)
 
-    def presence(self, window: Window, selector: Selector = EMPTY) -> Presence:
+    def presence(self, window: Window, selector: Selector = EMPTY) -> ServicePresence:
         """Return for how long each service that is asked for was there in each object."""
         read = self._read_around(Times, self._times, [window])
         parts, coverage = _chosen(read, window, selector, "cpu")
         if not parts:
-            return Presence(np.zeros((0, 2), np.int64), (), np.zeros((0, 3), np.int64), coverage)
+            return ServicePresence(
+                np.zeros((0, 2), np.int64), (), np.zeros((0, 3), np.int64), coverage
+            )
         is_inside, lines = [], []
         for part in parts:
             starts_ns = key_starts_ns(part.objects)
@@ -418,7 +434,7 @@ class Query:
         chosen = np.concatenate(is_inside)
         rows[:, 0] = (np.cumsum(chosen) - 1)[rows[:, 0]]
         objects = np.concatenate([part.objects[:, :2] for part in parts])[chosen]
-        return Presence(objects.astype(np.int64), label_sets, rows, coverage)
+        return ServicePresence(objects.astype(np.int64), label_sets, rows, coverage)
 
     def labels(self, window: Window, selector: Selector = EMPTY) -> dict[str, dict[str, int]]:
         """Return the names of labels, their values, and the samples each value has."""
@@ -523,7 +539,7 @@ class Query:
         return sum(sizes) if all(sizes) else 0
 
     def _read_group(self, group: Sequence["_Object"]) -> None:
-        for reader in (self._stacks, self._sums, self._times, self._selfs):
+        for reader in (self._stacks, self._function_totals, self._times, self._self_samples):
             if len(group) > 1:
                 reader.of_span(group)
             else:
@@ -598,16 +614,16 @@ class Query:
         return _Reader(self._columns_of_object, self._columns_of_span)
 
     @property
-    def _sums(self) -> "_Reader[Sums]":
-        return self._made(Sums, lambda columns: Sums.of(columns, self._hasher))
+    def _function_totals(self) -> "_Reader[FunctionTotals]":
+        return self._made(FunctionTotals, lambda columns: FunctionTotals.of(columns, self._hasher))
 
     @property
     def _times(self) -> "_Reader[Times]":
         return self._made(Times, Times.of)
 
     @property
-    def _selfs(self) -> "_Reader[Selfs]":
-        return _Reader(self._selfs_of_object, self._selfs_of_span)
+    def _self_samples(self) -> "_Reader[ObjectSelfSamples]":
+        return _Reader(self._self_samples_of_object, self._self_samples_of_span)
 
     def _made(self, kind: type[_Made], make: Callable[[Columns], _Made]) -> "_Reader[_Made]":
         """Return a reader of what is made of the columns, and kept beside them."""
@@ -647,23 +663,27 @@ class Query:
                     return loaded
         return _Loaded((object_.stored.key,), known[0])
 
-    def _selfs_of_object(self, object_: "_Object") -> "_Loaded[Selfs]":
-        (loaded,) = self._selfs_of_span([object_])
+    def _self_samples_of_object(self, object_: "_Object") -> "_Loaded[ObjectSelfSamples]":
+        (loaded,) = self._self_samples_of_span([object_])
         return loaded
 
-    def _selfs_of_span(self, objects: Sequence["_Object"]) -> list["_Loaded[Selfs]"]:
-        known = self._known_span(Selfs, objects)
+    def _self_samples_of_span(
+        self, objects: Sequence["_Object"]
+    ) -> list["_Loaded[ObjectSelfSamples]"]:
+        known = self._known_span(ObjectSelfSamples, objects)
         if known is not None:
             return [known]
         name = self._name(objects)
         with self._turns.of(name, self._check):
-            known = self._known_span(Selfs, objects)
+            known = self._known_span(ObjectSelfSamples, objects)
             if known is not None:
                 return [known]
             read = self._merge_span(objects)
-            if any(each.value is not None and each.selfs is None for each in read):
+            if any(each.value is not None and each.self_samples is None for each in read):
                 read = self._merge_span(objects, anew=True)  # some part's stacks alone were kept
-        return [_Loaded(each.keys, each.selfs, each.skipped, each.is_lasting) for each in read]
+        return [
+            _Loaded(each.keys, each.self_samples, each.skipped, each.is_lasting) for each in read
+        ]
 
     def _columns_of_span(self, objects: Sequence["_Object"]) -> list["_Loaded[Columns]"]:
         """Return a host's span as one, or its objects one by one where they do not add up."""
@@ -699,8 +719,10 @@ class Query:
             whole = replace(read[0], keys=keys)
         else:
             is_lasting = all(loaded.is_lasting for loaded in read)
-            selfs = _join_selfs(read)
-            whole = _Loaded(keys, merge_columns(columns), skipped, is_lasting, selfs=selfs)
+            self_samples = _join_parts_self_samples(read)
+            whole = _Loaded(
+                keys, merge_columns(columns), skipped, is_lasting, self_samples=self_samples
+            )
         if whole.is_lasting:
             self._keep(whole, self._name(objects))
         return [whole]
@@ -710,8 +732,8 @@ class Query:
             self._cache.save_packed(Columns, loaded.packed, name)
         elif loaded.value is not None:
             self._cache.save(loaded.value, name, loaded.skipped)
-        if loaded.selfs is not None:
-            self._cache.save(loaded.selfs, name, loaded.skipped)
+        if loaded.self_samples is not None:
+            self._cache.save(loaded.self_samples, name, loaded.skipped)
 
     def _cached_parts(
         self, objects: Sequence["_Object"]
@@ -732,12 +754,12 @@ class Query:
         return read, missing
 
     def _known_part(self, objects: Sequence["_Object"]) -> "_Loaded[Columns] | None":
-        """Return what is kept of a part that is to be merged, with its selfs if they are kept."""
+        """Return what is kept of a part to be merged, with its self samples if they are kept."""
         known = self._known_span(Columns, objects)
         if known is None:
             return None
-        selfs = self._cache.load(Selfs, self._name(objects))
-        return replace(known, selfs=selfs[0] if selfs else None)
+        self_samples = self._cache.load(ObjectSelfSamples, self._name(objects))
+        return replace(known, self_samples=self_samples[0] if self_samples else None)
 
     def _name(self, objects: Sequence["_Object"]) -> str:
         """Name what is decoded from objects. Time and size tell a repaired one from a damaged."""
@@ -808,9 +830,9 @@ class Query:
                     keys,
                     unpack(Columns, packed)[0],
                     packed=packed,
-                    selfs=unpack(Selfs, packed_selfs)[0],
+                    self_samples=unpack(ObjectSelfSamples, packed_self_samples)[0],
                 )
-                for keys, packed, packed_selfs in parts
+                for keys, packed, packed_self_samples in parts
             ]
             return _Decoded(unpacked, failures)
 
@@ -833,7 +855,7 @@ class _Loaded(Generic[_Kept]):
     """Asking again gives the same: nothing was missing for a reason that may pass."""
     packed: bytes = b""
     """The value as the cache keeps it, where a worker has made that."""
-    selfs: Selfs | None = None
+    self_samples: ObjectSelfSamples | None = None
     """Of columns: those of each object. Nothing tells them of objects that are merged."""
 
     def made(self: "_Loaded[Columns]", make: Callable[[Columns], _Made]) -> "_Loaded[_Made]":
@@ -910,14 +932,16 @@ def _join(loaded: Sequence[_Loaded[Columns]]) -> list[_Loaded[Columns]]:
     skipped = tuple(itertools.chain.from_iterable(each.skipped for each in loaded))
     is_lasting = all(each.is_lasting for each in loaded)
     merged = merge_columns(columns)
-    return [_Loaded(keys, merged, skipped, is_lasting, selfs=_join_selfs(loaded))]
+    return [
+        _Loaded(keys, merged, skipped, is_lasting, self_samples=_join_parts_self_samples(loaded))
+    ]
 
 
-def _join_selfs(loaded: Sequence[_Loaded[Columns]]) -> Selfs | None:
-    """Put the selfs of parts together, if those of each are known."""
-    selfs = [each.selfs for each in loaded if each.value is not None]
-    known = [each for each in selfs if each is not None]
-    return join_selfs(known) if known and len(known) == len(selfs) else None
+def _join_parts_self_samples(loaded: Sequence[_Loaded[Columns]]) -> ObjectSelfSamples | None:
+    """Put the self samples of parts together, if those of each are known."""
+    self_samples = [each.self_samples for each in loaded if each.value is not None]
+    known = [each for each in self_samples if each is not None]
+    return join_self_samples(known) if known and len(known) == len(self_samples) else None
 
 
 def _failed(key: str, reason: str, is_lasting: bool = True) -> _Loaded[Columns]:
@@ -1032,9 +1056,9 @@ def _work(
     """Decode in a worker; what it answers is packed, as in the cache."""
     parts, failures = decode_objects(fetched, _hasher_of(secret))
     packed = [
-        (part.keys, pack(part.value), pack(part.selfs))
+        (part.keys, pack(part.value), pack(part.self_samples))
         for part in parts
-        if part.value is not None and part.selfs is not None
+        if part.value is not None and part.self_samples is not None
     ]
     return packed, failures
 
@@ -1054,8 +1078,10 @@ def decode_objects(fetched: Iterable[tuple[ObjectKey, bytes]], hasher: Hasher) -
     for group in alike.values():
         some = [columns for _, columns in group]
         merged = some[0] if len(some) == 1 else merge_columns(some)
-        selfs = join_selfs([Selfs.of(columns, hasher) for columns in some])
-        parts.append(_Loaded(tuple(key for key, _ in group), merged, selfs=selfs))
+        self_samples = join_self_samples(
+            [ObjectSelfSamples.of(columns, hasher) for columns in some]
+        )
+        parts.append(_Loaded(tuple(key for key, _ in group), merged, self_samples=self_samples))
     return _Decoded(parts, failures)
 
 
@@ -1193,11 +1219,11 @@ def map_ahead(
             future.cancel()
 
 
-def _union_of_lives(lives: list[tuple[int, int, int]], steps: int) -> Integers:
+def _covered_ns(intervals: list[tuple[int, int, int]], steps: int) -> Integers:
     """Return per step how long its objects, (step, start, end), last together, overlaps once."""
     covered = np.zeros(steps, np.int64)
     reached = (-1, 0)
-    for step, start, end in sorted(lives):
+    for step, start, end in sorted(intervals):
         begun = max(start, reached[1]) if step == reached[0] else start
         covered[step] += max(0, end - begun)
         reached = (step, max(begun, end))

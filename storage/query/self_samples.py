@@ -1,4 +1,4 @@
-"""Selfs: what the noise of a comparison needs of the past, object by object and without any name.
+"""Self samples of each object, without names: the noise of a comparison is estimated from them.
 
 How many self samples each function had under each service, as `storage.query.function_totals` tells
 both apart. It is a sixth of the stacks' size, and kept for each object on its own, so that any
@@ -24,12 +24,12 @@ from storage.selector import Selector
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Selfs:
+class ObjectSelfSamples:
     """Self samples of some profiles.
 
     `objects` has a line (start_ns, end_ns) per object, and
     `lines[line_offsets[i]:line_offsets[i + 1]]` (service set, function) are those of object i, with
-    their `line_samples`. Functions are hashes alone, those of `Sums.function_hashes`.
+    their `line_samples`. Functions are hashes alone, those of `FunctionTotals.function_hashes`.
     """
 
     type: str
@@ -44,7 +44,7 @@ class Selfs:
     line_samples: Numbers
 
     @classmethod
-    def of(cls, columns: Columns, hasher: Hasher) -> "Selfs":
+    def of(cls, columns: Columns, hasher: Hasher) -> "ObjectSelfSamples":
         """Add up the leaves of one object's stacks, by the labels of its services."""
         of_label, service_sets = service_sets_of(columns.label_sets, PROCESS_LABELS)
         stack_offsets = columns.stack_offsets.astype(np.int64)
@@ -88,7 +88,7 @@ class Selfs:
         return SelfSamples(self.service_sets, self.function_hashes, lines, samples)
 
 
-def join_selfs(parts: Sequence[Selfs]) -> Selfs:
+def join_self_samples(parts: Sequence[ObjectSelfSamples]) -> ObjectSelfSamples:
     """Put the objects of parts one after the other.
 
     Raises:
@@ -115,7 +115,7 @@ def join_selfs(parts: Sequence[Selfs]) -> Selfs:
         mine = part.lines.astype(np.int64)
         lines.append(np.stack([sets[mine[:, 0]], of_hash[mine[:, 1]]], axis=1))
     lengths = [np.diff(part.line_offsets.astype(np.int64)) for part in parts]
-    return Selfs(
+    return ObjectSelfSamples(
         type=parts[0].type,
         unit=parts[0].unit,
         window=window,

@@ -27,9 +27,9 @@ from storage.profile import (
     merge,
 )
 from storage.query.cache import DecodedCache
-from storage.query.function_totals import Sums, merge_sums
+from storage.query.function_totals import FunctionTotals, merge_function_totals
 from storage.query.query import HOUR_NS, LateWorkers, Query, Turns, start_workers
-from storage.query.self_samples import Selfs, join_selfs
+from storage.query.self_samples import ObjectSelfSamples, join_self_samples
 from storage.selector import Matcher, Operator, Selector
 from tests.support import profiles as some
 from tests.support.live import wait_for
@@ -180,23 +180,23 @@ def test_sums_of_functions_are_those_of_the_stacks(profiles):
             Columns.of(profile, HASHER),
             pprof_arrays.decode(pprof.encode(profile), HASHER),
         ):
-            sums = Sums.of(columns, HASHER).by(())
-            assert by_function(sums.function_sums()) == by_function(expected)
-            assert {row.frame for row in sums.function_sums() if row.total_samples} == files
+            totals = FunctionTotals.of(columns, HASHER).by(())
+            assert by_function(totals.function_totals()) == by_function(expected)
+            assert {row.frame for row in totals.function_totals() if row.total_samples} == files
 
 
 @given(st.lists(some.profiles(), min_size=1, max_size=4))
 def test_sums_add_up_over_objects(profiles):
     """The sum of what each object's functions cost, whatever the order of the objects."""
-    sums = [Sums.of(Columns.of(profile, HASHER), HASHER) for profile in profiles]
+    totals = [FunctionTotals.of(Columns.of(profile, HASHER), HASHER) for profile in profiles]
     expected: Counter[tuple[object, ...]] = Counter()
     for profile in profiles:
         for row in flamegraph.top_functions(profile):
             expected[row.frame[:3]] += row.self_samples
 
-    for parts in (sums, sums[::-1]):
-        merged = merge_sums(parts).by(())
-        found = {row.frame[:3]: row.self_samples for row in merged.function_sums()}
+    for parts in (totals, totals[::-1]):
+        merged = merge_function_totals(parts).by(())
+        found = {row.frame[:3]: row.self_samples for row in merged.function_totals()}
         assert +Counter(found) == +expected
 
 
@@ -205,11 +205,11 @@ def test_self_samples_are_those_of_the_sums(profiles):
     """Of every service and function, of one object and of several."""
     for some_of_them in (profiles[:1], profiles):
         columns = [pprof_arrays.decode(pprof.encode(profile), HASHER) for profile in some_of_them]
-        joined = join_selfs([Selfs.of(each, HASHER) for each in columns])
+        joined = join_self_samples([ObjectSelfSamples.of(each, HASHER) for each in columns])
         everything = joined.inside(Window(0, 2**63 - 1), Selector())
-        sums = merge_sums([Sums.of(each, HASHER) for each in columns])
+        totals = merge_function_totals([FunctionTotals.of(each, HASHER) for each in columns])
 
-        assert counted(*everything) == counted(*sums.self_samples())
+        assert counted(*everything) == counted(*totals.self_samples())
 
 
 def counted(label_sets, hashes, lines, samples) -> Counter[tuple[object, ...]]:
@@ -219,26 +219,26 @@ def counted(label_sets, hashes, lines, samples) -> Counter[tuple[object, ...]]:
     return +found
 
 
-def selfs_of(query: Query, window: Window, text: str = "{}") -> Counter[tuple[object, ...]]:
+def self_samples_of(query: Query, window: Window, text: str = "{}") -> Counter[tuple[object, ...]]:
     """Count self samples by labels of the service and function's hash, as comparisons do."""
     found: Counter[tuple[object, ...]] = Counter()
-    for number, part in query.selfs([window], Selector.parse(text)):
+    for number, part in query.self_samples([window], Selector.parse(text)):
         assert number == 0
         found += counted(*part)
     return by_host(found)
 
 
 def functions_of(query: Query, window: Window, text: str = "{}") -> Counter[tuple[object, ...]]:
-    """Count the same from the sums of functions."""
+    """Count the same from the totals of functions."""
     parts, _ = query.parts(window, Selector.parse(text))
     return by_host(sum((counted(*part.self_samples()) for part in parts), Counter()))
 
 
 def by_host(found: Counter[tuple[object, ...]]) -> Counter[tuple[object, ...]]:
-    sums: Counter[tuple[object, ...]] = Counter()
+    totals: Counter[tuple[object, ...]] = Counter()
     for (labels, function), samples in found.items():
-        sums[dict(labels)["host"], function] += samples
-    return sums
+        totals[dict(labels)["host"], function] += samples
+    return totals
 
 
 @pytest.mark.parametrize(
@@ -263,10 +263,10 @@ def test_self_samples_of_any_window_need_no_object_where_hours_are_kept(store, t
     store.fetched.clear()
 
     together: list[Counter[tuple[object, ...]]] = [Counter() for _ in asked]
-    for number, part in query.selfs(asked, Selector.parse(text)):
+    for number, part in query.self_samples(asked, Selector.parse(text)):
         together[number] += counted(*part)
 
-    assert [selfs_of(query, window, text) for window in asked] == expected
+    assert [self_samples_of(query, window, text) for window in asked] == expected
     assert list(map(by_host, together)) == expected
     assert sum(map(len, expected[:4])) > 0 or "no" in text
     # Which process a sample is of is known to stacks alone.
@@ -277,10 +277,10 @@ def test_where_no_hour_is_kept_only_what_a_window_holds_is_fetched(store, query)
     for minute in range(0, 180, 4):
         put(store, at(small(minute), minute))
 
-    assert selfs_of(query, minutes(10, 20)) != Counter()
+    assert self_samples_of(query, minutes(10, 20)) != Counter()
     assert len(query.presence(minutes(100, 110)).objects) == 3
     assert len(store.fetched) == 2 + 3
-    assert selfs_of(query, minutes(50, 130)) == functions_of(query, minutes(50, 130))
+    assert self_samples_of(query, minutes(50, 130)) == functions_of(query, minutes(50, 130))
     assert len(store.fetched) == 2 + 20
 
 
@@ -289,12 +289,12 @@ def test_self_samples_are_made_again_where_only_stacks_were_kept(store, tmp_path
         put(store, at(small(minute), minute))
     query = Query(store, tmp_path / "cache")
     list(query.prepare(minutes(0, 120)))
-    for path in (tmp_path / "cache").rglob("*.selfs"):
+    for path in (tmp_path / "cache").rglob("*.objectselfsamples"):
         path.unlink()
 
     window = minutes(20, 90)
 
-    assert selfs_of(query, window) == functions_of(query, window) != Counter()
+    assert self_samples_of(query, window) == functions_of(query, window) != Counter()
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -483,7 +483,7 @@ def test_services_that_were_there_are_known_object_by_object(store, query, tmp_p
 
 
 def test_functions_may_be_told_apart_by_thread(store, query):
-    """Labels of single processes are read from stacks, all others from sums."""
+    """Labels of single processes are read from stacks, all others from totals."""
     for i in range(3):
         put(store, at(small(i), i))
 
@@ -608,7 +608,9 @@ def test_damaged_cache_files_are_made_again(store, query, tmp_path):
     query.functions(minutes(0, 60))
     files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     kept = {path: path.read_bytes() for path in files}
-    assert len(kept) == 10  # a secret, three objects and an hour with their selfs, its sums
+    assert (
+        len(kept) == 10
+    )  # a secret, three objects and an hour with their self samples, its totals
 
     for damage in (lambda c: c[: len(c) // 2], lambda c: c[:0], flip_last_bit, flip_middle_bit):
         for path, content in kept.items():
@@ -617,7 +619,7 @@ def test_damaged_cache_files_are_made_again(store, query, tmp_path):
         assert fresh.profile(minutes(0, 60)).profile == expected
         assert fresh.profile(minutes(0, 5)).profile == expected
         assert fresh.functions(minutes(0, 60)).samples == expected.total_samples
-        assert selfs_of(fresh, minutes(0, 60)) == functions_of(fresh, minutes(0, 60))
+        assert self_samples_of(fresh, minutes(0, 60)) == functions_of(fresh, minutes(0, 60))
 
 
 def flip_last_bit(content: bytes) -> bytes:
@@ -657,41 +659,41 @@ def test_what_comparisons_need_of_many_days_is_kept_longer(tmp_path):
     cache = DecodedCache(tmp_path / "cache", limit_bytes=400_000)
     hasher = Hasher(cache.secret)
     columns = Columns.of(some.synthetic(200, 10, 500), hasher)
-    selfs = Selfs.of(columns, hasher)
+    self_samples = ObjectSelfSamples.of(columns, hasher)
 
     for i in range(40):
-        cache.save(selfs, f"{i:040x}")
+        cache.save(self_samples, f"{i:040x}")
         cache.save(columns, f"{i:040x}")
 
     assert cache.size_bytes() <= 400_000
     kept = {
         kind: [i for i in range(40) if cache.load(kind, f"{i:040x}") is not None]
-        for kind in (Columns, Selfs)
+        for kind in (Columns, ObjectSelfSamples)
     }
-    assert 0 < len(kept[Columns]) < len(kept[Selfs])
-    assert kept[Columns][-1] == kept[Selfs][-1] == 39
-    sizes = [path.stat().st_size for path in (tmp_path / "cache").rglob("*.selfs")]
+    assert 0 < len(kept[Columns]) < len(kept[ObjectSelfSamples])
+    assert kept[Columns][-1] == kept[ObjectSelfSamples][-1] == 39
+    sizes = [path.stat().st_size for path in (tmp_path / "cache").rglob("*.objectselfsamples")]
     assert sum(sizes) <= 200_000
 
 
 def test_what_is_kept_comes_back_as_it_was(tmp_path):
-    """Columns, sums and times, with accounting, modules and labels of any content."""
+    """Columns, totals and times, with accounting, modules and labels of any content."""
     cache = DecodedCache(tmp_path / "cache")
     for i, profile in enumerate((some.sample_profile(), some.hostile_profile(), some.build([]))):
         columns = Columns.of(profile, Hasher(cache.secret))
-        sums = Sums.of(columns, Hasher(cache.secret))
+        totals = FunctionTotals.of(columns, Hasher(cache.secret))
         cache.save(columns, f"c{i}")
-        cache.save(sums, f"s{i}", [["key", "reason"]])
+        cache.save(totals, f"s{i}", [["key", "reason"]])
 
         kept, note = cache.load(Columns, f"c{i}")
-        kept_sums, sums_note = cache.load(Sums, f"s{i}")
+        kept_totals, totals_note = cache.load(FunctionTotals, f"s{i}")
 
         assert kept.profile() == profile
         assert kept.modules == profile.modules
         assert names_of(kept.profile()) == names_of(profile)
-        assert (note, sums_note) == (None, [["key", "reason"]])
-        assert list(kept_sums.function_sums()) == list(sums.function_sums())
-        assert np.array_equal(kept_sums.objects, sums.objects)
+        assert (note, totals_note) == (None, [["key", "reason"]])
+        assert list(kept_totals.function_totals()) == list(totals.function_totals())
+        assert np.array_equal(kept_totals.objects, totals.objects)
         cache.save(Times.of(columns), f"t{i}")
         kept_times, _ = cache.load(Times, f"t{i}")
         assert kept_times.label_sets == columns.label_sets
@@ -803,7 +805,10 @@ def test_a_timeline_is_kept_without_its_stacks(store, query, tmp_path):
         put(store, at(small(minute), minute))
     first = query.timeline(minutes(0, 80), by=("service",))
     labels = query.labels(minutes(0, 80))
-    for path in [*(tmp_path / "cache").rglob("*.columns"), *(tmp_path / "cache").rglob("*.sums")]:
+    for path in [
+        *(tmp_path / "cache").rglob("*.columns"),
+        *(tmp_path / "cache").rglob("*.functiontotals"),
+    ]:
         path.unlink()
     store.fetched.clear()
 
