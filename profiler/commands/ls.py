@@ -16,7 +16,7 @@ import orjson
 from profiler.commands.selection import Selection
 from profiler.text import counted, in_columns, quantity
 from profiler.times import rfc3339
-from storage.columns import Hasher
+from storage.hashing import Hasher
 from storage.objects.open import ObjectKey, StoredObject, StoreError
 from storage.profile import ALWAYS, Labels, ProfileError
 from storage.query.query import Skipped, decode_object

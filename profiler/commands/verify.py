@@ -184,7 +184,7 @@ def _check_all(
     store: ObjectStore, listed: Iterator[tuple[str, ObjectKey | None]]
 ) -> Iterator[tuple[ObjectKey | None, _Checked]]:
     # The store's readers are imported when there is a store: checking files needs none of them.
-    from storage.columns import Hasher  # noqa: PLC0415
+    from storage.hashing import Hasher  # noqa: PLC0415
     from storage.query.query import decode_object, map_ahead  # noqa: PLC0415
 
     hasher = Hasher(secrets.token_bytes(32))

@@ -23,7 +23,8 @@ from profiler.comparison import verdict
 from profiler.comparison.verdict import Change, Contrast, Costs, Floats, Judgement, Noise, Source
 from profiler.text import counted, listed
 from profiler.times import length_text, rfc3339
-from storage.columns import Columns, Hasher, key_starts_ns
+from storage.columns import Columns, key_starts_ns
+from storage.hashing import Hasher
 from storage.profile import Profile, Window
 from storage.query.function_totals import FunctionTotals, SelfSamples, merge_function_totals
 from storage.query.query import Coverage, Query, ServicePresence

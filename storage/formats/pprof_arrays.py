@@ -16,19 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf import message
 
-from storage.columns import (
-    Columns,
-    Hasher,
-    Hashes,
-    Numbers,
-    Texts,
-    hash_locations,
-    object_of,
-    presence_of,
-    ranges,
-    times_of,
-)
+from storage.columns import Columns, Texts, object_of, presence_of, ranges, times_of
 from storage.formats import pprof
+from storage.hashing import Hasher, Hashes, Numbers, hash_locations
 from storage.profile import Indices, Integers, Labels, make_labels
 from symbolizer.location import Kind, Module
 from symbolizer.text import READABLE_LIMIT, readable

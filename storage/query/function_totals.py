@@ -11,20 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from storage.columns import (
-    Columns,
-    Hasher,
-    Hashes,
-    Numbers,
-    Texts,
-    add_groups,
-    adopt_texts,
-    chain,
-    group,
-    join_lines,
-    merge_label_sets,
-    ranges,
-)
+from storage.columns import Columns, Texts, add_groups, group, ranges
+from storage.hashing import Hasher, Hashes, Numbers, chain
+from storage.merging import adopt_texts, join_lines, merge_label_sets
 from storage.profile import Accounting, Integers, Labels, Window
 from storage.selector import Selector
 from symbolizer.location import Frame, Kind, unnamed

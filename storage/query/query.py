@@ -40,17 +40,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from storage.columns import (
-    OBJECT_FIELDS,
-    Columns,
-    Hasher,
-    Times,
-    join_lines,
-    key_starts_ns,
-    merge_columns,
-    merge_label_sets,
-)
+from storage.columns import OBJECT_FIELDS, Columns, Times, key_starts_ns
 from storage.formats import pprof_arrays
+from storage.hashing import Hasher
+from storage.merging import join_lines, merge_columns, merge_label_sets
 from storage.objects.open import (
     DEFAULT_TENANT,
     NS_PER_S,

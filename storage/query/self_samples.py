@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from storage.columns import Columns, Hasher, Hashes, Numbers, chain, group, key_starts_ns, ranges
+from storage.columns import Columns, group, key_starts_ns, ranges
+from storage.hashing import Hasher, Hashes, Numbers, chain
 from storage.profile import Accounting, Integers, Labels, Window
 from storage.query.function_totals import (
     PROCESS_LABELS,

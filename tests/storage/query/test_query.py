@@ -15,8 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from profiler.flamegraph import flamegraph
-from storage.columns import Columns, Hasher, Times, merge_columns
+from storage.columns import Columns, Times
 from storage.formats import pprof, pprof_arrays
+from storage.hashing import Hasher
+from storage.merging import merge_columns
 from storage.objects.open import DirectoryStore, StoreUnavailable, object_key
 from storage.profile import (
     Profile,

@@ -1,0 +1,271 @@
+"""Merge Columns: add up the counts of equal stacks and labels of several profiles.
+
+Equal locations and stacks are found by their hashes, so merging is sorting. Only what the rows use
+is taken over: a selection of rows merges to the tables that it needs.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from storage.columns import Columns, Texts, add_groups, group, ranges
+from storage.hashing import Hashes, Numbers
+from storage.profile import Accounting, Integers, Labels
+from symbolizer.location import Module
+
+
+def merge_columns(parts: Sequence[Columns]) -> Columns:
+    """Add up, as `storage.profile.merge` does; what no row needs is left out.
+
+    Raises:
+        ValueError: there is none, or they measure different things.
+    """
+    if not parts:
+        raise ValueError("cannot merge: no profile given")
+    first = parts[0]
+    if any((part.type, part.unit) != (first.type, first.unit) for part in parts):
+        raise ValueError("cannot merge: the profiles are of different types or units")
+    window, accounting = first.window, Accounting()
+    for part in parts:
+        window = window.union(part.window)
+        accounting = accounting.merge(part.accounting)
+    label_sets, label_numbers = merge_label_sets(
+        [part.label_sets for part in parts], [part.rows[:, 0] for part in parts]
+    )
+    present_sets, present_numbers = merge_label_sets(
+        [part.present_sets for part in parts], [part.presence[:, 1] for part in parts]
+    )
+    rows, counts, stacks = _merge_rows(parts, label_numbers)
+    words, offsets, places, used = _gather_stacks(parts, stacks)
+    tables = _gather_locations(parts, places)
+    return Columns(
+        type=first.type,
+        unit=first.unit,
+        period_ns=min(part.period_ns for part in parts),
+        window=window,
+        accounting=accounting,
+        modules=_merge_modules(parts, used),
+        label_sets=label_sets,
+        texts=tables.texts,
+        location_hashes=tables.hashes,
+        locations=tables.locations,
+        named=tables.named,
+        frame_offsets=tables.frame_offsets,
+        frames=tables.frames,
+        stack_hashes=stacks.hashes,
+        stack_offsets=offsets,
+        stack_words=words,
+        rows=rows,
+        counts=counts,
+        objects=np.concatenate([part.objects for part in parts]).astype(np.int64),
+        times=join_lines(parts, [part.times for part in parts], label_numbers),
+        time_counts=np.concatenate([part.time_counts for part in parts]).astype(np.int64),
+        present_sets=present_sets,
+        presence=join_lines(parts, [part.presence for part in parts], present_numbers),
+    )
+
+
+def merge_label_sets(
+    label_sets: Sequence[tuple[Labels, ...]], used: Sequence[Numbers]
+) -> tuple[tuple[Labels, ...], list[Integers]]:
+    """Return the label sets in use, each once, and by part the new number of each old one."""
+    numbers: dict[Labels, int] = {}
+    by_part = []
+    for sets, theirs in zip(label_sets, used, strict=True):
+        mine = np.zeros(len(sets), dtype=np.int64)
+        for i in np.flatnonzero(np.bincount(theirs.astype(np.int64))).tolist():
+            mine[i] = numbers.setdefault(sets[i], len(numbers))
+        by_part.append(mine)
+    return tuple(numbers), by_part
+
+
+class _HasObjects(Protocol):
+    @property
+    def objects(self) -> Numbers: ...
+
+
+def join_lines(
+    parts: Sequence[_HasObjects], lines: Sequence[Numbers], label_numbers: Sequence[Integers]
+) -> Integers:
+    """Put lines (object, label set, …) of parts, each with its own objects, one after the other."""
+    counts = [len(part.objects) for part in parts]
+    befores = np.cumsum([0, *counts[:-1]])
+    joined = []
+    for theirs, before, mine in zip(lines, befores, label_numbers, strict=True):
+        ours = theirs.astype(np.int64)
+        ours[:, 0] += before
+        ours[:, 1] = mine[theirs[:, 1]]
+        joined.append(ours)
+    return np.concatenate(joined)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Distinct things of several parts: each one's hash, and where the one to take stands."""
+
+    hashes: Hashes
+    part: Integers
+    number: Integers
+    chosen: Integers
+    """For each of the things given, which of the distinct ones it is."""
+
+    @classmethod
+    def among(
+        cls, hashes: Sequence[Hashes], numbers: Sequence[Numbers], rank: Numbers
+    ) -> "_Chosen":
+        """Take, of those with equal hashes, the one of the least rank, and of these the first."""
+        joined = np.concatenate(hashes)
+        part = np.repeat(np.arange(len(hashes)), [len(each) for each in hashes])
+        number = np.concatenate(numbers).astype(np.int64)
+        if len(joined) == 0:
+            return cls(joined, part, number, number)
+        firsts, order = group(joined)
+        preference = order + rank[order] * len(joined) if len(rank) else order
+        best = np.minimum.reduceat(preference, firsts) % len(joined)
+        by_place = np.argsort(best)
+        position = np.empty(len(best), dtype=np.int64)
+        position[by_place] = np.arange(len(best))
+        best = best[by_place]
+        chosen = np.empty(len(joined), dtype=np.int64)
+        chosen[order] = np.repeat(position, np.diff(np.append(firsts, len(joined))))
+        return cls(joined[best], part[best], number[best], chosen)
+
+    def of_part(self, part: int) -> Integers:
+        return np.flatnonzero(self.part == part)
+
+
+def _merge_rows(
+    parts: Sequence[Columns], label_numbers: Sequence[Integers]
+) -> tuple[Integers, Integers, _Chosen]:
+    hashes = [part.stack_hashes.take(part.rows[:, 1]) for part in parts]
+    stacks = _Chosen.among(hashes, [part.rows[:, 1] for part in parts], np.zeros(0, np.int64))
+    labels = [mine.take(part.rows[:, 0]) for part, mine in zip(parts, label_numbers, strict=True)]
+    counts = np.concatenate([part.counts for part in parts])
+    key = np.concatenate(labels) * max(1, len(stacks.hashes)) + stacks.chosen
+    firsts, by_key = group(key)
+    rows = np.stack(np.divmod(key[by_key[firsts]], max(1, len(stacks.hashes))), axis=1)
+    return rows, add_groups(counts[by_key], firsts), stacks
+
+
+def _gather_stacks(
+    parts: Sequence[Columns], stacks: _Chosen
+) -> tuple[Integers, Integers, _Chosen, list[Integers]]:
+    """Return the words and offsets of the chosen stacks, and the locations to take for them.
+
+    Also, by part, the numbers of the locations that its rows use.
+    """
+    lengths = np.zeros(len(stacks.hashes), dtype=np.int64)
+    words, hashes, used, ranks = [], [], [], []
+    for i, part in enumerate(parts):
+        mine = stacks.of_part(i)
+        numbers = stacks.number[mine]
+        starts = part.stack_offsets[numbers].astype(np.int64)
+        lengths[mine] = part.stack_offsets[numbers + 1] - starts
+        words.append(part.stack_words.take(ranges(starts, lengths[mine])))
+        is_used = np.zeros(len(part.locations), dtype=bool)
+        # Narrow numbers are slow as an index; `take` and a wide copy are not.
+        is_used[_used_words(part).astype(np.int64, copy=False)] = True
+        numbers = np.flatnonzero(is_used)
+        used.append(numbers)
+        hashes.append(part.location_hashes[numbers])
+        bare = part.frame_offsets[numbers + 1] == part.frame_offsets[numbers]
+        ranks.append(bare.astype(np.int64))
+    places = _Chosen.among(hashes, used, np.concatenate(ranks))
+    flat, at = [], 0
+    for part, numbers, mine in zip(parts, used, words, strict=True):
+        number_of = np.zeros(len(part.locations), dtype=np.int32)
+        number_of[numbers] = places.chosen[at : at + len(numbers)]
+        at += len(numbers)
+        flat.append(number_of.take(mine))
+    # Stacks are in the order of their parts, so the words of one part follow those of another.
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    return np.concatenate(flat), offsets, places, used
+
+
+def _used_words(part: Columns) -> Numbers:
+    """Return the words of the stacks that rows still point to."""
+    is_used = np.zeros(len(part.stack_hashes), dtype=bool)
+    is_used[part.rows[:, 1]] = True
+    if is_used.all():
+        return part.stack_words
+    numbers = np.flatnonzero(is_used)
+    starts = part.stack_offsets[numbers].astype(np.int64)
+    used: Numbers = part.stack_words.take(ranges(starts, part.stack_offsets[numbers + 1] - starts))
+    return used
+
+
+@dataclass(frozen=True, slots=True)
+class _LocationTables:
+    """The tables of locations of a merge; the fields are those of Columns."""
+
+    texts: Texts
+    hashes: Hashes
+    locations: Integers
+    named: Integers
+    frame_offsets: Integers
+    frames: Integers
+
+
+def _gather_locations(parts: Sequence[Columns], chosen: _Chosen) -> _LocationTables:
+    numbers: dict[bytes, int] = {}
+    locations, named, frames, frame_counts = [], [], [], []
+    named_count = 0
+    for i, part in enumerate(parts):
+        theirs = chosen.number[chosen.of_part(i)]
+        table = part.locations[theirs].astype(np.uint64)
+        at = np.flatnonzero(table[:, 2])
+        their_named = part.named[table[at, 2].astype(np.int64) - 1].astype(np.int64)
+        table[at, 2] = named_count + 1 + np.arange(len(at))
+        named_count += len(at)
+        starts = part.frame_offsets[theirs].astype(np.int64)
+        counts = part.frame_offsets[theirs + 1] - starts
+        their_frames = part.frames[ranges(starts, counts)].astype(np.int64)
+        mine = adopt_texts(
+            numbers, part.texts, [table[:, 0], their_named[:, :3], their_frames[:, :4]]
+        )
+        table[:, 0] = mine[table[:, 0]]
+        their_named[:, :3] = mine[their_named[:, :3]]
+        their_frames[:, :4] = mine[their_frames[:, :4]]
+        locations.append(table)
+        named.append(their_named)
+        frames.append(their_frames)
+        frame_counts.append(counts)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(frame_counts))])
+    return _LocationTables(
+        texts=Texts.of(list(numbers)),
+        hashes=chosen.hashes,
+        locations=np.concatenate(locations),
+        named=np.concatenate(named),
+        frame_offsets=offsets,
+        frames=np.concatenate(frames),
+    )
+
+
+def adopt_texts(numbers: dict[bytes, int], texts: Texts, used: Iterable[Numbers]) -> Integers:
+    """Return my number for each text in use, taking over those that are new."""
+    is_used = np.zeros(len(texts), dtype=bool)
+    for each in used:
+        is_used[each] = True
+    at = np.flatnonzero(is_used)
+    mine = np.zeros(len(texts), dtype=np.int64)
+    mine[at] = [numbers.setdefault(text, len(numbers)) for text in texts.take(at)]
+    return mine
+
+
+def _merge_modules(parts: Sequence[Columns], used: Sequence[Integers]) -> dict[str, Module]:
+    modules: dict[str, Module] = {}
+    for part, theirs in zip(parts, used, strict=True):
+        places = part.locations[theirs]
+        is_used = np.zeros(len(part.texts), dtype=bool)
+        is_used[places[places[:, 2] == 0, 0]] = True
+        for text in part.texts.take(np.flatnonzero(is_used)):
+            module = part.modules.get(text.decode())
+            if module is None:
+                continue
+            mine = modules.setdefault(module.build_id, module)
+            # The smaller path wins, so that the order of a merge does not show in its result.
+            if (not mine.segments, mine.path) > (not module.segments, module.path):
+                modules[module.build_id] = module
+    return modules
