@@ -32,7 +32,9 @@ from profiler.comparison.comparison import Operand
 from profiler.service.responses import Answers, Question
 from storage.objects.open import DirectoryStore
 from storage.profile import Window
-from storage.query.query import HOUR_NS, Query, start_workers
+from storage.query.listing import HOUR_NS
+from storage.query.query import Query
+from storage.query.workers import start_workers
 from storage.selector import Selector
 
 HOSTS, HOURS = 3, 16

@@ -32,7 +32,9 @@ from profiler.flamegraph import flamegraph
 from storage.formats import pprof
 from storage.objects.open import DEFAULT_TENANT, NS_PER_S, DirectoryStore, ObjectKey, content16
 from storage.profile import Accounting, Host, ProfileBuilder, Window, make_labels
-from storage.query.query import HOUR_NS, Query, start_workers
+from storage.query.listing import HOUR_NS
+from storage.query.query import Query
+from storage.query.workers import start_workers
 from symbolizer.location import AddressLocation, FileOffset, Frame, Kind, Module
 
 START_NS = 1_780_000_000_000_000_000 // (24 * HOUR_NS) * (24 * HOUR_NS)

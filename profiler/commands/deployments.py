@@ -13,7 +13,7 @@ from profiler.comparison.rollouts import (
 from profiler.text import in_columns, listed
 from profiler.times import from_until, whole_second
 from storage.profile import Window
-from storage.query.query import nearest_objects
+from storage.query.listing import nearest_objects
 
 _NAMED = 8
 

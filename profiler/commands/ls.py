@@ -19,7 +19,8 @@ from profiler.times import rfc3339
 from storage.hashing import Hasher
 from storage.objects.open import ObjectKey, StoredObject, StoreError
 from storage.profile import ALWAYS, Labels, ProfileError
-from storage.query.query import Skipped, decode_object
+from storage.query.coverage import Skipped
+from storage.query.decoding import decode_object
 
 _FETCHES = 4
 _SHOWN_SERVICES = 12

@@ -16,7 +16,9 @@ from profiler.times import from_until, parse_window
 from storage.objects.open import ObjectKey, ObjectStore, StoredObject, list_window, open_store
 from storage.profile import ALWAYS, Window
 from storage.query.cache import default_folder
-from storage.query.query import Answer, LateWorkers, Query, nearest_objects
+from storage.query.listing import nearest_objects
+from storage.query.query import Answer, Query
+from storage.query.workers import LateWorkers
 from storage.selector import Selector
 
 _SHOWN_AFTER_S, _EVERY_S = 1.0, 0.2

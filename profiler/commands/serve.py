@@ -28,7 +28,8 @@ from storage.objects.open import (
     open_store,
 )
 from storage.query.cache import default_folder
-from storage.query.query import Query, start_workers
+from storage.query.query import Query
+from storage.query.workers import start_workers
 
 _CHECK_WITHIN_S = 5.0
 _END_WITHIN_S = 2.0

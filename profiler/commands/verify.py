@@ -185,7 +185,8 @@ def _check_all(
 ) -> Iterator[tuple[ObjectKey | None, _Checked]]:
     # The store's readers are imported when there is a store: checking files needs none of them.
     from storage.hashing import Hasher  # noqa: PLC0415
-    from storage.query.query import decode_object, map_ahead  # noqa: PLC0415
+    from storage.query.decoding import decode_object  # noqa: PLC0415
+    from storage.query.threads import map_ahead  # noqa: PLC0415
 
     hasher = Hasher(secrets.token_bytes(32))
 

@@ -21,7 +21,8 @@ import orjson
 from profiler.processes.versions import MAX_VERSION
 from storage.objects.open import DEFAULT_TENANT, ObjectStore, StoredObject, StoreError, content16
 from storage.profile import Window
-from storage.query.query import Skipped, map_ahead
+from storage.query.coverage import Skipped
+from storage.query.threads import map_ahead
 from symbolizer.text import readable
 
 _NS_PER_MS = 1_000_000

@@ -26,8 +26,10 @@ from profiler.times import length_text, rfc3339
 from storage.columns import Columns, key_starts_ns
 from storage.hashing import Hasher
 from storage.profile import Profile, Window
+from storage.query.coverage import Coverage
 from storage.query.function_totals import FunctionTotals, SelfSamples, merge_function_totals
-from storage.query.query import Coverage, Query, ServicePresence
+from storage.query.presence import ServicePresence
+from storage.query.query import Query
 from storage.selector import Selector
 from symbolizer.location import Frame
 

@@ -16,7 +16,8 @@ from profiler.comparison.rollouts import (
 )
 from storage.objects.open import ObjectStore
 from storage.profile import Window
-from storage.query.query import Query, Skipped
+from storage.query.coverage import Skipped
+from storage.query.query import Query
 from storage.selector import Selector
 
 AROUND_NS = 2 * PAUSE_NS

@@ -14,7 +14,8 @@ from profiler.comparison.rollouts import SETTLED_WINDOWS, Deployment, Kind
 from profiler.comparison.verdict import MIN_HOSTS, MIN_POSITIONS, MIN_REPLICATES
 from profiler.times import NS_PER_S, rfc3339
 from storage.profile import Window
-from storage.query.query import HOUR_NS, ServicePresence
+from storage.query.listing import HOUR_NS
+from storage.query.presence import ServicePresence
 from storage.selector import Matcher, Operator, Selector
 
 _GRID_NS = GRIDS_NS[0][1]

@@ -28,7 +28,7 @@ import numpy as np
 from profiler.comparison.announcements import Announcement
 from profiler.times import NS_PER_S
 from storage.profile import Integers
-from storage.query.query import ServicePresence
+from storage.query.presence import ServicePresence
 
 PAUSE_NS = 1800 * NS_PER_S
 """The longest pause inside a rollout: hosts that change later are another deployment, and those

@@ -23,7 +23,8 @@ import orjson
 
 from storage.objects.open import StoreError, open_store
 from storage.profile import Window
-from storage.query.query import HOUR_NS, Query
+from storage.query.listing import HOUR_NS
+from storage.query.query import Query
 
 DEFAULT_PERCENT = 10
 """Of one CPU. A day of a busy host is then decoded in some minutes, newest first."""

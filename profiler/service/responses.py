@@ -39,16 +39,10 @@ from profiler.flamegraph.views import NoSuchNodeError, View, path_to
 from profiler.times import from_until
 from storage.objects.open import ObjectStore
 from storage.profile import GOOD_STOPS, Profile, Window
-from storage.query.query import (
-    EMPTY,
-    HOUR_NS,
-    Answer,
-    Coverage,
-    Functions,
-    Query,
-    Turns,
-    nearest_objects,
-)
+from storage.query.coverage import Coverage
+from storage.query.listing import HOUR_NS, nearest_objects
+from storage.query.query import EMPTY, Answer, Functions, Query
+from storage.query.threads import Turns
 from storage.selector import Selector
 from symbolizer.location import Frame
 

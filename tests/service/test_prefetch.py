@@ -9,7 +9,8 @@ import pytest
 
 from profiler.service.prefetch import Pace
 from storage.profile import Profile, Window
-from storage.query.query import HOUR_NS, Query
+from storage.query.listing import HOUR_NS
+from storage.query.query import Query
 from tests.commands.test_up import descendants_of, is_running
 from tests.storage.query.test_query import CountingStore, small
 from tests.support.live import wait_for

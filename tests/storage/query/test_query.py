@@ -30,8 +30,11 @@ from storage.profile import (
 )
 from storage.query.cache import DecodedCache
 from storage.query.function_totals import FunctionTotals, merge_function_totals
-from storage.query.query import HOUR_NS, LateWorkers, Query, Turns, start_workers
+from storage.query.listing import HOUR_NS
+from storage.query.query import Query
 from storage.query.self_samples import ObjectSelfSamples, join_self_samples
+from storage.query.threads import Turns
+from storage.query.workers import LateWorkers, start_workers
 from storage.selector import Matcher, Operator, Selector
 from tests.support import profiles as some
 from tests.support.live import wait_for
@@ -232,7 +235,7 @@ def self_samples_of(query: Query, window: Window, text: str = "{}") -> Counter[t
 
 def functions_of(query: Query, window: Window, text: str = "{}") -> Counter[tuple[object, ...]]:
     """Count the same from the totals of functions."""
-    parts, _ = query.parts(window, Selector.parse(text))
+    parts, _ = query.function_totals_by_part(window, Selector.parse(text))
     return by_host(sum((counted(*part.self_samples()) for part in parts), Counter()))
 
 
@@ -736,7 +739,7 @@ def test_what_is_merged_bit_by_bit_is_the_whole(store, query, monkeypatch):
     ]
     expected = [ask(minutes(0, 230), *more) for ask, more in asked]
 
-    monkeypatch.setattr("storage.query.query._FOLDED_ROWS", 10)
+    monkeypatch.setattr("storage.query.coverage._MERGED_EARLY_ROWS", 10)
 
     for (ask, more), before in zip(asked, expected, strict=True):
         again = ask(minutes(0, 230), *more)

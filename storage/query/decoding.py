@@ -1,0 +1,215 @@
+"""Decoding: fetch objects and decode them into arrays, in workers where there are any.
+
+Objects are decoded in chunks, and those of a chunk are merged where they are decoded. An object
+that cannot be read becomes a part without a value that names the reason.
+"""
+
+import functools
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from storage.columns import Columns
+from storage.formats import pprof_arrays
+from storage.hashing import Hasher
+from storage.merging import merge_columns
+from storage.objects.open import ObjectKey, ObjectStore, StoredObject, StoreError, content16
+from storage.profile import ProfileError
+from storage.query.cache import pack, unpack
+from storage.query.coverage import Part, failed_part
+from storage.query.listing import ListedObject, never_interrupt
+from storage.query.self_samples import ObjectSelfSamples, join_self_samples
+from storage.query.threads import map_ahead
+
+FETCHES = 4
+"""Objects fetched at a time; so many are also decoded one by one, or wait as chunks."""
+_CHUNK = 10
+"""Objects that one worker decodes and merges: ten minutes at once are then merged only there."""
+_FAILURES_REMEMBERED = 10_000
+
+
+def _report_nothing(_decoded: int) -> None:
+    """Do nothing, where nobody watches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a caller wants to be asked and told while objects are read."""
+
+    check: Callable[[], None] = never_interrupt
+    """Called between objects; what it raises ends the reading."""
+    report: Callable[[int], None] = _report_nothing
+    """Called with the number of objects of each decoded chunk, with 0 at the end of each reading.
+    Several threads call it."""
+
+
+class Decoded(NamedTuple):
+    """Objects decoded and merged where they add up; and the key and reason of each failure."""
+
+    parts: list[Part[Columns]]
+    failures: list[tuple[str, str]]
+
+
+_Fetched = list[tuple[ObjectKey, bytes]]
+_hasher_of = functools.lru_cache(maxsize=1)(Hasher)
+
+
+class Decoder:
+    """Fetches and decodes objects. Safe to use from several threads."""
+
+    def __init__(self, store: ObjectStore, secret: bytes, workers: Executor | None) -> None:
+        self._store = store
+        self._secret = secret
+        self._workers = workers
+        self._failures: dict[StoredObject, str] = {}
+        self._fetcher = ThreadPoolExecutor(FETCHES, "fetch")
+        self.hasher = Hasher(secret)
+
+    def decode(self, objects: Sequence[ListedObject], progress: Progress) -> list[Part[Columns]]:
+        """Fetch and decode objects. Those of a chunk are merged, as far as they add up."""
+        read: list[Part[Columns]] = []
+        waiting: deque[Callable[[], Decoded]] = deque()
+        stored_of = {key.text: stored for key, stored in objects}
+
+        def take() -> None:
+            progress.check()
+            decoded, failures = waiting.popleft()()
+            progress.report(sum(len(each.keys) for each in decoded) + len(failures))
+            read.extend(decoded)
+            for text, reason in failures:
+                if len(self._failures) < _FAILURES_REMEMBERED:
+                    self._failures[stored_of[text]] = reason
+                read.append(failed_part(text, reason))
+
+        chunk: _Fetched = []
+        for (key, _), fetched in zip(
+            objects, map_ahead(self._fetcher, self._fetch, objects), strict=True
+        ):
+            if isinstance(fetched, bytes):
+                chunk.append((key, fetched))
+            else:
+                read.append(fetched)
+            if len(chunk) == _CHUNK:
+                waiting.append(self._start(chunk))
+                chunk = []
+            if len(waiting) > FETCHES:
+                take()
+        if chunk:
+            waiting.append(self._start(chunk))
+        while waiting:
+            take()
+        return read
+
+    def _fetch(self, listed: ListedObject) -> bytes | Part[Columns]:
+        key, stored = listed
+        if stored in self._failures:
+            return failed_part(key.text, self._failures[stored])
+        try:
+            return self._store.get(stored.key)
+        except StoreError as error:
+            return failed_part(stored.key, str(error), is_lasting=False)
+
+    def _start(self, fetched: _Fetched) -> Callable[[], Decoded]:
+        """Have a worker decode, if there is one; return a function that waits for the result."""
+        if self._workers is None:
+            return functools.partial(decode_objects, fetched, self.hasher)
+        try:
+            future = self._workers.submit(_decode_packed, fetched, self._secret)
+        except (BrokenExecutor, RuntimeError):  # a worker was killed, or all are shut down
+            return functools.partial(decode_objects, fetched, self.hasher)
+
+        def wait() -> Decoded:
+            try:
+                return _unpack_parts(future.result())
+            except (BrokenExecutor, CancelledError, TypeError):
+                # Also when sums are beyond what can be packed.
+                return decode_objects(fetched, self.hasher)
+
+        return wait
+
+
+_Packed = tuple[list[tuple[tuple[str, ...], bytes, bytes]], list[tuple[str, str]]]
+
+
+def _decode_packed(fetched: _Fetched, secret: bytes) -> _Packed:
+    """Decode in a worker; the result is packed as in the cache."""
+    parts, failures = decode_objects(fetched, _hasher_of(secret))
+    packed = [
+        (part.keys, pack(part.value), pack(part.self_samples))
+        for part in parts
+        if part.value is not None and part.self_samples is not None
+    ]
+    return packed, failures
+
+
+def _unpack_parts(packed: _Packed) -> Decoded:
+    parts, failures = packed
+    unpacked = [
+        Part(
+            keys,
+            unpack(Columns, columns)[0],
+            packed=columns,
+            self_samples=unpack(ObjectSelfSamples, self_samples)[0],
+        )
+        for keys, columns, self_samples in parts
+    ]
+    return Decoded(unpacked, failures)
+
+
+def decode_objects(fetched: Iterable[tuple[ObjectKey, bytes]], hasher: Hasher) -> Decoded:
+    """Read some objects and merge those of one type and unit."""
+    alike: dict[tuple[str, str], list[tuple[str, Columns]]] = {}
+    failures: list[tuple[str, str]] = []
+    for key, content in fetched:
+        try:
+            columns = decode_object(key, content, hasher)
+        except ProfileError as error:
+            failures.append((key.text, str(error)))
+            continue
+        alike.setdefault((columns.type, columns.unit), []).append((key.text, columns))
+    parts = []
+    for group in alike.values():
+        some = [columns for _, columns in group]
+        merged = some[0] if len(some) == 1 else merge_columns(some)
+        joined = join_self_samples([ObjectSelfSamples.of(columns, hasher) for columns in some])
+        parts.append(Part(tuple(key for key, _ in group), merged, self_samples=joined))
+    return Decoded(parts, failures)
+
+
+def decode_object(key: ObjectKey, content: bytes, hasher: Hasher) -> Columns:
+    """Read an object, with the label `host` of its accounting.
+
+    Raises:
+        ProfileError: it is damaged, or its content is not the one that its key names.
+        SchemaError: a later version of this program wrote it.
+    """
+    if content16(content) != key.content16:
+        raise ProfileError("its content is not what its key says: it is damaged or cut short")
+    if key.ending != "pb.gz":
+        raise ProfileError(f"this version cannot read .{key.ending}")
+    columns = pprof_arrays.decode(content, hasher)
+    if len(columns.accounting.hosts) == 1 and columns.accounting.hosts[0].name:
+        columns = columns.with_label("host", columns.accounting.hosts[0].name)
+    return columns
+
+
+def join_parts(parts: Sequence[Part[Columns]]) -> list[Part[Columns]]:
+    """Merge parts into one, if all that have a value measure the same; else return them."""
+    columns = [each.value for each in parts if each.value is not None]
+    if len(parts) < 2 or len({(each.type, each.unit) for each in columns}) != 1:
+        return list(parts)
+    keys = tuple(itertools.chain.from_iterable(each.keys for each in parts))
+    skipped = tuple(itertools.chain.from_iterable(each.skipped for each in parts))
+    is_lasting = all(each.is_lasting for each in parts)
+    joined = _join_self_samples_of(parts)
+    return [Part(keys, merge_columns(columns), skipped, is_lasting, self_samples=joined)]
+
+
+def _join_self_samples_of(parts: Sequence[Part[Columns]]) -> ObjectSelfSamples | None:
+    """Join the self samples of parts; None unless those of each part are known."""
+    wanted = [each.self_samples for each in parts if each.value is not None]
+    known = [each for each in wanted if each is not None]
+    return join_self_samples(known) if known and len(known) == len(wanted) else None

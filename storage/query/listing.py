@@ -1,0 +1,141 @@
+"""Listing: which objects a window holds, and into which spans of a host they are cut.
+
+A span is an hour of one host, or ten minutes of it. Spans that lie wholly in a window are kept
+merged (`storage.query.parts`), so that 24 hours of a host are 24 files and not 1,440.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from storage.objects.open import (
+    DEFAULT_TENANT,
+    NS_PER_S,
+    ObjectKey,
+    ObjectStore,
+    StoredObject,
+    list_window,
+)
+from storage.profile import ALWAYS, Window
+
+HOUR_NS = 3600 * NS_PER_S
+SPANS_NS = (HOUR_NS, HOUR_NS // 6)
+"""Lengths of the spans that are kept merged: whole hours, and ten minutes of the hours in which a
+window begins and ends. The last hour begins and ends inside an hour, and is what most people ask
+for."""
+_LOOK_AROUND_S = (3600, 86_400, 30 * 86_400)
+"""How far to look for the nearest data, step by step, before the whole store is listed."""
+
+
+class ListedObject(NamedTuple):
+    key: ObjectKey
+    stored: StoredObject
+
+
+def never_interrupt() -> None:
+    """Do nothing, where a caller wants to interrupt nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Lists the objects of a store. Safe to use from several threads."""
+
+    store: ObjectStore
+    tenant: str = DEFAULT_TENANT
+    check: Callable[[], None] = never_interrupt
+    """Called between objects; what it raises ends the listing."""
+    reuse_s: float = 0.0
+    """For how long the listing of a window is used again."""
+    _recent: dict[Window, tuple[float, list[ListedObject]]] = field(default_factory=dict)
+    _whole: tuple[Window, list[ListedObject]] | None = None
+
+    def once(self, window: Window) -> "Listing":
+        """Return a listing that lists the hours of a window now, and answers from that."""
+        (hours,) = union([window], HOUR_NS)
+        return replace(self, _whole=(hours, list(self.objects(hours))))
+
+    def objects(self, window: Window) -> Iterator[ListedObject]:
+        """Return the objects that start inside a window, by hour, host and start."""
+        if self._whole is not None:
+            hours, listed = self._whole
+            if hours.start_ns <= window.start_ns and window.end_ns <= hours.end_ns:
+                yield from (each for each in listed if is_inside(each.key, window))
+                return
+        if not self.reuse_s:
+            yield from self._list(window)
+            return
+        oldest_s = time.monotonic() - self.reuse_s
+        known = self._recent.get(window)
+        if known is None or known[0] < oldest_s:
+            known = (time.monotonic(), list(self._list(window)))
+            for other in [w for w, (at_s, _) in list(self._recent.items()) if at_s < oldest_s]:
+                self._recent.pop(other, None)
+            self._recent[window] = known
+        yield from known[1]
+
+    def _list(self, window: Window) -> Iterator[ListedObject]:
+        for key, stored in list_window(self.store, window, self.tenant):
+            self.check()
+            if is_inside(key, window):
+                yield ListedObject(key, stored)
+
+
+def nearest_objects(store: ObjectStore, window: Window) -> list[ObjectKey]:
+    """Return the last object before a window and the first one after it, if there are any."""
+    found: list[ObjectKey] = []
+    for seconds in (*_LOOK_AROUND_S, None):
+        start_ns = 0 if seconds is None else max(0, window.start_ns - seconds * NS_PER_S)
+        if start_ns >= window.start_ns:
+            break
+        last = deque(list_window(store, Window(start_ns, window.start_ns)), maxlen=1)
+        if last:
+            found.append(max(key for key, _ in last))
+            break
+    if window.end_ns < ALWAYS.end_ns:
+        after = list_window(store, Window(window.end_ns, ALWAYS.end_ns))
+        found += [key for key, _ in [next(after, (None, None))] if key is not None]
+    return found
+
+
+def split_spans(
+    objects: Iterable[ListedObject], start_ns: int, end_ns: int, spans_ns: Sequence[int]
+) -> Iterator[tuple[list[ListedObject], bool]]:
+    """Cut objects into spans of a host; return with each whether it lies wholly between two times.
+
+    Spans that do not are cut into the shorter ones of `spans_ns`, if there are any.
+    """
+
+    def span_of(each: ListedObject) -> tuple[int, str]:
+        return each.key.start_ns // spans_ns[0], each.key.host_id
+
+    for (number, _), group in itertools.groupby(objects, span_of):
+        part = list(group)
+        if start_ns <= number * spans_ns[0] and (number + 1) * spans_ns[0] <= end_ns:
+            yield part, True
+        elif spans_ns[1:]:
+            yield from split_spans(part, start_ns, end_ns, spans_ns[1:])
+        else:
+            yield part, False
+
+
+def union(windows: Iterable[Window], grid_ns: int) -> list[Window]:
+    """Return windows widened to multiples of a length, and joined where they meet; latest first."""
+    joined: list[Window] = []
+    for window in sorted(windows, reverse=True):
+        start_ns = window.start_ns // grid_ns * grid_ns
+        end_ns = -(-window.end_ns // grid_ns) * grid_ns
+        if joined and joined[-1].start_ns <= end_ns:
+            end_ns = max(end_ns, joined.pop().end_ns)
+        joined.append(Window(start_ns, end_ns))
+    return joined
+
+
+def is_inside(key: ObjectKey, window: Window) -> bool:
+    return window.start_ns <= key.start_ns < window.end_ns
+
+
+def overlap(one: Window, other: Window) -> bool:
+    return one.start_ns < other.end_ns and other.start_ns < one.end_ns
