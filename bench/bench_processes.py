@@ -23,7 +23,7 @@ from pathlib import Path
 from load import spawner
 
 from bpf.records import PERF_RECORD_COMM, PERF_RECORD_EXIT, Batch, Rings, decode_comm
-from profiler.processes.address_spaces import Processes
+from profiler.processes.address_spaces import AddressSpaces
 
 SAMPLED = 198
 
@@ -60,45 +60,45 @@ def main() -> None:
         measure(command, os.fsencode(command[1]))
 
 
-def poll_for_a_second(processes: Processes, rings: NotingRings) -> int:
+def poll_for_a_second(spaces: AddressSpaces, rings: NotingRings) -> int:
     """Poll at the end of the second, and earlier when a ring is half full. Gives ns of CPU."""
     cpu_ns, end_s, is_over = 0, time.monotonic() + 1, False
     while not is_over:
         readable, _, _ = select.select([rings], [], [], max(0, end_s - time.monotonic()))
         is_over = not readable
         noted_ns, begin_ns = rings.noting_ns, time.thread_time_ns()
-        processes.poll()
+        spaces.poll()
         cpu_ns += time.thread_time_ns() - begin_ns - (rings.noting_ns - noted_ns)
     return cpu_ns
 
 
 def measure(command: list[str], tiny: bytes) -> None:
     rings = NotingRings()
-    processes = Processes(rings)
+    spaces = AddressSpaces(rings)
     poll_ns, table_ns, expire_ns, tables_us = 0, 0, 0, []
     asked, found, ended = 0, 0, 0
     wall_ns = time.monotonic_ns()
     with subprocess.Popen(command) as running:
         while running.poll() is None:
-            poll_ns += poll_for_a_second(processes, rings)
+            poll_ns += poll_for_a_second(spaces, rings)
             exits, rings.exits = rings.exits, []
             ended += len(exits)
             for pid, exit_ns in exits[:: max(1, len(exits) // SAMPLED)][:SAMPLED]:
                 begin_ns = time.thread_time_ns()
-                table = processes.mappings(pid, exit_ns)
+                table = spaces.mappings(pid, exit_ns)
                 tables_us.append((time.thread_time_ns() - begin_ns) / 1000)
                 asked += 1
                 found += any(mapping.path == tiny for mapping in table.mappings)
             table_ns = int(sum(tables_us) * 1000)
             begin_ns = time.thread_time_ns()
-            processes.expire(time.monotonic_ns())
+            spaces.expire(time.monotonic_ns())
             expire_ns += time.thread_time_ns() - begin_ns
             rings.refresh()
     wall_ns = time.monotonic_ns() - wall_ns
     rings.close()
     total_ns = poll_ns + table_ns + expire_ns
     print(f"processes {ended}, {ended * 1e9 / wall_ns:.0f} a second; records {rings.records}")
-    print(f"lost {rings.lost}, gaps {processes.gaps}, snapshots {processes.snapshots}")
+    print(f"lost {rings.lost}, gaps {spaces.gaps}, snapshots {spaces.snapshots}")
     print(
         f"poll {poll_ns / 1000 / ended:.1f} us, expire {expire_ns / 1000 / ended:.1f} us a process"
     )

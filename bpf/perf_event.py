@@ -132,7 +132,7 @@ def open_event(
     """Open a perf event and return its file descriptor, which the caller closes.
 
     Raises:
-        PerfEventError: the kernel refused; `errno` tells why, the message what to do.
+        PerfEventError: the kernel refused; `errno` says why, the message what to do.
     """
     attr.size = ctypes.sizeof(attr)
     fd = _libc.syscall(
@@ -226,7 +226,7 @@ def sampling_attr(frequency_hz: int, hardware: bool) -> PerfEventAttr:
 
 
 def lifecycle_attr(wakeup_bytes: int) -> PerfEventAttr:
-    """Describe an event whose ring tells what processes are born, exec, map and exit.
+    """Describe an event whose ring says which processes fork, exec, map and exit.
 
     The time (CLOCK_MONOTONIC ns) is the last 8 bytes of each record, for sample_id_all appends the
     fields of `sample_type` and TIME is the only one. `wakeup_bytes` unread bytes make the file

@@ -1,11 +1,11 @@
-"""The kernel's records of process life: who was born, executed, mapped and exited, and when.
+"""The kernel's records of processes: who forked, executed, mapped and exited, and when.
 
 `Rings` holds one perf event with its own ring per online CPU. Its `read` costs little per record,
 because most records belong to processes nobody will ever ask about: it looks at the fixed head
 and leaves the rest as bytes, for `decode` to read when it is needed. Records are those of
 perf_event_open(2) and include/uapi/linux/perf_event.h; times are CLOCK_MONOTONIC ns.
 
-What was lost is said as a `Gap`: an interval in which anything may have happened unseen.
+What was lost is reported as a `Gap`: an interval in which anything may have happened unseen.
 """
 
 import errno
@@ -78,7 +78,7 @@ class Gap(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What `Rings.read` gives: records sorted by time, and the gaps that were found."""
+    """What `Rings.read` returns: records sorted by time, and the gaps that were found."""
 
     records: list[Record]
     gaps: list[Gap]
@@ -170,8 +170,8 @@ def decode_task(record: Record) -> Task:
 class Rings:
     """The rings of all online CPUs.
 
-    Open it before the sampler starts, so that no sampled process has a life before it that is not
-    in /proc. `refresh` follows CPUs that come and go.
+    Open it before the sampler starts: what a process did before is read from /proc. `refresh`
+    follows CPUs that come and go.
 
     Attributes:
         opened_ns: from here on records are complete, but for the gaps.
@@ -206,7 +206,7 @@ class Rings:
     def read(self) -> Batch:
         """Take what the kernel has written so far.
 
-        Left out are births and exits of single threads and renames that are no exec. Records are
+        Left out are forks and exits of single threads and renames that are no exec. Records are
         handed out in the order of their times over all calls: what was written after this call
         began waits for the next one, as an earlier record may still arrive from another CPU.
         """
@@ -311,8 +311,8 @@ class Rings:
     def _note_lost(self, ring: "_Ring", unread: bytes, start: int, end: int) -> None:
         """Count a LOST record, which stands where the lost ones would have stood.
 
-        At the start of what was read from a ring that was full the last time, it tells of the gap
-        that is known already: reading made room.
+        At the start of what was read from a ring that was full the last time, it is the gap that is
+        known already: reading made room.
         """
         (lost,) = _LOST.unpack_from(unread, start)
         self.lost += lost

@@ -17,14 +17,14 @@ BPF_ARRAY(pages, struct page, PAGES_CAPACITY);
 BPF_F_TABLE("array", u32, struct row, shard, SHARD_ROWS, MMAPABLE);
 BPF_TABLE("array_of_maps$shard", int, int, shards, SHARDS_CAPACITY);
 BPF_PERCPU_ARRAY(known, struct known_space, KNOWN_SPACES);
-BPF_RINGBUF_OUTPUT(wanted, WANTED_PAGES);
+BPF_RINGBUF_OUTPUT(requests, REQUEST_PAGES);
 BPF_ARRAY(last_wake_ns, u64, 1);
 
 /* Of a map within a map, for which bcc has no word. */
 #define lookup_in(map, key) \
 	(((void *(*)(void *, const void *))BPF_FUNC_map_lookup_elem)(map, key))
 
-/* Give the one in the pid's `nth` place, whoever it is. */
+/* Return the process in the pid's `nth` place, whichever it is. */
 static __always_inline struct process *lookup_process(u32 pid, u32 nth)
 {
 	u32 place = (pid ^ nth) % PROCESSES_CAPACITY;
@@ -76,7 +76,7 @@ static __always_inline struct table *lookup_table(u32 executable)
 }
 
 /*
- * Bisect a page for the row in force at `low`, and give in `high` where the next one begins; every
+ * Bisect a page for the row in force at `low`, and set `high` to where the next one begins; every
  * page begins with a row for its first byte.
  */
 static __always_inline struct row *lookup_row(const struct page *page, u32 low, u32 *high)
@@ -107,8 +107,8 @@ static __always_inline struct row *lookup_row(const struct page *page, u32 low, 
 	return lookup_in(rows, &first);
 }
 
-/* Ask for something; wake who reads only now and then: a wake costs more than what it is for. */
-static __always_inline void want(struct wish *wish)
+/* Request something. The reader is woken only now and then: a wake costs more than a request. */
+static __always_inline void send_request(struct request *request)
 {
 	u64 now = bpf_ktime_get_ns();
 	u64 flags = BPF_RB_NO_WAKEUP;
@@ -119,7 +119,7 @@ static __always_inline void want(struct wish *wish)
 		*last = now;
 		flags = BPF_RB_FORCE_WAKEUP;
 	}
-	wanted.ringbuf_output(wish, sizeof(*wish), flags);
+	requests.ringbuf_output(request, sizeof(*request), flags);
 }
 
 #include "unwind.bpf.h"
@@ -159,9 +159,9 @@ BPF_ARRAY(unselected, u64, 1);
 
 static __always_inline bool is_selected(u32 pid, u64 start_ns)
 {
-	u64 *wanted = selected.lookup(&pid);
+	u64 *start_of = selected.lookup(&pid);
 
-	return wanted && (*wanted == 0 || *wanted == start_ns);
+	return start_of && (*start_of == 0 || *start_of == start_ns);
 }
 #else
 static __always_inline bool is_selected(u32 pid, u64 start_ns)
@@ -382,12 +382,12 @@ int on_free(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 pid = kernel_u32(ctx->args[0] + TASK_TGID);
 	u64 start_ns = kernel_u64(ctx->args[0] + TASK_START_BOOTTIME);
-	u64 *wanted;
+	u64 *start_of;
 
 	if (kernel_u32(ctx->args[0] + TASK_PID) != pid)
 		return 0;
-	wanted = selected.lookup(&pid);
-	if (wanted && *wanted == start_ns)
+	start_of = selected.lookup(&pid);
+	if (start_of && *start_of == start_ns)
 		selected.delete(&pid);
 	return 0;
 }

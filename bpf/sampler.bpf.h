@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Records shared with user space (samples.py gives their layout and asserts the sizes), and the
+ * Records shared with user space (samples.py has their layout, the compiler asserts the sizes), and the
  * reading of kernel memory. Offsets into kernel structs come from the running kernel's BTF as -D.
  */
 #ifndef EVERFLAME_SAMPLER_BPF_H

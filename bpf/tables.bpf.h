@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What user space tells the walk: which code lies where in a process, and how to leave it.
+ * What user space loads for the walk: which code lies where in a process, and how to leave it.
  *
  *     processes   by pid: the address space of the program it runs now, a range of `mappings`
  *     mappings    sorted by address: which executable is there, and from where in its file
@@ -10,7 +10,7 @@
  *
  * What a walk reads was last read some milliseconds ago, so that each cache line is a wait for memory:
  * ranges are bisected in arrays whose neighbours share lines, pages are small, and the rules of most
- * frames are known from the walk before, which also tells what to load all at once.
+ * frames are known from the walk before, which also shows what to load all at once.
  *
  * Layouts are those of tables.py, which the compiler asserts by size. The maps themselves, and how they
  * are asked, stand in sampler.bpf.c: bcc knows maps only in the file that it compiles.
@@ -22,7 +22,7 @@
 
 /*
  * User space writes these through shared memory. A process has one of PROCESS_PLACES places that its
- * pid gives; a hash table of the kernel's would be three more waits for memory.
+ * pid selects; a hash table of the kernel's would be three more waits for memory.
  */
 struct process {
 	u64 version; /* odd while it is being written */
@@ -93,12 +93,12 @@ struct known_space {
 _Static_assert(sizeof(struct known_space) == KNOWN_SPACE_SIZE, "tables.py: KNOWN_SPACE_SIZE");
 _Static_assert(KNOWN_RULES == 256, "a place in `last` is a byte");
 
-struct wish {
+struct request {
 	u64 start_ns;
 	u64 exec_id;
 	u32 pid;
 	u32 executable; /* 0: the process itself is not known */
 };
-_Static_assert(sizeof(struct wish) == WISH_SIZE, "tables.py: WISH");
+_Static_assert(sizeof(struct request) == REQUEST_SIZE, "tables.py: REQUEST");
 
 #endif

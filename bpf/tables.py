@@ -1,7 +1,7 @@
 """Unwind tables in the kernel: what the walk needs to leave frames that keep no frame pointer.
 
-The owner says which process has what mapped where, gives the rows of the executables that are
-wished for, and takes them away again; `wishes` tells what was needed and was not there. All of it
+The owner says which process has what mapped where, loads the rows of the executables that are
+requested, and unloads them again; `requests` returns what a walk needed and did not find. All of it
 is plain integers and arrays: who made them, and from what, is not known here. Layouts and the
 meaning of rows are those of tables.bpf.h and unwind.bpf.h.
 """
@@ -75,7 +75,7 @@ PAGE = np.dtype([("first", "u4"), ("count", "u2"), ("unused", "u2")])
 ROW = np.dtype(
     [("pc_low", "u2"), ("cfa", "u2"), ("cfa_kind", "u1"), ("rbp_kind", "u1"), ("rbp", "i2")]
 )
-WISH = np.dtype([("start_ns", "u8"), ("exec_id", "u8"), ("pid", "u4"), ("executable", "u4")])
+REQUEST = np.dtype([("start_ns", "u8"), ("exec_id", "u8"), ("pid", "u4"), ("executable", "u4")])
 
 PAGE_BITS = 12
 SHARD_ROWS = 262_144
@@ -89,7 +89,7 @@ BLOCK_BITS = 6
 KNOWN_SPACES, KNOWN_RULES, KNOWN_FRAMES = 32, 256, 64
 """Of each CPU: rules that were found, by address space, and those of the last walk there."""
 KNOWN_SPACE_SIZE = KNOWN_FRAMES + KNOWN_RULES * 2 * ROW.itemsize
-WANTED_PAGES = 16
+REQUEST_PAGES = 16
 WAKE_PERIOD_NS = 100_000_000
 DEFAULT_LIMIT_BYTES = 48_000_000
 FIXED_BYTES = (
@@ -102,14 +102,14 @@ BYTES_PER_CPU = KNOWN_SPACES * KNOWN_SPACE_SIZE
 _BPF_F_MMAPABLE = 1 << 10
 _RINGBUF_BUSY, _RINGBUF_DISCARD, _RINGBUF_HEADER = 1 << 31, 1 << 30, 8
 
-MAPS = ("processes", "mappings", "executables", "pages", "shard", "shards", "wanted")
+MAPS = ("processes", "mappings", "executables", "pages", "shard", "shards", "requests")
 
 
 class NoRoomError(BpfError):
     """The tables would take more memory than they may."""
 
 
-class Wish(NamedTuple):
+class UnwindRequest(NamedTuple):
     """What a sample needed and did not find: an executable's rows, or (0) all about a process."""
 
     pid: int
@@ -135,7 +135,7 @@ def constants() -> dict[str, int]:
         "TABLE_SIZE": TABLE.itemsize,
         "PAGE_SIZE_IN_MAP": PAGE.itemsize,
         "ROW_SIZE": ROW.itemsize,
-        "WISH_SIZE": WISH.itemsize,
+        "REQUEST_SIZE": REQUEST.itemsize,
         "PAGE_BITS": PAGE_BITS,
         "SHARD_ROWS": SHARD_ROWS,
         "MMAPABLE": _BPF_F_MMAPABLE,
@@ -150,7 +150,7 @@ def constants() -> dict[str, int]:
         "KNOWN_FRAMES": KNOWN_FRAMES,
         "KNOWN_SPACE_SIZE": KNOWN_SPACE_SIZE,
         "BLOCK_BITS": BLOCK_BITS,
-        "WANTED_PAGES": WANTED_PAGES,
+        "REQUEST_PAGES": REQUEST_PAGES,
         "WAKE_PERIOD_NS": WAKE_PERIOD_NS,
         **{f"CFA_{kind.name}": kind.value for kind in CfaKind},
         **{f"RBP_{kind.name}": kind.value for kind in RbpKind},
@@ -161,8 +161,8 @@ def constants() -> dict[str, int]:
 class Tables:
     """The maps that the walk reads. Descriptors stay the caller's.
 
-    What is taken away may still be read by a walk that has begun: its room is given out again only
-    after `settle`, which the caller calls when no such walk can run any more.
+    What is unloaded may still be read by a walk that has begun: its room is used again only after
+    `settle`, which the caller calls when no such walk can run any more.
     """
 
     def __init__(self, fds: Mapping[str, int], limit_bytes: int, cpus: int) -> None:
@@ -177,16 +177,16 @@ class Tables:
         self._mappings = _Room()
         self._mappings.add(0, MAPPINGS_CAPACITY)
         self._spaces: dict[int, _Extent] = {}
-        self._processes = _Processes(fds["processes"])
-        self._wanted = _RingBuffer(fds["wanted"])
+        self._processes = _ProcessPlaces(fds["processes"])
+        self._requests = _RingBuffer(fds["requests"])
         self._add_shard(fds["shard"])
 
     def fileno(self) -> int:
-        """Return a descriptor that becomes readable when there are wishes, now and then."""
-        return self._fds["wanted"]
+        """Return a descriptor that becomes readable when there are requests, now and then."""
+        return self._fds["requests"]
 
     def close(self) -> None:
-        self._wanted.close()
+        self._requests.close()
         self._processes.close()
         for shard in self._shards:
             shard.close()
@@ -197,11 +197,11 @@ class Tables:
         """What rows, pages and address spaces take in the kernel, used or free."""
         return self._fixed_bytes + len(self._shards) * SHARD_BYTES
 
-    def wishes(self) -> list[Wish]:
-        """Take what was asked for since the last call, each once."""
-        found = np.frombuffer(b"".join(self._wanted.take()), WISH)
+    def requests(self) -> list[UnwindRequest]:
+        """Return what was requested since the last call, each once."""
+        found = np.frombuffer(b"".join(self._requests.take()), REQUEST)
         return [
-            Wish(pid, start_ns, exec_id, executable)
+            UnwindRequest(pid, start_ns, exec_id, executable)
             for start_ns, exec_id, pid, executable in dict.fromkeys(found.tolist())
         ]
 
@@ -224,7 +224,7 @@ class Tables:
         extents = self._take_rows(int(counts.sum()), int(counts.max()))
         place = self._pages.take(span)
         if place is None:
-            self._rows.give_back(extents)
+            self._rows.put_back(extents)
             raise NoRoomError("cannot load an unwind table: there are too many pages")
         entries = np.zeros(span, PAGE)
         used = self._fill(extents, pages, rows, entries, low)
@@ -235,7 +235,7 @@ class Tables:
         self._loaded[table] = _Loaded(used, place, value.tobytes())
 
     def unload(self, table: int) -> None:
-        """Take a table's rows away. No executable may refer to it any more."""
+        """Unload a table's rows. No executable may refer to it any more."""
         loaded = self._loaded.pop(table)
         self._rows.leave(loaded.rows)
         self._pages.leave([loaded.pages])
@@ -250,7 +250,7 @@ class Tables:
         syscalls.update(self._fds["executables"], executable, value.tobytes())
 
     def settle(self) -> None:
-        """Return the room of what was taken away out again: no walk of that time runs any more."""
+        """Free the room of what was unloaded: no walk of that time runs any more."""
         for room in (self._rows, self._pages, self._mappings):
             room.settle()
 
@@ -277,7 +277,7 @@ class Tables:
         self._spaces[space] = place
 
     def remove_space(self, space: int) -> None:
-        """Take an address space away. No process may have it any more."""
+        """Remove an address space. No process may have it any more."""
         self._mappings.leave([self._spaces.pop(space)])
 
     def set_process(self, pid: int, start_ns: int, exec_id: int, space: int) -> None:
@@ -289,15 +289,15 @@ class Tables:
 
     # Room for rows.
 
-    def _take_rows(self, wanted: int, largest: int) -> list["_Extent"]:
+    def _take_rows(self, needed: int, largest: int) -> list["_Extent"]:
         """Take extents that hold so many rows, even when each wastes most of a page at its end."""
         taken: list[_Extent] = []
         room = 0
-        while room < wanted:
+        while room < needed:
             extent = self._rows.take_largest(largest)
             if extent:
                 taken.append(extent)
-                room += extent.count if extent.count >= wanted - room else extent.count - largest
+                room += extent.count if extent.count >= needed - room else extent.count - largest
             elif self._may_grow() and largest <= SHARD_ROWS:
                 self._add_shard(
                     syscalls.create_map(
@@ -306,7 +306,7 @@ class Tables:
                     is_ours=True,
                 )
             else:
-                self._rows.give_back(taken)
+                self._rows.put_back(taken)
                 raise NoRoomError("cannot load an unwind table: others take all the memory")
         return taken
 
@@ -333,7 +333,7 @@ class Tables:
             entries[pages["number"][begun:end].astype(np.int64) - low] = here
             used.append(self._rows.cut(extent, size))
             done, begun = done + size, end
-        self._rows.give_back(left)
+        self._rows.put_back(left)
         return used
 
     def _add_shard(self, fd: int, *, is_ours: bool = False) -> None:
@@ -373,10 +373,10 @@ class _Room:
         self._left: list[_Extent] = []
 
     def add(self, shard: int, count: int) -> None:
-        self.give_back([_Extent(shard, 0, count)])
+        self.put_back([_Extent(shard, 0, count)])
 
     def take(self, count: int) -> _Extent | None:
-        """Take the first extent that is large enough, and return back what is over."""
+        """Take the first extent that is large enough, and put back what is over."""
         for extent in self._free:
             if extent.count >= count:
                 self._free.remove(extent)
@@ -392,19 +392,19 @@ class _Room:
 
     def cut(self, extent: _Extent, count: int) -> _Extent:
         rest = _Extent(extent.shard, extent.first + count, extent.count - count)
-        self.give_back([rest])
+        self.put_back([rest])
         return replace(extent, count=count)
 
     def leave(self, extents: Sequence[_Extent]) -> None:
-        """Take these back, to be given out again after `settle`."""
+        """Take these back, to be used again after `settle`."""
         self._left.extend(extents)
 
     def settle(self) -> None:
         if self._left:
-            self.give_back(self._left)
+            self.put_back(self._left)
             self._left.clear()
 
-    def give_back(self, extents: Sequence[_Extent]) -> None:
+    def put_back(self, extents: Sequence[_Extent]) -> None:
         merged: list[_Extent] = []
         for each in sorted(each for each in (*self._free, *extents) if each.count):
             last = merged[-1] if merged else None
@@ -432,7 +432,7 @@ class _Shard(NamedTuple):
             os.close(self.fd)
 
 
-class _Processes:
+class _ProcessPlaces:
     """Places for processes, in memory shared with the kernel.
 
     A walk may read a place while it is written: `version` is odd for as long, and another one
@@ -445,7 +445,7 @@ class _Processes:
         self._next = 0
 
     def put(self, pid: int, start_ns: int, exec_id: int, space: int, mappings: _Extent) -> None:
-        """Return it a place. Where all of its are taken, another loses its own and wishes again."""
+        """Put it into a place. If all are taken, another process loses its own and asks again."""
         places = list(self._places(pid))
         pids = [self._pid_at(place) for place in places]
         if pid in pids:
@@ -485,7 +485,7 @@ class _RingBuffer:
     """The consumer's side of BPF_MAP_TYPE_RINGBUF (Documentation/bpf/ringbuf.rst)."""
 
     def __init__(self, fd: int) -> None:
-        self._size = WANTED_PAGES * mmap.PAGESIZE
+        self._size = REQUEST_PAGES * mmap.PAGESIZE
         self._consumer = mmap.mmap(fd, mmap.PAGESIZE)
         self._producer = mmap.mmap(
             fd, mmap.PAGESIZE + 2 * self._size, prot=mmap.PROT_READ, offset=mmap.PAGESIZE
@@ -502,7 +502,7 @@ class _RingBuffer:
             if header & _RINGBUF_BUSY:
                 break
             length = header & ~(_RINGBUF_BUSY | _RINGBUF_DISCARD)
-            if not header & _RINGBUF_DISCARD and length == WISH.itemsize:
+            if not header & _RINGBUF_DISCARD and length == REQUEST.itemsize:
                 yield self._producer[at + _RINGBUF_HEADER : at + _RINGBUF_HEADER + length]
             position += (_RINGBUF_HEADER + length + 7) & ~7
             self._consumed[0] = position

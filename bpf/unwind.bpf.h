@@ -41,7 +41,7 @@ struct walk {
 	u8 knows_others;
 	u8 knows_bp;
 	u8 has_page;
-	u8 has_wished;
+	u8 has_requested;
 	struct mapping mapping; /* that of the last step; most frames have a neighbour in it */
 	struct table table; /* of that mapping */
 	struct page page; /* and the last page of it */
@@ -260,19 +260,19 @@ static __always_inline u32 leave_by_register(struct walk *walk, const struct rul
 }
 
 /* Ask once in a walk: for a table, or (0) for what the process has mapped by now. */
-static __always_inline void want_more(struct walk *walk, u32 executable)
+static __always_inline void request_once(struct walk *walk, u32 executable)
 {
-	struct wish wish = {
+	struct request request = {
 		.start_ns = walk->start_ns,
 		.exec_id = walk->exec_id,
 		.pid = walk->pid,
 		.executable = executable,
 	};
 
-	if (walk->has_wished)
+	if (walk->has_requested)
 		return;
-	walk->has_wished = true;
-	want(&wish);
+	walk->has_requested = true;
+	send_request(&request);
 }
 
 /* Find out what code `address` is: FOUND, or why its frame pointer must do. */
@@ -286,7 +286,7 @@ static __always_inline u32 find_table(struct walk *walk, u64 address)
 		walk->mapping.end = 0;
 		mapping = lookup_mapping(walk->first_mapping, walk->mappings, address);
 		if (!mapping) {
-			want_more(walk, 0);
+			request_once(walk, 0);
 			return STOP_NO_MAPPING;
 		}
 		walk->mapping = *mapping;
@@ -302,7 +302,7 @@ static __always_inline u32 find_table(struct walk *walk, u64 address)
 	if (walk->table.state == TABLE_NO_ROOM)
 		return STOP_NO_ROOM;
 	if (walk->table.state == TABLE_UNKNOWN) {
-		want_more(walk, walk->mapping.executable);
+		request_once(walk, walk->mapping.executable);
 		return STOP_NO_TABLE_YET;
 	}
 	return FOUND;
@@ -330,7 +330,7 @@ static __always_inline u32 find_page(struct walk *walk, u64 offset)
 #define BLOCK_SIZE (1 << BLOCK_BITS)
 #define GOLDEN_RATIO 0x9e3779b97f4a7c15ULL /* times 2^64: spreads neighbours */
 
-/* A block's number has 41 bits, which leaves 23 for what tells the last 8 million spaces apart. */
+/* A block's number has 41 bits, which leaves 23 to tell the last 8 million spaces apart. */
 static __always_inline u64 key_of_block(u64 address, u32 space)
 {
 	return (u64)space << (47 - BLOCK_BITS) | address >> BLOCK_BITS;
@@ -377,7 +377,7 @@ static __always_inline u32 find_rule(struct walk *walk, u64 address, struct know
 
 /*
  * Leave a frame by a rule that is not one of the two that 99 of 100 have. A runtime whose frames need a
- * step of their own gets it here: a kind of rule, which the table gives for the code it stands for.
+ * step of their own gets it here: a kind of rule that the table has for the runtime's code.
  */
 static __always_inline u32 leave_by_rare_rule(struct walk *walk, const struct rule *rule)
 {
@@ -488,7 +488,7 @@ static __always_inline void find_process(struct walk *walk, const struct count_k
 	walk->pid = key->pid;
 	walk->start_ns = key->start_ns;
 	walk->exec_id = key->exec_id;
-	walk->has_wished = false;
+	walk->has_requested = false;
 	walk->has_page = false;
 	walk->mapping.end = 0;
 	walk->mappings = 0;
@@ -500,7 +500,7 @@ static __always_inline void find_process(struct walk *walk, const struct count_k
 	if (process && copy_process(walk, process))
 		warm_up(walk->space);
 	else
-		want_more(walk, 0);
+		request_once(walk, 0);
 }
 
 /* Begin the walk of the current thread: GO_ON, or why it has no user stack. */

@@ -126,19 +126,19 @@ class BpfCost:
         self._stack.close()
 
 
-class Beside:
-    """What runs beside an agent, in its loop. For `everflame agent` that is nothing."""
+class ChildProcesses:
+    """Child processes that an agent looks after in its loop. `everflame agent` has no others."""
 
     commands: Collection[int] = ()
-    """Children of this process that are not the profiler's own."""
+    """Those that are not the profiler's own."""
     has_failed = False
     """Whether the agent is to end as well."""
 
     def start(self) -> None:
-        """Begin, once the lock is held and before anything is loaded."""
+        """Start them, once the lock is held and before anything is loaded."""
 
     def supervise(self) -> None:
-        """Look after it, several times a second. What this raises is logged."""
+        """Look after them, several times a second. What this raises is logged."""
 
     def note(self, profile: Profile) -> None:
         """Take note of a window that was closed."""
@@ -148,7 +148,7 @@ class Beside:
         return {}
 
     def end(self) -> None:
-        """End it; called in any case, and last."""
+        """End them; called in any case, and last."""
 
 
 class Agent:
@@ -160,13 +160,13 @@ class Agent:
         recorder: Recorder,
         spool: Spool,
         uploader: Child,
-        beside: Beside,
+        children: ChildProcesses,
     ) -> None:
         self._options = options
         self._recorder = recorder
         self._spool = spool
         self._uploader = uploader
-        self._beside = beside
+        self._children = children
         self._bpf = BpfCost(recorder)
         self._edges = Edges(options.interval_s, first_interval_s=options.first_interval_s)
         self._begun_s = time.monotonic()
@@ -183,7 +183,7 @@ class Agent:
         self._edges.begin()
         self._bpf.begin()
         next_step = time.monotonic() + self._recorder.drain_period_s
-        while time.monotonic() < end_s and not self._beside.has_failed:
+        while time.monotonic() < end_s and not self._children.has_failed:
             met = signals.wait(min(next_step, self._edges.edge_monotonic_s, end_s))
             if met in ENDING:
                 break
@@ -191,7 +191,7 @@ class Agent:
                 self._recorder.catch_up()
                 socket.answer(self.status)
                 self._uploader.supervise()
-                self._beside.supervise()
+                self._children.supervise()
                 if time.monotonic() >= next_step:
                     period_s = self._recorder.drain_period_s
                     next_step = max(next_step + period_s, time.monotonic())
@@ -234,7 +234,7 @@ class Agent:
         self._deviating = self._deviating + 1 if warning else 0
         if self._deviating >= _ALARM_AFTER:
             log.warning("%s (%d windows in a row)", warning, self._deviating)
-        self._beside.note(profile)
+        self._children.note(profile)
 
     def status(self) -> dict[str, Any]:
         """Return what `everflame status --json` prints."""
@@ -270,13 +270,13 @@ class Agent:
             "spool": spool._asdict(),
             "unwinding": recorder.unwinding.status(),
             "slowest_binaries": recorder.symbolizer.slowest(),
-            **self._beside.status(),
+            **self._children.status(),
         }
 
 
-def run(options: AgentOptions, beside: Beside | None = None) -> dict[str, Any]:
-    """Be the agent of this host until it is told to end, and return its last status."""
-    beside = beside or Beside()
+def run(options: AgentOptions, children: ChildProcesses | None = None) -> dict[str, Any]:
+    """Run the agent of this host until it is asked to end, and return its last status."""
+    children = children or ChildProcesses()
     config = SamplerConfig(
         options.frequency_hz, options.hardware, tables_limit_bytes=options.tables_limit_bytes
     )
@@ -288,19 +288,19 @@ def run(options: AgentOptions, beside: Beside | None = None) -> dict[str, Any]:
         uploader = Child("uploader", _uploader_command(options))
         log.info("%s", greeting(options))
         try:
-            beside.start()
+            children.start()
             spool = _open_spool(options)
-            with Recorder(config, rules=options.rules, commands=beside.commands) as recorder:
+            with Recorder(config, rules=options.rules, commands=children.commands) as recorder:
                 signals.watch(recorder.fileno())
                 signals.watch(socket.fileno())
-                agent = Agent(options, recorder, spool, uploader, beside)
+                agent = Agent(options, recorder, spool, uploader, children)
                 try:
                     agent.run(signals, socket)
                 finally:
                     uploader.end(_UPLOADER_GRACE_S)
                 return agent.status()
         finally:
-            beside.end()
+            children.end()
 
 
 def _open_spool(options: AgentOptions) -> Spool:

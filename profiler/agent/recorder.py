@@ -30,7 +30,7 @@ from bpf.records import Rings
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import Drain, RawSample, Words
 from profiler.agent.unwind_tables import Unwinding
-from profiler.processes.address_spaces import Processes
+from profiler.processes.address_spaces import AddressSpaces
 from profiler.processes.labels import Labeler, parent_in_proc
 from profiler.processes.rules import Rules
 from storage.profile import (
@@ -100,9 +100,9 @@ class Recorder:
         """Load everything; nothing is sampled yet.
 
         `rules` name services, `commands` are children of this process that are not the profiler's
-        own: what it was told to record.
+        own: the commands that it records.
         """
-        _give_large_blocks_back()
+        _return_large_blocks()
         self.config = config
         self.period_ns = 1_000_000_000 // config.frequency_hz
         self.cost = Cost()
@@ -110,7 +110,7 @@ class Recorder:
         self._rings = Rings()
         try:
             # The records first: what maps before the first tick must be known at the first tick.
-            self.processes = Processes(self._rings)
+            self.address_spaces = AddressSpaces(self._rings)
             self.sampler = Sampler(config)
         except BaseException:
             self._rings.close()
@@ -118,7 +118,7 @@ class Recorder:
         cache = cache or default_cache()
         self.symbolizer = Symbolizer(cache)
         self.unwinding = Unwinding(
-            self.sampler, self.processes, self.symbolizer, UnwindCache(cache / "unwind")
+            self.sampler, self.address_spaces, self.symbolizer, UnwindCache(cache / "unwind")
         )
         self._wakes = select.epoll()
         for fd in (self._rings.fileno(), self.unwinding.fileno()):
@@ -146,7 +146,7 @@ class Recorder:
         self.close()
 
     def _parent_of(self, pid: int) -> int | None:
-        return self.processes.parent_of(pid) or parent_in_proc(pid)
+        return self.address_spaces.parent_of(pid) or parent_in_proc(pid)
 
     def _scan(self) -> None:
         """Look for new services now and then, whether they are sampled or not."""
@@ -163,7 +163,7 @@ class Recorder:
         self.sampler.start()
 
     def stop(self) -> None:
-        """End ticking; `close_window` still gives what was counted."""
+        """End ticking; `close_window` still returns what was counted."""
         self.sampler.stop()
         self._window.end()
 
@@ -183,9 +183,9 @@ class Recorder:
         return self._wakes.fileno()
 
     def catch_up(self) -> None:
-        """Take in what the kernel told of processes, and return its walks what they wish for."""
+        """Read the kernel's records of processes, and answer the requests of its walks."""
         with self.cost.of("processes"):
-            self.processes.poll()
+            self.address_spaces.poll()
         with self.cost.of("unwind"):
             self.unwinding.catch_up()
 
@@ -239,7 +239,7 @@ class Recorder:
         window.count(drain)
         try:
             with self.cost.of("processes"):
-                self.processes.poll()
+                self.address_spaces.poll()
                 groups = self._by_mappings(drain.samples)
             with self.cost.of("unwind"):
                 self.unwinding.note(groups)
@@ -253,12 +253,12 @@ class Recorder:
                     window.add(sample, stack, names)
         finally:
             window.settle()
-            self.processes.expire(time.monotonic_ns())
+            self.address_spaces.expire(time.monotonic_ns())
 
     def _by_mappings(self, samples: Sequence[RawSample]) -> dict[MappingTable, list[RawSample]]:
         groups: dict[MappingTable, list[RawSample]] = defaultdict(list)
         for sample in samples:
-            table = self.processes.mappings(sample.pid, sample.last_ns, sample.start_ns)
+            table = self.address_spaces.mappings(sample.pid, sample.last_ns, sample.start_ns)
             groups[table].append(sample)
         return groups
 
@@ -323,7 +323,7 @@ class _OpenWindow:
     def __init__(self, period_ns: int, edge_ns: int | None = None) -> None:
         self.builder = ProfileBuilder(period_ns)
         self.known_words: WeakKeyDictionary[MappingTable, dict[int, int]] = WeakKeyDictionary()
-        """By process image: numbers of its words in the builder, for as long as it lives."""
+        """By process image: numbers of its words in the builder, for as long as it is in use."""
         self.begun = _Clocks.now()
         self._start_ns = edge_ns or self.begun.wall_ns
         self._end_ns: int | None = None
@@ -413,7 +413,7 @@ class _Clocks:
         return max(0, self.nonidle_ns - earlier.nonidle_ns)
 
 
-def _give_large_blocks_back() -> None:
+def _return_large_blocks() -> None:
     """Keep what symbol tables needed while they were read from staying with this process.
 
     glibc raises its threshold for mmap with each large block that is freed, and then keeps them on

@@ -1,4 +1,4 @@
-"""What a running agent tells: over its Unix socket, as a table, and in Prometheus' text format."""
+"""The status of a running agent: on its Unix socket, as a table, in Prometheus' text format."""
 
 import contextlib
 import os
@@ -153,7 +153,7 @@ def table(status: Mapping[str, Any]) -> str:
 
 def _upload(upload: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if not upload.get("store"):
-        yield "uploader", "has not told anything yet"
+        yield "uploader", "has not reported yet"
         return
     last_ns = upload["last_upload_ns"]
     last = f"{_duration(time.time() - last_ns / 1e9)} ago" if last_ns else "never"

@@ -36,7 +36,7 @@ def host_lock(run_folder: Path) -> Iterator[None]:
             pid = os.read(fd, 20).decode(errors="replace").strip() or "unknown"
             raise RefusedError(
                 f"cannot start: an agent runs on this host already (pid {pid};"
-                " everflame status tells how it fares, everflame serve draws what it stores)"
+                " see everflame status; everflame serve draws what it stores)"
             ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)

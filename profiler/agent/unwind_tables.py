@@ -1,15 +1,15 @@
 """Keeps the kernel's unwind tables fit for what is on CPU, so that stacks are whole.
 
-The walk in the kernel wishes for what it misses: first for a process, that is for what it has
-mapped where; then for the table of a file that it came across. Only what was wished for is loaded.
+The walk in the kernel requests what it misses: first a process, that is what it has mapped where;
+then the table of a file that it came across. Only what was requested is loaded.
 A table is built from the file once, by a child process, as files are others' and large ones take
 memory; it is kept on disk, by what it was built from, and shared by all processes. When the
 kernel's memory for tables is full, those go that no sample has used for a while; if there is none,
 the new one waits.
 
-Processes are followed by what `Processes` tells of them at each drain: a process that mapped more
-has another MappingTable, and so gets another address space in the kernel. A process that started
-another program, or whose pid is another's now, is told apart by the kernel itself.
+`AddressSpaces` says at each drain what a sampled process has mapped: a process that mapped more has
+another MappingTable, and so gets another address space in the kernel. The kernel itself tells
+process generations apart: a process that started another program, and a pid that is used again.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ from bpf.tables import (
     MappingRow,
     NoRoomError,
     TableState,
-    Wish,
+    UnwindRequest,
 )
-from profiler.processes.address_spaces import Processes
+from profiler.processes.address_spaces import AddressSpaces
 from symbolizer.maps import MappingTable, is_anonymous
 from symbolizer.symbolizer import Symbolizer
 from symbolizer.symbols.elf import Source, UnreadableElf
@@ -69,10 +69,10 @@ class _Process(NamedTuple):
 
 
 class _File(NamedTuple):
-    """A mapped file as the kernel tells of it: what needs no look at the file itself.
+    """A mapped file as the kernel describes it, without a look at the file itself.
 
-    Without a build id nothing tells it from another one that has its inode and its name later, so
-    that each address space (by its number, else 0) has one of its own.
+    Without a build id it looks like any later file with its inode and its name, so each address
+    space has one of its own: `space` is its number, else 0.
     """
 
     device: tuple[int, int]
@@ -117,11 +117,15 @@ class Unwinding:
     """Not to be used from several threads at once."""
 
     def __init__(
-        self, sampler: Sampler, processes: Processes, symbolizer: Symbolizer, cache: UnwindCache
+        self,
+        sampler: Sampler,
+        address_spaces: AddressSpaces,
+        symbolizer: Symbolizer,
+        cache: UnwindCache,
     ) -> None:
         self._sampler = sampler
         self._tables = sampler.tables
-        self._processes = processes
+        self._address_spaces = address_spaces
         self._symbolizer = symbolizer
         self._cache = cache
         self._known: dict[int, _Process] = {}
@@ -133,7 +137,7 @@ class Unwinding:
         self._keys: dict[int, str] = {}
         self._recent: dict[_File, str] = {}  # of files that have no number now: their keys
         self._loaded: dict[str, _Loaded] = {}
-        self._young: list[Wish] = []
+        self._young: list[UnwindRequest] = []
         self._waiting: set[str] = set()
         self._unreachable: set[int] = set()
         self._next_table = 1
@@ -148,7 +152,7 @@ class Unwinding:
         self._builder.close()
 
     def status(self) -> dict[str, int]:
-        """Return what `everflame status` tells of it."""
+        """Return what `everflame status` shows of it."""
         return {
             "processes": len(self._known),
             "tables": len(self._loaded),
@@ -158,24 +162,26 @@ class Unwinding:
         }
 
     def catch_up(self) -> None:
-        """Grant what was wished for. The records of processes must have been polled before."""
+        """Answer the walks' requests. The records of processes must have been polled before."""
         now_ns = time.monotonic_ns()
         boot_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         built = self._builder.finished()
         if built:
             self._offer(built)
-        wishes = self._tables.wishes()
-        # Who was too young may sleep by now, and would not wish again for long.
-        waiting = dict.fromkeys((*self._young, *(wish for wish in wishes if not wish.executable)))
+        requests = self._tables.requests()
+        # A process that was too young may sleep by now, and would not ask again for long.
+        waiting = dict.fromkeys(
+            (*self._young, *(request for request in requests if not request.executable))
+        )
         self._young.clear()
-        for wish in waiting:
-            if boot_ns - wish.start_ns >= _YOUNG_NS:
-                self._follow(wish.pid, wish.start_ns, wish.exec_id, now_ns)
+        for request in waiting:
+            if boot_ns - request.start_ns >= _YOUNG_NS:
+                self._follow(request.pid, request.start_ns, request.exec_id, now_ns)
             else:
-                self._young.append(wish)
-        for wish in wishes:
-            if wish.executable:
-                self._grant_table(wish)
+                self._young.append(request)
+        for request in requests:
+            if request.executable:
+                self._answer(request)
 
     def note(self, groups: Mapping[MappingTable, Sequence[RawSample]]) -> None:
         """Follow the sampled processes: whoever mapped more gets it."""
@@ -205,7 +211,7 @@ class Unwinding:
     def _follow(self, pid: int, start_ns: int, exec_id: int, now_ns: int) -> None:
         if not os.path.exists(f"/proc/{pid}"):  # noqa: PTH110 - a thousand times a second
             return
-        mappings = self._processes.mappings(pid, now_ns, start_ns)
+        mappings = self._address_spaces.mappings(pid, now_ns, start_ns)
         if mappings.mappings:
             self._set(pid, start_ns, exec_id, mappings)
 
@@ -216,7 +222,7 @@ class Unwinding:
             space = self._spaces.get(mappings) or self._add_space(mappings)
         except NoRoomError:
             self._forget_oldest()
-            return  # it wishes again
+            return  # its next sample asks again
         self._tables.set_process(pid, start_ns, exec_id, space.number)
         space.pids.add(pid)
         before = self._known.pop(pid, None)  # to the end: the oldest come first
@@ -234,7 +240,7 @@ class Unwinding:
         try:
             self._tables.add_space(space.number, rows)
         except NoRoomError:
-            self._give_up(executables)
+            self._release(executables)
             raise
         self._next_space += 1
         self._spaces[mappings] = space
@@ -266,8 +272,8 @@ class Unwinding:
         executable.mappings, executable.place = mappings, place
         return number
 
-    def _give_up(self, executables: Iterable[int]) -> None:
-        """Let go of the numbers that a space has used; those that nobody uses are free again."""
+    def _release(self, executables: Iterable[int]) -> None:
+        """Release the numbers that a space has used; those that nobody uses are free again."""
         for number in filter(None, executables):
             executable = self._executables[number]
             executable.uses -= 1
@@ -279,7 +285,7 @@ class Unwinding:
                     if len(self._recent) > _MAX_RECENT:
                         del self._recent[next(iter(self._recent))]
                 self._tables.set_state(number, TableState.UNKNOWN)
-                self._free.append(number)  # the longest unused one is given out first
+                self._free.append(number)  # the longest unused one is used first
 
     def _leave(self, pid: int, mappings: MappingTable) -> None:
         space = self._spaces[mappings]
@@ -287,7 +293,7 @@ class Unwinding:
         if not space.pids:
             del self._spaces[mappings]
             self._tables.remove_space(space.number)
-            self._give_up(space.executables)
+            self._release(space.executables)
 
     def _sweep(self) -> None:
         """Forget the processes that are gone."""
@@ -295,7 +301,7 @@ class Unwinding:
             self._forget(pid)
 
     def _forget_oldest(self) -> None:
-        """Make room for others; those that still run are sampled again, and wish again."""
+        """Make room for others; those that still run are sampled again, and ask again."""
         for pid in list(self._known)[: 1 + len(self._known) // 8]:
             self._forget(pid)
 
@@ -305,26 +311,28 @@ class Unwinding:
 
     # Tables.
 
-    def _grant_table(self, wish: Wish) -> None:
-        executable = self._executables.get(wish.executable)
+    def _answer(self, request: UnwindRequest) -> None:
+        executable = self._executables.get(request.executable)
         if executable is None:
             return
-        key = self._keys.get(wish.executable)
+        key = self._keys.get(request.executable)
         if key is None:
-            with _opened(self._symbolizer, wish.pid, executable) as source:
-                if source is None:  # the process may be gone: another one will wish again
-                    self._tables.set_state(wish.executable, TableState.NONE)
-                    self._unreachable.add(wish.executable)
+            with _opened(self._symbolizer, request.pid, executable) as source:
+                if source is None:  # the process may be gone: another one will ask again
+                    self._tables.set_state(request.executable, TableState.NONE)
+                    self._unreachable.add(request.executable)
                     return
                 with contextlib.suppress(UnreadableElf):
                     key = key_of(source)
-            self._keys[wish.executable] = key = key or ""
+            self._keys[request.executable] = key = key or ""
         if not key:
-            self._tables.set_state(wish.executable, TableState.NONE)
+            self._tables.set_state(request.executable, TableState.NONE)
         elif key in self._loaded:
-            self._tables.set_table(wish.executable, self._loaded[key].number)
+            self._tables.set_table(request.executable, self._loaded[key].number)
         elif not self._load(key):
-            self._builder.ask(_Request(key, wish.pid, executable, self._symbolizer, self._cache))
+            self._builder.ask(
+                _BuildRequest(key, request.pid, executable, self._symbolizer, self._cache)
+            )
 
     def _load(self, key: str) -> bool:
         """Load a table from the cache; False where it has to be built."""
@@ -338,7 +346,7 @@ class Unwinding:
         return True
 
     def _take_in(self, key: str, table: UnwindTable) -> None:
-        """Return a table to the kernel, if there is room or can be."""
+        """Load a table into the kernel, if there is room or can be."""
         number = self._next_table
         self._next_table += 1
         while True:
@@ -356,7 +364,7 @@ class Unwinding:
                 return
 
     def _evict(self) -> bool:
-        """Take the table away that was not used for longest, if that is long enough."""
+        """Unload the table that was not used for longest, if that is long enough."""
         key = min(self._loaded, key=lambda each: self._loaded[each].used_s, default=None)
         if key is None or self._loaded[key].used_s > time.monotonic() - _UNUSED_S:
             return False
@@ -405,7 +413,7 @@ def _opened(symbolizer: Symbolizer, pid: int, executable: _Executable) -> Iterat
         yield source
 
 
-class _Request(NamedTuple):
+class _BuildRequest(NamedTuple):
     key: str
     pid: int
     executable: _Executable
@@ -417,13 +425,13 @@ class _Builder:
     """Builds tables in children, one after the other."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, _Request] = {}
+        self._waiting: dict[str, _BuildRequest] = {}
         self._child = 0
         self._key = ""
         self._deadline_s = 0.0
         self._finished: list[tuple[str, _Outcome]] = []
 
-    def ask(self, request: _Request) -> None:
+    def ask(self, request: _BuildRequest) -> None:
         if request.key != self._key:
             self._waiting.setdefault(request.key, request)
         if not self._child:
@@ -465,7 +473,7 @@ class _Builder:
             self._deadline_s = time.monotonic() + _BUILD_S
 
 
-def _build(parent: int, source: Source, request: _Request) -> NoReturn:
+def _build(parent: int, source: Source, request: _BuildRequest) -> NoReturn:
     """Be the child: build, write, and end without running anything of the parent's."""
     status = _FAILED
     try:

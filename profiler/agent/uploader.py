@@ -51,7 +51,7 @@ PARALLEL_PUTS = 4
 _BATCH = 256
 """Names read from the spool at a time: memory does not depend on how many are waiting."""
 _CLAIM_LIMIT = 16
-"""Profiles that may be half-way to a store that is away; the spool cannot give these up."""
+"""Profiles that may be half-way to a store that is away; the spool cannot drop these."""
 _POLL_S = 1.0
 _STATE_INTERVAL_S = 10.0
 _FIRST_PAUSE_S = 1.0
@@ -100,7 +100,7 @@ class UploaderState:
     failed: int = 0
     """Attempts the store did not take; the profile waits for the next one."""
     damaged: int = 0
-    """Files that were not what their names say, moved aside."""
+    """Files that were not what their names say, quarantined."""
     expired: int = 0
     """Objects removed by retention."""
     expired_bytes: int = 0
@@ -125,7 +125,7 @@ class Clock(Protocol):
         """Return a time that never steps."""
 
     def wait(self, seconds: float) -> bool:
-        """Let time pass, less when the request to end comes meanwhile; tell whether it has come."""
+        """Wait, at most until the request to end comes; return whether it has come."""
 
 
 class _Outcome(StrEnum):
@@ -133,7 +133,7 @@ class _Outcome(StrEnum):
     DUPLICATE = "duplicate"
     DAMAGED = "damaged"
     GONE = "gone"
-    """The sampler has given it up, or another uploader was faster."""
+    """The sampler has dropped it, or another uploader was faster."""
 
 
 class Uploader:
@@ -183,7 +183,7 @@ class Uploader:
         return is_complete
 
     def _round(self) -> float | None:
-        """Send what is due and return the pause until the next round; None to give up waiting."""
+        """Send what is due and return the pause until the next round; None to stop waiting."""
         self._retain()
         batch = self._due()
         for group in self._groups(batch):
@@ -262,9 +262,9 @@ class Uploader:
         except FileNotFoundError:
             return _Outcome.GONE, 0
         except OSError:
-            content = None  # the disk does not give it, and will not the next time
+            content = None  # the disk cannot read it, and will not the next time
         if content is None:
-            _log.warning("set aside damaged file=%s", claimed.path.name)
+            _log.warning("quarantined damaged file=%s", claimed.path.name)
             self._outbox.set_aside(claimed)
             return _Outcome.DAMAGED, 0
         is_new = store.put(claimed.key.text, content)
@@ -387,7 +387,7 @@ def main() -> int:
     options = _parse_options()
     logging.basicConfig(level=logging.INFO, format="everflame uploader: %(message)s")
     for chatty in ("boto3", "botocore", "urllib3"):
-        logging.getLogger(chatty).setLevel(logging.CRITICAL)  # its errors are told once, by us
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)  # its errors are logged once, by us
     with Signals() as signals:
         if options.parent:
             # The parent may have died before this line: the clock looks for itself.

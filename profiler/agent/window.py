@@ -66,4 +66,4 @@ def deviation(counts: Accounting, config: SamplerConfig) -> str:
     busy = counts.ticks - counts.idle
     if expected < 1 or abs(busy - expected) <= expected * max(0.02, 4 / math.sqrt(expected)):
         return ""
-    return f"warning: {busy:,} busy ticks where the kernel's CPU times let expect {expected:,.0f}"
+    return f"warning: {busy:,} busy ticks, but the kernel's CPU times predict {expected:,.0f}"

@@ -1,7 +1,7 @@
 """`everflame up`: the agent of this host and the page about it, for as long as one wants to look.
 
-Three processes: this one is the sampler, exactly as in `everflame agent`, and beside its uploader
-it keeps the service (`profiler.commands.serve`). The service is not root and reads the store only:
+Three processes: this one is the sampler, exactly as in `everflame agent`; besides its uploader it
+keeps the service (`profiler.commands.serve`). The service is not root and reads the store only:
 see `profiler.service.confine`. With `--demo` there is a fourth, whose programs are something to
 look at.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from profiler.agent import agent
-from profiler.agent.agent import AgentOptions, Beside
+from profiler.agent.agent import AgentOptions, ChildProcesses
 from profiler.agent.recorder import default_cache
 from profiler.agent.supervise import Child, RefusedError
 from profiler.commands import demo
@@ -69,10 +69,10 @@ def run(
     address = free_address(listen)
     first_s = min(FIRST_INTERVAL_S, options.interval_s)
     options = replace(options, store=options.store or default_store_url(), first_interval_s=first_s)
-    beside = Companions(options, address, has_demo=has_demo, decode_ahead=decode_ahead)
+    children = ServiceAndDemo(options, address, has_demo=has_demo, decode_ahead=decode_ahead)
     begun_ns = time.time_ns()
-    status = agent.run(options, beside)
-    if beside.has_failed:
+    status = agent.run(options, children)
+    if children.has_failed:
         return _USAGE
     tell(*summary(options, status, begun_ns))
     return 0
@@ -96,7 +96,7 @@ def free_address(listen: str) -> tuple[str, int]:
     return host, port
 
 
-class Companions(Beside):
+class ServiceAndDemo(ChildProcesses):
     """The service, and the demo where it is wanted, in the agent's loop."""
 
     def __init__(

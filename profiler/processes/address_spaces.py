@@ -5,16 +5,18 @@ started another program. So the kernel's records (`bpf.records`) are kept for a 
 for each process, undecoded, since most processes are never sampled. A sampled one is asked for by
 pid and time, and only then the records are read.
 
-A life is one use of a pid, from its birth (FORK) to its next use. What it has mapped at a time
-follows from the last of these before it, and the MMAP2 records since:
+A process is one use of a pid, from its FORK record to the next use of the pid. Each of its execs
+begins a new process generation. What it has mapped at a time follows from the last of these before
+that time, and the MMAP2 records since:
 
 - its exec, which begins with nothing mapped;
-- its base: what its parent had at its birth, or /proc/PID/maps for a process that is older than
+- its base: what its parent had when it forked, or /proc/PID/maps for a process that is older than
   the rings, or an older state that the log was folded into.
 
-The kernel does not tell of munmap. A mapping stays in the table until another takes its range, and
-as no code runs in a range that is not mapped, no sample is named wrongly by it. Lives after a gap
-in the records start anew. Where the truth is not known the table is empty and says `[exited]`.
+The kernel does not report munmap. A mapping stays in the table until another takes its range, and
+as no code runs in a range that is not mapped, no sample is named wrongly by it. After a gap in the
+records every process starts anew. If the mappings are not known, the table is empty and says
+`[exited]`.
 """
 
 import logging
@@ -43,14 +45,14 @@ from symbolizer.maps import Mapping, MappingTable, parse_maps
 log = logging.getLogger(__name__)
 
 RETENTION_NS = 4_000_000_000
-"""How long an ended life is kept. Samples are drained every second or two, after their records."""
+"""How long an ended process is kept. Samples are drained a second or two after their records."""
 
 MAX_LOG_BYTES = 16 << 20
 """All logs together; 1,000 execs a second need a third of it. Beyond it the oldest logs go, their
 processes need a snapshot, and `dropped_logs` says how many they were."""
 
 _FOLD_RECORDS = 64  # JIT compilers may map without end: longer logs are folded into the base
-_MAX_TABLES = 8  # of one life; two or three are in use within one drain
+_MAX_TABLES = 8  # of one process; two or three are in use within one drain
 _RECORD_BYTES = 170  # what a Record occupies besides its raw bytes
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 _NEVER_NS = 1 << 63
@@ -61,16 +63,16 @@ _LATER = b"\0later"  # no path holds a NUL
 _time_of = itemgetter(0)
 
 
-class Processes:
-    """The lives of all processes of the host.
+class AddressSpaces:
+    """What every process of the host has mapped, and had a few seconds ago.
 
     The owner drains the samples, calls `poll`, asks for the `mappings` of each sampled process and
     then calls `expire`, each about once a second. Not thread-safe.
 
     Attributes:
         snapshots: how often /proc/PID/maps was read.
-        gaps: how often records were lost, so that all lives had to start anew.
-        dropped_logs: logs given up because all of them together were too large.
+        gaps: how often records were lost, so that all processes had to start anew.
+        dropped_logs: logs dropped because all of them together were too large.
         log_bytes: what the logs occupy now.
     """
 
@@ -82,10 +84,10 @@ class Processes:
         self._rings = rings
         self._proc = str(proc)
         self._trusted_ns = self._newest_ns = rings.opened_ns
-        self._lives: dict[int, _Life] = {}
-        self._past: dict[int, list[_Life]] = {}
-        self._ended: deque[_Life] = deque()
-        self._long: set[_Life] = set()
+        self._current: dict[int, _Process] = {}
+        self._past: dict[int, list[_Process]] = {}
+        self._ended: deque[_Process] = deque()
+        self._long: set[_Process] = set()
 
     def poll(self) -> None:
         """Append what the kernel has recorded to the logs."""
@@ -100,12 +102,12 @@ class Processes:
         `start_ns`, the start of the process in time since boot, /proc is not believed when a later
         process has got the pid.
         """
-        life = self._lives.get(pid)
-        if life is None:
-            life = self._add(_Life(pid, self._trusted_ns))
-        if at_ns >= life.begin_ns:
-            return self._table(life, at_ns, start_ns)
-        newer = life
+        process = self._current.get(pid)
+        if process is None:
+            process = self._add(_Process(pid, self._trusted_ns))
+        if at_ns >= process.begin_ns:
+            return self._table(process, at_ns, start_ns)
+        newer = process
         for older in reversed(self._past.get(pid, ())):
             if older.begin_ns <= at_ns <= older.end_ns:
                 return self._table(older, at_ns, start_ns)
@@ -115,27 +117,27 @@ class Processes:
         return _EXITED
 
     def parent_of(self, pid: int) -> int | None:
-        """Return who bore a process, also one that is gone; None where no record told."""
+        """Return the parent of a process, also one that has exited; None if no record names it."""
         past = self._past.get(pid)
-        life = self._lives.get(pid) or (past[-1] if past else None)
-        return life.parent_pid if life and life.parent_pid else None
+        process = self._current.get(pid) or (past[-1] if past else None)
+        return process.parent_pid if process and process.parent_pid else None
 
     def expire(self, now_ns: int) -> None:
         """Drop what ended a while before `now_ns`. Call it after the `mappings` of a drain."""
         until_ns = now_ns - RETENTION_NS
         while self._ended and self._ended[0].ended_ns <= until_ns:
-            life = self._ended.popleft()
-            if self._lives.get(life.pid) is life:
-                if not life.exit_ns:
+            process = self._ended.popleft()
+            if self._current.get(process.pid) is process:
+                if not process.exit_ns:
                     continue
-                if self._other_threads(life.pid):
-                    life.exit_ns = now_ns
-                    self._ended.append(life)
+                if self._other_threads(process.pid):
+                    process.exit_ns = now_ns
+                    self._ended.append(process)
                     continue
-            self._settle_children(life)
-            self._drop(life)
-        for life in list(self._long):
-            self._fold(life, until_ns)
+            self._settle_children(process)
+            self._drop(process)
+        for process in list(self._long):
+            self._fold(process, until_ns)
 
     def _read_rings(self) -> None:
         records, gaps = self._rings.read()
@@ -148,120 +150,120 @@ class Processes:
         self._append(records)
 
     def _append(self, records: Sequence[Record]) -> None:  # noqa: C901 - runs for every record
-        lives, trusted_ns = self._lives, self._trusted_ns
+        current, trusted_ns = self._current, self._trusted_ns
         for record in records:
             time_ns, type_, _, pid, raw = record
             if time_ns <= trusted_ns:
                 continue
-            life = lives.get(pid)
+            process = current.get(pid)
             if type_ == PERF_RECORD_FORK:
-                self._bear(record, life)
+                self._add_child(record, process)
             elif type_ == PERF_RECORD_EXIT:
-                if life is not None:
-                    life.exit_ns = time_ns
-                    self._ended.append(life)
+                if process is not None:
+                    process.exit_ns = time_ns
+                    self._ended.append(process)
             else:
-                if life is None:
-                    life = self._add(_Life(pid, trusted_ns))
-                life.exit_ns = 0  # only its first thread had exited
+                if process is None:
+                    process = self._add(_Process(pid, trusted_ns))
+                process.exit_ns = 0  # only its first thread had exited
                 if type_ == PERF_RECORD_MMAP2:
-                    life.append(record)
+                    process.append(record)
                     self.log_bytes += len(raw) + _RECORD_BYTES
                 elif type_ == PERF_RECORD_COMM:
-                    life.execs += (time_ns,)
-                if len(life.records) + len(life.execs) > _FOLD_RECORDS:
-                    self._long.add(life)
+                    process.execs += (time_ns,)
+                if len(process.records) + len(process.execs) > _FOLD_RECORDS:
+                    self._long.add(process)
         if records:
             self._newest_ns = records[-1].time_ns
 
-    def _add(self, life: "_Life") -> "_Life":
-        self._lives[life.pid] = life
-        return life
+    def _add(self, process: "_Process") -> "_Process":
+        self._current[process.pid] = process
+        return process
 
-    def _bear(self, fork: Record, old: "_Life | None") -> None:
+    def _add_child(self, fork: Record, old: "_Process | None") -> None:
         parent_pid = decode_task(fork).parent_pid
-        parent = self._lives.get(parent_pid) or self._add(_Life(parent_pid, self._trusted_ns))
+        parent = self._current.get(parent_pid) or self._add(_Process(parent_pid, self._trusted_ns))
         if old is not None:
-            del self._lives[fork.pid]
+            del self._current[fork.pid]
             self._retire(old, fork.time_ns - 1)
-        self._add(_Life(fork.pid, fork.time_ns, parent))
+        self._add(_Process(fork.pid, fork.time_ns, parent))
 
-    def _retire(self, life: "_Life", end_ns: int) -> None:
-        life.end_ns = end_ns
-        self._past.setdefault(life.pid, []).append(life)
-        self._ended.append(life)
+    def _retire(self, process: "_Process", end_ns: int) -> None:
+        process.end_ns = end_ns
+        self._past.setdefault(process.pid, []).append(process)
+        self._ended.append(process)
 
     def _cut(self, start_ns: int, end_ns: int) -> None:
-        """End all lives where the records end. What lives on after the gap is a new life."""
+        """End all processes where the records end. What runs on after the gap starts anew."""
         self.gaps += 1
         log.warning("lost records gap_ns=%d total=%d", end_ns - start_ns, self._rings.lost)
-        for life in list(self._lives.values()):
-            if life.begin_ns <= start_ns:
-                self._retire(life, start_ns)
+        for process in list(self._current.values()):
+            if process.begin_ns <= start_ns:
+                self._retire(process, start_ns)
             else:
-                self._drop(life)
-        self._lives.clear()
+                self._drop(process)
+        self._current.clear()
         self._long.clear()
         self._trusted_ns = max(self._trusted_ns, end_ns)
 
     def _drop_oldest_logs(self) -> None:
-        for life in [*self._ended, *self._lives.values()]:
+        for process in [*self._ended, *self._current.values()]:
             if self.log_bytes <= MAX_LOG_BYTES:
                 break
-            if life.records:
+            if process.records:
                 self.dropped_logs += 1
-                is_current = self._lives.get(life.pid) is life
-                self._drop(life)
+                is_current = self._current.get(process.pid) is process
+                self._drop(process)
                 if is_current:
-                    again = self._add(_Life(life.pid, self._newest_ns))
-                    again.exit_ns = life.exit_ns
+                    again = self._add(_Process(process.pid, self._newest_ns))
+                    again.exit_ns = process.exit_ns
                     self._ended.append(again)
         log.warning("dropped logs total=%d", self.dropped_logs)
 
-    def _settle_children(self, life: "_Life") -> None:
+    def _settle_children(self, process: "_Process") -> None:
         """Work out what its children have from it, while that can still be known.
 
-        Only for those that live on it, or have children themselves that may.
+        Only for children that still use it, or have children themselves that may.
         """
-        for child in list(life.children):
-            lives_on_it = (
-                self._lives.get(child.pid) is child and not child.exit_ns and not child.execs
+        for child in list(process.children):
+            runs_on_it = (
+                self._current.get(child.pid) is child and not child.exit_ns and not child.execs
             )
-            if child.base is None and (lives_on_it or child.children):
+            if child.base is None and (runs_on_it or child.children):
                 self._table(child, child.begin_ns)
 
-    def _drop(self, life: "_Life") -> None:
-        self.log_bytes -= life.clear()
-        self._long.discard(life)
-        if self._lives.get(life.pid) is life:
-            del self._lives[life.pid]
-        past = self._past.get(life.pid, [])
-        if life in past:
-            past.remove(life)
+    def _drop(self, process: "_Process") -> None:
+        self.log_bytes -= process.clear()
+        self._long.discard(process)
+        if self._current.get(process.pid) is process:
+            del self._current[process.pid]
+        past = self._past.get(process.pid, [])
+        if process in past:
+            past.remove(process)
             if not past:
-                del self._past[life.pid]
+                del self._past[process.pid]
 
-    def _fold(self, life: "_Life", until_ns: int) -> None:
+    def _fold(self, process: "_Process", until_ns: int) -> None:
         """Replace the records up to a time by the state they lead to."""
-        changes_ns = [*life.execs, *(record.time_ns for record in life.records)]
+        changes_ns = [*process.execs, *(record.time_ns for record in process.records)]
         moment_ns = max((t for t in changes_ns if t <= until_ns), default=0)
-        if not moment_ns or (life.base is not None and life.base.end_ns > moment_ns):
+        if not moment_ns or (process.base is not None and process.base.end_ns > moment_ns):
             return
         table = None
-        if life.base or life.parent or min(life.execs, default=_NEVER_NS) <= moment_ns:
-            table = self._table(life, moment_ns)
-        self.log_bytes -= life.fold(moment_ns, table)
-        if len(life.records) + len(life.execs) <= _FOLD_RECORDS:
-            self._long.discard(life)
+        if process.base or process.parent or min(process.execs, default=_NEVER_NS) <= moment_ns:
+            table = self._table(process, moment_ns)
+        self.log_bytes -= process.fold(moment_ns, table)
+        if len(process.records) + len(process.execs) <= _FOLD_RECORDS:
+            self._long.discard(process)
 
-    def _table(self, life: "_Life", at_ns: int, start_ns: int | None = None) -> MappingTable:
-        """Return a life's table, working out its base if need be.
+    def _table(self, process: "_Process", at_ns: int, start_ns: int | None = None) -> MappingTable:
+        """Return a process's table, working out its base if need be.
 
         The oldest ancestor that it depends on comes first: its snapshot serves all its children,
         of which most are gone by now.
         """
-        chain: list[tuple[_Life, int]] = []
-        ancestor, moment_ns = life, at_ns
+        chain: list[tuple[_Process, int]] = []
+        ancestor, moment_ns = process, at_ns
         while (table := ancestor.table_at(moment_ns)) is None:
             chain.append((ancestor, moment_ns))
             if ancestor.parent is None:
@@ -270,14 +272,16 @@ class Processes:
         for descendant, moment_ns in reversed(chain):
             base = table and _Base(table, descendant.begin_ns, descendant.begin_ns)
             if table is None or table.missing == _EXITED.missing:
-                asked_start_ns = start_ns if descendant is life else None
+                asked_start_ns = start_ns if descendant is process else None
                 base = self._snapshot(descendant, moment_ns, asked_start_ns) or base
             descendant.settle(base or _Base(_EXITED, 0, 0))
             table = descendant.table_at(moment_ns)
         assert table is not None
         return table
 
-    def _table_in_gap(self, older: "_Life", newer: "_Life", start_ns: int | None) -> MappingTable:
+    def _table_in_gap(
+        self, older: "_Process", newer: "_Process", start_ns: int | None
+    ) -> MappingTable:
         """Return what was mapped both before and after the gap, so most likely also within it."""
         if newer.was_forked:
             return _EXITED
@@ -287,25 +291,25 @@ class Processes:
             older.bridge = _common(before, after)
         return older.bridge
 
-    def _snapshot(self, life: "_Life", at_ns: int, start_ns: int | None) -> "_Base | None":
-        """Read /proc/PID/maps, if that can still tell what the life had mapped at `at_ns`.
+    def _snapshot(self, process: "_Process", at_ns: int, start_ns: int | None) -> "_Base | None":
+        """Read /proc/PID/maps, if that still shows what the process had mapped at `at_ns`.
 
         The rings are read again afterwards: only so it is known whether the process started
         another program, or another process got the pid, before or while the file was read.
         """
-        if self._lives.get(life.pid) is not life or any(t > at_ns for t in life.execs):
+        if self._current.get(process.pid) is not process or any(t > at_ns for t in process.execs):
             return None
         self.snapshots += 1
         begin_ns = time.monotonic_ns()
-        start_ticks = self._start_ticks(life.pid)
-        mappings = self._read_maps(life) if start_ticks else None
-        is_same = start_ticks == self._start_ticks(life.pid)
+        start_ticks = self._start_ticks(process.pid)
+        mappings = self._read_maps(process) if start_ticks else None
+        is_same = start_ticks == self._start_ticks(process.pid)
         end_ns = time.monotonic_ns()
         self._read_rings()
-        if start_ticks is None and not life.exit_ns:
-            life.exit_ns = end_ns
-            self._ended.append(life)
-        if mappings is None or not is_same or self._lives.get(life.pid) is not life:
+        if start_ticks is None and not process.exit_ns:
+            process.exit_ns = end_ns
+            self._ended.append(process)
+        if mappings is None or not is_same or self._current.get(process.pid) is not process:
             return None
         if start_ns is not None and start_ns // _TICK_NS != start_ticks:
             return None
@@ -319,15 +323,15 @@ class Processes:
             return None
         return int(stat.rpartition(b")")[2].split()[19])
 
-    def _read_maps(self, life: "_Life") -> list[Mapping] | None:
+    def _read_maps(self, process: "_Process") -> list[Mapping] | None:
         """Read the mappings, from another thread when the first one has exited.
 
         There are none where the kernel forbids it (ptrace(2), "access mode checking"). Paths are
         made relative to the root of the process, as they are in records.
         """
-        pids = [f"{life.pid}"]
-        if life.exit_ns:
-            pids = [f"{life.pid}/task/{tid}" for tid in self._other_threads(life.pid)]
+        pids = [f"{process.pid}"]
+        if process.exit_ns:
+            pids = [f"{process.pid}/task/{tid}" for tid in self._other_threads(process.pid)]
         for pid in pids:
             try:
                 root = os.fsencode(Path(f"{self._proc}/{pid}/root").readlink())
@@ -355,15 +359,15 @@ class _Base(NamedTuple):
     end_ns: int
 
 
-class _Life:
-    """One use of a pid, with its log.
+class _Process:
+    """One use of a pid, with its log: all generations of a process.
 
     Attributes:
-        begin_ns: its birth, or the time from which on its records are complete.
-        end_ns: the last moment that its log tells about.
-        exit_ns: when its first thread exited; 0 while that lives or when others turned up later.
-        parent: whose mappings it was born with; None when there is no need to know any more.
-        parent_pid: who bore it; 0 where that was before the records.
+        begin_ns: its fork, or the time from which on its records are complete.
+        end_ns: the last moment that its log covers.
+        exit_ns: when its first thread exited; 0 while that runs, or if others turned up later.
+        parent: whose mappings it began with; None when that is no longer needed.
+        parent_pid: who forked it; 0 if that was before the records.
         children: those whose `parent` it is.
         records: MMAP2 records by time.
         execs: when it started another program.
@@ -386,7 +390,7 @@ class _Life:
         "was_forked",
     )
 
-    def __init__(self, pid: int, begin_ns: int, parent: "_Life | None" = None) -> None:
+    def __init__(self, pid: int, begin_ns: int, parent: "_Process | None" = None) -> None:
         self.pid = pid
         self.begin_ns = begin_ns
         self.end_ns = _NEVER_NS
@@ -394,7 +398,7 @@ class _Life:
         self.was_forked = parent is not None
         self.parent = parent
         self.parent_pid = parent.pid if parent else 0
-        self.children: set[_Life] = set()
+        self.children: set[_Process] = set()
         self.base: _Base | None = None
         self.bridge: MappingTable | None = None
         self.records: list[Record] = []
@@ -421,7 +425,7 @@ class _Life:
     def fold(self, moment_ns: int, table: MappingTable | None) -> int:
         """Forget what happened up to a moment at which `table` was the state.
 
-        Gives the bytes that were freed. Without a table nothing is known of the time before.
+        Returns the bytes that were freed. Without a table nothing is known of the time before.
         """
         if table is None:
             self.begin_ns = moment_ns
@@ -434,7 +438,7 @@ class _Life:
         return freed
 
     def clear(self) -> int:
-        """Untie it from its relatives and forget its log. Gives the bytes that were freed."""
+        """Untie it from its relatives and forget its log. Returns the bytes that were freed."""
         self._leave_parent()
         for child in self.children:
             child.parent = None

@@ -2,7 +2,7 @@
 
 /proc/PID/cgroup has one line for each hierarchy: `0::PATH` is cgroup v2, the others are v1
 (cgroups(7)); on hybrid hosts units are in `name=systemd` and containers may be in any. The names
-are those that runtimes give:
+are those that runtimes choose:
 
 - a container ends in its id of 64 hex digits: `docker-ID.scope`, `cri-containerd-ID.scope`,
   `crio-ID.scope`, `libpod-ID.scope` with the systemd driver, `/docker/ID`, `/kubepods/…/podUID/ID`

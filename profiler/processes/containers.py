@@ -51,7 +51,7 @@ _ANNOTATIONS = {
 
 
 class ContainerMiss(StrEnum):
-    """Why a runtime's file does not tell a name. A file that is not there is no miss."""
+    """Why a runtime's file has no name. A file that does not exist is no miss."""
 
     DAMAGED = "damaged runtime file"
     TOO_LARGE = "runtime file too large"
@@ -59,7 +59,7 @@ class ContainerMiss(StrEnum):
 
 
 class Container(NamedTuple):
-    """Names are empty where nothing tells them. `image_id` is a digest, `sha256:…`."""
+    """Names are empty where they are not known. `image_id` is a digest, `sha256:…`."""
 
     name: str = ""
     pod: str = ""

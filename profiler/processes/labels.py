@@ -10,8 +10,8 @@ all of them; when that one ends, from the oldest that is left. When all have end
 the same cgroup is a new instance.
 
 A pid is nothing without the start of its process: the sample's is in ns, that of /proc/PID/stat in
-ticks of 10 ms, and the two must agree. What was exec'd is told apart by the sample's `exec_id` and
-by the place of the stack (`startstack` in proc_pid_stat(5)), which every exec puts elsewhere.
+ticks of 10 ms, and the two must agree. Generations of one process differ in the sample's `exec_id`
+and in the place of the stack (`startstack` in proc_pid_stat(5)), which every exec puts elsewhere.
 
 Samples of processes that were gone before they could be read get the labels of their cgroup, else
 of their nearest living ancestor, else their `comm` as the service.
@@ -86,7 +86,7 @@ def boottime_ns() -> int:
 
 
 class Labeler:
-    """Labels samples, and counts how long each service instance lived. Not thread-safe.
+    """Labels samples, and counts how long each service instance ran. Not thread-safe.
 
     Attributes:
         reads: how many processes were read.
@@ -106,9 +106,9 @@ class Labeler:
     ) -> None:
         """Take what is known of this host; nothing is read before the first `scan`.
 
-        `root` is where container runtimes' files are. `parent_of` tells the parent of a process
+        `root` is where container runtimes' files are. `parent_of` returns the parent of a process
         that may have exited. `own_pid` is the profiler's first process, by default this one;
-        `commands` are children of it that are not its own: what it was told to record.
+        `commands` are children of it that are not its own: the commands that it records.
         """
         self.reads = 0
         self._rules = tuple(rules)
@@ -159,8 +159,8 @@ class Labeler:
             if len(self._labels) >= MAX_CACHED_LABELS:
                 _drop_oldest(self._labels, MAX_CACHED_LABELS // 2)
             self._labels[key] = labeled
-        if labeled.life is not None:
-            labeled.life.end_ns = max(labeled.life.end_ns, sample.last_ns + self._asleep_ns)
+        if labeled.seen is not None:
+            labeled.seen.end_ns = max(labeled.seen.end_ns, sample.last_ns + self._asleep_ns)
         return labeled.labels
 
     def instance(self, pid: int, start_ns: int) -> Labels:
@@ -185,7 +185,7 @@ class Labeler:
             process = self._live.get(pid)
             if process is None:
                 new.append(pid)
-            elif process.inode != inode:  # another life, or the kernel had forgotten the number
+            elif process.inode != inode:  # another process, or the kernel had forgotten the number
                 process.inode = inode
                 changed[pid] = process
         young, self._young = self._young, []
@@ -200,11 +200,11 @@ class Labeler:
         self._asleep_ns = _asleep_ns()
 
     def present(self, window_start_ns: int, window_end_ns: int) -> dict[Labels, int]:
-        """Return for how long at least one process of each instance lived within a window.
+        """Return for how long at least one process of each instance ran within a window.
 
         Times are CLOCK_BOOTTIME. Starts are exact to 10 ms; ends lie between two scans and are
-        taken to be midway. What lived between two scans only counts from its birth to its last
-        sample. Windows are to be asked for in their order: what ended before one is forgotten.
+        taken to be midway. A process that no scan saw counts from its start to its last sample.
+        Ask for windows in their order: what ended before one is forgotten.
         """
         present = {}
         for labels, presence in list(self._presences.items()):
@@ -217,20 +217,20 @@ class Labeler:
         return present
 
     def _label(self, sample: RawSample) -> "_Labeled":
-        life = None
+        seen = None
         if sample.stop == "kernel_thread":
             instance = self._kernel
         elif (process := self._current(sample)) is not None:
             instance = process.labels
         else:
-            instance, life = self._inherited(sample)
+            instance, seen = self._inherited(sample)
         thread = (
             ("comm", readable(sample.leader_comm)),
             ("thread", readable(sample.comm)),
             ("pid", str(sample.pid)),
         )
         # As make_labels would, but with the instance's pairs themselves: thousands share them.
-        return _Labeled(tuple(sorted((*instance, *thread))), life)
+        return _Labeled(tuple(sorted((*instance, *thread))), seen)
 
     def _current(self, sample: RawSample) -> "_Process | None":
         """Return the process as it was when the sample was taken, if it can still be known."""
@@ -271,12 +271,12 @@ class Labeler:
         return self._ended.get((pid, ticks))
 
     def _inherited(self, sample: RawSample) -> tuple[Labels, Interval | None]:
-        """Return the labels of the cgroup or the ancestors, and count the life that was seen."""
+        """Return the labels of the cgroup or the ancestors, and count the time that was seen."""
         path = self._cgroup_ids.path(sample.cgroup_id)
         place = place_of([path]) if path else _UNKNOWN_PLACE
         found = self._labels_of_place(place) if place.key else self._labels_of_ancestors(sample)
         labels = found or make_labels({"service": readable(sample.leader_comm)})
-        if sample.pid in self._live:  # whose life is counted already, whatever it was called
+        if sample.pid in self._live:  # whose time is counted already, under whatever name
             return labels, None
         presence = self._presence(labels)
         return labels, presence.add(
@@ -327,7 +327,7 @@ class Labeler:
         self._read_all(chain, {})
 
     def _read_all(self, pids: Iterable[int], inodes: Mapping[int, int]) -> None:
-        """Read processes, the oldest first: parents before children, a version before its heirs."""
+        """Read processes, the oldest first: parents before children, which inherit versions."""
         starts = [(stat.start_ticks, pid) for pid in pids if (stat := _read_stat(pid))]
         for _, pid in sorted(starts):
             if pid not in self._live:
@@ -675,10 +675,10 @@ class _Instance:
 
 
 class _Labeled(NamedTuple):
-    """`life`: of a process that was gone when it was first sampled; its samples lengthen it."""
+    """`seen`: of a process that was gone when it was first sampled; its samples lengthen it."""
 
     labels: Labels
-    life: Interval | None
+    seen: Interval | None
 
 
 def _instance_labels(place: Place, container: Container, service: str, version: str) -> Labels:
@@ -701,7 +701,7 @@ def _unit_name(unit: str) -> str:
 def _list_processes() -> dict[int, int]:
     """Return each process with the inode of its folder.
 
-    It stays as long as the process lives, unless the kernel has dropped it from its caches.
+    It stays as long as the process runs, unless the kernel has dropped it from its caches.
     """
     with os.scandir("/proc") as entries:
         return {int(entry.name): entry.inode() for entry in entries if entry.name.isdecimal()}

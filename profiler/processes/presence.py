@@ -1,7 +1,7 @@
-"""When at least one process of a service lived: the union of lives, in integer ns of one clock."""
+"""When at least one process of a service ran: a union of intervals, in integer ns of one clock."""
 
 _MAX_INTERVALS = 16_384  # of one instance; beyond it the older half is forgotten
-_CLOSED_GAP_NS = 1_000_000  # lives so close to one another are counted as one
+_CLOSED_GAP_NS = 1_000_000  # intervals so close to one another are counted as one
 
 
 class Interval:
@@ -13,7 +13,7 @@ class Interval:
 
 
 class Presence:
-    """Past intervals, which may overlap, and one that goes on while any life is open."""
+    """Past intervals, which may overlap, and one that goes on while any process runs."""
 
     __slots__ = ("_intervals", "_open", "_since_ns")
 
@@ -36,7 +36,7 @@ class Presence:
             self.add(self._since_ns, at_ns)
 
     def add(self, start_ns: int, end_ns: int) -> Interval:
-        """Count an interval; gives the one that holds it from now on."""
+        """Count an interval and return the one that holds it from now on."""
         last = self._intervals[-1] if self._intervals else None
         if last and last.start_ns <= start_ns <= last.end_ns + _CLOSED_GAP_NS:
             last.end_ns = max(last.end_ns, end_ns)

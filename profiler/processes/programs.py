@@ -6,7 +6,7 @@ An interpreter's name says nothing of a service: `python3 /srv/shop.py` is `shop
 - the module (`python -m http.server`), the main class (`java -cp … org.shop.Main`), the JAR
   (`shop-1.4.2.jar` is `shop`: a version in the name would make each deployment a new service)
 - the application that a server runs: `gunicorn shop.wsgi:app`, `uvicorn shop.main:app`,
-  `celery -A shop`, also from the titles that such servers give themselves
+  `celery -A shop`, also from the titles that such servers set for themselves
 
 Arguments are whatever the process says. They choose a name, nothing else.
 """
@@ -59,7 +59,7 @@ class Program:
 
     Attributes:
         name: to show.
-        script: path of what is interpreted, as the process gave it.
+        script: path of what is interpreted, as it stands on the command line.
         is_own_code: the executable is the service's, not an interpreter or a starter of others.
         is_part_of_parent: a helper that only the parent's name describes.
     """
@@ -156,7 +156,7 @@ def _python_script(script: bytes, rest: Sequence[bytes]) -> _Target:
 
 
 def _application(launcher: bytes, arguments: Sequence[bytes]) -> bytes:
-    """Return the module of the application that a known server was told to run, else nothing."""
+    """Return the module of the application that a known server runs, else nothing."""
     if launcher in (b"celery", b"flask"):
         options = (b"-A", b"--app")
         for position, argument in enumerate(arguments):

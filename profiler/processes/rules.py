@@ -7,7 +7,7 @@ r"""Which service a process belongs to, as the operator says it (TOML).
     unit = "api*.service"
     command = "--role=(web|worker)"
 
-The first rule that matches gives the name. Within a rule all keys must match: `unit`, `cgroup` (any
+The first rule that matches sets the name. Within a rule all keys must match: `unit`, `cgroup` (any
 of the process's paths) and `exe` are patterns as the shell's, in which `*` also matches `/`;
 `command` is a regular expression that is looked for in the arguments, joined by spaces, of which
 the first 4,096 bytes count. Anyone may choose arguments: an expression that backtracks without end

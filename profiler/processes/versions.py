@@ -1,4 +1,4 @@
-"""The version of a service, from a process of it: what tells one deployment from the next.
+"""The version of a service, read from a process: what changes from one deployment to the next.
 
 In this order, and the first that says something counts:
 
@@ -11,8 +11,8 @@ In this order, and the first that says something counts:
 5. the build id of the executable, for programs that are a service's own code: never that of an
    interpreter or of a program that starts others
 
-A folder is a release's when it lies in `releases` or the like, or when the link `current` beside it
-or the script's own link leads there and its name has a digit. Folders of the distribution (/usr)
+A folder is a release's when it lies in `releases` or the like, or when the link `current` next to
+it or the script's own link leads there and its name has a digit. Folders of the distribution (/usr)
 are none. Scripts and folders are looked up in the process's own root.
 """
 
@@ -71,7 +71,7 @@ class Versions:
         self._executables: dict[tuple[int, ...], _Executable] = {}
 
     def find(self, files: ProcessFiles, program: Program, image: str, *, is_first: bool) -> str:
-        """Return the version, empty if nothing tells it.
+        """Return the version, empty if it is not known.
 
         `image` is the version that the container's image says. `is_first`: the process is the
         oldest of its service; of the others the executable may be any tool that the service runs.

@@ -185,7 +185,7 @@ def stacks_by_perf(pids: Collection[int], folder: Path) -> dict[int, set[Places]
 
 
 def places_of(words: Sequence[int], maps: MappingTable) -> Places:
-    """Return addresses as perf tells them: relative to something that depends on its version."""
+    """Return addresses as perf prints them: relative to something that depends on its version."""
     found = maps.find(np.array(words, dtype=np.uint64)).tolist()
     return tuple(
         (word % 4096, Path(os.fsdecode(maps.mappings[place].path)).name)
@@ -269,7 +269,7 @@ int main(void) { middle(); return n; }
 
 
 def test_a_program_that_was_built_again_has_its_own_rules(recorder, tmp_path):
-    """Without a build id, in the same inode, under the same name: nothing tells it from the old."""
+    """Without a build id, in the same inode, under the same name: it looks like the old one."""
     (tmp_path / "frames.c").write_text(FRAMES)
     program = tmp_path / "program"
     for size in (64, 4096):

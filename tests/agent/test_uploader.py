@@ -76,7 +76,7 @@ class FakeClock:
 
 
 class MemoryStore:
-    """Objects in memory. `fails` gives the error by which a put is answered, if any."""
+    """Objects in memory. `fails` returns the error that a put raises, if any."""
 
     def __init__(self, fails: Callable[[str], StoreError | None] = lambda _: None) -> None:
         self.objects: dict[str, bytes] = {}
@@ -120,7 +120,7 @@ def stored(store: ObjectStore) -> dict[str, int]:
 
 
 def uploader(spool: Path, store: ObjectStore, clock: FakeClock, **options: float) -> Uploader:
-    """Make one that ends once nothing is pending, where the clock is not told otherwise."""
+    """Make one that ends once nothing is pending, unless the clock says otherwise."""
     return Uploader(
         UploaderOptions(spool, str(store), **options), lambda: store, clock, random.Random(1)
     )
@@ -231,7 +231,7 @@ def test_a_store_that_is_back_gets_everything_soon(tmp_path: Path) -> None:
 
 
 def test_few_profiles_are_claimed_while_the_store_is_away(tmp_path: Path) -> None:
-    """Those cannot be given up any more."""
+    """Those cannot be dropped any more."""
     spool, clock = filled(tmp_path, *range(50)), FakeClock()
     clock.end_when = lambda: clock.elapsed_s > 3600
 
@@ -242,7 +242,7 @@ def test_few_profiles_are_claimed_while_the_store_is_away(tmp_path: Path) -> Non
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
-    """Mount a disk for the length of the block; what it gives changes the size."""
+    """Mount a disk for the length of the block; the value it yields changes the size."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=True)
 
@@ -647,7 +647,7 @@ def test_no_kill_between_closing_and_deleting_loses_or_doubles_a_window(
     if kind == "s3":
         weed: Weed = request.getfixturevalue("weed")
         url = f"s3://{BUCKET}/{tmp_path.name}"
-        options = [f"--endpoint={weed.endpoint}", "--random=110", "--life-s=0.1"]
+        options = [f"--endpoint={weed.endpoint}", "--random=110", "--run-s=0.1"]
         options += ["--steps=rename,unlink"]
     options += [f"--named={step}" for step in NAMED_STEPS]
     driver = Path(__file__).parents[1] / "support" / "crash_driver.py"

@@ -107,7 +107,7 @@ def test_program_that_is_none_is_refused_with_a_verb_and_an_object() -> None:
 
 @pytest.mark.kernel
 def test_missing_privilege_is_explained_with_its_remedy() -> None:
-    """A child that gave up root is refused, and told about perf_event_paranoid."""
+    """A child that gave up root is refused, and the error names perf_event_paranoid."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

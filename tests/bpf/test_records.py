@@ -1,4 +1,4 @@
-"""Records of process life: what is decoded, what a ring gives, and what is told about losses.
+"""Records of processes: what is decoded, what a ring returns, and what is reported as lost.
 
 Most tests write into a ring as the kernel does; those at the end let the kernel do it.
 """
@@ -150,7 +150,7 @@ def test_mapping_without_a_build_id_has_device_and_inode() -> None:
 
 
 def test_size_of_a_build_id_is_never_believed_beyond_its_field() -> None:
-    """A length of 255 gives the 20 bytes that there are."""
+    """A length of 255 is read as the 20 bytes that there are."""
     file = struct.pack("=BBH20s", 255, 0, 0, b"\xab" * 20)
     raw = make_mmap2(file, b"/bin/true", PERF_RECORD_MISC_MMAP_BUILD_ID)
 
@@ -181,7 +181,7 @@ def test_fork_names_both_sides() -> None:
 
 @given(st.binary(max_size=120), st.integers(0, 0xFFFF))
 def test_short_records_are_refused_not_over_read(raw: bytes, misc: int) -> None:
-    """Whatever the bytes, a decoder gives a value or a ValueError."""
+    """Whatever the bytes, a decoder returns a value or raises ValueError."""
     record = Record(0, 0, misc, 0, raw)
     for decode in (decode_mmap2, decode_comm, decode_task):
         try:
@@ -325,7 +325,7 @@ def run_on(cpu: int) -> int:
 
 @pytest.mark.kernel
 def test_life_of_a_program_is_recorded_in_order() -> None:
-    """Birth, exec, its mappings with build ids, and exit."""
+    """Fork, exec, its mappings with build ids, and exit."""
     rings = Rings()
     try:
         with subprocess.Popen(["/bin/true"]) as process:

@@ -89,7 +89,7 @@ def test_a_full_map_is_counted_as_lost(busy) -> None:
 
 
 def test_the_loss_causes_are_those_that_profiles_know(busy) -> None:
-    """bpf speaks strings; each must be in storage's closed list."""
+    """bpf returns strings; each must be in storage's closed list."""
     causes = {Counter.MAP_FULL.name.lower(), Counter.MAP_BUSY.name.lower()}
 
     assert causes <= {loss.value for loss in Loss}
@@ -173,7 +173,7 @@ def test_a_system_call_shows_both_stacks(tmp_path) -> None:
 
 
 def compile_deep(folder: Path) -> Path:
-    """Compile a program that spins as many calls deep as it is told."""
+    """Compile a program that spins as many calls deep as its argument says."""
     source = folder / "deep.c"
     source.write_text(
         "#include <stdlib.h>\nvolatile long n; __attribute__((noinline)) void down(int d)"
@@ -275,12 +275,12 @@ def test_a_cpu_that_was_away_is_sampled_again(is_seen_offline, second_cpu) -> No
             drain = sampler.drain()
 
     on_loop = sum(sample.samples for sample in drain.samples if sample.pid == loop.pid)
-    assert on_loop > 20  # a blind CPU gives none
+    assert on_loop > 20  # a blind CPU has none
     assert mismatch(drain) == 0
 
 
 def test_the_sampling_process_maps_neither_bcc_nor_llvm() -> None:
-    """The compiler lives and dies in a child."""
+    """The compiler runs in a child that exits."""
     script = (
         "from bpf.sampler import Sampler, SamplerConfig; import sys\n"
         "sampler = Sampler(SamplerConfig()); sampler.start(); sampler.drain()\n"
@@ -294,7 +294,7 @@ def test_the_sampling_process_maps_neither_bcc_nor_llvm() -> None:
 
 
 def test_closing_leaves_no_program_map_or_event_behind() -> None:
-    """Everything lives in descriptors of this process."""
+    """Descriptors of this process hold everything."""
     before = len(list(Path("/proc/self/fd").iterdir()))
 
     with Sampler(SamplerConfig(pids=frozenset({os.getpid()}))) as sampler:

@@ -1,4 +1,4 @@
-"""Unwind tables in the kernel's maps: what goes in, what is given back, what does not fit."""
+"""Unwind tables in the kernel's maps: what goes in, what is freed, what does not fit."""
 
 import contextlib
 
@@ -47,7 +47,7 @@ def test_the_kernel_and_the_tables_makers_speak_of_the_same():
     assert rules.ROW == tables.ROW
 
 
-def test_room_is_given_out_again_when_no_walk_can_read_it(sampler):
+def test_room_is_used_again_when_no_walk_can_read_it(sampler):
     pages, rows = table_of(80, 3_000)
     held = sampler.tables.memory_bytes
 
@@ -80,7 +80,7 @@ def test_what_does_not_fit_changes_nothing(sampler):
 
 
 def test_a_page_is_never_cut(sampler):
-    """Whatever was given back where, the rows of a page lie in one shard, one after the other."""
+    """Whatever was freed where, the rows of a page lie in one shard, one after the other."""
     shapes = [(60, 2_500), (90, 700), (64, 4_096), (17, 3_001), (200, 11)]
     for number, shape in enumerate(shapes, start=400):
         sampler.tables.load(number, *table_of(*shape))

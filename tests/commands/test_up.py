@@ -18,7 +18,7 @@ import pytest
 from profiler.agent.agent import AgentOptions
 from profiler.agent.window import Edges
 from profiler.commands.up import (
-    Companions,
+    ServiceAndDemo,
     directions,
     free_address,
     service_environment,
@@ -344,10 +344,10 @@ def test_who_came_by_ssh_is_told_how_to_see_the_page() -> None:
 def test_an_idle_machine_is_told_so_once(busy, is_told, tmp_path, capsys) -> None:
     """By the windows after the first one, in which everything here starts."""
     options = agent_options(tmp_path)
-    companions = Companions(options, ("127.0.0.1", 4040), has_demo=False)
+    children = ServiceAndDemo(options, ("127.0.0.1", 4040), has_demo=False)
 
     for share in (0.9, busy, busy, 0.0):
-        companions.note(window(nonidle_ns=round(2 * 5 * SECOND * share)))
+        children.note(window(nonidle_ns=round(2 * 5 * SECOND * share)))
 
     told = "this machine is 97% idle" in (talk := capsys.readouterr().err)
     assert told == is_told

@@ -16,7 +16,7 @@ import pytest
 
 from bpf.records import Rings
 from profiler.processes import address_spaces as module
-from profiler.processes.address_spaces import RETENTION_NS, Processes
+from profiler.processes.address_spaces import RETENTION_NS, AddressSpaces
 from symbolizer.maps import MappingTable
 from tests.support.targets import compile_target
 
@@ -32,7 +32,7 @@ now = time.monotonic_ns
 
 
 class Target:
-    """tests/targets/lives.c, told what to do."""
+    """tests/targets/generations.c, which takes commands."""
 
     def __init__(self, program: Path) -> None:
         self.path = os.fsencode(program)
@@ -41,18 +41,18 @@ class Target:
 
     def ask(self, command: str) -> int:
         """Return the pid that the command is answered with."""
-        self.tell(command)
+        self.command(command)
         assert self._process.stdout is not None
         return int(self._process.stdout.readline())
 
-    def tell(self, command: str) -> None:
+    def command(self, command: str) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(os.fsencode(command) + b"\n")
         self._process.stdin.flush()
 
     def become(self, command: str, program: bytes) -> None:
         """Start another program and wait for its libraries."""
-        self.tell(f"{command} {os.fsdecode(program)}")
+        self.command(f"{command} {os.fsdecode(program)}")
         maps = Path(f"/proc/{self.pid}/maps")
         wait_for(lambda: program in (text := maps.read_bytes()) and b"libc" in text)
 
@@ -66,7 +66,7 @@ class Target:
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("targets")
-    return compile_target("lives.c", folder / "lives", "-O2", "-pthread")
+    return compile_target("generations.c", folder / "generations", "-O2", "-pthread")
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ def rings() -> Iterator[Rings]:
 
 
 @pytest.fixture
-def processes(rings: Rings) -> Processes:
-    return Processes(rings)
+def spaces(rings: Rings) -> AddressSpaces:
+    return AddressSpaces(rings)
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 20) -> None:
@@ -117,10 +117,10 @@ def path_at(table: MappingTable, address: int) -> bytes | None:
     return next((m.path for m in table.mappings if m.start <= address < m.end), None)
 
 
-def later(processes: Processes, seconds: float = 60) -> None:
+def later(spaces: AddressSpaces, seconds: float = 60) -> None:
     """Let everything that has ended expire."""
-    processes.poll()
-    processes.expire(now() + int(seconds * 1e9))
+    spaces.poll()
+    spaces.expire(now() + int(seconds * 1e9))
 
 
 def start_ns_of(pid: int) -> int:
@@ -154,33 +154,33 @@ def two_files(folder: Path) -> tuple[Path, Path]:
     return one, other
 
 
-def test_program_that_exited_before_the_poll_is_known(processes: Processes) -> None:
+def test_program_that_exited_before_the_poll_is_known(spaces: AddressSpaces) -> None:
     """All of its mappings come from records, with build ids, and nothing from /proc."""
     pid, at_ns = run("/bin/true")
-    processes.poll()
+    spaces.poll()
 
-    table = processes.mappings(pid, at_ns)
+    table = spaces.mappings(pid, at_ns)
 
     own = next(mapping for mapping in table.mappings if mapping.path == TRUE)
     assert any(b"/libc.so" in path for path in paths(table))
     assert (len(own.build_id), table.missing) == (40, "[unknown]")
-    assert processes.snapshots == 0
+    assert spaces.snapshots == 0
 
 
 def test_table_stays_the_same_object_while_nothing_changes(
-    start: Callable[[], Target], processes: Processes, tmp_path: Path
+    start: Callable[[], Target], spaces: AddressSpaces, tmp_path: Path
 ) -> None:
     """The symbolizer caches for each object; a new mapping makes a new one."""
     target = start()
     one, _ = two_files(tmp_path)
-    processes.poll()
-    first = processes.mappings(target.pid, now())
+    spaces.poll()
+    first = spaces.mappings(target.pid, now())
     target.ask("hello")
-    processes.poll()
-    second = processes.mappings(target.pid, now())
+    spaces.poll()
+    second = spaces.mappings(target.pid, now())
     target.ask(f"map {one} {ADDRESS:x}")
-    processes.poll()
-    third = processes.mappings(target.pid, now())
+    spaces.poll()
+    third = spaces.mappings(target.pid, now())
 
     assert first is second
     assert third is not first
@@ -189,16 +189,16 @@ def test_table_stays_the_same_object_while_nothing_changes(
 
 @pytest.mark.parametrize("command", ["exec", "thread-exec"])
 def test_exec_divides_the_time_between_two_programs(
-    start: Callable[[], Target], processes: Processes, command: str
+    start: Callable[[], Target], spaces: AddressSpaces, command: str
 ) -> None:
     """Whichever thread called it: before there is the one, afterwards only the other."""
     target = start()
     before_ns = now()
     target.become(command, SLEEP)
-    processes.poll()
+    spaces.poll()
 
-    before = paths(processes.mappings(target.pid, before_ns))
-    after = paths(processes.mappings(target.pid, now()))
+    before = paths(spaces.mappings(target.pid, before_ns))
+    after = paths(spaces.mappings(target.pid, now()))
 
     assert target.path in before
     assert SLEEP not in before
@@ -207,7 +207,7 @@ def test_exec_divides_the_time_between_two_programs(
 
 
 def test_mapping_over_another_counts_from_its_moment(
-    start: Callable[[], Target], processes: Processes, tmp_path: Path
+    start: Callable[[], Target], spaces: AddressSpaces, tmp_path: Path
 ) -> None:
     """A library closed and another opened at its address: the truth at each time, in one drain."""
     target = start()
@@ -216,15 +216,15 @@ def test_mapping_over_another_counts_from_its_moment(
     for file in (one, other, one):
         target.ask(f"map {file} {ADDRESS:x}")
         times.append(now())
-    processes.poll()
+    spaces.poll()
 
-    seen = [path_at(processes.mappings(target.pid, at_ns), ADDRESS) for at_ns in times]
+    seen = [path_at(spaces.mappings(target.pid, at_ns), ADDRESS) for at_ns in times]
 
     assert seen == [None, os.fsencode(one), os.fsencode(other), os.fsencode(one)]
 
 
-def test_child_has_what_its_parent_had_at_its_birth(
-    start: Callable[[], Target], processes: Processes, tmp_path: Path
+def test_child_has_what_its_parent_had_at_its_fork(
+    start: Callable[[], Target], spaces: AddressSpaces, tmp_path: Path
 ) -> None:
     """And nothing of what the parent mapped afterwards."""
     target = start()
@@ -232,10 +232,10 @@ def test_child_has_what_its_parent_had_at_its_birth(
     target.ask(f"map {one} {ADDRESS:x}")
     child = target.ask("fork")
     target.ask(f"map {other} {ADDRESS:x}")
-    processes.poll()
+    spaces.poll()
 
-    assert path_at(processes.mappings(child, now()), ADDRESS) == os.fsencode(one)
-    assert path_at(processes.mappings(target.pid, now()), ADDRESS) == os.fsencode(other)
+    assert path_at(spaces.mappings(child, now()), ADDRESS) == os.fsencode(one)
+    assert path_at(spaces.mappings(target.pid, now()), ADDRESS) == os.fsencode(other)
 
 
 @pytest.mark.parametrize("expiring", [False, True])
@@ -243,123 +243,123 @@ def test_last_of_a_chain_of_forks_has_what_the_first_had(
     start: Callable[[], Target], rings: Rings, tmp_path: Path, expiring: bool
 ) -> None:
     """All its ancestors are dead, and in one case forgotten too; there is no /proc to look at."""
-    processes = Processes(rings, tmp_path)
+    spaces = AddressSpaces(rings, tmp_path)
     target = start()
     for _ in range(300):
         target.pid = target.ask("become-child")
     at_ns = now()
     if expiring:
-        later(processes)
-    processes.poll()
+        later(spaces)
+    spaces.poll()
 
-    assert target.path in paths(processes.mappings(target.pid, at_ns))
+    assert target.path in paths(spaces.mappings(target.pid, at_ns))
 
 
 def test_chain_of_forks_leaves_no_chain_in_memory(
-    start: Callable[[], Target], processes: Processes
+    start: Callable[[], Target], spaces: AddressSpaces
 ) -> None:
     """A living process that inherits is settled when its ancestors expire."""
     target = start()
     for _ in range(50):
         target.pid = target.ask("become-child")
-    later(processes)
+    later(spaces)
 
-    assert processes._lives[target.pid].parent is None
-    assert not processes._past
+    assert spaces._current[target.pid].parent is None
+    assert not spaces._past
 
 
-def test_older_process_is_read_from_proc_once(older: Target, processes: Processes) -> None:
+def test_older_process_is_read_from_proc_once(older: Target, spaces: AddressSpaces) -> None:
     """One that was there before the rings; a sample may be older than the snapshot."""
     at_ns = now()
-    processes.poll()
-    first = processes.mappings(older.pid, at_ns, start_ns_of(older.pid))
-    second = processes.mappings(older.pid, now(), start_ns_of(older.pid))
+    spaces.poll()
+    first = spaces.mappings(older.pid, at_ns, start_ns_of(older.pid))
+    second = spaces.mappings(older.pid, now(), start_ns_of(older.pid))
 
     assert older.path in paths(first)
     assert first is second
-    assert processes.snapshots == 1
+    assert spaces.snapshots == 1
 
 
 @pytest.mark.parametrize("polled", [False, True])
 def test_older_process_that_has_changed_its_program_is_not_guessed(
-    older: Target, processes: Processes, polled: bool
+    older: Target, spaces: AddressSpaces, polled: bool
 ) -> None:
     """Also when the exec comes after the poll, and only the snapshot could see it."""
     before_ns = now()
     if polled:
-        processes.poll()
+        spaces.poll()
     older.become("exec", SLEEP)
     if not polled:
-        processes.poll()
+        spaces.poll()
 
-    before = processes.mappings(older.pid, before_ns)
-    after = processes.mappings(older.pid, now())
+    before = spaces.mappings(older.pid, before_ns)
+    after = spaces.mappings(older.pid, now())
 
     assert (paths(before), before.missing) == (set(), "[exited]")
     assert SLEEP in paths(after)
 
 
 def test_what_an_older_process_mapped_after_the_sample_hides_nothing_wrongly(
-    older: Target, processes: Processes, tmp_path: Path
+    older: Target, spaces: AddressSpaces, tmp_path: Path
 ) -> None:
     """The snapshot shows the later file at an address that held an unknown one before."""
     one, other = two_files(tmp_path)
     older.ask(f"map {one} {ADDRESS:x}")
     at_ns = now()
     older.ask(f"map {other} {ADDRESS:x}")
-    processes.poll()
+    spaces.poll()
 
-    before = processes.mappings(older.pid, at_ns)
-    after = processes.mappings(older.pid, now())
+    before = spaces.mappings(older.pid, at_ns)
+    after = spaces.mappings(older.pid, now())
 
     assert path_at(before, ADDRESS) in (None, os.fsencode(one))
     assert older.path in paths(before)
     assert path_at(after, ADDRESS) == os.fsencode(other)
 
 
-def test_child_of_an_older_parent_that_died_is_known(older: Target, processes: Processes) -> None:
+def test_child_of_an_older_parent_that_died_is_known(older: Target, spaces: AddressSpaces) -> None:
     """Nobody saw what the parent had, but the child is there to ask."""
     older.pid = older.ask("become-child")
     at_ns = now()
-    processes.poll()
+    spaces.poll()
 
-    assert older.path in paths(processes.mappings(older.pid, at_ns))
+    assert older.path in paths(spaces.mappings(older.pid, at_ns))
 
 
 def test_child_of_an_older_parent_that_both_died_is_exited(
-    older: Target, processes: Processes
+    older: Target, spaces: AddressSpaces
 ) -> None:
     """There is nothing to know it from."""
     older.pid = child = older.ask("become-child")
     at_ns = now()
     os.kill(child, signal.SIGKILL)
     wait_for(lambda: not Path(f"/proc/{child}").exists())
-    processes.poll()
+    spaces.poll()
 
-    table = processes.mappings(child, at_ns)
+    table = spaces.mappings(child, at_ns)
 
     assert (paths(table), table.missing) == (set(), "[exited]")
 
 
-def test_process_nobody_has_heard_of_is_exited(processes: Processes) -> None:
+def test_process_nobody_has_heard_of_is_exited(spaces: AddressSpaces) -> None:
     """It was there before the rings and is gone."""
     pid = 4_000_000
-    processes.poll()
+    spaces.poll()
 
-    assert processes.mappings(pid, now()).missing == "[exited]"
+    assert spaces.mappings(pid, now()).missing == "[exited]"
 
 
-def test_snapshot_of_a_later_process_is_refused(older: Target, processes: Processes) -> None:
+def test_snapshot_of_a_later_process_is_refused(older: Target, spaces: AddressSpaces) -> None:
     """The start time of the sampled process is not that of the one in /proc."""
-    processes.poll()
+    spaces.poll()
 
-    table = processes.mappings(older.pid, now(), start_ns_of(older.pid) - 10 * TICK_NS)
+    table = spaces.mappings(older.pid, now(), start_ns_of(older.pid) - 10 * TICK_NS)
 
     assert (paths(table), table.missing) == (set(), "[exited]")
 
 
-def test_two_lives_of_a_pid_are_kept_apart(
-    start: Callable[[], Target], processes: Processes
+def test_two_processes_with_one_pid_are_kept_apart(
+    start: Callable[[], Target], spaces: AddressSpaces
 ) -> None:
     """Each has its own program at its own time, and before both there is none."""
     target = start()
@@ -368,9 +368,9 @@ def test_two_lives_of_a_pid_are_kept_apart(
     for file in (TRUE, SLEEP):
         assert target.ask(f"spawn-as {pid} {os.fsdecode(file)}") == pid
         times.append(now())
-    processes.poll()
+    spaces.poll()
 
-    none, first, second = (processes.mappings(pid, at_ns) for at_ns in times)
+    none, first, second = (spaces.mappings(pid, at_ns) for at_ns in times)
 
     assert (paths(none), none.missing) == (set(), "[exited]")
     assert paths(first) & {TRUE, SLEEP} == {TRUE}
@@ -383,43 +383,43 @@ def free_pid() -> int:
 
 
 def test_process_goes_on_when_only_its_first_thread_has_exited(
-    start: Callable[[], Target], processes: Processes, tmp_path: Path
+    start: Callable[[], Target], spaces: AddressSpaces, tmp_path: Path
 ) -> None:
     """The kernel writes the same EXIT record as for a whole process."""
     target = start()
     one, _ = two_files(tmp_path)
     target.ask("leave-to-thread")
-    later(processes)
+    later(spaces)
     target.ask(f"map {one} {ADDRESS:x}")
-    processes.poll()
+    spaces.poll()
 
-    table = processes.mappings(target.pid, now())
+    table = spaces.mappings(target.pid, now())
 
     assert {target.path, os.fsencode(one)} <= paths(table)
-    assert not processes._lives[target.pid].exit_ns
+    assert not spaces._current[target.pid].exit_ns
 
 
 def test_older_process_without_its_first_thread_is_read_from_another(
-    older: Target, processes: Processes
+    older: Target, spaces: AddressSpaces
 ) -> None:
     """/proc/PID/maps is empty then."""
     older.ask("leave-to-thread")
-    processes.poll()
+    spaces.poll()
 
-    assert older.path in paths(processes.mappings(older.pid, now()))
+    assert older.path in paths(spaces.mappings(older.pid, now()))
 
 
 def test_program_replaced_on_disk_keeps_the_build_id_that_ran(
-    processes: Processes, tmp_path: Path
+    spaces: AddressSpaces, tmp_path: Path
 ) -> None:
-    """The path leads to another file by now; the build id tells."""
+    """The path leads to another file by now; the build id shows it."""
     file, other = os.fsencode(tmp_path / "program"), os.fsencode(tmp_path / "other")
     copy(SLEEP, file)
     copy(TRUE, other)
     with running(file) as pid, running(SLEEP) as sleep:
         os.replace(other, file)  # noqa: PTH105 - bytes
-        processes.poll()
-        tables = [processes.mappings(p, now()) for p in (pid, sleep)]
+        spaces.poll()
+        tables = [spaces.mappings(p, now()) for p in (pid, sleep)]
 
     ran, original = (
         next(m for m in table.mappings if m.path == path)
@@ -435,18 +435,18 @@ def test_older_program_replaced_on_disk_is_marked_as_deleted(tmp_path: Path) -> 
     copy(TRUE, other)
     with running(file) as pid, contextlib.closing(Rings()) as rings:
         os.replace(other, file)  # noqa: PTH105 - bytes
-        processes = Processes(rings)
-        processes.poll()
-        table = processes.mappings(pid, now())
+        spaces = AddressSpaces(rings)
+        spaces.poll()
+        table = spaces.mappings(pid, now())
 
     assert [m.file_path for m in table.mappings if m.is_deleted] == [file]
 
 
-def test_kernel_threads_have_no_mappings(processes: Processes) -> None:
+def test_kernel_threads_have_no_mappings(spaces: AddressSpaces) -> None:
     """They are there, so they have not exited."""
-    processes.poll()
+    spaces.poll()
 
-    table = processes.mappings(2, now())
+    table = spaces.mappings(2, now())
 
     assert (paths(table), table.missing) == (set(), "[unknown]")
 
@@ -465,20 +465,20 @@ def test_hostile_file_names_arrive_byte_by_byte(
         if is_older:
             pid = stack.enter_context(running(file))
             rings = stack.enter_context(contextlib.closing(Rings()))
-            processes = Processes(rings)
+            spaces = AddressSpaces(rings)
         else:
-            processes = Processes(rings)
+            spaces = AddressSpaces(rings)
             pid = stack.enter_context(running(file))
-        processes.poll()
-        table = processes.mappings(pid, now())
+        spaces.poll()
+        table = spaces.mappings(pid, now())
 
     assert file in paths(table)
-    assert processes.snapshots == is_older
+    assert spaces.snapshots == is_older
 
 
 def test_paths_of_an_older_process_are_as_it_sees_them(tmp_path: Path) -> None:
     """Inside a changed root, as those in records are."""
-    compile_target("lives.c", tmp_path / "static", "-O2", "-pthread", "-static")
+    compile_target("generations.c", tmp_path / "static", "-O2", "-pthread", "-static")
     with subprocess.Popen(
         ["chroot", tmp_path, "/static"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
@@ -488,15 +488,15 @@ def test_paths_of_an_older_process_are_as_it_sees_them(tmp_path: Path) -> None:
         process.stdin.flush()
         process.stdout.readline()
         with contextlib.closing(Rings()) as rings:
-            processes = Processes(rings)
-            processes.poll()
-            table = processes.mappings(process.pid, now())
+            spaces = AddressSpaces(rings)
+            spaces.poll()
+            table = spaces.mappings(process.pid, now())
         process.stdin.close()
 
     assert b"/static" in paths(table)
 
 
-def test_thousand_short_processes_are_all_known(rings: Rings, processes: Processes) -> None:
+def test_thousand_short_processes_are_all_known(rings: Rings, spaces: AddressSpaces) -> None:
     """None is lost when the owner wakes for half full rings; expired logs are gone."""
     runs = []
     for _ in range(1000):
@@ -504,36 +504,36 @@ def test_thousand_short_processes_are_all_known(rings: Rings, processes: Process
         os.waitpid(pid, 0)
         runs.append((pid, now()))
         if select.select([rings], [], [], 0)[0]:
-            processes.poll()
-    processes.poll()
+            spaces.poll()
+    spaces.poll()
 
-    known = [TRUE in paths(processes.mappings(pid, at_ns)) for pid, at_ns in runs]
-    later(processes)
+    known = [TRUE in paths(spaces.mappings(pid, at_ns)) for pid, at_ns in runs]
+    later(spaces)
 
     assert all(known)
-    assert not {pid for pid, _ in runs} & processes._lives.keys()
-    assert processes.snapshots == 0
+    assert not {pid for pid, _ in runs} & spaces._current.keys()
+    assert spaces.snapshots == 0
 
 
-def test_ended_processes_are_kept_for_a_while(processes: Processes) -> None:
+def test_ended_processes_are_kept_for_a_while(spaces: AddressSpaces) -> None:
     """Their samples come later than their exits."""
     pid, at_ns = run("/bin/true")
-    processes.poll()
-    processes.expire(at_ns + RETENTION_NS // 2)
+    spaces.poll()
+    spaces.expire(at_ns + RETENTION_NS // 2)
 
-    assert TRUE in paths(processes.mappings(pid, at_ns))
+    assert TRUE in paths(spaces.mappings(pid, at_ns))
 
 
-def overflow(processes: Processes) -> int:
+def overflow(spaces: AddressSpaces) -> int:
     """Run programs until records are lost, and return a time in the gap."""
-    processes.poll()
-    gaps = processes.gaps
+    spaces.poll()
+    gaps = spaces.gaps
     for _ in range(100):
         run("/bin/true")
     at_ns = now()
-    processes.poll()
-    assert processes.gaps > gaps
-    assert at_ns < processes._trusted_ns
+    spaces.poll()
+    assert spaces.gaps > gaps
+    assert at_ns < spaces._trusted_ns
     return at_ns
 
 
@@ -547,91 +547,89 @@ def test_process_that_outlives_a_gap_is_named_before_in_and_after_it(
     start: Callable[[], Target], small_rings: Rings
 ) -> None:
     """From its log, from what both sides have in common, and from /proc."""
-    processes = Processes(small_rings)
+    spaces = AddressSpaces(small_rings)
     target = start()
-    processes.poll()
+    spaces.poll()
     before_ns = now()
-    within_ns = overflow(processes)
+    within_ns = overflow(spaces)
 
-    tables = [processes.mappings(target.pid, t) for t in (before_ns, within_ns, now())]
+    tables = [spaces.mappings(target.pid, t) for t in (before_ns, within_ns, now())]
 
     assert all(target.path in paths(table) for table in tables)
-    assert processes.snapshots == 1
-    assert processes.mappings(target.pid, within_ns) is tables[1]
+    assert spaces.snapshots == 1
+    assert spaces.mappings(target.pid, within_ns) is tables[1]
 
 
 def test_process_that_changed_in_a_gap_is_not_guessed_within_it(
     start: Callable[[], Target], small_rings: Rings
 ) -> None:
     """It had the one program before, has the other afterwards, and nobody saw when."""
-    processes = Processes(small_rings)
+    spaces = AddressSpaces(small_rings)
     target = start()
-    processes.poll()
+    spaces.poll()
     before_ns = now()
     for _ in range(50):
         run("/bin/true")
     target.become("exec", SLEEP)
-    within_ns = overflow(processes)
-    processes.poll()
+    within_ns = overflow(spaces)
+    spaces.poll()
 
-    before, within, after = (
-        processes.mappings(target.pid, t) for t in (before_ns, within_ns, now())
-    )
+    before, within, after = (spaces.mappings(target.pid, t) for t in (before_ns, within_ns, now()))
 
     assert target.path in paths(before)
     assert not {target.path, SLEEP} & paths(within)
     assert SLEEP in paths(after)
 
 
-def test_process_born_in_a_gap_is_known_afterwards(
+def test_process_forked_in_a_gap_is_known_afterwards(
     start: Callable[[], Target], small_rings: Rings
 ) -> None:
     """Its records are lost, but /proc has it."""
-    processes = Processes(small_rings)
+    spaces = AddressSpaces(small_rings)
     for _ in range(50):
         run("/bin/true")
     target = start()
-    within_ns = overflow(processes)
+    within_ns = overflow(spaces)
 
-    within, after = (processes.mappings(target.pid, t) for t in (within_ns, now()))
+    within, after = (spaces.mappings(target.pid, t) for t in (within_ns, now()))
 
     assert (paths(within), within.missing) == (set(), "[exited]")
     assert target.path in paths(after)
 
 
 def test_dropped_log_needs_a_snapshot_and_names_nothing_older(
-    start: Callable[[], Target], processes: Processes, monkeypatch: pytest.MonkeyPatch
+    start: Callable[[], Target], spaces: AddressSpaces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory is bounded: what is dropped is counted, and /proc takes over."""
     monkeypatch.setattr(module, "MAX_LOG_BYTES", 1000)
     target = start()
     before_ns = now()
     run("/bin/true")
-    processes.poll()
+    spaces.poll()
 
-    before, after = (processes.mappings(target.pid, t) for t in (before_ns, now()))
+    before, after = (spaces.mappings(target.pid, t) for t in (before_ns, now()))
 
     assert paths(before) == set()
     assert target.path in paths(after)
-    assert processes.dropped_logs > 0
-    assert processes.log_bytes <= 1000
+    assert spaces.dropped_logs > 0
+    assert spaces.log_bytes <= 1000
 
 
 def test_endless_mapping_is_folded_into_the_base(
-    start: Callable[[], Target], processes: Processes, tmp_path: Path
+    start: Callable[[], Target], spaces: AddressSpaces, tmp_path: Path
 ) -> None:
     """As JIT compilers do. The log shrinks, the table stays right."""
     target = start()
     one, other = two_files(tmp_path)
     target.ask(f"remap {one} {ADDRESS:x} 1001")
     target.ask(f"map {other} {ADDRESS + 4096:x}")
-    processes.poll()
-    before = processes.mappings(target.pid, now())
-    full_bytes = processes.log_bytes
-    later(processes)
-    after = processes.mappings(target.pid, now())
+    spaces.poll()
+    before = spaces.mappings(target.pid, now())
+    full_bytes = spaces.log_bytes
+    later(spaces)
+    after = spaces.mappings(target.pid, now())
 
-    assert processes.log_bytes < full_bytes - 200_000
+    assert spaces.log_bytes < full_bytes - 200_000
     assert before.mappings == after.mappings
     assert path_at(after, ADDRESS) == os.fsencode(one)
     assert path_at(after, ADDRESS + 4096) == os.fsencode(other)
@@ -639,11 +637,11 @@ def test_endless_mapping_is_folded_into_the_base(
 
 
 @pytest.mark.skipif(not os.access(CPU1, os.W_OK), reason="CPU 1 cannot be taken offline")
-def test_program_on_a_cpu_that_was_offline_is_known(rings: Rings, processes: Processes) -> None:
+def test_program_on_a_cpu_that_was_offline_is_known(rings: Rings, spaces: AddressSpaces) -> None:
     """Its ring is opened again, and what lived before is still named."""
     pid = os.getpid()
-    processes.poll()
-    own = paths(processes.mappings(pid, now()))
+    spaces.poll()
+    own = paths(spaces.mappings(pid, now()))
     try:
         CPU1.write_text("0")
     finally:
@@ -655,8 +653,8 @@ def test_program_on_a_cpu_that_was_offline_is_known(rings: Rings, processes: Pro
         child, at_ns = run("/bin/true")
     finally:
         os.sched_setaffinity(0, affinity)
-    processes.poll()
+    spaces.poll()
 
-    assert TRUE in paths(processes.mappings(child, at_ns))
-    assert own <= paths(processes.mappings(pid, now()))
-    assert processes.gaps == 1
+    assert TRUE in paths(spaces.mappings(child, at_ns))
+    assert own <= paths(spaces.mappings(pid, now()))
+    assert spaces.gaps == 1

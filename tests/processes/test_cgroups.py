@@ -45,7 +45,7 @@ def test_container_is_found_in_any_runtimes_path(path: str) -> None:
     ],
 )
 def test_pod_is_found_beside_the_container(path: str) -> None:
-    """Both drivers' paths give the pod's UID with dashes, also in a cluster within a container."""
+    """Both drivers' paths hold the pod's UID with dashes, also in a cluster within a container."""
     place = parse_cgroups(b"0::" + path.encode() + b"\n")
 
     assert (place.container_id, place.pod_uid) == (ID, UID)

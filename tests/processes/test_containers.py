@@ -134,7 +134,7 @@ def test_names_of_the_kubelet_in_docker_are_taken_apart(tmp_path: Path) -> None:
     ],
 )
 def test_version_is_the_images_tag_or_digest(image: str, image_id: str, version: str) -> None:
-    """`latest` tells nothing, a registry's port is no tag."""
+    """`latest` says nothing, a registry's port is no tag."""
     assert Container("x", image=image, image_id=image_id).version == version
 
 
@@ -162,7 +162,7 @@ def test_workload_is_the_pods_name_without_what_controllers_append(pod: str, nam
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[" * 5000])
 def test_damaged_file_is_counted(tmp_path: Path, content: bytes) -> None:
-    """A file that is no JSON gives no name and one miss."""
+    """A file that is not JSON has no name and counts as one miss."""
     write_docker(tmp_path).write_bytes(content)
     containers = Containers(tmp_path)
 

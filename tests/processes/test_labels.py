@@ -128,7 +128,7 @@ def test_unit_names_the_service(labeler: Labeler, tree: CgroupTree) -> None:
 
 
 def test_instances_of_a_template_are_one_service(labeler: Labeler) -> None:
-    """`worker@1` and `worker@2` are told apart by the unit."""
+    """`worker@1` and `worker@2` differ in the unit."""
     with cgroup_tree("v2") as tree, started("sleep", "60") as process:
         tree.move(process.pid, "system.slice/system-worker.slice/worker@2.service")
 
@@ -178,7 +178,7 @@ def test_podman_container_names_the_service(labeler: Labeler, tmp_path: Path) ->
 
 
 def test_pod_names_the_service(labeler: Labeler, tree: CgroupTree, tmp_path: Path) -> None:
-    """The workload is the service; pod, namespace and container are labels beside it."""
+    """The workload is the service; pod, namespace and container are further labels."""
     write_kubernetes(tmp_path)
     with started("sleep", "60", env=CLEAN | {"DD_VERSION": "7"}) as process:
         tree.move(process.pid, POD)
@@ -226,7 +226,7 @@ def test_systemd_in_a_container_gives_unit_and_container(labeler: Labeler) -> No
 
 
 def test_rule_comes_before_all(copy_sleep, tmp_path: Path) -> None:
-    """The operator knows best. The first rule that matches gives the name."""
+    """The operator knows best. The first rule that matches sets the name."""
     rules = [
         make_rule("no", unit="x.service"),
         make_rule("by-unit", unit="api*.service"),
@@ -260,14 +260,17 @@ def test_kernel_threads_are_one_service(labeler: Labeler) -> None:
 
 
 def test_profiler_and_its_children_are_one_service(copy_sleep) -> None:
-    """Except for what it was told to record."""
-    with started(copy_sleep("quiet"), "60") as child, started(copy_sleep("told"), "60") as command:
+    """Except for the commands that it records."""
+    with (
+        started(copy_sleep("quiet"), "60") as child,
+        started(copy_sleep("recorded"), "60") as command,
+    ):
         labeler = Labeler(commands={command.pid})
         labeler.scan()
 
         assert service_of(labeler, os.getpid()) == "everflame"
         assert service_of(labeler, child.pid) == "everflame"
-        assert service_of(labeler, command.pid) == "told"
+        assert service_of(labeler, command.pid) == "recorded"
 
 
 def test_version_is_that_of_the_oldest_process_of_a_unit(labeler: Labeler) -> None:
@@ -410,13 +413,13 @@ def test_process_that_renames_itself_keeps_its_service(labeler: Labeler, tmp_pat
 
 
 def test_reused_pid_is_another_process(labeler: Labeler, copy_sleep) -> None:
-    """A pid that is given away again takes no label with it, in either direction."""
+    """A pid that is used again takes no label with it, in either direction."""
     with started(copy_sleep("first"), "60") as process:
         first = sample_of(process.pid)
         assert dict(labeler.labels(first))["service"] == "first"
         labeler.scan()
     pid = process.pid
-    time.sleep(2 * TICK_NS / SECOND_NS)  # /proc does not tell starts of one tick apart
+    time.sleep(2 * TICK_NS / SECOND_NS)  # in /proc, starts within one tick look the same
     with contextlib.ExitStack() as stack:
         for _ in range(50):
             Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
@@ -433,7 +436,9 @@ def test_reused_pid_is_another_process(labeler: Labeler, copy_sleep) -> None:
         assert instance_of(labeler, pid)["service"] == "second"
 
 
-def test_earlier_life_of_a_living_pid_is_not_taken_for_it(labeler: Labeler, copy_sleep) -> None:
+def test_earlier_process_of_a_pid_is_not_taken_for_the_running_one(
+    labeler: Labeler, copy_sleep
+) -> None:
     """A sample of a process that was never read, whose pid has another one now."""
     with started(copy_sleep("quiet"), "60") as process:
         labeler.scan()
@@ -484,7 +489,7 @@ def test_exited_process_is_of_its_ancestors(tmp_path: Path, copy_sleep) -> None:
 
 
 def test_exited_process_without_relatives_is_its_name(labeler: Labeler) -> None:
-    """comm is all that a sample tells."""
+    """comm is all that a sample has."""
     sample = sample_of(gone("true"), start_ns=boottime_ns(), comm=b"a\n\xff")
 
     assert dict(labeler.labels(sample))["service"] == r"a\n\xff"
@@ -522,7 +527,7 @@ def reachable(root: object) -> Iterator[object]:
 
 
 def test_nothing_else_of_an_environment_is_kept(labeler: Labeler) -> None:
-    """A secret beside the version is nowhere in the labeler, in whatever form."""
+    """A secret next to the version is nowhere in the labeler, in whatever form."""
     environment = CLEAN | {"PASSWORD": SECRET, "GIT_SHA": "abc", "OTEL_RESOURCE_ATTRIBUTES": SECRET}
     with started("sleep", "60", env=environment) as process:
         labeler.scan()
@@ -582,7 +587,7 @@ def present(labeler: Labeler, start_ns: int, end_ns: int) -> dict[str, int]:
 
 
 def test_service_without_samples_was_present(labeler: Labeler, copy_sleep) -> None:
-    """A service that did not run on any CPU still lived, from its start to the window's end."""
+    """A service that did not run on any CPU was present, from its start to the window's end."""
     with started(copy_sleep("quiet"), "60") as process:
         labeler.scan()
         begin_ns = int(stat_fields(process.pid)[19]) * TICK_NS
@@ -591,7 +596,7 @@ def test_service_without_samples_was_present(labeler: Labeler, copy_sleep) -> No
         assert present(labeler, begin_ns + 10, begin_ns + 60)["quiet"] == 50
 
 
-def test_overlapping_lives_count_once(labeler: Labeler, copy_sleep) -> None:
+def test_overlapping_processes_count_once(labeler: Labeler, copy_sleep) -> None:
     """present_ns is the time of at least one process, not the sum of all."""
     program = copy_sleep("quiet")
     with started(program, "60") as one, started(program, "60") as two:
@@ -626,8 +631,8 @@ def test_life_that_ended_within_the_window_counts_up_to_its_end(
     assert ended_ns < scanned_ns
 
 
-def test_life_that_no_scan_saw_counts_to_its_last_sample(labeler: Labeler) -> None:
-    """From its birth on, which every sample tells."""
+def test_process_that_no_scan_saw_counts_to_its_last_sample(labeler: Labeler) -> None:
+    """From its start on, which every sample carries."""
     asleep_ns = boottime_ns() - time.monotonic_ns()
     start_ns = boottime_ns()
     sample = sample_of(gone("true"), start_ns=start_ns, comm=b"brief", last_ns=0)
@@ -650,7 +655,7 @@ def test_what_is_over_is_forgotten(labeler: Labeler, copy_sleep) -> None:
     assert "quiet" not in {dict(labels)["service"] for labels in labeler._presences}
 
 
-def test_zombie_lives_no_more(labeler: Labeler, copy_sleep) -> None:
+def test_zombie_is_not_present(labeler: Labeler, copy_sleep) -> None:
     """A process that nobody waits for has ended all the same."""
     with started(copy_sleep("quiet"), "60") as process:
         labeler.scan()
@@ -675,7 +680,7 @@ def test_scan_reads_only_what_is_new(labeler: Labeler) -> None:
 
 
 def test_real_samples_are_labelled(labeler: Labeler, tmp_path: Path) -> None:
-    """Start times, exec ids and cgroup ids are those that the kernel gives."""
+    """Start times, exec ids and cgroup ids are the kernel's own."""
     program = compile_target("split.c", tmp_path / "split")
     with cgroup_tree("v2") as tree, started(program, "60") as process:
         cgroup_id = tree.move(process.pid, "system.slice/api.service")

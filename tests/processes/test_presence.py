@@ -1,4 +1,4 @@
-"""The union of lives, against counting every ns."""
+"""The union of intervals, against counting every ns."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +8,7 @@ from profiler.processes.presence import Presence
 
 MS = 1_000_000
 moments = st.integers(0, 60).map(lambda ms: ms * 2 * MS)  # apart from one another, or the same
-lives = st.tuples(moments, moments).map(lambda pair: (min(pair), max(pair)))
+intervals = st.tuples(moments, moments).map(lambda pair: (min(pair), max(pair)))
 
 
 def covered_ms(spans: list[tuple[int, int]], start_ns: int, end_ns: int) -> int:
@@ -16,8 +16,8 @@ def covered_ms(spans: list[tuple[int, int]], start_ns: int, end_ns: int) -> int:
     return sum(start_ns <= ms * MS < end_ns for ms in milliseconds)
 
 
-@given(st.lists(lives, max_size=8), st.lists(lives, max_size=8), lives)
-def test_present_time_is_the_union_of_lives(
+@given(st.lists(intervals, max_size=8), st.lists(intervals, max_size=8), intervals)
+def test_present_time_is_the_union_of_intervals(
     counted: list[tuple[int, int]], opened: list[tuple[int, int]], window: tuple[int, int]
 ) -> None:
     """However they overlap, and in whatever order they are seen."""
@@ -59,7 +59,7 @@ def test_past_is_forgotten() -> None:
 
 
 def test_intervals_are_bounded() -> None:
-    """Lives far apart from one another and never asked for take bounded memory."""
+    """Intervals far apart from one another and never asked for take bounded memory."""
     presence = Presence()
     for number in range(module._MAX_INTERVALS * 2):
         presence.add(number * 10 * MS, number * 10 * MS + 1)

@@ -118,7 +118,7 @@ def test_helper_of_multiprocessing_belongs_to_its_parent() -> None:
     "command", ["python3 x.py", "java -jar x.jar", "node x.js", "sh -c x", "tini -- x", "bash"]
 )
 def test_interpreters_and_starters_are_not_the_services_code(command: str) -> None:
-    """Their build ids tell nothing about a deployment."""
+    """Their build ids say nothing about a deployment."""
     arguments = command.encode().split()
 
     assert not describe(arguments[0], arguments, b"", b"/").is_own_code

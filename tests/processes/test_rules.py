@@ -32,7 +32,7 @@ def write(tmp_path: Path):
 
 
 def test_rules_are_read_in_order(write) -> None:
-    """The file gives the rules as they stand, and the variables."""
+    """Rules keep their order in the file; variables are read too."""
     rules = load_rules(write(RULES))
 
     assert [rule.name for rule in rules.services] == ["api", "jobs"]
@@ -78,7 +78,7 @@ def test_patterns_match_whole_names() -> None:
     ],
 )
 def test_wrong_rule_is_named_with_line_and_key(write, text: str, message: str) -> None:
-    """Whoever wrote the file is told where to look and what is wrong there."""
+    """The error names the place in the file and what is wrong there."""
     with pytest.raises(RuleError, match=message):
         load_rules(write(text))
 

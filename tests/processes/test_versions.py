@@ -47,7 +47,7 @@ def work(tmp_path: Path) -> Path:
 
 
 def commit(folder: Path) -> str:
-    """Make the folder a work tree with one commit; gives its hash."""
+    """Make the folder a work tree with one commit and return its hash."""
     who = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null", "HOME": "/"}
     who |= {
         f"GIT_{role}_{what}": "a@b"
@@ -107,7 +107,7 @@ def test_image_comes_after_the_environment() -> None:
 
 
 def test_native_program_has_its_build_id() -> None:
-    """A program that nothing else is known of is told apart by its build id."""
+    """A program of which nothing else is known has its build id as version."""
     with started("sleep", "60", env=CLEAN, cwd="/") as process:
         assert find(process.pid) == build_id(Path("/bin/sleep"))
 
@@ -232,7 +232,7 @@ def test_script_in_a_work_tree_has_its_commit(work: Path, git: None) -> None:
 
 
 def test_tool_run_in_a_work_tree_does_not_take_its_commit(work: Path, git: None) -> None:
-    """The commit tells nothing of /bin/sleep."""
+    """The commit says nothing about /bin/sleep."""
     commit(work)
 
     with started("sleep", "60", env=CLEAN, cwd=work) as process:

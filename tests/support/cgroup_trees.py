@@ -34,7 +34,7 @@ class CgroupTree:
         self._top = Path(tempfile.mkdtemp(prefix="everflame-test-", dir=mount))
 
     def move(self, pid: int, path: str) -> int:
-        """Move a process into a cgroup below the folder; gives the cgroup's id."""
+        """Move a process into a cgroup below the folder and return the cgroup's id."""
         folder = self._top / path
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "cgroup.procs").write_text(str(pid))

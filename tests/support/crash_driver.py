@@ -1,9 +1,9 @@
 """Kill the sampler's and the uploader's halves of the way to the store, again and again.
 
-A program of its own, which has no threads: it forks a child for each life. Every child adds
-profiles to one spool and uploads from it, until SIGKILL comes: at the n-th step (before or after a
+A program of its own, which has no threads: it forks a child for each run. Every child adds
+profiles to one spool and uploads from it until SIGKILL comes: at the n-th step (before or after a
 system call on a file, or a put), at a named one, or at a random time. Each next child finds what
-the one before has left. At the end one child is let live. Prints what was begun, what was closed,
+the one before has left. The last child is not killed. Prints what was begun, what was closed,
 and the kills that met a living process, by half and by place.
 """
 
@@ -51,7 +51,7 @@ class Clock:
         return self._waits < 0
 
 
-class Lives:
+class Runs:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.spool: Path = options.folder / "spool"
@@ -86,12 +86,12 @@ class Lives:
             random.Random(1),
         ).run()
 
-    def fork(self, live: Callable[[], None]) -> int:
+    def fork(self, run: Callable[[], None]) -> int:
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                live()
+                run()
                 status = 0
             except BaseException:  # noqa: BLE001 - a child of a fork must not go on as the parent
                 sys.excepthook(*sys.exc_info())
@@ -100,7 +100,7 @@ class Lives:
         return pid
 
     def end(self, pid: int, half: str = "") -> bool:
-        """Wait for a child; tell whether it was killed, which one that had ended before was not.
+        """Wait for a child; return whether it was killed; one that had ended before was not.
 
         `half` says what it was; by default the first word of the place that it has noted last.
         """
@@ -139,7 +139,7 @@ class Lives:
             store.put = watched("put", store.put)  # type: ignore[method-assign] # one more step
             return store
 
-        def live() -> None:
+        def run() -> None:
             nonlocal half
             for name in self.options.steps.split(","):
                 setattr(os, name, watched(name, getattr(os, name)))
@@ -147,9 +147,9 @@ class Lives:
             half = "uploader"
             self.upload(0, wrap)
 
-        return self.end(self.fork(live))
+        return self.end(self.fork(run))
 
-    def kill_at_random(self, life_s: float) -> None:
+    def kill_at_random(self, run_s: float) -> None:
         """Let both halves run side by side, and kill one of them, or both."""
         victims = self.random.choice(["sampler", "uploader", "both"])
 
@@ -158,7 +158,7 @@ class Lives:
                 self.add(1)
 
         sampler, uploader = self.fork(sample), self.fork(lambda: self.upload(1_000_000))
-        time.sleep(self.random.uniform(0, life_s))
+        time.sleep(self.random.uniform(0, run_s))
         if victims in {"sampler", "both"}:
             os.kill(sampler, signal.SIGKILL)
         self.end(sampler, "sampler")
@@ -184,21 +184,21 @@ def main() -> None:
     parser.add_argument("--steps", default=STEPS)
     parser.add_argument("--named", action="append", default=[])
     parser.add_argument("--random", type=int, default=100)
-    parser.add_argument("--life-s", type=float, default=0.03)
-    lives = Lives(parser.parse_args())
+    parser.add_argument("--run-s", type=float, default=0.03)
+    runs = Runs(parser.parse_args())
     step = 1
-    while lives.kill_at_step(step):
+    while runs.kill_at_step(step):
         step += 1
-    for name in lives.options.named:
-        if not any(lives.kill_at_step(1, name) for _ in range(3)):
-            raise SystemExit(f"no life came to the step {name!r}")
-    for _ in range(lives.options.random):
-        lives.kill_at_random(lives.options.life_s)
-    lives.end(lives.fork(lambda: lives.add(1)))
-    lives.end(lives.fork(lambda: lives.upload(0)))
-    places = Counter(lives.places.read_text().splitlines())
-    begun, closed = lives.noted("begun"), lives.noted("closed")
-    print(json.dumps({"kills": lives.kills, "begun": begun, "closed": closed, "places": places}))
+    for name in runs.options.named:
+        if not any(runs.kill_at_step(1, name) for _ in range(3)):
+            raise SystemExit(f"no run came to the step {name!r}")
+    for _ in range(runs.options.random):
+        runs.kill_at_random(runs.options.run_s)
+    runs.end(runs.fork(lambda: runs.add(1)))
+    runs.end(runs.fork(lambda: runs.upload(0)))
+    places = Counter(runs.places.read_text().splitlines())
+    begun, closed = runs.noted("begun"), runs.noted("closed")
+    print(json.dumps({"kills": runs.kills, "begun": begun, "closed": closed, "places": places}))
 
 
 if __name__ == "__main__":

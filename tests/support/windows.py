@@ -1,4 +1,4 @@
-"""Profiles of minutes that can be told apart for ever, also once they are tombstones."""
+"""Profiles of minutes that stay distinct, also once they are tombstones."""
 
 from collections.abc import Iterable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-/* A process that changes its life on command: one command a line, answered by its pid.
+/* A process that forks, execs and maps on command: one command a line, answered by its pid.
  *
  *   hello                  nothing
  *   map FILE ADDRESS       map a file executable at a fixed address, over what is there
