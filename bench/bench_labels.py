@@ -29,7 +29,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from profiler.processes.labels import Labeler, boottime_ns
+from profiler.processes.generations import boottime_ns
+from profiler.processes.labels import Labeler
 from tests.support.live import has_execed, sample_of, wait_for
 
 

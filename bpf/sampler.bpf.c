@@ -159,9 +159,9 @@ BPF_ARRAY(unselected, u64, 1);
 
 static __always_inline bool is_selected(u32 pid, u64 start_ns)
 {
-	u64 *start_of = selected.lookup(&pid);
+	u64 *start = selected.lookup(&pid);
 
-	return start_of && (*start_of == 0 || *start_of == start_ns);
+	return start && (*start_of == 0 || *start_of == start_ns);
 }
 #else
 static __always_inline bool is_selected(u32 pid, u64 start_ns)
@@ -382,12 +382,12 @@ int on_free(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 pid = kernel_u32(ctx->args[0] + TASK_TGID);
 	u64 start_ns = kernel_u64(ctx->args[0] + TASK_START_BOOTTIME);
-	u64 *start_of;
+	u64 *start;
 
 	if (kernel_u32(ctx->args[0] + TASK_PID) != pid)
 		return 0;
-	start_of = selected.lookup(&pid);
-	if (start_of && *start_of == start_ns)
+	start = selected.lookup(&pid);
+	if (start && *start_of == start_ns)
 		selected.delete(&pid);
 	return 0;
 }

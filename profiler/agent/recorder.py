@@ -31,7 +31,8 @@ from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import Drain, RawSample, Words
 from profiler.agent.unwind_tables import Unwinding
 from profiler.processes.address_spaces import AddressSpaces
-from profiler.processes.labels import Labeler, parent_in_proc
+from profiler.processes.generations import parent_in_proc
+from profiler.processes.labels import Labeler
 from profiler.processes.rules import Rules
 from storage.profile import (
     Accounting,

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bpf.sampler import Sampler, SamplerConfig
-from profiler.processes.labels import MAX_CACHED_LABELS, Labeler, boottime_ns
+from profiler.processes.generations import boottime_ns
+from profiler.processes.labels import MAX_CACHED_LABELS, Labeler
 from profiler.processes.rules import make_rule
 from tests.processes.test_containers import ID, UID, write_docker, write_kubernetes, write_podman
 from tests.support.cgroup_trees import CgroupTree, cgroup_tree, outside_of_units
@@ -652,7 +653,7 @@ def test_what_is_over_is_forgotten(labeler: Labeler, copy_sleep) -> None:
     now_ns = boottime_ns()
     labeler.present(now_ns, now_ns + 1)
 
-    assert "quiet" not in {dict(labels)["service"] for labels in labeler._presences}
+    assert "quiet" not in {dict(labels)["service"] for labels in labeler._instances._presences}
 
 
 def test_zombie_is_not_present(labeler: Labeler, copy_sleep) -> None:

@@ -1,0 +1,168 @@
+"""A process generation, that is a process from one exec to the next, as /proc describes it."""
+
+import os
+import time
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+from profiler.processes.cgroups import Place
+from profiler.processes.programs import Program
+from storage.profile import Labels
+
+if TYPE_CHECKING:
+    from profiler.processes.instances import Instance
+
+TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+"""The unit of starts in /proc/PID/stat."""
+
+_MAX_BYTES = 64 << 10
+_PF_KTHREAD = 0x0020_0000  # include/linux/sched.h
+
+
+def boottime_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+class Stat(NamedTuple):
+    """What /proc/PID/stat says (proc_pid_stat(5)). `stack` is 0 where that is not permitted."""
+
+    start_ticks: int
+    stack: int
+    is_dead: bool
+    is_kernel: bool
+    parent_pid: int
+    comm: bytes
+
+    @property
+    def identity(self) -> tuple[int, int, bool]:
+        """What stays the same until the process execs or ends."""
+        return self[:3]
+
+
+def parse_stat(content: bytes) -> Stat:
+    before, _, after = content.rpartition(b")")
+    fields = after.split()
+    return Stat(
+        start_ticks=int(fields[19]),
+        stack=int(fields[25]),
+        is_dead=fields[0] in (b"Z", b"X") and int(fields[17]) <= 1,
+        is_kernel=bool(int(fields[6]) & _PF_KTHREAD),
+        parent_pid=int(fields[1]),
+        comm=before.partition(b"(")[2],
+    )
+
+
+class Generation:
+    """A process from one exec to the next.
+
+    Attributes:
+        place: of its cgroups; `named`: its service by a rule, or empty.
+        exec_id, cgroup_id: those of its samples; None and 0 as long as it has had none.
+        begin_ns, left_ns, read_ns: on CLOCK_BOOTTIME.
+        instance: None for kernel threads and the dead, and once it has ended.
+    """
+
+    __slots__ = (
+        "_last_labels",
+        "begin_ns",
+        "cgroup_id",
+        "cgroups",
+        "exec_id",
+        "inode",
+        "instance",
+        "is_own",
+        "left_ns",
+        "named",
+        "parent",
+        "pid",
+        "place",
+        "program",
+        "read_ns",
+        "stat",
+    )
+
+    def __init__(self, pid: int, inode: int, stat: Stat, cgroups: bytes, read_ns: int) -> None:
+        self.pid = pid
+        self.inode = inode
+        self.stat = stat
+        self.cgroups = cgroups
+        self.read_ns = read_ns
+        self.begin_ns = stat.start_ticks * TICK_NS
+        self.left_ns = 0
+        self.exec_id: int | None = None
+        self.cgroup_id = 0
+        self.place = Place()
+        self.program = Program("")
+        self.named = ""
+        self.is_own = False
+        self.parent: Generation | None = None
+        self.instance: Instance | None = None
+        self._last_labels: Labels = ()
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.stat.start_ticks, self.pid
+
+    @property
+    def comm(self) -> bytes:
+        return self.stat.comm
+
+    @property
+    def is_kernel(self) -> bool:
+        return self.stat.is_kernel
+
+    @property
+    def is_part_of_parent(self) -> bool:
+        return self.program.is_part_of_parent
+
+    @property
+    def is_live(self) -> bool:
+        return self.instance is not None
+
+    @property
+    def labels(self) -> Labels:
+        return self.instance.labels if self.instance is not None else self._last_labels
+
+    def end(self) -> None:
+        self._last_labels = self.labels
+        self.instance = self.parent = None
+
+
+order_of = attrgetter("order")
+
+
+def list_processes() -> dict[int, int]:
+    """Return each process with the inode of its folder.
+
+    It stays as long as the process runs, unless the kernel has dropped it from its caches.
+    """
+    with os.scandir("/proc") as entries:
+        return {int(entry.name): entry.inode() for entry in entries if entry.name.isdecimal()}
+
+
+def read_proc(pid: int, name: str) -> bytes | None:
+    try:
+        fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return os.read(fd, _MAX_BYTES)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def read_stat(pid: int) -> Stat | None:
+    content = read_proc(pid, "stat")
+    return parse_stat(content) if content else None
+
+
+def is_alive(process: Generation) -> bool:
+    stat = read_stat(process.pid)
+    return stat is not None and not stat.is_dead and stat.start_ticks == process.stat.start_ticks
+
+
+def parent_in_proc(pid: int) -> int | None:
+    stat = read_stat(pid)
+    return stat.parent_pid if stat else None

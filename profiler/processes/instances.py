@@ -1,0 +1,475 @@
+"""Which service instance each process belongs to, and how long each instance runs.
+
+A process is looked at once per exec: /proc/PID/stat, cgroup, exe, cmdline. Its service is the first
+of: the operator's rules, its pod's workload or its container's name, its systemd unit, what it
+runs. Kernel threads are `[kernel]`, the profiler and its children `everflame`.
+
+A **service instance** is what one version runs in: a container, a unit, or the processes that
+descend from one another and run the same. Its version comes from its oldest process and holds for
+all of them; when that one ends, from the oldest that is left. When all have ended, the next one in
+the same cgroup is a new instance.
+
+What processes say about themselves is read in bounded pieces and made readable. It can mislead
+those who look at that process, and nobody else. Reading /proc/PID/cmdline and environ may wait for
+memory that the process has put on a file system of its own (FUSE).
+"""
+
+import os
+import socket
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from profiler.processes.cgroups import Place, parse_cgroups
+from profiler.processes.containers import Container, Containers, workload
+from profiler.processes.generations import (
+    TICK_NS,
+    Generation,
+    boottime_ns,
+    is_alive,
+    list_processes,
+    order_of,
+    parent_in_proc,
+    parse_stat,
+    read_proc,
+    read_stat,
+)
+from profiler.processes.presence import Presence
+from profiler.processes.programs import describe
+from profiler.processes.rules import ServiceRule
+from profiler.processes.versions import Versions
+from storage.profile import Labels, make_labels
+from symbolizer.files import ProcessFiles
+from symbolizer.text import readable
+
+KERNEL_SERVICE = "[kernel]"
+OWN_SERVICE = "everflame"
+
+MAX_ANCESTORS = 32
+
+_MAX_ENDED = 2_048  # processes that were read and have ended, for their late samples and children
+_MAX_PLACES = 4_096
+_NAMES_WITHIN_NS = 60_000_000_000
+"""For how long after its first process a container's name is looked for on disk."""
+
+_MAX_PRESENCES = 16_384
+"""Instances whose time is counted. Beyond it new ones have no `present_ns`."""
+
+_RECHECKED_PER_SCAN = 64
+"""Processes that a scan looks at again, in turn, for an exec or a new cgroup without a sample."""
+_YOUNG_NS = 2_000_000_000
+"""A process read so soon after its start is looked at again: it may not have exec'd yet."""
+
+_MAX_CMDLINE_BYTES = 128 << 10
+_MAX_ARGUMENTS = 512
+_MAX_COMMAND_BYTES = 4_096  # of what rules are matched against
+_MAX_STAT_BYTES = 4_096
+_MAX_CGROUP_BYTES = 64 << 10
+
+_SHORT_ID = 12  # as runtimes show them
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+class Instances:
+    """The running processes and their service instances. Not thread-safe.
+
+    Attributes:
+        reads: how many processes were read.
+        live: running processes by pid, as they were last read.
+        kernel: the labels of kernel threads.
+        containers: what container runtimes' files say.
+        relabellings: how often the labels of a running instance have changed.
+        asleep_ns: what CLOCK_BOOTTIME was ahead of CLOCK_MONOTONIC at the last scan.
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[ServiceRule],
+        *,
+        root: Path,
+        version_variables: Sequence[str],
+        own_pid: int | None,
+        commands: Collection[int],
+        host: str | None,
+    ) -> None:
+        """Take what is known of this host, as `Labeler` does."""
+        self.reads = 0
+        self.live: dict[int, Generation] = {}
+        self.containers = Containers(root)
+        self.relabellings = 0
+        self.asleep_ns = _asleep_ns()
+        self._rules = tuple(rules)
+        self._versions = Versions(version_variables)
+        self._own_pid = os.getpid() if own_pid is None else own_pid
+        self._commands = commands
+        self._host = socket.gethostname() if host is None else host
+        self._ended: dict[tuple[int, int], Generation] = {}
+        self._instances: dict[tuple[object, ...], Instance] = {}
+        self._nameless: set[Instance] = set()
+        self._places: dict[bytes, Place] = {}
+        self._presences: dict[Labels, Presence] = {}
+        self._young: list[Generation] = []
+        self._turn: list[int] = []
+        self._scanned_ns = 0
+        self._own_version = _own_version()
+        release = os.uname().release
+        self.kernel = make_labels({"service": KERNEL_SERVICE, "version": release})
+        self._presences[self.kernel] = Presence()
+        self._presences[self.kernel].open(0)
+
+    def scan(self) -> None:
+        """Take in processes that have come and gone. To be called every few seconds."""
+        now_ns = boottime_ns()
+        inodes = list_processes()
+        gone_ns = (
+            (self._scanned_ns or now_ns) + now_ns
+        ) // 2  # it ended at some moment since the last scan
+        for pid in self.live.keys() - inodes.keys():
+            self.leave(self.live[pid], gone_ns)
+        new: list[int] = []
+        changed: dict[int, Generation] = {}
+        for pid, inode in inodes.items():
+            process = self.live.get(pid)
+            if process is None:
+                new.append(pid)
+            elif process.inode != inode:  # another process, or the kernel had forgotten the number
+                process.inode = inode
+                changed[pid] = process
+        young, self._young = self._young, []
+        changed.update({process.pid: process for process in (*young, *self._next_turn())})
+        for process in changed.values():
+            if self.live.get(process.pid) is process and not self.is_unchanged(process):
+                self.leave(process, gone_ns)
+                new.append(process.pid)
+        self._read_all(new, inodes)
+        self._find_names()
+        self._scanned_ns = now_ns
+        self.asleep_ns = _asleep_ns()
+
+    def find(self, pid: int, start_ns: int) -> Generation | None:
+        """Return the process with this start, reading it if need be."""
+        ticks = start_ns // TICK_NS
+        process = self.live.get(pid)
+        if process is not None and process.stat.start_ticks < ticks:
+            self.leave(process, start_ns)
+            process = None
+        if process is None:
+            self.read_with_ancestors(pid)
+            process = self.live.get(pid)
+        if process is not None and process.stat.start_ticks == ticks:
+            return process
+        return self._ended.get((pid, ticks))
+
+    def present(self, window_start_ns: int, window_end_ns: int) -> dict[Labels, int]:
+        """Return for how long at least one process of each instance ran within a window.
+
+        Times are CLOCK_BOOTTIME. Starts are exact to 10 ms; ends lie between two scans and are
+        taken to be midway. A process that no scan saw counts from its start to its last sample.
+        Ask for windows in their order: what ended before one is forgotten.
+        """
+        present = {}
+        for labels, presence in list(self._presences.items()):
+            duration_ns = presence.within(window_start_ns, window_end_ns)
+            if duration_ns > 0:
+                present[labels] = duration_ns
+            presence.forget(window_start_ns)
+            if presence.is_empty:
+                del self._presences[labels]
+        return present
+
+    def labels_of_place(self, place: Place) -> Labels:
+        named = self._named_by_rule(place, None, "")
+        instance = self._instances.get((place.key, named))
+        if instance is not None:
+            return instance.labels
+        container = self.containers.find(place.container_id, place.pod_uid)
+        service = named or self._service(place, container, "")
+        return _instance_labels(place, container, service, container.version)
+
+    def read_with_ancestors(self, pid: int) -> None:
+        """Read a process, its unknown ancestors first: their service may be its own."""
+        chain = [pid]
+        while len(chain) < MAX_ANCESTORS:
+            parent = parent_in_proc(chain[-1])
+            if not parent or parent in self.live or parent in chain:
+                break
+            chain.append(parent)
+        self._read_all(chain, {})
+
+    def leave(self, process: Generation, at_ns: int) -> None:
+        """Take note that a process has ended, or that it has become another one."""
+        del self.live[process.pid]
+        instance = process.instance
+        if instance is None:
+            return
+        process.left_ns = max(at_ns, process.begin_ns)
+        process.end()
+        self._ended.pop((process.pid, process.stat.start_ticks), None)
+        if len(self._ended) >= _MAX_ENDED:
+            drop_oldest(self._ended, _MAX_ENDED // 2)
+        self._ended[process.pid, process.stat.start_ticks] = process
+        del instance.members[process.pid]
+        instance.close(process.left_ns)
+        if not instance.members:
+            del self._instances[instance.key]
+            self._nameless.discard(instance)
+        elif instance.oldest is process:
+            instance.oldest = min(instance.members.values(), key=order_of)
+            self._settle_version(instance)
+            self._relabel(instance)
+
+    def is_unchanged(self, process: Generation) -> bool:
+        """Return whether it still runs the same program in the same cgroups; takes in its name."""
+        stat = read_stat(process.pid)
+        if stat is None or stat.identity != process.stat.identity:
+            return False
+        if not stat.stack and stat.comm != process.stat.comm:
+            return False  # only those who may trace it see where its stack is
+        process.stat = stat
+        return process.is_kernel or process.cgroups == read_proc(process.pid, "cgroup")
+
+    def _read_all(self, pids: Iterable[int], inodes: Mapping[int, int]) -> None:
+        """Read processes, the oldest first: parents before children, which inherit versions."""
+        starts = [(stat.start_ticks, pid) for pid in pids if (stat := read_stat(pid))]
+        for _, pid in sorted(starts):
+            if pid not in self.live:
+                self._read(pid, inodes.get(pid, 0))
+
+    def _read(self, pid: int, inode: int) -> None:
+        read_ns = boottime_ns()
+        with ProcessFiles(pid) as files:
+            content = files.read("stat", _MAX_STAT_BYTES)
+            cgroups = files.read("cgroup", _MAX_CGROUP_BYTES)
+            if not content or cgroups is None:
+                return
+            process = Generation(pid, inode, parse_stat(content), cgroups, read_ns)
+            self.reads += 1
+            self.live[pid] = process
+            if not process.is_kernel and not process.stat.is_dead:
+                self._describe(process, files)
+                self._join(process, files)
+        if read_ns - process.begin_ns < _YOUNG_NS:
+            self._young.append(process)
+
+    def _describe(self, process: Generation, files: ProcessFiles) -> None:
+        exe = files.link("exe")
+        cmdline = (files.read("cmdline", _MAX_CMDLINE_BYTES) or b"").rstrip(b"\0")
+        arguments = cmdline.split(b"\0", _MAX_ARGUMENTS)[:_MAX_ARGUMENTS]
+        process.place = self._place(process.cgroups)
+        process.program = describe(exe, arguments, process.stat.comm, files.link("cwd"))
+        parent = self.live.get(process.stat.parent_pid)
+        if parent is not None and parent.stat.start_ticks <= process.stat.start_ticks:
+            process.parent = parent
+        process.is_own = process.pid == self._own_pid or (
+            process.parent is not None
+            and process.parent.is_own
+            and process.pid not in self._commands
+        )
+        if process.is_own:
+            process.named = OWN_SERVICE
+        elif process.is_part_of_parent and process.parent is not None:
+            process.named = process.parent.named
+        else:
+            command = cmdline[:_MAX_COMMAND_BYTES].replace(b"\0", b" ").decode(errors="replace")
+            process.named = self._named_by_rule(process.place, exe, command)
+
+    def _place(self, cgroups: bytes) -> Place:
+        place = self._places.get(cgroups)
+        if place is None:
+            if len(self._places) >= _MAX_PLACES:
+                drop_oldest(self._places, _MAX_PLACES // 2)
+            place = self._places[cgroups] = parse_cgroups(cgroups)
+        return place
+
+    def _named_by_rule(self, place: Place, exe: bytes | None, command: str) -> str:
+        """Return the name by the operator's rules, or nothing. No `exe`: no process."""
+        path = readable(exe.removesuffix(b" (deleted)")) if exe and self._rules else ""
+        for rule in self._rules:
+            if (exe is not None or not rule.needs_process) and rule.matches(
+                place.paths, place.unit, path, command
+            ):
+                return rule.name
+        return ""
+
+    def _service(self, place: Place, container: Container, program: str) -> str:
+        if container.pod:
+            return workload(container.pod, self._host)
+        if place.container_id:
+            return container.name or place.container_id[:_SHORT_ID]
+        return _unit_name(place.unit) or program
+
+    def _join(self, process: Generation, files: ProcessFiles) -> None:
+        """Make it a member of its instance, which gets its version if that is not known."""
+        key = self._instance_key(process)
+        instance = self._instances.get(key)
+        while instance is not None and not is_alive(instance.oldest):
+            self.leave(instance.oldest, boottime_ns())
+            instance = self._instances.get(key)
+        if instance is None:
+            instance = self._create(key, process)
+        is_oldest = process.order <= instance.oldest.order
+        if is_oldest:
+            instance.oldest = process
+        if is_oldest or not instance.version:
+            self._find_version(instance, process, files, is_oldest=is_oldest)
+        self._relabel(instance)
+        instance.members[process.pid] = process
+        process.instance = instance
+        before = self._ended.get((process.pid, process.stat.start_ticks))
+        process.begin_ns = before.left_ns if before else process.begin_ns
+        instance.open(process.begin_ns)
+
+    def _instance_key(self, process: Generation) -> tuple[object, ...]:
+        if process.place.key:
+            return process.place.key, process.named
+        parent = process.parent
+        if parent is not None and parent.instance is not None and not parent.place.key:
+            service = process.named or process.program.name
+            if process.is_part_of_parent or service == parent.instance.service:
+                return parent.instance.key
+        return "", process.named, process.pid, process.stat.start_ticks
+
+    def _create(self, key: tuple[object, ...], process: Generation) -> "Instance":
+        place = process.place
+        container = self.containers.find(place.container_id, place.pod_uid)
+        service = process.named or self._service(place, container, process.program.name)
+        instance = Instance(key, place, container, service, process)
+        self._instances[key] = instance
+        if instance.is_nameless:
+            self._nameless.add(instance)
+        return instance
+
+    def _settle_version(self, instance: "Instance") -> None:
+        """Find the version again, from the process that is the oldest now."""
+        with ProcessFiles(instance.oldest.pid) as files:
+            if is_alive(instance.oldest):
+                self._find_version(instance, instance.oldest, files, is_oldest=True)
+
+    def _find_version(
+        self, instance: "Instance", process: Generation, files: ProcessFiles, *, is_oldest: bool
+    ) -> None:
+        if process.is_own:
+            found = self._own_version
+        else:
+            image = instance.container.version
+            found = self._versions.find(files, process.program, image, is_first=is_oldest)
+        instance.version = found or instance.version
+
+    def _relabel(self, instance: "Instance") -> None:
+        """Bring its labels up to date. What was counted under other labels stays so."""
+        labels = _instance_labels(
+            instance.place, instance.container, instance.service, instance.version
+        )
+        if labels == instance.labels:
+            return
+        now_ns = boottime_ns()
+        for _ in instance.members:
+            instance.close(now_ns)
+        instance.labels = labels
+        instance.presence = self.presence(labels)
+        for _ in instance.members:
+            instance.open(now_ns)
+        if instance.members:
+            self.relabellings += 1
+
+    def _next_turn(self) -> list[Generation]:
+        if not self._turn:
+            self._turn = list(self.live)
+        pids = self._turn[-_RECHECKED_PER_SCAN:]
+        del self._turn[-_RECHECKED_PER_SCAN:]
+        return [self.live[pid] for pid in pids if pid in self.live]
+
+    def _find_names(self) -> None:
+        """Look again for names that runtimes write after they have started a container."""
+        now_ns = boottime_ns()
+        for instance in list(self._nameless):
+            place = instance.place
+            container = self.containers.find(place.container_id, place.pod_uid)
+            if container != instance.container:
+                named = instance.oldest.named
+                instance.container = container
+                instance.service = named or self._service(place, container, instance.service)
+                self._settle_version(instance)
+                self._relabel(instance)
+            if not instance.is_nameless or now_ns - instance.begin_ns > _NAMES_WITHIN_NS:
+                self._nameless.discard(instance)
+
+    def presence(self, labels: Labels) -> Presence | None:
+        presence = self._presences.get(labels)
+        if presence is None and len(self._presences) < _MAX_PRESENCES:
+            presence = self._presences[labels] = Presence()
+        return presence
+
+
+class Instance:
+    """What one version of a service runs in. `members` live; `oldest` is one of them."""
+
+    def __init__(
+        self,
+        key: tuple[object, ...],
+        place: Place,
+        container: Container,
+        service: str,
+        oldest: Generation,
+    ) -> None:
+        self.key = key
+        self.place = place
+        self.container = container
+        self.service = service
+        self.version = ""
+        self.oldest = oldest
+        self.members: dict[int, Generation] = {}
+        self.labels: Labels = ()
+        self.presence: Presence | None = None
+        self.begin_ns = boottime_ns()
+
+    @property
+    def is_nameless(self) -> bool:
+        return bool(self.place.container_id or self.place.pod_uid) and not self.container.name
+
+    def open(self, at_ns: int) -> None:
+        if self.presence is not None:
+            self.presence.open(at_ns)
+
+    def close(self, at_ns: int) -> None:
+        if self.presence is not None:
+            self.presence.close(at_ns)
+
+
+def _instance_labels(place: Place, container: Container, service: str, version: str) -> Labels:
+    names = {
+        "service": service,
+        "version": version,
+        "container": container.name or place.container_id[:_SHORT_ID],
+        "pod": container.pod,
+        "namespace": container.namespace,
+        "unit": place.unit,
+    }
+    return make_labels({name: value for name, value in names.items() if value})
+
+
+def _unit_name(unit: str) -> str:
+    """Return a unit's name without suffix and instance: `worker@3.service` is one of `worker`."""
+    return unit.rpartition(".")[0].partition("@")[0]
+
+
+def _asleep_ns() -> int:
+    """Return what CLOCK_BOOTTIME is ahead of CLOCK_MONOTONIC: the machine's time asleep."""
+    return boottime_ns() - time.monotonic_ns()
+
+
+def _own_version() -> str:
+    try:
+        return version("everflame")
+    except PackageNotFoundError:  # run from its sources
+        return ""
+
+
+def drop_oldest(cache: dict[_Key, _Value], count: int) -> None:
+    for key in list(islice(cache, count)):
+        del cache[key]
