@@ -43,7 +43,8 @@ export class Api {
   async ask(slot, path, params, { isKept = false } = {}) {
     this.cancel(slot);
     const url = address(path, params);
-    if (isKept && this.#kept.has(url)) return { answer: this.#kept.get(url), arrivedAt: performance.now() };
+    if (isKept && this.#kept.has(url))
+      return { answer: this.#kept.get(url), arrivedAt: performance.now() };
     const controller = new AbortController();
     this.#running.set(slot, controller);
     try {
@@ -79,14 +80,20 @@ async function fetchJson(url, signal) {
     text = await response.text();
   } catch (error) {
     if (isCancelled(error)) throw error;
-    throw new ApiError({ title: "The service does not answer", detail: "The connection failed. Does it still run?" }, 0);
+    throw new ApiError(
+      { title: "The service does not answer", detail: "The connection failed. Does it still run?" },
+      0,
+    );
   }
   const arrivedAt = performance.now();
   let answer;
   try {
     answer = JSON.parse(text);
   } catch {
-    throw new ApiError({ detail: `The answer is not JSON (status ${response.status}).` }, response.ok ? 502 : response.status);
+    throw new ApiError(
+      { detail: `The answer is not JSON (status ${response.status}).` },
+      response.ok ? 502 : response.status,
+    );
   }
   if (!response.ok) throw new ApiError(answer, response.status);
   return { answer, arrivedAt };

@@ -3,15 +3,15 @@
 // One test decides about a function (profiler/comparison/verdict.py); all that is said here is what the answers
 // of /api/v1/diff and /api/v1/diff/top say, in words, with their intervals.
 
-import {changeColour, changeSign} from "./colour.js";
-import {Menu, RangePicker, SelectorInput} from "./controls.js";
-import {button, el} from "./dom.js";
-import {coresPerHost, counted, growth, number, place, safeName, share} from "./format.js";
-import {CHANGED} from "./layout.js";
+import { changeColour, changeSign } from "./colour.js";
+import { Menu, RangePicker, SelectorInput } from "./controls.js";
+import { button, el } from "./dom.js";
+import { coresPerHost, counted, growth, number, place, safeName, share } from "./format.js";
+import { CHANGED } from "./layout.js";
 import * as selector from "./selector.js";
-import {rowName} from "./table.js";
-import {deploymentText} from "./timeline.js";
-import {formatTime, formatWindow, zoneName} from "./times.js";
+import { rowName } from "./table.js";
+import { deploymentText } from "./timeline.js";
+import { formatTime, formatWindow, zoneName } from "./times.js";
 
 const EARLIER = [
   ["", "", "Right before"],
@@ -33,7 +33,7 @@ const NOISE = {
 const ANNOUNCE = "everflame deployments add --service NAME --version VERSION";
 
 /** Hand the colours of changes to the style sheet: what is around the graph has the graph's own. */
-export function publishColours({style}) {
+export function publishColours({ style }) {
   for (const verdict of VERDICTS.slice(0, 6)) {
     const [light, dark] = [changeColour(verdict, false), changeColour(verdict, true)];
     style.setProperty(`--${verdict}`, `light-dark(${light.fill}, ${dark.fill})`);
@@ -43,15 +43,33 @@ export function publishColours({style}) {
 
 /** A swatch of a verdict as the graph draws its boxes. */
 function swatch(verdict) {
-  return el("i", {class: `change ${verdict.replaceAll(" ", "-")}`, "aria-hidden": "true", text: changeSign(verdict)});
+  return el("i", {
+    class: `change ${verdict.replaceAll(" ", "-")}`,
+    "aria-hidden": "true",
+    text: changeSign(verdict),
+  });
 }
 
 /** Fill the list that says what colours and marks mean. */
 export function showLegend(list) {
   const words = {
-    more: "costs more", less: "costs less", new: "new", gone: "gone", moved: "moved", unchanged: "no change shown",
+    more: "costs more",
+    less: "costs less",
+    new: "new",
+    gone: "gone",
+    moved: "moved",
+    unchanged: "no change shown",
   };
-  list.replaceChildren(...Object.entries(words).map(([verdict, text]) => el("li", {title: verdict === "moved" ? "Costs as much as before, from other callers" : null}, swatch(verdict), text)));
+  list.replaceChildren(
+    ...Object.entries(words).map(([verdict, text]) =>
+      el(
+        "li",
+        { title: verdict === "moved" ? "Costs as much as before, from other callers" : null },
+        swatch(verdict),
+        text,
+      ),
+    ),
+  );
 }
 
 /** The two selections: what stands before can be chosen here, what stands after is the page's own. */
@@ -60,10 +78,14 @@ export class Sides {
    * Callbacks: onWindow(from, until) of what stands before, onQuery(text) of it, onSwap(), onEnd();
    * `suggest` is the SelectorInput's.
    */
-  constructor(container, {suggest, onWindow, onQuery, onSwap, onEnd}) {
+  constructor(container, { suggest, onWindow, onQuery, onSwap, onEnd }) {
     const find = (id) => container.querySelector(`#${id}`);
-    this.selector = new SelectorInput(find("before-selector"), {suggest, onCommit: onQuery});
-    this.range = new RangePicker(find("before-menu"), {label: "When before", presets: EARLIER, onRange: onWindow});
+    this.selector = new SelectorInput(find("before-selector"), { suggest, onCommit: onQuery });
+    this.range = new RangePicker(find("before-menu"), {
+      label: "When before",
+      presets: EARLIER,
+      onRange: onWindow,
+    });
     this.query = find("after-query");
     this.window = find("after-window");
     this.facts = [find("before-facts"), find("after-facts")];
@@ -72,11 +94,17 @@ export class Sides {
   }
 
   /** `before` and `after` are {query, from, until} in ms, `state` says how what stands before is chosen. */
-  show(before, after, {before_from: from, before_until: until, tz}) {
+  show(before, after, { before_from: from, before_until: until, tz }) {
     const text = formatWindow(before.from, before.until, tz);
     const preset = EARLIER.find((each) => each[0] === from);
     this.selector.show(before.query);
-    this.range.show({from, until, tz, window: before, name: preset ? `${preset[2]}: ${text}` : text});
+    this.range.show({
+      from,
+      until,
+      tz,
+      window: before,
+      name: preset ? `${preset[2]}: ${text}` : text,
+    });
     this.query.textContent = safeName(after.query) || "everything";
     this.window.textContent = formatWindow(after.from, after.until, tz);
   }
@@ -89,37 +117,58 @@ export class Sides {
   }
 }
 
-function sideText({versions, hosts, samples, cores}) {
+function sideText({ versions, hosts, samples, cores }) {
   const shown = versions.slice(0, 3).map(safeName).join(", ");
   return [
-    versions.length ? `version ${shown}${versions.length > 3 ? ` and ${versions.length - 3} more` : ""}` : "",
-    counted(hosts.length, "host"), counted(samples, "sample"), coresPerHost(cores),
-  ].filter(Boolean).join(" · ");
+    versions.length
+      ? `version ${shown}${versions.length > 3 ? ` and ${versions.length - 3} more` : ""}`
+      : "",
+    counted(hosts.length, "host"),
+    counted(samples, "sample"),
+    coresPerHost(cores),
+  ]
+    .filter(Boolean)
+    .join(" · ");
 }
 
 /** The verdict as a headline, what it rests on, and what to do where there is none. */
 export class Verdict {
   constructor(container) {
     this.container = container;
-    this.headline = el("p", {class: "headline", role: "status"});
-    this.body = el("div", {class: "grounds"});
+    this.headline = el("p", { class: "headline", role: "status" });
+    this.body = el("div", { class: "grounds" });
     container.append(this.headline, this.body);
   }
 
   /** Show an answer of /api/v1/diff, with the functions of /api/v1/diff/top once they are there. */
   show(answer, functions, actions) {
-    const {verdict, noise, common_change: common, warnings} = answer;
+    const { verdict, noise, common_change: common, warnings } = answer;
     const [sign, word] = Object.hasOwn(HEADLINES, verdict) ? HEADLINES[verdict] : ["?", verdict];
     this.container.dataset.verdict = verdict;
     this.#say(sign, headlineOf(verdict, word, functions));
     const grounds = [
-      ["Noise", Object.hasOwn(NOISE, noise.source) ? NOISE[noise.source](noise.positions) : "not known: nothing tells how far costs stray when nothing has changed"],
+      [
+        "Noise",
+        Object.hasOwn(NOISE, noise.source)
+          ? NOISE[noise.source](noise.positions)
+          : "not known: nothing tells how far costs stray when nothing has changed",
+      ],
       ["In common", commonText(common, verdict)],
     ];
     this.body.replaceChildren(
-      el("dl", {}, grounds.map(([term, text]) => el("div", {}, el("dt", {text: term}), el("dd", {text})))),
-      warnings.length ? el("ul", {class: "warnings", "aria-label": "Warnings"}, warnings.map((text) => el("li", {text: safeName(text)}))) : "",
-      ...(actions.length ? [el("div", {class: "row next"}, actions)] : []),
+      el(
+        "dl",
+        {},
+        grounds.map(([term, text]) => el("div", {}, el("dt", { text: term }), el("dd", { text }))),
+      ),
+      warnings.length
+        ? el(
+            "ul",
+            { class: "warnings", "aria-label": "Warnings" },
+            warnings.map((text) => el("li", { text: safeName(text) })),
+          )
+        : "",
+      ...(actions.length ? [el("div", { class: "row next" }, actions)] : []),
     );
   }
 
@@ -132,7 +181,10 @@ export class Verdict {
 
   #say(sign, text) {
     if (this.headline.textContent === sign + text) return; // said once
-    this.headline.replaceChildren(...(sign ? [el("i", {class: "sign", "aria-hidden": "true", text: sign})] : []), el("span", {text}));
+    this.headline.replaceChildren(
+      ...(sign ? [el("i", { class: "sign", "aria-hidden": "true", text: sign })] : []),
+      el("span", { text }),
+    );
   }
 }
 
@@ -143,13 +195,19 @@ function headlineOf(verdict, word, functions) {
   const cost = (count) => `${counted(count, "function")} ${count === 1 ? "costs" : "cost"}`;
   if (verdict === "regression") return `${word}: ${cost(failing.length)} more than before`;
   if (verdict === "improvement") return `${word}: ${cost(changed.length)} less than before`;
-  if (verdict === "unchanged" && changed.length) return `No regression: ${counted(changed.length, "function")} changed, within what the gate allows`;
+  if (verdict === "unchanged" && changed.length)
+    return `No regression: ${counted(changed.length, "function")} changed, within what the gate allows`;
   return verdict === "unchanged" ? `${word}: no function costs more or less than before` : word;
 }
 
-function commonText({relative, low, high, verdict}, whole) {
+function commonText({ relative, low, high, verdict }, whole) {
   const interval = low === null || high === null ? "" : ` (${growth(low)} to ${growth(high)})`;
-  const said = whole === "inconclusive" ? "" : verdict === "unchanged" ? ": the load is as it was" : `: the load is ${verdict}`;
+  const said =
+    whole === "inconclusive"
+      ? ""
+      : verdict === "unchanged"
+        ? ": the load is as it was"
+        : `: the load is ${verdict}`;
   return `all functions ${growth(relative)}${interval}${said}; taken off each of them`;
 }
 
@@ -159,44 +217,80 @@ export const CHANGES = {
   label: "Functions by what changed",
   none: "No function changed. “Unchanged too” says for each how large a change would have shown.",
   columns: [
-    {key: "verdict", title: "Change", class: "verdict-cell"},
-    {key: "growth", title: "Growth", class: "num pair", hint: "Self time, less what all functions have in common, with its 95 % interval"},
-    {key: "share", title: "Share", class: "num pair narrow-less", hint: "Share of self time, before and after"},
-    {key: "name", title: "Function, and why", class: "name"},
+    { key: "verdict", title: "Change", class: "verdict-cell" },
+    {
+      key: "growth",
+      title: "Growth",
+      class: "num pair",
+      hint: "Self time, less what all functions have in common, with its 95 % interval",
+    },
+    {
+      key: "share",
+      title: "Share",
+      class: "num pair narrow-less",
+      hint: "Share of self time, before and after",
+    },
+    { key: "name", title: "Function, and why", class: "name" },
   ],
   /** Of the answer: what both sides cost in all, and what makes cores of the rows' values. */
-  cells(row, {before, after, scale}) {
-    const {module, q} = row;
+  cells(row, { before, after, scale }) {
+    const { module, q } = row;
     const verdict = saidOf(row);
-    const shares = [share(row.self.before * scale.before, before.cores), share(row.self.after * scale.after, after.cores)];
+    const shares = [
+      share(row.self.before * scale.before, before.cores),
+      share(row.self.after * scale.after, after.cores),
+    ];
     const why = safeName(row.because);
     return [
-      el("td", {class: "verdict-cell"}, swatch(verdict), el("span", {text: verdict})),
-      el("td", {class: "num pair"}, el("b", {text: growthText(row)}), el("small", {text: intervalText(row)})),
-      el("td", {class: "num pair narrow-less"}, el("b", {text: shares.join(" → ").replace(" % →", " →")}), el("small", {text: probability(q)})),
-      el("td", {class: "name"}, el("div", {class: "of-module"}, rowName(row), el("small", {class: "narrow-less", text: safeName(module)})), el("small", {text: why, title: why})),
+      el("td", { class: "verdict-cell" }, swatch(verdict), el("span", { text: verdict })),
+      el(
+        "td",
+        { class: "num pair" },
+        el("b", { text: growthText(row) }),
+        el("small", { text: intervalText(row) }),
+      ),
+      el(
+        "td",
+        { class: "num pair narrow-less" },
+        el("b", { text: shares.join(" → ").replace(" % →", " →") }),
+        el("small", { text: probability(q) }),
+      ),
+      el(
+        "td",
+        { class: "name" },
+        el(
+          "div",
+          { class: "of-module" },
+          rowName(row),
+          el("small", { class: "narrow-less", text: safeName(module) }),
+        ),
+        el("small", { text: why, title: why }),
+      ),
     ];
   },
 };
 
-function saidOf({verdict, moved}) {
+function saidOf({ verdict, moved }) {
   return moved && !CHANGED.has(verdict) ? "moved" : verdict;
 }
 
 /** Give the rows of an answer of /api/v1/diff/top that are asked for. */
-export function changesShown({functions}, {filter, changes}) {
+export function changesShown({ functions }, { filter, changes }) {
   const wanted = filter.toLowerCase();
   return functions.filter((each) => {
     const isAsked = changes === "all" || CHANGED.has(each.verdict) || each.moved;
-    return isAsked && (each.function.toLowerCase().includes(wanted) || each.module.toLowerCase().includes(wanted));
+    return (
+      isAsked &&
+      (each.function.toLowerCase().includes(wanted) || each.module.toLowerCase().includes(wanted))
+    );
   });
 }
 
-function growthText({verdict, relative}) {
+function growthText({ verdict, relative }) {
   return verdict === "new" || verdict === "gone" ? verdict : growth(relative[0]);
 }
 
-function intervalText({verdict, relative: [, low, high]}) {
+function intervalText({ verdict, relative: [, low, high] }) {
   const isBounded = low !== null && high !== null && verdict !== "new" && verdict !== "gone";
   return isBounded ? `${growth(low)} to ${growth(high)}` : "";
 }
@@ -208,28 +302,46 @@ function probability(q) {
 /** Say what a box costs on both sides: for its tooltip. `answer` is that of /api/v1/diff. */
 export function tooltipOf(box, row, answer) {
   const rows = sideRows(box, answer);
-  if (box.verdict && !box.isRest) rows.push(["Verdict", `${changeSign(box.verdict)} ${box.verdict}`.trim(), ""]);
+  if (box.verdict && !box.isRest)
+    rows.push(["Verdict", `${changeSign(box.verdict)} ${box.verdict}`.trim(), ""]);
   if (row && CHANGED.has(box.verdict)) rows.push(["Growth", growthText(row), intervalText(row)]);
-  if (box.isRest) return {rows};
-  return {rows, hint: box.cause ? `Because of ${safeName(box.cause.function)}` : ""};
+  if (box.isRest) return { rows };
+  return { rows, hint: box.cause ? `Because of ${safeName(box.cause.function)}` : "" };
 }
 
-function sideRows({before, after}, answer) {
-  return [["Before", "before"], ["After", "after"]].map(([title, side]) => {
+function sideRows({ before, after }, answer) {
+  return [
+    ["Before", "before"],
+    ["After", "after"],
+  ].map(([title, side]) => {
     const value = side === "before" ? before : after;
     return [title, coresPerHost(value * answer.scale[side]), share(value, answer.totals[side])];
   });
 }
 
 /** Give the facts of a box or a function for the panel: [[term, text], ...]. */
-export function changeFacts({frame, before, after, verdict, cause}, row, answer) {
+export function changeFacts({ frame, before, after, verdict, cause }, row, answer) {
   const isFunction = frame.kind !== "label";
   const hasOwn = isFunction && row !== null && row.self.before + row.self.after > 0; // what a verdict is on
-  const facts = [["Verdict", [verdictText(verdict, row), cause ? `because of ${safeName(cause.function)}` : ""].filter(Boolean).join(", ")]];
-  if (hasOwn) facts.push(["Growth of the function", withInterval(growthText(row), intervalText(row))]);
-  for (const [title, cores, part] of sideRows({before, after}, answer)) facts.push([title, `${part} · ${cores}`]);
-  if (hasOwn) facts.push(["Cost of the function", coresText(row.cores)], ["Why", `${safeName(row.because)}; ${probability(row.q)}`]);
-  if (isFunction) facts.push(["Module", `${safeName(frame.module) || "unknown"} · ${safeName(frame.kind)}`]);
+  const facts = [
+    [
+      "Verdict",
+      [verdictText(verdict, row), cause ? `because of ${safeName(cause.function)}` : ""]
+        .filter(Boolean)
+        .join(", "),
+    ],
+  ];
+  if (hasOwn)
+    facts.push(["Growth of the function", withInterval(growthText(row), intervalText(row))]);
+  for (const [title, cores, part] of sideRows({ before, after }, answer))
+    facts.push([title, `${part} · ${cores}`]);
+  if (hasOwn)
+    facts.push(
+      ["Cost of the function", coresText(row.cores)],
+      ["Why", `${safeName(row.because)}; ${probability(row.q)}`],
+    );
+  if (isFunction)
+    facts.push(["Module", `${safeName(frame.module) || "unknown"} · ${safeName(frame.kind)}`]);
   const where = place(frame.file, frame.line);
   if (where) facts.push(["Source", safeName(where)]);
   return facts;
@@ -242,7 +354,8 @@ function verdictText(verdict, row) {
 }
 
 function coresText([estimate, low, high]) {
-  const signed = (value) => `${value < 0 ? "−" : "+"}${coresPerHost(Math.abs(value)).replace(" cores a host", "")}`;
+  const signed = (value) =>
+    `${value < 0 ? "−" : "+"}${coresPerHost(Math.abs(value)).replace(" cores a host", "")}`;
   const interval = low === null || high === null ? "" : `${signed(low)} to ${signed(high)}`;
   return withInterval(`${signed(estimate)} cores a host`, interval);
 }
@@ -256,16 +369,16 @@ export class DeploymentsMenu {
   #shown = null;
 
   /** `onCompare(deployment)`: one was chosen. */
-  constructor(container, {onCompare}) {
+  constructor(container, { onCompare }) {
     this.container = container;
-    this.menu = new Menu(container, {onOpen: () => this.#fill()});
+    this.menu = new Menu(container, { onOpen: () => this.#fill() });
     this.count = container.querySelector(".count");
     this.onCompare = onCompare;
   }
 
   /** Show an answer of /api/v1/deployments (null: none, for `problem`); `isChosen` tells which is compared. */
-  show(answer, {tz, problem, isChosen}) {
-    this.#shown = {answer, tz, problem, isChosen};
+  show(answer, { tz, problem, isChosen }) {
+    this.#shown = { answer, tz, problem, isChosen };
     const count = answer?.deployments.length ?? 0;
     this.count.textContent = count ? number(count + answer.rest) : "";
     if (!this.menu.popup.hidden) this.#fill();
@@ -276,47 +389,74 @@ export class DeploymentsMenu {
   }
 
   #fill() {
-    const {answer, tz, problem, isChosen} = this.#shown ?? {};
+    const { answer, tz, problem, isChosen } = this.#shown ?? {};
     const popup = this.menu.popup;
-    if (!answer) return popup.replaceChildren(el("p", {class: "muted", text: problem ? `No deployments are known: ${safeName(problem)}` : "Asking the service…"}));
-    if (answer.deployments.length === 0) return popup.replaceChildren(...noDeployments(answer.empty?.reason));
+    if (!answer)
+      return popup.replaceChildren(
+        el("p", {
+          class: "muted",
+          text: problem ? `No deployments are known: ${safeName(problem)}` : "Asking the service…",
+        }),
+      );
+    if (answer.deployments.length === 0)
+      return popup.replaceChildren(...noDeployments(answer.empty?.reason));
     popup.replaceChildren(
-      el("ul", {}, answer.deployments.map((each) => el("li", {}, this.#choice(each, tz, isChosen(each))))),
-      answer.rest ? el("p", {class: "muted", text: `and ${number(answer.rest)} earlier ones: choose a shorter range` }) : "",
+      el(
+        "ul",
+        {},
+        answer.deployments.map((each) => el("li", {}, this.#choice(each, tz, isChosen(each)))),
+      ),
+      answer.rest
+        ? el("p", {
+            class: "muted",
+            text: `and ${number(answer.rest)} earlier ones: choose a shorter range`,
+          })
+        : "",
     );
   }
 
   #choice(deployment, tz, isChosen) {
-    const {first_ms: ms, compare, compare_reason: reason} = deployment;
-    return el("button", {
-      type: "button",
-      class: "deployment-choice",
-      "aria-current": isChosen ? "true" : null,
-      "aria-disabled": compare ? null : "true",
-      on: {click: () => {
-        if (compare) {
-          this.menu.close();
-          this.menu.button.focus();
-        }
-        this.onCompare(deployment);
-      }},
-    },
-    el("b", {text: deploymentText(deployment)}),
-    el("span", {class: "muted", text: `${formatTime(ms, tz)} ${zoneName(tz)}${compare ? "" : `: ${reason ?? "not to be compared"}`}`}));
+    const { first_ms: ms, compare, compare_reason: reason } = deployment;
+    return el(
+      "button",
+      {
+        type: "button",
+        class: "deployment-choice",
+        "aria-current": isChosen ? "true" : null,
+        "aria-disabled": compare ? null : "true",
+        on: {
+          click: () => {
+            if (compare) {
+              this.menu.close();
+              this.menu.button.focus();
+            }
+            this.onCompare(deployment);
+          },
+        },
+      },
+      el("b", { text: deploymentText(deployment) }),
+      el("span", {
+        class: "muted",
+        text: `${formatTime(ms, tz)} ${zoneName(tz)}${compare ? "" : `: ${reason ?? "not to be compared"}`}`,
+      }),
+    );
   }
 }
 
 function noDeployments(reason) {
-  const why = {
-    no_change: "No service began to run another version in this range.",
-    no_versions: "No version of these services is known.",
-    nothing_matches: "No service of this range is of the selector.",
-    no_data_in_range: "Nothing was profiled in this range.",
-  }[reason] ?? "There are none in this range.";
+  const why =
+    {
+      no_change: "No service began to run another version in this range.",
+      no_versions: "No version of these services is known.",
+      nothing_matches: "No service of this range is of the selector.",
+      no_data_in_range: "Nothing was profiled in this range.",
+    }[reason] ?? "There are none in this range.";
   return [
-    el("p", {}, el("b", {text: "No deployments"})),
-    el("p", {text: `${why} Versions are found by themselves in SERVICE_VERSION and the like, in images and release folders; or a pipeline says them:`}),
-    el("pre", {text: ANNOUNCE}),
+    el("p", {}, el("b", { text: "No deployments" })),
+    el("p", {
+      text: `${why} Versions are found by themselves in SERVICE_VERSION and the like, in images and release folders; or a pipeline says them:`,
+    }),
+    el("pre", { text: ANNOUNCE }),
   ];
 }
 
@@ -324,42 +464,65 @@ function noDeployments(reason) {
  * Say on which side nothing stands, and lead to what is there: nodes to show for an ApiError. `query`
  * is that side's selector. Callbacks: onQuery(text), onWindow(nearest), onEnd().
  */
-export function emptySide({title, message, problem}, {tz, query, onQuery, onWindow, onEnd}) {
-  const {side, reason, nearest = [], services = [], versions = []} = problem;
-  const titles = {before: "Nothing stands before", after: "Nothing stands after"};
+export function emptySide({ title, message, problem }, { tz, query, onQuery, onWindow, onEnd }) {
+  const { side, reason, nearest = [], services = [], versions = [] } = problem;
+  const titles = { before: "Nothing stands before", after: "Nothing stands after" };
   const choices = (text, values, name) => {
     if (reason !== "nothing_matches" || values.length === 0) return [];
-    const chips = values.map((value) => el(
-      "button",
-      {type: "button", class: "chip service", on: {click: () => onQuery(withMatcher(query, name, value))}},
-      el("span", {class: "chip-text", text: safeName(value)}),
-    ));
-    return [el("p", {text}), el("p", {class: "chips"}, chips)];
+    const chips = values.map((value) =>
+      el(
+        "button",
+        {
+          type: "button",
+          class: "chip service",
+          on: { click: () => onQuery(withMatcher(query, name, value)) },
+        },
+        el("span", { class: "chip-text", text: safeName(value) }),
+      ),
+    );
+    return [el("p", { text }), el("p", { class: "chips" }, chips)];
   };
   return [
-    el("h3", {text: titles[side] ?? title}),
-    el("p", {class: "detail", text: safeName(message)}),
+    el("h3", { text: titles[side] ?? title }),
+    el("p", { class: "detail", text: safeName(message) }),
     ...choices("Versions that are there:", versions, "version"),
     ...choices("Services that are there:", services, "service"),
-    ...(nearest.length ? [el("p", {text: "The nearest data:"})] : []),
-    el("p", {class: "row"},
-      nearest.map((each) => button({text: formatWindow(each.from_ms, each.until_ms, tz), click: () => onWindow(each)})),
-      button({text: "End the comparison", click: onEnd})),
+    ...(nearest.length ? [el("p", { text: "The nearest data:" })] : []),
+    el(
+      "p",
+      { class: "row" },
+      nearest.map((each) =>
+        button({
+          text: formatWindow(each.from_ms, each.until_ms, tz),
+          click: () => onWindow(each),
+        }),
+      ),
+      button({ text: "End the comparison", click: onEnd }),
+    ),
   ];
 }
 
 /** Give a selector with a label's value, in place of what it asks of that label. */
 function withMatcher(query, name, value) {
   const others = selector.parse(query).filter((each) => each.name !== name);
-  return selector.print([...others, {name, operator: "=", value}]);
+  return selector.print([...others, { name, operator: "=", value }]);
 }
 
 /** Give the buttons that help where a comparison came to nothing; `callbacks` are what they do. */
-export function nextSteps(answer, {onHalve, onAll, onYesterday}) {
-  const shorter = button({text: "Half as long", label: "Compare windows half as long: they fit more often into the past", class: "small", click: onHalve});
-  const other = button({text: "Same time yesterday", label: "Compare with the same time yesterday", class: "small", click: onYesterday});
-  const all = button({text: "Show all functions", class: "small", click: onAll});
+export function nextSteps(answer, { onHalve, onAll, onYesterday }) {
+  const shorter = button({
+    text: "Half as long",
+    label: "Compare windows half as long: they fit more often into the past",
+    class: "small",
+    click: onHalve,
+  });
+  const other = button({
+    text: "Same time yesterday",
+    label: "Compare with the same time yesterday",
+    class: "small",
+    click: onYesterday,
+  });
+  const all = button({ text: "Show all functions", class: "small", click: onAll });
   if (answer.verdict === "inconclusive") return [shorter, other, all];
   return [];
 }
-

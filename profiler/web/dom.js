@@ -29,7 +29,9 @@ const ICONS = {
 export function el(name, properties = {}, ...children) {
   const element = document.createElement(name);
   set(element, properties);
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.flat().filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
@@ -54,7 +56,11 @@ export function set(element, { on = {}, data = {}, text, ...attributes }) {
 
 export function icon(name) {
   const path = svg("path", { d: ICONS[name] });
-  return svg("svg", { class: "icon", viewBox: "0 0 16 16", "aria-hidden": "true", focusable: "false" }, path);
+  return svg(
+    "svg",
+    { class: "icon", viewBox: "0 0 16 16", "aria-hidden": "true", focusable: "false" },
+    path,
+  );
 }
 
 /** A button with an icon, a text, or both; one without text has `label` as its name and tooltip. */
@@ -62,7 +68,13 @@ export function button({ icon: iconName, text, label, class: className = "", cli
   const name = label ? { "aria-label": label, title: label } : {};
   return el(
     "button",
-    { type: "button", class: `button ${className}`.trim(), on: click ? { click } : {}, ...name, ...rest },
+    {
+      type: "button",
+      class: `button ${className}`.trim(),
+      on: click ? { click } : {},
+      ...name,
+      ...rest,
+    },
     iconName ? icon(iconName) : null,
     text ? el("span", { text }) : null,
   );
@@ -99,5 +111,8 @@ export function debounce(callback, ms) {
 
 /** Tell whether a key was typed into something that takes text. */
 export function isTyping(event) {
-  return event.target.closest?.("input:not([type=checkbox]), textarea, select, [contenteditable]") !== null;
+  return (
+    event.target.closest?.("input:not([type=checkbox]), textarea, select, [contenteditable]") !==
+    null
+  );
 }

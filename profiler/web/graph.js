@@ -64,7 +64,18 @@ import {
   matchColour,
 } from "./colour.js";
 import { cores, counted, number, place, quantity, safeName, share, shorten } from "./format.js";
-import { CHANGED, ROOT_ID, boxOf, comparedTo, graphOf, hit, layOut, neighbour, stepMatch, sumOf } from "./layout.js";
+import {
+  CHANGED,
+  ROOT_ID,
+  boxOf,
+  comparedTo,
+  graphOf,
+  hit,
+  layOut,
+  neighbour,
+  stepMatch,
+  sumOf,
+} from "./layout.js";
 
 const ROW_PX = 20;
 const GAP_PX = 1;

@@ -405,7 +405,7 @@ function addSubtree(graph, zoomed, widthPx, add) {
   const scale = widthPx / (graph.total[zoomed] || 1);
   const left = graph.left[zoomed];
   add(0, widthPx, zoomed, 0, graph.rowOf(zoomed));
-  for (let i = zoomed + 1; i < graph.end[zoomed];) {
+  for (let i = zoomed + 1; i < graph.end[zoomed]; ) {
     const x = (graph.left[i] - left) * scale;
     const width = graph.total[i] * scale;
     if (width >= LEAST_PX) {

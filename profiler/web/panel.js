@@ -1,7 +1,7 @@
 // Panel: all that is known of the selected box or function, and what can be done with it.
 
-import {button, el} from "./dom.js";
-import {cores, counted, cpuTime, number, place, safeName, share} from "./format.js";
+import { button, el } from "./dom.js";
+import { cores, counted, cpuTime, number, place, safeName, share } from "./format.js";
 
 const FILES_SHOWN = 3;
 
@@ -27,44 +27,75 @@ export class DetailPanel {
    * Show a box of the graph. `labelName` is the label whose value it is, if that is known; `files`
    * are [module, path, build id] of those that its module may be.
    */
-  showBox(box, {windowMs, labelName, files, isZoomed, isCallers}) {
-    const {frame} = box;
+  showBox(box, { windowMs, labelName, files, isZoomed, isCallers }) {
+    const { frame } = box;
     if (box.isRest) {
-      this.#show("Boxes too narrow to draw", [["Total", amount(box.total, box.shareOfAll)], ["How to see them", "zoom in, or narrow the selection"]], []);
+      this.#show(
+        "Boxes too narrow to draw",
+        [
+          ["Total", amount(box.total, box.shareOfAll)],
+          ["How to see them", "zoom in, or narrow the selection"],
+        ],
+        [],
+      );
       return;
     }
     const facts = [];
-    if (frame.kind === "label") facts.push(["Label", labelName ? safeName(labelName) : box.depth === 0 ? "everything selected" : "label"]);
+    if (frame.kind === "label")
+      facts.push([
+        "Label",
+        labelName ? safeName(labelName) : box.depth === 0 ? "everything selected" : "label",
+      ]);
     else facts.push(...moduleFacts(frame, files));
     const where = place(frame.file, frame.line);
     if (where) facts.push(["Source", safeName(where)]);
     facts.push(["Total", amount(box.total, box.shareOfAll)]);
     if (box.self !== null && box.self !== undefined) {
-      facts.push(["Self", amount(box.self, box.total ? (box.self / box.total) * box.shareOfAll : 0)]);
+      facts.push([
+        "Self",
+        amount(box.self, box.total ? (box.self / box.total) * box.shareOfAll : 0),
+      ]);
     }
     facts.push(["Cores", cores(box.total, windowMs)]);
-    if (box.samples !== null && box.samples !== undefined) facts.push(["Samples", number(box.samples)]);
+    if (box.samples !== null && box.samples !== undefined)
+      facts.push(["Samples", number(box.samples)]);
     const actions = [];
-    if (box.depth > 0 && !isZoomed) actions.push(["Zoom", "Fill the width with this box", () => this.#callbacks.onZoom(box.id)]);
+    if (box.depth > 0 && !isZoomed)
+      actions.push(["Zoom", "Fill the width with this box", () => this.#callbacks.onZoom(box.id)]);
     if (frame.kind === "label" && labelName) {
-      actions.push([`Only ${labelName} ${frame.function}`, "Filter to this value", () => this.#callbacks.onFilter(labelName, frame.function, false)]);
-      actions.push(["Without it", "Leave out this value", () => this.#callbacks.onFilter(labelName, frame.function, true)]);
+      actions.push([
+        `Only ${labelName} ${frame.function}`,
+        "Filter to this value",
+        () => this.#callbacks.onFilter(labelName, frame.function, false),
+      ]);
+      actions.push([
+        "Without it",
+        "Leave out this value",
+        () => this.#callbacks.onFilter(labelName, frame.function, true),
+      ]);
     }
     if (frame.kind !== "label") actions.push(...this.#functionActions(frame.function, isCallers));
     this.#show(frame.function, facts, actions);
   }
 
   /** Show a function of the table: all its boxes together. */
-  showFunction(row, {windowMs, total, files, isCallers}) {
+  showFunction(row, { windowMs, total, files, isCallers }) {
     const facts = moduleFacts(row, files);
     if (row.file) facts.push(["Source", safeName(row.file)]);
     facts.push(
       ["Total", amount(row.total, total ? row.total / total : 0)],
       ["Self", amount(row.self, total ? row.self / total : 0)],
       ["Cores", cores(row.total, windowMs)],
-      ["Samples", `${counted(row.total_samples, "sample")}, ${number(row.self_samples)} of them self`],
+      [
+        "Samples",
+        `${counted(row.total_samples, "sample")}, ${number(row.self_samples)} of them self`,
+      ],
     );
-    const find = ["Find in graph", "Search for its boxes", () => this.#callbacks.onSearch(row.function)];
+    const find = [
+      "Find in graph",
+      "Search for its boxes",
+      () => this.#callbacks.onSearch(row.function),
+    ];
     this.#show(row.function, facts, [find, ...this.#functionActions(row.function, isCallers)]);
   }
 
@@ -72,18 +103,26 @@ export class DetailPanel {
    * Show a box or a function of a comparison; `facts` are [[term, text], ...]. `id` is the box's, and
    * `cause` the function that made most of its difference.
    */
-  showChange(frame, {facts, id, cause, isZoomed, isCallers}) {
+  showChange(frame, { facts, id, cause, isZoomed, isCallers }) {
     const actions = [];
-    if (id && !isZoomed) actions.push(["Zoom", "Fill the width with this box", () => this.#callbacks.onZoom(id)]);
-    if (cause) actions.push([`Show ${cause.function}`, "Light up the function that made most of the difference", () => this.#callbacks.onRow(cause)]);
+    if (id && !isZoomed)
+      actions.push(["Zoom", "Fill the width with this box", () => this.#callbacks.onZoom(id)]);
+    if (cause)
+      actions.push([
+        `Show ${cause.function}`,
+        "Light up the function that made most of the difference",
+        () => this.#callbacks.onRow(cause),
+      ]);
     if (frame.kind !== "label") actions.push(...this.#functionActions(frame.function, isCallers));
     this.#show(frame.function, facts, actions);
   }
 
   #functionActions(name, isCallers) {
-    const {onCallers, onFocus, onHide, onCopy} = this.#callbacks;
+    const { onCallers, onFocus, onHide, onCopy } = this.#callbacks;
     return [
-      isCallers ? null : ["Callers", "Show who calls this function, from all places", () => onCallers(name)],
+      isCallers
+        ? null
+        : ["Callers", "Show who calls this function, from all places", () => onCallers(name)],
       ["Only with it", "Keep only the stacks that have this function", () => onFocus(name)],
       ["Hide", "Take this function out of the stacks; what it calls moves up", () => onHide(name)],
       ["Copy name", "Copy the function's name", () => onCopy(name)],
@@ -91,18 +130,46 @@ export class DetailPanel {
   }
 
   #show(name, facts, actions) {
-    const close = button({icon: "close", label: "Close (Escape)", class: "quiet", click: () => this.#callbacks.onClose()});
+    const close = button({
+      icon: "close",
+      label: "Close (Escape)",
+      class: "quiet",
+      click: () => this.#callbacks.onClose(),
+    });
     this.#container.replaceChildren(
-      el("div", {class: "panel-head"}, el("h3", {text: safeName(name) || "(no name)", title: safeName(name)}), close),
-      el("dl", {}, facts.map(([term, text]) => el("div", {}, el("dt", {text: term}), el("dd", {text, title: text})))),
-      el("div", {class: "panel-actions"}, actions.map(([text, title, click]) => el("button", {type: "button", class: "button small", title, text: safeName(text), on: {click}}))),
+      el(
+        "div",
+        { class: "panel-head" },
+        el("h3", { text: safeName(name) || "(no name)", title: safeName(name) }),
+        close,
+      ),
+      el(
+        "dl",
+        {},
+        facts.map(([term, text]) =>
+          el("div", {}, el("dt", { text: term }), el("dd", { text, title: text })),
+        ),
+      ),
+      el(
+        "div",
+        { class: "panel-actions" },
+        actions.map(([text, title, click]) =>
+          el("button", {
+            type: "button",
+            class: "button small",
+            title,
+            text: safeName(text),
+            on: { click },
+          }),
+        ),
+      ),
     );
     this.#container.hidden = false;
   }
 }
 
 /** What is known of where a function stands; several files of one name have a line each. */
-function moduleFacts({module, kind}, files) {
+function moduleFacts({ module, kind }, files) {
   const mine = files.filter(([name]) => name === module);
   const builds = mine.map(([, , build]) => build).filter((build) => !build.startsWith("["));
   const paths = [...new Set(mine.map(([, path]) => path))].filter((path) => path !== module);
@@ -111,7 +178,9 @@ function moduleFacts({module, kind}, files) {
     ["Kind", safeName(kind)],
     ...paths.slice(0, FILES_SHOWN).map((path) => ["Path", safeName(path)]),
     ...builds.slice(0, FILES_SHOWN).map((build) => ["Build id", safeName(build)]),
-    ...(builds.length > FILES_SHOWN ? [["", `and ${number(builds.length - FILES_SHOWN)} more builds`]] : []),
+    ...(builds.length > FILES_SHOWN
+      ? [["", `and ${number(builds.length - FILES_SHOWN)} more builds`]]
+      : []),
   ];
 }
 

@@ -7,8 +7,28 @@ const MIN = 60 * S;
 const H = 60 * MIN;
 const D = 24 * H;
 const TIME_STEPS = [
-  S, 2 * S, 5 * S, 10 * S, 15 * S, 30 * S, MIN, 2 * MIN, 5 * MIN, 10 * MIN, 15 * MIN, 30 * MIN,
-  H, 2 * H, 3 * H, 6 * H, 12 * H, D, 2 * D, 7 * D, 14 * D, 28 * D,
+  S,
+  2 * S,
+  5 * S,
+  10 * S,
+  15 * S,
+  30 * S,
+  MIN,
+  2 * MIN,
+  5 * MIN,
+  10 * MIN,
+  15 * MIN,
+  30 * MIN,
+  H,
+  2 * H,
+  3 * H,
+  6 * H,
+  12 * H,
+  D,
+  2 * D,
+  7 * D,
+  14 * D,
+  28 * D,
 ];
 
 /** A straight line from one interval to another; `invert` goes back. */
@@ -39,7 +59,8 @@ export function valueTicks(max, count) {
   const power = 10 ** Math.floor(Math.log10(least));
   const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= least * (1 - 1e-9));
   const ticks = [0];
-  for (let i = 1; ticks.at(-1) < max * (1 - 1e-9); i++) ticks.push(Number((i * step).toPrecision(12)));
+  for (let i = 1; ticks.at(-1) < max * (1 - 1e-9); i++)
+    ticks.push(Number((i * step).toPrecision(12)));
   return ticks;
 }
 
@@ -52,7 +73,9 @@ export function stackSeries(timeline) {
   const isGap = timeline.covered_ns.map((ns) => !(ns > 0));
   let lower = isGap.map(() => 0);
   const layers = timeline.series.map(({ values }) => {
-    const upper = lower.map((base, i) => (isGap[i] ? base : base + (values[i] ?? 0) / timeline.covered_ns[i]));
+    const upper = lower.map((base, i) =>
+      isGap[i] ? base : base + (values[i] ?? 0) / timeline.covered_ns[i],
+    );
     const layer = { lower, upper };
     lower = upper;
     return layer;
@@ -67,8 +90,14 @@ export function layerPath({ lower, upper }, isGap, x, y) {
       const there = [];
       const back = [];
       for (let i = start; i < end; i++) {
-        there.push(`${round(x(i))} ${round(y(upper[i]))}`, `${round(x(i + 1))} ${round(y(upper[i]))}`);
-        back.unshift(`${round(x(i + 1))} ${round(y(lower[i]))}`, `${round(x(i))} ${round(y(lower[i]))}`);
+        there.push(
+          `${round(x(i))} ${round(y(upper[i]))}`,
+          `${round(x(i + 1))} ${round(y(upper[i]))}`,
+        );
+        back.unshift(
+          `${round(x(i + 1))} ${round(y(lower[i]))}`,
+          `${round(x(i))} ${round(y(lower[i]))}`,
+        );
       }
       return `M${[...there, ...back].join("L")}Z`;
     })
@@ -92,11 +121,14 @@ export function runs(flags) {
  * Gives null for other keys.
  */
 export function moveSelection(selection, key, isExtending, count) {
-  const by = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10, Home: -count, End: count }[key];
+  const by = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10, Home: -count, End: count }[
+    key
+  ];
   if (by === undefined || count === 0) return null;
   const limit = (step) => Math.min(count - 1, Math.max(0, step));
   const isEdge = key === "Home" || key === "End";
-  const head = selection || isEdge ? limit((selection?.head ?? 0) + by) : limit(by < 0 ? count - 1 : 0);
+  const head =
+    selection || isEdge ? limit((selection?.head ?? 0) + by) : limit(by < 0 ? count - 1 : 0);
   return { anchor: isExtending && selection ? selection.anchor : head, head };
 }
 

@@ -101,13 +101,16 @@ export function completionAt(text, caret) {
 export function complete(text, completion, choice) {
   const rest = text.slice(completion.end);
   const written = {
-    name: () => (WHOLE_NAME.test(choice) ? choice : quote(choice)) + (/^\s*[=!]/.test(rest) ? "" : "="),
+    name: () =>
+      (WHOLE_NAME.test(choice) ? choice : quote(choice)) + (/^\s*[=!]/.test(rest) ? "" : "="),
     operator: () => choice,
-    value: () => quote(choice) + (/^\s*[,}]/.test(rest) || !text.trimStart().startsWith("{") ? "" : "}"),
+    value: () =>
+      quote(choice) + (/^\s*[,}]/.test(rest) || !text.trimStart().startsWith("{") ? "" : "}"),
     end: () => choice,
   }[completion.expects]();
   const head = text.slice(0, completion.start) + written;
-  const caret = completion.expects === "value" && head.endsWith("}") ? head.length - 1 : head.length;
+  const caret =
+    completion.expects === "value" && head.endsWith("}") ? head.length - 1 : head.length;
   return { text: head + rest, caret };
 }
 
@@ -179,7 +182,10 @@ function unquote(quoted, start) {
     if (plain) return PLAIN[plain] ?? plain;
     const code = Number.parseInt(x ?? u ?? U, 16);
     if (Number.isNaN(code) || code > 0x10ffff) {
-      throw new SelectorError(`unknown escape ${escape} (a backslash is written \\\\)`, start + 1 + offset);
+      throw new SelectorError(
+        `unknown escape ${escape} (a backslash is written \\\\)`,
+        start + 1 + offset,
+      );
     }
     return String.fromCodePoint(code);
   });

@@ -2,8 +2,8 @@
 //
 // A plain <table>: sorted by its headings, one row in the tab order, arrows move between rows.
 
-import {button, debounce, el} from "./dom.js";
-import {cores, counted, cpuTime, number, safeName, share} from "./format.js";
+import { button, debounce, el } from "./dom.js";
+import { cores, counted, cpuTime, number, safeName, share } from "./format.js";
 
 /** What functions cost: the answers of /api/v1/top. */
 export const COSTS = {
@@ -11,26 +11,41 @@ export const COSTS = {
   label: "Functions by CPU time",
   none: "No functions",
   columns: [
-    {key: "self", title: "Self", sort: "self", class: "num", hint: "Time in the function itself"},
-    {key: "self-time", title: "", class: "num optional", spoken: "Self, CPU time"},
-    {key: "total", title: "Total", sort: "total", class: "num", hint: "Time in the function and in what it calls"},
-    {key: "total-time", title: "", class: "num optional", spoken: "Total, CPU time"},
-    {key: "cores", title: "Cores", class: "num optional", hint: "Total as CPU cores, on average over the window"},
-    {key: "name", title: "Function", sort: "name", class: "name"},
-    {key: "module", title: "Module", sort: "module", class: "module optional"},
+    { key: "self", title: "Self", sort: "self", class: "num", hint: "Time in the function itself" },
+    { key: "self-time", title: "", class: "num optional", spoken: "Self, CPU time" },
+    {
+      key: "total",
+      title: "Total",
+      sort: "total",
+      class: "num",
+      hint: "Time in the function and in what it calls",
+    },
+    { key: "total-time", title: "", class: "num optional", spoken: "Total, CPU time" },
+    {
+      key: "cores",
+      title: "Cores",
+      class: "num optional",
+      hint: "Total as CPU cores, on average over the window",
+    },
+    { key: "name", title: "Function", sort: "name", class: "name" },
+    { key: "module", title: "Module", sort: "module", class: "module optional" },
   ],
   /** `total` is that of all functions, `windowMs` the length in time, `largest` the largest self. */
-  cells(row, {total, windowMs, largest}) {
-    const bar = el("i", {class: "bar", "aria-hidden": "true"});
+  cells(row, { total, windowMs, largest }) {
+    const bar = el("i", { class: "bar", "aria-hidden": "true" });
     bar.style.width = `${largest ? (100 * row.self) / largest : 0}%`;
     return [
-      el("td", {class: "num share"}, bar, el("span", {text: share(row.self, total)})),
-      el("td", {class: "num optional muted", text: cpuTime(row.self)}),
-      el("td", {class: "num", text: share(row.total, total)}),
-      el("td", {class: "num optional muted", text: cpuTime(row.total)}),
-      el("td", {class: "num optional", text: cores(row.total, windowMs).replace(/ cores?$/, "")}),
-      el("td", {class: "name"}, rowName(row)),
-      el("td", {class: "module optional", title: safeName(row.module), text: safeName(row.module)}),
+      el("td", { class: "num share" }, bar, el("span", { text: share(row.self, total) })),
+      el("td", { class: "num optional muted", text: cpuTime(row.self) }),
+      el("td", { class: "num", text: share(row.total, total) }),
+      el("td", { class: "num optional muted", text: cpuTime(row.total) }),
+      el("td", { class: "num optional", text: cores(row.total, windowMs).replace(/ cores?$/, "") }),
+      el("td", { class: "name" }, rowName(row)),
+      el("td", {
+        class: "module optional",
+        title: safeName(row.module),
+        text: safeName(row.module),
+      }),
     ];
   },
 };
@@ -40,7 +55,13 @@ const FILTER_MS = 250;
 /** Give the button that selects a row: its name. */
 export function rowName(row) {
   const name = safeName(row.function) || "(no name)";
-  return el("button", {type: "button", class: "row-name", tabindex: "-1", title: name, text: name});
+  return el("button", {
+    type: "button",
+    class: "row-name",
+    tabindex: "-1",
+    title: name,
+    text: name,
+  });
 }
 
 export class FunctionTable {
@@ -62,24 +83,43 @@ export class FunctionTable {
     const filter = debounce((text) => callbacks.onFilter(text), FILTER_MS);
     this.isTyped = filter.isPending;
     this.filter = el("input", {
-      type: "search", id: kind.id, placeholder: "Filter functions", "aria-label": "Filter functions and modules",
-      autocomplete: "off", spellcheck: "false",
-      on: {input: (event) => filter(event.target.value.trim()), change: (event) => filter.now(event.target.value.trim())},
+      type: "search",
+      id: kind.id,
+      placeholder: "Filter functions",
+      "aria-label": "Filter functions and modules",
+      autocomplete: "off",
+      spellcheck: "false",
+      on: {
+        input: (event) => filter(event.target.value.trim()),
+        change: (event) => filter.now(event.target.value.trim()),
+      },
     });
-    this.caption = el("span", {class: "muted", role: "status"});
+    this.caption = el("span", { class: "muted", role: "status" });
     this.headings = el("tr");
-    this.body = el("tbody", {on: {keydown: (event) => this.#onKey(event), mouseleave: () => callbacks.onHover(null)}});
-    this.more = button({text: "Show more", class: "small", hidden: true, click: () => callbacks.onRows(this.#nextStep)});
-    this.table = el("table", {"aria-label": kind.label}, el("thead", {}, this.headings), this.body);
-    this.scroller = el("div", {class: "table-scroll"}, this.table);
-    this.head = el("div", {class: "table-head"}, this.filter, this.caption);
-    container.append(this.head, this.scroller, el("div", {class: "table-more"}, this.more));
+    this.body = el("tbody", {
+      on: { keydown: (event) => this.#onKey(event), mouseleave: () => callbacks.onHover(null) },
+    });
+    this.more = button({
+      text: "Show more",
+      class: "small",
+      hidden: true,
+      click: () => callbacks.onRows(this.#nextStep),
+    });
+    this.table = el(
+      "table",
+      { "aria-label": kind.label },
+      el("thead", {}, this.headings),
+      this.body,
+    );
+    this.scroller = el("div", { class: "table-scroll" }, this.table);
+    this.head = el("div", { class: "table-head" }, this.filter, this.caption);
+    container.append(this.head, this.scroller, el("div", { class: "table-more" }, this.more));
   }
 
   /**
    * Show functions, `all` of which there are. `context` is what the kind's cells need beside them.
    */
-  show(functions, {all, sort = "", filter, limit, context}) {
+  show(functions, { all, sort = "", filter, limit, context }) {
     if (!this.isTyped() && this.filter.value.trim() !== filter) this.filter.value = filter;
     this.#rows = functions;
     this.#active = 0;
@@ -90,8 +130,20 @@ export class FunctionTable {
     this.#buttonOf(0)?.setAttribute("tabindex", "0");
     if (kept) this.#focusRow(0);
     const shown = functions.length;
-    this.caption.textContent = shown < all ? `${number(shown)} of ${counted(all, "function")}` : counted(all, "function");
-    if (shown === 0) this.body.append(el("tr", {}, el("td", {class: "muted none", colspan: this.#kind.columns.length, text: filter ? `No function matches “${safeName(filter)}”` : this.#kind.none})));
+    this.caption.textContent =
+      shown < all ? `${number(shown)} of ${counted(all, "function")}` : counted(all, "function");
+    if (shown === 0)
+      this.body.append(
+        el(
+          "tr",
+          {},
+          el("td", {
+            class: "muted none",
+            colspan: this.#kind.columns.length,
+            text: filter ? `No function matches “${safeName(filter)}”` : this.#kind.none,
+          }),
+        ),
+      );
     this.more.hidden = shown >= all || this.#nextStep === limit;
     this.mark(this.#marked);
     this.dim(false);
@@ -102,7 +154,10 @@ export class FunctionTable {
     this.#marked = wanted;
     let first = null;
     this.#rows.forEach((row, i) => {
-      const isMarked = wanted !== null && row.function === wanted.function && (wanted.module === undefined || row.module === wanted.module);
+      const isMarked =
+        wanted !== null &&
+        row.function === wanted.function &&
+        (wanted.module === undefined || row.module === wanted.module);
       const element = this.body.children[i];
       element.classList.toggle("marked", isMarked);
       element.toggleAttribute("aria-current", isMarked);
@@ -121,14 +176,37 @@ export class FunctionTable {
   }
 
   #showHeadings(sort) {
-    this.headings.replaceChildren(...this.#kind.columns.map((column) => {
-      const isSorted = column.sort === sort;
-      const ariaSort = isSorted ? (["name", "module"].includes(sort) ? "ascending" : "descending") : column.sort ? "none" : null;
-      const heading = el("th", {scope: "col", class: column.class, "aria-sort": ariaSort, "aria-label": column.spoken, title: column.hint});
-      if (!column.sort) heading.append(column.title);
-      else heading.append(el("button", {type: "button", class: "sort", text: column.title, data: {sort: column.sort}, on: {click: () => this.#callbacks.onSort(column.sort)}}));
-      return heading;
-    }));
+    this.headings.replaceChildren(
+      ...this.#kind.columns.map((column) => {
+        const isSorted = column.sort === sort;
+        const ariaSort = isSorted
+          ? ["name", "module"].includes(sort)
+            ? "ascending"
+            : "descending"
+          : column.sort
+            ? "none"
+            : null;
+        const heading = el("th", {
+          scope: "col",
+          class: column.class,
+          "aria-sort": ariaSort,
+          "aria-label": column.spoken,
+          title: column.hint,
+        });
+        if (!column.sort) heading.append(column.title);
+        else
+          heading.append(
+            el("button", {
+              type: "button",
+              class: "sort",
+              text: column.title,
+              data: { sort: column.sort },
+              on: { click: () => this.#callbacks.onSort(column.sort) },
+            }),
+          );
+        return heading;
+      }),
+    );
   }
 
   #row(row, i, context) {
@@ -136,18 +214,29 @@ export class FunctionTable {
       this.#active = i;
       this.#callbacks.onSelect(row);
     };
-    return el("tr", {
-      on: {
-        click: select,
-        mouseenter: () => this.#callbacks.onHover(row),
-        focusin: () => this.#callbacks.onHover(row),
-        focusout: () => this.#callbacks.onHover(null),
+    return el(
+      "tr",
+      {
+        on: {
+          click: select,
+          mouseenter: () => this.#callbacks.onHover(row),
+          focusin: () => this.#callbacks.onHover(row),
+          focusout: () => this.#callbacks.onHover(null),
+        },
       },
-    }, this.#kind.cells(row, context));
+      this.#kind.cells(row, context),
+    );
   }
 
   #onKey(event) {
-    const by = {ArrowDown: 1, ArrowUp: -1, PageDown: 15, PageUp: -15, Home: -Infinity, End: Infinity}[event.key];
+    const by = {
+      ArrowDown: 1,
+      ArrowUp: -1,
+      PageDown: 15,
+      PageUp: -15,
+      Home: -Infinity,
+      End: Infinity,
+    }[event.key];
     if (by === undefined) return;
     event.preventDefault();
     event.stopPropagation();
@@ -161,7 +250,7 @@ export class FunctionTable {
     this.#active = Math.min(last, Math.max(0, wanted));
     const name = this.#buttonOf(this.#active);
     name.setAttribute("tabindex", "0");
-    name.focus({preventScroll: true});
+    name.focus({ preventScroll: true });
     this.#reveal(this.body.children[this.#active]);
   }
 
@@ -172,8 +261,9 @@ export class FunctionTable {
   /** Scroll inside the table alone: the page must not jump. */
   #reveal(row) {
     const head = this.headings.offsetHeight;
-    const {scrollTop, clientHeight} = this.scroller;
+    const { scrollTop, clientHeight } = this.scroller;
     if (row.offsetTop - head < scrollTop) this.scroller.scrollTop = row.offsetTop - head;
-    else if (row.offsetTop + row.offsetHeight > scrollTop + clientHeight) this.scroller.scrollTop = row.offsetTop + row.offsetHeight - clientHeight;
+    else if (row.offsetTop + row.offsetHeight > scrollTop + clientHeight)
+      this.scroller.scrollTop = row.offsetTop + row.offsetHeight - clientHeight;
   }
 }

@@ -4,13 +4,13 @@
 // What has no profile is hatched, never zero. The chart is a slider to assistive software: its text
 // says the chosen steps and what was used in them. Marks are buttons beside it.
 
-import {el, svg} from "./dom.js";
-import {cores, counted, safeName, share, span} from "./format.js";
+import { el, svg } from "./dom.js";
+import { cores, counted, safeName, share, span } from "./format.js";
 import * as scale from "./scale.js";
-import {formatTime, formatWindow, zoneName} from "./times.js";
+import { formatTime, formatWindow, zoneName } from "./times.js";
 
 const HEIGHT_PX = 142;
-const MARGIN = {top: 20, right: 1, bottom: 20, left: 40};
+const MARGIN = { top: 20, right: 1, bottom: 20, left: 40 };
 const DRAG_PX = 4;
 const MARK_PX = 24; // what a finger needs, too
 const TOOLTIP_ROWS = 7;
@@ -34,7 +34,8 @@ export class TimelineView {
       class: "chart",
       tabindex: "0",
       role: "slider",
-      "aria-label": "Timeline of CPU cores used. Arrow keys choose a step, with Shift a range, Enter shows it",
+      "aria-label":
+        "Timeline of CPU cores used. Arrow keys choose a step, with Shift a range, Enter shows it",
       "aria-valuemin": "0",
       on: {
         keydown: (event) => this.#onKey(event),
@@ -46,9 +47,9 @@ export class TimelineView {
         blur: () => this.#drag || this.#select(null),
       },
     });
-    this.tooltip = el("div", {class: "tooltip", hidden: true});
-    this.message = el("p", {class: "muted chart-message", hidden: true});
-    this.marks = el("div", {class: "marks", role: "group", "aria-label": "Deployments"});
+    this.tooltip = el("div", { class: "tooltip", hidden: true });
+    this.message = el("p", { class: "muted chart-message", hidden: true });
+    this.marks = el("div", { class: "marks", role: "group", "aria-label": "Deployments" });
     container.append(this.chart, this.marks, this.tooltip, this.message);
     new ResizeObserver(() => this.#draw()).observe(container);
   }
@@ -58,8 +59,16 @@ export class TimelineView {
    * ([{from, until, name}], none for all; those of two have names), `label` whose values the layers
    * are, `colours` their numbers, `deployments` those of /api/v1/deployments.
    */
-  show(timeline, {chosen, label, zone, colours, deployments}) {
-    this.#shown = {timeline, chosen, label, zone, colours, deployments, ...scale.stackSeries(timeline)};
+  show(timeline, { chosen, label, zone, colours, deployments }) {
+    this.#shown = {
+      timeline,
+      chosen,
+      label,
+      zone,
+      colours,
+      deployments,
+      ...scale.stackSeries(timeline),
+    };
     this.#selection = null;
     this.message.hidden = true;
     this.chart.classList.remove("stale");
@@ -84,8 +93,8 @@ export class TimelineView {
   #draw() {
     const width = Math.floor(this.#container.clientWidth);
     if (!this.#shown || width < 80) return;
-    const {timeline, layers, isGap, max, chosen} = this.#shown;
-    const {from_ms: from, until_ms: until} = timeline.window;
+    const { timeline, layers, isGap, max, chosen } = this.#shown;
+    const { from_ms: from, until_ms: until } = timeline.window;
     const ticks = scale.valueTicks(max, 4);
     const bottom = HEIGHT_PX - MARGIN.bottom;
     const right = width - MARGIN.right;
@@ -93,37 +102,93 @@ export class TimelineView {
     const clamp = (px) => Math.min(right, Math.max(MARGIN.left, px));
     const x = (step) => clamp(time(timeline.start_ms + step * timeline.step_ms));
     const y = scale.linear([0, ticks.at(-1)], [bottom, MARGIN.top]);
-    this.#geometry = {time, x, bottom, right};
+    this.#geometry = { time, x, bottom, right };
 
-    const hatch = svg("pattern", {id: "gap-hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)"},
-      svg("line", {x1: 0, y1: 0, x2: 0, y2: 6, class: "hatch"}));
+    const hatch = svg(
+      "pattern",
+      {
+        id: "gap-hatch",
+        width: 6,
+        height: 6,
+        patternUnits: "userSpaceOnUse",
+        patternTransform: "rotate(45)",
+      },
+      svg("line", { x1: 0, y1: 0, x2: 0, y2: 6, class: "hatch" }),
+    );
     const parts = [svg("defs", {}, hatch)];
     for (const value of ticks) {
       const line = Math.round(y(value)) + 0.5;
-      parts.push(svg("line", {class: value === 0 ? "axis" : "grid", x1: MARGIN.left, x2: right, y1: line, y2: line}));
-      parts.push(svgText(value.toLocaleString("en-US"), {class: "tick end", x: MARGIN.left - 6, y: line + 3.5}));
+      parts.push(
+        svg("line", {
+          class: value === 0 ? "axis" : "grid",
+          x1: MARGIN.left,
+          x2: right,
+          y1: line,
+          y2: line,
+        }),
+      );
+      parts.push(
+        svgText(value.toLocaleString("en-US"), {
+          class: "tick end",
+          x: MARGIN.left - 6,
+          y: line + 3.5,
+        }),
+      );
     }
     for (const [start, end] of scale.runs(isGap)) {
-      parts.push(svg("rect", {class: "gap", x: x(start), y: MARGIN.top, width: Math.max(0, x(end) - x(start)), height: bottom - MARGIN.top, fill: "url(#gap-hatch)"}));
+      parts.push(
+        svg("rect", {
+          class: "gap",
+          x: x(start),
+          y: MARGIN.top,
+          width: Math.max(0, x(end) - x(start)),
+          height: bottom - MARGIN.top,
+          fill: "url(#gap-hatch)",
+        }),
+      );
     }
     layers.forEach((layer, i) => {
-      parts.push(svg("path", {class: `layer ${this.#colourOf(i)}`, d: scale.layerPath(layer, isGap, x, y)}));
+      parts.push(
+        svg("path", {
+          class: `layer ${this.#colourOf(i)}`,
+          d: scale.layerPath(layer, isGap, x, y),
+        }),
+      );
     });
-    for (const {ms, label} of scale.timeTicks(from, until, Math.floor(width / 84), this.#shown.zone)) {
+    for (const { ms, label } of scale.timeTicks(
+      from,
+      until,
+      Math.floor(width / 84),
+      this.#shown.zone,
+    )) {
       const at = Math.round(time(ms)) + 0.5;
       if (at < MARGIN.left + 14 || at > right - 4 * label.length) continue;
-      parts.push(svg("line", {class: "axis", x1: at, x2: at, y1: bottom, y2: bottom + 4}));
-      parts.push(svgText(label, {class: "tick middle", x: at, y: bottom + 15}));
+      parts.push(svg("line", { class: "axis", x1: at, x2: at, y1: bottom, y2: bottom + 4 }));
+      parts.push(svgText(label, { class: "tick middle", x: at, y: bottom + 15 }));
     }
-    if (chosen.length) parts.push(...drawChosen(chosen.map((part) => ({...part, left: clamp(time(part.from)), right: clamp(time(part.until))})), {right, bottom}));
-    for (const {first_ms: ms} of this.#deployments) {
+    if (chosen.length)
+      parts.push(
+        ...drawChosen(
+          chosen.map((part) => ({
+            ...part,
+            left: clamp(time(part.from)),
+            right: clamp(time(part.until)),
+          })),
+          { right, bottom },
+        ),
+      );
+    for (const { first_ms: ms } of this.#deployments) {
       const at = Math.round(time(ms)) + 0.5;
-      parts.push(svg("line", {class: "deployment", x1: at, x2: at, y1: MARGIN.top - 2, y2: bottom}));
+      parts.push(
+        svg("line", { class: "deployment", x1: at, x2: at, y1: MARGIN.top - 2, y2: bottom }),
+      );
     }
-    this.cursor = svg("line", {class: "cursor", y1: 0, y2: bottom, visibility: "hidden"});
-    this.brush = svg("rect", {class: "brush", y: 0, height: bottom, visibility: "hidden"});
+    this.cursor = svg("line", { class: "cursor", y1: 0, y2: bottom, visibility: "hidden" });
+    this.brush = svg("rect", { class: "brush", y: 0, height: bottom, visibility: "hidden" });
     parts.push(this.cursor, this.brush);
-    this.chart.replaceChildren(svg("svg", {width, height: HEIGHT_PX, "aria-hidden": "true"}, ...parts));
+    this.chart.replaceChildren(
+      svg("svg", { width, height: HEIGHT_PX, "aria-hidden": "true" }, ...parts),
+    );
     this.chart.setAttribute("aria-valuemax", String(Math.max(0, this.#count - 1)));
     this.#select(this.#selection);
     this.#drawMarks();
@@ -131,20 +196,20 @@ export class TimelineView {
 
   /** The deployments that began in the window, earliest first. */
   get #deployments() {
-    const {timeline, deployments} = this.#shown;
-    const {from_ms: from, until_ms: until} = timeline.window;
-    const inside = deployments.filter(({first_ms: ms}) => ms >= from && ms < until);
+    const { timeline, deployments } = this.#shown;
+    const { from_ms: from, until_ms: until } = timeline.window;
+    const inside = deployments.filter(({ first_ms: ms }) => ms >= from && ms < until);
     return inside.sort((one, other) => one.first_ms - other.first_ms);
   }
 
   #drawMarks() {
-    const {time, right} = this.#geometry;
+    const { time, right } = this.#geometry;
     const groups = [];
     for (const deployment of this.#deployments) {
       const x = Math.min(right - MARK_PX / 2, time(deployment.first_ms));
       const last = groups.at(-1);
       if (last && x - last.x < MARK_PX) last.deployments.push(deployment);
-      else groups.push({x, deployments: [deployment]});
+      else groups.push({ x, deployments: [deployment] });
     }
     const focused = [...this.marks.children].indexOf(document.activeElement);
     this.marks.replaceChildren(...groups.map((group) => this.#mark(group)));
@@ -152,37 +217,53 @@ export class TimelineView {
     this.marks.children[focused]?.focus();
   }
 
-  #mark({x, deployments}) {
+  #mark({ x, deployments }) {
     const told = deployments.map((each) => this.#describeDeployment(each));
-    const act = deployments.length > 1 ? "Choose one" : deployments[0].compare ? "Compare before and after" : "";
-    const mark = el("button", {
-      type: "button",
-      class: `mark ${deployments.some((each) => each.compare) ? "" : "bare"}`,
-      "aria-label": [...told, act].filter(Boolean).join(". "),
-      on: {
-        click: () => this.#callbacks.onMark(deployments),
-        pointerenter: () => this.#tell(told, act, x),
-        focus: () => this.#tell(told, act, x),
-        pointerleave: () => this.#tell(null),
-        blur: () => this.#tell(null),
+    const act =
+      deployments.length > 1
+        ? "Choose one"
+        : deployments[0].compare
+          ? "Compare before and after"
+          : "";
+    const mark = el(
+      "button",
+      {
+        type: "button",
+        class: `mark ${deployments.some((each) => each.compare) ? "" : "bare"}`,
+        "aria-label": [...told, act].filter(Boolean).join(". "),
+        on: {
+          click: () => this.#callbacks.onMark(deployments),
+          pointerenter: () => this.#tell(told, act, x),
+          focus: () => this.#tell(told, act, x),
+          pointerleave: () => this.#tell(null),
+          blur: () => this.#tell(null),
+        },
       },
-    }, deployments.length > 1 ? String(deployments.length) : {rollout: "▲", rollback: "▼", canary: "◆"}[deployments[0].kind] ?? "▲");
+      deployments.length > 1
+        ? String(deployments.length)
+        : ({ rollout: "▲", rollback: "▼", canary: "◆" }[deployments[0].kind] ?? "▲"),
+    );
     mark.style.left = `${x}px`;
     return mark;
   }
 
   #describeDeployment(deployment) {
-    const {first_ms: ms, compare, compare_reason: reason} = deployment;
-    const when = `${formatTime(ms, this.#shown.zone, {hasDate: false})} ${zoneName(this.#shown.zone)}`;
-    return [`${deploymentText(deployment)}, ${when}`, compare ? "" : reason].filter(Boolean).join(": ");
+    const { first_ms: ms, compare, compare_reason: reason } = deployment;
+    const when = `${formatTime(ms, this.#shown.zone, { hasDate: false })} ${zoneName(this.#shown.zone)}`;
+    return [`${deploymentText(deployment)}, ${when}`, compare ? "" : reason]
+      .filter(Boolean)
+      .join(": ");
   }
 
   #tell(told, act, x) {
     this.tooltip.hidden = told === null;
     if (told === null) return;
-    const lines = told.slice(0, TOOLTIP_ROWS).map((text, i) => el("div", {class: i === 0 ? "tooltip-head" : "", text}));
-    if (told.length > TOOLTIP_ROWS) lines.push(el("div", {class: "muted", text: `and ${told.length - TOOLTIP_ROWS} more`}));
-    if (act) lines.push(el("div", {class: "muted", text: act}));
+    const lines = told
+      .slice(0, TOOLTIP_ROWS)
+      .map((text, i) => el("div", { class: i === 0 ? "tooltip-head" : "", text }));
+    if (told.length > TOOLTIP_ROWS)
+      lines.push(el("div", { class: "muted", text: `and ${told.length - TOOLTIP_ROWS} more` }));
+    if (act) lines.push(el("div", { class: "muted", text: act }));
     this.tooltip.replaceChildren(...lines);
     this.#placeTooltip(x);
   }
@@ -194,7 +275,7 @@ export class TimelineView {
   }
 
   #colourOf(layer) {
-    const {timeline, label, colours} = this.#shown;
+    const { timeline, label, colours } = this.#shown;
     const series = timeline.series[layer];
     return colourClass(series.rest ? undefined : colours.get(labelOf(series, label)));
   }
@@ -222,7 +303,7 @@ export class TimelineView {
     const step = this.#stepAt(event);
     if (step === null) return;
     this.chart.setPointerCapture(event.pointerId);
-    this.#drag = {step, x: event.clientX, isMoved: false};
+    this.#drag = { step, x: event.clientX, isMoved: false };
     this.#selection = null;
   }
 
@@ -231,7 +312,7 @@ export class TimelineView {
     const step = this.#stepAt(event);
     if (this.#drag && step !== null) {
       this.#drag.isMoved ||= Math.abs(event.clientX - this.#drag.x) >= DRAG_PX;
-      if (this.#drag.isMoved) this.#select({anchor: this.#drag.step, head: step});
+      if (this.#drag.isMoved) this.#select({ anchor: this.#drag.step, head: step });
     }
     this.#hover(step, event);
   }
@@ -251,7 +332,7 @@ export class TimelineView {
 
   #stepAt(event) {
     if (!this.#geometry || this.#count === 0) return null;
-    const {timeline} = this.#shown;
+    const { timeline } = this.#shown;
     const ms = this.#geometry.time.invert(event.clientX - this.chart.getBoundingClientRect().left);
     const step = Math.floor((ms - timeline.start_ms) / timeline.step_ms);
     return Math.min(this.#count - 1, Math.max(0, step));
@@ -266,18 +347,28 @@ export class TimelineView {
     this.chart.setAttribute("aria-valuetext", text);
     this.brush.setAttribute("visibility", selection ? "visible" : "hidden");
     if (!selection) return;
-    const [low, high] = [Math.min(selection.anchor, selection.head), Math.max(selection.anchor, selection.head)];
+    const [low, high] = [
+      Math.min(selection.anchor, selection.head),
+      Math.max(selection.anchor, selection.head),
+    ];
     const left = this.#geometry.x(low);
     this.brush.setAttribute("x", left);
     this.brush.setAttribute("width", Math.max(1, this.#geometry.x(high + 1) - left));
   }
 
   #describe(selection) {
-    const {timeline, layers, isGap, zone} = this.#shown;
+    const { timeline, layers, isGap, zone } = this.#shown;
     const window = scale.selectionWindow(selection, timeline);
-    const steps = [Math.min(selection.anchor, selection.head), Math.max(selection.anchor, selection.head) + 1];
+    const steps = [
+      Math.min(selection.anchor, selection.head),
+      Math.max(selection.anchor, selection.head) + 1,
+    ];
     const there = isGap.slice(...steps).filter((gap) => !gap).length;
-    const used = layers.at(-1)?.upper.slice(...steps).reduce((sum, value) => sum + value, 0) ?? 0;
+    const used =
+      layers
+        .at(-1)
+        ?.upper.slice(...steps)
+        .reduce((sum, value) => sum + value, 0) ?? 0;
     const said = there ? `${(used / there).toFixed(2)} cores` : "no data";
     return `${formatWindow(window.from, window.until, zone)}, ${said}`;
   }
@@ -288,7 +379,7 @@ export class TimelineView {
     this.tooltip.hidden = step === null;
     this.cursor.setAttribute("visibility", step === null ? "hidden" : "visible");
     if (step === null) return;
-    const {timeline} = this.#shown;
+    const { timeline } = this.#shown;
     const at = this.#geometry.time(timeline.start_ms + (step + 0.5) * timeline.step_ms);
     const x = event ? event.clientX - this.chart.getBoundingClientRect().left : at;
     const line = Math.min(this.#geometry.right, Math.max(MARGIN.left, x));
@@ -299,47 +390,99 @@ export class TimelineView {
   }
 
   #tooltipLines(step) {
-    const {timeline, isGap, zone, label} = this.#shown;
-    const selection = this.#selection ?? {anchor: step, head: step};
+    const { timeline, isGap, zone, label } = this.#shown;
+    const selection = this.#selection ?? { anchor: step, head: step };
     const window = scale.selectionWindow(selection, timeline);
     const head = `${formatWindow(window.from, window.until, zone)} (${span(window.until - window.from)})`;
-    const lines = [el("div", {class: "tooltip-head", text: head})];
-    if (isGap[step]) return [...lines, el("div", {class: "muted", text: "nothing was profiled here"})];
+    const lines = [el("div", { class: "tooltip-head", text: head })];
+    if (isGap[step])
+      return [...lines, el("div", { class: "muted", text: "nothing was profiled here" })];
     const rows = timeline.series
-      .map((series, i) => ({ns: series.values[step] ?? 0, name: seriesName(series, label), colour: this.#colourOf(i)}))
+      .map((series, i) => ({
+        ns: series.values[step] ?? 0,
+        name: seriesName(series, label),
+        colour: this.#colourOf(i),
+      }))
       .filter((row) => row.ns > 0)
       .sort((one, other) => other.ns - one.ns);
     const total = rows.reduce((sum, row) => sum + row.ns, 0);
-    lines.push(el("div", {class: "tooltip-row"}, el("b", {text: "all"}), el("span", {text: cores(total, timeline.covered_ns[step] / 1e6)})));
+    lines.push(
+      el(
+        "div",
+        { class: "tooltip-row" },
+        el("b", { text: "all" }),
+        el("span", { text: cores(total, timeline.covered_ns[step] / 1e6) }),
+      ),
+    );
     for (const row of rows.slice(0, TOOLTIP_ROWS)) {
-      lines.push(el("div", {class: "tooltip-row"},
-        el("span", {}, el("i", {class: `swatch ${row.colour}`}), row.name),
-        el("span", {text: `${cores(row.ns, timeline.covered_ns[step] / 1e6)} · ${share(row.ns, total)}`})));
+      lines.push(
+        el(
+          "div",
+          { class: "tooltip-row" },
+          el("span", {}, el("i", { class: `swatch ${row.colour}` }), row.name),
+          el("span", {
+            text: `${cores(row.ns, timeline.covered_ns[step] / 1e6)} · ${share(row.ns, total)}`,
+          }),
+        ),
+      );
     }
-    if (rows.length > TOOLTIP_ROWS) lines.push(el("div", {class: "muted", text: `and ${rows.length - TOOLTIP_ROWS} more`}));
+    if (rows.length > TOOLTIP_ROWS)
+      lines.push(el("div", { class: "muted", text: `and ${rows.length - TOOLTIP_ROWS} more` }));
     return lines;
   }
 }
 
 /** Say what a deployment was: `api 1.5.0 (before: 1.4.2), rollout on 3 hosts`. */
-export function deploymentText({service, version, previous, kind, hosts}) {
+export function deploymentText({ service, version, previous, kind, hosts }) {
   const name = [service, version].map(safeName).join(" ");
-  return [name, previous ? ` (before: ${safeName(previous)})` : "", `, ${kind}`, hosts.length ? ` on ${counted(hosts.length, "host")}` : ""].join("");
+  return [
+    name,
+    previous ? ` (before: ${safeName(previous)})` : "",
+    `, ${kind}`,
+    hosts.length ? ` on ${counted(hosts.length, "host")}` : "",
+  ].join("");
 }
 
 /** Draw the chosen parts: what is outside pales, each has an edge of its own and its name. */
-function drawChosen(chosen, {right, bottom}) {
+function drawChosen(chosen, { right, bottom }) {
   const parts = [];
   let from = MARGIN.left;
   for (const each of chosen.toSorted((one, other) => one.left - other.left)) {
-    if (each.left > from) parts.push(svg("rect", {class: "outside", x: from, y: MARGIN.top, width: each.left - from, height: bottom - MARGIN.top}));
+    if (each.left > from)
+      parts.push(
+        svg("rect", {
+          class: "outside",
+          x: from,
+          y: MARGIN.top,
+          width: each.left - from,
+          height: bottom - MARGIN.top,
+        }),
+      );
     from = Math.max(from, each.right);
   }
-  if (from < right) parts.push(svg("rect", {class: "outside", x: from, y: MARGIN.top, width: right - from, height: bottom - MARGIN.top}));
-  for (const {left, right: end, name} of chosen) {
+  if (from < right)
+    parts.push(
+      svg("rect", {
+        class: "outside",
+        x: from,
+        y: MARGIN.top,
+        width: right - from,
+        height: bottom - MARGIN.top,
+      }),
+    );
+  for (const { left, right: end, name } of chosen) {
     const width = Math.max(1, end - left);
-    parts.push(svg("rect", {class: `chosen ${name ?? ""}`, x: left + 0.5, y: MARGIN.top, width: Math.max(1, width - 1), height: bottom - MARGIN.top}));
-    if (name && width > 8 * name.length) parts.push(svgText(name, {class: `chosen-name ${name}`, x: left + 6, y: MARGIN.top + 14}));
+    parts.push(
+      svg("rect", {
+        class: `chosen ${name ?? ""}`,
+        x: left + 0.5,
+        y: MARGIN.top,
+        width: Math.max(1, width - 1),
+        height: bottom - MARGIN.top,
+      }),
+    );
+    if (name && width > 8 * name.length)
+      parts.push(svgText(name, { class: `chosen-name ${name}`, x: left + 6, y: MARGIN.top + 14 }));
   }
   return parts;
 }
@@ -351,7 +494,7 @@ export function seriesName(series, label) {
 }
 
 /** Give a series' value of a label, which may be called as what every object has; "" if it has none. */
-export function labelOf({labels}, name) {
+export function labelOf({ labels }, name) {
   return Object.hasOwn(labels, name) ? labels[name] : "";
 }
 

@@ -71,7 +71,9 @@ export function formatRange(from, until, nowMs, zone) {
 
 /** Give a time as an input of type datetime-local holds it. */
 export function toInput(ms, zone) {
-  return local(ms, zone).toISOString().slice(0, ms % 60_000 ? 19 : 16);
+  return local(ms, zone)
+    .toISOString()
+    .slice(0, ms % 60_000 ? 19 : 16);
 }
 
 /** Read such an input; null if it is empty or no time. */

@@ -185,12 +185,19 @@ test("what changed is readable, and told apart by all eyes and by more than its 
     for (const { fill, line, text, mark } of colours) {
       assert.ok(contrast(fill, text) >= 4.5, fill);
       // Text stands on the hatching, but beside a dashed edge, which itself must be seen.
-      const edge = mark === "dashed" ? contrast(line, fill) >= 3 : mark === "dotted" || contrast(line, text) >= 4.5;
+      const edge =
+        mark === "dashed"
+          ? contrast(line, fill) >= 3
+          : mark === "dotted" || contrast(line, text) >= 4.5;
       assert.ok(edge, line);
     }
     for (const eyes of Object.values(EYES)) {
       const [more, less, , , , plain] = colours.map(({ fill }) => labOf(fill, eyes));
-      const pairs = [[more, less], [more, plain], [less, plain]];
+      const pairs = [
+        [more, less],
+        [more, plain],
+        [less, plain],
+      ];
       assert.ok(Math.min(...pairs.map((pair) => distance(...pair))) > 10);
     }
     assert.equal(new Set(colours.slice(2, 5).map(({ mark }) => mark)).size, 3);

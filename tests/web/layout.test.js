@@ -195,7 +195,10 @@ test("the ids that an answer tells of its root and what stands above lead there"
   const path = ZOOMED.path.map((each, i) => ({ ...each, id: told[i] }));
   const graph = new Graph({ ...ZOOMED, path });
 
-  assert.deepEqual(told.map((id) => graph.findId(id)), [-2, -1, 0]);
+  assert.deepEqual(
+    told.map((id) => graph.findId(id)),
+    [-2, -1, 0],
+  );
   assert.equal(graph.findId(ROOT_ID), graph.top);
 });
 
@@ -438,8 +441,16 @@ test("boxes keep their order on each side, and what is not there has none", () =
     return [...boxes.node].map((node, i) => [node, Math.round(boxes.x[i])]);
   };
 
-  assert.deepEqual(drawn("before"), [[0, 0], [1, 0], [2, 300]]);
-  assert.deepEqual(drawn("after"), [[0, 0], [1, 0], [2, 833]]);
+  assert.deepEqual(drawn("before"), [
+    [0, 0],
+    [1, 0],
+    [2, 300],
+  ]);
+  assert.deepEqual(drawn("after"), [
+    [0, 0],
+    [1, 0],
+    [2, 833],
+  ]);
   const gone = layOut(graphOf(viewOf(diff(COMPARED), "after")), 0, 1000);
   assert.ok(![...gone.node].includes(4));
 });
@@ -459,7 +470,11 @@ test("an ancestor that did not change itself names what changed below it", () =>
 });
 
 test("a function's boxes are found by its name and module, not by a part of them", () => {
-  const frames = [["all", "", "label"], ["work", "api", "native"], ["work", "b", "native"]];
+  const frames = [
+    ["all", "", "label"],
+    ["work", "api", "native"],
+    ["work", "b", "native"],
+  ];
   const graph = new Graph({
     total: 9,
     frames: [...frames, ["rework", "api", "native"], ["work", "api", "label"]],

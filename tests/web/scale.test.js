@@ -30,7 +30,10 @@ test("a line goes there and back", () => {
 test("ticks of time are round, inside, and no more than asked for", () => {
   const ticks = scale.timeTicks(NOON - 47 * MIN, NOON + 13 * MIN, 6, "utc");
 
-  assert.deepEqual(ticks.map((tick) => tick.label), ["11:20", "11:30", "11:40", "11:50", "12:00", "12:10"]);
+  assert.deepEqual(
+    ticks.map((tick) => tick.label),
+    ["11:20", "11:30", "11:40", "11:50", "12:00", "12:10"],
+  );
   for (const length of [7, 60, 900, 3600, 86_400, 30 * 86_400]) {
     for (const count of [1, 3, 8, 20]) {
       const found = scale.timeTicks(NOON, NOON + length * 1000, count, "utc");
@@ -43,7 +46,10 @@ test("ticks of time are round, inside, and no more than asked for", () => {
 test("midnight is a date", () => {
   const ticks = scale.timeTicks(NOON, NOON + 24 * 60 * MIN, 4, "utc");
 
-  assert.deepEqual(ticks.map((tick) => tick.label), ["12:00", "18:00", "11-22", "06:00"]);
+  assert.deepEqual(
+    ticks.map((tick) => tick.label),
+    ["12:00", "18:00", "11-22", "06:00"],
+  );
 });
 
 test("ticks of values are round and reach the largest", () => {
@@ -54,7 +60,15 @@ test("ticks of values are round and reach the largest", () => {
 });
 
 test("layers stand on each other in cores", () => {
-  const { layers, max } = scale.stackSeries(timeline([[60e9, 30e9], [30e9, 0]], [60e9, 60e9]));
+  const { layers, max } = scale.stackSeries(
+    timeline(
+      [
+        [60e9, 30e9],
+        [30e9, 0],
+      ],
+      [60e9, 60e9],
+    ),
+  );
 
   assert.deepEqual(layers[0], { lower: [0, 0], upper: [1, 0.5] });
   assert.deepEqual(layers[1], { lower: [1, 0.5], upper: [1.5, 0.5] });
@@ -69,19 +83,28 @@ test("a step that was profiled in part is as high as while it was profiled", () 
 
 test("a step without any profile is a gap, never a zero", () => {
   const { layers, isGap } = scale.stackSeries(timeline([[60e9, 5, 60e9]], [60e9, 0, 60e9]));
-  const path = scale.layerPath(layers[0], isGap, (i) => i * 10, (cores) => 100 - cores * 10);
+  const path = scale.layerPath(
+    layers[0],
+    isGap,
+    (i) => i * 10,
+    (cores) => 100 - cores * 10,
+  );
 
   assert.deepEqual(isGap, [false, true, false]);
   assert.equal(path, "M0 90L10 90L10 100L0 100ZM20 90L30 90L30 100L20 100Z");
 });
 
 test("runs are found", () => {
-  assert.deepEqual(scale.runs([true, true, false, true]), [[0, 2], [3, 4]]);
+  assert.deepEqual(scale.runs([true, true, false, true]), [
+    [0, 2],
+    [3, 4],
+  ]);
   assert.deepEqual(scale.runs([]), []);
 });
 
 test("keys move a selection, and with Shift extend it", () => {
-  const move = (selection, key, isExtending) => scale.moveSelection(selection, key, isExtending, 20);
+  const move = (selection, key, isExtending) =>
+    scale.moveSelection(selection, key, isExtending, 20);
 
   assert.deepEqual(move(null, "ArrowRight", false), { anchor: 0, head: 0 });
   assert.deepEqual(move(null, "ArrowLeft", false), { anchor: 19, head: 19 });
@@ -96,8 +119,14 @@ test("keys move a selection, and with Shift extend it", () => {
 test("a selection's window stays inside the timeline's", () => {
   const line = timeline([], []);
 
-  assert.deepEqual(scale.selectionWindow({ anchor: 2, head: 1 }, line), { from: 60_000, until: 180_000 });
-  assert.deepEqual(scale.selectionWindow({ anchor: 0, head: 3 }, line), { from: 5_000, until: 205_000 });
+  assert.deepEqual(scale.selectionWindow({ anchor: 2, head: 1 }, line), {
+    from: 60_000,
+    until: 180_000,
+  });
+  assert.deepEqual(scale.selectionWindow({ anchor: 0, head: 3 }, line), {
+    from: 5_000,
+    until: 205_000,
+  });
 });
 
 test("colours differ as long as there are enough, and stay with their names", () => {
@@ -122,13 +151,19 @@ test("times are read as the service reads them", () => {
 });
 
 test("a window must end after it starts", () => {
-  assert.deepEqual(times.resolveWindow("now-1h", "now", NOON), { from: NOON - 60 * MIN, until: NOON });
+  assert.deepEqual(times.resolveWindow("now-1h", "now", NOON), {
+    from: NOON - 60 * MIN,
+    until: NOON,
+  });
   assert.equal(times.resolveWindow("now", "now-1h", NOON), null);
 });
 
 test("windows and ranges are written for people", () => {
   assert.equal(times.formatWindow(NOON, NOON + 90 * MIN, "utc"), "2026-11-21 12:00 – 13:30 UTC");
-  assert.equal(times.formatWindow(NOON, NOON + 720 * MIN + 5000, "utc"), "2026-11-21 12:00:00 – 2026-11-22 00:00:05 UTC");
+  assert.equal(
+    times.formatWindow(NOON, NOON + 720 * MIN + 5000, "utc"),
+    "2026-11-21 12:00:00 – 2026-11-22 00:00:05 UTC",
+  );
   assert.equal(times.formatRange("now-6h", "now", NOON, "utc"), "Last 6 hours");
 });
 

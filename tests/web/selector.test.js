@@ -21,8 +21,21 @@ function expectation(text) {
 }
 
 test("a selector reads back what it writes", () => {
-  for (const value of ["api", "", 'a"b', "a\\b", "1\\.5.*", "новый", "a\nb\u200b", "{x},", "\u{1f525}"]) {
-    const matchers = [{ name: "service", operator: "=", value }, { name: "my label", operator: "!~", value }];
+  for (const value of [
+    "api",
+    "",
+    'a"b',
+    "a\\b",
+    "1\\.5.*",
+    "новый",
+    "a\nb\u200b",
+    "{x},",
+    "\u{1f525}",
+  ]) {
+    const matchers = [
+      { name: "service", operator: "=", value },
+      { name: "my label", operator: "!~", value },
+    ];
     assert.deepEqual(selector.parse(selector.print(matchers)), matchers);
   }
 });
@@ -33,7 +46,10 @@ test("the text is Prometheus's", () => {
 });
 
 test("quotes, spaces, backquotes and a comma at the end are read", () => {
-  assert.deepEqual(selector.parse(" { service = 'api' , version=~`1\\.5.*`, } "), [SERVICE, VERSION]);
+  assert.deepEqual(selector.parse(" { service = 'api' , version=~`1\\.5.*`, } "), [
+    SERVICE,
+    VERSION,
+  ]);
   for (const empty of ["", "  ", "{}", " { } "]) assert.deepEqual(selector.parse(empty), []);
 });
 
@@ -62,7 +78,10 @@ test("adding a matcher replaces an equality on the same label, and twice is once
 
   assert.deepEqual(selector.add([SERVICE, VERSION], web), [VERSION, web]);
   assert.deepEqual(selector.add([VERSION], VERSION), [VERSION]);
-  assert.deepEqual(selector.add([SERVICE], { ...web, operator: "!=" }), [SERVICE, { ...web, operator: "!=" }]);
+  assert.deepEqual(selector.add([SERVICE], { ...web, operator: "!=" }), [
+    SERVICE,
+    { ...web, operator: "!=" },
+  ]);
 });
 
 test("removing takes the matcher that was meant", () => {

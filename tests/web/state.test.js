@@ -49,7 +49,9 @@ test("every state reads back from its address", () => {
 });
 
 test("what means nothing is read as the default", () => {
-  const read = parseState("?mode=x&side=y&group=galaxy&node=xyz&view=&rows=7&invert=no&from=&series=%3D&unknown=1");
+  const read = parseState(
+    "?mode=x&side=y&group=galaxy&node=xyz&view=&rows=7&invert=no&from=&series=%3D&unknown=1",
+  );
 
   assert.deepEqual(read, { ...DEFAULTS });
 });
@@ -78,10 +80,21 @@ test("a box or a row of the table is selected, not both", () => {
 });
 
 test("steps can be undone, refinements make no steps", () => {
-  for (const change of [{ q: "{}" }, { from: "now-3h" }, { node: "0123456789abcdef" }, { focus: ["f"] }, { tab: "table" }]) {
+  for (const change of [
+    { q: "{}" },
+    { from: "now-3h" },
+    { node: "0123456789abcdef" },
+    { focus: ["f"] },
+    { tab: "table" },
+  ]) {
     assert.equal(isStep(DEFAULTS, changeState(DEFAULTS, change)), true, JSON.stringify(change));
   }
-  for (const change of [{ search: "m" }, { filter: "m" }, { select: "0123456789abcdef" }, { tz: "local" }]) {
+  for (const change of [
+    { search: "m" },
+    { filter: "m" },
+    { select: "0123456789abcdef" },
+    { tz: "local" },
+  ]) {
     assert.equal(isStep(DEFAULTS, changeState(DEFAULTS, change)), false, JSON.stringify(change));
   }
 });
@@ -105,7 +118,11 @@ test("another range ends the narrowing", () => {
 test("a link holds absolute times", () => {
   const narrow = changeState(DEFAULTS, state.narrowTo(DEFAULTS, { from: 1000, until: 2000 }));
 
-  const frozen = state.freezeState(narrow, { from: 1000, until: 2000 }, { from: 0, until: 3600000 });
+  const frozen = state.freezeState(
+    narrow,
+    { from: 1000, until: 2000 },
+    { from: 0, until: 3600000 },
+  );
 
   assert.deepEqual([frozen.from, frozen.until, frozen.over], ["1000", "2000", "0..3600000"]);
 });
