@@ -206,9 +206,9 @@ export class SelectorInput {
 
   #choose(i) {
     this.#active = i;
-    [...this.list.children].forEach((option, k) =>
-      option.setAttribute("aria-selected", String(k === i)),
-    );
+    for (const [k, option] of [...this.list.children].entries()) {
+      option.setAttribute("aria-selected", String(k === i));
+    }
     set(this.input, { "aria-activedescendant": i < 0 ? null : `${this.list.id}-${i}` });
     this.list.children[i]?.scrollIntoView({ block: "nearest" });
   }
@@ -440,9 +440,9 @@ export class SearchBox {
         this.search.now("");
       }
     });
-    this.buttons.forEach((each, i) =>
-      each.addEventListener("click", () => onStep(i === 0 ? -1 : 1)),
-    );
+    for (const [i, each] of this.buttons.entries()) {
+      each.addEventListener("click", () => onStep(i === 0 ? -1 : 1));
+    }
   }
 
   show(text) {

@@ -14,6 +14,7 @@ const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 // private, unassigned, separators other than a space, and the default-ignorable characters outside
 // of those categories (symbolizer/text.py).
 const INVISIBLE =
+  // biome-ignore lint/suspicious/noMisleadingCharacterClass: each stands for itself
   /[\p{C}\p{Zl}\p{Zp}\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\u{e0100}-\u{e01ef}]/gu;
 const SHORT_ESCAPES = { "\n": "\\n", "\r": "\\r", "\t": "\\t" };
 

@@ -379,8 +379,8 @@ export class FlameGraphView {
 
   #frameColour(frame, key, selfShare, change) {
     const { isDark } = this.#scheme;
-    let cache = this.#colours.get(change);
-    if (!cache) this.#colours.set(change, (cache = new Map()));
+    if (!this.#colours.has(change)) this.#colours.set(change, new Map());
+    const cache = this.#colours.get(change);
     let colour = cache.get(key);
     if (!colour) {
       colour = boxColour(frame, this.#colour, isDark, selfShare);

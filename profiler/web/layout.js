@@ -78,7 +78,7 @@ export class Graph {
     this.wholeTotal = total;
     this.ancestors = ancestorsOf(path, total);
     this.top = -this.ancestors.length;
-    path?.forEach(({ id }, i) => this.#above.set(id, i - path.length + 1));
+    for (const [i, { id }] of (path ?? []).entries()) this.#above.set(id, i - path.length + 1);
     this.#link();
   }
 

@@ -205,7 +205,8 @@ class Page {
 
   /** Read the clock and the status anew, then everything else. */
   async #refresh() {
-    const refresh = (this.#refreshing = {});
+    const refresh = {};
+    this.#refreshing = refresh;
     this.#setBusy("status", true);
     try {
       const { answer } = await this.#api.ask("status", "status");
@@ -329,7 +330,8 @@ class Page {
 
   async #ask(name, key, [path, params]) {
     const shown = this.#shown[name];
-    const question = (shown.question = {}); // what is asked again has the same key
+    const question = {}; // what is asked again has the same key
+    shown.question = question;
     shown.key = key;
     shown.isOld = true;
     this.#setBusy(name, true);
@@ -972,24 +974,22 @@ class Page {
         el(
           "p",
           { class: "chips" },
-          services
-            .slice(0, 40)
-            .map((value) =>
-              el(
-                "button",
-                {
-                  type: "button",
-                  class: "chip service",
-                  on: {
-                    click: () =>
-                      this.#change({
-                        q: selector.print([{ name: "service", operator: "=", value }]),
-                      }),
-                  },
+          services.slice(0, 40).map((value) =>
+            el(
+              "button",
+              {
+                type: "button",
+                class: "chip service",
+                on: {
+                  click: () =>
+                    this.#change({
+                      q: selector.print([{ name: "service", operator: "=", value }]),
+                    }),
                 },
-                el("span", { class: "chip-text", text: safeName(value) }),
-              ),
+              },
+              el("span", { class: "chip-text", text: safeName(value) }),
             ),
+          ),
         ),
         el(
           "p",

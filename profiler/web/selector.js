@@ -178,12 +178,12 @@ function* scan(text) {
 function unquote(quoted, start) {
   const inner = quoted.slice(1, -1);
   if (quoted[0] === "`") return inner;
-  return inner.replace(ESCAPE, (escape, plain, x, u, U, _other, offset) => {
+  return inner.replace(ESCAPE, (escaped, plain, x, u, U, _other, offset) => {
     if (plain) return PLAIN[plain] ?? plain;
     const code = Number.parseInt(x ?? u ?? U, 16);
     if (Number.isNaN(code) || code > 0x10ffff) {
       throw new SelectorError(
-        `unknown escape ${escape} (a backslash is written \\\\)`,
+        `unknown escape ${escaped} (a backslash is written \\\\)`,
         start + 1 + offset,
       );
     }
