@@ -11,6 +11,8 @@ from playwright.sync_api import Browser
 from tests.support.browser import View, chromium, visiting
 from tests.support.weed import Weed
 
+pytest_plugins = ["tests.support.javascript"]
+
 # A busy machine makes single examples slow; what a test may take in all is pytest's timeout.
 hypothesis.settings.register_profile("everflame", deadline=None)
 hypothesis.settings.load_profile("everflame")
