@@ -22,7 +22,7 @@ def run(tmp_path):
         done = subprocess.run(
             [*command, f"--rootdir={tmp_path}", "-p", "no:cacheprovider", *options, "one.test.js"],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
             check=False,
             capture_output=True,
             text=True,
