@@ -4,14 +4,13 @@
 // of /api/v1/diff and /api/v1/diff/top say, in words, with their intervals.
 
 import { changeColour, changeSign } from "./colour.js";
-import { Menu, RangePicker, SelectorInput } from "./controls.js";
+import { SelectorInput } from "./combobox.js";
 import { button, el } from "./dom.js";
-import { coresPerHost, counted, growth, number, place, safeName, share } from "./format.js";
-import { CHANGED } from "./layout.js";
-import * as selector from "./selector.js";
+import { coresPerHost, counted, growth, place, safeName, share } from "./format.js";
+import { RangePicker } from "./menu.js";
 import { rowName } from "./table.js";
-import { deploymentText } from "./timeline.js";
-import { formatTime, formatWindow, zoneName } from "./times.js";
+import { formatWindow } from "./times.js";
+import { CHANGED } from "./tree.js";
 
 const EARLIER = [
   ["", "", "Right before"],
@@ -30,7 +29,6 @@ const NOISE = {
   hosts: (count) => `what differs between ${counted(count, "host")}`,
   replicates: (count) => `what differs between ${counted(count, "run")}`,
 };
-const ANNOUNCE = "everflame deployments add --service NAME --version VERSION";
 
 /** Hand the colours of changes to the style sheet: what is around the graph has the graph's own. */
 export function publishColours({ style }) {
@@ -362,150 +360,6 @@ function coresText([estimate, low, high]) {
 
 function withInterval(text, interval) {
   return interval ? `${text} (${interval})` : text;
-}
-
-/** The deployments of the timeline's window, each a button that compares before and after it. */
-export class DeploymentsMenu {
-  #shown = null;
-
-  /** `onCompare(deployment)`: one was chosen. */
-  constructor(container, { onCompare }) {
-    this.container = container;
-    this.menu = new Menu(container, { onOpen: () => this.#fill() });
-    this.count = container.querySelector(".count");
-    this.onCompare = onCompare;
-  }
-
-  /** Show an answer of /api/v1/deployments (null: none, for `problem`); `isChosen` tells which is compared. */
-  show(answer, { tz, problem, isChosen }) {
-    this.#shown = { answer, tz, problem, isChosen };
-    const count = answer?.deployments.length ?? 0;
-    this.count.textContent = count ? number(count + answer.rest) : "";
-    if (!this.menu.popup.hidden) this.#fill();
-  }
-
-  open() {
-    this.menu.open();
-  }
-
-  #fill() {
-    const { answer, tz, problem, isChosen } = this.#shown ?? {};
-    const popup = this.menu.popup;
-    if (!answer)
-      return popup.replaceChildren(
-        el("p", {
-          class: "muted",
-          text: problem ? `No deployments are known: ${safeName(problem)}` : "Asking the service…",
-        }),
-      );
-    if (answer.deployments.length === 0)
-      return popup.replaceChildren(...noDeployments(answer.empty?.reason));
-    popup.replaceChildren(
-      el(
-        "ul",
-        {},
-        answer.deployments.map((each) => el("li", {}, this.#choice(each, tz, isChosen(each)))),
-      ),
-      answer.rest
-        ? el("p", {
-            class: "muted",
-            text: `and ${number(answer.rest)} earlier ones: choose a shorter range`,
-          })
-        : "",
-    );
-  }
-
-  #choice(deployment, tz, isChosen) {
-    const { first_ms: ms, compare, compare_reason: reason } = deployment;
-    return el(
-      "button",
-      {
-        type: "button",
-        class: "deployment-choice",
-        "aria-current": isChosen ? "true" : null,
-        "aria-disabled": compare ? null : "true",
-        on: {
-          click: () => {
-            if (compare) {
-              this.menu.close();
-              this.menu.button.focus();
-            }
-            this.onCompare(deployment);
-          },
-        },
-      },
-      el("b", { text: deploymentText(deployment) }),
-      el("span", {
-        class: "muted",
-        text: `${formatTime(ms, tz)} ${zoneName(tz)}${compare ? "" : `: ${reason ?? "not to be compared"}`}`,
-      }),
-    );
-  }
-}
-
-function noDeployments(reason) {
-  const why =
-    {
-      no_change: "No service began to run another version in this range.",
-      no_versions: "No version of these services is known.",
-      nothing_matches: "No service of this range is of the selector.",
-      no_data_in_range: "Nothing was profiled in this range.",
-    }[reason] ?? "There are none in this range.";
-  return [
-    el("p", {}, el("b", { text: "No deployments" })),
-    el("p", {
-      text: `${why} Versions are found by themselves in SERVICE_VERSION and the like, in images and release folders; or a pipeline says them:`,
-    }),
-    el("pre", { text: ANNOUNCE }),
-  ];
-}
-
-/**
- * Say on which side nothing stands, and lead to what is there: nodes to show for an ApiError. `query`
- * is that side's selector. Callbacks: onQuery(text), onWindow(nearest), onEnd().
- */
-export function emptySide({ title, message, problem }, { tz, query, onQuery, onWindow, onEnd }) {
-  const { side, reason, nearest = [], services = [], versions = [] } = problem;
-  const titles = { before: "Nothing stands before", after: "Nothing stands after" };
-  const choices = (text, values, name) => {
-    if (reason !== "nothing_matches" || values.length === 0) return [];
-    const chips = values.map((value) =>
-      el(
-        "button",
-        {
-          type: "button",
-          class: "chip service",
-          on: { click: () => onQuery(withMatcher(query, name, value)) },
-        },
-        el("span", { class: "chip-text", text: safeName(value) }),
-      ),
-    );
-    return [el("p", { text }), el("p", { class: "chips" }, chips)];
-  };
-  return [
-    el("h3", { text: titles[side] ?? title }),
-    el("p", { class: "detail", text: safeName(message) }),
-    ...choices("Versions that are there:", versions, "version"),
-    ...choices("Services that are there:", services, "service"),
-    ...(nearest.length ? [el("p", { text: "The nearest data:" })] : []),
-    el(
-      "p",
-      { class: "row" },
-      nearest.map((each) =>
-        button({
-          text: formatWindow(each.from_ms, each.until_ms, tz),
-          click: () => onWindow(each),
-        }),
-      ),
-      button({ text: "End the comparison", click: onEnd }),
-    ),
-  ];
-}
-
-/** Give a selector with a label's value, in place of what it asks of that label. */
-function withMatcher(query, name, value) {
-  const others = selector.parse(query).filter((each) => each.name !== name);
-  return selector.print([...others, { name, operator: "=", value }]);
 }
 
 /** Give the buttons that help where a comparison came to nothing; `callbacks` are what they do. */

@@ -116,3 +116,18 @@ export function isTyping(event) {
     null
   );
 }
+
+/**
+ * Give a function that tells whether a view is to be drawn from other values than the last time, so
+ * that what stays as it is need not be drawn again; its `forget(view)` makes the next ones other.
+ */
+export function changeTracker() {
+  const drawnFrom = new Map();
+  const isNew = (view, ...values) => {
+    const before = drawnFrom.get(view);
+    drawnFrom.set(view, values);
+    return !before || values.some((value, i) => value !== before[i]);
+  };
+  isNew.forget = (view) => drawnFrom.delete(view);
+  return isNew;
+}

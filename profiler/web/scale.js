@@ -156,6 +156,22 @@ export function assignColours(names, count) {
   return colours;
 }
 
+/** Name a series as legends do. */
+export function seriesName(series, label) {
+  if (series.rest) return "all others";
+  return labelOf(series, label) || `no ${label}`;
+}
+
+/** Give a series' value of a label, which may be called as what every object has; "" if it has none. */
+export function labelOf({ labels }, name) {
+  return Object.hasOwn(labels, name) ? labels[name] : "";
+}
+
+/** Give the style sheet's class of a colour number; none is the grey of the rest. */
+export function colourClass(colour) {
+  return colour === undefined ? "s-rest" : `s${colour}`;
+}
+
 function hash(text) {
   let value = 0x811c9dc5;
   for (const character of text) value = Math.imul(value ^ character.codePointAt(0), 0x01000193);

@@ -4,9 +4,11 @@
 // What has no profile is hatched, never zero. The chart is a slider to assistive software: its text
 // says the chosen steps and what was used in them. Marks are buttons beside it.
 
+import { deploymentText } from "./deployments.js";
 import { el, svg } from "./dom.js";
-import { cores, counted, safeName, share, span } from "./format.js";
+import { cores, share, span } from "./format.js";
 import * as scale from "./scale.js";
+import { colourClass, labelOf, seriesName } from "./scale.js";
 import { formatTime, formatWindow, zoneName } from "./times.js";
 
 const HEIGHT_PX = 142;
@@ -432,17 +434,6 @@ export class TimelineView {
   }
 }
 
-/** Say what a deployment was: `api 1.5.0 (before: 1.4.2), rollout on 3 hosts`. */
-export function deploymentText({ service, version, previous, kind, hosts }) {
-  const name = [service, version].map(safeName).join(" ");
-  return [
-    name,
-    previous ? ` (before: ${safeName(previous)})` : "",
-    `, ${kind}`,
-    hosts.length ? ` on ${counted(hosts.length, "host")}` : "",
-  ].join("");
-}
-
 /** Draw the chosen parts: what is outside pales, each has an edge of its own and its name. */
 function drawChosen(chosen, { right, bottom }) {
   const parts = [];
@@ -485,22 +476,6 @@ function drawChosen(chosen, { right, bottom }) {
       parts.push(svgText(name, { class: `chosen-name ${name}`, x: left + 6, y: MARGIN.top + 14 }));
   }
   return parts;
-}
-
-/** Name a series as legends do. */
-export function seriesName(series, label) {
-  if (series.rest) return "all others";
-  return labelOf(series, label) || `no ${label}`;
-}
-
-/** Give a series' value of a label, which may be called as what every object has; "" if it has none. */
-export function labelOf({ labels }, name) {
-  return Object.hasOwn(labels, name) ? labels[name] : "";
-}
-
-/** Give the style sheet's class of a colour number; none is the grey of the rest. */
-export function colourClass(colour) {
-  return colour === undefined ? "s-rest" : `s${colour}`;
 }
 
 function svgText(text, attributes) {

@@ -4,20 +4,16 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import {
-  Graph,
-  LEAST_PX,
-  ROOT_ID,
   boxOf,
   comparedTo,
-  graphOf,
   hit,
+  LEAST_PX,
   layOut,
   neighbour,
-  nodeId,
-  stepMatch,
   sumOf,
-  viewOf,
 } from "../../profiler/web/layout.js";
+import { stepMatch } from "../../profiler/web/matches.js";
+import { Graph, graphOf, nodeId, ROOT_ID, viewOf } from "../../profiler/web/tree.js";
 
 const FRAMES = [
   ["all", "", "label", "", 0],

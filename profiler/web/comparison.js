@@ -1,0 +1,59 @@
+// Comparison: the card with both sides, the verdict on them, and what can be tried next.
+
+import { nextSteps, Sides, Verdict } from "./compare.js";
+import { beforeQuery, SAME } from "./state.js";
+
+const byId = (id) => document.getElementById(id);
+
+export class Comparison {
+  #page;
+
+  /** `page` has the state, the selection and the loader, and takes changes (page.js). */
+  constructor(page) {
+    const { change, toggleComparison, toolbar } = page;
+    this.#page = page;
+    this.sides = new Sides(byId("comparison"), {
+      suggest: (expects, name) => toolbar.suggest(expects, name),
+      onWindow: (from, until) => change({ before_from: from, before_until: until }),
+      onQuery: (query) => change({ before_query: query === page.state.q ? SAME : query }),
+      onSwap: () => change(page.selection.swapped()),
+      onEnd: () => {
+        byId("compare-button").focus();
+        toggleComparison();
+      },
+    });
+    this.verdict = new Verdict(byId("verdict"));
+  }
+
+  /** Show what follows from the state alone. */
+  render() {
+    const { state, selection } = this.#page;
+    const { isComparison, window, before } = selection;
+    byId("comparison").hidden = !isComparison;
+    if (!isComparison) return;
+    const after = { ...window, query: state.q };
+    this.sides.show({ ...before, query: beforeQuery(state) }, after, state);
+  }
+
+  /** Show the verdict, with the functions that changed once they are there. */
+  draw() {
+    const { change, loader, selection } = this.#page;
+    const { response, error } = loader.of("diff");
+    if (!selection.isComparison || !response || error) return;
+    const changes = loader.of("changes");
+    const isThere = changes.response && !changes.error && !changes.isOld;
+    const steps = nextSteps(response, {
+      onHalve: () => change(selection.halved()),
+      onAll: () => change({ changes: "all" }),
+      onYesterday: () => change({ before_from: "-1d", before_until: "" }),
+    });
+    this.sides.tell(response);
+    this.verdict.show(response, isThere ? changes.response.functions : null, steps);
+  }
+
+  /** Say that there is no verdict yet, or none. */
+  clear(text) {
+    this.sides.tell(null);
+    this.verdict.clear(text);
+  }
+}

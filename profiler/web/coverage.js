@@ -1,0 +1,170 @@
+// Coverage: what the figures rest on, and what is missing from them.
+
+import { el, icon } from "./dom.js";
+import { number, safeName, share, span } from "./format.js";
+
+const LOSSES = {
+  map_full: "a table in the kernel was full",
+  map_busy: "a table in the kernel was locked by the code that was interrupted",
+  budget: "the profiler held back to stay within its CPU budget",
+  fault: "the profiler itself failed; its log says how",
+  spool_full: "the store was away for too long, the oldest stacks were given up",
+};
+
+const STOPS = {
+  root: ["complete", "reached the outermost frame"],
+  kernel_thread: ["complete", "a thread of the kernel has no user stack"],
+  no_user_registers: ["none", "the thread was leaving, or has no user side"],
+  no_process_yet: ["cut", "the process was young, or new to the profiler"],
+  no_table_yet: ["cut", "the unwind table of a file was not loaded yet"],
+  no_table: ["cut", "a file without unwind information or frame pointers"],
+  no_room: ["cut", "the memory for unwind tables is full of others that are in use"],
+  no_mapping: ["cut", "no code is known at the address"],
+  hole: ["cut", "the file's unwind information leaves this function out"],
+  unsupported_rule: ["cut", "a rule for leaving the frame that is not supported"],
+  register_lost: ["cut", "a rule that needs a register of the leaf"],
+  bad_frame_pointer: ["cut", "compiled at run time, without frame pointers"],
+  bad_stack_pointer: ["cut", "the rules lead nowhere: damaged, or a stack that was switched"],
+  chain_end: ["cut", "the chain of frame pointers ended; perhaps by chance"],
+  unreadable: ["cut", "the stack's memory was not there to read"],
+  truncated: ["cut", "deeper than a record has room for; the leaf side is kept"],
+  compat: ["cut", "a 32-bit program; its leaf is kept"],
+};
+
+/** What the figures rest on, in one line, and in full on demand. */
+export class CoverageStrip {
+  constructor(container) {
+    this.container = container;
+  }
+
+  show({ coverage, samples, window }) {
+    const isOpen = this.container.querySelector("details")?.open ?? false;
+    const lost = sum(coverage.lost);
+    const { hosts, skipped } = coverage;
+    const facts = [];
+    if (coverage.complete !== null && coverage.complete !== undefined) {
+      facts.push([share(coverage.complete, 1), "of stacks complete", coverage.complete < 0.9]);
+    }
+    facts.push([number(lost), `sample${lost === 1 ? "" : "s"} lost`, lost > 0]);
+    if (skipped.length)
+      facts.push([
+        number(skipped.length),
+        `object${skipped.length === 1 ? "" : "s"} skipped`,
+        true,
+      ]);
+    facts.push([number(hosts), hosts === 1 ? "host" : "hosts", false]);
+    facts.push([number(samples), samples === 1 ? "sample" : "samples", false]);
+    const line = facts.map(([figure, noun, isBad]) =>
+      el("span", { class: isBad ? "fact bad" : "fact" }, el("b", { text: figure }), ` ${noun}`),
+    );
+    this.container.replaceChildren(
+      el(
+        "details",
+        { open: isOpen },
+        el("summary", {}, ...line, el("span", { class: "more" }, "Details", icon("down"))),
+        this.#details(coverage, window),
+      ),
+    );
+  }
+
+  clear() {
+    this.container.replaceChildren();
+  }
+
+  #details(coverage, window) {
+    const { ticks, stored, idle, filtered } = coverage;
+    const names = coverage.host_names.slice(0, 12).map(safeName);
+    const listed =
+      names.join(", ") +
+      (coverage.hosts > names.length ? ` and ${coverage.hosts - names.length} more` : "");
+    const accounts = [
+      ["Ticks of the CPUs", ticks],
+      ["stored as samples", stored],
+      ["idle", idle],
+      ["filtered", filtered],
+      ["lost", sum(coverage.lost)],
+    ].map(([name, count]) => [name, number(count), ticks ? share(count, ticks) : ""]);
+    const losses = entries(coverage.lost).map(([cause, count]) => [
+      spoken(cause),
+      number(count),
+      known(LOSSES, cause, ""),
+    ]);
+    const stops = entries(coverage.stops).map(([reason, count]) => [
+      spoken(reason),
+      `${number(count)} · ${share(count, stored)}`,
+      known(STOPS, reason, ["", ""]).join(": ").replace(/^: $/, ""),
+    ]);
+    const profiledMs = coverage.profiled_ns / 1e6 / Math.max(1, coverage.hosts);
+    const sources = [
+      ["Hosts", number(coverage.hosts), listed],
+      ["CPUs", number(coverage.cpus ?? 0), ""],
+      ["Objects read", number(coverage.objects ?? 0), ""],
+      [
+        "Window",
+        span(window.until_ms - window.from_ms),
+        coverage.hosts
+          ? `profiled for ${span(profiledMs)} of it${coverage.hosts > 1 ? " on average per host" : ""}`
+          : "",
+      ],
+    ];
+    return el(
+      "div",
+      { class: "coverage-details" },
+      facts("Every tick ends in one place", accounts),
+      facts("Why samples were lost", losses.length ? losses : [["nothing was lost", "", ""]]),
+      facts("Where user stacks end", stops.length ? stops : [["no stacks", "", ""]]),
+      facts("Where it comes from", sources),
+      coverage.skipped.length
+        ? facts(
+            "Skipped objects: what they hold is missing here",
+            coverage.skipped.map(({ key, reason }) => [key, "", reason]),
+            "wide",
+          )
+        : null,
+    );
+  }
+}
+
+function facts(title, rows, className = "") {
+  return el(
+    "section",
+    { class: className },
+    el("h3", { text: title }),
+    el(
+      "table",
+      {},
+      el(
+        "tbody",
+        {},
+        rows.map(([name, figure, why]) =>
+          el(
+            "tr",
+            {},
+            el("th", { scope: "row", text: safeName(name) }),
+            el("td", { class: "num", text: figure }),
+            el("td", { class: "muted", text: safeName(why) }),
+          ),
+        ),
+      ),
+    ),
+  );
+}
+
+/** Look up a name from outside, which may be one that every object has. */
+function known(table, name, otherwise) {
+  return Object.hasOwn(table, name) ? table[name] : otherwise;
+}
+
+function spoken(name) {
+  return name.replaceAll("_", " ");
+}
+
+function entries(counts) {
+  return Object.entries(counts)
+    .filter(([, count]) => count > 0)
+    .sort((one, other) => other[1] - one[1]);
+}
+
+function sum(counts) {
+  return Object.values(counts).reduce((total, count) => total + count, 0);
+}

@@ -1,0 +1,115 @@
+// Deployments: how they are described, and the menu that lists them.
+
+import { el } from "./dom.js";
+import { counted, number, safeName } from "./format.js";
+import { Menu } from "./menu.js";
+import { formatTime, zoneName } from "./times.js";
+
+const ANNOUNCE = "everflame deployments add --service NAME --version VERSION";
+
+/** Say what a deployment was: `api 1.5.0 (before: 1.4.2), rollout on 3 hosts`. */
+export function deploymentText({ service, version, previous, kind, hosts }) {
+  const name = [service, version].map(safeName).join(" ");
+  return [
+    name,
+    previous ? ` (before: ${safeName(previous)})` : "",
+    `, ${kind}`,
+    hosts.length ? ` on ${counted(hosts.length, "host")}` : "",
+  ].join("");
+}
+
+/** The deployments of the timeline's window, each a button that compares before and after it. */
+export class DeploymentsMenu {
+  #shown = null;
+
+  /** `onCompare(deployment)`: one was chosen. */
+  constructor(container, { onCompare }) {
+    this.container = container;
+    this.menu = new Menu(container, { onOpen: () => this.#fill() });
+    this.count = container.querySelector(".count");
+    this.onCompare = onCompare;
+  }
+
+  /** Show an answer of /api/v1/deployments (null: none, for `problem`); `isChosen` tells which is compared. */
+  show(answer, { tz, problem, isChosen }) {
+    this.#shown = { answer, tz, problem, isChosen };
+    const count = answer?.deployments.length ?? 0;
+    this.count.textContent = count ? number(count + answer.rest) : "";
+    if (!this.menu.popup.hidden) this.#fill();
+  }
+
+  open() {
+    this.menu.open();
+  }
+
+  #fill() {
+    const { answer, tz, problem, isChosen } = this.#shown ?? {};
+    const popup = this.menu.popup;
+    if (!answer)
+      return popup.replaceChildren(
+        el("p", {
+          class: "muted",
+          text: problem ? `No deployments are known: ${safeName(problem)}` : "Asking the service…",
+        }),
+      );
+    if (answer.deployments.length === 0)
+      return popup.replaceChildren(...noDeployments(answer.empty?.reason));
+    popup.replaceChildren(
+      el(
+        "ul",
+        {},
+        answer.deployments.map((each) => el("li", {}, this.#choice(each, tz, isChosen(each)))),
+      ),
+      answer.rest
+        ? el("p", {
+            class: "muted",
+            text: `and ${number(answer.rest)} earlier ones: choose a shorter range`,
+          })
+        : "",
+    );
+  }
+
+  #choice(deployment, tz, isChosen) {
+    const { first_ms: ms, compare, compare_reason: reason } = deployment;
+    return el(
+      "button",
+      {
+        type: "button",
+        class: "deployment-choice",
+        "aria-current": isChosen ? "true" : null,
+        "aria-disabled": compare ? null : "true",
+        on: {
+          click: () => {
+            if (compare) {
+              this.menu.close();
+              this.menu.button.focus();
+            }
+            this.onCompare(deployment);
+          },
+        },
+      },
+      el("b", { text: deploymentText(deployment) }),
+      el("span", {
+        class: "muted",
+        text: `${formatTime(ms, tz)} ${zoneName(tz)}${compare ? "" : `: ${reason ?? "not to be compared"}`}`,
+      }),
+    );
+  }
+}
+
+function noDeployments(reason) {
+  const why =
+    {
+      no_change: "No service began to run another version in this range.",
+      no_versions: "No version of these services is known.",
+      nothing_matches: "No service of this range is of the selector.",
+      no_data_in_range: "Nothing was profiled in this range.",
+    }[reason] ?? "There are none in this range.";
+  return [
+    el("p", {}, el("b", { text: "No deployments" })),
+    el("p", {
+      text: `${why} Versions are found by themselves in SERVICE_VERSION and the like, in images and release folders; or a pipeline says them:`,
+    }),
+    el("pre", { text: ANNOUNCE }),
+  ];
+}

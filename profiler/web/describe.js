@@ -1,0 +1,133 @@
+// What is said of a box of the flame graph: to callbacks, in the tooltip, aloud. No DOM.
+
+import { cores, counted, number, place, quantity, safeName, share } from "./format.js";
+import { comparedTo, sumOf } from "./layout.js";
+import { CHANGED, graphOf, ROOT_ID } from "./tree.js";
+
+const KIND_NAMES = { jit: "JIT", go: "Go", java: "Java", node: "Node.js", python: "Python" };
+
+/**
+ * Describe a node, or the sum that is drawn in its place: `i` is the index of its box among the boxes,
+ * -1 if it is not drawn. graph.js says what is in it.
+ */
+export function describeBox(graph, boxes, node, i) {
+  const isSum = i >= 0 && boxes.cutEnd[i] !== 0;
+  const isRest = isSum || graph.isRest(node);
+  const named = isRest ? graph.parentOf(node) : node;
+  const { total, samples, nodes } = isSum
+    ? sumOf(graph, boxes, i)
+    : { total: graph.totalOf(node), samples: graph.samplesOf(node), nodes: 1 };
+  return {
+    id: graph.idOf(named),
+    path: graph.pathOf(named),
+    frame: isSum ? sumFrame(nodes) : graph.frameOf(node),
+    total,
+    self: isSum ? total : graph.selfOf(node),
+    samples,
+    depth: graph.rowOf(node),
+    shareOfAll: total / (graph.wholeTotal || 1),
+    isRest,
+    ...(graph.isComparison ? comparedTo(graph, node, isSum ? boxes.cutEnd[i] : 0) : {}),
+  };
+}
+
+/** Describe a box of an answer by its id; null if it is not there. */
+export function findBox(answer, id) {
+  if (answer.nodes.frame.length === 0) return null;
+  const graph = graphOf(answer);
+  const node = id === ROOT_ID ? graph.top : graph.findId(id);
+  return node === null ? null : describeBox(graph, null, node, -1);
+}
+
+/** Say a node in one line; `place` is {index, count} of the match that it is, or null. */
+export function spokenNode(graph, node, type, place) {
+  const name = nameOf(graph.frameOf(node));
+  const of = type === "cpu" ? "of CPU" : "of all";
+  const verdict = graph.verdictOf(node);
+  const said = CHANGED.has(verdict) || verdict === "moved" ? `${verdict}, ` : "";
+  const part = `${share(graph.totalOf(node), graph.wholeTotal)} ${of}`;
+  const spoken = `${name}, ${said}${part}, depth ${graph.rowOf(node)}`;
+  return place ? `${spoken}, match ${place.index} of ${place.count}` : spoken;
+}
+
+/** Say what the graph of an answer shows, zoomed into a node. */
+export function spokenGraph(graph, zoomed, { total, samples, unit }) {
+  const size = graph.isComparison
+    ? "before and after"
+    : `${quantity(total, unit)} in all, ${counted(samples, "sample")}`;
+  return (
+    `Flame graph of ${nameOf(graph.frameOf(zoomed))}: ${size}. ` +
+    "Arrow keys move, Enter zooms in, Escape zooms out, Home shows everything."
+  );
+}
+
+/** Give the lines of a tooltip that do not depend on what boxes are drawn by: {name, where, file, hint}. */
+export function tooltipHead({ frame, isRest }) {
+  return {
+    name: nameOf(frame),
+    where: [safeName(frame.module), kindName(frame.kind)].filter(Boolean).join(" · "),
+    file: safeName(place(frame.file, frame.line)),
+    hint: isRest ? "Too narrow to draw: zoom in to see them." : "",
+  };
+}
+
+/** Give the rows of a tooltip, [[name, value, share], ...]: what a box of an answer costs. */
+export function costRows(graph, zoomed, node, box, { unit, window, type }) {
+  const all = graph.wholeTotal;
+  const rows = [["Total", quantity(box.total, unit), share(box.total, all)]];
+  if (box.self !== null && !box.isRest) {
+    rows.push(["Self", quantity(box.self, unit), share(box.self, all)]);
+  }
+  const shown = graph.totalOf(zoomed);
+  if (shown !== all && node >= zoomed) rows.push(["Of what is shown", "", share(box.total, shown)]);
+  if (type === "cpu" && window) {
+    rows.push(["On average", cores(box.total, window.until_ms - window.from_ms), ""]);
+  }
+  if (box.samples !== null) rows.push(["Samples", number(box.samples), ""]);
+  return rows;
+}
+
+/** Give the name of a frame as it is shown. */
+export function nameOf(frame) {
+  return safeName(frame.function) || "(no name)";
+}
+
+function kindName(kind) {
+  if (kind === "rest") return "";
+  return Object.hasOwn(KIND_NAMES, kind) ? KIND_NAMES[kind] : safeName(kind);
+}
+
+function sumFrame(nodes) {
+  const boxes = nodes === 1 ? "1 box" : `${number(nodes)} boxes`;
+  return { function: `(${boxes} too narrow to draw)`, module: "", kind: "rest", file: "", line: 0 };
+}
+
+/** Give the label whose value a box is, of those that the tree is split by; null if it is not known. */
+export function labelNameOf(answer, { frame, path }, by) {
+  if (frame.kind !== "label" || path.length === 0) return null;
+  const names = by.split(",").filter(Boolean);
+  const graph = graphOf(answer);
+  let levels = 0;
+  for (let node = graph.top; node < graph.size; node += 1) {
+    if (graph.frameOf(node).kind === "label") levels = Math.max(levels, graph.rowOf(node));
+  }
+  const position = path.filter(([, , kind]) => kind === "label").length - 1;
+  return levels === names.length ? (names[position] ?? null) : null;
+}
+
+/** Say how many boxes of an answer are too narrow to draw; empty if all are drawn. */
+export function narrowText({ rest, nodes, total }, isComparison) {
+  if (rest.nodes === 0) return "";
+  const boxes = `${number(rest.nodes)} ${rest.nodes === 1 ? "box" : "boxes"}`;
+  const drawn = isComparison
+    ? "hatched in grey"
+    : `hatched, ${share(rest.total, nodes.total[0] || total)}`;
+  return `${boxes} too narrow to draw: summed, ${drawn}. Zoom in to see them.`;
+}
+
+/** Say what the widths of a comparison's boxes are. */
+export function wideText(side) {
+  return side
+    ? `Boxes are as wide as ${side}; what is not there then has no box.`
+    : "Boxes are as wide as both sides on average, so what is new or gone is there too.";
+}

@@ -1,0 +1,203 @@
+// Empty: what stands in place of the graph when there is none to draw, and what leads on.
+
+import { button, el } from "./dom.js";
+import { safeName } from "./format.js";
+import * as selector from "./selector.js";
+import { beforeQuery, endComparison, parseState } from "./state.js";
+import { formatWindow } from "./times.js";
+
+const SERVICES_SHOWN = 40;
+
+/** Give what to show instead of a flame graph that has no boxes, as nodes; null if it has some. */
+export function emptyState(response, page) {
+  const { empty, nodes } = response;
+  if (empty?.reason === "no_data_ever") return noDataEver(page);
+  if (empty?.reason === "no_data_in_range") return noDataInRange(empty.nearest ?? [], page);
+  if (empty?.reason === "nothing_matches" && page.selection.matchers.length) {
+    return nothingMatches(empty.services ?? [], page);
+  }
+  if (empty || nodes.frame.length === 0 || !(nodes.total[0] > 0)) return noStack(page);
+  return null;
+}
+
+function noDataEver({ loader, refresh }) {
+  const store = loader.status ? safeName(loader.status.store) : "";
+  return [
+    el("h3", { text: "No data yet" }),
+    el(
+      "p",
+      {},
+      "This store",
+      store ? ` (${store})` : "",
+      " has never held a profile. Start sampling on this host, with this page:",
+    ),
+    el("pre", { text: "sudo everflame up" }),
+    el("p", { text: "or only the agent, on every host that belongs here:" }),
+    el("pre", { text: `sudo everflame agent${store ? ` --store ${store}` : ""}` }),
+    el("p", {
+      class: "muted",
+      text: "The first window arrives after a minute. everflame doctor says what a host is missing.",
+    }),
+    el(
+      "p",
+      { class: "row" },
+      button({ text: "Look again", class: "primary", click: () => refresh() }),
+    ),
+  ];
+}
+
+function noDataInRange(nearest, { state, selection, change }) {
+  const { from, until } = selection.window;
+  return [
+    el("h3", { text: "No data in this range" }),
+    el("p", { text: `Nothing was profiled from ${formatWindow(from, until, state.tz)}.` }),
+    ...(nearest.length ? [el("p", { text: "The nearest data:" })] : []),
+    el(
+      "p",
+      { class: "row" },
+      windowButtons(nearest, state.tz, (each) => change(selection.movedTo(each))),
+      button({ text: "Last hour", click: () => change({ from: "now-1h", until: "now" }) }),
+    ),
+  ];
+}
+
+function nothingMatches(services, { state, change }) {
+  const choose = (value) => {
+    change({ q: selector.print([{ name: "service", operator: "=", value }]) });
+  };
+  return [
+    el("h3", { text: "Nothing matches" }),
+    el(
+      "p",
+      {},
+      "There are profiles in this range, but none of ",
+      el("code", { text: safeName(state.q) }),
+      ".",
+    ),
+    ...(services.length ? [el("p", { text: "Services that are there:" })] : []),
+    el("p", { class: "chips" }, valueChips(services.slice(0, SERVICES_SHOWN), choose)),
+    el(
+      "p",
+      { class: "row" },
+      button({ text: "Clear the selector", class: "primary", click: () => change({ q: "" }) }),
+    ),
+  ];
+}
+
+function noStack({ state: { callers, focus, hide, node }, change }) {
+  const isChanged = callers || focus.length || hide.length;
+  const showAll = () => change({ callers: "", focus: [], hide: [], node: "" });
+  const text = isChanged
+    ? "No stack of this range has what the changes above ask for."
+    : "The CPUs were idle in this range: every tick was counted, none was busy.";
+  const all = button({ text: "Show all stacks", class: "primary", click: showAll });
+  return [
+    el("h3", { text: isChanged ? "No stack is left" : "No samples" }),
+    el("p", { text }),
+    ...(isChanged || node ? [el("p", { class: "row" }, all)] : []),
+  ];
+}
+
+/** Give what to show where there is no response but an error, as nodes. */
+export function errorState(error, page) {
+  const { state, selection, change, refresh } = page;
+  if (error.status === 404 && error.node) {
+    return [
+      el("h3", { text: "This box is not in this range" }),
+      el("p", { text: "What was zoomed to did not run in the chosen time and selection." }),
+      el(
+        "p",
+        { class: "row" },
+        button({ text: "Zoom out", class: "primary", click: () => change({ node: "" }) }),
+        button({ text: "Back", click: () => history.back() }),
+      ),
+    ];
+  }
+  const { side } = error.problem;
+  if (side) {
+    return emptySide(error, {
+      tz: state.tz,
+      query: side === "before" ? beforeQuery(state) : state.q,
+      onQuery: (query) => change(selection.sideChanged(side, { query })),
+      onWindow: (nearest) => change(selection.sideChanged(side, selection.movedTo(nearest))),
+      onEnd: () => change(endComparison()),
+    });
+  }
+  const actions = [button({ text: "Retry", class: "primary", click: () => refresh() })];
+  if (error.parameter === "query") {
+    actions.push(button({ text: "Clear the selector", click: () => change({ q: "" }) }));
+  } else if (error.status >= 400 && error.status < 500) {
+    actions.push(button({ text: "Start over", click: () => change(parseState("")) }));
+  }
+  return [
+    el("h3", { class: "bad", text: titleOf(error) }),
+    el("p", { class: "detail", text: safeName(error.message) }),
+    el("p", { class: "row" }, actions),
+  ];
+}
+
+function titleOf({ parameter, status, title }) {
+  if (parameter === "query") return "The selector cannot be read";
+  return status === 400 ? "The address asks for what there is not" : title;
+}
+
+/** Say that the service is away while its last response is still shown. */
+export function awayNotice(error, { refresh }) {
+  const message = safeName(error.message.replace(/\.$/, ""));
+  return el(
+    "div",
+    { class: "notice bad" },
+    el("p", {}, el("b", { text: `${error.title}:` }), ` ${message}. The last answer stays below.`),
+    button({ text: "Retry", class: "small", click: () => refresh() }),
+  );
+}
+
+function windowButtons(windows, tz, choose) {
+  return windows.map((each) =>
+    button({ text: formatWindow(each.from_ms, each.until_ms, tz), click: () => choose(each) }),
+  );
+}
+
+function valueChips(values, choose) {
+  return values.map((value) =>
+    el(
+      "button",
+      { type: "button", class: "chip service", on: { click: () => choose(value) } },
+      el("span", { class: "chip-text", text: safeName(value) }),
+    ),
+  );
+}
+
+/**
+ * Say on which side nothing stands, and lead to what is there: nodes to show for an ApiError. `query`
+ * is that side's selector. Callbacks: onQuery(text), onWindow(nearest), onEnd().
+ */
+function emptySide({ title, message, problem }, { tz, query, onQuery, onWindow, onEnd }) {
+  const { side, reason, nearest = [], services = [], versions = [] } = problem;
+  const titles = { before: "Nothing stands before", after: "Nothing stands after" };
+  const choices = (text, values, name) => {
+    if (reason !== "nothing_matches" || values.length === 0) return [];
+    const choose = (value) => onQuery(withMatcher(query, name, value));
+    const chips = valueChips(values, choose);
+    return [el("p", { text }), el("p", { class: "chips" }, chips)];
+  };
+  return [
+    el("h3", { text: titles[side] ?? title }),
+    el("p", { class: "detail", text: safeName(message) }),
+    ...choices("Versions that are there:", versions, "version"),
+    ...choices("Services that are there:", services, "service"),
+    ...(nearest.length ? [el("p", { text: "The nearest data:" })] : []),
+    el(
+      "p",
+      { class: "row" },
+      windowButtons(nearest, tz, onWindow),
+      button({ text: "End the comparison", click: onEnd }),
+    ),
+  ];
+}
+
+/** Give a selector with a label's value, in place of what it asks of that label. */
+function withMatcher(query, name, value) {
+  const others = selector.parse(query).filter((each) => each.name !== name);
+  return selector.print([...others, { name, operator: "=", value }]);
+}

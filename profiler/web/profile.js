@@ -1,0 +1,354 @@
+// Profile: the flame graph, the table of functions beside it, and what is said of the selected one.
+// Of a comparison the graph shows both sides, and the table what changed.
+
+import { changeFacts, CHANGES, changesShown, showLegend, tooltipOf } from "./compare.js";
+import * as controls from "./controls.js";
+import { CoverageStrip } from "./coverage.js";
+import { findBox, labelNameOf, narrowText, wideText } from "./describe.js";
+import { changeTracker, el } from "./dom.js";
+import { safeName } from "./format.js";
+import { FlameGraphView } from "./graph.js";
+import { DetailPanel } from "./panel.js";
+import * as selector from "./selector.js";
+import { COSTS, FunctionTable } from "./table.js";
+import { formatWindow, isRelative } from "./times.js";
+import { viewOf } from "./tree.js";
+
+const WIDTH_STEP_PX = 200;
+
+const byId = (id) => document.getElementById(id);
+
+export class Profile {
+  #page;
+  #isNew = changeTracker();
+  /** What the graph shows: {response, view, colour}. */
+  #drawn = null;
+  #drawnTop = null;
+  #graphPx = 1200;
+
+  /** `page` has the state, the selection and the loader, and takes changes (page.js). */
+  constructor(page) {
+    this.#page = page;
+    showLegend(byId("changes-legend"));
+    this.coverage = new CoverageStrip(byId("coverage"));
+    this.#makeGraph();
+    this.#makeTables();
+    this.#makePanel();
+  }
+
+  #makeGraph() {
+    const { change } = this.#page;
+    this.search = new controls.SearchBox(byId("finder"), {
+      onSearch: (search) => {
+        this.#highlight(search.trim());
+        change({ search: search.trim() });
+      },
+      onStep: (direction) => this.step(direction),
+    });
+    let isZoomed = false;
+    this.graph = new FlameGraphView(byId("graph"), {
+      onZoom: (id) => {
+        isZoomed = true;
+        change({ node: id ?? "", select: id ?? "" });
+      },
+      onSelect: (box) => {
+        // A click selects and then zooms: that is one step, and Back goes to where nothing was selected.
+        isZoomed = false;
+        const select = box && !box.isRest ? box.id : "";
+        queueMicrotask(() => isZoomed || change({ select, row: "" }));
+      },
+      onHover: (box) => {
+        const isFunction = box && !box.isRest && box.frame.kind !== "label";
+        this.#shownTable.mark(isFunction ? box.frame : this.#marked);
+      },
+    });
+  }
+
+  #makeTables() {
+    const { change } = this.#page;
+    const callbacks = {
+      onSort: (sort) => change({ sort }),
+      onFilter: (filter) => change({ filter }),
+      onRows: (rows) => change({ rows }),
+      onHover: (row) => this.graph.highlight(row ?? this.#highlighted),
+      onSelect: (row) => {
+        change({ row: rowKey(row) === this.#state.row ? "" : rowKey(row), select: "" });
+      },
+    };
+    this.table = new FunctionTable(byId("pane-table"), COSTS, callbacks);
+    this.changes = new FunctionTable(byId("pane-changes"), CHANGES, callbacks);
+    const onChange = (event) => change({ changes: event.target.checked ? "all" : "" });
+    const all = el("input", { type: "checkbox", id: "changes-all", on: { change: onChange } });
+    this.changes.head.append(
+      el("label", { class: "toggle" }, all, el("span", { text: "Unchanged too" })),
+    );
+  }
+
+  #makePanel() {
+    const { change, toast } = this.#page;
+    const withName = (names, name) => [...new Set([...names, name])];
+    this.panel = new DetailPanel(byId("panel"), {
+      onZoom: (id) => change({ node: id, select: id }),
+      onCallers: (callers) => change({ callers, node: "", select: "", row: "" }),
+      onFocus: (name) => change({ focus: withName(this.#state.focus, name) }),
+      onHide: (name) => change({ hide: withName(this.#state.hide, name), row: "" }),
+      onSearch: (search) => {
+        change({ search, tab: this.#page.tab === "table" ? "graph" : this.#state.tab });
+      },
+      onFilter: (name, value, isExcluding) => {
+        const operator = isExcluding ? "!=" : "=";
+        const matcher = { name, operator, value: value === `[no ${name}]` ? "" : value };
+        const q = selector.print(selector.add(this.#selection.matchers, matcher));
+        change({ q, node: "", select: "" });
+      },
+      onRow: (cause) => change({ row: rowKey(cause), select: "", node: "" }),
+      onCopy: (text) => toast.copy(text, "Copied the name"),
+      onClose: () => change({ select: "", row: "" }),
+    });
+  }
+
+  get #state() {
+    return this.#page.state;
+  }
+
+  get #selection() {
+    return this.#page.selection;
+  }
+
+  get #shownTable() {
+    return this.#selection.isComparison ? this.changes : this.table;
+  }
+
+  /** What the graph shows: the response of its request, which a comparison has a view of; or null. */
+  get response() {
+    const { graphPanel, isComparison } = this.#selection;
+    const { response } = this.#page.loader.of(graphPanel);
+    return response && isComparison ? viewOf(response, this.#state.side) : response;
+  }
+
+  /** The width to ask boxes for: a little more than there is, so that small changes ask nothing. */
+  get askedPx() {
+    this.#graphPx = this.graph.width || this.#graphPx; // what is hidden has no width
+    const steps = Math.ceil(this.#graphPx / WIDTH_STEP_PX);
+    return Math.min(10_000, Math.max(400, steps * WIDTH_STEP_PX));
+  }
+
+  /** Show what follows from the state alone. */
+  render() {
+    const { state, selection, tab } = this.#page;
+    const { isComparison } = selection;
+    this.search.show(state.search);
+    byId("panes").dataset.tab = tab;
+    byId("panes").classList.toggle("compared", isComparison);
+    for (const id of ["changes-legend", "pane-changes"]) byId(id).hidden = !isComparison;
+    for (const id of ["coverage", "pane-table"]) byId(id).hidden = isComparison;
+    const isOther = this.#drawn && (this.#drawn.colour === "change") !== isComparison;
+    if (isOther) this.graph.dim(true); // until the response comes
+    byId("changes-all").checked = state.changes === "all";
+  }
+
+  drawGraph(arrivedAt) {
+    const { view, color, select } = this.#state;
+    const { isComparison } = this.#selection;
+    const { response } = this;
+    const colour = isComparison ? "change" : color;
+    const drawn = { response, view, colour };
+    const isSame =
+      this.#drawn && Object.entries(drawn).every(([name, value]) => this.#drawn[name] === value);
+    if (arrivedAt !== null || !isSame) {
+      const { response: diff } = this.#page.loader.of("diff");
+      const factsOf = isComparison ? (box) => tooltipOf(box, this.#rowOf(box), diff) : null;
+      this.graph.show(response, { view, colour, factsOf, arrivedAt });
+      this.#drawn = drawn;
+    }
+    this.graph.dim(false);
+    this.#highlight(this.#highlighted);
+    this.graph.select(select || null);
+    if (!isComparison) {
+      const { coverage, samples, window } = response;
+      const shown = { coverage, samples, window };
+      // A zoom is a response of its own about the same objects.
+      if (this.#isNew("coverage", JSON.stringify(shown))) this.coverage.show(shown);
+    }
+    this.#showCrumbs();
+    this.#showPanel();
+    this.#showUnder();
+  }
+
+  drawTop() {
+    const { sort, filter, rows } = this.#state;
+    const { response } = this.#page.loader.of("top");
+    if (this.#drawnTop !== response) {
+      const { functions, total } = response;
+      const largest = Math.max(0, ...functions.map((row) => row.self));
+      const context = { total, windowMs: this.#selection.windowMs, largest };
+      const all = response.rows ?? functions.length;
+      this.table.show(functions, { all, sort, filter, limit: rows, context });
+    }
+    this.#drawnTop = response;
+    this.table.dim(false);
+    this.#showPanel();
+  }
+
+  drawChanges() {
+    const { response } = this.#page.loader.of("changes");
+    const { filter, rows, changes } = this.#state;
+    if (this.#isNew("changes", response, filter, rows, changes)) {
+      const shown = changesShown(response, this.#state);
+      const options = { all: shown.length, filter, limit: rows, context: response };
+      this.changes.show(shown.slice(0, rows), options);
+    }
+    this.changes.dim(false);
+    this.#highlight(this.#highlighted);
+    this.#showPanel();
+  }
+
+  /** Say that what a panel shows is out of date. */
+  fail(panel) {
+    this.#isNew.forget(panel);
+    if (panel === "top") this.table.dim(true);
+    else if (panel === "changes") this.changes.dim(true);
+    else if (panel === this.#selection.graphPanel) this.graph.dim(true);
+  }
+
+  #showCrumbs() {
+    const { path, nodes, frames } = this.response;
+    const isShown = this.#selection.isZoomed && nodes.frame.length > 0;
+    const steps = isShown ? [{ id: "", frame: ["all"] }, ...path] : [];
+    if (isShown && path.length === 0) {
+      steps.push({ id: this.#state.node, frame: frames[nodes.frame[0]] });
+    }
+    const crumbs = steps.map(({ id, frame }) => {
+      const name = safeName(frame[0]);
+      return { name, title: name, go: () => this.#page.change({ node: id }) };
+    });
+    controls.showCrumbs(byId("crumbs"), crumbs);
+  }
+
+  #showUnder() {
+    const { side, from, until, over, tz } = this.#state;
+    const { isComparison } = this.#selection;
+    const { nodes, window } = this.response;
+    const parts = [narrowText(this.response, isComparison)];
+    if (isComparison) parts.push(wideText(side));
+    else if (over === "" && isRelative(from, until)) {
+      parts.push(`As of ${formatWindow(window.from_ms, window.until_ms, tz)}.`);
+    }
+    if (isComparison && nodes.frame.length && !(nodes.total[0] > 0)) {
+      parts.unshift(`There is nothing of this ${side}.`);
+    }
+    const isShown = isComparison || nodes.frame.length > 0;
+    byId("under").textContent = isShown ? parts.filter(Boolean).join(" ") : "";
+  }
+
+  // Selection: a box of the graph, or a row of the table
+
+  #showPanel() {
+    const { isComparison } = this.#selection;
+    if (!(isComparison ? this.#showChange() : this.#showCost())) this.panel.hide();
+    this.#shownTable.mark(this.#marked);
+  }
+
+  /** Show what the selected box or function costs; tell whether there is one. */
+  #showCost() {
+    const { select, row, callers, by, node } = this.#state;
+    const { windowMs } = this.#selection;
+    const { response } = this.#page.loader.of("flame");
+    const { response: top } = this.#page.loader.of("top");
+    const files = response?.modules ?? [];
+    const box = select && response ? findBox(response, select) : null;
+    if (box) {
+      const isCallers = callers === box.frame.function;
+      const labelName = labelNameOf(response, box, by);
+      const isZoomed = box.id === node;
+      this.panel.showBox(box, { windowMs, files, labelName, isZoomed, isCallers });
+      return true;
+    }
+    const picked = row ? top?.functions.find((each) => rowKey(each) === row) : null;
+    if (!picked) return false;
+    const isCallers = callers === picked.function;
+    this.panel.showFunction(picked, { windowMs, files, total: top.total, isCallers });
+    return true;
+  }
+
+  /** Show how the selected box or function changed; tell whether there is one. */
+  #showChange() {
+    const { select, row, callers, node } = this.#state;
+    const { response } = this.#page.loader.of("diff");
+    const { response: changes } = this.#page.loader.of("changes");
+    const box = select && response ? findBox(this.response, select) : null;
+    if (box) {
+      const { frame, cause, id, depth } = box;
+      this.panel.showChange(frame, {
+        facts: changeFacts(box, this.#rowOf(box), response),
+        id: depth ? id : null,
+        cause,
+        isZoomed: id === node,
+        isCallers: callers === frame.function,
+      });
+      return true;
+    }
+    const picked = row ? changes?.functions.find((each) => rowKey(each) === row) : null;
+    if (!picked || !response) return false;
+    const { before, after } = picked.total;
+    const frame = { file: "", line: 0, ...picked };
+    const told = { frame, before, after, verdict: picked.verdict, cause: null };
+    const facts = changeFacts(told, picked, response);
+    this.panel.showChange(frame, { facts, isCallers: callers === picked.function });
+    return true;
+  }
+
+  /** Give what the list of changes has of a box's function; null where it has nothing. */
+  #rowOf({ frame }) {
+    const functions = this.#page.loader.of("changes").response?.functions ?? [];
+    if (frame.kind === "label" || frame.kind === "rest") return null;
+    const isOf = (each) => each.function === frame.function && each.module === frame.module;
+    return functions.find(isOf) ?? null;
+  }
+
+  /** The function that the table marks: that of the selected box, or of the selected row. */
+  get #marked() {
+    const { select, row } = this.#state;
+    const { response } = this;
+    const box = select && response ? findBox(response, select) : null;
+    if (box && box.frame.kind !== "label") return box.frame;
+    return row ? rowOf(row) : null;
+  }
+
+  // Searching
+
+  /** What the graph lights up while nothing is pointed at. */
+  get #highlighted() {
+    const { search, row } = this.#state;
+    return search || (row ? rowOf(row) : "");
+  }
+
+  #highlight(wanted) {
+    const place = this.graph.highlight(wanted);
+    const { response } = this;
+    const search = response?.search?.text === this.#state.search ? response.search : null;
+    if (this.#state.search) this.search.say(place, search, response?.nodes.total[0] ?? 0);
+  }
+
+  /** Go to the next (1) or the previous (-1) match. */
+  step(direction) {
+    const { response } = this;
+    const total = response?.nodes.total[0] ?? 0;
+    this.search.say(this.graph.step(direction), response?.search, total);
+  }
+
+  focusSearch() {
+    const isTable = this.#page.tab === "table";
+    (isTable ? this.#shownTable.filter : this.search.input).focus();
+  }
+}
+
+/** A row of the table as the state names it: names hold no newline. */
+function rowKey({ function: name, module }) {
+  return `${name}\n${module}`;
+}
+
+function rowOf(key) {
+  const [name, module] = key.split("\n");
+  return { function: name, module };
+}

@@ -1,0 +1,240 @@
+// Selection: what a state selects at a moment, and what is asked of the service for it. Pure.
+
+import * as selector from "./selector.js";
+import {
+  beforeQuery,
+  beforeWindow,
+  compare,
+  freezeState,
+  isComparison,
+  narrowTo,
+  outerWindow,
+  queryParams,
+} from "./state.js";
+import { resolveWindow } from "./times.js";
+import { ROOT_ID } from "./tree.js";
+
+const HOUR_MS = 3_600_000;
+/** Where both the graph and the table have room, and where the table alone has not enough. */
+const WIDE_PX = 1200;
+const NARROW_PX = 900;
+/** Functions that a comparison asks for, what changed first; smaller ones cost next to nothing. */
+const CHANGES_ASKED = 1000;
+/** The parameters that say what stands after. */
+const SIDE = ["query", "from", "until"];
+/** Of what is compared, this much more is on the timeline to each side. */
+const CONTEXT = 0.15;
+
+export class Selection {
+  /** Times relative to now are read at `nowMs`, so that all panels show one window. */
+  constructor(state, nowMs) {
+    this.state = state;
+    this.nowMs = nowMs;
+  }
+
+  get window() {
+    const { from, until } = this.state;
+    const usual = { from: this.nowMs - HOUR_MS, until: this.nowMs };
+    return resolveWindow(from, until, this.nowMs) ?? usual;
+  }
+
+  get windowMs() {
+    return this.window.until - this.window.from;
+  }
+
+  get before() {
+    return beforeWindow(this.state, this.window, this.nowMs);
+  }
+
+  /** The timeline's window; of a comparison it has both sides. */
+  get outer() {
+    const own = resolveWindow(...outerWindow(this.state), this.nowMs) ?? this.window;
+    if (!this.isComparison) return own;
+    const windows = [own, this.window, this.before];
+    const from = Math.min(...windows.map((each) => each.from));
+    const until = Math.max(...windows.map((each) => each.until));
+    if (this.state.over) return { from, until };
+    const more = Math.round((until - from) * CONTEXT);
+    return { from: from - more, until: Math.max(until, Math.min(until + more, this.nowMs)) };
+  }
+
+  get isComparison() {
+    return isComparison(this.state);
+  }
+
+  /** Whether the graph is zoomed into a node below the overall root. */
+  get isZoomed() {
+    return Boolean(this.state.node) && this.state.node !== ROOT_ID;
+  }
+
+  /** The panel whose response the graph is drawn from. */
+  get graphPanel() {
+    return this.isComparison ? "diff" : "flame";
+  }
+
+  get matchers() {
+    try {
+      return selector.parse(this.state.q);
+    } catch {
+      return []; // the service says what is wrong with it
+    }
+  }
+
+  /** What is asked for; of a comparison what both sides ask for, which the timeline shows. */
+  get sharedMatchers() {
+    const matchers = this.matchers;
+    if (!this.isComparison) return matchers;
+    try {
+      const before = selector.parse(beforeQuery(this.state));
+      return matchers.filter((each) => selector.has(before, each));
+    } catch {
+      return [];
+    }
+  }
+
+  /** Give the panes that a page of this width shows: "graph", "table" or "both". */
+  tabAt(widthPx) {
+    const { tab } = this.state;
+    if (this.isComparison) return tab || "both"; // the list says what the colours are
+    if (tab === "both" && widthPx < NARROW_PX) return "graph";
+    return tab || (widthPx >= WIDE_PX ? "both" : "graph");
+  }
+
+  /** Give what each panel asks for: [path, parameters]; null where it is not shown. */
+  requests({ graphPx, pagePx }) {
+    const { state } = this;
+    const common = queryParams(state, this.window);
+    const range = times(this.outer);
+    const shared = this.isComparison ? selector.print(this.sharedMatchers) : state.q;
+    const query = shared ? [["query", shared]] : [];
+    const width = ["width", String(graphPx)];
+    const others = this.sharedMatchers.filter((each) => each.name !== "service");
+    const rest = others.length ? [["query", selector.print(others)]] : [];
+    const around = {
+      timeline: ["timeline", [...query, ...range, ["by", state.series]]],
+      services: ["labels/service/values", [...rest, ...times(this.window)]],
+      deployments: ["deployments", [...query, ...range]],
+    };
+    if (this.isComparison) {
+      const after = common.filter(([name]) => SIDE.includes(name));
+      const limit = ["limit", String(CHANGES_ASKED)];
+      return {
+        diff: ["diff", [...this.viewParams(), width]],
+        changes: ["diff/top", [...after, ...this.#beforeParams(), limit]],
+        ...around,
+      };
+    }
+    const search = state.search ? [["search", state.search]] : [];
+    const filter = state.filter ? [["search", state.filter]] : [];
+    const top = [...common, ["sort", state.sort], ["limit", String(state.rows)], ...filter];
+    return {
+      flame: ["flamegraph", [...this.viewParams(), width, ...search]],
+      ...around,
+      // A row's figures are in the panel, whether the table is shown or not.
+      top: this.tabAt(pagePx) === "graph" && !state.row ? null : ["top", top],
+    };
+  }
+
+  /** Give the parameters of what is looked at and how: the graph's request, and a download's. */
+  viewParams() {
+    const { state } = this;
+    return [
+      ...queryParams(state, this.window),
+      ...(state.invert ? [["invert", "1"]] : []),
+      ["group", state.group],
+      ...(this.isZoomed ? [["node", state.node]] : []),
+      ...(state.callers ? [["callers", state.callers]] : []),
+      ...(this.isComparison ? this.#beforeParams() : []),
+    ];
+  }
+
+  #beforeParams() {
+    const [from, until] = times(this.before);
+    return [
+      ["before_query", beforeQuery(this.state)],
+      ["before_from", from[1]],
+      ["before_until", until[1]],
+    ];
+  }
+
+  /** Give the state with fixed times, as a link keeps them. */
+  frozen() {
+    return freezeState(this.state, this.window, this.outer, this.before);
+  }
+
+  // Changes of the state, for changeState()
+
+  /** Add a matcher to the selector, or remove it. */
+  toggled(matcher, isChosen) {
+    const change = isChosen ? selector.remove : selector.add;
+    return { q: selector.print(change(this.matchers, matcher)) };
+  }
+
+  /** Let both sides of a comparison change places. */
+  swapped() {
+    const { q, over } = this.state;
+    const after = { ...this.window, query: q };
+    const before = { ...this.before, query: beforeQuery(this.state) };
+    return { ...compare(after, before), over: over && this.#outerText() };
+  }
+
+  /** Halve both windows of a comparison, towards each other. */
+  halved() {
+    const [before, after] = [this.before, this.window];
+    const half = (window) => Math.round((window.until - window.from) / 2);
+    return compare(
+      { query: beforeQuery(this.state), from: before.until - half(before), until: before.until },
+      { query: this.state.q, from: after.from, until: after.from + half(after) },
+    );
+  }
+
+  /** Change what one side of a comparison selects: {query}, or {from, until} as texts. */
+  sideChanged(side, { query, from, until }) {
+    const isBefore = side === "before";
+    if (query === undefined) {
+      return isBefore ? { before_from: from, before_until: until } : { from, until };
+    }
+    return isBefore ? { before_query: query } : { q: query, before_query: beforeQuery(this.state) };
+  }
+
+  /** Take a part of the timeline, of a comparison as one of its sides; the timeline stays. */
+  narrowedTo(window, side) {
+    if (!this.isComparison) return narrowTo(this.state, window);
+    const part = { from: String(window.from), until: String(window.until) };
+    return { ...this.sideChanged(side, part), over: this.#outerText() };
+  }
+
+  /** Compare before and after a deployment, with both on the timeline. */
+  comparing({ before, after }) {
+    const [one, other] = [before, after].map((each) => ({
+      query: each.query,
+      from: each.from_ms,
+      until: each.until_ms,
+    }));
+    const { from, until } = this.outer;
+    const over = `${Math.min(from, one.from)}..${Math.max(until, other.until)}`;
+    return { ...compare(one, other), over, node: "", select: "", row: "" };
+  }
+
+  /** Show data nearby ({from_ms, until_ms}), in a window as long as the one at hand if it can be. */
+  movedTo({ from_ms: from, until_ms: until }) {
+    const more = Math.max(0, this.windowMs - (until - from)) / 2;
+    return {
+      from: String(Math.floor(from - more)),
+      until: String(Math.ceil(until + more)),
+      over: "",
+    };
+  }
+
+  #outerText() {
+    const { from, until } = this.outer;
+    return `${from}..${until}`;
+  }
+}
+
+function times({ from, until }) {
+  return [
+    ["from", String(from)],
+    ["until", String(until)],
+  ];
+}

@@ -1,0 +1,43 @@
+// Theme: light, dark or as the system has it; the browser remembers the choice.
+
+const KEY = "everflame-theme";
+const LABELS = {
+  auto: "Colours: as the system",
+  light: "Colours: light",
+  dark: "Colours: dark",
+};
+const THEMES = Object.keys(LABELS);
+
+/** Apply the remembered theme, and let a button go on to the next one; `onChange()` follows each. */
+export function bindTheme(button, onChange) {
+  const show = (theme) => {
+    write(theme);
+    const { dataset } = document.documentElement;
+    if (theme === "auto") delete dataset.theme;
+    else dataset.theme = theme;
+    button.setAttribute("aria-label", LABELS[theme]);
+    button.title = LABELS[theme];
+    onChange();
+  };
+  button.addEventListener("click", () =>
+    show(THEMES[(THEMES.indexOf(read()) + 1) % THEMES.length]),
+  );
+  show(read());
+}
+
+function read() {
+  try {
+    const theme = localStorage.getItem(KEY);
+    return THEMES.includes(theme) ? theme : "auto";
+  } catch {
+    return "auto"; // storage may be forbidden
+  }
+}
+
+function write(theme) {
+  try {
+    localStorage.setItem(KEY, theme);
+  } catch {
+    // The choice lasts as long as the page.
+  }
+}

@@ -1,0 +1,41 @@
+// Toast: a short message that goes away by itself, unless it holds something to copy.
+
+import { button, el } from "./dom.js";
+
+const SHOWN_MS = 4000;
+
+export class Toast {
+  #element;
+  #timer = 0;
+
+  constructor(element) {
+    this.#element = element;
+  }
+
+  /** Show a message; `copyable` is text to copy by hand. */
+  show(text, copyable) {
+    const field = copyable
+      ? el("input", { readonly: true, value: copyable, "aria-label": "To copy" })
+      : null;
+    const close = () => this.#element.replaceChildren();
+    const parts = [el("span", { text })];
+    if (field) {
+      parts.push(field, button({ icon: "close", label: "Close", class: "quiet", click: close }));
+    }
+    this.#element.replaceChildren(...parts);
+    field?.select();
+    clearTimeout(this.#timer);
+    if (!copyable) this.#timer = setTimeout(close, SHOWN_MS);
+  }
+
+  /** Copy text and say so. */
+  async copy(text, said) {
+    try {
+      await navigator.clipboard.writeText(text);
+      this.show(`${said}.`);
+    } catch {
+      // Without a secure origin browsers keep the clipboard closed.
+      this.show("The browser does not allow copying here. It is:", text);
+    }
+  }
+}
