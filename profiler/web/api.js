@@ -1,9 +1,9 @@
-// Api: the service's answers. One request per question at a time, the latest wins; nothing is
-// asked again by itself.
+// Api: requests to the service. One request per slot at a time, the latest wins; nothing is
+// requested again automatically.
 
 const KEPT = 12;
 
-/** What the service, or the way to it, says instead of an answer (RFC 9457). */
+/** An error that the service returned (RFC 9457), or a connection that failed. */
 export class ApiError extends Error {
   constructor(problem, status) {
     super(problem.detail || problem.title || `the service answered with status ${status}`);
@@ -14,19 +14,19 @@ export class ApiError extends Error {
     this.parameter = problem.parameter ?? null;
   }
 
-  /** Asking again later may help: the service or its store cannot be reached now. */
+  /** Whether a later retry may succeed: the service or its store cannot be reached now. */
   get isAway() {
     return this.status === 0 || this.status === 429 || this.status >= 502;
   }
 }
 
-/** Give the address of a question; `params` is a list of pairs. */
+/** Return the address of a request; `params` is a list of pairs. */
 export function address(path, params = []) {
   const query = new URLSearchParams(params).toString();
   return `/api/v1/${path}${query ? `?${query}` : ""}`;
 }
 
-/** Tell whether an error only says that somebody stopped waiting. */
+/** Return whether an error only says that the request was cancelled. */
 export function isCancelled(error) {
   return error.name === "AbortError";
 }
@@ -36,21 +36,21 @@ export class Api {
   #kept = new Map();
 
   /**
-   * Ask. A question with the same `slot` that still runs is cancelled (it throws an AbortError).
-   * Gives {answer, arrivedAt}: JSON and the performance.now() of its arrival. Answers to questions
-   * with absolute times are kept for Back; `forget` drops them.
+   * Send a request. One with the same `slot` that still runs is cancelled (it throws an AbortError).
+   * Returns {response, arrivedAt}: JSON and the performance.now() of its arrival. With `isKept` the
+   * response is kept for Back; `forget` drops all of them.
    */
-  async ask(slot, path, params, { isKept = false } = {}) {
+  async request(slot, path, params, { isKept = false } = {}) {
     this.cancel(slot);
     const url = address(path, params);
     if (isKept && this.#kept.has(url))
-      return { answer: this.#kept.get(url), arrivedAt: performance.now() };
+      return { response: this.#kept.get(url), arrivedAt: performance.now() };
     const controller = new AbortController();
     this.#running.set(slot, controller);
     try {
-      const { answer, arrivedAt } = await fetchJson(url, controller.signal);
-      if (isKept) this.#keep(url, answer);
-      return { answer, arrivedAt };
+      const { response, arrivedAt } = await fetchJson(url, controller.signal);
+      if (isKept) this.#keep(url, response);
+      return { response, arrivedAt };
     } finally {
       if (this.#running.get(slot) === controller) this.#running.delete(slot);
     }
@@ -65,36 +65,39 @@ export class Api {
     this.#kept.clear();
   }
 
-  #keep(url, answer) {
+  #keep(url, response) {
     this.#kept.delete(url);
-    this.#kept.set(url, answer);
+    this.#kept.set(url, response);
     if (this.#kept.size > KEPT) this.#kept.delete(this.#kept.keys().next().value);
   }
 }
 
 async function fetchJson(url, signal) {
-  let response;
+  let reply;
   let text;
   try {
-    response = await fetch(url, { signal, headers: { Accept: "application/json" } });
-    text = await response.text();
+    reply = await fetch(url, { signal, headers: { Accept: "application/json" } });
+    text = await reply.text();
   } catch (error) {
     if (isCancelled(error)) throw error;
     throw new ApiError(
-      { title: "The service does not answer", detail: "The connection failed. Does it still run?" },
+      {
+        title: "The service does not response",
+        detail: "The connection failed. Does it still run?",
+      },
       0,
     );
   }
   const arrivedAt = performance.now();
-  let answer;
+  let response;
   try {
-    answer = JSON.parse(text);
+    response = JSON.parse(text);
   } catch {
     throw new ApiError(
-      { detail: `The answer is not JSON (status ${response.status}).` },
-      response.ok ? 502 : response.status,
+      { detail: `The response is not JSON (status ${reply.status}).` },
+      reply.ok ? 502 : reply.status,
     );
   }
-  if (!response.ok) throw new ApiError(answer, response.status);
-  return { answer, arrivedAt };
+  if (!reply.ok) throw new ApiError(response, reply.status);
+  return { response, arrivedAt };
 }

@@ -1,9 +1,9 @@
-// Colours of boxes, by kind, module or own time, for light and dark pages. No DOM.
+// Colours of boxes, by kind, module or self time, for light and dark pages. No DOM.
 //
-// A colour depends on names alone (own time: on its share), so that a box keeps it from one window to
-// the next. Text on a box has a contrast of 4.5:1 or more (WCAG 2.2, 1.4.3). The kinds stay near to
-// the SVG's (profiler/formats/svg.py); saturation and lightness were searched for the largest distance
-// between any two kinds for protanopia, deuteranopia, tritanopia and full sight.
+// A colour depends only on names (for self time: on its share), so a box keeps its colour from one
+// window to the next. Text on a box has a contrast of 4.5:1 or more (WCAG 2.2, 1.4.3). The kinds' colours
+// are close to the SVG's (profiler/formats/svg.py); saturation and lightness maximize the distance between any two
+// kinds for protanopia, deuteranopia, tritanopia and full colour vision.
 
 const TEXT = { light: "#14181d", dark: "#f2f4f7" };
 const DIM_TEXT = { light: "#5b6470", dark: "#99a3b0" };
@@ -36,29 +36,29 @@ const KINDS = {
   },
 };
 
-// Modules of one kind differ a little, never as far as the next kind.
+// Modules of one kind differ slightly, always less than two kinds do.
 const VARIANTS = 6;
 const VARIANT_HUE = 2;
 const VARIANT_LIGHTNESS = { light: 0.009, dark: 0.007 };
 
-// OKLCH, whose lightness is what the eye sees: hues may differ freely and the text stays readable.
+// In OKLCH lightness is as perceived, so the text stays readable on any hue.
 const MODULES = {
   light: { lightness: [0.76, 0.81, 0.86], chroma: 0.1 },
   dark: { lightness: [0.38, 0.42, 0.46], chroma: 0.085 },
 };
-const OWN_TIME = {
+const SELF_TIME = {
   light: { from: [0.955, 0.006, 90], to: [0.69, 0.17, 45] },
   dark: { from: [0.29, 0.012, 70], to: [0.5, 0.15, 40] },
 };
-/** The share of own time that has the full colour; more than this in one box is rare. */
-const OWN_TIME_FULL = 0.25;
+/** The share of self time that gets the full colour; few boxes have more. */
+const SELF_TIME_FULL = 0.25;
 
-// Just off the page's background, so that faded boxes still have edges.
+// Slightly different from the page's background, so that faded boxes still have edges.
 const PAPER = { light: "#fbfbfc", dark: "#1c2026" };
 
-// What a comparison says of a box. Blue and orange differ for all eyes, and each has a mark and a
-// sign of its own, so that nothing is said by colour alone. `line` is what the mark is drawn with.
-// They are those of the SVG export (profiler/formats/svg_diff.py).
+// Colours by verdict. Blue and orange can be told apart with any colour vision, and each verdict has
+// a mark and a sign too, so colour is never the only cue. `line` is the colour of the mark. The SVG
+// export has the same (profiler/formats/svg_diff.py).
 const PLAIN = { light: { fill: "#e3e6ea" }, dark: { fill: "#333a44" } };
 const CHANGES = {
   light: {
@@ -85,7 +85,7 @@ const MATCH = {
 };
 
 /**
- * Give {fill, text} of a box as #rrggbb.
+ * Return {fill, text} of a box as #rrggbb.
  *
  * `colour` is "kind", "module" or "self"; `selfShare` (0 to 1, of all) matters for "self" alone.
  */
@@ -94,30 +94,30 @@ export function boxColour(frame, colour, isDark, selfShare = 0) {
   return { fill: fillOf(frame, colour, scheme, selfShare), text: TEXT[scheme] };
 }
 
-/** Give the colour of a kind as legends show it. Unknown kinds are drawn as native. */
+/** Return the colour of a kind as legends show it. Unknown kinds are drawn as native. */
 export function kindColour(kind, isDark) {
   const scheme = isDark ? "dark" : "light";
   return { fill: rgbHex(hslRgb(shadeOf(kind, scheme))), text: TEXT[scheme] };
 }
 
-/** Give the colour of what a search found: far darker or lighter than any other box. */
+/** Return the colour of a search match: much darker or lighter than any other box. */
 export function matchColour(isDark) {
   return MATCH[isDark ? "dark" : "light"];
 }
 
-/** Give the colour of a box that a search did not find: most of the way to the background. */
+/** Return the colour of a box that does not match the search: close to the background. */
 export function dimColour({ fill }, isDark) {
   return { fill: towardsPaper(fill, isDark, 0.86), text: DIM_TEXT[isDark ? "dark" : "light"] };
 }
 
-/** Give the colour of a box above the one that was zoomed into: it is there to go back. */
+/** Return the colour of a caller of the zoomed box, which zooms out when clicked. */
 export function fadeColour({ fill, text }, isDark) {
   return { fill: towardsPaper(fill, isDark, 0.62), text };
 }
 
 /**
- * Give {fill, text, line, mark} of a box by what a comparison says of it. `mark` is "hatched",
- * "dashed", "dotted" or empty; anything that is no change has the same grey.
+ * Return {fill, text, line, mark} of a box by its verdict. `mark` is "hatched", "dashed", "dotted" or
+ * empty; boxes without a change are grey.
  */
 export function changeColour(verdict, isDark) {
   const scheme = isDark ? "dark" : "light";
@@ -127,23 +127,23 @@ export function changeColour(verdict, isDark) {
   return { line: colour.fill, ...colour, text: TEXT[scheme], mark };
 }
 
-/** Give the sign that stands before names of what has changed; empty for all else. */
+/** Return the sign to show before the name of a changed function; empty for other verdicts. */
 export function changeSign(verdict) {
   return Object.hasOwn(SIGNS, verdict) ? SIGNS[verdict] : "";
 }
 
-/** Tell whether a box stands for no code: it has one colour whatever the colours are by. */
+/** Return whether a box stands for no code: its colour is the same in every scheme. */
 export function isNeutral(frame) {
   return frame.kind === "label" || frame.kind === "rest";
 }
 
-/** Give the contrast of two colours, 1 to 21 (WCAG 2.2, "contrast ratio"). */
+/** Return the contrast of two colours, 1 to 21 (WCAG 2.2, "contrast ratio"). */
 export function contrast(one, other) {
   const [low, high] = [luminance(one), luminance(other)].sort((a, b) => a - b);
   return (high + 0.05) / (low + 0.05);
 }
 
-/** Give the relative luminance of #rrggbb, 0 to 1 (WCAG 2.2). */
+/** Return the relative luminance of #rrggbb, 0 to 1 (WCAG 2.2). */
 export function luminance(colour) {
   const [red, green, blue] = parseHex(colour).map((part) =>
     part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4,
@@ -158,7 +158,7 @@ function towardsPaper(fill, isDark, part) {
 
 function fillOf(frame, colour, scheme, selfShare) {
   if (isNeutral(frame) || colour === "kind") return rgbHex(hslRgb(variantOf(frame, scheme)));
-  if (colour === "self") return rgbHex(oklchRgb(ownTimeShade(selfShare, scheme)));
+  if (colour === "self") return rgbHex(oklchRgb(selfTimeShade(selfShare, scheme)));
   return rgbHex(oklchRgb(moduleShade(frame.module, scheme)));
 }
 
@@ -182,13 +182,13 @@ function shadeOf(kind, scheme) {
 function moduleShade(module, scheme) {
   const { lightness, chroma } = MODULES[scheme];
   const number = hash(module);
-  // 24 hues in 3 lightnesses: closer ones could not be told apart.
+  // 24 hues in 3 lightnesses: more could not be told apart.
   return [lightness[number % 3], module ? chroma : 0.01, 15 * (Math.floor(number / 3) % 24)];
 }
 
-function ownTimeShade(share, scheme) {
-  const { from, to } = OWN_TIME[scheme];
-  const part = Math.sqrt(Math.min(1, Math.max(0, share) / OWN_TIME_FULL));
+function selfTimeShade(share, scheme) {
+  const { from, to } = SELF_TIME[scheme];
+  const part = Math.sqrt(Math.min(1, Math.max(0, share) / SELF_TIME_FULL));
   return [
     from[0] + (to[0] - from[0]) * part,
     from[1] + (to[1] - from[1]) * part,

@@ -18,10 +18,10 @@ export class SelectorInput {
   #options = [];
   #active = -1;
   #completion = null;
-  #asked = 0;
+  #request = 0;
 
   /**
-   * `suggest(expects, name)` gives [{value, hint}] (a promise); `onCommit(text)` takes a selector as
+   * `suggest(expects, name)` returns a promise of [{value, hint}]; `onCommit(text)` takes a selector as
    * `print` writes it.
    */
   constructor(form, { suggest, onCommit }) {
@@ -49,7 +49,7 @@ export class SelectorInput {
     this.shown = text;
     this.clear.hidden = text === "";
     if (document.activeElement !== this.input || this.list.hidden) this.input.value = text;
-    this.#say("");
+    this.#showProblem("");
   }
 
   focus() {
@@ -61,18 +61,18 @@ export class SelectorInput {
     try {
       const text = selector.print(selector.parse(this.input.value));
       this.#close();
-      this.#say("");
+      this.#showProblem("");
       this.input.value = text;
       this.onCommit(text);
     } catch (error) {
       if (!(error instanceof selector.SelectorError)) throw error;
       this.#close();
-      this.#say(error.message);
+      this.#showProblem(error.message);
       this.input.setSelectionRange(error.position, this.input.value.length);
     }
   }
 
-  #say(problem) {
+  #showProblem(problem) {
     this.problem.textContent = problem;
     this.problem.hidden = problem === "";
     this.input.setAttribute("aria-invalid", String(problem !== ""));
@@ -103,7 +103,7 @@ export class SelectorInput {
       event.stopPropagation();
       if (this.list.hidden) {
         this.input.value = this.shown;
-        this.#say("");
+        this.#showProblem("");
         this.input.blur();
       } else {
         event.preventDefault();
@@ -113,16 +113,16 @@ export class SelectorInput {
   }
 
   async #update() {
-    const asked = ++this.#asked;
-    this.#say("");
+    const request = ++this.#request;
+    this.#showProblem("");
     let completion;
     try {
       completion = selector.completionAt(this.input.value, this.input.selectionStart);
     } catch {
-      return this.#close(); // an escape half typed
+      return this.#close(); // an incomplete escape
     }
     const found = await this.suggest(completion.expects, completion.name);
-    if (asked !== this.#asked || document.activeElement !== this.input) return;
+    if (request !== this.#request || document.activeElement !== this.input) return;
     const typed = completion.typed.toLowerCase();
     const begins = (option) => option.value.toLowerCase().startsWith(typed);
     const matching = found.filter((option) => option.value.toLowerCase().includes(typed));
@@ -177,7 +177,7 @@ export class SelectorInput {
   }
 
   #close() {
-    this.#asked += 1;
+    this.#request += 1;
     this.#options = [];
     this.list.hidden = true;
     this.input.setAttribute("aria-expanded", "false");
@@ -185,7 +185,7 @@ export class SelectorInput {
   }
 }
 
-/** Suggestions of operators, and of what may follow a matcher. */
+/** Return suggestions that do not depend on the data: operators, and what may follow a matcher. */
 export function fixedSuggestions(expects) {
   if (expects === "operator")
     return selector.OPERATORS.map((value) => ({ value, hint: OPERATOR_HINTS[value] }));

@@ -1,7 +1,7 @@
-// Compare: what stands before and after, the verdict on it, the list of changes, deployments.
+// Compare: both sides of a comparison, the verdict, and the list of changes.
 //
-// One test decides about a function (profiler/comparison/verdict.py); all that is said here is what the answers
-// of /api/v1/diff and /api/v1/diff/top say, in words, with their intervals.
+// One test per function decides (profiler/comparison/verdict.py). This module puts the responses of
+// /api/v1/diff and /api/v1/diff/top into words, with their intervals.
 
 import { changeColour, changeSign } from "./colour.js";
 import { SelectorInput } from "./combobox.js";
@@ -30,7 +30,7 @@ const NOISE = {
   replicates: (count) => `what differs between ${counted(count, "run")}`,
 };
 
-/** Hand the colours of changes to the style sheet: what is around the graph has the graph's own. */
+/** Pass the colours of verdicts to the style sheet, for use outside the graph. */
 export function publishColours({ style }) {
   for (const verdict of VERDICTS.slice(0, 6)) {
     const [light, dark] = [changeColour(verdict, false), changeColour(verdict, true)];
@@ -39,7 +39,7 @@ export function publishColours({ style }) {
   }
 }
 
-/** A swatch of a verdict as the graph draws its boxes. */
+/** Return a swatch that looks like the graph's boxes with this verdict. */
 function swatch(verdict) {
   return el("i", {
     class: `change ${verdict.replaceAll(" ", "-")}`,
@@ -48,7 +48,7 @@ function swatch(verdict) {
   });
 }
 
-/** Fill the list that says what colours and marks mean. */
+/** Fill the legend of colours and marks. */
 export function showLegend(list) {
   const words = {
     more: "costs more",
@@ -70,11 +70,11 @@ export function showLegend(list) {
   );
 }
 
-/** The two selections: what stands before can be chosen here, what stands after is the page's own. */
+/** Both sides of a comparison. The before side is edited here, the after side is the page's selection. */
 export class Sides {
   /**
-   * Callbacks: onWindow(from, until) of what stands before, onQuery(text) of it, onSwap(), onEnd();
-   * `suggest` is the SelectorInput's.
+   * Callbacks: onWindow(from, until) and onQuery(text) for the before side, onSwap(), onEnd();
+   * `suggest` is as in SelectorInput.
    */
   constructor(container, { suggest, onWindow, onQuery, onSwap, onEnd }) {
     const find = (id) => container.querySelector(`#${id}`);
@@ -91,7 +91,7 @@ export class Sides {
     find("compare-end").addEventListener("click", onEnd);
   }
 
-  /** `before` and `after` are {query, from, until} in ms, `state` says how what stands before is chosen. */
+  /** `before` and `after` are {query, from, until} in ms, the state has the preset. */
   show(before, after, { before_from: from, before_until: until, tz }) {
     const text = formatWindow(before.from, before.until, tz);
     const preset = EARLIER.find((each) => each[0] === from);
@@ -107,10 +107,10 @@ export class Sides {
     this.window.textContent = formatWindow(after.from, after.until, tz);
   }
 
-  /** Say what the sides of an answer are; null while there is none. */
-  tell(answer) {
+  /** Show versions, hosts and samples of both sides of a response; null clears them. */
+  showFacts(response) {
     this.facts.forEach((facts, i) => {
-      facts.textContent = answer ? sideText(i === 0 ? answer.before : answer.after) : "";
+      facts.textContent = response ? sideText(i === 0 ? response.before : response.after) : "";
     });
   }
 }
@@ -129,7 +129,7 @@ function sideText({ versions, hosts, samples, cores }) {
     .join(" · ");
 }
 
-/** The verdict as a headline, what it rests on, and what to do where there is none. */
+/** The verdict as a headline, its evidence, and what to try when there is none. */
 export class Verdict {
   constructor(container) {
     this.container = container;
@@ -138,12 +138,12 @@ export class Verdict {
     container.append(this.headline, this.body);
   }
 
-  /** Show an answer of /api/v1/diff, with the functions of /api/v1/diff/top once they are there. */
-  show(answer, functions, actions) {
-    const { verdict, noise, common_change: common, warnings } = answer;
+  /** Show a response of /api/v1/diff, and the functions of /api/v1/diff/top, null until they arrive. */
+  show(response, functions, actions) {
+    const { verdict, noise, common_change: common, warnings } = response;
     const [sign, word] = Object.hasOwn(HEADLINES, verdict) ? HEADLINES[verdict] : ["?", verdict];
     this.container.dataset.verdict = verdict;
-    this.#say(sign, headlineOf(verdict, word, functions));
+    this.#setHeadline(sign, headlineOf(verdict, word, functions));
     const grounds = [
       [
         "Noise",
@@ -170,15 +170,15 @@ export class Verdict {
     );
   }
 
-  /** Say that there is no verdict yet, or none. */
+  /** Show a text in place of a verdict. */
   clear(text) {
     delete this.container.dataset.verdict;
-    this.#say("", text);
+    this.#setHeadline("", text);
     this.body.replaceChildren();
   }
 
-  #say(sign, text) {
-    if (this.headline.textContent === sign + text) return; // said once
+  #setHeadline(sign, text) {
+    if (this.headline.textContent === sign + text) return; // a screen reader reads every change
     this.headline.replaceChildren(
       ...(sign ? [el("i", { class: "sign", "aria-hidden": "true", text: sign })] : []),
       el("span", { text }),
@@ -209,7 +209,7 @@ function commonText({ relative, low, high, verdict }, whole) {
   return `all functions ${growth(relative)}${interval}${said}; taken off each of them`;
 }
 
-/** What is shown of functions in a comparison: the answers of /api/v1/diff/top. */
+/** The columns of the table of changes, for responses of /api/v1/diff/top. */
 export const CHANGES = {
   id: "changes-filter",
   label: "Functions by what changed",
@@ -230,10 +230,10 @@ export const CHANGES = {
     },
     { key: "name", title: "Function, and why", class: "name" },
   ],
-  /** Of the answer: what both sides cost in all, and what makes cores of the rows' values. */
+  /** `before` and `after` are the sides of the response, `scale` turns values of rows into cores. */
   cells(row, { before, after, scale }) {
     const { module, q } = row;
-    const verdict = saidOf(row);
+    const verdict = verdictOf(row);
     const shares = [
       share(row.self.before * scale.before, before.cores),
       share(row.self.after * scale.after, after.cores),
@@ -268,18 +268,18 @@ export const CHANGES = {
   },
 };
 
-function saidOf({ verdict, moved }) {
+function verdictOf({ verdict, moved }) {
   return moved && !CHANGED.has(verdict) ? "moved" : verdict;
 }
 
-/** Give the rows of an answer of /api/v1/diff/top that are asked for. */
+/** Return the rows of a response of /api/v1/diff/top that pass the filter. */
 export function changesShown({ functions }, { filter, changes }) {
-  const wanted = filter.toLowerCase();
+  const text = filter.toLowerCase();
   return functions.filter((each) => {
-    const isAsked = changes === "all" || CHANGED.has(each.verdict) || each.moved;
+    const isShown = changes === "all" || CHANGED.has(each.verdict) || each.moved;
     return (
-      isAsked &&
-      (each.function.toLowerCase().includes(wanted) || each.module.toLowerCase().includes(wanted))
+      isShown &&
+      (each.function.toLowerCase().includes(text) || each.module.toLowerCase().includes(text))
     );
   });
 }
@@ -297,9 +297,9 @@ function probability(q) {
   return q < 0.001 ? "q <0.001" : `q ${q.toFixed(3)}`;
 }
 
-/** Say what a box costs on both sides: for its tooltip. `answer` is that of /api/v1/diff. */
-export function tooltipOf(box, row, answer) {
-  const rows = sideRows(box, answer);
+/** Return the tooltip of a box: its cost on both sides. `response` is that of /api/v1/diff. */
+export function tooltipOf(box, row, response) {
+  const rows = sideRows(box, response);
   if (box.verdict && !box.isRest)
     rows.push(["Verdict", `${changeSign(box.verdict)} ${box.verdict}`.trim(), ""]);
   if (row && CHANGED.has(box.verdict)) rows.push(["Growth", growthText(row), intervalText(row)]);
@@ -307,20 +307,20 @@ export function tooltipOf(box, row, answer) {
   return { rows, hint: box.cause ? `Because of ${safeName(box.cause.function)}` : "" };
 }
 
-function sideRows({ before, after }, answer) {
+function sideRows({ before, after }, response) {
   return [
     ["Before", "before"],
     ["After", "after"],
   ].map(([title, side]) => {
     const value = side === "before" ? before : after;
-    return [title, coresPerHost(value * answer.scale[side]), share(value, answer.totals[side])];
+    return [title, coresPerHost(value * response.scale[side]), share(value, response.totals[side])];
   });
 }
 
-/** Give the facts of a box or a function for the panel: [[term, text], ...]. */
-export function changeFacts({ frame, before, after, verdict, cause }, row, answer) {
+/** Return the facts of a box or a function for the panel: [[term, text], ...]. */
+export function changeFacts({ frame, before, after, verdict, cause }, row, response) {
   const isFunction = frame.kind !== "label";
-  const hasOwn = isFunction && row !== null && row.self.before + row.self.after > 0; // what a verdict is on
+  const hasOwn = isFunction && row !== null && row.self.before + row.self.after > 0; // only these have a verdict
   const facts = [
     [
       "Verdict",
@@ -331,7 +331,7 @@ export function changeFacts({ frame, before, after, verdict, cause }, row, answe
   ];
   if (hasOwn)
     facts.push(["Growth of the function", withInterval(growthText(row), intervalText(row))]);
-  for (const [title, cores, part] of sideRows({ before, after }, answer))
+  for (const [title, cores, part] of sideRows({ before, after }, response))
     facts.push([title, `${part} · ${cores}`]);
   if (hasOwn)
     facts.push(
@@ -362,8 +362,8 @@ function withInterval(text, interval) {
   return interval ? `${text} (${interval})` : text;
 }
 
-/** Give the buttons that help where a comparison came to nothing; `callbacks` are what they do. */
-export function nextSteps(answer, { onHalve, onAll, onYesterday }) {
+/** Return buttons to try when a comparison is inconclusive. */
+export function nextSteps(response, { onHalve, onAll, onYesterday }) {
   const shorter = button({
     text: "Half as long",
     label: "Compare windows half as long: they fit more often into the past",
@@ -377,6 +377,6 @@ export function nextSteps(answer, { onHalve, onAll, onYesterday }) {
     click: onYesterday,
   });
   const all = button({ text: "Show all functions", class: "small", click: onAll });
-  if (answer.verdict === "inconclusive") return [shorter, other, all];
+  if (response.verdict === "inconclusive") return [shorter, other, all];
   return [];
 }

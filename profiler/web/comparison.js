@@ -1,4 +1,4 @@
-// Comparison: the card with both sides, the verdict on them, and what can be tried next.
+// Comparison: the card with both sides, the verdict, and what to try next.
 
 import { nextSteps, Sides, Verdict } from "./compare.js";
 import { beforeQuery, SAME } from "./state.js";
@@ -8,7 +8,7 @@ const byId = (id) => document.getElementById(id);
 export class Comparison {
   #page;
 
-  /** `page` has the state, the selection and the loader, and takes changes (page.js). */
+  /** `page` has state, selection and loader, and applies changes (page.js). */
   constructor(page) {
     const { change, toggleComparison, toolbar } = page;
     this.#page = page;
@@ -25,7 +25,7 @@ export class Comparison {
     this.verdict = new Verdict(byId("verdict"));
   }
 
-  /** Show what follows from the state alone. */
+  /** Show what depends only on the state. */
   render() {
     const { state, selection } = this.#page;
     const { isComparison, window, before } = selection;
@@ -35,7 +35,7 @@ export class Comparison {
     this.sides.show({ ...before, query: beforeQuery(state) }, after, state);
   }
 
-  /** Show the verdict, with the functions that changed once they are there. */
+  /** Show the verdict, with the number of changed functions when it is known. */
   draw() {
     const { change, loader, selection } = this.#page;
     const { response, error } = loader.of("diff");
@@ -47,13 +47,13 @@ export class Comparison {
       onAll: () => change({ changes: "all" }),
       onYesterday: () => change({ before_from: "-1d", before_until: "" }),
     });
-    this.sides.tell(response);
+    this.sides.showFacts(response);
     this.verdict.show(response, isThere ? changes.response.functions : null, steps);
   }
 
-  /** Say that there is no verdict yet, or none. */
+  /** Show a text in place of a verdict. */
   clear(text) {
-    this.sides.tell(null);
+    this.sides.showFacts(null);
     this.verdict.clear(text);
   }
 }

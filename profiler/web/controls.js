@@ -1,5 +1,5 @@
-// Controls: what stands around the views. Each takes elements of index.html and callbacks, shows
-// what it is told, and keeps no state that the address does not have.
+// Controls: chips, breadcrumbs, downloads, search box. Each takes elements of index.html and callbacks
+// and shows the values it is given; the only state is in the address.
 
 import { button, debounce, el, icon, removableChip } from "./dom.js";
 import { counted, number, safeName, share } from "./format.js";
@@ -15,7 +15,7 @@ export function fillIcons(root) {
     element.prepend(icon(element.dataset.icon));
 }
 
-/** Services with their shares; a click chooses one or lets go of it. */
+/** Services with their shares; a click selects a service or clears the selection. */
 export class ServiceChips {
   #isLong = false;
 
@@ -24,7 +24,7 @@ export class ServiceChips {
     this.onToggle = onToggle;
   }
 
-  /** `values` is [{value, samples}], `chosen` the values asked for, `colours` numbers or null. */
+  /** `values` is [{value, samples}], `chosen` the selected values, `colours` numbers by value or null. */
   show(values, chosen, colours) {
     const total = values.reduce((sum, each) => sum + each.samples, 0);
     const most = innerWidth < NARROW_PX ? SERVICES_SHOWN_NARROW : SERVICES_SHOWN;
@@ -65,7 +65,7 @@ export class ServiceChips {
   }
 }
 
-/** Chips that can be taken away: [{text, label, remove, class?}]. */
+/** Show removable chips: [{text, label, remove, class?}]. */
 export function showChips(container, chips) {
   container.hidden = chips.length === 0;
   container.replaceChildren(
@@ -73,7 +73,7 @@ export function showChips(container, chips) {
   );
 }
 
-/** The path of the zoom: [{name, title, go}], the last where one is. */
+/** Show the path of the zoom: [{name, title, go}], the last is the current one. */
 export function showCrumbs(container, crumbs) {
   container.hidden = crumbs.length < 2;
   const last = crumbs.length - 1;
@@ -96,7 +96,7 @@ export function showCrumbs(container, crumbs) {
   container.firstChild.scrollLeft = container.firstChild.scrollWidth;
 }
 
-/** Links to the same data as files, for other tools, and what must be known of them. */
+/** Show links to the data as files for other tools, with a note below them. */
 export function showDownloads(container, links, note) {
   container.replaceChildren(
     ...links.map(({ href, name, hint, title }) =>
@@ -125,7 +125,7 @@ export function checkRadio(container, value) {
     radio.checked = radio.value === value;
 }
 
-/** The search box: typing searches, Enter goes on to the next match. */
+/** The search box: typing searches, Enter goes to the next match. */
 export class SearchBox {
   constructor(container, { onSearch, onStep }) {
     this.input = container.querySelector("input");
@@ -155,14 +155,14 @@ export class SearchBox {
   }
 
   show(text) {
-    // What is being typed stays; what Back or a button changed is shown, whoever has the focus.
+    // Text being typed stays; a change by Back or a button is shown, even if the box has the focus.
     if (!this.search.isPending() && this.input.value.trim() !== text) this.input.value = text;
     for (const each of this.buttons) each.hidden = text === "";
     if (text === "") this.found.textContent = "";
   }
 
-  /** `place` is {index, count} of the boxes drawn, `search` the service's count of the full data. */
-  say({ index, count }, search, total) {
+  /** Takes {index, count} of the drawn boxes, and the service's count over all data. */
+  showCount({ index, count }, search, total) {
     for (const each of this.buttons) each.disabled = count === 0;
     if (!search) {
       this.found.textContent = count ? `${number(count)} boxes` : "";

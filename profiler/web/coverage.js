@@ -1,4 +1,4 @@
-// Coverage: what the figures rest on, and what is missing from them.
+// Coverage: which data the page shows, and what is missing from them.
 
 import { el, icon } from "./dom.js";
 import { number, safeName, share, span } from "./format.js";
@@ -31,7 +31,7 @@ const STOPS = {
   compat: ["cut", "a 32-bit program; its leaf is kept"],
 };
 
-/** What the figures rest on, in one line, and in full on demand. */
+/** Completeness of the data in one line, with details on demand. */
 export class CoverageStrip {
   constructor(container) {
     this.container = container;
@@ -150,7 +150,7 @@ function facts(title, rows, className = "") {
   );
 }
 
-/** Look up a name from outside, which may be one that every object has. */
+/** Look up a name from outside, which may also be a property of every object. */
 function known(table, name, otherwise) {
   return Object.hasOwn(table, name) ? table[name] : otherwise;
 }

@@ -7,7 +7,7 @@ import { formatTime, zoneName } from "./times.js";
 
 const ANNOUNCE = "everflame deployments add --service NAME --version VERSION";
 
-/** Say what a deployment was: `api 1.5.0 (before: 1.4.2), rollout on 3 hosts`. */
+/** Describe a deployment: `api 1.5.0 (before: 1.4.2), rollout on 3 hosts`. */
 export function deploymentText({ service, version, previous, kind, hosts }) {
   const name = [service, version].map(safeName).join(" ");
   return [
@@ -18,11 +18,11 @@ export function deploymentText({ service, version, previous, kind, hosts }) {
   ].join("");
 }
 
-/** The deployments of the timeline's window, each a button that compares before and after it. */
+/** A menu of the deployments in the timeline's window; each compares before and after it. */
 export class DeploymentsMenu {
   #shown = null;
 
-  /** `onCompare(deployment)`: one was chosen. */
+  /** `onCompare(deployment)`: one was selected. */
   constructor(container, { onCompare }) {
     this.container = container;
     this.menu = new Menu(container, { onOpen: () => this.#fill() });
@@ -30,11 +30,11 @@ export class DeploymentsMenu {
     this.onCompare = onCompare;
   }
 
-  /** Show an answer of /api/v1/deployments (null: none, for `problem`); `isChosen` tells which is compared. */
-  show(answer, { tz, problem, isChosen }) {
-    this.#shown = { answer, tz, problem, isChosen };
-    const count = answer?.deployments.length ?? 0;
-    this.count.textContent = count ? number(count + answer.rest) : "";
+  /** Show a response of /api/v1/deployments (null after `problem`); `isChosen` returns whether one is compared. */
+  show(response, { tz, problem, isChosen }) {
+    this.#shown = { response, tz, problem, isChosen };
+    const count = response?.deployments.length ?? 0;
+    this.count.textContent = count ? number(count + response.rest) : "";
     if (!this.menu.popup.hidden) this.#fill();
   }
 
@@ -43,27 +43,27 @@ export class DeploymentsMenu {
   }
 
   #fill() {
-    const { answer, tz, problem, isChosen } = this.#shown ?? {};
+    const { response, tz, problem, isChosen } = this.#shown ?? {};
     const popup = this.menu.popup;
-    if (!answer)
+    if (!response)
       return popup.replaceChildren(
         el("p", {
           class: "muted",
           text: problem ? `No deployments are known: ${safeName(problem)}` : "Asking the service…",
         }),
       );
-    if (answer.deployments.length === 0)
-      return popup.replaceChildren(...noDeployments(answer.empty?.reason));
+    if (response.deployments.length === 0)
+      return popup.replaceChildren(...noDeployments(response.empty?.reason));
     popup.replaceChildren(
       el(
         "ul",
         {},
-        answer.deployments.map((each) => el("li", {}, this.#choice(each, tz, isChosen(each)))),
+        response.deployments.map((each) => el("li", {}, this.#choice(each, tz, isChosen(each)))),
       ),
-      answer.rest
+      response.rest
         ? el("p", {
             class: "muted",
-            text: `and ${number(answer.rest)} earlier ones: choose a shorter range`,
+            text: `and ${number(response.rest)} earlier ones: choose a shorter range`,
           })
         : "",
     );

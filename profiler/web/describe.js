@@ -1,4 +1,4 @@
-// What is said of a box of the flame graph: to callbacks, in the tooltip, aloud. No DOM.
+// Descriptions of the flame graph's boxes: for callbacks, tooltips and screen readers. No DOM.
 
 import { cores, counted, number, place, quantity, safeName, share } from "./format.js";
 import { comparedTo, sumOf } from "./layout.js";
@@ -7,8 +7,8 @@ import { CHANGED, graphOf, ROOT_ID } from "./tree.js";
 const KIND_NAMES = { jit: "JIT", go: "Go", java: "Java", node: "Node.js", python: "Python" };
 
 /**
- * Describe a node, or the sum that is drawn in its place: `i` is the index of its box among the boxes,
- * -1 if it is not drawn. graph.js says what is in it.
+ * Describe a node, or the sum drawn in its place: `i` is the index of its box, -1 if it is not drawn.
+ * graph.js lists the fields.
  */
 export function describeBox(graph, boxes, node, i) {
   const isSum = i >= 0 && boxes.cutEnd[i] !== 0;
@@ -31,26 +31,26 @@ export function describeBox(graph, boxes, node, i) {
   };
 }
 
-/** Describe a box of an answer by its id; null if it is not there. */
-export function findBox(answer, id) {
-  if (answer.nodes.frame.length === 0) return null;
-  const graph = graphOf(answer);
+/** Describe a box of a response by its id; null if it is not there. */
+export function findBox(response, id) {
+  if (response.nodes.frame.length === 0) return null;
+  const graph = graphOf(response);
   const node = id === ROOT_ID ? graph.top : graph.findId(id);
   return node === null ? null : describeBox(graph, null, node, -1);
 }
 
-/** Say a node in one line; `place` is {index, count} of the match that it is, or null. */
+/** Return a node as a screen reader reads it; `place` is {index, count} of a match, or null. */
 export function spokenNode(graph, node, type, place) {
   const name = nameOf(graph.frameOf(node));
   const of = type === "cpu" ? "of CPU" : "of all";
   const verdict = graph.verdictOf(node);
-  const said = CHANGED.has(verdict) || verdict === "moved" ? `${verdict}, ` : "";
+  const change = CHANGED.has(verdict) || verdict === "moved" ? `${verdict}, ` : "";
   const part = `${share(graph.totalOf(node), graph.wholeTotal)} ${of}`;
-  const spoken = `${name}, ${said}${part}, depth ${graph.rowOf(node)}`;
+  const spoken = `${name}, ${change}${part}, depth ${graph.rowOf(node)}`;
   return place ? `${spoken}, match ${place.index} of ${place.count}` : spoken;
 }
 
-/** Say what the graph of an answer shows, zoomed into a node. */
+/** Return the graph as a screen reader reads it, zoomed into a node. */
 export function spokenGraph(graph, zoomed, { total, samples, unit }) {
   const size = graph.isComparison
     ? "before and after"
@@ -61,7 +61,7 @@ export function spokenGraph(graph, zoomed, { total, samples, unit }) {
   );
 }
 
-/** Give the lines of a tooltip that do not depend on what boxes are drawn by: {name, where, file, hint}. */
+/** Return the lines of a tooltip that all views have in common: {name, where, file, hint}. */
 export function tooltipHead({ frame, isRest }) {
   return {
     name: nameOf(frame),
@@ -71,7 +71,7 @@ export function tooltipHead({ frame, isRest }) {
   };
 }
 
-/** Give the rows of a tooltip, [[name, value, share], ...]: what a box of an answer costs. */
+/** Return the rows of a tooltip, [[name, value, share], ...]: the cost of a box. */
 export function costRows(graph, zoomed, node, box, { unit, window, type }) {
   const all = graph.wholeTotal;
   const rows = [["Total", quantity(box.total, unit), share(box.total, all)]];
@@ -87,7 +87,7 @@ export function costRows(graph, zoomed, node, box, { unit, window, type }) {
   return rows;
 }
 
-/** Give the name of a frame as it is shown. */
+/** Return the name to show for a frame. */
 export function nameOf(frame) {
   return safeName(frame.function) || "(no name)";
 }
@@ -102,11 +102,11 @@ function sumFrame(nodes) {
   return { function: `(${boxes} too narrow to draw)`, module: "", kind: "rest", file: "", line: 0 };
 }
 
-/** Give the label whose value a box is, of those that the tree is split by; null if it is not known. */
-export function labelNameOf(answer, { frame, path }, by) {
+/** Return the label, of those the tree is split by, whose value a box is; null if unknown. */
+export function labelNameOf(response, { frame, path }, by) {
   if (frame.kind !== "label" || path.length === 0) return null;
   const names = by.split(",").filter(Boolean);
-  const graph = graphOf(answer);
+  const graph = graphOf(response);
   let levels = 0;
   for (let node = graph.top; node < graph.size; node += 1) {
     if (graph.frameOf(node).kind === "label") levels = Math.max(levels, graph.rowOf(node));
@@ -115,7 +115,7 @@ export function labelNameOf(answer, { frame, path }, by) {
   return levels === names.length ? (names[position] ?? null) : null;
 }
 
-/** Say how many boxes of an answer are too narrow to draw; empty if all are drawn. */
+/** Return a note about boxes that are too narrow to draw; empty if all are drawn. */
 export function narrowText({ rest, nodes, total }, isComparison) {
   if (rest.nodes === 0) return "";
   const boxes = `${number(rest.nodes)} ${rest.nodes === 1 ? "box" : "boxes"}`;
@@ -125,7 +125,7 @@ export function narrowText({ rest, nodes, total }, isComparison) {
   return `${boxes} too narrow to draw: summed, ${drawn}. Zoom in to see them.`;
 }
 
-/** Say what the widths of a comparison's boxes are. */
+/** Return a note about the widths of a comparison's boxes. */
 export function wideText(side) {
   return side
     ? `Boxes are as wide as ${side}; what is not there then has no box.`

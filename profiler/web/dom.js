@@ -80,7 +80,7 @@ export function button({ icon: iconName, text, label, class: className = "", cli
   );
 }
 
-/** A chip: something that holds, with a button that takes it away. */
+/** A chip with a button that removes it. */
 export function removableChip(text, label, remove, className = "") {
   return el(
     "span",
@@ -92,7 +92,7 @@ export function removableChip(text, label, remove, className = "") {
 
 /**
  * Keep calling back at most once per `ms`, with the last arguments; `now` calls at once, `isPending`
- * tells whether a call is still to come.
+ * returns whether a call is pending.
  */
 export function debounce(callback, ms) {
   let timer = 0;
@@ -109,7 +109,7 @@ export function debounce(callback, ms) {
   return later;
 }
 
-/** Tell whether a key was typed into something that takes text. */
+/** Return whether a key was typed into something that takes text. */
 export function isTyping(event) {
   return (
     event.target.closest?.("input:not([type=checkbox]), textarea, select, [contenteditable]") !==
@@ -118,8 +118,8 @@ export function isTyping(event) {
 }
 
 /**
- * Give a function that tells whether a view is to be drawn from other values than the last time, so
- * that what stays as it is need not be drawn again; its `forget(view)` makes the next ones other.
+ * Return a function that returns whether the values of a view differ from the last call's, so that an
+ * unchanged view is not drawn again; `forget(view)` makes the next call return true.
  */
 export function changeTracker() {
   const drawnFrom = new Map();

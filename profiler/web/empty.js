@@ -1,4 +1,4 @@
-// Empty: what stands in place of the graph when there is none to draw, and what leads on.
+// Empty: what the page shows when there is no graph to draw, and how to go on from there.
 
 import { button, el } from "./dom.js";
 import { safeName } from "./format.js";
@@ -8,7 +8,7 @@ import { formatWindow } from "./times.js";
 
 const SERVICES_SHOWN = 40;
 
-/** Give what to show instead of a flame graph that has no boxes, as nodes; null if it has some. */
+/** Return the nodes to show instead of an empty flame graph; null if it is not empty. */
 export function emptyState(response, page) {
   const { empty, nodes } = response;
   if (empty?.reason === "no_data_ever") return noDataEver(page);
@@ -98,7 +98,7 @@ function noStack({ state: { callers, focus, hide, node }, change }) {
   ];
 }
 
-/** Give what to show where there is no response but an error, as nodes. */
+/** Return the nodes to show for an error. */
 export function errorState(error, page) {
   const { state, selection, change, refresh } = page;
   if (error.status === 404 && error.node) {
@@ -141,13 +141,18 @@ function titleOf({ parameter, status, title }) {
   return status === 400 ? "The address asks for what there is not" : title;
 }
 
-/** Say that the service is away while its last response is still shown. */
+/** Return a notice that the service is unavailable while its last response is still shown. */
 export function awayNotice(error, { refresh }) {
   const message = safeName(error.message.replace(/\.$/, ""));
   return el(
     "div",
     { class: "notice bad" },
-    el("p", {}, el("b", { text: `${error.title}:` }), ` ${message}. The last answer stays below.`),
+    el(
+      "p",
+      {},
+      el("b", { text: `${error.title}:` }),
+      ` ${message}. The last response stays below.`,
+    ),
     button({ text: "Retry", class: "small", click: () => refresh() }),
   );
 }
@@ -169,7 +174,7 @@ function valueChips(values, choose) {
 }
 
 /**
- * Say on which side nothing stands, and lead to what is there: nodes to show for an ApiError. `query`
+ * Return the nodes to show when one side of a comparison is empty, with available alternatives. `query`
  * is that side's selector. Callbacks: onQuery(text), onWindow(nearest), onEnd().
  */
 function emptySide({ title, message, problem }, { tz, query, onQuery, onWindow, onEnd }) {
@@ -196,7 +201,7 @@ function emptySide({ title, message, problem }, { tz, query, onQuery, onWindow, 
   ];
 }
 
-/** Give a selector with a label's value, in place of what it asks of that label. */
+/** Return a selector with a matcher for a label's value in place of others for that label. */
 function withMatcher(query, name, value) {
   const others = selector.parse(query).filter((each) => each.name !== name);
   return selector.print([...others, { name, operator: "=", value }]);

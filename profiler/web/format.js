@@ -1,4 +1,4 @@
-// Numbers, times and names as people read them. No DOM; every number leaves with its unit.
+// Numbers, times and names as people read them. No DOM; every number has its unit.
 
 const SECOND_NS = 1e9;
 const MINUTE_NS = 60 * SECOND_NS;
@@ -10,7 +10,7 @@ const DASH = "–";
 
 const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 
-// What a reader cannot see, or what would reorder what they see: control, format, lone surrogates,
+// Characters that are invisible or reorder the text around them: control, format, lone surrogates,
 // private, unassigned, separators other than a space, and the default-ignorable characters outside
 // of those categories (symbolizer/text.py).
 const INVISIBLE =
@@ -18,10 +18,10 @@ const INVISIBLE =
   /[\p{C}\p{Zl}\p{Zp}\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\u{e0100}-\u{e01ef}]/gu;
 const SHORT_ESCAPES = { "\n": "\\n", "\r": "\\r", "\t": "\\t" };
 
-/** Give a name with everything that cannot be seen written as a visible escape, as the service does. */
+/** Return a name with invisible characters written as escapes, as the service does. */
 export function safeName(text) {
   const name = String(text);
-  // Nothing but spaces would be a button without a name.
+  // Spaces alone would make a button without a name.
   if (/^ +$/.test(name)) return "\\x20".repeat(name.length);
   return name.replace(INVISIBLE, (character) => {
     if (Object.hasOwn(SHORT_ESCAPES, character)) return SHORT_ESCAPES[character];
@@ -32,8 +32,8 @@ export function safeName(text) {
   });
 }
 
-/** Cut text to at most `length` characters: in its middle, as names of one namespace differ at their
- * end; where little fits, at the end. */
+/** Cut text to at most `length` characters: in the middle, because names of one namespace differ
+ * at their end; at the end if few characters fit. */
 export function shorten(text, length) {
   if (text.length <= length) return text;
   const characters = [...text];
@@ -48,17 +48,17 @@ export function shorten(text, length) {
   );
 }
 
-/** Give a whole number with thousands separated. */
+/** Return a whole number with thousands separated. */
 export function number(value) {
   return whole.format(value);
 }
 
-/** Give `1 sample`, `1,234 samples`. */
+/** Return `1 sample`, `1,234 samples`. */
 export function counted(value, noun) {
   return `${number(value)} ${noun}${value === 1 ? "" : "s"}`;
 }
 
-/** Give a part of a whole: `34.2 %`, and `<0.1 %` for what is there but would round to nothing. */
+/** Return a part of a whole: `34.2 %`, and `<0.1 %` for what would round to zero. */
 export function share(part, total) {
   if (!total) return "0 %";
   const percent = (100 * part) / total;
@@ -67,8 +67,8 @@ export function share(part, total) {
   return `${percent.toFixed(percent === 0 || percent >= 100 ? 0 : 1)} %`;
 }
 
-/** Give a growth with its sign: `+52 %`, `−3.4 %`, `×13` from ten times as much on; 0.5 is half as
- * much again. */
+/** Return a growth with its sign: `+52 %`, `−3.4 %`, `×13` from ten times as much on; 0.5 means
+ * an increase by half. */
 export function growth(relative) {
   if (relative >= 9) return `×${number(1 + relative)}`;
   const percent = 100 * Math.abs(relative);
@@ -76,13 +76,13 @@ export function growth(relative) {
   return `${Number(text) === 0 ? "±" : relative < 0 ? "−" : "+"}${text} %`;
 }
 
-/** Give cores a host: `0.42`, `0.0031`, and `<0.0001` for what would round to nothing. */
+/** Return cores per host: `0.42`, `0.0031`, and `<0.0001` for what would round to zero. */
 export function coresPerHost(value) {
   if (value > 0 && value < 0.0001) return "<0.0001 cores a host";
   return `${Number(value.toPrecision(value < 0.01 ? 2 : 3))} cores a host`;
 }
 
-/** Give nanoseconds of CPU time with the unit that suits: `820 µs`, `1.24 s`, `12.3 min`, `3.1 d`. */
+/** Return nanoseconds of CPU time with a suitable unit: `820 µs`, `1.24 s`, `12.3 min`, `3.1 d`. */
 export function cpuTime(ns) {
   const size = Math.abs(ns);
   if (size === 0) return "0 s";
@@ -95,14 +95,14 @@ export function cpuTime(ns) {
   return scaled(ns / DAY_NS, "d");
 }
 
-/** Give a value in a profile's unit: `12.3 min of CPU`, `1.5 MiB`, `1,234`. */
+/** Return a value in a profile's unit: `12.3 min of CPU`, `1.5 MiB`, `1,234`. */
 export function quantity(value, unit) {
   if (unit === "nanoseconds") return cpuTime(value);
   if (unit === "bytes") return bytes(value);
   return unit === "count" ? number(value) : `${number(value)} ${unit}`;
 }
 
-/** Give CPU time over a window as cores: `0.42 cores`, `1.00 core`. */
+/** Return CPU time over a window as cores: `0.42 cores`, `1.00 core`. */
 export function cores(ns, windowMs) {
   if (!(windowMs > 0)) return `${DASH} cores`;
   const used = ns / (windowMs * 1e6);
@@ -112,7 +112,7 @@ export function cores(ns, windowMs) {
   return `${text} ${Number(text) === 1 ? "core" : "cores"}`;
 }
 
-/** Give a size: `512 B`, `40.1 MiB`. */
+/** Return a size: `512 B`, `40.1 MiB`. */
 export function bytes(size) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let [value, i] = [size, 0];
@@ -120,7 +120,7 @@ export function bytes(size) {
   return i === 0 ? `${number(value)} B` : scaled(value, units[i]);
 }
 
-/** Give a length of time in words that fit a control: `45 s`, `5 min`, `1 h 30 min`, `2 d`. */
+/** Return a length of time in words that fit a control: `45 s`, `5 min`, `1 h 30 min`, `2 d`. */
 export function span(ms) {
   if (ms < 1000) return `${Math.round(ms)} ms`;
   let seconds = Math.round(ms / 1000);
@@ -138,19 +138,19 @@ export function span(ms) {
   return parts.slice(0, 2).join(" ");
 }
 
-/** Give a moment as `2026-05-28 20:26:40`; `zone` is "utc" or "local", or a name from the tz base. */
+/** Return a moment as `2026-05-28 20:26:40`; `zone` is "utc" or "local", or a name from the tz base. */
 export function moment(ms, zone = "utc") {
   const { year, month, day, hour, minute, second } = clock(ms, zone);
   return `${year}-${month}-${day} ${hour}:${minute}:${second}`;
 }
 
-/** Give the time of day: `20:26:40`. */
+/** Return the time of day: `20:26:40`. */
 export function timeOfDay(ms, zone = "utc") {
   const { hour, minute, second } = clock(ms, zone);
   return `${hour}:${minute}:${second}`;
 }
 
-/** Give a window with its zone and length: the day once, when it ends on the day it began. */
+/** Return a window with its zone and length: the day once, when it ends on the day it began. */
 export function windowText({ from_ms: from, until_ms: until }, zone = "utc") {
   const start = moment(from, zone);
   const end = moment(until, zone);
@@ -159,12 +159,12 @@ export function windowText({ from_ms: from, until_ms: until }, zone = "utc") {
   return `${start} ${DASH} ${isOneDay ? end.slice(11) : end}${zoneName} (${span(until - from)})`;
 }
 
-/** Give where code stands: `api.c:22`, the file alone, or "". */
+/** Return the location of code: `api.c:22`, the file alone, or "". */
 export function place(file, line) {
   return file && line ? `${file}:${line}` : file || "";
 }
 
-// Three digits: what is beyond them is noise in a sampled number.
+// Three digits: more would be noise in a sampled number.
 function scaled(value, unit) {
   const size = Math.abs(value);
   const digits = size >= 99.95 ? 0 : size >= 9.995 ? 1 : 2;

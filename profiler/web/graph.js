@@ -1,4 +1,4 @@
-// The flame graph on a canvas: drawing, pointer, keyboard, tooltip, what a screen reader says.
+// The flame graph on a canvas: drawing, pointer, keyboard, tooltip, screen reader.
 //
 //   import {FlameGraphView} from "./graph.js";
 //   const view = new FlameGraphView(container, {onZoom, onSelect, onHover});
@@ -8,17 +8,17 @@
 // loads graph.css beside its own style sheet.
 //
 // Methods
-//   show(answer, {view, colour, factsOf, zoomPath, arrivedAt})
-//       Draw an answer of /api/v1/flamegraph, or a view of a comparison (layout.js), at once. view:
+//   show(response, {view, colour, factsOf, zoomPath, arrivedAt})
+//       Draw a response of /api/v1/flamegraph, or a view of a comparison (layout.js), at once. view:
 //       "icicle" (root on top; the default) or "flame". colour: "kind" (default), "module", "self"
 //       or "change". factsOf(box): what the tooltip says of a box, {rows: [[name, value, share], ...],
 //       hint}; left out, what it costs. zoomPath: null, or frames
 //       [[function, module, kind], ...] from below the overall root, as onZoom gives them: zoom
-//       into that node inside of this answer (as far down as it is there). arrivedAt:
-//       performance.now() of the answer's arrival, where the measure `everflame:first-paint`
+//       into that node inside of this response (as far down as it is there). arrivedAt:
+//       performance.now() of the response's arrival, where the measure `everflame:first-paint`
 //       begins. Every call gives all options: what is left out has its default.
-//       An answer without boxes (empty, or a total of 0) is drawn as nothing, 0 px high.
-//   highlight(wanted)    Light up boxes whose function or module has this text, or those of one
+//       A response without boxes (empty, or a total of 0) is drawn as nothing, 0 px high.
+//   highlight(searched)    Light up boxes whose function or module has this text, or those of one
 //                        {function, module}; "" ends it. Survives show(). Gives {index, count} as
 //                        step() does.
 //   step(+1 | -1)        Select the next or previous match, scroll to it: {index, count}, index
@@ -35,20 +35,20 @@
 //   onZoom(id, path)     The user zoomed to this node; the view has already drawn it from what it
 //                        has. id: 16 hex digits, null for the overall root. path: frames
 //                        [[function, module, kind], ...] from below the overall root, the node last.
-//                        When the node lies above this answer's root there is nothing yet to draw:
+//                        When the node lies above this response's root there is nothing yet to draw:
 //                        the view stays as it is until show().
 //   onSelect(box | null) The user selected a box (click, arrows, step) or nothing.
 //   onHover(box | null)  The pointer is on another box.
 //   box: {id, path, frame: {function, module, kind, file, line}, total, self, samples, depth,
 //         shareOfAll, isRest, verdict, before, after, cause}
-//       total, self in the answer's unit (self is null for ancestors above the answer's root);
-//       shareOfAll is of the answer's `total`; depth 0 is the overall
+//       total, self in the response's unit (self is null for ancestors above the response's root);
+//       shareOfAll is of the response's `total`; depth 0 is the overall
 //       root; isRest: a sum of boxes too narrow to draw (its id and path are its parent's). Of a
 //       comparison alone: what it says of the box, both sides in its unit, and the frame of what
 //       changed below it, which made most of the box's own difference, or null.
 //
 // Measures for benchmarks (performance.getEntriesByName):
-//   everflame:first-paint   from the answer's arrival until it is painted
+//   everflame:first-paint   from the response's arrival until it is painted
 //   everflame:zoom          from the click or key until it is painted; what the callbacks do is in it
 
 import { costRows, describeBox, spokenGraph, spokenNode, tooltipHead } from "./describe.js";
@@ -61,7 +61,7 @@ import { ROW_PX, Viewport } from "./viewport.js";
 
 const TOOLTIP_GAP_PX = 14;
 
-/** A canvas that shows one answer of the service. */
+/** A canvas that shows one response of the service. */
 export class FlameGraphView {
   #callbacks;
   #parts;
@@ -69,16 +69,16 @@ export class FlameGraphView {
   #painter;
   #matches = new Matches();
   #graph = null;
-  #answer = null;
+  #response = null;
   #view = "icicle";
   #colour = "kind";
   #factsOf = null;
-  /** The node that was asked for; above the answer's root it is not drawn until the next show(). */
-  #asked = 0;
+  /** The node to zoom to; one above the response's root is drawn only by the next show(). */
+  #target = 0;
   #selected = null;
   #hovered = -1;
   /** The node whose tooltip the keyboard opened. */
-  #told = null;
+  #tooltipNode = null;
 
   constructor(container, { onZoom, onSelect, onHover } = {}) {
     this.#callbacks = { onZoom, onSelect, onHover };
@@ -104,20 +104,20 @@ export class FlameGraphView {
   }
 
   show(
-    answer,
+    response,
     { view = "icicle", colour = "kind", factsOf = null, zoomPath = null, arrivedAt = null } = {},
   ) {
     const start = arrivedAt ?? performance.now();
     const selectedPath = this.#selected === null ? null : this.#graph.pathOf(this.#selected);
     const isOtherView = view !== this.#view || this.#graph === null;
-    this.#graph = graphOf(answer);
+    this.#graph = graphOf(response);
     this.#viewport.setGraph(this.#graph, view === "flame");
-    this.#answer = answer;
+    this.#response = response;
     this.#view = view;
     this.#colour = colour;
     this.#factsOf = factsOf;
     this.#painter.forgetColours();
-    this.#asked = zoomPath ? Math.max(0, this.#graph.findPath(zoomPath)) : 0;
+    this.#target = zoomPath ? Math.max(0, this.#graph.findPath(zoomPath)) : 0;
     this.#selected = selectedPath ? exactly(this.#graph, selectedPath) : null;
     this.#matches.search(this.#graph);
     this.#hide();
@@ -126,13 +126,13 @@ export class FlameGraphView {
     this.#draw();
     afterPaint(() => {
       performance.measure("everflame:first-paint", { start, end: performance.now() });
-      // A click asks for ids, which take some ms for thousands of boxes: there is time for it now.
+      // A click needs the ids, which take some ms for thousands of boxes: compute them while idle.
       requestIdleCallback(() => this.#graph.findId(ROOT_ID));
     });
   }
 
-  highlight(wanted) {
-    if (this.#matches.setWanted(wanted)) {
+  highlight(searched) {
+    if (this.#matches.setSearch(searched)) {
       this.#matches.search(this.#graph);
       this.#matches.list(this.#viewport.boxes);
       this.#draw();
@@ -170,14 +170,14 @@ export class FlameGraphView {
   // Laying out and drawing
 
   get #zoomed() {
-    return Math.max(0, this.#asked);
+    return Math.max(0, this.#target);
   }
 
   #layOut() {
     this.#viewport.layOut(this.#zoomed);
     this.#matches.list(this.#viewport.boxes);
     const label = this.#viewport.rows
-      ? spokenGraph(this.#graph, this.#zoomed, this.#answer)
+      ? spokenGraph(this.#graph, this.#zoomed, this.#response)
       : "Flame graph, empty";
     this.#parts.canvas.setAttribute("aria-label", label);
   }
@@ -198,9 +198,9 @@ export class FlameGraphView {
 
   #zoomTo(node, start = performance.now()) {
     const target = this.#graph.isRest(node) ? this.#graph.parentOf(node) : node;
-    // What lies above this answer may be asked for again: the service may have failed to answer.
-    if (target === null || (target === this.#asked && target >= 0)) return;
-    this.#asked = target;
+    // A node above this response may be requested again: the last request may have failed.
+    if (target === null || (target === this.#target && target >= 0)) return;
+    this.#target = target;
     if (target >= 0) {
       this.#hide();
       this.#layOut();
@@ -229,7 +229,7 @@ export class FlameGraphView {
 
   #spoken(node) {
     const match = this.#matches.has(node) ? this.#matches.placeOf(this.#selected) : null;
-    return spokenNode(this.#graph, node, this.#answer.type, match);
+    return spokenNode(this.#graph, node, this.#response.type, match);
   }
 
   // Pointer and keyboard
@@ -246,7 +246,7 @@ export class FlameGraphView {
       "scroll",
       () => {
         if (this.#hovered >= 0) this.#hide();
-        else if (this.#told !== null) this.#showTooltipAt(this.#told);
+        else if (this.#tooltipNode !== null) this.#showTooltipAt(this.#tooltipNode);
         if (frame) return;
         frame = requestAnimationFrame(() => {
           frame = 0;
@@ -290,7 +290,7 @@ export class FlameGraphView {
 
   #hide() {
     const wasOver = this.#hovered >= 0;
-    this.#told = null;
+    this.#tooltipNode = null;
     this.#hovered = -1;
     this.#parts.hovered.hidden = true;
     this.#parts.tooltip.hidden = true;
@@ -309,8 +309,8 @@ export class FlameGraphView {
     };
     const zooms = {
       Enter: () => this.#selected,
-      Escape: () => this.#graph.parentOf(this.#asked),
-      Backspace: () => this.#graph.parentOf(this.#asked),
+      Escape: () => this.#graph.parentOf(this.#target),
+      Backspace: () => this.#graph.parentOf(this.#target),
       Home: () => this.#graph.top,
     };
     let isOurs = true;
@@ -328,12 +328,12 @@ export class FlameGraphView {
     this.#showTooltipAt(node);
   }
 
-  /** Zoom to a node; tell whether there is one. */
+  /** Zoom to a node; return whether there is one. */
   #zoomByKey(node) {
     if (node === null) return false;
     this.#zoomTo(node);
     if (this.#selected !== null) this.#viewport.scrollTo(this.#selected);
-    const shown = this.#graph.isRest(node) ? this.#asked : node;
+    const shown = this.#graph.isRest(node) ? this.#target : node;
     this.#parts.live.textContent = `Zoomed to ${this.#spoken(shown)}`;
     return true;
   }
@@ -344,7 +344,7 @@ export class FlameGraphView {
     const { left, top } = this.#viewport.rectOf(i);
     const frame = scroller.getBoundingClientRect();
     const below = top + ROW_PX - scroller.scrollTop;
-    this.#told = node;
+    this.#tooltipNode = node;
     tooltip.hidden = below < ROW_PX || below > scroller.clientHeight + 1;
     if (tooltip.hidden) return;
     this.#fillTooltip(i);
@@ -356,13 +356,13 @@ export class FlameGraphView {
     const node = boxes.node[i];
     const box = describeBox(this.#graph, boxes, node, i);
     const facts = this.#factsOf?.(box) ?? {
-      rows: costRows(this.#graph, this.#zoomed, node, box, this.#answer),
+      rows: costRows(this.#graph, this.#zoomed, node, box, this.#response),
     };
     fillTooltip(this.#parts.tooltip, { ...tooltipHead(box), ...facts });
   }
 }
 
-/** Give the node at the end of a path; null where the tree does not have all of it. */
+/** Return the node at the end of a path; null if the tree has only a part of it. */
 function exactly(graph, path) {
   const node = graph.findPath(path);
   return graph.pathOf(node).length === path.length ? node : null;

@@ -1,4 +1,4 @@
-// Keys: what they do wherever nothing is typed, and the dialog that lists them.
+// Keys: keyboard shortcuts, and the dialog that lists them.
 
 import { button, el, isTyping } from "./dom.js";
 
@@ -95,7 +95,7 @@ export function showHelp(dialog) {
   dialog.showModal();
 }
 
-/** Call `actions` by the key that is pressed: {key: callback}. The dialog keeps its keys to itself. */
+/** Call `actions`, {key: callback}, unless text is being typed or the dialog is open. */
 export function bindKeys(actions, dialog) {
   document.addEventListener("keydown", (event) => {
     const isOurs = !event.defaultPrevented && !event.ctrlKey && !event.metaKey && !event.altKey;

@@ -2,13 +2,13 @@
 //
 // Nothing here recurses: a response may be 4,096 boxes deep.
 
-/** Narrower than this a box is not drawn by itself, as the service cuts (profiler/flamegraph/flamegraph.py). */
+/** Narrower boxes are not drawn; the service cuts at the same width (profiler/flamegraph/flamegraph.py). */
 export const LEAST_PX = 0.5;
 
 /**
- * Lay out a subtree at full width, with what stands above it at full width too.
+ * Lay out a subtree at full width, with its callers above it at full width too.
  *
- * Gives parallel arrays, row by row and from left to right within a row: `x` and `width` in pixels,
+ * Returns parallel arrays, row by row and from left to right within a row: `x` and `width` in pixels,
  * `node`, and `cutEnd`: 0, or, for a box that sums children which are too narrow, the node where
  * they end (`node` is the first of them). Boxes of row r are those from `rowStart[r]` up to
  * `rowStart[r + 1]`; row 0 is the overall root's. A sum that is too narrow itself is left out.
@@ -31,7 +31,7 @@ export function layOut(graph, zoomed, widthPx) {
   return { zoomed, ...byRow(columns) };
 }
 
-/** Give the index of the box at a place, or -1. */
+/** Return the index of the box at a place, or -1. */
 export function hit(boxes, x, row) {
   if (row < 0 || row >= boxes.rows) return -1;
   const after = firstAbove(boxes.x, boxes.rowStart[row], boxes.rowStart[row + 1], x);
@@ -39,7 +39,7 @@ export function hit(boxes, x, row) {
   return i >= boxes.rowStart[row] && x < boxes.x[i] + boxes.width[i] ? i : -1;
 }
 
-/** Give the index of a node's own box, or -1 when it is not drawn. */
+/** Return the index of a node's own box, or -1 when it is not drawn. */
 export function boxOf(graph, boxes, node) {
   const row = graph.rowOf(node);
   if (row >= boxes.rows) return -1;
@@ -48,7 +48,7 @@ export function boxOf(graph, boxes, node) {
   return i >= start && boxes.node[i] === node && boxes.cutEnd[i] === 0 ? i : -1;
 }
 
-/** Give total and samples of a box. */
+/** Return total and samples of a box. */
 export function sumOf(graph, boxes, i) {
   const node = boxes.node[i];
   if (boxes.cutEnd[i] === 0) {
@@ -63,7 +63,7 @@ export function sumOf(graph, boxes, i) {
   return sum;
 }
 
-/** Give what a comparison says of a node, or of all siblings from it up to `cutEnd`. */
+/** Return the comparison's values of a node, or of all siblings from it up to `cutEnd`. */
 export function comparedTo(graph, node, cutEnd = 0) {
   const sides = graph.sidesOf(node);
   if (cutEnd === 0) {
@@ -83,7 +83,7 @@ export function comparedTo(graph, node, cutEnd = 0) {
   return { before, after, verdict: "", cause: null };
 }
 
-/** Give the drawn node that lies "parent", "child", "next" or "previous" of a drawn one, or null.
+/** Return the drawn node that lies "parent", "child", "next" or "previous" of a drawn one, or null.
  * Next and previous are siblings, and beyond the last of them the nearest box of the same row. */
 export function neighbour(graph, boxes, node, direction) {
   if (direction === "parent") return graph.parentOf(node);
@@ -110,7 +110,7 @@ function addSubtree(graph, zoomed, widthPx, add) {
       i += 1;
       continue;
     }
-    // What follows is narrower still, or the rest; of one side of a comparison it may be wider.
+    // Later siblings are narrower still, or the rest; in one side of a comparison they may be wider.
     const end = graph.end[graph.parent[i]];
     let [cut, sum] = [i, 0];
     for (; cut < end && graph.total[cut] * scale < LEAST_PX; cut = graph.end[cut]) {
@@ -154,12 +154,12 @@ function childTowards(graph, boxes, node) {
   return boxOf(graph, boxes, child) < 0 ? null : child;
 }
 
-/** Give the first place from `start` to `end` whose number is above `wanted`. */
-export function firstAbove(ascending, start, end, wanted) {
+/** Return the first place from `start` to `end` whose number is above `value`. */
+export function firstAbove(ascending, start, end, value) {
   let [low, high] = [start, end];
   while (low < high) {
     const middle = (low + high) >> 1;
-    if (ascending[middle] > wanted) high = middle;
+    if (ascending[middle] > value) high = middle;
     else low = middle + 1;
   }
   return low;

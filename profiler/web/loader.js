@@ -1,15 +1,15 @@
-// Loader: asks the service for what the panels show, and keeps the last response of each.
+// Loader: requests what the panels show from the service, and keeps the last response of each.
 
 import { address, Api, isCancelled } from "./api.js";
 
-/** What is asked for on its own, and drawn as soon as it is there. */
+/** The parts of the page that have a request of their own, drawn when its response arrives. */
 export const PANELS = ["flame", "diff", "timeline", "services", "top", "changes", "deployments"];
 const SLOW_MS = 300;
 
 export class Loader {
   #api = new Api();
   #callbacks;
-  /** By panel: {key, response, error, isOld}; `key` is the address that was asked last. */
+  /** By panel: {key, response, error, isOld}; `key` is the address of the last request. */
   #panels = Object.fromEntries(
     PANELS.map((name) => [name, { key: null, response: null, error: null, isOld: false }]),
   );
@@ -18,20 +18,20 @@ export class Loader {
   #slowTimer = 0;
   #labels = new Map();
   #clockSkewMs = 0;
-  /** The answer of /api/v1/status, null until it is there. */
+  /** The response of /api/v1/status, null until it arrives. */
   status = null;
   /** The service's clock at the last refresh. */
   nowMs = Date.now();
 
   /**
-   * Callbacks: onResponse(panel, arrivedAt) to draw a panel, `arrivedAt` null where nothing new has
-   * arrived; onError(panel); onProgress() after anything has begun or ended; onSlow(isSlow).
+   * Callbacks: onResponse(panel, arrivedAt) draws a panel, `arrivedAt` is null if its response is not
+   * new; onError(panel); onProgress() after a request starts or ends; onSlow(isSlow).
    */
   constructor(callbacks) {
     this.#callbacks = callbacks;
   }
 
-  /** Give {response, error, isOld} of a panel. */
+  /** Return {response, error, isOld} of a panel. */
   of(panel) {
     return this.#panels[panel];
   }
@@ -44,21 +44,21 @@ export class Loader {
     return this.#pending.has(panel);
   }
 
-  /** Read the clock and the status anew and forget the rest; tell whether nothing came between. */
+  /** Fetch the clock and the status again, and forget the rest. Return false if it was cancelled. */
   async refresh() {
     const refresh = {};
     this.#refreshing = refresh;
     this.#setBusy("status", true);
     try {
-      const { answer } = await this.#api.ask("status", "status");
-      this.status = answer;
-      this.#clockSkewMs = answer.now_ms - Date.now();
+      const { response } = await this.#api.request("status", "status");
+      this.status = response;
+      this.#clockSkewMs = response.now_ms - Date.now();
     } catch (error) {
       if (isCancelled(error)) {
         if (this.#refreshing === refresh) this.#setBusy("status", false);
         return false;
       }
-      // The other responses say what is wrong.
+      // The other requests will show the error.
     }
     this.nowMs = Date.now() + this.#clockSkewMs;
     this.#api.forget();
@@ -68,7 +68,7 @@ export class Loader {
     return true;
   }
 
-  /** Ask for what is not shown yet; `requests` has [path, parameters] or null by panel. */
+  /** Request what is not shown yet; `requests` has [path, parameters] or null by panel. */
   load(requests) {
     for (const name of PANELS) {
       const request = requests[name];
@@ -76,24 +76,24 @@ export class Loader {
       const panel = this.#panels[name];
       const key = address(...request);
       if (panel.key === key && !panel.error) this.#callbacks.onResponse(name, null);
-      else this.#ask(name, key, request);
+      else this.#request(name, key, request);
     }
     this.#callbacks.onProgress();
   }
 
-  async #ask(name, key, [path, params]) {
+  async #request(name, key, [path, params]) {
     const panel = this.#panels[name];
-    const request = {}; // what is asked again has the same key
+    const request = {}; // the same request again has the same key
     panel.request = request;
     panel.key = key;
     panel.isOld = true;
     this.#setBusy(name, true);
     let arrivedAt = null;
     try {
-      const arrived = await this.#api.ask(name, path, params, { isKept: true });
-      if (panel.request !== request) return; // a later one took its place
+      const arrived = await this.#api.request(name, path, params, { isKept: true });
+      if (panel.request !== request) return; // a later one replaced it
       ({ arrivedAt } = arrived);
-      panel.response = arrived.answer;
+      panel.response = arrived.response;
       panel.isOld = false;
       panel.error = null;
     } catch (error) {
@@ -101,7 +101,7 @@ export class Loader {
       if (isCancelled(error)) panel.key = null;
       else panel.error = error;
     }
-    this.#callbacks.onProgress(); // what is hidden has no width to draw in
+    this.#callbacks.onProgress(); // the graph must be visible to have a width
     try {
       if (panel.error) this.#callbacks.onError(name);
       else if (arrivedAt !== null) this.#callbacks.onResponse(name, arrivedAt);
@@ -114,7 +114,7 @@ export class Loader {
     for (const name of ["status", ...PANELS]) this.#api.cancel(name);
   }
 
-  /** Give labels or a label's values for suggestions; null if the service does not answer. */
+  /** Return labels or a label's values for suggestions; null if the request fails. */
   async labels(path, { from, until }) {
     const key = `${path} ${from} ${until}`;
     if (!this.#labels.has(key)) {
@@ -123,7 +123,7 @@ export class Loader {
         ["until", String(until)],
       ];
       try {
-        this.#labels.set(key, (await this.#api.ask("labels", path, params)).answer);
+        this.#labels.set(key, (await this.#api.request("labels", path, params)).response);
       } catch {
         return null;
       }

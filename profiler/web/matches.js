@@ -1,12 +1,12 @@
-// What a search has found in a tree, and the way from one match to the next. No DOM.
+// Matches of a search in a tree, and stepping from one to the next. No DOM.
 
 import { firstAbove } from "./layout.js";
 
 export class Matches {
-  #wanted = "";
-  /** All nodes that match; null while nothing is searched. */
+  #searched = "";
+  /** All nodes that match; null without a search. */
   #nodes = null;
-  /** Those that are drawn, in preorder: only what is drawn can be stepped to. */
+  /** The matches that are drawn, in preorder: only these can be stepped to. */
   #drawn = [];
 
   get isSearching() {
@@ -21,20 +21,20 @@ export class Matches {
     return this.#nodes?.has(node) ?? false;
   }
 
-  /** Search for other text or another function; tell whether it is another one. */
-  setWanted(wanted) {
-    if (isSameSearch(wanted, this.#wanted)) return false;
-    this.#wanted = wanted;
+  /** Set the text or function to search for; return whether it changed. */
+  setSearch(searched) {
+    if (isSameSearch(searched, this.#searched)) return false;
+    this.#searched = searched;
     return true;
   }
 
-  /** Search a tree (null: there is none yet). */
+  /** Search a tree; null if there is none yet. */
   search(graph) {
-    const isSearching = this.#wanted !== "" && graph !== null;
-    this.#nodes = isSearching ? new Set(graph.matches(this.#wanted)) : null;
+    const isSearching = this.#searched !== "" && graph !== null;
+    this.#nodes = isSearching ? new Set(graph.matches(this.#searched)) : null;
   }
 
-  /** List the matches among the boxes that are drawn; null: none are. */
+  /** List the matches among the drawn boxes; null if nothing is drawn. */
   list(boxes) {
     this.#drawn = [];
     if (!this.#nodes || !boxes) return;
@@ -45,20 +45,20 @@ export class Matches {
     this.#drawn.sort((a, b) => a - b);
   }
 
-  /** Give {index, count}: where a node stands among the matches, counted from 1; 0 if it is none. */
+  /** Return {index, count}: the position of a node among the matches, from 1; 0 if it is not one. */
   placeOf(node) {
     const index = node === null ? 0 : this.#drawn.indexOf(node) + 1;
     return { index, count: this.count };
   }
 
-  /** Give the match that follows a node in a direction, wrapping around; null if there is none. */
+  /** Return the match that follows a node in a direction, wrapping around; null if there is none. */
   next(node, direction) {
     const at = stepMatch(this.#drawn, node, direction);
     return at < 0 ? null : this.#drawn[at];
   }
 }
 
-/** Give the place in an ascending list of matches that follows a node, wrapping around, or -1. */
+/** Return the place in an ascending list of matches that follows a node, wrapping around, or -1. */
 export function stepMatch(matches, node, direction) {
   if (matches.length === 0) return -1;
   if (node === null) return direction > 0 ? 0 : matches.length - 1;

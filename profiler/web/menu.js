@@ -1,10 +1,10 @@
-// Menu: a button that opens a popup, and the time range that one of them chooses.
+// Menu: a button that opens a popup, and the popup that selects a time range.
 
 import { checkRadio } from "./controls.js";
 import { button, set } from "./dom.js";
 import { formatWindow, fromInput, toInput } from "./times.js";
 
-/** A button that opens what stands next to it. Escape, a click or the focus elsewhere closes it. */
+/** A button that opens the popup next to it. Escape, a click or focus elsewhere closes it. */
 export class Menu {
   constructor(container, { onOpen } = {}) {
     this.button = container.querySelector("button");
@@ -39,7 +39,7 @@ export class Menu {
   }
 }
 
-/** A window: presets ([from, until, name]), and two times in the zone that is chosen. */
+/** Selects a window: from presets ([from, until, name]), or by two times in the selected zone. */
 export class RangePicker {
   constructor(container, { label, presets, onRange, onZone }) {
     this.menu = new Menu(container, { onOpen: () => this.#fill() });
@@ -63,7 +63,7 @@ export class RangePicker {
     });
   }
 
-  /** `window` in ms is what the texts mean now. */
+  /** `from` and `until` are texts as in the address, `window` has what they mean now in ms. */
   show({ from, until, tz, window, name }) {
     this.shown = { from, until, tz, window };
     this.menu.button.querySelector(".range-name").textContent = name;

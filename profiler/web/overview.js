@@ -19,7 +19,7 @@ export class Overview {
   #colours = new Map();
   #isNew = changeTracker();
 
-  /** `page` has the state, the selection and the loader, and takes changes (page.js). */
+  /** `page` has state, selection and loader, and applies changes (page.js). */
   constructor(page) {
     this.#page = page;
     this.services = new controls.ServiceChips(byId("services"), {
@@ -38,7 +38,7 @@ export class Overview {
     byId("timeline-zoom").addEventListener("click", () => page.change({ over: "" }));
   }
 
-  /** Show what follows from the state alone. */
+  /** Show what depends only on the state. */
   render() {
     const { state, selection } = this.#page;
     const { isComparison, window, outer } = selection;
@@ -60,7 +60,7 @@ export class Overview {
     const chosen = this.#chosenParts;
     const parts = JSON.stringify(chosen);
     const values = [response, services, series, over, from, until, q, tz, deployments, parts];
-    // A zoom must not wait for a timeline that stays as it is.
+    // A zoom must not wait for an unchanged timeline.
     if (!this.#isNew("timeline", ...values)) return;
     if (series === "service") this.#colours = this.#serviceColours();
     else {
@@ -100,7 +100,7 @@ export class Overview {
     if (isLayered) this.#redrawTimeline();
   }
 
-  /** Say that a panel has no response. */
+  /** Show that a panel's request failed. */
   fail(panel) {
     this.#isNew.forget(panel);
     if (panel === "timeline") {
@@ -134,7 +134,7 @@ export class Overview {
     return isOf(windows.after, after) && isOf(windows.before, before);
   }
 
-  /** Services keep their colours whatever is selected: by all that are there, most first. */
+  /** Services keep their colours whatever is selected: colours go to all services, largest first. */
   #serviceColours() {
     const { loader } = this.#page;
     const values = loader.of("services").response?.values ?? [];

@@ -1,8 +1,8 @@
 // Page: the address in, requests and views out.
 //
-// A user's act changes the state; the state goes into the address; what the state asks for and is
-// not there yet is asked of the service. `<html data-state>` says how that stands: loading, ready,
-// empty or error.
+// An action of the user changes the state, and the state is written to the address. What the state
+// needs and the page does not have yet is requested from the service. `<html data-state>` is loading,
+// ready, empty or error.
 
 import { publishColours } from "./compare.js";
 import { Comparison } from "./comparison.js";
@@ -54,7 +54,7 @@ class Page {
     this.refresh();
   }
 
-  /** What the state selects now; times are relative to the last refresh. */
+  /** What the state selects; relative times count from the last refresh. */
   get selection() {
     return new Selection(this.state, this.loader.nowMs);
   }
@@ -63,9 +63,9 @@ class Page {
     return this.selection.tabAt(innerWidth);
   }
 
-  // What the parts of the page call
+  // Called by the parts of the page
 
-  /** Take a user's act into the state, the address and the views. */
+  /** Apply a change to the state, the address and the views. */
   change = (change) => {
     const next = changeState(this.state, change);
     const text = printState(next);
@@ -77,7 +77,7 @@ class Page {
     this.#go(next);
   };
 
-  /** Read the clock and the status anew, then everything else. */
+  /** Fetch the clock and the status again, then everything else. */
   refresh = async () => {
     if (await this.loader.refresh()) this.#go(this.state);
   };
@@ -94,11 +94,11 @@ class Page {
   #go(next) {
     this.state = next;
     this.#render();
-    const sizes = { graphPx: this.profile.askedPx, pagePx: innerWidth };
+    const sizes = { graphPx: this.profile.requestedPx, pagePx: innerWidth };
     this.loader.load(this.selection.requests(sizes));
   }
 
-  /** Show what follows from the state alone. */
+  /** Show what depends only on the state. */
   #render() {
     this.toolbar.render();
     this.overview.render();
@@ -144,7 +144,7 @@ class Page {
     progress.replaceChildren(...(isSlow ? parts : []));
   }
 
-  /** Say what the flame graph's request came to, and show or hide the panes with it. */
+  /** Show the outcome of the flame graph's request: the panes, or why there is nothing to draw. */
   #showState() {
     const { graphPanel, isComparison } = this.selection;
     const { response, error } = this.loader.of(graphPanel);
@@ -156,7 +156,7 @@ class Page {
     document.documentElement.dataset.state = stateName({ isBusy, error, empty, response });
     byId("notice").replaceChildren(...(isStale ? [awayNotice(error, this)] : []));
     place.hidden = box === null;
-    // Whoever has come to a button in it stays there while other responses arrive.
+    // A focused button in it keeps the focus while other responses arrive.
     const isNew = this.#isNew("state", box && printState(this.state), error, response, status);
     if (isNew) place.replaceChildren(...(box ?? []));
     byId("panes").hidden = box !== null;
@@ -169,10 +169,10 @@ class Page {
 
   #showWaiting() {
     const again = () => this.refresh();
-    const asking = "Asking the service…";
+    const waiting = "Asking the service…";
     const { isBusy } = this.loader;
     byId("under").replaceChildren(
-      isBusy ? asking : button({ text: "Ask again", class: "small", click: again }),
+      isBusy ? waiting : button({ text: "Ask again", class: "small", click: again }),
     );
   }
 

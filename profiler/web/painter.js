@@ -140,7 +140,7 @@ export class Painter {
     return this.#frameColour(frame, key, 0, change);
   }
 
-  // What changed keeps its colour when it is found: the colour is the answer.
+  // What changed keeps its colour when it is found: the colour is the response.
   #colourOfChange(node, isSum, isFound) {
     const { isDark } = this.#scheme;
     const { graph, matches } = this.#scene;

@@ -168,7 +168,7 @@ export class DetailPanel {
   }
 }
 
-/** What is known of where a function stands; several files of one name have a line each. */
+/** Return module, kind, paths and build ids; several files of one name have a line each. */
 function moduleFacts({ module, kind }, files) {
   const mine = files.filter(([name]) => name === module);
   const builds = mine.map(([, , build]) => build).filter((build) => !build.startsWith("["));

@@ -1,4 +1,4 @@
-// The flame graph's elements around its canvas: outlines, tooltip, what is said aloud.
+// The flame graph's elements around its canvas: outlines, tooltip, text for screen readers.
 
 /** Make the elements of a graph; the caller puts `root` into the page. */
 export function makeParts(document) {
@@ -53,7 +53,7 @@ export function fillTooltip(tooltip, { name, where, file, rows, hint }) {
   tooltip.replaceChildren(...lines, table);
 }
 
-// Below and right of the place, or above it and what is to be kept clear; inside of the window.
+// Below and right of the point, or above it if there is no room; always inside the window.
 export function placeTooltip(tooltip, x, y, gap, keepClearPx = 0) {
   const { offsetWidth: width, offsetHeight: height } = tooltip;
   const { clientWidth, clientHeight } = tooltip.ownerDocument.documentElement;
@@ -64,7 +64,7 @@ export function placeTooltip(tooltip, x, y, gap, keepClearPx = 0) {
   tooltip.style.top = `${top}px`;
 }
 
-/** Call back when the graph's size, its colours or what it lies on has changed. */
+/** Call back when the graph is resized, the page scrolls or the colour scheme changes. */
 export function watch({ root, scroller, canvas }, { onResize, onScroll, onScheme }) {
   const sizes = new ResizeObserver(() => {
     const isOther =

@@ -1,5 +1,5 @@
-// Profile: the flame graph, the table of functions beside it, and what is said of the selected one.
-// Of a comparison the graph shows both sides, and the table what changed.
+// Profile: the flame graph, the table of functions, and the details of the selected one. In a
+// comparison the graph shows both sides, and the table lists the changes.
 
 import { changeFacts, CHANGES, changesShown, showLegend, tooltipOf } from "./compare.js";
 import * as controls from "./controls.js";
@@ -26,7 +26,7 @@ export class Profile {
   #drawnTop = null;
   #graphPx = 1200;
 
-  /** `page` has the state, the selection and the loader, and takes changes (page.js). */
+  /** `page` has state, selection and loader, and applies changes (page.js). */
   constructor(page) {
     this.#page = page;
     showLegend(byId("changes-legend"));
@@ -52,7 +52,7 @@ export class Profile {
         change({ node: id ?? "", select: id ?? "" });
       },
       onSelect: (box) => {
-        // A click selects and then zooms: that is one step, and Back goes to where nothing was selected.
+        // A click selects and then zooms. That is one step: Back goes to where nothing was selected.
         isZoomed = false;
         const select = box && !box.isRest ? box.id : "";
         queueMicrotask(() => isZoomed || change({ select, row: "" }));
@@ -119,21 +119,21 @@ export class Profile {
     return this.#selection.isComparison ? this.changes : this.table;
   }
 
-  /** What the graph shows: the response of its request, which a comparison has a view of; or null. */
+  /** What the graph shows: its response, in a comparison as seen from the selected side; or null. */
   get response() {
     const { graphPanel, isComparison } = this.#selection;
     const { response } = this.#page.loader.of(graphPanel);
     return response && isComparison ? viewOf(response, this.#state.side) : response;
   }
 
-  /** The width to ask boxes for: a little more than there is, so that small changes ask nothing. */
-  get askedPx() {
-    this.#graphPx = this.graph.width || this.#graphPx; // what is hidden has no width
+  /** The width to request, rounded up so that small changes need no new request. */
+  get requestedPx() {
+    this.#graphPx = this.graph.width || this.#graphPx; // a hidden graph has no width
     const steps = Math.ceil(this.#graphPx / WIDTH_STEP_PX);
     return Math.min(10_000, Math.max(400, steps * WIDTH_STEP_PX));
   }
 
-  /** Show what follows from the state alone. */
+  /** Show what depends only on the state. */
   render() {
     const { state, selection, tab } = this.#page;
     const { isComparison } = selection;
@@ -167,7 +167,7 @@ export class Profile {
     if (!isComparison) {
       const { coverage, samples, window } = response;
       const shown = { coverage, samples, window };
-      // A zoom is a response of its own about the same objects.
+      // A zoom has a response of its own, but the same coverage.
       if (this.#isNew("coverage", JSON.stringify(shown))) this.coverage.show(shown);
     }
     this.#showCrumbs();
@@ -203,7 +203,7 @@ export class Profile {
     this.#showPanel();
   }
 
-  /** Say that what a panel shows is out of date. */
+  /** Show that a panel is out of date. */
   fail(panel) {
     this.#isNew.forget(panel);
     if (panel === "top") this.table.dim(true);
@@ -249,7 +249,7 @@ export class Profile {
     this.#shownTable.mark(this.#marked);
   }
 
-  /** Show what the selected box or function costs; tell whether there is one. */
+  /** Show the cost of the selected box or function; return whether there is one. */
   #showCost() {
     const { select, row, callers, by, node } = this.#state;
     const { windowMs } = this.#selection;
@@ -271,7 +271,7 @@ export class Profile {
     return true;
   }
 
-  /** Show how the selected box or function changed; tell whether there is one. */
+  /** Show how the selected box or function changed; return whether there is one. */
   #showChange() {
     const { select, row, callers, node } = this.#state;
     const { response } = this.#page.loader.of("diff");
@@ -292,13 +292,13 @@ export class Profile {
     if (!picked || !response) return false;
     const { before, after } = picked.total;
     const frame = { file: "", line: 0, ...picked };
-    const told = { frame, before, after, verdict: picked.verdict, cause: null };
-    const facts = changeFacts(told, picked, response);
+    const change = { frame, before, after, verdict: picked.verdict, cause: null };
+    const facts = changeFacts(change, picked, response);
     this.panel.showChange(frame, { facts, isCallers: callers === picked.function });
     return true;
   }
 
-  /** Give what the list of changes has of a box's function; null where it has nothing. */
+  /** Return the row of a box's function in the list of changes; null if there is none. */
   #rowOf({ frame }) {
     const functions = this.#page.loader.of("changes").response?.functions ?? [];
     if (frame.kind === "label" || frame.kind === "rest") return null;
@@ -306,7 +306,7 @@ export class Profile {
     return functions.find(isOf) ?? null;
   }
 
-  /** The function that the table marks: that of the selected box, or of the selected row. */
+  /** The function to mark in the table: that of the selected box or row. */
   get #marked() {
     const { select, row } = this.#state;
     const { response } = this;
@@ -317,24 +317,24 @@ export class Profile {
 
   // Searching
 
-  /** What the graph lights up while nothing is pointed at. */
+  /** What the graph highlights while the pointer is not on the table. */
   get #highlighted() {
     const { search, row } = this.#state;
     return search || (row ? rowOf(row) : "");
   }
 
-  #highlight(wanted) {
-    const place = this.graph.highlight(wanted);
+  #highlight(searched) {
+    const place = this.graph.highlight(searched);
     const { response } = this;
     const search = response?.search?.text === this.#state.search ? response.search : null;
-    if (this.#state.search) this.search.say(place, search, response?.nodes.total[0] ?? 0);
+    if (this.#state.search) this.search.showCount(place, search, response?.nodes.total[0] ?? 0);
   }
 
   /** Go to the next (1) or the previous (-1) match. */
   step(direction) {
     const { response } = this;
     const total = response?.nodes.total[0] ?? 0;
-    this.search.say(this.graph.step(direction), response?.search, total);
+    this.search.showCount(this.graph.step(direction), response?.search, total);
   }
 
   focusSearch() {
@@ -343,7 +343,7 @@ export class Profile {
   }
 }
 
-/** A row of the table as the state names it: names hold no newline. */
+/** Return the state's key of a row; names have no newline. */
 function rowKey({ function: name, module }) {
   return `${name}\n${module}`;
 }

@@ -1,4 +1,4 @@
-// Scale: the arithmetic of the timeline. Values in, positions out; no DOM.
+// Scale: positions, ticks, series and colours of the timeline. No DOM.
 
 import { offsetMinutes } from "./times.js";
 
@@ -39,20 +39,20 @@ export function linear([from, until], [low, high]) {
   return scale;
 }
 
-/** Give round times inside [from, until), at most `count`: [{ms, label}]. Dates stand at midnight. */
+/** Return round times inside [from, until), at most `count`: [{ms, label}]. Dates are at midnight. */
 export function timeTicks(from, until, count, zone) {
   const least = (until - from) / Math.max(1, count);
   const step = TIME_STEPS.find((each) => each >= least) ?? Math.ceil(least / D) * D;
   const ticks = [];
   for (let shown = roundUp(from + offset(from, zone), step); ; shown += step) {
-    // The clock's own time decides where a tick stands: 06:00 stays 06:00 when clocks change.
+    // Ticks are at round local times: 06:00 stays 06:00 when clocks change.
     const ms = shown - offset(shown - offset(shown, zone), zone);
     if (ms >= until || ticks.length > count) return ticks;
     if (ms >= from) ticks.push({ ms, label: tickLabel(shown, step) });
   }
 }
 
-/** Give round values from 0 to at least `max`, about `count`: [0, 0.5, 1, …]. */
+/** Return round values from 0 to at least `max`, about `count`: [0, 0.5, 1, …]. */
 export function valueTicks(max, count) {
   if (!(max > 0)) return [0, 1];
   const least = max / Math.max(1, count);
@@ -65,9 +65,9 @@ export function valueTicks(max, count) {
 }
 
 /**
- * Stack a timeline's series: {layers: [{lower, upper}], isGap, max}, in cores while profiled: a step
- * that has only begun is as high as it will be.
- * The last series lies on top; a step in which nothing was profiled is a gap, whatever its values.
+ * Stack a timeline's series: {layers: [{lower, upper}], isGap, max}, in cores while profiled, so
+ * that a step that was profiled in part has its full height. The last series is on top; a step without
+ * profiles is a gap.
  */
 export function stackSeries(timeline) {
   const isGap = timeline.covered_ns.map((ns) => !(ns > 0));
@@ -104,7 +104,7 @@ export function layerPath({ lower, upper }, isGap, x, y) {
     .join("");
 }
 
-/** Give the runs of true: [[start, end), …]. */
+/** Return the runs of true: [[start, end), …]. */
 export function runs(flags) {
   const found = [];
   flags.forEach((flag, i) => {
@@ -118,7 +118,7 @@ export function runs(flags) {
 /**
  * Move a selection of whole steps by a key: arrows move one step (Page keys ten), with Shift they
  * extend; Home and End go to the edges. A selection is {anchor, head}, both steps that belong to it.
- * Gives null for other keys.
+ * Returns null for other keys.
  */
 export function moveSelection(selection, key, isExtending, count) {
   const by = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10, Home: -count, End: count }[
@@ -132,7 +132,7 @@ export function moveSelection(selection, key, isExtending, count) {
   return { anchor: isExtending && selection ? selection.anchor : head, head };
 }
 
-/** Give the window of a selection, cut to the timeline's own: {from, until} in ms. */
+/** Return the window of a selection, cut to the timeline's own: {from, until} in ms. */
 export function selectionWindow({ anchor, head }, timeline) {
   const start = timeline.start_ms + Math.min(anchor, head) * timeline.step_ms;
   const end = timeline.start_ms + (Math.max(anchor, head) + 1) * timeline.step_ms;
@@ -141,8 +141,8 @@ export function selectionWindow({ anchor, head }, timeline) {
 }
 
 /**
- * Give each name a number below `count`, the same each time as far as others allow: by its hash,
- * the next free one where two meet. Names beyond `count` share.
+ * Return each name a number below `count`, by its hash, or the next
+ * free one if two collide. Beyond `count` names, colours are shared.
  */
 export function assignColours(names, count) {
   const taken = new Set();
@@ -156,18 +156,18 @@ export function assignColours(names, count) {
   return colours;
 }
 
-/** Name a series as legends do. */
+/** Return the name of a series in legends. */
 export function seriesName(series, label) {
   if (series.rest) return "all others";
   return labelOf(series, label) || `no ${label}`;
 }
 
-/** Give a series' value of a label, which may be called as what every object has; "" if it has none. */
+/** Return a series' value of a label, "" if it has none; the label may be called like a property of every object. */
 export function labelOf({ labels }, name) {
   return Object.hasOwn(labels, name) ? labels[name] : "";
 }
 
-/** Give the style sheet's class of a colour number; none is the grey of the rest. */
+/** Return the style sheet's class of a colour number; undefined is the grey of the rest. */
 export function colourClass(colour) {
   return colour === undefined ? "s-rest" : `s${colour}`;
 }

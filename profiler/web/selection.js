@@ -1,4 +1,4 @@
-// Selection: what a state selects at a moment, and what is asked of the service for it. Pure.
+// Selection: what a state selects at a moment, and the requests for it. Pure.
 
 import * as selector from "./selector.js";
 import {
@@ -15,18 +15,18 @@ import { resolveWindow } from "./times.js";
 import { ROOT_ID } from "./tree.js";
 
 const HOUR_MS = 3_600_000;
-/** Where both the graph and the table have room, and where the table alone has not enough. */
+/** From this width on there is room for both graph and table; below the other one, never. */
 const WIDE_PX = 1200;
 const NARROW_PX = 900;
-/** Functions that a comparison asks for, what changed first; smaller ones cost next to nothing. */
-const CHANGES_ASKED = 1000;
-/** The parameters that say what stands after. */
+/** Functions that a comparison requests, changes first; the others cost next to nothing. */
+const CHANGES_LIMIT = 1000;
+/** The parameters of the after side. */
 const SIDE = ["query", "from", "until"];
-/** Of what is compared, this much more is on the timeline to each side. */
+/** The timeline shows this share of the compared range more at each end. */
 const CONTEXT = 0.15;
 
 export class Selection {
-  /** Times relative to now are read at `nowMs`, so that all panels show one window. */
+  /** Relative times count from `nowMs`, so that all panels show the same window. */
   constructor(state, nowMs) {
     this.state = state;
     this.nowMs = nowMs;
@@ -46,7 +46,7 @@ export class Selection {
     return beforeWindow(this.state, this.window, this.nowMs);
   }
 
-  /** The timeline's window; of a comparison it has both sides. */
+  /** The timeline's window; in a comparison it contains both sides. */
   get outer() {
     const own = resolveWindow(...outerWindow(this.state), this.nowMs) ?? this.window;
     if (!this.isComparison) return own;
@@ -76,11 +76,11 @@ export class Selection {
     try {
       return selector.parse(this.state.q);
     } catch {
-      return []; // the service says what is wrong with it
+      return []; // the service reports the error
     }
   }
 
-  /** What is asked for; of a comparison what both sides ask for, which the timeline shows. */
+  /** The matchers; in a comparison those that both sides have, which the timeline shows. */
   get sharedMatchers() {
     const matchers = this.matchers;
     if (!this.isComparison) return matchers;
@@ -92,15 +92,15 @@ export class Selection {
     }
   }
 
-  /** Give the panes that a page of this width shows: "graph", "table" or "both". */
+  /** Return the panes that a page of this width shows: "graph", "table" or "both". */
   tabAt(widthPx) {
     const { tab } = this.state;
-    if (this.isComparison) return tab || "both"; // the list says what the colours are
+    if (this.isComparison) return tab || "both"; // the list explains the colours
     if (tab === "both" && widthPx < NARROW_PX) return "graph";
     return tab || (widthPx >= WIDE_PX ? "both" : "graph");
   }
 
-  /** Give what each panel asks for: [path, parameters]; null where it is not shown. */
+  /** Return the request of each panel, [path, parameters]; null if it is not shown. */
   requests({ graphPx, pagePx }) {
     const { state } = this;
     const common = queryParams(state, this.window);
@@ -117,7 +117,7 @@ export class Selection {
     };
     if (this.isComparison) {
       const after = common.filter(([name]) => SIDE.includes(name));
-      const limit = ["limit", String(CHANGES_ASKED)];
+      const limit = ["limit", String(CHANGES_LIMIT)];
       return {
         diff: ["diff", [...this.viewParams(), width]],
         changes: ["diff/top", [...after, ...this.#beforeParams(), limit]],
@@ -130,12 +130,12 @@ export class Selection {
     return {
       flame: ["flamegraph", [...this.viewParams(), width, ...search]],
       ...around,
-      // A row's figures are in the panel, whether the table is shown or not.
+      // The details of a selected row come from it even if the table is not shown.
       top: this.tabAt(pagePx) === "graph" && !state.row ? null : ["top", top],
     };
   }
 
-  /** Give the parameters of what is looked at and how: the graph's request, and a download's. */
+  /** Return the parameters that the graph and downloads have in common. */
   viewParams() {
     const { state } = this;
     return [
@@ -157,7 +157,7 @@ export class Selection {
     ];
   }
 
-  /** Give the state with fixed times, as a link keeps them. */
+  /** Return the state with fixed times, as a link keeps them. */
   frozen() {
     return freezeState(this.state, this.window, this.outer, this.before);
   }
@@ -170,7 +170,7 @@ export class Selection {
     return { q: selector.print(change(this.matchers, matcher)) };
   }
 
-  /** Let both sides of a comparison change places. */
+  /** Swap the sides of a comparison. */
   swapped() {
     const { q, over } = this.state;
     const after = { ...this.window, query: q };
@@ -197,7 +197,7 @@ export class Selection {
     return isBefore ? { before_query: query } : { q: query, before_query: beforeQuery(this.state) };
   }
 
-  /** Take a part of the timeline, of a comparison as one of its sides; the timeline stays. */
+  /** Select a part of the timeline, in a comparison for one side; the timeline stays. */
   narrowedTo(window, side) {
     if (!this.isComparison) return narrowTo(this.state, window);
     const part = { from: String(window.from), until: String(window.until) };
@@ -216,7 +216,7 @@ export class Selection {
     return { ...compare(one, other), over, node: "", select: "", row: "" };
   }
 
-  /** Show data nearby ({from_ms, until_ms}), in a window as long as the one at hand if it can be. */
+  /** Show data nearby ({from_ms, until_ms}), in a window at least as long as the current one. */
   movedTo({ from_ms: from, until_ms: until }) {
     const more = Math.max(0, this.windowMs - (until - from)) / 2;
     return {

@@ -1,10 +1,10 @@
-// Selector: which label sets are asked for, as text, as matchers, and half typed.
+// Selector: parsing, printing and completing label selectors.
 //
 //   {service="api",version=~"1\\.5.*",host!="web-3"}
 //
-// `print` gives the text that the service reads (storage/selector.py says its grammar). `parse`
-// also takes what people type in haste: no braces, no quotes around a plain value. Patterns are
-// checked by the service alone, whose expressions are RE2's and not the browser's.
+// `print` returns the text that the service reads (grammar: storage/selector.py). `parse` also accepts
+// shorter forms: no braces, no quotes around a plain value. Only the service checks patterns: they are
+// RE2's, not the browser's.
 
 /** The operators, in the order in which they are offered. */
 export const OPERATORS = ["=", "!=", "=~", "!~"];
@@ -20,7 +20,7 @@ const ESCAPE = /\\(?:([abfnrtv\\"'])|x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A
 const PLAIN = { a: "\x07", b: "\b", f: "\f", n: "\n", r: "\r", t: "\t", v: "\v" };
 const UNSEEN = /[\p{C}\p{Zl}\p{Zp}]|(?! )\p{Zs}/u;
 
-/** Text that is no selector. `position` is the first wrong character, counted from 0. */
+/** Text that is not a selector. `position` is the first wrong character, from 0. */
 export class SelectorError extends Error {
   constructor(problem, position) {
     super(`${problem} at character ${position + 1}`);
@@ -44,7 +44,7 @@ export function parse(text) {
   return matchers;
 }
 
-/** Write matchers as the service reads them; the empty text for none. */
+/** Write matchers as the service reads them; empty for none. */
 export function print(matchers) {
   if (matchers.length === 0) return "";
   return `{${matchers.map(printMatcher).join(",")}}`;
@@ -54,26 +54,26 @@ export function printMatcher({ name, operator, value }) {
   return `${WHOLE_NAME.test(name) ? name : quote(name)}${operator}${quote(value)}`;
 }
 
-/** Give the matchers with one more. An `=` on the same label gives way to it; twice is once. */
+/** Return the matchers with one more. It replaces an `=` on the same label, and itself. */
 export function add(matchers, matcher) {
-  const kept = matchers.filter((each) => !isSame(each, matcher) && !givesWay(each, matcher));
+  const kept = matchers.filter((each) => !isSame(each, matcher) && !isReplacedBy(each, matcher));
   return [...kept, matcher];
 }
 
-/** Give the matchers without this one. */
+/** Return the matchers without this one. */
 export function remove(matchers, matcher) {
   return matchers.filter((each) => !isSame(each, matcher));
 }
 
-/** Tell whether it is among them. */
+/** Return whether it is among them. */
 export function has(matchers, matcher) {
   return matchers.some((each) => isSame(each, matcher));
 }
 
 /**
- * Tell what could be typed at the caret:
- * {expects: "name" | "operator" | "value" | "end", name, typed, start, end}. `typed` is what stands
- * there before the caret (a value without its quote), `start` and `end` what a choice replaces.
+ * Return what can be typed at the caret:
+ * {expects: "name" | "operator" | "value" | "end", name, typed, start, end}. `typed` is the
+ * text before the caret (a value without its quote); a choice replaces `start` to `end`.
  */
 export function completionAt(text, caret) {
   let expects = "name";
@@ -97,7 +97,7 @@ export function completionAt(text, caret) {
   return { expects, name, typed, start: caret - typed.length, end: caret };
 }
 
-/** Put a choice in its place: {text, caret}. The caret stands where typing goes on. */
+/** Insert a choice: {text, caret}. The caret is where typing continues. */
 export function complete(text, completion, choice) {
   const rest = text.slice(completion.end);
   const written = {
@@ -191,7 +191,7 @@ function unquote(quoted, start) {
   });
 }
 
-/** What stands in a quote that is not closed yet, as it stands. */
+/** Return the text inside a quote that may not be closed yet, escapes included. */
 function unquoteStart(text) {
   return /^["'`]/.test(text) ? text.slice(1).replace(/["'`]$/, "") : text;
 }
@@ -209,6 +209,6 @@ function isSame(one, other) {
   return one.name === other.name && one.operator === other.operator && one.value === other.value;
 }
 
-function givesWay(old, matcher) {
+function isReplacedBy(old, matcher) {
   return old.name === matcher.name && old.operator === "=" && matcher.operator === "=";
 }

@@ -1,11 +1,11 @@
-// State: everything a person has chosen, and the address that says it. Pure.
+// State: everything that is selected, and the address that holds it. Pure.
 //
-// The address is the only store, so every view is a link and Back undoes. Defaults are left out of
-// it. A word that means nothing is read as its default: links from other versions still open.
+// The address is the only store, so every view is a link and Back undoes. It omits defaults. An
+// unknown value is read as the default, so that links from other versions still open.
 
 import { parseTime, resolveWindow } from "./times.js";
 
-/** What stands before by the same selector; no selector looks like this. */
+/** The before side has the same selector; no selector looks like this. */
 export const SAME = "=";
 
 /** The state of a page without any parameters, and the order of the parameters in the address. */
@@ -13,7 +13,7 @@ export const DEFAULTS = Object.freeze({
   q: "", // the selector
   from: "now-1h",
   until: "now",
-  mode: "", // compare: this selection is what stands after, the next three say what before
+  mode: "", // compare: this selection is the after side, the next three are the before side
   before_query: SAME,
   before_from: "", // empty: right before the other window; -1d: a day before it; else a time
   before_until: "",
@@ -57,10 +57,10 @@ const ID = /^[0-9a-f]{16}$/;
 const EARLIER = /^-\d{1,9}[smhdw]$/;
 const LABEL = /^[A-Za-z_][A-Za-z0-9_.]*$/;
 
-/** What is refined while looking, and does not make a step that Back undoes. */
+/** Changes of these are not a step that Back undoes. */
 const REFINEMENTS = new Set(["search", "filter", "select", "row", "rows", "tz"]);
 
-/** After a change of these, node ids of before mean nothing. */
+/** A change of these makes node ids invalid. */
 const OTHER_TREE = ["by", "group", "invert", "callers", "hide"];
 
 /** Read the part of an address behind the `?`. */
@@ -75,7 +75,7 @@ export function parseState(search) {
   return state;
 }
 
-/** Write a state as the part of an address from the `?` on; the empty text for the defaults. */
+/** Write a state as the part of an address from the `?` on; empty for the defaults. */
 export function printState(state) {
   const params = new URLSearchParams();
   for (const [name, fallback] of Object.entries(DEFAULTS)) {
@@ -87,7 +87,7 @@ export function printState(state) {
   return text ? `?${text}` : "";
 }
 
-/** Give the state after a change, with what the change makes meaningless set back. */
+/** Return the state after a change, with values that it makes invalid reset. */
 export function changeState(state, change) {
   const next = { ...state, ...change };
   const isOther = OTHER_TREE.some((name) => String(next[name]) !== String(state[name]));
@@ -100,40 +100,40 @@ export function changeState(state, change) {
   return next;
 }
 
-/** Tell whether going from one state to the next is a step that Back should undo. */
+/** Return whether the change from one state to the next is a step that Back undoes. */
 export function isStep(state, next) {
   return Object.keys(DEFAULTS).some(
     (name) => !REFINEMENTS.has(name) && String(next[name]) !== String(state[name]),
   );
 }
 
-/** Give the change that narrows to a part of the timeline's window, which stays as it is. */
+/** Return the change that selects a part of the timeline's window; the timeline stays. */
 export function narrowTo(state, window) {
   const [from, until] = outerWindow(state);
   return { from: String(window.from), until: String(window.until), over: `${from}..${until}` };
 }
 
-/** Tell whether two selections are compared. */
+/** Return whether two selections are compared. */
 export function isComparison(state) {
   return state.mode === "compare";
 }
 
-/** Give the window before the one at hand; both are in ms. */
+/** Return the window of the before side; both windows are in ms. */
 export function beforeWindow(state, window, nowMs) {
   const { before_from: from, before_until: until } = state;
-  const beside = { from: 2 * window.from - window.until, until: window.from };
-  if (from === "") return beside;
-  if (!EARLIER.test(from)) return resolveWindow(from, until, nowMs) ?? beside;
+  const preceding = { from: 2 * window.from - window.until, until: window.from };
+  if (from === "") return preceding;
+  if (!EARLIER.test(from)) return resolveWindow(from, until, nowMs) ?? preceding;
   const earlier = (ms) => parseTime(`now${from}`, ms);
   return { from: earlier(window.from), until: earlier(window.until) };
 }
 
-/** Give the selector of what stands before. */
+/** Return the selector of the before side. */
 export function beforeQuery({ q, before_query: query }) {
   return query === SAME ? q : query;
 }
 
-/** Give the change that compares two selections, {query, from, until} each, with times in ms. */
+/** Return the change that compares two selections, {query, from, until} each, with times in ms. */
 export function compare(before, after) {
   return {
     mode: "compare",
@@ -146,25 +146,25 @@ export function compare(before, after) {
   };
 }
 
-/** Give the change that ends a comparison; what stood after stays. */
+/** Return the change that ends a comparison; the after side stays. */
 export function endComparison() {
   const { before_query, before_from, before_until, side, changes } = DEFAULTS;
   return { mode: "", before_query, before_from, before_until, side, changes };
 }
 
-/** Give the change that goes back to the timeline's whole window. */
+/** Return the change that goes back to the timeline's whole window. */
 export function widen(state) {
   const [from, until] = outerWindow(state);
   return { from, until, over: "" };
 }
 
-/** The timeline's window as two texts: wider than the chosen one after narrowing. */
+/** Return the timeline's window as two texts; it may be wider than the selected one. */
 export function outerWindow(state) {
   const [from, until] = state.over.split("..");
   return from && until ? [from, until] : [state.from, state.until];
 }
 
-/** Give the state with all times absolute, as a link keeps them. */
+/** Return the state with absolute times, for a link. */
 export function freezeState(state, window, outer, before) {
   const over = state.over ? `${outer.from}..${outer.until}` : "";
   const frozen = { ...state, from: String(window.from), until: String(window.until), over };

@@ -1,11 +1,11 @@
-// Table: functions with what they cost, from the full data; the flame graph's other form.
+// Table: functions and their costs, from all data.
 //
-// A plain <table>: sorted by its headings, one row in the tab order, arrows move between rows.
+// A plain <table>: its headings sort it, one row is in the tab order, arrow keys move between rows.
 
 import { button, debounce, el } from "./dom.js";
 import { cores, counted, cpuTime, number, safeName, share } from "./format.js";
 
-/** What functions cost: the answers of /api/v1/top. */
+/** The columns of the table of costs, for responses of /api/v1/top. */
 export const COSTS = {
   id: "table-filter",
   label: "Functions by CPU time",
@@ -30,7 +30,7 @@ export const COSTS = {
     { key: "name", title: "Function", sort: "name", class: "name" },
     { key: "module", title: "Module", sort: "module", class: "module optional" },
   ],
-  /** `total` is that of all functions, `windowMs` the length in time, `largest` the largest self. */
+  /** `total` is the sum over all functions, `largest` the largest self time of a row. */
   cells(row, { total, windowMs, largest }) {
     const bar = el("i", { class: "bar", "aria-hidden": "true" });
     bar.style.width = `${largest ? (100 * row.self) / largest : 0}%`;
@@ -52,7 +52,7 @@ export const COSTS = {
 const STEPS = [200, 1000, 5000];
 const FILTER_MS = 250;
 
-/** Give the button that selects a row: its name. */
+/** Return the button that selects a row: its name. */
 export function rowName(row) {
   const name = safeName(row.function) || "(no name)";
   return el("button", {
@@ -73,9 +73,9 @@ export class FunctionTable {
   #nextStep = STEPS[0];
 
   /**
-   * `kind` says what is shown of a function, as COSTS does: `cells` makes a row's, one of which has
-   * the `rowName`. Callbacks: onSort(key), onFilter(text), onRows(count), onHover(row | null),
-   * onSelect(row). A row is a function as the service gives it.
+   * `kind` describes the columns, as COSTS does: `cells` makes those of a row, one of which has the
+   * `rowName`. Callbacks: onSort(key), onFilter(text), onRows(count), onHover(row | null),
+   * onSelect(row). A row is a function of the response.
    */
   constructor(container, kind, callbacks) {
     this.#kind = kind;
@@ -117,7 +117,7 @@ export class FunctionTable {
   }
 
   /**
-   * Show functions, `all` of which there are. `context` is what the kind's cells need beside them.
+   * Show functions; `all` is the number of all of them. `context` is passed to the kind's cells.
    */
   show(functions, { all, sort = "", filter, limit, context }) {
     if (!this.isTyped() && this.filter.value.trim() !== filter) this.filter.value = filter;
@@ -149,15 +149,15 @@ export class FunctionTable {
     this.dim(false);
   }
 
-  /** Mark the rows of a function ({function, module?}), and show the first; null marks none. */
-  mark(wanted) {
-    this.#marked = wanted;
+  /** Mark the rows of a function ({function, module?}), and scroll to the first; null marks none. */
+  mark(marked) {
+    this.#marked = marked;
     let first = null;
     this.#rows.forEach((row, i) => {
       const isMarked =
-        wanted !== null &&
-        row.function === wanted.function &&
-        (wanted.module === undefined || row.module === wanted.module);
+        marked !== null &&
+        row.function === marked.function &&
+        (marked.module === undefined || row.module === marked.module);
       const element = this.body.children[i];
       element.classList.toggle("marked", isMarked);
       element.toggleAttribute("aria-current", isMarked);
@@ -243,11 +243,11 @@ export class FunctionTable {
     this.#focusRow(this.#active + by);
   }
 
-  #focusRow(wanted) {
+  #focusRow(number) {
     const last = this.#rows.length - 1;
     if (last < 0) return;
     this.#buttonOf(this.#active)?.setAttribute("tabindex", "-1");
-    this.#active = Math.min(last, Math.max(0, wanted));
+    this.#active = Math.min(last, Math.max(0, number));
     const name = this.#buttonOf(this.#active);
     name.setAttribute("tabindex", "0");
     name.focus({ preventScroll: true });
@@ -258,7 +258,7 @@ export class FunctionTable {
     return this.body.children[i]?.querySelector("button");
   }
 
-  /** Scroll inside the table alone: the page must not jump. */
+  /** Scroll inside the table only: the page must not jump. */
   #reveal(row) {
     const head = this.headings.offsetHeight;
     const { scrollTop, clientHeight } = this.scroller;

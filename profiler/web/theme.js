@@ -1,4 +1,4 @@
-// Theme: light, dark or as the system has it; the browser remembers the choice.
+// Theme: light, dark or the system's; the browser remembers the choice.
 
 const KEY = "everflame-theme";
 const LABELS = {
@@ -8,7 +8,7 @@ const LABELS = {
 };
 const THEMES = Object.keys(LABELS);
 
-/** Apply the remembered theme, and let a button go on to the next one; `onChange()` follows each. */
+/** Apply the remembered theme; the button switches to the next one. `onChange()` is called after both. */
 export function bindTheme(button, onChange) {
   const show = (theme) => {
     write(theme);
@@ -38,6 +38,6 @@ function write(theme) {
   try {
     localStorage.setItem(KEY, theme);
   } catch {
-    // The choice lasts as long as the page.
+    // Without storage the choice lasts as long as the page.
   }
 }

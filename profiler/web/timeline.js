@@ -1,8 +1,8 @@
-// Timeline: CPU cores over time as stacked bars, with a part of it to choose by pointer or keys, and
-// with marks where deployments were.
+// Timeline: CPU cores over time as stacked bars, with marks at deployments. Pointer or keys select a
+// part of it.
 //
-// What has no profile is hatched, never zero. The chart is a slider to assistive software: its text
-// says the chosen steps and what was used in them. Marks are buttons beside it.
+// Steps without a profile are hatched, not zero. For assistive software the chart is a slider: its text
+// has the selected steps and the cores used in them. Marks are buttons.
 
 import { deploymentText } from "./deployments.js";
 import { el, svg } from "./dom.js";
@@ -26,8 +26,8 @@ export class TimelineView {
   #drag = null;
 
   /**
-   * `onApply(window)`: a part was chosen, {from, until} in ms. `onMark(deployments)`: a mark was
-   * pressed, which stands for one deployment or for several that are close together.
+   * `onApply(window)`: a part was selected, {from, until} in ms. `onMark(deployments)`: a mark was
+   * pressed, of one deployment or of several close together.
    */
   constructor(container, callbacks) {
     this.#container = container;
@@ -57,9 +57,9 @@ export class TimelineView {
   }
 
   /**
-   * Show an answer of /api/v1/timeline. `chosen` are the parts that the rest of the page shows
-   * ([{from, until, name}], none for all; those of two have names), `label` whose values the layers
-   * are, `colours` their numbers, `deployments` those of /api/v1/deployments.
+   * Show a response of /api/v1/timeline. `chosen` are the parts that the rest of the page shows:
+   * [{from, until, name}], empty for all, with names if there are two. The layers are the values of
+   * `label`, `colours` has their numbers, `deployments` those of /api/v1/deployments.
    */
   show(timeline, { chosen, label, zone, colours, deployments }) {
     this.#shown = {
@@ -77,7 +77,7 @@ export class TimelineView {
     this.#draw();
   }
 
-  /** Say why there is nothing, or nothing new, to show. */
+  /** Show why there is no timeline, or no new one. */
   fail(text) {
     this.message.textContent = text;
     this.message.hidden = false;
@@ -220,7 +220,7 @@ export class TimelineView {
   }
 
   #mark({ x, deployments }) {
-    const told = deployments.map((each) => this.#describeDeployment(each));
+    const texts = deployments.map((each) => this.#describeDeployment(each));
     const act =
       deployments.length > 1
         ? "Choose one"
@@ -232,13 +232,13 @@ export class TimelineView {
       {
         type: "button",
         class: `mark ${deployments.some((each) => each.compare) ? "" : "bare"}`,
-        "aria-label": [...told, act].filter(Boolean).join(". "),
+        "aria-label": [...texts, act].filter(Boolean).join(". "),
         on: {
           click: () => this.#callbacks.onMark(deployments),
-          pointerenter: () => this.#tell(told, act, x),
-          focus: () => this.#tell(told, act, x),
-          pointerleave: () => this.#tell(null),
-          blur: () => this.#tell(null),
+          pointerenter: () => this.#showMarkTooltip(texts, act, x),
+          focus: () => this.#showMarkTooltip(texts, act, x),
+          pointerleave: () => this.#showMarkTooltip(null),
+          blur: () => this.#showMarkTooltip(null),
         },
       },
       deployments.length > 1
@@ -257,14 +257,14 @@ export class TimelineView {
       .join(": ");
   }
 
-  #tell(told, act, x) {
-    this.tooltip.hidden = told === null;
-    if (told === null) return;
-    const lines = told
+  #showMarkTooltip(texts, act, x) {
+    this.tooltip.hidden = texts === null;
+    if (texts === null) return;
+    const lines = texts
       .slice(0, TOOLTIP_ROWS)
       .map((text, i) => el("div", { class: i === 0 ? "tooltip-head" : "", text }));
-    if (told.length > TOOLTIP_ROWS)
-      lines.push(el("div", { class: "muted", text: `and ${told.length - TOOLTIP_ROWS} more` }));
+    if (texts.length > TOOLTIP_ROWS)
+      lines.push(el("div", { class: "muted", text: `and ${texts.length - TOOLTIP_ROWS} more` }));
     if (act) lines.push(el("div", { class: "muted", text: act }));
     this.tooltip.replaceChildren(...lines);
     this.#placeTooltip(x);
@@ -371,11 +371,11 @@ export class TimelineView {
         .at(-1)
         ?.upper.slice(...steps)
         .reduce((sum, value) => sum + value, 0) ?? 0;
-    const said = there ? `${(used / there).toFixed(2)} cores` : "no data";
-    return `${formatWindow(window.from, window.until, zone)}, ${said}`;
+    const cost = there ? `${(used / there).toFixed(2)} cores` : "no data";
+    return `${formatWindow(window.from, window.until, zone)}, ${cost}`;
   }
 
-  /** Show what was used in a step; null takes it away. */
+  /** Show the cores used in a step; null hides them. */
   #hover(step, event) {
     if (!this.cursor) return;
     this.tooltip.hidden = step === null;
@@ -434,7 +434,7 @@ export class TimelineView {
   }
 }
 
-/** Draw the chosen parts: what is outside pales, each has an edge of its own and its name. */
+/** Draw the selected parts, each with an edge and its name; the rest is faded. */
 function drawChosen(chosen, { right, bottom }) {
   const parts = [];
   let from = MARGIN.left;

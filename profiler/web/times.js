@@ -1,12 +1,12 @@
-// Times: as the address says them (now-1h, Unix ms, RFC 3339), as people read them, as inputs
-// take them. Inside the page a time is an integer of Unix milliseconds; a window is half-open.
+// Times: as in the address (now-1h, Unix ms, RFC 3339), as text, and as values of inputs. Inside the
+// page a time is an integer of Unix milliseconds; a window is half-open.
 
 const MS = { ms: 1, s: 1000, m: 60_000, h: 3_600_000, d: 86_400_000, w: 604_800_000 };
 const RELATIVE = /^now(?:([+-])((?:\d{1,9}(?:ms|s|m|h|d|w))+))?$/;
 const RFC3339 = /^\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:\d\d)$/;
 const FIRST_MILLISECONDS = 1e11; // as the service reads plain numbers (profiler/times.py)
 
-/** The ranges on offer: from, until, name. */
+/** The presets: from, until, name. */
 export const RANGES = [
   ["now-15m", "now", "Last 15 minutes"],
   ["now-1h", "now", "Last hour"],
@@ -16,7 +16,7 @@ export const RANGES = [
   ["now-24h", "now", "Last 24 hours"],
 ];
 
-/** Give the time that the text names, or null if it names none. */
+/** Parse a time; null if the text is not one. */
 export function parseTime(text, nowMs) {
   const relative = RELATIVE.exec(text);
   if (relative) {
@@ -33,26 +33,26 @@ export function parseTime(text, nowMs) {
   return Number.isNaN(time) ? null : time;
 }
 
-/** Tell whether a window moves with the clock. */
+/** Return whether a window moves with the clock. */
 export function isRelative(from, until) {
   return from.startsWith("now") || until.startsWith("now");
 }
 
-/** Give {from, until} in ms, or null if the texts make no window. */
+/** Return {from, until} in ms, or null if the texts are not a window. */
 export function resolveWindow(from, until, nowMs) {
   const window = { from: parseTime(from, nowMs), until: parseTime(until, nowMs) };
   if (window.from === null || window.until === null || window.from >= window.until) return null;
   return window;
 }
 
-/** Write a time: `2026-11-21 10:07:54`, with seconds where they are not zero or asked for. */
+/** Write a time: `2026-11-21 10:07:54`, with seconds if they are not zero or `hasSeconds`. */
 export function formatTime(ms, zone, { hasSeconds = false, hasDate = true } = {}) {
   const [date, clock] = local(ms, zone).toISOString().split("T");
   const shown = hasSeconds || ms % 60_000 ? clock.slice(0, 8) : clock.slice(0, 5);
   return hasDate ? `${date} ${shown}` : shown;
 }
 
-/** Write a window, with the second date only where it differs. */
+/** Write a window, with the second date only if it differs. */
 export function formatWindow(from, until, zone) {
   const isOneDay = dayOf(from, zone) === dayOf(until, zone);
   const hasSeconds = from % 60_000 > 0 || until % 60_000 > 0;
@@ -61,7 +61,7 @@ export function formatWindow(from, until, zone) {
   return `${start} – ${end} ${zoneName(zone)}`;
 }
 
-/** Name a range as its button does. */
+/** Return the text of a range's button. */
 export function formatRange(from, until, nowMs, zone) {
   const known = RANGES.find((range) => range[0] === from && range[1] === until);
   if (known) return known[2];
@@ -69,14 +69,14 @@ export function formatRange(from, until, nowMs, zone) {
   return window ? formatWindow(window.from, window.until, zone) : `${from} – ${until}`;
 }
 
-/** Give a time as an input of type datetime-local holds it. */
+/** Return a time as the value of an input of type datetime-local. */
 export function toInput(ms, zone) {
   return local(ms, zone)
     .toISOString()
     .slice(0, ms % 60_000 ? 19 : 16);
 }
 
-/** Read such an input; null if it is empty or no time. */
+/** Parse the value of such an input; null if it is not a time. */
 export function fromInput(text, zone) {
   const time = zone === "local" ? Date.parse(text) : Date.parse(`${text}Z`);
   return Number.isNaN(time) ? null : time;

@@ -1,4 +1,4 @@
-// Toast: a short message that goes away by itself, unless it holds something to copy.
+// Toast: a short message that disappears after a while, unless it has text to copy.
 
 import { button, el } from "./dom.js";
 
@@ -28,13 +28,13 @@ export class Toast {
     if (!copyable) this.#timer = setTimeout(close, SHOWN_MS);
   }
 
-  /** Copy text and say so. */
-  async copy(text, said) {
+  /** Copy text and confirm it. */
+  async copy(text, done) {
     try {
       await navigator.clipboard.writeText(text);
-      this.show(`${said}.`);
+      this.show(`${done}.`);
     } catch {
-      // Without a secure origin browsers keep the clipboard closed.
+      // Browsers allow this only for secure origins.
       this.show("The browser does not allow copying here. It is:", text);
     }
   }

@@ -1,5 +1,5 @@
-// Toolbar: the header with what is selected, and the controls of the graph. What they show follows
-// from the state alone.
+// Toolbar: the header with the selection, and the controls of the graph. What they show depends only
+// on the state.
 
 import { address } from "./api.js";
 import { fixedSuggestions, SelectorInput } from "./combobox.js";
@@ -28,7 +28,7 @@ export class Toolbar {
   #page;
   #isNew = changeTracker();
 
-  /** `page` has the state, the selection and the loader, and takes changes (page.js). */
+  /** `page` has state, selection and loader, and applies changes (page.js). */
   constructor(page) {
     this.#page = page;
     this.selector = new SelectorInput(byId("selector"), {
@@ -87,7 +87,7 @@ export class Toolbar {
     this.#page.toast.copy(link, "Copied a link with fixed times");
   }
 
-  /** Give suggestions for a selector that is typed: [{value, hint}]. */
+  /** Return suggestions while a selector is typed: [{value, hint}]. */
   async suggest(expects, name) {
     const { loader, selection } = this.#page;
     if (expects === "name") {

@@ -1,11 +1,11 @@
-// The tree of one response: its nodes, their ids, and what a comparison says of them. No DOM.
+// The tree of one response: its nodes, their ids, and their verdicts. No DOM.
 //
-// Nodes stand in preorder, node 0 is the answer's root, a node's subtree is the range from itself to
-// its `end` (profiler/flamegraph/flamegraph.py). Siblings stand largest first, a `rest` last. An answer for a
-// zoomed node also says what stands above it: those are nodes -1 (the parent of 0), -2, ...; the last
-// of them, `top`, is the overall root. So numbers ascend in preorder throughout.
+// Nodes are in preorder, node 0 is the response's root, a node's subtree is the range from itself to
+// its `end` (profiler/flamegraph/flamegraph.py). Siblings are sorted largest first, a `rest` last. A
+// response for a zoomed node also has its callers: nodes -1 (the parent of 0), -2, ...; the last of
+// them, `top`, is the overall root. So numbers ascend in preorder throughout.
 //
-// Nothing here recurses: an answer may be 4,096 boxes deep.
+// Nothing here recurses: a response may be 4,096 boxes deep.
 
 export const ROOT_ID = "cbf29ce484222325";
 
@@ -20,7 +20,7 @@ const ROOT_FRAME = { function: "all", module: "", kind: "label", file: "", line:
 const encoder = new TextEncoder();
 
 /**
- * Give the stable id of the node at the end of a path, as FlameGraph.ids() does: FNV-1a 64 over the
+ * Return the stable id of the node at the end of a path, as FlameGraph.ids() does: FNV-1a 64 over the
  * root-first keys (function NUL module NUL kind, joined by 0x01), as 16 hex digits.
  *
  * `path` is [[function, module, kind], ...] from below the overall root; a key may have more in it.
@@ -35,17 +35,17 @@ export function nodeId(path) {
 
 const graphs = new WeakMap();
 
-/** Give the tree of an answer, the same one each time: its ids are costly, see `idOf`. */
-export function graphOf(answer) {
-  if (!graphs.has(answer)) graphs.set(answer, new Graph(answer));
-  return graphs.get(answer);
+/** Return the tree of a response, the same one on each call: its ids are costly, see `idOf`. */
+export function graphOf(response) {
+  if (!graphs.has(response)) graphs.set(response, new Graph(response));
+  return graphs.get(response);
 }
 
 const views = new WeakMap();
 
 /**
- * Give an answer of /api/v1/diff as one of /api/v1/flamegraph, whose boxes are as wide as `side`
- * makes them: "before", "after", or "" for the mean of both. The same one each time.
+ * Return a response of /api/v1/diff as one of /api/v1/flamegraph, whose boxes are as wide as `side`
+ * makes them: "before", "after", or "" for the mean of both. The same one on each call.
  */
 export function viewOf(diff, side) {
   if (!views.has(diff)) views.set(diff, new Map());
@@ -54,11 +54,11 @@ export function viewOf(diff, side) {
   return ofSides.get(side);
 }
 
-/** An answer of /api/v1/flamegraph as a tree, or a view of a comparison. */
+/** A response of /api/v1/flamegraph as a tree, or a view of a comparison. */
 export class Graph {
-  /** By node, counted from `top`: the halves of its id; computed when first asked for. */
+  /** By node, counted from `top`: the halves of its id; computed on first use. */
   #ids = null;
-  /** By id: the answer's root and what stands above it, whose ids the answer tells. */
+  /** By id: the response's root and its callers, whose ids are in the response. */
   #above = new Map();
 
   constructor({ frames, nodes, path, total, ...comparison }) {
@@ -88,35 +88,35 @@ export class Graph {
     return node < 0 ? this.#ancestor(node).total : this.total[node];
   }
 
-  /** Give the node's samples, or null where the answer does not say. */
+  /** Return the node's samples, or null if the response does not have them. */
   samplesOf(node) {
     if (!this.samples) return null;
     return node < 0 ? this.#ancestor(node).samples : this.samples[node];
   }
 
-  /** Give the node's own part of its total, or null where the answer does not say. */
+  /** Return the node's self value, or null if the response does not have it. */
   selfOf(node) {
     return node < 0 || !this.self ? null : this.self[node];
   }
 
-  /** Tell whether this is a comparison: then boxes have two sides and a verdict. */
+  /** Return whether this is a comparison: then boxes have two sides and a verdict. */
   get isComparison() {
     return this.verdict !== undefined;
   }
 
-  /** Give {before, after} of a comparison's node. */
+  /** Return {before, after} of a comparison's node. */
   sidesOf(node) {
     if (node < 0) return this.#ancestor(node);
     return { before: this.before[node], after: this.after[node] };
   }
 
-  /** Give what a comparison says of a node; empty where it says nothing. */
+  /** Return the verdict of a node; empty if it has none. */
   verdictOf(node) {
     return this.isComparison && node >= 0 ? this.comparison.verdicts[this.verdict[node]] : "";
   }
 
-  /** Give by how much more a comparison's node costs after than before, in cores a host and beyond
-   * what all functions have in common. */
+  /** Return how much more a node costs after than before, in cores per host, without the change that
+   * all functions have in common. */
   growthOf(node) {
     const { before, after } = this.sidesOf(node);
     const { scale, common_change: common } = this.comparison;
@@ -124,8 +124,8 @@ export class Graph {
     return (after * scale.after) / factor - before * scale.before * factor;
   }
 
-  /** Give the node below that made most of a node's growth itself, of those that changed or whose cost
-   * moved; or null. */
+  /** Return the descendant whose self value contributes most to a node's growth, of those that changed
+   * or moved; or null. */
   causeOf(node) {
     const growth = this.growthOf(node);
     const first = Math.max(0, node);
@@ -146,18 +146,18 @@ export class Graph {
     return cause;
   }
 
-  /** Tell whether a node is what the service summed because it is too narrow to draw. */
+  /** Return whether a node is a sum of nodes that are too narrow to draw. */
   isRest(node) {
     return this.frameOf(node).kind === "rest";
   }
 
-  /** Give the parent, or null for the overall root. */
+  /** Return the parent, or null for the overall root. */
   parentOf(node) {
     if (node > 0) return this.parent[node];
     return node > this.top ? node - 1 : null;
   }
 
-  /** Give how many boxes stand above a node: 0 for the overall root. */
+  /** Return how many boxes are above a node: 0 for the overall root. */
   rowOf(node) {
     return node < 0 ? node - this.top : this.depth[node] - this.top;
   }
@@ -167,7 +167,7 @@ export class Graph {
     return node >= ancestor && node < this.end[ancestor];
   }
 
-  /** Give the path of a node as `nodeId` takes it. */
+  /** Return the path of a node, as for `nodeId`. */
   pathOf(node) {
     const path = [];
     for (let at = node; at > this.top; at = this.parentOf(at)) {
@@ -182,7 +182,7 @@ export class Graph {
     return hex([high[node - this.top], low[node - this.top]]);
   }
 
-  /** Give the deepest node on a path that this answer has. */
+  /** Return the deepest node of a path that is in this response. */
   findPath(path) {
     let node = this.top;
     for (const key of path) {
@@ -193,27 +193,26 @@ export class Graph {
     return node;
   }
 
-  /** Give the first node with this id, or null. */
+  /** Return the first node with this id, or null. */
   findId(id) {
     if (this.#above.has(id)) return this.#above.get(id);
     const { high, low } = this.#allIds();
-    const [wantedHigh, wantedLow] = [parseInt(id.slice(0, 8), 16), parseInt(id.slice(8), 16)];
+    const [idHigh, idLow] = [parseInt(id.slice(0, 8), 16), parseInt(id.slice(8), 16)];
     for (let i = 0; i < low.length; i += 1) {
-      if (low[i] === wantedLow && high[i] === wantedHigh) return i + this.top;
+      if (low[i] === idLow && high[i] === idHigh) return i + this.top;
     }
     return null;
   }
 
-  /** Give the nodes whose function or module has the text, whatever its case, or those of one
-   * function, {function, module}; in preorder. The overall root and sums of what is too narrow have
-   * no function. */
-  matches(wanted) {
-    if (wanted === "") return [];
-    const isWanted = typeof wanted === "string" ? withText(wanted) : ofFunction(wanted);
-    const isMatch = this.frames.map(isWanted);
+  /** Return the nodes whose function or module contains the text in any case, or those of one function,
+   * {function, module}; in preorder. The overall root and sums never match. */
+  matches(searched) {
+    if (searched === "") return [];
+    const isSearched = typeof searched === "string" ? withText(searched) : ofFunction(searched);
+    const isMatch = this.frames.map(isSearched);
     const nodes = [];
     for (let node = this.top + 1; node < this.size; node += 1) {
-      if (node < 0 ? isWanted(this.frameOf(node)) : isMatch[this.frame[node]]) nodes.push(node);
+      if (node < 0 ? isSearched(this.frameOf(node)) : isMatch[this.frame[node]]) nodes.push(node);
     }
     return nodes;
   }
@@ -238,7 +237,7 @@ export class Graph {
     }
   }
 
-  // All at once, each from its parent's: a box costs one key, not the keys of its whole path.
+  // All at once, each from its parent's id, so that each box hashes one key and not its whole path.
   #allIds() {
     if (this.#ids) return this.#ids;
     const keys = this.frames.map(keyOf);
@@ -272,7 +271,7 @@ function asFrame([name, module = "", kind = "native", file = "", line = 0]) {
   return { function: name, module, kind, file, line };
 }
 
-// `path` ends with the answer's own root, which is node 0.
+// `path` ends with the response's root, node 0.
 function ancestorsOf(path, total) {
   if (!path?.length) return [];
   const root = { frame: ROOT_FRAME, total, samples: null };
@@ -297,15 +296,14 @@ function makeView(diff, side) {
 }
 
 function withText(text) {
-  const wanted = text.toLowerCase();
+  const lower = text.toLowerCase();
   return ({ function: name, module, kind }) =>
-    kind !== "rest" &&
-    (name.toLowerCase().includes(wanted) || module.toLowerCase().includes(wanted));
+    kind !== "rest" && (name.toLowerCase().includes(lower) || module.toLowerCase().includes(lower));
 }
 
-function ofFunction(wanted) {
+function ofFunction(searched) {
   return ({ function: name, module, kind }) =>
-    name === wanted.function && module === wanted.module && kind !== "label" && kind !== "rest";
+    name === searched.function && module === searched.module && kind !== "label" && kind !== "rest";
 }
 
 function isSameKey(frame, [name, module, kind]) {

@@ -1,4 +1,4 @@
-// The flame graph's viewport: which boxes stand where on the screen, scrolled and at which scale.
+// The flame graph's viewport: where boxes are on the screen, with scrolling and scale.
 
 import { boxOf, hit, layOut } from "./layout.js";
 
@@ -11,17 +11,17 @@ export class Viewport {
   #parts;
   #graph = null;
   #isFlame = false;
-  /** What is laid out, see layOut() in layout.js; null before the first time. */
+  /** The boxes, see layOut() in layout.js; null before the first layout. */
   boxes = null;
   rows = 0;
 
   constructor(parts) {
     this.#parts = parts;
-    // Nothing is black until the first answer is drawn.
+    // An empty canvas would be black until the first response is drawn.
     parts.canvas.width = parts.canvas.height = 0;
   }
 
-  /** The room for boxes, without a scroll bar. */
+  /** The width for boxes, without a scroll bar. */
   get width() {
     return this.#parts.scroller.clientWidth;
   }
@@ -30,14 +30,14 @@ export class Viewport {
     return this.#parts.scroller.scrollTop;
   }
 
-  /** Device pixels in a pixel of the page. */
+  /** Device pixels per CSS pixel. */
   get ratio() {
     const { clientWidth, clientHeight } = this.#parts.scroller;
     const most = CANVAS_LIMIT / Math.max(1, clientWidth, clientHeight);
     return Math.min(devicePixelRatio || 1, most);
   }
 
-  /** Take another tree; it is laid out later. `isFlame`: the root is at the bottom. */
+  /** Set the tree; layOut() comes later. `isFlame`: the root is at the bottom. */
   setGraph(graph, isFlame) {
     this.#graph = graph;
     this.#isFlame = isFlame;
@@ -49,7 +49,7 @@ export class Viewport {
     const { scroller, space } = this.#parts;
     const [rowsBefore, { scrollTop }] = [this.rows, scroller];
     // A scroll bar takes width, and less width may mean fewer rows: counting them without it keeps
-    // it from coming and going for ever.
+    // it from appearing and disappearing forever.
     const isThere = this.#graph.size > 0 && this.#graph.totalOf(zoomed) > 0;
     const widest = isThere ? scroller.offsetWidth : 0;
     this.boxes = layOut(this.#graph, zoomed, widest);
@@ -96,14 +96,14 @@ export class Viewport {
     return this.#isFlame ? this.rows - 1 - line : line;
   }
 
-  /** Give the first and the last row that are in sight. */
+  /** Return the first and the last visible row. */
   visibleRows() {
     const { scrollTop, clientHeight } = this.#parts.scroller;
     const edges = [this.#rowAt(scrollTop), this.#rowAt(scrollTop + clientHeight - 1)];
     return [Math.max(0, Math.min(...edges)), Math.min(this.boxes.rows - 1, Math.max(...edges))];
   }
 
-  /** Give the index of the box that a pointer's event is on, or -1. */
+  /** Return the index of the box under a pointer event, or -1. */
   boxAt(event) {
     if (!this.boxes) return -1;
     const { top, left } = this.#parts.scroller.getBoundingClientRect();
@@ -111,7 +111,7 @@ export class Viewport {
     return hit(this.boxes, event.clientX - left, this.#rowAt(y));
   }
 
-  /** Give {left, top, width} of a box, in pixels of all rows. */
+  /** Return {left, top, width} of a box, in pixels of all rows. */
   rectOf(i) {
     const { x, width, node } = this.boxes;
     return {
@@ -136,7 +136,7 @@ export class Viewport {
     element.style.height = `${ROW_PX - GAP_PX}px`;
   }
 
-  /** Give the index of a node's own box, or -1 when it is not drawn. */
+  /** Return the index of a node's own box, or -1 when it is not drawn. */
   indexOf(node) {
     return boxOf(this.#graph, this.boxes, node);
   }

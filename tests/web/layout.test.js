@@ -1,4 +1,4 @@
-// The tree of an answer, its boxes, and the ids that the service shares with the page.
+// The tree of a response, its boxes, and the ids that the service shares with the page.
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
@@ -25,7 +25,7 @@ const FRAMES = [
 ];
 
 // Rows of [frame, depth, total, self].
-function answer(rows, { frames = FRAMES, path = [], total = rows[0][2] } = {}) {
+function response(rows, { frames = FRAMES, path = [], total = rows[0][2] } = {}) {
   return {
     total,
     frames,
@@ -52,7 +52,7 @@ const SMALL = [
 ];
 
 // The same, zoomed to work.
-const ZOOMED = answer(
+const ZOOMED = response(
   [
     [3, 0, 600, 200],
     [4, 1, 400, 400],
@@ -69,7 +69,7 @@ const ZOOMED = answer(
 );
 
 function chain(depth) {
-  return answer(Array.from({ length: depth + 1 }, (_, i) => [2 + (i % 2), i, 100, 0]));
+  return response(Array.from({ length: depth + 1 }, (_, i) => [2 + (i % 2), i, 100, 0]));
 }
 
 function names(graph, nodes) {
@@ -114,20 +114,20 @@ test("an id with leading zeros keeps its 16 digits", () => {
 });
 
 test("parents and ends of subtrees follow from the depths", () => {
-  const graph = new Graph(answer(SMALL));
+  const graph = new Graph(response(SMALL));
 
   assert.deepEqual([...graph.parent], [0, 0, 1, 2, 3, 2, 2]);
   assert.deepEqual([...graph.end], [7, 7, 7, 5, 5, 6, 7]);
 });
 
 test("children start where their parent starts, own time lies right of them", () => {
-  const graph = new Graph(answer(SMALL));
+  const graph = new Graph(response(SMALL));
 
   assert.deepEqual([...graph.left], [0, 0, 0, 0, 0, 600, 850]);
 });
 
 test("boxes stand row by row, as wide as their share", () => {
-  const graph = new Graph(answer(SMALL));
+  const graph = new Graph(response(SMALL));
 
   const boxes = layOut(graph, 0, 500);
 
@@ -138,7 +138,7 @@ test("boxes stand row by row, as wide as their share", () => {
 });
 
 test("a zoomed box and what stands above it are as wide as the graph", () => {
-  const graph = new Graph(answer(SMALL));
+  const graph = new Graph(response(SMALL));
 
   const boxes = layOut(graph, 3, 500);
 
@@ -147,8 +147,8 @@ test("a zoomed box and what stands above it are as wide as the graph", () => {
   assert.ok(Math.abs(boxes.width[4] - (500 * 400) / 600) < 1e-9);
 });
 
-test("an answer for a zoomed node is drawn like a zoom into the whole answer", () => {
-  const whole = new Graph(answer(SMALL));
+test("a response for a zoomed node is drawn like a zoom into the whole response", () => {
+  const whole = new Graph(response(SMALL));
   const zoomed = new Graph(ZOOMED);
 
   const near = layOut(zoomed, 0, 500);
@@ -159,8 +159,8 @@ test("an answer for a zoomed node is drawn like a zoom into the whole answer", (
   assert.deepEqual([...near.width], [...far.width]);
 });
 
-test("paths and ids of a node do not depend on the answer's root", () => {
-  const whole = new Graph(answer(SMALL));
+test("paths and ids of a node do not depend on the response's root", () => {
+  const whole = new Graph(response(SMALL));
   const zoomed = new Graph(ZOOMED);
 
   assert.deepEqual(zoomed.pathOf(1), whole.pathOf(4));
@@ -169,7 +169,7 @@ test("paths and ids of a node do not depend on the answer's root", () => {
   assert.equal(zoomed.rowOf(1), whole.rowOf(4));
 });
 
-test("a node is found by path and by id, above the answer's root too", () => {
+test("a node is found by path and by id, above the response's root too", () => {
   const graph = new Graph(ZOOMED);
 
   assert.equal(graph.findPath(graph.pathOf(1)), 1);
@@ -179,14 +179,14 @@ test("a node is found by path and by id, above the answer's root too", () => {
 });
 
 test("the id of every node is that of its path", () => {
-  for (const graph of [new Graph(answer(SMALL)), new Graph(ZOOMED), new Graph(chain(300))]) {
+  for (const graph of [new Graph(response(SMALL)), new Graph(ZOOMED), new Graph(chain(300))]) {
     for (let node = graph.top; node < graph.size; node += 1) {
       assert.equal(graph.idOf(node), nodeId(graph.pathOf(node)));
     }
   }
 });
 
-test("the ids that an answer tells of its root and what stands above lead there", () => {
+test("the ids that a response tells of its root and what stands above lead there", () => {
   const told = ["00000000000000a1", "00000000000000a2", "00000000000000a3"];
   const path = ZOOMED.path.map((each, i) => ({ ...each, id: told[i] }));
   const graph = new Graph({ ...ZOOMED, path });
@@ -198,15 +198,15 @@ test("the ids that an answer tells of its root and what stands above lead there"
   assert.equal(graph.findId(ROOT_ID), graph.top);
 });
 
-test("a path that ends early in this answer gives the deepest node on it", () => {
-  const graph = new Graph(answer(SMALL));
+test("a path that ends early in this response gives the deepest node on it", () => {
+  const graph = new Graph(response(SMALL));
 
   const node = graph.findPath([...graph.pathOf(3), ["gone", "api", "native"]]);
 
   assert.equal(node, 3);
 });
 
-test("totals of what stands above come from the answer's path", () => {
+test("totals of what stands above come from the response's path", () => {
   const graph = new Graph(ZOOMED);
 
   assert.deepEqual(
@@ -225,7 +225,7 @@ test("children that are too narrow become one box with their sum", () => {
     [2, 1, 990, 990],
   ];
   for (let i = 0; i < 10; i += 1) rows.push([4, 1, 1, 1]);
-  const graph = new Graph(answer(rows));
+  const graph = new Graph(response(rows));
 
   const boxes = layOut(graph, 0, 400);
 
@@ -238,7 +238,7 @@ test("children that are too narrow become one box with their sum", () => {
 test("no box is narrower than half a pixel", () => {
   const rows = [[0, 0, 5000, 0]];
   for (let i = 0; i < 100; i += 1) rows.push([2, 1, 100 - i, 0], [4, 2, 100 - i, 100 - i]);
-  const graph = new Graph(answer(rows));
+  const graph = new Graph(response(rows));
 
   for (const width of [1, 40, 333, 2000]) {
     assert.ok(layOut(graph, 0, width).width.every((each) => each >= LEAST_PX));
@@ -246,7 +246,7 @@ test("no box is narrower than half a pixel", () => {
 });
 
 test("a place hits the box that is drawn there", () => {
-  const graph = new Graph(answer(SMALL));
+  const graph = new Graph(response(SMALL));
   const boxes = layOut(graph, 0, 500);
   const at = (x, row) => {
     const i = hit(boxes, x, row);
@@ -267,7 +267,7 @@ test("a place hits the box that is drawn there", () => {
 test("every box is hit in its middle", () => {
   const rows = [[0, 0, 3000, 0]];
   for (let i = 0; i < 60; i += 1) rows.push([2, 1, 50, 0], [3, 2, 30, 30], [4, 2, 20, 20]);
-  const graph = new Graph(answer(rows));
+  const graph = new Graph(response(rows));
   const boxes = layOut(graph, 0, 900);
 
   for (let row = 0; row < boxes.rows; row += 1) {
@@ -278,7 +278,7 @@ test("every box is hit in its middle", () => {
 });
 
 test("keys lead to parent, first child and siblings", () => {
-  const graph = new Graph(answer(SMALL));
+  const graph = new Graph(response(SMALL));
   const boxes = layOut(graph, 0, 500);
   const from = (node, direction) => neighbour(graph, boxes, node, direction);
 
@@ -298,7 +298,7 @@ test("above a zoomed box the first child is the one on the way to it", () => {
     [3, 1, 40, 0],
     [4, 2, 40, 40],
   ];
-  const graph = new Graph(answer(rows));
+  const graph = new Graph(response(rows));
   const boxes = layOut(graph, 3, 500);
 
   assert.equal(neighbour(graph, boxes, 0, "child"), 2);
@@ -307,7 +307,7 @@ test("above a zoomed box the first child is the one on the way to it", () => {
 });
 
 test("a search finds function and module in any case, in preorder", () => {
-  const graph = new Graph(answer(SMALL));
+  const graph = new Graph(response(SMALL));
 
   assert.deepEqual(graph.matches("MEM"), [4, 5]);
   assert.deepEqual(graph.matches("libc"), [4, 5]);
@@ -315,20 +315,20 @@ test("a search finds function and module in any case, in preorder", () => {
 });
 
 test("a search takes its text literally", () => {
-  const graph = new Graph(answer(SMALL));
+  const graph = new Graph(response(SMALL));
 
   assert.deepEqual(graph.matches(".*"), []);
   assert.deepEqual(graph.matches("c.so"), [4, 5]);
 });
 
 test("a search finds neither the overall root nor sums of what is too narrow", () => {
-  const graph = new Graph(answer(SMALL));
+  const graph = new Graph(response(SMALL));
 
   assert.deepEqual(graph.matches("all"), []);
   assert.deepEqual(graph.matches("narrow"), []);
 });
 
-test("a search finds what stands above the answer's root", () => {
+test("a search finds what stands above the response's root", () => {
   const graph = new Graph(ZOOMED);
 
   assert.deepEqual(names(graph, graph.matches("main")), ["main"]);
@@ -359,7 +359,7 @@ test("4,096 boxes upon each other are laid out and found", () => {
 test("a hundred thousand boxes keep their sums", () => {
   const rows = [[0, 0, 50_000, 0]];
   for (let i = 0; i < 50_000; i += 1) rows.push([2, 1, 1, 0], [3, 2, 1, 1]);
-  const graph = new Graph(answer(rows));
+  const graph = new Graph(response(rows));
 
   const boxes = layOut(graph, 0, 1000);
 
@@ -367,8 +367,8 @@ test("a hundred thousand boxes keep their sums", () => {
   assert.equal(layOut(graph, 0, 1e6).node.length, 100_001);
 });
 
-test("an answer without boxes is laid out as none", () => {
-  const graph = new Graph(answer([], { total: 0, frames: [] }));
+test("a response without boxes is laid out as none", () => {
+  const graph = new Graph(response([], { total: 0, frames: [] }));
 
   assert.equal(layOut(graph, 0, 500).rows, 0);
   assert.deepEqual(graph.matches("x"), []);
@@ -376,7 +376,7 @@ test("an answer without boxes is laid out as none", () => {
 
 test("a root without time has no boxes below it", () => {
   const graph = new Graph(
-    answer([
+    response([
       [0, 0, 0, 0],
       [1, 1, 0, 0],
     ]),
@@ -417,23 +417,23 @@ const COMPARED = [
 ];
 
 test("a comparison's boxes are as wide as both sides on average, or as one of them", () => {
-  const answer = diff(COMPARED);
-  const widths = (side) => viewOf(answer, side).nodes.total;
+  const response = diff(COMPARED);
+  const widths = (side) => viewOf(response, side).nodes.total;
 
   assert.deepEqual(widths(""), [1100, 1100, 1100, 850, 150]);
   assert.deepEqual(widths("before"), [1000, 1000, 1000, 500, 300]);
   assert.deepEqual(widths("after"), [1200, 1200, 1200, 1200, 0]);
-  assert.equal(viewOf(answer, "after"), viewOf(answer, "after"));
+  assert.equal(viewOf(response, "after"), viewOf(response, "after"));
 });
 
 test("boxes keep their order on each side, and what is not there has none", () => {
-  const answer = diff([
+  const response = diff([
     [0, 0, 1000, 600, 0],
     [3, 1, 300, 500, 1],
     [4, 1, 600, 100, 0],
   ]);
   const drawn = (side) => {
-    const boxes = layOut(graphOf(viewOf(answer, side)), 0, 1000);
+    const boxes = layOut(graphOf(viewOf(response, side)), 0, 1000);
     return [...boxes.node].map((node, i) => [node, Math.round(boxes.x[i])]);
   };
 
