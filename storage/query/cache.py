@@ -1,8 +1,8 @@
-"""Cache: decoded objects as files of arrays within a byte budget, longest unused evicted first.
+"""Cache: decoded objects as files of arrays within a byte budget.
 
 Objects never change, so neither does what was made of them: a file is named by a digest of what it
-was made from and is never out of date. Files are written beside and renamed, carry a CRC-32 of all
-they hold, and one that is damaged is as good as none. Several processes may share a folder.
+was made from and is never out of date. It carries a CRC-32 of its content; a damaged one counts as
+missing.
 
 A file is 16 bytes (mark, CRC-32 of the rest, length of the header), a JSON header, and the arrays,
 each at a multiple of 64 bytes and as narrow as its numbers allow.
@@ -13,8 +13,6 @@ import hashlib
 import os
 import secrets
 import struct
-import threading
-import time
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -30,6 +28,7 @@ from storage.formats import pprof
 from storage.profile import Accounting, Host, Labels, Window
 from storage.query.function_totals import FunctionTotals
 from storage.query.self_samples import ObjectSelfSamples
+from symbolizer.file_cache import FileCache
 from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
 
 DEFAULT_LIMIT_BYTES = 1 << 30
@@ -40,18 +39,12 @@ _VERSION = 5
 _PREFIX = struct.Struct("<8sII")
 _MARK = b"everfl1\n"
 _ALIGNMENT = 64
-_CHECK_EVERY_BYTES = 32 << 20
-"""So much may be written before the folder is measured again."""
 _BULK = frozenset({"texts.blob", "stack_words", "lines", "line_samples"})
-_TOUCH_AFTER_NS = 60 * 1_000_000_000
-"""Last uses are kept to the minute."""
 
 _Kind = type[Columns] | type[FunctionTotals] | type[Times] | type[ObjectSelfSamples]
 _Kept = TypeVar("_Kept", Columns, FunctionTotals, Times, ObjectSelfSamples)
 _LONG_KEPT = frozenset({".times", ".objectselfsamples"})
-"""Comparisons ask for these of many days: what is evicted first is all else, while they take no
-more than this part of the limit."""
-_LONG_KEPT_PART = 4
+"""Comparisons ask for these of many days, so they are evicted last."""
 
 
 class DecodedCache:
@@ -61,14 +54,12 @@ class DecodedCache:
     """
 
     def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
-        self._root = folder
-        self._limit_bytes = limit_bytes
-        self._unmeasured_bytes = _CHECK_EVERY_BYTES
-        self._lock = threading.Lock()
         self.secret = _read_secret(folder)
         # Hashes made with another secret mean nothing here.
         mark = hashlib.blake2b(self.secret, digest_size=4).hexdigest()
-        self._folder = folder / f"decoded-{_VERSION}.{pprof.SCHEMA}-{mark}"
+        self._folder = f"decoded-{_VERSION}.{pprof.SCHEMA}-{mark}"
+        # Files of other versions count as well, and so leave in time.
+        self._files = FileCache(folder, limit_bytes, files="decoded-*/*", kept_longest=_LONG_KEPT)
 
     def name(self, parts: Iterable[str]) -> str:
         """Return the name of what is made from `parts`."""
@@ -77,20 +68,16 @@ class DecodedCache:
     def load(self, kind: type[_Kept], name: str) -> tuple[_Kept, Any] | None:
         """Return what was saved under this name, and its note; None if there is none intact."""
         path = self._path(kind, name)
-        try:
-            with path.open("rb") as file:
-                content = file.read()
-                status = os.fstat(file.fileno())
-            if status.st_mtime_ns < time.time_ns() - _TOUCH_AFTER_NS:
-                os.utime(path)  # eviction goes by it: reading alone may leave no time behind
-        except OSError:
+        file = self._files.open(path)
+        if file is None:
             return None
-        try:
-            return unpack(kind, content)
-        except (ValueError, KeyError, TypeError, IndexError, struct.error):
-            with contextlib.suppress(OSError):
-                path.unlink()
-            return None
+        with file, contextlib.suppress(OSError):
+            content = file.read()
+            try:
+                return unpack(kind, content)
+            except (ValueError, KeyError, TypeError, IndexError, struct.error):
+                self._files.remove(path)
+        return None
 
     def save(self, value: _Kept, name: str, note: Any = None) -> None:
         """Keep a value, and a note that JSON can hold."""
@@ -99,74 +86,26 @@ class DecodedCache:
 
     def save_packed(self, kind: type[_Kept], content: bytes, name: str) -> None:
         """Keep a value that is packed already."""
-        path = self._path(kind, name)
-        part = path.with_name(f".{secrets.token_hex(8)}.part")
-        with contextlib.suppress(OSError):  # no room, no right: it is decoded again next time
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            try:
-                part.write_bytes(content)
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
-        with self._lock:
-            self._unmeasured_bytes += len(content)
-            is_due = self._unmeasured_bytes >= min(_CHECK_EVERY_BYTES, self._limit_bytes // 8)
-            if is_due:
-                self._unmeasured_bytes = 0
-        if is_due:
-            self._evict()
+        # No room, no permission: the object is decoded again next time.
+        with (
+            contextlib.suppress(OSError),
+            self._files.create(self._path(kind, name)) as file,
+        ):
+            file.write(content)
 
     def touch(self, kind: _Kind, name: str) -> int:
         """Mark a saved file as used without reading it; return its size, 0 if it is gone."""
-        path = self._path(kind, name)
-        try:
-            os.utime(path)
-            return path.stat().st_size
-        except OSError:
-            return 0
+        return self._files.touch(self._path(kind, name))
 
     @property
     def limit_bytes(self) -> int:
-        return self._limit_bytes
+        return self._files.limit_bytes
 
     def size_bytes(self) -> int:
-        return sum(size for _, size, _ in self._files())
+        return self._files.size_bytes()
 
-    def _path(self, kind: _Kind, name: str) -> Path:
-        return self._folder / f"{name}.{kind.__name__.lower()}"
-
-    def _files(self) -> list[tuple[int, int, Path]]:
-        """Return (last use, size, path) of all files, those of other versions included."""
-        files = []
-        for path in self._root.glob("decoded-*/*"):
-            with contextlib.suppress(OSError):
-                status = path.stat()
-                files.append((status.st_mtime_ns, status.st_size, path))
-        return files
-
-    def _evict(self) -> None:
-        files = sorted(self._files())
-        excess = sum(size for _, size, _ in files) - self._limit_bytes
-        if excess <= 0:
-            return
-        excess += self._limit_bytes // 10  # so that not every write has to make room
-        for _, size, path in self._by_turn(files):
-            if excess <= 0:
-                break
-            with contextlib.suppress(OSError):
-                path.unlink()
-                excess -= size
-
-    def _by_turn(self, files: list[tuple[int, int, Path]]) -> list[tuple[int, int, Path]]:
-        """Return files as they are to go, from the order of their last use."""
-        room = self._limit_bytes // _LONG_KEPT_PART
-        first: list[tuple[int, int, Path]] = []
-        last: list[tuple[int, int, Path]] = []
-        for file in reversed(files):
-            is_long_kept = file[2].suffix in _LONG_KEPT and room >= file[1]
-            room -= file[1] if is_long_kept else 0
-            (last if is_long_kept else first).append(file)
-        return [*reversed(first), *reversed(last)]
+    def _path(self, kind: _Kind, name: str) -> str:
+        return f"{self._folder}/{name}.{kind.__name__.lower()}"
 
 
 def _read_secret(folder: Path) -> bytes:

@@ -6,7 +6,6 @@ A file is written under another name and renamed. Its checksum covers all of it;
 the table is built again. Files are read, never mapped, so damage cannot raise a signal.
 """
 
-import contextlib
 import os
 import re
 import struct
@@ -19,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from symbolizer.file_cache import FileCache
 from symbolizer.location import ElfAddress, FileOffset, Segment
 from symbolizer.symbols.candidates import AT_PLT, IN_FDE_RANGE, Functions
 from symbolizer.symbols.functions import MAX_FUNCTIONS
@@ -121,35 +121,25 @@ class SymbolTable:
 
 
 class SymbolCache:
-    """A directory of symbol tables, bounded in bytes; the least recently used are removed first.
+    """A directory of symbol tables, bounded in bytes.
 
-    Without a directory each table is in an unnamed temporary file until it is closed.
+    Without a directory a table lives in an unnamed temporary file, until it is closed.
     """
 
     def __init__(self, directory: Path | None, limit_bytes: int) -> None:
-        self._directory = directory
-        self._limit_bytes = limit_bytes
-        self._used_bytes = 0
+        self._files: FileCache | None = None
         if directory is not None:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._make_room()
+            self._files = FileCache(directory, limit_bytes, files="*.symbols")
 
     def load(self, key: str) -> SymbolTable | None:
-        """Open the table of a build id; None if there is none. A damaged one is removed."""
-        path = self._path(key)
-        if path is None:
+        """Open the table of a build id. A damaged one is removed and counts as absent."""
+        file = self._files.open(f"{key}.symbols") if self._files and _KEY.fullmatch(key) else None
+        if self._files is None or file is None:
             return None
-        try:
-            with path.open("rb") as file:
-                table = _read_table(file, key)
-        except OSError:
-            return None
+        with file:
+            table = _read_table(file, key)
         if table is None:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            return None
-        with contextlib.suppress(OSError):
-            os.utime(path)
+            self._files.remove(f"{key}.symbols")
         return table
 
     def store(
@@ -159,51 +149,17 @@ class SymbolCache:
         segments: tuple[Segment, ...],
         strings: Iterable[bytes],
     ) -> SymbolTable:
-        """Write a table, and return it open.
+        """Write a table and return it back, opened.
 
         Raises:
             OSError: it cannot be written.
             UnreadableElf: `strings` raised it.
         """
-        path = self._path(key)
-        if path is None:
+        if self._files is None or not _KEY.fullmatch(key):
             with tempfile.TemporaryFile() as unnamed:
                 return _write_table(unnamed, key, functions, segments, strings)
-        fd, written = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-        try:
-            with os.fdopen(fd, "w+b") as file:
-                table = _write_table(file, key, functions, segments, strings)
-                self._used_bytes += os.fstat(fd).st_size
-            Path(written).replace(path)
-        except BaseException:
-            Path(written).unlink(missing_ok=True)
-            raise
-        if self._used_bytes > self._limit_bytes:
-            self._make_room()
-        return table
-
-    def _path(self, key: str) -> Path | None:
-        if self._directory is None or not _KEY.fullmatch(key):
-            return None
-        return self._directory / f"{key}.symbols"
-
-    def _make_room(self) -> None:
-        """Count the bytes in use; beyond the limit, remove the oldest down to 3/4 of it."""
-        assert self._directory is not None
-        files = []
-        for entry in os.scandir(self._directory):
-            if entry.name.endswith(".symbols") or entry.name.startswith(".new-"):
-                with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat(follow_symlinks=False)
-                    files.append((status.st_mtime_ns, status.st_size, entry.path))
-        self._used_bytes = sum(size for _, size, _ in files)
-        if self._used_bytes <= self._limit_bytes:
-            return
-        for _, size, path in sorted(files):
-            Path(path).unlink(missing_ok=True)
-            self._used_bytes -= size
-            if self._used_bytes <= self._limit_bytes * 3 // 4:
-                return
+        with self._files.create(f"{key}.symbols") as file:
+            return _write_table(file, key, functions, segments, strings)
 
 
 def _write_table(

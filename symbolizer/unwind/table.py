@@ -10,18 +10,18 @@ there; pages without rows are holes.
 """
 
 import contextlib
-import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from symbolizer import digest
+from symbolizer.file_cache import FileCache
 from symbolizer.integers import Wide
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import SHT_NOBITS, Elf, Source, UnreadableElf, read_elf
@@ -89,8 +89,8 @@ class UnwindTable:
         found[is_known] = self.rows[places]
         return found
 
-    def save(self, path: Path) -> None:
-        """Write the table atomically: a reader sees all of it or nothing.
+    def write(self, file: BinaryIO) -> None:
+        """Write the table to a file.
 
         Raises:
             OSError: it cannot be written.
@@ -99,24 +99,13 @@ class UnwindTable:
         checksum = zlib.crc32(_HEADER.pack(_MAGIC, _VERSION, 0, *counts)[_CHECKED_FROM:])
         checksum = zlib.crc32(self.pages.view(np.uint8).data, checksum)
         checksum = zlib.crc32(self.rows.view(np.uint8).data, checksum)
-        fd, written = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(_HEADER.pack(_MAGIC, _VERSION, checksum, *counts))
-                file.write(self.pages.view(np.uint8).data)
-                file.write(self.rows.view(np.uint8).data)
-            Path(written).replace(path)
-        except BaseException:
-            Path(written).unlink(missing_ok=True)
-            raise
+        file.write(_HEADER.pack(_MAGIC, _VERSION, checksum, *counts))
+        file.write(self.pages.view(np.uint8).data)
+        file.write(self.rows.view(np.uint8).data)
 
     @classmethod
-    def load(cls, path: Path, key: str) -> "UnwindTable | None":
-        """Read a saved table; None if it is missing, damaged, or another file's."""
-        try:
-            content = path.read_bytes()
-        except OSError:
-            return None
+    def read(cls, content: bytes, key: str) -> "UnwindTable | None":
+        """Read a written table; None if it is damaged or another file's."""
         if len(content) < _HEADER.size:
             return None
         magic, version, checksum, held, page_count, row_count = _HEADER.unpack_from(content)
@@ -255,23 +244,20 @@ def key_of(source: Source) -> str:
 class UnwindCache:
     """A directory of unwind tables by `key_of`, bounded in bytes.
 
-    The least recently used tables are removed first. A file without known rules has a table without
-    rows.
+    A file without known rules has a table without rows.
     """
 
     def __init__(self, directory: Path, limit_bytes: int = 256 << 20) -> None:
-        self._directory = directory
-        self._limit_bytes = limit_bytes
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._files = FileCache(directory, limit_bytes)
 
     def load(self, key: str) -> UnwindTable | None:
         """Read the table of a key; None if it has to be built."""
-        path = self._directory / key
-        table = UnwindTable.load(path, key)
-        if table is not None:
-            with contextlib.suppress(OSError):
-                os.utime(path)
-        return table
+        file = self._files.open(key)
+        if file is None:
+            return None
+        with file, contextlib.suppress(OSError):
+            return UnwindTable.read(file.read(), key)
+        return None
 
     def build(self, source: Source) -> None:
         """Build and store a table.
@@ -285,25 +271,5 @@ class UnwindCache:
             table = build(source, by_file_offset=True)
         except UnreadableElf:
             table = UnwindTable(key, np.zeros(0, PAGE), np.zeros(0, ROW))
-        replace(table, key=key).save(self._directory / key)
-        self._make_room()
-
-    def _make_room(self) -> None:
-        files = sorted(
-            (
-                (status.st_mtime_ns, status.st_size, path)
-                for path, status in _statuses(self._directory)
-            ),
-            reverse=True,
-        )
-        used = 0
-        for _, size, path in files:
-            used += size
-            if used > self._limit_bytes:
-                path.unlink(missing_ok=True)
-
-
-def _statuses(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for path in directory.iterdir():
-        with contextlib.suppress(OSError):  # removed by another process
-            yield path, path.stat()
+        with self._files.create(key) as file:
+            replace(table, key=key).write(file)

@@ -1,5 +1,6 @@
 """Unwind tables: pages and rows, limits, and the file they are stored in."""
 
+import io
 import struct
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import MemorySource, UnreadableElf
 from symbolizer.unwind.rules import CfaKind
-from symbolizer.unwind.table import PAGE_BITS, UnwindTable, build
+from symbolizer.unwind.table import PAGE_BITS, UnwindCache, UnwindTable, build
 from tests.support.frame_files import CODE, FrameSection, cie, make_elf
 from tests.support.unwind_tables import read_unwind_table, rule_at
 
@@ -96,57 +97,56 @@ def test_other_machines_are_refused():
     assert caught.value.reason == Miss.UNSUPPORTED
 
 
-def test_saved_table_is_loaded_unchanged(tmp_path):
+def content_of(table: UnwindTable) -> bytes:
+    written = io.BytesIO()
+    table.write(written)
+    return written.getvalue()
+
+
+def test_saved_table_is_loaded_unchanged():
     """Key, pages and rows are equal."""
     table = read_unwind_table("/bin/bash")
 
-    table.save(tmp_path / "table")
-    loaded = UnwindTable.load(tmp_path / "table", table.key)
+    loaded = UnwindTable.read(content_of(table), table.key)
 
     assert loaded is not None
     assert loaded.key == table.key
     assert (loaded.rows == table.rows).all()
     assert (loaded.pages == table.pages).all()
     assert loaded.memory_bytes == table.memory_bytes == 8 * len(table.rows) + 12 * len(table.pages)
-    assert [path.name for path in tmp_path.iterdir()] == ["table"]
 
 
-def test_empty_table_is_saved_too(tmp_path):
+def test_empty_table_is_saved_too():
     """So its file is not read again."""
     table = build(MemorySource(make_elf({})))
 
-    table.save(tmp_path / "table")
+    loaded = UnwindTable.read(content_of(table), table.key)
 
-    loaded = UnwindTable.load(tmp_path / "table", table.key)
     assert loaded is not None
     assert len(loaded.rows) == 0
 
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_damaged_table_is_not_loaded(tmp_path_factory, data):
+def test_damaged_table_is_not_loaded(data):
     """One wrong byte anywhere, or a byte more or less, makes it count as missing."""
-    path = tmp_path_factory.mktemp("damaged") / "table"
     section = FrameSection()
     section.add_cie()
     section.add_fde(CODE, 64, b"\x41\x0e\x10")
     table = build(MemorySource(make_elf({b".eh_frame": section.content})))
-    table.save(path)
-    content = bytearray(path.read_bytes())
+    content = bytearray(content_of(table))
     place = data.draw(st.integers(-1, len(content) - 1))
     if place < 0:
         content = content[: data.draw(st.integers(0, len(content) - 1))]
     else:
         content[place] ^= data.draw(st.integers(1, 255))
-    path.write_bytes(content)
 
-    assert UnwindTable.load(path, table.key) is None
+    assert UnwindTable.read(bytes(content), table.key) is None
 
 
 def test_table_of_another_file_is_not_loaded(tmp_path):
     """A table contains its key; a missing file has no table."""
     table = read_unwind_table("/bin/bash")
-    table.save(tmp_path / "table")
 
-    assert UnwindTable.load(tmp_path / "table", "00" * 20) is None
-    assert UnwindTable.load(tmp_path / "nothing", table.key) is None
+    assert UnwindTable.read(content_of(table), "00" * 20) is None
+    assert UnwindCache(tmp_path).load(table.key) is None

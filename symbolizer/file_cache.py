@@ -1,0 +1,155 @@
+"""File cache: a folder of files within a byte budget; the longest unused are evicted first.
+
+Whatever is cached can be made again, so a file that is gone or cannot be read is a miss, never an
+error. A file appears complete or not at all: it is written under another name and renamed. Several
+processes may share a folder. A file's time of modification is the time of its last use, to the
+minute, since file systems may not record reads (mount(8), noatime).
+"""
+
+import contextlib
+import os
+import secrets
+import stat
+import threading
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+_MEASURED_EVERY_BYTES = 32 << 20
+"""The folder is measured after so much was written, or an eighth of a smaller budget."""
+_USED_TO_NS = 60 * 1_000_000_000
+_PARTIAL = ".part"
+_PARTIAL_LASTS_NS = 3600 * 1_000_000_000
+"""A partial file that is older belongs to a process that crashed: no write takes so long."""
+_KEPT_LONGEST_PART = 4
+
+_File = tuple[int, int, Path]
+"""Time of the last use, size, path."""
+
+
+class FileCache:
+    """Files below `folder` by name; names are relative paths of at most two segments.
+
+    `files` is a glob pattern of what counts against the budget, which may take in what other
+    versions of this program left in neighbouring folders. Files with a suffix in `kept_longest`
+    are evicted last, as long as they take no more than a quarter of the budget.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        limit_bytes: int,
+        *,
+        files: str = "*",
+        kept_longest: Collection[str] = (),
+    ) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self._pattern = files
+        self._kept_longest = kept_longest
+        self._lock = threading.Lock()
+        self._unmeasured_bytes = _MEASURED_EVERY_BYTES  # what was there before is not known
+
+    def open(self, name: str) -> BinaryIO | None:
+        """Return a cached file, open for reading, and mark it as used; None if there is none."""
+        path = self.folder / name
+        try:
+            file = path.open("rb")
+        except OSError:
+            return None
+        with contextlib.suppress(OSError):
+            if os.fstat(file.fileno()).st_mtime_ns < time.time_ns() - _USED_TO_NS:
+                os.utime(path)
+        return file
+
+    @contextlib.contextmanager
+    def create(self, name: str) -> Iterator[BinaryIO]:
+        """Write a file within the block; if the block raises, there is no such file.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        path = self.folder / name
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        partial = path.with_name(f".{secrets.token_hex(8)}{_PARTIAL}")
+        try:
+            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "w+b") as file:
+                yield file
+                file.flush()
+                written_bytes = os.fstat(file.fileno()).st_size
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        self._count(written_bytes)
+
+    def touch(self, name: str) -> int:
+        """Mark a file as used without reading it; return its size, 0 if there is none."""
+        path = self.folder / name
+        try:
+            os.utime(path)
+            return path.stat().st_size
+        except OSError:
+            return 0
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            (self.folder / name).unlink()
+
+    def size_bytes(self) -> int:
+        return sum(size for _, size, _ in self._files())
+
+    def _count(self, written_bytes: int) -> None:
+        with self._lock:
+            self._unmeasured_bytes += written_bytes
+            is_due = self._unmeasured_bytes >= min(_MEASURED_EVERY_BYTES, self.limit_bytes // 8)
+            if is_due:
+                self._unmeasured_bytes = 0
+        if is_due:
+            self._evict()
+
+    def _files(self) -> list[_File]:
+        found = []
+        for path in self.folder.glob(self._pattern):
+            with contextlib.suppress(OSError):
+                status = path.stat(follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode) and not path.name.endswith(_PARTIAL):
+                    found.append((status.st_mtime_ns, status.st_size, path))
+        return found
+
+    def _evict(self) -> None:
+        """Remove the longest unused files down to nine tenths of the budget, if it is exceeded."""
+        self._remove_partial()
+        files = sorted(self._files())
+        excess_bytes = sum(size for _, size, _ in files) - self.limit_bytes
+        if excess_bytes <= 0:
+            return
+        excess_bytes += self.limit_bytes // 10  # so that not every write has to make room
+        for _, size, path in self._in_order(files):
+            if excess_bytes <= 0:
+                break
+            with contextlib.suppress(OSError):
+                path.unlink()
+                excess_bytes -= size
+
+    def _in_order(self, files: list[_File]) -> list[_File]:
+        """Return files in the order of eviction, from the order of their last use."""
+        room_bytes = self.limit_bytes // _KEPT_LONGEST_PART
+        first: list[_File] = []
+        last: list[_File] = []
+        for file in reversed(files):
+            is_kept = file[2].suffix in self._kept_longest and room_bytes >= file[1]
+            room_bytes -= file[1] if is_kept else 0
+            (last if is_kept else first).append(file)
+        return [*reversed(first), *reversed(last)]
+
+    def _remove_partial(self) -> None:
+        oldest_ns = time.time_ns() - _PARTIAL_LASTS_NS
+        for folder in {self.folder, *(path.parent for _, _, path in self._files())}:
+            for path in folder.glob(f".*{_PARTIAL}"):
+                with contextlib.suppress(OSError):
+                    if path.stat(follow_symlinks=False).st_mtime_ns < oldest_ns:
+                        path.unlink()
