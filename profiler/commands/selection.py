@@ -18,7 +18,7 @@ from storage.profile import ALWAYS, Window
 from storage.query.cache import default_folder
 from storage.query.listing import nearest_objects
 from storage.query.query import Answer, Query
-from storage.query.workers import LateWorkers
+from storage.query.workers import Workers
 from storage.selector import Selector
 
 _SHOWN_AFTER_S, _EVERY_S = 1.0, 0.2
@@ -109,7 +109,7 @@ def _shown(window: Window) -> str:
 
 def query_of(store: ObjectStore) -> Query:
     """Read a store for a command, with a line on its terminal while much has to be decoded."""
-    workers = LateWorkers(min(4, os.cpu_count() or 1))
+    workers = Workers(min(4, os.cpu_count() or 1))
     return Query(store, default_folder(), workers=workers).watched(Decoding(sys.stderr))
 
 

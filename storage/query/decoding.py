@@ -2,13 +2,20 @@
 
 Objects are decoded in chunks, and those of a chunk are merged where they are decoded. An object
 that cannot be read becomes a part without a value that names the reason.
+
+When a worker is killed, each object of its pool's chunks is decoded again in a process of its own.
+An object that is in a worker for the second time when that is killed is skipped.
 """
 
 import functools
 import itertools
+import logging
+import math
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,13 +29,20 @@ from storage.query.cache import pack, unpack
 from storage.query.coverage import Part, failed_part
 from storage.query.listing import ListedObject, never_interrupt
 from storage.query.self_samples import ObjectSelfSamples, join_self_samples
-from storage.query.threads import map_ahead
+from storage.query.threads import Turns, map_ahead
+from storage.query.workers import NoWorkersError, Workers
 
 FETCHES = 4
 """Objects fetched at a time; so many are also decoded one by one, or wait as chunks."""
 _CHUNK = 10
 """Objects that one worker decodes and merges: ten minutes at once are then merged only there."""
 _FAILURES_REMEMBERED = 10_000
+_KILLER_RETRY_S = 600.0
+"""An object whose workers were killed is not tried again for so long: it may want too much memory,
+or others may have left none."""
+_KILLER_REASON = "two workers were killed while they decoded it: it may take too much memory"
+
+_log = logging.getLogger(__name__)
 
 
 def _report_nothing(_decoded: int) -> None:
@@ -46,11 +60,34 @@ class Progress:
     Several threads call it."""
 
 
+class Failure(NamedTuple):
+    """An object that cannot be decoded, and when it may be tried again."""
+
+    key: str
+    reason: str
+    retry_s: float = math.inf
+
+    def part(self) -> Part[Columns]:
+        return failed_part(self.key, self.reason, is_lasting=self.retry_s == math.inf)
+
+
 class Decoded(NamedTuple):
-    """Objects decoded and merged where they add up; and the key and reason of each failure."""
+    """Objects decoded and merged where they add up, and those that cannot be decoded."""
 
     parts: list[Part[Columns]]
-    failures: list[tuple[str, str]]
+    failures: list[Failure]
+
+
+class DecodeCounts(NamedTuple):
+    """What happened to workers since the query was made."""
+
+    pools_lost: int = 0
+    """Pools of which a worker was killed."""
+    pools_started: int = 0
+    objects_decoded_again: int = 0
+    """Objects that were in the hands of a lost pool."""
+    objects_skipped: int = 0
+    """Objects during which two workers were killed."""
 
 
 _Fetched = list[tuple[ObjectKey, bytes]]
@@ -60,13 +97,22 @@ _hasher_of = functools.lru_cache(maxsize=1)(Hasher)
 class Decoder:
     """Fetches and decodes objects. Safe to use from several threads."""
 
-    def __init__(self, store: ObjectStore, secret: bytes, workers: Executor | None) -> None:
+    def __init__(self, store: ObjectStore, secret: bytes, workers: Workers | None) -> None:
         self._store = store
         self._secret = secret
         self._workers = workers
-        self._failures: dict[StoredObject, str] = {}
+        self._failures: dict[StoredObject, tuple[Failure, float]] = {}
+        self._alone = Turns()
+        self._lock = threading.Lock()
+        self._again = self._skipped = 0
         self._fetcher = ThreadPoolExecutor(FETCHES, "fetch")
         self.hasher = Hasher(secret)
+
+    @property
+    def counts(self) -> DecodeCounts:
+        if self._workers is None:
+            return DecodeCounts()
+        return DecodeCounts(*self._workers.counts, self._again, self._skipped)
 
     def decode(self, objects: Sequence[ListedObject], progress: Progress) -> list[Part[Columns]]:
         """Fetch and decode objects. Those of a chunk are merged, as far as they add up."""
@@ -79,10 +125,11 @@ class Decoder:
             decoded, failures = waiting.popleft()()
             progress.report(sum(len(each.keys) for each in decoded) + len(failures))
             read.extend(decoded)
-            for text, reason in failures:
+            for failure in failures:
                 if len(self._failures) < _FAILURES_REMEMBERED:
-                    self._failures[stored_of[text]] = reason
-                read.append(failed_part(text, reason))
+                    until_s = time.monotonic() + failure.retry_s
+                    self._failures[stored_of[failure.key]] = failure, until_s
+                read.append(failure.part())
 
         chunk: _Fetched = []
         for (key, _), fetched in zip(
@@ -93,45 +140,79 @@ class Decoder:
             else:
                 read.append(fetched)
             if len(chunk) == _CHUNK:
-                waiting.append(self._start(chunk))
+                waiting.append(self._start(chunk, progress))
                 chunk = []
             if len(waiting) > FETCHES:
                 take()
         if chunk:
-            waiting.append(self._start(chunk))
+            waiting.append(self._start(chunk, progress))
         while waiting:
             take()
         return read
 
     def _fetch(self, listed: ListedObject) -> bytes | Part[Columns]:
-        key, stored = listed
-        if stored in self._failures:
-            return failed_part(key.text, self._failures[stored])
+        stored = listed.stored
+        failure, until_s = self._failures.get(stored, (None, 0.0))
+        if failure is not None and time.monotonic() < until_s:
+            return failure.part()
         try:
             return self._store.get(stored.key)
         except StoreError as error:
             return failed_part(stored.key, str(error), is_lasting=False)
 
-    def _start(self, fetched: _Fetched) -> Callable[[], Decoded]:
+    def _start(self, fetched: _Fetched, progress: Progress) -> Callable[[], Decoded]:
         """Have a worker decode, if there is one; return a function that waits for the result."""
-        if self._workers is None:
+        workers = self._workers
+        if workers is None:
             return functools.partial(decode_objects, fetched, self.hasher)
         try:
-            future = self._workers.submit(_decode_packed, fetched, self._secret)
-        except (BrokenExecutor, RuntimeError):  # a worker was killed, or all are shut down
+            future = workers.submit(_decode_packed, fetched, self._secret)
+        except RuntimeError:  # none runs at the moment, or they are shut down
             return functools.partial(decode_objects, fetched, self.hasher)
 
         def wait() -> Decoded:
             try:
                 return _unpack_parts(future.result())
-            except (BrokenExecutor, CancelledError, TypeError):
+            except BrokenExecutor:
+                return self._decode_alone(workers, fetched, progress)
+            except (CancelledError, TypeError):
                 # Also when sums are beyond what can be packed.
                 return decode_objects(fetched, self.hasher)
 
         return wait
 
+    def _decode_alone(self, workers: Workers, fetched: _Fetched, progress: Progress) -> Decoded:
+        """Decode again what a lost pool had, one by one, to find what killed its worker.
 
-_Packed = tuple[list[tuple[tuple[str, ...], bytes, bytes]], list[tuple[str, str]]]
+        One thread at a time does so, as each may take much memory.
+        """
+        with self._lock:
+            self._again += len(fetched)
+        decoded = Decoded([], [])
+        with self._alone.of("", progress.check), workers.lone_worker() as worker:
+            for key, content in fetched:
+                progress.check()
+                try:
+                    packed = worker.run(_decode_packed, [(key, content)], self._secret)
+                    parts, failures = _unpack_parts(packed)
+                except BrokenExecutor:
+                    _log.warning("skipped an object: two workers were killed key=%s", key.text)
+                    with self._lock:
+                        self._skipped += 1
+                    reason = (
+                        "two workers were killed while they decoded it: it may want too much memory"
+                    )
+                    parts, failures = [], [Failure(key.text, reason, _KILLER_RETRY_S)]
+                except NoWorkersError as error:
+                    parts, failures = [], [Failure(key.text, str(error), 0.0)]
+                except TypeError:
+                    parts, failures = decode_objects([(key, content)], self.hasher)
+                decoded.parts.extend(parts)
+                decoded.failures.extend(failures)
+        return decoded
+
+
+_Packed = tuple[list[tuple[tuple[str, ...], bytes, bytes]], list[Failure]]
 
 
 def _decode_packed(fetched: _Fetched, secret: bytes) -> _Packed:
@@ -162,12 +243,12 @@ def _unpack_parts(packed: _Packed) -> Decoded:
 def decode_objects(fetched: Iterable[tuple[ObjectKey, bytes]], hasher: Hasher) -> Decoded:
     """Read some objects and merge those of one type and unit."""
     alike: dict[tuple[str, str], list[tuple[str, Columns]]] = {}
-    failures: list[tuple[str, str]] = []
+    failures: list[Failure] = []
     for key, content in fetched:
         try:
             columns = decode_object(key, content, hasher)
         except ProfileError as error:
-            failures.append((key.text, str(error)))
+            failures.append(Failure(key.text, str(error)))
             continue
         alike.setdefault((columns.type, columns.unit), []).append((key.text, columns))
     parts = []

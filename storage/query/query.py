@@ -11,7 +11,6 @@ damaged, of a later schema or of another type is named in the answer and never s
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from storage.objects.open import DEFAULT_TENANT, NS_PER_S, ObjectStore
 from storage.profile import Accounting, Profile, ProfileBuilder, Window
 from storage.query.cache import DEFAULT_LIMIT_BYTES, DecodedCache
 from storage.query.coverage import Coverage, choose_parts, has_host, merging_early
-from storage.query.decoding import Decoder
+from storage.query.decoding import DecodeCounts, Decoder
 from storage.query.function_totals import (
     PROCESS_LABELS,
     FunctionTotal,
@@ -34,6 +33,7 @@ from storage.query.listing import ListedObject, Listing, overlap
 from storage.query.parts import Parts, Prepared
 from storage.query.presence import ServicePresence, make_presence
 from storage.query.timeline import Timeline, make_timeline
+from storage.query.workers import Workers
 from storage.selector import Selector
 
 EMPTY = Selector()
@@ -72,11 +72,11 @@ class Query:
         cache_bytes: int = DEFAULT_LIMIT_BYTES,
         tenant: str = DEFAULT_TENANT,
         now_ns: Callable[[], int] = time.time_ns,
-        workers: Executor | None = None,
+        workers: Workers | None = None,
     ) -> None:
         cache = DecodedCache(cache_folder, cache_bytes)
         decoder = Decoder(store, cache.secret, workers)
-        self._hasher = decoder.hasher
+        self._decoder = decoder
         self._parts = Parts(Listing(store, tenant), cache, decoder, now_ns)
 
     def interruptible(self, check: Callable[[], None]) -> "Query":
@@ -113,6 +113,11 @@ class Query:
         other = copy.copy(self)
         other._parts = parts  # noqa: SLF001 - a copy of this very object
         return other
+
+    @property
+    def counts(self) -> DecodeCounts:
+        """What happened to workers since this query was made; its copies count together."""
+        return self._decoder.counts
 
     def objects(self, window: Window) -> Iterator[ListedObject]:
         """Return the objects that start inside a window, by hour, host and start; none is read."""
@@ -214,9 +219,9 @@ class Query:
         if PROCESS_LABELS & {*selector.names, *by}:
             read = self._parts.read(self._parts.columns, window)
             stacks, coverage = choose_parts(read, window, selector, type)
-            left_out = PROCESS_LABELS.difference(by)
+            left_out, hasher = PROCESS_LABELS.difference(by), self._decoder.hasher
             chosen = (each.filter(selector) for each in stacks)
-            return [FunctionTotals.of(each, self._hasher, left_out) for each in chosen], coverage
+            return [FunctionTotals.of(each, hasher, left_out) for each in chosen], coverage
         early = merging_early(merge_function_totals, selector)
         kept = self._parts.read(self._parts.function_totals, window)
         totals, coverage = choose_parts(kept, window, selector, type, early)

@@ -1,92 +1,237 @@
-"""Workers: processes that decode objects, beside the threads of this one.
+"""Workers: processes that decode objects, as well as the threads of this one.
 
-Python runs one thread at a time, so decoding in threads takes one CPU. Workers receive data, and
+Python runs one thread at a time, so decoding in threads takes one CPU. Workers receive data and
 send arrays back.
+
+The kernel may kill a worker, for want of memory above all. `ProcessPoolExecutor` is then broken for
+good, so the whole pool is replaced; with a growing delay, as what killed one may kill the next.
 """
 
 import ctypes
+import functools
+import logging
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from multiprocessing import resource_tracker
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
-_LATE_AFTER = 6
+LATE_AFTER = 6
 """Chunks that are decoded before workers are started: a second's work."""
+_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 60.0
+"""Before a pool is replaced: twice as long each time, until one has lived for _STEADY_S."""
+_STEADY_S = 600.0
 _REST_S = 2.0
 """A worker that does nothing for so long gives memory back."""
 _ENDING = {signal.SIGINT, signal.SIGTERM}
 
 _Done = TypeVar("_Done")
+_log = logging.getLogger(__name__)
 
 
-def start_workers(count: int) -> Executor:
-    """Start processes that decode objects. They are ready when this returns.
+class NoWorkersError(RuntimeError):
+    """No worker runs at the moment."""
 
-    What they are sent is data, what they send back are arrays; a worker that dies costs only time.
+
+class WorkerCounts(NamedTuple):
+    pools_lost: int
+    """Pools of which a worker was killed."""
+    pools_started: int
+
+
+class Workers(Executor):
+    """A pool of processes that is replaced when one of them is killed.
+
+    It is started by `start`, or once `late_after` submissions were refused: for a command that may
+    have little to decode, as a start takes half a second and each process 60 MB. While no pool runs
+    submissions are refused, and a Query decodes in its own process.
     """
-    context = multiprocessing.get_context("spawn")
-    # A Ctrl-C reaches all processes of a terminal; these end with their parent, and only so. The
-    # tracker is started first: whoever starts it finds both signals unblocked (Python 3.11).
-    resource_tracker.ensure_running()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
-    workers = ProcessPoolExecutor(count, context, initializer=_settle_in)
+
+    def __init__(self, count: int, *, late_after: int = LATE_AFTER) -> None:
+        self._count = count
+        self._late_after = late_after
+        self._refused = 0
+        self._lost = self._started = 0
+        self._lock = threading.Lock()
+        self._pool: ProcessPoolExecutor | None = None
+        self._keeper: threading.Thread | None = None
+        self._has_tried = threading.Event()
+        self._wakes = threading.Event()
+        self._ends = threading.Event()
+
+    @property
+    def counts(self) -> WorkerCounts:
+        return WorkerCounts(self._lost, self._started)
+
+    def start(self) -> None:
+        """Start the processes; return when they are ready.
+
+        If they cannot be started, that is logged and tried again later.
+        """
+        with self._lock:
+            self._start_keeper()
+        self._has_tried.wait()
+
+    def submit(self, act: Callable[..., _Done], /, *things: Any, **more: Any) -> "Future[_Done]":
+        """Have a worker act. The future raises BrokenExecutor if the pool loses a worker.
+
+        Raises:
+            NoWorkersError: no pool runs at the moment.
+            RuntimeError: they are shut down.
+        """
+        pool = self._pool
+        if pool is None:
+            with self._lock:
+                self._refused += 1
+                if self._refused == self._late_after and self._count > 1:
+                    self._start_keeper()
+            raise NoWorkersError("there are no workers yet")
+        try:
+            future = pool.submit(act, *things, **more)
+        except BrokenExecutor as error:
+            self._replace(pool)
+            raise NoWorkersError("a worker was killed, others are not yet started") from error
+        future.add_done_callback(functools.partial(self._notice_loss, pool))
+        return future
+
+    def lone_worker(self) -> "LoneWorker":
+        """Return a worker apart from the pool, for what may kill it."""
+        return LoneWorker()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        with self._lock:
+            self._ends.set()
+            pool, keeper = self._pool, self._keeper
+        if pool is not None:
+            pool.shutdown(wait, cancel_futures=cancel_futures)
+        self._wakes.set()
+        if wait and keeper is not None:
+            keeper.join()
+
+    def _start_keeper(self) -> None:
+        if self._keeper is None and not self._ends.is_set():
+            self._keeper = threading.Thread(target=self._keep_pool, name="workers", daemon=True)
+            self._keeper.start()
+
+    def _notice_loss(self, pool: ProcessPoolExecutor, future: "Future[Any]") -> None:
+        if not future.cancelled() and isinstance(future.exception(), BrokenExecutor):
+            self._replace(pool)
+
+    def _replace(self, pool: ProcessPoolExecutor) -> None:
+        with self._lock:
+            if self._pool is not pool or self._ends.is_set():
+                return
+            self._pool = None
+            self._lost += 1
+        self._wakes.set()
+
+    def _keep_pool(self) -> None:
+        """Start a pool, and another one whenever it loses a worker.
+
+        Its processes end with the thread that starts them, so this one lasts as long as they do.
+        """
+        delay_s = _FIRST_DELAY_S
+        while True:
+            started_s = time.monotonic()
+            try:
+                pool = _start_pool(self._count)
+            except (OSError, BrokenExecutor) as error:
+                _log.warning("cannot start workers error=%r retry_s=%g", error, delay_s)
+            else:
+                with self._lock:
+                    self._started += 1
+                    self._pool = pool
+                self._has_tried.set()
+                self._wakes.wait()
+                self._wakes.clear()
+                pool.shutdown()
+                if self._ends.is_set():
+                    return
+                if time.monotonic() - started_s > _STEADY_S:
+                    delay_s = _FIRST_DELAY_S
+                _log.warning("lost a worker: starting others in_s=%g lost=%d", delay_s, self._lost)
+            self._has_tried.set()
+            if self._ends.wait(delay_s):
+                return
+            delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
+
+
+class LoneWorker:
+    """One process, started when it is needed and again after it was killed. Not for threads.
+
+    The process ends with the thread that uses it, or when the block ends.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def run(self, act: Callable[..., _Done], /, *things: Any) -> _Done:
+        """Return what the process makes of the arguments.
+
+        Raises:
+            BrokenExecutor: the process was killed meanwhile.
+            NoWorkersError: it cannot be started.
+        """
+        if self._pool is None:
+            try:
+                self._pool = _start_pool(1)
+            except (OSError, BrokenExecutor) as error:
+                raise NoWorkersError(f"cannot start a worker: {error}") from error
+        try:
+            return self._pool.submit(act, *things).result()
+        except BrokenExecutor:
+            self.__exit__()
+            raise
+
+
+def start_workers(count: int) -> Workers:
+    """Start processes that decode objects. They are ready when this returns."""
+    workers = Workers(count)
     try:
-        for started in [workers.submit(os.getpid) for _ in range(count)]:
-            started.result()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what came meanwhile is raised here
-    except BaseException:
+        workers.start()
+    except BaseException:  # an interrupt while they start
         workers.shutdown()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         raise
     return workers
 
 
-class LateWorkers(Executor):
-    """Workers for who may have little to decode: they are started once it is much.
-
-    A start takes half a second and each of them 60 MB. Until they are ready what is submitted is
-    refused, and a Query decodes it itself.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._refused = 0
-        self._lock = threading.Lock()
-        self._workers: Executor | None = None
-
-    def submit(self, act: Callable[..., _Done], /, *things: Any, **more: Any) -> "Future[_Done]":
-        """Have a worker act.
-
-        Raises:
-            RuntimeError: there are none yet.
-        """
-        if self._workers is not None:
-            return self._workers.submit(act, *things, **more)
-        with self._lock:
-            self._refused += 1
-            if self._refused == _LATE_AFTER and self._count > 1:
-                threading.Thread(target=self._start, name="workers", daemon=True).start()
-        raise RuntimeError("there are no workers yet")
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        if self._workers is not None:
-            self._workers.shutdown(wait, cancel_futures=cancel_futures)
-
-    def _start(self) -> None:
-        self._workers = start_workers(self._count)
-        threading.Event().wait()  # they end with the thread that started them
+def _start_pool(count: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    # A Ctrl-C reaches all processes of a terminal, but workers end with their parent alone: they
+    # start with both signals blocked. The tracker is started first: starting it unblocks them in
+    # this thread (Python 3.11).
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        pool = ProcessPoolExecutor(count, context, initializer=_settle_in)
+        try:
+            for started in [pool.submit(os.getpid) for _ in range(count)]:
+                started.result()
+        except BaseException:
+            pool.shutdown()
+            raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return pool
 
 
 def _settle_in() -> None:
-    """Make this process a worker, which ends with its parent, however that ends.
+    """Make this process a worker, which ends with the thread that started it, however that ends.
 
-    malloc keeps what is freed, as a third of decoding was the kernel's zeroing of pages, until
-    there has been nothing to decode for a while: that is 25 MB.
+    malloc keeps what is freed (25 MB) until the worker rests: a third of decoding was the kernel's
+    zeroing of pages.
     """
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that came to all
@@ -97,15 +242,15 @@ def _settle_in() -> None:
     libc.prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:
-        os._exit(0)  # it has died before this line
+        os._exit(0)  # the parent has died before this line
     if hasattr(libc, "mallopt"):  # musl has none
         mmap_threshold, trim_threshold = -3, -1
         libc.mallopt(mmap_threshold, 1 << 28)
         libc.mallopt(trim_threshold, 1 << 28)
-        threading.Thread(target=_give_back, args=(libc.malloc_trim,), daemon=True).start()
+        threading.Thread(target=_trim_when_resting, args=(libc.malloc_trim,), daemon=True).start()
 
 
-def _give_back(trim: Callable[[int], int]) -> None:
+def _trim_when_resting(trim: Callable[[int], int]) -> None:
     used_s = given_s = time.process_time()
     while True:
         time.sleep(_REST_S)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import multiprocessing
-import os
 import sys
 import threading
 from collections import Counter
@@ -34,7 +33,6 @@ from storage.query.listing import HOUR_NS
 from storage.query.query import Query
 from storage.query.self_samples import ObjectSelfSamples, join_self_samples
 from storage.query.threads import Turns
-from storage.query.workers import LateWorkers, start_workers
 from storage.selector import Matcher, Operator, Selector
 from tests.support import profiles as some
 from tests.support.live import wait_for
@@ -825,57 +823,6 @@ def test_a_timeline_is_kept_without_its_stacks(store, query, tmp_path):
     ]
     assert again.coverage == first.coverage
     assert query.labels(minutes(0, 80)) == labels
-
-
-def test_workers_decode_what_this_process_would(store, tmp_path):
-    """Whole hours and single objects, damaged ones included; killed workers cost only time."""
-    for minute in range(0, 120, 4):
-        put(store, at(small(minute), minute))
-    key = put(store, at(small(3), 3))
-    store.delete(key.text)
-    store.put(key.text, b"damaged")
-    here = Query(store, tmp_path / "here").profile(minutes(0, 90))
-    workers = start_workers(2)
-    try:
-        query = Query(store, tmp_path / "there", workers=workers)
-        there = query.profile(minutes(0, 90))
-        assert there.profile == here.profile
-        assert there.coverage == here.coverage
-        assert len(there.coverage.skipped) == 1
-
-        for process in multiprocessing.active_children():
-            process.kill()
-
-        assert query.profile(minutes(0, 120)).profile.total_samples > here.profile.total_samples
-        assert query.profile(minutes(60, 120)).coverage.skipped == ()
-    finally:
-        workers.shutdown()
-
-
-def test_workers_are_started_where_there_is_much_to_decode(store, tmp_path):
-    """Asking for little starts none; what was asked before they are ready is answered as well."""
-    for minute in range(90):
-        put(store, at(small(minute), minute))
-    with LateWorkers(2) as workers:
-        query = Query(store, tmp_path / "cache", workers=workers)
-
-        query.profile(minutes(0, 2))
-        with pytest.raises(RuntimeError, match="no workers yet"):
-            workers.submit(os.getpid)
-        first = query.profile(minutes(0, 90)).profile
-
-        wait_for(lambda: is_working(workers))
-        again = Query(store, tmp_path / "other", workers=workers).profile(minutes(0, 90)).profile
-        assert again == first
-        assert workers.submit(os.getpid).result() != os.getpid()
-
-
-def is_working(workers: LateWorkers) -> bool:
-    try:
-        workers.submit(os.getpid)
-    except RuntimeError:
-        return False
-    return True
 
 
 def test_hashes_depend_on_the_secret():

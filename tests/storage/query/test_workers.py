@@ -1,0 +1,124 @@
+"""Workers: decode what this process would, are started late, and are replaced when killed."""
+
+import logging
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from storage.objects.open import DirectoryStore
+from storage.query.query import Query
+from storage.query.workers import NoWorkersError, Workers, start_workers
+from tests.storage.query.test_query import small
+from tests.support.deadly import DeadlyWorkers
+from tests.support.live import wait_for
+from tests.support.stores import at, minutes, put
+
+
+@pytest.fixture
+def store(tmp_path):
+    return DirectoryStore(tmp_path / "store")
+
+
+def is_working(workers: Workers) -> bool:
+    try:
+        workers.submit(os.getpid)
+    except NoWorkersError:
+        return False
+    return True
+
+
+def test_workers_decode_what_this_process_would(store, tmp_path):
+    """Whole hours and single objects, damaged ones included; killed workers cost only time."""
+    for minute in range(0, 120, 4):
+        put(store, at(small(minute), minute))
+    key = put(store, at(small(3), 3))
+    store.delete(key.text)
+    store.put(key.text, b"damaged")
+    here = Query(store, tmp_path / "here").profile(minutes(0, 90))
+    workers = start_workers(2)
+    try:
+        query = Query(store, tmp_path / "there", workers=workers)
+        there = query.profile(minutes(0, 90))
+        assert there.profile == here.profile
+        assert there.coverage == here.coverage
+        assert len(there.coverage.skipped) == 1
+
+        for process in multiprocessing.active_children():
+            process.kill()
+
+        assert query.profile(minutes(0, 120)).profile.total_samples > here.profile.total_samples
+        assert query.profile(minutes(60, 120)).coverage.skipped == ()
+    finally:
+        workers.shutdown()
+
+
+def test_workers_are_started_where_there_is_much_to_decode(store, tmp_path):
+    """Asking for little starts none; what was asked before they are ready is answered as well."""
+    for minute in range(90):
+        put(store, at(small(minute), minute))
+    with Workers(2) as workers:
+        query = Query(store, tmp_path / "cache", workers=workers)
+
+        query.profile(minutes(0, 2))
+        with pytest.raises(NoWorkersError, match="no workers yet"):
+            workers.submit(os.getpid)
+        first = query.profile(minutes(0, 90)).profile
+
+        wait_for(lambda: is_working(workers))
+        again = Query(store, tmp_path / "other", workers=workers).profile(minutes(0, 90)).profile
+        assert again == first
+        assert workers.submit(os.getpid).result() != os.getpid()
+
+
+def test_a_pool_that_loses_a_worker_is_replaced(store, tmp_path, caplog):
+    """One worker killed while it rests: others decode soon, and the loss is counted and logged."""
+    caplog.set_level(logging.WARNING)
+    for minute in range(20):
+        put(store, at(small(minute), minute))
+    workers = start_workers(2)
+    try:
+        query = Query(store, tmp_path / "cache", workers=workers)
+        assert (query.counts.pools_lost, query.counts.pools_started) == (0, 1)
+        killed = workers.submit(os.getpid).result()
+
+        os.kill(killed, signal.SIGKILL)
+
+        wait_for(lambda: not is_working(workers))
+        wait_for(lambda: is_working(workers))
+        assert workers.submit(os.getpid).result() not in {killed, os.getpid()}
+        assert (query.counts.pools_lost, query.counts.pools_started) == (1, 2)
+        assert "lost a worker" in caplog.text
+        whole = Query(store, tmp_path / "here").profile(minutes(0, 20)).profile
+        assert query.profile(minutes(0, 20)).profile == whole
+    finally:
+        workers.shutdown()
+
+
+def test_an_object_that_kills_two_workers_is_skipped_and_no_other(store, tmp_path):
+    """The objects that a lost pool had are decoded again; the deadly one is named and counted."""
+    keys = [put(store, at(small(minute), minute)) for minute in range(25)]
+    deadly = keys[7]
+    workers = DeadlyWorkers(2, deadly.start_s)
+    workers.start()
+    try:
+        query = Query(store, tmp_path / "cache", workers=workers)
+
+        answer = query.profile(minutes(0, 60))
+
+        assert [each.key for each in answer.coverage.skipped] == [deadly.text]
+        assert "two workers were killed" in answer.coverage.skipped[0].reason
+        assert answer.coverage.objects == 24
+        assert not answer.coverage.is_lasting
+        assert query.counts.objects_skipped == 1
+        assert query.counts.objects_decoded_again >= 10
+
+        again = query.profile(minutes(0, 60))
+
+        assert again.coverage.skipped == answer.coverage.skipped
+        assert query.counts.objects_skipped == 1
+        healthy = Query(store, tmp_path / "cache").profile(minutes(0, 60))
+        assert healthy.coverage.objects == 25
+    finally:
+        workers.shutdown()
