@@ -224,6 +224,8 @@ class Columns:
         return tuple(locations), tuple(names)
 
 
+NS_PER_S = 1_000_000_000
+
 OBJECT_FIELDS = (
     "start_ns",
     "end_ns",
@@ -286,9 +288,9 @@ def object_of(window: Window, accounting: Accounting) -> Integers:
 
 
 def key_starts_ns(objects: Numbers) -> Integers:
-    """Return when objects start by their keys, to a second before or after their content."""
-    starts_ns: Integers = objects[:, 0].astype(np.int64) + 10**9 // 2
-    return starts_ns - starts_ns % 10**9
+    """Return when objects start by their keys: whole seconds, rounded down as `object_key` does."""
+    starts_ns: Integers = objects[:, 0].astype(np.int64)
+    return starts_ns - starts_ns % NS_PER_S
 
 
 def times_of(rows: Numbers, counts: Numbers) -> tuple[Integers, Integers]:

@@ -65,7 +65,8 @@ def make_timeline(
     sums: dict[Labels, Integers] = {}
     intervals: list[tuple[int, int, int]] = []
     for part in parts:
-        # An object may begin a fraction of a second before the whole second of its key.
+        # The key of an object says the second in which it begins: the object may begin after a
+        # window that ends inside that second.
         step = (part.objects[:, 0] - origin_ns) // step_ns
         step = np.clip(step, 0, count - 1)
         for i, name in enumerate(_TOTALS, start=3):

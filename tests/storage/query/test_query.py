@@ -485,6 +485,31 @@ def test_services_that_were_there_are_known_object_by_object(store, query, tmp_p
     assert not store.fetched
 
 
+@pytest.mark.parametrize("offset_ns", [0, 1, 499_999_999, 500_000_000, 999_999_999])
+def test_an_object_belongs_to_the_second_in_which_it_begins(store, query, offset_ns):
+    """In presence and self samples as in the listing, whatever part of a second it begins at."""
+    profile = at(small(5), 10)
+    start_ns, end_ns = profile.window
+    services = {make_labels({"service": "api"}): 7}
+    profile = dataclasses.replace(
+        profile,
+        window=Window(start_ns + offset_ns, end_ns + offset_ns),
+        accounting=dataclasses.replace(profile.accounting, services=services),
+    )
+    put(store, profile)
+    second = Window(start_ns, start_ns + 10**9)
+    around = [Window(start_ns - 10**9, start_ns), Window(second.end_ns, second.end_ns + 10**9)]
+    assert len(list(query.objects(second))) == 1
+
+    assert query.presence(second).rows[:, 2].tolist() == [7]
+    assert self_samples_of(query, second) == functions_of(query, second) != Counter()
+    for window in around:
+        assert not len(query.presence(window).rows)
+        assert self_samples_of(query, window) == Counter()
+    part = Window(start_ns, start_ns + 250_000_000)
+    assert query.timeline(part).series[0].samples.tolist() == [profile.total_samples]
+
+
 def test_functions_may_be_told_apart_by_thread(store, query):
     """Labels of single processes are read from stacks, all others from totals."""
     for i in range(3):
