@@ -12,7 +12,7 @@ import numpy as np
 
 from storage.columns import Columns, Texts, add_groups, group, ranges
 from storage.hashing import Hashes, Numbers
-from storage.profile import Accounting, Integers, Labels
+from storage.profile import Accounting, Integers, Labels, adopt_module
 from symbolizer.location import Module
 
 
@@ -262,10 +262,6 @@ def _merge_modules(parts: Sequence[Columns], used: Sequence[Integers]) -> dict[s
         is_used[places[places[:, 2] == 0, 0]] = True
         for text in part.texts.take(np.flatnonzero(is_used)):
             module = part.modules.get(text.decode())
-            if module is None:
-                continue
-            mine = modules.setdefault(module.build_id, module)
-            # The smaller path wins, so that the order of a merge does not show in its result.
-            if (not mine.segments, mine.path) > (not module.segments, module.path):
-                modules[module.build_id] = module
+            if module is not None:
+                adopt_module(modules, module)
     return modules

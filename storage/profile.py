@@ -212,10 +212,7 @@ class Profile:
             return (Frame(*location[:4], location.line),)
         if self.names[number]:
             return self.names[number]
-        module = self.modules.get(location.build_id)
-        if module is None:
-            return (unnamed(location.build_id, Kind.NATIVE),)
-        return (unnamed(module.name, module.kind),)
+        return (frame_of_module(self.modules, location.build_id),)
 
     def rows(self) -> Iterator[Row]:
         columns = (self.row_labels, self.row_stacks, self.row_samples, self.row_values)
@@ -392,10 +389,25 @@ class ProfileBuilder:
         places = (other.locations[i] for i in used_locations.tolist())
         build_ids = {place.build_id for place in places if isinstance(place, AddressLocation)}
         for build_id in sorted(build_ids & other.modules.keys()):
-            module, mine = other.modules[build_id], self.modules.get(build_id)
-            # The smaller path wins, so that the order of a merge does not show in its result.
-            if mine is None or (not mine.segments, mine.path) > (not module.segments, module.path):
-                self.modules[build_id] = module
+            adopt_module(self.modules, other.modules[build_id])
+
+
+def frame_of_module(modules: Mapping[str, Module], build_id: str) -> Frame:
+    """Return the frame that is shown for all addresses of a module that have no name."""
+    module = modules.get(build_id)
+    if module is None:
+        return unnamed(build_id, Kind.NATIVE)
+    return unnamed(module.name, module.kind)
+
+
+def adopt_module(modules: dict[str, Module], module: Module) -> None:
+    """Add a module. Of two with one build id, one that has segments is kept, then the smaller path.
+
+    So the order of a merge does not show in its result.
+    """
+    mine = modules.setdefault(module.build_id, module)
+    if (not mine.segments, mine.path) > (not module.segments, module.path):
+        modules[module.build_id] = module
 
 
 def label_frames(label_sets: Iterable[Labels], by: Sequence[str]) -> list[tuple[Frame, ...]]:

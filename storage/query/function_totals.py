@@ -14,9 +14,9 @@ import numpy as np
 from storage.columns import Columns, Texts, add_groups, group, ranges
 from storage.hashing import Hasher, Hashes, Numbers, chain
 from storage.merging import adopt_texts, join_lines, merge_label_sets
-from storage.profile import Accounting, Integers, Labels, Window
+from storage.profile import Accounting, Integers, Labels, Window, frame_of_module
 from storage.selector import Selector
-from symbolizer.location import Frame, Kind, unnamed
+from symbolizer.location import Frame, Kind
 
 PROCESS_LABELS = frozenset({"comm", "pid", "thread", "tid"})
 """Labels that tell the processes and threads of one service apart."""
@@ -308,7 +308,7 @@ class _Boxes(NamedTuple):
         )
         shown = np.zeros((len(build_ids), 4), dtype=np.int64)
         for i, build_id in enumerate(build_ids.tolist()):
-            frame = unnamed_of(columns, texts[build_id].decode())
+            frame = frame_of_module(columns.modules, texts[build_id].decode())
             shown[i] = [number(text.encode()) for text in frame[:4]]
         flat[offsets[bare]] = shown[which]
         return cls._number(Texts.of([*texts, *added]), hasher, flat, offsets)
@@ -337,13 +337,6 @@ class _Boxes(NamedTuple):
         numbers: dict[bytes, int] = {}
         table = _adopt_functions(numbers, texts, table, np.ones(len(table), dtype=bool))
         return cls(Texts.of(list(numbers)), hashes[order[firsts]], table, offsets, which)
-
-
-def unnamed_of(columns: Columns, build_id: str) -> Frame:
-    module = columns.modules.get(build_id)
-    if module is None:
-        return unnamed(build_id, Kind.NATIVE)
-    return unnamed(module.name, module.kind)
 
 
 def _sum_functions(

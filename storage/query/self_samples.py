@@ -13,13 +13,12 @@ import numpy as np
 
 from storage.columns import Columns, group, key_starts_ns, ranges
 from storage.hashing import Hasher, Hashes, Numbers, chain
-from storage.profile import Accounting, Integers, Labels, Window
+from storage.profile import Accounting, Integers, Labels, Window, frame_of_module
 from storage.query.function_totals import (
     PROCESS_LABELS,
     SelfSamples,
     fold,
     service_sets_of,
-    unnamed_of,
 )
 from storage.selector import Selector
 
@@ -147,7 +146,7 @@ def _hash_functions(columns: Columns, places: Integers, hasher: Hasher) -> Hashe
     by_text = hasher.texts(texts)
     hashes = chain(*(by_text[numbers[:, i]] for i in range(3)))
     for number in np.unique(numbers[is_bare, 0]).tolist():
-        names = unnamed_of(columns, texts[number].decode())[:3]
+        names = frame_of_module(columns.modules, texts[number].decode())[:3]
         parts = hasher.texts([name.encode() for name in names])
         hashes[is_bare & (numbers[:, 0] == number)] = chain(*parts.reshape(3, 1))
     return hashes
