@@ -66,9 +66,9 @@ class Columns:
     frames (function, module, kind, file, line), innermost inlined call first; named ones have none.
     `rows` has a line (label set, stack) per row, `counts` its samples and value.
 
-    What a timeline needs stands apart, because merging keeps it for each object: `objects` has a
+    Merging keeps for each object what a timeline needs: `objects` has a
     line of OBJECT_FIELDS per object, `times` a line (object, label set) with `time_counts`
-    (samples, value). So does what a comparison needs: `presence` has a line (object, present set,
+    (samples, value). And what a comparison needs: `presence` has a line (object, present set,
     present_ns) per service that was there, sampled or not, and `present_sets` are their labels.
     """
 
@@ -161,7 +161,7 @@ class Columns:
         )
 
     def filter(self, selector: Selector) -> "Columns":
-        """Return the rows whose labels are asked for. The accounting stays that of the whole."""
+        """Return the selected rows. The accounting stays that of the whole."""
         if not selector.matchers:
             return self
         chosen = np.array(selector.choose(map(dict, self.label_sets)), dtype=bool)
@@ -243,7 +243,10 @@ OBJECT_FIELDS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Times:
-    """What timelines and deployments need of some profiles, a hundredth: fields as of Columns."""
+    """What timelines and deployments need of some profiles: a hundredth of the size of Columns.
+
+    The fields are those of Columns.
+    """
 
     type: str
     unit: str
@@ -261,7 +264,7 @@ class Times:
         return cls(**{field.name: getattr(columns, field.name) for field in fields(cls)})
 
     def filter(self, selector: Selector) -> "Times":
-        """Return what is asked for. The accounting stays that of the whole."""
+        """Return the selected lines. The accounting stays that of the whole."""
         if not selector.matchers:
             return self
         chosen = np.array(selector.choose(map(dict, self.label_sets)), dtype=bool)

@@ -17,7 +17,7 @@ from symbolizer.location import Module
 
 
 def merge_columns(parts: Sequence[Columns]) -> Columns:
-    """Add up, as `storage.profile.merge` does; what no row needs is left out.
+    """Add up profiles as `storage.profile.merge` does; tables keep only what rows use.
 
     Raises:
         ValueError: there is none, or they measure different things.
@@ -103,7 +103,7 @@ def join_lines(
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    """Distinct things of several parts: each one's hash, and where the one to take stands."""
+    """Distinct rows of several parts: the hash, part and number of each one to take."""
 
     hashes: Hashes
     part: Integers

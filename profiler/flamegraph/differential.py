@@ -1,16 +1,16 @@
 """Differential: two profiles as one flame graph, the union of their stacks, and what changed in it.
 
-A node holds what both sides cost there. It is as wide as the mean of both in cores a host, so the
-graph nests and nothing that is gone is missing from it. What has changed is not tested again: each
-node inherits from the one decision per function (`profiler.comparison.comparison`).
+A node holds what both sides cost there. It is as wide as the mean of both in cores per host, so the
+graph nests and shows what only one side has. Changes are not tested again here: each node takes
+over the one decision per function (`profiler.comparison.comparison`).
 
 - A node is *more*, *less*, *new* or *gone* where its function is, and where its own self time went
   the same way, less the common change. An inverted graph says so at the leaf function, one of
   callers at its root.
 - Above and below nothing is coloured: an ancestor's change is that of its deepest changed
   descendants, which `Pair.reasons` names for each function.
-- A function that is unchanged over all, and costs more under some callers and less under others, is
-  *moved* there: see `_find_moved` for how much it takes.
+- A function that is unchanged overall, and costs more under some callers and less under others, is
+  *moved* there: `_find_moved` says by how much it must differ.
 - A function that only has a new caller is not new, and is moved at most.
 """
 
@@ -34,18 +34,18 @@ VERDICTS = ("unchanged", "more", "less", "new", "gone", "moved", "too little dat
 UNCHANGED, MORE, LESS, NEW, GONE, MOVED, TOO_LITTLE = range(len(VERDICTS))
 _CODES = {change: VERDICTS.index(change) for change in Change}
 _MOVED_Z = 5.0
-"""With nothing changed, 200 functions of 1 to 11 callers that stray by 10 or 20 % each, normally or
-with heavy tails (t, 4 df): any alarm in 0 to 13 of 200 pairs; at 4 in up to 36."""
+"""With 200 unchanged functions of 1 to 11 callers that vary by 10 or 20 % each, normally or with
+heavy tails (t, 4 df), 0 to 13 of 200 pairs raise an alarm; with a limit of 4 up to 36 do."""
 _MOVED_SHARE = 0.001
-"""Of the total: what moves less is not looked at."""
+"""Of the total: smaller moves are ignored."""
 _MIN_SAMPLES = 10.0
 _GUARD = 0.5
 _MOVED_PART = 0.1
 """Of the function itself, likewise."""
 _QUANTILE, _SQUARE_AT_QUANTILE = 0.75, 1.3233
-"""How far parts stray is read off here, where a squared standard normal has this value. At the
-median it takes heavier tails for changes; higher up it takes the changes for noise."""
-_MIN_STRAYS = 10
+"""The noise of parts is estimated from this quantile, where a squared standard normal has this
+value. The median would take heavy tails for changes, a higher quantile changes for noise."""
+_MIN_PARTS = 10
 _REASONS = 3
 _REASON_SHARE = 0.01
 """Of a function's total: smaller parts do not explain its change."""
@@ -57,7 +57,7 @@ _Key = tuple[str, str, str]
 
 
 class Scale(NamedTuple):
-    """What makes cores a host of the nanoseconds of each side."""
+    """Factors from the nanoseconds of each side to cores per host."""
 
     before: float
     after: float
@@ -96,7 +96,7 @@ class UnionGraph:
         return len(self.frame)
 
     def widths(self, scale: Scale) -> Floats:
-        """Return how wide nodes are: the mean of both sides in cores a host."""
+        """Return how wide nodes are: the mean of both sides in cores per host."""
         return _widths(scale, self.before, self.after)
 
 
@@ -114,7 +114,7 @@ class UnionPaths:
     callers: str
 
     def sums_along(self, path: Sequence[int]) -> list[dict[str, int]]:
-        """Return what stands on each of these boxes, from the first one on."""
+        """Return the cost of each of these boxes, from the first one on."""
         found = []
         for i in range(len(path)):
             rows = self.paths.through(path[: i + 1]).samples
@@ -146,7 +146,7 @@ class Pair:
         return self._judge().moved
 
     def reasons(self, functions: Collection[Function]) -> dict[_Key, tuple[Reason, ...]]:
-        """Give, of these functions, the changed ones below that make up a change, largest first."""
+        """Return by function the changed ones below it that explain its change, largest first."""
         judged, scale = self._judge(), self.scale
         paths, leaves = judged.changed, judged.leaves
         size = len(paths.frames)
@@ -174,7 +174,7 @@ class Pair:
         return found
 
     def view(self, view: View, check: Callable[[], None] = lambda: None) -> UnionPaths:
-        """Look at the stacks of both sides as asked."""
+        """Return the stacks of both sides as a view shows them."""
         stacks, marks = self._stacks_of(view.group)
         check()
         profiles = (self.before, self.after)
@@ -218,7 +218,7 @@ class Pair:
         return before or _nothing_of(self.before, after), after or _nothing_of(self.after, before)
 
     def draw(self, shown: UnionPaths, path: Sequence[int], screen: Screen | None) -> UnionGraph:
-        """Draw what stands on the box that a path leads to; without a screen nothing is cut."""
+        """Draw what lies below the box that a path leads to; without a screen nothing is cut."""
         paths = shown.paths.below(path)
         chosen = paths.samples
         scale = self.scale
@@ -255,7 +255,7 @@ class Pair:
     def _verdicts(
         self, size: int, own: Integers, counts: Sequence[Integers], codes: npt.NDArray[np.int8]
     ) -> npt.NDArray[np.int8]:
-        """Return each node what is said of the paths that end there, the most costly of them."""
+        """Return for each node the verdict of the most costly path that ends there."""
         if self.found.source == Source.NONE:
             return np.full(size, TOO_LITTLE, np.int8)
         verdicts = np.zeros(size, np.int8)
@@ -275,9 +275,9 @@ class Pair:
         return verdicts
 
     def _growth(self, before: Integers, after: Integers) -> Floats:
-        """Return by how much costs grew beyond the common change, in cores a host."""
+        """Return by how much costs grew beyond the common change, in cores per host."""
         scale, common = self.scale, self.found.common.relative
-        # Divided among both sides alike, so that swapping them changes the sign alone.
+        # Divided equally between both sides, so that swapping them changes only the sign.
         factor = np.sqrt(1 + common)
         growth: Floats = after * scale.after / factor - before * scale.before * factor
         return growth
@@ -293,13 +293,13 @@ class Pair:
         sides = [Stacks.of(profile, group) for profile in (self.before, self.after)]
         joined = sides[0].with_others(sides[1], group)
         found = (joined, joined.fingerprints())
-        # Verdicts are of functions; of what else boxes may be, the last one asked for is kept.
+        # Verdicts are of functions; of the other groups, the last one asked for is kept.
         kept = [each for each in known.items() if each[0] is Group.FUNCTION]
         self._stacks = dict([*kept, (group, found)])
         return found
 
     def _raw_rows(self) -> Rows:
-        """Return the rows of both profiles, those of the after side with numbers behind."""
+        """Return the rows of both profiles, those of the after side numbered after the others."""
         before, after = self.before, self.after
         stacks = after.row_stacks.astype(np.int64) + len(before.stack_offsets) - 1
         labels = after.row_labels.astype(np.int64) + len(before.label_sets)
@@ -314,7 +314,7 @@ class Pair:
         return np.repeat(self.scale, [len(self.before.row_values), len(self.after.row_values)])
 
     def _counts(self, which: Integers, count: int) -> tuple[Integers, Integers, Integers, Integers]:
-        """Add the rows of both profiles up, each side for itself: values, then samples."""
+        """Add up the rows of both profiles, each side on its own: values, then samples."""
         middle = len(self.before.row_values)
         return (
             sum_by(which[:middle], self.before.row_values, count),
@@ -360,8 +360,8 @@ class Pair:
         )
 
 
-def document(pair: Pair, graph: UnionGraph) -> dict[str, object]:
-    """Return the fields that a graph adds to what is said of a comparison in JSON."""
+def fields_of_pair(pair: Pair, graph: UnionGraph) -> dict[str, object]:
+    """Return the fields that a graph adds to the JSON of a comparison."""
     return {
         "type": pair.after.type,
         "unit": pair.after.unit,
@@ -416,7 +416,7 @@ def only_labels(profile: Profile, is_wanted: Sequence[bool]) -> Profile:
 
 
 def _nothing_of(profile: Profile, other: Shown | None) -> Shown:
-    """Return no stack of a side, labelled as the other one is."""
+    """Return a profile without stacks, with the labels of the other side."""
     nothing = only_labels(profile, [False] * len(profile.label_sets))
     return Shown(nothing, other.by if other else ())
 
@@ -430,14 +430,14 @@ def _find_moved(
     counts: tuple[Integers, Integers, Integers, Integers],
     functions: Sequence[Function | None],
 ) -> npt.NDArray[np.bool_]:
-    """Return on which stacks the cost of an unchanged function has moved to others.
+    """Return the stacks between which the cost of an unchanged function has moved.
 
-    Of each stack it is known what part of its leaf function it is, before and after; what is
-    compared are the odds. They stray more than counting samples explains, as requests come in
-    another mixture: by how much is taken from all parts of unchanged functions together. A part
-    has changed that is _MOVED_Z such deviations off, by more than the function itself strays, and
-    by _MOVED_PART of it and _MOVED_SHARE of the total; it has moved where another part of the same
-    function has changed the other way.
+    Each stack has a part of the cost of its leaf function, before and after; the odds of both are
+    compared. They vary more than counting samples explains, because the mixture of requests varies:
+    this noise is estimated from all parts of unchanged functions together. A part has changed if it
+    differs by _MOVED_Z standard deviations, by more than the function's own interval, by
+    _MOVED_PART of the function and by _MOVED_SHARE of the total. It has moved if another part of
+    the same function has changed the other way.
     """
     count = len(functions) + 1
     is_unchanged = np.zeros(count, bool)
@@ -445,7 +445,7 @@ def _find_moved(
     for i, function in enumerate(functions):
         if function is not None and function.change == Change.UNCHANGED:
             is_unchanged[i] = True
-            with np.errstate(divide="ignore"):  # an interval may reach down to nothing at all
+            with np.errstate(divide="ignore"):  # an interval may reach down to zero
                 low, high = np.log1p(function.relative[1:])
             reach[i] = (high - low) / 2
     before, after = (column.astype(np.float64) for column in counts[2:])
@@ -466,14 +466,14 @@ def _find_moved(
     change = np.log(
         ((mine[1] + _GUARD) * (rests[0] + _GUARD)) / ((mine[0] + _GUARD) * (rests[1] + _GUARD))
     )
-    # Were nothing changed, each side would have the part that both have together.
+    # If nothing had changed, each side would have the part that both have together.
     part = both[looked_at] / (wholes[0] + wholes[1])
     counts_expected = [share * whole + _GUARD for whole in wholes for share in (part, 1 - part)]
     counting = (1 / np.array(counts_expected)).sum(axis=0)
     shared = 0.0
-    if len(change) >= _MIN_STRAYS:
-        strays = change**2 / _SQUARE_AT_QUANTILE - counting
-        shared = max(0.0, _weighted_quantile(strays, 1 / counting))
+    if len(change) >= _MIN_PARTS:
+        variances = change**2 / _SQUARE_AT_QUANTILE - counting
+        shared = max(0.0, _weighted_quantile(variances, 1 / counting))
     own_reach = reach[leaves[looked_at]]
     parts = [own / whole for own, whole in zip(mine, wholes, strict=True)]
     shift = np.abs(parts[1] - parts[0])

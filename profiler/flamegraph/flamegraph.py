@@ -6,8 +6,8 @@ name. For every node, total = self + the sum of its children's totals; what was 
 is a node of kind `rest`, the last of its siblings, so that this holds after pruning too.
 
 Trees are built and cut level by level with numpy: 200,000 stacks make 3.6 million nodes, which
-is too many to visit one by one. Who draws says how wide: then what is too narrow is cut while the
-tree grows, and only what is drawn is ever made (bench/bench_flamegraph.py).
+is too many to visit one by one. If the width of the screen is known, boxes that are too narrow are
+cut while the tree grows, and only the drawn ones are made (bench/bench_flamegraph.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -215,7 +215,7 @@ def build(
 
 
 def draw(paths: Paths, screen: Screen | None = None) -> FlameGraph:
-    """Draw paths as a tree. With a screen it is that of `prune`, in a fraction of the time."""
+    """Draw paths as a tree. With a screen the result equals `prune`, in a fraction of the time."""
     tree = grow(paths, (paths.values, paths.samples), lambda totals: totals[0], screen)
     return FlameGraph(
         unit=paths.unit,
@@ -262,7 +262,7 @@ def grow(
 ) -> Tree:
     """Make the tree of paths. Each column has a count by path; `widths` order and cut boxes.
 
-    With a `depth` it tells which node of that depth each path goes through, not where it ends.
+    With a `depth` it returns the node of that depth that each path goes through, not where it ends.
     """
     root = len(paths.frames)
     deeper, rest = root + 1, root + 2
@@ -277,7 +277,7 @@ def grow(
     is_there = paths.ends > paths.starts
     alive = np.flatnonzero(is_there)
     node = np.zeros(len(alive), dtype=np.int64)
-    # The node that is told of each path: its depth, and its number among those.
+    # The node that is returned of each path: its depth, and its number among those.
     is_root = ~is_there if depth is None else np.full(len(is_there), depth == 0)
     reached, number = np.where(is_root, 0, -1), np.where(is_root, 0, -1)
     for i in range(DEPTH_LIMIT):
@@ -301,7 +301,7 @@ def top_functions(profile: Profile, group: Group = Group.FUNCTION) -> list[Funct
     return Paths.of(profile, (), group).functions()
 
 
-def document(profile: Profile, graph: FlameGraph, query: str = "") -> dict[str, object]:
+def fields_of_graph(profile: Profile, graph: FlameGraph, query: str = "") -> dict[str, object]:
     """Return the JSON shape that the page and `.json` exports share; times out are Unix ms."""
     accounting = profile.accounting
     return {

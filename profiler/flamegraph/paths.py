@@ -1,9 +1,9 @@
 """Paths: the stacks of a profile as boxes, to be turned, cut and searched before they are drawn.
 
 A box is (function, module, kind), or a line, file or module (`Group`). A path is a row of the
-profile: its labels' frames, then its stack, root first. What a person asks of a flame graph (only
-what stands below a box, only stacks with a function, its callers, the inverted graph) gives other
-paths, and these are drawn (`profiler.flamegraph.flamegraph`) or added up (`functions`).
+profile: its labels' frames, then its stack, root first. Views of a flame graph (only what is below
+a box, only stacks with a function, its callers, the inverted graph) are made by changing paths.
+Paths are drawn (`profiler.flamegraph.flamegraph`) or added up (`functions`).
 """
 
 import itertools
@@ -22,8 +22,8 @@ from symbolizer.location import Frame, Kind
 ROOT = Frame("all", "", Kind.LABEL)
 
 _PART_BOXES = 1 << 17
-"""Boxes looked at together: what is made of them for the moment stays in a CPU's cache, and an
-hour of a fleet does not take ten times its own memory."""
+"""Boxes processed together: their temporary arrays fit a CPU's cache, and an hour of a fleet does
+not take ten times its own memory."""
 
 
 class Group(StrEnum):
@@ -61,7 +61,7 @@ class Paths:
     frames: tuple[Frame, ...]
     """In the order of their names; frames of labels stand last."""
     functions_count: int
-    """So many of the frames are no labels."""
+    """How many of the frames are not labels."""
     root: Frame
     boxes: Indices
     starts: Integers
@@ -157,7 +157,7 @@ class Paths:
         return self._only(np.flatnonzero(self._last_with(self._boxes_of(function)) >= 0))
 
     def hide(self, function: str) -> "Paths":
-        """Take a function out of all paths; what it called stands where it stood."""
+        """Take a function out of all paths; its callees take its place."""
         hidden = self._boxes_of(function)
         lengths = np.zeros(len(self.starts), dtype=np.int64)
         pieces = [np.zeros(0, dtype=np.int32)]
@@ -177,7 +177,7 @@ class Paths:
         return replace(chosen, starts=chosen.starts + above, heads=max(0, self.heads - above))
 
     def sums_along(self, path: Sequence[int]) -> list[tuple[int, int]]:
-        """Return value and samples of what stands on each of these boxes, from the first one on."""
+        """Return the total value and samples of each of these boxes, from the first one on."""
         rows = itertools.islice(self._along(path), 1, None)
         return [(int(self.values[each].sum()), int(self.samples[each].sum())) for each in rows]
 
@@ -191,7 +191,7 @@ class Paths:
             yield alive
 
     def below(self, path: Sequence[int]) -> "Paths":
-        """Return what stands on the box that these boxes lead to, which becomes the root."""
+        """Return the paths below the box that these boxes lead to, which becomes the root."""
         if not path:
             return self
         chosen = self.through(path)
@@ -201,7 +201,7 @@ class Paths:
     def search(self, text: str) -> Matches:
         """Count the paths with a function or module that has `text` in it, in any case.
 
-        The root is one of the functions too: what stands below a match is found.
+        The root is one of the functions too: everything below a match is found.
         """
         wanted = text.casefold()
 
@@ -242,7 +242,7 @@ class Paths:
     def functions(self) -> list[FunctionRow]:
         """Return the table of functions, largest self first; recursion counts once in the total.
 
-        Labels are none, and neither is the root.
+        Labels are not functions, and neither is the root.
         """
         count, size = self.functions_count, len(self.starts)
         columns = (self.values, self.samples)
@@ -264,7 +264,7 @@ class Paths:
         ]
 
     def _boxes_of(self, function: str) -> npt.NDArray[np.bool_]:
-        # Labels stand last: a service may be called as a function is, and is none.
+        # Labels come last: a service with the name of a function is not one.
         named = np.zeros(len(self.frames), dtype=bool)
         for i, frame in enumerate(self.frames[: self.functions_count]):
             named[i] = frame.function == function
@@ -274,7 +274,7 @@ class Paths:
         return _parts(self.starts, self.ends)
 
     def _turned(self, turn: "Callable[[_Part], Integers]") -> "Paths":
-        """Return paths as long as these, with the boxes that `turn` says for each part of them."""
+        """Return paths as long as these, with the boxes that `turn` returns for each part."""
         ends = np.cumsum(self.ends - self.starts)
         starts = ends - (self.ends - self.starts)
         boxes = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.int32)
@@ -316,7 +316,7 @@ class _Part(NamedTuple):
     owner: Integers
     within: Integers
     place: Integers
-    """Where the box stands."""
+    """The index of the box in `boxes`."""
 
 
 def _parts(starts: Integers, ends: Integers) -> Iterator[_Part]:
@@ -366,7 +366,7 @@ class Stacks:
         known: dict[Frame, Frame] = {}
         keys = []
         for frame in (*self.frames, *others.frames):
-            # The file of a function is shown where both agree on it, and tells none from another.
+            # The file of a function does not tell it apart; it is shown where both agree on it.
             key = frame._replace(file="") if group is Group.FUNCTION else frame
             keys.append(key)
             before = known.setdefault(key, frame)
@@ -385,7 +385,7 @@ class Stacks:
     def fingerprints(self) -> npt.NDArray[np.uint64]:
         """Return a number by stack, the same for the same boxes in the same order.
 
-        Drawn anew each time, so that nobody can make two different stacks that have the same.
+        The numbers are drawn anew each time, so that nobody can craft two stacks with the same one.
         """
         random = np.random.default_rng()
         words = random.integers(2**64, size=len(self.frames), dtype=np.uint64)

@@ -1,8 +1,8 @@
-"""View: what a person has left of a profile on the screen, and the same as a profile for files.
+"""View: the part of a profile that is shown on the screen, and the same as a profile for files.
 
-Which stacks are kept (`focus`, a node that is zoomed into) takes nothing from them: files of them
-hold all that files of the whole hold. What changes the stacks themselves (hidden functions,
-callers, inversion, other groups than functions) leaves names, without addresses and build ids.
+Choosing stacks (`focus`, a node that is zoomed into) keeps them complete, in files too. Changing
+the stacks themselves (hidden functions, callers, inversion, other groups than functions) leaves
+names, without addresses and build ids.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class View:
 
     def of(self, paths: Paths) -> Paths:
         """Look at paths that were grouped and labelled as this view says."""
-        # In this order stacks can be kept for a function that is then taken out of them.
+        # In this order stacks can be kept for a function that is then hidden.
         for function in self.focus:
             paths = paths.focus(function)
         for function in self.hide:
@@ -65,7 +65,7 @@ class View:
             return Shown(profile, self.by)
         whole = Paths.of(profile, self.by, self.group)
         check()
-        # Rows in the place of samples: so they come along whatever is left out.
+        # Row numbers in place of samples: so each path that is left knows its row.
         paths = self.of(replace(whole, samples=np.arange(len(whole.samples))))
         check()
         rows = paths.samples

@@ -83,7 +83,7 @@ def encode_pair(
         ExportError: the ending names no format that holds two sides.
         NoSuchNodeError: the node is on neither side.
     """
-    from profiler.flamegraph.differential import document
+    from profiler.flamegraph.differential import fields_of_pair
     from profiler.flamegraph.flamegraph import ROOT_ID, Screen
     from profiler.flamegraph.views import View, path_to
     from profiler.formats import svg_diff
@@ -100,7 +100,9 @@ def encode_pair(
     if ending == ".svg":
         return svg_diff.draw(pair, pair.draw(shown, path, svg_diff.SCREEN))
     graph = pair.draw(shown, path, Screen(JSON_WIDTH_PX))
-    return orjson.dumps({**record, **document(pair, graph)}, option=orjson.OPT_SERIALIZE_NUMPY)
+    return orjson.dumps(
+        {**record, **fields_of_pair(pair, graph)}, option=orjson.OPT_SERIALIZE_NUMPY
+    )
 
 
 def pair_ending(file: str) -> str:
@@ -210,7 +212,7 @@ def _write_json(profile: Profile, by: Sequence[str]) -> bytes:
 
     graph = flamegraph.build(profile, by, screen=flamegraph.Screen(JSON_WIDTH_PX))
     return orjson.dumps(
-        flamegraph.document(profile, graph),
+        flamegraph.fields_of_graph(profile, graph),
         option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_SORT_KEYS,
     )
 

@@ -29,7 +29,7 @@ from profiler.flamegraph.differential import (
     Pair,
     UnionGraph,
     UnionPaths,
-    document,
+    fields_of_pair,
     only_hosts,
     only_labels,
 )
@@ -422,7 +422,7 @@ class Answers:
         head.pop("functions")
         return {
             **head,
-            **document(pair, graph),
+            **fields_of_pair(pair, graph),
             "modules": sorted({tuple(file): file for side in files for file in side}.values()),
             "path": [
                 {"id": f"{node:016x}", "frame": list(shown.paths.frames[box]), **sums}

@@ -1,8 +1,8 @@
 """Function totals: what timelines and tables of functions need of profiles, without their stacks.
 
-Computed once per decoded object or hour, a fiftieth of its stacks' size. Functions are told apart
-as boxes of the flame graph are: by (function, module, kind); recursion counts once in the total.
-They are added up per label set, with the labels of single processes left out (PROCESS_LABELS).
+Computed once per decoded object or hour; a fiftieth of the size of its stacks. Functions are told
+apart as boxes of the flame graph are: by (function, module, kind). Recursion counts once in the
+total. They are added up per label set, without the labels of single processes (PROCESS_LABELS).
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ _DENSE_LIMIT = 1 << 16
 """FunctionTotals that are cheap to lay out in full, however few lines there are."""
 
 NO_FILE, FILES_DIFFER = 0, 1
-"""What the file of a function says instead of 2 + the number of its text."""
+"""The file of a function where it is not 2 + the number of its text."""
 
 
 class FunctionTotal(NamedTuple):
@@ -99,7 +99,7 @@ class FunctionTotals:
         )
 
     def filter(self, selector: Selector) -> "FunctionTotals":
-        """Return what is asked for. The functions know nothing of PROCESS_LABELS."""
+        """Return the selected rows. Functions are kept without PROCESS_LABELS."""
         if not selector.matchers:
             return self
         by_time = np.array(selector.choose(map(dict, self.label_sets)), dtype=bool)
@@ -127,7 +127,7 @@ class FunctionTotals:
             yield FunctionTotal(self.service_sets[labels], frames[function], *numbers)
 
     def frames(self, numbers: Integers) -> list[Frame]:
-        """Return what some lines of `functions` say."""
+        """Return some lines of `functions` as frames."""
         table = self.functions[numbers].astype(np.int64)
         has_file = table[:, 3] > FILES_DIFFER
         table[:, 3] -= 2
@@ -273,7 +273,7 @@ def service_sets_of(
 
 
 class _Boxes(NamedTuple):
-    """The boxes of some profiles: what they are, and which a location stands for."""
+    """The functions of some profiles, and those that each location stands for."""
 
     texts: Texts
     hashes: Hashes

@@ -1,9 +1,8 @@
 """Self samples of each object, without names: the noise of a comparison is estimated from them.
 
-How many self samples each function had under each service, as `storage.query.function_totals` tells
-both apart. It is a sixth of the stacks' size, and kept for each object on its own, so that any
-window of the past is answered by the hours that are kept merged: no window of a comparison begins
-where an hour does.
+They hold how many self samples each function had under each service, both told apart as by
+`storage.query.function_totals`. They take a sixth of the size of the stacks. Each object is kept
+on its own, because windows of comparisons do not begin with an hour: so whole hours answer them.
 """
 
 from collections.abc import Sequence
@@ -75,7 +74,7 @@ class ObjectSelfSamples:
         )
 
     def inside(self, window: Window, selector: Selector) -> SelfSamples:
-        """Return the lines of the objects that start in a window, of what is asked for."""
+        """Return the selected lines of the objects that start in a window."""
         starts_ns = key_starts_ns(self.objects)
         chosen = np.flatnonzero((window.start_ns <= starts_ns) & (starts_ns < window.end_ns))
         offsets = self.line_offsets.astype(np.int64)

@@ -46,7 +46,7 @@ sides = stacks.map(some.build)
 
 
 def pair_of(before: Profile, after: Profile, runs: int = 4) -> Pair:
-    """Compare runs of two profiles that stray a little, in the same way on both sides."""
+    """Compare runs of two profiles that vary a little, in the same way on both sides."""
     sides = [replicates(profile, runs) for profile in (before, after)]
     return Pair(comparison.of_profiles(*sides), *map(merge, sides))
 
@@ -225,21 +225,21 @@ def test_cost_that_changes_callers_is_moved_not_new():
     assert verdicts(drawn(pair, View(invert=True))) == {"copy": "moved"}
 
 
-def test_cost_that_strays_between_callers_is_not_moved():
+def test_cost_that_varies_between_callers_is_not_moved():
     """Every function divides its time a little differently: that is no news of one of them."""
-    strays = []
+    varying = []
     for i in range(30):
         more, less = (1300, 700) if i % 2 else (700, 1300)
-        strays.append(([MAIN, PARSE, some.named(f"shared_{i}")], 1000, more))
-        strays.append(([MAIN, SEND, some.named(f"shared_{i}")], 1000, less))
+        varying.append(([MAIN, PARSE, some.named(f"shared_{i}")], 1000, more))
+        varying.append(([MAIN, SEND, some.named(f"shared_{i}")], 1000, less))
 
-    assert steady(*strays[:2]).moved
-    assert not steady(*strays).moved
-    assert verdicts(drawn(steady(*strays), View())) == {}
+    assert steady(*varying[:2]).moved
+    assert not steady(*varying).moved
+    assert verdicts(drawn(steady(*varying), View())) == {}
 
 
 def test_a_new_caller_that_all_others_make_room_for_is_not_moved():
-    """Each of them may have strayed: what moved must be seen to leave as well as to arrive."""
+    """Each of them may be noise: what moved must be seen to leave as well as to arrive."""
     callers = [some.named(f"caller_{i}") for i in range(10)]
     pair = steady(
         *(([MAIN, caller, COPY], 1000, 800) for caller in callers), ([MAIN, SEND, COPY], 0, 2000)
