@@ -50,7 +50,7 @@ _LONG_KEPT = frozenset({".times", ".objectselfsamples"})
 class DecodedCache:
     """Columns, FunctionTotals, Times, ObjectSelfSamples by name.
 
-    What cannot be written or read is slower, never an error.
+    A file that cannot be written or read costs time and is never an error.
     """
 
     def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
