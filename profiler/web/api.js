@@ -6,7 +6,7 @@ const KEPT = 12;
 /** An error that the service returned (RFC 9457), or a connection that failed. */
 export class ApiError extends Error {
   constructor(problem, status) {
-    super(problem.detail || problem.title || `the service answered with status ${status}`);
+    super(problem.detail || problem.title || `the service responded with status ${status}`);
     this.problem = problem;
     this.title = problem.title || "The service failed";
     this.status = status;
@@ -82,8 +82,8 @@ async function fetchJson(url, signal) {
     if (isCancelled(error)) throw error;
     throw new ApiError(
       {
-        title: "The service does not response",
-        detail: "The connection failed. Does it still run?",
+        title: "The service does not respond",
+        detail: "The connection failed. Is the service still running?",
       },
       0,
     );

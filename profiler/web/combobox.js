@@ -189,5 +189,5 @@ export class SelectorInput {
 export function fixedSuggestions(expects) {
   if (expects === "operator")
     return selector.OPERATORS.map((value) => ({ value, hint: OPERATOR_HINTS[value] }));
-  return expects === "end" ? [{ value: ",", hint: "and another label" }] : [];
+  return expects === "end" ? [{ value: ",", hint: "add another label" }] : [];
 }

@@ -18,16 +18,23 @@ const EARLIER = [
   ["-7d", "", "Same time a week ago"],
 ];
 const VERDICTS = ["more", "less", "new", "gone", "moved", "unchanged", "too little data"];
+/** What the common change of all functions says about the load. */
+const LOADS = {
+  unchanged: "the load did not change",
+  more: "the load grew",
+  less: "the load shrank",
+};
 const HEADLINES = {
   regression: ["↑", "Regression"],
   improvement: ["↓", "Improvement"],
-  unchanged: ["=", "Nothing changed"],
+  unchanged: ["=", "No change"],
   inconclusive: ["?", "Too little data for a verdict"],
 };
 const NOISE = {
-  history: (count) => `${counted(count, "earlier position")} of the same length, on the same hosts`,
-  hosts: (count) => `what differs between ${counted(count, "host")}`,
-  replicates: (count) => `what differs between ${counted(count, "run")}`,
+  history: (count) =>
+    `estimated from ${counted(count, "earlier pair")} of windows of the same length, on the same hosts`,
+  hosts: (count) => `estimated from the differences between ${counted(count, "host")}`,
+  replicates: (count) => `estimated from the differences between ${counted(count, "run")}`,
 };
 
 /** Pass the colours of verdicts to the style sheet, for use outside the graph. */
@@ -56,13 +63,13 @@ export function showLegend(list) {
     new: "new",
     gone: "gone",
     moved: "moved",
-    unchanged: "no change shown",
+    unchanged: "no change detected",
   };
   list.replaceChildren(
     ...Object.entries(words).map(([verdict, text]) =>
       el(
         "li",
-        { title: verdict === "moved" ? "Costs as much as before, from other callers" : null },
+        { title: verdict === "moved" ? "Costs the same as before, but under other callers" : null },
         swatch(verdict),
         text,
       ),
@@ -80,7 +87,7 @@ export class Sides {
     const find = (id) => container.querySelector(`#${id}`);
     this.selector = new SelectorInput(find("before-selector"), { suggest, onCommit: onQuery });
     this.range = new RangePicker(find("before-menu"), {
-      label: "When before",
+      label: "Time range of the before side",
       presets: EARLIER,
       onRange: onWindow,
     });
@@ -149,9 +156,9 @@ export class Verdict {
         "Noise",
         Object.hasOwn(NOISE, noise.source)
           ? NOISE[noise.source](noise.positions)
-          : "not known: nothing tells how far costs stray when nothing has changed",
+          : "unknown: there are no data to estimate it from",
       ],
-      ["In common", commonText(common, verdict)],
+      ["Common change", commonText(common, verdict)],
     ];
     this.body.replaceChildren(
       el(
@@ -194,33 +201,29 @@ function headlineOf(verdict, word, functions) {
   if (verdict === "regression") return `${word}: ${cost(failing.length)} more than before`;
   if (verdict === "improvement") return `${word}: ${cost(changed.length)} less than before`;
   if (verdict === "unchanged" && changed.length)
-    return `No regression: ${counted(changed.length, "function")} changed, within what the gate allows`;
+    return `No regression: ${counted(changed.length, "function")} changed, but within the limits of the gate`;
   return verdict === "unchanged" ? `${word}: no function costs more or less than before` : word;
 }
 
 function commonText({ relative, low, high, verdict }, whole) {
   const interval = low === null || high === null ? "" : ` (${growth(low)} to ${growth(high)})`;
-  const said =
-    whole === "inconclusive"
-      ? ""
-      : verdict === "unchanged"
-        ? ": the load is as it was"
-        : `: the load is ${verdict}`;
-  return `all functions ${growth(relative)}${interval}${said}; taken off each of them`;
+  const load = LOADS[verdict] ?? "";
+  const known = whole === "inconclusive" || !load ? "" : `: ${load}`;
+  return `${growth(relative)}${interval} in all functions${known}. It is subtracted from each function.`;
 }
 
 /** The columns of the table of changes, for responses of /api/v1/diff/top. */
 export const CHANGES = {
   id: "changes-filter",
-  label: "Functions by what changed",
-  none: "No function changed. “Unchanged too” says for each how large a change would have shown.",
+  label: "Functions by change",
+  none: "No function changed. “Show unchanged” lists the others, with the smallest change that could be detected.",
   columns: [
     { key: "verdict", title: "Change", class: "verdict-cell" },
     {
       key: "growth",
       title: "Growth",
       class: "num pair",
-      hint: "Self time, less what all functions have in common, with its 95 % interval",
+      hint: "Growth of self time, without the common change, and its 95 % interval",
     },
     {
       key: "share",
@@ -228,7 +231,7 @@ export const CHANGES = {
       class: "num pair narrow-less",
       hint: "Share of self time, before and after",
     },
-    { key: "name", title: "Function, and why", class: "name" },
+    { key: "name", title: "Function and reason", class: "name" },
   ],
   /** `before` and `after` are the sides of the response, `scale` turns values of rows into cores. */
   cells(row, { before, after, scale }) {
@@ -304,7 +307,7 @@ export function tooltipOf(box, row, response) {
     rows.push(["Verdict", `${changeSign(box.verdict)} ${box.verdict}`.trim(), ""]);
   if (row && CHANGED.has(box.verdict)) rows.push(["Growth", growthText(row), intervalText(row)]);
   if (box.isRest) return { rows };
-  return { rows, hint: box.cause ? `Because of ${safeName(box.cause.function)}` : "" };
+  return { rows, hint: box.cause ? `Mostly due to ${safeName(box.cause.function)}` : "" };
 }
 
 function sideRows({ before, after }, response) {
@@ -324,7 +327,7 @@ export function changeFacts({ frame, before, after, verdict, cause }, row, respo
   const facts = [
     [
       "Verdict",
-      [verdictText(verdict, row), cause ? `because of ${safeName(cause.function)}` : ""]
+      [verdictText(verdict, row), cause ? `mostly due to ${safeName(cause.function)}` : ""]
         .filter(Boolean)
         .join(", "),
     ],
@@ -335,7 +338,7 @@ export function changeFacts({ frame, before, after, verdict, cause }, row, respo
     facts.push([title, `${part} · ${cores}`]);
   if (hasOwn)
     facts.push(
-      ["Cost of the function", coresText(row.cores)],
+      ["Change in cores", coresText(row.cores)],
       ["Why", `${safeName(row.because)}; ${probability(row.q)}`],
     );
   if (isFunction)
@@ -346,16 +349,16 @@ export function changeFacts({ frame, before, after, verdict, cause }, row, respo
 }
 
 function verdictText(verdict, row) {
-  const text = verdict || "a sum";
+  const text = verdict || "sum of boxes";
   const sign = changeSign(verdict);
   return `${sign ? `${sign} ` : ""}${text}${row?.fails && CHANGED.has(verdict) ? " (fails the gate)" : ""}`;
 }
 
 function coresText([estimate, low, high]) {
   const signed = (value) =>
-    `${value < 0 ? "−" : "+"}${coresPerHost(Math.abs(value)).replace(" cores a host", "")}`;
+    `${value < 0 ? "−" : "+"}${coresPerHost(Math.abs(value)).replace(" cores per host", "")}`;
   const interval = low === null || high === null ? "" : `${signed(low)} to ${signed(high)}`;
-  return withInterval(`${signed(estimate)} cores a host`, interval);
+  return withInterval(`${signed(estimate)} cores per host`, interval);
 }
 
 function withInterval(text, interval) {
@@ -366,7 +369,7 @@ function withInterval(text, interval) {
 export function nextSteps(response, { onHalve, onAll, onYesterday }) {
   const shorter = button({
     text: "Half as long",
-    label: "Compare windows half as long: they fit more often into the past",
+    label: "Compare windows half as long: more of them fit into the history",
     class: "small",
     click: onHalve,
   });

@@ -40,7 +40,7 @@ export class ServiceChips {
           type: "button",
           class: "chip service",
           "aria-pressed": String(isChosen),
-          title: `${name}: ${share(samples, total)} of the CPU time of all services, ${counted(samples, "sample")}${isChosen ? ". Click to show all" : ". Click to show it alone"}`,
+          title: `${name}: ${share(samples, total)} of the CPU time of all services, ${counted(samples, "sample")}${isChosen ? ". Click to show all services" : ". Click to show only this service"}`,
           on: { click: () => this.onToggle(value, isChosen) },
         },
         colours ? el("i", { class: `swatch ${colourClass(colours.get(value))}` }) : null,
@@ -165,17 +165,15 @@ export class SearchBox {
   showCount({ index, count }, search, total) {
     for (const each of this.buttons) each.disabled = count === 0;
     if (!search) {
-      this.found.textContent = count ? `${number(count)} boxes` : "";
+      this.found.textContent = count ? counted(count, "box", "boxes") : "";
       return;
     }
-    const boxes = index
-      ? `${number(index)} of ${number(count)}`
-      : `${number(count)} ${count === 1 ? "box" : "boxes"}`;
+    const boxes = index ? `${number(index)} of ${number(count)}` : counted(count, "box", "boxes");
     const part = `${share(search.total, total)} of CPU`;
     this.found.textContent = search.functions === 0 ? "no match" : `${boxes}, ${part}`;
     this.found.title =
       search.functions === 0
         ? ""
-        : `${counted(search.functions, "function")} with “${safeName(search.text)}” in the full data: ${part}, ${counted(search.samples, "sample")}. Each stack counts once.`;
+        : `${counted(search.functions, "function")} with “${safeName(search.text)}” in all data, drawn or not: ${part}, ${counted(search.samples, "sample")}. Each stack is counted once.`;
   }
 }

@@ -5,30 +5,33 @@ import { number, safeName, share, span } from "./format.js";
 
 const LOSSES = {
   map_full: "a table in the kernel was full",
-  map_busy: "a table in the kernel was locked by the code that was interrupted",
-  budget: "the profiler held back to stay within its CPU budget",
-  fault: "the profiler itself failed; its log says how",
-  spool_full: "the store was away for too long, the oldest stacks were given up",
+  map_busy: "the interrupted code held the lock of a table in the kernel",
+  budget: "the profiler skipped them to stay within its CPU budget",
+  fault: "an error in the profiler; its log has the details",
+  spool_full: "the store was unavailable for too long, and the oldest stacks were dropped",
 };
 
 const STOPS = {
   root: ["complete", "reached the outermost frame"],
-  kernel_thread: ["complete", "a thread of the kernel has no user stack"],
-  no_user_registers: ["none", "the thread was leaving, or has no user side"],
-  no_process_yet: ["cut", "the process was young, or new to the profiler"],
+  kernel_thread: ["complete", "kernel threads have no user stack"],
+  no_user_registers: ["none", "the thread was exiting, or has no user stack"],
+  no_process_yet: ["cut", "the process had just started, or the profiler had just discovered it"],
   no_table_yet: ["cut", "the unwind table of a file was not loaded yet"],
-  no_table: ["cut", "a file without unwind information or frame pointers"],
-  no_room: ["cut", "the memory for unwind tables is full of others that are in use"],
-  no_mapping: ["cut", "no code is known at the address"],
-  hole: ["cut", "the file's unwind information leaves this function out"],
-  unsupported_rule: ["cut", "a rule for leaving the frame that is not supported"],
-  register_lost: ["cut", "a rule that needs a register of the leaf"],
-  bad_frame_pointer: ["cut", "compiled at run time, without frame pointers"],
-  bad_stack_pointer: ["cut", "the rules lead nowhere: damaged, or a stack that was switched"],
-  chain_end: ["cut", "the chain of frame pointers ended; perhaps by chance"],
-  unreadable: ["cut", "the stack's memory was not there to read"],
-  truncated: ["cut", "deeper than a record has room for; the leaf side is kept"],
-  compat: ["cut", "a 32-bit program; its leaf is kept"],
+  no_table: ["cut", "the file has neither unwind information nor frame pointers"],
+  no_room: ["cut", "the memory for unwind tables was full"],
+  no_mapping: ["cut", "no mapping is known at the address"],
+  hole: ["cut", "the file's unwind information does not cover the function"],
+  unsupported_rule: ["cut", "an unwind rule that is not supported"],
+  register_lost: ["cut", "an unwind rule that needs a register which only the leaf frame has"],
+  bad_frame_pointer: ["cut", "code compiled at run time, without frame pointers"],
+  bad_stack_pointer: [
+    "cut",
+    "the unwind rules led to an invalid address: a damaged or switched stack",
+  ],
+  chain_end: ["cut", "the chain of frame pointers ended, perhaps too early"],
+  unreadable: ["cut", "the stack's memory could not be read"],
+  truncated: ["cut", "the stack is deeper than a record can hold; the leaf side is kept"],
+  compat: ["cut", "a 32-bit program; only the leaf is kept"],
 };
 
 /** Completeness of the data in one line, with details on demand. */
@@ -78,7 +81,7 @@ export class CoverageStrip {
       names.join(", ") +
       (coverage.hosts > names.length ? ` and ${coverage.hosts - names.length} more` : "");
     const accounts = [
-      ["Ticks of the CPUs", ticks],
+      ["CPU ticks", ticks],
       ["stored as samples", stored],
       ["idle", idle],
       ["filtered", filtered],
@@ -103,20 +106,20 @@ export class CoverageStrip {
         "Window",
         span(window.until_ms - window.from_ms),
         coverage.hosts
-          ? `profiled for ${span(profiledMs)} of it${coverage.hosts > 1 ? " on average per host" : ""}`
+          ? `${span(profiledMs)} of it profiled${coverage.hosts > 1 ? ", on average per host" : ""}`
           : "",
       ],
     ];
     return el(
       "div",
       { class: "coverage-details" },
-      facts("Every tick ends in one place", accounts),
-      facts("Why samples were lost", losses.length ? losses : [["nothing was lost", "", ""]]),
-      facts("Where user stacks end", stops.length ? stops : [["no stacks", "", ""]]),
-      facts("Where it comes from", sources),
+      facts("Where every tick went", accounts),
+      facts("Why samples were lost", losses.length ? losses : [["no samples were lost", "", ""]]),
+      facts("How user stacks end", stops.length ? stops : [["no stacks", "", ""]]),
+      facts("Sources", sources),
       coverage.skipped.length
         ? facts(
-            "Skipped objects: what they hold is missing here",
+            "Skipped objects: their samples are missing here",
             coverage.skipped.map(({ key, reason }) => [key, "", reason]),
             "wide",
           )

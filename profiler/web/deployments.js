@@ -12,7 +12,7 @@ export function deploymentText({ service, version, previous, kind, hosts }) {
   const name = [service, version].map(safeName).join(" ");
   return [
     name,
-    previous ? ` (before: ${safeName(previous)})` : "",
+    previous ? ` (previously ${safeName(previous)})` : "",
     `, ${kind}`,
     hosts.length ? ` on ${counted(hosts.length, "host")}` : "",
   ].join("");
@@ -49,7 +49,7 @@ export class DeploymentsMenu {
       return popup.replaceChildren(
         el("p", {
           class: "muted",
-          text: problem ? `No deployments are known: ${safeName(problem)}` : "Asking the service…",
+          text: problem ? `Cannot list deployments: ${safeName(problem)}` : "Loading…",
         }),
       );
     if (response.deployments.length === 0)
@@ -63,7 +63,7 @@ export class DeploymentsMenu {
       response.rest
         ? el("p", {
             class: "muted",
-            text: `and ${number(response.rest)} earlier ones: choose a shorter range`,
+            text: `and ${number(response.rest)} earlier ones: select a shorter range to see them`,
           })
         : "",
     );
@@ -91,7 +91,7 @@ export class DeploymentsMenu {
       el("b", { text: deploymentText(deployment) }),
       el("span", {
         class: "muted",
-        text: `${formatTime(ms, tz)} ${zoneName(tz)}${compare ? "" : `: ${reason ?? "not to be compared"}`}`,
+        text: `${formatTime(ms, tz)} ${zoneName(tz)}${compare ? "" : `: ${reason ?? "cannot be compared"}`}`,
       }),
     );
   }
@@ -100,15 +100,15 @@ export class DeploymentsMenu {
 function noDeployments(reason) {
   const why =
     {
-      no_change: "No service began to run another version in this range.",
-      no_versions: "No version of these services is known.",
-      nothing_matches: "No service of this range is of the selector.",
-      no_data_in_range: "Nothing was profiled in this range.",
+      no_change: "No service changed its version in this range.",
+      no_versions: "The versions of these services are not known.",
+      nothing_matches: "No service in this range matches the selector.",
+      no_data_in_range: "There are no profiles in this range.",
     }[reason] ?? "There are none in this range.";
   return [
     el("p", {}, el("b", { text: "No deployments" })),
     el("p", {
-      text: `${why} Versions are found by themselves in SERVICE_VERSION and the like, in images and release folders; or a pipeline says them:`,
+      text: `${why} Versions are read from SERVICE_VERSION and similar variables, image tags and release folders. A deployment pipeline can also announce them:`,
     }),
     el("pre", { text: ANNOUNCE }),
   ];

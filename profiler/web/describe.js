@@ -42,7 +42,7 @@ export function findBox(response, id) {
 /** Return a node as a screen reader reads it; `place` is {index, count} of a match, or null. */
 export function spokenNode(graph, node, type, place) {
   const name = nameOf(graph.frameOf(node));
-  const of = type === "cpu" ? "of CPU" : "of all";
+  const of = type === "cpu" ? "of CPU" : "of the total";
   const verdict = graph.verdictOf(node);
   const change = CHANGED.has(verdict) || verdict === "moved" ? `${verdict}, ` : "";
   const part = `${share(graph.totalOf(node), graph.wholeTotal)} ${of}`;
@@ -54,10 +54,10 @@ export function spokenNode(graph, node, type, place) {
 export function spokenGraph(graph, zoomed, { total, samples, unit }) {
   const size = graph.isComparison
     ? "before and after"
-    : `${quantity(total, unit)} in all, ${counted(samples, "sample")}`;
+    : `${quantity(total, unit)} in total, ${counted(samples, "sample")}`;
   return (
     `Flame graph of ${nameOf(graph.frameOf(zoomed))}: ${size}. ` +
-    "Arrow keys move, Enter zooms in, Escape zooms out, Home shows everything."
+    "Arrow keys move, Enter zooms in, Escape zooms out, Home resets the zoom."
   );
 }
 
@@ -79,9 +79,10 @@ export function costRows(graph, zoomed, node, box, { unit, window, type }) {
     rows.push(["Self", quantity(box.self, unit), share(box.self, all)]);
   }
   const shown = graph.totalOf(zoomed);
-  if (shown !== all && node >= zoomed) rows.push(["Of what is shown", "", share(box.total, shown)]);
+  if (shown !== all && node >= zoomed)
+    rows.push(["Of the zoomed box", "", share(box.total, shown)]);
   if (type === "cpu" && window) {
-    rows.push(["On average", cores(box.total, window.until_ms - window.from_ms), ""]);
+    rows.push(["Average", cores(box.total, window.until_ms - window.from_ms), ""]);
   }
   if (box.samples !== null) rows.push(["Samples", number(box.samples), ""]);
   return rows;
@@ -98,7 +99,7 @@ function kindName(kind) {
 }
 
 function sumFrame(nodes) {
-  const boxes = nodes === 1 ? "1 box" : `${number(nodes)} boxes`;
+  const boxes = counted(nodes, "box", "boxes");
   return { function: `(${boxes} too narrow to draw)`, module: "", kind: "rest", file: "", line: 0 };
 }
 
@@ -118,16 +119,15 @@ export function labelNameOf(response, { frame, path }, by) {
 /** Return a note about boxes that are too narrow to draw; empty if all are drawn. */
 export function narrowText({ rest, nodes, total }, isComparison) {
   if (rest.nodes === 0) return "";
-  const boxes = `${number(rest.nodes)} ${rest.nodes === 1 ? "box" : "boxes"}`;
-  const drawn = isComparison
-    ? "hatched in grey"
-    : `hatched, ${share(rest.total, nodes.total[0] || total)}`;
-  return `${boxes} too narrow to draw: summed, ${drawn}. Zoom in to see them.`;
+  const boxes = counted(rest.nodes, "box", "boxes");
+  const part = isComparison ? "" : ` (${share(rest.total, nodes.total[0] || total)})`;
+  const hatched = isComparison ? "Hatched in grey" : "Hatched";
+  return `${hatched}: ${boxes} too narrow to draw${part}. Zoom in to see them.`;
 }
 
 /** Return a note about the widths of a comparison's boxes. */
 export function wideText(side) {
   return side
-    ? `Boxes are as wide as ${side}; what is not there then has no box.`
-    : "Boxes are as wide as both sides on average, so what is new or gone is there too.";
+    ? `Box widths show the ${side} side; functions that it does not have are not drawn.`
+    : "Box widths show the mean of both sides, so new and gone functions are drawn too.";
 }

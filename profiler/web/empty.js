@@ -29,19 +29,19 @@ function noDataEver({ loader, refresh }) {
       {},
       "This store",
       store ? ` (${store})` : "",
-      " has never held a profile. Start sampling on this host, with this page:",
+      " has no profiles yet. To sample this host and serve this page, run:",
     ),
     el("pre", { text: "sudo everflame up" }),
-    el("p", { text: "or only the agent, on every host that belongs here:" }),
+    el("p", { text: "To sample other hosts too, run the agent on each of them:" }),
     el("pre", { text: `sudo everflame agent${store ? ` --store ${store}` : ""}` }),
     el("p", {
       class: "muted",
-      text: "The first window arrives after a minute. everflame doctor says what a host is missing.",
+      text: "The first window arrives after one minute. Run everflame doctor to check a host.",
     }),
     el(
       "p",
       { class: "row" },
-      button({ text: "Look again", class: "primary", click: () => refresh() }),
+      button({ text: "Check again", class: "primary", click: () => refresh() }),
     ),
   ];
 }
@@ -50,7 +50,7 @@ function noDataInRange(nearest, { state, selection, change }) {
   const { from, until } = selection.window;
   return [
     el("h3", { text: "No data in this range" }),
-    el("p", { text: `Nothing was profiled from ${formatWindow(from, until, state.tz)}.` }),
+    el("p", { text: `There are no profiles from ${formatWindow(from, until, state.tz)}.` }),
     ...(nearest.length ? [el("p", { text: "The nearest data:" })] : []),
     el(
       "p",
@@ -66,15 +66,15 @@ function nothingMatches(services, { state, change }) {
     change({ q: selector.print([{ name: "service", operator: "=", value }]) });
   };
   return [
-    el("h3", { text: "Nothing matches" }),
+    el("h3", { text: "No match" }),
     el(
       "p",
       {},
-      "There are profiles in this range, but none of ",
+      "There are profiles in this range, but none matches ",
       el("code", { text: safeName(state.q) }),
       ".",
     ),
-    ...(services.length ? [el("p", { text: "Services that are there:" })] : []),
+    ...(services.length ? [el("p", { text: "Available services:" })] : []),
     el("p", { class: "chips" }, valueChips(services.slice(0, SERVICES_SHOWN), choose)),
     el(
       "p",
@@ -88,11 +88,11 @@ function noStack({ state: { callers, focus, hide, node }, change }) {
   const isChanged = callers || focus.length || hide.length;
   const showAll = () => change({ callers: "", focus: [], hide: [], node: "" });
   const text = isChanged
-    ? "No stack of this range has what the changes above ask for."
-    : "The CPUs were idle in this range: every tick was counted, none was busy.";
+    ? "No stack in this range passes the stack filters above."
+    : "The CPUs were idle in this range: all ticks were counted, and none was busy.";
   const all = button({ text: "Show all stacks", class: "primary", click: showAll });
   return [
-    el("h3", { text: isChanged ? "No stack is left" : "No samples" }),
+    el("h3", { text: isChanged ? "No stacks left" : "No samples" }),
     el("p", { text }),
     ...(isChanged || node ? [el("p", { class: "row" }, all)] : []),
   ];
@@ -104,7 +104,7 @@ export function errorState(error, page) {
   if (error.status === 404 && error.node) {
     return [
       el("h3", { text: "This box is not in this range" }),
-      el("p", { text: "What was zoomed to did not run in the chosen time and selection." }),
+      el("p", { text: "The zoomed function did not run in the selected range and services." }),
       el(
         "p",
         { class: "row" },
@@ -137,8 +137,8 @@ export function errorState(error, page) {
 }
 
 function titleOf({ parameter, status, title }) {
-  if (parameter === "query") return "The selector cannot be read";
-  return status === 400 ? "The address asks for what there is not" : title;
+  if (parameter === "query") return "Invalid selector";
+  return status === 400 ? "Invalid address" : title;
 }
 
 /** Return a notice that the service is unavailable while its last response is still shown. */
@@ -151,7 +151,7 @@ export function awayNotice(error, { refresh }) {
       "p",
       {},
       el("b", { text: `${error.title}:` }),
-      ` ${message}. The last response stays below.`,
+      ` ${message}. The last response is still shown below.`,
     ),
     button({ text: "Retry", class: "small", click: () => refresh() }),
   );
@@ -179,7 +179,7 @@ function valueChips(values, choose) {
  */
 function emptySide({ title, message, problem }, { tz, query, onQuery, onWindow, onEnd }) {
   const { side, reason, nearest = [], services = [], versions = [] } = problem;
-  const titles = { before: "Nothing stands before", after: "Nothing stands after" };
+  const titles = { before: "The before side is empty", after: "The after side is empty" };
   const choices = (text, values, name) => {
     if (reason !== "nothing_matches" || values.length === 0) return [];
     const choose = (value) => onQuery(withMatcher(query, name, value));
@@ -189,8 +189,8 @@ function emptySide({ title, message, problem }, { tz, query, onQuery, onWindow, 
   return [
     el("h3", { text: titles[side] ?? title }),
     el("p", { class: "detail", text: safeName(message) }),
-    ...choices("Versions that are there:", versions, "version"),
-    ...choices("Services that are there:", services, "service"),
+    ...choices("Available versions:", versions, "version"),
+    ...choices("Available services:", services, "service"),
     ...(nearest.length ? [el("p", { text: "The nearest data:" })] : []),
     el(
       "p",

@@ -54,8 +54,8 @@ export function number(value) {
 }
 
 /** Return `1 sample`, `1,234 samples`. */
-export function counted(value, noun) {
-  return `${number(value)} ${noun}${value === 1 ? "" : "s"}`;
+export function counted(value, noun, plural = `${noun}s`) {
+  return `${number(value)} ${value === 1 ? noun : plural}`;
 }
 
 /** Return a part of a whole: `34.2 %`, and `<0.1 %` for what would round to zero. */
@@ -78,8 +78,8 @@ export function growth(relative) {
 
 /** Return cores per host: `0.42`, `0.0031`, and `<0.0001` for what would round to zero. */
 export function coresPerHost(value) {
-  if (value > 0 && value < 0.0001) return "<0.0001 cores a host";
-  return `${Number(value.toPrecision(value < 0.01 ? 2 : 3))} cores a host`;
+  if (value > 0 && value < 0.0001) return "<0.0001 cores per host";
+  return `${Number(value.toPrecision(value < 0.01 ? 2 : 3))} cores per host`;
 }
 
 /** Return nanoseconds of CPU time with a suitable unit: `820 µs`, `1.24 s`, `12.3 min`, `3.1 d`. */

@@ -4,48 +4,48 @@ import { button, el, isTyping } from "./dom.js";
 
 const KEYS = [
   [
-    "Anywhere",
+    "Everywhere",
     [
       ["/", "search"],
       ["n  N", "next, previous match"],
-      ["s", "selector"],
-      ["t", "timeline"],
-      ["g", "graph"],
-      ["1  2  3", "graph, table, both"],
-      ["i", "inverted or not"],
-      ["v", "icicle or flame"],
+      ["s", "go to the selector"],
+      ["t", "go to the timeline"],
+      ["g", "go to the graph"],
+      ["1  2  3", "show graph, table, both"],
+      ["i", "invert"],
+      ["v", "switch icicle and flame"],
       ["0", "reset the zoom"],
       ["r", "refresh"],
-      ["d", "compare with before, or not"],
-      ["b  a  u", "as wide as before, after, both"],
+      ["d", "start or end a comparison"],
+      ["b  a  u", "box widths: before, after, union"],
       ["c", "copy a link"],
-      ["Escape", "close, let go of the selected box"],
-      ["?", "this help"],
+      ["Escape", "close, clear the selection"],
+      ["?", "show this help"],
     ],
   ],
   [
     "Timeline",
     [
-      ["← →", "choose a step"],
-      ["Shift ← →", "extend to a range"],
-      ["Enter", "show that range"],
-      ["Escape", "let go"],
-      ["Tab", "go on to the deployments"],
+      ["← →", "select a step"],
+      ["Shift ← →", "extend the selection"],
+      ["Enter", "show the selected range"],
+      ["Escape", "clear the selection"],
+      ["Tab", "go to the deployments"],
     ],
   ],
   [
     "Graph",
     [
-      ["← → ↑ ↓", "go from box to box"],
+      ["← → ↑ ↓", "move between boxes"],
       ["Enter", "zoom in"],
       ["Escape", "zoom out"],
-      ["Home", "show everything"],
+      ["Home", "reset the zoom"],
     ],
   ],
   [
     "Table",
     [
-      ["↑ ↓", "go from row to row"],
+      ["↑ ↓", "move between rows"],
       ["Enter", "select the function"],
     ],
   ],
@@ -57,7 +57,7 @@ export function showHelp(dialog) {
     el(
       "div",
       { class: "dialog-head" },
-      el("h2", { id: "help-title", text: "Keys" }),
+      el("h2", { id: "help-title", text: "Keyboard shortcuts" }),
       button({ icon: "close", label: "Close", class: "quiet", click: () => dialog.close() }),
     ),
     el(
@@ -89,7 +89,7 @@ export function showHelp(dialog) {
     ),
     el("p", {
       class: "muted",
-      text: "Drag over the timeline to look at a part of it. Click a box to zoom into it. Every step is in the address: Back undoes it, and the address can be sent to somebody else.",
+      text: "Drag over the timeline to select a part of it. Click a box to zoom into it. The address holds the whole view: Back undoes a step, and the address can be shared as a link.",
     }),
   );
   dialog.showModal();

@@ -134,7 +134,7 @@ class Page {
     for (const id of ["graph", "verdict"]) byId(id).classList.toggle("waiting", isSlow);
     const cancel = () => {
       this.loader.cancel();
-      this.toast.show("Cancelled. What is shown may belong to the last question.");
+      this.toast.show("Cancelled. The page may still show previous data.");
     };
     const parts = [
       el("span", { class: "hidden", role: "status", text: "Waiting for the service" }),
@@ -169,10 +169,10 @@ class Page {
 
   #showWaiting() {
     const again = () => this.refresh();
-    const waiting = "Asking the service…";
+    const waiting = "Loading…";
     const { isBusy } = this.loader;
     byId("under").replaceChildren(
-      isBusy ? waiting : button({ text: "Ask again", class: "small", click: again }),
+      isBusy ? waiting : button({ text: "Try again", class: "small", click: again }),
     );
   }
 

@@ -34,7 +34,7 @@ export class DetailPanel {
         "Boxes too narrow to draw",
         [
           ["Total", amount(box.total, box.shareOfAll)],
-          ["How to see them", "zoom in, or narrow the selection"],
+          ["To see them", "zoom in, or narrow the selection"],
         ],
         [],
       );
@@ -61,16 +61,16 @@ export class DetailPanel {
       facts.push(["Samples", number(box.samples)]);
     const actions = [];
     if (box.depth > 0 && !isZoomed)
-      actions.push(["Zoom", "Fill the width with this box", () => this.#callbacks.onZoom(box.id)]);
+      actions.push(["Zoom", "Zoom into this box", () => this.#callbacks.onZoom(box.id)]);
     if (frame.kind === "label" && labelName) {
       actions.push([
         `Only ${labelName} ${frame.function}`,
-        "Filter to this value",
+        "Show only this value",
         () => this.#callbacks.onFilter(labelName, frame.function, false),
       ]);
       actions.push([
-        "Without it",
-        "Leave out this value",
+        "Exclude",
+        "Exclude this value",
         () => this.#callbacks.onFilter(labelName, frame.function, true),
       ]);
     }
@@ -88,12 +88,12 @@ export class DetailPanel {
       ["Cores", cores(row.total, windowMs)],
       [
         "Samples",
-        `${counted(row.total_samples, "sample")}, ${number(row.self_samples)} of them self`,
+        `${counted(row.total_samples, "sample")}, ${number(row.self_samples)} of them in the function itself`,
       ],
     );
     const find = [
       "Find in graph",
-      "Search for its boxes",
+      "Search for this function in the graph",
       () => this.#callbacks.onSearch(row.function),
     ];
     this.#show(row.function, facts, [find, ...this.#functionActions(row.function, isCallers)]);
@@ -106,11 +106,11 @@ export class DetailPanel {
   showChange(frame, { facts, id, cause, isZoomed, isCallers }) {
     const actions = [];
     if (id && !isZoomed)
-      actions.push(["Zoom", "Fill the width with this box", () => this.#callbacks.onZoom(id)]);
+      actions.push(["Zoom", "Zoom into this box", () => this.#callbacks.onZoom(id)]);
     if (cause)
       actions.push([
         `Show ${cause.function}`,
-        "Light up the function that made most of the difference",
+        "Highlight the function that made most of the difference",
         () => this.#callbacks.onRow(cause),
       ]);
     if (frame.kind !== "label") actions.push(...this.#functionActions(frame.function, isCallers));
@@ -120,11 +120,9 @@ export class DetailPanel {
   #functionActions(name, isCallers) {
     const { onCallers, onFocus, onHide, onCopy } = this.#callbacks;
     return [
-      isCallers
-        ? null
-        : ["Callers", "Show who calls this function, from all places", () => onCallers(name)],
-      ["Only with it", "Keep only the stacks that have this function", () => onFocus(name)],
-      ["Hide", "Take this function out of the stacks; what it calls moves up", () => onHide(name)],
+      isCallers ? null : ["Callers", "Show all callers of this function", () => onCallers(name)],
+      ["Focus", "Keep only stacks that contain this function", () => onFocus(name)],
+      ["Hide", "Remove this function from the stacks; its callees move up", () => onHide(name)],
       ["Copy name", "Copy the function's name", () => onCopy(name)],
     ].filter(Boolean);
   }

@@ -80,7 +80,7 @@ export class Profile {
     const onChange = (event) => change({ changes: event.target.checked ? "all" : "" });
     const all = el("input", { type: "checkbox", id: "changes-all", on: { change: onChange } });
     this.changes.head.append(
-      el("label", { class: "toggle" }, all, el("span", { text: "Unchanged too" })),
+      el("label", { class: "toggle" }, all, el("span", { text: "Show unchanged" })),
     );
   }
 
@@ -235,7 +235,7 @@ export class Profile {
       parts.push(`As of ${formatWindow(window.from_ms, window.until_ms, tz)}.`);
     }
     if (isComparison && nodes.frame.length && !(nodes.total[0] > 0)) {
-      parts.unshift(`There is nothing of this ${side}.`);
+      parts.unshift(`The ${side} side has no samples here.`);
     }
     const isShown = isComparison || nodes.frame.length > 0;
     byId("under").textContent = isShown ? parts.filter(Boolean).join(" ") : "";

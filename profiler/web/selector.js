@@ -172,7 +172,7 @@ function* scan(text) {
   }
   yield take("close", 1);
   skip();
-  if (at < text.length) yield problem("there is something behind the }");
+  if (at < text.length) yield problem("unexpected text after the }");
 }
 
 function unquote(quoted, start) {

@@ -2,9 +2,9 @@
 
 const KEY = "everflame-theme";
 const LABELS = {
-  auto: "Colours: as the system",
-  light: "Colours: light",
-  dark: "Colours: dark",
+  auto: "Theme: system",
+  light: "Theme: light",
+  dark: "Theme: dark",
 };
 const THEMES = Object.keys(LABELS);
 

@@ -37,7 +37,7 @@ export class TimelineView {
       tabindex: "0",
       role: "slider",
       "aria-label":
-        "Timeline of CPU cores used. Arrow keys choose a step, with Shift a range, Enter shows it",
+        "Timeline of CPU cores used. Arrow keys select a step, with Shift a range, Enter shows it",
       "aria-valuemin": "0",
       on: {
         keydown: (event) => this.#onKey(event),
@@ -223,7 +223,7 @@ export class TimelineView {
     const texts = deployments.map((each) => this.#describeDeployment(each));
     const act =
       deployments.length > 1
-        ? "Choose one"
+        ? "Select one"
         : deployments[0].compare
           ? "Compare before and after"
           : "";
@@ -344,7 +344,7 @@ export class TimelineView {
     this.#selection = selection;
     if (!selection) this.#drag = null;
     if (!this.brush) return;
-    const text = selection ? this.#describe(selection) : "nothing chosen";
+    const text = selection ? this.#describe(selection) : "nothing selected";
     this.chart.setAttribute("aria-valuenow", String(selection?.head ?? 0));
     this.chart.setAttribute("aria-valuetext", text);
     this.brush.setAttribute("visibility", selection ? "visible" : "hidden");
@@ -397,8 +397,7 @@ export class TimelineView {
     const window = scale.selectionWindow(selection, timeline);
     const head = `${formatWindow(window.from, window.until, zone)} (${span(window.until - window.from)})`;
     const lines = [el("div", { class: "tooltip-head", text: head })];
-    if (isGap[step])
-      return [...lines, el("div", { class: "muted", text: "nothing was profiled here" })];
+    if (isGap[step]) return [...lines, el("div", { class: "muted", text: "no profile here" })];
     const rows = timeline.series
       .map((series, i) => ({
         ns: series.values[step] ?? 0,

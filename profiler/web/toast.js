@@ -15,7 +15,7 @@ export class Toast {
   /** Show a message; `copyable` is text to copy by hand. */
   show(text, copyable) {
     const field = copyable
-      ? el("input", { readonly: true, value: copyable, "aria-label": "To copy" })
+      ? el("input", { readonly: true, value: copyable, "aria-label": "Text to copy" })
       : null;
     const close = () => this.#element.replaceChildren();
     const parts = [el("span", { text })];
@@ -35,7 +35,7 @@ export class Toast {
       this.show(`${done}.`);
     } catch {
       // Browsers allow this only for secure origins.
-      this.show("The browser does not allow copying here. It is:", text);
+      this.show("The browser does not allow copying here. Copy this text:", text);
     }
   }
 }

@@ -109,7 +109,7 @@ export class Toolbar {
     if (!this.#isNew("splits", by)) return;
     const splits = SPLITS.includes(by) ? SPLITS : [...SPLITS, by];
     const options = splits.map((value) => {
-      const text = value ? safeName(value.split(",").join(", ")) : "nothing";
+      const text = value ? safeName(value.split(",").join(", ")) : "none";
       return el("option", { value, text, selected: value === by });
     });
     byId("by").replaceChildren(...options);
@@ -136,8 +136,8 @@ export class Toolbar {
     });
     controls.showChips(byId("modifiers"), [
       ...(callers ? [chip("callers of", callers, { callers: "" })] : []),
-      ...focus.map((name) => chip("only with", name, { focus: without(focus, name) })),
-      ...hide.map((name) => chip("without", name, { hide: without(hide, name) })),
+      ...focus.map((name) => chip("focus on", name, { focus: without(focus, name) })),
+      ...hide.map((name) => chip("hide", name, { hide: without(hide, name) })),
     ]);
   }
 
@@ -154,7 +154,7 @@ export class Toolbar {
       return { name, title, hint, href: address(`export/${name}`, params) };
     });
     const isPart = isZoomed || isChanged || focus.length > 0;
-    const note = isPart ? "Files hold what the graph shows, not all of the range." : "";
+    const note = isPart ? "The files contain what the graph shows, not the whole range." : "";
     controls.showDownloads(byId("downloads"), links, note);
   }
 }
@@ -162,13 +162,13 @@ export class Toolbar {
 function formats(isChanged) {
   const pprof = isChanged
     ? "for pprof: labels and names"
-    : "everything: labels, build ids, accounting";
+    : "complete: labels, build ids, accounting";
   return [
     ["speedscope.json", "speedscope", "for speedscope.app"],
-    ["folded", "Folded stacks", "text, for flamegraph.pl and others"],
+    ["folded", "Folded stacks", "text, for flamegraph.pl and similar tools"],
     ["pb.gz", "pprof", pprof],
-    ["svg", "SVG", "a picture to send around"],
-    ["json", "JSON", "the drawing as arrays"],
+    ["svg", "SVG", "an image"],
+    ["json", "JSON", "the boxes as arrays"],
   ];
 }
 
@@ -176,8 +176,8 @@ function pairFormats() {
   return [
     ["speedscope.json", "speedscope", "both profiles, for speedscope.app"],
     ["folded", "Folded stacks", "text with two counts, as difffolded.pl writes"],
-    ["svg", "SVG", "a picture with the same colours"],
-    ["json", "JSON", "the drawing as arrays, with the verdict"],
+    ["svg", "SVG", "an image with the same colours"],
+    ["json", "JSON", "the boxes as arrays, with the verdict"],
   ];
 }
 

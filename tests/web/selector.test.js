@@ -65,7 +65,7 @@ test("a mistake is named with its place", () => {
     "{=1}": /name of a label is missing at character 2/,
     "{service=}": /value is missing at character 10/,
     '{a="1" b="2"}': /comma is missing at character 8/,
-    '{a="1"} x': /something behind the } at character 9/,
+    '{a="1"} x': /unexpected text after the } at character 9/,
     '{a="\\q"}': /unknown escape \\q .* at character 5/,
   };
   for (const [text, message] of Object.entries(cases)) {

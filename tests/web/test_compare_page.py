@@ -220,7 +220,7 @@ def test_what_stands_before_is_chosen(hand_of, visit, service):
     hand.press(menu.locator("button").first)
     hand.press(menu.get_by_role("button", name="Same time yesterday"))
     assert view.parameters()["before_from"] == "-1d"
-    expect(page.locator("#state h3")).to_have_text("Nothing stands before")
+    expect(page.locator("#state h3")).to_have_text("The before side is empty")
     hand.press(page.locator("#state").get_by_role("button", name=re.compile("^20")).first)
     assert view.state() == "ready"
     view.back()
@@ -392,7 +392,7 @@ def test_a_change_of_the_list_lights_up_its_boxes(hand_of, visit, service):
     expect(panel.get_by_role("heading")).to_have_text("parse")
     expect(panel).to_contain_text(re.compile(r"↑ more \(fails the gate\)"))
     expect(panel).to_contain_text(re.compile(r"\+\d\d % \(\+\d\d % to \+\d\d %\)"))
-    expect(panel).to_contain_text(re.compile(r"Before\s*\d+\.\d % · 0\.\d+ cores a host"))
+    expect(panel).to_contain_text(re.compile(r"Before\s*\d+\.\d % · 0\.\d+ cores per host"))
     expect(panel).to_contain_text("when nothing has changed; q <0.001")
     expect(page.locator("#pane-changes tr.marked .row-name")).to_have_text("parse")
     assert view.seen()["canvas"] != canvas
@@ -423,10 +423,10 @@ def test_a_box_says_both_sides_and_what_below_it_changed(visit, service):
         return {"x": (box.left + box.right) / 2 * width, "y": (box.depth + 0.5) * ROW_PX}
 
     view.canvas.hover(position=place("pack"))
-    expect(tooltip).to_contain_text(re.compile(r"Before.*cores a host.*After.*cores a host"))
+    expect(tooltip).to_contain_text(re.compile(r"Before.*cores per host.*After.*cores per host"))
     expect(tooltip).to_contain_text(re.compile(r"↓ less.*Growth\W\d\d %\W\d\d % to \W\d\d %"))
     view.canvas.hover(position=place("serve"))
-    expect(tooltip).to_contain_text("Because of shift")
+    expect(tooltip).to_contain_text("Mostly due to shift")
 
     view.press("g", "Home")
     view.press("ArrowDown", "ArrowDown", "ArrowDown", "ArrowDown", "ArrowDown")
@@ -435,7 +435,7 @@ def test_a_box_says_both_sides_and_what_below_it_changed(visit, service):
     view.canvas.click(position=place("serve"))
     view.settle()
     panel = page.locator("#panel")
-    expect(panel).to_contain_text("unchanged, because of shift")
+    expect(panel).to_contain_text("unchanged, mostly due to shift")
     expect(page.locator("#crumbs")).to_contain_text("serve")
     Hand(view, has_pointer=True).press(panel.get_by_role("button", name="Show shift"))
     expect(panel.get_by_role("heading")).to_have_text("shift")
@@ -475,11 +475,9 @@ def test_a_copied_link_keeps_the_times_of_both_sides(visit, service):
 def test_a_service_that_stayed_as_it_was_is_said_to(visit, service):
     view = visit(compared(service, q='{service="calm"}'))
     page = view.page
-    expect(headline(view)).to_have_text(
-        "Nothing changed: no function costs more or less than before"
-    )
-    expect(page.locator("#verdict")).to_contain_text("earlier positions of the same length")
-    expect(page.locator("#verdict")).to_contain_text("In common")
+    expect(headline(view)).to_have_text("No change: no function costs more or less than before")
+    expect(page.locator("#verdict")).to_contain_text("earlier pairs of windows of the same length")
+    expect(page.locator("#verdict")).to_contain_text("Common change")
     assert page.locator("#verdict").get_attribute("data-verdict") == "unchanged"
     expect(page.locator("#pane-changes")).to_contain_text("No function changed")
 
@@ -522,15 +520,15 @@ def test_an_empty_side_leads_to_what_is_there(hand_of, visit, service):
     hand, page, state = hand_of(view), view.page, view.page.locator("#state")
 
     page.goto(compared(service, before_query='{service="api",version="0.9"}'))
-    expect(state).to_contain_text("Nothing stands before")
-    expect(state).to_contain_text("Versions that are there")
+    expect(state).to_contain_text("The before side is empty")
+    expect(state).to_contain_text("Available versions")
     expect(page.locator("#verdict .headline")).to_have_text("No verdict")
     hand.press(state.get_by_role("button", name="1.0", exact=True))
     assert view.state() == "ready"
     assert view.parameters()["before_query"] == '{service="api",version="1.0"}'
 
     page.goto(compared(service, q='{service="api",version="9"}', before_query=API))
-    expect(state).to_contain_text("Nothing stands after")
+    expect(state).to_contain_text("The after side is empty")
     hand.press(state.get_by_role("button", name="2.0", exact=True))
     assert view.state() == "ready"
     assert view.parameters()["q"] == '{service="api",version="2.0"}'
@@ -678,10 +676,10 @@ def test_a_deployment_is_compared_by_one_press_of_its_mark(hand_of, visit, servi
     mark = page.get_by_role("group", name="Deployments").get_by_role("button")
     expect(mark).to_have_attribute(
         "aria-label",
-        re.compile(r"^api 2\.0 \(before: 1\.0\), rollout on 2 hosts, \d\d:\d\d UTC\. Compare"),
+        re.compile(r"^api 2\.0 \(previously 1\.0\), rollout on 2 hosts, \d\d:\d\d UTC\. Compare"),
     )
     mark.hover() if hand.has_pointer else view.tab_to(mark)
-    expect(page.locator("#timeline .tooltip")).to_contain_text("api 2.0 (before: 1.0), rollout")
+    expect(page.locator("#timeline .tooltip")).to_contain_text("api 2.0 (previously 1.0), rollout")
 
     hand.press(mark)
 
@@ -721,7 +719,7 @@ def test_deployments_close_together_are_one_mark_that_opens_the_list(hand_of, vi
     hand, page = hand_of(view), view.page
     mark = page.locator("#timeline .mark")
     expect(mark).to_have_text("2")
-    expect(mark).to_have_attribute("aria-label", re.compile(r"^api 2\.0 .*fresh 8 .*Choose one$"))
+    expect(mark).to_have_attribute("aria-label", re.compile(r"^api 2\.0 .*fresh 8 .*Select one$"))
 
     hand.press(mark)
 

@@ -605,8 +605,8 @@ def test_stacks_are_chosen_by_their_functions(hand, visit, service):
         hand.zoom("outer", "middle")
     middle = view.box("middle")
     with walk.step():
-        hand.press(view.button("Only with it", "#panel"))
-    expect(page.locator("#modifiers")).to_contain_text("only with middle")
+        hand.press(view.button("Focus", "#panel"))
+    expect(page.locator("#modifiers")).to_contain_text("focus on middle")
     with walk.step():
         hand.press_or("0", view.button("Reset zoom"))
     assert view.box("outer").total == middle.total
@@ -617,11 +617,11 @@ def test_stacks_are_chosen_by_their_functions(hand, visit, service):
         hand.press(view.button("Hide", "#panel"))
     assert "middle" in names()
     assert "inner" not in names()
-    for name in ("without inner", "only with middle"):
+    for name in ("hide inner", "focus on middle"):
         with walk.step():
             hand.press(view.button(f"Remove: {name}"))
     expect(page.locator("#modifiers")).to_be_hidden()
-    for action, operator in (("Only service shop", "="), ("Without it", "!=")):
+    for action, operator in (("Only service shop", "="), ("Exclude", "!=")):
         hand.aim("shop")
         with walk.step():
             hand.zoom("shop")
@@ -765,7 +765,7 @@ def test_what_is_pointed_at_is_told(hand, service, recording):
     hand.point_at("outer", "middle")
 
     middle = view.box("middle")
-    expect(tooltip).to_contain_text(re.compile(r"^middlechain · native.*Total.*Self.*On average"))
+    expect(tooltip).to_contain_text(re.compile(r"^middlechain · native.*Total.*Self.*Average"))
     expect(tooltip).to_contain_text(f"Samples{middle.samples:,}")
     if hand.name == "mouse":
         page.mouse.move(5, 5)
@@ -845,7 +845,7 @@ def test_a_download_is_what_the_graph_shows(visit, service, recording, tmp_path,
 
         assert answer.body() == (tmp_path / name).read_bytes()
     expect(page.locator("#downloads .note")).to_have_text(
-        "Files hold what the graph shows, not all of the range."
+        "The files contain what the graph shows, not the whole range."
     )
 
 
@@ -878,7 +878,7 @@ def test_dark_and_light_and_the_keys(hand, visit, service, recording):
 
     for name in ("light", "dark"):
         hand.press("#theme")
-        expect(page.locator("#theme")).to_have_attribute("aria-label", f"Colours: {name}")
+        expect(page.locator("#theme")).to_have_attribute("aria-label", f"Theme: {name}")
     assert luminance(view) < 300
     assert view.seen()["canvas"] != canvas
     page.reload()
@@ -886,7 +886,7 @@ def test_dark_and_light_and_the_keys(hand, visit, service, recording):
     assert luminance(visit(service.url + recording.address, color_scheme="dark")) < 300
 
     hand.press_or("?", "#help-button")
-    dialog = page.get_by_role("dialog", name="Keys")
+    dialog = page.get_by_role("dialog", name="Keyboard shortcuts")
     expect(dialog).to_contain_text("previous match")
     view.press("Escape")
     expect(dialog).to_be_hidden()
@@ -950,7 +950,7 @@ def test_hostile_names_are_shown_and_nothing_else(visit, hostile):
         mouse.zoom("handler", name)
         expect(page.locator("#crumbs")).to_contain_text(name)
         expect(page.locator("#panel h3")).to_have_text(name)
-        for action in ("Only with it", "Hide"):
+        for action in ("Focus", "Hide"):
             mouse.press(view.button(action, "#panel"))
             expect(page.locator("#modifiers")).to_contain_text(name)
             check()
@@ -995,7 +995,7 @@ def test_a_store_without_data_says_how_to_begin(visit, recording, tmp_path):
         expect(view.page.locator("#panes")).to_be_hidden()
 
         shutil.copytree(recording.store, tmp_path / "store", dirs_exist_ok=True)
-        Mouse(view).press(view.button("Look again"))
+        Mouse(view).press(view.button("Check again"))
 
         assert view.state() == "ready"
         expect(view.page.locator("#state")).to_be_hidden()
@@ -1014,12 +1014,12 @@ def test_every_dead_end_has_a_way_out(kind, visit, service, recording):
     assert view.state() == "empty"
 
     page.goto(f"{service.url}{recording.address}&q=%7Bservice%3D%22nobody%22%7D")
-    expect(state).to_contain_text("Nothing matches")
+    expect(state).to_contain_text("No match")
     hand.press(view.button("chain", "#state"))
     assert view.parameters()["q"] == '{service="chain"}'
     assert view.state() == "ready"
     view.back()
-    expect(state).to_contain_text('none of {service="nobody"}')
+    expect(state).to_contain_text('none matches {service="nobody"}')
     hand.press(view.button("Clear the selector", "#state"))
     assert view.state() == "ready"
 
@@ -1132,7 +1132,7 @@ def test_a_slow_answer_is_a_sign_and_can_be_cancelled(motion, visit, recording, 
         service.stop()
         Mouse(view).press(view.chip("chain"))
         assert view.state() == "error"
-        expect(notice).to_contain_text("The service does not answer")
+        expect(notice).to_contain_text("The service does not respond")
         expect(page.locator("#graph")).to_be_visible()
         service.start()
         Mouse(view).press(view.button("Retry"))
