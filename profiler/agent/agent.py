@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,32 @@ class BpfCost:
         self._stack.close()
 
 
+class WholeCost:
+    """Adds BPF and the uploader to a window's cost, of which the recorder counts the sampler's."""
+
+    def __init__(self, uploader: Mapping[str, Any]) -> None:
+        """`uploader` is the state that an earlier uploader left, whose cost is not this agent's."""
+        self._uploader = uploader
+
+    def complete(
+        self, counts: Accounting, bpf_ns_per_tick: float, uploader: Mapping[str, Any]
+    ) -> Accounting:
+        """Return the window's accounting with the cost of all parts.
+
+        `uploader` is its state now, empty until it is written. Its CPU time counts from the last
+        call on, and from zero where another process has taken its place.
+        """
+        is_same = uploader.get("pid") == self._uploader.get("pid")
+        before_ns = self._uploader.get("cpu_ns", 0) if is_same else 0
+        uploader_ns = max(0, uploader.get("cpu_ns", 0) - before_ns)
+        self._uploader = uploader or self._uploader
+        return replace(
+            counts,
+            agent_cpu_ns=counts.agent_cpu_ns + round(bpf_ns_per_tick * counts.ticks) + uploader_ns,
+            agent_rss_bytes=counts.agent_rss_bytes + uploader.get("rss_bytes", 0),
+        )
+
+
 class ChildProcesses:
     """Child processes that an agent looks after in its loop. `everflame agent` has no others."""
 
@@ -168,6 +194,7 @@ class Agent:
         self._uploader = uploader
         self._children = children
         self._bpf = BpfCost(recorder)
+        self._cost = WholeCost(uploader_state(options.spool))
         self._edges = Edges(options.interval_s, first_interval_s=options.first_interval_s)
         self._begun_s = time.monotonic()
         self._begun_cpu_ns = time.process_time_ns()
@@ -217,6 +244,9 @@ class Agent:
         edge_ns = self._edges.edge_ns if is_aligned else None
         self._edges.begin()
         profile = self._recorder.close_window(edge_ns)
+        uploader = uploader_state(self._options.spool)
+        counts = self._cost.complete(profile.accounting, self._bpf.ns_per_tick, uploader)
+        profile = replace(profile, accounting=counts)
         with self._recorder.cost.of("encode"):
             self._spool.add(profile)
         self._bpf.begin()

@@ -181,10 +181,8 @@ class Page {
     const parts = [];
     if (agent && hostSeconds > 0) {
       const part = share(agent.cpu_ns, hostSeconds * 1e9);
-      const title = "On average over the hosts of this selection";
-      parts.push(
-        el("span", { title }, `The agent itself: ${part} of one CPU, ${bytes(agent.rss_bytes)}`),
-      );
+      const title = "Sampler, BPF program and uploader: CPU time averaged over the selected hosts";
+      parts.push(el("span", { title }, `The agent: ${part} of one CPU, ${bytes(agent.rss_bytes)}`));
     }
     const { status } = this.loader;
     if (status) {

@@ -16,10 +16,11 @@ from pathlib import Path
 import orjson
 import pytest
 
+from profiler.agent.agent import WholeCost
 from profiler.agent.window import Edges
 from storage.formats import pprof
 from storage.objects.open import ObjectKey
-from storage.profile import Profile
+from storage.profile import Accounting, Profile
 from tests.support.targets import compile_target, running
 
 EVERFLAME = Path(sys.executable).with_name("everflame")
@@ -119,6 +120,42 @@ def test_status_tells_what_the_agent_does_and_costs(agent, place) -> None:
     text = place.run("status").stdout
     assert f"pid {agent.pid}" in text
     assert "stored" in text
+
+
+@pytest.mark.kernel
+def test_windows_account_for_sampler_bpf_and_uploader(agent, place) -> None:
+    """What the page shows as the agent's cost is the sum of all parts, none left out."""
+    wait_until(lambda: place.status()["uploader"].get("uploaded"))
+    status = place.status()
+    agent.send_signal(signal.SIGTERM)
+    agent.communicate(timeout=30)
+
+    counts = [profile.accounting for profile in place.objects().values()]
+    parts = status["cpu_ns"]["sampler"], status["cpu_ns"]["bpf"], status["uploader"]["cpu_ns"]
+    sampler_ns, *others_ns = parts
+    assert all(parts)
+    assert sum(each.agent_cpu_ns for each in counts) > sampler_ns + sum(others_ns) / 2
+    resident = status["sampler"]["rss_bytes"] + status["uploader"]["rss_bytes"]
+    assert max(each.agent_rss_bytes for each in counts) > 0.8 * resident
+
+
+def test_a_window_costs_what_sampler_bpf_and_uploader_took() -> None:
+    """The uploader's since the last window; a new one begins at zero, an old one is not counted."""
+    cost = WholeCost({"pid": 6, "cpu_ns": 9_000, "rss_bytes": 10})
+    window = Accounting(ticks=100, agent_cpu_ns=50_000, agent_rss_bytes=30)
+    states = [
+        {"pid": 6, "cpu_ns": 9_000, "rss_bytes": 10},  # not yet written by ours
+        {"pid": 7, "cpu_ns": 600, "rss_bytes": 20},
+        {"pid": 7, "cpu_ns": 650, "rss_bytes": 21},
+        {"pid": 8, "cpu_ns": 700, "rss_bytes": 22},
+        {},
+        {"pid": 8, "cpu_ns": 720, "rss_bytes": 22},
+    ]
+
+    found = [cost.complete(window, 2.5, state) for state in states]
+
+    assert [each.agent_cpu_ns - 50_000 - 250 for each in found] == [0, 600, 50, 700, 0, 20]
+    assert [each.agent_rss_bytes - 30 for each in found] == [10, 20, 21, 22, 0, 22]
 
 
 @pytest.mark.kernel

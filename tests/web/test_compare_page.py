@@ -614,6 +614,15 @@ def test_nothing_bars_people_with_other_senses(visit, service):
     assert barriers(view) == []
 
 
+def test_the_footer_says_what_the_agent_costs(visit, service):
+    """Of one CPU, averaged over hosts, and in memory; the tooltip says of which parts."""
+    view = visit(address(service, **AROUND))
+
+    agent = view.page.locator("#foot span").first
+    expect(agent).to_have_text("The agent: 0.1 % of one CPU, 38.1 MiB")
+    expect(agent).to_have_attribute("title", re.compile("^Sampler, BPF program and uploader"))
+
+
 def test_the_focus_is_seen_wherever_it_goes(visit, service):
     """Tab reaches each control, the marks of the timeline and the list among them."""
     view = visit(compared(service))
