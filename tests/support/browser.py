@@ -1,7 +1,7 @@
-"""The page in a real browser over the real service: what a person does, sees, and never should see.
+"""The page in a real browser over the real service: actions, what is shown, and complaints.
 
-Whatever the browser complains of, in any page that was opened here, fails the test: an error or a
-warning on the console, a violation of the policy, an exception, a request that leaves the origin.
+A test fails if the browser complains in any page that was opened here: an error or a warning on the
+console, a violation of the policy, an exception, a request to another origin.
 """
 
 import contextlib
@@ -39,13 +39,13 @@ ROW_PX = 20
 WIDE = {"width": 1280, "height": 900}
 NARROW = {"width": 400, "height": 800}
 
-# A refusal of the policy is on the console too, but what was refused only here.
+# The console has policy violations too, but only the event says what was refused.
 WATCH = """
 addEventListener("securitypolicyviolation", (event) => console.error(
   `policy violation: ${event.effectiveDirective} ${event.blockedURI} ${event.sample}`));
 """
 
-# What was there before is shown when the event is over.
+# The previous view is shown after the event.
 BACK = """() => new Promise((done) => {
   addEventListener("popstate", () => setTimeout(done), {once: true});
   history.back();
@@ -57,7 +57,7 @@ LIES_BEHIND = """(it) =>
 STATE = "document.documentElement.dataset.state"
 
 SEEN = """async () => {
-  // Two frames: what follows from sizes is drawn in the one after they are known.
+  // Two frames: what depends on sizes is drawn one frame after they are known.
   for (let i = 0; i < 2; i += 1) await new Promise((done) => requestAnimationFrame(done));
   const shown = (element) => element.checkVisibility();
   const lines = (name) => document.querySelector(name).innerText.split(/\\n+/);
@@ -87,7 +87,7 @@ SEEN = """async () => {
 }"""
 
 
-# A line break of index.html is no part of a name; an option's value is not shown.
+# Line breaks of index.html are not part of a name; an option's value is not shown.
 UNSEEN = r"""() => {
   const unseen = /[\p{C}\p{Zl}\p{Zp}\u034f\u115f\u1160\u3164\ufe00-\ufe0f]/u;
   const texts = [document.title];
@@ -100,7 +100,7 @@ UNSEEN = r"""() => {
   return texts.filter((text) => unseen.test(text));
 }"""
 
-# What lies in something that scrolls by itself can be reached there.
+# Elements inside a scrolling container can be scrolled to.
 OUTSIDE = """() => {
   const {scrollWidth, clientWidth} = document.documentElement;
   const controls = document.querySelectorAll("a, button, input, select, summary, h3, canvas, p");
@@ -122,7 +122,7 @@ OUTSIDE = """() => {
 }"""
 
 
-# What shows the focus may stand around the control, as a label does around a radio button.
+# The focus may be shown by an element around the control, as by a radio button's label.
 FOCUSED = """() => {
   const control = document.activeElement;
   if (control === document.body) return null;
@@ -150,7 +150,7 @@ def chromium() -> Iterator[Browser]:
 
 
 class Service:
-    """The service process over one store; it can be stopped and come back at the same address."""
+    """The service process over one store; it can be stopped and started at the same address."""
 
     def __init__(self, store: Path, folder: Path) -> None:
         self.store, self.folder = store, folder
@@ -202,9 +202,9 @@ def serving(store: Path, folder: Path) -> Iterator[Service]:
 
 @dataclass(frozen=True)
 class Box:
-    """A box of the flame graph as the page should draw it, from the answer that it drew.
+    """A box of the flame graph as the page should draw it, from the service's response.
 
-    It stands from `start` to `end` of the `width` that the graph's values have; `row` counts from
+    It extends from `start` to `end` of the `width` that the graph's values have; `row` counts from
     the root.
     """
 
@@ -227,23 +227,23 @@ class Box:
         return other.row < self.row and other.start <= self.start < other.end
 
 
-def boxes_of(answer: dict) -> list[Box]:
-    """Return the boxes of an answer in preorder, those above the zoomed one first."""
-    whole = answer["nodes"]["total"][0]
-    path = answer["path"]
-    above = [(["all", "", "label"], answer["total"], answer["samples"])] if path else []
+def boxes_of(response: dict) -> list[Box]:
+    """Return the boxes of a response in preorder, those above the zoomed one first."""
+    whole = response["nodes"]["total"][0]
+    path = response["path"]
+    above = [(["all", "", "label"], response["total"], response["samples"])] if path else []
     above += [(each["frame"], each["total"], each["samples"]) for each in path[:-1]]
     boxes = [
         Box(*frame[:3], row, 0, whole, whole, total, samples)
         for row, (frame, total, samples) in enumerate(above)
     ]
     ends = [0] * 5000
-    nodes = [answer["nodes"][name] for name in ("frame", "depth", "total", "samples")]
+    nodes = [response["nodes"][name] for name in ("frame", "depth", "total", "samples")]
     for number, depth, total, samples in zip(*nodes, strict=True):
         start = ends[depth]
         ends[depth] = start + total
         ends[depth + 1] = start
-        name, module, kind = answer["frames"][number][:3]
+        name, module, kind = response["frames"][number][:3]
         row = depth + len(above)
         boxes.append(Box(name, module, kind, row, start, start + total, whole, total, samples))
     return boxes
@@ -288,7 +288,7 @@ class View:
             self.complaints.append(f"request to {request.url}")
 
     def expect(self, pattern: str) -> None:
-        """Say what the browser will rightly complain of, as a failed request on its console."""
+        """Allow a complaint of the browser, as of a failed request on its console."""
         self.expected.append(pattern)
 
     def unexpected(self) -> list[str]:
@@ -301,12 +301,12 @@ class View:
     # What is shown
 
     def settle(self) -> None:
-        """Wait until the page has shown what it asked for."""
+        """Wait until the page has shown all responses."""
         if self.page.evaluate(STATE) == "loading":
             self.page.locator("html:not([data-state=loading])").wait_for(state="attached")
 
     def seen(self) -> dict[str, list]:
-        """Return what a person sees, but for what follows the pointer, as lists to compare."""
+        """Return what is shown, except what follows the pointer, as lists to compare."""
         while True:
             self.settle()
             seen = self.page.evaluate(SEEN)
@@ -353,7 +353,7 @@ class View:
         assert found is not None
         return found
 
-    # What a person does
+    # Actions
 
     def button(self, name: str, within: str = "body") -> Locator:
         return self.page.locator(within).get_by_role("button", name=name, exact=True)
@@ -391,7 +391,7 @@ class View:
         self.settle()
 
     def tab_to(self, target: Locator | str, most: int = 150) -> Locator:
-        """Press Tab until the element has the focus, or Shift and Tab when it lies behind it."""
+        """Press Tab until the element has the focus, or Shift and Tab if it comes before."""
         element = self.page.locator(target) if isinstance(target, str) else target
         handle = element.element_handle()
         key = "Shift+Tab" if self.page.evaluate(LIES_BEHIND, handle) else "Tab"
@@ -406,13 +406,13 @@ class View:
         self.settle()
 
     def wait(self, is_true: Callable[[], object]) -> None:
-        """Wait in a way that lets the browser's events come in."""
+        """Wait while the browser's events are handled."""
         wait_for(lambda: self.page.wait_for_timeout(10) or is_true(), 10)
 
 
 @contextlib.contextmanager
 def visiting(browser: Browser) -> Iterator[Callable[..., View]]:
-    """Open addresses, each in a browser of its own; what they complained of fails the test."""
+    """Open addresses, each in a browser context of its own; complaints fail the test."""
     views = []
 
     def open_view(address: str, **options: object) -> View:
@@ -432,7 +432,7 @@ def visiting(browser: Browser) -> Iterator[Callable[..., View]]:
 
 
 def unseen_in(view: View) -> list[str]:
-    """Return texts anywhere in the document that hold what a reader could not see."""
+    """Return texts anywhere in the document that contain invisible characters."""
     return view.page.evaluate(UNSEEN)
 
 
@@ -455,7 +455,7 @@ def outside(view: View) -> list[str]:
 
 
 def walk_focus(view: View) -> list[str]:
-    """Press Tab until it comes round; return what was reached. Each must look otherwise with it."""
+    """Press Tab until the focus is back; return what had it. Each must look different with it."""
     page, reached = view.page, []
     while True:
         page.keyboard.press("Tab")

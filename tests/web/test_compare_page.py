@@ -55,14 +55,14 @@ def stacks_of(service: str, is_new: bool) -> dict[tuple[str, ...], float]:
 
 
 def minute(rng: np.random.Generator, number: int, host: int, services: dict[str, str]) -> Profile:
-    """Return a minute of services and their versions on a host; functions stray by 3 %."""
+    """Return a minute of services and their versions on a host; functions vary by 3 %."""
     rows = []
     for service, version in services.items():
         labels = {"service": service, "version": version, "comm": service}
         found = stacks_of(service, version == "2.0")
-        strays = {name: rng.normal(0, 0.03) for *_, name in found}
+        variation = {name: rng.normal(0, 0.03) for *_, name in found}
         for stack, rate in found.items():
-            samples = int(rng.poisson(rate * np.exp(strays[stack[-1]])))
+            samples = int(rng.poisson(rate * np.exp(variation[stack[-1]])))
             rows.append((labels, [some.named(name) for name in stack], samples))
     profile = some.build([row for row in rows if row[2]])
     present = {
@@ -118,7 +118,7 @@ def compared(service: Service, q: str = API, **more: str) -> str:
 
 
 class Hand:
-    """Does what one can do by pointer, or by keys from wherever the focus is."""
+    """Uses the page with the pointer, or with keys from wherever the focus is."""
 
     def __init__(self, view: View, has_pointer: bool) -> None:
         self.view, self.has_pointer = view, has_pointer
@@ -176,7 +176,7 @@ CHANGED = {"parse": "more", "pack": "less", SHOWN_HOSTILE: "new", "legacy": "gon
 LISTED = CHANGED | {"shift": "moved"}
 
 
-def test_one_press_compares_with_what_was_right_before(hand_of, visit, service):
+def test_one_click_compares_with_the_preceding_window(hand_of, visit, service):
     view = visit(address(service, q=API, **window(0, 4)))
     hand, page = hand_of(view), view.page
     alone = view.seen()
@@ -203,7 +203,7 @@ def test_one_press_compares_with_what_was_right_before(hand_of, visit, service):
     assert "mode" not in view.parameters()
 
 
-def test_what_stands_before_is_chosen(hand_of, visit, service):
+def test_the_before_side_can_be_selected(hand_of, visit, service):
     """The same time yesterday, any two times, another selector, and the other way round."""
     view = visit(compared(service))
     hand, page = hand_of(view), view.page
@@ -237,8 +237,8 @@ def test_what_stands_before_is_chosen(hand_of, visit, service):
     assert "before_query" not in view.parameters()
 
 
-def test_a_part_of_the_timeline_becomes_either_side(visit, service):
-    """A drag, or steps chosen by keys, is the side that is switched on; both stay to be seen."""
+def test_a_part_of_the_timeline_becomes_a_side(visit, service):
+    """A drag, or steps selected by keys, sets the selected side; both stay visible."""
     view = visit(compared(service, q=API))
     page = view.page
     names = page.locator("#timeline .chosen-name")
@@ -294,10 +294,10 @@ class Compared:
 
 def boxes_of(service: Service, side: str) -> list[Compared]:
     """Return the boxes that the page should draw of a side; empty for the union."""
-    answer = json.loads(
+    response = json.loads(
         service.get("/api/v1/diff", query=API, by="service", **AFTER, **BEFORE, width="1000")
     )
-    scale, nodes = answer["scale"], answer["nodes"]
+    scale, nodes = response["scale"], response["nodes"]
     weights = {"before": (1, 0), "after": (0, 1), "": (0.5, 0.5)}[side]
     found, ends = [], [0.0] * 100
     columns = (nodes[name] for name in ("frame", "depth", "before", "after", "verdict"))
@@ -305,7 +305,7 @@ def boxes_of(service: Service, side: str) -> list[Compared]:
         size = weights[0] * before * scale["before"] + weights[1] * after * scale["after"]
         start = ends[depth]
         ends[depth], ends[depth + 1] = start + size, start
-        name, said = answer["frames"][frame][0], answer["verdicts"][verdict]
+        name, said = response["frames"][frame][0], response["verdicts"][verdict]
         found.append(Compared(name, said, depth, start, start + size))
     whole = found[0].right
     return [
@@ -315,7 +315,7 @@ def boxes_of(service: Service, side: str) -> list[Compared]:
 
 
 @pytest.mark.parametrize("side", ["", "before", "after"])
-def test_only_what_changed_has_a_colour(visit, service, side):
+def test_only_changes_have_a_colour(visit, service, side):
     """Each box is as wide as its side says, and coloured as the one test per function decided."""
     view = visit(compared(service, side=side, tab="graph"))
     colour_at = pixels(view)
@@ -329,8 +329,8 @@ def test_only_what_changed_has_a_colour(visit, service, side):
             for step in range(int(2 * ((box.right - box.left) * width - 8)))
         }
         if box.verdict in {"more", "less", "unchanged"}:
-            wanted = {"more": ORANGE, "less": BLUE, "unchanged": GREY}[box.verdict]
-            assert inside == {wanted}, box
+            expected = {"more": ORANGE, "less": BLUE, "unchanged": GREY}[box.verdict]
+            assert inside == {expected}, box
         elif box.verdict == "new":  # hatched
             assert len(inside) > 1, box
         else:  # dotted below, or dashed all around: the edge has gaps
@@ -346,7 +346,7 @@ def test_only_what_changed_has_a_colour(visit, service, side):
     assert (HOSTILE.replace("\u202e", "\\u202e") in drawn) == (side != "before")
 
 
-def test_sides_are_switched_and_found_again_in_the_address(hand_of, visit, service):
+def test_view_options_are_in_the_address(hand_of, visit, service):
     """Widths, direction, zoom, a row, a search: each is in the address, and steps are undone."""
     view = visit(compared(service))
     hand, page = hand_of(view), view.page
@@ -380,8 +380,8 @@ def toggle(view: View) -> None:
     view.press("Space")
 
 
-def test_a_change_of_the_list_lights_up_its_boxes(hand_of, visit, service):
-    """The panel says growth with its interval, both sides and why; the row is marked."""
+def test_selecting_a_change_highlights_its_boxes(hand_of, visit, service):
+    """The panel shows growth with its interval, both sides and the reason; the row is marked."""
     view = visit(compared(service))
     hand, page = hand_of(view), view.page
     panel = page.locator("#panel")
@@ -411,8 +411,8 @@ def test_a_change_of_the_list_lights_up_its_boxes(hand_of, visit, service):
     assert changes(view.seen(), visit(page.url).seen()) == []
 
 
-def test_a_box_says_both_sides_and_what_below_it_changed(visit, service):
-    """By the pointer in its tooltip, by keys aloud, and in the panel with a way there."""
+def test_a_box_shows_both_sides_and_its_main_cause(visit, service):
+    """In its tooltip, for screen readers, and in the panel with a button that leads there."""
     view = visit(compared(service, tab="graph"))
     page, width = view.page, view.canvas.bounding_box()["width"]
     boxes = {each.name: each for each in boxes_of(service, "")}
@@ -441,7 +441,7 @@ def test_a_box_says_both_sides_and_what_below_it_changed(visit, service):
     expect(panel.get_by_role("heading")).to_have_text("shift")
 
 
-def test_what_is_searched_and_filtered_stays_in_the_address(visit, service):
+def test_search_and_filter_are_in_the_address(visit, service):
     view = visit(compared(service))
     page = view.page
     page.locator("#search").fill("parse")
@@ -472,7 +472,7 @@ def test_a_copied_link_keeps_the_times_of_both_sides(visit, service):
         assert other[part] == shown[part]
 
 
-def test_a_service_that_stayed_as_it_was_is_said_to(visit, service):
+def test_an_unchanged_service_has_no_change(visit, service):
     view = visit(compared(service, q='{service="calm"}'))
     page = view.page
     expect(headline(view)).to_have_text("No change: no function costs more or less than before")
@@ -487,12 +487,12 @@ def test_a_service_that_stayed_as_it_was_is_said_to(visit, service):
     expect(page.locator("#pane-changes tbody")).to_contain_text("would not show")
 
 
-def test_too_little_data_says_what_would_be_enough(hand_of, visit, service):
+def test_too_little_data_offers_next_steps(hand_of, visit, service):
     view = visit(compared(service, q='{service="young"}', **window(6, 8, "before_")))
     hand, page = hand_of(view), view.page
     verdict = page.locator("#verdict")
     expect(headline(view)).to_have_text("Too little data for a verdict")
-    expect(verdict).to_contain_text("not known")
+    expect(verdict).to_contain_text("unknown: there are no data")
     expect(verdict.get_by_role("list", name="Warnings")).to_contain_text("it takes 6")
     colour_at = pixels(view)
     assert colour_at(6, ROW_PX + 2.5) == GREY
@@ -507,14 +507,14 @@ def test_too_little_data_says_what_would_be_enough(hand_of, visit, service):
     assert set(rows(view).values()) == {"too little data"}
 
 
-def test_hosts_that_are_on_one_side_only_are_named(visit, service):
+def test_hosts_on_one_side_only_are_named(visit, service):
     view = visit(compared(service, q='{service="joined"}'))
     warnings = view.page.get_by_role("list", name="Warnings")
     expect(warnings).to_contain_text(re.compile("only on the after side: web-2"))
 
 
-def test_an_empty_side_leads_to_what_is_there(hand_of, visit, service):
-    """No such version, no data at that time: by the side on which it is."""
+def test_an_empty_side_offers_alternatives(hand_of, visit, service):
+    """An unknown version, a time without data: named with the side."""
     view = visit(service.url)
     view.expect("status of 404")
     hand, page, state = hand_of(view), view.page, view.page.locator("#state")
@@ -562,10 +562,10 @@ def test_downloads_hold_both_sides(visit, service):
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         assert asked["before_query"] == API
         assert {name: asked[name] for name in BEFORE} == BEFORE
-        answer = view.page.request.get(
+        response = view.page.request.get(
             urllib.parse.urljoin(view.page.url, link.get_attribute("href"))
         )
-        assert answer.status == 200, answer.text()
+        assert response.status == 200, response.text()
 
 
 def test_hostile_names_are_only_names(visit, service):
@@ -584,7 +584,7 @@ def test_hostile_names_are_only_names(visit, service):
         assert page.evaluate("[window.hacked, document.images.length]") == [None, 0]
 
 
-def test_nothing_bars_people_with_other_senses(visit, service):
+def test_the_page_is_accessible(visit, service):
     """axe-core finds nothing serious in any state, open menu or size, nor in the dark."""
     view = visit(compared(service))
     view.expect("status of 404")
@@ -623,7 +623,7 @@ def test_the_footer_says_what_the_agent_costs(visit, service):
     expect(agent).to_have_attribute("title", re.compile("^Sampler, BPF program and uploader"))
 
 
-def test_the_focus_is_seen_wherever_it_goes(visit, service):
+def test_the_focus_is_always_visible(visit, service):
     """Tab reaches each control, the marks of the timeline and the list among them."""
     view = visit(compared(service))
     reached = walk_focus(view)
@@ -667,8 +667,8 @@ SHIFT = """() => new Promise((done) => {
 })"""
 
 
-def test_the_layout_stands_still_while_a_verdict_comes(visit, service):
-    """What is awaited has the room of what will be there: nothing moves that does not anyway."""
+def test_the_layout_does_not_move_while_a_verdict_loads(visit, service):
+    """Placeholders have the size of what replaces them."""
     alone = visit(address(service, q=API, **AFTER)).page.evaluate(SHIFT)
     together = visit(compared(service)).page.evaluate(SHIFT)
 
@@ -737,7 +737,7 @@ def test_deployments_close_together_are_one_mark_that_opens_the_list(hand_of, vi
     expect(choices.first).to_be_focused()
 
 
-def test_what_cannot_be_compared_says_why(hand_of, visit, service):
+def test_a_deployment_that_cannot_be_compared_says_why(hand_of, visit, service):
     """A deployment of just now: its mark, the list, and what is said when either is pressed."""
     view = visit(address(service, q='{service="fresh"}', **AROUND))
     hand, page = hand_of(view), view.page

@@ -124,7 +124,7 @@ def service(recording, tmp_path_factory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory) -> Iterator[Service]:
-    """A service over a store in which everything that has a name has one that would do harm."""
+    """A service over a store in which every name is hostile."""
     folder = tmp_path_factory.mktemp("hostile")
     stacks = []
     for i, name in enumerate(HOSTILE_NAMES):
@@ -379,8 +379,8 @@ class Keyboard(Mouse):
             inside = [each for each in row if each.start >= path[target.row - 1].start]
             keys += ["ArrowRight"] * inside.index(target)
         self.view.press(*keys)
-        told = self.view.text(".flame-live")
-        assert told.startswith(f"{box.name}, "), (told, keys, [each.name for each in path])
+        spoken = self.view.text(".flame-live")
+        assert spoken.startswith(f"{box.name}, "), (spoken, keys, [each.name for each in path])
 
     def search(self, text: str) -> None:
         self.leave()
@@ -475,8 +475,8 @@ def test_a_selection_is_made_undone_and_sent_as_an_address(hand, visit, service,
     with walk.step():
         hand.press("#range-button")
         hand.type_range(utc(recording.from_s), utc(recording.until_s))
-    wanted = {"from": f"{recording.from_s}000", "until": f"{recording.until_s}000"}
-    assert view.parameters() == wanted
+    expected = {"from": f"{recording.from_s}000", "until": f"{recording.until_s}000"}
+    assert view.parameters() == expected
 
     steps = steps_of(service, recording)
     first, last = [step for step in steps if step.has_data][-2:]
@@ -513,7 +513,7 @@ def test_a_selection_is_made_undone_and_sent_as_an_address(hand, visit, service,
 
 
 def test_a_flame_graph_is_zoomed_and_searched(hand, visit, service):
-    """Zoom and its path are steps; a search counts all there is and leads from box to box."""
+    """Zoom and its path are steps; a search counts all matches and steps from box to box."""
     view, page = hand.view, hand.page
     walk = Walk(hand)
     crumbs = page.locator("#crumbs")
@@ -551,7 +551,7 @@ def test_a_flame_graph_is_zoomed_and_searched(hand, visit, service):
     walk.undo()
 
 
-def test_a_flame_graph_is_drawn_as_one_wants_it(hand, visit, service):
+def test_view_options_change_the_flame_graph(hand, visit, service):
     """Inversion, levels, grouping, colours, direction: each is a step."""
     view, page = hand.view, hand.page
     walk = Walk(hand)
@@ -595,7 +595,7 @@ def test_a_flame_graph_is_drawn_as_one_wants_it(hand, visit, service):
 
 
 def test_stacks_are_chosen_by_their_functions(hand, visit, service):
-    """Only with a function, without one, its callers: each is a step, and can be taken away."""
+    """Focus, hide and callers: each is a step, and can be removed."""
     view, page = hand.view, hand.page
     walk = Walk(hand)
     names = lambda: {box.name for box in view.boxes()}  # noqa: E731
@@ -646,7 +646,7 @@ def test_stacks_are_chosen_by_their_functions(hand, visit, service):
 
 
 def test_the_table_and_the_graph_lead_to_each_other(hand, visit, service):
-    """Sorting, filtering, rows and boxes of one function, the panel: each by what is shown."""
+    """Sorting, filtering, rows and boxes of one function, and the panel."""
     view, page = hand.view, hand.page
     rows = page.locator("#pane-table tbody tr")
     panel = page.locator("#panel")
@@ -714,7 +714,7 @@ def test_the_table_and_the_graph_lead_to_each_other(hand, visit, service):
     walk.undo()
 
 
-def test_back_takes_out_of_fields_what_was_typed(visit, service, recording):
+def test_back_restores_text_fields(visit, service, recording):
     """A search and a filter belong to the step in which they were typed, wherever the focus is."""
     view = visit(f"{service.url}{recording.address}&tab=both")
     mouse = Mouse(view)
@@ -756,8 +756,8 @@ def test_a_range_is_read_in_the_zone_that_is_chosen(hand, recording):
     expect(page.locator("#range-name")).to_contain_text("local")
 
 
-def test_what_is_pointed_at_is_told(hand, service, recording):
-    """A box by its tooltip and aloud, a step of the timeline by its services."""
+def test_tooltips_describe_what_the_pointer_is_on(hand, service, recording):
+    """A box, also for screen readers, and a step of the timeline with its services."""
     view, page = hand.view, hand.page
     tooltip = page.locator(".flame-tooltip")
     expect(tooltip).to_be_hidden()
@@ -781,13 +781,13 @@ def test_what_is_pointed_at_is_told(hand, service, recording):
         hand.point_at("outer", "middle", "inner")
         expect(page.locator("tr.marked .row-name")).to_have_text("inner")
 
-    told = page.locator("#timeline .tooltip")
-    hand.point_at_step([step for step in steps_of(service, recording) if step.has_data][-2])
-    expect(told).to_contain_text("chain")
-    expect(told).to_contain_text(re.compile(r"all\d\.\d\d cores"))
+    step = page.locator("#timeline .tooltip")
+    hand.point_at_step([each for each in steps_of(service, recording) if each.has_data][-2])
+    expect(step).to_contain_text("chain")
+    expect(step).to_contain_text(re.compile(r"all\d\.\d\d cores"))
     if hand.name == "keyboard":
-        told = page.get_by_role("slider")
-        expect(told).to_have_attribute("aria-valuetext", re.compile(r"UTC, \d\.\d\d cores$"))
+        step = page.get_by_role("slider")
+        expect(step).to_have_attribute("aria-valuetext", re.compile(r"UTC, \d\.\d\d cores$"))
 
 
 def test_a_download_is_what_the_command_exports(hand, recording, tmp_path):
@@ -826,7 +826,7 @@ def test_a_download_is_what_the_command_exports(hand, recording, tmp_path):
     "view", [["focus=inner", "hide=outer"], ["callers=inner"], ["invert=1", "group=module"]]
 )
 def test_a_download_is_what_the_graph_shows(visit, service, recording, tmp_path, view):
-    """What is left out, turned or grouped on the screen is so in the file; the menu says it."""
+    """Hidden, inverted or grouped stacks are so in the file too; the menu says it."""
     page = visit("&".join([f"{service.url}{recording.address}", *view])).page
     flags = [f"--{each}" if each != "invert=1" else "--invert" for each in view]
     command = [EVERFLAME, "export", f"--store={recording.store}", "--by=service", *flags]
@@ -834,7 +834,7 @@ def test_a_download_is_what_the_graph_shows(visit, service, recording, tmp_path,
     environment = {**os.environ, "EVERFLAME_CACHE": str(tmp_path / "cache")}
     for link in page.locator("#downloads a").all():
         name = link.get_attribute("download")
-        answer = page.request.get(urllib.parse.urljoin(page.url, link.get_attribute("href")))
+        response = page.request.get(urllib.parse.urljoin(page.url, link.get_attribute("href")))
         subprocess.run(
             [*command, "-o", str(tmp_path / name)],
             env=environment,
@@ -843,14 +843,14 @@ def test_a_download_is_what_the_graph_shows(visit, service, recording, tmp_path,
             timeout=60,
         )
 
-        assert answer.body() == (tmp_path / name).read_bytes()
+        assert response.body() == (tmp_path / name).read_bytes()
     expect(page.locator("#downloads .note")).to_have_text(
         "The files contain what the graph shows, not the whole range."
     )
 
 
 def test_a_copied_link_keeps_its_times(hand, visit, service):
-    """A range that moves with the clock is sent as the one that was looked at."""
+    """A relative range is copied as the absolute one that is shown."""
     view, page = hand.view, hand.page
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.goto(f"{service.url}/?from=now-24h&tab=graph")
@@ -896,8 +896,8 @@ def test_dark_and_light_and_the_keys(hand, visit, service, recording):
     expect(page.locator("#help-button")).to_be_focused()
 
 
-def test_hostile_names_are_shown_and_nothing_else(visit, hostile):
-    """Wherever a name stands nothing in it runs, hides, reorders or becomes part of the page."""
+def test_hostile_names_are_shown_as_text(visit, hostile):
+    """Nothing in a name runs, hides, reorders text or becomes part of the page."""
     from_s = START_NS // 10**9
     view = visit(f"{hostile.url}/?from={from_s}&until={from_s + 180}&tab=both")
     page = view.page
@@ -936,12 +936,12 @@ def test_hostile_names_are_shown_and_nothing_else(visit, hostile):
     # Each function by its box, its tooltip and its panel.
     Keyboard(view).aim("handler")
     view.press("ArrowDown")
-    told = set()
+    named = set()
     for _ in HOSTILE_NAMES:
-        told.add(view.text(".flame-tooltip-name"))
+        named.add(view.text(".flame-tooltip-name"))
         check()
         view.press("ArrowRight")
-    assert len(told) == len(HOSTILE_NAMES)
+    assert len(named) == len(HOSTILE_NAMES)
     for name in ("__proto__", "constructor", r"zero\u200bwidth\u2060\ufeff", HOSTILE_NAMES[5]):
         page.goto(f"{hostile.url}/?from={from_s}&until={from_s + 180}")
         mouse.press(more)
@@ -965,8 +965,8 @@ def test_hostile_names_are_shown_and_nothing_else(visit, hostile):
     check()
 
 
-def test_a_hostile_address_is_only_a_strange_question(visit, hostile):
-    """What a link says is taken as text; what means nothing is read as its default."""
+def test_a_hostile_address_is_harmless(visit, hostile):
+    """A link's values are shown as text; unknown values are read as the default."""
     view = visit(hostile.url)
     view.expect("status of 400")
     name = urllib.parse.quote("<img src=x onerror=window.hacked=1>\u202e\0")
@@ -1002,7 +1002,7 @@ def test_a_store_without_data_says_how_to_begin(visit, recording, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Mouse, Keyboard], ids=["mouse", "keyboard"])
-def test_every_dead_end_has_a_way_out(kind, visit, service, recording):
+def test_every_empty_or_error_state_has_a_way_out(kind, visit, service, recording):
     """No data in the range, nothing that matches, a box that is not there, a broken selector."""
     view = visit(f"{service.url}/?from=1700000000&until=1700003600")
     page, state, hand = view.page, view.page.locator("#state"), kind(view)
@@ -1081,8 +1081,8 @@ def test_the_last_graph_stays_while_the_store_is_away(visit, recording, tmp_path
         expect(graph).not_to_have_class(re.compile("is-dim"))
 
 
-def test_what_is_asked_again_meanwhile_is_shown(visit, service, recording):
-    """A second refresh takes the place of the first one's questions, which are the same."""
+def test_a_second_refresh_replaces_the_first(visit, service, recording):
+    """Its requests have the same addresses, and their responses are shown."""
     view = visit(service.url + recording.address)
     page, held = view.page, []
     painted = "performance.getEntriesByName('everflame:first-paint').length"
@@ -1106,8 +1106,8 @@ MOVING = "document.getAnimations().filter((each) => each.playState === 'running'
 
 
 @pytest.mark.parametrize("motion", ["no-preference", "reduce"])
-def test_a_slow_answer_is_a_sign_and_can_be_cancelled(motion, visit, recording, tmp_path):
-    """Nothing moves for those who want nothing to move. A service that is gone is an error."""
+def test_a_slow_request_shows_progress_and_can_be_cancelled(motion, visit, recording, tmp_path):
+    """Without animation if reduced motion is preferred. An unavailable service is an error."""
     with serving(recording.store, tmp_path) as service:
         view = visit(service.url + recording.address, reduced_motion=motion)
         page = view.page
@@ -1140,8 +1140,8 @@ def test_a_slow_answer_is_a_sign_and_can_be_cancelled(motion, visit, recording, 
         assert [box.name for box in view.boxes() if box.row == 1] == ["chain"]
 
 
-def test_an_idle_machine_is_no_dead_end(visit, tmp_path):
-    """Ticks without a sample are told as what they are."""
+def test_an_idle_machine_is_not_an_error(visit, tmp_path):
+    """A range with ticks but without samples is described as idle."""
     store = DirectoryStore(tmp_path / "store")
     idle = some.build([], accounting=Accounting(cpus=2, profiled_ns=60 * 10**9, ticks=7, idle=7))
     put(store, at(idle, 0))
@@ -1151,7 +1151,7 @@ def test_an_idle_machine_is_no_dead_end(visit, tmp_path):
         expect(view.page.locator("#state")).to_contain_text("The CPUs were idle in this range")
 
 
-def test_nothing_bars_people_with_other_senses(visit, service, hostile, recording):
+def test_the_page_is_accessible(visit, service, hostile, recording):
     """axe-core finds nothing serious in any view, state, open menu or size, nor in the dark."""
     # Rows of a table are all alike: a few of them will do.
     whole = f"{service.url}{recording.address}&filter=chain"
@@ -1201,8 +1201,8 @@ def test_nothing_bars_people_with_other_senses(visit, service, hostile, recordin
         assert barriers(view) == []
 
 
-def test_the_table_says_what_the_canvas_draws(visit, service, recording):
-    """Those whom a drawing says nothing find each function by name, with its shares."""
+def test_the_table_lists_what_the_canvas_draws(visit, service, recording):
+    """Every function is in the table too, with its shares, for those who cannot see the canvas."""
     view = visit(f"{service.url}{recording.address}&tab=table&rows=5000")
     table = view.page.get_by_role("table", name="Functions by CPU time")
     headings = table.get_by_role("columnheader").evaluate_all(
@@ -1212,19 +1212,19 @@ def test_the_table_says_what_the_canvas_draws(visit, service, recording):
         *("Self", "Self, CPU time", "Total", "Total, CPU time", "Cores"),
         *("Function", "Module"),
     ]
-    told = {}
+    listed = {}
     for row in table.locator("tbody tr").all_inner_texts()[:50]:
         self_, _, total, _, _, name, module = row.replace("\n", "").split("\t")
-        told[name, module] = [float(each.rstrip(" %").lstrip("<>")) for each in (self_, total)]
+        listed[name, module] = [float(each.rstrip(" %").lstrip("<>")) for each in (self_, total)]
 
     boxes = view.boxes()
     whole = boxes[0].total
     too_narrow = sum(box.total for box in boxes if box.kind == "rest")
     for name, module in (("outer", "chain"), ("middle", "chain"), ("inner", "chain")):
         total = sum(box.total for box in boxes if (box.name, box.module) == (name, module))
-        shown = told[name, module][1]
+        shown = listed[name, module][1]
         assert 100 * total / whole - 0.051 <= shown <= 100 * (total + too_narrow) / whole + 0.051
-        assert told[name, module][0] <= told[name, module][1]
+        assert listed[name, module][0] <= listed[name, module][1]
 
 
 def test_the_page_fits_a_phone_and_large_type(visit, service, hostile, recording):
@@ -1260,8 +1260,8 @@ def test_the_page_fits_a_phone_and_large_type(visit, service, hostile, recording
         assert outside(view) == []
 
 
-def test_the_focus_is_seen_wherever_it_goes(visit, service, recording):
-    """Tab reaches each control once, and each looks otherwise with the focus than without."""
+def test_the_focus_is_always_visible(visit, service, recording):
+    """Tab reaches each control once, and each looks different with the focus."""
     view = visit(f"{service.url}{recording.address}&q=%7Bservice%3D%22chain%22%7D&focus=outer")
     page = view.page
     view.click_box("outer")
