@@ -3,53 +3,50 @@
 //   import {FlameGraphView} from "./graph.js";
 //   const view = new FlameGraphView(container, {onZoom, onSelect, onHover});
 //
-// `container` is an empty block element; the view fills its width and is as high as its rows, at
-// most `--flame-max-height` (graph.css; default 78vh), beyond which it scrolls inside. The page
-// loads graph.css beside its own style sheet.
+// `container` is an empty block element. The view fills its width and is as high as its rows, at most
+// `--flame-max-height` (graph.css; default 78vh), beyond which it scrolls. The page loads graph.css.
 //
 // Methods
 //   show(response, {view, colour, factsOf, zoomPath, arrivedAt})
-//       Draw a response of /api/v1/flamegraph, or a view of a comparison (layout.js), at once. view:
-//       "icicle" (root on top; the default) or "flame". colour: "kind" (default), "module", "self"
-//       or "change". factsOf(box): what the tooltip says of a box, {rows: [[name, value, share], ...],
-//       hint}; left out, what it costs. zoomPath: null, or frames
-//       [[function, module, kind], ...] from below the overall root, as onZoom gives them: zoom
-//       into that node inside of this response (as far down as it is there). arrivedAt:
-//       performance.now() of the response's arrival, where the measure `everflame:first-paint`
-//       begins. Every call gives all options: what is left out has its default.
-//       A response without boxes (empty, or a total of 0) is drawn as nothing, 0 px high.
-//   highlight(searched)    Light up boxes whose function or module has this text, or those of one
-//                        {function, module}; "" ends it. Survives show(). Gives {index, count} as
-//                        step() does.
-//   step(+1 | -1)        Select the next or previous match, scroll to it: {index, count}, index
-//                        counts from 1, 0 when none is selected. Wraps around.
-//   select(id | null)    Select the box with this node id (16 hex digits), scroll to it. Gives
-//                        whether it is there. Does not call onSelect.
-//   recolour()           Read the colours again. Called by itself when the system's scheme or what is
-//                        set on <html> changes.
-//   dim(isDim)           Show that what is drawn is out of date.
+//       Draw a response of /api/v1/flamegraph, or a view of a comparison (tree.js). view: "icicle"
+//       (root on top; the default) or "flame". colour: "kind" (default), "module", "self" or
+//       "change". factsOf(box) returns the tooltip's facts, {rows: [[name, value, share], ...], hint};
+//       by default the costs. zoomPath: null, or the path of a node as onZoom passes it: zoom into
+//       that node, or into the deepest one on the path that the response has. arrivedAt:
+//       performance.now() when the response arrived, the start of the measure
+//       `everflame:first-paint`. An option that is left out has its default, not its last value.
+//       A response without boxes (empty, or a total of 0) is drawn 0 px high.
+//   highlight(searched)  Highlight the boxes whose function or module contains this text, or those of
+//                        one {function, module}; "" ends it. Survives show(). Returns {index, count}
+//                        as step() does.
+//   step(+1 | -1)        Select the next or previous match and scroll to it. Wraps around. Returns
+//                        {index, count}; index counts from 1, 0 when none is selected.
+//   select(id | null)    Select the box with this node id (16 hex digits) and scroll to it, without
+//                        calling onSelect. Returns whether it exists.
+//   recolour()           Read the colours again. The view does so itself when the system's scheme or
+//                        an attribute of <html> changes.
+//   dim(isDim)           Show that the graph is out of date.
 //   focus()              Put the keyboard focus on the graph.
-//   width                Pixels (CSS) that the graph is wide: what to ask the service for.
+//   width                The graph's width in CSS pixels, to request boxes for.
 //
-// Callbacks (each may be left out)
-//   onZoom(id, path)     The user zoomed to this node; the view has already drawn it from what it
-//                        has. id: 16 hex digits, null for the overall root. path: frames
+// Callbacks (all optional)
+//   onZoom(id, path)     The user zoomed to this node, and the view has drawn it from the current
+//                        response. id: 16 hex digits, null for the overall root. path: frames
 //                        [[function, module, kind], ...] from below the overall root, the node last.
-//                        When the node lies above this response's root there is nothing yet to draw:
-//                        the view stays as it is until show().
+//                        A node above this response's root is drawn only by the next show().
 //   onSelect(box | null) The user selected a box (click, arrows, step) or nothing.
-//   onHover(box | null)  The pointer is on another box.
+//   onHover(box | null)  The pointer moved to another box.
 //   box: {id, path, frame: {function, module, kind, file, line}, total, self, samples, depth,
 //         shareOfAll, isRest, verdict, before, after, cause}
-//       total, self in the response's unit (self is null for ancestors above the response's root);
-//       shareOfAll is of the response's `total`; depth 0 is the overall
-//       root; isRest: a sum of boxes too narrow to draw (its id and path are its parent's). Of a
-//       comparison alone: what it says of the box, both sides in its unit, and the frame of what
-//       changed below it, which made most of the box's own difference, or null.
+//       total and self are in the response's unit (self is null above the response's root);
+//       shareOfAll is of the response's total; depth 0 is the overall root; isRest: a sum of boxes
+//       too narrow to draw (with the id and path of its parent). Only in a comparison: verdict, both
+//       sides in the response's unit, and the frame of the changed descendant that made most of the
+//       box's difference, or null.
 //
 // Measures for benchmarks (performance.getEntriesByName):
-//   everflame:first-paint   from the response's arrival until it is painted
-//   everflame:zoom          from the click or key until it is painted; what the callbacks do is in it
+//   everflame:first-paint   from the response's arrival to its painting
+//   everflame:zoom          from the click or key to the painting, including the callbacks
 
 import { costRows, describeBox, spokenGraph, spokenNode, tooltipHead } from "./describe.js";
 import { neighbour } from "./layout.js";

@@ -18,12 +18,12 @@ const TEXT_INSET_PX = 4;
 const TEXT_LEAST_PX = 30;
 const CACHED_TEXTS = 20000;
 
-/** Draws boxes; keeps colours, shortened names and hatchings for the next time. */
+/** Draws boxes; caches colours, shortened names and hatchings. */
 export class Painter {
   #root;
   #canvas;
   #context;
-  /** What is being drawn, see `paint`. */
+  /** The arguments of `paint`. */
   #scene = null;
   #scheme = null;
   #colours = new Map();
@@ -40,7 +40,7 @@ export class Painter {
 
   /**
    * Draw what the viewport shows. `colour` is "kind", "module", "self" or "change", `zoomed` the node
-   * at full width, `matches` what a search has found (Matches).
+   * at full width, `matches` the search's matches (Matches).
    */
   paint({ graph, viewport, colour, zoomed, matches }) {
     this.#scene = { graph, boxes: viewport.boxes, colour, zoomed, matches };
@@ -59,7 +59,7 @@ export class Painter {
     }
   }
 
-  /** Let go of colours: another tree has other frames by the same numbers. */
+  /** Drop cached colours: in another tree the same numbers are other frames. */
   forgetColours() {
     this.#colours.clear();
   }
@@ -69,7 +69,7 @@ export class Painter {
     const { x, width, node, cutEnd, rowStart } = this.#scene.boxes;
     const height = ROW_PX - GAP_PX;
     for (let i = rowStart[row]; i < rowStart[row + 1]; i += 1) {
-      // On whole device pixels edges stay sharp, and neighbours neither overlap nor gape.
+      // Whole device pixels keep edges sharp, without overlaps or gaps between neighbours.
       const start = Math.round(x[i] * ratio) / ratio;
       const end = Math.min(right, Math.round((x[i] + width[i]) * ratio) / ratio);
       const gap = width[i] > 3 ? GAP_PX : 0;
@@ -92,7 +92,7 @@ export class Painter {
     }
   }
 
-  // Marks say without colour what changes are.
+  // Marks show verdicts without colour.
   #drawMark({ mark, line }, start, top, width, ratio) {
     const context = this.#context;
     if (mark === "hatched") {
@@ -140,7 +140,7 @@ export class Painter {
     return this.#frameColour(frame, key, 0, change);
   }
 
-  // What changed keeps its colour when it is found: the colour is the response.
+  // A match keeps the colour of its verdict: that colour is what the reader looks for.
   #colourOfChange(node, isSum, isFound) {
     const { isDark } = this.#scheme;
     const { graph, matches } = this.#scene;
@@ -169,7 +169,7 @@ export class Painter {
     let text = this.#texts.get(key);
     if (text === undefined) {
       text = shorten(name, length);
-      // Other scripts are wider than the font's cell.
+      // Characters of other scripts are wider than the font's cell.
       for (
         let fit = length - 1;
         fit > 0 && !isAscii(text) && this.#measure(text) > width;
@@ -239,7 +239,7 @@ function isDarkColour(colour) {
 
 function isAscii(text) {
   for (let i = 0; i < text.length; i += 1) {
-    // The ellipsis is of the font's own width.
+    // The ellipsis has the font's width.
     if (text.charCodeAt(i) > 126 && text[i] !== "…") return false;
   }
   return true;

@@ -1,4 +1,4 @@
-// Panel: all that is known of the selected box or function, and what can be done with it.
+// Panel: details of the selected box or function, and actions on it.
 
 import { button, el } from "./dom.js";
 import { cores, counted, cpuTime, number, place, safeName, share } from "./format.js";
@@ -24,8 +24,8 @@ export class DetailPanel {
   }
 
   /**
-   * Show a box of the graph. `labelName` is the label whose value it is, if that is known; `files`
-   * are [module, path, build id] of those that its module may be.
+   * Show a box of the graph. `labelName` is the label whose value it is, if known; `files` are
+   * [module, path, build id] of the files that its module may be.
    */
   showBox(box, { windowMs, labelName, files, isZoomed, isCallers }) {
     const { frame } = box;
@@ -78,7 +78,7 @@ export class DetailPanel {
     this.#show(frame.function, facts, actions);
   }
 
-  /** Show a function of the table: all its boxes together. */
+  /** Show a function of the table, the sum of all its boxes. */
   showFunction(row, { windowMs, total, files, isCallers }) {
     const facts = moduleFacts(row, files);
     if (row.file) facts.push(["Source", safeName(row.file)]);
