@@ -161,7 +161,7 @@ static __always_inline bool is_selected(u32 pid, u64 start_ns)
 {
 	u64 *start = selected.lookup(&pid);
 
-	return start && (*start_of == 0 || *start_of == start_ns);
+	return start && (*start == 0 || *start == start_ns);
 }
 #else
 static __always_inline bool is_selected(u32 pid, u64 start_ns)
@@ -387,7 +387,7 @@ int on_free(struct bpf_raw_tracepoint_args *ctx)
 	if (kernel_u32(ctx->args[0] + TASK_PID) != pid)
 		return 0;
 	start = selected.lookup(&pid);
-	if (start && *start_of == start_ns)
+	if (start && *start == start_ns)
 		selected.delete(&pid);
 	return 0;
 }
