@@ -22,13 +22,11 @@ records every process starts anew. If the mappings are not known, the table is e
 import logging
 import os
 import time
-from bisect import bisect_right, insort
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 from bpf.records import (
     PERF_RECORD_COMM,
@@ -37,9 +35,9 @@ from bpf.records import (
     PERF_RECORD_MMAP2,
     Record,
     Rings,
-    decode_mmap2,
     decode_task,
 )
+from profiler.processes.mapping_log import EXITED, NEVER_NS, RECORD_BYTES, Base, MappingLog, time_of
 from symbolizer.maps import Mapping, MappingTable, parse_maps
 
 log = logging.getLogger(__name__)
@@ -52,15 +50,7 @@ MAX_LOG_BYTES = 16 << 20
 processes need a snapshot, and `dropped_logs` says how many they were."""
 
 _FOLD_RECORDS = 64  # JIT compilers may map without end: longer logs are folded into the base
-_MAX_TABLES = 8  # of one process; two or three are in use within one drain
-_RECORD_BYTES = 170  # what a Record occupies besides its raw bytes
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
-_NEVER_NS = 1 << 63
-
-_UNKNOWN = MappingTable.of(())
-_EXITED = MappingTable.of((), "[exited]")
-_LATER = b"\0later"  # no path holds a NUL
-_time_of = itemgetter(0)
 
 
 class AddressSpaces:
@@ -84,10 +74,10 @@ class AddressSpaces:
         self._rings = rings
         self._proc = str(proc)
         self._trusted_ns = self._newest_ns = rings.opened_ns
-        self._current: dict[int, _Process] = {}
-        self._past: dict[int, list[_Process]] = {}
-        self._ended: deque[_Process] = deque()
-        self._long: set[_Process] = set()
+        self._current: dict[int, MappingLog] = {}
+        self._past: dict[int, list[MappingLog]] = {}
+        self._ended: deque[MappingLog] = deque()
+        self._long: set[MappingLog] = set()
 
     def poll(self) -> None:
         """Append what the kernel has recorded to the logs."""
@@ -104,7 +94,7 @@ class AddressSpaces:
         """
         process = self._current.get(pid)
         if process is None:
-            process = self._add(_Process(pid, self._trusted_ns))
+            process = self._add(MappingLog(pid, self._trusted_ns))
         if at_ns >= process.begin_ns:
             return self._table(process, at_ns, start_ns)
         newer = process
@@ -114,7 +104,7 @@ class AddressSpaces:
             if older.begin_ns <= at_ns:
                 return self._table_in_gap(older, newer, start_ns)
             newer = older
-        return _EXITED
+        return EXITED
 
     def parent_of(self, pid: int) -> int | None:
         """Return the parent of a process, also one that has exited; None if no record names it."""
@@ -143,7 +133,7 @@ class AddressSpaces:
         records, gaps = self._rings.read()
         if gaps:
             start_ns = min(gap.start_ns for gap in gaps)
-            before = bisect_right(records, start_ns, key=_time_of)
+            before = bisect_right(records, start_ns, key=time_of)
             self._append(records[:before])
             self._cut(start_ns, max(gap.end_ns for gap in gaps))
             records = records[before:]
@@ -164,11 +154,11 @@ class AddressSpaces:
                     self._ended.append(process)
             else:
                 if process is None:
-                    process = self._add(_Process(pid, trusted_ns))
+                    process = self._add(MappingLog(pid, trusted_ns))
                 process.exit_ns = 0  # only its first thread had exited
                 if type_ == PERF_RECORD_MMAP2:
                     process.append(record)
-                    self.log_bytes += len(raw) + _RECORD_BYTES
+                    self.log_bytes += len(raw) + RECORD_BYTES
                 elif type_ == PERF_RECORD_COMM:
                     process.execs += (time_ns,)
                 if len(process.records) + len(process.execs) > _FOLD_RECORDS:
@@ -176,19 +166,21 @@ class AddressSpaces:
         if records:
             self._newest_ns = records[-1].time_ns
 
-    def _add(self, process: "_Process") -> "_Process":
+    def _add(self, process: "MappingLog") -> "MappingLog":
         self._current[process.pid] = process
         return process
 
-    def _add_child(self, fork: Record, old: "_Process | None") -> None:
+    def _add_child(self, fork: Record, old: "MappingLog | None") -> None:
         parent_pid = decode_task(fork).parent_pid
-        parent = self._current.get(parent_pid) or self._add(_Process(parent_pid, self._trusted_ns))
+        parent = self._current.get(parent_pid) or self._add(
+            MappingLog(parent_pid, self._trusted_ns)
+        )
         if old is not None:
             del self._current[fork.pid]
             self._retire(old, fork.time_ns - 1)
-        self._add(_Process(fork.pid, fork.time_ns, parent))
+        self._add(MappingLog(fork.pid, fork.time_ns, parent))
 
-    def _retire(self, process: "_Process", end_ns: int) -> None:
+    def _retire(self, process: "MappingLog", end_ns: int) -> None:
         process.end_ns = end_ns
         self._past.setdefault(process.pid, []).append(process)
         self._ended.append(process)
@@ -215,12 +207,12 @@ class AddressSpaces:
                 is_current = self._current.get(process.pid) is process
                 self._drop(process)
                 if is_current:
-                    again = self._add(_Process(process.pid, self._newest_ns))
+                    again = self._add(MappingLog(process.pid, self._newest_ns))
                     again.exit_ns = process.exit_ns
                     self._ended.append(again)
         log.warning("dropped logs total=%d", self.dropped_logs)
 
-    def _settle_children(self, process: "_Process") -> None:
+    def _settle_children(self, process: "MappingLog") -> None:
         """Work out what its children have from it, while that can still be known.
 
         Only for children that still use it, or have children themselves that may.
@@ -232,7 +224,7 @@ class AddressSpaces:
             if child.base is None and (runs_on_it or child.children):
                 self._table(child, child.begin_ns)
 
-    def _drop(self, process: "_Process") -> None:
+    def _drop(self, process: "MappingLog") -> None:
         self.log_bytes -= process.clear()
         self._long.discard(process)
         if self._current.get(process.pid) is process:
@@ -243,26 +235,28 @@ class AddressSpaces:
             if not past:
                 del self._past[process.pid]
 
-    def _fold(self, process: "_Process", until_ns: int) -> None:
+    def _fold(self, process: "MappingLog", until_ns: int) -> None:
         """Replace the records up to a time by the state they lead to."""
         changes_ns = [*process.execs, *(record.time_ns for record in process.records)]
         moment_ns = max((t for t in changes_ns if t <= until_ns), default=0)
         if not moment_ns or (process.base is not None and process.base.end_ns > moment_ns):
             return
         table = None
-        if process.base or process.parent or min(process.execs, default=_NEVER_NS) <= moment_ns:
+        if process.base or process.parent or min(process.execs, default=NEVER_NS) <= moment_ns:
             table = self._table(process, moment_ns)
         self.log_bytes -= process.fold(moment_ns, table)
         if len(process.records) + len(process.execs) <= _FOLD_RECORDS:
             self._long.discard(process)
 
-    def _table(self, process: "_Process", at_ns: int, start_ns: int | None = None) -> MappingTable:
+    def _table(
+        self, process: "MappingLog", at_ns: int, start_ns: int | None = None
+    ) -> MappingTable:
         """Return a process's table, working out its base if need be.
 
         The oldest ancestor that it depends on comes first: its snapshot serves all its children,
         of which most are gone by now.
         """
-        chain: list[tuple[_Process, int]] = []
+        chain: list[tuple[MappingLog, int]] = []
         ancestor, moment_ns = process, at_ns
         while (table := ancestor.table_at(moment_ns)) is None:
             chain.append((ancestor, moment_ns))
@@ -270,28 +264,28 @@ class AddressSpaces:
                 break
             moment_ns, ancestor = ancestor.begin_ns, ancestor.parent
         for descendant, moment_ns in reversed(chain):
-            base = table and _Base(table, descendant.begin_ns, descendant.begin_ns)
-            if table is None or table.missing == _EXITED.missing:
+            base = table and Base(table, descendant.begin_ns, descendant.begin_ns)
+            if table is None or table.missing == EXITED.missing:
                 asked_start_ns = start_ns if descendant is process else None
                 base = self._snapshot(descendant, moment_ns, asked_start_ns) or base
-            descendant.settle(base or _Base(_EXITED, 0, 0))
+            descendant.settle(base or Base(EXITED, 0, 0))
             table = descendant.table_at(moment_ns)
         assert table is not None
         return table
 
     def _table_in_gap(
-        self, older: "_Process", newer: "_Process", start_ns: int | None
+        self, older: "MappingLog", newer: "MappingLog", start_ns: int | None
     ) -> MappingTable:
         """Return what was mapped both before and after the gap, so most likely also within it."""
         if newer.was_forked:
-            return _EXITED
+            return EXITED
         if older.bridge is None:
             before = self._table(older, older.end_ns, start_ns)
             after = self._table(newer, newer.begin_ns, start_ns)
             older.bridge = _common(before, after)
         return older.bridge
 
-    def _snapshot(self, process: "_Process", at_ns: int, start_ns: int | None) -> "_Base | None":
+    def _snapshot(self, process: "MappingLog", at_ns: int, start_ns: int | None) -> "Base | None":
         """Read /proc/PID/maps, if that still shows what the process had mapped at `at_ns`.
 
         The rings are read again afterwards: only so it is known whether the process started
@@ -313,7 +307,7 @@ class AddressSpaces:
             return None
         if start_ns is not None and start_ns // _TICK_NS != start_ticks:
             return None
-        return _Base(MappingTable.of(mappings), begin_ns, end_ns)
+        return Base(MappingTable.of(mappings), begin_ns, end_ns)
 
     def _start_ticks(self, pid: int) -> int | None:
         """Return starttime, field 22 of /proc/PID/stat, unique to a pid (proc_pid_stat(5))."""
@@ -323,7 +317,7 @@ class AddressSpaces:
             return None
         return int(stat.rpartition(b")")[2].split()[19])
 
-    def _read_maps(self, process: "_Process") -> list[Mapping] | None:
+    def _read_maps(self, process: "MappingLog") -> list[Mapping] | None:
         """Read the mappings, from another thread when the first one has exited.
 
         There are none where the kernel forbids it (ptrace(2), "access mode checking"). Paths are
@@ -351,191 +345,10 @@ class AddressSpaces:
             return []
 
 
-class _Base(NamedTuple):
-    """A state that does not come from the log. It was seen at some moment of the interval."""
-
-    table: MappingTable
-    begin_ns: int
-    end_ns: int
-
-
-class _Process:
-    """One use of a pid, with its log: all generations of a process.
-
-    Attributes:
-        begin_ns: its fork, or the time from which on its records are complete.
-        end_ns: the last moment that its log covers.
-        exit_ns: when its first thread exited; 0 while that runs, or if others turned up later.
-        parent: whose mappings it began with; None when that is no longer needed.
-        parent_pid: who forked it; 0 if that was before the records.
-        children: those whose `parent` it is.
-        records: MMAP2 records by time.
-        execs: when it started another program.
-        bridge: its table within the gap that ended it.
-    """
-
-    __slots__ = (
-        "_tables",
-        "base",
-        "begin_ns",
-        "bridge",
-        "children",
-        "end_ns",
-        "execs",
-        "exit_ns",
-        "parent",
-        "parent_pid",
-        "pid",
-        "records",
-        "was_forked",
-    )
-
-    def __init__(self, pid: int, begin_ns: int, parent: "_Process | None" = None) -> None:
-        self.pid = pid
-        self.begin_ns = begin_ns
-        self.end_ns = _NEVER_NS
-        self.exit_ns = 0
-        self.was_forked = parent is not None
-        self.parent = parent
-        self.parent_pid = parent.pid if parent else 0
-        self.children: set[_Process] = set()
-        self.base: _Base | None = None
-        self.bridge: MappingTable | None = None
-        self.records: list[Record] = []
-        self.execs: tuple[int, ...] = ()
-        self._tables: dict[int, MappingTable] = {}
-        if parent is not None:
-            parent.children.add(self)
-
-    @property
-    def ended_ns(self) -> int:
-        return self.end_ns if self.end_ns != _NEVER_NS else self.exit_ns
-
-    def append(self, record: Record) -> None:
-        if self.records and record.time_ns < self.records[-1].time_ns:
-            insort(self.records, record, key=_time_of)  # two threads of it mapped at once
-            self._tables.clear()
-        else:
-            self.records.append(record)
-
-    def settle(self, base: _Base) -> None:
-        self.base = base
-        self._leave_parent()
-
-    def fold(self, moment_ns: int, table: MappingTable | None) -> int:
-        """Forget what happened up to a moment at which `table` was the state.
-
-        Returns the bytes that were freed. Without a table nothing is known of the time before.
-        """
-        if table is None:
-            self.begin_ns = moment_ns
-        else:
-            self.settle(_Base(table, moment_ns, moment_ns))
-        count = bisect_right(self.records, moment_ns, key=_time_of)
-        freed = _bytes_of(self.records[:count])
-        del self.records[:count]
-        self.execs = tuple(t for t in self.execs if t > moment_ns)
-        return freed
-
-    def clear(self) -> int:
-        """Untie it from its relatives and forget its log. Returns the bytes that were freed."""
-        self._leave_parent()
-        for child in self.children:
-            child.parent = None
-        self.children.clear()
-        freed = _bytes_of(self.records)
-        self.records.clear()
-        return freed
-
-    def _leave_parent(self) -> None:
-        if self.parent is not None:
-            self.parent.children.discard(self)
-            self.parent = None
-
-    def table_at(self, at_ns: int) -> MappingTable | None:
-        """Return the table at a time; None when that depends on a base that is not known yet."""
-        from_ns = max((t for t in self.execs if t <= at_ns), default=0)
-        first = _UNKNOWN
-        if not from_ns:
-            if self.base is None:
-                return None
-            if at_ns < self.base.end_ns:
-                return self._table_before(self.base, at_ns)
-            first, from_ns, _ = self.base
-        start = bisect_right(self.records, from_ns, key=_time_of)
-        end = bisect_right(self.records, at_ns, key=_time_of)
-        if start >= end:
-            return first
-        key = self.records[end - 1].time_ns
-        table = self._tables.get(key)
-        if table is None:
-            nearest_ns = max((t for t in self._tables if from_ns < t < key), default=0)
-            if nearest_ns:
-                first = self._tables[nearest_ns]
-                start = bisect_right(self.records, nearest_ns, key=_time_of)
-            changed = (*first.mappings, *_mappings_of(self.records[start:end]))
-            table = MappingTable.of(changed, first.missing)
-            if table.mappings == first.mappings:
-                table = first
-            self._keep(key, table)
-        return table
-
-    def _table_before(self, base: _Base, at_ns: int) -> MappingTable:
-        """Return the table at a time before the base was seen: what has not been mapped since."""
-        if any(at_ns < t <= base.end_ns for t in self.execs):
-            return _EXITED
-        start = bisect_right(self.records, at_ns, key=_time_of)
-        end = bisect_right(self.records, base.end_ns, key=_time_of)
-        if start >= end:
-            return base.table
-        key = -self.records[start].time_ns
-        table = self._tables.get(key)
-        if table is None:
-            later = [replace(m, path=_LATER) for m in _mappings_of(self.records[start:end])]
-            both = MappingTable.of((*base.table.mappings, *later))
-            earlier = (m for m in both.mappings if m.path != _LATER)
-            table = MappingTable.of(earlier, base.table.missing)
-            self._keep(key, table)
-        return table
-
-    def _keep(self, key: int, table: MappingTable) -> None:
-        if len(self._tables) >= _MAX_TABLES:
-            del self._tables[min(self._tables, key=abs)]
-        self._tables[key] = table
-
-
 def _inside(root: bytes, mapping: Mapping) -> Mapping:
     if mapping.path.startswith(root + b"/"):
         return replace(mapping, path=mapping.path.removeprefix(root))
     return mapping
-
-
-def _bytes_of(records: Sequence[Record]) -> int:
-    return sum(len(record.raw) for record in records) + len(records) * _RECORD_BYTES
-
-
-def _mappings_of(records: Sequence[Record]) -> list[Mapping]:
-    """Decode records, each different one once: JIT compilers write the same ones all the time."""
-    latest: dict[bytes, Record] = {}
-    for record in records:
-        content = record.raw[16:-8]
-        latest.pop(content, None)
-        latest[content] = record
-    mappings = []
-    for record in latest.values():
-        mmap2 = decode_mmap2(record)
-        mappings.append(
-            Mapping(
-                mmap2.start,
-                mmap2.start + mmap2.size,
-                mmap2.file_offset,
-                mmap2.path,
-                mmap2.device,
-                mmap2.inode,
-                mmap2.build_id,
-            )
-        )
-    return mappings
 
 
 def _common(before: MappingTable, after: MappingTable) -> MappingTable:
