@@ -10,7 +10,6 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from bpf import syscalls
 from bpf.errors import BpfError
+from bpf.room import Extent, Room
 
 Rows = npt.NDArray[np.void]
 
@@ -170,13 +170,13 @@ class Tables:
         self._fixed_bytes = FIXED_BYTES + cpus * BYTES_PER_CPU
         self._limit_bytes = limit_bytes
         self._shards: list[_Shard] = []
-        self._rows = _Room()
-        self._pages = _Room()
+        self._rows = Room()
+        self._pages = Room()
         self._pages.add(0, PAGES_CAPACITY)
-        self._loaded: dict[int, _Loaded] = {}
-        self._mappings = _Room()
+        self._loaded: dict[int, _LoadedTable] = {}
+        self._mappings = Room()
         self._mappings.add(0, MAPPINGS_CAPACITY)
-        self._spaces: dict[int, _Extent] = {}
+        self._spaces: dict[int, Extent] = {}
         self._processes = _ProcessPlaces(fds["processes"])
         self._requests = _RingBuffer(fds["requests"])
         self._add_shard(fds["shard"])
@@ -232,7 +232,7 @@ class Tables:
             self._fds["pages"], np.arange(place.first, place.first + span, dtype=np.uint32), entries
         )
         value = np.array([(TableState.LOADED, low, span, place.first)], TABLE)
-        self._loaded[table] = _Loaded(used, place, value.tobytes())
+        self._loaded[table] = _LoadedTable(used, place, value.tobytes())
 
     def unload(self, table: int) -> None:
         """Unload a table's rows. No executable may refer to it any more."""
@@ -289,9 +289,9 @@ class Tables:
 
     # Room for rows.
 
-    def _take_rows(self, needed: int, largest: int) -> list["_Extent"]:
+    def _take_rows(self, needed: int, largest: int) -> list[Extent]:
         """Take extents that hold so many rows, even when each wastes most of a page at its end."""
-        taken: list[_Extent] = []
+        taken: list[Extent] = []
         room = 0
         while room < needed:
             extent = self._rows.take_largest(largest)
@@ -315,10 +315,10 @@ class Tables:
         return is_within and len(self._shards) < SHARDS_CAPACITY
 
     def _fill(
-        self, extents: list["_Extent"], pages: Rows, rows: Rows, entries: Rows, low: int
-    ) -> list["_Extent"]:
+        self, extents: list[Extent], pages: Rows, rows: Rows, entries: Rows, low: int
+    ) -> list[Extent]:
         """Put whole pages into one extent after the other; return those parts that were used."""
-        used: list[_Extent] = []
+        used: list[Extent] = []
         left = list(reversed(extents))
         ends = np.cumsum(pages["count"].astype(np.int64))
         done = begun = 0
@@ -329,7 +329,9 @@ class Tables:
             self._shards[extent.shard].write(extent.first, rows[done : done + size])
             here = entries[pages["number"][begun:end].astype(np.int64) - low]
             here["count"] = pages["count"][begun:end]
-            here["first"] = ends[begun:end] - here["count"] - done + extent.place
+            here["first"] = (
+                ends[begun:end] - here["count"] - done + extent.shard * SHARD_ROWS + extent.first
+            )
             entries[pages["number"][begun:end].astype(np.int64) - low] = here
             used.append(self._rows.cut(extent, size))
             done, begun = done + size, end
@@ -343,76 +345,10 @@ class Tables:
         self._rows.add(number, SHARD_ROWS)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class _Extent:
-    shard: int
-    first: int
-    count: int
-
-    @property
-    def end(self) -> int:
-        return self.first + self.count
-
-    @property
-    def place(self) -> int:
-        """Where it begins, counted through all shards."""
-        return self.shard * SHARD_ROWS + self.first
-
-
-class _Loaded(NamedTuple):
-    rows: list[_Extent]
-    pages: _Extent
+class _LoadedTable(NamedTuple):
+    rows: list[Extent]
+    pages: Extent
     value: bytes
-
-
-class _Room:
-    """Places that are free, as extents that are as large as can be."""
-
-    def __init__(self) -> None:
-        self._free: list[_Extent] = []
-        self._left: list[_Extent] = []
-
-    def add(self, shard: int, count: int) -> None:
-        self.put_back([_Extent(shard, 0, count)])
-
-    def take(self, count: int) -> _Extent | None:
-        """Take the first extent that is large enough, and put back what is over."""
-        for extent in self._free:
-            if extent.count >= count:
-                self._free.remove(extent)
-                return self.cut(extent, count)
-        return None
-
-    def take_largest(self, least: int) -> _Extent | None:
-        largest = max(self._free, key=lambda each: each.count, default=None)
-        if largest is None or largest.count < least:
-            return None
-        self._free.remove(largest)
-        return largest
-
-    def cut(self, extent: _Extent, count: int) -> _Extent:
-        rest = _Extent(extent.shard, extent.first + count, extent.count - count)
-        self.put_back([rest])
-        return replace(extent, count=count)
-
-    def leave(self, extents: Sequence[_Extent]) -> None:
-        """Take these back, to be used again after `settle`."""
-        self._left.extend(extents)
-
-    def settle(self) -> None:
-        if self._left:
-            self.put_back(self._left)
-            self._left.clear()
-
-    def put_back(self, extents: Sequence[_Extent]) -> None:
-        merged: list[_Extent] = []
-        for each in sorted(each for each in (*self._free, *extents) if each.count):
-            last = merged[-1] if merged else None
-            if last and (last.shard, last.end) == (each.shard, each.first):
-                merged[-1] = replace(last, count=last.count + each.count)
-            else:
-                merged.append(each)
-        self._free = merged
 
 
 class _Shard(NamedTuple):
@@ -444,7 +380,7 @@ class _ProcessPlaces:
         self._words = memoryview(self._memory).cast("Q")
         self._next = 0
 
-    def put(self, pid: int, start_ns: int, exec_id: int, space: int, mappings: _Extent) -> None:
+    def put(self, pid: int, start_ns: int, exec_id: int, space: int, mappings: Extent) -> None:
         """Put it into a place. If all are taken, another process loses its own and asks again."""
         places = list(self._places(pid))
         pids = [self._pid_at(place) for place in places]

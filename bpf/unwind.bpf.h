@@ -7,6 +7,19 @@
  * Each step leaves one frame by the rule that the compiler wrote into .eh_frame for that very
  * instruction (DWARF 5, 6.4). Where there is no rule, because a runtime compiled the code or the
  * table is not here yet, saved frame pointers are followed for that step, each checked.
+ *
+ * What it takes from the file that includes it, because bcc knows maps only in the file that it
+ * compiles (declared below):
+ *
+ *     lookup_process(pid, nth)                the process in the pid's nth place
+ *     lookup_mapping(first, count, address)   the mapping of an address space at an address
+ *     lookup_known_space(space)               this CPU's known rules of an address space
+ *     lookup_table(executable)                an executable's table
+ *     lookup_page(place), lookup_row(page, low, high)   a table's page, and the row in force there
+ *     send_request(request)                   ask user space for what is missing
+ *
+ * and as -D constants: STOP_*, CFA_*, RBP_*, TABLE_*, GO_ON, FOUND, FRAMES_PER_PROGRAM, MAX_USER_WORDS,
+ * PAGE_BITS, BLOCK_BITS, KNOWN_FRAMES, PROCESS_PLACES, TASK_FLAGS, TASK_MM.
  */
 #ifndef EVERFLAME_UNWIND_BPF_H
 #define EVERFLAME_UNWIND_BPF_H
@@ -20,6 +33,14 @@
 #define WORD 8
 
 #define DWARF_REGISTERS 16
+
+static __always_inline struct process *lookup_process(u32 pid, u32 nth);
+static __always_inline struct mapping *lookup_mapping(u32 first, u32 count, u64 address);
+static __always_inline struct known_space *lookup_known_space(u32 space);
+static __always_inline struct table *lookup_table(u32 executable);
+static __always_inline struct page *lookup_page(u32 place);
+static __always_inline struct row *lookup_row(const struct page *page, u32 low, u32 *high);
+static __always_inline void send_request(struct request *request);
 
 /* struct rt_sigframe at rsp when a handler has returned: ucontext, whose registers begin at 40. */
 #define SIGNAL_REGISTERS_OFFSET 40

@@ -22,11 +22,11 @@ from typing import Any
 from bpf import syscalls
 from bpf.errors import SyscallError
 from bpf.sampler import SamplerConfig
-from profiler.agent.recorder import Recorder, rss_bytes
+from profiler.agent.recorder import Recorder
 from profiler.agent.signals import ENDING, Signals
 from profiler.agent.status import StatusSocket, uploader_state
 from profiler.agent.supervise import Child, RefusedError, host_lock
-from profiler.agent.window import Edges, deviation
+from profiler.agent.window import Edges, deviation, rss_bytes
 from profiler.processes.rules import Rules
 from storage.objects.open import default_store_url
 from storage.profile import GOOD_STOPS, Accounting, Profile

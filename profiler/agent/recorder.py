@@ -8,41 +8,31 @@ with its process was put aside when it was first seen.
 import contextlib
 import ctypes
 import os
-import resource
 import select
 import socket
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
 
 from bpf import perf_event
 from bpf.records import Rings
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import Drain, RawSample, Words
 from profiler.agent.unwind_tables import Unwinding
+from profiler.agent.window import Numbers, OpenWindow
 from profiler.processes.address_spaces import AddressSpaces
 from profiler.processes.generations import parent_in_proc
 from profiler.processes.labels import Labeler
 from profiler.processes.rules import Rules
-from storage.profile import (
-    Accounting,
-    Host,
-    Labels,
-    Loss,
-    Profile,
-    ProfileBuilder,
-    Window,
-)
+from storage.profile import Accounting, Host, Profile
 from symbolizer.digest import blake2b
 from symbolizer.location import AddressLocation, Location
 from symbolizer.maps import MappingTable
@@ -56,11 +46,7 @@ _SCAN_PERIOD_S = 5.0
 """How often new services are looked for in /proc. Their first seconds are found all the same: a
 process's start is known."""
 
-Numbers = npt.NDArray[np.int32]
-
 _M_MMAP_THRESHOLD = -3  # malloc.h
-
-_TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
 def this_host() -> Host:
@@ -133,7 +119,7 @@ class Recorder:
             commands=commands,
         )
         self._next_scan_s = 0.0
-        self._window = _OpenWindow(self.period_ns)
+        self._window = OpenWindow(self.period_ns)
 
     def __enter__(self) -> Self:
         return self
@@ -160,7 +146,7 @@ class Recorder:
         """Begin to tick. A command that still waits to exec is not looked at as what it is now."""
         if not self._commands:
             self._scan()
-        self._window = _OpenWindow(self.period_ns)
+        self._window = OpenWindow(self.period_ns)
         self.sampler.start()
 
     def stop(self) -> None:
@@ -212,7 +198,7 @@ class Recorder:
             return self._name(edge_ns)
 
     def _name(self, edge_ns: int | None) -> Profile:
-        window, self._window = self._window, _OpenWindow(self.period_ns, edge_ns)
+        window, self._window = self._window, OpenWindow(self.period_ns, edge_ns)
         window.end(self._window, edge_ns)
         builder = window.builder
         unnamed = builder.unnamed_locations()
@@ -318,102 +304,6 @@ class Cost:
             self.cpu_ns[part] += time.thread_time_ns() - begun
 
 
-class _OpenWindow:
-    """What has been counted since a moment, and what the clocks said at that moment."""
-
-    def __init__(self, period_ns: int, edge_ns: int | None = None) -> None:
-        self.builder = ProfileBuilder(period_ns)
-        self.known_words: WeakKeyDictionary[MappingTable, dict[int, int]] = WeakKeyDictionary()
-        """By process image: numbers of its words in the builder, for as long as it is in use."""
-        self.begun = _Clocks.now()
-        self._start_ns = edge_ns or self.begun.wall_ns
-        self._end_ns: int | None = None
-        self._ended: _Clocks | None = None
-        self._ticks = self._idle = self._filtered = self._pending = 0
-        self._lost: Counter[str] = Counter()
-        self._stops: Counter[str] = Counter()
-
-    def count(self, drain: Drain) -> None:
-        """Take a drain's counts; its samples are still to be added."""
-        self._ticks += drain.ticks
-        self._idle += drain.idle
-        self._filtered += drain.filtered
-        self._lost.update(drain.lost)
-        self._pending = sum(sample.samples for sample in drain.samples)
-
-    def add(self, sample: RawSample, root_first: Numbers, labels: Labels) -> None:
-        self.builder.add(labels, root_first, sample.samples)
-        self._stops[sample.stop] += sample.samples
-        self._pending -= sample.samples
-
-    def settle(self) -> None:
-        """Count what was announced and did not come: something failed on the way."""
-        if self._pending:
-            self._lost[Loss.FAULT] += self._pending
-            self._pending = 0
-
-    def end(self, successor: "_OpenWindow | None" = None, edge_ns: int | None = None) -> None:
-        """Stop the clocks, at the moment the next window begins; a second call changes nothing."""
-        self._ended = self._ended or (successor.begun if successor else _Clocks.now())
-        self._end_ns = edge_ns
-
-    @property
-    def window(self) -> Window:
-        """From edge to edge, where there are any; else by the clock that nobody can set."""
-        ended = self._ended or _Clocks.now()
-        return Window(self._start_ns, self._end_ns or self._start_ns + ended.since(self.begun))
-
-    @property
-    def boottime_ns(self) -> tuple[int, int]:
-        ended = self._ended or _Clocks.now()
-        return self.begun.boottime_ns, ended.boottime_ns
-
-    def accounting(self, host: Host, misses: Mapping[str, int]) -> Accounting:
-        ended = self._ended or _Clocks.now()
-        return Accounting(
-            hosts=(host,),
-            cpus=len(perf_event.online_cpus()),
-            nonidle_ns=ended.nonidle_since(self.begun),
-            profiled_ns=ended.since(self.begun),
-            ticks=self._ticks,
-            idle=self._idle,
-            filtered=self._filtered,
-            stored=self._stops.total(),
-            lost={str(cause): number for cause, number in self._lost.items()},
-            stops=dict(self._stops),
-            misses=misses,
-            agent_cpu_ns=ended.own_cpu_ns - self.begun.own_cpu_ns,
-            agent_rss_bytes=rss_bytes(),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Clocks:
-    wall_ns: int
-    monotonic_ns: int
-    boottime_ns: int
-    nonidle_ns: int
-    own_cpu_ns: int
-
-    @classmethod
-    def now(cls) -> "_Clocks":
-        return cls(
-            wall_ns=time.time_ns(),
-            monotonic_ns=time.monotonic_ns(),
-            boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
-            nonidle_ns=nonidle_ns(),
-            own_cpu_ns=time.process_time_ns(),
-        )
-
-    def since(self, earlier: "_Clocks") -> int:
-        """Return the ns between two readings; the wall clock may have been set in between."""
-        return self.monotonic_ns - earlier.monotonic_ns
-
-    def nonidle_since(self, earlier: "_Clocks") -> int:
-        """Return how long CPUs were not idle in between; idle time is rounded, so not below 0."""
-        return max(0, self.nonidle_ns - earlier.nonidle_ns)
-
-
 def _return_large_blocks() -> None:
     """Keep what symbol tables needed while they were read from staying with this process.
 
@@ -423,21 +313,3 @@ def _return_large_blocks() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl has no such thing, and no such habit
         libc.mallopt(_M_MMAP_THRESHOLD, 64 << 10)
-
-
-def nonidle_ns() -> int:
-    """Return how long all online CPUs together were not idle, in ns from an arbitrary start.
-
-    The time there was, less what /proc/stat calls idle, waiting or stolen (proc_stat(5)): those are
-    measured, while its busy times are guessed at the timer's ticks, which miss whatever a timer
-    starts: of a thousand short processes a second they saw a tenth.
-    """
-    there_was = time.monotonic_ns() * len(perf_event.online_cpus())
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-    idle, iowait, steal = int(fields[4]), int(fields[5]), int(fields[8])
-    return there_was - (idle + iowait + steal) * _TICK_NS
-
-
-def rss_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()

@@ -13,18 +13,11 @@ process generations apart: a process that started another program, and a pid tha
 """
 
 import contextlib
-import ctypes
-import logging
 import os
-import resource
-import signal
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from pathlib import Path
-from typing import NamedTuple, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,13 +31,19 @@ from bpf.tables import (
     TableState,
     UnwindRequest,
 )
+from profiler.agent.table_builder import (
+    BuildOutcome,
+    BuildRequest,
+    Executable,
+    MappedFile,
+    TableBuilder,
+    opened,
+)
 from profiler.processes.address_spaces import AddressSpaces
 from symbolizer.maps import MappingTable, is_anonymous
 from symbolizer.symbolizer import Symbolizer
-from symbolizer.symbols.elf import Source, UnreadableElf
+from symbolizer.symbols.elf import UnreadableElf
 from symbolizer.unwind.table import UnwindCache, UnwindTable, key_of
-
-log = logging.getLogger(__name__)
 
 _YOUNG_NS = 50_000_000
 """Younger processes are likely to be gone before it pays; those that stay are followed then."""
@@ -53,13 +52,7 @@ _UNUSED_S = 3 * _SWEEP_S
 """A table that no sample has used for so long may go when another needs the room."""
 _WAIT_S = 30.0
 """After so long a table for which there was no room is tried again."""
-_BUILD_S = 60
-_BUILD_CPU_S = 20
-_BUILD_BYTES = 1 << 30
-"""Of memory, beyond what the child begins with. The largest tables take 100 MB."""
 _MAX_RECENT = 1024
-_FAILED = 3
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class _Process(NamedTuple):
@@ -68,33 +61,9 @@ class _Process(NamedTuple):
     mappings: MappingTable
 
 
-class _File(NamedTuple):
-    """A mapped file as the kernel describes it, without a look at the file itself.
-
-    Without a build id it looks like any later file with its inode and its name, so each address
-    space has one of its own: `space` is its number, else 0.
-    """
-
-    device: tuple[int, int]
-    inode: int
-    build_id: str
-    path: bytes
-    space: int
-
-
-class _Loaded(NamedTuple):
+class _LoadedTable(NamedTuple):
     number: int
     used_s: float
-
-
-@dataclass(slots=True)
-class _Executable:
-    """A file under one number, in how many spaces it is, and a mapping of it to open it by."""
-
-    file: _File
-    mappings: MappingTable
-    place: int
-    uses: int = 0
 
 
 class _Space(NamedTuple):
@@ -103,14 +72,6 @@ class _Space(NamedTuple):
     number: int
     pids: set[int]
     executables: list[int]
-
-
-class _Outcome(Enum):
-    """What became of a table: it is in the cache, it cannot be, or the file was out of reach."""
-
-    BUILT = "built"
-    FAILED = "failed"
-    UNREACHABLE = "unreachable"
 
 
 class Unwinding:
@@ -131,17 +92,17 @@ class Unwinding:
         self._known: dict[int, _Process] = {}
         self._spaces: dict[MappingTable, _Space] = {}
         self._next_space = 1
-        self._numbers: dict[_File, int] = {}
-        self._executables: dict[int, _Executable] = {}
+        self._numbers: dict[MappedFile, int] = {}
+        self._executables: dict[int, Executable] = {}
         self._free = deque(range(1, EXECUTABLES_CAPACITY))
         self._keys: dict[int, str] = {}
-        self._recent: dict[_File, str] = {}  # of files that have no number now: their keys
-        self._loaded: dict[str, _Loaded] = {}
+        self._recent: dict[MappedFile, str] = {}  # of files that have no number now: their keys
+        self._loaded: dict[str, _LoadedTable] = {}
         self._young: list[UnwindRequest] = []
         self._waiting: set[str] = set()
         self._unreachable: set[int] = set()
         self._next_table = 1
-        self._builder = _Builder()
+        self._builder = TableBuilder()
         self._next_sweep_s = self._next_try_s = 0.0
         self._evicted = 0
 
@@ -253,13 +214,13 @@ class Unwinding:
             return 0
         is_known = mapping.build_id or mapping.path.startswith(b"[")  # or the kernel's own
         space = 0 if is_known else self._next_space
-        file = _File(mapping.device, mapping.inode, mapping.build_id, mapping.path, space)
+        file = MappedFile(mapping.device, mapping.inode, mapping.build_id, mapping.path, space)
         number = self._numbers.get(file)
         if number is None:
             if not self._free:
                 return 0
             number = self._numbers[file] = self._free.popleft()
-            self._executables[number] = _Executable(file, mappings, place)
+            self._executables[number] = Executable(file, mappings, place)
             key = self._recent.pop(file, None)
             if key is not None:
                 self._keys[number] = key
@@ -317,7 +278,7 @@ class Unwinding:
             return
         key = self._keys.get(request.executable)
         if key is None:
-            with _opened(self._symbolizer, request.pid, executable) as source:
+            with opened(self._symbolizer, request.pid, executable) as source:
                 if source is None:  # the process may be gone: another one will ask again
                     self._tables.set_state(request.executable, TableState.NONE)
                     self._unreachable.add(request.executable)
@@ -331,7 +292,7 @@ class Unwinding:
             self._tables.set_table(request.executable, self._loaded[key].number)
         elif not self._load(key):
             self._builder.ask(
-                _BuildRequest(key, request.pid, executable, self._symbolizer, self._cache)
+                BuildRequest(key, request.pid, executable, self._symbolizer, self._cache)
             )
 
     def _load(self, key: str) -> bool:
@@ -358,7 +319,7 @@ class Unwinding:
                     self._set_state(key, TableState.NO_ROOM)
                     return
             else:
-                self._loaded[key] = _Loaded(number, time.monotonic())
+                self._loaded[key] = _LoadedTable(number, time.monotonic())
                 for executable in self._executables_of(key):
                     self._tables.set_table(executable, number)
                 return
@@ -394,108 +355,8 @@ class Unwinding:
         """Return all numbers that a file goes by."""
         return [number for number, its_key in self._keys.items() if its_key == key]
 
-    def _offer(self, built: Iterable[tuple[str, "_Outcome"]]) -> None:
+    def _offer(self, built: Iterable[tuple[str, BuildOutcome]]) -> None:
         for key, outcome in built:
-            is_there = outcome == _Outcome.BUILT and self._load(key)
-            if not is_there and outcome != _Outcome.UNREACHABLE:
+            is_there = outcome == BuildOutcome.BUILT and self._load(key)
+            if not is_there and outcome != BuildOutcome.UNREACHABLE:
                 self._set_state(key, TableState.NONE)
-
-
-@contextlib.contextmanager
-def _opened(symbolizer: Symbolizer, pid: int, executable: _Executable) -> Iterator[Source | None]:
-    """Open the file of a mapping; None for what has no code of a file, or is out of reach."""
-    build_id = symbolizer.identify(pid, executable.mappings, executable.place)
-    module = symbolizer.modules.get(build_id)
-    if not build_id or module is None or not module.segments:
-        yield None
-        return
-    with symbolizer.opened(pid, executable.mappings.mappings[executable.place], build_id) as source:
-        yield source
-
-
-class _BuildRequest(NamedTuple):
-    key: str
-    pid: int
-    executable: _Executable
-    symbolizer: Symbolizer
-    cache: UnwindCache
-
-
-class _Builder:
-    """Builds tables in children, one after the other."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[str, _BuildRequest] = {}
-        self._child = 0
-        self._key = ""
-        self._deadline_s = 0.0
-        self._finished: list[tuple[str, _Outcome]] = []
-
-    def ask(self, request: _BuildRequest) -> None:
-        if request.key != self._key:
-            self._waiting.setdefault(request.key, request)
-        if not self._child:
-            self._start_next()
-
-    def finished(self) -> list[tuple[str, _Outcome]]:
-        """Return what became of the tables that were asked for since the last call, by key."""
-        if self._child:
-            pid, status = os.waitpid(self._child, os.WNOHANG)
-            if not pid and time.monotonic() > self._deadline_s:
-                os.kill(self._child, signal.SIGKILL)
-                pid, status = os.waitpid(self._child, 0)
-            if pid:
-                outcome = _Outcome.FAILED if status else _Outcome.BUILT
-                self._finished.append((self._key, outcome))
-                self._child, self._key = 0, ""
-                self._start_next()
-        finished, self._finished = self._finished, []
-        return finished
-
-    def close(self) -> None:
-        if self._child:
-            os.kill(self._child, signal.SIGKILL)
-            os.waitpid(self._child, 0)
-            self._child = 0
-
-    def _start_next(self) -> None:
-        while self._waiting and not self._child:
-            request = self._waiting.pop(next(iter(self._waiting)))
-            with _opened(request.symbolizer, request.pid, request.executable) as source:
-                if source is None:
-                    self._finished.append((request.key, _Outcome.UNREACHABLE))
-                    continue
-                parent = os.getpid()
-                self._child = os.fork()
-                if not self._child:
-                    _build(parent, source, request)
-            self._key = request.key
-            self._deadline_s = time.monotonic() + _BUILD_S
-
-
-def _build(parent: int, source: Source, request: _BuildRequest) -> NoReturn:
-    """Be the child: build, write, and end without running anything of the parent's."""
-    status = _FAILED
-    try:
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
-        # It holds the programs' descriptors, which must not outlive the parent.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        resource.setrlimit(resource.RLIMIT_CPU, (_BUILD_CPU_S, _BUILD_CPU_S))
-        limit_bytes = _address_space_bytes() + _BUILD_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
-        if os.getppid() == parent:
-            request.cache.build(source)
-            status = 0
-    except UnreadableElf:
-        pass
-    except BaseException:  # whatever it is, the parent goes on
-        log.exception("cannot build an unwind table key=%s", request.key)
-    finally:
-        os._exit(status)
-
-
-def _address_space_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_bytes().split()[0])
-    return pages * resource.getpagesize()

@@ -1,14 +1,33 @@
-"""Window: when the windows of an agent end, and whether the ticks in one are as expected."""
+"""Window: when it ends, what is counted until then, and whether its ticks are as expected."""
 
 import math
+import os
+import resource
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
+import numpy as np
+import numpy.typing as npt
+
+from bpf import perf_event
 from bpf.sampler import SamplerConfig
-from storage.profile import Accounting
+from bpf.samples import Drain, RawSample
+from storage.profile import Accounting, Host, Labels, Loss, ProfileBuilder, Window
+
+if TYPE_CHECKING:
+    from symbolizer.maps import MappingTable
+
+Numbers = npt.NDArray[np.int32]
+"""A stack as numbers of locations."""
 
 _FIRST_NS = 60_000_000_000
 """For how long windows are as short as the first one was asked to be."""
+_TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 _STEP_NS = 500_000_000
 """A larger difference between the wall clock and the monotonic one is a step, not a drift."""
 
@@ -56,6 +75,120 @@ class Edges:
         """Return whether somebody has set the wall clock since the window began."""
         passed_ns = self._monotonic_ns() - self._begun_monotonic_ns
         return abs(self._wall_ns() - self._begun_ns - passed_ns) > _STEP_NS
+
+
+class OpenWindow:
+    """What has been counted since a moment, and what the clocks said at that moment."""
+
+    def __init__(self, period_ns: int, edge_ns: int | None = None) -> None:
+        self.builder = ProfileBuilder(period_ns)
+        self.known_words: WeakKeyDictionary[MappingTable, dict[int, int]] = WeakKeyDictionary()
+        """By process image: numbers of its words in the builder, for as long as it is in use."""
+        self.begun = Clocks.now()
+        self._start_ns = edge_ns or self.begun.wall_ns
+        self._end_ns: int | None = None
+        self._ended: Clocks | None = None
+        self._ticks = self._idle = self._filtered = self._pending = 0
+        self._lost: Counter[str] = Counter()
+        self._stops: Counter[str] = Counter()
+
+    def count(self, drain: Drain) -> None:
+        """Take a drain's counts; its samples are still to be added."""
+        self._ticks += drain.ticks
+        self._idle += drain.idle
+        self._filtered += drain.filtered
+        self._lost.update(drain.lost)
+        self._pending = sum(sample.samples for sample in drain.samples)
+
+    def add(self, sample: RawSample, root_first: Numbers, labels: Labels) -> None:
+        self.builder.add(labels, root_first, sample.samples)
+        self._stops[sample.stop] += sample.samples
+        self._pending -= sample.samples
+
+    def settle(self) -> None:
+        """Count what was announced and did not come: something failed on the way."""
+        if self._pending:
+            self._lost[Loss.FAULT] += self._pending
+            self._pending = 0
+
+    def end(self, successor: "OpenWindow | None" = None, edge_ns: int | None = None) -> None:
+        """Stop the clocks, at the moment the next window begins; a second call changes nothing."""
+        self._ended = self._ended or (successor.begun if successor else Clocks.now())
+        self._end_ns = edge_ns
+
+    @property
+    def window(self) -> Window:
+        """From edge to edge, where there are any; else by the clock that nobody can set."""
+        ended = self._ended or Clocks.now()
+        return Window(self._start_ns, self._end_ns or self._start_ns + ended.since(self.begun))
+
+    @property
+    def boottime_ns(self) -> tuple[int, int]:
+        ended = self._ended or Clocks.now()
+        return self.begun.boottime_ns, ended.boottime_ns
+
+    def accounting(self, host: Host, misses: Mapping[str, int]) -> Accounting:
+        ended = self._ended or Clocks.now()
+        return Accounting(
+            hosts=(host,),
+            cpus=len(perf_event.online_cpus()),
+            nonidle_ns=ended.nonidle_since(self.begun),
+            profiled_ns=ended.since(self.begun),
+            ticks=self._ticks,
+            idle=self._idle,
+            filtered=self._filtered,
+            stored=self._stops.total(),
+            lost={str(cause): number for cause, number in self._lost.items()},
+            stops=dict(self._stops),
+            misses=misses,
+            agent_cpu_ns=ended.own_cpu_ns - self.begun.own_cpu_ns,
+            agent_rss_bytes=rss_bytes(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    wall_ns: int
+    monotonic_ns: int
+    boottime_ns: int
+    nonidle_ns: int
+    own_cpu_ns: int
+
+    @classmethod
+    def now(cls) -> "Clocks":
+        return cls(
+            wall_ns=time.time_ns(),
+            monotonic_ns=time.monotonic_ns(),
+            boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            nonidle_ns=nonidle_ns(),
+            own_cpu_ns=time.process_time_ns(),
+        )
+
+    def since(self, earlier: "Clocks") -> int:
+        """Return the ns between two readings; the wall clock may have been set in between."""
+        return self.monotonic_ns - earlier.monotonic_ns
+
+    def nonidle_since(self, earlier: "Clocks") -> int:
+        """Return how long CPUs were not idle in between; idle time is rounded, so not below 0."""
+        return max(0, self.nonidle_ns - earlier.nonidle_ns)
+
+
+def nonidle_ns() -> int:
+    """Return how long all online CPUs together were not idle, in ns from an arbitrary start.
+
+    The time there was, less what /proc/stat calls idle, waiting or stolen (proc_stat(5)): those are
+    measured, while its busy times are guessed at the timer's ticks, which miss whatever a timer
+    starts: of a thousand short processes a second they saw a tenth.
+    """
+    there_was = time.monotonic_ns() * len(perf_event.online_cpus())
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    idle, iowait, steal = int(fields[4]), int(fields[5]), int(fields[8])
+    return there_was - (idle + iowait + steal) * _TICK_NS
+
+
+def rss_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def deviation(counts: Accounting, config: SamplerConfig) -> str:
