@@ -29,11 +29,13 @@ from bpf.samples import (
     MAX_KERNEL_WORDS,
     MAX_SHORT_WORDS,
     MAX_USER_WORDS,
+    TAG_SHIFT,
     USER_STACK,
     Counter,
     Drain,
     RawSample,
     StopReason,
+    Tag,
     Words,
 )
 
@@ -311,7 +313,9 @@ def _load(config: SamplerConfig, cpus: int) -> tuple[dict[str, int], int]:
         "USER_STACK_SIZE": USER_STACK.itemsize,
         "KERNEL_STACK_SIZE": KERNEL_STACK.itemsize,
         "COUNTERS": len(Counter),
+        "TAG_SHIFT": TAG_SHIFT,
     }
+    constants |= {f"TAG_{tag.name}": tag.value for tag in Tag}
     constants |= {f"STOP_{reason.name}": reason.value for reason in StopReason}
     constants |= {f"COUNTER_{counter.name}": counter.value for counter in Counter}
     constants |= tables.constants() | {"GO_ON": _GO_ON, "FOUND": _GO_ON}

@@ -5,6 +5,7 @@ alignment, and the compiler asserts their sizes against the structs in sampler.b
 and limits are handed to it as -D constants, so the two sides cannot drift apart.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -22,6 +23,43 @@ MAX_USER_WORDS = 255
 
 MAX_SHORT_WORDS = 63
 """A user stack of so many words stands with its count; longer ones, which are few, apart."""
+
+
+TAG_SHIFT = 56
+"""The top byte of a frame's first word is its tag; no user address reaches it."""
+
+
+class Tag(IntEnum):
+    """What a frame is made of: how many words it has, and who knows what they mean."""
+
+    NATIVE = 0
+    """Machine code: one word, the address to look up."""
+
+
+FRAME_WORDS: Mapping[int, int] = {Tag.NATIVE: 1}
+"""How many words a frame of each tag has. Runtimes have two or three."""
+
+RawFrame = int | tuple[int, ...]
+"""The words of one user frame: a native frame's address, or all words of a runtime's frame."""
+
+
+def split_frames(words: Words, frame_words: Mapping[int, int] = FRAME_WORDS) -> list[RawFrame]:
+    """Return the frames of a user stack, in the order of its words.
+
+    Only the first word of a frame is tagged. A frame of an unknown tag is one word, and the last
+    frame may lack words if the stack was truncated: both are tuples that no reader knows.
+    """
+    values: list[int] = words.tolist()
+    if not (words >> np.uint64(TAG_SHIFT)).any():  # all native, as nearly all stacks are
+        return [*values]
+    frames: list[RawFrame] = []
+    at = 0
+    while at < len(values):
+        tag = values[at] >> TAG_SHIFT
+        end = at + frame_words.get(tag, 1)
+        frames.append(values[at] if tag == Tag.NATIVE else tuple(values[at:end]))
+        at = end
+    return frames
 
 
 class StopReason(IntEnum):
@@ -119,14 +157,26 @@ USER_STACK = stack_dtype(MAX_USER_WORDS)
 KERNEL_STACK = stack_dtype(MAX_KERNEL_WORDS)
 
 
+class ProcessGeneration(NamedTuple):
+    """A process from one exec to the next, told from all others on this host since its boot.
+
+    A pid is used again, and an exec replaces all memory of a process: whatever is known of memory
+    is known of one generation. `start_ns` is the process's start on CLOCK_BOOTTIME; `exec_id`
+    changes with every exec.
+    """
+
+    pid: int
+    start_ns: int
+    exec_id: int
+
+
 class RawSample(NamedTuple):
     """A stack of a thread and how often it was seen in one drain.
 
-    Words are leaf first. Each is the address to look up: callers are already one byte before their
-    return address. `user` words carry a tag in the top byte; 0 is a native address. `pid` is the
-    process (the kernel's tgid), `tid` the thread. `start_ns` is the process's start on
-    CLOCK_BOOTTIME, `first_ns` and `last_ns` are on CLOCK_MONOTONIC. `exec_id` changes with every
-    exec of the thread.
+    Words are leaf first. Callers' addresses are already one byte before their return address.
+    `user` words are for `split_frames`, `kernel` words are addresses. `pid` is the process (the
+    kernel's tgid), `tid` the thread. `start_ns` is the process's start on CLOCK_BOOTTIME,
+    `first_ns` and `last_ns` are on CLOCK_MONOTONIC. `exec_id` changes with every exec.
     """
 
     pid: int
@@ -142,6 +192,10 @@ class RawSample(NamedTuple):
     stop: str
     user: Words
     kernel: Words
+
+    @property
+    def generation(self) -> ProcessGeneration:
+        return ProcessGeneration(self.pid, self.start_ns, self.exec_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from bpf import syscalls
 from bpf.errors import BpfError
 from bpf.room import Extent, Room
+from bpf.samples import ProcessGeneration
 
 Rows = npt.NDArray[np.void]
 
@@ -112,9 +113,7 @@ class NoRoomError(BpfError):
 class UnwindRequest(NamedTuple):
     """What a sample needed and did not find: an executable's rows, or (0) all about a process."""
 
-    pid: int
-    start_ns: int
-    exec_id: int
+    generation: ProcessGeneration
     executable: int
 
 
@@ -201,7 +200,7 @@ class Tables:
         """Return what was requested since the last call, each once."""
         found = np.frombuffer(b"".join(self._requests.take()), REQUEST)
         return [
-            UnwindRequest(pid, start_ns, exec_id, executable)
+            UnwindRequest(ProcessGeneration(pid, start_ns, exec_id), executable)
             for start_ns, exec_id, pid, executable in dict.fromkeys(found.tolist())
         ]
 
@@ -280,9 +279,9 @@ class Tables:
         """Remove an address space. No process may have it any more."""
         self._mappings.leave([self._spaces.pop(space)])
 
-    def set_process(self, pid: int, start_ns: int, exec_id: int, space: int) -> None:
-        """Say what the program that a process runs now has mapped."""
-        self._processes.put(pid, start_ns, exec_id, space, self._spaces[space])
+    def set_process(self, generation: ProcessGeneration, space: int) -> None:
+        """Say which address space a process has in its current generation."""
+        self._processes.put(generation, space, self._spaces[space])
 
     def remove_process(self, pid: int) -> None:
         self._processes.remove(pid)
@@ -380,8 +379,9 @@ class _ProcessPlaces:
         self._words = memoryview(self._memory).cast("Q")
         self._next = 0
 
-    def put(self, pid: int, start_ns: int, exec_id: int, space: int, mappings: Extent) -> None:
+    def put(self, generation: ProcessGeneration, space: int, mappings: Extent) -> None:
         """Put it into a place. If all are taken, another process loses its own and asks again."""
+        pid, start_ns, exec_id = generation
         places = list(self._places(pid))
         pids = [self._pid_at(place) for place in places]
         if pid in pids:

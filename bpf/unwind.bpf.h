@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * The user stack of the current thread: registers, stack memory and tables in, tagged words out,
- * leaf first, with the reason it ended. A word is the address to look up, so callers are one byte
- * before their return address; its top byte is the tag, 0 for native code.
+ * leaf first, with the reason it ended. A native frame is one word, the address to look up, so callers
+ * are one byte before their return address. Its top byte is the tag (TAG_NATIVE is 0); a frame of a
+ * runtime has further words, as FRAME_WORDS in samples.py says.
  *
  * Each step leaves one frame by the rule that the compiler wrote into .eh_frame for that very
  * instruction (DWARF 5, 6.4). Where there is no rule, because a runtime compiled the code or the
@@ -19,7 +20,7 @@
  *     send_request(request)                   ask user space for what is missing
  *
  * and as -D constants: STOP_*, CFA_*, RBP_*, TABLE_*, GO_ON, FOUND, FRAMES_PER_PROGRAM, MAX_USER_WORDS,
- * PAGE_BITS, BLOCK_BITS, KNOWN_FRAMES, PROCESS_PLACES, TASK_FLAGS, TASK_MM.
+ * TAG_*, PAGE_BITS, BLOCK_BITS, KNOWN_FRAMES, PROCESS_PLACES, TASK_FLAGS, TASK_MM.
  */
 #ifndef EVERFLAME_UNWIND_BPF_H
 #define EVERFLAME_UNWIND_BPF_H
@@ -459,7 +460,7 @@ static __always_inline u32 walk_on(struct walk *walk, struct user_stack *stack)
 		asm volatile("" : "+r"(length)); /* keeps the bound visible to the verifier */
 		if (length >= MAX_USER_WORDS)
 			return STOP_TRUNCATED;
-		stack->words[length] = address;
+		stack->words[length] = (u64)TAG_NATIVE << TAG_SHIFT | address;
 		stack->length = length + 1;
 		stop = leave_frame(walk, space, address, length);
 	}

@@ -12,10 +12,8 @@ import select
 import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,16 +23,17 @@ import numpy as np
 from bpf import perf_event
 from bpf.records import Rings
 from bpf.sampler import Sampler, SamplerConfig
-from bpf.samples import Drain, RawSample, Words
+from bpf.samples import Drain, RawSample
+from profiler.agent.frames import FrameNumbers, Numbers
 from profiler.agent.unwind_tables import Unwinding
-from profiler.agent.window import Numbers, OpenWindow
+from profiler.agent.window import OpenWindow
 from profiler.processes.address_spaces import AddressSpaces
 from profiler.processes.generations import parent_in_proc
 from profiler.processes.labels import Labeler
 from profiler.processes.rules import Rules
 from storage.profile import Accounting, Host, Profile
 from symbolizer.digest import blake2b
-from symbolizer.location import AddressLocation, Location
+from symbolizer.location import AddressLocation
 from symbolizer.maps import MappingTable
 from symbolizer.symbolizer import Symbolizer
 from symbolizer.unwind.table import UnwindCache
@@ -120,6 +119,7 @@ class Recorder:
         )
         self._next_scan_s = 0.0
         self._window = OpenWindow(self.period_ns)
+        self._frames = self._number_frames()
 
     def __enter__(self) -> Self:
         return self
@@ -147,6 +147,7 @@ class Recorder:
         if not self._commands:
             self._scan()
         self._window = OpenWindow(self.period_ns)
+        self._frames = self._number_frames()
         self.sampler.start()
 
     def stop(self) -> None:
@@ -199,6 +200,7 @@ class Recorder:
 
     def _name(self, edge_ns: int | None) -> Profile:
         window, self._window = self._window, OpenWindow(self.period_ns, edge_ns)
+        self._frames = self._number_frames()
         window.end(self._window, edge_ns)
         builder = window.builder
         unnamed = builder.unnamed_locations()
@@ -254,39 +256,22 @@ class Recorder:
     ) -> tuple[list[RawSample], list[Numbers]]:
         """Return the samples group by group and their stacks as location numbers, root first."""
         samples = [sample for group in groups.values() for sample in group]
-        user = [stack for table, group in groups.items() for stack in self._user(table, group)]
-        # Kernel code comes and goes at any time: what was unknown a second ago may be known now.
-        kernel = self._numbers(
-            {}, [sample.kernel for sample in samples], self.symbolizer.locate_kernel
-        )
+        user = [
+            stack for table, group in groups.items() for stack in self._frames.user(table, group)
+        ]
+        kernel = self._frames.kernel([sample.kernel for sample in samples])
         # Leaf first becomes root first, here and nowhere else.
         return samples, [
             np.concatenate([user_part[::-1], kernel_part[::-1]])
             for user_part, kernel_part in zip(user, kernel, strict=True)
         ]
 
-    def _user(self, table: MappingTable, samples: Sequence[RawSample]) -> list[Numbers]:
-        known = self._window.known_words.setdefault(table, {})
-        locate = partial(self.symbolizer.locate, samples[0].pid, table)
-        return self._numbers(known, [sample.user for sample in samples], locate)
-
-    def _numbers(
-        self,
-        known: dict[int, int],
-        stacks: Sequence[Words],
-        locate: Callable[[Words], list[Location]],
-    ) -> list[Numbers]:
-        """Return each stack as location numbers. Most words recur: each is located once."""
-        if not stacks:
-            return []
-        words = np.concatenate(stacks).tolist()
-        new = list({word for word in words if word not in known})
-        if new:
-            places = locate(np.array(new, dtype=np.uint64))
-            known.update(zip(new, map(self._window.builder.location, places), strict=True))
-        numbers = np.fromiter(map(known.__getitem__, words), np.int32, len(words))
-        ends = list(accumulate(len(stack) for stack in stacks))
-        return [numbers[start:end] for start, end in pairwise([0, *ends])]
+    def _number_frames(self) -> FrameNumbers:
+        """Return numbers for the open window: they are those of its builder."""
+        symbolizer = self.symbolizer
+        return FrameNumbers(
+            self._window.builder.location, symbolizer.locate, symbolizer.locate_kernel
+        )
 
 
 class Cost:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bpf.sampler import Sampler
-from bpf.samples import RawSample
+from bpf.samples import ProcessGeneration, RawSample
 from bpf.tables import (
     EXECUTABLES_CAPACITY,
     PROCESSES_CAPACITY,
@@ -55,9 +55,10 @@ _WAIT_S = 30.0
 _MAX_RECENT = 1024
 
 
-class _Process(NamedTuple):
-    start_ns: int
-    exec_id: int
+class _Followed(NamedTuple):
+    """A process that the kernel knows: its current generation and what that has mapped."""
+
+    generation: ProcessGeneration
     mappings: MappingTable
 
 
@@ -89,7 +90,7 @@ class Unwinding:
         self._address_spaces = address_spaces
         self._symbolizer = symbolizer
         self._cache = cache
-        self._known: dict[int, _Process] = {}
+        self._known: dict[int, _Followed] = {}
         self._spaces: dict[MappingTable, _Space] = {}
         self._next_space = 1
         self._numbers: dict[MappedFile, int] = {}
@@ -136,8 +137,8 @@ class Unwinding:
         )
         self._young.clear()
         for request in waiting:
-            if boot_ns - request.start_ns >= _YOUNG_NS:
-                self._follow(request.pid, request.start_ns, request.exec_id, now_ns)
+            if boot_ns - request.generation.start_ns >= _YOUNG_NS:
+                self._follow(request.generation, now_ns)
             else:
                 self._young.append(request)
         for request in requests:
@@ -151,8 +152,8 @@ class Unwinding:
                 known = self._known.get(sample.pid)
                 if known is None or known.mappings is mappings:
                     continue
-                if (known.start_ns, known.exec_id) == (sample.start_ns, sample.exec_id):
-                    self._set(sample.pid, sample.start_ns, sample.exec_id, mappings)
+                if known.generation == sample.generation:
+                    self._set(sample.generation, mappings)
         now_s = time.monotonic()
         if now_s >= self._next_sweep_s:
             self._next_sweep_s = now_s + _SWEEP_S
@@ -169,14 +170,16 @@ class Unwinding:
 
     # Processes and their address spaces.
 
-    def _follow(self, pid: int, start_ns: int, exec_id: int, now_ns: int) -> None:
+    def _follow(self, generation: ProcessGeneration, now_ns: int) -> None:
+        pid, start_ns, _ = generation
         if not os.path.exists(f"/proc/{pid}"):  # noqa: PTH110 - a thousand times a second
             return
         mappings = self._address_spaces.mappings(pid, now_ns, start_ns)
         if mappings.mappings:
-            self._set(pid, start_ns, exec_id, mappings)
+            self._set(generation, mappings)
 
-    def _set(self, pid: int, start_ns: int, exec_id: int, mappings: MappingTable) -> None:
+    def _set(self, generation: ProcessGeneration, mappings: MappingTable) -> None:
+        pid = generation.pid
         try:
             if pid not in self._known and len(self._known) >= PROCESSES_CAPACITY:
                 raise NoRoomError("cannot take in a process: there are too many")
@@ -184,10 +187,10 @@ class Unwinding:
         except NoRoomError:
             self._forget_oldest()
             return  # its next sample asks again
-        self._tables.set_process(pid, start_ns, exec_id, space.number)
+        self._tables.set_process(generation, space.number)
         space.pids.add(pid)
         before = self._known.pop(pid, None)  # to the end: the oldest come first
-        self._known[pid] = _Process(start_ns, exec_id, mappings)
+        self._known[pid] = _Followed(generation, mappings)
         if before and before.mappings is not mappings:
             self._leave(pid, before.mappings)
 
@@ -278,7 +281,7 @@ class Unwinding:
             return
         key = self._keys.get(request.executable)
         if key is None:
-            with opened(self._symbolizer, request.pid, executable) as source:
+            with opened(self._symbolizer, request.generation.pid, executable) as source:
                 if source is None:  # the process may be gone: another one will ask again
                     self._tables.set_state(request.executable, TableState.NONE)
                     self._unreachable.add(request.executable)
@@ -292,7 +295,7 @@ class Unwinding:
             self._tables.set_table(request.executable, self._loaded[key].number)
         elif not self._load(key):
             self._builder.ask(
-                BuildRequest(key, request.pid, executable, self._symbolizer, self._cache)
+                BuildRequest(key, request.generation.pid, executable, self._symbolizer, self._cache)
             )
 
     def _load(self, key: str) -> bool:

@@ -8,22 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
-
-import numpy as np
-import numpy.typing as npt
 
 from bpf import perf_event
 from bpf.sampler import SamplerConfig
 from bpf.samples import Drain, RawSample
+from profiler.agent.frames import Numbers
 from storage.profile import Accounting, Host, Labels, Loss, ProfileBuilder, Window
-
-if TYPE_CHECKING:
-    from symbolizer.maps import MappingTable
-
-Numbers = npt.NDArray[np.int32]
-"""A stack as numbers of locations."""
 
 _FIRST_NS = 60_000_000_000
 """For how long windows are as short as the first one was asked to be."""
@@ -82,8 +72,6 @@ class OpenWindow:
 
     def __init__(self, period_ns: int, edge_ns: int | None = None) -> None:
         self.builder = ProfileBuilder(period_ns)
-        self.known_words: WeakKeyDictionary[MappingTable, dict[int, int]] = WeakKeyDictionary()
-        """By process image: numbers of its words in the builder, for as long as it is in use."""
         self.begun = Clocks.now()
         self._start_ns = edge_ns or self.begun.wall_ns
         self._end_ns: int | None = None

@@ -81,14 +81,7 @@ class Labeler:
 
     def labels(self, sample: RawSample) -> Labels:
         """Return what is known of the sample's thread, process and service instance."""
-        key = (
-            sample.pid,
-            sample.start_ns,
-            sample.exec_id,
-            sample.cgroup_id,
-            sample.leader_comm,
-            sample.comm,
-        )
+        key = (sample.generation, sample.cgroup_id, sample.leader_comm, sample.comm)
         self._drop_outdated()
         labeled = self._labels.get(key)
         if labeled is None:

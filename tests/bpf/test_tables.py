@@ -7,6 +7,7 @@ import pytest
 
 from bpf import syscalls, tables
 from bpf.sampler import Sampler, SamplerConfig
+from bpf.samples import ProcessGeneration
 from bpf.tables import (
     PROCESS,
     PROCESS_PLACES,
@@ -102,7 +103,7 @@ def test_a_process_and_its_space_come_and_go(sampler):
     ]
 
     sampler.tables.add_space(9, rows)
-    sampler.tables.set_process(1, 12345, 6, 9)
+    sampler.tables.set_process(ProcessGeneration(1, 12345, 6), 9)
     sampler.tables.remove_process(1)
     sampler.tables.remove_process(1)
     sampler.tables.remove_space(9)
@@ -123,11 +124,11 @@ def test_processes_whose_pids_want_one_place_have_others(sampler):
     sampler.tables.add_space(11, [MappingRow(0x400000, 0x523000, 0, 7)])
 
     for pid in (*pids, *pids):  # the second time they are there already
-        sampler.tables.set_process(pid, 12345, 6, 11)
+        sampler.tables.set_process(ProcessGeneration(pid, 12345, 6), 11)
     assert pids_in_the_kernel(sampler, 77) == pids
 
     another = 77 + PROCESS_PLACES * PROCESSES_CAPACITY
-    sampler.tables.set_process(another, 12345, 6, 11)
+    sampler.tables.set_process(ProcessGeneration(another, 12345, 6), 11)
     there = pids_in_the_kernel(sampler, 77)
     assert another in there
     assert len(set(pids) & set(there)) == PROCESS_PLACES - 1
