@@ -34,7 +34,8 @@ PERF_EVENT_IOC_SET_BPF = 0x40042408
 
 _STANDSTILL_NS = 20_000_000  # longer than a jiffy, to which coarse clocks are bound
 
-_ONLINE = Path("/sys/devices/system/cpu/online")
+_CPUS = Path("/sys/devices/system/cpu")
+_ONLINE = _CPUS / "online"
 _PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -177,8 +178,31 @@ def enabled_ns(fd: int) -> int:
     return int.from_bytes(count_and_time[8:16], sys.byteorder)
 
 
+def online_id(cpu: int) -> int:
+    """Return a number that changes whenever the CPU comes online; 0 if it cannot be known.
+
+    The kernel makes the CPU's `topology` folder in sysfs anew each time (topology_add_dev), with an
+    inode that was not used before. Nothing is asked of the CPU itself, unlike by `has_stopped`.
+    """
+    try:
+        return (_CPUS / f"cpu{cpu}" / "topology").stat().st_ino
+    except OSError:
+        return 0
+
+
+def has_gone(fd: int, cpu: int, opened_id: int) -> bool:
+    """Return whether the CPU was offline since its event was opened, when `online_id` was this.
+
+    The event itself is read only if sysfs is missing: that interrupts the CPU, and so wakes it.
+    """
+    return online_id(cpu) != opened_id if opened_id else has_stopped(fd)
+
+
 def has_stopped(fd: int) -> bool:
-    """Return whether the event is dead, its CPU having been offline since it was opened."""
+    """Return whether the event is dead, its CPU having been offline since it was opened.
+
+    Each reading interrupts the event's CPU (smp_call_function_single in perf_event_read).
+    """
     first_ns = enabled_ns(fd)
     give_up_ns = time.monotonic_ns() + _STANDSTILL_NS
     while enabled_ns(fd) == first_ns:

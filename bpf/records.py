@@ -234,7 +234,7 @@ class Rings:
         stopped = [
             c
             for c, ring in self._rings.items()
-            if c not in online or perf_event.has_stopped(ring.fd)
+            if c not in online or perf_event.has_gone(ring.fd, c, ring.opened_id)
         ]
         for cpu in stopped:
             ring = self._rings.pop(cpu)
@@ -330,9 +330,10 @@ class _Ring:
     needed between reading the head, copying, and writing the tail.
     """
 
-    def __init__(self, cpu: int, fd: int, memory: mmap.mmap, now_ns: int) -> None:
+    def __init__(self, cpu: int, fd: int, memory: mmap.mmap, now_ns: int, opened_id: int) -> None:
         self.cpu = cpu
         self.fd = fd
+        self.opened_id = opened_id
         self.last_ns = now_ns
         self.was_full = False
         self._memory = memory
@@ -360,6 +361,7 @@ class _Ring:
 
 def _open_ring(cpu: int, pages: int, now_ns: int) -> _Ring:
     """Open, map and start; a smaller ring where the kernel refuses to lock that much memory."""
+    opened_id = perf_event.online_id(cpu)  # before: it may go while the event is opened
     fd = perf_event.open_event(perf_event.lifecycle_attr(pages * _PAGE // 2), cpu=cpu)
     try:
         memory = _map_ring(fd, pages)
@@ -367,7 +369,7 @@ def _open_ring(cpu: int, pages: int, now_ns: int) -> _Ring:
     except BaseException:
         os.close(fd)
         raise
-    return _Ring(cpu, fd, memory, now_ns)
+    return _Ring(cpu, fd, memory, now_ns, opened_id)
 
 
 def _map_ring(fd: int, pages: int) -> mmap.mmap:

@@ -104,7 +104,8 @@ class Sampler:
         self.deepest_stack = min(MAX_USER_WORDS, frames * MAX_PROGRAMS)
         """User frames that are followed: fewer than MAX_USER_WORDS if the verifier is strict."""
         self.tables = tables.Tables(self._fds, config.tables_limit_bytes, self._possible_cpus)
-        self._events: dict[int, int] = {}
+        self._events: dict[int, tuple[int, int]] = {}
+        """By CPU: the event, and the CPU's `online_id` when it was opened."""
         self._tracepoints: list[int] = []
         self._generation = 0
         self._counted = {
@@ -153,24 +154,28 @@ class Sampler:
         online = set(perf_event.online_cpus())
         gone = [
             cpu
-            for cpu, fd in self._events.items()
-            if cpu not in online or perf_event.has_stopped(fd)
+            for cpu, (fd, opened_id) in self._events.items()
+            if cpu not in online or perf_event.has_gone(fd, cpu, opened_id)
         ]
         for cpu in gone:
-            os.close(self._events.pop(cpu))
+            os.close(self._events.pop(cpu)[0])
         come = sorted(online - self._events.keys())
         attr = perf_event.sampling_attr(self.config.frequency_hz, self.config.hardware)
-        opened = {cpu: fd for cpu in come if (fd := _open_if_online(attr, cpu)) is not None}
+        opened: dict[int, tuple[int, int]] = {}
+        for cpu in come:
+            opened_id = perf_event.online_id(cpu)  # before: it may go while the event is opened
+            if (fd := _open_if_online(attr, cpu)) is not None:
+                opened[cpu] = fd, opened_id
         self._events |= opened
-        for fd in opened.values():
+        for fd, _ in opened.values():
             perf_event.set_bpf(fd, self._fds["on_tick"])
-        for fd in opened.values():
+        for fd, _ in opened.values():
             perf_event.enable(fd)
         return bool(gone or come)
 
     def stop(self) -> None:
         """End ticking. What was counted is still there for one more drain."""
-        for fd in self._events.values():
+        for fd, _ in self._events.values():
             os.close(fd)
         self._events.clear()
 

@@ -279,6 +279,45 @@ def test_a_cpu_that_was_away_is_sampled_again(is_seen_offline, second_cpu) -> No
     assert mismatch(drain) == 0
 
 
+REFRESHES = 2_000
+
+
+def interrupts(kind: str) -> list[int]:
+    """Return how many interrupts of a kind each CPU has had (/proc/interrupts)."""
+    lines = Path("/proc/interrupts").read_text().splitlines()
+    line = next(line for line in lines if line.split()[0] == f"{kind}:")
+    return [int(field) for field in line.split()[1:] if field.isdecimal()]
+
+
+def test_following_cpus_interrupts_none_of_them() -> None:
+    """Reading another CPU's event is an interrupt there, which wakes a CPU that is idle."""
+    online = perf_event.online_cpus()
+    if len(online) < 2:
+        pytest.skip("this machine has one CPU: there is no other one to interrupt")
+    script = (
+        "import os, sys\n"
+        "from bpf.records import Rings\n"
+        "from bpf.sampler import Sampler, SamplerConfig\n"
+        "from tests.bpf.test_sampler import REFRESHES, interrupts\n"
+        "os.sched_setaffinity(0, {0})\n"
+        "with Sampler(SamplerConfig()) as sampler:\n"
+        "    rings = Rings()\n"
+        "    sampler.start()\n"
+        "    before = sum(interrupts('CAL')[1:])\n"
+        "    for _ in range(REFRESHES):\n"
+        "        sampler.refresh_cpus()\n"
+        "        rings.refresh()\n"
+        "    print(sum(interrupts('CAL')[1:]) - before)\n"
+    )
+
+    counts = [
+        int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout)
+        for _ in range(3)  # other programs of the machine cause some, so the least of three counts
+    ]
+
+    assert min(counts) < REFRESHES
+
+
 def test_the_sampling_process_maps_neither_bcc_nor_llvm() -> None:
     """The compiler runs in a child that exits."""
     script = (
