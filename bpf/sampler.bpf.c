@@ -207,20 +207,24 @@ static __always_inline u32 put_user_stack(u32 generation, struct scratch *at)
 	return loss_of(error);
 }
 
+/* A stack that is missing or cut is put as well, so that its samples carry the reason. */
 static __always_inline u32 put_kernel_stack(u32 generation, struct scratch *at,
 					    struct bpf_perf_event_data *ctx)
 {
-	u64 hash = 0;
+	u64 hash;
 	long error = 0, size;
 
 	at->key.kernel_stack = 0;
 	if (is_in_user_mode(ctx))
 		return 0;
-	size = bpf_get_stack(ctx, at->kernel.words, sizeof(at->kernel.words), 0);
-	if (size <= 0)
-		return 0;
-	at->kernel.length = (u32)size / sizeof(u64);
+	size = bpf_get_stack(ctx, at->kernel.words, KERNEL_STACK_BYTES, 0);
+	at->kernel.length = size > 0 ? (u32)size / sizeof(u64) : 0;
 	at->kernel.stop = 0;
+	if (size <= 0)
+		at->kernel.stop = STOP_KERNEL_FAILED;
+	else if (size >= KERNEL_STACK_BYTES) /* the leaf part: there is no telling by how much */
+		at->kernel.stop = STOP_KERNEL_TRUNCATED;
+	hash = mix(0, ((u64)at->kernel.stop << 32) | at->kernel.length);
 	for (u32 i = 0; i < MAX_KERNEL_WORDS; i++) {
 		asm volatile("" : "+r"(i));
 		if (i >= at->kernel.length)

@@ -50,10 +50,11 @@ _Static_assert(sizeof(struct count) == COUNT_SIZE, "samples.py: COUNT");
 
 struct kernel_stack {
 	u32 length;
-	u32 stop;
+	u32 stop; /* 0: it is whole */
 	u64 words[MAX_KERNEL_WORDS];
 };
 _Static_assert(sizeof(struct kernel_stack) == KERNEL_STACK_SIZE, "samples.py: KERNEL_STACK");
+_Static_assert(KERNEL_STACK_BYTES <= MAX_KERNEL_WORDS * sizeof(u64), "room for the kernel's stack");
 
 struct counters {
 	u64 values[COUNTERS];

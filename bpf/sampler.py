@@ -11,7 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -57,10 +57,11 @@ class SamplerConfig:
         frequency_hz: ticks per second and CPU, 1 to 999.
         hardware: tick on CPU cycles instead of the CPU clock.
         pids: only these processes and what they start; None samples everything.
-        drain_period_s: how long a generation of the maps must last without overflowing.
+        drain_period_s: how long a map generation must last without overflowing.
         tables_limit_bytes: what unwind tables and address spaces may take in the kernel.
         frames_per_program: how many frames one program leaves before it calls the next; the first
             number that the kernel's verifier takes is used.
+        kernel_stack_bytes: what the kernel may write of its own stack; a deeper one is cut.
     """
 
     frequency_hz: int = 99
@@ -69,6 +70,7 @@ class SamplerConfig:
     drain_period_s: float = 1.0
     tables_limit_bytes: int = tables.DEFAULT_LIMIT_BYTES
     frames_per_program: tuple[int, ...] = (24, 16, 8, 5)
+    kernel_stack_bytes: int = 8 * MAX_KERNEL_WORDS
 
     def __post_init__(self) -> None:
         if not 1 <= self.frequency_hz <= MAX_FREQUENCY_HZ:
@@ -111,6 +113,7 @@ class Sampler:
         self._counted = {
             generation: np.zeros(len(Counter), np.uint64) for generation in _GENERATIONS
         }
+        self._failed: set[int] = set()
         self._counts = self._readers("counts", COUNT_KEY, COUNT)
         self._user_stacks = self._readers("user_stacks", np.dtype(np.uint64), USER_STACK)
         self._kernel_stacks = self._readers("kernel_stacks", np.dtype(np.uint64), KERNEL_STACK)
@@ -200,23 +203,39 @@ class Sampler:
         return syscalls.ProgramInfo(self._fds["on_tick"])
 
     def drain(self) -> Drain:
-        """Flip the generations and empty the one that has become idle."""
+        """Flip the map generations and empty the one that has become idle.
+
+        What a drain that fails has taken already is lost: `fault`, in a later drain.
+        """
         idle_generation = self._generation
         self._generation ^= 1
         syscalls.update(self._fds["active"], 0, struct.pack("<I", self._generation))
         self.wait_for_programs()  # nobody writes to the old one any more
-        counts = self._take_counters(idle_generation)
-        samples = self._take_samples(idle_generation)
+        totals = self._read_counters(idle_generation)
+        try:
+            samples = self._take_samples(idle_generation)
+        except BaseException:
+            self._failed.add(idle_generation)  # its counts come with its next drain
+            raise
+        new = totals - self._counted[idle_generation]
+        self._counted[idle_generation] = totals
+        counts = {counter: int(new[counter]) for counter in Counter}
+        lost = {
+            cause.name.lower(): counts[cause]
+            for cause in (Counter.MAP_FULL, Counter.MAP_BUSY)
+            if counts[cause]
+        }
+        if idle_generation in self._failed:
+            self._failed.discard(idle_generation)
+            ended = counts[Counter.IDLE] + counts[Counter.FILTERED] + sum(lost.values())
+            stored = sum(sample.samples for sample in samples)
+            lost["fault"] = counts[Counter.TICKS] - ended - stored
         return Drain(
             samples=samples,
             ticks=counts[Counter.TICKS],
             idle=counts[Counter.IDLE],
             filtered=counts[Counter.FILTERED],
-            lost={
-                cause.name.lower(): counts[cause]
-                for cause in (Counter.MAP_FULL, Counter.MAP_BUSY)
-                if counts[cause]
-            },
+            lost=lost,
         )
 
     def wait_for_programs(self) -> None:
@@ -227,21 +246,21 @@ class Sampler:
         syscalls.update(self._barrier, 0, struct.pack("<I", self._barrier_inner))
         self.tables.settle()
 
-    def _take_counters(self, generation: int) -> Mapping[Counter, int]:
+    def _read_counters(self, generation: int) -> np.ndarray:
+        """Return the counters of a map generation, of all CPUs together, since the start."""
         size = 8 * len(Counter) * self._possible_cpus
         raw = syscalls.lookup(self._fds["counters"], generation, size)
-        totals = (
-            np.frombuffer(raw, np.uint64).reshape(-1, len(Counter)).sum(axis=0, dtype=np.uint64)
-        )
-        new = totals - self._counted[generation]
-        self._counted[generation] = totals
-        return {counter: int(new[counter]) for counter in Counter}
+        by_cpu = np.frombuffer(raw, np.uint64).reshape(-1, len(Counter))
+        totals: np.ndarray = by_cpu.sum(axis=0, dtype=np.uint64)
+        return totals
 
     def _take_samples(self, generation: int) -> list[RawSample]:
         keys, counts = self._counts[generation].take_all()
         long = _stacks(*self._user_stacks[generation].take_all())
-        kernel_stacks = _stacks(*self._kernel_stacks[generation].take_all())
+        kernel_keys, kernel_values = self._kernel_stacks[generation].take_all()
+        kernel_stacks = _stacks(kernel_keys, kernel_values)
         kernel = {key: _as_lookups(words) for key, words in kernel_stacks.items()}
+        kernel_stops = _stops(kernel_keys, kernel_values)
         short, heads = _words_and_heads(counts)
         samples = []
         for i, (key, head) in enumerate(zip(keys.tolist(), heads, strict=True)):
@@ -262,6 +281,7 @@ class Sampler:
                     stop=_STOP_LABELS[stop],
                     user=short[i, :length] if length <= MAX_SHORT_WORDS else long[user_hash],
                     kernel=kernel[kernel_hash] if kernel_hash else _NO_WORDS,
+                    kernel_stop=kernel_stops.get(kernel_hash, ""),
                 )
             )
         return samples
@@ -298,6 +318,12 @@ def _stacks(keys: np.ndarray, values: np.ndarray) -> dict[int, Words]:
     return {key: words[i, : lengths[i]] for i, key in enumerate(keys.tolist())}
 
 
+def _stops(keys: np.ndarray, values: np.ndarray) -> dict[int, str]:
+    """Return why stacks are not whole, by their keys."""
+    stops = zip(keys.tolist(), values["stop"].tolist(), strict=True)
+    return {key: _STOP_LABELS[stop] for key, stop in stops if stop}
+
+
 def _as_lookups(kernel_words: Words) -> Words:
     """Move callers into their call instruction; the leaf is where the tick fell."""
     lookups = kernel_words.copy()
@@ -317,6 +343,7 @@ def _load(config: SamplerConfig, cpus: int) -> tuple[dict[str, int], int]:
         "COUNT_SIZE": COUNT.itemsize,
         "USER_STACK_SIZE": USER_STACK.itemsize,
         "KERNEL_STACK_SIZE": KERNEL_STACK.itemsize,
+        "KERNEL_STACK_BYTES": config.kernel_stack_bytes,
         "COUNTERS": len(Counter),
         "TAG_SHIFT": TAG_SHIFT,
     }

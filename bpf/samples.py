@@ -63,7 +63,10 @@ def split_frames(words: Words, frame_words: Mapping[int, int] = FRAME_WORDS) -> 
 
 
 class StopReason(IntEnum):
-    """Why a user stack ends where it does; `label` is the name outside of this package."""
+    """Why a stack ends where it does; `label` is the name outside of this package.
+
+    All but the last two are about the user's part.
+    """
 
     ROOT = 0
     """The outermost frame: the compiler says that it returns to nobody (DWARF 5, 6.4.4), as it does
@@ -102,6 +105,10 @@ class StopReason(IntEnum):
     """A 32-bit program; only its leaf is kept."""
     NO_ROOM = 16
     """The file's table is larger than the room that those in use leave."""
+    KERNEL_TRUNCATED = 17
+    """The kernel's part of the stack is deeper than a record has room for."""
+    KERNEL_FAILED = 18
+    """The kernel could not walk its own part of the stack, which is missing."""
 
     @property
     def label(self) -> str:
@@ -192,6 +199,8 @@ class RawSample(NamedTuple):
     stop: str
     user: Words
     kernel: Words
+    kernel_stop: str = ""
+    """Why the kernel's part is not whole; empty if it is, or if there is none."""
 
     @property
     def generation(self) -> ProcessGeneration:

@@ -172,6 +172,33 @@ def test_a_system_call_shows_both_stacks(tmp_path) -> None:
     assert all(int(sample.kernel[0]) >> 63 for sample in both)
 
 
+@pytest.mark.parametrize(
+    ("size_bytes", "length", "reason"),
+    [(32, 4, StopReason.KERNEL_TRUNCATED), (12, 0, StopReason.KERNEL_FAILED)],
+)
+def test_a_kernel_stack_that_is_not_whole_says_why(size_bytes, length, reason, tmp_path) -> None:
+    """It is deeper than the room for it, or the kernel refuses: 12 bytes are no whole words."""
+    chain = compile_target("chain.c", tmp_path / "chain")
+    with running(chain, "60", "kernel") as process:
+        config = SamplerConfig(999, pids=frozenset({process.pid}), kernel_stack_bytes=size_bytes)
+        with Sampler(config) as sampler:
+            drain = drain_for(sampler, 1.0)
+
+    cut = [sample for sample in drain.samples if sample.kernel_stop]
+    assert count(cut) > 0.3 * count(drain.samples)
+    assert {(len(each.kernel), each.kernel_stop) for each in cut} == {(length, reason.label)}
+    assert mismatch(drain) == 0
+
+
+def test_a_whole_kernel_stack_has_no_reason(tmp_path) -> None:
+    chain = compile_target("chain.c", tmp_path / "chain")
+    with running(chain, "60", "kernel") as process, sampler_of(process) as sampler:
+        drain = drain_for(sampler, 1.0)
+
+    assert any(len(sample.kernel) for sample in drain.samples)
+    assert {sample.kernel_stop for sample in drain.samples} == {""}
+
+
 def compile_deep(folder: Path) -> Path:
     """Compile a program that spins as many calls deep as its argument says."""
     source = folder / "deep.c"
