@@ -20,10 +20,12 @@ class Signals:
     def __init__(self) -> None:
         self._met: deque[signal.Signals] = deque()
         self._poll = select.poll()
+        self._only_signals = select.poll()
 
     def __enter__(self) -> Self:
         self._wakes, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._poll.register(self._wakes, select.POLLIN)
+        for poll in (self._poll, self._only_signals):
+            poll.register(self._wakes, select.POLLIN)
         self._wakeup_before = signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._note) for number in self._numbers}
         return self
@@ -54,11 +56,15 @@ class Signals:
         """Let `wait` return as well when the descriptor has become readable."""
         self._poll.register(fd, select.POLLIN)
 
-    def wait(self, until_s: float) -> signal.Signals | None:
-        """Return the next signal; None at `time.monotonic()` = `until_s`, or for a descriptor."""
+    def wait(self, until_s: float, *, only_signals: bool = False) -> signal.Signals | None:
+        """Return the next signal; None at `time.monotonic()` = `until_s`, or for a descriptor.
+
+        With `only_signals` the watched descriptors do not matter.
+        """
         if not self._met:
             left_s = max(0.0, until_s - time.monotonic())
-            ready = dict(self._poll.poll(None if left_s == float("inf") else left_s * 1000))
+            poll = self._only_signals if only_signals else self._poll
+            ready = dict(poll.poll(None if left_s == float("inf") else left_s * 1000))
             if self._wakes in ready:
                 os.read(self._wakes, 4096)
         return self._met.popleft() if self._met else None
