@@ -5,8 +5,9 @@ credentials and opens no connection. The other (`profiler.agent.uploader`) sends
 spool. What happens to the store, the network or the credentials is therefore nothing to the
 sampling.
 
-The outer loop is the one place that survives a failure of any step: the drain in hand is counted as
-lost (`fault`), logged, and the next second is sampled as usual.
+The outer loop is the one place that survives a failure. Each stage of it fails by itself: a drain
+that fails is counted as lost (`fault`), windows still close, and a stage that fails again and again
+is run less often. A window that cannot be stored is counted in the next one.
 """
 
 import contextlib
@@ -14,14 +15,16 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bpf import syscalls
 from bpf.errors import SyscallError
 from bpf.sampler import SamplerConfig
+from profiler.agent.guard import Guard
 from profiler.agent.recorder import Recorder
 from profiler.agent.signals import ENDING, Signals
 from profiler.agent.status import StatusSocket, uploader_state
@@ -33,6 +36,9 @@ from storage.profile import GOOD_STOPS, Accounting, Profile
 from storage.spool.spool import Spool
 
 SCHEMA = 1
+LONGEST_WINDOW_S = 3598
+"""A store takes an hour, from one full second to another. Only a process that was stopped or frozen
+for so long has longer ones, and they are cut."""
 MIN_INTERVAL_S = 5
 MAX_INTERVAL_S = 1800
 
@@ -46,6 +52,8 @@ directory is no other host's."""
 _ALARM_AFTER = 3
 """Windows in a row whose ticks differ from the kernel's own account of busy time."""
 _UPLOADER_GRACE_S = 15.0
+_STAGES = ("processes", "status", "uploader", "child processes", "drain")
+"""Those of the loop, besides the closing of windows."""
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +208,8 @@ class Agent:
         self._begun_cpu_ns = time.process_time_ns()
         self._totals = Accounting()
         self._windows = 0
-        self._faults = 0
+        self._guards = {stage: Guard(stage) for stage in _STAGES}
+        self._closing = Guard("window", longest_pause_s=0)  # windows close, whatever happens
         self._deviating = 0
 
     def run(self, signals: Signals, socket: StatusSocket) -> None:
@@ -211,45 +220,57 @@ class Agent:
         self._bpf.begin()
         next_step = time.monotonic() + self._recorder.drain_period_s
         while time.monotonic() < end_s and not self._children.has_failed:
-            met = signals.wait(min(next_step, self._edges.edge_monotonic_s, end_s))
+            until_s = min(next_step, self._edges.edge_monotonic_s, end_s)
+            # What a stage left unread keeps its descriptor readable: that must not wake the loop.
+            paused = [guard.resumes_s for guard in self._guards.values() if guard.is_paused]
+            met = (
+                signals.wait(min(until_s, *paused), only_signals=True)
+                if paused
+                else signals.wait(until_s)
+            )
             if met in ENDING:
                 break
-            with self._surviving():
-                self._recorder.catch_up()
-                socket.answer(self.status)
-                self._uploader.supervise()
-                self._children.supervise()
-                if time.monotonic() >= next_step:
-                    period_s = self._recorder.drain_period_s
-                    next_step = max(next_step + period_s, time.monotonic())
-                    self._recorder.step()
-                    self._bpf.end()
+            self._run("processes", self._recorder.catch_up)
+            self._run("status", lambda: socket.answer(self.status))
+            self._run("uploader", self._uploader.supervise)
+            self._run("child processes", self._children.supervise)
+            if time.monotonic() >= next_step:
+                next_step = max(next_step + self._recorder.drain_period_s, time.monotonic())
+                self._run("drain", self._step)
             if self._edges.is_reached or self._edges.is_stepped:
-                with self._surviving():
-                    self._close_window()
+                self._close_window()
         self._recorder.stop()
         self._bpf.end()
+        self._guards["drain"].resume()
         self._close_window()
 
-    @contextlib.contextmanager
-    def _surviving(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception:  # the single place that survives: the next second is sampled again
-            self._faults += 1
-            log.exception("survived a fault")
+    def _run(self, stage: str, run: Callable[[], object]) -> None:
+        self._guards[stage].run(run)
+
+    def _step(self) -> None:
+        self._recorder.step()
+        self._bpf.end()
 
     def _close_window(self) -> None:
-        is_aligned = self._edges.is_reached and not self._edges.is_stepped
-        edge_ns = self._edges.edge_ns if is_aligned else None
+        edge_ns = self._edges.true_edge_ns
         self._edges.begin()
-        profile = self._recorder.close_window(edge_ns)
-        uploader = uploader_state(self._options.spool)
-        counts = self._cost.complete(profile.accounting, self._bpf.ns_per_tick, uploader)
-        profile = replace(profile, accounting=counts)
-        with self._recorder.cost.of("encode"):
-            self._spool.add(profile)
+        self._run("drain", self._recorder.drain)
+        cut: list[Profile] = []
+        self._closing.run(lambda: cut.append(self._recorder.cut_window(edge_ns)))
+        for profile in (*self._recorder.take_closed(), *cut):
+            self._closing.run(partial(self._store, profile))
         self._bpf.begin()
+
+    def _store(self, profile: Profile) -> None:
+        try:
+            uploader = uploader_state(self._options.spool)
+            counts = self._cost.complete(profile.accounting, self._bpf.ns_per_tick, uploader)
+            profile = replace(profile, accounting=counts)
+            with self._recorder.cost.of("encode"):
+                self._spool.add(profile)
+        except BaseException:
+            self._recorder.lose(profile.accounting)
+            raise
         self._note(profile)
 
     def _note(self, profile: Profile) -> None:
@@ -266,6 +287,9 @@ class Agent:
             log.warning("%s (%d windows in a row)", warning, self._deviating)
         self._children.note(profile)
 
+    def _faults(self) -> int:
+        return sum(guard.faults for guard in (*self._guards.values(), self._closing))
+
     def status(self) -> dict[str, Any]:
         """Return what `everflame status --json` prints."""
         recorder, counts = self._recorder, self._totals.merge(self._recorder.counts)
@@ -279,7 +303,7 @@ class Agent:
             "interval_s": self._options.interval_s,
             "frequency_hz": self._options.frequency_hz,
             "windows": self._windows,
-            "faults": self._faults,
+            "faults": self._faults(),
             "alarm": self._deviating >= _ALARM_AFTER,
             "ticks": counts.ticks,
             "idle": counts.idle,
@@ -320,7 +344,12 @@ def run(options: AgentOptions, children: ChildProcesses | None = None) -> dict[s
         try:
             children.start()
             spool = _open_spool(options)
-            with Recorder(config, rules=options.rules, commands=children.commands) as recorder:
+            with Recorder(
+                config,
+                rules=options.rules,
+                commands=children.commands,
+                longest_window_s=LONGEST_WINDOW_S,
+            ) as recorder:
                 signals.watch(recorder.fileno())
                 signals.watch(socket.fileno())
                 agent = Agent(options, recorder, spool, uploader, children)

@@ -7,6 +7,8 @@ with its process was put aside when it was first seen.
 
 import contextlib
 import ctypes
+import logging
+import math
 import os
 import select
 import socket
@@ -26,7 +28,7 @@ from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import Drain, RawSample
 from profiler.agent.frames import FrameNumbers, Numbers
 from profiler.agent.unwind_tables import Unwinding
-from profiler.agent.window import OpenWindow
+from profiler.agent.window import BusyTime, Clocks, OpenWindow, split_drain
 from profiler.processes.address_spaces import AddressSpaces
 from profiler.processes.generations import parent_in_proc
 from profiler.processes.labels import Labeler
@@ -37,6 +39,8 @@ from symbolizer.location import AddressLocation
 from symbolizer.maps import MappingTable
 from symbolizer.symbolizer import Symbolizer
 from symbolizer.unwind.table import UnwindCache
+
+log = logging.getLogger(__name__)
 
 DRAIN_PERIOD_S = 1.0
 _LONGEST_DRAIN_PERIOD_S = 2.0
@@ -82,11 +86,13 @@ class Recorder:
         cache: Path | None = None,
         rules: Rules | None = None,
         commands: Collection[int] = (),
+        longest_window_s: float = math.inf,
     ) -> None:
         """Load everything; nothing is sampled yet.
 
         `rules` name services, `commands` are children of this process that are not the profiler's
-        own: the commands that it records.
+        own: the commands that it records. If this process was stopped for hours, the window is cut
+        into parts of at most `longest_window_s`: see `take_closed`.
         """
         _return_large_blocks()
         self.config = config
@@ -118,8 +124,12 @@ class Recorder:
             commands=commands,
         )
         self._next_scan_s = 0.0
-        self._window = OpenWindow(self.period_ns)
+        self._longest_ns = None if math.isinf(longest_window_s) else round(longest_window_s * 1e9)
+        self._closed: list[Profile] = []
+        self._busy = BusyTime()
+        self._window = OpenWindow(self.period_ns, self._clocks)
         self._frames = self._number_frames()
+        self._drained_ns = self._window.begun.monotonic_ns
 
     def __enter__(self) -> Self:
         return self
@@ -135,6 +145,9 @@ class Recorder:
     def _parent_of(self, pid: int) -> int | None:
         return self.address_spaces.parent_of(pid) or parent_in_proc(pid)
 
+    def _clocks(self) -> Clocks:
+        return Clocks.now(self._busy.read())
+
     def _scan(self) -> None:
         """Look for new services now and then, whether they are sampled or not."""
         if time.monotonic() >= self._next_scan_s:
@@ -146,8 +159,9 @@ class Recorder:
         """Begin to tick. A command that still waits to exec is not looked at as what it is now."""
         if not self._commands:
             self._scan()
-        self._window = OpenWindow(self.period_ns)
+        self._window = OpenWindow(self.period_ns, self._clocks)
         self._frames = self._number_frames()
+        self._drained_ns = self._window.begun.monotonic_ns
         self.sampler.start()
 
     def stop(self) -> None:
@@ -182,9 +196,47 @@ class Recorder:
         with self.cost.of("drain"):
             self.sampler.refresh_cpus()
             self._rings.refresh()
-            drain = self.sampler.drain()
-        self._fold(drain)
+        self.drain()
         self._scan()
+
+    def drain(self) -> None:
+        """Take in what was counted, without looking for new CPUs and services."""
+        with self.cost.of("drain"):
+            drain = self.sampler.drain()
+        now = self._clocks()
+        cuts = self._window.begun.cuts(now, self._longest_ns) if self._longest_ns else []
+        if not cuts:
+            self._drained_ns = now.monotonic_ns
+            self._fold(drain)
+            return
+        edges_ns = [self._window.begun.monotonic_ns, *(cut.monotonic_ns for cut in cuts)]
+        edges_ns = [max(self._drained_ns, edge_ns) for edge_ns in (*edges_ns, now.monotonic_ns)]
+        self._drained_ns = now.monotonic_ns
+        *parts, last = split_drain(drain, edges_ns)
+        span_s = now.since(self._window.begun) / 1e9
+        log.warning("drained late span_s=%.0f windows=%d", span_s, len(edges_ns) - 1)
+        begun, start_ns = self._window.begun, self._window.start_ns
+        errors = []
+        for part, cut in (*zip(parts, cuts, strict=True), (last, None)):
+            try:
+                self._fold(part)
+            except Exception as error:  # noqa: BLE001 - raised below: the other parts come first
+                errors.append(error)
+            if cut is None:
+                break
+            edge_ns = start_ns + cut.since(begun)
+            successor = OpenWindow(self.period_ns, self._clocks, begun=cut, edge_ns=edge_ns)
+            try:
+                self._closed.append(self._cut(successor, edge_ns))
+            except Exception as error:  # noqa: BLE001
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def take_closed(self) -> list[Profile]:
+        """Return the windows that ended without being asked for, each once, the oldest first."""
+        closed, self._closed = self._closed, []
+        return closed
 
     def close_window(self, edge_ns: int | None = None) -> Profile:
         """Return the profile since `start` or the last call, named as well as this host can.
@@ -192,16 +244,29 @@ class Recorder:
         `edge_ns` is the time (UTC) at which this window ends and the next begins, a few ms ago,
         where windows are to be aligned; by default it is now.
         """
-        with self.cost.of("drain"):
-            drain = self.sampler.drain()
-        self._fold(drain)
-        with self.cost.of("symbolize"):
-            return self._name(edge_ns)
+        self.drain()
+        return self.cut_window(edge_ns)
 
-    def _name(self, edge_ns: int | None) -> Profile:
-        window, self._window = self._window, OpenWindow(self.period_ns, edge_ns)
+    def cut_window(self, edge_ns: int | None = None) -> Profile:
+        """Return the profile up to the last drain, as `close_window` does."""
+        return self._cut(OpenWindow(self.period_ns, self._clocks, edge_ns=edge_ns), edge_ns)
+
+    def lose(self, counts: Accounting) -> None:
+        """Count the ticks of a window that could not be stored in the one that is open."""
+        self._window.take_lost(counts)
+
+    def _cut(self, successor: OpenWindow, edge_ns: int | None) -> Profile:
+        window, self._window = self._window, successor
         self._frames = self._number_frames()
-        window.end(self._window, edge_ns)
+        window.end(successor, edge_ns)
+        try:
+            with self.cost.of("symbolize"):
+                return self._name(window)
+        except BaseException:
+            self.lose(window.accounting(self._host, {}))
+            raise
+
+    def _name(self, window: OpenWindow) -> Profile:
         builder = window.builder
         unnamed = builder.unnamed_locations()
         for location, frames in zip(unnamed, self.symbolizer.names(unnamed), strict=True):

@@ -5,19 +5,25 @@ import os
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from bpf import perf_event
 from bpf.sampler import SamplerConfig
 from bpf.samples import Drain, RawSample
 from profiler.agent.frames import Numbers
-from storage.profile import Accounting, Host, Labels, Loss, ProfileBuilder, Window
+from storage.profile import GOOD_STOPS, Accounting, Host, Labels, Loss, ProfileBuilder, Window
 
+_LATE_NS = 3_000_000_000
+"""A window that is closed so late does not end at its edge: the ticks since are in it."""
 _FIRST_NS = 60_000_000_000
 """For how long windows are as short as the first one was asked to be."""
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+_STAT = Path("/proc/stat")
+_IDLE_SLACK_NS = 100_000_000
+"""By how much idle time may exceed the time that passed: both are rounded to ticks of 10 ms."""
 _STEP_NS = 500_000_000
 """A larger difference between the wall clock and the monotonic one is a step, not a drift."""
 
@@ -61,19 +67,79 @@ class Edges:
         return self._monotonic_ns() / 1e9 >= self.edge_monotonic_s
 
     @property
+    def true_edge_ns(self) -> int | None:
+        """The edge, if the window that is closed now ended there; None if it goes on to now.
+
+        The process may have been stopped or frozen for hours.
+        """
+        late_ns = self._monotonic_ns() - round(self.edge_monotonic_s * 1e9)
+        return self.edge_ns if 0 <= late_ns < _LATE_NS and not self.is_stepped else None
+
+    @property
     def is_stepped(self) -> bool:
         """Return whether somebody has set the wall clock since the window began."""
         passed_ns = self._monotonic_ns() - self._begun_monotonic_ns
         return abs(self._wall_ns() - self._begun_ns - passed_ns) > _STEP_NS
 
 
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """What all clocks said at one moment."""
+
+    wall_ns: int
+    monotonic_ns: int
+    boottime_ns: int
+    nonidle_ns: int
+    own_cpu_ns: int
+
+    @classmethod
+    def now(cls, nonidle_ns: int) -> "Clocks":
+        return cls(
+            wall_ns=time.time_ns(),
+            monotonic_ns=time.monotonic_ns(),
+            boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            nonidle_ns=nonidle_ns,
+            own_cpu_ns=time.process_time_ns(),
+        )
+
+    def since(self, earlier: "Clocks") -> int:
+        """Return the ns between two readings; the wall clock may have been set in between."""
+        return self.monotonic_ns - earlier.monotonic_ns
+
+    def nonidle_since(self, earlier: "Clocks") -> int:
+        """Return how long CPUs were not idle in between; idle time is rounded, so not below 0."""
+        return max(0, self.nonidle_ns - earlier.nonidle_ns)
+
+    def cuts(self, later: "Clocks", longest_ns: int) -> list["Clocks"]:
+        """Return the moments that cut the time up to a later one into equal parts, not too long.
+
+        What the clocks said at them is interpolated.
+        """
+        parts = max(1, -(-later.since(self) // longest_ns))
+        names = self.__slots__
+        spans = {name: getattr(later, name) - getattr(self, name) for name in names}
+        return [
+            Clocks(**{name: getattr(self, name) + spans[name] * n // parts for name in names})
+            for n in range(1, parts)
+        ]
+
+
 class OpenWindow:
     """What has been counted since a moment, and what the clocks said at that moment."""
 
-    def __init__(self, period_ns: int, edge_ns: int | None = None) -> None:
+    def __init__(
+        self,
+        period_ns: int,
+        now: Callable[[], Clocks],
+        *,
+        begun: Clocks | None = None,
+        edge_ns: int | None = None,
+    ) -> None:
+        """Begin now, or when the clocks were `begun`; `edge_ns` is the start's name in UTC."""
         self.builder = ProfileBuilder(period_ns)
-        self.begun = Clocks.now()
-        self._start_ns = edge_ns or self.begun.wall_ns
+        self.begun = begun or now()
+        self.start_ns = edge_ns or self.begun.wall_ns
+        self._now = now
         self._end_ns: int | None = None
         self._ended: Clocks | None = None
         self._ticks = self._idle = self._filtered = self._pending = 0
@@ -90,7 +156,10 @@ class OpenWindow:
 
     def add(self, sample: RawSample, root_first: Numbers, labels: Labels) -> None:
         self.builder.add(labels, root_first, sample.samples)
-        self._stops[sample.stop] += sample.samples
+        # One reason for each sample: the user's part, unless only the kernel's is not whole.
+        is_whole = sample.stop in GOOD_STOPS
+        stop = sample.kernel_stop if is_whole and sample.kernel_stop else sample.stop
+        self._stops[stop] += sample.samples
         self._pending -= sample.samples
 
     def settle(self) -> None:
@@ -99,24 +168,36 @@ class OpenWindow:
             self._lost[Loss.FAULT] += self._pending
             self._pending = 0
 
+    def take_lost(self, counts: Accounting) -> None:
+        """Take over the ticks of an earlier window that could not be stored: its stacks are lost.
+
+        So they stand in the next object, which is not longer for that.
+        """
+        self._ticks += counts.ticks
+        self._idle += counts.idle
+        self._filtered += counts.filtered
+        self._lost.update(counts.lost)
+        if counts.stored:
+            self._lost[Loss.FAULT] += counts.stored
+
     def end(self, successor: "OpenWindow | None" = None, edge_ns: int | None = None) -> None:
         """Stop the clocks, at the moment the next window begins; a second call changes nothing."""
-        self._ended = self._ended or (successor.begun if successor else Clocks.now())
+        self._ended = self._ended or (successor.begun if successor else self._now())
         self._end_ns = edge_ns
 
     @property
     def window(self) -> Window:
         """From edge to edge, where there are any; else by the clock that nobody can set."""
-        ended = self._ended or Clocks.now()
-        return Window(self._start_ns, self._end_ns or self._start_ns + ended.since(self.begun))
+        ended = self._ended or self._now()
+        return Window(self.start_ns, self._end_ns or self.start_ns + ended.since(self.begun))
 
     @property
     def boottime_ns(self) -> tuple[int, int]:
-        ended = self._ended or Clocks.now()
+        ended = self._ended or self._now()
         return self.begun.boottime_ns, ended.boottime_ns
 
     def accounting(self, host: Host, misses: Mapping[str, int]) -> Accounting:
-        ended = self._ended or Clocks.now()
+        ended = self._ended or self._now()
         return Accounting(
             hosts=(host,),
             cpus=len(perf_event.online_cpus()),
@@ -134,44 +215,95 @@ class OpenWindow:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Clocks:
-    wall_ns: int
-    monotonic_ns: int
-    boottime_ns: int
-    nonidle_ns: int
-    own_cpu_ns: int
+def split_drain(drain: Drain, edges_ns: Sequence[int]) -> list[Drain]:
+    """Cut a drain that comes late into parts: one between each two edges (CLOCK_MONOTONIC).
 
-    @classmethod
-    def now(cls) -> "Clocks":
-        return cls(
-            wall_ns=time.time_ns(),
-            monotonic_ns=time.monotonic_ns(),
-            boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
-            nonidle_ns=nonidle_ns(),
-            own_cpu_ns=time.process_time_ns(),
-        )
-
-    def since(self, earlier: "Clocks") -> int:
-        """Return the ns between two readings; the wall clock may have been set in between."""
-        return self.monotonic_ns - earlier.monotonic_ns
-
-    def nonidle_since(self, earlier: "Clocks") -> int:
-        """Return how long CPUs were not idle in between; idle time is rounded, so not below 0."""
-        return max(0, self.nonidle_ns - earlier.nonidle_ns)
-
-
-def nonidle_ns() -> int:
-    """Return how long all online CPUs together were not idle, in ns from an arbitrary start.
-
-    The time there was, less what /proc/stat calls idle, waiting or stolen (proc_stat(5)): those are
-    measured, while its busy times are guessed at the timer's ticks, which miss whatever a timer
-    starts: of a thousand short processes a second they saw a tenth.
+    A stack that was seen once belongs where it was seen; the samples of one that was seen more
+    often are spread from its first to its last. What has no time is spread evenly. All counts are
+    integers and add up to those of the drain.
     """
-    there_was = time.monotonic_ns() * len(perf_event.online_cpus())
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-    idle, iowait, steal = int(fields[4]), int(fields[5]), int(fields[8])
-    return there_was - (idle + iowait + steal) * _TICK_NS
+    parts = list(pairwise(edges_ns))
+    whole = [max(0, end_ns - start_ns) for start_ns, end_ns in parts]
+    samples: list[list[RawSample]] = [[] for _ in parts]
+    for sample in drain.samples:
+        overlaps = [
+            (max(start_ns, sample.first_ns), min(end_ns, sample.last_ns + 1))
+            for start_ns, end_ns in parts
+        ]
+        numbers = _share(sample.samples, [max(0, end - start) for start, end in overlaps])
+        for place, number in enumerate(numbers):
+            if number:
+                first_ns, last_ns = overlaps[place][0], overlaps[place][1] - 1
+                samples[place].append(
+                    sample._replace(samples=number, first_ns=first_ns, last_ns=last_ns)
+                )
+    idle, filtered = _share(drain.idle, whole), _share(drain.filtered, whole)
+    lost = {cause: _share(number, whole) for cause, number in drain.lost.items()}
+    drains = []
+    for place, kept in enumerate(samples):
+        causes = {cause: numbers[place] for cause, numbers in lost.items() if numbers[place]}
+        stored = sum(sample.samples for sample in kept)
+        ticks = stored + idle[place] + filtered[place] + sum(causes.values())
+        drains.append(Drain(kept, ticks, idle[place], filtered[place], causes))
+    return drains
+
+
+def _share(number: int, weights: Sequence[int]) -> list[int]:
+    """Divide a number by weights into integers; all to the last one if no weight is positive."""
+    total, reached, given = sum(weights), 0, 0
+    if not total:
+        return [*[0] * (len(weights) - 1), number]
+    shares = []
+    for weight in weights:
+        reached += weight
+        upto = number * reached // total
+        shares.append(upto - given)
+        given = upto
+    return shares
+
+
+class BusyTime:
+    """How long all online CPUs together were not idle, from one reading to the next.
+
+    For each CPU, the time that passed less what /proc/stat calls idle, waiting or stolen
+    (proc_stat(5)): those are measured, while its busy times are guessed at the timer's ticks, which
+    miss whatever a timer starts: of a thousand short processes a second they saw a tenth.
+
+    A CPU that comes online counts from its first reading on, one that goes offline up to its last;
+    so take a reading every second or two.
+    """
+
+    def __init__(self) -> None:
+        self.nonidle_ns = 0
+        self._before_ns = 0
+        self._idle_ns: dict[int, int] = {}
+
+    def read(self) -> int:
+        """Take a reading now; return the ns since the first one."""
+        return self.add(time.monotonic_ns(), _STAT.read_text())
+
+    def add(self, now_ns: int, stat: str) -> int:
+        """Take in what /proc/stat says at a time (CLOCK_MONOTONIC)."""
+        passed_ns = now_ns - self._before_ns
+        idle_ns = parse_idle(stat)
+        for cpu in idle_ns.keys() & self._idle_ns.keys():
+            rested_ns = idle_ns[cpu] - self._idle_ns[cpu]
+            # Some kernels begin anew when a CPU comes back, or count the time that it was away.
+            if -_IDLE_SLACK_NS <= rested_ns <= passed_ns + passed_ns // 100 + _IDLE_SLACK_NS:
+                self.nonidle_ns += passed_ns - rested_ns
+        self._before_ns, self._idle_ns = now_ns, idle_ns
+        return self.nonidle_ns
+
+
+def parse_idle(stat: str) -> dict[int, int]:
+    """Return for each online CPU the ns that it was idle, waiting or stolen since the boot."""
+    idle_ns = {}
+    for line in stat.splitlines():
+        name, *fields = line.split()
+        if name.startswith("cpu") and name != "cpu":
+            idle, iowait, steal = int(fields[3]), int(fields[4]), int(fields[7])
+            idle_ns[int(name[3:])] = (idle + iowait + steal) * _TICK_NS
+    return idle_ns
 
 
 def rss_bytes() -> int:

@@ -293,6 +293,138 @@ def _has_ticks_in_window(status: dict, windows: int) -> bool:
     return status.get("windows", 0) >= windows and status.get("ticks", 0) > 0
 
 
+FAULTY = """
+import sys
+name, sys.argv[1:2] = sys.argv[1], []
+from bpf.sampler import Sampler
+from profiler.agent import agent
+from profiler.agent.recorder import Recorder
+from profiler.agent.status import StatusSocket
+from storage.spool.spool import Spool
+
+def fail(*_):
+    raise RuntimeError("as broken as can be")
+
+def fail_once(add):
+    def add_second(self, profile):
+        Spool.add = add
+        fail()
+    return add_second
+
+def fail_every_third(drain):
+    calls = []
+    def drain_some(self, generation):
+        calls.append(1)
+        taken = drain(self, generation)
+        return fail() if len(calls) % 3 == 0 else taken
+    return drain_some
+
+if name == "processes":
+    Recorder.catch_up = fail
+elif name == "status":
+    StatusSocket.answer = fail
+elif name == "drain":
+    Sampler.drain = fail
+elif name == "maps":
+    Sampler._take_samples = fail_every_third(Sampler._take_samples)
+elif name == "spool":
+    Spool.add = fail_once(Spool.add)
+elif name == "name":
+    Recorder._name = fail
+elif name == "pause":
+    agent.LONGEST_WINDOW_S = 4
+from profiler.cli import main
+sys.exit(main())
+"""
+
+
+def faulty(place: Place, what: str, *arguments: str) -> list[str]:
+    """Return the command of an agent in which one part fails, in which way `FAULTY` says."""
+    return [sys.executable, "-c", FAULTY, what, *place.command(*arguments)[1:]]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("stage", ["processes", "status", "drain"])
+def test_a_stage_that_always_fails_neither_spins_nor_stops_the_windows(stage, place) -> None:
+    """A descriptor that nobody reads stays readable: the loop must not run for it."""
+    command = faulty(place, stage, "--for", "12s")
+    with running(*command, env=place.environment, stderr=subprocess.PIPE) as agent:
+        if stage == "status":
+            with socket.socket(socket.AF_UNIX) as asking:  # waits for an answer all the time
+                path = str(place.root / "run" / "agent.sock")
+                wait_until(lambda: asking.connect_ex(path) == 0)
+                _, talk = agent.communicate(timeout=90)
+        else:
+            _, talk = agent.communicate(timeout=90)
+
+    assert agent.returncode == 0
+    assert 1 <= talk.count(b"Traceback") <= 2
+    assert talk.count(b"survived a fault") < 10
+    profiles = list(place.objects().values())
+    assert len(profiles) >= 2
+    assert all(profile.accounting.mismatch == 0 for profile in profiles)
+
+
+@pytest.mark.kernel
+def test_ticks_of_a_drain_that_failed_are_lost_by_fault(place) -> None:
+    subprocess.run(faulty(place, "maps", "--for", "8s"), check=True, env=place.environment)
+
+    counts = [profile.accounting for profile in place.objects().values()]
+    assert sum(each.lost.get("fault", 0) for each in counts) > 0
+    assert all(each.mismatch == 0 for each in counts)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("what", ["spool", "name"])
+def test_a_window_that_cannot_be_stored_is_counted_in_the_next(what, place) -> None:
+    """Its ticks are lost by a fault, in the next object and in the status."""
+    with running(*faulty(place, what), env=place.environment) as agent:
+        wait_until(lambda: place.status().get("lost", {}).get("fault", 0) > 0, 60)
+        status = place.status()
+        if what == "spool":
+            wait_until(lambda: place.status()["windows"] >= 1)
+        agent.terminate()
+        assert agent.wait(30) == 0
+
+    assert status["faults"] >= 1
+    assert status["ticks"] == status["stored"] + status["idle"] + status["filtered"] + sum(
+        status["lost"].values()
+    )
+    if what == "spool":
+        counts = [profile.accounting for profile in place.objects().values()]
+        assert sum(each.lost.get("fault", 0) for each in counts) > 0
+        assert all(each.mismatch == 0 for each in counts)
+
+
+@pytest.mark.kernel
+def test_an_agent_that_was_stopped_tells_the_truth_about_its_windows(place) -> None:
+    """A pause longer than a window may be (4 s here, an hour in life): parts, each with its ticks.
+
+    No window claims to be shorter than the time its ticks took.
+    """
+    with running(*faulty(place, "pause"), env=place.environment) as agent:
+        wait_until(lambda: place.status().get("ticks", 0) > 0)
+        agent.send_signal(signal.SIGSTOP)
+        time.sleep(14)  # the pause that is tested
+        agent.send_signal(signal.SIGCONT)
+        wait_until(lambda: place.status()["windows"] >= 3)
+        status = place.status()
+        agent.terminate()
+        assert agent.wait(30) == 0
+
+    profiles = sorted(place.objects().values(), key=lambda profile: profile.window)
+    windows = [profile.window for profile in profiles]
+    assert status["faults"] == 0
+    assert len(windows) >= 3
+    assert windows[-1].end_ns - windows[0].start_ns > 14 * SECOND
+    for profile in profiles:
+        span_s = (profile.window.end_ns - profile.window.start_ns) / SECOND
+        assert span_s <= 5.5  # those that were not cut end at an edge
+        assert profile.accounting.ticks <= 1.1 * 99 * (os.cpu_count() or 1) * span_s + 20
+        assert profile.accounting.mismatch == 0
+    assert all(abs(a.end_ns - b.start_ns) < SECOND // 10 for a, b in itertools.pairwise(windows))
+
+
 @pytest.mark.kernel
 def test_nobody_to_ask_is_one_line(place) -> None:
     result = place.run("status")

@@ -1,0 +1,187 @@
+"""What a window counts, how busy CPUs were in it, and how a drain that came late is divided."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bpf.samples import Drain
+from profiler.agent.window import BusyTime, Clocks, Edges, OpenWindow, split_drain
+from storage.profile import Accounting, Host
+from tests.support.live import sample_of
+
+SECOND = 1_000_000_000
+HOST = Host("web-1", "00112233445566aa")
+SAMPLE = sample_of(1, start_ns=7)
+
+
+def stat(**idle_s: float) -> str:
+    """Return a /proc/stat in which these CPUs have been idle for so long since the boot."""
+    lines = [f"{cpu} 50 0 50 {round(s * 100)} 0 0 0 0 0 0" for cpu, s in idle_s.items()]
+    return "\n".join(["cpu  1 2 3 4 5 6 7 8 9 10", *lines, "intr 5 1", "ctxt 6"])
+
+
+def test_busy_time_is_what_passed_less_what_was_idle():
+    busy = BusyTime()
+    busy.add(1_000 * SECOND, stat(cpu0=400, cpu1=500))
+
+    assert busy.add(1_010 * SECOND, stat(cpu0=402, cpu1=510)) == 8 * SECOND
+    assert busy.add(1_020 * SECOND, stat(cpu0=402, cpu1=520)) == 18 * SECOND
+
+
+def test_a_cpu_that_comes_online_brings_nothing_from_before():
+    """It was away since the boot: only what is busy from now on counts."""
+    busy = BusyTime()
+    busy.add(7_000 * SECOND, stat(cpu0=400))
+    before_ns = busy.add(7_001 * SECOND, stat(cpu0=401))
+
+    assert busy.add(7_002 * SECOND, stat(cpu0=402, cpu1=3)) == before_ns == 0
+    assert busy.add(7_003 * SECOND, stat(cpu0=403, cpu1=3.25)) == round(0.75 * SECOND)
+
+
+def test_a_cpu_that_goes_offline_keeps_what_it_was_busy():
+    busy = BusyTime()
+    busy.add(7_000 * SECOND, stat(cpu0=400, cpu1=50))
+    busy.add(7_001 * SECOND, stat(cpu0=401, cpu1=50))
+
+    assert busy.add(7_002 * SECOND, stat(cpu0=402)) == SECOND
+    assert busy.add(7_003 * SECOND, stat(cpu0=403, cpu1=50)) == SECOND
+
+
+@pytest.mark.parametrize("idle_s", [0, 5_000])
+def test_a_cpu_whose_idle_time_jumps_begins_anew(idle_s):
+    """Whatever a kernel makes of a CPU that was away and back between two readings."""
+    busy = BusyTime()
+    busy.add(7_000 * SECOND, stat(cpu0=400, cpu1=50))
+
+    assert busy.add(7_001 * SECOND, stat(cpu0=401, cpu1=idle_s)) == 0
+
+
+@pytest.fixture
+def second_cpu() -> Iterator[Path]:
+    """The switch of CPU 1, which is on again afterwards whatever happens."""
+    switch = Path("/sys/devices/system/cpu/cpu1/online")
+    if not switch.exists():
+        pytest.skip("this machine has no second CPU that can be taken offline")
+    yield switch
+    switch.write_text("1")
+
+
+@pytest.mark.kernel
+def test_no_real_cpu_is_busy_for_longer_than_the_time_that_passes(second_cpu):
+    """Off and on again, seen and unseen."""
+    busy = BusyTime()
+    busy.read()
+    begun_ns = time.monotonic_ns()
+    for state in ("0", "1", "0", "1"):
+        second_cpu.write_text(state)
+        busy.read()
+    second_cpu.write_text("0")
+    second_cpu.write_text("1")
+    nonidle_ns = busy.read()
+
+    assert -0.1 * SECOND < nonidle_ns <= 2 * (time.monotonic_ns() - begun_ns) + 0.1 * SECOND
+
+
+moments = st.integers(0, 1000)
+
+
+@st.composite
+def drains(draw) -> Drain:
+    samples = []
+    for number in draw(st.lists(st.integers(1, 50), max_size=6)):
+        first_ns, last_ns = sorted((draw(moments), draw(moments)))
+        if number == 1:
+            last_ns = first_ns
+        samples.append(SAMPLE._replace(samples=number, first_ns=first_ns, last_ns=last_ns))
+    idle, filtered, full = (draw(st.integers(0, 100)) for _ in range(3))
+    stored = sum(sample.samples for sample in samples)
+    return Drain(samples, stored + idle + filtered + full, idle, filtered, {"map_full": full})
+
+
+@given(drains(), st.lists(moments, max_size=5))
+def test_the_parts_of_a_drain_are_the_drain(drain, cuts):
+    """Every count, the law of conservation in each part, and each sample within its part."""
+    edges = [0, *sorted(cuts), 1001]
+
+    parts = split_drain(drain, edges)
+
+    assert len(parts) == len(edges) - 1
+    assert sum(part.ticks for part in parts) == drain.ticks
+    assert sum(part.idle for part in parts) == drain.idle
+    assert sum(part.filtered for part in parts) == drain.filtered
+    assert sum(part.lost.get("map_full", 0) for part in parts) == drain.lost["map_full"]
+    for part, start_ns, end_ns in zip(parts, edges, edges[1:], strict=False):
+        stored = sum(sample.samples for sample in part.samples)
+        assert part.ticks == stored + part.idle + part.filtered + sum(part.lost.values())
+        assert all(start_ns <= s.first_ns <= s.last_ns < end_ns for s in part.samples)
+
+
+def test_samples_go_where_they_were_taken():
+    early = SAMPLE._replace(samples=9, first_ns=10, last_ns=20)
+    spread = SAMPLE._replace(samples=100, first_ns=50, last_ns=149)
+
+    first, second = split_drain(Drain([early, spread], 129, 20, 0, {}), [0, 100, 200])
+
+    assert [sample.samples for sample in first.samples] == [9, 50]
+    assert [sample.samples for sample in second.samples] == [50]
+    assert (first.idle, second.idle) == (10, 10)
+
+
+def clocks(at_s: int) -> Clocks:
+    return Clocks(at_s * SECOND, at_s * SECOND, at_s * SECOND, at_s * 10, at_s)
+
+
+def test_two_hours_are_cut_into_equal_parts_that_can_be_kept():
+    cuts = clocks(0).cuts(clocks(7200), 3598 * SECOND)
+
+    assert cuts == [clocks(2400), clocks(4800)]
+    assert clocks(0).cuts(clocks(3598), 3598 * SECOND) == []
+
+
+def test_a_window_that_is_closed_long_after_its_edge_ends_now():
+    """As after SIGSTOP: the ticks since the edge are in it."""
+    passed_ns = [0]
+    edges = Edges(60, lambda: 120 * SECOND + passed_ns[0], lambda: passed_ns[0])
+    assert edges.true_edge_ns is None  # it is not reached
+
+    passed_ns[0] = 61 * SECOND
+    assert edges.true_edge_ns == 180 * SECOND
+    passed_ns[0] = 7200 * SECOND
+    assert edges.true_edge_ns is None
+
+
+def test_the_ticks_of_a_window_that_was_not_stored_are_lost_in_the_next():
+    window = OpenWindow(10_000_000, lambda: clocks(60))
+    counts = Accounting(ticks=10, stored=4, idle=3, filtered=1, lost={"map_full": 2})
+
+    window.take_lost(counts)
+
+    taken = window.accounting(HOST, {})
+    assert taken.mismatch == 0
+    assert (taken.ticks, taken.idle, taken.filtered, taken.stored) == (10, 3, 1, 0)
+    assert taken.lost == {"map_full": 2, "fault": 4}
+
+
+@pytest.mark.parametrize(
+    ("stop", "kernel_stop", "counted"),
+    [
+        ("root", "", "root"),
+        ("root", "kernel_truncated", "kernel_truncated"),
+        ("kernel_thread", "kernel_failed", "kernel_failed"),
+        ("no_table", "kernel_failed", "no_table"),
+    ],
+)
+def test_each_sample_has_one_reason(stop, kernel_stop, counted):
+    """A kernel stack that is not whole counts where the user's part is."""
+    window = OpenWindow(10_000_000, lambda: clocks(60))
+    sample = SAMPLE._replace(samples=3, stop=stop, kernel_stop=kernel_stop)
+
+    window.count(Drain([sample], 3, 0, 0, {}))
+    window.add(sample, np.zeros(0, np.int32), ())
+
+    assert window.accounting(HOST, {}).stops == {counted: 3}
