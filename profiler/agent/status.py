@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -41,14 +42,20 @@ def default_spool() -> Path:
 
 
 class StatusSocket:
-    """Answers whoever connects with one JSON document, without ever waiting for them."""
+    """Answers whoever connects with one JSON document, without ever waiting for them.
+
+    The folder is `supervise.make_run_folder`'s: nobody else can put a link or a file there.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / _SOCKET
         self._path.unlink(missing_ok=True)  # of an agent that was killed: we hold the lock
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self._socket.bind(str(self._path))
-        self._path.chmod(0o600)
+        mask = os.umask(0o177)  # it is never there with other rights
+        try:
+            self._socket.bind(str(self._path))
+        finally:
+            os.umask(mask)
         self._socket.listen(8)
 
     def __enter__(self) -> Self:
@@ -89,6 +96,7 @@ def ask(run_folder: Path) -> dict[str, Any]:
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(_TIMEOUT_S)
             client.connect(str(path))
+            _check_peer(client)
             content = b"".join(iter(lambda: client.recv(1 << 16), b""))
         answer: dict[str, Any] = orjson.loads(content[:_LIMIT_BYTES])
     except PermissionError:
@@ -98,6 +106,18 @@ def ask(run_folder: Path) -> dict[str, Any]:
     except (OSError, orjson.JSONDecodeError) as error:
         raise NoAgentError(f"the agent does not answer: {error}") from None
     return answer
+
+
+def _check_peer(client: socket.socket) -> None:
+    """Believe an agent of root or of this user only: in /tmp anybody may listen in its place.
+
+    Raises:
+        NoAgentError: it is another user's.
+    """
+    credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    _, uid, _ = struct.unpack("3i", credentials)
+    if uid not in (0, os.geteuid()) and os.geteuid() != 0:
+        raise NoAgentError(f"cannot ask the agent: its socket belongs to user {uid} (remove it)")
 
 
 def uploader_state(spool: Path) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Supervise: one agent a host, and the child processes that it restarts."""
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
+import stat
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,15 +22,55 @@ class RefusedError(Exception):
     """What was asked for cannot be done; the message says what to do instead."""
 
 
+def make_run_folder(folder: Path) -> None:
+    """Make the folder of the agent's lock and socket, which nobody else may be able to change.
+
+    A user without a session has it in /tmp, where anybody may have made it before, or a link.
+
+    Raises:
+        RefusedError: somebody else could put files or links there.
+    """
+    for path in (*reversed(folder.absolute().parents), folder.absolute()):
+        try:
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(mode=0o755)
+            _check_folder(path, path.lstat(), is_own=path == folder.absolute())
+        except OSError as error:
+            raise RefusedError(
+                f"cannot use the run folder {folder}: {path}: {error.strerror} (choose another one"
+                " with EVERFLAME_RUN)"
+            ) from error
+
+
+def _check_folder(path: Path, found: os.stat_result, *, is_own: bool) -> None:
+    """Check one folder on the way to the run folder, or that itself (`is_own`)."""
+    if stat.S_ISLNK(found.st_mode):
+        if is_own or found.st_uid != 0:
+            raise RefusedError(f"cannot use {path} for the agent's lock: it is a link (remove it)")
+        found = path.stat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise RefusedError(f"cannot use {path} for the agent's lock: it is no folder (remove it)")
+    if found.st_uid not in ({os.geteuid()} if is_own else {0, os.geteuid()}):
+        raise RefusedError(
+            f"cannot use {path} for the agent's lock: it belongs to user {found.st_uid} (remove it,"
+            " or choose another folder with EVERFLAME_RUN)"
+        )
+    is_sticky = found.st_mode & stat.S_ISVTX and not is_own
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not is_sticky:
+        raise RefusedError(
+            f"cannot use {path} for the agent's lock: others may write there (chmod go-w {path})"
+        )
+
+
 @contextlib.contextmanager
 def host_lock(run_folder: Path) -> Iterator[None]:
     """Hold the lock that one agent of a host holds.
 
     Raises:
-        RefusedError: another agent holds it.
+        RefusedError: another agent holds it, or the folder is not this user's alone.
     """
-    run_folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-    fd = os.open(run_folder / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    make_run_folder(run_folder)
+    fd = _open_lock(run_folder / "agent.lock")
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,6 +85,21 @@ def host_lock(run_folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def _open_lock(path: Path) -> int:
+    """Open the lock's own file: a link to another one would have it emptied."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags, 0o644)
+    except OSError as error:
+        reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        raise RefusedError(f"cannot lock {path}: {reason} (remove it)") from error
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
+        os.close(fd)
+        raise RefusedError(f"cannot lock {path}: it is not this user's own file (remove it)")
+    return fd
 
 
 class Child:

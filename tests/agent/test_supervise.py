@@ -1,0 +1,141 @@
+"""The run folder and its lock: one agent a host, and no file of anybody else."""
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from profiler.agent import status
+from profiler.agent.status import NoAgentError, StatusSocket
+from profiler.agent.supervise import RefusedError, host_lock
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "everflame-1000" / "everflame"
+
+
+def test_the_lock_is_in_a_folder_of_this_user_alone(folder):
+    mask = os.umask(0)
+    try:
+        with host_lock(folder):
+            modes = [path.stat().st_mode & 0o777 for path in (folder.parent, folder)]
+            assert int((folder / "agent.lock").read_text()) == os.getpid()
+    finally:
+        os.umask(mask)
+
+    assert modes == [0o755, 0o755]
+
+
+def test_one_agent_at_a_time(folder):
+    with (
+        host_lock(folder),
+        pytest.raises(RefusedError, match=f"pid {os.getpid()}"),
+        host_lock(folder),
+    ):
+        pass
+    with host_lock(folder):
+        pass
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_link_in_the_place_of_the_lock_is_not_followed(link, folder, tmp_path):
+    """What it leads to keeps its content."""
+    precious = tmp_path / "precious"
+    precious.write_text("do not empty")
+    folder.mkdir(parents=True)
+    link(precious, folder / "agent.lock")
+
+    with pytest.raises(RefusedError, match="remove it"), host_lock(folder):
+        pass
+
+    assert precious.read_text() == "do not empty"
+
+
+def test_a_pipe_in_the_place_of_the_lock_does_not_hang(folder):
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "agent.lock")
+
+    with pytest.raises(RefusedError, match="remove it"), host_lock(folder):
+        pass
+
+
+def test_a_link_in_the_place_of_the_folder_is_refused(folder, tmp_path):
+    """Also one on the way there, unless root has made it."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder.parent.mkdir()
+    folder.symlink_to(elsewhere)
+
+    with pytest.raises(RefusedError, match="it is a link"), host_lock(folder):
+        pass
+
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("is_parent", [False, True])
+def test_a_folder_that_others_may_write_to_is_refused(is_parent, folder):
+    folder.mkdir(parents=True)
+    open_one = folder.parent if is_parent else folder
+    open_one.chmod(0o777)
+
+    with pytest.raises(RefusedError, match=f"chmod go-w {open_one}"), host_lock(folder):
+        pass
+
+    open_one.chmod(0o755)
+    with host_lock(folder):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder away")
+@pytest.mark.parametrize("is_parent", [False, True])
+def test_a_folder_of_another_user_is_refused(is_parent, folder):
+    folder.mkdir(parents=True)
+    os.chown(folder.parent if is_parent else folder, 65534, 65534)
+
+    with pytest.raises(RefusedError, match="belongs to user 65534"), host_lock(folder):
+        pass
+
+
+def test_the_socket_is_private_from_the_start(folder):
+    with host_lock(folder), StatusSocket(folder):
+        assert (folder / "agent.sock").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to listen as somebody else")
+def test_an_agent_of_another_user_is_not_believed(tmp_path):
+    """It listens where this user's agent would: what it says is not shown."""
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "agent.sock"))
+        (tmp_path / "agent.sock").chmod(0o666)
+        child = os.fork()
+        if not child:
+            os.seteuid(0)
+            os.setresuid(4242, 4242, 4242)
+            server.listen()
+            client, _ = server.accept()
+            client.close()
+            os._exit(0)
+        other = os.fork()
+        if not other:
+            os.setresuid(4243, 4243, 4243)
+            code = 1
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                try:
+                    status.ask(tmp_path)
+                except NoAgentError as error:
+                    if "belongs to user 4242" in str(error):
+                        code = 0
+                        break
+                    time.sleep(0.02)
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
+        os.waitpid(child, 0)
+
+    assert code == 0
