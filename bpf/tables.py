@@ -48,9 +48,9 @@ class RbpKind(IntEnum):
 
     SAME = 0
     AT_CFA = 1
-    AT_RBP = 2
-    LOST = 3
-    AT_RSP = 4
+    DEREF_RBP = 2
+    UNDEFINED = 3
+    DEREF_RSP = 4
 
 
 class TableState(IntEnum):

@@ -246,10 +246,10 @@ static __always_inline u32 leave_by_rule(struct walk *walk, const struct rule *r
 		else if (read_word(&walk->bp, cfa, rule->rbp))
 			return STOP_UNREADABLE;
 		walk->knows_bp = true;
-	} else if (rule->rbp_kind == RBP_AT_RBP) {
+	} else if (rule->rbp_kind == RBP_DEREF_RBP) {
 		if (read_word(&walk->bp, walk->bp, rule->rbp))
 			return STOP_UNREADABLE;
-	} else if (rule->rbp_kind == RBP_AT_RSP) {
+	} else if (rule->rbp_kind == RBP_DEREF_RSP) {
 		if (read_word(&walk->bp, walk->sp, rule->rbp))
 			return STOP_UNREADABLE;
 		walk->knows_bp = true;

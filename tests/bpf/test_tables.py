@@ -1,6 +1,9 @@
 """Unwind tables in the kernel's maps: what goes in, what is freed, what does not fit."""
 
 import contextlib
+import re
+from enum import IntEnum
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,11 +43,30 @@ def table_of(pages: int, rows_a_page: int):
     return listed, rows
 
 
+def numbers(kinds: type[IntEnum]) -> dict[str, int]:
+    return {name: kind.value for name, kind in kinds.__members__.items()}
+
+
+def test_the_programs_are_compiled_with_the_numbers_of_the_enums():
+    """Each enumerator that the C side uses has a constant of its name, and its value."""
+    constants = tables.constants()
+    sources = "".join(path.read_text() for path in Path(tables.__file__).parent.glob("*.bpf.*"))
+
+    for prefix, kinds in (
+        ("CFA", tables.CfaKind),
+        ("RBP", tables.RbpKind),
+        ("TABLE", tables.TableState),
+    ):
+        defined = {f"{prefix}_{name}": value for name, value in numbers(kinds).items()}
+        used = set(re.findall(rf"\b{prefix}_[A-Z][A-Z_]*\b", sources)) - {"TABLE_SIZE"}
+        assert defined.items() <= constants.items()
+        assert used <= defined.keys()
+
+
 def test_the_kernel_and_the_tables_makers_speak_of_the_same():
     """Two packages that do not know each other name the same kinds by the same numbers."""
-    theirs = {int(kind) for kind in rules.CfaKind}
-    assert {int(kind) for kind in tables.CfaKind} == theirs
-    assert {int(kind) for kind in tables.RbpKind} <= {int(kind) for kind in rules.RbpKind}
+    assert numbers(tables.CfaKind) == numbers(rules.CfaKind)
+    assert numbers(tables.RbpKind) == numbers(rules.RbpKind)
     assert rules.ROW == tables.ROW
 
 
