@@ -16,8 +16,9 @@ from bpf.samples import Drain, RawSample
 from profiler.agent.frames import Numbers
 from storage.profile import GOOD_STOPS, Accounting, Host, Labels, Loss, ProfileBuilder, Window
 
-_LATE_NS = 3_000_000_000
-"""A window that is closed so late does not end at its edge: the ticks since are in it."""
+_LATE_NS, _LATE_SHARE = 3_000_000_000, 5
+"""A window that is closed so late, or by a fifth of the interval, does not end at its edge: the
+ticks since then are in it."""
 _FIRST_NS = 60_000_000_000
 """For how long windows are as short as the first one was asked to be."""
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
@@ -73,7 +74,8 @@ class Edges:
         The process may have been stopped or frozen for hours.
         """
         late_ns = self._monotonic_ns() - round(self.edge_monotonic_s * 1e9)
-        return self.edge_ns if 0 <= late_ns < _LATE_NS and not self.is_stepped else None
+        is_late = late_ns >= min(_LATE_NS, self._interval_ns // _LATE_SHARE)
+        return self.edge_ns if late_ns >= 0 and not is_late and not self.is_stepped else None
 
     @property
     def is_stepped(self) -> bool:
@@ -219,8 +221,9 @@ def split_drain(drain: Drain, edges_ns: Sequence[int]) -> list[Drain]:
     """Cut a drain that comes late into parts: one between each two edges (CLOCK_MONOTONIC).
 
     A stack that was seen once belongs where it was seen; the samples of one that was seen more
-    often are spread from its first to its last. What has no time is spread evenly. All counts are
-    integers and add up to those of the drain.
+    often are spread from its first to its last. All other ticks fill up what then lacks, as ticks
+    come evenly: when a map was full, those that came last were lost. All counts are integers and
+    add up to those of the drain.
     """
     parts = list(pairwise(edges_ns))
     whole = [max(0, end_ns - start_ns) for start_ns, end_ns in parts]
@@ -237,14 +240,16 @@ def split_drain(drain: Drain, edges_ns: Sequence[int]) -> list[Drain]:
                 samples[place].append(
                     sample._replace(samples=number, first_ns=first_ns, last_ns=last_ns)
                 )
-    idle, filtered = _share(drain.idle, whole), _share(drain.filtered, whole)
-    lost = {cause: _share(number, whole) for cause, number in drain.lost.items()}
+    stored = [sum(sample.samples for sample in kept) for kept in samples]
+    ticks = _share(drain.ticks, whole)
+    rest = [max(0, all_ticks - number) for all_ticks, number in zip(ticks, stored, strict=True)]
+    idle, filtered = _share(drain.idle, rest), _share(drain.filtered, rest)
+    lost = {cause: _share(number, rest) for cause, number in drain.lost.items()}
     drains = []
     for place, kept in enumerate(samples):
         causes = {cause: numbers[place] for cause, numbers in lost.items() if numbers[place]}
-        stored = sum(sample.samples for sample in kept)
-        ticks = stored + idle[place] + filtered[place] + sum(causes.values())
-        drains.append(Drain(kept, ticks, idle[place], filtered[place], causes))
+        ended = idle[place] + filtered[place] + sum(causes.values())
+        drains.append(Drain(kept, stored[place] + ended, idle[place], filtered[place], causes))
     return drains
 
 

@@ -129,7 +129,17 @@ def test_samples_go_where_they_were_taken():
 
     assert [sample.samples for sample in first.samples] == [9, 50]
     assert [sample.samples for sample in second.samples] == [50]
-    assert (first.idle, second.idle) == (10, 10)
+    assert abs(first.ticks - second.ticks) <= 1
+
+
+def test_what_a_full_map_lost_came_last():
+    """Ticks come evenly: where fewer samples are, more were lost."""
+    early = SAMPLE._replace(samples=100, first_ns=0, last_ns=99)
+
+    parts = split_drain(Drain([early], 200, 0, 0, {"map_full": 100}), [0, 100, 200])
+
+    assert [part.ticks for part in parts] == [100, 100]
+    assert [part.lost for part in parts] == [{}, {"map_full": 100}]
 
 
 def clocks(at_s: int) -> Clocks:
