@@ -1,17 +1,22 @@
 """`everflame deployments`: which there were, and over which windows each is compared."""
 
+import argparse
 import sys
+import time
 from collections.abc import Sequence
 
 import orjson
 
-from profiler.commands.selection import Selection
+from profiler.commands import arguments
+from profiler.commands.selection import Selection, selected
+from profiler.comparison.announcements import announce
 from profiler.comparison.deployments import Found, deployments_in
 from profiler.comparison.rollouts import (
     Deployment,
 )
 from profiler.text import in_columns, listed
-from profiler.times import from_until, whole_second
+from profiler.times import from_until, parse_time, rfc3339, whole_second
+from storage.objects.open import open_store
 from storage.profile import Window
 from storage.query.listing import nearest_objects
 
@@ -24,7 +29,62 @@ ADVICE = (
 )
 
 
-def run(selection: Selection, *, as_json: bool) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n"
+        "  everflame deployments\n"
+        "  everflame deployments --from now-7d -q '{service=\"api\"}' --json\n"
+        "  everflame deployments add --service api --version 1.6\n\n"
+        "They are found by the versions that hosts ran, by default in the last 24 hours. Of the\n"
+        "selector, version says which deployments; all else which services and hosts. KIND is\n"
+        "rollout, rollback (to a version that was there before) or canary (some hosts stay on\n"
+        "the version before for longer than half an hour). SETTLED is two windows after the\n"
+        "last host changed. Exit status 2 when nothing is selected."
+    )
+    arguments.add_json(parser)
+    arguments.add_store(parser)
+    arguments.add_window(parser)
+    arguments.add_query(parser)
+    summary = "announce a deployment, as from a pipeline"
+    add = parser.add_subparsers(metavar="[add]").add_parser(
+        "add",
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="examples:\n"
+        "  everflame deployments add --service api --version 1.6 --store s3://profiles/prod\n"
+        "  everflame deployments add --service api --version 1.6 --at 2026-01-31T09:00:00Z\n\n"
+        "It gives the exact begin of a deployment that is found by itself, and is how one of a\n"
+        "service without a version is known. To say the same twice does no harm.",
+    )
+    add.add_argument("--service", required=True, help="as its label says")
+    add.add_argument("--version", required=True, help="the one that begins to run")
+    add.add_argument(
+        "--at", metavar="TIME", default="now", help="when it begins, as --from (default now)"
+    )
+    arguments.add_store(add, usual=argparse.SUPPRESS)  # else it would undo what stands before `add`
+    add.set_defaults(adds=True)
+
+
+def run(options: argparse.Namespace) -> int:
+    if getattr(options, "adds", False):
+        return _add(options)
+    return _list(selected(options, start=None if options.end else "now-24h"), options.json)
+
+
+def _add(options: argparse.Namespace) -> int:
+    if options.start or options.end or options.query or options.json:
+        raise ValueError("deployments add: it takes no --from, --until, -q and --json")
+    store = open_store(options.store, options.s3_endpoint or None)
+    at_ns = parse_time(options.at, time.time_ns())
+    said = announce(store, options.service, options.version, at_ns)
+    print(
+        f"announced {said.service} {said.version} at {rfc3339(said.at_ns)} in {store}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _list(selection: Selection, as_json: bool) -> int:
     """Print the deployments; 2 when there is nothing that could tell of any."""
     found = deployments_in(selection.store, selection.query(), selection.window, selection.selector)
     if as_json:

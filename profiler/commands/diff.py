@@ -4,15 +4,17 @@ Each side is some files, which are replicates where they are several, or a windo
 `{selector}@FROM..UNTIL`. A gate says which changes fail a pipeline; only what costs more can.
 """
 
+import argparse
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 
-from profiler.commands import deployments
-from profiler.commands.selection import NothingSelectedError, Selection, query_of
+from profiler.commands import arguments, deployments
+from profiler.commands.selection import NothingSelectedError, Selection, query_of, selected
 from profiler.comparison.comparison import (
     Comparison,
     ComparisonError,
@@ -23,7 +25,7 @@ from profiler.comparison.comparison import (
     of_store,
 )
 from profiler.comparison.deployments import deployments_in
-from profiler.comparison.gate import Gate, verdict_of
+from profiler.comparison.gate import DEFAULT_GATE, Gate, verdict_of
 from profiler.comparison.report import NAME_WIDTH, as_json, as_markdown, as_text
 from profiler.flamegraph.differential import Pair, only_hosts
 from profiler.formats import export
@@ -35,6 +37,87 @@ from storage.query.query import Query
 from storage.selector import Selector
 
 _SHOWN_MOVED = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n"
+        "  everflame diff '{service=\"api\"}@now-3h..now-2h' -- '{service=\"api\"}@now-1h..now'\n"
+        "  everflame diff old-*.pb.gz -- new-*.pb.gz --markdown\n"
+        "  everflame diff --last-deploy -q '{service=\"api\"}'\n\n"
+        "A window of a store is judged by what its service did in the day before it, files by\n"
+        "what differs between those of one side, of which there must be three or more.\n"
+        "Exit codes: 0 fine, 1 regression, 2 nothing to compare, 3 inconclusive (with --strict)."
+    )
+    parser.usage = (
+        "everflame diff [OPTIONS] BEFORE... -- AFTER...\n"
+        "       everflame diff [OPTIONS] --last-deploy -q SELECTOR"
+    )
+    parser.add_argument(
+        "before", metavar="BEFORE", nargs="*", help="a file, or a window: {selector}@FROM..UNTIL"
+    )
+    parser.add_argument(
+        "--last-deploy",
+        action="store_true",
+        help="compare before and after the last deployment that -q, --from and --until select"
+        " (default: of the last 7 days), over windows that match",
+    )
+    arguments.add_query(parser)
+    arguments.add_window(parser)
+    parser.add_argument("--after", nargs="+", default=[], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        default="",
+        help="write the graph of both sides as well, in the format of its ending: .svg, .folded"
+        " (as difffolded.pl), .speedscope.json, .json; - is stdout",
+    )
+    arguments.add_json(parser)
+    parser.add_argument("--markdown", action="store_true", help="as Markdown, for a merge request")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="tell how often the same rule is wrong about the service's unchanged past",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with 3 where there is too little data"
+    )
+    parser.add_argument(
+        "--fail-over",
+        metavar="GATE",
+        default=DEFAULT_GATE,
+        help="which functions that cost more fail: those that grew by so much and by so many"
+        " points of the total (default %(default)s)",
+    )
+    arguments.add_store(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    before, after = options.before, options.after
+    if not after and len(before) == 2:
+        before, after = before[:1], before[1:]
+    if options.last_deploy and before:
+        raise ValueError("diff: give either two sides or --last-deploy")
+    if not options.last_deploy:
+        if not after:
+            raise ValueError(
+                "diff: name both sides: everflame diff BEFORE... -- AFTER... (or --last-deploy)"
+            )
+        if options.query or options.start or options.end:
+            raise ValueError("diff: -q, --from and --until are for --last-deploy")
+    settings = Options(
+        store=options.store,
+        endpoint=options.s3_endpoint,
+        gate=Gate.parse(options.fail_over),
+        strict=options.strict,
+        as_json=options.json,
+        as_markdown=options.markdown,
+        last_deploy=selected(options, start="now-7d") if options.last_deploy else None,
+        calibrate=options.calibrate,
+        output=options.output,
+    )
+    return diff(before, after, settings, time.time_ns())
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +135,7 @@ class Options:
     """A file for the graph of both sides; `-` is standard output, which then has nothing else."""
 
 
-def run(before: Sequence[str], after: Sequence[str], options: Options, now_ns: int) -> int:
+def diff(before: Sequence[str], after: Sequence[str], options: Options, now_ns: int) -> int:
     """Compare, print, and return the exit code.
 
     Raises:

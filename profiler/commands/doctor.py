@@ -4,6 +4,7 @@ Every check tries the thing itself where that is possible: it loads a program, o
 imports bcc. Only `fail` stops the sampler; `warn` costs names, accuracy or speed.
 """
 
+import argparse
 import ctypes
 import errno
 import json
@@ -27,6 +28,7 @@ from bpf.errors import BpfError, LoadError, PerfEventError
 from bpf.records import RING_PAGES
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import MAX_USER_WORDS
+from profiler.commands import arguments
 from storage.objects.open import ObjectStore, StoreError, StoreRefused, open_store
 
 SCHEMA = 1
@@ -58,6 +60,20 @@ class Check:
     status: Status
     detail: str
     remedy: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n  sudo everflame doctor\n  everflame doctor --store s3://profiles/prod\n\n"
+        "The store is checked when --store or EVERFLAME_STORE names one."
+    )
+    arguments.add_json(parser)
+    arguments.add_store(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    store = options.store or os.environ.get("EVERFLAME_STORE")
+    return main(options.json, store, options.s3_endpoint or None)
 
 
 def main(as_json: bool, store: str | None = None, endpoint: str | None = None) -> int:

@@ -13,20 +13,23 @@ COMM is any 15 bytes of a process's choice and SYMBOL any text of a file's: both
 word only where the fields around them fit. Lines that fit nothing are counted and left out.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from profiler.commands import arguments
 from profiler.formats import export
 from profiler.text import counted
 from profiler.times import NS_PER_S, TimeError, parse_time
 from storage.formats import folded, pprof
-from storage.objects.open import LONGEST_WINDOW_S, ObjectStore, object_key
+from storage.objects.open import LONGEST_WINDOW_S, ObjectStore, object_key, open_store
 from storage.profile import (
     Accounting,
     Host,
@@ -61,6 +64,65 @@ _DELETED = b" (deleted)"
 _KERNEL_ADDRESS = 1 << 63
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n"
+        "  everflame import cpu.pb.gz --host web-1 --label service=api\n"
+        "  perf script > perf.txt && everflame import perf.txt --window 2026-01-31T09:00:00Z\n"
+        "  everflame import out.folded --window now-5m..now -F 49"
+    )
+    parser.add_argument("files", metavar="FILE", nargs="+", help="one object is made of each")
+    arguments.add_store(parser)
+    parser.add_argument(
+        "--window",
+        default="",
+        metavar="START..END",
+        help="when it was taken, for files that do not say so; START alone if they say how long",
+    )
+    parser.add_argument("--host", default="", help="the host it was taken on (default: imported)")
+    parser.add_argument(
+        "--label",
+        dest="labels",
+        type=label_pair,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="label of all its samples; may be repeated",
+    )
+    parser.add_argument(
+        "-F",
+        "--frequency",
+        type=rate_hz,
+        default=99,
+        metavar="HZ",
+        help="samples per second and CPU, for files that do not say (default 99)",
+    )
+
+
+def label_pair(text: str) -> tuple[str, str]:
+    name, is_pair, value = text.partition("=")
+    if not is_pair or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is no label (try service=api)")
+    return name, value
+
+
+def rate_hz(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no rate (1 to 1,000,000 Hz)")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> int:
+    asked = ImportOptions(
+        window=options.window,
+        host=options.host,
+        labels=dict(options.labels),
+        frequency_hz=options.frequency,
+    )
+    store = open_store(options.store, options.s3_endpoint or None)
+    return import_files(options.files, store, asked, time.time_ns())
+
+
 class IncompleteFileError(ValueError):
     """A file that cannot be imported as it was asked for; the message says what to give."""
 
@@ -87,7 +149,9 @@ class Imported(NamedTuple):
     """Samples of other events than the first."""
 
 
-def run(files: Sequence[str], store: ObjectStore, options: ImportOptions, now_ns: int) -> int:
+def import_files(
+    files: Sequence[str], store: ObjectStore, options: ImportOptions, now_ns: int
+) -> int:
     """Put each file into the store and say under which key; what was left out goes to stderr.
 
     Raises:

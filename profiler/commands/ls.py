@@ -4,6 +4,7 @@ Without a window or a selector it reads keys, and of each host the latest object
 the host's name and which services it runs now. With one it reads what was sampled in the window.
 """
 
+import argparse
 import secrets
 import sys
 from collections.abc import Iterable
@@ -13,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import orjson
 
-from profiler.commands.selection import Selection
+from profiler.commands import arguments
+from profiler.commands.selection import Selection, selected
 from profiler.text import counted, in_columns, quantity
 from profiler.times import rfc3339
 from storage.hashing import Hasher
@@ -24,6 +26,35 @@ from storage.query.decoding import decode_object
 
 _FETCHES = 4
 _SHOWN_SERVICES = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n"
+        "  everflame ls\n"
+        "  everflame ls --from now-1h -q '{service=~\"api.*\"}' --json\n\n"
+        "Without --from, --until and -q only the latest object of each host is read."
+    )
+    arguments.add_json(parser)
+    arguments.add_store(parser)
+    arguments.add_window(parser)
+    arguments.add_query(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what there is; 2 when that is nothing."""
+    selection = selected(options)
+    listing = list_hosts(selection)
+    if options.json:
+        sys.stdout.buffer.write(listing.as_json() + b"\n")
+    elif listing.hosts:
+        print(_table(listing))
+    for key, reason in listing.skipped:
+        print(f"everflame: skipped {key}: {reason}", file=sys.stderr)
+    if not listing.hosts:
+        print(f"everflame: nothing in the store {selection.store}", file=sys.stderr)
+        return 2
+    return 0
 
 
 @dataclass(slots=True)
@@ -72,21 +103,6 @@ class Listing:
                 "skipped": [{"key": key, "reason": reason} for key, reason in self.skipped],
             }
         )
-
-
-def run(selection: Selection, *, as_json: bool) -> int:
-    """Print what there is; 2 when that is nothing."""
-    listing = list_hosts(selection)
-    if as_json:
-        sys.stdout.buffer.write(listing.as_json() + b"\n")
-    elif listing.hosts:
-        print(_table(listing))
-    for key, reason in listing.skipped:
-        print(f"everflame: skipped {key}: {reason}", file=sys.stderr)
-    if not listing.hosts:
-        print(f"everflame: nothing in the store {selection.store}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def list_hosts(selection: Selection) -> Listing:

@@ -4,6 +4,7 @@ Whatever ends the recording (time, Ctrl-C, SIGTERM, the end of what is watched),
 counted are folded and written.
 """
 
+import argparse
 import math
 import os
 import signal
@@ -20,12 +21,63 @@ from profiler.agent.recorder import DRAIN_PERIOD_S, Recorder
 from profiler.agent.signals import ENDING, Signals
 from profiler.agent.supervise import RefusedError
 from profiler.agent.window import deviation
+from profiler.commands import arguments
 from profiler.formats import export
 from profiler.text import StatusLine
 from storage.profile import Accounting, Profile
 
 _GRACE_S = 5.0
 """How long a command may take to end when asked to, before the recording ends without it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n"
+        "  everflame record -a --for 20s -o cpu.svg\n"
+        "  everflame record -p 1234 --for 1m -o api.speedscope.json -o api.pb.gz\n"
+        "  everflame record -F 499 -- make -j2\n"
+        "  everflame record --repeat 5 -o new.pb.gz -- ./benchmark\n\n"
+        "Without -o: a table on the terminal, and ./everflame-UTC.pb.gz."
+    )
+    parser.usage = "everflame record [-a | -p PID | -- COMMAND ...] [--for TIME] [-o FILE] ..."
+    arguments.add_sampling(parser)
+    arguments.add_outputs(parser)
+    arguments.add_by(parser)
+    parser.add_argument(
+        "--repeat",
+        type=run_count,
+        default=0,
+        metavar="N",
+        help="run the COMMAND so often, into FILE-1 to FILE-N: replicates for everflame diff",
+    )
+
+
+def run_count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of runs (1 to 1000)")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.command and (options.pids or options.all):
+        raise ValueError("record: choose one of -a, -p PID and -- COMMAND")
+    asked = RecordOptions(
+        pids=tuple(options.pids),
+        command=options.command,
+        frequency_hz=options.frequency,
+        hardware=options.hardware,
+        duration_s=options.duration_s,
+        outputs=tuple(options.outputs),
+        by=options.by,
+    )
+    if not options.repeat:
+        return record(asked, options.environment)
+    if not options.command or "-" in options.outputs:
+        raise ValueError(
+            "record: --repeat runs a COMMAND again and again, into numbered files: add -- COMMAND,"
+            " and name no stdout"
+        )
+    return record_repeatedly(asked, options.environment, options.repeat)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +244,7 @@ def _with_descendants(roots: Iterable[int]) -> set[int]:
     return found
 
 
-def run(options: RecordOptions, environment: dict[str, str]) -> int:
+def record(options: RecordOptions, environment: dict[str, str]) -> int:
     """Record and write; return the exit status."""
     outputs = options.outputs or (f"./everflame-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.pb.gz",)
     for output in outputs:
@@ -224,7 +276,7 @@ def run(options: RecordOptions, environment: dict[str, str]) -> int:
     return target.exit_status()
 
 
-def run_repeatedly(options: RecordOptions, environment: dict[str, str], times: int) -> int:
+def record_repeatedly(options: RecordOptions, environment: dict[str, str], times: int) -> int:
     """Record a command so often, each run into files of its own: `NAME-1.pb.gz` and so on.
 
     The first run that fails ends it, with its exit status.
@@ -235,7 +287,7 @@ def run_repeatedly(options: RecordOptions, environment: dict[str, str], times: i
     outputs = options.outputs or ("everflame.pb.gz",)
     for number in range(1, times + 1):
         numbered = tuple(_numbered(output, number) for output in outputs)
-        status = run(replace(options, outputs=numbered), environment)
+        status = record(replace(options, outputs=numbered), environment)
         if status:
             return status
     return 0

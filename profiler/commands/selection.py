@@ -3,6 +3,7 @@
 The same words mean the same everywhere: `--store`, `--from`, `--until`, `-q`.
 """
 
+import argparse
 import os
 import sys
 import threading
@@ -105,6 +106,22 @@ def _shown(window: Window) -> str:
     if window == ALWAYS:
         return "any time"
     return from_until(window)
+
+
+def selected(options: argparse.Namespace, start: str | None = None) -> Selection:
+    """Return what `--store`, `--from`, `--until` and `-q` select; `start` is for want of `--from`.
+
+    Raises:
+        ValueError: a time or the selector cannot be read.
+        StoreError: the URL names no store.
+    """
+    return Selection.parse(
+        options.store,
+        options.s3_endpoint,
+        start=options.start or start,
+        end=options.end,
+        query=getattr(options, "query", ""),
+    )
 
 
 def query_of(store: ObjectStore) -> Query:

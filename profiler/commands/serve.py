@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 from socket import socket
 
 from profiler.agent import status
+from profiler.commands import arguments
 from profiler.service import addresses
 from profiler.service.app import About, Service
 from profiler.service.connections import Server
@@ -36,7 +37,24 @@ _END_WITHIN_S = 2.0
 """How long computations are waited for that nobody waits for any more."""
 
 
-def run(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n"
+        "  everflame serve\n"
+        "  everflame serve --store s3://profiles/prod --listen 127.0.0.1:4040\n\n"
+        "It only reads. From elsewhere it is reached with ssh -L 4040:127.0.0.1:4040."
+    )
+    arguments.add_store(parser)
+    arguments.add_page(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    asked = [f"--store={options.store}", f"--s3-endpoint={options.s3_endpoint}"]
+    asked += [f"--listen={options.listen}", f"--decode-ahead={options.decode_ahead}"]
+    return main(asked)
+
+
+def serve(
     listener: socket,
     store: ObjectStore,
     about: About,
@@ -131,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
             check(store)
         cache = options.cache or default_folder()
         ahead = Ahead(url, options.s3_endpoint, cache, options.decode_ahead)
-        return run(listener, store, about, cache, ahead, is_quiet=options.quiet)
+        return serve(listener, store, about, cache, ahead, is_quiet=options.quiet)
     except (addresses.ListenError, StoreError) as error:
         _tell(str(error))
         return 2

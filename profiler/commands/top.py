@@ -1,14 +1,14 @@
 """`everflame top`: which functions used the CPUs in the last seconds, redrawn over and over."""
 
+import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
 
 from bpf.sampler import SamplerConfig
 from profiler.agent.recorder import DRAIN_PERIOD_S, Recorder
 from profiler.agent.signals import ENDING, Signals
-from profiler.commands import terminal
+from profiler.commands import arguments, terminal
 from profiler.commands.record import target_of
 from storage.profile import Profile
 
@@ -16,31 +16,36 @@ from storage.profile import Profile
 _ENTER, _LEAVE, _HOME = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l", "\x1b[H\x1b[J"
 
 
-def run(
-    *,
-    pids: Sequence[int],
-    frequency_hz: int,
-    hardware: bool,
-    duration_s: float,
-    interval_s: float,
-) -> int:
-    """Draw until Ctrl-C, the end of `duration_s`, or the exit of all `pids`.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "examples:\n  everflame top\n  everflame top -p 1234 --interval 5s"
+    arguments.add_sampling(parser)
+    parser.add_argument(
+        "--interval",
+        type=arguments.duration_s,
+        default=2.0,
+        metavar="TIME",
+        help="redraw this often (2s)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draw until Ctrl-C, the end of `--for`, or the exit of all processes that were named.
 
     Where stdout is no terminal, one table after the other is printed.
     """
     is_screen = sys.stdout.isatty()
     with Signals() as signals:
-        target = target_of(pids)
-        config = SamplerConfig(frequency_hz, hardware, target.pids)
+        target = target_of(options.pids)
+        config = SamplerConfig(options.frequency, options.hardware, target.pids)
         with Recorder(config) as recorder:
             signals.watch(recorder.fileno())
             recorder.start()
-            end = time.monotonic() + duration_s
+            end = time.monotonic() + options.duration_s
             try:
                 sys.stdout.write(_ENTER if is_screen else "")
                 going = True
                 while going and not target.has_ended() and (now := time.monotonic()) < end:
-                    going = _sample(recorder, signals, min(now + interval_s, end))
+                    going = _sample(recorder, signals, min(now + options.interval, end))
                     sys.stdout.write(_HOME if is_screen else "")
                     print(screen(recorder.close_window(), is_screen=is_screen), flush=True)
             finally:

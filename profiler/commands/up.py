@@ -6,6 +6,7 @@ see `profiler.service.confine`. With `--demo` there is a fourth, whose programs 
 look at.
 """
 
+import argparse
 import contextlib
 import os
 import pwd
@@ -25,7 +26,8 @@ from profiler.agent import agent
 from profiler.agent.agent import AgentOptions, ChildProcesses
 from profiler.agent.recorder import default_cache
 from profiler.agent.supervise import Child, RefusedError
-from profiler.commands import demo
+from profiler.commands import arguments, demo
+from profiler.commands.agent import add_always_on, agent_options
 from profiler.service import addresses
 from storage.objects.open import (
     DirectoryStore,
@@ -58,23 +60,42 @@ _IDLE_WINDOWS = 2
 """So many windows are judged, after the first one, in which everything here starts."""
 
 
-def run(
-    options: AgentOptions, listen: str, *, has_demo: bool = False, decode_ahead: int = 0
-) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n"
+        "  everflame up\n"
+        "  everflame up --for 20s --listen 127.0.0.1:5050\n"
+        "  everflame up --demo\n\n"
+        "Windows are of 5 s in the first minute. Ctrl-C closes and stores the last one."
+    )
+    parser.add_argument(
+        "--demo", action="store_true", help="run a few small programs that are worth a look"
+    )
+    arguments.add_page(parser)
+    add_always_on(parser)
+
+
+def run(options: argparse.Namespace) -> int:
     """Sample and serve until told to end; return the exit status.
 
     Raises:
         RefusedError: the address, the store or the host is not to be had.
     """
-    address = free_address(listen)
-    first_s = min(FIRST_INTERVAL_S, options.interval_s)
-    options = replace(options, store=options.store or default_store_url(), first_interval_s=first_s)
-    children = ServiceAndDemo(options, address, has_demo=has_demo, decode_ahead=decode_ahead)
+    address = free_address(options.listen)
+    asked = agent_options(options)
+    asked = replace(
+        asked,
+        store=asked.store or default_store_url(),
+        first_interval_s=min(FIRST_INTERVAL_S, asked.interval_s),
+    )
+    children = ServiceAndDemo(
+        asked, address, has_demo=options.demo, decode_ahead=options.decode_ahead
+    )
     begun_ns = time.time_ns()
-    status = agent.run(options, children)
+    status = agent.run(asked, children)
     if children.has_failed:
         return _USAGE
-    tell(*summary(options, status, begun_ns))
+    tell(*summary(asked, status, begun_ns))
     return 0
 
 

@@ -5,6 +5,7 @@ than it holds. Over a store every object is read, not what was decoded of it ear
 is missing between the windows of a host is told. A gap is no failure: a host may have been off.
 """
 
+import argparse
 import secrets
 import sys
 import time
@@ -16,9 +17,12 @@ from typing import NamedTuple
 
 import orjson
 
+from profiler.commands import arguments
+from profiler.commands.selection import selected
 from profiler.formats import export
 from profiler.text import counted
 from profiler.times import rfc3339
+from storage.hashing import Hasher
 from storage.objects.open import (
     DEFAULT_TENANT,
     ObjectKey,
@@ -28,6 +32,8 @@ from storage.objects.open import (
     list_window,
 )
 from storage.profile import ALWAYS, Accounting, ProfileError, Window
+from storage.query.decoding import decode_object
+from storage.query.threads import map_ahead
 
 _FETCHES = 4
 _AHEAD = 64
@@ -36,6 +42,37 @@ _PROGRESS_S = 5.0
 _GAP = 0.5
 """Missing time is a gap when it exceeds this part of the host's usual window: its windows then
 start more than one and a half lengths apart, and one lost window shows."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n  everflame verify cpu.pb.gz\n  everflame verify --store s3://profiles/prod\n\n"
+        "Without FILE it reads the store, and also tells the gaps between a host's windows.\n"
+        "Exit status 1 when ticks and stored + idle + filtered + lost differ, or a profile\n"
+        "cannot be read."
+    )
+    parser.add_argument("files", metavar="FILE", nargs="*", help="profiles (.pb.gz)")
+    arguments.add_json(parser)
+    arguments.add_store(parser)
+    arguments.add_window(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what was found; 1 when a profile does not add up or cannot be read.
+
+    Raises:
+        StoreError: the store cannot be listed.
+    """
+    if options.files:
+        arguments.refuse_store(options, "verify")
+        return _report(verify(options.files), as_json=options.json)
+    selection = selected(options)
+
+    def tell(number: int) -> None:
+        print(f"everflame: verified {counted(number, 'object')}", file=sys.stderr)
+
+    found = verify_store(selection.store, selection.window, tell=tell)
+    return _report(found, as_json=options.json)
 
 
 class Gap(NamedTuple):
@@ -183,11 +220,6 @@ def _listed(
 def _check_all(
     store: ObjectStore, listed: Iterator[tuple[str, ObjectKey | None]]
 ) -> Iterator[tuple[ObjectKey | None, _Checked]]:
-    # The store's readers are imported when there is a store: checking files needs none of them.
-    from storage.hashing import Hasher  # noqa: PLC0415
-    from storage.query.decoding import decode_object  # noqa: PLC0415
-    from storage.query.threads import map_ahead  # noqa: PLC0415
-
     hasher = Hasher(secrets.token_bytes(32))
 
     def check(pair: tuple[str, ObjectKey | None]) -> tuple[ObjectKey | None, _Checked]:
@@ -202,24 +234,6 @@ def _check_all(
 
     with ThreadPoolExecutor(_FETCHES, "verify") as pool:
         yield from map_ahead(pool, check, listed, _AHEAD)
-
-
-def run(files: Iterable[str], *, as_json: bool) -> int:
-    """Print what was found in files; 1 when one does not add up or cannot be read."""
-    return _report(verify(files), as_json=as_json)
-
-
-def run_store(store: ObjectStore, window: Window, *, as_json: bool) -> int:
-    """Print what was found in a store; 1 when an object does not add up or cannot be read.
-
-    Raises:
-        StoreError: the store cannot be listed.
-    """
-
-    def tell(number: int) -> None:
-        print(f"everflame: verified {counted(number, 'object')}", file=sys.stderr)
-
-    return _report(verify_store(store, window, tell=tell), as_json=as_json)
 
 
 def _report(found: Verification, *, as_json: bool) -> int:

@@ -1,0 +1,106 @@
+"""`everflame agent`: profile this host for ever, one object per window into a store."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from profiler.agent import agent, status
+from profiler.commands import arguments
+from profiler.processes.rules import Rules, load_rules
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n"
+        "  everflame agent\n"
+        "  everflame agent --store s3://profiles/prod --interval 60s\n"
+        "  everflame agent --store /srv/profiles --keep 7d --keep-bytes 20GB\n\n"
+        "S3 keys come from the usual variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)."
+    )
+    add_always_on(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    logging.getLogger().setLevel(logging.INFO)
+    agent.run(agent_options(options))
+    return 0
+
+
+def add_always_on(parser: argparse.ArgumentParser) -> None:
+    """Add what the agent needs to know, here and in `up`."""
+    arguments.add_frequency(parser)
+    parser.add_argument(
+        "--interval",
+        type=interval_s,
+        default=60,
+        metavar="TIME",
+        help="length of a window, 5s to 30m (default 60s)",
+    )
+    arguments.add_store(parser)
+    parser.add_argument(
+        "--keep",
+        type=arguments.duration_s,
+        metavar="TIME",
+        help="in a directory, delete what is older (default 2d)",
+    )
+    parser.add_argument(
+        "--keep-bytes",
+        type=arguments.size_bytes,
+        metavar="SIZE",
+        help="in a directory, delete the oldest beyond this size (default 5GB)",
+    )
+    parser.add_argument(
+        "--spool", metavar="DIR", help="where windows wait for the store (default: see status)"
+    )
+    parser.add_argument(
+        "--spool-limit",
+        type=arguments.size_bytes,
+        default=512_000_000,
+        metavar="SIZE",
+        help="what may wait; beyond it the oldest keep their counts only (default 512MB)",
+    )
+    parser.add_argument(
+        "--unwind-memory",
+        type=arguments.size_bytes,
+        default=48_000_000,
+        metavar="SIZE",
+        help="of the kernel, for unwind tables; those not in use make room (default 48MB)",
+    )
+    parser.add_argument(
+        "--metrics-listen",
+        default="",
+        metavar="HOST:PORT",
+        help="serve Prometheus metrics there (default: not at all)",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="rules that name services (TOML; see the README)"
+    )
+
+
+def interval_s(text: str) -> int:
+    """Parse the length of a window, whole seconds."""
+    seconds = arguments.duration_s(text)
+    if not 5 <= seconds <= 1800 or seconds != int(seconds):
+        raise argparse.ArgumentTypeError(f"{text!r} is no interval (whole seconds, 5s to 30m)")
+    return int(seconds)
+
+
+def agent_options(options: argparse.Namespace) -> agent.AgentOptions:
+    """Return what the agent is asked for, with the defaults of this host."""
+    spool = Path(options.spool) if options.spool else status.default_spool()
+    return agent.AgentOptions(
+        frequency_hz=options.frequency,
+        hardware=options.hardware,
+        interval_s=options.interval,
+        duration_s=options.duration_s,
+        spool=spool.absolute(),
+        spool_limit_bytes=options.spool_limit,
+        tables_limit_bytes=options.unwind_memory,
+        run_folder=status.default_run_folder(),
+        store=options.store,
+        endpoint=options.s3_endpoint,
+        keep_s=options.keep,
+        keep_bytes=options.keep_bytes,
+        metrics_listen=options.metrics_listen,
+        rules=load_rules(Path(options.config)) if options.config else Rules(),
+    )

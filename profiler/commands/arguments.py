@@ -1,0 +1,176 @@
+"""Arguments that several commands take, and the types of their values.
+
+A type raises `argparse.ArgumentTypeError` with a message that shows what would be accepted.
+"""
+
+import argparse
+import math
+import re
+
+_UNITS_S = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def duration_s(text: str) -> float:
+    """Parse `30s`, `2m`, `1.5h`, `90` (seconds)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)", text)
+    if not match or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration (try 30s, 2m or 1h)")
+    return float(match[1]) * _UNITS_S[match[2]]
+
+
+def frequency_hz(text: str) -> int:
+    # All commands that sample import this module anyway; the others are spared it.
+    from bpf.sampler import MAX_FREQUENCY_HZ  # noqa: PLC0415
+
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_FREQUENCY_HZ:
+        raise argparse.ArgumentTypeError(f"{text!r} is no frequency (1 to {MAX_FREQUENCY_HZ} Hz)")
+    return int(text)
+
+
+def size_bytes(text: str) -> int:
+    """Parse `512MB`, `5GB`, `1000000` (bytes); units are decimal."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(kB|MB|GB|TB|)", text)
+    if not match or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size (try 512MB or 5GB)")
+    return int(float(match[1]) * 1000 ** ("", "kB", "MB", "GB", "TB").index(match[2]))
+
+
+def label_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def percent(text: str) -> int:
+    if not text.isdecimal() or int(text) > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share of a CPU (0 to 100)")
+    return int(text)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add what is sampled, how often and for how long."""
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("-a", "--all", action="store_true", help="sample all CPUs (the default)")
+    target.add_argument(
+        "-p",
+        "--pid",
+        dest="pids",
+        metavar="PID",
+        type=int,
+        action="append",
+        default=[],
+        help="sample this process and what it starts; may be repeated",
+    )
+    add_frequency(parser)
+
+
+def add_frequency(parser: argparse.ArgumentParser) -> None:
+    """Add how often is sampled, by which clock, and for how long."""
+    parser.add_argument(
+        "-F",
+        "--frequency",
+        type=frequency_hz,
+        default=99,
+        metavar="HZ",
+        help="samples per second and CPU, 1 to 999 (default 99)",
+    )
+    parser.add_argument(
+        "--hardware",
+        action="store_true",
+        help="tick on CPU cycles instead of time, where the CPU offers that",
+    )
+    parser.add_argument(
+        "--for",
+        dest="duration_s",
+        type=duration_s,
+        default=math.inf,
+        metavar="TIME",
+        help="end by itself after 30s, 2m, 1h (default: at Ctrl-C)",
+    )
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o",
+        "--output",
+        dest="outputs",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="where to write; the ending says how: .svg .pb.gz .speedscope.json .folded .json;"
+        " - is stdout (folded); may be repeated",
+    )
+
+
+def add_by(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--by",
+        type=label_names,
+        default=None,
+        metavar="LABEL,...",
+        help="labels drawn as frames above the root (default comm): comm, thread, pid",
+    )
+
+
+def add_store(parser: argparse.ArgumentParser, usual: str = "") -> None:
+    parser.add_argument(
+        "--store",
+        default=usual,
+        metavar="URL",
+        help="file:///path, a path or s3://bucket/prefix (default EVERFLAME_STORE, else"
+        " /var/lib/everflame or ~/.local/share/everflame)",
+    )
+    parser.add_argument(
+        "--s3-endpoint", default=usual, metavar="URL", help="an S3 server other than Amazon's"
+    )
+
+
+def add_window(parser: argparse.ArgumentParser) -> None:
+    for name, destination in (("--from", "start"), ("--until", "end")):
+        parser.add_argument(
+            name,
+            dest=destination,
+            metavar="TIME",
+            help="now-1h, RFC 3339 (2026-01-31T09:00:00Z), Unix seconds or milliseconds",
+        )
+
+
+def add_query(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-q",
+        "--query",
+        default="",
+        metavar="SELECTOR",
+        help="""labels to keep, as '{service="api",version=~"1\\\\.5.*"}' (= != =~ !~)""",
+    )
+
+
+def refuse_store(options: argparse.Namespace, command: str) -> None:
+    """Refuse what selects from a store, for a command that was given files.
+
+    Raises:
+        ValueError: there is some of it.
+    """
+    asked = (options.store, options.start, options.end, getattr(options, "query", ""))
+    if any(asked):
+        raise ValueError(f"{command}: give files, or --store, --from, --until, -q; not both")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON for other programs")
+
+
+def add_page(parser: argparse.ArgumentParser) -> None:
+    """Add where the page is served, and what is done ahead of its requests."""
+    parser.add_argument(
+        "--listen",
+        default="127.0.0.1:4040",
+        metavar="HOST:PORT",
+        help="where the page is served (default 127.0.0.1:4040)",
+    )
+    parser.add_argument(
+        "--decode-ahead",
+        type=percent,
+        default=10,
+        metavar="PERCENT",
+        help="of one otherwise idle CPU, to decode the last day before anybody asks for it"
+        " (default 10; 0: not at all)",
+    )

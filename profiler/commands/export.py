@@ -1,0 +1,105 @@
+"""`everflame export`: a profile in another format, of a file or of a window of a store."""
+
+import argparse
+import re
+import sys
+
+from profiler.commands import arguments
+from profiler.commands.selection import selected
+from profiler.flamegraph.flamegraph import ROOT_ID
+from profiler.flamegraph.paths import Group
+from profiler.flamegraph.views import NoSuchNodeError, View
+from profiler.formats import export
+from storage.profile import Profile
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n"
+        "  everflame export cpu.pb.gz -o cpu.speedscope.json\n"
+        "  everflame export cpu.pb.gz -o - --by '' | flamegraph.pl > cpu.svg\n"
+        "  everflame export -o api.svg --from now-1h -q '{service=\"api\"}'\n"
+        "  everflame export -o parse.folded --focus parse --hide memcpy\n\n"
+        "Without FILE it reads the store, by default the last hour."
+    )
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", help=".pb.gz, .folded or .speedscope.json"
+    )
+    arguments.add_outputs(parser)
+    arguments.add_by(parser)
+    _add_view(parser)
+    arguments.add_store(parser)
+    arguments.add_window(parser)
+    arguments.add_query(parser)
+
+
+def _add_view(parser: argparse.ArgumentParser) -> None:
+    """Add what a link to the page has in it, too: the file is then what the page shows."""
+    for name, summary in (
+        ("--focus", "only stacks with this function; may be repeated"),
+        ("--hide", "take this function out of all stacks; may be repeated"),
+    ):
+        parser.add_argument(name, metavar="FUNCTION", action="append", default=[], help=summary)
+    parser.add_argument(
+        "--callers", metavar="FUNCTION", default="", help="what called this function, it first"
+    )
+    parser.add_argument("--invert", action="store_true", help="from the leaves")
+    parser.add_argument(
+        "--group",
+        choices=("function", "line", "file", "module"),
+        default="function",
+        help="what a box is (default function)",
+    )
+    parser.add_argument(
+        "--node", metavar="ID", type=node_id, help="only what goes through this box of the page"
+    )
+
+
+def node_id(text: str) -> int:
+    if not re.fullmatch(r"[0-9a-f]{16}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no node (16 hex digits, as in a link)")
+    return int(text, 16)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the profile into every output; return the exit status."""
+    if not options.outputs:
+        raise ValueError("export: name the file to write with -o FILE")
+    if options.file is None:
+        for output in options.outputs:
+            export.check_output(output)
+        answer = selected(options, start="now-1h").answer()
+        for key, reason in answer.coverage.skipped:
+            print(f"everflame: skipped {key}: {reason}", file=sys.stderr)
+        profile, by = _viewed(options, answer.profile)
+    else:
+        arguments.refuse_store(options, "export")
+        profile, by = _viewed(options, export.read(options.file))
+    for output in options.outputs:
+        export.write(profile, output, by=by)
+        if output != "-":
+            print(f"wrote {output}", file=sys.stderr)
+    return 0
+
+
+def _viewed(options: argparse.Namespace, profile: Profile) -> tuple[Profile, tuple[str, ...]]:
+    """Return what is left of a profile, and the labels to draw above its stacks."""
+    view = View(
+        by=export.DEFAULT_BY if options.by is None else options.by,
+        group=Group(options.group),
+        invert=options.invert,
+        callers=options.callers,
+        focus=tuple(options.focus),
+        hide=tuple(options.hide),
+    )
+    try:
+        shown = view.shown(profile, ROOT_ID if options.node is None else options.node)
+    except NoSuchNodeError as error:
+        raise ValueError(
+            f"nothing selected: no stack goes through the node {error}; it is one of a view, so"
+            " give --by, --group, --invert, --callers, --focus and --hide as the link does"
+        ) from error
+    if profile.total_samples and not shown.profile.total_samples:
+        names = ", ".join(filter(None, (*options.focus, options.callers)))
+        raise ValueError(f"nothing selected: there is no stack with {names}")
+    return shown.profile, shown.by

@@ -1,0 +1,110 @@
+"""`everflame status`: what the agent of this host says of itself, as a table or as JSON."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import orjson
+
+from profiler.agent.status import ask, default_run_folder
+from profiler.commands import arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "examples:\n  everflame status\n  everflame status --json"
+    arguments.add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the status of this host's agent."""
+    status = ask(default_run_folder())
+    if options.json:
+        sys.stdout.buffer.write(orjson.dumps(status, option=orjson.OPT_INDENT_2) + b"\n")
+    else:
+        print(table(status))
+    return 0
+
+
+def table(status: Mapping[str, Any]) -> str:
+    """Lay the status out for a person."""
+    lost = sum(status["lost"].values())
+    upload, spool = status["uploader"], status["spool"]
+    rate = f"{status['frequency_hz']} Hz, a window every {status['interval_s']} s"
+    ticks = f"{status['ticks']:,} = {status['stored']:,} stored + {status['idle']:,} idle"
+    own_mb = _megabytes(status["sampler"]["rss_bytes"])
+    used_mb, limit_mb = _megabytes(spool["size_bytes"]), _megabytes(spool["limit_bytes"])
+    waiting = f"{spool['profiles']:,} windows wait, {used_mb} of {limit_mb}"
+    lines = [
+        ("agent", f"pid {status['pid']} on {status['host']}, up {_duration(status['uptime_s'])}"),
+        ("sampling", f"{rate}, {status['windows']:,} closed, {status['faults']:,} faults"),
+        ("ticks", f"{ticks} + {status['filtered']:,} filtered + {lost:,} lost"),
+        *((f"  {cause}", f"{number:,} lost") for cause, number in status["lost"].items()),
+        *_stops(status["stops"], status["complete"]),
+        *_costs(status["cpu_ns"], status["uptime_s"]),
+        ("bpf", f"{status['bpf_ns_per_tick'] / 1000:.1f} us a tick"),
+        *_unwinding(status["unwinding"]),
+        ("memory", f"sampler {own_mb}, uploader {_megabytes(upload.get('rss_bytes', 0))}"),
+        ("spool", f"{waiting}, {spool['given_up']:,} given up"),
+        *_upload(upload),
+    ]
+    if status["alarm"]:
+        lines.append(("alarm", "ticks and the kernel's own CPU times do not agree"))
+    lines += [
+        ("slow binary", f"{binary['ms']:.0f} ms  {binary['path']}")
+        for binary in status["slowest_binaries"]
+    ]
+    wide = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:{wide}}  {text}".rstrip() for name, text in lines)
+
+
+def _upload(upload: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if not upload.get("store"):
+        yield "uploader", "has not told anything yet"
+        return
+    last_ns = upload["last_upload_ns"]
+    last = f"{_duration(time.time() - last_ns / 1e9)} ago" if last_ns else "never"
+    yield "uploader", f"pid {upload['pid']}, started {upload['starts']:,} times"
+    yield "  store", f"{upload['store']}, last upload {last}"
+    failed = f"{upload['failed']:,} attempts failed, {upload['damaged']:,} files damaged"
+    size_mb = _megabytes(upload["uploaded_bytes"])
+    yield "  sent", f"{upload['uploaded']:,} windows, {size_mb}; {failed}"
+    if upload["expired"]:
+        yield "  removed", f"{upload['expired']:,} old windows"
+    if upload["last_error"]:
+        yield "  error", upload["last_error"]
+
+
+def _unwinding(state: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    processes = f"{state['processes']:,} processes, {state['tables']:,} unwind tables"
+    waiting = state["tables_waiting"]
+    yield (
+        "unwinding",
+        f"{processes} in {_megabytes(state['kernel_bytes'])} of the kernel's memory,"
+        f" {state['tables_evicted']:,} made room"
+        + (f", {waiting:,} wait for room (see --unwind-memory)" if waiting else ""),
+    )
+
+
+def _stops(stops: Mapping[str, int], complete: int) -> Iterator[tuple[str, str]]:
+    whole = sum(stops.values())
+    if whole:
+        yield "stacks", f"{complete / whole:.1%} complete"
+    for reason, number in sorted(stops.items(), key=lambda item: -item[1]):
+        yield f"  {reason}", f"{number / whole:.1%} of stacks end so"
+
+
+def _costs(cpu_ns: Mapping[str, int], uptime_s: float) -> Iterator[tuple[str, str]]:
+    for part, spent_ns in cpu_ns.items():
+        yield f"cpu, {part}", f"{spent_ns / 1e9:.2f} s, {spent_ns / 1e7 / uptime_s:.2f} % of one"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.1f} MB"
