@@ -4,6 +4,8 @@ Data go to stdout, talk goes to stderr. Exit codes: 0 fine, 1 a check failed, 2 
 
 Each command is a module of `profiler.commands` with `add_arguments(parser)` and `run(options)`.
 Only that of the command on the command line is imported, so that `--help` does not wait for numpy.
+One that gives `--` a meaning of its own has `split_arguments(arguments)` as well, which returns the
+arguments that argparse is to read and the values of those that it is not.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -42,11 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = dict(os.environ)
     # One thread is enough for sums over a few thousand integers; each other costs memory.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    arguments, command = _split_command(arguments)
-    options = command_line().parse_args(arguments)
+    options = command_line().parse_args(argv)
     logging.basicConfig(format="everflame: %(message)s")
-    options.command = command
     options.environment = environment
     try:
         return int(options.run(options))
@@ -72,26 +71,11 @@ def _is_expected(error: Exception) -> bool:
     )
 
 
-def _split_command(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Cut `-- COMMAND …` off `record`; argparse would look for options in it.
-
-    The dashes of `diff BEFORE… -- AFTER…` part two lists, and options may follow.
-    """
-    if arguments[:1] == ["diff"] and "--" in arguments:
-        at = arguments.index("--")
-        return [*arguments[:at], "--after", *arguments[at + 1 :]], ()
-    if arguments[:1] == ["record"] and "--" in arguments:
-        at = arguments.index("--")
-        if at + 1 == len(arguments):
-            command_line().error("record --: name the command to run")
-        return arguments[:at], tuple(arguments[at + 1 :])
-    return arguments, ()
-
-
 class _CommandParser(argparse.ArgumentParser):
     """The parser of a command, whose arguments come with its module when it is first used."""
 
     module = ""
+    _split: Callable[[Sequence[str]], tuple[list[str], dict[str, Any]]] | None = None
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -107,11 +91,18 @@ class _CommandParser(argparse.ArgumentParser):
         with _ctrl_c_just_ends():
             module = importlib.import_module(f"profiler.commands.{self.module}")
         self.module = ""
+        self._split = getattr(module, "split_arguments", None)
         module.add_arguments(self)
         self.set_defaults(run=module.run)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.load()
+        if self._split and args:
+            try:
+                args, values = self._split(args)
+            except ValueError as error:
+                self.error(str(error))
+            self.set_defaults(**values)
         return super().parse_known_args(args, namespace)
 
 

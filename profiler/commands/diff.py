@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -91,6 +92,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " points of the total (default %(default)s)",
     )
     arguments.add_store(parser)
+
+
+def split_arguments(given: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Read the dashes of `BEFORE... -- AFTER...` as an option; other options may follow."""
+    arguments_read = list(given)
+    if "--" in given:
+        arguments_read[given.index("--")] = "--after"
+    return arguments_read, {}
 
 
 def run(options: argparse.Namespace) -> int:

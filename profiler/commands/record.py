@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from bpf.sampler import SamplerConfig
 from profiler.agent.recorder import DRAIN_PERIOD_S, Recorder
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_sampling(parser)
     arguments.add_outputs(parser)
     arguments.add_by(parser)
+    parser.set_defaults(command=())
     parser.add_argument(
         "--repeat",
         type=run_count,
@@ -50,6 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="run the COMMAND so often, into FILE-1 to FILE-N: replicates for everflame diff",
     )
+
+
+def split_arguments(given: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Cut off `-- COMMAND ...`: argparse would look for options in it."""
+    if "--" not in given:
+        return list(given), {}
+    at = given.index("--")
+    if at + 1 == len(given):
+        raise ValueError("name the command to run after --")
+    return list(given[:at]), {"command": tuple(given[at + 1 :])}
 
 
 def run_count(text: str) -> int:

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import orjson
 import pytest
 
 from profiler import cli
@@ -38,3 +40,29 @@ def test_every_command_explains_itself_with_an_example(command: str, capsys) -> 
     assert ended.value.code == 0
     assert text.startswith(f"usage: everflame {command}")
     assert f"everflame {command}" in text.partition("examples:")[2]
+
+
+def test_options_before_the_command_go_with_the_dashes_of_diff(tmp_path: Path, capsys) -> None:
+    """`--debug` may stand anywhere; the dashes part the two sides all the same."""
+    sides = [tmp_path / "before.folded", tmp_path / "after.folded"]
+    for side in sides:
+        side.write_text("main;work 100\n")
+    before, after = map(str, sides)
+
+    assert cli.main(["--debug", "diff", before, "--", after, "--json"]) == 0
+
+    assert orjson.loads(capsys.readouterr().out)["after"]["samples"] == 100
+
+
+def test_options_before_the_command_go_with_the_command_of_record(tmp_path: Path) -> None:
+    """What follows the dashes is the command's: an option of ours is none there."""
+    with pytest.raises(ValueError, match="choose one of"):
+        cli.main(["--debug", "record", "-a", "--", "true", "--for", "1s"])
+
+
+def test_dashes_without_a_command_are_refused(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["record", "--for", "1s", "--"])
+
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("error: name the command to run after --\n")
