@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -35,6 +35,7 @@ COMMANDS = {
     "serve": "serve the page and its API over a store",
     "status": "tell how the agent of this host fares",
     "doctor": "check what this host offers a profiler, with a remedy beside every failure",
+    "completion": "print a script that completes commands and options in a shell",
 }
 """What each does, in the order of `--help`."""
 
@@ -44,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = dict(os.environ)
     # One thread is enough for sums over a few thousand integers; each other costs memory.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if "_ARGCOMPLETE" in environment:
+        import argcomplete  # noqa: PLC0415 - only a shell that completes a word waits for it
+
+        argcomplete.autocomplete(command_line(environment["COMP_LINE"].split()))  # ends the process
     options = command_line().parse_args(argv)
     logging.basicConfig(format="everflame: %(message)s")
     options.environment = environment
@@ -117,8 +122,8 @@ def _ctrl_c_just_ends() -> Iterator[None]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def command_line() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
+def command_line(loaded: Collection[str] = ()) -> argparse.ArgumentParser:
+    """Return the parser of the whole command line; the `loaded` commands have their arguments."""
     parser = argparse.ArgumentParser(
         prog="everflame",
         description="Sample what the CPUs do, and look at it as a flame graph.",
@@ -133,4 +138,6 @@ def command_line() -> argparse.ArgumentParser:
         )
         # `import` is a word of Python's.
         command.module = f"{name}_" if keyword.iskeyword(name) else name
+        if name in loaded:
+            command.load()
     return parser

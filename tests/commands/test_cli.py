@@ -1,5 +1,6 @@
 """The command line as a whole: what every command has in common."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from profiler import cli
 
+RUN = "from profiler.cli import main; raise SystemExit(main())"
 EVERY_COMMAND = pytest.mark.parametrize("command", cli.COMMANDS)
 
 
@@ -66,3 +68,42 @@ def test_dashes_without_a_command_are_refused(capsys) -> None:
 
     assert ended.value.code == 2
     assert capsys.readouterr().err.endswith("error: name the command to run after --\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("everflame ex", {"export"}),
+        ("everflame record --rep", {"--repeat"}),
+        ("everflame --debug diff --mark", {"--markdown"}),
+        ("everflame export --group f", {"function", "file"}),
+        ("everflame deployments ad", {"add"}),
+    ],
+)
+def test_a_shell_completes_commands_options_and_choices(
+    line: str, expected: set[str], tmp_path: Path
+) -> None:
+    """Asked as argcomplete's script in bash asks: the words come in a file."""
+    words = tmp_path / "words"
+    asked = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(words),
+        "_ARGCOMPLETE_IFS": "\n",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+    }
+    command = [sys.executable, "-c", RUN]
+
+    subprocess.run(command, env=os.environ | asked, check=True)
+
+    assert {word.strip() for word in words.read_text().split("\n")} == expected
+
+
+def test_bash_takes_the_script_that_completes() -> None:
+    command = [sys.executable, "-c", RUN, "completion", "bash"]
+    script = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    shell = ["bash", "-c", f"{script}\ncomplete -p everflame"]
+
+    told = subprocess.run(shell, capture_output=True, text=True, check=True).stdout
+    assert told.startswith("complete ")
