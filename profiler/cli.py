@@ -1,6 +1,6 @@
-"""The `everflame` command: parses what is asked for and calls the module that does it.
+"""The `everflame` command: parses the command line and runs the command that it names.
 
-Data go to stdout, talk goes to stderr. Exit codes: 0 fine, 1 a check failed, 2 usage or I/O.
+Data go to stdout, messages to stderr. Exit codes: 0 fine, 1 a check failed, 2 usage or I/O.
 
 Each command is a module of `profiler.commands` with `add_arguments(parser)` and `run(options)`.
 Only that of the command on the command line is imported, so that `--help` does not wait for numpy.
@@ -21,23 +21,23 @@ from importlib.metadata import version
 from typing import Any
 
 COMMANDS = {
-    "record": "sample this machine, processes or a command, and write the profile",
-    "top": "show live which functions the CPUs spend their time in",
-    "flamegraph": "draw the flame graph of a file, in the terminal or into a file",
-    "export": "write a profile in another format, a file's or that of a window of the store",
-    "ls": "list what a store holds: hosts, windows, sizes, services, versions",
-    "deployments": "list when services began to run another version, and announce it",
-    "import": "put profiles of other tools into a store: pprof, folded, perf script",
-    "verify": "prove that every tick of files or of a whole store is accounted for",
-    "diff": "tell what costs more than before, and how certain that is",
-    "up": "profile this host and serve its flame graphs: the agent and its page",
-    "agent": "profile this host for ever, one object per window into a directory or S3",
-    "serve": "serve the page and its API over a store",
-    "status": "tell how the agent of this host fares",
-    "doctor": "check what this host offers a profiler, with a remedy beside every failure",
+    "record": "sample this machine, some processes or a command, and write a profile",
+    "top": "show live which functions use the CPUs",
+    "flamegraph": "draw a profile as a flame graph, in the terminal or into a file",
+    "export": "convert a profile, or write a time range of a store into a file",
+    "ls": "list the hosts, windows, services and versions in a store",
+    "deployments": "list or announce deployments: when services changed their version",
+    "import": "store profiles of other tools: pprof, folded, speedscope, perf script",
+    "verify": "check that files or a store account for every tick",
+    "diff": "compare two profiles or time ranges: which functions cost more",
+    "up": "profile this host and serve its flame graphs (agent and page)",
+    "agent": "profile this host continuously into a directory or S3",
+    "serve": "serve the flame graphs of a store: the page and its API",
+    "status": "show the status of this host's agent",
+    "doctor": "check whether this host can be profiled, and how to fix what is missing",
     "completion": "print a script that completes commands and options in a shell",
 }
-"""What each does, in the order of `--help`."""
+"""What each command does, in the order of `--help`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Return what a user can do something about from what is a defect of ours."""
+    """Return whether the user can fix it; everything else is a defect of this program."""
     return isinstance(error, (OSError, ValueError)) or type(error).__module__.split(".")[0] in (
         "bpf",
         "profiler",
@@ -77,7 +77,7 @@ def _is_expected(error: Exception) -> bool:
 
 
 class _CommandParser(argparse.ArgumentParser):
-    """The parser of a command, whose arguments come with its module when it is first used."""
+    """The parser of a command; it takes its arguments from the module when it is first used."""
 
     module = ""
     _split: Callable[[Sequence[str]], tuple[list[str], dict[str, Any]]] | None = None
@@ -113,7 +113,7 @@ class _CommandParser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def _ctrl_c_just_ends() -> Iterator[None]:
-    """Let Ctrl-C end the process at once: in the middle of an import it shows as a crash of it."""
+    """Let Ctrl-C end the process at once: an import that is interrupted prints a traceback."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
@@ -126,7 +126,7 @@ def command_line(loaded: Collection[str] = ()) -> argparse.ArgumentParser:
     """Return the parser of the whole command line; the `loaded` commands have their arguments."""
     parser = argparse.ArgumentParser(
         prog="everflame",
-        description="Sample what the CPUs do, and look at it as a flame graph.",
+        description="Profile CPUs, and show where their time goes as a flame graph.",
         epilog="example: everflame record -a --for 20s -o cpu.svg",
     )
     parser.add_argument("--version", action="version", version=f"everflame {version('everflame')}")

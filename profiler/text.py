@@ -1,4 +1,4 @@
-"""Text that fits: widths in cells of a fixed-width font, cutting, quantities with units."""
+"""Text for terminals: widths in cells of a fixed-width font, cutting, quantities with units."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def quantity(value: int, unit: str) -> str:
-    """Return a value as people read it: three digits or more, and the unit that suits its size."""
+    """Return a value with three digits or more and the unit that suits its size."""
     scales = {"nanoseconds": _TIMES, "bytes": _SIZES}.get(unit)
     if scales is None:
         return f"{value:,} {'' if unit == 'count' else unit}".rstrip()
@@ -85,7 +85,7 @@ def _cells_of(character: str) -> int:
 
 
 class StatusLine:
-    """A line that is rewritten in its place; nothing where no terminal would show it."""
+    """A line that is rewritten in place; only on a terminal."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -97,7 +97,7 @@ class StatusLine:
             self._is_shown = True
 
     def clear(self) -> None:
-        """Make room for other lines."""
+        """Remove the line, so that other lines can follow."""
         if self._is_shown:
             self._write("")
             self._is_shown = False

@@ -1,7 +1,6 @@
 """Times as people write them: `now-1h`, RFC 3339, Unix seconds or milliseconds.
 
-Inside, a time is an integer of nanoseconds UTC and an interval is half-open. This is the one place
-that reads and writes them.
+Everywhere else a time is an integer of nanoseconds since 1970 UTC, and a window is half-open.
 """
 
 import re
@@ -32,14 +31,14 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class TimeError(ValueError):
-    """Text that is no time, or two times that make no window."""
+    """Text that is not a time, or two times that do not make a window."""
 
 
 def parse_time(text: str, now_ns: int) -> int:
     """Return the ns since 1970 that the text names.
 
     Raises:
-        TimeError: it names none; the message says what is accepted.
+        TimeError: it is not a time; the message says what is accepted.
     """
     stripped = text.strip()
     if match := _RELATIVE.fullmatch(stripped):
@@ -58,11 +57,12 @@ def parse_time(text: str, now_ns: int) -> int:
         try:
             at = datetime.fromisoformat(f"{date}T{clock}{zone.upper()}")
         except ValueError as error:
-            raise TimeError(f"{text!r} is no time: {error}") from error
+            raise TimeError(f"{text!r} is not a time: {error}") from error
         seconds = (at - _EPOCH) // timedelta(seconds=1)
         return _checked(seconds * NS_PER_S + int((fraction_digits or "").ljust(9, "0")), text)
     raise TimeError(
-        f"{text!r} is no time (try now-1h, 2026-01-31T09:00:00Z, or Unix seconds or milliseconds)"
+        f"{text!r} is not a time"
+        " (try now-1h, 2026-01-31T09:00:00Z, or Unix seconds or milliseconds)"
     )
 
 
@@ -70,7 +70,7 @@ def parse_window(start: str, end: str, now_ns: int) -> Window:
     """Return the half-open window between two times.
 
     Raises:
-        TimeError: one is no time, or they are not in order.
+        TimeError: one is not a time, or they are not in order.
     """
     window = Window(parse_time(start, now_ns), parse_time(end, now_ns))
     if window.start_ns >= window.end_ns:
@@ -100,12 +100,12 @@ def from_until(window: Window) -> str:
 
 def _checked(at_ns: int, text: str) -> int:
     if not 0 <= at_ns <= _LATEST_NS:
-        raise TimeError(f"{text!r} is no time between 1970 and 2262")
+        raise TimeError(f"{text!r} is not a time between 1970 and 2262")
     return at_ns
 
 
 def length_text(span_ns: int) -> str:
-    """Return a length as people say it, with its two largest parts: `2 h 6 min`, `40 s`."""
+    """Return a duration with its two largest parts: `2 h 6 min`, `40 s`."""
     parts = []
     for unit, name in (("d", "d"), ("h", "h"), ("m", "min"), ("s", "s")):
         number, span_ns = divmod(span_ns, _NS_PER_UNIT[unit])

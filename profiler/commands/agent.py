@@ -1,4 +1,4 @@
-"""`everflame agent`: profile this host for ever, one object per window into a store."""
+"""`everflame agent`: profile this host continuously, one object per window into a store."""
 
 import argparse
 import logging
@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  everflame agent\n"
         "  everflame agent --store s3://profiles/prod --interval 60s\n"
         "  everflame agent --store /srv/profiles --keep 7d --keep-bytes 20GB\n\n"
-        "S3 keys come from the usual variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)."
+        "S3 credentials come from the usual variables (AWS_ACCESS_KEY_ID,\n"
+        "AWS_SECRET_ACCESS_KEY, ...)."
     )
     add_always_on(parser)
 
@@ -27,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def add_always_on(parser: argparse.ArgumentParser) -> None:
-    """Add what the agent needs to know, here and in `up`."""
+    """Add the options of the agent, which `up` has, too."""
     arguments.add_frequency(parser)
     parser.add_argument(
         "--interval",
@@ -41,39 +42,43 @@ def add_always_on(parser: argparse.ArgumentParser) -> None:
         "--keep",
         type=arguments.duration_s,
         metavar="TIME",
-        help="in a directory, delete what is older (default 2d)",
+        help="delete windows older than this from a directory (default 2d)",
     )
     parser.add_argument(
         "--keep-bytes",
         type=arguments.size_bytes,
         metavar="SIZE",
-        help="in a directory, delete the oldest beyond this size (default 5GB)",
+        help="delete the oldest windows of a directory that exceeds this size (default 5GB)",
     )
     parser.add_argument(
-        "--spool", metavar="DIR", help="where windows wait for the store (default: see status)"
+        "--spool",
+        metavar="DIR",
+        help="where windows wait for upload (default: EVERFLAME_SPOOL, else /var/spool/everflame"
+        " for root and ~/.local/state/everflame for others)",
     )
     parser.add_argument(
         "--spool-limit",
         type=arguments.size_bytes,
         default=512_000_000,
         metavar="SIZE",
-        help="what may wait; beyond it the oldest keep their counts only (default 512MB)",
+        help="size of the spool; beyond it the oldest windows lose their stacks but keep their"
+        " counts (default 512MB)",
     )
     parser.add_argument(
         "--unwind-memory",
         type=arguments.size_bytes,
         default=48_000_000,
         metavar="SIZE",
-        help="of the kernel, for unwind tables; those not in use make room (default 48MB)",
+        help="kernel memory for unwind tables; beyond it unused ones are evicted (default 48MB)",
     )
     parser.add_argument(
         "--metrics-listen",
         default="",
         metavar="HOST:PORT",
-        help="serve Prometheus metrics there (default: not at all)",
+        help="address of Prometheus metrics (default: off)",
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="rules that name services (TOML; see the README)"
+        "--config", metavar="FILE", help="TOML file with rules that name services (see the README)"
     )
 
 
@@ -81,12 +86,12 @@ def interval_s(text: str) -> int:
     """Parse the length of a window, whole seconds."""
     seconds = arguments.duration_s(text)
     if not 5 <= seconds <= 1800 or seconds != int(seconds):
-        raise argparse.ArgumentTypeError(f"{text!r} is no interval (whole seconds, 5s to 30m)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an interval (whole seconds, 5s to 30m)")
     return int(seconds)
 
 
 def agent_options(options: argparse.Namespace) -> agent.AgentOptions:
-    """Return what the agent is asked for, with the defaults of this host."""
+    """Return the options of the agent, with the defaults of this host."""
     spool = Path(options.spool) if options.spool else status.default_spool()
     return agent.AgentOptions(
         frequency_hz=options.frequency,

@@ -14,16 +14,18 @@ def duration_s(text: str) -> float:
     """Parse `30s`, `2m`, `1.5h`, `90` (seconds)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)", text)
     if not match or float(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration (try 30s, 2m or 1h)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration (try 30s, 2m or 1h)")
     return float(match[1]) * _UNITS_S[match[2]]
 
 
 def frequency_hz(text: str) -> int:
-    # All commands that sample import this module anyway; the others are spared it.
+    # Only commands that sample call this, and they import the sampler anyway.
     from bpf.sampler import MAX_FREQUENCY_HZ  # noqa: PLC0415
 
     if not text.isdecimal() or not 1 <= int(text) <= MAX_FREQUENCY_HZ:
-        raise argparse.ArgumentTypeError(f"{text!r} is no frequency (1 to {MAX_FREQUENCY_HZ} Hz)")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a frequency (1 to {MAX_FREQUENCY_HZ} Hz)"
+        )
     return int(text)
 
 
@@ -31,7 +33,7 @@ def size_bytes(text: str) -> int:
     """Parse `512MB`, `5GB`, `1000000` (bytes); units are decimal."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(kB|MB|GB|TB|)", text)
     if not match or float(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size (try 512MB or 5GB)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size (try 512MB or 5GB)")
     return int(float(match[1]) * 1000 ** ("", "kB", "MB", "GB", "TB").index(match[2]))
 
 
@@ -41,12 +43,12 @@ def label_names(text: str) -> tuple[str, ...]:
 
 def percent(text: str) -> int:
     if not text.isdecimal() or int(text) > 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share of a CPU (0 to 100)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage (0 to 100)")
     return int(text)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add what is sampled, how often and for how long."""
+    """Add which processes to sample, how often and for how long."""
     target = parser.add_mutually_exclusive_group()
     target.add_argument("-a", "--all", action="store_true", help="sample all CPUs (the default)")
     target.add_argument(
@@ -57,25 +59,25 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         type=int,
         action="append",
         default=[],
-        help="sample this process and what it starts; may be repeated",
+        help="sample this process and its descendants; may be repeated",
     )
     add_frequency(parser)
 
 
 def add_frequency(parser: argparse.ArgumentParser) -> None:
-    """Add how often is sampled, by which clock, and for how long."""
+    """Add how often to sample, by which clock, and for how long."""
     parser.add_argument(
         "-F",
         "--frequency",
         type=frequency_hz,
         default=99,
         metavar="HZ",
-        help="samples per second and CPU, 1 to 999 (default 99)",
+        help="samples per second on each CPU, 1 to 999 (default 99)",
     )
     parser.add_argument(
         "--hardware",
         action="store_true",
-        help="tick on CPU cycles instead of time, where the CPU offers that",
+        help="sample on CPU cycles instead of time, if the CPU supports it",
     )
     parser.add_argument(
         "--for",
@@ -83,7 +85,7 @@ def add_frequency(parser: argparse.ArgumentParser) -> None:
         type=duration_s,
         default=math.inf,
         metavar="TIME",
-        help="end by itself after 30s, 2m, 1h (default: at Ctrl-C)",
+        help="stop after this time, such as 30s, 2m or 1h (default: at Ctrl-C)",
     )
 
 
@@ -95,8 +97,8 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help="where to write; the ending says how: .svg .pb.gz .speedscope.json .folded .json;"
-        " - is stdout (folded); may be repeated",
+        help="file to write; the ending selects the format: .svg, .pb.gz (pprof),"
+        " .speedscope.json, .folded or .json; - writes folded stacks to stdout; may be repeated",
     )
 
 
@@ -106,7 +108,7 @@ def add_by(parser: argparse.ArgumentParser) -> None:
         type=label_names,
         default=None,
         metavar="LABEL,...",
-        help="labels drawn as frames above the root (default comm): comm, thread, pid",
+        help="labels to draw as frames above the root, such as comm,thread,pid (default comm)",
     )
 
 
@@ -115,22 +117,28 @@ def add_store(parser: argparse.ArgumentParser, usual: str = "") -> None:
         "--store",
         default=usual,
         metavar="URL",
-        help="file:///path, a path or s3://bucket/prefix (default EVERFLAME_STORE, else"
-        " /var/lib/everflame or ~/.local/share/everflame)",
+        help="path, file:///path or s3://bucket/prefix (default: EVERFLAME_STORE, else"
+        " /var/lib/everflame for root and ~/.local/share/everflame for others)",
     )
     parser.add_argument(
-        "--s3-endpoint", default=usual, metavar="URL", help="an S3 server other than Amazon's"
+        "--s3-endpoint",
+        default=usual,
+        metavar="URL",
+        help="URL of an S3 server other than Amazon's",
     )
 
 
 def add_window(parser: argparse.ArgumentParser) -> None:
-    for name, destination in (("--from", "start"), ("--until", "end")):
-        parser.add_argument(
-            name,
-            dest=destination,
-            metavar="TIME",
-            help="now-1h, RFC 3339 (2026-01-31T09:00:00Z), Unix seconds or milliseconds",
-        )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="TIME",
+        help="start of the time range: now-1h, RFC 3339 (2026-01-31T09:00:00Z), or Unix seconds"
+        " or milliseconds",
+    )
+    parser.add_argument(
+        "--until", dest="end", metavar="TIME", help="end of the time range (default now)"
+    )
 
 
 def add_query(parser: argparse.ArgumentParser) -> None:
@@ -139,38 +147,38 @@ def add_query(parser: argparse.ArgumentParser) -> None:
         "--query",
         default="",
         metavar="SELECTOR",
-        help="""labels to keep, as '{service="api",version=~"1\\\\.5.*"}' (= != =~ !~)""",
+        help="""select by labels, as in '{service="api",version=~"1\\\\.5.*"}' (= != =~ !~)""",
     )
 
 
 def refuse_store(options: argparse.Namespace, command: str) -> None:
-    """Refuse what selects from a store, for a command that was given files.
+    """Refuse the options that select from a store, because files were named.
 
     Raises:
-        ValueError: there is some of it.
+        ValueError: one of them is there.
     """
     asked = (options.store, options.start, options.end, getattr(options, "query", ""))
     if any(asked):
-        raise ValueError(f"{command}: give files, or --store, --from, --until, -q; not both")
+        raise ValueError(f"{command}: name files, or use --store, --from, --until, -q; not both")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON for other programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def add_page(parser: argparse.ArgumentParser) -> None:
-    """Add where the page is served, and what is done ahead of its requests."""
+    """Add the address of the page, and how much is decoded before it is requested."""
     parser.add_argument(
         "--listen",
         default="127.0.0.1:4040",
         metavar="HOST:PORT",
-        help="where the page is served (default 127.0.0.1:4040)",
+        help="address of the page (default 127.0.0.1:4040)",
     )
     parser.add_argument(
         "--decode-ahead",
         type=percent,
         default=10,
         metavar="PERCENT",
-        help="of one otherwise idle CPU, to decode the last day before anybody asks for it"
-        " (default 10; 0: not at all)",
+        help="share of one otherwise idle CPU for decoding the last day in advance"
+        " (default 10; 0 turns it off)",
     )

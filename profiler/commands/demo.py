@@ -1,4 +1,4 @@
-"""The demo: small programs that are worth a look, run beside `everflame up --demo`.
+"""The demo: small example programs that `everflame up --demo` runs.
 
     shop      Python, in two versions at once as while one replaces the other: 1.5.0 prices baskets
               in a worse way than 1.4.0

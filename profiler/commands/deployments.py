@@ -1,4 +1,4 @@
-"""`everflame deployments`: which there were, and over which windows each is compared."""
+"""`everflame deployments`: list the deployments of services, and announce one."""
 
 import argparse
 import sys
@@ -23,9 +23,9 @@ from storage.query.listing import nearest_objects
 _NAMED = 8
 
 ADVICE = (
-    "a version is found in SERVICE_VERSION, DD_VERSION or GIT_SHA of a process, in"
-    " service.version of OTEL_RESOURCE_ATTRIBUTES, in an image's tag or a release's folder;"
-    " or say it with: everflame deployments add --service NAME --version VERSION"
+    "a version is read from SERVICE_VERSION, DD_VERSION or GIT_SHA of a process, from"
+    " service.version in OTEL_RESOURCE_ATTRIBUTES, from an image's tag or a release's folder;"
+    " or announce it: everflame deployments add --service NAME --version VERSION"
 )
 
 
@@ -35,17 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  everflame deployments\n"
         "  everflame deployments --from now-7d -q '{service=\"api\"}' --json\n"
         "  everflame deployments add --service api --version 1.6\n\n"
-        "They are found by the versions that hosts ran, by default in the last 24 hours. Of the\n"
-        "selector, version says which deployments; all else which services and hosts. KIND is\n"
-        "rollout, rollback (to a version that was there before) or canary (some hosts stay on\n"
-        "the version before for longer than half an hour). SETTLED is two windows after the\n"
-        "last host changed. Exit status 2 when nothing is selected."
+        "Deployments are detected from the versions that hosts run; by default those of the last\n"
+        "24 hours are listed. In the selector, version selects deployments, and all other labels\n"
+        "select services and hosts. KIND is rollout, rollback (to an earlier version) or canary\n"
+        "(some hosts stay on the previous version for more than half an hour). SETTLED is two\n"
+        "windows after the last host changed. The exit status is 2 if nothing is selected."
     )
     arguments.add_json(parser)
     arguments.add_store(parser)
     arguments.add_window(parser)
     arguments.add_query(parser)
-    summary = "announce a deployment, as from a pipeline"
+    summary = "announce a deployment, for example from a pipeline"
     add = parser.add_subparsers(metavar="[add]").add_parser(
         "add",
         help=summary,
@@ -53,13 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         epilog="examples:\n"
         "  everflame deployments add --service api --version 1.6 --store s3://profiles/prod\n"
         "  everflame deployments add --service api --version 1.6 --at 2026-01-31T09:00:00Z\n\n"
-        "It gives the exact begin of a deployment that is found by itself, and is how one of a\n"
-        "service without a version is known. To say the same twice does no harm.",
+        "This gives the exact start of a deployment, or announces one that cannot be detected\n"
+        "because the service has no version. Repeating it is harmless.",
     )
-    add.add_argument("--service", required=True, help="as its label says")
-    add.add_argument("--version", required=True, help="the one that begins to run")
+    add.add_argument("--service", required=True, help="the service, as in its label")
+    add.add_argument("--version", required=True, help="the version that starts to run")
     add.add_argument(
-        "--at", metavar="TIME", default="now", help="when it begins, as --from (default now)"
+        "--at", metavar="TIME", default="now", help="when it starts, as --from (default now)"
     )
     arguments.add_store(add, usual=argparse.SUPPRESS)  # else it would undo what stands before `add`
     add.set_defaults(adds=True)
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _add(options: argparse.Namespace) -> int:
     if options.start or options.end or options.query or options.json:
-        raise ValueError("deployments add: it takes no --from, --until, -q and --json")
+        raise ValueError("deployments add: remove --from, --until, -q and --json")
     store = open_store(options.store, options.s3_endpoint or None)
     at_ns = parse_time(options.at, time.time_ns())
     said = announce(store, options.service, options.version, at_ns)
@@ -85,7 +85,7 @@ def _add(options: argparse.Namespace) -> int:
 
 
 def _list(selection: Selection, as_json: bool) -> int:
-    """Print the deployments; 2 when there is nothing that could tell of any."""
+    """Print the deployments; return 2 if nothing is selected."""
     found = deployments_in(selection.store, selection.query(), selection.window, selection.selector)
     if as_json:
         sys.stdout.buffer.write(_json(selection, found) + b"\n")
@@ -114,7 +114,7 @@ def _json(selection: Selection, found: Found) -> bytes:
 
 
 def explain(selection: Selection, found: Found) -> str:
-    """Say why there are none."""
+    """Say why there are no deployments."""
     window = from_until(selection.window)
     if found.reason == "no_data_in_range":
         nearest = [
@@ -128,11 +128,11 @@ def explain(selection: Selection, found: Found) -> str:
         )
         return f"nothing selected: nothing was profiled from {window}; {where}"
     if found.reason == "nothing_matches":
-        return f"nothing selected: no service from {window} is of {selection.selector}"
+        return f"nothing selected: no service from {window} matches {selection.selector}"
     names = listed(found.services, _NAMED)
     if found.reason == "no_versions":
-        return f"no deployments: no version is known of {names}; {ADVICE}"
-    return f"no deployments from {window}: no other version of {names} began to run"
+        return f"no deployments: the version of {names} is not known; {ADVICE}"
+    return f"no deployments from {window}: the version of {names} did not change"
 
 
 def _table(deployments: Sequence[Deployment]) -> str:

@@ -1,7 +1,7 @@
-"""`everflame diff`: what costs more than before, for people, programs and pipelines.
+"""`everflame diff`: which functions cost more than before, as text, JSON or Markdown.
 
-Each side is some files, which are replicates where they are several, or a window of a store,
-`{selector}@FROM..UNTIL`. A gate says which changes fail a pipeline; only what costs more can.
+Each side is one or more files (several are replicates) or a window of a store,
+`{selector}@FROM..UNTIL`. The gate says which changes fail a pipeline; only growth can.
 """
 
 import argparse
@@ -46,22 +46,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  everflame diff '{service=\"api\"}@now-3h..now-2h' -- '{service=\"api\"}@now-1h..now'\n"
         "  everflame diff old-*.pb.gz -- new-*.pb.gz --markdown\n"
         "  everflame diff --last-deploy -q '{service=\"api\"}'\n\n"
-        "A window of a store is judged by what its service did in the day before it, files by\n"
-        "what differs between those of one side, of which there must be three or more.\n"
-        "Exit codes: 0 fine, 1 regression, 2 nothing to compare, 3 inconclusive (with --strict)."
+        "The noise of a window is estimated from the same service in the day before, the noise of\n"
+        "files from the files of one side, of which there must be three or more.\n"
+        "The exit status is 0 without a regression, 1 with one, 2 if there is nothing to compare,\n"
+        "and, only with --strict, 3 if the result is inconclusive."
     )
     parser.usage = (
         "everflame diff [OPTIONS] BEFORE... -- AFTER...\n"
         "       everflame diff [OPTIONS] --last-deploy -q SELECTOR"
     )
     parser.add_argument(
-        "before", metavar="BEFORE", nargs="*", help="a file, or a window: {selector}@FROM..UNTIL"
+        "before",
+        metavar="BEFORE",
+        nargs="*",
+        help="a file, or a window of the store: {selector}@FROM..UNTIL",
     )
     parser.add_argument(
         "--last-deploy",
         action="store_true",
-        help="compare before and after the last deployment that -q, --from and --until select"
-        " (default: of the last 7 days), over windows that match",
+        help="compare the time before and after the last deployment that -q, --from and --until"
+        " select (default: in the last 7 days)",
     )
     arguments.add_query(parser)
     arguments.add_window(parser)
@@ -71,31 +75,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="FILE",
         default="",
-        help="write the graph of both sides as well, in the format of its ending: .svg, .folded"
-        " (as difffolded.pl), .speedscope.json, .json; - is stdout",
+        help="also write a differential flame graph; the ending selects the format: .svg,"
+        " .folded (as difffolded.pl), .speedscope.json or .json; - writes folded stacks to stdout",
     )
     arguments.add_json(parser)
-    parser.add_argument("--markdown", action="store_true", help="as Markdown, for a merge request")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print Markdown, for a merge request"
+    )
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="tell how often the same rule is wrong about the service's unchanged past",
+        help="report how often the test raises a false alarm on the service's unchanged past",
     )
     parser.add_argument(
-        "--strict", action="store_true", help="exit with 3 where there is too little data"
+        "--strict", action="store_true", help="exit with 3 if there is too little data"
     )
     parser.add_argument(
         "--fail-over",
         metavar="GATE",
         default=DEFAULT_GATE,
-        help="which functions that cost more fail: those that grew by so much and by so many"
-        " points of the total (default %(default)s)",
+        help="fail if a function grew by at least this ratio and by this many percentage points of"
+        " the total (default %(default)s)",
     )
     arguments.add_store(parser)
 
 
 def split_arguments(given: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Read the dashes of `BEFORE... -- AFTER...` as an option; other options may follow."""
+    """Replace the dashes of `BEFORE... -- AFTER...` by an option: other options may follow."""
     arguments_read = list(given)
     if "--" in given:
         arguments_read[given.index("--")] = "--after"
@@ -107,14 +113,14 @@ def run(options: argparse.Namespace) -> int:
     if not after and len(before) == 2:
         before, after = before[:1], before[1:]
     if options.last_deploy and before:
-        raise ValueError("diff: give either two sides or --last-deploy")
+        raise ValueError("diff: name two sides or use --last-deploy, not both")
     if not options.last_deploy:
         if not after:
             raise ValueError(
                 "diff: name both sides: everflame diff BEFORE... -- AFTER... (or --last-deploy)"
             )
         if options.query or options.start or options.end:
-            raise ValueError("diff: -q, --from and --until are for --last-deploy")
+            raise ValueError("diff: -q, --from and --until need --last-deploy")
     settings = Options(
         store=options.store,
         endpoint=options.s3_endpoint,
@@ -136,12 +142,12 @@ class Options:
     gate: Gate
     strict: bool = False
     last_deploy: Selection | None = None
-    """Compare over the matched windows of the last deployment in it; without operands."""
+    """Where to look for the last deployment; None if two sides are named."""
     as_json: bool = False
     as_markdown: bool = False
     calibrate: bool = False
     output: str = ""
-    """A file for the graph of both sides; `-` is standard output, which then has nothing else."""
+    """The file of the differential graph; `-` is stdout, and nothing else is printed there."""
 
 
 def diff(before: Sequence[str], after: Sequence[str], options: Options, now_ns: int) -> int:
@@ -189,7 +195,9 @@ def compare(
     if all(map(all, in_store)):
         return _of_store(before, after, options, now_ns)
     if any(map(any, in_store)):
-        raise ComparisonError("give files on both sides, or a window of the store on both")
+        raise ComparisonError(
+            "cannot compare files with a window of the store: name the same on both sides"
+        )
     return of_profiles(list(map(export.read, before)), list(map(export.read, after)))
 
 
@@ -209,7 +217,7 @@ def _of_store(
 
 
 def _pair(found: Comparison, before: Sequence[str], after: Sequence[str], options: Options) -> Pair:
-    """Read the stacks of both sides, where the verdict took only sums of functions."""
+    """Read the stacks of both sides; the verdict needed only function totals."""
     if found.before.coverage is not None:
         query = query_of(open_store(options.store, options.endpoint or None))
         profiles = [
@@ -220,7 +228,9 @@ def _pair(found: Comparison, before: Sequence[str], after: Sequence[str], option
         profiles = [merge(map(export.read, side)) for side in (before, after)]
     units = [profile.unit for profile in profiles]
     if units[0] != units[1]:
-        raise ComparisonError(f"cannot draw both sides: one counts {units[0]}, one {units[1]}")
+        raise ComparisonError(
+            f"cannot draw both sides: their units differ ({units[0]}, {units[1]})"
+        )
     return Pair(found, before=profiles[0], after=profiles[1])
 
 
@@ -230,13 +240,15 @@ def _in_store(
     if options.last_deploy:
         return _last_deploy(options.last_deploy)
     if len(before) > 1 or len(after) > 1:
-        raise ComparisonError("give one window a side: hosts are its replicates")
+        raise ComparisonError(
+            "cannot compare several windows: name one on each side (hosts are its replicates)"
+        )
     query = query_of(open_store(options.store, options.endpoint or None))
     return query, _operand(before[0], now_ns), _operand(after[0], now_ns), ()
 
 
 def _last_deploy(selection: Selection) -> tuple[Query, Operand, Operand, Sequence[int]]:
-    """Find the last deployment that is asked for, and its matched windows."""
+    """Find the last selected deployment, and the windows to compare for it."""
     query = selection.query()
     found = deployments_in(selection.store, query, selection.window, selection.selector)
     if not found.deployments:
@@ -246,7 +258,7 @@ def _last_deploy(selection: Selection) -> tuple[Query, Operand, Operand, Sequenc
     if len(services) > 1:
         raise ComparisonError(
             f"{counted(len(services), 'service')} were deployed: {', '.join(services[:8])};"
-            f" say which one: -q '{{service=\"{last.service}\"}}'"
+            f" select one: -q '{{service=\"{last.service}\"}}'"
         )
     name = f"{last.kind} of {last.service} {last.previous or '?'} -> {last.version}"
     if match.before is None or match.after is None:
@@ -260,14 +272,14 @@ def _last_deploy(selection: Selection) -> tuple[Query, Operand, Operand, Sequenc
 
 
 def _calibrate(before: Sequence[str], after: Sequence[str], options: Options, now_ns: int) -> int:
-    """Say how often the same rule is wrong about the service's unchanged past."""
+    """Print how often the test raises a false alarm on the service's unchanged past."""
     found = calibrate(*_in_store(before, after, options, now_ns))
     if options.as_json:
         sys.stdout.buffer.write(orjson.dumps({"schema": 1, **found._asdict()}) + b"\n")
     else:
         print(
             f"{found.alarms} of {counted(found.pairs, 'unchanged pair')} of windows would have"
-            f" alarmed: {found.alarms / found.pairs:.1%}"
+            f" raised an alarm: {found.alarms / found.pairs:.1%}"
             f" (95 % interval {found.low:.1%} to {found.high:.1%})"
         )
     return 0
@@ -282,6 +294,6 @@ def _operand(text: str, now_ns: int) -> Operand:
     start, is_range, end = times.partition("..")
     if not has_window or not is_range:
         raise ComparisonError(
-            f"{text!r} names no window (try '{{service=\"api\"}}@now-2h..now-1h')"
+            f"{text!r} is not a window (try '{{service=\"api\"}}@now-2h..now-1h')"
         )
     return Operand(Selector.parse(selector), parse_window(start, end or "now", now_ns))

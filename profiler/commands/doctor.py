@@ -1,4 +1,4 @@
-"""Doctor: tells whether this machine can be profiled, and what to do where it cannot.
+"""`everflame doctor`: check whether this host can be profiled, and how to fix what is missing.
 
 Every check tries the thing itself where that is possible: it loads a program, opens an event,
 imports bcc. Only `fail` stops the sampler; `warn` costs names, accuracy or speed.
@@ -54,7 +54,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was found. `remedy` is empty where there is nothing to mend."""
+    """The result of a check. `remedy` is empty if there is nothing to fix."""
 
     name: str
     status: Status
@@ -118,7 +118,7 @@ def format_json(checks: Iterable[Check]) -> str:
 
 
 def format_table(checks: Sequence[Check]) -> str:
-    """Write one line a check, with the remedy below what is not well."""
+    """Return one line for each check, and the remedy below it if it did not pass."""
     width = max((len(check.name) for check in checks), default=0)
     lines = []
     for check in checks:
@@ -222,7 +222,9 @@ def check_jit() -> Check:
     except FileNotFoundError:
         return Check("jit", Status.OK, "always on, or not told to this network namespace")
     except PermissionError:
-        return Check("jit", Status.WARN, f"{setting} is readable by root only", "ask as root")
+        return Check(
+            "jit", Status.WARN, f"{setting} is readable by root only", "run doctor as root"
+        )
     if is_on:
         return Check("jit", Status.OK, "on")
     return Check(
@@ -275,13 +277,13 @@ def check_programs() -> Check:
         with Sampler(SamplerConfig()) as sampler:
             depth = sampler.deepest_stack
     except LoadError as error:
-        return Check("programs", Status.FAIL, str(error), "mend what failed above first")
+        return Check("programs", Status.FAIL, str(error), "fix what failed above first")
     except PerfEventError as error:
         return Check("programs", Status.FAIL, str(error), _GIVE_RIGHTS)
     detail = f"compiled and loaded in {time.monotonic() - start:.1f} s"
     if depth < MAX_USER_WORDS:
-        detail += f"; this kernel's verifier takes small ones only, for stacks of {depth} frames"
-        return Check("programs", Status.WARN, detail, "none is needed; a newer kernel takes more")
+        detail += f"; this kernel's verifier accepts small ones only, for stacks of {depth} frames"
+        return Check("programs", Status.WARN, detail, "none is needed; a newer kernel accepts more")
     return Check("programs", Status.OK, f"{detail}, for stacks of up to {depth} frames")
 
 
@@ -363,7 +365,7 @@ def check_clock() -> Check:
     if now_s < _BEFORE_THIS_PROGRAM_S:
         shown = time.strftime("%Y-%m-%d", time.gmtime(now_s))
         return Check(
-            "clock", Status.FAIL, f"it shows {shown}, which cannot be", "set the time (chrony)"
+            "clock", Status.FAIL, f"it shows {shown}, which is too early", "set the time (chrony)"
         )
     if name in _SLOW_CLOCKSOURCES:
         return Check(
@@ -400,7 +402,7 @@ def check_steal() -> Check:
 def store_checks(url: str, endpoint: str | None = None) -> list[Check]:
     """Try an object store with a small object, which is deleted again.
 
-    Gives checks up to the first that fails, because the later ones need what it tried.
+    The checks end with the first that fails, because the later ones need what it tried.
     """
     checks: list[Check] = []
     try:
@@ -410,7 +412,7 @@ def store_checks(url: str, endpoint: str | None = None) -> list[Check]:
         name = _STORE_CHECKS[len(checks)]
         checks.append(Check(name, Status.FAIL, error.problem, error.remedy))
     except StoreError as error:
-        remedy = "see that the store runs, has room and can be reached, then run doctor again"
+        remedy = "check that the store runs, has room and can be reached, then run doctor again"
         checks.append(Check(_STORE_CHECKS[len(checks)], Status.FAIL, str(error), remedy))
     return checks
 

@@ -1,4 +1,4 @@
-"""`everflame export`: a profile in another format, of a file or of a window of a store."""
+"""`everflame export`: convert a profile, or write a time range of a store into a file."""
 
 import argparse
 import re
@@ -34,30 +34,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_view(parser: argparse.ArgumentParser) -> None:
-    """Add what a link to the page has in it, too: the file is then what the page shows."""
+    """Add the parameters that a link to the page has, so that the file shows the same."""
     for name, summary in (
-        ("--focus", "only stacks with this function; may be repeated"),
-        ("--hide", "take this function out of all stacks; may be repeated"),
+        ("--focus", "keep only stacks that contain this function; may be repeated"),
+        ("--hide", "remove this function from all stacks; may be repeated"),
     ):
         parser.add_argument(name, metavar="FUNCTION", action="append", default=[], help=summary)
     parser.add_argument(
-        "--callers", metavar="FUNCTION", default="", help="what called this function, it first"
+        "--callers", metavar="FUNCTION", default="", help="show what calls this function"
     )
-    parser.add_argument("--invert", action="store_true", help="from the leaves")
+    parser.add_argument(
+        "--invert", action="store_true", help="invert the graph: start from the leaves"
+    )
     parser.add_argument(
         "--group",
         choices=("function", "line", "file", "module"),
         default="function",
-        help="what a box is (default function)",
+        help="what a box of the graph stands for (default function)",
     )
     parser.add_argument(
-        "--node", metavar="ID", type=node_id, help="only what goes through this box of the page"
+        "--node",
+        metavar="ID",
+        type=node_id,
+        help="keep only stacks through this box, by its id in a link to the page",
     )
 
 
 def node_id(text: str) -> int:
     if not re.fullmatch(r"[0-9a-f]{16}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no node (16 hex digits, as in a link)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a node (16 hex digits, as in a link)")
     return int(text, 16)
 
 
@@ -83,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _viewed(options: argparse.Namespace, profile: Profile) -> tuple[Profile, tuple[str, ...]]:
-    """Return what is left of a profile, and the labels to draw above its stacks."""
+    """Return the selected part of a profile, and the labels to draw above its stacks."""
     view = View(
         by=export.DEFAULT_BY if options.by is None else options.by,
         group=Group(options.group),
@@ -96,8 +101,8 @@ def _viewed(options: argparse.Namespace, profile: Profile) -> tuple[Profile, tup
         shown = view.shown(profile, ROOT_ID if options.node is None else options.node)
     except NoSuchNodeError as error:
         raise ValueError(
-            f"nothing selected: no stack goes through the node {error}; it is one of a view, so"
-            " give --by, --group, --invert, --callers, --focus and --hide as the link does"
+            f"nothing selected: no stack goes through the node {error}; its id depends on --by,"
+            " --group, --invert, --callers, --focus and --hide: give them as in the link"
         ) from error
     if profile.total_samples and not shown.profile.total_samples:
         names = ", ".join(filter(None, (*options.focus, options.callers)))

@@ -71,15 +71,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  perf script > perf.txt && everflame import perf.txt --window 2026-01-31T09:00:00Z\n"
         "  everflame import out.folded --window now-5m..now -F 49"
     )
-    parser.add_argument("files", metavar="FILE", nargs="+", help="one object is made of each")
+    parser.add_argument(
+        "files", metavar="FILE", nargs="+", help="profiles; each becomes one object"
+    )
     arguments.add_store(parser)
     parser.add_argument(
         "--window",
         default="",
         metavar="START..END",
-        help="when it was taken, for files that do not say so; START alone if they say how long",
+        help="time range of files that do not contain it; START alone if they contain a duration",
     )
-    parser.add_argument("--host", default="", help="the host it was taken on (default: imported)")
+    parser.add_argument("--host", default="", help="host of the profile (default imported)")
     parser.add_argument(
         "--label",
         dest="labels",
@@ -87,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="label of all its samples; may be repeated",
+        help="label to set on all samples; may be repeated",
     )
     parser.add_argument(
         "-F",
@@ -95,20 +97,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=rate_hz,
         default=99,
         metavar="HZ",
-        help="samples per second and CPU, for files that do not say (default 99)",
+        help="samples per second on each CPU, for files that do not contain it (default 99)",
     )
 
 
 def label_pair(text: str) -> tuple[str, str]:
     name, is_pair, value = text.partition("=")
     if not is_pair or not name:
-        raise argparse.ArgumentTypeError(f"{text!r} is no label (try service=api)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a label (try service=api)")
     return name, value
 
 
 def rate_hz(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no rate (1 to 1,000,000 Hz)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate (1 to 1,000,000 Hz)")
     return int(text)
 
 

@@ -1,7 +1,7 @@
-"""`everflame ls`: what a store holds: hosts, their windows and sizes, services and versions.
+"""`everflame ls`: the hosts of a store, with their windows, sizes, services and versions.
 
-Without a window or a selector it reads keys, and of each host the latest object only: that tells
-the host's name and which services it runs now. With one it reads what was sampled in the window.
+Without a window or a selector it reads keys, and only the latest object of each host: that one has
+the host's name and the services that run now. With one it reads all samples in the window.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  everflame ls\n"
         "  everflame ls --from now-1h -q '{service=~\"api.*\"}' --json\n\n"
-        "Without --from, --until and -q only the latest object of each host is read."
+        "Without --from, --until and -q it reads only the latest object of each host."
     )
     arguments.add_json(parser)
     arguments.add_store(parser)
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what there is; 2 when that is nothing."""
+    """Print the hosts; return 2 if there are none."""
     selection = selected(options)
     listing = list_hosts(selection)
     if options.json:
@@ -130,7 +130,7 @@ def _read_latest(
     hosts: dict[str, HostListing],
     objects: Iterable[tuple[ObjectKey, StoredObject]],
 ) -> list[Skipped]:
-    """Take each host's name and services from one object of it."""
+    """Read each host's name and services from one of its objects."""
     hasher = Hasher(secrets.token_bytes(32))
 
     def read(pair: tuple[ObjectKey, StoredObject]) -> Skipped | None:

@@ -1,6 +1,6 @@
-"""`everflame record`: sample for a while, then write the profile and say what it holds.
+"""`everflame record`: sample for a while, then write the profile and a summary of it.
 
-Whatever ends the recording (time, Ctrl-C, SIGTERM, the end of what is watched), the ticks that were
+Whatever ends the recording (time, Ctrl-C, SIGTERM, the end of the processes), the ticks that were
 counted are folded and written.
 """
 
@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  everflame record -p 1234 --for 1m -o api.speedscope.json -o api.pb.gz\n"
         "  everflame record -F 499 -- make -j2\n"
         "  everflame record --repeat 5 -o new.pb.gz -- ./benchmark\n\n"
-        "Without -o: a table on the terminal, and ./everflame-UTC.pb.gz."
+        "Without -o it prints a table of functions and writes ./everflame-UTC.pb.gz, where UTC is\n"
+        "the time."
     )
     parser.usage = "everflame record [-a | -p PID | -- COMMAND ...] [--for TIME] [-o FILE] ..."
     arguments.add_sampling(parser)
@@ -49,12 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=run_count,
         default=0,
         metavar="N",
-        help="run the COMMAND so often, into FILE-1 to FILE-N: replicates for everflame diff",
+        help="run COMMAND N times and write FILE-1 to FILE-N, replicates for everflame diff",
     )
 
 
 def split_arguments(given: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Cut off `-- COMMAND ...`: argparse would look for options in it."""
+    """Cut off `-- COMMAND ...`, in which argparse would look for options."""
     if "--" not in given:
         return list(given), {}
     at = given.index("--")
@@ -65,7 +66,7 @@ def split_arguments(given: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 def run_count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of runs (1 to 1000)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of runs (1 to 1000)")
     return int(text)
 
 
@@ -85,18 +86,18 @@ def run(options: argparse.Namespace) -> int:
         return record(asked, options.environment)
     if not options.command or "-" in options.outputs:
         raise ValueError(
-            "record: --repeat runs a COMMAND again and again, into numbered files: add -- COMMAND,"
-            " and name no stdout"
+            "record: --repeat runs a command and writes a file for each run: add -- COMMAND, and"
+            " do not use -o -"
         )
     return record_repeatedly(asked, options.environment, options.repeat)
 
 
 @dataclass(frozen=True, slots=True)
 class RecordOptions:
-    """What `everflame record` was asked for.
+    """The options of `everflame record`.
 
-    `pids` and `command` are empty when all CPUs are meant; `duration_s` is infinite without --for;
-    `by` is None where the format's default is meant.
+    `pids` and `command` are empty to record all CPUs; `duration_s` is infinite without --for; `by`
+    is None for the default of the format.
     """
 
     pids: tuple[int, ...]
@@ -109,7 +110,7 @@ class RecordOptions:
 
 
 class Target(Protocol):
-    """What is watched: it says which processes, and when there is nothing left to watch."""
+    """What is recorded: which processes, and when they have ended."""
 
     pids: frozenset[int] | None
 
@@ -154,7 +155,7 @@ class Processes(AllCpus):
 
 
 class Command:
-    """A program that has been forked but waits for `start` before it execs."""
+    """A program that is forked at once but waits for `start` before it execs."""
 
     def __init__(
         self,
@@ -235,7 +236,7 @@ def _state_and_parent(pid: int) -> tuple[bytes, int] | None:
 
 
 def _is_running(pid: int) -> bool:
-    """Return whether it exists and is more than a zombie that waits for its parent."""
+    """Return whether the process exists and is not a zombie."""
     found = _state_and_parent(pid)
     return found is not None and found[0] not in (b"Z", b"X")
 
@@ -288,9 +289,9 @@ def record(options: RecordOptions, environment: dict[str, str]) -> int:
 
 
 def record_repeatedly(options: RecordOptions, environment: dict[str, str], times: int) -> int:
-    """Record a command so often, each run into files of its own: `NAME-1.pb.gz` and so on.
+    """Record a command several times, each run into its own files: `NAME-1.pb.gz` and so on.
 
-    The first run that fails ends it, with its exit status.
+    Stop after the first run that fails, and return its exit status.
 
     Raises:
         ExportError: the ending of an output names no format.
@@ -310,7 +311,7 @@ def _numbered(output: str, number: int) -> str:
 
 
 def target_of(pids: Sequence[int]) -> Target:
-    """Watch these processes, or everything if there are none."""
+    """Return these processes as a target, or all CPUs if there are none."""
     return Processes(pids) if pids else AllCpus()
 
 
@@ -342,7 +343,7 @@ def _sample(recorder: Recorder, target: Target, duration_s: float, signals: Sign
 
 
 class Progress:
-    """One line that is rewritten each second; nothing where no terminal would show it."""
+    """One line that is rewritten each second; only on a terminal."""
 
     def __init__(self, out: TextIO, duration_s: float) -> None:
         self._line = StatusLine(out)
@@ -352,7 +353,7 @@ class Progress:
         lost = sum(counts.lost.values())
         self._line.show(
             f"{seconds:.0f}{self._of} s  {counts.stored:,} samples  {lost:,} lost"
-            "  (Ctrl-C ends and writes)"
+            "  (Ctrl-C stops and writes)"
         )
 
     def clear(self) -> None:
@@ -360,7 +361,7 @@ class Progress:
 
 
 def summary(profile: Profile, config: SamplerConfig) -> list[str]:
-    """Say in a few lines what a profile holds and what it cost."""
+    """Summarize in a few lines what a profile contains and what recording it cost."""
     counts = profile.accounting
     seconds = counts.profiled_ns / 1e9
     lost = sum(counts.lost.values())

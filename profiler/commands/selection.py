@@ -1,7 +1,4 @@
-"""Selection: which part of a store a command asks for, from the words of a command line.
-
-The same words mean the same everywhere: `--store`, `--from`, `--until`, `-q`.
-"""
+"""Selection: the part of a store that `--store`, `--from`, `--until` and `-q` select."""
 
 import argparse
 import os
@@ -26,7 +23,7 @@ _SHOWN_AFTER_S, _EVERY_S = 1.0, 0.2
 
 
 class NothingSelectedError(ValueError):
-    """No sample of the store is asked for. The message says where the nearest data are."""
+    """No sample of the store is selected. The message says where the nearest data are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ class Selection:
         query: str = "",
         now_ns: int | None = None,
     ) -> "Selection":
-        """Read the words of a command line; without any times it is all there is.
+        """Parse the options of a command line; without times it is the whole store.
 
         Raises:
             ValueError: a time or the selector cannot be read.
@@ -81,7 +78,7 @@ class Selection:
     def _explain(self, answer: Answer) -> str:
         text = f"nothing selected: no sample from {_shown(self.window)}"
         if self.selector.matchers:
-            text += f" is of {self.selector}"
+            text += f" matches {self.selector}"
         if answer.coverage.skipped:
             key, reason = answer.coverage.skipped[0]
             more = len(answer.coverage.skipped) - 1
@@ -109,7 +106,7 @@ def _shown(window: Window) -> str:
 
 
 def selected(options: argparse.Namespace, start: str | None = None) -> Selection:
-    """Return what `--store`, `--from`, `--until` and `-q` select; `start` is for want of `--from`.
+    """Return what `--store`, `--from`, `--until` and `-q` select; `start` is the default `--from`.
 
     Raises:
         ValueError: a time or the selector cannot be read.
@@ -125,13 +122,13 @@ def selected(options: argparse.Namespace, start: str | None = None) -> Selection
 
 
 def query_of(store: ObjectStore) -> Query:
-    """Read a store for a command, with a line on its terminal while much has to be decoded."""
+    """Return a query for a command, which shows its progress on the terminal."""
     workers = Workers(min(4, os.cpu_count() or 1))
     return Query(store, default_folder(), workers=workers).watched(Decoding(sys.stderr))
 
 
 class Decoding:
-    """Tells what is waited for, once it is more than a moment."""
+    """Shows the progress of reading the store, once it takes longer than a second."""
 
     def __init__(self, out: TextIO) -> None:
         self._line = StatusLine(out)
@@ -141,7 +138,7 @@ class Decoding:
         self._next_s = self._begun_s + _SHOWN_AFTER_S
 
     def __call__(self, objects: int) -> None:
-        """Count objects that were decoded; none of them: other lines follow."""
+        """Count decoded objects; 0 clears the line, because other output follows."""
         now_s = time.monotonic()
         with self._lock:
             self._objects += objects

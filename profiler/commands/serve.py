@@ -1,6 +1,6 @@
-"""`everflame serve`: the page and its API over one store, on loopback.
+"""`everflame serve`: the page and its API for one store, on loopback.
 
-It is a process of its own that only reads: it needs no root and no credentials but the store's.
+It only reads: it needs neither root nor any credentials but those of the store.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from storage.query.workers import start_workers
 
 _CHECK_WITHIN_S = 5.0
 _END_WITHIN_S = 2.0
-"""How long computations are waited for that nobody waits for any more."""
+"""How long the end waits for computations that are still running."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  everflame serve\n"
         "  everflame serve --store s3://profiles/prod --listen 127.0.0.1:4040\n\n"
-        "It only reads. From elsewhere it is reached with ssh -L 4040:127.0.0.1:4040."
+        "The service only reads the store. To see the page from another machine:\n"
+        "  ssh -L 4040:127.0.0.1:4040 USER@HOST"
     )
     arguments.add_store(parser)
     arguments.add_page(parser)
@@ -97,10 +98,10 @@ def _settle_memory() -> None:
 
 
 def check(store: ObjectStore) -> None:
-    """Say what is wrong with a store, before anybody looks at an empty page.
+    """Report what is wrong with a store, so that nobody wonders about an empty page.
 
     Raises:
-        StoreRefused: it will not be read from before somebody has done something about it.
+        StoreRefused: it cannot be read until somebody fixes it.
     """
     found: SimpleQueue[StoredObject | StoreError | None] = SimpleQueue()
 
@@ -115,14 +116,14 @@ def check(store: ObjectStore) -> None:
     try:
         first = found.get(timeout=_CHECK_WITHIN_S)
     except Empty:
-        _tell(f"{store} does not answer; the page says so until it does")
+        _tell(f"{store} does not respond; the page shows this until it does")
         return
     if isinstance(first, StoreRefused):
         raise first
     if isinstance(first, StoreError):
-        _tell(f"{first}; the page says so until that is over")
+        _tell(f"{first}; the page shows this until it is over")
     elif first is None:
-        _tell(f"there is nothing in {store} yet; everflame agent fills it")
+        _tell(f"{store} is empty; run everflame agent to fill it")
 
 
 def _tell(line: str) -> None:
@@ -130,7 +131,7 @@ def _tell(line: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve as asked; return the exit status."""
+    """Serve with these options; return the exit status."""
     options = _parse_options(argv)
     url = options.store or default_store_url()
     about = About(
@@ -167,7 +168,7 @@ def _parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep-s", type=int, default=0)
     parser.add_argument("--keep-bytes", type=int, default=0)
     parser.add_argument("--decode-ahead", type=int, default=DEFAULT_PERCENT)
-    parser.add_argument("--quiet", action="store_true", help="say nothing but what is wrong")
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
     return parser.parse_args(argv)
 
 

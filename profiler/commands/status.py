@@ -1,4 +1,4 @@
-"""`everflame status`: what the agent of this host says of itself, as a table or as JSON."""
+"""`everflame status`: the status of this host's agent, as a table or as JSON."""
 
 import argparse
 import sys
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def table(status: Mapping[str, Any]) -> str:
-    """Lay the status out for a person."""
+    """Return the status as a table."""
     lost = sum(status["lost"].values())
     upload, spool = status["uploader"], status["spool"]
     rate = f"{status['frequency_hz']} Hz, a window every {status['interval_s']} s"
@@ -61,7 +61,7 @@ def table(status: Mapping[str, Any]) -> str:
 
 def _upload(upload: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if not upload.get("store"):
-        yield "uploader", "has not told anything yet"
+        yield "uploader", "has not reported yet"
         return
     last_ns = upload["last_upload_ns"]
     last = f"{_duration(time.time() - last_ns / 1e9)} ago" if last_ns else "never"
@@ -82,7 +82,7 @@ def _unwinding(state: Mapping[str, int]) -> Iterator[tuple[str, str]]:
     yield (
         "unwinding",
         f"{processes} in {_megabytes(state['kernel_bytes'])} of the kernel's memory,"
-        f" {state['tables_evicted']:,} made room"
+        f" {state['tables_evicted']:,} evicted"
         + (f", {waiting:,} wait for room (see --unwind-memory)" if waiting else ""),
     )
 
@@ -92,7 +92,7 @@ def _stops(stops: Mapping[str, int], complete: int) -> Iterator[tuple[str, str]]
     if whole:
         yield "stacks", f"{complete / whole:.1%} complete"
     for reason, number in sorted(stops.items(), key=lambda item: -item[1]):
-        yield f"  {reason}", f"{number / whole:.1%} of stacks end so"
+        yield f"  {reason}", f"{number / whole:.1%} of stacks end here"
 
 
 def _costs(cpu_ns: Mapping[str, int], uptime_s: float) -> Iterator[tuple[str, str]]:

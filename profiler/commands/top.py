@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.duration_s,
         default=2.0,
         metavar="TIME",
-        help="redraw this often (2s)",
+        help="time between redraws (default 2s)",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Draw until Ctrl-C, the end of `--for`, or the exit of all processes that were named.
 
-    Where stdout is no terminal, one table after the other is printed.
+    If stdout is not a terminal, print one table after the other.
     """
     is_screen = sys.stdout.isatty()
     with Signals() as signals:
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _sample(recorder: Recorder, signals: Signals, until: float) -> bool:
-    """Sample until then; False when a signal asks to end."""
+    """Sample until then; return False if a signal asks to end."""
     next_step = time.monotonic() + DRAIN_PERIOD_S
     while time.monotonic() < until:
         met = signals.wait(min(next_step, until))

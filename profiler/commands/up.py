@@ -1,9 +1,9 @@
-"""`everflame up`: the agent of this host and the page about it, for as long as one wants to look.
+"""`everflame up`: the agent of this host and the page with its flame graphs, until Ctrl-C.
 
-Three processes: this one is the sampler, exactly as in `everflame agent`; besides its uploader it
-keeps the service (`profiler.commands.serve`). The service is not root and reads the store only:
-see `profiler.service.confine`. With `--demo` there is a fourth, whose programs are something to
-look at.
+There are three processes. This one is the sampler, exactly as in `everflame agent`; its children
+are the uploader and the service (`profiler.commands.serve`). The service does not run as root and
+only reads the store: see `profiler.service.confine`. With `--demo` there is a fourth, which runs
+example programs.
 """
 
 import argparse
@@ -41,11 +41,11 @@ from storage.profile import Profile
 FIRST_INTERVAL_S = 5
 
 _USERS = ("everflame", "nobody")
-"""Whom the service runs as: the first of these that this host has."""
+"""The service runs as the first of these users that this host has."""
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR")
 _ENVIRONMENT_OF = ("EVERFLAME_", "LC_", "PYTHON", "OPENBLAS_")
 _ENVIRONMENT_OF_S3 = ("AWS_", "HTTP_", "HTTPS_", "NO_", "http_", "https_", "no_")
-"""What of the environment the service gets; that of root may hold anybody's secrets."""
+"""The part of the environment that the service gets; the rest may contain secrets."""
 
 _PROBE_PERIOD_S = 0.5
 _PROBE_TIMEOUT_S = 0.25
@@ -57,7 +57,7 @@ _USAGE = 2
 
 _IDLE_SHARE = 0.05
 _IDLE_WINDOWS = 2
-"""So many windows are judged, after the first one, in which everything here starts."""
+"""How many windows are checked for idleness, after the first one, in which everything starts."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,20 +66,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  everflame up\n"
         "  everflame up --for 20s --listen 127.0.0.1:5050\n"
         "  everflame up --demo\n\n"
-        "Windows are of 5 s in the first minute. Ctrl-C closes and stores the last one."
+        "Windows last 5 s in the first minute. Ctrl-C closes and stores the last window."
     )
-    parser.add_argument(
-        "--demo", action="store_true", help="run a few small programs that are worth a look"
-    )
+    parser.add_argument("--demo", action="store_true", help="also run a few small example programs")
     arguments.add_page(parser)
     add_always_on(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Sample and serve until told to end; return the exit status.
+    """Sample and serve until a signal or --for ends it; return the exit status.
 
     Raises:
-        RefusedError: the address, the store or the host is not to be had.
+        RefusedError: the address, the store or the host cannot be used.
     """
     address = free_address(options.listen)
     asked = agent_options(options)
@@ -107,7 +105,7 @@ def free_address(listen: str) -> tuple[str, int]:
     """Return the address to listen on; a port of 0 becomes one that is free.
 
     Raises:
-        RefusedError: it is no address, not of loopback, or taken.
+        RefusedError: it is not an address, not of loopback, or in use.
     """
     try:
         with addresses.bind(listen) as free:
@@ -174,7 +172,7 @@ class ServiceAndDemo(ChildProcesses):
             if self._is_ready:
                 tell(*directions(self._host, self._port, os.environ))
             elif now > self._begun_s + _READY_WITHIN_S:
-                tell("everflame: the page does not answer yet; sampling goes on")
+                tell("everflame: the page does not respond yet; sampling continues")
                 self._begun_s = float("inf")
 
     def _start_demo(self) -> None:
@@ -183,7 +181,7 @@ class ServiceAndDemo(ChildProcesses):
             self.commands.add(self._demo.pid)
 
     def note(self, profile: Profile) -> None:
-        """Tell somebody who waits for a picture of an idle machine how to get a better one."""
+        """Suggest the demo if the machine is idle."""
         self._windows += 1
         if not 1 < self._windows <= 1 + _IDLE_WINDOWS or self._demo is not None:
             return
@@ -194,7 +192,7 @@ class ServiceAndDemo(ChildProcesses):
         if self._windows == 1 + _IDLE_WINDOWS and busy < _IDLE_SHARE:
             tell(
                 f"this machine is {1 - busy:.0%} idle, so there is little to see;"
-                " ./quickstart --demo runs something to look at"
+                " ./quickstart --demo runs example programs"
             )
 
     def status(self) -> dict[str, Any]:
@@ -210,7 +208,7 @@ class ServiceAndDemo(ChildProcesses):
 
 
 def _cost_with_workers(pid: int) -> dict[str, int]:
-    """Return what a process and its children take; nothing if there is no such process."""
+    """Return the CPU time and memory of a process and its children; empty if it has ended."""
     total = Counter(_cost_of(pid))
     # Each thread has children of its own; a kernel may not tell (CONFIG_PROC_CHILDREN).
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -221,7 +219,7 @@ def _cost_with_workers(pid: int) -> dict[str, int]:
 
 
 def _cost_of(pid: int) -> dict[str, int]:
-    """Return what a process takes, nothing if there is no such process (proc_pid_stat(5))."""
+    """Return the CPU time and memory of a process; empty if it has ended (proc_pid_stat(5))."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
@@ -234,7 +232,7 @@ def _cost_of(pid: int) -> dict[str, int]:
 
 
 def service_user() -> str:
-    """Return whom the service is to run as; this user itself where it is an ordinary one."""
+    """Return the user that the service runs as; empty to keep this user, who is not root."""
     if os.geteuid() != 0:
         return ""
     known = {account.pw_name for account in pwd.getpwall()}
@@ -242,7 +240,7 @@ def service_user() -> str:
         if name in known:
             return name
     raise RefusedError(
-        "cannot serve the page: there is no user for it, and root it must not be"
+        "cannot serve the page: it must not run as root, and there is no user for it"
         " (adduser --system everflame)"
     )
 
@@ -285,7 +283,7 @@ def _folders_to_read(store: str) -> Iterator[Path]:
 
 
 def service_environment(options: AgentOptions, cache: Path) -> dict[str, str]:
-    """Return what the service gets of this environment; keys only where there is a bucket."""
+    """Return the environment of the service, with credentials only if there is a bucket."""
     prefixes: tuple[str, ...] = _ENVIRONMENT_OF
     if not agent.is_directory(options.store):
         prefixes += _ENVIRONMENT_OF_S3
@@ -297,7 +295,7 @@ def directory_of(store: str) -> Path:
     """Return the folder that a store lies in.
 
     Raises:
-        RefusedError: it is no folder's name.
+        RefusedError: it is not the name of a folder.
     """
     opened = open_store(store)
     assert isinstance(opened, DirectoryStore)
@@ -310,7 +308,7 @@ def check_store(options: AgentOptions) -> None:
     A bucket is the uploader's to try, who has the keys; windows wait for it.
 
     Raises:
-        RefusedError: that is not possible; the message says what to do.
+        RefusedError: that failed; the message says what to do.
     """
     if not agent.is_directory(options.store):
         return
@@ -338,7 +336,7 @@ def answers(host: str, port: int) -> bool:
 
 
 def directions(host: str, port: int, environment: Mapping[str, str]) -> list[str]:
-    """Say where the page is, and how to get there from where the user sits."""
+    """Return lines that say where the page is, and how to reach it over ssh."""
     name = addresses.shown((host, port))
     lines = [f"flame graphs, the first one after 10 s: http://{name}"]
     # client address, its port, server address, its port (sshd's, see ssh(1))
@@ -355,7 +353,7 @@ def directions(host: str, port: int, environment: Mapping[str, str]) -> list[str
 
 
 def summary(options: AgentOptions, status: Mapping[str, Any], begun_ns: int) -> list[str]:
-    """Say in a few lines what was stored, what it cost, and what to do with it."""
+    """Summarize in a few lines what was stored, what it cost, and what to do next."""
     upload, seconds = status["uploader"], status["uptime_s"]
     lost = sum(status["lost"].values())
     cpu_ns = status["cpu_ns"]
@@ -377,7 +375,7 @@ def summary(options: AgentOptions, status: Mapping[str, Any], begun_ns: int) -> 
     ]
     lines += [f"warning: {number:,} ticks lost: {why}" for why, number in status["lost"].items()]
     if waiting := status["spool"]["profiles"]:
-        reason = upload.get("last_error") or "the store has not taken them yet"
+        reason = upload.get("last_error") or "they are not uploaded yet"
         lines.append(f"warning: {waiting:,} windows wait in {options.spool}: {reason}")
     command = f"{_own_command()} "
     start = datetime.fromtimestamp(begun_ns // 1_000_000_000, UTC)

@@ -1,8 +1,8 @@
-"""`everflame verify`: prove law 1 for profiles, ticks = stored + idle + filtered + lost.
+"""`everflame verify`: check of profiles that ticks = stored + idle + filtered + lost.
 
-Also that the rows add up to what the accounting says was stored: a file cannot claim more samples
-than it holds. Over a store every object is read, not what was decoded of it earlier, and time that
-is missing between the windows of a host is told. A gap is no failure: a host may have been off.
+The samples must also add up to the number that the accounting calls stored: a file cannot claim
+more samples than it contains. Of a store every object is read, never the cache, and gaps between
+the windows of a host are reported. A gap is not a failure: the host may have been off.
 """
 
 import argparse
@@ -47,9 +47,9 @@ start more than one and a half lengths apart, and one lost window shows."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n  everflame verify cpu.pb.gz\n  everflame verify --store s3://profiles/prod\n\n"
-        "Without FILE it reads the store, and also tells the gaps between a host's windows.\n"
-        "Exit status 1 when ticks and stored + idle + filtered + lost differ, or a profile\n"
-        "cannot be read."
+        "Without FILE it reads the store, and also reports gaps between the windows of a host.\n"
+        "The exit status is 1 if ticks differ from stored + idle + filtered + lost, or if a\n"
+        "profile cannot be read."
     )
     parser.add_argument("files", metavar="FILE", nargs="*", help="profiles (.pb.gz)")
     arguments.add_json(parser)
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what was found; 1 when a profile does not add up or cannot be read.
+    """Print the result; return 1 if a profile does not add up or cannot be read.
 
     Raises:
         StoreError: the store cannot be listed.

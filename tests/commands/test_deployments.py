@@ -614,13 +614,13 @@ def test_the_command_prints_json(store):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["-q", '{service="jobs"}'], 0, "no version is known of jobs; a version is found"),
+        (["-q", '{service="jobs"}'], 0, "the version of jobs is not known; a version is read"),
         (["-q", '{service="none"}'], 2, 'nothing selected: no service from'),
         (["--until", "now"], 0, ""),
         (["--from", "now-1h", "--until", "now"], 2, "the nearest data are from"),
-        (["--until", rfc3339(START_NS + 69 * MINUTE_NS)], 0, "no other version of api"),
-        (["--from", "yesterday"], 2, "is no time"),
-        (["add", "--service", "a", "--version", "1"], 2, "takes no --from"),
+        (["--until", rfc3339(START_NS + 69 * MINUTE_NS)], 0, "the version of api, jobs did"),
+        (["--from", "yesterday"], 2, "is not a time"),
+        (["add", "--service", "a", "--version", "1"], 2, "remove --from"),
         (["add", "--service", "a"], 2, "--version"),
         (["remove"], 2, "remove"),
     ],

@@ -198,9 +198,9 @@ def test_importing_twice_changes_nothing(tmp_path, capfd):
         (["--window", "now"], "does not say how long it took"),
         (["--window", "now..now-1h"], "must end after it starts"),
         (["--window", "now-2h..now"], "at most an hour"),
-        (["--window", "yesterday..now"], "'yesterday' is no time"),
-        (["--label", "service"], "is no label"),
-        (["-F", "0"], "is no rate"),
+        (["--window", "yesterday..now"], "'yesterday' is not a time"),
+        (["--label", "service"], "is not a label"),
+        (["-F", "0"], "is not a rate"),
     ],
 )
 def test_an_import_that_lacks_something_says_what_to_give(tmp_path, capfd, arguments, problem):

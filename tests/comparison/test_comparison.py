@@ -324,8 +324,8 @@ def test_markdown_shows_names_as_they_are(files, tmp_path):
     [
         (["old-0.pb.gz"], "name both sides"),
         (["old-0.pb.gz", "--", "missing.pb.gz"], "missing.pb.gz"),
-        (["old-0.pb.gz", "--", "{}@now-1h..now"], "files on both sides"),
-        (["{}", "--", "{}@now-1h..now"], "names no window"),
+        (["old-0.pb.gz", "--", "{}@now-1h..now"], "the same on both sides"),
+        (["{}", "--", "{}@now-1h..now"], "is not a window"),
         (["{}@now..now-1h", "--", "{}@now-1h..now"], "must end after it starts"),
         (["old-0.pb.gz", "new-0.pb.gz", "--fail-over", "much"], "is no gate"),
     ],
@@ -474,4 +474,4 @@ def test_without_a_deployment_there_is_nothing_to_compare(tmp_path):
     found = last_deploy(store, tmp_path)
 
     assert found.returncode == 2
-    assert "no other version of api began to run" in found.stderr
+    assert "the version of api did not change" in found.stderr

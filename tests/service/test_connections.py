@@ -296,7 +296,7 @@ def test_a_store_that_hangs_takes_all_places_and_not_the_end(tmp_path):
     assert headers["content-type"] == "application/problem+json"
     assert headers["content-security-policy"].startswith("default-src 'none'")
     assert json.loads(body)["title"] == "Busy"
-    assert "does not answer; the page says so until it does" in (tmp_path / "talk").read_text()
+    assert "does not respond; the page shows this until it does" in (tmp_path / "talk").read_text()
 
 
 def has_mapped(pid: int, name: str) -> bool:
