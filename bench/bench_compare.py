@@ -34,7 +34,8 @@ from scipy import stats
 from scipy.signal import lfilter
 
 from profiler.comparison import comparison, verdict
-from profiler.comparison.comparison import ComparisonError, Operand
+from profiler.comparison.distributions import rate_interval
+from profiler.comparison.sides import ComparisonError, Operand
 from profiler.comparison.verdict import Change, Contrast, Costs, Floats
 from storage.objects.open import DirectoryStore, list_window
 from storage.profile import Window
@@ -147,7 +148,7 @@ def by_proportions(before: Floats, after: Floats) -> bool:
 
 
 def interval(hits: int, pairs: int) -> str:
-    low, high = verdict.rate_interval(hits, pairs)
+    low, high = rate_interval(hits, pairs, verdict.LEVEL)
     return f"{hits / pairs:6.1%} ({low:.1%} to {high:.1%})"
 
 

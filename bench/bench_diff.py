@@ -28,7 +28,7 @@ import orjson
 from bench_query import START_NS, fill
 
 from profiler.commands.diff import DEFAULT_GATE, Gate
-from profiler.comparison.comparison import Operand
+from profiler.comparison.sides import Operand
 from profiler.service.responses import Answers, Question
 from storage.objects.open import DirectoryStore
 from storage.profile import Window

@@ -16,18 +16,11 @@ import orjson
 
 from profiler.commands import arguments, deployments
 from profiler.commands.selection import NothingSelectedError, Selection, query_of, selected
-from profiler.comparison.comparison import (
-    Comparison,
-    ComparisonError,
-    EmptySideError,
-    Operand,
-    calibrate,
-    of_profiles,
-    of_store,
-)
+from profiler.comparison.comparison import Comparison, calibrate, of_profiles, of_store
 from profiler.comparison.deployments import deployments_in
 from profiler.comparison.gate import DEFAULT_GATE, Gate, verdict_of
 from profiler.comparison.report import NAME_WIDTH, as_json, as_markdown, as_text
+from profiler.comparison.sides import ComparisonError, EmptySideError, Operand
 from profiler.flamegraph.differential import Pair, only_hosts
 from profiler.formats import export
 from profiler.text import counted, fit, listed

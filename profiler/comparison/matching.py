@@ -9,8 +9,9 @@ are shorter, so that there are enough earlier positions of them to judge by.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from profiler.comparison.comparison import GRIDS_NS, HISTORY_NS, Operand
+from profiler.comparison.noise import GRIDS_NS, HISTORY_NS
 from profiler.comparison.rollouts import SETTLED_WINDOWS, Deployment, Kind
+from profiler.comparison.sides import Operand
 from profiler.comparison.verdict import MIN_HOSTS, MIN_POSITIONS, MIN_REPLICATES
 from profiler.times import NS_PER_S, rfc3339
 from storage.profile import Window

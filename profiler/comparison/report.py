@@ -6,8 +6,9 @@ from typing import Any
 
 import orjson
 
-from profiler.comparison.comparison import Comparison, Function, Side, changed
+from profiler.comparison.comparison import Comparison, Function, changed
 from profiler.comparison.gate import Gate, Verdict
+from profiler.comparison.sides import Side
 from profiler.comparison.verdict import Change, Source
 from profiler.text import counted, fit, in_columns
 from profiler.times import from_until

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from profiler.comparison.comparison import Side
+from profiler.comparison.sides import Side
 from profiler.comparison.verdict import Source
 from profiler.flamegraph.differential import VERDICTS, Pair, UnionGraph
 from profiler.flamegraph.flamegraph import Screen, lefts

@@ -38,8 +38,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from profiler.agent import status
-from profiler.comparison.comparison import Operand
 from profiler.comparison.gate import DEFAULT_GATE, Gate
+from profiler.comparison.sides import Operand
 from profiler.flamegraph.flamegraph import ROOT_ID
 from profiler.flamegraph.paths import Group
 from profiler.flamegraph.views import NoSuchNodeError

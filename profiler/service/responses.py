@@ -21,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from profiler.comparison.comparison import Function, Operand, of_store
+from profiler.comparison.comparison import Function, of_store
 from profiler.comparison.deployments import deployments_in
 from profiler.comparison.gate import Gate, verdict_of
 from profiler.comparison.report import as_json
+from profiler.comparison.sides import Operand
 from profiler.flamegraph.differential import (
     Pair,
     UnionGraph,

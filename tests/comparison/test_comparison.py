@@ -10,8 +10,8 @@ import orjson
 import pytest
 
 from profiler.comparison import comparison
-from profiler.comparison.comparison import ComparisonError, Operand
 from profiler.comparison.gate import Gate
+from profiler.comparison.sides import ComparisonError, Operand
 from profiler.comparison.verdict import Change, Source
 from storage.formats import pprof
 from storage.profile import Window

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiler.comparison.comparison import Operand
 from profiler.comparison.matching import match
 from profiler.comparison.rollouts import Deployment, Kind
+from profiler.comparison.sides import Operand
 from storage.profile import Window
 from storage.selector import Selector
 from tests.support.stores import MINUTE_NS, START_NS, minutes

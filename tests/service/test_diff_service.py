@@ -14,8 +14,8 @@ import numpy as np
 import orjson
 import pytest
 
-from profiler.comparison.comparison import Operand
 from profiler.comparison.gate import Gate
+from profiler.comparison.sides import Operand
 from profiler.flamegraph import flamegraph
 from profiler.service.responses import Answers, Question
 from storage.objects.open import DirectoryStore

@@ -1,0 +1,199 @@
+"""Noise: how far the costs of functions vary while nothing changes.
+
+The noise is estimated from the same pair of windows at earlier times, while the version did not
+change: as long and as far apart, on the same hosts; on other days at the same hours if there are
+enough days. If there are too few such positions, it is estimated from the differences between
+hosts.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from profiler.comparison import verdict
+from profiler.comparison.distributions import student_quantile
+from profiler.comparison.sides import Pair, PresenceByHost, Side, service_selector
+from profiler.comparison.verdict import Contrast, Costs, Floats, Noise, Source
+from profiler.text import counted
+from profiler.times import NS_PER_S, length_text
+from storage.profile import Window
+from storage.query.query import Query
+from storage.selector import Selector
+
+MINUTE_NS = 60 * NS_PER_S
+_DAY_NS = 24 * 3600 * NS_PER_S
+GRIDS_NS = (
+    (60 * MINUTE_NS, 10 * MINUTE_NS),
+    (2 * MINUTE_NS, MINUTE_NS),
+    (0, 5 * NS_PER_S),
+)
+"""Positions of spans that are so long lie multiples of this back: objects begin at multiples of
+their length, and ten minutes of them are kept merged."""
+HISTORY_NS = _DAY_NS
+"""How far back earlier positions are looked for that follow each other."""
+_MOST_POSITIONS = 24
+_MOST_DAYS = 14
+_SMALL = 0.01
+"""Of the total: the function whose smallest visible change tells how little data there are."""
+
+
+class Past:
+    """The same two windows at earlier positions that do not overlap, the latest first."""
+
+    def __init__(self, query: Query, pair: Pair, changes_ns: Sequence[int]) -> None:
+        self._query = query
+        self._pair = pair
+        self._changes_ns = changes_ns
+        windows = [read.operand.window for read in pair.reads]
+        self.span = Window(min(w.start_ns for w in windows), max(w.end_ns for w in windows))
+        self.length_ns = max(w.end_ns - w.start_ns for w in windows)
+        overlap = max(w.start_ns for w in windows) < min(w.end_ns for w in windows)
+        has_common = set(pair.hosts[0]) & set(pair.hosts[1])
+        self.is_possible = not (overlap and has_common)
+        """Else both sides are the same wherever versions do not tell them apart."""
+        span_ns = self.span.end_ns - self.span.start_ns
+        grid_ns = next(grid_ns for least_ns, grid_ns in GRIDS_NS if span_ns >= least_ns)
+        self.step_ns = -(-span_ns // grid_ns) * grid_ns
+        self._selectors = [
+            Selector(tuple(m for m in read.operand.selector.matchers if m.name != "version"))
+            for read in pair.reads
+        ]
+
+    def costs(self) -> Iterator[tuple[Costs, Costs]]:
+        if not self.is_possible:
+            return
+        query, positions = self._positions()
+        samples = self._samples(query, [back_ns for back_ns, _ in positions])
+        for number, (_, seconds) in enumerate(positions):
+            before, after = (
+                Costs(samples[side][number], np.array([seconds[side][host] for host in hosts]))
+                for side, hosts in enumerate(self._pair.hosts)
+            )
+            if before.samples.any() and after.samples.any():
+                yield before, after
+
+    def _samples(self, query: Query, backs: Sequence[int]) -> list[Floats]:
+        """Return for each side the self samples by position, host and function, read once."""
+        table, sides = self._pair.table, range(len(self._selectors))
+        found = [np.zeros((len(backs), len(h), len(table.frames))) for h in self._pair.hosts]
+        numbers = [{host: j for j, host in enumerate(hosts)} for hosts in self._pair.hosts]
+        for selector in dict.fromkeys(self._selectors):
+            asked = [side for side in sides if self._selectors[side] == selector]
+            places = [(side, number) for side in asked for number in range(len(backs))]
+            windows = [self._window(side, backs[number]) for side, number in places]
+            for i, part in query.self_samples(windows, selector):
+                side, number = places[i]
+                found[side][number] += table.samples(part, numbers[side])
+        return found
+
+    def _positions(self) -> tuple[Query, list["Position"]]:
+        """Return the positions on other days at the same hours, or those that follow each other."""
+        span_ns = self.span.end_ns - self.span.start_ns
+        days_ns = -(-span_ns // _DAY_NS) * _DAY_NS
+        daily = [
+            back_ns
+            for back_ns in range(days_ns, _MOST_DAYS * _DAY_NS + 1, days_ns)
+            if back_ns < self.span.start_ns
+        ]
+        if len(daily) >= verdict.MIN_POSITIONS and self._has_data(daily[verdict.MIN_POSITIONS - 1]):
+            found = []
+            for back_ns in daily:
+                found += self._valid(self._query, [back_ns])
+            if len(found) >= verdict.MIN_POSITIONS:
+                return self._query, found
+        backs = [self.step_ns * (i + 1) for i in range(_MOST_POSITIONS)]
+        backs = [each for each in backs if each <= min(HISTORY_NS, self.span.start_ns)]
+        if not backs:
+            return self._query, []
+        query = self._query.listing(self._back(self.span, backs[-1], 0))
+        return query, self._valid(query, backs)
+
+    def _has_data(self, back_ns: int) -> bool:
+        window = self._back(self.span, back_ns, back_ns)
+        return any(True for _ in self._query.objects(window))
+
+    def _valid(self, query: Query, backs: Sequence[int]) -> list["Position"]:
+        """Return those at which the service was there as it is now, in one version."""
+        window = self._back(self.span, backs[-1], backs[0])
+        knowns = [service_selector(each) for each in self._selectors]
+        lives = [PresenceByHost(query.presence(window, known)) for known in dict.fromkeys(knowns)]
+        of_side = [lives[0], lives[-1]]
+        hosts = {*self._pair.hosts[0], *self._pair.hosts[1]}
+        found = []
+        for back_ns in backs:
+            span = self._back(self.span, back_ns, back_ns)
+            if any(span.start_ns < at_ns < span.end_ns for at_ns in self._changes_ns):
+                continue
+            versions = set()
+            for known, life in zip(knowns, of_side, strict=True):
+                versions |= life.versions(known, span, hosts)
+            # Of many services some program is always a new one.
+            if len({service for service, _ in versions}) == 1 and len(versions) > 1:
+                continue
+            seconds = tuple(
+                life.seconds(known, self._window(i, back_ns), hosts)
+                for i, (known, life) in enumerate(zip(knowns, of_side, strict=True))
+            )
+            if all(
+                set(hosts) <= each.keys()
+                for hosts, each in zip(self._pair.hosts, seconds, strict=True)
+            ):
+                found.append(Position(back_ns, seconds))
+        return found
+
+    def _window(self, side: int, back_ns: int) -> Window:
+        return self._back(self._pair.reads[side].operand.window, back_ns, back_ns)
+
+    @staticmethod
+    def _back(window: Window, start_ns: int, end_ns: int) -> Window:
+        return Window(window.start_ns - start_ns, window.end_ns - end_ns)
+
+
+class Position(NamedTuple):
+    back_ns: int
+    seconds: tuple[dict[str, float], ...]
+    """By side: for how long the service was there, by host."""
+
+
+def estimate_noise(
+    pair: Pair, before: Side, after: Side, past: Sequence[Contrast]
+) -> tuple[Contrast, Noise | None]:
+    now = pair.contrast(before.costs, after.costs)
+    if len(past) >= verdict.MIN_POSITIONS:
+        return pair.against(now, past)
+    hosts = len(before.hosts), len(after.hosts)
+    if pair.is_paired and hosts[0] >= verdict.MIN_HOSTS:
+        return now, verdict.noise_of_hosts(now)
+    is_enough = min(hosts) >= verdict.MIN_REPLICATES and sum(hosts) >= verdict.MIN_HOSTS
+    if not pair.is_paired and is_enough:
+        return verdict.contrast_of_replicates(before.costs, after.costs, Source.HOSTS)
+    return now, None
+
+
+def too_little(past: Past, sides: Sequence[Side], positions: int) -> str:
+    """Say what a verdict would take, and what could show with as many samples."""
+    hosts = len(sides[0].hosts)
+    text = (
+        f"too little data for a verdict: {counted(positions, 'earlier position')} of the same"
+        f" length (it takes {verdict.MIN_POSITIONS}), {counted(hosts, 'host')} (or"
+        f" {verdict.MIN_HOSTS})"
+    )
+    missing = verdict.MIN_POSITIONS - positions
+    if past.is_possible:
+        text += f"; profile {length_text(missing * past.step_ns)} more without a change"
+        gap_ns = past.span.end_ns - past.span.start_ns - 2 * past.length_ns
+        length_ns = (positions * past.step_ns // verdict.MIN_POSITIONS - max(0, gap_ns)) // 2
+        if length_ns >= MINUTE_NS:
+            text += f", or compare windows of {length_text(length_ns - length_ns % MINUTE_NS)}"
+    return text + visible_change(sides)
+
+
+def visible_change(sides: Sequence[Side]) -> str:
+    samples = [max(1.0, _SMALL * float(side.samples.sum())) for side in sides]
+    reach = student_quantile(verdict.LEVEL, 1e6)
+    least = math.expm1(reach * math.sqrt(sum(1 / each for each in samples)))
+    if least > 1:
+        return f"; so few samples show nothing of a function of {_SMALL:.0%}"
+    return f"; so many samples show changes from {least:.0%} on in a function of {_SMALL:.0%}"

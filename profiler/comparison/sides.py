@@ -1,0 +1,336 @@
+"""The two sides of a comparison: what a store or files say of each, by host and function.
+
+Of a store, a side is a window of a service; of files, each file is a row of its side. Both sides
+have the same functions in the same order.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from profiler.comparison import verdict
+from profiler.comparison.verdict import Contrast, Costs, Floats, Noise
+from profiler.text import counted, listed
+from profiler.times import NS_PER_S, rfc3339
+from storage.columns import Columns, key_starts_ns
+from storage.hashing import Hasher
+from storage.profile import Profile, Window
+from storage.query.coverage import Coverage
+from storage.query.function_totals import FunctionTotals, SelfSamples, merge_function_totals
+from storage.query.presence import ServicePresence
+from storage.query.query import Query
+from storage.selector import Selector
+from symbolizer.location import Frame
+
+_SERVICE_LABELS = frozenset({"service", "version", "host", "container", "pod", "namespace", "unit"})
+"""Labels that `present_ns` is known by."""
+_UNEVEN = 0.1
+"""If the coverage of the sides differs by more than this part, a warning says so."""
+_LOST = 0.02
+"""If more than this part of a side's ticks is lost, a warning says so."""
+
+
+class ComparisonError(ValueError):
+    """There is nothing to compare; the message says on which side."""
+
+
+class EmptySideError(ComparisonError):
+    """A side of a store has no samples."""
+
+    def __init__(self, name: str, operand: "Operand") -> None:
+        super().__init__(f"nothing to compare: the {name} side {operand} has no samples")
+        self.name = name
+        self.operand = operand
+
+
+class Operand(NamedTuple):
+    """What one side is taken from in a store."""
+
+    selector: Selector
+    window: Window
+
+    def __str__(self) -> str:
+        return f"{self.selector}@{rfc3339(self.window.start_ns)}..{rfc3339(self.window.end_ns)}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Side:
+    """One side: costs by host (or replicate) and function."""
+
+    query: str
+    window: Window
+    hosts: tuple[str, ...]
+    frames: tuple[Frame, ...]
+    samples: Floats
+    """Self samples: a row per host, a column per function."""
+    self_values: Floats
+    total_values: Floats
+    present_s: Floats
+    """For how long the service was there, by host."""
+    versions: tuple[str, ...] = ()
+    coverage: Coverage | None = None
+    """None for files."""
+
+    @property
+    def total(self) -> float:
+        return float(self.self_values.sum())
+
+    @property
+    def cores(self) -> float:
+        """Mean cores while the service was there, a host; 0 for files that know no time."""
+        if self.window.end_ns <= self.window.start_ns:
+            return 0.0
+        return self.total / NS_PER_S / max(1e-9, float(self.present_s.sum()))
+
+    @property
+    def costs(self) -> Costs:
+        return Costs(self.samples, self.present_s)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FunctionTable:
+    """The functions of both sides, each with its column; what the past had besides is left out."""
+
+    frames: tuple[Frame, ...]
+    """By name: hashes are keyed, and sums must not depend on their order."""
+    hashes: npt.NDArray[np.uint64]
+    columns: npt.NDArray[np.int64]
+    """Of each hash."""
+
+    @classmethod
+    def of(cls, parts: Sequence[FunctionTotals]) -> "FunctionTable":
+        merged = merge_function_totals(parts)
+        used = np.unique(merged.rows[:, 1])  # a selection keeps the names of all functions
+        hashes = merged.function_hashes[used]
+        order = np.argsort(hashes)
+        frames = merged.frames(used[order])
+        by_name = np.array(sorted(range(len(frames)), key=lambda i: frames[i][:3]), np.int64)
+        columns = np.empty_like(by_name)
+        columns[by_name] = np.arange(len(frames))
+        named = tuple(frames[i] for i in by_name.tolist())
+        return cls(named, hashes[order], columns)
+
+    def counts(self, sums: FunctionTotals | None, hosts: dict[str, int]) -> Floats:
+        """Return (self, total, both in samples) by host and function."""
+        counts = np.zeros((len(hosts), len(self.hashes), 4))
+        if sums is not None:
+            cells, known = self._cells(sums.self_samples(), hosts)
+            np.add.at(counts.reshape(-1, 4), cells, sums.counts[known])
+        return counts
+
+    def samples(self, part: SelfSamples, hosts: dict[str, int]) -> Floats:
+        """Return the self samples by host and function."""
+        cells, known = self._cells(part, hosts)
+        size = len(hosts) * len(self.hashes)
+        weights = part.samples[known].astype(np.float64)
+        counts = np.bincount(cells, weights, size).astype(np.float64, copy=False)
+        return counts.reshape(len(hosts), len(self.hashes))
+
+    def _cells(
+        self, part: SelfSamples, hosts: dict[str, int]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Return the place of lines, row by row, and which lines have one."""
+        rows = [hosts.get(dict(each).get("host", ""), -1) for each in part.service_sets]
+        found = np.searchsorted(self.hashes, part.function_hashes)
+        found = np.minimum(found, len(self.hashes) - 1)
+        is_known = self.hashes[found] == part.function_hashes
+        columns = np.where(is_known, self.columns[found], -1)
+        row = np.array(rows, np.int64)[part.lines[:, 0]]
+        column = columns[part.lines[:, 1]]
+        known = (row >= 0) & (column >= 0)
+        return row[known] * len(self.hashes) + column[known], known
+
+
+def sides_of_profiles(
+    before: Sequence[Profile], after: Sequence[Profile], name: str
+) -> tuple[Side, Side]:
+    """Return the sides of a comparison of files, a row for each file.
+
+    Raises:
+        ComparisonError: a side is empty.
+    """
+    hasher = Hasher(b"comparison")
+    sums = [
+        [FunctionTotals.of(Columns.of(profile, hasher), hasher).by(()) for profile in profiles]
+        for profiles in (before, after)
+    ]
+    for which, side in zip(("before", "after"), sums, strict=True):
+        if not any(each.counts[:, 2].any() for each in side):
+            raise ComparisonError(f"nothing to compare: the {which} side has no samples")
+    table = FunctionTable.of([*sums[0], *sums[1]])
+    sides: list[Side] = []
+    for profiles, side in zip((before, after), sums, strict=True):
+        windows = [profile.window for profile in profiles]
+        counts = np.concatenate([table.counts(each, {"": 0}) for each in side])
+        sides.append(
+            Side(
+                name,
+                Window(min(w.start_ns for w in windows), max(w.end_ns for w in windows)),
+                tuple(f"file {i + 1}" for i in range(len(profiles))),
+                table.frames,
+                counts[:, :, 2],
+                counts[:, :, 0],
+                counts[:, :, 1],
+                np.array([max(1, w.end_ns - w.start_ns) / NS_PER_S for w in windows]),
+            )
+        )
+    return sides[0], sides[1]
+
+
+class PresenceByHost:
+    """Which services were where and when, from what every object says of it."""
+
+    def __init__(self, presence: ServicePresence) -> None:
+        labels = [dict(each) for each in presence.label_sets]
+        self._labels = labels
+        number, self._set, self._present_ns = presence.rows.T
+        self._start_ns = key_starts_ns(presence.objects)[number]
+        self._is_there = self._present_ns > 0
+
+    def seconds(
+        self, selector: Selector, window: Window, hosts: Iterable[str] = ()
+    ) -> dict[str, float]:
+        """Return for how long what is asked for was there, by host.
+
+        Profiles of other producers do not say it: then these hosts had it all the time.
+        """
+        if not len(self._set):
+            return dict.fromkeys(hosts, (window.end_ns - window.start_ns) / NS_PER_S)
+        chosen = self._chosen(selector, window)
+        sums = np.zeros(len(self._labels))
+        np.add.at(sums, self._set[chosen], self._present_ns[chosen] / NS_PER_S)
+        found: dict[str, float] = {}
+        for labels, seconds in zip(self._labels, sums.tolist(), strict=True):
+            if seconds:
+                host = labels.get("host", "")
+                found[host] = found.get(host, 0.0) + seconds
+        return found
+
+    def versions(self, selector: Selector, window: Window, hosts: set[str]) -> set[tuple[str, str]]:
+        """Return the services and versions that were there on some hosts."""
+        there = np.unique(self._set[self._chosen(selector, window)]).tolist()
+        return {
+            (labels.get("service", ""), labels.get("version", ""))
+            for labels in (self._labels[i] for i in there)
+            if labels.get("host", "") in hosts
+        }
+
+    def _chosen(self, selector: Selector, window: Window) -> npt.NDArray[np.bool_]:
+        is_asked = np.array(selector.choose(self._labels), dtype=bool)
+        is_inside = (window.start_ns <= self._start_ns) & (self._start_ns < window.end_ns)
+        chosen: npt.NDArray[np.bool_] = self._is_there & is_inside & is_asked[self._set]
+        return chosen
+
+
+def service_selector(selector: Selector, but: frozenset[str] = frozenset()) -> Selector:
+    """Return what a selector says of labels that presence is known by."""
+    names = _SERVICE_LABELS - but
+    return Selector(tuple(each for each in selector.matchers if each.name in names))
+
+
+class SideData(NamedTuple):
+    """What one side's window holds."""
+
+    operand: Operand
+    sums: FunctionTotals | None
+    seconds: dict[str, float]
+    versions: tuple[str, ...]
+    coverage: Coverage
+
+    @classmethod
+    def of(cls, query: Query, operand: Operand) -> "SideData":
+        selector, window = operand
+        sums, coverage = query.function_totals(window, selector, by=("host",))
+        known = service_selector(selector)
+        lives = PresenceByHost(query.presence(window, known))
+        sampled = sums.service_sets if sums is not None else ()
+        hosts = [dict(labels).get("host", "") for labels in sampled]
+        seconds = lives.seconds(known, window, hosts)
+        versions = {each for _, each in lives.versions(known, window, set(seconds))} - {""}
+        return cls(operand, sums, seconds, tuple(sorted(versions)), coverage)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """Two windows of a store, and the hosts on which they are compared."""
+
+    reads: tuple[SideData, SideData]
+    hosts: tuple[tuple[str, ...], tuple[str, ...]]
+    is_paired: bool
+    """Each host is compared with itself; else the sides have different ones."""
+    table: FunctionTable
+
+    @classmethod
+    def read(cls, query: Query, before: Operand, after: Operand) -> "Pair":
+        reads = (SideData.of(query, before), SideData.of(query, after))
+        for name, each in zip(("before", "after"), reads, strict=True):
+            if each.sums is None or not each.sums.counts[:, 2].any():
+                raise EmptySideError(name, each.operand)
+        common = sorted(reads[0].seconds.keys() & reads[1].seconds.keys())
+        alone = tuple(tuple(sorted(each.seconds)) for each in reads)
+        hosts = (tuple(common), tuple(common)) if common else (alone[0], alone[1])
+        table = FunctionTable.of([each.sums for each in reads if each.sums is not None])
+        return cls(reads, hosts, bool(common), table)
+
+    def sides(self) -> tuple[Side, Side]:
+        before, after = (
+            self._side(read, hosts) for read, hosts in zip(self.reads, self.hosts, strict=True)
+        )
+        return before, after
+
+    def _side(self, read: SideData, hosts: tuple[str, ...]) -> Side:
+        counts = self.table.counts(read.sums, {host: i for i, host in enumerate(hosts)})
+        return Side(
+            query=str(read.operand.selector),
+            window=read.operand.window,
+            hosts=hosts,
+            frames=self.table.frames,
+            samples=counts[:, :, 2],
+            self_values=counts[:, :, 0],
+            total_values=counts[:, :, 1],
+            present_s=np.array([read.seconds[host] for host in hosts]),
+            versions=read.versions,
+            coverage=read.coverage,
+        )
+
+    def contrast(self, before: Costs, after: Costs) -> Contrast:
+        if self.is_paired:
+            return verdict.contrast(before, after)
+        return verdict.contrast_of_replicates(before, after)[0]
+
+    def against(self, now: Contrast, past: Sequence[Contrast]) -> tuple[Contrast, Noise]:
+        if self.is_paired:
+            return now, verdict.noise_of_history(past, len(past))
+        return verdict.against_history(now, past)
+
+    def warnings(self) -> list[str]:
+        """Say which hosts are left out, and what of the sides is unequal."""
+        found = []
+        for name, read, hosts in zip(("before", "after"), self.reads, self.hosts, strict=True):
+            alone = sorted(set(read.seconds) - set(hosts))
+            if alone:
+                found.append(f"left out, only on the {name} side: {listed(alone, 5)}")
+        if not self.is_paired:
+            found.append("no host is on both sides: they are compared as a whole")
+        parts = []
+        for read, hosts in zip(self.reads, self.hosts, strict=True):
+            window = read.operand.window
+            length_ns = (window.end_ns - window.start_ns) * max(1, len(read.coverage.hosts))
+            parts.append(read.coverage.accounting.profiled_ns / length_ns if hosts else 0.0)
+        if abs(parts[0] - parts[1]) > _UNEVEN:
+            found.append(
+                f"unequal coverage: {parts[0]:.0%} of the before side's time was profiled,"
+                f" {parts[1]:.0%} of the after side's"
+            )
+        for name, read in zip(("before", "after"), self.reads, strict=True):
+            accounting = read.coverage.accounting
+            lost = sum(accounting.lost.values()) / max(1, accounting.ticks)
+            if lost > _LOST:
+                found.append(f"{lost:.1%} of the {name} side's ticks were lost")
+            if read.coverage.skipped:
+                skipped = counted(len(read.coverage.skipped), "object")
+                found.append(f"{skipped} of the {name} side cannot be read")
+        return found
