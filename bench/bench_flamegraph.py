@@ -17,7 +17,7 @@ import numpy as np
 import pyperf
 
 from profiler.comparison import comparison
-from profiler.comparison.verdict import Change, Source
+from profiler.comparison.verdict import Change, NoiseSource
 from profiler.flamegraph import flamegraph
 from profiler.flamegraph.differential import Pair, UnionGraph, UnionPaths
 from profiler.flamegraph.flamegraph import FlameGraph, Screen
@@ -81,7 +81,7 @@ def sides() -> Pair:
         each._replace(change=Change.UNCHANGED, relative=(0.0, -0.05, 0.05))
         for each in found.functions
     )
-    found = replace(found, source=Source.HISTORY, functions=tuple(unchanged))
+    found = replace(found, source=NoiseSource.HISTORY, functions=tuple(unchanged))
     return Pair(found, before=before, after=after)
 
 

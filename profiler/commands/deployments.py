@@ -10,7 +10,7 @@ import orjson
 from profiler.commands import arguments
 from profiler.commands.selection import Selection, selected
 from profiler.comparison.announcements import announce
-from profiler.comparison.deployments import Found, deployments_in
+from profiler.comparison.deployments import FoundDeployments, deployments_in
 from profiler.comparison.rollouts import (
     Deployment,
 )
@@ -98,7 +98,7 @@ def _list(selection: Selection, as_json: bool) -> int:
     return 2 if found.reason in {"no_data_in_range", "nothing_matches"} else 0
 
 
-def _json(selection: Selection, found: Found) -> bytes:
+def _json(selection: Selection, found: FoundDeployments) -> bytes:
     return orjson.dumps(
         {
             "schema": 1,
@@ -113,7 +113,7 @@ def _json(selection: Selection, found: Found) -> bytes:
     )
 
 
-def explain(selection: Selection, found: Found) -> str:
+def explain(selection: Selection, found: FoundDeployments) -> str:
     """Say why there are no deployments."""
     window = from_until(selection.window)
     if found.reason == "no_data_in_range":

@@ -18,8 +18,8 @@ import numpy as np
 from profiler.comparison import verdict
 from profiler.comparison.distributions import rate_interval
 from profiler.comparison.noise import Past, estimate_noise, too_little, visible_change
-from profiler.comparison.sides import ComparisonError, Operand, Pair, Side, sides_of_profiles
-from profiler.comparison.verdict import Change, Contrast, Costs, Judgement, Noise, Source
+from profiler.comparison.sides import ComparisonError, Operand, Side, WindowPair, sides_of_profiles
+from profiler.comparison.verdict import Change, Contrast, Costs, Judgement, Noise, NoiseSource
 from profiler.text import counted
 from storage.profile import Profile
 from storage.query.query import Query
@@ -60,7 +60,7 @@ class CommonChange(NamedTuple):
 class Comparison:
     before: Side
     after: Side
-    source: Source
+    source: NoiseSource
     positions: int
     df: float
     common: CommonChange
@@ -80,7 +80,7 @@ def of_store(
     Raises:
         EmptySideError: a side has no samples.
     """
-    pair = Pair.read(query, before, after)
+    pair = WindowPair.read(query, before, after)
     sides = pair.sides()
     past = Past(query, pair, changes_ns)
     contrasts = [pair.contrast(*costs) for costs in past.costs()]
@@ -109,7 +109,7 @@ def calibrate(
     Raises:
         ComparisonError: there are too few of them.
     """
-    pair = Pair.read(query, before, after)
+    pair = WindowPair.read(query, before, after)
     past = list(Past(query, pair, changes_ns).costs())
     if len(past) <= verdict.MIN_POSITIONS:
         raise ComparisonError(
@@ -190,7 +190,7 @@ def _judged(
     return Comparison(
         before=before,
         after=after,
-        source=noise.source if noise else Source.NONE,
+        source=noise.source if noise else NoiseSource.NONE,
         positions=noise.positions if noise else 0,
         df=noise.df if noise else 0.0,
         common=CommonChange(growth, math.expm1(common.low), math.expm1(common.high), common.change),

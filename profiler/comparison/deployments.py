@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from profiler.comparison.announcements import list_announcements
-from profiler.comparison.matching import Match, lives_of, match
+from profiler.comparison.matching import Match, match, service_spans
 from profiler.comparison.rollouts import (
     PAUSE_NS,
     Deployment,
@@ -26,7 +26,7 @@ _LATEST_NS = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundDeployments:
     """The deployments of a part of a store, newest first, and what explains that there are none."""
 
     deployments: tuple[Deployment, ...]
@@ -64,7 +64,7 @@ def deployments_in(
     window: Window,
     selector: Selector,
     check: Callable[[], None] = lambda: None,
-) -> Found:
+) -> FoundDeployments:
     """Return the deployments that began in a window. `check` is called while the store is listed.
 
     Of the selector, `version` says which deployments; everything else says which services and
@@ -94,7 +94,7 @@ def deployments_in(
         and of_version.accepts({"version": each.version})
     ]
     chosen.reverse()
-    lives = lives_of(presence)
+    spans = service_spans(presence)
 
     @functools.cache  # deployments of one day look at the same hours
     def has_data(window: Window) -> bool:
@@ -102,9 +102,9 @@ def deployments_in(
 
     def matched(each: Deployment) -> Match:
         same = [other for other in merged if other.service == each.service]
-        return match(each, same, of_others, lives.get(each.service), has_data)
+        return match(each, same, of_others, spans.get(each.service), has_data)
 
-    return Found(
+    return FoundDeployments(
         deployments=tuple(chosen),
         matches=tuple(map(matched, chosen)),
         all_ns=tuple(each.first_ns for each in merged),

@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 from profiler.comparison.comparison import Comparison, Function
-from profiler.comparison.verdict import Change, Source
+from profiler.comparison.verdict import Change, NoiseSource
 
 REGRESSION, INCONCLUSIVE = 1, 3
 """Exit codes; the second only with `--strict`."""
@@ -49,7 +49,7 @@ class Verdict(NamedTuple):
 
 
 def verdict_of(found: Comparison, gate: Gate, *, is_strict: bool = False) -> Verdict:
-    if found.source == Source.NONE:
+    if found.source == NoiseSource.NONE:
         return Verdict("inconclusive", INCONCLUSIVE if is_strict else 0)
     changes = {function.change for function in found.functions}
     if any(map(gate.fails, found.functions)):

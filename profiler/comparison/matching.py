@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from profiler.comparison.noise import GRIDS_NS, HISTORY_NS
-from profiler.comparison.rollouts import SETTLED_WINDOWS, Deployment, Kind
+from profiler.comparison.rollouts import SETTLED_WINDOWS, Deployment, DeploymentKind
 from profiler.comparison.sides import Operand
 from profiler.comparison.verdict import MIN_HOSTS, MIN_POSITIONS, MIN_REPLICATES
 from profiler.times import NS_PER_S, rfc3339
@@ -50,7 +50,7 @@ class Match(NamedTuple):
         return {"compare": compare or None, "compare_reason": self.reason}
 
 
-def lives_of(presence: ServicePresence) -> dict[str, Window]:
+def service_spans(presence: ServicePresence) -> dict[str, Window]:
     """Return from when until when each service is known to have been there."""
     numbers = presence.rows[:, 0]
     found: dict[str, Window] = {}
@@ -58,8 +58,8 @@ def lives_of(presence: ServicePresence) -> dict[str, Window]:
         times = presence.objects[numbers[(presence.rows[:, 1] == i) & (presence.rows[:, 2] > 0)]]
         if len(times):
             service = dict(labels).get("service", "")
-            life = Window(int(times[:, 0].min()), int(times[:, 1].max()))
-            found[service] = life.union(found.get(service, life))
+            span = Window(int(times[:, 0].min()), int(times[:, 1].max()))
+            found[service] = span.union(found.get(service, span))
     return found
 
 
@@ -67,19 +67,19 @@ def match(
     deployment: Deployment,
     of_service: Sequence[Deployment],
     selector: Selector,
-    life: Window | None,
+    span: Window | None,
     has_data: Callable[[Window], bool],
 ) -> Match:
     """Choose the windows. `of_service` are all deployments of the same service, earliest first.
 
-    `life` is when the service is known to have been there; `has_data` tells of other times.
+    `span` is when the service is known to have been there; `has_data` tells of other times.
     """
-    if life is None:
+    if span is None:
         return _none(f"nothing of {deployment.service} was profiled around it")
     window_ns = max(NS_PER_S, (deployment.settled_ns - deployment.last_ns) // SETTLED_WINDOWS)
     earlier = [each for each in of_service if each.first_ns < deployment.first_ns]
     later = [each for each in of_service if each.first_ns > deployment.first_ns]
-    end_ns = min([life.end_ns, *(each.first_ns for each in later[:1])])
+    end_ns = min([span.end_ns, *(each.first_ns for each in later[:1])])
     after_ns = (end_ns - deployment.settled_ns) // window_ns * window_ns
     if after_ns < window_ns:
         if later and later[0].first_ns <= deployment.settled_ns:
@@ -90,25 +90,25 @@ def match(
         )
     first_ns = deployment.first_ns // window_ns * window_ns
     gap_ns = deployment.settled_ns - first_ns
-    if deployment.kind is Kind.CANARY:
+    if deployment.kind is DeploymentKind.CANARY:
         length_ns = min(HOUR_NS, after_ns)
         if len(deployment.hosts) < MIN_REPLICATES:
-            past_ns = _past_ns(first_ns, life, has_data)
+            past_ns = _past_ns(first_ns, span, has_data)
             room = _Room(past_ns - gap_ns, 0, 1, window_ns, len(earlier))
             length_ns = _shortened(length_ns, room)
         both = Window(deployment.settled_ns, deployment.settled_ns + length_ns)
         return _match(deployment, selector, both, both)
-    begin_ns = max([life.start_ns, *(each.settled_ns for each in earlier[-1:])])
+    begin_ns = max([span.start_ns, *(each.settled_ns for each in earlier[-1:])])
     before_ns = (first_ns - begin_ns) // window_ns * window_ns
     if before_ns < window_ns:
         return _none(
             f"{_name(earlier[-1])} had not settled before it"
-            if earlier and earlier[-1].settled_ns > life.start_ns
+            if earlier and earlier[-1].settled_ns > span.start_ns
             else "nothing is known of the time before it"
         )
     length_ns = min(HOUR_NS, after_ns, before_ns)
     if len(deployment.hosts) < MIN_HOSTS:
-        past_ns = _past_ns(first_ns, life, has_data)
+        past_ns = _past_ns(first_ns, span, has_data)
         length_ns = _shortened(length_ns, _Room(past_ns, gap_ns, 2, window_ns, len(earlier)))
     before = Window(first_ns - length_ns, first_ns)
     after = Window(deployment.settled_ns, deployment.settled_ns + length_ns)
@@ -136,9 +136,9 @@ def _match(deployment: Deployment, selector: Selector, before: Window, after: Wi
     return Match(operand(deployment.previous, before), operand(version, after), "")
 
 
-def _past_ns(until_ns: int, life: Window, has_data: Callable[[Window], bool]) -> int:
+def _past_ns(until_ns: int, span: Window, has_data: Callable[[Window], bool]) -> int:
     """Return for how long there are data before a time, as far as it matters."""
-    known_ns = until_ns - life.start_ns
+    known_ns = until_ns - span.start_ns
     for hours in _PROBES:
         hour_ns = (until_ns // HOUR_NS - hours) * HOUR_NS
         if hours * HOUR_NS <= known_ns:

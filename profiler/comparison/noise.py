@@ -14,8 +14,8 @@ import numpy as np
 
 from profiler.comparison import verdict
 from profiler.comparison.distributions import student_quantile
-from profiler.comparison.sides import Pair, PresenceByHost, Side, service_selector
-from profiler.comparison.verdict import Contrast, Costs, Floats, Noise, Source
+from profiler.comparison.sides import PresenceByHost, Side, WindowPair, service_selector
+from profiler.comparison.verdict import Contrast, Costs, Floats, Noise, NoiseSource
 from profiler.text import counted
 from profiler.times import NS_PER_S, length_text
 from storage.profile import Window
@@ -42,7 +42,7 @@ _SMALL = 0.01
 class Past:
     """The same two windows at earlier positions that do not overlap, the latest first."""
 
-    def __init__(self, query: Query, pair: Pair, changes_ns: Sequence[int]) -> None:
+    def __init__(self, query: Query, pair: WindowPair, changes_ns: Sequence[int]) -> None:
         self._query = query
         self._pair = pair
         self._changes_ns = changes_ns
@@ -118,8 +118,10 @@ class Past:
         """Return those at which the service was there as it is now, in one version."""
         window = self._back(self.span, backs[-1], backs[0])
         knowns = [service_selector(each) for each in self._selectors]
-        lives = [PresenceByHost(query.presence(window, known)) for known in dict.fromkeys(knowns)]
-        of_side = [lives[0], lives[-1]]
+        presences = [
+            PresenceByHost(query.presence(window, known)) for known in dict.fromkeys(knowns)
+        ]
+        of_side = [presences[0], presences[-1]]
         hosts = {*self._pair.hosts[0], *self._pair.hosts[1]}
         found = []
         for back_ns in backs:
@@ -127,14 +129,14 @@ class Past:
             if any(span.start_ns < at_ns < span.end_ns for at_ns in self._changes_ns):
                 continue
             versions = set()
-            for known, life in zip(knowns, of_side, strict=True):
-                versions |= life.versions(known, span, hosts)
+            for known, presence in zip(knowns, of_side, strict=True):
+                versions |= presence.versions(known, span, hosts)
             # Of many services some program is always a new one.
             if len({service for service, _ in versions}) == 1 and len(versions) > 1:
                 continue
             seconds = tuple(
-                life.seconds(known, self._window(i, back_ns), hosts)
-                for i, (known, life) in enumerate(zip(knowns, of_side, strict=True))
+                presence.seconds(known, self._window(i, back_ns), hosts)
+                for i, (known, presence) in enumerate(zip(knowns, of_side, strict=True))
             )
             if all(
                 set(hosts) <= each.keys()
@@ -158,7 +160,7 @@ class Position(NamedTuple):
 
 
 def estimate_noise(
-    pair: Pair, before: Side, after: Side, past: Sequence[Contrast]
+    pair: WindowPair, before: Side, after: Side, past: Sequence[Contrast]
 ) -> tuple[Contrast, Noise | None]:
     now = pair.contrast(before.costs, after.costs)
     if len(past) >= verdict.MIN_POSITIONS:
@@ -168,7 +170,7 @@ def estimate_noise(
         return now, verdict.noise_of_hosts(now)
     is_enough = min(hosts) >= verdict.MIN_REPLICATES and sum(hosts) >= verdict.MIN_HOSTS
     if not pair.is_paired and is_enough:
-        return verdict.contrast_of_replicates(before.costs, after.costs, Source.HOSTS)
+        return verdict.contrast_of_replicates(before.costs, after.costs, NoiseSource.HOSTS)
     return now, None
 
 

@@ -9,17 +9,17 @@ import orjson
 from profiler.comparison.comparison import Comparison, Function, changed
 from profiler.comparison.gate import Gate, Verdict
 from profiler.comparison.sides import Side
-from profiler.comparison.verdict import Change, Source
+from profiler.comparison.verdict import Change, NoiseSource
 from profiler.text import counted, fit, in_columns
 from profiler.times import from_until
 
 _SHOWN = 20
 NAME_WIDTH = 60
 _NOISE = {
-    Source.HISTORY: "{} earlier positions of the same length, on the same hosts",
-    Source.HOSTS: "what differs between {} hosts",
-    Source.REPLICATES: "what differs between {} runs",
-    Source.NONE: "unknown",
+    NoiseSource.HISTORY: "{} earlier positions of the same length, on the same hosts",
+    NoiseSource.HOSTS: "what differs between {} hosts",
+    NoiseSource.REPLICATES: "what differs between {} runs",
+    NoiseSource.NONE: "unknown",
 }
 
 
@@ -148,7 +148,7 @@ def _side_text(side: Side) -> str:
 
 def _common_text(found: Comparison) -> str:
     common = found.common
-    if found.source == Source.NONE:
+    if found.source == NoiseSource.NONE:
         return f"{common.relative:+.1%}"
     return f"{common.relative:+.1%} ({common.low:+.1%} to {common.high:+.1%}): {common.change}"
 

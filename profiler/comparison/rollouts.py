@@ -40,13 +40,13 @@ _USUAL_WINDOW_NS = 60 * NS_PER_S
 _LATEST_NS = 2**63 - 1
 
 
-class Kind(StrEnum):
+class DeploymentKind(StrEnum):
     ROLLOUT = "rollout"
     ROLLBACK = "rollback"
     CANARY = "canary"
 
 
-class Source(StrEnum):
+class DeploymentSource(StrEnum):
     FOUND = "found"
     ANNOUNCED = "announced"
 
@@ -73,8 +73,8 @@ class Deployment:
     hosts_before: tuple[str, ...]
     """Those that still ran the version before once the last host had changed. One that runs both,
     in several processes, is among `hosts`, too."""
-    kind: Kind = Kind.ROLLOUT
-    source: Source = Source.FOUND
+    kind: DeploymentKind = DeploymentKind.ROLLOUT
+    source: DeploymentSource = DeploymentSource.FOUND
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -180,7 +180,9 @@ def merge_announcements(
         elif not (others and _is_near(others[-1], at_ns)):
             settled_ns = at_ns + SETTLED_WINDOWS * _USUAL_WINDOW_NS
             times = (at_ns, at_ns, settled_ns)
-            others.append(Deployment(service, version, "", *times, (), (), source=Source.ANNOUNCED))
+            others.append(
+                Deployment(service, version, "", *times, (), (), source=DeploymentSource.ANNOUNCED)
+            )
     return sorted(chain(*of_version.values(), *alone.values()), key=_order)
 
 
@@ -189,12 +191,12 @@ def _is_near(deployment: Deployment, at_ns: int) -> bool:
 
 
 def _told(deployment: Deployment, at_ns: int) -> Deployment:
-    if deployment.source is Source.ANNOUNCED:  # what was said first counts
+    if deployment.source is DeploymentSource.ANNOUNCED:  # what was said first counts
         return deployment
     window_ns = (deployment.settled_ns - deployment.last_ns) // SETTLED_WINDOWS
     is_begin = at_ns <= deployment.first_ns + window_ns
     first_ns = at_ns if is_begin else deployment.first_ns
-    return replace(deployment, first_ns=first_ns, source=Source.ANNOUNCED)
+    return replace(deployment, first_ns=first_ns, source=DeploymentSource.ANNOUNCED)
 
 
 def _order(deployment: Deployment) -> tuple[int, str, str, tuple[str, ...]]:
@@ -333,13 +335,13 @@ class _Service:
         ]
         hosts = {change.run.host for change in changes}
         late_ns = last_ns + self._pause_ns
-        kind = Kind.ROLLOUT
+        kind = DeploymentKind.ROLLOUT
         if self._since[version] < self._since[previous]:
-            kind = Kind.ROLLBACK
+            kind = DeploymentKind.ROLLBACK
         elif any(run.end_ns > late_ns for run in staying) and any(
             change.run.end_ns > late_ns for change in changes
         ):
-            kind = Kind.CANARY
+            kind = DeploymentKind.CANARY
         return Deployment(
             service=changes[0].run.instance.service,
             version=version,

@@ -245,16 +245,16 @@ class SideData(NamedTuple):
         selector, window = operand
         sums, coverage = query.function_totals(window, selector, by=("host",))
         known = service_selector(selector)
-        lives = PresenceByHost(query.presence(window, known))
+        presence = PresenceByHost(query.presence(window, known))
         sampled = sums.service_sets if sums is not None else ()
         hosts = [dict(labels).get("host", "") for labels in sampled]
-        seconds = lives.seconds(known, window, hosts)
-        versions = {each for _, each in lives.versions(known, window, set(seconds))} - {""}
+        seconds = presence.seconds(known, window, hosts)
+        versions = {each for _, each in presence.versions(known, window, set(seconds))} - {""}
         return cls(operand, sums, seconds, tuple(sorted(versions)), coverage)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pair:
+class WindowPair:
     """Two windows of a store, and the hosts on which they are compared."""
 
     reads: tuple[SideData, SideData]
@@ -264,7 +264,7 @@ class Pair:
     table: FunctionTable
 
     @classmethod
-    def read(cls, query: Query, before: Operand, after: Operand) -> "Pair":
+    def read(cls, query: Query, before: Operand, after: Operand) -> "WindowPair":
         reads = (SideData.of(query, before), SideData.of(query, after))
         for name, each in zip(("before", "after"), reads, strict=True):
             if each.sums is None or not each.sums.counts[:, 2].any():

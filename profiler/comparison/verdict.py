@@ -59,7 +59,7 @@ class Change(StrEnum):
     TOO_LITTLE = "too little data"
 
 
-class Source(StrEnum):
+class NoiseSource(StrEnum):
     """What says how far ratios stray when nothing has changed."""
 
     HISTORY = "history"
@@ -142,7 +142,7 @@ class Noise:
     `counting` is the part of `variances` that counting samples explains.
     """
 
-    source: Source
+    source: NoiseSource
     positions: int
     df: float
     variances: Floats
@@ -154,7 +154,7 @@ def noise_of_history(past: Sequence[Contrast], independent: int) -> Noise:
     """Take the same contrast at earlier positions, of which so many do not overlap."""
     means = np.array([each.mean for each in past])
     return Noise(
-        source=Source.HISTORY,
+        source=NoiseSource.HISTORY,
         positions=independent,
         df=float(independent),
         variances=(means**2).mean(axis=0),
@@ -170,7 +170,7 @@ def against_history(now: Contrast, past: Sequence[Contrast]) -> tuple[Contrast, 
     ratios, common = now.ratios - means.mean(axis=0), now.common - float(commons.mean())
     of_mean = 1 + 1 / len(past)
     noise = Noise(
-        source=Source.HISTORY,
+        source=NoiseSource.HISTORY,
         positions=len(past),
         df=float(len(past) - 1),
         variances=means.var(axis=0, ddof=1) * of_mean,
@@ -185,7 +185,7 @@ def noise_of_hosts(now: Contrast) -> Noise:
     hosts = len(now.ratios)
     own = now.ratios - (now.hosts_common - now.common)[:, None]
     return Noise(
-        source=Source.HOSTS,
+        source=NoiseSource.HOSTS,
         positions=hosts,
         df=float(hosts - 1),
         variances=own.var(axis=0, ddof=1) / hosts,
@@ -195,7 +195,7 @@ def noise_of_hosts(now: Contrast) -> Noise:
 
 
 def contrast_of_replicates(
-    before: Costs, after: Costs, source: Source = Source.REPLICATES
+    before: Costs, after: Costs, source: NoiseSource = NoiseSource.REPLICATES
 ) -> tuple[Contrast, Noise]:
     """Compare two sets of runs or of different hosts, each row one of them.
 

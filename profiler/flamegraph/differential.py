@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.comparison.comparison import Comparison, Function
-from profiler.comparison.verdict import Change, Floats, Source
+from profiler.comparison.verdict import Change, Floats, NoiseSource
 from profiler.flamegraph.flamegraph import Screen, grow
 from profiler.flamegraph.paths import Group, Paths, Rows, Stacks, sum_by
 from profiler.flamegraph.views import NoSuchNodeError, Shown, View
@@ -256,7 +256,7 @@ class Pair:
         self, size: int, own: Integers, counts: Sequence[Integers], codes: npt.NDArray[np.int8]
     ) -> npt.NDArray[np.int8]:
         """Return for each node the verdict of the most costly path that ends there."""
-        if self.found.source == Source.NONE:
+        if self.found.source == NoiseSource.NONE:
             return np.full(size, TOO_LITTLE, np.int8)
         verdicts = np.zeros(size, np.int8)
         is_own = own >= 0

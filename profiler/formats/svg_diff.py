@@ -12,7 +12,7 @@ from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 from profiler.comparison.sides import Side
-from profiler.comparison.verdict import Source
+from profiler.comparison.verdict import NoiseSource
 from profiler.flamegraph.differential import VERDICTS, Pair, UnionGraph
 from profiler.flamegraph.flamegraph import Screen, lefts
 from profiler.formats.svg import (
@@ -96,10 +96,10 @@ _HATCHES = (
     '<rect class="m" width="2" height="6"/></pattern></defs>'
 )
 _NOISE = {
-    Source.HISTORY: "judged by {} earlier positions",
-    Source.HOSTS: "judged by {} hosts",
-    Source.REPLICATES: "judged by {} runs",
-    Source.NONE: "too little data for a verdict",
+    NoiseSource.HISTORY: "judged by {} earlier positions",
+    NoiseSource.HOSTS: "judged by {} hosts",
+    NoiseSource.REPLICATES: "judged by {} runs",
+    NoiseSource.NONE: "too little data for a verdict",
 }
 
 

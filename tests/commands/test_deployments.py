@@ -19,10 +19,10 @@ from profiler.comparison.deployments import deployments_in
 from profiler.comparison.rollouts import (
     PAUSE_NS,
     Deployment,
+    DeploymentKind,
+    DeploymentSource,
     Instance,
-    Kind,
     Sightings,
-    Source,
     find_deployments,
     merge_announcements,
 )
@@ -306,7 +306,11 @@ def test_an_announcement_gives_the_exact_begin(at_minute, first):
     (merged,) = merge_announcements([rollout(10, 15)], [said(at_minute)])
 
     assert minute(merged.first_ns) == first
-    assert (merged.source, merged.hosts, minute(merged.last_ns)) == (Source.ANNOUNCED, ("a",), 15)
+    assert (merged.source, merged.hosts, minute(merged.last_ns)) == (
+        DeploymentSource.ANNOUNCED,
+        ("a",),
+        15,
+    )
 
 
 @pytest.mark.parametrize(
@@ -316,10 +320,10 @@ def test_an_announcement_of_something_else_stands_alone(alone):
     """Another service, another version, or far away."""
     merged = merge_announcements([rollout(10, 15)], [alone])
 
-    assert [each.source for each in merged].count(Source.FOUND) == 1
-    (told,) = [each for each in merged if each.source is Source.ANNOUNCED]
+    assert [each.source for each in merged].count(DeploymentSource.FOUND) == 1
+    (told,) = [each for each in merged if each.source is DeploymentSource.ANNOUNCED]
     assert (told.service, told.version, told.first_ns) == alone
-    assert (told.hosts, told.previous, told.kind) == ((), "", Kind.ROLLOUT)
+    assert (told.hosts, told.previous, told.kind) == ((), "", DeploymentKind.ROLLOUT)
 
 
 def test_what_is_announced_repeatedly_is_one_deployment():
@@ -335,7 +339,7 @@ def test_an_announcement_belongs_to_the_nearest_deployment():
     """A version may come twice within a short time."""
     first, second = merge_announcements([rollout(10, 12), rollout(30, 32)], [said(30.4)])
 
-    assert (first.source, second.source) == (Source.FOUND, Source.ANNOUNCED)
+    assert (first.source, second.source) == (DeploymentSource.FOUND, DeploymentSource.ANNOUNCED)
 
 
 def running(version: str, at_minute: int, host: int = 1, service_of: str = "api") -> Profile:

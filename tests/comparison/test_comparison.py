@@ -12,7 +12,7 @@ import pytest
 from profiler.comparison import comparison
 from profiler.comparison.gate import Gate
 from profiler.comparison.sides import ComparisonError, Operand
-from profiler.comparison.verdict import Change, Source
+from profiler.comparison.verdict import Change, NoiseSource
 from storage.formats import pprof
 from storage.profile import Window
 from storage.query.query import Query
@@ -75,7 +75,7 @@ def changes(found: comparison.Comparison) -> dict[str, Change]:
 def test_what_a_new_version_made_slower_is_named_and_nothing_else(query):
     found = comparison.of_store(query, last(LENGTH, LENGTH), last(LENGTH, 0))
 
-    assert found.source == Source.HISTORY
+    assert found.source == NoiseSource.HISTORY
     assert found.positions >= 6
     assert changes(found) == {"function_3": Change.MORE}
     slower = found.functions[0]
@@ -93,7 +93,7 @@ def test_the_other_way_round_it_became_faster(query):
 def test_a_service_that_stayed_as_it_was_is_unchanged(query):
     found = comparison.of_store(query, last(LENGTH, 3 * LENGTH), last(LENGTH, 2 * LENGTH))
 
-    assert found.source == Source.HISTORY
+    assert found.source == NoiseSource.HISTORY
     assert not changes(found)
 
 
@@ -110,7 +110,7 @@ def test_the_rule_is_tried_on_the_unchanged_past(query):
 def test_without_a_past_there_is_no_verdict(query):
     found = comparison.of_store(query, Operand(API, minutes(0, 4)), Operand(API, minutes(4, 8)))
 
-    assert (found.source, changes(found)) == (Source.NONE, {})
+    assert (found.source, changes(found)) == (NoiseSource.NONE, {})
     assert {each.change for each in found.functions} == {Change.TOO_LITTLE}
     assert "too little data" in found.warnings[-1]
 
@@ -172,7 +172,7 @@ def test_what_always_happens_at_an_hour_is_no_change(tmp_path):
     sides = (Operand(API, minutes(begin + i, begin + i + 5)) for i in (0, 5))
     compared = comparison.of_store(Query(store, tmp_path / "cache"), *sides)
 
-    assert (compared.source, compared.positions) == (Source.HISTORY, 8)
+    assert (compared.source, compared.positions) == (NoiseSource.HISTORY, 8)
     assert changes(compared) == {"function_3": Change.MORE}
 
 
@@ -190,7 +190,7 @@ def test_windows_of_five_seconds_are_enough(tmp_path):
     operands = (Operand(API, window) for window in sides)
     compared = comparison.of_store(Query(store, tmp_path / "cache"), *operands)
 
-    assert (compared.source, compared.positions) == (Source.HISTORY, 6)
+    assert (compared.source, compared.positions) == (NoiseSource.HISTORY, 6)
     assert changes(compared) == {"function_3": Change.MORE}
 
 
@@ -222,7 +222,7 @@ def test_too_little_data_says_how_much_it_takes(query):
     operands = Operand(API, minutes(20, 24)), Operand(API, minutes(24, 28))
     found = comparison.of_store(query, *operands)
 
-    assert found.source == Source.NONE
+    assert found.source == NoiseSource.NONE
     warning = found.warnings[-1]
     assert "2 earlier positions of the same length (it takes 6)" in warning
     assert "profile 32 min more without a change" in warning

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiler.comparison.matching import match
-from profiler.comparison.rollouts import Deployment, Kind
+from profiler.comparison.rollouts import Deployment, DeploymentKind
 from profiler.comparison.sides import Operand
 from storage.profile import Window
 from storage.selector import Selector
@@ -15,11 +15,16 @@ HOSTS = ("web-1", "web-2")
 
 
 def deployed(
-    first: int, last: int, *, previous: str = "1", version: str = "2", kind: Kind = Kind.ROLLOUT
+    first: int,
+    last: int,
+    *,
+    previous: str = "1",
+    version: str = "2",
+    kind: DeploymentKind = DeploymentKind.ROLLOUT,
 ) -> Deployment:
     """Return one whose first host changed in a minute and whose last had before another."""
     first_ns, last_ns = (START_NS + at * MINUTE_NS for at in (first, last))
-    rest = ("web-3",) if kind is Kind.CANARY else ()
+    rest = ("web-3",) if kind is DeploymentKind.CANARY else ()
     settled_ns = last_ns + 2 * MINUTE_NS
     times = (first_ns, last_ns, settled_ns)
     return Deployment("api", version, previous, *times, HOSTS, rest, kind=kind)
@@ -27,7 +32,7 @@ def deployed(
 
 def matched(
     deployment: Deployment,
-    life: tuple[int, int],
+    span: tuple[int, int],
     *others: Deployment,
     selector: str = "{}",
     data_since: int = 10**6,
@@ -36,7 +41,7 @@ def matched(
         return window.end_ns > START_NS + data_since * MINUTE_NS
 
     same = sorted([deployment, *others], key=lambda each: each.first_ns)
-    return match(deployment, same, Selector.parse(selector), minutes(*life), has_data)
+    return match(deployment, same, Selector.parse(selector), minutes(*span), has_data)
 
 
 def in_minutes(operand: Operand | None) -> tuple[float, float]:
@@ -79,13 +84,13 @@ def test_no_window_reaches_into_another_deployment():
 
 
 def test_a_canary_and_the_rest_have_the_same_window():
-    found = matched(deployed(1441, 1442, kind=Kind.CANARY), (0, 1600))
+    found = matched(deployed(1441, 1442, kind=DeploymentKind.CANARY), (0, 1600))
 
     assert in_minutes(found.before) == in_minutes(found.after) == (1444, 1504)
 
 
 @pytest.mark.parametrize(
-    ("life", "others", "reason"),
+    ("span", "others", "reason"),
     [
         ((0, 104), (), "it has settled only at"),
         ((0, 200), (deployed(103, 105, version="3"),), "3 (rollout at"),
@@ -93,8 +98,8 @@ def test_a_canary_and_the_rest_have_the_same_window():
         ((100, 200), (), "nothing is known of the time before it"),
     ],
 )
-def test_what_cannot_be_compared_says_why(life, others, reason):
-    found = matched(deployed(100, 102), life, *others)
+def test_what_cannot_be_compared_says_why(span, others, reason):
+    found = matched(deployed(100, 102), span, *others)
 
     assert (found.before, found.after) == (None, None)
     assert found.reason.startswith("not comparable: ")

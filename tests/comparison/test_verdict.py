@@ -8,7 +8,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from profiler.comparison import verdict
-from profiler.comparison.verdict import Change, Contrast, Costs, Noise, Source, contrast, judge
+from profiler.comparison.verdict import Change, Contrast, Costs, Noise, NoiseSource, contrast, judge
 
 RNG = np.random.default_rng(1)
 
@@ -113,7 +113,7 @@ def test_hosts_where_the_service_was_not_are_left_out():
 def known_noise(now: Contrast, sd: float = 0.02) -> Noise:
     """A past in which all functions varied by as much, besides what counting adds."""
     variances = now.counting + sd**2
-    return Noise(Source.HISTORY, 12, 12.0, variances, now.counting, sd**2)
+    return Noise(NoiseSource.HISTORY, 12, 12.0, variances, now.counting, sd**2)
 
 
 def test_what_changed_is_named_and_nothing_else():

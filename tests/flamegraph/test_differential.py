@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profiler.comparison import comparison
-from profiler.comparison.verdict import Change, Source
+from profiler.comparison.verdict import Change, NoiseSource
 from profiler.flamegraph import flamegraph
 from profiler.flamegraph.differential import VERDICTS, Pair, UnionGraph
 from profiler.flamegraph.flamegraph import Screen
@@ -271,7 +271,7 @@ def test_an_ancestor_knows_whose_change_its_own_is():
 def test_too_little_data_is_said_of_every_node():
     pair = pair_of(some.sample_profile(), some.sample_profile(), runs=1)
 
-    assert pair.found.source == Source.NONE
+    assert pair.found.source == NoiseSource.NONE
     assert set(drawn(pair, View()).verdict.tolist()) == {VERDICTS.index("too little data")}
 
 
