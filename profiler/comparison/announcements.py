@@ -1,11 +1,12 @@
-"""Announcements: deployments that a pipeline has told of, small JSON objects beside the profiles.
+"""Announcements: deployments that a pipeline announced, small JSON objects beside the profiles.
 
     v1/{tenant}/deployments/{month}/{service16}-{at_ms}-{content16}.json
     {"schema":1,"service":"api","version":"1.6","at_ns":1780000000000000000}
 
 `month` is that of the time (UTC, `2026-01`), `service16` the start of the SHA-256 of the service,
-`at_ms` has 13 digits: a window is found by listing alone. Whoever may write to the store may write
-anything there: what is not an announcement to the last byte of its key is named and passed over.
+`at_ms` has 13 digits, so that listing is enough to find those of a window. Everybody with write
+access to the store can write anything there: an object whose key or content is not that of an
+announcement is skipped and reported.
 """
 
 import hashlib
@@ -28,10 +29,10 @@ from symbolizer.text import readable
 _NS_PER_MS = 1_000_000
 _LATEST_NS = 2**63 - 1
 _SIZE_LIMIT_BYTES = 16 << 10
-"""A service and a version of the longest kind, escaped, take less."""
+"""The longest service and version, escaped, are smaller."""
 _LIMIT = 10_000
-"""Announcements of one window that are read, the last in the order of keys, which begin with the
-month; others are left out, and that is said."""
+"""How many announcements of a window are read: the last ones in the order of keys, which begin with
+the month. Others are skipped, and that is reported."""
 _SKIPPED_LIMIT = 1_000
 _FETCHES = 4
 _KEY = re.compile(
@@ -47,25 +48,25 @@ class Announcement(NamedTuple):
 
 
 class Announced(NamedTuple):
-    """The announcements of a window, earliest first, and what is not one."""
+    """The announcements of a window, earliest first, and the objects that were skipped."""
 
     announcements: list[Announcement]
     skipped: list[Skipped]
 
 
 class _NoAnnouncementError(ValueError):
-    """An object that is none. The message says why."""
+    """An object that is not an announcement. The message says why."""
 
 
 def announce(
     store: ObjectStore, service: str, version: str, at_ns: int, tenant: str = DEFAULT_TENANT
 ) -> Announcement:
-    """Write an announcement; to say the same again changes nothing. Give it as it is read back.
+    """Write an announcement and return it as it is read back. Repeating it is harmless.
 
-    Names become what labels of samples are: made safe, and as long.
+    Names are made safe and cut like the labels of samples.
 
     Raises:
-        ValueError: a name is empty, or the time is none.
+        ValueError: a name is empty, or the time is out of range.
     """
     announcement = _checked(service, version, at_ns)
     content = orjson.dumps({"schema": 1, **announcement._asdict()})
@@ -79,10 +80,10 @@ def list_announcements(
     tenant: str = DEFAULT_TENANT,
     check: Callable[[], None] = lambda: None,
 ) -> Announced:
-    """Return what was announced for times inside a window. What `check` raises ends it.
+    """Return the announcements for times inside a window. An exception of `check` ends it.
 
     Raises:
-        StoreError: the store cannot be listed. One object that cannot be read is only named.
+        StoreError: the store cannot be listed. An object that cannot be read is skipped.
     """
     skips = _Skips()
     latest = _latest(store, window, tenant, skips, check)
@@ -105,7 +106,7 @@ def list_announcements(
 
 
 class _Skips:
-    """What is passed over, the first of it named and the rest counted."""
+    """The skipped objects: the first ones by name, the others as a number."""
 
     def __init__(self) -> None:
         self._named: list[Skipped] = []
@@ -120,13 +121,13 @@ class _Skips:
     def all(self) -> list[Skipped]:
         if not self._others:
             return self._named
-        return [*self._named, Skipped("others", f"{self._others:,} more are no announcements")]
+        return [*self._named, Skipped("others", f"{self._others:,} more are not announcements")]
 
 
 def _latest(
     store: ObjectStore, window: Window, tenant: str, skips: _Skips, check: Callable[[], None]
 ) -> Iterable[StoredObject]:
-    """Return the objects whose keys say that they were announced for a time in the window."""
+    """Return the objects whose keys have a time in the window."""
     latest: deque[StoredObject] = deque(maxlen=_LIMIT)
     listed = 0
     first_ms, last_ms = (at_ns // _NS_PER_MS for at_ns in (window.start_ns, window.end_ns))
@@ -139,7 +140,7 @@ def _latest(
             latest.append(stored)
             listed += 1
     if listed > _LIMIT:
-        reason = f"only {_LIMIT:,} of {listed:,} announcements are read, those of the last months"
+        reason = f"only the last {_LIMIT:,} of {listed:,} announcements are read"
         skips.add(_prefix(tenant), reason)
     return latest
 
@@ -165,9 +166,9 @@ def _read(store: ObjectStore, stored: StoredObject, tenant: str) -> Announcement
     try:
         fields = orjson.loads(content)
     except ValueError as error:
-        raise _NoAnnouncementError("it is no JSON") from error
+        raise _NoAnnouncementError("it is not JSON") from error
     if not isinstance(fields, dict):
-        raise _NoAnnouncementError("it is no JSON object")
+        raise _NoAnnouncementError("it is not a JSON object")
     if fields.get("schema") != 1:
         raise _NoAnnouncementError("a later version of this program wrote it")
     values = [fields.get(name) for name in Announcement._fields]
@@ -192,9 +193,9 @@ def _checked(service: str, version: str, at_ns: int) -> Announcement:
     ]
     for what, name in zip(("service", "version"), names, strict=True):
         if not name:
-            raise ValueError(f"the {what} has no name")
+            raise ValueError(f"the name of the {what} is empty")
     if not 0 <= at_ns <= _LATEST_NS:
-        raise ValueError(f"{at_ns} is no time between 1970 and 2262")
+        raise ValueError(f"{at_ns} is not a time between 1970 and 2262")
     return Announcement(names[0], names[1][:MAX_VERSION].strip(), at_ns)
 
 

@@ -20,7 +20,6 @@ from profiler.comparison.distributions import rate_interval
 from profiler.comparison.noise import Past, estimate_noise, too_little, visible_change
 from profiler.comparison.sides import ComparisonError, Operand, Side, WindowPair, sides_of_profiles
 from profiler.comparison.verdict import Change, Contrast, Costs, Judgement, Noise, NoiseSource
-from profiler.text import counted
 from storage.profile import Profile
 from storage.query.query import Query
 from symbolizer.location import Frame
@@ -32,17 +31,17 @@ _ALIKE = 3
 
 
 class Function(NamedTuple):
-    """One line of the answer. Triples are an estimate and its 95 % interval."""
+    """A function in a comparison. Triples are an estimate and its 95 % interval."""
 
     frame: Frame
     self: tuple[float, float]
     total: tuple[float, float]
     cores: tuple[float, float, float]
-    """Cores a host that the after side has more, not less the common change."""
+    """Additional cores per host; the common change is not subtracted."""
     share: tuple[float, float, float]
-    """Points of the total (0.01 is one per cent) that the after side has more."""
+    """The additional part of the total: 0.01 is one percentage point."""
     relative: tuple[float, float, float]
-    """Growth less the common change: 0.5 is half as much again."""
+    """Growth, with the common change subtracted: 0.5 is 50 % more."""
     p: float
     q: float
     change: Change
@@ -65,7 +64,7 @@ class Comparison:
     df: float
     common: CommonChange
     functions: tuple[Function, ...]
-    """By how much they matter: what changed first, then by cost."""
+    """Changed functions first, by their change of the total; then the others by cost."""
     warnings: tuple[str, ...]
 
 
@@ -74,8 +73,8 @@ def of_store(
 ) -> Comparison:
     """Compare two windows of a store.
 
-    Nothing that straddles one of the times `changes_ns` is taken for the service's unchanged past,
-    nor what straddles a version change that its labels tell of.
+    An earlier position counts as unchanged past only if neither one of the times `changes_ns` nor
+    a change of the label version lies inside it.
 
     Raises:
         EmptySideError: a side has no samples.
@@ -92,7 +91,7 @@ def of_store(
 
 
 class Calibration(NamedTuple):
-    """Of how many unchanged pairs of windows any function was called changed, and their rate."""
+    """The rate of false alarms: of unchanged pairs in which a function is called changed."""
 
     pairs: int
     alarms: int
@@ -104,7 +103,7 @@ class Calibration(NamedTuple):
 def calibrate(
     query: Query, before: Operand, after: Operand, changes_ns: Sequence[int] = ()
 ) -> Calibration:
-    """Judge each earlier position of two windows by the others, by the same rule as ever.
+    """Test each earlier position of two windows with the noise of the other positions.
 
     Raises:
         ComparisonError: there are too few of them.
@@ -113,9 +112,8 @@ def calibrate(
     past = list(Past(query, pair, changes_ns).costs())
     if len(past) <= verdict.MIN_POSITIONS:
         raise ComparisonError(
-            f"nothing to calibrate with: {counted(len(past), 'earlier position')} of the same"
-            f" length, on the same hosts and of one version, and it takes"
-            f" {verdict.MIN_POSITIONS + 1}"
+            f"cannot calibrate: {verdict.MIN_POSITIONS + 1} earlier positions of the same length,"
+            f" on the same hosts and of one version are needed, and there are {len(past)}"
         )
     contrasts = [pair.contrast(*costs) for costs in past]
     alarms = 0
@@ -128,7 +126,7 @@ def calibrate(
 
 
 def of_profiles(before: Sequence[Profile], after: Sequence[Profile], name: str = "") -> Comparison:
-    """Compare files. Several a side are replicates: what differs between them is the noise.
+    """Compare files. Several on a side are replicates: their differences are the noise.
 
     Raises:
         ComparisonError: a side is empty.
@@ -139,8 +137,8 @@ def of_profiles(before: Sequence[Profile], after: Sequence[Profile], name: str =
         now, noise = verdict.contrast_of_replicates(sides[0].costs, sides[1].costs)
         return _judged(sides[0], sides[1], now, noise, warnings)
     warnings.append(
-        f"too little data for a verdict: {len(before)} and {len(after)} files;"
-        f" {verdict.MIN_REPLICATES} or more a side tell how far they stray{visible_change(sides)}"
+        f"too little data for a verdict: {len(before)} and {len(after)} files; the noise is"
+        f" estimated from {verdict.MIN_REPLICATES} or more on each side{visible_change(sides)}"
     )
     pooled = [Costs(side.samples.sum(axis=0)[None], np.ones(1)) for side in sides]
     return _judged(sides[0], sides[1], verdict.contrast(*pooled), None, warnings)
@@ -181,12 +179,12 @@ def _judged(
     large = verdict.large_functions(sides[0] + sides[1], now.cells)
     if noise and large.sum() < verdict.MIN_COMMON:
         warnings.append(
-            "too few functions are large enough to tell a change of the load from one of theirs:"
-            " growth is read with care"
+            "too few functions are large enough to tell a change of the load from a change of a"
+            " function: read growth with care"
         )
     growth = math.expm1(now.common)
     if abs(growth) > _LOAD:
-        warnings.append(f"the load changed: all functions by {growth:+.0%} in common")
+        warnings.append(f"the load changed: all functions together changed by {growth:+.0%}")
     return Comparison(
         before=before,
         after=after,
@@ -200,7 +198,7 @@ def _judged(
 
 
 def _renamed(functions: Sequence[Function]) -> list[str]:
-    """Say which modules of one side look like one of the other under another name."""
+    """Return warnings about modules that look alike but have another name on each side."""
     names: list[dict[str, set[str]]] = [{}, {}]
     for function in functions:
         for side, total in zip(names, function.total, strict=True):
@@ -213,8 +211,8 @@ def _renamed(functions: Sequence[Function]) -> list[str]:
             smaller = min(len(before[old]), len(after[new]))
             if len(before[old] & after[new]) >= max(_ALIKE, smaller / 2):
                 found.append(
-                    f"{old} and {new} have the same functions, which are compared by file name:"
-                    " give both builds the same one, in folders of their own"
+                    f"{old} and {new} have the same functions but are compared by file name: give"
+                    " both builds the same file name, in different folders"
                 )
     return found[:_ALIKE]
 
@@ -229,7 +227,7 @@ def _undecided(now: Contrast) -> Judgement:
 def _spread(
     before: float, after: float, ratio: float, low: float, high: float
 ) -> tuple[float, float, float]:
-    """Return a difference with an interval as wide as that of the log ratio makes it."""
+    """Return a difference, with its interval scaled from that of the log ratio."""
     middle = (before + after) / 2
     change = after - before
     if not middle:
@@ -239,13 +237,13 @@ def _spread(
 
 def _because(found: Judgement, i: int, noise: Noise | None) -> str:
     if noise is None:
-        return "nothing tells how far it strays when nothing has changed"
+        return "the noise is not known"
     reach = float(found.high[i] - found.low[i]) / 2
     if found.changes[i] == Change.UNCHANGED and found.q[i] <= verdict.LEVEL:
         return f"changed by less than {verdict.MIN_POINTS:.1%} of the total"
     if found.changes[i] == Change.UNCHANGED:
         return f"changes below {math.expm1(reach):.0%} would not show"
-    return f"strays by {math.expm1(reach):.0%} when nothing has changed"
+    return f"varies by {math.expm1(reach):.0%} when nothing has changed"
 
 
 def _by_weight(function: Function) -> tuple[bool, float]:

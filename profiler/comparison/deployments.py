@@ -1,4 +1,4 @@
-"""Deployments: which there were in a part of a store, and over which windows each is compared."""
+"""Deployments: those in a part of a store, with the windows over which each is compared."""
 
 import functools
 from collections.abc import Callable
@@ -21,25 +21,25 @@ from storage.query.query import Query
 from storage.selector import Selector
 
 AROUND_NS = 2 * PAUSE_NS
-"""So much is read before and behind a window: what was there before it, and how it went on."""
+"""How much is read before and after a window, to see the versions before and the hosts after."""
 _LATEST_NS = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class FoundDeployments:
-    """The deployments of a part of a store, newest first, and what explains that there are none."""
+    """The deployments in a part of a store, newest first, and why there are none."""
 
     deployments: tuple[Deployment, ...]
     matches: tuple[Match, ...]
-    """Of each, over which windows it is compared."""
+    """The windows over which each is compared."""
     all_ns: tuple[int, ...]
-    """When any of these services was deployed, also before and behind what is asked for."""
+    """When any of these services was deployed, also before and after the window."""
     has_objects: bool
     """Something was profiled in the window, or there are deployments."""
     services: tuple[str, ...]
-    """Those that were there and are asked for."""
+    """The selected services that ran."""
     has_versions: bool
-    """Any of them has one."""
+    """At least one of them has a version."""
     skipped: tuple[Skipped, ...]
 
     def records(self) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ class FoundDeployments:
 
     @property
     def reason(self) -> str:
-        """Why there is none; empty where there are some."""
+        """Why there are no deployments; empty if there are some."""
         if self.deployments:
             return ""
         if not self.has_objects:
@@ -67,8 +67,7 @@ def deployments_in(
 ) -> FoundDeployments:
     """Return the deployments that began in a window. `check` is called while the store is listed.
 
-    Of the selector, `version` says which deployments; everything else says which services and
-    hosts are looked at.
+    In the selector, `version` selects deployments; all other labels select services and hosts.
     """
     around = Window(max(0, window.start_ns - AROUND_NS), min(_LATEST_NS, window.end_ns + AROUND_NS))
     of_version = Selector(tuple(each for each in selector.matchers if each.name == "version"))
@@ -78,7 +77,7 @@ def deployments_in(
     services = {dict(labels).get("service", "") for labels in presence.label_sets} - {""}
     sightings = Sightings.of(presence)
     told = list_announcements(store, around, check=check)
-    # Nobody announces for a host: what is asked for by more than the service has to be there.
+    # Announcements name no host: if the selector names more than the service, it must have run.
     is_wider = len(of_others.matchers) > len(of_service.matchers)
     announcements = [
         each

@@ -1,6 +1,6 @@
 """Gate: the verdict of a whole comparison, and which changes fail a pipeline.
 
-Only what costs more can fail.
+Only functions that cost more can fail.
 """
 
 import re
@@ -17,7 +17,7 @@ _CONDITION = re.compile(r"(relative|share)>=(\d+(?:\.\d+)?)(%|pp)")
 
 
 class Gate(NamedTuple):
-    """What a function that costs more must reach to fail: growth, and points of the total."""
+    """A function fails if it grew by at least this ratio and by this part of the total."""
 
     relative: float
     share: float
@@ -27,13 +27,13 @@ class Gate(NamedTuple):
         """Read `relative>=10%,share>=0.5pp`, or one of the two.
 
         Raises:
-            ValueError: it says something else.
+            ValueError: it is something else.
         """
         least = {"relative": 0.0, "share": 0.0}
         for part in text.replace(" ", "").split(","):
             found = _CONDITION.fullmatch(part)
             if not found or (found[1] == "relative") != (found[3] == "%"):
-                raise ValueError(f"{text!r} is no gate (try {DEFAULT_GATE!r})")
+                raise ValueError(f"{text!r} is not a gate (try {DEFAULT_GATE!r})")
             least[found[1]] = float(found[2]) / 100
         return cls(**least)
 

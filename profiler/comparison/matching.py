@@ -1,9 +1,9 @@
-"""Matched windows: over which a deployment is compared, so that little but the version differs.
+"""Matched windows: the two windows over which a deployment is compared.
 
-Both sides are equally long, an hour at most. The side before ends when the first host changed; the
-side after begins when the last one had for two windows. Neither holds another deployment of the
-service. A canary is compared with the rest at the same time. Where the past is short the windows
-are shorter, so that there are enough earlier positions of them to judge by.
+Both are equally long, an hour at most. The one before ends when the first host changed; the one
+after begins two windows after the last host changed. Neither contains another deployment of the
+service. A canary is compared with the other hosts at the same time. If the past is short, the
+windows are shorter, so that there are enough earlier positions to estimate the noise from.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,17 +20,17 @@ from storage.query.presence import ServicePresence
 from storage.selector import Matcher, Operator, Selector
 
 _GRID_NS = GRIDS_NS[0][1]
-"""Longer windows are aligned to it: their past is then quickly read."""
+"""Longer windows are aligned to it, because their past is then read faster."""
 _LEAST_WINDOWS = 5
-"""No window is made shorter than this for the sake of more positions."""
+"""Windows are not made shorter than this to get more positions."""
 _MOST_SPOILED = 3
-"""Deployments of the past that windows are made shorter for; more would leave them too short."""
+"""Windows are made shorter for so many deployments of the past; for more they get too short."""
 _PROBES = (24, 15, 10, 7, 4, 2)
-"""Hours before the windows at which it is looked whether there are data."""
+"""Hours before the windows at which the store is probed for data."""
 
 
 class Match(NamedTuple):
-    """Two windows to compare, or why there are none."""
+    """Two windows to compare, or the reason why there are none."""
 
     before: Operand | None
     after: Operand | None
@@ -51,7 +51,7 @@ class Match(NamedTuple):
 
 
 def service_spans(presence: ServicePresence) -> dict[str, Window]:
-    """Return from when until when each service is known to have been there."""
+    """Return the time from the first to the last window of each service."""
     numbers = presence.rows[:, 0]
     found: dict[str, Window] = {}
     for i, labels in enumerate(presence.label_sets):
@@ -72,10 +72,10 @@ def match(
 ) -> Match:
     """Choose the windows. `of_service` are all deployments of the same service, earliest first.
 
-    `span` is when the service is known to have been there; `has_data` tells of other times.
+    `span` is the time in which the service ran; `has_data` tells whether a window has data.
     """
     if span is None:
-        return _none(f"nothing of {deployment.service} was profiled around it")
+        return _none(f"{deployment.service} was not profiled around it")
     window_ns = max(NS_PER_S, (deployment.settled_ns - deployment.last_ns) // SETTLED_WINDOWS)
     earlier = [each for each in of_service if each.first_ns < deployment.first_ns]
     later = [each for each in of_service if each.first_ns > deployment.first_ns]
@@ -85,8 +85,8 @@ def match(
         if later and later[0].first_ns <= deployment.settled_ns:
             return _none(f"{_name(later[0])} came before it had settled")
         return _none(
-            f"it has settled only at {rfc3339(deployment.settled_ns)}, and nothing is known of"
-            " later yet: wait for a few windows"
+            f"it has settled only at {rfc3339(deployment.settled_ns)}, and there are no later data"
+            " yet: wait for a few windows"
         )
     first_ns = deployment.first_ns // window_ns * window_ns
     gap_ns = deployment.settled_ns - first_ns
@@ -104,7 +104,7 @@ def match(
         return _none(
             f"{_name(earlier[-1])} had not settled before it"
             if earlier and earlier[-1].settled_ns > span.start_ns
-            else "nothing is known of the time before it"
+            else "there are no data from before it"
         )
     length_ns = min(HOUR_NS, after_ns, before_ns)
     if len(deployment.hosts) < MIN_HOSTS:
@@ -131,13 +131,13 @@ def _match(deployment: Deployment, selector: Selector, before: Window, after: Wi
         of_version = [Matcher("version", Operator.EQUAL, version)] if version else []
         return Operand(Selector((service, *of_version, *kept)), window)
 
-    # A service without versions is announced as one, and its windows do not know it.
+    # If a service has no label version, an announced version does not select its windows.
     version = deployment.version if deployment.hosts else ""
     return Match(operand(deployment.previous, before), operand(version, after), "")
 
 
 def _past_ns(until_ns: int, span: Window, has_data: Callable[[Window], bool]) -> int:
-    """Return for how long there are data before a time, as far as it matters."""
+    """Return how long before a time there are data, up to the history that is used."""
     known_ns = until_ns - span.start_ns
     for hours in _PROBES:
         hour_ns = (until_ns // HOUR_NS - hours) * HOUR_NS
@@ -149,22 +149,22 @@ def _past_ns(until_ns: int, span: Window, has_data: Callable[[Window], bool]) ->
 
 
 class _Room(NamedTuple):
-    """What there is of the past, and what a position takes: its windows, and the time between."""
+    """The length of the past, and what a position needs: its windows and the time between."""
 
     past_ns: int
     gap_ns: int
     windows: int
     window_ns: int
     earlier: int
-    """Deployments in it: each may spoil two positions."""
+    """Deployments in the past: each may invalidate two positions."""
 
 
 def _shortened(length_ns: int, room: _Room) -> int:
-    """Return a length of which there are enough positions, if one is long enough for that."""
+    """Return a length for which there are enough positions, if it is not too short."""
     fits_ns, positions = 0, MIN_POSITIONS + 2 * min(room.earlier, _MOST_SPOILED)
     for least_ns, grid_ns in GRIDS_NS:
         between_ns = positions * (room.gap_ns + grid_ns)
-        # One more window of the past is the side before itself.
+        # The side before is itself a window of the past.
         fits_ns = (room.past_ns - between_ns) // (room.windows * positions + 1)
         fits_ns -= fits_ns % room.window_ns
         if room.windows * fits_ns + room.gap_ns >= least_ns:
@@ -173,7 +173,7 @@ def _shortened(length_ns: int, room: _Room) -> int:
 
 
 def _aligned(before: Window, after: Window, begin_ns: int, end_ns: int) -> tuple[Window, Window]:
-    """Move long windows apart to whole tens of minutes, as far as there is room."""
+    """Align long windows to ten minutes, by moving them apart as far as there is room."""
     length_ns = (after.end_ns - after.start_ns) // _GRID_NS * _GRID_NS
     if length_ns < 3 * _GRID_NS:
         return before, after

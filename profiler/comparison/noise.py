@@ -29,14 +29,14 @@ GRIDS_NS = (
     (2 * MINUTE_NS, MINUTE_NS),
     (0, 5 * NS_PER_S),
 )
-"""Positions of spans that are so long lie multiples of this back: objects begin at multiples of
-their length, and ten minutes of them are kept merged."""
+"""For spans of at least this length, positions are multiples of this apart: objects begin at
+multiples of their length, and ten minutes of them are kept merged."""
 HISTORY_NS = _DAY_NS
-"""How far back earlier positions are looked for that follow each other."""
+"""How far back to look for positions that follow each other."""
 _MOST_POSITIONS = 24
 _MOST_DAYS = 14
 _SMALL = 0.01
-"""Of the total: the function whose smallest visible change tells how little data there are."""
+"""Of the total: a warning names the smallest change that shows in a function of this size."""
 
 
 class Past:
@@ -52,7 +52,7 @@ class Past:
         overlap = max(w.start_ns for w in windows) < min(w.end_ns for w in windows)
         has_common = set(pair.hosts[0]) & set(pair.hosts[1])
         self.is_possible = not (overlap and has_common)
-        """Else both sides are the same wherever versions do not tell them apart."""
+        """Otherwise both sides are the same at all earlier positions."""
         span_ns = self.span.end_ns - self.span.start_ns
         grid_ns = next(grid_ns for least_ns, grid_ns in GRIDS_NS if span_ns >= least_ns)
         self.step_ns = -(-span_ns // grid_ns) * grid_ns
@@ -62,6 +62,7 @@ class Past:
         ]
 
     def costs(self) -> Iterator[tuple[Costs, Costs]]:
+        """Return the costs of both sides at each position that has samples on both."""
         if not self.is_possible:
             return
         query, positions = self._positions()
@@ -115,7 +116,7 @@ class Past:
         return any(True for _ in self._query.objects(window))
 
     def _valid(self, query: Query, backs: Sequence[int]) -> list["Position"]:
-        """Return those at which the service was there as it is now, in one version."""
+        """Return the positions at which the service ran on the same hosts, in one version."""
         window = self._back(self.span, backs[-1], backs[0])
         knowns = [service_selector(each) for each in self._selectors]
         presences = [
@@ -131,7 +132,7 @@ class Past:
             versions = set()
             for known, presence in zip(knowns, of_side, strict=True):
                 versions |= presence.versions(known, span, hosts)
-            # Of many services some program is always a new one.
+            # Among many services some version always changes.
             if len({service for service, _ in versions}) == 1 and len(versions) > 1:
                 continue
             seconds = tuple(
@@ -156,12 +157,13 @@ class Past:
 class Position(NamedTuple):
     back_ns: int
     seconds: tuple[dict[str, float], ...]
-    """By side: for how long the service was there, by host."""
+    """By side: how long the service ran, by host."""
 
 
 def estimate_noise(
     pair: WindowPair, before: Side, after: Side, past: Sequence[Contrast]
 ) -> tuple[Contrast, Noise | None]:
+    """Return the contrast of both sides and its noise, None if there is too little data."""
     now = pair.contrast(before.costs, after.costs)
     if len(past) >= verdict.MIN_POSITIONS:
         return pair.against(now, past)
@@ -175,7 +177,7 @@ def estimate_noise(
 
 
 def too_little(past: Past, sides: Sequence[Side], positions: int) -> str:
-    """Say what a verdict would take, and what could show with as many samples."""
+    """Return a warning that says how much data a verdict needs, and what could show then."""
     hosts = len(sides[0].hosts)
     text = (
         f"too little data for a verdict: {counted(positions, 'earlier position')} of the same"
@@ -193,9 +195,10 @@ def too_little(past: Past, sides: Sequence[Side], positions: int) -> str:
 
 
 def visible_change(sides: Sequence[Side]) -> str:
+    """Return the end of a warning: the smallest change that so many samples can show."""
     samples = [max(1.0, _SMALL * float(side.samples.sum())) for side in sides]
     reach = student_quantile(verdict.LEVEL, 1e6)
     least = math.expm1(reach * math.sqrt(sum(1 / each for each in samples)))
     if least > 1:
-        return f"; so few samples show nothing of a function of {_SMALL:.0%}"
-    return f"; so many samples show changes from {least:.0%} on in a function of {_SMALL:.0%}"
+        return f"; with so few samples no change of a function of {_SMALL:.0%} can show"
+    return f"; with so many samples a function of {_SMALL:.0%} must change by {least:.0%} to show"

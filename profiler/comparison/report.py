@@ -17,14 +17,14 @@ _SHOWN = 20
 NAME_WIDTH = 60
 _NOISE = {
     NoiseSource.HISTORY: "{} earlier positions of the same length, on the same hosts",
-    NoiseSource.HOSTS: "what differs between {} hosts",
-    NoiseSource.REPLICATES: "what differs between {} runs",
+    NoiseSource.HOSTS: "differences between {} hosts",
+    NoiseSource.REPLICATES: "differences between {} runs",
     NoiseSource.NONE: "unknown",
 }
 
 
 def as_json(found: Comparison, verdict: Verdict, gate: Gate) -> bytes:
-    """Return it as interfaces for programs say: times are Unix ms, shares parts of 1."""
+    """Return the comparison as JSON: times are Unix ms, shares are parts of 1."""
     return orjson.dumps(
         {
             "schema": 1,
@@ -79,7 +79,7 @@ def _function_record(function: Function, gate: Gate) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | None:
-    """JSON knows no infinity: an interval without an end has none."""
+    """Return None for infinity, which JSON does not have."""
     return value if abs(value) < 1e300 else None
 
 
@@ -191,5 +191,5 @@ def _table(found: Comparison, shown: Sequence[Function], gate: Gate) -> list[str
 
 
 def _markdown(text: str) -> str:
-    """Names come from outside: nothing in them may be markup."""
+    """Escape Markdown in text that contains names from outside."""
     return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", text)

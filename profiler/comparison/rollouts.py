@@ -1,19 +1,20 @@
-"""Deployments: when a service began to run another version, from which services were where.
+"""Rollouts: deployments found from sightings, that is which version ran on which host and when.
 
-Nobody has to tell of them: every window of every host says which services were there, in which
-version. A host *changes* when it runs another version than the one it ran last, however long it was
-off between, or when it is new and runs one that nobody runs. Changes to one version that follow
+Nobody has to announce them: every window of every host says which services ran, in which version.
+A host *changes* when it runs another version than the last time, however long it was off between,
+or when it is new and runs a version that no other host runs. Changes to one version that follow
 each other are one deployment:
 
 - `rollout`: to a version that is newer than the one before it
 - `rollback`: to one that was there before that
 - `canary`: some hosts stayed on the version before for longer than a rollout takes
 
-A version that a host runs for one window only is none, as is one that is back after a restart. What
-was there when the data begin is no deployment, as nothing is known of what was there before it.
+A version that a host runs for a single window does not count, nor does one that is back after a
+restart. A version that runs when the data begin is not a deployment, because the one before it is
+not known.
 
-Pipelines may announce deployments (`profiler.comparison.announcements`): that gives the exact begin
-of one that was found, and is all there is of services without a version.
+Pipelines may announce deployments (`profiler.comparison.announcements`): that gives the exact start
+of one that was found, or announces one that cannot be detected because the service has no version.
 """
 
 from collections import Counter
@@ -35,7 +36,7 @@ PAUSE_NS = 1800 * NS_PER_S
 that have not changed by then stay on the version before."""
 SETTLED_WINDOWS = 2
 _FEWEST_WINDOWS = 2
-"""A version seen in fewer is none; one missing in fewer was there."""
+"""A version seen in fewer windows does not count; one missing in fewer still ran."""
 _USUAL_WINDOW_NS = 60 * NS_PER_S
 _LATEST_NS = 2**63 - 1
 
@@ -55,7 +56,7 @@ class DeploymentSource(StrEnum):
 class Deployment:
     """A service that began to run a version. Times are those of windows, unless it was announced.
 
-    What is only announced has no hosts and no version before it.
+    One that is only announced has no hosts and no previous version.
     """
 
     service: str
@@ -67,12 +68,12 @@ class Deployment:
     last_ns: int
     """The end of the window in which the last host changed."""
     settled_ns: int
-    """Two windows later: from here on it is compared."""
+    """Two windows later: the comparison begins here."""
     hosts: tuple[str, ...]
     """Those that changed, by name."""
     hosts_before: tuple[str, ...]
-    """Those that still ran the version before once the last host had changed. One that runs both,
-    in several processes, is among `hosts`, too."""
+    """Those that still ran the previous version when the last host had changed. One that runs both,
+    in several processes, is also in `hosts`."""
     kind: DeploymentKind = DeploymentKind.ROLLOUT
     source: DeploymentSource = DeploymentSource.FOUND
 
@@ -101,14 +102,14 @@ class Instance(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sightings:
-    """What ran where: `rows` has a line (start_ns, end_ns, instance) per window of each."""
+    """Which instance ran when: a line of `rows` is (start_ns, end_ns, instance) of one window."""
 
     instances: tuple[Instance, ...]
     rows: Integers
 
     @classmethod
     def of(cls, presence: ServicePresence) -> "Sightings":
-        """Take what has a service and a version from the presence of services."""
+        """Return those instances of the presence that have a service and a version."""
         numbers: dict[Instance, int] = {}
         of_set = []
         for labels in map(dict, presence.label_sets):
@@ -122,7 +123,7 @@ class Sightings:
 
 
 class _Run(NamedTuple):
-    """A version of a service on a host, without a pause of two windows of that service there."""
+    """A version of a service on a host, without a gap of two windows of the service there."""
 
     start_ns: int
     first_end_ns: int
@@ -160,11 +161,11 @@ def find_deployments(sightings: Sightings) -> list[Deployment]:
 def merge_announcements(
     found: Iterable[Deployment], announcements: Iterable[Announcement]
 ) -> list[Deployment]:
-    """Put what was found and what was announced together, earliest first.
+    """Merge found and announced deployments, earliest first.
 
-    An announcement belongs to the deployment of its service and version that is nearest, up to
-    PAUSE_NS away; one after the first window came too late to tell its begin. What belongs to no
-    deployment is one of its own, and once only if it was said repeatedly.
+    An announcement belongs to the nearest deployment of its service and version, up to PAUSE_NS
+    away; one after the first window is too late to give the start. An announcement that belongs to
+    none becomes a deployment of its own, and repeated ones become one.
     """
     of_version: dict[tuple[str, str], list[Deployment]] = {}
     for each in sorted(found, key=_order):
@@ -191,7 +192,7 @@ def _is_near(deployment: Deployment, at_ns: int) -> bool:
 
 
 def _told(deployment: Deployment, at_ns: int) -> Deployment:
-    if deployment.source is DeploymentSource.ANNOUNCED:  # what was said first counts
+    if deployment.source is DeploymentSource.ANNOUNCED:  # the first announcement counts
         return deployment
     window_ns = (deployment.settled_ns - deployment.last_ns) // SETTLED_WINDOWS
     is_begin = at_ns <= deployment.first_ns + window_ns
@@ -246,7 +247,7 @@ def _runs(sightings: Sightings) -> Iterator[_Run]:
 
 
 class _Service:
-    """Goes through the runs of one service in the order of time."""
+    """The runs of one service, in the order of time."""
 
     def __init__(self, runs: Sequence[_Run]) -> None:
         self._since: dict[str, int] = {}
@@ -270,7 +271,7 @@ class _Service:
         self._reached: dict[str, int] = {}
         """Until when each version is seen in the runs that have begun."""
         self._open: dict[str, list[_Change]] = {}
-        """By version, the changes that another may follow."""
+        """By version, the changes of a rollout that may go on."""
 
     def deployments(self) -> Iterator[Deployment]:
         done: list[list[_Change]] = []
@@ -284,7 +285,7 @@ class _Service:
             hosts = {change.run.host for change in changes}
             for version, rollout in list(self._open.items()):
                 is_late = at_ns - rollout[-1].run.start_ns > self._pause_ns
-                # Whoever leaves a version again ends the rollout to it.
+                # A host that leaves the version again ends the rollout to it.
                 if is_late or not hosts.isdisjoint(each.run.host for each in rollout):
                     done.append(self._open.pop(version))
             for change in changes:
@@ -306,7 +307,7 @@ class _Service:
             return None
         now_ns = min(run.start_ns, max(self._reached.values()))
         if self._reached.get(run.version, -1) >= now_ns - self._pause_ns:
-            # That is what runs today; while it is rolled out, new hosts are a part of that.
+            # Others run this version already: a new host belongs to their rollout if it goes on.
             rollout = self._open.get(run.version)
             is_going_on = (
                 rollout is not None
@@ -355,7 +356,7 @@ class _Service:
         )
 
     def _changed_ns(self, change: _Change) -> int:
-        """Return when a host had changed: what it ran before may take a while to end."""
+        """Return when a host had changed: the previous version may take a while to end."""
         at_ns, host = change.run.start_ns, change.run.host
         ends = [
             run.end_ns

@@ -34,7 +34,7 @@ _LOST = 0.02
 
 
 class ComparisonError(ValueError):
-    """There is nothing to compare; the message says on which side."""
+    """There is nothing to compare. The message says on which side."""
 
 
 class EmptySideError(ComparisonError):
@@ -47,7 +47,7 @@ class EmptySideError(ComparisonError):
 
 
 class Operand(NamedTuple):
-    """What one side is taken from in a store."""
+    """A window of a store, and the selector of a side in it."""
 
     selector: Selector
     window: Window
@@ -69,7 +69,7 @@ class Side:
     self_values: Floats
     total_values: Floats
     present_s: Floats
-    """For how long the service was there, by host."""
+    """How long the service ran, by host."""
     versions: tuple[str, ...] = ()
     coverage: Coverage | None = None
     """None for files."""
@@ -80,7 +80,7 @@ class Side:
 
     @property
     def cores(self) -> float:
-        """Mean cores while the service was there, a host; 0 for files that know no time."""
+        """Mean cores per host while the service ran; 0 for files without times."""
         if self.window.end_ns <= self.window.start_ns:
             return 0.0
         return self.total / NS_PER_S / max(1e-9, float(self.present_s.sum()))
@@ -92,10 +92,10 @@ class Side:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FunctionTable:
-    """The functions of both sides, each with its column; what the past had besides is left out."""
+    """The functions of both sides, each with its column; others of the past are left out."""
 
     frames: tuple[Frame, ...]
-    """By name: hashes are keyed, and sums must not depend on their order."""
+    """Ordered by name: hashes are keyed, and sums must not depend on their order."""
     hashes: npt.NDArray[np.uint64]
     columns: npt.NDArray[np.int64]
     """Of each hash."""
@@ -132,7 +132,7 @@ class FunctionTable:
     def _cells(
         self, part: SelfSamples, hosts: dict[str, int]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Return the place of lines, row by row, and which lines have one."""
+        """Return the cell of each line that has one, and which lines have one."""
         rows = [hosts.get(dict(each).get("host", ""), -1) for each in part.service_sets]
         found = np.searchsorted(self.hashes, part.function_hashes)
         found = np.minimum(found, len(self.hashes) - 1)
@@ -181,7 +181,7 @@ def sides_of_profiles(
 
 
 class PresenceByHost:
-    """Which services were where and when, from what every object says of it."""
+    """When services ran on which hosts, as every object says in its head."""
 
     def __init__(self, presence: ServicePresence) -> None:
         labels = [dict(each) for each in presence.label_sets]
@@ -193,9 +193,9 @@ class PresenceByHost:
     def seconds(
         self, selector: Selector, window: Window, hosts: Iterable[str] = ()
     ) -> dict[str, float]:
-        """Return for how long what is asked for was there, by host.
+        """Return how long the selected services ran, by host.
 
-        Profiles of other producers do not say it: then these hosts had it all the time.
+        Profiles of other tools do not say it: then it is the whole window on these hosts.
         """
         if not len(self._set):
             return dict.fromkeys(hosts, (window.end_ns - window.start_ns) / NS_PER_S)
@@ -210,7 +210,7 @@ class PresenceByHost:
         return found
 
     def versions(self, selector: Selector, window: Window, hosts: set[str]) -> set[tuple[str, str]]:
-        """Return the services and versions that were there on some hosts."""
+        """Return the services and versions that ran on these hosts."""
         there = np.unique(self._set[self._chosen(selector, window)]).tolist()
         return {
             (labels.get("service", ""), labels.get("version", ""))
@@ -226,13 +226,13 @@ class PresenceByHost:
 
 
 def service_selector(selector: Selector, but: frozenset[str] = frozenset()) -> Selector:
-    """Return what a selector says of labels that presence is known by."""
+    """Return the part of a selector that presence is known by."""
     names = _SERVICE_LABELS - but
     return Selector(tuple(each for each in selector.matchers if each.name in names))
 
 
 class SideData(NamedTuple):
-    """What one side's window holds."""
+    """What the store has in the window of one side."""
 
     operand: Operand
     sums: FunctionTotals | None
@@ -260,7 +260,7 @@ class WindowPair:
     reads: tuple[SideData, SideData]
     hosts: tuple[tuple[str, ...], tuple[str, ...]]
     is_paired: bool
-    """Each host is compared with itself; else the sides have different ones."""
+    """Each host is compared with itself; otherwise the sides have different hosts."""
     table: FunctionTable
 
     @classmethod
@@ -307,7 +307,7 @@ class WindowPair:
         return verdict.against_history(now, past)
 
     def warnings(self) -> list[str]:
-        """Say which hosts are left out, and what of the sides is unequal."""
+        """Return warnings: which hosts are left out, and how the sides differ."""
         found = []
         for name, read, hosts in zip(("before", "after"), self.reads, self.hosts, strict=True):
             alone = sorted(set(read.seconds) - set(hosts))

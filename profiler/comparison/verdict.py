@@ -1,15 +1,14 @@
-"""Whether functions cost more or less than before: statistics over what a service always costs.
+"""Verdict: a test for each function whether it costs more or less than before.
 
-The quantity that decides is a log ratio: per host the CPU time of a function per time that the
-service was there, after over before, less the *common change*, which is the median over the
-functions that matter. A busier service raises every function, and one function that grows lowers
-every other share; neither is what a change of the code does.
+The test compares CPU seconds per second of service time, per function and host. Its statistic is
+the logarithm of the ratio of after to before, less the *common change*, which is the median over
+the large functions: a busier service raises all functions alike, and that is no change of the code.
 
-How far such a ratio strays when nothing has changed is measured, not assumed: by the same contrast
-at earlier positions of the same service, or between hosts. Variances of single functions from so
-few positions are bad guesses, so they are drawn towards what functions of their size have in common
-(Smyth 2004, "Linear models and empirical Bayes methods", section 6.2), and the false discovery rate
-over all functions is kept at 5 % (Benjamini and Hochberg 1995).
+The noise of such a ratio is measured, not assumed: from the same contrast at earlier positions of
+the same service, or between hosts. The variance of a single function is poorly known from so few
+positions, so it is shrunk towards that of functions of its size (Smyth 2004, "Linear models and
+empirical Bayes methods", section 6.2). The false discovery rate over all functions is kept at 5 %
+(Benjamini and Hochberg 1995).
 """
 
 import math
@@ -32,22 +31,22 @@ from profiler.comparison.distributions import (
 Floats = npt.NDArray[np.float64]
 
 LEVEL = 0.05
-"""Of false discoveries among what is called changed; 1 - LEVEL is that of intervals."""
+"""The rate of false discoveries among changed functions; intervals have the level 1 - LEVEL."""
 MIN_POINTS = 0.001
-"""Of the total: what changes by less is called unchanged. Of 200 functions that only stray, most
-of those that stray far are small, and nobody acts on them."""
+"""Of the total: a smaller change is called unchanged. Of 200 functions that only vary, most of
+those that vary much are small, and nobody acts on them."""
 MIN_SHARE = 0.002
-"""Of the total: smaller functions do not tell what all have in common."""
+"""Of the total: smaller functions do not count for the common change."""
 MIN_COMMON = 10
-"""So many functions must be that large; the median of fewer is a function of its own."""
+"""The common change needs so many large functions; the median of fewer follows single ones."""
 MIN_POSITIONS = 6
 MIN_HOSTS = 8
 MIN_REPLICATES = 3
 _MIN_SAMPLES = 20
-"""On a host and side, on average: of fewer the logarithm says little, and one burst makes them.
-Functions with fewer are not looked at, and cost the others nothing."""
+"""On a host and side, on average: the logarithm of fewer says little, and a single burst can cause
+them. Functions with fewer are not tested, so they do not raise the q-values of others."""
 _GUARD = 0.5
-"""Samples that are added to each count, so that none is zero."""
+"""Samples added to each count, so that none is zero."""
 
 
 class Change(StrEnum):
@@ -60,7 +59,7 @@ class Change(StrEnum):
 
 
 class NoiseSource(StrEnum):
-    """What says how far ratios stray when nothing has changed."""
+    """What the noise is estimated from."""
 
     HISTORY = "history"
     HOSTS = "hosts"
@@ -72,8 +71,8 @@ class NoiseSource(StrEnum):
 class Costs:
     """The self CPU time of a service's functions in one window.
 
-    `samples` has a row per host and a column per function; fractions are fine. `present_s` tells
-    for how long the service was on each host; where it was not, the host is left out.
+    `samples` has a row per host and a column per function; it may contain fractions. `present_s` is
+    how long the service ran on each host; a host with 0 is left out.
     """
 
     samples: Floats
@@ -84,10 +83,9 @@ class Costs:
 class Contrast:
     """Log ratios of after to before.
 
-    `ratios` has a row per host that is on both sides, a column per function, and is less the
-    `common` change. `counting` is the variance that the mean of a column has from counting samples
-    alone, were nothing changed: 2 / n for two counts that are both n. `cells` is of how many counts
-    a column is made.
+    `ratios` has a row per host that is on both sides and a column per function; the `common` change
+    is subtracted. `counting` is the variance of a column's mean that comes from counting samples if
+    nothing changed: 2 / n for two counts of n. `cells` is the number of counts in a column.
     """
 
     ratios: Floats
@@ -121,7 +119,7 @@ def contrast(before: Costs, after: Costs) -> Contrast:
         np.median(ratios[:, large], axis=1) if large.sum() >= MIN_COMMON else np.zeros(len(ratios))
     )
     common = float(np.median(ratios.mean(axis=0)[large])) if large.sum() >= MIN_COMMON else 0.0
-    # Were nothing changed, each side would have its part of what both have together.
+    # If nothing changed, each side is expected to have its part of the samples of both.
     both, total = counts[0] + counts[1], spans[0] + spans[1]
     expected = [both * span / total + _GUARD for span in spans]
     counting = (1 / expected[0] + 1 / expected[1]).sum(axis=0) / len(ratios) ** 2
@@ -129,7 +127,7 @@ def contrast(before: Costs, after: Costs) -> Contrast:
 
 
 def large_functions(samples: Floats, cells: int) -> npt.NDArray[np.bool_]:
-    """Return which functions are large enough to say what all have in common."""
+    """Return which functions are large enough to count for the common change."""
     least = max(MIN_SHARE * samples.sum(), _MIN_SAMPLES * cells)
     is_large: npt.NDArray[np.bool_] = samples >= least
     return is_large
@@ -139,7 +137,7 @@ def large_functions(samples: Floats, cells: int) -> npt.NDArray[np.bool_]:
 class Noise:
     """Variances of a contrast's means, each with the same degrees of freedom.
 
-    `counting` is the part of `variances` that counting samples explains.
+    `counting` is the part of `variances` that comes from counting samples.
     """
 
     source: NoiseSource
@@ -151,7 +149,7 @@ class Noise:
 
 
 def noise_of_history(past: Sequence[Contrast], independent: int) -> Noise:
-    """Take the same contrast at earlier positions, of which so many do not overlap."""
+    """Estimate the noise from the same contrast at earlier positions that do not overlap."""
     means = np.array([each.mean for each in past])
     return Noise(
         source=NoiseSource.HISTORY,
@@ -164,7 +162,7 @@ def noise_of_history(past: Sequence[Contrast], independent: int) -> Noise:
 
 
 def against_history(now: Contrast, past: Sequence[Contrast]) -> tuple[Contrast, Noise]:
-    """Take from a contrast of different hosts what they always differ by, as their past shows."""
+    """Subtract from a contrast of different hosts the difference that they had in the past."""
     means = np.array([each.mean for each in past])
     commons = np.array([each.common for each in past])
     ratios, common = now.ratios - means.mean(axis=0), now.common - float(commons.mean())
@@ -181,7 +179,7 @@ def against_history(now: Contrast, past: Sequence[Contrast]) -> tuple[Contrast, 
 
 
 def noise_of_hosts(now: Contrast) -> Noise:
-    """Take what differs between hosts."""
+    """Estimate the noise from the differences between hosts."""
     hosts = len(now.ratios)
     own = now.ratios - (now.hosts_common - now.common)[:, None]
     return Noise(
@@ -197,9 +195,9 @@ def noise_of_hosts(now: Contrast) -> Noise:
 def contrast_of_replicates(
     before: Costs, after: Costs, source: NoiseSource = NoiseSource.REPLICATES
 ) -> tuple[Contrast, Noise]:
-    """Compare two sets of runs or of different hosts, each row one of them.
+    """Compare two sets of runs or of different hosts, each a row.
 
-    The noise is what differs between the rows of one side; it means nothing where both have one.
+    The noise is the variance between the rows of a side; it has no meaning if both have one row.
     """
     sides = [before, after]
     cells = len(before.samples) + len(after.samples)
@@ -211,9 +209,9 @@ def contrast_of_replicates(
     common = float(np.median((means[1] - means[0])[large])) if has_common else 0.0
     squares, runs_common, weight = np.zeros(len(both)), 0.0, 0.0
     for each, mean in zip(rates, means, strict=True):
-        strays = each - mean
-        own = np.median(strays[:, large], axis=1) if has_common else np.zeros(len(each))
-        squares += ((strays - own[:, None]) ** 2).sum(axis=0)
+        residuals = each - mean
+        own = np.median(residuals[:, large], axis=1) if has_common else np.zeros(len(each))
+        squares += ((residuals - own[:, None]) ** 2).sum(axis=0)
         runs_common += float((own**2).sum())
         weight += 1 / len(each)
     df = max(1, sum(len(each) - 1 for each in rates))
@@ -252,7 +250,7 @@ def judge_common(now: Contrast, noise: Noise | None) -> CommonJudgement:
 
 
 class Judgement(NamedTuple):
-    """Of each function: the log ratio, its interval, p and q values, and what is made of it."""
+    """Of each function: the log ratio, its interval, p-value, q-value and the change."""
 
     ratios: Floats
     low: Floats
@@ -263,7 +261,7 @@ class Judgement(NamedTuple):
 
 
 def judge(now: Contrast, samples: tuple[Floats, Floats], noise: Noise) -> Judgement:
-    """Return what has changed. `samples` are each function's before and after, of all hosts."""
+    """Test every function. `samples` are those of each function before and after, of all hosts."""
     ratios = now.mean
     before, after = samples
     tested = before + after >= _MIN_SAMPLES * now.cells
@@ -287,7 +285,7 @@ def judge(now: Contrast, samples: tuple[Floats, Floats], noise: Noise) -> Judgem
 
 
 def points_of(ratios: Floats, before: Floats, after: Floats) -> Floats:
-    """Return what log ratios make of the total: parts of 1, of the mean of both sides.
+    """Return changes as parts of the total, the mean of both sides.
 
     A cost m (1 - x) before and m (1 + x) after has the log ratio 2 atanh(x).
     """
@@ -297,10 +295,10 @@ def points_of(ratios: Floats, before: Floats, after: Floats) -> Floats:
 
 
 def moderate(noise: Noise, counting: Floats, tested: npt.NDArray[np.bool_]) -> tuple[Floats, float]:
-    """Draw variances towards what functions of their size have; return them and their df.
+    """Shrink variances towards those of functions of the same size; return them and their df.
 
-    The variance that is expected of a function is that of counting its samples plus one that all
-    functions share. What single ones differ from that is fitted as limma does (Smyth 2004, 6.2).
+    The expected variance of a function is that of counting its samples plus one that all functions
+    share. The deviations of single functions from it are fitted as limma does (Smyth 2004, 6.2).
     """
     if not tested.any():
         return counting + 1.0, noise.df
@@ -308,12 +306,12 @@ def moderate(noise: Noise, counting: Floats, tested: npt.NDArray[np.bool_]) -> t
     weights = 1 / noise.counting[tested]
     shared = max(0.0, _weighted_median(over, weights))
     expected = noise.counting + shared
-    strange = np.maximum(noise.variances / expected, 1e-6)
-    prior_df, prior = fit_variances(strange[tested], noise.df)
+    excess = np.maximum(noise.variances / expected, 1e-6)
+    prior_df, prior = fit_variances(excess[tested], noise.df)
     if math.isinf(prior_df):
-        factors, df = np.full_like(strange, prior), noise.df * tested.sum()
+        factors, df = np.full_like(excess, prior), noise.df * tested.sum()
     else:
-        factors = (prior_df * prior + noise.df * strange) / (prior_df + noise.df)
+        factors = (prior_df * prior + noise.df * excess) / (prior_df + noise.df)
         df = min(prior_df + noise.df, noise.df * tested.sum())
     return np.maximum(factors * (counting + shared), counting), float(df)
 

@@ -478,18 +478,18 @@ def test_announcements_disturb_nothing_else(store, capfd):
 
 
 HOSTILE = {
-    b"?": "no JSON",
-    b"[1]": "no JSON object",
+    b"?": "not JSON",
+    b"[1]": "not a JSON object",
     b'{"schema":2}': "later version",
     b'{"schema":1,"service":"api","version":2,"at_ns":5}': "no service, version and at_ns",
     b'{"schema":1,"service":"api","version":"2","at_ns":true}': "no service, version and at_ns",
-    b'{"schema":1,"service":"","version":"2","at_ns":5}': "has no name",
-    b'{"schema":1,"service":"api","version":"2","at_ns":-5}': "no time",
+    b'{"schema":1,"service":"","version":"2","at_ns":5}': "is empty",
+    b'{"schema":1,"service":"api","version":"2","at_ns":-5}': "not a time",
     b'{"schema":1,"service":"\\u001b[31m","version":"2","at_ns":5}': "not safe",
     b'{"schema":1,"service":"api","version":"%s","at_ns":5}' % (b"v" * 999): "too long",
     b'{"schema":1,"service":"api","version":"2","at_ns":99}': "another service or time",
     b" " * 100_000: "longer than",
-    b"[" * 10_000: "no JSON",
+    b"[" * 10_000: "not JSON",
 }
 
 
@@ -639,7 +639,8 @@ def test_the_command_says_why_there_is_nothing(store, arguments, code, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "at_text", "message"), [(" ", "now", "the service has no name"), ("a", "soon", "time")]
+    ("name", "at_text", "message"),
+    [(" ", "now", "the name of the service is empty"), ("a", "soon", "time")],
 )
 def test_what_cannot_be_announced_is_said(tmp_path, name, at_text, message):
     """Nothing is written."""

@@ -95,7 +95,7 @@ def test_a_canary_and_the_rest_have_the_same_window():
         ((0, 104), (), "it has settled only at"),
         ((0, 200), (deployed(103, 105, version="3"),), "3 (rollout at"),
         ((0, 200), (deployed(96, 98, version="1"),), "1 (rollout at"),
-        ((100, 200), (), "nothing is known of the time before it"),
+        ((100, 200), (), "there are no data from before it"),
     ],
 )
 def test_what_cannot_be_compared_says_why(span, others, reason):
