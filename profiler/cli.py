@@ -11,6 +11,7 @@ arguments that argparse is to read and the values of those that it is not.
 import argparse
 import contextlib
 import importlib
+import io
 import keyword
 import logging
 import os
@@ -42,6 +43,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. No traceback without --debug."""
+    _replace_closed_streams()
     environment = dict(os.environ)
     # One thread is enough for sums over a few thousand integers; each other costs memory.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -64,6 +66,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"everflame: {error}", file=sys.stderr)
         return 2
+
+
+class _ClosedOutput(io.TextIOBase):
+    """Standard output that the caller has closed: only what writes to it fails."""
+
+    @property
+    def buffer(self) -> "_ClosedOutput":
+        return self
+
+    def write(self, _: object) -> int:
+        raise OSError("cannot write to standard output: it is closed")
+
+
+def _replace_closed_streams() -> None:
+    """Stand in for streams that the caller has closed (`>&-`), which Python shows as None.
+
+    Their descriptors are taken, or the next file to be opened would get one. Messages are dropped
+    if stderr is closed: `print` writes them to stdout otherwise.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if stream is None:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = _ClosedOutput()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - as long as the process
 
 
 def _is_expected(error: Exception) -> bool:

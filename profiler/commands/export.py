@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 
-from profiler.commands import arguments
+from profiler.commands import arguments, outputs
 from profiler.commands.selection import selected
 from profiler.flamegraph.flamegraph import ROOT_ID
 from profiler.flamegraph.paths import Group
@@ -70,9 +70,8 @@ def run(options: argparse.Namespace) -> int:
     """Write the profile into every output; return the exit status."""
     if not options.outputs:
         raise ValueError("export: name the file to write with -o FILE")
+    outputs.check(options.outputs)
     if options.file is None:
-        for output in options.outputs:
-            export.check_output(output)
         answer = selected(options, start="now-1h").answer()
         for key, reason in answer.coverage.skipped:
             print(f"everflame: skipped {key}: {reason}", file=sys.stderr)
@@ -80,10 +79,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         arguments.refuse_store(options, "export")
         profile, by = _viewed(options, export.read(options.file))
-    for output in options.outputs:
-        export.write(profile, output, by=by)
-        if output != "-":
-            print(f"wrote {output}", file=sys.stderr)
+    outputs.write_all(profile, options.outputs, by)
     return 0
 
 

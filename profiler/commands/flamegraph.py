@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from profiler.commands import arguments, terminal
+from profiler.commands import arguments, outputs, terminal
 from profiler.formats import export
 
 
@@ -19,12 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    outputs.check(options.outputs)
     profile = export.read(options.file)
     if not options.outputs:
         by = export.DEFAULT_BY if options.by is None else options.by
         print(terminal.flame_chart(profile, by, sys.stdout))
-    for output in options.outputs:
-        export.write(profile, output, by=options.by)
-        if output != "-":
-            print(f"wrote {output}", file=sys.stderr)
+    outputs.write_all(profile, options.outputs, options.by)
     return 0

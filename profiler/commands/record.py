@@ -21,7 +21,7 @@ from profiler.agent.recorder import DRAIN_PERIOD_S, Recorder
 from profiler.agent.signals import ENDING, Signals
 from profiler.agent.supervise import RefusedError
 from profiler.agent.window import deviation
-from profiler.commands import arguments
+from profiler.commands import arguments, outputs
 from profiler.formats import export
 from profiler.text import StatusLine
 from storage.profile import Accounting, Profile
@@ -258,9 +258,8 @@ def _with_descendants(roots: Iterable[int]) -> set[int]:
 
 def record(options: RecordOptions, environment: dict[str, str]) -> int:
     """Record and write; return the exit status."""
-    outputs = options.outputs or (f"./everflame-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.pb.gz",)
-    for output in outputs:
-        export.check_output(output)
+    files = options.outputs or (f"./everflame-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.pb.gz",)
+    outputs.check(files)
     with Signals() as signals:
         target = (
             Command(options.command, environment, signals.ignored)
@@ -273,8 +272,7 @@ def record(options: RecordOptions, environment: dict[str, str]) -> int:
             _sample(recorder, target, options.duration_s, signals)
             profile = recorder.close_window()
             unselected = recorder.sampler.unselected
-    for output in outputs:
-        export.write(profile, output, by=options.by)
+    written, error = outputs.write(profile, files, options.by)
     if not options.outputs:
         from profiler.commands import terminal  # noqa: PLC0415 - memory that sampling does not need
 
@@ -283,8 +281,10 @@ def record(options: RecordOptions, environment: dict[str, str]) -> int:
     talk = summary(profile, config)
     if unselected:
         talk.append(f"warning: {unselected} processes were left out: too many were started")
-    talk += [f"wrote {output}" for output in outputs if output != "-"]
+    talk += [f"wrote {file}" for file in written if file != export.STDOUT]
     print("\n".join(talk), file=sys.stderr)
+    if error:
+        raise error
     return target.exit_status()
 
 
@@ -296,9 +296,9 @@ def record_repeatedly(options: RecordOptions, environment: dict[str, str], times
     Raises:
         ExportError: the ending of an output names no format.
     """
-    outputs = options.outputs or ("everflame.pb.gz",)
+    files = options.outputs or ("everflame.pb.gz",)
     for number in range(1, times + 1):
-        numbered = tuple(_numbered(output, number) for output in outputs)
+        numbered = tuple(_numbered(file, number) for file in files)
         status = record(replace(options, outputs=numbered), environment)
         if status:
             return status

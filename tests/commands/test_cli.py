@@ -107,3 +107,58 @@ def test_bash_takes_the_script_that_completes() -> None:
 
     told = subprocess.run(shell, capture_output=True, text=True, check=True).stdout
     assert told.startswith("complete ")
+
+
+@pytest.fixture
+def folded(tmp_path: Path) -> Path:
+    file = tmp_path / "in.folded"
+    file.write_text("main;work 100\n")
+    return file
+
+
+def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line of a shell in a folder; `$E` is everflame."""
+    command = ["sh", "-c", script.replace("$E", f"{sys.executable} -c '{RUN}'")]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_a_directory_is_refused_as_an_output_before_anything_is_done(tmp_path: Path) -> None:
+    """Before recording, and before a file is read: there is none here."""
+    (tmp_path / "out.svg").mkdir()
+
+    for command in ("record --for 60s", "export none.folded", "flamegraph none.folded"):
+        child = shell(f"$E {command} -o out.svg", tmp_path)
+
+        assert child.returncode == 2
+        assert child.stderr == "everflame: cannot write out.svg: it is a directory\n"
+
+
+def test_closed_stdout_is_one_line_and_only_if_it_is_needed(folded: Path) -> None:
+    for command in ("export in.folded -o - >&-", "record --for 60s -o - >&-", "ls --json >&-"):
+        child = shell(f"EVERFLAME_STORE=. $E {command}", folded.parent)
+
+        assert child.returncode == 2
+        assert child.stderr == "everflame: cannot write to standard output: it is closed\n"
+
+    child = shell("$E export in.folded -o out.svg >&-", folded.parent)
+
+    assert (child.returncode, child.stderr) == (0, "wrote out.svg\n")
+
+
+def test_nothing_but_data_is_on_stdout_if_stderr_is_closed(folded: Path) -> None:
+    child = shell('$E export in.folded -o out.svg -o - --by "" 2>&-', folded.parent)
+
+    assert (child.returncode, child.stdout) == (0, "main;work 100\n")
+
+
+def test_one_output_on_a_full_disk_leaves_the_others(folded: Path) -> None:
+    """/dev/full is as a full disk is; the error names the file."""
+    (folded.parent / "full.folded").symlink_to("/dev/full")
+
+    child = shell("$E export in.folded -o full.folded -o out.svg", folded.parent)
+
+    assert child.returncode == 2
+    assert child.stderr == (
+        "wrote out.svg\neverflame: cannot write full.folded: No space left on device\n"
+    )
+    assert (folded.parent / "out.svg").is_file()

@@ -1,0 +1,56 @@
+"""The files that a command writes: checked before anything is recorded or read, then written."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from profiler.formats import export
+from storage.profile import Profile
+
+
+def check(files: Sequence[str]) -> None:
+    """Fail early, while nothing is lost yet.
+
+    Raises:
+        ExportError: an ending names no format.
+        OSError: a file is a directory, its folder cannot be written to, or stdout is closed.
+    """
+    for file in files:
+        export.check_output(file)
+        if file == export.STDOUT:
+            sys.stdout.write("")  # raises if it is closed
+        elif Path(file).is_dir():
+            raise IsADirectoryError(f"cannot write {file}: it is a directory")
+
+
+def write(
+    profile: Profile, files: Sequence[str], by: tuple[str, ...] | None
+) -> tuple[list[str], OSError | None]:
+    """Write every file. Return those that were written, and the error of the first that was not."""
+    written, first = [], None
+    for file in files:
+        try:
+            export.write(profile, file, by=by)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            problem = OSError(f"cannot write {file}: {error.strerror or error}")
+            problem.__cause__ = error
+            first = first or problem
+        else:
+            written.append(file)
+    return written, first
+
+
+def write_all(profile: Profile, files: Sequence[str], by: tuple[str, ...] | None) -> None:
+    """Write every file, and say so on stderr.
+
+    Raises:
+        OSError: one of them cannot be written; the others are.
+    """
+    written, error = write(profile, files, by)
+    for file in written:
+        if file != export.STDOUT:
+            print(f"wrote {file}", file=sys.stderr)
+    if error:
+        raise error
