@@ -36,6 +36,7 @@ from viewers import LIMIT_S, Browser, GaveUpError, other_viewers
 
 from profiler.flamegraph import flamegraph
 from profiler.formats import speedscope
+from profiler.formats.reading import read_bytes
 from storage.formats import pprof
 from storage.objects.open import DEFAULT_TENANT, NS_PER_S, DirectoryStore, ObjectKey, content16
 from storage.profile import Profile, merge
@@ -140,7 +141,7 @@ def write_files(
     assert reply.status == 200
     exported = reply.plain
     (folder / "export.speedscope.json").write_bytes(exported)
-    folded = flamegraph.build(speedscope.decode(exported))
+    folded = flamegraph.build(read_bytes(exported).profile)
     (folder / "export.nested.json").write_bytes(as_nested(folded))
     speedscope.STACK_LIMIT = fleet.STACKS + 1
     (folder / "all.speedscope.json").write_bytes(speedscope.encode(profile, ("service",)))

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from profiler.commands import arguments, deployments
+from profiler.commands.files import read_file
 from profiler.commands.selection import NothingSelectedError, Selection, query_of, selected
 from profiler.comparison.comparison import Comparison, calibrate, of_profiles, of_store
 from profiler.comparison.deployments import deployments_in
@@ -191,7 +192,7 @@ def compare(
         raise ComparisonError(
             "cannot compare files with a window of the store: name the same on both sides"
         )
-    return of_profiles(list(map(export.read, before)), list(map(export.read, after)))
+    return of_profiles(list(map(read_file, before)), list(map(read_file, after)))
 
 
 def _of_store(
@@ -218,7 +219,7 @@ def _pair(found: Comparison, before: Sequence[str], after: Sequence[str], option
             for side in (found.before, found.after)
         ]
     else:
-        profiles = [merge(map(export.read, side)) for side in (before, after)]
+        profiles = [merge(map(read_file, side)) for side in (before, after)]
     units = [profile.unit for profile in profiles]
     if units[0] != units[1]:
         raise ComparisonError(

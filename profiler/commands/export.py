@@ -5,6 +5,7 @@ import re
 import sys
 
 from profiler.commands import arguments, outputs
+from profiler.commands.files import read_file
 from profiler.commands.selection import selected
 from profiler.flamegraph.flamegraph import ROOT_ID
 from profiler.flamegraph.paths import Group
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         profile, by = _viewed(options, answer.profile)
     else:
         arguments.refuse_store(options, "export")
-        profile, by = _viewed(options, export.read(options.file))
+        profile, by = _viewed(options, read_file(options.file))
     outputs.write_all(profile, options.outputs, by)
     return 0
 

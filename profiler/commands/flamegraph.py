@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from profiler.commands import arguments, outputs, terminal
+from profiler.commands.files import read_file
 from profiler.formats import export
 
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     outputs.check(options.outputs)
-    profile = export.read(options.file)
+    profile = read_file(options.file)
     if not options.outputs:
         by = export.DEFAULT_BY if options.by is None else options.by
         print(terminal.flame_chart(profile, by, sys.stdout))

@@ -1,67 +1,33 @@
 """`everflame import`: profiles of other tools into a store, one object per file.
 
-Read are pprof, folded text, speedscope and what `perf script` prints. A file says little about
-itself: its window, host and labels are given on the command line where it has none. Samples of
-unknown length count as ticks of a given rate, so that they merge with ours.
-
-`perf script` (default fields) prints one sample as a line and a line per frame, leaf first:
-
-    COMM PID/TID [CPU] SECONDS.FRACTION: PERIOD EVENT:
-        ADDRESS SYMBOL+0xOFFSET (MODULE)
-
-COMM is any 15 bytes of a process's choice and SYMBOL any text of a file's: both are taken at their
-word only where the fields around them fit. Lines that fit nothing are counted and left out.
+What a file is, its content says (`profiler.formats.reading`). A file says little about itself: its
+window, host and labels are given on the command line where it has none. Samples of unknown length
+count as ticks of a given rate, so that they merge with ours.
 """
 
 import argparse
 import dataclasses
 import hashlib
-import re
+import secrets
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
 
 from profiler.commands import arguments
-from profiler.formats import export
-from profiler.text import counted
+from profiler.formats.reading import Reading, ReadOptions, read
+from profiler.text import counted, quantity
 from profiler.times import NS_PER_S, TimeError, parse_time
-from storage.formats import folded, pprof
+from storage.formats import pprof, pprof_arrays
+from storage.hashing import Hasher
 from storage.objects.open import LONGEST_WINDOW_S, ObjectStore, object_key, open_store
-from storage.profile import (
-    Accounting,
-    Host,
-    Labels,
-    Profile,
-    ProfileBuilder,
-    ProfileError,
-    Window,
-    make_labels,
-)
+from storage.profile import Host, Profile, ProfileError, Window, make_labels
 from storage.query.function_totals import PROCESS_LABELS
-from symbolizer.location import Frame, Kind, NamedLocation, unnamed
 from symbolizer.text import readable
 
 DEFAULT_HOST = "imported"
-_SNIFFED_BYTES = 64 * 1024
-_LINE_LIMIT_BYTES = 64 * 1024
-"""A longer line of perf's is no line of perf's."""
-_WALL_CLOCK_S = 1_000_000_000
-"""perf's times are seconds since boot; from here on (2001) they are those of a wall clock."""
-_TIME_EVENTS = ("cpu-clock", "task-clock")
-"""Events whose period is in nanoseconds."""
-
-_HEADER = re.compile(
-    rb" *(?P<comm>\S.{0,14}) +(?P<pid>-?\d{1,10})(?:/(?P<tid>-?\d{1,10}))? +"
-    rb"(?:\[\d{1,5}\] +)?(?P<s>\d{1,12})\.(?P<fraction>\d{1,9}): +"
-    rb"(?:(?P<period>\d{1,18}) +)?(?P<event>[^\s:]\S{0,127}?):[a-zA-Z]{0,8}:?(?: +(?P<rest>.*))?"
-)
-_FRAME = re.compile(rb"\s+(?P<address>[0-9a-f]{1,16}) (?P<symbol>.*) \((?P<module>.*)\)")
-_OFFSET = re.compile(rb"\+0x[0-9a-f]+\Z")
-_DELETED = b" (deleted)"
-_KERNEL_ADDRESS = 1 << 63
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,17 +104,7 @@ class ImportOptions:
     host: str = ""
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     frequency_hz: int = 99
-
-
-class Imported(NamedTuple):
-    """A file as a profile; what of it could not be parsed was left out and counted."""
-
-    profile: Profile
-    has_start: bool
-    """The file says when it was taken."""
-    unparsed_lines: int = 0
-    other_events: int = 0
-    """Samples of other events than the first."""
+    reading: ReadOptions = dataclasses.field(default_factory=ReadOptions)
 
 
 def import_files(
@@ -156,79 +112,86 @@ def import_files(
 ) -> int:
     """Put each file into the store and say under which key; what was left out goes to stderr.
 
+    Returns 2 if a file holds no sample; the others are stored all the same.
+
     Raises:
         IncompleteFileError: a file lacks what the options do not give.
-        ProfileError: a file is damaged.
+        ProfileError: a file is damaged, or of no format that is read.
         StoreError: the store did not take it.
     """
+    status = 0
     for file in files:
-        imported = read(file, options.frequency_hz)
-        profile = complete(imported, file, options, now_ns)
+        reading = read(file, options.reading)
+        for warning in reading.warnings:
+            print(f"{file}: {warning}", file=sys.stderr)
+        if reading.profile.total_samples == 0:
+            status = 2
+            continue
+        profile = complete(as_cpu_time(reading, file, options.frequency_hz), file, options, now_ns)
         content = pprof.encode(profile)
+        check_readable(profile, content, file)
         key = object_key(profile, content).text
         is_new = store.put(key, content)
         print(key)
-        samples = counted(profile.total_samples, "sample")
-        print(f"{file}: {samples}{'' if is_new else ', was there already'}", file=sys.stderr)
-        if imported.unparsed_lines:
-            lines = counted(imported.unparsed_lines, "line")
-            print(f"{file}: left out {lines} that could not be parsed", file=sys.stderr)
-        if imported.other_events:
-            others = counted(imported.other_events, "sample")
-            print(f"{file}: left out {others} of other events than the first", file=sys.stderr)
+        told = counted(profile.total_samples, "sample")
+        if reading.profile.type == "samples":
+            told += f" of {quantity(profile.period_ns, 'nanoseconds')}"
+            told += f" (-F {options.frequency_hz})" if reading.scale == 1 else ""
+        print(f"{file}: {told}{'' if is_new else ', was there already'}", file=sys.stderr)
         if profile.type != "cpu":
             print(
                 f"{file}: its values are {profile.type} in {profile.unit}, not CPU time;"
                 " flame graphs of cpu leave it out",
                 file=sys.stderr,
             )
-    return 0
+    return status
 
 
-def read(file: str, frequency_hz: int) -> Imported:
-    """Read a file in the format of its ending, or in the one that it looks like.
+def as_cpu_time(reading: Reading, file: str, frequency_hz: int) -> Profile:
+    """Return the profile, its samples as ticks of a rate if nothing says how long they are.
 
     Raises:
-        ProfileError: it is damaged or nothing known; the message names the file.
-        OSError: it cannot be read.
+        ProfileError: that would be more time than a profile can hold.
     """
-    if file.endswith((".pb.gz", ".folded", ".speedscope.json")):
-        return _imported(export.read(file), frequency_hz)
-    with Path(file).open("rb") as opened:
-        head = opened.read(_SNIFFED_BYTES)
+    profile = reading.profile
+    if profile.type != "samples":
+        return profile
+    period_ns = NS_PER_S // frequency_hz
+    # Fractions were scaled up to whole numbers; the time that they stand for is that of the file.
+    if profile.total_samples * period_ns // reading.scale > pprof.COUNT_LIMIT:
+        raise ProfileError(f"{file}: cannot import it: its samples add up to more than 2^62 ns")
+    values = [each * period_ns // reading.scale for each in profile.row_samples.tolist()]
+    return dataclasses.replace(
+        profile,
+        type="cpu",
+        unit="nanoseconds",
+        period_ns=max(1, period_ns // reading.scale),
+        row_values=np.array(values, dtype=np.int64),
+    )
+
+
+def check_readable(profile: Profile, content: bytes, file: str) -> None:
+    """Fail before an object is stored that the store's own reader could not read.
+
+    Raises:
+        ProfileError: it cannot be read, or is not what was encoded.
+    """
     try:
-        if _is_perf_script(head):
-            with Path(file).open("rb") as opened:
-                return parse_perf_script(opened, frequency_hz)
-        decode = pprof.decode if b"\0" in head or head[:2] == b"\x1f\x8b" else folded.decode
-        return _imported(decode(Path(file).read_bytes()), frequency_hz)
+        columns = pprof_arrays.decode(content, Hasher(secrets.token_bytes(32)))
     except ProfileError as error:
-        raise type(error)(f"{file}: {error}") from error
+        raise type(error)(f"{file}: cannot be kept as an object: {error}") from error
+    sums = columns.counts.sum(axis=0).tolist()
+    if sums[:2] != [profile.total_samples, profile.total_value]:
+        raise ProfileError(f"{file}: cannot be kept as an object: its counts do not come back")
 
 
-def _imported(profile: Profile, frequency_hz: int) -> Imported:
-    if profile.type == "samples":
-        period_ns = NS_PER_S // frequency_hz
-        if profile.total_samples > pprof.COUNT_LIMIT // period_ns:
-            raise ProfileError("cannot import: its samples add up to more than 2^62 ns")
-        profile = dataclasses.replace(
-            profile,
-            type="cpu",
-            unit="nanoseconds",
-            period_ns=period_ns,
-            row_values=profile.row_samples * period_ns,
-        )
-    return Imported(profile, has_start=profile.window.start_ns > 0)
-
-
-def complete(imported: Imported, file: str, options: ImportOptions, now_ns: int) -> Profile:
+def complete(profile: Profile, file: str, options: ImportOptions, now_ns: int) -> Profile:
     """Return the profile with the window, host and labels that were asked for.
 
     Raises:
         IncompleteFileError: it has no window, or one longer than an hour.
     """
-    profile = imported.profile
-    window = _window(imported, file, options.window, now_ns)
+    window = _window(profile.window, file, options.window, now_ns)
     accounting = profile.accounting
     hosts = accounting.hosts
     if options.host or len(hosts) != 1:
@@ -260,8 +223,8 @@ def complete(imported: Imported, file: str, options: ImportOptions, now_ns: int)
     return labelled.group_by(every)
 
 
-def _window(imported: Imported, file: str, asked: str, now_ns: int) -> Window:
-    window = imported.profile.window
+def _window(window: Window, file: str, asked: str, now_ns: int) -> Window:
+    has_start = window.start_ns > 0
     length_ns = window.end_ns - window.start_ns
     start_text, _, end_text = asked.partition("..")
     try:
@@ -271,7 +234,7 @@ def _window(imported: Imported, file: str, asked: str, now_ns: int) -> Window:
             window = Window(start_ns, end_ns)
     except TimeError as error:
         raise IncompleteFileError(f"--window {asked}: {error}") from error
-    if not asked and not imported.has_start:
+    if not asked and not has_start:
         raise IncompleteFileError(
             f"{file} does not say when it was taken: give --window START..END"
             + (" or --window START" if length_ns else "")
@@ -289,138 +252,3 @@ def _window(imported: Imported, file: str, asked: str, now_ns: int) -> Window:
             f"{file} is longer than an hour: give --window START..END, at most an hour"
         )
     return window
-
-
-def _is_perf_script(head: bytes) -> bool:
-    """Tell perf's text by its first line that is neither empty nor a comment."""
-    for line in head.split(b"\n")[:1000]:
-        if line.strip() and not line.startswith(b"#"):
-            return _HEADER.fullmatch(line.rstrip(b"\r")) is not None
-    return False
-
-
-class _Sample(NamedTuple):
-    labels: Labels
-    at_ns: int
-    period: int
-    event: str
-
-
-def parse_perf_script(lines: Iterable[bytes], frequency_hz: int) -> Imported:
-    """Read perf's text line by line. Labels: comm and service (its name), thread, pid.
-
-    Raises:
-        ProfileError: there is no sample in it.
-    """
-    period_ns = NS_PER_S // frequency_hz
-    builder = ProfileBuilder(period_ns)
-    unparsed = other_events = stored = 0
-    event = ""
-    first_ns, last_ns = 2**63 - 1, 0
-    for sample, leaf_first in _ScriptReader().read(lines):
-        if sample is None:
-            unparsed += 1
-            continue
-        event = event or sample.event
-        if sample.event != event:
-            other_events += 1
-            continue
-        first_ns, last_ns = min(first_ns, sample.at_ns), max(last_ns, sample.at_ns)
-        is_time = event.startswith(_TIME_EVENTS) and 0 < sample.period < 60 * NS_PER_S
-        numbers = [builder.location(place, (_frame_of(place),)) for place in reversed(leaf_first)]
-        builder.add(sample.labels, numbers, 1, sample.period if is_time else period_ns)
-        stored += 1
-    if not stored:
-        raise ProfileError("cannot read perf script: there is no sample in it")
-    # The last sample stands for the time until the next one.
-    window = Window(first_ns, last_ns + period_ns)
-    profile = builder.build(window, Accounting(ticks=stored, stored=stored))
-    has_start = first_ns >= _WALL_CLOCK_S * NS_PER_S
-    return Imported(profile, has_start, unparsed, other_events)
-
-
-class _ScriptReader:
-    """Puts lines together: gives each sample with its frames, and None for what fits nothing."""
-
-    def __init__(self) -> None:
-        self._sample: _Sample | None = None
-        self._frames: list[NamedLocation] = []
-        self._is_open = False
-        """Frames may follow, until an empty line."""
-
-    def read(self, lines: Iterable[bytes]) -> Iterator[tuple[_Sample | None, list[NamedLocation]]]:
-        for raw in lines:
-            yield from self._take(raw.rstrip(b"\r\n"))
-        yield from self._end_sample()
-
-    def _take(self, line: bytes) -> Iterator[tuple[_Sample | None, list[NamedLocation]]]:
-        if not line.strip():
-            yield from self._end_sample()
-            return
-        # Inside a sample a line is a frame first: a symbol may look like the start of a sample.
-        frame = _parse_frame(line) if self._is_open else None
-        if frame is not None:
-            self._frames.append(frame)
-            return
-        if line.startswith(b"#") and not self._is_open:
-            return
-        header = _HEADER.fullmatch(line) if len(line) <= _LINE_LIMIT_BYTES else None
-        if header is None:
-            # What follows the unreadable first line of a sample are frames of that sample.
-            self._is_open = True
-            yield None, []
-            return
-        yield from self._end_sample()
-        self._sample = _parse_header(header)
-        inline = _parse_frame(b" " + header["rest"].strip()) if header["rest"] else None
-        self._is_open = inline is None
-        if inline is not None:
-            self._frames.append(inline)
-
-    def _end_sample(self) -> Iterator[tuple[_Sample | None, list[NamedLocation]]]:
-        if self._sample is not None:
-            yield self._sample, self._frames
-        self._sample, self._frames, self._is_open = None, [], False
-
-
-def _parse_header(header: re.Match[bytes]) -> _Sample:
-    comm = readable(header["comm"].strip())
-    at_ns = int(header["s"]) * NS_PER_S + int(header["fraction"].ljust(9, b"0"))
-    labels = {"comm": comm, "service": comm, "thread": comm, "pid": header["pid"].decode()}
-    event = readable(header["event"])
-    return _Sample(make_labels(labels), at_ns, int(header["period"] or 0), event)
-
-
-def _parse_frame(line: bytes) -> NamedLocation | None:
-    if len(line) > _LINE_LIMIT_BYTES or not line.endswith(b")"):
-        return None
-    is_deleted = line.endswith(_DELETED + b")")
-    body = line[: -len(_DELETED) - 1] + b")" if is_deleted else line
-    match = _FRAME.fullmatch(body)
-    if match is None:
-        return None
-    path = match["module"]
-    symbol = _OFFSET.sub(b"", match["symbol"])
-    kind = _kind(path, int(match["address"], 16))
-    if kind is Kind.JIT:
-        path = b"[jit]"
-    module = readable(path.rpartition(b"/")[2] or path)
-    if path == b"inlined":
-        module = ""
-    if symbol in {b"[unknown]", b""}:
-        return NamedLocation(*unnamed(module, kind)[:4], 0, 0)
-    return NamedLocation(readable(symbol), module, kind, "", 0, 0)
-
-
-def _kind(path: bytes, address: int) -> Kind:
-    if path == b"inlined":
-        return Kind.INLINED
-    if path.startswith((b"[kernel", b"[guest.kernel")) or address >= _KERNEL_ADDRESS:
-        return Kind.KERNEL
-    if re.fullmatch(rb"/tmp/perf-\d+\.map|\[?JIT\]? tid \d+|//anon", path):
-        return Kind.JIT
-    return Kind.NATIVE
-
-
-def _frame_of(place: NamedLocation) -> Frame:
-    return Frame(place.function, place.module, place.kind)

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import orjson
 
 from profiler.commands import arguments
+from profiler.commands.files import read_file
 from profiler.commands.selection import selected
-from profiler.formats import export
 from profiler.text import counted
 from profiler.times import rfc3339
 from storage.hashing import Hasher
@@ -148,7 +148,7 @@ def verify(files: Iterable[str]) -> Verification:
     found = Verification()
     for file in files:
         try:
-            profile = export.read(file)
+            profile = read_file(file)
         except (ProfileError, OSError) as error:
             found.add(_Checked(file, Accounting(), 0, str(error)))
             continue

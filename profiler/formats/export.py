@@ -1,19 +1,20 @@
-"""Profiles as files: the ending of the name says the format, in both directions.
+"""Write profiles as files: the ending of the name says the format.
 
 Every format tells the same counts. What each can hold differs: `.pb.gz` everything; `.folded` and
-`.speedscope.json` names and counts; `.svg` and `.json` a drawing, which cannot be read back.
+`.speedscope.json` names and counts; `.svg` and `.json` a drawing, which cannot be read back. Files
+are read by `profiler.formats.reading`.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import orjson
 
-from storage.profile import Profile, ProfileError
+from storage.profile import Profile
 
 if TYPE_CHECKING:
     from profiler.flamegraph.differential import Pair
@@ -30,7 +31,7 @@ JSON_WIDTH_PX = 4096
 
 
 class ExportError(ValueError):
-    """A file whose ending names no format, or none that goes in this direction."""
+    """A file whose ending names no format that can be written."""
 
 
 def check_output(file: str) -> None:
@@ -159,24 +160,7 @@ def put(content: bytes, file: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def read(file: str) -> Profile:
-    """Read a profile in the format that the ending names.
-
-    Raises:
-        ExportError: the ending names no format that can be read.
-        ProfileError: the file is damaged or is something else; the message names it.
-        OSError: the file cannot be read.
-    """
-    reader = _READERS[_find(file, _READERS, "read")]
-    content = Path(file).read_bytes()
-    try:
-        return reader(content)
-    except ProfileError as error:
-        raise type(error)(f"{file}: {error}") from error
-
-
 _Writer = Callable[[Profile, Sequence[str]], bytes]
-_Reader = Callable[[bytes], Profile]
 
 # Each format is imported when it is needed: the sampling process is to stay small, and what only
 # draws or encodes would be 6 MB of it.
@@ -229,24 +213,6 @@ def _pair_as_folded(before: Profile, after: Profile, by: Sequence[str]) -> bytes
     return folded.encode_pair(before, after, by)
 
 
-def _read_pprof(content: bytes) -> Profile:
-    from storage.formats import pprof
-
-    return pprof.decode(content)
-
-
-def _read_speedscope(content: bytes) -> Profile:
-    from profiler.formats import speedscope
-
-    return speedscope.decode(content)
-
-
-def _read_folded(content: bytes) -> Profile:
-    from storage.formats import folded
-
-    return folded.decode(content)
-
-
 _WRITERS: dict[str, _Writer] = {
     ".pb.gz": _write_pprof,
     ".speedscope.json": _write_speedscope,
@@ -260,11 +226,6 @@ _PAIR_WRITERS: dict[str, Callable[[Profile, Profile, Sequence[str]], bytes]] = {
     ".folded": _pair_as_folded,
 }
 _PAIR_ENDINGS = (".speedscope.json", ".folded", ".svg", ".json", STDOUT)
-_READERS: dict[str, _Reader] = {
-    ".pb.gz": _read_pprof,
-    ".speedscope.json": _read_speedscope,
-    ".folded": _read_folded,
-}
 
 
 def ending_of(file: str) -> str:
@@ -273,13 +234,9 @@ def ending_of(file: str) -> str:
     Raises:
         ExportError: it names no format.
     """
-    return _find(file, _WRITERS, "write")
-
-
-def _find(file: str, codecs: Iterable[str], verb: str) -> str:
-    # In the order of the tables: `.speedscope.json` stands before `.json`.
-    for ending in codecs:
+    # In the order of the table: `.speedscope.json` stands before `.json`.
+    for ending in _WRITERS:
         if file == ending or (ending != STDOUT and file.endswith(ending)):
             return ending
-    endings = ", ".join(ending for ending in codecs if ending != STDOUT)
-    raise ExportError(f"cannot {verb} {file}: its ending names no format (there are {endings})")
+    endings = ", ".join(ending for ending in _WRITERS if ending != STDOUT)
+    raise ExportError(f"cannot write {file}: its ending names no format (there are {endings})")

@@ -1,29 +1,24 @@
-"""speedscope's file format: one `sampled` profile that its viewer opens, and reading such files.
+"""Write speedscope's file format: one `sampled` profile that its viewer opens.
 
 The viewer's limits are kept: frames deeper than DEPTH_LIMIT and stacks beyond STACK_LIMIT are
 folded into frames of kind `rest` that say so, weights are integers whose sum a JavaScript number
 holds, frames have neither empty files nor lines. Our own files carry extra keys, which the schema
-allows and the viewer ignores: a frame's module and kind, and the samples of each stack.
+allows and the viewer ignores: a frame's module and kind, and the samples of each stack. Files are
+read by `profiler.formats.readers.speedscope`.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import orjson
 
 from profiler.flamegraph.flamegraph import DEEPER
 from profiler.flamegraph.paths import Group, Stacks
 from storage.profile import (
-    Accounting,
-    Labels,
     Profile,
-    ProfileBuilder,
-    ProfileError,
     Window,
     label_frames,
 )
-from symbolizer.location import Frame, Kind, NamedLocation
-from symbolizer.text import readable
+from symbolizer.location import Frame, Kind
 
 DEPTH_LIMIT = 1024
 """The viewer recurses over a stack's depth."""
@@ -34,19 +29,9 @@ STACK_LIMIT = 50_000
 WEIGHT_LIMIT = 2**53
 """The largest integer up to which JavaScript numbers are exact; a larger sum counts samples."""
 
-COUNT_LIMIT = 2**62
-"""Sum of a file's weights; the columns of a profile are 64 bits wide."""
-
 SMALLER = Frame("(smaller stacks)", "", Kind.REST)
 
 _SCHEMA = "https://www.speedscope.app/file-format-schema.json"
-_NS_PER_UNIT = {
-    "nanoseconds": 1,
-    "microseconds": 1_000,
-    "milliseconds": 1_000_000,
-    "seconds": 1_000_000_000,
-}
-
 
 _Counted = Sequence[tuple[tuple[Frame, ...], tuple[int, int]]]
 """Stacks, root first, each with its samples and its value."""
@@ -150,122 +135,3 @@ def _frame_record(frame: Frame) -> dict[str, str]:
     name, file = _identity(frame)
     record = {"name": name, "kind": frame.kind, "module": frame.module, "file": file}
     return {key: value for key, value in record.items() if value}
-
-
-def decode(content: bytes) -> Profile:
-    """Read a file of speedscope's format, ours or that of another program.
-
-    Profiles of the same unit as the active one are added up; where there are several, as one per
-    thread, their names become the label `thread`. Times become nanoseconds.
-
-    Raises:
-        ProfileError: the file is damaged or is something else.
-    """
-    try:
-        document = orjson.loads(content)
-    except orjson.JSONDecodeError as error:
-        raise ProfileError(f"cannot read speedscope: this is not JSON ({error})") from error
-    try:
-        return _Decoder(document).decode()
-    # What is missing or of a wrong type anywhere in the document surfaces as one of these.
-    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
-        raise ProfileError(f"cannot read speedscope: the file is damaged ({error!r})") from error
-
-
-class _Decoder:
-    def __init__(self, document: Any) -> None:  # parsed JSON may be anything
-        self._frames = [_parse_frame(record) for record in document["shared"]["frames"]]
-        profiles = document["profiles"]
-        active = profiles[document.get("activeProfileIndex") or 0]
-        unit = active["unit"]
-        self._profiles = [profile for profile in profiles if profile["unit"] == unit]
-        self._scale = _NS_PER_UNIT.get(unit, 1)
-        ours = document.get("everflame", {})
-        guess = ("cpu", "nanoseconds") if unit in _NS_PER_UNIT else ("samples", "count")
-        if unit == "bytes":
-            guess = ("space", "bytes")
-        self._window = Window(*map(_whole, ours.get("window", (0, 0))))
-        # A sum too large for the viewer was written as samples; then the value is that count.
-        is_value = unit == guess[1] or unit == ours.get("unit")
-        self._builder = ProfileBuilder(
-            period_ns=max(1, _whole(ours.get("period_ns", 1))),
-            type=_text(ours.get("type", guess[0])) if is_value else guess[0],
-            unit=guess[1] if is_value or not ours else "count",
-        )
-        self._stored = 0
-        self._total = 0
-
-    def decode(self) -> Profile:
-        for profile in self._profiles:
-            labels: Labels = ()
-            if len(self._profiles) > 1:
-                labels = (("thread", _text(profile.get("name", ""))),)
-            rows = _sampled(profile) if profile["type"] == "sampled" else _evented(profile)
-            for root_first, weight, samples in rows:
-                self._add(labels, root_first, weight, samples)
-        accounting = Accounting(ticks=self._stored, stored=self._stored)
-        return self._builder.build(self._window, accounting)
-
-    def _add(self, labels: Labels, root_first: Sequence[int], weight: float, samples: int) -> None:
-        if any(index < 0 for index in root_first):
-            raise ProfileError("cannot read speedscope: a frame number is negative")
-        frames = [self._frames[index] for index in root_first]
-        value = _whole(weight * self._scale)
-        if value == 0:
-            return
-        self._stored, self._total = self._stored + samples, self._total + value
-        if max(self._stored, self._total) > COUNT_LIMIT:
-            raise ProfileError("cannot read speedscope: its weights add up to more than 2^62")
-        numbers = [
-            self._builder.location(NamedLocation(*frame[:4], 0, frame.line), (frame,))
-            for frame in frames
-        ]
-        self._builder.add(labels, numbers, samples, value)
-
-
-def _parse_frame(record: Any) -> Frame:  # parsed JSON may be anything
-    kind = record.get("kind", "")
-    file, module = _text(record.get("file") or ""), _text(record.get("module") or "")
-    return Frame(
-        function=_text(record["name"]),
-        module=module,
-        kind=Kind(kind) if kind in set(Kind) else Kind.NATIVE,
-        file="" if file == module else file,
-        line=_whole(record.get("line") or 0),
-    )
-
-
-def _sampled(profile: Any) -> Iterable[tuple[Sequence[int], float, int]]:
-    stacks, weights = profile["samples"], profile["weights"]
-    counts = profile.get("counts", [1] * len(stacks))
-    if not len(stacks) == len(weights) == len(counts):
-        raise ProfileError("cannot read speedscope: samples and weights differ in number")
-    for stack, weight, count in zip(stacks, weights, counts, strict=True):
-        yield stack, weight, _whole(count)
-
-
-def _evented(profile: Any) -> Iterable[tuple[Sequence[int], float, int]]:
-    """Turn calls and returns into the time between them."""
-    stack: list[int] = []
-    before = profile["startValue"]
-    for event in profile["events"]:
-        if event["at"] < before:
-            raise ProfileError("cannot read speedscope: events go back in time")
-        yield tuple(stack), event["at"] - before, 1
-        before = event["at"]
-        if event["type"] == "O":
-            stack.append(event["frame"])
-        elif not stack or stack.pop() != event["frame"]:
-            raise ProfileError("cannot read speedscope: a frame ends that is not the innermost")
-
-
-def _whole(number: Any) -> int:
-    if not isinstance(number, int | float) or not 0 <= number < COUNT_LIMIT:
-        raise ProfileError(f"cannot read speedscope: {number!r} is not a count or a duration")
-    return round(number)
-
-
-def _text(text: Any) -> str:
-    if not isinstance(text, str):
-        raise ProfileError(f"cannot read speedscope: {text!r} is not a name")
-    return readable(text.encode())

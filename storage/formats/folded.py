@@ -2,28 +2,29 @@ r"""Folded text: one line per stack, root first, `frame;frame;frame COUNT` (Bren
 
 An edge format that many tools read and write. It keeps the names and the sample counts; modules,
 addresses, files, times and the accounting are lost. Kernel, inlined and JIT frames carry the marks
-`_[k]`, `_[i]`, `_[j]` of flamegraph.pl, all others look native when they are read back.
+`_[k]`, `_[i]`, `_[j]` of flamegraph.pl, all others look native when they are read back. Files of
+any program are read by `profiler.formats.readers.folded`.
 
-`;` and line ends inside a name are written as `\x3b`, `\x0a`, `\x0d`, and so is a name's own ending
-that looks like a mark (`\x5b` for its bracket). A backslash is escaped (`\x5c`) only where the text
-after it would otherwise be read as one of these.
+`;` and line ends inside a name are written as `\x3b`, `\x0a`, `\x0d`, and so is what would be read
+as something else: a name's own ending that looks like a mark (`\x5b` for its bracket), a `#` at the
+start of a line (`\x23`, else a comment), white space before a number at the end of a stack (`\x20`,
+else a second count), white space at a line's start or a stack's end. A backslash is escaped
+(`\x5c`) only where the text after it would otherwise be read as one of these.
 """
 
 import itertools
 import re
 from collections.abc import Sequence
 
-from storage.profile import Accounting, Profile, ProfileBuilder, ProfileError, Window, label_frames
-from symbolizer.location import Frame, Kind, NamedLocation, unnamed
+from storage.profile import Profile, label_frames
+from symbolizer.location import Frame, Kind, unnamed
 from symbolizer.text import readable
-
-COUNT_LIMIT = 2**62
-"""Sum of a file's counts; the columns of a profile are 64 bits wide."""
 
 _MARKS = {Kind.KERNEL: "_[k]", Kind.INLINED: "_[i]", Kind.JIT: "_[j]"}
 _KINDS = {mark: kind for kind, mark in _MARKS.items()}
-_TO_ESCAPE = re.compile(r"[;\n\r]|\\(?=x(?:3b|0a|0d|5b|5c))|(?<=_)\[(?=[kij]\]\Z)")
-_ESCAPED = re.compile(r"\\x(3b|0a|0d|5b|5c)")
+_TO_ESCAPE = re.compile(r"[;\n\r]|\\(?=x(?:20|23|3b|0a|0d|5b|5c))|(?<=_)\[(?=[kij]\]\Z)")
+_ESCAPED = re.compile(r"\\x(20|23|3b|0a|0d|5b|5c)")
+_TO_ESCAPE_IN_LINE = re.compile(r"\A[# ]| (?=[0-9.][0-9.eE+-]*\Z)| \Z")
 
 
 def encode(profile: Profile, by: Sequence[str] = ("comm",)) -> bytes:
@@ -67,44 +68,13 @@ def _counts(profile: Profile, heads_frames: Sequence[Sequence[Frame]]) -> dict[s
     columns = (profile.row_labels, profile.row_stacks, profile.row_samples)
     for labels, stack, samples in zip(*(c.tolist() for c in columns), strict=True):
         line = ";".join([*heads[labels], stacks[stack] or nothing])
+        line = _TO_ESCAPE_IN_LINE.sub(lambda match: f"\\x{ord(match[0]):02x}", line)
         counts[line] = counts.get(line, 0) + samples
     return counts
 
 
-def decode(content: bytes) -> Profile:
-    """Read folded text. Its counts are both the samples and the value, in samples.
-
-    Raises:
-        ProfileError: a line is damaged; the message says which.
-    """
-    builder = ProfileBuilder(period_ns=1, type="samples", unit="count")
-    total = 0
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        stack, _, digits = line.rstrip(b"\r").rpartition(b" ")
-        if not stack and not digits:
-            continue
-        if not digits.isdigit() or len(digits) > 18:
-            raise ProfileError(f"cannot read folded text: line {number} does not end in a count")
-        if not stack:
-            raise ProfileError(f"cannot read folded text: line {number} has no stack")
-        total += int(digits)
-        if total > COUNT_LIMIT:
-            raise ProfileError(f"cannot read folded text: line {number} brings it over 2^62")
-        frames = (_unescape(name) for name in stack.split(b";"))
-        root_first = [
-            builder.location(NamedLocation(*frame[:4], 0, 0), (frame,)) for frame in frames
-        ]
-        if int(digits):
-            builder.add((), root_first, int(digits))
-    return builder.build(Window(0, 0), Accounting(ticks=total, stored=total))
-
-
-def _escape(frame: Frame) -> str:
-    text = _TO_ESCAPE.sub(lambda match: f"\\x{ord(match[0]):02x}", frame.function)
-    return text + _MARKS.get(frame.kind, "")
-
-
-def _unescape(text: bytes) -> Frame:
+def frame_of(text: bytes) -> Frame:
+    """Return the frame that a name in a line stands for, without its escapes and its mark."""
     name = readable(text)
     kind = _KINDS.get(name[-4:], Kind.NATIVE)
     if kind is not Kind.NATIVE:
@@ -112,3 +82,8 @@ def _unescape(text: bytes) -> Frame:
     restored = _ESCAPED.sub(lambda match: chr(int(match[1], 16)), name)
     # A line end inside a name was escaped by us; it must not come back as one.
     return Frame(readable(restored.encode()), "", kind)
+
+
+def _escape(frame: Frame) -> str:
+    text = _TO_ESCAPE.sub(lambda match: f"\\x{ord(match[0]):02x}", frame.function)
+    return text + _MARKS.get(frame.kind, "")

@@ -1,23 +1,19 @@
-"""Imports: pprof, folded and perf script become objects; what does not parse is counted."""
+"""Imports: files of other tools become objects, with windows, hosts, labels and CPU time."""
 
-import shutil
-import subprocess
+from pathlib import Path
 
 import orjson
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from profiler import cli
 from profiler.commands import import_
-from profiler.commands.import_ import IncompleteFileError, parse_perf_script
-from profiler.flamegraph import flamegraph
-from storage.formats import folded, pprof
+from profiler.formats.reading import read
+from storage.formats import pprof
 from storage.objects.open import DirectoryStore, ObjectKey
-from storage.profile import Profile, ProfileError, Window
-from symbolizer.location import Kind
+from storage.profile import ProfileError
 from tests.support import profiles as some
 
+FILES = Path(__file__).parents[1] / "formats" / "files"
 NOW_NS = 1_780_000_000_000_000_000
 SCRIPT = b"""# ========
 # captured on    : Sat Nov 21 10:00:00 2026
@@ -27,19 +23,12 @@ perl 12345/12346 [001]  1234.567890:   10101010 cpu-clock:pppH:\x20
 \t    7f0000002000 [unknown] (/usr/lib/libc.so.6 (deleted))
 \t    7f0000001000 Perl_runops(int, (anonymous namespace)::x) const+0x12 (/usr/bin/perl)
 
-      my worker 1 77 [000]  1235.567890:   10101010 cpu-clock:pppH:\x20
+      my worker 1 77/77 [000]  1235.567890:   10101010 cpu-clock:pppH:\x20
 \t    7f0000001000 a;b\xff+0x1 (/tmp/perf-77.map)
 \t    7f0000001001 clamp (inlined)
 \t    7f0000001001 main+0x1 (/srv/api)
 
 """
-
-
-def stacks(profile: Profile) -> dict[str, int]:
-    return {
-        line.rpartition(" ")[0]: int(line.rpartition(" ")[2])
-        for line in folded.encode(profile, by=("comm", "pid")).decode().splitlines()
-    }
 
 
 def imported(folder, *arguments):
@@ -50,88 +39,7 @@ def imported(folder, *arguments):
     return [(ObjectKey.parse(key), pprof.decode(store.get(key))) for key in keys]
 
 
-def test_perf_script_is_read_with_kernel_frames_and_hostile_names():
-    """Names with spaces, digits, semicolons, parentheses; deleted files; frames without symbols."""
-    found = parse_perf_script(SCRIPT.splitlines(), 99)
-
-    assert stacks(found.profile) == {
-        "perl;12345;Perl_runops(int, (anonymous namespace)::x) const;[libc.so.6];"
-        "do_syscall_64_[k]": 1,
-        "my worker 1;77;main;clamp_[i];a\\x3bb\\xff_[j]": 1,
-    }
-    assert found.profile.total_value == 2 * 10_101_010
-    assert found.unparsed_lines == 0
-    modules = {frame.module for frame in flamegraph.build(found.profile).frames}
-    assert modules == {"", "perl", "libc.so.6", "[kernel.kallsyms]", "[jit]", "api"}
-
-
-def test_perf_script_without_call_chains_is_read():
-    """One line per sample, with the address at its end."""
-    line = (
-        b"swapper     0 [000] 12.000000: 1 cycles:  ffffffff81 native_halt+0xb ([kernel.kallsyms])"
-    )
-
-    found = parse_perf_script([line, line], 100)
-
-    assert stacks(found.profile) == {"swapper;0;native_halt_[k]": 2}
-    assert found.profile.total_value == 2 * 10_000_000
-
-
-def test_samples_of_other_events_are_counted_apart():
-    """Cycles and page faults do not add up."""
-    lines = [b"a 1 1.0: 5 cycles: ", b"\t12 f (/x)", b"", b"a 1 1.0: 5 faults: ", b"\t12 f (/x)"]
-
-    found = parse_perf_script(lines, 99)
-
-    assert found.profile.total_samples == 1
-    assert found.other_events == 1
-
-
-def test_a_process_that_is_named_like_a_sample_is_only_a_process():
-    """A name of 15 bytes may look like the fields that follow it."""
-    line = b"1 2.0: 3 x: 9 9 88 [001] 7.500000: 4 cpu-clock: "
-
-    (labels,) = parse_perf_script([line, b"\t12 1 2.0: 3 y: (/x)"], 99).profile.label_sets
-
-    assert dict(labels)["comm"] == "1 2.0: 3 x: 9 9"
-    assert dict(labels)["pid"] == "88"
-
-
-def test_lines_that_fit_nothing_are_counted_and_left_out():
-    """With the frames that follow them; the samples around them are kept."""
-    lines = SCRIPT.split(b"\n")
-    lines[8:8] = [b"what is this", b"\t12 lost (/x)", b"", b"\tzz not a frame", b""]
-
-    found = parse_perf_script(lines, 99)
-
-    assert found.unparsed_lines == 2
-    assert found.profile.total_samples == 2
-    assert not any("lost" in stack for stack in stacks(found.profile))
-
-
-@given(st.lists(st.binary(max_size=60), max_size=10), st.integers(0, 10))
-def test_any_lines_between_samples_leave_the_others_whole(noise, place):
-    """Whatever stands in between, both samples are there, unless it belongs to them."""
-    blocks = SCRIPT.split(b"\n\n")[:2]
-    clean = [line for raw in noise for line in raw.split(b"\n") if b": " not in line]
-    lines = [*blocks[0].split(b"\n"), b"", *clean, b"", *blocks[1].split(b"\n"), b""]
-
-    found = parse_perf_script(lines, 99)
-
-    assert stacks(found.profile) == stacks(parse_perf_script(SCRIPT.splitlines(), 99).profile)
-
-
-@given(st.binary(max_size=300))
-def test_any_bytes_are_samples_or_an_error(content):
-    """Nothing else comes out."""
-    try:
-        found = parse_perf_script(content.split(b"\n"), 99)
-    except ProfileError:
-        return
-    assert found.profile.total_samples > 0
-
-
-def test_perf_times_of_a_wall_clock_are_the_window(tmp_path):
+def test_perf_times_of_a_wall_clock_are_the_window(tmp_path, capfd):
     """`perf record -k CLOCK_REALTIME`; otherwise they count from the boot, and must be given."""
     script = SCRIPT.replace(b"1234.567890", b"1780000000.5").replace(
         b"1235.567890", b"1780000059.5"
@@ -142,12 +50,12 @@ def test_perf_times_of_a_wall_clock_are_the_window(tmp_path):
     assert (key.start_s, key.length_s) == (1_780_000_000, 60)
 
     file.write_bytes(SCRIPT)
-    with pytest.raises(IncompleteFileError, match="give --window START"):
-        import_.complete(import_.read(str(file), 99), "f", import_.ImportOptions(), NOW_NS)
+    assert cli.main(["import", str(file), "--store", str(tmp_path / "other")]) == 2
+    assert "give --window START" in capfd.readouterr().err
     asked = import_.ImportOptions(window="now-1h")
-    found = import_.complete(import_.read(str(file), 99), "f", asked, NOW_NS)
+    found = import_.complete(read(str(file)).profile, "f", asked, NOW_NS)
     assert found.window.start_ns == NOW_NS - 3_600_000_000_000
-    assert found.window.end_ns - found.window.start_ns == 1_000_000_000 + 1_000_000_000 // 99
+    assert found.window.end_ns - found.window.start_ns == 1_000_000_000 + 10_101_010
 
 
 def test_folded_text_becomes_cpu_time_of_the_given_rate(tmp_path):
@@ -228,6 +136,76 @@ def test_a_damaged_file_is_named(tmp_path, capfd):
         assert name in capfd.readouterr().err
 
 
+def cpu_seconds(folder, content: bytes, *arguments) -> tuple[int, float]:
+    """Return the samples and the CPU time of the object that an import makes."""
+    file = folder / "input"
+    file.write_bytes(content)
+    window = ("--window", "1780000000..1780000060")
+    ((_, profile),) = imported(folder, file, *window, *arguments)
+    assert (profile.type, profile.unit) == ("cpu", "nanoseconds")
+    return profile.total_samples, profile.total_value / 1e9
+
+
+def test_fractions_are_scaled_but_their_time_is_not(tmp_path):
+    """5 samples at 100 Hz are 50 ms, whatever they are multiplied by."""
+    content = b"main;f 3.5\nmain;g 1.5\n"
+
+    assert cpu_seconds(tmp_path, content, "-F", "100") == (10, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("pprof-samples-period.pb.gz", (1000, 1.0)),
+        ("pprof-cpu-ms.pb.gz", (10, 0.1)),
+        ("perf-tabs.perf.txt", (1, 0.001)),
+        ("speedscope-weights.speedscope.json", (100, 1.0)),
+        ("speedscope-fractions.speedscope.json", (7, 0.007)),
+    ],
+)
+def test_the_time_of_a_sample_is_the_files_own(tmp_path, file, expected):
+    """-F is for files that do not say how long a sample is."""
+    assert cpu_seconds(tmp_path, (FILES / file).read_bytes(), "-F", "100") == expected
+
+
+def test_a_file_without_samples_is_not_stored(tmp_path, capfd):
+    """The others are; exit status 2."""
+    empty, full = tmp_path / "empty.folded", tmp_path / "full.folded"
+    empty.write_bytes(b"")
+    full.write_bytes(b"main;f 3\n")
+    store = DirectoryStore(tmp_path / "store")
+    window = ["--window", "now-5m..now"]
+
+    assert cli.main(["import", str(empty), str(full), "--store", str(store.root), *window]) == 2
+
+    assert len(list(store.list("v1/"))) == 1
+    assert f"{empty}: it is empty: there is no sample in it" in capfd.readouterr().err
+
+
+def test_lines_that_are_left_out_are_told(tmp_path, capfd):
+    """On stderr; stdout has the key alone."""
+    imported(tmp_path, FILES / "folded-badline.folded", "--window", "now-5m..now")
+
+    out, err = capfd.readouterr()
+    assert out.startswith("v1/")
+    assert len(out.splitlines()) == 1
+    assert "left out 1 line: line 3 does not end in a count: 'nonsense'" in err
+
+
+def test_what_the_store_could_not_read_is_not_stored(tmp_path, monkeypatch):
+    """An object is decoded before it is put."""
+    file = tmp_path / "a.folded"
+    file.write_bytes(b"main;f 3\n")
+    store = DirectoryStore(tmp_path / "store")
+    monkeypatch.setattr(pprof, "encode", lambda _: b"\x1f\x8b damaged")
+    options = import_.ImportOptions(window="now-5m..now")
+
+    with pytest.raises(ProfileError, match="cannot be kept as an object"):
+        import_.import_files([str(file)], store, options, NOW_NS)
+
+    assert not list(store.list(""))
+
+
 def test_what_was_imported_is_found_by_its_labels(tmp_path, monkeypatch, capfd):
     """The way of a user: import, list, export."""
     monkeypatch.setenv("EVERFLAME_CACHE", str(tmp_path / "cache"))
@@ -242,30 +220,3 @@ def test_what_was_imported_is_found_by_its_labels(tmp_path, monkeypatch, capfd):
     assert {each["service"] for each in services} == {"perl", "my worker 1"}
     assert cli.main(["export", "-o", "-", "--by", "host", "-q", '{comm="perl"}']) == 0
     assert capfd.readouterr().out.startswith("h;Perl_runops(")
-
-
-@pytest.mark.kernel
-def test_what_perf_itself_prints_is_read(tmp_path):
-    """A real recording with call chains: every sample, and the kernel's frames as such."""
-    perf = shutil.which("perf")
-    if perf is None:
-        pytest.skip("no perf: install linux-perf")
-    recorded = subprocess.run(
-        [perf, "record", "-q", "-e", "cpu-clock", "-F", "499", "-g", "-o", tmp_path / "d", "--",
-         "python3", "-c", "import os\nfor i in range(200000): os.stat('/')"],
-        capture_output=True, check=False,
-    )  # fmt: skip
-    if recorded.returncode:
-        pytest.skip(f"perf cannot record here: {recorded.stderr.decode()[:200]}")
-    script = subprocess.run(
-        [perf, "script", "-i", tmp_path / "d"], capture_output=True, check=True
-    ).stdout
-
-    found = parse_perf_script(script.splitlines(), 499)
-
-    assert found.unparsed_lines == 0
-    assert found.profile.total_samples == script.count(b"cpu-clock")
-    assert found.profile.total_samples > 20
-    kinds = {frame.kind for frame in flamegraph.build(found.profile).frames}
-    assert {Kind.KERNEL, Kind.NATIVE} <= kinds
-    assert Window(0, 0) < found.profile.window

@@ -16,7 +16,8 @@ import pytest
 
 from bpf.sampler import SamplerConfig
 from profiler.agent.recorder import Recorder
-from storage.formats import folded, pprof
+from profiler.formats.reading import read_bytes
+from storage.formats import pprof
 from storage.profile import Profile
 from tests.support.targets import compile_target, running
 
@@ -68,7 +69,7 @@ def test_every_format_holds_the_same_profile(split, tmp_path) -> None:
     total = recorded.total_samples
     assert total > 900
     assert {"spends_sixty", "spends_thirty", "spends_ten", "main"} <= functions(recorded).keys()
-    assert folded.decode(outputs[1].read_bytes()).total_samples == total
+    assert read_bytes(outputs[1].read_bytes()).profile.total_samples == total
     speedscope = orjson.loads(outputs[2].read_bytes())["profiles"][0]
     assert sum(speedscope["weights"]) == recorded.total_value
     assert orjson.loads(outputs[3].read_bytes())["samples"] == total

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from profiler.flamegraph import flamegraph
 from profiler.flamegraph.paths import Group, Paths
 from profiler.flamegraph.views import NoSuchNodeError, View
-from profiler.formats import export, speedscope
-from storage.formats import folded, pprof
+from profiler.formats import export
+from profiler.formats.reading import read_bytes
+from storage.formats import pprof
 from symbolizer.location import AddressLocation, Kind
 from tests.support import profiles as some
 
@@ -106,8 +107,8 @@ def test_all_formats_agree_on_a_view(view: View) -> None:
 
     by_json = orjson.loads(read("json"))
     assert by_json["total"] == pprof.decode(read("pb.gz")).total_value == graph.total[0]
-    assert speedscope.decode(read("speedscope.json")).total_value == graph.total[0]
-    assert folded.decode(read("folded")).total_samples == graph.samples[0]
+    assert read_bytes(read("speedscope.json")).profile.total_value == graph.total[0]
+    assert read_bytes(read("folded")).profile.total_samples == graph.samples[0]
     assert read("svg").startswith(b"<svg")
     hidden = {(name, kind) for name in view.hide for kind in set(Kind) - {Kind.LABEL}}
     if view.group is Group.FUNCTION and not view.callers:

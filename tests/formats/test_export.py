@@ -8,13 +8,16 @@ import pytest
 from hypothesis import given
 
 from profiler.flamegraph import flamegraph
-from profiler.formats import export, speedscope
+from profiler.formats import export
 from profiler.formats.export import ExportError
+from profiler.formats.readers.result import UnsupportedFormatError
+from profiler.formats.reading import read, read_bytes
 from storage.formats import folded, pprof
 from storage.profile import ProfileError
 from symbolizer.location import Kind
 from tests.support import profiles as some
 
+READ_ENDINGS = (".pb.gz", ".folded", ".speedscope.json")
 ENDINGS = (".pb.gz", ".folded", ".speedscope.json", ".json", ".svg")
 
 
@@ -23,8 +26,8 @@ def test_all_exports_of_a_profile_agree_to_the_last_count(profile):
     """Samples and value are the same in every format, also per process."""
     tree = orjson.loads(export.encode(profile, "p.json"))
     by_pprof = pprof.decode(export.encode(profile, "p.pb.gz"))
-    by_folded = folded.decode(export.encode(profile, "p.folded"))
-    by_speedscope = speedscope.decode(export.encode(profile, "p.speedscope.json"))
+    by_folded = read_bytes(export.encode(profile, "p.folded")).profile
+    by_speedscope = read_bytes(export.encode(profile, "p.speedscope.json")).profile
 
     samples = {tree["samples"], by_pprof.total_samples, by_folded.total_samples,
                by_speedscope.total_samples}  # fmt: skip
@@ -45,8 +48,8 @@ def test_functions_agree_between_formats():
         }
 
     expected = table(profile)
-    for ending in (".pb.gz", ".folded", ".speedscope.json"):
-        decoded = export._READERS[ending](export.encode(profile, f"p{ending}", by=()))
+    for ending in READ_ENDINGS:
+        decoded = read_bytes(export.encode(profile, f"p{ending}", by=())).profile
         assert table(decoded) == expected, ending
 
 
@@ -68,14 +71,14 @@ def test_the_ending_chooses_the_format(tmp_path, ending):
     assert list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("ending", [".pb.gz", ".folded", ".speedscope.json"])
+@pytest.mark.parametrize("ending", READ_ENDINGS)
 def test_what_was_written_is_read_again(tmp_path, ending):
     """Every format that holds stacks goes in both directions."""
     file = str(tmp_path / f"cpu{ending}")
 
     export.write(some.sample_profile(), file)
 
-    assert export.read(file).total_samples == 16
+    assert read(file).profile.total_samples == 16
 
 
 def test_the_json_has_the_shape_of_the_page():
@@ -100,15 +103,19 @@ def test_the_json_has_the_shape_of_the_page():
 @pytest.mark.parametrize("file", ["cpu", "cpu.txt", "cpu.pb", "folded", "dir/svg"])
 def test_an_unknown_ending_names_those_that_exist(file):
     """The error is made before anything is measured, and lists the choices."""
-    for act in (export.check_output, export.read, lambda f: export.encode(some.build([]), f)):
+    for act in (export.check_output, lambda f: export.encode(some.build([]), f)):
         with pytest.raises(ExportError, match=r"\.folded"):
             act(file)
 
 
-def test_drawings_cannot_be_read_back():
-    """An SVG is no profile: the error lists what can be read."""
-    with pytest.raises(ExportError, match=r"cannot read cpu\.svg.*\.pb\.gz"):
-        export.read("cpu.svg")
+@pytest.mark.parametrize("ending", [".svg", ".json"])
+def test_drawings_cannot_be_read_back(tmp_path, ending):
+    """A drawing is not a profile: the error says what it is and what to give instead."""
+    file = tmp_path / f"cpu{ending}"
+    export.write(some.sample_profile(), str(file))
+
+    with pytest.raises(UnsupportedFormatError, match=r"cpu\.(svg|json): .* a drawing .*; "):
+        read(str(file))
 
 
 def test_a_folder_that_does_not_exist_is_noticed_early(tmp_path):
@@ -122,10 +129,10 @@ def test_a_folder_that_does_not_exist_is_noticed_early(tmp_path):
 def test_a_damaged_file_is_named_in_the_error(tmp_path):
     """With several files on a command line, it matters which one."""
     file = tmp_path / "broken.folded"
-    file.write_text("main\n")
+    file.write_text("main;f\n;; 99999999999999999999\n")
 
     with pytest.raises(ProfileError, match=r"broken\.folded: .*line 1"):
-        export.read(str(file))
+        read(str(file))
 
 
 def test_an_existing_file_is_replaced_as_a_whole(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from profiler.comparison import comparison
 from profiler.flamegraph.differential import VERDICTS, Pair
 from profiler.flamegraph.views import View
 from profiler.formats import export, svg_diff
+from profiler.formats.reading import read_bytes
 from profiler.formats.svg_diff import COLOURS
 from storage.formats import folded
 from tests.flamegraph.test_differential import COPY, MAIN, PARSE, SEND, drawn, pair_of, steady
@@ -146,7 +147,7 @@ def test_hostile_names_are_shown_as_they_are():
 
 def test_what_is_no_time_is_not_shown_as_cores():
     """Folded text counts samples, and says nothing of how long it took."""
-    counted = folded.decode(b"main;work 60\nmain 40\n")
+    counted = read_bytes(b"main;work 60\nmain 40\n").profile
     pair = Pair(comparison.of_profiles([counted], [counted]), counted, counted)
     drawing = svg_of(pair).decode()
 

@@ -1,0 +1,193 @@
+r"""Read folded text: one stack a line, root first, then a count (`frame;frame;frame COUNT`).
+
+Written by the stackcollapse scripts, inferno, py-spy, austin, async-profiler, rbspy and others, and
+read as flamegraph.pl reads it, with these rules for what they write differently:
+
+- spaces or tabs stand before and may stand after the count;
+- lines that begin with `#` before the first stack are comments, and so is `# …` anywhere;
+- counts may be fractions (`3.5`, `1e-3`): all counts of a file are then multiplied by one factor;
+- two counts on most lines are before and after, as difffolded.pl writes them;
+- `_[k]`, `_[i]`, `_[j]` at the end of a name mark kernel, inlined and JIT frames; `\x3b` and what
+  else `storage.formats.folded` escapes is restored.
+
+A line that ends in no count is left out and named.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+
+from profiler.formats.readers.result import (
+    COUNT_LIMIT,
+    ChoiceError,
+    LeftOut,
+    Reading,
+    ReadOptions,
+    scale_warning,
+    whole_factor,
+)
+from profiler.formats.readers.source import LINE_LIMIT_BYTES
+from storage.formats.folded import frame_of
+from storage.profile import Accounting, ProfileBuilder, ProfileError, Window
+from symbolizer.location import NamedLocation
+
+NAME = "folded text"
+
+_NUMBER = rb"\d+(?:\.\d*)?(?:[eE][-+]?\d{1,2})?|\.\d+"
+_LINE = re.compile(rb"(?P<stack>.*[^ \t])[ \t]+(?P<count>" + _NUMBER + rb")[ \t]*", re.DOTALL)
+_NEGATIVE = re.compile(rb".*[^ \t][ \t]+-\d[\d.]*[ \t]*", re.DOTALL)
+_LONGEST_COUNT = 18
+"""Digits of a count; more do not fit a column."""
+_COMMENT = re.compile(rb"#(?:[ \t=]|$)")
+
+_Number = int | Fraction
+
+
+def is_folded(lines: Sequence[bytes]) -> bool:
+    """Return whether most of these lines end in a count, or one is a stack of several frames."""
+    stacks = others = 0
+    for line in lines[:-1] or lines:  # the last one may be cut
+        if not line.strip() or line.startswith(b"#"):
+            continue
+        match = _LINE.fullmatch(line.rstrip(b"\r"))
+        if match is None:
+            others += 1
+        else:
+            stacks += 1 + 10 * (b";" in match["stack"])
+    return stacks >= others
+
+
+class _Counts:
+    """What the lines of a file add up to, before it is known whether it has one side or two."""
+
+    def __init__(self) -> None:
+        self.left_out = LeftOut()
+        self._totals: dict[bytes, list[_Number]] = {}
+        """By the line without its last count: the sum of that count, and the number of lines."""
+        self._first_lines: dict[bytes, int] = {}
+        self._lines = 0
+        self._lines_of_two = 0
+
+    def read(self, lines: Iterable[bytes]) -> None:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip() or self._is_comment(line):
+                continue
+            count = _count_of(match["count"]) if (match := _LINE.fullmatch(line)) else None
+            if match is None or count is None or len(line) > LINE_LIMIT_BYTES:
+                self.left_out.add(number, line, _why_not(line, is_count=match is not None))
+                continue
+            stack = match["stack"]
+            totals = self._totals.get(stack)
+            if totals is None:
+                totals = self._totals[stack] = [0, 0]
+                self._first_lines[stack] = number
+            totals[0] += count
+            totals[1] += 1
+            self._lines += 1
+            self._lines_of_two += stack[-1:].isdigit() and _LINE.fullmatch(stack) is not None
+
+    def _is_comment(self, line: bytes) -> bool:
+        if not line.startswith(b"#"):
+            return False
+        if _COMMENT.match(line):
+            return True
+        return not self._totals and not (b";" in line and _LINE.fullmatch(line))
+
+    @property
+    def has_two_sides(self) -> bool:
+        return 2 * self._lines_of_two > self._lines
+
+    def of_one_side(self) -> dict[bytes, _Number]:
+        return {stack: total for stack, (total, _) in self._totals.items()}
+
+    def of_side(self, *, is_after: bool) -> dict[bytes, _Number]:
+        """Return the counts of the first column or of the second."""
+        counts: dict[bytes, _Number] = {}
+        for line, (after, lines) in self._totals.items():
+            match = _LINE.fullmatch(line)
+            before = _count_of(match["count"]) if match else None
+            if match is None or before is None:
+                number = self._first_lines[line]
+                self.left_out.add(number, line, "has one count, not two")
+                continue
+            count = after if is_after else before * lines
+            counts[match["stack"]] = counts.get(match["stack"], 0) + count
+        return counts
+
+
+def read(lines: Iterable[bytes], options: ReadOptions) -> Reading:
+    """Read folded text as a profile of type `samples`.
+
+    Raises:
+        ChoiceError: it holds two sides and none is chosen, or the other way round.
+        ProfileError: no line of it can be read, or its counts add up to too much.
+    """
+    found = _Counts()
+    found.read(lines)
+    if found.has_two_sides:
+        if not options.side:
+            raise ChoiceError(
+                "it has two counts a line, before and after: choose one with --side before or"
+                " --side after (everflame diff FILE reads both)"
+            )
+        counts = found.of_side(is_after=options.side == "after")
+    elif options.side:
+        raise ChoiceError(f"--side {options.side}: it has one count a line, not two")
+    else:
+        counts = found.of_one_side()
+    if found.left_out.lines and not counts:
+        raise ProfileError(f"cannot read folded text: {found.left_out.first}")
+    return _as_reading(counts, found.left_out)
+
+
+def _as_reading(counts: dict[bytes, _Number], left_out: LeftOut) -> Reading:
+    warnings = [left_out.warning] if left_out.lines else []
+    sum_ = Fraction(sum(counts.values()))
+    fractions = [each for each in counts.values() if isinstance(each, Fraction)]
+    factor, is_exact = whole_factor(fractions, sum_) if fractions else (Fraction(1), True)
+    if factor != 1 or not is_exact:
+        warnings.append(scale_warning(int(factor), is_exact=is_exact))
+    builder = ProfileBuilder(period_ns=1, type="samples", unit="count")
+    numbers: dict[bytes, int] = {}
+    total = 0
+    for stack, count in counts.items():
+        samples = round(count * factor) if fractions else int(count)
+        total += samples
+        if total > COUNT_LIMIT:
+            raise ProfileError("cannot read folded text: its counts add up to more than 2^62")
+        if samples:
+            root_first = [_location(builder, numbers, name) for name in stack.split(b";")]
+            builder.add((), root_first, samples)
+    profile = builder.build(Window(0, 0), Accounting(ticks=total, stored=total))
+    return Reading(profile, NAME, tuple(warnings), int(factor))
+
+
+def _location(builder: ProfileBuilder, numbers: dict[bytes, int], name: bytes) -> int:
+    number = numbers.get(name)
+    if number is None:
+        frame = frame_of(name)
+        number = builder.location(NamedLocation(*frame[:4], 0, 0), (frame,))
+        numbers[name] = number
+    return number
+
+
+def _count_of(digits: bytes) -> _Number | None:
+    """Return a count, or None for one that is too large."""
+    if digits.isdigit():
+        return int(digits) if len(digits) <= _LONGEST_COUNT else None
+    number = Fraction(digits.decode())
+    if number > 10**_LONGEST_COUNT:
+        return None
+    return int(number) if number.denominator == 1 else number
+
+
+def _why_not(line: bytes, *, is_count: bool) -> str:
+    if len(line) > LINE_LIMIT_BYTES:
+        return f"is longer than {LINE_LIMIT_BYTES >> 20} MiB"
+    if is_count:
+        return "has a count that is too large"
+    if _NEGATIVE.fullmatch(line):
+        return "has a negative count"
+    if re.fullmatch(_NUMBER, line.strip()):
+        return "has no stack"
+    return "does not end in a count"

@@ -1,0 +1,150 @@
+"""Bytes of foreign files: gzip in all its forms, bounds of growth, long lines, pipes."""
+
+import gzip
+import io
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from profiler.formats.readers import source
+from profiler.formats.readers.source import LINE_LIMIT_BYTES, Source
+from profiler.formats.reading import read, read_bytes
+from storage.profile import ProfileError
+
+FOLDED = b"main;f 3\nmain;g 4\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        FOLDED,
+        gzip.compress(FOLDED),
+        gzip.compress(gzip.compress(FOLDED)),
+        gzip.compress(gzip.compress(gzip.compress(FOLDED))),
+        gzip.compress(FOLDED[:9]) + gzip.compress(FOLDED[9:]),
+        gzip.compress(FOLDED) + b"\0" * 512,
+        gzip.compress(FOLDED) + gzip.compress(b""),
+    ],
+)
+def test_gzip_is_undone_however_it_was_applied(content):
+    """Twice, in several members, filled up with zeros."""
+    assert Source(io.BytesIO(content)).content() == FOLDED
+    assert list(Source(io.BytesIO(content)).lines()) == [b"main;f 3", b"main;g 4"]
+
+
+@given(st.lists(st.binary(max_size=40)), st.integers(1, 30))
+def test_lines_are_those_of_the_text(lines, chunk_bytes):
+    """Wherever the pieces end in which it is read, and whatever is in them."""
+    content = b"\n".join(lines).replace(b"\r", b"")
+
+    class Slow(io.BytesIO):
+        def read(self, _size=-1):
+            return super().read(chunk_bytes)
+
+    expected = content.split(b"\n")
+    if expected[-1] == b"":
+        expected.pop()
+    if not content.startswith((b"\x1f\x8b", b"\xef\xbb\xbf")):
+        assert list(Source(Slow(content)).lines()) == expected
+
+
+def test_a_line_without_an_end_is_cut():
+    """It takes no more memory than its limit."""
+    text = b"x" * (5 * LINE_LIMIT_BYTES) + b"\nshort\n"
+
+    long, short = Source(io.BytesIO(text)).lines()
+
+    assert LINE_LIMIT_BYTES < len(long) <= LINE_LIMIT_BYTES + 2 * source.HEAD_BYTES
+    assert short == b"short"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (gzip.compress(FOLDED)[:-9], "end too early"),
+        (gzip.compress(FOLDED)[:-1], "end too early"),
+        (b"\x1f\x8b" + b"x" * 30, "damaged gzip data"),
+        (gzip.compress(FOLDED) + b"tail", "something else follows"),
+        (gzip.compress(FOLDED)[:-5] + b"\0" * 5, "damaged gzip data"),
+    ],
+)
+def test_damaged_gzip_is_named(content, problem):
+    """In words of ours."""
+    with pytest.raises(ProfileError, match=problem):
+        read_bytes(content)
+
+
+def bomb(start: bytes, unit: bytes, size_bytes: int) -> bytes:
+    """Return gzip in gzip of a text that begins with `start` and repeats `unit`."""
+    outer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    inner = zlib.compressobj(1, zlib.DEFLATED, 31)
+    block = unit * (8 * 1024 * 1024 // len(unit))
+    parts = [outer.compress(inner.compress(start))]
+    inner_block = inner.compress(block) + inner.flush(zlib.Z_FULL_FLUSH)
+    parts.append(outer.compress(inner_block))
+    # After a full flush a block is compressed to the same bytes again.
+    again = inner.compress(block) + inner.flush(zlib.Z_FULL_FLUSH)
+    parts += [outer.compress(again) for _ in range(size_bytes // len(block))]
+    return b"".join((*parts, outer.flush()))
+
+
+CHECK = """
+import resource, sys
+from profiler.formats.reading import read
+from storage.profile import ProfileError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    read(sys.argv[1])
+except ProfileError as error:
+    print(error)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "unit"),
+    [
+        (b"main;f 1\n", b"main;f 1\n"),
+        (b"", b"a" * 1024),
+        (b'{"shared":{"frames":[]},"profiles":[', b"[],"),
+        (b'{"shared":{"frames":[', b'{"name":"a"},'),
+        (b"\x0a\x04\x08\x01\x10\x02", b"\x12\0"),
+        (b"\x0a\x04\x08\x01\x10\x02", b"\x12\x02\x0a\0"),
+        (b"prog 1/1 1.0: 5 cycles: \n", b"\t401136 f (/x)\n"),
+    ],
+)
+def test_a_few_bytes_do_not_grow_into_gigabytes(tmp_path, start, unit):
+    """Gzip in gzip of 1.7 GB costs less than 200 MB, and is refused in words of ours."""
+    file = tmp_path / "bomb.gz"
+    file.write_bytes(bomb(start, unit, 1_700_000_000))
+    assert file.stat().st_size < 300_000
+
+    result = subprocess.run(
+        [sys.executable, "-c", CHECK, file],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+
+    message, cost_mib = result.stdout.strip().rsplit("\n", 1)
+    assert int(cost_mib) < 200
+    assert "bomb.gz: cannot read" in message
+
+
+WRITE = "import sys; open(sys.argv[1], 'wb').write(bytes.fromhex(sys.argv[2]))"
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bytes])
+def test_a_pipe_is_read_once(tmp_path, compress):
+    """`everflame flamegraph <(perf script)` cannot be opened twice."""
+    fifo = tmp_path / "pipe"
+    os.mkfifo(fifo)
+    writer = subprocess.Popen([sys.executable, "-c", WRITE, fifo, compress(FOLDED).hex()])
+
+    assert read(str(fifo)).profile.total_samples == 7
+    assert writer.wait(timeout=30) == 0
