@@ -112,7 +112,7 @@ _MAGIC = tuple(
         (rb"\x89PNG|\xff\xd8\xff|GIF8", "a picture", "give the profile that it was drawn from"),
         (rb"%PDF", "a PDF", "give the profile that it was drawn from"),
         (
-            rb"\{[\xa9)(]\x03",
+            rb"[{\xfb][\xa9)(]\x03",
             "a profile of Python's cProfile",
             "it has no stacks; record with py-spy: py-spy record -f raw -o cpu.folded",
         ),
