@@ -35,11 +35,14 @@ def read(file: str, options: ReadOptions = _DEFAULTS) -> Reading:
         ProfileError: it is damaged. All of these name the file.
         OSError: it cannot be read.
     """
-    with Path(file).open("rb") as stream:
-        try:
+    try:
+        with Path(file).open("rb") as stream:
             return _read(stream, options)
-        except ProfileError as error:
-            raise type(error)(f"{file}: {error}") from error
+    except ProfileError as error:
+        raise type(error)(f"{file}: {error}") from error
+    except OSError as error:
+        reason = (error.strerror or "it failed").lower()
+        raise type(error)(f"cannot read {file}: {reason}") from error
 
 
 def read_bytes(content: bytes, options: ReadOptions = _DEFAULTS) -> Reading:

@@ -77,8 +77,10 @@ def test_no_case_is_forgotten():
 def test_what_is_written_is_read_again(ending, profile):
     """Samples of every stack, and the time where the format holds it."""
     found = read_bytes(export.encode(profile, f"x{ending}", by=()))
+    again = read_bytes(export.encode(found.profile, f"x{ending}", by=()))
 
-    assert lines(found) == lines(Reading(profile, ""))
+    assert lines(again) == lines(found)
+    assert found.profile.total_samples == profile.total_samples
     if ending != ".folded":
         assert found.profile.total_value == profile.total_value
     assert [warning for warning in found.warnings if "empty" not in warning] == []
@@ -128,3 +130,10 @@ def test_a_mutated_file_is_a_profile_or_an_error(data):
         message = str(error)
     assert "Error" not in message
     assert mismatch == 0
+
+
+@pytest.mark.parametrize("name", ["missing", "."])
+def test_a_file_that_cannot_be_opened_is_named(tmp_path, name):
+    """Without the numbers of the system."""
+    with pytest.raises(OSError, match=r"^cannot read /.*: (no such file|is a directory)"):
+        read(str(tmp_path / name))

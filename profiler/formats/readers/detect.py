@@ -201,6 +201,10 @@ def detect(head: bytes) -> Format:
         UnsupportedFormatError: it is a format that is not read, or none that is known.
     """
     start = head.removeprefix(b"\xef\xbb\xbf")
+    lines = start.split(b"\n")
+    # A name may begin as another format does: `%PDF;f 3`.
+    if folded.is_folded(lines, is_strict=True):
+        return Format.FOLDED
     for known in _MAGIC:
         if known.pattern.match(start):
             raise refusal(known.name, known.way_out)
@@ -211,7 +215,6 @@ def detect(head: bytes) -> Format:
             raise refusal(known.name, known.way_out)
     if _JSON_LIKE.match(start):
         return Format.JSON
-    lines = start.split(b"\n")
     if perf_script.is_perf_script(lines):
         return Format.PERF_SCRIPT
     if folded.is_folded(lines):

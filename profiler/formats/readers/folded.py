@@ -6,6 +6,7 @@ read as flamegraph.pl reads it, with these rules for what they write differently
 - spaces or tabs stand before and may stand after the count;
 - lines that begin with `#` before the first stack are comments, and so is `# …` anywhere;
 - counts may be fractions (`3.5`, `1e-3`): all counts of a file are then multiplied by one factor;
+- a count without a stack is a sample without frames, as py-spy writes them;
 - two counts on most lines are before and after, as difffolded.pl writes them;
 - `_[k]`, `_[i]`, `_[j]` at the end of a name mark kernel, inlined and JIT frames; `\x3b` and what
   else `storage.formats.folded` escapes is restored.
@@ -34,7 +35,7 @@ from symbolizer.location import NamedLocation
 NAME = "folded text"
 
 _NUMBER = rb"\d+(?:\.\d*)?(?:[eE][-+]?\d{1,2})?|\.\d+"
-_LINE = re.compile(rb"(?P<stack>.*[^ \t])[ \t]+(?P<count>" + _NUMBER + rb")[ \t]*", re.DOTALL)
+_LINE = re.compile(rb"(?P<stack>|.*[^ \t])[ \t]+(?P<count>" + _NUMBER + rb")[ \t]*", re.DOTALL)
 _NEGATIVE = re.compile(rb".*[^ \t][ \t]+-\d[\d.]*[ \t]*", re.DOTALL)
 _LONGEST_COUNT = 18
 """Digits of a count; more do not fit a column."""
@@ -43,8 +44,11 @@ _COMMENT = re.compile(rb"#(?:[ \t=]|$)")
 _Number = int | Fraction
 
 
-def is_folded(lines: Sequence[bytes]) -> bool:
-    """Return whether most of these lines end in a count, or one is a stack of several frames."""
+def is_folded(lines: Sequence[bytes], *, is_strict: bool = False) -> bool:
+    """Return whether most of these lines end in a count, or one is a stack of several frames.
+
+    Strictly, there is such a line, and no other.
+    """
     stacks = others = 0
     for line in lines[:-1] or lines:  # the last one may be cut
         if not line.strip() or line.startswith(b"#"):
@@ -54,7 +58,7 @@ def is_folded(lines: Sequence[bytes]) -> bool:
             others += 1
         else:
             stacks += 1 + 10 * (b";" in match["stack"])
-    return stacks >= others
+    return stacks > 0 == others if is_strict else stacks >= others
 
 
 class _Counts:
@@ -156,7 +160,8 @@ def _as_reading(counts: dict[bytes, _Number], left_out: LeftOut) -> Reading:
         if total > COUNT_LIMIT:
             raise ProfileError("cannot read folded text: its counts add up to more than 2^62")
         if samples:
-            root_first = [_location(builder, numbers, name) for name in stack.split(b";")]
+            names = stack.split(b";") if stack else []
+            root_first = [_location(builder, numbers, name) for name in names]
             builder.add((), root_first, samples)
     profile = builder.build(Window(0, 0), Accounting(ticks=total, stored=total))
     return Reading(profile, NAME, tuple(warnings), int(factor))

@@ -97,6 +97,15 @@ def test_comments_are_no_stacks(content):
     assert reading.warnings == ()
 
 
+def test_a_count_without_a_stack_is_a_sample_without_frames():
+    """py-spy writes it for a thread of which it saw nothing."""
+    reading = read_bytes(b"main;f 3\n 1\n")
+
+    assert counts(reading) == {("main", "f"): 3, (): 1}
+    assert folded.encode(reading.profile) == b"[unknown] 1\nmain;f 3\n"
+    assert reading.warnings == ()
+
+
 def test_a_stack_may_begin_with_the_sign_of_a_comment():
     """Behind the first stack, or where a whole stack follows the sign."""
     assert counts(read_bytes(b"#worker;f 1\n#other 2\n")) == {("#worker", "f"): 1, ("#other",): 2}
@@ -178,7 +187,6 @@ def test_both_sides_that_we_write_are_read_again():
         (b"main", "does not end in a count: 'main'"),
         (b"main x", "does not end in a count: 'main x'"),
         (b"main -2", "has a negative count: 'main -2'"),
-        (b" 3", "has no stack: ' 3'"),
         (b"3", "has no stack: '3'"),
         (b"main 99999999999999999999", "has a count that is too large"),
         (b"main 1e99", "has a count that is too large"),
