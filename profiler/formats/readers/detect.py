@@ -160,6 +160,21 @@ _TEXT = (
     ),
     _known(rb"<\?xml", "XML", _READ),
     _known(
+        rb"(?:#[^\n]*\n\s*)*?#\s*mode:\s*full",
+        "a profile of austin in full mode, with three values a line",
+        "record without -f",
+    ),
+    _known(
+        rb"sample:\s*\n\s+event_type:",
+        "the text of simpleperf report-sample",
+        "write it with simpleperf's report_sample.py",
+    ),
+    _known(
+        rb"(?:File: [^\n]*\n)?(?:Build ID: [^\n]*\n)?(?:Type: \w+\s|PeriodType: )",
+        "a report of pprof",
+        "give the file that it was made of, or write go tool pprof -proto FILE > cpu.pb.gz",
+    ),
+    _known(
         rb"Analysis of sampling ",
         "the report of macOS's sample",
         "fold it: stackcollapse-sample.awk FILE > cpu.folded",

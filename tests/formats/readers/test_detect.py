@@ -110,6 +110,13 @@ def words(size: int, order: str) -> bytes:
         (b"Attaching 1 probe...\n@[\n    f+1\n]: 12\n", "stackcollapse-bpftrace"),
         (b"@[\n    f+1\n]: 12\n", "stackcollapse-bpftrace"),
         (b"# To display the perf.data header info\n#\n# Overhead  Command\n", "report of perf"),
+        (
+            b"# austin: 3.6.0\n# interval: 100\n# mode: full\n\nP1;T1;f 1,0,2\n",
+            "austin in full mode",
+        ),
+        (b"sample:\n  event_type: cpu-cycles\n", "simpleperf report-sample"),
+        (b"File: prog\nType: cpu\nTime: May 1\n", "report of pprof"),
+        (b"PeriodType: cpu nanoseconds\nPeriod: 10000000\n", "report of pprof"),
         (b"Flat profile:\n\nEach sample counts as 0.01 seconds.\n", "gprof"),
         (b'{"nodes":[{"id":1}],"startTime":1,"endTime":2,"samples":[]}', "cpuprofile.*speedscope"),
         (b'{"head":{"callFrame":{}},"samples":[]}', "heapprofile"),
