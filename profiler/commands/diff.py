@@ -8,14 +8,14 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from profiler.commands import arguments, deployments
-from profiler.commands.files import read_file
+from profiler.commands.files import FILE_HELP, add_reading_options, read_file, reading_options
 from profiler.commands.selection import NothingSelectedError, Selection, query_of, selected
 from profiler.comparison.comparison import Comparison, calibrate, of_profiles, of_store
 from profiler.comparison.deployments import deployments_in
@@ -24,10 +24,11 @@ from profiler.comparison.report import NAME_WIDTH, as_json, as_markdown, as_text
 from profiler.comparison.sides import ComparisonError, EmptySideError, Operand
 from profiler.flamegraph.differential import Pair, only_hosts
 from profiler.formats import export
+from profiler.formats.reading import OneSideError, ReadOptions
 from profiler.text import counted, fit, listed
 from profiler.times import parse_window, rfc3339, whole_second
 from storage.objects.open import open_store
-from storage.profile import merge
+from storage.profile import Profile, merge
 from storage.query.query import Query
 from storage.selector import Selector
 
@@ -47,13 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.usage = (
         "everflame diff [OPTIONS] BEFORE... -- AFTER...\n"
+        "       everflame diff [OPTIONS] FILE-OF-BOTH-SIDES\n"
         "       everflame diff [OPTIONS] --last-deploy -q SELECTOR"
     )
     parser.add_argument(
         "before",
         metavar="BEFORE",
         nargs="*",
-        help="a file, or a window of the store: {selector}@FROM..UNTIL",
+        help=f"a file ({FILE_HELP}), or a window of the store: {{selector}}@FROM..UNTIL; a file"
+        " that holds both sides, such as that of difffolded.pl, is given alone",
     )
     parser.add_argument(
         "--last-deploy",
@@ -92,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " the total (default %(default)s)",
     )
     arguments.add_store(parser)
+    add_reading_options(parser, has_sides=False)
 
 
 def split_arguments(given: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -109,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
     if options.last_deploy and before:
         raise ValueError("diff: name two sides or use --last-deploy, not both")
     if not options.last_deploy:
-        if not after:
+        if not after and (len(before) != 1 or _is_selection(before[0])):
             raise ValueError(
                 "diff: name both sides: everflame diff BEFORE... -- AFTER... (or --last-deploy)"
             )
@@ -125,6 +129,7 @@ def run(options: argparse.Namespace) -> int:
         last_deploy=selected(options, start="now-7d") if options.last_deploy else None,
         calibrate=options.calibrate,
         output=options.output,
+        reading=reading_options(options),
     )
     return diff(before, after, settings, time.time_ns())
 
@@ -142,10 +147,12 @@ class Options:
     calibrate: bool = False
     output: str = ""
     """The file of the differential graph; `-` is stdout, and nothing else is printed there."""
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    """Which part of files is read."""
 
 
 def diff(before: Sequence[str], after: Sequence[str], options: Options, now_ns: int) -> int:
-    """Compare, print, and return the exit code.
+    """Compare, print, and return the exit code. Without `after`, `before` is a file of both.
 
     Raises:
         ComparisonError: there is nothing to compare.
@@ -156,11 +163,12 @@ def diff(before: Sequence[str], after: Sequence[str], options: Options, now_ns: 
     if options.output:
         export.pair_ending(options.output)
         export.check_folder(options.output)
-    found = compare(before, after, options, now_ns)
+    files = _read_files(before, after, options)
+    found = of_profiles(*files) if files else _of_store(before, after, options, now_ns)
     verdict = verdict_of(found, options.gate, is_strict=options.strict)
     moved: list[str] = []
     if options.output:
-        pair = _pair(found, before, after, options)
+        pair = _pair(found, files, options)
         moved = sorted(function for function, *_ in pair.moved)
         record = orjson.loads(as_json(found, verdict, options.gate))
         record.pop("functions")
@@ -179,20 +187,33 @@ def diff(before: Sequence[str], after: Sequence[str], options: Options, now_ns: 
     return verdict.exit_code
 
 
-def compare(
-    before: Sequence[str], after: Sequence[str], options: Options, now_ns: int
-) -> Comparison:
+def _read_files(
+    before: Sequence[str], after: Sequence[str], options: Options
+) -> tuple[list[Profile], list[Profile]] | None:
+    """Return the profiles of both sides, or None if they are windows of the store."""
     if options.last_deploy:
-        return _of_store(before, after, options, now_ns)
-    sides = [before, after]
-    in_store = [[_is_selection(each) for each in side] for side in sides]
-    if all(map(all, in_store)):
-        return _of_store(before, after, options, now_ns)
-    if any(map(any, in_store)):
+        return None
+    in_store = [_is_selection(each) for each in (*before, *after)]
+    if all(in_store):
+        return None
+    if any(in_store):
         raise ComparisonError(
             "cannot compare files with a window of the store: name the same on both sides"
         )
-    return of_profiles(list(map(read_file, before)), list(map(read_file, after)))
+    if after:
+        return (
+            [read_file(file, options.reading) for file in before],
+            [read_file(file, options.reading) for file in after],
+        )
+    # What is wrong with a file is said once, although each side is read by itself.
+    (file,) = before
+    sides = [replace(options.reading, side=side) for side in ("before", "after")]
+    try:
+        return [read_file(file, sides[0])], [read_file(file, sides[1], is_quiet=True)]
+    except OneSideError as error:
+        raise ComparisonError(
+            f"{file} holds one side: name both: everflame diff BEFORE... -- AFTER..."
+        ) from error
 
 
 def _of_store(
@@ -210,16 +231,18 @@ def _of_store(
         raise
 
 
-def _pair(found: Comparison, before: Sequence[str], after: Sequence[str], options: Options) -> Pair:
+def _pair(
+    found: Comparison, files: tuple[list[Profile], list[Profile]] | None, options: Options
+) -> Pair:
     """Read the stacks of both sides; the verdict needed only function totals."""
-    if found.before.coverage is not None:
+    if files is None:
         query = query_of(open_store(options.store, options.endpoint or None))
         profiles = [
             only_hosts(query.profile(side.window, Selector.parse(side.query)).profile, side.hosts)
             for side in (found.before, found.after)
         ]
     else:
-        profiles = [merge(map(read_file, side)) for side in (before, after)]
+        profiles = [merge(side) for side in files]
     units = [profile.unit for profile in profiles]
     if units[0] != units[1]:
         raise ComparisonError(

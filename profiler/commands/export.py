@@ -5,7 +5,7 @@ import re
 import sys
 
 from profiler.commands import arguments, outputs
-from profiler.commands.files import read_file
+from profiler.commands.files import FILE_HELP, add_reading_options, read_file, reading_options
 from profiler.commands.selection import selected
 from profiler.flamegraph.flamegraph import ROOT_ID
 from profiler.flamegraph.paths import Group
@@ -23,15 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  everflame export -o parse.folded --focus parse --hide memcpy\n\n"
         "Without FILE it reads the store, by default the last hour."
     )
-    parser.add_argument(
-        "file", metavar="FILE", nargs="?", help=".pb.gz, .folded or .speedscope.json"
-    )
+    parser.add_argument("file", metavar="FILE", nargs="?", help=FILE_HELP)
     arguments.add_outputs(parser)
     arguments.add_by(parser)
     _add_view(parser)
     arguments.add_store(parser)
     arguments.add_window(parser)
     arguments.add_query(parser)
+    add_reading_options(parser)
 
 
 def _add_view(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         profile, by = _viewed(options, answer.profile)
     else:
         arguments.refuse_store(options, "export")
-        profile, by = _viewed(options, read_file(options.file))
+        profile, by = _viewed(options, read_file(options.file, reading_options(options)))
     outputs.write_all(profile, options.outputs, by)
     return 0
 

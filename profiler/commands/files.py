@@ -39,14 +39,14 @@ def reading_options(options: argparse.Namespace) -> ReadOptions:
     return ReadOptions(options.event, options.sample_type, getattr(options, "side", ""))
 
 
-def read_file(file: str, options: ReadOptions | None = None) -> Profile:
-    """Read a profile; what a user must know about it goes to stderr.
+def read_file(file: str, options: ReadOptions | None = None, *, is_quiet: bool = False) -> Profile:
+    """Read a profile. Unless quiet, what a user must know about it goes to stderr.
 
     Raises:
         ProfileError: it is damaged, or of no format that is read; the message names the file.
         OSError: it cannot be read.
     """
     reading = read(file, options or ReadOptions())
-    for warning in reading.warnings:
+    for warning in () if is_quiet else reading.warnings:
         print(f"{file}: {warning}", file=sys.stderr)
     return reading.profile

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from profiler.commands import arguments, outputs, terminal
-from profiler.commands.files import read_file
+from profiler.commands.files import FILE_HELP, add_reading_options, read_file, reading_options
 from profiler.formats import export
 
 
@@ -14,14 +14,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  everflame flamegraph cpu.pb.gz\n"
         "  everflame flamegraph cpu.pb.gz -o cpu.svg --by comm,thread"
     )
-    parser.add_argument("file", metavar="FILE", help=".pb.gz, .folded or .speedscope.json")
+    parser.add_argument("file", metavar="FILE", help=FILE_HELP)
     arguments.add_outputs(parser)
     arguments.add_by(parser)
+    add_reading_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     outputs.check(options.outputs)
-    profile = read_file(options.file)
+    profile = read_file(options.file, reading_options(options))
     if not options.outputs:
         by = export.DEFAULT_BY if options.by is None else options.by
         print(terminal.flame_chart(profile, by, sys.stdout))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from profiler.commands import arguments
+from profiler.commands.files import FILE_HELP, add_reading_options, reading_options
 from profiler.formats.reading import Reading, ReadOptions, read
 from profiler.text import counted, quantity
 from profiler.times import NS_PER_S, TimeError, parse_time
@@ -34,11 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n"
         "  everflame import cpu.pb.gz --host web-1 --label service=api\n"
-        "  perf script > perf.txt && everflame import perf.txt --window 2026-01-31T09:00:00Z\n"
-        "  everflame import out.folded --window now-5m..now -F 49"
+        "  perf script -F +pid > p.txt && everflame import p.txt --window 2026-01-31T09:00:00Z\n"
+        "  everflame import out.folded --window now-5m..now -F 49\n\n"
+        "The exit status is 2 if a file contains no samples; the other files are imported."
     )
     parser.add_argument(
-        "files", metavar="FILE", nargs="+", help="profiles; each becomes one object"
+        "files", metavar="FILE", nargs="+", help=f"{FILE_HELP}; each becomes one object"
     )
     arguments.add_store(parser)
     parser.add_argument(
@@ -65,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HZ",
         help="samples per second on each CPU, for files that do not contain it (default 99)",
     )
+    add_reading_options(parser)
 
 
 def label_pair(text: str) -> tuple[str, str]:
@@ -86,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
         host=options.host,
         labels=dict(options.labels),
         frequency_hz=options.frequency,
+        reading=reading_options(options),
     )
     store = open_store(options.store, options.s3_endpoint or None)
     return import_files(options.files, store, asked, time.time_ns())

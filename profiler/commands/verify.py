@@ -18,8 +18,9 @@ from typing import NamedTuple
 import orjson
 
 from profiler.commands import arguments
-from profiler.commands.files import read_file
+from profiler.commands.files import FILE_HELP, add_reading_options, read_file, reading_options
 from profiler.commands.selection import selected
+from profiler.formats.reading import ReadOptions
 from profiler.text import counted
 from profiler.times import rfc3339
 from storage.hashing import Hasher
@@ -51,10 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The exit status is 1 if ticks differ from stored + idle + filtered + lost, or if a\n"
         "profile cannot be read."
     )
-    parser.add_argument("files", metavar="FILE", nargs="*", help="profiles (.pb.gz)")
+    parser.add_argument("files", metavar="FILE", nargs="*", help=FILE_HELP)
     arguments.add_json(parser)
     arguments.add_store(parser)
     arguments.add_window(parser)
+    add_reading_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -65,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.files:
         arguments.refuse_store(options, "verify")
-        return _report(verify(options.files), as_json=options.json)
+        return _report(verify(options.files, reading_options(options)), as_json=options.json)
     selection = selected(options)
 
     def tell(number: int) -> None:
@@ -143,12 +145,12 @@ class Verification:
         )
 
 
-def verify(files: Iterable[str]) -> Verification:
+def verify(files: Iterable[str], options: ReadOptions | None = None) -> Verification:
     """Check each file; a damaged one is named, and the others are checked all the same."""
     found = Verification()
     for file in files:
         try:
-            profile = read_file(file)
+            profile = read_file(file, options)
         except (ProfileError, OSError) as error:
             found.add(_Checked(file, Accounting(), 0, str(error)))
             continue

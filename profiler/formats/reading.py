@@ -11,11 +11,11 @@ from typing import BinaryIO
 
 from profiler.formats.readers import folded, perf_script, pprof, speedscope
 from profiler.formats.readers.detect import Format, detect, refuse_json
-from profiler.formats.readers.result import ChoiceError, Reading, ReadOptions
+from profiler.formats.readers.result import ChoiceError, OneSideError, Reading, ReadOptions
 from profiler.formats.readers.source import Source
 from storage.profile import ProfileError
 
-__all__ = ["ChoiceError", "ReadOptions", "Reading", "read", "read_bytes"]
+__all__ = ["ChoiceError", "OneSideError", "ReadOptions", "Reading", "read", "read_bytes"]
 
 _ONLY_FOR = {
     "event": {Format.PERF_SCRIPT},
@@ -56,7 +56,8 @@ def _read(stream: BinaryIO, options: ReadOptions) -> Reading:
     for option, formats in _ONLY_FOR.items():
         if getattr(options, option) and format_ not in formats:
             name = option.replace("_", "-")
-            raise ChoiceError(f"--{name} is not for {format_.value}, which this file is")
+            error = OneSideError if option == "side" else ChoiceError
+            raise error(f"--{name} is not for {format_.value}, which this file is")
     if format_ is Format.PPROF:
         reading = pprof.read(source.content(), options)
     elif format_ is Format.JSON:

@@ -22,6 +22,7 @@ from profiler.formats.readers.result import (
     COUNT_LIMIT,
     ChoiceError,
     LeftOut,
+    OneSideError,
     Reading,
     ReadOptions,
     scale_warning,
@@ -136,7 +137,7 @@ def read(lines: Iterable[bytes], options: ReadOptions) -> Reading:
             )
         counts = found.of_side(is_after=options.side == "after")
     elif options.side:
-        raise ChoiceError(f"--side {options.side}: it has one count a line, not two")
+        raise OneSideError(f"--side {options.side}: it has one count a line, not two")
     else:
         counts = found.of_one_side()
     if found.left_out.lines and not counts:

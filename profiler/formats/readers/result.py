@@ -26,6 +26,10 @@ class ChoiceError(ProfileError):
     """A file of several events, types or sides, of which an option must choose another one."""
 
 
+class OneSideError(ChoiceError):
+    """A file does not hold both sides of a comparison, of which one is asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
     """Which part of a file is asked for, where it holds several."""

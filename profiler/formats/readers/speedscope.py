@@ -24,6 +24,7 @@ import orjson
 from profiler.formats.readers.result import (
     COUNT_LIMIT,
     ChoiceError,
+    OneSideError,
     Reading,
     ReadOptions,
     scale_warning,
@@ -132,7 +133,7 @@ class _Reader:
                 " --side after (everflame diff FILE reads both)"
             )
         if options.side:
-            raise ChoiceError(f"--side {options.side}: it does not hold two sides")
+            raise OneSideError(f"--side {options.side}: it does not hold two sides")
         asked = options.sample_type
         chosen = [part for part in parts if part.unit == active.unit]
         if asked:
