@@ -1,11 +1,11 @@
-"""Announcements: deployments that a pipeline has told of, small JSON objects beside the profiles.
+"""Announcements: deployments that a pipeline has announced, small JSON objects in the store.
 
     v1/{tenant}/deployments/{month}/{service16}-{at_ms}-{content16}.json
     {"schema":1,"service":"api","version":"1.6","at_ns":1780000000000000000}
 
 `month` is that of the time (UTC, `2026-01`), `service16` the start of the SHA-256 of the service,
-`at_ms` has 13 digits: a window is found by listing alone. Whoever may write to the store may write
-anything there: what is not an announcement to the last byte of its key is named and passed over.
+`at_ms` has 13 digits: a window is found by listing alone. Anybody who may write to the store may
+write anything there: an object that is not exactly an announcement is skipped, with the reason.
 """
 
 import hashlib
@@ -48,23 +48,23 @@ class Announcement(NamedTuple):
 
 
 class Announced(NamedTuple):
-    """The announcements of a window, earliest first, and what is not one."""
+    """The announcements of a window, earliest first, and the objects that are not announcements."""
 
     announcements: list[Announcement]
     skipped: list[Skipped]
 
 
 class _NoAnnouncementError(ValueError):
-    """An object that is none. The message says why."""
+    """An object that is not an announcement; the message says why."""
 
 
 def announce(store: TenantStore, service: str, version: str, at_ns: int) -> Announcement:
-    """Write an announcement; to say the same again changes nothing. Give it as it is read back.
+    """Write an announcement and return it as it will be read; repeating it is harmless.
 
-    Names become what labels of samples are: made safe, and as long.
+    Names are made safe and cut as labels of samples are.
 
     Raises:
-        ValueError: a name is empty, or the time is none.
+        ValueError: a name is empty, or the time is out of range.
     """
     announcement = _checked(service, version, at_ns)
     content = orjson.dumps({"schema": 1, **announcement._asdict()})
@@ -77,10 +77,10 @@ def list_announcements(
     window: Window,
     check: Callable[[], None] = lambda: None,
 ) -> Announced:
-    """Return what was announced for times inside a window. What `check` raises ends it.
+    """Return what was announced for times inside a window; what `check` raises ends it.
 
     Raises:
-        StoreError: the store cannot be listed. One object that cannot be read is only named.
+        StoreError: the store cannot be listed. An object that cannot be read is only skipped.
     """
     skips = _Skips()
     latest = _latest(store, window, skips, check)
@@ -103,7 +103,7 @@ def list_announcements(
 
 
 class _Skips:
-    """What is passed over, the first of it named and the rest counted."""
+    """Skipped objects: the first are named, the rest are counted."""
 
     def __init__(self) -> None:
         self._named: list[Skipped] = []
@@ -124,7 +124,7 @@ class _Skips:
 def _latest(
     store: TenantStore, window: Window, skips: _Skips, check: Callable[[], None]
 ) -> Iterable[StoredObject]:
-    """Return the objects whose keys say that they were announced for a time in the window."""
+    """Return the objects whose keys have a time in the window."""
     latest: deque[StoredObject] = deque(maxlen=_LIMIT)
     listed = 0
     first_ms, last_ms = (at_ns // _NS_PER_MS for at_ns in (window.start_ns, window.end_ns))
@@ -145,7 +145,7 @@ def _latest(
 def _list(store: TenantStore, window: Window) -> Iterator[StoredObject]:
     prefix = _prefix(store)
     first, last = _month(window.start_ns), _month(window.end_ns - 1)
-    # With the slash: SeaweedFS takes a folder's bare name for all that is in it.
+    # SeaweedFS skips a folder if `start_after` is its name; with the slash, it lists it.
     for stored in store.store.list(prefix, start_after=f"{prefix}{first}/"):
         if stored.key[len(prefix) : len(prefix) + len(last)] > last:
             return

@@ -69,7 +69,7 @@ class DirectoryStore:
     def list(self, prefix: str, start_after: str = "") -> Iterator[StoredObject]:
         with self._explaining("list", prefix):
             self._check_root()
-            yield from self._walk(self.root, "", prefix, start_after)
+            yield from self._walk(prefix, start_after)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -107,15 +107,20 @@ class DirectoryStore:
         sync_folder(path.parent)
         return False
 
-    def _walk(
-        self, folder: Path, base: str, prefix: str, start_after: str
-    ) -> Iterator[StoredObject]:
-        for key, entry in _sorted_entries(folder, base):
-            if not (key.startswith(prefix) or prefix.startswith(key)):
+    def _walk(self, prefix: str, start_after: str) -> Iterator[StoredObject]:
+        # A stack of its own: others' folders may be nested deeper than Python's calls.
+        entered = [iter(_sorted_entries(self.root, ""))]
+        while entered:
+            key, entry = next(entered[-1], (None, None))
+            if key is None or entry is None:
+                entered.pop()
+            elif not (key.startswith(prefix) or prefix.startswith(key)):
                 continue
-            if key.endswith("/"):
-                if key > start_after or start_after.startswith(key):
-                    yield from self._walk(Path(entry), key, prefix, start_after)
+            elif key.endswith("/"):
+                is_after = key > start_after or start_after.startswith(key)
+                # Below a folder whose name is too long there is no key.
+                if is_after and not problem_of(key.rstrip("/")):
+                    entered.append(iter(_sorted_entries(Path(entry), key)))
             elif key > start_after and key.startswith(prefix) and not problem_of(key):
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)

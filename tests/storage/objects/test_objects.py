@@ -287,6 +287,26 @@ def test_links_and_odd_names_in_a_directory_are_not_listed(tmp_path: Path) -> No
     assert keys(store) == ["v1/a"]
 
 
+@pytest.mark.parametrize("name", ["a", "a" * 200])
+def test_folders_nested_too_deep_for_a_key_are_not_listed(tmp_path: Path, name: str) -> None:
+    """Whoever may write to the folder of a store can make them; the rest is listed."""
+    store = DirectoryStore(tmp_path / "store")
+    store.put("v1/a", b"x")
+    store.put("v1/z", b"x")
+    fd = os.open(tmp_path / "store/v1", os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir(f"m{name}", dir_fd=fd)
+        below = os.open(f"m{name}", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(os.open("object", os.O_CREAT, dir_fd=fd))
+    os.close(fd)
+    try:
+        assert keys(store) == ["v1/a", "v1/z"]
+    finally:
+        subprocess.run(["rm", "-r", tmp_path / "store"], check=True)  # pytest's own recurses
+
+
 @pytest.mark.parametrize("place", ["file", "file/a/b", "/proc/everflame", "/proc/everflame/a/b"])
 def test_a_store_that_cannot_be_a_directory_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
