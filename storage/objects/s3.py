@@ -62,6 +62,10 @@ _STATUS_CODES = {301: "PermanentRedirect", 401: "AccessDenied", 403: "AccessDeni
 """Responses without a body, as to HEAD, have only a status."""
 
 
+class _NotAStoreError(Exception):
+    """Something else than an object store has sent a response."""
+
+
 class S3Store:
     """Objects in a bucket, below a prefix. Opening it sends no request.
 
@@ -96,6 +100,9 @@ class S3Store:
                     region_name=session.region_name or "us-east-1",
                     config=config,
                 )
+                events = self._client.meta.events
+                events.register("after-call.s3", _check_response)
+                events.register("before-call.s3.HeadBucket", _forbid_redirect)
         except ValueError as error:
             raise StoreRefused(f"cannot open {self._place}: {error}", _CORRECT) from error
 
@@ -210,9 +217,31 @@ class S3Store:
         except exceptions.ParamValidationError as error:
             reason = " ".join(str(error).split())
             raise StoreRefused(f"{what}: {reason}", _CORRECT) from error
+        except _NotAStoreError as error:
+            raise StoreUnavailable(f"{what}: {_NOT_A_STORE}") from error
         except (exceptions.BotoCoreError, exceptions.HTTPClientError) as error:
             reason = " ".join(str(error).split())
             raise StoreUnavailable(f"{what}: {reason}") from error
+
+
+def _check_response(http_response: Any, model: Any, **_: object) -> None:
+    """Refuse a web page that a proxy or a captive portal sends as a success, whatever its headers.
+
+    S3 never sends one, and nothing at all in response to an object that it has stored.
+    """
+    kind = http_response.headers.get("content-type", "")
+    is_page = kind.lower().startswith("text/html")
+    is_success = http_response.status_code < 300
+    if is_success and (is_page or (model.name == "PutObject" and http_response.content)):
+        raise _NotAStoreError
+
+
+def _forbid_redirect(context: dict[str, Any], **_: object) -> None:
+    """Let botocore's own question for a bucket's region, after a redirect, not be redirected.
+
+    It asks again for each redirect until the stack is full (botocore 1.44, S3RegionRedirectorv2).
+    """
+    context["s3_redirect"]["redirected"] = True
 
 
 def _status(error: exceptions.ClientError) -> int:
@@ -233,5 +262,7 @@ def _explain(
     if code in _REFUSALS:
         reason, remedy = _REFUSALS[code]
         return StoreRefused(f"{what}: {reason}", remedy)
+    if 300 <= status < 400:
+        return StoreUnavailable(f"{what}: it answered {status}, and {_NOT_A_STORE}")
     message = " ".join(str(details.get("Message", "")).split())[:200]
     return StoreUnavailable(f"{what}: it answered {status} {code} {message}".rstrip())

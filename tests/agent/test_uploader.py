@@ -36,6 +36,7 @@ from tests.support.weed import (
     CREDENTIALS_FILE,
     KEYS,
     NONSENSE,
+    REDIRECT,
     SLOW_DOWN,
     Proxy,
     Weed,
@@ -463,8 +464,13 @@ def bucket(weed: Weed) -> Iterator[Weed]:
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
-    [(Proxy.STALL, "timeout"), (SLOW_DOWN, "SlowDown"), (NONSENSE, "not an object store's")],
-    ids=["silent", "throttling", "answering wrongly"],
+    [
+        (Proxy.STALL, "timeout"),
+        (SLOW_DOWN, "SlowDown"),
+        (NONSENSE, "not an object store's"),
+        (REDIRECT, "not an object store's"),
+    ],
+    ids=["silent", "throttling", "answering wrongly", "redirecting"],
 )
 def test_a_bucket_that_misbehaves_gets_everything_once_it_is_well(
     bucket: Weed, tmp_path: Path, answer: bytes, reason: str
