@@ -37,7 +37,8 @@ from profiler.comparison import comparison, verdict
 from profiler.comparison.distributions import rate_interval
 from profiler.comparison.sides import ComparisonError, Operand
 from profiler.comparison.verdict import Change, Contrast, Costs, Floats
-from storage.objects.open import DirectoryStore, list_window
+from storage.objects.directory import DirectoryStore
+from storage.objects.tenant import TenantStore
 from storage.profile import Window
 from storage.query.query import Query
 from storage.selector import Matcher, Operator, Selector
@@ -274,7 +275,7 @@ def record(folder: Path, minutes: int) -> None:
 def measure_real(folder: Path) -> int:
     """Judge the disjoint pairs of minutes of each service by all the others."""
     store = DirectoryStore(folder)
-    keys = [key for key, _ in list_window(store, Window(0, 2**62))]
+    keys = [key for key, _ in TenantStore(store).list_window(Window(0, 2**62))]
     whole = [key for key in keys if key.length_s == 60]
     last_ns = max(key.end_ns for key in whole)
     before, after = (
@@ -282,7 +283,7 @@ def measure_real(folder: Path) -> int:
     )
     pairs = alarms = 0
     with tempfile.TemporaryDirectory() as cache:
-        query = Query(store, Path(cache))
+        query = Query(TenantStore(store), Path(cache))
         everything = Window(min(key.start_ns for key in whole), last_ns)
         samples = query.label_values(everything, "service")
         print(f"real pairs of minutes, {len(whole)} minutes: pairs with any alarm")

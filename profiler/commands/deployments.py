@@ -16,7 +16,7 @@ from profiler.comparison.rollouts import (
 )
 from profiler.text import in_columns, listed
 from profiler.times import from_until, parse_time, rfc3339, whole_second
-from storage.objects.open import open_store
+from storage.objects.open import open_tenant
 from storage.profile import Window
 from storage.query.listing import nearest_objects
 
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
 def _add(options: argparse.Namespace) -> int:
     if options.start or options.end or options.query or options.json:
         raise ValueError("deployments add: remove --from, --until, -q and --json")
-    store = open_store(options.store, options.s3_endpoint or None)
+    store = open_tenant(options.store, options.s3_endpoint or None)
     at_ns = parse_time(options.at, time.time_ns())
     said = announce(store, options.service, options.version, at_ns)
     print(

@@ -27,7 +27,7 @@ from profiler.formats import export
 from profiler.formats.reading import OneSideError, ReadOptions
 from profiler.text import counted, fit, listed
 from profiler.times import parse_window, rfc3339, whole_second
-from storage.objects.open import open_store
+from storage.objects.open import open_tenant
 from storage.profile import Profile, merge
 from storage.query.query import Query
 from storage.selector import Selector
@@ -222,7 +222,7 @@ def _of_store(
     try:
         return of_store(*_in_store(before, after, options, now_ns))
     except EmptySideError as error:
-        store = open_store(options.store, options.endpoint or None)
+        store = open_tenant(options.store, options.endpoint or None)
         selection = Selection(store, error.operand.window, error.operand.selector)
         try:
             selection.answer()
@@ -236,7 +236,7 @@ def _pair(
 ) -> Pair:
     """Read the stacks of both sides; the verdict needed only function totals."""
     if files is None:
-        query = query_of(open_store(options.store, options.endpoint or None))
+        query = query_of(open_tenant(options.store, options.endpoint or None))
         profiles = [
             only_hosts(query.profile(side.window, Selector.parse(side.query)).profile, side.hosts)
             for side in (found.before, found.after)
@@ -260,7 +260,7 @@ def _in_store(
         raise ComparisonError(
             "cannot compare several windows: name one on each side (hosts are its replicates)"
         )
-    query = query_of(open_store(options.store, options.endpoint or None))
+    query = query_of(open_tenant(options.store, options.endpoint or None))
     return query, _operand(before[0], now_ns), _operand(after[0], now_ns), ()
 
 

@@ -22,8 +22,11 @@ from profiler.formats.reading import Reading, ReadOptions, read
 from profiler.text import counted, quantity
 from profiler.times import NS_PER_S, TimeError, parse_time
 from storage.formats import pprof, pprof_arrays
+from storage.formats.pprof_message import COUNT_LIMIT
 from storage.hashing import Hasher
-from storage.objects.open import LONGEST_WINDOW_S, ObjectStore, object_key, open_store
+from storage.objects.keys import LONGEST_WINDOW_S
+from storage.objects.open import open_tenant
+from storage.objects.tenant import TenantStore
 from storage.profile import Host, Profile, ProfileError, Window, make_labels
 from storage.query.function_totals import PROCESS_LABELS
 from symbolizer.text import readable
@@ -91,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
         frequency_hz=options.frequency,
         reading=reading_options(options),
     )
-    store = open_store(options.store, options.s3_endpoint or None)
+    store = open_tenant(options.store, options.s3_endpoint or None)
     return import_files(options.files, store, asked, time.time_ns())
 
 
@@ -112,7 +115,7 @@ class ImportOptions:
 
 
 def import_files(
-    files: Sequence[str], store: ObjectStore, options: ImportOptions, now_ns: int
+    files: Sequence[str], store: TenantStore, options: ImportOptions, now_ns: int
 ) -> int:
     """Put each file into the store and say under which key; what was left out goes to stderr.
 
@@ -134,9 +137,8 @@ def import_files(
         profile = complete(as_cpu_time(reading, file, options.frequency_hz), file, options, now_ns)
         content = pprof.encode(profile)
         check_readable(profile, content, file)
-        key = object_key(profile, content).text
-        is_new = store.put(key, content)
-        print(key)
+        key, is_new = store.put_profile(profile, content)
+        print(key.text)
         told = counted(profile.total_samples, "sample")
         if reading.profile.type == "samples":
             told += f" of {quantity(profile.period_ns, 'nanoseconds')}"
@@ -162,7 +164,7 @@ def as_cpu_time(reading: Reading, file: str, frequency_hz: int) -> Profile:
         return profile
     period_ns = NS_PER_S // frequency_hz
     # Fractions were scaled up to whole numbers; the time that they stand for is that of the file.
-    if profile.total_samples * period_ns // reading.scale > pprof.COUNT_LIMIT:
+    if profile.total_samples * period_ns // reading.scale > COUNT_LIMIT:
         raise ProfileError(f"{file}: cannot import it: its samples add up to more than 2^62 ns")
     values = [each * period_ns // reading.scale for each in profile.row_samples.tolist()]
     return dataclasses.replace(

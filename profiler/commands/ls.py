@@ -19,7 +19,7 @@ from profiler.commands.selection import Selection, selected
 from profiler.text import counted, in_columns, quantity
 from profiler.times import rfc3339
 from storage.hashing import Hasher
-from storage.objects.open import ObjectKey, StoredObject, StoreError
+from storage.objects.keys import ObjectKey, StoredObject, StoreError
 from storage.profile import ALWAYS, Labels, ProfileError
 from storage.query.coverage import Skipped
 from storage.query.decoding import decode_object
@@ -136,7 +136,7 @@ def _read_latest(
     def read(pair: tuple[ObjectKey, StoredObject]) -> Skipped | None:
         key, stored = pair
         try:
-            columns = decode_object(key, selection.store.get(stored.key), hasher)
+            columns = decode_object(key, selection.store.store.get(stored.key), hasher)
         except (ProfileError, StoreError) as error:
             return Skipped(stored.key, str(error))
         host = hosts[key.host_id]

@@ -11,7 +11,9 @@ from typing import TextIO
 
 from profiler.text import StatusLine, counted
 from profiler.times import from_until, parse_window
-from storage.objects.open import ObjectKey, ObjectStore, StoredObject, list_window, open_store
+from storage.objects.keys import ObjectKey, StoredObject
+from storage.objects.open import open_tenant
+from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Window
 from storage.query.cache import default_folder
 from storage.query.listing import nearest_objects
@@ -28,7 +30,7 @@ class NothingSelectedError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    store: ObjectStore
+    store: TenantStore
     window: Window
     selector: Selector
 
@@ -53,14 +55,14 @@ class Selection:
         window = ALWAYS
         if start or end:
             window = parse_window(start or "0", end or "now", now_ns)
-        return cls(open_store(store, endpoint or None), window, Selector.parse(query))
+        return cls(open_tenant(store, endpoint or None), window, Selector.parse(query))
 
     def query(self) -> Query:
         return query_of(self.store)
 
     def objects(self) -> Iterator[tuple[ObjectKey, StoredObject]]:
         """Return the objects that start inside the window; none is read."""
-        for key, stored in list_window(self.store, self.window):
+        for key, stored in self.store.list_window(self.window):
             if self.window.start_ns <= key.start_ns < self.window.end_ns:
                 yield key, stored
 
@@ -121,7 +123,7 @@ def selected(options: argparse.Namespace, start: str | None = None) -> Selection
     )
 
 
-def query_of(store: ObjectStore) -> Query:
+def query_of(store: TenantStore) -> Query:
     """Return a query for a command, which shows its progress on the terminal."""
     workers = Workers(min(4, os.cpu_count() or 1))
     return Query(store, default_folder(), workers=workers).watched(Decoding(sys.stderr))

@@ -29,13 +29,9 @@ from profiler.agent.supervise import Child, RefusedError
 from profiler.commands import arguments, demo
 from profiler.commands.agent import add_always_on, agent_options
 from profiler.service import addresses
-from storage.objects.open import (
-    DirectoryStore,
-    StoreError,
-    StoreRefused,
-    default_store_url,
-    open_store,
-)
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import StoreError, StoreRefused
+from storage.objects.open import default_store_url, open_store
 from storage.profile import Profile
 
 FIRST_INTERVAL_S = 5

@@ -24,14 +24,8 @@ from profiler.formats.reading import ReadOptions
 from profiler.text import counted
 from profiler.times import rfc3339
 from storage.hashing import Hasher
-from storage.objects.open import (
-    DEFAULT_TENANT,
-    ObjectKey,
-    ObjectStore,
-    StoredObject,
-    StoreError,
-    list_window,
-)
+from storage.objects.keys import ObjectKey, ObjectStore, StoredObject, StoreError
+from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Accounting, ProfileError, Window
 from storage.query.decoding import decode_object
 from storage.query.threads import map_ahead
@@ -159,9 +153,8 @@ def verify(files: Iterable[str], options: ReadOptions | None = None) -> Verifica
 
 
 def verify_store(
-    store: ObjectStore,
+    store: TenantStore,
     window: Window,
-    tenant: str = DEFAULT_TENANT,
     tell: Callable[[int], None] = lambda _: None,
 ) -> Verification:
     """Read every object that starts inside the window. `tell` gets their number now and then.
@@ -173,8 +166,8 @@ def verify_store(
     windows: dict[str, list[Window]] = {}
     names: dict[str, str] = {}
     next_s = time.monotonic() + _PROGRESS_S
-    listed = _listed(store, window, tenant, windows)
-    for number, (key, checked) in enumerate(_check_all(store, listed), start=1):
+    listed = _listed(store, window, windows)
+    for number, (key, checked) in enumerate(_check_all(store.store, listed), start=1):
         found.add(checked)
         if key is not None and len(checked.accounting.hosts) == 1:
             names[key.host_id] = checked.accounting.hosts[0].name
@@ -204,13 +197,12 @@ def find_gaps(windows: Iterable[Window]) -> list[Window]:
 
 
 def _listed(
-    store: ObjectStore, window: Window, tenant: str, windows: dict[str, list[Window]]
+    store: TenantStore, window: Window, windows: dict[str, list[Window]]
 ) -> Iterator[tuple[str, ObjectKey | None]]:
     """Return what is listed, noting the windows of each host."""
-    pairs: Iterable[tuple[ObjectKey | None, StoredObject]] = list_window(store, window, tenant)
+    pairs: Iterable[tuple[ObjectKey | None, StoredObject]] = store.list_window(window)
     if window == ALWAYS:
-        listed = store.list(f"v1/{tenant}/l0/")
-        pairs = ((ObjectKey.parse(stored.key), stored) for stored in listed)
+        pairs = store.list_all()
     for key, stored in pairs:
         if key is None:
             yield stored.key, None

@@ -1,12 +1,12 @@
 """Spool: profiles on disk between the sampler, which writes them, and the uploader, which sends.
 
-The folder is laid out as `storage.spool.upload_queue` says, so that either process may be killed at
-any moment and a closed profile is neither lost nor doubled.
+`storage.spool.upload_queue` describes the folder: either process may be killed at any moment, and a
+closed profile is neither lost nor counted twice.
 
-The size is bounded. Where a profile does not fit, because of the bound or because the disk is full,
-the oldest give up their stacks: their stored samples become lost ones (`spool_full`), so the law of
-conservation holds. The tombstones of a host's hour are one file; they alone may exceed the bound,
-by a block of the disk an hour.
+The size is bounded. If a profile does not fit, because of the bound or because the disk is full,
+the oldest profiles lose their stacks and become tombstones: their stored samples are counted as
+lost (`spool_full`), so the law of conservation holds. All tombstones of a host's hour are one file.
+Only tombstones may exceed the bound, by one disk block per hour.
 """
 
 import contextlib
@@ -19,15 +19,10 @@ from typing import Any, NamedTuple
 from google.protobuf import message
 
 from storage.formats import pprof
-from storage.objects.open import (
-    LONGEST_WINDOW_S,
-    NS_PER_S,
-    ObjectKey,
-    make_folder,
-    object_key,
-    sync_folder,
-    write_synced,
-)
+from storage.formats.pprof_comments import read_comments
+from storage.formats.pprof_message import SIZE_LIMIT_BYTES, decompress, message_class
+from storage.objects.directory import make_folder, sync_folder, write_synced
+from storage.objects.keys import DEFAULT_TENANT, LONGEST_WINDOW_S, NS_PER_S, ObjectKey, object_key
 from storage.profile import Loss, Profile, ProfileBuilder, ProfileError, add_counts, merge
 from storage.spool.upload_queue import (
     FOLDERS,
@@ -37,7 +32,7 @@ from storage.spool.upload_queue import (
     WAITING,
     allocated,
     file_name,
-    move_aside,
+    quarantine,
     scan,
     start_of,
     usage,
@@ -50,15 +45,16 @@ _MERGED = ".merged"
 _TOMBSTONE = ".tombstone"
 _RESERVE = "reserve"
 _RESERVE_BYTES = 64 * 1024
-"""Kept on the disk, beside the bound, for the tombstone that is to make room on a full one."""
+"""Disk space kept in addition to the bound: on a full disk, the tombstone that frees space is
+written there."""
 _FULL_DISK_ATTEMPTS = 8
-"""Profiles given up for one new one: more would be pointless where others fill the disk."""
+"""Profiles given up for a new one. More would not help: something else fills the disk."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
-_LeanMessage: Any = pprof.message_class(
+_LeanMessage: Any = message_class(
     "everflame.spool", unread=frozenset({"Sample", "Mapping", "Location", "Function"})
 )
-"""A class that protobuf makes at run time, so without a type."""
+"""protobuf makes this class at run time, so it has no type."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,16 +64,16 @@ class SpoolStatus(NamedTuple):
     size_bytes: int
     limit_bytes: int
     given_up: int
-    """Profiles that became tombstones since the start."""
+    """Profiles turned into tombstones since the start."""
     damaged: int
-    """Files since the start that were not what their names say, and were moved aside."""
+    """Files quarantined since the start: their content did not match their name."""
     unwritten_ticks: int
-    """Counts that no disk has taken yet: they are in memory only, and go with the process."""
+    """Ticks that could not be written yet: they are in memory only and end with the process."""
     last_error: str
 
 
 def tombstone(profile: Profile) -> Profile:
-    """Return a profile's counts without its stacks: what was stored is now lost."""
+    """Return a profile's counts without its stacks: its stored samples count as lost."""
     accounting = profile.accounting
     lost = {Loss.SPOOL_FULL.value: accounting.stored} if accounting.stored else {}
     emptied = replace(
@@ -87,14 +83,14 @@ def tombstone(profile: Profile) -> Profile:
 
 
 def _read_tombstone(content: bytes) -> Profile:
-    """Read the tombstone of an encoded profile, without its stacks: they are the costly part."""
+    """Return the tombstone of an encoded profile; its stacks, the costly part, are not decoded."""
     parsed = _LeanMessage()
     try:
-        parsed.ParseFromString(pprof.decompress(content, pprof.SIZE_LIMIT_BYTES))
+        parsed.ParseFromString(decompress(content, SIZE_LIMIT_BYTES))
     except message.DecodeError as error:
         raise ProfileError("cannot read the spool: a file in it is damaged") from error
     strings = parsed.string_table
-    ours = pprof.read_comments(strings[i] for i in parsed.comment if 0 < i < len(strings))
+    ours = read_comments(strings[i] for i in parsed.comment if 0 < i < len(strings))
     if ours is None or not 0 < parsed.period_type.unit < len(strings):
         raise ProfileError("cannot read the spool: a file in it is not a profile of ours")
     unit = readable(strings[parsed.period_type.unit])
@@ -103,10 +99,13 @@ def _read_tombstone(content: bytes) -> Profile:
 
 
 class Spool:
-    """The sampler's side: takes closed profiles and keeps the bound. One writer for a folder."""
+    """The sampler's side: writes closed profiles within the bound. A folder has one writer."""
 
-    def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+    def __init__(
+        self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES, tenant: str = DEFAULT_TENANT
+    ) -> None:
         self._folder = folder
+        self._tenant = tenant
         self._limit_bytes = limit_bytes
         self._unwritten: list[Profile] = []
         self._given_up = 0
@@ -120,15 +119,15 @@ class Spool:
         self._used_bytes = usage(folder)[1]
 
     def add(self, profile: Profile) -> None:
-        """Keep a closed profile: once this returns, a crash does not lose it.
+        """Write a closed profile: after this returns, a crash does not lose it.
 
-        A disk that takes nothing is no error here: the counts wait in memory for one that does.
+        A failed write is not an error here: the counts stay in memory until a write succeeds.
 
         Raises:
             ValueError: the window is longer than an hour.
         """
         content = pprof.encode(profile)
-        if not self._keep(object_key(profile, content), content):
+        if not self._keep(object_key(profile, content, self._tenant), content):
             self._given_up += 1
             self._carry(tombstone(profile))
         self._write_unwritten()
@@ -146,13 +145,13 @@ class Spool:
         )
 
     def _keep(self, key: ObjectKey, content: bytes) -> bool:
-        """Write a profile, giving up older ones until it fits; False when that is not enough."""
+        """Write a profile, giving up older ones until it fits; False if it never fits."""
         size_bytes = allocated(len(content))
         failures = 0
         while size_bytes <= self._limit_bytes and failures < _FULL_DISK_ATTEMPTS:
             self._make_reserve()
             if self._used_bytes + size_bytes > self._limit_bytes:
-                self._used_bytes = usage(self._folder)[1]  # the uploader may have made room
+                self._used_bytes = usage(self._folder)[1]  # the uploader may have freed space
             if self._used_bytes + size_bytes <= self._limit_bytes:
                 try:
                     self._write(content, self._folder / WAITING / file_name(key))
@@ -170,7 +169,7 @@ class Spool:
         return False
 
     def _give_up_oldest(self) -> bool:
-        """Turn the oldest waiting profile into a tombstone; False when there is none or no way."""
+        """Turn the oldest waiting profile into a tombstone; False if none or a write fails."""
         oldest = min(scan(self._folder / WAITING), key=start_of, default=None)
         if oldest is None:
             return False
@@ -179,7 +178,7 @@ class Spool:
             source = self._take(oldest.path, "")
             profile = self._read(source) if source else None
             if profile is None:
-                return True  # the uploader has taken it, or it was damaged: look again
+                return True  # the uploader claimed it, or it was damaged: try the next
             self._bury(profile)
         except OSError as error:
             self._note(error)
@@ -190,7 +189,7 @@ class Spool:
 
     def _carry(self, profile: Profile) -> None:
         if self._unwritten and _are_of_one_hour(self._unwritten[-1], profile):
-            profile = merge([self._unwritten.pop(), profile])  # an hour of counts is one in memory
+            profile = merge([self._unwritten.pop(), profile])  # one profile per hour in memory
         self._unwritten.append(profile)
 
     def _write_unwritten(self) -> None:
@@ -205,15 +204,15 @@ class Spool:
             del self._unwritten[0]
 
     def _bury(self, profile: Profile) -> None:
-        """Write a tombstone in the place of what lies in giving-up/, joined with its hour's.
+        """Replace the files in giving-up/ by one tombstone, merged with that of its hour.
 
-        The rename to a merged file is the one moment at which it takes the place of the others;
-        `_settle` then finishes, now or after a crash. Raises only when nothing has changed.
+        The rename to the merged file's name replaces all of them at once; `_settle` then removes
+        them, now or after a crash. If this raises, nothing has changed.
         """
         try:
             profile = self._join_hour(profile)
             content = pprof.encode(profile)
-            name = file_name(object_key(profile, content)) + _MERGED
+            name = file_name(object_key(profile, content, self._tenant)) + _MERGED
             target = self._folder / GIVING_UP / name
             try:
                 self._write(content, target)
@@ -228,7 +227,7 @@ class Spool:
                 self._settle()
 
     def _join_hour(self, profile: Profile) -> Profile:
-        hour = _hour(object_key(profile, b""))
+        hour = _hour(object_key(profile, b"", self._tenant))
         for spooled in sorted(scan(self._folder / TOMBSTONES), key=start_of):
             source = self._take(spooled.path, _TOMBSTONE) if _hour(spooled.key) == hour else None
             earlier = self._read(source) if source else None
@@ -240,7 +239,7 @@ class Spool:
         return profile
 
     def _settle(self) -> None:
-        """Empty giving-up/: finish what a merged file has replaced, undo anything else."""
+        """Empty giving-up/: remove the files that a merged one replaced, else move them back."""
         folder = self._folder / GIVING_UP
         paths = list(folder.iterdir())
         merged = [path for path in paths if path.name.endswith(_MERGED)]
@@ -260,7 +259,7 @@ class Spool:
             sync_folder(self._folder / TOMBSTONES)
 
     def _take(self, path: Path, mark: str) -> Path | None:
-        """Move a file to giving-up/; None when the uploader was faster."""
+        """Move a file to giving-up/; None if the uploader has claimed it."""
         taken = self._folder / GIVING_UP / (path.name + mark)
         try:
             path.rename(taken)
@@ -269,17 +268,17 @@ class Spool:
         return taken
 
     def _read(self, taken: Path) -> Profile | None:
-        """Read a file in giving-up/ as a tombstone; None, and it is moved aside, when damaged."""
+        """Return a file in giving-up/ as a tombstone; None if damaged: it is then quarantined."""
         try:
             return _read_tombstone(taken.read_bytes())
         except ProfileError as error:
-            _log.warning("set aside file=%s reason=%s", taken.name, error)
+            _log.warning("quarantined file=%s reason=%s", taken.name, error)
         self._damaged += 1
-        move_aside(taken, self._folder)
+        quarantine(taken, self._folder)
         return None
 
     def _write(self, content: bytes, target: Path) -> None:
-        """Write a file that is whole and durable as soon as it has its name."""
+        """Write a file so that it is complete and durable once it has its name."""
         partial = self._folder / PARTIAL / target.name
         try:
             write_synced(partial, content)
@@ -288,7 +287,7 @@ class Spool:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
-        # The file is there: an error of the disk from here on must not count it a second time.
+        # The file exists: an error from here on must not make the caller count it again.
         with contextlib.suppress(OSError):
             sync_folder(target.parent)
 
@@ -314,7 +313,7 @@ def _hour(key: ObjectKey) -> tuple[str, int]:
 
 
 def _are_of_one_hour(one: Profile, other: Profile) -> bool:
-    """Return whether two profiles can become one whose key finds both of their windows."""
+    """Return whether one object can hold both profiles: its window starts in their hour."""
     if (one.type, one.unit, one.accounting.hosts) != (
         other.type,
         other.unit,

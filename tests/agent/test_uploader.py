@@ -16,8 +16,8 @@ import pytest
 
 from profiler.agent.uploader import STATE_FILE, Uploader, UploaderOptions
 from storage.formats import pprof
-from storage.objects.open import (
-    DirectoryStore,
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import (
     ObjectKey,
     ObjectMissing,
     ObjectStore,
@@ -25,8 +25,8 @@ from storage.objects.open import (
     StoreError,
     StoreRefused,
     StoreUnavailable,
-    open_store,
 )
+from storage.objects.open import open_store
 from storage.objects.s3 import S3Store
 from storage.spool.spool import Spool
 from storage.spool.upload_queue import usage
@@ -36,6 +36,7 @@ from tests.support.weed import (
     CREDENTIALS_FILE,
     KEYS,
     NONSENSE,
+    REDIRECT,
     SLOW_DOWN,
     Proxy,
     Weed,
@@ -463,8 +464,13 @@ def bucket(weed: Weed) -> Iterator[Weed]:
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
-    [(Proxy.STALL, "timeout"), (SLOW_DOWN, "SlowDown"), (NONSENSE, "not an object store's")],
-    ids=["silent", "throttling", "answering wrongly"],
+    [
+        (Proxy.STALL, "timeout"),
+        (SLOW_DOWN, "SlowDown"),
+        (NONSENSE, "not an object store's"),
+        (REDIRECT, "not an object store's"),
+    ],
+    ids=["silent", "throttling", "answering wrongly", "redirecting"],
 )
 def test_a_bucket_that_misbehaves_gets_everything_once_it_is_well(
     bucket: Weed, tmp_path: Path, answer: bytes, reason: str

@@ -9,7 +9,8 @@ from profiler import cli
 from profiler.commands import import_
 from profiler.formats.reading import read
 from storage.formats import pprof
-from storage.objects.open import DirectoryStore, ObjectKey
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import ObjectKey
 from storage.profile import ProfileError
 from tests.support import profiles as some
 

@@ -116,7 +116,7 @@ class Weed:
 
     def _is_ready(self) -> bool:
         """Return whether it takes an object: it listens before it has a volume to write to."""
-        from storage.objects.open import StoreError
+        from storage.objects.keys import StoreError
         from storage.objects.s3 import S3Store
 
         assert self._process is not None
@@ -165,6 +165,10 @@ NONSENSE = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 20\r\n"
     b"Connection: close\r\n\r\n<html>Log in</html>\n"
 )
+REDIRECT = b"HTTP/1.1 302 Found\r\nLocation: http://portal.test/\r\nContent-Length: 0\r\n\r\n"
+PAGE_AS_OBJECT = NONSENSE.replace(b"\r\n\r\n", b'\r\nETag: "a5"\r\n\r\n', 1)
+UNTYPED_PAGE = PAGE_AS_OBJECT.replace(b"Content-Type: text/html\r\n", b"")
+"""What a captive portal sends, the second and third with an object's headers."""
 GARBAGE = b"\x00\xff not HTTP at all\r\n\r\n"
 
 

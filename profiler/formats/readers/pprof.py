@@ -27,6 +27,7 @@ from profiler.formats.readers.result import (
 from profiler.formats.readers.units import unit_scale
 from profiler.text import listed
 from storage.formats import pprof
+from storage.formats.pprof_message import message_class
 from storage.profile import ProfileError
 from symbolizer.text import readable
 
@@ -42,7 +43,7 @@ _SAMPLES = re.compile(r"(?:cpu[-_])?samples?", re.IGNORECASE)
 _TYPE = re.compile(r"[^a-z0-9_.-]+")
 
 # protobuf's classes are made at run time and have no types: Any, here and below.
-_ProfileMessage: Any = pprof.message_class("everflame.foreign")
+_ProfileMessage: Any = message_class("everflame.foreign")
 
 
 class _Type(NamedTuple):
