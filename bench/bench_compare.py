@@ -36,7 +36,8 @@ from scipy.signal import lfilter
 from profiler.comparison import comparison, verdict
 from profiler.comparison.comparison import ComparisonError, Operand
 from profiler.comparison.verdict import Change, Contrast, Costs, Floats
-from storage.objects.open import DirectoryStore, list_window
+from storage.objects.directory import DirectoryStore
+from storage.objects.listing import list_window
 from storage.profile import Window
 from storage.query.query import Query
 from storage.selector import Matcher, Operator, Selector

@@ -30,7 +30,7 @@ from bench_query import START_NS, fill
 from profiler.commands.diff import DEFAULT_GATE, Gate
 from profiler.comparison.comparison import Operand
 from profiler.service.responses import Answers, Question
-from storage.objects.open import DirectoryStore
+from storage.objects.directory import DirectoryStore
 from storage.profile import Window
 from storage.query.listing import HOUR_NS
 from storage.query.query import Query

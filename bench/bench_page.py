@@ -37,7 +37,8 @@ from viewers import LIMIT_S, Browser, GaveUpError, other_viewers
 from profiler.flamegraph import flamegraph
 from profiler.formats import speedscope
 from storage.formats import pprof
-from storage.objects.open import DEFAULT_TENANT, NS_PER_S, DirectoryStore, ObjectKey, content16
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectKey, content16
 from storage.profile import Profile, merge
 
 START_NS = 1_780_000_000_000_000_000 // (3600 * NS_PER_S) * (3600 * NS_PER_S)

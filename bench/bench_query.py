@@ -30,7 +30,8 @@ import numpy as np
 
 from profiler.flamegraph import flamegraph
 from storage.formats import pprof
-from storage.objects.open import DEFAULT_TENANT, NS_PER_S, DirectoryStore, ObjectKey, content16
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectKey, content16
 from storage.profile import Accounting, Host, ProfileBuilder, Window, make_labels
 from storage.query.listing import HOUR_NS
 from storage.query.query import Query

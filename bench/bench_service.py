@@ -41,7 +41,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
 from profiler.flamegraph import flamegraph  # noqa: E402
-from storage.objects.open import DirectoryStore, ObjectStore, open_store  # noqa: E402
+from storage.objects.directory import DirectoryStore  # noqa: E402
+from storage.objects.keys import ObjectStore  # noqa: E402
+from storage.objects.open import open_store  # noqa: E402
 from storage.profile import Window  # noqa: E402
 from storage.query.query import Query  # noqa: E402
 from tests.support.weed import BUCKET, Weed, using_keys  # noqa: E402

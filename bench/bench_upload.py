@@ -30,7 +30,8 @@ sys.path.append(str(ROOT))
 
 from profiler.agent.uploader import Uploader, UploaderOptions  # noqa: E402
 from storage.formats import pprof  # noqa: E402
-from storage.objects.open import ObjectStore, open_store  # noqa: E402
+from storage.objects.keys import ObjectStore  # noqa: E402
+from storage.objects.open import open_store  # noqa: E402
 from storage.spool.spool import Spool  # noqa: E402
 from storage.spool.upload_queue import usage  # noqa: E402
 from tests.agent.test_uploader import AWAY, FakeClock, MemoryStore  # noqa: E402

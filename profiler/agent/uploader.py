@@ -31,17 +31,10 @@ import orjson
 
 from profiler.agent import metrics
 from profiler.agent.signals import Signals
-from storage.objects.open import (
-    NS_PER_S,
-    DirectoryStore,
-    ObjectKey,
-    ObjectStore,
-    StoreError,
-    StoreRefused,
-    expire,
-    make_folder,
-    open_store,
-)
+from storage.objects.directory import DirectoryStore, make_folder
+from storage.objects.keys import NS_PER_S, ObjectKey, ObjectStore, StoreError, StoreRefused
+from storage.objects.listing import expire
+from storage.objects.open import open_store
 from storage.spool import upload_queue
 from storage.spool.upload_queue import Outbox, SpooledProfile
 

@@ -27,7 +27,8 @@ from bpf.errors import BpfError, LoadError, PerfEventError
 from bpf.records import RING_PAGES
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import MAX_USER_WORDS
-from storage.objects.open import ObjectStore, StoreError, StoreRefused, open_store
+from storage.objects.keys import ObjectStore, StoreError, StoreRefused
+from storage.objects.open import open_store
 
 SCHEMA = 1
 

@@ -26,7 +26,7 @@ from profiler.formats import export
 from profiler.text import counted
 from profiler.times import NS_PER_S, TimeError, parse_time
 from storage.formats import folded, pprof
-from storage.objects.open import LONGEST_WINDOW_S, ObjectStore, object_key
+from storage.objects.keys import LONGEST_WINDOW_S, ObjectStore, object_key
 from storage.profile import (
     Accounting,
     Host,

@@ -17,7 +17,7 @@ from profiler.commands.selection import Selection
 from profiler.text import counted, in_columns, quantity
 from profiler.times import rfc3339
 from storage.hashing import Hasher
-from storage.objects.open import ObjectKey, StoredObject, StoreError
+from storage.objects.keys import ObjectKey, StoredObject, StoreError
 from storage.profile import ALWAYS, Labels, ProfileError
 from storage.query.coverage import Skipped
 from storage.query.decoding import decode_object

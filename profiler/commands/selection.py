@@ -13,7 +13,9 @@ from typing import TextIO
 
 from profiler.text import StatusLine, counted
 from profiler.times import from_until, parse_window
-from storage.objects.open import ObjectKey, ObjectStore, StoredObject, list_window, open_store
+from storage.objects.keys import ObjectKey, ObjectStore, StoredObject
+from storage.objects.listing import list_window
+from storage.objects.open import open_store
 from storage.profile import ALWAYS, Window
 from storage.query.cache import default_folder
 from storage.query.listing import nearest_objects

@@ -19,14 +19,8 @@ from profiler.service.app import About, Service
 from profiler.service.connections import Server
 from profiler.service.prefetch import DEFAULT_PERCENT, Ahead
 from profiler.service.responses import Answers
-from storage.objects.open import (
-    ObjectStore,
-    StoredObject,
-    StoreError,
-    StoreRefused,
-    default_store_url,
-    open_store,
-)
+from storage.objects.keys import ObjectStore, StoredObject, StoreError, StoreRefused
+from storage.objects.open import default_store_url, open_store
 from storage.query.cache import default_folder
 from storage.query.query import Query
 from storage.query.workers import start_workers

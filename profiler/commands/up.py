@@ -27,13 +27,9 @@ from profiler.agent.recorder import default_cache
 from profiler.agent.supervise import Child, RefusedError
 from profiler.commands import demo
 from profiler.service import addresses
-from storage.objects.open import (
-    DirectoryStore,
-    StoreError,
-    StoreRefused,
-    default_store_url,
-    open_store,
-)
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import StoreError, StoreRefused
+from storage.objects.open import default_store_url, open_store
 from storage.profile import Profile
 
 FIRST_INTERVAL_S = 5

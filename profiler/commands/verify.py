@@ -19,14 +19,8 @@ import orjson
 from profiler.formats import export
 from profiler.text import counted
 from profiler.times import rfc3339
-from storage.objects.open import (
-    DEFAULT_TENANT,
-    ObjectKey,
-    ObjectStore,
-    StoredObject,
-    StoreError,
-    list_window,
-)
+from storage.objects.keys import DEFAULT_TENANT, ObjectKey, ObjectStore, StoredObject, StoreError
+from storage.objects.listing import list_window
 from storage.profile import ALWAYS, Accounting, ProfileError, Window
 
 _FETCHES = 4

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import orjson
 
 from profiler.processes.versions import MAX_VERSION
-from storage.objects.open import DEFAULT_TENANT, ObjectStore, StoredObject, StoreError, content16
+from storage.objects.keys import DEFAULT_TENANT, ObjectStore, StoredObject, StoreError, content16
 from storage.profile import Window
 from storage.query.coverage import Skipped
 from storage.query.threads import map_ahead

@@ -14,7 +14,7 @@ from profiler.comparison.rollouts import (
     find_deployments,
     merge_announcements,
 )
-from storage.objects.open import ObjectStore
+from storage.objects.keys import ObjectStore
 from storage.profile import Window
 from storage.query.coverage import Skipped
 from storage.query.query import Query

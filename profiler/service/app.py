@@ -67,7 +67,7 @@ from profiler.service.schema import (
     document,
 )
 from profiler.times import parse_time, parse_window, rfc3339
-from storage.objects.open import StoreError
+from storage.objects.keys import StoreError
 from storage.selector import Selector
 
 DEADLINE_S = 30.0

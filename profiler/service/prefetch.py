@@ -21,7 +21,8 @@ from typing import Any
 
 import orjson
 
-from storage.objects.open import StoreError, open_store
+from storage.objects.keys import StoreError
+from storage.objects.open import open_store
 from storage.profile import Window
 from storage.query.listing import HOUR_NS
 from storage.query.query import Query

@@ -37,7 +37,7 @@ from profiler.flamegraph.flamegraph import ROOT_ID, FlameGraph, Screen, draw
 from profiler.flamegraph.paths import Group, Paths, Stacks
 from profiler.flamegraph.views import NoSuchNodeError, View, path_to
 from profiler.times import from_until
-from storage.objects.open import ObjectStore
+from storage.objects.keys import ObjectStore
 from storage.profile import GOOD_STOPS, Profile, Window
 from storage.query.coverage import Coverage
 from storage.query.listing import HOUR_NS, nearest_objects

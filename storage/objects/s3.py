@@ -16,7 +16,7 @@ import boto3
 from botocore import exceptions
 from botocore.config import Config
 
-from storage.objects.open import (
+from storage.objects.keys import (
     NS_PER_S,
     ObjectMissing,
     StoredObject,

@@ -23,7 +23,7 @@ from storage.columns import Columns
 from storage.formats import pprof_arrays
 from storage.hashing import Hasher
 from storage.merging import merge_columns
-from storage.objects.open import ObjectKey, ObjectStore, StoredObject, StoreError, content16
+from storage.objects.keys import ObjectKey, ObjectStore, StoredObject, StoreError, content16
 from storage.profile import ProfileError
 from storage.query.cache import pack, unpack
 from storage.query.coverage import Part, failed_part

@@ -11,14 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from storage.objects.open import (
-    DEFAULT_TENANT,
-    NS_PER_S,
-    ObjectKey,
-    ObjectStore,
-    StoredObject,
-    list_window,
-)
+from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectKey, ObjectStore, StoredObject
+from storage.objects.listing import list_window
 from storage.profile import ALWAYS, Window
 
 HOUR_NS = 3600 * NS_PER_S

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, NamedTuple
 
 from storage.columns import Columns, Times
-from storage.objects.open import NS_PER_S
+from storage.objects.keys import NS_PER_S
 from storage.profile import Window
 from storage.query.cache import DecodedCache
 from storage.query.coverage import Derived, Kept, Part, Skipped

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from storage.merging import merge_columns
-from storage.objects.open import DEFAULT_TENANT, NS_PER_S, ObjectStore
+from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectStore
 from storage.profile import Accounting, Profile, ProfileBuilder, Window
 from storage.query.cache import DEFAULT_LIMIT_BYTES, DecodedCache
 from storage.query.coverage import Coverage, choose_parts, has_host, merging_early

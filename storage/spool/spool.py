@@ -19,15 +19,8 @@ from typing import Any, NamedTuple
 from google.protobuf import message
 
 from storage.formats import pprof
-from storage.objects.open import (
-    LONGEST_WINDOW_S,
-    NS_PER_S,
-    ObjectKey,
-    make_folder,
-    object_key,
-    sync_folder,
-    write_synced,
-)
+from storage.objects.directory import make_folder, sync_folder, write_synced
+from storage.objects.keys import LONGEST_WINDOW_S, NS_PER_S, ObjectKey, object_key
 from storage.profile import Loss, Profile, ProfileBuilder, ProfileError, add_counts, merge
 from storage.spool.upload_queue import (
     FOLDERS,

@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from storage.objects.open import ObjectKey, content16, sync_folder
+from storage.objects.directory import sync_folder
+from storage.objects.keys import ObjectKey, content16
 
 PARTIAL = "partial"
 WAITING = "waiting"

@@ -19,7 +19,7 @@ import pytest
 from profiler.agent.agent import WholeCost
 from profiler.agent.window import Edges
 from storage.formats import pprof
-from storage.objects.open import ObjectKey
+from storage.objects.keys import ObjectKey
 from storage.profile import Accounting, Profile
 from tests.support.targets import compile_target, running
 

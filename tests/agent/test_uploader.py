@@ -16,8 +16,8 @@ import pytest
 
 from profiler.agent.uploader import STATE_FILE, Uploader, UploaderOptions
 from storage.formats import pprof
-from storage.objects.open import (
-    DirectoryStore,
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import (
     ObjectKey,
     ObjectMissing,
     ObjectStore,
@@ -25,8 +25,8 @@ from storage.objects.open import (
     StoreError,
     StoreRefused,
     StoreUnavailable,
-    open_store,
 )
+from storage.objects.open import open_store
 from storage.objects.s3 import S3Store
 from storage.spool.spool import Spool
 from storage.spool.upload_queue import usage

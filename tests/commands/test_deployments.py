@@ -27,7 +27,10 @@ from profiler.comparison.rollouts import (
     merge_announcements,
 )
 from profiler.times import rfc3339
-from storage.objects.open import DirectoryStore, content16, expire, list_window, open_store
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import content16
+from storage.objects.listing import expire, list_window
+from storage.objects.open import open_store
 from storage.profile import ALWAYS, Profile, make_labels
 from storage.query.query import Query
 from storage.selector import Selector

@@ -13,7 +13,8 @@ from profiler.commands import import_
 from profiler.commands.import_ import IncompleteFileError, parse_perf_script
 from profiler.flamegraph import flamegraph
 from storage.formats import folded, pprof
-from storage.objects.open import DirectoryStore, ObjectKey
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import ObjectKey
 from storage.profile import Profile, ProfileError, Window
 from symbolizer.location import Kind
 from tests.support import profiles as some

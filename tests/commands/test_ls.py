@@ -15,7 +15,7 @@ from profiler.commands.selection import Decoding, NothingSelectedError, Selectio
 from profiler.formats.export import read
 from profiler.times import rfc3339
 from storage.formats import folded
-from storage.objects.open import DirectoryStore
+from storage.objects.directory import DirectoryStore
 from storage.profile import merge
 from storage.query.query import Query
 from storage.selector import Selector

@@ -8,7 +8,7 @@ import pytest
 from profiler import cli
 from profiler.commands import verify
 from profiler.commands.verify import find_gaps, verify_store
-from storage.objects.open import object_key
+from storage.objects.keys import object_key
 from storage.profile import ALWAYS, Window
 from tests.support import profiles as some
 from tests.support.stores import MINUTE_NS, START_NS, at, directory, minutes, put

@@ -18,7 +18,7 @@ from profiler.comparison.comparison import Operand
 from profiler.comparison.gate import Gate
 from profiler.flamegraph import flamegraph
 from profiler.service.responses import Answers, Question
-from storage.objects.open import DirectoryStore
+from storage.objects.directory import DirectoryStore
 from storage.profile import Profile
 from storage.query.query import Query
 from storage.selector import Selector

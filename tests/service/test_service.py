@@ -14,7 +14,7 @@ from profiler.flamegraph import flamegraph
 from profiler.service.responses import usual_step_ns
 from profiler.service.schema import ENDPOINTS
 from storage.formats import folded, pprof
-from storage.objects.open import DirectoryStore
+from storage.objects.directory import DirectoryStore
 from storage.profile import Window, merge
 from storage.query.query import Query
 from tests.support import profiles as some

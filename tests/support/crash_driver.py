@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import storage.objects.s3  # noqa: F401 - imported once, before the forks
 from profiler.agent.uploader import Uploader, UploaderOptions
-from storage.objects.open import ObjectStore, open_store
+from storage.objects.keys import ObjectStore
+from storage.objects.open import open_store
 from storage.spool.spool import Spool
 from tests.support.windows import SIZE_BYTES, window
 

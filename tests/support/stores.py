@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 
 from storage.formats import pprof
-from storage.objects.open import DirectoryStore, ObjectKey, object_key
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import ObjectKey, object_key
 from storage.profile import Host, Profile, Window
 
 START_NS = 1_780_000_000_000_000_000 // 3_600_000_000_000 * 3_600_000_000_000

@@ -116,7 +116,7 @@ class Weed:
 
     def _is_ready(self) -> bool:
         """Return whether it takes an object: it listens before it has a volume to write to."""
-        from storage.objects.open import StoreError
+        from storage.objects.keys import StoreError
         from storage.objects.s3 import S3Store
 
         assert self._process is not None

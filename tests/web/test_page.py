@@ -18,7 +18,8 @@ import pytest
 from playwright.sync_api import Locator, Route, expect
 
 from profiler.commands import demo
-from storage.objects.open import DirectoryStore, ObjectKey
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import ObjectKey
 from storage.profile import Accounting
 from symbolizer.location import Kind, NamedLocation
 from tests.support import profiles as some

@@ -17,21 +17,19 @@ from hypothesis import strategies as st
 
 from profiler.commands import doctor
 from storage.formats import pprof
-from storage.objects.open import (
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import (
     NS_PER_S,
-    DirectoryStore,
     ObjectKey,
     ObjectMissing,
     ObjectStore,
     StoreError,
     StoreRefused,
     StoreUnavailable,
-    default_store_url,
-    expire,
-    list_window,
     object_key,
-    open_store,
 )
+from storage.objects.listing import expire, list_window
+from storage.objects.open import default_store_url, open_store
 from storage.objects.s3 import S3Store
 from storage.profile import Accounting, Host, Window
 from tests.support.profiles import WINDOW, sample_profile

@@ -18,7 +18,8 @@ from storage.columns import Columns, Times
 from storage.formats import pprof, pprof_arrays
 from storage.hashing import Hasher
 from storage.merging import merge_columns
-from storage.objects.open import DirectoryStore, StoreUnavailable, object_key
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import StoreUnavailable, object_key
 from storage.profile import (
     Profile,
     ProfileError,

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from storage.objects.open import DirectoryStore
+from storage.objects.directory import DirectoryStore
 from storage.query.query import Query
 from storage.query.workers import NoWorkersError, Workers, start_workers
 from tests.storage.query.test_query import small

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 
 from storage.formats import pprof
-from storage.objects.open import ObjectKey
+from storage.objects.keys import ObjectKey
 from storage.profile import Host, Profile
 from storage.spool.spool import Spool, tombstone
 from storage.spool.upload_queue import Outbox, usage

@@ -1,0 +1,209 @@
+"""Directory store: objects as files below a folder, and the durable writing of files."""
+
+import contextlib
+import errno
+import itertools
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from storage.objects.keys import (
+    ObjectMissing,
+    StoredObject,
+    StoreRefused,
+    StoreUnavailable,
+    check_key,
+    check_range,
+    problem_of,
+)
+
+_PARTIAL = ".partial"
+_LINK_ATTEMPTS = 100
+_PARTIAL_LIFE_S = 3600
+"""A temporary file older than this is a crash's: no put takes so long."""
+
+
+class DirectoryStore:
+    """Objects as files below a folder that only its owner may read.
+
+    A new object is a temporary file, synced, then linked to its name: the link fails when the name
+    exists, and no reader ever sees half a file. Temporary files of a crash lie apart, are never
+    listed and go with the first put an hour later.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._has_cleaned = False
+        self._was_there = False
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def put(self, key: str, content: bytes) -> bool:
+        path = self._path(key)
+        with self._explaining("write", key):
+            if path.exists():
+                sync_folder(path.parent)  # whoever linked it may have died before this
+                return False
+            self._clean()
+            partial = self.root / _PARTIAL / f"{os.getpid()}-{os.urandom(8).hex()}"
+            make_folder(partial.parent)
+            try:
+                write_synced(partial, content)
+                return self._link(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def get(self, key: str) -> bytes:
+        with self._explaining("read", key), self._path(key).open("rb") as file:
+            return file.read()
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        check_range(start, length)
+        with self._explaining("read", key), self._path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[StoredObject]:
+        with self._explaining("list", prefix):
+            self._check_root()
+            yield from self._walk(self.root, "", prefix, start_after)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with contextlib.suppress(ObjectMissing), self._explaining("delete", key):
+            path.unlink()
+            with contextlib.suppress(OSError):  # others are in it, or it is gone already
+                while path.parent != self.root:
+                    path = path.parent
+                    path.rmdir()
+
+    def _path(self, key: str) -> Path:
+        check_key(key)
+        return self.root / key
+
+    def _check_root(self) -> None:
+        """Tell a folder that was taken away from one that nobody has put anything into yet."""
+        is_there = self.root.is_dir()
+        if self._was_there and not is_there:
+            raise StoreUnavailable(f"the folder {self.root} of the store is not there any more")
+        self._was_there |= is_there
+
+    def _link(self, partial: Path, path: Path) -> bool:
+        for attempts_left in reversed(range(_LINK_ATTEMPTS)):
+            try:
+                make_folder(path.parent)
+                os.link(partial, path)
+            except FileExistsError:
+                break
+            except FileNotFoundError:  # a delete has just removed a folder as empty
+                if not attempts_left:
+                    raise
+            else:
+                sync_folder(path.parent)
+                return True
+        sync_folder(path.parent)
+        return False
+
+    def _walk(
+        self, folder: Path, base: str, prefix: str, start_after: str
+    ) -> Iterator[StoredObject]:
+        for key, entry in _sorted_entries(folder, base):
+            if not (key.startswith(prefix) or prefix.startswith(key)):
+                continue
+            if key.endswith("/"):
+                if key > start_after or start_after.startswith(key):
+                    yield from self._walk(Path(entry), key, prefix, start_after)
+            elif key > start_after and key.startswith(prefix) and not problem_of(key):
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode):
+                        yield StoredObject(key, status.st_size, status.st_mtime_ns)
+
+    def _clean(self) -> None:
+        """Remove what crashes left behind, once in the life of this store."""
+        if self._has_cleaned:
+            return
+        self._has_cleaned = True
+        oldest_s = time.time() - _PARTIAL_LIFE_S
+        for _, entry in _sorted_entries(self.root / _PARTIAL, ""):
+            with contextlib.suppress(FileNotFoundError):
+                if entry.stat(follow_symlinks=False).st_mtime < oldest_s:
+                    Path(entry).unlink()
+
+    @contextlib.contextmanager
+    def _explaining(self, verb: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _ABSENCES and verb in {"read", "delete"}:
+                raise ObjectMissing(f"there is no object {key!r} in {self.root}") from error
+            reason = f"cannot {verb} {key!r} in the store {self.root}: {error.strerror}"
+            if error.errno in _REFUSALS:
+                is_place = error.errno in {errno.ENOTDIR, errno.ENOENT}
+                right = "" if is_place else f"give the user {os.geteuid()} the right to it, or "
+                remedy = f"{right}use another --store"
+                raise StoreRefused(reason, remedy) from error
+            raise StoreUnavailable(reason) from error
+
+
+_ABSENCES = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
+_REFUSALS = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENOENT}
+)
+"""ENOENT: of a file system whose folders nobody can make, as /proc. That a folder disappears while
+it is written to is met before."""
+
+
+def _sorted_entries(folder: Path, base: str) -> list[tuple[str, os.DirEntry[str]]]:
+    """Return what is in a folder with its key, a folder's ending in /, sorted as keys are."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [
+                (f"{base}{entry.name}{'/' if entry.is_dir(follow_symlinks=False) else ''}", entry)
+                for entry in entries
+                if base or not entry.name.startswith(".")
+            ]
+    except FileNotFoundError:
+        return []
+    found.sort(key=lambda pair: pair[0])
+    return found
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder for the owner alone, and those above it, durably.
+
+    Raises:
+        OSError: that is not possible there, or somebody removes one of them meanwhile.
+    """
+    missing = itertools.takewhile(lambda each: not each.exists(), (folder, *folder.parents))
+    for each in reversed(list(missing)):
+        with contextlib.suppress(FileExistsError):
+            each.mkdir(mode=0o700)
+            sync_folder(each.parent)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a new file for the owner alone and wait until the disk has it (fsync(2)).
+
+    Its name is not durable yet: that needs `sync_folder`.
+    """
+    with open(path, "xb", opener=_open_private) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has a folder's names."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

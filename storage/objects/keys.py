@@ -1,0 +1,218 @@
+"""Keys of objects, the interface that every object store has, and its errors.
+
+An object is written once and never changed: `put` does nothing when the key exists, so a retry can
+neither lose nor double anything. Keys are paths of plain segments, sorted by their bytes.
+
+The key of a profile says when and where it was taken, so a window is found by listing alone:
+
+    v1/{tenant}/l0/{hour}/{host_id}/{start_s}-{length_s}-{content16}.pb.gz
+
+`hour` is that of the window's start (UTC, `2026-01-31T09`); hours sort as time does. Windows are at
+most one hour long. `content16` is the start of the content's SHA-256: it tells two profiles of one
+window apart, and a whole file from a damaged one.
+"""
+
+import hashlib
+import re
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:  # the uploader needs no numpy, which is a third of its memory
+    from storage.profile import Profile
+
+NS_PER_S = 1_000_000_000
+LONGEST_WINDOW_S = 3600
+"""An object belongs to the hour of its start, so a reader looks one hour back and no further."""
+
+DEFAULT_TENANT = "default"
+
+_KEY_LIMIT_BYTES = 1024  # S3's own limit
+_SEGMENT_LIMIT_BYTES = 255  # NAME_MAX of Linux file systems
+
+
+class StoreError(Exception):
+    """An object store did not do what it was asked for.
+
+    StoreError
+    ├── StoreUnavailable
+    ├── StoreRefused
+    └── ObjectMissing
+    """
+
+
+class StoreUnavailable(StoreError):  # noqa: N818 - says what happened, as the two below do
+    """It cannot be reached or has no room or time now: the same request may succeed later."""
+
+
+class StoreRefused(StoreError):  # noqa: N818
+    """It will go on refusing until somebody does what `remedy` says."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem} ({remedy})")
+        self.problem = problem
+        self.remedy = remedy
+
+
+class ObjectMissing(StoreError):  # noqa: N818
+    """There is no object of this key."""
+
+
+class StoredObject(NamedTuple):
+    key: str
+    size_bytes: int
+    modified_ns: int
+    """When the store wrote it, by the store's clock; S3 rounds to seconds."""
+
+
+class ObjectStore(Protocol):
+    """Objects by key. Every method may raise StoreUnavailable or StoreRefused.
+
+    Safe to use from several threads. A key that `check_key` refuses raises ValueError.
+    """
+
+    def put(self, key: str, content: bytes) -> bool:
+        """Write an object durably; return False and change nothing if the key exists."""
+
+    def get(self, key: str) -> bytes:
+        """Return an object's content.
+
+        Raises:
+            ObjectMissing: there is no such object.
+        """
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Return `length` bytes from byte `start` on, fewer where the object ends, maybe none.
+
+        Raises:
+            ObjectMissing: there is no such object.
+        """
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[StoredObject]:
+        """Return the objects whose keys begin with `prefix`, sorted by key, lazily.
+
+        With `start_after` only those behind that key. Servers differ in one case: SeaweedFS puts
+        all of `a/` before `a-b`. Where the names in a folder are of one length, there is none.
+        """
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is as good as removed."""
+
+
+class ObjectKey(NamedTuple):
+    """Where a profile is kept. `start_s` and `length_s` are whole seconds around its window."""
+
+    tenant: str
+    host_id: str
+    start_s: int
+    length_s: int
+    content16: str
+    ending: str = "pb.gz"
+
+    @classmethod
+    def parse(cls, text: str) -> "ObjectKey | None":
+        """Read a key; None for one that is not a level-0 profile's. Others may share the store."""
+        match = _KEY_PATTERN.fullmatch(text)
+        if match is None:
+            return None
+        key = cls(
+            match["tenant"],
+            match["host_id"],
+            int(match["start_s"]),
+            int(match["length_s"]),
+            match["content16"],
+            match["ending"],
+        )
+        # The hour must be that of the start: the window would otherwise not be found by its time.
+        is_consistent = key.length_s <= LONGEST_WINDOW_S and key.text == text
+        return key if is_consistent else None
+
+    @property
+    def text(self) -> str:
+        return (
+            f"{hours_prefix(self.tenant)}{hour_of(self.start_s)}/{self.host_id}/"
+            f"{self.start_s}-{self.length_s}-{self.content16}.{self.ending}"
+        )
+
+    @property
+    def start_ns(self) -> int:
+        return self.start_s * NS_PER_S
+
+    @property
+    def end_ns(self) -> int:
+        return (self.start_s + self.length_s) * NS_PER_S
+
+
+_KEY_PATTERN = re.compile(
+    r"v1/(?P<tenant>[A-Za-z0-9][A-Za-z0-9._-]{0,63})/l0/\d{4}-\d\d-\d\dT\d\d/"
+    r"(?P<host_id>[0-9a-f]{16})/"
+    r"(?P<start_s>\d{1,11})-(?P<length_s>\d{1,4})-(?P<content16>[0-9a-f]{16})"
+    r"\.(?P<ending>pb\.gz|folded\.zst)",
+    re.ASCII,
+)
+_HOST_ID_PATTERN = re.compile(r"[0-9a-f]{16}")
+
+
+def object_key(profile: "Profile", content: bytes, tenant: str = DEFAULT_TENANT) -> ObjectKey:
+    """Return the key under which `content`, the encoded profile, is kept.
+
+    A profile of several hosts, or of one without an id of 16 hex digits, gets a hash of them all.
+
+    Raises:
+        ValueError: the window is longer than an hour.
+    """
+    start_s = profile.window.start_ns // NS_PER_S
+    length_s = max(1, -(-profile.window.end_ns // NS_PER_S) - start_s)
+    if length_s > LONGEST_WINDOW_S:
+        raise ValueError(f"cannot keep a window of {length_s} s: it is longer than an hour")
+    host_ids = [host.host_id for host in profile.accounting.hosts]
+    host_id = host_ids[0] if len(host_ids) == 1 else ""
+    if not _HOST_ID_PATTERN.fullmatch(host_id):
+        host_id = hashlib.sha256("\0".join(host_ids).encode()).hexdigest()[:16]
+    return ObjectKey(tenant, host_id, start_s, length_s, content16(content))
+
+
+def content16(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def hours_prefix(tenant: str) -> str:
+    return f"v1/{tenant}/l0/"
+
+
+def hour_of(at_s: int) -> str:
+    """Return the hour of a time; all before 1970 and after 9999 are the first and the last one."""
+    return time.strftime("%Y-%m-%dT%H", time.gmtime(min(max(at_s, 0), 253_402_300_799)))
+
+
+def check_key(key: str) -> None:
+    """Refuse what is not a relative path of plain segments, the same on every store.
+
+    Raises:
+        ValueError: names the key and what is wrong with it.
+    """
+    problem = problem_of(key)
+    if problem:
+        raise ValueError(f"cannot use the key {key!r}: {problem}")
+
+
+def problem_of(key: str) -> str:
+    segments = key.split("/")
+    try:
+        sizes = [len(segment.encode()) for segment in segments]
+    except UnicodeEncodeError:
+        return "it is not Unicode"
+    if any(segment in {"", ".", ".."} for segment in segments):
+        return "a segment is empty, . or .."
+    if not key.isprintable() or "\\" in key:
+        return "it has control characters or backslashes"
+    if key.startswith("."):
+        return "the first segment begins with a dot"
+    if max(sizes) > _SEGMENT_LIMIT_BYTES or sum(sizes) + len(sizes) - 1 > _KEY_LIMIT_BYTES:
+        return "it is too long"
+    return ""
+
+
+def check_range(start: int, length: int) -> None:
+    if start < 0 or length < 1:
+        raise ValueError(f"cannot read {length} bytes from byte {start} on")
