@@ -36,7 +36,7 @@ from storage.objects.keys import NS_PER_S, ObjectKey, ObjectStore, StoreError, S
 from storage.objects.listing import expire
 from storage.objects.open import open_store
 from storage.spool import upload_queue
-from storage.spool.upload_queue import Outbox, SpooledProfile
+from storage.spool.upload_queue import SpooledProfile, UploadQueue
 
 STATE_FILE = "uploader.json"
 
@@ -144,7 +144,7 @@ class Uploader:
         self._store: ObjectStore | None = None
         self._clock = clock
         self._chance = chance
-        self._outbox = Outbox(options.spool)
+        self._queue = UploadQueue(options.spool)
         self._pool = concurrent.futures.ThreadPoolExecutor(PARALLEL_PUTS)
         self._attempts: Counter[ObjectKey] = Counter()
         self._failures = 0
@@ -165,7 +165,7 @@ class Uploader:
                 is_complete = False
             elif self._is_ending():
                 left_s = self._left_s()
-                if left_s <= 0 or self._is_refused or not self._outbox.pending(1):
+                if left_s <= 0 or self._is_refused or not self._queue.pending(1):
                     break
                 self._clock.wait(min(pause_s, left_s, _FINAL_PAUSE_S))
             else:
@@ -196,7 +196,7 @@ class Uploader:
         return 0.0 if len(batch) >= _BATCH else _POLL_S
 
     def _due(self) -> list[SpooledProfile]:
-        batch = self._outbox.pending(_BATCH)
+        batch = self._queue.pending(_BATCH)
         claimed = [each for each in batch if each.is_claimed]
         if len(claimed) >= _CLAIM_LIMIT:
             batch = claimed
@@ -247,21 +247,21 @@ class Uploader:
 
     def _send(self, store: ObjectStore, profile: SpooledProfile) -> tuple[_Outcome, int]:
         """Send one profile and return its size; runs in a thread, so it changes nothing of ours."""
-        claimed = self._outbox.claim(profile)
+        claimed = self._queue.claim(profile)
         if claimed is None:
             return _Outcome.GONE, 0
         try:
-            content = self._outbox.read(claimed)
+            content = self._queue.read(claimed)
         except FileNotFoundError:
             return _Outcome.GONE, 0
         except OSError:
             content = None  # the disk cannot read it, and will not the next time
         if content is None:
             _log.warning("quarantined damaged file=%s", claimed.path.name)
-            self._outbox.set_aside(claimed)
+            self._queue.quarantine(claimed)
             return _Outcome.DAMAGED, 0
         is_new = store.put(claimed.key.text, content)
-        self._outbox.remove(claimed)
+        self._queue.remove(claimed)
         return _Outcome.UPLOADED if is_new else _Outcome.DUPLICATE, len(content)
 
     def _count(self, outcome: _Outcome, size_bytes: int) -> None:

@@ -1,12 +1,12 @@
 """Spool: profiles on disk between the sampler, which writes them, and the uploader, which sends.
 
-The folder is laid out as `storage.spool.upload_queue` says, so that either process may be killed at
-any moment and a closed profile is neither lost nor doubled.
+`storage.spool.upload_queue` describes the folder: either process may be killed at any moment, and a
+closed profile is neither lost nor counted twice.
 
-The size is bounded. Where a profile does not fit, because of the bound or because the disk is full,
-the oldest give up their stacks: their stored samples become lost ones (`spool_full`), so the law of
-conservation holds. The tombstones of a host's hour are one file; they alone may exceed the bound,
-by a block of the disk an hour.
+The size is bounded. If a profile does not fit, because of the bound or because the disk is full,
+the oldest profiles lose their stacks and become tombstones: their stored samples are counted as
+lost (`spool_full`), so the law of conservation holds. All tombstones of a host's hour are one file.
+Only tombstones may exceed the bound, by one disk block per hour.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from storage.spool.upload_queue import (
     WAITING,
     allocated,
     file_name,
-    move_aside,
+    quarantine,
     scan,
     start_of,
     usage,
@@ -43,15 +43,16 @@ _MERGED = ".merged"
 _TOMBSTONE = ".tombstone"
 _RESERVE = "reserve"
 _RESERVE_BYTES = 64 * 1024
-"""Kept on the disk, beside the bound, for the tombstone that is to make room on a full one."""
+"""Disk space kept in addition to the bound: on a full disk, the tombstone that frees space is
+written there."""
 _FULL_DISK_ATTEMPTS = 8
-"""Profiles given up for one new one: more would be pointless where others fill the disk."""
+"""Profiles given up for a new one. More would not help: something else fills the disk."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 _LeanMessage: Any = pprof.message_class(
     "everflame.spool", unread=frozenset({"Sample", "Mapping", "Location", "Function"})
 )
-"""A class that protobuf makes at run time, so without a type."""
+"""protobuf makes this class at run time, so it has no type."""
 
 _log = logging.getLogger(__name__)
 
@@ -61,16 +62,16 @@ class SpoolStatus(NamedTuple):
     size_bytes: int
     limit_bytes: int
     given_up: int
-    """Profiles that became tombstones since the start."""
+    """Profiles turned into tombstones since the start."""
     damaged: int
-    """Files since the start that were not what their names say, and were moved aside."""
+    """Files quarantined since the start: their content did not match their name."""
     unwritten_ticks: int
-    """Counts that no disk has taken yet: they are in memory only, and go with the process."""
+    """Ticks that could not be written yet: they are in memory only and end with the process."""
     last_error: str
 
 
 def tombstone(profile: Profile) -> Profile:
-    """Return a profile's counts without its stacks: what was stored is now lost."""
+    """Return a profile's counts without its stacks: its stored samples count as lost."""
     accounting = profile.accounting
     lost = {Loss.SPOOL_FULL.value: accounting.stored} if accounting.stored else {}
     emptied = replace(
@@ -80,7 +81,7 @@ def tombstone(profile: Profile) -> Profile:
 
 
 def _read_tombstone(content: bytes) -> Profile:
-    """Read the tombstone of an encoded profile, without its stacks: they are the costly part."""
+    """Return the tombstone of an encoded profile; its stacks, the costly part, are not decoded."""
     parsed = _LeanMessage()
     try:
         parsed.ParseFromString(pprof.decompress(content, pprof.SIZE_LIMIT_BYTES))
@@ -96,7 +97,7 @@ def _read_tombstone(content: bytes) -> Profile:
 
 
 class Spool:
-    """The sampler's side: takes closed profiles and keeps the bound. One writer for a folder."""
+    """The sampler's side: writes closed profiles within the bound. A folder has one writer."""
 
     def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
         self._folder = folder
@@ -113,9 +114,9 @@ class Spool:
         self._used_bytes = usage(folder)[1]
 
     def add(self, profile: Profile) -> None:
-        """Keep a closed profile: once this returns, a crash does not lose it.
+        """Write a closed profile: after this returns, a crash does not lose it.
 
-        A disk that takes nothing is no error here: the counts wait in memory for one that does.
+        A failed write is not an error here: the counts stay in memory until a write succeeds.
 
         Raises:
             ValueError: the window is longer than an hour.
@@ -139,13 +140,13 @@ class Spool:
         )
 
     def _keep(self, key: ObjectKey, content: bytes) -> bool:
-        """Write a profile, giving up older ones until it fits; False when that is not enough."""
+        """Write a profile, giving up older ones until it fits; False if it never fits."""
         size_bytes = allocated(len(content))
         failures = 0
         while size_bytes <= self._limit_bytes and failures < _FULL_DISK_ATTEMPTS:
             self._make_reserve()
             if self._used_bytes + size_bytes > self._limit_bytes:
-                self._used_bytes = usage(self._folder)[1]  # the uploader may have made room
+                self._used_bytes = usage(self._folder)[1]  # the uploader may have freed space
             if self._used_bytes + size_bytes <= self._limit_bytes:
                 try:
                     self._write(content, self._folder / WAITING / file_name(key))
@@ -163,7 +164,7 @@ class Spool:
         return False
 
     def _give_up_oldest(self) -> bool:
-        """Turn the oldest waiting profile into a tombstone; False when there is none or no way."""
+        """Turn the oldest waiting profile into a tombstone; False if none or a write fails."""
         oldest = min(scan(self._folder / WAITING), key=start_of, default=None)
         if oldest is None:
             return False
@@ -172,7 +173,7 @@ class Spool:
             source = self._take(oldest.path, "")
             profile = self._read(source) if source else None
             if profile is None:
-                return True  # the uploader has taken it, or it was damaged: look again
+                return True  # the uploader claimed it, or it was damaged: try the next
             self._bury(profile)
         except OSError as error:
             self._note(error)
@@ -183,7 +184,7 @@ class Spool:
 
     def _carry(self, profile: Profile) -> None:
         if self._unwritten and _are_of_one_hour(self._unwritten[-1], profile):
-            profile = merge([self._unwritten.pop(), profile])  # an hour of counts is one in memory
+            profile = merge([self._unwritten.pop(), profile])  # one profile per hour in memory
         self._unwritten.append(profile)
 
     def _write_unwritten(self) -> None:
@@ -198,10 +199,10 @@ class Spool:
             del self._unwritten[0]
 
     def _bury(self, profile: Profile) -> None:
-        """Write a tombstone in the place of what lies in giving-up/, joined with its hour's.
+        """Replace the files in giving-up/ by one tombstone, merged with that of its hour.
 
-        The rename to a merged file is the one moment at which it takes the place of the others;
-        `_settle` then finishes, now or after a crash. Raises only when nothing has changed.
+        The rename to the merged file's name replaces all of them at once; `_settle` then removes
+        them, now or after a crash. If this raises, nothing has changed.
         """
         try:
             profile = self._join_hour(profile)
@@ -233,7 +234,7 @@ class Spool:
         return profile
 
     def _settle(self) -> None:
-        """Empty giving-up/: finish what a merged file has replaced, undo anything else."""
+        """Empty giving-up/: remove the files that a merged one replaced, else move them back."""
         folder = self._folder / GIVING_UP
         paths = list(folder.iterdir())
         merged = [path for path in paths if path.name.endswith(_MERGED)]
@@ -253,7 +254,7 @@ class Spool:
             sync_folder(self._folder / TOMBSTONES)
 
     def _take(self, path: Path, mark: str) -> Path | None:
-        """Move a file to giving-up/; None when the uploader was faster."""
+        """Move a file to giving-up/; None if the uploader has claimed it."""
         taken = self._folder / GIVING_UP / (path.name + mark)
         try:
             path.rename(taken)
@@ -262,17 +263,17 @@ class Spool:
         return taken
 
     def _read(self, taken: Path) -> Profile | None:
-        """Read a file in giving-up/ as a tombstone; None, and it is moved aside, when damaged."""
+        """Return a file in giving-up/ as a tombstone; None if damaged: it is then quarantined."""
         try:
             return _read_tombstone(taken.read_bytes())
         except ProfileError as error:
-            _log.warning("set aside file=%s reason=%s", taken.name, error)
+            _log.warning("quarantined file=%s reason=%s", taken.name, error)
         self._damaged += 1
-        move_aside(taken, self._folder)
+        quarantine(taken, self._folder)
         return None
 
     def _write(self, content: bytes, target: Path) -> None:
-        """Write a file that is whole and durable as soon as it has its name."""
+        """Write a file so that it is complete and durable once it has its name."""
         partial = self._folder / PARTIAL / target.name
         try:
             write_synced(partial, content)
@@ -281,7 +282,7 @@ class Spool:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
-        # The file is there: an error of the disk from here on must not count it a second time.
+        # The file exists: an error from here on must not make the caller count it again.
         with contextlib.suppress(OSError):
             sync_folder(target.parent)
 
@@ -307,7 +308,7 @@ def _hour(key: ObjectKey) -> tuple[str, int]:
 
 
 def _are_of_one_hour(one: Profile, other: Profile) -> bool:
-    """Return whether two profiles can become one whose key finds both of their windows."""
+    """Return whether one object can hold both profiles: its window starts in their hour."""
     if (one.type, one.unit, one.accounting.hosts) != (
         other.type,
         other.unit,

@@ -1,17 +1,17 @@
-"""Outbox: the folder of the spool, as the uploader sees it.
+"""Upload queue: the spool's folder as the uploader sees it.
 
-The sampler and the uploader share nothing but this folder, and either may be killed at any moment.
-A file belongs to whoever has renamed it into a folder of its own; a rename is all or nothing:
+The sampler and the uploader share only this folder, and either may be killed at any moment. A
+process owns a file once it has renamed it into a folder of its own; a rename is atomic:
 
-    partial/     being written; what a crash leaves here was never closed, and is removed
-    waiting/     closed profiles. From here on nothing is lost and nothing counted twice
-    sending/     the uploader's: perhaps stored already, so nobody may change their content
-    giving-up/   the sampler's: on their way to a tombstone
-    tombstones/  profiles without stacks, which keep the counts of those given up
-    damaged/     the last few files that were not what their names say
+    partial/     files being written; a crash may leave some here, which are removed
+    waiting/     closed profiles: from here on they are neither lost nor counted twice
+    sending/     the uploader's: the store may have them already, so their content must not change
+    giving-up/   the sampler's: profiles being turned into tombstones
+    tombstones/  profiles without stacks, which keep the counts of the profiles given up
+    damaged/     quarantine: the last few files whose content does not match their name
 
-A file's name is its object's key with + for /. This module is apart from `storage.spool.spool`,
-which makes profiles: the uploader moves bytes, and needs neither numpy nor protobuf.
+A file's name is its object's key with + for /. This module is separate from `storage.spool.spool`,
+which makes profiles: the uploader only moves bytes, and needs neither numpy nor protobuf.
 """
 
 import contextlib
@@ -48,14 +48,14 @@ class SpooledProfile(NamedTuple):
         return self.path.parent.name == SENDING
 
 
-class Outbox:
-    """Gives the oldest profiles first, and removes what is stored."""
+class UploadQueue:
+    """Profiles waiting for the store, oldest first."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def pending(self, limit: int) -> list[SpooledProfile]:
-        """Return the oldest `limit` profiles, those claimed before first of all."""
+        """Return up to `limit` profiles: those claimed earlier first, then the oldest."""
         claimed = heapq.nsmallest(limit, scan(self._folder / SENDING), key=start_of)
         others = (
             spooled for name in (WAITING, TOMBSTONES) for spooled in scan(self._folder / name)
@@ -63,9 +63,9 @@ class Outbox:
         return claimed + heapq.nsmallest(limit - len(claimed), others, key=start_of)
 
     def claim(self, profile: SpooledProfile) -> SpooledProfile | None:
-        """Take a profile for sending, before the first byte is sent; None when it is gone.
+        """Take a profile for sending, before the first byte is sent; None if it is gone.
 
-        Nobody changes it from now on: the store may have it, whatever becomes of the answer.
+        Its content must not change from now on: the store may have it even if no response arrives.
         """
         if profile.is_claimed:
             return profile
@@ -73,15 +73,15 @@ class Outbox:
         try:
             profile.path.rename(target)
         except FileNotFoundError:
-            return None  # the sampler has given it up
+            return None  # the sampler has turned it into a tombstone
         sync_folder(target.parent)
         return profile._replace(path=target)
 
     def read(self, profile: SpooledProfile) -> bytes | None:
-        """Return a profile's content; None when it is not what its name says.
+        """Return a profile's content; None if it does not match its name.
 
         Raises:
-            OSError: the disk does not give it.
+            OSError: the file cannot be read.
         """
         content = profile.path.read_bytes()
         return content if content16(content) == profile.key.content16 else None
@@ -89,13 +89,13 @@ class Outbox:
     def remove(self, profile: SpooledProfile) -> None:
         profile.path.unlink(missing_ok=True)
 
-    def set_aside(self, profile: SpooledProfile) -> None:
-        """Move a damaged file to where nobody tries it again."""
-        move_aside(profile.path, self._folder)
+    def quarantine(self, profile: SpooledProfile) -> None:
+        """Move a damaged file to where it is never sent."""
+        quarantine(profile.path, self._folder)
 
 
 def usage(folder: Path) -> tuple[int, int]:
-    """Count the profiles of a spool, and the bytes that all its files take."""
+    """Return the number of profiles in a spool and the disk space of all its files."""
     profiles, size_bytes = 0, 0
     for name in FOLDERS:
         for entry in _entries(folder / name):
@@ -105,7 +105,7 @@ def usage(folder: Path) -> tuple[int, int]:
     return profiles, size_bytes
 
 
-def move_aside(path: Path, folder: Path) -> None:
+def quarantine(path: Path, folder: Path) -> None:
     """Move a file to damaged/ in the spool `folder`, where only the last few are kept."""
     kept = sorted((folder / DAMAGED).iterdir(), key=lambda each: each.stat().st_mtime_ns)
     for oldest in kept[: max(0, len(kept) + 1 - _DAMAGED_LIMIT)]:
@@ -115,7 +115,7 @@ def move_aside(path: Path, folder: Path) -> None:
 
 
 def scan(folder: Path) -> Iterator[SpooledProfile]:
-    """Return the profiles in a folder, in no order. A file that is named otherwise is not ours."""
+    """Return the profiles in a folder, in no order; files with other names are ignored."""
     for entry in _entries(folder):
         key = ObjectKey.parse(entry.name.replace("+", "/"))
         if key is not None:
@@ -136,5 +136,5 @@ def start_of(spooled: SpooledProfile) -> int:
 
 
 def allocated(size_bytes: int) -> int:
-    """Return what a file takes on the disk, in whole blocks."""
+    """Return the disk space of a file: whole blocks."""
     return -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES

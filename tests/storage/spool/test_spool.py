@@ -1,4 +1,4 @@
-"""The spool: what was closed is kept, within a bound, and what is given up is still counted."""
+"""The spool: closed profiles are kept within a bound, and those given up are still counted."""
 
 import contextlib
 import os
@@ -15,16 +15,16 @@ from storage.formats import pprof
 from storage.objects.keys import ObjectKey
 from storage.profile import Host, Profile
 from storage.spool.spool import Spool, tombstone
-from storage.spool.upload_queue import Outbox, usage
+from storage.spool.upload_queue import UploadQueue, usage
 from tests.support.profiles import profiles
 from tests.support.windows import SIZE_BYTES, START_S, minutes, once, window
 
 
 def contents(folder: Path) -> list[Profile]:
-    """Return what waits in a spool, oldest first."""
-    outbox = Outbox(folder)
-    waiting = outbox.pending(1_000_000)
-    found = [outbox.read(each) for each in waiting]
+    """Return the waiting profiles of a spool, oldest first."""
+    queue = UploadQueue(folder)
+    waiting = queue.pending(1_000_000)
+    found = [queue.read(each) for each in waiting]
     return [pprof.decode(content) for content in found if content is not None]
 
 
@@ -37,12 +37,12 @@ def test_a_profile_is_spooled_as_it_was_given(tmp_path: Path) -> None:
 
 
 def test_the_oldest_profile_is_first_whatever_came_first(tmp_path: Path) -> None:
-    """Also over hours, whose names sort as time does."""
+    """Also over several hours."""
     spool = Spool(tmp_path)
     for number in (200, 3, 61, 0, 119):
         spool.add(window(number))
 
-    pending = Outbox(tmp_path).pending(3)
+    pending = UploadQueue(tmp_path).pending(3)
 
     assert [each.key.start_s for each in pending] == [START_S + 60 * n for n in (0, 3, 61)]
 
@@ -57,23 +57,23 @@ def test_the_same_profile_twice_is_one(tmp_path: Path) -> None:
 
 
 def test_a_claimed_profile_comes_first_and_is_claimed_once(tmp_path: Path) -> None:
-    """It was perhaps stored: that must be settled before anything else."""
-    spool, outbox = Spool(tmp_path), Outbox(tmp_path)
+    """The store may have it already: that is settled before anything else."""
+    spool, queue = Spool(tmp_path), UploadQueue(tmp_path)
     for number in range(4):
         spool.add(window(number))
-    third = outbox.pending(3)[2]
+    third = queue.pending(3)[2]
 
-    claimed = outbox.claim(third)
+    claimed = queue.claim(third)
 
     assert claimed is not None
-    assert outbox.claim(claimed) == claimed
-    assert outbox.claim(third) is None
-    assert [each.key.start_s - START_S for each in outbox.pending(2)] == [120, 0]
+    assert queue.claim(claimed) == claimed
+    assert queue.claim(third) is None
+    assert [each.key.start_s - START_S for each in queue.pending(2)] == [120, 0]
 
 
 @given(profiles())
 def test_a_tombstone_keeps_every_count_but_the_stacks(profile: Profile) -> None:
-    """What was stored is lost to the full spool; the sums stay equal."""
+    """Stored samples become lost to the full spool; the law of conservation holds."""
     before, after = profile.accounting, tombstone(profile).accounting
 
     assert after.mismatch == before.mismatch
@@ -105,7 +105,7 @@ def test_a_full_spool_gives_up_the_oldest_and_counts_it(tmp_path: Path) -> None:
 
 
 def test_the_tombstones_of_an_hour_are_one_file(tmp_path: Path) -> None:
-    """So that an outage of weeks stays within the bound. A host and an hour never mix."""
+    """So an outage of weeks stays within the bound. Hosts and hours are never mixed."""
     spool = Spool(tmp_path, SIZE_BYTES - 1)
     other = Host("web-2", "00112233445566bb")
 
@@ -149,28 +149,28 @@ def test_a_profile_larger_than_the_spool_is_counted(tmp_path: Path) -> None:
     assert spool.status().given_up == 1
 
 
-def test_what_is_being_sent_is_never_given_up(tmp_path: Path) -> None:
+def test_a_claimed_profile_is_never_given_up(tmp_path: Path) -> None:
     """The store may have it already, and a tombstone would count it again."""
-    spool, outbox = Spool(tmp_path, 6 * SIZE_BYTES), Outbox(tmp_path)
+    spool, queue = Spool(tmp_path, 6 * SIZE_BYTES), UploadQueue(tmp_path)
     spool.add(window(0))
-    claimed = outbox.claim(outbox.pending(1)[0])
+    claimed = queue.claim(queue.pending(1)[0])
 
     for number in range(1, 20):
         spool.add(window(number))
 
     assert claimed is not None
-    content = outbox.read(claimed)
+    content = queue.read(claimed)
     assert content is not None
     assert pprof.decode(content) == window(0)
     assert minutes(contents(tmp_path)) == once(*range(20))
 
 
 def test_a_tombstone_being_sent_is_not_joined(tmp_path: Path) -> None:
-    spool, outbox = Spool(tmp_path, 4 * SIZE_BYTES), Outbox(tmp_path)
+    spool, queue = Spool(tmp_path, 4 * SIZE_BYTES), UploadQueue(tmp_path)
     for number in range(6):
         spool.add(window(number))
-    for pending in outbox.pending(1):
-        outbox.claim(pending)
+    for pending in queue.pending(1):
+        queue.claim(pending)
 
     for number in range(6, 12):
         spool.add(window(number))
@@ -180,7 +180,7 @@ def test_a_tombstone_being_sent_is_not_joined(tmp_path: Path) -> None:
     assert [p.total_samples for p in found].count(0) == 2
 
 
-def test_a_spool_found_after_a_crash_loses_only_what_was_not_closed(tmp_path: Path) -> None:
+def test_a_crash_loses_only_profiles_that_were_not_closed(tmp_path: Path) -> None:
     Spool(tmp_path).add(window(1))
     (tmp_path / "partial" / "v1+half").write_bytes(b"half a profile")
 
@@ -190,8 +190,8 @@ def test_a_spool_found_after_a_crash_loses_only_what_was_not_closed(tmp_path: Pa
     assert spool.status().profiles == 1
 
 
-def test_what_a_crash_left_between_two_steps_of_giving_up_is_undone(tmp_path: Path) -> None:
-    """As long as no merged file is there, its parts are what counts."""
+def test_giving_up_is_undone_after_a_crash_before_the_merge(tmp_path: Path) -> None:
+    """Without a merged file, its parts count."""
     Spool(tmp_path).add(window(1))
     (waiting,) = (tmp_path / "waiting").iterdir()
     waiting.rename(tmp_path / "giving-up" / waiting.name)
@@ -201,8 +201,8 @@ def test_what_a_crash_left_between_two_steps_of_giving_up_is_undone(tmp_path: Pa
     assert contents(tmp_path) == [window(1)]
 
 
-def test_what_a_crash_left_of_giving_up_is_finished(tmp_path: Path) -> None:
-    """As soon as the merged file is there, it counts, and its parts do not."""
+def test_giving_up_is_finished_after_a_crash(tmp_path: Path) -> None:
+    """Once the merged file exists, it counts, and its parts do not."""
     donor = Spool(tmp_path / "donor", SIZE_BYTES - 1)
     donor.add(window(1))
     (merged,) = (tmp_path / "donor/tombstones").iterdir()
@@ -221,8 +221,8 @@ def test_what_a_crash_left_of_giving_up_is_finished(tmp_path: Path) -> None:
     [lambda content: content[: len(content) // 2], lambda _: b"", lambda _: bytes(20_000)],
     ids=["truncated", "empty", "zeros"],
 )
-def test_a_damaged_file_is_moved_aside_and_counted(tmp_path: Path, damage) -> None:
-    """Giving up goes on with the next one, and nobody tries it again."""
+def test_a_damaged_file_is_quarantined_and_counted(tmp_path: Path, damage) -> None:
+    """Giving up continues with the next one, and the damaged one is not tried again."""
     spool = Spool(tmp_path, 4 * SIZE_BYTES)
     spool.add(window(0))
     (path,) = (tmp_path / "waiting").iterdir()
@@ -237,12 +237,12 @@ def test_a_damaged_file_is_moved_aside_and_counted(tmp_path: Path, damage) -> No
 
 
 def test_only_the_last_damaged_files_are_kept(tmp_path: Path) -> None:
-    spool, outbox = Spool(tmp_path), Outbox(tmp_path)
+    spool, queue = Spool(tmp_path), UploadQueue(tmp_path)
     for number in range(30):
         spool.add(window(number))
 
-    for each in outbox.pending(30):
-        outbox.set_aside(each)
+    for each in queue.pending(30):
+        queue.quarantine(each)
         os.utime(tmp_path / "damaged" / each.path.name, (time.time(), each.key.start_s))
 
     starts = [_start_s(path) for path in (tmp_path / "damaged").iterdir()]
@@ -299,7 +299,7 @@ def fill(path: Path) -> None:
 
 @pytest.mark.kernel
 def test_a_full_disk_is_like_a_full_spool(small_disk: Path) -> None:
-    """The spool alone fills it: the oldest become tombstones, and every tick is accounted for."""
+    """Only the spool fills it: the oldest become tombstones, and every tick is accounted for."""
     spool = Spool(small_disk / "spool")
 
     for number in range(100):
@@ -314,8 +314,8 @@ def test_a_full_disk_is_like_a_full_spool(small_disk: Path) -> None:
 
 
 @pytest.mark.kernel
-def test_counts_wait_in_memory_for_a_disk_that_others_have_filled(small_disk: Path) -> None:
-    """The status says so; with room again they are written, and nothing is missing."""
+def test_counts_stay_in_memory_while_others_fill_the_disk(small_disk: Path) -> None:
+    """The status says so; once there is space they are written, and none is missing."""
     spool = Spool(small_disk / "spool")
     spool.add(window(0))
     fill(small_disk / "hog")
