@@ -30,6 +30,7 @@ import numpy as np
 
 from profiler.flamegraph import flamegraph
 from storage.formats import pprof
+from storage.formats.pprof_message import decompress
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectKey, content16
 from storage.profile import Accounting, Host, ProfileBuilder, Window, make_labels
@@ -111,7 +112,7 @@ def fill(folder: Path, hosts: int, hours: int, start_ns: int = START_NS) -> None
     store = DirectoryStore(folder)
     samples = 0
     for host in HOSTS[:hosts]:
-        contents = [pprof.decompress(each, 1 << 30) for each in make_minutes(host, 60)]
+        contents = [decompress(each, 1 << 30) for each in make_minutes(host, 60)]
         counts = [pprof.decode(each).total_samples for each in contents]
         for minute in range(60 * hours):
             put(store, host, contents[minute % 60], start_ns + minute * MINUTE_NS)

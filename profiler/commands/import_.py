@@ -26,6 +26,7 @@ from profiler.formats import export
 from profiler.text import counted
 from profiler.times import NS_PER_S, TimeError, parse_time
 from storage.formats import folded, pprof
+from storage.formats.pprof_message import COUNT_LIMIT
 from storage.objects.keys import LONGEST_WINDOW_S, ObjectStore, object_key
 from storage.profile import (
     Accounting,
@@ -143,7 +144,7 @@ def read(file: str, frequency_hz: int) -> Imported:
 def _imported(profile: Profile, frequency_hz: int) -> Imported:
     if profile.type == "samples":
         period_ns = NS_PER_S // frequency_hz
-        if profile.total_samples > pprof.COUNT_LIMIT // period_ns:
+        if profile.total_samples > COUNT_LIMIT // period_ns:
             raise ProfileError("cannot import: its samples add up to more than 2^62 ns")
         profile = dataclasses.replace(
             profile,

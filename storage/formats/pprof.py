@@ -1,48 +1,48 @@
 """pprof: a profile as one gzipped protobuf that every profiling tool reads (google/pprof).
 
+Encoder and decoder are in one file because each undoes what the other does, field by field.
+
 Follows pprof's own conventions, so that other people's tools agree with ours:
 
 - two values per sample, `samples/count` and the profile's own (`cpu/nanoseconds`);
 - one Mapping per executable segment of a module, with addresses as linked; several Lines of one
   Location are inlined calls, innermost first;
-- stacks are leaf first. This file and `bpf` are the only places that turn them round;
+- stacks are leaf first. Only this file and `bpf` reverse stacks;
 - interpreted and JIT code has a Mapping named after its kind (`[python]`) without a build id.
 
-What pprof has no field for lies where other tools do not look. `comment[0]` is `everflame ` and
-the accounting as JSON, `comment[1]` `everflame-modules ` and each module's kind and segments. A
-Function's system_name is its name; where the frame's kind or module is not the mapping's, it is
-`KIND MODULE` instead.
+What pprof has no field for is in comments (see `pprof_comments`) and in a Function's system_name:
+its name, or `KIND MODULE` if the frame's kind or module is not the mapping's.
 
-Files are foreign input. Names pass through `readable`, references and counts are checked, and
-whatever is wrong is a ProfileError that says what.
+Files are foreign input. Names pass through `readable`, references and counts are checked, and any
+error is a ProfileError that names it.
 """
 
-import functools
-import importlib.metadata
 import itertools
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import orjson
-from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+from google.protobuf import message
 
+from storage.formats.pprof_comments import Ours, accounting_comment, modules_comment, read_comments
+from storage.formats.pprof_message import (
+    COUNT_LIMIT,
+    SIZE_LIMIT_BYTES,
+    decompress,
+    message_class,
+)
 from storage.profile import (
     Accounting,
-    Host,
     Labels,
     Profile,
     ProfileBuilder,
     ProfileError,
-    SchemaError,
     Window,
     make_labels,
 )
 from symbolizer.location import (
     AddressLocation,
-    ElfAddress,
     FileOffset,
     Frame,
     Kind,
@@ -53,18 +53,6 @@ from symbolizer.location import (
 )
 from symbolizer.text import readable
 
-SCHEMA = 1
-
-SIZE_LIMIT_BYTES = 64 * 1024 * 1024
-"""Decompressed size of a profile. 200,000 stacks of 30 frames take 16 MB. A larger one is refused,
-because a few hundred kilobytes of gzip could otherwise fill the memory: protobuf makes 25 times as
-much of a file that is nothing but empty samples."""
-
-COUNT_LIMIT = 2**62
-"""Sum of a file's samples or values. A larger one is refused: the columns are 64 bits wide."""
-
-_ACCOUNTING = "everflame "
-_MODULES = "everflame-modules "
 _PAGE_BYTES = 4096
 _SAMPLES_AT_ONCE = 256
 _NUMBER_LABELS = frozenset({"pid", "tid"})
@@ -75,72 +63,19 @@ _NS_PER_UNIT = {
     "seconds": 1_000_000_000,
 }
 
-# Field numbers of google/pprof's profile.proto, in order from 1. A capital is a message type; `*`
-# marks a repeated field. The string table is declared as bytes, which is the same on the wire:
-# protobuf refuses a whole file for one string that is not UTF-8, and writers in Go and C++ do not
-# check theirs.
-_SCHEMA = {
-    "Profile": "*sample_type:ValueType *sample:Sample *mapping:Mapping *location:Location"
-    " *function:Function *string_table:bytes drop_frames:int64 keep_frames:int64 time_nanos:int64"
-    " duration_nanos:int64 period_type:ValueType period:int64 *comment:int64"
-    " default_sample_type:int64",
-    "ValueType": "type:int64 unit:int64",
-    "Sample": "*location_id:uint64 *value:int64 *label:Label",
-    "Label": "key:int64 str:int64 num:int64 num_unit:int64",
-    "Mapping": "id:uint64 memory_start:uint64 memory_limit:uint64 file_offset:uint64"
-    " filename:int64 build_id:int64 has_functions:bool has_filenames:bool has_line_numbers:bool"
-    " has_inline_frames:bool",
-    "Location": "id:uint64 mapping_id:uint64 address:uint64 *line:Line is_folded:bool",
-    "Line": "function_id:uint64 line:int64",
-    "Function": "id:uint64 name:int64 system_name:int64 filename:int64 start_line:int64",
-}
-
-
-# protobuf's classes are made at run time and have no types: Any, here and below.
-def message_class(package: str, unread: frozenset[str] = frozenset()) -> Any:
-    """Build the class of a profile from the table above.
-
-    Generated code would be tied to a version of protobuf. Messages of the types in `unread` stay
-    bytes, for a reader that goes through thousands of them at once.
-    """
-    types = descriptor_pb2.FieldDescriptorProto
-    scalars = {
-        "int64": types.TYPE_INT64,
-        "uint64": types.TYPE_UINT64,
-        "bool": types.TYPE_BOOL,
-        "bytes": types.TYPE_BYTES,
-    }
-    file = descriptor_pb2.FileDescriptorProto(
-        name=f"{package}.proto", package=package, syntax="proto3"
-    )
-    for name, fields in _SCHEMA.items():
-        described = file.message_type.add(name=name)
-        for number, declared in enumerate(fields.split(), start=1):
-            field_name, kind = declared.lstrip("*").split(":")
-            added = described.field.add(name=field_name, number=number)
-            repeated = declared.startswith("*")
-            added.label = types.LABEL_REPEATED if repeated else types.LABEL_OPTIONAL
-            added.type = scalars.get("bytes" if kind in unread else kind, types.TYPE_MESSAGE)
-            if added.type == types.TYPE_MESSAGE:
-                added.type_name = f".{package}.{kind}"
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.Profile"))
-
-
 _ProfileMessage = message_class("everflame.pprof")
 
 
 def encode(profile: Profile) -> bytes:
-    """Write a profile as gzipped pprof. The same profile always gives the same bytes."""
+    """Return a profile as gzipped pprof; equal profiles have equal bytes."""
     return _Encoder(profile).encode()
 
 
 def decode(content: bytes, size_limit_bytes: int = SIZE_LIMIT_BYTES) -> Profile:
     """Read pprof, gzipped or not, ours or that of another profiler.
 
-    A foreign file may hold several values: `cpu/nanoseconds` is taken, else the first that is a
-    time, else the default or last one. Times become nanoseconds. Its samples count as stored ticks.
+    Of the values in a foreign file, `cpu/nanoseconds` is chosen, else the first time, else the
+    default or last one. Times become nanoseconds. Its samples count as stored ticks.
 
     Raises:
         ProfileError: the bytes are damaged, are not a profile, or hold more than
@@ -153,36 +88,6 @@ def decode(content: bytes, size_limit_bytes: int = SIZE_LIMIT_BYTES) -> Profile:
     except message.DecodeError as error:
         raise ProfileError("cannot read pprof: this is not a profile, or a damaged one") from error
     return _Decoder(parsed).decode()
-
-
-def decompress(content: bytes, limit_bytes: int) -> bytes:
-    parts: list[bytes] = []
-    room = limit_bytes
-    while content.startswith(b"\x1f\x8b"):  # a gzip file may have several members (RFC 1952)
-        inflater = zlib.decompressobj(wbits=31)
-        try:
-            parts.append(inflater.decompress(content, room + 1))
-        except zlib.error as error:
-            raise ProfileError(f"cannot read pprof: damaged gzip ({error})") from error
-        room -= len(parts[-1])
-        if room < 0:
-            break
-        if not inflater.eof:
-            raise ProfileError("cannot read pprof: the gzip data end too early")
-        content = inflater.unused_data
-    if room < 0 or (not parts and len(content) > limit_bytes):
-        raise ProfileError(f"cannot read pprof: it holds more than {limit_bytes} bytes")
-    if parts and content:
-        raise ProfileError("cannot read pprof: there is something else after the gzip data")
-    return b"".join(parts) or content
-
-
-@functools.cache
-def _producer() -> str:
-    try:
-        return f"everflame/{importlib.metadata.version('everflame')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "everflame"
 
 
 class _Encoder:
@@ -205,7 +110,7 @@ class _Encoder:
         out.default_sample_type = self._string(profile.type)
         out.time_nanos = profile.window.start_ns
         out.duration_nanos = profile.window.end_ns - profile.window.start_ns
-        for comment in (_accounting_comment(profile), _modules_comment(profile.modules)):
+        for comment in (accounting_comment(profile), modules_comment(profile.modules)):
             out.comment.append(self._string(comment))
         for module in _by_presence(profile):
             for segment in module.segments or (None,):
@@ -215,7 +120,7 @@ class _Encoder:
         label_sets = [self._labels(labels) for labels in profile.label_sets]
         out.string_table.extend(text.encode("utf-8", "replace") for text in self._strings)
         deflater = zlib.compressobj(1, zlib.DEFLATED, wbits=31)  # writes no time: deterministic
-        # Messages one after the other are one: what is serialized of the samples is given back.
+        # Concatenated messages are one message; sample messages are released once serialized.
         messages = itertools.chain([head], self._samples(label_sets), [out])
         parts = [deflater.compress(each.SerializeToString(deterministic=True)) for each in messages]
         return b"".join(parts) + deflater.flush()
@@ -264,7 +169,7 @@ class _Encoder:
                 segment = _segment_of(module, location.offset)
             mapping = self._mapping(location.build_id, path, segment)
             if address >= mapping.memory_limit:
-                # The end of a whole file is not known. A power of two is the same for most
+                # The size of the whole file is unknown. A power of two is the same for most
                 # profiles of it, and tools merge mappings only when their sizes are equal.
                 mapping.memory_limit = min(max(_PAGE_BYTES, 1 << address.bit_length()), 2**64 - 1)
         added = self._message.location.add(id=number + 1, mapping_id=mapping.id, address=address)
@@ -362,47 +267,6 @@ def _label_number(value: str) -> int:
     return int(value) if not value.startswith("0") else 0
 
 
-def _accounting_comment(profile: Profile) -> str:
-    accounting = profile.accounting
-    host = accounting.hosts[0] if len(accounting.hosts) == 1 else Host("", "")
-    record = {
-        "schema": SCHEMA,
-        "producer": _producer(),
-        "type": profile.type,
-        "window": profile.window,
-        "host": host.name,
-        "host_id": host.host_id,
-        "hosts": accounting.hosts,
-        "cpus": accounting.cpus,
-        "nonidle_ns": accounting.nonidle_ns,
-        "profiled_ns": accounting.profiled_ns,
-        "period_ns": profile.period_ns,
-        "ticks": accounting.ticks,
-        "idle": accounting.idle,
-        "filtered": accounting.filtered,
-        "stored": accounting.stored,
-        "lost": dict(accounting.lost),
-        "stops": dict(accounting.stops),
-        "misses": dict(accounting.misses),
-        "services": [
-            {"labels": dict(labels), "present_ns": present_ns}
-            for labels, present_ns in accounting.services.items()
-        ],
-        "agent": {"cpu_ns": accounting.agent_cpu_ns, "rss_bytes": accounting.agent_rss_bytes},
-    }
-    # The default turns a NamedTuple, which orjson does not know, into a list. Sorted keys, because
-    # equal mappings may differ in order and equal profiles are to give equal bytes.
-    return _ACCOUNTING + orjson.dumps(record, default=list, option=orjson.OPT_SORT_KEYS).decode()
-
-
-def _modules_comment(modules: Mapping[str, Module]) -> str:
-    records = {
-        module.build_id: {"kind": module.kind, "path": module.path, "segments": module.segments}
-        for module in modules.values()
-    }
-    return _MODULES + orjson.dumps(records, default=list).decode()
-
-
 class _Line(NamedTuple):
     """A line of a location, with its function's fields."""
 
@@ -411,17 +275,6 @@ class _Line(NamedTuple):
     file: str
     first_line: int
     line: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Ours:
-    """What our comments say: everything that pprof has no field for."""
-
-    type: str
-    period_ns: int
-    window: Window
-    accounting: Accounting
-    modules: dict[str, Module] = field(default_factory=dict)
 
 
 class _Decoder:
@@ -522,7 +375,7 @@ class _Decoder:
         return make_labels({name: ", ".join(texts) for name, texts in values.items()})
 
     def _locations(self, builder: ProfileBuilder, ours: Ours | None) -> dict[int, tuple[int, ...]]:
-        """Give, by location id, the location's numbers in the builder, root first."""
+        """Return, by location id, the location's numbers in the builder, root first."""
         numbers: dict[int, tuple[int, ...]] = {}
         seen: dict[AddressLocation, list[_Line]] = {}
         for location in self._parsed.location:
@@ -534,7 +387,7 @@ class _Decoder:
                 numbers[location.id] = self._named(builder, mapping, lines)
                 continue
             address = self._address(builder, mapping, location.address, bool(ours))
-            # Some writers drop addresses but keep build ids: then one address has many names.
+            # Some writers drop addresses but keep build ids: one address then has many names.
             is_place = location.address and mapping is not None and mapping.build_id
             if (
                 ours is None
@@ -556,7 +409,7 @@ class _Decoder:
         return self._mappings[location.mapping_id]
 
     def _read_functions(self, is_ours: bool) -> dict[int, _Line]:
-        """Give, by function id, what all of its lines share."""
+        """Return, by function id, the fields that all of its lines share."""
         functions = {}
         for id_, function in _by_id("function", self._parsed.function).items():
             name, system_name = self._string(function.name), self._string(function.system_name)
@@ -577,7 +430,10 @@ class _Decoder:
     def _address(
         self, builder: ProfileBuilder, mapping: Any | None, address: int, is_ours: bool
     ) -> AddressLocation:
-        """Undo the encoder's translation; a foreign mapping also makes its module known."""
+        """Return the location of an address, undoing the encoder's translation.
+
+        A foreign mapping also adds its module to the builder.
+        """
         path, build_id, offset = "[unknown]", "", address
         if mapping is not None:
             path = self._string(mapping.filename) or path
@@ -623,7 +479,7 @@ class _Decoder:
     def _foreign_named(
         self, builder: ProfileBuilder, mapping: Any | None, lines: Sequence[_Line]
     ) -> tuple[int, ...]:
-        """Make every line a location of its own: without an address there is no other identity."""
+        """Return a location for each line: without an address, its name is its identity."""
         path = self._string(mapping.filename) if mapping is not None else ""
         usual = Kind.KERNEL if path.startswith(("[kernel", "[guest.kernel")) else Kind.NATIVE
         numbers = []
@@ -640,32 +496,6 @@ class _Decoder:
         return read_comments(self._raw_strings[i] for i in self._parsed.comment if i)
 
 
-def read_comments(comments: Iterable[bytes]) -> Ours | None:
-    """Read our own comments, if there are any.
-
-    A file that another tool merged out of several of ours has several: they add up.
-
-    Raises:
-        ProfileError: one of ours is damaged.
-        SchemaError: a later version of this program wrote them.
-    """
-    found: list[Ours] = []
-    modules: dict[str, Module] = {}
-    for comment in comments:
-        if comment.startswith(_ACCOUNTING.encode()):
-            found.append(_parse_accounting(_parse_json(comment[len(_ACCOUNTING) :])))
-        elif comment.startswith(_MODULES.encode()):
-            modules.update(_parse_modules(comment[len(_MODULES) :]))
-    if not found:
-        return None
-    window, accounting = found[0].window, Accounting()
-    for ours in found:
-        window = window.union(ours.window)
-        accounting = accounting.merge(ours.accounting)
-    period_ns = min(ours.period_ns for ours in found)
-    return Ours(found[0].type, period_ns, window, accounting, modules)
-
-
 def _by_id(name: str, messages: Iterable[Any]) -> dict[int, Any]:
     found: dict[int, Any] = {}
     for each in messages:
@@ -676,7 +506,7 @@ def _by_id(name: str, messages: Iterable[Any]) -> dict[int, Any]:
 
 
 def kind_and_module(name: str, system_name: str, usual: tuple[Kind, str]) -> tuple[Kind, str]:
-    """Read what a Function's system_name says where it is not what the mapping says."""
+    """Return a function's kind and module: of its system_name, else of the mapping."""
     if system_name in {name, ""}:
         return usual
     kind, _, module = system_name.lstrip(" ").partition(" ")
@@ -689,123 +519,3 @@ def _foreign_kind(file: str, usual: Kind) -> Kind:
     if usual is Kind.NATIVE:
         return {".go": Kind.GO, ".py": Kind.PYTHON}.get(file[file.rfind(".") :], usual)
     return usual
-
-
-class _Record:
-    """A JSON object from outside: asking for a field checks its type, others are ignored."""
-
-    def __init__(self, fields: object) -> None:
-        if not isinstance(fields, dict):
-            raise ProfileError("cannot read pprof: our comment is not what it should be")
-        self._fields: dict[str, object] = fields
-
-    def integer(self, name: str) -> int:
-        return _checked_integer(self._fields.get(name, 0), name)
-
-    def text(self, name: str) -> str:
-        return _checked_text(self._fields.get(name, ""), name)
-
-    def array(self, name: str) -> list[Any]:
-        value = self._fields.get(name, [])
-        if not isinstance(value, list):
-            raise ProfileError(f"cannot read pprof: {name!r} in our comment is not a list")
-        return value
-
-    def record(self, name: str) -> "_Record":
-        return _Record(self._fields.get(name, {}))
-
-    def counts(self, name: str) -> dict[str, int]:
-        fields = self.record(name)._fields
-        return {
-            _checked_text(key, name): _checked_integer(count, name) for key, count in fields.items()
-        }
-
-    def names(self) -> Iterable[str]:
-        return self._fields
-
-
-def _checked_integer(value: object, name: str, limit: int = COUNT_LIMIT) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
-        raise ProfileError(f"cannot read pprof: {name!r} in our comment is not a count")
-    return value
-
-
-def _checked_text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise ProfileError(f"cannot read pprof: {name!r} in our comment is not text")
-    return readable(value.encode())
-
-
-def _parse_json(content: bytes) -> _Record:
-    try:
-        return _Record(orjson.loads(content))
-    except orjson.JSONDecodeError as error:
-        raise ProfileError(f"cannot read pprof: our comment is damaged ({error})") from error
-
-
-def _parse_accounting(record: _Record) -> Ours:
-    schema = record.integer("schema")
-    if schema > SCHEMA:
-        raise SchemaError(
-            f"cannot read pprof: it has schema {schema}, this version knows up to {SCHEMA} "
-            "(a newer everflame reads it)"
-        )
-    bounds = [_checked_integer(bound, "window") for bound in record.array("window")]
-    if len(bounds) != 2 or bounds[0] > bounds[1]:
-        raise ProfileError("cannot read pprof: the window in our comment is not an interval")
-    hosts = [_parse_host(host) for host in record.array("hosts")]
-    if not hosts and record.text("host_id"):
-        hosts = [Host(record.text("host"), record.text("host_id"))]
-    services: dict[Labels, int] = {}
-    for fields in record.array("services"):
-        service = _Record(fields)
-        labels = service.record("labels")
-        key = make_labels({readable(name.encode()): labels.text(name) for name in labels.names()})
-        services[key] = services.get(key, 0) + service.integer("present_ns")
-    agent = record.record("agent")
-    accounting = Accounting(
-        hosts=tuple(sorted(hosts)),
-        cpus=record.integer("cpus"),
-        nonidle_ns=record.integer("nonidle_ns"),
-        profiled_ns=record.integer("profiled_ns"),
-        ticks=record.integer("ticks"),
-        idle=record.integer("idle"),
-        filtered=record.integer("filtered"),
-        stored=record.integer("stored"),
-        lost=record.counts("lost"),
-        stops=record.counts("stops"),
-        misses=record.counts("misses"),
-        services=services,
-        agent_cpu_ns=agent.integer("cpu_ns"),
-        agent_rss_bytes=agent.integer("rss_bytes"),
-    )
-    return Ours(
-        record.text("type"), max(1, record.integer("period_ns")), Window(*bounds), accounting
-    )
-
-
-def _parse_host(host: object) -> Host:
-    if not isinstance(host, list) or len(host) != 2:
-        raise ProfileError("cannot read pprof: 'hosts' in our comment is not a list of pairs")
-    return Host(_checked_text(host[0], "hosts"), _checked_text(host[1], "hosts"))
-
-
-@functools.lru_cache(maxsize=16)  # a host's modules are the same in most of its windows
-def _parse_modules(content: bytes) -> Mapping[str, Module]:
-    records = _parse_json(content)
-    modules = {}
-    for name in records.names():
-        record = records.record(name)
-        build_id, kind = readable(name.encode()), record.text("kind")
-        segments = []
-        for bounds in record.array("segments"):
-            if not isinstance(bounds, list) or len(bounds) != 3:
-                raise ProfileError("cannot read pprof: a segment in our comment is damaged")
-            vaddr, offset, size = (
-                _checked_integer(bound, "segments", 2**64 - 1) for bound in bounds
-            )
-            segments.append(Segment(ElfAddress(vaddr), FileOffset(offset), size))
-        # A kind that a later version invented is drawn like native code.
-        known = Kind(kind) if kind in set(Kind) else Kind.NATIVE
-        modules[build_id] = Module(build_id, record.text("path"), known, tuple(segments))
-    return modules

@@ -1,12 +1,11 @@
 """Decode our own pprof objects straight into arrays, ten times as fast as `pprof.decode`.
 
 A host-minute has 12,000 locations and 120,000 words of stacks. `pprof.decode` makes Python objects
-of them, because a foreign file may hold anything. Our own encoder writes its fields in one order,
-which numpy can take apart for all messages at once (protobuf's "Encoding": a message is a row of
-tags, each with a variable-length integer or a length and bytes).
+of them, because a foreign file may hold anything. Our encoder writes its fields in a fixed order,
+so numpy can decode all messages at once (see `pprof_wire`).
 
-Whatever is not exactly so is left to `pprof.decode`: it knows every other form, and says what is
-wrong with a damaged file. Both give the same, which a test holds.
+Files in any other form are left to `pprof.decode`, which reads every form and names what is wrong
+with a damaged file. Both return the same profile; a test compares them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,73 +17,67 @@ from google.protobuf import message
 
 from storage.columns import Columns, Texts, object_of, presence_of, ranges, times_of
 from storage.formats import pprof
-from storage.hashing import Hasher, Hashes, Numbers, hash_locations
+from storage.formats.pprof_comments import Ours, read_comments
+from storage.formats.pprof_message import (
+    COUNT_LIMIT,
+    SIZE_LIMIT_BYTES,
+    decompress,
+    message_class,
+)
+from storage.formats.pprof_wire import (
+    Bytes,
+    Pairs,
+    UnusualError,
+    is_ascending,
+    numbers_at,
+    numbers_from,
+    require,
+    require_tags,
+)
+from storage.hashing import Hasher, Hashes, hash_locations
 from storage.profile import Indices, Integers, Labels, make_labels
 from symbolizer.location import Kind, Module
 from symbolizer.text import READABLE_LIMIT, readable
 
-_Bytes = npt.NDArray[np.uint8]
-_Unsigned = npt.NDArray[np.uint32] | Hashes
-
-# protobuf's classes are made at run time and have no types: Any, here and below.
-_LeanMessage: Any = pprof.message_class(
+# protobuf makes classes at run time, so they have no types: Any, here and below.
+_LeanMessage: Any = message_class(
     "everflame.wire", unread=frozenset({"Sample", "Location", "Function"})
 )
-_PlainMessage: Any = pprof.message_class("everflame.wire_labels")
+_PlainMessage: Any = message_class("everflame.wire_labels")
 
 _NUMBER_LIMIT = 2**31
-"""Lines and ids beyond it are left to the thorough reader."""
-
-_LONGEST = 10
-"""Bytes of a number of 64 bits."""
+"""Files with larger lines or ids are left to `pprof.decode`."""
 
 _NO_USUAL = (Kind.REST, "\n")
-"""What no text of a file can say: names hold no line ends."""
+"""Not equal to any kind and module of a file: names contain no line ends."""
 
 
-class _UnusualError(Exception):
-    """It is not written as our encoder writes."""
-
-
-def decode(
-    content: bytes, hasher: Hasher, size_limit_bytes: int = pprof.SIZE_LIMIT_BYTES
-) -> Columns:
-    """Read pprof, gzipped or not, as arrays; ours fast, any other as `pprof.decode` does.
+def decode(content: bytes, hasher: Hasher, size_limit_bytes: int = SIZE_LIMIT_BYTES) -> Columns:
+    """Return pprof, gzipped or not, as arrays: ours fast, any other by `pprof.decode`.
 
     Raises:
         ProfileError: the bytes are damaged, are not a profile, or hold more than
             `size_limit_bytes` when decompressed.
         SchemaError: a later version of this program wrote them.
     """
-    plain = pprof.decompress(content, size_limit_bytes)
+    plain = decompress(content, size_limit_bytes)
     try:
         return _decode_ours(plain, hasher)
-    except (_UnusualError, message.DecodeError):
+    except (UnusualError, message.DecodeError):
         return Columns.of(pprof.decode(plain, size_limit_bytes), hasher)
-
-
-def _require(condition: object) -> None:
-    if not condition:
-        raise _UnusualError
-
-
-def _require_tags(tags: _Unsigned, allowed: tuple[int, ...]) -> None:
-    is_allowed = np.zeros(256, dtype=bool)
-    is_allowed[list(allowed)] = True
-    _require((tags < 256).all() and is_allowed[tags].all())
 
 
 def _decode_ours(content: bytes, hasher: Hasher) -> Columns:
     parsed = _LeanMessage()
     parsed.ParseFromString(content)
     raw = list(parsed.string_table)
-    _require(all(0 < i < len(raw) for i in parsed.comment) and raw[:1] == [b""])
-    ours = pprof.read_comments(raw[i] for i in parsed.comment)
+    require(all(0 < i < len(raw) for i in parsed.comment) and raw[:1] == [b""])
+    ours = read_comments(raw[i] for i in parsed.comment)
     if ours is None:
-        raise _UnusualError
+        raise UnusualError
     types = [(_text(raw, t.type), _text(raw, t.unit)) for t in parsed.sample_type]
-    _require(len(types) == 2 and types[0] == ("samples", "count") and types[1][0] == ours.type)
-    _require((ours.type, types[1][1]) == ("cpu", "nanoseconds"))
+    require(len(types) == 2 and types[0] == ("samples", "count") and types[1][0] == ours.type)
+    require((ours.type, types[1][1]) == ("cpu", "nanoseconds"))
     strings = _Strings(raw, hasher)
     functions = _read_functions(list(parsed.function), len(raw))
     places = _read_locations(list(parsed.location), parsed.mapping, functions, ours, strings)
@@ -93,13 +86,13 @@ def _decode_ours(content: bytes, hasher: Hasher) -> Columns:
     texts = strings.texts
     hashes = hash_locations(strings.hashes, places.locations, places.named)
     ordered = np.sort(hashes)
-    _require((ordered[1:] != ordered[:-1]).all())
+    require((ordered[1:] != ordered[:-1]).all())
     stack_hashes = hasher.stacks(hashes, stacks.offsets, stacks.words)
     offsets, words = stacks.offsets, stacks.words
     ordered, first, which = np.unique(stack_hashes, return_index=True, return_inverse=True)
     if len(first) < len(stack_hashes):  # several label sets have one stack
         rows = np.stack([label_numbers, which], axis=1)
-        _require(len(np.unique(rows[:, 0] * (len(first) + 1) + rows[:, 1])) == len(rows))
+        require(len(np.unique(rows[:, 0] * (len(first) + 1) + rows[:, 1])) == len(rows))
         lengths = offsets[first + 1] - offsets[first]
         words = words[ranges(offsets[first], lengths)]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -136,12 +129,12 @@ def _decode_ours(content: bytes, hasher: Hasher) -> Columns:
 
 
 def _text(raw: Sequence[bytes], index: int) -> str:
-    _require(0 <= index < len(raw))
+    require(0 <= index < len(raw))
     return readable(raw[index])
 
 
 class _Strings:
-    """The file's strings as a table of texts, to which what the file does not spell is added."""
+    """The file's strings as a table of texts; texts that are not in the file are added to it."""
 
     def __init__(self, raw: Sequence[bytes], hasher: Hasher) -> None:
         self._texts = _make_readable(raw)
@@ -155,10 +148,10 @@ class _Strings:
 
     def require_distinct(self) -> None:
         ordered = np.sort(self._base)
-        _require((ordered[1:] != ordered[:-1]).all())
+        require((ordered[1:] != ordered[:-1]).all())
 
     def number(self, text: str) -> int:
-        """Return the number of any text."""
+        """Return the number of a text; a new one is added."""
         content = text.encode()
         if content not in self._numbers:
             self._numbers[content] = len(self._texts)
@@ -176,7 +169,7 @@ class _Strings:
 
 
 def _make_readable(raw: Sequence[bytes]) -> list[bytes]:
-    """Do what `readable` does to each, looking only at those that are not plain short ASCII."""
+    """Apply `readable` to each string; short plain ASCII needs no call."""
     lengths = np.fromiter(map(len, raw), np.int64, len(raw))
     content = np.frombuffer(b"".join(raw), np.uint8)
     odd_at = np.flatnonzero((content < 0x20) | (content > 0x7E))
@@ -188,115 +181,16 @@ def _make_readable(raw: Sequence[bytes]) -> list[bytes]:
     return texts
 
 
-class _Varints(NamedTuple):
-    """All variable-length integers of some bytes that hold nothing else."""
-
-    values: _Unsigned
-    """Of 32 bits where all fit, else of 64."""
-    ends: Integers
-    """Position of each one's last byte."""
-
-    @classmethod
-    def of(cls, content: _Bytes) -> "_Varints":
-        if len(content) == 0:
-            return cls(np.zeros(0, np.uint64), np.zeros(0, np.int64))
-        _require(content[-1] < 0x80)
-        ends = np.flatnonzero(content < 0x80)
-        return cls(_numbers_at(content, ends), ends)
-
-
-def _numbers_at(content: _Bytes, ends: Integers) -> _Unsigned:
-    """Read the variable-length integers that end at these bytes.
-
-    Before the first of them, in front of `content`, must be an end too.
-    """
-    # The last byte holds the highest bits. Nearly all numbers have one byte or two.
-    values = content.take(ends).astype(np.uint32)
-    before = content.take(ends - 1, mode="wrap")
-    if len(ends) and ends[0] == 0:
-        before[0] = 0
-    has_more = before >> 7
-    values <<= has_more * np.uint8(7)
-    values |= (before & 0x7F) * has_more
-    long = np.flatnonzero(has_more)
-    long = long[(content.take(ends[long] - 2, mode="wrap") >= 0x80) & (ends[long] > 1)]
-    if len(long) == 0:
-        return values
-    numbers = values[long].astype(np.uint64)
-    at, left = ends[long] - 2, np.arange(len(long))
-    for _ in range(2, _LONGEST):
-        numbers[left] = (numbers[left] << np.uint64(7)) | (content[at[left]] & 0x7F)
-        left = left[at[left] > 0]
-        at -= 1
-        left = left[content[at[left]] >= 0x80]
-        if len(left) == 0:
-            break
-    else:
-        raise _UnusualError
-    if numbers.max() >= 1 << 32:
-        values = values.astype(np.uint64)
-    values[long] = numbers
-    return values
-
-
-def _numbers_from(content: _Bytes, starts: Integers) -> tuple[Hashes, Integers]:
-    """Read the variable-length integers that begin at these bytes. Give them and where they end.
-
-    One that goes past the end of `content` ends there or is refused.
-    """
-    values = np.zeros(len(starts), dtype=np.uint64)
-    at, left = starts.copy(), np.arange(len(starts))
-    for i in range(_LONGEST):
-        byte = content.take(at[left], mode="clip")
-        values[left] |= (byte & np.uint64(0x7F)) << np.uint64(7 * i)
-        at[left] += 1
-        left = left[byte >= 0x80]
-        if len(left) == 0:
-            return values, at
-    raise _UnusualError
-
-
-class _Pairs(NamedTuple):
-    """Messages whose fields all are a tag and a number, as one list of pairs."""
-
-    owner: Integers
-    """Number of the message."""
-    tags: _Unsigned
-    values: _Unsigned
-    starts: Integers
-    """Position of the tag; one more at the end."""
-    message_ends: Integers
-
-    @classmethod
-    def of(cls, messages: Sequence[bytes]) -> "_Pairs":
-        content = b"".join(messages)
-        lengths = np.fromiter(map(len, messages), np.int64, len(messages))
-        ends = np.cumsum(lengths)
-        values, number_ends = _Varints.of(np.frombuffer(content, np.uint8))
-        _require(len(values) % 2 == 0)
-        starts = np.append([0], number_ends[1::2] + 1)
-        # Every message must end where a pair does.
-        past = np.searchsorted(starts, ends)
-        _require(np.array_equal(starts[past], ends))
-        owner = np.repeat(np.arange(len(messages)), np.diff(past, prepend=0))
-        return cls(owner, values[::2], values[1::2], starts, ends)
-
-
-def _is_ascending(major: Numbers, minor: _Unsigned) -> bool:
-    key = major * 256 + np.minimum(minor, 255).astype(np.int64)
-    return bool((key[1:] > key[:-1]).all())
-
-
 def _read_functions(messages: Sequence[bytes], strings: int) -> Integers:
     """Return (0, name, system name, file, first line) by id; ids count from 1, line 0 is unused."""
-    pairs = _Pairs.of(messages)
-    _require_tags(pairs.tags, (0x08, 0x10, 0x18, 0x20, 0x28))
-    _require(_is_ascending(pairs.owner, pairs.tags))
-    _require((pairs.values < _NUMBER_LIMIT).all())
+    pairs = Pairs.of(messages)
+    require_tags(pairs.tags, (0x08, 0x10, 0x18, 0x20, 0x28))
+    require(is_ascending(pairs.owner, pairs.tags))
+    require((pairs.values < _NUMBER_LIMIT).all())
     table = np.zeros((len(messages) + 1, 6), dtype=np.int64)
     table[pairs.owner + 1, (pairs.tags >> np.uint64(3)).astype(np.int64)] = pairs.values
-    _require(np.array_equal(table[:, 1], np.arange(len(table))))
-    _require((table[:, 2:5] < strings).all())
+    require(np.array_equal(table[:, 1], np.arange(len(table))))
+    require((table[:, 2:5] < strings).all())
     return table[:, 1:]
 
 
@@ -313,37 +207,37 @@ def _read_locations(
     messages: Sequence[bytes],
     mappings: Sequence[Any],
     functions: Integers,
-    ours: pprof.Ours,
+    ours: Ours,
     strings: _Strings,
 ) -> _Places:
-    pairs = _Pairs.of(messages)
+    pairs = Pairs.of(messages)
     count = len(messages)
     opens = pairs.tags == 0x22
     line_of = np.cumsum(opens) - 1
     line_at = np.flatnonzero(opens)
     line_owner = pairs.owner[line_at]
     first_line = np.searchsorted(line_owner, np.arange(count + 1))
-    # A pair is a line's when a line of the same location opens before it.
+    # A pair belongs to a line if a line of the same location opens before it.
     is_inner = ~opens & (line_of >= first_line[pairs.owner])
     is_outer = ~opens & ~is_inner
     outer = np.flatnonzero(is_outer)
-    _require_tags(pairs.tags[outer], (0x08, 0x10, 0x18))
-    _require(_is_ascending(pairs.owner[outer], pairs.tags[outer]))
+    require_tags(pairs.tags[outer], (0x08, 0x10, 0x18))
+    require(is_ascending(pairs.owner[outer], pairs.tags[outer]))
     table = np.zeros((count, 4), dtype=np.uint64)
     fields = (pairs.tags[outer] >> np.uint64(3)).astype(np.int64)
     table[pairs.owner[outer], fields] = pairs.values[outer]
-    _require(np.array_equal(table[:, 1], np.arange(1, count + 1, dtype=np.uint64)))
+    require(np.array_equal(table[:, 1], np.arange(1, count + 1, dtype=np.uint64)))
     lines = _read_lines(pairs, np.flatnonzero(is_inner), line_of, line_at, len(functions))
     return _Locator(mappings, functions, ours, strings).locate(table, lines, first_line)
 
 
 def _read_lines(
-    pairs: _Pairs, inner: Integers, line_of: Integers, line_at: Integers, functions: int
+    pairs: Pairs, inner: Integers, line_of: Integers, line_at: Integers, functions: int
 ) -> Integers:
     """Return (function id, line) for every line of every location, in their order."""
-    _require_tags(pairs.tags[inner], (0x08, 0x10))
-    _require(_is_ascending(line_of[inner], pairs.tags[inner]))
-    _require((pairs.values[inner] < _NUMBER_LIMIT).all())
+    require_tags(pairs.tags[inner], (0x08, 0x10))
+    require(is_ascending(line_of[inner], pairs.tags[inner]))
+    require((pairs.values[inner] < _NUMBER_LIMIT).all())
     owner = pairs.owner[line_at]
     # Each line's bytes must end where the next line of the location begins, or the location ends.
     ends = pairs.message_ends[owner].copy()
@@ -351,31 +245,31 @@ def _read_lines(
     ends[:-1][same] = pairs.starts[line_at[1:]][same]
     # A line's own length is one byte: at most two tags and numbers of five bytes.
     declared = pairs.starts[line_at] + 2 + pairs.values[line_at].astype(np.int64)
-    _require((pairs.values[line_at] < 0x80).all() and np.array_equal(declared, ends))
+    require((pairs.values[line_at] < 0x80).all() and np.array_equal(declared, ends))
     lines = np.zeros((len(line_at), 3), dtype=np.int64)
     lines[line_of[inner], (pairs.tags[inner] >> np.uint64(3)).astype(np.int64)] = pairs.values[
         inner
     ]
-    _require(((lines[:, 1] > 0) & (lines[:, 1] < functions)).all())
+    require(((lines[:, 1] > 0) & (lines[:, 1] < functions)).all())
     return lines[:, 1:]
 
 
 class _Locator:
-    """Turns pprof's locations into ours: what `pprof._Decoder` does one by one."""
+    """Turns all of pprof's locations into ours at once; `pprof._Decoder` does it one by one."""
 
     def __init__(
-        self, mappings: Sequence[Any], functions: Integers, ours: pprof.Ours, strings: _Strings
+        self, mappings: Sequence[Any], functions: Integers, ours: Ours, strings: _Strings
     ) -> None:
         self._functions = functions
         self._modules: Mapping[str, Module] = ours.modules
         self._strings = strings
         by_id = {mapping.id: mapping for mapping in mappings}
-        _require(len(by_id) == len(mappings) and sorted(by_id) == list(range(1, len(by_id) + 1)))
+        require(len(by_id) == len(mappings) and sorted(by_id) == list(range(1, len(by_id) + 1)))
         self._mappings = [by_id[i] for i in sorted(by_id)]
 
     def locate(self, table: Hashes, lines: Integers, first_line: Integers) -> _Places:
         mapping = table[:, 2].astype(np.int64) - 1
-        _require(((mapping >= 0) & (mapping < len(self._mappings))).all())
+        require(((mapping >= 0) & (mapping < len(self._mappings))).all())
         described = [self._describe(each) for each in self._mappings]
         build_ids, kinds, modules = np.array(described, np.int64).reshape(-1, 3).T
         starts, offsets = (
@@ -390,7 +284,7 @@ class _Locator:
         owner = np.repeat(np.arange(len(table)), line_counts)
         frames = self._frames(lines, owner, first_line, kinds[mapping], modules[mapping])
         at = np.flatnonzero(is_named)
-        _require((line_counts[at] == 1).all())
+        require((line_counts[at] == 1).all())
         theirs = first_line[at]
         function = self._functions[lines[theirs, 0]]
         locations = np.zeros((len(table), 3), dtype=np.uint64)
@@ -419,11 +313,11 @@ class _Locator:
             kind, name = (module.kind, module.name) if module else (Kind.NATIVE, build_id)
             return mapping.build_id, self._strings.number(kind), self._strings.number(name)
         place = self._strings[mapping.filename] if has_place else ""
-        _require(place.strip("[]") in set(Kind))
+        require(place.strip("[]") in set(Kind))
         return -1, self._strings.number(place.strip("[]")), self._strings.number(place)
 
     def _is_string(self, index: int) -> bool:
-        _require(0 <= index < self._strings.count)
+        require(0 <= index < self._strings.count)
         return index > 0
 
     def _frames(
@@ -442,11 +336,11 @@ class _Locator:
         module = modules[owner]
         odd = np.flatnonzero((system_name != name) & (system_name != 0))
         if len(odd):
-            # A text that stands in the file twice would be another string and the same name.
+            # A text that is in the file twice has two numbers, which would look like two names.
             self._strings.require_distinct()
         for number in np.unique(system_name[odd]).tolist():
             at = odd[system_name[odd] == number]
-            # The first word tells a kind; what the mapping says usually does not matter then.
+            # The first word is a kind; the mapping's kind and module then do not matter.
             described = pprof.kind_and_module("", self._strings[number], _NO_USUAL)
             if described != _NO_USUAL:
                 kind[at] = self._strings.number(described[0])
@@ -459,15 +353,15 @@ class _Samples(NamedTuple):
     words: Indices
     counts: Integers
     labels: list[bytes]
-    """Each sample's labels as they stand in the file."""
+    """Each sample's labels, as encoded in the file."""
 
 
 def _read_samples(messages: Sequence[bytes], locations: int) -> _Samples:
-    """Read the samples, the last one first: their words are then root first as they stand."""
+    """Return the samples, last one first: reversing all words at once makes stacks root first."""
     content = b"".join(messages)
     data = np.frombuffer(content, np.uint8)
     lengths = np.fromiter(map(len, messages), np.int64, len(messages))
-    _require((lengths >= 4).all())
+    require((lengths >= 4).all())
     ends = np.cumsum(lengths)
     at = ends - lengths
     # location_id, if the stack is not empty: a tag, a length, and as many bytes of numbers.
@@ -475,20 +369,20 @@ def _read_samples(messages: Sequence[bytes], locations: int) -> _Samples:
     length, first = _lengths_from(data, at + 1, has_stack)
     first = np.where(has_stack, first, at)
     past = first + length
-    _require((past < ends).all())
-    _require((data[past] == 0x12).all())
-    # The two values, and behind them labels.
+    require((past < ends).all())
+    require((data[past] == 0x12).all())
+    # The two values, then labels.
     length, value_at = _lengths_from(data, past + 1, np.ones(len(at), dtype=bool))
     values_end = value_at + length
-    _require((values_end <= ends).all())
-    samples, value_at = _numbers_from(data, value_at)
-    values, value_at = _numbers_from(data, value_at)
-    _require(np.array_equal(value_at, values_end))
+    require((values_end <= ends).all())
+    samples, value_at = numbers_from(data, value_at)
+    values, value_at = numbers_from(data, value_at)
+    require(np.array_equal(value_at, values_end))
     counts = np.stack([samples, values], axis=1)
-    _require((counts < np.uint64(pprof.COUNT_LIMIT)).all())
-    _require((counts.sum(axis=0, dtype=np.float64) < 2.0**61).all())
+    require((counts < np.uint64(COUNT_LIMIT)).all())
+    require((counts.sum(axis=0, dtype=np.float64) < 2.0**61).all())
     words, depths = _read_words(data, first, past)
-    _require(((words >= 1) & (words <= locations)).all())
+    require(((words >= 1) & (words <= locations)).all())
     kept = np.flatnonzero(counts.any(axis=1))[::-1]
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(depths[::-1])])
     words = words[::-1]
@@ -502,24 +396,24 @@ def _read_samples(messages: Sequence[bytes], locations: int) -> _Samples:
 
 
 def _lengths_from(
-    data: _Bytes, at: Integers, present: npt.NDArray[np.bool_]
+    data: Bytes, at: Integers, present: npt.NDArray[np.bool_]
 ) -> tuple[Integers, Integers]:
-    """Read the lengths that begin at these bytes, 0 where none is present, and where they end."""
-    lengths, ends = _numbers_from(data, at)
+    """Return the lengths that begin at these bytes, 0 where none is present, and their ends."""
+    lengths, ends = numbers_from(data, at)
     lengths[~present] = 0
-    _require((lengths < _NUMBER_LIMIT).all())
+    require((lengths < _NUMBER_LIMIT).all())
     return lengths.astype(np.int64), ends
 
 
-def _read_words(data: _Bytes, first: Integers, past: Integers) -> tuple[Indices, Integers]:
-    """Return the numbers between these bounds one after the other, and how many are in each."""
+def _read_words(data: Bytes, first: Integers, past: Integers) -> tuple[Indices, Integers]:
+    """Return the numbers within these bounds, concatenated, and how many are in each."""
     is_end = data < 0x80
-    _require(is_end[past[past > first] - 1].all())
+    require(is_end[past[past > first] - 1].all())
     bounds = np.stack([first, past], axis=1).reshape(-1)
     between = np.diff(bounds, prepend=0, append=len(data))
     ends = np.flatnonzero(is_end & np.repeat(np.arange(len(between)) % 2 == 1, between))
-    words = _numbers_at(data, ends)
-    _require((words < _NUMBER_LIMIT).all())
+    words = numbers_at(data, ends)
+    require((words < _NUMBER_LIMIT).all())
     return words.astype(np.int32), np.diff(np.searchsorted(ends, past), prepend=0)
 
 
@@ -537,14 +431,14 @@ def _read_labels(
 
 
 def _parse_labels(content: bytes, strings: _Strings) -> Labels:
-    # What stands behind a sample's values is a sample too, one that has nothing but labels.
+    # The bytes after a sample's values are a valid sample that has only labels.
     parsed = _PlainMessage(sample=[{}]).sample[0]
     parsed.ParseFromString(content)
-    _require(not parsed.location_id and not parsed.value)
+    require(not parsed.location_id and not parsed.value)
     labels: dict[str, str] = {}
     for label in parsed.label:
-        _require(max(label.key, label.str) < strings.count and min(label.key, label.str) >= 0)
+        require(max(label.key, label.str) < strings.count and min(label.key, label.str) >= 0)
         key = strings[label.key]
-        _require(key not in labels and not label.num_unit)
+        require(key not in labels and not label.num_unit)
         labels[key] = str(label.num) if label.num else strings[label.str]
     return make_labels(labels)

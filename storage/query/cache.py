@@ -24,7 +24,7 @@ import numpy.typing as npt
 import orjson
 
 from storage.columns import Columns, Texts, Times
-from storage.formats import pprof
+from storage.formats.pprof_comments import SCHEMA
 from storage.profile import Accounting, Host, Labels, Window
 from storage.query.function_totals import FunctionTotals
 from storage.query.self_samples import ObjectSelfSamples
@@ -57,7 +57,7 @@ class DecodedCache:
         self.secret = _read_secret(folder)
         # Hashes made with another secret mean nothing here.
         mark = hashlib.blake2b(self.secret, digest_size=4).hexdigest()
-        self._folder = f"decoded-{_VERSION}.{pprof.SCHEMA}-{mark}"
+        self._folder = f"decoded-{_VERSION}.{SCHEMA}-{mark}"
         # Files of other versions count as well, and so leave in time.
         self._files = FileCache(folder, limit_bytes, files="decoded-*/*", kept_longest=_LONG_KEPT)
 

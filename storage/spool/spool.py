@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from google.protobuf import message
 
 from storage.formats import pprof
+from storage.formats.pprof_comments import read_comments
+from storage.formats.pprof_message import SIZE_LIMIT_BYTES, decompress, message_class
 from storage.objects.directory import make_folder, sync_folder, write_synced
 from storage.objects.keys import LONGEST_WINDOW_S, NS_PER_S, ObjectKey, object_key
 from storage.profile import Loss, Profile, ProfileBuilder, ProfileError, add_counts, merge
@@ -49,7 +51,7 @@ _FULL_DISK_ATTEMPTS = 8
 """Profiles given up for a new one. More would not help: something else fills the disk."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
-_LeanMessage: Any = pprof.message_class(
+_LeanMessage: Any = message_class(
     "everflame.spool", unread=frozenset({"Sample", "Mapping", "Location", "Function"})
 )
 """protobuf makes this class at run time, so it has no type."""
@@ -84,11 +86,11 @@ def _read_tombstone(content: bytes) -> Profile:
     """Return the tombstone of an encoded profile; its stacks, the costly part, are not decoded."""
     parsed = _LeanMessage()
     try:
-        parsed.ParseFromString(pprof.decompress(content, pprof.SIZE_LIMIT_BYTES))
+        parsed.ParseFromString(decompress(content, SIZE_LIMIT_BYTES))
     except message.DecodeError as error:
         raise ProfileError("cannot read the spool: a file in it is damaged") from error
     strings = parsed.string_table
-    ours = pprof.read_comments(strings[i] for i in parsed.comment if 0 < i < len(strings))
+    ours = read_comments(strings[i] for i in parsed.comment if 0 < i < len(strings))
     if ours is None or not 0 < parsed.period_type.unit < len(strings):
         raise ProfileError("cannot read the spool: a file in it is not a profile of ours")
     unit = readable(strings[parsed.period_type.unit])

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from profiler.flamegraph import flamegraph
 from storage.columns import Columns, Times
-from storage.formats import pprof, pprof_arrays
+from storage.formats import pprof, pprof_arrays, pprof_comments
+from storage.formats.pprof_message import SIZE_LIMIT_BYTES, decompress, message_class
 from storage.hashing import Hasher
 from storage.merging import merge_columns
 from storage.objects.directory import DirectoryStore
@@ -119,22 +120,22 @@ def test_the_fast_reader_gives_what_the_thorough_one_gives(profile):
 def test_our_own_objects_take_the_fast_way():
     """Hostile names and every kind of frame included; only odd files take the long one."""
     for profile in (some.sample_profile(), some.hostile_profile(), some.build([])):
-        plain = pprof.decompress(pprof.encode(profile), pprof.SIZE_LIMIT_BYTES)
+        plain = decompress(pprof.encode(profile), SIZE_LIMIT_BYTES)
         assert pprof_arrays._decode_ours(plain, HASHER).profile() == profile
 
 
 def test_numbers_of_three_bytes_are_read_fast_too():
     """An object with more than 2^14 locations: its stacks' words are longer than most."""
     profile = some.synthetic(300, 20, 40_000)
-    plain = pprof.decompress(pprof.encode(profile), 1 << 26)
+    plain = decompress(pprof.encode(profile), 1 << 26)
 
     assert pprof_arrays._decode_ours(plain, HASHER).profile() == profile
 
 
 def test_a_string_that_is_not_there_is_refused_where_nobody_looks_at_it():
     """A mapping with a build id needs no file name; a damaged one still damages the file."""
-    plain = pprof.decompress(pprof.encode(some.sample_profile()), 1 << 20)
-    damaged = pprof.message_class("everflame.test")()
+    plain = decompress(pprof.encode(some.sample_profile()), 1 << 20)
+    damaged = message_class("everflame.test")()
     damaged.ParseFromString(plain)
     damaged.mapping[1].filename = 99
 
@@ -147,7 +148,7 @@ def test_a_string_that_is_not_there_is_refused_where_nobody_looks_at_it():
 @given(st.data())
 def test_a_changed_byte_is_read_as_the_thorough_reader_reads_it(data):
     """Whatever a damaged file says, both say the same, or both refuse it."""
-    plain = bytearray(pprof.decompress(pprof.encode(some.sample_profile()), 1 << 20))
+    plain = bytearray(decompress(pprof.encode(some.sample_profile()), 1 << 20))
     for _ in range(data.draw(st.integers(1, 3))):
         plain[data.draw(st.integers(0, len(plain) - 1))] = data.draw(st.integers(0, 255))
     cut = bytes(plain[: data.draw(st.integers(0, len(plain)))])
@@ -580,7 +581,7 @@ def test_what_cannot_be_read_is_named_and_stops_nothing(store, query):
 def make_later(profile: Profile) -> bytes:
     """Return the profile as a later version of this program would write it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pprof, "SCHEMA", 99)
+        patch.setattr(pprof_comments, "SCHEMA", 99)
         content = pprof.encode(profile)
     with pytest.raises(SchemaError):
         pprof.decode(content)
