@@ -37,7 +37,7 @@ from profiler.comparison import comparison, verdict
 from profiler.comparison.comparison import ComparisonError, Operand
 from profiler.comparison.verdict import Change, Contrast, Costs, Floats
 from storage.objects.directory import DirectoryStore
-from storage.objects.listing import list_window
+from storage.objects.tenant import TenantStore
 from storage.profile import Window
 from storage.query.query import Query
 from storage.selector import Matcher, Operator, Selector
@@ -274,7 +274,7 @@ def record(folder: Path, minutes: int) -> None:
 def measure_real(folder: Path) -> int:
     """Judge the disjoint pairs of minutes of each service by all the others."""
     store = DirectoryStore(folder)
-    keys = [key for key, _ in list_window(store, Window(0, 2**62))]
+    keys = [key for key, _ in TenantStore(store).list_window(Window(0, 2**62))]
     whole = [key for key in keys if key.length_s == 60]
     last_ns = max(key.end_ns for key in whole)
     before, after = (

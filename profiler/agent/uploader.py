@@ -33,8 +33,8 @@ from profiler.agent import metrics
 from profiler.agent.signals import Signals
 from storage.objects.directory import DirectoryStore, make_folder
 from storage.objects.keys import NS_PER_S, ObjectKey, ObjectStore, StoreError, StoreRefused
-from storage.objects.listing import expire
 from storage.objects.open import open_store
+from storage.objects.tenant import TenantStore
 from storage.spool import upload_queue
 from storage.spool.upload_queue import SpooledProfile, UploadQueue
 
@@ -316,7 +316,7 @@ class Uploader:
             store = self._store = self._store or self._open_store()
             if isinstance(store, DirectoryStore):
                 now_s = self._clock.now_ns() // NS_PER_S
-                for removed in expire(store, now_s, options.keep_s, options.keep_bytes):
+                for removed in TenantStore(store).expire(now_s, options.keep_s, options.keep_bytes):
                     self.state.expired += 1
                     self.state.expired_bytes += removed.size_bytes
         except StoreError as error:

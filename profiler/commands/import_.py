@@ -27,7 +27,8 @@ from profiler.text import counted
 from profiler.times import NS_PER_S, TimeError, parse_time
 from storage.formats import folded, pprof
 from storage.formats.pprof_message import COUNT_LIMIT
-from storage.objects.keys import LONGEST_WINDOW_S, ObjectStore, object_key
+from storage.objects.keys import LONGEST_WINDOW_S, ObjectStore
+from storage.objects.tenant import TenantStore
 from storage.profile import (
     Accounting,
     Host,
@@ -100,9 +101,8 @@ def run(files: Sequence[str], store: ObjectStore, options: ImportOptions, now_ns
         imported = read(file, options.frequency_hz)
         profile = complete(imported, file, options, now_ns)
         content = pprof.encode(profile)
-        key = object_key(profile, content).text
-        is_new = store.put(key, content)
-        print(key)
+        key, is_new = TenantStore(store).put_profile(profile, content)
+        print(key.text)
         samples = counted(profile.total_samples, "sample")
         print(f"{file}: {samples}{'' if is_new else ', was there already'}", file=sys.stderr)
         if imported.unparsed_lines:

@@ -14,8 +14,8 @@ from typing import TextIO
 from profiler.text import StatusLine, counted
 from profiler.times import from_until, parse_window
 from storage.objects.keys import ObjectKey, ObjectStore, StoredObject
-from storage.objects.listing import list_window
 from storage.objects.open import open_store
+from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Window
 from storage.query.cache import default_folder
 from storage.query.listing import nearest_objects
@@ -64,7 +64,7 @@ class Selection:
 
     def objects(self) -> Iterator[tuple[ObjectKey, StoredObject]]:
         """Return the objects that start inside the window; none is read."""
-        for key, stored in list_window(self.store, self.window):
+        for key, stored in TenantStore(self.store).list_window(self.window):
             if self.window.start_ns <= key.start_ns < self.window.end_ns:
                 yield key, stored
 

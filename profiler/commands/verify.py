@@ -20,7 +20,7 @@ from profiler.formats import export
 from profiler.text import counted
 from profiler.times import rfc3339
 from storage.objects.keys import DEFAULT_TENANT, ObjectKey, ObjectStore, StoredObject, StoreError
-from storage.objects.listing import list_window
+from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Accounting, ProfileError, Window
 
 _FETCHES = 4
@@ -162,7 +162,9 @@ def _listed(
     store: ObjectStore, window: Window, tenant: str, windows: dict[str, list[Window]]
 ) -> Iterator[tuple[str, ObjectKey | None]]:
     """Return what is listed, noting the windows of each host."""
-    pairs: Iterable[tuple[ObjectKey | None, StoredObject]] = list_window(store, window, tenant)
+    pairs: Iterable[tuple[ObjectKey | None, StoredObject]] = TenantStore(store, tenant).list_window(
+        window
+    )
     if window == ALWAYS:
         listed = store.list(f"v1/{tenant}/l0/")
         pairs = ((ObjectKey.parse(stored.key), stored) for stored in listed)

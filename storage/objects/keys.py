@@ -153,7 +153,7 @@ _KEY_PATTERN = re.compile(
 _HOST_ID_PATTERN = re.compile(r"[0-9a-f]{16}")
 
 
-def object_key(profile: "Profile", content: bytes, tenant: str = DEFAULT_TENANT) -> ObjectKey:
+def object_key(profile: "Profile", content: bytes, tenant: str) -> ObjectKey:
     """Return the key under which `content`, the encoded profile, is kept.
 
     A profile of several hosts, or of one without an id of 16 hex digits, gets a hash of them all.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectKey, ObjectStore, StoredObject
-from storage.objects.listing import list_window
+from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Window
 
 HOUR_NS = 3600 * NS_PER_S
@@ -71,7 +71,7 @@ class Listing:
         yield from known[1]
 
     def _list(self, window: Window) -> Iterator[ListedObject]:
-        for key, stored in list_window(self.store, window, self.tenant):
+        for key, stored in TenantStore(self.store, self.tenant).list_window(window):
             self.check()
             if is_inside(key, window):
                 yield ListedObject(key, stored)
@@ -84,12 +84,12 @@ def nearest_objects(store: ObjectStore, window: Window) -> list[ObjectKey]:
         start_ns = 0 if seconds is None else max(0, window.start_ns - seconds * NS_PER_S)
         if start_ns >= window.start_ns:
             break
-        last = deque(list_window(store, Window(start_ns, window.start_ns)), maxlen=1)
+        last = deque(TenantStore(store).list_window(Window(start_ns, window.start_ns)), maxlen=1)
         if last:
             found.append(max(key for key, _ in last))
             break
     if window.end_ns < ALWAYS.end_ns:
-        after = list_window(store, Window(window.end_ns, ALWAYS.end_ns))
+        after = TenantStore(store).list_window(Window(window.end_ns, ALWAYS.end_ns))
         found += [key for key, _ in [next(after, (None, None))] if key is not None]
     return found
 

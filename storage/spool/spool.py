@@ -22,7 +22,7 @@ from storage.formats import pprof
 from storage.formats.pprof_comments import read_comments
 from storage.formats.pprof_message import SIZE_LIMIT_BYTES, decompress, message_class
 from storage.objects.directory import make_folder, sync_folder, write_synced
-from storage.objects.keys import LONGEST_WINDOW_S, NS_PER_S, ObjectKey, object_key
+from storage.objects.keys import DEFAULT_TENANT, LONGEST_WINDOW_S, NS_PER_S, ObjectKey, object_key
 from storage.profile import Loss, Profile, ProfileBuilder, ProfileError, add_counts, merge
 from storage.spool.upload_queue import (
     FOLDERS,
@@ -101,8 +101,11 @@ def _read_tombstone(content: bytes) -> Profile:
 class Spool:
     """The sampler's side: writes closed profiles within the bound. A folder has one writer."""
 
-    def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+    def __init__(
+        self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES, tenant: str = DEFAULT_TENANT
+    ) -> None:
         self._folder = folder
+        self._tenant = tenant
         self._limit_bytes = limit_bytes
         self._unwritten: list[Profile] = []
         self._given_up = 0
@@ -124,7 +127,7 @@ class Spool:
             ValueError: the window is longer than an hour.
         """
         content = pprof.encode(profile)
-        if not self._keep(object_key(profile, content), content):
+        if not self._keep(object_key(profile, content, self._tenant), content):
             self._given_up += 1
             self._carry(tombstone(profile))
         self._write_unwritten()
@@ -209,7 +212,7 @@ class Spool:
         try:
             profile = self._join_hour(profile)
             content = pprof.encode(profile)
-            name = file_name(object_key(profile, content)) + _MERGED
+            name = file_name(object_key(profile, content, self._tenant)) + _MERGED
             target = self._folder / GIVING_UP / name
             try:
                 self._write(content, target)
@@ -224,7 +227,7 @@ class Spool:
                 self._settle()
 
     def _join_hour(self, profile: Profile) -> Profile:
-        hour = _hour(object_key(profile, b""))
+        hour = _hour(object_key(profile, b"", self._tenant))
         for spooled in sorted(scan(self._folder / TOMBSTONES), key=start_of):
             source = self._take(spooled.path, _TOMBSTONE) if _hour(spooled.key) == hour else None
             earlier = self._read(source) if source else None

@@ -29,8 +29,8 @@ from profiler.comparison.rollouts import (
 from profiler.times import rfc3339
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import content16
-from storage.objects.listing import expire, list_window
 from storage.objects.open import open_store
+from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Profile, make_labels
 from storage.query.query import Query
 from storage.selector import Selector
@@ -462,17 +462,17 @@ def test_an_announcement_makes_a_found_deployment_exact(store):
 
 def test_announcements_disturb_nothing_else(store, capfd):
     """Neither listings nor what is deleted when it is old."""
-    before = [key for key, _ in list_window(store, ALWAYS)]
+    before = [key for key, _ in TenantStore(store).list_window(ALWAYS)]
     selection = Selection.parse(str(store.root))
     listed = ls.list_hosts(selection).as_json()
 
     announce(store, "api", "2", START_NS)
 
-    assert [key for key, _ in list_window(store, ALWAYS)] == before
+    assert [key for key, _ in TenantStore(store).list_window(ALWAYS)] == before
     assert ls.list_hosts(selection).as_json() == listed
     done = everflame("verify", f"--store={store.root}", "--json")
     assert json.loads(done.stdout)["unreadable"] == []
-    assert len(list(expire(store, START_NS // 10**9 + 10**6, 60, 0))) == len(before)
+    assert len(list(TenantStore(store).expire(START_NS // 10**9 + 10**6, 60, 0))) == len(before)
     assert [each.key.split("/")[2] for each in store.list("")] == ["deployments"]
 
 
@@ -550,7 +550,7 @@ def test_announcements_lie_in_a_bucket_too(weed: Weed, tmp_path):
 
         assert [each.version for each in told.announcements] == ["1"]
         assert told.skipped == []
-        assert list(list_window(store, ALWAYS)) == []
+        assert list(TenantStore(store).list_window(ALWAYS)) == []
 
 
 def everflame(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ import pytest
 from profiler import cli
 from profiler.commands import verify
 from profiler.commands.verify import find_gaps, verify_store
-from storage.objects.keys import object_key
+from storage.objects.keys import DEFAULT_TENANT, object_key
 from storage.profile import ALWAYS, Window
 from tests.support import profiles as some
 from tests.support.stores import MINUTE_NS, START_NS, at, directory, minutes, put
@@ -47,7 +47,7 @@ def test_what_is_no_readable_profile_is_named(tmp_path):
     """Damaged objects, and names among the profiles that are none of ours."""
     store = directory(tmp_path, at(some.sample_profile(), 0))
     content = b"\x1f\x8b damaged"
-    key = object_key(at(some.sample_profile(), 1), content).text
+    key = object_key(at(some.sample_profile(), 1), content, DEFAULT_TENANT).text
     store.put(key, content)
     store.put("v1/default/l0/2026-05-28T20/README", b"?")
     store.put("v1/default/manifest", b"of no concern here")

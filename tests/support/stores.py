@@ -5,7 +5,8 @@ from pathlib import Path
 
 from storage.formats import pprof
 from storage.objects.directory import DirectoryStore
-from storage.objects.keys import ObjectKey, object_key
+from storage.objects.keys import ObjectKey
+from storage.objects.tenant import TenantStore
 from storage.profile import Host, Profile, Window
 
 START_NS = 1_780_000_000_000_000_000 // 3_600_000_000_000 * 3_600_000_000_000
@@ -26,9 +27,7 @@ def at(
 
 def put(store: DirectoryStore, profile: Profile) -> ObjectKey:
     content = pprof.encode(profile)
-    key = object_key(profile, content)
-    store.put(key.text, content)
-    return key
+    return TenantStore(store).put_profile(profile, content)[0]
 
 
 def directory(folder: Path, *profiles: Profile) -> DirectoryStore:

@@ -19,6 +19,7 @@ from profiler.commands import doctor
 from storage.formats import pprof
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import (
+    DEFAULT_TENANT,
     NS_PER_S,
     ObjectKey,
     ObjectMissing,
@@ -28,9 +29,9 @@ from storage.objects.keys import (
     StoreUnavailable,
     object_key,
 )
-from storage.objects.listing import expire, list_window
 from storage.objects.open import default_store_url, open_store
 from storage.objects.s3 import S3Store
+from storage.objects.tenant import TenantStore
 from storage.profile import Accounting, Host, Window
 from tests.support.profiles import WINDOW, sample_profile
 from tests.support.weed import (
@@ -293,17 +294,17 @@ def test_the_key_of_a_profile_names_host_and_window_and_content() -> None:
     profile = sample_profile()
     content = pprof.encode(profile)
 
-    key = object_key(profile, content)
+    key = object_key(profile, content, DEFAULT_TENANT)
 
     assert key.text.startswith("v1/default/l0/2026-05-28T20/00112233445566aa/1780000000-60-")
     assert (key.start_ns, key.end_ns) == WINDOW
-    assert object_key(profile, content + b"!") != key
+    assert object_key(profile, content + b"!", DEFAULT_TENANT) != key
 
 
 def test_a_window_of_parts_of_seconds_lies_within_its_keys() -> None:
     profile = replace(sample_profile(), window=Window(1_500_000_000, 2_000_000_001))
 
-    key = object_key(profile, b"")
+    key = object_key(profile, b"", DEFAULT_TENANT)
 
     assert (key.start_s, key.length_s) == (1, 2)
 
@@ -313,14 +314,14 @@ def test_a_window_of_more_than_an_hour_has_no_key() -> None:
     profile = replace(sample_profile(), window=Window(0, HOUR_S * NS_PER_S + 1))
 
     with pytest.raises(ValueError, match="longer than an hour"):
-        object_key(profile, b"")
+        object_key(profile, b"", DEFAULT_TENANT)
 
 
 @pytest.mark.parametrize("hosts", [(), (Host("a", "1"),), (Host("a", "1"), Host("b", "2"))])
 def test_profiles_of_no_or_odd_or_several_hosts_have_a_key_too(hosts: tuple[Host, ...]) -> None:
     profile = replace(sample_profile(), accounting=Accounting(hosts=hosts))
 
-    assert ObjectKey.parse(object_key(profile, b"").text) is not None
+    assert ObjectKey.parse(object_key(profile, b"", DEFAULT_TENANT).text) is not None
 
 
 windows = st.tuples(st.integers(0, 4 * HOUR_S), st.integers(1, HOUR_S))
@@ -339,7 +340,7 @@ def test_a_window_finds_exactly_the_objects_that_overlap_it(
         store.put(key.text, b"")
     window = Window((START_S + asked[0]) * NS_PER_S, (START_S + sum(asked)) * NS_PER_S)
 
-    found = [key for key, _ in list_window(store, window)]
+    found = [key for key, _ in TenantStore(store).list_window(window)]
 
     assert sorted(found) == sorted(
         key for key in all_keys if key.start_ns < window.end_ns and key.end_ns > window.start_ns
@@ -352,7 +353,7 @@ def test_a_window_finds_what_began_in_the_hour_before(store: ObjectStore) -> Non
     store.put(key.text, b"")
     asked = Window((START_S + HOUR_S) * NS_PER_S, (START_S + HOUR_S + 60) * NS_PER_S)
 
-    assert [found for found, _ in list_window(store, asked)] == [key]
+    assert [found for found, _ in TenantStore(store).list_window(asked)] == [key]
 
 
 def test_listing_a_window_reads_no_hours_outside_it(store: ObjectStore, monkeypatch) -> None:
@@ -370,7 +371,7 @@ def test_listing_a_window_reads_no_hours_outside_it(store: ObjectStore, monkeypa
     monkeypatch.setattr(store, "list", watched)
     start_ns = (START_S + 10 * HOUR_S) * NS_PER_S
 
-    found = list(list_window(store, Window(start_ns, start_ns + 1)))
+    found = list(TenantStore(store).list_window(Window(start_ns, start_ns + 1)))
 
     assert [key.start_ns for key, _ in found] == [start_ns]
     assert len(seen) <= 3
@@ -382,7 +383,7 @@ def test_old_profiles_expire_oldest_first(store: ObjectStore) -> None:
     for minute in range(100):
         store.put(window_key(START_S + 60 * minute).text, b"x" * 10)
 
-    removed = list(expire(store, START_S + 100 * 60, keep_s=30 * 60, keep_bytes=0))
+    removed = list(TenantStore(store).expire(START_S + 100 * 60, keep_s=30 * 60, keep_bytes=0))
 
     assert [stored.key for stored in removed] == [
         window_key(START_S + 60 * minute).text for minute in range(70)
@@ -396,12 +397,12 @@ def test_profiles_beyond_the_size_expire_oldest_first(store: ObjectStore) -> Non
         for host in (2, 1):
             store.put(window_key(START_S + 60 * minute, host=host).text, b"x" * 10)
 
-    removed = list(expire(store, START_S, keep_s=0, keep_bytes=95))
+    removed = list(TenantStore(store).expire(START_S, keep_s=0, keep_bytes=95))
 
     assert sum(stored.size_bytes for stored in removed) == 110
-    left = [key.start_s for key, _ in list_window(store, Window(0, 2**62))]
+    left = [key.start_s for key, _ in TenantStore(store).list_window(Window(0, 2**62))]
     assert min(left) == START_S + 60 * 5
-    assert list(expire(store, START_S, keep_s=0, keep_bytes=95)) == []
+    assert list(TenantStore(store).expire(START_S, keep_s=0, keep_bytes=95)) == []
 
 
 def test_a_directory_belongs_to_its_owner_alone(tmp_path: Path) -> None:

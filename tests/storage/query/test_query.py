@@ -20,7 +20,7 @@ from storage.formats.pprof_message import SIZE_LIMIT_BYTES, decompress, message_
 from storage.hashing import Hasher
 from storage.merging import merge_columns
 from storage.objects.directory import DirectoryStore
-from storage.objects.keys import StoreUnavailable, object_key
+from storage.objects.keys import DEFAULT_TENANT, StoreUnavailable, object_key
 from storage.profile import (
     Profile,
     ProfileError,
@@ -550,7 +550,7 @@ def test_what_cannot_be_read_is_named_and_stops_nothing(store, query):
     """Damaged, cut short, of a later schema, no profile at all: named with the reason."""
     good = put(store, at(small(1), 1))
     content = pprof.encode(at(small(2), 2))
-    key = object_key(at(small(2), 2), content)
+    key = object_key(at(small(2), 2), content, DEFAULT_TENANT)
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
     foreign = b"not a profile"
@@ -559,8 +559,8 @@ def test_what_cannot_be_read_is_named_and_stops_nothing(store, query):
         key.text: bytes(flipped),
         key._replace(start_s=key.start_s + 60).text: content[: len(content) // 2],
         key._replace(start_s=key.start_s + 120).text: b"",
-        object_key(at(small(4), 4), later).text: later,
-        object_key(at(small(5), 5), foreign).text: foreign,
+        object_key(at(small(4), 4), later, DEFAULT_TENANT).text: later,
+        object_key(at(small(5), 5), foreign, DEFAULT_TENANT).text: foreign,
     }
     for broken_key, bytes_ in broken.items():
         store.put(broken_key, bytes_)
@@ -591,7 +591,7 @@ def make_later(profile: Profile) -> bytes:
 def test_a_damaged_object_that_was_repaired_is_read(store, query):
     """Failures are remembered for the bytes they were found in, not for the key."""
     content = pprof.encode(at(small(1), 1))
-    key = object_key(at(small(1), 1), content).text
+    key = object_key(at(small(1), 1), content, DEFAULT_TENANT).text
     store.put(key, content[:-5])
     assert query.profile(minutes(0, 60)).coverage.skipped
 
@@ -618,7 +618,7 @@ def test_objects_of_another_type_are_named(store, query):
     """Samples of unknown length are never added to nanoseconds."""
     put(store, at(small(1), 1))
     content = pprof.encode(at(some.samples_only(small(2)), 2))
-    key = object_key(at(small(2), 2), content).text
+    key = object_key(at(small(2), 2), content, DEFAULT_TENANT).text
     store.put(key, content)
 
     for window in (minutes(0, 60), minutes(0, 5)):
