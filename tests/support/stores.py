@@ -1,11 +1,13 @@
 """Stores for tests: directories with profiles at chosen minutes."""
 
 import dataclasses
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from storage.formats import pprof
 from storage.objects.directory import DirectoryStore
-from storage.objects.keys import ObjectKey
+from storage.objects.keys import ObjectKey, ObjectMissing, StoredObject, check_key, check_range
 from storage.objects.tenant import TenantStore
 from storage.profile import Host, Profile, Window
 
@@ -35,3 +37,35 @@ def directory(folder: Path, *profiles: Profile) -> DirectoryStore:
     for profile in profiles:
         put(store, profile)
     return store
+
+
+class MemoryStore:
+    """Objects in memory; `listed` counts the keys that its listings have returned."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, bytes] = {}
+        self.listed = 0
+
+    def put(self, key: str, content: bytes) -> bool:
+        check_key(key)
+        is_new = key not in self._objects
+        self._objects.setdefault(key, content)
+        return is_new
+
+    def get(self, key: str) -> bytes:
+        if key not in self._objects:
+            raise ObjectMissing(f"there is no object {key!r}")
+        return self._objects[key]
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        check_range(start, length)
+        return self.get(key)[start : start + length]
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[StoredObject]:
+        for key in sorted(self._objects):
+            if key.startswith(prefix) and key > start_after:
+                self.listed += 1
+                yield StoredObject(key, len(self._objects[key]), time.time_ns())
+
+    def delete(self, key: str) -> None:
+        self._objects.pop(key, None)

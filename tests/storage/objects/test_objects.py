@@ -8,32 +8,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from profiler.commands import doctor
-from storage.formats import pprof
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import (
-    DEFAULT_TENANT,
     NS_PER_S,
-    ObjectKey,
     ObjectMissing,
     ObjectStore,
     StoreError,
     StoreRefused,
     StoreUnavailable,
-    object_key,
 )
 from storage.objects.open import default_store_url, open_store
 from storage.objects.s3 import S3Store
-from storage.objects.tenant import TenantStore
-from storage.profile import Accounting, Host, Window
-from tests.support.profiles import WINDOW, sample_profile
 from tests.support.weed import (
     BUCKET,
     GARBAGE,
@@ -46,21 +36,6 @@ from tests.support.weed import (
     using_keys,
 )
 
-HOUR_S = 3600
-START_S = 1_780_000_200 // HOUR_S * HOUR_S
-DAY_AFTER_S = START_S + 24 * HOUR_S
-
-
-@pytest.fixture(params=["directory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
-    """Return an empty store, once as a directory and once as a bucket."""
-    if request.param == "directory":
-        yield open_store(f"file://{tmp_path}/store")
-    else:
-        weed: Weed = request.getfixturevalue("weed")
-        with using_keys():
-            yield open_store(f"s3://{BUCKET}/{tmp_path.name}", weed.endpoint)
-
 
 @pytest.fixture
 def proxy(weed: Weed) -> Iterator[Proxy]:
@@ -70,10 +45,6 @@ def proxy(weed: Weed) -> Iterator[Proxy]:
 
 def keys(store: ObjectStore, prefix: str = "", start_after: str = "") -> list[str]:
     return [stored.key for stored in store.list(prefix, start_after)]
-
-
-def window_key(start_s: int, length_s: int = 60, host: int = 1, content: int = 0) -> ObjectKey:
-    return ObjectKey("default", f"{host:016x}", start_s, length_s, f"{content:016x}")
 
 
 def test_an_object_is_read_as_it_was_written(store: ObjectStore) -> None:
@@ -257,152 +228,6 @@ def test_hostile_keys_are_refused(store: ObjectStore, tmp_path: Path, key: str) 
 
     assert keys(store) == []
     assert list(tmp_path.iterdir()) == []
-
-
-segment = st.text("0123456789abcdef", min_size=16, max_size=16)
-
-
-@given(st.integers(0, 99_999_999_999), st.integers(1, HOUR_S), segment, segment)
-def test_a_key_is_read_back_from_its_text(start_s: int, length_s: int, host: str, content: str):
-    """The key says all that it is made of."""
-    key = ObjectKey("default", host, start_s, length_s, content)
-
-    assert ObjectKey.parse(key.text) == key
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "README.md",
-        "v1/default/l1/2026-05-28T20/0000000000000001/1780000200-60-0000000000000000.pb.gz",
-        "v1/default/l0/2026-05-28T21/0000000000000001/1780000200-60-0000000000000000.pb.gz",
-        "v1/default/l0/2026-05-28T20/0000000000000001/1780000200-3601-0000000000000000.pb.gz",
-        "v1/default/l0/2026-05-28T20/0000000000000001/1780000200-060-0000000000000000.pb.gz",
-        "v1/default/l0/2026-05-28T20/0000000000000001/1780000200-60-0000000000000000.exe",
-        "v1/../l0/2026-05-28T20/0000000000000001/1780000200-60-0000000000000000.pb.gz",
-        "v1/default/l0/2026-05-28T20/x/1780000200-60-0000000000000000.pb.gz",
-        "v1/default/l0/2026-05-28T20/0000000000000001/\u0660-60-0000000000000000.pb.gz",
-    ],
-)
-def test_what_is_not_a_profiles_key_is_none(text: str) -> None:
-    """One whose hour is not that of its start would not be found by its time."""
-    assert ObjectKey.parse(text) is None
-
-
-def test_the_key_of_a_profile_names_host_and_window_and_content() -> None:
-    profile = sample_profile()
-    content = pprof.encode(profile)
-
-    key = object_key(profile, content, DEFAULT_TENANT)
-
-    assert key.text.startswith("v1/default/l0/2026-05-28T20/00112233445566aa/1780000000-60-")
-    assert (key.start_ns, key.end_ns) == WINDOW
-    assert object_key(profile, content + b"!", DEFAULT_TENANT) != key
-
-
-def test_a_window_of_parts_of_seconds_lies_within_its_keys() -> None:
-    profile = replace(sample_profile(), window=Window(1_500_000_000, 2_000_000_001))
-
-    key = object_key(profile, b"", DEFAULT_TENANT)
-
-    assert (key.start_s, key.length_s) == (1, 2)
-
-
-def test_a_window_of_more_than_an_hour_has_no_key() -> None:
-    """Readers look one hour back for it, and no further."""
-    profile = replace(sample_profile(), window=Window(0, HOUR_S * NS_PER_S + 1))
-
-    with pytest.raises(ValueError, match="longer than an hour"):
-        object_key(profile, b"", DEFAULT_TENANT)
-
-
-@pytest.mark.parametrize("hosts", [(), (Host("a", "1"),), (Host("a", "1"), Host("b", "2"))])
-def test_profiles_of_no_or_odd_or_several_hosts_have_a_key_too(hosts: tuple[Host, ...]) -> None:
-    profile = replace(sample_profile(), accounting=Accounting(hosts=hosts))
-
-    assert ObjectKey.parse(object_key(profile, b"", DEFAULT_TENANT).text) is not None
-
-
-windows = st.tuples(st.integers(0, 4 * HOUR_S), st.integers(1, HOUR_S))
-
-
-@settings(max_examples=30)  # each makes a folder of its own
-@given(st.lists(windows, max_size=12), windows)
-def test_a_window_finds_exactly_the_objects_that_overlap_it(
-    tmp_path_factory: pytest.TempPathFactory, kept: list[tuple[int, int]], asked: tuple[int, int]
-) -> None:
-    """Foreign objects among them are passed over."""
-    store = DirectoryStore(tmp_path_factory.mktemp("store"))
-    store.put("v1/default/l0/2026-05-28T20/notes.txt", b"")
-    all_keys = {window_key(START_S + start, length) for start, length in kept}
-    for key in all_keys:
-        store.put(key.text, b"")
-    window = Window((START_S + asked[0]) * NS_PER_S, (START_S + sum(asked)) * NS_PER_S)
-
-    found = [key for key, _ in TenantStore(store).list_window(window)]
-
-    assert sorted(found) == sorted(
-        key for key in all_keys if key.start_ns < window.end_ns and key.end_ns > window.start_ns
-    )
-
-
-def test_a_window_finds_what_began_in_the_hour_before(store: ObjectStore) -> None:
-    """Each server has its own way with a listing that starts behind the name of a folder."""
-    key = window_key(START_S + HOUR_S // 2, HOUR_S)
-    store.put(key.text, b"")
-    asked = Window((START_S + HOUR_S) * NS_PER_S, (START_S + HOUR_S + 60) * NS_PER_S)
-
-    assert [found for found, _ in TenantStore(store).list_window(asked)] == [key]
-
-
-def test_listing_a_window_reads_no_hours_outside_it(store: ObjectStore, monkeypatch) -> None:
-    """A day of objects behind the window costs nothing: listing stops at its end."""
-    for hour in range(24):
-        store.put(window_key(START_S + hour * HOUR_S).text, b"")
-    seen: list[str] = []
-    listing = store.list
-
-    def watched(prefix: str, start_after: str = "") -> Iterator[object]:
-        for stored in listing(prefix, start_after):
-            seen.append(stored.key)
-            yield stored
-
-    monkeypatch.setattr(store, "list", watched)
-    start_ns = (START_S + 10 * HOUR_S) * NS_PER_S
-
-    found = list(TenantStore(store).list_window(Window(start_ns, start_ns + 1)))
-
-    assert [key.start_ns for key, _ in found] == [start_ns]
-    assert len(seen) <= 3
-
-
-def test_old_profiles_expire_oldest_first(store: ObjectStore) -> None:
-    """By age, the end of the window counting; other objects of any age stay."""
-    store.put("v1/default/l0/1999-01-01T00/notes.txt", b"mine")
-    for minute in range(100):
-        store.put(window_key(START_S + 60 * minute).text, b"x" * 10)
-
-    removed = list(TenantStore(store).expire(START_S + 100 * 60, keep_s=30 * 60, keep_bytes=0))
-
-    assert [stored.key for stored in removed] == [
-        window_key(START_S + 60 * minute).text for minute in range(70)
-    ]
-    assert len(keys(store)) == 31
-
-
-def test_profiles_beyond_the_size_expire_oldest_first(store: ObjectStore) -> None:
-    """Over all hosts, by the start of the window."""
-    for minute in range(10):
-        for host in (2, 1):
-            store.put(window_key(START_S + 60 * minute, host=host).text, b"x" * 10)
-
-    removed = list(TenantStore(store).expire(START_S, keep_s=0, keep_bytes=95))
-
-    assert sum(stored.size_bytes for stored in removed) == 110
-    left = [key.start_s for key, _ in TenantStore(store).list_window(Window(0, 2**62))]
-    assert min(left) == START_S + 60 * 5
-    assert list(TenantStore(store).expire(START_S, keep_s=0, keep_bytes=95)) == []
 
 
 def test_a_directory_belongs_to_its_owner_alone(tmp_path: Path) -> None:
