@@ -3,13 +3,15 @@
 An object is written once and never changed: `put` does nothing when the key exists, so a retry can
 neither lose nor double anything. Keys are paths of plain segments, sorted by their bytes.
 
-The key of a profile says when and where it was taken, so a window is found by listing alone:
+The key of a profile says what was measured, when and where, so a window is found by listing alone:
 
-    v1/{tenant}/l0/{hour}/{host_id}/{start_s}-{length_s}-{content16}.pb.gz
+    v1/{tenant}/l0/{type}/{hour}/{host_id}/{start_s}-{length_s}-{content16}.pb.gz
 
-`hour` is that of the window's start (UTC, `2026-01-31T09`); hours sort as time does. Windows are at
-most one hour long. `content16` is the start of the content's SHA-256: it tells two profiles of one
-window apart, and a whole file from a damaged one.
+`type` is the profile's, so that profiles of other events are never listed with those of `cpu`. Keys
+written until November 2026 have no `{type}/` and are of `cpu`; they are still read. `hour` is that
+of the window's start (UTC, `2026-01-31T09`); hours sort as time does. Windows are at most one hour
+long. `content16` is the start of the content's SHA-256: it distinguishes two profiles of one
+window, and a complete file from a damaged one.
 """
 
 import hashlib
@@ -26,6 +28,8 @@ LONGEST_WINDOW_S = 3600
 """An object belongs to the hour of its start, so a reader looks one hour back and no further."""
 
 DEFAULT_TENANT = "default"
+CPU = "cpu"
+"""The type of profiles of CPU time, and of those whose keys name no type."""
 
 _KEY_LIMIT_BYTES = 1024  # S3's own limit
 _SEGMENT_LIMIT_BYTES = 255  # NAME_MAX of Linux file systems
@@ -100,7 +104,7 @@ class ObjectStore(Protocol):
 
 
 class ObjectKey(NamedTuple):
-    """Where a profile is kept. `start_s` and `length_s` are whole seconds around its window."""
+    """Where a profile is stored. `start_s` and `length_s` are whole seconds around its window."""
 
     tenant: str
     host_id: str
@@ -108,10 +112,13 @@ class ObjectKey(NamedTuple):
     length_s: int
     content16: str
     ending: str = "pb.gz"
+    type: str = CPU
+    has_type: bool = True
+    """False: the text of the key has no type, as in all keys until November 2026."""
 
     @classmethod
     def parse(cls, text: str) -> "ObjectKey | None":
-        """Read a key; None for one that is not a level-0 profile's. Others may share the store."""
+        """Return a key; None if the text is not the key of a level-0 profile."""
         match = _KEY_PATTERN.fullmatch(text)
         if match is None:
             return None
@@ -122,15 +129,18 @@ class ObjectKey(NamedTuple):
             int(match["length_s"]),
             match["content16"],
             match["ending"],
+            match["type"] or CPU,
+            has_type=match["type"] is not None,
         )
-        # The hour must be that of the start: the window would otherwise not be found by its time.
+        # With another hour than that of its start, the window would not be found by its time.
         is_consistent = key.length_s <= LONGEST_WINDOW_S and key.text == text
         return key if is_consistent else None
 
     @property
     def text(self) -> str:
+        type_ = self.type if self.has_type else None
         return (
-            f"{hours_prefix(self.tenant)}{hour_of(self.start_s)}/{self.host_id}/"
+            f"{hours_prefix(self.tenant, type_)}{hour_of(self.start_s)}/{self.host_id}/"
             f"{self.start_s}-{self.length_s}-{self.content16}.{self.ending}"
         )
 
@@ -143,8 +153,10 @@ class ObjectKey(NamedTuple):
         return (self.start_s + self.length_s) * NS_PER_S
 
 
+_TYPE = r"[a-z][a-z0-9_]{0,31}"
 _KEY_PATTERN = re.compile(
-    r"v1/(?P<tenant>[A-Za-z0-9][A-Za-z0-9._-]{0,63})/l0/\d{4}-\d\d-\d\dT\d\d/"
+    r"v1/(?P<tenant>[A-Za-z0-9][A-Za-z0-9._-]{0,63})/l0/"
+    rf"(?:(?P<type>{_TYPE})/)?\d{{4}}-\d\d-\d\dT\d\d/"
     r"(?P<host_id>[0-9a-f]{16})/"
     r"(?P<start_s>\d{1,11})-(?P<length_s>\d{1,4})-(?P<content16>[0-9a-f]{16})"
     r"\.(?P<ending>pb\.gz|folded\.zst)",
@@ -156,7 +168,7 @@ _HOST_ID_PATTERN = re.compile(r"[0-9a-f]{16}")
 def object_key(profile: "Profile", content: bytes, tenant: str) -> ObjectKey:
     """Return the key under which `content`, the encoded profile, is kept.
 
-    A profile of several hosts, or of one without an id of 16 hex digits, gets a hash of them all.
+    A profile of several hosts, or of one without an id of 16 hex digits, gets a hash of their ids.
 
     Raises:
         ValueError: the window is longer than an hour.
@@ -169,19 +181,39 @@ def object_key(profile: "Profile", content: bytes, tenant: str) -> ObjectKey:
     host_id = host_ids[0] if len(host_ids) == 1 else ""
     if not _HOST_ID_PATTERN.fullmatch(host_id):
         host_id = hashlib.sha256("\0".join(host_ids).encode()).hexdigest()[:16]
-    return ObjectKey(tenant, host_id, start_s, length_s, content16(content))
+    return ObjectKey(
+        tenant, host_id, start_s, length_s, content16(content), type=type_in_key(profile.type)
+    )
 
 
 def content16(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def hours_prefix(tenant: str) -> str:
+def type_in_key(name: str) -> str:
+    """Return a profile's type as its key spells it: at most 32 of a-z, 0-9 and _, a letter first.
+
+    Other programs' profiles may be of any type, as `alloc-space`: other characters become _.
+    """
+    spelled = re.sub(r"[^a-z0-9_]", "_", name)
+    return (spelled if spelled[:1].isalpha() else f"type_{spelled}")[:32]
+
+
+def is_type(name: str) -> bool:
+    return re.fullmatch(_TYPE, name) is not None
+
+
+def profiles_prefix(tenant: str) -> str:
     return f"v1/{tenant}/l0/"
 
 
+def hours_prefix(tenant: str, type_: str | None) -> str:
+    """Return what the keys of a type begin with; None: the keys that have no type."""
+    return profiles_prefix(tenant) + (f"{type_}/" if type_ else "")
+
+
 def hour_of(at_s: int) -> str:
-    """Return the hour of a time; all before 1970 and after 9999 are the first and the last one."""
+    """Return the hour of a time; times before 1970 or after 9999 are in the first or last one."""
     return time.strftime("%Y-%m-%dT%H", time.gmtime(min(max(at_s, 0), 253_402_300_799)))
 
 

@@ -1,11 +1,13 @@
 """Tenant: the profiles of one tenant in an object store, found by their keys alone."""
 
+import heapq
 import itertools
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from storage.objects.keys import (
+    CPU,
     DEFAULT_TENANT,
     LONGEST_WINDOW_S,
     NS_PER_S,
@@ -14,20 +16,31 @@ from storage.objects.keys import (
     StoredObject,
     hour_of,
     hours_prefix,
+    is_type,
     object_key,
+    profiles_prefix,
 )
 
 if TYPE_CHECKING:  # the uploader needs no numpy, which is a third of its memory
     from storage.profile import Profile, Window
 
+HOUR_NS = LONGEST_WINDOW_S * NS_PER_S
+
 _FOREVER_NS = 2**63
 _NEWEST_LISTED = 1000  # S3 lists as many with one request
 
 
-class TenantStore:
-    """An object store and whose profiles of it are meant: what readers and writers of them take.
+class _Listed(NamedTuple):
+    place: str
+    """The key from its hour on: what two layouts' keys of a profile have in common."""
+    key: ObjectKey
+    stored: StoredObject
 
-    As safe to use from several threads as the store is.
+
+class TenantStore:
+    """The profiles of one tenant in an object store: what readers and writers of profiles take.
+
+    Safe to use from several threads, as the store is.
     """
 
     def __init__(self, store: ObjectStore, tenant: str = DEFAULT_TENANT) -> None:
@@ -46,26 +59,31 @@ class TenantStore:
         key = object_key(profile, content, self.tenant)
         return key, self.store.put(key.text, content)
 
-    def list_window(self, window: "Window") -> Iterator[tuple[ObjectKey, StoredObject]]:
+    def list_window(
+        self, window: "Window", type_: str = CPU
+    ) -> Iterator[tuple[ObjectKey, StoredObject]]:
         """Return the profiles whose windows overlap `window`, by hour, host and start, lazily.
 
         Lists exactly the hours in question, and the hour before, whose windows may reach into it.
-        Objects that are not profiles are ignored.
+        A profile that is stored under both of its keys, with and without the type, is returned
+        once. Objects that are not profiles are ignored.
         """
         start_ns, end_ns = window
-        for key, stored in self._list_hours(start_ns - LONGEST_WINDOW_S * NS_PER_S, end_ns):
-            if key.start_ns < end_ns and key.end_ns > start_ns:
+        previous = ""
+        for place, key, stored in self._list_hours(start_ns - HOUR_NS, end_ns, {type_}):
+            if key.start_ns < end_ns and key.end_ns > start_ns and place != previous:
                 yield key, stored
+            previous = place
 
-    def first_object(self, after_ns: int = 0) -> ObjectKey | None:
+    def first_object(self, after_ns: int = 0, type_: str = CPU) -> ObjectKey | None:
         """Return the first profile in the order of listing that starts at `after_ns` or later.
 
         None if there is none. Its hour is the first with a profile; that hour is in the order of
         host ids, so another host's profile may start earlier in it. One key is listed.
         """
-        return next(self._list_starts(after_ns, _FOREVER_NS), None)
+        return next(self._list_starts(after_ns, _FOREVER_NS, type_), None)
 
-    def newest_object(self, before_ns: int = _FOREVER_NS) -> ObjectKey | None:
+    def newest_object(self, before_ns: int = _FOREVER_NS, type_: str = CPU) -> ObjectKey | None:
         """Return the profile that starts last, before `before_ns`; None if there is none.
 
         Stores list forwards only, so the last hour with a profile is searched from now on in
@@ -73,25 +91,52 @@ class TenantStore:
         1,000 profiles, which is one request to S3: of a fleet with more, the host that is last
         by its id may have a profile that is newer by as much as uploads are late.
         """
-        hour_ns = LONGEST_WINDOW_S * NS_PER_S
-        newest = self._find_last_hour(min(time.time_ns(), before_ns - 1) // hour_ns, before_ns)
+        newest = self._find_last_hour(
+            min(time.time_ns(), before_ns - 1) // HOUR_NS, before_ns, type_
+        )
         if newest is None:
             return None
-        listed = self._list_starts(newest * hour_ns, before_ns)
+        listed = self._list_starts(newest * HOUR_NS, before_ns, type_)
         return max(
             itertools.islice(listed, _NEWEST_LISTED), key=lambda key: (key.start_s, key.length_s)
         )
 
-    def _find_last_hour(self, hour: int, before_ns: int) -> int | None:
+    def list_all(self) -> Iterator[tuple[ObjectKey | None, StoredObject]]:
+        """Return every object stored where profiles are, by key; its key is None for no profile."""
+        for stored in self.store.list(profiles_prefix(self.tenant)):
+            yield ObjectKey.parse(stored.key), stored
+
+    def expire(self, now_s: int, keep_s: int, keep_bytes: int) -> Iterator[StoredObject]:
+        """Delete the oldest profiles of all types, and return each of them.
+
+        Deletes those that ended `keep_s` ago, then as many as exceed `keep_bytes`; a limit of 0 is
+        none. Other objects are kept.
+        """
+        types = {CPU, *self._types()}
+        excess_bytes = 0
+        if keep_bytes:
+            every = self._list_hours(0, _FOREVER_NS, types)
+            excess_bytes = sum(stored.size_bytes for _, _, stored in every) - keep_bytes
+        oldest_ns = (now_s - keep_s) * NS_PER_S if keep_s else 0
+        every = self._list_hours(0, _FOREVER_NS, types)
+        by_hour = itertools.groupby(every, lambda listed: listed[1].start_s // LONGEST_WINDOW_S)
+        for _, hour in by_hour:
+            for _, key, stored in sorted(hour, key=lambda listed: listed[1].start_s):
+                if excess_bytes <= 0 and key.end_ns > oldest_ns:
+                    return
+                self.store.delete(stored.key)
+                excess_bytes -= stored.size_bytes
+                yield stored
+
+    def _find_last_hour(self, hour: int, before_ns: int, type_: str) -> int | None:
         """Return the last hour since 1970 with a profile that starts before `before_ns`.
 
         Searches outwards from `hour`: profiles may also be from the future of this clock.
         """
-        hour_ns = LONGEST_WINDOW_S * NS_PER_S
 
         def find_from(hour: int) -> int | None:
-            key = next(self._list_starts(hour * hour_ns, before_ns), None)
-            return None if key is None else key.start_ns // hour_ns
+            key = next(self._list_starts(hour * HOUR_NS, before_ns, type_), None)
+            return None if key is None else key.start_ns // HOUR_NS
 
         found, step = find_from(hour), 1
         empty = hour
@@ -115,50 +160,53 @@ class TenantStore:
                 found = later
         return found
 
-    def _list_starts(self, start_ns: int, end_ns: int) -> Iterator[ObjectKey]:
-        for key, _ in self._list_hours(start_ns, end_ns):
+    def _list_starts(self, start_ns: int, end_ns: int, type_: str) -> Iterator[ObjectKey]:
+        for _, key, _ in self._list_hours(start_ns, end_ns, {type_}):
             if start_ns <= key.start_ns < end_ns:
                 yield key
 
-    def _list_hours(self, start_ns: int, end_ns: int) -> Iterator[tuple[ObjectKey, StoredObject]]:
+    def _list_hours(
+        self, start_ns: int, end_ns: int, types: Collection[str]
+    ) -> Iterator["_Listed"]:
         """Return the profiles of all hours that overlap the interval, by hour, host and start."""
-        prefix = hours_prefix(self.tenant)
         first, last = (hour_of(at_ns // NS_PER_S) for at_ns in (start_ns, end_ns - 1))
+        layouts = [*types, *([None] if CPU in types else [])]
+        listings = [self._list_layout(layout, first, last) for layout in layouts]
+        return heapq.merge(*listings, key=lambda listed: listed.place)
+
+    def _list_layout(self, type_: str | None, first: str, last: str) -> Iterator["_Listed"]:
+        """Return the profiles of a type from hour `first` to `last`; None: keys without a type.
+
+        Hours begin with a digit and types with a letter, so a listing of keys without a type ends
+        at the first key with one.
+        """
+        prefix = hours_prefix(self.tenant, type_)
+        # Both hours begin with it: S3 then returns no page of keys behind them.
+        common = prefix + _common_start(first, last)
         # SeaweedFS skips a folder if `start_after` is its name; with the slash, it lists it.
-        for stored in self.store.list(prefix, start_after=f"{prefix}{first}/"):
-            if stored.key[len(prefix) : len(prefix) + len(last)] > last:
+        for stored in self.store.list(common, start_after=f"{prefix}{first}/"):
+            place = stored.key[len(prefix) :]
+            if place[: len(last)] > last:
                 return
             key = ObjectKey.parse(stored.key)
             if key is not None:
-                yield key, stored
+                yield _Listed(place, key, stored)
 
-    def list_all(self) -> Iterator[tuple[ObjectKey | None, StoredObject]]:
-        """Return every object stored among the profiles, by key; None for one that is none."""
-        for stored in self.store.list(hours_prefix(self.tenant)):
-            yield ObjectKey.parse(stored.key), stored
+    def _types(self) -> Iterator[str]:
+        """Return the types that have a profile, listing one key of each."""
+        prefix = profiles_prefix(self.tenant)
+        start_after = f"{prefix}:"  # after all digits, before all letters
+        names: set[str] = set()
+        while (stored := next(self.store.list(prefix, start_after), None)) is not None:
+            name = stored.key[len(prefix) :].partition("/")[0]
+            if name in names:
+                return
+            names.add(name)
+            if is_type(name):
+                yield name
+            start_after = f"{prefix}{name}/~"  # after all hours of the type
 
-    def expire(self, now_s: int, keep_s: int, keep_bytes: int) -> Iterator[StoredObject]:
-        """Delete the oldest profiles, and return each of them.
 
-        Deletes those that ended `keep_s` ago, then as many as exceed `keep_bytes`; a limit of 0 is
-        none. Other objects are kept.
-        """
-        excess_bytes = 0
-        if keep_bytes:
-            excess_bytes = sum(stored.size_bytes for _, stored in self._profiles()) - keep_bytes
-        oldest_ns = (now_s - keep_s) * NS_PER_S if keep_s else 0
-        by_hour = itertools.groupby(
-            self._profiles(), lambda pair: pair[0].start_s // LONGEST_WINDOW_S
-        )
-        for _, hour in by_hour:
-            for key, stored in sorted(hour, key=lambda pair: pair[0].start_s):
-                if excess_bytes <= 0 and key.end_ns > oldest_ns:
-                    return
-                self.store.delete(stored.key)
-                excess_bytes -= stored.size_bytes
-                yield stored
-
-    def _profiles(self) -> Iterator[tuple[ObjectKey, StoredObject]]:
-        for key, stored in self.list_all():
-            if key is not None:
-                yield key, stored
+def _common_start(one: str, other: str) -> str:
+    differing = (i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+    return one[: next(differing, len(one))]

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -22,31 +23,108 @@ def keys(store: ObjectStore) -> list[str]:
     return [stored.key for stored in store.list("")]
 
 
-def window_key(start_s: int, length_s: int = 60, host: int = 1, content: int = 0) -> ObjectKey:
-    return ObjectKey("default", f"{host:016x}", start_s, length_s, f"{content:016x}")
+def window_key(
+    start_s: int, length_s: int = 60, host: int = 1, content: int = 0, type_: str = "cpu"
+) -> ObjectKey:
+    """Return a key; of type "" without a type, as all keys until November 2026."""
+    key = ObjectKey("default", f"{host:016x}", start_s, length_s, f"{content:016x}")
+    return key._replace(type=type_) if type_ else key._replace(has_type=False)
 
 
 windows = st.tuples(st.integers(0, 4 * HOUR_S), st.integers(1, HOUR_S))
 
 
-@settings(max_examples=30)  # each makes a folder of its own
-@given(st.lists(windows, max_size=12), windows)
-def test_a_window_finds_exactly_the_objects_that_overlap_it(
-    tmp_path_factory: pytest.TempPathFactory, kept: list[tuple[int, int]], asked: tuple[int, int]
+kept = st.lists(st.tuples(windows, st.integers(1, 3), st.sampled_from(["", "cpu", "cpu0", "wall"])))
+
+
+def expected(keys: set[ObjectKey], window: Window, type_: str) -> list[tuple[str, int, int, int]]:
+    """Return host, start, length of the keys of a type that overlap a window, as listed."""
+    return sorted(
+        {
+            (key.start_s // HOUR_S, key.host_id, str(key.start_s), str(key.length_s))
+            for key in keys
+            if key.type == type_ and key.start_ns < window.end_ns and key.end_ns > window.start_ns
+        }
+    )
+
+
+@settings(max_examples=50)  # each makes a folder of its own
+@given(kept, windows)
+def test_a_window_finds_exactly_the_profiles_of_its_type_that_overlap_it(
+    tmp_path_factory: pytest.TempPathFactory,
+    kept: list[tuple[tuple[int, int], int, str]],
+    asked: tuple[int, int],
 ) -> None:
-    """Foreign objects among them are passed over."""
-    store = DirectoryStore(tmp_path_factory.mktemp("store"))
-    store.put("v1/default/l0/2026-05-28T20/notes.txt", b"")
-    all_keys = {window_key(START_S + start, length) for start, length in kept}
-    for key in all_keys:
-        store.put(key.text, b"")
+    """By hour, host and start, whichever layout their keys have; foreign objects are ignored."""
+    directory = DirectoryStore(tmp_path_factory.mktemp("store"))
+    memory = MemoryStore()
+    stored = {
+        window_key(START_S + start, length, host, type_=type_)
+        for (start, length), host, type_ in kept
+    }
+    names = [key.text for key in stored]
+    for store in (directory, memory):
+        for name in (*names, "v1/default/l0/2026-05-28T20/notes.txt", "v1/default/l0/notes.txt"):
+            store.put(name, b"")
     window = Window((START_S + asked[0]) * NS_PER_S, (START_S + sum(asked)) * NS_PER_S)
 
-    found = [key for key, _ in TenantStore(store).list_window(window)]
+    for store, type_ in itertools.product((directory, memory), ("cpu", "cpu0", "wall", "alloc")):
+        found = [key for key, _ in TenantStore(store).list_window(window, type_)]
 
-    assert sorted(found) == sorted(
-        key for key in all_keys if key.start_ns < window.end_ns and key.end_ns > window.start_ns
-    )
+        assert {key.type for key in found} <= {type_}
+        assert [
+            (key.start_s // HOUR_S, key.host_id, str(key.start_s), str(key.length_s))
+            for key in found
+        ] == expected(stored, window, type_)
+
+
+def test_a_window_of_a_real_store_finds_both_layouts(store: ObjectStore) -> None:
+    """S3 servers list in different ways; pages of other layouts and types are not read."""
+    hours = range(0, 30, 3)
+    stored = [
+        window_key(START_S + hour * HOUR_S + 60 * minute, host=host, type_=type_)
+        for hour, minute, host, type_ in itertools.product(
+            hours, (0, 59), (1, 2), ("", "cpu", "cpu0", "wall")
+        )
+        if (hour + host) % 2 or type_ != "cpu"
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda key: store.put(key.text, b""), stored))
+    profiles = TenantStore(store)
+
+    for first, last in ((0, 30), (9, 10), (9, 13), (10, 11), (29, 40), (-5, 1), (-9, -5)):
+        window = Window((START_S + first * HOUR_S) * NS_PER_S, (START_S + last * HOUR_S) * NS_PER_S)
+        for type_ in ("cpu", "cpu0", "wall", "alloc"):
+            found = [key for key, _ in profiles.list_window(window, type_)]
+            assert [
+                (key.start_s // HOUR_S, key.host_id, str(key.start_s), str(key.length_s))
+                for key in found
+            ] == expected(set(stored), window, type_)
+
+
+def test_a_window_of_one_layout_lists_nothing_of_the_other() -> None:
+    """Nor of other types: at most the key at which a listing ends."""
+    store = MemoryStore()
+    for type_, hour in itertools.product(("", "cpu", "cpu0", "wall"), range(100)):
+        store.put(window_key(START_S + hour * HOUR_S, type_=type_).text, b"")
+    profiles = TenantStore(store)
+    start_ns = (START_S + 50 * HOUR_S) * NS_PER_S
+
+    for type_, found in (("cpu", 1), ("wall", 1), ("alloc", 0)):
+        store.listed = 0
+        assert len(list(profiles.list_window(Window(start_ns, start_ns + 1), type_))) == found
+        assert store.listed <= 6
+
+
+def test_a_profile_stored_under_both_of_its_keys_is_listed_once() -> None:
+    """As when a file is imported that an earlier version has imported already."""
+    store = MemoryStore()
+    for type_ in ("", "cpu"):
+        store.put(window_key(START_S, type_=type_).text, b"")
+
+    listed = list(TenantStore(store).list_window(Window(0, 2**62)))
+
+    assert [key for key, _ in listed] == [window_key(START_S)]
 
 
 def test_a_window_finds_what_began_in_the_hour_before(store: ObjectStore) -> None:
@@ -80,47 +158,56 @@ def test_listing_a_window_reads_no_hours_outside_it(store: ObjectStore, monkeypa
 
 
 def test_old_profiles_expire_oldest_first(store: ObjectStore) -> None:
-    """By age, the end of the window counting; other objects of any age stay."""
+    """By age at the end of the window, of all types and layouts; other objects are kept."""
     store.put("v1/default/l0/1999-01-01T00/notes.txt", b"mine")
-    for minute in range(100):
-        store.put(window_key(START_S + 60 * minute).text, b"x" * 10)
+    types = itertools.cycle(("", "cpu", "wall", "cpu0"))
+    stored = [
+        window_key(START_S + 60 * minute, type_=type_)
+        for minute, type_ in zip(range(100), types, strict=False)
+    ]
+    for key in stored:
+        store.put(key.text, b"x" * 10)
 
     removed = list(TenantStore(store).expire(START_S + 100 * 60, keep_s=30 * 60, keep_bytes=0))
 
-    assert [stored.key for stored in removed] == [
-        window_key(START_S + 60 * minute).text for minute in range(70)
-    ]
+    assert [each.key for each in removed] == [key.text for key in stored[:70]]
     assert len(keys(store)) == 31
 
 
 def test_profiles_beyond_the_size_expire_oldest_first(store: ObjectStore) -> None:
-    """Over all hosts, by the start of the window."""
+    """Of all hosts, types and layouts, by the start of the window."""
     for minute in range(10):
-        for host in (2, 1):
-            store.put(window_key(START_S + 60 * minute, host=host).text, b"x" * 10)
+        for host, type_ in ((2, "cpu"), (1, "" if minute % 2 else "wall")):
+            store.put(window_key(START_S + 60 * minute, host=host, type_=type_).text, b"x" * 10)
+    profiles = TenantStore(store)
 
-    removed = list(TenantStore(store).expire(START_S, keep_s=0, keep_bytes=95))
+    removed = list(profiles.expire(START_S, keep_s=0, keep_bytes=95))
 
     assert sum(stored.size_bytes for stored in removed) == 110
-    left = [key.start_s for key, _ in TenantStore(store).list_window(Window(0, 2**62))]
+    left = [key.start_s for key, _ in profiles.list_all() if key]
     assert min(left) == START_S + 60 * 5
-    assert list(TenantStore(store).expire(START_S, keep_s=0, keep_bytes=95)) == []
+    assert list(profiles.expire(START_S, keep_s=0, keep_bytes=95)) == []
 
 
 starts_s = st.lists(
-    st.tuples(st.integers(0, 3_000_000_000), st.integers(0, 3 * HOUR_S), st.integers(1, 3)),
+    st.tuples(
+        st.one_of(st.integers(0, 3_000_000_000), st.integers(START_S, START_S + 9 * HOUR_S)),
+        st.integers(1, 3),
+        st.sampled_from(["", "cpu", "wall"]),
+    ),
     max_size=8,
-).map(lambda triples: {(base + offset, host) for base, offset, host in triples})
+).map(set)
 
 
 @given(starts_s, st.integers(0, 3_000_000_000))
 def test_the_newest_object_is_the_last_to_start_before_a_time(
-    starts: set[tuple[int, int]], before_s: int
+    starts: set[tuple[int, int, str]], before_s: int
 ) -> None:
     store = MemoryStore()
-    stored = [window_key(start_s, host=host) for start_s, host in starts]
-    for key in stored:
+    every = [window_key(start_s, host=host, type_=type_) for start_s, host, type_ in starts]
+    for key in every:
         store.put(key.text, b"")
+    stored = [key for key in every if key.type == "cpu"]
     profiles = TenantStore(store)
 
     newest, earlier = profiles.newest_object(), profiles.newest_object(before_s * NS_PER_S)
@@ -133,11 +220,11 @@ def test_the_newest_object_is_the_last_to_start_before_a_time(
 
 @given(starts_s, st.integers(0, 3_000_000_000))
 def test_the_first_object_is_the_first_listed_at_or_after_a_time(
-    starts: set[tuple[int, int]], after_s: int
+    starts: set[tuple[int, int, str]], after_s: int
 ) -> None:
     store = MemoryStore()
-    for start_s, host in starts:
-        store.put(window_key(start_s, host=host).text, b"")
+    for start_s, host, type_ in starts:
+        store.put(window_key(start_s, host=host, type_=type_).text, b"")
     profiles = TenantStore(store)
     listed = [key for key, _ in profiles.list_window(Window(0, 2**62))]
 

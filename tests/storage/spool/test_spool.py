@@ -56,6 +56,22 @@ def test_the_same_profile_twice_is_one(tmp_path: Path) -> None:
     assert spool.status().profiles == 1
 
 
+def test_a_profile_that_an_earlier_version_has_spooled_keeps_its_key(tmp_path: Path) -> None:
+    """That version may have stored it under this key already; the key had no type."""
+    spool, queue = Spool(tmp_path), UploadQueue(tmp_path)
+    spool.add(window(1))
+    (spooled,) = queue.pending(1)
+    untyped = spooled.key._replace(has_type=False)
+    spooled.path.rename(tmp_path / "waiting" / untyped.text.replace("/", "+"))
+
+    (found,) = queue.pending(1)
+
+    assert "+cpu+" in spooled.path.name
+    assert "+cpu+" not in found.path.name
+    assert found.key.text == untyped.text
+    assert queue.read(found) is not None
+
+
 def test_a_claimed_profile_comes_first_and_is_claimed_once(tmp_path: Path) -> None:
     """The store may have it already: that is settled before anything else."""
     spool, queue = Spool(tmp_path), UploadQueue(tmp_path)
