@@ -1,10 +1,21 @@
 """Profile: counts of stacks over a window, and an accounting that proves nothing was lost.
 
-A profile is a value made of tables. Locations, stacks and label sets stand once each; a row says
-how often one stack was seen under one label set. Everything is root first. Names stand beside the
-locations and never in a key, so a better name changes no count.
+A profile is a value made of tables. Each location, stack and label set is stored once; a row counts
+how often a stack was seen with a label set. Stacks are root first. Names are kept next to the
+locations and are part of no key, so a better name changes no count.
 
-Law of conservation: `ticks = stored + idle + filtered + sum(lost)`, an equality of integers.
+Law of conservation, an equality of integers for every profile of type `cpu`:
+
+    ticks = stored + idle + filtered + sum(lost)
+
+Profiles of other types (allocations, lock waits, page faults) count events instead of ticks of a
+clock. An event happens only when something runs, so none is idle, and their law is
+
+    events = stored + filtered + sum(lost)
+
+in the same fields: `ticks` are the events and `idle` is 0. If the kernel or the program samples
+events, say one of n, the events that were not sampled are not part of the law: a row's `samples`
+are the events seen, and its `value` is what they stand for, as bytes or nanoseconds.
 """
 
 from collections import Counter
@@ -40,7 +51,7 @@ Key = TypeVar("Key", str, Labels)
 
 
 class ProfileError(ValueError):
-    """Bytes that are not a profile, or a damaged one. The message says what is wrong with them.
+    """Bytes that are not a profile, or are a damaged one; the message says what is wrong.
 
     ProfileError
     └── SchemaError
@@ -48,11 +59,11 @@ class ProfileError(ValueError):
 
 
 class SchemaError(ProfileError):
-    """A profile in a schema that this version does not know; it is skipped, never guessed at."""
+    """A profile in a schema that this version does not know; readers skip it."""
 
 
 class Loss(StrEnum):
-    """Every way a tick may fail to reach a profile. A closed list: a new way needs a new name."""
+    """Every way in which a tick or event can be lost. A closed list: a new way needs a new name."""
 
     MAP_FULL = "map_full"
     """A kernel map had no room left in this drain."""
@@ -61,9 +72,9 @@ class Loss(StrEnum):
     BUDGET = "budget"
     """The profiler held back to stay within its own CPU budget."""
     FAULT = "fault"
-    """The profiler itself failed while it took a drain in; its log says how."""
+    """The profiler itself failed while processing a drain; its log says why."""
     SPOOL_FULL = "spool_full"
-    """The store was away for so long that the oldest stacks were given up."""
+    """The store was unavailable for so long that the oldest stacks were given up."""
 
 
 def make_labels(labels: Mapping[str, str]) -> Labels:
@@ -81,26 +92,27 @@ class Window(NamedTuple):
 
 
 ALWAYS = Window(0, 2**63 - 1)
-"""The window that holds every object."""
+"""The window that contains every object."""
 
 
 class Host(NamedTuple):
     name: str
     host_id: str
-    """16 hex digits of a hash, the same over restarts."""
+    """16 hex digits of a hash; restarts do not change it."""
 
 
 GOOD_STOPS = frozenset({"root", "kernel_thread"})
-"""Reasons for which a user stack ends where it should: at its outermost frame, or with none at all.
-Every other reason is an incomplete stack."""
+"""Reasons why a complete user stack ends: at its outermost frame, or because a kernel thread has
+none. A stack with any other reason is incomplete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accounting:
-    """Where every tick of a profile went, and what it cost to take.
+    """Where every tick or event of a profile went, and what profiling cost.
 
-    Counts add up over windows and hosts; `hosts` is their union. Times are ns: `nonidle_ns` is what
-    the kernel itself says the CPUs were busy, `profiled_ns` the window's length times the hosts.
+    Counts add up over windows and hosts; `hosts` is their union. Times are ns: `nonidle_ns` is how
+    long the CPUs were busy by the kernel's own count, `profiled_ns` the window's length times the
+    number of hosts.
     """
 
     hosts: tuple[Host, ...] = ()
@@ -117,13 +129,13 @@ class Accounting:
     misses: Mapping[str, int] = field(default_factory=dict)
     """Distinct locations without a name, by the reason."""
     services: Mapping[Labels, int] = field(default_factory=dict)
-    """For how many ns at least one process of each service instance lived, sampled or not."""
+    """For how many ns each service instance had at least one process, sampled or not."""
     agent_cpu_ns: int = 0
     agent_rss_bytes: int = 0
 
     @property
     def mismatch(self) -> int:
-        """Ticks that are not accounted for. Zero, or something is broken."""
+        """Ticks or events that are not accounted for: zero, by the law of conservation."""
         return self.ticks - self.stored - self.idle - self.filtered - sum(self.lost.values())
 
     def merge(self, other: "Accounting") -> "Accounting":
@@ -153,7 +165,7 @@ def add_counts(one: Mapping[Key, int], other: Mapping[Key, int]) -> dict[Key, in
 
 
 class Row(NamedTuple):
-    """One line of a profile, for reading it row by row; the columns are there for speed."""
+    """One row of a profile, for readers that do not need the speed of its columns."""
 
     labels: Labels
     stack: Stack
@@ -165,8 +177,8 @@ class Row(NamedTuple):
 class Profile:
     """Rows of (label set, stack, samples, value), with the tables they point into.
 
-    `type` and `unit` say what `value` is: for `cpu` nanoseconds, samples times the period, so that
-    profiles of different rates merge. Stack number s is
+    `type` and `unit` describe `value`: of `cpu`, nanoseconds, which are samples times the period,
+    so that profiles of different rates merge. Stack number s is
     `stack_locations[stack_offsets[s]:stack_offsets[s + 1]]`, root first. A (label set, stack) pair
     occurs in one row at most. `names[i]` are the frames of `locations[i]`, innermost inlined call
     first, empty for a location nobody could name.
@@ -202,10 +214,10 @@ class Profile:
         return tuple(self.locations[i] for i in self.stack_locations[start:end].tolist())
 
     def frames(self, number: int) -> tuple[Frame, ...]:
-        """Return how a location is shown: at least one frame, innermost inlined call first.
+        """Return the frames shown for a location: at least one, innermost inlined call first.
 
-        A named location is its own frame. All the addresses of a module that nobody could name
-        share one frame, so that they are one box.
+        A named location is its own frame. All addresses of a module that have no name share one
+        frame, so they are one box.
         """
         location = self.locations[number]
         if isinstance(location, NamedLocation):
@@ -220,7 +232,7 @@ class Profile:
             yield Row(self.label_sets[labels], self.stack(stack), samples, value)
 
     def counts(self) -> dict[tuple[Labels, Stack], tuple[int, int]]:
-        """Return (samples, value) by (labels, stack): what two equal profiles agree on."""
+        """Return (samples, value) by (labels, stack); equal profiles have equal counts."""
         return {(row.labels, row.stack): (row.samples, row.value) for row in self.rows()}
 
     def __eq__(self, other: object) -> bool:
@@ -233,7 +245,7 @@ class Profile:
     __hash__ = None  # type: ignore[assignment]  # equal by content, and the content is arrays
 
     def filter(self, keep: Callable[[Mapping[str, str]], bool]) -> "Profile":
-        """Return the rows whose labels `keep` accepts. The accounting stays that of the whole."""
+        """Return the rows whose labels `keep` accepts; the accounting stays that of all rows."""
         kept = np.array([keep(dict(labels)) for labels in self.label_sets], dtype=bool)
         chosen = np.flatnonzero(kept[self.row_labels])
         builder = ProfileBuilder.like(self)
@@ -241,7 +253,7 @@ class Profile:
         return builder.build(self.window, self.accounting)
 
     def group_by(self, names: Sequence[str]) -> "Profile":
-        """Keep only the labels in `names` and add up the rows that have become the same."""
+        """Return the profile with only the labels in `names`; equal rows are added up."""
         wanted = set(names)
         reduced = tuple(
             tuple((name, value) for name, value in labels if name in wanted)
@@ -253,7 +265,7 @@ class Profile:
 
 
 class ProfileBuilder:
-    """Collects counts of stacks and gives a Profile; the one place where stacks are folded."""
+    """Collects counts of stacks and builds a Profile; the only place where stacks are folded."""
 
     def __init__(self, period_ns: int, type: str = "cpu", unit: str = "nanoseconds") -> None:  # noqa: A002 - the field's word
         self.period_ns = period_ns
@@ -275,8 +287,8 @@ class ProfileBuilder:
     def location(self, location: Location, names: tuple[Frame, ...] = ()) -> int:
         """Return the number of a location.
 
-        A location without names takes the first that come. A function that is known by its extent
-        takes its name: a file and its stripped twin have one build id.
+        A location without names takes the first given ones. A function known only by its FDE range
+        takes a name once there is one: a file and its stripped copy have the same build id.
         """
         number = self._locations.setdefault(location, len(self._names))
         if number == len(self._names):
@@ -293,7 +305,7 @@ class ProfileBuilder:
     def add(
         self, labels: Labels, root_first: npt.ArrayLike, samples: int, value: int | None = None
     ) -> None:
-        """Count a stack given as location numbers, root first. `value` is by default the time."""
+        """Count a stack given as location numbers, root first; `value` defaults to its CPU time."""
         words = np.asarray(root_first, dtype=np.int32).tobytes()
         self._add(self._label_set(labels), words, samples, value)
 
@@ -301,7 +313,7 @@ class ProfileBuilder:
         self.add_rows(other, np.arange(len(other.row_stacks)), other.label_sets)
 
     def add_rows(self, other: Profile, rows: Integers, label_sets: Sequence[Labels]) -> None:
-        """Count chosen rows of another profile, with `label_sets` in the place of its own."""
+        """Count chosen rows of another profile, with `label_sets` instead of its own."""
         stacks = np.full(len(other.stack_offsets), -1, dtype=np.int64)
         used_stacks = np.unique(other.row_stacks[rows])
         stacks[used_stacks] = self._adopt_stacks(other, used_stacks)
@@ -342,7 +354,7 @@ class ProfileBuilder:
         )
 
     def _fold(self) -> Integers:
-        """Return columns (label set, stack, samples, value), each pair of the first two once."""
+        """Return columns (label set, stack, samples, value); each pair of the first two once."""
         single = np.array(
             [(*key, samples, self._values[key]) for key, samples in self._samples.items()],
             dtype=np.int64,
@@ -363,7 +375,7 @@ class ProfileBuilder:
         self._values[key] += samples * self.period_ns if value is None else value
 
     def _adopt_stacks(self, other: Profile, stacks: Indices) -> list[int]:
-        """Return my number for each of their stacks, taking over the locations and modules."""
+        """Return this builder's number of each stack, adding its locations and modules."""
         starts, ends = other.stack_offsets[stacks], other.stack_offsets[stacks + 1]
         # Difference of marks: +1 where a used stack starts, -1 where it ends; the running sum is
         # positive exactly on the words of used stacks.
@@ -403,7 +415,7 @@ def frame_of_module(modules: Mapping[str, Module], build_id: str) -> Frame:
 def adopt_module(modules: dict[str, Module], module: Module) -> None:
     """Add a module. Of two with one build id, one that has segments is kept, then the smaller path.
 
-    So the order of a merge does not show in its result.
+    So the result of a merge does not depend on its order.
     """
     mine = modules.setdefault(module.build_id, module)
     if (not mine.segments, mine.path) > (not module.segments, module.path):
@@ -411,9 +423,9 @@ def adopt_module(modules: dict[str, Module], module: Module) -> None:
 
 
 def label_frames(label_sets: Iterable[Labels], by: Sequence[str]) -> list[tuple[Frame, ...]]:
-    """Give, for each label set, the frames drawn above its stacks, in the order of `by`.
+    """Return, for each label set, the frames drawn above its stacks, in the order of `by`.
 
-    A label that no set has makes no frame; where only some lack it, theirs says so.
+    A label that no set has makes no frame; if only some lack it, their frame is `[no LABEL]`.
     """
     sets = [dict(labels) for labels in label_sets]
     present = [name for name in by if any(name in labels for labels in sets)]
@@ -424,10 +436,10 @@ def label_frames(label_sets: Iterable[Labels], by: Sequence[str]) -> list[tuple[
 
 
 def merge(profiles: Iterable[Profile]) -> Profile:
-    """Add profiles up. Associative and commutative in counts, window and accounting.
+    """Return the sum of profiles: associative and commutative in counts, window and accounting.
 
     Raises:
-        ValueError: there is none, or they measure different things.
+        ValueError: there is no profile, or their types or units differ.
     """
     profiles = list(profiles)
     if not profiles:

@@ -1,14 +1,14 @@
-r"""Selector: which label sets are asked for, written as Prometheus writes it.
+r"""Selector: which label sets are selected, in the syntax of Prometheus.
 
     {service="api",version=~"1\\.5.*",host!="web-3"}
 
-Matchers are `=`, `!=`, `=~` and `!~`, joined by commas, and all of them must hold. A label that a
-set lacks counts as empty. A pattern must cover the whole value. Values stand in double or single
-quotes with Go's escapes, or in backquotes without any; a name that is no identifier stands in
-quotes as well. `{}` and the empty text accept everything.
+Matchers are `=`, `!=`, `=~` and `!~`, separated by commas, and all of them must match. A missing
+label is the empty value. A pattern must match the whole value. Values are in double or single
+quotes with Go's escapes, or in backquotes without escapes; a name that is not an identifier is
+quoted as well. `{}` and the empty text select everything.
 
-Patterns come from whoever can reach the service. They run in RE2, whose time is linear in the value
-whatever the pattern (google/re2, "Syntax"); its memory, the pattern and the values are bounded.
+Patterns come from anybody who can reach the service. They run in RE2, whose time is linear in the
+value for every pattern (google/re2, "Syntax"); its memory and the length of patterns are bounded.
 """
 
 import functools
@@ -23,7 +23,7 @@ TEXT_LIMIT = 4096
 PATTERN_LIMIT = 1024
 """Characters of one pattern."""
 _PATTERN_MEMORY_BYTES = 1 << 20
-"""What RE2 may take for a pattern; one that needs more is refused. The default is 8 MiB."""
+"""Memory of RE2 for a pattern; one that needs more is refused. RE2's default is 8 MiB."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 _OPERATOR = re.compile(r"=~|!~|!=|=")
@@ -38,13 +38,13 @@ _PLAIN = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v":
 
 
 class SelectorError(ValueError):
-    """Text that is no selector. The message says what is wrong with it and where."""
+    """Text that is not a selector; the message says what is wrong, and where."""
 
     def __init__(self, problem: str, text: str, position: int) -> None:
         shown = text if len(text) <= 80 else f"{text[:80]}…"
         super().__init__(f"cannot read the selector {shown}: {problem} at character {position + 1}")
         self.position = position
-        """Of the first character that is wrong, counted from 0."""
+        """The first wrong character, counted from 0."""
 
 
 class Operator(StrEnum):
@@ -60,7 +60,7 @@ class Matcher(NamedTuple):
     value: str
 
     def accepts(self, value: str) -> bool:
-        """Return whether a label of this value (empty if there is none) is asked for."""
+        """Return whether the matcher selects a label of this value; a missing label is empty."""
         match self.operator:
             case Operator.EQUAL:
                 return value == self.value
@@ -78,29 +78,29 @@ class Matcher(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """Matchers that must all hold. `str` gives text that parses to the same selector."""
+    """Matchers that must all match. `str` returns text that parses to the same selector."""
 
     matchers: tuple[Matcher, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> "Selector":
-        """Read a selector.
+        """Return the selector of a text.
 
         Raises:
-            SelectorError: says what is wrong, and at which character.
+            SelectorError: the text is not a selector.
         """
         return _Parser(text).parse()
 
     @property
     def names(self) -> frozenset[str]:
-        """The labels it looks at."""
+        """The labels that its matchers read."""
         return frozenset(matcher.name for matcher in self.matchers)
 
     def accepts(self, labels: Mapping[str, str]) -> bool:
         return all(m.accepts(labels.get(m.name, "")) for m in self.matchers)
 
     def choose(self, label_sets: Iterable[Mapping[str, str]]) -> list[bool]:
-        """Return which of many label sets are asked for, looking at each distinct value once."""
+        """Return whether each label set is selected; each distinct value is matched once."""
         rules: list[tuple[str, Callable[[str], bool]]] = [
             (matcher.name, functools.cache(matcher.accepts)) for matcher in self.matchers
         ]
@@ -118,7 +118,7 @@ class _Pattern(Protocol):
 
 @functools.lru_cache(maxsize=64)
 def _compile(pattern: str) -> _Pattern:
-    # Only whoever writes a pattern needs the library; it takes 20 ms to load.
+    # Only patterns need the library, which takes 20 ms to load.
     import re2  # noqa: PLC0415
 
     options = re2.Options()
@@ -135,7 +135,7 @@ def _compile(pattern: str) -> _Pattern:
 
 
 class _Parser:
-    """One pass over the text; `_at` is the next character to read."""
+    """Reads a text in one pass; `_at` is the next character."""
 
     def __init__(self, text: str) -> None:
         self._text = text

@@ -22,15 +22,15 @@ from storage.objects.keys import (
 _PARTIAL = ".partial"
 _LINK_ATTEMPTS = 100
 _PARTIAL_LIFE_S = 3600
-"""A temporary file older than this is a crash's: no put takes so long."""
+"""An older temporary file is from a crash: no put takes this long."""
 
 
 class DirectoryStore:
     """Objects as files below a folder that only its owner may read.
 
-    A new object is a temporary file, synced, then linked to its name: the link fails when the name
-    exists, and no reader ever sees half a file. Temporary files of a crash lie apart, are never
-    listed and go with the first put an hour later.
+    A new object is written to a temporary file, synced, then linked to its name: the link fails if
+    the name exists, and no reader sees half a file. Temporary files are in a folder of their own
+    that is never listed; those of a crash are removed by the first put an hour later.
     """
 
     def __init__(self, root: Path) -> None:
@@ -45,7 +45,7 @@ class DirectoryStore:
         path = self._path(key)
         with self._explaining("write", key):
             if path.exists():
-                sync_folder(path.parent)  # whoever linked it may have died before this
+                sync_folder(path.parent)  # its writer may have died before syncing
                 return False
             self._clean()
             partial = self.root / _PARTIAL / f"{os.getpid()}-{os.urandom(8).hex()}"
@@ -75,7 +75,7 @@ class DirectoryStore:
         path = self._path(key)
         with contextlib.suppress(ObjectMissing), self._explaining("delete", key):
             path.unlink()
-            with contextlib.suppress(OSError):  # others are in it, or it is gone already
+            with contextlib.suppress(OSError):  # it is not empty, or was removed already
                 while path.parent != self.root:
                     path = path.parent
                     path.rmdir()
@@ -85,7 +85,7 @@ class DirectoryStore:
         return self.root / key
 
     def _check_root(self) -> None:
-        """Tell a folder that was taken away from one that nobody has put anything into yet."""
+        """Raise StoreUnavailable if the folder has disappeared; one not yet created is empty."""
         is_there = self.root.is_dir()
         if self._was_there and not is_there:
             raise StoreUnavailable(f"the folder {self.root} of the store is not there any more")
@@ -98,7 +98,7 @@ class DirectoryStore:
                 os.link(partial, path)
             except FileExistsError:
                 break
-            except FileNotFoundError:  # a delete has just removed a folder as empty
+            except FileNotFoundError:  # a delete has just removed an empty folder
                 if not attempts_left:
                     raise
             else:
@@ -123,7 +123,7 @@ class DirectoryStore:
                         yield StoredObject(key, status.st_size, status.st_mtime_ns)
 
     def _clean(self) -> None:
-        """Remove what crashes left behind, once in the life of this store."""
+        """Remove temporary files of crashes, once per store object."""
         if self._has_cleaned:
             return
         self._has_cleaned = True
@@ -153,12 +153,12 @@ _ABSENCES = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
 _REFUSALS = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENOENT}
 )
-"""ENOENT: of a file system whose folders nobody can make, as /proc. That a folder disappears while
-it is written to is met before."""
+"""ENOENT comes from file systems in which no folder can be made, as /proc: a folder that disappears
+during a write is handled earlier."""
 
 
 def _sorted_entries(folder: Path, base: str) -> list[tuple[str, os.DirEntry[str]]]:
-    """Return what is in a folder with its key, a folder's ending in /, sorted as keys are."""
+    """Return the entries of a folder with their keys, sorted by key; a folder's ends in /."""
     try:
         with os.scandir(folder) as entries:
             found = [
@@ -173,10 +173,10 @@ def _sorted_entries(folder: Path, base: str) -> list[tuple[str, os.DirEntry[str]
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder for the owner alone, and those above it, durably.
+    """Create a folder and its parents durably; only the owner may use them.
 
     Raises:
-        OSError: that is not possible there, or somebody removes one of them meanwhile.
+        OSError: it cannot be created, or somebody removes one of them meanwhile.
     """
     missing = itertools.takewhile(lambda each: not each.exists(), (folder, *folder.parents))
     for each in reversed(list(missing)):
@@ -186,9 +186,9 @@ def make_folder(folder: Path) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a new file for the owner alone and wait until the disk has it (fsync(2)).
+    """Write a new file that only the owner may read, and wait until it is on the disk (fsync(2)).
 
-    Its name is not durable yet: that needs `sync_folder`.
+    Its name is durable only after `sync_folder`.
     """
     with open(path, "xb", opener=_open_private) as file:
         file.write(content)
@@ -201,7 +201,7 @@ def _open_private(path: str, flags: int) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's names."""
+    """Wait until the names in a folder are on the disk."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

@@ -1,7 +1,7 @@
-"""Keys of objects, the interface that every object store has, and its errors.
+"""Keys of objects, the interface of object stores, and their errors.
 
-An object is written once and never changed: `put` does nothing when the key exists, so a retry can
-neither lose nor double anything. Keys are paths of plain segments, sorted by their bytes.
+An object is written once and never changed: `put` does nothing if the key exists, so a retry
+neither loses nor duplicates anything. Keys are paths of plain segments, sorted by their bytes.
 
 The key of a profile says what was measured, when and where, so a window is found by listing alone:
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # the uploader needs no numpy, which is a third of its memory
 
 NS_PER_S = 1_000_000_000
 LONGEST_WINDOW_S = 3600
-"""An object belongs to the hour of its start, so a reader looks one hour back and no further."""
+"""An object belongs to the hour of its start, so readers look back one hour and no further."""
 
 DEFAULT_TENANT = "default"
 CPU = "cpu"
@@ -36,7 +36,7 @@ _SEGMENT_LIMIT_BYTES = 255  # NAME_MAX of Linux file systems
 
 
 class StoreError(Exception):
-    """An object store did not do what it was asked for.
+    """An object store could not do what was asked.
 
     StoreError
     ├── StoreUnavailable
@@ -45,12 +45,12 @@ class StoreError(Exception):
     """
 
 
-class StoreUnavailable(StoreError):  # noqa: N818 - says what happened, as the two below do
-    """It cannot be reached or has no room or time now: the same request may succeed later."""
+class StoreUnavailable(StoreError):  # noqa: N818 - names what happened, as the two below do
+    """The store cannot be reached, is full or is too slow now: a retry may succeed."""
 
 
 class StoreRefused(StoreError):  # noqa: N818
-    """It will go on refusing until somebody does what `remedy` says."""
+    """The store will refuse until somebody does what `remedy` says."""
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(f"{problem} ({remedy})")
@@ -66,7 +66,7 @@ class StoredObject(NamedTuple):
     key: str
     size_bytes: int
     modified_ns: int
-    """When the store wrote it, by the store's clock; S3 rounds to seconds."""
+    """When the object was written, by the store's clock; S3 rounds to seconds."""
 
 
 class ObjectStore(Protocol):
@@ -86,7 +86,7 @@ class ObjectStore(Protocol):
         """
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        """Return `length` bytes from byte `start` on, fewer where the object ends, maybe none.
+        """Return `length` bytes from byte `start`, fewer or none if the object ends before.
 
         Raises:
             ObjectMissing: there is no such object.
@@ -95,12 +95,12 @@ class ObjectStore(Protocol):
     def list(self, prefix: str, start_after: str = "") -> Iterator[StoredObject]:
         """Return the objects whose keys begin with `prefix`, sorted by key, lazily.
 
-        With `start_after` only those behind that key. Servers differ in one case: SeaweedFS puts
-        all of `a/` before `a-b`. Where the names in a folder are of one length, there is none.
+        With `start_after` only those after that key. Servers differ in one case: SeaweedFS lists
+        all of `a/` before `a-b`. If all names in a folder have the same length, it does not occur.
         """
 
     def delete(self, key: str) -> None:
-        """Remove an object; one that is not there is as good as removed."""
+        """Remove an object; it is not an error if there is none."""
 
 
 class ObjectKey(NamedTuple):
@@ -166,7 +166,7 @@ _HOST_ID_PATTERN = re.compile(r"[0-9a-f]{16}")
 
 
 def object_key(profile: "Profile", content: bytes, tenant: str) -> ObjectKey:
-    """Return the key under which `content`, the encoded profile, is kept.
+    """Return the key under which `content`, the encoded profile, is stored.
 
     A profile of several hosts, or of one without an id of 16 hex digits, gets a hash of their ids.
 
@@ -176,7 +176,7 @@ def object_key(profile: "Profile", content: bytes, tenant: str) -> ObjectKey:
     start_s = profile.window.start_ns // NS_PER_S
     length_s = max(1, -(-profile.window.end_ns // NS_PER_S) - start_s)
     if length_s > LONGEST_WINDOW_S:
-        raise ValueError(f"cannot keep a window of {length_s} s: it is longer than an hour")
+        raise ValueError(f"cannot store a window of {length_s} s: it is longer than an hour")
     host_ids = [host.host_id for host in profile.accounting.hosts]
     host_id = host_ids[0] if len(host_ids) == 1 else ""
     if not _HOST_ID_PATTERN.fullmatch(host_id):
@@ -218,10 +218,10 @@ def hour_of(at_s: int) -> str:
 
 
 def check_key(key: str) -> None:
-    """Refuse what is not a relative path of plain segments, the same on every store.
+    """Check that a key is a relative path of plain segments, which every store can store.
 
     Raises:
-        ValueError: names the key and what is wrong with it.
+        ValueError: it is not; the message names the key and the problem.
     """
     problem = problem_of(key)
     if problem:

@@ -8,23 +8,24 @@ from storage.objects.keys import ObjectStore, StoreRefused
 
 
 def default_store_url() -> str:
-    """Return EVERFLAME_STORE, else the place that the user may write to."""
+    """Return EVERFLAME_STORE, else a folder that the user may write to."""
     place = "/var/lib/everflame" if os.geteuid() == 0 else "~/.local/share/everflame"
     return os.environ.get("EVERFLAME_STORE") or str(Path(place).expanduser())
 
 
 def open_store(url: str = "", endpoint: str | None = None) -> ObjectStore:
-    """Open `file:///path`, a plain path or `s3://bucket/prefix`; by default the user's own store.
+    """Return the store at `file:///path`, a plain path or `s3://bucket/prefix`.
 
-    `endpoint` is the URL of an S3 server other than Amazon's. Nothing is asked of the store yet.
+    The default is the user's own store. `endpoint` is the URL of an S3 server other than Amazon's.
+    No request is sent yet.
 
     Raises:
-        StoreRefused: the URL names no store, or no credentials are to be found.
+        StoreRefused: the URL does not name a store, or the AWS profile does not exist.
     """
     url = url or default_store_url()
     scheme, has_scheme, rest = url.partition("://")
     if scheme == "s3" and has_scheme:
-        # The sampler opens no bucket, and boto3 is 40 MB: it is imported where one is opened.
+        # boto3 takes 40 MB, and the sampler opens no bucket: it is imported only for a bucket.
         from storage.objects.s3 import S3Store  # noqa: PLC0415
 
         bucket, _, prefix = rest.partition("/")

@@ -1,9 +1,9 @@
-"""S3: objects in a bucket, of Amazon or of any server that speaks its protocol. The home of boto3.
+"""S3: objects in a bucket of Amazon or of any server with its protocol. The only user of boto3.
 
-Needs PUT with If-None-Match, GET with ranges, ListObjectsV2 and DELETE. Keys come from the usual
-AWS variables and files. Retries, time-outs and the number of connections are botocore's own and
-bounded; what remains is one line that says what to do. An answer is believed only when it is that
-of an object store: a proxy's friendly page must not pass for a stored profile.
+Needs PUT with If-None-Match, GET with ranges, ListObjectsV2 and DELETE. Credentials come from the
+usual AWS variables and files. botocore bounds retries, time-outs and connections; an error that
+remains becomes one line that says what to do. A response is accepted only if an object store sent
+it: a proxy's login page must not count as a stored profile.
 """
 
 import base64
@@ -27,13 +27,13 @@ from storage.objects.keys import (
 )
 
 CONNECTIONS = 4
-"""Requests at the same time; a thread more than these waits for one to end."""
+"""Requests at the same time; further threads wait for one to end."""
 
 _TIMEOUT_S = 30.0
 _CONFIG = {
     "connect_timeout": 5,
     "max_pool_connections": CONNECTIONS,
-    # Two tries with botocore's jittered pause: the uploader's own pauses are the longer ones.
+    # Two attempts with botocore's jittered pause; the uploader retries after longer ones.
     "retries": {"mode": "standard", "total_max_attempts": 2},
 }
 
@@ -53,20 +53,20 @@ _REFUSALS = {
     "PermanentRedirect": _REGION,
     "AuthorizationHeaderMalformed": _REGION,
     "IllegalLocationConstraintException": _REGION,
-    "AccessDenied": ("these keys lack the right", _RIGHTS),
+    "AccessDenied": ("the credentials lack a permission", _RIGHTS),
     "NotImplemented": ("it cannot do that", "use a server that knows If-None-Match"),
 }
-"""By S3's error code: what is wrong and what to do."""
-_NOT_A_STORE = "the answer is not an object store's (is there a proxy in between?)"
+"""By S3's error code: the problem and the remedy."""
+_NOT_A_STORE = "the response is not an object store's (is there a proxy in between?)"
 _STATUS_CODES = {301: "PermanentRedirect", 401: "AccessDenied", 403: "AccessDenied"}
-"""Answers without a body, as to HEAD, have a status only."""
+"""Responses without a body, as to HEAD, have only a status."""
 
 
 class S3Store:
-    """Objects in a bucket, below a prefix. Opening it asks nothing of the server.
+    """Objects in a bucket, below a prefix. Opening it sends no request.
 
     Raises:
-        StoreRefused: the bucket's name or the endpoint cannot be one.
+        StoreRefused: the bucket's name or the endpoint is not valid.
     """
 
     def __init__(
@@ -79,15 +79,17 @@ class S3Store:
         self._bucket = bucket
         self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         self._place = f"s3://{bucket}/{self._prefix}" + (f" at {endpoint}" if endpoint else "")
-        # A server of one's own seldom has a name for each bucket: its buckets are paths.
+        # Servers other than Amazon's rarely have a host name per bucket: buckets are paths.
         style = "path" if endpoint else "auto"
         config = Config(s3={"addressing_style": style}, read_timeout=timeout_s, **_CONFIG)
-        session = boto3.session.Session()  # not the default one: credentials are read anew
+        session = (
+            boto3.session.Session()
+        )  # not the default session: it would not read credentials again
         if not bucket:
             raise StoreRefused(f"cannot open {self._place}: it has no bucket", _CORRECT)
         try:
             with self._explaining("open", ""):
-                # boto3 makes its clients at run time, so they have no type.
+                # boto3 makes clients at run time, so they have no type.
                 self._client: Any = session.client(
                     "s3",
                     endpoint_url=endpoint,
@@ -105,7 +107,7 @@ class S3Store:
         checksum = base64.b64encode(zlib.crc32(content).to_bytes(4, "big")).decode()
         with self._explaining("write", key):
             try:
-                answer = self._client.put_object(
+                response = self._client.put_object(
                     Bucket=self._bucket,
                     Key=name,
                     Body=content,
@@ -117,7 +119,7 @@ class S3Store:
                 if _status(error) in {409, 412}:
                     return self._explain_conflict(key, name)
                 raise
-        if not answer.get("ETag") or answer.get("ChecksumCRC32", checksum) != checksum:
+        if not response.get("ETag") or response.get("ChecksumCRC32", checksum) != checksum:
             raise StoreUnavailable(f"cannot write {key!r} in {self._place}: {_NOT_A_STORE}")
         return True
 
@@ -133,7 +135,7 @@ class S3Store:
             try:
                 content = self._read(Key=name, Range=f"bytes={start}-{start + length - 1}")
             except exceptions.ClientError as error:
-                if _status(error) == 416:  # it ends before `start`
+                if _status(error) == 416:  # the object ends before `start`
                     return b""
                 raise
         if len(content) > length:
@@ -152,7 +154,7 @@ class S3Store:
                 page = next(pages, None)
             if page is None:
                 return
-            if "IsTruncated" not in page:  # a page of HTML would look like an empty list
+            if "IsTruncated" not in page:  # a page of HTML would look like an empty listing
                 raise StoreUnavailable(f"cannot list {prefix!r} in {self._place}: {_NOT_A_STORE}")
             for each in page.get("Contents", ()):
                 modified_ns = int(each["LastModified"].timestamp()) * NS_PER_S
@@ -168,19 +170,19 @@ class S3Store:
         return self._prefix + key
 
     def _read(self, **request: str) -> bytes:
-        answer = self._client.get_object(Bucket=self._bucket, **request)
-        if not answer.get("ETag"):
+        response = self._client.get_object(Bucket=self._bucket, **request)
+        if not response.get("ETag"):
             raise StoreUnavailable(f"cannot read {self._place}: {_NOT_A_STORE}")
-        content: bytes = answer["Body"].read()
+        content: bytes = response["Body"].read()
         return content
 
     def _explain_conflict(self, key: str, name: str) -> bool:
-        """Return False when the object is there; 409 may also mean a delete or a put under way."""
+        """Return False if the object exists; 409 may also mean a concurrent delete or put."""
         try:
             self._client.head_object(Bucket=self._bucket, Key=name)
         except exceptions.ClientError as error:
             if _status(error) == 403:
-                return False  # keys that may only write are told nothing more
+                return False  # write-only credentials cannot ask
             if _status(error) != 404:
                 raise
             raise StoreUnavailable(
@@ -202,7 +204,7 @@ class S3Store:
             exceptions.ProfileNotFound,
         ) as error:
             raise StoreRefused(
-                f"{what}: there are no usable keys",
+                f"{what}: there are no usable credentials",
                 "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`",
             ) from error
         except exceptions.ParamValidationError as error:
