@@ -282,7 +282,7 @@ def measure_real(folder: Path) -> int:
     )
     pairs = alarms = 0
     with tempfile.TemporaryDirectory() as cache:
-        query = Query(store, Path(cache))
+        query = Query(TenantStore(store), Path(cache))
         everything = Window(min(key.start_ns for key in whole), last_ns)
         samples = query.label_values(everything, "service")
         print(f"real pairs of minutes, {len(whole)} minutes: pairs with any alarm")

@@ -31,6 +31,7 @@ from profiler.commands.diff import DEFAULT_GATE, Gate
 from profiler.comparison.comparison import Operand
 from profiler.service.responses import Answers, Question
 from storage.objects.directory import DirectoryStore
+from storage.objects.tenant import TenantStore
 from storage.profile import Window
 from storage.query.listing import HOUR_NS
 from storage.query.query import Query
@@ -59,7 +60,9 @@ def ask(folder: Path, cache: Path, shift_min: int) -> dict[str, float]:
     question = Question(after_window, SELECTOR)
     took: dict[str, float] = {}
     began_s = time.perf_counter()
-    answers = Answers(store, Query(store, cache, workers=workers, now_ns=lambda: NOW_NS))
+    answers = Answers(
+        TenantStore(store), Query(TenantStore(store), cache, workers=workers, now_ns=lambda: NOW_NS)
+    )
     for name in ("cold", "warm"):
         graph = answers.diff(question, before, gate, lambda: None)
         table = answers.diff_top(question, before, gate, 100, lambda: None)
@@ -77,7 +80,9 @@ def ask(folder: Path, cache: Path, shift_min: int) -> dict[str, float]:
 
 def prepare(folder: Path, cache: Path) -> None:
     workers = start_workers(os.cpu_count() or 1)
-    query = Query(DirectoryStore(folder), cache, workers=workers, now_ns=lambda: NOW_NS)
+    query = Query(
+        TenantStore(DirectoryStore(folder)), cache, workers=workers, now_ns=lambda: NOW_NS
+    )
     for _ in query.prepare(Window(START_NS, END_NS)):
         pass
     workers.shutdown()

@@ -33,6 +33,7 @@ from storage.formats import pprof
 from storage.formats.pprof_message import decompress
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectKey, content16
+from storage.objects.tenant import TenantStore
 from storage.profile import Accounting, Host, ProfileBuilder, Window, make_labels
 from storage.query.listing import HOUR_NS
 from storage.query.query import Query
@@ -146,7 +147,7 @@ def ask(question: str, folder: Path, cache: Path) -> dict[str, float | int]:
     # As the service does, once, when it starts.
     workers = start_workers(os.cpu_count() or 1)
     started = time.perf_counter()
-    query = Query(DirectoryStore(folder), cache, workers=workers)
+    query = Query(TenantStore(DirectoryStore(folder)), cache, workers=workers)
     hour = Window(START_NS, START_NS + HOUR_NS)
     # The same length, but across two hours: these objects are kept one by one.
     moving = Window(START_NS + HOUR_NS // 2, START_NS + 3 * HOUR_NS // 2)

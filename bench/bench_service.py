@@ -44,6 +44,7 @@ from profiler.flamegraph import flamegraph  # noqa: E402
 from storage.objects.directory import DirectoryStore  # noqa: E402
 from storage.objects.keys import ObjectStore  # noqa: E402
 from storage.objects.open import open_store  # noqa: E402
+from storage.objects.tenant import TenantStore  # noqa: E402
 from storage.profile import Window  # noqa: E402
 from storage.query.query import Query  # noqa: E402
 from tests.support.weed import BUCKET, Weed, using_keys  # noqa: E402
@@ -219,7 +220,9 @@ def many(
 
 def find_nodes(folder: Path, hour: Window) -> list[str]:
     """Return the ids of the largest boxes of the hour."""
-    profile = Query(DirectoryStore(folder / "made"), folder / "cache").profile(hour).profile
+    profile = (
+        Query(TenantStore(DirectoryStore(folder / "made")), folder / "cache").profile(hour).profile
+    )
     graph = flamegraph.build(profile, ("service",), screen=flamegraph.Screen(WIDTH_PX))
     by_size = sorted(range(1, len(graph)), key=lambda node: -int(graph.total[node]))
     rest = {i for i, frame in enumerate(graph.frames) if frame.kind == "rest"}

@@ -673,11 +673,11 @@ def _run_deployments(options: argparse.Namespace) -> int:
 def _run_deployments_add(options: argparse.Namespace) -> int:
     from profiler.comparison.announcements import announce  # noqa: PLC0415
     from profiler.times import parse_time, rfc3339  # noqa: PLC0415
-    from storage.objects.open import open_store  # noqa: PLC0415
+    from storage.objects.open import open_tenant  # noqa: PLC0415
 
     if options.start or options.end or options.query or options.json:
         raise ValueError("deployments add: it takes no --from, --until, -q and --json")
-    store = open_store(options.store, options.s3_endpoint or None)
+    store = open_tenant(options.store, options.s3_endpoint or None)
     at_ns = parse_time(options.at, time.time_ns())
     said = announce(store, options.service, options.version, at_ns)
     print(
@@ -741,7 +741,7 @@ def _add_import(commands: _Commands) -> None:
 
 def _run_import(options: argparse.Namespace) -> int:
     from profiler.commands import import_  # noqa: PLC0415
-    from storage.objects.open import open_store  # noqa: PLC0415
+    from storage.objects.open import open_tenant  # noqa: PLC0415
 
     asked = import_.ImportOptions(
         window=options.window,
@@ -749,7 +749,7 @@ def _run_import(options: argparse.Namespace) -> int:
         labels=dict(options.labels),
         frequency_hz=options.frequency,
     )
-    store = open_store(options.store, options.s3_endpoint or None)
+    store = open_tenant(options.store, options.s3_endpoint or None)
     return import_.run(options.files, store, asked, time.time_ns())
 
 

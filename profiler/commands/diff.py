@@ -29,7 +29,7 @@ from profiler.flamegraph.differential import Pair, only_hosts
 from profiler.formats import export
 from profiler.text import counted, fit, listed
 from profiler.times import parse_window, rfc3339, whole_second
-from storage.objects.open import open_store
+from storage.objects.open import open_tenant
 from storage.profile import merge
 from storage.query.query import Query
 from storage.selector import Selector
@@ -107,7 +107,7 @@ def _of_store(
     try:
         return of_store(*_in_store(before, after, options, now_ns))
     except EmptySideError as error:
-        store = open_store(options.store, options.endpoint or None)
+        store = open_tenant(options.store, options.endpoint or None)
         selection = Selection(store, error.operand.window, error.operand.selector)
         try:
             selection.answer()
@@ -119,7 +119,7 @@ def _of_store(
 def _pair(found: Comparison, before: Sequence[str], after: Sequence[str], options: Options) -> Pair:
     """Read the stacks of both sides, where the verdict took only sums of functions."""
     if found.before.coverage is not None:
-        query = query_of(open_store(options.store, options.endpoint or None))
+        query = query_of(open_tenant(options.store, options.endpoint or None))
         profiles = [
             only_hosts(query.profile(side.window, Selector.parse(side.query)).profile, side.hosts)
             for side in (found.before, found.after)
@@ -139,7 +139,7 @@ def _in_store(
         return _last_deploy(options.last_deploy)
     if len(before) > 1 or len(after) > 1:
         raise ComparisonError("give one window a side: hosts are its replicates")
-    query = query_of(open_store(options.store, options.endpoint or None))
+    query = query_of(open_tenant(options.store, options.endpoint or None))
     return query, _operand(before[0], now_ns), _operand(after[0], now_ns), ()
 
 

@@ -27,7 +27,7 @@ from profiler.text import counted
 from profiler.times import NS_PER_S, TimeError, parse_time
 from storage.formats import folded, pprof
 from storage.formats.pprof_message import COUNT_LIMIT
-from storage.objects.keys import LONGEST_WINDOW_S, ObjectStore
+from storage.objects.keys import LONGEST_WINDOW_S
 from storage.objects.tenant import TenantStore
 from storage.profile import (
     Accounting,
@@ -89,7 +89,7 @@ class Imported(NamedTuple):
     """Samples of other events than the first."""
 
 
-def run(files: Sequence[str], store: ObjectStore, options: ImportOptions, now_ns: int) -> int:
+def run(files: Sequence[str], store: TenantStore, options: ImportOptions, now_ns: int) -> int:
     """Put each file into the store and say under which key; what was left out goes to stderr.
 
     Raises:
@@ -101,7 +101,7 @@ def run(files: Sequence[str], store: ObjectStore, options: ImportOptions, now_ns
         imported = read(file, options.frequency_hz)
         profile = complete(imported, file, options, now_ns)
         content = pprof.encode(profile)
-        key, is_new = TenantStore(store).put_profile(profile, content)
+        key, is_new = store.put_profile(profile, content)
         print(key.text)
         samples = counted(profile.total_samples, "sample")
         print(f"{file}: {samples}{'' if is_new else ', was there already'}", file=sys.stderr)

@@ -120,7 +120,7 @@ def _read_latest(
     def read(pair: tuple[ObjectKey, StoredObject]) -> Skipped | None:
         key, stored = pair
         try:
-            columns = decode_object(key, selection.store.get(stored.key), hasher)
+            columns = decode_object(key, selection.store.store.get(stored.key), hasher)
         except (ProfileError, StoreError) as error:
             return Skipped(stored.key, str(error))
         host = hosts[key.host_id]

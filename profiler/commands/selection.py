@@ -13,8 +13,8 @@ from typing import TextIO
 
 from profiler.text import StatusLine, counted
 from profiler.times import from_until, parse_window
-from storage.objects.keys import ObjectKey, ObjectStore, StoredObject
-from storage.objects.open import open_store
+from storage.objects.keys import ObjectKey, StoredObject
+from storage.objects.open import open_tenant
 from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Window
 from storage.query.cache import default_folder
@@ -32,7 +32,7 @@ class NothingSelectedError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    store: ObjectStore
+    store: TenantStore
     window: Window
     selector: Selector
 
@@ -57,14 +57,14 @@ class Selection:
         window = ALWAYS
         if start or end:
             window = parse_window(start or "0", end or "now", now_ns)
-        return cls(open_store(store, endpoint or None), window, Selector.parse(query))
+        return cls(open_tenant(store, endpoint or None), window, Selector.parse(query))
 
     def query(self) -> Query:
         return query_of(self.store)
 
     def objects(self) -> Iterator[tuple[ObjectKey, StoredObject]]:
         """Return the objects that start inside the window; none is read."""
-        for key, stored in TenantStore(self.store).list_window(self.window):
+        for key, stored in self.store.list_window(self.window):
             if self.window.start_ns <= key.start_ns < self.window.end_ns:
                 yield key, stored
 
@@ -109,7 +109,7 @@ def _shown(window: Window) -> str:
     return from_until(window)
 
 
-def query_of(store: ObjectStore) -> Query:
+def query_of(store: TenantStore) -> Query:
     """Read a store for a command, with a line on its terminal while much has to be decoded."""
     workers = Workers(min(4, os.cpu_count() or 1))
     return Query(store, default_folder(), workers=workers).watched(Decoding(sys.stderr))

@@ -20,7 +20,8 @@ from profiler.service.connections import Server
 from profiler.service.prefetch import DEFAULT_PERCENT, Ahead
 from profiler.service.responses import Answers
 from storage.objects.keys import ObjectStore, StoredObject, StoreError, StoreRefused
-from storage.objects.open import default_store_url, open_store
+from storage.objects.open import default_store_url, open_tenant
+from storage.objects.tenant import TenantStore
 from storage.query.cache import default_folder
 from storage.query.query import Query
 from storage.query.workers import start_workers
@@ -32,7 +33,7 @@ _END_WITHIN_S = 2.0
 
 def run(
     listener: socket,
-    store: ObjectStore,
+    store: TenantStore,
     about: About,
     cache: Path,
     ahead: Ahead,
@@ -120,9 +121,9 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         listener = addresses.bind(options.listen)
-        store = open_store(url, options.s3_endpoint or None)
+        store = open_tenant(url, options.s3_endpoint or None)
         if not options.quiet:
-            check(store)
+            check(store.store)
         cache = options.cache or default_folder()
         ahead = Ahead(url, options.s3_endpoint, cache, options.decode_ahead)
         return run(listener, store, about, cache, ahead, is_quiet=options.quiet)

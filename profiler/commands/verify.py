@@ -19,7 +19,7 @@ import orjson
 from profiler.formats import export
 from profiler.text import counted
 from profiler.times import rfc3339
-from storage.objects.keys import DEFAULT_TENANT, ObjectKey, ObjectStore, StoredObject, StoreError
+from storage.objects.keys import ObjectKey, ObjectStore, StoredObject, StoreError
 from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Accounting, ProfileError, Window
 
@@ -114,9 +114,8 @@ def verify(files: Iterable[str]) -> Verification:
 
 
 def verify_store(
-    store: ObjectStore,
+    store: TenantStore,
     window: Window,
-    tenant: str = DEFAULT_TENANT,
     tell: Callable[[int], None] = lambda _: None,
 ) -> Verification:
     """Read every object that starts inside the window. `tell` gets their number now and then.
@@ -128,8 +127,8 @@ def verify_store(
     windows: dict[str, list[Window]] = {}
     names: dict[str, str] = {}
     next_s = time.monotonic() + _PROGRESS_S
-    listed = _listed(store, window, tenant, windows)
-    for number, (key, checked) in enumerate(_check_all(store, listed), start=1):
+    listed = _listed(store, window, windows)
+    for number, (key, checked) in enumerate(_check_all(store.store, listed), start=1):
         found.add(checked)
         if key is not None and len(checked.accounting.hosts) == 1:
             names[key.host_id] = checked.accounting.hosts[0].name
@@ -159,15 +158,12 @@ def find_gaps(windows: Iterable[Window]) -> list[Window]:
 
 
 def _listed(
-    store: ObjectStore, window: Window, tenant: str, windows: dict[str, list[Window]]
+    store: TenantStore, window: Window, windows: dict[str, list[Window]]
 ) -> Iterator[tuple[str, ObjectKey | None]]:
     """Return what is listed, noting the windows of each host."""
-    pairs: Iterable[tuple[ObjectKey | None, StoredObject]] = TenantStore(store, tenant).list_window(
-        window
-    )
+    pairs: Iterable[tuple[ObjectKey | None, StoredObject]] = store.list_window(window)
     if window == ALWAYS:
-        listed = store.list(f"v1/{tenant}/l0/")
-        pairs = ((ObjectKey.parse(stored.key), stored) for stored in listed)
+        pairs = store.list_all()
     for key, stored in pairs:
         if key is None:
             yield stored.key, None
@@ -205,7 +201,7 @@ def run(files: Iterable[str], *, as_json: bool) -> int:
     return _report(verify(files), as_json=as_json)
 
 
-def run_store(store: ObjectStore, window: Window, *, as_json: bool) -> int:
+def run_store(store: TenantStore, window: Window, *, as_json: bool) -> int:
     """Print what was found in a store; 1 when an object does not add up or cannot be read.
 
     Raises:

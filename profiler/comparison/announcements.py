@@ -19,7 +19,8 @@ from typing import NamedTuple
 import orjson
 
 from profiler.processes.versions import MAX_VERSION
-from storage.objects.keys import DEFAULT_TENANT, ObjectStore, StoredObject, StoreError, content16
+from storage.objects.keys import StoredObject, StoreError, content16
+from storage.objects.tenant import TenantStore
 from storage.profile import Window
 from storage.query.coverage import Skipped
 from storage.query.threads import map_ahead
@@ -57,9 +58,7 @@ class _NoAnnouncementError(ValueError):
     """An object that is none. The message says why."""
 
 
-def announce(
-    store: ObjectStore, service: str, version: str, at_ns: int, tenant: str = DEFAULT_TENANT
-) -> Announcement:
+def announce(store: TenantStore, service: str, version: str, at_ns: int) -> Announcement:
     """Write an announcement; to say the same again changes nothing. Give it as it is read back.
 
     Names become what labels of samples are: made safe, and as long.
@@ -69,14 +68,13 @@ def announce(
     """
     announcement = _checked(service, version, at_ns)
     content = orjson.dumps({"schema": 1, **announcement._asdict()})
-    store.put(_prefix(tenant) + _name(announcement, content), content)
+    store.store.put(_prefix(store) + _name(announcement, content), content)
     return announcement
 
 
 def list_announcements(
-    store: ObjectStore,
+    store: TenantStore,
     window: Window,
-    tenant: str = DEFAULT_TENANT,
     check: Callable[[], None] = lambda: None,
 ) -> Announced:
     """Return what was announced for times inside a window. What `check` raises ends it.
@@ -85,11 +83,11 @@ def list_announcements(
         StoreError: the store cannot be listed. One object that cannot be read is only named.
     """
     skips = _Skips()
-    latest = _latest(store, window, tenant, skips, check)
+    latest = _latest(store, window, skips, check)
 
     def read(stored: StoredObject) -> Announcement | Skipped:
         try:
-            return _read(store, stored, tenant)
+            return _read(store, stored)
         except (_NoAnnouncementError, StoreError) as error:
             return Skipped(stored.key, str(error))
 
@@ -124,15 +122,15 @@ class _Skips:
 
 
 def _latest(
-    store: ObjectStore, window: Window, tenant: str, skips: _Skips, check: Callable[[], None]
+    store: TenantStore, window: Window, skips: _Skips, check: Callable[[], None]
 ) -> Iterable[StoredObject]:
     """Return the objects whose keys say that they were announced for a time in the window."""
     latest: deque[StoredObject] = deque(maxlen=_LIMIT)
     listed = 0
     first_ms, last_ms = (at_ns // _NS_PER_MS for at_ns in (window.start_ns, window.end_ns))
-    for stored in _list(store, window, tenant):
+    for stored in _list(store, window):
         check()
-        match = _KEY.fullmatch(stored.key.removeprefix(_prefix(tenant)))
+        match = _KEY.fullmatch(stored.key.removeprefix(_prefix(store)))
         if match is None:
             skips.add(stored.key, "its key is not that of an announcement")
         elif first_ms <= int(match["at_ms"]) <= last_ms:
@@ -140,24 +138,24 @@ def _latest(
             listed += 1
     if listed > _LIMIT:
         reason = f"only {_LIMIT:,} of {listed:,} announcements are read, those of the last months"
-        skips.add(_prefix(tenant), reason)
+        skips.add(_prefix(store), reason)
     return latest
 
 
-def _list(store: ObjectStore, window: Window, tenant: str) -> Iterator[StoredObject]:
-    prefix = _prefix(tenant)
+def _list(store: TenantStore, window: Window) -> Iterator[StoredObject]:
+    prefix = _prefix(store)
     first, last = _month(window.start_ns), _month(window.end_ns - 1)
     # With the slash: SeaweedFS takes a folder's bare name for all that is in it.
-    for stored in store.list(prefix, start_after=f"{prefix}{first}/"):
+    for stored in store.store.list(prefix, start_after=f"{prefix}{first}/"):
         if stored.key[len(prefix) : len(prefix) + len(last)] > last:
             return
         yield stored
 
 
-def _read(store: ObjectStore, stored: StoredObject, tenant: str) -> Announcement:
+def _read(store: TenantStore, stored: StoredObject) -> Announcement:
     if stored.size_bytes > _SIZE_LIMIT_BYTES:
         raise _NoAnnouncementError(f"it is longer than {_SIZE_LIMIT_BYTES >> 10} KiB")
-    content = store.get_range(stored.key, 0, _SIZE_LIMIT_BYTES)
+    content = store.store.get_range(stored.key, 0, _SIZE_LIMIT_BYTES)
     if f"-{content16(content)}." not in stored.key:
         raise _NoAnnouncementError(
             "its content is not what its key says: it is damaged or cut short"
@@ -181,7 +179,7 @@ def _read(store: ObjectStore, stored: StoredObject, tenant: str) -> Announcement
             raise _NoAnnouncementError("it has no service, version and at_ns")
     if announcement != (service, version, at_ns):
         raise _NoAnnouncementError("a name in it is too long, or not safe to show")
-    if stored.key != _prefix(tenant) + _name(announcement, content):
+    if stored.key != _prefix(store) + _name(announcement, content):
         raise _NoAnnouncementError("its key is that of another service or time")
     return announcement
 
@@ -198,8 +196,8 @@ def _checked(service: str, version: str, at_ns: int) -> Announcement:
     return Announcement(names[0], names[1][:MAX_VERSION].strip(), at_ns)
 
 
-def _prefix(tenant: str) -> str:
-    return f"v1/{tenant}/deployments/"
+def _prefix(store: TenantStore) -> str:
+    return f"v1/{store.tenant}/deployments/"
 
 
 def _name(announcement: Announcement, content: bytes) -> str:

@@ -14,7 +14,7 @@ from profiler.comparison.rollouts import (
     find_deployments,
     merge_announcements,
 )
-from storage.objects.keys import ObjectStore
+from storage.objects.tenant import TenantStore
 from storage.profile import Window
 from storage.query.coverage import Skipped
 from storage.query.query import Query
@@ -59,7 +59,7 @@ class Found:
 
 
 def deployments_in(
-    store: ObjectStore,
+    store: TenantStore,
     query: Query,
     window: Window,
     selector: Selector,

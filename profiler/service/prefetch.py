@@ -22,7 +22,7 @@ from typing import Any
 import orjson
 
 from storage.objects.keys import StoreError
-from storage.objects.open import open_store
+from storage.objects.open import open_tenant
 from storage.profile import Window
 from storage.query.listing import HOUR_NS
 from storage.query.query import Query
@@ -159,7 +159,7 @@ def main() -> int:
         return 0  # it died before it could tell us
     with contextlib.suppress(OSError):  # where that is forbidden the share alone is the bound
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    store = open_store(options.store, options.s3_endpoint or None)
+    store = open_tenant(options.store, options.s3_endpoint or None)
     work(Query(store, options.cache), options.percent)
     return 0
 

@@ -37,7 +37,7 @@ from profiler.flamegraph.flamegraph import ROOT_ID, FlameGraph, Screen, draw
 from profiler.flamegraph.paths import Group, Paths, Stacks
 from profiler.flamegraph.views import NoSuchNodeError, View, path_to
 from profiler.times import from_until
-from storage.objects.keys import ObjectStore
+from storage.objects.tenant import TenantStore
 from storage.profile import GOOD_STOPS, Profile, Window
 from storage.query.coverage import Coverage
 from storage.query.listing import HOUR_NS, nearest_objects
@@ -296,7 +296,7 @@ class _Compared:
 class Answers:
     """Answers questions about one store. Safe to use from several threads."""
 
-    def __init__(self, store: ObjectStore, query: Query) -> None:
+    def __init__(self, store: TenantStore, query: Query) -> None:
         self._store = store
         self._query = query.believing(_BELIEVED_S)
         self._merged: OrderedDict[tuple[str, str, str], _Merged] = OrderedDict()
@@ -651,7 +651,7 @@ class Answers:
         return sorted(self._query.label_values(last, "host"))
 
     def _key(self, question: Question) -> tuple[str, str, str]:
-        objects = self._query.fingerprint(question.window)
+        objects = self._query.fingerprint(question.window, question.type)
         return (objects, str(question.selector), question.type)
 
     def _has(self, question: Question) -> bool:

@@ -5,12 +5,18 @@ from pathlib import Path
 
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import ObjectStore, StoreRefused
+from storage.objects.tenant import TenantStore
 
 
 def default_store_url() -> str:
     """Return EVERFLAME_STORE, else a folder that the user may write to."""
     place = "/var/lib/everflame" if os.geteuid() == 0 else "~/.local/share/everflame"
     return os.environ.get("EVERFLAME_STORE") or str(Path(place).expanduser())
+
+
+def open_tenant(url: str = "", endpoint: str | None = None) -> TenantStore:
+    """Return the profiles in the store at a URL; see `open_store`."""
+    return TenantStore(open_store(url, endpoint))
 
 
 def open_store(url: str = "", endpoint: str | None = None) -> ObjectStore:

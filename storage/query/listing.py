@@ -6,22 +6,19 @@ merged (`storage.query.parts`), so that 24 hours of a host are 24 files and not 
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectKey, ObjectStore, StoredObject
+from storage.objects.keys import CPU, NS_PER_S, ObjectKey, StoredObject
 from storage.objects.tenant import TenantStore
-from storage.profile import ALWAYS, Window
+from storage.profile import Window
 
 HOUR_NS = 3600 * NS_PER_S
 SPANS_NS = (HOUR_NS, HOUR_NS // 6)
 """Lengths of the spans that are kept merged: whole hours, and ten minutes of the hours in which a
 window begins and ends. The last hour begins and ends inside an hour, and is what most people ask
 for."""
-_LOOK_AROUND_S = (3600, 86_400, 30 * 86_400)
-"""How far to look for the nearest data, step by step, before the whole store is listed."""
 
 
 class ListedObject(NamedTuple):
@@ -37,14 +34,20 @@ def never_interrupt() -> None:
 class Listing:
     """Lists the objects of a store. Safe to use from several threads."""
 
-    store: ObjectStore
-    tenant: str = DEFAULT_TENANT
+    store: TenantStore
+    type: str = CPU
     check: Callable[[], None] = never_interrupt
     """Called between objects; what it raises ends the listing."""
     reuse_s: float = 0.0
     """For how long the listing of a window is used again."""
-    _recent: dict[Window, tuple[float, list[ListedObject]]] = field(default_factory=dict)
+    _recent: dict[tuple[str, Window], tuple[float, list[ListedObject]]] = field(
+        default_factory=dict
+    )
     _whole: tuple[Window, list[ListedObject]] | None = None
+
+    def of_type(self, type_: str) -> "Listing":
+        """Return a listing of the profiles of another type."""
+        return self if type_ == self.type else replace(self, type=type_, _whole=None)
 
     def once(self, window: Window) -> "Listing":
         """Return a listing that lists the hours of a window now, and answers from that."""
@@ -62,36 +65,25 @@ class Listing:
             yield from self._list(window)
             return
         oldest_s = time.monotonic() - self.reuse_s
-        known = self._recent.get(window)
+        known = self._recent.get((self.type, window))
         if known is None or known[0] < oldest_s:
             known = (time.monotonic(), list(self._list(window)))
-            for other in [w for w, (at_s, _) in list(self._recent.items()) if at_s < oldest_s]:
+            for other in [key for key, (at_s, _) in list(self._recent.items()) if at_s < oldest_s]:
                 self._recent.pop(other, None)
-            self._recent[window] = known
+            self._recent[self.type, window] = known
         yield from known[1]
 
     def _list(self, window: Window) -> Iterator[ListedObject]:
-        for key, stored in TenantStore(self.store, self.tenant).list_window(window):
+        for key, stored in self.store.list_window(window, self.type):
             self.check()
             if is_inside(key, window):
                 yield ListedObject(key, stored)
 
 
-def nearest_objects(store: ObjectStore, window: Window) -> list[ObjectKey]:
+def nearest_objects(store: TenantStore, window: Window) -> list[ObjectKey]:
     """Return the last object before a window and the first one after it, if there are any."""
-    found: list[ObjectKey] = []
-    for seconds in (*_LOOK_AROUND_S, None):
-        start_ns = 0 if seconds is None else max(0, window.start_ns - seconds * NS_PER_S)
-        if start_ns >= window.start_ns:
-            break
-        last = deque(TenantStore(store).list_window(Window(start_ns, window.start_ns)), maxlen=1)
-        if last:
-            found.append(max(key for key, _ in last))
-            break
-    if window.end_ns < ALWAYS.end_ns:
-        after = TenantStore(store).list_window(Window(window.end_ns, ALWAYS.end_ns))
-        found += [key for key, _ in [next(after, (None, None))] if key is not None]
-    return found
+    nearest = (store.newest_object(window.start_ns), store.first_object(window.end_ns))
+    return [key for key in nearest if key is not None]
 
 
 def split_spans(

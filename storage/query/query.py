@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from storage.merging import merge_columns
-from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectStore
+from storage.objects.keys import CPU, NS_PER_S
+from storage.objects.tenant import TenantStore
 from storage.profile import Accounting, Profile, ProfileBuilder, Window
 from storage.query.cache import DEFAULT_LIMIT_BYTES, DecodedCache
 from storage.query.coverage import Coverage, choose_parts, has_host, merging_early
@@ -66,18 +67,17 @@ class Query:
 
     def __init__(
         self,
-        store: ObjectStore,
+        store: TenantStore,
         cache_folder: Path,
         *,
         cache_bytes: int = DEFAULT_LIMIT_BYTES,
-        tenant: str = DEFAULT_TENANT,
         now_ns: Callable[[], int] = time.time_ns,
         workers: Workers | None = None,
     ) -> None:
         cache = DecodedCache(cache_folder, cache_bytes)
-        decoder = Decoder(store, cache.secret, workers)
+        decoder = Decoder(store.store, cache.secret, workers)
         self._decoder = decoder
-        self._parts = Parts(Listing(store, tenant), cache, decoder, now_ns)
+        self._parts = Parts(Listing(store), cache, decoder, now_ns)
 
     def interruptible(self, check: Callable[[], None]) -> "Query":
         """Return a copy of this query that calls `check` between objects: what it raises ends it.
@@ -106,6 +106,9 @@ class Query:
         """Return a copy of this query that lists the hours of a window once."""
         return self._listing_as(self._parts.listing.once(window))
 
+    def _parts_of(self, type_: str) -> Parts:
+        return replace(self._parts, listing=self._parts.listing.of_type(type_))
+
     def _listing_as(self, listing: Listing) -> "Query":
         return self._reading(replace(self._parts, listing=listing))
 
@@ -123,9 +126,10 @@ class Query:
         """Return the objects that start inside a window, by hour, host and start; none is read."""
         yield from self._parts.listing.objects(window)
 
-    def fingerprint(self, window: Window) -> str:
+    def fingerprint(self, window: Window, type: str = CPU) -> str:  # noqa: A002
         """Name the objects of a window: as long as the name is the same, so is every answer."""
-        return self._parts.name(list(self.objects(window)))
+        parts = self._parts_of(type)
+        return parts.name(list(parts.listing.objects(window)))
 
     def prepare(self, window: Window) -> Iterator[Prepared]:
         """Decode and keep what will be asked about a window; see `Parts.prepare`."""
@@ -134,7 +138,8 @@ class Query:
     def profile(self, window: Window, selector: Selector = EMPTY, type: str = "cpu") -> Answer:  # noqa: A002 - the field's word
         """Merge what was sampled in a window under the selected labels."""
         early = merging_early(merge_columns, selector)
-        read = self._parts.read(self._parts.columns, window)
+        parts = self._parts_of(type)
+        read = parts.read(parts.columns, window)
         columns, coverage = choose_parts(read, window, selector, type, early)
         chosen = [each.filter(selector) for each in columns]
         if not chosen:
@@ -165,7 +170,8 @@ class Query:
         Raises:
             ValueError: the step is not positive.
         """
-        read = self._parts.read(self._parts.times, window)
+        of_type = self._parts_of(type)
+        read = of_type.read(of_type.times, window)
         parts, coverage = choose_parts(read, window, selector, type)
         return make_timeline(
             parts,
@@ -216,14 +222,15 @@ class Query:
         Stacks are read only for labels of single processes (PROCESS_LABELS), which kept function
         totals leave out.
         """
+        parts = self._parts_of(type)
         if PROCESS_LABELS & {*selector.names, *by}:
-            read = self._parts.read(self._parts.columns, window)
+            read = parts.read(parts.columns, window)
             stacks, coverage = choose_parts(read, window, selector, type)
             left_out, hasher = PROCESS_LABELS.difference(by), self._decoder.hasher
             chosen = (each.filter(selector) for each in stacks)
             return [FunctionTotals.of(each, hasher, left_out) for each in chosen], coverage
         early = merging_early(merge_function_totals, selector)
-        kept = self._parts.read(self._parts.function_totals, window)
+        kept = parts.read(parts.function_totals, window)
         totals, coverage = choose_parts(kept, window, selector, type, early)
         return [each.filter(selector) for each in totals], coverage
 

@@ -367,9 +367,9 @@ def store(tmp_path, monkeypatch):
 
 
 def asked(store, selector: str = "", window=None):
-    query = Query(store, Path(os.environ["EVERFLAME_CACHE"]))
+    query = Query(TenantStore(store), Path(os.environ["EVERFLAME_CACHE"]))
     parsed = Selector.parse(selector)
-    return deployments_in(store, query, window or minutes(60, 80), parsed)
+    return deployments_in(TenantStore(store), query, window or minutes(60, 80), parsed)
 
 
 def test_deployments_are_found_in_a_store(store):
@@ -426,30 +426,32 @@ def test_there_is_a_reason_for_none(store, selector, window, reason):
 
 def test_an_announcement_is_read_back(store):
     """Saying it again changes nothing; another time is another announcement."""
-    names = [announce(store, "api", "2", START_NS + 5)] * 2
-    names.append(announce(store, "api", "2", START_NS + 5))
-    announce(store, "api", "2", START_NS - 1)
+    names = [announce(TenantStore(store), "api", "2", START_NS + 5)] * 2
+    names.append(announce(TenantStore(store), "api", "2", START_NS + 5))
+    announce(TenantStore(store), "api", "2", START_NS - 1)
 
-    assert list_announcements(store, minutes(0, 1)).announcements == names[:1]
-    assert list_announcements(store, minutes(-1, 1)).announcements == [
+    assert list_announcements(TenantStore(store), minutes(0, 1)).announcements == names[:1]
+    assert list_announcements(TenantStore(store), minutes(-1, 1)).announcements == [
         ("api", "2", START_NS - 1), ("api", "2", START_NS + 5),
     ]  # fmt: skip
-    assert list_announcements(store, minutes(-1, 1)).skipped == []
+    assert list_announcements(TenantStore(store), minutes(-1, 1)).skipped == []
 
 
 @pytest.mark.parametrize("at_ns", [0, START_NS, 2**63 - 1])
 def test_announcements_of_any_time_are_found(tmp_path, at_ns):
     """At the begin of a month, of time, and at its end."""
     store = DirectoryStore(tmp_path)
-    announce(store, "api", "2", at_ns)
+    announce(TenantStore(store), "api", "2", at_ns)
 
-    assert len(list_announcements(store, ALWAYS).announcements) == (at_ns < ALWAYS.end_ns)
+    assert len(list_announcements(TenantStore(store), ALWAYS).announcements) == (
+        at_ns < ALWAYS.end_ns
+    )
 
 
 def test_an_announcement_makes_a_found_deployment_exact(store):
     """And one of a service without versions stands alone."""
-    announce(store, "api", "2", START_NS + 70 * MINUTE_NS + 12 * 10**9)
-    announce(store, "jobs", "7", START_NS + 75 * MINUTE_NS)
+    announce(TenantStore(store), "api", "2", START_NS + 70 * MINUTE_NS + 12 * 10**9)
+    announce(TenantStore(store), "jobs", "7", START_NS + 75 * MINUTE_NS)
 
     jobs, api = asked(store).deployments
 
@@ -466,7 +468,7 @@ def test_announcements_disturb_nothing_else(store, capfd):
     selection = Selection.parse(str(store.root))
     listed = ls.list_hosts(selection).as_json()
 
-    announce(store, "api", "2", START_NS)
+    announce(TenantStore(store), "api", "2", START_NS)
 
     assert [key for key, _ in TenantStore(store).list_window(ALWAYS)] == before
     assert ls.list_hosts(selection).as_json() == listed
@@ -498,9 +500,9 @@ def test_a_hostile_announcement_is_named_and_passed_over(store, content, reason)
     month = rfc3339(START_NS)[:7]
     key = f"v1/default/deployments/{month}/{'a' * 16}-{START_NS // 10**6}-{content16(content)}.json"
     store.put(key, content)
-    announce(store, "jobs", "7", START_NS)
+    announce(TenantStore(store), "jobs", "7", START_NS)
 
-    told = list_announcements(store, minutes(0, 1))
+    told = list_announcements(TenantStore(store), minutes(0, 1))
 
     assert [each.service for each in told.announcements] == ["jobs"]
     assert [skipped.key for skipped in told.skipped] == [key]
@@ -510,14 +512,14 @@ def test_a_hostile_announcement_is_named_and_passed_over(store, content, reason)
 
 def test_a_damaged_or_foreign_object_is_named_and_passed_over(store):
     """Cut short, or under a key that no announcement has."""
-    announce(store, "api", "2", START_NS)
+    announce(TenantStore(store), "api", "2", START_NS)
     (stored,) = store.list("v1/default/deployments/")
     path = store.root / stored.key
     path.write_bytes(path.read_bytes()[:-9])
     month = rfc3339(START_NS)[:7]
     store.put(f"v1/default/deployments/{month}/readme.txt", b"hello")
 
-    told = list_announcements(store, minutes(0, 1))
+    told = list_announcements(TenantStore(store), minutes(0, 1))
 
     assert told.announcements == []
     assert {skipped.key: skipped.reason.partition(":")[0] for skipped in told.skipped} == {
@@ -533,9 +535,9 @@ def test_any_name_can_be_announced(tmp_path_factory, name, version):
         return
     store = DirectoryStore(tmp_path_factory.mktemp("store"))
 
-    told = announce(store, name, version, START_NS)
+    told = announce(TenantStore(store), name, version, START_NS)
 
-    assert list_announcements(store, minutes(0, 1)) == ([told], [])
+    assert list_announcements(TenantStore(store), minutes(0, 1)) == ([told], [])
     assert (told.service + told.version).isprintable()
 
 
@@ -544,9 +546,9 @@ def test_announcements_lie_in_a_bucket_too(weed: Weed, tmp_path):
     with using_keys():
         store = open_store(f"s3://{BUCKET}/{tmp_path.name}", weed.endpoint)
         for month in range(3):
-            announce(store, "api", str(month), START_NS + month * 31 * 86400 * 10**9)
+            announce(TenantStore(store), "api", str(month), START_NS + month * 31 * 86400 * 10**9)
 
-        told = list_announcements(store, minutes(31 * 1440 - 1, 31 * 1440 + 1))
+        told = list_announcements(TenantStore(store), minutes(31 * 1440 - 1, 31 * 1440 + 1))
 
         assert [each.version for each in told.announcements] == ["1"]
         assert told.skipped == []
@@ -656,7 +658,7 @@ def test_what_cannot_be_announced_is_said(tmp_path, name, at_text, message):
 
 def test_the_service_answers_and_says_why_there_is_nothing(store, tmp_path):
     """The same over HTTP; parameters that it does not know are errors."""
-    announce(store, "jobs", "7", START_NS + 75 * MINUTE_NS)
+    announce(TenantStore(store), "jobs", "7", START_NS + 75 * MINUTE_NS)
     (store.root / "v1/default/deployments" / rfc3339(START_NS)[:7] / "x").write_bytes(b"?")
     times = {"from": rfc3339(minutes(60, 80).start_ns), "until": rfc3339(minutes(60, 80).end_ns)}
     with service(tmp_path, "--decode-ahead=0") as (_, client):

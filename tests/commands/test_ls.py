@@ -16,6 +16,7 @@ from profiler.formats.export import read
 from profiler.times import rfc3339
 from storage.formats import folded
 from storage.objects.directory import DirectoryStore
+from storage.objects.tenant import TenantStore
 from storage.profile import merge
 from storage.query.query import Query
 from storage.selector import Selector
@@ -92,7 +93,7 @@ def test_as_little_as_possible_is_read(store):
             return super().get(key)
 
     selection = Selection.parse(str(store.root))
-    ls.list_hosts(dataclasses.replace(selection, store=Counting(store.root)))
+    ls.list_hosts(dataclasses.replace(selection, store=TenantStore(Counting(store.root))))
 
     assert sorted(fetched.values()) == [1, 1]
 
@@ -173,7 +174,7 @@ def test_nothing_selected_says_where_the_nearest_data_are(store, capfd, tmp_path
 def test_a_store_without_any_data_is_said(tmp_path, monkeypatch):
     """Not the nearest data, when there are none."""
     monkeypatch.setenv("EVERFLAME_CACHE", str(tmp_path / "cache"))
-    selection = Selection(DirectoryStore(tmp_path / "none"), minutes(0, 1), Selector())
+    selection = Selection(TenantStore(DirectoryStore(tmp_path / "none")), minutes(0, 1), Selector())
 
     with pytest.raises(NothingSelectedError, match="is empty"):
         selection.answer()
@@ -205,7 +206,7 @@ def test_what_takes_long_says_what_it_reads_on_a_terminal_alone(store, tmp_path,
     monkeypatch.setattr(selections, "_SHOWN_AFTER_S", 0.0)
     monkeypatch.setattr(selections, "_EVERY_S", 0.0)
     for number, (out, is_shown) in enumerate(((Screen(), True), (io.StringIO(), False))):
-        query = Query(store, tmp_path / f"cache-{number}").watched(Decoding(out))
+        query = Query(TenantStore(store), tmp_path / f"cache-{number}").watched(Decoding(out))
 
         query.profile(minutes(0, 120))
 

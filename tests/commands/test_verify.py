@@ -9,6 +9,7 @@ from profiler import cli
 from profiler.commands import verify
 from profiler.commands.verify import find_gaps, verify_store
 from storage.objects.keys import DEFAULT_TENANT, object_key
+from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Window
 from tests.support import profiles as some
 from tests.support.stores import MINUTE_NS, START_NS, at, directory, minutes, put
@@ -18,7 +19,7 @@ def test_a_sound_store_adds_up(tmp_path):
     """The sums are those of all objects; nothing is missing."""
     store = directory(tmp_path, *(at(some.sample_profile(), i) for i in range(3)))
 
-    found = verify_store(store, ALWAYS)
+    found = verify_store(TenantStore(store), ALWAYS)
 
     assert found.is_ok
     assert (found.objects, found.sums.ticks, found.sums.stored) == (3, 69, 48)
@@ -35,7 +36,7 @@ def test_an_object_that_does_not_add_up_is_named(tmp_path, change):
     store = directory(tmp_path, good)
     key = put(store, bad)
 
-    found = verify_store(store, ALWAYS)
+    found = verify_store(TenantStore(store), ALWAYS)
 
     assert not found.is_ok
     (mismatch,) = found.mismatches
@@ -52,7 +53,7 @@ def test_what_is_no_readable_profile_is_named(tmp_path):
     store.put("v1/default/l0/2026-05-28T20/README", b"?")
     store.put("v1/default/manifest", b"of no concern here")
 
-    found = verify_store(store, ALWAYS)
+    found = verify_store(TenantStore(store), ALWAYS)
 
     assert {each["key"] for each in found.unreadable} == {key, "v1/default/l0/2026-05-28T20/README"}
     assert found.objects == 1
@@ -63,7 +64,7 @@ def test_a_window_limits_what_is_read(tmp_path):
     """Objects outside of it are not looked at."""
     store = directory(tmp_path, *(at(some.sample_profile(), i) for i in range(5)))
 
-    assert verify_store(store, minutes(1, 3)).objects == 2
+    assert verify_store(TenantStore(store), minutes(1, 3)).objects == 2
 
 
 def test_time_that_is_missing_is_a_gap(tmp_path):
@@ -72,7 +73,7 @@ def test_time_that_is_missing_is_a_gap(tmp_path):
     profiles += [at(some.sample_profile(), i, "web-2", "f" * 16) for i in range(6)]
     store = directory(tmp_path, *profiles)
 
-    found = verify_store(store, ALWAYS)
+    found = verify_store(TenantStore(store), ALWAYS)
 
     assert found.gaps == [("web-1", minutes(2, 4))]
     assert found.is_ok
@@ -110,10 +111,10 @@ def test_progress_is_told_while_it_takes_long(tmp_path, monkeypatch):
     store = directory(tmp_path, *(at(some.sample_profile(), i) for i in range(3)))
     told: list[int] = []
 
-    verify_store(store, ALWAYS, tell=told.append)
+    verify_store(TenantStore(store), ALWAYS, tell=told.append)
     assert told == []
     monkeypatch.setattr(verify, "_PROGRESS_S", 0.0)
-    verify_store(store, ALWAYS, tell=told.append)
+    verify_store(TenantStore(store), ALWAYS, tell=told.append)
 
     assert told == [1, 2, 3]
 

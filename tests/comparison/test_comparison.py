@@ -14,6 +14,7 @@ from profiler.comparison.comparison import ComparisonError, Operand
 from profiler.comparison.gate import Gate
 from profiler.comparison.verdict import Change, Source
 from storage.formats import pprof
+from storage.objects.tenant import TenantStore
 from storage.profile import Window
 from storage.query.query import Query
 from storage.selector import Selector
@@ -60,7 +61,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture
 def query(store, tmp_path):
-    return Query(store, tmp_path / "cache")
+    return Query(TenantStore(store), tmp_path / "cache")
 
 
 def last(length: int, before: int) -> Operand:
@@ -126,7 +127,7 @@ def test_a_host_on_one_side_only_is_said(store, tmp_path):
     for key in store.list(""):
         alone.put(key.key, store.get(key.key))
     found = comparison.of_store(
-        Query(alone, tmp_path / "cache"), last(LENGTH, LENGTH), last(LENGTH, 0)
+        Query(TenantStore(alone), tmp_path / "cache"), last(LENGTH, LENGTH), last(LENGTH, 0)
     )
 
     assert found.after.hosts == ("web-0", "web-1")
@@ -170,7 +171,7 @@ def test_what_always_happens_at_an_hour_is_no_change(tmp_path):
     store = directory(tmp_path / "store", *found)
     begin = 1440 * 8
     sides = (Operand(API, minutes(begin + i, begin + i + 5)) for i in (0, 5))
-    compared = comparison.of_store(Query(store, tmp_path / "cache"), *sides)
+    compared = comparison.of_store(Query(TenantStore(store), tmp_path / "cache"), *sides)
 
     assert (compared.source, compared.positions) == (Source.HISTORY, 8)
     assert changes(compared) == {"function_3": Change.MORE}
@@ -188,7 +189,7 @@ def test_windows_of_five_seconds_are_enough(tmp_path):
     store = directory(tmp_path / "store", *found)
     sides = (Window(found[i].window.start_ns, found[i + 3].window.end_ns) for i in (48, 52))
     operands = (Operand(API, window) for window in sides)
-    compared = comparison.of_store(Query(store, tmp_path / "cache"), *operands)
+    compared = comparison.of_store(Query(TenantStore(store), tmp_path / "cache"), *operands)
 
     assert (compared.source, compared.positions) == (Source.HISTORY, 6)
     assert changes(compared) == {"function_3": Change.MORE}
@@ -211,7 +212,7 @@ def test_unequal_coverage_and_losses_are_said(tmp_path):
     found[-1] = dataclasses.replace(found[-1], accounting=lossy)
     store = directory(tmp_path / "store", *found)
     sides = (Operand(API, minutes(i, i + 4)) for i in (0, 4))
-    compared = comparison.of_store(Query(store, tmp_path / "cache"), *sides)
+    compared = comparison.of_store(Query(TenantStore(store), tmp_path / "cache"), *sides)
 
     said = " ".join(compared.warnings)
     assert "100% of the before side's time was profiled, 50% of the after side's" in said
@@ -239,7 +240,7 @@ def test_profiles_without_word_of_services_count_as_there(tmp_path):
         found.append(dataclasses.replace(profile, accounting=bare))
     store = directory(tmp_path / "store", *found)
     sides = (Operand(API, minutes(i, i + 2)) for i in (0, 2))
-    compared = comparison.of_store(Query(store, tmp_path / "cache"), *sides)
+    compared = comparison.of_store(Query(TenantStore(store), tmp_path / "cache"), *sides)
 
     assert compared.before.present_s.tolist() == [120.0]
 

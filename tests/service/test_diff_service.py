@@ -19,6 +19,7 @@ from profiler.comparison.gate import Gate
 from profiler.flamegraph import flamegraph
 from profiler.service.responses import Answers, Question
 from storage.objects.directory import DirectoryStore
+from storage.objects.tenant import TenantStore
 from storage.profile import Profile
 from storage.query.query import Query
 from storage.selector import Selector
@@ -338,8 +339,10 @@ def test_a_comparison_may_end_at_any_step(folder, tmp_path):
         assert next(done) > 20
         return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)
 
-    expected = ask(Answers(store, Query(store, tmp_path / "cache")), math.inf)
-    answers = Answers(store, Query(store, tmp_path / "other"))
+    expected = ask(
+        Answers(TenantStore(store), Query(TenantStore(store), tmp_path / "cache")), math.inf
+    )
+    answers = Answers(TenantStore(store), Query(TenantStore(store), tmp_path / "other"))
     steps = 1
     while True:
         try:

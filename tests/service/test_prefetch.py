@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from profiler.service.prefetch import Pace
+from storage.objects.tenant import TenantStore
 from storage.profile import Profile, Window
 from storage.query.listing import HOUR_NS
 from storage.query.query import Query
@@ -32,7 +33,7 @@ def store(tmp_path):
 
 
 def make_query(store, folder: Path, **options) -> Query:
-    return Query(store, folder, now_ns=lambda: NOW_NS, **options)
+    return Query(TenantStore(store), folder, now_ns=lambda: NOW_NS, **options)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 from profiler.flamegraph import flamegraph
 from profiler.service.responses import Answers, NoSuchNodeError, Question
+from storage.objects.tenant import TenantStore
 from storage.profile import merge
 from storage.query.query import Query
 from storage.selector import Selector
@@ -49,7 +50,7 @@ def profiles():
 def new_answers(tmp_path):
     """Return answers that have nothing merged yet, over the same store and cache."""
     store = directory(tmp_path / "store", *profiles())
-    return lambda: Answers(store, Query(store, tmp_path / "cache"))
+    return lambda: Answers(TenantStore(store), Query(TenantStore(store), tmp_path / "cache"))
 
 
 def asked(answers: Answers, question: Question):

@@ -15,6 +15,7 @@ from profiler.service.responses import usual_step_ns
 from profiler.service.schema import ENDPOINTS
 from storage.formats import folded, pprof
 from storage.objects.directory import DirectoryStore
+from storage.objects.tenant import TenantStore
 from storage.profile import Window, merge
 from storage.query.query import Query
 from tests.support import profiles as some
@@ -331,5 +332,5 @@ def test_answers_are_equal_whatever_was_asked_before(folder, client):
     again = client.json("flamegraph", **HOUR)
 
     assert again["nodes"] == first["nodes"]
-    fresh = Query(DirectoryStore(Path(folder) / "store"), folder / "fresh")
+    fresh = Query(TenantStore(DirectoryStore(Path(folder) / "store")), folder / "fresh")
     assert fresh.profile(minutes(0, 60)).profile.total_value == first["total"]

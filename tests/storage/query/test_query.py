@@ -1,6 +1,7 @@
 """Queries: any window and selection of a real store, exact, whatever the cache holds."""
 
 import dataclasses
+import itertools
 import multiprocessing
 import sys
 import threading
@@ -21,6 +22,7 @@ from storage.hashing import Hasher
 from storage.merging import merge_columns
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import DEFAULT_TENANT, StoreUnavailable, object_key
+from storage.objects.tenant import TenantStore
 from storage.profile import (
     Profile,
     ProfileError,
@@ -68,7 +70,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def query(store, tmp_path):
-    return Query(store, tmp_path / "cache")
+    return Query(TenantStore(store), tmp_path / "cache")
 
 
 def with_host(profile: Profile) -> Profile:
@@ -261,9 +263,9 @@ def test_self_samples_of_any_window_need_no_object_where_hours_are_kept(store, t
         minutes(300, 360),
     ]
     # In the same folder, as hashes have its secret.
-    never_settled = Query(store, tmp_path / "cache", now_ns=lambda: START_NS)
+    never_settled = Query(TenantStore(store), tmp_path / "cache", now_ns=lambda: START_NS)
     expected = [functions_of(never_settled, window, text) for window in asked]
-    query = Query(store, tmp_path / "cache")
+    query = Query(TenantStore(store), tmp_path / "cache")
     list(query.prepare(minutes(0, 180)))
     store.fetched.clear()
 
@@ -292,7 +294,7 @@ def test_where_no_hour_is_kept_only_what_a_window_holds_is_fetched(store, query)
 def test_self_samples_are_made_again_where_only_stacks_were_kept(store, tmp_path):
     for minute in range(0, 120, 7):
         put(store, at(small(minute), minute))
-    query = Query(store, tmp_path / "cache")
+    query = Query(TenantStore(store), tmp_path / "cache")
     list(query.prepare(minutes(0, 120)))
     for path in (tmp_path / "cache").rglob("*.objectselfsamples"):
         path.unlink()
@@ -311,7 +313,7 @@ def test_a_partition_of_a_window_merges_to_the_whole(tmp_path_factory, profiles,
     placed = [at(profile, 30 * i) for i, profile in enumerate(profiles)]
     for profile in placed:
         put(store, profile)
-    query = Query(store, folder / "cache")
+    query = Query(TenantStore(store), folder / "cache")
     expected = merge([with_host(profile) for profile in placed])
 
     whole = query.profile(DAY).profile
@@ -334,7 +336,7 @@ def test_a_selector_filters_rows_as_by_hand(tmp_path_factory, profile, name, val
     placed = at(profile, 0)
     put(store, placed)
     values = {value, *(dict(labels).get(name, "") for labels in placed.label_sets)}
-    query = Query(store, folder / "cache")
+    query = Query(TenantStore(store), folder / "cache")
 
     for wanted in sorted(values):
         selector = Selector((Matcher(name, Operator.EQUAL, wanted),))
@@ -381,7 +383,7 @@ def test_whole_hours_answer_as_their_objects_do(store, query, tmp_path):
     for host in range(2):
         for minute in range(0, 180, 20):
             put(store, at(small(minute + host), minute, f"web-{host}", f"{host:016x}"))
-    never_settled = Query(store, tmp_path / "other", now_ns=lambda: START_NS)
+    never_settled = Query(TenantStore(store), tmp_path / "other", now_ns=lambda: START_NS)
     selector = Selector.parse('{version=~"1.[01]"}')
     step = 10 * MINUTE_NS
 
@@ -464,7 +466,7 @@ def test_services_that_were_there_are_known_object_by_object(store, query, tmp_p
             accounting = dataclasses.replace(profile.accounting, services=services)
             profile = dataclasses.replace(profile, accounting=accounting)
             put(store, at(profile, minute, f"web-{host}", f"{host:016x}"))
-    never_settled = Query(store, tmp_path / "other", now_ns=lambda: START_NS)
+    never_settled = Query(TenantStore(store), tmp_path / "other", now_ns=lambda: START_NS)
     selector = Selector.parse('{service="mail",host="web-1"}')
 
     for each in (query, never_settled):
@@ -615,18 +617,33 @@ def test_a_store_that_is_away_spoils_no_later_answer(store, query):
 
 
 def test_objects_of_another_type_are_named(store, query):
-    """Samples of unknown length are never added to nanoseconds."""
+    """As earlier versions stored them, without a type in the key: they are never added up."""
     put(store, at(small(1), 1))
     content = pprof.encode(at(some.samples_only(small(2)), 2))
-    key = object_key(at(small(2), 2), content, DEFAULT_TENANT).text
+    key = object_key(at(small(2), 2), content, DEFAULT_TENANT)._replace(has_type=False).text
     store.put(key, content)
 
     for window in (minutes(0, 60), minutes(0, 5)):
         answer = query.profile(window)
         assert answer.profile.total_samples == small(1).total_samples
         assert [each.key for each in answer.coverage.skipped] == [key]
-        other = query.profile(window, type="samples")
-        assert other.profile.total_samples == small(2).total_samples
+
+
+def test_profiles_of_another_type_are_read_apart(store, query):
+    """Their keys name the type: queries of cpu neither read nor skip them."""
+    put(store, at(small(1), 1))
+    other = put(store, at(some.samples_only(small(2)), 2))
+    reused = query.believing(60).listing(minutes(0, 60))
+
+    for window, asked in itertools.product((minutes(0, 60), minutes(0, 5)), (query, reused)):
+        cpu, samples = asked.profile(window), asked.profile(window, type="samples")
+        assert cpu.profile.total_samples == small(1).total_samples
+        assert samples.profile.total_samples == small(2).total_samples
+        assert cpu.coverage.skipped == samples.coverage.skipped == ()
+        assert asked.functions(window, type="samples").samples == small(2).total_samples
+        assert asked.timeline(window, type="samples").coverage.objects == 1
+        assert asked.fingerprint(window) != asked.fingerprint(window, "samples")
+    assert store.fetched[other.text] == 1
 
 
 def test_damaged_cache_files_are_made_again(store, query, tmp_path):
@@ -645,7 +662,7 @@ def test_damaged_cache_files_are_made_again(store, query, tmp_path):
     for damage in (lambda c: c[: len(c) // 2], lambda c: c[:0], flip_last_bit, flip_middle_bit):
         for path, content in kept.items():
             path.write_bytes(damage(content))
-        fresh = Query(store, tmp_path / "cache")
+        fresh = Query(TenantStore(store), tmp_path / "cache")
         assert fresh.profile(minutes(0, 60)).profile == expected
         assert fresh.profile(minutes(0, 5)).profile == expected
         assert fresh.functions(minutes(0, 60)).samples == expected.total_samples
@@ -665,7 +682,7 @@ def test_a_cache_that_cannot_be_written_only_costs_time(store, tmp_path):
     """A file stands where the folder should be: every answer is right all the same."""
     (tmp_path / "cache").write_text("in the way")
     put(store, at(small(1), 1))
-    query = Query(store, tmp_path / "cache")
+    query = Query(TenantStore(store), tmp_path / "cache")
 
     assert query.profile(minutes(0, 60)).profile.total_samples == small(1).total_samples
     assert query.functions(minutes(0, 60)).samples == small(1).total_samples
@@ -743,12 +760,14 @@ def test_two_processes_share_a_cache(store, tmp_path):
         found = pool.starmap(ask, [arguments] * 6, chunksize=1)
 
     assert found == [(expected, expected)] * 6
-    assert Query(store, tmp_path / "cache").profile(DAY).profile.total_samples == expected
+    assert (
+        Query(TenantStore(store), tmp_path / "cache").profile(DAY).profile.total_samples == expected
+    )
     assert not store.fetched
 
 
 def ask(root: str, cache: str) -> tuple[int, int]:
-    query = Query(DirectoryStore(Path(root)), Path(cache))
+    query = Query(TenantStore(DirectoryStore(Path(root))), Path(cache))
     return query.profile(DAY).profile.total_samples, query.functions(DAY).samples
 
 

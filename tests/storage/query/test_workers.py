@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from storage.objects.directory import DirectoryStore
+from storage.objects.tenant import TenantStore
 from storage.query.query import Query
 from storage.query.workers import NoWorkersError, Workers, start_workers
 from tests.storage.query.test_query import small
@@ -36,10 +37,10 @@ def test_workers_decode_what_this_process_would(store, tmp_path):
     key = put(store, at(small(3), 3))
     store.delete(key.text)
     store.put(key.text, b"damaged")
-    here = Query(store, tmp_path / "here").profile(minutes(0, 90))
+    here = Query(TenantStore(store), tmp_path / "here").profile(minutes(0, 90))
     workers = start_workers(2)
     try:
-        query = Query(store, tmp_path / "there", workers=workers)
+        query = Query(TenantStore(store), tmp_path / "there", workers=workers)
         there = query.profile(minutes(0, 90))
         assert there.profile == here.profile
         assert there.coverage == here.coverage
@@ -59,7 +60,7 @@ def test_workers_are_started_where_there_is_much_to_decode(store, tmp_path):
     for minute in range(90):
         put(store, at(small(minute), minute))
     with Workers(2) as workers:
-        query = Query(store, tmp_path / "cache", workers=workers)
+        query = Query(TenantStore(store), tmp_path / "cache", workers=workers)
 
         query.profile(minutes(0, 2))
         with pytest.raises(NoWorkersError, match="no workers yet"):
@@ -67,7 +68,11 @@ def test_workers_are_started_where_there_is_much_to_decode(store, tmp_path):
         first = query.profile(minutes(0, 90)).profile
 
         wait_for(lambda: is_working(workers))
-        again = Query(store, tmp_path / "other", workers=workers).profile(minutes(0, 90)).profile
+        again = (
+            Query(TenantStore(store), tmp_path / "other", workers=workers)
+            .profile(minutes(0, 90))
+            .profile
+        )
         assert again == first
         assert workers.submit(os.getpid).result() != os.getpid()
 
@@ -79,7 +84,7 @@ def test_a_pool_that_loses_a_worker_is_replaced(store, tmp_path, caplog):
         put(store, at(small(minute), minute))
     workers = start_workers(2)
     try:
-        query = Query(store, tmp_path / "cache", workers=workers)
+        query = Query(TenantStore(store), tmp_path / "cache", workers=workers)
         assert (query.counts.pools_lost, query.counts.pools_started) == (0, 1)
         killed = workers.submit(os.getpid).result()
 
@@ -90,7 +95,7 @@ def test_a_pool_that_loses_a_worker_is_replaced(store, tmp_path, caplog):
         assert workers.submit(os.getpid).result() not in {killed, os.getpid()}
         assert (query.counts.pools_lost, query.counts.pools_started) == (1, 2)
         assert "lost a worker" in caplog.text
-        whole = Query(store, tmp_path / "here").profile(minutes(0, 20)).profile
+        whole = Query(TenantStore(store), tmp_path / "here").profile(minutes(0, 20)).profile
         assert query.profile(minutes(0, 20)).profile == whole
     finally:
         workers.shutdown()
@@ -103,7 +108,7 @@ def test_an_object_that_kills_two_workers_is_skipped_and_no_other(store, tmp_pat
     workers = DeadlyWorkers(2, deadly.start_s)
     workers.start()
     try:
-        query = Query(store, tmp_path / "cache", workers=workers)
+        query = Query(TenantStore(store), tmp_path / "cache", workers=workers)
 
         answer = query.profile(minutes(0, 60))
 
@@ -118,7 +123,7 @@ def test_an_object_that_kills_two_workers_is_skipped_and_no_other(store, tmp_pat
 
         assert again.coverage.skipped == answer.coverage.skipped
         assert query.counts.objects_skipped == 1
-        healthy = Query(store, tmp_path / "cache").profile(minutes(0, 60))
+        healthy = Query(TenantStore(store), tmp_path / "cache").profile(minutes(0, 60))
         assert healthy.coverage.objects == 25
     finally:
         workers.shutdown()
