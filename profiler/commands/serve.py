@@ -15,10 +15,11 @@ from socket import socket
 
 from profiler.agent import status
 from profiler.service import addresses
-from profiler.service.app import About, Service
+from profiler.service.app import Service
 from profiler.service.connections import Server
-from profiler.service.prefetch import DEFAULT_PERCENT, Ahead
-from profiler.service.responses import Answers
+from profiler.service.merged import MergedProfiles
+from profiler.service.prefetch import DEFAULT_PERCENT, Prefetcher
+from profiler.service.status import About
 from storage.objects.keys import ObjectStore, StoredObject, StoreError, StoreRefused
 from storage.objects.open import default_store_url, open_tenant
 from storage.objects.tenant import TenantStore
@@ -36,21 +37,22 @@ def run(
     store: TenantStore,
     about: About,
     cache: Path,
-    ahead: Ahead,
+    prefetcher: Prefetcher,
     *,
     is_quiet: bool = False,
 ) -> int:
     """Serve until SIGINT or SIGTERM."""
     _settle_memory()
     workers = start_workers(min(4, os.cpu_count() or 1))
-    service = Service(Answers(store, Query(store, cache, workers=workers)), about, ahead.told)
-    ahead.start()
+    profiles = MergedProfiles(store, Query(store, cache, workers=workers))
+    service = Service(profiles, about, prefetcher.progress)
+    prefetcher.start()
     if not is_quiet:
         _tell(f"the page is at http://{addresses.shown(listener.getsockname()[:2])}/")
     try:
-        Server(service.app(), service.places).run(sockets=[listener])
+        Server(service.app(), service.slots).run(sockets=[listener])
     finally:
-        ahead.end()
+        prefetcher.end()
         has_ended = service.end(_END_WITHIN_S)
         workers.shutdown(wait=has_ended, cancel_futures=True)
     if not has_ended:
@@ -125,8 +127,8 @@ def main(argv: list[str] | None = None) -> int:
         if not options.quiet:
             check(store.store)
         cache = options.cache or default_folder()
-        ahead = Ahead(url, options.s3_endpoint, cache, options.decode_ahead)
-        return run(listener, store, about, cache, ahead, is_quiet=options.quiet)
+        prefetcher = Prefetcher(url, options.s3_endpoint, cache, options.decode_ahead)
+        return run(listener, store, about, cache, prefetcher, is_quiet=options.quiet)
     except (addresses.ListenError, StoreError) as error:
         _tell(str(error))
         return 2

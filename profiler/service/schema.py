@@ -1,10 +1,12 @@
-"""The API as a table: what each endpoint takes and gives; openapi.json (OpenAPI 3.1) says it.
+"""Schema: the API as a table of endpoints, their parameters and responses; and openapi.json.
 
-Requests are checked by it, and a test holds a running service to all that stands here.
+Requests are checked by it, and a test holds a running service to all of it.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from profiler.service.exports import NAME_PATTERN
 
 WIDTH_PX = (100, 10_000)
 ROWS = (1, 10_000)
@@ -17,7 +19,6 @@ TEXT_LIMIT = 4096
 """Characters of a parameter's value."""
 LABEL_LIMIT = 200
 """Characters of a label's name in a path."""
-EXPORT_NAME = r"[A-Za-z0-9._-]{0,100}\.(speedscope\.json|folded|pb\.gz|svg|json)"
 
 _Schema = dict[str, Any]
 
@@ -26,14 +27,14 @@ _VIEW = ("by", "group", "node", "invert", "callers", "focus", "hide")
 _BEFORE_SIDE = ("before_query", "before_from", "before_until")
 _COMPARED = ("query", "from", "until", *_BEFORE_SIDE)
 BEFORE = frozenset(_BEFORE_SIDE)
-"""Whoever gives one of them asks for a comparison."""
+"""A request with one of them asks for a comparison."""
 
 
 class Endpoint(NamedTuple):
     path: str
     summary: str
     parameters: tuple[str, ...]
-    answers: Mapping[str, _Schema]
+    responses: Mapping[str, _Schema]
     """Schemas by media type."""
     problems: tuple[int, ...] = (400, 421, 503, 504)
 
@@ -474,7 +475,7 @@ ENDPOINTS = {
     ),
     "readyz": Endpoint(
         "/readyz",
-        "Whether the store answers",
+        "Whether the store responds",
         (),
         {"application/json": _object({"ready": {"const": True}})},
     ),
@@ -558,16 +559,16 @@ _PARAMETERS: dict[str, tuple[str, _Schema]] = {
     ),
     "export name": (
         "what the file is to be called, with .speedscope.json, .folded, .pb.gz, .svg or .json",
-        {"type": "string", "pattern": f"^{EXPORT_NAME}$"},
+        {"type": "string", "pattern": f"^{NAME_PATTERN}$"},
     ),
 }
 """By name; by endpoint and name where endpoints differ."""
 
 _PROBLEMS = {
-    400: "what was asked cannot be understood",
+    400: "the request cannot be understood",
     404: "there is no such node, file or label, or nothing to compare",
     421: "the Host header names another machine",
-    503: "the store is away, or too many questions wait; try again",
+    503: "the store cannot be reached, or too many requests wait; try again",
     504: "it took too long",
 }
 
@@ -595,8 +596,8 @@ def _operation(name: str, endpoint: Endpoint) -> dict[str, Any]:
         "parameters": parameters,
         "responses": {
             "200": {
-                "description": "the answer",
-                "content": {kind: {"schema": each} for kind, each in endpoint.answers.items()},
+                "description": "the response",
+                "content": {kind: {"schema": each} for kind, each in endpoint.responses.items()},
             },
             **{str(code): _problem(_PROBLEMS[code]) for code in endpoint.problems},
         },

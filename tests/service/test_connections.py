@@ -18,7 +18,7 @@ import pytest
 from starlette.responses import Response
 
 from profiler.service import connections
-from profiler.service.connections import Places, Server
+from profiler.service.connections import ConnectionSlots, Server
 from tests.commands.test_up import descendants_of, is_running
 from tests.support.live import wait_for
 from tests.support.services import Client, profile_of, service
@@ -111,17 +111,17 @@ async def large(scope, receive, send) -> None:
 def test_who_takes_nothing_of_an_answer_is_cut_off(monkeypatch, pause_s, is_cut):
     """Who takes a little now and then is not."""
     monkeypatch.setattr(connections, "_STALL_S", 2.0)
-    places = Places(Response(status_code=503), Response(status_code=400))
+    slots = ConnectionSlots(Response(status_code=503), Response(status_code=400))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        server = Server(large, places)
+        server = Server(large, slots)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener.dup()]})
         thread.start()
         with socket.create_connection(("127.0.0.1", port), 20) as connection:
             connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
             taken = 0
             if pause_s is None:
-                wait_for(lambda: places.cut == 1)
+                wait_for(lambda: slots.cut == 1)
             else:
                 while some := connection.recv(1 << 20):
                     taken += len(some)
@@ -130,7 +130,7 @@ def test_who_takes_nothing_of_an_answer_is_cut_off(monkeypatch, pause_s, is_cut)
         thread.join(20)
 
     assert not thread.is_alive()
-    assert (places.cut == 1) == is_cut
+    assert (slots.cut == 1) == is_cut
     assert (taken > 64 << 20) == (not is_cut)
 
 

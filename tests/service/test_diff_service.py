@@ -17,7 +17,9 @@ import pytest
 from profiler.comparison.comparison import Operand
 from profiler.comparison.gate import Gate
 from profiler.flamegraph import flamegraph
-from profiler.service.responses import Answers, Question
+from profiler.service.comparisons import Comparisons
+from profiler.service.diff import diff_graph
+from profiler.service.merged import MergedProfiles, PanelRequest
 from storage.objects.directory import DirectoryStore
 from storage.objects.tenant import TenantStore
 from storage.profile import Profile
@@ -326,27 +328,30 @@ def test_a_comparison_may_end_at_any_step(folder, tmp_path):
         Operand(Selector.parse(API["query"]), minutes(END - (i + 1) * LENGTH, END - i * LENGTH))
         for i in range(2)
     ]
-    after = Question(sides[0].window, sides[0].selector, by=("service",))
+    after = PanelRequest(sides[0].window, sides[0].selector, by=("service",))
 
-    def ask(answers: Answers, steps: float) -> bytes:
+    def comparisons(cache: str) -> Comparisons:
+        profiles = TenantStore(store)
+        return Comparisons(MergedProfiles(profiles, Query(profiles, tmp_path / cache)))
+
+    def ask(comparisons: Comparisons, steps: float) -> bytes:
         done = itertools.count()
 
         def check() -> None:
             if next(done) >= steps:
                 raise EnoughError
 
-        found = answers.diff(after, sides[1], Gate(0.1, 0.005), check)
+        compared = comparisons.compare(after, sides[1], check)
+        found = diff_graph(compared, after, Gate(0.1, 0.005), check)
         assert next(done) > 20
         return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)
 
-    expected = ask(
-        Answers(TenantStore(store), Query(TenantStore(store), tmp_path / "cache")), math.inf
-    )
-    answers = Answers(TenantStore(store), Query(TenantStore(store), tmp_path / "other"))
+    expected = ask(comparisons("cache"), math.inf)
+    other = comparisons("other")
     steps = 1
     while True:
         try:
-            found = ask(answers, steps)
+            found = ask(other, steps)
             break
         except EnoughError:
             steps *= 2

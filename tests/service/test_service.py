@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from profiler.flamegraph import flamegraph
-from profiler.service.responses import usual_step_ns
 from profiler.service.schema import ENDPOINTS
+from profiler.service.timeline import default_step_ns
 from storage.formats import folded, pprof
 from storage.objects.directory import DirectoryStore
 from storage.objects.tenant import TenantStore
@@ -113,7 +113,7 @@ def test_a_timelines_own_step_is_no_shorter_than_an_object(client):
     assert line["step_ms"] == 60_000
     assert line["totals"]["profiled_ns"] == [60 * 10**9] * 5
     odd = Window(0, 1_000 * 10**9)
-    assert [usual_step_ns(odd, s * 10**9) // 10**9 for s in (0, 45, 60)] == [10, 900, 60]
+    assert [default_step_ns(odd, s * 10**9) // 10**9 for s in (0, 45, 60)] == [10, 900, 60]
 
 
 def test_labels_and_their_values_are_told(client):

@@ -1,0 +1,166 @@
+"""Comparisons: two sides compared, kept for a while with the views and graphs made of them."""
+
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+
+from profiler.comparison.comparison import Operand, of_store
+from profiler.flamegraph.differential import Pair, UnionGraph, UnionPaths, only_hosts
+from profiler.flamegraph.flamegraph import Screen
+from profiler.flamegraph.views import View, path_to
+from profiler.service.merged import (
+    KEPT_GRAPHS,
+    KEPT_VIEWS,
+    KEPT_WORDS,
+    Check,
+    MergedProfiles,
+    PanelRequest,
+    PathToNode,
+    ProfileKey,
+)
+from profiler.service.responses import NAMED_SERVICES, empty_reason
+from profiler.times import from_until
+from storage.profile import Window
+from storage.query.coverage import Coverage
+from storage.query.query import Answer
+from storage.query.threads import Turns
+from storage.selector import Selector
+
+_KEPT_S = 300.0
+"""A comparison is kept for so long: new objects of its sides give another one at once, but late
+objects of the time before may make it more certain."""
+
+
+class NothingToCompareError(LookupError):
+    """A side of a comparison is empty."""
+
+    def __init__(self, detail: str, side: str, reason: str, **more: object) -> None:
+        super().__init__(detail)
+        self.fields = {"side": side, "reason": reason, **more}
+
+
+@dataclass(slots=True)
+class Compared:
+    """Two sides compared, and the views of them that were asked for."""
+
+    pair: Pair
+    coverages: tuple[Coverage, Coverage]
+    made_s: float
+    views: OrderedDict[View, UnionPaths] = field(default_factory=OrderedDict)
+    drawn: OrderedDict[tuple[View, int, float], tuple[PathToNode, UnionGraph]] = field(
+        default_factory=OrderedDict
+    )
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def words(self) -> int:
+        return sum(len(each.stack_locations) for each in (self.pair.before, self.pair.after))
+
+    def draw(
+        self, request: PanelRequest, check: Check
+    ) -> tuple[UnionPaths, PathToNode, UnionGraph]:
+        """Return the paths of a view, the path to the request's node, and the graph above it.
+
+        Raises:
+            NoSuchNodeError: no stack goes there.
+        """
+        with self.lock:
+            view = request.view
+            shown = self.views.get(view)
+            if shown is None:
+                shown = self.views[view] = self.pair.view(view, check)
+            self.views.move_to_end(view)
+            while len(self.views) > KEPT_VIEWS:
+                self.views.popitem(last=False)
+            check()
+            key = (view, request.node, request.width_px)
+            if key not in self.drawn:
+                path = path_to(shown.paths, request.node, check)
+                check()
+                boxes = [box for _, box in path]
+                graph = self.pair.draw(shown, boxes, Screen(request.width_px))
+                self.drawn[key] = path, graph
+            self.drawn.move_to_end(key)
+            while len(self.drawn) > KEPT_GRAPHS:
+                self.drawn.popitem(last=False)
+            return shown, *self.drawn[key]
+
+
+class Comparisons:
+    """Compares parts of one store, and keeps some. Safe to use from several threads."""
+
+    def __init__(self, profiles: MergedProfiles) -> None:
+        self._profiles = profiles
+        self._kept: OrderedDict[tuple[ProfileKey, ...], Compared] = OrderedDict()
+        self._lock = threading.Lock()
+        self._comparing = Turns()
+
+    def compare(self, request: PanelRequest, before: Operand, check: Check) -> Compared:
+        """Return the request's side compared with an earlier one.
+
+        Raises:
+            NothingToCompareError: a side is empty.
+        """
+        profiles = self._profiles
+        sides = [replace(request, window=before.window, selector=before.selector), request]
+        key = tuple(profiles.key(side) for side in sides)
+        with self._comparing.of(repr(key), check):
+            known = self._kept.get(key)
+            if known is not None and known.made_s > time.monotonic() - _KEPT_S:
+                self._kept.move_to_end(key)
+                return known
+            merged = [profiles.select(side, check).answer for side in sides]
+            for name, side, answer in zip(("before", "after"), sides, merged, strict=True):
+                self._refuse_empty(name, side, answer)
+            operands = [Operand(side.selector, side.window) for side in sides]
+            found = of_store(profiles.query.interruptible(check), operands[0], operands[1])
+            check()
+            chosen = [
+                only_hosts(answer.profile, side.hosts)
+                for answer, side in zip(merged, (found.before, found.after), strict=True)
+            ]
+            made = Compared(
+                pair=Pair(found, before=chosen[0], after=chosen[1]),
+                coverages=(merged[0].coverage, merged[1].coverage),
+                made_s=time.monotonic(),
+            )
+            if all(answer.coverage.is_lasting for answer in merged):
+                with self._lock:
+                    self._kept[key] = made
+                    words = sum(each.words for each in self._kept.values())
+                    while words > KEPT_WORDS and len(self._kept) > 1:
+                        _, oldest = self._kept.popitem(last=False)
+                        words -= oldest.words
+            return made
+
+    def _refuse_empty(self, name: str, request: PanelRequest, answer: Answer) -> None:
+        profiles = self._profiles
+        empty = empty_reason(profiles, request, answer.coverage, answer.profile.total_samples)
+        if empty is None:
+            return
+        span = f"from {from_until(request.window)}"
+        if empty["reason"] == "nothing_matches":
+            others = (each for each in request.selector.matchers if each.name != "version")
+            versions = profiles.query.label_values(
+                request.window, "version", Selector(tuple(others))
+            )
+            services = ", ".join(empty["services"][:8]) or "none"
+            detail = f"no sample {span} matches {request.selector}; services there: {services}"
+            raise NothingToCompareError(
+                f"nothing to compare: the {name} side is empty: {detail}",
+                name,
+                **empty,
+                versions=list(versions)[:NAMED_SERVICES],
+            )
+        nearest = " and ".join(
+            from_until(Window(each["from_ms"] * 10**6, each["until_ms"] * 10**6))
+            for each in empty["nearest"]
+        )
+        there = f"the nearest data are from {nearest}" if nearest else "the store is empty"
+        raise NothingToCompareError(
+            f"nothing to compare: the {name} side is empty: there are no data {span}; {there}",
+            name,
+            **empty,
+            versions=[],
+        )

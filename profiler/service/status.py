@@ -1,0 +1,72 @@
+"""Status: what this service, its store and the agent of its host are."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from profiler.agent import status
+from profiler.service.merged import MergedProfiles
+from profiler.service.responses import SCHEMA, window_ms
+from storage.objects.tenant import TenantStore
+from storage.profile import Window
+from storage.query.listing import HOUR_NS, nearest_objects
+from storage.query.query import Query
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What the service says about itself."""
+
+    store: str
+    run_folder: Path
+    keep_s: int = 0
+    keep_bytes: int = 0
+
+
+def service_status(
+    profiles: MergedProfiles,
+    about: About,
+    started_ns: int,
+    now_ns: int,
+    prefetched: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the response to `status`."""
+    span = data_span(profiles.store)
+    agent: dict[str, Any] | None = None
+    with contextlib.suppress(status.NoAgentError):
+        agent = status.ask(about.run_folder)
+    keep = {"seconds": about.keep_s, "bytes": about.keep_bytes} if about.keep_s else None
+    return {
+        "schema": SCHEMA,
+        "version": version("everflame"),
+        "store": about.store,
+        "type": "cpu",
+        "now_ms": now_ns // 1_000_000,
+        "started_ms": started_ns // 1_000_000,
+        "keep": keep,
+        "data": span and window_ms(span),
+        "hosts": _latest_hosts(profiles.query, span),
+        "agent": agent,
+        "ahead": prefetched or None,
+    }
+
+
+def data_span(store: TenantStore) -> Window | None:
+    """Return when the data of a store begin and end; None if there are none."""
+    far = Window(2**62, 2**62 + 1)
+    last = nearest_objects(store, far)
+    first = nearest_objects(store, Window(0, 1))
+    if not last or not first:
+        return None
+    return Window(min(key.start_ns for key in first), max(key.end_ns for key in last))
+
+
+def _latest_hosts(query: Query, span: Window | None) -> list[str]:
+    """Return the hosts of the last hour that has data."""
+    if span is None:
+        return []
+    last = Window(max(span.start_ns, span.end_ns - HOUR_NS), span.end_ns)
+    return sorted(query.label_values(last, "host"))

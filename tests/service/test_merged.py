@@ -1,0 +1,93 @@
+"""Responses from merged profiles that are kept: the same as from the store."""
+
+from dataclasses import replace
+
+import pytest
+
+from profiler.flamegraph import flamegraph
+from profiler.flamegraph.views import NoSuchNodeError
+from profiler.service.flame_graph import flame_graph
+from profiler.service.merged import MergedProfiles, PanelRequest
+from profiler.service.top_table import top_table
+from storage.objects.tenant import TenantStore
+from storage.profile import merge
+from storage.query.query import Query
+from storage.selector import Selector
+from tests.support import profiles as some
+from tests.support.stores import at, directory, minutes
+
+HOUR = minutes(0, 60)
+ALL = PanelRequest(HOUR, Selector(), by=("service",))
+SELECTORS = (
+    '{service="api"}',
+    '{service!="api"}',
+    '{service=~"a.*|jobs",comm!=""}',
+    '{service="api",host="web-1"}',
+    '{host="web-2"}',
+    '{service="nothing"}',
+)
+
+
+def go_on() -> None:
+    """Interrupt nothing."""
+
+
+def stacks(minute: int):
+    return some.build(
+        [
+            ({"service": "api", "comm": "api"}, [some.MAIN, some.WORK], minute + 1),
+            ({"service": "api", "comm": "api"}, [some.MAIN, some.READ], 3),
+            ({"service": "jobs", "comm": "jobs"}, [some.HANDLER, some.named("job")], 2),
+        ],
+        some.NAMES,
+    )
+
+
+def stored_profiles():
+    for minute in range(4):
+        yield at(stacks(minute), minute)
+        yield at(stacks(9), minute, "web-2", "00112233445566bb")
+
+
+@pytest.fixture
+def new_profiles(tmp_path):
+    """Return a function that makes profiles with nothing merged, over the same store and cache."""
+    store = TenantStore(directory(tmp_path / "store", *stored_profiles()))
+    return lambda: MergedProfiles(store, Query(store, tmp_path / "cache"))
+
+
+def responses(profiles: MergedProfiles, request: PanelRequest):
+    """Return all panels of a selection, as plain values."""
+    graph = flame_graph(profiles, request, go_on)
+    graph["nodes"] = {name: column.tolist() for name, column in graph["nodes"].items()}
+    return graph, top_table(profiles, request, "self", 100, go_on)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("view", [{}, {"by": ()}, {"invert": True}, {"search": "work"}])
+def test_a_selection_from_a_merged_profile_equals_one_read_from_the_store(
+    new_profiles, selector, view
+):
+    """Choosing a service on the page shows the same as opening a link to it."""
+    request = replace(ALL, selector=Selector.parse(selector), **view)
+    profiles = new_profiles()
+    flame_graph(profiles, ALL, go_on)
+
+    for _ in range(2):
+        assert responses(profiles, request) == responses(new_profiles(), request)
+
+
+def test_a_box_is_found_whatever_was_drawn_before(new_profiles, monkeypatch):
+    """Ids lead to their boxes when their graph is forgotten, and when it was never drawn."""
+    monkeypatch.setattr("profiler.service.merged.KEPT_GRAPHS", 1)
+    profiles = new_profiles()
+    flame_graph(profiles, ALL, go_on)
+    graph = flamegraph.build(merge(list(stored_profiles())), ("service",))
+
+    for node, graph_id in enumerate(graph.ids().tolist()):
+        zoomed = flame_graph(profiles, replace(ALL, node=graph_id), go_on)
+        assert zoomed["nodes"]["total"][0] == graph.total[node]
+        names = [each["frame"][0] for each in zoomed["path"]]
+        assert names == [frame.function for frame in graph.path(node)]
+    with pytest.raises(NoSuchNodeError):
+        flame_graph(profiles, replace(ALL, node=12345), go_on)
