@@ -24,7 +24,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import orjson
 from bench_query import START_NS, fill
 
 from profiler.commands.diff import DEFAULT_GATE, Gate
@@ -32,6 +31,7 @@ from profiler.comparison.comparison import Operand
 from profiler.service.comparisons import Comparisons
 from profiler.service.diff import diff_graph, diff_table
 from profiler.service.merged import MergedProfiles, PanelRequest
+from profiler.service.sharing import json_body
 from storage.objects.directory import DirectoryStore
 from storage.objects.tenant import TenantStore
 from storage.profile import Window
@@ -68,13 +68,11 @@ def ask(folder: Path, cache: Path, shift_min: int) -> dict[str, float]:
         compared = comparisons.compare(request, before, lambda: None)
         graph = diff_graph(compared, request, gate, lambda: None)
         table = diff_table(compared, request, gate, 100, lambda: None)
-        took["bytes"] = sum(
-            len(orjson.dumps(each, option=orjson.OPT_SERIALIZE_NUMPY)) for each in (graph, table)
-        )
+        took["bytes"] = sum(len(json_body(each)[0]) for each in (graph, table))
         took[name] = time.perf_counter() - began_s
         began_s = time.perf_counter()
-    took["positions"] = graph["noise"]["positions"]
-    took["boxes"] = len(graph["nodes"]["frame"])
+    took["positions"] = graph.noise.positions
+    took["boxes"] = len(graph.nodes.frame)
     took["mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     workers.shutdown()
     return took

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from starlette.applications import Starlette
@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from profiler.flamegraph.views import NoSuchNodeError
 from profiler.service import exports
+from profiler.service import parameters as p
 from profiler.service.comparisons import Comparisons, NothingToCompareError
 from profiler.service.connections import ConnectionSlots
 from profiler.service.deployments import deployments
@@ -30,9 +31,8 @@ from profiler.service.flame_graph import flame_graph
 from profiler.service.labels import label_names, label_values
 from profiler.service.merged import Check, MergedProfiles
 from profiler.service.page import GZIPPED, Guard, accepts_gzip, last_response, page_routes
-from profiler.service.parameters import Parameters
 from profiler.service.problems import ProblemError, bad_parameter, bad_request
-from profiler.service.schema import ENDPOINTS, LABEL_LIMIT, ROWS, SERIES, document
+from profiler.service.schema import ENDPOINTS, Ready, document
 from profiler.service.sharing import (
     DEADLINE_S,
     AbandonedError,
@@ -45,11 +45,21 @@ from profiler.service.sharing import (
 )
 from profiler.service.status import About, data_span, service_status
 from profiler.service.timeline import MOST_STEPS, timeline
-from profiler.service.top_table import SORTS, top_table
+from profiler.service.top_table import top_table
 from storage.objects.keys import StoreError
 
-Prepare = Callable[[Parameters, Mapping[str, str]], Compute | Body]
-"""Checks what is asked for, and returns the body, or a function that computes it in a thread."""
+
+class Asked(NamedTuple):
+    """What a request has besides its parameters."""
+
+    now_ns: int
+    """When it came, to the second, so that the panels of one page ask for one window."""
+    path: Mapping[str, str]
+    """The parameters in its path."""
+
+
+Prepare = Callable[[Any, Asked], Compute | Body]
+"""Takes the endpoint's parameters; returns the body, or a function that computes it in a thread."""
 
 log = logging.getLogger(__name__)
 
@@ -135,11 +145,10 @@ class Service:
 
     async def _respond(self, request: Request, endpoint: str, prepare: Prepare) -> Response:
         _check_path(request)
-        # To the second, so that the panels of one page ask for one window.
-        now_ns = self._now_ns() // 10**9 * 10**9
-        parameters = Parameters(request, endpoint, now_ns)
+        asked = Asked(self._now_ns() // 10**9 * 10**9, request.path_params)
+        given: Any = p.parse_query(request.scope["query_string"], ENDPOINTS[endpoint].parameters)
         try:
-            compute = prepare(parameters, request.path_params)
+            compute = prepare(given, asked)
         except exports.NoSuchFileError as error:
             raise ProblemError(404, "No such file", str(error)) from error
         is_gzipped = accepts_gzip(request) and not request.url.path.endswith(".gz")
@@ -147,7 +156,7 @@ class Service:
         if not callable(compute):
             content, media_type = gzipped(compute) if is_gzipped else compute
             return Response(content, headers=headers, media_type=media_type)
-        key = f"{now_ns} {'gzip ' if is_gzipped else ''}{_target(request)}"
+        key = f"{asked.now_ns} {'gzip ' if is_gzipped else ''}{_target(request)}"
         try:
             content, media_type = await self._computations.result(
                 key, gzipping(compute) if is_gzipped else compute, request
@@ -157,7 +166,15 @@ class Service:
                 404, "No such frame", "the frame is not in this range", node=str(error)
             ) from error
         except NothingToCompareError as error:
-            raise ProblemError(404, "Nothing to compare", str(error), **error.fields) from error
+            empty = {name: getattr(error.empty, name) for name in ("reason", "nearest", "services")}
+            raise ProblemError(
+                404,
+                "Nothing to compare",
+                str(error),
+                side=error.side,
+                versions=error.versions,
+                **empty,
+            ) from error
         except StoreError as error:
             raise ProblemError(503, "Store away", str(error)) from error
         response = Response(content, headers=headers, media_type=media_type)
@@ -166,19 +183,19 @@ class Service:
             response.headers["content-disposition"] = f'attachment; filename="{name}"'
         return response
 
-    def _flamegraph(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
-        request = parameters.panel_request()
+    def _flamegraph(self, given: p.FlameGraphParameters, asked: Asked) -> Compute:
+        request = p.panel_request(given, asked.now_ns)
         return lambda check: json_body(flame_graph(self._profiles, request, check))
 
-    def _top(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
-        request = parameters.panel_request()
-        sort = parameters.choice("sort", SORTS)
-        limit = parameters.number("limit", 200, *ROWS)
-        return lambda check: json_body(top_table(self._profiles, request, sort, limit, check))
+    def _top(self, given: p.TopParameters, asked: Asked) -> Compute:
+        request = p.panel_request(given, asked.now_ns)
+        return lambda check: json_body(
+            top_table(self._profiles, request, given.sort, given.limit, check)
+        )
 
-    def _diff(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
-        request, gate = parameters.panel_request(), parameters.gate()
-        before = parameters.before(request)
+    def _diff(self, given: p.DiffGraphParameters, asked: Asked) -> Compute:
+        request, gate = p.panel_request(given, asked.now_ns), given.gate()
+        before = given.before(request, asked.now_ns)
 
         def compute(check: Check) -> Body:
             compared = self._comparisons.compare(request, before, check)
@@ -186,77 +203,74 @@ class Service:
 
         return compute
 
-    def _diff_top(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
-        request, gate = parameters.panel_request(), parameters.gate()
-        before = parameters.before(request)
-        limit = parameters.number("limit", 200, *ROWS)
+    def _diff_top(self, given: p.DiffTopParameters, asked: Asked) -> Compute:
+        request, gate = p.panel_request(given, asked.now_ns), given.gate()
+        before = given.before(request, asked.now_ns)
 
         def compute(check: Check) -> Body:
             compared = self._comparisons.compare(request, before, check)
-            return json_body(diff_table(compared, request, gate, limit, check))
+            return json_body(diff_table(compared, request, gate, given.limit, check))
 
         return compute
 
-    def _timeline(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
-        request, step_ns = parameters.panel_request(), parameters.step_ns()
+    def _timeline(self, given: p.TimelineParameters, asked: Asked) -> Compute:
+        request, step_ns = p.panel_request(given, asked.now_ns), given.step_ns()
         length_ns = request.window.end_ns - request.window.start_ns
         if step_ns and math.ceil(length_ns / step_ns) > MOST_STEPS:
             raise bad_parameter("step", f"this makes more than {MOST_STEPS} steps: use longer ones")
-        limit = parameters.number("limit", 8, *SERIES)
-        return lambda check: json_body(timeline(self._profiles, request, step_ns, limit, check))
+        return lambda check: json_body(
+            timeline(self._profiles, request, step_ns, given.limit, check)
+        )
 
-    def _deployments(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
-        request = parameters.panel_request()
+    def _deployments(self, given: p.RangeParameters, asked: Asked) -> Compute:
+        request = p.panel_request(given, asked.now_ns)
         return lambda check: json_body(deployments(self._profiles, request, check))
 
-    def _labels(self, parameters: Parameters, _path: Mapping[str, str]) -> Compute:
-        request = parameters.panel_request()
+    def _labels(self, given: p.TypeParameters, asked: Asked) -> Compute:
+        request = p.panel_request(given, asked.now_ns)
         return lambda check: json_body(label_names(self._profiles, request, check))
 
-    def _label_values(self, parameters: Parameters, path: Mapping[str, str]) -> Compute:
-        request, name = parameters.panel_request(), path["name"]
-        if "\0" in name or len(name) > LABEL_LIMIT:
-            raise bad_parameter(
-                "name", f"a label's name has at most {LABEL_LIMIT} characters, and no NUL"
-            )
+    def _label_values(self, given: p.TypeParameters, asked: Asked) -> Compute:
+        request = p.panel_request(given, asked.now_ns)
+        name = p.convert(asked.path, p.LabelPath).name
         return lambda check: json_body(label_values(self._profiles, request, name, check))
 
-    def _export(self, parameters: Parameters, path: Mapping[str, str]) -> Compute:
-        name, request = path["name"], parameters.panel_request(usual_by="comm")
-        gate = parameters.gate()
-        exports.check_name(name, is_comparison=parameters.is_comparison)
-        if parameters.is_comparison:
-            before = parameters.before(request)
+    def _export(self, given: p.ExportParameters, asked: Asked) -> Compute:
+        name, request = asked.path["name"], p.panel_request(given, asked.now_ns)
+        gate = given.gate()
+        exports.check_name(name, is_comparison=given.is_comparison)
+        if not given.is_comparison:
+            return lambda check: exports.export_profile(self._profiles, request, name, check)
+        before = given.before(request, asked.now_ns)
 
-            def compute(check: Check) -> Body:
-                compared = self._comparisons.compare(request, before, check)
-                check()
-                return exports.export_comparison(compared, request, gate, name, check)
+        def compute(check: Check) -> Body:
+            compared = self._comparisons.compare(request, before, check)
+            check()
+            return exports.export_comparison(compared, request, gate, name, check)
 
-            return compute
-        return lambda check: exports.export_profile(self._profiles, request, name, check)
+        return compute
 
-    def _status(self, _parameters: Parameters, _path: Mapping[str, str]) -> Compute:
+    def _status(self, _given: p.NoParameters, _asked: Asked) -> Compute:
         return lambda _check: json_body(
             service_status(
                 self._profiles, self._about, self._started_ns, self._now_ns(), self._prefetched()
             )
         )
 
-    def _openapi(self, _parameters: Parameters, _path: Mapping[str, str]) -> Compute:
+    def _openapi(self, _given: p.NoParameters, _asked: Asked) -> Compute:
         return lambda _check: json_body(document(version("everflame")))
 
-    def _readyz(self, _parameters: Parameters, _path: Mapping[str, str]) -> Compute:
+    def _readyz(self, _given: p.NoParameters, _asked: Asked) -> Compute:
         def compute(_check: Check) -> Body:
             data_span(self._profiles.store)  # raises if the store cannot be reached
-            return json_body({"ready": True})
+            return json_body(Ready(True))
 
         return compute
 
-    def _healthz(self, _parameters: Parameters, _path: Mapping[str, str]) -> Body:
+    def _healthz(self, _given: p.NoParameters, _asked: Asked) -> Body:
         return b"ok\n", "text/plain"
 
-    def _metrics(self, _parameters: Parameters, _path: Mapping[str, str]) -> Body:
+    def _metrics(self, _given: p.NoParameters, _asked: Asked) -> Body:
         lines = ["# TYPE everflame_service_requests_total counter"]
         for (endpoint, code), count in sorted(self._requests.items()):
             labels = f'endpoint="{endpoint}",status="{code}"'

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from profiler.comparison.comparison import Operand, of_store
@@ -19,7 +20,7 @@ from profiler.service.merged import (
     PathToNode,
     ProfileKey,
 )
-from profiler.service.responses import NAMED_SERVICES, empty_reason
+from profiler.service.responses import NAMED_SERVICES, Empty
 from profiler.times import from_until
 from storage.profile import Window
 from storage.query.coverage import Coverage
@@ -35,9 +36,9 @@ objects of the time before may make it more certain."""
 class NothingToCompareError(LookupError):
     """A side of a comparison is empty."""
 
-    def __init__(self, detail: str, side: str, reason: str, **more: object) -> None:
-        super().__init__(detail)
-        self.fields = {"side": side, "reason": reason, **more}
+    def __init__(self, detail: str, side: str, empty: Empty, versions: Sequence[str]) -> None:
+        super().__init__(f"nothing to compare: the {side} side is empty: {detail}")
+        self.side, self.empty, self.versions = side, empty, versions
 
 
 @dataclass(slots=True)
@@ -134,33 +135,27 @@ class Comparisons:
                         words -= oldest.words
             return made
 
-    def _refuse_empty(self, name: str, request: PanelRequest, answer: Answer) -> None:
-        profiles = self._profiles
-        empty = empty_reason(profiles, request, answer.coverage, answer.profile.total_samples)
+    def _refuse_empty(self, side: str, request: PanelRequest, answer: Answer) -> None:
+        profiles, samples = self._profiles, answer.profile.total_samples
+        empty = Empty.of(profiles, request, answer.coverage, samples)
         if empty is None:
             return
         span = f"from {from_until(request.window)}"
-        if empty["reason"] == "nothing_matches":
+        if empty.reason == "nothing_matches":
             others = (each for each in request.selector.matchers if each.name != "version")
             versions = profiles.query.label_values(
                 request.window, "version", Selector(tuple(others))
             )
-            services = ", ".join(empty["services"][:8]) or "none"
-            detail = f"no sample {span} matches {request.selector}; services there: {services}"
+            services = ", ".join(empty.services[:8]) or "none"
             raise NothingToCompareError(
-                f"nothing to compare: the {name} side is empty: {detail}",
-                name,
-                **empty,
-                versions=list(versions)[:NAMED_SERVICES],
+                f"no sample {span} matches {request.selector}; services there: {services}",
+                side,
+                empty,
+                list(versions)[:NAMED_SERVICES],
             )
         nearest = " and ".join(
-            from_until(Window(each["from_ms"] * 10**6, each["until_ms"] * 10**6))
-            for each in empty["nearest"]
+            from_until(Window(each.from_ms * 10**6, each.until_ms * 10**6))
+            for each in empty.nearest
         )
         there = f"the nearest data are from {nearest}" if nearest else "the store is empty"
-        raise NothingToCompareError(
-            f"nothing to compare: the {name} side is empty: there are no data {span}; {there}",
-            name,
-            **empty,
-            versions=[],
-        )
+        raise NothingToCompareError(f"there are no data {span}; {there}", side, empty, [])

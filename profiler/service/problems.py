@@ -1,27 +1,50 @@
 """Problems: the responses that are errors, as problem+json (RFC 9457)."""
 
-import orjson
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
 
-RETRY_AFTER_S = 5
-"""When a client that was told 503 may ask again."""
+from profiler.service.responses import EmptyReason, NodeId, WindowMs
+
+_RETRY_AFTER_S = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """The body of an error response."""
+
+    type: str = "about:blank"
+    title: str
+    status: Annotated[int, Meta(ge=400, le=599)]
+    detail: str
+    parameter: str | UnsetType = UNSET
+    node: NodeId | UnsetType = UNSET
+    side: Literal["before", "after"] | UnsetType = UNSET
+    reason: EmptyReason | UnsetType = UNSET
+    nearest: Sequence[WindowMs] | UnsetType = UNSET
+    services: Sequence[str] | UnsetType = UNSET
+    versions: Sequence[str] | UnsetType = UNSET
 
 
 class ProblemError(Exception):
-    """An error response: its status, title and detail, and more fields of its body."""
+    """An error response: its status, title and detail, and more fields of `Problem`."""
 
-    def __init__(self, code: int, title: str, detail: str, **more: object) -> None:
+    def __init__(self, code: int, title: str, detail: str, **more: Any) -> None:
         super().__init__(detail)
-        self.code, self.title, self.detail, self.more = code, title, detail, more
+        self.problem = Problem(title=title, status=code, detail=detail, **more)
 
     def response(self) -> Response:
-        body = {"type": "about:blank", "title": self.title, "status": self.code}
-        content = orjson.dumps({**body, "detail": self.detail, **self.more})
-        headers = {"retry-after": str(RETRY_AFTER_S)} if self.code == 503 else None
-        return Response(content, self.code, headers, "application/problem+json")
+        code = self.problem.status
+        headers = {"retry-after": str(_RETRY_AFTER_S)} if code == 503 else None
+        content = msgspec.json.encode(self.problem)
+        return Response(content, code, headers, "application/problem+json")
 
 
-def bad_request(detail: str, **more: object) -> ProblemError:
+def bad_request(detail: str, **more: Any) -> ProblemError:
     return ProblemError(400, "Bad request", detail, **more)
 
 

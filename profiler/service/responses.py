@@ -1,43 +1,170 @@
-"""Responses: the parts that the responses of several panels have in common.
+"""Responses: the types that the responses of several panels have in common.
 
-Times out are Unix milliseconds. All responses are dicts that orjson can write.
+Each panel's module holds the type of its response: a dataclass that orjson writes as it is, and
+that `openapi.json` describes (`profiler.service.schema`). They have no slots: orjson writes those
+without eight times as fast. Times out are Unix milliseconds; arrays are counts.
 """
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta
 
 from profiler.service.merged import MergedProfiles, PanelRequest
 from storage.profile import GOOD_STOPS, Profile, Window
 from storage.query.coverage import Coverage
 from storage.query.listing import nearest_objects
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 
 NAMED_SERVICES = 50
 _NAMED_HOSTS = 100
 _NAMED_MODULES = 1_000
 
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(ge=0)]
+Counts = npt.NDArray[np.integer[Any]]
+NodeId = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+FrameRow = Annotated[
+    tuple[str, str, str, str, Count],
+    Meta(description="function, module, kind, file, line (0: unknown)"),
+]
+ModuleFile = Annotated[
+    tuple[str, str, str],
+    Meta(description="a frame's module, and the path and build id of a file of that name"),
+]
 
-def head(request: PanelRequest, coverage: Coverage) -> dict[str, Any]:
-    """Return what every panel says about the part of the store that it shows."""
+
+@dataclass(frozen=True)
+class WindowMs:
+    from_ms: Count
+    until_ms: Count
+
+    @classmethod
+    def of(cls, window: Window) -> "WindowMs":
+        return cls(window.start_ns // 1_000_000, window.end_ns // 1_000_000)
+
+
+@dataclass(frozen=True)
+class SkippedObject:
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DataCoverage:
+    """The accounting of the objects that a response is made of."""
+
+    hosts: Count
+    host_names: Sequence[str]
+    objects: Count
+    cpus: Count
+    ticks: Count
+    idle: Count
+    filtered: Count
+    stored: Count
+    lost: Mapping[str, Count]
+    stops: Mapping[str, Count]
+    complete: Annotated[float, Meta(ge=0, le=1)] | None
+    nonidle_ns: Count
+    profiled_ns: Count
+    skipped: Sequence[SkippedObject]
+
+    @classmethod
+    def of(cls, coverage: Coverage) -> "DataCoverage":
+        accounting = coverage.accounting
+        stops = {str(reason): count for reason, count in accounting.stops.items()}
+        good = sum(count for reason, count in stops.items() if reason in GOOD_STOPS)
+        ended = sum(stops.values())
+        return cls(
+            hosts=len(accounting.hosts),
+            host_names=[host.name for host in accounting.hosts[:_NAMED_HOSTS]],
+            objects=coverage.objects,
+            cpus=accounting.cpus,
+            ticks=accounting.ticks,
+            idle=accounting.idle,
+            filtered=accounting.filtered,
+            stored=accounting.stored,
+            lost={str(cause): count for cause, count in accounting.lost.items()},
+            stops=stops,
+            complete=good / ended if ended else None,
+            nonidle_ns=accounting.nonidle_ns,
+            profiled_ns=accounting.profiled_ns,
+            skipped=[SkippedObject(*each) for each in coverage.skipped],
+        )
+
+
+@dataclass(frozen=True)
+class AgentCost:
+    cpu_ns: Count
+    rss_bytes: Count
+
+
+EmptyReason = Literal["no_data_ever", "no_data_in_range", "nothing_matches"]
+
+
+@dataclass(frozen=True)
+class Empty:
+    """Why there are no samples, and what there is instead."""
+
+    reason: EmptyReason
+    nearest: Sequence[WindowMs]
+    services: Sequence[str]
+
+    @classmethod
+    def of(
+        cls, profiles: MergedProfiles, request: PanelRequest, coverage: Coverage, samples: int
+    ) -> "Empty | None":
+        """Return why there are no samples; None if there are some."""
+        if samples:
+            return None
+        query = profiles.query
+        has_objects = coverage.objects or (
+            request.selector.matchers and any(True for _ in query.objects(request.window))
+        )
+        if has_objects:
+            services = query.label_values(request.window, "service")
+            return cls("nothing_matches", [], list(services)[:NAMED_SERVICES])
+        nearest = [
+            WindowMs.of(Window(key.start_ns, key.end_ns))
+            for key in nearest_objects(profiles.store, request.window)
+        ]
+        return cls("no_data_in_range" if nearest else "no_data_ever", nearest, [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """What the panels of a window have in common."""
+
+    schema: Literal[1]
+    type: str
+    unit: str
+    window: WindowMs
+    query: str
+    host_seconds: Positive
+    coverage: DataCoverage
+    agent: AgentCost
+    empty: Empty | None
+
+
+def panel_fields(
+    profiles: MergedProfiles, request: PanelRequest, coverage: Coverage, unit: str, samples: int
+) -> dict[str, Any]:
+    """Return the fields of `Panel`."""
     accounting = coverage.accounting
     return {
         "schema": SCHEMA,
         "type": request.type,
-        "window": window_ms(request.window),
+        "unit": unit,
+        "window": WindowMs.of(request.window),
         "query": query_text(request),
         "host_seconds": accounting.profiled_ns / 1e9,
-        "coverage": coverage_of(coverage),
-        "agent": {
-            "cpu_ns": accounting.agent_cpu_ns,
-            "rss_bytes": accounting.agent_rss_bytes,
-        },
-    }
-
-
-def window_ms(window: Window) -> dict[str, int]:
-    return {
-        "from_ms": window.start_ns // 1_000_000,
-        "until_ms": window.end_ns // 1_000_000,
+        "coverage": DataCoverage.of(coverage),
+        "agent": AgentCost(accounting.agent_cpu_ns, accounting.agent_rss_bytes),
+        "empty": Empty.of(profiles, request, coverage, samples),
     }
 
 
@@ -45,55 +172,7 @@ def query_text(request: PanelRequest) -> str:
     return str(request.selector) if request.selector.matchers else ""
 
 
-def coverage_of(coverage: Coverage) -> dict[str, Any]:
-    accounting = coverage.accounting
-    stops = dict(accounting.stops)
-    good = sum(count for reason, count in stops.items() if reason in GOOD_STOPS)
-    ended = sum(stops.values())
-    return {
-        "hosts": len(accounting.hosts),
-        "host_names": [host.name for host in accounting.hosts[:_NAMED_HOSTS]],
-        "objects": coverage.objects,
-        "cpus": accounting.cpus,
-        "ticks": accounting.ticks,
-        "idle": accounting.idle,
-        "filtered": accounting.filtered,
-        "stored": accounting.stored,
-        "lost": dict(accounting.lost),
-        "stops": stops,
-        "complete": good / ended if ended else None,
-        "nonidle_ns": accounting.nonidle_ns,
-        "profiled_ns": accounting.profiled_ns,
-        "skipped": [{"key": each.key, "reason": each.reason} for each in coverage.skipped],
-    }
-
-
-def empty_reason(
-    profiles: MergedProfiles, request: PanelRequest, coverage: Coverage, samples: int
-) -> dict[str, Any] | None:
-    """Return why there are no samples, and what there is instead; None if there are some."""
-    if samples:
-        return None
-    query = profiles.query
-    has_objects = coverage.objects or (
-        request.selector.matchers and any(True for _ in query.objects(request.window))
-    )
-    if has_objects:
-        services = query.label_values(request.window, "service")
-        return {
-            "reason": "nothing_matches",
-            "nearest": [],
-            "services": list(services)[:NAMED_SERVICES],
-        }
-    nearest = [
-        {"from_ms": key.start_ns // 1_000_000, "until_ms": key.end_ns // 1_000_000}
-        for key in nearest_objects(profiles.store, request.window)
-    ]
-    reason = "no_data_in_range" if nearest else "no_data_ever"
-    return {"reason": reason, "nearest": nearest, "services": []}
-
-
-def files_of(profile: Profile, modules: set[str]) -> list[list[str]]:
+def files_of(profile: Profile, modules: set[str]) -> list[tuple[str, str, str]]:
     """Return (module, path, build id) of the files behind frames; names may repeat."""
     files = (file for file in profile.modules.values() if file.name in modules)
-    return sorted([file.name, file.path, file.build_id] for file in files)[:_NAMED_MODULES]
+    return sorted((file.name, file.path, file.build_id) for file in files)[:_NAMED_MODULES]

@@ -32,8 +32,15 @@ Compute = Callable[[Check], Body]
 """Returns a body; runs in a thread."""
 
 
-def json_body(value: object) -> Body:
-    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), "application/json"
+def json_body(response: object) -> Body:
+    option = orjson.OPT_SERIALIZE_NUMPY
+    return orjson.dumps(response, _as_array, option), "application/json"
+
+
+def _as_array(value: object) -> object:
+    if isinstance(value, tuple):  # orjson refuses named ones
+        return tuple(value)
+    raise TypeError(type(value))
 
 
 def gzipped(body: Body) -> Body:

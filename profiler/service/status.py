@@ -1,15 +1,18 @@
 """Status: what this service, its store and the agent of its host are."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 from profiler.agent import status
 from profiler.service.merged import MergedProfiles
-from profiler.service.responses import SCHEMA, window_ms
+from profiler.service.responses import SCHEMA, Count, WindowMs
 from storage.objects.tenant import TenantStore
 from storage.profile import Window
 from storage.query.listing import HOUR_NS, nearest_objects
@@ -26,32 +29,63 @@ class About:
     keep_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Retention:
+    seconds: Count
+    bytes: Count
+
+
+@dataclass(frozen=True)
+class PrefetchProgress:
+    """Objects decoded before they were asked for, since the start."""
+
+    decoded: Count
+    waiting: Count
+    cpu_ns: Count
+    at_ms: Count
+    error: str
+
+
+@dataclass(frozen=True)
+class Status:
+    schema: Literal[1]
+    version: str
+    store: str
+    type: str
+    now_ms: Count
+    started_ms: Count
+    keep: Retention | None
+    data: WindowMs | None
+    hosts: Sequence[str]
+    agent: Annotated[dict[str, Any] | None, Meta(description="as everflame status --json")]
+    ahead: PrefetchProgress | None
+
+
 def service_status(
     profiles: MergedProfiles,
     about: About,
     started_ns: int,
     now_ns: int,
     prefetched: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the response to `status`."""
+) -> Status:
+    """Return the status of the service."""
     span = data_span(profiles.store)
     agent: dict[str, Any] | None = None
     with contextlib.suppress(status.NoAgentError):
         agent = status.ask(about.run_folder)
-    keep = {"seconds": about.keep_s, "bytes": about.keep_bytes} if about.keep_s else None
-    return {
-        "schema": SCHEMA,
-        "version": version("everflame"),
-        "store": about.store,
-        "type": "cpu",
-        "now_ms": now_ns // 1_000_000,
-        "started_ms": started_ns // 1_000_000,
-        "keep": keep,
-        "data": span and window_ms(span),
-        "hosts": _latest_hosts(profiles.query, span),
-        "agent": agent,
-        "ahead": prefetched or None,
-    }
+    return Status(
+        schema=SCHEMA,
+        version=version("everflame"),
+        store=about.store,
+        type="cpu",
+        now_ms=now_ns // 1_000_000,
+        started_ms=started_ns // 1_000_000,
+        keep=Retention(about.keep_s, about.keep_bytes) if about.keep_s else None,
+        data=WindowMs.of(span) if span else None,
+        hosts=_latest_hosts(profiles.query, span),
+        agent=agent,
+        ahead=msgspec.convert(prefetched, PrefetchProgress) if prefetched else None,
+    )
 
 
 def data_span(store: TenantStore) -> Window | None:

@@ -2,25 +2,53 @@
 
 import functools
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from profiler.service.merged import Check, MergedProfiles, PanelRequest
-from profiler.service.responses import empty_reason, head
+from profiler.service.responses import Count, Counts, Panel, panel_fields
 from storage.profile import Window
 
 MOST_STEPS = 5_000
 _STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
 """Lengths in seconds that a timeline's step has when no step is asked for."""
 _WANTED_STEPS = 180
-_TOTALS = ("profiled_ns", "nonidle_ns", "ticks", "idle", "filtered", "stored", "lost")
+
+
+@dataclass(frozen=True)
+class TimelineSeries:
+    labels: Mapping[str, str]
+    rest: bool
+    values: Counts
+    samples: Counts
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    profiled_ns: Counts
+    nonidle_ns: Counts
+    ticks: Counts
+    idle: Counts
+    filtered: Counts
+    stored: Counts
+    lost: Counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimelinePanel(Panel):
+    start_ms: Count
+    step_ms: Count
+    series: Sequence[TimelineSeries]
+    totals: StepTotals
+    covered_ns: Counts
 
 
 def timeline(
     profiles: MergedProfiles, request: PanelRequest, step_ns: int, limit: int, check: Check
-) -> dict[str, Any]:
-    """Return the response to `timeline`. Series beyond `limit` are summed in one more, the rest."""
+) -> TimelinePanel:
+    """Return the timeline of a request. Series beyond `limit` are summed in one more, the rest."""
     # Steps begin at multiples of their length, so that the same minute is the same step.
     whole = profiles.query.interruptible(check).timeline(
         request.window,
@@ -31,35 +59,29 @@ def timeline(
         is_aligned=True,
     )
     series = [
-        {
-            "labels": dict(each.labels),
-            "rest": False,
-            "values": each.values.tolist(),
-            "samples": each.samples.tolist(),
-        }
+        # orjson writes contiguous arrays only; these are columns of one.
+        TimelineSeries(
+            dict(each.labels),
+            False,
+            np.ascontiguousarray(each.values),
+            np.ascontiguousarray(each.samples),
+        )
         for each in whole.series[:limit]
     ]
     others = whole.series[limit:]
     if others:
-        series.append(
-            {
-                "labels": {},
-                "rest": True,
-                "values": np.sum([each.values for each in others], axis=0),
-                "samples": np.sum([each.samples for each in others], axis=0),
-            }
-        )
-    samples = sum(int(each.samples.sum()) for each in whole.series)
-    return {
-        **head(request, whole.coverage),
-        "unit": whole.unit,
-        "start_ms": whole.start_ns // 1_000_000,
-        "step_ms": whole.step_ns // 1_000_000,
-        "series": series,
-        "totals": {name: whole.totals[name] for name in _TOTALS},
-        "covered_ns": whole.covered_ns,
-        "empty": empty_reason(profiles, request, whole.coverage, samples),
-    }
+        values = np.sum([each.values for each in others], axis=0)
+        samples = np.sum([each.samples for each in others], axis=0)
+        series.append(TimelineSeries({}, True, values, samples))
+    all_samples = sum(int(each.samples.sum()) for each in whole.series)
+    return TimelinePanel(
+        **panel_fields(profiles, request, whole.coverage, whole.unit, all_samples),
+        start_ms=whole.start_ns // 1_000_000,
+        step_ms=whole.step_ns // 1_000_000,
+        series=series,
+        totals=StepTotals(*(whole.totals[each.name] for each in fields(StepTotals))),
+        covered_ns=whole.covered_ns,
+    )
 
 
 def default_step_ns(window: Window, object_ns: int) -> int:

@@ -1,26 +1,47 @@
 """The top table: functions by their cost, sorted and filtered from the full data."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from profiler.flamegraph.flamegraph import ROOT_ID
 from profiler.service.merged import Check, FunctionRow, MergedProfiles, PanelRequest
-from profiler.service.responses import empty_reason, head
+from profiler.service.responses import Count, Panel, panel_fields
 from storage.query.query import Functions
 
-_SORTS: dict[str, Callable[[FunctionRow], tuple[object, ...]]] = {
+Sort = Literal["self", "total", "name", "module"]
+_SORTS: dict[Sort, Callable[[FunctionRow], tuple[object, ...]]] = {
     "self": lambda row: (-row[1][0], -row[1][1], row[0]),
     "total": lambda row: (-row[1][1], -row[1][0], row[0]),
     "name": lambda row: (row[0].function.casefold(), row[0]),
     "module": lambda row: (row[0].module.casefold(), -row[1][0], row[0]),
 }
-SORTS = tuple(_SORTS)
+
+
+@dataclass(frozen=True)
+class TopFunction:
+    function: str
+    module: str
+    kind: str
+    file: str
+    self: Count
+    total: Count
+    self_samples: Count
+    total_samples: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Top(Panel):
+    total: Count
+    samples: Count
+    rows: Count
+    functions: Sequence[TopFunction]
 
 
 def top_table(
-    profiles: MergedProfiles, request: PanelRequest, sort: str, limit: int, check: Check
-) -> dict[str, Any]:
-    """Return the response to `top`.
+    profiles: MergedProfiles, request: PanelRequest, sort: Sort, limit: int, check: Check
+) -> Top:
+    """Return the table of functions that a request asks for, at most `limit` rows.
 
     Raises:
         NoSuchNodeError: the request's node is not there.
@@ -55,27 +76,16 @@ def top_table(
         ]
     if not is_sorted:
         rows = sorted(rows, key=_SORTS[sort])
-    return {
-        **head(request, coverage),
-        "unit": unit,
-        "total": total,
-        "samples": samples,
-        "functions": [
-            {
-                "function": frame.function,
-                "module": frame.module,
-                "kind": frame.kind,
-                "file": frame.file,
-                "self": counts[0],
-                "total": counts[1],
-                "self_samples": counts[2],
-                "total_samples": counts[3],
-            }
+    return Top(
+        **panel_fields(profiles, request, coverage, unit, samples),
+        total=total,
+        samples=samples,
+        rows=len(rows),
+        functions=[
+            TopFunction(frame.function, frame.module, frame.kind, frame.file, *counts)
             for frame, counts in rows[:limit]
         ],
-        "rows": len(rows),
-        "empty": empty_reason(profiles, request, coverage, samples),
-    }
+    )
 
 
 def _rows_of(table: Functions) -> list[FunctionRow]:

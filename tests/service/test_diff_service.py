@@ -11,7 +11,6 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pytest
 
 from profiler.comparison.comparison import Operand
@@ -20,6 +19,7 @@ from profiler.flamegraph import flamegraph
 from profiler.service.comparisons import Comparisons
 from profiler.service.diff import diff_graph
 from profiler.service.merged import MergedProfiles, PanelRequest
+from profiler.service.sharing import json_body
 from storage.objects.directory import DirectoryStore
 from storage.objects.tenant import TenantStore
 from storage.profile import Profile
@@ -344,7 +344,7 @@ def test_a_comparison_may_end_at_any_step(folder, tmp_path):
         compared = comparisons.compare(after, sides[1], check)
         found = diff_graph(compared, after, Gate(0.1, 0.005), check)
         assert next(done) > 20
-        return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)
+        return json_body(found)[0]
 
     expected = ask(comparisons("cache"), math.inf)
     other = comparisons("other")

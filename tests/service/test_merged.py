@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import orjson
 import pytest
 
 from profiler.flamegraph import flamegraph
 from profiler.flamegraph.views import NoSuchNodeError
 from profiler.service.flame_graph import flame_graph
 from profiler.service.merged import MergedProfiles, PanelRequest
+from profiler.service.sharing import json_body
 from profiler.service.top_table import top_table
 from storage.objects.tenant import TenantStore
 from storage.profile import merge
@@ -58,9 +60,8 @@ def new_profiles(tmp_path):
 
 def responses(profiles: MergedProfiles, request: PanelRequest):
     """Return all panels of a selection, as plain values."""
-    graph = flame_graph(profiles, request, go_on)
-    graph["nodes"] = {name: column.tolist() for name, column in graph["nodes"].items()}
-    return graph, top_table(profiles, request, "self", 100, go_on)
+    panels = flame_graph(profiles, request, go_on), top_table(profiles, request, "self", 100, go_on)
+    return [orjson.loads(json_body(each)[0]) for each in panels]
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -86,8 +87,8 @@ def test_a_box_is_found_whatever_was_drawn_before(new_profiles, monkeypatch):
 
     for node, graph_id in enumerate(graph.ids().tolist()):
         zoomed = flame_graph(profiles, replace(ALL, node=graph_id), go_on)
-        assert zoomed["nodes"]["total"][0] == graph.total[node]
-        names = [each["frame"][0] for each in zoomed["path"]]
+        assert zoomed.nodes.total[0] == graph.total[node]
+        names = [each.frame[0] for each in zoomed.path]
         assert names == [frame.function for frame in graph.path(node)]
     with pytest.raises(NoSuchNodeError):
         flame_graph(profiles, replace(ALL, node=12345), go_on)

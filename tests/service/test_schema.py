@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import negative_data_rejection
 
 from profiler.flamegraph import flamegraph
+from profiler.service.parameters import schemas_of
 from profiler.service.schema import ENDPOINTS, document
 from profiler.times import rfc3339
 from storage.profile import Profile, Window, make_labels
@@ -171,7 +172,7 @@ BAD = {
 def test_values_that_mean_nothing_are_refused(endpoint, client):
     """By every endpoint that takes the parameter, which is named; so are others, and any twice."""
     path = ENDPOINTS[endpoint].path.replace("{name}", "cpu.folded")
-    taken = ENDPOINTS[endpoint].parameters
+    taken = schemas_of(ENDPOINTS[endpoint].parameters)
     wrong = [(name, value) for name in taken for value in BAD[name]]
     wrong += [("unknown", "1"), ("QUERY", "{}"), ("query[]", "{}"), ("", ""), ("\u202e", "")]
     wrong += [(name, ["1", "1"]) for name in taken if name not in ("focus", "hide")]
@@ -210,7 +211,7 @@ def test_query_strings_that_are_no_text_or_too_many_are_refused(query, client):
 )
 @pytest.mark.parametrize("endpoint", ["flamegraph", "top", "timeline", "export"])
 def test_extremes_that_mean_something_are_answered(endpoint, parameters, client):
-    taken = ENDPOINTS[endpoint].parameters
+    taken = schemas_of(ENDPOINTS[endpoint].parameters)
     path = ENDPOINTS[endpoint].path.replace("{name}", "cpu.folded")
 
     status, _, _ = client.get(path, **{k: v for k, v in parameters.items() if k in taken})
