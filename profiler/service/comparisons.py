@@ -13,8 +13,8 @@ from profiler.flamegraph.views import View, path_to
 from profiler.service.merged import (
     KEPT_GRAPHS,
     KEPT_VIEWS,
-    KEPT_WORDS,
     Check,
+    Kept,
     MergedProfiles,
     PanelRequest,
     PathToNode,
@@ -93,8 +93,7 @@ class Comparisons:
 
     def __init__(self, profiles: MergedProfiles) -> None:
         self._profiles = profiles
-        self._kept: OrderedDict[tuple[ProfileKey, ...], Compared] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept: Kept[tuple[ProfileKey, ...], Compared] = Kept()
         self._comparing = Turns()
 
     def compare(self, request: PanelRequest, before: Operand, check: Check) -> Compared:
@@ -109,7 +108,6 @@ class Comparisons:
         with self._comparing.of(repr(key), check):
             known = self._kept.get(key)
             if known is not None and known.made_s > time.monotonic() - _KEPT_S:
-                self._kept.move_to_end(key)
                 return known
             merged = [profiles.select(side, check).answer for side in sides]
             for name, side, answer in zip(("before", "after"), sides, merged, strict=True):
@@ -127,12 +125,7 @@ class Comparisons:
                 made_s=time.monotonic(),
             )
             if all(answer.coverage.is_lasting for answer in merged):
-                with self._lock:
-                    self._kept[key] = made
-                    words = sum(each.words for each in self._kept.values())
-                    while words > KEPT_WORDS and len(self._kept) > 1:
-                        _, oldest = self._kept.popitem(last=False)
-                        words -= oldest.words
+                self._kept.put(key, made)
             return made
 
     def _refuse_empty(self, side: str, request: PanelRequest, answer: Answer) -> None:

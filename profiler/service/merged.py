@@ -8,8 +8,9 @@ views, the graphs drawn of them, and the services selected from it.
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from profiler.flamegraph.views import NoSuchNodeError, View
 from storage.objects.tenant import TenantStore
 from storage.profile import Window
 from storage.query.query import EMPTY, Answer, Query
+from storage.query.threads import Turns
 from storage.selector import Selector
 from symbolizer.location import Frame
 
@@ -46,6 +48,43 @@ Check = Callable[[], None]
 
 PathToNode = list[tuple[int, int]]
 """Ids and boxes that lead from below the root to a node."""
+
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+class _Sized(Protocol):
+    @property
+    def words(self) -> int: ...
+
+
+_Value = TypeVar("_Value", bound=_Sized)
+
+
+class Kept(Generic[_Key, _Value]):
+    """The values used last, at least one, of so many words. Safe to use from several threads."""
+
+    def __init__(self, limit_words: int = KEPT_WORDS) -> None:
+        self._limit_words = limit_words
+        self._values: OrderedDict[_Key, _Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: _Key) -> _Value | None:
+        with self._lock:
+            value = self._values.get(key)
+            if value is not None:
+                self._values.move_to_end(key)
+            return value
+
+    def put(self, key: _Key, value: _Value) -> None:
+        """Keep a value, and drop those used longest ago that it leaves no room for."""
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            words = sum(each.words for each in self._values.values())
+            while words > self._limit_words and len(self._values) > 1:
+                _, oldest = self._values.popitem(last=False)
+                words -= oldest.words
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,9 +254,8 @@ class MergedProfiles:
     def __init__(self, store: TenantStore, query: Query) -> None:
         self.store = store
         self.query = query.believing(_BELIEVED_S)
-        self._kept: OrderedDict[ProfileKey, MergedProfile] = OrderedDict()
-        self._lock = threading.Lock()
-        self._merging: dict[ProfileKey, threading.Lock] = {}
+        self._kept: Kept[ProfileKey, MergedProfile] = Kept()
+        self._merging = Turns()
 
     def key(self, request: PanelRequest) -> ProfileKey:
         """Name what a request asks for: as long as it is the same, so is the merged profile."""
@@ -227,9 +265,8 @@ class MergedProfiles:
     def has(self, request: PanelRequest) -> bool:
         """Return whether the stacks are merged, or are being merged for another request."""
         key = self.key(request)
-        with self._lock:
-            if key in self._kept or key in self._merging:
-                return True
+        if self._kept.get(key) is not None or self._merging.is_taken(repr(key)):
+            return True
         return self._whole_of(request) is not None
 
     def select(self, request: PanelRequest, check: Check) -> MergedProfile:
@@ -240,29 +277,16 @@ class MergedProfiles:
     def merge(self, request: PanelRequest, check: Check) -> MergedProfile:
         """Return what is asked for, merged from the store unless it is kept."""
         key = self.key(request)
-        with self._lock:
-            turn = self._merging.setdefault(key, threading.Lock())
-        try:
-            while not turn.acquire(timeout=0.1):
-                check()
-            try:
-                with self._lock:
-                    known = self._kept.get(key)
-                    if known is not None:
-                        self._kept.move_to_end(key)
-                        return known
-                query = self.query.interruptible(check)
-                answer = query.profile(request.window, request.selector, request.type)
-                merged = MergedProfile(answer)
-                if answer.coverage.is_lasting:
-                    self._keep(key, merged)
-                return merged
-            finally:
-                turn.release()
-        finally:
-            with self._lock:
-                if not turn.locked():
-                    self._merging.pop(key, None)
+        with self._merging.of(repr(key), check):
+            known = self._kept.get(key)
+            if known is not None:
+                return known
+            query = self.query.interruptible(check)
+            answer = query.profile(request.window, request.selector, request.type)
+            merged = MergedProfile(answer)
+            if answer.coverage.is_lasting:
+                self._kept.put(key, merged)
+            return merged
 
     def _whole_of(self, request: PanelRequest) -> MergedProfile | None:
         """Return the profile of the whole window if it is kept and a part of it is asked for.
@@ -271,17 +295,4 @@ class MergedProfiles:
         """
         if not request.selector.matchers or "host" in request.selector.names:
             return None
-        key = self.key(replace(request, selector=EMPTY))
-        with self._lock:
-            whole = self._kept.get(key)
-            if whole is not None:
-                self._kept.move_to_end(key)
-            return whole
-
-    def _keep(self, key: ProfileKey, merged: MergedProfile) -> None:
-        with self._lock:
-            self._kept[key] = merged
-            words = sum(each.words for each in self._kept.values())
-            while words > KEPT_WORDS and len(self._kept) > 1:
-                _, oldest = self._kept.popitem(last=False)
-                words -= oldest.words
+        return self._kept.get(self.key(replace(request, selector=EMPTY)))

@@ -1,6 +1,9 @@
 """Responses from merged profiles that are kept: the same as from the store."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import NamedTuple
 
 import orjson
 import pytest
@@ -8,7 +11,7 @@ import pytest
 from profiler.flamegraph import flamegraph
 from profiler.flamegraph.views import NoSuchNodeError
 from profiler.service.flame_graph import flame_graph
-from profiler.service.merged import MergedProfiles, PanelRequest
+from profiler.service.merged import Kept, MergedProfiles, PanelRequest
 from profiler.service.sharing import json_body
 from profiler.service.top_table import top_table
 from storage.objects.tenant import TenantStore
@@ -92,3 +95,52 @@ def test_a_box_is_found_whatever_was_drawn_before(new_profiles, monkeypatch):
         assert names == [frame.function for frame in graph.path(node)]
     with pytest.raises(NoSuchNodeError):
         flame_graph(profiles, replace(ALL, node=12345), go_on)
+
+
+class Sized(NamedTuple):
+    number: int
+    words: int
+
+
+@pytest.fixture
+def eager_threads():
+    """Let threads take turns as often as the interpreter can."""
+    usual_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual_s)
+
+
+def test_what_is_kept_may_be_used_and_dropped_by_many_threads(eager_threads):
+    """One thread uses a value while another drops it to make room, or adds up all of them."""
+    kept: Kept[int, Sized] = Kept(limit_words=200)
+
+    def use(thread: int) -> int:
+        found = 0
+        for i in range(20_000):
+            key = (i * (thread + 1)) % 40
+            known = kept.get(key)
+            if known is None:
+                kept.put(key, Sized(key, 10))
+            else:
+                assert known.number == key
+                found += 1
+        return found
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(use, range(6)))
+
+    assert all(found)
+
+
+def test_the_values_used_last_are_kept():
+    """As many as there is room for, and one of any size."""
+    kept: Kept[int, Sized] = Kept(limit_words=25)
+    for number in (1, 2):
+        kept.put(number, Sized(number, 10))
+
+    assert kept.get(1) == Sized(1, 10)
+    kept.put(3, Sized(3, 10))
+    assert [kept.get(number) is not None for number in (1, 2, 3)] == [True, False, True]
+    kept.put(4, Sized(4, 1000))
+    assert [kept.get(number) is not None for number in (1, 3, 4)] == [False, False, True]
