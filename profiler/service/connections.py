@@ -4,6 +4,11 @@ uvicorn gives clients unlimited time to send a request: a few hundred that send 
 all connections there are. Here a request must arrive within a deadline. When all connections are in
 use, the longest idle one is closed; if none is idle, a new one is refused with 503. A client that
 does not read its response is cut off as well.
+
+No Python server does all of this: uvicorn has no deadline for requests, hypercorn's starts anew
+with each byte, and granian has one for headers, but none for clients that do not read, and closes
+no idle connection for a new one. So this is a subclass of uvicorn's connection. Its internals are
+not documented: the allowed versions are those that the tests of connections were run with.
 """
 
 import asyncio

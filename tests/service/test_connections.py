@@ -1,5 +1,6 @@
 """Connections to the real service: clients that never finish, too many, too much, and the end."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -11,11 +12,18 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
+import h11
 import pytest
+import uvicorn
+from packaging.requirements import Requirement
 from starlette.responses import Response
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from profiler.service import connections
 from profiler.service.connections import ConnectionSlots, Server
@@ -324,3 +332,50 @@ def test_a_service_may_be_ended_while_it_starts(folder, number, step):
 
     assert process.returncode in {0, 130, -number}
     assert [line for line in talk.splitlines() if not line.startswith("everflame: ")] == []
+
+
+INTERNALS = {
+    H11Protocol: (
+        "connection_made",
+        "data_received",
+        "connection_lost",
+        "pause_writing",
+        "resume_writing",
+        "on_response_complete",
+        "send_400_response",
+    ),
+    uvicorn.Server: ("main_loop", "on_tick", "shutdown", "handle_exit"),
+}
+"""What our classes override, or call, of uvicorn's."""
+
+
+@pytest.mark.parametrize("base", INTERNALS)
+def test_uvicorn_has_the_methods_that_our_classes_override(base):
+    """uvicorn would not call one that it no longer has, and its deadline would not be kept."""
+    assert [name for name in INTERNALS[base] if not callable(getattr(base, name, None))] == []
+
+
+def test_a_connection_of_uvicorn_has_what_our_class_reads():
+    """uvicorn documents none of it."""
+
+    async def connect() -> H11Protocol:
+        config = uvicorn.Config(large, ws="none", loop="asyncio", lifespan="off")
+        return H11Protocol(config, ServerState(), {})
+
+    connection = asyncio.run(connect())
+
+    names = ("app", "conn", "connections", "cycle", "loop", "transport")
+    assert [name for name in names if not hasattr(connection, name)] == []
+    assert connection.conn.their_state is h11.IDLE
+    assert connection.connections is connection.server_state.connections
+
+
+def test_the_versions_of_uvicorn_are_bounded_to_those_tested():
+    """Another one may have other internals."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (uvicorn_,) = (
+        each for each in map(Requirement, project["dependencies"]) if each.name == "uvicorn"
+    )
+
+    assert {each.operator for each in uvicorn_.specifier} == {">=", "<"}
+    assert version("uvicorn") in uvicorn_.specifier
