@@ -20,6 +20,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from profiler import exposition
+from profiler.exposition import Metric, labelled, single
 from profiler.flamegraph.views import NoSuchNodeError
 from profiler.service import exports
 from profiler.service import parameters as p
@@ -60,6 +62,8 @@ class Asked(NamedTuple):
 
 Prepare = Callable[[Any, Asked], Compute | Body]
 """Takes the endpoint's parameters; returns the body, or a function that computes it in a thread."""
+
+_METRIC = "everflame_service"
 
 log = logging.getLogger(__name__)
 
@@ -271,31 +275,29 @@ class Service:
         return b"ok\n", "text/plain"
 
     def _metrics(self, _given: p.NoParameters, _asked: Asked) -> Body:
-        lines = ["# TYPE everflame_service_requests_total counter"]
-        for (endpoint, code), count in sorted(self._requests.items()):
-            labels = f'endpoint="{endpoint}",status="{code}"'
-            lines.append(f"everflame_service_requests_total{{{labels}}} {count}")
-        lines.append("# TYPE everflame_service_seconds_total counter")
-        for endpoint, seconds in sorted(self._seconds.items()):
-            lines.append(f'everflame_service_seconds_total{{endpoint="{endpoint}"}} {seconds:.6f}')
-        shared, ended = self._computations.shared, self._computations.ended
-        for name, value in (("shared", shared), ("ended", ended)):
-            lines.append(f"# TYPE everflame_service_{name}_total counter")
-            lines.append(f"everflame_service_{name}_total {value}")
-        lines += _prefetch_lines(self._prefetched())
-        return "\n".join([*lines, ""]).encode(), "text/plain; version=0.0.4"
+        seconds = {name: round(seconds, 6) for name, seconds in self._seconds.items()}
+        requests: dict[tuple[str, ...], float] = {
+            (name, str(code)): count for (name, code), count in self._requests.items()
+        }
+        computations = self._computations
+        metrics = [
+            Metric(f"{_METRIC}_requests_total", "counter", requests, ("endpoint", "status")),
+            labelled(f"{_METRIC}_seconds_total", "counter", "endpoint", seconds),
+            single(f"{_METRIC}_shared_total", "counter", computations.shared),
+            single(f"{_METRIC}_ended_total", "counter", computations.ended),
+            *_prefetch_metrics(self._prefetched()),
+        ]
+        return exposition.encode(metrics), exposition.CONTENT_TYPE
 
 
-def _prefetch_lines(prefetched: Mapping[str, Any]) -> list[str]:
+def _prefetch_metrics(prefetched: Mapping[str, Any]) -> list[Metric]:
     if not prefetched:
         return []
+    cpu_s = round(prefetched["cpu_ns"] / 1e9, 3)
     return [
-        "# TYPE everflame_service_decoded_ahead_total counter",
-        f"everflame_service_decoded_ahead_total {prefetched['decoded']}",
-        "# TYPE everflame_service_decode_ahead_waiting gauge",
-        f"everflame_service_decode_ahead_waiting {prefetched['waiting']}",
-        "# TYPE everflame_service_decode_ahead_cpu_seconds_total counter",
-        f"everflame_service_decode_ahead_cpu_seconds_total {prefetched['cpu_ns'] / 1e9:.3f}",
+        single(f"{_METRIC}_decoded_ahead_total", "counter", prefetched["decoded"]),
+        single(f"{_METRIC}_decode_ahead_waiting", "gauge", prefetched["waiting"]),
+        single(f"{_METRIC}_decode_ahead_cpu_seconds_total", "counter", cpu_s),
     ]
 
 
