@@ -60,6 +60,11 @@ class Asked(NamedTuple):
     """The parameters in its path."""
 
 
+_THREADS = 2
+"""Panels computed at a time: they are bound by the CPU."""
+_OWN_THREAD = ("status", "readyz")
+"""They ask the store, and the agent: what hangs there must keep no panel waiting."""
+
 Prepare = Callable[[Any, Asked], Compute | Body]
 """Takes the endpoint's parameters; returns the body, or a function that computes it in a thread."""
 
@@ -85,7 +90,9 @@ class Service:
         self._prefetched = prefetched
         self._now_ns = now_ns
         self._started_ns = now_ns()
-        self._computations = SharedComputations(deadline_s)
+        panels = SharedComputations(deadline_s, _THREADS, "panels")
+        others = {name: SharedComputations(deadline_s, 1, name) for name in _OWN_THREAD}
+        self._computations = {name: others.get(name, panels) for name in ENDPOINTS}
         # Responses of connections that reach no application.
         self.slots = ConnectionSlots(
             busy=last_response(ProblemError(503, "Busy", "all connections are in use")),
@@ -125,7 +132,11 @@ class Service:
 
     def end(self, within_s: float) -> bool:
         """Let computations end and take no new ones; return whether all of them have ended."""
-        return self._computations.close(within_s)
+        deadline_s = time.monotonic() + within_s
+        every = set(self._computations.values())
+        for each in every:
+            each.end()
+        return all(each.wait(deadline_s - time.monotonic()) for each in every)
 
     def _route(self, endpoint: str, prepare: Prepare) -> Callable[[Request], Awaitable[Response]]:
         async def respond(request: Request) -> Response:
@@ -160,9 +171,10 @@ class Service:
         if not callable(compute):
             content, media_type = gzipped(compute) if is_gzipped else compute
             return Response(content, headers=headers, media_type=media_type)
-        key = f"{asked.now_ns} {'gzip ' if is_gzipped else ''}{_target(request)}"
+        at = "" if endpoint in _OWN_THREAD else asked.now_ns
+        key = f"{at} {'gzip ' if is_gzipped else ''}{_target(request)}"
         try:
-            content, media_type = await self._computations.result(
+            content, media_type = await self._computations[endpoint].result(
                 key, gzipping(compute) if is_gzipped else compute, request
             )
         except NoSuchNodeError as error:
@@ -279,12 +291,12 @@ class Service:
         requests: dict[tuple[str, ...], float] = {
             (name, str(code)): count for (name, code), count in self._requests.items()
         }
-        computations = self._computations
+        computations = set(self._computations.values())
         metrics = [
             Metric(f"{_METRIC}_requests_total", "counter", requests, ("endpoint", "status")),
             labelled(f"{_METRIC}_seconds_total", "counter", "endpoint", seconds),
-            single(f"{_METRIC}_shared_total", "counter", computations.shared),
-            single(f"{_METRIC}_ended_total", "counter", computations.ended),
+            single(f"{_METRIC}_shared_total", "counter", sum(each.shared for each in computations)),
+            single(f"{_METRIC}_ended_total", "counter", sum(each.ended for each in computations)),
             *_prefetch_metrics(self._prefetched()),
         ]
         return exposition.encode(metrics), exposition.CONTENT_TYPE

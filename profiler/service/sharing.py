@@ -19,8 +19,6 @@ from profiler.service.problems import ProblemError
 DEADLINE_S = 30.0
 _STEP_S = 2.0
 """So much longer may the last step of a computation take."""
-_WORKERS = 2
-"""Computations at a time: they are bound by the CPU."""
 _WAITING_LIMIT = 200
 """Beyond so many waiting computations a new one is refused: at 0.1 s each it would time out."""
 _GZIP_LEVEL = 1
@@ -88,20 +86,23 @@ def _too_slow(deadline_s: float) -> ProblemError:
 class SharedComputations:
     """Computes responses in threads, under a deadline; requests that ask the same share one."""
 
-    def __init__(self, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(self, deadline_s: float, threads: int, name: str) -> None:
         self._deadline_s = deadline_s
-        self._pool = ThreadPoolExecutor(_WORKERS, "compute")
+        self._pool = ThreadPoolExecutor(threads, name)
         self._computations: dict[str, _Computation] = {}
         self._running: set[Future[Body]] = set()
         self.shared = 0
         self.ended = 0
 
-    def close(self, within_s: float) -> bool:
-        """End all; return whether they have ended within a time."""
+    def end(self) -> None:
+        """Let all end, and take no new ones."""
         for computation in self._computations.values():
             computation.end()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        return not wait(self._running, within_s).not_done
+
+    def wait(self, within_s: float) -> bool:
+        """Return whether all have ended within a time."""
+        return not wait(self._running, max(0.0, within_s)).not_done
 
     async def result(self, key: str, compute: Compute, request: Request) -> Body:
         """Return what a computation returns, or stop waiting when the client has gone.

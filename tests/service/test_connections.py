@@ -307,6 +307,30 @@ def test_a_store_that_hangs_takes_all_places_and_not_the_end(tmp_path):
     assert "does not answer; the page says so until it does" in (tmp_path / "talk").read_text()
 
 
+def test_a_status_that_hangs_keeps_nobody_from_being_answered(tmp_path):
+    """Each way to ask for it is a computation of its own; others go on meanwhile."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"--s3-endpoint=http://127.0.0.1:{silent.getsockname()[1]}"
+        keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+        arguments = ("--store=s3://bucket", endpoint, "--decode-ahead=0")
+        host = b" HTTP/1.1\r\nHost: localhost\r\n"
+        status = b"GET /api/v1/status" + host
+        hanging = [b"GET /readyz" + host, status + b"Accept-Encoding: gzip\r\n", status, status]
+        with (
+            service(tmp_path, *arguments, environment=keys) as (_, client),
+            slow_clients(client, len(hanging)) as connections,
+        ):
+            for request, connection in zip(hanging, connections, strict=True):
+                connection.sendall(request + b"\r\n")
+            wait_for(lambda: b"shared_total 1" in client.get("/metrics")[2], 60)
+            began_s = time.monotonic()
+            responded = client.get("/api/v1/openapi.json")[0]
+            took_s = time.monotonic() - began_s
+
+    assert responded == 200
+    assert took_s < 5
+
+
 def has_mapped(pid: int, name: str) -> bool:
     return name in Path(f"/proc/{pid}/maps").read_text()
 
