@@ -45,7 +45,7 @@ from profiler.service.sharing import (
     gzipping,
     json_body,
 )
-from profiler.service.status import About, data_span, service_status
+from profiler.service.status import About, service_status
 from profiler.service.timeline import MOST_STEPS, timeline
 from profiler.service.top_table import top_table
 from storage.objects.keys import StoreError
@@ -267,18 +267,22 @@ class Service:
         return compute
 
     def _status(self, _given: p.NoParameters, _asked: Asked) -> Compute:
-        return lambda _check: json_body(
-            service_status(
-                self._profiles, self._about, self._started_ns, self._now_ns(), self._prefetched()
+        def compute(check: Check) -> Body:
+            query = self._profiles.query.interruptible(check)
+            now_ns, prefetched = self._now_ns(), self._prefetched()
+            return json_body(
+                service_status(query, self._about, self._started_ns, now_ns, prefetched)
             )
-        )
+
+        return compute
 
     def _openapi(self, _given: p.NoParameters, _asked: Asked) -> Compute:
         return lambda _check: json_body(document(version("everflame")))
 
     def _readyz(self, _given: p.NoParameters, _asked: Asked) -> Compute:
         def compute(_check: Check) -> Body:
-            data_span(self._profiles.store)  # raises if the store cannot be reached
+            # Raises if the store cannot be reached.
+            next(self._profiles.store.store.list("v1/"), None)
             return json_body(Ready(True))
 
         return compute

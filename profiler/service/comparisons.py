@@ -24,7 +24,7 @@ from profiler.service.responses import NAMED_SERVICES, Empty
 from profiler.times import from_until
 from storage.profile import Window
 from storage.query.coverage import Coverage
-from storage.query.query import Answer
+from storage.query.query import Answer, Query
 from storage.query.threads import Turns
 from storage.selector import Selector
 
@@ -109,11 +109,12 @@ class Comparisons:
             known = self._kept.get(key)
             if known is not None and known.made_s > time.monotonic() - _KEPT_S:
                 return known
+            query = profiles.query.interruptible(check)
             merged = [profiles.select(side, check).answer for side in sides]
             for name, side, answer in zip(("before", "after"), sides, merged, strict=True):
-                self._refuse_empty(name, side, answer)
+                _refuse_empty(query, name, side, answer)
             operands = [Operand(side.selector, side.window) for side in sides]
-            found = of_store(profiles.query.interruptible(check), operands[0], operands[1])
+            found = of_store(query, operands[0], operands[1])
             check()
             chosen = [
                 only_hosts(answer.profile, side.hosts)
@@ -128,27 +129,24 @@ class Comparisons:
                 self._kept.put(key, made)
             return made
 
-    def _refuse_empty(self, side: str, request: PanelRequest, answer: Answer) -> None:
-        profiles, samples = self._profiles, answer.profile.total_samples
-        empty = Empty.of(profiles, request, answer.coverage, samples)
-        if empty is None:
-            return
-        span = f"from {from_until(request.window)}"
-        if empty.reason == "nothing_matches":
-            others = (each for each in request.selector.matchers if each.name != "version")
-            versions = profiles.query.label_values(
-                request.window, "version", Selector(tuple(others))
-            )
-            services = ", ".join(empty.services[:8]) or "none"
-            raise NothingToCompareError(
-                f"no sample {span} matches {request.selector}; services there: {services}",
-                side,
-                empty,
-                list(versions)[:NAMED_SERVICES],
-            )
-        nearest = " and ".join(
-            from_until(Window(each.from_ms * 10**6, each.until_ms * 10**6))
-            for each in empty.nearest
+
+def _refuse_empty(query: Query, side: str, request: PanelRequest, answer: Answer) -> None:
+    empty = Empty.of(query, request, answer.coverage, answer.profile.total_samples)
+    if empty is None:
+        return
+    span = f"from {from_until(request.window)}"
+    if empty.reason == "nothing_matches":
+        others = (each for each in request.selector.matchers if each.name != "version")
+        versions = query.label_values(request.window, "version", Selector(tuple(others)))
+        services = ", ".join(empty.services[:8]) or "none"
+        raise NothingToCompareError(
+            f"no sample {span} matches {request.selector}; services there: {services}",
+            side,
+            empty,
+            list(versions)[:NAMED_SERVICES],
         )
-        there = f"the nearest data are from {nearest}" if nearest else "the store is empty"
-        raise NothingToCompareError(f"there are no data {span}; {there}", side, empty, [])
+    nearest = " and ".join(
+        from_until(Window(each.from_ms * 10**6, each.until_ms * 10**6)) for each in empty.nearest
+    )
+    there = f"the nearest data are from {nearest}" if nearest else "the store is empty"
+    raise NothingToCompareError(f"there are no data {span}; {there}", side, empty, [])

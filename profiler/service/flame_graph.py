@@ -80,10 +80,11 @@ def flame_graph(profiles: MergedProfiles, request: PanelRequest, check: Check) -
     below = paths.below([box for _, box in path]) if request.search else None
     found = below.search(request.search) if below else None
     profile, coverage = merged.answer.profile, merged.answer.coverage
+    query = profiles.query.interruptible(check)
     above = _ancestors(paths, path)
     modules = {frame[1] for frame in (*graph.frames, *(each.frame for each in above))}
     return FlameGraph(
-        **panel_fields(profiles, request, coverage, profile.unit, profile.total_samples),
+        **panel_fields(query, request, coverage, profile.unit, profile.total_samples),
         total=profile.total_value,
         samples=profile.total_samples,
         frames=graph.frames,

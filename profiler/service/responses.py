@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
-from profiler.service.merged import MergedProfiles, PanelRequest
+from profiler.service.merged import PanelRequest
 from storage.profile import GOOD_STOPS, Profile, Window
 from storage.query.coverage import Coverage
-from storage.query.listing import nearest_objects
+from storage.query.query import Query
 
 SCHEMA: Literal[1] = 1
 
@@ -116,12 +116,11 @@ class Empty:
 
     @classmethod
     def of(
-        cls, profiles: MergedProfiles, request: PanelRequest, coverage: Coverage, samples: int
+        cls, query: Query, request: PanelRequest, coverage: Coverage, samples: int
     ) -> "Empty | None":
         """Return why there are no samples; None if there are some."""
         if samples:
             return None
-        query = profiles.query
         has_objects = coverage.objects or (
             request.selector.matchers and any(True for _ in query.objects(request.window))
         )
@@ -130,7 +129,7 @@ class Empty:
             return cls("nothing_matches", [], list(services)[:NAMED_SERVICES])
         nearest = [
             WindowMs.of(Window(key.start_ns, key.end_ns))
-            for key in nearest_objects(profiles.store, request.window)
+            for key in query.nearest_objects(request.window)
         ]
         return cls("no_data_in_range" if nearest else "no_data_ever", nearest, [])
 
@@ -151,7 +150,7 @@ class Panel:
 
 
 def panel_fields(
-    profiles: MergedProfiles, request: PanelRequest, coverage: Coverage, unit: str, samples: int
+    query: Query, request: PanelRequest, coverage: Coverage, unit: str, samples: int
 ) -> dict[str, Any]:
     """Return the fields of `Panel`."""
     accounting = coverage.accounting
@@ -164,7 +163,7 @@ def panel_fields(
         "host_seconds": accounting.profiled_ns / 1e9,
         "coverage": DataCoverage.of(coverage),
         "agent": AgentCost(accounting.agent_cpu_ns, accounting.agent_rss_bytes),
-        "empty": Empty.of(profiles, request, coverage, samples),
+        "empty": Empty.of(query, request, coverage, samples),
     }
 
 

@@ -11,11 +11,9 @@ import msgspec
 from msgspec import Meta
 
 from profiler.agent import status
-from profiler.service.merged import MergedProfiles
 from profiler.service.responses import SCHEMA, Count, WindowMs
-from storage.objects.tenant import TenantStore
 from storage.profile import Window
-from storage.query.listing import HOUR_NS, nearest_objects
+from storage.query.listing import HOUR_NS
 from storage.query.query import Query
 
 
@@ -62,14 +60,10 @@ class Status:
 
 
 def service_status(
-    profiles: MergedProfiles,
-    about: About,
-    started_ns: int,
-    now_ns: int,
-    prefetched: Mapping[str, Any],
+    query: Query, about: About, started_ns: int, now_ns: int, prefetched: Mapping[str, Any]
 ) -> Status:
-    """Return the status of the service."""
-    span = data_span(profiles.store)
+    """Return the status of the service. The store is asked through `query`."""
+    span = query.span()
     agent: dict[str, Any] | None = None
     with contextlib.suppress(status.NoAgentError):
         agent = status.ask(about.run_folder)
@@ -82,20 +76,10 @@ def service_status(
         started_ms=started_ns // 1_000_000,
         keep=Retention(about.keep_s, about.keep_bytes) if about.keep_s else None,
         data=WindowMs.of(span) if span else None,
-        hosts=_latest_hosts(profiles.query, span),
+        hosts=_latest_hosts(query, span),
         agent=agent,
         ahead=msgspec.convert(prefetched, PrefetchProgress) if prefetched else None,
     )
-
-
-def data_span(store: TenantStore) -> Window | None:
-    """Return when the data of a store begin and end; None if there are none."""
-    far = Window(2**62, 2**62 + 1)
-    last = nearest_objects(store, far)
-    first = nearest_objects(store, Window(0, 1))
-    if not last or not first:
-        return None
-    return Window(min(key.start_ns for key in first), max(key.end_ns for key in last))
 
 
 def _latest_hosts(query: Query, span: Window | None) -> list[str]:

@@ -50,7 +50,8 @@ def timeline(
 ) -> TimelinePanel:
     """Return the timeline of a request. Series beyond `limit` are summed in one more, the rest."""
     # Steps begin at multiples of their length, so that the same minute is the same step.
-    whole = profiles.query.interruptible(check).timeline(
+    query = profiles.query.interruptible(check)
+    whole = query.timeline(
         request.window,
         request.selector,
         step_ns or functools.partial(default_step_ns, request.window),
@@ -75,7 +76,7 @@ def timeline(
         series.append(TimelineSeries({}, True, values, samples))
     all_samples = sum(int(each.samples.sum()) for each in whole.series)
     return TimelinePanel(
-        **panel_fields(profiles, request, whole.coverage, whole.unit, all_samples),
+        **panel_fields(query, request, whole.coverage, whole.unit, all_samples),
         start_ms=whole.start_ns // 1_000_000,
         step_ms=whole.step_ns // 1_000_000,
         series=series,

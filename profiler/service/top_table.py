@@ -46,11 +46,9 @@ def top_table(
     Raises:
         NoSuchNodeError: the request's node is not there.
     """
-    is_sorted = False
+    query, is_sorted = profiles.query.interruptible(check), False
     if request.needs_no_stacks and not profiles.has(request):
-        table = profiles.query.interruptible(check).functions(
-            request.window, request.selector, (), request.type
-        )
+        table = query.functions(request.window, request.selector, (), request.type)
         rows = _rows_of(table)
         unit, total, samples = table.unit, table.total, table.samples
         coverage = table.coverage
@@ -77,7 +75,7 @@ def top_table(
     if not is_sorted:
         rows = sorted(rows, key=_SORTS[sort])
     return Top(
-        **panel_fields(profiles, request, coverage, unit, samples),
+        **panel_fields(query, request, coverage, unit, samples),
         total=total,
         samples=samples,
         rows=len(rows),
