@@ -29,7 +29,7 @@ from storage.query.workers import start_workers
 
 _CHECK_WITHIN_S = 5.0
 _END_WITHIN_S = 2.0
-"""How long computations are waited for that nobody waits for any more."""
+"""How long the service waits at its end for computations that hang."""
 
 
 def run(
@@ -57,15 +57,15 @@ def run(
         workers.shutdown(wait=has_ended, cancel_futures=True)
     if not has_ended:
         sys.stderr.flush()
-        os._exit(0)  # a thread hangs in a request to the store: it would be waited for
+        os._exit(0)  # a thread hangs in a request to the store, and exit would wait for it
     return 0
 
 
 def _settle_memory() -> None:
-    """Let malloc give back what an answer took, as it does when it has one arena.
+    """Make malloc return the memory of a response to the system, with a single arena.
 
-    With one for each thread, half of the process was memory that nobody used: 208 MB instead of
-    157 after fifty clients (bench/bench_service.py). Small arrays stay, for they come again.
+    With an arena for each thread, much of the process was unused memory: 208 MB instead of 157
+    after fifty clients (bench/bench_service.py). Small arrays stay, for they are needed again.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl has none
@@ -76,10 +76,10 @@ def _settle_memory() -> None:
 
 
 def check(store: ObjectStore) -> None:
-    """Say what is wrong with a store, before anybody looks at an empty page.
+    """Print what is wrong with a store, before a user sees an empty page.
 
     Raises:
-        StoreRefused: it will not be read from before somebody has done something about it.
+        StoreRefused: it cannot be read until the user changes something.
     """
     found: SimpleQueue[StoredObject | StoreError | None] = SimpleQueue()
 
@@ -89,7 +89,7 @@ def check(store: ObjectStore) -> None:
         except StoreError as error:
             found.put(error)
 
-    # A daemon: one that hangs in a request is not waited for at the end.
+    # A daemon: the process must not wait at its end for one that hangs in a request.
     threading.Thread(target=ask, name="check", daemon=True).start()
     try:
         first = found.get(timeout=_CHECK_WITHIN_S)
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         keep_s=options.keep_s,
         keep_bytes=options.keep_bytes,
     )
-    # Until the server takes both signals, and after it, either is a Ctrl-C.
+    # Before and after the server handles them, both signals act as Ctrl-C.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:

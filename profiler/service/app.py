@@ -52,7 +52,7 @@ from storage.objects.keys import StoreError
 
 
 class Asked(NamedTuple):
-    """What a request has besides its parameters."""
+    """What a request has in addition to its parameters."""
 
     now_ns: int
     """When it came, to the second, so that the panels of one page ask for one window."""
@@ -146,9 +146,9 @@ class Service:
             except ProblemError as problem:
                 response = problem.response()
             except AbandonedError:
-                response = Response(status_code=499)  # nobody is there to read it
+                response = Response(status_code=499)  # the client has gone
             except Exception:  # the outermost place that knows which request it was
-                log.exception("failed to answer %s", _target(request))
+                log.exception("failed to respond to %s", _target(request))
                 detail = "this is a bug in the service; its log has the details"
                 response = ProblemError(500, "Defect", detail).response()
             self._requests[endpoint, response.status_code] += 1

@@ -29,7 +29,7 @@ from storage.query.threads import Turns
 from storage.selector import Selector
 
 _KEPT_S = 300.0
-"""A comparison is kept for so long: new objects of its sides give another one at once, but late
+"""How long a comparison is kept: new objects of its sides lead to another one at once, but late
 objects of the time before may make it more certain."""
 
 

@@ -29,7 +29,7 @@ from profiler.service.responses import (
 
 Estimate = Annotated[
     tuple[float | None, float | None, float | None],
-    Meta(description="an estimate and the ends of its 95 % interval; null is no end"),
+    Meta(description="an estimate and the ends of its 95 % interval; null if it has no end"),
 ]
 
 

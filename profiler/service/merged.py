@@ -122,7 +122,7 @@ class DrawnGraph:
     path: PathToNode
     graph: FlameGraph
     ids: npt.NDArray[np.uint64] | None = None
-    """Of its nodes: computed when somebody zooms, which is later or never."""
+    """Of its nodes: computed at the first zoom, if there is one."""
 
     def path_to(self, node: int, numbers: Mapping[Frame, int]) -> PathToNode | None:
         """Return the path to a node, None if it was not drawn here."""
@@ -165,7 +165,7 @@ class ProfileView:
         return graph
 
     def rows(self) -> list[FunctionRow]:
-        """Return the table of functions, which nobody may change."""
+        """Return the table of functions. Callers must not change it."""
         if self.table is None:
             self.table = [(row.frame, row[1:]) for row in self.paths.functions() if row.total]
         return self.table

@@ -1,8 +1,8 @@
-"""The page's files, and what keeps every response from the eyes of other origins.
+"""The page's files, and the protection of responses from other origins.
 
-Other pages of a browser must not be able to read responses: the Host header has to name this
-machine's loopback (against DNS rebinding), nothing is shared across origins, and the page may load
-nothing but its own files.
+Other pages in a browser must not be able to read responses: the Host header must name this
+machine's loopback (against DNS rebinding), nothing is shared across origins, and the page can load
+only its own files.
 """
 
 import gzip

@@ -1,4 +1,4 @@
-"""Sharing: requests that ask the same wait for one computation, which ends when nobody waits."""
+"""Sharing: equal requests wait for one computation, which ends when no request waits for it."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from profiler.service.problems import ProblemError
 
 DEADLINE_S = 30.0
 _STEP_S = 2.0
-"""So much longer may the last step of a computation take."""
+"""How much longer the last step of a computation may take."""
 _WAITING_LIMIT = 200
 """Beyond so many waiting computations a new one is refused: at 0.1 s each it would time out."""
 _GZIP_LEVEL = 1
@@ -51,7 +51,7 @@ def gzipping(compute: Compute) -> Compute:
 
 
 class AbandonedError(Exception):
-    """A computation that nobody waits for any more."""
+    """No request waits for a computation any more."""
 
 
 class _Computation:
@@ -84,7 +84,7 @@ def _too_slow(deadline_s: float) -> ProblemError:
 
 
 class SharedComputations:
-    """Computes responses in threads, under a deadline; requests that ask the same share one."""
+    """Computes responses in threads, under a deadline; equal requests share one computation."""
 
     def __init__(self, deadline_s: float, threads: int, name: str) -> None:
         self._deadline_s = deadline_s
@@ -154,7 +154,7 @@ class SharedComputations:
         if computation is not None and computation.future is future:
             del self._computations[key]
         if not future.cancelled():
-            future.exception()  # those who waited have it; there may be none
+            future.exception()  # the requests that waited have it, if there were any
 
 
 async def _disconnected(request: Request) -> None:

@@ -318,11 +318,11 @@ def test_what_has_arrived_since_is_in_the_next_answer(tmp_path):
 
 
 class EnoughError(Exception):
-    """Nobody waits any more."""
+    """The client has gone."""
 
 
 def test_a_comparison_may_end_at_any_step(folder, tmp_path):
-    """Whoever asks next gets the same as if it never had been asked."""
+    """The next request gets the same as if there had been none before."""
     store = DirectoryStore(folder / "store")
     sides = [
         Operand(Selector.parse(API["query"]), minutes(END - (i + 1) * LENGTH, END - i * LENGTH))
@@ -374,7 +374,7 @@ def test_metrics_count_comparisons_by_endpoint(client):
 
 @pytest.mark.parametrize("ending", ["svg", "folded", "speedscope.json", "json"])
 def test_downloads_are_those_of_the_command(client, folder, tmp_path, ending):
-    """The same bytes by HTTP and by `-o`; JSON has what the service knows of coverage besides."""
+    """The same bytes by HTTP and by `-o`; JSON from the service also has the coverage."""
     status, headers, body = client.get(f"/api/v1/export/diff.{ending}", **BOTH)
 
     assert status == 200

@@ -119,10 +119,10 @@ def client(tmp_path_factory):
 @schema.parametrize()
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 def test_the_service_is_as_its_description_says(case, client):
-    """Every answer is of its schema, what breaks a schema is refused, and nothing is a 500."""
+    """Responses match their schema, parameters that do not are refused, and nothing is a 500."""
     response = case.call(base_url=client.url)
     sent = parse_qsl(urlsplit(response.request.url).query, keep_blank_values=True)
-    # An empty value is as good as none; what a schema forbids may be sent as one.
+    # An empty value counts as none; what a schema forbids may be sent as one.
     has_empty = any(value == "" for _, value in sent)
     case.validate_response(response, excluded_checks=[negative_data_rejection] * has_empty)
 
@@ -210,7 +210,7 @@ def test_query_strings_that_are_no_text_or_too_many_are_refused(query, client):
     ],
 )
 @pytest.mark.parametrize("endpoint", ["flamegraph", "top", "timeline", "export"])
-def test_extremes_that_mean_something_are_answered(endpoint, parameters, client):
+def test_extreme_values_that_are_valid_are_accepted(endpoint, parameters, client):
     taken = schemas_of(ENDPOINTS[endpoint].parameters)
     path = ENDPOINTS[endpoint].path.replace("{name}", "cpu.folded")
 

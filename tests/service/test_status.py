@@ -94,7 +94,7 @@ def test_nearest_data_are_found_with_few_keys_of_a_large_store(tmp_path):
 
 
 def test_a_status_ends_with_its_deadline(tmp_path):
-    """It lists no further for a client that has been told it took too long."""
+    """The listing stops once the client has got its 504."""
     store = SlowStore(0.2)
     fill(store)
 
