@@ -24,12 +24,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import orjson
 from bench_query import START_NS, fill
 
 from profiler.commands.diff import DEFAULT_GATE, Gate
 from profiler.comparison.sides import Operand
-from profiler.service.responses import Answers, Question
+from profiler.service.comparisons import Comparisons
+from profiler.service.diff import diff_graph, diff_table
+from profiler.service.merged import MergedProfiles, PanelRequest
+from profiler.service.sharing import json_body
 from storage.objects.directory import DirectoryStore
 from storage.objects.tenant import TenantStore
 from storage.profile import Window
@@ -53,26 +55,24 @@ GOALS_S = {"cold": 2.0, "warm": 0.5}
 def ask(folder: Path, cache: Path, shift_min: int) -> dict[str, float]:
     """Ask twice in this process, and return what it took."""
     workers = start_workers(os.cpu_count() or 1)
-    store = DirectoryStore(folder)
+    store = TenantStore(DirectoryStore(folder))
     windows = (Window(*(ns - shift_min * HOUR_NS // 60 for ns in each)) for each in (BEFORE, AFTER))
     before_window, after_window = windows
     gate, before = Gate.parse(DEFAULT_GATE), Operand(SELECTOR, before_window)
-    question = Question(after_window, SELECTOR)
+    request = PanelRequest(after_window, SELECTOR)
     took: dict[str, float] = {}
     began_s = time.perf_counter()
-    answers = Answers(
-        TenantStore(store), Query(TenantStore(store), cache, workers=workers, now_ns=lambda: NOW_NS)
-    )
+    query = Query(store, cache, workers=workers, now_ns=lambda: NOW_NS)
+    comparisons = Comparisons(MergedProfiles(store, query))
     for name in ("cold", "warm"):
-        graph = answers.diff(question, before, gate, lambda: None)
-        table = answers.diff_top(question, before, gate, 100, lambda: None)
-        took["bytes"] = sum(
-            len(orjson.dumps(each, option=orjson.OPT_SERIALIZE_NUMPY)) for each in (graph, table)
-        )
+        compared = comparisons.compare(request, before, lambda: None)
+        graph = diff_graph(compared, request, gate, lambda: None)
+        table = diff_table(compared, request, gate, 100, lambda: None)
+        took["bytes"] = sum(len(json_body(each)[0]) for each in (graph, table))
         took[name] = time.perf_counter() - began_s
         began_s = time.perf_counter()
-    took["positions"] = graph["noise"]["positions"]
-    took["boxes"] = len(graph["nodes"]["frame"])
+    took["positions"] = graph.noise.positions
+    took["boxes"] = len(graph.nodes.frame)
     took["mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     workers.shutdown()
     return took

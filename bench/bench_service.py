@@ -1,17 +1,17 @@
-"""One host's last hour from a real S3 server over HTTP: one question, and fifty clients at once.
+"""One host's last hour from a real S3 server over HTTP: one request, and fifty clients at once.
 
 Workload: the objects of bench_query.py, sixty of one minute each that end now, as an agent leaves
 them, in a bucket of SeaweedFS on this machine that asks for keys; `everflame serve`'s real process
-over it. The window begins inside an hour, so it is answered from two hours, of which some parts may
+over it. The window begins inside an hour, so a response reads two hours, of which some parts may
 still change. Server, service, its workers and the clients share this machine's CPUs.
 
 Cold: a new process with an empty cache. Restarted: a new process over the cache of the one before.
-Again: the same process asked for the same again. Medians of several runs; every answer is checked
-against the sum of what was put in. The page's questions are four, each over its own connection.
+Again: the same process asked for the same again. Medians of several runs; every response is checked
+against the sum of what was put in. The page sends four requests, each over its own connection.
 
 Then, when the page was opened once, fifty clients, each with a connection of its own, ask what
 people at it ask: the hour, zooms into its boxes, single services, searches, the table, the
-timeline, labels. First each about once a second, then all as fast as they are answered. Memory is
+timeline, labels. First each about once a second, then all as fast as responses come. Memory is
 that of afterwards: the service's own, and with all of its processes, those that decode included,
 what they share counted once (PSS).
 
@@ -59,7 +59,7 @@ Hour = dict[str, int]
 
 
 def fill(folder: Path, store: ObjectStore) -> tuple[Window, int]:
-    """Put the hour that ends now into a store. Give it, and how many samples it holds."""
+    """Put the hour that ends now into a store; return it, and its number of samples."""
     end_ns = time.time_ns() // MINUTE_NS * MINUTE_NS
     bench_query.fill(folder, hosts=1, hours=1, start_ns=end_ns - HOUR_NS)
     made = DirectoryStore(folder)
@@ -70,14 +70,14 @@ def fill(folder: Path, store: ObjectStore) -> tuple[Window, int]:
 
 def ask_hour(service: Serving, hour: Hour, samples: int) -> float:
     reply = service.get("/api/v1/flamegraph", width=WIDTH_PX, **hour)
-    answer = json.loads(reply.plain)
-    assert (reply.status, answer["samples"]) == (200, samples)
-    assert answer["coverage"]["objects"] == 60
+    graph = json.loads(reply.plain)
+    assert (reply.status, graph["samples"]) == (200, samples)
+    assert graph["coverage"]["objects"] == 60
     return reply.took_s
 
 
 def ask_page(service: Serving, hour: Hour) -> float:
-    """Ask what the page asks when it is opened, all at once, and wait for the last answer."""
+    """Send the requests of a page that is opened, all at once, and wait for the last response."""
     asked = (
         ("flamegraph", {"width": WIDTH_PX}),
         ("timeline", {}),
@@ -92,7 +92,7 @@ def ask_page(service: Serving, hour: Hour) -> float:
 
 
 def single(endpoint: str, folder: Path, hour: Hour, samples: int, runs: int) -> Iterator[Row]:
-    """Ask one question at a time."""
+    """Send one request at a time."""
     took: dict[str, list[float]] = {"cold": [], "restarted": [], "again": []}
     pages: dict[str, list[float]] = {"cold": [], "again": []}
     for run in range(runs):
@@ -112,8 +112,8 @@ def single(endpoint: str, folder: Path, hour: Hour, samples: int, runs: int) -> 
         yield f"all that the page asks for at once, {name}", statistics.median(times), "s", None
 
 
-def questions(hour: Hour, nodes: list[str], seed: int) -> Iterator[str]:
-    """Return what one person asks, without end."""
+def targets(hour: Hour, nodes: list[str], seed: int) -> Iterator[str]:
+    """Return the request targets of one person, without end."""
     choice = random.Random(seed)
     while True:
         service = f'{{service="service-{choice.randrange(4)}"}}'
@@ -149,7 +149,7 @@ class Load:
     def rows(self, name: str) -> Iterator[Row]:
         cuts = statistics.quantiles(self.took_s, n=100, method="inclusive")
         yield (
-            f"{CLIENTS} clients, {name}: answers",
+            f"{CLIENTS} clients, {name}: responses",
             len(self.took_s) / self.span_s,
             "a second",
             None,
@@ -166,7 +166,7 @@ async def run_clients(
     started = time.perf_counter()
     end = started + seconds
     clients = (
-        run_client(service, questions(hour, nodes, seed), load, pause_s, end)
+        run_client(service, targets(hour, nodes, seed), load, pause_s, end)
         for seed in range(CLIENTS)
     )
     await asyncio.gather(*clients)
@@ -206,7 +206,7 @@ def many(
     """Ask from many sides at once, then look at what memory it took."""
     with serving(STORE, folder / "cache-many", f"--s3-endpoint={endpoint}") as service:
         ask_page(service, hour)
-        for name, pause_s in (("a question a second each", 1.0), ("without a pause", 0.0)):
+        for name, pause_s in (("a request a second each", 1.0), ("without a pause", 0.0)):
             load = asyncio.run(run_clients(service, hour, nodes, pause_s, seconds))
             yield from load.rows(name)
             unexpected = {code: n for code, n in load.statuses.items() if code != 200}

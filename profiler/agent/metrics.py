@@ -1,19 +1,21 @@
-"""`/metrics` for Prometheus: a page that asks the agent's socket each time it is fetched.
+"""`/metrics` for Prometheus: the agent's status, asked from its socket for each request.
 
-It runs in the uploader, where the network is; the sampler opens no port.
+It is served by the uploader, which has the network; the sampler opens no port.
 """
 
 import http.server
 import socket
 import threading
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from profiler import exposition
 from profiler.agent import status
+from profiler.exposition import Metric, labelled, single
 
 _REQUEST_TIMEOUT_S = 10.0
-_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class MetricsError(Exception):
@@ -46,6 +48,49 @@ def serve(address: str, run_folder: Path) -> None:
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
 
 
+def metrics_of(status: Mapping[str, Any]) -> Iterator[Metric]:
+    """Return what the agent's status says as metrics."""
+    upload, spool = status["uploader"], status["spool"]
+    counters = {
+        "ticks": status["ticks"],
+        "idle_ticks": status["idle"],
+        "filtered_ticks": status["filtered"],
+        "stored_samples": status["stored"],
+        "windows_closed": status["windows"],
+        "faults": status["faults"],
+        "spool_windows_given_up": spool["given_up"],
+        "uploader_starts": upload["starts"],
+    }
+    gauges = {
+        "alarm": int(status["alarm"]),
+        "uptime_seconds": status["uptime_s"],
+        "bpf_seconds_per_tick": status["bpf_ns_per_tick"] / 1e9,
+        "unwind_processes": status["unwinding"]["processes"],
+        "unwind_tables": status["unwinding"]["tables"],
+        "unwind_tables_waiting": status["unwinding"]["tables_waiting"],
+        "unwind_kernel_bytes": status["unwinding"]["kernel_bytes"],
+        "spool_windows": spool["profiles"],
+        "spool_bytes": spool["size_bytes"],
+        "spool_limit_bytes": spool["limit_bytes"],
+        "spool_unwritten_ticks": spool["unwritten_ticks"],
+    }
+    for name, value in counters.items():
+        yield single(f"everflame_{name}_total", "counter", value)
+    for name, value in gauges.items():
+        yield single(f"everflame_{name}", "gauge", value)
+    cpu_s = {part: ns / 1e9 for part, ns in status["cpu_ns"].items()}
+    rss_bytes = {
+        "sampler": status["sampler"]["rss_bytes"],
+        "uploader": upload.get("rss_bytes", 0),
+    }
+    figures = {name: value for name, value in upload.items() if isinstance(value, int | float)}
+    yield labelled("everflame_lost_ticks_total", "counter", "cause", status["lost"])
+    yield labelled("everflame_stack_ends_total", "counter", "reason", status["stops"])
+    yield labelled("everflame_cpu_seconds_total", "counter", "part", cpu_s)
+    yield labelled("everflame_resident_memory_bytes", "gauge", "process", rss_bytes)
+    yield labelled("everflame_upload", "gauge", "figure", figures)
+
+
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
@@ -61,21 +106,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path != "/metrics":
-            self._answer(HTTPStatus.NOT_FOUND, b"there is only /metrics\n")
+            self._respond(HTTPStatus.NOT_FOUND, b"there is only /metrics\n")
             return
         try:
-            content = status.metrics(status.ask(self.server.run_folder))
+            content = exposition.encode(metrics_of(status.ask(self.server.run_folder)))
         except status.NoAgentError as error:
-            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n".encode())
+            self._respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n".encode())
             return
-        self._answer(HTTPStatus.OK, content)
+        self._respond(HTTPStatus.OK, content)
 
-    def _answer(self, code: HTTPStatus, content: bytes) -> None:
+    def _respond(self, code: HTTPStatus, content: bytes) -> None:
         self.send_response(code)
-        self.send_header("Content-Type", _CONTENT_TYPE)
+        self.send_header("Content-Type", exposition.CONTENT_TYPE)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
-        """Say nothing: a scrape every few seconds is no news."""
+        """Log nothing: there is a request every few seconds."""

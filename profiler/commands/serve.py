@@ -16,10 +16,11 @@ from socket import socket
 from profiler.agent import status
 from profiler.commands import arguments
 from profiler.service import addresses
-from profiler.service.app import About, Service
+from profiler.service.app import Service
 from profiler.service.connections import Server
-from profiler.service.prefetch import DEFAULT_PERCENT, Ahead
-from profiler.service.responses import Answers
+from profiler.service.merged import MergedProfiles
+from profiler.service.prefetch import DEFAULT_PERCENT, Prefetcher
+from profiler.service.status import About
 from storage.objects.keys import ObjectStore, StoredObject, StoreError, StoreRefused
 from storage.objects.open import default_store_url, open_tenant
 from storage.objects.tenant import TenantStore
@@ -55,34 +56,35 @@ def serve(
     store: TenantStore,
     about: About,
     cache: Path,
-    ahead: Ahead,
+    prefetcher: Prefetcher,
     *,
     is_quiet: bool = False,
 ) -> int:
     """Serve until SIGINT or SIGTERM."""
     _settle_memory()
     workers = start_workers(min(4, os.cpu_count() or 1))
-    service = Service(Answers(store, Query(store, cache, workers=workers)), about, ahead.told)
-    ahead.start()
+    profiles = MergedProfiles(store, Query(store, cache, workers=workers))
+    service = Service(profiles, about, prefetcher.progress)
+    prefetcher.start()
     if not is_quiet:
         _tell(f"the page is at http://{addresses.shown(listener.getsockname()[:2])}/")
     try:
-        Server(service.app(), service.places).run(sockets=[listener])
+        Server(service.app(), service.slots).run(sockets=[listener])
     finally:
-        ahead.end()
+        prefetcher.end()
         has_ended = service.end(_END_WITHIN_S)
         workers.shutdown(wait=has_ended, cancel_futures=True)
     if not has_ended:
         sys.stderr.flush()
-        os._exit(0)  # a thread hangs in a request to the store: it would be waited for
+        os._exit(0)  # a thread hangs in a request to the store, and exit would wait for it
     return 0
 
 
 def _settle_memory() -> None:
-    """Let malloc give back what an answer took, as it does when it has one arena.
+    """Make malloc return the memory of a response to the system, with a single arena.
 
-    With one for each thread, half of the process was memory that nobody used: 208 MB instead of
-    157 after fifty clients (bench/bench_service.py). Small arrays stay, for they come again.
+    With an arena for each thread, much of the process was unused memory: 208 MB instead of 157
+    after fifty clients (bench/bench_service.py). Small arrays stay, for they are needed again.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl has none
@@ -106,7 +108,7 @@ def check(store: ObjectStore) -> None:
         except StoreError as error:
             found.put(error)
 
-    # A daemon: one that hangs in a request is not waited for at the end.
+    # A daemon: the process must not wait at its end for one that hangs in a request.
     threading.Thread(target=ask, name="check", daemon=True).start()
     try:
         first = found.get(timeout=_CHECK_WITHIN_S)
@@ -135,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         keep_s=options.keep_s,
         keep_bytes=options.keep_bytes,
     )
-    # Until the server takes both signals, and after it, either is a Ctrl-C.
+    # Before and after the server handles them, both signals act as Ctrl-C.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -144,8 +146,8 @@ def main(argv: list[str] | None = None) -> int:
         if not options.quiet:
             check(store.store)
         cache = options.cache or default_folder()
-        ahead = Ahead(url, options.s3_endpoint, cache, options.decode_ahead)
-        return serve(listener, store, about, cache, ahead, is_quiet=options.quiet)
+        prefetcher = Prefetcher(url, options.s3_endpoint, cache, options.decode_ahead)
+        return serve(listener, store, about, cache, prefetcher, is_quiet=options.quiet)
     except (addresses.ListenError, StoreError) as error:
         _tell(str(error))
         return 2

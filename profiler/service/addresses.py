@@ -1,6 +1,6 @@
-"""Addresses: where a page may be listened for, which is loopback only, and what is wrong with it.
+"""Addresses: the loopback addresses to listen on, and what is wrong with others.
 
-Imported by the sampling process too: nothing here is large.
+The sampling process imports it too, so it imports nothing large.
 """
 
 import errno
@@ -10,7 +10,7 @@ import socket
 from urllib.parse import urlsplit
 
 _BACKLOG = 512
-"""Connections that wait while the service starts."""
+"""Connections that may wait while the service starts."""
 
 
 class ListenError(ValueError):
@@ -21,7 +21,7 @@ def bind(listen: str) -> socket.socket:
     """Return a socket that listens on a loopback address: HOST:PORT, a port of 0 is any free one.
 
     Raises:
-        ListenError: it is no such address, or somebody has it.
+        ListenError: it is not such an address, or is in use.
     """
     host, port = _parse(listen)
     try:
@@ -29,7 +29,7 @@ def bind(listen: str) -> socket.socket:
     except OSError as error:
         raise ListenError(f"cannot listen on {listen}: {error.strerror}") from error
     try:
-        # Connections of a service that has just ended are no reason to refuse its address.
+        # The address may still have connections of a service that has just ended.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(_BACKLOG)
@@ -40,7 +40,7 @@ def bind(listen: str) -> socket.socket:
 
 
 def shown(address: tuple[str, int]) -> str:
-    """Return an address as it stands in a URL."""
+    """Return an address as it is written in a URL."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

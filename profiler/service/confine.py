@@ -1,22 +1,22 @@
-"""Confine: run a program without root's rights, in a few folders.
+"""Confine: run a program without root's rights, restricted to a few folders.
 
 Run as `python -m profiler.service.confine`.
 
-What `everflame up` starts as root answers strangers or is only there to be looked at. Before it
-execs, this launcher gives up what that needs nothing of:
+`everflame up` runs as root and starts programs that need no root: the service, which responds to
+requests of other users, and the demo. Before it execs such a program, this launcher drops rights:
 
-- It becomes another user, and `no_new_privs` keeps it from ever becoming a third.
+- It becomes another user, and `no_new_privs` prevents it from gaining rights again.
 - With `--read` it keeps one capability, CAP_DAC_READ_SEARCH: the store is 0700 and stays so. A
-  group of readers would have to be given to every file that is in a store already, and to the
-  folders above; an idmapped mount needs CAP_SYS_ADMIN and file systems that can. The capability
-  reads everything and writes nothing.
-- Landlock takes "everything" back (Linux 5.13; on in Debian 12 and 13 and Ubuntu 24.04): only the
-  folders named, the program's own code and what a Python program needs of the system can be read,
-  only those of `--write` written. /etc/shadow and /root are closed again, capability or not. Where
-  the kernel has no Landlock this layer is missing, and a warning says so.
+  group of readers would have to be set on every file that is already in a store, and on the folders
+  above; an idmapped mount needs CAP_SYS_ADMIN and support by the file system. The capability can
+  read everything and write nothing.
+- Landlock (Linux 5.13; enabled in Debian 12 and 13 and Ubuntu 24.04) restricts that: the program
+  can read only the named folders, its own code and what Python needs of the system, and write only
+  the folders of `--write`. It cannot read /etc/shadow and /root, capability or not. If the kernel
+  has no Landlock, this layer is missing, and a warning says so.
 
-Started by an ordinary user it gives up all capabilities and stays that user; then Landlock alone
-keeps the store from being written.
+Started by an ordinary user, it drops all capabilities and stays that user; then Landlock alone
+protects the store from being written.
 """
 
 import argparse
@@ -48,14 +48,14 @@ _RULE_PATH_BENEATH = 1
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _TRUNCATE, _IOCTL_DEVICE = 1 << 14, 1 << 15
 _RIGHTS_BY_VERSION = (0, 1 << 13, 1 << 14, 1 << 15, 1 << 15, 1 << 16)
-"""The rights a version knows are those below this bit; later ones know no more of files."""
+"""By version: it knows the rights below this bit. Later versions add none for files."""
 _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEVICE
 _READ = _EXECUTE | _READ_FILE | _READ_DIR
 
 _SYSTEM = (
     *("/usr", "/lib", "/lib64", "/bin", "/sbin", "/proc", "/sys/devices/system"),
     *("/dev/urandom", "/dev/random", "/dev/zero"),
-    # The rest of /etc is other programs' configuration and passwords.
+    # The rest of /etc is configuration of other programs, and passwords.
     *("/etc/ld.so.cache", "/etc/localtime", "/etc/timezone", "/etc/passwd", "/etc/group"),
     *("/etc/hosts", "/etc/host.conf", "/etc/resolv.conf", "/etc/nsswitch.conf", "/etc/gai.conf"),
     *("/etc/services", "/etc/mime.types", "/etc/ssl", "/etc/ca-certificates"),
@@ -80,7 +80,7 @@ def main() -> int:
         # Last: a change of user clears it (prctl(2)).
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != options.parent:
-            return 0  # it died before it could tell us
+            return 0  # the parent died before prctl could report it
         os.execv(options.command[0], options.command)  # noqa: S606 - it is what was asked
     except (ConfineError, OSError) as error:
         log.error("%s", error)
@@ -98,19 +98,19 @@ def _parse_options() -> argparse.Namespace:
 
 
 def confine(user: str, read: Sequence[Path], write: Sequence[Path]) -> None:
-    """Give up all rights but those to read and to write these folders.
+    """Drop all rights except to read and to write these folders.
 
     Raises:
         ConfineError: this process may not do so.
     """
-    ruleset = _make_ruleset(read, write)  # its folders are opened with the rights of now
+    ruleset = _make_ruleset(read, write)  # opens its folders while it still may
     if os.geteuid() == 0:
         _become(user, {_CAP_DAC_READ_SEARCH} if read else set())
     else:
         _set_capabilities(set())
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     if ruleset is None:
-        log.warning("this kernel has no Landlock: the service could read files beside the store")
+        log.warning("this kernel has no Landlock: the service can read files outside the store")
     elif _libc.syscall(_NR_RESTRICT_SELF, ruleset, 0) != 0:
         raise ConfineError(f"cannot restrict files: {os.strerror(ctypes.get_errno())}")
     else:
@@ -132,7 +132,7 @@ def _become(user: str, kept: set[int]) -> None:
             " with docker run --cap-add DAC_READ_SEARCH, or run everflame agent without a page)"
         )
     for number in range(64):
-        # Where CAP_SETPCAP is missing it stays: no_new_privs makes it worth nothing.
+        # Without CAP_SETPCAP it stays; no_new_privs makes it useless.
         if number not in kept and _libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0) == 1:
             _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
     _prctl(_PR_SET_KEEPCAPS, 1)
@@ -143,7 +143,7 @@ def _become(user: str, kept: set[int]) -> None:
 
 
 def capabilities() -> set[int]:
-    """Return the capabilities that this process may use."""
+    """Return the effective capabilities of this process."""
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     sets = ctypes.create_string_buffer(24)
     if _libc.capget(header, sets) != 0:
@@ -154,13 +154,13 @@ def capabilities() -> set[int]:
 
 
 def _set_capabilities(kept: set[int]) -> None:
-    """Hold these and no others, and take them across execve(2) as ambient ones."""
+    """Hold only these, as ambient ones, which survive execve(2)."""
     bits = sum(1 << number for number in kept)
     low, high = bits & 0xFFFFFFFF, bits >> 32
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     if _libc.capset(header, struct.pack("=6I", low, low, low, high, high, high)) != 0:
-        raise ConfineError(f"cannot give up capabilities: {os.strerror(ctypes.get_errno())}")
+        raise ConfineError(f"cannot drop capabilities: {os.strerror(ctypes.get_errno())}")
     for number in kept:
         if _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, number, 0, 0) != 0:
             raise ConfineError(f"cannot keep a capability: {os.strerror(ctypes.get_errno())}")
@@ -172,7 +172,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _make_ruleset(read: Iterable[Path], write: Iterable[Path]) -> int | None:
-    """Return a Landlock ruleset's descriptor, None where the kernel has no Landlock."""
+    """Return the descriptor of a Landlock ruleset; None if the kernel has no Landlock."""
     version = _libc.syscall(_NR_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
     if version < 1:
         return None
@@ -195,7 +195,7 @@ def _allow(ruleset: int, path: Path, rights: int) -> None:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
-            return  # what is not there needs no rule
+            return  # a missing path needs no rule
         raise
     try:
         rights &= ~0 if path.is_dir() else _OF_FILES

@@ -1,9 +1,14 @@
-"""Connections: uvicorn's HTTP/1.1 with an end to everything that a client can leave undone.
+"""Connections: uvicorn's HTTP/1.1 with a deadline for everything that a client can leave undone.
 
-uvicorn gives clients all the time in the world to send a request: a few hundred that send a byte a
-minute take all places there are. Here a request has to be there within a deadline; when all places
-are taken the longest idle connection makes room, and only where none is idle is a new one told to
-come again. Who does not take an answer is cut off as well.
+uvicorn gives clients unlimited time to send a request: a few hundred that send a byte a minute take
+all connections there are. Here a request must arrive within a deadline. When all connections are in
+use, the longest idle one is closed; if none is idle, a new one is refused with 503. A client that
+does not read its response is cut off as well.
+
+No Python server does all of this: uvicorn has no deadline for requests, hypercorn's starts anew
+with each byte, and granian has one for headers, but none for clients that do not read, and closes
+no idle connection for a new one. So this is a subclass of uvicorn's connection. Its internals are
+not documented: the allowed versions are those that the tests of connections were run with.
 """
 
 import asyncio
@@ -21,20 +26,20 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 _REQUEST_WITHIN_S = 10.0
-"""From the first byte, or from the connection's begin, until a request is whole."""
+"""From the first byte, or from the start of the connection, until a request is complete."""
 _IDLE_S = 30
 """How long a connection may wait for its next request."""
 _HEAD_LIMIT_BYTES = 32 << 10
-"""Of a request line and its headers; a page's address with eight long names fits."""
+"""Of a request line and its headers; a page's URL with eight long names fits."""
 _CONNECTIONS_LIMIT = 256
 _STALL_S = 30.0
-"""How long a client may take nothing of an answer."""
+"""How long a client may read nothing of a response."""
 _GRACE_S = 3.0
-"""How long answers may take that are under way when the service ends."""
+"""How long responses under way may take when the service ends."""
 
 
-class Places:
-    """The connections there may be: `idle` ones wait for a request, the longest waiting first."""
+class ConnectionSlots:
+    """How many connections may be open. `idle` ones wait for a request, the longest first."""
 
     def __init__(
         self, busy: Response, malformed: Response, limit: int = _CONNECTIONS_LIMIT
@@ -46,7 +51,7 @@ class Places:
         self.refused = 0
 
     def make_room(self) -> bool:
-        """Cut off the longest idle connection; tell whether there was one."""
+        """Cut off the longest idle connection; return whether there was one."""
         longest = next(iter(self.idle), None)
         if longest is not None:
             longest.cut_off()
@@ -54,27 +59,27 @@ class Places:
 
 
 class Connection(H11Protocol):
-    """One connection. Its base class reads, answers and keeps alive."""
+    """One connection. Its base class reads, responds and keeps alive."""
 
     def __init__(
         self,
-        places: Places,
+        slots: ConnectionSlots,
         config: uvicorn.Config,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._places = places
+        self._slots = slots
         self._deadline: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
         self._left_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as its base class
         super().connection_made(transport)
-        if len(self.connections) > self._places.limit and not self._places.make_room():
-            self._places.refused += 1
-            self.app = self._places.busy
+        if len(self.connections) > self._slots.limit and not self._slots.make_room():
+            self._slots.refused += 1
+            self.app = self._slots.busy
         self._await_request()
 
     def data_received(self, data: bytes) -> None:
@@ -87,7 +92,7 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-            self._places.idle[self] = None  # for as long as it is kept alive
+            self._slots.idle[self] = None  # for as long as it is kept alive
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_awaiting()
@@ -107,26 +112,26 @@ class Connection(H11Protocol):
 
     def cut_off(self) -> None:
         self._stop_awaiting()
-        self._places.cut += 1
+        self._slots.cut += 1
         self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, or too long, as a problem like all others."""
+        """Respond to what is not HTTP, or too long, with a problem as everywhere else."""
         del msg
         if self.cycle is None or self.cycle.response_complete:
-            answer = self._places.malformed
-            head = h11.Response(status_code=answer.status_code, headers=answer.raw_headers)
-            for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+            response = self._slots.malformed
+            head = h11.Response(status_code=response.status_code, headers=response.raw_headers)
+            for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
     def _await_request(self) -> None:
-        self._places.idle.setdefault(self)
+        self._slots.idle.setdefault(self)
         if self._deadline is None:
             self._deadline = self.loop.call_later(_REQUEST_WITHIN_S, self.cut_off)
 
     def _stop_awaiting(self) -> None:
-        self._places.idle.pop(self, None)
+        self._slots.idle.pop(self, None)
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -141,11 +146,11 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serves until SIGINT or SIGTERM; then answers what is under way, for a few seconds."""
+    """Serves until SIGINT or SIGTERM; then finishes responses under way, for a few seconds."""
 
-    def __init__(self, app: Starlette, places: Places) -> None:
+    def __init__(self, app: Starlette, slots: ConnectionSlots) -> None:
         # uvicorn calls it to get a protocol; its type allows for classes only.
-        protocol = cast("type[asyncio.Protocol]", functools.partial(Connection, places))
+        protocol = cast("type[asyncio.Protocol]", functools.partial(Connection, slots))
         config = uvicorn.Config(
             app,
             http=protocol,
@@ -164,7 +169,7 @@ class Server(uvicorn.Server):
         self._wakes = asyncio.Event()
 
     async def main_loop(self) -> None:
-        """Tick once a second. The base class does ten times: most of what an idle service costs."""
+        """Tick once a second. The base class ticks ten times: most of an idle service's CPU."""
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wakes.wait(), 1.0)
@@ -175,7 +180,7 @@ class Server(uvicorn.Server):
         cut.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End; at the second signal without waiting. The base class raises it again when done."""
+        """End; at the second signal without waiting. The base class raises the signal when done."""
         del sig, frame
         loop = asyncio.get_running_loop()
         loop.call_soon_threadsafe(self._cut_all if self.should_exit else self._wakes.set)

@@ -1,9 +1,9 @@
-"""Ahead: decodes new objects as they arrive, so that nobody waits for a day that nobody has seen.
+"""Prefetch: decodes new objects as they arrive, so that the first look at a day does not wait.
 
-A process of its own, `python -m profiler.service.prefetch`, which the service keeps and which ends
-with it. It is scheduled when nothing else wants the CPU (SCHED_IDLE), takes no more than a share of
-one CPU even then, and writes into the cache that the service reads. It goes back a day, as far as
-most of that cache reaches. What it does it tells in lines of JSON on its standard output.
+A process of its own, `python -m profiler.service.prefetch`, which the service keeps running and
+which ends with it. It runs when nothing else needs the CPU (SCHED_IDLE), uses at most a share of
+one CPU even then, and writes into the cache that the service reads. It goes back a day, which fills
+most of that cache. It reports its progress as lines of JSON on its standard output.
 """
 
 import argparse
@@ -32,12 +32,12 @@ DEFAULT_PERCENT = 10
 _REACH_NS = 24 * HOUR_NS
 _LATEST_NS = 2 * HOUR_NS
 _PERIOD_S = 60.0
-"""As often the latest hours are listed: agents store an object a minute."""
+"""How often the latest hours are listed: agents store an object a minute."""
 _WHOLE_EVERY = 10
-"""Of these times, one looks at the whole day: that takes a listing of each hour."""
+"""One of so many rounds looks at the whole day, which takes a listing of each hour."""
 _FIRST_AFTER_S = 2.0
-"""Whoever opens the page at once is answered first: an interpreter's start is half a second of CPU,
-before it can be scheduled as what may wait."""
+"""A page opened at once comes first: an interpreter's start is half a second of CPU, before it can
+be scheduled as SCHED_IDLE."""
 _RESTART_S = 60.0
 _ENVIRONMENT = {
     # Merging an hour takes arrays of 100 MB for a second; without these two malloc keeps them.
@@ -47,8 +47,8 @@ _ENVIRONMENT = {
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-class Ahead:
-    """The process, seen from the service: started again when it has died, and what it last told."""
+class Prefetcher:
+    """Keeps the process running, restarts it when it has died, and knows its last progress."""
 
     def __init__(self, store: str, endpoint: str, cache: Path, percent: int) -> None:
         self._command = [
@@ -63,16 +63,16 @@ class Ahead:
         self._percent = percent
         self._process: subprocess.Popen[bytes] | None = None
         self._has_ended = threading.Event()
-        self._told: dict[str, Any] = {}
+        self._progress: dict[str, Any] = {}
 
     def start(self) -> None:
-        """Start the process, unless it may take nothing."""
+        """Start the process, unless its share is 0."""
         if self._percent > 0:
-            threading.Thread(target=self._keep, name="ahead", daemon=True).start()
+            threading.Thread(target=self._keep, name="prefetch", daemon=True).start()
 
-    def told(self) -> dict[str, Any]:
-        """Return what it last told; nothing before it has told anything."""
-        return self._told
+    def progress(self) -> dict[str, Any]:
+        """Return what the process last reported; an empty dict before its first report."""
+        return self._progress
 
     def end(self) -> None:
         self._has_ended.set()
@@ -92,12 +92,12 @@ class Ahead:
             with self._process as process:
                 assert process.stdout is not None
                 for line in process.stdout:
-                    self._told = orjson.loads(line)
+                    self._progress = orjson.loads(line)
             self._has_ended.wait(_RESTART_S)
 
 
 class Pace:
-    """Rests after work, so that all of it stays within a share of one CPU."""
+    """Pauses after work, so that it stays within a share of one CPU."""
 
     def __init__(self, share: float, rest: Callable[[float], None] = time.sleep) -> None:
         self._share = share
@@ -111,7 +111,7 @@ class Pace:
 
 
 def work(query: Query, percent: int) -> None:
-    """Decode for ever."""
+    """Decode without end."""
     pace = Pace(percent / 100)
     decoded, rounds = 0, 0
     while True:
@@ -124,17 +124,17 @@ def work(query: Query, percent: int) -> None:
         try:
             for part in query.prepare(window):
                 decoded += part.objects
-                _tell(decoded, part.left, error)
+                _report(decoded, part.left, error)
                 pace.rest()
         except StoreError as gone:
             error = str(gone)
-        _tell(decoded, 0, error)
+        _report(decoded, 0, error)
         pace.rest()
         rounds += not error
         time.sleep(max(0.0, _PERIOD_S - (time.time_ns() - now_ns) / 1e9))
 
 
-def _tell(decoded: int, waiting: int, error: str) -> None:
+def _report(decoded: int, waiting: int, error: str) -> None:
     line = {
         "decoded": decoded,
         "waiting": waiting,
@@ -156,8 +156,8 @@ def main() -> int:
     options = parser.parse_args()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != options.parent:
-        return 0  # it died before it could tell us
-    with contextlib.suppress(OSError):  # where that is forbidden the share alone is the bound
+        return 0  # the parent died before prctl could tell us
+    with contextlib.suppress(OSError):  # where it is forbidden the share is the only bound
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     store = open_tenant(options.store, options.s3_endpoint or None)
     work(Query(store, options.cache), options.percent)

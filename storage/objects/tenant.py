@@ -3,7 +3,7 @@
 import heapq
 import itertools
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from storage.objects.keys import (
@@ -40,15 +40,26 @@ class _Listed(NamedTuple):
 class TenantStore:
     """The profiles of one tenant in an object store: what readers and writers of profiles take.
 
-    Safe to use from several threads, as the store is.
+    Safe to use from several threads, as the store is. `check` is called before each listing and
+    for each of its keys; what it raises ends the listing.
     """
 
-    def __init__(self, store: ObjectStore, tenant: str = DEFAULT_TENANT) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        tenant: str = DEFAULT_TENANT,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.store = store
         self.tenant = tenant
+        self._check = check
 
     def __str__(self) -> str:
         return str(self.store)
+
+    def interruptible(self, check: Callable[[], None]) -> "TenantStore":
+        """Return the same profiles, whose listings end with what `check` raises."""
+        return TenantStore(self.store, self.tenant, check)
 
     def put_profile(self, profile: "Profile", content: bytes) -> tuple[ObjectKey, bool]:
         """Write an encoded profile; return its key, and False if it was stored before.
@@ -184,7 +195,9 @@ class TenantStore:
         # Both hours begin with it: S3 then returns no page of keys behind them.
         common = prefix + _common_start(first, last)
         # SeaweedFS skips a folder if `start_after` is its name; with the slash, it lists it.
+        self._check()
         for stored in self.store.list(common, start_after=f"{prefix}{first}/"):
+            self._check()
             place = stored.key[len(prefix) :]
             if place[: len(last)] > last:
                 return

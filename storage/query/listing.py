@@ -74,15 +74,33 @@ class Listing:
         yield from known[1]
 
     def _list(self, window: Window) -> Iterator[ListedObject]:
-        for key, stored in self.store.list_window(window, self.type):
-            self.check()
+        for key, stored in self._interruptible.list_window(window, self.type):
             if is_inside(key, window):
                 yield ListedObject(key, stored)
 
+    def nearest(self, window: Window) -> list[ObjectKey]:
+        """Return the last object before a window and the first one after it, if there are any."""
+        return nearest_objects(self._interruptible, window, self.type)
 
-def nearest_objects(store: TenantStore, window: Window) -> list[ObjectKey]:
+    def span(self) -> Window | None:
+        """Return when the data of the store begin and end; None if there are none."""
+        profiles = self._interruptible
+        first, newest = profiles.first_object(0, self.type), profiles.newest_object(type_=self.type)
+        if first is None or newest is None:
+            return None
+        return Window(first.start_ns, newest.end_ns)
+
+    @property
+    def _interruptible(self) -> TenantStore:
+        return self.store.interruptible(self.check)
+
+
+def nearest_objects(store: TenantStore, window: Window, type_: str = CPU) -> list[ObjectKey]:
     """Return the last object before a window and the first one after it, if there are any."""
-    nearest = (store.newest_object(window.start_ns), store.first_object(window.end_ns))
+    nearest = (
+        store.newest_object(window.start_ns, type_),
+        store.first_object(window.end_ns, type_),
+    )
     return [key for key in nearest if key is not None]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from storage.merging import merge_columns
-from storage.objects.keys import CPU, NS_PER_S
+from storage.objects.keys import CPU, NS_PER_S, ObjectKey
 from storage.objects.tenant import TenantStore
 from storage.profile import Accounting, Profile, ProfileBuilder, Window
 from storage.query.cache import DEFAULT_LIMIT_BYTES, DecodedCache
@@ -125,6 +125,14 @@ class Query:
     def objects(self, window: Window) -> Iterator[ListedObject]:
         """Return the objects that start inside a window, by hour, host and start; none is read."""
         yield from self._parts.listing.objects(window)
+
+    def nearest_objects(self, window: Window) -> list[ObjectKey]:
+        """Return the last object before a window and the first one after it, if there are any."""
+        return self._parts.listing.nearest(window)
+
+    def span(self) -> Window | None:
+        """Return when the data of the store begin and end; None if there are none."""
+        return self._parts.listing.span()
 
     def fingerprint(self, window: Window, type: str = CPU) -> str:  # noqa: A002
         """Name the objects of a window: as long as the name is the same, so is every answer."""

@@ -41,6 +41,11 @@ class Turns:
         self._lock = threading.Lock()
         self._turns: dict[str, tuple[threading.Lock, list[None]]] = {}
 
+    def is_taken(self, name: str) -> bool:
+        """Return whether a thread does this job or waits for its turn."""
+        with self._lock:
+            return name in self._turns
+
     @contextlib.contextmanager
     def of(self, name: str, check: Callable[[], None]) -> Iterator[None]:
         """Wait for the turn as long as `check` raises nothing, and hold it for the block."""

@@ -11,13 +11,15 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pytest
 
 from profiler.comparison.gate import Gate
 from profiler.comparison.sides import Operand
 from profiler.flamegraph import flamegraph
-from profiler.service.responses import Answers, Question
+from profiler.service.comparisons import Comparisons
+from profiler.service.diff import diff_graph
+from profiler.service.merged import MergedProfiles, PanelRequest
+from profiler.service.sharing import json_body
 from storage.objects.directory import DirectoryStore
 from storage.objects.tenant import TenantStore
 from storage.profile import Profile
@@ -316,37 +318,40 @@ def test_what_has_arrived_since_is_in_the_next_answer(tmp_path):
 
 
 class EnoughError(Exception):
-    """Nobody waits any more."""
+    """The client has gone."""
 
 
 def test_a_comparison_may_end_at_any_step(folder, tmp_path):
-    """Whoever asks next gets the same as if it never had been asked."""
+    """The next request gets the same as if there had been none before."""
     store = DirectoryStore(folder / "store")
     sides = [
         Operand(Selector.parse(API["query"]), minutes(END - (i + 1) * LENGTH, END - i * LENGTH))
         for i in range(2)
     ]
-    after = Question(sides[0].window, sides[0].selector, by=("service",))
+    after = PanelRequest(sides[0].window, sides[0].selector, by=("service",))
 
-    def ask(answers: Answers, steps: float) -> bytes:
+    def comparisons(cache: str) -> Comparisons:
+        profiles = TenantStore(store)
+        return Comparisons(MergedProfiles(profiles, Query(profiles, tmp_path / cache)))
+
+    def ask(comparisons: Comparisons, steps: float) -> bytes:
         done = itertools.count()
 
         def check() -> None:
             if next(done) >= steps:
                 raise EnoughError
 
-        found = answers.diff(after, sides[1], Gate(0.1, 0.005), check)
+        compared = comparisons.compare(after, sides[1], check)
+        found = diff_graph(compared, after, Gate(0.1, 0.005), check)
         assert next(done) > 20
-        return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)
+        return json_body(found)[0]
 
-    expected = ask(
-        Answers(TenantStore(store), Query(TenantStore(store), tmp_path / "cache")), math.inf
-    )
-    answers = Answers(TenantStore(store), Query(TenantStore(store), tmp_path / "other"))
+    expected = ask(comparisons("cache"), math.inf)
+    other = comparisons("other")
     steps = 1
     while True:
         try:
-            found = ask(answers, steps)
+            found = ask(other, steps)
             break
         except EnoughError:
             steps *= 2
@@ -369,7 +374,7 @@ def test_metrics_count_comparisons_by_endpoint(client):
 
 @pytest.mark.parametrize("ending", ["svg", "folded", "speedscope.json", "json"])
 def test_downloads_are_those_of_the_command(client, folder, tmp_path, ending):
-    """The same bytes by HTTP and by `-o`; JSON has what the service knows of coverage besides."""
+    """The same bytes by HTTP and by `-o`; JSON from the service also has the coverage."""
     status, headers, body = client.get(f"/api/v1/export/diff.{ending}", **BOTH)
 
     assert status == 200

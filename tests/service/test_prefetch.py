@@ -1,4 +1,4 @@
-"""Decoding ahead: what nobody has asked for yet is there already; and the bounds of that."""
+"""Prefetching: objects are decoded before they are asked for, within bounds."""
 
 import os
 import time
@@ -57,7 +57,7 @@ def test_what_was_prepared_is_fetched_no_more(store, tmp_path, window) -> None:
 
 
 def test_each_object_is_fetched_once_and_the_latest_first(store, tmp_path) -> None:
-    """Shorter spans are made of objects, longer ones of shorter ones; what is left is told."""
+    """Shorter spans are made of objects, longer ones of shorter ones; what is left is reported."""
     query = make_query(store, tmp_path / "cache")
     parts = query.prepare(DAY)
 
@@ -144,16 +144,16 @@ def recent(minutes_ago: int) -> Profile:
     return replace(profile_of(minutes_ago), window=Window(start_ns, start_ns + 60 * 10**9))
 
 
-def told(client) -> dict[str, int]:
+def progress(client) -> dict[str, int]:
     return client.json("status")["ahead"] or {"decoded": 0, "waiting": 1}
 
 
 def test_the_service_decodes_what_nobody_has_asked_for(tmp_path) -> None:
-    """Then the store's objects may be anything: the answer is there already."""
+    """Then the store's objects may be anything: they are decoded already."""
     store = directory(tmp_path / "store", *map(recent, range(1, 200, 7)))
     expected = sum(recent(minute).total_samples for minute in range(1, 200, 7))
     with service(tmp_path, "--decode-ahead=100") as (process, client):
-        wait_for(lambda: told(client)["decoded"] and told(client)["waiting"] == 0)
+        wait_for(lambda: progress(client)["decoded"] and progress(client)["waiting"] == 0)
         (helper,) = [
             pid
             for pid in descendants_of(process.pid)
@@ -163,13 +163,13 @@ def test_the_service_decodes_what_nobody_has_asked_for(tmp_path) -> None:
             path = store.root / stored.key
             path.write_bytes(bytes(stored.size_bytes))
             os.utime(path, ns=(stored.modified_ns, stored.modified_ns))
-        answer = client.json("flamegraph", **{"from": "now-1d"})
+        graph = client.json("flamegraph", **{"from": "now-1d"})
         metrics = client.get("/metrics")[2].decode()
 
         assert os.sched_getscheduler(helper) == os.SCHED_IDLE
 
-    assert answer["samples"] == expected
-    assert answer["coverage"]["skipped"] == []
+    assert graph["samples"] == expected
+    assert graph["coverage"]["skipped"] == []
     assert "everflame_service_decode_ahead_waiting 0\n" in metrics
     assert "everflame_service_decoded_ahead_total " in metrics
     wait_for(lambda: not is_running(helper))

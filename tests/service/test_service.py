@@ -12,8 +12,8 @@ import pytest
 
 from profiler.flamegraph import flamegraph
 from profiler.formats.reading import read_bytes
-from profiler.service.responses import usual_step_ns
 from profiler.service.schema import ENDPOINTS
+from profiler.service.timeline import default_step_ns
 from storage.formats import pprof
 from storage.objects.directory import DirectoryStore
 from storage.objects.tenant import TenantStore
@@ -44,17 +44,17 @@ def client(folder):
 
 
 def test_a_flame_graph_holds_every_count_of_its_window(client):
-    """The answer equals the tree of what was stored, with services above."""
-    answer = client.json("flamegraph", **HOUR)
+    """It equals the tree of what was stored, with services above."""
+    shown = client.json("flamegraph", **HOUR)
 
-    assert answer["total"] == whole().total_value
-    assert answer["nodes"]["total"][0] == answer["total"]
+    assert shown["total"] == whole().total_value
+    assert shown["nodes"]["total"][0] == shown["total"]
     graph = flamegraph.build(whole(), ("service",))
-    assert answer["nodes"]["total"] == graph.total.tolist()
-    names = [answer["frames"][i][0] for i in answer["nodes"]["frame"]]
+    assert shown["nodes"]["total"] == graph.total.tolist()
+    names = [shown["frames"][i][0] for i in shown["nodes"]["frame"]]
     assert names == [graph.frames[i].function for i in graph.frame.tolist()]
-    assert answer["empty"] is None
-    assert answer["modules"] == [["api", "/srv/api", "feed"]]
+    assert shown["empty"] is None
+    assert shown["modules"] == [["api", "/srv/api", "feed"]]
 
 
 def test_a_node_leads_to_its_subtree_and_its_path(client):
@@ -63,11 +63,11 @@ def test_a_node_leads_to_its_subtree_and_its_path(client):
     node = next(i for i in range(len(graph)) if graph.depth[i] == 2)
     node_id = f"{int(graph.ids()[node]):016x}"
 
-    answer = client.json("flamegraph", node=node_id, **HOUR)
+    shown = client.json("flamegraph", node=node_id, **HOUR)
 
-    assert answer["nodes"]["total"][0] == graph.total[node]
-    assert [each["frame"][0] for each in answer["path"]] == [f.function for f in graph.path(node)]
-    assert answer["path"][-1]["id"] == node_id
+    assert shown["nodes"]["total"][0] == graph.total[node]
+    assert [each["frame"][0] for each in shown["path"]] == [f.function for f in graph.path(node)]
+    assert shown["path"][-1]["id"] == node_id
     status, headers, body = client.get("/api/v1/flamegraph", node="0" * 16, **HOUR)
     assert status == 404
     assert headers["content-type"] == "application/problem+json"
@@ -93,7 +93,7 @@ def test_a_view_counts_what_it_says(client):
 
 
 def test_the_table_and_the_timeline_add_up_to_the_whole(client):
-    """Self times are all of it; steps without data are gaps, told by profiled_ns."""
+    """Self times are all of it; steps without data are gaps, shown by profiled_ns."""
     table = client.json("top", **HOUR)
     line = client.json("timeline", step="60s", **HOUR)
 
@@ -114,10 +114,10 @@ def test_a_timelines_own_step_is_no_shorter_than_an_object(client):
     assert line["step_ms"] == 60_000
     assert line["totals"]["profiled_ns"] == [60 * 10**9] * 5
     odd = Window(0, 1_000 * 10**9)
-    assert [usual_step_ns(odd, s * 10**9) // 10**9 for s in (0, 45, 60)] == [10, 900, 60]
+    assert [default_step_ns(odd, s * 10**9) // 10**9 for s in (0, 45, 60)] == [10, 900, 60]
 
 
-def test_labels_and_their_values_are_told(client):
+def test_labels_and_their_values_are_listed(client):
     """What a selector can be completed with."""
     names = {each["name"] for each in client.json("labels", **HOUR)["labels"]}
     values = client.json("labels/service/values", **HOUR)["values"]
@@ -208,7 +208,7 @@ def test_a_download_of_a_node_that_is_not_there_is_refused(client, folder, tmp_p
     assert "nothing selected: there is no stack with no such function" in nothing.stderr
 
 
-def test_every_empty_answer_says_why(client):
+def test_every_empty_response_says_why(client):
     """No data in the range comes with the nearest, a selector that fits nothing with services."""
     later = {"from": str(START_NS // 10**9 + 86_400), "until": str(START_NS // 10**9 + 90_000)}
     outside = client.json("flamegraph", **later)["empty"]
@@ -235,7 +235,7 @@ def test_every_empty_answer_says_why(client):
         {"search": "x" * 5000},
     ],
 )
-def test_what_cannot_be_answered_is_a_problem_with_a_detail(client, parameters):
+def test_invalid_parameters_are_a_problem_with_a_detail(client, parameters):
     """400, problem+json, and words that name the parameter."""
     status, headers, body = client.get("/api/v1/flamegraph", **parameters)
 
@@ -244,7 +244,7 @@ def test_what_cannot_be_answered_is_a_problem_with_a_detail(client, parameters):
     assert json.loads(body)["detail"]
 
 
-def test_every_answer_carries_the_headers_that_keep_it_safe(client):
+def test_every_response_has_the_security_headers(client):
     """No script but our own, nothing shared across origins, no foreign Host header."""
     for path in ("/api/v1/status", "/healthz", "/nothing"):
         _, headers, _ = client.get(path)
@@ -256,7 +256,7 @@ def test_every_answer_carries_the_headers_that_keep_it_safe(client):
         assert client.get("/api/v1/status", {"Host": host})[0] == 200
 
 
-def test_large_answers_are_compressed_for_those_who_can_read_it(client):
+def test_responses_are_compressed_on_request(client):
     """gzip on request, the same bytes inside."""
     plain = client.get("/api/v1/openapi.json")[2]
     _, headers, body = client.get("/api/v1/openapi.json", {"Accept-Encoding": "gzip"})
@@ -266,8 +266,8 @@ def test_large_answers_are_compressed_for_those_who_can_read_it(client):
     assert {each.path for each in ENDPOINTS.values()} == set(json.loads(plain)["paths"])
 
 
-def test_health_and_metrics_are_told(client):
-    """Ready means that the store answers."""
+def test_health_and_metrics_are_served(client):
+    """Ready means that the store responds."""
     assert client.get("/healthz")[0] == client.get("/readyz")[0] == 200
     assert b'endpoint="readyz",status="200"' in client.get("/metrics")[2]
 
@@ -325,8 +325,8 @@ def test_a_store_that_cannot_be_read_is_one_line_with_a_remedy(tmp_path):
     assert "AWS_ACCESS_KEY_ID" in no_keys
 
 
-def test_answers_are_equal_whatever_was_asked_before(folder, client):
-    """The same question after many others, and from a fresh cache, gives the same counts."""
+def test_responses_do_not_depend_on_earlier_requests(folder, client):
+    """The same request after many others, and from a fresh cache, has the same counts."""
     first = client.json("flamegraph", **HOUR)
     for group in ("line", "file", "module"):
         assert client.json("flamegraph", group=group, **HOUR)["total"] == first["total"]

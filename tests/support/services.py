@@ -46,9 +46,9 @@ class Client:
 def service(
     folder: Path, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[tuple[subprocess.Popen[bytes], Client]]:
-    """Run a service over `folder/store`; what it says is in `folder/talk`.
+    """Run a service over `folder/store`; its standard error is in `folder/talk`.
 
-    It must end as it should, unless the block has ended it.
+    It must end without an error, unless the block has ended it.
     """
     command = [sys.executable, "-m", "profiler.commands.serve", "--listen=127.0.0.1:0"]
     command += [f"--store={folder / 'store'}", f"--cache={folder / 'cache'}"]

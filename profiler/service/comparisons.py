@@ -1,0 +1,153 @@
+"""Comparisons: two sides compared, kept for a while with the views and graphs made of them."""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from profiler.comparison.comparison import of_store
+from profiler.comparison.sides import Operand
+from profiler.flamegraph.differential import Pair, UnionGraph, UnionPaths, only_hosts
+from profiler.flamegraph.flamegraph import Screen
+from profiler.flamegraph.views import View, path_to
+from profiler.service.merged import (
+    KEPT_GRAPHS,
+    KEPT_VIEWS,
+    Check,
+    Kept,
+    MergedProfiles,
+    PanelRequest,
+    PathToNode,
+    ProfileKey,
+)
+from profiler.service.responses import NAMED_SERVICES, Empty
+from profiler.times import from_until
+from storage.profile import Window
+from storage.query.coverage import Coverage
+from storage.query.query import Answer, Query
+from storage.query.threads import Turns
+from storage.selector import Selector
+
+_KEPT_S = 300.0
+"""How long a comparison is kept: new objects of its sides lead to another one at once, but late
+objects of the time before may make it more certain."""
+
+
+class NothingToCompareError(LookupError):
+    """A side of a comparison is empty."""
+
+    def __init__(self, detail: str, side: str, empty: Empty, versions: Sequence[str]) -> None:
+        super().__init__(f"nothing to compare: the {side} side is empty: {detail}")
+        self.side, self.empty, self.versions = side, empty, versions
+
+
+@dataclass(slots=True)
+class Compared:
+    """Two sides compared, and the views of them that were asked for."""
+
+    pair: Pair
+    coverages: tuple[Coverage, Coverage]
+    made_s: float
+    views: OrderedDict[View, UnionPaths] = field(default_factory=OrderedDict)
+    drawn: OrderedDict[tuple[View, int, float], tuple[PathToNode, UnionGraph]] = field(
+        default_factory=OrderedDict
+    )
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def words(self) -> int:
+        return sum(len(each.stack_locations) for each in (self.pair.before, self.pair.after))
+
+    def draw(
+        self, request: PanelRequest, check: Check
+    ) -> tuple[UnionPaths, PathToNode, UnionGraph]:
+        """Return the paths of a view, the path to the request's node, and the graph above it.
+
+        Raises:
+            NoSuchNodeError: no stack goes there.
+        """
+        with self.lock:
+            view = request.view
+            shown = self.views.get(view)
+            if shown is None:
+                shown = self.views[view] = self.pair.view(view, check)
+            self.views.move_to_end(view)
+            while len(self.views) > KEPT_VIEWS:
+                self.views.popitem(last=False)
+            check()
+            key = (view, request.node, request.width_px)
+            if key not in self.drawn:
+                path = path_to(shown.paths, request.node, check)
+                check()
+                boxes = [box for _, box in path]
+                graph = self.pair.draw(shown, boxes, Screen(request.width_px))
+                self.drawn[key] = path, graph
+            self.drawn.move_to_end(key)
+            while len(self.drawn) > KEPT_GRAPHS:
+                self.drawn.popitem(last=False)
+            return shown, *self.drawn[key]
+
+
+class Comparisons:
+    """Compares parts of one store, and keeps some. Safe to use from several threads."""
+
+    def __init__(self, profiles: MergedProfiles) -> None:
+        self._profiles = profiles
+        self._kept: Kept[tuple[ProfileKey, ...], Compared] = Kept()
+        self._comparing = Turns()
+
+    def compare(self, request: PanelRequest, before: Operand, check: Check) -> Compared:
+        """Return the request's side compared with an earlier one.
+
+        Raises:
+            NothingToCompareError: a side is empty.
+        """
+        profiles = self._profiles
+        sides = [replace(request, window=before.window, selector=before.selector), request]
+        key = tuple(profiles.key(side) for side in sides)
+        with self._comparing.of(repr(key), check):
+            known = self._kept.get(key)
+            if known is not None and known.made_s > time.monotonic() - _KEPT_S:
+                return known
+            query = profiles.query.interruptible(check)
+            merged = [profiles.select(side, check).answer for side in sides]
+            for name, side, answer in zip(("before", "after"), sides, merged, strict=True):
+                _refuse_empty(query, name, side, answer)
+            operands = [Operand(side.selector, side.window) for side in sides]
+            found = of_store(query, operands[0], operands[1])
+            check()
+            chosen = [
+                only_hosts(answer.profile, side.hosts)
+                for answer, side in zip(merged, (found.before, found.after), strict=True)
+            ]
+            made = Compared(
+                pair=Pair(found, before=chosen[0], after=chosen[1]),
+                coverages=(merged[0].coverage, merged[1].coverage),
+                made_s=time.monotonic(),
+            )
+            if all(answer.coverage.is_lasting for answer in merged):
+                self._kept.put(key, made)
+            return made
+
+
+def _refuse_empty(query: Query, side: str, request: PanelRequest, answer: Answer) -> None:
+    empty = Empty.of(query, request, answer.coverage, answer.profile.total_samples)
+    if empty is None:
+        return
+    span = f"from {from_until(request.window)}"
+    if empty.reason == "nothing_matches":
+        others = (each for each in request.selector.matchers if each.name != "version")
+        versions = query.label_values(request.window, "version", Selector(tuple(others)))
+        services = ", ".join(empty.services[:8]) or "none"
+        raise NothingToCompareError(
+            f"no sample {span} matches {request.selector}; services there: {services}",
+            side,
+            empty,
+            list(versions)[:NAMED_SERVICES],
+        )
+    nearest = " and ".join(
+        from_until(Window(each.from_ms * 10**6, each.until_ms * 10**6)) for each in empty.nearest
+    )
+    there = f"the nearest data are from {nearest}" if nearest else "the store is empty"
+    raise NothingToCompareError(f"there are no data {span}; {there}", side, empty, [])

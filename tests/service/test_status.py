@@ -1,0 +1,108 @@
+"""Status and readiness over large and slow stores: few keys are listed, and it can be stopped."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+from profiler.service.app import Service
+from profiler.service.connections import Server
+from profiler.service.merged import MergedProfiles
+from profiler.service.status import About
+from storage.objects.keys import ObjectKey, StoredObject
+from storage.objects.tenant import TenantStore
+from storage.query.query import Query
+from tests.support.services import Client, profile_of
+from tests.support.stores import START_NS, MemoryStore, minutes
+
+OBJECTS = 20_000
+EACH_S = 600
+
+
+class SlowStore(MemoryStore):
+    """A store that takes its time for each listing, and for each key."""
+
+    def __init__(self, listing_s: float) -> None:
+        super().__init__()
+        self.listing_s = listing_s
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[StoredObject]:
+        time.sleep(self.listing_s)
+        for stored in super().list(prefix, start_after):
+            time.sleep(self.listing_s / 200)
+            yield stored
+
+
+def fill(store: MemoryStore) -> int:
+    """Store a profile that ends last, and many keys before it; return when the first starts."""
+    TenantStore(store).put_profile(profile_of(1), b"x")
+    start_s = START_NS // 10**9
+    for i in range(OBJECTS):
+        key = ObjectKey("default", "00112233445566aa", start_s - (i + 1) * EACH_S, 60, "0" * 16)
+        store.put(key.text, b"")
+    store.listed = 0
+    return start_s - OBJECTS * EACH_S
+
+
+@contextlib.contextmanager
+def serving(store: MemoryStore, folder, deadline_s: float = 30) -> Iterator[tuple[Service, Client]]:
+    profiles = TenantStore(store)
+    service = Service(
+        MergedProfiles(profiles, Query(profiles, folder / "cache")),
+        About("memory", folder),
+        deadline_s=deadline_s,
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = Server(service.app(), service.slots)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener.dup()]})
+        thread.start()
+        yield service, Client(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        server.should_exit = True
+        thread.join(30)
+
+
+def test_status_and_readiness_list_few_keys_of_a_large_store(tmp_path):
+    """Readiness one; status those of the last hour, and some to find it."""
+    store = MemoryStore()
+    first_s = fill(store)
+
+    with serving(store, tmp_path) as (_, client):
+        assert client.get("/readyz")[0] == 200
+        assert store.listed == 1
+        status = client.json("status")
+
+    assert status["data"] == {
+        "from_ms": first_s * 1000,
+        "until_ms": minutes(1, 2).end_ns // 1_000_000,
+    }
+    assert store.listed < OBJECTS / 100
+
+
+def test_nearest_data_are_found_with_few_keys_of_a_large_store(tmp_path):
+    """An empty range far behind all data says where they end."""
+    store = MemoryStore()
+    fill(store)
+    later = {"from": str(START_NS // 10**9 + 10**8), "until": str(START_NS // 10**9 + 10**8 + 60)}
+
+    with serving(store, tmp_path) as (_, client):
+        empty = client.json("flamegraph", **later)["empty"]
+
+    assert [each["until_ms"] for each in empty["nearest"]] == [minutes(1, 2).end_ns // 1_000_000]
+    assert store.listed < OBJECTS / 100
+
+
+def test_a_status_ends_with_its_deadline(tmp_path):
+    """The listing stops once the client has got its 504."""
+    store = SlowStore(0.2)
+    fill(store)
+
+    with serving(store, tmp_path, deadline_s=0.5) as (service, client):
+        code, _, body = client.get("/api/v1/status")
+        began_s = time.monotonic()
+        has_ended = service.end(10)
+
+    assert (code, json.loads(body)["title"]) == (504, "Took too long")
+    assert has_ended
+    assert time.monotonic() - began_s < 3
