@@ -330,7 +330,9 @@ class _Ring:
     needed between reading the head, copying, and writing the tail.
     """
 
-    def __init__(self, cpu: int, fd: int, memory: mmap.mmap, now_ns: int, opened_id: int) -> None:
+    def __init__(
+        self, cpu: int, fd: int, memory: mmap.mmap, now_ns: int, opened_id: int = 0
+    ) -> None:
         self.cpu = cpu
         self.fd = fd
         self.opened_id = opened_id

@@ -52,7 +52,7 @@ directory is no other host's."""
 _ALARM_AFTER = 3
 """Windows in a row whose ticks differ from the kernel's own account of busy time."""
 _UPLOADER_GRACE_S = 15.0
-_STAGES = ("processes", "status", "uploader", "child processes", "drain")
+_STAGES = ("processes", "status", "uploader", "child processes", "drain", "cost")
 """Those of the loop, besides the closing of windows."""
 
 log = logging.getLogger(__name__)
@@ -236,7 +236,8 @@ class Agent:
             self._run("child processes", self._children.supervise)
             if time.monotonic() >= next_step:
                 next_step = max(next_step + self._recorder.drain_period_s, time.monotonic())
-                self._run("drain", self._step)
+                self._run("drain", self._recorder.step)
+                self._run("cost", self._bpf.end)
             if self._edges.is_reached or self._edges.is_stepped:
                 self._close_window()
         self._recorder.stop()
@@ -247,10 +248,6 @@ class Agent:
     def _run(self, stage: str, run: Callable[[], object]) -> None:
         self._guards[stage].run(run)
 
-    def _step(self) -> None:
-        self._recorder.step()
-        self._bpf.end()
-
     def _close_window(self) -> None:
         edge_ns = self._edges.true_edge_ns
         self._edges.begin()
@@ -259,7 +256,7 @@ class Agent:
         self._closing.run(lambda: cut.append(self._recorder.cut_window(edge_ns)))
         for profile in (*self._recorder.take_closed(), *cut):
             self._closing.run(partial(self._store, profile))
-        self._bpf.begin()
+        self._run("cost", self._bpf.begin)
 
     def _store(self, profile: Profile) -> None:
         try:
