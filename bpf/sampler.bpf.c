@@ -4,8 +4,8 @@
  * there, and adds one to the count of that stack. Each tick ends in exactly one place, a counter or
  * the counts map, so that ticks = stored + idle + filtered + lost holds as integers.
  *
- * Maps stand twice. `active` names the generation that ticks write to; user space flips it, waits
- * until no program can still hold the old number, and empties the idle one in peace.
+ * Maps stand twice, as two map generations. `active` names the one that ticks write to; user space
+ * flips it, waits until no program can still hold the old number, and empties the idle one in peace.
  */
 #include "sampler.bpf.h"
 #include "tables.bpf.h"

@@ -41,8 +41,9 @@ from bpf.samples import (
 
 MAX_FREQUENCY_HZ = 999
 _SELECTED_CAPACITY = 32768
-_GENERATIONS = (0, 1)
-_COMPILE_TIMEOUT_S = 60
+_MAP_GENERATIONS = (0, 1)
+_COMPILE_TIMEOUT_S = 600
+"""It takes a second; beside a load of 20 on two CPUs it took more than a minute."""
 _GO_ON = 1000  # no StopReason has this number
 _COUNT_HEAD = [name for name in COUNT.names or () if name != "words"]
 _NO_WORDS: Words = np.empty(0, np.uint64)
@@ -111,7 +112,7 @@ class Sampler:
         self._tracepoints: list[int] = []
         self._generation = 0
         self._counted = {
-            generation: np.zeros(len(Counter), np.uint64) for generation in _GENERATIONS
+            generation: np.zeros(len(Counter), np.uint64) for generation in _MAP_GENERATIONS
         }
         self._failed: set[int] = set()
         self._counts = self._readers("counts", COUNT_KEY, COUNT)
@@ -132,7 +133,9 @@ class Sampler:
     def _readers(
         self, name: str, key: np.dtype[np.generic], value: np.dtype[np.generic]
     ) -> list[syscalls.BatchReader]:
-        return [syscalls.BatchReader(self._fds[f"{name}_{g}"], key, value) for g in _GENERATIONS]
+        return [
+            syscalls.BatchReader(self._fds[f"{name}_{g}"], key, value) for g in _MAP_GENERATIONS
+        ]
 
     def __enter__(self) -> Self:
         return self
@@ -355,7 +358,7 @@ def _load(config: SamplerConfig, cpus: int) -> tuple[dict[str, int], int]:
     # An array of programs is emptied when nobody holds it.
     maps = ["active", "counters", "programs", *tables.MAPS]
     for name in ("counts", "user_stacks", "kernel_stacks"):
-        maps += [f"{name}_{generation}" for generation in _GENERATIONS]
+        maps += [f"{name}_{generation}" for generation in _MAP_GENERATIONS]
     if config.pids is not None:
         constants["SELECTED_CAPACITY"] = _SELECTED_CAPACITY
         programs |= {"on_fork": "RAW_TRACEPOINT", "on_free": "RAW_TRACEPOINT"}

@@ -116,7 +116,7 @@ class StopReason(IntEnum):
 
 
 class Counter(IntEnum):
-    """Counters of the BPF program, one set per CPU and generation."""
+    """Counters of the BPF program, one set per CPU and map generation."""
 
     TICKS = 0
     IDLE = 1
@@ -209,7 +209,7 @@ class RawSample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """One generation of the maps: every tick of it is in exactly one of these counts.
+    """One map generation: every tick of it is in exactly one of these counts.
 
     `ticks = sum(samples) + idle + filtered + sum(lost)`.
     """
