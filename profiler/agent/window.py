@@ -16,9 +16,8 @@ from bpf.samples import Drain, RawSample
 from profiler.agent.frames import Numbers
 from storage.profile import GOOD_STOPS, Accounting, Host, Labels, Loss, ProfileBuilder, Window
 
-_LATE_NS, _LATE_SHARE = 3_000_000_000, 5
-"""A window that is closed so late, or by a fifth of the interval, does not end at its edge: the
-ticks since then are in it."""
+_LATE_NS = 2_000_000_000
+"""A window that is closed so late does not end at its edge: the ticks since then are in it."""
 _FIRST_NS = 60_000_000_000
 """For how long windows are as short as the first one was asked to be."""
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
@@ -74,8 +73,7 @@ class Edges:
         The process may have been stopped or frozen for hours.
         """
         late_ns = self._monotonic_ns() - round(self.edge_monotonic_s * 1e9)
-        is_late = late_ns >= min(_LATE_NS, self._interval_ns // _LATE_SHARE)
-        return self.edge_ns if late_ns >= 0 and not is_late and not self.is_stepped else None
+        return self.edge_ns if 0 <= late_ns < _LATE_NS and not self.is_stepped else None
 
     @property
     def is_stepped(self) -> bool:
