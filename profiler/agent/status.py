@@ -1,4 +1,4 @@
-"""The status of a running agent: on its Unix socket, and in Prometheus' text format."""
+"""The status of a running agent, asked on its Unix socket."""
 
 import contextlib
 import os
