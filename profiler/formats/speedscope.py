@@ -36,7 +36,7 @@ _SCHEMA = "https://www.speedscope.app/file-format-schema.json"
 _Counted = Sequence[tuple[tuple[Frame, ...], tuple[int, int]]]
 """Stacks, root first, each with its samples and its value."""
 _Shown = dict[tuple[str, str], Frame]
-"""Frames that the viewer cannot tell apart are one: else it draws two boxes of one name."""
+"""Frames by what the viewer identifies them by: two of one key would be two boxes of one name."""
 
 
 def encode(profile: Profile, by: Sequence[str] = ("comm",)) -> bytes:
@@ -76,8 +76,8 @@ def _largest(profile: Profile, heads: Sequence[Sequence[Frame]], shown: _Shown) 
     largest = sorted(stacks.items(), key=lambda each: (-each[1][1], each[0]))
     if len(largest) > STACK_LIMIT:
         cut = [counts for _, counts in largest[STACK_LIMIT - 1 :]]
-        sums = (sum(samples for samples, _ in cut), sum(value for _, value in cut))
-        largest = [*largest[: STACK_LIMIT - 1], ((SMALLER,), sums)]
+        rest = (sum(samples for samples, _ in cut), sum(value for _, value in cut))
+        largest = [*largest[: STACK_LIMIT - 1], ((SMALLER,), rest)]
     return largest
 
 

@@ -224,7 +224,7 @@ def _tooltip(frame: Frame, graph: FlameGraph, total: int, own: int, samples: int
 
 
 def footer(said: str, cut_nodes: int, cut_share: str, height: int) -> str:
-    """Draw the last line: what it says, and how much is drawn as sums of what is too narrow."""
+    """Draw the last line: what it says, and how much was too narrow and is drawn as grey boxes."""
     if cut_nodes:
         are = "box under half a pixel is" if cut_nodes == 1 else "boxes under half a pixel are"
         said = f"{said} {cut_nodes:,} {are} drawn as grey sums, {cut_share} of the total."

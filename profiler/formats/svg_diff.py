@@ -1,7 +1,7 @@
 """SVG of a comparison: two flame graphs as one drawing, in the manner of profiler.formats.svg.
 
 Only what has changed is coloured, orange where it costs more and blue where it costs less, which
-all kinds of colour blindness tell apart. Nothing is told by colour alone: what is new is hatched,
+people with any colour blindness can tell apart. Colour is never the only sign: new is hatched,
 what is gone is dashed, what moved is dotted, and a legend that is always there says so. Boxes are
 as wide as the mean of both sides in cores a host.
 """

@@ -1,4 +1,4 @@
-"""Detect a file's format by its content; the name says nothing.
+"""Detect a file's format by its content, never by its name.
 
 Formats that are read are a `Format`. Formats that are known and not read are refused by their name
 and with the way to a format that is read, because "not a profile" helps nobody who has a recording
@@ -56,7 +56,7 @@ _MAGIC = tuple(
         (
             rb"PERFILE2|2ELIFREP|PERFFILE",
             "a recording of perf (perf.data)",
-            "run perf script on it: perf script -i FILE > perf.txt",
+            "run perf script on it: perf script -F +pid -i FILE > perf.txt",
         ),
         (
             rb"FLR\0",

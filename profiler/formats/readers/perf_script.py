@@ -47,7 +47,7 @@ from symbolizer.text import readable
 NAME = "perf script"
 
 _LINE_LIMIT_BYTES = 64 * 1024
-"""A longer line is no line of perf's."""
+"""perf writes no longer lines."""
 _WALL_CLOCK_S = 1_000_000_000
 """perf's times are seconds since boot; from here on (2001) they are those of a wall clock."""
 _TIME_EVENTS = ("cpu-clock", "task-clock")
@@ -281,11 +281,11 @@ def _other_events(events: dict[str, _Event], chosen: str) -> str:
 
 
 class _Processes:
-    """Which thread is of which process, and how processes are called, as samples tell."""
+    """The process of each thread and the name of each process, learned from the lines of a file."""
 
     def __init__(self) -> None:
         self._pids: dict[int, int] = {0: 0}
-        """Process by thread id. Thread 0 is the idle task, which is no process's."""
+        """Process by thread id. Thread 0 is the idle task of process 0."""
         self._main: dict[int, str] = {}
         self._oldest: dict[int, tuple[int, str]] = {}
 
@@ -433,7 +433,7 @@ def _task(comm: str, first: bytes | None, tid: bytes | None) -> _Task:
 
 
 def _parse_frame(line: bytes, *, is_strict: bool = False) -> list[NamedLocation]:
-    """Return a line's frames, leaf first: none if it is no frame, several if calls are inlined.
+    """Return a line's frames, leaf first: none if it is not a frame, several if calls are inlined.
 
     Strictly, a frame ends in its module.
     """

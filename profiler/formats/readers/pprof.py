@@ -141,7 +141,7 @@ def _choose(parsed: Any, types: Sequence[_Type], asked: str) -> _Choice:
             return _Choice(value_at, samples_at, "cpu", "nanoseconds", period, period)
         return _Choice(value_at, samples_at, "samples", "count", 1, 1)
     name = "cpu" if value.is_cpu else _TYPE.sub("_", value.name.lower())[:64].strip("_.")
-    if name == "cpu" and value.unit != "nanoseconds":  # `cpu/cores` is no time
+    if name == "cpu" and value.unit != "nanoseconds":  # `cpu/cores` is not a time
         name = "cpu_" + (_TYPE.sub("_", value.unit.lower())[:32] or "value")
     known = period if period_unit == value.unit else 0
     return _Choice(value_at, samples_at, name or "value", value.unit, value.scale, known)

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from storage.profile import ProfileError
 
 HEAD_BYTES = 64 * 1024
-"""What is looked at to tell the format."""
+"""The bytes from which the format is detected."""
 
 LINE_LIMIT_BYTES = 1024 * 1024
 """A line of text is cut here: a thousand frames with long names fit into it."""
