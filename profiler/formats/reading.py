@@ -70,6 +70,6 @@ def _read(stream: BinaryIO, options: ReadOptions) -> Reading:
     else:
         reading = folded.read(source.lines(), options)
     if reading.profile.total_samples == 0:
-        warnings = (*reading.warnings, "it is empty: there is no sample in it")
+        warnings = (*reading.warnings, "the profile is empty: it contains no samples")
         return Reading(reading.profile, reading.format, warnings, reading.scale)
     return reading

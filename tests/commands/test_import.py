@@ -183,7 +183,7 @@ def test_a_file_without_samples_is_not_stored(tmp_path, capfd):
     assert cli.main(["import", str(empty), str(full), "--store", str(store.root), *window]) == 2
 
     assert len(list(store.list("v1/"))) == 1
-    assert f"{empty}: it is empty: there is no sample in it" in capfd.readouterr().err
+    assert f"{empty}: the profile is empty: it contains no samples" in capfd.readouterr().err
 
 
 def test_lines_that_are_left_out_are_told(tmp_path, capfd):

@@ -28,7 +28,7 @@ def lines(reading: Reading) -> dict[str, int]:
     [
         ("folded-badline.folded", {"main;f": 3, "main;g": 4}, "left out 1 line: line 3 "),
         ("folded-comment.folded", {"main;f": 3}, ""),
-        ("folded-empty.folded", {}, "it is empty"),
+        ("folded-empty.folded", {}, "the profile is empty"),
         ("folded-fraction.folded", {"main;f": 7, "main;g": 3}, "multiplied by 2"),
         ("folded-tab.folded", {"main;f": 3}, ""),
         ("folded-trailing-space.folded", {"main;f": 3}, ""),

@@ -169,7 +169,7 @@ def read(lines: Iterable[bytes], options: ReadOptions) -> Reading:
 
     Raises:
         ChoiceError: `--event` names an event that is not there.
-        ProfileError: there is no sample in it.
+        ProfileError: it contains no samples.
     """
     left_out = LeftOut()
     builder = ProfileBuilder(period_ns=1, type="samples", unit="count")
@@ -193,7 +193,7 @@ def read(lines: Iterable[bytes], options: ReadOptions) -> Reading:
             event.last_ns = max(event.last_ns, header.at_ns)
     if not events:
         more = f" ({left_out.first})" if left_out.lines else ""
-        raise ProfileError(f"cannot read perf script: there is no sample in it{more}")
+        raise ProfileError(f"cannot read perf script: it contains no samples{more}")
     chosen = _choose(events, names, options.event)
     warnings = [left_out.warning] if left_out.lines else []
     if len(events) > 1:
@@ -264,6 +264,9 @@ def _choose(events: dict[str, _Event], names: dict[str, str], asked: str) -> str
     for key in (asked, names.get(asked, ""), event_key(asked)):
         if key in events:
             return key
+    without_side = [key for key in events if key in {f"{asked}:u", f"{asked}:k"}]
+    if len(without_side) == 1:
+        return without_side[0]
     found = listed(list(events), _SHOWN_EVENTS)
     raise ChoiceError(f"--event {asked}: there is no such event in it; there are {found}")
 

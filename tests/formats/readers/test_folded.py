@@ -237,7 +237,7 @@ def test_an_empty_file_is_an_empty_profile_with_a_warning(content):
     reading = read_bytes(content)
 
     assert reading.profile.total_samples == 0
-    assert reading.warnings == ("it is empty: there is no sample in it",)
+    assert reading.warnings == ("the profile is empty: it contains no samples",)
 
 
 @given(st.binary(max_size=300))

@@ -186,6 +186,16 @@ def test_source_lines_belong_to_the_frame_above():
     assert found.warnings == ()
 
 
+def test_an_event_is_chosen_by_any_of_its_names():
+    """As perf prints it, without precision, and without its only side."""
+    lines = (b"a 1/1 1.0: 1 faults: ", FRAME, b"", b"a 1/1 1.0: 9 cycles:uppp: ", FRAME, b"")
+
+    for name in ("cycles:uppp", "cycles:u", "cycles"):
+        assert read(*lines, event=name).profile.total_samples == 1
+    with pytest.raises(ChoiceError, match="there are faults, cycles:u"):
+        read(*lines, event="cycles:k")
+
+
 def test_cpu_time_is_read_where_there_is_one():
     """It may not be the first of several events."""
     found = read(
@@ -343,7 +353,7 @@ def test_a_warning_before_the_first_sample_does_not_hide_it():
 
 def test_perf_without_samples_is_refused():
     """Its lines look like samples of perf, but are other records."""
-    with pytest.raises(ProfileError, match="cannot read perf script: there is no sample in it"):
+    with pytest.raises(ProfileError, match="cannot read perf script: it contains no samples"):
         read(b"a 1/1 1.0: PERF_RECORD_COMM: a:1/1", b"")
 
 
