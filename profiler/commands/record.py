@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.command or "-" in options.outputs:
         raise ValueError(
             "record: --repeat runs a command and writes a file for each run: add -- COMMAND, and"
-            " do not use -o -"
+            " name no stdout (-o -)"
         )
     return record_repeatedly(asked, options.environment, options.repeat)
 
