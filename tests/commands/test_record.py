@@ -352,8 +352,8 @@ def test_what_cannot_be_done_is_one_line_that_says_what_to_do(tmp_path) -> None:
         ("record", "--for", "soon"): "try 30s, 2m or 1h",
         ("record", "-o", "x.docx"): ".svg",
         ("record", "-o", "/no/such/folder/x.svg"): "/no/such/folder",
-        ("flamegraph", "/no/such/file.pb.gz"): "No such file",
-        ("export", __file__, "-o", "x.svg"): ".pb.gz",
+        ("flamegraph", "/no/such/file.pb.gz"): "no such file",
+        ("export", __file__, "-o", "x.svg"): "text of no format",
     }
     for arguments, remedy in cases.items():
         result = everflame(*arguments, cwd=tmp_path)
