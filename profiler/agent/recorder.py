@@ -12,6 +12,7 @@ import math
 import os
 import select
 import socket
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -73,6 +74,23 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "everflame"
 
 
+def _open_cache(folder: Path) -> tuple[Path, "tempfile.TemporaryDirectory[str] | None"]:
+    """Return the cache folder, or a temporary one if it cannot be written to."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder, None
+    except OSError as error:
+        log.warning(
+            "cannot write to the cache folder %s: %s; symbols and unwind tables will be built again"
+            " next time (set EVERFLAME_CACHE to a folder that can be written)",
+            folder,
+            error.strerror,
+        )
+        temporary = tempfile.TemporaryDirectory(prefix="everflame-")
+        return Path(temporary.name), temporary
+
+
 class Recorder:
     """Samples until it is closed; `step` now and then, `close_window` whenever a profile is due.
 
@@ -107,7 +125,7 @@ class Recorder:
         except BaseException:
             self._rings.close()
             raise
-        cache = cache or default_cache()
+        cache, self._temporary = _open_cache(cache or default_cache())
         self.symbolizer = Symbolizer(cache)
         self.unwinding = Unwinding(
             self.sampler, self.address_spaces, self.symbolizer, UnwindCache(cache / "unwind")
@@ -287,6 +305,8 @@ class Recorder:
         self._rings.close()
         self.symbolizer.close()
         self._labeler.close()
+        if self._temporary:
+            self._temporary.cleanup()
 
     def _fold(self, drain: Drain) -> None:
         window = self._window

@@ -107,6 +107,19 @@ def test_stdout_holds_nothing_but_data(split) -> None:
     assert TALK in result.stderr
 
 
+def test_a_cache_folder_that_cannot_be_made_costs_no_names(split, tmp_path) -> None:
+    """A warning says what to do; names and whole stacks are as always."""
+    (tmp_path / "file").touch()
+    cache = {**os.environ, "EVERFLAME_CACHE": str(tmp_path / "file" / "cache")}
+
+    child = everflame("record", "-o", "-", "--", split, "1", env=cache)
+
+    assert child.returncode == 0
+    assert child.stderr.count("cannot write to the cache folder") == 1
+    assert "Traceback" not in child.stderr
+    assert "main;" in child.stdout
+
+
 @pytest.mark.parametrize(
     ("command", "status"),
     [("exit 7", 7), ("kill -9 $$", 137), ("exec no-such-program", 127)],
