@@ -127,6 +127,7 @@ class Workers(Executor):
                 return
             self._pool = None
             self._lost += 1
+        _kill_workers(pool)
         self._wakes.set()
 
     def _keep_pool(self) -> None:
@@ -225,6 +226,16 @@ def _start_pool(count: int) -> ProcessPoolExecutor:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return pool
+
+
+def _kill_workers(pool: ProcessPoolExecutor) -> None:
+    """End the other workers of a pool that lost one.
+
+    The executor sends them SIGTERM, which a worker that is still starting forgets, and then waits
+    for them without end. (Python 3.14 has `kill_workers` for this.)
+    """
+    for process in list((pool._processes or {}).values()):  # noqa: SLF001 - there is no other way
+        process.kill()
 
 
 def _settle_in() -> None:

@@ -323,7 +323,7 @@ def test_markdown_shows_names_as_they_are(files, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["old-0.pb.gz"], "name both sides"),
+        (["old-0.pb.gz"], "holds one side: name both"),
         (["old-0.pb.gz", "--", "missing.pb.gz"], "missing.pb.gz"),
         (["old-0.pb.gz", "--", "{}@now-1h..now"], "the same on both sides"),
         (["{}", "--", "{}@now-1h..now"], "is not a window"),
