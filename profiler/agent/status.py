@@ -4,7 +4,7 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,7 +51,8 @@ class StatusSocket:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         mask = os.umask(0o177)  # it is never there with other rights
         try:
-            self._socket.bind(str(self._path))
+            with _short_path(folder) as path:
+                self._socket.bind(path)
         finally:
             os.umask(mask)
         self._socket.listen(8)
@@ -83,17 +84,26 @@ class StatusSocket:
                 client.send(orjson.dumps(status()))
 
 
+@contextlib.contextmanager
+def _short_path(folder: Path) -> Iterator[str]:
+    """Return the socket's path by way of /proc: an address holds 107 bytes (unix(7))."""
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{_SOCKET}"
+    finally:
+        os.close(fd)
+
+
 def ask(run_folder: Path) -> dict[str, Any]:
     """Ask the agent of this host.
 
     Raises:
         NoAgentError: none runs, or it does not answer.
     """
-    path = run_folder / _SOCKET
     try:
-        with socket.socket(socket.AF_UNIX) as client:
+        with socket.socket(socket.AF_UNIX) as client, _short_path(run_folder) as path:
             client.settimeout(_TIMEOUT_S)
-            client.connect(str(path))
+            client.connect(path)
             _check_peer(client)
             content = b"".join(iter(lambda: client.recv(1 << 16), b""))
         answer: dict[str, Any] = orjson.loads(content[:_LIMIT_BYTES])

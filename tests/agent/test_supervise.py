@@ -1,8 +1,12 @@
 """The run folder and its lock: one agent a host, and no file of anybody else."""
 
 import os
+import select
+import signal
 import socket
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -104,13 +108,22 @@ def test_the_socket_is_private_from_the_start(folder):
         assert (folder / "agent.sock").stat().st_mode & 0o777 == 0o600
 
 
+def test_the_folder_may_have_a_long_path(folder):
+    """Longer than the address of a socket can be."""
+    with host_lock(folder / ("a" * 120)), StatusSocket(folder / ("a" * 120)) as listening:
+        asking = ThreadPoolExecutor(1).submit(status.ask, folder / ("a" * 120))
+        assert select.select([listening], [], [], 30)[0]
+        listening.answer(lambda: {"pid": 1})
+
+        assert asking.result(30) == {"pid": 1}
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to listen as somebody else")
-def test_an_agent_of_another_user_is_not_believed(tmp_path):
+def test_an_agent_of_another_user_is_not_believed():
     """It listens where this user's agent would: what it says is not shown."""
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
-    with socket.socket(socket.AF_UNIX) as server:
+    with tempfile.TemporaryDirectory() as name, socket.socket(socket.AF_UNIX) as server:
+        tmp_path = Path(name)
+        tmp_path.chmod(0o755)
         server.bind(str(tmp_path / "agent.sock"))
         (tmp_path / "agent.sock").chmod(0o666)
         child = os.fork()
@@ -136,6 +149,7 @@ def test_an_agent_of_another_user_is_not_believed(tmp_path):
                     time.sleep(0.02)
             os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
+        os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 
     assert code == 0
