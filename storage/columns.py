@@ -9,6 +9,7 @@ What a location resolves to, and how boxes are told apart, is that of `Profile.f
 """
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -19,9 +20,12 @@ from storage.profile import (
     Accounting,
     Integers,
     Labels,
+    NameRank,
     Profile,
     Window,
+    frame_of_module,
     make_labels,
+    named_second,
 )
 from storage.selector import Selector
 from symbolizer.location import (
@@ -50,10 +54,28 @@ class Texts:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def joined(self, more: "Texts") -> "Texts":
+        """Return these texts, then some others."""
+        ends = more.offsets[1:].astype(np.int64) + len(self.blob)
+        offsets = np.concatenate([self.offsets.astype(np.int64), ends])
+        return Texts(self.blob + more.blob, offsets)
+
     def take(self, numbers: Numbers) -> list[bytes]:
         starts, ends = self.offsets[numbers].tolist(), self.offsets[numbers + 1].tolist()
         blob = self.blob
         return [blob[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShownFrames:
+    """How locations are shown: location i as `table[offsets[i]:offsets[i + 1]]`, innermost first.
+
+    A line of `table` is (function, module, kind, file: texts; line). Two numbers may have one text.
+    """
+
+    texts: Texts
+    offsets: Integers
+    table: Integers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +86,9 @@ class Columns:
     its offset, and 0; for a named one the function's text, 0, and 1 + its line in `named` (module,
     kind, file, first line, line). `frames[frame_offsets[i]:frame_offsets[i + 1]]` are location i's
     frames (function, module, kind, file, line), innermost inlined call first; named ones have none.
-    `rows` has a line (label set, stack) per row, `counts` its samples and value.
+    `name_ranks` and `named_s` say how good each location's frames are (`storage.profile.NameRank`)
+    and when they were known (`named_second`). `rows` has a line (label set, stack) per row,
+    `counts` its samples and value.
 
     Merging keeps for each object what a timeline needs: `objects` has a
     line of OBJECT_FIELDS per object, `times` a line (object, label set) with `time_counts`
@@ -85,6 +109,8 @@ class Columns:
     named: Numbers
     frame_offsets: Numbers
     frames: Numbers
+    name_ranks: Numbers
+    named_s: Numbers
     stack_hashes: Hashes
     stack_offsets: Numbers
     stack_words: Numbers
@@ -122,6 +148,10 @@ class Columns:
         counts = np.stack([profile.row_samples, profile.row_values], axis=1)
         times, time_counts = times_of(rows, counts)
         present_sets, presence = presence_of(profile.accounting)
+        text_table = Texts.of(texts)
+        frame_offsets = np.cumsum(frame_counts)
+        frame_table = np.array(frames, dtype=np.int64).reshape(-1, 5)
+        ranks, named_s = rank_names(text_table, frame_offsets, frame_table, profile.window)
         return cls(
             type=profile.type,
             unit=profile.unit,
@@ -130,12 +160,14 @@ class Columns:
             accounting=profile.accounting,
             modules=profile.modules,
             label_sets=profile.label_sets,
-            texts=Texts.of(texts),
+            texts=text_table,
             location_hashes=hashes,
             locations=location_table,
             named=named_table,
-            frame_offsets=np.cumsum(frame_counts),
-            frames=np.array(frames, dtype=np.int64).reshape(-1, 5),
+            frame_offsets=frame_offsets,
+            frames=frame_table,
+            name_ranks=ranks,
+            named_s=named_s,
             stack_hashes=hasher.stacks(hashes, profile.stack_offsets, profile.stack_locations),
             stack_offsets=profile.stack_offsets,
             stack_words=profile.stack_locations,
@@ -147,6 +179,39 @@ class Columns:
             present_sets=present_sets,
             presence=presence,
         )
+
+    def shown_frames(self, places: Integers | None = None) -> "ShownFrames":
+        """Return the frames shown for some locations, by default for all, as `Profile.frames`."""
+        if places is None:
+            places = np.arange(len(self.locations))
+        starts = self.frame_offsets[places].astype(np.int64)
+        counts = self.frame_offsets[places + 1].astype(np.int64) - starts
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.maximum(counts, 1))])
+        table = np.zeros((int(offsets[-1]), 5), dtype=np.int64)
+        framed = np.flatnonzero(counts)
+        at = ranges(offsets[framed], counts[framed])
+        table[at] = self.frames[ranges(starts[framed], counts[framed])]
+        of_place = self.locations[places].astype(np.int64)
+        named = np.flatnonzero(of_place[:, 2])
+        lines = self.named[of_place[named, 2] - 1]
+        table[offsets[named], 0] = of_place[named, 0]
+        table[offsets[named], 1:4] = lines[:, :3]
+        table[offsets[named], 4] = lines[:, 4]
+        bare = np.flatnonzero((counts == 0) & (of_place[:, 2] == 0))
+        if not len(bare):
+            return ShownFrames(self.texts, offsets, table)
+        numbers, which = np.unique(of_place[bare, 0], return_inverse=True)
+        build_ids = [build_id.decode() for build_id in self.texts.take(numbers)]
+        frames = [frame_of_module(self.modules, build_id) for build_id in build_ids]
+        # A text that the table has already gets a second number: only these few are looked at.
+        added: dict[bytes, int] = {}
+        shown = np.zeros((len(frames), 5), dtype=np.int64)
+        for i, frame in enumerate(frames):
+            shown[i, :4] = [
+                added.setdefault(text.encode(), len(self.texts) + len(added)) for text in frame[:4]
+            ]
+        table[offsets[bare]] = shown[which]
+        return ShownFrames(self.texts.joined(Texts.of(list(added))), offsets, table)
 
     def with_label(self, name: str, value: str) -> "Columns":
         """Return every label set that lacks the label this value of it."""
@@ -222,6 +287,48 @@ class Columns:
             locations.append(NamedLocation(*place, first_line, line))
             names.append((Frame(*place, line),))
         return tuple(locations), tuple(names)
+
+
+_SECONDS_BITS = 33
+LARGEST_NAME_KEY = ((NameRank.REAL + 1) << _SECONDS_BITS) - 1
+
+
+def name_keys(ranks: Numbers, named_s: Numbers) -> Integers:
+    """Return numbers of which the largest belongs to the best names, as `NameRank` describes."""
+    seconds: Integers = np.minimum(named_s.astype(np.int64), (1 << _SECONDS_BITS) - 1)
+    return (ranks.astype(np.int64) << _SECONDS_BITS) | seconds
+
+
+_BOUND = re.compile(rb"\+0x")
+
+
+def rank_names(
+    texts: Texts, frame_offsets: Numbers, frames: Numbers, window: Window
+) -> tuple[Integers, Integers]:
+    """Return `name_ranks` and `named_s` of the locations of a single profile.
+
+    Ranks are those of `NameRank.of`, found without a Python text for each name.
+    """
+    starts = frame_offsets[:-1].astype(np.int64)
+    is_named = frame_offsets[1:] > starts
+    ranks = np.where(is_named, NameRank.REAL, NameRank.NONE).astype(np.int64)
+    marks = np.zeros(len(texts.blob) + 1, dtype=bool)
+    marks[[match.start() for match in _BOUND.finditer(texts.blob)]] = True
+    named = np.flatnonzero(is_named)
+    functions, modules = frames[starts[named], :2].T.astype(np.int64)
+    module_lengths = np.diff(texts.offsets)[modules].astype(np.int64)
+    bounds = texts.offsets[functions].astype(np.int64) + module_lengths
+    fits = bounds + 3 <= texts.offsets[functions + 1]
+    fits[fits] = marks[bounds[fits]]
+    blob = np.frombuffer(texts.blob, np.uint8)
+    candidates = np.flatnonzero(fits)
+    for module in np.unique(modules[candidates]).tolist():
+        mine = candidates[modules[candidates] == module]
+        name = blob[int(texts.offsets[module]) : int(texts.offsets[module + 1])]
+        begins = texts.offsets[functions[mine]].astype(np.int64)
+        is_equal = (blob[begins[:, None] + np.arange(len(name))] == name).all(axis=1)
+        ranks[named[mine[is_equal]]] = NameRank.BOUNDED
+    return ranks, np.where(is_named, named_second(window), 0)
 
 
 NS_PER_S = 1_000_000_000

@@ -5,14 +5,22 @@ is taken over: a selection of rows merges to the tables that it needs.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
-from storage.columns import Columns, Texts, add_groups, group, ranges
+from storage.columns import (
+    LARGEST_NAME_KEY,
+    Columns,
+    Texts,
+    add_groups,
+    group,
+    name_keys,
+    ranges,
+)
 from storage.hashing import Hashes, Numbers
-from storage.profile import Accounting, Integers, Labels, adopt_module
+from storage.profile import Accounting, Integers, Labels, NameRank, adopt_module
 from symbolizer.location import Module
 
 
@@ -54,6 +62,8 @@ def merge_columns(parts: Sequence[Columns]) -> Columns:
         named=tables.named,
         frame_offsets=tables.frame_offsets,
         frames=tables.frames,
+        name_ranks=tables.name_ranks,
+        named_s=tables.named_s,
         stack_hashes=stacks.hashes,
         stack_offsets=offsets,
         stack_words=words,
@@ -170,9 +180,9 @@ def _gather_stacks(
         numbers = np.flatnonzero(is_used)
         used.append(numbers)
         hashes.append(part.location_hashes[numbers])
-        bare = part.frame_offsets[numbers + 1] == part.frame_offsets[numbers]
-        ranks.append(bare.astype(np.int64))
+        ranks.append(LARGEST_NAME_KEY - name_keys(part.name_ranks, part.named_s)[numbers])
     places = _Chosen.among(hashes, used, np.concatenate(ranks))
+    places = _prefer_names(places, parts, used)
     flat, at = [], 0
     for part, numbers, mine in zip(parts, used, words, strict=True):
         number_of = np.zeros(len(part.locations), dtype=np.int32)
@@ -182,6 +192,40 @@ def _gather_stacks(
     # Stacks are in the order of their parts, so the words of one part follow those of another.
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     return np.concatenate(flat), offsets, places, used
+
+
+def _prefer_names(places: _Chosen, parts: Sequence[Columns], used: Sequence[Integers]) -> _Chosen:
+    """Choose better names from the locations that no row of their part uses.
+
+    So a selection of rows has the names that the whole would have.
+    """
+    is_whole = all(len(mine) == len(part.locations) for part, mine in zip(parts, used, strict=True))
+    if is_whole or not len(places.hashes):
+        return places
+    order = np.argsort(places.hashes)
+    hashes = places.hashes[order]
+    owner, number = places.part.copy(), places.number.copy()
+    best = np.zeros(len(hashes), dtype=np.int64)
+    for i, part in enumerate(parts):
+        mine = places.of_part(i)
+        best[mine] = name_keys(part.name_ranks, part.named_s)[number[mine]]
+    for i, (part, mine) in enumerate(zip(parts, used, strict=True)):
+        is_unused = part.name_ranks > NameRank.NONE
+        is_unused[mine] = False
+        unused = np.flatnonzero(is_unused)
+        theirs = part.location_hashes[unused]
+        found = np.minimum(np.searchsorted(hashes, theirs), len(hashes) - 1)
+        is_there = hashes[found] == theirs
+        at, unused = order[found[is_there]], unused[is_there]
+        keys = name_keys(part.name_ranks[unused], part.named_s[unused])
+        is_better = keys > best[at]
+        at = at[is_better]
+        best[at], owner[at], number[at] = keys[is_better], i, unused[is_better]
+    # Tables are put together in the order of parts.
+    order = np.argsort(owner, kind="stable")
+    position = np.empty(len(order), dtype=np.int64)
+    position[order] = np.arange(len(order))
+    return _Chosen(places.hashes[order], owner[order], number[order], position[places.chosen])
 
 
 def _used_words(part: Columns) -> Numbers:
@@ -206,11 +250,14 @@ class _LocationTables:
     named: Integers
     frame_offsets: Integers
     frames: Integers
+    name_ranks: Integers
+    named_s: Integers
 
 
 def _gather_locations(parts: Sequence[Columns], chosen: _Chosen) -> _LocationTables:
     numbers: dict[bytes, int] = {}
     locations, named, frames, frame_counts = [], [], [], []
+    name_ranks, named_s = [], []
     named_count = 0
     for i, part in enumerate(parts):
         theirs = chosen.number[chosen.of_part(i)]
@@ -232,6 +279,8 @@ def _gather_locations(parts: Sequence[Columns], chosen: _Chosen) -> _LocationTab
         named.append(their_named)
         frames.append(their_frames)
         frame_counts.append(counts)
+        name_ranks.append(part.name_ranks[theirs])
+        named_s.append(part.named_s[theirs])
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(frame_counts))])
     return _LocationTables(
         texts=Texts.of(list(numbers)),
@@ -240,6 +289,68 @@ def _gather_locations(parts: Sequence[Columns], chosen: _Chosen) -> _LocationTab
         named=np.concatenate(named),
         frame_offsets=offsets,
         frames=np.concatenate(frames),
+        name_ranks=np.concatenate(name_ranks).astype(np.int64),
+        named_s=np.concatenate(named_s).astype(np.int64),
+    )
+
+
+def adopt_names(columns: Columns, others: Sequence[Columns], wanted: Hashes) -> Columns:
+    """Return a profile with the best names that it or others have for some of its locations."""
+    is_wanted = np.isin(columns.location_hashes, wanted)
+    by_hash = np.flatnonzero(is_wanted)
+    by_hash = by_hash[np.argsort(columns.location_hashes[by_hash])]
+    hashes = columns.location_hashes[by_hash]
+    if not len(hashes):
+        return columns
+    offsets = columns.frame_offsets.astype(np.int64)
+    starts, counts = offsets[:-1].copy(), np.diff(offsets)
+    ranks, named_s = columns.name_ranks.copy(), columns.named_s.copy()
+    numbers: dict[bytes, int] = {}
+    every = np.arange(len(columns.texts))
+    renumbered = adopt_texts(numbers, columns.texts, [every])  # it may have a text twice
+    locations, named = columns.locations.copy(), columns.named.astype(np.int64)
+    locations[:, 0] = renumbered[columns.locations[:, 0].astype(np.int64)]
+    named[:, :3] = renumbered[named[:, :3]]
+    own = columns.frames.astype(np.int64)
+    own[:, :4] = renumbered[own[:, :4]]
+    frames = [own]
+    for other in others:
+        at = np.minimum(np.searchsorted(hashes, other.location_hashes), len(hashes) - 1)
+        theirs = np.flatnonzero(hashes[at] == other.location_hashes)
+        mine = by_hash[at[theirs]]
+        is_better = (
+            name_keys(other.name_ranks, other.named_s)[theirs] > name_keys(ranks, named_s)[mine]
+        )
+        mine, theirs = mine[is_better], theirs[is_better]
+        their_starts = other.frame_offsets[theirs].astype(np.int64)
+        their_counts = other.frame_offsets[theirs + 1] - their_starts
+        table = other.frames[ranges(their_starts, their_counts)].astype(np.int64)
+        table[:, :4] = adopt_texts(numbers, other.texts, [table[:, :4]])[table[:, :4]]
+        starts[mine] = sum(map(len, frames)) + np.cumsum(their_counts) - their_counts
+        counts[mine] = their_counts
+        ranks[mine], named_s[mine] = other.name_ranks[theirs], other.named_s[theirs]
+        frames.append(table)
+    return replace(
+        columns,
+        texts=Texts.of(list(numbers)),
+        locations=locations,
+        named=named,
+        frame_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
+        frames=np.concatenate(frames)[ranges(starts, counts)],
+        name_ranks=ranks,
+        named_s=named_s,
+    )
+
+
+def without_stacks(columns: Columns) -> Columns:
+    """Return a profile's locations and their names without its stacks and rows."""
+    return replace(
+        columns,
+        stack_hashes=columns.stack_hashes[:0],
+        stack_offsets=columns.stack_offsets[:1],
+        stack_words=columns.stack_words[:0].copy(),
+        rows=columns.rows[:0],
+        counts=columns.counts[:0],
     )
 
 

@@ -20,8 +20,8 @@ are the events seen, and its `value` is what they stand for, as bytes or nanosec
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass, field, replace
+from enum import IntEnum, StrEnum
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -274,6 +274,7 @@ class ProfileBuilder:
         self.modules: dict[str, Module] = {}
         self._locations: dict[Location, int] = {}
         self._names: list[tuple[Frame, ...]] = []
+        self._named_s: list[int] = []
         self._label_sets: dict[Labels, int] = {}
         self._stacks: dict[bytes, int] = {}
         self._samples: Counter[tuple[int, int]] = Counter()
@@ -284,19 +285,20 @@ class ProfileBuilder:
     def like(cls, profile: Profile) -> "ProfileBuilder":
         return cls(profile.period_ns, profile.type, profile.unit)
 
-    def location(self, location: Location, names: tuple[Frame, ...] = ()) -> int:
+    def location(self, location: Location, names: tuple[Frame, ...] = (), named_s: int = 0) -> int:
         """Return the number of a location.
 
-        A location without names takes the first given ones. A function known only by its FDE range
-        takes a name once there is one: a file and its stripped copy have the same build id.
+        `named_s` is when the names were known, see `named_second`. The best names are kept, as
+        `NameRank` describes.
         """
         number = self._locations.setdefault(location, len(self._names))
         if number == len(self._names):
             self._names.append(names)
+            self._named_s.append(named_s)
         elif names:
-            mine = self._names[number]
-            if not mine or (is_bounded(mine[0]) and not is_bounded(names[0])):
-                self._names[number] = names
+            mine, at_s = self._names[number], self._named_s[number]
+            if (NameRank.of(names), named_s) > (NameRank.of(mine), at_s):
+                self._names[number], self._named_s[number] = names, named_s
         return number
 
     def unnamed_locations(self) -> list[Location]:
@@ -384,8 +386,9 @@ class ProfileBuilder:
         np.add.at(marks, ends, -1)
         used = np.unique(other.stack_locations[np.cumsum(marks[:-1]) > 0])
         numbers = np.full(len(other.locations), -1, dtype=np.int32)
+        named_s = named_second(other.window)
         for i in used.tolist():
-            numbers[i] = self.location(other.locations[i], other.names[i])
+            numbers[i] = self.location(other.locations[i], other.names[i], named_s)
         self._adopt_modules(other, used)
         words = numbers[other.stack_locations].tobytes()
         mine = self._stacks
@@ -402,6 +405,54 @@ class ProfileBuilder:
         build_ids = {place.build_id for place in places if isinstance(place, AddressLocation)}
         for build_id in sorted(build_ids & other.modules.keys()):
             adopt_module(self.modules, other.modules[build_id])
+
+
+class NameRank(IntEnum):
+    """How good the names of a location are. They hold for all of its history.
+
+    Of names for one location the best rank is kept, whether profiles or arrays are merged; of equal
+    ranks the later ones (`named_second`), and of these the first that are merged. So a location
+    that gets its name tomorrow has it in what was recorded today, too.
+    """
+
+    NONE = 0
+    BOUNDED = 1
+    """Only where the function begins is known (`symbolizer.location.bounded`)."""
+    REAL = 2
+
+    @classmethod
+    def of(cls, names: Sequence[Frame]) -> "NameRank":
+        if not names:
+            return cls.NONE
+        return cls.BOUNDED if is_bounded(names[0]) else cls.REAL
+
+
+def named_second(window: Window) -> int:
+    """Return when a profile's names were known: the second in which its window ended."""
+    return -(-max(0, window.end_ns) // 1_000_000_000)
+
+
+def share_names(profiles: Sequence[Profile]) -> list[Profile]:
+    """Return profiles in which equal locations have the same names, the best that any has."""
+    best: dict[Location, tuple[NameRank, int, tuple[Frame, ...]]] = {}
+    differs = False
+    for profile in profiles:
+        named_s = named_second(profile.window)
+        for location, names in zip(profile.locations, profile.names, strict=True):
+            known = best.get(location)
+            if known is None:
+                best[location] = (NameRank.of(names), named_s, names)
+            elif known[2] != names:
+                differs = True
+                rank = NameRank.of(names)
+                if (rank, named_s) > known[:2]:
+                    best[location] = (rank, named_s, names)
+    if not differs:
+        return list(profiles)
+    return [
+        replace(profile, names=tuple(best[location][2] for location in profile.locations))
+        for profile in profiles
+    ]
 
 
 def frame_of_module(modules: Mapping[str, Module], build_id: str) -> Frame:

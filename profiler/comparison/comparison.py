@@ -79,6 +79,7 @@ def of_store(
     Raises:
         EmptySideError: a side has no samples.
     """
+    query = query.resolving((before.window, after.window))
     pair = WindowPair.read(query, before, after)
     sides = pair.sides()
     past = Past(query, pair, changes_ns)
@@ -108,6 +109,7 @@ def calibrate(
     Raises:
         ComparisonError: there are too few of them.
     """
+    query = query.resolving((before.window, after.window))
     pair = WindowPair.read(query, before, after)
     past = list(Past(query, pair, changes_ns).costs())
     if len(past) <= verdict.MIN_POSITIONS:

@@ -22,6 +22,7 @@ from storage.query.coverage import Coverage
 from storage.query.function_totals import FunctionTotals, SelfSamples, merge_function_totals
 from storage.query.presence import ServicePresence
 from storage.query.query import Query
+from storage.query.resolve import resolve_columns
 from storage.selector import Selector
 from symbolizer.location import Frame
 
@@ -153,10 +154,9 @@ def sides_of_profiles(
         ComparisonError: a side is empty.
     """
     hasher = Hasher(b"comparison")
-    sums = [
-        [FunctionTotals.of(Columns.of(profile, hasher), hasher).by(()) for profile in profiles]
-        for profiles in (before, after)
-    ]
+    columns = [Columns.of(profile, hasher) for profile in (*before, *after)]
+    every = [FunctionTotals.of(each, hasher).by(()) for each in resolve_columns(columns, hasher)]
+    sums = [every[: len(before)], every[len(before) :]]
     for which, side in zip(("before", "after"), sums, strict=True):
         if not any(each.counts[:, 2].any() for each in side):
             raise ComparisonError(f"nothing to compare: the {which} side has no samples")

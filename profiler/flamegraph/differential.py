@@ -26,7 +26,7 @@ from profiler.comparison.verdict import Change, Floats, NoiseSource
 from profiler.flamegraph.flamegraph import Screen, grow
 from profiler.flamegraph.paths import Group, Paths, Rows, Stacks, sum_by
 from profiler.flamegraph.views import NoSuchNodeError, Shown, View
-from storage.profile import Indices, Integers, Profile, label_frames
+from storage.profile import Indices, Integers, Profile, label_frames, share_names
 from symbolizer.location import Frame
 
 VERDICTS = ("unchanged", "more", "less", "new", "gone", "moved", "too little data")
@@ -133,6 +133,10 @@ class Pair:
     after: Profile
     _stacks: dict[Group, _Marked] = field(default_factory=dict)
     _judged: "_Judged | None" = None
+
+    def __post_init__(self) -> None:
+        """Name the locations of both as well as one of them can: a better name is no change."""
+        self.before, self.after = share_names([self.before, self.after])
 
     @property
     def scale(self) -> Scale:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf import message
 
-from storage.columns import Columns, Texts, object_of, presence_of, ranges, times_of
+from storage.columns import Columns, Texts, object_of, presence_of, ranges, rank_names, times_of
 from storage.formats import pprof
 from storage.formats.pprof_comments import Ours, read_comments
 from storage.formats.pprof_message import (
@@ -101,6 +101,7 @@ def _decode_ours(content: bytes, hasher: Hasher) -> Columns:
         rows = np.stack([label_numbers, np.arange(len(stack_hashes))], axis=1)
     times, time_counts = times_of(rows, stacks.counts)
     present_sets, presence = presence_of(ours.accounting)
+    ranks, named_s = rank_names(texts, places.frame_offsets, places.frames, ours.window)
     return Columns(
         type=ours.type,
         unit=types[1][1],
@@ -115,6 +116,8 @@ def _decode_ours(content: bytes, hasher: Hasher) -> Columns:
         named=places.named,
         frame_offsets=places.frame_offsets,
         frames=places.frames,
+        name_ranks=ranks,
+        named_s=named_s,
         stack_hashes=stack_hashes,
         stack_offsets=offsets,
         stack_words=words,

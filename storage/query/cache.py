@@ -27,13 +27,14 @@ from storage.columns import Columns, Texts, Times
 from storage.formats.pprof_comments import SCHEMA
 from storage.profile import Accounting, Host, Labels, Window
 from storage.query.function_totals import FunctionTotals
+from storage.query.resolve import LocationNames
 from storage.query.self_samples import ObjectSelfSamples
 from symbolizer.file_cache import FileCache
 from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
 
 DEFAULT_LIMIT_BYTES = 1 << 30
 
-_VERSION = 5
+_VERSION = 6
 """Of the arrays' meaning. What an object is read as also depends on pprof's schema."""
 
 _PREFIX = struct.Struct("<8sII")
@@ -41,14 +42,21 @@ _MARK = b"everfl1\n"
 _ALIGNMENT = 64
 _BULK = frozenset({"texts.blob", "stack_words", "lines", "line_samples"})
 
-_Kind = type[Columns] | type[FunctionTotals] | type[Times] | type[ObjectSelfSamples]
-_Kept = TypeVar("_Kept", Columns, FunctionTotals, Times, ObjectSelfSamples)
+_Value = Columns | FunctionTotals | LocationNames | Times | ObjectSelfSamples
+_Kind = (
+    type[Columns]
+    | type[FunctionTotals]
+    | type[LocationNames]
+    | type[Times]
+    | type[ObjectSelfSamples]
+)
+_Kept = TypeVar("_Kept", Columns, FunctionTotals, LocationNames, Times, ObjectSelfSamples)
 _LONG_KEPT = frozenset({".times", ".objectselfsamples"})
 """Comparisons ask for these of many days, so they are evicted last."""
 
 
 class DecodedCache:
-    """Columns, FunctionTotals, Times, ObjectSelfSamples by name.
+    """Columns, FunctionTotals, LocationNames, Times, ObjectSelfSamples by name.
 
     A file that cannot be written or read costs time and is never an error.
     """
@@ -133,7 +141,7 @@ def _read_secret(folder: Path) -> bytes:
     return secret
 
 
-def pack(value: Columns | FunctionTotals | Times | ObjectSelfSamples, note: Any = None) -> bytes:
+def pack(value: _Value, note: Any = None) -> bytes:
     """Return a value as the content of a file.
 
     Raises:
@@ -198,8 +206,9 @@ def unpack(kind: type[_Kept], content: bytes) -> tuple[_Kept, Any]:
     if "texts.blob" in arrays:
         blob = values.pop("texts.blob").tobytes()
         values["texts"] = Texts(blob, values.pop("texts.offsets"))
-    values["window"] = Window(*meta["window"])
-    values["accounting"] = _parse_accounting(meta["accounting"])
+    if "window" in meta:
+        values["window"] = Window(*meta["window"])
+        values["accounting"] = _parse_accounting(meta["accounting"])
     for name in ("label_sets", "service_sets", "present_sets"):
         if name in meta:
             values[name] = tuple(map(_parse_labels, meta[name]))

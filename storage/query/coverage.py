@@ -7,6 +7,7 @@ from typing import Generic, NamedTuple, TypeVar
 from storage.columns import Columns, Times
 from storage.profile import Accounting, Host, Window
 from storage.query.function_totals import FunctionTotals
+from storage.query.resolve import LocationNames
 from storage.query.self_samples import ObjectSelfSamples
 from storage.selector import Selector
 
@@ -14,9 +15,10 @@ _MERGED_EARLY_ROWS = 600_000
 """Parts are merged before more are read once they have this many rows: a day of 3 hosts took 810 MB
 at once, and takes 280."""
 
-Kept = TypeVar("Kept", Columns, FunctionTotals, Times, ObjectSelfSamples)
+Kept = TypeVar("Kept", Columns, FunctionTotals, LocationNames, Times, ObjectSelfSamples)
 """The kinds of values that are kept of objects and spans."""
-Derived = TypeVar("Derived", Columns, FunctionTotals, Times)
+Derived = TypeVar("Derived", Columns, FunctionTotals, LocationNames, Times)
+_Asked = TypeVar("_Asked", Columns, FunctionTotals, Times)
 _Rows = TypeVar("_Rows", Columns, FunctionTotals)
 
 
@@ -67,17 +69,17 @@ def failed_part(key: str, reason: str, is_lasting: bool = True) -> Part[Columns]
 
 
 def choose_parts(
-    parts: Iterable[Part[Kept]],
+    parts: Iterable[Part[_Asked]],
     window: Window,
     selector: Selector,
     type_: str,
-    merge_early: Callable[[list[Kept]], list[Kept]] = list,
-) -> tuple[list[Kept], Coverage]:
+    merge_early: Callable[[list[_Asked]], list[_Asked]] = list,
+) -> tuple[list[_Asked], Coverage]:
     """Return the values that the selector's hosts may be in, and what they cover.
 
     `merge_early` may merge what was chosen so far, so that a day is not held at once.
     """
-    chosen: list[Kept] = []
+    chosen: list[_Asked] = []
     skipped: list[Skipped] = []
     accounting, objects, is_lasting = Accounting(), 0, True
     for part in parts:

@@ -3,6 +3,10 @@
 Computed once per decoded object or hour; a fiftieth of the size of its stacks. Functions are told
 apart as boxes of the flame graph are: by (function, module, kind). Recursion counts once in the
 total. They are added up per label set, without the labels of single processes (PROCESS_LABELS).
+
+Totals of functions do not follow from totals of locations, because of recursion and inlined calls.
+So they are made of stacks whose names are resolved (`storage.query.resolve`), and those of a part
+whose names are better elsewhere are kept under a name of their own (`storage.query.parts`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from storage.columns import Columns, Texts, add_groups, group, ranges
-from storage.hashing import Hasher, Hashes, Numbers, chain
+from storage.hashing import Hasher, Hashes, Numbers
 from storage.merging import adopt_texts, join_lines, merge_label_sets
-from storage.profile import Accounting, Integers, Labels, Window, frame_of_module
+from storage.profile import Accounting, Integers, Labels, Window
+from storage.query.resolve import hash_functions
 from storage.selector import Selector
 from symbolizer.location import Frame, Kind
 
@@ -284,45 +289,13 @@ class _Boxes(NamedTuple):
 
     @classmethod
     def of(cls, columns: Columns, hasher: Hasher) -> "_Boxes":
-        frame_offsets = columns.frame_offsets.astype(np.int64)
-        frame_counts = np.diff(frame_offsets)
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.maximum(frame_counts, 1))])
-        texts = columns.texts.take(np.arange(len(columns.texts)))
-        added: dict[bytes, int] = {}
-
-        def number(text: bytes) -> int:
-            return added.setdefault(text, len(texts) + len(added))
-
-        flat = np.zeros((int(offsets[-1]), 4), dtype=np.int64)
-        framed = np.flatnonzero(frame_counts)
-        flat[ranges(offsets[framed], frame_counts[framed])] = columns.frames[:, :4][
-            ranges(frame_offsets[framed], frame_counts[framed])
-        ]
-        named = np.flatnonzero(columns.locations[:, 2])
-        lines = columns.named[columns.locations[named, 2].astype(np.int64) - 1]
-        flat[offsets[named], 0] = columns.locations[named, 0]
-        flat[offsets[named], 1:] = lines[:, :3]
-        bare = np.flatnonzero((frame_counts == 0) & (columns.locations[:, 2] == 0))
-        build_ids, which = np.unique(
-            columns.locations[bare, 0].astype(np.int64), return_inverse=True
-        )
-        shown = np.zeros((len(build_ids), 4), dtype=np.int64)
-        for i, build_id in enumerate(build_ids.tolist()):
-            frame = frame_of_module(columns.modules, texts[build_id].decode())
-            shown[i] = [number(text.encode()) for text in frame[:4]]
-        flat[offsets[bare]] = shown[which]
-        return cls._number(Texts.of([*texts, *added]), hasher, flat, offsets)
-
-    @classmethod
-    def _number(cls, texts: Texts, hasher: Hasher, flat: Integers, offsets: Integers) -> "_Boxes":
-        text_hashes = np.zeros(len(texts), dtype=np.uint64)
-        used = np.unique(flat[:, :3])
-        text_hashes[used] = hasher.texts(texts.take(used))
-        hashes = chain(*(text_hashes[flat[:, i]] for i in range(3)))
+        shown = columns.shown_frames()
+        texts, flat = shown.texts, shown.table
+        hashes = hash_functions(shown, hasher)
         firsts, order = group(hashes)
         which = np.empty(len(hashes), dtype=np.int64)
         which[order] = np.repeat(np.arange(len(firsts)), np.diff(np.append(firsts, len(hashes))))
-        table = flat[order[firsts]]
+        table = flat[order[firsts], :4]
         # A function's file, if all of its frames that have one agree on it.
         is_empty = np.diff(texts.offsets) == 0
         files = np.where(is_empty[flat[:, 3]], -1, flat[:, 3])
@@ -336,7 +309,7 @@ class _Boxes(NamedTuple):
         table[agreed, 3] = 2 + largest[agreed]
         numbers: dict[bytes, int] = {}
         table = _adopt_functions(numbers, texts, table, np.ones(len(table), dtype=bool))
-        return cls(Texts.of(list(numbers)), hashes[order[firsts]], table, offsets, which)
+        return cls(Texts.of(list(numbers)), hashes[order[firsts]], table, shown.offsets, which)
 
 
 def _sum_functions(

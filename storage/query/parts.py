@@ -2,9 +2,10 @@
 
 A part is an object, or a span of a host (`storage.query.listing`) whose objects are merged. Spans
 that lie wholly in a window are kept merged once they are old enough that no more objects are
-expected. Each kind of value (Columns, FunctionTotals, Times, ObjectSelfSamples) is kept in a file
-of its own, named by what it was made from: a late object changes the name of its span, so that no
-file is ever out of date.
+expected. Each kind of value (Columns, FunctionTotals, LocationNames, Times, ObjectSelfSamples) is
+kept in a file of its own, named by what it was made from: a late object changes the name of its
+span, so that no file is ever out of date. FunctionTotals of a part some of whose locations have
+better names in other parts are made with these names, and named by a digest of them as well.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Generic, NamedTuple
 
+import numpy as np
+
 from storage.columns import Columns, Times
+from storage.merging import adopt_names, without_stacks
 from storage.objects.keys import NS_PER_S
 from storage.profile import Window
 from storage.query.cache import DecodedCache
@@ -29,6 +33,7 @@ from storage.query.listing import (
     split_spans,
     union,
 )
+from storage.query.resolve import KnownNames, LocationNames
 from storage.query.self_samples import ObjectSelfSamples
 from storage.query.threads import Turns, map_ahead
 
@@ -39,7 +44,7 @@ _RECENT_NS = HOUR_NS * 5 // 2
 with."""
 _PREPARED_SHARE = 0.75
 """How much of the cache objects that nobody has asked for may take."""
-_KINDS = (Columns, FunctionTotals, Times, ObjectSelfSamples)
+_KINDS = (Columns, FunctionTotals, LocationNames, Times, ObjectSelfSamples)
 
 _Span = tuple[list[ListedObject], bool]
 """Objects of one host, and whether they are all of a span that may be kept merged."""
@@ -59,6 +64,17 @@ class Reader(Generic[Kept]):
     kind: type[Kept]
     of_object: Callable[[ListedObject], Part[Kept]]
     of_span: Callable[[Sequence[ListedObject]], list[Part[Kept]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """The names that the parts of some windows have for their locations."""
+
+    known: KnownNames = field(default_factory=KnownNames)
+    sources: list[list[ListedObject]] = field(default_factory=list)
+    """The objects of each part, in the order in which their names were added."""
+    tables: dict[int, list[Columns]] = field(default_factory=dict)
+    """The location tables of parts that were needed, by part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +108,68 @@ class Parts:
     def function_totals(self) -> Reader[FunctionTotals]:
         hasher = self.decoder.hasher
         return self._derived(FunctionTotals, lambda columns: FunctionTotals.of(columns, hasher))
+
+    @property
+    def location_names(self) -> Reader[LocationNames]:
+        hasher = self.decoder.hasher
+        return self._derived(LocationNames, lambda columns: LocationNames.of(columns, hasher))
+
+    def naming(self, windows: Sequence[Window]) -> "Naming":
+        """Read the names of all locations in windows."""
+        naming = Naming()
+        for window in union(windows, 1):
+            objects = list(self.listing.objects(window))
+            listed = {each.stored.key: each for each in objects}
+            spans = self._spans(objects, window, SPANS_NS)
+            for part in self._read_spans(self.location_names, spans):
+                if part.value is not None:
+                    naming.known.add(part.value)
+                    naming.sources.append([listed[key] for key in part.keys])
+        return naming
+
+    def function_totals_with(self, naming: "Naming") -> Reader[FunctionTotals]:
+        """Return a reader of function totals with the best names of those that were read."""
+        if not naming.known.is_disputed:
+            return self.function_totals
+        hasher = self.decoder.hasher
+
+        def of_span(objects: Sequence[ListedObject]) -> list[Part[FunctionTotals]]:
+            names = self._read_one(self.location_names, objects)
+            better = [naming.known.better(each.value) for each in names if each.value is not None]
+            if not any(len(each.sources) for each in better):
+                return self._read_one(self.function_totals, objects)
+            prints = [each.fingerprint for each in better]
+            name = self.cache.name([self.name(objects), *prints])
+            keys = tuple(each.stored.key for each in objects)
+            known = self.cache.load(FunctionTotals, name)
+            if known is not None:
+                return [Part(keys, known[0], tuple(Skipped(*each) for each in known[1] or ()))]
+            wanted = np.concatenate([each.location_hashes for each in better])
+            sources = np.unique(np.concatenate([each.sources for each in better])).tolist()
+            others = [each for number in sources for each in self._named_by(naming, number)]
+
+            def make(columns: Columns) -> FunctionTotals:
+                return FunctionTotals.of(adopt_names(columns, others, wanted), hasher)
+
+            parts = [each.derive(make) for each in self._read_one(self.columns, objects)]
+            for each in parts:
+                if each.value is not None and each.is_lasting and each.keys == keys:
+                    self.cache.save(each.value, name, each.skipped)
+            return parts
+
+        return Reader(FunctionTotals, lambda listed: of_span([listed])[0], of_span)
+
+    def _named_by(self, naming: "Naming", number: int) -> list[Columns]:
+        """Return the location tables of a part, without its stacks."""
+        known = naming.tables.get(number)
+        if known is None:
+            parts = self._read_one(self.columns, naming.sources[number])
+            known = [without_stacks(each.value) for each in parts if each.value is not None]
+            naming.tables[number] = known
+        return known
+
+    def _read_one(self, reader: Reader[Kept], objects: Sequence[ListedObject]) -> list[Part[Kept]]:
+        return reader.of_span(objects) if len(objects) > 1 else [reader.of_object(objects[0])]
 
     @property
     def times(self) -> Reader[Times]:
@@ -201,11 +279,11 @@ class Parts:
         return sum(sizes) if all(sizes) else 0
 
     def _read_group(self, group: Sequence[ListedObject]) -> None:
-        for reader in (self.columns, self.function_totals, self.times, self.self_samples):
-            if len(group) > 1:
-                reader.of_span(group)
-            else:
-                reader.of_object(group[0])
+        self._read_one(self.columns, group)
+        self._read_one(self.function_totals, group)
+        self._read_one(self.location_names, group)
+        self._read_one(self.times, group)
+        self._read_one(self.self_samples, group)
 
     def _spans(
         self, objects: Iterable[ListedObject], window: Window, spans_ns: Sequence[int]

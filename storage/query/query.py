@@ -9,6 +9,7 @@ damaged, of a later schema or of another type is named in the answer and never s
 """
 
 import copy
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +32,9 @@ from storage.query.function_totals import (
     merge_function_totals,
 )
 from storage.query.listing import ListedObject, Listing, overlap
-from storage.query.parts import Parts, Prepared
+from storage.query.parts import Naming, Parts, Prepared
 from storage.query.presence import ServicePresence, make_presence
+from storage.query.resolve import KnownNames, resolve_columns
 from storage.query.timeline import Timeline, make_timeline
 from storage.query.workers import Workers
 from storage.selector import Selector
@@ -58,6 +60,22 @@ class Functions:
     coverage: Coverage
 
 
+class _Resolved:
+    """The names of some windows, read once."""
+
+    def __init__(self, windows: tuple[Window, ...]) -> None:
+        self.windows = windows
+        self._by_type: dict[str, Naming] = {}
+        self._lock = threading.Lock()
+
+    def read(self, parts: Parts) -> Naming:
+        type_ = parts.listing.type
+        with self._lock:
+            if type_ not in self._by_type:
+                self._by_type[type_] = parts.naming(self.windows)
+            return self._by_type[type_]
+
+
 class Query:
     """Reads a store. Safe to use from several threads; several may share a cache folder.
 
@@ -78,6 +96,7 @@ class Query:
         decoder = Decoder(store.store, cache.secret, workers)
         self._decoder = decoder
         self._parts = Parts(Listing(store), cache, decoder, now_ns)
+        self._resolved = _Resolved(())
 
     def interruptible(self, check: Callable[[], None]) -> "Query":
         """Return a copy of this query that calls `check` between objects: what it raises ends it.
@@ -105,6 +124,22 @@ class Query:
     def listing(self, window: Window) -> "Query":
         """Return a copy of this query that lists the hours of a window once."""
         return self._listing_as(self._parts.listing.once(window))
+
+    def resolving(self, windows: Sequence[Window]) -> "Query":
+        """Return a copy of this query that names locations as all of some windows know them.
+
+        So tables of functions of several windows can be compared: a location that only one of them
+        has a name for is the same function in all. Else each window is named by itself.
+        """
+        other = copy.copy(self)
+        other._resolved = _Resolved(tuple(windows))  # noqa: SLF001 - a copy of this very object
+        return other
+
+    def _naming(self, parts: Parts, window: Window) -> Naming:
+        windows = self._resolved.windows
+        if any(w.start_ns <= window.start_ns and window.end_ns <= w.end_ns for w in windows):
+            return self._resolved.read(parts)
+        return parts.naming((*windows, window))
 
     def _parts_of(self, type_: str) -> Parts:
         return replace(self._parts, listing=self._parts.listing.of_type(type_))
@@ -235,10 +270,10 @@ class Query:
             read = parts.read(parts.columns, window)
             stacks, coverage = choose_parts(read, window, selector, type)
             left_out, hasher = PROCESS_LABELS.difference(by), self._decoder.hasher
-            chosen = (each.filter(selector) for each in stacks)
+            chosen = resolve_columns([each.filter(selector) for each in stacks], hasher)
             return [FunctionTotals.of(each, hasher, left_out) for each in chosen], coverage
         early = merging_early(merge_function_totals, selector)
-        kept = parts.read(parts.function_totals, window)
+        kept = parts.read(parts.function_totals_with(self._naming(parts, window)), window)
         totals, coverage = choose_parts(kept, window, selector, type, early)
         return [each.filter(selector) for each in totals], coverage
 
@@ -248,20 +283,30 @@ class Query:
         """Return the self samples of each function in each of some windows, part by part.
 
         Each comes with the number of its window. Functions are known by their hashes alone. Windows
-        that begin inside an hour are answered from the whole hours that are kept.
+        that begin inside an hour are answered from the whole hours that are kept. A location has
+        the name it has in the windows of `resolving`, else the best that these windows know.
         """
         if PROCESS_LABELS & {*selector.names}:
+            query = self.resolving((*self._resolved.windows, *windows))
             for i, window in enumerate(windows):
-                for totals in self.function_totals_by_part(window, selector, ("host",))[0]:
+                for totals in query.function_totals_by_part(window, selector, ("host",))[0]:
                     yield i, totals.self_samples()
             return
+        known, found = KnownNames(), []
         for part in self._parts.read_around(self._parts.self_samples, windows):
             value = part.value
             if value is None or value.type != "cpu" or not has_host(value.accounting, selector):
                 continue
             for i, window in enumerate(windows):
                 if overlap(window, value.window):
-                    yield i, value.inside(window, selector)
+                    inside = value.inside(window, selector)
+                    known.add(inside.names)
+                    found.append((i, inside))
+        shown = self._resolved.read(self._parts).known
+        for i, samples in found:
+            functions, _ = known.functions(samples.names.location_hashes)
+            theirs, is_shown = shown.functions(samples.names.location_hashes)
+            yield i, samples.of_functions(np.where(is_shown, theirs, functions))
 
     def presence(self, window: Window, selector: Selector = EMPTY) -> ServicePresence:
         """Return for how long each selected service was there in each object."""

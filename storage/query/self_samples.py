@@ -1,25 +1,42 @@
-"""Self samples of each object, without names: the noise of a comparison is estimated from them.
+"""Self samples of each object by location: the noise of a comparison is estimated from them.
 
-They hold how many self samples each function had under each service, both told apart as by
-`storage.query.function_totals`. They take a sixth of the size of the stacks. Each object is kept
-on its own, because windows of comparisons do not begin with an hour: so whole hours answer them.
+They count how many self samples each location had under each service. The functions of the
+locations, as they were known when the object was decoded, are in a table of their own, so that a
+better name changes no count (`storage.query.resolve`). They take at most a third of the size of
+the stacks. Each object is kept on its own, because windows of comparisons do not begin with an
+hour: so whole hours answer them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from storage.columns import Columns, group, key_starts_ns, ranges
-from storage.hashing import Hasher, Hashes, Numbers, chain
-from storage.profile import Accounting, Integers, Labels, Window, frame_of_module
+from storage.columns import Columns, key_starts_ns, name_keys, ranges
+from storage.hashing import Hasher, Hashes, Numbers
+from storage.profile import Accounting, Integers, Labels, Window
 from storage.query.function_totals import (
     PROCESS_LABELS,
     SelfSamples,
     fold,
     service_sets_of,
 )
+from storage.query.resolve import LocationNames, distinct, hash_functions
 from storage.selector import Selector
+
+
+class LocationSamples(NamedTuple):
+    """Lines (service set, location), the self samples of each, and what the locations are named."""
+
+    service_sets: tuple[Labels, ...]
+    names: LocationNames
+    lines: Integers
+    samples: Integers
+
+    def of_functions(self, function_hashes: Hashes) -> SelfSamples:
+        """Return the same by function; there is a hash for each of the locations."""
+        return SelfSamples(self.service_sets, function_hashes, self.lines, self.samples)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,8 +44,10 @@ class ObjectSelfSamples:
     """Self samples of some profiles.
 
     `objects` has a line (start_ns, end_ns) per object, and
-    `lines[line_offsets[i]:line_offsets[i + 1]]` (service set, function) are those of object i, with
-    their `line_samples`. Functions are hashes alone, those of `FunctionTotals.function_hashes`.
+    `lines[line_offsets[i]:line_offsets[i + 1]]` (service set, location) are those of object i, with
+    their `line_samples`. Location j is `location_hashes[j]`; the function of its innermost frame is
+    `function_hashes[functions[j]]`, as known then, and how well is in `name_ranks` and `named_s`,
+    as in Columns. Functions are hashes alone, those of `FunctionTotals.function_hashes`.
     """
 
     type: str
@@ -37,6 +56,10 @@ class ObjectSelfSamples:
     accounting: Accounting
     objects: Numbers
     service_sets: tuple[Labels, ...]
+    location_hashes: Hashes
+    functions: Numbers
+    name_ranks: Numbers
+    named_s: Numbers
     function_hashes: Hashes
     line_offsets: Numbers
     lines: Numbers
@@ -50,14 +73,14 @@ class ObjectSelfSamples:
         stack = columns.rows[:, 1].astype(np.int64)
         has_leaf = stack_offsets[stack + 1] > stack_offsets[stack]
         ends = stack_offsets[stack[has_leaf] + 1]
-        places, which = _distinct(columns.stack_words[ends - 1], len(columns.locations))
-        hashes = _hash_functions(columns, places, hasher)
-        firsts, order = group(hashes)
-        of_place = np.empty(len(hashes), dtype=np.int64)
-        of_place[order] = np.repeat(np.arange(len(firsts)), np.diff([*firsts, len(hashes)]))
+        places, which = distinct(columns.stack_words[ends - 1], len(columns.locations))
+        shown = columns.shown_frames(places)
+        function_hashes, functions = np.unique(
+            hash_functions(shown, hasher)[shown.offsets[:-1]], return_inverse=True
+        )
         lines, counts = fold(
             of_label[columns.rows[has_leaf, 0]] if len(of_label) else np.zeros(0, np.int64),
-            of_place[which],
+            which,
             columns.counts[has_leaf, :1],
         )
         return cls(
@@ -67,14 +90,18 @@ class ObjectSelfSamples:
             accounting=columns.accounting,
             objects=columns.objects[:, :2],
             service_sets=service_sets,
-            function_hashes=hashes[order[firsts]],
+            location_hashes=columns.location_hashes[places],
+            functions=functions,
+            name_ranks=columns.name_ranks[places],
+            named_s=columns.named_s[places],
+            function_hashes=function_hashes,
             line_offsets=np.array([0, len(lines)]),
             lines=lines,
             line_samples=counts[:, 0],
         )
 
-    def inside(self, window: Window, selector: Selector) -> SelfSamples:
-        """Return the selected lines of the objects that start in a window."""
+    def inside(self, window: Window, selector: Selector) -> LocationSamples:
+        """Return the selected lines of the objects that start in a window, added up."""
         starts_ns = key_starts_ns(self.objects)
         chosen = np.flatnonzero((window.start_ns <= starts_ns) & (starts_ns < window.end_ns))
         offsets = self.line_offsets.astype(np.int64)
@@ -84,7 +111,17 @@ class ObjectSelfSamples:
             is_asked = np.array(selector.choose(map(dict, self.service_sets)), dtype=bool)
             kept = is_asked[lines[:, 0]]
             lines, samples = lines[kept], samples[kept]
-        return SelfSamples(self.service_sets, self.function_hashes, lines, samples)
+        used, which = distinct(lines[:, 1], len(self.location_hashes))
+        lines, counts = fold(lines[:, 0], which, samples[:, None])
+        function_hashes = self.function_hashes[self.functions[used]]
+        names = LocationNames(
+            location_hashes=self.location_hashes[used],
+            name_hashes=function_hashes,
+            function_hashes=function_hashes,
+            name_ranks=self.name_ranks[used],
+            named_s=self.named_s[used],
+        )
+        return LocationSamples(self.service_sets, names, lines, counts[:, 0])
 
 
 def join_self_samples(parts: Sequence[ObjectSelfSamples]) -> ObjectSelfSamples:
@@ -102,17 +139,13 @@ def join_self_samples(parts: Sequence[ObjectSelfSamples]) -> ObjectSelfSamples:
         window = window.union(part.window)
         accounting = accounting.merge(part.accounting)
     numbers: dict[Labels, int] = {}
-    hashes, of_function = np.unique(
-        np.concatenate([part.function_hashes for part in parts]), return_inverse=True
-    )
-    lines, at = [], 0
-    for part in parts:
+    locations = _JoinedLocations.of(parts)
+    lines = []
+    for part, of_location in zip(parts, locations.numbers, strict=True):
         of_set = [numbers.setdefault(labels, len(numbers)) for labels in part.service_sets]
-        of_hash = of_function[at : at + len(part.function_hashes)]
-        at += len(part.function_hashes)
         sets = np.array(of_set, dtype=np.int64)
         mine = part.lines.astype(np.int64)
-        lines.append(np.stack([sets[mine[:, 0]], of_hash[mine[:, 1]]], axis=1))
+        lines.append(np.stack([sets[mine[:, 0]], of_location[mine[:, 1]]], axis=1))
     lengths = [np.diff(part.line_offsets.astype(np.int64)) for part in parts]
     return ObjectSelfSamples(
         type=parts[0].type,
@@ -121,39 +154,51 @@ def join_self_samples(parts: Sequence[ObjectSelfSamples]) -> ObjectSelfSamples:
         accounting=accounting,
         objects=np.concatenate([part.objects for part in parts]).astype(np.int64),
         service_sets=tuple(numbers),
-        function_hashes=hashes,
+        location_hashes=locations.hashes,
+        functions=locations.functions,
+        name_ranks=locations.name_ranks,
+        named_s=locations.named_s,
+        function_hashes=locations.function_hashes,
         line_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))]),
         lines=np.concatenate(lines),
         line_samples=np.concatenate([part.line_samples for part in parts]).astype(np.int64),
     )
 
 
-def _hash_functions(columns: Columns, places: Integers, hasher: Hasher) -> Hashes:
-    """Return the hash of the innermost frame of each location."""
-    table = np.zeros((len(places), 3), dtype=np.int64)
-    starts = columns.frame_offsets[places].astype(np.int64)
-    is_framed = columns.frame_offsets[places + 1] > starts
-    table[is_framed] = columns.frames[starts[is_framed], :3]
-    of_place = columns.locations[places].astype(np.int64)
-    is_named = of_place[:, 2] > 0
-    table[is_named, 0] = of_place[is_named, 0]
-    table[is_named, 1:] = columns.named[of_place[is_named, 2] - 1, :2]
-    is_bare = ~is_framed & ~is_named
-    table[is_bare] = of_place[is_bare, :1]
-    used, numbers = _distinct(table, len(columns.texts))
-    texts = columns.texts.take(used)
-    by_text = hasher.texts(texts)
-    hashes = chain(*(by_text[numbers[:, i]] for i in range(3)))
-    for number in np.unique(numbers[is_bare, 0]).tolist():
-        names = frame_of_module(columns.modules, texts[number].decode())[:3]
-        parts = hasher.texts([name.encode() for name in names])
-        hashes[is_bare & (numbers[:, 0] == number)] = chain(*parts.reshape(3, 1))
-    return hashes
+class _JoinedLocations(NamedTuple):
+    """The locations of some parts, each with the best name that it has in one of them."""
 
+    hashes: Hashes
+    functions: Integers
+    name_ranks: Integers
+    named_s: Integers
+    function_hashes: Hashes
+    numbers: list[Integers]
+    """By part, the new number of each old location."""
 
-def _distinct(numbers: Numbers, limit: int) -> tuple[Integers, Integers]:
-    """Return the numbers below a limit that occur, and for each place its index there."""
-    wide = numbers.astype(np.int64, copy=False)
-    is_used = np.zeros(limit, dtype=bool)
-    is_used[wide] = True
-    return np.flatnonzero(is_used), (np.cumsum(is_used) - 1)[wide]
+    @classmethod
+    def of(cls, parts: Sequence[ObjectSelfSamples]) -> "_JoinedLocations":
+        hashes, of_location = np.unique(
+            np.concatenate([part.location_hashes for part in parts]), return_inverse=True
+        )
+        ranks = np.concatenate([part.name_ranks for part in parts])
+        named_s = np.concatenate([part.named_s for part in parts])
+        count = max(1, len(of_location))
+        # Of equally good names the first stays.
+        preference = name_keys(ranks, named_s) * count + np.arange(count - 1, -1, -1)[: len(ranks)]
+        best = np.zeros(len(hashes), dtype=np.int64)
+        np.maximum.at(best, of_location, preference)
+        best = count - 1 - best % count
+        by_location = [part.function_hashes[part.functions] for part in parts]
+        function_hashes, functions = np.unique(
+            np.concatenate(by_location)[best], return_inverse=True
+        )
+        ends = np.cumsum([len(part.location_hashes) for part in parts])
+        return cls(
+            hashes=hashes,
+            functions=functions,
+            name_ranks=ranks[best].astype(np.int64),
+            named_s=named_s[best].astype(np.int64),
+            function_hashes=function_hashes,
+            numbers=np.split(of_location, ends[:-1]),
+        )
