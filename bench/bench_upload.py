@@ -111,7 +111,7 @@ def fill(folder: Path, count: int) -> None:
 
 
 def check(store: ObjectStore, count: int) -> None:
-    found = minutes(pprof.decode(store.get(each.key)) for each in store.list("v1/"))
+    found = minutes(pprof.decode(store.get(each.key)) for each in store.list("v1/default/l0/"))
     assert found == once(*range(count)), "windows are missing or doubled"
 
 

@@ -1,9 +1,24 @@
-"""Hash texts, locations and stacks to 64 bits, keyed with a secret.
+"""Hash texts, locations and stacks to 64 bits, keyed with the tenant's key.
 
 Equal locations and stacks of different objects are recognized by these hashes, so that merging is
-sorting. Because the hashes are keyed (`Hasher`), whoever chooses the names of functions cannot
-choose which stacks collide. A chance collision among a million stacks has a probability of 3e-8; it
-would move counts from one stack to another and change no sum.
+sorting. The key is one for all who read a tenant (`storage.objects.tenant_key`), so its ids are
+the same on every machine, and what one machine made of an object means the same on another.
+
+Two different locations or stacks may get one hash; their counts would be added up under the names
+of one of them, and the total would not change. How likely is that?
+
+- By chance: n hashes of 64 bits collide with a probability of about n^2 / 2^65. Of a million
+  distinct stacks, which a day of a few services has, that is 3e-8; of 100 million, which a fleet of
+  thousands of hosts may have in a month, 3e-4 for all of them together, and then two stacks of 100
+  million are confused. Locations are fewer by a factor of ten to a hundred.
+- By intent: whoever chooses the names of functions on a host, but cannot read the store, does not
+  know the key. Texts are hashed by BLAKE2b with the key, so it is not known which texts collide.
+  Stacks are hashed by a sum of products of their locations' hashes with factors (multilinear
+  hashing, Carter and Wegman 1979), neither of which are known without the key. Whoever may read
+  the tenant knows the key, sees its profiles anyway, and could only confuse counts in them.
+
+Hashes of 128 bits without a key would need no such argument, and twice the memory and time in
+sorting, which is what merging consists of.
 """
 
 import hashlib
@@ -29,8 +44,8 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 class Hasher:
     """Hashes texts and stacks of hashed locations. Safe to use from several threads."""
 
-    def __init__(self, secret: bytes) -> None:
-        self._secret = secret[:64]
+    def __init__(self, key: bytes) -> None:
+        self._key = key[:64]
         self._known: dict[bytes, int] = {}
         self._lock = threading.Lock()
         self._seed = np.uint64(self._learn([b"\0depths"])[0])
@@ -39,7 +54,7 @@ class Hasher:
     def stacks(self, location_hashes: Hashes, offsets: Numbers, words: Numbers) -> Hashes:
         """Return each stack's hash: the sum of its locations' hashes, each times one of its depth.
 
-        That is multilinear hashing (Carter and Wegman, 1979), with secret factors.
+        That is multilinear hashing (Carter and Wegman, 1979); the key decides the factors.
         """
         offsets = offsets.astype(np.int64, copy=False)
         lengths: npt.NDArray[np.int64] = offsets[1:] - offsets[:-1]
@@ -68,7 +83,7 @@ class Hasher:
         for text in texts:
             number = self._known.get(text)
             if number is None:
-                digest = hashlib.blake2b(text, digest_size=8, key=self._secret).digest()
+                digest = hashlib.blake2b(text, digest_size=8, key=self._key).digest()
                 number = int.from_bytes(digest, "little")
                 with self._lock:
                     if len(self._known) >= _HASHED_LIMIT:

@@ -35,6 +35,7 @@ from storage.objects.directory import DirectoryStore, make_folder
 from storage.objects.keys import NS_PER_S, ObjectKey, ObjectStore, StoreError, StoreRefused
 from storage.objects.open import open_store
 from storage.objects.tenant import TenantStore
+from storage.objects.tenant_key import make_tenant_key
 from storage.spool import upload_queue
 from storage.spool.upload_queue import SpooledProfile, UploadQueue
 
@@ -146,6 +147,9 @@ class Uploader:
         self._chance = chance
         self._queue = UploadQueue(options.spool)
         self._pool = concurrent.futures.ThreadPoolExecutor(PARALLEL_PUTS)
+        self._keyed: set[str] = set()
+        """Tenants that have a key."""
+        self._key_error = ""
         self._attempts: Counter[ObjectKey] = Counter()
         self._failures = 0
         self._is_refused = False
@@ -246,7 +250,7 @@ class Uploader:
         return True
 
     def _send(self, store: ObjectStore, profile: SpooledProfile) -> tuple[_Outcome, int]:
-        """Send one profile and return its size; runs in a thread, so it changes nothing of ours."""
+        """Send one profile and return its size; runs in a thread, so it changes only `_keyed`."""
         claimed = self._queue.claim(profile)
         if claimed is None:
             return _Outcome.GONE, 0
@@ -260,9 +264,26 @@ class Uploader:
             _log.warning("quarantined damaged file=%s", claimed.path.name)
             self._queue.quarantine(claimed)
             return _Outcome.DAMAGED, 0
+        self._ensure_key(store, claimed.key.tenant)
         is_new = store.put(claimed.key.text, content)
         self._queue.remove(claimed)
         return _Outcome.UPLOADED if is_new else _Outcome.DUPLICATE, len(content)
+
+    def _ensure_key(self, store: ObjectStore, tenant: str) -> None:
+        """Make the tenant's key before its first profile, so that readers find it.
+
+        If only profiles may be written, they still are: readers then use a guessable key.
+        """
+        if tenant in self._keyed:
+            return
+        try:
+            make_tenant_key(store, tenant)
+        except StoreRefused as error:
+            if str(error) != self._key_error:
+                _log.warning("failed to make the tenant's key error=%s", error)
+            self._key_error = str(error)
+        else:
+            self._keyed.add(tenant)
 
     def _count(self, outcome: _Outcome, size_bytes: int) -> None:
         if outcome is _Outcome.DAMAGED:

@@ -27,6 +27,7 @@ from storage.hashing import Hasher
 from storage.objects.keys import LONGEST_WINDOW_S
 from storage.objects.open import open_tenant
 from storage.objects.tenant import TenantStore
+from storage.objects.tenant_key import make_tenant_key
 from storage.profile import Host, Profile, ProfileError, Window, make_labels
 from storage.query.function_totals import PROCESS_LABELS
 from symbolizer.text import readable
@@ -137,6 +138,7 @@ def import_files(
         profile = complete(as_cpu_time(reading, file, options.frequency_hz), file, options, now_ns)
         content = pprof.encode(profile)
         check_readable(profile, content, file)
+        make_tenant_key(store.store, store.tenant)
         key, is_new = store.put_profile(profile, content)
         print(key.text)
         told = counted(profile.total_samples, "sample")

@@ -9,12 +9,12 @@ each at a multiple of 64 bytes and as narrow as its numbers allow.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
-import secrets
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,16 +58,23 @@ _LONG_KEPT = frozenset({".times", ".objectselfsamples"})
 class DecodedCache:
     """Columns, FunctionTotals, LocationNames, Times, ObjectSelfSamples by name.
 
+    `key` returns the tenant's key, and is called when the first file is read or written.
+
     A file that cannot be written or read costs time and is never an error.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
-        self.secret = _read_secret(folder)
-        # Hashes made with another secret mean nothing here.
-        mark = hashlib.blake2b(self.secret, digest_size=4).hexdigest()
-        self._folder = f"decoded-{_VERSION}.{SCHEMA}-{mark}"
+    def __init__(
+        self, folder: Path, key: Callable[[], bytes], limit_bytes: int = DEFAULT_LIMIT_BYTES
+    ) -> None:
+        self._key = key
         # Files of other versions count as well, and so leave in time.
         self._files = FileCache(folder, limit_bytes, files="decoded-*/*", kept_longest=_LONG_KEPT)
+
+    @functools.cached_property
+    def _folder(self) -> str:
+        """Hashes that were made with another tenant's key mean nothing here."""
+        mark = hashlib.blake2b(self._key(), digest_size=8).hexdigest()
+        return f"decoded-{_VERSION}.{SCHEMA}-{mark}"
 
     def name(self, parts: Iterable[str]) -> str:
         """Return the name of what is made from `parts`."""
@@ -114,31 +121,6 @@ class DecodedCache:
 
     def _path(self, kind: _Kind, name: str) -> str:
         return f"{self._folder}/{name}.{kind.__name__.lower()}"
-
-
-def _read_secret(folder: Path) -> bytes:
-    """Return the folder's secret, making one where there is none; without a folder, one for now."""
-    path = folder / "secret"
-    made = secrets.token_bytes(32)
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        part = folder / f".{secrets.token_hex(8)}.part"
-        try:
-            if not path.exists():
-                part.touch(mode=0o600)
-                part.write_bytes(made)
-                with contextlib.suppress(FileExistsError):
-                    os.link(part, path)  # of two that start at once, one makes the secret
-        finally:
-            part.unlink(missing_ok=True)
-        secret = path.read_bytes()
-    except OSError:
-        return made
-    if len(secret) != len(made):
-        with contextlib.suppress(OSError):
-            path.unlink()
-        return made
-    return secret
 
 
 def pack(value: _Value, note: Any = None) -> bytes:

@@ -95,18 +95,26 @@ _hasher_of = functools.lru_cache(maxsize=1)(Hasher)
 
 
 class Decoder:
-    """Fetches and decodes objects. Safe to use from several threads."""
+    """Fetches and decodes objects. Safe to use from several threads.
 
-    def __init__(self, store: ObjectStore, secret: bytes, workers: Workers | None) -> None:
+    `key` returns the tenant's key, and is called when the first object is decoded.
+    """
+
+    def __init__(
+        self, store: ObjectStore, key: Callable[[], bytes], workers: Workers | None
+    ) -> None:
         self._store = store
-        self._secret = secret
+        self._key = key
         self._workers = workers
         self._failures: dict[StoredObject, tuple[Failure, float]] = {}
         self._alone = Turns()
         self._lock = threading.Lock()
         self._again = self._skipped = 0
         self._fetcher = ThreadPoolExecutor(FETCHES, "fetch")
-        self.hasher = Hasher(secret)
+
+    @functools.cached_property
+    def hasher(self) -> Hasher:
+        return Hasher(self._key())
 
     @property
     def counts(self) -> DecodeCounts:
@@ -166,7 +174,7 @@ class Decoder:
         if workers is None:
             return functools.partial(decode_objects, fetched, self.hasher)
         try:
-            future = workers.submit(_decode_packed, fetched, self._secret)
+            future = workers.submit(_decode_packed, fetched, self._key())
         except RuntimeError:  # none runs at the moment, or they are shut down
             return functools.partial(decode_objects, fetched, self.hasher)
 
@@ -193,7 +201,7 @@ class Decoder:
             for key, content in fetched:
                 progress.check()
                 try:
-                    packed = worker.run(_decode_packed, [(key, content)], self._secret)
+                    packed = worker.run(_decode_packed, [(key, content)], self._key())
                     parts, failures = _unpack_parts(packed)
                 except BrokenExecutor:
                     _log.warning("skipped an object: two workers were killed key=%s", key.text)
@@ -215,9 +223,9 @@ class Decoder:
 _Packed = tuple[list[tuple[tuple[str, ...], bytes, bytes]], list[Failure]]
 
 
-def _decode_packed(fetched: _Fetched, secret: bytes) -> _Packed:
+def _decode_packed(fetched: _Fetched, key: bytes) -> _Packed:
     """Decode in a worker; the result is packed as in the cache."""
-    parts, failures = decode_objects(fetched, _hasher_of(secret))
+    parts, failures = decode_objects(fetched, _hasher_of(key))
     packed = [
         (part.keys, pack(part.value), pack(part.self_samples))
         for part in parts

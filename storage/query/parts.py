@@ -106,13 +106,15 @@ class Parts:
 
     @property
     def function_totals(self) -> Reader[FunctionTotals]:
-        hasher = self.decoder.hasher
-        return self._derived(FunctionTotals, lambda columns: FunctionTotals.of(columns, hasher))
+        return self._derived(
+            FunctionTotals, lambda columns: FunctionTotals.of(columns, self.decoder.hasher)
+        )
 
     @property
     def location_names(self) -> Reader[LocationNames]:
-        hasher = self.decoder.hasher
-        return self._derived(LocationNames, lambda columns: LocationNames.of(columns, hasher))
+        return self._derived(
+            LocationNames, lambda columns: LocationNames.of(columns, self.decoder.hasher)
+        )
 
     def naming(self, windows: Sequence[Window]) -> "Naming":
         """Read the names of all locations in windows."""
@@ -131,7 +133,6 @@ class Parts:
         """Return a reader of function totals with the best names of those that were read."""
         if not naming.known.is_disputed:
             return self.function_totals
-        hasher = self.decoder.hasher
 
         def of_span(objects: Sequence[ListedObject]) -> list[Part[FunctionTotals]]:
             names = self._read_one(self.location_names, objects)
@@ -149,7 +150,7 @@ class Parts:
             others = [each for number in sources for each in self._named_by(naming, number)]
 
             def make(columns: Columns) -> FunctionTotals:
-                return FunctionTotals.of(adopt_names(columns, others, wanted), hasher)
+                return FunctionTotals.of(adopt_names(columns, others, wanted), self.decoder.hasher)
 
             parts = [each.derive(make) for each in self._read_one(self.columns, objects)]
             for each in parts:

@@ -9,6 +9,7 @@ damaged, of a later schema or of another type is named in the answer and never s
 """
 
 import copy
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 from storage.merging import merge_columns
 from storage.objects.keys import CPU, NS_PER_S, ObjectKey
 from storage.objects.tenant import TenantStore
+from storage.objects.tenant_key import read_tenant_key
 from storage.profile import Accounting, Profile, ProfileBuilder, Window
 from storage.query.cache import DEFAULT_LIMIT_BYTES, DecodedCache
 from storage.query.coverage import Coverage, choose_parts, has_host, merging_early
@@ -92,8 +94,10 @@ class Query:
         now_ns: Callable[[], int] = time.time_ns,
         workers: Workers | None = None,
     ) -> None:
-        cache = DecodedCache(cache_folder, cache_bytes)
-        decoder = Decoder(store.store, cache.secret, workers)
+        # Read when there is an object to be decoded: whoever stored it has made the key before.
+        key = functools.cache(lambda: read_tenant_key(store.store, store.tenant))
+        cache = DecodedCache(cache_folder, key, cache_bytes)
+        decoder = Decoder(store.store, key, workers)
         self._decoder = decoder
         self._parts = Parts(Listing(store), cache, decoder, now_ns)
         self._resolved = _Resolved(())
@@ -269,6 +273,8 @@ class Query:
         if PROCESS_LABELS & {*selector.names, *by}:
             read = parts.read(parts.columns, window)
             stacks, coverage = choose_parts(read, window, selector, type)
+            if not stacks:
+                return [], coverage
             left_out, hasher = PROCESS_LABELS.difference(by), self._decoder.hasher
             chosen = resolve_columns([each.filter(selector) for each in stacks], hasher)
             return [FunctionTotals.of(each, hasher, left_out) for each in chosen], coverage

@@ -77,7 +77,12 @@ class FakeClock:
 
 
 class MemoryStore:
-    """Objects in memory. `fails` returns the error that a put raises, if any."""
+    """Objects in memory. `fails` returns the error that the put of a profile raises, if any.
+
+    Puts of other objects are not counted, and raise `refuses_others`.
+    """
+
+    refuses_others: StoreError | None = None
 
     def __init__(self, fails: Callable[[str], StoreError | None] = lambda _: None) -> None:
         self.objects: dict[str, bytes] = {}
@@ -88,6 +93,10 @@ class MemoryStore:
 
     def put(self, key: str, content: bytes) -> bool:
         with self._lock:
+            if ObjectKey.parse(key) is None:
+                if self.refuses_others:
+                    raise self.refuses_others
+                return self.objects.setdefault(key, content) is content
             self.requests += 1
             error = self.fails(key)
             if error is not None:
@@ -117,7 +126,7 @@ class MemoryStore:
 
 def stored(store: ObjectStore) -> dict[str, int]:
     """Return how often each minute is counted in a store."""
-    return minutes(pprof.decode(store.get(each.key)) for each in store.list("v1/"))
+    return minutes(pprof.decode(store.get(each.key)) for each in store.list("v1/default/l0/"))
 
 
 def uploader(spool: Path, store: ObjectStore, clock: FakeClock, **options: float) -> Uploader:
@@ -161,6 +170,35 @@ def test_everything_reaches_the_store_the_oldest_about_first(tmp_path: Path) -> 
     assert all(abs(place - number) < 4 for place, number in enumerate(order))
 
 
+def test_the_tenants_key_is_there_before_its_first_profile(tmp_path: Path) -> None:
+    """Whoever reads a profile finds the key, and it stays the same."""
+    spool, store, clock = filled(tmp_path, 0), MemoryStore(), FakeClock()
+    clock.end_when = is_empty(spool)
+    had_key: list[bool] = []
+    store.fails = lambda _: had_key.append("v1/default/key" in store.objects)
+
+    assert uploader(spool, store, clock).run()
+    key = store.objects["v1/default/key"]
+    filled(tmp_path, 1)
+    again = FakeClock()
+    again.end_when = is_empty(spool)
+    assert uploader(spool, store, again).run()
+
+    assert had_key == [True, True]
+    assert len(key) == 32
+    assert store.objects["v1/default/key"] == key
+
+
+def test_profiles_are_stored_also_if_nothing_else_may_be(tmp_path: Path) -> None:
+    spool, store, clock = filled(tmp_path, *range(20)), MemoryStore(), FakeClock()
+    store.refuses_others = StoreRefused("cannot write", "ask for the right")
+    clock.end_when = is_empty(spool)
+
+    assert uploader(spool, store, clock).run()
+
+    assert stored(store) == once(*range(20))
+
+
 def test_the_state_says_what_was_done(tmp_path: Path) -> None:
     spool, store, clock = filled(tmp_path, 0, 1, 2), MemoryStore(), FakeClock()
     (first, *_), clock.end_when = sorted((spool / "waiting").iterdir()), is_empty(spool)
@@ -196,7 +234,7 @@ def test_a_day_of_outage_costs_few_requests_and_no_count(tmp_path: Path) -> None
 
     uploader(tmp_path / "spool", store, clock).run()
 
-    requests = store.requests - len(store.objects)
+    requests = store.requests - len(store.order)
     assert stored(store) == once(*range(DAY_S // 300))
     assert requests / DAY_S < 1.2 / 10
     assert max(clock.waits) <= 60
@@ -306,7 +344,7 @@ def test_a_profile_that_is_refused_alone_lets_others_pass(tmp_path: Path) -> Non
 
     uploader(spool, store, clock, grace_s=0).run()
 
-    assert len(store.objects) == 40 - len(poison)
+    assert len(store.order) == 40 - len(poison)
     assert clock.elapsed_s < 600
 
 
@@ -666,7 +704,7 @@ def test_no_kill_between_closing_and_deleting_loses_or_doubles_a_window(
         assert child.returncode == 0, child.stderr.decode()[-2000:]
         endpoint = options[0].removeprefix("--endpoint=") if kind == "s3" else None
         store = open_store(url, endpoint)
-        objects = [pprof.decode(store.get(each.key)) for each in store.list("v1/")]
+        objects = [pprof.decode(store.get(each.key)) for each in store.list("v1/default/l0/")]
 
     report = json.loads(child.stdout)
     found = minutes(objects)

@@ -39,7 +39,7 @@ def test_every_command_reads_a_file_under_any_name(tmp_path, capfd, monkeypatch,
         ["import", str(file), "--store", store, "--window", "now-5m..now"],
     ):
         assert cli.main(command) == 0, capfd.readouterr().err
-    assert len(list(DirectoryStore(tmp_path / "store").list("v1/"))) == 1
+    assert len(list(DirectoryStore(tmp_path / "store").list("v1/default/l0/"))) == 1
 
 
 def test_an_option_chooses_a_part_of_a_file(tmp_path, capfd):

@@ -36,7 +36,7 @@ def imported(folder, *arguments):
     """Run the command and return the objects that it made."""
     store = DirectoryStore(folder / "store")
     assert cli.main(["import", "--store", str(store.root), *map(str, arguments)]) == 0
-    keys = [each.key for each in store.list("v1/")]
+    keys = [each.key for each in store.list("v1/default/l0/")]
     return [(ObjectKey.parse(key), pprof.decode(store.get(key))) for key in keys]
 
 
@@ -182,7 +182,7 @@ def test_a_file_without_samples_is_not_stored(tmp_path, capfd):
 
     assert cli.main(["import", str(empty), str(full), "--store", str(store.root), *window]) == 2
 
-    assert len(list(store.list("v1/"))) == 1
+    assert len(list(store.list("v1/default/l0/"))) == 1
     assert f"{empty}: the profile is empty: it contains no samples" in capfd.readouterr().err
 
 

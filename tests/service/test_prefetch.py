@@ -160,7 +160,7 @@ def test_the_service_decodes_what_nobody_has_asked_for(tmp_path) -> None:
             for pid in descendants_of(process.pid)
             if b"profiler.service.prefetch" in command(pid)
         ]
-        for stored in list(store.list("v1/")):
+        for stored in list(store.list("v1/default/l0/")):
             path = store.root / stored.key
             path.write_bytes(bytes(stored.size_bytes))
             os.utime(path, ns=(stored.modified_ns, stored.modified_ns))
