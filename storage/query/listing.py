@@ -54,6 +54,12 @@ class Listing:
         (hours,) = union([window], HOUR_NS)
         return replace(self, _whole=(hours, list(self.objects(hours))))
 
+    def held(self, window: Window) -> "Listing":
+        """Return a listing that lists a window once, however often it is read."""
+        if self.reuse_s:
+            return self
+        return replace(self, _whole=(window, list(self.objects(window))))
+
     def objects(self, window: Window) -> Iterator[ListedObject]:
         """Return the objects that start inside a window, by hour, host and start."""
         if self._whole is not None:

@@ -279,6 +279,7 @@ class Query:
             chosen = resolve_columns([each.filter(selector) for each in stacks], hasher)
             return [FunctionTotals.of(each, hasher, left_out) for each in chosen], coverage
         early = merging_early(merge_function_totals, selector)
+        parts = replace(parts, listing=parts.listing.held(window))
         kept = parts.read(parts.function_totals_with(self._naming(parts, window)), window)
         totals, coverage = choose_parts(kept, window, selector, type, early)
         return [each.filter(selector) for each in totals], coverage
