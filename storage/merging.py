@@ -295,7 +295,10 @@ def _gather_locations(parts: Sequence[Columns], chosen: _Chosen) -> _LocationTab
 
 
 def adopt_names(columns: Columns, others: Sequence[Columns], wanted: Hashes) -> Columns:
-    """Return a profile with the best names that it or others have for some of its locations."""
+    """Return a profile some of whose locations have the best names that others have for them.
+
+    Of equally good names the first is taken, and its own are not looked at.
+    """
     is_wanted = np.isin(columns.location_hashes, wanted)
     by_hash = np.flatnonzero(is_wanted)
     by_hash = by_hash[np.argsort(columns.location_hashes[by_hash])]
@@ -305,6 +308,8 @@ def adopt_names(columns: Columns, others: Sequence[Columns], wanted: Hashes) -> 
     offsets = columns.frame_offsets.astype(np.int64)
     starts, counts = offsets[:-1].copy(), np.diff(offsets)
     ranks, named_s = columns.name_ranks.copy(), columns.named_s.copy()
+    keys = name_keys(ranks, named_s)
+    keys[by_hash] = -1
     numbers: dict[bytes, int] = {}
     every = np.arange(len(columns.texts))
     renumbered = adopt_texts(numbers, columns.texts, [every])  # it may have a text twice
@@ -318,10 +323,10 @@ def adopt_names(columns: Columns, others: Sequence[Columns], wanted: Hashes) -> 
         at = np.minimum(np.searchsorted(hashes, other.location_hashes), len(hashes) - 1)
         theirs = np.flatnonzero(hashes[at] == other.location_hashes)
         mine = by_hash[at[theirs]]
-        is_better = (
-            name_keys(other.name_ranks, other.named_s)[theirs] > name_keys(ranks, named_s)[mine]
-        )
+        their_keys = name_keys(other.name_ranks[theirs], other.named_s[theirs])
+        is_better = their_keys > keys[mine]
         mine, theirs = mine[is_better], theirs[is_better]
+        keys[mine] = their_keys[is_better]
         their_starts = other.frame_offsets[theirs].astype(np.int64)
         their_counts = other.frame_offsets[theirs + 1] - their_starts
         table = other.frames[ranges(their_starts, their_counts)].astype(np.int64)

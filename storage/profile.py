@@ -20,7 +20,7 @@ are the events seen, and its `value` is what they stand for, as bytes or nanosec
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import NamedTuple, TypeVar
 
@@ -430,29 +430,6 @@ class NameRank(IntEnum):
 def named_second(window: Window) -> int:
     """Return when a profile's names were known: the second in which its window ended."""
     return -(-max(0, window.end_ns) // 1_000_000_000)
-
-
-def share_names(profiles: Sequence[Profile]) -> list[Profile]:
-    """Return profiles in which equal locations have the same names, the best that any has."""
-    best: dict[Location, tuple[NameRank, int, tuple[Frame, ...]]] = {}
-    differs = False
-    for profile in profiles:
-        named_s = named_second(profile.window)
-        for location, names in zip(profile.locations, profile.names, strict=True):
-            known = best.get(location)
-            if known is None:
-                best[location] = (NameRank.of(names), named_s, names)
-            elif known[2] != names:
-                differs = True
-                rank = NameRank.of(names)
-                if (rank, named_s) > known[:2]:
-                    best[location] = (rank, named_s, names)
-    if not differs:
-        return list(profiles)
-    return [
-        replace(profile, names=tuple(best[location][2] for location in profile.locations))
-        for profile in profiles
-    ]
 
 
 def frame_of_module(modules: Mapping[str, Module], build_id: str) -> Frame:

@@ -26,7 +26,8 @@ from profiler.comparison.verdict import Change, Floats, NoiseSource
 from profiler.flamegraph.flamegraph import Screen, grow
 from profiler.flamegraph.paths import Group, Paths, Rows, Stacks, sum_by
 from profiler.flamegraph.views import NoSuchNodeError, Shown, View
-from storage.profile import Indices, Integers, Profile, label_frames, share_names
+from storage.profile import Indices, Integers, Profile, label_frames
+from storage.query.resolve import share_names
 from symbolizer.location import Frame
 
 VERDICTS = ("unchanged", "more", "less", "new", "gone", "moved", "too little data")
@@ -181,7 +182,6 @@ class Pair:
         """Return the stacks of both sides as a view shows them."""
         stacks, marks = self._stacks_of(view.group)
         check()
-        profiles = (self.before, self.after)
         heads = label_frames((*self.before.label_sets, *self.after.label_sets), view.by)
         raw = self._raw_rows()
         numbers: dict[tuple[Frame, ...], int] = {}
@@ -197,7 +197,7 @@ class Pair:
         codes[which[by_weight][judged > 0]] = judged[judged > 0]
         check()
         rows = Rows(raw.stacks[first], raw.labels[first], raw.values[first], np.arange(len(first)))
-        whole = Paths.of_rows(stacks, heads, rows, profiles[0].unit)
+        whole = Paths.of_rows(stacks, heads, rows, self.before.unit)
         paths = view.of(replace(whole, values=counts[0] + counts[1]))
         own_depth = whole.heads + 1 if view.invert and not view.callers else None
         return UnionPaths(paths, counts, codes, own_depth, view.callers)

@@ -145,12 +145,9 @@ class Parts:
             known = self.cache.load(FunctionTotals, name)
             if known is not None:
                 return [Part(keys, known[0], tuple(Skipped(*each) for each in known[1] or ()))]
-            wanted = np.concatenate([each.location_hashes for each in better])
-            sources = np.unique(np.concatenate([each.sources for each in better])).tolist()
-            others = [each for number in sources for each in self._named_by(naming, number)]
 
             def make(columns: Columns) -> FunctionTotals:
-                return FunctionTotals.of(adopt_names(columns, others, wanted), self.decoder.hasher)
+                return FunctionTotals.of(self.named(columns, naming), self.decoder.hasher)
 
             parts = [each.derive(make) for each in self._read_one(self.columns, objects)]
             for each in parts:
@@ -159,6 +156,15 @@ class Parts:
             return parts
 
         return Reader(FunctionTotals, lambda listed: of_span([listed])[0], of_span)
+
+    def named(self, columns: Columns, naming: "Naming") -> Columns:
+        """Return a profile with the best names of those that were read."""
+        if not naming.known.is_disputed:
+            return columns
+        better = naming.known.better(LocationNames.of(columns, self.decoder.hasher))
+        sources = np.unique(better.sources).tolist()
+        others = [each for number in sources for each in self._named_by(naming, number)]
+        return adopt_names(columns, others, better.location_hashes)
 
     def _named_by(self, naming: "Naming", number: int) -> list[Columns]:
         """Return the location tables of a part, without its stacks."""

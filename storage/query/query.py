@@ -36,7 +36,7 @@ from storage.query.function_totals import (
 from storage.query.listing import ListedObject, Listing, overlap
 from storage.query.parts import Naming, Parts, Prepared
 from storage.query.presence import ServicePresence, make_presence
-from storage.query.resolve import KnownNames, resolve_columns
+from storage.query.resolve import KnownNames
 from storage.query.timeline import Timeline, make_timeline
 from storage.query.workers import Workers
 from storage.selector import Selector
@@ -270,16 +270,17 @@ class Query:
         totals leave out.
         """
         parts = self._parts_of(type)
+        parts = replace(parts, listing=parts.listing.held(window))
         if PROCESS_LABELS & {*selector.names, *by}:
             read = parts.read(parts.columns, window)
             stacks, coverage = choose_parts(read, window, selector, type)
             if not stacks:
                 return [], coverage
             left_out, hasher = PROCESS_LABELS.difference(by), self._decoder.hasher
-            chosen = resolve_columns([each.filter(selector) for each in stacks], hasher)
+            naming = self._naming(parts, window)
+            chosen = (parts.named(each.filter(selector), naming) for each in stacks)
             return [FunctionTotals.of(each, hasher, left_out) for each in chosen], coverage
         early = merging_early(merge_function_totals, selector)
-        parts = replace(parts, listing=parts.listing.held(window))
         kept = parts.read(parts.function_totals_with(self._naming(parts, window)), window)
         totals, coverage = choose_parts(kept, window, selector, type, early)
         return [each.filter(selector) for each in totals], coverage

@@ -11,8 +11,8 @@ A location keeps its hash whatever its names are (`storage.hashing`), so the par
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,10 @@ import numpy.typing as npt
 from storage.columns import Columns, ShownFrames, name_keys
 from storage.hashing import Hasher, Hashes, Numbers, chain
 from storage.merging import adopt_names
-from storage.profile import Integers
+from storage.profile import Integers, NameRank, Profile, named_second
+
+if TYPE_CHECKING:
+    from symbolizer.location import Frame, Location
 
 _Chosen = npt.NDArray[np.bool_]
 
@@ -150,6 +153,29 @@ def resolve_columns(parts: Sequence[Columns], hasher: Hasher) -> list[Columns]:
         sources = [parts[number] for number in np.unique(better.sources).tolist()]
         resolved.append(adopt_names(part, sources, better.location_hashes))
     return resolved
+
+
+def share_names(profiles: Sequence[Profile]) -> list[Profile]:
+    """Return profiles in which equal locations have the same names, the best that any has."""
+    best: dict[Location, tuple[NameRank, int, tuple[Frame, ...]]] = {}
+    differs = False
+    for profile in profiles:
+        named_s = named_second(profile.window)
+        for location, names in zip(profile.locations, profile.names, strict=True):
+            known = best.get(location)
+            if known is None:
+                best[location] = (NameRank.of(names), named_s, names)
+            elif known[2] != names:
+                differs = True
+                rank = NameRank.of(names)
+                if (rank, named_s) > known[:2]:
+                    best[location] = (rank, named_s, names)
+    if not differs:
+        return list(profiles)
+    return [
+        replace(profile, names=tuple(best[location][2] for location in profile.locations))
+        for profile in profiles
+    ]
 
 
 def hash_functions(shown: ShownFrames, hasher: Hasher) -> Hashes:

@@ -41,6 +41,7 @@ NAMED = {
     for i, place in enumerate(PLACES)
 }
 API = Selector.parse('{service="api"}')
+PROCESS = Selector.parse('{pid="7"}')
 JOBS = {"service": "jobs", "comm": "jobs"}
 LABELS = {"service": "api", "version": "1", "comm": "api", "pid": "7"}
 
@@ -172,7 +173,7 @@ def agreed_functions(query: Query, window: Window) -> Counter[str]:
     profile = query.profile(window, API).profile
     rows = flamegraph.top_functions(profile)
     graph = Counter({row.frame.function: row.self_samples for row in rows})
-    for selector in (API, Selector.parse('{pid="7"}')):
+    for selector in (API, PROCESS):
         table = query.functions(window, selector)
         assert graph == Counter({row.frame.function: row.self_samples for row in table.rows})
         samples: Counter[int] = Counter()
@@ -184,14 +185,30 @@ def agreed_functions(query: Query, window: Window) -> Counter[str]:
     return graph
 
 
+def test_of_names_that_became_known_together_one_is_taken_everywhere(tmp_path):
+    """As where one of two hosts has the debug file that tells of inlined calls."""
+    store = DirectoryStore(tmp_path / "store")
+    other = {
+        place: (Frame("inlined", "api", Kind.INLINED), *names) for place, names in NAMED.items()
+    }
+    for number in range(3):
+        put(store, minute(number, 0, NAMED))
+        put(store, minute(number, 1, other))
+
+    for window in (minutes(0, 60), minutes(0, 2)):
+        found = agreed_functions(Query(TenantStore(store), tmp_path / "cache"), window)
+        assert (found["inlined"] == 0) or +found == Counter({"inlined": found.total()})
+
+
+@pytest.mark.parametrize("selector", [API, PROCESS], ids=["service", "process"])
 @pytest.mark.parametrize("first_named", [72, 76], ids=["both sides named", "after side named"])
-def test_a_name_that_became_known_is_no_change(tmp_path, first_named):
+def test_a_name_that_became_known_is_no_change(tmp_path, first_named, selector):
     """Neither new nor gone: the history and the sides are compared by location."""
     store = DirectoryStore(tmp_path / "store")
     for number in range(80):
         for host in range(2):
             put(store, minute(number, host, NAMED if number >= first_named else BOUNDED))
-    sides = Operand(API, minutes(72, 76)), Operand(API, minutes(76, 80))
+    sides = Operand(selector, minutes(72, 76)), Operand(selector, minutes(76, 80))
 
     for _ in range(2):
         query = Query(TenantStore(store), tmp_path / "cache", now_ns=lambda: START_NS + 10**15)
