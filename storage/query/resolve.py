@@ -168,7 +168,9 @@ def share_names(profiles: Sequence[Profile]) -> list[Profile]:
             elif known[2] != names:
                 differs = True
                 rank = NameRank.of(names)
-                if (rank, named_s) > known[:2]:
+                # Of equal ones the smaller, so that it does not matter which side is first.
+                is_smaller = (rank, named_s) == known[:2] and names < known[2]
+                if (rank, named_s) > known[:2] or is_smaller:
                     best[location] = (rank, named_s, names)
     if not differs:
         return list(profiles)
