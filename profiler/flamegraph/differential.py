@@ -32,6 +32,8 @@ from symbolizer.location import Frame
 
 VERDICTS = ("unchanged", "more", "less", "new", "gone", "moved", "too little data")
 """What may be said of a node; numbers of it stand in graphs."""
+_EQUAL = 1e-9
+"""Sums of costs that differ by less are equal: they were added in another order."""
 UNCHANGED, MORE, LESS, NEW, GONE, MOVED, TOO_LITTLE = range(len(VERDICTS))
 _CODES = {change: VERDICTS.index(change) for change in Change}
 _MOVED_Z = 5.0
@@ -191,10 +193,8 @@ class Pair:
         _, first, which = np.unique(keys, return_index=True, return_inverse=True)
         counts = self._counts(which, len(first))
         check()
-        codes = np.zeros(len(first), np.int8)
-        by_weight = np.argsort(raw.values * self._scale_of_rows(), kind="stable")
-        judged = self._judge().codes[by_weight]
-        codes[which[by_weight][judged > 0]] = judged[judged > 0]
+        weights = raw.values * self._scale_of_rows()
+        codes = _most_costly(which, self._judge().codes, weights, len(first))
         check()
         rows = Rows(raw.stacks[first], raw.labels[first], raw.values[first], np.arange(len(first)))
         whole = Paths.of_rows(stacks, heads, rows, self.before.unit)
@@ -259,18 +259,15 @@ class Pair:
     def _verdicts(
         self, size: int, own: Integers, counts: Sequence[Integers], codes: npt.NDArray[np.int8]
     ) -> npt.NDArray[np.int8]:
-        """Return for each node the verdict of the most costly path that ends there."""
+        """Return for each node the verdict that most of the cost that ends there has."""
         if self.found.source == NoiseSource.NONE:
             return np.full(size, TOO_LITTLE, np.int8)
-        verdicts = np.zeros(size, np.int8)
         is_own = own >= 0
         own, codes = own[is_own], codes[is_own]
         scale = self.scale
         before = counts[0][is_own] * scale.before
         after = counts[1][is_own] * scale.after
-        by_weight = np.argsort(before + after, kind="stable")
-        by_weight = by_weight[codes[by_weight] > 0]
-        verdicts[own[by_weight]] = codes[by_weight]
+        verdicts = _most_costly(own, codes, before + after, size)
         selves = [sum_by(own, counts[i][is_own], size) for i in (0, 1)]
         growth = self._growth(selves[0], selves[1])
         goes_up = np.isin(verdicts, (MORE, NEW))
@@ -403,6 +400,22 @@ class _Judged(NamedTuple):
     """The stacks of changed functions; `values` count before, `samples` after."""
     leaves: Integers
     """By such a stack: the box at its end."""
+
+
+def _most_costly(
+    which: Integers, codes: npt.NDArray[np.int8], weights: Floats, size: int
+) -> npt.NDArray[np.int8]:
+    """Return for each number the verdict with the largest sum of weights.
+
+    If two weigh the same it is unchanged: swapped sides then agree. Unchanged weighs nothing.
+    """
+    sums = np.zeros((len(VERDICTS), size))
+    np.add.at(sums, (codes, which), weights)
+    sums[UNCHANGED] = 0
+    largest = sums.max(axis=0)
+    is_one = (sums >= largest * (1 - _EQUAL)).sum(axis=0) == 1
+    verdicts: npt.NDArray[np.int8] = sums.argmax(axis=0).astype(np.int8)
+    return np.where(is_one, verdicts, np.int8(UNCHANGED))
 
 
 def only_hosts(profile: Profile, hosts: Sequence[str]) -> Profile:
