@@ -22,7 +22,8 @@ from profiler.comparison.deployments import deployments_in
 from profiler.comparison.gate import DEFAULT_GATE, Gate, verdict_of
 from profiler.comparison.report import NAME_WIDTH, as_json, as_markdown, as_text
 from profiler.comparison.sides import ComparisonError, EmptySideError, Operand
-from profiler.flamegraph.differential import Pair, only_hosts
+from profiler.flamegraph.differential import Pair
+from profiler.flamegraph.views import only_hosts
 from profiler.formats import export
 from profiler.formats.reading import OneSideError, ReadOptions
 from profiler.text import counted, fit, listed

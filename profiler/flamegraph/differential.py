@@ -25,7 +25,7 @@ from profiler.comparison.comparison import Comparison, Function
 from profiler.comparison.verdict import Change, Floats, NoiseSource
 from profiler.flamegraph.flamegraph import Screen, grow
 from profiler.flamegraph.paths import Group, Paths, Rows, Stacks, sum_by
-from profiler.flamegraph.views import NoSuchNodeError, Shown, View
+from profiler.flamegraph.views import NoSuchNodeError, Shown, View, only_labels
 from storage.profile import Indices, Integers, Profile, label_frames
 from storage.query.resolve import share_names
 from symbolizer.location import Frame
@@ -416,20 +416,6 @@ def _most_costly(
     is_one = (sums >= largest * (1 - _EQUAL)).sum(axis=0) == 1
     verdicts: npt.NDArray[np.int8] = sums.argmax(axis=0).astype(np.int8)
     return np.where(is_one, verdicts, np.int8(UNCHANGED))
-
-
-def only_hosts(profile: Profile, hosts: Sequence[str]) -> Profile:
-    """Return the rows of some hosts, without merging anything again."""
-    wanted = set(hosts)
-    is_wanted = [dict(labels).get("host", "") in wanted for labels in profile.label_sets]
-    return profile if all(is_wanted) else only_labels(profile, is_wanted)
-
-
-def only_labels(profile: Profile, is_wanted: Sequence[bool]) -> Profile:
-    """Return the rows with the wanted ones of the label sets."""
-    kept = np.flatnonzero(np.array(is_wanted, dtype=bool)[profile.row_labels])
-    columns = ("row_labels", "row_stacks", "row_samples", "row_values")
-    return replace(profile, **{name: getattr(profile, name)[kept] for name in columns})
 
 
 def _nothing_of(profile: Profile, other: Shown | None) -> Shown:

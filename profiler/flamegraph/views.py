@@ -5,7 +5,7 @@ the stacks themselves (hidden functions, callers, inversion, other groups than f
 names, without addresses and build ids.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -134,3 +134,17 @@ def _add_boxes(builder: ProfileBuilder, profile: Profile, paths: Paths, chosen: 
     for start, end, labels, samples, value in zip(*(c.tolist() for c in columns), strict=True):
         stack = [number(paths.frames[box]) for box in paths.boxes[start:end].tolist()]
         builder.add(profile.label_sets[labels], [*root, *stack], samples, value)
+
+
+def only_hosts(profile: Profile, hosts: Sequence[str]) -> Profile:
+    """Return the rows of some hosts, without merging anything again."""
+    wanted = set(hosts)
+    is_wanted = [dict(labels).get("host", "") in wanted for labels in profile.label_sets]
+    return profile if all(is_wanted) else only_labels(profile, is_wanted)
+
+
+def only_labels(profile: Profile, is_wanted: Sequence[bool]) -> Profile:
+    """Return the rows with the wanted ones of the label sets."""
+    kept = np.flatnonzero(np.array(is_wanted, dtype=bool)[profile.row_labels])
+    columns = ("row_labels", "row_stacks", "row_samples", "row_values")
+    return replace(profile, **{name: getattr(profile, name)[kept] for name in columns})

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from profiler.comparison.comparison import of_store
 from profiler.comparison.sides import Operand
-from profiler.flamegraph.differential import Pair, UnionGraph, UnionPaths, only_hosts
+from profiler.flamegraph.differential import Pair, UnionGraph, UnionPaths
 from profiler.flamegraph.flamegraph import Screen
-from profiler.flamegraph.views import View, path_to
+from profiler.flamegraph.views import View, only_hosts, path_to
 from profiler.service.merged import (
     KEPT_GRAPHS,
     KEPT_VIEWS,

@@ -15,10 +15,9 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from profiler.flamegraph.differential import only_labels
 from profiler.flamegraph.flamegraph import ROOT_ID, FlameGraph, Screen, draw
 from profiler.flamegraph.paths import Group, Paths, Stacks
-from profiler.flamegraph.views import NoSuchNodeError, View
+from profiler.flamegraph.views import NoSuchNodeError, View, only_labels
 from storage.objects.tenant import TenantStore
 from storage.profile import Window
 from storage.query.query import EMPTY, Answer, Query
