@@ -10,6 +10,7 @@ arguments that argparse is to read and the values of those that it is not.
 
 import argparse
 import contextlib
+import errno
 import importlib
 import io
 import keyword
@@ -44,6 +45,18 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. No traceback without --debug."""
     _replace_closed_streams()
+    try:
+        try:
+            return _run(argv)
+        finally:  # also where argparse ends the process: it has printed help or an error
+            sys.stdout.flush()
+    except OSError as error:  # of help, or of what was still in the buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try again
+        print(f"everflame: cannot write to standard output: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
     environment = dict(os.environ)
     # One thread is enough for sums over a few thousand integers; each other costs memory.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -64,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug or not _is_expected(error):
             raise
-        print(f"everflame: {error}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+            text = f"cannot write the output: {error.strerror}"
+        print(f"everflame: {text}", file=sys.stderr)
         return 2
 
 

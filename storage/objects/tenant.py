@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # the uploader needs no numpy, which is a third of its memory
 HOUR_NS = LONGEST_WINDOW_S * NS_PER_S
 
 _FOREVER_NS = 2**63
+_UNTYPED_SLASHES = 2
+"""In what follows the prefix in a key without a type: hour, host, name."""
 _NEWEST_LISTED = 1000  # S3 lists as many with one request
 
 
@@ -113,9 +115,20 @@ class TenantStore:
         )
 
     def list_all(self) -> Iterator[tuple[ObjectKey | None, StoredObject]]:
-        """Return every object stored where profiles are, by key; its key is None for no profile."""
-        for stored in self.store.list(profiles_prefix(self.tenant)):
-            yield ObjectKey.parse(stored.key), stored
+        """Return every object stored where profiles are, by key; its key is None for no profile.
+
+        A profile that is stored under both of its keys is returned once.
+        """
+        prefix = profiles_prefix(self.tenant)
+        untyped: set[str] = set()  # hours sort before the names of types
+        for stored in self.store.list(prefix):
+            key = ObjectKey.parse(stored.key)
+            place = stored.key.removeprefix(prefix)
+            if key is not None and place.count("/") == _UNTYPED_SLASHES:
+                untyped.add(place)
+            elif key is not None and place.removeprefix(f"{CPU}/") in untyped:
+                continue
+            yield key, stored
 
     def expire(self, now_s: int, keep_s: int, keep_bytes: int) -> Iterator[StoredObject]:
         """Delete the oldest profiles of all types, and return each of them.

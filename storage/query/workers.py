@@ -221,6 +221,7 @@ def _start_pool(count: int) -> ProcessPoolExecutor:
             for started in [pool.submit(os.getpid) for _ in range(count)]:
                 started.result()
         except BaseException:
+            _kill_workers(pool)  # those that still start would forget a SIGTERM
             pool.shutdown()
             raise
     finally:

@@ -145,6 +145,17 @@ def test_closed_stdout_is_one_line_and_only_if_it_is_needed(folded: Path) -> Non
     assert (child.returncode, child.stderr) == (0, "wrote out.svg\n")
 
 
+def test_a_full_stdout_is_one_line(folded: Path) -> None:
+    """Of help, of what is printed, and of what a command writes."""
+    for command in ("--help", "completion bash", "export in.folded -o -"):
+        child = shell(f"$E {command} > /dev/full", folded.parent)
+
+        assert child.returncode == 2
+        assert child.stderr.startswith("everflame: cannot write")
+        assert child.stderr.endswith(": No space left on device\n")
+        assert child.stderr.count("\n") == 1
+
+
 def test_nothing_but_data_is_on_stdout_if_stderr_is_closed(folded: Path) -> None:
     child = shell('$E export in.folded -o out.svg -o - --by "" 2>&-', folded.parent)
 

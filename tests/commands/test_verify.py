@@ -27,6 +27,19 @@ def test_a_sound_store_adds_up(tmp_path):
     assert found.gaps == []
 
 
+def test_a_profile_under_both_of_its_keys_counts_once(tmp_path):
+    """With its type in the key and without, as keys were once; the key of the tenant is none."""
+    store = directory(tmp_path, *(at(some.sample_profile(), i) for i in range(3)))
+    keys = [key for key, _ in TenantStore(store).list_window(ALWAYS)]
+    store.put(keys[0].text.replace("/l0/cpu/", "/l0/"), store.get(keys[0].text))
+    store.put("v1/default/key", bytes(32))
+
+    found = verify_store(TenantStore(store), ALWAYS)
+
+    assert found.is_ok
+    assert (found.objects, found.sums.ticks) == (3, 69)
+
+
 @pytest.mark.parametrize("change", [{"ticks": 24}, {"stored": 15, "idle": 6}])
 def test_an_object_that_does_not_add_up_is_named(tmp_path, change):
     """Ticks that went nowhere; rows that are more than was stored."""

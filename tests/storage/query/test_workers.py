@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 
@@ -125,5 +126,18 @@ def test_an_object_that_kills_two_workers_is_skipped_and_no_other(store, tmp_pat
         assert query.counts.objects_skipped == 1
         healthy = Query(TenantStore(store), tmp_path / "cache").profile(minutes(0, 60))
         assert healthy.coverage.objects == 25
+    finally:
+        workers.shutdown()
+
+
+def test_a_pool_that_loses_workers_while_they_start_is_replaced():
+    """All killed at any moment, again and again: others are soon there."""
+    workers = start_workers(2)
+    try:
+        for round_ in range(6):
+            time.sleep(0.05 * round_)
+            for process in multiprocessing.active_children():
+                process.kill()
+            wait_for(lambda: is_working(workers), 30)
     finally:
         workers.shutdown()
