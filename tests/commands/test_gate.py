@@ -62,13 +62,32 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
     for name, factor in (("old", 1.0), ("new", 1.5)):
         build(folder, name, factor)
-        recorded = run(folder, RECORD, name)
-        assert recorded.returncode == 0, recorded.stderr
+    record(folder)
     return folder
 
 
+def record(folder: Path) -> None:
+    for name in ("old", "new"):
+        recorded = run(folder, RECORD, name)
+        assert recorded.returncode == 0, recorded.stderr
+
+
+def judge(folder: Path, script: str, expected: int) -> subprocess.CompletedProcess[str]:
+    """Compare; if the verdict is another one, record both sides again, twice at most.
+
+    One comparison in twenty may call something changed that is not, and other work on the machine
+    makes it more.
+    """
+    for _ in range(2):
+        gate = run(folder, script)
+        if gate.returncode == expected:
+            return gate
+        record(folder)
+    return run(folder, script)
+
+
 def test_a_change_that_makes_a_function_slower_fails_and_is_named(folder):
-    gate = run(folder, GATE)
+    gate = judge(folder, GATE, expected=1)
     report = (folder / "report.md").read_text()
 
     assert gate.returncode == 1, gate.stderr + report
@@ -78,7 +97,7 @@ def test_a_change_that_makes_a_function_slower_fails_and_is_named(folder):
 
 
 def test_the_change_back_passes_and_is_an_improvement(folder):
-    gate = run(folder, "everflame diff new-*.pb.gz -- old-*.pb.gz --json")
+    gate = judge(folder, "everflame diff new-*.pb.gz -- old-*.pb.gz --json", expected=0)
     found = orjson.loads(gate.stdout)
 
     assert (gate.returncode, found["verdict"]) == (0, "improvement")
