@@ -12,7 +12,7 @@ from typing import BinaryIO
 from profiler.formats.readers import folded, perf_script, pprof, speedscope
 from profiler.formats.readers.detect import Format, detect, refuse_json
 from profiler.formats.readers.result import ChoiceError, OneSideError, Reading, ReadOptions
-from profiler.formats.readers.source import Source
+from profiler.formats.readers.source import JSON_GROWTH, Source
 from storage.profile import ProfileError
 
 __all__ = ["ChoiceError", "OneSideError", "ReadOptions", "Reading", "read", "read_bytes"]
@@ -61,14 +61,14 @@ def _read(stream: BinaryIO, options: ReadOptions) -> Reading:
     if format_ is Format.PPROF:
         reading = pprof.read(source.content(), options)
     elif format_ is Format.JSON:
-        document = speedscope.parse(source.content(), source.read_bytes)
+        document = speedscope.parse(source.content(JSON_GROWTH), source.read_bytes)
         if not speedscope.is_speedscope(document):
             raise refuse_json(document)
         reading = speedscope.read(document, options)
     elif format_ is Format.PERF_SCRIPT:
-        reading = perf_script.read(source.lines(), options)
+        reading = perf_script.read(source.lines(), options, source.keep)
     else:
-        reading = folded.read(source.lines(), options)
+        reading = folded.read(source.lines(), options, source.keep)
     if reading.profile.total_samples == 0:
         warnings = (*reading.warnings, "the profile is empty: it contains no samples")
         return Reading(reading.profile, reading.format, warnings, reading.scale)

@@ -15,7 +15,7 @@ A line that ends in no count is left out and named.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
 from profiler.formats.readers.result import (
@@ -41,6 +41,9 @@ _NEGATIVE = re.compile(rb".*[^ \t][ \t]+-\d[\d.]*[ \t]*", re.DOTALL)
 _LONGEST_COUNT = 18
 """Digits of a count; more do not fit a column."""
 _COMMENT = re.compile(rb"#(?:[ \t=]|$)")
+
+_STACK_BYTES, _FRAME_BYTES = 300, 32
+"""Memory for a distinct stack and for each of its frames, besides its text."""
 
 _Number = int | Fraction
 
@@ -73,7 +76,7 @@ class _Counts:
         self._lines = 0
         self._lines_of_two = 0
 
-    def read(self, lines: Iterable[bytes]) -> None:
+    def read(self, lines: Iterable[bytes], keep: Callable[[int], None]) -> None:
         for number, line in enumerate(lines, start=1):
             if not line.strip() or self._is_comment(line):
                 continue
@@ -84,6 +87,7 @@ class _Counts:
             stack = match["stack"]
             totals = self._totals.get(stack)
             if totals is None:
+                keep(len(stack) + _STACK_BYTES + _FRAME_BYTES * stack.count(b";"))
                 totals = self._totals[stack] = [0, 0]
                 self._first_lines[stack] = number
             totals[0] += count
@@ -120,15 +124,15 @@ class _Counts:
         return counts
 
 
-def read(lines: Iterable[bytes], options: ReadOptions) -> Reading:
-    """Read folded text as a profile of type `samples`.
+def read(lines: Iterable[bytes], options: ReadOptions, keep: Callable[[int], None]) -> Reading:
+    """Read folded text as a profile of type `samples`. `keep` counts the memory that it takes.
 
     Raises:
         ChoiceError: it holds two sides and none is chosen, or the other way round.
         ProfileError: no line of it can be read, or its counts add up to too much.
     """
     found = _Counts()
-    found.read(lines)
+    found.read(lines, keep)
     if found.has_two_sides:
         if not options.side:
             raise ChoiceError(

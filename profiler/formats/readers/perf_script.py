@@ -21,7 +21,7 @@ else the first. Lines that fit nothing are left out and named.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,6 +56,11 @@ _LONGEST_PERIOD_NS = 60 * NS_PER_S
 _SHOWN_EVENTS = 8
 _KEPT_FRAMES = 65_536
 """Lines that are parsed only once, 20 MB of them."""
+_FRAMES_LIMIT = 65_536
+"""Frames of one sample; the kernel's own limit is 127 unless it is raised."""
+_ROW_BYTES, _FRAME_BYTES, _LINE_BYTES, _PERIOD_BYTES = 800, 16, 800, 120
+"""Memory for a distinct stack of a task, for each of its frames, for a distinct line of a frame
+besides its text, and for a distinct period."""
 
 _WS = rb"[ \t]+"
 _TASK = rb"(?P<id>-?\d{1,10})(?:/(?P<tid>-?\d{1,10}))?" + _WS
@@ -164,8 +169,10 @@ class _Event:
     """Every sample says for how many nanoseconds it stands."""
 
 
-def read(lines: Iterable[bytes], options: ReadOptions) -> Reading:
+def read(lines: Iterable[bytes], options: ReadOptions, keep: Callable[[int], None]) -> Reading:
     """Read the samples of one event. Labels: thread; comm, service and pid of a known process.
+
+    `keep` counts the memory that it takes.
 
     Raises:
         ChoiceError: `--event` names an event that is not there.
@@ -176,15 +183,23 @@ def read(lines: Iterable[bytes], options: ReadOptions) -> Reading:
     events: dict[str, _Event] = {}
     names: dict[str, str] = {}
     processes = _Processes()
-    for sample in _ScriptReader(left_out, processes).read(lines):
+    locations = 0
+    for sample in _ScriptReader(left_out, processes, keep).read(lines):
         header = sample.header
         key = names.get(header.event) or names.setdefault(header.event, event_key(header.event))
         event = events.setdefault(key, _Event(Counter(), Counter(), Counter()))
         processes.add(header.task)
         stack = tuple(_number(builder, place) for place in reversed(sample.leaf_first))
+        if (known := max(stack, default=-1) + 1) > locations:
+            keep(_LINE_BYTES * (known - locations))
+            locations = known
         row = (header.task, stack)
         is_time = key.startswith(_TIME_EVENTS) and 0 < header.period < _LONGEST_PERIOD_NS
         event.is_time &= is_time
+        if row not in event.counts:
+            keep(_ROW_BYTES + _FRAME_BYTES * len(stack) + 4 * len(header.task.comm))
+        if header.period not in event.periods:
+            keep(_PERIOD_BYTES)
         event.counts[row] += 1
         event.values[row] += header.period
         event.periods[header.period] += 1
@@ -330,9 +345,12 @@ class _Processes:
 class _ScriptReader:
     """Puts lines together to samples."""
 
-    def __init__(self, left_out: LeftOut, processes: "_Processes") -> None:
+    def __init__(
+        self, left_out: LeftOut, processes: "_Processes", keep: Callable[[int], None]
+    ) -> None:
         self._left_out = left_out
         self._processes = processes
+        self._keep = keep
         self._header: _Header | None = None
         self._frames: list[NamedLocation] = []
         self._is_open = False
@@ -367,7 +385,7 @@ class _ScriptReader:
                 return
             frames = _parse_frame(line) if self._is_open else []
         if frames:
-            self._frames += frames
+            self._add_frames(number, line, frames)
         elif self._is_open and self._frames and (match := _SOURCE_LINE.fullmatch(line)):
             file, at = readable(match["file"]), int(match["line"])
             self._frames[-1] = self._frames[-1]._replace(file=file, line=at)
@@ -378,11 +396,19 @@ class _ScriptReader:
             self._left_out.add(number, line, "is neither a sample nor a frame")
             self._is_open = True
 
+    def _add_frames(self, number: int, line: bytes, frames: list[NamedLocation]) -> None:
+        if len(self._frames) + len(frames) > _FRAMES_LIMIT:
+            reason = f"is more than {_FRAMES_LIMIT:,} frames away from its leaf"
+            self._left_out.add(number, line, reason)
+            return
+        self._frames += frames
+
     def _parse_frame(self, line: bytes) -> list[NamedLocation]:
         frames = self._parsed.get(line)
         if frames is None:
             frames = _parse_frame(line, is_strict=True)
             if len(self._parsed) < _KEPT_FRAMES:
+                self._keep(len(line) + _LINE_BYTES)
                 self._parsed[line] = frames
         return frames
 

@@ -1,8 +1,10 @@
 """Source: the bytes of a foreign file, decompressed on the way and bounded.
 
 A file is read once from its start, so a pipe will do. gzip is undone whatever the file is called,
-also where gzip was applied twice. What is decompressed may only grow in step with what was read:
-a few hundred kilobytes of gzip inside gzip can stand for gigabytes.
+also where gzip was applied twice. A few kilobytes of gzip inside gzip can stand for gigabytes, so
+memory is bounded by the size on disk. Text is read line by line: however repetitive, it may be as
+long as a single gzip can make it, and its reader reports what it keeps to `keep`. What is held as
+a whole may only grow in step with what was read.
 """
 
 import itertools
@@ -26,12 +28,18 @@ _GZIP = b"\x1f\x8b"
 _NESTED_LIMIT = 3
 _BOM = b"\xef\xbb\xbf"
 
-_TEXT_GROWTH = (8 * 1024 * 1024, 50)
-"""Decompressed text may have so many bytes, plus so many for each byte on disk. perf script's text
-is packed 10 to 30 times; text is read line by line and costs no memory for its length."""
-_HELD_GROWTH = (8 * 1024 * 1024, 25)
-"""The same for what is held as a whole. pprof is packed 3 to 10 times, and protobuf makes 25 times
-as much of a file that is nothing but empty samples."""
+_Limit = tuple[int, int]
+"""So many bytes, plus so many for each byte on disk."""
+
+_TEXT_GROWTH: _Limit = (32 * 1024 * 1024, 1032)
+"""Decompressed text. Deflate packs at most 1,032 times, so only gzip inside gzip exceeds it."""
+_KEPT: _Limit = (64 * 1024 * 1024, 300)
+"""Memory for what a reader keeps of compressed text: its distinct stacks and names."""
+HELD_GROWTH: _Limit = (8 * 1024 * 1024, 25)
+"""What is held as a whole. pprof is packed 3 to 10 times, and protobuf makes 25 times as much of a
+file that is nothing but empty samples."""
+JSON_GROWTH: _Limit = (32 * 1024 * 1024, 25)
+"""The same for JSON, whose parsed size is bounded before it is parsed."""
 
 
 class Source:
@@ -41,6 +49,7 @@ class Source:
         self.is_compressed = False
         self._read_bytes = 0
         """Bytes taken from the stream, as they are on disk."""
+        self._kept_bytes = 0
         chunks = self._chunks(stream)
         for _ in range(_NESTED_LIMIT):
             head, chunks = _peek(chunks)
@@ -62,7 +71,7 @@ class Source:
         """
         start: list[bytes] = []
         length = 0
-        for chunk in self._bounded(*_TEXT_GROWTH):
+        for chunk in self._bounded(_TEXT_GROWTH):
             first, *others = chunk.split(b"\n")
             start.append(first[: LINE_LIMIT_BYTES + 1 - length])
             length += len(start[-1])
@@ -75,18 +84,33 @@ class Source:
         if length:
             yield b"".join(start).rstrip(b"\r")
 
-    def content(self, limit_bytes: int = HELD_LIMIT_BYTES) -> bytes:
+    def keep(self, size_bytes: int) -> None:
+        """Count memory that a reader of lines keeps until its end.
+
+        Raises:
+            ProfileError: it is far more than compressed text of this size needs.
+        """
+        self._kept_bytes += size_bytes
+        if self.is_compressed and self._kept_bytes > self._allowed(_KEPT):
+            raise ProfileError(
+                f"cannot read it: the stacks and names in {self._read_bytes:,} bytes of gzip take"
+                f" more than {self._kept_bytes >> 20:,} MiB of memory"
+                " (gunzip it first if it is to be trusted)"
+            )
+
+    def content(self, growth: _Limit = HELD_GROWTH) -> bytes:
         """Return all bytes.
 
         Raises:
-            ProfileError: they are damaged, grow too much, or are more than `limit_bytes`.
+            ProfileError: they are damaged, grow too much, or are more than HELD_LIMIT_BYTES.
         """
         parts: list[bytes] = []
         size_bytes = 0
-        for chunk in self._bounded(*_HELD_GROWTH):
+        for chunk in self._bounded(growth):
             size_bytes += len(chunk)
-            if size_bytes > limit_bytes:
-                raise ProfileError(f"cannot read it: it holds more than {limit_bytes >> 20} MiB")
+            if size_bytes > HELD_LIMIT_BYTES:
+                limit_mib = HELD_LIMIT_BYTES >> 20
+                raise ProfileError(f"cannot read it: it holds more than {limit_mib} MiB")
             parts.append(chunk)
         return b"".join(parts)
 
@@ -100,12 +124,16 @@ class Source:
             self._read_bytes += len(chunk)
             yield chunk
 
-    def _bounded(self, base_bytes: int, per_byte: int) -> Iterator[bytes]:
+    def _allowed(self, limit: _Limit) -> int:
+        base_bytes, per_byte = limit
+        return base_bytes + per_byte * self._read_bytes
+
+    def _bounded(self, growth: _Limit) -> Iterator[bytes]:
         size_bytes = 0
         is_first = True
         for chunk in self._rest:
             size_bytes += len(chunk)
-            if self.is_compressed and size_bytes > base_bytes + per_byte * self._read_bytes:
+            if self.is_compressed and size_bytes > self._allowed(growth):
                 raise ProfileError(
                     f"cannot read it: {self._read_bytes:,} bytes of gzip grow to more than"
                     f" {size_bytes >> 20:,} MiB, which no profile does"

@@ -138,6 +138,43 @@ def test_a_few_bytes_do_not_grow_into_gigabytes(tmp_path, start, unit):
     assert "bomb.gz: cannot read" in message
 
 
+def distinct_stacks(frames: int) -> bytes:
+    """Return gzip of folded text whose stacks differ in their last frame only."""
+    compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
+    start = b"main;" * frames
+    lines = (start + b"f%d 1\n" % i for i in range(100_000_000 // len(start)))
+    return b"".join((*map(compressor.compress, lines), compressor.flush()))
+
+
+@pytest.mark.parametrize("frames", [100, 10_000])
+def test_distinct_stacks_are_bounded_by_the_size_on_disk(tmp_path, frames):
+    """Their text is short in gzip, and all of it is kept."""
+    file = tmp_path / "stacks.gz"
+    file.write_bytes(distinct_stacks(frames))
+
+    result = subprocess.run(
+        [sys.executable, "-c", CHECK, file],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+
+    message, cost_mib = result.stdout.strip().rsplit("\n", 1)
+    assert int(cost_mib) < 200
+    assert "stacks.gz: cannot read it: the stacks and names in" in message
+
+
+def test_repetitive_text_is_read_however_small_gzip_makes_it():
+    """A program of one stack, deep in a recursion, sampled for a long time."""
+    frame = b"\t    7f0000001000 visit(std::vector<Node*> const&)+0x1c (/srv/api)\n"
+    sample = b"api 7/7 [000] 1.500000:   10101010 cpu-clock: \n" + frame * 60 + b"\n"
+    script = sample * 10_000
+    folded = (b"visit(std::vector<Node*> const&);" * 60 + b"leaf 1\n") * 20_000
+
+    for text, samples in ((script, 10_000), (folded, 20_000)):
+        content = pack(text)
+        assert len(text) > 150 * len(content) + 16 * 1024 * 1024
+        assert read_bytes(content).profile.total_samples == samples
+
+
 WRITE = "import sys; open(sys.argv[1], 'wb').write(bytes.fromhex(sys.argv[2]))"
 
 
