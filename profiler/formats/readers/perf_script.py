@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from profiler.formats.readers.perf_tasks import Processes, Task, task_of
 from profiler.formats.readers.result import (
     ChoiceError,
     LeftOut,
@@ -39,7 +40,6 @@ from storage.profile import (
     ProfileBuilder,
     ProfileError,
     Window,
-    make_labels,
 )
 from symbolizer.location import Frame, Kind, NamedLocation, unnamed
 from symbolizer.text import readable
@@ -108,11 +108,6 @@ _KERNEL = re.compile(rb"\[kernel|\[guest\.kernel|(?:.*/)?vmlinux\b|.*\.ko(?:\.\w
 _INLINED = re.compile(rb"(?<=[^\s-])(?<!operator)->(?=[^\s>])")
 _RECORD = re.compile(rb"[ \t]PERF_RECORD_\w+")
 """perf script --show-task-events, --show-mmap-events: not a sample."""
-_RECORD_TASKS = (
-    re.compile(rb"PERF_RECORD_FORK\((?P<pid>\d+):(?P<tid>\d+)\):(?P<comm>)"),
-    re.compile(rb"PERF_RECORD_COMM(?: exec)?: (?P<comm>.*):(?P<pid>\d+)/(?P<tid>\d+)"),
-    re.compile(rb"PERF_RECORD_MMAP2? (?P<pid>\d+)/(?P<tid>\d+):(?P<comm>)"),
-)
 _HYBRID = re.compile(r"(?:cpu_\w+|armv\d\w*|apple_\w+|cpu)/([^/]+)/(\w*)")
 _PRECISION = "pPHGDSWeI"
 """Modifiers that say how exactly an event is counted, not what."""
@@ -133,16 +128,8 @@ def is_perf_script(lines: Sequence[bytes]) -> bool:
     return False
 
 
-class _Task(NamedTuple):
-    """Who was sampled: process and thread id, -1 where they are not known, and the name."""
-
-    pid: int
-    tid: int
-    comm: str
-
-
 class _Header(NamedTuple):
-    task: _Task
+    task: Task
     at_ns: int
     """-1 where the line has no time."""
     period: int
@@ -160,8 +147,8 @@ class _Sample(NamedTuple):
 class _Event:
     """What the samples of one event add up to."""
 
-    counts: Counter[tuple[_Task, tuple[int, ...]]]
-    values: Counter[tuple[_Task, tuple[int, ...]]]
+    counts: Counter[tuple[Task, tuple[int, ...]]]
+    values: Counter[tuple[Task, tuple[int, ...]]]
     periods: Counter[int]
     first_ns: int = 2**63 - 1
     last_ns: int = -1
@@ -182,7 +169,7 @@ def read(lines: Iterable[bytes], options: ReadOptions, keep: Callable[[int], Non
     builder = ProfileBuilder(period_ns=1, type="samples", unit="count")
     events: dict[str, _Event] = {}
     names: dict[str, str] = {}
-    processes = _Processes()
+    processes = Processes()
     locations = 0
     for sample in _ScriptReader(left_out, processes, keep).read(lines):
         header = sample.header
@@ -227,13 +214,13 @@ def read(lines: Iterable[bytes], options: ReadOptions, keep: Callable[[int], Non
 
 
 def _as_reading(
-    builder: ProfileBuilder, event: _Event, processes: "_Processes", warnings: list[str]
+    builder: ProfileBuilder, event: _Event, processes: Processes, warnings: list[str]
 ) -> Reading:
     period_ns = 1
     if event.is_time:
         builder.type, builder.unit = "cpu", "nanoseconds"
         period_ns = builder.period_ns = event.periods.most_common(1)[0][0]
-    labels: dict[_Task, Labels] = {}
+    labels: dict[Task, Labels] = {}
     for (task, stack), count in event.counts.items():
         if task not in labels:
             labels[task] = processes.labels_of(task)
@@ -298,55 +285,11 @@ def _other_events(events: dict[str, _Event], chosen: str) -> str:
     )
 
 
-class _Processes:
-    """The process of each thread and the name of each process, learned from the lines of a file."""
-
-    def __init__(self) -> None:
-        self._pids: dict[int, int] = {0: 0}
-        """Process by thread id. Thread 0 is the idle task of process 0."""
-        self._main: dict[int, str] = {}
-        self._oldest: dict[int, tuple[int, str]] = {}
-
-    def add_record(self, line: bytes) -> None:
-        """Learn from a line about a task that was started, named, or mapped a file."""
-        for pattern in _RECORD_TASKS:
-            if match := pattern.search(line):
-                comm = readable(match["comm"])
-                task = _Task(int(match["pid"]), int(match["tid"]), comm)
-                if comm:
-                    self.add(task)
-                else:
-                    self._pids[task.tid] = task.pid
-
-    def add(self, task: _Task) -> None:
-        if task.pid < 0:
-            return
-        self._pids[task.tid] = task.pid
-        if task.pid == task.tid:
-            self._main[task.pid] = task.comm
-        oldest = self._oldest.get(task.pid)
-        if oldest is None or task.tid < oldest[0]:
-            self._oldest[task.pid] = (task.tid, task.comm)
-
-    def pid_of(self, task: _Task) -> int | None:
-        return task.pid if task.pid >= 0 else self._pids.get(task.tid)
-
-    def labels_of(self, task: _Task) -> Labels:
-        labels = {"comm": task.comm, "thread": task.comm}
-        pid = self.pid_of(task)
-        if pid is not None:
-            name = task.comm
-            if pid != task.tid:  # a main thread's own name, which exec may have changed, is its
-                name = self._main.get(pid) or self._oldest.get(pid, (0, task.comm))[1]
-            labels |= {"comm": name, "service": name, "pid": str(pid)}
-        return make_labels({name: value for name, value in labels.items() if value})
-
-
 class _ScriptReader:
     """Puts lines together to samples."""
 
     def __init__(
-        self, left_out: LeftOut, processes: "_Processes", keep: Callable[[int], None]
+        self, left_out: LeftOut, processes: Processes, keep: Callable[[int], None]
     ) -> None:
         self._left_out = left_out
         self._processes = processes
@@ -447,18 +390,12 @@ def _parse_header(line: bytes) -> _Header | None:
     rest = found.get("rest", b"").strip()
     inline = _parse_frame(b" " + rest, is_strict=True) if rest else []
     return _Header(
-        task=_task(readable(found.get("comm", b"").strip()), found.get("id"), found.get("tid")),
+        task=task_of(readable(found.get("comm", b"").strip()), found.get("id"), found.get("tid")),
         at_ns=at_ns,
         period=int(found.get("period", 0)),
         event=readable(found.get("event", b"")),
         inline=inline[0] if len(inline) == 1 else None,
     )
-
-
-def _task(comm: str, first: bytes | None, tid: bytes | None) -> _Task:
-    if tid is not None and first is not None:
-        return _Task(int(first), int(tid), comm)
-    return _Task(-1, int(first) if first is not None else -1, comm)
 
 
 def _parse_frame(line: bytes, *, is_strict: bool = False) -> list[NamedLocation]:
