@@ -12,7 +12,7 @@ from typing import BinaryIO
 from profiler.formats.readers import folded, perf_script, pprof, speedscope
 from profiler.formats.readers.detect import Format, detect, refuse_json
 from profiler.formats.readers.result import ChoiceError, OneSideError, Reading, ReadOptions
-from profiler.formats.readers.source import JSON_GROWTH, Source
+from profiler.formats.readers.source import HEAD_BYTES, JSON_GROWTH, Source
 from storage.profile import ProfileError
 
 __all__ = ["ChoiceError", "OneSideError", "ReadOptions", "Reading", "read", "read_bytes"]
@@ -52,7 +52,7 @@ def read_bytes(content: bytes, options: ReadOptions = _DEFAULTS) -> Reading:
 
 def _read(stream: BinaryIO, options: ReadOptions) -> Reading:
     source = Source(stream)
-    format_ = detect(source.head)
+    format_ = detect(source.head, is_cut=len(source.head) == HEAD_BYTES)
     for option, formats in _ONLY_FOR.items():
         if getattr(options, option) and format_ not in formats:
             name = option.replace("_", "-")

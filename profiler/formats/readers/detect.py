@@ -6,6 +6,7 @@ in their hands.
 """
 
 import re
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -209,8 +210,8 @@ _JSON_LIKE = re.compile(rb"\s*(?:\{\s*(?:[\"}]|\Z)|\[\s*(?:[\[{\"\]]|\Z))")
 _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a]")
 
 
-def detect(head: bytes) -> Format:
-    """Return the format of a file that begins with `head`.
+def detect(head: bytes, *, is_cut: bool = False) -> Format:
+    """Return the format of a file that begins with `head`, and goes on if that is cut.
 
     Raises:
         UnsupportedFormatError: it is a format that is not read, or none that is known.
@@ -232,10 +233,15 @@ def detect(head: bytes) -> Format:
         return Format.JSON
     if perf_script.is_perf_script(lines):
         return Format.PERF_SCRIPT
-    if folded.is_folded(lines):
+    if folded.is_folded(lines) or (is_cut and _is_start_of_stack(lines)):
         return Format.FOLDED
     kind = "binary data" if _CONTROLS.search(start) else "text"
     raise UnsupportedFormatError(f"cannot read it: {kind} of no format that is known; {_READ}")
+
+
+def _is_start_of_stack(lines: Sequence[bytes]) -> bool:
+    """Return whether there is one line, of which the end is not known, and it could be a stack."""
+    return len(lines) == 1 and b";" in lines[0] and not _CONTROLS.search(lines[0])
 
 
 def refusal(name: str, way_out: str) -> UnsupportedFormatError:

@@ -204,6 +204,19 @@ def test_an_odd_line_is_left_out_and_named(line, reason):
     assert len(warning) < 200
 
 
+def test_a_first_line_of_any_length_does_not_refuse_the_others():
+    """A stack of 20,000 frames is a stack; one that is longer than a line may be is left out."""
+    deep = b";".join(b"f%d" % i for i in range(20_000))
+
+    found = counts(read_bytes(deep + b" 3\nmain;g 4\n"))
+    assert {len(stack): count for stack, count in found.items()} == {20_000: 3, 2: 4}
+
+    reading = read_bytes(deep * 10 + b" 3\nmain;g 4\n")
+    assert counts(reading) == {("main", "g"): 4}
+    (warning,) = reading.warnings
+    assert warning.startswith("left out 1 line: line 1 is longer than 1 MiB: 'f0;f1;")
+
+
 def test_a_file_of_odd_lines_only_is_refused():
     """There is nothing to read in it."""
     with pytest.raises(ProfileError, match="cannot read folded text: line 2 has a count"):
