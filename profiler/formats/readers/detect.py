@@ -207,6 +207,7 @@ _TEXT = (
 )
 
 _JSON_LIKE = re.compile(rb"\s*(?:\{\s*(?:[\"}]|\Z)|\[\s*(?:[\[{\"\]]|\Z))")
+_LINE_END = re.compile(rb"\r*\n|\r")
 _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a]")
 
 
@@ -217,7 +218,7 @@ def detect(head: bytes, *, is_cut: bool = False) -> Format:
         UnsupportedFormatError: it is a format that is not read, or none that is known.
     """
     start = head.removeprefix(b"\xef\xbb\xbf")
-    lines = start.split(b"\n")
+    lines = _LINE_END.split(start)
     # A name may begin as another format does: `%PDF;f 3`.
     if folded.is_folded(lines, is_strict=True):
         return Format.FOLDED

@@ -8,6 +8,7 @@ a whole may only grow in step with what was read.
 """
 
 import itertools
+import re
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -26,6 +27,8 @@ HELD_LIMIT_BYTES = 512 * 1024 * 1024
 _CHUNK_BYTES = 64 * 1024
 _GZIP = b"\x1f\x8b"
 _NESTED_LIMIT = 3
+_LINE_END = re.compile(rb"\r+\n|\r")
+"""`\\r\\r\\n` is what text mode on Windows makes of a line end that was one already."""
 _BOM = b"\xef\xbb\xbf"
 
 _Limit = tuple[int, int]
@@ -64,25 +67,31 @@ class Source:
         self._rest = chunks
 
     def lines(self) -> Iterator[bytes]:
-        """Return the lines without their ends. A line is cut after LINE_LIMIT_BYTES.
+        r"""Return the lines without their ends, which are `\n`, `\r\n` or `\r`.
+
+        A line is cut after LINE_LIMIT_BYTES.
 
         Raises:
             ProfileError: the compressed bytes are damaged or grow too much.
         """
         start: list[bytes] = []
         length = 0
-        for chunk in self._bounded(_TEXT_GROWTH):
+        is_half_end = False  # the chunk before ended in \r
+        for read in self._bounded(_TEXT_GROWTH):
+            chunk = read[1:] if is_half_end and read.startswith(b"\n") else read
+            is_half_end = read.endswith(b"\r")
+            if b"\r" in chunk:
+                chunk = _LINE_END.sub(b"\n", chunk)
             first, *others = chunk.split(b"\n")
             start.append(first[: LINE_LIMIT_BYTES + 1 - length])
             length += len(start[-1])
             if not others:
                 continue
-            yield b"".join(start).rstrip(b"\r")
-            for line in others[:-1]:
-                yield line.rstrip(b"\r")
+            yield b"".join(start)
+            yield from others[:-1]
             start, length = [others[-1]], len(others[-1])
         if length:
-            yield b"".join(start).rstrip(b"\r")
+            yield b"".join(start)
 
     def keep(self, size_bytes: int) -> None:
         """Count memory that a reader of lines keeps until its end.

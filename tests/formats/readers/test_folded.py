@@ -70,6 +70,17 @@ def test_text_of_other_programs_is_read():
     assert reading.warnings == ()
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r", b"\r\r\n"])
+def test_any_line_end_ends_a_line(end):
+    r"""Also the lone `\r`, which is no part of a name."""
+    lines = (b"# a comment", b"main;f 3", b"main;g", b"main;h 1", b"")
+
+    reading = read_bytes(end.join(lines))
+
+    assert counts(reading) == {("main", "f"): 3, ("main", "h"): 1}
+    assert reading.warnings == ("left out 1 line: line 3 does not end in a count: 'main;g'",)
+
+
 @pytest.mark.parametrize(
     "line",
     [b"a;b\t3", b"a;b 3 ", b"a;b   3", b"a;b 3\t", b"a;b\t 3\r", b"a;b 3.0", b"a;b 3.", b"a;b 3e0",

@@ -40,16 +40,18 @@ def test_gzip_is_undone_however_it_was_applied(content):
     assert list(Source(io.BytesIO(content)).lines()) == [b"main;f 3", b"main;g 4"]
 
 
-@given(st.lists(st.binary(max_size=40)), st.integers(1, 30))
-def test_lines_are_those_of_the_text(lines, chunk_bytes):
+@given(
+    st.lists(st.binary(max_size=40)), st.integers(1, 30), st.sampled_from([b"\n", b"\r\n", b"\r"])
+)
+def test_lines_are_those_of_the_text(lines, chunk_bytes, end):
     """Wherever the pieces end in which it is read, and whatever is in them."""
-    content = b"\n".join(lines).replace(b"\r", b"")
+    content = end.join(line.replace(b"\r", b"").replace(b"\n", b"") for line in lines)
 
     class Slow(io.BytesIO):
         def read(self, _size=-1):
             return super().read(chunk_bytes)
 
-    expected = content.split(b"\n")
+    expected = content.split(end)
     if expected[-1] == b"":
         expected.pop()
     if not content.startswith((b"\x1f\x8b", b"\xef\xbb\xbf")):
