@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  everflame import cpu.pb.gz --host web-1 --label service=api\n"
         "  perf script -F +pid > p.txt && everflame import p.txt --window 2026-01-31T09:00:00Z\n"
         "  everflame import out.folded --window now-5m..now -F 49\n\n"
-        "The exit status is 2 if a file contains no samples; the other files are imported."
+        "The exit status is 2 if a file cannot be imported or contains no samples; the other\n"
+        "files are imported."
     )
     parser.add_argument(
         "files", metavar="FILE", nargs="+", help=f"{FILE_HELP}; each becomes one object"
@@ -118,26 +119,26 @@ class ImportOptions:
 def import_files(
     files: Sequence[str], store: TenantStore, options: ImportOptions, now_ns: int
 ) -> int:
-    """Put each file into the store and say under which key; what was left out goes to stderr.
+    """Put each file into the store and print its key; what was left out goes to stderr.
 
-    Returns 2 if a file holds no sample; the others are stored all the same.
+    Returns 2 if a file cannot be imported or holds no sample; it is reported on stderr, and the
+    others are stored all the same.
 
     Raises:
-        IncompleteFileError: a file lacks what the options do not give.
-        ProfileError: a file is damaged, or of no format that is read.
+        TimeError: `options.window` is not a time range.
         StoreError: the store did not take it.
     """
     status = 0
     for file in files:
-        reading = read(file, options.reading)
-        for warning in reading.warnings:
-            print(f"{file}: {warning}", file=sys.stderr)
-        if reading.profile.total_samples == 0:
+        try:
+            reading, profile, content = _read_complete(file, options, now_ns)
+        except (ProfileError, IncompleteFileError, OSError) as error:
+            print(f"everflame: {error}", file=sys.stderr)
             status = 2
             continue
-        profile = complete(as_cpu_time(reading, file, options.frequency_hz), file, options, now_ns)
-        content = pprof.encode(profile)
-        check_readable(profile, content, file)
+        if profile.total_samples == 0:
+            status = 2
+            continue
         make_tenant_key(store.store, store.tenant)
         key, is_new = store.put_profile(profile, content)
         print(key.text)
@@ -153,6 +154,27 @@ def import_files(
                 file=sys.stderr,
             )
     return status
+
+
+def _read_complete(
+    file: str, options: ImportOptions, now_ns: int
+) -> tuple[Reading, Profile, bytes]:
+    """Return a file as it was read, as it is to be stored, and encoded; empty ones as they are.
+
+    Raises:
+        IncompleteFileError: it lacks what the options do not give.
+        ProfileError: it is damaged, or of no format that is read.
+        OSError: it cannot be read.
+    """
+    reading = read(file, options.reading)
+    for warning in reading.warnings:
+        print(f"{file}: {warning}", file=sys.stderr)
+    if reading.profile.total_samples == 0:
+        return reading, reading.profile, b""
+    profile = complete(as_cpu_time(reading, file, options.frequency_hz), file, options, now_ns)
+    content = pprof.encode(profile)
+    check_readable(profile, content, file)
+    return reading, profile, content
 
 
 def as_cpu_time(reading: Reading, file: str, frequency_hz: int) -> Profile:
@@ -198,6 +220,7 @@ def complete(profile: Profile, file: str, options: ImportOptions, now_ns: int) -
 
     Raises:
         IncompleteFileError: it has no window, or one longer than an hour.
+        TimeError: the window that was asked for is not a time range.
     """
     window = _window(profile.window, file, options.window, now_ns)
     accounting = profile.accounting
@@ -241,7 +264,7 @@ def _window(window: Window, file: str, asked: str, now_ns: int) -> Window:
             end_ns = parse_time(end_text, now_ns) if end_text else start_ns + length_ns
             window = Window(start_ns, end_ns)
     except TimeError as error:
-        raise IncompleteFileError(f"--window {asked}: {error}") from error
+        raise TimeError(f"--window {asked}: {error}") from error
     if not asked and not has_start:
         raise IncompleteFileError(
             f"{file} does not say when it was taken: give --window START..END"
@@ -249,7 +272,7 @@ def _window(window: Window, file: str, asked: str, now_ns: int) -> Window:
         )
     if window.end_ns <= window.start_ns:
         if asked and end_text:
-            raise IncompleteFileError(f"--window {asked}: it must end after it starts")
+            raise TimeError(f"--window {asked}: it must end after it starts")
         if asked:
             raise IncompleteFileError(
                 f"{file} does not say how long it took: give --window START..END"

@@ -11,7 +11,6 @@ from profiler.formats.reading import read
 from storage.formats import pprof
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import ObjectKey
-from storage.profile import ProfileError
 from tests.support import profiles as some
 
 FILES = Path(__file__).parents[1] / "formats" / "files"
@@ -186,6 +185,35 @@ def test_a_file_without_samples_is_not_stored(tmp_path, capfd):
     assert f"{empty}: the profile is empty: it contains no samples" in capfd.readouterr().err
 
 
+def test_a_file_that_cannot_be_imported_does_not_stop_the_others(tmp_path, capfd):
+    """Each one is reported; exit status 2."""
+    good, damaged, other = (tmp_path / name for name in ("a.folded", "bad.gz", "c.folded"))
+    good.write_bytes(b"main;f 3\n")
+    damaged.write_bytes(b"\x1f\x8b" + b"x" * 30)
+    other.write_bytes(b"main;g 4\n")
+    missing = tmp_path / "missing.folded"
+    store = DirectoryStore(tmp_path / "store")
+    files = [str(each) for each in (good, damaged, missing, other)]
+
+    assert cli.main(["import", *files, "--store", str(store.root), "--window", "now-5m..now"]) == 2
+
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == len(list(store.list("v1/default/l0/"))) == 2
+    assert f"everflame: {damaged}: cannot read it: damaged gzip data" in err
+    assert f"everflame: cannot read {missing}: no such file" in err
+
+
+def test_a_window_that_is_none_is_reported_once(tmp_path, capfd):
+    """It is a mistake of the command line, not of each file."""
+    file = tmp_path / "a.folded"
+    file.write_bytes(b"main;f 3\n")
+
+    assert cli.main(["import", str(file), str(file), "--store", str(tmp_path / "store"),
+                     "--window", "yesterday..now"]) == 2  # fmt: skip
+
+    assert capfd.readouterr().err.count("is not a time") == 1
+
+
 def test_lines_that_are_left_out_are_told(tmp_path, capfd):
     """On stderr; stdout has the key alone."""
     imported(tmp_path, FILES / "folded-badline.folded", "--window", "now-5m..now")
@@ -196,7 +224,7 @@ def test_lines_that_are_left_out_are_told(tmp_path, capfd):
     assert "left out 1 line: line 3 does not end in a count: 'nonsense'" in err
 
 
-def test_what_the_store_could_not_read_is_not_stored(tmp_path, monkeypatch):
+def test_what_the_store_could_not_read_is_not_stored(tmp_path, monkeypatch, capfd):
     """An object is decoded before it is put."""
     file = tmp_path / "a.folded"
     file.write_bytes(b"main;f 3\n")
@@ -204,9 +232,9 @@ def test_what_the_store_could_not_read_is_not_stored(tmp_path, monkeypatch):
     monkeypatch.setattr(pprof, "encode", lambda _: b"\x1f\x8b damaged")
     options = import_.ImportOptions(window="now-5m..now")
 
-    with pytest.raises(ProfileError, match="cannot be kept as an object"):
-        import_.import_files([str(file)], store, options, NOW_NS)
+    assert import_.import_files([str(file)], store, options, NOW_NS) == 2
 
+    assert f"{file}: cannot be kept as an object" in capfd.readouterr().err
     assert not list(store.list(""))
 
 
