@@ -171,6 +171,13 @@ def test_the_time_of_a_sample_is_the_files_own(tmp_path, file, expected):
     assert cpu_seconds(tmp_path, (FILES / file).read_bytes(), "-F", "100") == expected
 
 
+def test_the_time_of_austin_is_imported_as_it_is(tmp_path):
+    """400 µs are not 400 samples."""
+    header = b"# austin: 3.6.0\n# interval: 100\n# mode: cpu\n\n"
+
+    assert cpu_seconds(tmp_path, header + b"P1;T1;f 400\n") == (4, 0.0004)
+
+
 def test_a_file_without_samples_is_not_stored(tmp_path, capfd):
     """The others are; exit status 2."""
     empty, full = tmp_path / "empty.folded", tmp_path / "full.folded"

@@ -10,13 +10,16 @@ read as flamegraph.pl reads it, with these rules for what they write differently
 - two counts on most lines are before and after, as difffolded.pl writes them;
 - `_[k]`, `_[i]`, `_[j]` at the end of a name mark kernel, inlined and JIT frames; `\x3b` and what
   else `storage.formats.folded` escapes is restored.
+- austin's values are not counts: its header says whether they are microseconds of wall or CPU
+  time, or bytes, and at which interval it sampled.
 
 A line that ends in no count is left out and named.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 from profiler.formats.readers.result import (
     COUNT_LIMIT,
@@ -45,7 +48,34 @@ _COMMENT = re.compile(rb"#(?:[ \t=]|$)")
 _STACK_BYTES, _FRAME_BYTES = 300, 32
 """Memory for a distinct stack and for each of its frames, besides its text."""
 
+_HEADER = re.compile(rb"#[ \t]*(?P<name>austin|mode|interval):[ \t]*(?P<value>\S+)[ \t]*")
+_NS_PER_US = 1_000
+
 _Number = int | Fraction
+
+
+class _Measure(NamedTuple):
+    """What the numbers of a file are, where its header says so."""
+
+    type: str
+    unit: str
+    scale: int
+    """Of one in the file, in `unit`."""
+    interval: int
+    """Of one sample, as the file counts; 0 if it is not known."""
+
+
+def _measure(header: Mapping[bytes, bytes]) -> _Measure | None:
+    """Return what austin's header says; None if the file is not austin's."""
+    if b"austin" not in header:
+        return None
+    mode = header.get(b"mode", b"wall")
+    if mode == b"memory":
+        return _Measure("space", "bytes", 1, 0)
+    digits = header.get(b"interval", b"")
+    interval = int(digits) if digits.isdigit() and len(digits) <= _LONGEST_COUNT else 0
+    type_ = "cpu" if mode == b"cpu" else "wall"
+    return _Measure(type_, "nanoseconds", _NS_PER_US, interval)
 
 
 def is_folded(lines: Sequence[bytes], *, is_strict: bool = False) -> bool:
@@ -73,6 +103,7 @@ class _Counts:
         self._totals: dict[bytes, list[_Number]] = {}
         """By the line without its last count: the sum of that count, and the number of lines."""
         self._first_lines: dict[bytes, int] = {}
+        self._header: dict[bytes, bytes] = {}
         self._lines = 0
         self._lines_of_two = 0
 
@@ -98,6 +129,8 @@ class _Counts:
     def _is_comment(self, line: bytes) -> bool:
         if not line.startswith(b"#"):
             return False
+        if not self._totals and (match := _HEADER.fullmatch(line)):
+            self._header.setdefault(match["name"], match["value"])
         if _COMMENT.match(line):
             return True
         return not self._totals and not (b";" in line and _LINE.fullmatch(line))
@@ -105,6 +138,14 @@ class _Counts:
     @property
     def has_two_sides(self) -> bool:
         return 2 * self._lines_of_two > self._lines
+
+    @property
+    def measure(self) -> _Measure | None:
+        return _measure(self._header)
+
+    def lines_of(self, stack: bytes) -> int:
+        """Return how many lines have this stack."""
+        return int(self._totals[stack][1]) if stack in self._totals else 1
 
     def of_one_side(self) -> dict[bytes, _Number]:
         return {stack: total for stack, (total, _) in self._totals.items()}
@@ -125,7 +166,9 @@ class _Counts:
 
 
 def read(lines: Iterable[bytes], options: ReadOptions, keep: Callable[[int], None]) -> Reading:
-    """Read folded text as a profile of type `samples`. `keep` counts the memory that it takes.
+    """Read folded text as a profile of type `samples`, or of what austin's header says.
+
+    `keep` counts the memory that it takes.
 
     Raises:
         ChoiceError: it holds two sides and none is chosen, or the other way round.
@@ -146,7 +189,34 @@ def read(lines: Iterable[bytes], options: ReadOptions, keep: Callable[[int], Non
         counts = found.of_one_side()
     if found.left_out.lines and not counts:
         raise ProfileError(f"cannot read folded text: {found.left_out.first}")
+    if (measure := found.measure) is not None:
+        return _as_measured(counts, found, measure)
     return _as_reading(counts, found.left_out)
+
+
+def _as_measured(counts: dict[bytes, _Number], found: _Counts, measure: _Measure) -> Reading:
+    """Return a profile of time or bytes, in which a sample is an interval of the profiler.
+
+    Without an interval each line is a sample.
+    """
+    period_ns = max(1, measure.interval * measure.scale)
+    builder = ProfileBuilder(period_ns, measure.type, measure.unit)
+    numbers: dict[bytes, int] = {}
+    stored = total = 0
+    for stack, count in counts.items():
+        value = round(count * measure.scale)
+        if not value:
+            continue
+        interval = measure.interval
+        samples = max(1, round(count / interval)) if interval else found.lines_of(stack)
+        stored += samples
+        total += value
+        if total > COUNT_LIMIT:
+            raise ProfileError("cannot read folded text: its values add up to more than 2^62")
+        _add(builder, numbers, stack, samples, value)
+    warnings = (found.left_out.warning,) if found.left_out.lines else ()
+    profile = builder.build(Window(0, 0), Accounting(ticks=stored, stored=stored))
+    return Reading(profile, NAME, warnings)
 
 
 def _as_reading(counts: dict[bytes, _Number], left_out: LeftOut) -> Reading:
@@ -165,11 +235,20 @@ def _as_reading(counts: dict[bytes, _Number], left_out: LeftOut) -> Reading:
         if total > COUNT_LIMIT:
             raise ProfileError("cannot read folded text: its counts add up to more than 2^62")
         if samples:
-            names = stack.split(b";") if stack else []
-            root_first = [_location(builder, numbers, name) for name in names]
-            builder.add((), root_first, samples)
+            _add(builder, numbers, stack, samples)
     profile = builder.build(Window(0, 0), Accounting(ticks=total, stored=total))
     return Reading(profile, NAME, tuple(warnings), int(factor))
+
+
+def _add(
+    builder: ProfileBuilder,
+    numbers: dict[bytes, int],
+    stack: bytes,
+    samples: int,
+    value: int | None = None,
+) -> None:
+    names = stack.split(b";") if stack else []
+    builder.add((), [_location(builder, numbers, name) for name in names], samples, value)
 
 
 def _location(builder: ProfileBuilder, numbers: dict[bytes, int], name: bytes) -> int:

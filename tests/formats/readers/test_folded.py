@@ -95,17 +95,50 @@ def test_white_space_and_the_form_of_a_count_do_not_matter(line):
     "content",
     [
         b"# mode: wall\nmain;f 3\n",
-        b"# austin: 3.6.0\n# interval: 10000\n# mode: cpu\n\nmain;f 3\n\n# duration: 1000\n",
+        b"# other: 3.6.0\n# interval: 10000\n# mode: cpu\n\nmain;f 3\n\n# duration: 1000\n",
         b"#comment without a space 5\nmain;f 3\n",
         b"#\n# ========\nmain;f 3\n#\n# saturation: 0/100\n",
     ],
 )
 def test_comments_are_no_stacks(content):
-    """As austin and others write them, before the first stack and after the last."""
+    """As some programs write them, before the first stack and after the last."""
     reading = read_bytes(content)
 
     assert counts(reading) == {("main", "f"): 3}
     assert reading.warnings == ()
+
+
+AUSTIN = b"# austin: 3.6.0\n# interval: 100\n# mode: %s\n\n%s\n# duration: 1000\n"
+
+
+@pytest.mark.parametrize(("mode", "type_"), [(b"wall", "wall"), (b"cpu", "cpu")])
+def test_the_values_of_austin_are_microseconds(mode, type_):
+    """Samples are its interval, at least one a stack."""
+    reading = read_bytes(AUSTIN % (mode, b"P1;T1;f 260\nP1;T1;f 140\nP1;T1;g 7\nP1;T1;h 0\n"))
+
+    profile = reading.profile
+    assert (profile.type, profile.unit, profile.period_ns) == (type_, "nanoseconds", 100_000)
+    assert counts(reading) == {("P1", "T1", "f"): 4, ("P1", "T1", "g"): 1}
+    assert profile.total_value == 407_000
+    assert profile.accounting == Accounting(ticks=5, stored=5)
+    assert reading.warnings == ()
+
+
+def test_the_values_of_austin_are_bytes_in_memory_mode():
+    """Each line is a sample."""
+    reading = read_bytes(AUSTIN % (b"memory", b"P1;T1;f 4096\nP1;T1;f 4096\nP1;T1;g 1\n"))
+
+    profile = reading.profile
+    assert (profile.type, profile.unit, profile.total_value) == ("space", "bytes", 8193)
+    assert counts(reading) == {("P1", "T1", "f"): 2, ("P1", "T1", "g"): 1}
+
+
+def test_austin_without_an_interval_has_a_sample_a_line():
+    """Its default mode is wall time."""
+    reading = read_bytes(b"# austin: 3.6.0\nP1;T1;f 260\nP1;T1;f 140\n")
+
+    assert counts(reading) == {("P1", "T1", "f"): 2}
+    assert (reading.profile.type, reading.profile.total_value) == ("wall", 400_000)
 
 
 def test_a_count_without_a_stack_is_a_sample_without_frames():
