@@ -46,7 +46,8 @@ def table(status: Mapping[str, Any]) -> str:
         ("bpf", f"{status['bpf_ns_per_tick'] / 1000:.1f} us a tick"),
         *_unwinding(status["unwinding"]),
         ("memory", f"sampler {own_mb}, uploader {_megabytes(upload.get('rss_bytes', 0))}"),
-        ("spool", f"{waiting}, {spool['given_up']:,} given up"),
+        ("spool", waiting),
+        *_without_stacks(spool["given_up"]),
         *_upload(upload),
     ]
     if status["alarm"]:
@@ -57,6 +58,11 @@ def table(status: Mapping[str, Any]) -> str:
     ]
     wide = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:{wide}}  {text}".rstrip() for name, text in lines)
+
+
+def _without_stacks(windows: int) -> Iterator[tuple[str, str]]:
+    if windows:
+        yield "  full", f"{windows:,} windows lost their stacks (`spool_full` in what is stored)"
 
 
 def _upload(upload: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
