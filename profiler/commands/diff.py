@@ -162,6 +162,7 @@ def diff(before: Sequence[str], after: Sequence[str], options: Options, now_ns: 
     if options.calibrate:
         return _calibrate(before, after, options, now_ns)
     if options.output:
+        export.refuse_directory(options.output)
         export.pair_ending(options.output)
         export.check_folder(options.output)
     files = _read_files(before, after, options)

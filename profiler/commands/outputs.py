@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from profiler.formats import export
 from storage.profile import Profile
@@ -19,8 +18,6 @@ def check(files: Sequence[str]) -> None:
         export.check_output(file)
         if file == export.STDOUT:
             sys.stdout.write("")  # raises if it is closed
-        elif Path(file).is_dir():
-            raise IsADirectoryError(f"cannot write {file}: it is a directory")
 
 
 def write(

@@ -146,7 +146,7 @@ def verify(files: Iterable[str], options: ReadOptions | None = None) -> Verifica
         try:
             profile = read_file(file, options)
         except (ProfileError, OSError) as error:
-            found.add(_Checked(file, Accounting(), 0, str(error)))
+            found.add(_Checked(file, Accounting(), 0, str(error).removeprefix(f"{file}: ")))
             continue
         found.add(_Checked(file, profile.accounting, profile.total_samples))
     return found

@@ -39,10 +39,21 @@ def check_output(file: str) -> None:
 
     Raises:
         ExportError: the ending names no format.
-        OSError: the folder does not exist or cannot be written to.
+        OSError: it is a directory, or its folder does not exist or cannot be written to.
     """
+    refuse_directory(file)
     ending_of(file)
     check_folder(file)
+
+
+def refuse_directory(file: str) -> None:
+    """Fail if the name of a file to write is that of a directory.
+
+    Raises:
+        IsADirectoryError: it is.
+    """
+    if file != STDOUT and Path(file).is_dir():
+        raise IsADirectoryError(f"cannot write {file}: it is a directory")
 
 
 def check_folder(file: str) -> None:

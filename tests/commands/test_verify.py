@@ -57,6 +57,18 @@ def test_an_object_that_does_not_add_up_is_named(tmp_path, change):
     assert mismatch["ticks"] != mismatch["sum"] or change == {"stored": 15, "idle": 6}
 
 
+def test_a_file_that_cannot_be_read_is_named_once(tmp_path, capfd):
+    """Not as the key and again in the reason."""
+    file = tmp_path / "cpu.svg"
+    file.write_text("<svg></svg>")
+
+    assert cli.main(["verify", str(file)]) == 1
+
+    out = capfd.readouterr().out
+    assert f"UNREADABLE {file}: cannot read it: it is a drawing (SVG)" in out
+    assert out.count(str(file)) == 1
+
+
 def test_what_is_no_readable_profile_is_named(tmp_path):
     """Damaged objects, and names among the profiles that are none of ours."""
     store = directory(tmp_path, at(some.sample_profile(), 0))

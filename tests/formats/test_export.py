@@ -118,6 +118,14 @@ def test_drawings_cannot_be_read_back(tmp_path, ending):
         read(str(file))
 
 
+@pytest.mark.parametrize("name", ["out", "out.svg"])
+def test_a_directory_is_named_as_such(tmp_path, name):
+    """Whatever its name ends in."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(IsADirectoryError, match=f"cannot write .*{name}: it is a directory"):
+        export.check_output(str(tmp_path / name))
+
+
 def test_a_folder_that_does_not_exist_is_noticed_early(tmp_path):
     """Not after a minute of recording."""
     with pytest.raises(FileNotFoundError, match="there is no folder"):

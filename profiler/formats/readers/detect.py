@@ -140,7 +140,8 @@ _TEXT = (
     _known(
         rb"heap profile:|heap_v2/|MemProfile|--- heapz? ?---|--- growthz?|# runtime\.MemStats",
         "a heap profile in text (the format before pprof's)",
-        f"it holds memory, not CPU time; {_PPROF_TOOL}",
+        "it holds memory, not CPU time; to read that, convert it:"
+        " go tool pprof -proto PROGRAM FILE > heap.pb.gz",
     ),
     _known(
         rb"--- (?:contention|mutex|symbol|thread|profile)|cycles/second *=|--- \w+ ---"

@@ -76,11 +76,12 @@ def parse(content: bytes, disk_bytes: int) -> Any:  # parsed JSON may be anythin
 
 
 def is_speedscope(document: Any) -> bool:
-    return (
-        isinstance(document, dict)
-        and isinstance(document.get("profiles"), list)
-        and isinstance(document.get("shared"), dict)
-    )
+    """Return whether it is speedscope's, which may be damaged where it says so itself."""
+    if not isinstance(document, dict):
+        return False
+    if "speedscope" in str(document.get("$schema")):
+        return True
+    return isinstance(document.get("profiles"), list) and isinstance(document.get("shared"), dict)
 
 
 def read(document: Any, options: ReadOptions) -> Reading:
@@ -109,7 +110,7 @@ class _Reader:
     def __init__(self, document: dict[str, Any], options: ReadOptions) -> None:
         self._frames = [
             _parse_frame(record, f"shared.frames[{i}]")
-            for i, record in enumerate(_list(document["shared"], "frames", "shared"))
+            for i, record in enumerate(_list(_member(document, "shared", "it"), "frames", "shared"))
         ]
         self._ours = document.get("everflame")
         self._warnings: list[str] = []
@@ -279,7 +280,11 @@ def _evented(part: _Part) -> Iterator[tuple[_Stack, _Number, int]]:
         frame = _member(event, "frame", where)
         if type(frame) is not int:
             raise ProfileError(f"cannot read speedscope: {where}.frame is not a frame number")
-        if event.get("type") == "O":
+        if event.get("type") not in ("O", "C"):
+            raise ProfileError(
+                f"cannot read speedscope: the type of {where} is neither O (open) nor C (close)"
+            )
+        if event["type"] == "O":
             stack.append(frame)
         elif not stack or stack.pop() != frame:
             raise ProfileError(

@@ -96,7 +96,7 @@ def words(size: int, order: str) -> bytes:
         (b"# callgrind format\nversion: 1\ncreator: callgrind-3.19.0\n", "callgrind.*speedscope"),
         (b"version: 1\ncreator: callgrind-3.19.0\npid: 1\n", "callgrind"),
         (b"cmd: ./a\npart: 1\n\nevents: Ir\nfn=(1) main\n", "callgrind"),
-        (b"heap profile: 1: 2 [ 3: 4] @ heapprofile\n", "heap profile"),
+        (b"heap profile: 1: 2 [ 3: 4] @ heapprofile\n", r"heap profile.* > heap\.pb\.gz"),
         (b"heap_v2/524288\n t*: 1: 2 [0: 0]\n", "heap profile"),
         (b"--- contentionz 1 ---\ncycles/second = 1\n", "gperftools or Go"),
         (b"--- symbol\nbinary=/bin/a\n---\n", "gperftools or Go"),

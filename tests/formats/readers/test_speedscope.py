@@ -235,3 +235,31 @@ def test_any_json_in_any_place_is_a_profile_or_a_profile_error(data):
 
     with contextlib.suppress(ProfileError):
         decode(json.dumps(content).encode())
+
+
+@pytest.mark.parametrize(
+    ("members", "missing"),
+    [
+        ({"profiles": []}, "it has no shared"),
+        ({"profiles": [], "shared": {}}, "shared has no frames"),
+        ({"profiles": [], "shared": []}, "shared has no frames"),
+        ({"shared": {"frames": []}}, "it has no profiles"),
+        ({"shared": {"frames": []}, "profiles": {}}, "profiles of it is not a list"),
+    ],
+)
+def test_a_file_whose_schema_is_speedscopes_is_told_what_it_lacks(members, missing):
+    """It is not called JSON of something else."""
+    schema = "https://www.speedscope.app/file-format-schema.json"
+    with pytest.raises(ProfileError, match=f"cannot read speedscope: {missing}"):
+        read_bytes(orjson.dumps({"$schema": schema, **members}))
+
+
+def test_an_event_of_an_unknown_type_is_named():
+    """It neither opens a frame nor closes one."""
+    events = [{"type": "O", "at": 0, "frame": 0}, {"type": "X", "at": 1, "frame": 0}]
+    document = {
+        "shared": {"frames": [{"name": "f"}]},
+        "profiles": [{"type": "evented", "unit": "none", "events": events}],
+    }
+    with pytest.raises(ProfileError, match=r"the type of profiles\[0\]\.events\[1\] is neither O"):
+        read_bytes(orjson.dumps(document))
