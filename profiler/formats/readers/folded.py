@@ -101,8 +101,8 @@ class _Counts:
     def __init__(self) -> None:
         self.left_out = LeftOut()
         self._totals: dict[bytes, list[_Number]] = {}
-        """By the line without its last count: the sum of that count, and the number of lines."""
-        self._first_lines: dict[bytes, int] = {}
+        """By the line without its last count: the sum of that count, the number of lines, and
+        the first of them."""
         self._header: dict[bytes, bytes] = {}
         self._lines = 0
         self._lines_of_two = 0
@@ -119,8 +119,7 @@ class _Counts:
             totals = self._totals.get(stack)
             if totals is None:
                 keep(len(stack) + _STACK_BYTES + _FRAME_BYTES * stack.count(b";"))
-                totals = self._totals[stack] = [0, 0]
-                self._first_lines[stack] = number
+                totals = self._totals[stack] = [0, 0, number]
             totals[0] += count
             totals[1] += 1
             self._lines += 1
@@ -148,17 +147,16 @@ class _Counts:
         return int(self._totals[stack][1]) if stack in self._totals else 1
 
     def of_one_side(self) -> dict[bytes, _Number]:
-        return {stack: total for stack, (total, _) in self._totals.items()}
+        return {stack: total for stack, (total, *_) in self._totals.items()}
 
     def of_side(self, *, is_after: bool) -> dict[bytes, _Number]:
         """Return the counts of the first column or of the second."""
         counts: dict[bytes, _Number] = {}
-        for line, (after, lines) in self._totals.items():
+        for line, (after, lines, first) in self._totals.items():
             match = _LINE.fullmatch(line)
             before = _count_of(match["count"]) if match else None
             if match is None or before is None:
-                number = self._first_lines[line]
-                self.left_out.add(number, line, "has one count, not two")
+                self.left_out.add(int(first), line, "has one count, not two")
                 continue
             count = after if is_after else before * lines
             counts[match["stack"]] = counts.get(match["stack"], 0) + count
@@ -191,7 +189,9 @@ def read(lines: Iterable[bytes], options: ReadOptions, keep: Callable[[int], Non
         raise ProfileError(f"cannot read folded text: {found.left_out.first}")
     if (measure := found.measure) is not None:
         return _as_measured(counts, found, measure)
-    return _as_reading(counts, found.left_out)
+    left_out = found.left_out
+    del found  # frees its sums before the profile is built, where memory is at its peak
+    return _as_reading(counts, left_out)
 
 
 def _as_measured(counts: dict[bytes, _Number], found: _Counts, measure: _Measure) -> Reading:
