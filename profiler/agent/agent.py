@@ -252,6 +252,7 @@ class Agent:
         edge_ns = self._edges.true_edge_ns
         self._edges.begin()
         self._run("drain", self._recorder.drain)
+        self._run("cost", self._bpf.end)
         cut: list[Profile] = []
         self._closing.run(lambda: cut.append(self._recorder.cut_window(edge_ns)))
         for profile in (*self._recorder.take_closed(), *cut):
