@@ -377,7 +377,8 @@ def _ask_child(request: bytes) -> tuple[dict[str, int], int]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         child = subprocess.Popen(
-            [sys.executable, "-m", "bpf.compile", str(theirs.fileno())],
+            # -P: Python would look for modules in the working folder first, which may be anybody's.
+            [sys.executable, "-P", "-m", "bpf.compile", str(theirs.fileno())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

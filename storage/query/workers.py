@@ -7,6 +7,7 @@ The kernel may kill a worker, for want of memory above all. `ProcessPoolExecutor
 good, so the whole pool is replaced; with a growing delay, as what killed one may kill the next.
 """
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -15,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from multiprocessing import resource_tracker
 from typing import Any, NamedTuple, Self, TypeVar
@@ -29,6 +30,7 @@ _REST_S = 2.0
 """A worker that does nothing for so long gives memory back."""
 _ENDING = {signal.SIGINT, signal.SIGTERM}
 
+_environment = threading.Lock()
 _Done = TypeVar("_Done")
 _log = logging.getLogger(__name__)
 
@@ -213,12 +215,15 @@ def _start_pool(count: int) -> ProcessPoolExecutor:
     # A Ctrl-C reaches all processes of a terminal, but workers end with their parent alone: they
     # start with both signals blocked. The tracker is started first: starting it unblocks them in
     # this thread (Python 3.11).
-    resource_tracker.ensure_running()
+    with _safe_path():
+        resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
         pool = ProcessPoolExecutor(count, context, initializer=_settle_in)
         try:
-            for started in [pool.submit(os.getpid) for _ in range(count)]:
+            with _safe_path():
+                ready = [pool.submit(os.getpid) for _ in range(count)]
+            for started in ready:
                 started.result()
         except BaseException:
             _kill_workers(pool)  # those that still start would forget a SIGTERM
@@ -227,6 +232,21 @@ def _start_pool(count: int) -> ProcessPoolExecutor:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return pool
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """Keep Python processes that start now from importing out of the working folder.
+
+    It may be anybody's, and a `multiprocessing.py` there would run in place of Python's own.
+    """
+    with _environment:
+        before = os.environ.get("PYTHONSAFEPATH", "")
+        os.environ["PYTHONSAFEPATH"] = "1"
+        try:
+            yield
+        finally:
+            os.environ["PYTHONSAFEPATH"] = before  # empty is as good as unset: python(1)
 
 
 def _kill_workers(pool: ProcessPoolExecutor) -> None:

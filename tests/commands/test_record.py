@@ -92,10 +92,13 @@ def test_a_recording_adds_up(split, tmp_path) -> None:
 
 
 def test_without_an_output_a_table_and_a_file_are_given(split, tmp_path) -> None:
+    """In any folder: modules of another user in it are not imported."""
+    tmp_path.joinpath("bpf.py").write_text("raise SystemExit('of another user')")
+
     result = everflame("record", "--", split, "1", cwd=tmp_path)
 
     assert "spends_sixty" in result.stdout
-    files = list(tmp_path.iterdir())
+    files = list(tmp_path.glob("*.pb.gz"))
     assert [re.sub(r"\d", "0", file.name) for file in files] == ["everflame-00000000T000000Z.pb.gz"]
     assert f"wrote ./{files[0].name}" in result.stderr
 

@@ -56,6 +56,18 @@ def test_workers_decode_what_this_process_would(store, tmp_path):
         workers.shutdown()
 
 
+def test_workers_import_nothing_out_of_the_working_folder(tmp_path, monkeypatch):
+    """It may be another user's: a Python that is given no script would look there first."""
+    tmp_path.joinpath("multiprocessing.py").write_text("raise SystemExit('of another user')")
+    monkeypatch.chdir(tmp_path)
+
+    workers = start_workers(1)
+    try:
+        assert is_working(workers)
+    finally:
+        workers.shutdown()
+
+
 def test_workers_are_started_where_there_is_much_to_decode(store, tmp_path):
     """Asking for little starts none; what was asked before they are ready is answered as well."""
     for minute in range(90):
