@@ -21,13 +21,14 @@ Hashes of 128 bits without a key would need no such argument, and twice the memo
 sorting, which is what merging consists of.
 """
 
-import hashlib
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from symbolizer.digest import blake2b
 
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[Any]
@@ -83,7 +84,7 @@ class Hasher:
         for text in texts:
             number = self._known.get(text)
             if number is None:
-                digest = hashlib.blake2b(text, digest_size=8, key=self._key).digest()
+                digest = blake2b(text, digest_size=8, key=self._key).digest()
                 number = int.from_bytes(digest, "little")
                 with self._lock:
                     if len(self._known) >= _HASHED_LIMIT:

@@ -8,7 +8,6 @@ minute, since file systems may not record reads (mount(8), noatime).
 
 import contextlib
 import os
-import secrets
 import stat
 import threading
 import time
@@ -74,7 +73,7 @@ class FileCache:
         """
         path = self.folder / name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        partial = path.with_name(f".{secrets.token_hex(8)}{_PARTIAL}")
+        partial = path.with_name(f".{os.urandom(8).hex()}{_PARTIAL}")
         try:
             fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with os.fdopen(fd, "w+b") as file:

@@ -14,11 +14,12 @@ long. `content16` is the start of the content's SHA-256: it distinguishes two pr
 window, and a complete file from a damaged one.
 """
 
-import hashlib
 import re
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from symbolizer.digest import sha256
 
 if TYPE_CHECKING:  # the uploader needs no numpy, which is a third of its memory
     from storage.profile import Profile
@@ -180,14 +181,15 @@ def object_key(profile: "Profile", content: bytes, tenant: str) -> ObjectKey:
     host_ids = [host.host_id for host in profile.accounting.hosts]
     host_id = host_ids[0] if len(host_ids) == 1 else ""
     if not _HOST_ID_PATTERN.fullmatch(host_id):
-        host_id = hashlib.sha256("\0".join(host_ids).encode()).hexdigest()[:16]
+        host_id = sha256("\0".join(host_ids).encode()).hexdigest()[:16]
     return ObjectKey(
         tenant, host_id, start_s, length_s, content16(content), type=type_in_key(profile.type)
     )
 
 
 def content16(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    digest: str = sha256(content).hexdigest()
+    return digest[:16]
 
 
 def type_in_key(name: str) -> str:
