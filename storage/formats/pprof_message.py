@@ -15,6 +15,11 @@ takes 25 times its size once protobuf has parsed it."""
 COUNT_LIMIT = 2**62
 """Sum of a file's samples or values. A larger one is refused: the columns are 64 bits wide."""
 
+_GZIP = b"\x1f\x8b"
+_PIECE_BYTES = 1 << 16
+"""The inflater copies what follows a member, which it gets in pieces: otherwise the time for a file
+of empty members would grow with the square of its size."""
+
 # Field numbers of google/pprof's profile.proto, in order from 1. A capital is a message type; `*`
 # marks a repeated field. The string table is declared as bytes, which is the same on the wire:
 # protobuf refuses a whole file for one string that is not UTF-8, and writers in Go and C++ do not
@@ -75,21 +80,24 @@ def decompress(content: bytes, limit_bytes: int) -> bytes:
         ProfileError: the gzip data are damaged, or hold more than `limit_bytes`.
     """
     parts: list[bytes] = []
-    room = limit_bytes
-    while content.startswith(b"\x1f\x8b"):  # a gzip file may have several members (RFC 1952)
-        inflater = zlib.decompressobj(wbits=31)
-        try:
-            parts.append(inflater.decompress(content, room + 1))
-        except zlib.error as error:
-            raise ProfileError(f"cannot read pprof: damaged gzip ({error})") from error
-        room -= len(parts[-1])
+    room, rest = limit_bytes, memoryview(content)
+    while rest[:2] == _GZIP:  # a gzip file may have several members (RFC 1952)
+        inflater, at = zlib.decompressobj(wbits=31), 0
+        while not inflater.eof and room >= 0:
+            if at == len(rest):
+                raise ProfileError("cannot read pprof: the gzip data end too early")
+            piece = rest[at : at + _PIECE_BYTES]
+            at += len(piece)
+            try:
+                parts.append(inflater.decompress(piece, room + 1))
+            except zlib.error as error:
+                raise ProfileError(f"cannot read pprof: damaged gzip ({error})") from error
+            room -= len(parts[-1])
         if room < 0:
             break
-        if not inflater.eof:
-            raise ProfileError("cannot read pprof: the gzip data end too early")
-        content = inflater.unused_data
+        rest = rest[at - len(inflater.unused_data) :]
     if room < 0 or (not parts and len(content) > limit_bytes):
         raise ProfileError(f"cannot read pprof: it holds more than {limit_bytes} bytes")
-    if parts and content:
+    if parts and rest:
         raise ProfileError("cannot read pprof: unexpected bytes after the gzip data")
-    return b"".join(parts) or content
+    return b"".join(parts) if parts else content

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.formats import pprof
+from storage.formats.pprof_message import decompress
 from storage.profile import Accounting, Profile, ProfileError, SchemaError, Window, merge
 from symbolizer.location import (
     AddressLocation,
@@ -511,6 +513,20 @@ def test_a_cut_gzip_file_is_named(keep):
     """A half-written upload is damaged, not empty."""
     with pytest.raises(ProfileError, match="gzip"):
         pprof.decode(pprof.encode(some.sample_profile())[:keep])
+
+
+def test_time_for_many_gzip_members_grows_with_their_number():
+    """Eight times as many empty members take about eight times as long, not sixty-four times."""
+
+    def seconds(members):
+        content = gzip.compress(b"x") + gzip.compress(b"") * members
+        begun_s = time.thread_time()
+        assert decompress(content, 1) == b"x"
+        return time.thread_time() - begun_s
+
+    seconds(1000)
+
+    assert seconds(80_000) < 24 * seconds(10_000)
 
 
 def test_gzip_with_a_wrong_checksum_or_a_tail_is_damaged():
