@@ -19,7 +19,7 @@ error is a ProfileError that names it.
 
 import itertools
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ from storage.formats.pprof_message import (
     message_class,
 )
 from storage.profile import (
+    ALWAYS,
     Accounting,
     Labels,
     Profile,
@@ -55,6 +56,9 @@ from symbolizer.text import readable
 
 _PAGE_BYTES = 4096
 _SAMPLES_AT_ONCE = 256
+_INLINED_LIMIT = 1 << 25
+"""Inlined calls on all stacks of a foreign file; 500,000 stacks have fewer than 30 million. If a
+location has many and is many times on a stack, a file of 20 KB would fill the memory."""
 _NUMBER_LABELS = frozenset({"pid", "tid"})
 _NS_PER_UNIT = {
     "nanoseconds": 1,
@@ -286,6 +290,7 @@ class _Decoder:
         self._strings = [readable(text) for text in parsed.string_table]
         self._mappings = _by_id("mapping", parsed.mapping)
         self._functions: dict[int, _Line] = {}
+        self._inlined = 0
 
     def decode(self) -> Profile:
         parsed = self._parsed
@@ -318,16 +323,13 @@ class _Decoder:
             stored, total = stored + samples, total + value
             if max(stored, total) > COUNT_LIMIT:
                 raise ProfileError("cannot read pprof: its values add up to more than 2^62")
-            try:
-                leaf_first = [numbers[i] for i in sample.location_id]
-            except KeyError as error:
-                raise ProfileError(f"cannot read pprof: no location has the id {error}") from None
-            root_first = [number for expanded in reversed(leaf_first) for number in expanded]
+            root_first = self._root_first(sample.location_id, numbers)
             builder.add(self._labels(sample.label), root_first, samples, value)
         if ours is not None:
             return builder.build(ours.window, ours.accounting)
         start_ns = max(0, parsed.time_nanos)
-        window = Window(start_ns, start_ns + max(0, parsed.duration_nanos))
+        end_ns = min(start_ns + max(0, parsed.duration_nanos), ALWAYS.end_ns)
+        window = Window(start_ns, end_ns)
         return builder.build(window, Accounting(ticks=stored, stored=stored))
 
     def _string(self, index: int) -> str:
@@ -400,6 +402,21 @@ class _Decoder:
             frames = self._frames(lines, module, address.build_id, is_ours=ours is not None)
             numbers[location.id] = (builder.location(address, frames),)
         return numbers
+
+    def _root_first(
+        self, leaf_first: Sequence[int], numbers: Mapping[int, tuple[int, ...]]
+    ) -> list[int]:
+        """Return a stack as the builder's numbers, from the ids of its locations."""
+        try:
+            expanded = [numbers[i] for i in reversed(leaf_first)]
+        except KeyError as error:
+            raise ProfileError(f"cannot read pprof: no location has the id {error}") from None
+        self._inlined += sum(map(len, expanded)) - len(expanded)
+        if self._inlined > _INLINED_LIMIT:
+            raise ProfileError(
+                f"cannot read pprof: its stacks have more than {_INLINED_LIMIT:,} inlined calls"
+            )
+        return [number for each in expanded for number in each]
 
     def _mapping_of(self, location: Any) -> Any | None:
         if location.mapping_id == 0:

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.formats import pprof
+from storage.formats import pprof, pprof_arrays
 from storage.formats.pprof_message import decompress
+from storage.hashing import Hasher
 from storage.profile import Accounting, Profile, ProfileError, SchemaError, Window, merge
 from symbolizer.location import (
     AddressLocation,
@@ -455,6 +456,29 @@ def test_a_gzip_bomb_is_refused_before_it_fills_the_memory():
 
     with pytest.raises(ProfileError, match="more than 1000000 bytes"):
         pprof.decode(bomb, size_limit_bytes=1_000_000)
+
+
+def test_inlined_calls_cannot_multiply_without_bound():
+    """A location of 3,000 inlined calls, 12,000 times on a stack, is refused: 36 million frames."""
+    lines = [(1, number) for number in range(3_000)]
+    bomb = foreign(
+        CPU,
+        samples=[([1] * 12_000, [1, 10])],
+        locations=[(1, 0, 0, lines)],
+        functions=[(1, "f", "f.c")],
+    )
+
+    with pytest.raises(ProfileError, match="more than 33,554,432 inlined calls"):
+        pprof.decode(packed(bomb))
+
+
+def test_a_foreign_window_ends_where_times_end():
+    """Start and duration of 63 bits each have a sum that no integer column holds."""
+    late = foreign(CPU, **ONE_FUNCTION)
+    late.time_nanos = late.duration_nanos = 2**63 - 1
+
+    assert pprof.decode(packed(late)).window == Window(2**63 - 1, 2**63 - 1)
+    assert pprof_arrays.decode(packed(late), Hasher(b"key")).objects[0, 1] == 2**63 - 1
 
 
 @pytest.mark.parametrize(
