@@ -7,7 +7,7 @@ kind and segments. Other tools ignore comments. What is read is checked: files a
 import functools
 import importlib.metadata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import orjson
@@ -106,6 +106,9 @@ def read_comments(comments: Iterable[bytes]) -> Ours | None:
     for ours in found:
         window = window.union(ours.window)
         accounting = accounting.merge(ours.accounting)
+    counts = (getattr(accounting, each.name) for each in fields(accounting))
+    if any(isinstance(count, int) and count > COUNT_LIMIT for count in counts):
+        raise ProfileError("cannot read pprof: our comments add up to more than 2^62")
     period_ns = min(ours.period_ns for ours in found)
     return Ours(found[0].type, period_ns, window, accounting, modules)
 
@@ -184,8 +187,8 @@ def _parse_accounting(record: _Record) -> Ours:
     if not hosts and record.text("host_id"):
         hosts = [Host(record.text("host"), record.text("host_id"))]
     services: dict[Labels, int] = {}
-    for fields in record.array("services"):
-        service = _Record(fields)
+    for described in record.array("services"):
+        service = _Record(described)
         labels = service.record("labels")
         key = make_labels({readable(name.encode()): labels.text(name) for name in labels.names()})
         services[key] = services.get(key, 0) + service.integer("present_ns")

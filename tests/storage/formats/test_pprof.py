@@ -450,6 +450,14 @@ def replace_comment(parsed, old: bytes, new: bytes) -> None:
     parsed.string_table[index] = parsed.string_table[index].replace(old, new)
 
 
+def add_comment(parsed, old: bytes, new: bytes) -> None:
+    """Add the first comment again, with other content, as a tool that merges files does."""
+    comment = parsed.string_table[parsed.comment[0]]
+    assert old in comment
+    parsed.comment.append(len(parsed.string_table))
+    parsed.string_table.append(comment.replace(old, new))
+
+
 def test_a_gzip_bomb_is_refused_before_it_fills_the_memory():
     """The limit is on the size after decompression, and it is named."""
     bomb = gzip.compress(bytes(50_000_000))
@@ -501,6 +509,7 @@ def test_a_foreign_window_ends_where_times_end():
         (lambda p: replace_comment(p, b'"ticks":23', b'"ticks":-3'), "'ticks'"),
         (lambda p: replace_comment(p, b'"ticks":23', b'"ticks":"x"'), "'ticks'"),
         (lambda p: replace_comment(p, b'"lost":{', b'"lost":[{'), "damaged"),
+        (lambda p: add_comment(p, b'"ticks":23', b'"ticks":%d' % 2**62), "more than 2\\^62"),
         (lambda p: replace_comment(p, b'"host_id":"', b'"host_id":7,"x":"'), None),
         (lambda p: replace_comment(p, b'"window":[', b'"window":[9,'), "not an interval"),
     ],
