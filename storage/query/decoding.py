@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from storage.columns import Columns
 from storage.formats import pprof_arrays
+from storage.formats.pprof_message import SIZE_LIMIT_BYTES
 from storage.hashing import Hasher
 from storage.merging import merge_columns
 from storage.objects.keys import ObjectKey, ObjectStore, StoredObject, StoreError, content16
@@ -38,7 +39,7 @@ _CHUNK = 10
 """Objects that one worker decodes and merges: ten minutes at once are then merged only there."""
 _FAILURES_REMEMBERED = 10_000
 _KILLER_RETRY_S = 600.0
-"""An object whose workers were killed is not tried again for so long: it may want too much memory,
+"""An object whose workers were killed is not tried again for so long: it may take too much memory,
 or others may have left none."""
 _KILLER_REASON = "two workers were killed while they decoded it: it may take too much memory"
 
@@ -160,6 +161,9 @@ class Decoder:
 
     def _fetch(self, listed: ListedObject) -> bytes | Part[Columns]:
         stored = listed.stored
+        if stored.size_bytes > SIZE_LIMIT_BYTES:
+            reason = f"it has {stored.size_bytes} bytes, more than {SIZE_LIMIT_BYTES}"
+            return failed_part(stored.key, reason)
         failure, until_s = self._failures.get(stored, (None, 0.0))
         if failure is not None and time.monotonic() < until_s:
             return failure.part()
@@ -207,10 +211,7 @@ class Decoder:
                     _log.warning("skipped an object: two workers were killed key=%s", key.text)
                     with self._lock:
                         self._skipped += 1
-                    reason = (
-                        "two workers were killed while they decoded it: it may want too much memory"
-                    )
-                    parts, failures = [], [Failure(key.text, reason, _KILLER_RETRY_S)]
+                    parts, failures = [], [Failure(key.text, _KILLER_REASON, _KILLER_RETRY_S)]
                 except NoWorkersError as error:
                     parts, failures = [], [Failure(key.text, str(error), 0.0)]
                 except TypeError:

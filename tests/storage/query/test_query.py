@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import multiprocessing
+import os
 import sys
 import threading
 from collections import Counter
@@ -582,6 +583,18 @@ def test_what_cannot_be_read_is_named_and_stops_nothing(store, query):
         assert "schema 99" in reasons
         assert query.functions(window).coverage.skipped == answer.coverage.skipped
     assert max(store.fetched[each] for each in broken) == 1
+
+
+def test_a_huge_object_is_named_and_not_fetched(store, query):
+    """Whoever may write to the store cannot fill the memory of those who read it."""
+    key = put(store, at(small(1), 1)).text
+    os.truncate(store.root / key, SIZE_LIMIT_BYTES + 1)
+
+    (skipped,) = query.profile(minutes(0, 60)).coverage.skipped
+
+    assert skipped.key == key
+    assert f"it has {SIZE_LIMIT_BYTES + 1} bytes" in skipped.reason
+    assert not store.fetched[key]
 
 
 def make_later(profile: Profile) -> bytes:
