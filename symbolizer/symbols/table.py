@@ -149,7 +149,7 @@ class SymbolCache:
         segments: tuple[Segment, ...],
         strings: Iterable[bytes],
     ) -> SymbolTable:
-        """Write a table and return it back, opened.
+        """Write a table and return it, opened.
 
         Raises:
             OSError: it cannot be written.

@@ -47,7 +47,6 @@ _VERSION = 1
 # magic, version, CRC-32 of all that follows it, key (NUL-padded), pages, rows
 _HEADER = struct.Struct("<8sII136sQQ")
 _CHECKED_FROM = 16
-_MAX_PAGES = _MAX_SPAN >> PAGE_BITS
 _KEYED = (b".eh_frame", b".debug_frame", b".gopclntab", b".plt")
 """Sections whose content determines rules; the headers of all sections do, too."""
 _MAX_KEYED_BYTES = 1 << 28
