@@ -61,7 +61,7 @@ def parse_maps(text: bytes) -> list[Mapping]:
     process exits, the file may end in the middle of one.
     """
     mappings = []
-    for line in text.splitlines():
+    for line in text.split(b"\n"):  # a path may contain a carriage return
         fields = line.split(maxsplit=5)
         if len(fields) < 5 or fields[1][2:3] != b"x":
             continue

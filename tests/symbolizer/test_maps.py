@@ -37,6 +37,15 @@ def test_deleted_file_keeps_its_path():
     assert mapping.file_path == b"/opt/two words\nand a line"
 
 
+def test_carriage_return_in_a_path_does_not_begin_a_line():
+    """The kernel escapes newlines only; a file's name could otherwise forge a mapping."""
+    path = b"/tmp/a\r00500000-00501000 r-xp 00000000 08:02 7 /usr/bin/other"
+
+    mappings = parse_maps(b"00400000-00401000 r-xp 00000000 08:02 9 " + path + b"\n")
+
+    assert [(mapping.start, mapping.path) for mapping in mappings] == [(0x400000, path)]
+
+
 def test_truncated_line_is_left_out():
     """If the process exits meanwhile, its maps may end anywhere."""
     for end in range(len(LINES)):
