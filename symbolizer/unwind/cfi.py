@@ -382,9 +382,15 @@ class _CieTable:
                 has_rules &= -_MAX_ALIGNMENT <= cie.data_alignment <= _MAX_ALIGNMENT
                 number = len(self.cies)
                 start = position + 8
-                self.cies.append(
-                    cie._replace(program=start + cie.program, program_end=start + cie.program_end)
-                )
+                if has_rules:
+                    cie = cie._replace(
+                        program=start + cie.program, program_end=start + cie.program_end
+                    )
+                else:  # its alignments may be larger than any column
+                    cie = WITHOUT_RULES._replace(
+                        encoding=cie.encoding, has_augmentation_data=cie.has_augmentation_data
+                    )
+                self.cies.append(cie)
                 self.rules.append(number if has_rules else 0)
             self._numbers[content] = number
             if len(self._numbers) > _MAX_CIES:

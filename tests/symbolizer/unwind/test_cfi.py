@@ -94,7 +94,14 @@ def test_augmentations_are_skipped_if_they_are_known(augmentation, data, is_read
 
 @pytest.mark.parametrize(
     "changes",
-    [{"return_register": 8}, {"code_alignment": 0}, {"code_alignment": 1000}, {"program": b"\x3e"}],
+    [
+        {"return_register": 8},
+        {"code_alignment": 0},
+        {"code_alignment": 1000},
+        {"code_alignment": 1 << 69},
+        {"data_alignment": 1 << 68, "program": b"\x12\x07\x05"},
+        {"program": b"\x3e"},
+    ],
 )
 def test_fdes_of_unsupported_cies_are_unsupported(changes):
     """Their addresses are known but not their rules, so they are not holes."""
