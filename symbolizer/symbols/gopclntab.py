@@ -191,7 +191,10 @@ class GoTable:
                 found = pattern.search(self._elf.source.read_at(p_offset + start, size))
                 if found:
                     (caller, *_) = named[_GOEXIT]
-                    return p_vaddr + start + found.start() - int(starts[caller])
+                    text = p_vaddr + start + found.start() - int(starts[caller])
+                    if text < 0:
+                        raise UnreadableElf(Miss.DAMAGED)
+                    return text
         return None
 
     def read_frameless(self) -> Ints:

@@ -1,12 +1,14 @@
 """Go's own table of functions, which stripped programs still have."""
 
+import struct
+
 import pytest
 
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import FileSource, MemorySource, UnreadableElf, read_elf
 from symbolizer.symbols.gopclntab import open_go_table
 from tests.support.elf_files import build_go, read_symbols
-from tests.support.frame_files import make_elf
+from tests.support.frame_files import CODE, make_elf
 
 PROGRAM = """
 package main
@@ -82,6 +84,34 @@ def test_impossible_number_of_functions_is_refused(count):
         open_go_table(read_elf(MemorySource(make_elf({b".gopclntab": header}))))
 
     assert raised.value.reason == Miss.TOO_LARGE
+
+
+def make_goexit_table(start: int) -> bytes:
+    """Write a table of two functions of 16 bytes from `start` on, of which one calls the other."""
+    names = b"\0runtime.goexit\0runtime.goexit1\0"
+    functions_at = 72 + len(names)
+    records_at = 4 * 5
+    words = (2, 0, 0, 72, functions_at, 0, 0, functions_at)
+    pairs = struct.pack("<5I", start, records_at, start + 16, records_at + 48, start + 32)
+    records = [struct.pack("<Ii", 0, 1 + name).ljust(48, b"\0") for name in (0, 15)]
+    header = b"\xf1\xff\xff\xff\0\0\1\x08" + struct.pack("<8Q", *words)
+    return header + names + pairs + b"".join(records)
+
+
+@pytest.mark.parametrize("start", [0x100, 0x7FFFFF00])
+def test_code_that_would_begin_before_address_0_is_damaged(start):
+    """The distance of Go's first function from its code can only be believed up to there."""
+    section = make_goexit_table(start)
+    elf = make_elf({b".gopclntab": section}, code=b"\x90\xe8\x0a\0\0\0\x90".ljust(64, b"\xcc"))
+    table = open_go_table(read_elf(MemorySource(elf)))
+
+    if start < CODE:
+        assert table.find_text() == CODE - start
+        return
+    with pytest.raises(UnreadableElf) as raised:
+        table.find_text()
+
+    assert raised.value.reason == Miss.DAMAGED
 
 
 def test_table_that_is_cut_short_is_damaged():
