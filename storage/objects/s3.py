@@ -86,13 +86,12 @@ class S3Store:
         # Servers other than Amazon's rarely have a host name per bucket: buckets are paths.
         style = "path" if endpoint else "auto"
         config = Config(s3={"addressing_style": style}, read_timeout=timeout_s, **_CONFIG)
-        session = (
-            boto3.session.Session()
-        )  # not the default session: it would not read credentials again
         if not bucket:
             raise StoreRefused(f"cannot open {self._place}: it has no bucket", _CORRECT)
         try:
             with self._explaining("open", ""):
+                # Not the default session: it would not read credentials again.
+                session = boto3.session.Session()
                 # boto3 makes clients at run time, so they have no type.
                 self._client: Any = session.client(
                     "s3",
@@ -208,12 +207,13 @@ class S3Store:
             exceptions.NoCredentialsError,
             exceptions.PartialCredentialsError,
             exceptions.CredentialRetrievalError,
-            exceptions.ProfileNotFound,
         ) as error:
             raise StoreRefused(
                 f"{what}: there are no usable credentials",
                 "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`",
             ) from error
+        except exceptions.ProfileNotFound as error:
+            raise StoreRefused(f"{what}: {error}", "correct AWS_PROFILE") from error
         except exceptions.ParamValidationError as error:
             reason = " ".join(str(error).split())
             raise StoreRefused(f"{what}: {reason}", _CORRECT) from error

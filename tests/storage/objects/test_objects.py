@@ -358,6 +358,13 @@ def test_a_url_that_names_no_store_is_refused(url: str) -> None:
         open_store(url)
 
 
+def test_an_aws_profile_that_does_not_exist_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
+
+    with pytest.raises(StoreRefused, match=r"no-such-profile.*\(correct AWS_PROFILE\)"):
+        open_store("s3://bucket")
+
+
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
