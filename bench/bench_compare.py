@@ -1,9 +1,10 @@
 """How often a comparison is wrong: false alarms and found changes, in simulated fleets.
 
 A fleet is a service of 200 functions (60 with 50 hosts) on one busy core a host, sampled at 99 Hz.
-Rates stray by log-normal noise with a correlation time of 5 minutes, by host and function (`sd`);
-0.005 more are common to the fleet; hosts differ by 0.15; the daily load swings by half. A window is
-compared with the one ten minutes before it, by what the same did at six earlier positions.
+Rates have log-normal noise with a correlation time of 5 minutes, by host and function (`sd`), and
+0.005 of noise that the whole fleet shares; hosts differ by 0.15; the daily load swings by half. A
+window is compared with the one ten minutes before it, by what the same did at six earlier
+positions.
 
 Unchanged: how many pairs alarm, that is have any function called changed, with the 95 % interval of
 that rate (Clopper and Pearson 1934). Beside it two other rules on the same data: any function whose

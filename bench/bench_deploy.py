@@ -2,8 +2,8 @@
 
 A service in C answers requests over loopback; each costs it some milliseconds in 14 functions. An
 agent profiles the machine in windows of 5 s. The first version runs, is restarted ten times, is
-replaced by one in which one function is 1.5 times slower, and comes back. Asked is as a user asks:
-`everflame diff --last-deploy` for both deployments, and the time around each restart.
+replaced by one in which one function is 1.5 times slower, and comes back. `everflame diff
+--last-deploy` judges both deployments, and `everflame diff` the time around each restart.
 
 Run as root: `python bench/bench_deploy.py`. It takes 16 minutes.
 """

@@ -1,8 +1,8 @@
 """What a comparison costs: two windows of an hour, three hosts, and twelve hours before them.
 
-The store is that of bench_query.py, whose services say which version they are and that they were
-there. Asked is what the page asks the service for, `diff` with 1,200 pixels and `diff/top`, of the
-last hour and the one that ended ten minutes before it; the noise comes from the past.
+The store is that of bench_query.py, whose accountings say which versions of the services ran. The
+questions are those of the page, `diff` with 1,200 pixels and `diff/top`, about the last hour and
+the one that ended ten minutes before it; the noise comes from the past.
 
 Cold: a new process, and on disk nothing but what the service has decoded ahead by then. Between:
 as cold, of windows that begin some minutes after what is kept does. Warm: the same asked again in

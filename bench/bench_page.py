@@ -136,7 +136,7 @@ def write_files(
 ) -> tuple[float, float]:
     """Write what the others read: all stacks, and what the service exports.
 
-    Give what the export took, and the share of it that is one folded box, the leftmost.
+    Return what the export took, and the share of it that is one folded box, the leftmost.
     """
     reply = service.get("/api/v1/export/hour.speedscope.json", by="service", **HOUR)
     assert reply.status == 200

@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def poll_for_a_second(spaces: AddressSpaces, rings: NotingRings) -> int:
-    """Poll at the end of the second, and earlier when a ring is half full. Gives ns of CPU."""
+    """Poll after a second, and earlier when a ring is half full; return the CPU time in ns."""
     cpu_ns, end_s, is_over = 0, time.monotonic() + 1, False
     while not is_over:
         readable, _, _ = select.select([rings], [], [], max(0, end_s - time.monotonic()))

@@ -2,9 +2,9 @@
 
 Shares: each program runs alone for some seconds, sampled at 499 Hz by a recorder in this process,
 with its tables on disk, as they are from the second time on that any program of the host needs
-them. Counted are samples whose user stack ends at the root, of all samples of processes that had
-run for 200 ms. Younger ones stand apart, and so do those of a process that is leaving, whose memory
-the kernel takes down: it has no user stack any more. `worst` is the most frequent other reason.
+them. A share is that of samples whose user stack ends at the root, of all samples of processes that
+had run for 200 ms. Samples of younger processes are shown apart, and so are those of a process that
+exits: the kernel has freed its user stack. `worst` is the most frequent other reason.
 
 Depth: a program of 50 frames, with frame pointers, on every CPU: BPF run time of a tick (the
 kernel's own figure, kernel.bpf_stats) when frames are left by their rules, and when nothing is
@@ -13,8 +13,6 @@ known of the process, so that saved frame pointers are followed; in turns.
 Short: a shell loop of /bin/true, a thousand processes a second, and `make -j` of small C files, at
 the agent's 99 Hz, for three times as long. A sample is attributed when all of its user frames lie
 in files that are known. Those of processes older than 200 ms must be whole.
-
-Programs that are not installed are left out, and said so.
 
 Programs that are not installed are left out, and said so; `--more` adds other Pythons (of pyenv),
 ruby, php, redis, nginx, PostgreSQL.

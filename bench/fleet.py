@@ -238,7 +238,7 @@ def _walks_in(
 
 
 class _Names:
-    """Gives each function of a program a place and a name that no other has."""
+    """Makes a place and a name for each function of a program, which no other function has."""
 
     def __init__(self, random: np.random.Generator) -> None:
         self._random = random

@@ -117,9 +117,9 @@ def test_name_is_better_than_where_a_function_begins():
     """A file and its stripped twin have one build id, in whichever order they come."""
     place = some.native(some.LIBC, 0x30000)
     read = Frame("read", "libc.so.6", Kind.NATIVE)
-    extent = bounded("libc.so.6", Kind.NATIVE, ElfAddress(0x2FF00))
-    assert extent.function == "libc.so.6+0x2ff00"
-    profiles = [some.build([({}, [place], 1)], {place: (frame,)}) for frame in (read, extent)]
+    in_range = bounded("libc.so.6", Kind.NATIVE, ElfAddress(0x2FF00))
+    assert in_range.function == "libc.so.6+0x2ff00"
+    profiles = [some.build([({}, [place], 1)], {place: (frame,)}) for frame in (read, in_range)]
 
     for pair in (profiles, profiles[::-1]):
         assert merge(pair).frames(0) == (read,)

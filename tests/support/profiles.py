@@ -6,7 +6,7 @@ import random
 import numpy as np
 from hypothesis import strategies as st
 
-from storage.profile import Accounting, Host, Labels, Profile, ProfileBuilder, Window, make_labels
+from storage.profile import Accounting, Host, Profile, ProfileBuilder, Window, make_labels
 from symbolizer.location import (
     AddressLocation,
     ElfAddress,
@@ -244,10 +244,6 @@ def profiles(draw: st.DrawFn) -> Profile:
 def named_locations(profile: Profile) -> dict[Location, tuple[Frame, ...]]:
     """Return how each location is shown, which equality of profiles leaves out."""
     return {place: profile.frames(i) for i, place in enumerate(profile.locations)}
-
-
-def label_value(labels: Labels, name: str) -> str:
-    return dict(labels).get(name, "")
 
 
 def with_values(profile: Profile, values: list[int]) -> Profile:

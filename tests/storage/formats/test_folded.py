@@ -34,7 +34,7 @@ def test_a_stack_without_frames_is_still_counted():
 
 
 def test_no_name_can_break_a_line():
-    """Every hostile name gives one line with one count, which any splitter finds at the end."""
+    """Every hostile name becomes one line with one count, which any splitter finds at the end."""
     text = folded.encode(some.hostile_profile()).decode()
 
     lines = text.removesuffix("\n").split("\n")

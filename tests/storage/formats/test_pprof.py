@@ -132,18 +132,18 @@ def test_only_a_mapping_whose_locations_are_all_named_has_functions():
     assert not has["/usr/lib/x86_64-linux-gnu/libc.so.6"]
 
 
-def test_function_known_by_its_extent_is_no_reason_not_to_look_it_up():
+def test_function_known_by_its_fde_range_may_be_looked_up_by_others():
     """Its start stands where a name would, and other tools may know the name."""
     place = some.native(some.LIBC, 0x30000)
-    extent = bounded("libc.so.6", Kind.NATIVE, ElfAddress(0x2FF00))
-    profile = some.build([({}, [place], 1)], {place: (extent,)})
+    in_range = bounded("libc.so.6", Kind.NATIVE, ElfAddress(0x2FF00))
+    profile = some.build([({}, [place], 1)], {place: (in_range,)})
 
     parsed = message(profile)
 
     assert [text(parsed, each.name) for each in parsed.function] == ["libc.so.6+0x2ff00"]
     has = {text(parsed, each.filename): each.has_functions for each in parsed.mapping}
     assert not has["/usr/lib/x86_64-linux-gnu/libc.so.6"]
-    assert pprof.decode(pprof.encode(profile)).frames(0) == (extent,)
+    assert pprof.decode(pprof.encode(profile)).frames(0) == (in_range,)
 
 
 def test_process_ids_are_numbers_and_names_are_text():
