@@ -9,15 +9,15 @@ Run as root: `python bench/bench_agent.py [--windows 2]`.
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from bench_cost import EVERFLAME, START_UP_S, find_program, memory_mb, read
+from bench_cost import START_UP_S, find_program, read
 from load import ten_programs
+from serving import EVERFLAME, all_pids, pss_mb, rss_mb, show
 
 from bpf import syscalls
 from storage.formats import pprof
@@ -30,17 +30,6 @@ def child_of(pid: int) -> int:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     names = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
     return next(child for child, name in names.items() if b"profiler.agent.uploader" in name)
-
-
-def pss_mb(pid: int) -> float:
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    match = re.search(r"^Pss:\s+(\d+) kB$", text, re.MULTILINE)
-    return int(match[1]) / 1024 if match else 0.0
-
-
-def all_pids(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(each for child in children for each in all_pids(int(child)))]
 
 
 def main() -> int:
@@ -59,7 +48,7 @@ def main() -> int:
                 first, first_other = read(agent.pid, program), read(uploader, program)
                 time.sleep(windows * WINDOW_S)
                 last, last_other = read(agent.pid, program), read(uploader, program)
-                rss, peak = memory_mb(agent.pid, "VmRSS"), memory_mb(agent.pid, "VmHWM")
+                rss, peak = rss_mb(agent.pid), rss_mb(agent.pid, "VmHWM")
                 pss = sum(map(pss_mb, all_pids(agent.pid)))
             finally:
                 agent.terminate()
@@ -89,13 +78,7 @@ def main() -> int:
         ("lost", sum(counts.lost.values()), "samples", 0),
         ("law 1 mismatch", counts.mismatch, "ticks", 0),
     ]
-    missed = 0
-    for what, value, unit, most in rows:
-        verdict = "" if most is None else "ok" if value <= most else "MISSED"
-        missed += verdict == "MISSED"
-        aim = "" if most is None else f"  (at most {most:g}: {verdict})"
-        print(f"{what:24} {value:10.2f} {unit}{aim}")
-    return 1 if missed else 0
+    return 1 if show(rows) else 0
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from bench_cost import EVERFLAME
 from load import ten_programs
 from scipy import stats
 from scipy.signal import lfilter
+from serving import EVERFLAME
 
 from profiler.comparison import comparison, verdict
 from profiler.comparison.distributions import rate_interval

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from load import ten_programs, thousand_processes
+from serving import EVERFLAME, rss_mb, show
 
 from bpf import syscalls
 from storage.formats import pprof
 
-EVERFLAME = Path(sys.executable).with_name("everflame")
 START_UP_S = 20
 LOADS = {"programs": (ten_programs, 1.0), "processes": (thousand_processes, 10.0)}
 """Each with the CPU, in per cent of one, that profiling it may take."""
@@ -60,12 +60,6 @@ def find_program(pid: int) -> int:
     raise SystemExit("the recording process has loaded no perf_event program")
 
 
-def memory_mb(pid: int, field: str) -> float:
-    text = Path(f"/proc/{pid}/status").read_text()
-    match = re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE)
-    return int(match[1]) / 1024 if match else 0.0
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=int, default=60)
@@ -86,7 +80,7 @@ def main() -> int:
             first = read(process.pid, program)
             time.sleep(seconds - START_UP_S - 3)
             last = read(process.pid, program)
-            rss, peak = memory_mb(process.pid, "VmRSS"), memory_mb(process.pid, "VmHWM")
+            rss, peak = rss_mb(process.pid), rss_mb(process.pid, "VmHWM")
             process.wait()
         os.close(program)
         profile = pprof.decode(output.read_bytes())
@@ -112,13 +106,7 @@ def main() -> int:
         ("law 1 mismatch", counts.mismatch, "ticks", 0),
         ("samples stored", counts.stored, "", None),
     ]
-    missed = 0
-    for what, value, unit, most in rows:
-        verdict = "" if most is None else "ok" if value <= most else "MISSED"
-        missed += verdict == "MISSED"
-        aim = "" if most is None else f"  (at most {most:g}: {verdict})"
-        print(f"{what:28} {value:10.2f} {unit}{aim}")
-    return 1 if missed else 0
+    return 1 if show(rows) else 0
 
 
 if __name__ == "__main__":

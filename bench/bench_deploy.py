@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench_cost import EVERFLAME
+from serving import EVERFLAME
 
 WINDOW_S = 5
 PAST_S, RESTARTS, RESTART_S, DEPLOYED_S = 330, 10, 50, 75

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ Row = tuple[str, float, str, float | None]
 """A figure: what it is, its value and unit, and the most that it may be."""
 
 
-def show(rows: Iterator[Row]) -> int:
+def show(rows: Iterable[Row]) -> int:
     """Print figures as they come; return how many missed their aim."""
     missed = 0
     for what, value, unit, most in rows:
