@@ -29,6 +29,9 @@ _STEADY_S = 600.0
 _REST_S = 2.0
 """A worker that does nothing for so long gives memory back."""
 _ENDING = {signal.SIGINT, signal.SIGTERM}
+_START_ERRORS = (OSError, RuntimeError)
+"""RuntimeError: a thread could not be started, as where a container may have no more of them; or
+BrokenExecutor, which is one."""
 
 _environment = threading.Lock()
 _Done = TypeVar("_Done")
@@ -142,7 +145,7 @@ class Workers(Executor):
             started_s = time.monotonic()
             try:
                 pool = _start_pool(self._count)
-            except (OSError, BrokenExecutor) as error:
+            except _START_ERRORS as error:
                 _log.warning("cannot start workers error=%r retry_s=%g", error, delay_s)
             else:
                 with self._lock:
@@ -190,7 +193,7 @@ class LoneWorker:
         if self._pool is None:
             try:
                 self._pool = _start_pool(1)
-            except (OSError, BrokenExecutor) as error:
+            except _START_ERRORS as error:
                 raise NoWorkersError(f"cannot start a worker: {error}") from error
         try:
             return self._pool.submit(act, *things).result()
@@ -227,7 +230,8 @@ def _start_pool(count: int) -> ProcessPoolExecutor:
                 started.result()
         except BaseException:
             _kill_workers(pool)  # those that still start would forget a SIGTERM
-            pool.shutdown()
+            with contextlib.suppress(RuntimeError):  # its thread could not be started
+                pool.shutdown()
             raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

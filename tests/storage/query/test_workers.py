@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -112,6 +113,28 @@ def test_a_pool_that_loses_a_worker_is_replaced(store, tmp_path, caplog):
         assert query.profile(minutes(0, 20)).profile == whole
     finally:
         workers.shutdown()
+
+
+@pytest.fixture
+def no_threads():
+    """Make the start of every thread fail, as the limit of a container does."""
+    before = threading.stack_size(1 << 46)
+    yield
+    threading.stack_size(before)
+
+
+def test_where_no_thread_can_be_started_there_are_no_workers(no_threads, caplog):
+    """That is logged, and nobody waits for them without end."""
+    workers = Workers(1)
+    workers.shutdown()  # ends after one attempt
+
+    workers._keep_pool()
+    workers.start()
+
+    assert "cannot start workers" in caplog.text
+    assert "start new thread" in caplog.text
+    with pytest.raises(NoWorkersError, match="start new thread"):
+        workers.lone_worker().run(os.getpid)
 
 
 def test_an_object_that_kills_two_workers_is_skipped_and_no_other(store, tmp_path):
