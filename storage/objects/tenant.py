@@ -19,6 +19,7 @@ from storage.objects.keys import (
     is_type,
     object_key,
     profiles_prefix,
+    type_in_key,
 )
 
 if TYPE_CHECKING:  # the uploader needs no numpy, which is a third of its memory
@@ -194,7 +195,7 @@ class TenantStore:
     ) -> Iterator["_Listed"]:
         """Return the profiles of all hours that overlap the interval, by hour, host and start."""
         first, last = (hour_of(at_ns // NS_PER_S) for at_ns in (start_ns, end_ns - 1))
-        layouts = [*types, *([None] if CPU in types else [])]
+        layouts = [*map(type_in_key, types), *([None] if CPU in types else [])]
         listings = [self._list_layout(layout, first, last) for layout in layouts]
         return heapq.merge(*listings, key=lambda listed: listed.place)
 

@@ -663,6 +663,17 @@ def test_profiles_of_another_type_are_read_apart(store, query):
     assert store.fetched[other.text] == 1
 
 
+def test_a_type_is_found_by_its_own_name(store, query):
+    """Keys spell some types in another way: those of other programs may be called `alloc-space`."""
+    profile = dataclasses.replace(some.samples_only(small(1)), type="alloc-space")
+    put(store, at(profile, 1))
+
+    answer = query.profile(minutes(0, 60), type="alloc-space")
+
+    assert answer.profile.total_samples == profile.total_samples
+    assert query.profile(minutes(0, 60), type="alloc_space").coverage.skipped
+
+
 def test_damaged_cache_files_are_made_again(store, query, tmp_path):
     """Any flipped bit, any cut: the answer is the same, and the file is whole again."""
     for i in range(3):
