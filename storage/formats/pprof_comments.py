@@ -234,6 +234,8 @@ def _parse_modules(content: bytes) -> Mapping[str, Module]:
             vaddr, offset, size = (
                 _checked_integer(bound, "segments", 2**64 - 1) for bound in bounds
             )
+            if max(vaddr, offset) + size > 2**64:
+                raise ProfileError("cannot read pprof: a segment in our comment is too long")
             segments.append(Segment(ElfAddress(vaddr), FileOffset(offset), size))
         # Kinds of later versions are drawn like native code.
         known = Kind(kind) if kind in set(Kind) else Kind.NATIVE

@@ -444,8 +444,8 @@ def test_unknown_fields_of_the_accounting_are_ignored():
     assert pprof.decode(packed(parsed)) == some.sample_profile()
 
 
-def replace_comment(parsed, old: bytes, new: bytes) -> None:
-    index = parsed.comment[0]
+def replace_comment(parsed, old: bytes, new: bytes, number: int = 0) -> None:
+    index = parsed.comment[number]
     assert old in parsed.string_table[index]
     parsed.string_table[index] = parsed.string_table[index].replace(old, new)
 
@@ -509,6 +509,7 @@ def test_a_foreign_window_ends_where_times_end():
         (lambda p: replace_comment(p, b'"ticks":23', b'"ticks":-3'), "'ticks'"),
         (lambda p: replace_comment(p, b'"ticks":23', b'"ticks":"x"'), "'ticks'"),
         (lambda p: replace_comment(p, b'"lost":{', b'"lost":[{'), "damaged"),
+        (lambda p: replace_comment(p, b"[155648,", b"[%d," % (2**64 - 1), 1), "is too long"),
         (lambda p: add_comment(p, b'"ticks":23', b'"ticks":%d' % 2**62), "more than 2\\^62"),
         (lambda p: replace_comment(p, b'"host_id":"', b'"host_id":7,"x":"'), None),
         (lambda p: replace_comment(p, b'"window":[', b'"window":[9,'), "not an interval"),
