@@ -119,6 +119,8 @@ class GoTable:
         self._functions_at = words[functions]
         if not 0 < self._count <= _MAX_FUNCTIONS:
             raise UnreadableElf(Miss.TOO_LARGE)
+        if max(*self._names, *self._pcs, self._functions_at) > section.size:
+            raise UnreadableElf(Miss.DAMAGED)
         self.functions = self._read_functions()
         self.has_depths = layout.pcsp >= 0
 
@@ -231,7 +233,8 @@ class GoTable:
             pc = end
 
     def _depths_at(self) -> Ints:
-        return self._gather(self.functions.records + self._layout.pcsp, "<u4") + self._pcs[0]
+        tables = self._gather(self.functions.records + self._layout.pcsp, "<u4")
+        return tables.astype(np.int64) + self._pcs[0]
 
     def _flags_at(self) -> Ints:
         return self.functions.records + self._layout.flags

@@ -114,6 +114,18 @@ def test_code_that_would_begin_before_address_0_is_damaged(start):
     assert raised.value.reason == Miss.DAMAGED
 
 
+@pytest.mark.parametrize("word", [3, 4, 6, 7])
+def test_part_that_is_beyond_the_section_is_damaged(word):
+    """Whichever part: one that few readers need would be noticed later, by something else."""
+    section = bytearray(make_goexit_table(0x100))
+    struct.pack_into("<Q", section, 8 + 8 * word, 1 << 40)
+
+    with pytest.raises(UnreadableElf) as raised:
+        open_go_table(read_elf(MemorySource(make_elf({b".gopclntab": bytes(section)}))))
+
+    assert raised.value.reason == Miss.DAMAGED
+
+
 def test_table_that_is_cut_short_is_damaged():
     """Positions beyond the section are not read."""
     header = b"\xf1\xff\xff\xff\0\0\1\x08" + (1000).to_bytes(8, "little") + bytes(100)
