@@ -46,8 +46,9 @@ class _Known(NamedTuple):
 
 
 def _known(pattern: bytes, name: str, way_out: str) -> _Known:
+    # `*+` keeps white space that was skipped, or a long run of it would be tried at every place.
     return _Known(
-        re.compile(rb"\s*(?:" + pattern + rb")", re.DOTALL | re.IGNORECASE), name, way_out
+        re.compile(rb"\s*+(?:" + pattern + rb")", re.DOTALL | re.IGNORECASE), name, way_out
     )
 
 
@@ -132,7 +133,7 @@ _MAGIC = tuple(
 
 _TEXT = (
     _known(
-        rb"(?:#[^\n]*\n\s*)*(?:#\s*callgrind format|version:\s*\d+\s*\n\s*creator:"
+        rb"(?:#[^\n]*\n\s*)*(?:#\s*callgrind format|version:\s*+\d+[ \t\r]*+\n\s*+creator:"
         rb"|(?:[a-z][a-z ]*:[^\n]*\n\s*)*events:\s*\w+)",
         "a profile of callgrind",
         _SPEEDSCOPE,
@@ -167,7 +168,7 @@ _TEXT = (
         "record without -f",
     ),
     _known(
-        rb"sample:\s*\n\s+event_type:",
+        rb"sample:[ \t\r]*+\n\s++event_type:",
         "the text of simpleperf report-sample",
         "write it with simpleperf's report_sample.py",
     ),
@@ -198,7 +199,7 @@ _TEXT = (
         "it holds memory, not CPU time",
     ),
     _known(
-        rb"Flat profile:|\s*%\s+cumulative\s+self",
+        rb"Flat profile:|%\s+cumulative\s+self",
         "the report of gprof",
         "record with perf: perf record -g",
     ),

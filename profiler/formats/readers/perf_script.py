@@ -62,7 +62,7 @@ _ROW_BYTES, _FRAME_BYTES, _LINE_BYTES, _PERIOD_BYTES = 800, 16, 800, 120
 """Memory for a distinct stack of a task, for each of its frames, for a distinct line of a frame
 besides its text, and for a distinct period."""
 
-_WS = rb"[ \t]+"
+_WS = rb"[ \t]++"
 _TASK = rb"(?P<id>-?\d{1,10})(?:/(?P<tid>-?\d{1,10}))?" + _WS
 _CPU = rb"(?:\[(?P<cpu>\d{1,6})\]" + _WS + rb")"
 _MISC = rb"(?:[A-Z]{1,4}" + _WS + rb")?"
@@ -71,26 +71,27 @@ _EVENT = rb"(?P<event>(?!\d+:(?:\s|\Z))[^\s:]\S{0,255}):(?=\s|\Z)"
 _VALUE = rb"(?:(?P<period>\d{1,18})" + _WS + rb")?"
 _REST = rb"(?:" + _WS + rb"(?P<rest>.*))?"
 # The kernel's names have at most 15 bytes. Among those the longest that fits is taken, because the
-# fields stand behind it; longer ones (simpleperf's) end where the first fields fit.
+# fields stand behind it; longer ones (simpleperf's) end where the first fields fit. Neither ends in
+# white space, or a line with a long run of it would be tried at every place of the run.
 _COMMS = (
-    rb"(?:(?P<comm>\S.{0,14})" + _WS + rb")?",
-    rb"(?:(?P<comm>\S.{0,1023}?)" + _WS + rb")?",
+    rb"(?:(?P<comm>\S(?:.{0,13}\S)?)" + _WS + rb")?",
+    rb"(?:(?P<comm>\S(?:.{0,1022}?\S)??)" + _WS + rb")?",
 )
 _TIMED = tuple(
     re.compile(
-        rb"[ \t]*" + comm + task + _MISC + _TIME + rb"(?:" + _WS + _VALUE + _EVENT + _REST + rb")?"
+        rb"[ \t]*+" + comm + task + _MISC + _TIME + rb"(?:" + _WS + _VALUE + _EVENT + _REST + rb")?"
     )
     for task in (_TASK + _CPU + rb"?", _CPU)
     for comm in _COMMS
 )
 _WITHOUT_ID = re.compile(
-    rb"[ \t]*" + _COMMS[1] + _MISC + _TIME + rb"(?:" + _WS + _VALUE + _EVENT + _REST + rb")"
+    rb"[ \t]*+" + _COMMS[1] + _MISC + _TIME + rb"(?:" + _WS + _VALUE + _EVENT + _REST + rb")"
 )
 _UNTIMED = re.compile(
-    rb"[ \t]*" + _COMMS[1] + _TASK + _CPU + rb"?" + _MISC + _VALUE + _EVENT + _REST
+    rb"[ \t]*+" + _COMMS[1] + _TASK + _CPU + rb"?" + _MISC + _VALUE + _EVENT + _REST
 )
 _BARE = re.compile(
-    rb"[ \t]*" + _COMMS[1] + rb"(?P<id>\d{1,10})/(?P<tid>\d{1,10})(?:[ \t]+\[\d+\])?[ \t]*"
+    rb"[ \t]*+" + _COMMS[1] + rb"(?P<id>\d{1,10})/(?P<tid>\d{1,10})(?:[ \t]+\[\d+\])?[ \t]*"
 )
 
 _FRAME = re.compile(rb"[ \t]+(?:0x)?(?P<address>[0-9a-f]{1,16})[ \t](?P<rest>.*)")

@@ -156,6 +156,23 @@ def test_no_text_takes_long(unit):
     assert time.process_time() - begin_s < 10
 
 
+@pytest.mark.parametrize(
+    ("before", "run"),
+    [(b"", b" "), (b"", b"\n"), (b"x", b" "), (b"x 1 ", b" "), (b"x 1/1 [0]", b"\t"),
+     (b"sample:", b"\n"), (b"version: 1", b"\n"), (b"% ", b" "), (b"# ", b" ")],
+)  # fmt: skip
+def test_no_run_of_white_space_takes_long(before, run):
+    """Patterns could try every place of it as the end of a field."""
+    content = before + run * (HEAD_BYTES - 1_000)
+    begin_s = time.process_time()
+
+    for end in (b"y: :", b"hello", b""):
+        with contextlib.suppress(ProfileError):
+            read_bytes(content + end)
+
+    assert time.process_time() - begin_s < 10
+
+
 @given(st.binary(max_size=400))
 def test_any_bytes_are_a_profile_or_refused(content):
     """In words of ours, and in one line."""
