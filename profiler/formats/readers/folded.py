@@ -43,6 +43,8 @@ _LINE = re.compile(rb"(?P<stack>|.*[^ \t])[ \t]+(?P<count>" + _NUMBER + rb")[ \t
 _NEGATIVE = re.compile(rb".*[^ \t][ \t]+-\d[\d.]*[ \t]*", re.DOTALL)
 _LONGEST_COUNT = 18
 """Digits of a count; more do not fit a column."""
+_LONGEST_NUMBER = 400
+"""Digits of a fraction: the longest float that is written out, 1e-323, has fewer."""
 _COMMENT = re.compile(rb"#(?:[ \t=]|$)")
 
 _STACK_BYTES, _FRAME_BYTES = 300, 32
@@ -261,9 +263,11 @@ def _location(builder: ProfileBuilder, numbers: dict[bytes, int], name: bytes) -
 
 
 def _count_of(digits: bytes) -> _Number | None:
-    """Return a count, or None for one that is too large."""
+    """Return a count, or None for one that is too large or has too many digits."""
     if digits.isdigit():
         return int(digits) if len(digits) <= _LONGEST_COUNT else None
+    if len(digits) > _LONGEST_NUMBER:
+        return None
     number = Fraction(digits.decode())
     if number > 10**_LONGEST_COUNT:
         return None
@@ -274,7 +278,7 @@ def _why_not(line: bytes, *, is_count: bool) -> str:
     if len(line) > LINE_LIMIT_BYTES:
         return f"is longer than {LINE_LIMIT_BYTES >> 20} MiB"
     if is_count:
-        return "has a count that is too large"
+        return "has a count that is too large or too long"
     if _NEGATIVE.fullmatch(line):
         return "has a negative count"
     if re.fullmatch(_NUMBER, line.strip()):

@@ -7,9 +7,9 @@ from storage.profile import Labels, make_labels
 from symbolizer.text import readable
 
 _RECORD_TASKS = (
-    re.compile(rb"PERF_RECORD_FORK\((?P<pid>\d+):(?P<tid>\d+)\):(?P<comm>)"),
-    re.compile(rb"PERF_RECORD_COMM(?: exec)?: (?P<comm>.*):(?P<pid>\d+)/(?P<tid>\d+)"),
-    re.compile(rb"PERF_RECORD_MMAP2? (?P<pid>\d+)/(?P<tid>\d+):(?P<comm>)"),
+    re.compile(rb"PERF_RECORD_FORK\((?P<pid>\d{1,10}):(?P<tid>\d{1,10})\):(?P<comm>)"),
+    re.compile(rb"PERF_RECORD_COMM(?: exec)?: (?P<comm>.*):(?P<pid>\d{1,10})/(?P<tid>\d{1,10})"),
+    re.compile(rb"PERF_RECORD_MMAP2? (?P<pid>\d{1,10})/(?P<tid>\d{1,10}):(?P<comm>)"),
 )
 
 

@@ -134,6 +134,8 @@ def _choose(parsed: Any, types: Sequence[_Type], asked: str) -> _Choice:
     period_scale, period_unit = unit_scale(_string(parsed.string_table, parsed.period_type.unit))
     period_name = _string(parsed.string_table, parsed.period_type.type)
     period = max(0, parsed.period) * period_scale
+    if period > COUNT_LIMIT:
+        raise ProfileError("cannot read pprof: its period is more than 2^62")
     is_of_cpu = period_unit == "nanoseconds" and _CPU.fullmatch(period_name) is not None
     is_count = value_at == samples_at and (_SAMPLES.fullmatch(value.name) or len(types) == 1)
     if is_count:

@@ -234,6 +234,7 @@ def test_both_sides_that_we_write_are_read_again():
         (b"3", "has no stack: '3'"),
         (b"main 99999999999999999999", "has a count that is too large"),
         (b"main 1e99", "has a count that is too large"),
+        (b"main 1." + b"0" * 5_000, "has a count that is too large or too long"),
         (b"\x1b[2J\xff", r"does not end in a count: '\x1b[2J\xff'"),
         (b"x" * 3_000_000, "is longer than 1 MiB: 'xxx"),
     ],

@@ -307,6 +307,7 @@ def test_records_that_are_no_samples_are_not_read():
     found = read(
         b"a 1/1 1.0: PERF_RECORD_COMM: a:1/1",
         b"a     1/1     1.0: PERF_RECORD_MMAP2 1/1: [0x1(0x2) @ 0 fd:01 1 0]: r-xp /bin/a",
+        b"a 1/1 1.0: PERF_RECORD_FORK(" + b"1" * 5_000 + b":1):(1:1)",
         b"a 1/1 1.0: 5 cycles: ", FRAME, b"",
     )  # fmt: skip
 

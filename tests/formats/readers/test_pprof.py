@@ -156,6 +156,7 @@ def test_our_own_files_have_one_type():
         (file_of(GO, ("f", (1, -1))), "a negative value, so this is a difference"),
         (file_of((), ("f", ())), "does not say what its values are"),
         (file_of(("samples/count", "cpu/hours"), ("f", (1, 2**40))), "add up to more than 2"),
+        (file_of(GO, ("f", (1, 1)), period=2**40, period_type="cpu/hours"), "its period is more"),
         (pack(gzip.decompress(file_of(GO, ("f", (1, 1))))[:-3]), "damaged"),
     ],
 )
