@@ -29,6 +29,7 @@ _GZIP = b"\x1f\x8b"
 _NESTED_LIMIT = 3
 _LINE_END = re.compile(rb"\r+\n|\r")
 """`\\r\\r\\n` is what text mode on Windows makes of a line end that was one already."""
+_HALF_LINE_END = re.compile(rb"\r{1,2}\Z")
 _BOM = b"\xef\xbb\xbf"
 
 _Limit = tuple[int, int]
@@ -76,10 +77,12 @@ class Source:
         """
         start: list[bytes] = []
         length = 0
-        is_half_end = False  # the chunk before ended in \r
-        for read in self._bounded(_TEXT_GROWTH):
-            chunk = read[1:] if is_half_end and read.startswith(b"\n") else read
-            is_half_end = read.endswith(b"\r")
+        held = b""  # the beginning of a line end that may go on in the next chunk
+        for read in itertools.chain(self._bounded(_TEXT_GROWTH), [b""]):
+            chunk = held + read
+            half = _HALF_LINE_END.search(chunk, max(0, len(chunk) - 2)) if read else None
+            held = half[0] if half else b""
+            chunk = chunk.removesuffix(held)
             if b"\r" in chunk:
                 chunk = _LINE_END.sub(b"\n", chunk)
             first, *others = chunk.split(b"\n")

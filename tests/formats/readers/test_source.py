@@ -58,6 +58,15 @@ def test_lines_are_those_of_the_text(lines, chunk_bytes, end):
         assert list(Source(Slow(content)).lines()) == expected
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r\r\n", b"\r"])
+def test_a_line_end_may_lie_across_two_reads(end):
+    """It is one all the same: an empty line would end a sample of perf script."""
+    for length in range(source.HEAD_BYTES - 6, source.HEAD_BYTES + 1):
+        content = end.join((b"a" * length, b"b", b"c"))
+
+        assert [line[:1] for line in Source(io.BytesIO(content)).lines()] == [b"a", b"b", b"c"]
+
+
 def test_a_line_without_an_end_is_cut():
     """It takes no more memory than its limit."""
     text = b"x" * (5 * LINE_LIMIT_BYTES) + b"\nshort\n"
