@@ -64,7 +64,7 @@ def _read(stream: BinaryIO, options: ReadOptions) -> Reading:
         document = speedscope.parse(source.content(JSON_GROWTH), source.read_bytes)
         if not speedscope.is_speedscope(document):
             raise refuse_json(document)
-        reading = speedscope.read(document, options)
+        reading = speedscope.read(document, options, source.read_bytes)
     elif format_ is Format.PERF_SCRIPT:
         reading = perf_script.read(source.lines(), options, source.keep)
     else:

@@ -44,6 +44,9 @@ _GUESSES = {"nanoseconds": "cpu", "bytes": "space", "count": "samples"}
 _MEMORY = (100 * 1024 * 1024, 60)
 """Parsed JSON may take so many bytes, plus so many for each byte on disk."""
 _LIST_BYTES, _RECORD_BYTES, _VALUE_BYTES = 64, 232, 40
+_FRAME_BYTES = 16
+"""Of a frame in a stack that calls and returns describe: a file of them names each call only once,
+and a recursion of 100,000 calls has stacks of 5 billion frames."""
 
 _Number = int | Fraction
 _Stack = tuple[int, ...]
@@ -84,14 +87,15 @@ def is_speedscope(document: Any) -> bool:
     return isinstance(document.get("profiles"), list) and isinstance(document.get("shared"), dict)
 
 
-def read(document: Any, options: ReadOptions) -> Reading:
-    """Read a parsed file.
+def read(document: Any, options: ReadOptions, disk_bytes: int) -> Reading:
+    """Read a parsed file, which has so many bytes on disk.
 
     Raises:
         ChoiceError: `--sample-type` or `--side` names what is not there.
-        ProfileError: it is damaged.
+        ProfileError: it is damaged, or would take far more memory than a file of its size.
     """
-    return _Reader(document, options).read()
+    base_bytes, per_byte = _MEMORY
+    return _Reader(document, options, base_bytes + per_byte * disk_bytes).read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,8 @@ class _Part:
 
 
 class _Reader:
-    def __init__(self, document: dict[str, Any], options: ReadOptions) -> None:
+    def __init__(self, document: dict[str, Any], options: ReadOptions, memory_bytes: int) -> None:
+        self._frames_left = memory_bytes // _FRAME_BYTES
         self._frames = [
             _parse_frame(record, f"shared.frames[{i}]")
             for i, record in enumerate(_list(_member(document, "shared", "it"), "frames", "shared"))
@@ -163,7 +168,17 @@ class _Reader:
         rows: _Rows = {}
         for part in self._parts:
             labels: Labels = (("thread", part.name),) if len(self._parts) > 1 else ()
-            pieces = _evented(part) if part.record.get("type") == "evented" else _sampled(part)
+            if part.record.get("type") == "evented":
+                calls = _evented(part)
+                self._frames_left -= calls.depths
+                if self._frames_left < 0:
+                    raise ProfileError(
+                        "cannot read speedscope: its stacks are too deep and too many for a file"
+                        f" of its size: {calls.depths:,} frames"
+                    )
+                pieces = calls.stacks()
+            else:
+                pieces = _sampled(part)
             for stack, weight, samples in pieces:
                 value, count = rows.get((labels, stack), (0, 0))
                 rows[labels, stack] = (value + weight, count + samples)
@@ -265,17 +280,64 @@ def _sampled(part: _Part) -> Iterator[tuple[_Stack, _Number, int]]:
         yield tuple(stack), value, _whole(count, f"{part.where}.counts[{i}]")
 
 
-def _evented(part: _Part) -> Iterator[tuple[_Stack, _Number, int]]:
+class _Calls:
+    """The stacks of calls and returns, each with its time.
+
+    A stack is a number, as is the one of its caller: an event takes the same time at any depth.
+    """
+
+    def __init__(self) -> None:
+        self.stack = 0
+        """That of the calls that have not returned; 0 is the empty one."""
+        self._callers = [0]
+        self._frames = [-1]
+        self._depths = [0]
+        self._called: dict[tuple[int, int], int] = {}
+        self._times: dict[int, _Number] = {}
+
+    def call(self, frame: int) -> None:
+        caller = self.stack
+        self.stack = self._called.setdefault((caller, frame), len(self._frames))
+        if self.stack == len(self._frames):
+            self._callers.append(caller)
+            self._frames.append(frame)
+            self._depths.append(self._depths[caller] + 1)
+
+    def end(self, frame: int) -> bool:
+        """Return from the innermost call; False if that is of another frame."""
+        is_innermost = self._frames[self.stack] == frame and self.stack > 0
+        self.stack = self._callers[self.stack]
+        return is_innermost
+
+    def add(self, time: _Number) -> None:
+        self._times[self.stack] = self._times.get(self.stack, 0) + time
+
+    @property
+    def depths(self) -> int:
+        """Return how many frames all stacks with a time have together."""
+        return sum(self._depths[stack] for stack in self._times)
+
+    def stacks(self) -> Iterator[tuple[_Stack, _Number, int]]:
+        for stack, time in self._times.items():
+            leaf_first: list[int] = []
+            at = stack
+            while at:
+                leaf_first.append(self._frames[at])
+                at = self._callers[at]
+            yield tuple(reversed(leaf_first)), time, 0
+
+
+def _evented(part: _Part) -> _Calls:
     """Turn calls and returns into the time between them."""
-    stack: list[int] = []
+    calls = _Calls()
     before: _Number | None = None
     for i, event in enumerate(_list(part.record, "events", part.where)):
         where = f"{part.where}.events[{i}]"
         at = _number(_member(event, "at", where), f"{where}.at", is_signed=True)
         if before is not None and at < before:
             raise ProfileError(f"cannot read speedscope: {where} goes back in time")
-        if before is not None and at > before and stack:  # no time passes outside of calls
-            yield tuple(stack), _scaled(at - before, part), 0
+        if before is not None and at > before and calls.stack:  # no time passes outside of calls
+            calls.add(_scaled(at - before, part))
         before = at
         frame = _member(event, "frame", where)
         if type(frame) is not int:
@@ -285,16 +347,17 @@ def _evented(part: _Part) -> Iterator[tuple[_Stack, _Number, int]]:
                 f"cannot read speedscope: the type of {where} is neither O (open) nor C (close)"
             )
         if event["type"] == "O":
-            stack.append(frame)
-        elif not stack or stack.pop() != frame:
+            calls.call(frame)
+        elif not calls.end(frame):
             raise ProfileError(
                 f"cannot read speedscope: {where} ends a frame that is not the innermost"
             )
     end = part.record.get("endValue")
-    if stack and before is not None and end is not None:
+    if calls.stack and before is not None and end is not None:
         at = _number(end, f"{part.where}.endValue", is_signed=True)
         if at > before:
-            yield tuple(stack), _scaled(at - before, part), 0
+            calls.add(_scaled(at - before, part))
+    return calls
 
 
 def _scaled(number: _Number, part: _Part) -> _Number:

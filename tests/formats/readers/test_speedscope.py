@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import time
 
 import orjson
 import pytest
@@ -160,6 +161,23 @@ def test_calls_that_never_return_last_until_the_end():
 
     counts = {tuple(place.function for place in row.stack): row.value for row in profile.rows()}
     assert counts == {("a",): 2_500, ("a", "b"): 2_500}
+
+
+def test_a_recursion_takes_memory_and_time_in_proportion_to_its_file():
+    """Each call is one event, and its stack all the calls around it."""
+
+    def recursion(depth: int) -> bytes:
+        calls = [{"type": "O", "frame": 0, "at": at} for at in range(depth)]
+        returns = [{"type": "C", "frame": 0, "at": depth + at} for at in range(depth)]
+        return file_of({"type": "evented", "name": "t", "unit": "nanoseconds", "startValue": 0,
+                        "endValue": 2 * depth, "events": calls + returns})  # fmt: skip
+
+    begin_s = time.process_time()
+
+    assert decode(recursion(1_000)).total_value == 1_999
+    with pytest.raises(ProfileError, match="too deep and too many for a file of its size"):
+        decode(recursion(50_000))
+    assert time.process_time() - begin_s < 10
 
 
 def test_threads_of_one_file_become_a_label():
