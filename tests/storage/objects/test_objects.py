@@ -553,3 +553,18 @@ def test_doctor_warns_of_a_clock_that_is_not_the_stores(tmp_path: Path, monkeypa
 
     assert found["store_clock"].status is doctor.Status.WARN
     assert "chrony" in found["store_clock"].remedy
+
+
+def test_doctor_warns_where_it_may_not_delete(tmp_path: Path, monkeypatch) -> None:
+    """Agents need no such right in a bucket; the object that is left is named."""
+
+    def refusing(_self: DirectoryStore, key: str) -> None:
+        raise StoreRefused(f"cannot delete {key}: not permitted", "give s3:DeleteObject")
+
+    monkeypatch.setattr(DirectoryStore, "delete", refusing)
+
+    found = checks(str(tmp_path / "store"))
+
+    assert [name for name, check in found.items() if check.status is doctor.Status.FAIL] == []
+    assert found["store_delete"].status is doctor.Status.WARN
+    assert "delete v1/.doctor/" in found["store_delete"].remedy
