@@ -23,7 +23,7 @@ from typing import Any
 
 from bpf import syscalls
 from bpf.errors import SyscallError
-from bpf.sampler import SamplerConfig
+from bpf.sampler import Sampler, SamplerConfig
 from profiler.agent.guard import Guard
 from profiler.agent.recorder import Recorder
 from profiler.agent.signals import ENDING, Signals
@@ -109,29 +109,33 @@ class BpfCost:
     The kernel's measuring costs every BPF program of the host a little, so it is not left on.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
         self._stack = contextlib.ExitStack()
         self._before: syscalls.ProgramInfo | None = None
         self.ns_per_tick = 0.0
 
     def begin(self) -> None:
-        try:
-            self._stack.enter_context(syscalls.run_time_stats())
-        except SyscallError as error:
-            log.debug("cannot measure BPF: %s", error)
-            return
-        self._before = self._recorder.sampler.run_stats()
+        self._stack.close()
+        self._before = None
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(syscalls.run_time_stats())
+            except SyscallError as error:
+                log.debug("cannot measure BPF: %s", error)
+                return
+            self._before = self._sampler.run_stats()
+            self._stack = stack.pop_all()
 
     def end(self) -> None:
-        if self._before is None:
+        before, self._before = self._before, None
+        if before is None:
             return
-        after = self._recorder.sampler.run_stats()
-        ticks = after.run_count - self._before.run_count
+        with self._stack.pop_all():
+            after = self._sampler.run_stats()
+        ticks = after.run_count - before.run_count
         if ticks:
-            self.ns_per_tick = (after.run_time_ns - self._before.run_time_ns) / ticks
-        self._before = None
-        self._stack.close()
+            self.ns_per_tick = (after.run_time_ns - before.run_time_ns) / ticks
 
 
 class WholeCost:
@@ -201,7 +205,7 @@ class Agent:
         self._spool = spool
         self._uploader = uploader
         self._children = children
-        self._bpf = BpfCost(recorder)
+        self._bpf = BpfCost(recorder.sampler)
         self._cost = WholeCost(uploader_state(options.spool))
         self._edges = Edges(options.interval_s, first_interval_s=options.first_interval_s)
         self._begun_s = time.monotonic()
@@ -240,10 +244,11 @@ class Agent:
                 self._run("cost", self._bpf.end)
             if self._edges.is_reached or self._edges.is_stepped:
                 self._close_window()
-        self._recorder.stop()
-        self._bpf.end()
+        self._guards["drain"].resume()
+        self._run("drain", self._recorder.stop)
         self._guards["drain"].resume()
         self._close_window()
+        self._run("cost", self._bpf.end)
 
     def _run(self, stage: str, run: Callable[[], object]) -> None:
         self._guards[stage].run(run)

@@ -221,7 +221,12 @@ class Recorder:
         """Take in what was counted, without looking for new CPUs and services."""
         with self.cost.of("drain"):
             drain = self.sampler.drain()
-        now = self._clocks()
+        try:
+            now = self._clocks()
+        except BaseException:  # the kernel does not have these ticks any more
+            self._window.count(drain)
+            self._window.settle()
+            raise
         cuts = self._window.begun.cuts(now, self._longest_ns) if self._longest_ns else []
         if not cuts:
             self._drained_ns = now.monotonic_ns
@@ -281,7 +286,7 @@ class Recorder:
             with self.cost.of("symbolize"):
                 return self._name(window)
         except BaseException:
-            self.lose(window.accounting(self._host, {}))
+            self.lose(window.counts)
             raise
 
     def _name(self, window: OpenWindow) -> Profile:

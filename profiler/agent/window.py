@@ -6,7 +6,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -196,19 +196,26 @@ class OpenWindow:
         ended = self._ended or self._now()
         return self.begun.boottime_ns, ended.boottime_ns
 
-    def accounting(self, host: Host, misses: Mapping[str, int]) -> Accounting:
-        ended = self._ended or self._now()
+    @property
+    def counts(self) -> Accounting:
+        """Where its ticks have gone, and no more: no file has to be read for it."""
         return Accounting(
-            hosts=(host,),
-            cpus=len(perf_event.online_cpus()),
-            nonidle_ns=ended.nonidle_since(self.begun),
-            profiled_ns=ended.since(self.begun),
             ticks=self._ticks,
             idle=self._idle,
             filtered=self._filtered,
             stored=self._stops.total(),
             lost={str(cause): number for cause, number in self._lost.items()},
             stops=dict(self._stops),
+        )
+
+    def accounting(self, host: Host, misses: Mapping[str, int]) -> Accounting:
+        ended = self._ended or self._now()
+        return replace(
+            self.counts,
+            hosts=(host,),
+            cpus=len(perf_event.online_cpus()),
+            nonidle_ns=ended.nonidle_since(self.begun),
+            profiled_ns=ended.since(self.begun),
             misses=misses,
             agent_cpu_ns=ended.own_cpu_ns - self.begun.own_cpu_ns,
             agent_rss_bytes=rss_bytes(),

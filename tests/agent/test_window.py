@@ -177,6 +177,20 @@ def test_the_ticks_of_a_window_that_was_not_stored_are_lost_in_the_next():
     assert taken.lost == {"map_full": 2, "fault": 4}
 
 
+def test_counts_need_no_clock():
+    """Reading one may be what has failed."""
+    readings = iter([clocks(60)])
+    window = OpenWindow(10_000_000, lambda: next(readings))
+
+    window.count(Drain([SAMPLE], SAMPLE.samples + 3, 1, 2, {}))
+    window.settle()
+
+    counts = window.counts
+    assert (counts.ticks, counts.idle, counts.filtered) == (SAMPLE.samples + 3, 1, 2)
+    assert counts.lost == {"fault": SAMPLE.samples}
+    assert counts.mismatch == 0
+
+
 @pytest.mark.parametrize(
     ("stop", "kernel_stop", "counted"),
     [

@@ -1,0 +1,61 @@
+"""What a recorder loses when the machine refuses it something, and how that is counted."""
+
+import resource
+import time
+from pathlib import Path
+
+import pytest
+
+from bpf.sampler import Sampler, SamplerConfig
+from profiler.agent.agent import BpfCost
+from profiler.agent.recorder import Recorder
+
+
+def spin_until(is_true) -> None:
+    deadline = time.monotonic() + 30
+    while not is_true():
+        assert time.monotonic() < deadline, "waited in vain"
+
+
+@pytest.mark.kernel
+def test_ticks_that_were_drained_are_counted_although_no_file_can_be_opened(tmp_path: Path) -> None:
+    """They are not in the kernel any more: a fault has lost them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Recorder(SamplerConfig(frequency_hz=499), tmp_path) as recorder:
+        recorder.start()
+        began = time.thread_time()
+        spin_until(lambda: time.thread_time() - began > 0.5)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                recorder.close_window()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+        counts = recorder.close_window().accounting
+
+    assert counts.lost["fault"] > 0
+    assert counts.mismatch == 0
+
+
+@pytest.mark.kernel
+def test_measuring_bpf_leaves_nothing_open_when_it_fails() -> None:
+    """As long as the kernel measures, every BPF program of the host costs more."""
+
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = descriptors()
+    with Sampler(SamplerConfig(frequency_hz=499)) as sampler:
+        cost = BpfCost(sampler)
+        cost.begin()
+        cost.begin()  # the end between them has failed
+        sampler.start()
+        began = time.thread_time()
+        spin_until(lambda: time.thread_time() - began > 0.5)
+        cost.end()
+    with pytest.raises(KeyError):
+        cost.begin()  # the sampler is closed
+
+    assert cost.ns_per_tick > 0
+    assert descriptors() == before
