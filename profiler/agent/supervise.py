@@ -8,12 +8,13 @@ import os
 import stat
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from signal import SIGKILL
 
 _RESTART_S = (1.0, 60.0)
-"""How soon an uploader that has died is started again: at first, and at most."""
+"""How soon a child that has died is started again: at first, and at most. One that has run for
+longer than that begins anew."""
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,9 @@ def _check_folder(path: Path, found: os.stat_result, *, is_own: bool) -> None:
             raise RefusedError(f"cannot use {path} for the agent's lock: it is a link (remove it)")
         found = path.stat()
     if not stat.S_ISDIR(found.st_mode):
-        raise RefusedError(f"cannot use {path} for the agent's lock: it is no folder (remove it)")
+        raise RefusedError(
+            f"cannot use {path} for the agent's lock: it is not a folder (remove it)"
+        )
     if found.st_uid not in ({os.geteuid()} if is_own else {0, os.geteuid()}):
         raise RefusedError(
             f"cannot use {path} for the agent's lock: it belongs to user {found.st_uid} (remove it,"
@@ -112,13 +115,19 @@ class Child:
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name
         self._command = command
         self._environment = environment
+        self._monotonic_s = monotonic_s
         self._restart_s = _RESTART_S[0]
         self._restart_at = 0.0
+        self._started_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._is_asked = False
         self.starts = 0
@@ -130,17 +139,20 @@ class Child:
 
     def supervise(self) -> None:
         """Start it if it does not run and its time has come."""
-        now = time.monotonic()
+        now = self._monotonic_s()
         if self._process and self._process.poll() is not None:
             self.status = self._process.returncode
             log.warning("lost the %s status=%s", self._name, self.status)
             self._end_group()
+            if now - self._started_at > _RESTART_S[1]:
+                self._restart_s = _RESTART_S[0]
             self._restart_at = now + self._restart_s
             self._restart_s = min(2 * self._restart_s, _RESTART_S[1])
         if self._process is None and now >= self._restart_at:
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, env=self._environment, process_group=0
             )
+            self._started_at = now
             self.starts += 1
 
     def ask_to_end(self) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from profiler.agent import status
 from profiler.agent.status import NoAgentError, StatusSocket
-from profiler.agent.supervise import RefusedError, host_lock
+from profiler.agent.supervise import Child, RefusedError, host_lock
 
 
 @pytest.fixture
@@ -153,3 +153,28 @@ def test_an_agent_of_another_user_is_not_believed():
         os.waitpid(child, 0)
 
     assert code == 0
+
+
+def test_a_child_that_dies_at_once_is_started_less_and_less_often():
+    """And soon again once it has run for a while: it may die for another reason every day."""
+    now_s = 0.0
+    child = Child("child", ["sleep", "60"], monotonic_s=lambda: now_s)
+
+    def pause_after(run_s: float) -> float:
+        """Let it run for so long and die; return how long it takes until it is started again."""
+        nonlocal now_s
+        now_s += run_s
+        starts, died_s = child.starts, now_s
+        os.kill(child.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        while child.starts == starts:
+            child.supervise()
+            now_s += 0.5
+        return now_s - 0.5 - died_s
+
+    child.supervise()
+    try:
+        assert [pause_after(1) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+        assert [pause_after(3_600), pause_after(3_600), pause_after(1)] == [1, 1, 2]
+    finally:
+        child.end(0)
