@@ -12,6 +12,7 @@ is run less often. A window that cannot be stored is counted in the next one.
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -39,8 +40,6 @@ SCHEMA = 1
 LONGEST_WINDOW_S = 3598
 """A store takes an hour, from one full second to another. Only a process that was stopped or frozen
 for so long has longer ones, and they are cut."""
-MIN_INTERVAL_S = 5
-MAX_INTERVAL_S = 1800
 
 KEEP_S = 2 * 86400
 KEEP_BYTES = 5_000_000_000
@@ -91,8 +90,7 @@ def _uploader_command(options: AgentOptions) -> list[str]:
         shortest_s = options.first_interval_s or options.interval_s
         command.append(f"--jitter-s={shortest_s * _JITTER_SHARE}")
     else:
-        command.append(f"--keep-s={int(options.keep_s or KEEP_S)}")
-        command.append(f"--keep-bytes={options.keep_bytes or KEEP_BYTES}")
+        command += kept_arguments(options)
     if options.metrics_listen:
         command.append(f"--metrics-listen={options.metrics_listen}")
         command.append(f"--run-folder={options.run_folder}")
@@ -101,6 +99,12 @@ def _uploader_command(options: AgentOptions) -> list[str]:
 
 def is_directory(store: str) -> bool:
     return not store.startswith("s3://")
+
+
+def kept_arguments(options: AgentOptions) -> list[str]:
+    """Return how much of a directory is kept, as the uploader and the service are told it."""
+    keep_s = math.ceil(options.keep_s or KEEP_S)  # 0 would keep everything
+    return [f"--keep-s={keep_s}", f"--keep-bytes={options.keep_bytes or KEEP_BYTES}"]
 
 
 class BpfCost:

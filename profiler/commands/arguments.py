@@ -32,9 +32,10 @@ def frequency_hz(text: str) -> int:
 def size_bytes(text: str) -> int:
     """Parse `512MB`, `5GB`, `1000000` (bytes); units are decimal."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(kB|MB|GB|TB|)", text)
-    if not match or float(match[1]) == 0:
+    scale = 1000 ** ("", "kB", "MB", "GB", "TB").index(match[2]) if match else 0
+    if not match or float(match[1]) * scale < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size (try 512MB or 5GB)")
-    return int(float(match[1]) * 1000 ** ("", "kB", "MB", "GB", "TB").index(match[2]))
+    return int(float(match[1]) * scale)
 
 
 def label_names(text: str) -> tuple[str, ...]:

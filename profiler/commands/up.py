@@ -255,8 +255,7 @@ def service_command(
     if options.endpoint:
         serve.append(f"--s3-endpoint={options.endpoint}")
     if agent.is_directory(store):
-        serve.append(f"--keep-s={int(options.keep_s or agent.KEEP_S)}")
-        serve.append(f"--keep-bytes={options.keep_bytes or agent.KEEP_BYTES}")
+        serve += agent.kept_arguments(options)
     return [*confine, "--", *serve]
 
 

@@ -70,6 +70,16 @@ def test_dashes_without_a_command_are_refused(capsys) -> None:
     assert capsys.readouterr().err.endswith("error: name the command to run after --\n")
 
 
+@pytest.mark.parametrize("size", ["0", "0.5", "0.0001kB", "1GiB", "-1", ""])
+def test_a_size_that_is_not_even_a_byte_is_refused(size: str, capsys) -> None:
+    """It is not taken for no limit."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["agent", f"--keep-bytes={size}"])
+
+    assert ended.value.code == 2
+    assert f"{size!r} is not a size" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

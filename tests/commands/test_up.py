@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from profiler.agent.agent import AgentOptions
+from profiler.agent.agent import AgentOptions, kept_arguments
 from profiler.agent.window import Edges
 from profiler.commands.up import (
     ServiceAndDemo,
@@ -376,6 +376,13 @@ def agent_options(folder: Path) -> AgentOptions:
         metrics_listen="",
         rules=Rules(),
     )
+
+
+def test_less_than_a_second_is_not_for_ever(tmp_path) -> None:
+    """The uploader and the service take 0 s for no limit at all."""
+    options = replace(agent_options(tmp_path), keep_s=0.5)
+
+    assert kept_arguments(options) == ["--keep-s=1", "--keep-bytes=5000000000"]
 
 
 def test_secrets_of_the_environment_stay_with_the_uploader(tmp_path, monkeypatch) -> None:
