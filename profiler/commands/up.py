@@ -97,6 +97,26 @@ def tell(*lines: str) -> None:
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
+def hand_over(folder: Path, account: pwd.struct_passwd) -> None:
+    """Make a folder the account's alone. A link is not followed: it could lead anywhere.
+
+    Raises:
+        RefusedError: it is a link, or not a folder.
+    """
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        reason = "it is a link" if folder.is_symlink() else error.strerror
+        raise RefusedError(
+            f"cannot use the cache folder {folder}: {reason} (remove it, or set EVERFLAME_CACHE)"
+        ) from error
+    try:
+        os.fchmod(fd, 0o700)
+        os.fchown(fd, account.pw_uid, account.pw_gid)
+    finally:
+        os.close(fd)
+
+
 def free_address(listen: str) -> tuple[str, int]:
     """Return the address to listen on; a port of 0 becomes one that is free.
 
@@ -143,8 +163,7 @@ class ServiceAndDemo(ChildProcesses):
         self._cache.mkdir(parents=True, exist_ok=True)
         if os.geteuid() == 0:
             account = pwd.getpwnam(self._user)
-            self._cache.chmod(0o700)
-            os.chown(self._cache, account.pw_uid, account.pw_gid)
+            hand_over(self._cache, account)
             # So that the page can show the agent's status; root may connect all the same.
             os.chown(self._options.run_folder / "agent.sock", account.pw_uid, -1)
         tell(agent.greeting(self._options))

@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 
 from profiler.agent.agent import AgentOptions, kept_arguments
+from profiler.agent.supervise import RefusedError
 from profiler.agent.window import Edges
 from profiler.commands.up import (
     ServiceAndDemo,
     directions,
     free_address,
+    hand_over,
     service_environment,
     service_user,
 )
@@ -376,6 +378,23 @@ def agent_options(folder: Path) -> AgentOptions:
         metrics_listen="",
         rules=Rules(),
     )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder away")
+def test_a_link_in_the_place_of_the_cache_is_not_handed_over(tmp_path) -> None:
+    """What it leads to stays as it is; a folder becomes the service's alone."""
+    nobody = pwd.getpwnam("nobody")
+    precious, cache = tmp_path / "precious", tmp_path / "cache"
+    precious.mkdir(mode=0o755)
+    (tmp_path / "link").symlink_to(precious)
+    cache.mkdir(mode=0o755)
+
+    hand_over(cache, nobody)
+    with pytest.raises(RefusedError, match="it is a link"):
+        hand_over(tmp_path / "link", nobody)
+
+    assert (cache.stat().st_uid, cache.stat().st_mode & 0o777) == (nobody.pw_uid, 0o700)
+    assert (precious.stat().st_uid, precious.stat().st_mode & 0o777) == (0, 0o755)
 
 
 def test_less_than_a_second_is_not_for_ever(tmp_path) -> None:
