@@ -101,7 +101,7 @@ def describe(exe: bytes, arguments: Sequence[bytes], comm: bytes, cwd: bytes) ->
         arguments = first.split()
     target = read(arguments[1:])
     name = target.name or (_script_name(target.script, cwd) if target.script else b"")
-    if not name and _SHELL.fullmatch(program) and program == b"busybox":
+    if not name and program == b"busybox":
         name = comm
     return Program(
         readable(name or program),

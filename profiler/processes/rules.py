@@ -84,9 +84,10 @@ def load_rules(path: Path) -> Rules:
     """
     try:
         with path.open("rb") as file:
-            text = file.read(_MAX_FILE_BYTES + 1).decode()
-        if len(text) > _MAX_FILE_BYTES:
+            read = file.read(_MAX_FILE_BYTES + 1)
+        if len(read) > _MAX_FILE_BYTES:
             raise RuleError(f"cannot read rules {path}: it is larger than 1 MiB")
+        text = read.decode()
         content = tomllib.loads(text)
     except OSError as error:
         raise RuleError(f"cannot read rules {path}: {error.strerror}") from error

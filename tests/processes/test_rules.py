@@ -39,6 +39,12 @@ def test_rules_are_read_in_order(write) -> None:
     assert rules.version_variables == ("RELEASE",)
 
 
+def test_a_file_that_is_too_large_is_refused_and_not_cut(write) -> None:
+    """Whatever its characters: half of its rules would name half of the services."""
+    with pytest.raises(RuleError, match="larger than 1 MiB"):
+        load_rules(write(f"# {'é' * (600 << 10)}\n{RULES}"))
+
+
 def test_rule_matches_when_all_its_keys_do(write) -> None:
     """One key that does not match is enough for the rule not to."""
     rule = load_rules(write(RULES)).services[1]
