@@ -1,7 +1,6 @@
 """Window: when it ends, what is counted until then, and whether its ticks are as expected."""
 
 import math
-import os
 import resource
 import time
 from collections import Counter
@@ -14,13 +13,13 @@ from bpf import perf_event
 from bpf.sampler import SamplerConfig
 from bpf.samples import Drain, RawSample
 from profiler.agent.frames import Numbers
+from profiler.processes.generations import TICK_NS
 from storage.profile import GOOD_STOPS, Accounting, Host, Labels, Loss, ProfileBuilder, Window
 
 _LATE_NS = 2_000_000_000
 """A window that is closed so late does not end at its edge: the ticks since then are in it."""
 _FIRST_NS = 60_000_000_000
 """For how long windows are as short as the first one was asked to be."""
-_TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 _STAT = Path("/proc/stat")
 _IDLE_SLACK_NS = 100_000_000
 """By how much idle time may exceed the time that passed: both are rounded to ticks of 10 ms."""
@@ -312,7 +311,7 @@ def parse_idle(stat: str) -> dict[int, int]:
         name, *fields = line.split()
         if name.startswith("cpu") and name != "cpu":
             idle, iowait, steal = int(fields[3]), int(fields[4]), int(fields[7])
-            idle_ns[int(name[3:])] = (idle + iowait + steal) * _TICK_NS
+            idle_ns[int(name[3:])] = (idle + iowait + steal) * TICK_NS
     return idle_ns
 
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from bpf.sampler import SamplerConfig
@@ -23,6 +22,7 @@ from profiler.agent.supervise import RefusedError
 from profiler.agent.window import deviation
 from profiler.commands import arguments, outputs
 from profiler.formats import export
+from profiler.processes.generations import list_processes, read_stat
 from profiler.text import StatusLine
 from storage.profile import Accounting, Profile
 
@@ -225,27 +225,17 @@ def _is_foreground() -> bool:
         return False
 
 
-def _state_and_parent(pid: int) -> tuple[bytes, int] | None:
-    """Read /proc/PID/stat (proc_pid_stat(5)); None when there is no such process."""
-    try:
-        # The name in parentheses may hold anything, so fields are counted from its end.
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return fields[0], int(fields[1])
-
-
 def _is_running(pid: int) -> bool:
-    """Return whether the process exists and is not a zombie."""
-    found = _state_and_parent(pid)
-    return found is not None and found[0] not in (b"Z", b"X")
+    """Return whether any thread of the process runs, though its first one may have exited."""
+    stat = read_stat(pid)
+    return stat is not None and not stat.is_dead
 
 
 def _with_descendants(roots: Iterable[int]) -> set[int]:
     children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        if stat := _state_and_parent(int(path.name)):
-            children.setdefault(stat[1], []).append(int(path.name))
+    for pid in list_processes():
+        if stat := read_stat(pid):
+            children.setdefault(stat.parent_pid, []).append(pid)
     found: set[int] = set()
     pending = list(roots)
     while pending:

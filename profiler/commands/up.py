@@ -28,6 +28,7 @@ from profiler.agent.recorder import default_cache
 from profiler.agent.supervise import Child, RefusedError
 from profiler.commands import arguments, demo
 from profiler.commands.agent import add_always_on, agent_options
+from profiler.processes.generations import TICK_NS
 from profiler.service import addresses
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import StoreError, StoreRefused
@@ -239,9 +240,8 @@ def _cost_of(pid: int) -> dict[str, int]:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return {}
-    tick_ns = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
     return {
-        "cpu_ns": (int(fields[11]) + int(fields[12])) * tick_ns,
+        "cpu_ns": (int(fields[11]) + int(fields[12])) * TICK_NS,
         "rss_bytes": int(fields[21]) * os.sysconf("SC_PAGESIZE"),
     }
 

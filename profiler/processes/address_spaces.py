@@ -37,6 +37,7 @@ from bpf.records import (
     Rings,
     decode_task,
 )
+from profiler.processes.generations import TICK_NS, parse_stat
 from profiler.processes.mapping_log import EXITED, NEVER_NS, RECORD_BYTES, Base, MappingLog, time_of
 from symbolizer.maps import Mapping, MappingTable, parse_maps
 
@@ -50,7 +51,6 @@ MAX_LOG_BYTES = 16 << 20
 processes need a snapshot, and `dropped_logs` says how many they were."""
 
 _FOLD_RECORDS = 64  # JIT compilers may map without end: longer logs are folded into the base
-_TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
 class AddressSpaces:
@@ -305,17 +305,17 @@ class AddressSpaces:
             self._ended.append(process)
         if mappings is None or not is_same or self._current.get(process.pid) is not process:
             return None
-        if start_ns is not None and start_ns // _TICK_NS != start_ticks:
+        if start_ns is not None and start_ns // TICK_NS != start_ticks:
             return None
         return Base(MappingTable.of(mappings), begin_ns, end_ns)
 
     def _start_ticks(self, pid: int) -> int | None:
-        """Return starttime, field 22 of /proc/PID/stat, unique to a pid (proc_pid_stat(5))."""
+        """Return when it started, which is unique to a pid."""
         try:
             stat = Path(f"{self._proc}/{pid}/stat").read_bytes()
         except OSError:
             return None
-        return int(stat.rpartition(b")")[2].split()[19])
+        return parse_stat(stat).start_ticks
 
     def _read_maps(self, process: "MappingLog") -> list[Mapping] | None:
         """Read the mappings, from another thread when the first one has exited.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from profiler.processes.instances import Instance
 
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
-"""The unit of starts in /proc/PID/stat."""
+"""The unit of times in /proc/PID/stat and /proc/stat."""
 
 _MAX_BYTES = 64 << 10
 _PF_KTHREAD = 0x0020_0000  # include/linux/sched.h

@@ -54,6 +54,21 @@ def modules(profile: Profile) -> set[str]:
     return {frame.module for i in range(len(profile.locations)) for frame in profile.frames(i)}
 
 
+def test_a_process_is_recorded_as_long_as_any_thread_runs(tmp_path) -> None:
+    """Its first one may have ended before; that leaves a zombie in its place."""
+    program = compile_target("generations.c", tmp_path / "program", "-O2", "-pthread")
+    with running(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdin.write(b"leave-to-thread\n")
+        process.stdin.flush()
+        assert int(process.stdout.readline()) == process.pid
+
+        result = everflame("record", "-p", f"{process.pid}", "--for", "2s", "-o", "x.pb.gz",
+                           cwd=tmp_path)  # fmt: skip
+
+    assert result.returncode == 0, result.stderr
+    assert read_bytes((tmp_path / "x.pb.gz").read_bytes()).profile.accounting.profiled_ns > 2e9
+
+
 def test_every_format_holds_the_same_profile(split, tmp_path) -> None:
     """One recording, five files, one total."""
     outputs = [
