@@ -28,9 +28,9 @@ from bpf.sampler import Sampler, SamplerConfig
 from profiler.agent.guard import Guard
 from profiler.agent.recorder import Recorder
 from profiler.agent.signals import ENDING, Signals
-from profiler.agent.status import StatusSocket, uploader_state
+from profiler.agent.status import StatusSocket, rss_bytes, uploader_state
 from profiler.agent.supervise import Child, RefusedError, host_lock
-from profiler.agent.window import Edges, deviation, rss_bytes
+from profiler.agent.window import Edges, deviation
 from profiler.processes.rules import Rules
 from storage.objects.open import default_store_url
 from storage.profile import GOOD_STOPS, Accounting, Profile

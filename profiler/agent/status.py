@@ -1,7 +1,8 @@
-"""The status of a running agent, asked on its Unix socket."""
+"""The status of a running agent, asked on its Unix socket, and what it has of its processes."""
 
 import contextlib
 import os
+import resource
 import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -12,9 +13,11 @@ from typing import Any, Self
 import orjson
 
 _SOCKET = "agent.sock"
-_UPLOADER_STATE = "uploader.json"
+UPLOADER_STATE = "uploader.json"
+"""The file in the spool in which the uploader says what it does."""
 _TIMEOUT_S = 5.0
 _LIMIT_BYTES = 1 << 20
+"""Of an answer; ours have a few KB."""
 
 
 class NoAgentError(Exception):
@@ -105,8 +108,8 @@ def ask(run_folder: Path) -> dict[str, Any]:
             client.settimeout(_TIMEOUT_S)
             client.connect(path)
             _check_peer(client)
-            content = b"".join(iter(lambda: client.recv(1 << 16), b""))
-        answer: dict[str, Any] = orjson.loads(content[:_LIMIT_BYTES])
+            with client.makefile("rb") as stream:
+                answer: dict[str, Any] = orjson.loads(stream.read(_LIMIT_BYTES))
     except PermissionError:
         raise NoAgentError("cannot ask the agent: it runs as another user (try sudo)") from None
     except (FileNotFoundError, ConnectionRefusedError):
@@ -118,6 +121,8 @@ def ask(run_folder: Path) -> dict[str, Any]:
 
 def _check_peer(client: socket.socket) -> None:
     """Believe an agent of root or of this user only: in /tmp anybody may listen in its place.
+
+    Root believes any: the folder is root's alone, unless EVERFLAME_RUN names that of a user.
 
     Raises:
         NoAgentError: it is another user's.
@@ -131,7 +136,13 @@ def _check_peer(client: socket.socket) -> None:
 def uploader_state(spool: Path) -> dict[str, Any]:
     """Read what the uploader last wrote of itself; nothing where it has not written yet."""
     try:
-        state = orjson.loads((spool / _UPLOADER_STATE).read_bytes())
+        state = orjson.loads((spool / UPLOADER_STATE).read_bytes())
     except (OSError, orjson.JSONDecodeError):
         return {}
     return state if isinstance(state, dict) else {}
+
+
+def rss_bytes() -> int:
+    """Return the resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()

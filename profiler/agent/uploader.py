@@ -31,6 +31,7 @@ import orjson
 
 from profiler.agent import metrics
 from profiler.agent.signals import Signals
+from profiler.agent.status import UPLOADER_STATE, rss_bytes
 from storage.objects.directory import DirectoryStore, make_folder
 from storage.objects.keys import NS_PER_S, ObjectKey, ObjectStore, StoreError, StoreRefused
 from storage.objects.open import open_store
@@ -38,8 +39,6 @@ from storage.objects.tenant import TenantStore
 from storage.objects.tenant_key import make_tenant_key
 from storage.spool import upload_queue
 from storage.spool.upload_queue import SpooledProfile, UploadQueue
-
-STATE_FILE = "uploader.json"
 
 PARALLEL_PUTS = 4
 _BATCH = 256
@@ -356,9 +355,9 @@ class Uploader:
         self._written_s, self._written_counts = now_s, counts
         state.pending, state.pending_bytes = upload_queue.usage(self._options.spool)
         state.cpu_ns = time.process_time_ns()
-        state.rss_bytes = _rss_bytes()
+        state.rss_bytes = rss_bytes()
         state.written_ns = self._clock.now_ns()
-        path = self._options.spool / STATE_FILE
+        path = self._options.spool / UPLOADER_STATE
         partial = path.with_suffix(".partial")
         try:
             partial.write_bytes(orjson.dumps({"schema": 1, **asdict(state)}))
@@ -389,11 +388,6 @@ class _SystemClock:
                 self._is_ending = True
             if met is None or (self._is_ending and not was_ending):
                 return self._is_ending
-
-
-def _rss_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE")
 
 
 def main() -> int:

@@ -1,7 +1,6 @@
 """Window: when it ends, what is counted until then, and whether its ticks are as expected."""
 
 import math
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from bpf import perf_event
 from bpf.sampler import SamplerConfig
 from bpf.samples import Drain, RawSample
 from profiler.agent.frames import Numbers
+from profiler.agent.status import rss_bytes
 from profiler.processes.generations import TICK_NS
 from storage.profile import GOOD_STOPS, Accounting, Host, Labels, Loss, ProfileBuilder, Window
 
@@ -313,11 +313,6 @@ def parse_idle(stat: str) -> dict[int, int]:
             idle, iowait, steal = int(fields[3]), int(fields[4]), int(fields[7])
             idle_ns[int(name[3:])] = (idle + iowait + steal) * TICK_NS
     return idle_ns
-
-
-def rss_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 def deviation(counts: Accounting, config: SamplerConfig) -> str:

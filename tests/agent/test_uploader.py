@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from profiler.agent.uploader import STATE_FILE, Uploader, UploaderOptions
+from profiler.agent.status import UPLOADER_STATE
+from profiler.agent.uploader import Uploader, UploaderOptions
 from storage.formats import pprof
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import (
@@ -154,7 +155,7 @@ def start_s(key: str) -> int:
 
 
 def read_state(spool: Path) -> dict[str, object]:
-    state: dict[str, object] = json.loads((spool / STATE_FILE).read_bytes())
+    state: dict[str, object] = json.loads((spool / UPLOADER_STATE).read_bytes())
     return state
 
 
@@ -596,7 +597,7 @@ def test_sigterm_ends_it_after_what_is_waiting(tmp_path: Path) -> None:
     """Exit status 0; the long jitter is not waited for."""
     spool = filled(tmp_path, *range(20))
     with running(*command(spool, f"{tmp_path}/store", "--jitter-s=3000")) as process:
-        wait_for((spool / STATE_FILE).exists, "the first state")
+        wait_for((spool / UPLOADER_STATE).exists, "the first state")
 
         process.terminate()
 
@@ -632,7 +633,7 @@ def test_it_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     )
     parent = [sys.executable, "-c", script]
     with running(*parent, *command(spool, f"{tmp_path}/store")) as process:
-        wait_for((spool / STATE_FILE).exists, "the first state")
+        wait_for((spool / UPLOADER_STATE).exists, "the first state")
         pid = read_state(spool)["pid"]
 
         process.kill()
