@@ -1,4 +1,4 @@
-"""The status of a running agent, asked on its Unix socket, and what it has of its processes."""
+"""The status of a running agent, asked on its Unix socket, and of its uploader, from a file."""
 
 import contextlib
 import os

@@ -152,7 +152,8 @@ def _judged(
     sides = before.samples.sum(axis=0), after.samples.sum(axis=0)
     found = verdict.judge(now, sides, noise) if noise else _undecided(now)
     common = verdict.judge_common(now, noise)
-    selfs = before.self_values.sum(axis=0), after.self_values.sum(axis=0)
+    costs = before.self_values.sum(axis=0), after.self_values.sum(axis=0)
+    wholes = [max(1.0, float(part.sum())) for part in costs]
     totals = before.total_values.sum(axis=0), after.total_values.sum(axis=0)
     present = float(before.present_s.sum()), float(after.present_s.sum())
     functions = []
@@ -160,12 +161,12 @@ def _judged(
         if not totals[0][i] and not totals[1][i]:
             continue
         ratio, low, high = (float(each[i]) for each in (found.ratios, found.low, found.high))
-        cores = [float(part[i]) / 1e9 / span for part, span in zip(selfs, present, strict=True)]
-        shares = [float(part[i] / max(1.0, part.sum())) for part in selfs]
+        cores = [float(part[i]) / 1e9 / span for part, span in zip(costs, present, strict=True)]
+        shares = [float(part[i]) / whole for part, whole in zip(costs, wholes, strict=True)]
         functions.append(
             Function(
                 frame=frame,
-                self=(float(selfs[0][i]), float(selfs[1][i])),
+                self=(float(costs[0][i]), float(costs[1][i])),
                 total=(float(totals[0][i]), float(totals[1][i])),
                 cores=_spread(cores[0], cores[1], ratio, low, high),
                 share=_spread(shares[0], shares[1], ratio, low, high),
