@@ -1,11 +1,12 @@
 """The `everflame` command: parses the command line and runs the command that it names.
 
-Data go to stdout, messages to stderr. Exit codes: 0 fine, 1 a check failed, 2 usage or I/O.
+Data go to stdout, messages to stderr. Exit codes: 0 fine, 1 a regression or a failed check,
+2 usage, I/O or nothing selected, 3 inconclusive (only with --strict).
 
 Each command is a module of `profiler.commands` with `add_arguments(parser)` and `run(options)`.
 Only that of the command on the command line is imported, so that `--help` does not wait for numpy.
-One that gives `--` a meaning of its own has `split_arguments(arguments)` as well, which returns the
-arguments that argparse is to read and the values of those that it is not.
+A command for which `--` means something else has `split_arguments(arguments)` as well, which
+returns the arguments that argparse is to read and the values of those that it is not.
 """
 
 import argparse

@@ -2,8 +2,7 @@
 
 Two processes. This one samples, names, closes windows and writes them into the spool; it holds no
 credentials and opens no connection. The other (`profiler.agent.uploader`) sends what lies in the
-spool. What happens to the store, the network or the credentials is therefore nothing to the
-sampling.
+spool. So nothing that happens to the store, the network or the credentials stops the sampling.
 
 The outer loop is the one place that survives a failure. Each stage of it fails by itself: a drain
 that fails is counted as lost (`fault`), windows still close, and a stage that fails again and again
@@ -46,10 +45,10 @@ KEEP_BYTES = 5_000_000_000
 """What a directory keeps by default, whichever comes first; a bucket has lifecycle rules."""
 
 _JITTER_SHARE = 0.2
-"""Of the interval: hosts close their windows at the same moment, and must not all send then. A
-directory is no other host's."""
+"""Of the interval: hosts close their windows at the same moment, and must not all send then. There
+is no jitter for a directory, which only this host writes to."""
 _ALARM_AFTER = 3
-"""Windows in a row whose ticks differ from the kernel's own account of busy time."""
+"""So many windows in a row whose ticks differ from the kernel's own CPU times raise the alarm."""
 _UPLOADER_GRACE_S = 15.0
 _STAGES = ("processes", "status", "uploader", "child processes", "drain", "cost")
 """Those of the loop, besides the closing of windows."""

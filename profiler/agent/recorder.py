@@ -1,8 +1,8 @@
 """From ticks to profiles: the pipeline that every recording command runs.
 
 Each second: drain the kernel's maps, bring the processes up to date, find out where each address
-lies, and count the stack. Names are looked up when a window is closed, once per place; what dies
-with its process was put aside when it was first seen.
+lies, and count the stack. Names are looked up when a window is closed, once per place; those that
+end with their process were kept when it was first seen.
 """
 
 import contextlib
@@ -194,7 +194,7 @@ class Recorder:
 
     @property
     def drain_period_s(self) -> float:
-        """How long a step may wait where nobody looks on: fewer, larger steps cost less."""
+        """How long a step may wait if nobody watches: fewer, larger steps cost less."""
         lasts_s = self.config.lasts_s(len(perf_event.online_cpus()))
         return min(_LONGEST_DRAIN_PERIOD_S, max(DRAIN_PERIOD_S, lasts_s))
 

@@ -146,7 +146,7 @@ class Unwinding:
                 self._answer(request)
 
     def note(self, groups: Mapping[MappingTable, Sequence[RawSample]]) -> None:
-        """Follow the sampled processes: whoever mapped more gets it."""
+        """Follow the sampled processes: those that have mapped more get another address space."""
         for mappings, samples in groups.items():
             for sample in samples:
                 known = self._known.get(sample.pid)

@@ -346,7 +346,7 @@ class Uploader:
         self._next_retention_s = start_s + pause_s
 
     def _write_state(self, *, is_last: bool = False) -> None:
-        """Write the state where it was not written for a while; a full disk is no reason to end."""
+        """Write the state if it is time for it; a full disk does not end the process."""
         state, now_s = self.state, self._clock.monotonic_s()
         counts = (state.uploaded, state.duplicates, state.failed, state.damaged, state.expired)
         interval_s = _STATE_INTERVAL_S if counts == self._written_counts else _POLL_S

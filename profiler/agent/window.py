@@ -47,7 +47,7 @@ class Edges:
         self.begin()
 
     def begin(self) -> None:
-        """Look for the next edge; one that is less than a second away is left to the window."""
+        """Find the next edge; one that is less than a second away is skipped."""
         self._begun_ns, self._begun_monotonic_ns = self._wall_ns(), self._monotonic_ns()
         self.edge_ns = self._next_multiple(self._interval_ns)
         if self._begun_monotonic_ns < self._first_until_ns:
@@ -186,7 +186,7 @@ class OpenWindow:
 
     @property
     def window(self) -> Window:
-        """From edge to edge, where there are any; else by the clock that nobody can set."""
+        """From edge to edge if there are edges, otherwise by the monotonic clock."""
         ended = self._ended or self._now()
         return Window(self.start_ns, self._end_ns or self.start_ns + ended.since(self.begun))
 

@@ -1,7 +1,7 @@
 """`everflame completion`: the script with which a shell completes commands and options.
 
-The shell then calls everflame with _ARGCOMPLETE set whenever it wants to complete a word; `main`
-lets argcomplete answer, from the same parsers that read a command line.
+The shell then calls everflame with _ARGCOMPLETE set to complete a word; `main` lets argcomplete
+respond, from the same parsers that read a command line.
 """
 
 import argparse

@@ -11,9 +11,7 @@ from profiler.commands import arguments
 from profiler.commands.selection import Selection, selected
 from profiler.comparison.announcements import announce
 from profiler.comparison.deployments import FoundDeployments, deployments_in
-from profiler.comparison.rollouts import (
-    Deployment,
-)
+from profiler.comparison.rollouts import Deployment
 from profiler.text import in_columns, listed
 from profiler.times import from_until, parse_time, rfc3339, whole_second
 from storage.objects.open import open_tenant
@@ -76,9 +74,10 @@ def _add(options: argparse.Namespace) -> int:
         raise ValueError("deployments add: remove --from, --until, -q and --json")
     store = open_tenant(options.store, options.s3_endpoint or None)
     at_ns = parse_time(options.at, time.time_ns())
-    said = announce(store, options.service, options.version, at_ns)
+    announced = announce(store, options.service, options.version, at_ns)
     print(
-        f"announced {said.service} {said.version} at {rfc3339(said.at_ns)} in {store}",
+        f"announced {announced.service} {announced.version} at {rfc3339(announced.at_ns)}"
+        f" in {store}",
         file=sys.stderr,
     )
     return 0

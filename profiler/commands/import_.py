@@ -142,11 +142,11 @@ def import_files(
         make_tenant_key(store.store, store.tenant)
         key, is_new = store.put_profile(profile, content)
         print(key.text)
-        told = counted(profile.total_samples, "sample")
+        samples = counted(profile.total_samples, "sample")
         if reading.profile.type == "samples":
-            told += f" of {quantity(profile.period_ns, 'nanoseconds')}"
-            told += f" (-F {options.frequency_hz})" if reading.scale == 1 else ""
-        print(f"{file}: {told}{'' if is_new else ', was there already'}", file=sys.stderr)
+            samples += f" of {quantity(profile.period_ns, 'nanoseconds')}"
+            samples += f" (-F {options.frequency_hz})" if reading.scale == 1 else ""
+        print(f"{file}: {samples}{'' if is_new else ', was there already'}", file=sys.stderr)
         if profile.type != "cpu":
             print(
                 f"{file}: its values are {profile.type} in {profile.unit}, not CPU time;"

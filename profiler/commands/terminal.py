@@ -1,6 +1,6 @@
 """Profiles in a terminal: the table of functions, and a flame graph of coloured cells.
 
-Everything gives text without a final line end, cut to a width in cells. Names hold no control
+Everything returns text without a final line end, cut to a width in cells. Names hold no control
 characters (`symbolizer.text.readable`), so what is printed cannot steer the terminal.
 """
 
@@ -37,7 +37,7 @@ _RESET = "\x1b[0m"
 
 
 def width(stream: TextIO) -> int:
-    """Return the terminal's width, or a fixed one where the stream is no terminal."""
+    """Return the terminal's width, or a fixed one if the stream is not a terminal."""
     if not stream.isatty():
         return _WIDTH_WITHOUT_TERMINAL
     return max(20, shutil.get_terminal_size((_WIDTH_WITHOUT_TERMINAL, 24)).columns)

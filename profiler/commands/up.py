@@ -133,7 +133,7 @@ def free_address(listen: str) -> tuple[str, int]:
 
 
 class ServiceAndDemo(ChildProcesses):
-    """The service, and the demo where it is wanted, in the agent's loop."""
+    """The service, and the demo if it is asked for, in the agent's loop."""
 
     def __init__(
         self,

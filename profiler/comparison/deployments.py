@@ -76,12 +76,12 @@ def deployments_in(
     presence = query.presence(around, of_others)
     services = {dict(labels).get("service", "") for labels in presence.label_sets} - {""}
     sightings = Sightings.of(presence)
-    told = list_announcements(store, around, check=check)
+    announced = list_announcements(store, around, check=check)
     # Announcements name no host: if the selector names more than the service, it must have run.
     is_wider = len(of_others.matchers) > len(of_service.matchers)
     announcements = [
         each
-        for each in told.announcements
+        for each in announced.announcements
         if of_service.accepts({"service": each.service})
         and (not is_wider or each.service in services)
     ]
@@ -110,5 +110,5 @@ def deployments_in(
         has_objects=bool(chosen) or any(True for _ in query.objects(window)),
         services=tuple(sorted(services)),
         has_versions=bool(sightings.instances),
-        skipped=(*presence.coverage.skipped, *told.skipped),
+        skipped=(*presence.coverage.skipped, *announced.skipped),
     )

@@ -177,7 +177,7 @@ def merge_announcements(
         near = [i for i, each in enumerate(known) if _is_near(each, at_ns)]
         if near:
             nearest = min(near, key=lambda i: abs(known[i].first_ns - at_ns))
-            known[nearest] = _told(known[nearest], at_ns)
+            known[nearest] = _announced(known[nearest], at_ns)
         elif not (others and _is_near(others[-1], at_ns)):
             settled_ns = at_ns + SETTLED_WINDOWS * _USUAL_WINDOW_NS
             times = (at_ns, at_ns, settled_ns)
@@ -191,7 +191,7 @@ def _is_near(deployment: Deployment, at_ns: int) -> bool:
     return deployment.first_ns - PAUSE_NS <= at_ns <= deployment.last_ns + PAUSE_NS
 
 
-def _told(deployment: Deployment, at_ns: int) -> Deployment:
+def _announced(deployment: Deployment, at_ns: int) -> Deployment:
     if deployment.source is DeploymentSource.ANNOUNCED:  # the first announcement counts
         return deployment
     window_ns = (deployment.settled_ns - deployment.last_ns) // SETTLED_WINDOWS

@@ -2,7 +2,7 @@
 
 The test compares CPU seconds per second of service time, per function and host. Its statistic is
 the logarithm of the ratio of after to before, less the *common change*, which is the median over
-the large functions: a busier service raises all functions alike, and that is no change of the code.
+the large functions: a busier service raises all functions alike, which is not a change of the code.
 
 The noise of such a ratio is measured, not assumed: from the same contrast at earlier positions of
 the same service, or between hosts. The variance of a single function is poorly known from so few

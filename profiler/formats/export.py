@@ -1,8 +1,8 @@
 """Write profiles as files: the ending of the name says the format.
 
-Every format tells the same counts. What each can hold differs: `.pb.gz` everything; `.folded` and
-`.speedscope.json` names and counts; `.svg` and `.json` a drawing, which cannot be read back. Files
-are read by `profiler.formats.reading`.
+Every format contains the same counts. What each can hold differs: `.pb.gz` everything; `.folded`
+and `.speedscope.json` names and counts; `.svg` and `.json` a drawing, which cannot be read back.
+Files are read by `profiler.formats.reading`.
 """
 
 import os

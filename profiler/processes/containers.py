@@ -51,7 +51,7 @@ _ANNOTATIONS = {
 
 
 class ContainerMiss(StrEnum):
-    """Why a runtime's file has no name. A file that does not exist is no miss."""
+    """Why a runtime's file has no name. A missing file is not a miss."""
 
     DAMAGED = "damaged runtime file"
     TOO_LARGE = "runtime file too large"
@@ -77,7 +77,7 @@ class Container(NamedTuple):
 
     @property
     def version(self) -> str:
-        """Return the image's tag, else its digest. `latest` is no version."""
+        """Return the image's tag, else its digest. `latest` is not a version."""
         name, _, digest = self.image.partition("@")
         tag = name.rpartition("/")[2].partition(":")[2]
         if name.startswith("sha256:"):

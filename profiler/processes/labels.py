@@ -1,8 +1,9 @@
 """What a sample is selected by: its thread, its process, its service instance.
 
-A pid is nothing without the start of its process: the sample's is in ns, that of /proc/PID/stat in
-ticks of 10 ms, and the two must agree. Generations of one process differ in the sample's `exec_id`
-and in the place of the stack (`startstack` in proc_pid_stat(5)), which every exec puts elsewhere.
+A pid identifies a process only together with its start: the sample's is in ns, that of
+/proc/PID/stat in ticks of 10 ms, and the two must agree. Generations of one process differ in the
+sample's `exec_id` and in the place of the stack (`startstack` in proc_pid_stat(5)), which every
+exec puts elsewhere.
 
 Samples of processes that were gone before they could be read get the labels of their cgroup, else
 of their nearest living ancestor, else their `comm` as the service.

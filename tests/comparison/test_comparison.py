@@ -29,7 +29,7 @@ RATES = 3000 / np.arange(1, FUNCTIONS + 1)
 
 
 def minute(rng, number: int, host: int, version: str, factors: dict[int, float]):
-    """A minute of a service whose functions stray by 5 % and are sampled."""
+    """A minute of a service whose functions vary by 5 % and are sampled."""
     rates = RATES * np.exp(rng.normal(0, 0.05, FUNCTIONS))
     for function, factor in factors.items():
         rates[function] *= factor

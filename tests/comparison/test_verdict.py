@@ -179,10 +179,10 @@ def test_what_different_hosts_always_differ_by_is_no_change():
 
 
 def simulate(rng, positions: int, functions: int = 60, sd: float = 0.1) -> list[Costs]:
-    """Windows of one host in which nothing changes: counted samples of rates that stray."""
+    """Windows of one host in which nothing changes: counted samples of rates that vary."""
     rates = 40_000 / np.arange(1, functions + 1)
-    strayed = rates * np.exp(rng.normal(0, sd, (2 * positions, functions)))
-    return [costs(rng.poisson(row)) for row in strayed]
+    varied = rates * np.exp(rng.normal(0, sd, (2 * positions, functions)))
+    return [costs(rng.poisson(row)) for row in varied]
 
 
 def test_unchanged_services_alarm_in_one_of_twenty_comparisons():
