@@ -8,6 +8,7 @@ count as ticks of a given rate, so that they merge with ours.
 import argparse
 import dataclasses
 import hashlib
+import os
 import secrets
 import sys
 import time
@@ -226,11 +227,12 @@ def complete(profile: Profile, file: str, options: ImportOptions, now_ns: int) -
     accounting = profile.accounting
     hosts = accounting.hosts
     if options.host or len(hosts) != 1:
-        name = readable((options.host or DEFAULT_HOST).encode())
+        name = readable(os.fsencode(options.host or DEFAULT_HOST))
         host_id = hashlib.blake2b(name.encode(), digest_size=8, key=b"everflame import")
         hosts = (Host(name, host_id.hexdigest()),)
     added = {
-        readable(name.encode()): readable(value.encode()) for name, value in options.labels.items()
+        readable(os.fsencode(name)): readable(os.fsencode(value))
+        for name, value in options.labels.items()
     }
     label_sets = tuple(make_labels({**dict(each), **added}) for each in profile.label_sets)
     length_ns = window.end_ns - window.start_ns

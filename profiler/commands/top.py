@@ -79,5 +79,5 @@ def screen(profile: Profile, *, is_screen: bool) -> str:
         f" {cores:.2f} of {counts.cpus} cores used, {counts.stored:,} samples,"
         f" {sum(counts.lost.values()):,} lost"
     )
-    table = terminal.function_table(profile, width=size.columns, limit=size.lines - 5)
+    table = terminal.function_table(profile, width=size.columns, limit=max(1, size.lines - 5))
     return f"{head[: size.columns]}\n\n{table}"

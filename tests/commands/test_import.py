@@ -88,6 +88,19 @@ def test_pprof_keeps_its_own_window_and_host(tmp_path):
     assert all(dict(labels)["team"] == "core" for labels in profile.label_sets)
 
 
+def test_names_on_the_command_line_may_be_any_bytes(tmp_path):
+    """As those in files are; Python passes bytes that are no text as surrogates."""
+    file = tmp_path / "f.folded"
+    file.write_text("main;f 3\n")
+
+    ((_, profile),) = imported(
+        tmp_path, file, "--window=now-1m..now", "--host=w\udcff", "--label=service=a\udcfe"
+    )
+
+    assert profile.accounting.hosts[0].name == "w\\xff"
+    assert dict(profile.label_sets[0])["service"] == "a\\xfe"
+
+
 def test_importing_twice_changes_nothing(tmp_path, capfd):
     """The same file under the same words is the same object."""
     file = tmp_path / "cpu.pb.gz"
