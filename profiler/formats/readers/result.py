@@ -55,11 +55,6 @@ class Reading:
     scale: int = 1
     """Counts were fractions and are multiplied by this number."""
 
-    @property
-    def has_start(self) -> bool:
-        """Return whether the file says when it was taken."""
-        return self.profile.window.start_ns > 0
-
 
 @dataclass(slots=True)
 class LeftOut:
