@@ -49,6 +49,7 @@ from profiler.service.status import About, service_status
 from profiler.service.timeline import MOST_STEPS, timeline
 from profiler.service.top_table import top_table
 from storage.objects.keys import StoreError
+from storage.query.hosts import HostSearch
 
 
 class Asked(NamedTuple):
@@ -86,6 +87,7 @@ class Service:
     ) -> None:
         self._profiles = profiles
         self._comparisons = Comparisons(profiles)
+        self._hosts = HostSearch(profiles.store)
         self._about = about
         self._prefetched = prefetched
         self._now_ns = now_ns
@@ -269,9 +271,15 @@ class Service:
     def _status(self, _given: p.NoParameters, _asked: Asked) -> Compute:
         def compute(check: Check) -> Body:
             query = self._profiles.query.interruptible(check)
-            now_ns, prefetched = self._now_ns(), self._prefetched()
             return json_body(
-                service_status(query, self._about, self._started_ns, now_ns, prefetched)
+                service_status(
+                    query,
+                    self._hosts,
+                    self._about,
+                    started_ns=self._started_ns,
+                    now_ns=self._now_ns(),
+                    prefetched=self._prefetched(),
+                )
             )
 
         return compute

@@ -13,8 +13,14 @@ from msgspec import Meta
 from profiler.agent import status
 from profiler.service.responses import SCHEMA, Count, WindowMs
 from storage.profile import Window
+from storage.query.hosts import FoundHosts, HostSearch
 from storage.query.listing import HOUR_NS
 from storage.query.query import Query
+
+_HOSTS_WITHIN_S = 0.5
+"""How long the hosts are searched for: the page waits for the status before it asks for the rest.
+Two hours of 35 hosts take a fifth of it the first time, while nothing is known."""
+_FAR_NS = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,14 @@ class PrefetchProgress:
 
 
 @dataclass(frozen=True)
+class Partial:
+    """Of what was done in time, how much, and of how much; asking again continues."""
+
+    hosts: tuple[Count, Count]
+    hours: tuple[Count, Count]
+
+
+@dataclass(frozen=True)
 class Status:
     schema: Literal[1]
     version: str
@@ -55,15 +69,29 @@ class Status:
     keep: Retention | None
     data: WindowMs | None
     hosts: Sequence[str]
+    partial: Annotated[
+        Partial | None, Meta(description="how many hosts were found in time; null: all of them")
+    ]
     agent: Annotated[dict[str, Any] | None, Meta(description="as everflame status --json")]
     ahead: PrefetchProgress | None
 
 
 def service_status(
-    query: Query, about: About, started_ns: int, now_ns: int, prefetched: Mapping[str, Any]
+    query: Query,
+    search: HostSearch,
+    about: About,
+    *,
+    started_ns: int,
+    now_ns: int,
+    prefetched: Mapping[str, Any],
 ) -> Status:
-    """Return the status of the service. The store is asked through `query`."""
+    """Return the status of the service. The store is asked through `query` and `search`.
+
+    What is stored does not matter to how long it takes: few keys are listed to find when the data
+    begin and end, and the hosts are searched for under a deadline.
+    """
     span = query.span()
+    found = _latest_hosts(query, search, span, now_ns) if span else None
     agent: dict[str, Any] | None = None
     with contextlib.suppress(status.NoAgentError):
         agent = status.ask(about.run_folder)
@@ -76,15 +104,18 @@ def service_status(
         started_ms=started_ns // 1_000_000,
         keep=Retention(about.keep_s, about.keep_bytes) if about.keep_s else None,
         data=WindowMs.of(span) if span else None,
-        hosts=_latest_hosts(query, span),
+        hosts=found.names if found else [],
+        partial=Partial(found.hosts, found.hours) if found and not found.is_complete else None,
         agent=agent,
         ahead=msgspec.convert(prefetched, PrefetchProgress) if prefetched else None,
     )
 
 
-def _latest_hosts(query: Query, span: Window | None) -> list[str]:
+def _latest_hosts(query: Query, search: HostSearch, span: Window, now_ns: int) -> FoundHosts:
     """Return the hosts of the last hour that has data."""
-    if span is None:
-        return []
-    last = Window(max(span.start_ns, span.end_ns - HOUR_NS), span.end_ns)
-    return sorted(query.label_values(last, "host"))
+    end_ns = span.end_ns
+    if end_ns > now_ns + HOUR_NS:  # a host whose clock is ahead does not hide the others
+        end_ns = max(
+            (key.end_ns for key in query.nearest_objects(Window(now_ns, _FAR_NS))), default=end_ns
+        )
+    return search.find(max(span.start_ns, end_ns - HOUR_NS), end_ns, _HOSTS_WITHIN_S)

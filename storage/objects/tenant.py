@@ -95,7 +95,7 @@ class TenantStore:
         None if there is none. Its hour is the first with a profile; that hour is in the order of
         host ids, so another host's profile may start earlier in it. One key is listed.
         """
-        return next(self._list_starts(after_ns, _FOREVER_NS, type_), None)
+        return next(self.list_starts(after_ns, _FOREVER_NS, type_), None)
 
     def newest_object(self, before_ns: int = _FOREVER_NS, type_: str = CPU) -> ObjectKey | None:
         """Return the profile that starts last, before `before_ns`; None if there is none.
@@ -110,10 +110,16 @@ class TenantStore:
         )
         if newest is None:
             return None
-        listed = self._list_starts(newest * HOUR_NS, before_ns, type_)
+        listed = self.list_starts(newest * HOUR_NS, before_ns, type_)
         return max(
             itertools.islice(listed, _NEWEST_LISTED), key=lambda key: (key.start_s, key.length_s)
         )
+
+    def list_starts(self, start_ns: int, end_ns: int, type_: str = CPU) -> Iterator[ObjectKey]:
+        """Return the profiles that start inside an interval, by hour, host and start, lazily."""
+        for _, key, _ in self._list_hours(start_ns, end_ns, {type_}):
+            if start_ns <= key.start_ns < end_ns:
+                yield key
 
     def list_all(self) -> Iterator[tuple[ObjectKey | None, StoredObject]]:
         """Return every object stored where profiles are, by key; its key is None for no profile.
@@ -160,7 +166,7 @@ class TenantStore:
         """
 
         def find_from(hour: int) -> int | None:
-            key = next(self._list_starts(hour * HOUR_NS, before_ns, type_), None)
+            key = next(self.list_starts(hour * HOUR_NS, before_ns, type_), None)
             return None if key is None else key.start_ns // HOUR_NS
 
         found, step = find_from(hour), 1
@@ -184,11 +190,6 @@ class TenantStore:
             else:
                 found = later
         return found
-
-    def _list_starts(self, start_ns: int, end_ns: int, type_: str) -> Iterator[ObjectKey]:
-        for _, key, _ in self._list_hours(start_ns, end_ns, {type_}):
-            if start_ns <= key.start_ns < end_ns:
-                yield key
 
     def _list_hours(
         self, start_ns: int, end_ns: int, types: Collection[str]

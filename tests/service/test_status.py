@@ -1,24 +1,31 @@
-"""Status and readiness over large and slow stores: few keys are listed, and it can be stopped."""
+"""Status and readiness over large and slow stores: few keys are listed, few objects are read."""
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from profiler.service.app import Service
 from profiler.service.connections import Server
 from profiler.service.merged import MergedProfiles
 from profiler.service.status import About
-from storage.objects.keys import ObjectKey, StoredObject
+from storage.formats import pprof
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import ObjectKey, ObjectStore, StoredObject
 from storage.objects.tenant import TenantStore
 from storage.query.query import Query
+from tests.support.live import wait_for
 from tests.support.services import Client, profile_of
-from tests.support.stores import START_NS, MemoryStore, minutes
+from tests.support.stores import START_NS, CountingStore, MemoryStore, at, minutes
 
 OBJECTS = 20_000
 EACH_S = 600
+MINUTES = 300
+"""Objects of each of 35 hosts."""
 
 
 class SlowStore(MemoryStore):
@@ -46,12 +53,26 @@ def fill(store: MemoryStore) -> int:
     return start_s - OBJECTS * EACH_S
 
 
+def fill_host(folder: Path, name: str, host_id: str) -> str:
+    """Store one profile as those of some hours, by links; return the newest key."""
+    profile = at(profile_of(0), 0, name, host_id)
+    key, _ = TenantStore(DirectoryStore(folder)).put_profile(profile, pprof.encode(profile))
+    for minute in range(1, MINUTES):
+        earlier = folder / key._replace(start_s=key.start_s - 60 * minute).text
+        earlier.parent.mkdir(parents=True, exist_ok=True)
+        os.link(folder / key.text, earlier)
+    return key.text
+
+
 @contextlib.contextmanager
-def serving(store: MemoryStore, folder, deadline_s: float = 30) -> Iterator[tuple[Service, Client]]:
+def serving(
+    store: ObjectStore, folder: Path, deadline_s: float = 30, now_ns=time.time_ns
+) -> Iterator[tuple[Service, Client]]:
     profiles = TenantStore(store)
     service = Service(
         MergedProfiles(profiles, Query(profiles, folder / "cache")),
         About("memory", folder),
+        now_ns=now_ns,
         deadline_s=deadline_s,
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -80,6 +101,22 @@ def test_status_and_readiness_list_few_keys_of_a_large_store(tmp_path):
     assert store.listed < OBJECTS / 100
 
 
+def test_status_reads_one_object_of_each_host_however_many_there_are(tmp_path):
+    """Readiness reads none."""
+    hosts = {f"web-{i}": f"{i:016x}" for i in range(35)}
+    newest = {fill_host(tmp_path / "store", name, host_id) for name, host_id in hosts.items()}
+    store = CountingStore(tmp_path / "store")
+
+    with serving(store, tmp_path) as (_, client):
+        assert client.get("/readyz")[0] == 200
+        assert (store.read, store.listed) == ([], 1)
+        wait_for(lambda: client.json("status")["partial"] is None)
+        status = client.json("status")
+
+    assert status["hosts"] == sorted(hosts)
+    assert set(store.read) == newest
+
+
 def test_nearest_data_are_found_with_few_keys_of_a_large_store(tmp_path):
     """An empty range far behind all data says where they end."""
     store = MemoryStore()
@@ -106,3 +143,19 @@ def test_a_status_ends_with_its_deadline(tmp_path):
     assert (code, json.loads(body)["title"]) == (504, "Took too long")
     assert has_ended
     assert time.monotonic() - began_s < 3
+
+
+def test_a_host_whose_clock_is_ahead_does_not_hide_the_others(tmp_path):
+    """The hosts are those of the last hour before now that has data."""
+    store = MemoryStore()
+    now_minute = 100
+    for minute, name in ((now_minute, "on time"), (now_minute + 6000, "ahead")):
+        profile = at(profile_of(0), minute, name, f"{minute:016x}")
+        TenantStore(store).put_profile(profile, pprof.encode(profile))
+
+    with serving(store, tmp_path, now_ns=lambda: minutes(now_minute + 1, 0).start_ns) as (
+        _,
+        client,
+    ):
+        wait_for(lambda: client.json("status")["partial"] is None)
+        assert client.json("status")["hosts"] == ["on time"]

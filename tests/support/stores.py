@@ -39,6 +39,24 @@ def directory(folder: Path, *profiles: Profile) -> DirectoryStore:
     return store
 
 
+class CountingStore(DirectoryStore):
+    """A directory that notes which objects are read, and how many keys are listed."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.read: list[str] = []
+        self.listed = 0
+
+    def get(self, key: str) -> bytes:
+        self.read.append(key)
+        return super().get(key)
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[StoredObject]:
+        for stored in super().list(prefix, start_after):
+            self.listed += 1
+            yield stored
+
+
 class MemoryStore:
     """Objects in memory; `listed` counts the keys that its listings have returned."""
 
