@@ -41,6 +41,7 @@ from profiler.service.sharing import (
     Body,
     Compute,
     SharedComputations,
+    TooSlowError,
     gzipped,
     gzipping,
     json_body,
@@ -68,6 +69,19 @@ _OWN_THREAD = ("status", "readyz")
 
 Prepare = Callable[[Any, Asked], Compute | Body]
 """Takes the endpoint's parameters; returns the body, or a function that computes it in a thread."""
+
+_OF_A_WINDOW = {
+    "flamegraph": "the flame graph",
+    "top": "the table of functions",
+    "diff": "the comparison",
+    "diff_top": "the comparison of functions",
+    "timeline": "the timeline",
+    "deployments": "the list of deployments",
+    "labels": "the list of labels",
+    "label_values": "the list of values of the label {name!r}",
+    "export": "the file {name}",
+}
+"""What the endpoints return that read the objects of a window."""
 
 _METRIC = "everflame_service"
 
@@ -195,11 +209,29 @@ class Service:
             ) from error
         except StoreError as error:
             raise ProblemError(503, "Store away", str(error)) from error
+        except TooSlowError as error:
+            detail = self._why_late(endpoint, given, asked, error)
+            raise ProblemError(504, "Took too long", detail) from error
         response = Response(content, headers=headers, media_type=media_type)
         if endpoint == "export":
             name = request.path_params["name"]
             response.headers["content-disposition"] = f'attachment; filename="{name}"'
         return response
+
+    def _why_late(self, endpoint: str, given: Any, asked: Asked, error: TooSlowError) -> str:
+        """Say what was not ready in time, and what to do."""
+        if endpoint == "openapi":
+            return "other requests take all of the service's time; try again later"
+        if endpoint in _OWN_THREAD:
+            return (
+                f"the store {self._about.store} did not respond within {error.deadline_s:g} s;"
+                " check its disk or network, then try again"
+            )
+        what = _OF_A_WINDOW[endpoint].format(**asked.path)
+        return (
+            f"{what} {p.described(given)} was {error}; ask again (decoded objects are kept, so"
+            " each request gets further) or ask for a shorter time"
+        )
 
     def _flamegraph(self, given: p.FlameGraphParameters, asked: Asked) -> Compute:
         request = p.panel_request(given, asked.now_ns)

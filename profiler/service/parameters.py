@@ -22,6 +22,7 @@ from profiler.service.exports import NAME_PATTERN
 from profiler.service.merged import PanelRequest
 from profiler.service.problems import ProblemError, bad_parameter, bad_request
 from profiler.service.top_table import Sort
+from profiler.text import fit
 from profiler.times import parse_time, parse_window, rfc3339
 from storage.selector import Selector
 
@@ -33,6 +34,8 @@ _MOST_LABELS = 8
 """So many labels may be drawn above the stacks."""
 _MOST_REPEATED = 40
 """So many functions may be in focus, and as many hidden."""
+_SHOWN_CELLS = 200
+"""Of a query in a message."""
 _LABEL_LIMIT = 200
 """Characters of a label's name in a path."""
 
@@ -282,6 +285,22 @@ def panel_request(parameters: RangeParameters, now_ns: int) -> PanelRequest:
     if isinstance(parameters, FlameGraphParameters | DiffGraphParameters):
         request = replace(request, width_px=float(parameters.width))
     return request
+
+
+def described(parameters: RangeParameters) -> str:
+    """Return which part of the store was asked for, as it was asked."""
+    text = f"from {parameters.from_} until {parameters.until}"
+    if parameters.query:
+        text = f"of {fit(parameters.query, _SHOWN_CELLS)} {text}"
+    if not isinstance(parameters, DiffParameters) or not parameters.is_comparison:
+        return text
+    before = {
+        "query": parameters.before_query,
+        "from": parameters.before_from,
+        "until": parameters.before_until,
+    }
+    shown = (f"{name} {value}" for name, value in before.items() if value is not UNSET)
+    return f"{text} (before: {', '.join(shown)})"
 
 
 def parse_query(query: bytes, parameters: type[_Parameters]) -> _Parameters:

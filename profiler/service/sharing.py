@@ -54,6 +54,14 @@ class AbandonedError(Exception):
     """No request waits for a computation any more."""
 
 
+class TooSlowError(Exception):
+    """A computation did not end within its deadline."""
+
+    def __init__(self, deadline_s: float) -> None:
+        super().__init__(f"not ready after {deadline_s:g} s")
+        self.deadline_s = deadline_s
+
+
 class _Computation:
     """One computation, and how many requests wait for it."""
 
@@ -71,16 +79,7 @@ class _Computation:
         if self._ended.is_set():
             raise AbandonedError
         if time.monotonic() > self._deadline:
-            raise _too_slow(self._deadline_s)
-
-
-def _too_slow(deadline_s: float) -> ProblemError:
-    return ProblemError(
-        504,
-        "Took too long",
-        f"the response was not ready after {deadline_s:.0f} s; ask for a shorter time"
-        " or fewer services (decoded objects are kept, so asking again gets further)",
-    )
+            raise TooSlowError(self._deadline_s)
 
 
 class SharedComputations:
@@ -109,7 +108,8 @@ class SharedComputations:
 
         Raises:
             AbandonedError: the client has gone.
-            ProblemError: too many computations wait, or this one took too long.
+            TooSlowError: it did not end within the deadline.
+            ProblemError: too many computations wait.
         """
         computation = self._computations.get(key)
         if computation is None:
@@ -125,7 +125,7 @@ class SharedComputations:
             await asyncio.wait(either, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
             if computation.future.done():
                 return computation.future.result()
-            raise AbandonedError if gone.done() else _too_slow(self._deadline_s)
+            raise AbandonedError if gone.done() else TooSlowError(self._deadline_s)
         finally:
             gone.cancel()
             with contextlib.suppress(asyncio.CancelledError):

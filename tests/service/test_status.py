@@ -140,7 +140,9 @@ def test_a_status_ends_with_its_deadline(tmp_path):
         began_s = time.monotonic()
         has_ended = service.end(10)
 
-    assert (code, json.loads(body)["title"]) == (504, "Took too long")
+    problem = json.loads(body)
+    assert (code, problem["title"]) == (504, "Took too long")
+    assert problem["detail"].startswith("the store memory did not respond within 0.5 s; check")
     assert has_ended
     assert time.monotonic() - began_s < 3
 
@@ -159,3 +161,25 @@ def test_a_host_whose_clock_is_ahead_does_not_hide_the_others(tmp_path):
     ):
         wait_for(lambda: client.json("status")["partial"] is None)
         assert client.json("status")["hosts"] == ["on time"]
+
+
+def test_a_late_panel_says_what_was_asked_for_and_what_to_do(tmp_path):
+    """As it was asked, so that it can be found in a log or a script."""
+    store = SlowStore(0.2)
+    fill(store)
+    asked = {"from": "1", "until": "now", "query": '{service="api"}'}
+    window = 'of {service="api"} from 1 until now'
+    late = "was not ready after 0.5 s; ask again"
+
+    with serving(store, tmp_path, deadline_s=0.5) as (_, client):
+
+        def detail(path: str, **more: str) -> str:
+            code, _, body = client.get(path, **asked, **more)
+            assert code == 504, body
+            return json.loads(body)["detail"]
+
+        assert detail("/api/v1/flamegraph").startswith(f"the flame graph {window} {late}")
+        values = detail("/api/v1/labels/service/values")
+        assert values.startswith(f"the list of values of the label 'service' {window} {late}")
+        export = detail("/api/v1/export/cpu.svg", before_from="0", before_until="1")
+        assert export.startswith(f"the file cpu.svg {window} (before: from 0, until 1) {late}")
