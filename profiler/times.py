@@ -57,7 +57,9 @@ def parse_time(text: str, now_ns: int) -> int:
         try:
             at = datetime.fromisoformat(f"{date}T{clock}{zone.upper()}")
         except ValueError as error:
-            raise TimeError(f"{text!r} is not a time: {error}") from error
+            raise TimeError(
+                f"{text!r} is not a time: this day, time of day or offset does not exist"
+            ) from error
         seconds = (at - _EPOCH) // timedelta(seconds=1)
         return _checked(seconds * NS_PER_S + int((fraction_digits or "").ljust(9, "0")), text)
     raise TimeError(

@@ -33,7 +33,10 @@ class Gate(NamedTuple):
         for part in text.replace(" ", "").split(","):
             found = _CONDITION.fullmatch(part)
             if not found or (found[1] == "relative") != (found[3] == "%"):
-                raise ValueError(f"{text!r} is not a gate (try {DEFAULT_GATE!r})")
+                raise ValueError(
+                    f"cannot read the condition {text!r}: give relative>=PERCENT%,"
+                    f" share>=POINTSpp or both, as in {DEFAULT_GATE!r}"
+                )
             least[found[1]] = float(found[2]) / 100
         return cls(**least)
 
