@@ -24,6 +24,7 @@ from profiler.service.problems import ProblemError, bad_parameter, bad_request
 from profiler.service.top_table import Sort
 from profiler.text import fit
 from profiler.times import parse_time, parse_window, rfc3339
+from storage.profile import Window
 from storage.selector import Selector
 
 _FIELDS_LIMIT = 100
@@ -153,12 +154,9 @@ class DiffParameters(RangeParameters):
         """Return the side that a request is compared with: by default the time just before it."""
         start_ns, end_ns = request.window
         end = self.before_until or rfc3339(start_ns)
-        try:
-            until_ns = parse_time(end, now_ns)
-            start = self.before_from or rfc3339(max(0, until_ns - end_ns + start_ns))
-            window = parse_window(start, end, now_ns)
-        except ValueError as error:
-            raise bad_parameter("before_from", str(error)) from error
+        until_ns = _parse_moment("before_until", end, now_ns)
+        start = self.before_from or rfc3339(max(0, until_ns - end_ns + start_ns))
+        window = _parse_window(("before_from", "before_until"), start, end, now_ns)
         if self.before_query is UNSET:
             return Operand(request.selector, window)
         return Operand(_parse_selector("before_query", self.before_query), window)
@@ -261,10 +259,8 @@ def panel_request(parameters: RangeParameters, now_ns: int) -> PanelRequest:
     Raises:
         ProblemError: a selector or a time means nothing.
     """
-    try:
-        window = parse_window(parameters.from_, parameters.until, now_ns)
-    except ValueError as error:
-        raise bad_parameter("from", str(error)) from error
+    names = ("from", "until")
+    window = _parse_window(names, parameters.from_, parameters.until, now_ns)
     request = PanelRequest(window, _parse_selector("query", parameters.query))
     if isinstance(parameters, TypeParameters):
         request = replace(request, type=parameters.type)
@@ -376,6 +372,23 @@ def schemas_of(parameters: type) -> Mapping[str, dict[str, Any]]:
             parts.pop("title", None)
         found[name.removesuffix("_")] = parts
     return found
+
+
+def _parse_moment(name: str, text: str, now_ns: int) -> int:
+    try:
+        return parse_time(text, now_ns)
+    except ValueError as error:
+        raise bad_parameter(name, str(error)) from error
+
+
+def _parse_window(names: tuple[str, str], start: str, end: str, now_ns: int) -> Window:
+    """Return the window between two parameters; the first is named if it is empty."""
+    for name, text in zip(names, (start, end), strict=True):
+        _parse_moment(name, text, now_ns)
+    try:
+        return parse_window(start, end, now_ns)
+    except ValueError as error:
+        raise bad_parameter(names[0], str(error)) from error
 
 
 def _parse_selector(name: str, text: str) -> Selector:

@@ -244,6 +244,24 @@ def test_invalid_parameters_are_a_problem_with_a_detail(client, parameters):
     assert json.loads(body)["detail"]
 
 
+@pytest.mark.parametrize(
+    ("parameters", "wrong"),
+    [
+        ({"until": "2026-13-01T00:00:00Z"}, "until"),
+        ({"from": "2026-13-01T00:00:00Z", "until": "never"}, "from"),
+        ({"from": "now", "until": "now-1h"}, "from"),
+        ({"before_until": "never"}, "before_until"),
+        ({"before_from": "never"}, "before_from"),
+    ],
+)
+def test_a_problem_names_the_time_that_is_wrong(client, parameters, wrong):
+    """Not the start for an end that is none; a window that is empty is laid to its start."""
+    status, _, body = client.get("/api/v1/diff", **parameters)
+
+    assert (status, json.loads(body)["parameter"]) == (400, wrong)
+    assert "month" not in json.loads(body)["detail"]
+
+
 def test_every_response_has_the_security_headers(client):
     """No script but our own, nothing shared across origins, no foreign Host header."""
     for path in ("/api/v1/status", "/healthz", "/nothing"):
