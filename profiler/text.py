@@ -67,9 +67,9 @@ def percent(part: int, whole: int) -> str:
     return f"{share:.{1 if share < 99.95 else 0}f} %"
 
 
-def counted(number: int, noun: str) -> str:
-    """Return `1 sample`, `1,234 samples`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return `1 sample`, `1,234 samples`; `plural` where an `s` does not make it."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def listed(names: Sequence[str], most: int) -> str:

@@ -23,7 +23,7 @@ from profiler.agent.window import deviation
 from profiler.commands import arguments, outputs
 from profiler.formats import export
 from profiler.processes.generations import list_processes, read_stat
-from profiler.text import StatusLine
+from profiler.text import StatusLine, counted
 from storage.profile import Accounting, Profile
 
 _GRACE_S = 5.0
@@ -270,7 +270,8 @@ def record(options: RecordOptions, environment: dict[str, str]) -> int:
         print(terminal.function_table(profile, width=width, limit=25))
     talk = summary(profile, config)
     if unselected:
-        talk.append(f"warning: {unselected} processes were left out: too many were started")
+        left_out = counted(unselected, "process", "processes")
+        talk.append(f"warning: left out {left_out}: too many were started")
     talk += [f"wrote {file}" for file in written if file != export.STDOUT]
     print("\n".join(talk), file=sys.stderr)
     if error:
@@ -342,7 +343,7 @@ class Progress:
     def show(self, seconds: float, counts: Accounting) -> None:
         lost = sum(counts.lost.values())
         self._line.show(
-            f"{seconds:.0f}{self._of} s  {counts.stored:,} samples  {lost:,} lost"
+            f"{seconds:.0f}{self._of} s  {counted(counts.stored, 'sample')}  {lost:,} lost"
             "  (Ctrl-C stops and writes)"
         )
 
@@ -357,14 +358,16 @@ def summary(profile: Profile, config: SamplerConfig) -> list[str]:
     lost = sum(counts.lost.values())
     busy = profile.total_value / counts.profiled_ns if counts.profiled_ns else 0.0
     cost = counts.agent_cpu_ns / max(1, counts.profiled_ns)
-    rate = f"{seconds:.1f} s on {counts.cpus} CPUs at {config.frequency_hz} Hz"
+    rate = f"{seconds:.1f} s on {counted(counts.cpus, 'CPU')} at {config.frequency_hz} Hz"
     parts = f"{counts.stored:,} stored + {counts.idle:,} idle + {counts.filtered:,} filtered"
     lines = [
-        f"{rate}: {counts.stored:,} samples, {lost:,} lost; {busy:.2f} cores used",
-        f"{counts.ticks:,} ticks = {parts} + {lost:,} lost",
+        f"{rate}: {counted(counts.stored, 'sample')}, {lost:,} lost; {busy:.2f} cores used",
+        f"{counted(counts.ticks, 'tick')} = {parts} + {lost:,} lost",
         f"the profiler took {cost:.1%} of one CPU and {counts.agent_rss_bytes / 1e6:.0f} MB",
     ]
-    lines += [f"warning: {number:,} ticks lost: {cause}" for cause, number in counts.lost.items()]
+    lines += [
+        f"warning: {counted(number, 'tick')} lost: {cause}" for cause, number in counts.lost.items()
+    ]
     if warning := deviation(counts, config):
         lines.append(warning)
     return lines

@@ -10,6 +10,7 @@ import orjson
 
 from profiler.agent.status import ask, default_run_folder
 from profiler.commands import arguments
+from profiler.text import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +33,14 @@ def table(status: Mapping[str, Any]) -> str:
     lost = sum(status["lost"].values())
     upload, spool = status["uploader"], status["spool"]
     rate = f"{status['frequency_hz']} Hz, a window every {status['interval_s']} s"
+    windows = counted(status["windows"], "window")
     ticks = f"{status['ticks']:,} = {status['stored']:,} stored + {status['idle']:,} idle"
     own_mb = _megabytes(status["sampler"]["rss_bytes"])
     used_mb, limit_mb = _megabytes(spool["size_bytes"]), _megabytes(spool["limit_bytes"])
-    waiting = f"{spool['profiles']:,} windows wait, {used_mb} of {limit_mb}"
+    waiting = f"{counted(spool['profiles'], 'window')} waiting, {used_mb} of {limit_mb}"
     lines = [
         ("agent", f"pid {status['pid']} on {status['host']}, up {_duration(status['uptime_s'])}"),
-        ("sampling", f"{rate}, {status['windows']:,} closed, {status['faults']:,} faults"),
+        ("sampling", f"{rate}, {windows} closed, {counted(status['faults'], 'fault')}"),
         ("ticks", f"{ticks} + {status['filtered']:,} filtered + {lost:,} lost"),
         *((f"  {cause}", f"{number:,} lost") for cause, number in status["lost"].items()),
         *_stops(status["stops"], status["complete"]),
@@ -62,7 +64,10 @@ def table(status: Mapping[str, Any]) -> str:
 
 def _without_stacks(windows: int) -> Iterator[tuple[str, str]]:
     if windows:
-        yield "  full", f"{windows:,} windows lost their stacks (`spool_full` in what is stored)"
+        yield (
+            "  full",
+            f"the stacks of {counted(windows, 'window')} were dropped (`spool_full` above)",
+        )
 
 
 def _upload(upload: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -71,25 +76,31 @@ def _upload(upload: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     last_ns = upload["last_upload_ns"]
     last = f"{_duration(time.time() - last_ns / 1e9)} ago" if last_ns else "never"
-    yield "uploader", f"pid {upload['pid']}, started {upload['starts']:,} times"
+    yield "uploader", f"pid {upload['pid']}, started {counted(upload['starts'], 'time')}"
     yield "  store", f"{upload['store']}, last upload {last}"
-    failed = f"{upload['failed']:,} attempts failed, {upload['damaged']:,} files damaged"
+    failed = (
+        f"{counted(upload['failed'], 'attempt')} failed,"
+        f" {counted(upload['damaged'], 'file')} damaged"
+    )
     size_mb = _megabytes(upload["uploaded_bytes"])
-    yield "  sent", f"{upload['uploaded']:,} windows, {size_mb}; {failed}"
+    yield "  sent", f"{counted(upload['uploaded'], 'window')}, {size_mb}; {failed}"
     if upload["expired"]:
-        yield "  removed", f"{upload['expired']:,} old windows"
+        yield "  removed", counted(upload["expired"], "old window")
     if upload["last_error"]:
         yield "  error", upload["last_error"]
 
 
 def _unwinding(state: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    processes = f"{state['processes']:,} processes, {state['tables']:,} unwind tables"
+    processes = (
+        f"{counted(state['processes'], 'process', 'processes')},"
+        f" {counted(state['tables'], 'unwind table')}"
+    )
     waiting = state["tables_waiting"]
     yield (
         "unwinding",
         f"{processes} in {_megabytes(state['kernel_bytes'])} of the kernel's memory,"
         f" {state['tables_evicted']:,} evicted"
-        + (f", {waiting:,} wait for room (see --unwind-memory)" if waiting else ""),
+        + (f", {waiting:,} waiting for room (see --unwind-memory)" if waiting else ""),
     )
 
 

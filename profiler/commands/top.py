@@ -10,6 +10,7 @@ from profiler.agent.recorder import DRAIN_PERIOD_S, Recorder
 from profiler.agent.signals import ENDING, Signals
 from profiler.commands import arguments, terminal
 from profiler.commands.record import target_of
+from profiler.text import counted
 from storage.profile import Profile
 
 # Alternate screen and hidden cursor, and back: what was on the terminal is there again at the end.
@@ -76,7 +77,7 @@ def screen(profile: Profile, *, is_screen: bool) -> str:
     cores = profile.total_value / counts.profiled_ns if counts.profiled_ns else 0.0
     head = (
         f"everflame top  {time.strftime('%H:%M:%S')}  last {seconds:.1f} s:"
-        f" {cores:.2f} of {counts.cpus} cores used, {counts.stored:,} samples,"
+        f" {cores:.2f} of {counted(counts.cpus, 'core')} used, {counted(counts.stored, 'sample')},"
         f" {sum(counts.lost.values()):,} lost"
     )
     table = terminal.function_table(profile, width=size.columns, limit=max(1, size.lines - 5))

@@ -30,6 +30,7 @@ from profiler.commands import arguments, demo
 from profiler.commands.agent import add_always_on, agent_options
 from profiler.processes.generations import TICK_NS
 from profiler.service import addresses
+from profiler.text import counted
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import StoreError, StoreRefused
 from storage.objects.open import default_store_url, open_store
@@ -381,16 +382,20 @@ def summary(options: AgentOptions, status: Mapping[str, Any], begun_ns: int) -> 
     others_s = sum(status[name].get("cpu_ns", 0) for name in ("uploader", "service")) / 1e9
     others = f"uploader and service {others_s:.1f} s"
     size = f"{upload.get('uploaded_bytes', 0) / 1e3:,.0f} kB"
+    closed, samples = counted(status["windows"], "window"), counted(status["stored"], "sample")
     lines = [
-        f"stored {upload.get('uploaded', 0):,} windows, {size}, in {options.store}",
-        f"{rate}: {status['windows']:,} windows, {status['stored']:,} samples, {lost:,} lost",
-        f"{status['ticks']:,} ticks = {parts} filtered + {lost:,} lost",
+        f"stored {counted(upload.get('uploaded', 0), 'window')}, {size}, in {options.store}",
+        f"{rate}: {closed}, {samples}, {lost:,} lost",
+        f"{counted(status['ticks'], 'tick')} = {parts} filtered + {lost:,} lost",
         f"the sampler took {own:.1%} of one CPU, {others}; memory {memory} MB",
     ]
-    lines += [f"warning: {number:,} ticks lost: {why}" for why, number in status["lost"].items()]
+    lines += [
+        f"warning: {counted(number, 'tick')} lost: {why}" for why, number in status["lost"].items()
+    ]
     if waiting := status["spool"]["profiles"]:
         reason = upload.get("last_error") or "they are not uploaded yet"
-        lines.append(f"warning: {waiting:,} windows wait in {options.spool}: {reason}")
+        windows = f"{counted(waiting, 'window')} {'waits' if waiting == 1 else 'wait'}"
+        lines.append(f"warning: {windows} in {options.spool}: {reason}")
     command = f"{_own_command()} "
     start = datetime.fromtimestamp(begun_ns // 1_000_000_000, UTC)
     place = "" if options.store == default_store_url() else f" --store {shlex.quote(options.store)}"

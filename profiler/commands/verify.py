@@ -236,16 +236,17 @@ def _report(found: Verification, *, as_json: bool) -> int:
         return 0 if found.is_ok else 1
     counts = found.sums
     print(
-        f"{counts.ticks:,} ticks = {counts.stored:,} stored + {counts.idle:,} idle"
+        f"{counted(counts.ticks, 'tick')} = {counts.stored:,} stored + {counts.idle:,} idle"
         f" + {counts.filtered:,} filtered + {sum(counts.lost.values()):,} lost"
     )
     for cause, number in counts.lost.items():
         print(f"  lost to {cause}: {number:,}")
     for mismatch in found.mismatches:
-        print(f"MISMATCH {mismatch['key']}: {mismatch['ticks']} ticks, sum {mismatch['sum']}")
+        print(f"MISMATCH {mismatch['key']}: {mismatch['ticks']:,} ticks, sum {mismatch['sum']:,}")
     for problem in found.unreadable:
         print(f"UNREADABLE {problem['key']}: {problem['reason']}")
     for host, window in found.gaps:
         print(f"GAP {host}: nothing from {rfc3339(window.start_ns)} until {rfc3339(window.end_ns)}")
-    print(f"{found.objects} profiles: {'every tick accounted for' if found.is_ok else 'NOT OK'}")
+    result = "every tick accounted for" if found.is_ok else "NOT OK"
+    print(f"{counted(found.objects, 'profile')}: {result}")
     return 0 if found.is_ok else 1

@@ -20,6 +20,7 @@ from profiler.comparison.distributions import rate_interval
 from profiler.comparison.noise import Past, estimate_noise, too_little, visible_change
 from profiler.comparison.sides import ComparisonError, Operand, Side, WindowPair, sides_of_profiles
 from profiler.comparison.verdict import Change, Contrast, Costs, Judgement, Noise, NoiseSource
+from profiler.text import counted
 from storage.profile import Profile
 from storage.query.query import Query
 from symbolizer.location import Frame
@@ -139,7 +140,8 @@ def of_profiles(before: Sequence[Profile], after: Sequence[Profile], name: str =
         now, noise = verdict.contrast_of_replicates(sides[0].costs, sides[1].costs)
         return _judged(sides[0], sides[1], now, noise, warnings)
     warnings.append(
-        f"too little data for a verdict: {len(before)} and {len(after)} files; the noise is"
+        f"too little data for a verdict: {counted(len(before), 'file')} before and"
+        f" {len(after)} after; the noise is"
         f" estimated from {verdict.MIN_REPLICATES} or more on each side{visible_change(sides)}"
     )
     pooled = [Costs(side.samples.sum(axis=0)[None], np.ones(1)) for side in sides]

@@ -1,0 +1,60 @@
+"""The table of `everflame status`: one of a thing is singular."""
+
+from profiler.commands.status import table
+
+ONE_OF_EACH = {
+    "pid": 7,
+    "host": "web-1",
+    "uptime_s": 61.0,
+    "interval_s": 60,
+    "frequency_hz": 99,
+    "windows": 1,
+    "faults": 1,
+    "alarm": False,
+    "ticks": 12,
+    "idle": 1,
+    "filtered": 0,
+    "stored": 10,
+    "lost": {"spool_full": 1},
+    "stops": {"complete": 1},
+    "complete": 1,
+    "cpu_ns": {"bpf": 1},
+    "bpf_ns_per_tick": 1,
+    "sampler": {"pid": 7, "rss_bytes": 1},
+    "uploader": {
+        "pid": 8,
+        "starts": 1,
+        "store": "/store",
+        "last_upload_ns": 0,
+        "failed": 1,
+        "damaged": 1,
+        "uploaded": 1,
+        "uploaded_bytes": 1,
+        "expired": 1,
+        "last_error": "",
+    },
+    "spool": {"profiles": 1, "size_bytes": 1, "limit_bytes": 1, "given_up": 1},
+    "unwinding": {
+        "processes": 1,
+        "tables": 1,
+        "tables_waiting": 0,
+        "tables_evicted": 0,
+        "kernel_bytes": 1,
+    },
+    "slowest_binaries": [],
+}
+
+
+def test_one_of_a_thing_is_singular():
+    """A window, a fault, a process, a table, an attempt and a file."""
+    lines = dict(line.split("  ", 1) for line in table(ONE_OF_EACH).splitlines() if line[0] != " ")
+    shown = {name: text.strip() for name, text in lines.items()}
+
+    assert shown["sampling"] == "99 Hz, a window every 60 s, 1 window closed, 1 fault"
+    assert shown["spool"].startswith("1 window waiting, ")
+    assert shown["unwinding"].startswith("1 process, 1 unwind table in ")
+    assert shown["uploader"] == "pid 8, started 1 time"
+    whole = table(ONE_OF_EACH)
+    assert "the stacks of 1 window were dropped" in whole
+    assert "1 window, 0.0 MB; 1 attempt failed, 1 file damaged" in whole
+    assert "1 old window\n" in f"{whole}\n"
