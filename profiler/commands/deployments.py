@@ -15,8 +15,6 @@ from profiler.comparison.rollouts import Deployment
 from profiler.text import in_columns, listed
 from profiler.times import from_until, parse_time, rfc3339, whole_second
 from storage.objects.open import open_tenant
-from storage.profile import Window
-from storage.query.listing import nearest_objects
 
 _NAMED = 8
 
@@ -116,15 +114,7 @@ def explain(selection: Selection, found: FoundDeployments) -> str:
     """Say why there are no deployments."""
     window = from_until(selection.window)
     if found.reason == "no_data_in_range":
-        nearest = [
-            from_until(Window(key.start_ns, key.end_ns))
-            for key in nearest_objects(selection.store, selection.window)
-        ]
-        where = (
-            f"the nearest data are from {' and '.join(nearest)}"
-            if nearest
-            else f"the store {selection.store} is empty"
-        )
+        where = selection.where_data_are()
         return f"nothing selected: nothing was profiled from {window}; {where}"
     if found.reason == "nothing_matches":
         return f"nothing selected: no service from {window} matches {selection.selector}"

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 
 from profiler.commands import arguments
-from profiler.commands.selection import Selection, selected
+from profiler.commands.selection import Selection, selected, why_empty
 from profiler.text import counted, in_columns, quantity
 from profiler.times import rfc3339
 from storage.hashing import Hasher
@@ -52,9 +52,16 @@ def run(options: argparse.Namespace) -> int:
     for key, reason in listing.skipped:
         print(f"everflame: skipped {key}: {reason}", file=sys.stderr)
     if not listing.hosts:
-        print(f"everflame: nothing in the store {selection.store}", file=sys.stderr)
+        print(f"everflame: {_explain(selection)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _explain(selection: Selection) -> str:
+    """Say why no host is listed."""
+    if selection.window == ALWAYS and not selection.selector.matchers:
+        return f"nothing in the store {selection.store}{why_empty(selection.store.store)}"
+    return selection.why_nothing()
 
 
 @dataclass(slots=True)
@@ -118,7 +125,7 @@ def list_hosts(selection: Selection) -> Listing:
         latest[key.host_id] = (key, stored)
     skipped = _read_latest(selection, hosts, latest.values())
     is_latest_only = selection.window == ALWAYS and not selection.selector.matchers
-    if not is_latest_only:
+    if hosts and not is_latest_only:
         skipped = _read_window(selection, hosts)
     chosen = [host for host in hosts.values() if host.services or not selection.selector.matchers]
     chosen.sort(key=lambda host: (host.name, host.host_id))
@@ -157,8 +164,8 @@ def _read_window(selection: Selection, hosts: dict[str, HostListing]) -> list[Sk
     for host in hosts.values():
         host.services = {}
         by_name.setdefault(host.name, []).append(host)
-    start_ns = min((host.start_ns for host in hosts.values()), default=0)
-    end_ns = max((host.end_ns for host in hosts.values()), default=1)
+    start_ns = min(host.start_ns for host in hosts.values())
+    end_ns = max(host.end_ns for host in hosts.values())
     timeline = selection.query().timeline(
         selection.window._replace(
             start_ns=max(selection.window.start_ns, start_ns),

@@ -5,17 +5,19 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
 from profiler.text import StatusLine, counted
 from profiler.times import from_until, parse_window
-from storage.objects.keys import ObjectKey, StoredObject
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import ObjectKey, ObjectStore, StoredObject
 from storage.objects.open import open_tenant
 from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Window
 from storage.query.cache import default_folder
+from storage.query.coverage import Skipped
 from storage.query.listing import nearest_objects
 from storage.query.query import Answer, Query
 from storage.query.workers import Workers
@@ -74,31 +76,45 @@ class Selection:
         """
         answer = self.query().profile(self.window, self.selector)
         if answer.profile.total_samples == 0:
-            raise NothingSelectedError(self._explain(answer))
+            coverage = answer.coverage
+            raise NothingSelectedError(self.why_nothing(coverage.skipped, coverage.objects))
         return answer
 
-    def _explain(self, answer: Answer) -> str:
+    def why_nothing(self, skipped: Sequence[Skipped] = (), objects: int = 0) -> str:
+        """Say why nothing is selected and what there is instead, of so many readable objects."""
         text = f"nothing selected: no sample from {_shown(self.window)}"
         if self.selector.matchers:
             text += f" matches {self.selector}"
-        if answer.coverage.skipped:
-            key, reason = answer.coverage.skipped[0]
-            more = len(answer.coverage.skipped) - 1
+        if skipped:
+            key, reason = skipped[0]
+            more = len(skipped) - 1
             also = f" and {more} more" if more else ""
             text += f" (skipped {key}{also}: {reason})"
-        if answer.coverage.objects or (
-            self.selector.matchers and any(True for _ in self.objects())
-        ):
+        if objects or (self.selector.matchers and any(True for _ in self.objects())):
             services = self.query().label_values(self.window, "service")
             listed = ", ".join(list(services)[:8]) or "none"
             return f"{text}; services there: {listed}"
+        return f"{text}; {self.where_data_are()}"
+
+    def where_data_are(self) -> str:
+        """Say where the nearest data are, or that there are none in the store."""
         nearest = [
-            _shown(Window(key.start_ns, key.end_ns))
+            from_until(Window(key.start_ns, key.end_ns))
             for key in nearest_objects(self.store, self.window)
         ]
-        if not nearest:
-            return f"{text}; the store {self.store} is empty"
-        return f"{text}; the nearest data are from {' and '.join(nearest)}"
+        if nearest:
+            return f"the nearest data are from {' and '.join(nearest)}"
+        return f"the store {self.store} is empty{why_empty(self.store.store)}"
+
+
+def is_missing(store: ObjectStore) -> bool:
+    """Return whether a store is a folder that nobody has created."""
+    return isinstance(store, DirectoryStore) and not store.root.exists()
+
+
+def why_empty(store: ObjectStore) -> str:
+    """Return what is to be added where an empty store is named."""
+    return " (the folder does not exist)" if is_missing(store) else ""
 
 
 def _shown(window: Window) -> str:

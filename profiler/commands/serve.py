@@ -6,6 +6,7 @@ It only reads: it needs neither root nor any credentials but those of the store.
 import argparse
 import ctypes
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from socket import socket
 
 from profiler.agent import status
 from profiler.commands import arguments
+from profiler.commands.selection import is_missing
 from profiler.service import addresses
 from profiler.service.app import Service
 from profiler.service.connections import Server
@@ -120,7 +122,16 @@ def check(store: ObjectStore) -> None:
     if isinstance(first, StoreError):
         _tell(f"{first}; the page shows this until it is over")
     elif first is None:
-        _tell(f"{store} is empty; run everflame agent to fill it")
+        _tell(_why_empty(store))
+
+
+def _why_empty(store: ObjectStore) -> str:
+    if is_missing(store):
+        return (
+            f"the folder {store} does not exist; the page stays empty until an agent creates it:"
+            f" check --store, or run everflame agent --store {shlex.quote(str(store))}"
+        )
+    return f"{store} is empty; run everflame agent --store {shlex.quote(str(store))} to fill it"
 
 
 def _tell(line: str) -> None:

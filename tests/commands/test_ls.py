@@ -23,6 +23,9 @@ from storage.selector import Selector
 from tests.support import profiles as some
 from tests.support.stores import START_NS, at, directory, minutes, put
 
+BETWEEN = minutes(30, 40)
+"""No object of the store is in it."""
+
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
@@ -121,9 +124,31 @@ def test_an_object_that_cannot_be_read_is_named(store, capfd):
 
 
 def test_an_empty_store_is_said(tmp_path, monkeypatch, capfd):
-    """Exit status 2, one line."""
-    assert cli.main(["ls", "--store", str(tmp_path / "none")]) == 2
-    assert capfd.readouterr().err.startswith("everflame: nothing in the store")
+    """Exit status 2, one line, and whether there is a folder at all."""
+    (tmp_path / "empty").mkdir()
+    for name, reason in (("empty", ""), ("none", " (the folder does not exist)")):
+        assert cli.main(["ls", "--store", str(tmp_path / name)]) == 2
+        store = tmp_path / name
+        assert capfd.readouterr().err == f"everflame: nothing in the store {store}{reason}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (
+            [f"--from={rfc3339(BETWEEN.start_ns)}", f"--until={rfc3339(BETWEEN.end_ns)}"],
+            [rfc3339(minutes(2, 3).start_ns), rfc3339(minutes(61, 62).start_ns)],
+        ),
+        (["-q", '{service="x"}'], ["services there: api, jobs, old"]),
+    ],
+)
+def test_a_listing_of_nothing_says_what_there_is_instead(store, capfd, options, texts):
+    """Exit status 2, and the nearest data or the services, as other commands say."""
+    assert cli.main(["ls", *options]) == 2
+
+    message = capfd.readouterr().err
+    assert message.startswith("everflame: nothing selected: no sample from ")
+    assert all(text in message for text in texts)
 
 
 @pytest.mark.parametrize("ending", ["pb.gz", "folded", "speedscope.json", "json"])
