@@ -32,7 +32,7 @@ from profiler.agent.supervise import Child, RefusedError, host_lock
 from profiler.agent.window import Edges, deviation
 from profiler.processes.rules import Rules
 from storage.objects.open import default_store_url
-from storage.profile import GOOD_STOPS, Accounting, Profile
+from storage.profile import GOOD_STOPS, Accounting, Loss, Profile, add_counts
 from storage.spool.spool import Spool
 
 SCHEMA = 1
@@ -298,8 +298,15 @@ class Agent:
 
     def status(self) -> dict[str, Any]:
         """Return what `everflame status --json` prints."""
-        recorder, counts = self._recorder, self._totals.merge(self._recorder.counts)
-        spool = self._spool.status()
+        recorder, spool = self._recorder, self._spool.status()
+        counts = self._totals.merge(recorder.counts)
+        if spool.lost_samples:  # they were stored when their windows were closed
+            dropped = {Loss.SPOOL_FULL.value: spool.lost_samples}
+            counts = replace(
+                counts,
+                stored=counts.stored - spool.lost_samples,
+                lost=add_counts(counts.lost, dropped),
+            )
         return {
             "schema": SCHEMA,
             "pid": os.getpid(),

@@ -55,7 +55,8 @@ def metrics_of(status: Mapping[str, Any]) -> Iterator[Metric]:
         "ticks": status["ticks"],
         "idle_ticks": status["idle"],
         "filtered_ticks": status["filtered"],
-        "stored_samples": status["stored"],
+        # A counter never falls: what a full spool dropped later was stored, and is lost as well.
+        "stored_samples": status["stored"] + spool["lost_samples"],
         "windows_closed": status["windows"],
         "faults": status["faults"],
         "spool_windows_given_up": spool["given_up"],

@@ -65,6 +65,8 @@ class SpoolStatus(NamedTuple):
     limit_bytes: int
     given_up: int
     """Profiles turned into tombstones since the start."""
+    lost_samples: int
+    """Stored samples of those of them that were added since the start: they are lost now."""
     damaged: int
     """Files quarantined since the start: their content did not match their name."""
     unwritten_ticks: int
@@ -109,6 +111,9 @@ class Spool:
         self._limit_bytes = limit_bytes
         self._unwritten: list[Profile] = []
         self._given_up = 0
+        self._lost_samples = 0
+        self._first_ns: int | None = None
+        """When the first profile that was added begins; earlier ones are another process's."""
         self._damaged = 0
         self._last_error = ""
         for name in FOLDERS:
@@ -127,9 +132,12 @@ class Spool:
             ValueError: the window is longer than an hour.
         """
         content = pprof.encode(profile)
+        if self._first_ns is None:
+            self._first_ns = profile.window.start_ns
         if not self._keep(object_key(profile, content, self._tenant), content):
-            self._given_up += 1
-            self._carry(tombstone(profile))
+            stackless = tombstone(profile)
+            self._count_given_up(stackless)
+            self._carry(stackless)
         self._write_unwritten()
 
     def status(self) -> SpoolStatus:
@@ -139,6 +147,7 @@ class Spool:
             size_bytes=size_bytes,
             limit_bytes=self._limit_bytes,
             given_up=self._given_up,
+            lost_samples=self._lost_samples,
             damaged=self._damaged,
             unwritten_ticks=self._unwritten_ticks(),
             last_error=self._last_error,
@@ -183,9 +192,15 @@ class Spool:
         except OSError as error:
             self._note(error)
             return False
-        self._given_up += 1
+        self._count_given_up(profile)
         _log.warning("gave up window=%d ticks=%d", oldest.key.start_s, profile.accounting.ticks)
         return True
+
+    def _count_given_up(self, profile: Profile) -> None:
+        """Count a tombstone."""
+        self._given_up += 1
+        if self._first_ns is not None and profile.window.start_ns >= self._first_ns:
+            self._lost_samples += profile.accounting.lost.get(Loss.SPOOL_FULL, 0)
 
     def _carry(self, profile: Profile) -> None:
         if self._unwritten and _are_of_one_hour(self._unwritten[-1], profile):

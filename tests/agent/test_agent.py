@@ -141,6 +141,22 @@ def test_windows_account_for_sampler_bpf_and_uploader(agent, place) -> None:
     assert max(each.agent_rss_bytes for each in counts) > 0.8 * resident
 
 
+@pytest.mark.kernel
+def test_what_a_full_spool_dropped_is_not_stored(place) -> None:
+    """The status says it is lost, as the tombstones do, and counts every tick once."""
+    command = place.command("--spool-limit=20kB")
+    away = ["--store=s3://away", "--s3-endpoint=http://127.0.0.1:1"]
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    with running(*command, *away, env={**place.environment, **keys}, stderr=subprocess.PIPE):
+        wait_until(lambda: place.status().get("spool", {}).get("lost_samples", 0) > 0, 60)
+        status = place.status()
+
+    lost = status["lost"]
+    assert lost["spool_full"] == status["spool"]["lost_samples"]
+    whole = status["stored"] + status["idle"] + status["filtered"] + sum(lost.values())
+    assert status["ticks"] == whole
+
+
 def test_a_window_costs_what_sampler_bpf_and_uploader_took() -> None:
     """The uploader's since the last window; a new one begins at zero, an old one is not counted."""
     cost = WholeCost({"pid": 6, "cpu_ns": 9_000, "rss_bytes": 10})

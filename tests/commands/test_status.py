@@ -33,7 +33,7 @@ ONE_OF_EACH = {
         "expired": 1,
         "last_error": "",
     },
-    "spool": {"profiles": 1, "size_bytes": 1, "limit_bytes": 1, "given_up": 1},
+    "spool": {"profiles": 1, "size_bytes": 1, "limit_bytes": 1, "given_up": 1, "lost_samples": 1},
     "unwinding": {
         "processes": 1,
         "tables": 1,

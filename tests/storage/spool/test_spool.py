@@ -118,6 +118,23 @@ def test_a_full_spool_gives_up_the_oldest_and_counts_it(tmp_path: Path) -> None:
     assert [*whole] == [window(number) for number in range(50 - len(whole), 50)]
     assert len(whole) >= 9
     assert spool.status().given_up == 50 - len(whole)
+    given_up = [window(number) for number in range(50 - len(whole))]
+    assert spool.status().lost_samples == sum(each.total_samples for each in given_up)
+
+
+def test_samples_of_an_earlier_process_are_not_lost_by_this_one(tmp_path: Path) -> None:
+    """They were never counted as stored by it."""
+    for number in range(3):
+        Spool(tmp_path, 5 * SIZE_BYTES).add(window(number))
+    spool = Spool(tmp_path, 5 * SIZE_BYTES)
+
+    for number in range(3, 12):
+        spool.add(window(number))
+
+    whole = sum(profile.total_samples > 0 for profile in contents(tmp_path))
+    given_up = [window(number) for number in range(3, 12 - whole)]
+    assert spool.status().given_up == 3 + len(given_up)
+    assert spool.status().lost_samples == sum(each.total_samples for each in given_up) > 0
 
 
 def test_the_tombstones_of_an_hour_are_one_file(tmp_path: Path) -> None:
@@ -163,6 +180,7 @@ def test_a_profile_larger_than_the_spool_is_counted(tmp_path: Path) -> None:
     (found,) = contents(tmp_path)
     assert found == tombstone(window(1))
     assert spool.status().given_up == 1
+    assert spool.status().lost_samples == window(1).total_samples
 
 
 def test_a_claimed_profile_is_never_given_up(tmp_path: Path) -> None:
