@@ -117,6 +117,9 @@ class BpfCost:
         self._stack = contextlib.ExitStack()
         self._before: syscalls.ProgramInfo | None = None
         self.ns_per_tick = 0.0
+        self._total_ns = 0.0
+        self._ticks = 0
+        """Those in `_total_ns`."""
 
     def begin(self) -> None:
         self._stack.close()
@@ -139,6 +142,17 @@ class BpfCost:
         ticks = after.run_count - before.run_count
         if ticks:
             self.ns_per_tick = (after.run_time_ns - before.run_time_ns) / ticks
+
+    def charge(self, ticks: int) -> int:
+        """Return the run time of all ticks since the start, of which there are so many now.
+
+        Those since the last call cost what was measured last, so the total never falls. Those
+        before the first measurement are counted after it.
+        """
+        if self.ns_per_tick and ticks > self._ticks:
+            self._total_ns += self.ns_per_tick * (ticks - self._ticks)
+            self._ticks = ticks
+        return round(self._total_ns)
 
 
 class WholeCost:
@@ -283,6 +297,7 @@ class Agent:
         counts = profile.accounting
         self._windows += 1
         self._totals = self._totals.merge(replace(counts, services={}, misses={}))
+        self._bpf.charge(self._totals.ticks)
         lost = sum(counts.lost.values())
         log.info("closed a window samples=%d lost=%d idle=%d", counts.stored, lost, counts.idle)
         if lost:
@@ -327,7 +342,7 @@ class Agent:
             "complete": sum(counts.stops.get(reason, 0) for reason in GOOD_STOPS),
             "cpu_ns": {
                 **recorder.cost.cpu_ns,
-                "bpf": round(self._bpf.ns_per_tick * counts.ticks),
+                "bpf": self._bpf.charge(counts.ticks),
                 "sampler": time.process_time_ns() - self._begun_cpu_ns,
             },
             "bpf_ns_per_tick": round(self._bpf.ns_per_tick),

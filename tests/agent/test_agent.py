@@ -16,7 +16,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from profiler.agent.agent import WholeCost
+from profiler.agent.agent import BpfCost, WholeCost
 from profiler.agent.window import Edges
 from storage.formats import pprof
 from storage.objects.keys import ObjectKey
@@ -139,6 +139,18 @@ def test_windows_account_for_sampler_bpf_and_uploader(agent, place) -> None:
     assert sum(each.agent_cpu_ns for each in counts) > sampler_ns + sum(others_ns) / 2
     resident = status["sampler"]["rss_bytes"] + status["uploader"]["rss_bytes"]
     assert max(each.agent_rss_bytes for each in counts) > 0.8 * resident
+
+
+def test_the_run_time_of_bpf_never_falls() -> None:
+    """Each tick costs what was measured last; those before the first measurement are not free."""
+    cost = BpfCost(None)
+
+    totals = [cost.charge(10)]
+    for ns_per_tick, ticks in ((5.0, 10), (5.0, 20), (1.0, 20), (1.0, 30), (3.0, 25), (0.5, 31)):
+        cost.ns_per_tick = ns_per_tick
+        totals.append(cost.charge(ticks))
+
+    assert totals == [0, 50, 100, 100, 110, 110, round(110.5)]
 
 
 @pytest.mark.kernel
