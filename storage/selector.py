@@ -146,7 +146,7 @@ class _Parser:
             raise self._error(f"it is longer than {TEXT_LIMIT} characters", TEXT_LIMIT)
         if not self._text.strip():
             return Selector()
-        self._expect("{", "it begins with {")
+        self._expect("{", "expected {")
         matchers = []
         while not self._skip("}"):
             matchers.append(self._matcher())

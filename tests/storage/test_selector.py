@@ -97,7 +97,7 @@ def test_a_name_that_is_no_identifier_stands_in_quotes():
 @pytest.mark.parametrize(
     ("text", "position", "problem"),
     [
-        ('service="api"', 0, "begins with {"),
+        ('service="api"', 0, "expected {"),
         ("{", 1, "name of a label"),
         ('{service="api"', 14, "expected , or }"),
         ('{service="api"} x', 16, "something behind"),
