@@ -44,7 +44,7 @@ def table(status: Mapping[str, Any]) -> str:
         ("ticks", f"{ticks} + {status['filtered']:,} filtered + {lost:,} lost"),
         *((f"  {cause}", f"{number:,} lost") for cause, number in status["lost"].items()),
         *_stops(status["stops"], status["complete"]),
-        *_costs(status["cpu_ns"], status["uptime_s"]),
+        *_costs(status["cpu_ns"], upload.get("cpu_ns", 0), status["uptime_s"]),
         ("bpf", f"{status['bpf_ns_per_tick'] / 1000:.1f} us a tick"),
         *_unwinding(status["unwinding"]),
         ("memory", f"sampler {own_mb}, uploader {_megabytes(upload.get('rss_bytes', 0))}"),
@@ -112,9 +112,20 @@ def _stops(stops: Mapping[str, int], complete: int) -> Iterator[tuple[str, str]]
         yield f"  {reason}", f"{number / whole:.1%} of stacks end here"
 
 
-def _costs(cpu_ns: Mapping[str, int], uptime_s: float) -> Iterator[tuple[str, str]]:
-    for part, spent_ns in cpu_ns.items():
-        yield f"cpu, {part}", f"{spent_ns / 1e9:.2f} s, {spent_ns / 1e7 / uptime_s:.2f} % of one"
+def _costs(
+    cpu_ns: Mapping[str, int], uploader_ns: int, uptime_s: float
+) -> Iterator[tuple[str, str]]:
+    """Return the CPU time of each process and of BPF; the sampler's parts are below it."""
+    wholes = {"sampler": cpu_ns["sampler"], "bpf": cpu_ns["bpf"], "uploader": uploader_ns}
+    parts = {f"  {part}": ns for part, ns in cpu_ns.items() if part not in wholes}
+    for name, spent_ns in wholes.items():
+        yield f"cpu, {name}", _share(spent_ns, uptime_s)
+        for part, part_ns in parts.items() if name == "sampler" else ():
+            yield part, _share(part_ns, uptime_s)
+
+
+def _share(spent_ns: int, uptime_s: float) -> str:
+    return f"{spent_ns / 1e9:.2f} s, {spent_ns / 1e7 / max(uptime_s, 0.001):.2f} % of one CPU"
 
 
 def _duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ ONE_OF_EACH = {
     "lost": {"spool_full": 1},
     "stops": {"complete": 1},
     "complete": 1,
-    "cpu_ns": {"bpf": 1},
+    "cpu_ns": {"drain": 20_000_000, "bpf": 61_000_000, "sampler": 122_000_000},
     "bpf_ns_per_tick": 1,
     "sampler": {"pid": 7, "rss_bytes": 1},
     "uploader": {
@@ -58,3 +58,17 @@ def test_one_of_a_thing_is_singular():
     assert "the stacks of 1 window were dropped" in whole
     assert "1 window, 0.0 MB; 1 attempt failed, 1 file damaged" in whole
     assert "1 old window\n" in f"{whole}\n"
+
+
+def test_what_the_sampler_took_is_said_before_its_parts():
+    """The parts are in the whole: nobody adds them up twice."""
+    lines = table(ONE_OF_EACH).splitlines()
+
+    start = next(i for i, line in enumerate(lines) if line.startswith("cpu, "))
+    shown = [" ".join(line.split()) for line in lines[start : start + 4]]
+    assert shown == [
+        "cpu, sampler 0.12 s, 0.20 % of one CPU",
+        "drain 0.02 s, 0.03 % of one CPU",
+        "cpu, bpf 0.06 s, 0.10 % of one CPU",
+        "cpu, uploader 0.00 s, 0.00 % of one CPU",
+    ]
