@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n  everflame verify cpu.pb.gz\n  everflame verify --store s3://profiles/prod\n\n"
         "Without FILE it reads the store, and also reports gaps between the windows of a host.\n"
         "The exit status is 1 if ticks differ from stored + idle + filtered + lost, or if a\n"
-        "profile cannot be read."
+        "profile cannot be read, and 2 if there is no profile in the time range."
     )
     parser.add_argument("files", metavar="FILE", nargs="*", help=FILE_HELP)
     arguments.add_json(parser)
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the result; return 1 if a profile does not add up or cannot be read.
+    """Print the result; return 1 if a profile is unsound or cannot be read, 2 if there is none.
 
     Raises:
         StoreError: the store cannot be listed.
@@ -68,7 +68,12 @@ def run(options: argparse.Namespace) -> int:
         print(f"everflame: verified {counted(number, 'object')}", file=sys.stderr)
 
     found = verify_store(selection.store, selection.window, tell=tell)
-    return _report(found, as_json=options.json)
+    if found.objects or found.unreadable:
+        return _report(found, as_json=options.json)
+    if options.json:
+        sys.stdout.buffer.write(found.as_json() + b"\n")
+    print(f"everflame: {selection.why_nothing()}", file=sys.stderr)
+    return 2
 
 
 class Gap(NamedTuple):
@@ -146,10 +151,15 @@ def verify(files: Iterable[str], options: ReadOptions | None = None) -> Verifica
         try:
             profile = read_file(file, options)
         except (ProfileError, OSError) as error:
-            found.add(_Checked(file, Accounting(), 0, str(error).removeprefix(f"{file}: ")))
+            found.add(_Checked(file, Accounting(), 0, _without_name(str(error), file)))
             continue
         found.add(_Checked(file, profile.accounting, profile.total_samples))
     return found
+
+
+def _without_name(reason: str, file: str) -> str:
+    """Return a reason without the name of its file, which stands before it."""
+    return reason.removeprefix(f"{file}: ").replace(f"cannot read {file}: ", "cannot read it: ", 1)
 
 
 def verify_store(
@@ -230,6 +240,14 @@ def _check_all(
         yield from map_ahead(pool, check, listed, _AHEAD)
 
 
+def _result(found: Verification) -> str:
+    if found.is_ok:
+        return "every tick accounted for"
+    damaged = f"{len(found.unreadable):,} more cannot be read" if found.unreadable else ""
+    wrong = f"{len(found.mismatches):,} of them do not add up" if found.mismatches else ""
+    return f"NOT OK: {' and '.join(filter(None, (wrong, damaged)))}"
+
+
 def _report(found: Verification, *, as_json: bool) -> int:
     if as_json:
         sys.stdout.buffer.write(found.as_json() + b"\n")
@@ -247,6 +265,5 @@ def _report(found: Verification, *, as_json: bool) -> int:
         print(f"UNREADABLE {problem['key']}: {problem['reason']}")
     for host, window in found.gaps:
         print(f"GAP {host}: nothing from {rfc3339(window.start_ns)} until {rfc3339(window.end_ns)}")
-    result = "every tick accounted for" if found.is_ok else "NOT OK"
-    print(f"{counted(found.objects, 'profile')}: {result}")
+    print(f"{counted(found.objects, 'profile')}: {_result(found)}")
     return 0 if found.is_ok else 1

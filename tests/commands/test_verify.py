@@ -8,6 +8,7 @@ import pytest
 from profiler import cli
 from profiler.commands import verify
 from profiler.commands.verify import find_gaps, verify_store
+from profiler.times import rfc3339
 from storage.objects.keys import DEFAULT_TENANT, object_key
 from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Window
@@ -155,10 +156,45 @@ def test_the_command_reads_a_store_or_files(tmp_path, capfd):
     assert orjson.loads(capfd.readouterr().out)["objects"] == 2
     assert cli.main(["verify", "--store", url]) == 0
     assert "GAP web-1: nothing from 2026-" in capfd.readouterr().out
-    assert cli.main(["verify", "--store", url, "--from", "0", "--until", "100"]) == 0
-    assert "0 profiles" in capfd.readouterr().out
     store.put("v1/default/l0/x", b"")
     assert cli.main(["verify", "--store", url]) == 1
-    assert "UNREADABLE v1/default/l0/x" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "UNREADABLE v1/default/l0/x" in out
+    assert out.endswith("2 profiles: NOT OK: 1 more cannot be read\n")
     assert cli.main(["verify", "--store", url, "x.pb.gz"]) == 2
     assert "not both" in capfd.readouterr().err
+
+
+def test_nothing_to_verify_is_not_sound(tmp_path, capfd):
+    """A window without objects, a folder that is missing: exit status 2, and where data are."""
+    store = directory(tmp_path / "store", at(some.sample_profile(), 0))
+    options = ["--store", str(store.root), "--from", "0", "--until", "100"]
+
+    assert cli.main(["verify", *options, "--json"]) == 2
+
+    result = capfd.readouterr()
+    assert orjson.loads(result.out)["objects"] == 0
+    assert "nothing selected" in result.err
+    assert f"the nearest data are from {rfc3339(START_NS)}" in result.err
+    assert cli.main(["verify", "--store", str(tmp_path / "none")]) == 2
+    assert "is empty (the folder does not exist)" in capfd.readouterr().err
+
+
+def test_a_file_that_is_missing_is_named_once(tmp_path, capfd):
+    """As what was to be verified, not again in the reason."""
+    file = tmp_path / "none.pb.gz"
+
+    assert cli.main(["verify", str(file)]) == 1
+
+    out = capfd.readouterr().out
+    assert f"UNREADABLE {file}: cannot read it: no such file or directory\n" in out
+    assert out.endswith("0 profiles: NOT OK: 1 more cannot be read\n")
+
+
+def test_one_profile_is_singular(tmp_path, capfd):
+    assert (
+        cli.main(["verify", "--store", str(directory(tmp_path, at(some.sample_profile(), 0)).root)])
+        == 0
+    )
+
+    assert capfd.readouterr().out.endswith("\n1 profile: every tick accounted for\n")
