@@ -309,10 +309,8 @@ def parse_query(query: bytes, parameters: type[_Parameters]) -> _Parameters:
     given: dict[str, list[str]] = {}
     for name, value in _fields(query):
         if name not in known:
-            names = ", ".join(known) or "none"
-            raise bad_parameter(
-                name[:100], f"there is no parameter {name[:100]!r}; there is {names}"
-            )
+            names = f"there are {', '.join(known)}" if known else "this address takes none"
+            raise bad_parameter(name[:100], f"there is no parameter {name[:100]!r}; {names}")
         given.setdefault(name, []).append(value)
     values: dict[str, object] = {}
     for name, texts in given.items():

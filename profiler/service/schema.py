@@ -136,7 +136,7 @@ _PROBLEMS = {
     404: "there is no such node, file or label, or nothing to compare",
     421: "the Host header names another machine",
     503: "the store cannot be reached, or too many requests wait; try again",
-    504: "it took too long",
+    504: "it took too long; try again, or ask for a shorter time",
 }
 
 

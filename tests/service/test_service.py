@@ -244,6 +244,16 @@ def test_invalid_parameters_are_a_problem_with_a_detail(client, parameters):
     assert json.loads(body)["detail"]
 
 
+def test_an_unknown_parameter_is_told_those_that_there_are(client):
+    """Or that there are none."""
+    for path, text in (("labels", "there are query, from, until, type"), ("status", "takes none")):
+        status, _, body = client.get(f"/api/v1/{path}", colour="red")
+
+        assert status == 400
+        assert "there is no parameter 'colour'; " in json.loads(body)["detail"]
+        assert json.loads(body)["detail"].endswith(text)
+
+
 @pytest.mark.parametrize(
     ("parameters", "wrong"),
     [
