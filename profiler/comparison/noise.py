@@ -8,12 +8,12 @@ hosts.
 
 import math
 from collections.abc import Iterator, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
 from profiler.comparison import verdict
-from profiler.comparison.distributions import student_quantile
 from profiler.comparison.sides import PresenceByHost, Side, WindowPair, service_selector
 from profiler.comparison.verdict import Contrast, Costs, Floats, Noise, NoiseSource
 from profiler.text import counted
@@ -197,7 +197,7 @@ def too_little(past: Past, sides: Sequence[Side], positions: int) -> str:
 def visible_change(sides: Sequence[Side]) -> str:
     """Return the end of a warning: the smallest change that so many samples can show."""
     samples = [max(1.0, _SMALL * float(side.samples.sum())) for side in sides]
-    reach = student_quantile(verdict.LEVEL, 1e6)
+    reach = NormalDist().inv_cdf(1 - verdict.LEVEL / 2)  # the deviation of counts is known
     least = math.expm1(reach * math.sqrt(sum(1 / each for each in samples)))
     if least > 1:
         return f"; with so few samples no change of a function of {_SMALL:.0%} can show"

@@ -29,6 +29,19 @@ def test_quantiles_are_those_of_scipy(p):
     np.testing.assert_allclose(found, stats.t.isf(p / 2, df), rtol=1e-9)
 
 
+def test_a_quantile_takes_a_few_steps_at_any_df(monkeypatch):
+    """Also where rounding keeps the p-value from being met to the last digit."""
+    calls = []
+    student_p = distributions.student_p
+    monkeypatch.setattr(
+        distributions, "student_p", lambda *given: calls.append(given) or student_p(*given)
+    )
+    for df in (1, 8, 300, 1e5, 1e6, 1e8):
+        calls.clear()
+        distributions.student_quantile(0.05, df)
+        assert len(calls) < 20
+
+
 @pytest.mark.parametrize(("hits", "tries"), [(0, 20), (1, 20), (7, 9), (9, 9), (50, 1000)])
 def test_intervals_of_rates_are_those_of_scipy(hits, tries):
     expected = stats.binomtest(hits, tries).proportion_ci(0.95, method="exact")
