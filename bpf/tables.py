@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bpf import syscalls
-from bpf.errors import BpfError
+from bpf.errors import BpfError, SyscallError
 from bpf.room import Extent, Room
 from bpf.samples import ProcessGeneration
 
@@ -297,16 +297,18 @@ class Tables:
             if extent:
                 taken.append(extent)
                 room += extent.count if extent.count >= needed - room else extent.count - largest
-            elif self._may_grow() and largest <= SHARD_ROWS:
-                self._add_shard(
-                    syscalls.create_map(
-                        syscalls.MAP_TYPE_ARRAY, 4, ROW.itemsize, SHARD_ROWS, flags=_BPF_F_MMAPABLE
-                    ),
-                    is_ours=True,
-                )
-            else:
+            elif not (self._may_grow() and largest <= SHARD_ROWS):
                 self._rows.put_back(taken)
                 raise NoRoomError("cannot load an unwind table: others take all the memory")
+            else:
+                try:
+                    shard = syscalls.create_map(
+                        syscalls.MAP_TYPE_ARRAY, 4, ROW.itemsize, SHARD_ROWS, flags=_BPF_F_MMAPABLE
+                    )
+                except SyscallError as error:  # a memory limit below ours, above all
+                    self._rows.put_back(taken)
+                    raise NoRoomError(f"cannot load an unwind table: {error}") from error
+                self._add_shard(shard, is_ours=True)
         return taken
 
     def _may_grow(self) -> bool:

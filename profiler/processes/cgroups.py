@@ -177,7 +177,7 @@ class CgroupIds:
 
 
 def _find_mount() -> Path | None:
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n"):
         before, _, after = line.partition(b" - ")
         fields = before.split()
         if after.startswith(b"cgroup2 ") and len(fields) > 4 and fields[3] == b"/":

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from storage.objects.keys import (
+    LARGEST_OBJECT_BYTES,
     ObjectMissing,
+    ObjectTooLarge,
     StoredObject,
     StoreRefused,
     StoreUnavailable,
@@ -58,7 +60,10 @@ class DirectoryStore:
 
     def get(self, key: str) -> bytes:
         with self._explaining("read", key), self._path(key).open("rb") as file:
-            return file.read()
+            content = file.read(LARGEST_OBJECT_BYTES + 1)
+        if len(content) > LARGEST_OBJECT_BYTES:
+            raise ObjectTooLarge(key)
+        return content
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         check_range(start, length)

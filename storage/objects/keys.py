@@ -28,6 +28,8 @@ NS_PER_S = 1_000_000_000
 LONGEST_WINDOW_S = 3600
 """An object belongs to the hour of its start, so readers look back one hour and no further."""
 
+LARGEST_OBJECT_BYTES = 64 * 1024 * 1024
+
 DEFAULT_TENANT = "default"
 CPU = "cpu"
 """The type of profiles of CPU time, and of those whose keys name no type."""
@@ -42,7 +44,8 @@ class StoreError(Exception):
     StoreError
     ├── StoreUnavailable
     ├── StoreRefused
-    └── ObjectMissing
+    ├── ObjectMissing
+    └── ObjectTooLarge
     """
 
 
@@ -61,6 +64,13 @@ class StoreRefused(StoreError):  # noqa: N818
 
 class ObjectMissing(StoreError):  # noqa: N818
     """There is no object of this key."""
+
+
+class ObjectTooLarge(StoreError):  # noqa: N818
+    """The object has more bytes than any that the profiler writes."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"{key!r} has more than {LARGEST_OBJECT_BYTES} bytes")
 
 
 class StoredObject(NamedTuple):
@@ -84,6 +94,7 @@ class ObjectStore(Protocol):
 
         Raises:
             ObjectMissing: there is no such object.
+            ObjectTooLarge: it has more than LARGEST_OBJECT_BYTES; no more than these were read.
         """
 
     def get_range(self, key: str, start: int, length: int) -> bytes:

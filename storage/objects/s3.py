@@ -17,8 +17,10 @@ from botocore import exceptions
 from botocore.config import Config
 
 from storage.objects.keys import (
+    LARGEST_OBJECT_BYTES,
     NS_PER_S,
     ObjectMissing,
+    ObjectTooLarge,
     StoredObject,
     StoreRefused,
     StoreUnavailable,
@@ -179,7 +181,11 @@ class S3Store:
         response = self._client.get_object(Bucket=self._bucket, **request)
         if not response.get("ETag"):
             raise StoreUnavailable(f"cannot read {self._place}: {_NOT_A_STORE}")
-        content: bytes = response["Body"].read()
+        body = response["Body"]
+        if response.get("ContentLength", 0) > LARGEST_OBJECT_BYTES:
+            body.close()
+            raise ObjectTooLarge(request["Key"])
+        content: bytes = body.read()  # in one go, as only that checks its length
         return content
 
     def _explain_conflict(self, key: str, name: str) -> bool:

@@ -21,10 +21,17 @@ from typing import NamedTuple
 
 from storage.columns import Columns
 from storage.formats import pprof_arrays
-from storage.formats.pprof_message import SIZE_LIMIT_BYTES
 from storage.hashing import Hasher
 from storage.merging import merge_columns
-from storage.objects.keys import ObjectKey, ObjectStore, StoredObject, StoreError, content16
+from storage.objects.keys import (
+    LARGEST_OBJECT_BYTES,
+    ObjectKey,
+    ObjectStore,
+    ObjectTooLarge,
+    StoredObject,
+    StoreError,
+    content16,
+)
 from storage.profile import ProfileError
 from storage.query.cache import pack, unpack
 from storage.query.coverage import Part, failed_part
@@ -161,9 +168,8 @@ class Decoder:
 
     def _fetch(self, listed: ListedObject) -> bytes | Part[Columns]:
         stored = listed.stored
-        if stored.size_bytes > SIZE_LIMIT_BYTES:
-            reason = f"it has {stored.size_bytes} bytes, more than {SIZE_LIMIT_BYTES}"
-            return failed_part(stored.key, reason)
+        if stored.size_bytes > LARGEST_OBJECT_BYTES:
+            return failed_part(stored.key, str(ObjectTooLarge(stored.key)))
         failure, until_s = self._failures.get(stored, (None, 0.0))
         if failure is not None and time.monotonic() < until_s:
             return failure.part()

@@ -1,7 +1,9 @@
 """Unwind tables in the kernel's maps: what goes in, what is freed, what does not fit."""
 
 import contextlib
+import os
 import re
+import resource
 from enum import IntEnum
 from pathlib import Path
 
@@ -80,6 +82,27 @@ def test_room_is_used_again_when_no_walk_can_read_it(sampler):
         sampler.wait_for_programs()
 
     assert sampler.tables.memory_bytes <= held + SHARD_BYTES
+
+
+def test_memory_that_the_kernel_refuses_is_no_room(sampler):
+    """As below a memory limit; here it is the descriptor of a new map that cannot be had."""
+    pages, rows = table_of(80, 3_000)
+    sampler.tables.load(50, pages, rows)
+    before = sampler.tables.memory_bytes
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(lowest := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(NoRoomError):
+            sampler.tables.load(51, pages, rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    sampler.tables.load(52, *table_of(5, 4_000))  # what the first left free of its map
+    assert sampler.tables.memory_bytes == before
+    for number in (50, 52):
+        sampler.tables.unload(number)
+    sampler.wait_for_programs()
 
 
 def test_what_does_not_fit_changes_nothing(sampler):

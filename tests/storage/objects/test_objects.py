@@ -15,9 +15,11 @@ import pytest
 from profiler.commands import doctor
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import (
+    LARGEST_OBJECT_BYTES,
     NS_PER_S,
     ObjectMissing,
     ObjectStore,
+    ObjectTooLarge,
     StoreError,
     StoreRefused,
     StoreUnavailable,
@@ -116,6 +118,17 @@ def test_a_range_ends_where_the_object_ends(
 def test_a_range_that_is_none_is_refused(store: ObjectStore, start: int, length: int) -> None:
     with pytest.raises(ValueError, match="cannot read"):
         store.get_range("v1/digits", start, length)
+
+
+def test_an_object_larger_than_any_of_ours_is_refused(store: ObjectStore) -> None:
+    """Whoever may write to the store cannot fill the memory of those who read it."""
+    store.put("v1/largest", bytes(LARGEST_OBJECT_BYTES))
+    store.put("v1/larger", bytes(LARGEST_OBJECT_BYTES + 1))
+
+    assert len(store.get("v1/largest")) == LARGEST_OBJECT_BYTES
+    with pytest.raises(ObjectTooLarge, match="v1/larger"):
+        store.get("v1/larger")
+    assert store.get_range("v1/larger", LARGEST_OBJECT_BYTES, 10) == b"\0"
 
 
 def test_listing_is_sorted_by_key_and_follows_prefix_and_start(store: ObjectStore) -> None:

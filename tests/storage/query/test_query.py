@@ -22,7 +22,12 @@ from storage.formats.pprof_message import SIZE_LIMIT_BYTES, decompress, message_
 from storage.hashing import Hasher
 from storage.merging import merge_columns
 from storage.objects.directory import DirectoryStore
-from storage.objects.keys import DEFAULT_TENANT, StoreUnavailable, object_key
+from storage.objects.keys import (
+    DEFAULT_TENANT,
+    LARGEST_OBJECT_BYTES,
+    StoreUnavailable,
+    object_key,
+)
 from storage.objects.tenant import TenantStore
 from storage.profile import (
     Profile,
@@ -588,12 +593,12 @@ def test_what_cannot_be_read_is_named_and_stops_nothing(store, query):
 def test_a_huge_object_is_named_and_not_fetched(store, query):
     """Whoever may write to the store cannot fill the memory of those who read it."""
     key = put(store, at(small(1), 1)).text
-    os.truncate(store.root / key, SIZE_LIMIT_BYTES + 1)
+    os.truncate(store.root / key, LARGEST_OBJECT_BYTES + 1)
 
     (skipped,) = query.profile(minutes(0, 60)).coverage.skipped
 
     assert skipped.key == key
-    assert f"it has {SIZE_LIMIT_BYTES + 1} bytes" in skipped.reason
+    assert f"more than {LARGEST_OBJECT_BYTES} bytes" in skipped.reason
     assert not store.fetched[key]
 
 
