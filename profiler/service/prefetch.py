@@ -9,6 +9,7 @@ most of that cache. It reports its progress as lines of JSON on its standard out
 import argparse
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -46,6 +47,8 @@ _ENVIRONMENT = {
 }
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
+log = logging.getLogger(__name__)
+
 
 class Prefetcher:
     """Keeps the process running, restarts it when it has died, and knows its last progress."""
@@ -82,18 +85,24 @@ class Prefetcher:
     def _keep(self) -> None:
         self._has_ended.wait(_FIRST_AFTER_S)
         while not self._has_ended.is_set():
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                env={**os.environ, **_ENVIRONMENT},
-                process_group=0,  # a Ctrl-C is for its parent
-            )
-            with self._process as process:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    self._progress = orjson.loads(line)
+            try:
+                self._run()
+            except OSError as error:  # no process or no memory is left: there may be later
+                log.warning("cannot decode in advance: %s", error.strerror)
             self._has_ended.wait(_RESTART_S)
+
+    def _run(self) -> None:
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **_ENVIRONMENT},
+            process_group=0,  # a Ctrl-C is for its parent
+        )
+        with self._process as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                self._progress = orjson.loads(line)
 
 
 class Pace:
@@ -156,7 +165,7 @@ def main() -> int:
     options = parser.parse_args()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != options.parent:
-        return 0  # the parent died before prctl could tell us
+        return 0  # the parent died before prctl could report it
     with contextlib.suppress(OSError):  # where it is forbidden the share is the only bound
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     store = open_tenant(options.store, options.s3_endpoint or None)

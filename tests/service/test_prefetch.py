@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from profiler.service.prefetch import Pace
+from profiler.service import prefetch
+from profiler.service.prefetch import Pace, Prefetcher
 from storage.objects.tenant import TenantStore
 from storage.profile import Profile, Window
 from storage.query.listing import HOUR_NS
@@ -146,6 +147,25 @@ def recent(minutes_ago: int) -> Profile:
 
 def progress(client) -> dict[str, int]:
     return client.json("status")["ahead"] or {"decoded": 0, "waiting": 1}
+
+
+def test_a_process_that_cannot_be_started_is_started_later(tmp_path, monkeypatch, caplog) -> None:
+    """A machine may have no process or no memory left for a while."""
+    monkeypatch.setattr(prefetch, "_FIRST_AFTER_S", 0.0)
+    monkeypatch.setattr(prefetch, "_RESTART_S", 0.05)
+    program = tmp_path / "program"
+    prefetcher = Prefetcher("store", "", tmp_path, 10)
+    monkeypatch.setattr(prefetcher, "_command", [str(program)])
+
+    prefetcher.start()
+    wait_for(lambda: "cannot decode in advance: No such file" in caplog.text)
+    (tmp_path / "written").write_text("#!/bin/sh\necho '{\"decoded\":1}'\n")
+    (tmp_path / "written").chmod(0o755)
+    (tmp_path / "written").rename(program)
+    wait_for(prefetcher.progress)
+
+    prefetcher.end()
+    assert prefetcher.progress() == {"decoded": 1}
 
 
 def test_the_service_decodes_what_nobody_has_asked_for(tmp_path) -> None:
