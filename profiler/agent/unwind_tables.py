@@ -25,6 +25,7 @@ from bpf.sampler import Sampler
 from bpf.samples import ProcessGeneration, RawSample
 from bpf.tables import (
     EXECUTABLES_CAPACITY,
+    MAPPINGS_CAPACITY,
     PROCESSES_CAPACITY,
     MappingRow,
     NoRoomError,
@@ -53,6 +54,9 @@ _UNUSED_S = 3 * _SWEEP_S
 _WAIT_S = 30.0
 """After so long a table for which there was no room is tried again."""
 _MAX_RECENT = 1024
+_MAX_MAPPINGS = MAPPINGS_CAPACITY // 8
+"""Of one process. One with more, which no ordinary one has, would take the room of all others again
+and again. It is left by frame pointers alone, and its stacks say `no_process_yet`."""
 
 
 class _Followed(NamedTuple):
@@ -180,6 +184,8 @@ class Unwinding:
 
     def _set(self, generation: ProcessGeneration, mappings: MappingTable) -> None:
         pid = generation.pid
+        if len(mappings.mappings) > _MAX_MAPPINGS:
+            return
         try:
             if pid not in self._known and len(self._known) >= PROCESSES_CAPACITY:
                 raise NoRoomError("cannot take in a process: there are too many")

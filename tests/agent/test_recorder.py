@@ -1,6 +1,9 @@
 """What a recorder loses when the machine refuses it something, and how that is counted."""
 
+import contextlib
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 from bpf.sampler import Sampler, SamplerConfig
 from profiler.agent.agent import BpfCost
 from profiler.agent.recorder import Recorder
+from tests.support.targets import running
 
 
 def spin_until(is_true) -> None:
@@ -59,3 +63,43 @@ def test_measuring_bpf_leaves_nothing_open_when_it_fails() -> None:
 
     assert cost.ns_per_tick > 0
     assert descriptors() == before
+
+
+MANY_MAPPINGS = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+fd = os.open("/proc/self/exe", os.O_RDONLY)
+for _ in range(int(sys.argv[1])):  # of the same page, so that none continues another one
+    libc.mmap(None, ctypes.c_size_t(4096), 5, 2, fd, ctypes.c_long(0))
+print("mapped", flush=True)
+while True:
+    pass
+"""
+
+
+@pytest.mark.kernel
+def test_a_process_that_maps_without_end_takes_no_room_from_others(tmp_path: Path) -> None:
+    """Some thousand mappings are followed, tens of thousands are not."""
+    with contextlib.ExitStack() as stack:
+        some, many = (
+            stack.enter_context(
+                running(sys.executable, "-c", MANY_MAPPINGS, number, stdout=subprocess.PIPE)
+            )
+            for number in ("2000", "20000")
+        )
+        for process in (some, many):
+            assert process.stdout.readline() == b"mapped\n"
+        recorder = stack.enter_context(Recorder(SamplerConfig(frequency_hz=199), tmp_path))
+        recorder.start()
+        recorder.catch_up()
+        spin_until(lambda: recorder.step() or some.pid in recorder.unwinding._known)
+        began_s = time.monotonic()
+        spin_until(lambda: recorder.step() or time.monotonic() - began_s > 1)
+
+        known = recorder.unwinding._known
+        stops = recorder.close_window().accounting.stops
+
+    assert some.pid in known
+    assert many.pid not in known
+    assert stops["no_process_yet"] > 0
