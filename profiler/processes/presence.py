@@ -1,6 +1,8 @@
 """When at least one process of a service ran: a union of intervals, in integer ns of one clock."""
 
-_MAX_INTERVALS = 16_384  # of one instance; beyond it the older half is forgotten
+_MAX_INTERVALS = 16_384
+"""Of one instance. Beyond it those that overlap become one; of so many apart the older half is
+forgotten."""
 _CLOSED_GAP_NS = 1_000_000  # intervals so close to one another are counted as one
 
 
@@ -42,10 +44,20 @@ class Presence:
             last.end_ns = max(last.end_ns, end_ns)
             return last
         if len(self._intervals) >= _MAX_INTERVALS:
-            del self._intervals[: _MAX_INTERVALS // 2]
+            self._join()
         interval = Interval(start_ns, end_ns)
         self._intervals.append(interval)
         return interval
+
+    def _join(self) -> None:
+        """Join intervals that overlap, as those of short processes on many CPUs do."""
+        joined: list[Interval] = []
+        for part in sorted(self._intervals, key=lambda each: each.start_ns):
+            if joined and part.start_ns <= joined[-1].end_ns + _CLOSED_GAP_NS:
+                joined[-1].end_ns = max(joined[-1].end_ns, part.end_ns)
+            else:
+                joined.append(part)
+        self._intervals = joined[-(_MAX_INTERVALS // 2) :]
 
     def within(self, start_ns: int, end_ns: int) -> int:
         """Return how much of a window is covered."""

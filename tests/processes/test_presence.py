@@ -65,3 +65,14 @@ def test_intervals_are_bounded() -> None:
         presence.add(number * 10 * MS, number * 10 * MS + 1)
 
     assert len(presence._intervals) <= module._MAX_INTERVALS
+
+
+def test_intervals_that_overlap_are_joined_before_any_is_forgotten() -> None:
+    """A thousand short processes a second, beside one that runs for an hour and is gone as well."""
+    presence = Presence()
+    presence.add(0, 3_600_000_000_000)
+
+    for number in range(module._MAX_INTERVALS * 2):
+        presence.add(number * 5_000_000, number * 5_000_000 + 1_000)
+
+    assert presence.within(0, 3_600_000_000_000) == 3_600_000_000_000
