@@ -75,8 +75,9 @@ export class Loader {
       if (!request) continue;
       const panel = this.#panels[name];
       const key = address(...request);
-      if (panel.key === key && !panel.error) this.#callbacks.onResponse(name, null);
-      else this.#request(name, key, request);
+      if (panel.key !== key || panel.error) this.#request(name, key, request);
+      else if (panel.response) this.#callbacks.onResponse(name, null);
+      // Otherwise it is drawn when its first response arrives.
     }
     this.#callbacks.onProgress();
   }
