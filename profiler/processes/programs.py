@@ -22,7 +22,8 @@ _PYTHON = re.compile(rb"(?:python|pypy)[0-9.]*[a-z]*")
 _NODE = re.compile(rb"node|nodejs|bun|deno")
 _JAVA = re.compile(rb"java")
 _SHELL = re.compile(rb"bash|dash|sh|zsh|ksh|mksh|ash|fish|busybox")
-_SCRIPTING = re.compile(rb"(?:ruby|perl|php|lua|luajit|tclsh|wish|guile|Rscript|R)[0-9.]*")
+_SCRIPTING = re.compile(rb"(?:ruby|perl|lua|luajit|tclsh|wish|guile|Rscript|R)[0-9.]*")
+_PHP = re.compile(rb"php[0-9.]*")
 _STARTERS = re.compile(
     rb"tini|tini-static|dumb-init|docker-init|catatonit|s6-.*|runsv|runsvdir|su|sudo|runuser"
     rb"|setpriv|env|nice|timeout|systemd|systemd-executor|init"
@@ -50,7 +51,7 @@ _JAVA_VALUES = frozenset(
     b" --limit-modules --add-exports --add-opens --add-reads --source".split()
 )
 _SCRIPTING_VALUES = frozenset({b"-I", b"-r", b"-c", b"-d", b"-M"})
-_SCRIPTING_CODE = frozenset({b"-e", b"-E", b"-S", b"-r"})
+_SCRIPTING_CODE = frozenset({b"-e", b"-E", b"-S"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,7 @@ def _reader(program: bytes) -> Callable[[Sequence[bytes]], _Target] | None:
         (_JAVA, _java),
         (_SHELL, _shell),
         (_SCRIPTING, _scripting),
+        (_PHP, _php),
     ):
         if pattern.fullmatch(program):
             return read
@@ -226,12 +228,17 @@ def _shell(arguments: Sequence[bytes]) -> _Target:
     return _NOTHING
 
 
-def _scripting(arguments: Sequence[bytes]) -> _Target:
+def _php(arguments: Sequence[bytes]) -> _Target:
+    """To the others -r names a library."""
+    return _scripting(arguments, _SCRIPTING_CODE | {b"-r"})
+
+
+def _scripting(arguments: Sequence[bytes], code: frozenset[bytes] = _SCRIPTING_CODE) -> _Target:
     position = 0
     while position < len(arguments):
         argument = arguments[position]
         position += 1
-        if argument in _SCRIPTING_CODE:
+        if argument in code:
             return _NOTHING
         if argument in _SCRIPTING_VALUES:
             position += 1

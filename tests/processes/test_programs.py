@@ -67,7 +67,9 @@ def describe_process(pid: int) -> Program:
         ("-bash", "bash"),
         ("perl -I lib /opt/report.pl", "report"),
         ("ruby bin/shop.rb", "shop"),
+        ("ruby -r json bin/shop.rb", "shop"),
         ("php -f x.php", "x"),
+        ("php -r code x.php", "php"),
         ("nginx: master process /usr/sbin/nginx", "nginx:"),
     ],
 )
