@@ -297,8 +297,10 @@ class Recorder:
         modules = {place.build_id for place in unnamed if isinstance(place, AddressLocation)}
         known = self.symbolizer.modules
         builder.modules.update({key: known[key] for key in modules & known.keys()})
-        misses = {str(reason): number for reason, number in self.symbolizer.misses.items()}
-        self.symbolizer.misses.clear()
+        misses: Counter[str] = Counter()
+        for missed in (self.symbolizer.misses, self._labeler.misses):
+            misses.update({str(reason): number for reason, number in missed.items()})
+            missed.clear()
         accounting = window.accounting(self._host, misses)
         services = self._labeler.present(*window.boottime_ns)
         return builder.build(window.window, replace(accounting, services=services))

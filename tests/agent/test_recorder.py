@@ -65,6 +65,20 @@ def test_measuring_bpf_leaves_nothing_open_when_it_fails() -> None:
     assert descriptors() == before
 
 
+@pytest.mark.kernel
+def test_what_container_runtimes_left_damaged_is_in_the_window(tmp_path: Path) -> None:
+    """Their containers have no names then, and the object says why."""
+    damaged = tmp_path / "config.v2.json"
+    damaged.write_text("{")
+    with Recorder(SamplerConfig(), tmp_path / "cache") as recorder:
+        recorder.start()
+        recorder._labeler._instances.containers.load(damaged, 1_000)
+
+        misses = [recorder.close_window().accounting.misses for _ in range(2)]
+
+    assert [each.get("damaged runtime file") for each in misses] == [1, None]
+
+
 MANY_MAPPINGS = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None)
