@@ -125,7 +125,8 @@ export function beforeWindow(state, window, nowMs) {
   if (from === "") return preceding;
   if (!EARLIER.test(from)) return resolveWindow(from, until, nowMs) ?? preceding;
   const earlier = (ms) => parseTime(`now${from}`, ms);
-  return { from: earlier(window.from), until: earlier(window.until) };
+  const moved = { from: earlier(window.from), until: earlier(window.until) };
+  return moved.from === null || moved.until === null ? preceding : moved;
 }
 
 /** Return the selector of the before side. */

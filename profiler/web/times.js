@@ -4,7 +4,9 @@
 const MS = { ms: 1, s: 1000, m: 60_000, h: 3_600_000, d: 86_400_000, w: 604_800_000 };
 const RELATIVE = /^now(?:([+-])((?:\d{1,9}(?:ms|s|m|h|d|w))+))?$/;
 const RFC3339 = /^\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:\d\d)$/;
-const FIRST_MILLISECONDS = 1e11; // as the service reads plain numbers (profiler/times.py)
+// As the service reads them (profiler/times.py): plain numbers, and the latest time.
+const FIRST_MILLISECONDS = 1e11;
+const LATEST_MS = 9_223_372_036_854;
 
 /** The presets: from, until, name. */
 export const RANGES = [
@@ -16,8 +18,13 @@ export const RANGES = [
   ["now-24h", "now", "Last 24 hours"],
 ];
 
-/** Parse a time; null if the text is not one. */
+/** Parse a time; null if the text is not one, or none between 1970 and 2262. */
 export function parseTime(text, nowMs) {
+  const time = parseAnyTime(text, nowMs);
+  return time !== null && time >= 0 && time <= LATEST_MS ? time : null;
+}
+
+function parseAnyTime(text, nowMs) {
   const relative = RELATIVE.exec(text);
   if (relative) {
     const parts = (relative[2] ?? "").matchAll(/(\d+)(ms|s|m|h|d|w)/g);

@@ -150,6 +150,13 @@ test("times are read as the service reads them", () => {
   }
 });
 
+test("a time that no date has is none, and its range is still written", () => {
+  for (const text of ["now-999999999w", "now+999999999w", "9999999999999"]) {
+    assert.equal(times.parseTime(text, NOON), null, text);
+  }
+  assert.equal(times.formatRange("now-999999999w", "now", NOON, "utc"), "now-999999999w – now");
+});
+
 test("a window must end after it starts", () => {
   assert.deepEqual(times.resolveWindow("now-1h", "now", NOON), {
     from: NOON - 60 * MIN,

@@ -150,6 +150,7 @@ test("what stands before is the same selection, right before or a while earlier"
     until: 10_000_000,
   });
   assert.deepEqual(of({ before_from: "nonsense" }), of({}));
+  assert.deepEqual(of({ before_from: "-999999999w" }), of({}));
   assert.equal(state.beforeQuery({ ...DEFAULTS, q: '{a="b"}' }), '{a="b"}');
   assert.equal(state.beforeQuery({ ...DEFAULTS, q: '{a="b"}', before_query: "" }), "");
 });
