@@ -38,6 +38,12 @@ def size_bytes(text: str) -> int:
     return int(float(match[1]) * scale)
 
 
+def process_id(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text[:20]) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a process id")
+    return int(text)
+
+
 def label_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
@@ -57,7 +63,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--pid",
         dest="pids",
         metavar="PID",
-        type=int,
+        type=process_id,
         action="append",
         default=[],
         help="sample this process and its descendants; may be repeated",

@@ -281,7 +281,8 @@ def _window(window: Window, file: str, asked: str, now_ns: int) -> Window:
             )
         window = Window(window.start_ns, window.start_ns + NS_PER_S)
     if window.end_ns - window.start_ns > LONGEST_WINDOW_S * NS_PER_S:
+        what = f"--window {asked}" if asked and end_text else file
         raise IncompleteFileError(
-            f"{file} is longer than an hour: give --window START..END, at most an hour"
+            f"{what} is longer than an hour: give --window START..END, at most an hour"
         )
     return window

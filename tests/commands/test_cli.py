@@ -70,6 +70,15 @@ def test_dashes_without_a_command_are_refused(capsys) -> None:
     assert capsys.readouterr().err.endswith("error: name the command to run after --\n")
 
 
+@pytest.mark.parametrize("pid", ["0", "-1", "x", "1.5", "9" * 20])
+def test_what_is_not_a_process_id_is_refused_in_our_own_words(pid: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["top", f"--pid={pid}"])
+
+    assert ended.value.code == 2
+    assert "is not a process id\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", ["0", "0.5", "0.0001kB", "1GiB", "-1", ""])
 def test_a_size_that_is_not_even_a_byte_is_refused(size: str, capsys) -> None:
     """It is not taken for no limit."""

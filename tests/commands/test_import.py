@@ -118,7 +118,7 @@ def test_importing_twice_changes_nothing(tmp_path, capfd):
         ([], "give --window START..END"),
         (["--window", "now"], "does not say how long it took"),
         (["--window", "now..now-1h"], "must end after it starts"),
-        (["--window", "now-2h..now"], "at most an hour"),
+        (["--window", "now-2h..now"], "--window now-2h..now is longer than an hour"),
         (["--window", "yesterday..now"], "'yesterday' is not a time"),
         (["--label", "service"], "is not a label"),
         (["-F", "0"], "is not a rate"),
