@@ -181,4 +181,8 @@ def _parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    # Each worker would import the main module, and with it the service, which none of them needs:
+    # multiprocessing finds it by these two (Python 3.11-3.14, `spawn.get_preparation_data`).
+    sys.modules[__name__].__spec__ = None
+    del sys.modules[__name__].__file__
     sys.exit(main())

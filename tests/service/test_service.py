@@ -19,6 +19,7 @@ from storage.objects.directory import DirectoryStore
 from storage.objects.tenant import TenantStore
 from storage.profile import Window, merge
 from storage.query.query import Query
+from tests.commands.test_up import descendants_of
 from tests.support import profiles as some
 from tests.support.services import profile_of, service
 from tests.support.stores import START_NS, directory, minutes
@@ -124,6 +125,22 @@ def test_labels_and_their_values_are_listed(client):
 
     assert {"service", "comm", "host"} <= names
     assert values == [{"value": "api", "samples": 15}, {"value": "jobs", "samples": 10}]
+
+
+def test_workers_do_not_import_the_service(folder, tmp_path):
+    """They decode, and msgspec is the service's alone: without it a start takes half of its CPU."""
+    (tmp_path / "store").symlink_to(folder / "store")
+    with service(tmp_path, "--decode-ahead=0") as (process, client):
+        client.json("flamegraph", **HOUR)
+
+        workers = [
+            Path(f"/proc/{pid}")
+            for pid in descendants_of(process.pid)
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        assert "msgspec" in Path(f"/proc/{process.pid}/maps").read_text()
+        assert workers
+        assert not [each for each in workers if "msgspec" in (each / "maps").read_text()]
 
 
 def exported(folder, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
