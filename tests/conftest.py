@@ -1,5 +1,6 @@
 """What all tests share: when a test cannot run here, and how hypothesis behaves."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,8 +19,22 @@ hypothesis.settings.register_profile("everflame", deadline=None)
 hypothesis.settings.load_profile("everflame")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+LONGEST_FIRST = (
+    "tests/agent/test_uploader.py",
+    "tests/web/test_compare_page.py",
+    "tests/formats/test_speedscope.py",
+    "tests/service/test_connections.py",
+    "tests/service/test_prefetch.py",
+    "tests/storage/query/test_workers.py",
+)
+"""Files of a quarter of a minute and more: begun last, one would leave other workers idle."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what this machine or this user cannot run, and say what was missing."""
+    if hasattr(config, "workerinput"):
+        places = {file: place for place, file in enumerate(LONGEST_FIRST)}
+        items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
     missing = {}
     if os.geteuid() != 0:
         missing["kernel"] = "loading BPF programs needs root: run ./check"
@@ -32,7 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Let no test be lost: of several with one name, workers run the last."""
+    """Let no test be lost: of several with one name, workers run the last.
+
+    What is there by now stays to the end, and the garbage collector need not look at it again.
+    """
+    gc.collect()
+    gc.freeze()
     names = [item.nodeid for item in session.items]
     if hasattr(session.config, "workerinput") and len(set(names)) < len(names):
         twice = max(names, key=names.count)
