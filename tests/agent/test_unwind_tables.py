@@ -21,7 +21,7 @@ from profiler.agent import unwind_tables as unwinding
 from profiler.agent.recorder import Recorder
 from symbolizer.maps import MappingTable, parse_maps
 from symbolizer.symbols.elf import FileSource, read_elf
-from tests.support.live import wait_for
+from tests.support.live import stat_fields, wait_for
 from tests.support.targets import compile_target, running
 
 pytestmark = pytest.mark.kernel
@@ -57,7 +57,9 @@ print("WORDS", json.dumps([words_of(pid) for pid in PIDS]))
 
 @pytest.fixture(scope="module")
 def recorder(tmp_path_factory) -> Iterator[Recorder]:
-    with Recorder(SamplerConfig(frequency_hz=499), tmp_path_factory.mktemp("cache")) as recorder:
+    """A recorder that samples the processes it is told of, so that none of others takes room."""
+    config = SamplerConfig(frequency_hz=499, pids=frozenset())
+    with Recorder(config, tmp_path_factory.mktemp("cache")) as recorder:
         recorder.start()
         yield recorder
 
@@ -67,14 +69,24 @@ def all_parked(program: Path, parked: Sequence[str]) -> Iterator[dict[str, int]]
     """Run a program for each way of being parked, all at once; return their pids."""
     with contextlib.ExitStack() as stack:
         started = {what: stack.enter_context(running(program, what)) for what in parked}
-        time.sleep(1.5)  # until the signals have come
-        yield {what: process.pid for what, process in started.items()}
+        pids = {what: process.pid for what, process in started.items()}
+        wait_for(lambda: all(is_parked(what, pid) for what, pid in pids.items()), timeout_s=60)
+        yield pids
+
+
+def is_parked(what: str, pid: int) -> bool:
+    """Return whether a process spins where it is to stay: also in a handler, whose signal waits."""
+    fields = stat_fields(pid)
+    has_spun = int(fields[11]) + int(fields[12]) >= 5
+    blocked = int(fields[29])
+    return has_spun and (what not in ("signal", "another_stack") or blocked != 0)
 
 
 def samples_of(
     recorder: Recorder, pids: Collection[int], seconds: float = 0.5
 ) -> dict[int, list[RawSample]]:
     """Return the samples of processes from when the tables of all of them are loaded on."""
+    recorder.sampler.select(pids)
     is_known: dict[int, bool] = {}
     found: dict[int, list[RawSample]] = {}
 
@@ -224,6 +236,7 @@ def test_stacks_are_whole_below_the_vdso_and_in_the_kernel(recorder, tmp_path):
 
 def stops_of(recorder: Recorder, pid: int, seconds: float = 0.3) -> set[str]:
     """Return why the stacks of a process end just now, while the recorder goes on."""
+    recorder.sampler.select([pid])
     found: set[str] = set()
     end_s = time.monotonic() + seconds
     while time.monotonic() < end_s:
