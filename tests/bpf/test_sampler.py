@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,26 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_target("split.c", tmp_path_factory.mktemp("targets") / "split")
 
 
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[Sampler]:
+    """Programs that are loaded once, for tests that look at no process but their own."""
+    with Sampler(SamplerConfig(frequency_hz=999, pids=frozenset())) as sampler:
+        yield sampler
+
+
+@pytest.fixture
+def sampler_of(loaded: Sampler) -> Iterator[Callable[[subprocess.Popen[bytes]], Sampler]]:
+    """Return the sampler, told to sample a process from now on."""
+
+    def select(process: subprocess.Popen[bytes]) -> Sampler:
+        loaded.select([process.pid])
+        return loaded
+
+    yield select
+    loaded.stop()
+    loaded.drain()
+
+
 @pytest.fixture
 def busy(split: Path) -> Iterator[subprocess.Popen[bytes]]:
     with running(split, "60") as process:
@@ -46,10 +66,6 @@ def drain_for(sampler: Sampler, seconds: float) -> Drain:
     time.sleep(seconds)
     sampler.stop()
     return sampler.drain()
-
-
-def sampler_of(process: subprocess.Popen[bytes]) -> Sampler:
-    return Sampler(SamplerConfig(frequency_hz=999, pids=frozenset({process.pid})))
 
 
 def mismatch(drain: Drain) -> int:
@@ -104,14 +120,12 @@ def test_a_pid_filter_leaves_everything_else_filtered(busy) -> None:
     assert mismatch(drain) == 0
 
 
-def test_children_of_a_selected_process_are_selected(split) -> None:
+def test_children_of_a_selected_process_are_selected(split, sampler_of) -> None:
     """Also grandchildren, from their first instruction on, whether they exec or not."""
     script = f"import os, subprocess; os.fork(); subprocess.run(['{split}', '1'])"
     gate = f"import sys; sys.stdin.read(1)\n{script}"
-    with (
-        running(sys.executable, "-c", gate, stdin=subprocess.PIPE) as parent,
-        Sampler(SamplerConfig(pids=frozenset({parent.pid}))) as sampler,
-    ):
+    with running(sys.executable, "-c", gate, stdin=subprocess.PIPE) as parent:
+        sampler = sampler_of(parent)
         sampler.start()
         parent.communicate(b"!")
         sampler.stop()
@@ -123,14 +137,15 @@ def test_children_of_a_selected_process_are_selected(split) -> None:
     assert mismatch(drain) == 0
 
 
-def test_a_sample_names_its_process_and_thread(busy) -> None:
-    with Sampler(SamplerConfig(pids=frozenset({busy.pid}))) as sampler:
-        before = time.monotonic_ns()
-        drain = drain_for(sampler, 0.5)
-        after = time.monotonic_ns()
+def test_a_sample_names_its_process_and_thread(busy, sampler_of) -> None:
+    sampler = sampler_of(busy)
+    before = time.monotonic_ns()
+    drain = drain_for(sampler, 0.5)
+    after = time.monotonic_ns()
 
     fields = Path(f"/proc/{busy.pid}/stat").read_text().rpartition(")")[2].split()
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    assert drain.samples
     for sample in drain.samples:
         assert (sample.pid, sample.tid) == (busy.pid, busy.pid)
         assert (sample.comm, sample.leader_comm) == (b"split", b"split")
@@ -138,10 +153,9 @@ def test_a_sample_names_its_process_and_thread(busy) -> None:
         assert before <= sample.first_ns <= sample.last_ns <= after
 
 
-def test_frame_pointers_lead_from_the_leaf_to_main(busy, split) -> None:
+def test_frame_pointers_lead_from_the_leaf_to_main(busy, split, sampler_of) -> None:
     """A stack of the target lies in its own text up to main, then in the C library."""
-    with sampler_of(busy) as sampler:
-        drain = drain_for(sampler, 1.0)
+    drain = drain_for(sampler_of(busy), 1.0)
 
     inside = mapped_range(busy.pid, split)
     deep = [sample for sample in drain.samples if len(sample.user) >= 2]
@@ -161,11 +175,11 @@ def mapped_range(pid: int, path: Path) -> range:
     return range(int(start, 16), int(end, 16))
 
 
-def test_a_system_call_shows_both_stacks(tmp_path) -> None:
+def test_a_system_call_shows_both_stacks(tmp_path, sampler_of) -> None:
     """Reading from /dev/zero is kernel work that a user stack asked for."""
     chain = compile_target("chain.c", tmp_path / "chain")
-    with running(chain, "60", "kernel") as process, sampler_of(process) as sampler:
-        drain = drain_for(sampler, 1.0)
+    with running(chain, "60", "kernel") as process:
+        drain = drain_for(sampler_of(process), 1.0)
 
     both = [sample for sample in drain.samples if len(sample.kernel) and len(sample.user) >= 3]
     assert count(both) > 0.5 * count(drain.samples)
@@ -190,10 +204,10 @@ def test_a_kernel_stack_that_is_not_whole_says_why(size_bytes, length, reason, t
     assert mismatch(drain) == 0
 
 
-def test_a_whole_kernel_stack_has_no_reason(tmp_path) -> None:
+def test_a_whole_kernel_stack_has_no_reason(tmp_path, sampler_of) -> None:
     chain = compile_target("chain.c", tmp_path / "chain")
-    with running(chain, "60", "kernel") as process, sampler_of(process) as sampler:
-        drain = drain_for(sampler, 1.0)
+    with running(chain, "60", "kernel") as process:
+        drain = drain_for(sampler_of(process), 1.0)
 
     assert any(len(sample.kernel) for sample in drain.samples)
     assert {sample.kernel_stop for sample in drain.samples} == {""}
@@ -210,17 +224,19 @@ def compile_deep(folder: Path) -> Path:
     return compile_target(str(source), folder / "deep", "-O1", "-fno-omit-frame-pointer")
 
 
-def test_stacks_that_just_fit_beside_their_count_are_whole(tmp_path) -> None:
+def test_stacks_that_just_fit_beside_their_count_are_whole(tmp_path, loaded, sampler_of) -> None:
     """Longer ones stand in a map of their own: each call deeper is one word more, whichever."""
     deep = compile_deep(tmp_path)
     depths = range(MAX_SHORT_WORDS - 5, MAX_SHORT_WORDS + 3)
     with contextlib.ExitStack() as stack:
-        pids = [stack.enter_context(running(deep, str(depth))).pid for depth in depths]
-        sampler = stack.enter_context(Sampler(SamplerConfig(999, pids=frozenset(pids))))
+        processes = [stack.enter_context(running(deep, str(depth))) for depth in depths]
+        pids = [process.pid for process in processes]
+        for process in processes:
+            sampler_of(process)
         stacks: dict[int, set[tuple[int, ...]]] = {}
 
         def are_seen() -> bool:
-            for sample in drain_for(sampler, 0.5).samples:
+            for sample in drain_for(loaded, 0.5).samples:
                 if not len(sample.kernel):
                     stacks.setdefault(sample.pid, set()).add(tuple(sample.user.tolist()[1:]))
             return len(stacks) == len(pids)
@@ -233,12 +249,9 @@ def test_stacks_that_just_fit_beside_their_count_are_whole(tmp_path) -> None:
     assert all(len(set(each[:50])) == 1 for each in callers)  # down() calls itself in one place
 
 
-def test_a_deeper_stack_than_there_is_room_for_is_marked_truncated(tmp_path) -> None:
-    with (
-        running(compile_deep(tmp_path), "1000") as process,
-        sampler_of(process) as sampler,
-    ):
-        drain = drain_for(sampler, 0.5)
+def test_a_deeper_stack_than_there_is_room_for_is_marked_truncated(tmp_path, sampler_of) -> None:
+    with running(compile_deep(tmp_path), "1000") as process:
+        drain = drain_for(sampler_of(process), 0.5)
 
     stacks = [sample for sample in drain.samples if not len(sample.kernel)]
     assert {sample.stop for sample in stacks} == {StopReason.TRUNCATED.label}
@@ -284,6 +297,7 @@ def second_cpu() -> Iterator[Path]:
     switch.write_text("1")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("is_seen_offline", [True, False])
 def test_a_cpu_that_was_away_is_sampled_again(is_seen_offline, second_cpu) -> None:
     """Its old event stays blind for ever, also when nobody looked while it was away."""
@@ -316,6 +330,7 @@ def interrupts(kind: str) -> list[int]:
     return [int(field) for field in line.split()[1:] if field.isdecimal()]
 
 
+@pytest.mark.alone
 def test_following_cpus_interrupts_none_of_them() -> None:
     """Reading another CPU's event is an interrupt there, which wakes a CPU that is idle."""
     online = perf_event.online_cpus()
@@ -330,18 +345,19 @@ def test_following_cpus_interrupts_none_of_them() -> None:
         "with Sampler(SamplerConfig()) as sampler:\n"
         "    rings = Rings()\n"
         "    sampler.start()\n"
-        "    before = sum(interrupts('CAL')[1:])\n"
-        "    for _ in range(REFRESHES):\n"
-        "        sampler.refresh_cpus()\n"
-        "        rings.refresh()\n"
-        "    print(sum(interrupts('CAL')[1:]) - before)\n"
+        "    for _ in range(3):\n"
+        "        before = sum(interrupts('CAL')[1:])\n"
+        "        for _ in range(REFRESHES):\n"
+        "            sampler.refresh_cpus()\n"
+        "            rings.refresh()\n"
+        "        print(sum(interrupts('CAL')[1:]) - before)\n"
     )
 
-    counts = [
-        int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout)
-        for _ in range(3)  # other programs of the machine cause some, so the least of three counts
-    ]
+    child = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
+    # Other programs of the machine cause some, so the least of three counts.
+    counts = [int(line) for line in child.stdout.split()]
+    assert len(counts) == 3
     assert min(counts) < REFRESHES
 
 
