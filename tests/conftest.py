@@ -8,11 +8,21 @@ from collections.abc import Callable, Iterator
 import hypothesis
 import pytest
 from playwright.sync_api import Browser
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.browser import View, chromium, visiting
 from tests.support.weed import Weed
 
 pytest_plugins = ["tests.support.javascript"]
+
+# Their tests share nothing that takes long to make, and mostly wait: each goes to any worker. Those
+# of other files stay together, as with --dist=loadfile.
+SPREAD = (
+    "tests/agent/test_agent.py",
+    "tests/commands/test_record.py",
+    "tests/commands/test_up.py",
+)
 
 # A busy machine makes single examples slow; what a test may take in all is pytest's timeout.
 hypothesis.settings.register_profile("everflame", deadline=None)
@@ -44,6 +54,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for mark, reason in missing.items():
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+class Scheduling(LoadScopeScheduling):
+    """Hand out tests by files, or one by one where `SPREAD` says so; the largest share first."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid if file in SPREAD else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

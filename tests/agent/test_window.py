@@ -72,6 +72,7 @@ def second_cpu() -> Iterator[Path]:
 
 
 @pytest.mark.kernel
+@pytest.mark.alone
 def test_no_real_cpu_is_busy_for_longer_than_the_time_that_passes(second_cpu):
     """Off and on again, seen and unseen."""
     busy = BusyTime()

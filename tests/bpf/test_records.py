@@ -377,6 +377,7 @@ def test_overflow_is_counted_and_told_as_a_gap() -> None:
 
 
 @pytest.mark.kernel
+@pytest.mark.alone
 @pytest.mark.skipif(not os.access(CPU1, os.W_OK), reason="CPU 1 cannot be taken offline")
 def test_cpu_that_was_offline_for_a_moment_is_followed_again() -> None:
     """Between two refreshes nothing but its event shows it; the other CPU's records stay."""
@@ -401,6 +402,7 @@ def test_cpu_that_was_offline_for_a_moment_is_followed_again() -> None:
 
 
 @pytest.mark.kernel
+@pytest.mark.alone
 @pytest.mark.skipif(not os.access(CPU1, os.W_OK), reason="CPU 1 cannot be taken offline")
 def test_records_of_a_cpu_that_went_offline_are_kept() -> None:
     """What it had written is handed out, and its going makes no gap."""

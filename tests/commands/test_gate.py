@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.targets import compile_target
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.alone]
 
 EVERFLAME = Path(sys.executable).with_name("everflame")
 SLOWER = "parse"

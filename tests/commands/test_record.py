@@ -437,6 +437,7 @@ def test_every_command_explains_itself_with_an_example() -> None:
         assert re.search(rf"example.*everflame {command}", result.stdout, re.DOTALL)
 
 
+@pytest.mark.alone
 def test_short_windows_of_an_idle_machine_can_be_read(tmp_path) -> None:
     """The kernel rounds idle times: together they may be longer than the time there was."""
     with Recorder(SamplerConfig(frequency_hz=99), tmp_path) as recorder:

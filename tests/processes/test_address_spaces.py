@@ -539,10 +539,12 @@ def overflow(spaces: AddressSpaces) -> int:
 
 @pytest.fixture
 def small_rings() -> Iterator[Rings]:
+    """Rings that hold some programs' records; those of other tests would fill them as well."""
     with contextlib.closing(Rings(pages=2)) as rings:
         yield rings
 
 
+@pytest.mark.alone
 def test_process_that_outlives_a_gap_is_named_before_in_and_after_it(
     start: Callable[[], Target], small_rings: Rings
 ) -> None:
@@ -560,6 +562,7 @@ def test_process_that_outlives_a_gap_is_named_before_in_and_after_it(
     assert spaces.mappings(target.pid, within_ns) is tables[1]
 
 
+@pytest.mark.alone
 def test_process_that_changed_in_a_gap_is_not_guessed_within_it(
     start: Callable[[], Target], small_rings: Rings
 ) -> None:
@@ -581,6 +584,7 @@ def test_process_that_changed_in_a_gap_is_not_guessed_within_it(
     assert SLEEP in paths(after)
 
 
+@pytest.mark.alone
 def test_process_forked_in_a_gap_is_known_afterwards(
     start: Callable[[], Target], small_rings: Rings
 ) -> None:
@@ -636,6 +640,7 @@ def test_endless_mapping_is_folded_into_the_base(
     assert target.path in paths(after)
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not os.access(CPU1, os.W_OK), reason="CPU 1 cannot be taken offline")
 def test_program_on_a_cpu_that_was_offline_is_known(rings: Rings, spaces: AddressSpaces) -> None:
     """Its ring is opened again, and what lived before is still named."""

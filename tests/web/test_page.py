@@ -101,7 +101,7 @@ def record(folder: Path) -> Path:
             running(*niced, env={"SERVICE_VERSION": "1.0"}),
             running(*niced, "kernel", env={"SERVICE_VERSION": "2.0"}),
         ):
-            subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+            subprocess.run(command, env=environment, check=True, capture_output=True, timeout=100)
     finally:
         shop.terminate()
         shop.wait()
