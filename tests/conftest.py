@@ -54,6 +54,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for mark, reason in missing.items():
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    sources = {path: path.read_text() for path in {item.path for item in items}}
+    for item in items:
+        for mark in ("kernel", "alone"):
+            if item.get_closest_marker(mark) and f"mark.{mark}" not in sources[item.path]:
+                raise pytest.UsageError(
+                    f"check misses {item.nodeid}: write mark.{mark} in its file"
+                )
 
 
 class Scheduling(LoadScopeScheduling):
