@@ -272,6 +272,9 @@ class Recorder:
 
     def cut_window(self, edge_ns: int | None = None) -> Profile:
         """Return the profile up to the last drain, as `close_window` does."""
+        if edge_ns is not None and edge_ns <= self._window.start_ns:
+            # The window was opened so late that the edge it was to end at had passed.
+            edge_ns = None
         return self._cut(OpenWindow(self.period_ns, self._clocks, edge_ns=edge_ns), edge_ns)
 
     def lose(self, counts: Accounting) -> None:

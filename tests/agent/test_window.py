@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bpf.sampler import SamplerConfig
 from bpf.samples import Drain
+from profiler.agent.recorder import Recorder
 from profiler.agent.window import BusyTime, Clocks, Edges, OpenWindow, split_drain
+from storage.formats import pprof
 from storage.profile import Accounting, Host
 from tests.support.live import sample_of
 
@@ -86,6 +89,19 @@ def test_no_real_cpu_is_busy_for_longer_than_the_time_that_passes(second_cpu):
     nonidle_ns = busy.read()
 
     assert -0.1 * SECOND < nonidle_ns <= 2 * (time.monotonic_ns() - begun_ns) + 0.1 * SECOND
+
+
+@pytest.mark.kernel
+def test_a_window_that_was_opened_after_its_edge_ends_when_it_is_closed(tmp_path):
+    """As where the process waits for a CPU between the two; it would end before its start."""
+    with Recorder(SamplerConfig(pids=frozenset()), tmp_path) as recorder:
+        recorder.start()
+        late = recorder.close_window(edge_ns=time.time_ns() - 5 * SECOND)
+        following = recorder.close_window()
+
+    assert late.window.start_ns < late.window.end_ns
+    assert abs(late.window.end_ns - following.window.start_ns) < SECOND // 10
+    assert pprof.decode(pprof.encode(late)).window == late.window
 
 
 moments = st.integers(0, 1000)
