@@ -33,7 +33,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def everflame(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    options = {"timeout": 60, "capture_output": True, "text": True, **options}
+    options = {"timeout": 100, "capture_output": True, "text": True, **options}
     return subprocess.run([EVERFLAME, *arguments], check=False, **options)
 
 
@@ -221,7 +221,7 @@ def cpu_s(pid: int) -> float:
     return int(fields[11]) / os.sysconf("SC_CLK_TCK")
 
 
-def wait_until(is_true, seconds: float = 20) -> None:
+def wait_until(is_true, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not is_true():
         assert time.monotonic() < deadline, "waited in vain"
@@ -233,7 +233,7 @@ def test_a_signal_ends_the_recording_and_the_file_is_written(met, recording) -> 
     process, file = recording
 
     process.send_signal(met)
-    _, talk = process.communicate(timeout=20)
+    _, talk = process.communicate(timeout=60)
 
     assert process.returncode == 0
     assert TALK in talk.decode()
@@ -278,7 +278,7 @@ def test_a_recording_ends_when_its_processes_have_ended(split, tmp_path) -> None
         result = everflame("record", "-p", str(process.pid), "-o", tmp_path / "x.folded")
 
     assert result.returncode == 0
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 60
 
 
 def test_threads_are_told_apart_by_their_names(tmp_path) -> None:
@@ -308,7 +308,7 @@ def test_a_program_replaced_while_it_runs_keeps_its_own_names(split, tmp_path) -
         other = compile_target("chain.c", tmp_path / "other")
         other.rename(program)
 
-        everflame("record", "-p", str(process.pid), "--for", "1s", "-o", file)
+        everflame("record", "-F", "499", "-p", str(process.pid), "--for", "2s", "-o", file)
 
     found = functions(pprof.decode(file.read_bytes()))
     assert found["spends_sixty"] > 10
@@ -328,7 +328,7 @@ def test_a_program_in_another_root_is_named_from_that_root(split, tmp_path) -> N
     with running("unshare", "-m", "sh", "-c", script) as process:
         wait_until(lambda: exe_of(process.pid).name == "program")
 
-        everflame("record", "-p", str(process.pid), "--for", "1s", "-o", file)
+        everflame("record", "-F", "499", "-p", str(process.pid), "--for", "2s", "-o", file)
 
     found = functions(pprof.decode(file.read_bytes()))
     assert found["spends_sixty"] > 10

@@ -80,7 +80,7 @@ def up(place) -> Iterator[subprocess.Popen[bytes]]:
         started = descendants_of(process.pid)
         yield process
         process.terminate()
-        process.wait(30)
+        process.wait(60)
         for pid in filter(is_running, started):  # of a test that has killed it
             os.kill(pid, signal.SIGKILL)
 
@@ -232,7 +232,7 @@ def test_a_signal_closes_and_stores_the_last_window(number, up, place) -> None:
 
     up.send_signal(number)
 
-    assert up.wait(30) == 0
+    assert up.wait(60) == 0
     assert not any(map(is_running, children))
     assert not list((place.root / "spool" / "waiting").iterdir())
     assert sum(each.accounting.ticks for each in place.objects().values()) > 0
@@ -249,7 +249,7 @@ def test_a_ctrl_c_while_it_starts_ends_it_as_later(place) -> None:
     ):
         wait_until(lambda: any("bpf.compile" in each for each in commands_below(process.pid)))
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
     assert "Traceback" not in place.talk
     assert "stored " in place.talk
