@@ -1,6 +1,5 @@
 """Folded text and drawings of two sides: both counts, what changed, hostile names harmless."""
 
-import shutil
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -184,17 +183,13 @@ def test_text_on_every_colour_can_be_read(theme, verdict):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_draws_it_without_a_complaint(tmp_path, scheme):
+def test_a_browser_draws_it_without_a_complaint(browser, tmp_path, scheme):
     """Chromium follows the colour scheme, runs nothing and loads nothing; hatches are drawn."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     (tmp_path / "d.svg").write_bytes(svg_of(CHANGED))
     requests: list[str] = []
-    with sync_api.sync_playwright() as playwright:
-        program = shutil.which("chromium")
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        page = browser.new_page(color_scheme=scheme)
+    problems: list[str] = []
+    with browser.new_page(color_scheme=scheme) as page:
         page.on("request", lambda request: requests.append(request.url))
-        problems: list[str] = []
         page.on("console", lambda message: problems.append(message.text))
         page.goto((tmp_path / "d.svg").as_uri())
         fills = {
@@ -203,7 +198,6 @@ def test_a_browser_draws_it_without_a_complaint(tmp_path, scheme):
             )
             for verdict in ("more", "less", "new")
         }
-        browser.close()
 
     assert not problems
     assert len(requests) == 1

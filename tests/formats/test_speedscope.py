@@ -206,27 +206,13 @@ def site(viewer, tmp_path):
             thread.join()
 
 
-@pytest.fixture
-def chromium():
-    """Start Debian's Chromium, without anything that calls home."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    options = [
-        "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    ]  # fmt: skip
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=options)
-        yield browser
-        browser.close()
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize(
     "profile", [some.sample_profile(), some.hostile_profile(), some.synthetic(2000, 30)]
 )
-def test_the_real_viewer_shows_the_same_totals(site, chromium, tmp_path, profile):
+def test_the_real_viewer_shows_the_same_totals(site, browser, tmp_path, profile):
     """speedscope opens the file and exports the same weight for the same stacks again."""
-    exported = exported_again(site, chromium, tmp_path, speedscope.encode(profile), "cpu")
+    exported = exported_again(site, browser, tmp_path, speedscope.encode(profile), "cpu")
 
     again = decode(exported)
     assert again.total_value == profile.total_value
@@ -235,12 +221,12 @@ def test_the_real_viewer_shows_the_same_totals(site, chromium, tmp_path, profile
 
 @pytest.mark.browser
 @pytest.mark.parametrize("before", [some.sample_profile(), some.hostile_profile()])
-def test_the_real_viewer_opens_both_sides(site, chromium, tmp_path, before):
+def test_the_real_viewer_opens_both_sides(site, browser, tmp_path, before):
     """It shows the after side, lists the before side with it, and exports both again."""
     after = some.synthetic(300, 20)
     content = speedscope.encode_pair(before, after)
 
-    again = json.loads(exported_again(site, chromium, tmp_path, content, "after"))
+    again = json.loads(exported_again(site, browser, tmp_path, content, "after"))
 
     assert {profile["name"]: profile["endValue"] for profile in again["profiles"]} == {
         "before": before.total_value,
@@ -248,19 +234,19 @@ def test_the_real_viewer_opens_both_sides(site, chromium, tmp_path, before):
     }
 
 
-def exported_again(site, chromium, tmp_path, content: bytes, title: str) -> bytes:
+def exported_again(site, browser, tmp_path, content: bytes, title: str) -> bytes:
     """Return what the viewer exports of a file, once its title has a word."""
     (tmp_path / "profiles" / "p.speedscope.json").write_bytes(content)
-    page = chromium.new_page(accept_downloads=True)
     problems: list[str] = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
+    with browser.new_page(accept_downloads=True) as page:
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
 
-    page.goto(f"{site}/#profileURL={site}/profiles/p.speedscope.json")
-    page.wait_for_function(f"document.title.includes('{title}')", timeout=30_000)
-    with page.expect_download(timeout=30_000) as download:
-        page.keyboard.press("Control+s")
-    exported = Path(download.value.path()).read_bytes()
+        page.goto(f"{site}/#profileURL={site}/profiles/p.speedscope.json")
+        page.wait_for_function(f"document.title.includes('{title}')", timeout=30_000)
+        with page.expect_download(timeout=30_000) as download:
+            page.keyboard.press("Control+s")
+        exported = Path(download.value.path()).read_bytes()
 
     assert not problems
     return exported

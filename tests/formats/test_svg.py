@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import shutil
 import xml.etree.ElementTree as ET
 from collections import defaultdict
 
@@ -137,16 +136,11 @@ def test_text_is_cut_to_its_box():
 
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_draws_it_without_a_complaint(tmp_path, scheme):
+def test_a_browser_draws_it_without_a_complaint(browser, tmp_path, scheme):
     """Chromium parses it, follows the colour scheme, runs nothing and loads nothing."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     file = tmp_path / "p.svg"
     file.write_bytes(svg.draw(some.hostile_profile()))
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
-        )
-        page = browser.new_page(color_scheme=scheme)
+    with browser.new_page(color_scheme=scheme) as page:
         problems, requests = [], []
         page.on("console", lambda message: problems.append(message.text))
         page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
@@ -158,7 +152,6 @@ def test_a_browser_draws_it_without_a_complaint(tmp_path, scheme):
                g.querySelector('text').getComputedTextLength() >
                g.querySelector('rect').getBBox().width).length"""
         )
-        browser.close()
 
     assert requests == [file.as_uri()]
     assert not problems
