@@ -1,11 +1,12 @@
 """The statistics of a comparison: against statsmodels', and by what they promise."""
 
+import importlib
+from types import ModuleType
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from profiler.comparison import verdict
 from profiler.comparison.verdict import Change, Contrast, Costs, Noise, NoiseSource, contrast, judge
@@ -13,15 +14,27 @@ from profiler.comparison.verdict import Change, Contrast, Costs, Noise, NoiseSou
 RNG = np.random.default_rng(1)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
-def test_q_values_are_those_of_statsmodels(p):
-    expected = multipletests(p, method="fdr_bh")[1]
+@pytest.fixture(scope="module")
+def stats() -> ModuleType:
+    """Import scipy.stats where it is used: it takes a second, and every worker reads this file."""
+    return importlib.import_module("scipy.stats")
+
+
+@pytest.fixture(scope="module")
+def multitest() -> ModuleType:
+    """Import it likewise."""
+    return importlib.import_module("statsmodels.stats.multitest")
+
+
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=40))
+def test_q_values_are_those_of_statsmodels(multitest, p):
+    expected = multitest.multipletests(p, method="fdr_bh")[1]
 
     np.testing.assert_allclose(verdict.adjust(np.array(p)), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize(("prior_df", "scale", "df"), [(4.0, 2.0, 6.0), (30.0, 0.01, 12.0)])
-def test_a_prior_is_found_again(prior_df, scale, df):
+def test_a_prior_is_found_again(stats, prior_df, scale, df):
     """Variances drawn as the model says: a scaled F distribution with df and prior_df."""
     drawn = scale * stats.f.rvs(df, prior_df, size=40_000, random_state=2)
     found_df, found_scale = verdict.fit_variances(drawn, df)
@@ -30,7 +43,7 @@ def test_a_prior_is_found_again(prior_df, scale, df):
     assert found_scale == pytest.approx(scale, rel=0.02)
 
 
-def test_equal_variances_leave_nothing_to_single_functions():
+def test_equal_variances_leave_nothing_to_single_functions(stats):
     drawn = stats.chi2.rvs(8, size=20_000, random_state=3) / 8
     found_df, found_scale = verdict.fit_variances(drawn, 8.0)
 
@@ -185,7 +198,7 @@ def simulate(rng, positions: int, functions: int = 60, sd: float = 0.1) -> list[
     return [costs(rng.poisson(row)) for row in varied]
 
 
-def test_unchanged_services_alarm_in_one_of_twenty_comparisons():
+def test_unchanged_services_alarm_in_one_of_twenty_comparisons(stats):
     """The family of all functions counts: any function that is called changed is an alarm."""
     rng = np.random.default_rng(4)
     alarms = 0
