@@ -153,7 +153,10 @@ class _CommandParser(argparse.ArgumentParser):
             except ValueError as error:
                 self.error(str(error))
             self.set_defaults(**values)
-        return super().parse_known_args(args, namespace)
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # here, as the main parser would show its own usage
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 @contextlib.contextmanager

@@ -192,3 +192,11 @@ def test_one_output_on_a_full_disk_leaves_the_others(folded: Path) -> None:
         "wrote out.svg\neverflame: cannot write full.folded: No space left on device\n"
     )
     assert (folded.parent / "out.svg").is_file()
+
+
+def test_an_unknown_argument_shows_the_usage_of_its_command(folded: Path) -> None:
+    child = shell("$E ls --nope", folded.parent)
+
+    assert child.returncode == 2
+    assert child.stderr.startswith("usage: everflame ls ")
+    assert child.stderr.endswith("everflame ls: error: unrecognized arguments: --nope\n")
