@@ -18,7 +18,7 @@ from profiler.commands import arguments, deployments
 from profiler.commands.files import FILE_HELP, add_reading_options, read_file, reading_options
 from profiler.commands.selection import NothingSelectedError, Selection, query_of, selected
 from profiler.comparison.comparison import Comparison, calibrate, of_profiles, of_store
-from profiler.comparison.deployments import deployments_in
+from profiler.comparison.deployments import announced_ns, deployments_in
 from profiler.comparison.gate import DEFAULT_GATE, Gate, verdict_of
 from profiler.comparison.report import NAME_WIDTH, as_json, as_markdown, as_text
 from profiler.comparison.sides import ComparisonError, EmptySideError, Operand
@@ -262,8 +262,16 @@ def _in_store(
         raise ComparisonError(
             "cannot compare several windows: name one on each side (hosts are its replicates)"
         )
-    query = query_of(open_tenant(options.store, options.endpoint or None))
-    return query, _operand(before[0], now_ns), _operand(after[0], now_ns), ()
+    store = open_tenant(options.store, options.endpoint or None)
+    query = query_of(store)
+    sides = _operand(before[0], now_ns), _operand(after[0], now_ns)
+    services = {
+        service
+        for selector, window in sides
+        for service in query.label_values(window, "service", selector)
+    }
+    changes_ns = announced_ns(store, services, sides[0].window, sides[1].window)
+    return query, sides[0], sides[1], changes_ns
 
 
 def _last_deploy(selection: Selection) -> tuple[Query, Operand, Operand, Sequence[int]]:

@@ -77,14 +77,17 @@ def list_announcements(
     store: TenantStore,
     window: Window,
     check: Callable[[], None] = lambda: None,
+    service: str = "",
 ) -> Announced:
     """Return the announcements for times inside a window. An exception of `check` ends it.
+
+    With `service` only its own are read: the keys say whose they are.
 
     Raises:
         StoreError: the store cannot be listed. An object that cannot be read is skipped.
     """
     skips = _Skips()
-    latest = _latest(store, window, skips, check)
+    latest = _latest(store, window, skips, check, _service16(service) if service else "")
 
     def read(stored: StoredObject) -> Announcement | Skipped:
         try:
@@ -123,9 +126,13 @@ class _Skips:
 
 
 def _latest(
-    store: TenantStore, window: Window, skips: _Skips, check: Callable[[], None]
+    store: TenantStore,
+    window: Window,
+    skips: _Skips,
+    check: Callable[[], None],
+    service16: str,
 ) -> Iterable[StoredObject]:
-    """Return the objects whose keys have a time in the window."""
+    """Return the objects whose keys have a time in the window, and this service unless empty."""
     latest: deque[StoredObject] = deque(maxlen=_LIMIT)
     listed = 0
     first_ms, last_ms = (at_ns // _NS_PER_MS for at_ns in (window.start_ns, window.end_ns))
@@ -134,6 +141,8 @@ def _latest(
         match = _KEY.fullmatch(stored.key.removeprefix(_prefix(store)))
         if match is None:
             skips.add(stored.key, "its key is not that of an announcement")
+        elif service16 and match["service16"] != service16:
+            continue
         elif first_ms <= int(match["at_ms"]) <= last_ms:
             latest.append(stored)
             listed += 1
@@ -202,9 +211,12 @@ def _prefix(store: TenantStore) -> str:
 
 
 def _name(announcement: Announcement, content: bytes) -> str:
-    service16 = hashlib.sha256(announcement.service.encode()).hexdigest()[:16]
-    at_ms = announcement.at_ns // _NS_PER_MS
+    service16, at_ms = _service16(announcement.service), announcement.at_ns // _NS_PER_MS
     return f"{_month(announcement.at_ns)}/{service16}-{at_ms:013d}-{content16(content)}.json"
+
+
+def _service16(service: str) -> str:
+    return hashlib.sha256(service.encode()).hexdigest()[:16]
 
 
 def _month(at_ns: int) -> str:

@@ -1,12 +1,13 @@
 """Deployments: those in a part of a store, with the windows over which each is compared."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from profiler.comparison.announcements import list_announcements
 from profiler.comparison.matching import Match, match, service_spans
+from profiler.comparison.noise import history
 from profiler.comparison.rollouts import (
     PAUSE_NS,
     Deployment,
@@ -112,3 +113,25 @@ def deployments_in(
         has_versions=bool(sightings.instances),
         skipped=(*presence.coverage.skipped, *announced.skipped),
     )
+
+
+def announced_ns(
+    store: TenantStore,
+    services: Collection[str],
+    before: Window,
+    after: Window,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[int, ...]:
+    """Return when the service of two sides was deployed in their past, as far as it was announced.
+
+    A comparison sees changes of the label version itself, so that a listing is enough. Among
+    several services one is deployed again and again: then none of these times count.
+
+    Raises:
+        StoreError: the store cannot be listed.
+    """
+    named = set(services) - {""}
+    if len(named) != 1:
+        return ()
+    found = list_announcements(store, history(before, after), check, named.pop())
+    return tuple(each.at_ns for each in found.announcements)

@@ -39,6 +39,12 @@ _SMALL = 0.01
 """Of the total: a warning names the smallest change that shows in a function of this size."""
 
 
+def history(before: Window, after: Window) -> Window:
+    """Return the time in which the earlier positions of two windows lie."""
+    start_ns, end_ns = min(before.start_ns, after.start_ns), max(before.end_ns, after.end_ns)
+    return Window(max(0, start_ns - _MOST_DAYS * _DAY_NS), end_ns)
+
+
 class Past:
     """The same two windows at earlier positions that do not overlap, the latest first."""
 

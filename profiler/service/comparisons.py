@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from profiler.comparison.comparison import of_store
+from profiler.comparison.deployments import announced_ns
 from profiler.comparison.sides import Operand
 from profiler.flamegraph.differential import Pair, UnionGraph, UnionPaths
 from profiler.flamegraph.flamegraph import Screen
@@ -115,7 +116,17 @@ class Comparisons:
             for name, side, answer in zip(("before", "after"), sides, merged, strict=True):
                 _refuse_empty(query, name, side, answer)
             operands = [Operand(side.selector, side.window) for side in sides]
-            found = of_store(query, operands[0], operands[1])
+            # What is merged already names the services: the store is only listed for this.
+            services = {
+                value
+                for answer in merged
+                for labels in answer.profile.label_sets
+                for name, value in labels
+                if name == "service"
+            }
+            windows = before.window, request.window
+            changes_ns = announced_ns(profiles.store, services, *windows, check)
+            found = of_store(query, operands[0], operands[1], changes_ns)
             check()
             chosen = [
                 only_hosts(answer.profile, side.hosts)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from profiler.comparison.announcements import announce
 from profiler.comparison.gate import Gate
 from profiler.comparison.sides import Operand
 from profiler.flamegraph import flamegraph
@@ -104,9 +106,11 @@ def coloured(graph) -> dict[str, str]:
     return found
 
 
-def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+def command(
+    folder: Path, *arguments: str, query: str = API["query"]
+) -> subprocess.CompletedProcess[bytes]:
     sides = [
-        f"{API['query']}@{window[f'{prefix}from']}..{window[f'{prefix}until']}"
+        f"{query}@{window[f'{prefix}from']}..{window[f'{prefix}until']}"
         for prefix, window in (("before_", BEFORE), ("", AFTER))
     ]
     return subprocess.run(
@@ -194,6 +198,27 @@ def test_the_table_is_searched_and_cut(client):
 
     assert len(whole["functions"]) == whole["rows"] == cut["rows"] == 11
     assert cut["functions"] == whole["functions"][:2]
+
+
+def test_an_announced_deployment_ends_the_unchanged_past(client, folder, tmp_path):
+    """Nothing else shows it, as the version stays; one of another service does not count."""
+    jobs = {**BOTH, "query": '{service="jobs"}'}
+    usual = client.json("diff", **jobs)
+    shutil.copytree(folder / "store", tmp_path / "store")
+    store = TenantStore(DirectoryStore(tmp_path / "store"))
+    announce(store, "edge", "8", START_NS + 21 * MINUTE_NS + 1)
+    announce(store, "jobs", "6", START_NS + 30 * MINUTE_NS + 1)
+
+    with service(tmp_path) as (_, other):
+        found = other.json("diff", **jobs)
+        everything = other.json("diff", **AFTER, **BEFORE)
+
+    # One earlier position less is one too few.
+    assert (usual["noise"]["source"], found["noise"]["source"]) == ("history", "none")
+    assert "5 earlier positions" in found["warnings"][-1]
+    assert everything["noise"] == client.json("diff", **AFTER, **BEFORE)["noise"]
+    said = json.loads(command(tmp_path, "--json", query=jobs["query"]).stdout)
+    assert said["noise"] == found["noise"]
 
 
 def test_without_a_side_before_it_is_the_time_just_before(client):
