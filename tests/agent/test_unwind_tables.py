@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -182,9 +183,24 @@ def test_frames_are_right_with_musl(flags, parked, recorder, tmp_path):
 
 
 def stacks_by_perf(pids: Collection[int], folder: Path) -> dict[int, set[Places]]:
-    """Return the distinct stacks that perf unwinds from stack copies, leaf first."""
+    """Return the distinct stacks that perf unwinds from stack copies, leaf first.
+
+    On a busy machine not every process is on a CPU at a tick of one recording.
+    """
     if not shutil.which("perf"):
         pytest.skip("no perf: apt-get install linux-perf")
+    stacks: dict[int, set[Places]] = {}
+
+    def are_recorded() -> bool:
+        for pid, found in _recorded_by_perf(pids, folder).items():
+            stacks[pid] = stacks.get(pid, set()) | found
+        return len(stacks) == len(pids)
+
+    wait_for(are_recorded, timeout_s=60)
+    return stacks
+
+
+def _recorded_by_perf(pids: Collection[int], folder: Path) -> dict[int, set[Places]]:
     data = str(folder / "perf.data")
     record = ["perf", "record", "-q", "-e", "cpu-clock:u", "-F", "99", "-o", data]
     record += ["-p", ",".join(map(str, pids)), "--call-graph", "dwarf,65528", "--", "sleep", "1"]
@@ -192,7 +208,7 @@ def stacks_by_perf(pids: Collection[int], folder: Path) -> dict[int, set[Places]
     script = ["perf", "script", "-i", data, "--no-inline", "-F", "pid,ip,dso"]
     script += ["--max-stack", "300"]
     text = subprocess.run(script, check=True, capture_output=True, text=True, timeout=60).stdout
-    stacks: dict[int, set[Places]] = {pid: set() for pid in pids}
+    stacks: dict[int, set[Places]] = defaultdict(set)
     for block in text.split("\n\n"):
         if block.strip():
             pid, *frames = block.strip().splitlines()

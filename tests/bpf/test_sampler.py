@@ -122,7 +122,10 @@ def test_a_pid_filter_leaves_everything_else_filtered(busy) -> None:
 
 def test_children_of_a_selected_process_are_selected(split, sampler_of) -> None:
     """Also grandchildren, from their first instruction on, whether they exec or not."""
-    script = f"import os, subprocess; os.fork(); subprocess.run(['{split}', '1'])"
+    script = (
+        f"import os, subprocess; child = os.fork(); subprocess.run(['{split}', '1']);"
+        " child and os.wait()"
+    )
     gate = f"import sys; sys.stdin.read(1)\n{script}"
     with running(sys.executable, "-c", gate, stdin=subprocess.PIPE) as parent:
         sampler = sampler_of(parent)

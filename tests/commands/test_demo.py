@@ -121,9 +121,9 @@ def test_labels_tell_the_services_and_their_versions_apart(tmp_path) -> None:
     place = UpPlace(tmp_path)
     with place.start("--demo", "--for", "8s") as process:
         wait_until(lambda: len(programs_of(process.pid)) == 4)
-        children = descendants_of(process.pid)
+        descendants = descendants_of(process.pid)
         assert process.wait(60) == 0
 
     labels = [dict(row.labels) for profile in place.objects().values() for row in profile.rows()]
     assert {(each["service"], each.get("version", "")) for each in labels} >= SERVICES
-    assert not any(map(is_running, children))
+    wait_until(lambda: not any(map(is_running, descendants)))

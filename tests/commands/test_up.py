@@ -156,8 +156,9 @@ def refusal(place: UpPlace, *arguments: str) -> str:
 def test_a_run_ends_by_itself_and_tells_what_it_stored(place) -> None:
     with place.start("--for", "12s") as process:
         wait_until(place.objects, seconds=30)
-        children = descendants_of(process.pid)
+        children, descendants = children_of(process.pid), descendants_of(process.pid)
         assert process.wait(60) == 0
+        assert not any(map(is_running, children.values()))
 
     objects = place.objects()
     talk = place.talk
@@ -168,7 +169,7 @@ def test_a_run_ends_by_itself_and_tells_what_it_stored(place) -> None:
     assert re.search(r"the sampler took \d+\.\d% of one CPU", talk)
     assert "kept 2 days or 5 GB" in talk
     assert "export it:" in talk
-    assert not [pid for pid in children if is_running(pid)]
+    wait_until(lambda: not any(map(is_running, descendants)))
 
 
 @needs_service
@@ -228,12 +229,13 @@ def test_what_the_service_has_started_ends_when_up_is_killed(up) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_closes_and_stores_the_last_window(number, up, place) -> None:
     wait_until(lambda: place.status().get("ticks", 0) > 0)
-    children = descendants_of(up.pid)
+    children, descendants = children_of(up.pid), descendants_of(up.pid)
 
     up.send_signal(number)
 
     assert up.wait(60) == 0
-    assert not any(map(is_running, children))
+    assert not any(map(is_running, children.values()))
+    wait_until(lambda: not any(map(is_running, descendants)))
     assert not list((place.root / "spool" / "waiting").iterdir())
     assert sum(each.accounting.ticks for each in place.objects().values()) > 0
 
