@@ -56,10 +56,14 @@ class Executable:
 
 
 class BuildOutcome(Enum):
-    """What became of a table: it is in the cache, it cannot be, or the file was out of reach."""
+    """What became of a table: it is in the cache, it cannot be, or the file was out of reach.
+
+    It may succeed later if it was interrupted: the child was killed, out of time or memory.
+    """
 
     BUILT = "built"
     FAILED = "failed"
+    INTERRUPTED = "interrupted"
     UNREACHABLE = "unreachable"
 
 
@@ -107,8 +111,7 @@ class TableBuilder:
                 os.kill(self._child, signal.SIGKILL)
                 pid, status = os.waitpid(self._child, 0)
             if pid:
-                outcome = BuildOutcome.FAILED if status else BuildOutcome.BUILT
-                self._finished.append((self._key, outcome))
+                self._finished.append((self._key, _outcome(status)))
                 self._child, self._key = 0, ""
                 self._start_next()
         finished, self._finished = self._finished, []
@@ -133,6 +136,13 @@ class TableBuilder:
                     _build(parent, source, request)
             self._key = request.key
             self._deadline_s = time.monotonic() + _BUILD_S
+
+
+def _outcome(status: int) -> BuildOutcome:
+    """Return what a child's wait status says."""
+    if os.WIFSIGNALED(status):
+        return BuildOutcome.INTERRUPTED
+    return BuildOutcome.FAILED if status else BuildOutcome.BUILT
 
 
 def _build(parent: int, source: Source, request: BuildRequest) -> NoReturn:

@@ -52,7 +52,9 @@ _SWEEP_S = 5.0
 _UNUSED_S = 3 * _SWEEP_S
 """A table that no sample has used for so long may go when another needs the room."""
 _WAIT_S = 30.0
-"""After so long a table for which there was no room is tried again."""
+"""After so long a table is tried again for which there was no room, or whose child was killed."""
+_MAX_TRIES = 3
+"""A table whose child was killed so often in a row is given up: it may take too much itself."""
 _MAX_RECENT = 1024
 _MAX_MAPPINGS = MAPPINGS_CAPACITY // 8
 """Of one process. One with more, which no ordinary one has, would take the room of all others again
@@ -105,11 +107,14 @@ class Unwinding:
         self._loaded: dict[str, _LoadedTable] = {}
         self._young: list[UnwindRequest] = []
         self._waiting: set[str] = set()
+        self._tries: dict[str, int] = {}  # how often in a row a table's child was killed
+        self._paused: set[str] = set()  # those of these tables that are not to be built now
         self._unreachable: set[int] = set()
         self._next_table = 1
         self._builder = TableBuilder()
         self._next_sweep_s = self._next_try_s = 0.0
         self._evicted = 0
+        self._interrupted = 0
 
     def fileno(self) -> int:
         return self._tables.fileno()
@@ -124,6 +129,7 @@ class Unwinding:
             "tables": len(self._loaded),
             "tables_waiting": len(self._waiting),
             "tables_evicted": self._evicted,
+            "builds_interrupted": self._interrupted,
             "kernel_bytes": self._tables.memory_bytes,
         }
 
@@ -166,11 +172,14 @@ class Unwinding:
             for number in self._unreachable & self._executables.keys():
                 self._tables.set_state(number, TableState.UNKNOWN)
             self._unreachable.clear()
-        if self._waiting and now_s >= self._next_try_s:
+        if (self._waiting or self._tries) and now_s >= self._next_try_s:
             self._next_try_s = now_s + _WAIT_S
-            for key in self._waiting:
+            self._tries = {key: n for key, n in self._tries.items() if self._executables_of(key)}
+            given_up = {key for key, tries in self._tries.items() if tries >= _MAX_TRIES}
+            for key in self._waiting | (self._paused - given_up):
                 self._set_state(key, TableState.UNKNOWN)
             self._waiting.clear()
+            self._paused &= given_up
 
     # Processes and their address spaces.
 
@@ -299,6 +308,8 @@ class Unwinding:
             self._tables.set_state(request.executable, TableState.NONE)
         elif key in self._loaded:
             self._tables.set_table(request.executable, self._loaded[key].number)
+        elif key in self._paused:  # the request may be older than the pause
+            self._tables.set_state(request.executable, TableState.NONE)
         elif not self._load(key):
             self._builder.ask(
                 BuildRequest(key, request.generation.pid, executable, self._symbolizer, self._cache)
@@ -366,6 +377,12 @@ class Unwinding:
 
     def _offer(self, built: Iterable[tuple[str, BuildOutcome]]) -> None:
         for key, outcome in built:
+            if outcome == BuildOutcome.INTERRUPTED:
+                self._interrupted += 1
+                self._tries[key] = self._tries.get(key, 0) + 1
+                self._paused.add(key)
+            elif outcome != BuildOutcome.UNREACHABLE:
+                self._tries.pop(key, None)
             is_there = outcome == BuildOutcome.BUILT and self._load(key)
             if not is_there and outcome != BuildOutcome.UNREACHABLE:
                 self._set_state(key, TableState.NONE)

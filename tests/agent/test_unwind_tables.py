@@ -18,6 +18,7 @@ import pytest
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import RawSample
 from bpf.tables import SHARD_BYTES
+from profiler.agent import table_builder
 from profiler.agent import unwind_tables as unwinding
 from profiler.agent.recorder import Recorder
 from symbolizer.maps import MappingTable, parse_maps
@@ -361,6 +362,38 @@ def test_tables_in_use_stay_and_those_that_are_not_make_room(tmp_path, monkeypat
     assert status["tables_evicted"] >= 1
     assert status["tables_waiting"] == 0
     assert status["kernel_bytes"] <= config.tables_limit_bytes
+
+
+def builds_interrupted(recorder: Recorder) -> int:
+    return recorder.unwinding.status()["builds_interrupted"]
+
+
+def test_a_table_whose_builder_was_killed_is_built_later(recorder, tmp_path, monkeypatch):
+    """A lack of memory or time passes: the table is missing only until then."""
+    monkeypatch.setattr(unwinding, "_WAIT_S", 2.0)
+    program, before = with_rows(tmp_path, "killed", 400_000), builds_interrupted(recorder)
+
+    with running(program, "recursion") as process:
+        monkeypatch.setattr(table_builder, "_BUILD_S", -1)  # killed at the first look
+        wait_for(lambda: stops_of(recorder, process.pid) and builds_interrupted(recorder) > before)
+        monkeypatch.setattr(table_builder, "_BUILD_S", 60)
+        wait_for(lambda: stops_of(recorder, process.pid) == {"root"})
+
+
+def test_a_table_whose_builder_is_killed_each_time_is_given_up(recorder, tmp_path, monkeypatch):
+    monkeypatch.setattr(unwinding, "_WAIT_S", 0.2)
+    monkeypatch.setattr(table_builder, "_BUILD_S", -1)
+    program, before = with_rows(tmp_path, "hopeless", 402_000), builds_interrupted(recorder)
+
+    with running(program, "recursion") as process:
+        wait_for(
+            lambda: stops_of(recorder, process.pid) and builds_interrupted(recorder) == before + 3
+        )
+        stops_of(recorder, process.pid, seconds=1)  # several times as long as the pause
+        stops = stops_of(recorder, process.pid)
+
+    assert stops == {"no_table"}
+    assert builds_interrupted(recorder) == before + 3
 
 
 @pytest.mark.parametrize("seed", range(4))
