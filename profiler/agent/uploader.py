@@ -233,11 +233,11 @@ class Uploader:
             _, waiting = concurrent.futures.wait(waiting, timeout=_POLL_S / 4)
             if waiting and self._is_ending() and self._left_s() <= 0:
                 return False
-        failures: list[StoreError | OSError] = []
+        failures: list[Exception] = []
         for future, profile in futures.items():
             try:
                 outcome, size_bytes = future.result()
-            except (StoreError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - what breaks one profile stops no other
                 failures.append(error)
                 self._attempts[profile.key] += 1
             else:
@@ -303,11 +303,14 @@ class Uploader:
         self.state.last_error = ""
         self.state.last_upload_ns = self._clock.now_ns()
 
-    def _note_failure(self, error: StoreError | OSError) -> None:
-        if str(error) != self.state.last_error:
-            _log.warning("failed to upload error=%s", error)
+    def _note_failure(self, error: Exception) -> None:
+        reason = str(error)
+        if not isinstance(error, StoreError | OSError):
+            reason = f"{type(error).__name__}: {error}"  # only its type says what went wrong
+        if reason != self.state.last_error:
+            _log.warning("failed to upload error=%s", reason)
         self._failures += 1
-        self.state.last_error = str(error)
+        self.state.last_error = reason
         self.state.last_error_ns = self._clock.now_ns()
         self._is_refused = isinstance(error, StoreRefused)
         if self._is_refused:

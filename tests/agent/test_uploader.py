@@ -85,7 +85,7 @@ class MemoryStore:
 
     refuses_others: StoreError | None = None
 
-    def __init__(self, fails: Callable[[str], StoreError | None] = lambda _: None) -> None:
+    def __init__(self, fails: Callable[[str], Exception | None] = lambda _: None) -> None:
         self.objects: dict[str, bytes] = {}
         self.order: list[str] = []
         self.requests = 0
@@ -347,6 +347,27 @@ def test_a_profile_that_is_refused_alone_lets_others_pass(tmp_path: Path) -> Non
 
     assert len(store.order) == 40 - len(poison)
     assert clock.elapsed_s < 600
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("Invalid header value"), RecursionError("too deep"), MemoryError()]
+)
+def test_an_error_of_another_kind_is_a_failure_of_its_profile(
+    error: Exception, tmp_path: Path
+) -> None:
+    """A library raises what it wants: the state says so, and the profile is tried again."""
+    spool, clock, seen = filled(tmp_path, *range(8)), FakeClock(), []
+    store = MemoryStore(
+        lambda key: error if start_s(key) == START_S and clock.elapsed_s < 100 else None
+    )
+    clock.on_wait = lambda _: seen.append(read_state(spool)["last_error"])
+    clock.end_when = is_empty(spool)
+
+    assert uploader(spool, store, clock).run()
+
+    assert stored(store) == once(*range(8))
+    assert f"{type(error).__name__}: {error}" in seen
+    assert read_state(spool)["failed"] > 1
 
 
 def test_a_refusal_is_told_and_met_slowly_with_the_store_opened_anew(tmp_path: Path) -> None:
