@@ -10,11 +10,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from signal import SIGKILL
+from signal import SIGKILL, SIGTERM
 
 _RESTART_S = (1.0, 60.0)
 """How soon a child that has died is started again: at first, and at most. One that has run for
 longer than that begins anew."""
+_LOOK_S = 0.05
+"""How often a child that was asked to end is looked at."""
 
 log = logging.getLogger(__name__)
 
@@ -140,10 +142,9 @@ class Child:
     def supervise(self) -> None:
         """Start it if it does not run and its time has come."""
         now = self._monotonic_s()
-        if self._process and self._process.poll() is not None:
-            self.status = self._process.returncode
+        if self._process and self._has_ended(self._process.pid):
+            self.status = self._end_group(self._process)
             log.warning("lost the %s status=%s", self._name, self.status)
-            self._end_group()
             if now - self._started_at > _RESTART_S[1]:
                 self._restart_s = _RESTART_S[0]
             self._restart_at = now + self._restart_s
@@ -159,21 +160,33 @@ class Child:
         """Ask once: a second SIGTERM would come in the middle of what the first one began."""
         if self._process is not None and not self._is_asked:
             self._is_asked = True
-            self._process.terminate()
+            os.kill(self._process.pid, SIGTERM)  # `terminate` would reap it
 
     def end(self, within_s: float) -> None:
         """Let it finish what it does, for a while."""
         if self._process is None:
             return
         self.ask_to_end()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(within_s)
-        self._end_group()
+        self._has_ended(self._process.pid, within_s)
+        self._end_group(self._process)
 
-    def _end_group(self) -> None:
-        """Take what it has left behind with it: workers do not notice that their parent is dead."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, SIGKILL)
-            self._process.wait()
-            self._process = None
+    @staticmethod
+    def _has_ended(pid: int, within_s: float = 0.0) -> bool:
+        """Return whether it ends within a time. Its pid, and so its group, stays taken."""
+        deadline_s = time.monotonic() + within_s
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return False
+            time.sleep(min(_LOOK_S, left_s))
+        return True
+
+    def _end_group(self, process: subprocess.Popen[bytes]) -> int:
+        """Take what it has left behind with it: workers do not notice that their parent is dead.
+
+        It is reaped last and its status returned: from then on another group may have its number.
+        """
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, SIGKILL)
+        self._process = None
+        return process.wait()

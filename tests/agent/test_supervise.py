@@ -14,6 +14,7 @@ import pytest
 from profiler.agent import status
 from profiler.agent.status import NoAgentError, StatusSocket
 from profiler.agent.supervise import Child, RefusedError, host_lock
+from tests.support.live import stat_fields
 
 
 @pytest.fixture
@@ -153,6 +154,31 @@ def test_an_agent_of_another_user_is_not_believed():
         os.waitpid(child, 0)
 
     assert code == 0
+
+
+@pytest.mark.parametrize("how", ["supervise", "end", "ask and end"])
+def test_the_group_of_a_dead_child_is_killed_before_another_can_have_its_number(how, monkeypatch):
+    """As long as the child is not reaped, its pid names no other group."""
+    child, states = Child("child", ["sh", "-c", "sleep 60 & exec sleep 60"]), []
+    killpg = os.killpg
+
+    def watched(group: int, number: int) -> None:
+        states.append(stat_fields(group)[0])
+        killpg(group, number)
+
+    monkeypatch.setattr(os, "killpg", watched)
+    child.supervise()
+    os.kill(child.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    if how == "supervise":
+        child.supervise()
+        assert child.status == -signal.SIGKILL
+    elif how == "ask and end":
+        child.ask_to_end()
+    child.end(1)
+
+    assert states == [b"Z"]
+    assert not child.pid
 
 
 def test_a_child_that_dies_at_once_is_started_less_and_less_often():
