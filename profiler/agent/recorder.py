@@ -117,37 +117,44 @@ class Recorder:
         self.period_ns = 1_000_000_000 // config.frequency_hz
         self.cost = Cost()
         self._host = this_host()
-        self._rings = Rings()
-        try:
-            # The records first: what maps before the first tick must be known at the first tick.
-            self.address_spaces = AddressSpaces(self._rings)
-            self.sampler = Sampler(config)
-        except BaseException:
-            self._rings.close()
-            raise
-        cache, self._temporary = _open_cache(cache or default_cache())
-        self.symbolizer = Symbolizer(cache)
-        self.unwinding = Unwinding(
-            self.sampler, self.address_spaces, self.symbolizer, UnwindCache(cache / "unwind")
-        )
-        self._wakes = select.epoll()
-        for fd in (self._rings.fileno(), self.unwinding.fileno()):
-            self._wakes.register(fd, select.EPOLLIN)
-        rules = rules or Rules()
         self._commands = commands
-        self._labeler = Labeler(
-            rules.services,
-            parent_of=self._parent_of,
-            version_variables=rules.version_variables,
-            commands=commands,
-        )
         self._next_scan_s = 0.0
         self._longest_ns = None if math.isinf(longest_window_s) else round(longest_window_s * 1e9)
         self._closed: list[Profile] = []
         self._busy = BusyTime()
-        self._window = OpenWindow(self.period_ns, self._clocks)
-        self._frames = self._number_frames()
-        self._drained_ns = self._window.begun.monotonic_ns
+        with contextlib.ExitStack() as opened:
+            self._load(cache or default_cache(), rules or Rules(), opened)
+            self._window = OpenWindow(self.period_ns, self._clocks)
+            self._frames = self._number_frames()
+            self._drained_ns = self._window.begun.monotonic_ns
+            self._opened = opened.pop_all()
+
+    def _load(self, cache: Path, rules: Rules, opened: contextlib.ExitStack) -> None:
+        """Load what must be closed, and enter it into `opened` as soon as it is there."""
+        # The records first: what maps before the first tick must be known at the first tick.
+        self._rings = Rings()
+        opened.callback(self._rings.close)
+        self.address_spaces = AddressSpaces(self._rings)
+        self.sampler = opened.enter_context(Sampler(self.config))
+        cache, temporary = _open_cache(cache)
+        if temporary:
+            opened.callback(temporary.cleanup)
+        self.symbolizer = Symbolizer(cache)
+        opened.callback(self.symbolizer.close)
+        self.unwinding = Unwinding(
+            self.sampler, self.address_spaces, self.symbolizer, UnwindCache(cache / "unwind")
+        )
+        opened.callback(self.unwinding.close)
+        self._wakes = opened.enter_context(select.epoll())
+        for fd in (self._rings.fileno(), self.unwinding.fileno()):
+            self._wakes.register(fd, select.EPOLLIN)
+        self._labeler = Labeler(
+            rules.services,
+            parent_of=self._parent_of,
+            version_variables=rules.version_variables,
+            commands=self._commands,
+        )
+        opened.callback(self._labeler.close)
 
     def __enter__(self) -> Self:
         return self
@@ -309,14 +316,7 @@ class Recorder:
         return builder.build(window.window, replace(accounting, services=services))
 
     def close(self) -> None:
-        self._wakes.close()
-        self.unwinding.close()
-        self.sampler.close()
-        self._rings.close()
-        self.symbolizer.close()
-        self._labeler.close()
-        if self._temporary:
-            self._temporary.cleanup()
+        self._opened.close()
 
     def _fold(self, drain: Drain) -> None:
         window = self._window

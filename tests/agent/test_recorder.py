@@ -11,6 +11,7 @@ import pytest
 
 from bpf.sampler import Sampler, SamplerConfig
 from profiler.agent.agent import BpfCost
+from profiler.agent.frames import FrameNumbers
 from profiler.agent.recorder import Recorder
 from tests.support.targets import running
 
@@ -42,13 +43,31 @@ def test_ticks_that_were_drained_are_counted_although_no_file_can_be_opened(tmp_
     assert counts.mismatch == 0
 
 
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+class BrokenRecorder(Recorder):
+    """Fails once everything is loaded."""
+
+    def _number_frames(self) -> FrameNumbers:
+        raise OSError("too late")
+
+
+@pytest.mark.kernel
+def test_a_recorder_that_cannot_be_made_leaves_nothing_open(tmp_path: Path) -> None:
+    """Whoever tries again would hold the programs, their maps and the rings twice."""
+    before = descriptors()
+
+    with pytest.raises(OSError, match="too late"):
+        BrokenRecorder(SamplerConfig(frequency_hz=499), tmp_path)
+
+    assert descriptors() == before
+
+
 @pytest.mark.kernel
 def test_measuring_bpf_leaves_nothing_open_when_it_fails() -> None:
     """As long as the kernel measures, every BPF program of the host costs more."""
-
-    def descriptors() -> int:
-        return len(list(Path("/proc/self/fd").iterdir()))
-
     before = descriptors()
     with Sampler(SamplerConfig(frequency_hz=499)) as sampler:
         cost = BpfCost(sampler)
