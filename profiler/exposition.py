@@ -1,4 +1,4 @@
-"""Exposition: figures in Prometheus' text format 0.0.4.
+"""Exposition: figures in Prometheus' text format 0.0.4, and the addresses where they are served.
 
 The client library of Prometheus would cost each uploader 1 MB of memory; all that is needed of it
 are these lines.
@@ -13,6 +13,10 @@ _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 
 
 Kind = Literal["counter", "gauge"]
+
+
+class AddressError(ValueError):
+    """It is not an address; the message says what one looks like."""
 
 
 class Metric(NamedTuple):
@@ -33,6 +37,18 @@ def single(name: str, kind: Kind, value: float) -> Metric:
 def labelled(name: str, kind: Kind, label: str, values: Mapping[str, float]) -> Metric:
     """Return a metric with one label."""
     return Metric(name, kind, {(each,): value for each, value in values.items()}, (label,))
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Parse HOST:PORT, `[::1]:9100` or `:9100`, which is loopback.
+
+    Raises:
+        AddressError: it is none of these.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        raise AddressError(f"cannot listen on {text!r}: give HOST:PORT, as 127.0.0.1:9100")
+    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 def encode(metrics: Iterable[Metric]) -> bytes:

@@ -5,6 +5,7 @@ It is served by the uploader, which has the network; the sampler opens no port.
 
 import http.server
 import socket
+import socketserver
 import threading
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
@@ -16,31 +17,22 @@ from profiler.agent import status
 from profiler.exposition import Metric, labelled, single
 
 _REQUEST_TIMEOUT_S = 10.0
+_MOST_REQUESTS = 8
+"""Requests at a time, each with a thread: Prometheus has one. Further connections are closed."""
 
 
 class MetricsError(Exception):
     """The address cannot be listened on; the message says which and why."""
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """Parse HOST:PORT, `[::1]:9100` or `:9100`, which is loopback.
-
-    Raises:
-        MetricsError: it is none of these.
-    """
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535:
-        raise MetricsError(f"cannot listen on {text!r}: give HOST:PORT, as 127.0.0.1:9100")
-    return host.strip("[]") or "127.0.0.1", int(port)
-
-
 def serve(address: str, run_folder: Path) -> None:
     """Serve from a thread of its own for as long as the process lives.
 
     Raises:
-        MetricsError: the address is not one, or is taken.
+        AddressError: it is not an address.
+        MetricsError: it is taken, or not one of this host.
     """
-    host, port = parse_address(address)
+    host, port = exposition.parse_address(address)
     try:
         server = _Server((host, port), run_folder)
     except OSError as error:
@@ -98,7 +90,32 @@ class _Server(http.server.ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], run_folder: Path) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.run_folder = run_folder
+        self._slots = threading.BoundedSemaphore(_MOST_REQUESTS)
         super().__init__(address, _Handler)
+
+    def server_bind(self) -> None:
+        """Bind; HTTPServer would also look up the host's name, which may wait for DNS."""
+        socketserver.TCPServer.server_bind(self)
+
+    def process_request(
+        self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any
+    ) -> None:
+        if not self._slots.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be started
+            self._slots.release()
+            raise
+
+    def process_request_thread(
+        self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any
+    ) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._slots.release()
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -32,6 +32,7 @@ import orjson
 from profiler.agent import metrics
 from profiler.agent.signals import Signals
 from profiler.agent.status import UPLOADER_STATE, rss_bytes
+from profiler.exposition import AddressError
 from storage.objects.directory import DirectoryStore, make_folder
 from storage.objects.keys import NS_PER_S, ObjectKey, ObjectStore, StoreError, StoreRefused
 from storage.objects.open import open_store
@@ -421,7 +422,7 @@ def main() -> int:
 def _serve_metrics(options: UploaderOptions) -> None:
     try:
         metrics.serve(options.metrics_listen, options.run_folder)
-    except metrics.MetricsError as error:
+    except (metrics.MetricsError, AddressError) as error:
         _log.warning("%s", error)  # profiles matter more than the page about them
 
 

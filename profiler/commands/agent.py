@@ -6,6 +6,7 @@ from pathlib import Path
 
 from profiler.agent import agent, status
 from profiler.commands import arguments
+from profiler.exposition import AddressError, parse_address
 from profiler.processes.rules import Rules, load_rules
 
 
@@ -73,6 +74,7 @@ def add_always_on(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--metrics-listen",
+        type=metrics_address,
         default="",
         metavar="HOST:PORT",
         help="address of Prometheus metrics (default: off)",
@@ -88,6 +90,15 @@ def interval_s(text: str) -> int:
     if not 5 <= seconds <= 1800 or seconds != int(seconds):
         raise argparse.ArgumentTypeError(f"{text!r} is not an interval (whole seconds, 5s to 30m)")
     return int(seconds)
+
+
+def metrics_address(text: str) -> str:
+    """Check an address of metrics: the process that listens there is started later."""
+    try:
+        parse_address(text)
+    except AddressError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def agent_options(options: argparse.Namespace) -> agent.AgentOptions:

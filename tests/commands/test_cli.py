@@ -70,6 +70,16 @@ def test_dashes_without_a_command_are_refused(capsys) -> None:
     assert capsys.readouterr().err.endswith("error: name the command to run after --\n")
 
 
+@pytest.mark.parametrize("address", ["zz", "127.0.0.1", "127.0.0.1:", "[::1]:x", ":70000"])
+def test_what_is_no_address_of_metrics_is_refused(address: str, capsys) -> None:
+    """The agent does not run without them for days until somebody looks."""
+    with pytest.raises(SystemExit) as ended:
+        cli.command_line().parse_args(["agent", f"--metrics-listen={address}"])
+
+    assert ended.value.code == 2
+    assert "give HOST:PORT, as 127.0.0.1:9100\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("pid", ["0", "-1", "x", "1.5", "9" * 20])
 def test_what_is_not_a_process_id_is_refused_in_our_own_words(pid: str, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
