@@ -50,6 +50,7 @@ from profiler.service.status import About, service_status
 from profiler.service.timeline import MOST_STEPS, timeline
 from profiler.service.top_table import top_table
 from storage.objects.keys import StoreError
+from storage.query.decoding import DecodeCounts
 from storage.query.hosts import HostSearch
 
 
@@ -341,9 +342,18 @@ class Service:
             labelled(f"{_METRIC}_seconds_total", "counter", "endpoint", seconds),
             single(f"{_METRIC}_shared_total", "counter", sum(each.shared for each in computations)),
             single(f"{_METRIC}_ended_total", "counter", sum(each.ended for each in computations)),
+            *_worker_metrics(self._profiles.query.counts),
             *_prefetch_metrics(self._prefetched()),
         ]
         return exposition.encode(metrics), exposition.CONTENT_TYPE
+
+
+def _worker_metrics(counts: DecodeCounts) -> list[Metric]:
+    """Return what happened to the workers that decode: a pool that dies again and again shows."""
+    return [
+        single(f"{_METRIC}_workers_{name}_total", "counter", value)
+        for name, value in counts._asdict().items()
+    ]
 
 
 def _prefetch_metrics(prefetched: Mapping[str, Any]) -> list[Metric]:

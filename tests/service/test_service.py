@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from storage.profile import Window, merge
 from storage.query.query import Query
 from tests.commands.test_up import descendants_of
 from tests.support import profiles as some
+from tests.support.live import wait_for
 from tests.support.services import profile_of, service
 from tests.support.stores import START_NS, directory, minutes
 
@@ -315,6 +318,29 @@ def test_health_and_metrics_are_served(client):
     """Ready means that the store responds."""
     assert client.get("/healthz")[0] == client.get("/readyz")[0] == 200
     assert b'endpoint="readyz",status="200"' in client.get("/metrics")[2]
+
+
+def test_metrics_count_pools_of_workers_that_were_lost(tmp_path):
+    """The kernel kills workers for want of memory: each is replaced, and nobody else would see."""
+
+    def lost() -> bytes:
+        (line,) = re.findall(rb"workers_pools_lost_total (\d+)", client.get("/metrics")[2])
+        return line
+
+    directory(tmp_path / "store", profile_of(0))
+    with service(tmp_path, "--decode-ahead=0") as (process, client):
+        before = lost()
+        worker = next(
+            pid
+            for pid in descendants_of(process.pid)
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        os.kill(worker, signal.SIGKILL)
+
+        assert client.json("flamegraph", **HOUR)["samples"] == profile_of(0).total_samples
+        wait_for(lambda: lost() == b"1")
+
+    assert before == b"0"
 
 
 def without_keys() -> dict[str, str]:
