@@ -351,6 +351,7 @@ class Agent:
             | uploader_state(self._options.spool),
             "spool": spool._asdict(),
             "unwinding": recorder.unwinding.status(),
+            "labels": recorder.labeler.status(),
             "slowest_binaries": recorder.symbolizer.slowest(),
             **self._children.status(),
         }

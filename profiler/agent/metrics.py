@@ -53,6 +53,9 @@ def metrics_of(status: Mapping[str, Any]) -> Iterator[Metric]:
         "faults": status["faults"],
         "spool_windows_given_up": spool["given_up"],
         "uploader_starts": upload["starts"],
+        "unwind_builds_interrupted": status["unwinding"]["builds_interrupted"],
+        "unwind_mappings_without_number": status["unwinding"]["mappings_without_number"],
+        "instances_uncounted": status["labels"]["instances_uncounted"],
     }
     gauges = {
         "alarm": int(status["alarm"]),

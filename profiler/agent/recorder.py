@@ -148,13 +148,13 @@ class Recorder:
         self._wakes = opened.enter_context(select.epoll())
         for fd in (self._rings.fileno(), self.unwinding.fileno()):
             self._wakes.register(fd, select.EPOLLIN)
-        self._labeler = Labeler(
+        self.labeler = Labeler(
             rules.services,
             parent_of=self._parent_of,
             version_variables=rules.version_variables,
             commands=self._commands,
         )
-        opened.callback(self._labeler.close)
+        opened.callback(self.labeler.close)
 
     def __enter__(self) -> Self:
         return self
@@ -177,7 +177,7 @@ class Recorder:
         """Look for new services now and then, whether they are sampled or not."""
         if time.monotonic() >= self._next_scan_s:
             with self.cost.of("labels"):
-                self._labeler.scan()
+                self.labeler.scan()
             self._next_scan_s = time.monotonic() + _SCAN_PERIOD_S
 
     def start(self) -> None:
@@ -308,11 +308,11 @@ class Recorder:
         known = self.symbolizer.modules
         builder.modules.update({key: known[key] for key in modules & known.keys()})
         misses: Counter[str] = Counter()
-        for missed in (self.symbolizer.misses, self._labeler.misses):
+        for missed in (self.symbolizer.misses, self.labeler.misses):
             misses.update({str(reason): number for reason, number in missed.items()})
             missed.clear()
         accounting = window.accounting(self._host, misses)
-        services = self._labeler.present(*window.boottime_ns)
+        services = self.labeler.present(*window.boottime_ns)
         return builder.build(window.window, replace(accounting, services=services))
 
     def close(self) -> None:
@@ -331,7 +331,7 @@ class Recorder:
             with self.cost.of("symbolize"):
                 samples, stacks = self._locate(groups)
             with self.cost.of("labels"):
-                labels = [self._labeler.labels(sample) for sample in samples]
+                labels = [self.labeler.labels(sample) for sample in samples]
             with self.cost.of("fold"):
                 for sample, stack, names in zip(samples, stacks, labels, strict=True):
                     window.add(sample, stack, names)

@@ -115,6 +115,7 @@ class Unwinding:
         self._next_sweep_s = self._next_try_s = 0.0
         self._evicted = 0
         self._interrupted = 0
+        self._unnumbered = 0
 
     def fileno(self) -> int:
         return self._tables.fileno()
@@ -130,6 +131,7 @@ class Unwinding:
             "tables_waiting": len(self._waiting),
             "tables_evicted": self._evicted,
             "builds_interrupted": self._interrupted,
+            "mappings_without_number": self._unnumbered,
             "kernel_bytes": self._tables.memory_bytes,
         }
 
@@ -226,7 +228,10 @@ class Unwinding:
         return space
 
     def _number(self, mappings: MappingTable, place: int) -> int:
-        """Return the number that a mapping's file has in the kernel; 0 for memory without one."""
+        """Return the number that a mapping's file has in the kernel; 0 for memory without one.
+
+        When there is no number left, it is left by frame pointers alone, and counted.
+        """
         mapping = mappings.mappings[place]
         if is_anonymous(mapping.path):
             return 0
@@ -236,6 +241,7 @@ class Unwinding:
         number = self._numbers.get(file)
         if number is None:
             if not self._free:
+                self._unnumbered += 1
                 return 0
             number = self._numbers[file] = self._free.popleft()
             self._executables[number] = Executable(file, mappings, place)

@@ -56,7 +56,7 @@ _NAMES_WITHIN_NS = 60_000_000_000
 """For how long after its first process a container's name is looked for on disk."""
 
 _MAX_PRESENCES = 16_384
-"""Instances whose time is counted. Beyond it new ones have no `present_ns`."""
+"""Instances whose time is counted. Beyond it new ones have no `present_ns`, but are counted."""
 
 _RECHECKED_PER_SCAN = 64
 """Processes that a scan looks at again, in turn, for an exec or a new cgroup without a sample."""
@@ -102,6 +102,7 @@ class Instances:
         self.live: dict[int, Generation] = {}
         self.containers = Containers(root)
         self.relabellings = 0
+        self.uncounted = 0
         self.asleep_ns = _asleep_ns()
         self._rules = tuple(rules)
         self._versions = Versions(version_variables)
@@ -401,7 +402,10 @@ class Instances:
 
     def presence(self, labels: Labels) -> Presence | None:
         presence = self._presences.get(labels)
-        if presence is None and len(self._presences) < _MAX_PRESENCES:
+        if presence is None:
+            if len(self._presences) >= _MAX_PRESENCES:
+                self.uncounted += 1
+                return None
             presence = self._presences[labels] = Presence()
         return presence
 

@@ -77,6 +77,10 @@ class Labeler:
     def misses(self) -> Counter[ContainerMiss]:
         return self._instances.containers.misses
 
+    def status(self) -> dict[str, int]:
+        """Return what the agent's status shows of it: how many instances had no `present_ns`."""
+        return {"instances_uncounted": self._instances.uncounted}
+
     def close(self) -> None:
         self._cgroup_ids.close()
 

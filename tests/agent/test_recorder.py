@@ -91,7 +91,7 @@ def test_what_container_runtimes_left_damaged_is_in_the_window(tmp_path: Path) -
     damaged.write_text("{")
     with Recorder(SamplerConfig(), tmp_path / "cache") as recorder:
         recorder.start()
-        recorder._labeler._instances.containers.load(damaged, 1_000)
+        recorder.labeler._instances.containers.load(damaged, 1_000)
 
         misses = [recorder.close_window().accounting.misses for _ in range(2)]
 

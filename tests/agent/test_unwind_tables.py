@@ -396,6 +396,26 @@ def test_a_table_whose_builder_is_killed_each_time_is_given_up(recorder, tmp_pat
     assert builds_interrupted(recorder) == before + 3
 
 
+def test_files_for_which_no_number_is_left_are_counted(tmp_path, monkeypatch):
+    """The kernel knows so many at a time; stacks through others may be cut short."""
+    monkeypatch.setattr(unwinding, "EXECUTABLES_CAPACITY", 2)
+    program = compile_target("parked.c", tmp_path / "parked", "-O2", *NO_FRAME_POINTERS)
+
+    with (
+        Recorder(SamplerConfig(frequency_hz=499, pids=frozenset()), tmp_path / "cache") as recorder,
+        running(program, "recursion") as process,
+    ):
+        recorder.start()
+        assert recorder.unwinding.status()["mappings_without_number"] == 0
+        wait_for(lambda: stops_of(recorder, process.pid))
+        wait_for(
+            lambda: (
+                stops_of(recorder, process.pid)
+                and recorder.unwinding.status()["mappings_without_number"] > 0
+            )
+        )
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_call_frame_information_harms_nobody_else(seed, recorder, tmp_path):
     """A file whose .eh_frame is noise: its own stacks may be cut short, and nothing more."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bpf.sampler import Sampler, SamplerConfig
+from profiler.processes import instances
 from profiler.processes.generations import boottime_ns
 from profiler.processes.labels import MAX_CACHED_LABELS, Labeler
 from profiler.processes.rules import make_rule
@@ -586,6 +587,25 @@ def test_cache_of_labels_is_bounded(labeler: Labeler) -> None:
 def present(labeler: Labeler, start_ns: int, end_ns: int) -> dict[str, int]:
     services = labeler.present(start_ns, end_ns)
     return {dict(labels)["service"]: duration_ns for labels, duration_ns in services.items()}
+
+
+def test_instances_beyond_the_limit_have_no_time_and_are_counted(
+    labeler: Labeler, copy_sleep, monkeypatch
+) -> None:
+    """Whoever looks at the status sees why services are missing."""
+    labeler.scan()
+    before = labeler.status()["instances_uncounted"]
+    monkeypatch.setattr(instances, "_MAX_PRESENCES", 1)
+
+    with started(copy_sleep("one-too-many"), "30") as process:
+        labeler.scan()
+        labels = labeler.labels(sample_of(process.pid))
+        present = labeler.present(0, boottime_ns())
+
+    assert dict(labels)["service"] == "one-too-many"
+    assert not any(dict(each)["service"] == "one-too-many" for each in present)
+    assert before == 0
+    assert labeler.status()["instances_uncounted"] >= 1
 
 
 def test_service_without_samples_was_present(labeler: Labeler, copy_sleep) -> None:
