@@ -8,7 +8,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import struct
 import sys
 import time
 from pathlib import Path
@@ -28,8 +27,6 @@ PERF_FORMAT_TOTAL_TIME_ENABLED = 1 << 0
 PERF_FLAG_FD_CLOEXEC = 1 << 3
 
 PERF_EVENT_IOC_ENABLE = 0x2400
-PERF_EVENT_IOC_DISABLE = 0x2401
-PERF_EVENT_IOC_PERIOD = 0x40082404
 PERF_EVENT_IOC_SET_BPF = 0x40042408
 
 _STANDSTILL_NS = 20_000_000  # longer than a jiffy, to which coarse clocks are bound
@@ -155,10 +152,6 @@ def enable(fd: int) -> None:
     _control(fd, "enable", PERF_EVENT_IOC_ENABLE, 0)
 
 
-def disable(fd: int) -> None:
-    _control(fd, "disable", PERF_EVENT_IOC_DISABLE, 0)
-
-
 def set_bpf(fd: int, prog_fd: int) -> None:
     """Run a BPF program of type PERF_EVENT at every overflow of the event."""
     _control(fd, "attach the BPF program to", PERF_EVENT_IOC_SET_BPF, prog_fd)
@@ -209,14 +202,6 @@ def has_stopped(fd: int) -> bool:
         if time.monotonic_ns() > give_up_ns:
             return True
     return False
-
-
-def set_period(fd: int, period: int) -> None:
-    """Change how far apart two samples are.
-
-    The cpu-clock takes nanoseconds here even when the event was opened by frequency.
-    """
-    _control(fd, "set the period of", PERF_EVENT_IOC_PERIOD, struct.pack("=Q", period))
 
 
 def online_cpus() -> tuple[int, ...]:
@@ -271,7 +256,7 @@ def lifecycle_attr(wakeup_bytes: int) -> PerfEventAttr:
     return attr
 
 
-def _control(fd: int, verb: str, request: int, argument: int | bytes) -> None:
+def _control(fd: int, verb: str, request: int, argument: int) -> None:
     try:
         fcntl.ioctl(fd, request, argument)
     except OSError as error:

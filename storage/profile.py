@@ -69,8 +69,6 @@ class Loss(StrEnum):
     """A kernel map had no room left in this drain."""
     MAP_BUSY = "map_busy"
     """A kernel map's bucket was locked by the code that the tick interrupted."""
-    BUDGET = "budget"
-    """The profiler held back to stay within its own CPU budget."""
     FAULT = "fault"
     """The profiler itself failed while processing a drain; its log says why."""
     SPOOL_FULL = "spool_full"

@@ -36,10 +36,6 @@ class Mapping:
     build_id: str = ""
 
     @property
-    def is_deleted(self) -> bool:
-        return self.path.endswith(_DELETED)
-
-    @property
     def file_path(self) -> bytes:
         """The path without ` (deleted)`."""
         return self.path.removesuffix(_DELETED)

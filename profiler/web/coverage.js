@@ -6,7 +6,6 @@ import { number, safeName, share, span } from "./format.js";
 const LOSSES = {
   map_full: "a table in the kernel was full",
   map_busy: "the interrupted code held the lock of a table in the kernel",
-  budget: "the profiler skipped them to stay within its CPU budget",
   fault: "an error in the profiler; its log has the details",
   spool_full: "the store was unavailable for too long, and the oldest stacks were dropped",
 };

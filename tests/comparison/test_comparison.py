@@ -208,7 +208,9 @@ def test_unequal_coverage_and_losses_are_said(tmp_path):
     found = [minute(rng, number, 0, "1", {}) for number in range(8) if number not in {5, 6}]
     accounting = found[-1].accounting
     ticks = accounting.ticks // 10
-    lossy = dataclasses.replace(accounting, ticks=accounting.ticks + ticks, lost={"budget": ticks})
+    lossy = dataclasses.replace(
+        accounting, ticks=accounting.ticks + ticks, lost={"map_full": ticks}
+    )
     found[-1] = dataclasses.replace(found[-1], accounting=lossy)
     store = directory(tmp_path / "store", *found)
     sides = (Operand(API, minutes(i, i + 4)) for i in (0, 4))

@@ -33,7 +33,7 @@ def test_deleted_file_keeps_its_path():
     """` (deleted)` is not a part of the path to open."""
     mapping = parse_maps(LINES)[1]
 
-    assert mapping.is_deleted
+    assert mapping.path.endswith(b" (deleted)")
     assert mapping.file_path == b"/opt/two words\nand a line"
 
 
