@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from profiler.service.problems import ProblemError
 
 _LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.ASCII | re.I)
+_NO_WEIGHT = re.compile(r"q *= *0(\.0*)?")
 GZIPPED = {"content-encoding": "gzip", "vary": "Accept-Encoding"}
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self';"
@@ -62,7 +63,7 @@ class Guard:
         host = Headers(scope=scope).get("host", "")
         if not _LOOPBACK.fullmatch(host):
             problem = ProblemError(
-                421, "Wrong host", "this service only answers to the names of loopback addresses"
+                421, "Wrong host", "this service only responds to the names of loopback addresses"
             )
             await problem.response()(scope, receive, send_with_headers)
             return
@@ -77,7 +78,12 @@ def last_response(problem: ProblemError) -> Response:
 
 
 def accepts_gzip(request: Request) -> bool:
-    return "gzip" in request.headers.get("accept-encoding", "")
+    """Return whether the client takes gzip: a weight of 0 refuses it (RFC 9110, 12.5.3)."""
+    is_taken: dict[str, bool] = {}
+    for each in ",".join(request.headers.getlist("accept-encoding")).split(","):
+        coding, *parameters = (part.strip().lower() for part in each.split(";"))
+        is_taken[coding] = not any(_NO_WEIGHT.fullmatch(part) for part in parameters)
+    return is_taken.get("gzip", is_taken.get("*", False))
 
 
 def page_routes(folder: Path) -> list[Route]:

@@ -314,6 +314,26 @@ def test_responses_are_compressed_on_request(client):
     assert {each.path for each in ENDPOINTS.values()} == set(json.loads(plain)["paths"])
 
 
+@pytest.mark.parametrize(
+    ("accepted", "is_gzipped"),
+    [
+        ("gzip;q=0", False),
+        ("br, gzip; Q=0.000", False),
+        ("*;q=0", False),
+        ("gzip;q=0, *", False),
+        ("notgzip", False),
+        ("br;q=1.0, gzip;q=0.5", True),
+        ("*", True),
+    ],
+)
+def test_responses_are_not_compressed_for_who_refuses_it(client, accepted, is_gzipped):
+    """A weight of 0 means: not that one (RFC 9110)."""
+    for path in ("/", "/healthz"):
+        _, headers, _ = client.get(path, {"Accept-Encoding": accepted})
+
+        assert (headers["content-encoding"] == "gzip") == is_gzipped
+
+
 def test_health_and_metrics_are_served(client):
     """Ready means that the store responds."""
     assert client.get("/healthz")[0] == client.get("/readyz")[0] == 200
