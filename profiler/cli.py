@@ -17,6 +17,7 @@ import io
 import keyword
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -81,7 +82,7 @@ def _run(argv: Sequence[str] | None) -> int:
         text = str(error)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
             text = f"cannot write the output: {error.strerror}"
-        print(f"everflame: {text}", file=sys.stderr)
+        print(f"everflame: {_shown(text)}", file=sys.stderr)
         return 2
 
 
@@ -109,6 +110,11 @@ def _replace_closed_streams() -> None:
         sys.stdout = _ClosedOutput()
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - as long as the process
+
+
+def _shown(text: str) -> str:
+    r"""Write the bytes of a path that is not UTF-8 as `\xNN`, not as Python's surrogates."""
+    return re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", text)
 
 
 def _is_expected(error: Exception) -> bool:

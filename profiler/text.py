@@ -1,8 +1,11 @@
 """Text for terminals: widths in cells of a fixed-width font, cutting, quantities with units."""
 
+import os
 import unicodedata
 from collections.abc import Sequence
 from typing import TextIO
+
+from symbolizer.text import readable
 
 ELLIPSIS = "…"
 
@@ -45,6 +48,11 @@ def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(pad(text, width) for text, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
+
+
+def path_text(path: str) -> str:
+    """Return a path to be shown: what is invisible in it or no UTF-8 is escaped."""
+    return readable(os.fsencode(path))
 
 
 def quantity(value: int, unit: str) -> str:

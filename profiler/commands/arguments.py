@@ -7,15 +7,18 @@ import argparse
 import math
 import re
 
+_LIMIT = 2**63
+"""Times are 64-bit ns and sizes 64-bit bytes: 292 years and 9.2 million TB."""
 _UNITS_S = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def duration_s(text: str) -> float:
     """Parse `30s`, `2m`, `1.5h`, `90` (seconds)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)", text)
-    if not match or float(match[1]) == 0:
+    seconds = float(match[1]) * _UNITS_S[match[2]] if match else 0.0
+    if not 0 < seconds * 1e9 < _LIMIT:
         raise argparse.ArgumentTypeError(f"{text!r} is not a duration (try 30s, 2m or 1h)")
-    return float(match[1]) * _UNITS_S[match[2]]
+    return seconds
 
 
 def frequency_hz(text: str) -> int:
@@ -33,7 +36,7 @@ def size_bytes(text: str) -> int:
     """Parse `512MB`, `5GB`, `1000000` (bytes); units are decimal."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(kB|MB|GB|TB|)", text)
     scale = 1000 ** ("", "kB", "MB", "GB", "TB").index(match[2]) if match else 0
-    if not match or float(match[1]) * scale < 1:
+    if not match or not 1 <= float(match[1]) * scale < _LIMIT:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size (try 512MB or 5GB)")
     return int(float(match[1]) * scale)
 

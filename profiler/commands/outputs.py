@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from profiler.formats import export
+from profiler.text import path_text
 from storage.profile import Profile
 
 
@@ -31,7 +32,7 @@ def write(
         except BrokenPipeError:
             raise
         except OSError as error:
-            problem = OSError(f"cannot write {file}: {error.strerror or error}")
+            problem = OSError(f"cannot write {path_text(file)}: {error.strerror or error}")
             problem.__cause__ = error
             first = first or problem
         else:
@@ -48,6 +49,6 @@ def write_all(profile: Profile, files: Sequence[str], by: tuple[str, ...] | None
     written, error = write(profile, files, by)
     for file in written:
         if file != export.STDOUT:
-            print(f"wrote {file}", file=sys.stderr)
+            print(f"wrote {path_text(file)}", file=sys.stderr)
     if error:
         raise error

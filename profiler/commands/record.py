@@ -23,7 +23,7 @@ from profiler.agent.window import deviation
 from profiler.commands import arguments, outputs
 from profiler.formats import export
 from profiler.processes.generations import list_processes, read_stat
-from profiler.text import StatusLine, counted
+from profiler.text import StatusLine, counted, path_text
 from storage.profile import Accounting, Profile
 
 _GRACE_S = 5.0
@@ -272,7 +272,7 @@ def record(options: RecordOptions, environment: dict[str, str]) -> int:
     if unselected:
         left_out = counted(unselected, "process", "processes")
         talk.append(f"warning: left out {left_out}: too many were started")
-    talk += [f"wrote {file}" for file in written if file != export.STDOUT]
+    talk += [f"wrote {path_text(file)}" for file in written if file != export.STDOUT]
     print("\n".join(talk), file=sys.stderr)
     if error:
         raise error

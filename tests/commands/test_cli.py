@@ -89,11 +89,22 @@ def test_what_is_not_a_process_id_is_refused_in_our_own_words(pid: str, capsys) 
     assert "is not a process id\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", ["0", "0.5", "0.0001kB", "1GiB", "-1", ""])
+@pytest.mark.parametrize("time", ["0", "0.0ms", "9" * 400, f"{'9' * 400}d", "107000d"])
+def test_a_time_that_no_clock_can_count_is_refused(time: str, capsys) -> None:
+    """Nor is it a traceback."""
+    for arguments in (["top", "--for"], ["agent", "--keep"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.command_line().parse_args([*arguments, time])
+
+        assert ended.value.code == 2
+        assert "is not a duration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0", "0.5", "0.0001kB", "1GiB", "-1", "", "9" * 400, "1" * 20])
 def test_a_size_that_is_not_even_a_byte_is_refused(size: str, capsys) -> None:
     """It is not taken for no limit."""
     with pytest.raises(SystemExit) as ended:
-        cli.main(["agent", f"--keep-bytes={size}"])
+        cli.command_line().parse_args(["agent", f"--keep-bytes={size}"])
 
     assert ended.value.code == 2
     assert f"{size!r} is not a size" in capsys.readouterr().err
@@ -189,6 +200,19 @@ def test_nothing_but_data_is_on_stdout_if_stderr_is_closed(folded: Path) -> None
     child = shell('$E export in.folded -o out.svg -o - --by "" 2>&-', folded.parent)
 
     assert (child.returncode, child.stdout) == (0, "main;work 100\n")
+
+
+def test_a_path_that_is_not_utf_8_is_shown_by_its_bytes(folded: Path) -> None:
+    """Not by the surrogates that Python has for them: whoever copies `\\xff` finds the file."""
+    child = shell("$E export in.folded -o $(printf 'z\\377').svg", folded.parent)
+
+    assert (child.returncode, child.stderr) == (0, "wrote z\\xff.svg\n")
+
+    child = shell("$E export $(printf 'no\\377').folded -o out.svg", folded.parent)
+
+    assert child.returncode == 2
+    assert "no\\xff.folded" in child.stderr
+    assert "udc" not in child.stderr
 
 
 def test_one_output_on_a_full_disk_leaves_the_others(folded: Path) -> None:
