@@ -93,9 +93,13 @@ def interval_s(text: str) -> int:
 
 
 def metrics_address(text: str) -> str:
-    """Check an address of metrics: the process that listens there is started later."""
+    """Check an address of metrics: the process that listens there is started later.
+
+    Empty is off; argparse checks the default as well.
+    """
     try:
-        parse_address(text)
+        if text:
+            parse_address(text)
     except AddressError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text

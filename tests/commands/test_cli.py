@@ -70,6 +70,12 @@ def test_dashes_without_a_command_are_refused(capsys) -> None:
     assert capsys.readouterr().err.endswith("error: name the command to run after --\n")
 
 
+@pytest.mark.parametrize("arguments", [[], ["--metrics-listen="]])
+def test_without_an_address_there_are_no_metrics(arguments: list[str]) -> None:
+    for command in ("agent", "up"):
+        assert cli.command_line().parse_args([command, *arguments]).metrics_listen == ""
+
+
 @pytest.mark.parametrize("address", ["zz", "127.0.0.1", "127.0.0.1:", "[::1]:x", ":70000"])
 def test_what_is_no_address_of_metrics_is_refused(address: str, capsys) -> None:
     """The agent does not run without them for days until somebody looks."""
