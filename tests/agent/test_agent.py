@@ -22,7 +22,7 @@ from profiler.agent.window import Edges
 from storage.formats import pprof
 from storage.objects.keys import ObjectKey
 from storage.profile import Accounting, Profile
-from tests.support.live import stat_fields
+from tests.support.live import stat_fields, wait_for
 from tests.support.targets import compile_target, running
 
 EVERFLAME = Path(sys.executable).with_name("everflame")
@@ -83,13 +83,6 @@ class Place:
         return found
 
 
-def wait_until(is_true, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def place(tmp_path) -> Place:
     return Place(tmp_path)
@@ -99,14 +92,14 @@ def place(tmp_path) -> Place:
 def agent(place) -> Iterator[subprocess.Popen[bytes]]:
     command = place.preferred(place.command())
     with running(*command, env=place.environment, stderr=subprocess.PIPE) as process:
-        wait_until(lambda: place.status().get("ticks", 0) > 0)
+        wait_for(lambda: place.status().get("ticks", 0) > 0)
         yield process
 
 
 @pytest.mark.kernel
 def test_windows_are_aligned_and_every_tick_is_in_one(agent, place) -> None:
     """Two closed windows and the rest at SIGTERM: no gap, no overlap, law 1, nothing waiting."""
-    wait_until(lambda: place.status().get("windows", 0) >= 2)
+    wait_for(lambda: place.status().get("windows", 0) >= 2)
     agent.send_signal(signal.SIGTERM)
     agent.communicate(timeout=60)
 
@@ -132,7 +125,7 @@ def test_a_second_agent_of_the_host_says_so_in_one_line(agent, place) -> None:
 
 @pytest.mark.kernel
 def test_status_tells_what_the_agent_does_and_costs(agent, place) -> None:
-    wait_until(lambda: place.run("status", "--json").returncode == 0)
+    wait_for(lambda: place.run("status", "--json").returncode == 0)
     status = orjson.loads(place.run("status", "--json").stdout)
 
     lost = sum(status["lost"].values())
@@ -147,9 +140,9 @@ def test_status_tells_what_the_agent_does_and_costs(agent, place) -> None:
 @pytest.mark.kernel
 def test_windows_account_for_sampler_bpf_and_uploader(agent, place) -> None:
     """What the page shows as the agent's cost is the sum of all parts, none left out."""
-    wait_until(lambda: place.status().get("uploader", {}).get("uploaded"))
+    wait_for(lambda: place.status().get("uploader", {}).get("uploaded"))
     # A first window that ended at once had no tick to measure BPF with.
-    wait_until(lambda: place.status().get("cpu_ns", {}).get("bpf"))
+    wait_for(lambda: place.status().get("cpu_ns", {}).get("bpf"))
     status = place.status()
     agent.send_signal(signal.SIGTERM)
     agent.communicate(timeout=60)
@@ -182,7 +175,7 @@ def test_what_a_full_spool_dropped_is_not_stored(place) -> None:
     away = ["--store=s3://away", "--s3-endpoint=http://127.0.0.1:1"]
     keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
     with running(*command, *away, env={**place.environment, **keys}, stderr=subprocess.PIPE):
-        wait_until(lambda: place.status().get("spool", {}).get("lost_samples", 0) > 0, 60)
+        wait_for(lambda: place.status().get("spool", {}).get("lost_samples", 0) > 0, 60)
         status = place.status()
 
     lost = status["lost"]
@@ -231,19 +224,19 @@ def test_an_uploader_that_was_killed_is_started_again(agent, place) -> None:
 
     os.kill(first, signal.SIGKILL)
 
-    wait_until(lambda: place.status().get("uploader", {}).get("starts") == 2)
-    wait_until(lambda: place.status().get("windows", 0) >= 1)
-    wait_until(lambda: len(place.objects()) >= 1)
+    wait_for(lambda: place.status().get("uploader", {}).get("starts") == 2)
+    wait_for(lambda: place.status().get("windows", 0) >= 1)
+    wait_for(lambda: len(place.objects()) >= 1)
 
 
 @pytest.mark.kernel
 def test_a_killed_agent_leaves_its_closed_windows_to_the_next(agent, place) -> None:
     """SIGKILL to both: what was closed is stored once, by the next agent at the latest."""
-    wait_until(lambda: place.status().get("windows", 0) >= 1)
+    wait_for(lambda: place.status().get("windows", 0) >= 1)
     status = place.status()
     agent.kill()
     agent.wait()
-    wait_until(lambda: not Path(f"/proc/{status['uploader']['pid']}").exists())
+    wait_for(lambda: not Path(f"/proc/{status['uploader']['pid']}").exists())
 
     with running(*place.command("--for", "1s"), env=place.environment) as second:
         assert second.wait(60) == 0
@@ -261,7 +254,7 @@ def test_metrics_are_served_from_loopback(place) -> None:
         port = free.getsockname()[1]
     command = place.command(f"--metrics-listen=127.0.0.1:{port}")
     with running(*command, env=place.environment):
-        wait_until(lambda: b'cpu_seconds_total{part="drain"}' in fetch(port, "/metrics"))
+        wait_for(lambda: b'cpu_seconds_total{part="drain"}' in fetch(port, "/metrics"))
 
         lines = fetch(port, "/metrics").decode().splitlines()
 
@@ -324,9 +317,9 @@ def test_a_clock_that_steps_by_an_hour_loses_no_tick(place) -> None:
     command = place.preferred(program)
     with running(*command, env=place.environment, stderr=subprocess.DEVNULL) as agent:
         for ended, to_s in enumerate((3600, 0)):
-            wait_until(lambda at=ended: _has_ticks_in_window(place.status(), at))
+            wait_for(lambda at=ended: _has_ticks_in_window(place.status(), at))
             set_clock(to_s)
-            wait_until(lambda at=ended: place.status().get("windows", 0) > at)
+            wait_for(lambda at=ended: place.status().get("windows", 0) > at)
         last = place.status()
         agent.terminate()
         assert agent.wait(60) == 0
@@ -405,7 +398,7 @@ def test_a_stage_that_always_fails_neither_spins_nor_stops_the_windows(stage, pl
         if stage == "status":
             with socket.socket(socket.AF_UNIX) as asking:  # waits for an answer all the time
                 path = str(place.root / "run" / "agent.sock")
-                wait_until(lambda: asking.connect_ex(path) == 0)
+                wait_for(lambda: asking.connect_ex(path) == 0)
                 _, talk = agent.communicate(timeout=90)
         else:
             _, talk = agent.communicate(timeout=90)
@@ -432,10 +425,10 @@ def test_ticks_of_a_drain_that_failed_are_lost_by_fault(place) -> None:
 def test_a_window_that_cannot_be_stored_is_counted_in_the_next(what, place) -> None:
     """Its ticks are lost by a fault, in the next object and in the status."""
     with running(*faulty(place, what), env=place.environment) as agent:
-        wait_until(lambda: place.status().get("lost", {}).get("fault", 0) > 0, 60)
+        wait_for(lambda: place.status().get("lost", {}).get("fault", 0) > 0, 60)
         status = place.status()
         if what == "spool":
-            wait_until(lambda: place.status().get("windows", 0) >= 1)
+            wait_for(lambda: place.status().get("windows", 0) >= 1)
         agent.terminate()
         assert agent.wait(60) == 0
 
@@ -456,11 +449,11 @@ def test_an_agent_that_was_stopped_tells_the_truth_about_its_windows(place) -> N
     No window claims to be shorter than the time its ticks took.
     """
     with running(*place.preferred(faulty(place, "pause")), env=place.environment) as agent:
-        wait_until(lambda: place.status().get("ticks", 0) > 0)
+        wait_for(lambda: place.status().get("ticks", 0) > 0)
         stop_where_it_waits(agent)
         time.sleep(14)  # the pause that is tested
         agent.send_signal(signal.SIGCONT)
-        wait_until(lambda: place.status().get("windows", 0) >= 3)
+        wait_for(lambda: place.status().get("windows", 0) >= 3)
         status = place.status()
         agent.terminate()
         assert agent.wait(60) == 0
@@ -484,7 +477,7 @@ def stop_where_it_waits(process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 60
     while True:
         process.send_signal(signal.SIGSTOP)
-        wait_until(lambda: stat_fields(process.pid)[0] == b"T")
+        wait_for(lambda: stat_fields(process.pid)[0] == b"T")
         if Path(f"/proc/{process.pid}/syscall").read_text().split()[0] in POLL_OR_ITS_RESTART:
             return
         assert time.monotonic() < deadline, "it never waits"

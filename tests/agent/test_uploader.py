@@ -31,6 +31,7 @@ from storage.objects.open import open_store
 from storage.objects.s3 import S3Store
 from storage.spool.spool import Spool
 from storage.spool.upload_queue import usage
+from tests.support.live import wait_for
 from tests.support.targets import running
 from tests.support.weed import (
     BUCKET,
@@ -42,7 +43,6 @@ from tests.support.weed import (
     Proxy,
     Weed,
     using_keys,
-    wait_for,
 )
 from tests.support.windows import SIZE_BYTES, START_S, minutes, once, window
 
@@ -618,7 +618,7 @@ def test_sigterm_ends_it_after_what_is_waiting(tmp_path: Path) -> None:
     """Exit status 0; the long jitter is not waited for."""
     spool = filled(tmp_path, *range(20))
     with running(*command(spool, f"{tmp_path}/store", "--jitter-s=3000")) as process:
-        wait_for((spool / UPLOADER_STATE).exists, "the first state")
+        wait_for((spool / UPLOADER_STATE).exists, what="the first state")
 
         process.terminate()
 
@@ -635,7 +635,7 @@ def test_sigterm_ends_it_in_the_middle_of_a_request_without_an_answer(
         proxy.switch(Proxy.STALL)
         options = [f"--endpoint={proxy.endpoint}", "--grace-s=0.5"]
         with running(*command(spool, f"s3://{BUCKET}/x", *options)) as process:
-            wait_for(lambda: proxy.requests, "a request")
+            wait_for(lambda: proxy.requests, what="a request")
             asked_s = time.monotonic()
 
             process.send_signal(signal.SIGTERM)
@@ -654,12 +654,12 @@ def test_it_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     )
     parent = [sys.executable, "-c", script]
     with running(*parent, *command(spool, f"{tmp_path}/store")) as process:
-        wait_for((spool / UPLOADER_STATE).exists, "the first state")
+        wait_for((spool / UPLOADER_STATE).exists, what="the first state")
         pid = read_state(spool)["pid"]
 
         process.kill()
 
-        wait_for(lambda: not _lives(int(str(pid))), "the uploader's end")
+        wait_for(lambda: not _lives(int(str(pid))), what="the uploader's end")
 
 
 def test_a_parent_that_is_dead_already_is_noticed(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from profiler.commands import demo
-from tests.commands.test_up import UpPlace, descendants_of, is_running, needs_service, wait_until
-from tests.support.live import stat_fields
+from tests.commands.test_up import UpPlace, descendants_of, is_running, needs_service
+from tests.support.live import stat_fields, wait_for
 from tests.support.targets import running
 
 SERVICES = {("shop", "1.4.0"), ("shop", "1.5.0"), ("search", "2026.1"), ("report", "7.2")}
@@ -29,7 +29,7 @@ subprocess.run(demo.command(sys.argv[1]))
 def parent() -> Iterator[subprocess.Popen[bytes]]:
     user = "nobody" if os.geteuid() == 0 else ""
     with running(sys.executable, "-c", PARENT, user, start_new_session=True) as process:
-        wait_until(lambda: len(programs_of(process.pid)) == 4)
+        wait_for(lambda: len(programs_of(process.pid)) == 4)
         yield process
 
 
@@ -56,7 +56,7 @@ def test_each_program_takes_a_bounded_share_and_is_nice(parent) -> None:
     programs = programs_of(parent.pid)
     begun_s, before = time.monotonic(), {name: cpu_s(pid) for name, pid in programs.items()}
     time.sleep(2)  # what is measured is a rate
-    wait_until(lambda: all(cpu_s(pid) > before[name] for name, pid in programs.items()))
+    wait_for(lambda: all(cpu_s(pid) > before[name] for name, pid in programs.items()))
     passed_s = time.monotonic() - begun_s
 
     used: dict[str, float] = {}
@@ -89,7 +89,7 @@ def test_all_end_with_the_parent(parent, number) -> None:
     parent.wait()
 
     assert len(processes) == 5
-    wait_until(lambda: not any(map(is_running, processes)))
+    wait_for(lambda: not any(map(is_running, processes)))
     assert not script.parents[3].exists()
 
 
@@ -120,10 +120,10 @@ def test_the_best_documents_come_first() -> None:
 def test_labels_tell_the_services_and_their_versions_apart(tmp_path) -> None:
     place = UpPlace(tmp_path)
     with place.start("--demo", "--for", "8s") as process:
-        wait_until(lambda: len(programs_of(process.pid)) == 4)
+        wait_for(lambda: len(programs_of(process.pid)) == 4)
         descendants = descendants_of(process.pid)
         assert process.wait(60) == 0
 
     labels = [dict(row.labels) for profile in place.objects().values() for row in profile.rows()]
     assert {(each["service"], each.get("version", "")) for each in labels} >= SERVICES
-    wait_until(lambda: not any(map(is_running, descendants)))
+    wait_for(lambda: not any(map(is_running, descendants)))

@@ -19,6 +19,7 @@ from profiler.agent.recorder import Recorder
 from profiler.formats.reading import read_bytes
 from storage.formats import pprof
 from storage.profile import Profile
+from tests.support.live import wait_for
 from tests.support.targets import compile_target, running
 
 pytestmark = pytest.mark.kernel
@@ -197,9 +198,9 @@ def recording(split, tmp_path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]
     with running(split, "60") as busy:
         command = [EVERFLAME, "record", "-p", str(busy.pid), "--for", "60s", "-o", file]
         with running(*command, stderr=subprocess.PIPE) as process:
-            wait_until(lambda: has_events(process.pid))
+            wait_for(lambda: has_events(process.pid))
             begun = cpu_s(busy.pid)
-            wait_until(lambda: cpu_s(busy.pid) > begun + 0.5)
+            wait_for(lambda: cpu_s(busy.pid) > begun + 0.5)
             yield process, file
 
 
@@ -219,13 +220,6 @@ def link_of(path: Path) -> str:
 def cpu_s(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) / os.sysconf("SC_CLK_TCK")
-
-
-def wait_until(is_true, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("met", [signal.SIGINT, signal.SIGTERM])
@@ -257,8 +251,8 @@ def test_sigkill_leaves_nothing_behind(recording) -> None:
     process.communicate()
 
     assert programs
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
-    wait_until(lambda: not any(is_loaded(int(number)) for number in programs))
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+    wait_for(lambda: not any(is_loaded(int(number)) for number in programs))
     assert list(file.parent.iterdir()) == []
 
 
@@ -326,7 +320,7 @@ def test_a_program_in_another_root_is_named_from_that_root(split, tmp_path) -> N
         f" && mount --bind {inside}/program {decoy} && exec {decoy} 60"
     )
     with running("unshare", "-m", "sh", "-c", script) as process:
-        wait_until(lambda: exe_of(process.pid).name == "program")
+        wait_for(lambda: exe_of(process.pid).name == "program")
 
         everflame("record", "-F", "499", "-p", str(process.pid), "--for", "2s", "-o", file)
 

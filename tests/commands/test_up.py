@@ -28,7 +28,8 @@ from profiler.commands.up import (
 )
 from profiler.processes.rules import Rules
 from storage.profile import Accounting, Profile, ProfileBuilder, Window
-from tests.agent.test_agent import EVERFLAME, SECOND, Clocks, Place, wait_until
+from tests.agent.test_agent import EVERFLAME, SECOND, Clocks, Place
+from tests.support.live import wait_for
 from tests.support.targets import running
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ class UpPlace(Place):
             yield process
 
     def wait_for_page(self) -> None:
-        wait_until(lambda: "http://" in self.talk)
+        wait_for(lambda: "http://" in self.talk)
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def place(tmp_path) -> UpPlace:
 def up(place) -> Iterator[subprocess.Popen[bytes]]:
     with place.start() as process:
         place.wait_for_page()
-        wait_until(lambda: place.status().get("uploader", {}).get("pid"))
+        wait_for(lambda: place.status().get("uploader", {}).get("pid"))
         started = descendants_of(process.pid)
         yield process
         process.terminate()
@@ -155,7 +156,7 @@ def refusal(place: UpPlace, *arguments: str) -> str:
 @pytest.mark.kernel
 def test_a_run_ends_by_itself_and_tells_what_it_stored(place) -> None:
     with place.start("--for", "12s") as process:
-        wait_until(place.objects, seconds=30)
+        wait_for(place.objects)
         children, descendants = children_of(process.pid), descendants_of(process.pid)
         assert process.wait(60) == 0
         assert not any(map(is_running, children.values()))
@@ -169,7 +170,7 @@ def test_a_run_ends_by_itself_and_tells_what_it_stored(place) -> None:
     assert re.search(r"the sampler took \d+\.\d% of one CPU", talk)
     assert "kept 2 days or 5 GB" in talk
     assert "export it:" in talk
-    wait_until(lambda: not any(map(is_running, descendants)))
+    wait_for(lambda: not any(map(is_running, descendants)))
 
 
 @needs_service
@@ -196,8 +197,8 @@ def test_both_children_are_started_again_when_killed(up, place) -> None:
     for pid in first.values():
         os.kill(pid, signal.SIGKILL)
 
-    wait_until(lambda: len(children_of(up.pid).keys() & first.keys()) == 2)
-    wait_until(lambda: place.status().get("service", {}).get("starts") == 2)
+    wait_for(lambda: len(children_of(up.pid).keys() & first.keys()) == 2)
+    wait_for(lambda: place.status().get("service", {}).get("starts") == 2)
     assert not set(first.values()) & set(children_of(up.pid).values())
 
 
@@ -210,7 +211,7 @@ def test_children_end_when_up_is_killed(up) -> None:
     up.wait()
 
     assert children.keys() == {"uploader", "service"}
-    wait_until(lambda: not any(map(is_running, children.values())))
+    wait_for(lambda: not any(map(is_running, children.values())))
 
 
 @needs_service
@@ -221,21 +222,21 @@ def test_what_the_service_has_started_ends_when_up_is_killed(up) -> None:
     up.kill()
     up.wait()
 
-    wait_until(lambda: not any(map(is_running, descendants)))
+    wait_for(lambda: not any(map(is_running, descendants)))
 
 
 @needs_service
 @pytest.mark.kernel
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_closes_and_stores_the_last_window(number, up, place) -> None:
-    wait_until(lambda: place.status().get("ticks", 0) > 0)
+    wait_for(lambda: place.status().get("ticks", 0) > 0)
     children, descendants = children_of(up.pid), descendants_of(up.pid)
 
     up.send_signal(number)
 
     assert up.wait(60) == 0
     assert not any(map(is_running, children.values()))
-    wait_until(lambda: not any(map(is_running, descendants)))
+    wait_for(lambda: not any(map(is_running, descendants)))
     assert not list((place.root / "spool" / "waiting").iterdir())
     assert sum(each.accounting.ticks for each in place.objects().values()) > 0
 
@@ -249,7 +250,7 @@ def test_a_ctrl_c_while_it_starts_ends_it_as_later(place) -> None:
         (place.root / "talk").open("wb") as talk,
         running(*command, env=place.environment, stderr=talk, process_group=0) as process,
     ):
-        wait_until(lambda: any("bpf.compile" in each for each in commands_below(process.pid)))
+        wait_for(lambda: any("bpf.compile" in each for each in commands_below(process.pid)))
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == 0
 

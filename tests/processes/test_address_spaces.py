@@ -18,6 +18,7 @@ from bpf.records import Rings
 from profiler.processes import address_spaces as module
 from profiler.processes.address_spaces import RETENTION_NS, AddressSpaces
 from symbolizer.maps import MappingTable
+from tests.support.live import wait_for
 from tests.support.targets import compile_target
 
 pytestmark = pytest.mark.kernel
@@ -94,12 +95,6 @@ def rings() -> Iterator[Rings]:
 @pytest.fixture
 def spaces(rings: Rings) -> AddressSpaces:
     return AddressSpaces(rings)
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
 
 
 def run(path: bytes | str) -> tuple[int, int]:

@@ -17,11 +17,18 @@ TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 _NO_WORDS = np.zeros(0, dtype=np.uint64)
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
+
+
+def wait_for(
+    condition: Callable[[], object], timeout_s: float = 60, what: str = "the condition"
+) -> None:
+    """Ask again and again, less and less often: others need the CPU meanwhile."""
+    deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
     while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.002)
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def stat_fields(pid: int) -> list[bytes]:

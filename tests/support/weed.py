@@ -11,10 +11,11 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
+
+from tests.support.live import wait_for
 
 ACCESS_KEY = "everflame-test"
 SECRET_KEY = "a secret of this test"
@@ -32,13 +33,6 @@ _OFF = (
     "s3.port.lance=0",
     "master.telemetry=false",
 )
-
-
-def wait_for(is_met: Callable[[], object], what: str, timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_met():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
-        time.sleep(0.02)
 
 
 def free_ports(count: int) -> list[int]:
@@ -102,7 +96,7 @@ class Weed:
                 stdout=log,
                 stderr=log,
             )
-        wait_for(self._is_ready, f"the S3 server, see {self.folder}/log", 60)
+        wait_for(self._is_ready, what=f"the S3 server, see {self.folder}/log")
 
     def stop(self) -> None:
         if self._process is not None:
