@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from storage.grouping import add_groups, group_keys, ranges
 from storage.hashing import Hasher, Hashes, Numbers, hash_locations
 from storage.profile import (
     Accounting,
@@ -405,7 +406,7 @@ def key_starts_ns(objects: Numbers) -> Integers:
 
 def times_of(rows: Numbers, counts: Numbers) -> tuple[Integers, Integers]:
     """Return `times` and `time_counts` of a single profile."""
-    firsts, order = group(rows[:, 0])
+    firsts, order = group_keys(rows[:, 0])
     labels = rows[order[firsts], 0].astype(np.int64)
     return np.stack([np.zeros_like(labels), labels], axis=1), add_groups(counts[order], firsts)
 
@@ -414,27 +415,3 @@ def presence_of(accounting: Accounting) -> tuple[tuple[Labels, ...], Integers]:
     """Return `present_sets` and `presence` of a single profile."""
     lines = [[0, i, min(ns, 2**62)] for i, ns in enumerate(accounting.services.values())]
     return tuple(accounting.services), np.array(lines, dtype=np.int64).reshape(-1, 3)
-
-
-def add_groups(counts: Numbers, firsts: Integers) -> Integers:
-    """Add up lines of counts from each of `firsts` to the next."""
-    counts = counts.astype(np.int64, copy=False)
-    return np.add.reduceat(counts, firsts, axis=0) if len(firsts) else counts[:0]
-
-
-def group(keys: Numbers) -> tuple[Integers, Integers]:
-    """Return an order in which equal keys stand together, and where in it each group starts."""
-    order = np.argsort(keys)
-    ordered = keys[order]
-    is_first = np.ones(len(keys), dtype=bool)
-    is_first[1:] = ordered[1:] != ordered[:-1]
-    return np.flatnonzero(is_first), order
-
-
-def ranges(starts: Numbers, lengths: Numbers) -> Integers:
-    """Return the numbers of several ranges, one after the other."""
-    lengths = lengths.astype(np.int64)
-    ends = np.cumsum(lengths)
-    shift = starts.astype(np.int64) - (ends - lengths)
-    numbers: Integers = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(shift, lengths)
-    return numbers

@@ -1,44 +1,33 @@
 """Merge Columns: add up the counts of equal stacks and labels of several profiles.
 
 Equal locations and stacks are found by their hashes, so merging is sorting. Only what the rows use
-is taken over: a selection of rows merges to the tables that it needs.
+is taken over: a selection of rows merges to the tables that it needs. What is kept of profiles
+without their stacks is merged likewise, with what stands here for all kinds: `add_heads`,
+`merge_label_sets`, `join_lines`, `adopt_texts`.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from storage.columns import (
-    LARGEST_NAME_KEY,
-    Columns,
-    Texts,
-    add_groups,
-    group,
-    name_keys,
-    ranges,
-)
+from storage.columns import LARGEST_NAME_KEY, Columns, Texts, name_keys
+from storage.grouping import add_groups, group_keys, number_groups, ranges
 from storage.hashing import Hashes, Numbers
-from storage.profile import Accounting, Integers, Labels, NameRank, adopt_module
+from storage.profile import Accounting, Integers, Labels, NameRank, Window, adopt_module
 from symbolizer.location import Module
 
 
 def merge_columns(parts: Sequence[Columns]) -> Columns:
-    """Add up profiles as `storage.profile.merge` does; tables keep only what rows use.
+    """Return the sum of profiles: associative and commutative in counts, window and accounting.
+
+    Tables keep only what rows use.
 
     Raises:
         ValueError: there is none, or they measure different things.
     """
-    if not parts:
-        raise ValueError("cannot merge: no profile given")
-    first = parts[0]
-    if any((part.type, part.unit) != (first.type, first.unit) for part in parts):
-        raise ValueError("cannot merge: the profiles are of different types or units")
-    window, accounting = first.window, Accounting()
-    for part in parts:
-        window = window.union(part.window)
-        accounting = accounting.merge(part.accounting)
+    head = add_heads(parts)
     label_sets, label_numbers = merge_label_sets(
         [part.label_sets for part in parts], [part.rows[:, 0] for part in parts]
     )
@@ -49,11 +38,8 @@ def merge_columns(parts: Sequence[Columns]) -> Columns:
     words, offsets, places, used = _gather_stacks(parts, stacks)
     tables = _gather_locations(parts, places)
     return Columns(
-        type=first.type,
-        unit=first.unit,
+        **head._asdict(),
         period_ns=min(part.period_ns for part in parts),
-        window=window,
-        accounting=accounting,
         modules=_merge_modules(parts, used),
         label_sets=label_sets,
         texts=tables.texts,
@@ -69,12 +55,53 @@ def merge_columns(parts: Sequence[Columns]) -> Columns:
         stack_words=words,
         rows=rows,
         counts=counts,
-        objects=np.concatenate([part.objects for part in parts]).astype(np.int64),
         times=join_lines(parts, [part.times for part in parts], label_numbers),
         time_counts=np.concatenate([part.time_counts for part in parts]).astype(np.int64),
         present_sets=present_sets,
         presence=join_lines(parts, [part.presence for part in parts], present_numbers),
     )
+
+
+class _HasHead(Protocol):
+    @property
+    def type(self) -> str: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def window(self) -> Window: ...
+    @property
+    def accounting(self) -> Accounting: ...
+    @property
+    def objects(self) -> Numbers: ...
+
+
+class Head(NamedTuple):
+    """What all that is kept of profiles begins with; the fields are those of Columns."""
+
+    type: str
+    unit: str
+    window: Window
+    accounting: Accounting
+    objects: Integers
+
+
+def add_heads(parts: Sequence[_HasHead]) -> Head:
+    """Return what parts measure, the window around theirs, all accountings, and their objects.
+
+    Raises:
+        ValueError: there is none, or they measure different things.
+    """
+    if not parts:
+        raise ValueError("cannot merge: nothing given")
+    first = parts[0]
+    if any((part.type, part.unit) != (first.type, first.unit) for part in parts):
+        raise ValueError("cannot merge: the profiles are of different types or units")
+    window, accounting = first.window, Accounting()
+    for part in parts:
+        window = window.union(part.window)
+        accounting = accounting.merge(part.accounting)
+    objects = np.concatenate([part.objects for part in parts]).astype(np.int64)
+    return Head(first.type, first.unit, window, accounting, objects)
 
 
 def merge_label_sets(
@@ -91,13 +118,8 @@ def merge_label_sets(
     return tuple(numbers), by_part
 
 
-class _HasObjects(Protocol):
-    @property
-    def objects(self) -> Numbers: ...
-
-
 def join_lines(
-    parts: Sequence[_HasObjects], lines: Sequence[Numbers], label_numbers: Sequence[Integers]
+    parts: Sequence[_HasHead], lines: Sequence[Numbers], label_numbers: Sequence[Integers]
 ) -> Integers:
     """Put lines (object, label set, …) of parts, each with its own objects, one after the other."""
     counts = [len(part.objects) for part in parts]
@@ -131,15 +153,14 @@ class _Chosen:
         number = np.concatenate(numbers).astype(np.int64)
         if len(joined) == 0:
             return cls(joined, part, number, number)
-        firsts, order = group(joined)
+        firsts, order = group_keys(joined)
         preference = order + rank[order] * len(joined) if len(rank) else order
         best = np.minimum.reduceat(preference, firsts) % len(joined)
         by_place = np.argsort(best)
         position = np.empty(len(best), dtype=np.int64)
         position[by_place] = np.arange(len(best))
         best = best[by_place]
-        chosen = np.empty(len(joined), dtype=np.int64)
-        chosen[order] = np.repeat(position, np.diff(np.append(firsts, len(joined))))
+        chosen = position[number_groups(firsts, order)]
         return cls(joined[best], part[best], number[best], chosen)
 
     def of_part(self, part: int) -> Integers:
@@ -154,7 +175,7 @@ def _merge_rows(
     labels = [mine.take(part.rows[:, 0]) for part, mine in zip(parts, label_numbers, strict=True)]
     counts = np.concatenate([part.counts for part in parts])
     key = np.concatenate(labels) * max(1, len(stacks.hashes)) + stacks.chosen
-    firsts, by_key = group(key)
+    firsts, by_key = group_keys(key)
     rows = np.stack(np.divmod(key[by_key[firsts]], max(1, len(stacks.hashes))), axis=1)
     return rows, add_groups(counts[by_key], firsts), stacks
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf import message
 
-from storage.columns import Columns, Texts, object_of, presence_of, ranges, rank_names, times_of
+from storage.columns import Columns, Texts, object_of, presence_of, rank_names, times_of
 from storage.formats import pprof
 from storage.formats.pprof_comments import Ours, read_comments
 from storage.formats.pprof_message import (
@@ -34,6 +34,7 @@ from storage.formats.pprof_wire import (
     require,
     require_tags,
 )
+from storage.grouping import ranges
 from storage.hashing import Hasher, Hashes, hash_locations
 from storage.profile import Indices, Integers, Labels, make_labels
 from symbolizer.location import Kind, Module

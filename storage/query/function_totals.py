@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from storage.columns import Columns, Texts, add_groups, group, ranges
+from storage.columns import Columns, Texts
+from storage.grouping import add_groups, agree_on_files, group_keys, number_groups, ranges
 from storage.hashing import Hasher, Hashes, Numbers
-from storage.merging import adopt_texts, join_lines, merge_label_sets
+from storage.merging import add_heads, adopt_texts, join_lines, merge_label_sets
 from storage.profile import Accounting, Integers, Labels, Window
 from storage.query.resolve import hash_functions
 from storage.selector import Selector
@@ -170,15 +171,7 @@ def merge_function_totals(parts: Sequence[FunctionTotals]) -> FunctionTotals:
     Raises:
         ValueError: there is none, or they measure different things.
     """
-    if not parts:
-        raise ValueError("cannot merge: no function totals given")
-    first = parts[0]
-    if any((part.type, part.unit) != (first.type, first.unit) for part in parts):
-        raise ValueError("cannot merge: the function totals are of different types or units")
-    window, accounting = first.window, Accounting()
-    for part in parts:
-        window = window.union(part.window)
-        accounting = accounting.merge(part.accounting)
+    head = add_heads(parts)
     label_sets, label_numbers = merge_label_sets(
         [part.label_sets for part in parts], [part.times[:, 1] for part in parts]
     )
@@ -196,11 +189,7 @@ def merge_function_totals(parts: Sequence[FunctionTotals]) -> FunctionTotals:
         np.concatenate([part.counts for part in parts]),
     )
     return FunctionTotals(
-        type=first.type,
-        unit=first.unit,
-        window=window,
-        accounting=accounting,
-        objects=np.concatenate([part.objects for part in parts]).astype(np.int64),
+        **head._asdict(),
         label_sets=label_sets,
         times=join_lines(parts, [part.times for part in parts], label_numbers),
         time_counts=np.concatenate([part.time_counts for part in parts]).astype(np.int64),
@@ -225,9 +214,8 @@ class _MergedFunctions(NamedTuple):
         texts: dict[bytes, int] = {}
         tables = []
         hashes = np.concatenate([part.function_hashes for part in parts])
-        firsts, order = group(hashes)
-        which = np.empty(len(hashes), dtype=np.int64)
-        which[order] = np.repeat(np.arange(len(firsts)), np.diff(np.append(firsts, len(hashes))))
+        firsts, order = group_keys(hashes)
+        which = number_groups(firsts, order)
         at = 0
         numbers = []
         for part in parts:
@@ -292,21 +280,13 @@ class _Boxes(NamedTuple):
         shown = columns.shown_frames()
         texts, flat = shown.texts, shown.table
         hashes = hash_functions(shown, hasher)
-        firsts, order = group(hashes)
-        which = np.empty(len(hashes), dtype=np.int64)
-        which[order] = np.repeat(np.arange(len(firsts)), np.diff(np.append(firsts, len(hashes))))
+        firsts, order = group_keys(hashes)
+        which = number_groups(firsts, order)
         table = flat[order[firsts], :4]
         # A function's file, if all of its frames that have one agree on it.
         is_empty = np.diff(texts.offsets) == 0
         files = np.where(is_empty[flat[:, 3]], -1, flat[:, 3])
-        largest = np.full(len(firsts), -1, dtype=np.int64)
-        np.maximum.at(largest, which, files)
-        files[files < 0] = np.iinfo(np.int64).max
-        least = np.full(len(firsts), np.iinfo(np.int64).max, dtype=np.int64)
-        np.minimum.at(least, which, files)
-        table[:, 3] = np.where(largest < 0, NO_FILE, FILES_DIFFER)
-        agreed = (largest >= 0) & (largest == least)
-        table[agreed, 3] = 2 + largest[agreed]
+        table[:, 3] = agree_on_files(files[order], firsts) + 2
         numbers: dict[bytes, int] = {}
         table = _adopt_functions(numbers, texts, table, np.ones(len(table), dtype=bool))
         return cls(Texts.of(list(numbers)), hashes[order[firsts]], table, shown.offsets, which)
@@ -355,7 +335,7 @@ def fold(major: Numbers, minor: Numbers, counts: Numbers) -> tuple[Integers, Int
     key = major.astype(np.int64) * width + minor
     span = int(key.max()) + 1 if len(key) else 1
     if span > 4 * len(key) + _DENSE_LIMIT:
-        firsts, order = group(key)
+        firsts, order = group_keys(key)
         keys = np.stack(np.divmod(key[order[firsts]], width), axis=1)
         return keys, add_groups(counts[order], firsts)
     # Few keys and many lines, as for a day of a few services: a place for every key, no sorting.

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.columns import Columns, ShownFrames, name_keys
+from storage.grouping import distinct
 from storage.hashing import Hasher, Hashes, Numbers, chain
 from storage.merging import adopt_names
 from storage.profile import Integers, NameRank, Profile, named_second
@@ -185,11 +186,3 @@ def hash_functions(shown: ShownFrames, hasher: Hasher) -> Hashes:
     used, which = distinct(shown.table[:, :3], len(shown.texts))
     by_text = hasher.texts(shown.texts.take(used))
     return chain(*(by_text[which[:, i]] for i in range(3)))
-
-
-def distinct(numbers: Numbers, limit: int) -> tuple[Integers, Integers]:
-    """Return the numbers below a limit that occur, and for each place its index there."""
-    wide = numbers.astype(np.int64, copy=False)
-    is_used = np.zeros(limit, dtype=bool)
-    is_used[wide] = True
-    return np.flatnonzero(is_used), (np.cumsum(is_used) - 1)[wide]

@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from storage.columns import Columns, key_starts_ns, name_keys, ranges
+from storage.columns import Columns, key_starts_ns, name_keys
+from storage.grouping import distinct, ranges
 from storage.hashing import Hasher, Hashes, Numbers
+from storage.merging import add_heads, merge_label_sets
 from storage.profile import Accounting, Integers, Labels, Window
 from storage.query.function_totals import (
     PROCESS_LABELS,
@@ -22,7 +24,7 @@ from storage.query.function_totals import (
     fold,
     service_sets_of,
 )
-from storage.query.resolve import LocationNames, distinct, hash_functions
+from storage.query.resolve import LocationNames, hash_functions
 from storage.selector import Selector
 
 
@@ -128,32 +130,23 @@ def join_self_samples(parts: Sequence[ObjectSelfSamples]) -> ObjectSelfSamples:
     """Put the objects of parts one after the other.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or they measure different things.
     """
-    if not parts:
-        raise ValueError("cannot join: no self samples given")
     if len(parts) == 1:
         return parts[0]
-    window, accounting = parts[0].window, Accounting()
-    for part in parts:
-        window = window.union(part.window)
-        accounting = accounting.merge(part.accounting)
-    numbers: dict[Labels, int] = {}
+    head = add_heads(parts)
+    service_sets, set_numbers = merge_label_sets(
+        [part.service_sets for part in parts], [part.lines[:, 0] for part in parts]
+    )
     locations = _JoinedLocations.of(parts)
-    lines = []
-    for part, of_location in zip(parts, locations.numbers, strict=True):
-        of_set = [numbers.setdefault(labels, len(numbers)) for labels in part.service_sets]
-        sets = np.array(of_set, dtype=np.int64)
-        mine = part.lines.astype(np.int64)
-        lines.append(np.stack([sets[mine[:, 0]], of_location[mine[:, 1]]], axis=1))
+    lines = [
+        np.stack([of_set.take(part.lines[:, 0]), of_location.take(part.lines[:, 1])], axis=1)
+        for part, of_set, of_location in zip(parts, set_numbers, locations.numbers, strict=True)
+    ]
     lengths = [np.diff(part.line_offsets.astype(np.int64)) for part in parts]
     return ObjectSelfSamples(
-        type=parts[0].type,
-        unit=parts[0].unit,
-        window=window,
-        accounting=accounting,
-        objects=np.concatenate([part.objects for part in parts]).astype(np.int64),
-        service_sets=tuple(numbers),
+        **head._asdict(),
+        service_sets=service_sets,
         location_hashes=locations.hashes,
         functions=locations.functions,
         name_ranks=locations.name_ranks,
