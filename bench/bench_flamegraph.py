@@ -23,8 +23,10 @@ from profiler.flamegraph.differential import Pair, UnionGraph, UnionPaths
 from profiler.flamegraph.flamegraph import FlameGraph, Screen
 from profiler.flamegraph.views import View
 from profiler.formats import export
+from storage.columns import Columns
 from storage.formats import pprof
-from storage.profile import Accounting, Profile, ProfileBuilder, Window, merge
+from storage.merging import merge_columns
+from storage.profile import Accounting, Profile, ProfileBuilder, Window
 from symbolizer.location import AddressLocation, FileOffset, Frame, Kind, Module
 
 LIBRARY = Module("0123abcd", "/usr/lib/libc.so.6")
@@ -57,13 +59,18 @@ def large() -> Profile:
 
 
 @functools.cache
+def arrays() -> Columns:
+    return Columns.of(large())
+
+
+@functools.cache
 def minute() -> Profile:
     return synthesize(4_186, 30, 12_000)
 
 
 @functools.cache
 def graph() -> FlameGraph:
-    return flamegraph.build(large())
+    return flamegraph.build(arrays())
 
 
 @functools.cache
@@ -75,7 +82,7 @@ def encoded() -> bytes:
 def sides() -> Pair:
     """Two profiles and what their functions cost; the verdict on these is another's work."""
     random_ = np.random.default_rng(2)
-    before, after = (part_of(large(), random_) for _ in range(2))
+    before, after = (part_of(arrays(), random_) for _ in range(2))
     found = comparison.of_profiles([before], [after])
     unchanged = (
         each._replace(change=Change.UNCHANGED, relative=(0.0, -0.05, 0.05))
@@ -85,10 +92,8 @@ def sides() -> Pair:
     return Pair(found, before=before, after=after)
 
 
-def part_of(profile: Profile, random_: np.random.Generator) -> Profile:
-    kept = np.flatnonzero(random_.random(len(profile.row_values)) < 0.9)
-    columns = ("row_labels", "row_stacks", "row_samples", "row_values")
-    return replace(profile, **{name: getattr(profile, name)[kept] for name in columns})
+def part_of(profile: Columns, random_: np.random.Generator) -> Columns:
+    return profile.with_rows(np.flatnonzero(random_.random(len(profile.rows)) < 0.9))
 
 
 def union(pair: Pair) -> UnionGraph:
@@ -102,8 +107,8 @@ def check() -> None:
     for profile, total in ((sides().before, both_sides.before), (sides().after, both_sides.after)):
         assert total[0] == profile.total_value
     pruned = graph().prune(SCREEN_PX)
-    functions = flamegraph.top_functions(large())
-    both = merge([large(), minute()])
+    functions = flamegraph.top_functions(arrays())
+    both = merge_columns([arrays(), Columns.of(minute())])
     assert graph().total[0] == pruned.total[0] == large().total_value
     assert sum(row.self for row in functions) == large().total_value
     assert both.total_samples == large().total_samples + minute().total_samples
@@ -116,13 +121,15 @@ def main() -> None:
     runner = pyperf.Runner(values=5, processes=2, warmups=1)
     if not runner.parse_args().worker:
         check()
+    small = Columns.of(minute())
     # A worker runs one of these; what it needs is made in its warm-up, which is not counted.
-    runner.bench_func("build 200,000 stacks", lambda: flamegraph.build(large()))
-    runner.bench_func("the same by comm", lambda: flamegraph.build(large(), ("comm",)))
+    runner.bench_func("arrays of a host-minute", lambda: Columns.of(minute()))
+    runner.bench_func("build 200,000 stacks", lambda: flamegraph.build(arrays()))
+    runner.bench_func("the same by comm", lambda: flamegraph.build(arrays(), ("comm",)))
     runner.bench_func("prune to 1,200 px", lambda: graph().prune(SCREEN_PX))
     runner.bench_func("ids of all nodes", lambda: graph().ids())
-    runner.bench_func("table of functions", lambda: flamegraph.top_functions(large()))
-    runner.bench_func("merge 200,000 + 4,186 stacks", lambda: merge([large(), minute()]))
+    runner.bench_func("table of functions", lambda: flamegraph.top_functions(arrays()))
+    runner.bench_func("merge 200,000 + 4,186 stacks", lambda: merge_columns([arrays(), small]))
     runner.bench_func("pprof encode a host-minute", lambda: pprof.encode(minute()))
     runner.bench_func("pprof decode a host-minute", lambda: pprof.decode(encoded()))
     runner.bench_func("union of two, drawn", lambda: union(sides()))

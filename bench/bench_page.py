@@ -37,10 +37,11 @@ from viewers import LIMIT_S, Browser, GaveUpError, other_viewers
 from profiler.flamegraph import flamegraph
 from profiler.formats import speedscope
 from profiler.formats.reading import read_bytes
+from storage.columns import Columns
 from storage.formats import pprof
+from storage.merging import merge_columns
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectKey, content16
-from storage.profile import Profile, merge
 
 START_NS = 1_780_000_000_000_000_000 // (3600 * NS_PER_S) * (3600 * NS_PER_S)
 HOUR = {"from": START_NS // 10**6, "until": START_NS // 10**6 + 3_600_000}
@@ -52,7 +53,7 @@ ZOOM_ROWS = (2, 5, 8, 11)
 PAINT = "everflame:first-paint"
 
 
-def fill(folder: Path) -> Profile:
+def fill(folder: Path) -> Columns:
     """Store the hour and return all of it as one."""
     store, minutes = DirectoryStore(folder), []
     for profile in fleet.minutes(START_NS):
@@ -60,8 +61,8 @@ def fill(folder: Path) -> Profile:
         (host,), start_s = profile.accounting.hosts, profile.window.start_ns // NS_PER_S
         key = ObjectKey(DEFAULT_TENANT, host.host_id, start_s, 60, content16(content))
         store.put(key.text, content)
-        minutes.append(profile)
-    return merge(minutes)
+        minutes.append(Columns.of(profile))
+    return merge_columns(minutes)
 
 
 def ask(service: Serving, runs: int, samples: int) -> Iterator[Row]:
@@ -132,7 +133,7 @@ def as_nested(graph: flamegraph.FlameGraph) -> bytes:
 
 
 def write_files(
-    folder: Path, profile: Profile, tree: flamegraph.FlameGraph, service: Serving
+    folder: Path, profile: Columns, tree: flamegraph.FlameGraph, service: Serving
 ) -> tuple[float, float]:
     """Write what the others read: all stacks, and what the service exports.
 
@@ -142,7 +143,7 @@ def write_files(
     assert reply.status == 200
     exported = reply.plain
     (folder / "export.speedscope.json").write_bytes(exported)
-    folded = flamegraph.build(read_bytes(exported).profile)
+    folded = flamegraph.build(Columns.of(read_bytes(exported).profile))
     (folder / "export.nested.json").write_bytes(as_nested(folded))
     speedscope.STACK_LIMIT = fleet.STACKS + 1
     (folder / "all.speedscope.json").write_bytes(speedscope.encode(profile, ("service",)))

@@ -1,11 +1,11 @@
-"""Columns: profiles as arrays alone, to add up hundreds of them without a Python object per frame.
+"""Columns: profiles as arrays alone, to add up and draw them without a Python object per frame.
 
 A Profile's locations, frames and labels are Python values, which take a microsecond each to make.
 Columns keep them as numbers into one table of texts, and recognize equal locations and stacks of
-different objects by their hashes (`storage.hashing`). `storage.merging` adds them up.
+different objects by their hashes (`storage.hashing`). `storage.merging` adds them up, and
+`profiler.flamegraph` draws them. A Profile is made of them only to be written as pprof.
 
-What a location resolves to, and how boxes are told apart, is that of `Profile.frames` and of
-`profiler.flamegraph.flamegraph` (group by function); tests hold both to it.
+What a location resolves to is that of `Profile.frames`; tests hold both to it.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from storage.grouping import add_groups, group_keys, ranges
-from storage.hashing import Hasher, Hashes, Numbers, hash_locations
+from storage.hashing import Hasher, Hashes, Numbers, hash_locations, process_hasher
 from storage.profile import (
     Accounting,
     Integers,
@@ -67,6 +67,28 @@ class Texts:
         return [blob[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
+class _TextNumbers(dict[str, int]):
+    """Numbers texts in the order in which they are looked up."""
+
+    def __missing__(self, text: str) -> int:
+        number = self[text] = len(self)
+        return number
+
+    def numbers(self, texts: Sequence[str]) -> Integers:
+        return np.fromiter(map(self.__getitem__, texts), np.int64, len(texts))
+
+    def table(self, lines: Sequence[tuple[str | int, ...]], texts: int) -> Integers:
+        """Return lines of five: the numbers of the texts that they begin with, then integers."""
+        table = np.zeros((len(lines), 5), dtype=np.int64)
+        for i, column in enumerate(zip(*lines, strict=True)):
+            # A kind hashes slowly, and not as its text does, which is what `str` returns.
+            table[:, i] = self.numbers(list(map(str, column))) if i < texts else column
+        return table
+
+    def contents(self) -> list[bytes]:
+        return [text.encode() for text in self]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ShownFrames:
     """How locations are shown: location i as `table[offsets[i]:offsets[i + 1]]`, innermost first.
@@ -77,6 +99,20 @@ class ShownFrames:
     texts: Texts
     offsets: Integers
     table: Integers
+
+    @classmethod
+    def joined(cls, parts: Sequence["ShownFrames"]) -> "ShownFrames":
+        """Return the locations of parts, those of one after those of another."""
+        whole = parts[0]
+        for part in parts[1:]:
+            table = part.table.copy()
+            table[:, :4] += len(whole.texts)
+            whole = cls(
+                whole.texts.joined(part.texts),
+                np.concatenate([whole.offsets, part.offsets[1:] + whole.offsets[-1]]),
+                np.concatenate([whole.table, table]),
+            )
+        return whole
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,34 +160,34 @@ class Columns:
     presence: Numbers
 
     @classmethod
-    def of(cls, profile: Profile, hasher: Hasher) -> "Columns":
-        """Turn a profile into arrays, one location after the other."""
-        numbers: dict[bytes, int] = {}
+    def of(cls, profile: Profile, hasher: Hasher | None = None) -> "Columns":
+        """Turn a profile into arrays, one location after the other.
 
-        def text(content: str) -> int:
-            return numbers.setdefault(content.encode(), len(numbers))
-
-        locations, named, frames, frame_counts = [], [], [], [0]
-        for location, names in zip(profile.locations, profile.names, strict=True):
-            if isinstance(location, NamedLocation):
-                named.append([*map(text, location[1:4]), location.first_line, location.line])
-                locations.append([text(location.function), 0, len(named)])
-                frame_counts.append(0)
-                continue
-            locations.append([text(location.build_id), int(location.offset), 0])
-            frames += [[*map(text, frame[:4]), frame.line] for frame in names]
-            frame_counts.append(len(names))
-        texts = list(numbers)
-        location_table = np.array(locations, dtype=np.uint64).reshape(-1, 3)
-        named_table = np.array(named, dtype=np.int64).reshape(-1, 5)
-        hashes = hash_locations(hasher.texts(texts), location_table, named_table)
+        Without a hasher it is that of this process: then they may be merged with what else was
+        made so here, but not with decoded objects.
+        """
+        hasher = hasher or process_hasher()
+        texts = _TextNumbers()
+        is_named = np.array([isinstance(each, NamedLocation) for each in profile.locations], bool)
+        addresses = [each for each in profile.locations if isinstance(each, AddressLocation)]
+        named = [each for each in profile.locations if isinstance(each, NamedLocation)]
+        names = list(itertools.compress(profile.names, ~is_named))
+        location_table = np.zeros((len(is_named), 3), dtype=np.uint64)
+        location_table[~is_named, 0] = texts.numbers([each.build_id for each in addresses])
+        location_table[~is_named, 1] = np.array([each.offset for each in addresses], np.uint64)
+        location_table[is_named, 0] = texts.numbers([each.function for each in named])
+        location_table[is_named, 2] = np.arange(1, len(named) + 1)
+        named_table = texts.table([each[1:] for each in named], texts=3)
+        frame_table = texts.table(list(itertools.chain.from_iterable(names)), texts=4)
+        frame_counts = np.zeros(len(is_named) + 1, dtype=np.int64)
+        frame_counts[1:][~is_named] = [len(each) for each in names]
+        hashes = hash_locations(hasher.texts(texts.contents()), location_table, named_table)
         rows = np.stack([profile.row_labels, profile.row_stacks], axis=1).astype(np.int64)
         counts = np.stack([profile.row_samples, profile.row_values], axis=1)
         times, time_counts = times_of(rows, counts)
         present_sets, presence = presence_of(profile.accounting)
-        text_table = Texts.of(texts)
+        text_table = Texts.of(texts.contents())
         frame_offsets = np.cumsum(frame_counts)
-        frame_table = np.array(frames, dtype=np.int64).reshape(-1, 5)
         ranks, named_s = rank_names(text_table, frame_offsets, frame_table, profile.window)
         return cls(
             type=profile.type,
@@ -180,6 +216,14 @@ class Columns:
             present_sets=present_sets,
             presence=presence,
         )
+
+    @property
+    def total_samples(self) -> int:
+        return int(self.counts[:, 0].sum())
+
+    @property
+    def total_value(self) -> int:
+        return int(self.counts[:, 1].sum())
 
     def shown_frames(self, places: Integers | None = None) -> "ShownFrames":
         """Return the frames shown for some locations, by default for all, as `Profile.frames`."""
@@ -230,19 +274,33 @@ class Columns:
         """Return the selected rows. The accounting stays that of the whole."""
         if not selector.matchers:
             return self
-        chosen = np.array(selector.choose(map(dict, self.label_sets)), dtype=bool)
-        kept = chosen[self.rows[:, 0]]
-        kept_times = chosen[self.times[:, 1]]
+        chosen = self.with_label_sets(selector.choose(map(dict, self.label_sets)))
+        return replace(chosen, presence=_present(self.presence, self.present_sets, selector))
+
+    def with_label_sets(self, is_wanted: Sequence[bool]) -> "Columns":
+        """Return the rows with the wanted ones of the label sets, and these rows' times."""
+        wanted = np.array(is_wanted, dtype=bool)
+        kept = wanted[self.rows[:, 0]]
+        kept_times = wanted[self.times[:, 1]]
         return replace(
             self,
             rows=self.rows[kept],
             counts=self.counts[kept],
             times=self.times[kept_times],
             time_counts=self.time_counts[kept_times],
-            presence=_present(self.presence, self.present_sets, selector),
         )
 
-    def profile(self) -> Profile:
+    def with_rows(self, rows: Integers) -> "Columns":
+        """Return some of the rows, without times: nobody knows in which objects these occurred."""
+        return replace(
+            self,
+            rows=self.rows[rows],
+            counts=self.counts[rows],
+            times=self.times[:0],
+            time_counts=self.time_counts[:0],
+        )
+
+    def to_profile(self) -> Profile:
         """Return what the arrays stand for, as Python values."""
         texts = [text.decode() for text in self.texts.take(np.arange(len(self.texts)))]
         locations, names = self._locations_and_names(texts)

@@ -21,6 +21,8 @@ Hashes of 128 bits without a key would need no such argument, and twice the memo
 sorting, which is what merging consists of.
 """
 
+import functools
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -92,6 +94,12 @@ class Hasher:
                     self._known[text] = number
             hashes.append(number)
         return hashes
+
+
+@functools.cache
+def process_hasher() -> Hasher:
+    """Return a hasher whose key only this process knows, for profiles that are in no store."""
+    return Hasher(os.urandom(32))
 
 
 def hash_locations(text_hashes: Hashes, locations: Numbers, named: Numbers) -> Hashes:

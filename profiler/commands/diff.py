@@ -28,8 +28,9 @@ from profiler.formats import export
 from profiler.formats.reading import OneSideError, ReadOptions
 from profiler.text import counted, fit, listed
 from profiler.times import parse_window, rfc3339, whole_second
+from storage.columns import Columns
+from storage.merging import merge_columns
 from storage.objects.open import open_tenant
-from storage.profile import Profile, merge
 from storage.query.query import Query
 from storage.selector import Selector
 
@@ -191,7 +192,7 @@ def diff(before: Sequence[str], after: Sequence[str], options: Options, now_ns: 
 
 def _read_files(
     before: Sequence[str], after: Sequence[str], options: Options
-) -> tuple[list[Profile], list[Profile]] | None:
+) -> tuple[list[Columns], list[Columns]] | None:
     """Return the profiles of both sides, or None if they are windows of the store."""
     if options.last_deploy:
         return None
@@ -204,18 +205,19 @@ def _read_files(
         )
     if after:
         return (
-            [read_file(file, options.reading) for file in before],
-            [read_file(file, options.reading) for file in after],
+            [Columns.of(read_file(file, options.reading)) for file in before],
+            [Columns.of(read_file(file, options.reading)) for file in after],
         )
     # What is wrong with a file is said once, although each side is read by itself.
     (file,) = before
     sides = [replace(options.reading, side=side) for side in ("before", "after")]
     try:
-        return [read_file(file, sides[0])], [read_file(file, sides[1], is_quiet=True)]
+        read = read_file(file, sides[0]), read_file(file, sides[1], is_quiet=True)
     except OneSideError as error:
         raise ComparisonError(
             f"{file} holds one side: name both: everflame diff BEFORE... -- AFTER..."
         ) from error
+    return [Columns.of(read[0])], [Columns.of(read[1])]
 
 
 def _of_store(
@@ -234,7 +236,7 @@ def _of_store(
 
 
 def _pair(
-    found: Comparison, files: tuple[list[Profile], list[Profile]] | None, options: Options
+    found: Comparison, files: tuple[list[Columns], list[Columns]] | None, options: Options
 ) -> Pair:
     """Read the stacks of both sides; the verdict needed only function totals."""
     if files is None:
@@ -244,7 +246,7 @@ def _pair(
             for side in (found.before, found.after)
         ]
     else:
-        profiles = [merge(side) for side in files]
+        profiles = [merge_columns(side) for side in files]
     units = [profile.unit for profile in profiles]
     if units[0] != units[1]:
         raise ComparisonError(

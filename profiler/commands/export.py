@@ -8,10 +8,10 @@ from profiler.commands import arguments, outputs
 from profiler.commands.files import FILE_HELP, add_reading_options, read_file, reading_options
 from profiler.commands.selection import selected
 from profiler.flamegraph.flamegraph import ROOT_ID
-from profiler.flamegraph.paths import Group
+from profiler.flamegraph.stacks import Group
 from profiler.flamegraph.views import NoSuchNodeError, View
 from profiler.formats import export
-from storage.profile import Profile
+from storage.columns import Columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,12 +78,13 @@ def run(options: argparse.Namespace) -> int:
         profile, by = _viewed(options, answer.profile)
     else:
         arguments.refuse_store(options, "export")
-        profile, by = _viewed(options, read_file(options.file, reading_options(options)))
+        read = read_file(options.file, reading_options(options))
+        profile, by = _viewed(options, Columns.of(read))
     outputs.write_all(profile, options.outputs, by)
     return 0
 
 
-def _viewed(options: argparse.Namespace, profile: Profile) -> tuple[Profile, tuple[str, ...]]:
+def _viewed(options: argparse.Namespace, profile: Columns) -> tuple[Columns, tuple[str, ...]]:
     """Return the selected part of a profile, and the labels to draw above its stacks."""
     view = View(
         by=export.DEFAULT_BY if options.by is None else options.by,

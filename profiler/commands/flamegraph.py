@@ -6,6 +6,7 @@ import sys
 from profiler.commands import arguments, outputs, terminal
 from profiler.commands.files import FILE_HELP, add_reading_options, read_file, reading_options
 from profiler.formats import export
+from storage.columns import Columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,6 @@ def run(options: argparse.Namespace) -> int:
     profile = read_file(options.file, reading_options(options))
     if not options.outputs:
         by = export.DEFAULT_BY if options.by is None else options.by
-        print(terminal.flame_chart(profile, by, sys.stdout))
+        print(terminal.flame_chart(Columns.of(profile), by, sys.stdout))
     outputs.write_all(profile, options.outputs, options.by)
     return 0

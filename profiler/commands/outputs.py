@@ -2,10 +2,14 @@
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from profiler.formats import export
 from profiler.text import path_text
-from storage.profile import Profile
+
+if TYPE_CHECKING:
+    from storage.columns import Columns  # memory that sampling does not need
+    from storage.profile import Profile
 
 
 def check(files: Sequence[str]) -> None:
@@ -22,7 +26,7 @@ def check(files: Sequence[str]) -> None:
 
 
 def write(
-    profile: Profile, files: Sequence[str], by: tuple[str, ...] | None
+    profile: "Profile | Columns", files: Sequence[str], by: tuple[str, ...] | None
 ) -> tuple[list[str], OSError | None]:
     """Write every file. Return those that were written, and the error of the first that was not."""
     written, first = [], None
@@ -40,7 +44,9 @@ def write(
     return written, first
 
 
-def write_all(profile: Profile, files: Sequence[str], by: tuple[str, ...] | None) -> None:
+def write_all(
+    profile: "Profile | Columns", files: Sequence[str], by: tuple[str, ...] | None
+) -> None:
     """Write every file, and say so on stderr.
 
     Raises:

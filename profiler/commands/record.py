@@ -264,10 +264,12 @@ def record(options: RecordOptions, environment: dict[str, str]) -> int:
             unselected = recorder.sampler.unselected
     written, error = outputs.write(profile, files, options.by)
     if not options.outputs:
-        from profiler.commands import terminal  # noqa: PLC0415 - memory that sampling does not need
+        # Memory that sampling does not need.
+        from profiler.commands import terminal  # noqa: PLC0415
+        from storage.columns import Columns  # noqa: PLC0415
 
         width = terminal.width(sys.stdout)
-        print(terminal.function_table(profile, width=width, limit=25))
+        print(terminal.function_table(Columns.of(profile), width=width, limit=25))
     talk = summary(profile, config)
     if unselected:
         left_out = counted(unselected, "process", "processes")

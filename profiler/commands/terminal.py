@@ -13,7 +13,7 @@ from profiler.flamegraph import flamegraph
 from profiler.flamegraph.flamegraph import FlameGraph
 from profiler.flamegraph.paths import FunctionRow
 from profiler.text import cells, counted, fit, pad, percent, quantity
-from storage.profile import Profile
+from storage.columns import Columns
 from symbolizer.location import Frame, Kind
 
 _WIDTH_WITHOUT_TERMINAL = 100
@@ -48,7 +48,7 @@ def has_colours(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def function_table(profile: Profile, width: int, limit: int) -> str:
+def function_table(profile: Columns, width: int, limit: int) -> str:
     """Lay out the functions with the largest self time, with what they call in the total."""
     rows = flamegraph.top_functions(profile)
     whole = profile.total_value
@@ -70,7 +70,7 @@ def function_table(profile: Profile, width: int, limit: int) -> str:
     return "\n".join(lines)
 
 
-def flame_chart(profile: Profile, by: Sequence[str], stream: TextIO) -> str:
+def flame_chart(profile: Columns, by: Sequence[str], stream: TextIO) -> str:
     """Draw the flame graph as the stream can show it: in coloured cells, or as a tree of text."""
     graph = flamegraph.build(profile, by)
     draw = icicle if has_colours(stream) else tree

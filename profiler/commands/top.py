@@ -11,6 +11,7 @@ from profiler.agent.signals import ENDING, Signals
 from profiler.commands import arguments, terminal
 from profiler.commands.record import target_of
 from profiler.text import counted
+from storage.columns import Columns
 from storage.profile import Profile
 
 # Alternate screen and hidden cursor, and back: what was on the terminal is there again at the end.
@@ -80,5 +81,6 @@ def screen(profile: Profile, *, is_screen: bool) -> str:
         f" {cores:.2f} of {counted(counts.cpus, 'core')} used, {counted(counts.stored, 'sample')},"
         f" {sum(counts.lost.values()):,} lost"
     )
-    table = terminal.function_table(profile, width=size.columns, limit=max(1, size.lines - 5))
+    columns = Columns.of(profile)
+    table = terminal.function_table(columns, width=size.columns, limit=max(1, size.lines - 5))
     return f"{head[: size.columns]}\n\n{table}"

@@ -21,7 +21,7 @@ from profiler.comparison.noise import Past, estimate_noise, too_little, visible_
 from profiler.comparison.sides import ComparisonError, Operand, Side, WindowPair, sides_of_profiles
 from profiler.comparison.verdict import Change, Contrast, Costs, Judgement, Noise, NoiseSource
 from profiler.text import counted
-from storage.profile import Profile
+from storage.columns import Columns
 from storage.query.query import Query
 from symbolizer.location import Frame
 
@@ -128,7 +128,7 @@ def calibrate(
     return Calibration(len(past), alarms, *rate_interval(alarms, len(past), verdict.LEVEL))
 
 
-def of_profiles(before: Sequence[Profile], after: Sequence[Profile], name: str = "") -> Comparison:
+def of_profiles(before: Sequence[Columns], after: Sequence[Columns], name: str = "") -> Comparison:
     """Compare files. Several on a side are replicates: their differences are the noise.
 
     Raises:

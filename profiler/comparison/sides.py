@@ -16,8 +16,8 @@ from profiler.comparison.verdict import Contrast, Costs, Floats, Noise
 from profiler.text import counted, listed
 from profiler.times import NS_PER_S, rfc3339
 from storage.columns import Columns, key_starts_ns
-from storage.hashing import Hasher
-from storage.profile import Profile, Window
+from storage.hashing import process_hasher
+from storage.profile import Window
 from storage.query.coverage import Coverage
 from storage.query.function_totals import FunctionTotals, SelfSamples, merge_function_totals
 from storage.query.presence import ServicePresence
@@ -146,16 +146,16 @@ class FunctionTable:
 
 
 def sides_of_profiles(
-    before: Sequence[Profile], after: Sequence[Profile], name: str
+    before: Sequence[Columns], after: Sequence[Columns], name: str
 ) -> tuple[Side, Side]:
     """Return the sides of a comparison of files, a row for each file.
 
     Raises:
         ComparisonError: a side is empty.
     """
-    hasher = Hasher(b"comparison")
-    columns = [Columns.of(profile, hasher) for profile in (*before, *after)]
-    every = [FunctionTotals.of(each, hasher).by(()) for each in resolve_columns(columns, hasher)]
+    hasher = process_hasher()
+    named = resolve_columns([*before, *after])
+    every = [FunctionTotals.of(each, hasher).by(()) for each in named]
     sums = [every[: len(before)], every[len(before) :]]
     for which, side in zip(("before", "after"), sums, strict=True):
         if not any(each.counts[:, 2].any() for each in side):

@@ -24,10 +24,12 @@ import numpy.typing as npt
 from profiler.comparison.comparison import Comparison, Function
 from profiler.comparison.verdict import Change, Floats, NoiseSource
 from profiler.flamegraph.flamegraph import Screen, grow
-from profiler.flamegraph.paths import Group, Paths, Rows, Stacks, sum_by
-from profiler.flamegraph.views import NoSuchNodeError, Shown, View, only_labels
-from storage.profile import Indices, Integers, Profile, label_frames
-from storage.query.resolve import share_names
+from profiler.flamegraph.paths import Paths, Rows, sum_by
+from profiler.flamegraph.stacks import Group, Stacks
+from profiler.flamegraph.views import NoSuchNodeError, Shown, View
+from storage.columns import Columns
+from storage.profile import Indices, Integers, label_frames
+from storage.query.resolve import resolve_columns
 from symbolizer.location import Frame
 
 VERDICTS = ("unchanged", "more", "less", "new", "gone", "moved", "too little data")
@@ -55,6 +57,8 @@ _REASON_SHARE = 0.01
 
 _Marked = tuple[Stacks, npt.NDArray[np.uint64]]
 """Stacks of both sides, and the fingerprint of each."""
+_Counts = tuple[Integers, Integers, Integers, Integers]
+"""Values before and after, then samples before and after."""
 _Key = tuple[str, str, str]
 """Function, module, kind."""
 
@@ -109,7 +113,7 @@ class UnionPaths:
 
     paths: Paths
     """Their `samples` are the rows that the other columns are of."""
-    counts: tuple[Integers, Integers, Integers, Integers]
+    counts: _Counts
     """Before, after, and both in samples."""
     codes: npt.NDArray[np.int8]
     own_depth: int | None
@@ -132,14 +136,14 @@ class Pair:
     """Two profiles, of the hosts that were compared, and what the comparison found."""
 
     found: Comparison
-    before: Profile
-    after: Profile
+    before: Columns
+    after: Columns
     _stacks: dict[Group, _Marked] = field(default_factory=dict)
     _judged: "_Judged | None" = None
 
     def __post_init__(self) -> None:
         """Name the locations of both as well as one of them can: a better name is no change."""
-        self.before, self.after = share_names([self.before, self.after])
+        self.before, self.after = resolve_columns([self.before, self.after])
 
     @property
     def scale(self) -> Scale:
@@ -191,9 +195,9 @@ class Pair:
         salt = np.random.default_rng().integers(2**64, size=len(numbers), dtype=np.uint64)
         keys = marks[raw.stacks] ^ salt[table[raw.labels]]
         _, first, which = np.unique(keys, return_index=True, return_inverse=True)
-        counts = self._counts(which, len(first))
+        counts = self._counts(raw, which, len(first))
         check()
-        weights = raw.values * self._scale_of_rows()
+        weights = raw.values * np.repeat(self.scale, [len(self.before.rows), len(self.after.rows)])
         codes = _most_costly(which, self._judge().codes, weights, len(first))
         check()
         rows = Rows(raw.stacks[first], raw.labels[first], raw.values[first], np.arange(len(first)))
@@ -291,9 +295,8 @@ class Pair:
         known = self._stacks
         if group in known:
             return known[group]
-        sides = [Stacks.of(profile, group) for profile in (self.before, self.after)]
-        joined = sides[0].with_others(sides[1], group)
-        found = (joined, joined.fingerprints())
+        stacks = Stacks.of([self.before, self.after], group)
+        found = (stacks, stacks.fingerprints())
         # Verdicts are of functions; of the other groups, the last one asked for is kept.
         kept = [each for each in known.items() if each[0] is Group.FUNCTION]
         self._stacks = dict([*kept, (group, found)])
@@ -301,27 +304,24 @@ class Pair:
 
     def _raw_rows(self) -> Rows:
         """Return the rows of both profiles, those of the after side numbered after the others."""
-        before, after = self.before, self.after
-        stacks = after.row_stacks.astype(np.int64) + len(before.stack_offsets) - 1
-        labels = after.row_labels.astype(np.int64) + len(before.label_sets)
+        before, after = Rows.of(self.before), Rows.of(self.after)
+        stacks = after.stacks + len(self.before.stack_offsets) - 1
+        labels = after.labels + len(self.before.label_sets)
         return Rows(
-            np.concatenate([before.row_stacks, stacks]),
-            np.concatenate([before.row_labels, labels]),
-            np.concatenate([before.row_values, after.row_values]),
-            np.concatenate([before.row_samples, after.row_samples]),
+            np.concatenate([before.stacks, stacks]),
+            np.concatenate([before.labels, labels]),
+            np.concatenate([before.values, after.values]),
+            np.concatenate([before.samples, after.samples]),
         )
 
-    def _scale_of_rows(self) -> Floats:
-        return np.repeat(self.scale, [len(self.before.row_values), len(self.after.row_values)])
-
-    def _counts(self, which: Integers, count: int) -> tuple[Integers, Integers, Integers, Integers]:
+    def _counts(self, raw: Rows, which: Integers, count: int) -> _Counts:
         """Add up the rows of both profiles, each side on its own: values, then samples."""
-        middle = len(self.before.row_values)
+        middle = len(self.before.rows)
         return (
-            sum_by(which[:middle], self.before.row_values, count),
-            sum_by(which[middle:], self.after.row_values, count),
-            sum_by(which[:middle], self.before.row_samples, count),
-            sum_by(which[middle:], self.after.row_samples, count),
+            sum_by(which[:middle], raw.values[:middle], count),
+            sum_by(which[middle:], raw.values[middle:], count),
+            sum_by(which[:middle], raw.samples[:middle], count),
+            sum_by(which[middle:], raw.samples[middle:], count),
         )
 
     def _judge(self) -> "_Judged":
@@ -333,7 +333,7 @@ class Pair:
         stacks, marks = self._stacks_of(Group.FUNCTION)
         raw = self._raw_rows()
         _, first, which = np.unique(marks[raw.stacks], return_index=True, return_inverse=True)
-        counts = self._counts(which, len(first))
+        counts = self._counts(raw, which, len(first))
         numbers = raw.stacks[first]
         starts, ends = stacks.offsets[numbers], stacks.offsets[numbers + 1]
         leaves = np.full(len(first), len(stacks.frames), np.int64)
@@ -418,9 +418,9 @@ def _most_costly(
     return np.where(is_one, verdicts, np.int8(UNCHANGED))
 
 
-def _nothing_of(profile: Profile, other: Shown | None) -> Shown:
-    """Return a profile without stacks, with the labels of the other side."""
-    nothing = only_labels(profile, [False] * len(profile.label_sets))
+def _nothing_of(profile: Columns, other: Shown | None) -> Shown:
+    """Return a profile without rows, with the labels of the other side."""
+    nothing = profile.with_rows(np.zeros(0, np.int64))
     return Shown(nothing, other.by if other else ())
 
 
@@ -430,7 +430,7 @@ def _key(frame: Frame) -> _Key:
 
 def _find_moved(
     leaves: Integers,
-    counts: tuple[Integers, Integers, Integers, Integers],
+    counts: _Counts,
     functions: Sequence[Function | None],
 ) -> npt.NDArray[np.bool_]:
     """Return the stacks between which the cost of an unchanged function has moved.

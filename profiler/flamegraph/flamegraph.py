@@ -17,8 +17,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from profiler.flamegraph.paths import FunctionRow, Group, Paths, sum_by
-from storage.profile import Indices, Integers, Profile
+from profiler.flamegraph.paths import FunctionRow, Paths, sum_by
+from profiler.flamegraph.stacks import Group
+from storage.columns import Columns
+from storage.profile import Indices, Integers
 from symbolizer.location import Frame, Kind
 
 DEPTH_LIMIT = 4096
@@ -200,7 +202,7 @@ class Screen(NamedTuple):
 
 
 def build(
-    profile: Profile,
+    profile: Columns,
     by: Sequence[str] = (),
     group: Group = Group.FUNCTION,
     invert: bool = False,
@@ -296,12 +298,12 @@ def grow(
     return _lay_out((*paths.frames, paths.root, DEEPER, REST), levels, (reached, number))
 
 
-def top_functions(profile: Profile, group: Group = Group.FUNCTION) -> list[FunctionRow]:
+def top_functions(profile: Columns, group: Group = Group.FUNCTION) -> list[FunctionRow]:
     """Return the table of functions, largest self first. Recursion is counted once in the total."""
     return Paths.of(profile, (), group).functions()
 
 
-def fields_of_graph(profile: Profile, graph: FlameGraph, query: str = "") -> dict[str, object]:
+def fields_of_graph(profile: Columns, graph: FlameGraph, query: str = "") -> dict[str, object]:
     """Return the JSON shape that the page and `.json` exports share; times out are Unix ms."""
     accounting = profile.accounting
     return {

@@ -11,9 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from profiler.flamegraph.flamegraph import ROOT_ID, Screen, draw
-from profiler.flamegraph.paths import ROOT, Group, Paths
-from storage.profile import Integers, Profile, ProfileBuilder
-from symbolizer.location import Frame, NamedLocation
+from profiler.flamegraph.paths import ROOT, Paths, Rows
+from profiler.flamegraph.stacks import Group
+from storage.columns import Columns
+from storage.grouping import ranges
+from storage.merging import merge_columns
+from storage.profile import Integers, Profile
+from symbolizer.location import NamedLocation
 
 _WIDTHS_PX = (1_200, 36_000, 1_200_000)
 """A node is searched for among few boxes first; last, among all."""
@@ -54,7 +58,7 @@ class View:
         return paths.inverted() if self.invert else paths
 
     def shown(
-        self, profile: Profile, node: int = ROOT_ID, check: Callable[[], None] = lambda: None
+        self, profile: Columns, node: int = ROOT_ID, check: Callable[[], None] = lambda: None
     ) -> "Shown":
         """Return what this view leaves of a profile, only the stacks that go through a node.
 
@@ -71,21 +75,21 @@ class View:
         rows = paths.samples
         if node != ROOT_ID:
             rows = paths.through([box for _, box in path_to(paths, node, check)]).samples
-        builder = ProfileBuilder.like(profile)
         if self.keeps_stacks:
-            builder.add_rows(profile, rows, profile.label_sets)
+            chosen = profile.with_rows(rows)
         else:
-            _add_boxes(builder, profile, paths, np.flatnonzero(np.isin(paths.samples, rows)))
+            chosen = _columns_of(profile, paths, np.flatnonzero(np.isin(paths.samples, rows)))
         # Callers are of all labels: their graph begins with the function.
         by = () if self.callers else self.by
-        return Shown(builder.build(profile.window, profile.accounting), by)
+        # A file has the names of its own stacks alone; merging leaves out all others.
+        return Shown(merge_columns([chosen]), by)
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
     """A profile, and the labels that are drawn above its stacks."""
 
-    profile: Profile
+    profile: Columns
     by: tuple[str, ...]
 
 
@@ -109,42 +113,42 @@ def path_to(
     raise NoSuchNodeError(f"{node:016x}")
 
 
-def _add_boxes(builder: ProfileBuilder, profile: Profile, paths: Paths, chosen: Integers) -> None:
-    """Count chosen paths as stacks of names, without the labels that they begin with.
+def _columns_of(profile: Columns, paths: Paths, chosen: Integers) -> Columns:
+    """Return chosen paths as stacks of names, without the labels that they begin with.
 
     Their samples are the rows of the profile that they come from.
     """
-    numbers: dict[Frame, int] = {}
-
-    def number(frame: Frame) -> int:
-        if frame not in numbers:
-            place = NamedLocation(*frame[:4], 0, frame.line)
-            numbers[frame] = builder.location(place, (frame,))
-        return numbers[frame]
-
-    root = [] if paths.root is ROOT else [number(paths.root)]
-    rows = paths.samples[chosen]
-    columns = (
-        paths.starts[chosen] + paths.heads,
-        paths.ends[chosen],
-        profile.row_labels[rows],
-        profile.row_samples[rows],
-        profile.row_values[rows],
+    frames = (*paths.frames, paths.root)
+    first = 0 if paths.root is ROOT else 1
+    starts = paths.starts[chosen] + paths.heads
+    lengths = paths.ends[chosen] - starts + first
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    words = np.full(int(offsets[-1]), len(paths.frames), dtype=np.int32)
+    boxes = paths.boxes[ranges(starts, lengths - first)]
+    words[ranges(offsets[:-1] + first, lengths - first)] = boxes
+    rows = Rows.of(profile.with_rows(paths.samples[chosen]))
+    changed = Profile(
+        type=profile.type,
+        unit=profile.unit,
+        period_ns=profile.period_ns,
+        window=profile.window,
+        accounting=profile.accounting,
+        modules={},
+        locations=tuple(NamedLocation(*each[:4], 0, each.line) for each in frames),
+        names=tuple((each,) for each in frames),
+        label_sets=profile.label_sets,
+        stack_offsets=offsets,
+        stack_locations=words,
+        row_labels=rows.labels.astype(np.int32),
+        row_stacks=np.arange(len(chosen), dtype=np.int32),
+        row_samples=rows.samples,
+        row_values=rows.values,
     )
-    for start, end, labels, samples, value in zip(*(c.tolist() for c in columns), strict=True):
-        stack = [number(paths.frames[box]) for box in paths.boxes[start:end].tolist()]
-        builder.add(profile.label_sets[labels], [*root, *stack], samples, value)
+    return Columns.of(changed)
 
 
-def only_hosts(profile: Profile, hosts: Sequence[str]) -> Profile:
+def only_hosts(profile: Columns, hosts: Sequence[str]) -> Columns:
     """Return the rows of some hosts, without merging anything again."""
     wanted = set(hosts)
     is_wanted = [dict(labels).get("host", "") in wanted for labels in profile.label_sets]
-    return profile if all(is_wanted) else only_labels(profile, is_wanted)
-
-
-def only_labels(profile: Profile, is_wanted: Sequence[bool]) -> Profile:
-    """Return the rows with the wanted ones of the label sets."""
-    kept = np.flatnonzero(np.array(is_wanted, dtype=bool)[profile.row_labels])
-    columns = ("row_labels", "row_stacks", "row_samples", "row_values")
-    return replace(profile, **{name: getattr(profile, name)[kept] for name in columns})
+    return profile if all(is_wanted) else profile.with_label_sets(is_wanted)

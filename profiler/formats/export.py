@@ -3,6 +3,9 @@
 Every format contains the same counts. What each can hold differs: `.pb.gz` everything; `.folded`
 and `.speedscope.json` names and counts; `.svg` and `.json` a drawing, which cannot be read back.
 Files are read by `profiler.formats.reading`.
+
+What a query merged is Columns, what was just recorded or read from a file a Profile. pprof is
+written from a Profile, all else from Columns: the one is made of the other only where it must be.
 """
 
 import os
@@ -19,6 +22,7 @@ from storage.profile import Profile
 if TYPE_CHECKING:
     from profiler.flamegraph.differential import Pair
     from profiler.flamegraph.views import View
+    from storage.columns import Columns
 
 DEFAULT_BY = ("comm",)
 """Labels drawn as frames above the root, where the format draws a tree."""
@@ -69,13 +73,16 @@ def check_folder(file: str) -> None:
         raise PermissionError(f"cannot write {file}: the folder {folder} is not writable")
 
 
-def encode(profile: Profile, file: str, by: Sequence[str] | None = None) -> bytes:
+def encode(profile: "Profile | Columns", file: str, by: Sequence[str] | None = None) -> bytes:
     """Return the profile in the format that the ending of `file` names.
 
     Raises:
         ExportError: the ending names no format.
     """
-    return _WRITERS[ending_of(file)](profile, DEFAULT_BY if by is None else by)
+    ending = ending_of(file)
+    if ending == _PPROF:
+        return _write_pprof(profile if isinstance(profile, Profile) else profile.to_profile())
+    return _WRITERS[ending](_as_columns(profile), DEFAULT_BY if by is None else by)
 
 
 def encode_pair(
@@ -137,7 +144,7 @@ def pair_ending(file: str) -> str:
     )
 
 
-def write(profile: Profile, file: str, by: Sequence[str] | None = None) -> None:
+def write(profile: "Profile | Columns", file: str, by: Sequence[str] | None = None) -> None:
     """Write a profile in the format that the ending names; `-` is folded text on stdout.
 
     A file appears complete or not at all. pprof keeps labels on its samples and ignores `by`.
@@ -171,38 +178,44 @@ def put(content: bytes, file: str) -> None:
         part.unlink(missing_ok=True)
 
 
-_Writer = Callable[[Profile, Sequence[str]], bytes]
+_Writer = Callable[["Columns", Sequence[str]], bytes]
 
 # Each format is imported when it is needed: the sampling process is to stay small, and what only
 # draws or encodes would be 6 MB of it.
 # ruff: noqa: PLC0415
 
 
-def _write_pprof(profile: Profile, _by: Sequence[str]) -> bytes:
+def _as_columns(profile: "Profile | Columns") -> "Columns":
+    from storage.columns import Columns
+
+    return profile if isinstance(profile, Columns) else Columns.of(profile)
+
+
+def _write_pprof(profile: Profile) -> bytes:
     from storage.formats import pprof
 
     return pprof.encode(profile)
 
 
-def _write_speedscope(profile: Profile, by: Sequence[str]) -> bytes:
+def _write_speedscope(profile: "Columns", by: Sequence[str]) -> bytes:
     from profiler.formats import speedscope
 
     return speedscope.encode(profile, by)
 
 
-def _write_folded(profile: Profile, by: Sequence[str]) -> bytes:
+def _write_folded(profile: "Columns", by: Sequence[str]) -> bytes:
     from storage.formats import folded
 
     return folded.encode(profile, by)
 
 
-def _write_svg(profile: Profile, by: Sequence[str]) -> bytes:
+def _write_svg(profile: "Columns", by: Sequence[str]) -> bytes:
     from profiler.formats import svg
 
     return svg.draw(profile, by)
 
 
-def _write_json(profile: Profile, by: Sequence[str]) -> bytes:
+def _write_json(profile: "Columns", by: Sequence[str]) -> bytes:
     from profiler.flamegraph import flamegraph
 
     graph = flamegraph.build(profile, by, screen=flamegraph.Screen(JSON_WIDTH_PX))
@@ -212,27 +225,28 @@ def _write_json(profile: Profile, by: Sequence[str]) -> bytes:
     )
 
 
-def _pair_as_speedscope(before: Profile, after: Profile, by: Sequence[str]) -> bytes:
+def _pair_as_speedscope(before: "Columns", after: "Columns", by: Sequence[str]) -> bytes:
     from profiler.formats import speedscope
 
     return speedscope.encode_pair(before, after, by)
 
 
-def _pair_as_folded(before: Profile, after: Profile, by: Sequence[str]) -> bytes:
+def _pair_as_folded(before: "Columns", after: "Columns", by: Sequence[str]) -> bytes:
     from storage.formats import folded
 
     return folded.encode_pair(before, after, by)
 
 
 _WRITERS: dict[str, _Writer] = {
-    ".pb.gz": _write_pprof,
     ".speedscope.json": _write_speedscope,
     ".folded": _write_folded,
     ".svg": _write_svg,
     ".json": _write_json,
     STDOUT: _write_folded,
 }
-_PAIR_WRITERS: dict[str, Callable[[Profile, Profile, Sequence[str]], bytes]] = {
+_PPROF = ".pb.gz"
+_ENDINGS = (_PPROF, *_WRITERS)
+_PAIR_WRITERS: dict[str, Callable[["Columns", "Columns", Sequence[str]], bytes]] = {
     ".speedscope.json": _pair_as_speedscope,
     ".folded": _pair_as_folded,
 }
@@ -245,9 +259,9 @@ def ending_of(file: str) -> str:
     Raises:
         ExportError: it names no format.
     """
-    # In the order of the table: `.speedscope.json` stands before `.json`.
-    for ending in _WRITERS:
+    # In this order: `.speedscope.json` stands before `.json`.
+    for ending in _ENDINGS:
         if file == ending or (ending != STDOUT and file.endswith(ending)):
             return ending
-    endings = ", ".join(ending for ending in _WRITERS if ending != STDOUT)
+    endings = ", ".join(ending for ending in _ENDINGS if ending != STDOUT)
     raise ExportError(f"cannot write {file}: its ending names no format (there are {endings})")

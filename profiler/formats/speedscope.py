@@ -12,12 +12,10 @@ from collections.abc import Sequence
 import orjson
 
 from profiler.flamegraph.flamegraph import DEEPER
-from profiler.flamegraph.paths import Group, Stacks
-from storage.profile import (
-    Profile,
-    Window,
-    label_frames,
-)
+from profiler.flamegraph.paths import Rows
+from profiler.flamegraph.stacks import Group, Stacks
+from storage.columns import Columns
+from storage.profile import Window, label_frames
 from symbolizer.location import Frame, Kind
 
 DEPTH_LIMIT = 1024
@@ -39,7 +37,7 @@ _Shown = dict[tuple[str, str], Frame]
 """Frames by what the viewer identifies them by: two of one key would be two boxes of one name."""
 
 
-def encode(profile: Profile, by: Sequence[str] = ("comm",)) -> bytes:
+def encode(profile: Columns, by: Sequence[str] = ("comm",)) -> bytes:
     """Write the stacks as one profile, the labels in `by` as their first frames."""
     stacks = _largest(profile, label_frames(profile.label_sets, by), {})
     hosts = " ".join(host.name for host in profile.accounting.hosts[:3])
@@ -47,7 +45,7 @@ def encode(profile: Profile, by: Sequence[str] = ("comm",)) -> bytes:
     return _document(name, [(name, profile, stacks)], profile.window)
 
 
-def encode_pair(before: Profile, after: Profile, by: Sequence[str] = ("comm",)) -> bytes:
+def encode_pair(before: Columns, after: Columns, by: Sequence[str] = ("comm",)) -> bytes:
     """Write two profiles over one table of frames, called before and after; this one is shown."""
     heads = label_frames((*before.label_sets, *after.label_sets), by)
     middle = len(before.label_sets)
@@ -60,12 +58,13 @@ def encode_pair(before: Profile, after: Profile, by: Sequence[str] = ("comm",)) 
     return _document(name, sides, before.window.union(after.window), active=1)
 
 
-def _largest(profile: Profile, heads: Sequence[Sequence[Frame]], shown: _Shown) -> _Counted:
-    boxes = Stacks.of(profile, Group.FUNCTION)
+def _largest(profile: Columns, heads: Sequence[Sequence[Frame]], shown: _Shown) -> _Counted:
+    boxes = Stacks.of([profile], Group.FUNCTION)
     frames = [shown.setdefault(_identity(frame), frame) for frame in boxes.frames]
     stacks: dict[tuple[Frame, ...], tuple[int, int]] = {}
     bounds, words = boxes.offsets.tolist(), boxes.boxes.tolist()
-    columns = (profile.row_labels, profile.row_stacks, profile.row_samples, profile.row_values)
+    rows = Rows.of(profile)
+    columns = (rows.labels, rows.stacks, rows.samples, rows.values)
     for labels, stack, samples, value in zip(*(c.tolist() for c in columns), strict=True):
         inner = (frames[word] for word in words[bounds[stack] : bounds[stack + 1]])
         root_first = (*(shown.get(_identity(head), head) for head in heads[labels]), *inner)
@@ -86,7 +85,7 @@ def _identity(frame: Frame) -> tuple[str, str]:
 
 
 def _document(
-    name: str, sides: Sequence[tuple[str, Profile, _Counted]], window: Window, active: int = 0
+    name: str, sides: Sequence[tuple[str, Columns, _Counted]], window: Window, active: int = 0
 ) -> bytes:
     profile = sides[active][1]
     numbers: dict[Frame, int] = {}

@@ -18,7 +18,8 @@ import numpy as np
 from profiler.flamegraph import flamegraph
 from profiler.flamegraph.flamegraph import FlameGraph
 from profiler.text import counted, fit, percent, quantity
-from storage.profile import Profile, Window
+from storage.columns import Columns
+from storage.profile import Window
 from symbolizer.location import Frame, Kind
 
 WIDTH_PX = 1200
@@ -68,7 +69,7 @@ svg{background:#14171c}text,.l{fill:#e8eaed}.p{fill:#14171c}.s,.c{fill:#9aa4b2}
 """
 
 
-def draw(profile: Profile, by: Sequence[str] = ("comm",)) -> bytes:
+def draw(profile: Columns, by: Sequence[str] = ("comm",)) -> bytes:
     """Draw a profile, with the labels in `by` as boxes below the root."""
     whole = flamegraph.build(profile, by)
     graph = whole.prune(INNER_PX)
@@ -100,7 +101,7 @@ def draw(profile: Profile, by: Sequence[str] = ("comm",)) -> bytes:
     return "\n".join(parts).encode()
 
 
-def _title(profile: Profile) -> str:
+def _title(profile: Columns) -> str:
     hosts = profile.accounting.hosts
     what = "CPU time" if profile.type == "cpu" else profile.type.capitalize()
     if not hosts:
@@ -119,14 +120,14 @@ def span_text(window: Window) -> str:
     return f"{start:%Y-%m-%d %H:%M:%S} to {until} UTC ({length})"
 
 
-def _subtitle(profile: Profile) -> str:
+def _subtitle(profile: Columns) -> str:
     window = span_text(profile.window)
     if profile.type != "cpu" or profile.window.end_ns <= profile.window.start_ns:
         return window
     return f"{window}, {round(1e9 / profile.period_ns)} samples a second and CPU"
 
 
-def _figures(profile: Profile) -> list[tuple[str, str, bool]]:
+def _figures(profile: Columns) -> list[tuple[str, str, bool]]:
     """Return the header's figures: value, caption, and whether it is a warning."""
     accounting, length_ns = profile.accounting, profile.window.end_ns - profile.window.start_ns
     figures = [
@@ -144,7 +145,7 @@ def _figures(profile: Profile) -> list[tuple[str, str, bool]]:
     return figures
 
 
-def _header(profile: Profile, title: str) -> Iterator[str]:
+def _header(profile: Columns, title: str) -> Iterator[str]:
     yield f'<text class="h" x="{MARGIN_PX}" y="32">{escape(fit(title, 100))}</text>'
     yield f'<text class="s" x="{MARGIN_PX}" y="52">{escape(_subtitle(profile))}</text>'
     x = float(MARGIN_PX)

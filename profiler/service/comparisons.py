@@ -58,7 +58,7 @@ class Compared:
 
     @property
     def words(self) -> int:
-        return sum(len(each.stack_locations) for each in (self.pair.before, self.pair.after))
+        return sum(len(each.stack_words) for each in (self.pair.before, self.pair.after))
 
     def draw(
         self, request: PanelRequest, check: Check

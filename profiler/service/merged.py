@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.flamegraph.flamegraph import ROOT_ID, FlameGraph, Screen, draw
-from profiler.flamegraph.paths import Group, Paths, Stacks
-from profiler.flamegraph.views import NoSuchNodeError, View, only_labels
+from profiler.flamegraph.paths import Paths
+from profiler.flamegraph.stacks import Group, Stacks
+from profiler.flamegraph.views import NoSuchNodeError, View
 from storage.objects.tenant import TenantStore
 from storage.profile import Window
 from storage.query.query import EMPTY, Answer, Query
@@ -137,17 +138,13 @@ class ProfileView:
     """The paths of a profile, looked at in one way, and what was made of them so far."""
 
     paths: Paths
-    numbers: dict[Frame, int]
-    """Of the boxes."""
+    numbers: dict[Frame, int] | None = None
+    """Of the boxes: made at the first zoom, if there is one."""
     table: list[FunctionRow] | None = None
     """The functions, largest self first."""
     drawn: OrderedDict[tuple[int, float], DrawnGraph] = field(default_factory=OrderedDict)
     """By node and width; the last one used is at the end."""
     lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @classmethod
-    def of(cls, paths: Paths) -> "ProfileView":
-        return cls(paths, {frame: i for i, frame in enumerate(paths.frames)})
 
     def draw(self, request: PanelRequest, path: PathToNode) -> FlameGraph:
         """Return the graph above the node that a path leads to, cut for the request's width."""
@@ -179,6 +176,8 @@ class ProfileView:
             return []
         with self.lock:
             drawn = list(reversed(self.drawn.values()))
+        if self.numbers is None:
+            self.numbers = {frame: i for i, frame in enumerate(self.paths.frames)}
         finer = (Screen(request.width_px * times) for times in _FINER)
         searched = (DrawnGraph([], draw(self.paths, screen)) for screen in (*finer, None))
         for each in itertools.chain(drawn, searched):
@@ -202,17 +201,15 @@ class MergedProfile:
 
     @property
     def words(self) -> int:
-        return len(self.answer.profile.stack_locations)
+        return len(self.answer.profile.stack_words)
 
     def select(self, selector: Selector) -> "MergedProfile":
         """Return the rows that a selector chooses, without reading or merging anything again."""
         with self.lock:
             known = self.selections.get(str(selector))
             if known is None:
-                profile = self.answer.profile
-                chosen = list(selector.choose(map(dict, profile.label_sets)))
-                answer = replace(self.answer, profile=only_labels(profile, chosen))
-                known = MergedProfile(answer, self)
+                chosen = self.answer.profile.filter(selector)
+                known = MergedProfile(replace(self.answer, profile=chosen), self)
                 self.selections[str(selector)] = known
                 while len(self.selections) > _KEPT_SELECTIONS:
                     self.selections.popitem(last=False)
@@ -224,7 +221,7 @@ class MergedProfile:
         with self.lock:
             known = self.views.get(request.view)
             if known is None:
-                known = self.views[request.view] = ProfileView.of(self._paths_of(request))
+                known = self.views[request.view] = ProfileView(self._paths_of(request))
                 while len(self.views) > KEPT_VIEWS:
                     self.views.popitem(last=False)
             self.views.move_to_end(request.view)
@@ -239,7 +236,7 @@ class MergedProfile:
             with self.whole.lock:
                 return self.whole._stacks_of(group)  # noqa: SLF001 - of the same class
         if self.stacks is None or self.stacks[0] is not group:
-            self.stacks = (group, Stacks.of(self.answer.profile, group))
+            self.stacks = (group, Stacks.of([self.answer.profile], group))
         return self.stacks[1]
 
 

@@ -17,7 +17,7 @@ from msgspec import UNSET, Meta, UnsetType
 from profiler.comparison.gate import DEFAULT_GATE, Gate
 from profiler.comparison.sides import Operand
 from profiler.flamegraph.flamegraph import ROOT_ID
-from profiler.flamegraph.paths import Group
+from profiler.flamegraph.stacks import Group
 from profiler.service.exports import NAME_PATTERN
 from profiler.service.merged import PanelRequest
 from profiler.service.problems import ProblemError, bad_parameter, bad_request

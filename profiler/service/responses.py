@@ -14,7 +14,8 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from profiler.service.merged import PanelRequest
-from storage.profile import GOOD_STOPS, Profile, Window
+from storage.columns import Columns
+from storage.profile import GOOD_STOPS, Window
 from storage.query.coverage import Coverage
 from storage.query.query import Query
 
@@ -171,7 +172,7 @@ def query_text(request: PanelRequest) -> str:
     return str(request.selector) if request.selector.matchers else ""
 
 
-def files_of(profile: Profile, modules: set[str]) -> list[tuple[str, str, str]]:
+def files_of(profile: Columns, modules: set[str]) -> list[tuple[str, str, str]]:
     """Return (module, path, build id) of the files behind frames; names may repeat."""
     files = (file for file in profile.modules.values() if file.name in modules)
     return sorted((file.name, file.path, file.build_id) for file in files)[:_NAMED_MODULES]

@@ -16,7 +16,10 @@ import itertools
 import re
 from collections.abc import Sequence
 
-from storage.profile import Profile, label_frames
+import numpy as np
+
+from storage.columns import Columns
+from storage.profile import label_frames
 from symbolizer.location import Frame, Kind, unnamed
 from symbolizer.text import readable
 
@@ -27,7 +30,7 @@ _ESCAPED = re.compile(r"\\x(20|23|3b|0a|0d|5b|5c)")
 _TO_ESCAPE_IN_LINE = re.compile(r"\A[# ]| (?=[0-9.][0-9.eE+-]*\Z)| \Z")
 
 
-def encode(profile: Profile, by: Sequence[str] = ("comm",)) -> bytes:
+def encode(profile: Columns, by: Sequence[str] = ("comm",)) -> bytes:
     """Write one line per stack, sorted, with the labels in `by` as its first frames.
 
     The number is that of samples. A label that no row has is left out.
@@ -36,7 +39,7 @@ def encode(profile: Profile, by: Sequence[str] = ("comm",)) -> bytes:
     return "".join(f"{line} {count}\n" for line, count in sorted(counts.items())).encode()
 
 
-def encode_pair(before: Profile, after: Profile, by: Sequence[str] = ("comm",)) -> bytes:
+def encode_pair(before: Columns, after: Columns, by: Sequence[str] = ("comm",)) -> bytes:
     """Write one line per stack of either, with two numbers: samples before and after.
 
     As difffolded.pl writes it, and flamegraph.pl reads it; numbers are not normalized.
@@ -50,23 +53,31 @@ def encode_pair(before: Profile, after: Profile, by: Sequence[str] = ("comm",)) 
     ).encode()
 
 
-def _counts(profile: Profile, heads_frames: Sequence[Sequence[Frame]]) -> dict[str, int]:
+def _counts(profile: Columns, heads_frames: Sequence[Sequence[Frame]]) -> dict[str, int]:
     """Return the samples of each line, which begins with the frames of its labels."""
     counts: dict[str, int] = {}
-    shown = [
-        ";".join(_escape(frame) for frame in reversed(profile.frames(number)))
-        for number in range(len(profile.locations))
+    shown = profile.shown_frames()
+    used = np.unique(shown.table[:, 2])
+    kinds = {i: Kind(each.decode()) for i, each in zip(used, shown.texts.take(used), strict=True)}
+    functions = shown.texts.take(shown.table[:, 0])
+    names = [
+        _escape(function.decode(), kinds[kind])
+        for function, kind in zip(functions, shown.table[:, 2].tolist(), strict=True)
     ]
-    heads = [[_escape(frame) for frame in frames] for frames in heads_frames]
-    words = profile.stack_locations.tolist()
+    locations = [
+        ";".join(reversed(names[start:end]))
+        for start, end in itertools.pairwise(shown.offsets.tolist())
+    ]
+    heads = [[_escape(frame.function, frame.kind) for frame in frames] for frames in heads_frames]
+    words = profile.stack_words.tolist()
     bounds = profile.stack_offsets.tolist()
     stacks = [
-        ";".join([shown[word] for word in words[start:end]])
+        ";".join([locations[word] for word in words[start:end]])
         for start, end in itertools.pairwise(bounds)
     ]
-    nothing = _escape(unnamed("", Kind.NATIVE))
-    columns = (profile.row_labels, profile.row_stacks, profile.row_samples)
-    for labels, stack, samples in zip(*(c.tolist() for c in columns), strict=True):
+    nothing = _escape(unnamed("", Kind.NATIVE).function, Kind.NATIVE)
+    rows, samples_of_rows = profile.rows.tolist(), profile.counts[:, 0].tolist()
+    for (labels, stack), samples in zip(rows, samples_of_rows, strict=True):
         line = ";".join([*heads[labels], stacks[stack] or nothing])
         line = _TO_ESCAPE_IN_LINE.sub(lambda match: f"\\x{ord(match[0]):02x}", line)
         counts[line] = counts.get(line, 0) + samples
@@ -84,6 +95,6 @@ def frame_of(text: bytes) -> Frame:
     return Frame(readable(restored.encode()), "", kind)
 
 
-def _escape(frame: Frame) -> str:
-    text = _TO_ESCAPE.sub(lambda match: f"\\x{ord(match[0]):02x}", frame.function)
-    return text + _MARKS.get(frame.kind, "")
+def _escape(function: str, kind: Kind) -> str:
+    text = _TO_ESCAPE.sub(lambda match: f"\\x{ord(match[0]):02x}", function)
+    return text + _MARKS.get(kind, "")

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
+from storage.columns import Columns
 from storage.merging import merge_columns
 from storage.objects.keys import CPU, NS_PER_S, ObjectKey
 from storage.objects.tenant import TenantStore
 from storage.objects.tenant_key import read_tenant_key
-from storage.profile import Accounting, Profile, ProfileBuilder, Window
+from storage.profile import Accounting, ProfileBuilder, Window
 from storage.query.cache import DEFAULT_LIMIT_BYTES, DecodedCache
 from storage.query.coverage import Coverage, choose_parts, has_host, merging_early
 from storage.query.decoding import DecodeCounts, Decoder
@@ -46,7 +47,7 @@ EMPTY = Selector()
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    profile: Profile
+    profile: Columns
     coverage: Coverage
 
 
@@ -192,11 +193,10 @@ class Query:
         if not chosen:
             unit = "nanoseconds" if type == "cpu" else "count"
             empty = ProfileBuilder(period_ns=1, type=type, unit=unit)
-            return Answer(empty.build(window, Accounting()), coverage)
+            return Answer(Columns.of(empty.build(window, Accounting())), coverage)
         # What is merged already holds nothing that its rows do not need.
         is_merged = len(chosen) == 1 and not selector.matchers
-        merged = chosen[0] if is_merged else merge_columns(chosen)
-        return Answer(merged.profile(), coverage)
+        return Answer(chosen[0] if is_merged else merge_columns(chosen), coverage)
 
     def timeline(
         self,

@@ -11,20 +11,17 @@ A location keeps its hash whatever its names are (`storage.hashing`), so the par
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from storage.columns import Columns, ShownFrames, name_keys
 from storage.grouping import distinct
-from storage.hashing import Hasher, Hashes, Numbers, chain
+from storage.hashing import Hasher, Hashes, Numbers, chain, process_hasher
 from storage.merging import adopt_names
-from storage.profile import Integers, NameRank, Profile, named_second
-
-if TYPE_CHECKING:
-    from symbolizer.location import Frame, Location
+from storage.profile import Integers
 
 _Chosen = npt.NDArray[np.bool_]
 
@@ -138,47 +135,29 @@ class KnownNames:
         return at, self._hashes[at] == location_hashes
 
 
-def resolve_columns(parts: Sequence[Columns], hasher: Hasher) -> list[Columns]:
-    """Return profiles in which equal locations have the same names, the best that any has."""
-    if len(parts) < 2:
+def resolve_columns(parts: Sequence[Columns]) -> list[Columns]:
+    """Return profiles in which equal locations have the same names, the best that any has.
+
+    Of equally good names those of the first part are taken.
+    """
+    hasher = process_hasher()
+    locations = np.concatenate([part.location_hashes for part in parts])
+    names = np.concatenate([_hash_names(part.shown_frames(), hasher) for part in parts])
+    order = np.argsort(locations)
+    locations, names = locations[order], names[order]
+    is_disputed = (locations[1:] == locations[:-1]) & (names[1:] != names[:-1])
+    if not is_disputed.any():
         return list(parts)
-    names = [LocationNames.of(part, hasher) for part in parts]
-    known = KnownNames()
-    for each in names:
-        known.add(each)
-    if not known.is_disputed:
-        return list(parts)
-    resolved = []
-    for part, mine in zip(parts, names, strict=True):
-        better = known.better(mine)
-        sources = [parts[number] for number in np.unique(better.sources).tolist()]
-        resolved.append(adopt_names(part, sources, better.location_hashes))
-    return resolved
+    disputed = locations[1:][is_disputed]
+    return [adopt_names(part, parts, disputed) for part in parts]
 
 
-def share_names(profiles: Sequence[Profile]) -> list[Profile]:
-    """Return profiles in which equal locations have the same names, the best that any has."""
-    best: dict[Location, tuple[NameRank, int, tuple[Frame, ...]]] = {}
-    differs = False
-    for profile in profiles:
-        named_s = named_second(profile.window)
-        for location, names in zip(profile.locations, profile.names, strict=True):
-            known = best.get(location)
-            if known is None:
-                best[location] = (NameRank.of(names), named_s, names)
-            elif known[2] != names:
-                differs = True
-                rank = NameRank.of(names)
-                # Of equal ones the smaller, so that it does not matter which side is first.
-                is_smaller = (rank, named_s) == known[:2] and names < known[2]
-                if (rank, named_s) > known[:2] or is_smaller:
-                    best[location] = (rank, named_s, names)
-    if not differs:
-        return list(profiles)
-    return [
-        replace(profile, names=tuple(best[location][2] for location in profile.locations))
-        for profile in profiles
-    ]
+def _hash_names(shown: ShownFrames, hasher: Hasher) -> Hashes:
+    """Return the hash of all frames of each location, files and lines included."""
+    used, which = distinct(shown.table[:, 3], len(shown.texts))
+    files = hasher.texts(shown.texts.take(used))[which]
+    frames = chain(hash_functions(shown, hasher), files, shown.table[:, 4])
+    return hasher.stacks(frames, shown.offsets, np.arange(len(frames)))
 
 
 def hash_functions(shown: ShownFrames, hasher: Hasher) -> Hashes:

@@ -9,6 +9,7 @@ import pytest
 
 from profiler import cli
 from profiler.formats import export
+from storage.columns import Columns
 from storage.formats import folded
 from storage.objects.open import DirectoryStore
 from tests.support import profiles as some
@@ -31,7 +32,9 @@ def test_every_command_reads_a_file_under_any_name(tmp_path, capfd, monkeypatch,
     file.write_bytes(gzip.compress(export.encode(some.sample_profile(), f"x{ending}", by=())))
     store = str(tmp_path / "store")
 
-    assert as_folded(capfd, file).encode() == folded.encode(some.sample_profile(), by=())
+    assert as_folded(capfd, file).encode() == folded.encode(
+        Columns.of(some.sample_profile()), by=()
+    )
     for command in (
         ["flamegraph", str(file)],
         ["verify", str(file)],

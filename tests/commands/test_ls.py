@@ -14,10 +14,10 @@ from profiler.commands import selection as selections
 from profiler.commands.selection import Decoding, NothingSelectedError, Selection
 from profiler.formats.reading import read
 from profiler.times import rfc3339
+from storage.columns import Columns
 from storage.formats import folded
 from storage.objects.directory import DirectoryStore
 from storage.objects.tenant import TenantStore
-from storage.profile import merge
 from storage.query.query import Query
 from storage.selector import Selector
 from tests.support import profiles as some
@@ -172,9 +172,9 @@ def test_an_export_of_a_selection_equals_filtering_by_hand(store, capfdbinary):
 
     assert cli.main(["export", "-o", "-", "-q", '{service="api"}', *window]) == 0
 
-    merged = merge([some.sample_profile(), some.sample_profile()])
-    by_hand = merged.filter(lambda labels: labels["service"] == "api")
-    assert capfdbinary.readouterr().out == folded.encode(by_hand)
+    merged = some.merge([some.sample_profile(), some.sample_profile()])
+    by_hand = some.having(merged, lambda labels: labels["service"] == "api")
+    assert capfdbinary.readouterr().out == folded.encode(Columns.of(by_hand))
 
 
 def test_nothing_selected_says_where_the_nearest_data_are(store, capfd, tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from profiler import text
 from profiler.commands import terminal
 from profiler.flamegraph import flamegraph
+from storage.columns import Columns
 from tests.support import profiles as some
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -22,7 +23,7 @@ class Terminal(io.StringIO):
 
 def test_the_table_shows_self_and_total_with_recursion_once():
     """The columns are aligned, the largest self time stands first."""
-    table = terminal.function_table(some.sample_profile(), width=72, limit=3)
+    table = terminal.function_table(Columns.of(some.sample_profile()), width=72, limit=3)
 
     assert table.splitlines() == [
         "SELF             TOTAL            FUNCTION                     MODULE",
@@ -36,9 +37,9 @@ def test_the_table_shows_self_and_total_with_recursion_once():
 @given(some.profiles(), st.integers(40, 120))
 def test_no_line_is_wider_than_the_terminal(profile, width):
     """Whatever the names are, nothing wraps."""
-    graph = flamegraph.build(profile, ("comm",))
+    graph = flamegraph.build(Columns.of(profile), ("comm",))
     shown = [
-        terminal.function_table(profile, width=width, limit=20),
+        terminal.function_table(Columns.of(profile), width=width, limit=20),
         terminal.icicle(graph, width),
         terminal.tree(graph, width),
     ]
@@ -50,10 +51,10 @@ def test_no_line_is_wider_than_the_terminal(profile, width):
 def test_hostile_names_leave_only_our_own_escape_codes():
     """A name cannot steer the terminal or start a line."""
     profile = some.hostile_profile()
-    graph = flamegraph.build(profile, ("comm",))
+    graph = flamegraph.build(Columns.of(profile), ("comm",))
 
     drawn = terminal.icicle(graph, 100) + terminal.tree(graph, 100)
-    table = terminal.function_table(profile, width=100, limit=50)
+    table = terminal.function_table(Columns.of(profile), width=100, limit=50)
 
     left = COLOUR.sub("", drawn) + table
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", left)
@@ -64,7 +65,7 @@ def test_wide_characters_do_not_break_the_alignment():
     wide, plain = some.named("漢字の関数"), some.named("plain")
     profile = some.build([({}, [wide], 2), ({}, [plain], 1)])
 
-    lines = terminal.function_table(profile, width=80, limit=5).splitlines()
+    lines = terminal.function_table(Columns.of(profile), width=80, limit=5).splitlines()
 
     starts = {text.cells(line[: line.index("[python]")]) for line in lines[1:]}
     assert len(starts) == 1
@@ -72,7 +73,7 @@ def test_wide_characters_do_not_break_the_alignment():
 
 def test_the_icicle_has_one_line_per_level_that_tiles_the_root():
     """The root spans the terminal; the level below it is as wide when nothing has self time."""
-    graph = flamegraph.build(some.sample_profile(), ("comm",))
+    graph = flamegraph.build(Columns.of(some.sample_profile()), ("comm",))
 
     lines = COLOUR.sub("", terminal.icicle(graph, 64)).split("\n")
 
@@ -85,7 +86,7 @@ def test_the_icicle_has_one_line_per_level_that_tiles_the_root():
 
 def test_the_tree_indents_callees_with_their_share():
     """Without colours, depth is indentation."""
-    graph = flamegraph.build(some.sample_profile(), ("comm",))
+    graph = flamegraph.build(Columns.of(some.sample_profile()), ("comm",))
 
     lines = terminal.tree(graph, 80).splitlines()
 
@@ -114,7 +115,7 @@ def test_colours_only_where_they_are_wanted(monkeypatch, stream, environment, ha
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
 
-    chart = terminal.flame_chart(some.sample_profile(), ("comm",), stream)
+    chart = terminal.flame_chart(Columns.of(some.sample_profile()), ("comm",), stream)
 
     assert ("\x1b[" in chart) is has_colours
 
@@ -123,16 +124,16 @@ def test_an_empty_profile_is_shown_as_one():
     """A window in which nothing ran is not an error."""
     profile = some.build([])
 
-    assert terminal.function_table(profile, width=80, limit=5).startswith("SELF")
-    assert "0 samples" in terminal.tree(flamegraph.build(profile), 80)
-    assert "0 samples" in terminal.icicle(flamegraph.build(profile), 80)
+    assert terminal.function_table(Columns.of(profile), width=80, limit=5).startswith("SELF")
+    assert "0 samples" in terminal.tree(flamegraph.build(Columns.of(profile)), 80)
+    assert "0 samples" in terminal.icicle(flamegraph.build(Columns.of(profile)), 80)
 
 
 def test_counts_of_folded_files_have_no_time():
     """A profile without a clock is told in samples."""
     profile = some.samples_only(some.sample_profile())
 
-    assert terminal.tree(flamegraph.build(profile), 80).startswith("16 samples\n")
+    assert terminal.tree(flamegraph.build(Columns.of(profile)), 80).startswith("16 samples\n")
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,12 @@ from profiler.comparison.verdict import Change, NoiseSource
 from profiler.flamegraph import flamegraph
 from profiler.flamegraph.differential import VERDICTS, Pair, UnionGraph
 from profiler.flamegraph.flamegraph import Screen
-from profiler.flamegraph.paths import Group, Paths
+from profiler.flamegraph.paths import Paths
+from profiler.flamegraph.stacks import Group
 from profiler.flamegraph.views import View, path_to
-from storage.profile import Profile, merge
+from storage.columns import Columns
+from storage.merging import merge_columns
+from storage.profile import Profile
 from symbolizer.location import Frame
 from tests.support import profiles as some
 
@@ -48,15 +51,13 @@ sides = stacks.map(some.build)
 def pair_of(before: Profile, after: Profile, runs: int = 4) -> Pair:
     """Compare runs of two profiles that vary a little, in the same way on both sides."""
     sides = [replicates(profile, runs) for profile in (before, after)]
-    return Pair(comparison.of_profiles(*sides), *map(merge, sides))
+    return Pair(comparison.of_profiles(*sides), *map(merge_columns, sides))
 
 
-def replicates(profile: Profile, runs: int) -> list[Profile]:
+def replicates(profile: Profile, runs: int) -> list[Columns]:
     return [
-        dataclasses.replace(
-            profile,
-            row_samples=samples,
-            row_values=samples * some.PERIOD_NS,
+        Columns.of(
+            dataclasses.replace(profile, row_samples=samples, row_values=samples * some.PERIOD_NS)
         )
         for factor in (1.05, 0.95, 1.03, 0.97)[:runs]
         for samples in [np.rint(profile.row_samples * factor).astype(np.int64)]

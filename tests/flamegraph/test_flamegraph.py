@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from profiler.flamegraph import flamegraph
 from profiler.flamegraph.flamegraph import FlameGraph, Screen
-from profiler.flamegraph.paths import Group
+from profiler.flamegraph.stacks import Group
+from storage.columns import Columns
 from storage.profile import Profile
 from symbolizer.location import Frame, Kind, NamedLocation
 from tests.support import profiles as some
@@ -47,7 +48,7 @@ def check(graph: FlameGraph) -> None:
 
 def test_a_profile_becomes_a_tree_with_the_largest_siblings_first():
     """Inlined calls are boxes of their own; addresses without a name are their module's box."""
-    graph = flamegraph.build(some.sample_profile())
+    graph = flamegraph.build(Columns.of(some.sample_profile()))
 
     assert drawn(graph) == [
         (0, "all", 16),
@@ -93,7 +94,7 @@ def test_every_path_has_the_total_of_its_stacks(profile, labelled, invert):
         for name in ("comm", "service")
         if labelled and all(dict(labels).get(name) for labels in profile.label_sets)
     )
-    graph = flamegraph.build(profile, by, invert=invert)
+    graph = flamegraph.build(Columns.of(profile), by, invert=invert)
 
     check(graph)
     totals = {
@@ -107,7 +108,7 @@ def test_every_path_has_the_total_of_its_stacks(profile, labelled, invert):
 @given(some.profiles(), st.floats(1, 2000), st.sampled_from(list(Group)))
 def test_pruning_keeps_the_total_of_every_node(profile, width, group):
     """What is cut goes into a visible rest; nothing narrower than the limit is left but rests."""
-    graph = flamegraph.build(profile, ("comm",), group)
+    graph = flamegraph.build(Columns.of(profile), ("comm",), group)
     pruned = graph.prune(width)
 
     check(pruned)
@@ -124,8 +125,8 @@ def test_pruning_keeps_the_total_of_every_node(profile, width, group):
 @given(some.profiles(), st.floats(1, 2000), st.sampled_from(list(Group)), st.booleans())
 def test_a_tree_cut_while_it_grows_is_the_pruned_tree(profile, width, group, invert):
     """Who gives the screen at once gets, box by box, what pruning the whole tree gives."""
-    pruned = flamegraph.build(profile, ("comm",), group, invert).prune(width)
-    grown = flamegraph.build(profile, ("comm",), group, invert, Screen(width))
+    pruned = flamegraph.build(Columns.of(profile), ("comm",), group, invert).prune(width)
+    grown = flamegraph.build(Columns.of(profile), ("comm",), group, invert, Screen(width))
 
     check(grown)
     for name in ("depth", "parent", "end", "total", "self", "samples", "cut_nodes", "cut_total"):
@@ -141,7 +142,7 @@ def is_rest(graph: FlameGraph) -> np.ndarray:
 
 def test_pruning_drops_frames_that_are_not_drawn():
     """The table of frames that is sent holds what the nodes use, no more."""
-    pruned = flamegraph.build(some.synthetic(300, 12)).prune(40)
+    pruned = flamegraph.build(Columns.of(some.synthetic(300, 12))).prune(40)
 
     assert set(np.unique(pruned.frame)) == set(range(len(pruned.frames)))
     assert pruned.cut_nodes > 100
@@ -157,7 +158,7 @@ def test_pruning_drops_frames_that_are_not_drawn():
 )  # fmt: skip
 def test_files_and_modules_that_follow_each_other_are_one_box(group, expected):
     """Grouped coarsely, a chain of calls within one module is one box."""
-    graph = flamegraph.build(some.sample_profile(), group=group)
+    graph = flamegraph.build(Columns.of(some.sample_profile()), group=group)
 
     assert [function for _, function, _ in drawn(graph)][1:] == expected
     check(graph)
@@ -168,8 +169,8 @@ def test_lines_tell_boxes_of_one_function_apart():
     lines = [NamedLocation("f", "m", Kind.PYTHON, "f.py", 1, line) for line in (3, 4)]
     profile = some.build([({}, [lines[0]], 1), ({}, [lines[1]], 2)])
 
-    by_line = flamegraph.build(profile, group=Group.LINE)
-    by_function = flamegraph.build(profile)
+    by_line = flamegraph.build(Columns.of(profile), group=Group.LINE)
+    by_function = flamegraph.build(Columns.of(profile))
 
     lines_of = [by_line.frames[number].line for number in by_line.frame[1:]]
     assert list(zip(lines_of, by_line.samples[1:], strict=True)) == [(4, 2), (3, 1)]
@@ -179,7 +180,7 @@ def test_lines_tell_boxes_of_one_function_apart():
 
 def test_a_subtree_is_a_graph_of_its_own():
     """Zooming gives the node as the root, with the nodes below it."""
-    graph = flamegraph.build(some.sample_profile())
+    graph = flamegraph.build(Columns.of(some.sample_profile()))
     handler = next(node for node, each in enumerate(drawn(graph)) if each[1] == "handler")
 
     subtree = graph.subtree(handler)
@@ -191,7 +192,7 @@ def test_a_subtree_is_a_graph_of_its_own():
 
 def test_left_edges_tile_the_parent():
     """Siblings stand side by side from their parent's left edge on."""
-    graph = flamegraph.build(some.sample_profile()).prune(1000)
+    graph = flamegraph.build(Columns.of(some.sample_profile())).prune(1000)
     left = graph.left()
 
     expected, taken = [0] * len(graph), [0] * len(graph)
@@ -212,7 +213,7 @@ def fnv1a(content: bytes) -> int:
 @given(some.profiles())
 def test_ids_are_fnv_of_the_path(profile):
     """A link names a node by its path, so that it is found in newer data."""
-    graph = flamegraph.build(profile, ("comm",))
+    graph = flamegraph.build(Columns.of(profile), ("comm",))
 
     expected = [
         fnv1a(
@@ -227,7 +228,7 @@ def test_a_stack_deeper_than_the_limit_ends_in_a_visible_node(monkeypatch):
     """Beyond the limit the frames are one node of kind rest, and no count is lost."""
     monkeypatch.setattr(flamegraph, "DEPTH_LIMIT", 5)
     places = [some.named(f"f{i}") for i in range(9)]
-    graph = flamegraph.build(some.build([({}, places, 2), ({}, places[:5], 1)]))
+    graph = flamegraph.build(Columns.of(some.build([({}, places, 2), ({}, places[:5], 1)])))
 
     assert drawn(graph)[-2:] == [(5, "(deeper)", 2), (5, "f4", 1)]
     assert graph.depth.max() == 5
@@ -236,10 +237,10 @@ def test_a_stack_deeper_than_the_limit_ends_in_a_visible_node(monkeypatch):
 
 def test_an_empty_profile_is_a_root_alone():
     """A window in which nothing ran is drawn, not refused."""
-    graph = flamegraph.build(some.build([]), ("comm",))
+    graph = flamegraph.build(Columns.of(some.build([])), ("comm",))
 
     assert drawn(graph) == [(0, "all", 0)]
-    assert flamegraph.top_functions(some.build([])) == []
+    assert flamegraph.top_functions(Columns.of(some.build([]))) == []
     assert len(graph.prune(100)) == 1
     assert graph.ids().tolist() == [0xCBF29CE484222325]
 
@@ -260,7 +261,7 @@ def test_recursion_counts_once_in_the_table(profile):
             own[boxes[-1]] += row.value
         total.update(dict.fromkeys(boxes, row.value))
 
-    table = flamegraph.top_functions(profile)
+    table = flamegraph.top_functions(Columns.of(profile))
 
     got = {(r.frame.function, r.frame.module, r.frame.kind): (r.self, r.total) for r in table
            if r.total}  # fmt: skip
@@ -273,8 +274,8 @@ def test_values_beyond_floats_are_exact():
     places = [some.named(f"f{i}") for i in range(3)]
     profile = some.build([({}, [places[0]], 1), ({}, [places[0], places[1]], 1)])
     large = some.with_values(profile, [2**60 + 1, 2**60 + 2])
-    graph = flamegraph.build(large)
+    graph = flamegraph.build(Columns.of(large))
 
     assert graph.total[0] == 2**61 + 3
-    assert flamegraph.top_functions(large)[0].total in {2**61 + 3, 2**60 + 1, 2**60 + 2}
+    assert flamegraph.top_functions(Columns.of(large))[0].total in {2**61 + 3, 2**60 + 1, 2**60 + 2}
     check(graph)

@@ -5,7 +5,9 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiler.flamegraph.paths import Group, Paths
+from profiler.flamegraph.paths import Paths
+from profiler.flamegraph.stacks import Group
+from storage.columns import Columns
 from symbolizer.location import Kind
 from tests.support import profiles as some
 
@@ -38,7 +40,7 @@ def a_function(paths: Paths, data) -> str:
 @given(some.profiles(), st.sampled_from(list(Group)), st.data())
 def test_every_question_gives_the_paths_it_says(profile, group, data):
     """Focus, hide, callers and inversion keep what they say, and no label is a function."""
-    paths = Paths.of(profile, ("comm", "service"), group)
+    paths = Paths.of(Columns.of(profile), ("comm", "service"), group)
     name, heads = a_function(paths, data), paths.heads
 
     def callers(names):
@@ -60,7 +62,9 @@ def test_every_question_gives_the_paths_it_says(profile, group, data):
 def test_a_service_named_like_a_function_is_no_function():
     """To show only main, or to hide it, leaves what runs in a service main as it is."""
     other = some.named("other")
-    paths = Paths.of(some.build([({"comm": "main"}, [other], 2)], some.NAMES), ("comm",))
+    paths = Paths.of(
+        Columns.of(some.build([({"comm": "main"}, [other], 2)], some.NAMES)), ("comm",)
+    )
 
     assert paths.focus("main").total == 0
     assert listed(paths.hide("main")) == listed(paths)
@@ -69,7 +73,7 @@ def test_a_service_named_like_a_function_is_no_function():
 def test_what_is_looked_at_in_parts_is_the_whole(monkeypatch):
     """However many boxes are taken at a time, the answers are the same."""
     profile = some.synthetic(500, 20, 300)
-    whole = Paths.of(profile, ("comm",))
+    whole = Paths.of(Columns.of(profile), ("comm",))
     asked = (
         listed,
         lambda paths: listed(paths.inverted()),
@@ -82,14 +86,14 @@ def test_what_is_looked_at_in_parts_is_the_whole(monkeypatch):
     expected = [ask(whole) for ask in asked]
 
     for boxes in (1, 7, 1000):
-        monkeypatch.setattr("profiler.flamegraph.paths._PART_BOXES", boxes)
-        assert [ask(Paths.of(profile, ("comm",))) for ask in asked] == expected
+        monkeypatch.setattr("profiler.flamegraph.stacks._PART_BOXES", boxes)
+        assert [ask(Paths.of(Columns.of(profile), ("comm",))) for ask in asked] == expected
 
 
 @given(some.profiles(), st.data())
 def test_what_stands_on_a_box_is_the_rest_of_its_paths(profile, data):
     """Following boxes from the root keeps the paths that begin with them."""
-    paths = Paths.of(profile, ("comm",))
+    paths = Paths.of(Columns.of(profile), ("comm",))
     rows = [
         paths.boxes[start:end].tolist()
         for start, end in zip(paths.starts.tolist(), paths.ends.tolist(), strict=True)
@@ -117,7 +121,7 @@ def test_what_stands_on_a_box_is_the_rest_of_its_paths(profile, data):
 @given(some.profiles(), st.sampled_from(["", "a", "F", "main", ".so", "\u202e"]))
 def test_a_search_counts_each_path_once(profile, text):
     """The share that matches is that of the paths with at least one match."""
-    paths = Paths.of(profile, ("comm",))
+    paths = Paths.of(Columns.of(profile), ("comm",))
 
     found = paths.search(text)
 

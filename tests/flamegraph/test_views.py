@@ -7,15 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiler.flamegraph import flamegraph
-from profiler.flamegraph.paths import Group, Paths
+from profiler.flamegraph.paths import Paths
+from profiler.flamegraph.stacks import Group
 from profiler.flamegraph.views import NoSuchNodeError, View
 from profiler.formats import export
 from profiler.formats.reading import read_bytes
+from storage.columns import Columns
 from storage.formats import pprof
 from symbolizer.location import AddressLocation, Kind
 from tests.support import profiles as some
 
-PROFILE = some.sample_profile()
+PROFILE = Columns.of(some.sample_profile())
 FUNCTIONS = tuple(row.frame.function for row in flamegraph.top_functions(PROFILE))
 names = st.sampled_from((*FUNCTIONS, "no such function"))
 views = st.builds(
@@ -87,9 +89,9 @@ def test_a_node_that_is_not_there_is_told() -> None:
 @pytest.mark.parametrize("view", [View(), View(focus=(FUNCTIONS[0],))])
 def test_stacks_that_are_kept_keep_their_addresses(view: View) -> None:
     """And pprof their build ids and labels; the accounting stays that of all that was sampled."""
-    shown = view.shown(PROFILE).profile
+    shown = view.shown(PROFILE).profile.to_profile()
 
-    counts = PROFILE.counts()
+    counts = PROFILE.to_profile().counts()
     assert shown.counts().items() <= counts.items()
     assert any(isinstance(place, AddressLocation) for place in shown.locations)
     assert pprof.decode(pprof.encode(shown)) == shown
@@ -116,7 +118,7 @@ def test_all_formats_agree_on_a_view(view: View) -> None:
 
 
 def test_a_view_of_nothing_is_nothing() -> None:
-    empty = some.build([], some.NAMES)
+    empty = Columns.of(some.build([], some.NAMES))
 
     for view in (View(focus=("a",)), View(callers="a"), View(hide=("a",), invert=True)):
         shown = view.shown(empty).profile

@@ -12,6 +12,7 @@ from profiler.formats import export
 from profiler.formats.export import ExportError
 from profiler.formats.readers.result import UnsupportedFormatError
 from profiler.formats.reading import read, read_bytes
+from storage.columns import Columns
 from storage.formats import folded, pprof
 from storage.profile import ProfileError
 from symbolizer.location import Kind
@@ -43,7 +44,7 @@ def test_functions_agree_between_formats():
     def table(decoded):
         return {
             row.frame.function: (row.self_samples, row.total_samples)
-            for row in flamegraph.top_functions(decoded)
+            for row in flamegraph.top_functions(Columns.of(decoded))
             if row.frame.kind is not Kind.LABEL
         }
 
@@ -164,7 +165,7 @@ def test_standard_output_gets_folded_text(capfdbinary):
     """`-` is for other programs, which read folded text."""
     export.write(some.sample_profile(), "-", by=())
 
-    assert capfdbinary.readouterr().out == folded.encode(some.sample_profile(), by=())
+    assert capfdbinary.readouterr().out == folded.encode(Columns.of(some.sample_profile()), by=())
 
 
 def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
@@ -178,5 +179,5 @@ def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
     export.write(some.sample_profile(), str(pipe))
     reader.join(timeout=10)
 
-    assert read == [folded.encode(some.sample_profile())]
+    assert read == [folded.encode(Columns.of(some.sample_profile()))]
     assert pipe.is_fifo()

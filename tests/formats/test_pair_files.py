@@ -12,6 +12,7 @@ from profiler.flamegraph.views import View
 from profiler.formats import export, svg_diff
 from profiler.formats.reading import read_bytes
 from profiler.formats.svg_diff import COLOURS
+from storage.columns import Columns
 from storage.formats import folded
 from tests.flamegraph.test_differential import COPY, MAIN, PARSE, SEND, drawn, pair_of, steady
 from tests.formats.test_svg import NS, parse
@@ -46,11 +47,12 @@ def lines_of(content: bytes) -> dict[str, tuple[int, int]]:
 @given(some.profiles(), some.profiles())
 def test_folded_lines_hold_the_counts_of_both_files(before, after):
     """A line is one of either side's own file; what a side lacks is 0."""
-    lines = lines_of(folded.encode_pair(before, after, ()))
+    lines = lines_of(folded.encode_pair(Columns.of(before), Columns.of(after), ()))
 
     for i, profile in enumerate((before, after)):
         alone = dict(
-            line.rsplit(" ", 1) for line in folded.encode(profile, ()).decode().splitlines()
+            line.rsplit(" ", 1)
+            for line in folded.encode(Columns.of(profile), ()).decode().splitlines()
         )
         assert {stack: counts[i] for stack, counts in lines.items() if stack in alone} == {
             stack: int(count) for stack, count in alone.items()
@@ -64,11 +66,11 @@ def test_a_label_that_one_side_lacks_is_drawn_on_both():
     after = some.build([({}, [MAIN], 4), ({"comm": "api"}, [MAIN], 5)])
     unlabelled = some.build([({}, [MAIN], 4)])
 
-    assert lines_of(folded.encode_pair(before, after)) == {
+    assert lines_of(folded.encode_pair(Columns.of(before), Columns.of(after))) == {
         "api;main": (3, 5),
         "[no comm];main": (0, 4),
     }
-    assert lines_of(folded.encode_pair(before, unlabelled)) == {
+    assert lines_of(folded.encode_pair(Columns.of(before), Columns.of(unlabelled))) == {
         "api;main": (3, 0),
         "[no comm];main": (0, 4),
     }
@@ -146,7 +148,7 @@ def test_hostile_names_are_shown_as_they_are():
 
 def test_what_is_no_time_is_not_shown_as_cores():
     """Folded text counts samples, and says nothing of how long it took."""
-    counted = read_bytes(b"main;work 60\nmain 40\n").profile
+    counted = Columns.of(read_bytes(b"main;work 60\nmain 40\n").profile)
     pair = Pair(comparison.of_profiles([counted], [counted]), counted, counted)
     drawing = svg_of(pair).decode()
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from profiler.formats import export
 from profiler.formats.reading import ChoiceError, Reading, ReadOptions, read, read_bytes
+from storage.columns import Columns
 from storage.formats import folded
 from storage.profile import ProfileError
 from tests.support import profiles as some
@@ -18,7 +19,7 @@ CASES = sorted(file.name for file in FILES.iterdir())
 
 
 def lines(reading: Reading) -> dict[str, int]:
-    text = folded.encode(reading.profile, by=()).decode()
+    text = folded.encode(Columns.of(reading.profile), by=()).decode()
     pairs = (line.rpartition(" ") for line in text.splitlines())
     return {stack: int(count) for stack, _, count in pairs}
 

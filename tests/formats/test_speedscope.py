@@ -16,6 +16,7 @@ from hypothesis import given
 
 from profiler.formats import speedscope
 from profiler.formats.reading import read_bytes
+from storage.columns import Columns
 from storage.profile import Profile
 from symbolizer.location import Frame, Kind
 from tests.support import profiles as some
@@ -52,7 +53,7 @@ def decode(content: bytes) -> Profile:
 
 
 def document(profile, **options) -> dict:
-    return orjson.loads(speedscope.encode(profile, **options))
+    return orjson.loads(speedscope.encode(Columns.of(profile), **options))
 
 
 @pytest.mark.parametrize("profile", [some.sample_profile(), some.hostile_profile(), some.build([])])
@@ -86,7 +87,7 @@ def test_a_file_holds_to_what_the_viewer_needs():
 def test_two_sides_stand_over_one_table_of_frames(viewer):
     """The after side is the one that is shown; frames that both have stand once."""
     before, after = some.sample_profile(), some.hostile_profile()
-    written = orjson.loads(speedscope.encode_pair(before, after))
+    written = orjson.loads(speedscope.encode_pair(Columns.of(before), Columns.of(after)))
 
     jsonschema.validate(written, json.loads((viewer / "file-format-schema.json").read_text()))
     first, second = written["profiles"]
@@ -108,7 +109,7 @@ def test_two_sides_count_the_same_when_one_sum_is_too_large(monkeypatch, is_swap
     monkeypatch.setattr(speedscope, "WEIGHT_LIMIT", min(side.total_value for side in sides))
     sides = sides[::-1] if is_swapped else sides
 
-    written = orjson.loads(speedscope.encode_pair(*sides))
+    written = orjson.loads(speedscope.encode_pair(*map(Columns.of, sides)))
 
     assert {profile["unit"] for profile in written["profiles"]} == {"none"}
     assert [each["endValue"] for each in written["profiles"]] == [s.total_samples for s in sides]
@@ -129,7 +130,7 @@ def test_a_round_trip_keeps_boxes_and_counts():
     """Our own file gives back function, module, kind, samples and value of every stack."""
     profile = some.sample_profile()
 
-    decoded = decode(speedscope.encode(profile, by=()))
+    decoded = decode(speedscope.encode(Columns.of(profile), by=()))
 
     assert (decoded.type, decoded.unit, decoded.window) == ("cpu", "nanoseconds", profile.window)
     assert boxes(decoded) == boxes(profile)
@@ -148,7 +149,7 @@ def boxes(profile) -> dict[tuple[tuple[str, str, Kind], ...], tuple[int, int]]:
 @given(some.profiles())
 def test_totals_survive_for_any_profile(profile):
     """Whatever the names are, every sample comes back."""
-    decoded = decode(speedscope.encode(profile))
+    decoded = decode(speedscope.encode(Columns.of(profile)))
 
     assert decoded.total_samples == profile.total_samples
     assert decoded.total_value == profile.total_value
@@ -179,7 +180,7 @@ def test_a_sum_that_javascript_cannot_hold_becomes_samples():
 
     assert drawn["unit"] == "none"
     assert sorted(drawn["weights"]) == [1, 2]
-    assert decode(speedscope.encode(large)).total_samples == 3
+    assert decode(speedscope.encode(Columns.of(large))).total_samples == 3
 
 
 @pytest.fixture
@@ -212,11 +213,12 @@ def site(viewer, tmp_path):
 )
 def test_the_real_viewer_shows_the_same_totals(site, browser, tmp_path, profile):
     """speedscope opens the file and exports the same weight for the same stacks again."""
-    exported = exported_again(site, browser, tmp_path, speedscope.encode(profile), "cpu")
+    content = speedscope.encode(Columns.of(profile))
+    exported = exported_again(site, browser, tmp_path, content, "cpu")
 
     again = decode(exported)
     assert again.total_value == profile.total_value
-    assert by_names(again) == by_names(decode(speedscope.encode(profile)))
+    assert by_names(again) == by_names(decode(speedscope.encode(Columns.of(profile))))
 
 
 @pytest.mark.browser
@@ -224,7 +226,7 @@ def test_the_real_viewer_shows_the_same_totals(site, browser, tmp_path, profile)
 def test_the_real_viewer_opens_both_sides(site, browser, tmp_path, before):
     """It shows the after side, lists the before side with it, and exports both again."""
     after = some.synthetic(300, 20)
-    content = speedscope.encode_pair(before, after)
+    content = speedscope.encode_pair(Columns.of(before), Columns.of(after))
 
     again = json.loads(exported_again(site, browser, tmp_path, content, "after"))
 

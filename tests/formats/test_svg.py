@@ -10,6 +10,7 @@ from hypothesis import given
 
 from profiler.flamegraph import flamegraph
 from profiler.formats import svg
+from storage.columns import Columns
 from storage.profile import Accounting, Host
 from tests.support import profiles as some
 
@@ -32,9 +33,9 @@ def boxes(root: ET.Element) -> list[tuple[str, float, float, float]]:
 
 def test_every_node_is_a_box_with_its_counts_as_tooltip():
     """Full name, module, kind, file, share, time, samples and self stand in the tooltip."""
-    root = parse(svg.draw(some.sample_profile()))
+    root = parse(svg.draw(Columns.of(some.sample_profile())))
 
-    graph = flamegraph.build(some.sample_profile(), ("comm",))
+    graph = flamegraph.build(Columns.of(some.sample_profile()), ("comm",))
     tooltips = [tooltip for tooltip, *_ in boxes(root)]
     assert len(tooltips) == len(graph)
     assert tooltips[0].startswith("all\n")
@@ -44,7 +45,7 @@ def test_every_node_is_a_box_with_its_counts_as_tooltip():
 
 def test_boxes_lie_within_their_parents():
     """Each row's boxes do not overlap and none leaves the drawing."""
-    root = parse(svg.draw(some.synthetic(300, 20)))
+    root = parse(svg.draw(Columns.of(some.synthetic(300, 20))))
 
     rows = defaultdict(list)
     for tooltip, x, y, width in boxes(root):
@@ -61,7 +62,7 @@ def test_boxes_lie_within_their_parents():
 @pytest.mark.parametrize("profile", [some.hostile_profile(), some.sample_profile()])
 def test_a_drawing_is_self_contained_and_has_no_scripts(profile):
     """No script, no handler, no reference to anything: it is safe to open and to send around."""
-    content = svg.draw(profile)
+    content = svg.draw(Columns.of(profile))
     root = parse(content)
 
     tags = {element.tag.removeprefix(NS) for element in root.iter()}
@@ -78,7 +79,7 @@ def test_a_drawing_is_self_contained_and_has_no_scripts(profile):
 @given(some.profiles())
 def test_any_profile_gives_well_formed_xml(profile):
     """Whatever the names, labels and counts are, a parser reads it."""
-    root = parse(svg.draw(profile))
+    root = parse(svg.draw(Columns.of(profile)))
 
     assert root.get("role") == "img"
     assert root.get("aria-label")
@@ -86,14 +87,18 @@ def test_any_profile_gives_well_formed_xml(profile):
 
 def test_hostile_names_are_shown_as_they_are():
     """Names are text: the tooltip holds every one of them unchanged."""
-    tooltips = "\n".join(tooltip for tooltip, *_ in boxes(parse(svg.draw(some.hostile_profile()))))
+    tooltips = "\n".join(
+        tooltip for tooltip, *_ in boxes(parse(svg.draw(Columns.of(some.hostile_profile()))))
+    )
 
     for name in ("<script>alert(1)</script>", r"\x1b[31mred", r"\u202e gnp.exe", "漢字 wide 🔥"):
         assert name in tooltips
 
 
 def texts(profile) -> str:
-    return "\n".join(element.text or "" for element in parse(svg.draw(profile)).iter(f"{NS}text"))
+    return "\n".join(
+        element.text or "" for element in parse(svg.draw(Columns.of(profile))).iter(f"{NS}text")
+    )
 
 
 def test_the_header_says_what_when_where_and_how_complete():
@@ -126,7 +131,7 @@ def test_what_is_too_narrow_is_counted_in_the_footer():
 
 def test_text_is_cut_to_its_box():
     """No label is longer than its box is wide."""
-    root = parse(svg.draw(some.hostile_profile()))
+    root = parse(svg.draw(Columns.of(some.hostile_profile())))
 
     for group in root.iter(f"{NS}g"):
         rect, text = group.find(f"{NS}rect"), group.find(f"{NS}text")
@@ -139,7 +144,7 @@ def test_text_is_cut_to_its_box():
 def test_a_browser_draws_it_without_a_complaint(browser, tmp_path, scheme):
     """Chromium parses it, follows the colour scheme, runs nothing and loads nothing."""
     file = tmp_path / "p.svg"
-    file.write_bytes(svg.draw(some.hostile_profile()))
+    file.write_bytes(svg.draw(Columns.of(some.hostile_profile())))
     with browser.new_page(color_scheme=scheme) as page:
         problems, requests = [], []
         page.on("console", lambda message: problems.append(message.text))

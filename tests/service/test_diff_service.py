@@ -22,6 +22,7 @@ from profiler.service.comparisons import Comparisons
 from profiler.service.diff import diff_graph
 from profiler.service.merged import MergedProfiles, PanelRequest
 from profiler.service.sharing import json_body
+from storage.columns import Columns
 from storage.objects.directory import DirectoryStore
 from storage.objects.tenant import TenantStore
 from storage.profile import Profile
@@ -262,9 +263,8 @@ def test_too_little_data_is_an_answer(client):
 def test_a_zoom_keeps_what_leads_there(client):
     """Its ancestors with both costs, and the totals of the whole; the id is that of any graph."""
     some_minute = minute(np.random.default_rng(1), END, 0)
-    alone = flamegraph.build(
-        some_minute.filter(lambda labels: labels["service"] == "api"), ("service",)
-    )
+    api = some.having(some_minute, lambda labels: labels["service"] == "api")
+    alone = flamegraph.build(Columns.of(api), ("service",))
     index = [alone.frames[i].function for i in alone.frame.tolist()].index("new_path")
 
     zoomed = client.json("diff", node=f"{alone.ids()[index]:016x}", **BOTH)

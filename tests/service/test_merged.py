@@ -14,8 +14,8 @@ from profiler.service.flame_graph import flame_graph
 from profiler.service.merged import Kept, MergedProfiles, PanelRequest
 from profiler.service.sharing import json_body
 from profiler.service.top_table import top_table
+from storage.columns import Columns
 from storage.objects.tenant import TenantStore
-from storage.profile import merge
 from storage.query.query import Query
 from storage.selector import Selector
 from tests.support import profiles as some
@@ -86,7 +86,7 @@ def test_a_box_is_found_whatever_was_drawn_before(new_profiles, monkeypatch):
     monkeypatch.setattr("profiler.service.merged.KEPT_GRAPHS", 1)
     profiles = new_profiles()
     flame_graph(profiles, ALL, go_on)
-    graph = flamegraph.build(merge(list(stored_profiles())), ("service",))
+    graph = flamegraph.build(Columns.of(some.merge(list(stored_profiles()))), ("service",))
 
     for node, graph_id in enumerate(graph.ids().tolist()):
         zoomed = flame_graph(profiles, replace(ALL, node=graph_id), go_on)

@@ -46,12 +46,12 @@ def test_what_was_prepared_is_fetched_no_more(store, tmp_path, window) -> None:
     store.fetched.clear()
 
     query = make_query(store, tmp_path / "cache")
-    profile = query.profile(window).profile
+    profile = query.profile(window).profile.to_profile()
     timeline, functions = query.timeline(window), query.functions(window)
     assert not store.fetched
 
     plain = make_query(store, tmp_path / "other")
-    assert profile == plain.profile(window).profile
+    assert profile == plain.profile(window).profile.to_profile()
     assert set(functions.rows) == set(plain.functions(window).rows)
     assert timeline.coverage == plain.timeline(window).coverage
     assert profile.total_samples > 0

@@ -16,6 +16,7 @@ from profiler.flamegraph import flamegraph
 from profiler.service.parameters import schemas_of
 from profiler.service.schema import ENDPOINTS, document
 from profiler.times import rfc3339
+from storage.columns import Columns
 from storage.profile import Profile, Window, make_labels
 from tests.support.services import profile_of, service
 from tests.support.stores import directory
@@ -24,7 +25,7 @@ NOW_S = int(time.time()) // 60 * 60
 LABELS = ("service", "comm", "host", "version", "ünïcode", "no such")
 VALUES = ("api", "jobs", "a.*", "", '"', "\\", "\u202e", "😀")
 
-GRAPH = flamegraph.build(profile_of(0), ("service",))
+GRAPH = flamegraph.build(Columns.of(profile_of(0)), ("service",))
 FUNCTIONS = [frame.function for frame in GRAPH.frames]
 EXAMPLES = {
     "node": [f"{node:016x}" for node in GRAPH.ids().tolist()],

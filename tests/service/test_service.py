@@ -16,10 +16,11 @@ from profiler.flamegraph import flamegraph
 from profiler.formats.reading import read_bytes
 from profiler.service.schema import ENDPOINTS
 from profiler.service.timeline import default_step_ns
+from storage.columns import Columns
 from storage.formats import pprof
 from storage.objects.directory import DirectoryStore
 from storage.objects.tenant import TenantStore
-from storage.profile import Window, merge
+from storage.profile import Window
 from storage.query.query import Query
 from tests.commands.test_up import descendants_of
 from tests.support import profiles as some
@@ -32,7 +33,7 @@ HOUR = {"from": FROM, "until": UNTIL}
 
 
 def whole():
-    return merge([profile_of(minute) for minute in range(5)])
+    return some.merge([profile_of(minute) for minute in range(5)])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_a_flame_graph_holds_every_count_of_its_window(client):
 
     assert shown["total"] == whole().total_value
     assert shown["nodes"]["total"][0] == shown["total"]
-    graph = flamegraph.build(whole(), ("service",))
+    graph = flamegraph.build(Columns.of(whole()), ("service",))
     assert shown["nodes"]["total"] == graph.total.tolist()
     names = [shown["frames"][i][0] for i in shown["nodes"]["frame"]]
     assert names == [graph.frames[i].function for i in graph.frame.tolist()]
@@ -63,7 +64,7 @@ def test_a_flame_graph_holds_every_count_of_its_window(client):
 
 def test_a_node_leads_to_its_subtree_and_its_path(client):
     """Ids are those of the graph; a node that is not there is a 404 that says so."""
-    graph = flamegraph.build(whole(), ("service",))
+    graph = flamegraph.build(Columns.of(whole()), ("service",))
     node = next(i for i in range(len(graph)) if graph.depth[i] == 2)
     node_id = f"{int(graph.ids()[node]):016x}"
 
@@ -176,7 +177,7 @@ def test_exports_over_http_are_those_of_the_command(client, folder, tmp_path, en
 
 WORK = some.NAMES[some.WORK][-1].function
 MAIN = some.NAMES[some.MAIN][-1].function
-NODE = f"{int(flamegraph.build(whole(), ('comm',)).ids()[3]):016x}"
+NODE = f"{int(flamegraph.build(Columns.of(whole()), ('comm',)).ids()[3]):016x}"
 
 
 def flags(parameters: dict[str, str | list[str]]) -> list[str]:

@@ -2,11 +2,21 @@
 
 import dataclasses
 import random
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from hypothesis import strategies as st
 
-from storage.profile import Accounting, Host, Profile, ProfileBuilder, Window, make_labels
+from storage.profile import (
+    Accounting,
+    Host,
+    Profile,
+    ProfileBuilder,
+    Window,
+    adopt_module,
+    make_labels,
+    named_second,
+)
 from symbolizer.location import (
     AddressLocation,
     ElfAddress,
@@ -244,6 +254,35 @@ def profiles(draw: st.DrawFn) -> Profile:
 def named_locations(profile: Profile) -> dict[Location, tuple[Frame, ...]]:
     """Return how each location is shown, which equality of profiles leaves out."""
     return {place: profile.frames(i) for i, place in enumerate(profile.locations)}
+
+
+def merge(profiles: Iterable[Profile]) -> Profile:
+    """Add profiles up row by row: the slow and obvious way that merging arrays is held to."""
+    profiles = list(profiles)
+    first = profiles[0]
+    builder = ProfileBuilder(min(p.period_ns for p in profiles), first.type, first.unit)
+    window, accounting = first.window, Accounting()
+    for profile in profiles:
+        names = dict(zip(profile.locations, profile.names, strict=True))
+        named_s = named_second(profile.window)
+        for row in profile.rows():
+            numbers = [builder.location(each, names[each], named_s) for each in row.stack]
+            builder.add(row.labels, numbers, row.samples, row.value)
+            for place in row.stack:
+                if isinstance(place, AddressLocation) and place.build_id in profile.modules:
+                    adopt_module(builder.modules, profile.modules[place.build_id])
+        window = window.union(profile.window)
+        accounting = accounting.merge(profile.accounting)
+    return builder.build(window, accounting)
+
+
+def having(profile: Profile, keep: Callable[[Mapping[str, str]], bool]) -> Profile:
+    """Return the rows whose labels are to be kept; the accounting stays that of all rows."""
+    kept = np.array([keep(dict(labels)) for labels in profile.label_sets], dtype=bool)
+    chosen = kept[profile.row_labels]
+    columns = ("row_labels", "row_stacks", "row_samples", "row_values")
+    rows = {name: getattr(profile, name)[chosen] for name in columns}
+    return merge([dataclasses.replace(profile, **rows)])
 
 
 def with_values(profile: Profile, values: list[int]) -> Profile:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from profiler.formats.readers.result import ChoiceError
 from profiler.formats.reading import Reading, ReadOptions, read_bytes
+from storage.columns import Columns
 from storage.formats import folded
 from storage.profile import Accounting, Profile, ProfileError
 from symbolizer.location import Frame, Kind, NamedLocation
@@ -44,7 +45,7 @@ def test_names_come_back_as_they_were(name, is_leaf):
     place = NamedLocation(name, "", Kind.KERNEL, "", 0, 0)
     stack = [some.HANDLER, place] if is_leaf else [place, some.HANDLER]
 
-    decoded = decode(folded.encode(some.build([({}, stack, 2)])))
+    decoded = decode(folded.encode(Columns.of(some.build([({}, stack, 2)]))))
 
     assert decoded.frames(int(is_leaf)) == (Frame(name, "", Kind.KERNEL),)
     assert decoded.total_samples == 2
@@ -53,10 +54,10 @@ def test_names_come_back_as_they_were(name, is_leaf):
 @given(some.profiles())
 def test_a_second_round_trip_changes_nothing(profile):
     """What folded text can hold, it holds: text, profile and text again are equal."""
-    once = folded.encode(profile)
+    once = folded.encode(Columns.of(profile))
     decoded = decode(once)
 
-    assert folded.encode(decoded, by=()) == once
+    assert folded.encode(Columns.of(decoded), by=()) == once
     assert decoded.total_samples == profile.total_samples
 
 
@@ -146,7 +147,7 @@ def test_a_count_without_a_stack_is_a_sample_without_frames():
     reading = read_bytes(b"main;f 3\n 1\n")
 
     assert counts(reading) == {("main", "f"): 3, (): 1}
-    assert folded.encode(reading.profile) == b"[unknown] 1\nmain;f 3\n"
+    assert folded.encode(Columns.of(reading.profile)) == b"[unknown] 1\nmain;f 3\n"
     assert reading.warnings == ()
 
 
@@ -218,11 +219,13 @@ def test_a_line_with_one_count_is_left_out_of_a_comparison():
 def test_both_sides_that_we_write_are_read_again():
     """`diff -o both.folded`."""
     before, after = some.sample_profile(), some.hostile_profile()
-    content = folded.encode_pair(before, after)
+    content = folded.encode_pair(Columns.of(before), Columns.of(after))
 
     for side, profile in (("before", before), ("after", after)):
         reading = read_bytes(content, ReadOptions(side=side))
-        assert folded.encode(reading.profile, by=()) == folded.encode(profile)
+        assert folded.encode(Columns.of(reading.profile), by=()) == folded.encode(
+            Columns.of(profile)
+        )
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from profiler.flamegraph import flamegraph
 from profiler.formats.readers import perf_script
 from profiler.formats.readers.result import ChoiceError
 from profiler.formats.reading import Reading, ReadOptions, read_bytes
+from storage.columns import Columns
 from storage.formats import folded
 from storage.profile import Profile, ProfileError, Window
 from symbolizer.location import Kind
@@ -35,7 +36,7 @@ perl 12345/12346 [001]  1234.567890:   10101010 cpu-clock:pppH:\x20
 def stacks(profile: Profile) -> dict[str, int]:
     return {
         line.rpartition(" ")[0]: int(line.rpartition(" ")[2])
-        for line in folded.encode(profile, by=("comm", "pid")).decode().splitlines()
+        for line in folded.encode(Columns.of(profile), by=("comm", "pid")).decode().splitlines()
     }
 
 
@@ -61,7 +62,7 @@ def test_perf_script_is_read_with_kernel_frames_and_hostile_names():
     }
     assert found.profile.total_value == 2 * 10_101_010
     assert found.warnings == ()
-    modules = {frame.module for frame in flamegraph.build(found.profile).frames}
+    modules = {frame.module for frame in flamegraph.build(Columns.of(found.profile)).frames}
     assert modules == {"", "perl", "libc.so.6", "[kernel.kallsyms]", "[jit]", "api"}
 
 
@@ -417,6 +418,6 @@ def test_what_perf_itself_prints_is_read(tmp_path):
     assert found.profile.type == "cpu"
     assert found.profile.total_samples == script.count(b"cpu-clock")
     assert found.profile.total_samples > 20
-    kinds = {frame.kind for frame in flamegraph.build(found.profile).frames}
+    kinds = {frame.kind for frame in flamegraph.build(Columns.of(found.profile)).frames}
     assert {Kind.KERNEL, Kind.NATIVE} <= kinds
     assert Window(0, 0) < found.profile.window

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from profiler.formats.readers.result import ChoiceError
 from profiler.formats.readers.units import unit_scale
 from profiler.formats.reading import Reading, ReadOptions, read_bytes
+from storage.columns import Columns
 from storage.formats import folded, pprof
 from storage.profile import ProfileError
 from tests.support import profiles as some
@@ -219,4 +220,4 @@ def test_go_shows_the_same_function_shares(go, tmp_path, types):
     for text in shown:
         shares = {line.split()[-1]: line.split()[1] for line in text.splitlines() if "%" in line}
         assert (shares["f"], shares["g"]) == ("75.00%", "25.00%")
-    assert folded.encode(found.profile).count(b"\n") == 2
+    assert folded.encode(Columns.of(found.profile)).count(b"\n") == 2

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from profiler.formats import speedscope as writer
 from profiler.formats.readers.result import ChoiceError
 from profiler.formats.reading import ReadOptions, read_bytes
+from storage.columns import Columns
 from storage.formats import folded
 from storage.profile import Profile, ProfileError
 from tests.support import profiles as some
@@ -58,7 +59,7 @@ def test_every_unit_of_time_is_converted_exactly(unit, factor):
     profile = decode(file_of({**SAMPLED, "unit": unit, "weights": [90, 10]}))
 
     assert profile.total_value == 100 * factor
-    assert folded.encode(profile) == b"a;b 9\na;c 1\n"
+    assert folded.encode(Columns.of(profile)) == b"a;b 9\na;c 1\n"
 
 
 def test_weights_of_equal_length_are_one_sample_each():
@@ -74,7 +75,7 @@ def test_weights_without_a_unit_are_counts_of_samples():
 
     profile = reading.profile
     assert (profile.type, profile.unit, profile.total_value) == ("samples", "count", 100)
-    assert folded.encode(profile) == b"a;b 90\na;c 10\n"
+    assert folded.encode(Columns.of(profile)) == b"a;b 90\na;c 10\n"
     assert (reading.scale, reading.warnings) == (1, ())
 
 
@@ -82,7 +83,7 @@ def test_fractions_without_a_unit_keep_their_shares():
     """All are multiplied by one factor, which is said."""
     reading = read_bytes(file_of({**SAMPLED, "unit": "none", "weights": [0.4, 0.3]}))
 
-    assert folded.encode(reading.profile) == b"a;b 4\na;c 3\n"
+    assert folded.encode(Columns.of(reading.profile)) == b"a;b 4\na;c 3\n"
     assert reading.scale == 10
     assert "multiplied by 10" in reading.warnings[0]
 
@@ -103,7 +104,7 @@ def test_weights_in_bytes_stay_bytes():
     profile = decode(file_of({**SAMPLED, "unit": "bytes", "weights": [4096, 1024]}))
 
     assert (profile.type, profile.unit, profile.total_value) == ("space", "bytes", 5120)
-    assert folded.encode(profile) == b"a;b 4\na;c 1\n"
+    assert folded.encode(Columns.of(profile)) == b"a;b 4\na;c 1\n"
 
 
 def test_a_profile_in_another_unit_is_told_and_can_be_chosen():
@@ -127,7 +128,7 @@ def test_a_profile_in_another_unit_is_told_and_can_be_chosen():
 def test_both_sides_of_our_own_files_are_not_added_up():
     """A file of a comparison says so and asks which side."""
     before, after = some.sample_profile(), some.hostile_profile()
-    content = writer.encode_pair(before, after)
+    content = writer.encode_pair(Columns.of(before), Columns.of(after))
 
     with pytest.raises(ChoiceError, match="--side before"):
         decode(content)
@@ -240,7 +241,7 @@ json_values = st.recursive(
 @given(st.data())
 def test_any_json_in_any_place_is_a_profile_or_a_profile_error(data):
     """Foreign values of any type surface as nothing else."""
-    content = orjson.loads(writer.encode(some.sample_profile()))
+    content = orjson.loads(writer.encode(Columns.of(some.sample_profile())))
     place = content
     for _ in range(data.draw(st.integers(0, 4))):
         keys = list(place) if isinstance(place, dict) else list(range(len(place)))

@@ -2,6 +2,7 @@
 
 import pytest
 
+from storage.columns import Columns
 from storage.formats import folded
 from symbolizer.location import Kind, NamedLocation
 from tests.support import profiles as some
@@ -9,7 +10,7 @@ from tests.support import profiles as some
 
 def test_lines_are_root_first_with_flamegraph_marks():
     """One line per stack and comm, sorted, kernel, inlined and JIT frames marked."""
-    assert folded.encode(some.sample_profile()).decode().splitlines() == [
+    assert folded.encode(Columns.of(some.sample_profile())).decode().splitlines() == [
         "api;main;[libc.so.6] 1",
         "api;main;vfs_read_[k] 2",
         "api;main;work;clamp_[i] 5",
@@ -23,19 +24,21 @@ def test_labels_asked_for_are_the_first_frames():
     """`by` chooses the labels and their order; without any, stacks of all processes add up."""
     profile = some.sample_profile()
 
-    assert folded.encode(profile, by=("service", "pid")).startswith(b"api;77;main;")
-    assert folded.encode(profile, by=()).startswith(b"handler;handler 1\n")
-    assert folded.encode(profile, by=("pod",)) == folded.encode(profile, by=())
+    assert folded.encode(Columns.of(profile), by=("service", "pid")).startswith(b"api;77;main;")
+    assert folded.encode(Columns.of(profile), by=()).startswith(b"handler;handler 1\n")
+    assert folded.encode(Columns.of(profile), by=("pod",)) == folded.encode(
+        Columns.of(profile), by=()
+    )
 
 
 def test_a_stack_without_frames_is_still_counted():
     """A line needs a frame, so an empty stack gets one."""
-    assert folded.encode(some.build([({}, [], 3)])) == b"[unknown] 3\n"
+    assert folded.encode(Columns.of(some.build([({}, [], 3)]))) == b"[unknown] 3\n"
 
 
 def test_no_name_can_break_a_line():
     """Every hostile name becomes one line with one count, which any splitter finds at the end."""
-    text = folded.encode(some.hostile_profile()).decode()
+    text = folded.encode(Columns.of(some.hostile_profile())).decode()
 
     lines = text.removesuffix("\n").split("\n")
     assert len(lines) == len(some.HOSTILE_NAMES)
@@ -60,4 +63,4 @@ def test_a_line_cannot_be_taken_for_a_comment_or_for_two_counts(name, line):
     """What would be read as something else at a line's start or end is escaped."""
     place = NamedLocation(name, "", Kind.NATIVE, "", 0, 0)
 
-    assert folded.encode(some.build([({}, [place], 1)])) == line + b"\n"
+    assert folded.encode(Columns.of(some.build([({}, [place], 1)]))) == line + b"\n"

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from storage.formats import pprof, pprof_arrays
 from storage.formats.pprof_message import decompress
 from storage.hashing import Hasher
-from storage.profile import Accounting, Profile, ProfileError, SchemaError, Window, merge
+from storage.profile import Accounting, Profile, ProfileError, SchemaError, Window
 from symbolizer.location import (
     AddressLocation,
     ElfAddress,
@@ -168,7 +168,7 @@ def test_files_of_ours_that_another_tool_merged_add_up(go, tmp_path):
     go("tool", "pprof", "-symbolize=none", "-proto", "-output=both.pb.gz", "1.pb.gz", "2.pb.gz")
 
     both = pprof.decode((tmp_path / "both.pb.gz").read_bytes())
-    assert both == merge([first, second])
+    assert both == some.merge([first, second])
     assert both.accounting.mismatch == 0
 
 

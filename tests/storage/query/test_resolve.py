@@ -14,13 +14,13 @@ from profiler.comparison.comparison import Operand
 from profiler.comparison.verdict import NoiseSource
 from profiler.flamegraph import flamegraph
 from profiler.flamegraph.differential import Pair
-from profiler.flamegraph.paths import Group
+from profiler.flamegraph.stacks import Group
 from storage.columns import Columns
 from storage.hashing import Hasher
 from storage.merging import adopt_names, merge_columns
 from storage.objects.directory import DirectoryStore
 from storage.objects.tenant import TenantStore
-from storage.profile import NameRank, Profile, Window, merge
+from storage.profile import NameRank, Profile, Window
 from storage.query.query import Query
 from storage.query.resolve import resolve_columns
 from storage.selector import Selector
@@ -66,7 +66,7 @@ def minute(number: int, host: int, names, labels=LABELS) -> Profile:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
-def test_both_merges_keep_the_best_name_whatever_the_order(order):
+def test_a_merge_keeps_the_best_name_whatever_the_order(order):
     """A real name beats a bound, a bound beats none, and of two real names the later one stays."""
     bound = (bounded("api", Kind.NATIVE, ElfAddress(0x401200)),)
     old, new = (Frame("old", "api", Kind.NATIVE),), (Frame("new", "api", Kind.NATIVE),)
@@ -82,8 +82,9 @@ def test_both_merges_keep_the_best_name_whatever_the_order(order):
         nested = columns[0]
         for each in columns[1:]:
             nested = merge_columns([nested, each])
-        for merged in (merge(chosen), merge_columns(columns).profile(), nested.profile()):
-            names = some.named_locations(merged)
+        for merged in (merge_columns(columns), nested):
+            names = some.named_locations(merged.to_profile())
+            assert names == some.named_locations(some.merge(chosen))
             assert names[some.WORK] == some.named_locations(best)[some.WORK]
 
 
@@ -107,7 +108,7 @@ def test_names_are_ranked_by_arrays_as_by_frames(profiles, function, module):
 def test_adopted_names_are_those_of_the_merge(profiles):
     """Of every location, inlined calls and files included."""
     columns = [Columns.of(profile, HASHER) for profile in profiles]
-    merged = merge(profiles)
+    merged = some.merge(profiles)
     expected = {
         place: names
         for place, names in zip(merged.locations, merged.names, strict=True)
@@ -115,13 +116,24 @@ def test_adopted_names_are_those_of_the_merge(profiles):
     }
 
     every = np.concatenate([each.location_hashes for each in columns])
-    for resolved, mine in zip(resolve_columns(columns, HASHER), columns, strict=True):
-        adopted = adopt_names(mine, columns, every).profile()
-        assert adopted == mine.profile()
+    for resolved, mine in zip(resolve_columns(columns), columns, strict=True):
+        adopted = adopt_names(mine, columns, every).to_profile()
+        assert adopted == mine.to_profile()
         for place, names in some.named_locations(adopted).items():
             assert names == expected.get(place, names)
-        for place, names in some.named_locations(resolved.profile()).items():
+        for place, names in some.named_locations(resolved.to_profile()).items():
             assert [each[:3] for each in names] == [each[:3] for each in expected.get(place, names)]
+
+
+def test_a_line_that_became_known_is_no_change():
+    """As after the debug files were found: the function is the same, and so is every box of it."""
+    old = (Frame("work", "api", Kind.NATIVE),)
+    new = (Frame("work", "api", Kind.NATIVE, "api.c", 22),)
+    sides = [Columns.of(at(one(names), i)) for i, names in enumerate((old, new))]
+
+    for order in (sides, sides[::-1]):
+        for resolved in resolve_columns(order):
+            assert some.named_locations(resolved.to_profile())[some.WORK] == new
 
 
 def test_a_selection_has_the_names_that_only_other_rows_of_its_objects_know(tmp_path):
@@ -132,7 +144,7 @@ def test_a_selection_has_the_names_that_only_other_rows_of_its_objects_know(tmp_
     put(store, at(one(some.NAMES[some.WORK], labels=JOBS), 2, "web-2", "00112233445566bb"))
     query = Query(TenantStore(store), tmp_path / "cache")
 
-    profile = query.profile(minutes(0, 60), API).profile
+    profile = query.profile(minutes(0, 60), API).profile.to_profile()
 
     assert some.named_locations(profile)[some.WORK] == some.NAMES[some.WORK]
     functions = {row.frame.function for row in query.functions(minutes(0, 60), API).rows}
@@ -156,7 +168,7 @@ def test_a_location_is_one_function_in_all_that_is_shown_of_a_window(tmp_path):
         put(store, minute(number, 0, NAMED))
     expected: Counter[str] = Counter()
     for number in range(0, 120, 10):
-        for row in flamegraph.top_functions(minute(number, 0, NAMED)):
+        for row in flamegraph.top_functions(Columns.of(minute(number, 0, NAMED))):
             expected[row.frame.function] += row.self_samples
 
     for _ in range(2):  # the second time all of it is kept
@@ -228,8 +240,8 @@ def test_a_name_that_became_known_is_no_change(tmp_path, first_named, selector):
 
 def test_a_name_that_became_known_between_files_is_no_change():
     """Replicates recorded before a program's symbols were found, and after."""
-    before = [minute(number, 0, BOUNDED) for number in range(4)]
-    after = [minute(number, 0, NAMED) for number in range(4, 8)]
+    before = [Columns.of(minute(number, 0, BOUNDED)) for number in range(4)]
+    after = [Columns.of(minute(number, 0, NAMED)) for number in range(4, 8)]
 
     found = comparison.of_profiles(before, after)
 

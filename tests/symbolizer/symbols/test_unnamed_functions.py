@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from profiler.flamegraph import flamegraph
+from storage.columns import Columns
 from storage.profile import Accounting, ProfileBuilder
 from symbolizer.location import Frame, Kind, Miss
 from symbolizer.maps import Mapping, MappingTable
@@ -293,7 +294,7 @@ def test_addresses_of_an_unnamed_function_are_one_box(tmp_path, symbolizer, flag
     for place, frames in zip(places, symbolizer.names(places), strict=True):
         builder.add((), [builder.location(place, frames)], 1)
     profile = builder.build(WINDOW, Accounting(ticks=len(places), stored=len(places)))
-    graph = flamegraph.build(profile)
+    graph = flamegraph.build(Columns.of(profile))
 
     assert len(set(places)) == 3 * len(OWN)
     boxes = {graph.path(node) for node in range(1, len(graph))}

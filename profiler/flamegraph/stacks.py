@@ -1,0 +1,196 @@
+"""Stacks: those of profiles as numbers of boxes, which is all that is drawn of them.
+
+A box is (function, module, kind), or a line, file or module (`Group`). Boxes are told apart by
+arrays of numbers; only those that differ become a `Frame`, in the order of their names.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.columns import Columns, ShownFrames
+from storage.grouping import agree_on_files, distinct, group_keys, number_groups, ranges
+from storage.profile import Indices, Integers
+from symbolizer.location import Frame, Kind
+
+_PART_BOXES = 1 << 17
+"""Boxes processed together: their temporary arrays fit a CPU's cache, and an hour of a fleet does
+not take ten times its own memory."""
+
+_EMPTY = 0
+"""The number of the empty text, which is the first of all."""
+_UNKNOWN = "[unknown]"
+"""How the module is shown of frames that have none, if modules or files are shown."""
+
+
+class Group(StrEnum):
+    """What a box stands for. File and module boxes that follow each other directly become one."""
+
+    FUNCTION = "function"
+    LINE = "line"
+    FILE = "file"
+    MODULE = "module"
+
+
+class Part(NamedTuple):
+    """Some of the stacks. By box of them: its stack, counted within `rows`, and its depth."""
+
+    rows: slice
+    owner: Integers
+    within: Integers
+    place: Integers
+    """The index of the box in the array that all of them are in."""
+
+
+def split_parts(starts: Integers, ends: Integers) -> Iterator[Part]:
+    """Go through stacks, so many at a time that memory is bounded (but for one long stack)."""
+    lengths = ends - starts
+    past = np.cumsum(lengths)
+    first = 0
+    while first < len(lengths):
+        limit = past[first] - lengths[first] + _PART_BOXES
+        rows = slice(first, max(first + 1, int(np.searchsorted(past, limit, "right"))))
+        mine = lengths[rows]
+        owner = np.repeat(np.arange(len(mine)), mine)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(mine) - mine, mine)
+        yield Part(rows, owner, within, starts[rows][owner] + within)
+        first = rows.stop
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stacks:
+    """Stack i is `boxes[offsets[i]:offsets[i + 1]]`, root first: numbers of `frames`."""
+
+    frames: tuple[Frame, ...]
+    """In the order of their names."""
+    offsets: Integers
+    boxes: Indices
+
+    @classmethod
+    def of(cls, profiles: Sequence[Columns], group: Group) -> "Stacks":
+        """Return the stacks of all profiles, those of one after those of another."""
+        shown = ShownFrames.joined([each.shown_frames() for each in profiles])
+        frames, numbers = _number_boxes(shown, group)
+        first, per_location = shown.offsets[:-1], np.diff(shown.offsets)
+        lengths, boxes = [np.zeros(1, np.int64)], []
+        locations = 0
+        for each in profiles:
+            words, ends = each.stack_words, each.stack_offsets.astype(np.int64)
+            if locations:
+                words = words.astype(np.int64) + locations
+            if len(numbers) == len(first):
+                mine = numbers.take(words)
+            else:
+                # Each word becomes the boxes of its location: one, or several when inlined.
+                counts = per_location.take(words)
+                mine = numbers.take(ranges(first.take(words), counts))
+                ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])[ends]
+            lengths.append(np.diff(ends))
+            boxes.append(mine)
+            locations += len(each.locations)
+        stacks = cls(frames, np.concatenate(lengths).cumsum(), np.concatenate(boxes))
+        return stacks._without_repeats() if group in {Group.FILE, Group.MODULE} else stacks
+
+    def fingerprints(self) -> npt.NDArray[np.uint64]:
+        """Return a number by stack, the same for the same boxes in the same order.
+
+        The numbers are drawn anew each time, so that nobody can craft two stacks with the same one.
+        """
+        random = np.random.default_rng()
+        words = random.integers(2**64, size=len(self.frames), dtype=np.uint64)
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        longest = int((ends - starts).max(initial=0))
+        base = random.integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        powers = np.full(longest, base, dtype=np.uint64).cumprod(dtype=np.uint64)
+        found = np.zeros(len(starts), dtype=np.uint64)
+        for part in split_parts(starts, ends):
+            terms = words[self.boxes.take(part.place)] * powers[part.within]
+            sums = np.concatenate([np.zeros(1, np.uint64), terms.cumsum(dtype=np.uint64)])
+            last = (ends - starts)[part.rows].cumsum()
+            found[part.rows] = np.diff(sums[np.concatenate([np.zeros(1, np.int64), last])])
+        return found
+
+    def _without_repeats(self) -> "Stacks":
+        """Return the stacks with boxes that follow each other directly as one."""
+        if not len(self.boxes):
+            return self
+        differs = np.concatenate([[True], self.boxes[1:] != self.boxes[:-1]])
+        differs[self.offsets[:-1][np.diff(self.offsets) > 0]] = True
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(differs)])[self.offsets]
+        return Stacks(self.frames, offsets, self.boxes[differs])
+
+
+def _number_boxes(shown: ShownFrames, group: Group) -> tuple[tuple[Frame, ...], Indices]:
+    """Return the boxes in the order of their names, and the number of each shown frame's box.
+
+    The frames of each location come outermost first.
+    """
+    texts, numbers = _sort_texts(shown)
+    keys = _keys_of(shown, numbers, group, unknown=texts.index(_UNKNOWN))
+    firsts, order = group_keys(_combine(keys))
+    at = order[firsts]
+    boxes = [key[at] for key in keys]
+    if group is Group.LINE:
+        boxes[4] = shown.table[at, 4]
+    elif group is Group.FUNCTION:  # shown, but it tells no box apart
+        files = numbers[order, 3]
+        boxes[3] = np.maximum(agree_on_files(np.where(files == _EMPTY, -1, files), firsts), _EMPTY)
+    kinds = {i: Kind(texts[i]) for i in np.unique(boxes[2]).tolist()}
+    function, module, kind, file, line = (box.tolist() for box in boxes)
+    text = texts.__getitem__
+    fields = map(text, function), map(text, module), map(kinds.__getitem__, kind), map(text, file)
+    frames = tuple(map(Frame._make, zip(*fields, line, strict=True)))
+    of_frame = number_groups(firsts, order).astype(np.int32)
+    ends = np.repeat(shown.offsets[:-1] + shown.offsets[1:] - 1, np.diff(shown.offsets))
+    return frames, of_frame[ends - np.arange(len(ends))]
+
+
+def _sort_texts(shown: ShownFrames) -> tuple[list[str], Integers]:
+    """Return the texts in use, each once and sorted, and the numbers of those of each frame.
+
+    The empty text and that of unknown modules are among them.
+    """
+    used, which = distinct(shown.table[:, :4], len(shown.texts))
+    texts = [*shown.texts.take(used), b"", _UNKNOWN.encode()]
+    order = sorted(range(len(texts)), key=texts.__getitem__)  # UTF-8 sorts as the text does
+    is_new = [True, *(texts[i] != texts[j] for i, j in itertools.pairwise(order))]
+    numbers = np.empty(len(texts), dtype=np.int64)
+    numbers[order] = np.cumsum(is_new) - 1
+    return [texts[i].decode() for i in itertools.compress(order, is_new)], numbers[which]
+
+
+def _keys_of(
+    shown: ShownFrames, numbers: Integers, group: Group, unknown: int
+) -> tuple[Integers, ...]:
+    """Return what tells the box of each shown frame from others, in columns like those of Frame.
+
+    In boxes of files and modules an inlined call counts as the code it was inlined into.
+    """
+    function, module, kind, file = numbers.T
+    nothing = np.zeros_like(function)
+    if group is Group.FUNCTION:
+        return (function, module, kind, nothing, nothing)
+    if group is Group.LINE:
+        lines = np.unique(shown.table[:, 4], return_inverse=True)[1]
+        return (function, module, kind, file, lines)
+    outer = np.repeat(kind[shown.offsets[1:] - 1], np.diff(shown.offsets))
+    name = np.where(module == _EMPTY, unknown, module)
+    if group is Group.MODULE:
+        return (name, module, outer, nothing, nothing)
+    return (np.where(file == _EMPTY, name, file), module, outer, file, nothing)
+
+
+def _combine(columns: Sequence[Integers]) -> Integers:
+    """Return a number by line of these columns of 31 bits, in the same order as the lines."""
+    key = columns[0]
+    for column in columns[1:]:
+        width = int(column.max(initial=0)) + 1
+        if int(key.max(initial=0)) >= (1 << 62) // width:
+            key = np.unique(key, return_inverse=True)[1]
+        key = key * width + column
+    return key
