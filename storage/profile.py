@@ -19,7 +19,7 @@ are the events seen, and its `value` is what they stand for, as bytes or nanosec
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import NamedTuple, TypeVar
@@ -242,14 +242,6 @@ class Profile:
 
     __hash__ = None  # type: ignore[assignment]  # equal by content, and the content is arrays
 
-    def filter(self, keep: Callable[[Mapping[str, str]], bool]) -> "Profile":
-        """Return the rows whose labels `keep` accepts; the accounting stays that of all rows."""
-        kept = np.array([keep(dict(labels)) for labels in self.label_sets], dtype=bool)
-        chosen = np.flatnonzero(kept[self.row_labels])
-        builder = ProfileBuilder.like(self)
-        builder.add_rows(self, chosen, self.label_sets)
-        return builder.build(self.window, self.accounting)
-
     def group_by(self, names: Sequence[str]) -> "Profile":
         """Return the profile with only the labels in `names`; equal rows are added up."""
         wanted = set(names)
@@ -308,9 +300,6 @@ class ProfileBuilder:
         """Count a stack given as location numbers, root first; `value` defaults to its CPU time."""
         words = np.asarray(root_first, dtype=np.int32).tobytes()
         self._add(self._label_set(labels), words, samples, value)
-
-    def add_profile(self, other: Profile) -> None:
-        self.add_rows(other, np.arange(len(other.row_stacks)), other.label_sets)
 
     def add_rows(self, other: Profile, rows: Integers, label_sets: Sequence[Labels]) -> None:
         """Count chosen rows of another profile, with `label_sets` instead of its own."""
@@ -408,7 +397,7 @@ class ProfileBuilder:
 class NameRank(IntEnum):
     """How good the names of a location are. They hold for all of its history.
 
-    Of names for one location the best rank is kept, whether profiles or arrays are merged; of equal
+    Of names for one location the best rank is kept, wherever profiles are put together; of equal
     ranks the later ones (`named_second`), and of these the first that are merged. So a location
     that gets its name tomorrow has it in what was recorded today, too.
     """
@@ -459,24 +448,3 @@ def label_frames(label_sets: Iterable[Labels], by: Sequence[str]) -> list[tuple[
         tuple(Frame(labels.get(name) or f"[no {name}]", "", Kind.LABEL) for name in present)
         for labels in sets
     ]
-
-
-def merge(profiles: Iterable[Profile]) -> Profile:
-    """Return the sum of profiles: associative and commutative in counts, window and accounting.
-
-    Raises:
-        ValueError: there is no profile, or their types or units differ.
-    """
-    profiles = list(profiles)
-    if not profiles:
-        raise ValueError("cannot merge: no profile given")
-    first = profiles[0]
-    if any((p.type, p.unit) != (first.type, first.unit) for p in profiles):
-        raise ValueError("cannot merge: the profiles are of different types or units")
-    builder = ProfileBuilder(min(p.period_ns for p in profiles), first.type, first.unit)
-    window, accounting = first.window, Accounting()
-    for profile in profiles:
-        builder.add_profile(profile)
-        window = window.union(profile.window)
-        accounting = accounting.merge(profile.accounting)
-    return builder.build(window, accounting)

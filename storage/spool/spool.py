@@ -23,7 +23,7 @@ from storage.formats.pprof_comments import read_comments
 from storage.formats.pprof_message import SIZE_LIMIT_BYTES, decompress, message_class
 from storage.objects.directory import make_folder, sync_folder, write_synced
 from storage.objects.keys import DEFAULT_TENANT, LONGEST_WINDOW_S, NS_PER_S, ObjectKey, object_key
-from storage.profile import Loss, Profile, ProfileBuilder, ProfileError, add_counts, merge
+from storage.profile import Loss, Profile, ProfileBuilder, ProfileError, add_counts
 from storage.spool.upload_queue import (
     FOLDERS,
     GIVING_UP,
@@ -204,7 +204,8 @@ class Spool:
 
     def _carry(self, profile: Profile) -> None:
         if self._unwritten and _are_of_one_hour(self._unwritten[-1], profile):
-            profile = merge([self._unwritten.pop(), profile])  # one profile per hour in memory
+            # One profile per hour in memory.
+            profile = _join_tombstones(self._unwritten.pop(), profile)
         self._unwritten.append(profile)
 
     def _write_unwritten(self) -> None:
@@ -249,7 +250,7 @@ class Spool:
             if source is None or earlier is None:
                 continue
             if _are_of_one_hour(earlier, profile):
-                return merge([earlier, profile])
+                return _join_tombstones(earlier, profile)
             source.rename(spooled.path)
         return profile
 
@@ -321,6 +322,16 @@ class Spool:
         if reason != self._last_error:
             _log.warning("failed to write spool=%s error=%s", self._folder, error.strerror)
         self._last_error = reason
+
+
+def _join_tombstones(one: Profile, other: Profile) -> Profile:
+    """Add up what profiles without stacks hold: their windows and what they account for."""
+    return replace(
+        one,
+        period_ns=min(one.period_ns, other.period_ns),
+        window=one.window.union(other.window),
+        accounting=one.accounting.merge(other.accounting),
+    )
 
 
 def _hour(key: ObjectKey) -> tuple[str, int]:
