@@ -21,6 +21,7 @@ from profiler.service.merged import (
     PanelRequest,
     PathToNode,
     ProfileKey,
+    words_of,
 )
 from profiler.service.responses import NAMED_SERVICES, Empty
 from profiler.times import from_until
@@ -58,7 +59,7 @@ class Compared:
 
     @property
     def words(self) -> int:
-        return sum(len(each.stack_words) for each in (self.pair.before, self.pair.after))
+        return sum(words_of(each) for each in (self.pair.before, self.pair.after))
 
     def draw(
         self, request: PanelRequest, check: Check

@@ -19,6 +19,7 @@ from profiler.flamegraph.flamegraph import ROOT_ID, FlameGraph, Screen, draw
 from profiler.flamegraph.paths import Paths
 from profiler.flamegraph.stacks import Group, Stacks
 from profiler.flamegraph.views import NoSuchNodeError, View
+from storage.columns import Columns
 from storage.objects.tenant import TenantStore
 from storage.profile import Window
 from storage.query.query import EMPTY, Answer, Query
@@ -29,6 +30,8 @@ from symbolizer.location import Frame
 KEPT_WORDS = 6_000_000
 """Boxes of all stacks of the merged profiles that are kept, 12 to 20 bytes each with all that is
 made of them: four hours of a host. The last one used is kept whatever its size."""
+_LOCATION_WORDS = 30
+"""What a location takes with its names and its box: 530 bytes each in a profile of a million."""
 KEPT_VIEWS = 3
 """Paths kept per merged profile: each is as large as it."""
 KEPT_GRAPHS = 16
@@ -201,7 +204,7 @@ class MergedProfile:
 
     @property
     def words(self) -> int:
-        return len(self.answer.profile.stack_words)
+        return words_of(self.answer.profile)
 
     def select(self, selector: Selector) -> "MergedProfile":
         """Return the rows that a selector chooses, without reading or merging anything again."""
@@ -238,6 +241,11 @@ class MergedProfile:
         if self.stacks is None or self.stacks[0] is not group:
             self.stacks = (group, Stacks.of([self.answer.profile], group))
         return self.stacks[1]
+
+
+def words_of(profile: Columns) -> int:
+    """Return the room that a profile takes with what is made of it, in words of its stacks."""
+    return len(profile.stack_words) + _LOCATION_WORDS * len(profile.locations)
 
 
 ProfileKey = tuple[str, str, str]

@@ -133,6 +133,14 @@ def test_what_is_kept_may_be_used_and_dropped_by_many_threads(eager_threads):
     assert all(found)
 
 
+def test_locations_take_room_as_stacks_do(new_profiles):
+    """A profile of few stacks may name many locations, each as large as thirty words of stacks."""
+    merged = new_profiles().merge(ALL, go_on)
+
+    profile = merged.answer.profile
+    assert merged.words >= len(profile.stack_words) + 20 * len(profile.locations)
+
+
 def test_the_values_used_last_are_kept():
     """As many as there is room for, and one of any size."""
     kept: Kept[int, Sized] = Kept(limit_words=25)
