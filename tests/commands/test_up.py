@@ -97,7 +97,7 @@ def children_of(pid: int) -> dict[str, int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_bytes().rpartition(b")")[2].split()[1])
-            command = (folder / "cmdline").read_bytes().decode()
+            command = (folder / "cmdline").read_bytes().decode(errors="replace")
         except OSError:
             continue
         # Helpers as c++filt come and go.
