@@ -26,7 +26,7 @@ from profiler.flamegraph.differential import Pair
 from profiler.flamegraph.views import only_hosts
 from profiler.formats import export
 from profiler.formats.reading import OneSideError, ReadOptions
-from profiler.text import counted, fit, listed
+from profiler.text import counted, fit, listed, path_text
 from profiler.times import parse_window, rfc3339, whole_second
 from storage.columns import Columns
 from storage.merging import merge_columns
@@ -204,10 +204,10 @@ def _read_files(
             "cannot compare files with a window of the store: name the same on both sides"
         )
     if after:
-        return (
-            [Columns.of(read_file(file, options.reading)) for file in before],
-            [Columns.of(read_file(file, options.reading)) for file in after],
-        )
+        files = [*before, *after]
+        profiles = [Columns.of(read_file(file, options.reading)) for file in files]
+        _refuse_other_units(files, profiles)
+        return profiles[: len(before)], profiles[len(before) :]
     # What is wrong with a file is said once, although each side is read by itself.
     (file,) = before
     sides = [replace(options.reading, side=side) for side in ("before", "after")]
@@ -218,6 +218,16 @@ def _read_files(
             f"{file} holds one side: name both: everflame diff BEFORE... -- AFTER..."
         ) from error
     return [Columns.of(read[0])], [Columns.of(read[1])]
+
+
+def _refuse_other_units(files: Sequence[str], profiles: Sequence[Columns]) -> None:
+    first = profiles[0]
+    for file, profile in zip(files, profiles, strict=True):
+        if (profile.type, profile.unit) != (first.type, first.unit):
+            raise ComparisonError(
+                f"cannot compare {path_text(files[0])} ({first.unit} of {first.type}) with"
+                f" {path_text(file)} ({profile.unit} of {profile.type}): name files of one kind"
+            )
 
 
 def _of_store(

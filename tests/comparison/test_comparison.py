@@ -292,6 +292,19 @@ def test_a_pipeline_fails_for_what_became_slower_and_for_nothing_else(files):
     assert (same.returncode, same.stdout.splitlines()[0][:9]) == (0, "unchanged")
 
 
+def test_files_of_different_kinds_are_not_compared(files, tmp_path):
+    folded = tmp_path / "other.folded"
+    folded.write_text("main;work 100\n")
+
+    found = everflame(files, "old-0.pb.gz", "--", str(folded))
+
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == (
+        f"everflame: cannot compare old-0.pb.gz (nanoseconds of cpu) with {folded}"
+        " (count of samples): name files of one kind\n"
+    )
+
+
 def test_a_wider_gate_lets_it_through(files):
     found = everflame(files, *side("old"), "--", *side("new"), "--fail-over", "relative>=200%")
 
