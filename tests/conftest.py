@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -11,7 +12,7 @@ from playwright.sync_api import Browser
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.support.browser import View, chromium, visiting
+from tests.support.browser import CHROMIUM, View, chromium, visiting
 from tests.support.weed import Weed
 
 pytest_plugins = ["tests.support.javascript"]
@@ -48,8 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     missing = {}
     if os.geteuid() != 0:
         missing["kernel"] = "loading BPF programs needs root: run ./check"
-    if not shutil.which("chromium"):
-        missing["browser"] = "no chromium: install the package chromium"
+    if not shutil.which(CHROMIUM):
+        missing["browser"] = f"no browser: install the package {Path(CHROMIUM).name}"
     for item in items:
         for mark, reason in missing.items():
             if item.get_closest_marker(mark):

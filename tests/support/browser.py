@@ -23,6 +23,8 @@ from playwright.sync_api import Browser, Error, Locator, Page, Request, sync_pla
 
 from tests.support.live import wait_for
 
+CHROMIUM = "/usr/bin/chromium-headless-shell"
+"""Draws what Debian's `chromium` draws, in half the CPU time: it has no window of its own."""
 ARGUMENTS = (
     "--no-sandbox",  # tests run as root
     "--disable-background-networking",
@@ -140,9 +142,7 @@ FOCUSED = """() => {
 def chromium() -> Iterator[Browser]:
     """Run the distribution's browser, without a window."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium", args=list(ARGUMENTS)
-        )
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
         try:
             yield browser
         finally:
