@@ -536,8 +536,10 @@ def test_a_bucket_that_misbehaves_gets_everything_once_it_is_well(
     bucket: Weed, tmp_path: Path, answer: bytes, reason: str
 ) -> None:
     spool, errors = filled(tmp_path, *range(8)), []
+    # A bucket that answers is never asked twice because a busy machine made it late.
+    timeout_s = 0.2 if answer == Proxy.STALL else 30
     with Proxy(bucket.port) as proxy:
-        store = S3Store(BUCKET, tmp_path.name, proxy.endpoint, timeout_s=0.2)
+        store = S3Store(BUCKET, tmp_path.name, proxy.endpoint, timeout_s=timeout_s)
 
         def change(_: float) -> None:
             errors.append(str(read_state(spool)["last_error"]))
@@ -551,7 +553,9 @@ def test_a_bucket_that_misbehaves_gets_everything_once_it_is_well(
 
         assert stored(store) == once(*range(8))
         assert all(reason in error for error in errors[:2])
-        assert proxy.requests <= 2 * (4 + 1)
+        # botocore asks where the bucket is after a redirect, so that each attempt is two requests.
+        per_attempt = 2 if answer == REDIRECT else 1
+        assert proxy.requests <= 2 * (4 + 1) * per_attempt
 
 
 def test_a_bucket_that_goes_away_and_comes_back_gets_everything_once(tmp_path: Path) -> None:
