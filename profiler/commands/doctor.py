@@ -2,6 +2,8 @@
 
 Every check tries the thing itself where that is possible: it loads a program, opens an event,
 imports bcc. Only `fail` stops the sampler; `warn` costs names, accuracy or speed.
+
+The module is long because it is a list: one short function for each check, in the order of output.
 """
 
 import argparse
