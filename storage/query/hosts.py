@@ -12,23 +12,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
 
-from google.protobuf import message
-
-from storage.formats.pprof_comments import read_comments
-from storage.formats.pprof_message import SIZE_LIMIT_BYTES, decompress, message_class
+from storage.formats.pprof_head import read_head
 from storage.objects.keys import CPU, ObjectKey, ObjectStore, StoreError, content16
 from storage.objects.tenant import TenantStore
 from storage.profile import ProfileError
 from storage.query.listing import HOUR_NS
 
 _FETCHES = 8
-
-_LeanMessage: Any = message_class(
-    "everflame.hosts", unread=frozenset({"Sample", "Mapping", "Location", "Function"})
-)
-"""protobuf makes this class at run time, so it has no type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +140,6 @@ def _read_host_names(store: ObjectStore, key: ObjectKey) -> tuple[str, ...]:
     content = store.get(key.text)
     if content16(content) != key.content16:
         raise ProfileError("its content is not what its key says: it is damaged or cut short")
-    parsed = _LeanMessage()
-    try:
-        parsed.ParseFromString(decompress(content, SIZE_LIMIT_BYTES))
-    except message.DecodeError as error:
-        raise ProfileError("it is damaged") from error
-    strings = parsed.string_table
-    ours = read_comments(strings[i] for i in parsed.comment if 0 < i < len(strings))
+    ours = read_head(content).ours
     names = tuple(host.name for host in ours.accounting.hosts if host.name) if ours else ()
     return names or (key.host_id,)

@@ -14,13 +14,10 @@ import errno
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from google.protobuf import message
+from typing import NamedTuple
 
 from storage.formats import pprof
-from storage.formats.pprof_comments import read_comments
-from storage.formats.pprof_message import SIZE_LIMIT_BYTES, decompress, message_class
+from storage.formats.pprof_head import read_head
 from storage.objects.directory import make_folder, sync_folder, write_synced
 from storage.objects.keys import DEFAULT_TENANT, LONGEST_WINDOW_S, NS_PER_S, ObjectKey, object_key
 from storage.profile import Loss, Profile, ProfileBuilder, ProfileError, add_counts
@@ -37,7 +34,6 @@ from storage.spool.upload_queue import (
     start_of,
     usage,
 )
-from symbolizer.text import readable
 
 DEFAULT_LIMIT_BYTES = 512_000_000
 
@@ -50,11 +46,6 @@ written there."""
 _FULL_DISK_ATTEMPTS = 8
 """Profiles given up for a new one. More would not help: something else fills the disk."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-
-_LeanMessage: Any = message_class(
-    "everflame.spool", unread=frozenset({"Sample", "Mapping", "Location", "Function"})
-)
-"""protobuf makes this class at run time, so it has no type."""
 
 _log = logging.getLogger(__name__)
 
@@ -86,16 +77,9 @@ def tombstone(profile: Profile) -> Profile:
 
 def _read_tombstone(content: bytes) -> Profile:
     """Return the tombstone of an encoded profile; its stacks, the costly part, are not decoded."""
-    parsed = _LeanMessage()
-    try:
-        parsed.ParseFromString(decompress(content, SIZE_LIMIT_BYTES))
-    except message.DecodeError as error:
-        raise ProfileError("cannot read the spool: a file in it is damaged") from error
-    strings = parsed.string_table
-    ours = read_comments(strings[i] for i in parsed.comment if 0 < i < len(strings))
-    if ours is None or not 0 < parsed.period_type.unit < len(strings):
-        raise ProfileError("cannot read the spool: a file in it is not a profile of ours")
-    unit = readable(strings[parsed.period_type.unit])
+    ours, unit = read_head(content)
+    if ours is None or not unit:
+        raise ProfileError("it is not a profile of ours")
     stackless = ProfileBuilder(ours.period_ns, ours.type, unit)
     return tombstone(stackless.build(ours.window, ours.accounting))
 
