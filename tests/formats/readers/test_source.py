@@ -121,6 +121,16 @@ print((after - before) // 1024)
 """
 
 
+def check(file: Path) -> tuple[str, int]:
+    """Return what another process says of a file, and the memory that reading took, in MiB."""
+    result = subprocess.run(
+        [sys.executable, "-c", CHECK, file],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    message, cost_mib = result.stdout.strip().rsplit("\n", 1)
+    return message, int(cost_mib)
+
+
 @pytest.mark.parametrize(
     ("start", "unit"),
     [
@@ -139,13 +149,9 @@ def test_a_few_bytes_do_not_grow_into_gigabytes(tmp_path, start, unit):
     file.write_bytes(bomb(start, unit, 1_700_000_000))
     assert file.stat().st_size < 300_000
 
-    result = subprocess.run(
-        [sys.executable, "-c", CHECK, file],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3],
-    )  # fmt: skip
+    message, cost_mib = check(file)
 
-    message, cost_mib = result.stdout.strip().rsplit("\n", 1)
-    assert int(cost_mib) < 200
+    assert cost_mib < 200
     assert "bomb.gz: cannot read" in message
 
 
@@ -163,13 +169,9 @@ def test_distinct_stacks_are_bounded_by_the_size_on_disk(tmp_path, frames):
     file = tmp_path / "stacks.gz"
     file.write_bytes(distinct_stacks(frames))
 
-    result = subprocess.run(
-        [sys.executable, "-c", CHECK, file],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3],
-    )  # fmt: skip
+    message, cost_mib = check(file)
 
-    message, cost_mib = result.stdout.strip().rsplit("\n", 1)
-    assert int(cost_mib) < 200
+    assert cost_mib < 200
     assert "stacks.gz: cannot read it: the stacks and names in" in message
 
 
