@@ -1,0 +1,429 @@
+"""Readers: child processes that read files and processes of others for the sampler.
+
+`ask` returns at once; what was read arrives with a later `poll`, which calls back. A child that
+takes too much memory or CPU time, hangs or crashes costs the item that it was reading, and another
+child takes its place. One that cannot even be killed, because a file system does not answer, is
+left behind. Children exit when nothing was asked for a while.
+"""
+
+import enum
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from profiler.agent.reader import LONGEST_MESSAGE_BYTES
+
+log = logging.getLogger(__name__)
+
+KINDS = "profiler.agent.reader_kinds"
+_CHILDREN = max(2, min(4, os.cpu_count() or 1))
+_BATCH = 32
+_IDLE_S = 20.0
+_SECOND_AFTER_S = 0.02
+"""Another child is started when something has waited for so long: most are answered earlier."""
+_LOOK_S = 0.5
+_HANGS_AFTER_S = 2.0
+"""A child that has used no CPU time for so long, and does not wait for a CPU, hangs."""
+_ITEM_S = 30.0
+"""An item takes two seconds of CPU time at most; a busy host takes longer for them."""
+_SET_ASIDE_S = 60.0
+_LONGEST_ASIDE_S = 3600.0
+_MAX_GROUPS = 1024
+_MAX_LEFT_BEHIND = 16
+"""Children that cannot be killed. Beyond it nothing is read until one of them is gone."""
+_BUDGET_S, _BUDGET_SHARE = 30.0, 0.05
+"""CPU time that readers may use at once, and the share of one CPU by which it grows again."""
+_START_PAUSE_S = 1.0
+
+
+class Failure(enum.StrEnum):
+    """Why there is no result."""
+
+    ERROR = "error"
+    """The reader raised an exception."""
+    MEMORY = "memory"
+    TIME = "time"
+    """It took more CPU time than an item may."""
+    HUNG = "hung"
+    CRASHED = "crashed"
+    SET_ASIDE = "set_aside"
+    """Something of the same group hung a while ago."""
+
+
+class Answer(NamedTuple):
+    """What became of an item: a result, or the failure."""
+
+    result: Any = None
+    failure: Failure | None = None
+
+
+Take = Callable[[Answer], None]
+
+
+class _Item(NamedTuple):
+    kind: str
+    values: Mapping[str, Any]
+    take: Take
+    group: str
+    asked_s: float
+
+
+class Readers:
+    """Asks reader children. Not to be used from several threads at once.
+
+    Attributes:
+        failures: how many items failed, by Failure.
+        cpu_ns: what the children have used so far.
+        answered: how many items were answered.
+        left_behind: how many children hang so that they cannot be killed.
+    """
+
+    def __init__(self, cache: Path, *, kinds: str = KINDS, children: int = _CHILDREN) -> None:
+        """Start nothing yet. `kinds` is the module that defines what can be asked for."""
+        self.failures: Counter[Failure] = Counter()
+        self.cpu_ns = 0
+        self.answered = 0
+        self._cache = cache
+        self._kinds = kinds
+        self._limit = children
+        self._waiting: tuple[deque[_Item], ...] = (deque(), deque(), deque())
+        self._children: dict[int, _Child] = {}
+        self._left: list[subprocess.Popen[bytes]] = []
+        self._groups: dict[str, _Group] = {}
+        self._epoll = select.epoll()
+        self._pause_until_s = 0.0
+        self._budget_s, self._budget_at_s = _BUDGET_S, time.monotonic()
+
+    def fileno(self) -> int:
+        """Return a descriptor that becomes readable when there are answers."""
+        return self._epoll.fileno()
+
+    @property
+    def is_idle(self) -> bool:
+        return not any(self._waiting) and all(child.is_idle for child in self._children.values())
+
+    @property
+    def left_behind(self) -> int:
+        return len(self._left)
+
+    def status(self) -> dict[str, int]:
+        """Return what the agent's status shows of them."""
+        return {
+            "children": len(self._children),
+            "waiting": sum(map(len, self._waiting)),
+            "answered": self.answered,
+            "left_behind": self.left_behind,
+            "cpu_ns": self.cpu_ns,
+            **{f"failed_{failure}": number for failure, number in self.failures.items()},
+        }
+
+    def ask(
+        self, kind: str, values: Mapping[str, Any], take: Take, *, turn: int = 1, group: str = ""
+    ) -> None:
+        """Ask for something. `take` is called with the Answer, in a later `poll`.
+
+        `turn` is 0 for what comes first, 2 for what comes last. When an item hangs, others of its
+        `group`, as those on the same file system, are not read for a while.
+        """
+        self._waiting[turn].append(_Item(kind, values, take, group, time.monotonic()))
+        self._hand_out()
+
+    def poll(self) -> None:
+        """Call back with what has been answered, and look after the children."""
+        for fd, _ in self._epoll.poll(0):
+            child = self._children.get(fd)
+            if child is not None:
+                self._take_from(child)
+        now_s = time.monotonic()
+        for child in list(self._children.values()):
+            if child.is_idle:
+                if now_s - child.since_s > _IDLE_S:
+                    self._end(child)
+            elif child.hangs(now_s):
+                self._fail(child, Failure.HUNG)
+        self._left = [left for left in self._left if left.poll() is None]
+        self._hand_out()
+
+    def wait(self, until_s: float, is_done: Callable[[], bool]) -> bool:
+        """Poll until `is_done` or until `time.monotonic()` = `until_s`; return whether it is."""
+        while not is_done():
+            left_s = until_s - time.monotonic()
+            if left_s <= 0 or self.is_idle:
+                return is_done()
+            select.select([self._epoll], [], [], min(left_s, 0.05))
+            self.poll()
+        return True
+
+    def close(self) -> None:
+        for child in list(self._children.values()):
+            self._kill(child)
+        self._left = [left for left in self._left if left.poll() is None]
+        self._epoll.close()
+
+    def _take_from(self, child: "_Child") -> None:
+        is_open = child.receive()
+        for message in child.messages():
+            if "cpu_ns" in message:
+                self._count(child.used(message["cpu_ns"] / 1e9))
+                child.rest()
+                if message["is_last"]:
+                    self._end(child)
+                    return
+                continue
+            item = child.answered()
+            if item is None:  # an answer to nothing: it is not itself any more
+                self._fail(child, Failure.CRASHED)
+                return
+            self.answered += 1
+            if "error" in message:
+                is_memory = message["error"] == MemoryError.__name__
+                log.debug("cannot read kind=%s: %s", item.kind, message["error"])
+                self._call(item, failure=Failure.MEMORY if is_memory else Failure.ERROR)
+            else:
+                self._call(item, result=message.get("result"))
+        if not is_open:
+            self._fail(child, None)
+
+    def _call(self, item: _Item, *, result: Any = None, failure: Failure | None = None) -> None:
+        if failure is not None:
+            self.failures[failure] += 1
+        item.take(Answer(result, failure))
+
+    def _fail(self, child: "_Child", failure: Failure | None) -> None:
+        """Give up a child and the item that it was reading; the others are asked again."""
+        self._kill(child)
+        self._count(child.used(child.cpu_s))
+        if failure is None:
+            failure = Failure.TIME if child.process.returncode == -signal.SIGPROF else None
+            failure = failure or Failure.CRASHED
+        items = child.unanswered()
+        if not items:
+            return
+        failed, *rest = items
+        log.warning("a reader failed kind=%s cause=%s", failed.kind, failure)
+        if failure == Failure.HUNG and failed.group:
+            self._set_aside(failed.group)
+        for item in reversed(rest):
+            self._waiting[0].appendleft(item)
+        self._call(failed, failure=failure)
+
+    def _set_aside(self, group: str) -> None:
+        before = self._groups.pop(group, None)
+        pause_s = min(2 * before.pause_s, _LONGEST_ASIDE_S) if before else _SET_ASIDE_S
+        self._groups[group] = _Group(time.monotonic() + pause_s, pause_s)
+        if len(self._groups) > _MAX_GROUPS:
+            del self._groups[next(iter(self._groups))]
+
+    def _count(self, cpu_s: float) -> None:
+        self.cpu_ns += round(cpu_s * 1e9)
+        self._budget_s -= cpu_s
+
+    def _may_spend(self) -> bool:
+        now_s = time.monotonic()
+        grown_s = (now_s - self._budget_at_s) * _BUDGET_SHARE
+        self._budget_s, self._budget_at_s = min(_BUDGET_S, self._budget_s + grown_s), now_s
+        return self._budget_s > 0
+
+    def _hand_out(self) -> None:
+        now_s = time.monotonic()
+        while any(self._waiting) and self._may_spend():
+            child = next((child for child in self._children.values() if child.is_idle), None)
+            if child is None:
+                child = self._start(now_s)
+            if child is None:
+                return
+            batch = list(self._next_batch(now_s))
+            if batch and not child.ask(batch):
+                self._fail(child, None)
+
+    def _next_batch(self, now_s: float) -> Iterator[_Item]:
+        """Take items of one kind, those that wait longest, out of the first turn that has any."""
+        kind, taken = "", 0
+        for waiting in self._waiting:
+            while waiting and taken < _BATCH and kind in ("", waiting[0].kind):
+                item = waiting.popleft()
+                group = self._groups.get(item.group)
+                if group is not None and group.until_s > now_s:
+                    self._call(item, failure=Failure.SET_ASIDE)
+                    continue
+                kind, taken = item.kind, taken + 1
+                yield item
+            if taken:
+                return
+
+    def _start(self, now_s: float) -> "_Child | None":
+        oldest_s = min(waiting[0].asked_s for waiting in self._waiting if waiting)
+        if (
+            len(self._children) >= self._limit
+            or (self._children and now_s - oldest_s < _SECOND_AFTER_S)
+            or now_s < self._pause_until_s
+            or len(self._left) >= _MAX_LEFT_BEHIND
+        ):
+            return None
+        try:
+            child = _Child(self._kinds, self._cache)
+        except OSError as error:
+            log.warning("cannot start a reader: %s", error.strerror)
+            self._pause_until_s = now_s + _START_PAUSE_S
+            return None
+        self._children[child.fileno()] = child
+        self._epoll.register(child.fileno(), select.EPOLLIN)
+        return child
+
+    def _end(self, child: "_Child") -> None:
+        """Let a child exit by itself."""
+        self._forget(child)
+        self._left.append(child.process)
+
+    def _kill(self, child: "_Child") -> None:
+        self._forget(child)
+        child.look()
+        child.process.kill()
+        try:
+            child.process.wait(0.05)
+        except subprocess.TimeoutExpired:  # it waits for a file system that does not answer
+            self._left.append(child.process)
+
+    def _forget(self, child: "_Child") -> None:
+        self._epoll.unregister(child.fileno())
+        del self._children[child.fileno()]
+        child.close()
+
+
+class _Group(NamedTuple):
+    until_s: float
+    pause_s: float
+
+
+class _Child:
+    """One reader, and the items that it was asked for and has not answered."""
+
+    def __init__(self, kinds: str, cache: Path) -> None:
+        self._ours, theirs = socket.socketpair()
+        self._received = bytearray()
+        self._items: deque[_Item] = deque()
+        self._is_asked = False
+        self.since_s = self._progress_s = self._looked_s = time.monotonic()
+        self.cpu_s = self._counted_s = 0.0
+        with theirs:
+            try:
+                self.process = subprocess.Popen(
+                    [
+                        *(sys.executable, "-P", "-m", "profiler.agent.reader"),
+                        *(str(theirs.fileno()), kinds, str(cache)),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    process_group=0,  # a Ctrl-C is for who waits for it
+                    env={
+                        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+                        "LC_ALL": "C.UTF-8",
+                        "OPENBLAS_NUM_THREADS": "1",
+                        "PYTHONPATH": str(Path(__file__).parent.parent.parent),
+                        "PYTHONDONTWRITEBYTECODE": "1" if sys.dont_write_bytecode else "",
+                    },
+                )
+            except OSError:
+                self._ours.close()
+                raise
+
+    def fileno(self) -> int:
+        return self._ours.fileno()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._is_asked
+
+    def ask(self, items: list[_Item]) -> bool:
+        """Send items of one kind; return whether the child takes them."""
+        request = {"kind": items[0].kind, "items": [item.values for item in items]}
+        content = json.dumps(request).encode()
+        self._items.extend(items)
+        self._is_asked = True
+        self.since_s = self._progress_s = self._looked_s = time.monotonic()
+        self._ours.settimeout(1.0)
+        try:
+            self._ours.sendall(len(content).to_bytes(4, "little") + content)
+        except OSError:
+            return False
+        return True
+
+    def receive(self) -> bool:
+        """Take in what has arrived; return whether the child still runs."""
+        self._ours.setblocking(False)
+        try:
+            while part := self._ours.recv(1 << 20):
+                self._received += part
+                if len(self._received) > 2 * LONGEST_MESSAGE_BYTES:
+                    return False
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """Return the whole messages that have arrived; one that cannot be read ends them."""
+        while len(self._received) >= 4:
+            size = int.from_bytes(self._received[:4], "little")
+            if len(self._received) < 4 + size:
+                return
+            content = bytes(self._received[4 : 4 + size])
+            del self._received[: 4 + size]
+            self._progress_s = time.monotonic()
+            try:
+                message = json.loads(content)
+            except (ValueError, RecursionError):
+                message = None
+            yield message if isinstance(message, dict) else {"error": "unreadable"}
+
+    def answered(self) -> _Item | None:
+        return self._items.popleft() if self._items else None
+
+    def unanswered(self) -> list[_Item]:
+        items = list(self._items)
+        self._items.clear()
+        return items
+
+    def used(self, cpu_s: float) -> float:
+        """Return the CPU time since the last call, from its CPU time so far."""
+        since_s, self._counted_s = max(0.0, cpu_s - self._counted_s), cpu_s
+        return since_s
+
+    def rest(self) -> None:
+        self._is_asked = False
+        self.since_s = time.monotonic()
+
+    def hangs(self, now_s: float) -> bool:
+        """Return whether it makes no progress; to be called now and then while it is asked."""
+        if now_s - self._looked_s < _LOOK_S:
+            return False
+        self._looked_s = now_s
+        before_s = self.cpu_s
+        if self.look() or self.cpu_s != before_s:
+            self.since_s = now_s
+        return now_s - self.since_s > _HANGS_AFTER_S or now_s - self._progress_s > _ITEM_S
+
+    def look(self) -> bool:
+        """Read its CPU time; return whether it runs or waits for a CPU."""
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_bytes()
+        except OSError:
+            return False
+        fields = stat.rpartition(b")")[2].split()
+        self.cpu_s = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        return fields[0] == b"R"
+
+    def close(self) -> None:
+        self._ours.close()

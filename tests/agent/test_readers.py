@@ -1,0 +1,155 @@
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from profiler.agent.readers import Answer, Failure, Readers
+
+KINDS = "tests.support.reader_kinds"
+
+
+@pytest.fixture
+def readers(tmp_path: Path) -> Iterator[Readers]:
+    readers = Readers(tmp_path, kinds=KINDS, children=2)
+    yield readers
+    readers.close()
+
+
+class Asked:
+    """Asks, and keeps the answers by the values that were asked with."""
+
+    def __init__(self, readers: Readers) -> None:
+        self.readers = readers
+        self.answers: list[tuple[str, Answer]] = []
+        self.number = 0
+
+    def ask(
+        self, kind: str, name: str = "", *, turn: int = 1, group: str = "", **values: Any
+    ) -> None:
+        self.number += 1
+        name = name or kind
+        self.readers.ask(
+            kind, values, lambda answer: self.answers.append((name, answer)), turn=turn, group=group
+        )
+
+    def wait(self, timeout_s: float = 30) -> dict[str, Answer]:
+        deadline_s = time.monotonic() + timeout_s
+        done = self.readers.wait(deadline_s, lambda: len(self.answers) == self.number)
+        assert done, f"{len(self.answers)} of {self.number} answers"
+        return dict(self.answers)
+
+
+@pytest.fixture
+def asked(readers: Readers) -> Asked:
+    return Asked(readers)
+
+
+def test_items_are_answered_with_what_was_read(asked: Asked, tmp_path: Path) -> None:
+    """Each item gets its own answer; the children know the cache and run nothing when idle."""
+    for number in range(100):
+        asked.ask("echo", f"{number}", say=f"{number} \udcff")
+
+    answers = asked.wait()
+
+    assert [answers[f"{n}"].result["said"] for n in range(100)] == [
+        f"{n} \udcff" for n in range(100)
+    ]
+    assert answers["0"].result["cache"] == str(tmp_path)
+    assert asked.readers.answered == 100
+    assert asked.readers.cpu_ns > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "failure"),
+    [
+        ("raise", {}, Failure.ERROR),
+        ("fill", {"bytes": 1 << 30}, Failure.MEMORY),
+        ("spin", {}, Failure.TIME),
+        ("die", {}, Failure.CRASHED),
+    ],
+)
+def test_an_item_that_fails_costs_no_other_item(
+    asked: Asked, kind: str, values: dict[str, int], failure: Failure
+) -> None:
+    """What was asked for together with it is read by another child."""
+    asked.ask("echo", "before", say="before")
+    asked.ask(kind, **values)
+    asked.ask("echo", "after", say="after")
+
+    answers = asked.wait()
+
+    assert answers[kind] == Answer(None, failure)
+    assert answers["before"].result["said"] == "before"
+    assert answers["after"].result["said"] == "after"
+    assert asked.readers.failures == {failure: 1}
+
+
+def test_a_reader_that_hangs_is_replaced_and_its_group_set_aside(
+    asked: Asked, tmp_path: Path
+) -> None:
+    """Opening a FIFO that nobody writes to waits for ever."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_text("content")
+
+    asked.ask("open", "hung", group="slow", path=str(tmp_path / "fifo"))
+    first = asked.wait()
+    asked.ask("open", "same group", group="slow", path=str(tmp_path / "file"))
+    asked.ask("open", "other group", group="fast", path=str(tmp_path / "file"))
+    answers = asked.wait()
+
+    assert first["hung"] == Answer(None, Failure.HUNG)
+    assert answers["same group"] == Answer(None, Failure.SET_ASIDE)
+    assert answers["other group"] == Answer("content")
+
+
+def test_readers_have_few_privileges_and_no_network(asked: Asked) -> None:
+    """They keep what reading needs, besides standard streams and their socket no descriptor."""
+    asked.ask("privileges")
+
+    found = asked.wait()["privileges"].result
+
+    assert set(found["interfaces"]) <= {"lo"}
+    assert not found["new_privileges"]
+    reading = {2, 19, 40}
+    assert {bit for bit in range(64) if found["effective"] >> bit & 1} <= reading
+    assert {bit for bit in range(64) if found["permitted"] >> bit & 1} <= reading
+    assert found["nice"] >= 5
+    assert len(found["descriptors"]) <= 5  # the fifth is that of the listing
+
+
+def test_a_child_that_has_grown_is_replaced(asked: Asked) -> None:
+    """Python returns little memory: what a large file needed must not stay."""
+    asked.ask("echo", "before", say="")
+    before = asked.wait()["before"].result["pid"]
+    asked.ask("grow", bytes=200 << 20)
+    asked.wait()
+    asked.ask("echo", "after", say="")
+
+    assert asked.wait()["after"].result["pid"] != before
+
+
+def test_children_end_with_their_parent(tmp_path: Path) -> None:
+    """A killed agent leaves no reader behind."""
+    script = (
+        "import sys, time; from pathlib import Path\n"
+        "from profiler.agent.readers import Readers\n"
+        f"r = Readers(Path(sys.argv[1]), kinds={KINDS!r})\n"
+        "a = []\n"
+        "r.ask('echo', {'say': ''}, a.append); r.wait(time.monotonic() + 30, lambda: a)\n"
+        "print(a[0].result['pid'], flush=True); time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        parent.kill()
+
+    deadline_s = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{pid}").exists()

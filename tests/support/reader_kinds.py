@@ -1,0 +1,47 @@
+"""Kinds of items that the tests of readers ask for: each does something to its reader."""
+
+import os
+import resource
+import signal
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from profiler.agent.reader import Read
+
+
+def kinds(cache: Path) -> Mapping[str, Read]:
+    return {
+        "echo": lambda values: {"said": values["say"], "pid": os.getpid(), "cache": str(cache)},
+        "open": lambda values: Path(values["path"]).read_text(),
+        "spin": lambda _: _spin(),
+        "fill": lambda values: len(bytes(values["bytes"])),
+        "raise": lambda _: 1 // 0,
+        "die": lambda _: os.kill(os.getpid(), signal.SIGSEGV),
+        "grow": lambda values: _touch(values["bytes"]),
+        "privileges": lambda _: _privileges(),
+    }
+
+
+def _spin() -> None:
+    while True:
+        pass
+
+
+def _touch(size: int) -> int:
+    content = bytearray(size)
+    content[:: resource.getpagesize()] = b"x" * len(content[:: resource.getpagesize()])
+    return len(content)
+
+
+def _privileges() -> dict[str, Any]:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {
+        "interfaces": [name for _, name in socket.if_nameindex()],
+        "effective": int(status["CapEff"], 16),
+        "permitted": int(status["CapPrm"], 16),
+        "new_privileges": status["NoNewPrivs"].strip() == "0",
+        "nice": os.nice(0),
+        "descriptors": sorted(int(each.name) for each in Path("/proc/self/fd").iterdir()),
+    }
