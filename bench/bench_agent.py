@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench_cost import START_UP_S, find_program, read
+from bench_cost import START_UP_S, Reading, find_program, read
 from load import ten_programs
 from serving import EVERFLAME, all_pids, pss_mb, rss_mb, show
 
@@ -32,6 +32,12 @@ def child_of(pid: int) -> int:
     return next(child for child, name in names.items() if b"profiler.agent.uploader" in name)
 
 
+def read_both(agent: int, uploader: int, program: int) -> tuple[Reading, Reading]:
+    """Read the sampler with its readers, and the uploader."""
+    own = set(all_pids(agent)) - set(all_pids(uploader))
+    return read(own, program), read([uploader], program)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--windows", type=int, default=2)
@@ -45,9 +51,9 @@ def main() -> int:
                 program = find_program(agent.pid)
                 time.sleep(START_UP_S)
                 uploader = child_of(agent.pid)
-                first, first_other = read(agent.pid, program), read(uploader, program)
+                first, first_other = read_both(agent.pid, uploader, program)
                 time.sleep(windows * WINDOW_S)
-                last, last_other = read(agent.pid, program), read(uploader, program)
+                last, last_other = read_both(agent.pid, uploader, program)
                 rss, peak = rss_mb(agent.pid), rss_mb(agent.pid, "VmHWM")
                 pss = sum(map(pss_mb, all_pids(agent.pid)))
             finally:
@@ -66,13 +72,13 @@ def main() -> int:
     bpf = 100 * (last.bpf_s - first.bpf_s) / span
     mean_size = sum(sizes) / len(sizes)
     rows = [
-        ("steady CPU, sampler", own, "% of one CPU", None),
+        ("steady CPU, sampler and readers", own, "% of one CPU", None),
         ("steady CPU, uploader", other, "% of one CPU", None),
         ("steady CPU, BPF", bpf, "% of one CPU", None),
         ("steady CPU in all", own + other + bpf, "% of one CPU", 1.0),
-        ("sampler, RSS", rss, "MB", 60.0),
+        ("sampler, RSS", rss, "MB", 50.0),
         ("sampler, peak RSS", peak, "MB", None),
-        ("all processes, PSS", pss, "MB", 120.0),
+        ("all processes, PSS", pss, "MB", 100.0),
         ("an object of a minute", mean_size / 1e3, "kB", None),
         ("a core and day", mean_size * 86400 / WINDOW_S / counts.cpus / 1e6, "MB", None),
         ("lost", sum(counts.lost.values()), "samples", 0),

@@ -21,6 +21,7 @@ _NR_BPF = {"x86_64": 321, "aarch64": 280}
 
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE = 0, 1, 2
 _PROG_LOAD, _PROG_BY_ID, _OBJ_GET_INFO, _RAW_TRACEPOINT_OPEN = 5, 13, 15, 17
+_PROG_GET_NEXT_ID, _MAP_GET_NEXT_ID = 11, 12
 _LOOKUP_AND_DELETE_BATCH, _UPDATE_BATCH, _ENABLE_STATS = 25, 26, 32
 
 MAP_TYPE_ARRAY = 2
@@ -115,6 +116,28 @@ def program_by_id(program_id: int) -> int:
     """Return a descriptor of a program that somebody else has loaded."""
     attr = struct.pack("<III", program_id, 0, 0)
     return _bpf(_PROG_BY_ID, attr, f"open the BPF program {program_id}")
+
+
+def program_ids() -> list[int]:
+    """Return the ids of all BPF programs of this host, of whomever."""
+    return list(_ids(_PROG_GET_NEXT_ID))
+
+
+def map_ids() -> list[int]:
+    """Return the ids of all BPF maps of this host, of whomever."""
+    return list(_ids(_MAP_GET_NEXT_ID))
+
+
+def _ids(command: int) -> Iterator[int]:
+    number = 0
+    while True:
+        _, error, attr = _call(command, struct.pack("<III", number, 0, 0))
+        if error == errno.ENOENT:
+            return
+        if error:
+            raise SyscallError("list BPF programs or maps", error)
+        (number,) = struct.unpack_from("<I", attr, 4)
+        yield number
 
 
 class ProgramInfo:
