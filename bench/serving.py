@@ -100,8 +100,10 @@ def _wait_for_url(said: Path, process: subprocess.Popen[bytes]) -> str:
 
 def all_pids(pid: int) -> list[int]:
     """Return a process and all that descend from it."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    children = [child for task in tasks for child in task.read_text().split()]
+    children = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            children += task.read_text().split()
     return [pid, *(each for child in children for each in all_pids(int(child)))]
 
 
@@ -114,5 +116,10 @@ def rss_mb(pid: int, field: str = "VmRSS") -> float:
 
 
 def _kilobytes(file: str, name: str) -> int:
-    match = re.search(rf"^{name}:\s+(\d+) kB$", Path(file).read_text(), re.MULTILINE)
+    """Return a field of a file in /proc; 0 for a process that has ended."""
+    try:
+        text = Path(file).read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    match = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
     return int(match[1]) if match else 0
