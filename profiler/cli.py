@@ -22,7 +22,7 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TextIO
 
 COMMANDS = {
     "record": "sample this machine, some processes or a command, and write a profile",
@@ -47,6 +47,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. No traceback without --debug."""
     _replace_closed_streams()
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _messages()
     try:
         try:
             return _run(argv)
@@ -86,6 +88,27 @@ def _run(argv: Sequence[str] | None) -> int:
         return 2
 
 
+class _Messages(io.FileIO):
+    """Standard error as a file that drops what cannot be written: messages stop no command.
+
+    The terminal may have gone (EIO), the reader of a pipe (EPIPE), or the disk may be full.
+    """
+
+    def write(self, content: Any) -> int:
+        try:
+            written = super().write(content)
+        except OSError:
+            written = None
+        return len(content) if written is None else written
+
+
+def _messages() -> TextIO:
+    raw = _Messages(2, "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), sys.stderr.encoding, "backslashreplace", line_buffering=True
+    )
+
+
 class _ClosedOutput(io.TextIOBase):
     """Standard output that the caller has closed: only what writes to it fails."""
 
@@ -100,12 +123,12 @@ class _ClosedOutput(io.TextIOBase):
 def _replace_closed_streams() -> None:
     """Stand in for streams that the caller has closed (`>&-`), which Python shows as None.
 
-    Their descriptors are taken, or the next file to be opened would get one. Messages are dropped
-    if stderr is closed: `print` writes them to stdout otherwise.
+    Their descriptors are taken, here and in child processes, or the next file to be opened would
+    get one. Messages are dropped if stderr is closed: `print` writes them to stdout otherwise.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if stream is None:
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stdout is None:
         sys.stdout = _ClosedOutput()
     if sys.stderr is None:

@@ -11,11 +11,16 @@ from collections import deque
 from types import FrameType, TracebackType
 from typing import Self
 
-ENDING = frozenset({signal.SIGINT, signal.SIGTERM})
+ENDING = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
+"""Those that ask to end: of a service manager, of Ctrl-C, of a terminal or ssh connection that has
+gone."""
 
 
 class Signals:
-    """Takes SIGINT, SIGTERM and SIGCHLD for as long as its block lasts. One at a time."""
+    """Takes the signals that ask to end, and SIGCHLD, for as long as its block lasts.
+
+    One at a time. SIGHUP that was ignored before stays so: nohup(1) has asked for that.
+    """
 
     def __init__(self) -> None:
         self._met: deque[signal.Signals] = deque()
@@ -28,6 +33,8 @@ class Signals:
             poll.register(self._wakes, select.POLLIN)
         self._wakeup_before = signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._note) for number in self._numbers}
+        if self._before[signal.SIGHUP] == signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
     @property
@@ -47,7 +54,7 @@ class Signals:
         os.close(self._wakes)
         os.close(self._woken)
 
-    _numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+    _numbers = (*sorted(ENDING), signal.SIGCHLD)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._met.append(signal.Signals(number))

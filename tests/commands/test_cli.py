@@ -208,6 +208,14 @@ def test_nothing_but_data_is_on_stdout_if_stderr_is_closed(folded: Path) -> None
     assert (child.returncode, child.stdout) == (0, "main;work 100\n")
 
 
+def test_messages_that_cannot_be_written_stop_nothing(folded: Path) -> None:
+    """A terminal that has gone, a full disk, a pipe that nobody reads: the command goes on."""
+    child = shell("$E export in.folded -o out.folded -o x.svg 2> /dev/full; echo $?", folded.parent)
+
+    assert child.stdout == "0\n"
+    assert (folded.parent / "x.svg").is_file()
+
+
 def test_a_path_that_is_not_utf_8_is_shown_by_its_bytes(folded: Path) -> None:
     """Not by the surrogates that Python has for them: whoever copies `\\xff` finds the file."""
     child = shell("$E export in.folded -o $(printf 'z\\377').svg", folded.parent)

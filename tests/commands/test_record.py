@@ -1,7 +1,9 @@
 """`everflame record` as a user runs it: real processes in, files out, whatever happens."""
 
 import os
+import pty
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -222,7 +224,7 @@ def cpu_s(pid: int) -> float:
     return int(fields[11]) / os.sysconf("SC_CLK_TCK")
 
 
-@pytest.mark.parametrize("met", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("met", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_recording_and_the_file_is_written(met, recording) -> None:
     process, file = recording
 
@@ -232,6 +234,24 @@ def test_a_signal_ends_the_recording_and_the_file_is_written(met, recording) -> 
     assert process.returncode == 0
     assert TALK in talk.decode()
     assert functions(pprof.decode(file.read_bytes()))["spends_sixty"] > 10, talk.decode()
+
+
+def test_a_terminal_that_goes_ends_the_recording_and_the_file_is_written(tmp_path) -> None:
+    """As when an ssh connection ends: SIGHUP, and what is written to the terminal fails."""
+    file = tmp_path / "x.pb.gz"
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv(EVERFLAME, [EVERFLAME, "record", "-F", "499", "--for", "60s", "-o", file])
+    shown = b""
+    while b" samples " not in shown:  # of the line that is rewritten each second
+        assert select.select([terminal], [], [], 60)[0]
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+
+    _, status = os.waitpid(pid, 0)
+
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert pprof.decode(file.read_bytes()).total_samples
 
 
 def test_sigkill_leaves_nothing_behind(recording) -> None:

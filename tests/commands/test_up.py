@@ -227,7 +227,7 @@ def test_what_the_service_has_started_ends_when_up_is_killed(up) -> None:
 
 @needs_service
 @pytest.mark.kernel
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_closes_and_stores_the_last_window(number, up, place) -> None:
     wait_for(lambda: place.status().get("ticks", 0) > 0)
     children, descendants = children_of(up.pid), descendants_of(up.pid)
