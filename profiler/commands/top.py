@@ -9,7 +9,7 @@ from bpf.sampler import SamplerConfig
 from profiler.agent.recorder import DRAIN_PERIOD_S, Recorder
 from profiler.agent.signals import ENDING, Signals
 from profiler.commands import arguments, terminal
-from profiler.commands.record import target_of
+from profiler.commands.targets import target_of
 from profiler.text import counted
 from storage.columns import Columns
 from storage.profile import Profile
