@@ -81,10 +81,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except Exception as error:
         if options.debug or not _is_expected(error):
             raise
-        text = str(error)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
-            text = f"cannot write the output: {error.strerror}"
-        print(f"everflame: {_shown(text)}", file=sys.stderr)
+        print(f"everflame: {_shown(_text_of(error))}", file=sys.stderr)
         return 2
 
 
@@ -133,6 +130,17 @@ def _replace_closed_streams() -> None:
         sys.stdout = _ClosedOutput()
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - as long as the process
+
+
+def _text_of(error: Exception) -> str:
+    """Return what an expected error says, without Python's own words for it (`[Errno 21]`)."""
+    text = str(error)
+    if not isinstance(error, OSError) or not text.startswith("[Errno "):
+        return text
+    if error.errno == errno.ENOSPC and not error.filename:
+        return f"cannot write the output: {error.strerror}"
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name]
+    return f"{' -> '.join(names)}: {error.strerror}" if names else f"{error.strerror}"
 
 
 def _shown(text: str) -> str:

@@ -1,6 +1,7 @@
 """Text for terminals: widths in cells of a fixed-width font, cutting, quantities with units."""
 
 import os
+import sys
 import unicodedata
 from collections.abc import Sequence
 from typing import TextIO
@@ -90,6 +91,11 @@ def _cells_of(character: str) -> int:
     if unicodedata.combining(character) or unicodedata.category(character) in {"Mn", "Me", "Cf"}:
         return 0
     return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1
+
+
+def tell(*lines: str) -> None:
+    """Write lines to standard error at once: who waits for one of them must not wait longer."""
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 class StatusLine:

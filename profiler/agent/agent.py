@@ -25,6 +25,7 @@ from bpf import syscalls
 from bpf.errors import SyscallError
 from bpf.sampler import Sampler, SamplerConfig
 from profiler.agent.guard import Guard
+from profiler.agent.ready import announce
 from profiler.agent.recorder import Recorder
 from profiler.agent.signals import ENDING, Signals
 from profiler.agent.status import StatusSocket, rss_bytes, uploader_state
@@ -76,6 +77,8 @@ class AgentOptions:
     rules: Rules
     first_interval_s: int = 0
     """The length of windows in the first minute, 0 for that of all others."""
+    ready_fd: int | None = None
+    """What to tell when sampling has begun."""
 
 
 def _uploader_command(options: AgentOptions) -> list[str]:
@@ -192,6 +195,9 @@ class ChildProcesses:
     def start(self) -> None:
         """Start them, once the lock is held and before anything is loaded."""
 
+    def begun(self) -> None:
+        """Take note that sampling has begun. What this raises is logged."""
+
     def supervise(self) -> None:
         """Look after them, several times a second. What this raises is logged."""
 
@@ -237,6 +243,9 @@ class Agent:
         """Sample until a signal or the end of the asked time; the last window is closed."""
         end_s = self._begun_s + self._options.duration_s
         self._recorder.start()
+        log.info("%s", greeting(self._options))
+        announce(self._options.ready_fd, os.environ)
+        self._run("child processes", self._children.begun)
         self._edges.begin()
         self._bpf.begin()
         next_step = time.monotonic() + self._recorder.drain_period_s
@@ -369,7 +378,6 @@ def run(options: AgentOptions, children: ChildProcesses | None = None) -> dict[s
         StatusSocket(options.run_folder) as socket,
     ):
         uploader = Child("uploader", _uploader_command(options))
-        log.info("%s", greeting(options))
         try:
             children.start()
             spool = _open_spool(options)
@@ -401,7 +409,7 @@ def _open_spool(options: AgentOptions) -> Spool:
 
 
 def greeting(options: AgentOptions) -> str:
-    """Say at the start what goes where, and how long it is kept."""
+    """Say when it begins what goes where, and how long it is kept."""
     store = options.store or default_store_url()
     kept = "for ever (set a lifecycle rule in the bucket to change that)"
     if is_directory(store):

@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
 def add_always_on(parser: argparse.ArgumentParser) -> None:
     """Add the options of the agent, which `up` has, too."""
     arguments.add_frequency(parser)
+    arguments.add_ready(parser)
     parser.add_argument(
         "--interval",
         type=interval_s,
@@ -113,6 +114,7 @@ def agent_options(options: argparse.Namespace) -> agent.AgentOptions:
         hardware=options.hardware,
         interval_s=options.interval,
         duration_s=options.duration_s,
+        ready_fd=options.ready_fd,
         spool=spool.absolute(),
         spool_limit_bytes=options.spool_limit,
         tables_limit_bytes=options.unwind_memory,

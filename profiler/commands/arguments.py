@@ -4,7 +4,9 @@ A type raises `argparse.ArgumentTypeError` with a message that shows what would 
 """
 
 import argparse
+import fcntl
 import math
+import os
 import re
 
 _LIMIT = 2**63
@@ -45,6 +47,20 @@ def process_id(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text[:20]) < 2**31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a process id")
     return int(text)
+
+
+def ready_fd(text: str) -> int:
+    """Parse a descriptor that this process has got and can write to; no child of it gets it."""
+    fd = int(text) if text.isdecimal() and len(text) < 10 else -1
+    try:
+        if fd > 2 and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
+            os.set_inheritable(fd, False)
+            return fd
+    except OSError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not an open descriptor to write to (3 or higher, as in --ready-fd 3 3>FIFO)"
+    )
 
 
 def label_names(text: str) -> tuple[str, ...]:
@@ -96,6 +112,15 @@ def add_frequency(parser: argparse.ArgumentParser) -> None:
         default=math.inf,
         metavar="TIME",
         help="stop after this time, such as 30s, 2m or 1h (default: at Ctrl-C)",
+    )
+
+
+def add_ready(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ready-fd",
+        type=ready_fd,
+        metavar="N",
+        help="write `ready` to this descriptor and close it when sampling has begun",
     )
 
 

@@ -15,13 +15,15 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from bpf.sampler import SamplerConfig
+from profiler.agent.ready import announce
 from profiler.agent.recorder import DRAIN_PERIOD_S, Recorder
 from profiler.agent.signals import ENDING, Signals
+from profiler.agent.supervise import RefusedError
 from profiler.agent.window import deviation
 from profiler.commands import arguments, outputs
-from profiler.commands.targets import Command, Target, target_of
+from profiler.commands.targets import Command, Processes, Target, target_of
 from profiler.formats import export
-from profiler.text import StatusLine, counted, path_text
+from profiler.text import StatusLine, counted, path_text, tell
 from storage.profile import Accounting, Profile
 
 _GRACE_S = 5.0
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.usage = "everflame record [-a | -p PID | -- COMMAND ...] [--for TIME] [-o FILE] ..."
     arguments.add_sampling(parser)
+    arguments.add_ready(parser)
     arguments.add_outputs(parser)
     arguments.add_by(parser)
     parser.set_defaults(command=())
@@ -79,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
         duration_s=options.duration_s,
         outputs=tuple(options.outputs),
         by=options.by,
+        ready_fd=options.ready_fd,
     )
     if not options.repeat:
         return record(asked, options.environment)
@@ -95,7 +99,7 @@ class RecordOptions:
     """The options of `everflame record`.
 
     `pids` and `command` are empty to record all CPUs; `duration_s` is infinite without --for; `by`
-    is None for the default of the format.
+    is None for the default of the format. `ready_fd` is told when sampling has begun.
     """
 
     pids: tuple[int, ...]
@@ -105,6 +109,7 @@ class RecordOptions:
     duration_s: float
     outputs: tuple[str, ...]
     by: tuple[str, ...] | None
+    ready_fd: int | None = None
 
 
 def record(options: RecordOptions, environment: dict[str, str]) -> int:
@@ -119,8 +124,10 @@ def record(options: RecordOptions, environment: dict[str, str]) -> int:
         )
         config = SamplerConfig(options.frequency_hz, options.hardware, target.pids)
         commands = target.pids if isinstance(target, Command) else None
+        for note in target.notes:
+            tell(f"everflame: {note}")
         with Recorder(config, commands=commands or ()) as recorder:
-            _sample(recorder, target, options.duration_s, signals)
+            ending = _sample(recorder, target, options, signals)
             profile = recorder.close_window()
             unselected = recorder.sampler.unselected
     written, error = outputs.write(profile, files, options.by)
@@ -131,12 +138,12 @@ def record(options: RecordOptions, environment: dict[str, str]) -> int:
 
         width = terminal.width(sys.stdout)
         print(terminal.function_table(Columns.of(profile), width=width, limit=25))
-    talk = summary(profile, config)
+    talk = [*ending, *summary(profile, config)]
     if unselected:
         left_out = counted(unselected, "process", "processes")
         talk.append(f"warning: left out {left_out}: too many were started")
     talk += [f"wrote {path_text(file)}" for file in written if file != export.STDOUT]
-    print("\n".join(talk), file=sys.stderr)
+    tell(*talk)
     if error:
         raise error
     return target.exit_status()
@@ -156,6 +163,7 @@ def record_repeatedly(options: RecordOptions, environment: dict[str, str], times
         status = record(replace(options, outputs=numbered), environment)
         if status:
             return status
+        options = replace(options, ready_fd=None)  # closed when the first run began
     return 0
 
 
@@ -164,15 +172,27 @@ def _numbered(output: str, number: int) -> str:
     return f"{output.removesuffix(ending)}-{number}{ending}"
 
 
-def _sample(recorder: Recorder, target: Target, duration_s: float, signals: Signals) -> None:
-    progress = Progress(sys.stderr, duration_s)
+def _sample(
+    recorder: Recorder, target: Target, options: RecordOptions, signals: Signals
+) -> list[str]:
+    """Sample until the end; return what is to be said of how it came.
+
+    Raises:
+        RefusedError: the processes have ended before sampling began.
+    """
+    progress = Progress(sys.stderr, options.duration_s)
     signals.watch(recorder.fileno())
     recorder.start()
+    if isinstance(target, Processes) and target.has_ended():
+        raise RefusedError(f"cannot record {target.name}: ended before sampling began")
+    tell(f"sampling {target.name} at {options.frequency_hz} Hz")
+    announce(options.ready_fd, {})
     target.start()
     begun = time.monotonic()
-    deadline = begun + duration_s
+    deadline = begun + options.duration_s
     next_step = begun + DRAIN_PERIOD_S
     asked = False
+    ending: list[str] = []
     while not target.has_ended():
         met = signals.wait(min(next_step, deadline))
         recorder.catch_up()
@@ -187,8 +207,12 @@ def _sample(recorder: Recorder, target: Target, duration_s: float, signals: Sign
             recorder.step()
             progress.show(now - begun, recorder.counts)
             next_step = max(next_step + DRAIN_PERIOD_S, now)
+    else:
+        if isinstance(target, Processes):
+            ending.append(f"stopped after {time.monotonic() - begun:.1f} s: {target.name} ended")
     recorder.stop()
     progress.clear()
+    return ending
 
 
 class Progress:

@@ -1,19 +1,32 @@
 """What is recorded: all CPUs, some processes, or a command that is started for it."""
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from profiler.agent.supervise import RefusedError
-from profiler.processes.generations import list_processes, read_stat
+from profiler.processes.generations import is_running, list_processes, process_of, read_stat
+from profiler.text import listed, path_text
+
+_NAMED = 5
+"""So many processes are named in a message."""
 
 
 class Target(Protocol):
-    """What is recorded: which processes, and when they have ended."""
+    """What is recorded: which processes, and when they have ended.
+
+    Attributes:
+        pids: None for all.
+        name: as in "sampling NAME".
+        notes: what the user must know before it begins.
+    """
 
     pids: frozenset[int] | None
+    name: str
+    notes: Sequence[str]
 
     def start(self) -> None: ...
     def has_ended(self) -> bool: ...
@@ -28,6 +41,8 @@ def target_of(pids: Sequence[int]) -> Target:
 
 class AllCpus:
     pids: frozenset[int] | None = None
+    name = "all CPUs"
+    notes: Sequence[str] = ()
 
     def start(self) -> None:
         pass
@@ -43,21 +58,33 @@ class AllCpus:
 
 
 class Processes(AllCpus):
-    """Running processes and their descendants.
+    """Running processes and their descendants; a thread stands for its process.
 
     Raises:
-        RefusedError: one of them does not exist.
+        RefusedError: one of them does not exist, or has ended.
     """
 
-    def __init__(self, roots: Sequence[int]) -> None:
-        for pid in roots:
-            if not _is_running(pid):
-                raise RefusedError(f"cannot record process {pid}: there is no such process")
-        self._roots = roots
-        self.pids = frozenset(_with_descendants(roots))
+    def __init__(self, given: Sequence[int]) -> None:
+        self._start_ticks: dict[int, int] = {}
+        notes = []
+        for number in given:
+            pid = process_of(number)
+            stat = read_stat(pid) if pid is not None else None
+            if pid is None or stat is None:
+                raise RefusedError(f"cannot record process {number}: there is no such process")
+            if stat.is_dead:
+                raise RefusedError(f"cannot record process {number}: it has ended")
+            if pid != number:
+                notes.append(f"{number} is a thread: its whole process, {pid}, is recorded")
+            self._start_ticks[pid] = stat.start_ticks
+        self.notes = notes
+        self.name = f"{'process' if len(self._start_ticks) == 1 else 'processes'} " + listed(
+            list(map(str, self._start_ticks)), _NAMED
+        )
+        self.pids = frozenset(_with_descendants(self._start_ticks))
 
     def has_ended(self) -> bool:
-        return not any(map(_is_running, self._roots))
+        return not any(is_running(pid, ticks) for pid, ticks in self._start_ticks.items())
 
 
 class Command:
@@ -75,6 +102,8 @@ class Command:
             _become(command, environment, ignored, gate, self._open_gate)
         os.close(gate)
         self._status: int | None = None
+        self.name = path_text(shlex.join(command))
+        self.notes: Sequence[str] = ()
         self.pids: frozenset[int] | None = frozenset({self._pid})
 
     def start(self) -> None:
@@ -129,12 +158,6 @@ def _is_foreground() -> bool:
         return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
     except (OSError, ValueError):
         return False
-
-
-def _is_running(pid: int) -> bool:
-    """Return whether any thread of the process runs, though its first one may have exited."""
-    stat = read_stat(pid)
-    return stat is not None and not stat.is_dead
 
 
 def _with_descendants(roots: Iterable[int]) -> set[int]:

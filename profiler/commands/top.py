@@ -10,7 +10,7 @@ from profiler.agent.recorder import DRAIN_PERIOD_S, Recorder
 from profiler.agent.signals import ENDING, Signals
 from profiler.commands import arguments, terminal
 from profiler.commands.targets import target_of
-from profiler.text import counted
+from profiler.text import counted, tell
 from storage.columns import Columns
 from storage.profile import Profile
 
@@ -39,6 +39,8 @@ def run(options: argparse.Namespace) -> int:
     with Signals() as signals:
         target = target_of(options.pids)
         config = SamplerConfig(options.frequency, options.hardware, target.pids)
+        for note in target.notes:
+            tell(f"everflame: {note}")
         with Recorder(config) as recorder:
             signals.watch(recorder.fileno())
             recorder.start()
@@ -53,6 +55,8 @@ def run(options: argparse.Namespace) -> int:
             finally:
                 sys.stdout.write(_LEAVE if is_screen else "")
                 sys.stdout.flush()
+    if target.has_ended():
+        tell(f"stopped: {target.name} ended")
     return 0
 
 

@@ -30,7 +30,7 @@ from profiler.commands import arguments, demo
 from profiler.commands.agent import add_always_on, agent_options
 from profiler.processes.generations import TICK_NS
 from profiler.service import addresses
-from profiler.text import counted
+from profiler.text import counted, tell
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import StoreError, StoreRefused
 from storage.objects.open import default_store_url, open_store
@@ -93,10 +93,6 @@ def run(options: argparse.Namespace) -> int:
         return _USAGE
     tell(*summary(asked, status, begun_ns))
     return 0
-
-
-def tell(*lines: str) -> None:
-    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def hand_over(folder: Path, account: pwd.struct_passwd) -> None:
@@ -168,10 +164,12 @@ class ServiceAndDemo(ChildProcesses):
             hand_over(self._cache, account)
             # So that the page can show the agent's status; root may connect all the same.
             os.chown(self._options.run_folder / "agent.sock", account.pw_uid, -1)
-        tell(agent.greeting(self._options))
         self._begun_s = time.monotonic()
         self._service.supervise()
         self._start_demo()
+
+    def begun(self) -> None:
+        tell(agent.greeting(self._options))
 
     def supervise(self) -> None:
         self._service.supervise()

@@ -8,8 +8,10 @@ What a query merged is Columns, what was just recorded or read from a file a Pro
 written from a Profile, all else from Columns: the one is made of the other only where it must be.
 """
 
+import errno
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -66,11 +68,22 @@ def check_folder(file: str) -> None:
     Raises:
         OSError: the folder does not exist or cannot be written to.
     """
-    folder = Path(file).parent
-    if file != STDOUT and not os.access(folder, os.W_OK):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"cannot write {file}: there is no folder {folder}")
-        raise PermissionError(f"cannot write {file}: the folder {folder} is not writable")
+    path = Path(file)
+    if file == STDOUT:
+        return
+    if path.exists() and not path.is_file():  # a pipe or a device
+        if not os.access(path, os.W_OK):
+            raise PermissionError(f"cannot write {file}: it is not writable")
+        return
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {file}: there is no folder {path.parent}")
+    try:  # access(2) does not know of immutable folders, nor of file systems as /proc
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:  # there may be room at the end
+            raise PermissionError(
+                f"cannot write {file}: the folder {path.parent} is not writable"
+            ) from error
 
 
 def encode(profile: "Profile | Columns", file: str, by: Sequence[str] | None = None) -> bytes:

@@ -163,6 +163,27 @@ def is_alive(process: Generation) -> bool:
     return stat is not None and not stat.is_dead and stat.start_ticks == process.stat.start_ticks
 
 
+def is_running(pid: int, start_ticks: int | None = None) -> bool:
+    """Return whether any thread of the process runs, though its first one may have exited.
+
+    With `start_ticks`, of `Stat`, another process that has got the same number does not count.
+    """
+    stat = read_stat(pid)
+    if stat is None or stat.is_dead:
+        return False
+    return start_ticks is None or start_ticks == stat.start_ticks
+
+
+def process_of(tid: int) -> int | None:
+    """Return the process of a thread, which is itself if it is the first one; None if it is gone.
+
+    /proc has a folder for every thread, but lists only those of first threads (proc(5)).
+    """
+    content = read_proc(tid, "status") or b""
+    fields = content.partition(b"\nTgid:")[2].split(maxsplit=1)
+    return int(fields[0]) if fields else None
+
+
 def parent_in_proc(pid: int) -> int | None:
     stat = read_stat(pid)
     return stat.parent_pid if stat else None

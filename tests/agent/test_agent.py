@@ -138,6 +138,31 @@ def test_status_tells_what_the_agent_does_and_costs(agent, place) -> None:
 
 
 @pytest.mark.kernel
+def test_who_waits_is_told_when_sampling_begins_and_a_hangup_stores_the_window(place) -> None:
+    """Told on a descriptor, in the log and on the socket of the service manager."""
+    reads, writes = os.pipe()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, os.fdopen(reads) as ready:
+        manager.bind(str(place.root / "notify"))
+        manager.settimeout(60)
+        environment = place.environment | {"NOTIFY_SOCKET": str(place.root / "notify")}
+        command = place.command(f"--ready-fd={writes}")
+        with running(
+            *command, env=environment, stderr=subprocess.PIPE, pass_fds=[writes]
+        ) as process:
+            os.close(writes)
+            told = ready.read()
+            wait_for(lambda: place.status().get("ticks", 0) > 0)
+            process.send_signal(signal.SIGHUP)
+            _, talk = process.communicate(timeout=60)
+        assert manager.recv(100) == b"READY=1"
+
+    assert told == "ready\n"
+    assert b"everflame: sampling at 99 Hz, one object every 5 s into " in talk
+    assert process.returncode == 0
+    assert sum(each.accounting.ticks for each in place.objects().values()) > 0
+
+
+@pytest.mark.kernel
 def test_windows_account_for_sampler_bpf_and_uploader(agent, place) -> None:
     """What the page shows as the agent's cost is the sum of all parts, none left out."""
     wait_for(lambda: place.status().get("uploader", {}).get("uploaded"))

@@ -287,12 +287,86 @@ def is_loaded(program: int) -> bool:
 
 
 def test_a_recording_ends_when_its_processes_have_ended(split, tmp_path) -> None:
-    with running(split, "1") as process:
-        begun = time.monotonic()
-        result = everflame("record", "-p", str(process.pid), "-o", tmp_path / "x.folded")
+    """Before its time is over, and says so."""
+    with running(split, "60") as process:
+        command = ["record", "-p", f"{process.pid}", "--for", "10m", "-o", tmp_path / "x.folded"]
+        with running(EVERFLAME, *command, stderr=subprocess.PIPE) as recording:
+            assert recording.stderr.readline().startswith(b"sampling process ")
+            process.kill()
+            process.wait()
+            _, talk = recording.communicate(timeout=60)
 
-    assert result.returncode == 0
-    assert time.monotonic() - begun < 60
+    assert recording.returncode == 0
+    ended = rf"^stopped after \d+\.\d s: process {process.pid} ended$"
+    assert re.search(ended, talk.decode(), re.M)
+
+
+def test_a_thread_stands_for_its_process(tmp_path) -> None:
+    script = (
+        "import threading, time\n"
+        "def work():\n"
+        "    print(threading.get_native_id(), flush=True)\n"
+        "    while True: pass\n"
+        "threading.Thread(target=work).start()"
+    )
+    with running(sys.executable, "-c", script, stdout=subprocess.PIPE) as process:
+        tid = int(process.stdout.readline())
+        result = everflame("record", "-p", f"{tid}", "--for", "1s", "-o", "-")
+
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+    assert f"{tid} is a thread: its whole process, {process.pid}, is recorded" in result.stderr
+
+
+def test_a_process_that_ends_before_sampling_begins_is_an_error(tmp_path) -> None:
+    """Not a recording without samples."""
+    with running("sleep", "60") as process:
+        command = [EVERFLAME, "record", "-p", str(process.pid), "-o", tmp_path / "x.folded"]
+        with running(*command, stderr=subprocess.PIPE) as recording:
+            children = Path(f"/proc/{recording.pid}/task/{recording.pid}/children")
+            wait_for(children.read_text, what="the child that compiles")
+            process.kill()
+            process.wait()
+            _, talk = recording.communicate(timeout=60)
+
+    assert recording.returncode == 2
+    assert talk.decode() == (
+        f"everflame: cannot record process {process.pid}: ended before sampling began\n"
+    )
+
+
+def test_who_waits_is_told_when_the_first_tick_can_be_counted(split, tmp_path) -> None:
+    """By a line on stderr, which is no terminal, and on the descriptor; the command comes after."""
+    reads, writes = os.pipe()
+    with (tmp_path / "talk").open("wb") as talk:
+        command = ["record", f"--ready-fd={writes}", "-o", tmp_path / "x.folded", "--", split, "2"]
+        process = subprocess.Popen([EVERFLAME, *command], stderr=talk, pass_fds=[writes])
+    os.close(writes)
+    with process, os.fdopen(reads) as ready:
+        told = ready.read()
+        counts = has_events(process.pid)
+
+        assert process.wait(60) == 0
+    assert told == "ready\n"
+    assert counts
+    assert (tmp_path / "talk").read_text().startswith(f"sampling {split} 2 at 99 Hz\n")
+
+
+def test_one_output_on_a_full_disk_leaves_the_other(tmp_path) -> None:
+    full, good = tmp_path / "full", tmp_path / "x.folded"
+    full.mkdir()
+    script = (
+        f"mount -t tmpfs -o size=4k none {full} && {{ head -c 4096 /dev/zero > {full}/x; }}"
+        f" && exec {EVERFLAME} record --for 1s -o {full}/x.folded -o {good}"
+    )
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, check=False
+    )
+
+    assert result.returncode == 2
+    assert good.read_text()
+    problem = f"everflame: cannot write {full}/x.folded: No space left on device"
+    assert result.stderr.splitlines()[-1] == problem
 
 
 def test_threads_are_told_apart_by_their_names(tmp_path) -> None:
