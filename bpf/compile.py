@@ -6,6 +6,7 @@ is one end of a Unix stream socket and standard input holds a Request as JSON. T
 message: JSON, and the descriptors that it numbers.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -34,12 +35,17 @@ _TASK_MEMBERS = (
 
 
 def main() -> None:
+    # Where memory is short, the kernel ends this process and not the one that waits for it.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
     channel = socket.socket(fileno=int(sys.argv[1]))
     request = json.loads(sys.stdin.buffer.read())
     try:
         answer, descriptors = _load(request)
     except BpfError as error:
         answer, descriptors = {"error": str(error)}, []
+    except MemoryError:
+        answer, descriptors = {"memory": True}, []
     socket.send_fds(channel, [json.dumps(answer).encode()], descriptors)
 
 
@@ -63,6 +69,8 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         for place, name in enumerate(request["calls"]):
             module[b"programs"][ctypes.c_int(place)] = ctypes.c_int(programs[name])
         maps = {name: module[name.encode()].map_fd for name in request["maps"]}
+    except MemoryError:
+        raise
     except Exception as error:  # bcc raises plain Exception for everything
         raise BpfError(f"cannot load the BPF programs: {error}") from error
     names = [*programs, *maps]

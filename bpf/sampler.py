@@ -7,9 +7,7 @@ second. All of it happens in the caller's thread; nothing here starts one.
 import errno
 import json
 import os
-import socket
 import struct
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +19,8 @@ import numpy as np
 
 from bpf import perf_event, syscalls, tables
 from bpf.compile import MAX_PROGRAMS
-from bpf.errors import LoadError, PerfEventError
+from bpf.errors import PerfEventError
+from bpf.load import ask_child
 from bpf.samples import (
     COUNT,
     COUNT_KEY,
@@ -42,8 +41,6 @@ from bpf.samples import (
 MAX_FREQUENCY_HZ = 999
 _SELECTED_CAPACITY = 32768
 _MAP_GENERATIONS = (0, 1)
-_COMPILE_TIMEOUT_S = 600
-"""It takes a second; beside a load of 20 on two CPUs it took more than a minute."""
 _GO_ON = 1000  # no StopReason has this number
 _COUNT_HEAD = [name for name in COUNT.names or () if name != "words"]
 _NO_WORDS: Words = np.empty(0, np.uint64)
@@ -370,41 +367,4 @@ def _load(config: SamplerConfig, cpus: int) -> tuple[dict[str, int], int]:
         "calls": ["on_walk"],
         "frames_per_program": config.frames_per_program,
     }
-    return _ask_child(json.dumps(request).encode())
-
-
-def _ask_child(request: bytes) -> tuple[dict[str, int], int]:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        child = subprocess.Popen(
-            # -P: Python would look for modules in the working folder first, which may be anybody's.
-            [sys.executable, "-P", "-m", "bpf.compile", str(theirs.fileno())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=[theirs.fileno()],
-            process_group=0,  # a Ctrl-C is for who waits for it
-            env={
-                "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-                "LC_ALL": "C.UTF-8",
-                "BCC_KERNEL_SOURCE": str(Path(__file__).parent),
-                "PYTHONPATH": str(Path(__file__).parent.parent),
-                "PYTHONDONTWRITEBYTECODE": "1" if sys.dont_write_bytecode else "",
-            },
-        )
-        theirs.close()
-        try:
-            _, complaint = child.communicate(request, timeout=_COMPILE_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.communicate()
-            raise LoadError(
-                f"cannot compile the BPF programs: no answer in {_COMPILE_TIMEOUT_S} s"
-            ) from None
-        message, fds, _, _ = socket.recv_fds(ours, 1 << 16, 64)
-    answer = json.loads(message) if message else {"error": "the compiling child died"}
-    if "error" in answer:
-        lines = [line for line in complaint.decode(errors="replace").splitlines() if line.strip()]
-        detail = next((line for line in lines if "error" in line.lower()), "")
-        raise LoadError(f"{answer['error']}{': ' if detail else ''}{detail}")
-    return dict(zip(answer["descriptors"], fds, strict=True)), int(answer["frames_per_program"])
+    return ask_child(json.dumps(request).encode())
