@@ -356,8 +356,7 @@ class Agent:
             },
             "bpf_ns_per_tick": round(self._bpf.ns_per_tick),
             "sampler": {"pid": os.getpid(), "rss_bytes": rss_bytes()},
-            "uploader": {"pid": self._uploader.pid, "starts": self._uploader.starts}
-            | uploader_state(self._options.spool),
+            "uploader": self._uploader.state() | uploader_state(self._options.spool),
             "spool": spool._asdict(),
             "unwinding": recorder.unwinding.status(),
             "labels": recorder.labeler.status(),

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import logging
 import os
+import signal
 import stat
 import subprocess
 import time
@@ -107,12 +108,22 @@ def _open_lock(path: Path) -> int:
     return fd
 
 
+def how_it_ended(status: int) -> str:
+    """Say how a process ended, by its exit status; a negative one is a signal's number."""
+    if status >= 0:
+        return f"ended with status {status}"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+    # The kernel's way where memory is short; see memory.max and dmesg.
+    return f"was killed by {name}{' (is memory short?)' if -status == SIGKILL else ''}"
+
+
 class Child:
     """Another process, started again whenever it has died. What it starts is in its group.
 
     Attributes:
         pid: 0 when it does not run.
         starts: how often it was started.
+        failed_starts: how often it could not be, for want of memory or processes.
         status: with which it last ended, None as long as it has not.
     """
 
@@ -132,29 +143,45 @@ class Child:
         self._started_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._is_asked = False
-        self.starts = 0
+        self.starts = self.failed_starts = 0
         self.status: int | None = None
 
     @property
     def pid(self) -> int:
         return self._process.pid if self._process else 0
 
+    def state(self) -> dict[str, int]:
+        """Return what stands of it in the agent's status."""
+        return {"pid": self.pid, "starts": self.starts, "failed_starts": self.failed_starts}
+
     def supervise(self) -> None:
         """Start it if it does not run and its time has come."""
         now = self._monotonic_s()
         if self._process and self._has_ended(self._process.pid):
             self.status = self._end_group(self._process)
-            log.warning("lost the %s status=%s", self._name, self.status)
+            log.warning("lost the %s: it %s", self._name, how_it_ended(self.status))
             if now - self._started_at > _RESTART_S[1]:
                 self._restart_s = _RESTART_S[0]
-            self._restart_at = now + self._restart_s
-            self._restart_s = min(2 * self._restart_s, _RESTART_S[1])
+            self._pause(now)
         if self._process is None and now >= self._restart_at:
+            self._start(now)
+
+    def _pause(self, now: float) -> None:
+        self._restart_at = now + self._restart_s
+        self._restart_s = min(2 * self._restart_s, _RESTART_S[1])
+
+    def _start(self, now: float) -> None:
+        try:
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, env=self._environment, process_group=0
             )
-            self._started_at = now
-            self.starts += 1
+        except OSError as error:  # no process or no memory is left: there may be later
+            self.failed_starts += 1
+            log.warning("cannot start the %s: %s", self._name, error.strerror)
+            self._pause(now)
+            return
+        self._started_at = now
+        self.starts += 1
 
     def ask_to_end(self) -> None:
         """Ask once: a second SIGTERM would come in the middle of what the first one began."""

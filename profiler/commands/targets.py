@@ -97,7 +97,13 @@ class Command:
         ignored: Iterable[signal.Signals] = (),
     ) -> None:
         gate, self._open_gate = os.pipe()
-        self._pid = os.fork()
+        try:
+            self._pid = os.fork()
+        except OSError as error:
+            raise RefusedError(
+                f"cannot start {command[0]}: {error.strerror} (see ulimit -u, and pids.max and the"
+                " memory limit of the cgroup)"
+            ) from error
         if self._pid == 0:
             _become(command, environment, ignored, gate, self._open_gate)
         os.close(gate)

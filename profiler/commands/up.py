@@ -211,8 +211,7 @@ class ServiceAndDemo(ChildProcesses):
             )
 
     def status(self) -> dict[str, Any]:
-        pid = self._service.pid
-        return {"service": {"pid": pid, "starts": self._service.starts, **_cost_with_workers(pid)}}
+        return {"service": {**self._service.state(), **_cost_with_workers(self._service.pid)}}
 
     def end(self) -> None:
         children = [child for child in (self._service, self._demo) if child is not None]

@@ -13,7 +13,7 @@ import pytest
 
 from profiler.agent import status
 from profiler.agent.status import NoAgentError, StatusSocket
-from profiler.agent.supervise import Child, RefusedError, host_lock
+from profiler.agent.supervise import Child, RefusedError, host_lock, how_it_ended
 from tests.support.live import stat_fields
 
 
@@ -179,6 +179,41 @@ def test_the_group_of_a_dead_child_is_killed_before_another_can_have_its_number(
 
     assert states == [b"Z"]
     assert not child.pid
+
+
+def test_a_child_that_cannot_be_started_is_tried_again(tmp_path, caplog):
+    """As where no process is left: counted, said, and never fatal."""
+    now_s = 0.0
+    program = tmp_path / "program"
+    child = Child("child", [str(program)], monotonic_s=lambda: now_s)
+
+    child.supervise()
+    child.supervise()
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    now_s = 1.0
+    child.supervise()
+    running = child.pid
+    child.end(0)
+
+    assert running
+    assert (child.starts, child.failed_starts) == (1, 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "cannot start the child: No such file or directory"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (1, "ended with status 1"),
+        (-9, "was killed by SIGKILL (is memory short?)"),
+        (-11, "was killed by SIGSEGV"),
+        (-40, "was killed by signal 40"),
+    ],
+)
+def test_how_a_child_ended_is_said_in_words(status, told):
+    assert how_it_ended(status) == told
 
 
 def test_a_child_that_dies_at_once_is_started_less_and_less_often():
