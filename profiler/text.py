@@ -3,7 +3,7 @@
 import os
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TextIO
 
 from symbolizer.text import readable
@@ -79,6 +79,24 @@ def percent(part: int, whole: int) -> str:
 def counted(number: int, noun: str, plural: str = "") -> str:
     """Return `1 sample`, `1,234 samples`; `plural` where an `s` does not make it."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def accounted(estimated: Mapping[str, int]) -> str:
+    """Return the sentence about a profile whose counts add up, given losses that are estimates."""
+    if not sum(estimated.values()):
+        return "every tick accounted for"
+    causes = ", ".join(cause for cause, number in estimated.items() if number)
+    return (
+        f"the counts add up, but {sum(estimated.values()):,} of the lost are an estimate ({causes})"
+    )
+
+
+def lost_to(cause: str, number: int, estimated: Container[str]) -> str:
+    """Return `12 ticks lost: map_full`, and of an estimate that it is one."""
+    return (
+        f"{'about ' if cause in estimated else ''}{counted(number, 'tick')} lost: {cause}"
+        f"{' (an estimate)' if cause in estimated else ''}"
+    )
 
 
 def listed(names: Sequence[str], most: int) -> str:

@@ -75,6 +75,11 @@ class Loss(StrEnum):
     """The store was unavailable for so long that the oldest stacks were given up."""
 
 
+ESTIMATED_LOSSES: frozenset[str] = frozenset()
+"""The causes of which the kernel does not let one know how many ticks they took: no profile with
+one of them claims that every tick is accounted for."""
+
+
 def make_labels(labels: Mapping[str, str]) -> Labels:
     return tuple(sorted(labels.items()))
 
@@ -135,6 +140,11 @@ class Accounting:
     def mismatch(self) -> int:
         """Ticks or events that are not accounted for: zero, by the law of conservation."""
         return self.ticks - self.stored - self.idle - self.filtered - sum(self.lost.values())
+
+    @property
+    def estimated(self) -> dict[str, int]:
+        """The losses that are estimates, by their cause."""
+        return {cause: number for cause, number in self.lost.items() if cause in ESTIMATED_LOSSES}
 
     def merge(self, other: "Accounting") -> "Accounting":
         return Accounting(

@@ -23,8 +23,8 @@ from profiler.agent.window import deviation
 from profiler.commands import arguments, outputs
 from profiler.commands.targets import Command, Processes, Target, target_of
 from profiler.formats import export
-from profiler.text import StatusLine, counted, path_text, tell
-from storage.profile import Accounting, Profile
+from profiler.text import StatusLine, counted, lost_to, path_text, tell
+from storage.profile import ESTIMATED_LOSSES, Accounting, Profile
 
 _GRACE_S = 5.0
 """How long a command may take to end when asked to, before the recording ends without it."""
@@ -248,7 +248,8 @@ def summary(profile: Profile, config: SamplerConfig) -> list[str]:
         f"the profiler took {cost:.1%} of one CPU and {counts.agent_rss_bytes / 1e6:.0f} MB",
     ]
     lines += [
-        f"warning: {counted(number, 'tick')} lost: {cause}" for cause, number in counts.lost.items()
+        f"warning: {lost_to(cause, number, ESTIMATED_LOSSES)}"
+        for cause, number in counts.lost.items()
     ]
     if warning := deviation(counts, config):
         lines.append(warning)

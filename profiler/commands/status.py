@@ -11,6 +11,7 @@ import orjson
 from profiler.agent.status import ask, default_run_folder
 from profiler.commands import arguments
 from profiler.text import counted
+from storage.profile import ESTIMATED_LOSSES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,15 +43,18 @@ def table(status: Mapping[str, Any]) -> str:
         ("agent", f"pid {status['pid']} on {status['host']}, up {_duration(status['uptime_s'])}"),
         ("sampling", f"{rate}, {windows} closed, {counted(status['faults'], 'fault')}"),
         ("ticks", f"{ticks} + {status['filtered']:,} filtered + {lost:,} lost"),
-        *((f"  {cause}", f"{number:,} lost") for cause, number in status["lost"].items()),
+        *_lost(status["lost"]),
         *_stops(status["stops"], status["complete"]),
         *_costs(status["cpu_ns"], upload.get("cpu_ns", 0), status["uptime_s"]),
         ("bpf", f"{status['bpf_ns_per_tick'] / 1000:.1f} us a tick"),
         *_unwinding(status["unwinding"]),
+        *_more("labels", status.get("labels", {})),
+        *_more("readers", status.get("readers", {})),
         ("memory", f"sampler {own_mb}, uploader {_megabytes(upload.get('rss_bytes', 0))}"),
         ("spool", waiting),
-        *_without_stacks(spool["given_up"]),
+        *_spool_problems(spool),
         *_upload(upload),
+        *_more("service", {"failed_starts": status.get("service", {}).get("failed_starts", 0)}),
     ]
     if status["alarm"]:
         lines.append(("alarm", "ticks and the kernel's own CPU times do not agree"))
@@ -62,12 +66,46 @@ def table(status: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:{wide}}  {text}".rstrip() for name, text in lines)
 
 
-def _without_stacks(windows: int) -> Iterator[tuple[str, str]]:
-    if windows:
-        yield (
-            "  full",
-            f"the stacks of {counted(windows, 'window')} were dropped (`spool_full` above)",
-        )
+def _lost(lost: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    for cause, number in lost.items():
+        is_estimate = cause in ESTIMATED_LOSSES
+        yield f"  {cause}", f"{number:,} lost{' (an estimate)' if is_estimate else ''}"
+
+
+def _spool_problems(spool: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if spool["given_up"]:
+        windows = counted(spool["given_up"], "window")
+        samples = counted(spool["lost_samples"], "sample")
+        yield "  full", f"the stacks of {windows}, {samples}, were dropped (`spool_full` above)"
+    if spool["damaged"]:
+        yield "  damaged", f"{counted(spool['damaged'], 'file')} moved away: not as written"
+    if spool["unwritten_ticks"]:
+        reason = f" ({spool['last_error']})" if spool["last_error"] else ""
+        yield "  unwritten", f"{counted(spool['unwritten_ticks'], 'tick')} in memory only{reason}"
+
+
+_IN_WORDS = {
+    "builds_interrupted": ("build of an unwind table", "builds of unwind tables", "interrupted"),
+    "mappings_without_number": ("mapping", "mappings", "without room for unwinding"),
+    "instances_uncounted": ("service instance", "service instances", "without time of presence"),
+    "failed_starts": ("start", "starts", "failed"),
+    "left_behind": ("reader", "readers", "left behind: a file system does not answer"),
+}
+"""What a counter in the status counts: one, several, and what has happened to them."""
+_NOT_COUNTERS = frozenset({"children", "waiting", "answered", "cpu_ns"})
+"""Of the readers: what is no problem."""
+
+
+def _more(name: str, state: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Return the counters of what went wrong that are not 0; those not known by their name."""
+    told = []
+    for counter, number in state.items():
+        if not number or counter in _NOT_COUNTERS:
+            continue
+        one, several, happened = _IN_WORDS.get(counter, (counter.replace("_", " "),) * 2 + ("",))
+        told.append(f"{counted(number, one, several)} {happened}".rstrip())
+    if told:
+        yield name, "; ".join(told)
 
 
 def _upload(upload: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -84,6 +122,7 @@ def _upload(upload: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     size_mb = _megabytes(upload["uploaded_bytes"])
     yield "  sent", f"{counted(upload['uploaded'], 'window')}, {size_mb}; {failed}"
+    yield from _more("  starts", {"failed_starts": upload.get("failed_starts", 0)})
     if upload["expired"]:
         yield "  removed", counted(upload["expired"], "old window")
     if upload["last_error"]:
@@ -102,6 +141,8 @@ def _unwinding(state: Mapping[str, int]) -> Iterator[tuple[str, str]]:
         f" {state['tables_evicted']:,} evicted"
         + (f", {waiting:,} waiting for room (see --unwind-memory)" if waiting else ""),
     )
+    shown = {"processes", "tables", "tables_waiting", "tables_evicted", "kernel_bytes"}
+    yield from _more("  missed", {name: state[name] for name in state if name not in shown})
 
 
 def _stops(stops: Mapping[str, int], complete: int) -> Iterator[tuple[str, str]]:

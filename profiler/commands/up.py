@@ -30,11 +30,11 @@ from profiler.commands import arguments, demo
 from profiler.commands.agent import add_always_on, agent_options
 from profiler.processes.generations import TICK_NS
 from profiler.service import addresses
-from profiler.text import counted, tell
+from profiler.text import counted, lost_to, tell
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import StoreError, StoreRefused
 from storage.objects.open import default_store_url, open_store
-from storage.profile import Profile
+from storage.profile import ESTIMATED_LOSSES, Profile
 
 FIRST_INTERVAL_S = 5
 
@@ -387,7 +387,8 @@ def summary(options: AgentOptions, status: Mapping[str, Any], begun_ns: int) -> 
         f"the sampler took {own:.1%} of one CPU, {others}; memory {memory} MB",
     ]
     lines += [
-        f"warning: {counted(number, 'tick')} lost: {why}" for why, number in status["lost"].items()
+        f"warning: {lost_to(cause, number, ESTIMATED_LOSSES)}"
+        for cause, number in status["lost"].items()
     ]
     if waiting := status["spool"]["profiles"]:
         reason = upload.get("last_error") or "they are not uploaded yet"

@@ -21,7 +21,7 @@ from profiler.commands import arguments
 from profiler.commands.files import FILE_HELP, add_reading_options, read_file, reading_options
 from profiler.commands.selection import selected
 from profiler.formats.reading import ReadOptions
-from profiler.text import counted
+from profiler.text import accounted, counted
 from profiler.times import rfc3339
 from storage.hashing import Hasher
 from storage.objects.keys import ObjectKey, ObjectStore, StoredObject, StoreError
@@ -153,7 +153,17 @@ def verify(files: Iterable[str], options: ReadOptions | None = None) -> Verifica
         except (ProfileError, OSError) as error:
             found.add(_Checked(file, Accounting(), 0, _without_name(str(error), file)))
             continue
-        found.add(_Checked(file, profile.accounting, profile.total_samples))
+        counts = profile.accounting
+        # A recording of ours names its host, however short it was.
+        is_empty = not (counts.ticks or counts.hosts or profile.total_samples)
+        found.add(
+            _Checked(
+                file,
+                counts,
+                profile.total_samples,
+                "it is empty: it contains no samples" if is_empty else "",
+            )
+        )
     return found
 
 
@@ -242,7 +252,7 @@ def _check_all(
 
 def _result(found: Verification) -> str:
     if found.is_ok:
-        return "every tick accounted for"
+        return accounted(found.sums.estimated)
     damaged = f"{len(found.unreadable):,} more cannot be read" if found.unreadable else ""
     wrong = f"{len(found.mismatches):,} of them do not add up" if found.mismatches else ""
     return f"NOT OK: {' and '.join(filter(None, (wrong, damaged)))}"
@@ -252,13 +262,13 @@ def _report(found: Verification, *, as_json: bool) -> int:
     if as_json:
         sys.stdout.buffer.write(found.as_json() + b"\n")
         return 0 if found.is_ok else 1
-    counts = found.sums
+    counts, estimated = found.sums, found.sums.estimated
     print(
         f"{counted(counts.ticks, 'tick')} = {counts.stored:,} stored + {counts.idle:,} idle"
         f" + {counts.filtered:,} filtered + {sum(counts.lost.values()):,} lost"
     )
     for cause, number in counts.lost.items():
-        print(f"  lost to {cause}: {number:,}")
+        print(f"  lost to {cause}: {number:,}{' (an estimate)' if cause in estimated else ''}")
     for mismatch in found.mismatches:
         print(f"MISMATCH {mismatch['key']}: {mismatch['ticks']:,} ticks, sum {mismatch['sum']:,}")
     for problem in found.unreadable:

@@ -33,14 +33,28 @@ ONE_OF_EACH = {
         "expired": 1,
         "last_error": "",
     },
-    "spool": {"profiles": 1, "size_bytes": 1, "limit_bytes": 1, "given_up": 1, "lost_samples": 1},
+    "spool": {
+        "profiles": 1,
+        "size_bytes": 1,
+        "limit_bytes": 1,
+        "given_up": 1,
+        "lost_samples": 1,
+        "damaged": 1,
+        "unwritten_ticks": 1,
+        "last_error": "No space left on device",
+    },
     "unwinding": {
         "processes": 1,
         "tables": 1,
         "tables_waiting": 0,
         "tables_evicted": 0,
         "kernel_bytes": 1,
+        "builds_interrupted": 1,
+        "mappings_without_number": 2,
     },
+    "labels": {"instances_uncounted": 1},
+    "readers": {"children": 2, "answered": 9, "left_behind": 1, "failed_too_slow": 3},
+    "service": {"pid": 9, "starts": 1, "failed_starts": 2},
     "slowest_binaries": [],
 }
 
@@ -55,7 +69,7 @@ def test_one_of_a_thing_is_singular():
     assert shown["unwinding"].startswith("1 process, 1 unwind table in ")
     assert shown["uploader"] == "pid 8, started 1 time"
     whole = table(ONE_OF_EACH)
-    assert "the stacks of 1 window were dropped" in whole
+    assert "the stacks of 1 window, 1 sample, were dropped" in whole
     assert "1 window, 0.0 MB; 1 attempt failed, 1 file damaged" in whole
     assert "1 old window\n" in f"{whole}\n"
 
@@ -72,3 +86,20 @@ def test_what_the_sampler_took_is_said_before_its_parts():
         "cpu, bpf 0.06 s, 0.10 % of one CPU",
         "cpu, uploader 0.00 s, 0.00 % of one CPU",
     ]
+
+
+def test_every_counter_of_what_went_wrong_is_said_in_words():
+    """Only those that are not 0; one that is not known yet by its name."""
+    lines = [" ".join(line.split()) for line in table(ONE_OF_EACH).splitlines()]
+
+    assert set(lines) >= {
+        "missed 1 build of an unwind table interrupted; 2 mappings without room for unwinding",
+        "labels 1 service instance without time of presence",
+        "readers 1 reader left behind: a file system does not answer; 3 failed too slow",
+        "service 2 starts failed",
+        "damaged 1 file moved away: not as written",
+        "unwritten 1 tick in memory only (No space left on device)",
+    }
+    sound = ONE_OF_EACH | {"labels": {"instances_uncounted": 0}, "readers": {}, "service": {}}
+    names = [line.split()[0] for line in table(sound).splitlines()]
+    assert not {"labels", "readers", "service"} & set(names)

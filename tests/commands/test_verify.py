@@ -198,3 +198,14 @@ def test_one_profile_is_singular(tmp_path, capfd):
     )
 
     assert capfd.readouterr().out.endswith("\n1 profile: every tick accounted for\n")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "# a comment\n"])
+def test_a_file_without_anything_in_it_is_not_sound(content, tmp_path, capfd):
+    """As a copy that was cut off; a recording of ours names its host, however short it was."""
+    file = tmp_path / "cut.folded"
+    file.write_text(content)
+
+    assert cli.main(["verify", str(file)]) == 1
+
+    assert f"UNREADABLE {file}: it is empty: it contains no samples\n" in capfd.readouterr().out
