@@ -26,7 +26,7 @@ _LOOKUP_AND_DELETE_BATCH, _UPDATE_BATCH, _ENABLE_STATS = 25, 26, 32
 
 MAP_TYPE_ARRAY = 2
 MAP_TYPE_ARRAY_OF_MAPS = 12
-PROG_TYPE_PERF_EVENT = 7
+PROG_TYPE_KPROBE, PROG_TYPE_TRACEPOINT, PROG_TYPE_PERF_EVENT = 2, 5, 7
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -152,6 +152,8 @@ class ProgramInfo:
         self.run_time_ns, self.run_count, self.recursion_misses = struct.unpack_from(
             "<QQQ", info.raw, 192
         )
+        (self.type,) = struct.unpack_from("<I", info.raw, 0)
+        self.name = info.raw[64:80].partition(b"\0")[0]
         self.verified_instructions = struct.unpack_from("<I", info.raw, 216)[0]
 
 

@@ -28,10 +28,11 @@ from bpf.records import Rings
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import Drain, RawSample
 from profiler.agent.frames import FrameNumbers, Numbers
+from profiler.agent.supervise import RefusedError
 from profiler.agent.unwind_tables import Unwinding
 from profiler.agent.window import BusyTime, Clocks, OpenWindow, split_drain
 from profiler.processes.address_spaces import AddressSpaces
-from profiler.processes.generations import parent_in_proc
+from profiler.processes.generations import clock_offsets, parent_in_proc
 from profiler.processes.labels import Labeler
 from profiler.processes.rules import Rules
 from storage.profile import Accounting, Host, Profile
@@ -95,7 +96,8 @@ class Recorder:
     """Samples until it is closed; `step` now and then, `close_window` whenever a profile is due.
 
     Raises:
-        BpfError: on construction, when this host cannot be sampled; the message says what to do.
+        BpfError, RefusedError: on construction, when this host cannot be sampled; the message says
+            what to do.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Recorder:
         own: the commands that it records. If this process was stopped for hours, the window is cut
         into parts of at most `longest_window_s`: see `take_closed`.
         """
+        refuse_time_namespace()
         _return_large_blocks()
         self.config = config
         self.period_ns = 1_000_000_000 // config.frequency_hz
@@ -382,6 +385,20 @@ class Cost:
             yield
         finally:
             self.cpu_ns[part] += time.thread_time_ns() - begun
+
+
+def refuse_time_namespace() -> None:
+    """Refuse to sample where the clocks differ from those that samples carry.
+
+    Raises:
+        RefusedError: they do.
+    """
+    if offsets := clock_offsets():
+        differ = " and ".join(f"{name} by {seconds} s" for name, seconds in offsets.items())
+        raise RefusedError(
+            f"cannot sample in a time namespace: its clocks differ from the kernel's ({differ});"
+            " start the profiler outside it"
+        )
 
 
 def _return_large_blocks() -> None:

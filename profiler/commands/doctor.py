@@ -26,13 +26,16 @@ from typing import NamedTuple
 
 from bpf import perf_event, syscalls
 from bpf.btf import VMLINUX, Btf
-from bpf.errors import BpfError, LoadError, PerfEventError
+from bpf.errors import BpfError, LoadError, PerfEventError, SyscallError
 from bpf.records import RING_PAGES
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import MAX_USER_WORDS
 from profiler.commands import arguments
+from profiler.processes.generations import clock_offsets
+from profiler.text import listed
 from storage.objects.keys import ObjectStore, StoreError, StoreRefused
 from storage.objects.open import open_store
+from symbolizer.text import readable
 
 SCHEMA = 1
 
@@ -43,8 +46,13 @@ _SLOW_CLOCKSOURCES = {"acpi_pm", "hpet", "jiffies", "pit"}
 """A read takes a microsecond or more, and several are taken per sample and window."""
 _STEAL_WARN_SHARE = 0.05
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h
-_BCC_IMPORT_TIMEOUT_S = 60
+_BCC_IMPORT_TIMEOUT_S = 600
+"""It takes a second; beside a load of 20 on two CPUs it took more than a minute."""
 _CLOCK_SKEW_WARN_S = 30
+
+_SKIPPING = {syscalls.PROG_TYPE_KPROBE: "kprobe", syscalls.PROG_TYPE_TRACEPOINT: "tracepoint"}
+_NAMED = 5
+"""So many programs of others are named."""
 
 _GIVE_RIGHTS = "run as root, or give CAP_BPF and CAP_PERFMON"
 
@@ -102,10 +110,12 @@ def run_checks() -> list[Check]:
         check_jit,
         check_bcc,
         check_programs,
+        check_tracers,
         check_perf_event,
         check_cycles,
         check_rings,
         check_pid_namespace,
+        check_time_namespace,
         check_kallsyms,
         check_cppfilt,
         check_clock,
@@ -290,6 +300,34 @@ def check_programs() -> Check:
     return Check("programs", Status.OK, f"{detail}, for stacks of up to {depth} frames")
 
 
+def check_tracers() -> Check:
+    """Look for programs during which the kernel skips ours: one may be active on a CPU at a time.
+
+    That holds for kprobes and tracepoints (bpf_prog_active in trace_call_bpf); a name is the first
+    15 characters of what its author calls it.
+    """
+    found = []
+    for number in syscalls.program_ids():
+        try:
+            fd = syscalls.program_by_id(number)
+        except SyscallError:  # unloaded meanwhile
+            continue
+        try:
+            info = syscalls.ProgramInfo(fd)
+        finally:
+            os.close(fd)
+        if kind := _SKIPPING.get(info.type):
+            found.append(f"{readable(info.name) or f'program {number}'} ({kind})")
+    if not found:
+        return Check("tracers", Status.OK, "no programs of kprobes or tracepoints")
+    return Check(
+        "tracers",
+        Status.WARN,
+        f"ticks are skipped while these BPF programs run: {listed(found, _NAMED)}",
+        "none is needed for a few percent; stop the tracer to count every tick",
+    )
+
+
 def check_perf_event() -> Check:
     try:
         _open_on_first_cpu(hardware=False)
@@ -331,6 +369,19 @@ def check_pid_namespace() -> Check:
         Status.FAIL,
         "this is a container's: the processes of samples cannot be found",
         "docker run --pid=host; in Kubernetes hostPID: true",
+    )
+
+
+def check_time_namespace() -> Check:
+    """See that times mean here what they mean to the kernel, whose times the samples carry."""
+    if not (offsets := clock_offsets()):
+        return Check("time_namespace", Status.OK, "the host's, or one with the same clocks")
+    differ = " and ".join(f"{name} differs by {seconds} s" for name, seconds in offsets.items())
+    return Check(
+        "time_namespace",
+        Status.FAIL,
+        f"{differ}: the processes of samples cannot be found",
+        "start the profiler outside the time namespace",
     )
 
 
@@ -478,10 +529,12 @@ def _judge_store_clock(ahead_s: float) -> Check:
 
 def _run(check: Callable[[], Check]) -> Check:
     """Run one check; a file that cannot be read fails that check and not the others."""
+    name = check.__name__.removeprefix("check_")
     try:
         return check()
+    except SyscallError as error:
+        return Check(name, Status.WARN, f"cannot be checked: {error}", _GIVE_RIGHTS)
     except (OSError, subprocess.SubprocessError) as error:
-        name = check.__name__.removeprefix("check_")
         return Check(name, Status.FAIL, f"cannot be checked: {error}", "mount /proc and /sys")
 
 

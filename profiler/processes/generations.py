@@ -3,6 +3,7 @@
 import os
 import time
 from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from profiler.processes.cgroups import Place
@@ -16,11 +17,29 @@ TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 """The unit of times in /proc/PID/stat and /proc/stat."""
 
 _MAX_BYTES = 64 << 10
+_INITIAL_TIME_NAMESPACE = 0xEFFFFFFA  # PROC_TIME_INIT_INO in include/linux/proc_ns.h
 _PF_KTHREAD = 0x0020_0000  # include/linux/sched.h
 
 
 def boottime_ns() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+def clock_offsets() -> dict[str, int]:
+    """Return by how many seconds this process's clocks differ from the kernel's; empty if by none.
+
+    They do in a time namespace (time_namespaces(7)): what /proc says and what samples and records
+    carry are then different times, and no sample finds its process.
+    """
+    try:
+        content = Path("/proc/self/timens_offsets").read_text()
+        is_own = Path("/proc/self/ns/time").stat().st_ino != _INITIAL_TIME_NAMESPACE
+    except OSError:  # a kernel without time namespaces
+        return {}
+    if not is_own:
+        return {}
+    lines = [line.split() for line in content.splitlines()]
+    return {name: int(seconds) for name, seconds, ns in lines if int(seconds) or int(ns)}
 
 
 class Stat(NamedTuple):

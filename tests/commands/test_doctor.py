@@ -1,6 +1,7 @@
 """Doctor: each check meets the failure it is for, made for real in a child of its own."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from profiler.commands.doctor import Check, Status, check_bcc, format_json, format_table
+from bpf import syscalls
+from profiler.commands.doctor import (
+    Check,
+    Status,
+    check_bcc,
+    check_tracers,
+    format_json,
+    format_table,
+)
 
 RUN_DOCTOR = "import sys; from profiler.commands import doctor; sys.exit(doctor.main(as_json=True))"
 Report = dict[str, dict[str, str]]
@@ -133,6 +142,43 @@ def test_a_pid_namespace_of_its_own_is_a_failure(examine) -> None:
     assert status == 1
     assert checks["pid_namespace"]["status"] == "fail"
     assert "--pid=host" in checks["pid_namespace"]["remedy"]
+
+
+@pytest.mark.kernel
+def test_a_time_namespace_with_other_clocks_is_a_failure(examine, tmp_path: Path) -> None:
+    """Samples carry the kernel's times, and no process would be found; nothing is recorded."""
+    around = ("unshare", "--time", "--fork", "--boottime", "100000")
+    status, checks = examine(*around)
+    everflame = Path(sys.executable).with_name("everflame")
+    recorded = subprocess.run(
+        [*around, everflame, "record", "--for", "1s", "-o", tmp_path / "x.folded"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert status == 1
+    assert checks["time_namespace"]["status"] == "fail"
+    assert "boottime differs by 100000 s" in checks["time_namespace"]["detail"]
+    assert recorded.returncode == 2
+    assert recorded.stderr.startswith("everflame: cannot sample in a time namespace: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.kernel
+def test_programs_of_other_tracers_are_named() -> None:
+    """The kernel runs no other one on a CPU while a program of a tracepoint is active there."""
+    instructions = bytes.fromhex("b7000000000000009500000000000000")
+    fd = syscalls.load_program(instructions, syscalls.PROG_TYPE_TRACEPOINT)
+    try:
+        described = Path(f"/proc/self/fdinfo/{fd}").read_text()
+        number = described.partition("prog_id:")[2].split()[0]
+        check = check_tracers()
+    finally:
+        os.close(fd)
+
+    assert check.status is Status.WARN
+    assert f"program {number} (tracepoint)" in check.detail
 
 
 @pytest.mark.kernel
