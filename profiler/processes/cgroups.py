@@ -1,4 +1,4 @@
-"""Where a process stands among the control groups: its container, its pod, its systemd unit.
+r"""Where a process stands among the control groups: its container, its pod, its systemd unit.
 
 /proc/PID/cgroup has one line for each hierarchy: `0::PATH` is cgroup v2, the others are v1
 (cgroups(7)); on hybrid hosts units are in `name=systemd` and containers may be in any. The names
@@ -9,8 +9,13 @@ are those that runtimes choose:
   without. The innermost one counts: containers run in containers.
 - a pod is `podUID` or `kubepods-burstable-podUID.slice`, dashes written as underscores.
 - a unit is the innermost `.service` or `.scope`, within the container if there is one. What logins
-  and `systemd-run` make up (`session-*.scope`, `user@*.service`, `run-*`, scopes of a user) and
-  `init.scope` say nothing of a service and are no units here.
+  and `systemd-run` make up (`session-*.scope`, `user@*.service`, `run-u12.service`,
+  `run-rUUID.scope`, `run-1234.scope`, scopes of a user), what is called by an id alone, and
+  `init.scope` say nothing of a service and are no units here. Escapes are systemd's own
+  (systemd-escape(1)): `my\x2dapp.service` is `my-app.service`.
+
+A service is called by its unit without suffix, instance and ids: `worker@3.service` is one of
+`worker`, and so is Nomad's `UUID.worker.scope`.
 """
 
 import ctypes
@@ -23,11 +28,24 @@ from pathlib import Path
 
 from symbolizer.text import readable
 
-_CONTAINER = re.compile(r"(?:^|.*[-:])([0-9a-f]{64})(?:\.scope)?")
+_CONTAINER = re.compile(r"(?:^|.*[-:_])([0-9a-f]{64})(?:\.scope)?")
 _POD = re.compile(
     r"(?:.*kubepods.*-)?pod([0-9a-f]{8}(?:[-_]?[0-9a-f]{4}){3}[-_]?[0-9a-f]{12})(?:\.slice.*)?"
 )
-_NO_UNIT = re.compile(r"session-.*\.scope|user@.*\.service|init\.scope|run-.*|.*-conmon-.*")
+_UUID = r"[0-9a-f]{8}[-_]?(?:[0-9a-f]{4}[-_]?){3}[0-9a-f]{12}"
+_NO_UNIT = re.compile(
+    rf"session-.*\.scope|user@.*\.service|init\.scope|.*-conmon-.*"
+    rf"|run-(?:u[0-9]+|r?{_UUID}|p?[0-9]+(?:-i?[0-9]+)*)\.(?:service|scope)"
+)
+_ID = re.compile(
+    rf"(?<![0-9A-Za-z])(?:{_UUID}|(?=[a-f]*[0-9])[0-9a-f]{{12,64}}|dbus-:[0-9.]+)(?![0-9A-Za-z])",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"[-._][0-9]+$")
+"""At the end of a scope's name: a pid or the number of a job. That of a service may be its own."""
+_VIRTUAL_MACHINE = re.compile(r"machine-(?:qemu|lxc)-[0-9]+-(.+)")
+"""libvirt counts its machines from each of its starts on."""
+_ESCAPE = re.compile(rb"\\x([0-9a-f]{2})")
 _USER_MANAGER = re.compile(r"user@.*\.service")
 _TRANSIENT_OF_USER = re.compile(r".*\.scope|app-.*")
 
@@ -46,7 +64,8 @@ class Place:
         paths: one for each different path, v2's first.
         container_id: 64 hex digits, or empty.
         pod_uid: a UUID with dashes (or the 32 digits of a static pod), or empty.
-        unit: with its suffix, or empty.
+        unit: unescaped and with its suffix, or empty.
+        service: what the unit calls the service, or empty.
         key: the path up to the container or unit. Processes of one key are one service's; empty
             where there is neither.
     """
@@ -55,6 +74,7 @@ class Place:
     container_id: str = ""
     pod_uid: str = ""
     unit: str = ""
+    service: str = ""
     key: str = ""
 
 
@@ -82,6 +102,7 @@ def place_of(paths: list[str]) -> Place:
         container_id=chosen.container_id,
         pod_uid=(of_pod or chosen).pod_uid,
         unit=(of_unit or chosen).unit,
+        service=(of_unit or chosen).service,
         key=chosen.key,
     )
 
@@ -97,12 +118,14 @@ def _read_path(path: str) -> Place:
     if unit_at < 0 and container and not pods:
         # A unit whose processes are a container: `podman run --cgroups=split`.
         unit_at = _find_unit(parts[:at], 0)
+    unit = parts[unit_at] if unit_at >= 0 else ""
     end = max(at, unit_at)
     return Place(
         paths=(path,),
         container_id=container[1] if container else "",
         pod_uid=pods[-1].replace("_", "-") if pods else "",
-        unit=parts[unit_at] if unit_at >= 0 else "",
+        unit=_unescape(unit),
+        service=_service_of(unit),
         key="/".join(parts[: end + 1]) if end >= 0 else f"pod {pods[-1]}" if pods else "",
     )
 
@@ -125,9 +148,30 @@ def _find_unit(parts: list[str], start: int) -> int:
             _NO_UNIT.fullmatch(part)
             or _CONTAINER.fullmatch(part)
             or (is_users and _TRANSIENT_OF_USER.fullmatch(part))
+            or not _service_of(part)
         ):
             found = position
     return found
+
+
+def _service_of(unit: str) -> str:
+    """Return a unit's name without suffix, instance and ids; nothing if it is nothing but ids."""
+    name, _, suffix = unit.rpartition(".")
+    name = _unescape(name.partition("@")[0])
+    if machine := _VIRTUAL_MACHINE.fullmatch(name):
+        return machine[1]
+    named = _ID.sub("", name)
+    if suffix == "scope":
+        named = _NUMBER.sub("", named)
+    if named != name:
+        named = re.sub(r"([-._:])[-._:]+", r"\1", named).strip("-._:")
+    return named
+
+
+def _unescape(unit: str) -> str:
+    """Undo what systemd does to a name so that it can be a path, and to a cgroup's besides."""
+    escaped = unit.removeprefix("_").encode()
+    return readable(_ESCAPE.sub(lambda match: bytes((int(match[1], 16),)), escaped))
 
 
 class CgroupIds:

@@ -302,7 +302,7 @@ class Instances:
             return workload(container.pod, self._host)
         if place.container_id:
             return container.name or place.container_id[:_SHORT_ID]
-        return _unit_name(place.unit) or program
+        return place.service or program
 
     def _join(self, process: Generation, files: ProcessFiles) -> None:
         """Make it a member of its instance, which gets its version if that is not known."""
@@ -455,11 +455,6 @@ def _instance_labels(place: Place, container: Container, service: str, version: 
         "unit": place.unit,
     }
     return make_labels({name: value for name, value in names.items() if value})
-
-
-def _unit_name(unit: str) -> str:
-    """Return a unit's name without suffix and instance: `worker@3.service` is one of `worker`."""
-    return unit.rpartition(".")[0].partition("@")[0]
 
 
 def _asleep_ns() -> int:

@@ -21,6 +21,7 @@ UID_ = UID.replace("-", "_")
         f"/machine.slice/libpod-{ID}.scope/container",
         f"/libpod_parent/libpod-{ID}",
         f"/docker/{OTHER}/docker/{ID}",
+        f"/default/kata_{ID}",
         f"/../../docker/{ID}",
         f"/system.slice/docker-{ID}.scope/init.scope",
     ],
@@ -75,6 +76,39 @@ def test_unit_is_the_innermost_that_names_a_service(path: str, unit: str) -> Non
     place = parse_cgroups(b"0::" + path.encode() + b"\n")
 
     assert place.unit == unit
+
+
+@pytest.mark.parametrize(
+    ("unit", "service"),
+    [
+        ("run-backup.service", "run-backup"),
+        ("run-u12.service", ""),
+        (f"run-r{ID[:32]}.scope", ""),
+        (f"run-r{UID}.scope", ""),
+        ("run-1234.scope", ""),
+        ("run-p1234-i5678.scope", ""),
+        (r"my\x2dapp.service", "my-app"),
+        (r"caf\xc3\xa9@a\x2db.service", "café"),
+        ("__site.service", "_site"),
+        (f"{UID}.web.scope", "web"),
+        (f"{UID}.scope", ""),
+        (f"snap.shop.web.{UID}.scope", "snap.shop.web"),
+        (f"snap.shop.web-{UID}.scope", "snap.shop.web"),
+        (f"worker-{ID[:32]}.service", "worker"),
+        ("worker-3.service", "worker-3"),
+        ("vscode-1234.scope", "vscode"),
+        (r"machine-qemu\x2d12\x2dshop.scope", "shop"),
+        ("dbus-:1.2-org.shop.Api@0.service", "org.shop.Api"),
+        ("fade.service", "fade"),
+    ],
+)
+def test_ids_are_no_part_of_a_services_name(unit: str, service: str) -> None:
+    """Each allocation, run and connection would be a service of its own; real units are kept."""
+    place = parse_cgroups(f"0::/system.slice/{unit}\n".encode())
+
+    assert place.service == service
+    assert bool(place.unit) is bool(service)
+    assert "\\x" not in place.unit
 
 
 def test_conmon_is_not_in_the_container_it_watches() -> None:

