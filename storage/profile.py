@@ -308,8 +308,24 @@ class ProfileBuilder:
         self, labels: Labels, root_first: npt.ArrayLike, samples: int, value: int | None = None
     ) -> None:
         """Count a stack given as location numbers, root first; `value` defaults to its CPU time."""
-        words = np.asarray(root_first, dtype=np.int32).tobytes()
-        self._add(self._label_set(labels), words, samples, value)
+        self.add_words(labels, np.asarray(root_first, dtype=np.int32).tobytes(), samples, value)
+
+    def add_words(
+        self, labels: Labels, words: bytes, samples: int, value: int | None = None
+    ) -> None:
+        """Count a stack as `add` does, given as the bytes of its location numbers (int32)."""
+        key = (self._label_set(labels), self._stacks.setdefault(words, len(self._stacks)))
+        self._samples[key] += samples
+        self._values[key] += samples * self.period_ns if value is None else value
+
+    def has_labels(self, labels: Labels) -> bool:
+        """Return whether something was added with this label set."""
+        return labels in self._label_sets
+
+    def has_row(self, labels: Labels, words: bytes) -> bool:
+        """Return whether `add_words` has counted this stack with this label set."""
+        label_set, stack = self._label_sets.get(labels), self._stacks.get(words)
+        return (label_set, stack) in self._samples
 
     def add_rows(self, other: Profile, rows: Integers, label_sets: Sequence[Labels]) -> None:
         """Count chosen rows of another profile, with `label_sets` instead of its own."""
@@ -367,11 +383,6 @@ class ProfileBuilder:
         firsts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
         counts = np.add.reduceat(columns[2:, order], firsts, axis=1)
         return np.concatenate([columns[:2, order[firsts]], counts])
-
-    def _add(self, label_set: int, words: bytes, samples: int, value: int | None) -> None:
-        key = (label_set, self._stacks.setdefault(words, len(self._stacks)))
-        self._samples[key] += samples
-        self._values[key] += samples * self.period_ns if value is None else value
 
     def _adopt_stacks(self, other: Profile, stacks: Indices) -> list[int]:
         """Return this builder's number of each stack, adding its locations and modules."""

@@ -306,10 +306,10 @@ class Recorder:
         builder = window.builder
         unnamed = builder.unnamed_locations()
         for location, frames in zip(unnamed, self.symbolizer.names(unnamed), strict=True):
-            builder.location(location, frames)
+            window.bounded.name(location, frames)
         modules = {place.build_id for place in unnamed if isinstance(place, AddressLocation)}
         known = self.symbolizer.modules
-        builder.modules.update({key: known[key] for key in modules & known.keys()})
+        window.bounded.add_modules({key: known[key] for key in sorted(modules & known.keys())})
         misses: Counter[str] = Counter()
         for missed in (self.symbolizer.misses, self.labeler.misses):
             misses.update({str(reason): number for reason, number in missed.items()})
@@ -367,8 +367,13 @@ class Recorder:
     def _number_frames(self) -> FrameNumbers:
         """Return numbers for the open window: they are those of its builder."""
         symbolizer = self.symbolizer
+        bounded = self._window.bounded
         return FrameNumbers(
-            self._window.builder.location, symbolizer.locate, symbolizer.locate_kernel
+            self._window.builder.location,
+            symbolizer.locate,
+            symbolizer.locate_kernel,
+            bounded.rest,
+            bounded.locations,
         )
 
 

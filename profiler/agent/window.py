@@ -11,6 +11,7 @@ from pathlib import Path
 from bpf import perf_event
 from bpf.sampler import SamplerConfig
 from bpf.samples import Drain, RawSample
+from profiler.agent.budgets import BoundedProfile, Owner
 from profiler.agent.frames import Numbers
 from profiler.agent.status import rss_bytes
 from profiler.processes.generations import TICK_NS
@@ -20,6 +21,7 @@ _LATE_NS = 2_000_000_000
 """A window that is closed so late does not end at its edge: the ticks since then are in it."""
 _FIRST_NS = 60_000_000_000
 """For how long windows are as short as the first one was asked to be."""
+_MINUTE_NS = 60_000_000_000
 _STAT = Path("/proc/stat")
 _IDLE_SLACK_NS = 100_000_000
 """By how much idle time may exceed the time that passed: both are rounded to ticks of 10 ms."""
@@ -136,6 +138,7 @@ class OpenWindow:
     ) -> None:
         """Begin now, or when the clocks were `begun`; `edge_ns` is the start's name in UTC."""
         self.builder = ProfileBuilder(period_ns)
+        self.bounded = BoundedProfile(self.builder, len(perf_event.online_cpus()))
         self.begun = begun or now()
         self.start_ns = edge_ns or self.begun.wall_ns
         self._now = now
@@ -152,9 +155,12 @@ class OpenWindow:
         self._filtered += drain.filtered
         self._lost.update(drain.lost)
         self._pending = sum(sample.samples for sample in drain.samples)
+        if drain.samples:
+            latest_ns = max(sample.last_ns for sample in drain.samples)
+            self.bounded.grow((latest_ns - self.begun.monotonic_ns) / _MINUTE_NS)
 
     def add(self, sample: RawSample, root_first: Numbers, labels: Labels) -> None:
-        self.builder.add(labels, root_first, sample.samples)
+        self.bounded.add(Owner.of(sample), labels, root_first, sample.samples)
         # One reason for each sample: the user's part, unless only the kernel's is not whole.
         is_whole = sample.stop in GOOD_STOPS
         stop = sample.kernel_stop if is_whole and sample.kernel_stop else sample.stop

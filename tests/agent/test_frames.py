@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bpf.samples import Tag, split_frames
+from profiler.agent.budgets import REST_LOCATION, Budget, Limit, Limits, LocationBudget
 from profiler.agent.frames import FrameNumbers
 from symbolizer.location import AddressLocation, FileOffset
 from symbolizer.maps import Mapping, MappingTable
@@ -75,7 +76,17 @@ def located() -> Located:
 
 @pytest.fixture
 def frames(located) -> FrameNumbers:
-    return FrameNumbers(located.number, located.locate, located.locate_kernel)
+    return numbers_of(located, Limits())
+
+
+def numbers_of(located, limits: Limits) -> FrameNumbers:
+    return FrameNumbers(
+        located.number,
+        located.locate,
+        located.locate_kernel,
+        lambda: located.number(REST_LOCATION),
+        LocationBudget(Budget(limits.locations)),
+    )
 
 
 @pytest.fixture
@@ -119,12 +130,38 @@ def test_what_is_known_is_not_located_again(frames, located, mappings):
     assert [stack.tolist() for stack in second] == [[first[0][1]], [first[0][0]]]
 
 
-def test_a_frame_of_a_runtime_is_of_one_process(frames, located, mappings):
-    """No runtime is known yet: its frame lies nowhere, and is kept apart all the same."""
+def test_a_frame_of_a_runtime_lies_nowhere(frames, located, mappings):
+    """No runtime is known yet."""
     unknown = 9 << 56 | TEXT
-    frames.user(mappings, [sample(10, unknown, TEXT), sample(11, unknown, TEXT)])
 
-    assert located.asked == [(10, (0, TEXT)), (11, (0,))]
+    stacks = frames.user(mappings, [sample(10, unknown, TEXT), sample(11, unknown, TEXT)])
+
+    assert located.asked == [(10, (0,)), (10, (TEXT,))]
+    assert stacks[0].tolist() == stacks[1].tolist()
+
+
+def test_addresses_outside_of_all_mappings_are_one_location(frames, located, mappings):
+    """They mean nothing, and a process can make up any number of them."""
+    first = frames.user(mappings, [sample(10, TEXT, *range(0x1000, 0x1100))])
+    second = frames.user(mappings, [sample(10, TEXT, *range(0x2000, 0x2100))])
+
+    assert first[0].tolist() == second[0].tolist()
+    assert len(located.numbers) == 2
+
+
+def test_a_stack_ends_where_a_process_has_too_many_locations(located, mappings):
+    """Root first they are kept, other processes have theirs, and nothing more is located."""
+    frames = numbers_of(located, Limits(locations=Limit(3 * 400, 100 * 400, 100 * 400)))
+    rest = located.number(REST_LOCATION)
+
+    (cut,) = frames.user(mappings, [sample(10, *range(TEXT, TEXT + 6))])
+    (again,) = frames.user(mappings, [sample(10, TEXT + 2, *range(TEXT + 3, TEXT + 6))])
+    (other,) = frames.user(mappings, [sample(11, *range(TEXT, TEXT + 6))])
+
+    assert cut.tolist() == again.tolist() == [rest, *other.tolist()[3:]]
+    assert rest not in other
+    assert located.asked[0] == (10, (TEXT + 3, TEXT + 4, TEXT + 5))
+    assert len(located.asked) == 2
 
 
 def test_kernel_words_are_addresses(frames, located):
