@@ -9,6 +9,7 @@ import json
 import os
 import struct
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +210,9 @@ class Sampler:
         """
         idle_generation = self._generation
         self._generation ^= 1
+        flip_begun_ns = time.monotonic_ns()
         syscalls.update(self._fds["active"], 0, struct.pack("<I", self._generation))
+        flipped_ns = time.monotonic_ns()
         self.wait_for_programs()  # nobody writes to the old one any more
         totals = self._read_counters(idle_generation)
         try:
@@ -230,12 +233,15 @@ class Sampler:
             ended = counts[Counter.IDLE] + counts[Counter.FILTERED] + sum(lost.values())
             stored = sum(sample.samples for sample in samples)
             lost["fault"] = counts[Counter.TICKS] - ended - stored
+        # If this process was stopped while it flipped them, the last tick says on which side.
+        latest_ns = max((sample.last_ns for sample in samples), default=0)
         return Drain(
             samples=samples,
             ticks=counts[Counter.TICKS],
             idle=counts[Counter.IDLE],
             filtered=counts[Counter.FILTERED],
             lost=lost,
+            ended_ns=min(max(flip_begun_ns, latest_ns), flipped_ns),
         )
 
     def wait_for_programs(self) -> None:

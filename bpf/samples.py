@@ -219,3 +219,5 @@ class Drain:
     idle: int
     filtered: int
     lost: dict[str, int]
+    ended_ns: int = 0
+    """When the maps were flipped (CLOCK_MONOTONIC): later ticks are in the next drain."""

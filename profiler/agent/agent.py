@@ -247,6 +247,7 @@ class Agent:
         announce(self._options.ready_fd, os.environ)
         self._run("child processes", self._children.begun)
         self._edges.begin()
+        self._recorder.split_at(self._edges.edge)
         self._bpf.begin()
         next_step = time.monotonic() + self._recorder.drain_period_s
         while time.monotonic() < end_s and not self._children.has_failed:
@@ -280,12 +281,13 @@ class Agent:
         self._guards[stage].run(run)
 
     def _close_window(self) -> None:
-        edge_ns = self._edges.true_edge_ns
+        edge = self._edges.true_edge
         self._edges.begin()
         self._run("drain", self._recorder.drain)
         self._run("cost", self._bpf.end)
         cut: list[Profile] = []
-        self._closing.run(lambda: cut.append(self._recorder.cut_window(edge_ns)))
+        self._closing.run(lambda: cut.append(self._recorder.cut_window(edge)))
+        self._recorder.split_at(self._edges.edge)
         for profile in (*self._recorder.take_closed(), *cut):
             self._closing.run(partial(self._store, profile))
         self._run("cost", self._bpf.begin)

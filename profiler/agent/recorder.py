@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from bpf.samples import Drain, RawSample
 from profiler.agent.frames import FrameNumbers, Numbers
 from profiler.agent.supervise import RefusedError
 from profiler.agent.unwind_tables import Unwinding
-from profiler.agent.window import BusyTime, Clocks, OpenWindow, split_drain
+from profiler.agent.window import BusyTime, Clocks, Edge, OpenWindow, split_drain
 from profiler.processes.address_spaces import AddressSpaces
 from profiler.processes.generations import clock_offsets, parent_in_proc
 from profiler.processes.labels import Labeler
@@ -92,6 +92,20 @@ def _open_cache(folder: Path) -> tuple[Path, "tempfile.TemporaryDirectory[str] |
         return Path(temporary.name), temporary
 
 
+class _Part(NamedTuple):
+    """A drain, or what came of one after an edge."""
+
+    drain: Drain
+    ended: Clocks
+
+
+class _Held(NamedTuple):
+    """What was counted after an edge, while the window that ends there is still open."""
+
+    at: Clocks
+    parts: list[_Part]
+
+
 class Recorder:
     """Samples until it is closed; `step` now and then, `close_window` whenever a profile is due.
 
@@ -124,12 +138,14 @@ class Recorder:
         self._next_scan_s = 0.0
         self._longest_ns = None if math.isinf(longest_window_s) else round(longest_window_s * 1e9)
         self._closed: list[Profile] = []
+        self._edge: Edge | None = None
+        self._held: _Held | None = None
         self._busy = BusyTime()
         with contextlib.ExitStack() as opened:
             self._load(cache or default_cache(), rules or Rules(), opened)
             self._window = OpenWindow(self.period_ns, self._clocks)
             self._frames = self._number_frames()
-            self._drained_ns = self._window.begun.monotonic_ns
+            self._drained = self._window.begun
             self._opened = opened.pop_all()
 
     def _load(self, cache: Path, rules: Rules, opened: contextlib.ExitStack) -> None:
@@ -189,7 +205,7 @@ class Recorder:
             self._scan()
         self._window = OpenWindow(self.period_ns, self._clocks)
         self._frames = self._number_frames()
-        self._drained_ns = self._window.begun.monotonic_ns
+        self._drained = self._window.begun
         self.sampler.start()
 
     def stop(self) -> None:
@@ -227,6 +243,13 @@ class Recorder:
         self.drain()
         self._scan()
 
+    def split_at(self, edge: Edge | None) -> None:
+        """Set the moment at which the open window is to end.
+
+        What was counted after it waits for `cut_window`, and then belongs to the next window.
+        """
+        self._edge = edge
+
     def drain(self) -> None:
         """Take in what was counted, without looking for new CPUs and services."""
         with self.cost.of("drain"):
@@ -237,18 +260,30 @@ class Recorder:
             self._window.count(drain)
             self._window.settle()
             raise
-        cuts = self._window.begun.cuts(now, self._longest_ns) if self._longest_ns else []
+        begun = self._drained
+        ended = self._drained = begun.at(now, drain.ended_ns)
+        if self._held is not None:
+            self._held.parts.append(_Part(drain, ended))
+        elif self._edge and begun.monotonic_ns <= self._edge.monotonic_ns < ended.monotonic_ns:
+            at = begun.at(ended, self._edge.monotonic_ns)
+            before, after = split_drain(drain, [each.monotonic_ns for each in (begun, at, ended)])
+            self._held = _Held(at, [_Part(after, ended)])
+            self._fold_until(before, begun, at)
+        else:
+            self._fold_until(drain, begun, ended)
+
+    def _fold_until(self, drain: Drain, begun: Clocks, ended: Clocks) -> None:
+        """Count a drain in the open window; cut that if it has become longer than one may be."""
+        cuts = self._window.begun.cuts(ended, self._longest_ns) if self._longest_ns else []
         if not cuts:
-            self._drained_ns = now.monotonic_ns
             self._fold(drain)
             return
-        edges_ns = [self._window.begun.monotonic_ns, *(cut.monotonic_ns for cut in cuts)]
-        edges_ns = [max(self._drained_ns, edge_ns) for edge_ns in (*edges_ns, now.monotonic_ns)]
-        self._drained_ns = now.monotonic_ns
+        moments = (self._window.begun, *cuts, ended)
+        edges_ns = [max(begun.monotonic_ns, moment.monotonic_ns) for moment in moments]
         *parts, last = split_drain(drain, edges_ns)
-        span_s = now.since(self._window.begun) / 1e9
+        span_s = ended.since(self._window.begun) / 1e9
         log.warning("drained late span_s=%.0f windows=%d", span_s, len(edges_ns) - 1)
-        begun, start_ns = self._window.begun, self._window.start_ns
+        first, start_ns = self._window.begun, self._window.start_ns
         errors = []
         for part, cut in (*zip(parts, cuts, strict=True), (last, None)):
             try:
@@ -257,7 +292,7 @@ class Recorder:
                 errors.append(error)
             if cut is None:
                 break
-            edge_ns = start_ns + cut.since(begun)
+            edge_ns = start_ns + cut.since(first)
             successor = OpenWindow(self.period_ns, self._clocks, begun=cut, edge_ns=edge_ns)
             try:
                 self._closed.append(self._cut(successor, edge_ns))
@@ -271,21 +306,39 @@ class Recorder:
         closed, self._closed = self._closed, []
         return closed
 
-    def close_window(self, edge_ns: int | None = None) -> Profile:
+    def close_window(self, edge: Edge | None = None) -> Profile:
         """Return the profile since `start` or the last call, named as well as this host can.
 
-        `edge_ns` is the time (UTC) at which this window ends and the next begins, a few ms ago,
-        where windows are to be aligned; by default it is now.
+        `edge` is the moment, a while ago, at which this window ends and the next begins, where
+        windows are to be aligned; by default it is that of the last drain.
         """
+        self.split_at(edge)
         self.drain()
-        return self.cut_window(edge_ns)
+        return self.cut_window(edge)
 
-    def cut_window(self, edge_ns: int | None = None) -> Profile:
-        """Return the profile up to the last drain, as `close_window` does."""
-        if edge_ns is not None and edge_ns <= self._window.start_ns:
+    def cut_window(self, edge: Edge | None = None) -> Profile:
+        """Return the profile up to an edge that `split_at` was told, or up to the last drain."""
+        if edge is not None and edge.utc_ns <= self._window.start_ns:
             # The window was opened so late that the edge it was to end at had passed.
-            edge_ns = None
-        return self._cut(OpenWindow(self.period_ns, self._clocks, edge_ns=edge_ns), edge_ns)
+            edge = None
+        held, self._held, self._edge = self._held, None, None
+        if edge is None:
+            self._fold_held(held)
+            return self._cut(OpenWindow(self.period_ns, self._clocks, begun=self._drained), None)
+        begun = held.at if held else self._drained
+        successor = OpenWindow(self.period_ns, self._clocks, begun=begun, edge_ns=edge.utc_ns)
+        try:
+            return self._cut(successor, edge.utc_ns)
+        finally:
+            self._fold_held(held)
+
+    def _fold_held(self, held: "_Held | None") -> None:
+        if held is None:
+            return
+        begun = held.at
+        for part in held.parts:
+            self._fold_until(part.drain, begun, part.ended)
+            begun = part.ended
 
     def lose(self, counts: Accounting) -> None:
         """Count the ticks of a window that could not be stored in the one that is open."""

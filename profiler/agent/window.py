@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from bpf import perf_event
 from bpf.sampler import SamplerConfig
@@ -27,6 +28,13 @@ _IDLE_SLACK_NS = 100_000_000
 """By how much idle time may exceed the time that passed: both are rounded to ticks of 10 ms."""
 _STEP_NS = 500_000_000
 """A larger difference between the wall clock and the monotonic one is a step, not a drift."""
+
+
+class Edge(NamedTuple):
+    """A moment at which one window ends and the next begins."""
+
+    utc_ns: int
+    monotonic_ns: int
 
 
 class Edges:
@@ -61,20 +69,25 @@ class Edges:
 
     @property
     def edge_monotonic_s(self) -> float:
-        return (self._begun_monotonic_ns + self.edge_ns - self._begun_ns) / 1e9
+        return self.edge.monotonic_ns / 1e9
 
     @property
     def is_reached(self) -> bool:
-        return self._monotonic_ns() / 1e9 >= self.edge_monotonic_s
+        return self._monotonic_ns() >= self.edge.monotonic_ns
 
     @property
-    def true_edge_ns(self) -> int | None:
+    def edge(self) -> Edge:
+        """The edge at which the window that is open now should end."""
+        return Edge(self.edge_ns, self._begun_monotonic_ns + self.edge_ns - self._begun_ns)
+
+    @property
+    def true_edge(self) -> Edge | None:
         """The edge, if the window that is closed now ended there; None if it goes on to now.
 
         The process may have been stopped or frozen for hours.
         """
-        late_ns = self._monotonic_ns() - round(self.edge_monotonic_s * 1e9)
-        return self.edge_ns if 0 <= late_ns < _LATE_NS and not self.is_stepped else None
+        late_ns = self._monotonic_ns() - self.edge.monotonic_ns
+        return self.edge if 0 <= late_ns < _LATE_NS and not self.is_stepped else None
 
     @property
     def is_stepped(self) -> bool:
@@ -103,6 +116,18 @@ class Clocks:
             own_cpu_ns=time.process_time_ns(),
         )
 
+    def at(self, later: "Clocks", monotonic_ns: int) -> "Clocks":
+        """Return what the clocks said at a moment between two readings, which is interpolated."""
+        span_ns = later.monotonic_ns - self.monotonic_ns
+        passed_ns = min(max(0, monotonic_ns - self.monotonic_ns), span_ns)
+        if not passed_ns:
+            return self
+        names = self.__slots__
+        spans = {name: getattr(later, name) - getattr(self, name) for name in names}
+        return Clocks(
+            **{name: getattr(self, name) + spans[name] * passed_ns // span_ns for name in names}
+        )
+
     def since(self, earlier: "Clocks") -> int:
         """Return the ns between two readings; the wall clock may have been set in between."""
         return self.monotonic_ns - earlier.monotonic_ns
@@ -116,12 +141,10 @@ class Clocks:
 
         What the clocks said at them is interpolated.
         """
-        parts = max(1, -(-later.since(self) // longest_ns))
-        names = self.__slots__
-        spans = {name: getattr(later, name) - getattr(self, name) for name in names}
+        span_ns = later.since(self)
+        parts = max(1, -(-span_ns // longest_ns))
         return [
-            Clocks(**{name: getattr(self, name) + spans[name] * n // parts for name in names})
-            for n in range(1, parts)
+            self.at(later, self.monotonic_ns + span_ns * part // parts) for part in range(1, parts)
         ]
 
 
@@ -220,7 +243,8 @@ class OpenWindow:
             hosts=(host,),
             cpus=len(perf_event.online_cpus()),
             nonidle_ns=ended.nonidle_since(self.begun),
-            profiled_ns=ended.since(self.begun),
+            # Less than the window where a drain failed; more only by how far the wall clock drifts.
+            profiled_ns=min(ended.since(self.begun), self.window.end_ns - self.start_ns),
             misses=misses,
             agent_cpu_ns=ended.own_cpu_ns - self.begun.own_cpu_ns,
             agent_rss_bytes=rss_bytes(),
@@ -235,7 +259,8 @@ def split_drain(drain: Drain, edges_ns: Sequence[int]) -> list[Drain]:
     come evenly: when a map was full, those that came last were lost. All counts are integers and
     add up to those of the drain.
     """
-    parts = list(pairwise(edges_ns))
+    latest_ns = max((sample.last_ns for sample in drain.samples), default=0)
+    parts = list(pairwise((*edges_ns[:-1], max(edges_ns[-1], latest_ns + 1))))
     whole = [max(0, end_ns - start_ns) for start_ns, end_ns in parts]
     samples: list[list[RawSample]] = [[] for _ in parts]
     for sample in drain.samples:

@@ -1,5 +1,6 @@
 """What a window counts, how busy CPUs were in it, and how a drain that came late is divided."""
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 from bpf.sampler import SamplerConfig
 from bpf.samples import Drain
 from profiler.agent.recorder import Recorder
-from profiler.agent.window import BusyTime, Clocks, Edges, OpenWindow, split_drain
+from profiler.agent.window import BusyTime, Clocks, Edge, Edges, OpenWindow, split_drain
 from storage.formats import pprof
-from storage.profile import Accounting, Host
+from storage.profile import Accounting, Host, Profile
 from tests.support.live import sample_of
 
 SECOND = 1_000_000_000
@@ -96,12 +97,106 @@ def test_a_window_that_was_opened_after_its_edge_ends_when_it_is_closed(tmp_path
     """As where the process waits for a CPU between the two; it would end before its start."""
     with Recorder(SamplerConfig(pids=frozenset()), tmp_path) as recorder:
         recorder.start()
-        late = recorder.close_window(edge_ns=time.time_ns() - 5 * SECOND)
+        late = recorder.close_window(edge_at(-5))
         following = recorder.close_window()
 
     assert late.window.start_ns < late.window.end_ns
     assert abs(late.window.end_ns - following.window.start_ns) < SECOND // 10
     assert pprof.decode(pprof.encode(late)).window == late.window
+
+
+def edge_at(seconds: float) -> Edge:
+    ns = round(seconds * SECOND)
+    return Edge(time.time_ns() + ns, time.monotonic_ns() + ns)
+
+
+def spin(seconds: float) -> None:
+    until_s = time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        pass
+
+
+def own(profile: Profile) -> int:
+    """Return the samples of this process."""
+    pid = ("pid", str(os.getpid()))
+    return sum(row.samples for row in profile.rows() if pid in row.labels)
+
+
+def check_against_clocks(profile: Profile, hz: int) -> None:
+    """Its busy ticks are those of its time, which is no longer than the window."""
+    counts = profile.accounting
+    expected = hz * counts.nonidle_ns / SECOND
+    assert counts.profiled_ns <= profile.window.end_ns - profile.window.start_ns
+    assert abs(counts.ticks - counts.idle - expected) < 0.1 * expected + 30
+    assert counts.mismatch == 0
+
+
+@pytest.mark.kernel
+@pytest.mark.alone
+def test_a_window_that_is_closed_late_ends_at_its_edge(tmp_path):
+    """Its ticks as well: those after the edge belong to the next one."""
+    with Recorder(SamplerConfig(frequency_hz=499), tmp_path) as recorder:
+        recorder.start()
+        edge = edge_at(1)
+        recorder.split_at(edge)
+        spin(0.5)
+        recorder.step()
+        spin(1.2)
+        recorder.drain()
+        recorder.drain()
+        first = recorder.cut_window(edge)
+        spin(0.3)
+        second = recorder.close_window()
+
+    assert first.window.end_ns == second.window.start_ns == edge.utc_ns
+    assert first.accounting.profiled_ns > 0.95 * SECOND
+    assert own(first) > 0
+    assert own(second) > 0
+    for profile in (first, second):
+        check_against_clocks(profile, 499)
+
+
+@pytest.mark.kernel
+@pytest.mark.alone
+def test_a_window_that_ends_elsewhere_keeps_what_came_after_the_edge(tmp_path):
+    """As when it turns out that somebody has set the clock."""
+    with Recorder(SamplerConfig(frequency_hz=499), tmp_path) as recorder:
+        recorder.start()
+        recorder.split_at(edge_at(0.3))
+        spin(0.6)
+        recorder.drain()
+        whole = recorder.cut_window()
+
+    assert whole.accounting.profiled_ns > 0.55 * SECOND
+    check_against_clocks(whole, 499)
+
+
+class StoppedRecorder(Recorder):
+    """Stops for a while when it has drained and is about to read the clocks."""
+
+    is_stopped = False
+
+    def _clocks(self) -> Clocks:
+        if self.is_stopped:
+            spin(1.0)
+        return super()._clocks()
+
+
+@pytest.mark.kernel
+@pytest.mark.alone
+def test_a_pause_within_a_drain_is_in_the_window_that_has_its_ticks(tmp_path):
+    with StoppedRecorder(SamplerConfig(frequency_hz=499), tmp_path) as recorder:
+        recorder.start()
+        spin(0.3)
+        recorder.is_stopped = True
+        first = recorder.close_window()
+        recorder.is_stopped = False
+        second = recorder.close_window()
+
+    assert first.accounting.profiled_ns < 0.8 * SECOND
+    assert second.accounting.profiled_ns > 0.9 * SECOND
+    for profile in (first, second):
+        check_against_clocks(profile, 499)
 
 
 moments = st.integers(0, 1000)
@@ -174,12 +269,12 @@ def test_a_window_that_is_closed_long_after_its_edge_ends_now():
     """As after SIGSTOP: the ticks since the edge are in it."""
     passed_ns = [0]
     edges = Edges(60, lambda: 120 * SECOND + passed_ns[0], lambda: passed_ns[0])
-    assert edges.true_edge_ns is None  # it is not reached
+    assert edges.true_edge is None  # it is not reached
 
     passed_ns[0] = 61 * SECOND
-    assert edges.true_edge_ns == 180 * SECOND
+    assert edges.true_edge.utc_ns == 180 * SECOND
     passed_ns[0] = 7200 * SECOND
-    assert edges.true_edge_ns is None
+    assert edges.true_edge is None
 
 
 def test_the_ticks_of_a_window_that_was_not_stored_are_lost_in_the_next():
