@@ -113,7 +113,7 @@ def fill(folder: Path, hosts: int, hours: int, start_ns: int = START_NS) -> None
     store = DirectoryStore(folder)
     samples = 0
     for host in HOSTS[:hosts]:
-        contents = [decompress(each, 1 << 30) for each in make_minutes(host, 60)]
+        contents = [decompress(each) for each in make_minutes(host, 60)]
         counts = [pprof.decode(each).total_samples for each in contents]
         for minute in range(60 * hours):
             put(store, host, contents[minute % 60], start_ns + minute * MINUTE_NS)

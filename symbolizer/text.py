@@ -26,17 +26,28 @@ def readable(name: bytes) -> str:
     become `\n`, `\xNN`, `\uNNNN` or `\UNNNNNNNN`. The result holds at most READABLE_LIMIT
     characters and never a newline, a NUL, an ESC or a lone surrogate: it always encodes to UTF-8.
     """
-    # A character takes at most 4 bytes: what follows would be cut anyway.
+    # A character takes at most 4 bytes, and escapes are longer than what they stand for: what
+    # follows would be cut anyway.
     text = name[: 4 * READABLE_LIMIT + 4].decode("utf-8", "backslashreplace")
     if not text.isprintable() or not text.isascii():
-        text = "".join(map(_visible, text))
+        text = text[: READABLE_LIMIT + 1].translate(_VISIBLE)
     if len(text) <= READABLE_LIMIT:
         return text
     mark = f"…{zlib.crc32(name):08x}"
     return text[: READABLE_LIMIT - len(mark)] + mark
 
 
-def _visible(character: str) -> str:
-    if character.isprintable() and not _INVISIBLE.match(character):
+class _Visible(dict[int, str]):
+    """How characters are written, by code point; a million of names may be nothing but controls."""
+
+    def __missing__(self, code_point: int) -> str:
+        character = chr(code_point)
+        if not character.isprintable() or _INVISIBLE.match(character):
+            character = character.encode("unicode_escape").decode("ascii")
+        if len(self) < _VISIBLE_KEPT:
+            self[code_point] = character
         return character
-    return character.encode("unicode_escape").decode("ascii")
+
+
+_VISIBLE_KEPT = 4096
+_VISIBLE = _Visible()

@@ -23,7 +23,7 @@ from profiler.formats.reading import Reading, ReadOptions, read
 from profiler.text import counted, quantity
 from profiler.times import NS_PER_S, TimeError, parse_time
 from storage.formats import pprof, pprof_arrays
-from storage.formats.pprof_message import COUNT_LIMIT
+from storage.formats.limits import COUNT_LIMIT
 from storage.hashing import Hasher
 from storage.objects.keys import LONGEST_WINDOW_S
 from storage.objects.open import open_tenant

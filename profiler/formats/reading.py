@@ -13,6 +13,7 @@ from profiler.formats.readers import folded, perf_script, pprof, speedscope
 from profiler.formats.readers.detect import Format, detect, refuse_json
 from profiler.formats.readers.result import ChoiceError, OneSideError, Reading, ReadOptions
 from profiler.formats.readers.source import HEAD_BYTES, JSON_GROWTH, Source
+from storage.formats.limits import exhaustion_named
 from storage.profile import ProfileError
 
 __all__ = ["ChoiceError", "OneSideError", "ReadOptions", "Reading", "read", "read_bytes"]
@@ -36,7 +37,7 @@ def read(file: str, options: ReadOptions = _DEFAULTS) -> Reading:
         OSError: it cannot be read.
     """
     try:
-        with Path(file).open("rb") as stream:
+        with Path(file).open("rb") as stream, exhaustion_named():
             return _read(stream, options)
     except ProfileError as error:
         raise type(error)(f"{file}: {error}") from error
@@ -47,7 +48,8 @@ def read(file: str, options: ReadOptions = _DEFAULTS) -> Reading:
 
 def read_bytes(content: bytes, options: ReadOptions = _DEFAULTS) -> Reading:
     """Read the content of a file, as `read` does."""
-    return _read(io.BytesIO(content), options)
+    with exhaustion_named():
+        return _read(io.BytesIO(content), options)
 
 
 def _read(stream: BinaryIO, options: ReadOptions) -> Reading:

@@ -25,13 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from google.protobuf import message
 
+from storage.formats.limits import COUNT_LIMIT, OBJECT, Limits, exhaustion_named
 from storage.formats.pprof_comments import Ours, accounting_comment, modules_comment, read_comments
-from storage.formats.pprof_message import (
-    COUNT_LIMIT,
-    SIZE_LIMIT_BYTES,
-    decompress,
-    message_class,
-)
+from storage.formats.pprof_message import check_parts, decompress, message_class
 from storage.profile import (
     ALWAYS,
     Accounting,
@@ -75,22 +71,29 @@ def encode(profile: Profile) -> bytes:
     return _Encoder(profile).encode()
 
 
-def decode(content: bytes, size_limit_bytes: int = SIZE_LIMIT_BYTES) -> Profile:
+def decode(content: bytes, limits: Limits = OBJECT) -> Profile:
     """Read pprof, gzipped or not, ours or that of another profiler.
 
     Of the values in a foreign file, `cpu/nanoseconds` is chosen, else the first time, else the
     default or last one. Times become nanoseconds. Its samples count as stored ticks.
 
     Raises:
-        ProfileError: the bytes are damaged, are not a profile, or hold more than
-            `size_limit_bytes` when decompressed.
+        ProfileError: the bytes are damaged, are not a profile, or exceed a limit.
         SchemaError: a later version of this program wrote them.
     """
+    with exhaustion_named():
+        plain = decompress(content, limits)
+        check_parts(plain, limits)
+        return decode_checked(plain)
+
+
+def decode_checked(plain: bytes) -> Profile:
+    """Read decompressed pprof whose parts were counted, as `decode` does."""
     parsed = _ProfileMessage()
     try:
-        parsed.ParseFromString(decompress(content, size_limit_bytes))
-    except message.DecodeError as error:
-        raise ProfileError("cannot read pprof: this is not a profile, or a damaged one") from error
+        parsed.ParseFromString(plain)
+    except message.DecodeError:
+        raise ProfileError("cannot read pprof: this is not a profile, or a damaged one") from None
     return _Decoder(parsed).decode()
 
 

@@ -17,13 +17,9 @@ from google.protobuf import message
 
 from storage.columns import Columns, Texts, object_of, presence_of, rank_names, times_of
 from storage.formats import pprof
+from storage.formats.limits import COUNT_LIMIT, OBJECT, Limits, exhaustion_named
 from storage.formats.pprof_comments import Ours, read_comments
-from storage.formats.pprof_message import (
-    COUNT_LIMIT,
-    SIZE_LIMIT_BYTES,
-    decompress,
-    message_class,
-)
+from storage.formats.pprof_message import check_parts, decompress, message_class
 from storage.formats.pprof_wire import (
     Bytes,
     Pairs,
@@ -53,19 +49,20 @@ _NO_USUAL = (Kind.REST, "\n")
 """Not equal to any kind and module of a file: names contain no line ends."""
 
 
-def decode(content: bytes, hasher: Hasher, size_limit_bytes: int = SIZE_LIMIT_BYTES) -> Columns:
+def decode(content: bytes, hasher: Hasher, limits: Limits = OBJECT) -> Columns:
     """Return pprof, gzipped or not, as arrays: ours fast, any other by `pprof.decode`.
 
     Raises:
-        ProfileError: the bytes are damaged, are not a profile, or hold more than
-            `size_limit_bytes` when decompressed.
+        ProfileError: the bytes are damaged, are not a profile, or exceed a limit.
         SchemaError: a later version of this program wrote them.
     """
-    plain = decompress(content, size_limit_bytes)
-    try:
-        return _decode_ours(plain, hasher)
-    except (UnusualError, message.DecodeError):
-        return Columns.of(pprof.decode(plain, size_limit_bytes), hasher)
+    with exhaustion_named():
+        plain = decompress(content, limits)
+        check_parts(plain, limits)
+        try:
+            return _decode_ours(plain, hasher)
+        except (UnusualError, message.DecodeError):
+            return Columns.of(pprof.decode_checked(plain), hasher)
 
 
 def _decode_ours(content: bytes, hasher: Hasher) -> Columns:

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from storage.formats.pprof_message import COUNT_LIMIT
+from storage.formats.limits import COUNT_LIMIT, OBJECT
 from storage.profile import (
     Accounting,
     Host,
@@ -30,6 +30,8 @@ SCHEMA = 1
 
 _ACCOUNTING = "everflame "
 _MODULES = "everflame-modules "
+_REMEMBERED_BYTES = 1 << 20
+_OURS = (_ACCOUNTING.encode(), _MODULES.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +97,22 @@ def read_comments(comments: Iterable[bytes]) -> Ours | None:
     """
     found: list[Ours] = []
     modules: dict[str, Module] = {}
+    left, left_bytes = OBJECT.comments, OBJECT.comment_bytes
     for comment in comments:
+        left -= 1
+        left_bytes -= len(comment) if comment.startswith(_OURS) else 0
+        if left < 0 or left_bytes < 0:
+            raise ProfileError(
+                f"cannot read pprof: it holds more than {OBJECT.comments:,} comments, or ours have"
+                f" more than {OBJECT.comment_bytes:,} bytes"
+            )
         if comment.startswith(_ACCOUNTING.encode()):
             found.append(_parse_accounting(_parse_json(comment[len(_ACCOUNTING) :])))
         elif comment.startswith(_MODULES.encode()):
-            modules.update(_parse_modules(comment[len(_MODULES) :]))
+            parse = (
+                _parse_modules if len(comment) < _REMEMBERED_BYTES else _parse_modules.__wrapped__
+            )
+            modules.update(parse(comment[len(_MODULES) :]))
     if not found:
         return None
     window, accounting = found[0].window, Accounting()
@@ -169,8 +182,8 @@ def _checked_text(value: object, name: str) -> str:
 def _parse_json(content: bytes) -> _Record:
     try:
         return _Record(orjson.loads(content))
-    except orjson.JSONDecodeError as error:
-        raise ProfileError(f"cannot read pprof: our comment is damaged ({error})") from error
+    except orjson.JSONDecodeError:
+        raise ProfileError("cannot read pprof: our comment is damaged, it is not JSON") from None
 
 
 def _parse_accounting(record: _Record) -> Ours:

@@ -4,8 +4,9 @@ from typing import Any, NamedTuple
 
 from google.protobuf import message
 
+from storage.formats.limits import OBJECT, Limits, exhaustion_named
 from storage.formats.pprof_comments import Ours, read_comments
-from storage.formats.pprof_message import SIZE_LIMIT_BYTES, decompress, message_class
+from storage.formats.pprof_message import check_parts, decompress, message_class
 from storage.profile import ProfileError
 from symbolizer.text import readable
 
@@ -22,18 +23,25 @@ class Head(NamedTuple):
     """What a sample's value counts; empty if the profile does not say."""
 
 
-def read_head(content: bytes) -> Head:
+def read_head(content: bytes, limits: Limits = OBJECT) -> Head:
     """Return the head of a profile.
 
     Raises:
-        ProfileError: it is damaged.
+        ProfileError: it is damaged, or exceeds a limit.
         SchemaError: a later version of this program wrote it.
     """
+    with exhaustion_named():
+        return _read_head(content, limits)
+
+
+def _read_head(content: bytes, limits: Limits) -> Head:
     parsed = _Message()
+    plain = decompress(content, limits)
+    check_parts(plain, limits)
     try:
-        parsed.ParseFromString(decompress(content, SIZE_LIMIT_BYTES))
-    except message.DecodeError as error:
-        raise ProfileError("it is damaged") from error
+        parsed.ParseFromString(plain)
+    except message.DecodeError:
+        raise ProfileError("it is damaged") from None
     strings = parsed.string_table
     ours = read_comments(strings[i] for i in parsed.comment if 0 < i < len(strings))
     unit = parsed.period_type.unit

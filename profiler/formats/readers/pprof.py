@@ -27,14 +27,12 @@ from profiler.formats.readers.result import (
 from profiler.formats.readers.units import unit_scale
 from profiler.text import listed
 from storage.formats import pprof
-from storage.formats.pprof_message import message_class
+from storage.formats.limits import FILE
+from storage.formats.pprof_message import check_parts, message_class
 from storage.profile import ProfileError
 from symbolizer.text import readable
 
 NAME = "pprof"
-
-SIZE_LIMIT_BYTES = 256 * 1024 * 1024
-"""Size of a profile that was decompressed by hand; compressed ones are bounded by their growth."""
 
 _OURS = b"everflame "
 _EMPTY_SAMPLES_LIMIT = 1_000_000
@@ -85,6 +83,7 @@ def read(content: bytes, options: ReadOptions) -> Reading:
         raise ProfileError(
             f"cannot read pprof: it holds more than {_EMPTY_SAMPLES_LIMIT:,} empty samples"
         )
+    check_parts(content, FILE)
     parsed = _ProfileMessage()
     try:
         parsed.ParseFromString(content)
@@ -92,7 +91,7 @@ def read(content: bytes, options: ReadOptions) -> Reading:
         raise ProfileError("cannot read pprof: this is not a profile, or a damaged one") from None
     strings = parsed.string_table
     if any(0 < i < len(strings) and strings[i].startswith(_OURS) for i in parsed.comment):
-        profile = pprof.decode(content, SIZE_LIMIT_BYTES)
+        profile = pprof.decode_checked(content)
         asked = options.sample_type
         if asked and asked not in {profile.type, f"{profile.type}/{profile.unit}"}:
             raise ChoiceError(f"--sample-type {asked}: there is only {profile.type}")
@@ -108,9 +107,8 @@ def read(content: bytes, options: ReadOptions) -> Reading:
         chosen = f"{types[choice.value_at].name}/{types[choice.value_at].written_unit}"
         names = listed([name for name in others if name != chosen], 8)
         warnings.append(f"read {chosen}, not {names} (--sample-type chooses)")
-    return Reading(
-        pprof.decode(parsed.SerializeToString(), 4 * SIZE_LIMIT_BYTES), NAME, tuple(warnings)
-    )
+    profile = pprof.decode_checked(parsed.SerializeToString())
+    return Reading(profile, NAME, tuple(warnings))
 
 
 def _type(strings: Sequence[bytes], value_type: Any) -> _Type:

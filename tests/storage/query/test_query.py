@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from profiler.flamegraph import flamegraph
 from storage.columns import Columns, Times
 from storage.formats import pprof, pprof_arrays, pprof_comments
-from storage.formats.pprof_message import SIZE_LIMIT_BYTES, decompress, message_class
+from storage.formats.pprof_message import decompress, message_class
 from storage.hashing import Hasher
 from storage.merging import merge_columns
 from storage.objects.directory import DirectoryStore
@@ -131,7 +131,7 @@ def test_the_fast_reader_gives_what_the_thorough_one_gives(profile):
 def test_our_own_objects_take_the_fast_way():
     """Hostile names and every kind of frame included; only odd files take the long one."""
     for profile in (some.sample_profile(), some.hostile_profile(), some.build([])):
-        plain = decompress(pprof.encode(profile), SIZE_LIMIT_BYTES)
+        plain = decompress(pprof.encode(profile))
         assert pprof_arrays._decode_ours(plain, HASHER).to_profile() == profile
 
 
