@@ -11,7 +11,7 @@ beyond a budget is still counted, to the last sample, in less detail:
 - a name that is too much is left out: its location is shown as `[module]`.
 
 So a process that exceeds its budget changes nothing in the stacks of others, and an object stays
-below what readers accept (`storage.formats.pprof_message.SIZE_LIMIT_BYTES`).
+below what readers accept (`storage.formats.limits.SIZE_LIMIT_BYTES`).
 """
 
 from bisect import bisect_left

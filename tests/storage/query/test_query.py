@@ -138,14 +138,14 @@ def test_our_own_objects_take_the_fast_way():
 def test_numbers_of_three_bytes_are_read_fast_too():
     """An object with more than 2^14 locations: its stacks' words are longer than most."""
     profile = some.synthetic(300, 20, 40_000)
-    plain = decompress(pprof.encode(profile), 1 << 26)
+    plain = decompress(pprof.encode(profile))
 
     assert pprof_arrays._decode_ours(plain, HASHER).to_profile() == profile
 
 
 def test_a_string_that_is_not_there_is_refused_where_nobody_looks_at_it():
     """A mapping with a build id needs no file name; a damaged one still damages the file."""
-    plain = decompress(pprof.encode(some.sample_profile()), 1 << 20)
+    plain = decompress(pprof.encode(some.sample_profile()))
     damaged = message_class("everflame.test")()
     damaged.ParseFromString(plain)
     damaged.mapping[1].filename = 99
@@ -159,7 +159,7 @@ def test_a_string_that_is_not_there_is_refused_where_nobody_looks_at_it():
 @given(st.data())
 def test_a_changed_byte_is_read_as_the_thorough_reader_reads_it(data):
     """Whatever a damaged file says, both say the same, or both refuse it."""
-    plain = bytearray(decompress(pprof.encode(some.sample_profile()), 1 << 20))
+    plain = bytearray(decompress(pprof.encode(some.sample_profile())))
     for _ in range(data.draw(st.integers(1, 3))):
         plain[data.draw(st.integers(0, len(plain) - 1))] = data.draw(st.integers(0, 255))
     cut = bytes(plain[: data.draw(st.integers(0, len(plain)))])
