@@ -47,7 +47,7 @@ BUILD = """
 import os, pathlib, sys, time
 sys.path.insert(0, sys.argv[1])
 from symbolizer.symbols.elf import FileSource
-from symbolizer.unwind.table import build
+from symbolizer.unwind.build import build
 
 def memory_kb(field):
     text = pathlib.Path("/proc/self/status").read_text()

@@ -8,9 +8,10 @@ first opened with O_PATH, which has no effect on it, and only regular files are 
 import ctypes
 import errno
 import os
+import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -24,6 +25,9 @@ _OPEN_HOW = struct.Struct("QQQ")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+_MAX_MOUNTINFO_BYTES = 4 << 20
 
 
 class OpenedFile(NamedTuple):
@@ -71,11 +75,25 @@ class ProcessFiles:
         They are the mapped file itself through map_files, the path in the process's root, and the
         path in ours. The caller compares identities and closes each.
         """
+        yield from self.candidates_inside(mapping)
+        yield from self.candidates_of_host(mapping)
+
+    def candidates_inside(self, mapping: Mapping) -> Iterator[OpenedFile]:
+        """Open the mapped file through map_files, then the path in the root of the process."""
         self.failure = Miss.NO_FILE
         if self._process >= 0:
             yield from self._open_map_file(mapping)
             yield from self._reopen(self._open_in_root(mapping.file_path), is_certain=False)
-        yield from self._reopen(_open_path(mapping.file_path), is_certain=False)
+
+    def candidates_of_host(self, mapping: Mapping) -> Iterator[OpenedFile]:
+        """Open the path in our own root, where a process that is gone may have had it."""
+        root = _try_open("/", None, os.O_PATH | os.O_DIRECTORY)
+        try:
+            path_fd = self._open_below(root, mapping.file_path)
+        finally:
+            if root >= 0:
+                os.close(root)
+        yield from self._reopen(path_fd, is_certain=False)
 
     def read(self, name: str, limit_bytes: int) -> bytes | None:
         """Read up to `limit_bytes` of /proc/PID/`name`; None if the process has exited."""
@@ -157,12 +175,15 @@ class ProcessFiles:
     def _open_in_root(self, path: bytes) -> int:
         if self._root < 0:
             self._root = _try_open("root", self._process, os.O_PATH | os.O_DIRECTORY)
-        if self._root < 0 or not path.startswith(b"/"):
+        return self._open_below(self._root, path)
+
+    def _open_below(self, root: int, path: bytes) -> int:
+        if root < 0 or not path.startswith(b"/") or b"\0" in path:
             return -1
         how = _OPEN_HOW.pack(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
         fd: int = _libc.syscall(
             ctypes.c_long(_SYS_OPENAT2),
-            ctypes.c_int(self._root),
+            ctypes.c_int(root),
             ctypes.c_char_p(path),
             ctypes.c_char_p(how),
             ctypes.c_size_t(_OPEN_HOW.size),
@@ -192,6 +213,31 @@ class ProcessFiles:
             self.failure = Miss.NOT_PERMITTED
 
 
+def mount_of(pids: Iterable[int], path: bytes) -> bytes:
+    """Return where the file system of a path is mounted, as the first living process sees it.
+
+    This only reads /proc/PID/mountinfo, and waits for no file system (proc_pid_mountinfo(5)).
+    """
+    for pid in (*pids, os.getpid()):
+        with ProcessFiles(pid) as files:
+            content = files.read("mountinfo", _MAX_MOUNTINFO_BYTES)
+        if content is None:
+            continue
+        points = (
+            _unescaped(line.split()[4]) for line in content.splitlines() if line.count(b" ") > 4
+        )
+        return max(
+            (p for p in points if (path + b"/").startswith(p.rstrip(b"/") + b"/")),
+            key=len,
+            default=b"",
+        )
+    return b""
+
+
+def _unescaped(path: bytes) -> bytes:
+    return re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8) & 255]), path)
+
+
 def _inside(root: bytes, path: bytes) -> bytes:
     """Return a path relative to a root; both are given as seen from outside."""
     if root == b"/" or not (path + b"/").startswith(root + b"/"):
@@ -201,12 +247,6 @@ def _inside(root: bytes, path: bytes) -> bytes:
 
 def _path_of(fd: int) -> bytes:
     return os.fsencode(Path(f"/proc/self/fd/{fd}").readlink())
-
-
-def _open_path(path: bytes) -> int:
-    if not path.startswith(b"/") or b"\0" in path:
-        return -1
-    return _try_open(path, None)
 
 
 def _try_open(path: str | bytes, directory: int | None, flags: int = os.O_PATH) -> int:

@@ -6,6 +6,7 @@ child takes its place. One that cannot even be killed, because a file system doe
 left behind. Children exit when nothing was asked for a while.
 """
 
+import contextlib
 import enum
 import json
 import logging
@@ -44,6 +45,8 @@ _MAX_LEFT_BEHIND = 16
 _BUDGET_S, _BUDGET_SHARE = 30.0, 0.05
 """CPU time that readers may use at once, and the share of one CPU by which it grows again."""
 _START_PAUSE_S = 1.0
+_CLOSE_S = 0.5
+"""Killed children are waited for so long, all together."""
 
 
 class Failure(enum.StrEnum):
@@ -167,7 +170,11 @@ class Readers:
     def close(self) -> None:
         for child in list(self._children.values()):
             self._kill(child)
-        self._left = [left for left in self._left if left.poll() is None]
+        until_s = time.monotonic() + _CLOSE_S
+        for left in self._left:
+            left.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs: init will reap it
+                left.wait(max(0.0, until_s - time.monotonic()))
         self._epoll.close()
 
     def _take_from(self, child: "_Child") -> None:

@@ -28,6 +28,8 @@ from bpf.records import Rings
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import Drain, RawSample
 from profiler.agent.frames import FrameNumbers, Numbers
+from profiler.agent.mapped_files import MappedFiles
+from profiler.agent.readers import Readers
 from profiler.agent.supervise import RefusedError
 from profiler.agent.unwind_tables import Unwinding
 from profiler.agent.window import BusyTime, Clocks, Edge, OpenWindow, split_drain
@@ -142,7 +144,7 @@ class Recorder:
         self._held: _Held | None = None
         self._busy = BusyTime()
         with contextlib.ExitStack() as opened:
-            self._load(cache or default_cache(), rules or Rules(), opened)
+            self._load((cache or default_cache()).absolute(), rules or Rules(), opened)
             self._window = OpenWindow(self.period_ns, self._clocks)
             self._frames = self._number_frames()
             self._drained = self._window.begun
@@ -154,18 +156,21 @@ class Recorder:
         self._rings = Rings()
         opened.callback(self._rings.close)
         self.address_spaces = AddressSpaces(self._rings)
-        self.sampler = opened.enter_context(Sampler(self.config))
         cache, temporary = _open_cache(cache)
         if temporary:
             opened.callback(temporary.cleanup)
+        self.readers = Readers(cache)
+        opened.callback(self.readers.close)
+        self.files = MappedFiles(self.readers, self.address_spaces)
+        self.sampler = opened.enter_context(Sampler(self.config))
         self.symbolizer = Symbolizer(cache)
         opened.callback(self.symbolizer.close)
         self.unwinding = Unwinding(
-            self.sampler, self.address_spaces, self.symbolizer, UnwindCache(cache / "unwind")
+            *(self.sampler, self.address_spaces, self.files, self.readers),
+            UnwindCache(cache / "unwind"),
         )
-        opened.callback(self.unwinding.close)
         self._wakes = opened.enter_context(select.epoll())
-        for fd in (self._rings.fileno(), self.unwinding.fileno()):
+        for fd in (self._rings.fileno(), self.unwinding.fileno(), self.readers.fileno()):
             self._wakes.register(fd, select.EPOLLIN)
         self.labeler = Labeler(
             rules.services,

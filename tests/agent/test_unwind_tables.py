@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ import pytest
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import RawSample
 from bpf.tables import SHARD_BYTES
-from profiler.agent import table_builder
+from profiler.agent import table_loading
 from profiler.agent import unwind_tables as unwinding
+from profiler.agent.readers import Readers
 from profiler.agent.recorder import Recorder
 from symbolizer.maps import MappingTable, parse_maps
 from symbolizer.symbols.elf import FileSource, read_elf
@@ -334,9 +336,9 @@ def with_rows(folder: Path, name: str, count: int) -> Path:
 
 def test_tables_in_use_stay_and_those_that_are_not_make_room(tmp_path, monkeypatch):
     """Where two do not fit, the second waits, says so, and comes in when the first is unused."""
-    monkeypatch.setattr(unwinding, "_UNUSED_S", 1.0)
+    monkeypatch.setattr(table_loading, "_UNUSED_S", 1.0)
     monkeypatch.setattr(unwinding, "_SWEEP_S", 0.2)
-    monkeypatch.setattr(unwinding, "_WAIT_S", 3.0)
+    monkeypatch.setattr(table_loading, "_WAIT_S", 3.0)
     first, second = (with_rows(tmp_path, name, n) for name, n in (("a", 200_000), ("b", 202_000)))
 
     with running(first, "recursion") as one, running(second, "recursion") as two:
@@ -368,32 +370,30 @@ def builds_interrupted(recorder: Recorder) -> int:
     return recorder.unwinding.status()["builds_interrupted"]
 
 
-def test_a_table_whose_builder_was_killed_is_built_later(recorder, tmp_path, monkeypatch):
-    """A lack of memory or time passes: the table is missing only until then."""
-    monkeypatch.setattr(unwinding, "_WAIT_S", 2.0)
-    program, before = with_rows(tmp_path, "killed", 400_000), builds_interrupted(recorder)
+def test_a_table_that_a_reader_fails_at_is_tried_again_and_then_given_up(tmp_path, monkeypatch):
+    """A lack of memory or time passes; a table at which readers fail again and again costs them."""
+    monkeypatch.setattr(table_loading, "_WAIT_S", 1.0)
+    crashing = partial(Readers, kinds="tests.support.crashing_kinds")
+    monkeypatch.setattr("profiler.agent.recorder.Readers", crashing)
+    first, second = (with_rows(tmp_path, name, n) for name, n in (("a", 400_000), ("b", 402_000)))
+    config = SamplerConfig(frequency_hz=499, pids=frozenset())
 
-    with running(program, "recursion") as process:
-        monkeypatch.setattr(table_builder, "_BUILD_S", -1)  # killed at the first look
-        wait_for(lambda: stops_of(recorder, process.pid) and builds_interrupted(recorder) > before)
-        monkeypatch.setattr(table_builder, "_BUILD_S", 60)
-        wait_for(lambda: stops_of(recorder, process.pid) == {"root"})
+    with Recorder(config, tmp_path / "cache") as recorder:
+        crash = tmp_path / "cache" / "crash"
+        crash.touch()
+        recorder.start()
+        with running(first, "recursion") as process:
+            wait_for(lambda: stops_of(recorder, process.pid) and builds_interrupted(recorder) == 1)
+            crash.unlink()
+            wait_for(lambda: stops_of(recorder, process.pid) == {"root"})
+        crash.touch()
+        with running(second, "recursion") as process:
+            wait_for(lambda: stops_of(recorder, process.pid) and builds_interrupted(recorder) == 4)
+            stops_of(recorder, process.pid, seconds=3)  # several times as long as the pause
+            stops = stops_of(recorder, process.pid)
 
-
-def test_a_table_whose_builder_is_killed_each_time_is_given_up(recorder, tmp_path, monkeypatch):
-    monkeypatch.setattr(unwinding, "_WAIT_S", 0.2)
-    monkeypatch.setattr(table_builder, "_BUILD_S", -1)
-    program, before = with_rows(tmp_path, "hopeless", 402_000), builds_interrupted(recorder)
-
-    with running(program, "recursion") as process:
-        wait_for(
-            lambda: stops_of(recorder, process.pid) and builds_interrupted(recorder) == before + 3
-        )
-        stops_of(recorder, process.pid, seconds=1)  # several times as long as the pause
-        stops = stops_of(recorder, process.pid)
-
-    assert stops == {"no_table"}
-    assert builds_interrupted(recorder) == before + 3
+        assert stops == {"no_table"}
+        assert builds_interrupted(recorder) == 4
 
 
 def test_files_for_which_no_number_is_left_are_counted(tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ import pytest
 
 from symbolizer.integers import Wide
 from symbolizer.symbols.elf import FileSource, Source, read_elf
+from symbolizer.unwind.build import build
 from symbolizer.unwind.cfi import read_eh_frame
-from symbolizer.unwind.table import UnwindTable, build
+from symbolizer.unwind.table import UnwindTable
 from tests.support.elf_files import read_symbols
 from tests.support.readelf_frames import compare
 

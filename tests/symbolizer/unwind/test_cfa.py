@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from symbolizer.symbols.elf import MemorySource
 from symbolizer.unwind import cfa
+from symbolizer.unwind.build import build
 from symbolizer.unwind.rules import CfaKind, RbpKind
-from symbolizer.unwind.table import build
 from tests.support.elf_files import build as compile_text
 from tests.support.elf_files import read_symbols
 from tests.support.frame_files import CODE, FRAMES, FrameSection, block, cie, make_elf, sleb, uleb

@@ -11,8 +11,8 @@ import pytest
 
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import FileSource, MemorySource, UnreadableElf
+from symbolizer.unwind.build import build
 from symbolizer.unwind.rules import CfaKind
-from symbolizer.unwind.table import build
 from tests.support.elf_files import build as compile_text
 from tests.support.elf_files import strip
 from tests.support.frame_files import CODE, FRAMES, FrameSection, cie, make_elf

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from symbolizer.symbols.elf import MemorySource, UnreadableElf
+from symbolizer.unwind.build import build
 from symbolizer.unwind.rules import CfaKind
-from symbolizer.unwind.table import build
 from tests.support.elf_files import build as compile_text
 from tests.support.elf_files import strip
 from tests.support.frame_files import CODE, FrameSection, cie, make_elf, uleb

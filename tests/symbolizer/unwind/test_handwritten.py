@@ -5,8 +5,8 @@ import subprocess
 import pytest
 
 from symbolizer.symbols.elf import MemorySource
+from symbolizer.unwind.build import build
 from symbolizer.unwind.rules import CfaKind
-from symbolizer.unwind.table import build
 from tests.support.elf_files import build as compile_text
 from tests.support.elf_files import read_plt, read_symbols
 from tests.support.frame_files import CODE, make_elf

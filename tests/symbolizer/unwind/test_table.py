@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import MemorySource, UnreadableElf
+from symbolizer.unwind.build import build
 from symbolizer.unwind.rules import CfaKind
-from symbolizer.unwind.table import PAGE_BITS, UnwindCache, UnwindTable, build
+from symbolizer.unwind.table import PAGE_BITS, UnwindCache, UnwindTable
 from tests.support.frame_files import CODE, FrameSection, cie, make_elf
 from tests.support.unwind_tables import read_unwind_table, rule_at
 

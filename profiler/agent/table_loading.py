@@ -1,0 +1,216 @@
+"""Loads unwind tables into the kernel, within its budget, and reads them for user space.
+
+A table belongs to a content, so files with the same share it. It is read from the cache on disk; if
+it is not there, or not any more, a reader builds it again. When the kernel's memory for tables is
+full, those go that no sample has used for a while; if there is none, the new one waits.
+"""
+
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple
+
+from bpf.sampler import Sampler
+from bpf.tables import NoRoomError, TableState
+from profiler.agent.mapped_files import MappedFile, MappedFiles, State
+from profiler.agent.readers import Answer, Failure, Readers
+from symbolizer.location import Miss
+from symbolizer.unwind.table import UnwindCache, UnwindTable
+
+_UNUSED_S = 15.0
+"""A table that no sample has used for so long may go when another needs the room."""
+_WAIT_S = 30.0
+"""After so long a table is tried again for which there was no room, or whose reader failed."""
+_MAX_TRIES = 3
+"""A table whose reader failed so often in a row is given up: it may take too much itself."""
+_KEPT_BYTES = 8 << 20
+"""Tables that are kept in memory, for stacks that are unwound here."""
+
+
+class _LoadedTable(NamedTuple):
+    number: int
+    used_s: float
+
+
+class TableLoader:
+    """Tables by the content they belong to, and the executables in the kernel that have them.
+
+    Not to be used from several threads at once.
+
+    Attributes:
+        evicted: how many tables had to go for others.
+        interrupted: how many times a reader failed at a table, because it was killed or crashed.
+    """
+
+    def __init__(
+        self, sampler: Sampler, readers: Readers, files: MappedFiles, cache: UnwindCache
+    ) -> None:
+        self.evicted = 0
+        self.interrupted = 0
+        self._sampler = sampler
+        self._tables = sampler.tables
+        self._readers = readers
+        self._files = files
+        self._cache = cache
+        self._executables: defaultdict[str, set[int]] = defaultdict(set)
+        self._loaded: dict[str, _LoadedTable] = {}
+        self._next_number = 1
+        self._empty: set[str] = set()  # of those in use, the ones without rows
+        self._asked: set[str] = set()
+        self._waiting: set[str] = set()  # for room
+        self._tries: dict[str, int] = {}  # how often in a row a table's reader failed
+        self._paused: set[str] = set()  # those of these tables that are not to be built now
+        self._next_try_s = 0.0
+        self._kept: OrderedDict[str, UnwindTable] = OrderedDict()
+
+    @property
+    def loaded(self) -> int:
+        return len(self._loaded)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no table is being built."""
+        return not self._asked
+
+    def add(self, executable: int, file: MappedFile) -> None:
+        """Let an executable in the kernel have the table of a file, if that is loaded by now."""
+        key = file.table_key
+        self._executables[key].add(executable)
+        if key in self._loaded:
+            self._tables.set_table(executable, self._loaded[key].number)
+        else:
+            state = TableState.NONE if key in self._empty else TableState.UNKNOWN
+            self._tables.set_state(executable, state)
+
+    def remove(self, executable: int, key: str) -> None:
+        """Forget an executable; its number may mean another file from now on."""
+        self._executables[key].discard(executable)
+        if not self._executables[key]:
+            del self._executables[key]
+            self._empty.discard(key)
+            self._tries.pop(key, None)
+            self._paused.discard(key)
+            self._waiting.discard(key)
+        self._tables.set_state(executable, TableState.UNKNOWN)
+
+    def load(self, file: MappedFile) -> None:
+        """Load the table of an identified file, now or when a reader has built it."""
+        key = file.table_key
+        if key in self._loaded or key in self._waiting:
+            return
+        if key in self._paused or key in self._empty:
+            self._set_state(key, TableState.NONE)
+            return
+        table = self._kept.get(key) or self._cache.load(key)
+        if table is not None:
+            self._take_in(key, table)
+        else:
+            self._ask(file)
+
+    def read(self, file: MappedFile) -> UnwindTable | Miss:
+        """Return the table of a file, also one without rows; NOT_READ if it may come later."""
+        if file.state != State.IDENTIFIED:
+            return file.miss or Miss.NOT_READ
+        key = file.table_key
+        table = self._kept.get(key)
+        if table is None:
+            table = self._cache.load(key)
+            if table is None:
+                if key in self._paused:
+                    return Miss.TOO_COSTLY
+                self._ask(file)
+                return Miss.NOT_READ
+            self._kept[key] = table
+            kept_bytes = sum(each.memory_bytes for each in self._kept.values())
+            while len(self._kept) > 1 and kept_bytes > _KEPT_BYTES:
+                kept_bytes -= self._kept.popitem(last=False)[1].memory_bytes
+        else:
+            self._kept.move_to_end(key)
+        return table
+
+    def note_use(self, keys: Iterable[str]) -> None:
+        """Remember that samples have used these tables just now."""
+        now_s = time.monotonic()
+        for key in self._loaded.keys() & set(keys):
+            self._loaded[key] = self._loaded[key]._replace(used_s=now_s)
+
+    def try_again(self) -> None:
+        """Let those be requested again that waited long enough. To be called now and then."""
+        now_s = time.monotonic()
+        if not (self._waiting or self._tries) or now_s < self._next_try_s:
+            return
+        self._next_try_s = now_s + _WAIT_S
+        self._tries = {key: n for key, n in self._tries.items() if key in self._executables}
+        given_up = {key for key, tries in self._tries.items() if tries >= _MAX_TRIES}
+        for key in self._waiting | (self._paused - given_up):
+            self._set_state(key, TableState.UNKNOWN)
+        self._waiting.clear()
+        self._paused &= given_up
+
+    def _ask(self, file: MappedFile) -> None:
+        key = file.table_key
+        if key in self._asked:
+            return
+        self._asked.add(key)
+        take = partial(self._take, key)
+        self._readers.ask(
+            "table", self._files.request(file), take, turn=0, group=self._files.group(file)
+        )
+
+    def _take(self, key: str, answer: Answer) -> None:
+        self._asked.discard(key)
+        if answer.failure not in (None, Failure.ERROR, Failure.SET_ASIDE):
+            self.interrupted += 1
+        table = self._cache.load(key) if answer.result == key else None
+        if table is not None:
+            self._tries.pop(key, None)
+            if key in self._executables:
+                self._take_in(key, table)
+            return
+        # Its reader failed, or it cannot be reached or written just now.
+        self._tries[key] = self._tries.get(key, 0) + 1
+        self._paused.add(key)
+        self._next_try_s = max(self._next_try_s, time.monotonic() + _WAIT_S)
+        self._set_state(key, TableState.NONE)
+
+    def _take_in(self, key: str, table: UnwindTable) -> None:
+        """Load a table into the kernel, if there is room or can be."""
+        if not len(table.rows):
+            self._empty.add(key)
+            self._set_state(key, TableState.NONE)
+            return
+        number = self._next_number
+        self._next_number += 1
+        while True:
+            try:
+                self._tables.load(number, table.pages, table.rows)
+            except NoRoomError:
+                if not self._evict():
+                    self._waiting.add(key)
+                    self._set_state(key, TableState.NO_ROOM)
+                    return
+            else:
+                self._loaded[key] = _LoadedTable(number, time.monotonic())
+                for executable in self._executables.get(key, ()):
+                    self._tables.set_table(executable, number)
+                return
+
+    def _evict(self) -> bool:
+        """Unload the table that was not used for longest, if that is long enough."""
+        key = min(self._loaded, key=lambda each: self._loaded[each].used_s, default=None)
+        if key is None or self._loaded[key].used_s > time.monotonic() - _UNUSED_S:
+            return False
+        self._set_state(key, TableState.UNKNOWN)
+        self._tables.unload(self._loaded.pop(key).number)
+        self._sampler.wait_for_programs()
+        self.evicted += 1
+        return True
+
+    def _set_state(self, key: str, state: TableState) -> None:
+        for executable in self._executables.get(key, ()):
+            self._tables.set_state(executable, state)
