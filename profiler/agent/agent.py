@@ -361,6 +361,8 @@ class Agent:
             "uploader": self._uploader.state() | uploader_state(self._options.spool),
             "spool": spool._asdict(),
             "unwinding": recorder.unwinding.status(),
+            "files": recorder.files.status(),
+            "readers": recorder.readers.status(),
             "labels": recorder.labeler.status(),
             "slowest_binaries": recorder.symbolizer.slowest(),
             **self._children.status(),

@@ -6,24 +6,20 @@ open it by a living process that has the mapping, and answer what it holds. Unti
 pending; nothing waits for it. A file that cannot be reached is asked for again as soon as another
 living process has it, one that failed otherwise after a while, and only a few times.
 
-A build id is only claimed: a file whose build id another content has already is known by its own
-content instead, so that neither gets the names of the other.
+A file whose build id another content has already is known by its own content (build_ids.py).
 """
 
-import base64
-import binascii
 import logging
 import os
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, ref
 
-import numpy as np
-
+from profiler.agent.build_ids import BuildIds
 from profiler.agent.readers import Answer, Failure, Readers
 from profiler.processes.address_spaces import AddressSpaces
 from symbolizer import maps
@@ -38,8 +34,6 @@ _MAX_FILES_OF_TABLE = 2_048
 """Files of one process. Real ones have a few hundred at most."""
 _MAX_RECENT = 1_024
 """Files that are remembered though nothing has them mapped now."""
-_MAX_CLAIMS = 4_096
-_MAX_OWNERS = 16
 _MAX_PIDS = 4
 _MAX_TRIES = 3
 _WAIT_S = 30.0
@@ -149,19 +143,6 @@ class _Table:
         self.by_key: dict[FileKey, MappedFile] = {}
 
 
-class _Claim:
-    """Who has a build id."""
-
-    __slots__ = ("code_key", "contents", "functions", "owners", "symbols_owner")
-
-    def __init__(self, code_key: str) -> None:
-        self.code_key = code_key
-        self.contents: set[str] = set()
-        self.functions = ""
-        self.owners: set[int] = set()
-        self.symbols_owner: int | None = None
-
-
 class MappedFiles:
     """Knows the files of all processes. Not to be used from several threads at once."""
 
@@ -172,7 +153,7 @@ class MappedFiles:
         self._files: WeakValueDictionary[FileKey, MappedFile] = WeakValueDictionary()
         self._recent: OrderedDict[FileKey, MappedFile] = OrderedDict()
         self._unfinished: dict[MappedFile, float] = {}  # those to ask again, and not before when
-        self._claims: OrderedDict[str, _Claim] = OrderedDict()
+        self._build_ids = BuildIds()
         self._changed: dict[MappedFile, None] = {}
         self._hung: dict[tuple[_Place, bytes], float] = {}
         self._own_place = _place_of("self") or ("", "")
@@ -182,8 +163,6 @@ class MappedFiles:
         """How many mappings got no file of their own: there were too many."""
         self.interrupted = 0
         """How often a reader was killed or crashed while it identified a file."""
-        self.misclaimed = 0
-        """How many files claimed the build id of another content."""
 
     def status(self) -> dict[str, int]:
         """Return what the agent's status shows of them."""
@@ -193,7 +172,7 @@ class MappedFiles:
             "pending": states[State.PENDING],
             "failed": states[State.FAILED],
             "beyond_limit": self.unnumbered,
-            "misclaimed_build_ids": self.misclaimed,
+            "misclaimed_build_ids": self._build_ids.misclaimed,
             "mounts_hung": len(self._hung),
         }
 
@@ -220,6 +199,16 @@ class MappedFiles:
             return table.files[number]
         file = table.files[number] = self._find(table, mappings.mappings[number], pid)
         return file
+
+    def ask_for_all(self, pids: Iterable[int]) -> set[MappedFile]:
+        """Ask for all files of processes that run, and return them."""
+        now_ns = time.monotonic_ns()
+        files: set[MappedFile | None] = set()
+        for pid in pids:
+            mappings = self._address_spaces.mappings(pid, now_ns)
+            places = range(min(len(mappings.mappings), _MAX_FILES_OF_TABLE))
+            files.update(self.file(mappings, place, pid) for place in places)
+        return {file for file in files if file is not None}
 
     def request(self, file: MappedFile) -> dict[str, Any]:
         """Return what a reader needs to open a file, as `symbolizer.identify.opened` takes it."""
@@ -395,7 +384,7 @@ class MappedFiles:
             Segment(ElfAddress(int(address)), FileOffset(int(offset)), int(size))
             for address, offset, size in result["segments"]
         )
-        file.build_id = self._build_id(result)
+        file.build_id = self._build_ids.of(result)
         file.code_key, file.table_key = str(result["code_key"]), str(result["table_key"])
         file.content_key = str(result["content_key"])
         file.segments = segments
@@ -413,36 +402,6 @@ class MappedFiles:
         file.pause_s = min(2 * file.pause_s, _LONGEST_PAUSE_S)
         if any(reference() is not None for reference, _ in file.tables):
             self._unfinished[file] = time.monotonic() + file.pause_s
-
-    def _build_id(self, result: Mapping[str, Any]) -> str:
-        """Return a file's build id, or a hash of its content if another has that build id."""
-        build_id, code_key = str(result["build_id"]), str(result["code_key"])
-        content_key, functions = str(result["content_key"]), str(result["functions"])
-        owner, has_symbols = int(result["owner"]), bool(result["has_symbols"])
-        claim = self._claims.get(build_id)
-        if claim is None:
-            claim = self._claims[build_id] = _Claim(code_key)
-            if len(self._claims) > _MAX_CLAIMS:
-                self._claims.popitem(last=False)
-        self._claims.move_to_end(build_id)
-        if content_key in claim.contents:
-            return build_id
-        # Names are taken over from variants that root owns, or who owns all that have the id.
-        is_trusted = not has_symbols or owner == 0 or claim.owners <= {owner}
-        may_share = claim.symbols_owner in (None, 0, owner)
-        if (
-            claim.code_key != code_key
-            or not (is_trusted and may_share)
-            or contradict(claim.functions, functions)
-        ):
-            self.misclaimed += 1
-            return f"hash-{content_key}"
-        if has_symbols and len(functions) >= len(claim.functions):
-            claim.functions, claim.symbols_owner = functions, owner
-        if len(claim.contents) < _MAX_OWNERS:
-            claim.contents.add(content_key)
-            claim.owners.add(owner)
-        return build_id
 
     def _hung_mount(self, file: MappedFile) -> bytes:
         """Return the mount that a file is on, if that does not answer."""
@@ -463,26 +422,6 @@ class MappedFiles:
         asked = self.request(file)
         values = {"pids": asked["pids"], "path": asked["path"]}
         self._readers.ask("mount", values, take, turn=0)
-
-
-def contradict(first: str, second: str) -> bool:
-    """Return whether two samples of function names differ at an address that both have.
-
-    Variants of one build that are more or less stripped do not. For the samples, see
-    `symbolizer.identify.Identity.functions`.
-
-    Raises:
-        ValueError: one is not such a sample.
-    """
-    names: dict[int, tuple[set[int], set[int]]] = {}
-    for nth, sample in enumerate((first, second)):
-        try:
-            content = base64.b64decode(sample, validate=True)
-        except binascii.Error as error:
-            raise ValueError("cannot compare functions: the sample is damaged") from error
-        for address, name in np.frombuffer(content, "<u4").reshape(-1, 2).tolist():
-            names.setdefault(address, (set(), set()))[nth].add(name)
-    return any(ours and theirs and not ours & theirs for ours, theirs in names.values())
 
 
 def _place_of(pid: int | str) -> _Place | None:

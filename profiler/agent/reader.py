@@ -57,6 +57,11 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     kinds: Mapping[str, Read] = importlib.import_module(sys.argv[2]).kinds(Path(sys.argv[3]))
     resource.setrlimit(resource.RLIMIT_DATA, (_DATA_BYTES, _DATA_BYTES))
+    with contextlib.suppress(ConnectionError):  # nobody waits for the answer any more
+        _answer(channel, kinds)
+
+
+def _answer(channel: socket.socket, kinds: Mapping[str, Read]) -> None:
     while (request := receive(channel)) is not None:
         for item in request["items"]:
             send(channel, _read(kinds[request["kind"]], item))

@@ -6,7 +6,6 @@ end with their process were kept when it was first seen.
 """
 
 import contextlib
-import ctypes
 import logging
 import math
 import os
@@ -15,7 +14,7 @@ import socket
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -27,12 +26,14 @@ from bpf import perf_event
 from bpf.records import Rings
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import Drain, RawSample
+from profiler.agent.cost import Cost, return_large_blocks
 from profiler.agent.frames import FrameNumbers, Numbers
 from profiler.agent.mapped_files import MappedFiles
 from profiler.agent.readers import Readers
 from profiler.agent.supervise import RefusedError
 from profiler.agent.unwind_tables import Unwinding
 from profiler.agent.window import BusyTime, Clocks, Edge, OpenWindow, split_drain
+from profiler.processes.activity import Activity
 from profiler.processes.address_spaces import AddressSpaces
 from profiler.processes.generations import clock_offsets, parent_in_proc
 from profiler.processes.labels import Labeler
@@ -53,7 +54,11 @@ _SCAN_PERIOD_S = 5.0
 """How often new services are looked for in /proc. Their first seconds are found all the same: a
 process's start is known."""
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_LIKELY_PROCESSES = 32
+"""Their files are asked for before it is known which processes are busy."""
+_MAX_BUSY_PROCESSES = 256
+_PREPARE_S, _FOLLOW_S = 4.0, 0.4
+"""How long the start waits for tables that are built, and for processes to be sampled."""
 
 
 def this_host() -> Host:
@@ -131,7 +136,7 @@ class Recorder:
         into parts of at most `longest_window_s`: see `take_closed`.
         """
         refuse_time_namespace()
-        _return_large_blocks()
+        return_large_blocks()
         self.config = config
         self.period_ns = 1_000_000_000 // config.frequency_hz
         self.cost = Cost()
@@ -162,6 +167,10 @@ class Recorder:
         self.readers = Readers(cache)
         opened.callback(self.readers.close)
         self.files = MappedFiles(self.readers, self.address_spaces)
+        # Readers open the files of what runs already while the programs are compiled.
+        self._activity = Activity(self.config.pids)
+        self.address_spaces.poll()
+        self.files.ask_for_all(self._activity.busiest(_LIKELY_PROCESSES))
         self.sampler = opened.enter_context(Sampler(self.config))
         self.symbolizer = Symbolizer(cache)
         opened.callback(self.symbolizer.close)
@@ -195,7 +204,7 @@ class Recorder:
         return self.address_spaces.parent_of(pid) or parent_in_proc(pid)
 
     def _clocks(self) -> Clocks:
-        return Clocks.now(self._busy.read())
+        return Clocks.now(self._busy.read(), self.readers.cpu_ns)
 
     def _scan(self) -> None:
         """Look for new services now and then, whether they are sampled or not."""
@@ -208,10 +217,34 @@ class Recorder:
         """Begin to tick. A command that still waits to exec is not looked at as what it is now."""
         if not self._commands:
             self._scan()
+        self._warm_up()
         self._window = OpenWindow(self.period_ns, self._clocks)
         self._frames = self._number_frames()
         self._drained = self._window.begun
         self.sampler.start()
+
+    def _warm_up(self) -> None:
+        """Load the tables of what runs already, so that stacks are whole from the first tick on.
+
+        Processes get known to the kernel when they are sampled: some ticks before the start do not
+        count.
+        """
+        pids = self._activity.since(_MAX_BUSY_PROCESSES)
+        if not pids:
+            return
+        self.address_spaces.poll()
+        self.unwinding.prepare(pids)
+        self._catch_up_until(self.unwinding.is_prepared, _PREPARE_S)
+        self.sampler.start()
+        self._catch_up_until(lambda: self.unwinding.follows(pids), _FOLLOW_S)
+        self.sampler.stop()
+        self.sampler.drain()
+
+    def _catch_up_until(self, is_done: Callable[[], bool], timeout_s: float) -> None:
+        until_s = time.monotonic() + timeout_s
+        while not is_done() and time.monotonic() < until_s:
+            select.select([self._wakes], [], [], 0.02)
+            self.catch_up()
 
     def stop(self) -> None:
         """End ticking; `close_window` still returns what was counted."""
@@ -435,21 +468,6 @@ class Recorder:
         )
 
 
-class Cost:
-    """CPU time by part of the work, in ns since the start."""
-
-    def __init__(self) -> None:
-        self.cpu_ns: Counter[str] = Counter()
-
-    @contextlib.contextmanager
-    def of(self, part: str) -> Iterator[None]:
-        begun = time.thread_time_ns()
-        try:
-            yield
-        finally:
-            self.cpu_ns[part] += time.thread_time_ns() - begun
-
-
 def refuse_time_namespace() -> None:
     """Refuse to sample where the clocks differ from those that samples carry.
 
@@ -462,14 +480,3 @@ def refuse_time_namespace() -> None:
             f"cannot sample in a time namespace: its clocks differ from the kernel's ({differ});"
             " start the profiler outside it"
         )
-
-
-def _return_large_blocks() -> None:
-    """Keep what symbol tables needed while they were read from staying with this process.
-
-    glibc raises its threshold for mmap with each large block that is freed, and then keeps them on
-    the heap (mallopt(3)). Fixed at 64 KB, 5 MB of 55 less stay resident (bench/bench_cost.py).
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl has no such thing, and no such habit
-        libc.mallopt(_M_MMAP_THRESHOLD, 64 << 10)

@@ -98,6 +98,12 @@ class TableLoader:
             self._waiting.discard(key)
         self._tables.set_state(executable, TableState.UNKNOWN)
 
+    def prepare(self, file: MappedFile) -> None:
+        """Have the table of a file built, if that is identified and has none in the cache."""
+        if file.state == State.IDENTIFIED and not file.has_table:
+            file.has_table = True
+            self._ask(file)
+
     def load(self, file: MappedFile) -> None:
         """Load the table of an identified file, now or when a reader has built it."""
         key = file.table_key

@@ -96,6 +96,7 @@ class Unwinding:
         self._numbers: dict[MappedFile, int] = {}
         self._executables: dict[int, _Executable] = {}
         self._free = deque(range(1, EXECUTABLES_CAPACITY))
+        self._prepared: set[MappedFile] = set()
         self._young: list[UnwindRequest] = []
         self._next_sweep_s = 0.0
         self._unnumbered = 0
@@ -170,19 +171,21 @@ class Unwinding:
             self._request(number)
         return self._loader.read(file)
 
-    def preload(self, pids: Iterable[int]) -> list[MappedFile]:
-        """Ask for all files of processes that run; return them."""
-        now_ns = time.monotonic_ns()
-        files: dict[MappedFile, None] = {}
-        for pid in pids:
-            mappings = self._address_spaces.mappings(pid, now_ns)
-            if len(mappings.mappings) > _MAX_MAPPINGS:
-                continue
-            for place in range(len(mappings.mappings)):
-                file = self._files.file(mappings, place, pid)
-                if file is not None:
-                    files[file] = None
-        return list(files)
+    def prepare(self, pids: Iterable[int]) -> None:
+        """Have the tables of processes that run built, and load them when these are followed."""
+        self._prepared = self._files.ask_for_all(pids)
+        for file in self._prepared:
+            self._loader.prepare(file)
+
+    def is_prepared(self) -> bool:
+        """Return whether all that `prepare` asked for has been answered."""
+        pending = any(file.state == State.PENDING for file in self._prepared)
+        return not pending and self._loader.is_idle
+
+    def follows(self, pids: Iterable[int]) -> bool:
+        """Return whether the kernel knows all of these processes that still run."""
+        unknown = [pid for pid in pids if pid not in self._known]
+        return not any(os.path.exists(f"/proc/{pid}") for pid in unknown)  # noqa: PTH110
 
     # Processes and their address spaces.
 
@@ -244,7 +247,7 @@ class Unwinding:
                 self._unnumbered += 1
                 return 0
             number = self._numbers[file] = self._free.popleft()
-            self._executables[number] = _Executable(file)
+            self._executables[number] = _Executable(file, is_requested=file in self._prepared)
             self._bring_up_to_date(file)
         self._executables[number].uses += 1
         return number
@@ -285,6 +288,8 @@ class Unwinding:
 
     def _bring_up_to_date(self, file: MappedFile) -> None:
         """Let the kernel know what is known of a file by now."""
+        if file in self._prepared:
+            self._loader.prepare(file)
         number = self._numbers.get(file)
         if number is None:
             return

@@ -107,13 +107,14 @@ class Clocks:
     own_cpu_ns: int
 
     @classmethod
-    def now(cls, nonidle_ns: int) -> "Clocks":
+    def now(cls, nonidle_ns: int, children_cpu_ns: int = 0) -> "Clocks":
+        """Read all clocks; `children_cpu_ns` is what this process's readers have used so far."""
         return cls(
             wall_ns=time.time_ns(),
             monotonic_ns=time.monotonic_ns(),
             boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
             nonidle_ns=nonidle_ns,
-            own_cpu_ns=time.process_time_ns(),
+            own_cpu_ns=time.process_time_ns() + children_cpu_ns,
         )
 
     def at(self, later: "Clocks", monotonic_ns: int) -> "Clocks":
