@@ -6,7 +6,7 @@ glibc's own, few leading underscores, short.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,9 @@ IN_FDE_RANGE = np.uint32(1 << 30)
 """Set instead of a name's position: the function is known only by its FDE range and has no name.
 The other bits are the number of its first part; it has several if a name covers its middle."""
 
+NO_FILE = np.uint32(0xFFFFFFFF)
+"""Instead of a file's position: it is not known where the function is defined."""
+
 # Longer names count as this long when the best of several is chosen.
 COMPARED_NAME_BYTES = 4096
 
@@ -32,12 +35,17 @@ class Functions:
     Attributes:
         base: the file offset that `starts` and `ends` count from, so that 32 bits are enough.
         names: where each name begins in the concatenated strings, with AT_PLT; or IN_FDE_RANGE.
+        files: where the name of the file begins in which each is defined, or NO_FILE; empty if no
+            function has one.
+        lines: and at which line, 0 if that is not known; as many as `files`.
     """
 
     base: int
     starts: Words
     ends: Words
     names: Words
+    files: Words = field(default_factory=lambda: np.zeros(0, dtype=np.uint32))
+    lines: Words = field(default_factory=lambda: np.zeros(0, dtype=np.uint32))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ the same address. The parts of an FDE range that no name covers form an unnamed 
 """
 
 from collections.abc import Iterator
-from itertools import chain
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,26 +22,25 @@ from symbolizer.integers import Wide
 from symbolizer.location import Miss
 from symbolizer.symbols.candidates import (
     AT_PLT,
-    COMPARED_NAME_BYTES,
     IN_FDE_RANGE,
     NO_CANDIDATES,
+    NO_FILE,
     Candidates,
     Functions,
     Words,
     arrange,
     drop_aliases,
-    name_preferences,
 )
 from symbolizer.symbols.elf import (
     SHT_DYNSYM,
-    SHT_STRTAB,
     SHT_SYMTAB,
     Elf,
     Section,
     UnreadableElf,
-    check_size,
 )
+from symbolizer.symbols.gopclntab import GoTable, open_go_table
 from symbolizer.symbols.plt import PltStubs, find_plt_stubs, read_symbol_names
+from symbolizer.symbols.strings import Strings
 from symbolizer.unwind.fde_ranges import read_fde_ranges
 
 STT_NOTYPE, STT_FUNC, STT_GNU_IFUNC = 0, 2, 10
@@ -52,14 +51,12 @@ STB_LOCAL, STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE = 0, 1, 2, 10
 # cost of a crafted file is bounded.
 MAX_FUNCTIONS = 1 << 20
 _MAX_SYMBOLS_BYTES = 24 << 22
-_MAX_STRINGS_BYTES = 256 << 20
 _SYMBOLS_PER_CHUNK = 1 << 15
-_STRINGS_PER_CHUNK = 1 << 20
 
 # glibc's _start has 34 to 38 bytes, musl's fewer.
 _START_BYTES = 48
 _START_WITHOUT_HLT_BYTES = 32
-_ENTRY_NAME = b"_start\0"
+_ENTRY_NAME = b"_start"
 
 _SYM = {
     64: np.dtype("<u4,u1,u1,<u2,<u8,<u8"),
@@ -72,68 +69,101 @@ _SYM[32].names = ("st_name", "st_value", "st_size", "st_info", "st_other", "st_s
 def read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
     """Return the functions, and pieces of the strings that hold their names, NUL-terminated.
 
+    The strings are those of the functions only. Go's functions have a file and a line.
+
     Raises:
         UnreadableElf: with the reason; also while the strings are read.
     """
     space = _OffsetSpace(elf)
+    strings = Strings(elf)
+    go = _read_go(elf, space, strings)
     fde_ranges = _read_fde_ranges(elf, space)
-    strings = StringSections(elf)
     # .symtab first: it holds what .dynsym holds, and more.
     tables = [section for section in elf.sections if section.type == SHT_SYMTAB][:1]
     tables += [section for section in elf.sections if section.type == SHT_DYNSYM][:1]
     symbols = NO_CANDIDATES
     for table in tables:
         found = _read_symbols(
-            elf, space, table, strings.add(table), symbols.starts, fde_ranges=fde_ranges
+            elf, space, table, strings.add_table(table), symbols.starts, fde_ranges=fde_ranges
         )
         symbols = drop_aliases(Candidates.join([symbols, *found]), strings)
     stubs = _read_stubs(elf, space, strings, symbols)
-    functions = arrange(Candidates.join([symbols, stubs]), strings, space.base)
-    functions = _add_entry(elf, space, functions, strings.size, fde_ranges)
+    go_symbols = go.candidates.take(~np.isin(go.candidates.starts, symbols.starts))
+    functions = arrange(Candidates.join([symbols, stubs, go_symbols]), strings, space.base)
+    entry_name = strings.add_text(_ENTRY_NAME)
+    functions = _add_entry(elf, space, functions, entry_name, fde_ranges)
     functions = _add_unnamed(functions, fde_ranges)
-    return functions, chain(strings.chunks(), [_ENTRY_NAME])
+    return _keep_strings(go.add_places(functions), strings)
 
 
-class StringSections:
-    """String tables concatenated, each followed by a NUL. They are read when needed, never kept."""
+def _keep_strings(functions: Functions, strings: Strings) -> tuple[Functions, Iterator[bytes]]:
+    """Return the functions with positions in those strings that they need, and these."""
+    is_named = functions.names & IN_FDE_RANGE == 0
+    names = functions.names[is_named] & ~AT_PLT
+    has_file = functions.files != NO_FILE
+    files = functions.files[has_file]
+    kept, pieces = strings.keep(np.concatenate([names, files]))
+    new_names, new_files = functions.names.copy(), functions.files.copy()
+    new_names[is_named] = kept.moved(names) | functions.names[is_named] & AT_PLT
+    new_files[has_file] = kept.moved(files)
+    return replace(functions, names=new_names, files=new_files), pieces
 
-    def __init__(self, elf: Elf) -> None:
-        self._elf = elf
-        self._starts: dict[Section, int] = {}
-        self.size = 0
 
-    def add(self, table: Section) -> tuple[int, int]:
-        """Add a symbol table's strings; return their start and size."""
-        sections = self._elf.sections
-        section = sections[table.link] if table.link < len(sections) else None
-        if section is None or section.type != SHT_STRTAB:
-            return 0, 0
-        check_size(section, _MAX_STRINGS_BYTES)
-        if section not in self._starts:
-            self._starts[section] = self.size
-            self.size += section.size + 1
-        return self._starts[section], section.size
+class _GoFunctions(NamedTuple):
+    """Go's functions, sorted; `files` and `lines` are where each is defined."""
 
-    def chunks(self) -> Iterator[bytes]:
-        for section in self._starts:
-            yield from self._elf.chunks(section, _STRINGS_PER_CHUNK, _MAX_STRINGS_BYTES)
-            yield b"\0"
+    candidates: Candidates = NO_CANDIDATES
+    files: Words = NO_CANDIDATES.names
+    lines: Words = NO_CANDIDATES.names
 
-    def preferences(self, positions: Words) -> npt.NDArray[np.int64]:
-        numbers = np.zeros(len(positions), dtype=np.int64)
-        for section, start in self._starts.items():
-            for offset in range(0, section.size, _STRINGS_PER_CHUNK):
-                first, last = np.searchsorted(
-                    positions, [start + offset, start + offset + _STRINGS_PER_CHUNK]
-                ).tolist()
-                first_beyond = int(np.searchsorted(positions, start + section.size))
-                last = min(last, first_beyond)
-                if first < last:
-                    size = min(_STRINGS_PER_CHUNK + COMPARED_NAME_BYTES, section.size - offset)
-                    chunk = self._elf.source.read_at(section.offset + offset, size)
-                    within = positions[first:last].astype(np.int64) - start - offset
-                    numbers[first:last] = name_preferences(chunk, within)
-        return numbers
+    def add_places(self, functions: Functions) -> Functions:
+        """Return the functions with the files and lines of those that are Go's."""
+        if not len(self.files):
+            return functions
+        starts, ends = self.candidates.starts, self.candidates.ends
+        found = np.maximum(np.searchsorted(starts, functions.starts, side="right") - 1, 0)
+        is_go = (starts[found] <= functions.starts) & (functions.starts < ends[found])
+        files = np.where(is_go, self.files[found], NO_FILE)
+        return replace(functions, files=files, lines=np.where(is_go, self.lines[found], 0))
+
+
+def _read_go(elf: Elf, space: "_OffsetSpace", strings: Strings) -> _GoFunctions:
+    """Read the functions of Go's own table; there are none if it is unreadable."""
+    try:
+        table = open_go_table(elf)
+        text = None if table is None else table.find_text()
+        if table is None or text is None:
+            return _GoFunctions()
+        return _place_go_functions(table, text, space, strings)
+    except UnreadableElf:
+        return _GoFunctions()
+
+
+def _place_go_functions(
+    table: GoTable, text: int, space: "_OffsetSpace", strings: Strings
+) -> _GoFunctions:
+    addresses = (table.functions.starts + text).astype(np.uint64)
+    offsets, limits = space.offsets(addresses[:-1])
+    ends = np.minimum(offsets + (addresses[1:] - addresses[:-1]), limits)
+    names, sizes = table.functions.names, table.names_bytes
+    keep = (limits > 0) & (ends > offsets) & (names >= 0) & (names < sizes)
+    places = table.read_places()
+    file_start, file_bytes = table.files_area
+    first_name = strings.add(table.names_area, sizes)
+    first_file = strings.add(file_start, file_bytes)
+    files = np.where(places.files >= 0, places.files + first_file, int(NO_FILE))[keep]
+    count = int(keep.sum())
+    return _GoFunctions(
+        Candidates(
+            offsets[keep].astype(np.uint32),
+            ends[keep].astype(np.uint32),
+            (names[keep] + first_name).astype(np.uint32),
+            np.zeros(count, dtype=np.uint8),
+            np.ones(count, dtype=np.bool_),
+        ),
+        files.astype(np.uint32),
+        places.lines[keep].astype(np.uint32),
+    )
 
 
 class _OffsetSpace:
@@ -268,12 +298,10 @@ def _rank_bindings(bindings: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return ranks[bindings]
 
 
-def _read_stubs(
-    elf: Elf, space: _OffsetSpace, strings: StringSections, symbols: Candidates
-) -> Candidates:
+def _read_stubs(elf: Elf, space: _OffsetSpace, strings: Strings, symbols: Candidates) -> Candidates:
     stubs = find_plt_stubs(elf)
     tables = [section for section in elf.sections if section.type == SHT_DYNSYM]
-    names_start, names_size = strings.add(tables[0]) if tables else (0, 0)
+    names_start, names_size = strings.add_table(tables[0]) if tables else (0, 0)
     names = read_symbol_names(elf, stubs.symbols)
     is_named = (names > 0) & (names < names_size)
     names = names + np.uint32(names_start)

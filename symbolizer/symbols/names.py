@@ -65,7 +65,8 @@ class Names:
         starts = table.unnamed_starts(np.array(order, dtype=np.int64)).tolist()
         names = self._demangler.demangle([table.name(number) for number in order])
         for number, name, start in zip(order, names, starts, strict=True):
-            frame = Frame(readable(name), module.name, module.kind)
+            file, line = table.place(number)
+            frame = Frame(readable(name), module.name, module.kind, readable(file), line)
             frames[number] = (frame,) if name else ()
             if start >= 0:
                 address = module.elf_address(FileOffset(start))

@@ -20,15 +20,16 @@ import numpy.typing as npt
 
 from symbolizer.file_cache import FileCache
 from symbolizer.location import ElfAddress, FileOffset, Segment
-from symbolizer.symbols.candidates import AT_PLT, IN_FDE_RANGE, Functions
+from symbolizer.symbols.candidates import AT_PLT, IN_FDE_RANGE, NO_FILE, Functions
 from symbolizer.symbols.functions import MAX_FUNCTIONS
+from symbolizer.symbols.strings import MAX_NAME_BYTES
 
 _MAGIC = b"EFLSYMS\n"
 # Raise this when the layout changes, or the name that any address gets.
-_VERSION = 2
+_VERSION = 3
 # magic, version, CRC-32 of all that follows it, key (NUL-padded), base, functions, string bytes,
-# segments
-_HEADER = struct.Struct("<8sII136sQQQQ")
+# segments, functions with files: all or none
+_HEADER = struct.Struct("<8sII136sQQQQQ")
 _CHECKED_FROM = 16
 _MAX_SEGMENTS = 64
 # Three per symbol: it may split one around it in two; and the entry point. One more for unnamed
@@ -37,7 +38,7 @@ _MAX_FUNCTIONS = 4 * MAX_FUNCTIONS
 _COPY_BYTES = 1 << 18
 
 _FIRST_READ_BYTES = 256
-_MAX_NAME_BYTES = 1 << 16
+_MAX_FILE_BYTES = 1 << 12
 
 _KEY = re.compile(r"(hash-)?[0-9a-f]{2,128}")
 
@@ -58,7 +59,7 @@ class SymbolTable:
         self._strings_at = strings_at
         self._strings_bytes = strings_bytes
         self.segments = segments
-        self.memory_bytes = 12 * len(functions.starts)
+        self.memory_bytes = 12 * len(functions.starts) + 8 * len(functions.files)
         self.has_names = bool((functions.names & IN_FDE_RANGE == 0).any())
         """Whether any function has a name; those known only by their FDE range do not."""
 
@@ -99,11 +100,18 @@ class SymbolTable:
         position &= ~int(AT_PLT)
         name = self._read_string(position, _FIRST_READ_BYTES)
         if len(name) == _FIRST_READ_BYTES:
-            name = self._read_string(position, _MAX_NAME_BYTES)
+            name = self._read_string(position, MAX_NAME_BYTES)
         # .symtab of a library has `name@@VERSION`; names do not begin with an @.
         at = name.find(b"@", 1)
         name = name[:at] if at > 0 else name
         return name + b"@plt" if is_plt and name else name
+
+    def place(self, number: int) -> tuple[bytes, int]:
+        """Return the file and the line at which a function is defined, if known."""
+        if not len(self._functions.files) or self._functions.files[number] == NO_FILE:
+            return b"", 0
+        file = self._read_string(int(self._functions.files[number]), _MAX_FILE_BYTES)
+        return file, int(self._functions.lines[number])
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -171,7 +179,8 @@ def _write_table(
 ) -> SymbolTable:
     file.write(bytes(_HEADER.size))
     body = [np.array(segments, dtype="<u8").tobytes()]
-    body += [a.astype("<u4").tobytes() for a in (functions.starts, functions.ends, functions.names)]
+    columns = (functions.starts, functions.ends, functions.names, functions.files, functions.lines)
+    body += [column.astype("<u4").tobytes() for column in columns]
     checksum = 0
     for part in body:
         file.write(part)
@@ -181,7 +190,13 @@ def _write_table(
         file.write(chunk)
         checksum = zlib.crc32(chunk, checksum)
     strings_bytes = file.tell() - strings_at
-    counts = (functions.base, len(functions.starts), strings_bytes, len(segments))
+    counts = (
+        functions.base,
+        len(functions.starts),
+        strings_bytes,
+        len(segments),
+        len(functions.files),
+    )
     header = _HEADER.pack(_MAGIC, _VERSION, 0, key.encode(), *counts)
     checksum = zlib.crc32(header[_CHECKED_FROM:], checksum)
     file.seek(0)
@@ -197,12 +212,13 @@ def _read_table(file: BinaryIO, key: str) -> SymbolTable | None:
         if len(head) < _HEADER.size:
             return None
         fields = _HEADER.unpack(head)
-        magic, version, checksum, name, base, count, strings_bytes, segment_count = fields
-        strings_at = _HEADER.size + 24 * segment_count + 12 * count
+        magic, version, checksum, name, base, count, strings_bytes, segment_count, placed = fields
+        strings_at = _HEADER.size + 24 * segment_count + 12 * count + 8 * placed
         is_plausible = (
             (magic, version, name.rstrip(b"\0")) == (_MAGIC, _VERSION, key.encode())
             and count <= _MAX_FUNCTIONS
             and segment_count <= _MAX_SEGMENTS
+            and placed in (0, count)
             and os.fstat(file.fileno()).st_size == strings_at + strings_bytes
         )
         body = file.read(strings_at - _HEADER.size) if is_plausible else b""
@@ -212,9 +228,10 @@ def _read_table(file: BinaryIO, key: str) -> SymbolTable | None:
         return None
     segments = np.frombuffer(body, "<u8", 3 * segment_count).reshape(-1, 3).tolist()
     columns = np.frombuffer(body, "<u4", 3 * count, 24 * segment_count).reshape(3, -1)
+    places = np.frombuffer(body, "<u4", 2 * placed, 24 * segment_count + 12 * count).reshape(2, -1)
     return SymbolTable(
         file,
-        Functions(base, *columns),
+        Functions(base, *columns, *places),
         tuple(Segment(ElfAddress(v), FileOffset(o), s) for v, o, s in segments),
         strings_at,
         strings_bytes,

@@ -41,15 +41,18 @@ def build(output: Path, source: str, *flags: str, language: str = "c") -> Path:
     return output
 
 
-def build_go(output: Path, source: str, *, is_stripped: bool = False) -> Path:
+def build_go(
+    output: Path, source: str, *, is_stripped: bool = False, is_pie: bool = False, cgo: bool = False
+) -> Path:
     """Compile a Go program of one file, or skip the test if Go is not installed."""
     if not shutil.which("go"):
         pytest.skip("no go: install golang-go")
     main = output.with_suffix(".go")
     main.write_text(source)
     flags = "-ldflags=-s -w" if is_stripped else "-ldflags="
-    environment = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=mod"}
-    command = ["go", "build", flags, "-o", output, main.name]
+    environment = {**os.environ, "CGO_ENABLED": str(int(cgo)), "GOFLAGS": "-mod=mod"}
+    mode = "-buildmode=pie" if is_pie else "-buildmode=exe"
+    command = ["go", "build", mode, flags, "-o", output, main.name]
     subprocess.run(command, cwd=output.parent, env=environment, check=True, timeout=110)
     return output
 
