@@ -3,12 +3,15 @@
 Functions are placed by file offset, as locations are, so a look-up needs no segments. An address
 gets a name only from a symbol that covers it. A symbol's size says where it ends. A symbol without
 a size (hand-written assembly) ends at the next symbol or with its section, but only in files with a
-.symtab: in stripped files the next symbol left may be far away.
+.symtab: in stripped files the next symbol left may be far away. It may be far away even in a file
+with a .symtab, from which strip(1) was told to keep a few symbols; so a symbol without a size also
+ends where another function begins: at an FDE, or at an address that is called.
 
-In stripped files, the FDEs in .eh_frame still say where each function begins and ends: its FDE
-range. A symbol without type and size at the start of an FDE range ends with it. A function symbol
-of size 0 names nothing: compilers emit unreachable functions empty, and the next function begins at
-the same address. The parts of an FDE range that no name covers form an unnamed function.
+The FDEs in .eh_frame say where functions begin and end, even in stripped files: their FDE ranges.
+In files without .symtab, a symbol without type and size at the start of an FDE range ends with it.
+A function symbol of size 0 names nothing there: compilers emit unreachable functions empty, and the
+next function begins at the same address. The parts of an FDE range that no name covers form an
+unnamed function.
 """
 
 from collections.abc import Iterator
@@ -39,6 +42,7 @@ from symbolizer.symbols.elf import (
     UnreadableElf,
 )
 from symbolizer.symbols.gopclntab import GoTable, open_go_table
+from symbolizer.symbols.labels import bound_labels
 from symbolizer.symbols.plt import PltStubs, find_plt_stubs, read_symbol_names
 from symbolizer.symbols.strings import Strings
 from symbolizer.unwind.fde_ranges import read_fde_ranges
@@ -87,6 +91,7 @@ def read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
             elf, space, table, strings.add_table(table), symbols.starts, fde_ranges=fde_ranges
         )
         symbols = drop_aliases(Candidates.join([symbols, *found]), strings)
+    symbols = bound_labels(elf, space.base, symbols, (fde_ranges.starts, fde_ranges.ends))
     stubs = _read_stubs(elf, space, strings, symbols)
     go_symbols = go.candidates.take(~np.isin(go.candidates.starts, symbols.starts))
     functions = arrange(Candidates.join([symbols, stubs, go_symbols]), strings, space.base)
@@ -205,17 +210,15 @@ class _FdeRanges(NamedTuple):
 _NO_FDE_RANGES = _FdeRanges(np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.uint32))
 
 
-def _has_all_symbols(elf: Elf) -> bool:
+def _has_symtab(elf: Elf) -> bool:
     return any(section.type == SHT_SYMTAB for section in elf.sections)
 
 
 def _read_fde_ranges(elf: Elf, space: _OffsetSpace) -> _FdeRanges:
-    """Read the FDE ranges of a file without .symtab; there are none if its FDEs are unreadable.
+    """Read the FDE ranges of a file; there are none if its FDEs are unreadable.
 
     If two overlap, the later start wins; of several with one start, the longest.
     """
-    if _has_all_symbols(elf):
-        return _NO_FDE_RANGES
     try:
         first_addresses, end_addresses = read_fde_ranges(elf)
     except UnreadableElf:
@@ -245,7 +248,7 @@ def _read_symbols(
     """Read the code symbols of a table, except those that start where a known one does."""
     dtype = _SYM[elf.bits]
     names_start, names_size = strings
-    is_complete = _has_all_symbols(elf)
+    is_complete = _has_symtab(elf)
     code_starts = np.array([s.address if s.is_code else 0 for s in elf.sections], dtype=np.uint64)
     code_sizes = np.array([s.size if s.is_code else 0 for s in elf.sections], dtype=np.uint64)
     kept = 0

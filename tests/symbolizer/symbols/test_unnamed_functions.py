@@ -129,11 +129,18 @@ def test_every_function_of_a_stripped_program_has_its_start(tmp_path, flags):
         assert names_at(table, places_in(symbol)) == [None] * 3
 
 
-def test_fde_ranges_are_not_used_in_files_with_symtab(tmp_path):
-    """.symtab has all functions."""
-    table = read_table(build(tmp_path / "program", PROGRAM))
+def test_functions_without_a_symbol_are_unnamed_even_beside_a_symtab(tmp_path):
+    """strip(1) may have been told to keep some symbols."""
+    path = build(tmp_path / "program", PROGRAM)
+    main = next(symbol for symbol in read_symbols(path) if symbol.name == b"main")
+    others = [s for s in read_symbols(path) if s.kind == "FUNC" and s.size and s.name != b"main"]
+    strip(path, "-K", "main")
+    table = read_table(path)
 
-    assert (table.unnamed_starts(np.arange(len(table))) == -1).all()
+    assert names_at(table, [main.address]) == [b"main"]
+    lost = [s.address for s in others if main.address - 200 < s.address < main.address]
+    assert lost
+    assert starts_at(table, lost) == lost
 
 
 def test_names_of_exported_functions_do_not_cover_hidden_ones(tmp_path):
