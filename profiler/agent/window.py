@@ -118,15 +118,24 @@ class Clocks:
         )
 
     def at(self, later: "Clocks", monotonic_ns: int) -> "Clocks":
-        """Return what the clocks said at a moment between two readings, which is interpolated."""
+        """Return what the clocks said at a moment between two readings, which is interpolated.
+
+        The wall clock's is that of the later setting, as somebody may have set it in between.
+        """
         span_ns = later.monotonic_ns - self.monotonic_ns
         passed_ns = min(max(0, monotonic_ns - self.monotonic_ns), span_ns)
-        if not passed_ns:
-            return self
-        names = self.__slots__
-        spans = {name: getattr(later, name) - getattr(self, name) for name in names}
+        if not span_ns:
+            return later
+
+        def between(begun_ns: int, ended_ns: int) -> int:
+            return begun_ns + (ended_ns - begun_ns) * passed_ns // span_ns
+
         return Clocks(
-            **{name: getattr(self, name) + spans[name] * passed_ns // span_ns for name in names}
+            wall_ns=later.wall_ns - span_ns + passed_ns,
+            monotonic_ns=self.monotonic_ns + passed_ns,
+            boottime_ns=between(self.boottime_ns, later.boottime_ns),
+            nonidle_ns=between(self.nonidle_ns, later.nonidle_ns),
+            own_cpu_ns=between(self.own_cpu_ns, later.own_cpu_ns),
         )
 
     def since(self, earlier: "Clocks") -> int:

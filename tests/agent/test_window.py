@@ -265,6 +265,15 @@ def test_two_hours_are_cut_into_equal_parts_that_can_be_kept():
     assert clocks(0).cuts(clocks(3598), 3598 * SECOND) == []
 
 
+def test_clocks_between_two_readings_are_interpolated():
+    """But for the wall clock, which was set by an hour in between."""
+    later = Clocks(3610 * SECOND, 10 * SECOND, 20 * SECOND, 60, 80)
+
+    assert Clocks(0, 0, 0, 20, 40).at(later, 4 * SECOND) == Clocks(
+        3604 * SECOND, 4 * SECOND, 8 * SECOND, 36, 56
+    )
+
+
 def test_a_window_that_is_closed_long_after_its_edge_ends_now():
     """As after SIGSTOP: the ticks since the edge are in it."""
     passed_ns = [0]
