@@ -42,6 +42,11 @@ from bpf.samples import (
 MAX_FREQUENCY_HZ = 999
 _SELECTED_CAPACITY = 32768
 _MAP_GENERATIONS = (0, 1)
+_MAPS_BYTES = 16 << 20
+"""What the maps of stacks may take in the kernel for drains that come late."""
+_ENTRY_BYTES = 2 * (
+    COUNT_KEY.itemsize + COUNT.itemsize + USER_STACK.itemsize // 2 + KERNEL_STACK.itemsize
+)
 _GO_ON = 1000  # no StopReason has this number
 _COUNT_HEAD = [name for name in COUNT.names or () if name != "words"]
 _NO_WORDS: Words = np.empty(0, np.uint64)
@@ -78,9 +83,18 @@ class SamplerConfig:
             )
 
     def capacity(self, cpus: int) -> int:
-        """Return the entries of each map: a drain may come twice as late before one is full."""
+        """Return the entries of each map: a drain may come twice as late before one is full.
+
+        Eight times as late, as on a host with far more work than CPUs, if all maps together then
+        take no more than 16 MB. They cannot grow later.
+        """
+        needed = self._needed(cpus)
+        affordable = _MAPS_BYTES // _ENTRY_BYTES
+        return max(1024, needed, min(4 * needed, 1 << (affordable.bit_length() - 1)))
+
+    def _needed(self, cpus: int) -> int:
         needed = int(2 * self.frequency_hz * cpus * self.drain_period_s)
-        return max(1024, 1 << (needed - 1).bit_length())
+        return 1 << (needed - 1).bit_length()
 
     def lasts_s(self, cpus: int) -> float:
         """Return how long the maps last with as much to spare: `drain_period_s` or longer.

@@ -26,13 +26,14 @@ from bpf import perf_event
 from bpf.records import Rings
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import Drain, RawSample
+from profiler.agent import priority
 from profiler.agent.cost import Cost, return_large_blocks
 from profiler.agent.frames import FrameNumbers, Numbers
 from profiler.agent.mapped_files import MappedFiles
 from profiler.agent.readers import Readers
 from profiler.agent.supervise import RefusedError
 from profiler.agent.unwind_tables import Unwinding
-from profiler.agent.window import BusyTime, Clocks, Edge, OpenWindow, split_drain
+from profiler.agent.window import BusyTime, Clocks, Edge, OpenWindow, drain_period_s, split_drain
 from profiler.processes.activity import Activity
 from profiler.processes.address_spaces import AddressSpaces
 from profiler.processes.generations import clock_offsets, parent_in_proc
@@ -47,8 +48,8 @@ from symbolizer.unwind.table import UnwindCache
 
 log = logging.getLogger(__name__)
 
-DRAIN_PERIOD_S = 1.0
-_LONGEST_DRAIN_PERIOD_S = 2.0
+_FORGET_LATE = 0.9
+"""How much of the longest delay of a drain still counts after one more."""
 
 _SCAN_PERIOD_S = 5.0
 """How often new services are looked for in /proc. Their first seconds are found all the same: a
@@ -147,6 +148,7 @@ class Recorder:
         self._closed: list[Profile] = []
         self._edge: Edge | None = None
         self._held: _Held | None = None
+        self._late_s = 0.0
         self._busy = BusyTime()
         with contextlib.ExitStack() as opened:
             self._load((cache or default_cache()).absolute(), rules or Rules(), opened)
@@ -221,6 +223,7 @@ class Recorder:
         self._window = OpenWindow(self.period_ns, self._clocks)
         self._frames = self._number_frames()
         self._drained = self._window.begun
+        self._opened.enter_context(priority.raised(priority.chosen_nice(os.environ)))
         self.sampler.start()
 
     def _warm_up(self) -> None:
@@ -258,9 +261,11 @@ class Recorder:
 
     @property
     def drain_period_s(self) -> float:
-        """How long a step may wait if nobody watches: fewer, larger steps cost less."""
-        lasts_s = self.config.lasts_s(len(perf_event.online_cpus()))
-        return min(_LONGEST_DRAIN_PERIOD_S, max(DRAIN_PERIOD_S, lasts_s))
+        """How long a step may wait if nobody watches: fewer, larger steps cost less.
+
+        It is shorter where drains come late, so that the maps are not full before.
+        """
+        return drain_period_s(self.config.lasts_s(len(perf_event.online_cpus())), self._late_s)
 
     def fileno(self) -> int:
         """Return a descriptor, readable when `catch_up` should not wait for the next step."""
@@ -300,6 +305,8 @@ class Recorder:
             raise
         begun = self._drained
         ended = self._drained = begun.at(now, drain.ended_ns)
+        late_s = ended.since(begun) / 1e9 - self.drain_period_s
+        self._late_s = max(0.0, late_s, self._late_s * _FORGET_LATE)
         if self._held is not None:
             self._held.parts.append(_Part(drain, ended))
         elif self._edge and begun.monotonic_ns <= self._edge.monotonic_ns < ended.monotonic_ns:

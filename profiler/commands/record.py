@@ -16,10 +16,10 @@ from typing import Any, TextIO
 
 from bpf.sampler import SamplerConfig
 from profiler.agent.ready import announce
-from profiler.agent.recorder import DRAIN_PERIOD_S, Recorder
+from profiler.agent.recorder import Recorder
 from profiler.agent.signals import ENDING, Signals
 from profiler.agent.supervise import RefusedError
-from profiler.agent.window import deviation
+from profiler.agent.window import DRAIN_PERIOD_S, deviation
 from profiler.commands import arguments, outputs
 from profiler.commands.targets import Command, Processes, Target, target_of
 from profiler.formats import export

@@ -6,8 +6,9 @@ import sys
 import time
 
 from bpf.sampler import SamplerConfig
-from profiler.agent.recorder import DRAIN_PERIOD_S, Recorder
+from profiler.agent.recorder import Recorder
 from profiler.agent.signals import ENDING, Signals
+from profiler.agent.window import DRAIN_PERIOD_S
 from profiler.commands import arguments, terminal
 from profiler.commands.targets import target_of
 from profiler.text import counted, tell

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from bpf.sampler import SamplerConfig
 from bpf.samples import Drain
 from profiler.agent.recorder import Recorder
-from profiler.agent.window import BusyTime, Clocks, Edge, Edges, OpenWindow, split_drain
+from profiler.agent.window import (
+    BusyTime,
+    Clocks,
+    Edge,
+    Edges,
+    OpenWindow,
+    drain_period_s,
+    split_drain,
+)
 from storage.formats import pprof
 from storage.profile import Accounting, Host, Profile
 from tests.support.live import sample_of
@@ -252,6 +260,16 @@ def test_what_a_full_map_lost_came_last():
 
     assert [part.ticks for part in parts] == [100, 100]
     assert [part.lost for part in parts] == [{}, {"map_full": 100}]
+
+
+@pytest.mark.parametrize(
+    ("lasts_s", "late_s", "period_s"),
+    [(9, 0, 2), (9, 6, 2), (9, 8, 1), (1.2, 0, 1.2), (1.2, 0.7, 0.5), (1.2, 60, 0.25)],
+)
+def test_drains_are_more_frequent_where_they_come_so_late_that_maps_fill_up(
+    lasts_s, late_s, period_s
+):
+    assert drain_period_s(lasts_s, late_s) == pytest.approx(period_s)
 
 
 def clocks(at_s: int) -> Clocks:
