@@ -15,7 +15,7 @@ below what readers accept (`storage.formats.limits.SIZE_LIMIT_BYTES`).
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +32,9 @@ REST_LOCATION = AddressLocation(REST, FileOffset(0))
 _LOCATION_BYTES = 400
 _ROW_BYTES, _ROW_FRAME_BYTES = 500, 8
 _LABELS_BYTES = 800
+_LETTER_BYTES = 2
 _NAME_BYTES = 64
+_MODULE_BYTES, _SEGMENT_BYTES = 64, 64
 """Without its letters. These are what Python and numpy need for one of each, by tracemalloc
 (bench/bench_overload.py); in an object each takes less than half of it."""
 
@@ -62,6 +64,8 @@ class Limits(NamedTuple):
     label_sets: Limit = Limit(512 << 10, 6 << 20, 8 << 20)
     module_names_bytes: int = 4 << 20
     names_bytes: int = 12 << 20
+    modules_bytes: int = 2 << 20
+    """Of the modules' paths and segments."""
 
 
 class Owner(NamedTuple):
@@ -144,6 +148,8 @@ class BoundedProfile:
         self._full: dict[ProcessGeneration, list[bytes]] = {}
         """The same of processes that get no more of them, sorted."""
         self._names = _NameBudget(limits)
+        self._limits = limits
+        self._modules_bytes = 0
         self.grow(1.0)
 
     def grow(self, minutes: float) -> None:
@@ -182,7 +188,10 @@ class BoundedProfile:
     def add_modules(self, modules: Mapping[str, Module]) -> None:
         """Add modules; one whose path is too much is shown by its build id."""
         for build_id, module in modules.items():
-            if self._names.take_text(build_id, module.path):
+            size_bytes = _MODULE_BYTES + len(module.path.encode("utf-8", "replace"))
+            size_bytes += len(build_id) + _SEGMENT_BYTES * len(module.segments)
+            if self._modules_bytes + size_bytes <= self._limits.modules_bytes:
+                self._modules_bytes += size_bytes
                 self._builder.modules[build_id] = module
 
     def _fit_labels(self, owner: Owner, labels: Labels) -> Labels:
@@ -195,8 +204,8 @@ class BoundedProfile:
         return (("service", REST),)
 
     def _charge_labels(self, owner: Owner, labels: Labels, slack: float) -> bool:
-        letters = sum(len(value) for _, value in labels)
-        return self._label_sets.take(owner, _LABELS_BYTES + letters, slack)
+        letters = sum(len(value.encode("utf-8", "replace")) for _, value in labels)
+        return self._label_sets.take(owner, _LABELS_BYTES + _LETTER_BYTES * letters, slack)
 
     def _fold(self, owner: Owner, labels: Labels, words: bytes) -> bytes:
         """Return the stack cut after its longest kept prefix, or after a part of that.
@@ -233,9 +242,7 @@ class _NameBudget:
 
     def take(self, location: Location, frames: Sequence[Frame]) -> bool:
         module = location.build_id if isinstance(location, AddressLocation) else location.module
-        return self.take_text(module, *_texts(frames))
-
-    def take_text(self, module: str, *texts: str) -> bool:
+        texts = [text for frame in frames for text in (frame.function, frame.file)]
         new = {text for text in texts if text not in self._seen}
         size_bytes = sum(_NAME_BYTES + len(text.encode("utf-8", "replace")) for text in new)
         taken = self._modules.get(module, 0) + size_bytes
@@ -247,12 +254,6 @@ class _NameBudget:
         self._all += size_bytes
         self._seen |= new
         return True
-
-
-def _texts(frames: Sequence[Frame]) -> Iterator[str]:
-    for frame in frames:
-        yield frame.function
-        yield frame.file
 
 
 def longest_prefix(kept: Sequence[bytes], words: bytes) -> int:

@@ -1,6 +1,7 @@
 """What a window may take: beyond it detail goes, visibly, and no sample."""
 
 import subprocess
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,9 @@ from profiler.agent.budgets import (
 )
 from profiler.agent.recorder import Recorder
 from storage.formats import pprof, pprof_arrays
-from storage.formats.limits import SIZE_LIMIT_BYTES
+from storage.formats.limits import OBJECT
 from storage.formats.pprof_head import read_head
-from storage.formats.pprof_message import decompress
+from storage.formats.pprof_message import check_parts, decompress
 from storage.hashing import Hasher
 from storage.profile import Accounting, Labels, Profile, ProfileBuilder, Window, make_labels
 from symbolizer.location import AddressLocation, FileOffset, Frame, Kind, Module
@@ -163,6 +164,7 @@ def fullest() -> tuple[Profile, int]:
         *(Limit(*(size // part for size in limit)) for limit in Limits()[:3]),
         module_names_bytes=Limits().module_names_bytes // part,
         names_bytes=Limits().names_bytes // part,
+        modules_bytes=Limits().modules_bytes // part,
     )
     builder = ProfileBuilder(10)
     bounded = BoundedProfile(builder, 8, limits)
@@ -180,7 +182,7 @@ def fullest() -> tuple[Profile, int]:
             long = f"{pid}-{i}-" + "x" * 200
             bounded.add(me, labels(pid, thread=long, service=long), rng.choice(places, 255), 1)
             samples += 1
-        if not granted and bounded.folded > 500:
+        if not granted and bounded._rows.left(me) < 3_000 and bounded._label_sets.left(me) < 3_000:
             break
     names = [("名" * 1000 + str(number), "f" * 1000 + str(number)) for number in range(5_000)]
     for place, (function, file) in zip(builder.unnamed_locations(), names, strict=False):
@@ -196,7 +198,8 @@ def test_what_is_written_at_the_limits_every_reader_accepts():
 
     content = pprof.encode(profile)
 
-    assert len(decompress(content)) * part < SIZE_LIMIT_BYTES
+    most = {each.name: getattr(OBJECT, each.name) // part for each in fields(OBJECT)}
+    check_parts(decompress(content), replace(OBJECT, **most))
     assert pprof.decode(content) == profile
     assert read_head(content).ours.accounting == profile.accounting
     assert pprof_arrays.decode(content, Hasher(b"k")).total_samples == profile.total_samples
