@@ -237,6 +237,8 @@ def sampling_attr(frequency_hz: int, hardware: bool) -> PerfEventAttr:
 def lifecycle_attr(wakeup_bytes: int) -> PerfEventAttr:
     """Describe an event whose ring says which processes fork, exec, map and exit.
 
+    And which code the kernel makes at run time, as BPF programs.
+
     The time (CLOCK_MONOTONIC ns) is the last 8 bytes of each record, for sample_id_all appends the
     fields of `sample_type` and TIME is the only one. `wakeup_bytes` unread bytes make the file
     descriptor readable.
@@ -247,7 +249,8 @@ def lifecycle_attr(wakeup_bytes: int) -> PerfEventAttr:
     attr.sample_type = PERF_SAMPLE_TIME
     attr.read_format = PERF_FORMAT_TOTAL_TIME_ENABLED
     attr.disabled = 1
-    for name in ("mmap", "mmap2", "comm", "comm_exec", "task", "build_id", "sample_id_all"):
+    names = ("mmap", "mmap2", "comm", "comm_exec", "task", "build_id", "ksymbol", "sample_id_all")
+    for name in names:
         setattr(attr, name, 1)
     attr.use_clockid = 1
     attr.clockid = time.CLOCK_MONOTONIC

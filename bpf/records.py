@@ -29,7 +29,9 @@ PERF_RECORD_COMM = 3
 PERF_RECORD_EXIT = 4
 PERF_RECORD_FORK = 7
 PERF_RECORD_MMAP2 = 10
+PERF_RECORD_KSYMBOL = 17
 
+PERF_RECORD_KSYMBOL_FLAGS_UNREGISTER = 1
 PERF_RECORD_MISC_COMM_EXEC = 1 << 13
 PERF_RECORD_MISC_MMAP_BUILD_ID = 1 << 14
 
@@ -49,6 +51,7 @@ _SMALLEST = {
     PERF_RECORD_EXIT: 40,
     PERF_RECORD_FORK: 40,
     PERF_RECORD_MMAP2: 88,
+    PERF_RECORD_KSYMBOL: 40,
 }
 _TASKS = frozenset((PERF_RECORD_FORK, PERF_RECORD_EXIT))
 
@@ -58,6 +61,9 @@ _TIME = Struct("=Q")
 _LOST = Struct("=8x8xQ")
 _MMAP2 = Struct("=8xIIQQQ24xII")
 _DEVICE = Struct("=40xIIQ")
+_KSYMBOL = Struct("=8xQIHH")
+_MAX_KERNEL_SYMBOLS = 10_000
+"""So many are kept for who takes them; later ones are left out."""
 
 
 class Record(NamedTuple):
@@ -120,6 +126,14 @@ class Task(NamedTuple):
     parent_pid: int
     tid: int
     parent_tid: int
+
+
+class KernelSymbol(NamedTuple):
+    """The kernel has made code at run time: a BPF program, a trampoline."""
+
+    start: int
+    size: int
+    name: bytes
 
 
 def decode_mmap2(record: Record) -> Mmap2:
@@ -191,6 +205,7 @@ class Rings:
         self._rings: dict[int, _Ring] = {}
         self._held_back: list[Record] = []
         self._gaps: list[Gap] = []
+        self._kernel_symbols: list[KernelSymbol] = []
         self._epoll = select.epoll()
         try:
             self._open_missing(perf_event.online_cpus())
@@ -223,6 +238,11 @@ class Rings:
         del merged[keep:]
         gaps, self._gaps = self._gaps, []
         return Batch(merged, gaps)
+
+    def take_kernel_symbols(self) -> list[KernelSymbol]:
+        """Return the code that the kernel was seen to make up to the last `read`, each once."""
+        symbols, self._kernel_symbols = self._kernel_symbols, []
+        return symbols
 
     def refresh(self) -> None:
         """Follow CPUs that went offline or came online. To be called about every second.
@@ -295,6 +315,8 @@ class Rings:
             elif type_ != PERF_RECORD_MMAP2:
                 if type_ == PERF_RECORD_LOST:
                     self._note_lost(ring, unread, start, position)
+                elif type_ == PERF_RECORD_KSYMBOL:
+                    self._note_kernel_symbol(unread[start:position])
                 continue
             (time_ns,) = unpack_time(unread, position - 8)
             append(Record(time_ns, type_, misc, pid, unread[start:position]))
@@ -320,6 +342,14 @@ class Rings:
             return
         before_ns = _TIME.unpack_from(unread, start - 8)[0] if start else ring.last_ns
         self._gaps.append(Gap(before_ns, _TIME.unpack_from(unread, end - 8)[0]))
+
+    def _note_kernel_symbol(self, raw: bytes) -> None:
+        start, size, _, flags = _KSYMBOL.unpack_from(raw)
+        if flags & PERF_RECORD_KSYMBOL_FLAGS_UNREGISTER:
+            return
+        if len(self._kernel_symbols) < _MAX_KERNEL_SYMBOLS:
+            name = raw[_KSYMBOL.size : -8].split(b"\0", 1)[0]
+            self._kernel_symbols.append(KernelSymbol(start, size, name))
 
 
 class _Ring:

@@ -41,7 +41,7 @@ from symbolizer.symbols.elf import (
     read_elf,
 )
 from symbolizer.symbols.functions import read_functions
-from symbolizer.symbols.kernel import KERNEL_NAME, Image, RunningKernel
+from symbolizer.symbols.kernel import KERNEL_NAME, Image, Program, RunningKernel
 from symbolizer.symbols.modules import Modules
 from symbolizer.symbols.names import Names
 from symbolizer.symbols.table import SymbolCache
@@ -175,6 +175,10 @@ class Symbolizer:
                 )
                 locations.append(AddressLocation(image.build_id, FileOffset(address - image.start)))
         return locations
+
+    def add_kernel_programs(self, programs: Sequence[Program]) -> None:
+        """Take in code that the kernel has made since the last call."""
+        self._kernel.add_programs(programs)
 
     def names(self, locations: Sequence[Location]) -> list[tuple[Frame, ...]]:
         """Return the frames of each location, innermost first; () if it has no name.

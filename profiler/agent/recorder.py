@@ -44,6 +44,8 @@ from symbolizer.digest import blake2b
 from symbolizer.location import AddressLocation
 from symbolizer.maps import MappingTable
 from symbolizer.symbolizer import Symbolizer
+from symbolizer.symbols.kernel import Program
+from symbolizer.text import readable
 from symbolizer.unwind.table import UnwindCache
 
 log = logging.getLogger(__name__)
@@ -425,6 +427,12 @@ class Recorder:
         try:
             with self.cost.of("processes"):
                 self.address_spaces.poll()
+                self.symbolizer.add_kernel_programs(
+                    [
+                        Program(readable(name), start, size)
+                        for start, size, name in self._rings.take_kernel_symbols()
+                    ]
+                )
                 groups = self._by_mappings(drain.samples)
             with self.cost.of("unwind"):
                 self.unwinding.note(groups)

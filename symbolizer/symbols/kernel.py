@@ -5,9 +5,10 @@ kallsyms has no sizes: a function ends where the next one begins. Code made at r
 programs, trampolines) has no meaningful offset and is known by its name.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +20,14 @@ from symbolizer.text import readable
 
 KERNEL_NAME = "[kernel.kallsyms]"
 
+_KALLSYMS = Path("/proc/kallsyms")
 _MODULES = Path("/proc/modules")
-# Modules and BPF programs are loaded and unloaded; reading kallsyms takes 0.1 s.
-_REFRESH_NS = 60 * 10**9
+_SYS = Path("/sys")
+# Where the kernel has code that nobody told of, reading kallsyms again may show it.
+_FIRST_PAUSE_NS, _LONGEST_PAUSE_NS = 60 * 10**9, 3600 * 10**9
+# Reading all of kallsyms takes 0.1 s and more: at once only when nothing is known yet.
+_PIECE_NS = 50_000_000
+_MAX_PROGRAMS = 10_000
 
 _CHUNK_BYTES = 1 << 16
 _MAX_KALLSYMS_BYTES = 256 << 20
@@ -88,11 +94,19 @@ class _Part:
     strings: bytearray = field(default_factory=bytearray)
 
 
+class Program(NamedTuple):
+    """Code made at run time, as the kernel records it when it is there."""
+
+    name: str
+    start: int
+    size: int
+
+
 def read_kernel_map(
     keep: Callable[[Image, Functions, bytes], None],
-    kallsyms: Path = Path("/proc/kallsyms"),
+    kallsyms: Path = _KALLSYMS,
     modules: Path = _MODULES,
-    sys: Path = Path("/sys"),
+    sys: Path = _SYS,
 ) -> KernelMap:
     """Return the images of the kernel: reads 122,000 symbols in 0.1 s.
 
@@ -100,9 +114,23 @@ def read_kernel_map(
     that they need not all stay in memory. Without privilege all addresses read as zero, and the map
     is empty.
     """
+    pieces = _read_in_pieces(keep, kallsyms, modules, sys)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            kernel: KernelMap = end.value
+            return kernel
+
+
+def _read_in_pieces(
+    keep: Callable[[Image, Functions, bytes], None], kallsyms: Path, modules: Path, sys: Path
+) -> Generator[None, None, KernelMap]:
+    """Read the map as `read_kernel_map` does, and pause every few ms."""
     parts: dict[bytes, _Part] = {}
     for lines in _chunks(kallsyms):
         _read_lines(lines, parts)
+        yield
     layout = parse_modules(_read(modules))
     images: list[Image] = []
     while parts:
@@ -112,46 +140,138 @@ def read_kernel_map(
             images += _make_programs(name, part)
         else:
             images += _make_image(name, part, layout, sys, keep)
-    images.sort(key=lambda image: image.start)
-    starts = np.array([image.start for image in images], dtype=np.uint64)
-    ends = np.array([image.end for image in images], dtype=np.uint64)
+        yield
+    return _arranged(images)
+
+
+def _arranged(images: Iterable[Image]) -> KernelMap:
+    ordered = sorted(images, key=lambda image: image.start)
+    starts = np.array([image.start for image in ordered], dtype=np.uint64)
+    ends = np.array([image.end for image in ordered], dtype=np.uint64)
     ends[:-1] = np.minimum(ends[:-1], starts[1:])
-    return KernelMap(tuple(images), starts, ends, is_hidden=not images)
+    return KernelMap(tuple(ordered), starts, ends, is_hidden=not ordered)
 
 
 class RunningKernel:
-    """The kernel's map, read at first use and again when it may have changed."""
+    """The kernel's map: read at first use, kept up to date by what the kernel records.
+
+    BPF programs and other code made at run time come with `add_programs`. Modules are not recorded:
+    /proc/modules is read when a module's code or unknown code was sampled. All is read again, in
+    pieces that take no more than 50 ms, if modules have changed; and if code is sampled that is in
+    no image, after a minute, and after twice as long each time that this has not helped.
+    """
 
     def __init__(
         self,
         keep: Callable[[Image, Functions, bytes], None],
         monotonic_ns: Callable[[], int],
+        kallsyms: Path = _KALLSYMS,
+        modules: Path = _MODULES,
+        sys: Path = _SYS,
     ) -> None:
         """Read nothing yet; `keep` is passed to `read_kernel_map`."""
+        self.readings = 0
+        """How often all of it was read."""
         self._keep = keep
         self._monotonic_ns = monotonic_ns
+        self._paths = (kallsyms, modules, sys)
         self._map: KernelMap | None = None
+        self._pieces: Generator[None, None, KernelMap] | None = None
         self._modules: dict[str, tuple[int, int]] = {}
-        self._read_ns = 0
+        self._programs: list[Program] = []
+        self._pause_ns = _FIRST_PAUSE_NS
+        self._resumes_ns = 0
 
     def find(self, addresses: Wide) -> tuple[KernelMap, npt.NDArray[np.int64]]:
         """Return the map, and the index of the image that holds each address, -1 if none does."""
-        kernel = self._map or self._read()
-        numbers = kernel.find(addresses)
-        images = [kernel.images[n] for n in np.unique(numbers[numbers >= 0]).tolist()]
-        if any(image.name != KERNEL_NAME for image in images) or (numbers < 0).any():
-            is_passing = (numbers < 0).any() or any(image.program for image in images)
-            is_old = self._monotonic_ns() - self._read_ns > _REFRESH_NS
-            if (is_passing and is_old) or parse_modules(_read(_MODULES)) != self._modules:
-                kernel = self._read()
-                numbers = kernel.find(addresses)
-        return kernel, numbers
+        if self._map is None:
+            self._begin()
+        self._go_on()
+        assert self._map is not None
+        numbers = self._map.find(addresses)
+        if self._pieces is None and self._is_outdated(self._map, numbers):
+            self._begin()
+            self._go_on()
+            numbers = self._map.find(addresses)
+        return self._map, numbers
 
-    def _read(self) -> KernelMap:
-        self._modules = parse_modules(_read(_MODULES))
-        self._read_ns = self._monotonic_ns()
-        self._map = read_kernel_map(self._keep)
-        return self._map
+    def add_programs(self, programs: Sequence[Program]) -> None:
+        """Take in code that was made since the last call. What lay at its addresses is gone.
+
+        Code that is gone is not taken out: nothing is sampled there any more.
+        """
+        if self._map is None:  # the first reading will show them
+            return
+        if self._pieces is not None:
+            self._programs += programs  # they may come too late for what is being read
+        if len(self._map.images) + len(programs) > _MAX_PROGRAMS:
+            self.forget()
+            return
+        self._map = _with_programs(self._map, programs)
+
+    def forget(self) -> None:
+        """Forget the map: it is read at the next use, and all functions are kept again."""
+        self._map = self._pieces = None
+        self._programs = []
+
+    def _is_outdated(self, kernel: KernelMap, numbers: npt.NDArray[np.int64]) -> bool:
+        is_unknown = bool((numbers < 0).any())
+        images = [kernel.images[n] for n in np.unique(numbers[numbers >= 0]).tolist()]
+        if not is_unknown and not any(
+            image.name != KERNEL_NAME and not image.program for image in images
+        ):
+            return False
+        if parse_modules(_read(self._paths[1])) != self._modules:
+            return True
+        now_ns = self._monotonic_ns()
+        if not is_unknown or now_ns < self._resumes_ns:
+            return False
+        self._pause_ns = min(2 * self._pause_ns, _LONGEST_PAUSE_NS)
+        return True
+
+    def _begin(self) -> None:
+        self.readings += 1
+        self._modules = parse_modules(_read(self._paths[1]))
+        self._pieces = _read_in_pieces(self._keep, *self._paths)
+        self._programs = []
+
+    def _go_on(self) -> None:
+        """Read on for a while; to the end if there is no map yet."""
+        if self._pieces is None:
+            return
+        until_ns = self._monotonic_ns() + _PIECE_NS
+        try:
+            while self._map is None or self._monotonic_ns() < until_ns:
+                next(self._pieces)
+        except StopIteration as end:
+            self._pieces = None
+            self._map = _with_programs(end.value, self._programs)
+            self._programs = []
+            self._resumes_ns = self._monotonic_ns() + self._pause_ns
+
+
+def _with_programs(kernel: KernelMap, programs: Sequence[Program]) -> KernelMap:
+    if not programs or kernel.is_hidden:
+        return kernel
+    made: dict[int, Image] = {}
+    for program in programs:
+        made = {
+            start: image
+            for start, image in made.items()
+            if image.end <= program.start or start >= program.start + program.size
+        }
+        end = program.start + program.size
+        made[program.start] = Image("[bpf]", "[bpf]", program.start, end, program.name)
+    starts = np.array(sorted(made), dtype=np.uint64)
+    ends = np.array([made[start].end for start in sorted(made)], dtype=np.uint64)
+    kept = []
+    for image in kernel.images:
+        # The first new one that ends behind where this one starts.
+        at = int(np.searchsorted(ends, np.uint64(image.start), side="right"))
+        is_covered = at < len(starts) and int(starts[at]) <= image.start
+        if not is_covered:
+            kept.append(image)
+    return _arranged((*kept, *made.values()))
 
 
 def parse_modules(text: bytes) -> dict[str, tuple[int, int]]:

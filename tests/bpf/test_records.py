@@ -17,16 +17,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpf import perf_event
+from bpf import perf_event, syscalls
 from bpf.records import (
     PERF_RECORD_COMM,
     PERF_RECORD_EXIT,
     PERF_RECORD_FORK,
+    PERF_RECORD_KSYMBOL,
+    PERF_RECORD_KSYMBOL_FLAGS_UNREGISTER,
     PERF_RECORD_LOST,
     PERF_RECORD_MISC_COMM_EXEC,
     PERF_RECORD_MISC_MMAP_BUILD_ID,
     PERF_RECORD_MMAP2,
     Gap,
+    KernelSymbol,
     Record,
     Rings,
     Task,
@@ -452,3 +455,37 @@ def drop_capability(number: int) -> None:
     assert libc.capget(header, sets) == 0
     sets[0] &= ~(1 << number)
     assert libc.capset(header, sets) == 0
+
+
+def make_ksymbol(start: int, name: bytes, flags: int = 0) -> bytes:
+    return make(PERF_RECORD_KSYMBOL, struct.pack("=QIHH", start, 64, 1, flags) + name + b"\0", 5)
+
+
+def test_code_that_the_kernel_makes_is_handed_out_once(rings: WrittenRings) -> None:
+    """Apart from the records of processes; code that goes is not told."""
+    rings.writers[0].write(
+        make_ksymbol(0xFFFFFFFFC0001000, b"bpf_prog_1"),
+        make_ksymbol(0xFFFFFFFFC0001000, b"bpf_prog_1", PERF_RECORD_KSYMBOL_FLAGS_UNREGISTER),
+    )
+
+    assert rings.read().records == []
+    assert rings.take_kernel_symbols() == [KernelSymbol(0xFFFFFFFFC0001000, 64, b"bpf_prog_1")]
+    assert rings.take_kernel_symbols() == []
+
+
+@pytest.mark.kernel
+def test_the_kernel_records_the_programs_that_are_loaded() -> None:
+    """By the names that /proc/kallsyms has for them."""
+    if Path("/proc/sys/net/core/bpf_jit_enable").read_text().strip() == "0":
+        pytest.skip("this kernel does not compile BPF programs")
+    rings = Rings(pages=8)
+    fd = syscalls.load_program(bytes.fromhex("b7000000000000009500000000000000"))
+    try:
+        rings.read()
+        names = {symbol.name for symbol in rings.take_kernel_symbols()}
+        known = Path("/proc/kallsyms").read_bytes()
+    finally:
+        os.close(fd)
+        rings.close()
+
+    assert any(name.startswith(b"bpf_prog_") and name in known for name in names)

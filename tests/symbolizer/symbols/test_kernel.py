@@ -9,7 +9,13 @@ import pytest
 
 from symbolizer.location import AddressLocation, Kind, Miss, NamedLocation
 from symbolizer.symbolizer import Symbolizer
-from symbolizer.symbols.kernel import KERNEL_NAME, parse_modules, read_kernel_map
+from symbolizer.symbols.kernel import (
+    KERNEL_NAME,
+    Program,
+    RunningKernel,
+    parse_modules,
+    read_kernel_map,
+)
 
 CORE = [
     (0xFFFFFFFF81000000, "T", "_stext"),
@@ -203,3 +209,82 @@ def test_bpf_program_is_known_by_its_name():
     place = NamedLocation("bpf_prog_6deef7357e7b4530", "[bpf]", Kind.KERNEL, "", 0, 0)
 
     assert Symbolizer(None).names([place])[0][0].function == "bpf_prog_6deef7357e7b4530"
+
+
+class Running:
+    """A kernel in files, and a clock."""
+
+    def __init__(self, folder):
+        self.now_ns = 1
+        self.reading_takes_ns = 0
+        self.folder = write_kernel(folder)
+        files = (folder / "kallsyms", folder / "modules", folder)
+        self.kernel = RunningKernel(lambda *_: None, self.clock_ns, *files)
+
+    def clock_ns(self):
+        self.now_ns += self.reading_takes_ns
+        return self.now_ns
+
+    def at(self, address):
+        """Return the name of the image, or of the program, that holds an address."""
+        kernel, (number,) = self.kernel.find(np.array([address], dtype=np.uint64))
+        return "" if number < 0 else kernel.images[number].program or kernel.images[number].name
+
+
+@pytest.fixture
+def running(tmp_path):
+    return Running(tmp_path / "kernel")
+
+
+def test_programs_that_were_recorded_need_no_reading(running):
+    """Also those that take the place of others, and those that were there from the start."""
+    assert running.at(0xFFFFFFFFC0280010) == "bpf_prog_6deef7357e7b4530"
+
+    running.kernel.add_programs([Program("bpf_prog_a", 0xFFFFFFFFC0500000, 100)])
+    running.kernel.add_programs(
+        [
+            Program("bpf_prog_b", 0xFFFFFFFFC0280000, 64),
+            Program("bpf_prog_c", 0xFFFFFFFFC0500000, 9),
+        ]
+    )
+    running.now_ns += 10**12
+
+    assert running.at(0xFFFFFFFFC0280010) == "bpf_prog_b"
+    assert running.at(0xFFFFFFFFC0500008) == "bpf_prog_c"
+    assert running.at(0xFFFFFFFF81001004) == KERNEL_NAME
+    assert running.at(0xFFFFFFFFC0200020) == "[disk]"
+    assert running.kernel.readings == 1
+
+
+def test_unknown_code_is_looked_for_less_and_less_often(running):
+    unknown, seconds = 0xFFFFFFFFF0000000, []
+    for second in range(1, 1_000):
+        running.now_ns = second * 10**9
+        before = running.kernel.readings
+        assert running.at(unknown) == ""
+        if running.kernel.readings > before:
+            seconds.append(second)
+
+    assert seconds == [1, 61, 181, 421, 901]
+
+
+def test_a_module_that_was_loaded_is_read_in_pieces(running):
+    """Meanwhile the map of before answers, with the programs that came since."""
+    running.at(0xFFFFFFFF81001004)
+    new = "more 4096 0 - Live 0xffffffffc0600000\n"
+    (running.folder / "modules").write_text(MODULES + new)
+    symbols = [*CORE, *IN_MODULES, (0xFFFFFFFFC0600000, "t", "later\t[more]")]
+    lines = [f"{address:016x} {kind} {name}\n" for address, kind, name in symbols]
+    lines += [f"{0xFFFFFFFF81001800 + i:016x} t f{i}\n" for i in range(1_000)] * 10
+    (running.folder / "kallsyms").write_text("".join(lines))
+    running.reading_takes_ns = 30_000_000
+    answers = []
+    for _ in range(20):
+        answers.append(running.at(0xFFFFFFFFC0600000))
+        running.kernel.add_programs([Program("bpf_prog_a", 0xFFFFFFFFC0700000, 100)])
+        assert running.at(0xFFFFFFFF81001004) == KERNEL_NAME
+
+    assert answers[:2] == ["", ""]
+    assert answers[-1] == "[more]"
+    assert running.at(0xFFFFFFFFC0700000) == "bpf_prog_a"
+    assert running.kernel.readings == 2
