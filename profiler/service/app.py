@@ -210,6 +210,10 @@ class Service:
             ) from error
         except StoreError as error:
             raise ProblemError(503, "Store away", str(error)) from error
+        except (MemoryError, RecursionError):
+            what = _asked_for(endpoint, given, asked)
+            detail = f"{what} takes more memory than there is; ask for a shorter time"
+            raise ProblemError(503, "Too large", detail) from None
         except TooSlowError as error:
             detail = self._why_late(endpoint, given, asked, error)
             raise ProblemError(504, "Took too long", detail) from error
@@ -228,10 +232,9 @@ class Service:
                 f"the store {self._about.store} did not respond within {error.deadline_s:g} s;"
                 " check its disk or network, then try again"
             )
-        what = _OF_A_WINDOW[endpoint].format(**asked.path)
         return (
-            f"{what} {p.described(given)} was {error}; ask again (decoded objects are kept, so"
-            " each request gets further) or ask for a shorter time"
+            f"{_asked_for(endpoint, given, asked)} was {error}; ask again (decoded objects are"
+            " kept, so each request gets further) or ask for a shorter time"
         )
 
     def _flamegraph(self, given: p.FlameGraphParameters, asked: Asked) -> Compute:
@@ -365,6 +368,12 @@ def _prefetch_metrics(prefetched: Mapping[str, Any]) -> list[Metric]:
         single(f"{_METRIC}_decode_ahead_waiting", "gauge", prefetched["waiting"]),
         single(f"{_METRIC}_decode_ahead_cpu_seconds_total", "counter", cpu_s),
     ]
+
+
+def _asked_for(endpoint: str, given: Any, asked: Asked) -> str:
+    if endpoint not in _OF_A_WINDOW:
+        return "the answer"
+    return f"{_OF_A_WINDOW[endpoint].format(**asked.path)} {p.described(given)}"
 
 
 def _target(request: Request) -> str:

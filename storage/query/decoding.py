@@ -3,24 +3,28 @@
 Objects are decoded in chunks, and those of a chunk are merged where they are decoded. An object
 that cannot be read becomes a part without a value that names the reason.
 
-When a worker is killed, each object of its pool's chunks is decoded again in a process of its own.
-An object that is in a worker for the second time when that is killed is skipped.
+When a worker is killed or has no memory left, each object of its chunk is decoded again in a
+process of its own. An object for which that happens a second time is skipped, and so is one that
+takes a worker too long. What exceeds `storage.formats.limits` is skipped before it costs as much.
 """
 
+import contextlib
 import functools
 import itertools
 import logging
 import math
+import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from storage.columns import Columns
 from storage.formats import pprof_arrays
+from storage.formats.limits import OutOfMemoryError
 from storage.hashing import Hasher
 from storage.merging import merge_columns
 from storage.objects.keys import (
@@ -44,10 +48,16 @@ FETCHES = 4
 """Objects fetched at a time; so many are also decoded one by one, or wait as chunks."""
 _CHUNK = 10
 """Objects that one worker decodes and merges: ten minutes at once are then merged only there."""
+_CHUNK_BYTES = 16 << 20
+"""A chunk of so many bytes is complete: several are in memory at once."""
+_CPU_LIMIT_S = 20.0
+"""CPU time of a worker for an object. The largest one within the limits takes half of it."""
 _FAILURES_REMEMBERED = 10_000
 _KILLER_RETRY_S = 600.0
-"""An object whose workers were killed is not tried again for so long: it may take too much memory,
-or others may have left none."""
+"""An object that took too much is not tried again for so long: of memory, others may have left
+none."""
+_TOO_SLOW_REASON = f"decoding it takes more than {_CPU_LIMIT_S:g} s of CPU time"
+_TOO_LARGE_REASON = "decoding it takes more memory than a worker may have"
 _KILLER_REASON = "two workers were killed while they decoded it: it may take too much memory"
 
 _log = logging.getLogger(__name__)
@@ -96,6 +106,10 @@ class DecodeCounts(NamedTuple):
     """Objects that were in the hands of a lost pool."""
     objects_skipped: int = 0
     """Objects during which two workers were killed."""
+
+
+class _TooSlowError(ProfileError):
+    """An object has taken all the CPU time that a worker has for it."""
 
 
 _Fetched = list[tuple[ObjectKey, bytes]]
@@ -155,7 +169,8 @@ class Decoder:
                 chunk.append((key, fetched))
             else:
                 read.append(fetched)
-            if len(chunk) == _CHUNK:
+            size_bytes = sum(len(content) for _, content in chunk)
+            if len(chunk) == _CHUNK or size_bytes >= _CHUNK_BYTES:
                 waiting.append(self._start(chunk, progress))
                 chunk = []
             if len(waiting) > FETCHES:
@@ -191,7 +206,7 @@ class Decoder:
         def wait() -> Decoded:
             try:
                 return _unpack_parts(future.result())
-            except BrokenExecutor:
+            except (BrokenExecutor, MemoryError):
                 return self._decode_alone(workers, fetched, progress)
             except (CancelledError, TypeError):
                 # Also when sums are beyond what can be packed.
@@ -200,7 +215,7 @@ class Decoder:
         return wait
 
     def _decode_alone(self, workers: Workers, fetched: _Fetched, progress: Progress) -> Decoded:
-        """Decode again what a lost pool had, one by one, to find what killed its worker.
+        """Decode again what a worker could not, one by one, to find what took its memory.
 
         One thread at a time does so, as each may take much memory.
         """
@@ -218,6 +233,8 @@ class Decoder:
                     with self._lock:
                         self._skipped += 1
                     parts, failures = [], [Failure(key.text, _KILLER_REASON, _KILLER_RETRY_S)]
+                except MemoryError:
+                    parts, failures = [], [Failure(key.text, _TOO_LARGE_REASON, _KILLER_RETRY_S)]
                 except NoWorkersError as error:
                     parts, failures = [], [Failure(key.text, str(error), 0.0)]
                 except TypeError:
@@ -230,9 +247,14 @@ class Decoder:
 _Packed = tuple[list[tuple[tuple[str, ...], bytes, bytes]], list[Failure]]
 
 
-def _decode_packed(fetched: _Fetched, key: bytes) -> _Packed:
-    """Decode in a worker; the result is packed as in the cache."""
-    parts, failures = decode_objects(fetched, _hasher_of(key))
+def _decode_packed(fetched: _Fetched, key: bytes, cpu_limit_s: float = _CPU_LIMIT_S) -> _Packed:
+    """Decode in a worker; the result is packed as in the cache.
+
+    Raises:
+        MemoryError: the worker has no memory left. What took it may be any of several objects.
+    """
+    bounded = functools.partial(_cpu_limited, cpu_limit_s)
+    parts, failures = decode_objects(fetched, _hasher_of(key), bounded, is_worker=True)
     packed = [
         (part.keys, pack(part.value), pack(part.self_samples))
         for part in parts
@@ -255,13 +277,49 @@ def _unpack_parts(packed: _Packed) -> Decoded:
     return Decoded(unpacked, failures)
 
 
-def decode_objects(fetched: Iterable[tuple[ObjectKey, bytes]], hasher: Hasher) -> Decoded:
-    """Read some objects and merge those of one type and unit."""
+@contextlib.contextmanager
+def _cpu_limited(seconds: float) -> Iterator[None]:
+    """Bound the CPU time that this process takes for the block, in its main thread.
+
+    Raises:
+        _TooSlowError: it has taken more.
+    """
+
+    def end(_number: int, _frame: object) -> None:
+        raise _TooSlowError(_TOO_SLOW_REASON)
+
+    before = signal.signal(signal.SIGPROF, end)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def decode_objects(
+    fetched: _Fetched,
+    hasher: Hasher,
+    bounded: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    *,
+    is_worker: bool = False,
+) -> Decoded:
+    """Read some objects, each of them `bounded`, and merge those of one type and unit.
+
+    Raises:
+        MemoryError: there was no memory left, in a worker.
+    """
     alike: dict[tuple[str, str], list[tuple[str, Columns]]] = {}
     failures: list[Failure] = []
     for key, content in fetched:
         try:
-            columns = decode_object(key, content, hasher)
+            with bounded():
+                columns = decode_object(key, content, hasher)
+        except (OutOfMemoryError, _TooSlowError) as error:
+            if is_worker and isinstance(error, OutOfMemoryError):
+                raise MemoryError from None
+            failures.append(Failure(key.text, str(error), _KILLER_RETRY_S))
+            continue
         except ProfileError as error:
             failures.append(Failure(key.text, str(error)))
             continue

@@ -3,7 +3,8 @@
 Python runs one thread at a time, so decoding in threads takes one CPU. Workers receive data and
 send arrays back.
 
-The kernel may kill a worker, for want of memory above all. `ProcessPoolExecutor` is then broken for
+A worker's memory is bounded: some object may take more than there is. The kernel may kill one all
+the same, for want of memory above all. `ProcessPoolExecutor` is then broken for
 good, so the whole pool is replaced; with a growing delay, as what killed one may kill the next.
 """
 
@@ -13,12 +14,14 @@ import functools
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 LATE_AFTER = 6
@@ -26,6 +29,9 @@ LATE_AFTER = 6
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 60.0
 """Before a pool is replaced: twice as long each time, until one has lived for _STEADY_S."""
 _STEADY_S = 600.0
+MEMORY_BYTES = 1 << 30
+"""What a worker may take in addition to what it starts with; beyond it Python raises MemoryError.
+The largest object within the limits takes 0.8 GB, a usual chunk 0.2."""
 _REST_S = 2.0
 """A worker that does nothing for so long gives memory back."""
 _ENDING = {signal.SIGINT, signal.SIGTERM}
@@ -56,8 +62,11 @@ class Workers(Executor):
     submissions are refused, and a Query decodes in its own process.
     """
 
-    def __init__(self, count: int, *, late_after: int = LATE_AFTER) -> None:
+    def __init__(
+        self, count: int, *, late_after: int = LATE_AFTER, memory_bytes: int = MEMORY_BYTES
+    ) -> None:
         self._count = count
+        self._memory_bytes = memory_bytes
         self._late_after = late_after
         self._refused = 0
         self._lost = self._started = 0
@@ -105,7 +114,7 @@ class Workers(Executor):
 
     def lone_worker(self) -> "LoneWorker":
         """Return a worker apart from the pool, for what may kill it."""
-        return LoneWorker()
+        return LoneWorker(self._memory_bytes)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         with self._lock:
@@ -144,7 +153,7 @@ class Workers(Executor):
         while True:
             started_s = time.monotonic()
             try:
-                pool = _start_pool(self._count)
+                pool = _start_pool(self._count, self._memory_bytes)
             except _START_ERRORS as error:
                 _log.warning("cannot start workers error=%r retry_s=%g", error, delay_s)
             else:
@@ -172,7 +181,8 @@ class LoneWorker:
     The process ends with the thread that uses it, or when the block ends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory_bytes: int = MEMORY_BYTES) -> None:
+        self._memory_bytes = memory_bytes
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Self:
@@ -192,7 +202,7 @@ class LoneWorker:
         """
         if self._pool is None:
             try:
-                self._pool = _start_pool(1)
+                self._pool = _start_pool(1, self._memory_bytes)
             except _START_ERRORS as error:
                 raise NoWorkersError(f"cannot start a worker: {error}") from error
         try:
@@ -213,7 +223,7 @@ def start_workers(count: int) -> Workers:
     return workers
 
 
-def _start_pool(count: int) -> ProcessPoolExecutor:
+def _start_pool(count: int, memory_bytes: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
     # A Ctrl-C reaches all processes of a terminal, but workers end with their parent alone: they
     # start with both signals blocked. The tracker is started first: starting it unblocks them in
@@ -222,7 +232,7 @@ def _start_pool(count: int) -> ProcessPoolExecutor:
         resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
-        pool = ProcessPoolExecutor(count, context, initializer=_settle_in)
+        pool = ProcessPoolExecutor(count, context, initializer=_settle_in, initargs=(memory_bytes,))
         try:
             with _safe_path():
                 ready = [pool.submit(os.getpid) for _ in range(count)]
@@ -263,7 +273,7 @@ def _kill_workers(pool: ProcessPoolExecutor) -> None:
         process.kill()
 
 
-def _settle_in() -> None:
+def _settle_in(memory_bytes: int) -> None:
     """Make this process a worker, which ends with the thread that started it, however that ends.
 
     malloc keeps what is freed (25 MB) until the worker rests: a third of decoding was the kernel's
@@ -273,6 +283,7 @@ def _settle_in() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that came to all
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the executor ends it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    _limit_memory(memory_bytes)
     libc = ctypes.CDLL(None)
     pr_set_pdeathsig = 1  # prctl(2)
     libc.prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)
@@ -284,6 +295,16 @@ def _settle_in() -> None:
         libc.mallopt(mmap_threshold, 1 << 28)
         libc.mallopt(trim_threshold, 1 << 28)
         threading.Thread(target=_trim_when_resting, args=(libc.malloc_trim,), daemon=True).start()
+
+
+def _limit_memory(more_bytes: int) -> None:
+    """Let this process take so much more memory of its own (RLIMIT_DATA in getrlimit(2))."""
+    pages = int(Path("/proc/self/statm").read_text().split()[5])  # data and stack
+    limit_bytes = pages * resource.getpagesize() + more_bytes
+    _, hardest_bytes = resource.getrlimit(resource.RLIMIT_DATA)
+    if hardest_bytes != resource.RLIM_INFINITY:
+        limit_bytes = min(limit_bytes, hardest_bytes)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, hardest_bytes))
 
 
 def _trim_when_resting(trim: Callable[[int], int]) -> None:

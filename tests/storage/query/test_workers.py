@@ -1,6 +1,8 @@
 """Workers: decode what this process would, are started late, and are replaced when killed."""
 
+import gzip
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -9,11 +11,16 @@ import time
 
 import pytest
 
+from storage.formats import pprof
+from storage.formats.pprof_message import decompress
 from storage.objects.directory import DirectoryStore
+from storage.objects.keys import object_key
 from storage.objects.tenant import TenantStore
+from storage.query.decoding import _decode_packed
 from storage.query.query import Query
 from storage.query.workers import NoWorkersError, Workers, start_workers
 from tests.storage.query.test_query import small
+from tests.support import hostile_objects
 from tests.support.deadly import DeadlyWorkers
 from tests.support.live import wait_for
 from tests.support.stores import at, minutes, put
@@ -176,3 +183,59 @@ def test_a_pool_that_loses_workers_while_they_start_is_replaced():
             wait_for(lambda: is_working(workers), 30)
     finally:
         workers.shutdown()
+
+
+def many_samples(minute):
+    """Return the key and content of an object within the limits, which takes 170 MB to decode."""
+    sample = hostile_objects.field(2, b"\x0a\x01\x01\x12\x02\x01\x01")
+    content = gzip.compress(decompress(pprof.encode(at(small(minute), minute))) + sample * 490_000)
+    key = object_key(at(small(minute), minute), content, "default")
+    return key, content
+
+
+def test_an_object_that_takes_too_much_memory_is_skipped(store, tmp_path):
+    """Workers have a limit; the other objects of its chunk are decoded, and it costs once."""
+    for minute in (0, 2):
+        put(store, at(small(minute), minute))
+    key, content = many_samples(1)
+    store.put(key.text, content)
+    with Workers(1, memory_bytes=150 << 20) as workers:
+        workers.start()
+        query = Query(TenantStore(store), tmp_path / "cache", workers=workers)
+
+        coverage = query.profile(minutes(0, 3)).coverage
+
+        assert coverage.objects == 2
+        ((skipped, reason),) = coverage.skipped
+        assert skipped == key.text
+        assert "more memory than a worker may have" in reason
+        again = query.counts.objects_decoded_again
+        assert query.profile(minutes(0, 3)).coverage == coverage
+        assert query.counts.objects_decoded_again == again
+
+
+def test_an_object_that_takes_too_much_time_is_skipped():
+    """A worker that is busy with it for too long ends it, and names it."""
+    key, content = many_samples(1)
+
+    parts, failures = _decode_packed([(key, content)], b"k" * 32, cpu_limit_s=0.2)
+
+    assert parts == []
+    assert [failure.key for failure in failures] == [key.text]
+    assert "s of CPU time" in failures[0].reason
+    assert 0 < failures[0].retry_s < math.inf
+
+
+def test_an_object_beyond_the_limits_is_named_and_the_others_are_answered(store, tmp_path):
+    """31 million empty samples in 61 kB: its window is answered without it."""
+    put(store, at(small(0), 0))
+    content = hostile_objects.KINDS["empty samples"](hostile_objects.ROOM_BYTES)
+    key = object_key(at(small(1), 1), content, "default")
+    store.put(key.text, content)
+
+    coverage = Query(TenantStore(store), tmp_path / "cache").profile(minutes(0, 3)).coverage
+
+    assert coverage.objects == 1
+    assert [skipped for skipped, _ in coverage.skipped] == [key.text]
+    assert "it holds more than" in coverage.skipped[0].reason
+    assert coverage.is_lasting
