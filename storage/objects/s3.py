@@ -83,6 +83,8 @@ class S3Store:
         timeout_s: float = _TIMEOUT_S,
     ) -> None:
         self._bucket = bucket
+        self._is_proved = False
+        """The last object that was sent is stored for certain."""
         self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         self._place = f"s3://{bucket}/{self._prefix}" + (f" at {endpoint}" if endpoint else "")
         # Servers other than Amazon's rarely have a host name per bucket: buckets are paths.
@@ -114,6 +116,7 @@ class S3Store:
         name = self._name(key)
         checksum = base64.b64encode(zlib.crc32(content).to_bytes(4, "big")).decode()
         with self._explaining("write", key):
+            was_proved, self._is_proved = self._is_proved, False
             try:
                 response = self._client.put_object(
                     Bucket=self._bucket,
@@ -127,9 +130,34 @@ class S3Store:
                 if _status(error) in {409, 412}:
                     return self._explain_conflict(key, name)
                 raise
-        if not response.get("ETag") or response.get("ChecksumCRC32", checksum) != checksum:
-            raise StoreUnavailable(f"cannot write {key!r} in {self._place}: {_NOT_A_STORE}")
+            told = response.get("ChecksumCRC32")
+            if not response.get("ETag") or told not in {None, checksum}:
+                raise _NotAStoreError
+            if told is None and not was_proved:
+                self._check_stored(name, content, response)
+            self._is_proved = True
         return True
+
+    def _check_stored(self, name: str, content: bytes, response: Any) -> None:
+        """Ask for an object that a server says it has stored, without repeating its checksum.
+
+        Older servers do not, and neither does something in between that says yes to everything.
+        Asked once after a start and after each failure.
+
+        Raises:
+            _NotAStoreError: it has another one, or none.
+        """
+        try:
+            found = self._client.head_object(Bucket=self._bucket, Key=name)
+        except exceptions.ClientError as error:
+            # Write-only credentials cannot ask: then only the headers tell a store from a page.
+            if _status(error) == 403 and response["ResponseMetadata"].get("RequestId"):
+                return
+            if _status(error) == 404:
+                raise _NotAStoreError from error
+            raise
+        if (found.get("ETag"), found.get("ContentLength")) != (response["ETag"], len(content)):
+            raise _NotAStoreError
 
     def get(self, key: str) -> bytes:
         name = self._name(key)
@@ -191,7 +219,8 @@ class S3Store:
     def _explain_conflict(self, key: str, name: str) -> bool:
         """Return False if the object exists; 409 may also mean a concurrent delete or put."""
         try:
-            self._client.head_object(Bucket=self._bucket, Key=name)
+            if not self._client.head_object(Bucket=self._bucket, Key=name).get("ETag"):
+                raise _NotAStoreError
         except exceptions.ClientError as error:
             if _status(error) == 403:
                 return False  # write-only credentials cannot ask
@@ -224,6 +253,8 @@ class S3Store:
             reason = " ".join(str(error).split())
             raise StoreRefused(f"{what}: {reason}", _CORRECT) from error
         except _NotAStoreError as error:
+            raise StoreUnavailable(f"{what}: {_NOT_A_STORE}") from error
+        except (RecursionError, MemoryError) as error:  # redirects without end, XML without end
             raise StoreUnavailable(f"{what}: {_NOT_A_STORE}") from error
         except (exceptions.BotoCoreError, exceptions.HTTPClientError) as error:
             reason = " ".join(str(error).split())

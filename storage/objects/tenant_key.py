@@ -15,7 +15,7 @@ import hashlib
 import logging
 import secrets
 
-from storage.objects.keys import ObjectMissing, ObjectStore, StoreRefused
+from storage.objects.keys import ObjectMissing, ObjectStore, ObjectTooLarge, StoreRefused
 
 KEY_BYTES = 32
 
@@ -40,7 +40,7 @@ def read_tenant_key(store: ObjectStore, tenant: str) -> bytes:
     """
     try:
         key = store.get(_path(tenant))
-    except (ObjectMissing, StoreRefused) as error:
+    except (ObjectMissing, ObjectTooLarge, StoreRefused) as error:
         _log.info("use guessable key tenant=%s error=%s", tenant, error)
         return fallback_key(tenant)
     if len(key) != KEY_BYTES:

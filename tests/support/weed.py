@@ -163,6 +163,8 @@ REDIRECT = b"HTTP/1.1 302 Found\r\nLocation: http://portal.test/\r\nContent-Leng
 PAGE_AS_OBJECT = NONSENSE.replace(b"\r\n\r\n", b'\r\nETag: "a5"\r\n\r\n', 1)
 UNTYPED_PAGE = PAGE_AS_OBJECT.replace(b"Content-Type: text/html\r\n", b"")
 """What a captive portal sends, the second and third with an object's headers."""
+YES_TO_ALL = b'HTTP/1.1 200 OK\r\nETag: "a5"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n'
+"""What something in between may send that answers every request, also one for an object."""
 GARBAGE = b"\x00\xff not HTTP at all\r\n\r\n"
 
 
