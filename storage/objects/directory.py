@@ -8,6 +8,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from storage.objects.keys import (
     LARGEST_OBJECT_BYTES,
@@ -47,6 +48,7 @@ class DirectoryStore:
         path = self._path(key)
         with self._explaining("write", key):
             if path.exists():
+                _check_file(path)
                 sync_folder(path.parent)  # its writer may have died before syncing
                 return False
             self._clean()
@@ -59,7 +61,7 @@ class DirectoryStore:
                 partial.unlink(missing_ok=True)
 
     def get(self, key: str) -> bytes:
-        with self._explaining("read", key), self._path(key).open("rb") as file:
+        with self._explaining("read", key), _open_file(self._path(key)) as file:
             content = file.read(LARGEST_OBJECT_BYTES + 1)
         if len(content) > LARGEST_OBJECT_BYTES:
             raise ObjectTooLarge(key)
@@ -67,7 +69,7 @@ class DirectoryStore:
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         check_range(start, length)
-        with self._explaining("read", key), self._path(key).open("rb") as file:
+        with self._explaining("read", key), _open_file(self._path(key)) as file:
             file.seek(start)
             return file.read(length)
 
@@ -102,6 +104,7 @@ class DirectoryStore:
                 make_folder(path.parent)
                 os.link(partial, path)
             except FileExistsError:
+                _check_file(path)
                 break
             except FileNotFoundError:  # a delete has just removed an empty folder
                 if not attempts_left:
@@ -114,21 +117,19 @@ class DirectoryStore:
 
     def _walk(self, prefix: str, start_after: str) -> Iterator[StoredObject]:
         # A stack of its own: others' folders may be nested deeper than Python's calls.
-        entered = [iter(_sorted_entries(self.root, ""))]
+        entered = [iter(_sorted_keys(self.root, "", prefix, start_after))]
         while entered:
-            key, entry = next(entered[-1], (None, None))
-            if key is None or entry is None:
+            key = next(entered[-1], None)
+            if key is None:
                 entered.pop()
-            elif not (key.startswith(prefix) or prefix.startswith(key)):
-                continue
             elif key.endswith("/"):
-                is_after = key > start_after or start_after.startswith(key)
                 # Below a folder whose name is too long there is no key.
-                if is_after and not problem_of(key.rstrip("/")):
-                    entered.append(iter(_sorted_entries(Path(entry), key)))
-            elif key > start_after and key.startswith(prefix) and not problem_of(key):
-                with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat(follow_symlinks=False)
+                if not problem_of(key.rstrip("/")):
+                    below = _sorted_keys(self.root / key, key, prefix, start_after)
+                    entered.append(iter(below))
+            elif not problem_of(key):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    status = (self.root / key).stat(follow_symlinks=False)
                     if stat.S_ISREG(status.st_mode):
                         yield StoredObject(key, status.st_size, status.st_mtime_ns)
 
@@ -138,10 +139,11 @@ class DirectoryStore:
             return
         self._has_cleaned = True
         oldest_s = time.time() - _PARTIAL_LIFE_S
-        for _, entry in _sorted_entries(self.root / _PARTIAL, ""):
-            with contextlib.suppress(FileNotFoundError):
-                if entry.stat(follow_symlinks=False).st_mtime < oldest_s:
-                    Path(entry).unlink()
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.root / _PARTIAL) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                    if entry.stat(follow_symlinks=False).st_mtime < oldest_s:
+                        Path(entry).unlink()
 
     @contextlib.contextmanager
     def _explaining(self, verb: str, key: str) -> Iterator[None]:
@@ -167,19 +169,55 @@ _REFUSALS = frozenset(
 during a write is handled earlier."""
 
 
-def _sorted_entries(folder: Path, base: str) -> list[tuple[str, os.DirEntry[str]]]:
-    """Return the entries of a folder with their keys, sorted by key; a folder's ends in /."""
+def _sorted_keys(folder: Path, base: str, prefix: str, start_after: str) -> list[str]:
+    """Return the keys of a folder's entries that may be asked for, sorted; a folder's ends in /.
+
+    Only texts are kept: a folder may have a million entries.
+    """
+    found = []
     try:
         with os.scandir(folder) as entries:
-            found = [
-                (f"{base}{entry.name}{'/' if entry.is_dir(follow_symlinks=False) else ''}", entry)
-                for entry in entries
-                if base or not entry.name.startswith(".")
-            ]
+            for entry in entries:
+                is_folder = entry.is_dir(follow_symlinks=False)
+                key = f"{base}{entry.name}/" if is_folder else base + entry.name
+                if not base and key.startswith("."):
+                    continue
+                is_inside = key.startswith(prefix) or (is_folder and prefix.startswith(key))
+                is_after = key > start_after or (is_folder and start_after.startswith(key))
+                if is_inside and is_after:
+                    found.append(key)
     except FileNotFoundError:
         return []
-    found.sort(key=lambda pair: pair[0])
+    except NotADirectoryError:
+        if not base:
+            raise
+        return []  # it was replaced meanwhile
+    found.sort()
     return found
+
+
+@contextlib.contextmanager
+def _open_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read it; whatever else has its name does not exist, and is not waited for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    # A named pipe would be waited for until somebody writes to it.
+    with open(path, "rb", opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise FileNotFoundError(errno.ENOENT, "it is not a file", str(path))
+        yield file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _check_file(path: Path) -> None:
+    """Raise an OSError if something else than a file has the name of an object."""
+    if not stat.S_ISREG(path.stat(follow_symlinks=False).st_mode):
+        raise FileExistsError(errno.EPERM, "something else than a file has its name", str(path))
 
 
 def make_folder(folder: Path) -> None:

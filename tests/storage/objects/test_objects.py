@@ -3,12 +3,16 @@
 import concurrent.futures
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -304,6 +308,33 @@ def test_links_and_odd_names_in_a_directory_are_not_listed(tmp_path: Path) -> No
     assert keys(store) == ["v1/a"]
 
 
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "loop", "socket"])
+def test_what_has_the_name_of_an_object_and_is_no_file_is_no_object(tmp_path: Path, kind: str):
+    """A reader would wait for a named pipe without end; a writer must not count it as stored."""
+    store = DirectoryStore(tmp_path)
+    store.put("v1/z", b"x")
+    path = tmp_path / "v1/a"
+    with contextlib.ExitStack() as stack:
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "loop":
+            path.symlink_to(path)
+        else:
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(path))
+
+        with pytest.raises(StoreError):
+            store.get("v1/a")
+        with pytest.raises(StoreError):
+            store.get_range("v1/a", 0, 1)
+        with pytest.raises(StoreRefused):
+            store.put("v1/a", b"x")
+        assert keys(store) == ["v1/z"]
+
+
 @pytest.mark.parametrize("name", ["a", "a" * 200])
 def test_folders_nested_too_deep_for_a_key_are_not_listed(tmp_path: Path, name: str) -> None:
     """Whoever may write to the folder of a store can make them; the rest is listed."""
@@ -499,6 +530,56 @@ def test_a_bucket_that_answers_wrongly_is_to_be_tried_again(
     assert all(isinstance(error, StoreUnavailable) for error in errors)
     assert expected in str(errors[0])
     assert left == []
+
+
+class OlderServer(BaseHTTPRequestHandler):
+    """Objects in memory; it neither checks nor repeats checksums, as servers of before 2022."""
+
+    objects: ClassVar[dict[str, bytes]] = {}
+    requests: ClassVar[list[str]] = []
+    is_away: ClassVar[bool] = False
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.requests.append("PUT")
+        if self.is_away:
+            self._respond(503)
+            return
+        self.objects[self.path] = content
+        self._respond(200, content)
+
+    def do_HEAD(self) -> None:
+        self.requests.append("HEAD")
+        content = self.objects[self.path]
+        self._respond(200, content, len(content))
+
+    def _respond(self, status: int, content: bytes = b"", length: int = 0) -> None:
+        self.send_response(status)
+        self.send_header("ETag", f'"{zlib.crc32(content):x}"')
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_server_that_repeats_no_checksum_is_asked_for_the_object() -> None:
+    """After a start and after a failure: one that answers yes to everything would not have it."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), OlderServer) as server, using_keys():
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        store = S3Store(BUCKET, "", f"http://127.0.0.1:{server.server_port}")
+        for key in ("v1/a", "v1/b"):
+            assert store.put(key, b"x")
+        before = list(OlderServer.requests)
+        OlderServer.is_away = True
+        assert isinstance(complaint(lambda: store.put("v1/c", b"x")), StoreUnavailable)
+        OlderServer.is_away = False
+        OlderServer.requests.clear()
+        store.put("v1/c", b"x")
+        server.shutdown()
+
+    assert before == ["PUT", "HEAD", "PUT"]
+    assert OlderServer.requests == ["PUT", "HEAD"]
 
 
 def test_a_wrong_clock_is_named_as_the_reason(proxy: Proxy) -> None:
