@@ -34,7 +34,14 @@ from profiler.agent.signals import Signals
 from profiler.agent.status import UPLOADER_STATE, rss_bytes
 from profiler.exposition import AddressError
 from storage.objects.directory import DirectoryStore, make_folder
-from storage.objects.keys import NS_PER_S, ObjectKey, ObjectStore, StoreError, StoreRefused
+from storage.objects.keys import (
+    NS_PER_S,
+    ObjectKey,
+    ObjectStore,
+    StoreError,
+    StoreRefused,
+    StoreUnavailable,
+)
 from storage.objects.open import open_store
 from storage.objects.tenant import TenantStore
 from storage.objects.tenant_key import make_tenant_key
@@ -55,6 +62,12 @@ _RETENTION_INTERVAL_S = 60.0
 _RETENTION_SHARE = 1 / 200
 """Of the time, for listing a store of very many objects."""
 _PR_SET_PDEATHSIG = 1
+_EXPECTED = (StoreError, OSError, ValueError, RecursionError, MemoryError)
+"""What foreign answers and folders raise, in libraries, too."""
+_EXHAUSTED = {
+    RecursionError: "the store's answer is nested too deeply",
+    MemoryError: "there is no memory left to read the store's answer",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +87,8 @@ class UploaderOptions:
     """After SIGTERM it goes on for so long at most."""
     parent: int = 0
     """The process that it must not outlive, 0 for none."""
+    answer_s: float = 300.0
+    """A request that takes longer is given up with this process: its thread cannot be ended."""
     metrics_listen: str = ""
     """Where to serve the agent's metrics: the network is here."""
     run_folder: Path = Path()
@@ -186,7 +201,7 @@ class Uploader:
         for group in self._groups(batch):
             try:
                 store = self._store = self._store or self._open_store()
-            except StoreError as error:
+            except _EXPECTED as error:
                 self._note_failure(error)
                 break
             if not self._send_all(store, group):
@@ -227,12 +242,21 @@ class Uploader:
             yield group
 
     def _send_all(self, store: ObjectStore, group: Sequence[SpooledProfile]) -> bool:
-        """Send profiles at once; False when time is up and a request still under way."""
+        """Send profiles at once; False when time is up and a request still under way.
+
+        Time is up some seconds after the request to end, and when the store has not answered for
+        minutes: one that sends a byte now and then is never late for the library.
+        """
+        until_s = time.monotonic() + self._options.answer_s
         futures = {self._pool.submit(self._send, store, each): each for each in group}
         waiting = set(futures)
         while waiting:
             _, waiting = concurrent.futures.wait(waiting, timeout=_POLL_S / 4)
             if waiting and self._is_ending() and self._left_s() <= 0:
+                return False
+            if waiting and time.monotonic() >= until_s:
+                limit = f"{self._options.answer_s:g} s"
+                self._note_failure(StoreUnavailable(f"the store did not answer within {limit}"))
                 return False
         failures: list[Exception] = []
         for future, profile in futures.items():
@@ -305,8 +329,8 @@ class Uploader:
         self.state.last_upload_ns = self._clock.now_ns()
 
     def _note_failure(self, error: Exception) -> None:
-        reason = str(error)
-        if not isinstance(error, StoreError | OSError):
+        reason = _EXHAUSTED.get(type(error), str(error))
+        if type(error) not in _EXHAUSTED and not isinstance(error, StoreError | OSError):
             reason = f"{type(error).__name__}: {error}"  # only its type says what went wrong
         if reason != self.state.last_error:
             _log.warning("failed to upload error=%s", reason)
@@ -343,7 +367,7 @@ class Uploader:
                 for removed in TenantStore(store).expire(now_s, options.keep_s, options.keep_bytes):
                     self.state.expired += 1
                     self.state.expired_bytes += removed.size_bytes
-        except StoreError as error:
+        except _EXPECTED as error:
             _log.warning("failed to remove old profiles error=%s", error)
         took_s = self._clock.monotonic_s() - start_s
         pause_s = max(_RETENTION_INTERVAL_S, took_s / _RETENTION_SHARE)

@@ -14,6 +14,7 @@ from storage.objects.keys import (
     ObjectKey,
     ObjectStore,
     StoredObject,
+    StoreRefused,
     hour_of,
     hours_prefix,
     is_type,
@@ -142,7 +143,11 @@ class TenantStore:
 
         Deletes those that ended `keep_s` ago, then as many as exceed `keep_bytes`; a limit of 0 is
         none. Other objects are kept.
+
+        Raises:
+            StoreRefused: some may not be deleted; all others were.
         """
+        refusal: StoreRefused | None = None
         types = {CPU, *self._types()}
         excess_bytes = 0
         if keep_bytes:
@@ -151,13 +156,23 @@ class TenantStore:
         oldest_ns = (now_s - keep_s) * NS_PER_S if keep_s else 0
         every = self._list_hours(0, _FOREVER_NS, types)
         by_hour = itertools.groupby(every, lambda listed: listed[1].start_s // LONGEST_WINDOW_S)
-        for _, hour in by_hour:
-            for _, key, stored in sorted(hour, key=lambda listed: listed[1].start_s):
-                if excess_bytes <= 0 and key.end_ns > oldest_ns:
-                    return
+        oldest_first = (
+            each
+            for _, hour in by_hour
+            for each in sorted(hour, key=lambda listed: listed[1].start_s)
+        )
+        for _, key, stored in oldest_first:
+            if excess_bytes <= 0 and key.end_ns > oldest_ns:
+                break
+            try:
                 self.store.delete(stored.key)
+            except StoreRefused as error:
+                refusal = error
+            else:
                 excess_bytes -= stored.size_bytes
                 yield stored
+        if refusal is not None:
+            raise refusal
 
     def _find_last_hour(self, hour: int, before_ns: int, type_: str) -> int | None:
         """Return the last hour since 1970 with a profile that starts before `before_ns`.

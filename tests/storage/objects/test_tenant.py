@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.objects.directory import DirectoryStore
-from storage.objects.keys import NS_PER_S, ObjectKey, ObjectStore
+from storage.objects.keys import NS_PER_S, ObjectKey, ObjectStore, StoreRefused
 from storage.objects.tenant import TenantStore
 from storage.profile import Window
 from tests.support.stores import START_NS, MemoryStore
@@ -172,6 +172,27 @@ def test_old_profiles_expire_oldest_first(store: ObjectStore) -> None:
 
     assert [each.key for each in removed] == [key.text for key in stored[:70]]
     assert len(keys(store)) == 31
+
+
+def test_a_profile_that_may_not_be_deleted_keeps_no_other(tmp_path) -> None:
+    """It is told at the end: retention must not stop at a file that somebody made immutable."""
+
+    class Guarded(DirectoryStore):
+        def delete(self, key: str) -> None:
+            if key == kept:
+                raise StoreRefused("cannot delete", "allow it")
+            super().delete(key)
+
+    store = Guarded(tmp_path)
+    kept, *others = (window_key(START_S + 60 * minute).text for minute in range(3))
+    for key in (kept, *others):
+        store.put(key, b"x")
+    removed = TenantStore(store).expire(START_S + 9999, keep_s=60, keep_bytes=0)
+
+    assert [next(removed).key for _ in others] == others
+    with pytest.raises(StoreRefused):
+        next(removed)
+    assert keys(store) == [kept]
 
 
 def test_profiles_beyond_the_size_expire_oldest_first(store: ObjectStore) -> None:
