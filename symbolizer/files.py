@@ -5,18 +5,21 @@ a hostile process may have put a FIFO, a device or a link out of its container t
 first opened with O_PATH, which has no effect on it, and only regular files are opened for reading.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
 import re
 import stat
 import struct
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from symbolizer.location import Miss
-from symbolizer.maps import Mapping, parse_maps
+from symbolizer.maps import Mapping, TooManyMappings, read_maps
 
 # openat2(2), from Linux 5.6 on; the C library has no wrapper.
 _SYS_OPENAT2 = 437
@@ -44,7 +47,8 @@ class ProcessFiles:
     """The files of one process, to be used briefly. Close it, or use it in a `with`.
 
     Everything is opened relative to one descriptor of /proc/PID, so it stays the same process even
-    if that exits and its pid is reused meanwhile.
+    if that exits and its pid is reused meanwhile. It is that of another thread when the first one
+    has exited, after which /proc/PID shows no memory and no files.
     """
 
     def __init__(self, pid: int) -> None:
@@ -52,10 +56,7 @@ class ProcessFiles:
         self._root = -1
         self.failure = Miss.NO_FILE
         """Why the last candidate could not be opened."""
-        try:
-            self._process = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            self._process = -1
+        self._process = _open_process(pid)
 
     def __enter__(self) -> Self:
         return self
@@ -150,9 +151,11 @@ class ProcessFiles:
     def _open_map_file(self, mapping: Mapping) -> Iterator[OpenedFile]:
         if mapping.build_id:  # it proves the file, so the maps need not be read
             yield from self._open_range(mapping.start, mapping.end, is_certain=False)
-        for current in self._current_maps():
-            overlaps = current.start < mapping.end and mapping.start < current.end
-            if overlaps and current.is_same_file(mapping):
+        maps = self._current_maps()
+        first = bisect_right(maps, mapping.start, key=attrgetter("end"))
+        last = bisect_left(maps, mapping.end, key=attrgetter("start"))
+        for current in maps[first:last]:
+            if current.is_same_file(mapping):
                 yield from self._open_range(current.start, current.end, is_certain=True)
                 return
 
@@ -165,11 +168,8 @@ class ProcessFiles:
             self._maps = []
             fd = _try_open("maps", self._process, _READ_FLAGS)
             if fd >= 0:
-                with os.fdopen(fd, "rb") as maps:
-                    try:
-                        self._maps = parse_maps(maps.read())
-                    except OSError:  # exited meanwhile
-                        self._maps = []
+                with contextlib.suppress(OSError, TooManyMappings), os.fdopen(fd, "rb"):
+                    self._maps = read_maps(fd)
         return self._maps
 
     def _open_in_root(self, path: bytes) -> int:
@@ -236,6 +236,35 @@ def mount_of(pids: Iterable[int], path: bytes) -> bytes:
 
 def _unescaped(path: bytes) -> bytes:
     return re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8) & 255]), path)
+
+
+def _open_process(pid: int) -> int:
+    process = _try_open(f"/proc/{pid}", None, os.O_PATH | os.O_DIRECTORY)
+    if process < 0 or _has_files(process):
+        return process
+    try:
+        tids = [int(name) for name in os.listdir(f"/proc/{pid}/task") if name != str(pid)]  # noqa: PTH208 - for each process
+    except OSError:
+        tids = []
+    for tid in tids:
+        thread = _try_open(f"/proc/{tid}", None, os.O_PATH | os.O_DIRECTORY)
+        if thread >= 0 and _has_files(thread):
+            os.close(process)
+            return thread
+        if thread >= 0:
+            os.close(thread)
+    return process
+
+
+def _has_files(task: int) -> bool:
+    """Return whether a thread still has an executable; the kernel's own never have one."""
+    try:
+        os.readlink(b"exe", dir_fd=task)
+    except FileNotFoundError:
+        return False
+    except OSError:  # it may not be looked at
+        return True
+    return True
 
 
 def _inside(root: bytes, path: bytes) -> bytes:

@@ -2,8 +2,15 @@
 
 Both sources yield the same Mapping. A MappingTable is one state of one address space, sorted for
 look-up; when a process maps more, it gets a new table.
+
+Anybody may map 65,000 pieces of a file: what is read of one process is bounded, and whoever has
+more than MAX_MAPPINGS executable ones gets no table of them.
 """
 
+import ctypes
+import fcntl
+import os
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,7 +18,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+MAX_MAPPINGS = 8_192
+"""Executable ones of one process. Browsers and JVMs have a few hundred."""
+
 _DELETED = b" (deleted)"
+_SHORT_BYTES = 256 << 10
+"""Of /proc/PID/maps: 2,500 mappings. What is longer is asked for piece by piece."""
+_LONGEST_BYTES = 16 << 20
+"""65,530 mappings (vm.max_map_count) with paths of 160 bytes."""
+_EXECUTABLE_LINE = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ ..x[^\n]*\n", re.MULTILINE)
+
+_PROCMAP_QUERY = 0xC068_6611  # include/uapi/linux/fs.h, from Linux 6.11 on
+_EXECUTABLE, _COVERING_OR_NEXT = 0x04, 0x10
+_PATH_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +87,91 @@ def parse_maps(text: bytes) -> list[Mapping]:
     return mappings
 
 
+class TooManyMappings(Exception):  # noqa: N818 - not a fault
+    """The process has more than MAX_MAPPINGS executable mappings."""
+
+
+def read_maps(fd: int) -> list[Mapping]:
+    """Read the executable mappings of a process from its open /proc/PID/maps, in bounded time.
+
+    Raises:
+        TooManyMappings
+        OSError: the process has exited.
+    """
+    text = _read(fd, _SHORT_BYTES)
+    if len(text) < _SHORT_BYTES:
+        return parse_maps(text)
+    try:
+        return _query_maps(fd)
+    except OSError:  # an older kernel
+        lines = _executable_lines(fd, text)
+    if len(lines) > MAX_MAPPINGS:
+        raise TooManyMappings
+    return parse_maps(b"".join(lines))
+
+
+def _read(fd: int, limit_bytes: int) -> bytes:
+    parts = []
+    while limit_bytes > 0 and (part := os.read(fd, limit_bytes)):  # the kernel gives a page at once
+        parts.append(part)
+        limit_bytes -= len(part)
+    return b"".join(parts)
+
+
+def _executable_lines(fd: int, text: bytes) -> list[bytes]:
+    """Return the lines of executable mappings of `text` and of what follows it."""
+    lines: list[bytes] = []
+    left_bytes = _LONGEST_BYTES
+    while text and left_bytes > 0 and len(lines) <= MAX_MAPPINGS:
+        end = text.rfind(b"\n") + 1
+        lines += _EXECUTABLE_LINE.findall(text, 0, end)
+        more = _read(fd, _SHORT_BYTES)
+        left_bytes -= len(more)
+        text = text[end:] + more if more else b""
+    return lines
+
+
+class _Query(ctypes.Structure):
+    """struct procmap_query."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("size", "query_flags", "query_addr")),
+        *((name, ctypes.c_uint64) for name in ("vma_start", "vma_end", "vma_flags")),
+        *((name, ctypes.c_uint64) for name in ("vma_page_size", "vma_offset", "inode")),
+        *((name, ctypes.c_uint32) for name in ("dev_major", "dev_minor")),
+        *((name, ctypes.c_uint32) for name in ("vma_name_size", "build_id_size")),
+        *((name, ctypes.c_uint64) for name in ("vma_name_addr", "build_id_addr")),
+    )
+
+
+def _query_maps(fd: int) -> list[Mapping]:
+    """Ask for the executable mappings alone: some databases have 65,000 others.
+
+    No build ids: for those the kernel reads the files, which may be on a file system that hangs.
+    """
+    path = ctypes.create_string_buffer(_PATH_BYTES)
+    query = _Query(size=ctypes.sizeof(_Query), query_flags=_EXECUTABLE | _COVERING_OR_NEXT)
+    mappings: list[Mapping] = []
+    while len(mappings) <= MAX_MAPPINGS:
+        query.vma_name_addr, query.vma_name_size = ctypes.addressof(path), _PATH_BYTES
+        try:
+            fcntl.ioctl(fd, _PROCMAP_QUERY, query)
+        except FileNotFoundError:  # there is none at a higher address
+            return mappings
+        mappings.append(
+            Mapping(
+                start=query.vma_start,
+                end=query.vma_end,
+                file_offset=query.vma_offset,
+                path=path.value if query.vma_name_size else b"",
+                device=(query.dev_major, query.dev_minor),
+                inode=query.inode,
+            )
+        )
+        query.query_addr = query.vma_end
+    raise TooManyMappings
+
+
 def _parse_fields(fields: list[bytes]) -> Mapping:
     start, _, end = fields[0].partition(b"-")
     major, _, minor = fields[3].partition(b":")
@@ -86,8 +190,8 @@ class MappingTable:
     """The executable mappings of one process, sorted and without overlaps. Equal only to itself.
 
     Attributes:
-        missing: the module of an address outside all mappings: `[unknown]`, or `[exited]` for a
-            process that exited before its mappings were read.
+        missing: the module of an address outside all mappings: `[unknown]`, `[exited]` for a
+            process that exited before its mappings were read, or `[too many mappings]`.
     """
 
     mappings: tuple[Mapping, ...]
@@ -98,7 +202,22 @@ class MappingTable:
     @classmethod
     def of(cls, mappings: Iterable[Mapping], missing: str = "[unknown]") -> "MappingTable":
         """Build the table. A later mapping replaces earlier ones in its range, as mmap does."""
-        kept: list[Mapping] = []
+        return cls._of([], mappings, missing)
+
+    def after(self, mappings: Iterable[Mapping]) -> "MappingTable":
+        """Return the table after further mappings; this one, if it has all of them already."""
+        more = list(mappings)
+        if all(self._has(mapping) for mapping in more):
+            return self
+        table = self._of(list(self.mappings), more, self.missing)
+        return self if table.mappings == self.mappings else table
+
+    def _has(self, mapping: Mapping) -> bool:
+        place = int(np.searchsorted(self.starts, np.uint64(mapping.start), side="right")) - 1
+        return place >= 0 and self.mappings[place] == mapping
+
+    @classmethod
+    def _of(cls, kept: list[Mapping], mappings: Iterable[Mapping], missing: str) -> "MappingTable":
         for mapping in mappings:
             _map_over(kept, mapping)
         return cls(
@@ -119,6 +238,9 @@ class MappingTable:
 
 def _map_over(kept: list[Mapping], mapping: Mapping) -> None:
     if mapping.start >= mapping.end:
+        return
+    if not kept or kept[-1].end <= mapping.start:  # as most come by address
+        kept.append(mapping)
         return
     first = bisect_right(kept, mapping.start, key=lambda m: m.end)
     last = bisect_left(kept, mapping.end, key=lambda m: m.start)

@@ -363,6 +363,7 @@ class Agent:
             "unwinding": recorder.unwinding.status(),
             "files": recorder.files.status(),
             "readers": recorder.readers.status(),
+            "mappings": recorder.address_spaces.status(),
             "labels": recorder.labeler.status(),
             "slowest_binaries": recorder.symbolizer.slowest(),
             **self._children.status(),

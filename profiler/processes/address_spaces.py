@@ -24,9 +24,10 @@ import os
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from bpf.records import (
     PERF_RECORD_COMM,
@@ -37,9 +38,18 @@ from bpf.records import (
     Rings,
     decode_task,
 )
-from profiler.processes.generations import TICK_NS, parse_stat
-from profiler.processes.mapping_log import EXITED, NEVER_NS, RECORD_BYTES, Base, MappingLog, time_of
-from symbolizer.maps import Mapping, MappingTable, parse_maps
+from profiler.processes.generations import TICK_NS, living_thread, other_threads, read_stat
+from profiler.processes.mapping_log import (
+    EXITED,
+    MAX_RECORDS,
+    NEVER_NS,
+    RECORD_BYTES,
+    TOO_MANY,
+    Base,
+    MappingLog,
+    time_of,
+)
+from symbolizer.maps import MAX_MAPPINGS, Mapping, MappingTable, TooManyMappings, read_maps
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +60,8 @@ MAX_LOG_BYTES = 16 << 20
 """All logs together; 1,000 execs a second need a third of it. Beyond it the oldest logs go, their
 processes need a snapshot, and `dropped_logs` says how many they were."""
 
+_MAX_USERS = 16  # of one table: forked workers, the latest
+_MAX_ANCESTORS = 4
 _FOLD_RECORDS = 64  # JIT compilers may map without end: longer logs are folded into the base
 
 
@@ -62,6 +74,7 @@ class AddressSpaces:
     Attributes:
         snapshots: how often /proc/PID/maps was read.
         gaps: how often records were lost, so that all processes had to start anew.
+        degraded: processes that had too many mappings to be followed.
         dropped_logs: logs dropped because all of them together were too large.
         log_bytes: what the logs occupy now.
     """
@@ -69,6 +82,7 @@ class AddressSpaces:
     def __init__(self, rings: Rings, proc: Path = Path("/proc")) -> None:
         self.snapshots = 0
         self.gaps = 0
+        self.degraded = 0
         self.dropped_logs = 0
         self.log_bytes = 0
         self._rings = rings
@@ -78,10 +92,13 @@ class AddressSpaces:
         self._past: dict[int, list[MappingLog]] = {}
         self._ended: deque[MappingLog] = deque()
         self._long: set[MappingLog] = set()
+        self._users: WeakKeyDictionary[MappingTable, dict[int, None]] = WeakKeyDictionary()
 
     def poll(self) -> None:
         """Append what the kernel has recorded to the logs."""
         self._read_rings()
+        for process in [each for each in self._long if len(each.records) > MAX_RECORDS]:
+            self._shorten(process)
         if self.log_bytes > MAX_LOG_BYTES:
             self._drop_oldest_logs()
 
@@ -92,6 +109,15 @@ class AddressSpaces:
         `start_ns`, the start of the process in time since boot, /proc is not believed when a later
         process has got the pid.
         """
+        table = self._mappings(pid, at_ns, start_ns)
+        users = self._users.setdefault(table, {})
+        if pid not in users:
+            if len(users) >= _MAX_USERS:
+                del users[next(iter(users))]
+            users[pid] = None
+        return table
+
+    def _mappings(self, pid: int, at_ns: int, start_ns: int | None) -> MappingTable:
         process = self._current.get(pid)
         if process is None:
             process = self._add(MappingLog(pid, self._trusted_ns))
@@ -112,6 +138,45 @@ class AddressSpaces:
         process = self._current.get(pid) or (past[-1] if past else None)
         return process.parent_pid if process and process.parent_pid else None
 
+    def status(self) -> dict[str, int]:
+        """Return what the agent's status shows of it."""
+        return {
+            "snapshots": self.snapshots,
+            "gaps": self.gaps,
+            "degraded": self.degraded,
+            "dropped_logs": self.dropped_logs,
+            "log_bytes": self.log_bytes,
+        }
+
+    def living(self, mappings: MappingTable) -> list[int]:
+        """Return processes that run and can be asked for the files of a table, a few at most.
+
+        They have been sampled with this table, or have forked one that was. Each may have exited
+        since the last `poll`, so the next one has to be tried then.
+        """
+        pids = dict(self._users.get(mappings, {}))
+        for user in list(pids):
+            pid = self.parent_of(user)
+            for _ in range(_MAX_ANCESTORS):
+                if not pid or pid in pids:
+                    break
+                pids[pid] = None
+                pid = self.parent_of(pid)
+        return [pid for pid in pids if self._is_of(pid, mappings)]
+
+    def _is_of(self, pid: int, mappings: MappingTable) -> bool:
+        """Return whether a process still runs the program that a table is of."""
+        process = self._current.get(pid)
+        if process is None or (process.exit_ns and not other_threads(pid, self._proc)):
+            return False
+        table = process.table_at(max(self._newest_ns, process.begin_ns))
+        if table is None or table is mappings:
+            return table is mappings
+        # Addresses are random, so another program's are not the same.
+        return bool(table.mappings) and _places(table.mappings[:1]) == _places(
+            mappings.mappings[:1]
+        )
+
     def expire(self, now_ns: int) -> None:
         """Drop what ended a while before `now_ns`. Call it after the `mappings` of a drain."""
         until_ns = now_ns - RETENTION_NS
@@ -120,7 +185,7 @@ class AddressSpaces:
             if self._current.get(process.pid) is process:
                 if not process.exit_ns:
                     continue
-                if self._other_threads(process.pid):
+                if other_threads(process.pid, self._proc):
                     process.exit_ns = now_ns
                     self._ended.append(process)
                     continue
@@ -156,11 +221,11 @@ class AddressSpaces:
                 if process is None:
                     process = self._add(MappingLog(pid, trusted_ns))
                 process.exit_ns = 0  # only its first thread had exited
-                if type_ == PERF_RECORD_MMAP2:
+                if type_ == PERF_RECORD_COMM:
+                    process.exec(time_ns)
+                elif type_ == PERF_RECORD_MMAP2 and not process.is_degraded:
                     process.append(record)
                     self.log_bytes += len(raw) + RECORD_BYTES
-                elif type_ == PERF_RECORD_COMM:
-                    process.execs += (time_ns,)
                 if len(process.records) + len(process.execs) > _FOLD_RECORDS:
                     self._long.add(process)
         if records:
@@ -204,13 +269,18 @@ class AddressSpaces:
                 break
             if process.records:
                 self.dropped_logs += 1
-                is_current = self._current.get(process.pid) is process
-                self._drop(process)
-                if is_current:
-                    again = self._add(MappingLog(process.pid, self._newest_ns))
-                    again.exit_ns = process.exit_ns
-                    self._ended.append(again)
+                self._begin_anew(process)
         log.warning("dropped logs total=%d", self.dropped_logs)
+
+    def _begin_anew(self, process: "MappingLog") -> None:
+        """Drop a log. If the process still runs, /proc tells what it has from here on."""
+        is_current = self._current.get(process.pid) is process
+        self._drop(process)
+        if is_current:
+            again = self._add(MappingLog(process.pid, self._newest_ns))
+            again.exit_ns = process.exit_ns
+            if again.exit_ns:
+                self._ended.append(again)
 
     def _settle_children(self, process: "MappingLog") -> None:
         """Work out what its children have from it, while that can still be known.
@@ -247,6 +317,26 @@ class AddressSpaces:
         self.log_bytes -= process.fold(moment_ns, table)
         if len(process.records) + len(process.execs) <= _FOLD_RECORDS:
             self._long.discard(process)
+
+    def _shorten(self, process: "MappingLog") -> None:
+        """Fold the whole log of a process; one that has too much mapped is degraded."""
+        if process.base is None and process.parent is None and not process.execs:
+            self._begin_anew(process)  # never sampled: /proc can tell when it is
+            return
+        moment_ns = process.records[-1].time_ns
+        table = self._table(process, moment_ns)
+        if len(table.mappings) > MAX_MAPPINGS or table.missing == TOO_MANY.missing:
+            self._degrade(process)
+        elif self._current.get(process.pid) is process:
+            # The newer half stays: samples of its time are still to come.
+            moment_ns = process.records[len(process.records) // 2].time_ns
+            self.log_bytes -= process.fold(moment_ns, self._table(process, moment_ns))
+
+    def _degrade(self, process: "MappingLog") -> None:
+        self.degraded += 1
+        log.warning("too many mappings pid=%d", process.pid)
+        self.log_bytes -= process.degrade()
+        self._long.discard(process)
 
     def _table(
         self, process: "MappingLog", at_ns: int, start_ns: int | None = None
@@ -296,59 +386,67 @@ class AddressSpaces:
         self.snapshots += 1
         begin_ns = time.monotonic_ns()
         start_ticks = self._start_ticks(process.pid)
-        mappings = self._read_maps(process) if start_ticks else None
+        try:
+            mappings = self._read_maps(process) if start_ticks else []
+        except TooManyMappings:
+            mappings = None
+        except ProcessLookupError:
+            start_ticks = None
         is_same = start_ticks == self._start_ticks(process.pid)
         end_ns = time.monotonic_ns()
         self._read_rings()
         if start_ticks is None and not process.exit_ns:
             process.exit_ns = end_ns
             self._ended.append(process)
-        if mappings is None or not is_same or self._current.get(process.pid) is not process:
+        if start_ticks is None or not is_same or self._current.get(process.pid) is not process:
             return None
         if start_ns is not None and start_ns // TICK_NS != start_ticks:
             return None
-        return Base(MappingTable.of(mappings), begin_ns, end_ns)
+        if mappings is None:
+            self._degrade(process)
+            return Base(TOO_MANY, begin_ns, end_ns)
+        return Base(self._same_as_before(process, mappings), begin_ns, end_ns)
+
+    def _same_as_before(self, process: "MappingLog", mappings: list[Mapping]) -> MappingTable:
+        """Return the table from before a gap if it still holds: much is kept for each table."""
+        for older in self._past.get(process.pid, ())[-1:]:
+            known = older.table_at(older.end_ns)
+            if known is not None and _places(known.mappings) == _places(mappings):
+                return known
+        return MappingTable.of(mappings)
 
     def _start_ticks(self, pid: int) -> int | None:
         """Return when it started, which is unique to a pid."""
-        try:
-            stat = Path(f"{self._proc}/{pid}/stat").read_bytes()
-        except OSError:
-            return None
-        return parse_stat(stat).start_ticks
+        stat = read_stat(pid, self._proc)
+        return stat.start_ticks if stat else None
 
-    def _read_maps(self, process: "MappingLog") -> list[Mapping] | None:
+    def _read_maps(self, process: "MappingLog") -> list[Mapping]:
         """Read the mappings, from another thread when the first one has exited.
 
         There are none where the kernel forbids it (ptrace(2), "access mode checking"). Paths are
         made relative to the root of the process, as they are in records.
         """
-        pids = [f"{process.pid}"]
-        if process.exit_ns:
-            pids = [f"{process.pid}/task/{tid}" for tid in self._other_threads(process.pid)]
-        for pid in pids:
-            try:
-                root = os.fsencode(Path(f"{self._proc}/{pid}/root").readlink())
-                mappings = parse_maps(Path(f"{self._proc}/{pid}/maps").read_bytes())
-            except PermissionError:
-                return []
-            except OSError:  # it has exited
-                continue
-            return mappings if root == b"/" else [_inside(root, m) for m in mappings]
-        return None
-
-    def _other_threads(self, pid: int) -> list[str]:
-        try:  # a thousand times a second, so without pathlib
-            tids = os.listdir(f"{self._proc}/{pid}/task")  # noqa: PTH208
-            return [tid for tid in tids if tid != str(pid)]
-        except OSError:
+        folder = f"{self._proc}/{living_thread(process.pid, self._proc)}"
+        try:
+            root = os.fsencode(Path(f"{folder}/root").readlink())
+            with Path(f"{folder}/maps").open("rb", 0) as maps:
+                mappings = read_maps(maps.fileno())
+        except PermissionError:
             return []
+        except OSError as error:
+            raise ProcessLookupError from error
+        return mappings if root == b"/" else [_inside(root, m) for m in mappings]
 
 
 def _inside(root: bytes, mapping: Mapping) -> Mapping:
     if mapping.path.startswith(root + b"/"):
         return replace(mapping, path=mapping.path.removeprefix(root))
     return mapping
+
+
+def _places(mappings: Iterable[Mapping]) -> list[tuple[int, int, int, bytes]]:
+    # The vsyscall page is the same everywhere; no record tells of it.
+    return [(m.start, m.end, m.file_offset, m.path) for m in mappings if m.path != b"[vsyscall]"]
 
 
 def _common(before: MappingTable, after: MappingTable) -> MappingTable:

@@ -43,11 +43,15 @@ def clock_offsets() -> dict[str, int]:
 
 
 class Stat(NamedTuple):
-    """What /proc/PID/stat says (proc_pid_stat(5)). `stack` is 0 where that is not permitted."""
+    """What /proc/PID/stat says (proc_pid_stat(5)). `stack` is 0 where that is not permitted.
+
+    `is_exited`: its first thread has exited; `is_dead`: so have all others.
+    """
 
     start_ticks: int
     stack: int
     is_dead: bool
+    is_exited: bool
     is_kernel: bool
     parent_pid: int
     comm: bytes
@@ -61,10 +65,12 @@ class Stat(NamedTuple):
 def parse_stat(content: bytes) -> Stat:
     before, _, after = content.rpartition(b")")
     fields = after.split()
+    is_exited = fields[0] in (b"Z", b"X")
     return Stat(
         start_ticks=int(fields[19]),
         stack=int(fields[25]),
-        is_dead=fields[0] in (b"Z", b"X") and int(fields[17]) <= 1,
+        is_dead=is_exited and int(fields[17]) <= 1,
+        is_exited=is_exited,
         is_kernel=bool(int(fields[6]) & _PF_KTHREAD),
         parent_pid=int(fields[1]),
         comm=before.partition(b"(")[2],
@@ -160,8 +166,12 @@ def list_processes() -> dict[int, int]:
 
 
 def read_proc(pid: int, name: str) -> bytes | None:
+    return _read_file(f"/proc/{pid}/{name}")
+
+
+def _read_file(path: str) -> bytes | None:
     try:
-        fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
@@ -172,8 +182,17 @@ def read_proc(pid: int, name: str) -> bytes | None:
         os.close(fd)
 
 
-def read_stat(pid: int) -> Stat | None:
-    content = read_proc(pid, "stat")
+def read_stat(pid: int, proc: str = "/proc") -> Stat | None:
+    """Read what /proc says of a process, its stack from another thread if the first has exited."""
+    stat = _read_task_stat(f"{proc}/{pid}")
+    if stat is None or not stat.is_exited or stat.is_dead:
+        return stat
+    thread = _read_task_stat(f"{proc}/{living_thread(pid, proc)}")
+    return stat._replace(stack=thread.stack) if thread else stat
+
+
+def _read_task_stat(folder: str) -> Stat | None:
+    content = _read_file(f"{folder}/stat")
     return parse_stat(content) if content else None
 
 
@@ -201,6 +220,33 @@ def process_of(tid: int) -> int | None:
     content = read_proc(tid, "status") or b""
     fields = content.partition(b"\nTgid:")[2].split(maxsplit=1)
     return int(fields[0]) if fields else None
+
+
+def living_thread(pid: int, proc: str = "/proc") -> int:
+    """Return a thread of a process that has not exited, the first one if possible; 0 if none.
+
+    /proc/PID has no mappings, no executable and no working directory any more when the first thread
+    has exited; /proc/TID of any other thread has.
+    """
+    stat = _read_task_stat(f"{proc}/{pid}")
+    if stat is None or stat.is_dead:
+        return 0
+    if not stat.is_exited:
+        return pid
+    for tid in other_threads(pid, proc):
+        thread = _read_task_stat(f"{proc}/{pid}/task/{tid}")
+        if thread is not None and not thread.is_exited:
+            return int(tid)
+    return 0
+
+
+def other_threads(pid: int, proc: str = "/proc") -> list[str]:
+    """Return the ids of all threads but the first one."""
+    try:  # a thousand times a second, so without pathlib
+        tids = os.listdir(f"{proc}/{pid}/task")  # noqa: PTH208
+    except OSError:
+        return []
+    return [tid for tid in tids if tid != str(pid)]
 
 
 def parent_in_proc(pid: int) -> int | None:

@@ -7,12 +7,15 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from bpf.records import Record, decode_mmap2
-from symbolizer.maps import Mapping, MappingTable
+from symbolizer.maps import MAX_MAPPINGS, Mapping, MappingTable
 
 NEVER_NS = 1 << 63
 RECORD_BYTES = 170
 """What a Record occupies besides its raw bytes."""
 EXITED = MappingTable.of((), "[exited]")
+TOO_MANY = MappingTable.of((), "[too many mappings]")
+MAX_RECORDS = MAX_MAPPINGS
+"""Of one process before they are folded: what it has mapped over and over counts once."""
 
 _MAX_TABLES = 8  # of one process; two or three are in use within one drain
 _UNKNOWN = MappingTable.of(())
@@ -41,6 +44,7 @@ class MappingLog:
         records: MMAP2 records by time.
         execs: when it started another program.
         bridge: its table within the gap that ended it.
+        is_degraded: it has more than MAX_MAPPINGS, and no table of them until its next exec.
     """
 
     __slots__ = (
@@ -52,6 +56,7 @@ class MappingLog:
         "end_ns",
         "execs",
         "exit_ns",
+        "is_degraded",
         "parent",
         "parent_pid",
         "pid",
@@ -64,6 +69,7 @@ class MappingLog:
         self.begin_ns = begin_ns
         self.end_ns = NEVER_NS
         self.exit_ns = 0
+        self.is_degraded = False
         self.was_forked = parent is not None
         self.parent = parent
         self.parent_pid = parent.pid if parent else 0
@@ -106,6 +112,20 @@ class MappingLog:
         self.execs = tuple(t for t in self.execs if t > moment_ns)
         return freed
 
+    def degrade(self) -> int:
+        """Forget what it has mapped, which is too much. Returns the bytes that were freed."""
+        self.is_degraded = True
+        self.settle(Base(TOO_MANY, 0, 0))
+        self.execs = ()
+        self._tables.clear()
+        freed = _bytes_of(self.records)
+        self.records.clear()
+        return freed
+
+    def exec(self, time_ns: int) -> None:
+        self.execs += (time_ns,)
+        self.is_degraded = False
+
     def clear(self) -> int:
         """Untie it from its relatives and forget its log. Returns the bytes that were freed."""
         self._leave_parent()
@@ -142,10 +162,7 @@ class MappingLog:
             if nearest_ns:
                 first = self._tables[nearest_ns]
                 start = bisect_right(self.records, nearest_ns, key=time_of)
-            changed = (*first.mappings, *_mappings_of(self.records[start:end]))
-            table = MappingTable.of(changed, first.missing)
-            if table.mappings == first.mappings:
-                table = first
+            table = first.after(_mappings_of(self.records[start:end]))
             self._keep(key, table)
         return table
 

@@ -17,6 +17,9 @@ import pytest
 from bpf.records import Rings
 from profiler.processes import address_spaces as module
 from profiler.processes.address_spaces import RETENTION_NS, AddressSpaces
+from profiler.processes.generations import is_running, read_stat
+from symbolizer import maps
+from symbolizer.files import ProcessFiles
 from symbolizer.maps import MappingTable
 from tests.support.live import wait_for
 from tests.support.targets import compile_target
@@ -658,3 +661,155 @@ def test_program_on_a_cpu_that_was_offline_is_known(rings: Rings, spaces: Addres
     assert TRUE in paths(spaces.mappings(child, at_ns))
     assert own <= paths(spaces.mappings(pid, now()))
     assert spaces.gaps == 1
+
+
+def test_process_whose_first_thread_has_exited_long_ago_is_read(older: Target) -> None:
+    """Its own folder in /proc shows no mappings, and no record tells why."""
+    older.ask("leave-to-thread")
+    wait_for(lambda: read_stat(older.pid).is_exited)
+    with contextlib.closing(Rings()) as rings:
+        spaces = AddressSpaces(rings)
+        spaces.poll()
+        table = spaces.mappings(older.pid, now())
+
+    with ProcessFiles(older.pid) as files:
+        own = next(m for m in table.mappings if m.path == older.path)
+        opened = list(files.candidates(own))
+    assert opened[0].is_certain
+    for each in opened:
+        os.close(each.fd)
+
+
+def test_the_parent_answers_for_children_that_have_exited(
+    start: Callable[[], Target], spaces: AddressSpaces
+) -> None:
+    """It shares their table, although it was never sampled itself."""
+    target = start()
+    child = target.ask("fork")
+    spaces.poll()
+    table = spaces.mappings(child, now())
+    before = spaces.living(table)
+    os.kill(child, signal.SIGKILL)
+    wait_for(lambda: not is_running(child))
+    spaces.poll()
+
+    assert set(before) == {child, target.pid}
+    assert spaces.living(table) == [target.pid]
+    target.become("exec", SLEEP)
+    spaces.poll()
+    assert spaces.living(table) == []
+
+
+class Mapper:
+    """tests/targets/many_mappings.c."""
+
+    def __init__(self, program: Path, file: Path, executable: int, other: int) -> None:
+        command = [program, file, str(executable), str(other)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.pid = self._process.pid
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"ready\n"
+
+    def go_on(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(b"x")
+        self._process.stdin.flush()
+        assert self._process.stdout.readline() == b"done\n"
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def many_mappings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mappings")
+    (folder / "file").write_bytes(b"1" * 8192)
+    return compile_target("many_mappings.c", folder / "many_mappings", "-O2")
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+def test_process_with_too_many_mappings_is_degraded(
+    many_mappings: Path, rings: Rings, start: Callable[[], Target], is_older: bool
+) -> None:
+    """Its table says so, it is counted, it costs little, and others are not affected."""
+    spaces = AddressSpaces(rings)
+    other = start()
+    spaces.poll()
+    with contextlib.closing(Mapper(many_mappings, many_mappings.parent / "file", 65_000, 0)) as it:
+        if is_older:
+            it.go_on()
+            rings = Rings()
+            spaces = AddressSpaces(rings)
+        else:
+            wait_for(lambda: spaces.poll() or spaces.mappings(it.pid, now()).mappings)
+            it.go_on()
+        begin_ns = time.thread_time_ns()
+        spaces.poll()
+        table = spaces.mappings(it.pid, now())
+        spaces.poll()
+        again = spaces.mappings(it.pid, now())
+        elapsed_ns = time.thread_time_ns() - begin_ns
+        others = paths(spaces.mappings(other.pid, now()))
+    if is_older:
+        rings.close()
+
+    assert (len(table.mappings), table.missing) == (0, "[too many mappings]")
+    assert again is table
+    assert spaces.degraded >= 1
+    assert spaces.log_bytes < 4 << 20
+    assert other.path in others
+    assert elapsed_ns < 1_000_000_000  # 0.1 s where nothing else runs, see bench/
+
+
+def test_process_with_too_many_mappings_is_itself_again_after_an_exec(
+    start: Callable[[], Target], spaces: AddressSpaces, tmp_path: Path, monkeypatch
+) -> None:
+    """What it had mapped is gone."""
+    monkeypatch.setattr(module, "MAX_MAPPINGS", 3)
+    monkeypatch.setattr(module, "MAX_RECORDS", 3)
+    target = start()
+    one, _ = two_files(tmp_path)
+    target.ask(f"remap {one} {ADDRESS:x} 70")
+    spaces.poll()
+    before = spaces.mappings(target.pid, now())
+    monkeypatch.undo()
+    target.become("exec", SLEEP)
+    spaces.poll()
+
+    assert before.missing == "[too many mappings]"
+    assert SLEEP in paths(spaces.mappings(target.pid, now()))
+
+
+def test_many_mappings_that_are_not_executable_hide_nothing(many_mappings: Path) -> None:
+    """Databases map 65,000 files: the program's own code is still found."""
+    with contextlib.closing(Mapper(many_mappings, many_mappings.parent / "file", 3, 65_000)) as it:
+        it.go_on()
+        with contextlib.closing(Rings()) as rings:
+            spaces = AddressSpaces(rings)
+            spaces.poll()
+            table = spaces.mappings(it.pid, now())
+        asked = maps.read_maps
+        with Path(f"/proc/{it.pid}/maps").open("rb", 0) as file:
+            by_text = maps.parse_maps(b"".join(maps._executable_lines(file.fileno(), b"\n")))
+        with Path(f"/proc/{it.pid}/maps").open("rb", 0) as file:
+            by_query = asked(file.fileno())
+
+    assert os.fsencode(many_mappings) in paths(table)
+    assert [m for m in by_text if m.path != b"[vsyscall]"] == by_query
+    assert list(table.mappings) == by_query
+
+
+@pytest.mark.alone
+def test_table_outlives_a_gap_in_which_nothing_changed(
+    start: Callable[[], Target], small_rings: Rings
+) -> None:
+    """Somebody who floods the rings does not make everybody's tables new each second."""
+    spaces = AddressSpaces(small_rings)
+    target = start()
+    spaces.poll()
+    before = spaces.mappings(target.pid, now())
+    overflow(spaces)
+    spaces.poll()
+
+    assert spaces.mappings(target.pid, now()) is before
