@@ -192,6 +192,8 @@ class Rings:
         records: how many were read, including those that were skipped.
         lost: how many the kernel says it had no room for.
         damaged: how many could not be read. Each is a gap too.
+        last_exits: when a thread that is not the first one of its process exited last, by process,
+            in what was read since the owner emptied it.
     """
 
     def __init__(
@@ -200,6 +202,7 @@ class Rings:
         self.records = 0
         self.lost = 0
         self.damaged = 0
+        self.last_exits: dict[int, int] = {}
         self._pages = pages
         self._clock_ns = clock_ns
         self._rings: dict[int, _Ring] = {}
@@ -293,7 +296,7 @@ class Rings:
         self._epoll.unregister(ring.fd)
         ring.close()
 
-    def _read_ring(  # noqa: C901 - one loop, as it runs for every record of the host
+    def _read_ring(  # noqa: C901, PLR0912 - one loop, as it runs for every record of the host
         self, ring: "_Ring", cutoff_ns: int, merged: list[Record]
     ) -> None:
         unread, is_full = ring.take()
@@ -308,6 +311,9 @@ class Rings:
             count += 1
             if type_ in _TASKS:
                 if third != pid:
+                    if type_ == PERF_RECORD_EXIT:
+                        (time_ns,) = unpack_time(unread, position - 8)
+                        self.last_exits[pid] = max(time_ns, self.last_exits.get(pid, 0))
                     continue
             elif type_ == PERF_RECORD_COMM:
                 if not misc & PERF_RECORD_MISC_COMM_EXEC:

@@ -346,6 +346,18 @@ class ProfileBuilder:
             )
         )
 
+    def relabel(self, labels: Mapping[Labels, Labels]) -> None:
+        """Replace the label sets that `labels` names; those that become equal count as one."""
+        before, self._label_sets = self._label_sets, {}
+        numbers = [self._label_set(labels.get(each, each)) for each in before]
+        for counts in (self._samples, self._values):
+            old = list(counts.items())
+            counts.clear()
+            for (label_set, stack), number in old:
+                counts[numbers[label_set], stack] += number
+        for columns in self._columns:
+            columns[0] = np.array(numbers, dtype=np.int64)[columns[0]]
+
     def build(self, window: Window, accounting: Accounting) -> Profile:
         words = list(self._stacks)
         lengths = np.fromiter((len(stack) // 4 for stack in words), np.int64, len(words))

@@ -30,16 +30,18 @@ from profiler.agent import priority
 from profiler.agent.cost import Cost, return_large_blocks
 from profiler.agent.frames import FrameNumbers, Numbers
 from profiler.agent.mapped_files import MappedFiles
-from profiler.agent.readers import Readers
+from profiler.agent.readers import Answer, Readers
 from profiler.agent.supervise import RefusedError
 from profiler.agent.unwind_tables import Unwinding
 from profiler.agent.window import BusyTime, Clocks, Edge, OpenWindow, drain_period_s, split_drain
 from profiler.processes.activity import Activity
 from profiler.processes.address_spaces import AddressSpaces
-from profiler.processes.generations import clock_offsets, parent_in_proc
-from profiler.processes.labels import Labeler
+from profiler.processes.facts import Facts, request
+from profiler.processes.generations import clock_offsets, owner_of, parent_in_proc
+from profiler.processes.labels import Labeler, Subject
+from profiler.processes.lifetimes import Lifetimes
 from profiler.processes.rules import Rules
-from storage.profile import Accounting, Host, Profile
+from storage.profile import Accounting, Host, Labels, Profile
 from symbolizer.digest import blake2b
 from symbolizer.location import AddressLocation
 from symbolizer.maps import MappingTable
@@ -62,6 +64,8 @@ _LIKELY_PROCESSES = 32
 _MAX_BUSY_PROCESSES = 256
 _PREPARE_S, _FOLLOW_S = 4.0, 0.4
 """How long the start waits for tables that are built, and for processes to be sampled."""
+_READERS_S = 1.0
+"""For how long the closing of a window waits for what is being read of its processes."""
 
 
 def this_host() -> Host:
@@ -155,6 +159,7 @@ class Recorder:
         with contextlib.ExitStack() as opened:
             self._load((cache or default_cache()).absolute(), rules or Rules(), opened)
             self._window = OpenWindow(self.period_ns, self._clocks)
+            self._subjects: dict[Labels, Subject] = {}
             self._frames = self._number_frames()
             self._drained = self._window.begun
             self._opened = opened.pop_all()
@@ -164,7 +169,8 @@ class Recorder:
         # The records first: what maps before the first tick must be known at the first tick.
         self._rings = Rings()
         opened.callback(self._rings.close)
-        self.address_spaces = AddressSpaces(self._rings)
+        self._lifetimes = Lifetimes()
+        self.address_spaces = AddressSpaces(self._rings, lifetimes=self._lifetimes)
         cache, temporary = _open_cache(cache)
         if temporary:
             opened.callback(temporary.cleanup)
@@ -190,7 +196,11 @@ class Recorder:
             parent_of=self._parent_of,
             version_variables=rules.version_variables,
             commands=self._commands,
+            ask=self._ask_for_facts,
+            lifetimes=self._lifetimes,
         )
+        self._variables = rules.version_variables
+        self._wants_commands = any(rule.command is not None for rule in rules.services)
         opened.callback(self.labeler.close)
 
     def __enter__(self) -> Self:
@@ -206,6 +216,13 @@ class Recorder:
 
     def _parent_of(self, pid: int) -> int | None:
         return self.address_spaces.parent_of(pid) or parent_in_proc(pid)
+
+    def _ask_for_facts(self, pid: int, start_ticks: int) -> None:
+        def learn(answer: Answer) -> None:
+            self.labeler.learn(pid, start_ticks, Facts.of_json(answer.result))
+
+        values = request(pid, start_ticks, self._variables, wants_command=self._wants_commands)
+        self.readers.ask("process", values, learn, turn=0, group=owner_of(pid))
 
     def _clocks(self) -> Clocks:
         return Clocks.now(self._busy.read(), self.readers.cpu_ns)
@@ -223,6 +240,7 @@ class Recorder:
             self._scan()
         self._warm_up()
         self._window = OpenWindow(self.period_ns, self._clocks)
+        self._subjects = {}
         self._frames = self._number_frames()
         self._drained = self._window.begun
         self._opened.enter_context(priority.raised(priority.chosen_nice(os.environ)))
@@ -279,6 +297,7 @@ class Recorder:
             self.address_spaces.poll()
         with self.cost.of("unwind"):
             self.unwinding.catch_up()
+        self.readers.poll()
 
     def step(self) -> None:
         """Take in what was counted since the last step. To be called every `drain_period_s`."""
@@ -393,14 +412,24 @@ class Recorder:
 
     def _cut(self, successor: OpenWindow, edge_ns: int | None) -> Profile:
         window, self._window = self._window, successor
+        subjects, self._subjects = self._subjects, {}
         self._frames = self._number_frames()
         window.end(successor, edge_ns)
         try:
+            with self.cost.of("labels"):
+                self._label(window, subjects)
             with self.cost.of("symbolize"):
                 return self._name(window)
         except BaseException:
             self.lose(window.counts)
             raise
+
+    def _label(self, window: OpenWindow, subjects: Mapping[Labels, Subject]) -> None:
+        """Replace what stood for the labels of a window. What is not read by then comes later."""
+        sampled = subjects.values()
+        until_s = time.monotonic() + _READERS_S
+        self.readers.wait(until_s, lambda: self.labeler.is_complete(sampled))
+        window.builder.relabel({each.key: self.labeler.labels_of(each) for each in sampled})
 
     def _name(self, window: OpenWindow) -> Profile:
         builder = window.builder
@@ -440,10 +469,11 @@ class Recorder:
             with self.cost.of("symbolize"):
                 samples, stacks = self._locate(groups)
             with self.cost.of("labels"):
-                labels = [self.labeler.labels(sample) for sample in samples]
+                subjects = self.labeler.note(samples)
+                self._subjects.update({subject.key: subject for subject in subjects})
             with self.cost.of("fold"):
-                for sample, stack, names in zip(samples, stacks, labels, strict=True):
-                    window.add(sample, stack, names)
+                for sample, stack, subject in zip(samples, stacks, subjects, strict=True):
+                    window.add(sample, stack, subject.key)
         finally:
             window.settle()
             self.address_spaces.expire(time.monotonic_ns())

@@ -39,6 +39,7 @@ from bpf.records import (
     decode_task,
 )
 from profiler.processes.generations import TICK_NS, living_thread, other_threads, read_stat
+from profiler.processes.lifetimes import Lifetimes
 from profiler.processes.mapping_log import (
     EXITED,
     MAX_RECORDS,
@@ -79,7 +80,10 @@ class AddressSpaces:
         log_bytes: what the logs occupy now.
     """
 
-    def __init__(self, rings: Rings, proc: Path = Path("/proc")) -> None:
+    def __init__(
+        self, rings: Rings, proc: Path = Path("/proc"), lifetimes: Lifetimes | None = None
+    ) -> None:
+        """Read the rings; `lifetimes` takes all that is read of them too."""
         self.snapshots = 0
         self.gaps = 0
         self.degraded = 0
@@ -87,6 +91,7 @@ class AddressSpaces:
         self.log_bytes = 0
         self._rings = rings
         self._proc = str(proc)
+        self._lifetimes = lifetimes
         self._trusted_ns = self._newest_ns = rings.opened_ns
         self._current: dict[int, MappingLog] = {}
         self._past: dict[int, list[MappingLog]] = {}
@@ -196,6 +201,9 @@ class AddressSpaces:
 
     def _read_rings(self) -> None:
         records, gaps = self._rings.read()
+        if self._lifetimes is not None:
+            self._lifetimes.take(records, self._rings.last_exits)
+        self._rings.last_exits.clear()
         if gaps:
             start_ns = min(gap.start_ns for gap in gaps)
             before = bisect_right(records, start_ns, key=time_of)

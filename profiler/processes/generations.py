@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from profiler.processes.cgroups import Place
 from profiler.processes.programs import Program
+from profiler.processes.versions import Sources
 from storage.profile import Labels
 
 if TYPE_CHECKING:
-    from profiler.processes.instances import Instance
+    from profiler.processes.instance import Instance
 
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 """The unit of times in /proc/PID/stat and /proc/stat."""
@@ -81,10 +82,13 @@ class Generation:
     """A process from one exec to the next.
 
     Attributes:
-        place: of its cgroups; `named`: its service by a rule, or empty.
+        place: of its cgroups; `named`: its service by a rule, or empty; `exe`: a path, or empty.
         exec_id, cgroup_id: those of its samples; None and 0 as long as it has had none.
         begin_ns, left_ns, read_ns: on CLOCK_BOOTTIME.
-        instance: None for kernel threads and the dead, and once it has ended.
+        instance: None for kernel threads and the dead, until its facts are there, and once it has
+            ended.
+        is_waiting: it has been asked for what it says about itself.
+        sources: what it says of its version.
     """
 
     __slots__ = (
@@ -92,10 +96,12 @@ class Generation:
         "begin_ns",
         "cgroup_id",
         "cgroups",
+        "exe",
         "exec_id",
         "inode",
         "instance",
         "is_own",
+        "is_waiting",
         "left_ns",
         "named",
         "parent",
@@ -103,6 +109,7 @@ class Generation:
         "place",
         "program",
         "read_ns",
+        "sources",
         "stat",
     )
 
@@ -118,8 +125,10 @@ class Generation:
         self.cgroup_id = 0
         self.place = Place()
         self.program = Program("")
-        self.named = ""
+        self.named = self.exe = ""
         self.is_own = False
+        self.is_waiting = False
+        self.sources = Sources()
         self.parent: Generation | None = None
         self.instance: Instance | None = None
         self._last_labels: Labels = ()
@@ -147,6 +156,10 @@ class Generation:
     @property
     def labels(self) -> Labels:
         return self.instance.labels if self.instance is not None else self._last_labels
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.pid, self.stat.start_ticks
 
     def end(self) -> None:
         self._last_labels = self.labels
@@ -247,6 +260,20 @@ def other_threads(pid: int, proc: str = "/proc") -> list[str]:
     except OSError:
         return []
     return [tid for tid in tids if tid != str(pid)]
+
+
+def owner_of(pid: int) -> str:
+    """Return the user whose process it is, as a key; of each of root's own processes another."""
+    try:
+        uid = os.stat(f"/proc/{pid}").st_uid  # noqa: PTH116 - for each process
+    except OSError:
+        uid = 0
+    return f"user {uid}" if uid else f"process {pid}"
+
+
+def read_cgroups(pid: int, stat: Stat) -> bytes | None:
+    """Read /proc/PID/cgroup; in v1 that of a thread that has exited says nothing."""
+    return read_proc(living_thread(pid) if stat.is_exited else pid, "cgroup")
 
 
 def parent_in_proc(pid: int) -> int | None:

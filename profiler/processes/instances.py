@@ -1,30 +1,29 @@
 """Which service instance each process belongs to, and how long each instance runs.
 
-A process is looked at once per exec: /proc/PID/stat, cgroup, exe, cmdline. Its service is the first
-of: the operator's rules, its pod's workload or its container's name, its systemd unit, what it
-runs. Kernel threads are `[kernel]`, the profiler and its children `everflame`.
+A process is looked at once per exec: its stat and cgroup in /proc, which the kernel alone writes,
+at once, and then its facts, which others read (`facts`). Its service is the first of: the
+operator's rules, its pod's workload or its container's name, its systemd unit, what it runs. Kernel
+threads are `[kernel]`, the profiler and its children `everflame`.
 
 A **service instance** is what one version runs in: a container, a unit, or the processes that
 descend from one another and run the same. Its version comes from its oldest process and holds for
 all of them; when that one ends, from the oldest that is left. When all have ended, the next one in
 the same cgroup is a new instance.
 
-What processes say about themselves is read in bounded pieces and made readable. It can mislead
-those who look at that process, and nobody else. Reading /proc/PID/cmdline and environ may wait for
-memory that the process has put on a file system of its own (FUSE).
+What processes say about themselves can mislead those who look at that process, and nobody else.
 """
 
 import os
 import socket
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 from profiler.processes.cgroups import Place, parse_cgroups
 from profiler.processes.containers import Container, Containers, workload
+from profiler.processes.facts import Ask, Facts, read_facts
 from profiler.processes.generations import (
     TICK_NS,
     Generation,
@@ -33,10 +32,11 @@ from profiler.processes.generations import (
     list_processes,
     order_of,
     parent_in_proc,
-    parse_stat,
-    read_proc,
+    read_cgroups,
     read_stat,
 )
+from profiler.processes.instance import SHORT_ID, Instance, instance_labels, own_version
+from profiler.processes.lifetimes import Lifetime, Lifetimes
 from profiler.processes.presence import Presence
 from profiler.processes.programs import describe
 from profiler.processes.rules import ServiceRule
@@ -51,6 +51,7 @@ OWN_SERVICE = "everflame"
 MAX_ANCESTORS = 32
 
 _MAX_ENDED = 2_048  # processes that were read and have ended, for their late samples and children
+_MAX_WAITING = 4_096  # of those that have ended, too
 _MAX_PLACES = 4_096
 _NAMES_WITHIN_NS = 60_000_000_000
 """For how long after its first process a container's name is looked for on disk."""
@@ -62,14 +63,6 @@ _RECHECKED_PER_SCAN = 64
 """Processes that a scan looks at again, in turn, for an exec or a new cgroup without a sample."""
 _YOUNG_NS = 2_000_000_000
 """A process read so soon after its start is looked at again: it may not have exec'd yet."""
-
-_MAX_CMDLINE_BYTES = 128 << 10
-_MAX_ARGUMENTS = 512
-_MAX_COMMAND_BYTES = 4_096  # of what rules are matched against
-_MAX_STAT_BYTES = 4_096
-_MAX_CGROUP_BYTES = 64 << 10
-
-_SHORT_ID = 12  # as runtimes show them
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -84,6 +77,7 @@ class Instances:
         kernel: the labels of kernel threads.
         containers: what container runtimes' files say.
         relabellings: how often the labels of a running instance have changed.
+        on_join: called with each process whose service is known now.
         asleep_ns: what CLOCK_BOOTTIME was ahead of CLOCK_MONOTONIC at the last scan.
     """
 
@@ -96,6 +90,8 @@ class Instances:
         own_pid: int | None,
         commands: Collection[int],
         host: str | None,
+        ask: Ask | None,
+        lifetimes: Lifetimes | None,
     ) -> None:
         """Take what is known of this host, as `Labeler` does."""
         self.reads = 0
@@ -103,13 +99,19 @@ class Instances:
         self.containers = Containers(root)
         self.relabellings = 0
         self.uncounted = 0
+        self.on_join: Callable[[Generation], None] = lambda _: None
         self.asleep_ns = _asleep_ns()
         self._rules = tuple(rules)
         self._versions = Versions(version_variables)
+        self._ask = ask or self._read_facts
+        self.lifetimes = lifetimes
         self._own_pid = os.getpid() if own_pid is None else own_pid
-        self._commands = commands
+        self.commands = commands
         self._host = socket.gethostname() if host is None else host
         self._ended: dict[tuple[int, int], Generation] = {}
+        self._waiting: dict[tuple[int, int], Generation] = {}
+        self._blocked: dict[tuple[int, int], list[Generation]] = {}
+        self._missed: set[Generation] = set()
         self._instances: dict[tuple[object, ...], Instance] = {}
         self._nameless: set[Instance] = set()
         self._places: dict[bytes, Place] = {}
@@ -117,7 +119,7 @@ class Instances:
         self._young: list[Generation] = []
         self._turn: list[int] = []
         self._scanned_ns = 0
-        self._own_version = _own_version()
+        self._own_version = own_version()
         release = os.uname().release
         self.kernel = make_labels({"service": KERNEL_SERVICE, "version": release})
         self._presences[self.kernel] = Presence()
@@ -130,8 +132,7 @@ class Instances:
         gone_ns = (
             (self._scanned_ns or now_ns) + now_ns
         ) // 2  # it ended at some moment since the last scan
-        for pid in self.live.keys() - inodes.keys():
-            self.leave(self.live[pid], gone_ns)
+        self._leave_missing(inodes, gone_ns)
         new: list[int] = []
         changed: dict[int, Generation] = {}
         for pid, inode in inodes.items():
@@ -152,6 +153,16 @@ class Instances:
         self._scanned_ns = now_ns
         self.asleep_ns = _asleep_ns()
 
+    def _leave_missing(self, running: Collection[int], gone_ns: int) -> None:
+        """Let go of processes that are not there; when they ended, a record may still tell."""
+        missing = {self.live[pid] for pid in self.live.keys() - running}
+        for process in missing:
+            if self.lifetimes is None or process in self._missed or process.is_kernel:
+                self.leave(process, gone_ns)
+        self._missed = {process for process in missing if self.live.get(process.pid) is process}
+        if self.lifetimes is not None:
+            self.lifetimes.sweep(running, self._scanned_ns, gone_ns)
+
     def find(self, pid: int, start_ns: int) -> Generation | None:
         """Return the process with this start, reading it if need be."""
         ticks = start_ns // TICK_NS
@@ -169,9 +180,9 @@ class Instances:
     def present(self, window_start_ns: int, window_end_ns: int) -> dict[Labels, int]:
         """Return for how long at least one process of each instance ran within a window.
 
-        Times are CLOCK_BOOTTIME. Starts are exact to 10 ms; ends lie between two scans and are
-        taken to be midway. A process that no scan saw counts from its start to its last sample.
-        Ask for windows in their order: what ended before one is forgotten.
+        Times are CLOCK_BOOTTIME, and exact as far as the kernel's records go. Without them starts
+        are exact to 10 ms, and ends lie between two scans and are taken to be midway. Ask for
+        windows in their order: what ended before one is forgotten.
         """
         present = {}
         for labels, presence in list(self._presences.items()):
@@ -183,14 +194,20 @@ class Instances:
                 del self._presences[labels]
         return present
 
+    def has_counted(self, life: Lifetime) -> bool:
+        """Return whether a lifetime is that of a process that was read and has been let go."""
+        ticks = life.start_ns // TICK_NS
+        ended = (self._ended.get((life.pid, each)) for each in (ticks, ticks - 1))
+        return any(process is not None and life.holds(process.read_ns) for process in ended)
+
     def labels_of_place(self, place: Place) -> Labels:
-        named = self._named_by_rule(place, None, "")
+        named = self.named_by_rule(place, None, "")
         instance = self._instances.get((place.key, named))
         if instance is not None:
             return instance.labels
         container = self.containers.find(place.container_id, place.pod_uid)
         service = named or self._service(place, container, "")
-        return _instance_labels(place, container, service, container.version)
+        return instance_labels(place, container, service, container.version)
 
     def read_with_ancestors(self, pid: int) -> None:
         """Read a process, its unknown ancestors first: their service may be its own."""
@@ -205,23 +222,29 @@ class Instances:
     def leave(self, process: Generation, at_ns: int) -> None:
         """Take note that a process has ended, or that it has become another one."""
         del self.live[process.pid]
-        instance = process.instance
-        if instance is None:
-            return
         process.left_ns = max(at_ns, process.begin_ns)
+        if process.instance is not None:
+            self._end(process)
+        elif process.is_waiting and len(self._waiting) > _MAX_WAITING:
+            self._give_up(process)
+
+    def _end(self, process: Generation) -> None:
+        """Take a process that has left out of its instance."""
+        instance = process.instance
+        assert instance is not None
         process.end()
         self._ended.pop((process.pid, process.stat.start_ticks), None)
         if len(self._ended) >= _MAX_ENDED:
             drop_oldest(self._ended, _MAX_ENDED // 2)
         self._ended[process.pid, process.stat.start_ticks] = process
-        del instance.members[process.pid]
+        del instance.members[process]
         instance.close(process.left_ns)
         if not instance.members:
             del self._instances[instance.key]
             self._nameless.discard(instance)
         elif instance.oldest is process:
-            instance.oldest = min(instance.members.values(), key=order_of)
-            self._settle_version(instance)
+            instance.oldest = min(instance.members, key=order_of)
+            self._find_version(instance, instance.oldest, is_oldest=True)
             self._relabel(instance)
 
     def is_unchanged(self, process: Generation) -> bool:
@@ -232,7 +255,7 @@ class Instances:
         if not stat.stack and stat.comm != process.stat.comm:
             return False  # only those who may trace it see where its stack is
         process.stat = stat
-        return process.is_kernel or process.cgroups == read_proc(process.pid, "cgroup")
+        return process.is_kernel or process.cgroups == read_cgroups(process.pid, stat)
 
     def _read_all(self, pids: Iterable[int], inodes: Mapping[int, int]) -> None:
         """Read processes, the oldest first: parents before children, which inherit versions."""
@@ -243,41 +266,100 @@ class Instances:
 
     def _read(self, pid: int, inode: int) -> None:
         read_ns = boottime_ns()
-        with ProcessFiles(pid) as files:
-            content = files.read("stat", _MAX_STAT_BYTES)
-            cgroups = files.read("cgroup", _MAX_CGROUP_BYTES)
-            if not content or cgroups is None:
-                return
-            process = Generation(pid, inode, parse_stat(content), cgroups, read_ns)
-            self.reads += 1
-            self.live[pid] = process
-            if not process.is_kernel and not process.stat.is_dead:
-                self._describe(process, files)
-                self._join(process, files)
+        stat = read_stat(pid)
+        cgroups = read_cgroups(pid, stat) if stat else None
+        if stat is None or cgroups is None:
+            return
+        process = Generation(pid, inode, stat, cgroups, read_ns)
+        self.reads += 1
+        self.live[pid] = process
         if read_ns - process.begin_ns < _YOUNG_NS:
             self._young.append(process)
-
-    def _describe(self, process: Generation, files: ProcessFiles) -> None:
-        exe = files.link("exe")
-        cmdline = (files.read("cmdline", _MAX_CMDLINE_BYTES) or b"").rstrip(b"\0")
-        arguments = cmdline.split(b"\0", _MAX_ARGUMENTS)[:_MAX_ARGUMENTS]
-        process.place = self._place(process.cgroups)
-        process.program = describe(exe, arguments, process.stat.comm, files.link("cwd"))
-        parent = self.live.get(process.stat.parent_pid)
-        if parent is not None and parent.stat.start_ticks <= process.stat.start_ticks:
+        if process.is_kernel or process.stat.is_dead:
+            return
+        process.place = self._place(cgroups)
+        parent = self.live.get(stat.parent_pid)
+        if parent is not None and parent.stat.start_ticks <= stat.start_ticks:
             process.parent = parent
-        process.is_own = process.pid == self._own_pid or (
-            process.parent is not None
-            and process.parent.is_own
-            and process.pid not in self._commands
+        process.is_own = pid == self._own_pid or (
+            process.parent is not None and process.parent.is_own and pid not in self.commands
         )
+        if process.is_own:
+            self._describe(process, Facts(stat.stack))
+            self._proceed(process)
+            return
+        if before := self._waiting.get(process.key):  # it has exec'd since
+            self._give_up(before)
+        process.is_waiting = True
+        self._waiting[process.key] = process
+        self._ask(*process.key)
+
+    def _read_facts(self, pid: int, start_ticks: int) -> None:
+        """Read them here and now, where nobody else does."""
+        facts = read_facts(pid, start_ticks, self._versions, wants_command=True)
+        self.learn(pid, start_ticks, facts)
+
+    def learn(self, pid: int, start_ticks: int, facts: Facts | None) -> None:
+        """Take the facts of a process; None if they could not be read."""
+        process = self._waiting.get((pid, start_ticks))
+        if process is None or not process.is_waiting:
+            return
+        is_stale = facts is not None and facts.stack != process.stat.stack
+        if facts is None or is_stale:
+            if self.live.get(pid) is not process:
+                self._give_up(process)
+                return
+            if not self.is_unchanged(process):  # it has exec'd, or has ended
+                self._give_up(process)
+                self.leave(process, boottime_ns())
+                self._read(pid, process.inode)
+                return
+            if is_stale:  # what was asked for before its exec; the next answer is about it
+                return
+        facts = facts or self._facts_of_kernel(process)
+        self._describe(process, facts)
+        self._proceed(process)
+
+    def _facts_of_kernel(self, process: Generation) -> Facts:
+        """Return what the kernel alone knows, of a process that cannot be read."""
+        with ProcessFiles(process.pid) as files:
+            exe = files.link("exe")
+        program = describe(exe, (), process.comm, b"")
+        return Facts(process.stat.stack, readable(exe.removesuffix(b" (deleted)")), program)
+
+    @property
+    def awaited(self) -> int:
+        """How many processes have been asked for their facts."""
+        return len(self._waiting)
+
+    def _give_up(self, process: Generation) -> None:
+        process.is_waiting = False
+        self._waiting.pop(process.key, None)
+        for child in self._blocked.pop(process.key, ()):
+            self._proceed(child)
+
+    def _proceed(self, process: Generation) -> None:
+        """Make a process a member of its instance, when its parent is that of its own."""
+        ready = [process]
+        while ready:
+            process = ready.pop()
+            parent = process.parent
+            if parent is not None and parent.is_waiting and parent is not process:
+                self._blocked.setdefault(parent.key, []).append(process)
+                continue
+            process.is_waiting = False
+            self._waiting.pop(process.key, None)
+            self._join(process)
+            ready += self._blocked.pop(process.key, ())
+
+    def _describe(self, process: Generation, facts: Facts) -> None:
+        process.program, process.sources, process.exe = facts.program, facts.sources, facts.exe
         if process.is_own:
             process.named = OWN_SERVICE
         elif process.is_part_of_parent and process.parent is not None:
             process.named = process.parent.named
         else:
-            command = cmdline[:_MAX_COMMAND_BYTES].replace(b"\0", b" ").decode(errors="replace")
-            process.named = self._named_by_rule(process.place, exe, command)
+            process.named = self.named_by_rule(process.place, facts.exe, facts.command)
 
     def _place(self, cgroups: bytes) -> Place:
         place = self._places.get(cgroups)
@@ -287,12 +369,11 @@ class Instances:
             place = self._places[cgroups] = parse_cgroups(cgroups)
         return place
 
-    def _named_by_rule(self, place: Place, exe: bytes | None, command: str) -> str:
+    def named_by_rule(self, place: Place, exe: str | None, command: str) -> str:
         """Return the name by the operator's rules, or nothing. No `exe`: no process."""
-        path = readable(exe.removesuffix(b" (deleted)")) if exe and self._rules else ""
         for rule in self._rules:
             if (exe is not None or not rule.needs_process) and rule.matches(
-                place.paths, place.unit, path, command
+                place.paths, place.unit, exe or "", command
             ):
                 return rule.name
         return ""
@@ -301,14 +382,16 @@ class Instances:
         if container.pod:
             return workload(container.pod, self._host)
         if place.container_id:
-            return container.name or place.container_id[:_SHORT_ID]
+            return container.name or place.container_id[:SHORT_ID]
         return place.service or program
 
-    def _join(self, process: Generation, files: ProcessFiles) -> None:
+    def _join(self, process: Generation) -> None:
         """Make it a member of its instance, which gets its version if that is not known."""
         key = self._instance_key(process)
         instance = self._instances.get(key)
         while instance is not None and not is_alive(instance.oldest):
+            if self.live.get(instance.oldest.pid) is not instance.oldest:
+                break
             self.leave(instance.oldest, boottime_ns())
             instance = self._instances.get(key)
         if instance is None:
@@ -317,13 +400,20 @@ class Instances:
         if is_oldest:
             instance.oldest = process
         if is_oldest or not instance.version:
-            self._find_version(instance, process, files, is_oldest=is_oldest)
+            self._find_version(instance, process, is_oldest=is_oldest)
         self._relabel(instance)
-        instance.members[process.pid] = process
+        instance.members[process] = None
         process.instance = instance
-        before = self._ended.get((process.pid, process.stat.start_ticks))
-        process.begin_ns = before.left_ns if before else process.begin_ns
+        before = self._ended.get(process.key)
+        life = self.lifetimes.find(process.pid, process.read_ns) if self.lifetimes else None
+        if life is not None and life.begin_ns:
+            process.begin_ns = life.begin_ns
+        elif before is not None:
+            process.begin_ns = before.left_ns
         instance.open(process.begin_ns)
+        self.on_join(process)
+        if self.live.get(process.pid) is not process:  # it has ended meanwhile
+            self._end(process)
 
     def _instance_key(self, process: Generation) -> tuple[object, ...]:
         if process.place.key:
@@ -335,7 +425,7 @@ class Instances:
                 return parent.instance.key
         return "", process.named, process.pid, process.stat.start_ticks
 
-    def _create(self, key: tuple[object, ...], process: Generation) -> "Instance":
+    def _create(self, key: tuple[object, ...], process: Generation) -> Instance:
         place = process.place
         container = self.containers.find(place.container_id, place.pod_uid)
         service = process.named or self._service(place, container, process.program.name)
@@ -345,25 +435,16 @@ class Instances:
             self._nameless.add(instance)
         return instance
 
-    def _settle_version(self, instance: "Instance") -> None:
-        """Find the version again, from the process that is the oldest now."""
-        with ProcessFiles(instance.oldest.pid) as files:
-            if is_alive(instance.oldest):
-                self._find_version(instance, instance.oldest, files, is_oldest=True)
-
-    def _find_version(
-        self, instance: "Instance", process: Generation, files: ProcessFiles, *, is_oldest: bool
-    ) -> None:
+    def _find_version(self, instance: Instance, process: Generation, *, is_oldest: bool) -> None:
         if process.is_own:
             found = self._own_version
         else:
-            image = instance.container.version
-            found = self._versions.find(files, process.program, image, is_first=is_oldest)
+            found = process.sources.version(instance.container.version, is_first=is_oldest)
         instance.version = found or instance.version
 
-    def _relabel(self, instance: "Instance") -> None:
+    def _relabel(self, instance: Instance) -> None:
         """Bring its labels up to date. What was counted under other labels stays so."""
-        labels = _instance_labels(
+        labels = instance_labels(
             instance.place, instance.container, instance.service, instance.version
         )
         if labels == instance.labels:
@@ -395,7 +476,7 @@ class Instances:
                 named = instance.oldest.named
                 instance.container = container
                 instance.service = named or self._service(place, container, instance.service)
-                self._settle_version(instance)
+                self._find_version(instance, instance.oldest, is_oldest=True)
                 self._relabel(instance)
             if not instance.is_nameless or now_ns - instance.begin_ns > _NAMES_WITHIN_NS:
                 self._nameless.discard(instance)
@@ -410,63 +491,9 @@ class Instances:
         return presence
 
 
-class Instance:
-    """What one version of a service runs in. `members` live; `oldest` is one of them."""
-
-    def __init__(
-        self,
-        key: tuple[object, ...],
-        place: Place,
-        container: Container,
-        service: str,
-        oldest: Generation,
-    ) -> None:
-        self.key = key
-        self.place = place
-        self.container = container
-        self.service = service
-        self.version = ""
-        self.oldest = oldest
-        self.members: dict[int, Generation] = {}
-        self.labels: Labels = ()
-        self.presence: Presence | None = None
-        self.begin_ns = boottime_ns()
-
-    @property
-    def is_nameless(self) -> bool:
-        return bool(self.place.container_id or self.place.pod_uid) and not self.container.name
-
-    def open(self, at_ns: int) -> None:
-        if self.presence is not None:
-            self.presence.open(at_ns)
-
-    def close(self, at_ns: int) -> None:
-        if self.presence is not None:
-            self.presence.close(at_ns)
-
-
-def _instance_labels(place: Place, container: Container, service: str, version: str) -> Labels:
-    names = {
-        "service": service,
-        "version": version,
-        "container": container.name or place.container_id[:_SHORT_ID],
-        "pod": container.pod,
-        "namespace": container.namespace,
-        "unit": place.unit,
-    }
-    return make_labels({name: value for name, value in names.items() if value})
-
-
 def _asleep_ns() -> int:
     """Return what CLOCK_BOOTTIME is ahead of CLOCK_MONOTONIC: the machine's time asleep."""
     return boottime_ns() - time.monotonic_ns()
-
-
-def _own_version() -> str:
-    try:
-        return version("everflame")
-    except PackageNotFoundError:  # run from its sources
-        return ""
 
 
 def drop_oldest(cache: dict[_Key, _Value], count: int) -> None:

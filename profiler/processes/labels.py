@@ -5,21 +5,23 @@ A pid identifies a process only together with its start: the sample's is in ns, 
 sample's `exec_id` and in the place of the stack (`startstack` in proc_pid_stat(5)), which every
 exec puts elsewhere.
 
-Samples of processes that were gone before they could be read get the labels of their cgroup, else
-of their nearest living ancestor, else their `comm` as the service.
+Samples are noted when they are drained. What a process says about itself is read by others and
+comes later (`facts`), so labels are asked for when the window closes. By then nothing may be known
+of a process, because it was gone or cannot be read: then its kin tell (`gone`).
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from bpf.samples import RawSample
-from profiler.processes.cgroups import CgroupIds, Place, place_of
+from profiler.processes.cgroups import CgroupIds
 from profiler.processes.containers import ContainerMiss
-from profiler.processes.generations import TICK_NS, Generation, boottime_ns, parent_in_proc
-from profiler.processes.instances import MAX_ANCESTORS, Instances, drop_oldest
-from profiler.processes.presence import Interval
+from profiler.processes.facts import Ask, Facts
+from profiler.processes.generations import Generation, boottime_ns, parent_in_proc
+from profiler.processes.gone import GoneProcesses, Kin
+from profiler.processes.instances import Instances, drop_oldest
+from profiler.processes.lifetimes import Lifetimes
 from profiler.processes.rules import ServiceRule
 from storage.profile import Labels, make_labels
 from symbolizer.text import readable
@@ -27,8 +29,6 @@ from symbolizer.text import readable
 MAX_CACHED_LABELS = 4_096
 """Label sets by thread name and process. The oldest go; a process that still runs is not read
 again for them. They take some 600 bytes each."""
-
-_UNKNOWN_PLACE = Place()
 
 
 class Labeler:
@@ -48,9 +48,13 @@ class Labeler:
         own_pid: int | None = None,
         commands: Collection[int] = (),
         host: str | None = None,
+        ask: Ask | None = None,
+        lifetimes: Lifetimes | None = None,
     ) -> None:
         """Take what is known of this host; nothing is read before the first `scan`.
 
+        `ask` has the facts of a process read, for `learn`; without it they are read at once.
+        `lifetimes` are those of all processes, as far as the kernel's records tell of them.
         `root` is where container runtimes' files are. `parent_of` returns the parent of a process
         that may have exited. `own_pid` is the profiler's first process, by default this one;
         `commands` are children of it that are not its own: the commands that it records.
@@ -62,11 +66,15 @@ class Labeler:
             own_pid=own_pid,
             commands=commands,
             host=host,
+            ask=ask,
+            lifetimes=lifetimes,
         )
+        self._lifetimes = lifetimes or Lifetimes()
         self._cgroup_ids = CgroupIds()
-        self._parent_of = parent_of or parent_in_proc
-        self._labels: dict[tuple[object, ...], _Labeled] = {}
-        self._relabellings = 0
+        self._gone = GoneProcesses(self._instances, self._cgroup_ids, parent_of or parent_in_proc)
+        self._instances.on_join = self._gone.learn
+        self._subjects: dict[tuple[object, ...], Subject] = {}
+        self._noted = 0
 
     @property
     def reads(self) -> int:
@@ -78,28 +86,60 @@ class Labeler:
         return self._instances.containers.misses
 
     def status(self) -> dict[str, int]:
-        """Return what the agent's status shows of it: how many instances had no `present_ns`."""
-        return {"instances_uncounted": self._instances.uncounted}
+        """Return what the agent's status shows of it: how much had no `present_ns`."""
+        return {
+            "instances_uncounted": self._instances.uncounted,
+            "processes_uncounted": self._gone.uncounted + self._lifetimes.uncounted,
+            "processes_awaited": self._instances.awaited,
+        }
 
     def close(self) -> None:
         self._cgroup_ids.close()
 
+    def note(self, samples: Sequence[RawSample]) -> list["Subject"]:
+        """Return what each sample is of, to ask for its labels when the window closes."""
+        subjects = [self._note(sample) for sample in samples]
+        self._gone.settle()
+        return subjects
+
+    def learn(self, pid: int, start_ticks: int, facts: Facts | None) -> None:
+        """Take what was asked for; None if a process has ended or cannot be read."""
+        self._instances.learn(pid, start_ticks, facts)
+
+    def is_complete(self, subjects: Iterable["Subject"]) -> bool:
+        """Return whether no facts are awaited of these."""
+        return not any(
+            subject.process is not None and subject.process.is_waiting for subject in subjects
+        )
+
+    def labels_of(self, subject: "Subject") -> Labels:
+        """Return what is known by now of a thread, its process and its service instance."""
+        instance = self._instance_of(subject)
+        if instance is not subject.instance:
+            subject.instance = instance
+            # As make_labels would, but with the instance's pairs themselves: thousands share them.
+            subject.labels = tuple(sorted((*instance, *subject.thread)))
+        return subject.labels
+
     def labels(self, sample: RawSample) -> Labels:
-        """Return what is known of the sample's thread, process and service instance."""
-        key = (sample.generation, sample.cgroup_id, sample.leader_comm, sample.comm)
-        self._drop_outdated()
-        labeled = self._labels.get(key)
-        if labeled is None:
-            labeled = self._label(sample)
-            self._drop_outdated()
-            if len(self._labels) >= MAX_CACHED_LABELS:
-                drop_oldest(self._labels, MAX_CACHED_LABELS // 2)
-            self._labels[key] = labeled
-        if labeled.seen is not None:
-            labeled.seen.end_ns = max(
-                labeled.seen.end_ns, sample.last_ns + self._instances.asleep_ns
-            )
-        return labeled.labels
+        """Note a sample and return its labels."""
+        return self.labels_of(self.note([sample])[0])
+
+    def _instance_of(self, subject: "Subject") -> Labels:
+        if subject.is_kernel:
+            return self._instances.kernel
+        process = subject.process
+        if process is not None and process.labels:
+            return process.labels
+        labels: Labels = ()
+        if process is not None and process.place.key:
+            labels = self._instances.labels_of_place(process.place)
+        labels = labels or self._gone.labels(subject.kin) or subject.nameless
+        if process is not None and process.is_waiting:
+            presence = self._instances.presence(labels)
+            if presence is not None:
+                presence.add(process.begin_ns, process.left_ns or boottime_ns())
+        return labels
 
     def instance(self, pid: int, start_ns: int) -> Labels:
         """Return the labels of the service instance alone; nothing if the process is not known."""
@@ -113,46 +153,62 @@ class Labeler:
         self._instances.scan()
 
     def present(self, window_start_ns: int, window_end_ns: int) -> dict[Labels, int]:
-        """Return how long each instance ran within a window, as `Instances.present` does."""
+        """Return how long each instance ran within a window, as `Instances.present` does.
+
+        Ask for the labels of the window first: they settle whose time it was.
+        """
+        self._gone.settle()
+        self._gone.assign()
         return self._instances.present(window_start_ns, window_end_ns)
 
-    def _drop_outdated(self) -> None:
-        """Empty the cache if an instance has got other labels, as a name that is known later."""
-        if self._relabellings != self._instances.relabellings:
-            self._relabellings = self._instances.relabellings
-            self._labels.clear()
+    def _note(self, sample: RawSample) -> "Subject":
+        key = (sample.generation, sample.cgroup_id, sample.leader_comm, sample.comm)
+        subject = self._subjects.get(key)
+        if subject is None:
+            subject = self._subject(sample)
+            if len(self._subjects) >= MAX_CACHED_LABELS:
+                drop_oldest(self._subjects, MAX_CACHED_LABELS // 2)
+            self._subjects[key] = subject
+        if subject.is_gone and sample.pid not in self._instances.live:
+            last_ns = sample.last_ns + self._instances.asleep_ns
+            self._gone.count(subject.kin, subject.begin_ns, max(last_ns, subject.begin_ns))
+        return subject
 
-    def _label(self, sample: RawSample) -> "_Labeled":
-        seen = None
-        if sample.stop == "kernel_thread":
-            instance = self._instances.kernel
-        elif (process := self._current(sample)) is not None:
-            instance = process.labels
-        else:
-            instance, seen = self._inherited(sample)
-        thread = (
-            ("comm", readable(sample.leader_comm)),
-            ("thread", readable(sample.comm)),
-            ("pid", str(sample.pid)),
-        )
-        # As make_labels would, but with the instance's pairs themselves: thousands share them.
-        return _Labeled(tuple(sorted((*instance, *thread))), seen)
+    def _subject(self, sample: RawSample) -> "Subject":
+        self._noted += 1
+        subject = Subject(self._noted, sample)
+        if subject.is_kernel:
+            return subject
+        subject.process = process = self._current(sample)
+        if process is not None and process.labels:
+            return subject
+        asleep_ns = self._instances.asleep_ns
+        life = self._lifetimes.find(sample.pid, sample.first_ns + asleep_ns)
+        if life is None or not life.start_ns:
+            subject.kin = self._gone.kin_without_records(
+                sample.pid, sample.start_ns, sample.leader_comm, sample.cgroup_id
+            )
+            return subject
+        life.cgroup_id = sample.cgroup_id
+        subject.begin_ns = life.begin_ns
+        subject.kin = self._gone.kin(life)
+        return subject
 
     def _current(self, sample: RawSample) -> Generation | None:
         """Return the process as it was when the sample was taken, if it can still be known."""
         reads = self.reads
         process = self._instances.find(sample.pid, sample.start_ns)
-        if process is None or not process.labels:
+        if process is None or not (process.labels or process.is_waiting):
             return None
         has_moved = process.cgroup_id not in (0, sample.cgroup_id)
         has_execed = process.exec_id is not None and process.exec_id < sample.exec_id
         is_unsure = process.exec_id is None and self.reads == reads
-        if process.is_live and (
+        if (process.is_live or process.is_waiting) and (
             has_moved or has_execed or (is_unsure and not self._instances.is_unchanged(process))
         ):
             self._instances.leave(process, boottime_ns())
             process = self._instances.find(sample.pid, sample.start_ns)
-            if process is None or not process.labels:
+            if process is None or not (process.labels or process.is_waiting):
                 return None
         if process.exec_id is None:
             was_read_later = process.read_ns > sample.first_ns + self._instances.asleep_ns
@@ -162,50 +218,44 @@ class Labeler:
         process.cgroup_id = sample.cgroup_id
         return process if process.exec_id == sample.exec_id else None
 
-    def _inherited(self, sample: RawSample) -> tuple[Labels, Interval | None]:
-        """Return the labels of the cgroup or the ancestors, and count the time that was seen."""
-        path = self._cgroup_ids.path(sample.cgroup_id)
-        place = place_of([path]) if path else _UNKNOWN_PLACE
-        found = (
-            self._instances.labels_of_place(place)
-            if place.key
-            else self._labels_of_ancestors(sample)
+
+class Subject:
+    """What samples are of: a thread of a process, in one generation and one cgroup.
+
+    Attributes:
+        key: stands for its labels until they are known.
+        process: None if it was gone before it could be read.
+        kin: what is known of it else.
+        nameless: labels if nothing is known.
+    """
+
+    __slots__ = (
+        "begin_ns",
+        "instance",
+        "is_kernel",
+        "key",
+        "kin",
+        "labels",
+        "nameless",
+        "process",
+        "thread",
+    )
+
+    def __init__(self, number: int, sample: RawSample) -> None:
+        self.key: Labels = (("", str(number)),)
+        self.is_kernel = sample.stop == "kernel_thread"
+        self.process: Generation | None = None
+        self.kin = Kin(None, False, (b"", ""), sample.leader_comm, sample.cgroup_id)
+        self.begin_ns = sample.start_ns
+        self.nameless = make_labels({"service": readable(sample.leader_comm)})
+        self.thread = (
+            ("comm", readable(sample.leader_comm)),
+            ("thread", readable(sample.comm)),
+            ("pid", str(sample.pid)),
         )
-        labels = found or make_labels({"service": readable(sample.leader_comm)})
-        if sample.pid in self._instances.live:  # whose time is counted already, under whatever name
-            return labels, None
-        presence = self._instances.presence(labels)
-        return labels, presence.add(
-            sample.start_ns, sample.last_ns + self._instances.asleep_ns
-        ) if presence else None
+        self.instance: Labels | None = None
+        self.labels: Labels = ()
 
-    def _labels_of_ancestors(self, sample: RawSample) -> Labels:
-        pid: int | None = sample.pid
-        current = self._instances.live.get(sample.pid)
-        if current is not None and current.stat.start_ticks != sample.start_ns // TICK_NS:
-            return ()  # the parent that is known now is that of a later process
-        for _ in range(MAX_ANCESTORS):
-            pid = self._parent_of(pid) if pid else None
-            if not pid or pid == 1:
-                break
-            if pid not in self._instances.live:
-                self._instances.read_with_ancestors(pid)
-            parent = self._instances.live.get(pid)
-            if parent is None or not parent.labels:
-                continue
-            if parent.stat.start_ticks > sample.start_ns // TICK_NS:
-                break  # a later use of the pid
-            if sample.cgroup_id > 1:
-                paths = parent.place.paths or ("",)
-                parent_id = parent.cgroup_id or self._cgroup_ids.find(paths[0])
-                if parent_id not in (0, sample.cgroup_id):
-                    break  # another service's process has started it
-            return parent.labels
-        return ()
-
-
-class _Labeled(NamedTuple):
-    """`seen`: of a process that was gone when it was first sampled; its samples lengthen it."""
-
-    labels: Labels
-    seen: Interval | None
+    @property
+    def is_gone(self) -> bool:
+        return self.process is None and not self.is_kernel

@@ -1,32 +1,35 @@
 """When at least one process of a service ran: a union of intervals, in integer ns of one clock."""
 
-_MAX_INTERVALS = 16_384
-"""Of one instance. Beyond it those that overlap become one; of so many apart the older half is
-forgotten."""
-_CLOSED_GAP_NS = 1_000_000  # intervals so close to one another are counted as one
+from array import array
+from itertools import pairwise
 
-
-class Interval:
-    __slots__ = ("end_ns", "start_ns")
-
-    def __init__(self, start_ns: int, end_ns: int) -> None:
-        self.start_ns = start_ns
-        self.end_ns = end_ns
+_MAX_INTERVALS = 131_072
+"""Of one instance: two minutes of a thousand processes a second. Beyond it those that overlap
+become one, and then those that are nearest to one another."""
 
 
 class Presence:
     """Past intervals, which may overlap, and one that goes on while any process runs."""
 
-    __slots__ = ("_intervals", "_open", "_since_ns")
+    __slots__ = ("_ends_ns", "_open", "_since_ns", "_starts_ns")
 
     def __init__(self) -> None:
-        self._intervals: list[Interval] = []
+        self._starts_ns = array("q")
+        self._ends_ns = array("q")
         self._open = 0
         self._since_ns = 0
 
+    def __len__(self) -> int:
+        return len(self._starts_ns)
+
     @property
     def is_empty(self) -> bool:
-        return not self._open and not self._intervals
+        return not self._open and not self._starts_ns
+
+    @property
+    def intervals(self) -> list[tuple[int, int]]:
+        """The past intervals, in any order."""
+        return list(zip(self._starts_ns, self._ends_ns, strict=True))
 
     def open(self, at_ns: int) -> None:
         self._since_ns = min(self._since_ns, at_ns) if self._open else at_ns
@@ -37,31 +40,19 @@ class Presence:
         if not self._open:
             self.add(self._since_ns, at_ns)
 
-    def add(self, start_ns: int, end_ns: int) -> Interval:
-        """Count an interval and return the one that holds it from now on."""
-        last = self._intervals[-1] if self._intervals else None
-        if last and last.start_ns <= start_ns <= last.end_ns + _CLOSED_GAP_NS:
-            last.end_ns = max(last.end_ns, end_ns)
-            return last
-        if len(self._intervals) >= _MAX_INTERVALS:
-            self._join()
-        interval = Interval(start_ns, end_ns)
-        self._intervals.append(interval)
-        return interval
-
-    def _join(self) -> None:
-        """Join intervals that overlap, as those of short processes on many CPUs do."""
-        joined: list[Interval] = []
-        for part in sorted(self._intervals, key=lambda each: each.start_ns):
-            if joined and part.start_ns <= joined[-1].end_ns + _CLOSED_GAP_NS:
-                joined[-1].end_ns = max(joined[-1].end_ns, part.end_ns)
-            else:
-                joined.append(part)
-        self._intervals = joined[-(_MAX_INTERVALS // 2) :]
+    def add(self, start_ns: int, end_ns: int) -> None:
+        """Count an interval."""
+        if self._starts_ns and self._starts_ns[-1] <= start_ns <= self._ends_ns[-1]:
+            self._ends_ns[-1] = max(self._ends_ns[-1], end_ns)
+            return
+        if len(self._starts_ns) >= _MAX_INTERVALS:
+            self._keep(_shortened(self.intervals, _MAX_INTERVALS // 2))
+        self._starts_ns.append(start_ns)
+        self._ends_ns.append(end_ns)
 
     def within(self, start_ns: int, end_ns: int) -> int:
         """Return how much of a window is covered."""
-        parts = [(part.start_ns, part.end_ns) for part in self._intervals]
+        parts = self.intervals
         if self._open:
             parts.append((self._since_ns, end_ns))
         covered_ns, reached_ns = 0, start_ns
@@ -72,4 +63,28 @@ class Presence:
         return covered_ns
 
     def forget(self, before_ns: int) -> None:
-        self._intervals = [part for part in self._intervals if part.end_ns > before_ns]
+        if self._ends_ns and min(self._ends_ns) <= before_ns:
+            self._keep([part for part in self.intervals if part[1] > before_ns])
+
+    def _keep(self, parts: list[tuple[int, int]]) -> None:
+        self._starts_ns = array("q", [start_ns for start_ns, _ in parts])
+        self._ends_ns = array("q", [end_ns for _, end_ns in parts])
+
+
+def _shortened(parts: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
+    """Join intervals that overlap, and then over the shortest gaps, until few enough are left."""
+    joined = _joined(parts, 0)
+    if len(joined) <= limit:
+        return joined
+    gaps_ns = sorted(after[0] - before[1] for before, after in pairwise(joined))
+    return _joined(joined, gaps_ns[len(joined) - limit - 1])
+
+
+def _joined(parts: list[tuple[int, int]], gap_ns: int) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for start_ns, end_ns in sorted(parts):
+        if joined and start_ns <= joined[-1][1] + gap_ns:
+            joined[-1] = joined[-1][0], max(joined[-1][1], end_ns)
+        else:
+            joined.append((start_ns, end_ns))
+    return joined

@@ -63,6 +63,27 @@ class _Executable(NamedTuple):
     go: str = ""
 
 
+class Sources(NamedTuple):
+    """What a process and its files say of a version; empty where they say nothing.
+
+    `go` and `build_id` are those of a service's own code, `release` that of its folder.
+    """
+
+    environment: str = ""
+    go: str = ""
+    release: str = ""
+    build_id: str = ""
+
+    def version(self, image: str, *, is_first: bool) -> str:
+        """Return the version, empty if it is not known.
+
+        `image` is the version that the container's image says. `is_first`: the process is the
+        oldest of its service; of the others the executable may be any tool that the service runs.
+        """
+        found = self.environment or image or self.go or self.release
+        return found[:MAX_VERSION] or (self.build_id if is_first else "")
+
+
 class Versions:
     """Finds versions. What executables say is kept for the last _MAX_EXECUTABLES of them."""
 
@@ -70,21 +91,15 @@ class Versions:
         self._names = [name.encode() for name in (*_VARIABLES, *variables)]
         self._executables: dict[tuple[int, ...], _Executable] = {}
 
-    def find(self, files: ProcessFiles, program: Program, image: str, *, is_first: bool) -> str:
-        """Return the version, empty if it is not known.
-
-        `image` is the version that the container's image says. `is_first`: the process is the
-        oldest of its service; of the others the executable may be any tool that the service runs.
-        """
-        if found := self._from_environment(files) or image:
-            return found[:MAX_VERSION]
-        executable = _Executable()
-        if program.is_own_code:
-            executable = self._read_executable(files)
-            if executable.go:
-                return executable.go[:MAX_VERSION]
-        found = _from_release(files, program)
-        return found[:MAX_VERSION] or (executable.build_id if is_first else "")
+    def read(self, files: ProcessFiles, program: Program) -> Sources:
+        """Return what there is, up to the first that decides."""
+        if found := self._from_environment(files):
+            return Sources(found[:MAX_VERSION])
+        executable = self._read_executable(files) if program.is_own_code else _Executable()
+        if executable.go:
+            return Sources(go=executable.go[:MAX_VERSION], build_id=executable.build_id)
+        release = _from_release(files, program)[:MAX_VERSION]
+        return Sources(release=release, build_id=executable.build_id)
 
     def _from_environment(self, files: ProcessFiles) -> str:
         environ = files.read("environ", _MAX_ENVIRON_BYTES) or b""

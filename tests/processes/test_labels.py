@@ -581,7 +581,7 @@ def test_cache_of_labels_is_bounded(labeler: Labeler) -> None:
     for number in range(MAX_CACHED_LABELS * 2):
         labeler.labels(sample._replace(comm=b"%d" % number))
 
-    assert len(labeler._labels) <= MAX_CACHED_LABELS
+    assert len(labeler._subjects) <= MAX_CACHED_LABELS
 
 
 def present(labeler: Labeler, start_ns: int, end_ns: int) -> dict[str, int]:

@@ -64,7 +64,7 @@ def test_intervals_are_bounded() -> None:
     for number in range(module._MAX_INTERVALS * 2):
         presence.add(number * 10 * MS, number * 10 * MS + 1)
 
-    assert len(presence._intervals) <= module._MAX_INTERVALS
+    assert len(presence) <= module._MAX_INTERVALS
 
 
 def test_intervals_that_overlap_are_joined_before_any_is_forgotten() -> None:
@@ -76,3 +76,24 @@ def test_intervals_that_overlap_are_joined_before_any_is_forgotten() -> None:
         presence.add(number * 5_000_000, number * 5_000_000 + 1_000)
 
     assert presence.within(0, 3_600_000_000_000) == 3_600_000_000_000
+
+
+def test_short_gaps_are_no_presence() -> None:
+    """A thousand processes a second that run for a tenth of the time."""
+    presence = Presence()
+    for number in range(60_000):
+        presence.add(number * MS, number * MS + MS // 10)
+
+    assert presence.within(0, 60_000 * MS) == 6_000 * MS
+
+
+def test_of_too_many_intervals_the_nearest_are_joined() -> None:
+    """None is forgotten, and what lies far apart stays apart."""
+    presence = Presence()
+    for number in range(module._MAX_INTERVALS):
+        presence.add(number * 10, number * 10 + 9)
+    far_ns = module._MAX_INTERVALS * 10 + 3600 * 1000 * MS
+    presence.add(far_ns, far_ns + 1)
+
+    assert len(presence) < module._MAX_INTERVALS
+    assert presence.within(0, far_ns + 1) == module._MAX_INTERVALS * 10 - 1 + 1

@@ -27,7 +27,7 @@ def find(
     with ProcessFiles(pid) as files:
         arguments = (files.read("cmdline", 4096) or b"").rstrip(b"\0").split(b"\0")
         program = describe(files.link("exe"), arguments, b"", files.link("cwd"))
-        return Versions(variables).find(files, program, image, is_first=is_first)
+        return Versions(variables).read(files, program).version(image, is_first=is_first)
 
 
 def version_with(**environment: str) -> str:
@@ -249,7 +249,7 @@ def test_links_of_the_distribution_are_no_releases(work: Path) -> None:
     with started("sleep", "60", env=CLEAN, cwd="/") as process, ProcessFiles(process.pid) as files:
         program = Program("x", os.fsencode(script), is_own_code=False)
 
-        assert Versions().find(files, program, "", is_first=True) == ""
+        assert Versions().read(files, program).version("", is_first=True) == ""
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "outward link", "large", "garbage", "folder"])
@@ -301,4 +301,4 @@ def test_process_that_has_gone_has_no_version() -> None:
         pass
 
     with ProcessFiles(process.pid) as files:
-        assert Versions().find(files, NATIVE, "", is_first=True) == ""
+        assert Versions().read(files, NATIVE).version("", is_first=True) == ""
