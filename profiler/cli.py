@@ -44,6 +44,9 @@ COMMANDS = {
 """What each command does, in the order of `--help`."""
 
 
+_SURROGATES = re.compile("[\udc80-\udcff]")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. No traceback without --debug."""
     _replace_closed_streams()
@@ -81,6 +84,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except Exception as error:
         if options.debug or not _is_expected(error):
             raise
+        # Frames hold what was read so far; where memory is short, a message needs some of it.
+        error.__traceback__ = error.__cause__ = error.__context__ = None
         print(f"everflame: {_shown(_text_of(error))}", file=sys.stderr)
         return 2
 
@@ -134,6 +139,10 @@ def _replace_closed_streams() -> None:
 
 def _text_of(error: Exception) -> str:
     """Return what an expected error says, without Python's own words for it (`[Errno 21]`)."""
+    if isinstance(error, RecursionError | MemoryError):
+        from profiler.text import limit_of  # noqa: PLC0415 - as the commands, when it is needed
+
+        return f"cannot do that: {limit_of(error)}"
     text = str(error)
     if not isinstance(error, OSError) or not text.startswith("[Errno "):
         return text
@@ -145,12 +154,17 @@ def _text_of(error: Exception) -> str:
 
 def _shown(text: str) -> str:
     r"""Write the bytes of a path that is not UTF-8 as `\xNN`, not as Python's surrogates."""
-    return re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", text)
+    return _SURROGATES.sub(lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", text)
 
 
 def _is_expected(error: Exception) -> bool:
-    """Return whether the user can fix it; everything else is a defect of this program."""
-    return isinstance(error, (OSError, ValueError)) or type(error).__module__.split(".")[0] in (
+    """Return whether the user can fix it; everything else is a defect of this program.
+
+    Input from outside may be nested more deeply, or be larger, than this process has room for.
+    """
+    return isinstance(error, (OSError, ValueError, RecursionError, MemoryError)) or type(
+        error
+    ).__module__.split(".")[0] in (
         "bpf",
         "profiler",
         "storage",

@@ -99,6 +99,13 @@ def lost_to(cause: str, number: int, estimated: Container[str]) -> str:
     )
 
 
+def limit_of(error: RecursionError | MemoryError) -> str:
+    """Say which limit input from outside has met: Python's own words name none."""
+    if isinstance(error, MemoryError):
+        return "that takes more memory than there is"
+    return "it is nested too deeply"
+
+
 def listed(names: Sequence[str], most: int) -> str:
     """Return `a, b`, and of more than `most` names how many more there are: `a, b and 3 more`."""
     more = len(names) - most

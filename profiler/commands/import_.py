@@ -20,7 +20,7 @@ import numpy as np
 from profiler.commands import arguments
 from profiler.commands.files import FILE_HELP, add_reading_options, reading_options
 from profiler.formats.reading import Reading, ReadOptions, read
-from profiler.text import counted, quantity
+from profiler.text import counted, limit_of, quantity
 from profiler.times import NS_PER_S, TimeError, parse_time
 from storage.formats import pprof, pprof_arrays
 from storage.formats.limits import COUNT_LIMIT
@@ -135,6 +135,10 @@ def import_files(
             reading, profile, content = _read_complete(file, options, now_ns)
         except (ProfileError, IncompleteFileError, OSError) as error:
             print(f"everflame: {error}", file=sys.stderr)
+            status = 2
+            continue
+        except (RecursionError, MemoryError) as error:
+            print(f"everflame: {file}: cannot import it: {limit_of(error)}", file=sys.stderr)
             status = 2
             continue
         if profile.total_samples == 0:

@@ -242,6 +242,53 @@ def test_one_output_on_a_full_disk_leaves_the_others(folded: Path) -> None:
     assert (folded.parent / "out.svg").is_file()
 
 
+SHORT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+from profiler import cli
+cli.main(sys.argv[1:] + ["first.folded"])  # all that it imports is there
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 20),) * 2)
+raise SystemExit(cli.main(sys.argv[1:] + ["large.json"]))
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["verify"], ["flamegraph"], ["export", "-o", "-"], ["import", "--store=store"]],
+    ids=lambda command: command[0],
+)
+def test_a_file_that_is_larger_than_memory_is_one_line(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "first.folded").write_text("main;work 1\n")
+    with (tmp_path / "large.json").open("w") as large:
+        large.write('{"name": "')
+        large.truncate(64 << 20)
+
+    child = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY, *command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert child.returncode == (1 if command == ["verify"] else 2), child.stderr
+    assert "Traceback" not in child.stderr
+    assert "cannot read it: that takes more memory than there is\n" in child.stdout + child.stderr
+
+
+def test_input_that_is_nested_too_deeply_is_no_defect_of_this_program() -> None:
+    def fall() -> None:
+        fall()
+
+    with pytest.raises(RecursionError) as fallen:
+        fall()
+
+    assert cli._is_expected(fallen.value)
+    assert cli._text_of(fallen.value) == "cannot do that: it is nested too deeply"
+
+
 def test_an_unknown_argument_shows_the_usage_of_its_command(folded: Path) -> None:
     child = shell("$E ls --nope", folded.parent)
 
