@@ -53,14 +53,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stderr is sys.__stderr__:
         sys.stderr = _messages()
     try:
-        try:
-            return _run(argv)
-        finally:  # also where argparse ends the process: it has printed help or an error
-            sys.stdout.flush()
-    except OSError as error:  # of help, or of what was still in the buffer
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try again
-        print(f"everflame: cannot write to standard output: {error.strerror}", file=sys.stderr)
-        return 2
+        status = _run(argv)
+    except SystemExit:  # argparse ends the process: it has printed help or an error
+        if not _is_flushed():
+            return 2
+        raise
+    return status if _is_flushed() else 2
+
+
+def _is_flushed() -> bool:
+    """Write what is still in the buffer of standard output; say if that fails."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _not_written(error)
+        return False
+    return True
+
+
+def _not_written(error: OSError) -> int:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try again
+    print(f"everflame: cannot write to standard output: {error.strerror}", file=sys.stderr)
+    return 2
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -71,7 +85,10 @@ def _run(argv: Sequence[str] | None) -> int:
         import argcomplete  # noqa: PLC0415 - only a shell that completes a word waits for it
 
         argcomplete.autocomplete(command_line(environment["COMP_LINE"].split()))  # ends the process
-    options = command_line().parse_args(argv)
+    try:
+        options = command_line().parse_args(argv)
+    except OSError as error:  # of help
+        return _not_written(error)
     logging.basicConfig(format="everflame: %(message)s")
     options.environment = environment
     try:

@@ -13,8 +13,9 @@ log = logging.getLogger(__name__)
 class Guard:
     """Runs one stage, and counts what it raises.
 
-    A stage that fails twice in a row is paused, each time for longer. Its first fault is logged
-    with a traceback; the same fault again only with its count, at 2, 4, 8 and so on.
+    A stage that fails twice in a row is paused, each time for longer. Its first fault is logged,
+    with a traceback if it is to have one; the same fault again only with its count, at 2, 4, 8 and
+    so on.
 
     Attributes:
         faults: how often the stage has failed.
@@ -24,11 +25,14 @@ class Guard:
         self,
         stage: str,
         longest_pause_s: float = LONGEST_PAUSE_S,
+        *,
+        has_traceback: bool = True,
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.faults = 0
         self._stage = stage
         self._longest_pause_s = longest_pause_s
+        self._has_traceback = has_traceback
         self._monotonic_s = monotonic_s
         self._in_a_row = 0
         self._known = ""
@@ -67,7 +71,10 @@ class Guard:
         described = f"{type(error).__name__}: {error}"
         if described != self._known:
             self._known, self._times = described, 1
-            log.error("survived a fault stage=%s", self._stage, exc_info=error)
+            if self._has_traceback:
+                log.error("survived a fault stage=%s", self._stage, exc_info=error)
+            else:
+                log.error("survived a fault stage=%s error=%s", self._stage, described)
             return
         self._times += 1
         if self._times & (self._times - 1) == 0:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from bpf.sampler import SamplerConfig
+from profiler.agent.guard import Guard
 from profiler.agent.ready import announce
 from profiler.agent.recorder import Recorder
 from profiler.agent.signals import ENDING, Signals
@@ -26,6 +27,8 @@ from profiler.formats import export
 from profiler.text import StatusLine, counted, lost_to, path_text, tell
 from storage.profile import ESTIMATED_LOSSES, Accounting, Profile
 
+_LONGEST_PAUSE_S = 1.0
+"""A step that fails does not end the recording: what was counted before it is written."""
 _GRACE_S = 5.0
 """How long a command may take to end when asked to, before the recording ends without it."""
 
@@ -128,7 +131,7 @@ def record(options: RecordOptions, environment: dict[str, str]) -> int:
             tell(f"everflame: {note}")
         with Recorder(config, commands=commands or ()) as recorder:
             ending = _sample(recorder, target, options, signals)
-            profile = recorder.close_window()
+            profile = recorder.cut_window()
             unselected = recorder.sampler.unselected
     written, error = outputs.write(profile, files, options.by)
     if not options.outputs:
@@ -193,9 +196,16 @@ def _sample(
     next_step = begun + DRAIN_PERIOD_S
     asked = False
     ending: list[str] = []
+    guard = Guard("recording", _LONGEST_PAUSE_S, has_traceback=False)
     while not target.has_ended():
-        met = signals.wait(min(next_step, deadline))
-        recorder.catch_up()
+        until_s = min(next_step, deadline)
+        # What a fault has left unread keeps its descriptor readable.
+        met = (
+            signals.wait(min(until_s, guard.resumes_s), only_signals=True)
+            if guard.is_paused
+            else signals.wait(until_s)
+        )
+        guard.run(recorder.catch_up)
         now = time.monotonic()
         if met in ENDING or now >= deadline:
             if asked or not isinstance(target, Command):
@@ -204,14 +214,17 @@ def _sample(
             target.ask_to_end(met if met in ENDING else signal.SIGTERM)
             deadline = now + _GRACE_S
         if now >= next_step:
-            recorder.step()
-            progress.show(now - begun, recorder.counts)
+            guard.resume()
+            if guard.run(recorder.step):
+                guard.run(lambda: progress.show(time.monotonic() - begun, recorder.counts))
             next_step = max(next_step + DRAIN_PERIOD_S, now)
     else:
         if isinstance(target, Processes):
             ending.append(f"stopped after {time.monotonic() - begun:.1f} s: {target.name} ended")
-    recorder.stop()
     progress.clear()
+    for step in (recorder.stop, recorder.drain):
+        guard.resume()
+        guard.run(step)
     return ending
 
 

@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import resource
 import select
 import shlex
 import signal
@@ -252,6 +253,27 @@ def test_a_terminal_that_goes_ends_the_recording_and_the_file_is_written(tmp_pat
 
     assert os.waitstatus_to_exitcode(status) == 0
     assert pprof.decode(file.read_bytes()).total_samples
+
+
+def test_a_fault_in_a_step_does_not_take_what_was_counted_before(tmp_path) -> None:
+    """For a second no file can be opened; the ticks that were drained then are counted as lost."""
+    file = tmp_path / "x.pb.gz"
+    with running(EVERFLAME, "record", "-o", file, stderr=subprocess.PIPE) as process:
+        assert process.stderr.readline().startswith(b"sampling all CPUs ")
+        limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        wait_for(lambda: cpu_s(process.pid) > 0)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (4, limits[1]))
+        told = next(line for line in process.stderr if b"survived a fault" in line)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
+        process.terminate()
+        _, talk = process.communicate(timeout=60)
+
+    counts = pprof.decode(file.read_bytes()).accounting
+    assert process.returncode == 0
+    assert told.startswith(b"everflame: survived a fault stage=recording error=OSError: ")
+    assert b"Traceback" not in talk
+    assert counts.ticks > 0
+    assert counts.mismatch == 0
 
 
 def test_sigkill_leaves_nothing_behind(recording) -> None:

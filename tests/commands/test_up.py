@@ -235,6 +235,7 @@ def test_a_signal_closes_and_stores_the_last_window(number, up, place) -> None:
     up.send_signal(number)
 
     assert up.wait(60) == 0
+    assert "sampling at 99 Hz, one object every 5 s into " in place.talk
     assert not any(map(is_running, children.values()))
     wait_for(lambda: not any(map(is_running, descendants)))
     assert not list((place.root / "spool" / "waiting").iterdir())
