@@ -80,6 +80,8 @@ def metrics_of(status: Mapping[str, Any]) -> Iterator[Metric]:
         "uploader": upload.get("rss_bytes", 0),
     }
     figures = {name: value for name, value in upload.items() if isinstance(value, int | float)}
+    for part in ("readers", "files", "mappings", "labels"):
+        yield labelled(f"everflame_{part}", "gauge", "figure", status.get(part, {}))
     yield labelled("everflame_lost_ticks_total", "counter", "cause", status["lost"])
     yield labelled("everflame_stack_ends_total", "counter", "reason", status["stops"])
     yield labelled("everflame_cpu_seconds_total", "counter", "part", cpu_s)

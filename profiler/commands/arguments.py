@@ -85,7 +85,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         type=process_id,
         action="append",
         default=[],
-        help="sample this process and its descendants; may be repeated",
+        help="sample this process, or that of this thread, and its descendants; may be repeated",
     )
     add_frequency(parser)
 

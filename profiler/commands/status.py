@@ -48,6 +48,8 @@ def table(status: Mapping[str, Any]) -> str:
         *_costs(status["cpu_ns"], upload.get("cpu_ns", 0), status["uptime_s"]),
         ("bpf", f"{status['bpf_ns_per_tick'] / 1000:.1f} us a tick"),
         *_unwinding(status["unwinding"]),
+        *_more("files", status.get("files", {})),
+        *_more("mappings", status.get("mappings", {})),
         *_more("labels", status.get("labels", {})),
         *_more("readers", status.get("readers", {})),
         ("memory", f"sampler {own_mb}, uploader {_megabytes(upload.get('rss_bytes', 0))}"),
@@ -88,19 +90,31 @@ _IN_WORDS = {
     "builds_interrupted": ("build of an unwind table", "builds of unwind tables", "interrupted"),
     "mappings_without_number": ("mapping", "mappings", "without room for unwinding"),
     "instances_uncounted": ("service instance", "service instances", "without time of presence"),
+    "processes_uncounted": ("process", "processes", "without time of presence"),
+    "failed": ("file", "files", "that could not be read"),
+    "beyond_limit": ("file", "files", "beyond the limit"),
+    "misclaimed_build_ids": ("file", "files", "with the build id of another one"),
+    "mounts_hung": ("file system", "file systems", "that did not answer"),
+    "gaps": ("gap", "gaps", "in the kernel's records of processes"),
+    "degraded": ("process", "processes", "with too many mappings to be followed"),
+    "dropped_logs": ("process", "processes", "whose mappings took too much memory"),
     "failed_starts": ("start", "starts", "failed"),
     "left_behind": ("reader", "readers", "left behind: a file system does not answer"),
 }
 """What a counter in the status counts: one, several, and what has happened to them."""
-_NOT_COUNTERS = frozenset({"children", "waiting", "answered", "cpu_ns"})
-"""Of the readers: what is no problem."""
+_NO_PROBLEMS = frozenset(
+    {
+        *("children", "waiting", "answered", "cpu_ns", "files", "pending", "snapshots"),
+        *("log_bytes", "processes_awaited"),
+    }
+)
 
 
 def _more(name: str, state: Mapping[str, int]) -> Iterator[tuple[str, str]]:
     """Return the counters of what went wrong that are not 0; those not known by their name."""
     told = []
     for counter, number in state.items():
-        if not number or counter in _NOT_COUNTERS:
+        if not number or counter in _NO_PROBLEMS:
             continue
         one, several, happened = _IN_WORDS.get(counter, (counter.replace("_", " "),) * 2 + ("",))
         told.append(f"{counted(number, one, several)} {happened}".rstrip())
