@@ -56,7 +56,10 @@ def main() -> None:
     limit_privileges()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     kinds: Mapping[str, Read] = importlib.import_module(sys.argv[2]).kinds(Path(sys.argv[3]))
-    resource.setrlimit(resource.RLIMIT_DATA, (_DATA_BYTES, _DATA_BYTES))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    # The user's own limit may be lower (ulimit -d), and cannot be raised without privileges.
+    data_bytes = _DATA_BYTES if hard == resource.RLIM_INFINITY else min(hard, _DATA_BYTES)
+    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, data_bytes))
     with contextlib.suppress(ConnectionError):  # nobody waits for the answer any more
         _answer(channel, kinds)
 

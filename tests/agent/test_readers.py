@@ -64,6 +64,30 @@ def test_items_are_answered_with_what_was_read(asked: Asked, tmp_path: Path) -> 
     assert asked.readers.cpu_ns > 0
 
 
+def test_a_lower_limit_of_the_user_is_kept(tmp_path: Path) -> None:
+    """As with `ulimit -d`: readers may not raise it, and read all the same."""
+    script = (
+        "import resource, sys, time\n"
+        "from pathlib import Path\n"
+        "from profiler.agent.readers import Readers\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (200 << 20, 200 << 20))\n"
+        f"readers, answers = Readers(Path(sys.argv[1]), kinds={KINDS!r}), []\n"
+        "readers.ask('echo', {'say': 'here'}, answers.append)\n"
+        "readers.wait(time.monotonic() + 30, lambda: answers)\n"
+        "readers.close()\n"
+        "print(answers[0].result['said'])\n"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", script, tmp_path],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert child.stdout == "here\n", child.stderr
+
+
 @pytest.mark.parametrize(
     ("kind", "values", "failure"),
     [
