@@ -30,6 +30,7 @@ from storage.objects.open import open_tenant
 from storage.objects.tenant import TenantStore
 from storage.objects.tenant_key import make_tenant_key
 from storage.profile import Host, Profile, ProfileError, Window, make_labels
+from storage.query.decoding import check_counts
 from storage.query.function_totals import PROCESS_LABELS
 from symbolizer.text import readable
 
@@ -213,6 +214,7 @@ def check_readable(profile: Profile, content: bytes, file: str) -> None:
     """
     try:
         columns = pprof_arrays.decode(content, Hasher(secrets.token_bytes(32)))
+        check_counts(columns)
     except ProfileError as error:
         raise type(error)(f"{file}: cannot be kept as an object: {error}") from error
     sums = columns.counts.sum(axis=0).tolist()

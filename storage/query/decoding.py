@@ -17,18 +17,21 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
+
+import numpy as np
 
 from storage.columns import Columns
 from storage.formats import pprof_arrays
-from storage.formats.limits import OutOfMemoryError
+from storage.formats.limits import OBJECT_COUNT_LIMIT, OutOfMemoryError
 from storage.hashing import Hasher
 from storage.merging import merge_columns
 from storage.objects.keys import (
     LARGEST_OBJECT_BYTES,
+    NS_PER_S,
     ObjectKey,
     ObjectStore,
     ObjectTooLarge,
@@ -345,9 +348,31 @@ def decode_object(key: ObjectKey, content: bytes, hasher: Hasher) -> Columns:
     if key.ending != "pb.gz":
         raise ProfileError(f"this version cannot read .{key.ending}")
     columns = pprof_arrays.decode(content, hasher)
+    check_counts(columns)
+    window = columns.window
+    start_s = window.start_ns // NS_PER_S
+    if (start_s, max(1, -(-window.end_ns // NS_PER_S) - start_s)) != (key.start_s, key.length_s):
+        raise ProfileError("its window is not the one that its key names")
     if len(columns.accounting.hosts) == 1 and columns.accounting.hosts[0].name:
         columns = columns.with_label("host", columns.accounting.hosts[0].name)
     return columns
+
+
+def check_counts(columns: Columns) -> None:
+    """Refuse counts that no host has in an hour: the sums of a window are 64 bits wide.
+
+    Raises:
+        ProfileError: there are such counts.
+    """
+    counts: list[float] = [columns.period_ns, *columns.counts.sum(axis=0, dtype=np.float64)]
+    for each in fields(columns.accounting):
+        count = getattr(columns.accounting, each.name)
+        if isinstance(count, Mapping):
+            counts.append(sum(count.values()))
+        elif isinstance(count, int):
+            counts.append(count)
+    if max(counts) > OBJECT_COUNT_LIMIT:
+        raise ProfileError("its counts add up to more than 2^53, which no host has in an hour")
 
 
 def join_parts(parts: Sequence[Part[Columns]]) -> list[Part[Columns]]:

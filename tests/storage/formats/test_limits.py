@@ -1,7 +1,9 @@
 """Limits: hostile objects are refused before they cost memory, and real ones are within them."""
 
 import dataclasses
+import functools
 import multiprocessing
+import random
 import resource
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -108,3 +110,47 @@ def test_what_exhausts_python_is_a_damaged_profile(error, reason):
     """No caller has to know Python's own errors."""
     with pytest.raises(ProfileError, match=reason), exhaustion_named():
         raise error
+
+
+def damaged(content: bytearray, chance: random.Random) -> None:
+    """Flip a bit of a profile, or cut, double, move or make up a piece of it."""
+    at, length = chance.randrange(len(content)), chance.choice((1, 4, 100, 1000))
+    piece = content[at : at + length]
+    to = chance.randrange(len(content))
+    match chance.randrange(5):
+        case 0:
+            content[at] ^= 1 << chance.randrange(8)
+        case 1:
+            content[at : at + length] = b"\0"
+        case 2:
+            content[to:to] = piece * chance.choice((1, 2, 2000 // len(piece) + 1))
+        case 3:
+            content[at : at + length] = chance.randbytes(len(piece))
+        case _:
+            content[at : at + 1] = hostile_objects.varint(chance.getrandbits(64))
+
+
+def other_errors(seed: int) -> list[str]:
+    """Read fifty damaged copies of a real profile; return what else than a ProfileError came."""
+    chance = random.Random(seed)
+    plain = decompress(pprof.encode(some.hostile_profile()))
+    decode_arrays = functools.partial(pprof_arrays.decode, hasher=Hasher(b"k" * 32))
+    found = []
+    for number in range(50):
+        content = bytearray(plain)
+        for _ in range(chance.choice((1, 1, 3, 30))):
+            damaged(content, chance)
+        for read in (pprof.decode, pprof_head.read_head, decode_arrays):
+            try:
+                read(bytes(content))
+            except ProfileError:
+                pass
+            except Exception as error:  # noqa: BLE001 - that there is none is the rule
+                found.append(f"{seed}/{number}: {error!r}")
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_damaged_profile_is_read_or_refused(bounded_process, seed):
+    """Bits flipped, pieces cut, doubled, moved and made up: nothing but a ProfileError comes."""
+    assert bounded_process.submit(other_errors, seed).result(timeout=100) == []

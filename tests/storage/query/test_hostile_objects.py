@@ -1,0 +1,107 @@
+"""Objects that claim what cannot be: each is named, and its window is answered without it."""
+
+import gzip
+
+import orjson
+import pytest
+
+from profiler.commands.verify import verify_store
+from storage.formats import pprof
+from storage.formats.pprof_message import decompress, message_class
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import object_key
+from storage.objects.tenant import TenantStore
+from storage.query.query import Query
+from tests.storage.query.test_query import small
+from tests.support import hostile_objects
+from tests.support.stores import at, minutes, put
+
+HUGE = 2**62
+
+_Message = message_class("everflame.test_hostile")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return DirectoryStore(tmp_path / "store")
+
+
+def put_content(store, minute, content):
+    key = object_key(at(small(minute), minute), content, "default")
+    store.put(key.text, content)
+    return key.text
+
+
+def claiming(minute, values=None, **claims):
+    """Return an object whose accounting claims this, and whose samples have these values."""
+    message = _Message()
+    message.ParseFromString(decompress(pprof.encode(at(small(minute), minute))))
+    number = message.comment[0]
+    record = orjson.loads(message.string_table[number].removeprefix(b"everflame "))
+    message.string_table[number] = b"everflame " + orjson.dumps(record | claims)
+    for sample in message.sample if values else ():
+        sample.value[:] = values
+    return gzip.compress(message.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"ticks": HUGE, "stored": HUGE},
+        {"ticks": 1.5},
+        {"ticks": -1},
+        {"ticks": 1e30},
+        {"ticks": True},
+        {"ticks": None},
+        {"ticks": "1"},
+        {"lost": {"a": HUGE, "b": HUGE}},
+        {"lost": [1]},
+        {"services": [{"labels": {"service": "a"}, "present_ns": HUGE}] * 5},
+        {"services": [{"labels": {"service": 1}, "present_ns": 1}]},
+        {"services": {"a": 1}},
+        {"nonidle_ns": HUGE},
+        {"cpus": HUGE},
+        {"agent": {"cpu_ns": HUGE}},
+        {"period_ns": HUGE},
+        {"window": [0, HUGE]},
+        {"window": [60, 0]},
+        {"window": [0]},
+        {"hosts": [["a"]]},
+        {"stops": {"root": HUGE}},
+        {"values": [2**60, 2**60]},
+        {"values": [1, 2**60]},
+    ],
+    ids=str,
+)
+def test_an_object_of_absurd_numbers_is_skipped(store, tmp_path, claims):
+    """Eight of them overflow no sum of their window."""
+    real = put(store, at(small(9), 9))
+    claimed = {put_content(store, minute, claiming(minute, **claims)) for minute in range(8)}
+    query = Query(TenantStore(store), tmp_path / "cache")
+
+    answer = query.profile(minutes(0, 10))
+    alone = Query(TenantStore(store), tmp_path / "alone").profile(minutes(9, 10))
+
+    assert real.text not in claimed
+    assert {key for key, _ in answer.coverage.skipped} == claimed
+    assert answer.coverage.accounting == alone.coverage.accounting
+    assert answer.profile.total_samples == alone.profile.total_samples
+    for ask in (query.timeline, query.functions, query.presence):
+        assert {key for key, _ in ask(minutes(0, 10)).coverage.skipped} == claimed
+
+
+def test_verify_names_what_is_beyond_the_limits(store):
+    """Text and JSON say what there is too much of; the others are checked."""
+    put(store, at(small(0), 0))
+    kinds = ("empty samples", "empty gzip members", "a deep comment")
+    hostile = {
+        put_content(store, minute, hostile_objects.KINDS[kind](hostile_objects.ROOM_BYTES))
+        for minute, kind in enumerate(kinds, start=1)
+    }
+
+    found = verify_store(TenantStore(store), minutes(0, 10))
+
+    assert found.objects == 1
+    assert {each["key"] for each in found.unreadable} == hostile
+    assert all("it holds more than" in each["reason"] for each in found.unreadable)
+    assert orjson.loads(found.as_json())["unreadable"] == found.unreadable
