@@ -392,7 +392,13 @@ class Parts:
     ) -> list[Part[Columns]]:
         """Decode and merge what is not kept of a span; anew: all of it."""
         read, missing = ([], objects) if anew else self._kept_parts(objects)
-        parts = join_parts([*read, *self.decoder.decode(missing, self.progress)])
+        listed = {each.stored.key: each for each in objects}
+
+        def keep(part: Part[Columns]) -> None:
+            if part.value is not None and part.is_lasting:
+                self._keep(part, self.name([listed[key] for key in part.keys]))
+
+        parts = join_parts([*read, *self.decoder.decode(missing, self.progress, keep)])
         if len(parts) != 1 or parts[0].value is None:
             return parts
         whole = replace(parts[0], keys=tuple(each.stored.key for each in objects))

@@ -369,6 +369,25 @@ def _has_own_host(profile: Profile) -> bool:
     return any("host" in dict(labels) for labels in profile.label_sets)
 
 
+def test_whoever_asks_again_after_an_interrupt_gets_further(store, query):
+    """An hour that takes longer than a request may is answered in the end."""
+    for minute in range(60):
+        put(store, at(small(minute), minute))
+    decoded = []
+
+    def check():
+        if sum(decoded) >= 30:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        query.watched(decoded.append).interruptible(check).profile(minutes(0, 60))
+    store.fetched.clear()
+    answer = query.profile(minutes(0, 60))
+
+    assert answer.coverage.objects == 60
+    assert len(store.fetched) <= 30
+
+
 def test_objects_outside_the_window_are_never_fetched(store, query):
     """Nor is any fetched twice: the second answer comes from the cache alone."""
     keys = [put(store, at(small(i), i)).text for i in range(0, 180, 10)]
