@@ -1,6 +1,7 @@
 """Objects that claim what cannot be: each is named, and its window is answered without it."""
 
 import gzip
+import os
 
 import orjson
 import pytest
@@ -11,6 +12,7 @@ from storage.formats.pprof_message import decompress, message_class
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import object_key
 from storage.objects.tenant import TenantStore
+from storage.profile import ALWAYS
 from storage.query.query import Query
 from tests.storage.query.test_query import small
 from tests.support import hostile_objects
@@ -105,3 +107,48 @@ def test_verify_names_what_is_beyond_the_limits(store):
     assert {each["key"] for each in found.unreadable} == hostile
     assert all("it holds more than" in each["reason"] for each in found.unreadable)
     assert orjson.loads(found.as_json())["unreadable"] == found.unreadable
+
+
+def nest(folder, levels):
+    """Make folders within folders, deeper than a path may be long."""
+    fd = os.open(folder, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("a", dir_fd=fd)
+        below = os.open("a", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+
+
+def unnest(folder):
+    outer, inner = folder / "a", folder / "b"
+    while (outer / "a").is_dir():
+        (outer / "a").rename(inner)
+        outer.rmdir()
+        inner.rename(outer)
+
+
+def test_folders_that_others_made_in_a_store_are_passed_over(tmp_path):
+    """Nested deeply, links in circles, pipes, names that are no text: at every level of keys."""
+    folder = tmp_path / "store"
+    store = DirectoryStore(folder)
+    text = put(store, at(small(0), 0)).text
+    expected = Query(TenantStore(store), tmp_path / "before").profile(minutes(0, 10))
+    for level in [path for path in (folder / text).parents if path.is_relative_to(folder)]:
+        (level / "0deep").mkdir()
+        nest(level / "0deep", 1200 if level.name == "l0" else 20)
+        (level / "circle").symlink_to(level)
+        os.mkfifo(level / "pipe")
+        (level / os.fsdecode(b"\xff")).mkdir()
+        (level / "zero").symlink_to("/dev/zero")
+    tenant = TenantStore(store)
+    try:
+        assert verify_store(tenant, ALWAYS).objects == 1
+        query = Query(tenant, tmp_path / "cache")
+        assert query.profile(minutes(0, 10)).profile.total_samples == (
+            expected.profile.total_samples
+        )
+        assert query.span() == Query(tenant, tmp_path / "before").span()
+        assert [each.key for each in tenant.expire(2**40, keep_s=1, keep_bytes=0)] == [text]
+    finally:
+        unnest(folder / "v1/default/l0/0deep")  # pytest's way to remove it recurses
