@@ -9,7 +9,7 @@ it: a proxy's login page must not count as a stored profile.
 import base64
 import contextlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import boto3
@@ -187,14 +187,32 @@ class S3Store:
         pages = iter(pages)
         while True:
             with self._explaining("list", prefix):
-                page = next(pages, None)
-            if page is None:
+                try:
+                    page = next(pages, None)
+                    listed = None if page is None else self._listed(page)
+                except (KeyError, ValueError, RuntimeError) as error:
+                    # The library takes the numbers and times of a listing for valid ones.
+                    raise _NotAStoreError from error
+            if listed is None:
                 return
-            if "IsTruncated" not in page:  # a page of HTML would look like an empty listing
-                raise StoreUnavailable(f"cannot list {prefix!r} in {self._place}: {_NOT_A_STORE}")
-            for each in page.get("Contents", ()):
-                modified_ns = int(each["LastModified"].timestamp()) * NS_PER_S
-                yield StoredObject(each["Key"][len(self._prefix) :], each["Size"], modified_ns)
+            yield from listed
+
+    def _listed(self, page: Any) -> Sequence[StoredObject]:
+        """Return the objects of a page.
+
+        Raises:
+            _NotAStoreError: it is not one. A page of HTML would look like an empty listing.
+        """
+        if page["IsTruncated"] and not page.get("NextContinuationToken"):
+            raise _NotAStoreError
+        return [
+            StoredObject(
+                each["Key"][len(self._prefix) :],
+                each["Size"],
+                int(each["LastModified"].timestamp()) * NS_PER_S,
+            )
+            for each in page.get("Contents", ())
+        ]
 
     def delete(self, key: str) -> None:
         name = self._name(key)

@@ -165,6 +165,15 @@ UNTYPED_PAGE = PAGE_AS_OBJECT.replace(b"Content-Type: text/html\r\n", b"")
 """What a captive portal sends, the second and third with an object's headers."""
 YES_TO_ALL = b'HTTP/1.1 200 OK\r\nETag: "a5"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n'
 """What something in between may send that answers every request, also one for an object."""
+
+
+def listing(content: str) -> bytes:
+    """Return an answer that looks like the one to a listing."""
+    body = f"<ListBucketResult>{content}</ListBucketResult>"
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}"
+    return f"{head}\r\nConnection: close\r\n\r\n{body}".encode()
+
+
 GARBAGE = b"\x00\xff not HTTP at all\r\n\r\n"
 
 

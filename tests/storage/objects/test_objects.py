@@ -42,6 +42,7 @@ from tests.support.weed import (
     Proxy,
     Weed,
     free_ports,
+    listing,
     s3_error,
     using_keys,
 )
@@ -530,6 +531,38 @@ def test_a_bucket_that_answers_wrongly_is_to_be_tried_again(
     assert all(isinstance(error, StoreUnavailable) for error in errors)
     assert expected in str(errors[0])
     assert left == []
+
+
+_ONE = "<IsTruncated>false</IsTruncated><Contents><Key>v1/a</Key>{}</Contents>"
+_TIME = "<LastModified>2026-01-01T00:00:00Z</LastModified>"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "<a>" * 20_000 + "</a>" * 20_000,
+        "<IsTruncated>true</IsTruncated>",
+        "<IsTruncated>true</IsTruncated><NextContinuationToken>x</NextContinuationToken>",
+        _ONE.format("<Size>1</Size>"),
+        _ONE.format(_TIME),
+        _ONE.format(_TIME + "<Size>x</Size>"),
+        _ONE.format(_TIME + f"<Size>{'9' * 5000}</Size>"),
+        _ONE.format("<Size>1</Size><LastModified>9999999999-01-01</LastModified>"),
+        _ONE.format("<Size>1</Size><LastModified>soon</LastModified>"),
+    ],
+    ids=lambda content: content[:60],
+)
+def test_a_listing_that_no_store_sends_is_to_be_tried_again(proxy: Proxy, content: str) -> None:
+    """Nested deeply, without an end, with numbers and times that are none."""
+    with using_keys():
+        store = S3Store(BUCKET, "", proxy.endpoint, timeout_s=5)
+        proxy.switch(listing(content))
+
+        error = complaint(lambda: list(store.list("v1/")))
+
+    assert isinstance(error, StoreUnavailable)
+    assert "cannot list" in str(error)
 
 
 class OlderServer(BaseHTTPRequestHandler):
