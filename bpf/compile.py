@@ -58,8 +58,14 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
             "cannot import bcc: install the distribution's package (apt-get install"
             f" python3-bpfcc) and use its python3: {error}"
         ) from error
-    offsets = Btf.of_kernel().member_offsets("task_struct", _TASK_MEMBERS)
-    constants = {f"TASK_{name.upper()}": value for name, value in offsets.items()}
+    kernel = Btf.of_kernel()
+    constants = {}
+    for prefix, struct, members in (
+        ("TASK", "task_struct", _TASK_MEMBERS),
+        ("MM", "mm_struct", ("start_stack",)),
+    ):
+        for name, offset in kernel.member_offsets(struct, members).items():
+            constants[f"{prefix}_{name.upper()}"] = offset
     constants |= request["constants"]
     os.chdir("/")  # bcc would find headers in the current directory before its own
     try:

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * One program runs at every tick of every CPU: it counts the tick, reads both stacks of what runs
- * there, and adds one to the count of that stack. Each tick ends in exactly one place, a counter or
- * the counts map, so that ticks = stored + idle + filtered + lost holds as integers.
+ * there, and adds one to the count of that stack. Each tick ends in exactly one place, a counter, the
+ * counts map or a copy, so that ticks = stored + copied + idle + filtered + lost holds as integers.
  *
  * Maps stand twice, as two map generations. `active` names the one that ticks write to; user space
  * flips it, waits until no program can still hold the old number, and empties the idle one in peace.
@@ -18,6 +18,7 @@ BPF_F_TABLE("array", u32, struct row, shard, SHARD_ROWS, MMAPABLE);
 BPF_TABLE("array_of_maps$shard", int, int, shards, SHARDS_CAPACITY);
 BPF_PERCPU_ARRAY(known, struct known_space, KNOWN_SPACES);
 BPF_RINGBUF_OUTPUT(requests, REQUEST_PAGES);
+BPF_RINGBUF_OUTPUT(copies, COPY_RING_PAGES);
 BPF_ARRAY(last_wake_ns, u64, 1);
 
 /* Of a map within a map, for which bcc has no word. */
@@ -123,6 +124,9 @@ static __always_inline void send_request(struct request *request)
 }
 
 #include "unwind.bpf.h"
+#include "copy.bpf.h"
+
+enum { ON_WALK, ON_COPY }; /* places in `programs` */
 
 struct scratch {
 	struct count_key key;
@@ -143,7 +147,8 @@ struct scratch {
 BPF_ARRAY(active, u32, 1);
 BPF_PERCPU_ARRAY(counters, struct counters, 2);
 BPF_PERCPU_ARRAY(scratch, struct scratch, 1);
-BPF_PROG_ARRAY(programs, 1);
+BPF_ARRAY(copying, struct copying, CPUS); /* a value of a per-CPU array may have 32 KB at most */
+BPF_PROG_ARRAY(programs, 2);
 BPF_HASH(counts_0, struct count_key, struct count, CAPACITY);
 BPF_HASH(counts_1, struct count_key, struct count, CAPACITY);
 BPF_HASH(user_stacks_0, u64, struct user_stack, LONG_CAPACITY);
@@ -270,13 +275,18 @@ static __always_inline u32 add_count(u32 generation, struct scratch *at, u64 lea
 	return error == -7 ? COUNTER_MAP_FULL : COUNTER_MAP_BUSY;
 }
 
-/* Put the tick where it belongs, now that both stacks are known. */
+/*
+ * Put the tick where it belongs, now that both stacks are known. A stack whose walk lacked something is
+ * copied instead; the copying program comes back if it may not.
+ */
 static __always_inline int count_tick(struct bpf_perf_event_data *ctx, struct scratch *at)
 {
 	u32 generation = at->generation & 1;
 	struct counters *count = counters.lookup(&generation);
 	u32 loss;
 
+	if (COPY_NS_PER_BYTE && unlikely(at->walk.has_requested) && at->programs < MAX_PROGRAMS - 1)
+		programs.call(ctx, ON_COPY);
 	loss = put_user_stack(generation, at);
 	if (!loss)
 		loss = put_kernel_stack(generation, at, ctx);
@@ -298,14 +308,53 @@ int on_walk(struct bpf_perf_event_data *ctx)
 
 	if (!at)
 		return 0;
-	stop = walk_on(&at->walk, &at->user);
+	stop = at->user.stop;
+	if (stop == GO_ON)
+		stop = walk_on(&at->walk, &at->user);
 	if (stop == GO_ON) {
 		if (++at->programs < MAX_PROGRAMS)
-			programs.call(ctx, 0);
+			programs.call(ctx, ON_WALK);
 		stop = STOP_TRUNCATED;
 	}
 	at->user.stop = stop;
 	return count_tick(ctx, at);
+}
+
+/* Send registers and stack to user space; beyond the budget the tick is counted as it was walked. */
+int on_copy(struct bpf_perf_event_data *ctx)
+{
+	u32 zero = 0, cpu = bpf_get_smp_processor_id(), generation, size, loss;
+	struct scratch *at = scratch.lookup(&zero);
+	struct copying *to = copying.lookup(&cpu);
+	struct counters *count;
+
+	if (!at || !to)
+		return 0;
+	generation = at->generation & 1;
+	count = counters.lookup(&generation);
+	if (!count)
+		return 0;
+	if (may_copy(to)) {
+		loss = put_kernel_stack(generation, at, ctx);
+		if (loss && loss < COUNTERS) {
+			count->values[loss]++;
+			return 0;
+		}
+		at->key.user_stack = 0;
+		to->copy.key = at->key;
+		read_kernel(to->copy.leader_comm, COMM_SIZE, (const void *)(at->leader + TASK_COMM));
+		to->copy.generation = generation;
+		size = copy_user(ctx, (void *)bpf_get_current_task_btf(), to, &at->walk, &at->user);
+		if (!copies.ringbuf_output(&to->copy, size, BPF_RB_NO_WAKEUP)) {
+			count->values[COUNTER_COPIED]++;
+			return 0;
+		}
+	}
+	count->values[COUNTER_UNCOPIED]++;
+	at->walk.has_requested = false;
+	programs.call(ctx, ON_WALK);
+	count->values[COUNTER_MAP_BUSY]++; /* the call has failed: it never should */
+	return 0;
 }
 
 int on_tick(struct bpf_perf_event_data *ctx)
@@ -331,6 +380,7 @@ int on_tick(struct bpf_perf_event_data *ctx)
 		return 0;
 	}
 	at->generation = generation;
+	at->programs = 0;
 	leader = MEMBER(task, TASK_GROUP_LEADER, const char *);
 	at->leader = (u64)leader;
 	start_ns = MEMBER(leader, TASK_START_BOOTTIME, u64);
@@ -350,7 +400,8 @@ int on_tick(struct bpf_perf_event_data *ctx)
 		stop = walk_on(&at->walk, &at->user);
 	if (stop == GO_ON) {
 		at->programs = 1;
-		programs.call(ctx, 0);
+		at->user.stop = GO_ON;
+		programs.call(ctx, ON_WALK);
 		stop = STOP_TRUNCATED;
 	}
 	at->user.stop = stop;

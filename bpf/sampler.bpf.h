@@ -56,6 +56,28 @@ struct kernel_stack {
 _Static_assert(sizeof(struct kernel_stack) == KERNEL_STACK_SIZE, "samples.py: KERNEL_STACK");
 _Static_assert(KERNEL_STACK_BYTES <= MAX_KERNEL_WORDS * sizeof(u64), "room for the kernel's stack");
 
+/*
+ * A tick whose walk needed what user space has not loaded yet: all that a later walk needs. The stack
+ * from `start` on follows, `size` bytes, and then the words that were found at the tick.
+ */
+struct copy {
+	struct count_key key; /* user_stack is 0 */
+	u64 first_ns;
+	u64 registers[16]; /* by DWARF number; the thread's own, when it was last in user mode */
+	u64 pc;
+	u64 start;
+	char leader_comm[COMM_SIZE];
+	u32 size;
+	u32 unreadable; /* a bit for each page of memory, the lowest first */
+	u32 length;
+	u32 stop;
+	u8 generation;
+	u8 pc_is_return_address;
+	u8 is_cut; /* there may be more of the stack */
+	u8 unused[5];
+};
+_Static_assert(sizeof(struct copy) == COPY_SIZE, "samples.py: COPY");
+
 struct counters {
 	u64 values[COUNTERS];
 };

@@ -6,6 +6,8 @@ second. All of it happens in the caller's thread; nothing here starts one.
 
 import errno
 import json
+import math
+import mmap
 import os
 import struct
 import sys
@@ -22,7 +24,9 @@ from bpf import perf_event, syscalls, tables
 from bpf.compile import MAX_PROGRAMS
 from bpf.errors import PerfEventError
 from bpf.load import ask_child
+from bpf.ring import RingBuffer
 from bpf.samples import (
+    COPY,
     COUNT,
     COUNT_KEY,
     KERNEL_STACK,
@@ -31,6 +35,7 @@ from bpf.samples import (
     MAX_USER_WORDS,
     TAG_SHIFT,
     USER_STACK,
+    CopiedStack,
     Counter,
     Drain,
     RawSample,
@@ -47,6 +52,12 @@ _MAPS_BYTES = 16 << 20
 _ENTRY_BYTES = 2 * (
     COUNT_KEY.itemsize + COUNT.itemsize + USER_STACK.itemsize // 2 + KERNEL_STACK.itemsize
 )
+_COPY_BYTES = 1 << 16
+"""Of one stack: Python's and compilers' may be deep. A power of two."""
+_COPY_RING_BYTES, _MAX_COPY_RING_BYTES = 1 << 20, 1 << 24
+"""Of each CPU, and of all: room for what the budget allows in a drain's period."""
+_COPY_BURST_NS = 500_000_000
+"""A budget that was not used may be saved up for so long: many programs begin at once."""
 _GO_ON = 1000  # no StopReason has this number
 _COUNT_HEAD = [name for name in COUNT.names or () if name != "words"]
 _NO_WORDS: Words = np.empty(0, np.uint64)
@@ -66,6 +77,8 @@ class SamplerConfig:
         frames_per_program: how many frames one program leaves before it calls the next; the first
             number that the kernel's verifier takes is used.
         kernel_stack_bytes: what the kernel may write of its own stack; a deeper one is cut.
+        copied_bytes_per_s: of stacks that cannot be walked yet, on each CPU; for an owner that
+            unwinds the copies.
     """
 
     frequency_hz: int = 99
@@ -75,6 +88,7 @@ class SamplerConfig:
     tables_limit_bytes: int = tables.DEFAULT_LIMIT_BYTES
     frames_per_program: tuple[int, ...] = (24, 16, 8, 5)
     kernel_stack_bytes: int = 8 * MAX_KERNEL_WORDS
+    copied_bytes_per_s: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.frequency_hz <= MAX_FREQUENCY_HZ:
@@ -127,6 +141,9 @@ class Sampler:
             generation: np.zeros(len(Counter), np.uint64) for generation in _MAP_GENERATIONS
         }
         self._failed: set[int] = set()
+        self._copies = RingBuffer(self._fds["copies"], _copy_ring_bytes(self._possible_cpus))
+        self._copied: tuple[list[bytes], list[bytes]] = ([], [])
+        """By map generation: records that were taken from the ring and are not drained yet."""
         self._counts = self._readers("counts", COUNT_KEY, COUNT)
         self._user_stacks = self._readers("user_stacks", np.dtype(np.uint64), USER_STACK)
         self._kernel_stacks = self._readers("kernel_stacks", np.dtype(np.uint64), KERNEL_STACK)
@@ -228,9 +245,10 @@ class Sampler:
         syscalls.update(self._fds["active"], 0, struct.pack("<I", self._generation))
         flipped_ns = time.monotonic_ns()
         self.wait_for_programs()  # nobody writes to the old one any more
+        self._take_copies()
         totals = self._read_counters(idle_generation)
         try:
-            samples = self._take_samples(idle_generation)
+            samples, copies = self._take_samples(idle_generation)
         except BaseException:
             self._failed.add(idle_generation)  # its counts come with its next drain
             raise
@@ -245,10 +263,16 @@ class Sampler:
         if idle_generation in self._failed:
             self._failed.discard(idle_generation)
             ended = counts[Counter.IDLE] + counts[Counter.FILTERED] + sum(lost.values())
-            stored = sum(sample.samples for sample in samples)
+            stored = sum(sample.samples for sample in samples) + len(copies)
             lost["fault"] = counts[Counter.TICKS] - ended - stored
         # If this process was stopped while it flipped them, the last tick says on which side.
-        latest_ns = max((sample.last_ns for sample in samples), default=0)
+        latest_ns = max(
+            (
+                *(sample.last_ns for sample in samples),
+                *(copy.walked.last_ns for copy in copies),
+            ),
+            default=0,
+        )
         return Drain(
             samples=samples,
             ticks=counts[Counter.TICKS],
@@ -256,6 +280,8 @@ class Sampler:
             filtered=counts[Counter.FILTERED],
             lost=lost,
             ended_ns=min(max(flip_begun_ns, latest_ns), flipped_ns),
+            copies=copies,
+            uncopied=counts[Counter.UNCOPIED],
         )
 
     def wait_for_programs(self) -> None:
@@ -274,7 +300,20 @@ class Sampler:
         totals: np.ndarray = by_cpu.sum(axis=0, dtype=np.uint64)
         return totals
 
-    def _take_samples(self, generation: int) -> list[RawSample]:
+    def _take_copies(self) -> None:
+        """Take all records that had been begun, those of the other map generation as well.
+
+        One that is still being written, on another CPU, stands before complete ones.
+        """
+        end = self._copies.produced
+        while True:
+            for record in self._copies.take():
+                self._copied[record[_GENERATION_AT] & 1].append(record)
+            if self._copies.consumed >= end:
+                break
+            self.wait_for_programs()
+
+    def _take_samples(self, generation: int) -> tuple[list[RawSample], list[CopiedStack]]:
         keys, counts = self._counts[generation].take_all()
         long = _stacks(*self._user_stacks[generation].take_all())
         kernel_keys, kernel_values = self._kernel_stacks[generation].take_all()
@@ -304,12 +343,17 @@ class Sampler:
                     kernel_stop=kernel_stops.get(kernel_hash, ""),
                 )
             )
-        return samples
+        copies = [
+            _copied_stack(record, kernel, kernel_stops) for record in self._copied[generation]
+        ]
+        self._copied[generation].clear()
+        return samples, copies
 
     def close(self) -> None:
         """Detach and free everything; safe to call twice."""
         self.stop()
         self.tables.close()
+        self._copies.close()
         for fd in (*self._tracepoints, *self._fds.values()):
             os.close(fd)
         self._tracepoints.clear()
@@ -327,6 +371,52 @@ def _open_if_online(attr: perf_event.PerfEventAttr, cpu: int) -> int | None:
         if error.errno == errno.ENODEV:  # it went offline a moment ago
             return None
         raise
+
+
+def _copy_ring_bytes(cpus: int) -> int:
+    return min(_MAX_COPY_RING_BYTES, _COPY_RING_BYTES << (cpus - 1).bit_length())
+
+
+assert COPY.fields
+_GENERATION_AT: int = COPY.fields["generation"][1]
+_COPY_NAMES = [name for name in COPY.names or () if name not in ("key", "registers", "unused")]
+
+
+def _copied_stack(
+    record: bytes, kernel: dict[int, Words], kernel_stops: dict[int, str]
+) -> CopiedStack:
+    head = np.frombuffer(record, COPY, 1)[0]
+    start_ns, _, kernel_hash, cgroup_id, pid, tid, exec_id, comm = head["key"].tolist()
+    first_ns, pc, start, leader_comm, size, unreadable, length, stop, _, is_return, is_cut = head[
+        _COPY_NAMES
+    ].tolist()
+    size &= ~7
+    walked = RawSample(
+        pid=pid,
+        tid=tid,
+        start_ns=start_ns,
+        exec_id=exec_id,
+        cgroup_id=cgroup_id,
+        comm=comm,
+        leader_comm=leader_comm,
+        first_ns=first_ns,
+        last_ns=first_ns,
+        samples=1,
+        stop=_STOP_LABELS[stop],
+        user=np.frombuffer(record, np.uint64, length, COPY.itemsize + size),
+        kernel=kernel[kernel_hash] if kernel_hash else _NO_WORDS,
+        kernel_stop=kernel_stops.get(kernel_hash, ""),
+    )
+    return CopiedStack(
+        walked=walked,
+        registers=head["registers"],
+        pc=pc,
+        is_return_address=bool(is_return),
+        start=start,
+        memory=np.frombuffer(record, np.uint64, size // 8, COPY.itemsize),
+        unreadable=unreadable,
+        is_cut=bool(is_cut),
+    )
 
 
 def _words_and_heads(counts: np.ndarray) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
@@ -365,15 +455,21 @@ def _load(config: SamplerConfig, cpus: int) -> tuple[dict[str, int], int]:
         "KERNEL_STACK_SIZE": KERNEL_STACK.itemsize,
         "KERNEL_STACK_BYTES": config.kernel_stack_bytes,
         "COUNTERS": len(Counter),
+        "COPY_SIZE": COPY.itemsize,
+        "COPY_BYTES": _COPY_BYTES,
+        "COPY_BURST_NS": _COPY_BURST_NS,
+        "COPY_RING_PAGES": _copy_ring_bytes(cpus) // mmap.PAGESIZE,
+        "COPY_NS_PER_BYTE": round(1e9 / (config.copied_bytes_per_s or math.inf)),
+        "CPUS": cpus,
         "TAG_SHIFT": TAG_SHIFT,
     }
     constants |= {f"TAG_{tag.name}": tag.value for tag in Tag}
     constants |= {f"STOP_{reason.name}": reason.value for reason in StopReason}
     constants |= {f"COUNTER_{counter.name}": counter.value for counter in Counter}
     constants |= tables.constants() | {"GO_ON": _GO_ON, "FOUND": _GO_ON}
-    programs = {"on_tick": "PERF_EVENT", "on_walk": "PERF_EVENT"}
+    programs = {"on_tick": "PERF_EVENT", "on_walk": "PERF_EVENT", "on_copy": "PERF_EVENT"}
     # An array of programs is emptied when nobody holds it.
-    maps = ["active", "counters", "programs", *tables.MAPS]
+    maps = ["active", "counters", "programs", "copies", *tables.MAPS]
     for name in ("counts", "user_stacks", "kernel_stacks"):
         maps += [f"{name}_{generation}" for generation in _MAP_GENERATIONS]
     if config.pids is not None:
@@ -384,7 +480,7 @@ def _load(config: SamplerConfig, cpus: int) -> tuple[dict[str, int], int]:
         "constants": constants,
         "programs": programs,
         "maps": maps,
-        "calls": ["on_walk"],
+        "calls": ["on_walk", "on_copy"],  # as the enumeration in sampler.bpf.c has them
         "frames_per_program": config.frames_per_program,
     }
     return ask_child(json.dumps(request).encode())

@@ -5,7 +5,7 @@ alignment, and the compiler asserts their sizes against the structs in sampler.b
 and limits are handed to it as -D constants, so the two sides cannot drift apart.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -123,6 +123,9 @@ class Counter(IntEnum):
     FILTERED = 2
     MAP_FULL = 3
     MAP_BUSY = 4
+    COPIED = 5
+    UNCOPIED = 6
+    """Ticks beyond the budget for copies. They stand elsewhere as well."""
 
 
 COUNT_KEY = np.dtype(
@@ -150,6 +153,26 @@ COUNT = np.dtype(
     ],
     align=True,
 )
+COPY = np.dtype(
+    [
+        ("key", COUNT_KEY),
+        ("first_ns", np.uint64),
+        ("registers", np.uint64, (16,)),
+        ("pc", np.uint64),
+        ("start", np.uint64),
+        ("leader_comm", "S16"),
+        ("size", np.uint32),
+        ("unreadable", np.uint32),
+        ("length", np.uint32),
+        ("stop", np.uint32),
+        ("generation", np.uint8),
+        ("pc_is_return_address", np.uint8),
+        ("is_cut", np.uint8),
+        ("unused", np.uint8, (5,)),
+    ],
+    align=True,
+)
+"""What stands before a copied stack."""
 
 
 def stack_dtype(max_words: int) -> np.dtype[np.void]:
@@ -207,11 +230,34 @@ class RawSample(NamedTuple):
         return ProcessGeneration(self.pid, self.start_ns, self.exec_id)
 
 
+class CopiedStack(NamedTuple):
+    """One tick of a thread whose stack could not be walked yet, and all that a later walk needs.
+
+    Attributes:
+        walked: the sample as it was walked at the tick, with the reason why it is not whole.
+        registers: by DWARF number, when the thread was last in user mode.
+        is_return_address: the thread is in a system call, which returns to `pc`.
+        start: the address of the first word of `memory`; it lies below the stack pointer.
+        unreadable: which pages of `memory` could not be read: a bit for each, the lowest first.
+        is_cut: the stack may go on beyond `memory`.
+    """
+
+    walked: RawSample
+    registers: Words
+    pc: int
+    is_return_address: bool
+    start: int
+    memory: Words
+    unreadable: int
+    is_cut: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Drain:
     """One map generation: every tick of it is in exactly one of these counts.
 
-    `ticks = sum(samples) + idle + filtered + sum(lost)`.
+    `ticks = sum(samples) + len(copies) + idle + filtered + sum(lost)`. Of the samples, `uncopied`
+    are beyond the budget for copies.
     """
 
     samples: list[RawSample]
@@ -221,3 +267,5 @@ class Drain:
     lost: dict[str, int]
     ended_ns: int = 0
     """When the maps were flipped (CLOCK_MONOTONIC): later ticks are in the next drain."""
+    copies: Sequence[CopiedStack] = ()
+    uncopied: int = 0

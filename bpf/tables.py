@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from bpf import syscalls
 from bpf.errors import BpfError, SyscallError
+from bpf.ring import RingBuffer
 from bpf.room import Extent, Room
 from bpf.samples import ProcessGeneration
 
@@ -101,7 +102,6 @@ FIXED_BYTES = (
 BYTES_PER_CPU = KNOWN_SPACES * KNOWN_SPACE_SIZE
 
 _BPF_F_MMAPABLE = 1 << 10
-_RINGBUF_BUSY, _RINGBUF_DISCARD, _RINGBUF_HEADER = 1 << 31, 1 << 30, 8
 
 MAPS = ("processes", "mappings", "executables", "pages", "shard", "shards", "requests")
 
@@ -177,7 +177,7 @@ class Tables:
         self._mappings.add(0, MAPPINGS_CAPACITY)
         self._spaces: dict[int, Extent] = {}
         self._processes = _ProcessPlaces(fds["processes"])
-        self._requests = _RingBuffer(fds["requests"])
+        self._requests = RingBuffer(fds["requests"], REQUEST_PAGES * mmap.PAGESIZE)
         self._add_shard(fds["shard"])
 
     def fileno(self) -> int:
@@ -417,36 +417,3 @@ class _ProcessPlaces:
         for i, value in enumerate(values, start=1):
             self._words[place + i] = value
         self._words[place] += 1
-
-
-class _RingBuffer:
-    """The consumer's side of BPF_MAP_TYPE_RINGBUF (Documentation/bpf/ringbuf.rst)."""
-
-    def __init__(self, fd: int) -> None:
-        self._size = REQUEST_PAGES * mmap.PAGESIZE
-        self._consumer = mmap.mmap(fd, mmap.PAGESIZE)
-        self._producer = mmap.mmap(
-            fd, mmap.PAGESIZE + 2 * self._size, prot=mmap.PROT_READ, offset=mmap.PAGESIZE
-        )
-        self._consumed = memoryview(self._consumer).cast("Q")
-        self._produced = memoryview(self._producer).cast("Q")
-
-    def take(self) -> Iterator[bytes]:
-        position, end = self._consumed[0], self._produced[0]
-        while position < end:
-            # The data are mapped twice in a row, so that no record is cut at the end.
-            at = mmap.PAGESIZE + position % self._size
-            header = int.from_bytes(self._producer[at : at + 4], sys.byteorder)
-            if header & _RINGBUF_BUSY:
-                break
-            length = header & ~(_RINGBUF_BUSY | _RINGBUF_DISCARD)
-            if not header & _RINGBUF_DISCARD and length == REQUEST.itemsize:
-                yield self._producer[at + _RINGBUF_HEADER : at + _RINGBUF_HEADER + length]
-            position += (_RINGBUF_HEADER + length + 7) & ~7
-            self._consumed[0] = position
-
-    def close(self) -> None:
-        self._consumed.release()
-        self._produced.release()
-        self._consumer.close()
-        self._producer.close()

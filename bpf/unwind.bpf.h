@@ -510,7 +510,6 @@ static __always_inline void find_process(struct walk *walk, const struct count_k
 	walk->pid = key->pid;
 	walk->start_ns = key->start_ns;
 	walk->exec_id = key->exec_id;
-	walk->has_requested = false;
 	walk->has_page = false;
 	walk->mapping.end = 0;
 	walk->mappings = 0;
@@ -533,6 +532,7 @@ static __always_inline u32 begin_walk(struct bpf_perf_event_data *ctx, void *tas
 	u64 cs;
 
 	stack->length = 0;
+	walk->has_requested = false;
 	if (MEMBER(task, TASK_FLAGS, u32) & PF_KTHREAD)
 		return STOP_KERNEL_THREAD;
 	if (!MEMBER(task, TASK_MM, u64))

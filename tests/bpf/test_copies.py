@@ -1,0 +1,198 @@
+"""Ticks whose stacks cannot be walked yet: what is copied of them, and how much."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bpf.sampler import Sampler, SamplerConfig
+from bpf.samples import CopiedStack, Drain, StopReason
+from tests.support.live import wait_for
+from tests.support.targets import compile_target, running
+
+pytestmark = pytest.mark.kernel
+
+PAGE = 4096
+SOURCE = """
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+volatile long n;
+__attribute__((noinline)) void spin(void) { for (;;) n++; }
+__attribute__((noinline)) void down(int depth)
+{
+    if (depth) down(depth - 1); else spin();
+    n++;
+}
+__attribute__((noinline)) void hole(void)
+{
+    volatile char buffer[5 * 4096];
+    buffer[0] = 1;
+    spin();
+    n += buffer[0];
+}
+static void *thread(void *depth) { down((long)depth); return 0; }
+int main(int count, char **values)
+{
+    long depth = atoi(values[2]);
+    pthread_t started;
+    if (!strcmp(values[1], "thread")) {
+        pthread_create(&started, 0, thread, (void *)depth);
+        pthread_join(started, 0);
+    } else if (!strcmp(values[1], "hole")) {
+        hole();
+    } else {
+        down(depth);
+    }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("targets")
+    (folder / "stacks.c").write_text(SOURCE)
+    return compile_target(str(folder / "stacks.c"), folder / "stacks", "-O1", "-pthread")
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[Sampler]:
+    config = SamplerConfig(frequency_hz=199, pids=frozenset(), copied_bytes_per_s=64 << 20)
+    with Sampler(config) as sampler:
+        sampler.start()
+        yield sampler
+
+
+def mismatch(drain: Drain) -> int:
+    ended = sum(sample.samples for sample in drain.samples) + len(drain.copies)
+    return drain.ticks - ended - drain.idle - drain.filtered - sum(drain.lost.values())
+
+
+def copy_of(sampler: Sampler, pid: int, tid: int) -> tuple[CopiedStack, CopiedStack]:
+    """Return two copies of a thread that spins below all the calls that it makes."""
+    sampler.select([pid])
+    found: list[CopiedStack] = []
+
+    def are_alike() -> bool:
+        drain = sampler.drain()
+        assert mismatch(drain) == 0
+        of_thread = (copy for copy in drain.copies if copy.walked.tid == tid)
+        found.extend(copy for copy in of_thread if not len(copy.walked.kernel))
+        return len(found) > 1 and found[-1].start == found[-2].start
+
+    wait_for(are_alike)
+    return found[-2], found[-1]
+
+
+def memory_of(pid: int, copy: CopiedStack) -> np.ndarray:
+    with Path(f"/proc/{pid}/mem").open("rb", 0) as memory:
+        memory.seek(copy.start)
+        return np.frombuffer(memory.read(copy.memory.nbytes), np.uint64)
+
+
+def test_a_copy_is_what_the_process_has_in_its_registers_and_its_stack(program, loaded):
+    """From the red zone below the stack pointer up to where the main thread's stack began."""
+    with running(program, "down", "100") as process:
+        first, copy = copy_of(loaded, process.pid, process.pid)
+        memory = memory_of(process.pid, copy)
+        maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+
+    code = next(line for line in maps if " r-xp " in line and line.endswith("/stacks"))
+    stack = next(line for line in maps if line.endswith("[stack]"))
+    low, high = (int(address, 16) for address in code.split()[0].split("-"))
+    end = int(stack.split()[0].split("-")[1], 16)
+    assert low <= copy.pc < high
+    assert not copy.is_return_address
+    assert copy.start == (int(copy.registers[7]) - 128) & ~7
+    assert 100 * 16 < copy.memory.nbytes < end - copy.start
+    assert copy.memory[-1] == 3  # argc
+    assert copy.memory.tolist() == memory.tolist()
+    assert (copy.unreadable, copy.is_cut) == (0, False)
+    assert (copy.walked.pid, copy.walked.tid, copy.walked.samples) == (process.pid, process.pid, 1)
+    assert copy.walked.stop == StopReason.NO_PROCESS_YET.label
+    assert int(copy.walked.user[0]) == copy.pc
+    assert first.walked.first_ns < copy.walked.first_ns == copy.walked.last_ns
+
+
+def test_a_thread_s_stack_is_read_as_far_as_it_goes(program, loaded):
+    with running(program, "thread", "100") as process:
+        tasks = Path(f"/proc/{process.pid}/task")
+        wait_for(lambda: len(list(tasks.iterdir())) == 2)
+        tid = max(int(path.name) for path in tasks.iterdir())
+        _, copy = copy_of(loaded, process.pid, tid)
+        memory = memory_of(process.pid, copy)
+
+    readable = copy.memory.nbytes
+    if copy.unreadable:  # only the last page may be
+        first = PAGE - copy.start % PAGE
+        assert copy.unreadable.bit_count() == 1
+        readable = first + (copy.unreadable.bit_length() - 2) * PAGE
+    assert readable >= 100 * 16
+    assert copy.memory[: readable // 8].tolist() == memory[: readable // 8].tolist()
+    assert copy.is_cut == (not copy.unreadable)
+
+
+def test_a_stack_deeper_than_there_is_room_for_is_cut(program, loaded):
+    with running(program, "down", "20000") as process:
+        _, copy = copy_of(loaded, process.pid, process.pid)
+        memory = memory_of(process.pid, copy)
+
+    assert copy.is_cut
+    assert 15 * PAGE <= copy.memory.nbytes <= 16 * PAGE
+    assert copy.memory.tolist() == memory.tolist()
+
+
+def test_pages_that_were_never_touched_leave_no_gap_in_a_main_thread_s_stack(program, loaded):
+    """They cannot be read at a tick; the frames above them lie where they lay."""
+    with running(program, "hole", "0") as process:
+        _, copy = copy_of(loaded, process.pid, process.pid)
+        memory = memory_of(process.pid, copy)
+
+    pages = (np.arange(len(memory)) * 8 + copy.start % PAGE) // PAGE
+    is_read = (copy.unreadable >> pages) & 1 == 0
+    assert 3 <= copy.unreadable.bit_count() <= 5
+    assert copy.memory[-1] == 3
+    assert copy.memory[is_read].tolist() == memory[is_read].tolist()
+
+
+def test_beyond_the_budget_a_tick_is_counted_as_it_was_walked(program):
+    """A thousand bytes a second are less than one stack; no tick is lost or counted twice."""
+    config = SamplerConfig(frequency_hz=999, copied_bytes_per_s=1000)
+    with Sampler(config) as sampler, running(program, "down", "300"):
+        sampler.start()
+        drains = []
+        for _ in range(20):
+            subprocess.run([sys.executable, "-c", ""], check=True)
+            drains.append(sampler.drain())
+        sampler.stop()
+        drains.append(sampler.drain())
+
+    walked = sum(s.samples for drain in drains for s in drain.samples if s.stop == "no_process_yet")
+    assert [mismatch(drain) for drain in drains] == [0] * len(drains)
+    assert sum(drain.uncopied for drain in drains) >= walked > 100
+    assert 0 < sum(len(drain.copies) for drain in drains) <= 4 * (os.cpu_count() or 1)
+
+
+def test_every_tick_is_stored_or_copied_while_many_processes_come_and_go(program):
+    """Law 1 with copies, also of those that are written while the ring is read."""
+    config = SamplerConfig(frequency_hz=999, copied_bytes_per_s=16 << 20)
+    loop = ["sh", "-c", "while :; do /bin/true; done"]
+    with Sampler(config) as sampler, running(*loop), running(program, "down", "2000"):
+        sampler.start()
+        drains = []
+        for _ in range(30):
+            time.sleep(0.05)
+            drains.append(sampler.drain())
+        sampler.stop()
+        drains.append(sampler.drain())
+
+    copies = [copy for drain in drains for copy in drain.copies]
+    moments = [(copy.walked.tid, copy.walked.first_ns) for copy in copies]
+    assert [mismatch(drain) for drain in drains] == [0] * len(drains)
+    assert len(copies) > 500
+    assert len(set(moments)) == len(copies)
