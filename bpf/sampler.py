@@ -441,32 +441,39 @@ def _as_lookups(kernel_words: Words) -> Words:
     return lookups
 
 
-def _load(config: SamplerConfig, cpus: int) -> tuple[dict[str, int], int]:
-    """Compile and load in a child; return descriptors of programs and maps by name."""
+def kernel_constants() -> dict[str, int]:
+    """Return what the programs are compiled with, whatever is sampled."""
     constants = {
-        "CAPACITY": config.capacity(cpus),
-        "LONG_CAPACITY": max(1024, config.capacity(cpus) // 2),
         "MAX_USER_WORDS": MAX_USER_WORDS,
         "MAX_SHORT_WORDS": MAX_SHORT_WORDS,
         "MAX_KERNEL_WORDS": MAX_KERNEL_WORDS,
+        "KERNEL_STACK_BYTES": 8 * MAX_KERNEL_WORDS,
         "COUNT_KEY_SIZE": COUNT_KEY.itemsize,
         "COUNT_SIZE": COUNT.itemsize,
         "USER_STACK_SIZE": USER_STACK.itemsize,
         "KERNEL_STACK_SIZE": KERNEL_STACK.itemsize,
-        "KERNEL_STACK_BYTES": config.kernel_stack_bytes,
         "COUNTERS": len(Counter),
         "COPY_SIZE": COPY.itemsize,
         "COPY_BYTES": _COPY_BYTES,
         "COPY_BURST_NS": _COPY_BURST_NS,
-        "COPY_RING_PAGES": _copy_ring_bytes(cpus) // mmap.PAGESIZE,
-        "COPY_NS_PER_BYTE": round(1e9 / (config.copied_bytes_per_s or math.inf)),
-        "CPUS": cpus,
         "TAG_SHIFT": TAG_SHIFT,
     }
     constants |= {f"TAG_{tag.name}": tag.value for tag in Tag}
     constants |= {f"STOP_{reason.name}": reason.value for reason in StopReason}
     constants |= {f"COUNTER_{counter.name}": counter.value for counter in Counter}
-    constants |= tables.constants() | {"GO_ON": _GO_ON, "FOUND": _GO_ON}
+    return constants | tables.constants() | {"GO_ON": _GO_ON, "FOUND": _GO_ON}
+
+
+def _load(config: SamplerConfig, cpus: int) -> tuple[dict[str, int], int]:
+    """Compile and load in a child; return descriptors of programs and maps by name."""
+    constants = kernel_constants() | {
+        "CAPACITY": config.capacity(cpus),
+        "LONG_CAPACITY": max(1024, config.capacity(cpus) // 2),
+        "KERNEL_STACK_BYTES": config.kernel_stack_bytes,
+        "COPY_RING_PAGES": _copy_ring_bytes(cpus) // mmap.PAGESIZE,
+        "COPY_NS_PER_BYTE": round(1e9 / (config.copied_bytes_per_s or math.inf)),
+        "CPUS": cpus,
+    }
     programs = {"on_tick": "PERF_EVENT", "on_walk": "PERF_EVENT", "on_copy": "PERF_EVENT"}
     # An array of programs is emptied when nobody holds it.
     maps = ["active", "counters", "programs", "copies", *tables.MAPS]
