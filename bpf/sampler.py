@@ -300,18 +300,21 @@ class Sampler:
         totals: np.ndarray = by_cpu.sum(axis=0, dtype=np.uint64)
         return totals
 
+    def collect(self) -> None:
+        """Make room for further copies, now and then between two drains."""
+        for record in self._copies.take():
+            self._copied[record[_GENERATION_AT] & 1].append(record)
+
     def _take_copies(self) -> None:
         """Take all records that had been begun, those of the other map generation as well.
 
         One that is still being written, on another CPU, stands before complete ones.
         """
         end = self._copies.produced
-        while True:
-            for record in self._copies.take():
-                self._copied[record[_GENERATION_AT] & 1].append(record)
-            if self._copies.consumed >= end:
-                break
+        self.collect()
+        while self._copies.consumed < end:
             self.wait_for_programs()
+            self.collect()
 
     def _take_samples(self, generation: int) -> tuple[list[RawSample], list[CopiedStack]]:
         keys, counts = self._counts[generation].take_all()

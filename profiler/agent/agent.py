@@ -364,6 +364,7 @@ class Agent:
             "files": recorder.files.status(),
             "readers": recorder.readers.status(),
             "mappings": recorder.address_spaces.status(),
+            "copied_stacks": recorder.copied.status(),
             "labels": recorder.labeler.status(),
             "slowest_binaries": recorder.symbolizer.slowest(),
             **self._children.status(),

@@ -27,6 +27,7 @@ from bpf.records import Rings
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import Drain, RawSample
 from profiler.agent import priority
+from profiler.agent.copied_stacks import ByMappings, CopiedStacks
 from profiler.agent.cost import Cost, return_large_blocks
 from profiler.agent.frames import FrameNumbers, Numbers
 from profiler.agent.mapped_files import MappedFiles
@@ -64,6 +65,8 @@ _LIKELY_PROCESSES = 32
 _MAX_BUSY_PROCESSES = 256
 _PREPARE_S, _FOLLOW_S = 4.0, 0.4
 """How long the start waits for tables that are built, and for processes to be sampled."""
+_TABLES_S = 0.5
+"""How long the closing of a window waits for the tables that its copied stacks need."""
 _READERS_S = 1.0
 """For how long the closing of a window waits for what is being read of its processes."""
 
@@ -120,6 +123,9 @@ class _Held(NamedTuple):
     parts: list[_Part]
 
 
+Subjects = dict[Labels, Subject]
+
+
 class Recorder:
     """Samples until it is closed; `step` now and then, `close_window` whenever a profile is due.
 
@@ -127,6 +133,9 @@ class Recorder:
         BpfError, RefusedError: on construction, when this host cannot be sampled; the message says
             what to do.
     """
+
+    copied_bytes_per_s = 4 << 20
+    """Of stacks that the kernel cannot walk yet, on each CPU: at 99 Hz for 42 KB each."""
 
     def __init__(
         self,
@@ -159,7 +168,7 @@ class Recorder:
         with contextlib.ExitStack() as opened:
             self._load((cache or default_cache()).absolute(), rules or Rules(), opened)
             self._window = OpenWindow(self.period_ns, self._clocks)
-            self._subjects: dict[Labels, Subject] = {}
+            self._subjects: Subjects = {}
             self._frames = self._number_frames()
             self._drained = self._window.begun
             self._opened = opened.pop_all()
@@ -181,13 +190,15 @@ class Recorder:
         self._activity = Activity(self.config.pids)
         self.address_spaces.poll()
         self.files.ask_for_all(self._activity.busiest(_LIKELY_PROCESSES))
-        self.sampler = opened.enter_context(Sampler(self.config))
+        config = replace(self.config, copied_bytes_per_s=self.copied_bytes_per_s)
+        self.sampler = opened.enter_context(Sampler(config))
         self.symbolizer = Symbolizer(cache)
         opened.callback(self.symbolizer.close)
         self.unwinding = Unwinding(
             *(self.sampler, self.address_spaces, self.files, self.readers),
             UnwindCache(cache / "unwind"),
         )
+        self.copied = CopiedStacks(self.unwinding, self.address_spaces.mappings)
         self._wakes = opened.enter_context(select.epoll())
         for fd in (self._rings.fileno(), self.unwinding.fileno(), self.readers.fileno()):
             self._wakes.register(fd, select.EPOLLIN)
@@ -293,10 +304,13 @@ class Recorder:
 
     def catch_up(self) -> None:
         """Read the kernel's records of processes, and answer the requests of its walks."""
+        with self.cost.of("drain"):
+            self.sampler.collect()
         with self.cost.of("processes"):
             self.address_spaces.poll()
         with self.cost.of("unwind"):
             self.unwinding.catch_up()
+            self.copied.advance()
         self.readers.poll()
 
     def step(self) -> None:
@@ -323,6 +337,7 @@ class Recorder:
         except BaseException:  # the kernel does not have these ticks any more
             self._window.count(drain)
             self._window.settle()
+            self.copied.hold(drain)
             raise
         begun = self._drained
         ended = self._drained = begun.at(now, drain.ended_ns)
@@ -387,6 +402,7 @@ class Recorder:
         if edge is not None and edge.utc_ns <= self._window.start_ns:
             # The window was opened so late that the edge it was to end at had passed.
             edge = None
+        self._catch_up_until(lambda: not self.copied.is_waiting, _TABLES_S)
         held, self._held, self._edge = self._held, None, None
         if edge is None:
             self._fold_held(held)
@@ -411,11 +427,13 @@ class Recorder:
         self._window.take_lost(counts)
 
     def _cut(self, successor: OpenWindow, edge_ns: int | None) -> Profile:
-        window, self._window = self._window, successor
+        window, frames = self._window, self._frames
+        self._window = successor
         subjects, self._subjects = self._subjects, {}
         self._frames = self._number_frames()
         window.end(successor, edge_ns)
         try:
+            self._add_copied(window, frames, subjects, self.copied.take_all())
             with self.cost.of("labels"):
                 self._label(window, subjects)
             with self.cost.of("symbolize"):
@@ -452,6 +470,7 @@ class Recorder:
 
     def _fold(self, drain: Drain) -> None:
         window = self._window
+        self.copied.hold(drain)
         window.count(drain)
         try:
             with self.cost.of("processes"):
@@ -466,17 +485,43 @@ class Recorder:
             with self.cost.of("unwind"):
                 self.unwinding.note(groups)
                 self.unwinding.catch_up()
-            with self.cost.of("symbolize"):
-                samples, stacks = self._locate(groups)
-            with self.cost.of("labels"):
-                subjects = self.labeler.note(samples)
-                self._subjects.update({subject.key: subject for subject in subjects})
-            with self.cost.of("fold"):
-                for sample, stack, subject in zip(samples, stacks, subjects, strict=True):
-                    window.add(sample, stack, subject.key)
+                self.copied.advance()
+            with self.cost.of("labels"):  # while they can be read: these may wait for long
+                self._note([copy.walked for copy in drain.copies], self._subjects)
+            self._add(window, self._frames, self._subjects, groups)
+            self._add_copied(window, self._frames, self._subjects, self.copied.take())
         finally:
             window.settle()
             self.address_spaces.expire(time.monotonic_ns())
+
+    def _add_copied(
+        self, window: OpenWindow, frames: FrameNumbers, subjects: Subjects, groups: ByMappings
+    ) -> None:
+        window.release(sum(map(len, groups.values())))
+        try:
+            self._add(window, frames, subjects, groups)
+        finally:
+            window.settle()
+
+    def _add(
+        self,
+        window: OpenWindow,
+        frames: FrameNumbers,
+        subjects: Subjects,
+        groups: Mapping[MappingTable, list[RawSample]],
+    ) -> None:
+        with self.cost.of("symbolize"):
+            samples, stacks = self._locate(frames, groups)
+        with self.cost.of("labels"):
+            noted = self._note(samples, subjects)
+        with self.cost.of("fold"):
+            for sample, stack, subject in zip(samples, stacks, noted, strict=True):
+                window.add(sample, stack, subject.key)
+
+    def _note(self, samples: Sequence[RawSample], subjects: Subjects) -> list[Subject]:
+        noted = self.labeler.note(samples)
+        subjects.update({subject.key: subject for subject in noted})
+        return noted
 
     def _by_mappings(self, samples: Sequence[RawSample]) -> dict[MappingTable, list[RawSample]]:
         groups: dict[MappingTable, list[RawSample]] = defaultdict(list)
@@ -486,14 +531,12 @@ class Recorder:
         return groups
 
     def _locate(
-        self, groups: Mapping[MappingTable, list[RawSample]]
+        self, frames: FrameNumbers, groups: Mapping[MappingTable, list[RawSample]]
     ) -> tuple[list[RawSample], list[Numbers]]:
         """Return the samples group by group and their stacks as location numbers, root first."""
         samples = [sample for group in groups.values() for sample in group]
-        user = [
-            stack for table, group in groups.items() for stack in self._frames.user(table, group)
-        ]
-        kernel = self._frames.kernel([sample.kernel for sample in samples])
+        user = [stack for table, group in groups.items() for stack in frames.user(table, group)]
+        kernel = frames.kernel([sample.kernel for sample in samples])
         # Leaf first becomes root first, here and nowhere else.
         return samples, [
             np.concatenate([user_part[::-1], kernel_part[::-1]])

@@ -2,6 +2,7 @@
 
 import math
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from bpf import perf_event
 from bpf.sampler import SamplerConfig
-from bpf.samples import Drain, RawSample
+from bpf.samples import CopiedStack, Drain, RawSample
 from profiler.agent.budgets import BoundedProfile, Owner
 from profiler.agent.frames import Numbers
 from profiler.agent.status import rss_bytes
@@ -183,8 +184,11 @@ class OpenWindow:
         self._stops: Counter[str] = Counter()
 
     def count(self, drain: Drain) -> None:
-        """Take a drain's counts; its samples are still to be added."""
-        self._ticks += drain.ticks
+        """Take a drain's counts; its samples are still to be added.
+
+        Those of its copies count when they are released.
+        """
+        self._ticks += drain.ticks - len(drain.copies)
         self._idle += drain.idle
         self._filtered += drain.filtered
         self._lost.update(drain.lost)
@@ -192,6 +196,11 @@ class OpenWindow:
         if drain.samples:
             latest_ns = max(sample.last_ns for sample in drain.samples)
             self.bounded.grow((latest_ns - self.begun.monotonic_ns) / _MINUTE_NS)
+
+    def release(self, ticks: int) -> None:
+        """Count ticks whose stacks have waited; they are still to be added."""
+        self._ticks += ticks
+        self._pending += ticks
 
     def add(self, sample: RawSample, root_first: Numbers, labels: Labels) -> None:
         self.bounded.add(Owner.of(sample), labels, root_first, sample.samples)
@@ -295,7 +304,14 @@ def split_drain(drain: Drain, edges_ns: Sequence[int]) -> list[Drain]:
                 samples[place].append(
                     sample._replace(samples=number, first_ns=first_ns, last_ns=last_ns)
                 )
-    stored = [sum(sample.samples for sample in kept) for kept in samples]
+    copies: list[list[CopiedStack]] = [[] for _ in parts]
+    for copy in drain.copies:
+        place = bisect_right(parts, copy.walked.first_ns, key=lambda part: part[0]) - 1
+        copies[max(0, place)].append(copy)
+    stored = [
+        sum(sample.samples for sample in kept) + len(copied)
+        for kept, copied in zip(samples, copies, strict=True)
+    ]
     ticks = _share(drain.ticks, whole)
     rest = [max(0, all_ticks - number) for all_ticks, number in zip(ticks, stored, strict=True)]
     idle, filtered = _share(drain.idle, rest), _share(drain.filtered, rest)
@@ -304,7 +320,8 @@ def split_drain(drain: Drain, edges_ns: Sequence[int]) -> list[Drain]:
     for place, kept in enumerate(samples):
         causes = {cause: numbers[place] for cause, numbers in lost.items() if numbers[place]}
         ended = idle[place] + filtered[place] + sum(causes.values())
-        drains.append(Drain(kept, stored[place] + ended, idle[place], filtered[place], causes))
+        ticks_here, copied = stored[place] + ended, copies[place]
+        drains.append(Drain(kept, ticks_here, idle[place], filtered[place], causes, copies=copied))
     return drains
 
 

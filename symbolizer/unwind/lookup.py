@@ -13,7 +13,7 @@ from symbolizer.integers import Wide
 from symbolizer.maps import MappingTable
 from symbolizer.unwind.rules import ROW, CfaKind
 from symbolizer.unwind.table import PAGE_BITS, UnwindTable
-from symbolizer.unwind.walk import FOUND, FoundRules, Places, Stop
+from symbolizer.unwind.walk import FOUND, PENDING, FoundRules, Places, Stop
 
 Rows = npt.NDArray[np.void]
 
@@ -113,12 +113,17 @@ class RulePages:
 
 
 class RuleFinder:
-    """Rules for the stacks of one walk, each with the mappings of its process."""
+    """Rules for the stacks of one walk, each with the mappings of its process.
+
+    Attributes:
+        pending: by stack, the place of the mapping whose table is PENDING.
+    """
 
     def __init__(
         self, mappings: Sequence[MappingTable], table_of: TableOf, pages: RulePages
     ) -> None:
         """Take the mappings of each stack; `table_of` is asked for those that a walk comes to."""
+        self.pending: dict[int, int] = {}
         self._table_of = table_of
         self._pages = pages
         self._spaces = list(dict.fromkeys(mappings))
@@ -157,6 +162,9 @@ class RuleFinder:
         tables = self._tables[places]
         whys[mapped] = np.where(tables < ANONYMOUS, -2 - tables, FOUND)
         rows[mapped[tables == ANONYMOUS]] = _ANONYMOUS[0]
+        for i in np.flatnonzero(tables == missing(PENDING)).tolist():
+            stack = int(stacks[mapped[i]])
+            self.pending[stack] = int(places[i] - self._firsts[int(self._space_of[stack])])
         has_table = tables >= 0
         here, places = mapped[has_table], places[has_table]
         starts = self._starts[places] & _LAST

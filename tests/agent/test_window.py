@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bpf.sampler import SamplerConfig
-from bpf.samples import Drain
+from bpf.samples import CopiedStack, Drain
 from profiler.agent.recorder import Recorder
 from profiler.agent.window import (
     BusyTime,
@@ -348,3 +348,36 @@ def test_each_sample_has_one_reason(stop, kernel_stop, counted):
     window.add(sample, np.zeros(0, np.int32), ())
 
     assert window.accounting(HOST, {}).stops == {counted: 3}
+
+
+def copied_at(*moments_ns: int) -> list[CopiedStack]:
+    none = np.zeros(0, np.uint64)
+    samples = (SAMPLE._replace(samples=1, first_ns=ns, last_ns=ns) for ns in moments_ns)
+    return [CopiedStack(sample, none, 0, False, 0, none, 0, False) for sample in samples]
+
+
+def test_copied_stacks_go_where_they_were_taken():
+    """They are ticks like others: what is lost or idle fills up what lacks beside them."""
+    drain = Drain([], 10, 4, 0, {}, copies=copied_at(50, 99, 100, 150, 199, 200))
+
+    first, second = split_drain(drain, [0, 100, 201])
+
+    assert [copy.walked.first_ns for copy in first.copies] == [50, 99]
+    assert [copy.walked.first_ns for copy in second.copies] == [100, 150, 199, 200]
+    assert (first.ticks, second.ticks) == (2 + first.idle, 4 + second.idle)
+    assert first.idle + second.idle == 4
+
+
+def test_ticks_whose_stacks_wait_count_when_they_are_released():
+    """So that each tick of a window is stored or lost, whenever it is asked."""
+    window = OpenWindow(10_000_000, lambda: clocks(60))
+    window.count(Drain([], 5, 1, 1, {}, copies=copied_at(1, 2, 3)))
+    before = window.counts
+
+    window.release(3)
+    window.add(SAMPLE._replace(samples=1), np.zeros(0, np.int32), ())
+    window.settle()
+
+    counts = window.counts
+    assert (before.ticks, before.idle, before.filtered) == (2, 1, 1)
+    assert (counts.ticks, counts.stored, counts.lost) == (5, 1, {"fault": 2})

@@ -1,0 +1,302 @@
+"""Stacks that were copied: unwound when their tables come, counted in any case."""
+
+import contextlib
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bpf.sampler import SamplerConfig
+from bpf.samples import CopiedStack, Drain, RawSample, StopReason
+from profiler.agent import copied_stacks
+from profiler.agent.copied_stacks import CopiedStacks
+from profiler.agent.recorder import Recorder
+from storage.profile import GOOD_STOPS, Profile
+from symbolizer.location import Miss
+from symbolizer.maps import Mapping, MappingTable
+from symbolizer.unwind import table as unwind
+from symbolizer.unwind.rules import ROW, CfaKind
+from symbolizer.unwind.table import UnwindTable
+from tests.support.live import sample_of, wait_for
+from tests.support.targets import compile_target, running
+
+CODE, STACK = 0x5500_0000_0000, 0x7FFC_0000_0000
+STEP, END = 0, 2048
+"""Addresses in a page of code: of functions whose frames are two words, and of outermost ones."""
+
+
+def table_of_functions(key: str = "key") -> UnwindTable:
+    pages, rows = np.zeros(1, unwind.PAGE), np.zeros(2, ROW)
+    pages["count"] = 2
+    rows["pc_low"], rows["cfa"] = [STEP, END], [2, 0]
+    rows["cfa_kind"] = [CfaKind.RSP, CfaKind.STOP]
+    return UnwindTable(key, pages, rows)
+
+
+class LateTables:
+    """Tables that come when a test says so; the first mapping's and all others' are two."""
+
+    def __init__(self) -> None:
+        self.answers: dict[int, UnwindTable | Miss] = {}
+        self.asked: list[tuple[int, int]] = []
+
+    def table_of(self, _: MappingTable, place: int, pid: int) -> UnwindTable | Miss:
+        self.asked.append((place, pid))
+        return self.answers.get(place, Miss.NOT_READ)
+
+
+MAPPINGS = MappingTable.of(
+    [Mapping(CODE + (i << 16), CODE + (i << 16) + 4096, 0, b"/file%d" % i) for i in range(3)]
+)
+
+
+def copy_of(*returns: int, pid: int = 7, words: int = 0, user: int = 1) -> CopiedStack:
+    """Copy the stack of a thread at `returns[0]`; two words a frame."""
+    words_then = np.full(user, CODE, np.uint64)
+    walked = sample_of(pid, comm=b"a", start_ns=1, user=words_then, stop="no_process_yet")
+    memory = [0] * 16 + [word for address in returns[1:] for word in (0, address)]
+    registers = np.zeros(16, np.uint64)
+    registers[7] = STACK
+    return CopiedStack(
+        walked=walked,
+        registers=registers,
+        pc=returns[0],
+        is_return_address=False,
+        start=STACK - 128,
+        memory=np.array(memory + [0] * words, np.uint64),
+        unreadable=0,
+        is_cut=False,
+    )
+
+
+def drain_of(*copies: CopiedStack) -> Drain:
+    return Drain([], len(copies), 0, 0, {}, copies=copies)
+
+
+def taken(copied: CopiedStacks) -> list[RawSample]:
+    return [sample for samples in copied.take().values() for sample in samples]
+
+
+def function(mapping: int, address: int) -> int:
+    return CODE + (mapping << 16) + address
+
+
+def test_a_stack_waits_for_each_table_that_its_walk_comes_to():
+    """Nothing is asked twice while the answer is the same; then the stack is whole."""
+    tables = LateTables()
+    copied = CopiedStacks(tables, lambda *_: MAPPINGS)
+    copied.hold(drain_of(copy_of(function(0, 8), function(1, 8), function(0, END + 1))))
+
+    copied.advance()
+    assert (taken(copied), copied.status()["waiting"]) == ([], 1)
+    tables.answers[0] = table_of_functions()
+    copied.advance()
+    assert taken(copied) == []
+    tables.answers[1] = table_of_functions("other")
+    tables.asked.clear()
+    copied.advance()
+
+    (sample,) = taken(copied)
+    assert sample.stop == "root"
+    assert sample.user.tolist() == [function(0, 8), function(1, 7), function(0, END)]
+    assert {place for place, _ in tables.asked} == {0, 1}
+    assert copied.status() == {
+        "copied": 1,
+        "uncopied": 0,
+        "unwound": 1,
+        "given_up": 0,
+        "waiting": 0,
+    }
+
+
+def test_a_table_that_never_comes_leaves_the_sample_of_the_tick():
+    copied = CopiedStacks(LateTables(), lambda *_: MAPPINGS)
+    copy = copy_of(function(0, 8), function(0, END + 1))
+    copied.hold(drain_of(copy))
+
+    samples = [sample for group in copied.take_all().values() for sample in group]
+
+    assert samples == [copy.walked]
+    assert copied.status()["given_up"] == 1
+    assert copied.take_all() == {}
+
+
+def test_a_process_whose_mappings_nobody_knows_leaves_the_sample_of_the_tick():
+    exited = MappingTable.of([], "[exited]")
+    copied = CopiedStacks(LateTables(), lambda *_: exited)
+    copy = copy_of(function(0, 8))
+    copied.hold(drain_of(copy))
+
+    copied.advance()
+
+    assert copied.take() == {exited: [copy.walked]}
+
+
+@pytest.mark.parametrize("answer", [Miss.NO_FILE, UnwindTable("", *[np.zeros(0)] * 2)])
+def test_a_file_without_a_table_ends_the_wait(answer):
+    """Its frames are left by saved frame pointers, as at a tick; here rbp is zero."""
+    tables = LateTables()
+    tables.answers[0] = answer
+    copied = CopiedStacks(tables, lambda *_: MAPPINGS)
+    copied.hold(drain_of(copy_of(function(0, 8), function(0, END + 1))))
+
+    copied.advance()
+
+    (sample,) = taken(copied)
+    assert sample.stop == StopReason.NO_TABLE.label
+    assert sample.user.tolist() == [function(0, 8)]
+
+
+def test_a_late_walk_that_finds_less_than_that_of_the_tick_is_not_taken():
+    """A stack that goes on in other memory was copied only in part."""
+    tables = LateTables()
+    tables.answers[0] = table_of_functions()
+    copied = CopiedStacks(tables, lambda *_: MAPPINGS)
+    longer, shorter = (copy_of(function(0, 8), function(0, 9), user=n) for n in (5, 2))
+    copied.hold(drain_of(longer, shorter))
+
+    copied.advance()
+
+    samples = taken(copied)
+    assert samples[0] is longer.walked
+    assert (samples[1].stop, len(samples[1].user)) == (StopReason.UNREADABLE.label, 2)
+
+
+def test_stacks_that_wait_are_bounded(monkeypatch):
+    """The oldest are counted as they were walked; those that came last wait on."""
+    monkeypatch.setattr(copied_stacks, "_MAX_HELD_BYTES", 100_000)
+    copied = CopiedStacks(LateTables(), lambda *_: MAPPINGS)
+    copied.hold(drain_of(*(copy_of(function(0, 8), pid=pid, words=1000) for pid in range(50))))
+
+    copied.advance()
+
+    samples = taken(copied)
+    assert [sample.pid for sample in samples] == list(range(50 - 12))
+    assert copied.status()["waiting"] == 12
+
+
+def test_tables_get_new_numbers_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(copied_stacks, "_MAX_TABLES", 1)
+    tables = LateTables()
+    copied = CopiedStacks(tables, lambda *_: MAPPINGS)
+    found = []
+    for key in ("one", "two", "three", "one"):
+        tables.answers = dict.fromkeys(range(3), table_of_functions(key))
+        tables.answers[1] = table_of_functions(f"{key} too")
+        copied.hold(drain_of(copy_of(function(0, 8), function(1, END + 1))))
+        copied.advance()
+        found += [sample.stop for sample in taken(copied)]
+
+    assert found == ["root"] * 4
+
+
+# The real thing.
+
+
+class Watching(Recorder):
+    """A recorder that keeps the samples as they go into the window."""
+
+    def _locate(self, frames, groups):
+        located = super()._locate(frames, groups)
+        self.seen = [*getattr(self, "seen", []), *located[0]]
+        return located
+
+
+@pytest.fixture(scope="module")
+def recorder(tmp_path_factory) -> Iterator[Watching]:
+    config = SamplerConfig(frequency_hz=499, pids=frozenset())
+    with Watching(config, tmp_path_factory.mktemp("cache")) as recorder:
+        recorder.start()
+        yield recorder
+
+
+@pytest.fixture(scope="module")
+def parked(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("targets")
+    return compile_target("parked.c", folder / "parked", "-O2", "-fomit-frame-pointer")
+
+
+def close(recorder: Watching) -> Profile:
+    recorder.seen = []
+    profile = recorder.close_window()
+    counts = profile.accounting
+    ended = counts.stored + counts.idle + counts.filtered + sum(counts.lost.values())
+    assert counts.ticks == ended
+    assert not counts.lost
+    return profile
+
+
+GATE = "import os, sys; sys.stdin.read(1); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+@contextlib.contextmanager
+def sampled(recorder: Recorder, *command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program that is sampled from its first instruction on."""
+    with running("python3", "-c", GATE, *command, stdin=subprocess.PIPE) as process:
+        assert process.stdin
+        recorder.sampler.select([process.pid])
+        process.stdin.write(b"!")
+        process.stdin.close()
+        yield process
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("way", ["recursion", "callback", "alloca", "aligned"])
+def test_first_ticks_have_the_frames_that_later_ones_have(way, parked, recorder):
+    """Walked here and walked by the kernel, a thread that stays in one place has one stack."""
+    close(recorder)
+    with sampled(recorder, parked, way) as process:
+
+        def own(seen: list[RawSample]) -> list[RawSample]:
+            return [s for s in seen if s.pid == process.pid and s.comm == b"parked"]
+
+        def is_walked_by_the_kernel() -> bool:
+            recorder.catch_up()
+            recorder.drain()
+            return sum(sample.samples for sample in own(recorder.seen)) > 300
+
+        late_before = recorder.copied.status()["unwound"]
+        wait_for(is_walked_by_the_kernel)
+        late = recorder.copied.status()["unwound"] - late_before
+        samples = own(recorder.seen)
+
+    assert late > 5
+    stacks = Counter(tuple(s.user[1:].tolist()) for s in samples for _ in range(s.samples))
+    (callers, often), *_ = stacks.most_common()
+    assert len(callers) >= 3
+    assert often > 0.9 * sum(s.samples for s in samples if not len(s.kernel)), stacks
+    assert {s.stop for s in samples} <= GOOD_STOPS | {StopReason.NO_USER_REGISTERS.label}
+    close(recorder)
+
+
+@pytest.mark.kernel
+def test_processes_that_are_gone_when_their_ticks_are_drained_are_whole(recorder):
+    """Programs of some 20 ms each, none of which is known before it ends."""
+    close(recorder)
+    script = "for i in 1 2 3 4 5 6 7 8 9 10; do perl -e 'for (1..200000) { $n += $_ }'; done"
+    with sampled(recorder, "/bin/sh", "-c", script) as process:
+        process.wait()
+    profile = close(recorder)
+
+    stops = profile.accounting.stops
+    whole = sum(stops.get(reason, 0) for reason in GOOD_STOPS)
+    without = stops.get(StopReason.NO_USER_REGISTERS.label, 0)  # they exit
+    assert sum(stops.values()) > 20
+    assert whole + without > 0.95 * sum(stops.values()), stops
+
+
+@pytest.mark.kernel
+def test_a_window_has_the_ticks_that_fell_into_it_though_their_stacks_waited(parked, recorder):
+    """Those of a process that nobody knows yet stand in the window that is closed next."""
+    close(recorder)
+    with sampled(recorder, parked, "recursion"):
+        time.sleep(0.3)
+        first = close(recorder)
+
+    assert first.accounting.stored > 10
+    assert first.total_samples == first.accounting.stored
+    assert recorder.copied.status()["waiting"] == 0
