@@ -35,6 +35,12 @@ static __always_inline bool may_copy(struct copying *to)
 	return to->paid_ns < now;
 }
 
+/* Where the stack of the program's main thread began; 0 until all of a new program is loaded. */
+static __always_inline u64 start_of_stack(void *task)
+{
+	return kernel_u64(MEMBER(task, TASK_MM, u64) + MM_START_STACK);
+}
+
 /* Return how many bytes from `start` on may be part of the stack; all that there is room for if unknown. */
 static __always_inline u64 used_bytes(void *task, const struct count_key *key, u64 start)
 {
@@ -42,7 +48,7 @@ static __always_inline u64 used_bytes(void *task, const struct count_key *key, u
 
 	if (key->tid != key->pid)
 		return COPY_BYTES;
-	end = kernel_u64(MEMBER(task, TASK_MM, u64) + MM_START_STACK) + WORD;
+	end = start_of_stack(task) + WORD;
 	return end > start && end - start < COPY_BYTES ? end - start : COPY_BYTES;
 }
 

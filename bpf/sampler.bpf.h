@@ -12,7 +12,8 @@
 #define __always_inline inline __attribute__((always_inline)) /* the programs have no calls */
 
 #define COMM_SIZE 16
-#define PF_KTHREAD 0x00200000 /* include/linux/sched.h */
+#define PF_EXITING 0x00000004 /* include/linux/sched.h */
+#define PF_KTHREAD 0x00200000
 
 struct count_key {
 	u64 start_ns;

@@ -65,7 +65,7 @@ def split_frames(words: Words, frame_words: Mapping[int, int] = FRAME_WORDS) -> 
 class StopReason(IntEnum):
     """Why a stack ends where it does; `label` is the name outside of this package.
 
-    All but the last two are about the user's part.
+    All but the two of the kernel are about the user's part.
     """
 
     ROOT = 0
@@ -74,7 +74,7 @@ class StopReason(IntEnum):
     KERNEL_THREAD = 1
     """There is no user stack: the thread belongs to the kernel."""
     NO_USER_REGISTERS = 2
-    """The thread has no user registers (it is exiting, or serves io_uring inside the kernel)."""
+    """The thread has no user registers (it serves io_uring inside the kernel)."""
     NO_PROCESS_YET = 3
     """What the process has mapped was not known yet: it is young, or was never sampled before."""
     NO_TABLE_YET = 4
@@ -109,6 +109,9 @@ class StopReason(IntEnum):
     """The kernel's part of the stack is deeper than a record has room for."""
     KERNEL_FAILED = 18
     """The kernel could not walk its own part of the stack, which is missing."""
+    NO_PROGRAM = 19
+    """The program has ended, or another is being loaded in its place: its memory is gone, and with
+    it the user's part of the stack. What the kernel does there is all there is."""
 
     @property
     def label(self) -> str:

@@ -529,14 +529,15 @@ static __always_inline u32 begin_walk(struct bpf_perf_event_data *ctx, void *tas
 				      const struct count_key *key, struct walk *walk,
 				      struct user_stack *stack)
 {
+	u32 flags = MEMBER(task, TASK_FLAGS, u32);
 	u64 cs;
 
 	stack->length = 0;
 	walk->has_requested = false;
-	if (MEMBER(task, TASK_FLAGS, u32) & PF_KTHREAD)
+	if (flags & PF_KTHREAD)
 		return STOP_KERNEL_THREAD;
-	if (!MEMBER(task, TASK_MM, u64))
-		return STOP_NO_USER_REGISTERS;
+	if (!MEMBER(task, TASK_MM, u64)) /* an exiting thread leaves its memory early */
+		return flags & PF_EXITING ? STOP_NO_PROGRAM : STOP_NO_USER_REGISTERS;
 	cs = read_user_registers(ctx, task, walk);
 	if (!is_user_code(walk->pc))
 		return STOP_NO_USER_REGISTERS;

@@ -104,9 +104,10 @@ class Host(NamedTuple):
     """16 hex digits of a hash; restarts do not change it."""
 
 
-GOOD_STOPS = frozenset({"root", "kernel_thread"})
-"""Reasons why a complete user stack ends: at its outermost frame, or because a kernel thread has
-none. A stack with any other reason is incomplete."""
+GOOD_STOPS = frozenset({"root", "kernel_thread", "no_program"})
+"""Reasons why a complete user stack ends: at its outermost frame, or because there is none: of a
+kernel thread, and of a program that has ended or is just being loaded. A stack with any other
+reason is incomplete."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ const LOSSES = {
 const STOPS = {
   root: ["complete", "reached the outermost frame"],
   kernel_thread: ["complete", "kernel threads have no user stack"],
-  no_user_registers: ["none", "the thread was exiting, or has no user stack"],
+  no_program: ["complete", "the program had ended, or was just being loaded: no user stack"],
+  no_user_registers: ["none", "the thread has no user stack"],
   no_process_yet: ["cut", "the process had just started, or the profiler had just discovered it"],
   no_table_yet: ["cut", "the unwind table of a file was not loaded yet"],
   no_table: ["cut", "the file has neither unwind information nor frame pointers"],

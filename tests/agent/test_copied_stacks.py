@@ -264,12 +264,12 @@ def test_first_ticks_have_the_frames_that_later_ones_have(way, parked, recorder)
         late = recorder.copied.status()["unwound"] - late_before
         samples = own(recorder.seen)
 
-    assert late > 5
+    assert late > 2
     stacks = Counter(tuple(s.user[1:].tolist()) for s in samples for _ in range(s.samples))
     (callers, often), *_ = stacks.most_common()
     assert len(callers) >= 3
     assert often > 0.9 * sum(s.samples for s in samples if not len(s.kernel)), stacks
-    assert {s.stop for s in samples} <= GOOD_STOPS | {StopReason.NO_USER_REGISTERS.label}
+    assert {s.stop for s in samples} <= GOOD_STOPS
     close(recorder)
 
 
@@ -284,9 +284,8 @@ def test_processes_that_are_gone_when_their_ticks_are_drained_are_whole(recorder
 
     stops = profile.accounting.stops
     whole = sum(stops.get(reason, 0) for reason in GOOD_STOPS)
-    without = stops.get(StopReason.NO_USER_REGISTERS.label, 0)  # they exit
     assert sum(stops.values()) > 20
-    assert whole + without > 0.95 * sum(stops.values()), stops
+    assert whole > 0.95 * sum(stops.values()), stops
 
 
 @pytest.mark.kernel

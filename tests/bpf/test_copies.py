@@ -196,3 +196,27 @@ def test_every_tick_is_stored_or_copied_while_many_processes_come_and_go(program
     assert [mismatch(drain) for drain in drains] == [0] * len(drains)
     assert len(copies) > 500
     assert len(set(moments)) == len(copies)
+
+
+def test_a_program_that_has_ended_or_is_being_loaded_has_no_user_stack():
+    """Its memory is gone: what the kernel does there is all there is, and nothing is copied."""
+    config = SamplerConfig(frequency_hz=999, copied_bytes_per_s=16 << 20)
+    loop = ["sh", "-c", "while :; do /bin/true; done"]
+    found, copied = [], []
+    with Sampler(config) as sampler, running(*loop):
+        sampler.start()
+
+        def are_seen() -> bool:
+            drain = sampler.drain()
+            assert mismatch(drain) == 0
+            copied.extend(drain.copies)
+            ended = StopReason.NO_PROGRAM.label
+            found.extend(sample for sample in drain.samples if sample.stop == ended)
+            return len(found) > 50
+
+        wait_for(are_seen)
+
+    assert b"true" in {sample.comm for sample in found}
+    assert {len(sample.user) for sample in found} == {0}
+    assert min(len(sample.kernel) for sample in found) > 0
+    assert StopReason.NO_PROGRAM.label not in {copy.walked.stop for copy in copied}
