@@ -158,7 +158,7 @@ class MappedFiles:
         self._hung: dict[tuple[_Place, bytes], float] = {}
         self._own_place = _place_of("self") or ("", "")
         self._beyond = MappedFile(FileKey(("", ""), "", (0, 0), 0, b""))
-        self._fail(self._beyond, Miss.TOO_COSTLY)
+        self._beyond.state, self._beyond.miss = State.FAILED, Miss.TOO_COSTLY
         self.unnumbered = 0
         """How many mappings got no file of their own: there were too many."""
         self.interrupted = 0
