@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bpf.errors import LoadError
@@ -22,6 +23,7 @@ from bpf.memory_limit import MemoryLimit, memory_limit
 _LOOK_S = 15.0
 """How often the child that compiles is looked at, which takes a second; beside a load of 20 on two
 CPUs it took more than a minute."""
+_TURN_S = 0.05
 _STALLS_S = 600.0
 """A child that has had no CPU time for so long hangs. One that is slow is waited for."""
 _NEEDS_MB = 200
@@ -32,10 +34,10 @@ _START_WITHIN_S = 60.0
 log = logging.getLogger(__name__)
 
 
-def ask_child(request: bytes) -> tuple[dict[str, int], int]:
+def ask_child(request: bytes, meanwhile: Callable[[], None]) -> tuple[dict[str, int], int]:
     """Return what the child has loaded: descriptors by name, and the frames of one program.
 
-    It may take as long as it makes progress.
+    It may take as long as it makes progress; `meanwhile` is called now and then.
 
     Raises:
         LoadError: it cannot; the message says what to do.
@@ -45,7 +47,7 @@ def ask_child(request: bytes) -> tuple[dict[str, int], int]:
     with ours:
         with theirs:
             child = _start_child(theirs.fileno())
-        complaint = _wait_for(child, request)
+        complaint = _wait_for(child, request, meanwhile)
         message, fds, _, _ = socket.recv_fds(ours, 1 << 16, 64)
     answer = json.loads(message) if message else {}
     if not answer or "memory" in answer:
@@ -93,16 +95,20 @@ def _start_child(channel: int) -> subprocess.Popen[bytes]:
             pause_s = min(2 * pause_s, 5.0)
 
 
-def _wait_for(child: subprocess.Popen[bytes], request: bytes) -> str:
+def _wait_for(child: subprocess.Popen[bytes], request: bytes, meanwhile: Callable[[], None]) -> str:
     """Wait until the child has ended, as long as it takes; return what it has complained of."""
-    begun_s = advanced_s = time.monotonic()
+    begun_s = advanced_s = looked_s = time.monotonic()
     pending: bytes | None = request
     used = 0
     while True:
         try:
-            _, complaint = child.communicate(pending, timeout=_LOOK_S)
+            _, complaint = child.communicate(pending, timeout=min(_TURN_S, _LOOK_S))
         except subprocess.TimeoutExpired:
+            meanwhile()
             pending, now_s = None, time.monotonic()
+            if now_s - looked_s < _LOOK_S:
+                continue
+            looked_s = now_s
             if (now := _cpu_ticks(child.pid)) > used:
                 used, advanced_s = now, now_s
             if now_s - advanced_s > _STALLS_S:

@@ -12,7 +12,7 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -125,11 +125,12 @@ class Sampler:
         LoadError: on construction, when the programs cannot be compiled or loaded.
     """
 
-    def __init__(self, config: SamplerConfig) -> None:
+    def __init__(self, config: SamplerConfig, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Compile and load; `meanwhile` is called now and then as long as that takes."""
         self.config = config
         possible = Path("/sys/devices/system/cpu/possible").read_text()
         self._possible_cpus = len(perf_event.parse_cpus(possible))
-        self._fds, frames = _load(config, self._possible_cpus)
+        self._fds, frames = _load(config, self._possible_cpus, meanwhile)
         self.deepest_stack = min(MAX_USER_WORDS, frames * MAX_PROGRAMS)
         """User frames that are followed: fewer than MAX_USER_WORDS if the verifier is strict."""
         self.tables = tables.Tables(self._fds, config.tables_limit_bytes, self._possible_cpus)
@@ -467,7 +468,9 @@ def kernel_constants() -> dict[str, int]:
     return constants | tables.constants() | {"GO_ON": _GO_ON, "FOUND": _GO_ON}
 
 
-def _load(config: SamplerConfig, cpus: int) -> tuple[dict[str, int], int]:
+def _load(
+    config: SamplerConfig, cpus: int, meanwhile: Callable[[], None]
+) -> tuple[dict[str, int], int]:
     """Compile and load in a child; return descriptors of programs and maps by name."""
     constants = kernel_constants() | {
         "CAPACITY": config.capacity(cpus),
@@ -493,4 +496,4 @@ def _load(config: SamplerConfig, cpus: int) -> tuple[dict[str, int], int]:
         "calls": ["on_walk", "on_copy"],  # as the enumeration in sampler.bpf.c has them
         "frames_per_program": config.frames_per_program,
     }
-    return ask_child(json.dumps(request).encode())
+    return ask_child(json.dumps(request).encode(), meanwhile)

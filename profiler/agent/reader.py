@@ -35,7 +35,6 @@ _DATA_BYTES = 384 << 20
 """Private memory. The largest real files take about 170 MB."""
 _KEPT_BYTES = 96 << 20
 """A child that has grown beyond this exits, as Python returns little of what it has freed."""
-_NICE = 5
 
 _CLONE_NEWNET = 0x4000_0000  # unshare(2)
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP = 1, 38, 24  # prctl(2)
@@ -52,7 +51,6 @@ def main() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:  # it died before the line above
         return
-    os.nice(_NICE)
     limit_privileges()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     kinds: Mapping[str, Read] = importlib.import_module(sys.argv[2]).kinds(Path(sys.argv[3]))

@@ -191,7 +191,7 @@ class Recorder:
         self.address_spaces.poll()
         self.files.ask_for_all(self._activity.busiest(_LIKELY_PROCESSES))
         config = replace(self.config, copied_bytes_per_s=self.copied_bytes_per_s)
-        self.sampler = opened.enter_context(Sampler(config))
+        self.sampler = opened.enter_context(Sampler(config, self._read_meanwhile))
         self.symbolizer = Symbolizer(cache)
         opened.callback(self.symbolizer.close)
         self.unwinding = Unwinding(
@@ -213,6 +213,10 @@ class Recorder:
         self._variables = rules.version_variables
         self._wants_commands = any(rule.command is not None for rule in rules.services)
         opened.callback(self.labeler.close)
+
+    def _read_meanwhile(self) -> None:
+        self.address_spaces.poll()
+        self.readers.poll()
 
     def __enter__(self) -> Self:
         return self

@@ -439,3 +439,23 @@ def place_of(path: Path, section: str) -> tuple[int, int]:
     elf = read_elf(FileSource(os.open(path, os.O_RDONLY)))
     (found,) = (each for each in elf.sections if each.name == section.encode())
     return found.offset, found.size
+
+
+def drained(recorder: Recorder) -> int:
+    """Take in what was counted; return how many samples the open window has."""
+    recorder.drain()
+    return recorder.counts.stored
+
+
+def test_stacks_are_whole_from_the_first_tick_that_counts(tmp_path):
+    """What runs already is known at the start, though no cache has a table of it."""
+    program = compile_target("parked.c", tmp_path / "parked", "-O2", *NO_FRAME_POINTERS)
+
+    with all_parked(program, ("recursion", "callback", "alloca")) as pids:
+        config = SamplerConfig(frequency_hz=499, pids=frozenset(pids.values()))
+        with Recorder(config, tmp_path / "cache") as recorder:
+            recorder.start()
+            wait_for(lambda: drained(recorder) >= 50)
+            stops = dict(recorder.counts.stops)
+
+    assert set(stops) == {"root"}

@@ -42,6 +42,5 @@ def _privileges() -> dict[str, Any]:
         "effective": int(status["CapEff"], 16),
         "permitted": int(status["CapPrm"], 16),
         "new_privileges": status["NoNewPrivs"].strip() == "0",
-        "nice": os.nice(0),
         "descriptors": sorted(int(each.name) for each in Path("/proc/self/fd").iterdir()),
     }
