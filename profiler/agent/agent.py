@@ -355,6 +355,7 @@ class Agent:
                 **recorder.cost.cpu_ns,
                 "bpf": self._bpf.charge(counts.ticks),
                 "sampler": time.process_time_ns() - self._begun_cpu_ns,
+                "readers": recorder.readers.cpu_ns,
             },
             "bpf_ns_per_tick": round(self._bpf.ns_per_tick),
             "sampler": {"pid": os.getpid(), "rss_bytes": rss_bytes()},

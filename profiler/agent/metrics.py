@@ -55,6 +55,9 @@ def metrics_of(status: Mapping[str, Any]) -> Iterator[Metric]:
         "uploader_starts": upload["starts"],
         "unwind_builds_interrupted": status["unwinding"]["builds_interrupted"],
         "unwind_mappings_without_number": status["unwinding"]["mappings_without_number"],
+        "files_misclaimed": status["files"]["misclaimed_build_ids"],
+        "files_beyond_limit": status["files"]["beyond_limit"],
+        "readers_answered": status["readers"]["answered"],
         "instances_uncounted": status["labels"]["instances_uncounted"],
     }
     gauges = {
@@ -65,6 +68,11 @@ def metrics_of(status: Mapping[str, Any]) -> Iterator[Metric]:
         "unwind_tables": status["unwinding"]["tables"],
         "unwind_tables_waiting": status["unwinding"]["tables_waiting"],
         "unwind_kernel_bytes": status["unwinding"]["kernel_bytes"],
+        "files": status["files"]["files"],
+        "files_failed": status["files"]["failed"],
+        "mounts_hung": status["files"]["mounts_hung"],
+        "readers": status["readers"]["children"],
+        "readers_left_behind": status["readers"]["left_behind"],
         "spool_windows": spool["profiles"],
         "spool_bytes": spool["size_bytes"],
         "spool_limit_bytes": spool["limit_bytes"],

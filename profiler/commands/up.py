@@ -369,7 +369,7 @@ def summary(options: AgentOptions, status: Mapping[str, Any], begun_ns: int) -> 
     upload, seconds = status["uploader"], status["uptime_s"]
     lost = sum(status["lost"].values())
     cpu_ns = status["cpu_ns"]
-    own = (cpu_ns["sampler"] + cpu_ns["bpf"]) / 1e9 / seconds
+    own = sum(cpu_ns[part] for part in ("sampler", "readers", "bpf")) / 1e9 / seconds
     parts = f"{status['stored']:,} stored + {status['idle']:,} idle + {status['filtered']:,}"
     rate = f"{seconds:.1f} s at {status['frequency_hz']} Hz"
     memory = " + ".join(

@@ -23,9 +23,11 @@ from profiler.agent import table_loading
 from profiler.agent import unwind_tables as unwinding
 from profiler.agent.readers import Readers
 from profiler.agent.recorder import Recorder
+from symbolizer.location import Miss
 from symbolizer.maps import MappingTable, parse_maps
 from symbolizer.symbols.elf import FileSource, read_elf
-from tests.support.live import stat_fields, wait_for
+from symbolizer.unwind.table import UnwindTable
+from tests.support.live import has_execed, stat_fields, wait_for
 from tests.support.targets import compile_target, running
 
 pytestmark = pytest.mark.kernel
@@ -459,3 +461,29 @@ def test_stacks_are_whole_from_the_first_tick_that_counts(tmp_path):
             stops = dict(recorder.counts.stops)
 
     assert set(stops) == {"root"}
+
+
+def test_tables_are_there_for_stacks_that_are_unwound_later(recorder, tmp_path):
+    """Also of a process that is gone, and after the cache on disk has lost them."""
+    program = compile_target("parked.c", tmp_path / "parked", "-O2", *NO_FRAME_POINTERS)
+    with running(program, "recursion") as process:
+        wait_for(lambda: has_execed(process.pid))
+        recorder.address_spaces.poll()
+        mappings = recorder.address_spaces.mappings(process.pid, time.monotonic_ns())
+    place = next(i for i, m in enumerate(mappings.mappings) if m.path == os.fsencode(program))
+
+    def table() -> UnwindTable | Miss:
+        recorder.catch_up()
+        return recorder.unwinding.table_of(mappings, place, process.pid)
+
+    assert table() == Miss.NOT_READ
+    wait_for(lambda: isinstance(table(), UnwindTable))
+    first = table()
+    recorder.unwinding._loader._kept.clear()
+    for cached in recorder.unwinding._loader._cache._files.folder.iterdir():
+        cached.unlink()
+    assert table() == Miss.NOT_READ
+    wait_for(lambda: isinstance(table(), UnwindTable))
+
+    assert len(first.rows)
+    assert np.array_equal(table().rows, first.rows)
