@@ -18,6 +18,7 @@ from elftools.elf.elffile import ELFFile
 
 from symbolizer.digest import blake2b
 from symbolizer.location import ElfAddress, FileOffset, Miss, Segment
+from symbolizer.symbols.notes import parse_build_id
 
 PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE, PT_GNU_EH_FRAME = 1, 2, 3, 4, 0x6474E550
 PF_X = 0x1
@@ -25,7 +26,6 @@ SHT_PROGBITS, SHT_SYMTAB, SHT_STRTAB, SHT_RELA, SHT_NOTE, SHT_DYNSYM = 1, 2, 3, 
 SHT_NOBITS = 8
 SHF_ALLOC, SHF_EXECINSTR, SHF_COMPRESSED = 0x2, 0x4, 0x800
 DT_SONAME, DT_FLAGS_1, DF_1_PIE = 14, 0x6FFFFFFB, 0x08000000
-NT_GNU_BUILD_ID = 3
 
 # The largest real files (browsers, databases) have about 50 sections, 15 segments, and notes of 200
 # bytes. Files beyond these limits are not programs.
@@ -36,7 +36,6 @@ _MAX_NOTE_BYTES = 65_536
 _MAX_NOTE_PARTS = 64
 _MAX_DYNAMIC_BYTES = 65_536
 _MAX_SECTION_NAME_BYTES = 1 << 20
-_MAX_BUILD_ID_BYTES = 64
 _MAX_HEADER_READS_BYTES = 1 << 16
 
 _HASHED_BLOCK_BYTES = 4096
@@ -339,21 +338,6 @@ def _find_build_id(
             build_id = parse_build_id(source.read_at(offset, size))
             if build_id:
                 return build_id
-    return ""
-
-
-def parse_build_id(notes: bytes) -> str:
-    """Return the GNU build id among ELF notes in hex, or an empty string."""
-    position = 0
-    while position + 12 <= len(notes):
-        name_size, desc_size, note_type = np.frombuffer(notes, "<u4", 3, position).tolist()
-        desc = position + 12 + (name_size + 3 & ~3)
-        if desc + desc_size > len(notes):
-            return ""
-        is_gnu = notes[position + 12 : position + 12 + name_size] == b"GNU\0"
-        if is_gnu and note_type == NT_GNU_BUILD_ID and 0 < desc_size <= _MAX_BUILD_ID_BYTES:
-            return notes[desc : desc + desc_size].hex()
-        position = desc + (desc_size + 3 & ~3)
     return ""
 
 

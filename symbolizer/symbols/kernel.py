@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from symbolizer.integers import Wide
 from symbolizer.symbols.candidates import Candidates, Functions, arrange, name_preferences
-from symbolizer.symbols.elf import parse_build_id
+from symbolizer.symbols.notes import parse_build_id
 from symbolizer.text import readable
 
 KERNEL_NAME = "[kernel.kallsyms]"
