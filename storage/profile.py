@@ -305,6 +305,27 @@ class ProfileBuilder:
     def unnamed_locations(self) -> list[Location]:
         return [place for place, number in self._locations.items() if not self._names[number]]
 
+    def replace_locations(self, replaced: Mapping[Location, Location]) -> None:
+        """Let locations be others; counts of stacks that become equal are added up."""
+        before = zip(self._locations, self._names, self._named_s, strict=True)
+        self._locations, self._names, self._named_s = {}, [], []
+        moved = [self.location(replaced.get(each, each), names, at) for each, names, at in before]
+        if len(self._locations) == len(moved):
+            return
+        numbers = np.array(moved, dtype=np.int32)
+        stacks: dict[bytes, int] = {}
+        new = [
+            stacks.setdefault(numbers[np.frombuffer(words, np.int32)].tobytes(), len(stacks))
+            for words in self._stacks
+        ]
+        self._stacks = stacks
+        self._samples, self._values = (
+            _sum_by_key(((labels, new[stack]), count) for (labels, stack), count in counts.items())
+            for counts in (self._samples, self._values)
+        )
+        for columns in self._columns:
+            columns[1] = np.array(new, dtype=np.int64)[columns[1]]
+
     def add(
         self, labels: Labels, root_first: npt.ArrayLike, samples: int, value: int | None = None
     ) -> None:
@@ -426,6 +447,13 @@ class ProfileBuilder:
         build_ids = {place.build_id for place in places if isinstance(place, AddressLocation)}
         for build_id in sorted(build_ids & other.modules.keys()):
             adopt_module(self.modules, other.modules[build_id])
+
+
+def _sum_by_key(counts: Iterable[tuple[tuple[int, int], int]]) -> Counter[tuple[int, int]]:
+    sums: Counter[tuple[int, int]] = Counter()
+    for key, count in counts:
+        sums[key] += count
+    return sums
 
 
 class NameRank(IntEnum):

@@ -162,3 +162,42 @@ def unnamed(module: str, kind: Kind) -> Frame:
     """Return the frame that all addresses of a module without a name share."""
     inner = module.strip("[]") or "unknown"
     return Frame(f"[{inner}]", module, kind)
+
+
+class Call(NamedTuple):
+    """A function at a place in a file, without what depends on where the file is.
+
+    Attributes:
+        function: readable; empty if only its first address is known, by its FDE range.
+        start: the file offset of its first address if that is all that is known of it, else -1.
+        file, line: of the source; empty and 0 if they are unknown.
+    """
+
+    function: str
+    start: int = -1
+    file: str = ""
+    line: int = 0
+
+
+class Place(NamedTuple):
+    """What is at all file offsets of a range.
+
+    Attributes:
+        start, end: the range, half-open.
+        calls: innermost first; empty if nothing is known.
+        miss: why there is no name; also for functions that are known only by their FDE range.
+    """
+
+    start: int
+    end: int
+    calls: tuple[Call, ...] = ()
+    miss: Miss | None = None
+
+    def frames(self, module: Module) -> tuple[Frame, ...]:
+        """Return the frames, innermost first, of the file that is this module."""
+        return tuple(
+            Frame(call.function, module.name, module.kind, call.file, call.line)
+            if call.start < 0
+            else bounded(module.name, module.kind, module.elf_address(FileOffset(call.start)))
+            for call in self.calls
+        )

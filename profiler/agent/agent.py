@@ -367,7 +367,7 @@ class Agent:
             "mappings": recorder.address_spaces.status(),
             "copied_stacks": recorder.copied.status(),
             "labels": recorder.labeler.status(),
-            "slowest_binaries": recorder.symbolizer.slowest(),
+            "slowest_binaries": recorder.names.slowest(),
             **self._children.status(),
         }
 

@@ -1,8 +1,10 @@
 """From ticks to profiles: the pipeline that every recording command runs.
 
 Each second: drain the kernel's maps, bring the processes up to date, find out where each address
-lies, and count the stack. Names are looked up when a window is closed, once per place; those that
-end with their process were kept when it was first seen.
+lies, and count the stack. What others own is read by reader children: labels and names are asked
+for when something is first seen, and are there when the window is closed, or in the next one.
+
+The module is long because it is the only one that knows all stages; each does its work elsewhere.
 """
 
 import contextlib
@@ -31,6 +33,7 @@ from profiler.agent.copied_stacks import ByMappings, CopiedStacks
 from profiler.agent.cost import Cost, return_large_blocks
 from profiler.agent.frames import FrameNumbers, Numbers
 from profiler.agent.mapped_files import MappedFiles
+from profiler.agent.names import CACHE_BYTES, Names
 from profiler.agent.readers import Answer, Readers
 from profiler.agent.supervise import RefusedError
 from profiler.agent.unwind_tables import Unwinding
@@ -44,10 +47,9 @@ from profiler.processes.lifetimes import Lifetimes
 from profiler.processes.rules import Rules
 from storage.profile import Accounting, Host, Labels, Profile
 from symbolizer.digest import blake2b
-from symbolizer.location import AddressLocation
 from symbolizer.maps import MappingTable
-from symbolizer.symbolizer import Symbolizer
 from symbolizer.symbols.kernel import Program
+from symbolizer.symbols.table import SymbolCache
 from symbolizer.text import readable
 from symbolizer.unwind.table import UnwindCache
 
@@ -68,7 +70,8 @@ _PREPARE_S, _FOLLOW_S = 4.0, 0.4
 _TABLES_S = 0.5
 """How long the closing of a window waits for the tables that its copied stacks need."""
 _READERS_S = 1.0
-"""For how long the closing of a window waits for what is being read of its processes."""
+"""For how long the closing of a window waits for labels and names that are being read."""
+_NEXT_ANSWER_S = 5.0
 
 
 def this_host() -> Host:
@@ -161,6 +164,8 @@ class Recorder:
         self._next_scan_s = 0.0
         self._longest_ns = None if math.isinf(longest_window_s) else round(longest_window_s * 1e9)
         self._closed: list[Profile] = []
+        self._is_sampling = False
+        self._closing_until_s = 0.0
         self._edge: Edge | None = None
         self._held: _Held | None = None
         self._late_s = 0.0
@@ -192,8 +197,7 @@ class Recorder:
         self.files.ask_for_all(self._activity.busiest(_LIKELY_PROCESSES))
         config = replace(self.config, copied_bytes_per_s=self.copied_bytes_per_s)
         self.sampler = opened.enter_context(Sampler(config, self._read_meanwhile))
-        self.symbolizer = Symbolizer(cache)
-        opened.callback(self.symbolizer.close)
+        self.names = Names(self.readers, self.files, SymbolCache(cache, CACHE_BYTES))
         self.unwinding = Unwinding(
             *(self.sampler, self.address_spaces, self.files, self.readers),
             UnwindCache(cache / "unwind"),
@@ -260,6 +264,7 @@ class Recorder:
         self._drained = self._window.begun
         self._opened.enter_context(priority.raised(priority.chosen_nice(os.environ)))
         self.sampler.start()
+        self._is_sampling = True
 
     def _warm_up(self) -> None:
         """Load the tables of what runs already, so that stacks are whole from the first tick on.
@@ -286,6 +291,7 @@ class Recorder:
 
     def stop(self) -> None:
         """End ticking; `close_window` still returns what was counted."""
+        self._is_sampling = False
         self.sampler.stop()
         self._window.end()
 
@@ -316,6 +322,8 @@ class Recorder:
             self.unwinding.catch_up()
             self.copied.advance()
         self.readers.poll()
+        with self.cost.of("symbolize"):
+            self.names.ask()
 
     def step(self) -> None:
         """Take in what was counted since the last step. To be called every `drain_period_s`."""
@@ -436,6 +444,7 @@ class Recorder:
         subjects, self._subjects = self._subjects, {}
         self._frames = self._number_frames()
         window.end(successor, edge_ns)
+        self._closing_until_s = time.monotonic() + _READERS_S
         try:
             self._add_copied(window, frames, subjects, self.copied.take_all())
             with self.cost.of("labels"):
@@ -449,25 +458,32 @@ class Recorder:
     def _label(self, window: OpenWindow, subjects: Mapping[Labels, Subject]) -> None:
         """Replace what stood for the labels of a window. What is not read by then comes later."""
         sampled = subjects.values()
-        until_s = time.monotonic() + _READERS_S
-        self.readers.wait(until_s, lambda: self.labeler.is_complete(sampled))
+        self._wait_for_readers(lambda: self.labeler.is_complete(sampled))
         window.builder.relabel({each.key: self.labeler.labels_of(each) for each in sampled})
 
     def _name(self, window: OpenWindow) -> Profile:
         builder = window.builder
-        unnamed = builder.unnamed_locations()
-        for location, frames in zip(unnamed, self.symbolizer.names(unnamed), strict=True):
+        named = self.names.name(builder.unnamed_locations(), self._wait_for_readers)
+        builder.replace_locations(named.locations)
+        for location, frames in named.frames:
             window.bounded.name(location, frames)
-        modules = {place.build_id for place in unnamed if isinstance(place, AddressLocation)}
-        known = self.symbolizer.modules
-        window.bounded.add_modules({key: known[key] for key in sorted(modules & known.keys())})
-        misses: Counter[str] = Counter()
-        for missed in (self.symbolizer.misses, self.labeler.misses):
-            misses.update({str(reason): number for reason, number in missed.items()})
-            missed.clear()
+        window.bounded.add_modules(named.modules)
+        misses = Counter(named.misses)
+        misses.update({str(reason): number for reason, number in self.labeler.misses.items()})
+        self.labeler.misses.clear()
         accounting = window.accounting(self._host, misses)
         services = self.labeler.present(*window.boottime_ns)
         return builder.build(window.window, replace(accounting, services=services))
+
+    def _wait_for_readers(self, is_done: Callable[[], bool]) -> None:
+        """Wait for what a window lacks: a second in all, after the last tick while answers come."""
+        if self.readers.wait(self._closing_until_s, is_done) or self._is_sampling:
+            return
+        answered = -1
+        while answered != self.readers.answered:
+            answered = self.readers.answered
+            if self.readers.wait(time.monotonic() + _NEXT_ANSWER_S, is_done):
+                return
 
     def close(self) -> None:
         self._opened.close()
@@ -479,7 +495,7 @@ class Recorder:
         try:
             with self.cost.of("processes"):
                 self.address_spaces.poll()
-                self.symbolizer.add_kernel_programs(
+                self.names.add_kernel_programs(
                     [
                         Program(readable(name), start, size)
                         for start, size, name in self._rings.take_kernel_symbols()
@@ -516,6 +532,7 @@ class Recorder:
     ) -> None:
         with self.cost.of("symbolize"):
             samples, stacks = self._locate(frames, groups)
+            self.names.ask()
         with self.cost.of("labels"):
             noted = self._note(samples, subjects)
         with self.cost.of("fold"):
@@ -549,12 +566,11 @@ class Recorder:
 
     def _number_frames(self) -> FrameNumbers:
         """Return numbers for the open window: they are those of its builder."""
-        symbolizer = self.symbolizer
         bounded = self._window.bounded
         return FrameNumbers(
             self._window.builder.location,
-            symbolizer.locate,
-            symbolizer.locate_kernel,
+            self.names.locate,
+            self.names.locate_kernel,
             bounded.rest,
             bounded.locations,
         )

@@ -26,6 +26,7 @@ from symbolizer.location import Miss
 from symbolizer.symbols.candidates import (
     AT_PLT,
     IN_FDE_RANGE,
+    MAX_FUNCTIONS,
     NO_CANDIDATES,
     NO_FILE,
     Candidates,
@@ -50,10 +51,6 @@ from symbolizer.unwind.fde_ranges import read_fde_ranges
 STT_NOTYPE, STT_FUNC, STT_GNU_IFUNC = 0, 2, 10
 STB_LOCAL, STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE = 0, 1, 2, 10
 
-# 400,000 functions take 22 MB while they are sorted and 5 MB afterwards (bench/bench_symbolize.py
-# --library). Files beyond the largest programs (browsers, databases) are TOO_LARGE, so that the
-# cost of a crafted file is bounded.
-MAX_FUNCTIONS = 1 << 20
 _MAX_SYMBOLS_BYTES = 24 << 22
 _SYMBOLS_PER_CHUNK = 1 << 15
 

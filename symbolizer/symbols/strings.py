@@ -12,7 +12,12 @@ import numpy.typing as npt
 
 from symbolizer.integers import Ints
 from symbolizer.location import Miss
-from symbolizer.symbols.candidates import COMPARED_NAME_BYTES, Words, name_preferences
+from symbolizer.symbols.candidates import (
+    COMPARED_NAME_BYTES,
+    MAX_NAME_BYTES,
+    Words,
+    name_preferences,
+)
 from symbolizer.symbols.elf import (
     SHT_STRTAB,
     Elf,
@@ -29,9 +34,6 @@ _MAX_SECTION_BYTES = 1 << 29
 # TOO_LARGE, so that its strings do not evict all other files' tables.
 _MAX_KEPT_BYTES = 128 << 20
 _PIECE_BYTES = 1 << 20
-
-MAX_NAME_BYTES = 1 << 16
-"""Longer names are cut."""
 
 
 class _Area(NamedTuple):

@@ -1,9 +1,11 @@
 """Symbol tables for look-up, and the bounded directory of files that stores them.
 
-A table is a file: a header, the sorted arrays, the strings. The arrays are held in memory (12 bytes
-per function); names are read from the file one by one, so that libLLVM costs 0.4 MB instead of 4.
-A file is written under another name and renamed. Its checksum covers all of it; if that is wrong,
-the table is built again. Files are read, never mapped, so damage cannot raise a signal.
+Tables are stored by a hash of the content that names come from, as anybody can write any build id
+into a file. A table is a file: a header, the sorted arrays, the strings. The arrays are held in
+memory (12 bytes per function); names are read from the file one by one, so that libLLVM costs
+0.4 MB instead of 4. A file is written under another name and renamed. Its checksum covers all of
+it; if that is wrong, the table is built again. Files are read, never mapped, so damage cannot raise
+a signal.
 """
 
 import os
@@ -20,9 +22,14 @@ import numpy.typing as npt
 
 from symbolizer.file_cache import FileCache
 from symbolizer.location import ElfAddress, FileOffset, Segment
-from symbolizer.symbols.candidates import AT_PLT, IN_FDE_RANGE, NO_FILE, Functions
-from symbolizer.symbols.functions import MAX_FUNCTIONS
-from symbolizer.symbols.strings import MAX_NAME_BYTES
+from symbolizer.symbols.candidates import (
+    AT_PLT,
+    IN_FDE_RANGE,
+    MAX_FUNCTIONS,
+    MAX_NAME_BYTES,
+    NO_FILE,
+    Functions,
+)
 
 _MAGIC = b"EFLSYMS\n"
 # Raise this when the layout changes, or the name that any address gets.
@@ -40,7 +47,10 @@ _COPY_BYTES = 1 << 18
 _FIRST_READ_BYTES = 256
 _MAX_FILE_BYTES = 1 << 12
 
-_KEY = re.compile(r"(hash-)?[0-9a-f]{2,128}")
+_MAX_COMPARED = 1 << 15
+"""A table with more names is a good one, whatever else is known."""
+
+_KEY = re.compile(r"[0-9a-f]{2,128}")
 
 
 class SymbolTable:
@@ -60,8 +70,11 @@ class SymbolTable:
         self._strings_bytes = strings_bytes
         self.segments = segments
         self.memory_bytes = 12 * len(functions.starts) + 8 * len(functions.files)
-        self.has_names = bool((functions.names & IN_FDE_RANGE == 0).any())
-        """Whether any function has a name; those known only by their FDE range do not."""
+        is_stub = functions.names & (AT_PLT | IN_FDE_RANGE) == AT_PLT
+        self.named = int((functions.names & IN_FDE_RANGE == 0).sum())
+        """How many functions have a name; those known only by their FDE range do not."""
+        self.named_code = self.named - int(is_stub.sum())
+        """How many of these are no PLT stubs: the more, the better the table."""
 
     def __len__(self) -> int:
         return len(self._functions.starts)
@@ -78,6 +91,23 @@ class SymbolTable:
         found = np.searchsorted(functions.starts, narrow, side="right").astype(np.int64) - 1
         found[(found >= 0) & (narrow >= functions.ends[found])] = -1
         return found
+
+    def ranges(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the first file offset of each function and the first beyond it, one row each."""
+        starts, ends = self._functions.starts[numbers], self._functions.ends[numbers]
+        return np.stack([starts, ends], axis=1).astype(np.int64) + self._functions.base
+
+    def extends(self, other: "SymbolTable") -> bool:
+        """Return whether a table names all that another one names, and nothing differently."""
+        theirs = np.flatnonzero(other._functions.names & (AT_PLT | IN_FDE_RANGE) == 0)  # noqa: SLF001 - of the same class
+        if len(theirs) > _MAX_COMPARED:
+            return False
+        starts = other.ranges(theirs)[:, 0]
+        mine = self.find(starts.astype(np.uint64))
+        if (mine < 0).any() or (self.ranges(mine)[:, 0] != starts).any():
+            return False
+        pairs = zip(mine.tolist(), theirs.tolist(), strict=True)
+        return all(self.name(number) == other.name(their) for number, their in pairs)
 
     def unnamed_starts(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the first file offset of each function that is unnamed, -1 for named ones."""
@@ -140,7 +170,7 @@ class SymbolCache:
             self._files = FileCache(directory, limit_bytes, files="*.symbols")
 
     def load(self, key: str) -> SymbolTable | None:
-        """Open the table of a build id. A damaged one is removed and counts as absent."""
+        """Open the table of a key. A damaged one is removed and counts as absent."""
         file = self._files.open(f"{key}.symbols") if self._files and _KEY.fullmatch(key) else None
         if self._files is None or file is None:
             return None
@@ -149,6 +179,10 @@ class SymbolCache:
         if table is None:
             self._files.remove(f"{key}.symbols")
         return table
+
+    def holds(self, key: str) -> bool:
+        """Return whether there is a table of a key, and mark it as used."""
+        return self._files is not None and self._files.touch(f"{key}.symbols") > 0
 
     def store(
         self,

@@ -1,9 +1,20 @@
 """Profiles as values: grouping keeps every count, and what is shown of locations and labels."""
 
+from collections import Counter
+
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.profile import Accounting, label_frames, make_labels
+from storage.profile import (
+    Accounting,
+    Labels,
+    NameRank,
+    ProfileBuilder,
+    Stack,
+    label_frames,
+    make_labels,
+)
 from symbolizer.location import Frame, Kind
 from tests.support import profiles as some
 
@@ -34,6 +45,36 @@ def test_a_pair_of_labels_and_stack_is_in_one_row(profile):
 
     pairs = list(zip(grouped.row_labels.tolist(), grouped.row_stacks.tolist(), strict=True))
     assert len(pairs) == len(set(pairs))
+
+
+@given(some.profiles(), st.data())
+def test_replaced_locations_keep_all_counts(profile, data):
+    """Those that become one are counted as one, and have the best of their names."""
+    builder = ProfileBuilder.like(profile)
+    rows = np.arange(len(profile.row_stacks))
+    builder.add_rows(profile, rows, profile.label_sets)
+    for row in profile.rows():
+        numbers = [builder.location(place) for place in row.stack]
+        builder.add(row.labels, numbers, row.samples, row.value)
+    targets = st.sampled_from([*profile.locations, some.native(some.LIBC, 0x77)])
+    replaced = {place: data.draw(targets) for place in profile.locations}
+
+    builder.replace_locations(replaced)
+    found = builder.build(profile.window, profile.accounting)
+
+    expected: Counter[tuple[Labels, Stack]] = Counter()
+    for row in profile.rows():
+        expected[row.labels, tuple(replaced[place] for place in row.stack)] += 2 * row.samples
+    assert {key: samples for key, (samples, _) in found.counts().items()} == expected
+    assert found.total_value == 2 * profile.total_value
+    assert set(found.locations) <= set(replaced.values())
+    for place, names in zip(found.locations, found.names, strict=True):
+        ranks = [
+            NameRank.of(profile.names[number])
+            for number, before in enumerate(profile.locations)
+            if replaced[before] == place
+        ]
+        assert NameRank.of(names) == max(ranks)
 
 
 def test_addresses_without_a_name_share_the_frame_of_their_module():

@@ -68,7 +68,7 @@ def read_table(path: Path) -> SymbolTable:
     try:
         headers = read_elf(FileSource(fd))
         functions, strings = read_functions(headers)
-        return SymbolCache(None, 0).store(headers.build_id, functions, headers.segments, strings)
+        return SymbolCache(None, 0).store("", functions, headers.segments, strings)
     finally:
         os.close(fd)
 

@@ -1,4 +1,4 @@
-"""Addresses of running processes are located and named, whatever happens to their files."""
+"""Code of running processes is named, whatever happens to their files."""
 
 import contextlib
 import os
@@ -7,13 +7,12 @@ import signal
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from symbolizer.location import AddressLocation, Frame, Kind, Miss, NamedLocation
-from symbolizer.maps import Mapping, MappingTable, parse_maps
-from symbolizer.symbolizer import Symbolizer
+from symbolizer.location import Frame, Kind, Miss
+from symbolizer.maps import Mapping, MappingTable
 from tests.support.elf_files import build, read_symbols, strip
+from tests.support.naming import NO_PROCESS, Naming, code_file, mappings_of
 
 PROGRAM = """
 #include <stdio.h>
@@ -35,10 +34,10 @@ needs_map_files = pytest.mark.skipif(
 
 
 @pytest.fixture
-def symbolizer(tmp_path):
-    symbolizer = Symbolizer(tmp_path / "cache")
-    yield symbolizer
-    symbolizer.close()
+def naming(tmp_path):
+    naming = Naming(tmp_path / "cache")
+    yield naming
+    naming.close()
 
 
 @pytest.fixture
@@ -57,17 +56,6 @@ def running(*command, **options):
         process.communicate()
 
 
-def mappings_of(pid):
-    return MappingTable.of(parse_maps(Path(f"/proc/{pid}/maps").read_bytes()))
-
-
-def name_one(symbolizer, pid, address, mappings=None):
-    addresses = np.array([address], dtype=np.uint64)
-    locations = symbolizer.locate(pid, mappings or mappings_of(pid), addresses)
-    frames = symbolizer.names(locations)[0]
-    return frames[0].function if frames else None
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -82,128 +70,100 @@ def name_one(symbolizer, pid, address, mappings=None):
         ),
     ],
 )
-def test_running_function_is_named(tmp_path, symbolizer, flags):
+def test_running_function_is_named(tmp_path, naming, flags):
     """The address that a process prints for its function has the name of that function."""
     path = build(tmp_path / "program", PROGRAM, *flags)
 
     with running(path) as (pid, (work, _, _)):
-        location = symbolizer.locate(pid, mappings_of(pid), np.array([work], dtype=np.uint64))[0]
+        found = naming.name(pid, work)
 
-    assert symbolizer.names([location]) == [(Frame("work", "program", Kind.NATIVE),)]
-    module = symbolizer.modules[location.build_id]
+    assert found.frames == (Frame("work", "program", Kind.NATIVE),)
     linked = next(s.address for s in read_symbols(path) if s.name == b"work")
-    assert module.elf_address(location.offset) == linked
-    assert module.path == str(path)
+    assert found.module.elf_address(found.offset) == linked
+    assert found.module.path == str(path)
 
 
-def test_addresses_outside_files_have_a_reason(symbolizer, program):
-    """Anonymous code, unmapped addresses and exited processes are locations without a name."""
-    with running(program) as (pid, (_, code, _)):
-        table = mappings_of(pid)
-        places = symbolizer.locate(pid, table, np.array([code, 8], dtype=np.uint64))
-    gone = symbolizer.locate(pid, MappingTable.of([], "[exited]"), np.array([8], dtype=np.uint64))
-
-    assert places == [AddressLocation("[jit]", code), AddressLocation("[unknown]", 8)]
-    assert gone == [AddressLocation("[exited]", 8)]
-    assert symbolizer.names([*places, *gone, *gone]) == [(), (), (), ()]
-    assert symbolizer.misses == {Miss.ANONYMOUS: 1, Miss.NO_MAPPING: 1, Miss.EXITED: 1}
-    assert symbolizer.modules["[jit]"].kind == Kind.JIT
-
-
-def test_name_is_known_after_process_and_file_are_gone(symbolizer, program):
-    """`locate` keeps what `names` needs."""
+def test_name_is_known_after_process_and_file_are_gone(tmp_path, naming, program):
+    """The table of its content is kept, also for a later profiler."""
     with running(program) as (pid, (work, _, _)):
-        locations = symbolizer.locate(pid, mappings_of(pid), np.array([work], dtype=np.uint64))
+        found = naming.name(pid, work)
+        mapping = next(m for m in mappings_of(pid).mappings if m.start <= work < m.end)
+        identity = naming.identify(pid, mapping)
     program.unlink()
 
-    assert symbolizer.names(locations)[0][0].function == "work"
-
-
-def test_name_survives_a_restart_of_the_profiler(tmp_path, symbolizer, program):
-    """With a build id in the record, the cache has the names of a deleted file."""
-    with running(program) as (pid, (work, _, _)):
-        location = symbolizer.locate(pid, mappings_of(pid), np.array([work], dtype=np.uint64))[0]
-    program.unlink()
-    mapping = Mapping(0x1000, 1 << 40, 0, bytes(program), build_id=location.build_id)
-    again = Symbolizer(tmp_path / "cache")
-
-    name = name_one(again, pid, 0x1000 + location.offset, MappingTable.of([mapping]))
+    again = Naming(tmp_path / "cache")
+    (place,) = again.symbolizer.names(code_file(identity), [found.offset]).places
 
     again.close()
-    assert name == "work"
+    assert place.frames(found.module) == found.frames == (Frame("work", "program", Kind.NATIVE),)
 
 
 @needs_map_files
-def test_deleted_file_is_read_through_its_mapping(symbolizer, program):
+def test_deleted_file_is_read_through_its_mapping(naming, program):
     """Deployments replace files while they run."""
     with running(program) as (pid, (work, _, _)):
         program.unlink()
 
-        assert name_one(symbolizer, pid, work) == "work"
+        assert naming.name(pid, work).function == "work"
 
 
 @needs_map_files
-def test_replaced_file_does_not_name_the_running_one(tmp_path, symbolizer, program):
+def test_replaced_file_does_not_name_the_running_one(tmp_path, naming, program):
     """Another file is at the path now; the mapped file is still found."""
     other = build(tmp_path / "other", PROGRAM.replace("work", "elsewhere"))
     with running(program) as (pid, (work, _, _)):
         table = mappings_of(pid)
         other.rename(program)
 
-        assert name_one(symbolizer, pid, work, table) == "work"
+        assert naming.name(pid, work, table).function == "work"
 
 
-def test_replaced_file_of_an_exited_process_is_a_miss(tmp_path, symbolizer, program):
+def test_replaced_file_of_an_exited_process_is_a_miss(tmp_path, naming, program):
     """After the process has exited, only the very same file may be used."""
     other = build(tmp_path / "other", PROGRAM.replace("work", "elsewhere"))
     with running(program) as (pid, (work, _, _)):
         table = mappings_of(pid)
     other.rename(program)
 
-    assert name_one(symbolizer, pid, work, table) is None
-    assert symbolizer.misses == {Miss.FILE_REPLACED: 1}
+    assert naming.name(pid, work, table).miss == Miss.FILE_REPLACED
 
 
-def test_unchanged_file_of_an_exited_process_is_read(symbolizer, program):
+def test_unchanged_file_of_an_exited_process_is_read(naming, program):
     """A file with the same path, device and inode is the same file."""
     with running(program) as (pid, (work, _, _)):
         table = mappings_of(pid)
 
-    assert name_one(symbolizer, pid, work, table) == "work"
+    assert naming.name(pid, work, table).function == "work"
 
 
-def test_file_with_another_build_id_is_not_used(symbolizer, program):
+def test_file_with_another_build_id_is_not_used(naming, program):
     """The build id of the record overrules path, device and inode."""
     with running(program) as (pid, (work, _, _)):
         mapped = next(m for m in mappings_of(pid).mappings if m.path == bytes(program))
         claimed = Mapping(*mapped_range(mapped), mapped.path, build_id="00" * 20)
 
-        name = name_one(symbolizer, pid, work, MappingTable.of([claimed]))
+        found = naming.name(pid, work, MappingTable.of([claimed]))
 
-    assert name is None
-    assert symbolizer.misses == {Miss.FILE_REPLACED: 1}
-    assert symbolizer.modules["00" * 20].path == str(program)
+    assert found.miss == Miss.FILE_REPLACED
+    assert found.module.path == str(program)
 
 
 def mapped_range(mapping):
     return mapping.start, mapping.end, mapping.file_offset
 
 
-def test_missing_file_keeps_path_and_build_id(symbolizer):
+def test_missing_file_keeps_its_build_id(naming):
     """Its locations can be named later, where the file exists."""
-    mapping = Mapping(0x1000, 0x9000, 0x2000, b"/no/such\x1bfile", build_id="abcd" * 10)
+    mapping = Mapping(0x1000, 0x9000, 0x2000, b"/no/such/file", build_id="abcd" * 10)
 
-    table = MappingTable.of([mapping])
-    location = symbolizer.locate(2**22 + 1, table, np.array([0x1234], dtype=np.uint64))[0]
+    found = naming.name(NO_PROCESS, 0x1234, MappingTable.of([mapping]))
 
-    assert location == AddressLocation("abcd" * 10, 0x2234)
-    assert symbolizer.modules["abcd" * 10].path == r"/no/such\x1bfile"
-    assert symbolizer.names([location]) == [()]
-    assert symbolizer.misses == {Miss.NO_FILE: 1}
+    assert (found.module.build_id, found.offset) == ("abcd" * 10, 0x2234)
+    assert (found.frames, found.miss) == ((), Miss.NO_FILE)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder", "socket"])
-def test_only_regular_files_are_opened(tmp_path, symbolizer, kind):
+def test_only_regular_files_are_opened(tmp_path, naming, kind):
     """Opening a FIFO would block, and opening a device can have any effect."""
     path = tmp_path / "thing"
     if kind == "fifo":
@@ -216,12 +176,11 @@ def test_only_regular_files_are_opened(tmp_path, symbolizer, kind):
         path.mkdir()
     table = MappingTable.of([Mapping(0x1000, 0x9000, 0, bytes(path), build_id="ab" * 20)])
 
-    assert name_one(symbolizer, os.getpid(), 0x1234, table) is None
-    assert symbolizer.misses == {Miss.NOT_REGULAR: 1}
+    assert naming.name(os.getpid(), 0x1234, table).miss == Miss.NOT_REGULAR
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="chroot needs root")
-def test_links_are_followed_inside_the_root_of_the_process(tmp_path, symbolizer):
+def test_links_are_followed_inside_the_root_of_the_process(tmp_path, naming):
     """A link in a container leads to the container's file, not to the host's."""
     outside = build(tmp_path / "outside", PROGRAM.replace("work", "outside"), "-static")
     root = tmp_path / "root"
@@ -237,9 +196,9 @@ def test_links_are_followed_inside_the_root_of_the_process(tmp_path, symbolizer)
         by_build_id = Mapping(*mapped_range(here), b"/program", build_id=inside_id)
         lying = Mapping(*mapped_range(here), b"/program", build_id=build_id_of(outside))
 
-        assert name_one(symbolizer, pid, work, MappingTable.of([by_inode])) == "inside"
-        assert name_one(symbolizer, pid, work, MappingTable.of([by_build_id])) == "inside"
-        assert name_one(symbolizer, pid, work, MappingTable.of([lying])) is None
+        assert naming.name(pid, work, MappingTable.of([by_inode])).function == "inside"
+        assert naming.name(pid, work, MappingTable.of([by_build_id])).function == "inside"
+        assert naming.name(pid, work, MappingTable.of([lying])).function is None
 
 
 def mapping_seen_by(mapping, path):
@@ -255,7 +214,7 @@ def build_id_of(path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a mount namespace needs root")
-def test_file_in_another_mount_namespace_is_read(tmp_path, symbolizer, program):
+def test_file_in_another_mount_namespace_is_read(tmp_path, naming, program):
     """The file is on a file system that only the process sees."""
     folder = tmp_path / "mounted"
     folder.mkdir()
@@ -263,42 +222,40 @@ def test_file_in_another_mount_namespace_is_read(tmp_path, symbolizer, program):
     with running("unshare", "--mount", "sh", "-c", script) as (pid, (work, _, _)):
         assert not (folder / "p").exists()
 
-        assert name_one(symbolizer, pid, work) == "work"
+        assert naming.name(pid, work).function == "work"
         # Without map_files, as after the range was split.
         moved = [
             Mapping(m.start, m.end, m.file_offset, m.path, m.device, m.inode, build_id_of(program))
             for m in mappings_of(pid).mappings
         ]
-        again = Symbolizer(None)
-        assert name_one(again, pid, work, MappingTable.of(moved)) == "work"
+        again = Naming(tmp_path / "other cache")
+        assert again.name(pid, work, MappingTable.of(moved)).function == "work"
         again.close()
 
 
-def test_address_in_a_stripped_file_has_a_reason(tmp_path, symbolizer):
-    """A miss keeps module, build id and offset, and counts once however often it occurs."""
+def test_address_in_a_stripped_file_has_a_reason(tmp_path, naming):
+    """A miss keeps module, build id and offset."""
     path = build(tmp_path / "program", PROGRAM, "-fno-asynchronous-unwind-tables")
     with running(strip(path)) as (pid, (work, _, _)):
-        location = symbolizer.locate(pid, mappings_of(pid), np.array([work], dtype=np.uint64))[0]
+        found = naming.name(pid, work)
 
-    assert symbolizer.names([location] * 3) == [(), (), ()]
-    assert symbolizer.misses == {Miss.NO_SYMBOL: 1}
-    assert location.build_id == build_id_of(path)
+    assert (found.frames, found.miss) == ((), Miss.NO_SYMBOL)
+    assert found.module.build_id == build_id_of(path)
 
 
-def test_unnamed_function_of_a_running_program_is_named_after_its_start(tmp_path, symbolizer):
+def test_unnamed_function_of_a_running_program_is_named_after_its_start(tmp_path, naming):
     """The frame has its address as linked, wherever it is mapped; it is still a miss."""
     path = build(tmp_path / "program", PROGRAM)
     linked = next(s.address for s in read_symbols(path) if s.name == b"work")
     with running(strip(path)) as (pid, (work, _, _)):
-        places = np.array([work, work + 1], dtype=np.uint64)
-        locations = symbolizer.locate(pid, mappings_of(pid), places)
+        found = naming.addresses(pid, [work, work + 1])
 
     frame = Frame(f"program+{linked:#x}", "program", Kind.NATIVE)
-    assert symbolizer.names(locations) == [(frame,), (frame,)]
-    assert symbolizer.misses == {Miss.NO_SYMBOL: 2}
+    assert [each.frames for each in found] == [(frame,), (frame,)]
+    assert [each.miss for each in found] == [Miss.NO_SYMBOL, Miss.NO_SYMBOL]
 
 
-def test_address_in_a_damaged_file_has_a_reason(tmp_path, symbolizer, program):
+def test_address_in_a_damaged_file_has_a_reason(tmp_path, naming, program):
     """Mapped files can be damaged, too."""
     content = bytearray(program.read_bytes())
     content[40:48] = b"\xff" * 8  # e_shoff
@@ -307,13 +264,12 @@ def test_address_in_a_damaged_file_has_a_reason(tmp_path, symbolizer, program):
     device = (os.major(status.st_dev), os.minor(status.st_dev))
     mapping = Mapping(0x1000, 0x9000, 0x1000, bytes(program), device, status.st_ino)
 
-    name = name_one(symbolizer, 2**22 + 1, 0x1100, MappingTable.of([mapping]))
+    found = naming.name(NO_PROCESS, 0x1100, MappingTable.of([mapping]))
 
-    assert name is None
-    assert symbolizer.misses == {Miss.DAMAGED: 1}
+    assert found.miss == Miss.DAMAGED
 
 
-def test_address_in_a_text_file_has_a_reason(tmp_path, symbolizer):
+def test_address_in_a_text_file_has_a_reason(tmp_path, naming):
     """Any file can be mapped executable."""
     path = tmp_path / "text"
     path.write_bytes(b"hello\n" * 1000)
@@ -321,49 +277,40 @@ def test_address_in_a_text_file_has_a_reason(tmp_path, symbolizer):
     device = (os.major(status.st_dev), os.minor(status.st_dev))
     mapping = Mapping(0x1000, 0x2000, 0, bytes(path), device, status.st_ino)
 
-    assert name_one(symbolizer, 2**22 + 1, 0x1100, MappingTable.of([mapping])) is None
-    assert symbolizer.misses == {Miss.NOT_ELF: 1}
+    found = naming.name(NO_PROCESS, 0x1100, MappingTable.of([mapping]))
+
+    assert found.miss == Miss.NOT_ELF
 
 
-def test_vdso_has_names_and_a_build_id(symbolizer):
+def test_vdso_has_names_and_a_build_id(naming):
     """It exists in memory only; its build id is that of the kernel's image of it."""
     table = mappings_of(os.getpid())
     vdso = next((m for m in table.mappings if m.path == b"[vdso]"), None)
     if vdso is None:
         pytest.skip("this kernel maps no vDSO")
-    addresses = np.arange(vdso.start, vdso.end, 8, dtype=np.uint64)
 
-    locations = symbolizer.locate(os.getpid(), table, addresses)
+    found = naming.addresses(os.getpid(), range(vdso.start, vdso.end, 8))
 
-    names = {frames[0].function for frames in symbolizer.names(locations) if frames}
+    names = {each.function for each in found}
     assert "clock_gettime" in names or "__vdso_clock_gettime" in names
-    assert symbolizer.modules[locations[0].build_id].path == "[vdso]"
-    assert not locations[0].build_id.startswith("[")
+    assert found[0].module.path == "[vdso]"
+    assert not found[0].module.build_id.startswith("[")
 
 
-def test_hostile_names_are_made_readable(tmp_path, symbolizer):
-    """Symbols and paths may contain a newline, an escape sequence, and bytes that are not UTF-8."""
+def test_hostile_names_are_made_readable(tmp_path, naming):
+    """Symbols may contain a newline, an escape sequence, and bytes that are not UTF-8."""
     hostile = b"bad\n\x1b[31m\xff;\xe2\x80\xaename"
     placeholder = "w" * len(hostile)
     path = build(tmp_path / "a\nb\x1b", PROGRAM.replace("work", placeholder))
     path.write_bytes(path.read_bytes().replace(placeholder.encode(), hostile))
 
     with running(path) as (pid, (work, _, _)):
-        location = symbolizer.locate(pid, mappings_of(pid), np.array([work], dtype=np.uint64))[0]
-    frame = symbolizer.names([location])[0][0]
+        found = naming.name(pid, work)
 
-    assert frame.function == r"bad\n\x1b[31m\xff;\u202ename"
-    assert frame.module == r"a\nb\x1b"
+    assert found.function == r"bad\n\x1b[31m\xff;\u202ename"
 
 
-def test_named_location_has_its_own_name(symbolizer):
-    """Code known only by name needs no look-up."""
-    place = NamedLocation("f", "m.py", Kind.PYTHON, "m.py", 3, 5)
-
-    assert symbolizer.names([place]) == [(Frame("f", "m.py", Kind.PYTHON, "m.py", 5),)]
-
-
-def test_mangled_names_are_demangled(tmp_path, symbolizer):
+def test_mangled_names_are_demangled(tmp_path, naming):
     """C++, and Rust without the hashes that differ from build to build."""
     mangled = {
         "_ZN5space4workEi": "space::work(int)",
@@ -379,47 +326,39 @@ def test_mangled_names_are_demangled(tmp_path, symbolizer):
     with running(path) as (pid, (work, _, _)):
         address = {s.name.decode(): s.address for s in read_symbols(path)}
         there = [work - address["work"] + address[name] for name in mangled]
-        locations = symbolizer.locate(pid, mappings_of(pid), np.array(there, dtype=np.uint64))
+        found = naming.addresses(pid, there)
 
-    assert [frames[0].function for frames in symbolizer.names(locations)] == list(mangled.values())
+    assert [each.function for each in found] == list(mangled.values())
 
 
-def test_evicted_tables_are_read_again(tmp_path, symbolizer):
-    """The budget has room for one table; the others are in the cache."""
-    small = Symbolizer(tmp_path / "cache", tables_bytes=1)
+def test_tables_beyond_the_budget_are_read_from_the_cache_again(tmp_path, naming):
+    """The budget has room for none of them."""
+    small = Naming(tmp_path / "cache", tables_bytes=1)
     table = mappings_of(os.getpid())
-    addresses = np.concatenate([table.starts + np.uint64(k * 1024) for k in range(40)])
+    code = [m for m in table.mappings if m.path.startswith(b"/")]
+    offsets = {m: [m.file_offset + k * 1024 for k in range(40)] for m in code}
 
-    expected = symbolizer.names(symbolizer.locate(os.getpid(), table, addresses))
-    found = small.names(small.locate(os.getpid(), table, addresses))
+    expected = [naming.names(os.getpid(), m, offsets[m]).places for m in code]
+    found = [small.names(os.getpid(), m, offsets[m]) for m in code]
 
     small.close()
-    assert found == expected
-    assert sum(map(bool, found)) > 100
-
-
-def test_symbolizer_works_without_a_cache_directory(program):
-    """Tables are kept while there is room for them."""
-    symbolizer = Symbolizer(None)
-    with running(program) as (pid, (work, _, puts)):
-        assert name_one(symbolizer, pid, work) == "work"
-        assert name_one(symbolizer, pid, puts) in ("puts", "_IO_puts")
-    symbolizer.close()
+    assert [each.places for each in found] == expected
+    assert sum(bool(place.calls) for each in found for place in each.places) > 100
+    assert not any(each.build_ms for each in found)
 
 
 def test_no_descriptor_is_left_open(tmp_path, program):
     """After `close` the process has the same open files as before."""
     before = set(Path("/proc/self/fd").iterdir())
-    symbolizer = Symbolizer(tmp_path / "cache")
+    naming = Naming(tmp_path / "cache")
     with running(program) as (pid, (work, _, _)):
-        name_one(symbolizer, pid, work)
-        symbolizer.locate_kernel(np.array([1], dtype=np.uint64))
-    symbolizer.close()
+        assert naming.name(pid, work).function == "work"
+    naming.close()
 
     assert set(Path("/proc/self/fd").iterdir()) == before
 
 
-def test_zombie_has_no_files(symbolizer, program):
+def test_zombie_has_no_files(naming, program):
     """It has a /proc entry, but nothing in it."""
     with running(program) as (pid, (work, _, _)):
         table = mappings_of(pid)
@@ -427,5 +366,4 @@ def test_zombie_has_no_files(symbolizer, program):
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
-        assert name_one(symbolizer, pid, work, table) is None
-    assert symbolizer.misses == {Miss.NO_FILE: 1}
+        assert naming.name(pid, work, table).miss == Miss.NO_FILE

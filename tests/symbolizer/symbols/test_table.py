@@ -70,8 +70,28 @@ def test_every_truncated_file_is_detected(cache, tmp_path):
         assert cache.load(KEY) is None
 
 
-def test_file_of_another_module_is_detected(cache, tmp_path):
-    """The build id is in the file, not only in its name."""
+def test_a_table_extends_another_one_that_names_less_of_the_same(cache):
+    """One that names something else at an address does not."""
+    named = cache.store(KEY, functions(), SEGMENTS, [STRINGS])
+    fewer = Functions(
+        0x1010,
+        np.array([0, 48], dtype=np.uint32),
+        np.array([16, 64], dtype=np.uint32),
+        np.array([6, 13 | AT_PLT], dtype=np.uint32),
+    )
+    less = cache.store("cd" * 20, fewer, SEGMENTS, [STRINGS])
+    other = cache.store("ef" * 20, fewer, SEGMENTS, [STRINGS.replace(b"helper", b"attack")])
+
+    assert (named.named, named.named_code) == (3, 2)
+    assert (less.named, less.named_code) == (2, 1)
+    assert named.extends(less)
+    assert not less.extends(named)
+    assert not named.extends(other)
+    assert named.ranges(np.array([1, 2])).tolist() == [[0x1010, 0x1020], [0x1040, 0x1050]]
+
+
+def test_file_of_another_content_is_detected(cache, tmp_path):
+    """The key is in the file, not only in its name."""
     store(cache)
     other = "cd" * 20
     path_of(tmp_path).rename(path_of(tmp_path, other))
@@ -119,9 +139,11 @@ def test_failed_write_leaves_nothing(cache, tmp_path):
     assert list((tmp_path / "cache").glob("*")) == []
 
 
-@pytest.mark.parametrize("key", ["../../etc/passwd", "", "[exited]", "a/b", "AB", "ab" * 200])
-def test_key_that_is_not_a_build_id_is_not_a_file_name(cache, tmp_path, key):
-    """Build ids come from other users' files."""
+@pytest.mark.parametrize(
+    "key", ["../../etc/passwd", "", "[exited]", "a/b", "AB", "hash-ab", "ab" * 200]
+)
+def test_key_that_is_no_hash_is_not_a_file_name(cache, tmp_path, key):
+    """It comes from outside."""
     table = cache.store(key, functions(), SEGMENTS, [STRINGS])
 
     assert table.name(0) == b"main"

@@ -11,9 +11,8 @@ import pytest
 from profiler.flamegraph import flamegraph
 from storage.columns import Columns
 from storage.profile import Accounting, ProfileBuilder
-from symbolizer.location import Frame, Kind, Miss
-from symbolizer.maps import Mapping, MappingTable
-from symbolizer.symbolizer import Symbolizer
+from symbolizer.location import AddressLocation, Frame, Kind, Miss
+from symbolizer.maps import MappingTable
 from symbolizer.symbols.elf import FileSource, read_elf
 from tests.support.elf_files import (
     build,
@@ -23,6 +22,7 @@ from tests.support.elf_files import (
     starts_at,
     strip,
 )
+from tests.support.naming import NO_PROCESS, Naming, mapping_of_file
 from tests.support.profiles import PERIOD_NS, WINDOW
 
 PROGRAM = """
@@ -265,89 +265,65 @@ def test_fde_ranges_of_a_real_library_agree_with_readelf():
     assert found > 300
 
 
-def map_file(path: Path, base: int = 0x7F0000000000) -> MappingTable:
-    status = path.stat()
-    device = (os.major(status.st_dev), os.minor(status.st_dev))
-    mapping = Mapping(base, base + status.st_size, 0, bytes(path), device, status.st_ino)
-    return MappingTable.of([mapping])
-
-
 @pytest.fixture
-def symbolizer(tmp_path):
-    symbolizer = Symbolizer(tmp_path / "cache")
-    yield symbolizer
-    symbolizer.close()
+def naming(tmp_path):
+    naming = Naming(tmp_path / "cache")
+    yield naming
+    naming.close()
 
 
-def locate(symbolizer, path, elf_addresses):
-    """Locate addresses, given as linked, in a process that cannot exist."""
+def name(naming, path, elf_addresses):
+    """Name addresses, given as linked, in a process that cannot exist."""
     with path.open("rb") as file:
         (segment,) = read_elf(FileSource(file.fileno())).segments
-    offsets = [address - segment.p_vaddr + segment.p_offset for address in elf_addresses]
-    places = np.array(offsets, dtype=np.uint64) + np.uint64(0x7F0000000000)
-    return symbolizer.locate(2**22 + 1, map_file(path), places)
+    mapping = mapping_of_file(path)
+    places = [mapping.start + a - segment.p_vaddr + segment.p_offset for a in elf_addresses]
+    return naming.addresses(NO_PROCESS, places, MappingTable.of([mapping]))
 
 
 @pytest.mark.parametrize("flags", [("-pie",), ("-no-pie",)])
-def test_addresses_of_an_unnamed_function_are_one_box(tmp_path, symbolizer, flags):
+def test_addresses_of_an_unnamed_function_are_one_box(tmp_path, naming, flags):
     """Different locations have one frame, named after the function's address as linked."""
     path = build(tmp_path / "program", PROGRAM, *flags)
     functions = own_functions(path, OWN)
     strip(path)
-    places = locate(symbolizer, path, [a for f in functions for a in places_in(f)])
+    named = name(naming, path, [a for f in functions for a in places_in(f)])
     builder = ProfileBuilder(PERIOD_NS)
-    builder.modules.update(symbolizer.modules)
 
-    for place, frames in zip(places, symbolizer.names(places), strict=True):
-        builder.add((), [builder.location(place, frames)], 1)
-    profile = builder.build(WINDOW, Accounting(ticks=len(places), stored=len(places)))
+    for each in named:
+        builder.modules[each.module.build_id] = each.module
+        place = AddressLocation(each.module.build_id, each.offset)
+        builder.add((), [builder.location(place, each.frames)], 1)
+    profile = builder.build(WINDOW, Accounting(ticks=len(named), stored=len(named)))
     graph = flamegraph.build(Columns.of(profile))
 
-    assert len(set(places)) == 3 * len(OWN)
+    assert len({each.offset for each in named}) == 3 * len(OWN)
     boxes = {graph.path(node) for node in range(1, len(graph))}
     assert boxes == {(Frame(f"program+{f.address:#x}", "program", Kind.NATIVE),) for f in functions}
     assert sorted(graph.total.tolist()[1:]) == [3 * PERIOD_NS] * len(OWN)
 
 
-def test_address_outside_fde_ranges_has_no_frame(tmp_path, symbolizer):
+def test_address_outside_fde_ranges_has_no_frame(tmp_path, naming):
     """It is in its module's box. All unnamed addresses count as misses, in an FDE range or not."""
     path = build(tmp_path / "program", PROGRAM)
     (first,) = own_functions(path, {b"first"})
     (init,) = [s.address for s in read_symbols(path) if s.name == b"_init"]
-    places = locate(symbolizer, strip(path), [first.address, first.address + 1, init])
 
-    frames = symbolizer.names(places)
+    found = name(naming, strip(path), [first.address, first.address + 1, init])
 
-    assert frames[0] == frames[1] != ()
-    assert frames[2] == ()
-    assert symbolizer.misses == {Miss.NO_SYMBOL: 3}
+    assert found[0].frames == found[1].frames != ()
+    assert found[2].frames == ()
+    assert [each.miss for each in found] == [Miss.NO_SYMBOL] * 3
 
 
-def test_file_without_any_name_counts_as_stripped(tmp_path, symbolizer):
+def test_file_without_any_name_counts_as_stripped(tmp_path, naming):
     """FDE ranges are not symbols."""
     source = ".type f, @function\nf: .cfi_startproc; nop; .cfi_endproc; nop"
     path = build(tmp_path / "lib", source, "-nostdlib", "-shared", language="assembler")
     start = next(symbol.address for symbol in read_symbols(path) if symbol.name == b"f")
-    places = locate(symbolizer, strip(path), [start, start + 1])
 
-    frames = symbolizer.names(places)
+    found = name(naming, strip(path), [start, start + 1])
 
-    assert frames == [(Frame(f"lib+{start:#x}", "lib", Kind.NATIVE),), ()]
-    assert symbolizer.misses == {Miss.STRIPPED: 2}
-
-
-def test_unnamed_functions_are_stored_in_the_cache(tmp_path, symbolizer):
-    """With a build id in the record, a later profiler shows the same without the file."""
-    path = build(tmp_path / "program", PROGRAM)
-    (first,) = own_functions(path, {b"first"})
-    places = locate(symbolizer, strip(path), [first.address])
-    expected = symbolizer.names(places)
-    path.unlink()
-    mapping = Mapping(0x1000, 1 << 40, 0, bytes(path), build_id=places[0].build_id)
-    again = Symbolizer(tmp_path / "cache")
-
-    address = np.array([0x1000 + places[0].offset], dtype=np.uint64)
-    found = again.names(again.locate(2**22 + 1, MappingTable.of([mapping]), address))
-
-    again.close()
-    assert found == expected == [(Frame(f"program+{first.address:#x}", "program", Kind.NATIVE),)]
+    frame = Frame(f"lib+{start:#x}", "lib", Kind.NATIVE)
+    assert [each.frames for each in found] == [(frame,), ()]
+    assert [each.miss for each in found] == [Miss.STRIPPED] * 2
