@@ -19,7 +19,7 @@ are the events seen, and its `value` is what they stand for, as bytes or nanosec
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import NamedTuple, TypeVar
@@ -368,10 +368,10 @@ class ProfileBuilder:
             )
         )
 
-    def relabel(self, labels: Mapping[Labels, Labels]) -> None:
-        """Replace the label sets that `labels` names; those that become equal count as one."""
+    def relabel(self, replace: Callable[[Labels], Labels]) -> None:
+        """Replace all label sets; those that become equal count as one."""
         before, self._label_sets = self._label_sets, {}
-        numbers = [self._label_set(labels.get(each, each)) for each in before]
+        numbers = [self._label_set(replace(each)) for each in before]
         for counts in (self._samples, self._values):
             old = list(counts.items())
             counts.clear()

@@ -42,10 +42,10 @@ from profiler.processes.activity import Activity
 from profiler.processes.address_spaces import AddressSpaces
 from profiler.processes.facts import Facts, request
 from profiler.processes.generations import clock_offsets, owner_of, parent_in_proc
-from profiler.processes.labels import Labeler, Subject
+from profiler.processes.labels import Labeler, Subject, with_instance
 from profiler.processes.lifetimes import Lifetimes
 from profiler.processes.rules import Rules
-from storage.profile import Accounting, Host, Labels, Profile
+from storage.profile import Accounting, Host, Profile
 from symbolizer.digest import blake2b
 from symbolizer.maps import MappingTable
 from symbolizer.symbols.kernel import Program
@@ -126,7 +126,7 @@ class _Held(NamedTuple):
     parts: list[_Part]
 
 
-Subjects = dict[Labels, Subject]
+Subjects = dict[str, Subject]
 
 
 class Recorder:
@@ -455,11 +455,12 @@ class Recorder:
             self.lose(window.counts)
             raise
 
-    def _label(self, window: OpenWindow, subjects: Mapping[Labels, Subject]) -> None:
+    def _label(self, window: OpenWindow, subjects: Mapping[str, Subject]) -> None:
         """Replace what stood for the labels of a window. What is not read by then comes later."""
         sampled = subjects.values()
         self._wait_for_readers(lambda: self.labeler.is_complete(sampled))
-        window.builder.relabel({each.key: self.labeler.labels_of(each) for each in sampled})
+        instances = {each.source: self.labeler.instance_of(each) for each in sampled}
+        window.builder.relabel(lambda key: with_instance(key, instances))
 
     def _name(self, window: OpenWindow) -> Profile:
         builder = window.builder
@@ -541,7 +542,7 @@ class Recorder:
 
     def _note(self, samples: Sequence[RawSample], subjects: Subjects) -> list[Subject]:
         noted = self.labeler.note(samples)
-        subjects.update({subject.key: subject for subject in noted})
+        subjects.update({subject.source: subject for subject in noted})
         return noted
 
     def _by_mappings(self, samples: Sequence[RawSample]) -> dict[MappingTable, list[RawSample]]:

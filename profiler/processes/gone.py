@@ -6,8 +6,8 @@ and of those that were sampled the cgroup. Their service is the first of
 1. that of the profiler, of the kernel, or of their cgroup, else of their parent's cgroup if they
    were never sampled;
 2. their parent's, where they run what it runs (a forked worker);
-3. that of a process which was read and had the same parent's service and the same executable, or
-   else only the same executable, if that is no interpreter of many programs;
+3. that of a process which was read and had the same executable and the same parent, or a parent of
+   the same service; of an interpreter only if all such processes are of one service;
 4. what they executed: the executable's name, of a script that names its interpreter the script's;
 5. their nearest known ancestor's, if nothing is recorded of what they executed.
 
@@ -31,6 +31,7 @@ from symbolizer.text import readable
 _MAX_KNOWN = 4_096
 """Executables whose service is known, and kinds of processes that ended in one window."""
 _INIT = 1
+_ANYONE = "", ""
 
 
 class Kin(NamedTuple):
@@ -65,8 +66,9 @@ class GoneProcesses:
         self._lifetimes = instances.lifetimes or Lifetimes()
         self._cgroup_ids = cgroup_ids
         self._parent_of = parent_of
-        self._siblings: dict[tuple[str, str, str], Generation] = {}
-        self._programs: dict[tuple[str, str, str], Generation] = {}
+        self._known: dict[tuple[object, str, str, str], Generation | None] = {}
+        """By relative, executable, build id and script; None where they differ in service."""
+        self._builds: dict[str, str] = {}
         self._counted: dict[Kin, Presence] = {}
 
     def kin(self, life: Lifetime) -> Kin:
@@ -127,16 +129,14 @@ class GoneProcesses:
         program = (readable(path), build_id) if path else (process.exe, "")
         if not program[0] or process.is_own:
             return
-        parent = process.parent
-        sibling = (_service_of(parent), *program)
-        comm = readable(execution.comm) if execution else ""
-        for known, key in ((self._siblings, sibling), (self._programs, (*program, comm))):
-            if known is self._programs and not (process.program.is_own_code or _is_script(key)):
-                continue
-            known.pop(key, None)
-            if len(known) >= _MAX_KNOWN:
-                drop_oldest(known, _MAX_KNOWN // 2)
-            known[key] = process
+        script = _script(program[0], readable(execution.comm) if execution else "")
+        for relative in (*_relatives(process.parent), _ANYONE):
+            kind = (relative, *program, script)
+            known = self._known.pop(kind, process)
+            is_one = known is not None and _service_of(known) == _service_of(process)
+            if len(self._known) >= _MAX_KNOWN:
+                drop_oldest(self._known, _MAX_KNOWN // 2)
+            self._known[kind] = process if is_one or process.program.is_own_code else None
 
     def labels(self, kin: Kin) -> Labels:
         """Return the labels of the service instance; nothing if it cannot be known."""
@@ -169,21 +169,23 @@ class GoneProcesses:
 
     def _labels_of_program(self, kin: Kin, place: Place) -> Labels:
         path, build_id = readable(kin.program[0]), kin.program[1]
-        comm = readable(kin.comm)
-        service = _service_of(kin.anchor)
-        for known, key in (
-            (self._siblings, (service, path, build_id)),
-            (self._programs, (path, build_id, comm)),
-            (self._siblings, (service, path, "")),
-        ):
-            process = known.get(key)
-            if process is not None and process.labels and not process.place.container_id:
-                return process.labels
+        if not build_id:  # its file was not in the page cache
+            build_id = self._builds.get(path, "")
+        elif len(self._builds) < _MAX_KNOWN or path in self._builds:
+            self._builds[path] = build_id
+        script = _script(path, readable(kin.comm))
+        for relative in (*_relatives(kin.anchor), _ANYONE):
+            for build in (build_id, ""):
+                process = self._known.get((relative, path, build, script))
+                if process is not None and process.labels and not process.place.key:
+                    is_sure = relative != _ANYONE or script or process.program.is_own_code
+                    if is_sure:
+                        return process.labels
         if not kin.cgroup_id and kin.anchor is not None and kin.anchor.pid == _INIT:
             return ()  # init starts services in cgroups of their own
         program = describe(kin.program[0], (), kin.comm, b"")
         name = program.name
-        if not program.is_own_code and _is_script((path, build_id, comm)):
+        if not program.is_own_code and script:
             name = describe(kin.program[0], (b"", kin.comm), kin.comm, b"").name
         named = self._instances.named_by_rule(place, path, "")
         labels = {"service": named or name}
@@ -224,7 +226,11 @@ def _service_of(process: Generation | None) -> str:
     return dict(process.labels).get("service", "") if process is not None else ""
 
 
-def _is_script(program: tuple[str, str, str]) -> bool:
-    """Return whether comm is the name of a script that names its interpreter."""
-    path, _, comm = program
-    return bool(comm) and not basename(path).startswith(comm)
+def _relatives(parent: Generation | None) -> list[object]:
+    """Return what makes processes siblings, the nearest first."""
+    return [parent.key, _service_of(parent)] if parent is not None else []
+
+
+def _script(path: str, comm: str) -> str:
+    """Return comm where it is the name of a script that names its interpreter, else nothing."""
+    return "" if basename(path).startswith(comm) else comm

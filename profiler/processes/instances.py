@@ -344,7 +344,7 @@ class Instances:
         while ready:
             process = ready.pop()
             parent = process.parent
-            if parent is not None and parent.is_waiting and parent is not process:
+            if parent is not None and parent.is_waiting and not process.is_own:
                 self._blocked.setdefault(parent.key, []).append(process)
                 continue
             process.is_waiting = False

@@ -11,7 +11,7 @@ of a process, because it was gone or cannot be read: then its kin tell (`gone`).
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bpf.samples import RawSample
@@ -29,6 +29,9 @@ from symbolizer.text import readable
 MAX_CACHED_LABELS = 4_096
 """Label sets by thread name and process. The oldest go; a process that still runs is not read
 again for them. They take some 600 bytes each."""
+
+
+_SOURCE, _KERNEL = "", "kernel"
 
 
 class Labeler:
@@ -74,6 +77,7 @@ class Labeler:
         self._gone = GoneProcesses(self._instances, self._cgroup_ids, parent_of or parent_in_proc)
         self._instances.on_join = self._gone.learn
         self._subjects: dict[tuple[object, ...], Subject] = {}
+        self._sources: dict[Generation | Kin, str] = {}
         self._noted = 0
 
     @property
@@ -114,18 +118,18 @@ class Labeler:
 
     def labels_of(self, subject: "Subject") -> Labels:
         """Return what is known by now of a thread, its process and its service instance."""
-        instance = self._instance_of(subject)
+        instance = self.instance_of(subject)
         if instance is not subject.instance:
             subject.instance = instance
-            # As make_labels would, but with the instance's pairs themselves: thousands share them.
-            subject.labels = tuple(sorted((*instance, *subject.thread)))
+            subject.labels = with_instance(subject.key, {subject.source: instance})
         return subject.labels
 
     def labels(self, sample: RawSample) -> Labels:
         """Note a sample and return its labels."""
         return self.labels_of(self.note([sample])[0])
 
-    def _instance_of(self, subject: "Subject") -> Labels:
+    def instance_of(self, subject: "Subject") -> Labels:
+        """Return what is known by now of a process's service instance."""
         if subject.is_kernel:
             return self._instances.kernel
         process = subject.process
@@ -175,24 +179,41 @@ class Labeler:
         return subject
 
     def _subject(self, sample: RawSample) -> "Subject":
-        self._noted += 1
-        subject = Subject(self._noted, sample)
-        if subject.is_kernel:
-            return subject
-        subject.process = process = self._current(sample)
-        if process is not None and process.labels:
-            return subject
+        if sample.stop == "kernel_thread":
+            return Subject(_KERNEL, sample)
+        process = self._current(sample)
+        if process is not None:
+            subject = Subject(self._source_of(process), sample, process)
+            if process.labels:
+                return subject
+        kin, begin_ns = self._kin(sample)
+        if process is None:
+            subject = Subject(self._source_of(kin), sample)
+        subject.kin, subject.begin_ns = kin, begin_ns
+        return subject
+
+    def _kin(self, sample: RawSample) -> tuple[Kin, int]:
+        """Return what is known of a process that was not read, and when it began."""
         asleep_ns = self._instances.asleep_ns
         life = self._lifetimes.find(sample.pid, sample.first_ns + asleep_ns)
         if life is None or not life.start_ns:
-            subject.kin = self._gone.kin_without_records(
+            kin = self._gone.kin_without_records(
                 sample.pid, sample.start_ns, sample.leader_comm, sample.cgroup_id
             )
-            return subject
+            return kin, sample.start_ns
         life.cgroup_id = sample.cgroup_id
-        subject.begin_ns = life.begin_ns
-        subject.kin = self._gone.kin(life)
-        return subject
+        kin = self._gone.kin(life)
+        return (kin if kin.comm else kin._replace(comm=sample.leader_comm)), life.begin_ns
+
+    def _source_of(self, process: Generation | Kin) -> str:
+        """Return a number: one for all processes that are of one service for certain."""
+        source = self._sources.get(process)
+        if source is None:
+            if len(self._sources) >= MAX_CACHED_LABELS:
+                drop_oldest(self._sources, MAX_CACHED_LABELS // 2)
+            self._noted += 1
+            source = self._sources[process] = str(self._noted)
+        return source
 
     def _current(self, sample: RawSample) -> Generation | None:
         """Return the process as it was when the sample was taken, if it can still be known."""
@@ -223,39 +244,40 @@ class Subject:
     """What samples are of: a thread of a process, in one generation and one cgroup.
 
     Attributes:
-        key: stands for its labels until they are known.
+        key: its labels, with `source` in place of those of its service instance.
         process: None if it was gone before it could be read.
         kin: what is known of it else.
         nameless: labels if nothing is known.
     """
 
-    __slots__ = (
-        "begin_ns",
-        "instance",
-        "is_kernel",
-        "key",
-        "kin",
-        "labels",
-        "nameless",
-        "process",
-        "thread",
-    )
+    __slots__ = ("begin_ns", "instance", "key", "kin", "labels", "nameless", "process", "source")
 
-    def __init__(self, number: int, sample: RawSample) -> None:
-        self.key: Labels = (("", str(number)),)
-        self.is_kernel = sample.stop == "kernel_thread"
-        self.process: Generation | None = None
+    def __init__(self, source: str, sample: RawSample, process: Generation | None = None) -> None:
+        self.source = source
+        self.process = process
         self.kin = Kin(None, False, (b"", ""), sample.leader_comm, sample.cgroup_id)
         self.begin_ns = sample.start_ns
         self.nameless = make_labels({"service": readable(sample.leader_comm)})
-        self.thread = (
+        self.key: Labels = (
+            (_SOURCE, source),
             ("comm", readable(sample.leader_comm)),
-            ("thread", readable(sample.comm)),
             ("pid", str(sample.pid)),
+            ("thread", readable(sample.comm)),
         )
         self.instance: Labels | None = None
         self.labels: Labels = ()
 
     @property
+    def is_kernel(self) -> bool:
+        return self.source == _KERNEL
+
+    @property
     def is_gone(self) -> bool:
         return self.process is None and not self.is_kernel
+
+
+def with_instance(key: Labels, instances: Mapping[str, Labels]) -> Labels:
+    """Return the labels that a key stands for, given those of the instance of each source."""
+    (name, source), *others = key
+    # As make_labels would, but with the instance's pairs themselves: thousands share them.
+    return tuple(sorted((*instances[source], *others))) if name == _SOURCE else key
