@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bpf.btf import Btf
-from bpf.errors import BpfError
+from bpf.errors import BpfError, BtfError
 
 HERE = Path(__file__).parent
 MAX_PROGRAMS = 32
@@ -32,6 +32,9 @@ _TASK_MEMBERS = (
     "start_boottime",
     "self_exec_id",
 )
+
+_TIMER_FUNCTION = b" perf_swevent_hrtimer\n"
+"""What the timer of a cpu-clock event calls."""
 
 
 def main() -> None:
@@ -58,23 +61,31 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
             "cannot import bcc: install the distribution's package (apt-get install"
             f" python3-bpfcc) and use its python3: {error}"
         ) from error
-    kernel = Btf.of_kernel()
-    constants = {}
+    types = Btf.of_kernel()
+    constants: dict[str, int | str] = {}
     for prefix, struct, members in (
         ("TASK", "task_struct", _TASK_MEMBERS),
         ("MM", "mm_struct", ("start_stack",)),
     ):
-        for name, offset in kernel.member_offsets(struct, members).items():
+        for name, offset in types.member_offsets(struct, members).items():
             constants[f"{prefix}_{name.upper()}"] = offset
     constants |= request["constants"]
+    timers = _timer_constants(types)
+    constants |= timers
+    absent = () if timers else (*request["timer_programs"], *request["timer_maps"])
     os.chdir("/")  # bcc would find headers in the current directory before its own
     try:
         module, programs, frames = _compile(
-            BPF, constants, request["programs"], request["frames_per_program"]
+            BPF,
+            constants,
+            {name: kind for name, kind in request["programs"].items() if name not in absent},
+            request["frames_per_program"],
         )
         for place, name in enumerate(request["calls"]):
             module[b"programs"][ctypes.c_int(place)] = ctypes.c_int(programs[name])
-        maps = {name: module[name.encode()].map_fd for name in request["maps"]}
+        maps = {
+            name: module[name.encode()].map_fd for name in request["maps"] if name not in absent
+        }
     except MemoryError:
         raise
     except Exception as error:  # bcc raises plain Exception for everything
@@ -84,8 +95,35 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     return answer, [*programs.values(), *maps.values()]
 
 
+def _timer_constants(types: Btf) -> dict[str, int | str]:
+    """Return where the timer of an event lies, and what it calls; nothing if that is not known.
+
+    kallsyms hides addresses without CAP_SYSLOG, and structures differ between kernels.
+    """
+    try:
+        event = types.member_offsets("perf_event", ("hw", "prog"))
+        constants: dict[str, int | str] = {
+            "EVENT_TIMER": event["hw"]
+            + types.member_offsets("hw_perf_event", ("hrtimer",))["hrtimer"],
+            "EVENT_PROGRAM": event["prog"],
+            "PROGRAM_AUX": types.member_offsets("bpf_prog", ("aux",))["aux"],
+            "AUX_ID": types.member_offsets("bpf_prog_aux", ("id",))["id"],
+            "HRTIMER_FUNCTION": types.member_offsets("hrtimer", ("function",))["function"],
+        }
+        with Path("/proc/kallsyms").open("rb") as symbols:
+            for line in symbols:
+                if line.endswith(_TIMER_FUNCTION) and (address := int(line[:16], 16)):
+                    return constants | {"TIMER_FUNCTION": f"{address:#x}ULL"}
+    except (BtfError, OSError):
+        pass
+    return {}
+
+
 def _compile(
-    bpf: Any, constants: dict[str, int], kinds: dict[str, str], choices: list[int]
+    bpf: Any,
+    constants: dict[str, int | str],
+    kinds: dict[str, str],
+    choices: list[int],
 ) -> tuple[Any, dict[str, int], int]:
     """Compile and load; where the verifier finds a program too large, smaller ones are tried."""
     for frames in choices:

@@ -156,6 +156,34 @@ BPF_HASH(user_stacks_1, u64, struct user_stack, LONG_CAPACITY);
 BPF_HASH(kernel_stacks_0, u64, struct kernel_stack, CAPACITY);
 BPF_HASH(kernel_stacks_1, u64, struct kernel_stack, CAPACITY);
 
+#ifdef TIMER_FUNCTION
+struct expiries {
+	u64 all;
+	u64 own; /* while the process that empties the maps ran */
+};
+
+/* How often the timers of our events have expired on each CPU, by map generation. */
+BPF_PERCPU_ARRAY(expiries, struct expiries, 2);
+/* The map generation in which the timer that last expired was counted, plus 1. */
+BPF_PERCPU_ARRAY(expired_in, u32, 1);
+/* The id of `on_tick`. */
+BPF_ARRAY(tick_program, u32, 1);
+
+/* Return the generation in which this tick's expiry was counted, so that both are in the same. */
+static __always_inline u32 generation_of_tick(u32 generation)
+{
+	u32 zero = 0;
+	u32 *expired = expired_in.lookup(&zero);
+
+	return expired && *expired ? (*expired - 1) & 1 : generation;
+}
+#else
+static __always_inline u32 generation_of_tick(u32 generation)
+{
+	return generation;
+}
+#endif
+
 #ifdef SELECTED_CAPACITY
 /* Selected processes: pid -> start time, 0 for one whose start user space does not know exactly. */
 BPF_HASH(selected, u32, u64, SELECTED_CAPACITY);
@@ -375,12 +403,14 @@ int on_tick(struct bpf_perf_event_data *ctx)
 	generation_at = active.lookup(&zero);
 	if (!generation_at)
 		return 0;
-	generation = *generation_at & 1;
+	generation = generation_of_tick(*generation_at & 1);
 	count = counters.lookup(&generation);
 	at = scratch.lookup(&zero);
 	if (!count || !at)
 		return 0;
 	count->values[COUNTER_TICKS]++;
+	if (ids >> 32 == SAMPLER_PID)
+		count->values[COUNTER_OWN]++;
 	if ((u32)ids == 0) { /* each CPU's idle thread has tid 0 */
 		count->values[COUNTER_IDLE]++;
 		return 0;
@@ -450,6 +480,42 @@ int on_free(struct bpf_raw_tracepoint_args *ctx)
 	start = selected.lookup(&pid);
 	if (start && *start == start_ns)
 		selected.delete(&pid);
+	return 0;
+}
+#endif
+
+#ifdef TIMER_FUNCTION
+/*
+ * hrtimer_expire_entry(timer, now): the kernel skips our program where another one is active on that
+ * CPU (bpf_prog_active, in bpf_overflow_handler), as tracers are whose programs are called by a
+ * tracepoint or a kprobe; and where somebody, as we do, reads or writes a map there
+ * (bpf_disable_instrumentation). It does not skip those of raw tracepoints. So the expiries of our
+ * timers that no tick follows are the ticks that were skipped.
+ */
+int on_expire(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 timer = ctx->args[0], program;
+	struct expiries *count;
+	u32 zero = 0, generation, *active_at, *id, *expired;
+
+	if (kernel_u64(timer + HRTIMER_FUNCTION) != TIMER_FUNCTION)
+		return 0;
+	active_at = active.lookup(&zero);
+	id = tick_program.lookup(&zero);
+	expired = expired_in.lookup(&zero);
+	if (!active_at || !id || !expired)
+		return 0;
+	program = kernel_u64(timer - EVENT_TIMER + EVENT_PROGRAM);
+	if (!program || kernel_u32(kernel_u64(program + PROGRAM_AUX) + AUX_ID) != *id)
+		return 0;
+	generation = *active_at & 1;
+	count = expiries.lookup(&generation);
+	if (!count)
+		return 0;
+	count->all++;
+	if (bpf_get_current_pid_tgid() >> 32 == SAMPLER_PID)
+		count->own++;
+	*expired = generation + 1;
 	return 0;
 }
 #endif

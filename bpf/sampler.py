@@ -12,7 +12,7 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ import numpy as np
 
 from bpf import perf_event, syscalls, tables
 from bpf.compile import MAX_PROGRAMS
-from bpf.errors import PerfEventError
+from bpf.errors import PerfEventError, SyscallError
 from bpf.load import ask_child
 from bpf.ring import RingBuffer
 from bpf.samples import (
@@ -58,6 +58,7 @@ _COPY_RING_BYTES, _MAX_COPY_RING_BYTES = 1 << 20, 1 << 24
 """Of each CPU, and of all: room for what the budget allows in a drain's period."""
 _COPY_BURST_NS = 500_000_000
 """A budget that was not used may be saved up for so long: many programs begin at once."""
+_TIMER_MAPS = ("expiries", "expired_in", "tick_program")
 _GO_ON = 1000  # no StopReason has this number
 _COUNT_HEAD = [name for name in COUNT.names or () if name != "words"]
 _NO_WORDS: Words = np.empty(0, np.uint64)
@@ -152,6 +153,9 @@ class Sampler:
         self._barrier = syscalls.create_map(
             syscalls.MAP_TYPE_ARRAY_OF_MAPS, 4, 4, 1, inner_map_fd=self._barrier_inner
         )
+        self._expired = {g: np.zeros(2, np.uint64) for g in _MAP_GENERATIONS}
+        self.counts_skipped = self._count_expiries()
+        """Whether ticks that the kernel skips, beside other BPF programs, are counted."""
         if config.pids is not None:
             for name, program in (
                 ("sched_process_fork", "on_fork"),
@@ -159,6 +163,19 @@ class Sampler:
             ):
                 self._tracepoints.append(syscalls.attach_raw_tracepoint(name, self._fds[program]))
             self.select(config.pids)
+
+    def _count_expiries(self) -> bool:
+        """Count how often timers expire, whether or not a tick follows; False if that fails."""
+        if self.config.hardware or "on_expire" not in self._fds:
+            return False
+        number = syscalls.ProgramInfo(self._fds["on_tick"]).id
+        syscalls.update(self._fds["tick_program"], 0, struct.pack("<I", number))
+        try:
+            link = syscalls.attach_raw_tracepoint("hrtimer_expire_entry", self._fds["on_expire"])
+        except SyscallError:
+            return False
+        self._tracepoints.append(link)
+        return True
 
     def _readers(
         self, name: str, key: np.dtype[np.generic], value: np.dtype[np.generic]
@@ -253,8 +270,11 @@ class Sampler:
         except BaseException:
             self._failed.add(idle_generation)  # its counts come with its next drain
             raise
+        expired = self._read_expiries(idle_generation)
         new = totals - self._counted[idle_generation]
         self._counted[idle_generation] = totals
+        expired_now = expired - self._expired[idle_generation]
+        self._expired[idle_generation] = expired
         counts = {counter: int(new[counter]) for counter in Counter}
         lost = {
             cause.name.lower(): counts[cause]
@@ -266,6 +286,7 @@ class Sampler:
             ended = counts[Counter.IDLE] + counts[Counter.FILTERED] + sum(lost.values())
             stored = sum(sample.samples for sample in samples) + len(copies)
             lost["fault"] = counts[Counter.TICKS] - ended - stored
+        skipped = self._skipped(expired_now, counts)
         # If this process was stopped while it flipped them, the last tick says on which side.
         latest_ns = max(
             (
@@ -276,10 +297,10 @@ class Sampler:
         )
         return Drain(
             samples=samples,
-            ticks=counts[Counter.TICKS],
+            ticks=counts[Counter.TICKS] + sum(skipped.values()),
             idle=counts[Counter.IDLE],
             filtered=counts[Counter.FILTERED],
-            lost=lost,
+            lost=lost | skipped,
             ended_ns=min(max(flip_begun_ns, latest_ns), flipped_ns),
             copies=copies,
             uncopied=counts[Counter.UNCOPIED],
@@ -300,6 +321,24 @@ class Sampler:
         by_cpu = np.frombuffer(raw, np.uint64).reshape(-1, len(Counter))
         totals: np.ndarray = by_cpu.sum(axis=0, dtype=np.uint64)
         return totals
+
+    def _read_expiries(self, generation: int) -> np.ndarray:
+        """Return how often timers have expired since the start, in all and in this process."""
+        if not self.counts_skipped:
+            return np.zeros(2, np.uint64)
+        raw = syscalls.lookup(self._fds["expiries"], generation, 16 * self._possible_cpus)
+        totals: np.ndarray = np.frombuffer(raw, np.uint64).reshape(-1, 2).sum(0, dtype=np.uint64)
+        return totals
+
+    def _skipped(self, expired: np.ndarray, counts: Mapping[Counter, int]) -> dict[str, int]:
+        """Return how many ticks the kernel skipped, by the cause."""
+        if not self.counts_skipped:
+            return {}
+        number, own = expired.tolist()
+        draining = max(0, own - counts[Counter.OWN])
+        others = max(0, number - counts[Counter.TICKS] - draining)
+        causes = {"draining": draining, "other_tracer": others}
+        return {cause: ticks for cause, ticks in causes.items() if ticks}
 
     def collect(self) -> None:
         """Make room for further copies, now and then between two drains."""
@@ -479,10 +518,12 @@ def _load(
         "COPY_RING_PAGES": _copy_ring_bytes(cpus) // mmap.PAGESIZE,
         "COPY_NS_PER_BYTE": round(1e9 / (config.copied_bytes_per_s or math.inf)),
         "CPUS": cpus,
+        "SAMPLER_PID": os.getpid(),
     }
     programs = {"on_tick": "PERF_EVENT", "on_walk": "PERF_EVENT", "on_copy": "PERF_EVENT"}
+    programs["on_expire"] = "RAW_TRACEPOINT"
     # An array of programs is emptied when nobody holds it.
-    maps = ["active", "counters", "programs", "copies", *tables.MAPS]
+    maps = ["active", "counters", "programs", "copies", *_TIMER_MAPS, *tables.MAPS]
     for name in ("counts", "user_stacks", "kernel_stacks"):
         maps += [f"{name}_{generation}" for generation in _MAP_GENERATIONS]
     if config.pids is not None:
@@ -495,5 +536,7 @@ def _load(
         "maps": maps,
         "calls": ["on_walk", "on_copy"],  # as the enumeration in sampler.bpf.c has them
         "frames_per_program": config.frames_per_program,
+        "timer_programs": ["on_expire"],
+        "timer_maps": _TIMER_MAPS,
     }
     return ask_child(json.dumps(request).encode(), meanwhile)

@@ -129,6 +129,8 @@ class Counter(IntEnum):
     COPIED = 5
     UNCOPIED = 6
     """Ticks beyond the budget for copies. They stand elsewhere as well."""
+    OWN = 7
+    """Ticks while the process that drains ran. They stand elsewhere as well."""
 
 
 COUNT_KEY = np.dtype(

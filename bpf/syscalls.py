@@ -152,7 +152,7 @@ class ProgramInfo:
         self.run_time_ns, self.run_count, self.recursion_misses = struct.unpack_from(
             "<QQQ", info.raw, 192
         )
-        (self.type,) = struct.unpack_from("<I", info.raw, 0)
+        self.type, self.id = struct.unpack_from("<II", info.raw, 0)
         self.name = info.raw[64:80].partition(b"\0")[0]
         self.verified_instructions = struct.unpack_from("<I", info.raw, 216)[0]
 

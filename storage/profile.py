@@ -69,6 +69,12 @@ class Loss(StrEnum):
     """A kernel map had no room left in this drain."""
     MAP_BUSY = "map_busy"
     """A kernel map's bucket was locked by the code that the tick interrupted."""
+    OTHER_TRACER = "other_tracer"
+    """Another BPF program was active on the CPU, as those of tracers are, or somebody else was
+    reading BPF maps there: the kernel then skips the profiler's. No estimate: these are the timers
+    that expired without a tick."""
+    DRAINING = "draining"
+    """As above, while the profiler itself was emptying its maps on that CPU."""
     FAULT = "fault"
     """The profiler itself failed while processing a drain; its log says why."""
     SPOOL_FULL = "spool_full"

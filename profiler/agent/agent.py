@@ -361,6 +361,7 @@ class Agent:
             "sampler": {"pid": os.getpid(), "rss_bytes": rss_bytes()},
             "uploader": self._uploader.state() | uploader_state(self._options.spool),
             "spool": spool._asdict(),
+            "tracers": list(recorder.tracers),
             "unwinding": recorder.unwinding.status(),
             "files": recorder.files.status(),
             "readers": recorder.readers.status(),

@@ -25,9 +25,11 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from bpf import perf_event
+from bpf.errors import SyscallError
 from bpf.records import Rings
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import Drain, RawSample
+from bpf.tracers import find_tracers
 from profiler.agent import priority
 from profiler.agent.copied_stacks import ByMappings, CopiedStacks
 from profiler.agent.cost import Cost, return_large_blocks
@@ -45,7 +47,8 @@ from profiler.processes.generations import clock_offsets, owner_of, parent_in_pr
 from profiler.processes.labels import Labeler, Subject, with_instance
 from profiler.processes.lifetimes import Lifetimes
 from profiler.processes.rules import Rules
-from storage.profile import Accounting, Host, Profile
+from profiler.text import listed
+from storage.profile import Accounting, Host, Loss, Profile
 from symbolizer.digest import blake2b
 from symbolizer.maps import MappingTable
 from symbolizer.symbols.kernel import Program
@@ -55,6 +58,8 @@ from symbolizer.unwind.table import UnwindCache
 
 log = logging.getLogger(__name__)
 
+_NAME_TRACERS_EVERY_NS = 600 * 10**9
+_TRACERS_NAMED = 5
 _FORGET_LATE = 0.9
 """How much of the longest delay of a drain still counts after one more."""
 
@@ -169,6 +174,9 @@ class Recorder:
         self._edge: Edge | None = None
         self._held: _Held | None = None
         self._late_s = 0.0
+        self._names_tracers_ns = 0
+        self.tracers: tuple[str, ...] = ()
+        """BPF programs of others during which ticks may have been skipped, when last seen."""
         self._busy = BusyTime()
         with contextlib.ExitStack() as opened:
             self._load((cache or default_cache()).absolute(), rules or Rules(), opened)
@@ -351,6 +359,8 @@ class Recorder:
             self._window.settle()
             self.copied.hold(drain)
             raise
+        if Loss.OTHER_TRACER in drain.lost:
+            self._name_tracers(now.monotonic_ns)
         begun = self._drained
         ended = self._drained = begun.at(now, drain.ended_ns)
         late_s = ended.since(begun) / 1e9 - self.drain_period_s
@@ -364,6 +374,24 @@ class Recorder:
             self._fold_until(before, begun, at)
         else:
             self._fold_until(drain, begun, ended)
+
+    def _name_tracers(self, now_ns: int) -> None:
+        """Say now and then which programs of others may have kept ours from running."""
+        if now_ns < self._names_tracers_ns:
+            return
+        self._names_tracers_ns = now_ns + _NAME_TRACERS_EVERY_NS
+        try:
+            tracers = find_tracers()
+        except SyscallError as error:
+            log.debug("cannot list BPF programs: %s", error)
+            return
+        self.tracers = tuple(
+            f"{readable(each.name) or f'program {each.number}'} ({each.kind})" for each in tracers
+        )
+        log.warning(
+            "ticks are skipped while BPF programs of others run suspects=%s",
+            listed(self.tracers, _TRACERS_NAMED) or "unknown",
+        )
 
     def _fold_until(self, drain: Drain, begun: Clocks, ended: Clocks) -> None:
         """Count a drain in the open window; cut that if it has become longer than one may be."""

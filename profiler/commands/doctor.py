@@ -30,6 +30,7 @@ from bpf.errors import BpfError, LoadError, PerfEventError, SyscallError
 from bpf.records import RING_PAGES
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import MAX_USER_WORDS
+from bpf.tracers import find_tracers
 from profiler.commands import arguments
 from profiler.processes.generations import clock_offsets
 from profiler.text import listed
@@ -50,7 +51,6 @@ _BCC_IMPORT_TIMEOUT_S = 600
 """It takes a second; beside a load of 20 on two CPUs it took more than a minute."""
 _CLOCK_SKEW_WARN_S = 30
 
-_SKIPPING = {syscalls.PROG_TYPE_KPROBE: "kprobe", syscalls.PROG_TYPE_TRACEPOINT: "tracepoint"}
 _NAMED = 5
 """So many programs of others are named."""
 
@@ -306,18 +306,10 @@ def check_tracers() -> Check:
     That holds for kprobes and tracepoints (bpf_prog_active in trace_call_bpf); a name is the first
     15 characters of what its author calls it.
     """
-    found = []
-    for number in syscalls.program_ids():
-        try:
-            fd = syscalls.program_by_id(number)
-        except SyscallError:  # unloaded meanwhile
-            continue
-        try:
-            info = syscalls.ProgramInfo(fd)
-        finally:
-            os.close(fd)
-        if kind := _SKIPPING.get(info.type):
-            found.append(f"{readable(info.name) or f'program {number}'} ({kind})")
+    found = [
+        f"{readable(each.name) or f'program {each.number}'} ({each.kind})"
+        for each in find_tracers()
+    ]
     if not found:
         return Check("tracers", Status.OK, "no programs of kprobes or tracepoints")
     return Check(

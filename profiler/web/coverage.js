@@ -6,6 +6,8 @@ import { number, safeName, share, span } from "./format.js";
 const LOSSES = {
   map_full: "a table in the kernel was full",
   map_busy: "the interrupted code held the lock of a table in the kernel",
+  other_tracer: "another BPF program was running on the CPU, as a tracer's: the kernel skips ours",
+  draining: "the profiler was emptying its tables in the kernel on that CPU",
   fault: "an error in the profiler; its log has the details",
   spool_full: "the store was unavailable for too long, and the oldest stacks were dropped",
 };
