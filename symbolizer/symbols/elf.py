@@ -29,7 +29,7 @@ DT_SONAME, DT_FLAGS_1, DF_1_PIE = 14, 0x6FFFFFFB, 0x08000000
 
 # The largest real files (browsers, databases) have about 50 sections, 15 segments, and notes of 200
 # bytes. Files beyond these limits are not programs.
-_MAX_SECTIONS = 65_536
+_MAX_SECTIONS = 16_384
 _MAX_SEGMENTS = 4_096
 _MAX_EXECUTABLE_SEGMENTS = 64
 _MAX_NOTE_BYTES = 65_536

@@ -83,7 +83,8 @@ def _find_called(elf: Elf, base: int, first: int, end: int) -> Words:
             code = np.frombuffer(elf.source.read_at(p_offset + start, length), dtype=np.uint8)
             targets = _targets(code) + (p_offset + start - base)
             found.append(targets[(targets > first) & (targets < end)])
-    targets = np.unique(np.concatenate(found))
+    targets = np.sort(np.concatenate(found))  # np.unique takes 30 times as long
+    targets = targets[np.append(True, targets[1:] != targets[:-1])[: len(targets)]]
     is_start = (targets + base) % _ALIGNMENT == 0
     unaligned = np.flatnonzero(~is_start)[:_MAX_UNALIGNED]
     is_start[unaligned] = [_follows_end(elf, at + base) for at in targets[unaligned].tolist()]

@@ -20,6 +20,7 @@ _PLT_NAMES = (b".plt", b".plt.sec", b".plt.got", b".plt.bnd", b".iplt")
 # libLLVM has 8.5 MB of relocations in all, and 477 stubs. The limits are for crafted files.
 _MAX_PLT_BYTES = 4 << 20
 _MAX_RELOCATIONS_BYTES = 128 << 20
+_MAX_RELOCATION_SECTIONS = 1 << 10
 _MAX_SLOTS = 1 << 18
 _MAX_SYMBOLS_BYTES = 24 << 22
 _CHUNK_BYTES = 24 << 15
@@ -110,6 +111,8 @@ def _relocations(elf: Elf) -> npt.NDArray[np.void]:
     parts = [_NO_RELA]
     slots = 0
     sections = [section for section in elf.sections if section.type == SHT_RELA]
+    if len(sections) > _MAX_RELOCATION_SECTIONS:
+        raise UnreadableElf(Miss.TOO_LARGE)
     if sum(section.size for section in sections) > _MAX_RELOCATIONS_BYTES:
         raise UnreadableElf(Miss.TOO_LARGE)
     for section in sections:

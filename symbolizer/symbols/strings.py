@@ -114,9 +114,14 @@ class Strings:
         Raises:
             UnreadableElf: also while the pieces are read.
         """
-        wanted = np.unique(positions).astype(np.int64)
+        wanted = np.sort(positions).astype(np.int64)
+        wanted = wanted[np.append(True, wanted[1:] != wanted[:-1])[: len(wanted)]]
         ends = self._find_ends(wanted)
-        is_first = np.append(True, wanted[1:] > ends[:-1])[: len(wanted)]
+        # One run of bytes for a string and those at its end, and for strings without gaps between
+        # them in the same area.
+        is_first = np.append(True, wanted[1:] > ends[:-1] + 1)[: len(wanted)]
+        area_starts = np.searchsorted(wanted, [area.start for area in self._areas])
+        is_first[area_starts[area_starts < len(wanted)]] = True
         is_last = np.append(is_first[1:], True)[: len(wanted)]
         starts, ends = wanted[is_first], ends[is_last]
         after = np.cumsum(ends - starts + 1)
@@ -135,13 +140,12 @@ class Strings:
                 here = int(np.searchsorted(wanted, start + size))
                 if here <= open_from:
                     continue
-                text = np.frombuffer(area.read(start, size), dtype=np.uint8)
-                nuls = np.flatnonzero(text == 0) + start
-                if not len(nuls):
+                content = area.read(start, size)
+                last_nul = content.rfind(b"\0")
+                if last_nul < 0:
                     continue
-                closed = int(np.searchsorted(wanted, nuls[-1], side="right"))
-                strings = wanted[open_from:closed]
-                found = nuls[np.searchsorted(nuls, strings)]
+                closed = int(np.searchsorted(wanted, start + last_nul, side="right"))
+                found = _nuls_after(content, wanted[open_from:closed] - start) + start
                 ends[open_from:closed] = np.minimum(ends[open_from:closed], found)
                 open_from = max(open_from, closed)
         return ends
@@ -150,8 +154,14 @@ class Strings:
         for area in self._areas:
             first, last = np.searchsorted(starts, [area.start, area.end + 1]).tolist()
             while first < last:
-                # As many strings as lie in one piece, but at least one.
-                start = int(starts[first])
+                start, end = int(starts[first]), int(ends[first])
+                if end - start >= _PIECE_BYTES:
+                    for at in range(start, end, _PIECE_BYTES):
+                        yield area.read(at, min(_PIECE_BYTES, end - at))
+                    yield b"\0"
+                    first += 1
+                    continue
+                # As many as lie in one piece.
                 beyond = int(np.searchsorted(ends, start + _PIECE_BYTES, side="right"))
                 beyond = min(max(beyond, first + 1), last)
                 piece = area.read(start, int(ends[beyond - 1]) - start)
@@ -160,8 +170,19 @@ class Strings:
                     (ends[first:beyond] - start).tolist(),
                     strict=True,
                 )
-                yield b"".join([piece[here:end] + b"\0" for here, end in within])
+                yield b"".join([piece[here:after] + b"\0" for here, after in within])
                 first = beyond
+
+
+def _nuls_after(content: bytes, positions: Ints) -> Ints:
+    """Return the first NUL at or after each position, which may lie before the content."""
+    text = np.frombuffer(content, dtype=np.uint8)
+    found = positions.copy()
+    is_open = (positions < 0) | (text[np.maximum(positions, 0)] != 0)
+    if is_open.any():  # not in a hole
+        nuls = np.flatnonzero(text == 0)
+        found[is_open] = nuls[np.searchsorted(nuls, positions[is_open])]
+    return found
 
 
 class KeptStrings(NamedTuple):

@@ -42,9 +42,10 @@ from symbolizer.unwind.rules import CfaKind, RbpKind, Rules, rule
 # smaller ones the calls of numpy cost too much (bench/bench_unwind_tables.py).
 _CHUNK_BYTES = 1 << 17
 
-# libLLVM's programs have 860,000 states between their advances. A file with 20 times as many was
-# crafted to take long.
-_MAX_STEPS = 1 << 24
+# libLLVM's programs have 860,000 states between their advances, ClickHouse's some 3 million. Few of
+# them are restored. A file with more was crafted to take long.
+_MAX_STEPS = 1 << 22
+_MAX_RESTORES = 1 << 20
 
 
 def run_programs(frames: CallFrames) -> Iterator[Rules]:
@@ -54,12 +55,13 @@ def run_programs(frames: CallFrames) -> Iterator[Rules]:
     row, which saves one row per function.
     """
     cies = _run_cies(frames)
-    steps = 0
+    steps = restores = 0
     for here in _chunks(frames.program_ends - frames.programs):
-        rows, steps_of_chunk = _run_fdes(frames, cies, here)
+        rows, steps_here, restores_here = _run_fdes(frames, cies, here)
         yield rows
-        steps += steps_of_chunk
-        if steps > _MAX_STEPS:
+        steps += steps_here
+        restores += restores_here
+        if steps > _MAX_STEPS or restores > _MAX_RESTORES:
             raise UnreadableElf(Miss.TOO_LARGE)
 
 
@@ -141,8 +143,8 @@ def _run_cies(frames: CallFrames) -> _Cies:
     )
 
 
-def _run_fdes(frames: CallFrames, cies: _Cies, here: slice) -> tuple[Rules, int]:
-    """Return the rules of a run of FDEs, and how many states their programs had."""
+def _run_fdes(frames: CallFrames, cies: _Cies, here: slice) -> tuple[Rules, int, int]:
+    """Return the rules of a run of FDEs; how many states their programs had and restored."""
     own = cies.take(frames.cie_numbers[here])
     programs = _gather(frames, frames.programs[here], frames.program_ends[here], own)
     steps = _find_steps(programs, own.initial)
@@ -157,7 +159,7 @@ def _run_fdes(frames: CallFrames, cies: _Cies, here: slice) -> tuple[Rules, int]
     begins_hole = (ends + np.uint64(15) & ~np.uint64(15)) < next_starts[: len(ends)]
     hole_follows = steps.is_last & begins_hole[steps.owners]
     rows = _with_holes(Rules(addresses, rules), holds, hole_follows, ends[begins_hole])
-    return rows, len(rules)
+    return rows, len(rules), steps.restores
 
 
 _BEHIND_ALL = np.uint64((1 << 64) - 1)
@@ -222,12 +224,14 @@ class _Steps(NamedTuple):
         owners: the number of the program.
         locations: from how many bytes after its function's start the state holds.
         is_last: whether it is the last state of its program.
+        restores: how many times all of the programs remember a state, or restore one.
     """
 
     owners: Ints
     locations: Ints
     is_last: Flags
     states: _State
+    restores: int
 
 
 def _find_steps(programs: Programs, initial: _State) -> _Steps:
@@ -236,9 +240,10 @@ def _find_steps(programs: Programs, initial: _State) -> _Steps:
     is_last[instructions.lasts] = True
     places = np.flatnonzero((instructions.traits & op.IS_ADVANCE > 0) | is_last)
     states = _states_at(instructions, places, initial)
-    return _Steps(
-        instructions.owners[places], instructions.locations()[places], is_last[places], states
-    )
+    own, opcodes = instructions.owners[places], instructions.opcodes
+    restores = np.isin(opcodes, (op.REMEMBER_STATE, op.RESTORE_STATE)).sum()
+    locations = instructions.locations()[places]
+    return _Steps(own, locations, is_last[places], states, int(restores))
 
 
 def _states_at(instructions: Instructions, places: Ints, initial: _State) -> _State:

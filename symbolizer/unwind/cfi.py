@@ -12,6 +12,7 @@ and their functions have no rules.
 import re
 import struct
 import zlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,7 +30,14 @@ from symbolizer.integers import (
     view,
 )
 from symbolizer.location import ElfAddress, FileOffset, Miss, Segment
-from symbolizer.symbols.elf import SHF_COMPRESSED, SHT_NOBITS, Elf, Section, UnreadableElf
+from symbolizer.symbols.elf import (
+    SHF_COMPRESSED,
+    SHT_NOBITS,
+    Elf,
+    Section,
+    UnreadableElf,
+    check_size,
+)
 from symbolizer.unwind.cie import (
     DW_EH_PE_PCREL,
     DW_EH_PE_SDATA4,
@@ -39,17 +47,25 @@ from symbolizer.unwind.cie import (
     parse_cie,
 )
 
-# libLLVM has 5 MB in 95,000 FDEs, rustc's driver 6 MB; the largest program of one FDE in these, in
-# cc1plus and in node has 20 KB. Files beyond the first three limits are TOO_LARGE; a longer program
-# is not read, and its function is UNSUPPORTED.
+# libLLVM has 5 MB in 95,000 FDEs with 2 CIEs, rustc's driver 6 MB; the largest program of one FDE
+# in these, in cc1plus and in node has 20 KB. Files beyond the first four limits are TOO_LARGE; a
+# longer program is not read, and its function is UNSUPPORTED.
 _MAX_SECTION_BYTES = 64 << 20
-_MAX_FDES = 1 << 21
-_MAX_CIES = 1 << 16
-_MAX_PROGRAM_BYTES = 1 << 17
+_MAX_FDES = 1 << 20
+_MAX_CIES = 1 << 13
+_MAX_CIE_RECORDS = 1 << 17
+"""Linkers keep equal CIEs once; those that do not have one for each file they were given."""
+_MAX_PROGRAM_BYTES = 1 << 16
+# Programs cost time by their bytes. They have 20 to 110 bytes on average in 2,000 real files, and
+# 20 to 44 in the large ones. A file beyond this is TOO_LARGE.
+_PROGRAM_BYTES_FREE = 1 << 20
+_PROGRAM_BYTES_PER_FDE = 128
 _MAX_SECTIONS = 16
 _MAX_ALIGNMENT = 255
 _DEBUG_FRAME_CIE = 0xFFFFFFFF
 _EXTENDED_LENGTH = 0xFFFFFFFF
+_PIECE_BYTES = 1 << 20
+_FDES_PER_PIECE = 1 << 16
 _NOT_ZERO = re.compile(rb"[^\0]")
 _WORD, _EXTENDED_WORD = struct.Struct("<I"), struct.Struct("<Q")
 _CHDR = struct.Struct("<IIQQ")
@@ -112,32 +128,64 @@ def read_debug_frame(elf: Elf) -> CallFrames:
 
 
 class _Part(NamedTuple):
-    """One section: its bytes and the address they are loaded at."""
+    """One section: where its bytes are, and the address they are loaded at.
 
-    content: bytes
-    address: int
+    Attributes:
+        size: of the content, when it is no longer compressed.
+        ends_at_zero: the size is unknown, so a length of 0 (the LSB's terminator) ends it.
+    """
+
+    place: Segment
+    size: int
     is_debug_frame: bool = False
+    is_compressed: bool = False
     ends_at_zero: bool = False
-    """Its size is unknown, so a length of 0 (the LSB's terminator) ends it."""
+
+    @property
+    def address(self) -> int:
+        return 0 if self.is_debug_frame else self.place.p_vaddr
+
+    def pieces(self, elf: Elf) -> Iterator[bytes]:
+        """Return the content; of a compressed section up to its size."""
+        _, offset, stored = self.place
+        skipped = _CHDR.size if self.is_compressed else 0
+        packer = zlib.decompressobj()
+        left = self.size
+        for start in range(offset + skipped, offset + stored, _PIECE_BYTES):
+            piece = elf.source.read_at(start, min(_PIECE_BYTES, offset + stored - start))
+            if not self.is_compressed:
+                yield piece
+                continue
+            while piece and left > 0:
+                try:
+                    content = packer.decompress(piece, min(left, _PIECE_BYTES))
+                except zlib.error as error:
+                    raise UnreadableElf(Miss.DAMAGED) from error
+                left -= len(content)
+                yield content
+                piece = packer.unconsumed_tail
 
 
-def _eh_frame_parts(elf: Elf) -> Iterator[_Part]:
-    parts = list(_eh_frame_sections(elf))
-    yield from parts or _part_by_header(elf)
+def _part_of(section: Section, size: int, **kind: bool) -> _Part:
+    place = Segment(ElfAddress(section.address), FileOffset(section.offset), section.size)
+    return _Part(place, size, **kind)
 
 
-def _eh_frame_sections(elf: Elf) -> Iterator[_Part]:
+def _eh_frame_parts(elf: Elf) -> list[_Part]:
+    return _eh_frame_sections(elf) or _part_by_header(elf)
+
+
+def _eh_frame_sections(elf: Elf) -> list[_Part]:
     sections = [s for s in elf.sections if s.name == b".eh_frame" and s.type != SHT_NOBITS]
     for section in sections[:_MAX_SECTIONS]:
-        yield _Part(elf.read(section, _MAX_SECTION_BYTES), section.address)
+        check_size(section, _MAX_SECTION_BYTES)
+    return [_part_of(section, section.size) for section in sections[:_MAX_SECTIONS]]
 
 
-def _part_by_header(elf: Elf) -> Iterator[_Part]:
+def _part_by_header(elf: Elf) -> list[_Part]:
     """Read .eh_frame of a file without section headers."""
     place = find_eh_frame(elf)
-    if place is not None:
-        content = elf.source.read_at(place.p_offset, place.p_filesz)
-        yield _Part(content, place.p_vaddr, ends_at_zero=True)
+    return [] if place is None else [_Part(place, place.p_filesz, ends_at_zero=True)]
 
 
 def find_eh_frame(elf: Elf) -> Segment | None:
@@ -161,51 +209,55 @@ def find_eh_frame(elf: Elf) -> Segment | None:
     return None
 
 
-def _debug_frame_parts(elf: Elf) -> Iterator[_Part]:
+def _debug_frame_parts(elf: Elf) -> list[_Part]:
+    parts = []
     for section in [s for s in elf.sections if s.name == b".debug_frame"][:_MAX_SECTIONS]:
         if section.type == SHT_NOBITS:
             continue
         if section.flags & SHF_COMPRESSED:
-            yield _Part(_decompress(elf, section), 0, is_debug_frame=True)
+            size = _uncompressed_size(elf, section)
+            parts.append(_part_of(section, size, is_debug_frame=True, is_compressed=True))
         else:
-            yield _Part(elf.read(section, _MAX_SECTION_BYTES), 0, is_debug_frame=True)
+            check_size(section, _MAX_SECTION_BYTES)
+            parts.append(_part_of(section, section.size, is_debug_frame=True))
+    return parts
 
 
-def _decompress(elf: Elf, section: Section) -> bytes:
-    """Decompress a section (gABI, "Section Compression"), up to the limit."""
+def _uncompressed_size(elf: Elf, section: Section) -> int:
+    """Return what a compressed section says its size is (gABI, "Section Compression")."""
     if section.size > _MAX_SECTION_BYTES:
         raise UnreadableElf(Miss.TOO_LARGE)
-    content = elf.source.read_at(section.offset, section.size)
-    if len(content) < _CHDR.size:
+    if section.size < _CHDR.size:
         raise UnreadableElf(Miss.DAMAGED)
-    kind, _, size, _ = _CHDR.unpack_from(content)
+    kind, _, size, _ = _CHDR.unpack(elf.source.read_at(section.offset, _CHDR.size))
     if kind != _ELFCOMPRESS_ZLIB:
         raise UnreadableElf(Miss.UNSUPPORTED)
-    if size > _MAX_SECTION_BYTES:
-        raise UnreadableElf(Miss.TOO_LARGE)
-    try:
-        return zlib.decompressobj().decompress(memoryview(content)[_CHDR.size :], max(size, 1))
-    except zlib.error as error:
-        raise UnreadableElf(Miss.DAMAGED) from error
+    return int(size)
 
 
 def _read_parts(elf: Elf, parts: list[_Part]) -> CallFrames:
     if not elf.is_x86_64 or elf.bits != 64:
         raise UnreadableElf(Miss.UNSUPPORTED)
-    size = sum(len(part.content) for part in parts)
-    if size > _MAX_SECTION_BYTES:
+    size = sum(part.size for part in parts)
+    if size > _MAX_SECTION_BYTES:  # before anything is read
         raise UnreadableElf(Miss.TOO_LARGE)
     content = np.zeros(size + PADDING_BYTES, dtype=np.uint8)
     cies = _CieTable(content)
     found = [_NO_FDES]
     first = 0
-    while parts:
-        part = parts.pop(0)
-        content[first : first + len(part.content)] = np.frombuffer(part.content, np.uint8)
-        found.append(_read_fdes(cies, part, first))
-        first += len(part.content)
+    for part in parts:
+        end = first
+        for piece in part.pieces(elf):
+            content[end : end + len(piece)] = np.frombuffer(piece, np.uint8)
+            end += len(piece)
+        found += _read_fdes(cies, part, first, end)
+        first += part.size
     fdes = _Fdes.join(found)
-    is_long = fdes.program_ends - fdes.programs > _MAX_PROGRAM_BYTES
+    found.clear()
+    lengths = fdes.program_ends - fdes.programs
+    if int(lengths.sum()) > _PROGRAM_BYTES_FREE + _PROGRAM_BYTES_PER_FDE * len(lengths):
+        raise UnreadableElf(Miss.TOO_LARGE)
+    is_long = lengths > _MAX_PROGRAM_BYTES
     fdes.programs[is_long] = fdes.program_ends[is_long]
     fdes.cie_numbers[is_long] = 0
     fdes = _make_disjoint(fdes.take(are_code(elf, fdes.starts, fdes.ends)))
@@ -248,27 +300,30 @@ _NO_FDES = _Fdes(
 )
 
 
-def _read_fdes(cies: "_CieTable", part: _Part, first: int) -> _Fdes:
-    """Decode the FDEs of a part that begins at `first` in the content, CIE by CIE."""
+def _read_fdes(cies: "_CieTable", part: _Part, first: int, end: int) -> Iterator[_Fdes]:
+    """Decode the FDEs of a part that lies between `first` and `end` in the content."""
     content = cies.content
-    positions = _find_records(content, first, first + len(part.content), part.ends_at_zero)
-    lengths = view(content, "<u4")[positions].astype(np.int64)
-    ids = view(content, "<u4")[positions + 4].astype(np.int64)
-    ends = positions + 4 + lengths
-    is_cie = ids == (_DEBUG_FRAME_CIE if part.is_debug_frame else 0)
-    fdes, fde_ends, distances = positions[~is_cie], ends[~is_cie], ids[~is_cie]
-    wanted = first + distances if part.is_debug_frame else fdes + 4 - distances
-    numbers = cies.find(wanted, positions[is_cie], ends[is_cie])
+    words = view(content, "<u4")
+    positions = _find_records(content, first, end, part.ends_at_zero)
+    is_cie = words[positions + 4] == (_DEBUG_FRAME_CIE if part.is_debug_frame else 0)
+    cies.add(positions[is_cie])
+    fdes = positions[~is_cie]
     loaded_at = np.uint64((part.address - first) % (1 << 64))
-    groups = [_NO_FDES]
-    for number in distinct(numbers[numbers >= 0]):
-        chosen = numbers == number
-        group = _decode_fdes(
-            content, fdes[chosen] + 8, fde_ends[chosen], cies.cies[number], loaded_at
-        )
-        group.cie_numbers[:] = cies.rules[number]
-        groups.append(group)
-    return _Fdes.join(groups)
+    for start in range(0, len(fdes), _FDES_PER_PIECE):
+        here = fdes[start : start + _FDES_PER_PIECE]
+        ends = here + 4 + words[here].astype(np.int64)
+        distances = words[here + 4].astype(np.int64)
+        numbers = cies.find(first + distances if part.is_debug_frame else here + 4 - distances)
+        # CIEs differ in many ways, but few matter for how their FDEs are read.
+        kinds = np.array([(cie.encoding, cie.has_augmentation_data) for cie in cies.cies])
+        kinds = kinds[:, 0] << 1 | kinds[:, 1]
+        for kind in distinct(kinds):
+            chosen = np.flatnonzero((numbers >= 0) & (kinds[numbers] == kind))
+            if len(chosen):
+                cie = cies.cies[int(numbers[chosen[0]])]
+                rules = np.array(cies.rules)[numbers[chosen]]
+                at = here[chosen] + 8
+                yield _decode_fdes(content, at, ends[chosen], cie, loaded_at=loaded_at, rules=rules)
 
 
 def _find_records(content: Bytes, first: int, end: int, ends_at_zero: bool) -> Ints:
@@ -279,7 +334,7 @@ def _find_records(content: Bytes, first: int, end: int, ends_at_zero: bool) -> I
     """
     view_of_all = content.data
     unpack = _WORD.unpack_from
-    positions: list[int] = []
+    positions = array("q")
     position = first
     while position + 8 <= end:
         (length,) = unpack(view_of_all, position)
@@ -297,14 +352,16 @@ def _find_records(content: Bytes, first: int, end: int, ends_at_zero: bool) -> I
                 raise UnreadableElf(Miss.TOO_LARGE)
     if positions and position > end and position - 4 == positions[-1] + length:
         positions.pop()  # cut short
-    return np.array(positions, dtype=np.int64)
+    return np.frombuffer(positions, dtype=np.int64) if positions else np.zeros(0, dtype=np.int64)
 
 
-def _decode_fdes(content: Bytes, at: Ints, fde_ends: Ints, cie: Cie, loaded_at: np.uint64) -> _Fdes:
-    """Decode FDEs of one CIE, given the positions after their ids. Their `cie_numbers` stay 0.
+def _decode_fdes(
+    content: Bytes, at: Ints, fde_ends: Ints, cie: Cie, *, loaded_at: np.uint64, rules: Ints
+) -> _Fdes:
+    """Decode FDEs, given the positions after their ids, which are to be read as those of `cie` are.
 
-    `loaded_at` is added to a position to get the address it is loaded at. An address whose bytes
-    are zero is the null pointer, even if it would be relative.
+    `rules` become their `cie_numbers`. `loaded_at` is added to a position to get the address it is
+    loaded at. An address whose bytes are zero is the null pointer, even if it would be relative.
     """
     form = POINTER_FORMATS[cie.encoding & 0x0F]
     width = np.dtype(form).itemsize
@@ -320,8 +377,7 @@ def _decode_fdes(content: Bytes, at: Ints, fde_ends: Ints, cie: Cie, loaded_at: 
         is_good &= programs <= fde_ends
     # Sizes beyond 32 bits are invalid, and so are ranges beyond the end of the address space.
     is_good &= (starts != 0) & (sizes != 0) & (sizes < 1 << 32) & (starts < 1 << 63)
-    numbers = np.zeros(len(at), dtype=np.int64)
-    return _Fdes(starts, starts + sizes, programs, fde_ends, numbers).take(is_good)
+    return _Fdes(starts, starts + sizes, programs, fde_ends, rules).take(is_good)
 
 
 def are_code(elf: Elf, starts: Wide, ends: Wide) -> Flags:
@@ -344,6 +400,9 @@ def _make_disjoint(fdes: _Fdes) -> _Fdes:
     return fdes._replace(ends=np.minimum(fdes.ends, next_starts))
 
 
+_NOT_READ = -2
+
+
 class _CieTable:
     """The CIEs in use. Equal ones, which linkers leave when they join files, are kept once.
 
@@ -357,17 +416,31 @@ class _CieTable:
         self.cies = [WITHOUT_RULES]
         self.rules = [0]
         self._numbers: dict[bytes, int] = {}
+        self._read = 0
+        self._positions = np.zeros(0, dtype=np.int64)
+        self._by_position = np.zeros(0, dtype=np.int64)
 
-    def find(self, wanted: Ints, positions: Ints, ends: Ints) -> Ints:
+    def add(self, positions: Ints) -> None:
+        """Set where CIEs are; each is read when it is first wanted."""
+        self._positions = positions
+        self._by_position = np.full(len(positions), _NOT_READ, dtype=np.int64)
+
+    def find(self, wanted: Ints) -> Ints:
         """Return the number of the CIE at each wanted position, -1 if there is no usable one."""
-        if not len(positions):
+        if not len(self._positions):
             return np.full(len(wanted), -1, dtype=np.int64)
-        places = np.minimum(np.searchsorted(positions, wanted), len(positions) - 1)
-        is_found = positions[places] == wanted
-        numbers = np.full(len(positions), -1, dtype=np.int64)
-        for place in distinct(places[is_found]):
-            numbers[place] = self._add(int(positions[place]), int(ends[place]))
-        found: Ints = np.where(is_found, numbers[places], -1)
+        places = np.minimum(np.searchsorted(self._positions, wanted), len(self._positions) - 1)
+        is_found = self._positions[places] == wanted
+        found_at = places[is_found]
+        unread = set(found_at[self._by_position[found_at] == _NOT_READ].tolist())
+        for place in sorted(unread):
+            self._read += 1
+            if self._read > _MAX_CIE_RECORDS:
+                raise UnreadableElf(Miss.TOO_LARGE)
+            position = int(self._positions[place])
+            (length,) = _WORD.unpack_from(self.content.data, position)
+            self._by_position[place] = self._add(position, position + 4 + length)
+        found: Ints = np.where(is_found, self._by_position[places], -1)
         return found
 
     def _add(self, position: int, end: int) -> int:

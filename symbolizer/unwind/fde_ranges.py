@@ -1,6 +1,6 @@
 """Read FDE ranges: the addresses that FDEs cover, which say where functions begin and end.
 
-It is done for every file whose symbols are read, so it has to be cheap: the linker's index in
+This is done for every file whose symbols are read, so it has to be cheap: the linker's index in
 .eh_frame_hdr leads to each FDE, of which only the head is read, one piece of the section at a time.
 """
 

@@ -85,7 +85,8 @@ def _is_code(elf: Elf, start: int, end: int) -> bool:
 # `mov $15, %rax; syscall`, the call of rt_sigreturn in musl, in Go, and in all code that debuggers
 # should recognise: libgcc and gdb search for these bytes.
 _SIGNAL_RETURN = bytes.fromhex("48c7c00f0000000f05")
-_MAX_SEARCHED_BYTES = 1 << 30
+_MAX_SEARCHED_BYTES = 64 << 20
+"""Compilers write rules for all they compile; holes that are as large are a crafted file's."""
 _MAX_SEARCHED_HOLES = 1 << 16
 _MAX_CODE_SECTIONS = 64
 _MAX_SIGNAL_RETURNS = 64
@@ -149,6 +150,8 @@ def _find_callers_of_main(elf: Elf, holes: _Holes) -> Iterator[Range]:
         for address, content in _read_code(elf, start, min(end, start + left)):
             left -= len(content)
             for match in _CALL_AND_EXIT.finditer(content):
+                if len(calls) >= _MAX_SIGNAL_RETURNS:
+                    return
                 distance = int.from_bytes(match[1], "little", signed=True)
                 calls[address + match.start()] = address + match.end() + distance
     if not 0 < len(calls) < _MAX_SIGNAL_RETURNS:
