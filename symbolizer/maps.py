@@ -12,8 +12,9 @@ import fcntl
 import os
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -71,20 +72,78 @@ class Mapping:
 def parse_maps(text: bytes) -> list[Mapping]:
     r"""Read the executable mappings of /proc/PID/maps (proc_pid_maps(5)).
 
+    Anonymous memory that a program has put in place of its own code, to have it on huge pages, is a
+    mapping of the program's file. What is mapped before and after it shows that, also if it is not
+    executable.
+
     The kernel writes a newline in a path as `\012` and escapes nothing else, so a path that
     contains these four characters is ambiguous. Lines that cannot be parsed are left out: if the
     process exits, the file may end in the middle of one.
     """
     mappings = []
-    for line in text.split(b"\n"):  # a path may contain a carriage return
-        fields = line.split(maxsplit=5)
-        if len(fields) < 5 or fields[1][2:3] != b"x":
+    lines = text.split(b"\n")  # a path may contain a carriage return
+    for number, line in enumerate(lines):
+        parsed = _parse_line(line) if b"x" in line[:_PERMISSIONS_END] else None
+        if parsed is None or not parsed.is_executable:
             continue
-        try:
-            mappings.append(_parse_fields(fields))
-        except ValueError:
-            continue
+        mapping = parsed.mapping
+        if is_anonymous(mapping.path):
+            before = map(_parse_line, lines[max(0, number - _NEIGHBOURS) : number][::-1])
+            after = map(_parse_line, lines[number + 1 : number + 1 + _NEIGHBOURS])
+            mapping = _as_text(mapping, _file_beside(before), _file_beside(after))
+        mappings.append(mapping)
     return mappings
+
+
+# Two addresses of at most 16 digits each, a dash, a blank, and the permissions.
+_PERMISSIONS_END = 38
+# A program may have moved its code in several parts.
+_NEIGHBOURS = 8
+
+
+class _Line(NamedTuple):
+    mapping: Mapping
+    is_executable: bool
+
+
+def _parse_line(line: bytes) -> _Line | None:
+    fields = line.split(maxsplit=5)
+    if len(fields) < 5:
+        return None
+    try:
+        return _Line(_parse_fields(fields), fields[1][2:3] == b"x")
+    except ValueError:
+        return None
+
+
+def _file_beside(lines: Iterable[_Line | None]) -> _Line | None:
+    """Return the nearest mapping of a file, beyond other anonymous memory that is executable."""
+    for line in lines:
+        if line is None or not is_anonymous(line.mapping.path):
+            return line
+        if not line.is_executable:
+            return None
+    return None
+
+
+def _as_text(mapping: Mapping, before: _Line | None, after: _Line | None) -> Mapping:
+    """Return anonymous memory as a mapping of the file around it, if it is in place of its code.
+
+    Both neighbours have to be of one file. If they are executable, they are parts of the same
+    segment, and say where the memory between belongs; segments of data have to agree.
+    """
+    if before is None or after is None or not after.mapping.inode:
+        return mapping
+    if not before.mapping.is_same_file(after.mapping):
+        return mapping
+    code = [line.mapping for line in (before, after) if line.is_executable]
+    shifts = {each.start - each.file_offset for each in code or (before.mapping, after.mapping)}
+    if len(shifts) != 1:
+        return mapping
+    file_offset = mapping.start - shifts.pop()
+    if file_offset < 0:
+        return mapping
+    return replace(after.mapping, start=mapping.start, end=mapping.end, file_offset=file_offset)
 
 
 class TooManyMappings(Exception):  # noqa: N818 - not a fault
@@ -149,27 +208,58 @@ def _query_maps(fd: int) -> list[Mapping]:
 
     No build ids: for those the kernel reads the files, which may be on a file system that hangs.
     """
-    path = ctypes.create_string_buffer(_PATH_BYTES)
-    query = _Query(size=ctypes.sizeof(_Query), query_flags=_EXECUTABLE | _COVERING_OR_NEXT)
     mappings: list[Mapping] = []
+    address = 0
     while len(mappings) <= MAX_MAPPINGS:
-        query.vma_name_addr, query.vma_name_size = ctypes.addressof(path), _PATH_BYTES
-        try:
-            fcntl.ioctl(fd, _PROCMAP_QUERY, query)
-        except FileNotFoundError:  # there is none at a higher address
+        line = _query(fd, address, _EXECUTABLE | _COVERING_OR_NEXT)
+        if line is None:
             return mappings
-        mappings.append(
-            Mapping(
-                start=query.vma_start,
-                end=query.vma_end,
-                file_offset=query.vma_offset,
-                path=path.value if query.vma_name_size else b"",
-                device=(query.dev_major, query.dev_minor),
-                inode=query.inode,
-            )
-        )
-        query.query_addr = query.vma_end
+        mapping = line.mapping
+        address = mapping.end
+        if is_anonymous(mapping.path):
+            before, after = _query_before(fd, mapping.start), _query_after(fd, mapping.end)
+            mapping = _as_text(mapping, _file_beside(before), _file_beside(after))
+        mappings.append(mapping)
     raise TooManyMappings
+
+
+def _query(fd: int, address: int, flags: int) -> _Line | None:
+    """Return the mapping at an address, or what else `flags` ask for; None if there is none."""
+    path = ctypes.create_string_buffer(_PATH_BYTES)
+    query = _Query(size=ctypes.sizeof(_Query), query_flags=flags, query_addr=address)
+    query.vma_name_addr, query.vma_name_size = ctypes.addressof(path), _PATH_BYTES
+    try:
+        fcntl.ioctl(fd, _PROCMAP_QUERY, query)
+    except FileNotFoundError:
+        return None
+    mapping = Mapping(
+        start=query.vma_start,
+        end=query.vma_end,
+        file_offset=query.vma_offset,
+        path=path.value if query.vma_name_size else b"",
+        device=(query.dev_major, query.dev_minor),
+        inode=query.inode,
+    )
+    return _Line(mapping, bool(query.vma_flags & _EXECUTABLE))
+
+
+def _query_before(fd: int, start: int) -> Iterator[_Line | None]:
+    """Return the mappings that end at an address, at the start of that one, and so on."""
+    for _ in range(_NEIGHBOURS):
+        line = _query(fd, start - 1, 0) if start else None
+        yield line
+        if line is None:
+            return
+        start = line.mapping.start
+
+
+def _query_after(fd: int, end: int) -> Iterator[_Line | None]:
+    for _ in range(_NEIGHBOURS):
+        line = _query(fd, end, _COVERING_OR_NEXT)
+        yield line
+        if line is None:
+            return
+        end = line.mapping.end
 
 
 def _parse_fields(fields: list[bytes]) -> Mapping:
@@ -244,6 +334,8 @@ def _map_over(kept: list[Mapping], mapping: Mapping) -> None:
         return
     first = bisect_right(kept, mapping.start, key=lambda m: m.end)
     last = bisect_left(kept, mapping.end, key=lambda m: m.start)
+    if first + 1 == last and _is_text_of(kept[first], mapping):
+        return
     rest = []
     if first < last:
         before, after = kept[first], kept[last - 1]
@@ -256,6 +348,23 @@ def _map_over(kept: list[Mapping], mapping: Mapping) -> None:
     else:
         rest.append(mapping)
     kept[first:last] = rest
+
+
+# Programs are loaded below, libraries above this address, unless a program has no interpreter.
+_LIBRARIES_FROM = 0x7000_0000_0000
+
+
+def _is_text_of(file: Mapping, mapping: Mapping) -> bool:
+    """Return whether anonymous memory is in place of a file's code, to have that on huge pages.
+
+    No record tells that a library was unmapped, and other code may be mapped in its place later. So
+    there, a part of the library has to be left on both sides.
+    """
+    if not file.inode or not is_anonymous(mapping.path) or mapping.path.startswith(b"\0"):
+        return False
+    if file.start >= _LIBRARIES_FROM:
+        return file.start < mapping.start and mapping.end < file.end
+    return file.start <= mapping.start and mapping.end <= file.end
 
 
 def is_anonymous(path: bytes) -> bool:
