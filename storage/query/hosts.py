@@ -48,6 +48,8 @@ class HostSearch:
         """Of each host, by id."""
         self._names: dict[str, tuple[int, tuple[str, ...]]] = {}
         """By id: the names, and the hour of the object that they are from."""
+        self._unreadable: dict[str, ObjectKey] = {}
+        """By id: the object that was read in vain, which may cost a second."""
         self._sweep: _Sweep | None = None
 
     def find(self, start_ns: int, end_ns: int, within_s: float) -> FoundHosts:
@@ -90,12 +92,14 @@ class HostSearch:
 
     def _read_names(self, deadline_s: float) -> int:
         """Read the names that are not known for the hour; return of how many hosts they are."""
-        for host_id in self._names.keys() - self._newest.keys():
-            del self._names[host_id]
+        for known in (self._names, self._unreadable):
+            for host_id in known.keys() - self._newest.keys():
+                del known[host_id]
         unknown = [
             key
             for host_id, key in self._newest.items()
             if self._names.get(host_id, (-1,))[0] < key.start_ns // HOUR_NS
+            and self._unreadable.get(host_id) != key
         ]
         if not unknown:
             return len(self._newest)
@@ -110,8 +114,12 @@ class HostSearch:
     def _read(self, key: ObjectKey) -> None:
         """Note the names in an object; in a thread, so that a late one is known the next time."""
         # A damaged object, or one that was deleted meanwhile: an earlier name stays.
-        with contextlib.suppress(ProfileError, StoreError):
-            names = _read_host_names(self._store.store, key)
+        with contextlib.suppress(StoreError):
+            try:
+                names = _read_host_names(self._store.store, key)
+            except ProfileError:
+                self._unreadable[key.host_id] = key
+                return
             self._names[key.host_id] = (key.start_ns // HOUR_NS, names)
 
 

@@ -103,3 +103,18 @@ def test_hosts_of_keys_without_a_type_are_found(tmp_path):
     store.put(typed._replace(has_type=False).text, content)
 
     assert find(HostSearch(TenantStore(store)), 30, 90).names == ["web-0"]
+
+
+def test_an_object_that_cannot_be_read_is_read_once(tmp_path):
+    """It may cost a second each time; the next one of its host is read."""
+    directory(tmp_path, of_host(0, 60))
+    store = CountingStore(tmp_path)
+    key = ObjectKey("default", host_id(0), minutes(61, 62).start_ns // 10**9, 60, "0" * 16)
+    store.put(key.text, b"damaged")
+    search = HostSearch(TenantStore(store))
+
+    for _ in range(3):
+        assert find(search, 30, 90).names == [host_id(0)]
+    assert len(store.read) == 1
+    put(store, of_host(0, 62))
+    assert find(search, 30, 90).names == ["web-0"]
