@@ -315,9 +315,11 @@ def _sample_functions(elf: Elf, symbols: Section) -> str:
     is_function = np.isin(types, (_STT_NOTYPE, _STT_FUNC, _STT_GNU_IFUNC))
     rows = rows[is_function & (rows["st_shndx"] != 0) & (rows["st_value"] != 0)]
     hashes = (rows["st_value"] * _SCATTER >> np.uint64(32)).astype(np.uint32)
-    chosen = np.unique(hashes)[:_COMPARED_ADDRESSES]
-    if not len(chosen):
+    if not len(hashes):
         return ""
+    in_order = np.sort(hashes)  # np.unique takes ten times as long
+    in_order = in_order[np.append(True, in_order[1:] != in_order[:-1])]
+    chosen = in_order[:_COMPARED_ADDRESSES]
     places = np.flatnonzero(hashes <= chosen[-1])[: 4 * _COMPARED_ADDRESSES]
     pairs = np.empty((len(places), 2), "<u4")
     pairs[:, 0] = hashes[places]
