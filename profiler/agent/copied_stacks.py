@@ -83,6 +83,11 @@ class CopiedStacks:
         """Return whether there are stacks whose tables have not come."""
         return bool(self._held)
 
+    @property
+    def waiting(self) -> list[RawSample]:
+        """Return the samples of these stacks, as they were walked at the tick."""
+        return [held.copy.walked for held in self._held]
+
     def hold(self, drain: Drain) -> None:
         """Take a drain's copies; the records of processes may not have been read yet."""
         self._new += drain.copies

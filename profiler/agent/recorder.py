@@ -474,12 +474,14 @@ class Recorder:
         window.end(successor, edge_ns)
         self._closing_until_s = time.monotonic() + _READERS_S
         try:
-            self._add_copied(window, frames, subjects, self.copied.take_all())
+            self._add(window, frames, subjects, self._release(window, is_closed=True))
+            window.settle()
             with self.cost.of("labels"):
                 self._label(window, subjects)
             with self.cost.of("symbolize"):
                 return self._name(window)
         except BaseException:
+            window.settle()
             self.lose(window.counts)
             raise
 
@@ -535,22 +537,20 @@ class Recorder:
                 self.unwinding.note(groups)
                 self.unwinding.catch_up()
                 self.copied.advance()
-            with self.cost.of("labels"):  # while they can be read: these may wait for long
-                self._note([copy.walked for copy in drain.copies], self._subjects)
+            for mappings, samples in self._release(window).items():
+                groups[mappings] += samples
             self._add(window, self._frames, self._subjects, groups)
-            self._add_copied(window, self._frames, self._subjects, self.copied.take())
+            with self.cost.of("labels"):  # while they can be read: these may wait for long
+                self._note(self.copied.waiting, self._subjects)
         finally:
             window.settle()
             self.address_spaces.expire(time.monotonic_ns())
 
-    def _add_copied(
-        self, window: OpenWindow, frames: FrameNumbers, subjects: Subjects, groups: ByMappings
-    ) -> None:
+    def _release(self, window: OpenWindow, *, is_closed: bool = False) -> ByMappings:
+        """Take the copied stacks that wait no more, or all; their ticks are to be added now."""
+        groups = self.copied.take_all() if is_closed else self.copied.take()
         window.release(sum(map(len, groups.values())))
-        try:
-            self._add(window, frames, subjects, groups)
-        finally:
-            window.settle()
+        return groups
 
     def _add(
         self,
@@ -569,6 +569,8 @@ class Recorder:
                 window.add(sample, stack, subject.key)
 
     def _note(self, samples: Sequence[RawSample], subjects: Subjects) -> list[Subject]:
+        if not samples:
+            return []
         noted = self.labeler.note(samples)
         subjects.update({subject.source: subject for subject in noted})
         return noted
