@@ -241,8 +241,8 @@ class Agent:
 
     def run(self, signals: Signals, socket: StatusSocket) -> None:
         """Sample until a signal or the end of the asked time; the last window is closed."""
-        end_s = self._begun_s + self._options.duration_s
         self._recorder.start()
+        end_s = time.monotonic() + self._options.duration_s
         log.info("%s", greeting(self._options))
         announce(self._options.ready_fd, os.environ)
         self._run("child processes", self._children.begun)
