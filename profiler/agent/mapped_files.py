@@ -22,6 +22,7 @@ from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, ref
 from profiler.agent.build_ids import BuildIds
 from profiler.agent.readers import Answer, Failure, Readers
 from profiler.processes.address_spaces import AddressSpaces
+from profiler.processes.generations import living_thread
 from symbolizer import maps
 from symbolizer.location import ElfAddress, FileOffset, Miss, Segment
 from symbolizer.maps import MappingTable, is_anonymous
@@ -133,9 +134,10 @@ class MappedFile:
 class _Table:
     """What is known of a MappingTable: where its paths lead, who has it, and its files by place."""
 
-    __slots__ = ("__weakref__", "by_key", "files", "is_certain", "pids", "place")
+    __slots__ = ("__weakref__", "by_key", "files", "is_certain", "mappings", "pids", "place")
 
-    def __init__(self) -> None:
+    def __init__(self, mappings: MappingTable) -> None:
+        self.mappings = ref(mappings)
         self.place: _Place = ("", "")
         self.is_certain = False
         self.pids: deque[int] = deque(maxlen=_MAX_PIDS)
@@ -156,7 +158,7 @@ class MappedFiles:
         self._build_ids = BuildIds()
         self._changed: dict[MappedFile, None] = {}
         self._hung: dict[tuple[_Place, bytes], float] = {}
-        self._own_place = _place_of("self") or ("", "")
+        self._own_place = _place_of(os.getpid()) or ("", "")
         self._beyond = MappedFile(FileKey(("", ""), "", (0, 0), 0, b""))
         self._beyond.state, self._beyond.miss = State.FAILED, Miss.TOO_COSTLY
         self.unnumbered = 0
@@ -180,7 +182,7 @@ class MappedFiles:
         """Take note of a process that has these mappings: it may be asked for their files."""
         table = self._tables.get(mappings)
         if table is None:
-            table = self._tables[mappings] = _Table()
+            table = self._tables[mappings] = _Table(mappings)
         if not table.is_certain:
             self._find_place(table, pid)
         if pid not in table.pids:
@@ -270,8 +272,10 @@ class MappedFiles:
             pid = parent
 
     def _living(self, table: _Table) -> list[int]:
-        """Return processes that have, or whose parents had, these mappings, and still run."""
-        pids = dict.fromkeys(reversed(table.pids))
+        """Return processes that have, or whose children had, these mappings, and still run."""
+        mappings = table.mappings()
+        pids = dict.fromkeys(self._address_spaces.living(mappings) if mappings else ())
+        pids.update(dict.fromkeys(reversed(table.pids)))
         for pid in list(pids):
             pids.update(dict.fromkeys(self._parents(pid)))
         return [pid for pid in pids if _is_there(pid)]
@@ -424,12 +428,14 @@ class MappedFiles:
         self._readers.ask("mount", values, take, turn=0)
 
 
-def _place_of(pid: int | str) -> _Place | None:
+def _place_of(pid: int) -> _Place | None:
     """Return the mount namespace and the root of a process: two links, which never wait."""
-    try:
-        return os.readlink(f"/proc/{pid}/ns/mnt"), os.readlink(f"/proc/{pid}/root")  # noqa: PTH115
-    except OSError:
-        return None
+    for _ in range(2):
+        try:
+            return os.readlink(f"/proc/{pid}/ns/mnt"), os.readlink(f"/proc/{pid}/root")  # noqa: PTH115
+        except OSError:
+            pid = living_thread(pid)  # the first one may have exited, and has no links then
+    return None
 
 
 def _is_there(pid: int) -> bool:
