@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from profiler.agent.reader import Read
-from profiler.processes.facts import FactsReader
+from profiler.processes.facts_reader import FactsReader
 from symbolizer.identify import FileReader
 from symbolizer.symbolizer import Symbolizer
 from symbolizer.symbols.variants import CodeFile

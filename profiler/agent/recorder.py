@@ -217,7 +217,6 @@ class Recorder:
         self.labeler = Labeler(
             rules.services,
             parent_of=self._parent_of,
-            version_variables=rules.version_variables,
             commands=self._commands,
             ask=self._ask_for_facts,
             lifetimes=self._lifetimes,

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import orjson
 
-from profiler.processes.versions import MAX_VERSION
+from profiler.processes.facts import MAX_VERSION
 from storage.objects.keys import StoredObject, StoreError, content16
 from storage.objects.tenant import TenantStore
 from storage.profile import Window

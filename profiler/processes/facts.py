@@ -1,24 +1,42 @@
 """What a process says about itself: its arguments, its environment, its files.
 
 A process can make all of that slow to read (its arguments may lie in memory on a file system of its
-own), and the files are somebody else's. So it is read by a reader child, for one generation of a
-process, and handed to the sampler as a plain record. Everything in it is bounded and readable, and
-nothing of the environment is in it but a version.
+own), and the files are somebody else's. So it is read by a reader child (`facts_reader`), for one
+generation of a process, and handed to the sampler as a plain record. Everything in it is bounded
+and readable, and nothing of the environment is in it but a version.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from profiler.processes.generations import read_stat
-from profiler.processes.programs import Program, describe
-from profiler.processes.versions import MAX_VERSION, Sources, Versions
-from symbolizer.files import ProcessFiles
-from symbolizer.text import READABLE_LIMIT, readable
+from profiler.processes.programs import Program
+from symbolizer.text import READABLE_LIMIT
 
-_MAX_CMDLINE_BYTES = 128 << 10
-_MAX_ARGUMENTS = 512
-_MAX_COMMAND_BYTES = 4_096
+MAX_VERSION = 200
+"""Characters of a version; what is longer is cut."""
+MAX_COMMAND_BYTES = 4_096
 """Of the arguments, for rules to be matched against."""
+
+
+class Sources(NamedTuple):
+    """What a process and its files say of a version; empty where they say nothing.
+
+    `go` and `build_id` are those of a service's own code, `release` that of its folder.
+    """
+
+    environment: str = ""
+    go: str = ""
+    release: str = ""
+    build_id: str = ""
+
+    def version(self, image: str, *, is_first: bool) -> str:
+        """Return the version, empty if it is not known.
+
+        `image` is the version that the container's image says. `is_first`: the process is the
+        oldest of its service; of the others the executable may be any tool that the service runs.
+        """
+        found = self.environment or image or self.go or self.release
+        return found[:MAX_VERSION] or (self.build_id if is_first else "")
 
 
 class Facts(NamedTuple):
@@ -67,28 +85,11 @@ _TEXTS = ("exe", "name", "command", *Sources._fields)
 
 
 def _text(value: object) -> str:
-    return value[: max(READABLE_LIMIT, _MAX_COMMAND_BYTES)] if isinstance(value, str) else ""
+    return value[: max(READABLE_LIMIT, MAX_COMMAND_BYTES)] if isinstance(value, str) else ""
 
 
 Ask = Callable[[int, int], None]
 """Asks for the facts of a process: its pid, and when it started, in ticks."""
-
-
-class FactsReader:
-    """Reads facts. What executables say is kept from one process to the next."""
-
-    def __init__(self) -> None:
-        self._versions: dict[tuple[str, ...], Versions] = {}
-
-    def read(self, values: Mapping[str, Any]) -> Any:
-        """Answer a request of kind `process`: what `request` returns becomes what `as_json` does.
-
-        The answer is None if the process has ended.
-        """
-        variables = tuple(values["variables"])
-        versions = self._versions.setdefault(variables, Versions(variables))
-        facts = read_facts(values["pid"], values["start_ticks"], versions, values["wants_command"])
-        return facts.as_json() if facts else None
 
 
 def request(
@@ -101,27 +102,3 @@ def request(
         "variables": list(variables),
         "wants_command": wants_command,
     }
-
-
-def read_facts(pid: int, start_ticks: int, versions: Versions, wants_command: bool) -> Facts | None:
-    """Read what a process says about itself; None if it has ended, or was another one."""
-    with ProcessFiles(pid) as files:
-        before = read_stat(pid)
-        if before is None or before.start_ticks != start_ticks or before.is_dead:
-            return None
-        exe, cwd = files.link("exe"), files.link("cwd")
-        cmdline = (files.read("cmdline", _MAX_CMDLINE_BYTES) or b"").rstrip(b"\0")
-        arguments = cmdline.split(b"\0", _MAX_ARGUMENTS)[:_MAX_ARGUMENTS]
-        program = describe(exe, arguments, before.comm, cwd)
-        sources = versions.read(files, program)
-        after = read_stat(pid)
-    if after is None or after.stack != before.stack:
-        return None  # it has exec'd: it is asked for again as what it is now
-    command = cmdline[:_MAX_COMMAND_BYTES].replace(b"\0", b" ").decode(errors="replace")
-    return Facts(
-        before.stack,
-        readable(exe.removesuffix(b" (deleted)")),
-        program,
-        command if wants_command else "",
-        sources,
-    )

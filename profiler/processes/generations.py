@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from profiler.processes.cgroups import Place
+from profiler.processes.facts import Sources
 from profiler.processes.programs import Program
-from profiler.processes.versions import Sources
 from storage.profile import Labels
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from profiler.processes.cgroups import Place, parse_cgroups
 from profiler.processes.containers import Container, Containers, workload
-from profiler.processes.facts import Ask, Facts, read_facts
+from profiler.processes.facts import Ask, Facts
 from profiler.processes.generations import (
     TICK_NS,
     Generation,
@@ -40,7 +40,6 @@ from profiler.processes.lifetimes import Lifetime, Lifetimes
 from profiler.processes.presence import Presence
 from profiler.processes.programs import describe
 from profiler.processes.rules import ServiceRule
-from profiler.processes.versions import Versions
 from storage.profile import Labels, make_labels
 from symbolizer.files import ProcessFiles
 from symbolizer.text import readable
@@ -86,11 +85,10 @@ class Instances:
         rules: Sequence[ServiceRule],
         *,
         root: Path,
-        version_variables: Sequence[str],
         own_pid: int | None,
         commands: Collection[int],
         host: str | None,
-        ask: Ask | None,
+        ask: Ask,
         lifetimes: Lifetimes | None,
     ) -> None:
         """Take what is known of this host, as `Labeler` does."""
@@ -102,8 +100,7 @@ class Instances:
         self.on_join: Callable[[Generation], None] = lambda _: None
         self.asleep_ns = _asleep_ns()
         self._rules = tuple(rules)
-        self._versions = Versions(version_variables)
-        self._ask = ask or self._read_facts
+        self._ask = ask
         self.lifetimes = lifetimes
         self._own_pid = os.getpid() if own_pid is None else own_pid
         self.commands = commands
@@ -293,11 +290,6 @@ class Instances:
         process.is_waiting = True
         self._waiting[process.key] = process
         self._ask(*process.key)
-
-    def _read_facts(self, pid: int, start_ticks: int) -> None:
-        """Read them here and now, where nobody else does."""
-        facts = read_facts(pid, start_ticks, self._versions, wants_command=True)
-        self.learn(pid, start_ticks, facts)
 
     def learn(self, pid: int, start_ticks: int, facts: Facts | None) -> None:
         """Take the facts of a process; None if they could not be read."""

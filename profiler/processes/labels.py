@@ -45,18 +45,17 @@ class Labeler:
         self,
         rules: Sequence[ServiceRule] = (),
         *,
+        ask: Ask,
         root: Path = Path("/"),
         parent_of: Callable[[int], int | None] | None = None,
-        version_variables: Sequence[str] = (),
         own_pid: int | None = None,
         commands: Collection[int] = (),
         host: str | None = None,
-        ask: Ask | None = None,
         lifetimes: Lifetimes | None = None,
     ) -> None:
         """Take what is known of this host; nothing is read before the first `scan`.
 
-        `ask` has the facts of a process read, for `learn`; without it they are read at once.
+        `ask` has the facts of a process read, for `learn`, which it may call at once.
         `lifetimes` are those of all processes, as far as the kernel's records tell of them.
         `root` is where container runtimes' files are. `parent_of` returns the parent of a process
         that may have exited. `own_pid` is the profiler's first process, by default this one;
@@ -65,7 +64,6 @@ class Labeler:
         self._instances = Instances(
             rules,
             root=root,
-            version_variables=version_variables,
             own_pid=own_pid,
             commands=commands,
             host=host,

@@ -23,6 +23,7 @@ from posixpath import basename, dirname, join, normpath
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
+from profiler.processes.facts import MAX_VERSION, Sources
 from profiler.processes.programs import Program
 from symbolizer.files import ProcessFiles
 from symbolizer.symbols.elf import FileSource, UnreadableElf, read_elf
@@ -34,8 +35,6 @@ _OTEL = "OTEL_RESOURCE_ATTRIBUTES"
 
 _MAX_ENVIRON_BYTES = 256 << 10
 _MAX_VALUE_BYTES = 4096
-MAX_VERSION = 200
-"""Characters of a version; what is longer is cut."""
 _MAX_HEAD_BYTES = 4096
 _MAX_PACKED_REFS_BYTES = 1 << 20
 _MAX_EXECUTABLES = 1024
@@ -61,27 +60,6 @@ _OF_DISTRIBUTION = (
 class _Executable(NamedTuple):
     build_id: str = ""
     go: str = ""
-
-
-class Sources(NamedTuple):
-    """What a process and its files say of a version; empty where they say nothing.
-
-    `go` and `build_id` are those of a service's own code, `release` that of its folder.
-    """
-
-    environment: str = ""
-    go: str = ""
-    release: str = ""
-    build_id: str = ""
-
-    def version(self, image: str, *, is_first: bool) -> str:
-        """Return the version, empty if it is not known.
-
-        `image` is the version that the container's image says. `is_first`: the process is the
-        oldest of its service; of the others the executable may be any tool that the service runs.
-        """
-        found = self.environment or image or self.go or self.release
-        return found[:MAX_VERSION] or (self.build_id if is_first else "")
 
 
 class Versions:

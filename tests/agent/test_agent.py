@@ -229,13 +229,15 @@ def test_a_window_costs_what_sampler_bpf_and_uploader_took() -> None:
 
 
 @pytest.mark.kernel
-def test_the_sampler_imports_no_client_no_compiler_and_no_server(agent) -> None:
-    """Neither boto3 nor bcc, LLVM or a web server is mapped into it."""
+def test_the_sampler_imports_no_client_no_compiler_no_parser_and_no_server(agent) -> None:
+    """Neither boto3 nor bcc, LLVM or a web server is mapped into it; it reads no ELF files."""
     maps = Path(f"/proc/{agent.pid}/maps").read_text()
     script = (
         "import sys, profiler.agent.agent, profiler.agent.recorder\n"
         "import storage.spool.spool, storage.formats.pprof\n"
-        "print({'bcc', 'boto3', 'botocore', 'duckdb', 'starlette', 'ssl'} & set(sys.modules))"
+        "unwanted = {'bcc', 'boto3', 'botocore', 'duckdb', 'starlette', 'ssl', 'elftools'}\n"
+        "unwanted |= {'symbolizer.symbols.elf', 'symbolizer.symbols.demangle'}\n"
+        "print(unwanted & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 

@@ -16,12 +16,14 @@ import pytest
 from bpf.records import Rings
 from bpf.samples import RawSample
 from profiler.processes.address_spaces import AddressSpaces
-from profiler.processes.facts import Facts, FactsReader, request
+from profiler.processes.facts import Facts, request
+from profiler.processes.facts_reader import FactsReader
 from profiler.processes.generations import boottime_ns, read_stat
-from profiler.processes.labels import Labeler, with_instance
+from profiler.processes.labels import with_instance
 from profiler.processes.lifetimes import Lifetimes
 from profiler.processes.rules import make_rule
 from tests.support.cgroup_trees import cgroup_tree, outside_of_units
+from tests.support.labelers import labeler_reading_at_once
 from tests.support.live import sample_of, started, wait_for
 from tests.support.targets import compile_target, running
 
@@ -39,7 +41,7 @@ class Watched:
         self.rings = Rings()
         self.lifetimes = Lifetimes()
         self.spaces = AddressSpaces(self.rings, lifetimes=self.lifetimes)
-        self.labeler = Labeler(
+        self.labeler = labeler_reading_at_once(
             rules,
             own_pid=0,
             lifetimes=self.lifetimes,

@@ -20,6 +20,7 @@ from profiler.processes.labels import MAX_CACHED_LABELS, Labeler
 from profiler.processes.rules import make_rule
 from tests.processes.test_containers import ID, UID, write_docker, write_kubernetes, write_podman
 from tests.support.cgroup_trees import CgroupTree, cgroup_tree, outside_of_units
+from tests.support.labelers import labeler_reading_at_once
 from tests.support.live import (
     TICK_NS,
     has_execed,
@@ -50,7 +51,9 @@ WITHIN_NS = 3 * SECOND_NS
 @pytest.fixture
 def labeler(tmp_path: Path) -> Iterator[Labeler]:
     """A labeler for which this process is no part of the profiler."""
-    with contextlib.closing(Labeler(root=tmp_path, own_pid=0, host="node-1")) as labeler:
+    with contextlib.closing(
+        labeler_reading_at_once(root=tmp_path, own_pid=0, host="node-1")
+    ) as labeler:
         yield labeler
 
 
@@ -235,7 +238,7 @@ def test_rule_comes_before_all(copy_sleep, tmp_path: Path) -> None:
         make_rule("by-exe", exe=f"{tmp_path}/*"),
         make_rule("by-command", command=r"sleep 6[1-9]\b"),
     ]
-    labeler = Labeler(rules, own_pid=0)
+    labeler = labeler_reading_at_once(rules, own_pid=0)
     with cgroup_tree("v2") as tree, started(copy_sleep("quiet"), "61") as one:
         assert service_of(labeler, one.pid) == "by-exe"
         with started("sleep", "61") as two, started("sleep", "60") as three:
@@ -267,7 +270,7 @@ def test_profiler_and_its_children_are_one_service(copy_sleep) -> None:
         started(copy_sleep("quiet"), "60") as child,
         started(copy_sleep("recorded"), "60") as command,
     ):
-        labeler = Labeler(commands={command.pid})
+        labeler = labeler_reading_at_once(commands={command.pid})
         labeler.scan()
 
         assert service_of(labeler, os.getpid()) == "everflame"
@@ -483,7 +486,7 @@ def test_exited_process_is_of_its_ancestors(tmp_path: Path, copy_sleep) -> None:
     with started(copy_sleep("maker"), "60") as process:
         parent, child = gone("true"), gone("true")
         family = {child: parent, parent: process.pid}
-        labeler = Labeler(own_pid=0, parent_of=family.get)
+        labeler = labeler_reading_at_once(own_pid=0, parent_of=family.get)
         sample = sample_of(child, start_ns=boottime_ns(), comm=b"cc1")
 
         labels = dict(labeler.labels(sample))
@@ -513,7 +516,7 @@ def test_ancestors_of_another_cgroup_lend_no_name(copy_sleep) -> None:
     with cgroup_tree("v2") as tree, started(copy_sleep("shim"), "60") as shim:
         elsewhere = tree.move(shim.pid, "a")
         pid = gone("true")
-        labeler = Labeler(own_pid=0, parent_of={pid: shim.pid}.get)
+        labeler = labeler_reading_at_once(own_pid=0, parent_of={pid: shim.pid}.get)
         sample = sample_of(pid, start_ns=boottime_ns(), comm=b"x", cgroup_id=elsewhere + 1000)
 
         assert dict(labeler.labels(sample))["service"] == "x"
