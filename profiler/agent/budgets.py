@@ -7,7 +7,8 @@ beyond a budget is still counted, to the last sample, in less detail:
 
 - a location becomes `[rest]`, and the stack ends with it;
 - a stack ends after the longest prefix that is kept of that process, in `[rest]`;
-- a label set has `[rest]` for its thread, then also for its comm, then also for its pid;
+- a label set has `[rest]` for its thread, then also for its comm; or for its thread and its pid, in
+  common with others of its cgroup and comm;
 - a name that is too much is left out: its location is shown as `[module]`.
 
 So a process that exceeds its budget changes nothing in the stacks of others, and an object stays
@@ -41,7 +42,8 @@ _MODULE_BYTES, _SEGMENT_BYTES = 64, 64
 _SLACK = 1.25
 """What is folded costs as well, though little: it may exceed a budget by so much."""
 _WIDEST_SCALE = 3.0
-_FOLDED_LABELS = (("thread",), ("thread", "comm"), ("thread", "comm", "pid"))
+_OF_THREADS = ("comm", "pid", "thread")
+"""The labels that are not of a service instance."""
 
 
 class Limit(NamedTuple):
@@ -100,6 +102,11 @@ class Budget:
             )
         )
 
+    def is_exhausted_by(self, owner: Owner, size_bytes: int) -> bool:
+        """Return whether so much would be too much for the process alone."""
+        taken = self._processes.get(owner.generation, 0) + size_bytes
+        return taken > self._limit.process * self.scale
+
     def take(self, owner: Owner, size_bytes: int, slack: float = 1.0) -> bool:
         """Charge them, and return True; nothing is charged if they are more than is left."""
         if size_bytes > self.left(owner, slack):
@@ -143,6 +150,8 @@ class BoundedProfile:
         places = Budget(limits.locations)
         self.locations = LocationBudget(places)
         self._budgets = (places, self._rows, self._label_sets)
+        self._kin: dict[tuple[int, str], Labels] = {}
+        """By cgroup and comm: what the first label set says of its instance."""
         self._kept: dict[ProcessGeneration, list[bytes]] = {}
         """The stacks of each process that are kept whole, as they are added."""
         self._full: dict[ProcessGeneration, list[bytes]] = {}
@@ -195,12 +204,24 @@ class BoundedProfile:
                 self._builder.modules[build_id] = module
 
     def _fit_labels(self, owner: Owner, labels: Labels) -> Labels:
-        if self._builder.has_labels(labels) or self._charge_labels(owner, labels, 1.0):
+        """Return these labels, or others in their place if the budget has no room for them.
+
+        Of a process with too many threads, those without their names; of too many processes, the
+        labels of the first one in the same cgroup with the same comm, without its pid.
+        """
+        if self._builder.has_labels(labels):
             return labels
-        for names in _FOLDED_LABELS:
-            folded = tuple((name, REST if name in names else value) for name, value in labels)
-            if self._builder.has_labels(folded) or self._charge_labels(owner, folded, _SLACK):
-                return folded
+        own = tuple(pair for pair in labels if pair[0] not in _OF_THREADS)
+        kin = (owner.cgroup_id, dict(labels).get("comm", ""))
+        if self._charge_labels(owner, labels, 1.0):
+            self._kin.setdefault(kin, own)
+            return labels
+        folded = [_without(labels, ("thread", "pid"), self._kin.get(kin, own))]
+        if self._label_sets.is_exhausted_by(owner, _LABELS_BYTES):
+            folded = [_without(labels, names, own) for names in (("thread",), ("thread", "comm"))]
+        for each in folded:
+            if self._builder.has_labels(each) or self._charge_labels(owner, each, _SLACK):
+                return each
         return (("service", REST),)
 
     def _charge_labels(self, owner: Owner, labels: Labels, slack: float) -> bool:
@@ -254,6 +275,12 @@ class _NameBudget:
         self._all += size_bytes
         self._seen |= new
         return True
+
+
+def _without(labels: Labels, names: Sequence[str], own: Labels) -> Labels:
+    """Return the labels with `[rest]` for some of the thread's, and `own` for the instance's."""
+    thread = [(n, REST if n in names else value) for n, value in labels if n in _OF_THREADS]
+    return tuple(sorted((*own, *thread)))
 
 
 def longest_prefix(kept: Sequence[bytes], words: bytes) -> int:

@@ -99,7 +99,7 @@ def test_stacks_beyond_the_budget_end_after_their_longest_kept_prefix():
     )
 
 
-def test_threads_then_comms_then_pids_are_folded_when_a_process_has_too_many():
+def test_threads_are_folded_when_a_process_has_too_many():
     builder = builder_of(2)
     bounded = BoundedProfile(builder, 1, SMALL)
     for i in range(200):
@@ -108,21 +108,25 @@ def test_threads_then_comms_then_pids_are_folded_when_a_process_has_too_many():
 
     sets = {dict(each)["thread"]: each for each, _ in profile_of(builder, 201).counts()}
 
-    assert 10 < len(sets) < 20
+    assert 8 < len(sets) < 20
     assert sets[REST] == labels(7, thread=REST)
     assert sets["its own"] == labels(8, thread="its own")
 
 
-def test_processes_without_end_share_one_label_set_in_the_end():
+def test_pids_are_folded_where_processes_come_without_end():
+    """Those of one cgroup and comm; in the end all that is left has one label set."""
     builder = builder_of(2)
     bounded = BoundedProfile(builder, 1, SMALL)
     for pid in range(1_000):
-        bounded.add(owner(pid, cgroup_id=pid), labels(pid, service=f"run-{pid}"), [0, 1], 1)
+        service = f"run-{pid // 10 % 50}"
+        bounded.add(owner(pid, pid // 10), labels(pid, service=service), [0, 1], 1)
 
     counts = profile_of(builder, 1_000).counts()
 
-    assert len(counts) < 100
+    services = {dict(each)["service"] for each, _ in counts if dict(each).get("pid") == REST}
+    assert len(counts) < 80
     assert sum(samples for samples, _ in counts.values()) == 1_000
+    assert len(services) > 3
     assert any(dict(each) == {"service": REST} for each, _ in counts)
 
 
