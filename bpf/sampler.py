@@ -4,6 +4,7 @@ Typical use: `with Sampler(SamplerConfig()) as sampler: sampler.start(); …; sa
 second. All of it happens in the caller's thread; nothing here starts one.
 """
 
+import contextlib
 import errno
 import json
 import math
@@ -134,7 +135,6 @@ class Sampler:
         self._fds, frames = _load(config, self._possible_cpus, meanwhile)
         self.deepest_stack = min(MAX_USER_WORDS, frames * MAX_PROGRAMS)
         """User frames that are followed: fewer than MAX_USER_WORDS if the verifier is strict."""
-        self.tables = tables.Tables(self._fds, config.tables_limit_bytes, self._possible_cpus)
         self._events: dict[int, tuple[int, int]] = {}
         """By CPU: the event, and the CPU's `online_id` when it was opened."""
         self._tracepoints: list[int] = []
@@ -142,18 +142,30 @@ class Sampler:
         self._counted = {
             generation: np.zeros(len(Counter), np.uint64) for generation in _MAP_GENERATIONS
         }
+        self._expired = {g: np.zeros(2, np.uint64) for g in _MAP_GENERATIONS}
         self._failed: set[int] = set()
-        self._copies = RingBuffer(self._fds["copies"], _copy_ring_bytes(self._possible_cpus))
         self._copied: tuple[list[bytes], list[bytes]] = ([], [])
         """By map generation: records that were taken from the ring and are not drained yet."""
+        with contextlib.ExitStack() as opened:
+            opened.callback(self._close_descriptors)
+            self._open(config, opened)
+            self._opened = opened.pop_all()
+
+    def _open(self, config: SamplerConfig, opened: contextlib.ExitStack) -> None:
+        """Open what must be closed, and enter it into `opened` as soon as it is there."""
+        self.tables = tables.Tables(self._fds, config.tables_limit_bytes, self._possible_cpus)
+        opened.callback(self.tables.close)
+        self._copies = RingBuffer(self._fds["copies"], _copy_ring_bytes(self._possible_cpus))
+        opened.callback(self._copies.close)
         self._counts = self._readers("counts", COUNT_KEY, COUNT)
         self._user_stacks = self._readers("user_stacks", np.dtype(np.uint64), USER_STACK)
         self._kernel_stacks = self._readers("kernel_stacks", np.dtype(np.uint64), KERNEL_STACK)
         self._barrier_inner = syscalls.create_map(syscalls.MAP_TYPE_ARRAY, 4, 4, 1)
+        opened.callback(os.close, self._barrier_inner)
         self._barrier = syscalls.create_map(
             syscalls.MAP_TYPE_ARRAY_OF_MAPS, 4, 4, 1, inner_map_fd=self._barrier_inner
         )
-        self._expired = {g: np.zeros(2, np.uint64) for g in _MAP_GENERATIONS}
+        opened.callback(os.close, self._barrier)
         self.counts_skipped = self._count_expiries()
         """Whether ticks that the kernel skips, beside other BPF programs, are counted."""
         if config.pids is not None:
@@ -395,16 +407,13 @@ class Sampler:
     def close(self) -> None:
         """Detach and free everything; safe to call twice."""
         self.stop()
-        self.tables.close()
-        self._copies.close()
+        self._opened.close()
+
+    def _close_descriptors(self) -> None:
         for fd in (*self._tracepoints, *self._fds.values()):
             os.close(fd)
         self._tracepoints.clear()
         self._fds.clear()
-        for fd in (self._barrier, self._barrier_inner):
-            if fd >= 0:
-                os.close(fd)
-        self._barrier = self._barrier_inner = -1
 
 
 def _open_if_online(attr: perf_event.PerfEventAttr, cpu: int) -> int | None:

@@ -452,3 +452,14 @@ def test_maps_of_a_small_host_last_longer_than_they_must():
     assert config.lasts_s(2) > 2.0
     assert config.lasts_s(128) >= config.drain_period_s
     assert config.capacity(128) >= config.lasts_s(128) * 99 * 128
+
+
+@pytest.mark.kernel
+def test_a_sampler_that_cannot_be_made_leaves_nothing_open() -> None:
+    """Programs and maps were loaded by then; each try would hold them once more."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+
+    with pytest.raises(BpfError):
+        Sampler(SamplerConfig(pids=frozenset(range(1, 40_000))))  # more than there is room for
+
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
