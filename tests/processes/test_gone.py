@@ -206,11 +206,11 @@ def test_gone_script_is_called_by_its_own_name(watched: Watched, tmp_path: Path)
     assert 0 < watched.present()["nightly"] <= took_ns
 
 
-def test_gone_interpreter_is_itself(watched: Watched) -> None:
+def test_gone_interpreter_is_itself(watched: Watched, copy_of) -> None:
     """What it interpreted is not recorded; that is no reason to give its time to the parent."""
-    sample, _ = gone(watched, PYTHON, "-c", "pass")
+    sample, _ = gone(watched, copy_of("/bin/bash", "bash"), "-c", ":")
 
-    assert watched.note(sample)[0]["service"] == "python3"
+    assert watched.note(sample)[0]["service"] == "bash"
 
 
 def test_gone_worker_is_of_the_service_that_forked_it(watched: Watched, tmp_path: Path) -> None:
