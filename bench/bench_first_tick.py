@@ -1,10 +1,11 @@
 """How many stacks are whole when none is left out by age, and what copying stacks costs.
 
-Shares: each load runs under a recorder at 99 Hz whose cache is warm (the load ran once before), and
-every sample of the window counts: the first ticks of each process, those of processes that exit,
-and those of whatever else runs. Two loads are native programs that run for long; the others are
-nothing but beginnings: programs of 100 ms in a shell loop, `make -j4` of a small C project, 200
-short Python scripts a minute, g++ in a loop. Each load runs with copied stacks, and without.
+Shares: each load runs under a recorder at 99 Hz, for some seconds before the window, so that the
+tables of its files are there. Every sample of the window counts: the first ticks of each process,
+those of processes that exit, and those of whatever else runs. Two loads are native programs that
+run for long; the others are nothing but beginnings: programs of 100 ms in a shell loop, `make -j4`
+of a small C project, 200 short Python scripts a minute, g++ in a loop. Each load runs with copied
+stacks, and without.
 
 Cost: 1,000 processes a second, with copied stacks and without, in turns in one run. CPU time of
 the recorder, of the readers that it waited for, and of its programs (kernel.bpf_stats).
@@ -96,30 +97,36 @@ def loads_in(folder: Path) -> dict[str, tuple[float, list[str]]]:
 
 
 def measure_shares(folder: Path, seconds: float) -> int:
+    loads = loads_in(folder)
+    without = {}
+    with recording(WithoutCopies, folder / "cache") as recorder:
+        for name, (_, command) in loads.items():
+            without[name] = share_of(profile_of(recorder, command, seconds))
     missed = 0
-    for name, (aim, command) in loads_in(folder).items():
-        with running(command):
-            for round_ in range(2):  # the first one fills the cache
-                shares = {}
-                for kind in (WithoutCopies, Recorder):
-                    with kind(SamplerConfig(), folder / "cache") as recorder:
-                        recorder.start()
-                        record(recorder, seconds if round_ else 5)
-                        recorder.stop()
-                        profile = recorder.close_window()
-                        shares[kind] = share_of(profile)
-        stops = profile.accounting.stops
-        bad = Counter({stop: n for stop, n in stops.items() if stop not in GOOD_STOPS})
-        verdict = "ok" if shares[Recorder] >= aim else "MISSED"
-        missed += verdict == "MISSED"
-        print(
-            f"{name:20} {shares[Recorder]:6.2f} % of {profile.accounting.stored:5,} whole (at least"
-            f" {aim:g}: {verdict}); without copies {shares[WithoutCopies]:6.2f} %;"
-            f" not whole: {', '.join(f'{stop} {n}' for stop, n in bad.most_common(4)) or 'none'};"
-            f" copied {recorder.copied.status()['copied']}",
-            flush=True,
-        )
+    with recording(Recorder, folder / "cache") as recorder:
+        for name, (aim, command) in loads.items():
+            profile = profile_of(recorder, command, seconds)
+            share, stops = share_of(profile), Counter(profile.accounting.stops)
+            bad = [f"{stop} {n}" for stop, n in stops.most_common() if stop not in GOOD_STOPS]
+            verdict = "ok" if share >= aim else "MISSED"
+            missed += verdict == "MISSED"
+            print(
+                f"{name:20} {share:6.2f} % of {profile.accounting.stored:5,} whole (at least"
+                f" {aim:g}: {verdict}); without copies {without[name]:6.2f} %;"
+                f" not whole: {', '.join(bad[:4]) or 'none'}",
+                flush=True,
+            )
+        print(f"copied stacks: {recorder.copied.status()}")
     return missed
+
+
+def profile_of(recorder: Recorder, command: list[str], seconds: float) -> Profile:
+    """Record a load that has run for a while: its files are known then, its processes are new."""
+    with running(command):
+        record(recorder, 5)
+        recorder.close_window()
+        record(recorder, seconds)
+        return recorder.close_window()
 
 
 def cpu_s(recorder: Recorder) -> float:
