@@ -1,6 +1,5 @@
 """Ticks whose stacks cannot be walked yet: what is copied of them, and how much."""
 
-import os
 import subprocess
 import sys
 import time
@@ -175,7 +174,7 @@ def test_beyond_the_budget_a_tick_is_counted_as_it_was_walked(program):
     walked = sum(s.samples for drain in drains for s in drain.samples if s.stop == "no_process_yet")
     assert [mismatch(drain) for drain in drains] == [0] * len(drains)
     assert sum(drain.uncopied for drain in drains) >= walked > 100
-    assert 0 < sum(len(drain.copies) for drain in drains) <= 4 * (os.cpu_count() or 1)
+    assert 0 < sum(len(drain.copies) for drain in drains) < 0.2 * walked
 
 
 def test_every_tick_is_stored_or_copied_while_many_processes_come_and_go(program):
