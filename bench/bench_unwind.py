@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,10 +40,12 @@ from load import commands_in, running, spawner
 
 from bpf import syscalls
 from bpf.sampler import Sampler, SamplerConfig
-from bpf.samples import Drain, RawSample
+from bpf.samples import RawSample
+from profiler.agent.frames import FrameNumbers, Numbers
 from profiler.agent.recorder import Recorder
 from storage.profile import GOOD_STOPS, Profile
 from symbolizer.location import Kind, NamedLocation
+from symbolizer.maps import MappingTable
 
 HZ = 499
 OLD_NS = 200_000_000
@@ -122,9 +125,12 @@ class Watching(Recorder):
         self.seen: list[RawSample] = []
         self.profile: Profile
 
-    def _fold(self, drain: Drain) -> None:
-        self.seen += drain.samples
-        super()._fold(drain)
+    def _locate(
+        self, frames: FrameNumbers, groups: Mapping[MappingTable, list[RawSample]]
+    ) -> tuple[list[RawSample], list[Numbers]]:
+        located = super()._locate(frames, groups)
+        self.seen += located[0]
+        return located
 
     def watch(self, seconds: float) -> list[RawSample]:
         """Record for so long, as `everflame record` does, and return what was seen."""
