@@ -6,7 +6,6 @@ child takes its place. One that cannot even be killed, because a file system doe
 left behind. Children exit when nothing was asked for a while.
 """
 
-import contextlib
 import enum
 import json
 import logging
@@ -173,8 +172,10 @@ class Readers:
         until_s = time.monotonic() + _CLOSE_S
         for left in self._left:
             left.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs: init will reap it
+            try:
                 left.wait(max(0.0, until_s - time.monotonic()))
+            except subprocess.TimeoutExpired:  # it hangs in the kernel: init will reap it
+                left.returncode = -signal.SIGKILL
         self._epoll.close()
 
     def _take_from(self, child: "_Child") -> None:

@@ -1,6 +1,5 @@
 """Mapped files: known by their content, through whoever lives, without being opened here."""
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from symbolizer.location import Miss
 from symbolizer.maps import Mapping, MappingTable, parse_maps
 from symbolizer.symbols.elf import FileSource, read_elf
 from tests.support.elf_files import build, strip
+from tests.support.file_systems import drop_caches, hanging
 from tests.support.live import has_execed, wait_for
 from tests.support.targets import running
 
@@ -288,37 +288,19 @@ def test_a_program_that_was_built_again_is_another_one(files, wait, tmp_path):
     assert {file.build_id[:5] for file in found} == {"hash-"}
 
 
-@contextlib.contextmanager
-def hanging(folder: Path, content: Path) -> Iterator[tuple[Path, Path]]:
-    """Mount a file system of one file that answers no read once a flag exists."""
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("no /dev/fuse")
-    server = Path(__file__).parents[1] / "support" / "hanging_fuse.py"
-    folder.mkdir()
-    flag = folder.with_name("hang")
-    command = ["python3", server, folder, content, flag]
-    with running(*command, stdout=subprocess.PIPE) as process:
-        try:
-            assert process.stdout.readline() == b"mounted\n"
-            yield folder / "file", flag
-        finally:
-            # What waits for an answer gets an error at the end of the connection.
-            process.kill()
-            subprocess.run(["umount", "--lazy", folder], check=False, timeout=10)
-
-
 def test_a_file_system_that_does_not_answer_costs_its_own_files_only(
     files, readers, wait, tmp_path
 ):
     """The file stays unknown, its mount is set aside, all others are read as before."""
     other = spinning(tmp_path, "other")
     with (
-        hanging(tmp_path / "mount", Path("/bin/sleep")) as (program, flag),
-        running(program, "60") as process,
+        hanging(tmp_path / "mount", Path("/bin/sleep")) as hung,
+        running(hung.file, "60") as process,
+        hung.ending(),
     ):
-        table, place = mapped(process.pid, program)
-        drop_caches(program)
-        flag.touch()
+        table, place = mapped(process.pid, hung.file)
+        drop_caches(hung.file)
+        hung.flag.touch()
         file = files.file(table, place, process.pid)
 
         known = identified(files, wait, other)
@@ -327,11 +309,3 @@ def test_a_file_system_that_does_not_answer_costs_its_own_files_only(
     assert known.state == State.IDENTIFIED
     assert file.miss == Miss.NO_ANSWER
     wait(lambda: readers.left_behind == 0)  # it answers, if only with an error
-
-
-def drop_caches(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)

@@ -1,0 +1,76 @@
+"""A file system that does not answer: its files stay unknown, and sampling goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bpf.sampler import SamplerConfig
+from profiler.agent.recorder import Recorder
+from symbolizer.location import Miss
+from tests.support.elf_files import build
+from tests.support.file_systems import drop_caches, hanging
+from tests.support.live import has_execed, wait_for
+from tests.support.targets import running
+
+pytestmark = pytest.mark.kernel
+
+SPIN = "volatile long n; int spin(void) { while (n >= 0) n++; return 1; } int main(void) { %s }"
+EVERFLAME = Path(sys.executable).with_name("everflame")
+
+
+def test_sampling_goes_on_beside_a_file_system_that_does_not_answer(tmp_path):
+    """A program on it that is busy is sampled without names; all else as before."""
+    content = build(tmp_path / "content", SPIN % "return spin();")
+    other = build(tmp_path / "other", SPIN % "return spin() + 1;")
+    with (
+        hanging(tmp_path / "mount", content) as hung,
+        running(hung.file) as one,
+        running(other) as two,
+        hung.ending(),
+    ):
+        for process in (one, two):
+            wait_for(lambda pid=process.pid: has_execed(pid))
+        drop_caches(hung.file)
+        hung.flag.touch()
+        pids = frozenset({one.pid, two.pid})
+        with Recorder(SamplerConfig(499, pids=pids), tmp_path / "cache") as recorder:
+            recorder.start()
+            wait_for(lambda: stepped(recorder)["failed"] == 1)
+            recorder.close_window()
+            wait_for(lambda: stepped(recorder) and recorder.counts.stored > 200)
+            accounting = recorder.close_window().accounting
+
+        output = tmp_path / "recorded.folded"
+        command = [EVERFLAME, "record", "-p", f"{one.pid}", "--for", "60s", "-o", output]
+        environment = {**os.environ, "EVERFLAME_CACHE": str(tmp_path / "cache")}
+        ready, theirs = os.pipe()
+        with running(
+            *command,
+            "--ready-fd",
+            str(theirs),
+            pass_fds=[theirs],
+            env=environment,
+            stderr=subprocess.DEVNULL,
+        ) as recording:
+            os.close(theirs)
+            os.read(ready, 1)
+            os.close(ready)
+            time.sleep(1)  # so that a reader hangs when the recording ends
+            recording.send_signal(signal.SIGTERM)
+            assert recording.wait(10) == 0
+
+    assert accounting.mismatch == 0
+    assert accounting.misses.get(str(Miss.NO_ANSWER), 0) >= 1
+    assert accounting.stops["root"] > 50
+    assert output.read_text()
+
+
+def stepped(recorder: Recorder) -> dict[str, int]:
+    recorder.catch_up()
+    recorder.step()
+    return recorder.files.status()
