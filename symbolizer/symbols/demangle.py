@@ -1,7 +1,8 @@
 """Demangle C++ and Rust names with a `c++filt` child process.
 
-The child parses names from other users' files: its memory is limited, it gets names in batches with
-a deadline, and it is restarted when it exits or hangs. A name that it fails on stays mangled.
+The child parses names from other users' files: its memory and CPU time are limited, it gets names
+in batches with a deadline, and it is restarted when it exits or hangs. A name that it fails on
+stays mangled.
 """
 
 import contextlib
@@ -20,10 +21,13 @@ _MANGLED = re.compile(rb"(?:_Z[A-Za-z0-9_]|_R[A-Z0-9])[A-Za-z0-9_.$]{1,4095}")
 # c++filt takes about 10 us per name; 1,000 template-heavy ones 0.1 s.
 _BATCH = 512
 _BATCH_DEADLINE_S = 1.0
-_CALL_DEADLINE_S = 3.0
+# Less than the time without progress after which a reader is taken for one that hangs.
+_CALL_DEADLINE_S = 1.5
 # Substitutions let a name of a few hundred bytes expand to any length.
 _MEMORY_BYTES = 256 << 20
 _MAX_OUTPUT_BYTES = 4 << 20
+# Of one child, for about a million names. It may be busy with one when its parent is killed.
+_CPU_S = 10
 _RESTARTS_PER_CALL = 8
 
 # rustc makes names unique with hashes that differ from build to build. They are removed, so that a
@@ -46,7 +50,7 @@ class Demangler:
         restarts = 0
         while waiting and restarts <= _RESTARTS_PER_CALL and time.monotonic() < give_up_at:
             batch = waiting[:_BATCH]
-            lines = self._ask([_without_plt(names[i]) for i in batch])
+            lines = self._ask([_without_plt(names[i]) for i in batch], give_up_at)
             for i, line in zip(batch, lines, strict=False):
                 shown = _drop_build_hashes(names[i], line)
                 result[i] = shown + b"@plt" if names[i].endswith(b"@plt") else shown
@@ -70,7 +74,7 @@ class Demangler:
                     pipe.close()
         child.wait()
 
-    def _ask(self, names: list[bytes]) -> list[bytes]:
+    def _ask(self, names: list[bytes], give_up_at: float) -> list[bytes]:
         """Return the names that came back complete and in time, beginning with the first."""
         child = self._running_child()
         if child is None:
@@ -85,7 +89,7 @@ class Demangler:
         poll = select.poll()
         poll.register(child.stdout, select.POLLIN)
         poll.register(child.stdin, select.POLLOUT)
-        deadline = time.monotonic() + _BATCH_DEADLINE_S
+        deadline = min(time.monotonic() + _BATCH_DEADLINE_S, give_up_at)
         try:
             while answer.count(b"\n") <= len(names) and len(answer) < _MAX_OUTPUT_BYTES:
                 ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
@@ -126,6 +130,7 @@ class Demangler:
             with contextlib.suppress(OSError, ValueError):
                 limits = (_MEMORY_BYTES, _MEMORY_BYTES)
                 resource.prlimit(self._child.pid, resource.RLIMIT_AS, limits)
+                resource.prlimit(self._child.pid, resource.RLIMIT_CPU, (_CPU_S, _CPU_S))
         return self._child
 
 

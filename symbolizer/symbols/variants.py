@@ -24,6 +24,7 @@ from symbolizer.symbols.table import SymbolCache, SymbolTable
 _MAX_TABLES = 128
 _MAX_OWNERS = 16
 """Of which the best table for one code is known; root is always among them."""
+_MAX_COMPARED = 1024
 _INDEX_BYTES = 8 << 20
 _MAX_ENTRY_BYTES = 16 << 10
 _CODE = re.compile(r"[0-9a-f]{2,128}")
@@ -61,6 +62,7 @@ class Variants:
         self._index = _Index(folder)
         self._tables: OrderedDict[str, SymbolTable] = OrderedDict()
         self._memory_bytes = memory_bytes
+        self._compared: dict[tuple[str, str], bool] = {}
 
     def own(self, content: str) -> SymbolTable | None:
         """Return the table of a content, from memory or the folder; None: build it."""
@@ -98,11 +100,19 @@ class Variants:
             table = self.own(content)
             if table is None:  # evicted; it is built again when its file is sampled
                 self._index.forget(file.code, owner, content)
-            elif own is None or not file.has_symbols or table.extends(own):
+            elif own is None or not file.has_symbols or self._extends(content, table, file, own):
                 best = table
         if own is not None:
             self._index.offer(file, own.named_code)
         return best
+
+    def _extends(self, content: str, table: SymbolTable, file: CodeFile, own: SymbolTable) -> bool:
+        pair = (content, file.content)
+        if pair not in self._compared:
+            if len(self._compared) >= _MAX_COMPARED:
+                self._compared.clear()
+            self._compared[pair] = table.extends(own)
+        return self._compared[pair]
 
     def close(self) -> None:
         while self._tables:

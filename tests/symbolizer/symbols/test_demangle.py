@@ -1,3 +1,4 @@
+import resource
 import time
 
 import pytest
@@ -69,6 +70,20 @@ def test_failing_child_leaves_names_mangled(tmp_path, text):
     demangler.close()
     assert answers == [b"_Z1fv", b"_Z1gv"]
     assert time.monotonic() - started < 10
+
+
+def test_a_child_that_is_busy_for_ever_is_ended(tmp_path):
+    """Also if nobody is left who could kill it."""
+    demangler = Demangler(program(tmp_path, "exec yes > /dev/null"))
+    started = time.monotonic()
+
+    answers = demangler.demangle([b"_Z1fv"] * 2000)
+
+    assert answers == [b"_Z1fv"] * 2000
+    assert time.monotonic() - started < 5
+    child = demangler._running_child()
+    assert resource.prlimit(child.pid, resource.RLIMIT_CPU) == (10, 10)
+    demangler.close()
 
 
 def test_name_that_kills_the_child_costs_only_itself(tmp_path):
