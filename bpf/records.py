@@ -62,6 +62,8 @@ _LOST = Struct("=8x8xQ")
 _MMAP2 = Struct("=8xIIQQQ24xII")
 _DEVICE = Struct("=40xIIQ")
 _KSYMBOL = Struct("=8xQIHH")
+_MOST_RECORDS_PER_S = 100_000
+"""1,000 execs are 7,000 records. So many take a tenth of a second to read."""
 _MAX_KERNEL_SYMBOLS = 10_000
 """So many are kept for who takes them; later ones are left out."""
 
@@ -197,7 +199,10 @@ class Rings:
     """
 
     def __init__(
-        self, pages: int = RING_PAGES, clock_ns: Callable[[], int] = time.monotonic_ns
+        self,
+        pages: int = RING_PAGES,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+        most_records_per_s: int = _MOST_RECORDS_PER_S,
     ) -> None:
         self.records = 0
         self.lost = 0
@@ -206,6 +211,9 @@ class Rings:
         self._pages = pages
         self._clock_ns = clock_ns
         self._rings: dict[int, _Ring] = {}
+        self._most_records_per_s = most_records_per_s
+        self._second_ns = self._second_records = 0
+        self._is_muted = False
         self._held_back: list[Record] = []
         self._gaps: list[Gap] = []
         self._kernel_symbols: list[KernelSymbol] = []
@@ -218,7 +226,10 @@ class Rings:
         self.opened_ns = self._refreshed_ns = clock_ns()
 
     def fileno(self) -> int:
-        """Return a descriptor that becomes readable when a ring is half full."""
+        """Return a descriptor that becomes readable when a ring is half full.
+
+        After a second's worth of records has been read, it does so again a second later.
+        """
         return self._epoll.fileno()
 
     def read(self) -> Batch:
@@ -229,6 +240,7 @@ class Rings:
         began waits for the next one, as an earlier record may still arrive from another CPU.
         """
         cutoff_ns = self._clock_ns()
+        self._limit_wakes(cutoff_ns)
         merged = self._held_back
         self._held_back = []
         for ring in self._rings.values():
@@ -276,6 +288,19 @@ class Rings:
         self._rings.clear()
         self._epoll.close()
 
+    def _limit_wakes(self, now_ns: int) -> None:
+        """Let nothing wake the reader for the rest of a second that has had too many records.
+
+        A process that renames its threads a million times a second would keep it busy.
+        """
+        if now_ns - self._second_ns > 1_000_000_000:
+            self._second_ns, self._second_records = now_ns, self.records
+        is_muted = self.records - self._second_records > self._most_records_per_s
+        if is_muted != self._is_muted:
+            self._is_muted = is_muted
+            for ring in self._rings.values():
+                self._epoll.modify(ring.fd, 0 if is_muted else select.EPOLLIN)
+
     def _open_missing(self, online: tuple[int, ...]) -> list[int]:
         opened = []
         for cpu in online:
@@ -288,7 +313,7 @@ class Rings:
                     continue
                 raise
             self._rings[cpu] = ring
-            self._epoll.register(ring.fd, select.EPOLLIN)
+            self._epoll.register(ring.fd, 0 if self._is_muted else select.EPOLLIN)
             opened.append(cpu)
         return opened
 

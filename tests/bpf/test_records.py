@@ -489,3 +489,32 @@ def test_the_kernel_records_the_programs_that_are_loaded() -> None:
         rings.close()
 
     assert any(name.startswith(b"bpf_prog_") and name in known for name in names)
+
+
+@pytest.mark.kernel
+def test_a_flood_of_records_wakes_the_reader_only_now_and_then() -> None:
+    """Threads that rename themselves without end."""
+    clock = Clock()
+    rings = Rings(pages=1, clock_ns=clock, most_records_per_s=50)
+
+    def rename() -> None:
+        for _ in range(200):
+            Path("/proc/self/comm").write_text("renamed")
+
+    before = Path("/proc/self/comm").read_text()
+    try:
+        rename()
+        woken = select.select([rings], [], [], 0)[0]
+        rings.read()
+        rings.read()
+        rename()
+        muted = select.select([rings], [], [], 0)[0]
+        clock.now_ns += 2_000_000_000
+        rings.read()
+        rename()
+        again = select.select([rings], [], [], 0)[0]
+    finally:
+        rings.close()
+        Path("/proc/self/comm").write_text(before)
+
+    assert (woken, muted, again) == ([rings], [], [rings])
