@@ -31,13 +31,13 @@ REST_LOCATION = AddressLocation(REST, FileOffset(0))
 """What stands for the part of a stack that is beyond a budget."""
 
 _LOCATION_BYTES = 400
-_ROW_BYTES, _ROW_FRAME_BYTES = 500, 8
+_ROW_BYTES, _ROW_FRAME_BYTES = 500, 12
 _LABELS_BYTES = 800
 _LETTER_BYTES = 2
 _NAME_BYTES = 64
 _MODULE_BYTES, _SEGMENT_BYTES = 64, 64
-"""Without its letters. These are what Python and numpy need for one of each, by tracemalloc
-(bench/bench_overload.py); in an object each takes less than half of it."""
+"""Without its letters. These are what Python and numpy need for one of each
+(bench/bench_budgets.py); in an object each takes less than half of it."""
 
 _SLACK = 1.25
 """What is folded costs as well, though little: it may exceed a budget by so much."""
@@ -62,7 +62,7 @@ class Limits(NamedTuple):
     """
 
     locations: Limit = Limit(4 << 20, 8 << 20, 16 << 20)
-    rows: Limit = Limit(3 << 20, 8 << 20, 16 << 20)
+    rows: Limit = Limit(2560 << 10, 8 << 20, 16 << 20)
     label_sets: Limit = Limit(512 << 10, 6 << 20, 8 << 20)
     module_names_bytes: int = 4 << 20
     names_bytes: int = 12 << 20

@@ -186,7 +186,7 @@ def fullest() -> tuple[Profile, int]:
             long = f"{pid}-{i}-" + "x" * 200
             bounded.add(me, labels(pid, thread=long, service=long), rng.choice(places, 255), 1)
             samples += 1
-        if not granted and bounded._rows.left(me) < 3_000 and bounded._label_sets.left(me) < 3_000:
+        if not granted and bounded._rows.left(me) < 4_000 and bounded._label_sets.left(me) < 3_000:
             break
     names = [("名" * 1000 + str(number), "f" * 1000 + str(number)) for number in range(5_000)]
     for place, (function, file) in zip(builder.unnamed_locations(), names, strict=False):
