@@ -159,7 +159,10 @@ def agent(folder: Path, frequency_hz: int) -> Iterator[Agent]:
         *(EVERFLAME, "agent", f"--frequency={frequency_hz}", f"--interval={INTERVAL_S}s"),
         *(f"--store={folder / 'store'}", f"--spool={folder / 'spool'}"),
     ]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+    # A session of its own, as a service has: what shares a session shares its part of the CPUs.
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
         running_agent = Agent(process)
         try:
             yield running_agent

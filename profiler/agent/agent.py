@@ -362,6 +362,7 @@ class Agent:
             "uploader": self._uploader.state() | uploader_state(self._options.spool),
             "spool": spool._asdict(),
             "tracers": list(recorder.tracers),
+            "counts_skipped": recorder.sampler.counts_skipped,
             "unwinding": recorder.unwinding.status(),
             "files": recorder.files.status(),
             "readers": recorder.readers.status(),

@@ -270,6 +270,8 @@ class Recorder:
         self._frames = self._number_frames()
         self._drained = self._window.begun
         self._opened.enter_context(priority.raised(priority.chosen_nice(os.environ)))
+        if not self.sampler.counts_skipped:
+            log.warning("ticks that the kernel skips beside other BPF programs are not counted")
         self.sampler.start()
         self._is_sampling = True
 
