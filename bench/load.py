@@ -90,9 +90,12 @@ def commands_in(folder: Path) -> dict[str, list[str]]:
 
 @contextlib.contextmanager
 def running(command: list[str]) -> Iterator[int]:
-    """Run a command for the length of the block; return its pid, which is that of its group."""
+    """Run a command for the length of the block; return its pid, which is that of its group.
+
+    It is killed with this process as well, whatever ends that (prctl(2), PR_SET_PDEATHSIG).
+    """
     process = subprocess.Popen(
-        command,
+        ["setpriv", "--pdeathsig", "KILL", "--", *command],
         start_new_session=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
