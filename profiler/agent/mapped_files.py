@@ -245,7 +245,8 @@ class MappedFiles:
     def ask_again(self) -> None:
         """Ask for what may have become possible. To be called about once a second, or more."""
         now_s = time.monotonic()
-        self._hung = {mount: until_s for mount, until_s in self._hung.items() if until_s > now_s}
+        if not self._readers.left_behind:  # else a reader still waits for its answer
+            self._hung = {m: until_s for m, until_s in self._hung.items() if until_s > now_s}
         for file, from_s in list(self._unfinished.items()):
             if file.key not in self._files or self._files[file.key] is not file:
                 del self._unfinished[file]

@@ -100,7 +100,7 @@ class Readers:
         self._limit = children
         self._waiting: tuple[deque[_Item], ...] = (deque(), deque(), deque())
         self._children: dict[int, _Child] = {}
-        self._left: list[subprocess.Popen[bytes]] = []
+        self._left: list[_Left] = []
         self._groups: dict[str, _Group] = {}
         self._epoll = select.epoll()
         self._pause_until_s = 0.0
@@ -153,7 +153,7 @@ class Readers:
                     self._end(child)
             elif child.hangs(now_s):
                 self._fail(child, Failure.HUNG)
-        self._left = [left for left in self._left if left.poll() is None]
+        self._left = [left for left in self._left if left.process.poll() is None]
         self._hand_out()
 
     def wait(self, until_s: float, is_done: Callable[[], bool]) -> bool:
@@ -171,11 +171,11 @@ class Readers:
             self._kill(child)
         until_s = time.monotonic() + _CLOSE_S
         for left in self._left:
-            left.kill()
+            left.process.kill()
             try:
-                left.wait(max(0.0, until_s - time.monotonic()))
+                left.process.wait(max(0.0, until_s - time.monotonic()))
             except subprocess.TimeoutExpired:  # it hangs in the kernel: init will reap it
-                left.returncode = -signal.SIGKILL
+                left.process.returncode = -signal.SIGKILL
         self._epoll.close()
 
     def _take_from(self, child: "_Child") -> None:
@@ -257,11 +257,12 @@ class Readers:
     def _next_batch(self, now_s: float) -> Iterator[_Item]:
         """Take items of one kind, those that wait longest, out of the first turn that has any."""
         kind, taken = "", 0
+        hanging = {left.group for left in self._left if left.group}
         for waiting in self._waiting:
             while waiting and taken < _BATCH and kind in ("", waiting[0].kind):
                 item = waiting.popleft()
                 group = self._groups.get(item.group)
-                if group is not None and group.until_s > now_s:
+                if item.group in hanging or (group is not None and group.until_s > now_s):
                     self._call(item, failure=Failure.SET_ASIDE)
                     continue
                 kind, taken = item.kind, taken + 1
@@ -291,7 +292,7 @@ class Readers:
     def _end(self, child: "_Child") -> None:
         """Let a child exit by itself."""
         self._forget(child)
-        self._left.append(child.process)
+        self._left.append(_Left(child.process, ""))
 
     def _kill(self, child: "_Child") -> None:
         self._forget(child)
@@ -300,12 +301,19 @@ class Readers:
         try:
             child.process.wait(0.05)
         except subprocess.TimeoutExpired:  # it waits for a file system that does not answer
-            self._left.append(child.process)
+            self._left.append(_Left(child.process, child.group))
 
     def _forget(self, child: "_Child") -> None:
         self._epoll.unregister(child.fileno())
         del self._children[child.fileno()]
         child.close()
+
+
+class _Left(NamedTuple):
+    """A child that has not ended yet, and the group at which it hangs."""
+
+    process: subprocess.Popen[bytes]
+    group: str
 
 
 class _Group(NamedTuple):
@@ -352,6 +360,11 @@ class _Child:
     @property
     def is_idle(self) -> bool:
         return not self._is_asked
+
+    @property
+    def group(self) -> str:
+        """The group of what it reads now."""
+        return self._items[0].group if self._items else ""
 
     def ask(self, items: list[_Item]) -> bool:
         """Send items of one kind; return whether the child takes them."""
