@@ -1,8 +1,8 @@
-"""Mount a file system of one file, `file`, that answers no read as long as a flag exists.
+"""Mount a file system of one file that answers no open and no read as long as a flag exists.
 
-Run: `python3 hanging_fuse.py MOUNTPOINT CONTENT FLAG`. It says `mounted`, and serves until it is
-killed; whoever waits for an answer then gets an error. Needs root and /dev/fuse. Layouts are those
-of include/uapi/linux/fuse.h.
+The file is `file` below MOUNTPOINT. Run: `python3 hanging_fuse.py MOUNTPOINT CONTENT FLAG`. It says
+`mounted`, and serves until it is killed; whoever waits for an answer then gets an error. It needs
+root and /dev/fuse. Layouts are those of include/uapi/linux/fuse.h.
 """
 
 import ctypes
@@ -50,6 +50,8 @@ def respond(  # noqa: PLR0911 - one for each operation
             return 0, times + attributes(FILE, len(content))
         case 3:  # GETATTR
             return 0, struct.pack("<QII", CACHED_S, 0, 0) + attributes(node, len(content))
+        case 14 if flag.exists():  # OPEN: nobody can kill who waits for this
+            return None
         case 14 | 27:  # OPEN, OPENDIR
             return 0, struct.pack("<QIi", 1, KEEP_CACHE, 0)
         case 15:  # READ
