@@ -94,6 +94,7 @@ def spin(seconds: float) -> None:
 
 
 @pytest.mark.kernel
+@pytest.mark.alone
 def test_another_profilers_ticks_are_not_ours() -> None:
     """Its timers are of the same kind, and may expire far more often."""
     with (
@@ -109,6 +110,7 @@ def test_another_profilers_ticks_are_not_ours() -> None:
 
 
 @pytest.mark.kernel
+@pytest.mark.alone
 def test_ticks_that_draining_costs_are_no_other_tracers() -> None:
     """The kernel runs no program on a CPU on which maps are read."""
     with Sampler(SamplerConfig(frequency_hz=999)) as sampler:
