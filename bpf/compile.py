@@ -31,6 +31,7 @@ _TASK_MEMBERS = (
     "group_leader",
     "start_boottime",
     "self_exec_id",
+    "thread",
 )
 
 _TIMER_FUNCTION = b" perf_swevent_hrtimer\n"
@@ -66,6 +67,7 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     for prefix, struct, members in (
         ("TASK", "task_struct", _TASK_MEMBERS),
         ("MM", "mm_struct", ("start_stack",)),
+        ("THREAD", "thread_struct", ("fsbase",)),
     ):
         for name, offset in types.member_offsets(struct, members).items():
             constants[f"{prefix}_{name.upper()}"] = offset

@@ -2,9 +2,10 @@
 /*
  * The copying of registers and stack memory, for ticks that are unwound in user space later.
  *
- * A main thread's stack ends where it began (mm->start_stack), so no more than what is used is copied,
- * and pages that were never touched are left out. Any other stack is read up to the first page that
- * cannot be read.
+ * A main thread's stack ends where it began (mm->start_stack), and that of another thread below its
+ * thread-local memory, where the C library has put both into one mapping. So no more than what is used
+ * is copied, and pages that were never touched, as in the middle of large buffers, are left out. Any
+ * other stack is read up to the first page that cannot be read.
  */
 #ifndef EVERFLAME_COPY_BPF_H
 #define EVERFLAME_COPY_BPF_H
@@ -46,9 +47,10 @@ static __always_inline u64 used_bytes(void *task, const struct count_key *key, u
 {
 	u64 end;
 
-	if (key->tid != key->pid)
-		return COPY_BYTES;
-	end = start_of_stack(task) + WORD;
+	if (key->tid == key->pid)
+		end = start_of_stack(task) + WORD;
+	else /* as it was when the thread last left the CPU: C libraries never change it */
+		end = kernel_u64((u64)task + TASK_THREAD + THREAD_FSBASE) & ~7ULL;
 	return end > start && end - start < COPY_BYTES ? end - start : COPY_BYTES;
 }
 
