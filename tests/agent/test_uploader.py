@@ -383,12 +383,12 @@ def test_a_store_that_never_ends_its_answer_is_left_with_the_process(tmp_path: P
     options = UploaderOptions(spool, "", answer_s=0.3)
 
     is_complete = Uploader(options, lambda: store, FakeClock(), random.Random(1)).run()
-    state = read_state(spool)
+    state, left = read_state(spool), usage(spool)[0]
     ends.set()
 
     assert not is_complete
     assert state["last_error"] == "the store did not answer within 0.3 s"
-    assert usage(spool)[0] == 1
+    assert left == 1
 
 
 def test_retention_survives_what_it_cannot_list(tmp_path: Path) -> None:
