@@ -43,6 +43,12 @@ class OpenedFile(NamedTuple):
     is_certain: bool
 
 
+def close_file(fd: int) -> None:
+    """Close a file of somebody else, whatever its file system says: that of FUSE is asked."""
+    with contextlib.suppress(OSError):  # the descriptor is closed all the same (close(2))
+        os.close(fd)
+
+
 class ProcessFiles:
     """The files of one process, to be used briefly. Close it, or use it in a `with`.
 

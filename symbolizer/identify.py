@@ -25,7 +25,7 @@ import numpy as np
 
 from symbolizer import maps
 from symbolizer.digest import blake2b
-from symbolizer.files import OpenedFile, ProcessFiles, mount_of
+from symbolizer.files import OpenedFile, ProcessFiles, close_file, mount_of
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import (
     SHF_ALLOC,
@@ -123,7 +123,7 @@ def opened(values: Mapping[str, Any]) -> Iterator[OpenedMapping]:
                 yield found
                 return
         finally:
-            os.close(fd)
+            close_file(fd)
     raise NotOpened(failure, mapping.build_id)
 
 
@@ -144,12 +144,14 @@ def _as_mapped(
     fd: int, mapping: maps.Mapping, *, is_certain: bool, before: Miss
 ) -> tuple[OpenedMapping | None, Miss]:
     """Return an open file if it is the mapped one, else the reason to report if no other is."""
-    status = os.fstat(fd)
+    try:
+        status, source = os.fstat(fd), FileSource(fd)
+    except OSError:  # its file system has ended
+        return None, Miss.DAMAGED if before == Miss.NO_FILE else before
     device = (os.major(status.st_dev), os.minor(status.st_dev))
     is_same = is_certain or (device, status.st_ino) == (mapping.device, mapping.inode)
     if not mapping.build_id and not is_same:
         return None, Miss.FILE_REPLACED
-    source = FileSource(fd)
     try:
         elf = read_elf(source)
     except UnreadableElf as error:

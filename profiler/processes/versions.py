@@ -25,7 +25,7 @@ from urllib.parse import unquote_to_bytes
 
 from profiler.processes.facts import MAX_VERSION, Sources
 from profiler.processes.programs import Program
-from symbolizer.files import ProcessFiles
+from symbolizer.files import ProcessFiles, close_file
 from symbolizer.symbols.elf import FileSource, UnreadableElf, read_elf
 from symbolizer.symbols.gobuild import read_go_build
 from symbolizer.text import readable
@@ -104,8 +104,10 @@ class Versions:
                 while len(self._executables) >= _MAX_EXECUTABLES:
                     del self._executables[next(iter(self._executables))]
                 executable = self._executables[key] = _parse_executable(opened.fd)
+        except OSError:  # its file system has ended
+            return _Executable()
         finally:
-            os.close(opened.fd)
+            close_file(opened.fd)
         return executable
 
 
@@ -239,8 +241,8 @@ def _read_file(files: ProcessFiles, path: bytes, limit_bytes: int) -> bytes:
     opened = files.open_file(path)
     if opened is None:
         return b""
-    with os.fdopen(opened.fd, "rb") as file:
-        try:
+    try:
+        with os.fdopen(opened.fd, "rb") as file:
             return file.read(limit_bytes)
-        except OSError:
-            return b""
+    except OSError:
+        return b""

@@ -11,10 +11,16 @@ import pytest
 
 from bpf.sampler import SamplerConfig
 from profiler.agent.recorder import Recorder
+from profiler.processes.programs import Program
+from profiler.processes.versions import Versions
+from symbolizer import identify
+from symbolizer.files import OpenedFile, ProcessFiles
 from symbolizer.location import Miss
+from symbolizer.maps import read_maps
+from symbolizer.symbols.elf import FileSource, read_elf
 from tests.support.elf_files import build
 from tests.support.file_systems import drop_caches, hanging
-from tests.support.live import has_execed, wait_for
+from tests.support.live import has_execed, started, wait_for
 from tests.support.targets import running
 
 pytestmark = pytest.mark.kernel
@@ -68,6 +74,47 @@ def test_sampling_goes_on_beside_a_file_system_that_does_not_answer(tmp_path):
     assert accounting.misses.get(str(Miss.NO_ANSWER), 0) >= 1
     assert accounting.stops["root"] > 50
     assert output.read_text()
+
+
+@pytest.mark.parametrize("reader", ["mapping", "version"])
+def test_a_file_system_that_ends_while_its_file_is_open_is_no_fault(reader, tmp_path):
+    """FUSE asks its server even when a file is closed, which fails when that has ended."""
+    content = build(tmp_path / "content", SPIN % "return spin();")
+    with content.open("rb") as file:
+        build_id = read_elf(FileSource(file.fileno())).build_id
+    with hanging(tmp_path / "mount", content) as hung, started(hung.file) as process:
+
+        class Ending(ProcessFiles):
+            def open_executable(self) -> OpenedFile | None:
+                opened = super().open_executable()
+                hung.server.kill()
+                hung.server.wait()
+                return opened
+
+        if reader == "version":
+            with Ending(process.pid) as files:
+                found = Versions().read(files, Program("file", is_own_code=True))
+        else:
+            with Path(f"/proc/{process.pid}/maps").open("rb") as file:
+                mapping = next(
+                    each for each in read_maps(file.fileno()) if each.path == bytes(hung.file)
+                )
+            values = {
+                "pids": [process.pid],
+                "start": mapping.start,
+                "end": mapping.end,
+                "offset": mapping.file_offset,
+                "path": str(hung.file),
+                "build_id": "",
+                "device": list(mapping.device),
+                "inode": mapping.inode,
+            }
+            with identify.opened(values) as opened:
+                hung.server.kill()
+                hung.server.wait()
+                found = identify.Identifier().identify(opened)
+
+    assert found.build_id == build_id
 
 
 def stepped(recorder: Recorder) -> dict[str, int]:
