@@ -1,31 +1,31 @@
-"""Find the rules for addresses of many processes at once, for walks of copied stacks.
+"""Find the rules for addresses of many processes, for walks of copied stacks.
 
 An address lies in a mapping of its process, and that in a file with an unwind table. Of a table
 only the pages that walks have come across are kept here: hot code is a small part of it.
 """
 
+import struct
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from symbolizer.integers import Wide
 from symbolizer.maps import MappingTable
 from symbolizer.unwind.rules import ROW, CfaKind
 from symbolizer.unwind.table import PAGE_BITS, UnwindTable
-from symbolizer.unwind.walk import FOUND, PENDING, FoundRules, Places, Stop
-
-Rows = npt.NDArray[np.void]
+from symbolizer.unwind.walk import PENDING, Rule, Stop
 
 _MAX_ROWS = 1 << 18
 """Of kept pages. Beyond it all of them go: those in use are read again."""
-_PAGE_BITS = np.uint64(PAGE_BITS)
-_IN_PAGE = np.uint64((1 << PAGE_BITS) - 1)
-_MAX_PAGE = np.uint64(1 << 32)
-_SPACE_BITS = np.uint64(47)
-_LAST = np.uint64((1 << 47) - 1)
-_ANONYMOUS = np.zeros(1, ROW)
-_ANONYMOUS["cfa_kind"] = CfaKind.FRAME_POINTER
+_PAGE_ROWS = 16
+"""What a page takes besides its rows, counted as rows."""
+_IN_PAGE = (1 << PAGE_BITS) - 1
+_MAX_PAGE = 1 << 32
+_ROW = struct.Struct("<2xHBBh")
+_HOLE = Rule(CfaKind.HOLE, 0, 0, 0)
+_ANONYMOUS = Rule(CfaKind.FRAME_POINTER, 0, 0, 0)
 
 ANONYMOUS = -1
 """In place of a table's number: memory without a file, whose code a runtime has compiled."""
@@ -40,6 +40,16 @@ TableOf = Callable[[MappingTable, int], int]
 """The number of the table of a mapping, ANONYMOUS, or `missing`."""
 
 
+class _Page(NamedTuple):
+    """The rows of a page: where they begin in it, and all of them as they stand in the table."""
+
+    lows: "array[int]"
+    rows: bytes
+
+
+_NO_ROWS = _Page(array("H"), b"")
+
+
 class RulePages:
     """Pages of tables, by the tables' numbers. `load` returns a table whose pages are needed."""
 
@@ -49,67 +59,59 @@ class RulePages:
         self._clear()
 
     def _clear(self) -> None:
-        self._keys = np.zeros(0, np.uint64)
-        self._slots = np.zeros(0, np.uint64)
-        self._places = np.zeros(0, np.uint64)  # of each row: its page's slot, and where in the page
-        self._rows = np.zeros(0, ROW)
+        self._pages: dict[int, _Page] = {}
+        self._rules: dict[bytes, Rule] = {}  # few differ
+        self._kept = 0
 
-    @property
-    def memory_bytes(self) -> int:
-        return sum(each.nbytes for each in (self._keys, self._slots, self._places, self._rows))
+    def find(self, table: int, offset: int) -> Rule:
+        """Return the rule in force at an offset in a table's file; a HOLE if there is none."""
+        number = offset >> PAGE_BITS
+        if number >= _MAX_PAGE:
+            return _HOLE
+        key = table << 32 | number
+        page = self._pages.get(key) or self._add(key)
+        place = bisect_right(page.lows, offset & _IN_PAGE) - 1
+        if place < 0:
+            return _HOLE
+        row = page.rows[place * ROW.itemsize : (place + 1) * ROW.itemsize]
+        rule = self._rules.get(row[2:])
+        if rule is None:
+            rule = self._rules[row[2:]] = Rule(*_fields(row))
+        return rule
 
-    def find(self, tables: npt.NDArray[np.int64], offsets: Wide) -> Rows:
-        """Return the row in force at each offset in a table's file; a HOLE if there is none."""
-        found = np.zeros(len(offsets), ROW)
-        numbers = offsets >> _PAGE_BITS
-        inside = np.flatnonzero(numbers < _MAX_PAGE)
-        keys = tables[inside].astype(np.uint64) << np.uint64(32) | numbers[inside]
-        places = self._find_pages(keys)
-        wanted = self._slots[places] << _PAGE_BITS | offsets[inside] & _IN_PAGE
-        rows = np.searchsorted(self._places, wanted, side="right") - 1
-        is_there = rows >= 0
-        is_there[is_there] = (
-            self._places[rows[is_there]] >> _PAGE_BITS == wanted[is_there] >> _PAGE_BITS
-        )
-        found[inside[is_there]] = self._rows[rows[is_there]]
-        return found
-
-    def _find_pages(self, keys: Wide) -> Places:
-        places = np.searchsorted(self._keys, keys)
-        if len(self._keys):
-            is_known = self._keys[np.minimum(places, len(self._keys) - 1)] == keys
-            if is_known.all():
-                return places
-            new = np.unique(keys[~is_known])
-        else:
-            new = np.unique(keys)
-        if len(self._rows) > self._max_rows:
+    def _add(self, key: int) -> _Page:
+        """Read a page from its table."""
+        if self._kept > self._max_rows:
             self._clear()
-            new = np.unique(keys)
-        self._add(new)
-        return np.searchsorted(self._keys, keys)
+        table = self._load(key >> 32)
+        number = key & (_MAX_PAGE - 1)
+        at = int(np.searchsorted(table.pages["number"], np.uint32(number)))
+        page = _NO_ROWS
+        if at < len(table.pages) and int(table.pages["number"][at]) == number:
+            first, count = int(table.pages["first"][at]), int(table.pages["count"][at])
+            rows = table.rows[first : first + count]
+            page = _Page(array("H", rows["pc_low"].tolist()), rows.tobytes())
+        self._pages[key] = page
+        self._kept += len(page.lows) + _PAGE_ROWS
+        return page
 
-    def _add(self, keys: Wide) -> None:
-        """Read pages from their tables, sorted by table."""
-        rows, places = [self._rows], [self._places]
-        slot = len(self._slots)
-        tables = (keys >> np.uint64(32)).tolist()
-        for number in dict.fromkeys(tables):
-            table = self._load(number)
-            pages = table.pages["number"].astype(np.uint64)
-            for key in keys[np.array(tables) == number] & (_MAX_PAGE - np.uint64(1)):
-                at = int(np.searchsorted(pages, key))
-                if at < len(pages) and pages[at] == key:
-                    first, count = table.pages["first"][at], table.pages["count"][at]
-                    rows.append(table.rows[first : first + count])
-                    lows = rows[-1]["pc_low"].astype(np.uint64)
-                    places.append(np.uint64(slot) << _PAGE_BITS | lows)
-                slot += 1
-        self._rows, self._places = np.concatenate(rows), np.concatenate(places)
-        slots = np.arange(len(self._slots), slot, dtype=np.uint64)
-        order = np.argsort(all_keys := np.concatenate([self._keys, keys]), kind="stable")
-        self._keys = all_keys[order]
-        self._slots = np.concatenate([self._slots, slots])[order]
+
+def _fields(row: bytes) -> tuple[int, int, int, int]:
+    """Return a row as a Rule has it."""
+    cfa, cfa_kind, rbp_kind, rbp = _ROW.unpack(row)
+    return cfa_kind, cfa, rbp_kind, rbp
+
+
+class _Space:
+    """What a process has mapped, and by what number each mapping's table is found."""
+
+    __slots__ = ("ends", "mappings", "starts", "tables")
+
+    def __init__(self, mappings: MappingTable) -> None:
+        self.mappings = mappings
+        self.starts: list[int] = mappings.starts.tolist()
+        self.ends: list[int] = mappings.ends.tolist()
+        self.tables: list[int | None] = [None] * len(self.starts)
 
 
 class RuleFinder:
@@ -126,48 +128,23 @@ class RuleFinder:
         self.pending: dict[int, int] = {}
         self._table_of = table_of
         self._pages = pages
-        self._spaces = list(dict.fromkeys(mappings))
-        numbers = {table: number for number, table in enumerate(self._spaces)}
-        self._space_of = np.array([numbers[table] for table in mappings], np.uint64)
-        sizes = [len(table.mappings) for table in self._spaces]
-        self._firsts = np.cumsum([0, *sizes[:-1]])
-        base = np.repeat(np.arange(len(sizes), dtype=np.uint64) << _SPACE_BITS, sizes)
-        none = np.zeros(0, np.uint64)
-        starts = np.concatenate([none, *(table.starts for table in self._spaces)])
-        ends = np.concatenate([none, *(table.ends for table in self._spaces)])
-        # What lies beyond, as [vsyscall] does, is empty: no walk comes there.
-        self._starts = base | np.minimum(starts, _LAST)
-        self._ends = base | np.minimum(ends, _LAST)
-        self._offsets = np.array(
-            [each.file_offset for table in self._spaces for each in table.mappings], np.uint64
-        )
-        self._tables = np.zeros(len(self._starts), np.int64)
-        self._is_asked = np.zeros(len(self._starts), np.bool_)
+        spaces = {table: _Space(table) for table in dict.fromkeys(mappings)}
+        self._spaces = [spaces[table] for table in mappings]
 
-    def __call__(self, stacks: Places, addresses: Wide) -> FoundRules:
-        rows = np.zeros(len(stacks), ROW)
-        whys = np.full(len(stacks), int(Stop.NO_MAPPING), np.int32)
-        keys = self._space_of[stacks] << _SPACE_BITS | addresses
-        places = np.searchsorted(self._starts, keys, side="right") - 1
-        mapped = np.flatnonzero(places >= 0)
-        mapped = mapped[keys[mapped] < self._ends[places[mapped]]]
-        places = places[mapped]
-        new = np.unique(places[~self._is_asked[places]])
-        for place in new.tolist():
-            space = int(self._starts[place] >> _SPACE_BITS)
-            self._tables[place] = self._table_of(
-                self._spaces[space], place - int(self._firsts[space])
-            )
-        self._is_asked[new] = True
-        tables = self._tables[places]
-        whys[mapped] = np.where(tables < ANONYMOUS, -2 - tables, FOUND)
-        rows[mapped[tables == ANONYMOUS]] = _ANONYMOUS[0]
-        for i in np.flatnonzero(tables == missing(PENDING)).tolist():
-            stack = int(stacks[mapped[i]])
-            self.pending[stack] = int(places[i] - self._firsts[int(self._space_of[stack])])
-        has_table = tables >= 0
-        here, places = mapped[has_table], places[has_table]
-        starts = self._starts[places] & _LAST
-        offsets = addresses[here] - starts + self._offsets[places]
-        rows[here] = self._pages.find(tables[has_table], offsets)
-        return FoundRules(rows, whys)
+    def __call__(self, stack: int, address: int) -> Rule | int:
+        space = self._spaces[stack]
+        place = bisect_right(space.starts, address) - 1
+        if place < 0 or address >= space.ends[place]:
+            return Stop.NO_MAPPING
+        table = space.tables[place]
+        if table is None:
+            table = space.tables[place] = self._table_of(space.mappings, place)
+        if table >= 0:
+            mapping = space.mappings.mappings[place]
+            return self._pages.find(table, address - mapping.start + mapping.file_offset)
+        if table == ANONYMOUS:
+            return _ANONYMOUS
+        why = -2 - table
+        if why == PENDING:
+            self.pending[stack] = place
+        return why

@@ -1,4 +1,4 @@
-"""The rules of unwinding stand once and are executed twice: by the kernel's walk and by numpy."""
+"""The rules of unwinding stand once and are executed twice: in the kernel, and in Python."""
 
 import ctypes
 import subprocess
@@ -15,11 +15,10 @@ from bpf.samples import MAX_USER_WORDS, USER_STACK, StopReason
 from bpf.tables import MAPPING, PAGE, TABLE, CfaKind, RbpKind, TableState
 from symbolizer.maps import Mapping, MappingTable
 from symbolizer.unwind import table as unwind
-from symbolizer.unwind import walk as numpy_walk
 from symbolizer.unwind.lookup import ANONYMOUS, RuleFinder, RulePages, missing
 from symbolizer.unwind.rules import ROW
 from symbolizer.unwind.table import UnwindTable
-from symbolizer.unwind.walk import PENDING, StackCopy, Stop, walk
+from symbolizer.unwind.walk import PENDING, StackCopy, Stop, WalkedStack, walk
 from tests.support.targets import SOURCES
 
 BPF = Path(tables.__file__).parent
@@ -138,7 +137,7 @@ class World:
             int(random.integers(0, 1 << 14)) if random.random() < 0.1 else 0,
         )
 
-    def by_numpy(self) -> list[numpy_walk.WalkedStack]:
+    def by_python(self) -> list[WalkedStack]:
         def table_of(mappings: MappingTable, place: int) -> int:
             executable = self.executable(place)
             if executable in self.states:
@@ -198,7 +197,7 @@ def test_both_walks_find_the_same_frames_of_random_stacks(seed, kernels_walk):
     """Rows of all kinds, memory that is code, stack, zero or anything, pages that are missing."""
     world = World(seed, 2_000)
 
-    walked = world.by_numpy()
+    walked = world.by_python()
 
     found = world.by_kernels_walk(kernels_walk, seed + 1)
     for place, (one, other) in enumerate(zip(walked, found, strict=True)):
