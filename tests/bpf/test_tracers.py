@@ -61,6 +61,7 @@ def cpu_s(pid: int) -> float:
 
 
 @pytest.mark.kernel
+@pytest.mark.alone  # the samplers of other tests make the kernel skip ticks, too
 def test_skipped_ticks_are_counted_exactly(calling: subprocess.Popen[bytes]) -> None:
     """Those of the process and those that were skipped are as many as its CPU time has."""
     with Sampler(SamplerConfig(frequency_hz=499, pids=frozenset({calling.pid}))) as sampler:
