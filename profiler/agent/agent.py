@@ -385,7 +385,7 @@ def run(options: AgentOptions, children: ChildProcesses | None = None) -> dict[s
         Signals() as signals,
         StatusSocket(options.run_folder) as socket,
     ):
-        uploader = Child("uploader", _uploader_command(options))
+        uploader = Child("uploader", _uploader_command(options), unblocks_sigterm=True)
         try:
             children.start()
             spool = _open_spool(options)

@@ -133,11 +133,18 @@ class Child:
         command: Sequence[str],
         environment: Mapping[str, str] | None = None,
         monotonic_s: Callable[[], float] = time.monotonic,
+        *,
+        unblocks_sigterm: bool = False,
     ) -> None:
+        """With `unblocks_sigterm` it starts with SIGTERM blocked, and unblocks it when it can end.
+
+        Else SIGTERM kills a child that has not got as far as to handle it.
+        """
         self._name = name
         self._command = command
         self._environment = environment
         self._monotonic_s = monotonic_s
+        self._blocked = {SIGTERM} if unblocks_sigterm else set[signal.Signals]()
         self._restart_s = _RESTART_S[0]
         self._restart_at = 0.0
         self._started_at = 0.0
@@ -171,6 +178,7 @@ class Child:
         self._restart_s = min(2 * self._restart_s, _RESTART_S[1])
 
     def _start(self, now: float) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)  # children inherit it
         try:
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, env=self._environment, process_group=0
@@ -180,6 +188,8 @@ class Child:
             log.warning("cannot start the %s: %s", self._name, error.strerror)
             self._pause(now)
             return
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._started_at = now
         self.starts += 1
 

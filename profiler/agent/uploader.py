@@ -425,6 +425,8 @@ def main() -> int:
     for chatty in ("boto3", "botocore", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)  # its errors are logged once, by us
     with Signals() as signals:
+        # The agent may have asked to end before, when nothing handled it yet.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if options.parent:
             # The parent may have died before this line: the clock looks for itself.
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

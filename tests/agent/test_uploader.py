@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from profiler.agent.status import UPLOADER_STATE
+from profiler.agent.supervise import Child
 from profiler.agent.uploader import Uploader, UploaderOptions
 from storage.formats import pprof
 from storage.objects.directory import DirectoryStore
@@ -670,6 +671,19 @@ def test_sigterm_ends_it_after_what_is_waiting(tmp_path: Path) -> None:
 
         assert process.wait(10) == 0
     assert stored(DirectoryStore(tmp_path / "store")) == once(*range(20))
+
+
+def test_what_is_waiting_is_sent_by_an_uploader_that_is_to_end_as_it_starts(
+    tmp_path: Path,
+) -> None:
+    """As of an agent that runs for a moment: SIGTERM does not kill it before it is handled."""
+    spool = filled(tmp_path, *range(3))
+    uploader = Child("uploader", command(spool, f"{tmp_path}/store"), unblocks_sigterm=True)
+
+    uploader.supervise()
+    uploader.end(60)
+
+    assert stored(DirectoryStore(tmp_path / "store")) == once(*range(3))
 
 
 def test_sigterm_ends_it_in_the_middle_of_a_request_without_an_answer(
