@@ -60,6 +60,8 @@ _HEAD = Struct("=IHHIII")
 _TIME = Struct("=Q")
 _LOST = Struct("=8x8xQ")
 _MMAP2 = Struct("=8xIIQQQ24xII")
+START = slice(16, 24)
+"""Of the raw bytes of an MMAP2 record: the first address."""
 _DEVICE = Struct("=40xIIQ")
 _KSYMBOL = Struct("=8xQIHH")
 _MOST_RECORDS_PER_S = 100_000
@@ -196,6 +198,8 @@ class Rings:
         damaged: how many could not be read. Each is a gap too.
         last_exits: when a thread that is not the first one of its process exited last, by process,
             in what was read since the owner emptied it.
+        muted: processes whose MMAP2 records are left out, until they exec or another one gets the
+            pid. For the owner to add to, and to clear where that may have been missed.
     """
 
     def __init__(
@@ -208,6 +212,9 @@ class Rings:
         self.lost = 0
         self.damaged = 0
         self.last_exits: dict[int, int] = {}
+        self.muted: set[int] = set()
+        self._left_out: tuple[set[int], set[int]] = set(), set()  # by this `read`, and the last one
+        self._unmuted: set[int] = set()
         self._pages = pages
         self._clock_ns = clock_ns
         self._rings: dict[int, _Ring] = {}
@@ -241,6 +248,7 @@ class Rings:
         """
         cutoff_ns = self._clock_ns()
         self._limit_wakes(cutoff_ns)
+        self._left_out = (set(), self._left_out[0])
         merged = self._held_back
         self._held_back = []
         for ring in self._rings.values():
@@ -258,6 +266,16 @@ class Rings:
         """Return the code that the kernel was seen to make up to the last `read`, each once."""
         symbols, self._kernel_symbols = self._kernel_symbols, []
         return symbols
+
+    def take_doubtful(self) -> list[int]:
+        """Return processes that are not `muted` any more, of whose records some may be missing.
+
+        They have begun a program, and mappings of them were left out a moment before or after: a
+        process may write into several rings, which are read one after the other.
+        """
+        doubtful = list(self._unmuted)
+        self._unmuted.clear()
+        return doubtful
 
     def refresh(self) -> None:
         """Follow CPUs that went offline or came online. To be called about every second.
@@ -325,6 +343,7 @@ class Rings:
         self, ring: "_Ring", cutoff_ns: int, merged: list[Record]
     ) -> None:
         unread, is_full = ring.take()
+        muted, left_out = self.muted, self._left_out[0]
         smallest = _SMALLEST.get
         unpack_head, unpack_time, append = _HEAD.unpack_from, _TIME.unpack_from, merged.append
         position, end, count = 0, len(unread), 0
@@ -340,10 +359,17 @@ class Rings:
                         (time_ns,) = unpack_time(unread, position - 8)
                         self.last_exits[pid] = max(time_ns, self.last_exits.get(pid, 0))
                     continue
+                if type_ == PERF_RECORD_FORK:
+                    self._unmute(pid)
             elif type_ == PERF_RECORD_COMM:
                 if not misc & PERF_RECORD_MISC_COMM_EXEC:
                     continue
-            elif type_ != PERF_RECORD_MMAP2:
+                self._unmute(pid)
+            elif type_ == PERF_RECORD_MMAP2:
+                if pid in muted:
+                    left_out.add(pid)
+                    continue
+            else:
                 if type_ == PERF_RECORD_LOST:
                     self._note_lost(ring, unread, start, position)
                 elif type_ == PERF_RECORD_KSYMBOL:
@@ -360,6 +386,11 @@ class Rings:
         ring.was_full = is_full or position < end
         if ring.was_full:
             self._gaps.append(Gap(ring.last_ns, cutoff_ns))
+
+    def _unmute(self, pid: int) -> None:
+        self.muted.discard(pid)
+        if any(pid in pids for pids in self._left_out):
+            self._unmuted.add(pid)
 
     def _note_lost(self, ring: "_Ring", unread: bytes, start: int, end: int) -> None:
         """Count a LOST record, which stands where the lost ones would have stood.

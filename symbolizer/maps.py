@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-MAX_MAPPINGS = 8_192
+MAX_MAPPINGS = 4_096
 """Executable ones of one process. Browsers and JVMs have a few hundred."""
 
 _DELETED = b" (deleted)"
@@ -223,9 +223,12 @@ def _query_maps(fd: int) -> list[Mapping]:
     raise TooManyMappings
 
 
+_path = ctypes.create_string_buffer(_PATH_BYTES)  # making one takes longer than the query
+
+
 def _query(fd: int, address: int, flags: int) -> _Line | None:
     """Return the mapping at an address, or what else `flags` ask for; None if there is none."""
-    path = ctypes.create_string_buffer(_PATH_BYTES)
+    path = _path
     query = _Query(size=ctypes.sizeof(_Query), query_flags=flags, query_addr=address)
     query.vma_name_addr, query.vma_name_size = ctypes.addressof(path), _PATH_BYTES
     try:

@@ -17,6 +17,9 @@ The kernel does not report munmap. A mapping stays in the table until another ta
 as no code runs in a range that is not mapped, no sample is named wrongly by it. After a gap in the
 records every process starts anew. If the mappings are not known, the table is empty and says
 `[exited]`.
+
+A process with too many mappings is degraded: its records are left out by the rings, and its maps
+are not read again, also after a gap, for as long as it runs the same program.
 """
 
 import logging
@@ -57,12 +60,15 @@ log = logging.getLogger(__name__)
 RETENTION_NS = 4_000_000_000
 """How long an ended process is kept. Samples are drained a second or two after their records."""
 
-MAX_LOG_BYTES = 16 << 20
-"""All logs together; 1,000 execs a second need a third of it. Beyond it the oldest logs go, their
-processes need a snapshot, and `dropped_logs` says how many they were."""
+MAX_LOG_BYTES = 8 << 20
+"""All logs together; 1,000 execs a second need two thirds of it. Beyond it the oldest logs go,
+their processes need a snapshot, and `dropped_logs` says how many they were."""
 
 _MAX_USERS = 16  # of one table: forked workers, the latest
 _MAX_ANCESTORS = 4
+_WARN_EVERY_NS = 10_000_000_000
+_MAX_DEGRADED = 1024
+"""So many are known again after a gap."""
 _FOLD_RECORDS = 64  # JIT compilers may map without end: longer logs are folded into the base
 
 
@@ -97,6 +103,8 @@ class AddressSpaces:
         self._past: dict[int, list[MappingLog]] = {}
         self._ended: deque[MappingLog] = deque()
         self._long: set[MappingLog] = set()
+        self._too_many: dict[int, tuple[int, int]] = {}
+        self._next_warning_ns: dict[str, int] = {}
         self._users: WeakKeyDictionary[MappingTable, dict[int, None]] = WeakKeyDictionary()
 
     def poll(self) -> None:
@@ -212,6 +220,10 @@ class AddressSpaces:
             records = records[before:]
         self._append(records)
 
+        for pid in self._rings.take_doubtful():
+            if pid in self._current:
+                self._begin_anew(self._current[pid])
+
     def _append(self, records: Sequence[Record]) -> None:  # noqa: C901 - runs for every record
         current, trusted_ns = self._current, self._trusted_ns
         for record in records:
@@ -261,7 +273,7 @@ class AddressSpaces:
     def _cut(self, start_ns: int, end_ns: int) -> None:
         """End all processes where the records end. What runs on after the gap starts anew."""
         self.gaps += 1
-        log.warning("lost records gap_ns=%d total=%d", end_ns - start_ns, self._rings.lost)
+        self._warn("lost records gap_ns=%d total=%d", end_ns - start_ns, self._rings.lost)
         for process in list(self._current.values()):
             if process.begin_ns <= start_ns:
                 self._retire(process, start_ns)
@@ -269,6 +281,7 @@ class AddressSpaces:
                 self._drop(process)
         self._current.clear()
         self._long.clear()
+        self._rings.muted.clear()  # an exec may be among what was lost
         self._trusted_ns = max(self._trusted_ns, end_ns)
 
     def _drop_oldest_logs(self) -> None:
@@ -278,7 +291,14 @@ class AddressSpaces:
             if process.records:
                 self.dropped_logs += 1
                 self._begin_anew(process)
-        log.warning("dropped logs total=%d", self.dropped_logs)
+        self._warn("dropped logs total=%d", self.dropped_logs)
+
+    def _warn(self, message: str, *values: int) -> None:
+        """Log what any process may bring about as often as it likes, each message now and then."""
+        now_ns = time.monotonic_ns()
+        if now_ns >= self._next_warning_ns.get(message, 0):
+            self._next_warning_ns[message] = now_ns + _WARN_EVERY_NS
+            log.warning(message, *values)
 
     def _begin_anew(self, process: "MappingLog") -> None:
         """Drop a log. If the process still runs, /proc tells what it has from here on."""
@@ -331,6 +351,9 @@ class AddressSpaces:
         if process.base is None and process.parent is None and not process.execs:
             self._begin_anew(process)  # never sampled: /proc can tell when it is
             return
+        if process.count_starts() > MAX_MAPPINGS:  # much cheaper than its table
+            self._degrade(process)
+            return
         moment_ns = process.records[-1].time_ns
         table = self._table(process, moment_ns)
         if len(table.mappings) > MAX_MAPPINGS or table.missing == TOO_MANY.missing:
@@ -342,9 +365,24 @@ class AddressSpaces:
 
     def _degrade(self, process: "MappingLog") -> None:
         self.degraded += 1
-        log.warning("too many mappings pid=%d", process.pid)
+        self._warn("too many mappings pid=%d total=%d", process.pid, self.degraded)
         self.log_bytes -= process.degrade()
         self._long.discard(process)
+        if self._current.get(process.pid) is process:
+            self._rings.muted.add(process.pid)
+            self._remember_too_many(process.pid, self._program(process.pid))
+
+    def _remember_too_many(self, pid: int, program: tuple[int, int] | None) -> None:
+        self._too_many.pop(pid, None)
+        if program is not None:
+            self._too_many[pid] = program
+            if len(self._too_many) > _MAX_DEGRADED:
+                del self._too_many[next(iter(self._too_many))]
+
+    def _program(self, pid: int) -> tuple[int, int] | None:
+        """Return what another program in a process does not share: its start and its stack."""
+        stat = read_stat(pid, self._proc)
+        return (stat.start_ticks, stat.stack) if stat and stat.stack else None
 
     def _table(
         self, process: "MappingLog", at_ns: int, start_ns: int | None = None
@@ -394,10 +432,14 @@ class AddressSpaces:
         self.snapshots += 1
         begin_ns = time.monotonic_ns()
         start_ticks = self._start_ticks(process.pid)
+        program = self._program(process.pid)
         try:
+            if program is not None and program == self._too_many.get(process.pid):
+                raise TooManyMappings
             mappings = self._read_maps(process) if start_ticks else []
         except TooManyMappings:
             mappings = None
+            self._remember_too_many(process.pid, program)
         except ProcessLookupError:
             start_ticks = None
         is_same = start_ticks == self._start_ticks(process.pid)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import NamedTuple
 
-from bpf.records import Record, decode_mmap2
+from bpf.records import START, Record, decode_mmap2
 from symbolizer.maps import MAX_MAPPINGS, Mapping, MappingTable
 
 NEVER_NS = 1 << 63
@@ -92,6 +92,10 @@ class MappingLog:
             self._tables.clear()
         else:
             self.records.append(record)
+
+    def count_starts(self) -> int:
+        """Return how many places it has mapped something to."""
+        return len({record.raw[START] for record in self.records})
 
     def settle(self, base: Base) -> None:
         self.base = base

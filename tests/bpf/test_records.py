@@ -216,6 +216,25 @@ def test_record_younger_than_the_read_waits_for_the_next(rings: WrittenRings) ->
     assert [record.pid for record in second.records] == [11, 12]
 
 
+def test_mappings_of_muted_processes_are_left_out_until_they_exec(rings: WrittenRings) -> None:
+    """One that may have lost some after its exec, as it moved between CPUs, is told."""
+    file = bytes(24)
+    rings.muted |= {7, 12}
+    rings.writers[0].write(make_mmap2(file, b"/a", time_ns=5), make_fork(10, 6))
+    first, _ = rings.read()
+    rings.writers[1].write(make_comm(7, 4, b"true", PERF_RECORD_MISC_COMM_EXEC), make_fork(12, 7))
+    rings.read()
+    doubtful = rings.take_doubtful()
+    rings.writers[0].write(make_mmap2(file, b"/b", time_ns=8))
+    third, _ = rings.read()
+
+    assert [record.pid for record in first] == [10]
+    assert doubtful == [7]
+    assert rings.muted == set()
+    assert [record.pid for record in third] == [7]
+    assert rings.take_doubtful() == []
+
+
 def test_threads_and_renames_are_left_out(rings: WrittenRings) -> None:
     """They change nothing of what a process has mapped."""
     rings.writers[0].write(

@@ -20,7 +20,7 @@ from profiler.processes.address_spaces import RETENTION_NS, AddressSpaces
 from profiler.processes.generations import is_running, read_stat
 from symbolizer import maps
 from symbolizer.files import ProcessFiles
-from symbolizer.maps import MappingTable
+from symbolizer.maps import Mapping, MappingTable
 from tests.support.live import wait_for
 from tests.support.targets import compile_target
 
@@ -780,6 +780,41 @@ def test_process_with_too_many_mappings_is_itself_again_after_an_exec(
 
     assert before.missing == "[too many mappings]"
     assert SLEEP in paths(spaces.mappings(target.pid, now()))
+
+
+@pytest.mark.alone
+def test_process_with_too_many_mappings_stays_degraded_over_a_gap(
+    many_mappings: Path, start: Callable[[], Target], small_rings: Rings, monkeypatch
+) -> None:
+    """Its maps are not read again, unless it runs another program by then."""
+    spaces = AddressSpaces(small_rings)
+    read_of: list[int] = []
+    read_maps = spaces._read_maps
+    monkeypatch.setattr(spaces, "_read_maps", lambda p: (read_of.append(p.pid), read_maps(p))[1])
+    target = start()
+    with contextlib.closing(Mapper(many_mappings, many_mappings.parent / "file", 65_000, 0)) as it:
+        it.go_on()
+        wait_for(lambda: is_degraded(spaces, it.pid))
+        overflow(spaces)
+        del read_of[:]
+        wait_for(lambda: is_degraded(spaces, it.pid))
+    monkeypatch.setattr(module, "read_maps", too_many)
+    wait_for(lambda: is_degraded(spaces, target.pid))
+    monkeypatch.undo()
+    target.become("exec", SLEEP)
+    overflow(spaces)
+
+    assert it.pid not in read_of
+    wait_for(lambda: spaces.poll() or SLEEP in paths(spaces.mappings(target.pid, now())))
+
+
+def is_degraded(spaces: AddressSpaces, pid: int) -> bool:
+    spaces.poll()
+    return spaces.mappings(pid, now()).missing == "[too many mappings]"
+
+
+def too_many(_fd: int) -> list[Mapping]:
+    raise maps.TooManyMappings
 
 
 def test_many_mappings_that_are_not_executable_hide_nothing(many_mappings: Path) -> None:
