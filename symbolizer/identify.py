@@ -13,6 +13,7 @@ The large parts of a file are sampled: hashing a whole program would take second
 
 import base64
 import contextlib
+import ctypes
 import os
 import zlib
 from collections import OrderedDict
@@ -40,6 +41,7 @@ from symbolizer.symbols.elf import (
     hash_content,
     read_elf,
 )
+from symbolizer.symbols.variants import NOBODY
 from symbolizer.unwind.build import build
 from symbolizer.unwind.rules import ROW
 from symbolizer.unwind.table import PAGE, UnwindCache, UnwindTable
@@ -71,16 +73,28 @@ _STT_NOTYPE, _STT_FUNC, _STT_GNU_IFUNC = 0, 2, 10
 _SCATTER = np.uint64(0x9E3779B97F4A7C15)
 
 _MAX_IDENTIFIED = 2048
+_FUSE_SUPER_MAGIC = 0x65735546  # include/uapi/linux/magic.h
+_STATFS_BYTES = 256
+"""More than struct statfs has, of which `f_type` comes first."""
+_libc = ctypes.CDLL(None, use_errno=True)
+
 _SMALL_FRAME_BYTES = 1 << 20
 """Tables from so much are built within a twentieth of a second or so."""
 
 
 class OpenedMapping(NamedTuple):
-    """The file behind a mapping; `status` is None for the vDSO."""
+    """The file behind a mapping.
+
+    Attributes:
+        status: None for the vDSO.
+        has_true_owner: whether the kernel keeps the owner, rather than believing a file system that
+            any user may serve.
+    """
 
     elf: Elf
     source: Source
     status: os.stat_result | None
+    has_true_owner: bool = True
 
 
 class NotOpened(Exception):  # noqa: N818 - states what became of it, as the reason does
@@ -162,7 +176,13 @@ def _as_mapped(
         return None, error.reason if before == Miss.NO_FILE else before
     if mapping.build_id not in ("", elf.build_id):
         return None, Miss.FILE_REPLACED
-    return OpenedMapping(elf, source, status), before
+    return OpenedMapping(elf, source, status, _keeps_owners(fd)), before
+
+
+def _keeps_owners(fd: int) -> bool:
+    """Return whether an open file is on another file system than FUSE (fstatfs(2))."""
+    found = (ctypes.c_long * (_STATFS_BYTES // ctypes.sizeof(ctypes.c_long)))()
+    return not _libc.fstatfs(fd, found) and found[0] != _FUSE_SUPER_MAGIC
 
 
 def _own_vdso(mapping: maps.Mapping) -> OpenedMapping:
@@ -191,7 +211,7 @@ class Identity(NamedTuple):
         functions: pairs of hashes, of an address and of the name of a function there, for a fixed
             choice of addresses; base64 of 32-bit words, empty without .symtab.
         has_symbols: whether it has a .symtab.
-        owner: the user id of the file's owner.
+        owner: the user id of the file's owner, or NOBODY.
         frame_bytes: what an unwind table would be built from.
     """
 
@@ -221,6 +241,8 @@ class Identifier:
         status = found.status
         if status is None:
             return _identify(found.elf, owner=0)
+        if not found.has_true_owner:  # then all else may be made up, too
+            return _identify(found.elf, NOBODY)
         changes = (
             *(status.st_dev, status.st_ino, status.st_size),
             *(status.st_mtime_ns, status.st_ctime_ns),

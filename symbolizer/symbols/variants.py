@@ -21,6 +21,9 @@ from symbolizer.location import Segment
 from symbolizer.symbols.candidates import Functions
 from symbolizer.symbols.table import SymbolCache, SymbolTable
 
+NOBODY = -1
+"""The owner of a file whose owner cannot be known. No other file takes its names."""
+
 _MAX_TABLES = 128
 _MAX_OWNERS = 16
 """Of which the best table for one code is known; root is always among them."""
@@ -36,7 +39,7 @@ class CodeFile(NamedTuple):
     Attributes:
         content: the hash of what its frames are named by.
         code: the hash of its code, the same for all variants of one build; empty if unknown.
-        owner: the user id of its owner.
+        owner: the user id of its owner, or NOBODY.
         has_symbols: whether it has a .symtab.
     """
 
@@ -102,7 +105,7 @@ class Variants:
                 self._index.forget(file.code, owner, content)
             elif own is None or not file.has_symbols or self._extends(content, table, file, own):
                 best = table
-        if own is not None:
+        if own is not None and file.owner != NOBODY:
             self._index.offer(file, own.named_code)
         return best
 

@@ -27,6 +27,7 @@ from symbolizer.maps import MappingTable
 from symbolizer.symbols.kernel import KERNEL_NAME
 from symbolizer.symbols.table import SymbolCache
 from tests.support.elf_files import build, read_symbols, strip
+from tests.support.file_systems import hanging
 from tests.support.naming import mappings_of
 from tests.support.targets import running
 
@@ -308,6 +309,22 @@ def test_a_file_of_another_user_names_no_stripped_program(tmp_path, rings, varia
     assert window.functions(liar)[0] == "lie"
     assert "lie" not in window.functions(good)
     assert window.functions(own)[0] == "lie" or window.module(own) == window.module(good)
+
+
+def test_a_file_whose_owner_a_user_makes_up_names_no_stripped_program(tmp_path, rings, variant):
+    """Who serves a file system by FUSE may say that its files are root's."""
+    whole = variant("whole", "lie", "second", "third")
+    stripped = strip(Path(shutil.copy(whole, tmp_path / "stripped")))
+    with (
+        hanging(tmp_path / "mount", whole) as served,
+        running_agent(tmp_path / "cache", rings) as agent,
+        started(served.file) as liar,
+        started(stripped) as good,
+    ):
+        window = agent.name(liar, good)
+
+    assert window.functions(liar)[0] == "lie"
+    assert "lie" not in window.functions(good)
 
 
 def test_evicted_tables_are_built_again(agent, program):
