@@ -155,8 +155,8 @@ class ProcessFiles:
         return _inside(root, resolved)
 
     def _open_map_file(self, mapping: Mapping) -> Iterator[OpenedFile]:
-        if mapping.build_id:  # it proves the file, so the maps need not be read
-            yield from self._open_range(mapping.start, mapping.end, is_certain=False)
+        # Its build id or inode proves the file, so the maps need not be read.
+        yield from self._open_range(mapping.start, mapping.end, is_certain=False)
         maps = self._current_maps()
         first = bisect_right(maps, mapping.start, key=attrgetter("end"))
         last = bisect_left(maps, mapping.end, key=attrgetter("start"))

@@ -16,17 +16,17 @@ import contextlib
 import ctypes
 import os
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from symbolizer import maps
 from symbolizer.digest import blake2b
 from symbolizer.files import OpenedFile, ProcessFiles, close_file, mount_of
+from symbolizer.identities import Identities, Identity
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import (
     SHF_ALLOC,
@@ -72,7 +72,6 @@ _COMPARED_NAME_BYTES = 256
 _STT_NOTYPE, _STT_FUNC, _STT_GNU_IFUNC = 0, 2, 10
 _SCATTER = np.uint64(0x9E3779B97F4A7C15)
 
-_MAX_IDENTIFIED = 2048
 _FUSE_SUPER_MAGIC = 0x65735546  # include/uapi/linux/magic.h
 _STATFS_BYTES = 256
 """More than struct statfs has, of which `f_type` comes first."""
@@ -82,19 +81,48 @@ _SMALL_FRAME_BYTES = 1 << 20
 """Tables from so much are built within a twentieth of a second or so."""
 
 
-class OpenedMapping(NamedTuple):
-    """The file behind a mapping.
+class OpenedMapping:
+    """The file behind a mapping. Its headers are read when they are first asked for.
 
     Attributes:
-        status: None for the vDSO.
+        source: what it holds.
+        identity: what it is, if that was known when it was opened.
+        file: its descriptor and its status from when it was opened; None for the vDSO.
         has_true_owner: whether the kernel keeps the owner, rather than believing a file system that
             any user may serve.
     """
 
-    elf: Elf
-    source: Source
-    status: os.stat_result | None
-    has_true_owner: bool = True
+    def __init__(
+        self,
+        source: Source,
+        file: tuple[int, os.stat_result] | None = None,
+        identity: Identity | None = None,
+        *,
+        has_true_owner: bool = True,
+    ) -> None:
+        self.source, self.file, self.identity = source, file, identity
+        self.has_true_owner = has_true_owner
+        self._elf: Elf | None = None
+
+    @property
+    def elf(self) -> Elf:
+        """Return its headers.
+
+        Raises:
+            UnreadableElf: with the reason.
+        """
+        if self._elf is None:
+            self._elf = read_elf(self.source)
+        return self._elf
+
+    @property
+    def build_id(self) -> str:
+        """Return its build id, or `hash_content` if it has none.
+
+        Raises:
+            UnreadableElf: with the reason.
+        """
+        return self.identity.build_id if self.identity else self.elf.build_id
 
 
 class NotOpened(Exception):  # noqa: N818 - states what became of it, as the reason does
@@ -104,41 +132,6 @@ class NotOpened(Exception):  # noqa: N818 - states what became of it, as the rea
         super().__init__(str(reason))
         self.reason = reason
         self.build_id = build_id
-
-
-@contextlib.contextmanager
-def opened(values: Mapping[str, Any]) -> Iterator[OpenedMapping]:
-    """Open the file of a mapping, once its identity is proved by inode or build id.
-
-    `values` are `pids` that have the mapping, the likeliest first, and the mapping's `start`,
-    `end`, `offset`, `path` (as of os.fsdecode), `device`, `inode` and `build_id`. Paths are opened
-    in the root of each process, and at last in our own.
-
-    Raises:
-        NotOpened: with the reason.
-    """
-    mapping = maps.Mapping(
-        start=values["start"],
-        end=values["end"],
-        file_offset=values["offset"],
-        path=os.fsencode(values["path"]),
-        device=(values["device"][0], values["device"][1]),
-        inode=values["inode"],
-        build_id=values["build_id"],
-    )
-    if mapping.path == b"[vdso]":
-        yield _own_vdso(mapping)
-        return
-    failure = Miss.NO_FILE
-    for fd, is_certain in _candidates(values["pids"], mapping):
-        try:
-            found, failure = _as_mapped(fd, mapping, is_certain=is_certain, before=failure)
-            if found is not None:
-                yield found
-                return
-        finally:
-            close_file(fd)
-    raise NotOpened(failure, mapping.build_id)
 
 
 def _candidates(pids: Iterable[int], mapping: maps.Mapping) -> Iterator[OpenedFile]:
@@ -152,31 +145,6 @@ def _candidates(pids: Iterable[int], mapping: maps.Mapping) -> Iterator[OpenedFi
         failure = files.failure if files.failure != Miss.NO_FILE else failure
     if failure != Miss.NO_FILE:
         raise NotOpened(failure, mapping.build_id)
-
-
-def _as_mapped(
-    fd: int, mapping: maps.Mapping, *, is_certain: bool, before: Miss
-) -> tuple[OpenedMapping | None, Miss]:
-    """Return an open file if it is the mapped one, else the reason to report if no other is."""
-    try:
-        status, source = os.fstat(fd), FileSource(fd)
-    except OSError:  # its file system has ended
-        return None, Miss.DAMAGED if before == Miss.NO_FILE else before
-    device = (os.major(status.st_dev), os.minor(status.st_dev))
-    is_same = is_certain or (device, status.st_ino) == (mapping.device, mapping.inode)
-    if not mapping.build_id and not is_same:
-        return None, Miss.FILE_REPLACED
-    try:
-        elf = read_elf(source)
-    except UnreadableElf as error:
-        if is_same:
-            with contextlib.suppress(UnreadableElf):
-                raise NotOpened(error.reason, mapping.build_id or hash_content(source)) from error
-            raise NotOpened(error.reason, mapping.build_id) from error
-        return None, error.reason if before == Miss.NO_FILE else before
-    if mapping.build_id not in ("", elf.build_id):
-        return None, Miss.FILE_REPLACED
-    return OpenedMapping(elf, source, status, _keeps_owners(fd)), before
 
 
 def _keeps_owners(fd: int) -> bool:
@@ -194,7 +162,9 @@ def _own_vdso(mapping: maps.Mapping) -> OpenedMapping:
         fd = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
         try:
             source = MemorySource(os.pread(fd, own.end - own.start, own.start))
-            return OpenedMapping(read_elf(source), source, None)
+            found = OpenedMapping(source)
+            found.elf  # noqa: B018 - it raises if there is none
+            return found
         except (OSError, UnreadableElf):  # a hardened kernel
             break
         finally:
@@ -202,35 +172,46 @@ def _own_vdso(mapping: maps.Mapping) -> OpenedMapping:
     raise NotOpened(Miss.NO_CODE_KNOWN, "")
 
 
-class Identity(NamedTuple):
-    """What a file is.
-
-    Attributes:
-        build_id: as the file claims it, or `hash_content` if it claims none.
-        segments: executable ones, as lists of p_vaddr, p_offset, p_filesz.
-        functions: pairs of hashes, of an address and of the name of a function there, for a fixed
-            choice of addresses; base64 of 32-bit words, empty without .symtab.
-        has_symbols: whether it has a .symtab.
-        owner: the user id of the file's owner, or NOBODY.
-        frame_bytes: what an unwind table would be built from.
-    """
-
-    build_id: str
-    code_key: str
-    table_key: str
-    content_key: str
-    segments: list[list[int]]
-    functions: str
-    has_symbols: bool
-    owner: int
-    frame_bytes: int
-
-
 class Identifier:
-    """Identifies files, each once as long as it does not change."""
+    """Opens files and identifies them, each once as long as it does not change."""
 
-    def __init__(self) -> None:
-        self._known: OrderedDict[tuple[int, ...], Identity] = OrderedDict()
+    def __init__(self, identities: Identities | None = None) -> None:
+        """Read nothing yet; without `identities` they are kept in memory."""
+        self._identities = identities or Identities()
+
+    @contextlib.contextmanager
+    def opened(self, values: Mapping[str, Any]) -> Iterator[OpenedMapping]:
+        """Open the file of a mapping, once it is proved by inode or build id.
+
+        `values` are `pids` that have the mapping, the likeliest first, and the mapping's `start`,
+        `end`, `offset`, `path` (as of os.fsdecode), `device`, `inode` and `build_id`. Paths are
+        opened in the root of each process, and at last in our own.
+
+        Raises:
+            NotOpened: with the reason.
+        """
+        mapping = maps.Mapping(
+            start=values["start"],
+            end=values["end"],
+            file_offset=values["offset"],
+            path=os.fsencode(values["path"]),
+            device=(values["device"][0], values["device"][1]),
+            inode=values["inode"],
+            build_id=values["build_id"],
+        )
+        if mapping.path == b"[vdso]":
+            yield _own_vdso(mapping)
+            return
+        failure = Miss.NO_FILE
+        for fd, is_certain in _candidates(values["pids"], mapping):
+            try:
+                found, failure = self._as_mapped(fd, mapping, is_certain, before=failure)
+                if found is not None:
+                    yield found
+                    return
+            finally:
+                close_file(fd)
+        raise NotOpened(failure, mapping.build_id)
 
     def identify(self, found: OpenedMapping) -> Identity:
         """Return what an opened file is.
@@ -238,22 +219,45 @@ class Identifier:
         Raises:
             UnreadableElf: with the reason.
         """
-        status = found.status
-        if status is None:
-            return _identify(found.elf, owner=0)
-        if not found.has_true_owner:  # then all else may be made up, too
-            return _identify(found.elf, NOBODY)
-        changes = (
-            *(status.st_dev, status.st_ino, status.st_size),
-            *(status.st_mtime_ns, status.st_ctime_ns),
-        )
-        identity = self._known.get(changes)
-        if identity is None:
-            identity = self._known[changes] = _identify(found.elf, status.st_uid)
-            if len(self._known) > _MAX_IDENTIFIED:
-                self._known.popitem(last=False)
-        self._known.move_to_end(changes)
-        return identity
+        if found.identity is None:
+            if found.file is None:
+                found.identity = _identify(found.elf, owner=0)
+            elif not found.has_true_owner:  # then all else may be made up, too
+                found.identity = _identify(found.elf, NOBODY)
+            else:
+                fd, status = found.file
+                found.identity = _identify(found.elf, status.st_uid)
+                self._identities.add(fd, status, found.identity)
+        return found.identity
+
+    def _as_mapped(
+        self, fd: int, mapping: maps.Mapping, is_certain: bool, before: Miss
+    ) -> tuple[OpenedMapping | None, Miss]:
+        """Return an open file if it is the mapped one, else the reason to report if no other is."""
+        try:
+            status, source = os.fstat(fd), FileSource(fd)
+        except OSError:  # its file system has ended
+            return None, Miss.DAMAGED if before == Miss.NO_FILE else before
+        device = (os.major(status.st_dev), os.minor(status.st_dev))
+        is_same = is_certain or (device, status.st_ino) == (mapping.device, mapping.inode)
+        if not mapping.build_id and not is_same:
+            return None, Miss.FILE_REPLACED
+        is_true = _keeps_owners(fd)
+        known = self._identities.find(fd, status) if is_true else None
+        found = OpenedMapping(source, (fd, status), known, has_true_owner=is_true)
+        try:
+            build_id = found.build_id
+        except UnreadableElf as error:
+            if is_same:
+                with contextlib.suppress(UnreadableElf):
+                    raise NotOpened(
+                        error.reason, mapping.build_id or hash_content(source)
+                    ) from error
+                raise NotOpened(error.reason, mapping.build_id) from error
+            return None, error.reason if before == Miss.NO_FILE else before
+        if mapping.build_id not in ("", build_id):
+            return None, Miss.FILE_REPLACED
+        return found, before
 
 
 def _identify(elf: Elf, owner: int) -> Identity:
@@ -355,11 +359,11 @@ def _sample_functions(elf: Elf, symbols: Section) -> str:
 
 
 class FileReader:
-    """Answers requests for files; tables go into a cache. It keeps what it has identified."""
+    """Answers requests for files; tables go into a cache."""
 
-    def __init__(self, cache: UnwindCache) -> None:
+    def __init__(self, cache: UnwindCache, identifier: Identifier | None = None) -> None:
         self._cache = cache
-        self._identifier = Identifier()
+        self._identifier = identifier or Identifier()
 
     def identify(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the Identity of a mapping's file; build its unwind table too, if that is small.
@@ -368,7 +372,7 @@ class FileReader:
         has `miss` and the build id, if that is known.
         """
         try:
-            with opened(values) as found:
+            with self._identifier.opened(values) as found:
                 identity = self._identifier.identify(found)
                 has_table = self._cache.holds(identity.table_key)
                 if not has_table and identity.frame_bytes <= _SMALL_FRAME_BYTES:
@@ -388,7 +392,7 @@ class FileReader:
             OSError: it cannot be written.
         """
         try:
-            with opened(values) as found:
+            with self._identifier.opened(values) as found:
                 identity = self._identifier.identify(found)
                 if not self._cache.holds(identity.table_key):
                     self._build(identity, found.source)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from symbolizer.identify import Identifier, NotOpened, OpenedMapping, opened
+from symbolizer.identify import Identifier, NotOpened, OpenedMapping
 from symbolizer.integers import Wide
 from symbolizer.location import Call, Miss, Place
 from symbolizer.symbols.demangle import Demangler
@@ -47,7 +47,11 @@ class Symbolizer:
     """Names offsets in files. Not thread-safe."""
 
     def __init__(
-        self, cache_dir: Path, cache_bytes: int = CACHE_BYTES, tables_bytes: int = _TABLES_BYTES
+        self,
+        cache_dir: Path,
+        cache_bytes: int = CACHE_BYTES,
+        tables_bytes: int = _TABLES_BYTES,
+        identifier: Identifier | None = None,
     ) -> None:
         """Create the folder; read no symbols yet.
 
@@ -55,8 +59,9 @@ class Symbolizer:
             cache_dir: where symbol tables are stored.
             cache_bytes: limit for the tables in `cache_dir`.
             tables_bytes: limit for the tables in memory.
+            identifier: opens files, and knows them.
         """
-        self.identifier = Identifier()
+        self._identifier = identifier or Identifier()
         self._variants = Variants(cache_dir, cache_bytes, tables_bytes)
         self._demangler = Demangler()
 
@@ -65,8 +70,8 @@ class Symbolizer:
     ) -> FileNames:
         """Return what is at each offset of a file.
 
-        If its table is not kept, the file is opened by `mapping`, see `identify.request`, and read.
-        Nothing is read without: the kernel's tables are stored by who can read them.
+        If its table is not kept, the file is opened by `mapping`, see `Identifier.opened`, and
+        read. Nothing is read without: the kernel's tables are stored by who can read them.
         """
         begun_ns = time.thread_time_ns()
         failure, is_built = None, False
@@ -103,9 +108,9 @@ class Symbolizer:
 
     @contextlib.contextmanager
     def _reopened(self, file: CodeFile, mapping: Mapping[str, Any]) -> Iterator[OpenedMapping]:
-        with opened(mapping) as found:
-            if self.identifier.identify(found).content_key != file.content:
-                raise NotOpened(Miss.FILE_REPLACED, found.elf.build_id)
+        with self._identifier.opened(mapping) as found:
+            if self._identifier.identify(found).content_key != file.content:
+                raise NotOpened(Miss.FILE_REPLACED, found.build_id)
             yield found
 
     def _find(self, table: SymbolTable, offsets: Wide) -> list[Place]:

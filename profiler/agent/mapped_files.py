@@ -213,7 +213,7 @@ class MappedFiles:
         return {file for file in files if file is not None}
 
     def request(self, file: MappedFile) -> dict[str, Any]:
-        """Return what a reader needs to open a file, as `symbolizer.identify.opened` takes it."""
+        """Return what a reader needs to open a file, as `Identifier.opened` takes it."""
         pids: dict[int, maps.Mapping] = {}
         for reference, mapping in reversed(file.tables):
             table = reference()

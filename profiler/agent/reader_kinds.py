@@ -6,7 +6,8 @@ from typing import Any
 
 from profiler.agent.reader import Read
 from profiler.processes.facts_reader import FactsReader
-from symbolizer.identify import FileReader
+from symbolizer.identify import FileReader, Identifier
+from symbolizer.identities import Identities
 from symbolizer.symbolizer import Symbolizer
 from symbolizer.symbols.variants import CodeFile
 from symbolizer.unwind.table import UnwindCache
@@ -14,8 +15,9 @@ from symbolizer.unwind.table import UnwindCache
 
 def kinds(cache: Path) -> Mapping[str, Read]:
     """Return what reads an item of each kind. Tables are kept in `cache`."""
-    files = FileReader(UnwindCache(cache / "unwind"))
-    symbolizer = Symbolizer(cache)
+    identifier = Identifier(Identities(cache / "files"))
+    files = FileReader(UnwindCache(cache / "unwind"), identifier)
+    symbolizer = Symbolizer(cache, identifier=identifier)
     return {
         "file": files.identify,
         "table": files.build_table,
@@ -28,7 +30,7 @@ def kinds(cache: Path) -> Mapping[str, Read]:
 def _names(symbolizer: Symbolizer, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is at the `offsets` of a file, see `FileNames`; each place once.
 
-    `mapping` is for `symbolizer.identify.opened`, None for images of the kernel.
+    `mapping` is for `Identifier.opened`, None for images of the kernel.
     """
     file = CodeFile(*(values[field] for field in CodeFile._fields))
     names = symbolizer.names(file, values["offsets"], values["mapping"])

@@ -861,7 +861,7 @@ def _read(source: FileSource) -> tuple[str, int]:
         return f"{len(functions.starts)} functions"
 
     def identify() -> str:
-        found = OpenedMapping(read_elf(source), source, None)
+        found = OpenedMapping(source)
         return f"build id of {len(Identifier().identify(found).build_id)}"
 
     attempt("identity", identify)
