@@ -54,9 +54,13 @@ _MAX_PLACES = 16_384
 """Ranges of offsets that are kept, some 400 bytes each with their text."""
 _MAX_FILES = 8192
 _RETRY_S, _LONGEST_RETRY_S = 60.0, 3600.0
+_ASK_EVERY_S = 10.0
+"""How often names are asked for of files that have a table: few large requests cost less."""
 _KERNEL_AGAIN_S = 60.0
 _SLOWEST = 5
 
+# Members of an enum are looked up slowly, and these with each wake.
+_PENDING, _IDENTIFIED = State.PENDING, State.IDENTIFIED
 _PROVISIONAL = "file "
 _JIT = "[jit]"
 _UNKNOWN_KERNEL = "[kernel]"
@@ -123,6 +127,7 @@ class Names:
         self._new: dict[MappedFile, set[int]] = {}
         self._new_in_kernel: dict[str, set[int]] = {}
         self._late: set[MappedFile] = set()
+        self._next_ask_s = 0.0
         self._best: dict[str, int] = {}
         self._kept = 0
         self._window = 1
@@ -172,16 +177,30 @@ class Names:
         """Take in code that the kernel has made since the last call."""
         self._kernel.add_programs(programs)
 
-    def ask(self) -> None:
-        """Ask readers for the names of what was located since the last call."""
-        for file in [file for file in self._new if file.state != State.PENDING]:
+    def ask(self, *, is_due: bool = False) -> None:
+        """Ask readers for the names of what was located since the last call.
+
+        Code is asked for at once when it is new: its file may be gone soon. What else is new in it
+        is asked for now and then, or when `is_due`.
+        """
+        now_s = time.monotonic()
+        is_due = is_due or now_s >= self._next_ask_s
+        if is_due:
+            self._next_ask_s = now_s + _ASK_EVERY_S
+        for file in list(self._new):
+            if file.state is _PENDING:
+                continue
+            code = self._code_of(file) if file.state is _IDENTIFIED else None
+            if code is not None and not is_due and code.has_answered:
+                continue
             offsets = self._new.pop(file)
-            if file.state == State.IDENTIFIED and offsets:
-                self._request(self._code_of(file), offsets, file)
-        for build_id, offsets in self._new_in_kernel.items():
-            _, code = self._images[build_id]
-            self._request(code, offsets, None)
-        self._new_in_kernel.clear()
+            if code is not None and offsets:
+                self._request(code, offsets, file)
+        if is_due:
+            for build_id, offsets in self._new_in_kernel.items():
+                _, code = self._images[build_id]
+                self._request(code, offsets, None)
+            self._new_in_kernel.clear()
 
     def name(
         self, locations: Iterable[Location], wait: Callable[[Callable[[], bool]], object]
@@ -277,6 +296,7 @@ class Names:
             except (KeyError, TypeError, ValueError):  # whatever has become of the reader
                 failure = Miss.DAMAGED
         code.failure = failure
+        code.has_answered = failure not in _PASSING
         if failure is None:
             code.failures = 0
             return
@@ -330,7 +350,7 @@ class Names:
         waited_for = files - self._late
 
         def is_done() -> bool:
-            self.ask()
+            self.ask(is_due=True)
             return not any(file in self._new for file in waited_for) and not any(
                 code.asked and not code.is_late and not code.failures for code in self._all_codes()
             )

@@ -128,7 +128,7 @@ class Agent:
         """Wait until nothing is asked for, however long this host takes."""
 
         def is_done() -> bool:
-            self.names.ask()
+            self.names.ask(is_due=True)
             return self.readers.is_idle
 
         assert self.readers.wait(time.monotonic() + 30, is_done)
@@ -198,6 +198,22 @@ def variant(tmp_path):
         return path
 
     return make
+
+
+def test_more_of_known_code_is_asked_for_by_one_request(agent, program):
+    """Small requests at each wake would cost more than the answers: they wait for each other."""
+    with started(program) as process:
+        window = agent.window()
+        window.sample(process, process.functions[:1])
+        agent.settle()
+        answered = agent.readers.answered
+        for function in process.functions[1:]:
+            window.sample(process, [function])
+            assert agent.readers.is_idle
+        window.close()
+
+        assert window.functions(process) == list(FUNCTIONS)
+        assert agent.readers.answered == answered + 1
 
 
 def test_a_window_without_new_code_asks_nothing(agent, program):
