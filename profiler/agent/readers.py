@@ -3,7 +3,7 @@
 `ask` returns at once; what was read arrives with a later `poll`, which calls back. A child that
 takes too much memory or CPU time, hangs or crashes costs the item that it was reading, and another
 child takes its place. One that cannot even be killed, because a file system does not answer, is
-left behind. Children exit when nothing was asked for a while.
+left behind. Children exit when nothing was asked for a while, and all but one of them soon.
 """
 
 import enum
@@ -28,9 +28,12 @@ log = logging.getLogger(__name__)
 KINDS = "profiler.agent.reader_kinds"
 _CHILDREN = max(2, min(4, os.cpu_count() or 1))
 _BATCH = 32
-_IDLE_S = 20.0
-_SECOND_AFTER_S = 0.02
-"""Another child is started when something has waited for so long: most are answered earlier."""
+_FIRST_IDLE_S, _OTHERS_IDLE_S = 90.0, 2.0
+"""For how long one child stays when nothing is asked, and others. To start one takes 0.2 s of CPU
+time, and each takes some 30 MB: so one stays from one window to the next."""
+_SECOND_AFTER_S = 0.5
+"""Another child is started when something has waited for so long: most are answered earlier, also
+by a child that has just been started."""
 _LOOK_S = 0.5
 _HANGS_AFTER_S = 2.0
 """A child that has used no CPU time for so long, and does not wait for a CPU, hangs."""
@@ -104,6 +107,7 @@ class Readers:
         self._groups: dict[str, _Group] = {}
         self._epoll = select.epoll()
         self._pause_until_s = 0.0
+        self._is_closed = False
         self._budget_s, self._budget_at_s = _BUDGET_S, time.monotonic()
 
     def fileno(self) -> int:
@@ -149,7 +153,8 @@ class Readers:
         now_s = time.monotonic()
         for child in list(self._children.values()):
             if child.is_idle:
-                if now_s - child.since_s > _IDLE_S:
+                is_first = child is next(iter(self._children.values()))
+                if now_s - child.since_s > (_FIRST_IDLE_S if is_first else _OTHERS_IDLE_S):
                     self._end(child)
             elif child.hangs(now_s):
                 self._fail(child, Failure.HUNG)
@@ -167,6 +172,8 @@ class Readers:
         return True
 
     def close(self) -> None:
+        """End all children. What is asked for afterwards is never answered."""
+        self._is_closed = True
         for child in list(self._children.values()):
             self._kill(child)
         until_s = time.monotonic() + _CLOSE_S
@@ -273,7 +280,8 @@ class Readers:
     def _start(self, now_s: float) -> "_Child | None":
         oldest_s = min(waiting[0].asked_s for waiting in self._waiting if waiting)
         if (
-            len(self._children) >= self._limit
+            self._is_closed
+            or len(self._children) >= self._limit
             or (self._children and now_s - oldest_s < _SECOND_AFTER_S)
             or now_s < self._pause_until_s
             or len(self._left) >= _MAX_LEFT_BEHIND

@@ -2,7 +2,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,14 @@ class Asked:
         done = self.readers.wait(deadline_s, lambda: len(self.answers) == self.number)
         assert done, f"{len(self.answers)} of {self.number} answers"
         return dict(self.answers)
+
+
+def wait_until(readers: Readers, is_true: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not is_true() and time.monotonic() < deadline_s:
+        readers.poll()
+        time.sleep(0.01)
+    assert is_true()
 
 
 @pytest.fixture
@@ -143,6 +151,30 @@ def test_readers_have_few_privileges_and_no_network(asked: Asked) -> None:
     assert {bit for bit in range(64) if found["effective"] >> bit & 1} <= reading
     assert {bit for bit in range(64) if found["permitted"] >> bit & 1} <= reading
     assert len(found["descriptors"]) <= 5  # the fifth is that of the listing
+
+
+def test_all_children_but_one_end_soon(asked: Asked, tmp_path: Path) -> None:
+    """The one that stays answers what is asked for later without being started."""
+    os.mkfifo(tmp_path / "pipe")
+    asked.ask("open", path=str(tmp_path / "pipe"))
+    asked.ask("echo", say="")  # waits in the same batch or for another child
+    asked.ask("echo", "other", say="")
+    wait_until(asked.readers, lambda: asked.readers.status()["children"] == 2)
+    (tmp_path / "pipe").write_text("read")
+    asked.wait()
+
+    wait_until(asked.readers, lambda: asked.readers.status()["children"] < 2)
+
+    assert asked.readers.status()["children"] == 1
+
+
+def test_nothing_is_started_after_the_end(asked: Asked) -> None:
+    """Whoever asks then gets no answer, and leaves no process behind."""
+    asked.readers.close()
+
+    asked.ask("echo", say="")
+
+    assert asked.readers.status()["children"] == 0
 
 
 def test_a_child_that_has_grown_is_replaced(asked: Asked) -> None:
