@@ -19,7 +19,7 @@ from profiler.agent.status import rss_bytes
 from profiler.processes.generations import TICK_NS
 from storage.profile import GOOD_STOPS, Accounting, Host, Labels, Loss, ProfileBuilder, Window
 
-_SHORTEST_DRAIN_PERIOD_S, DRAIN_PERIOD_S, _LONGEST_DRAIN_PERIOD_S = 0.25, 1.0, 2.0
+_SHORTEST_DRAIN_PERIOD_S, _DRAIN_PERIOD_S, _LONGEST_DRAIN_PERIOD_S = 0.25, 1.0, 2.0
 _LATE_NS = 2_000_000_000
 """A window that is closed so late does not end at its edge: the ticks since then are in it."""
 _FIRST_NS = 60_000_000_000
@@ -276,7 +276,7 @@ def drain_period_s(lasts_s: float, late_s: float) -> float:
 
     `lasts_s` is when the maps are half full at the earliest, `late_s` how late drains have come.
     """
-    longest_s = min(_LONGEST_DRAIN_PERIOD_S, max(DRAIN_PERIOD_S, lasts_s))
+    longest_s = min(_LONGEST_DRAIN_PERIOD_S, max(_DRAIN_PERIOD_S, lasts_s))
     return max(_SHORTEST_DRAIN_PERIOD_S, min(longest_s, lasts_s - late_s))
 
 

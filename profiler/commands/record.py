@@ -20,7 +20,7 @@ from profiler.agent.ready import announce
 from profiler.agent.recorder import Recorder
 from profiler.agent.signals import ENDING, Signals
 from profiler.agent.supervise import RefusedError
-from profiler.agent.window import DRAIN_PERIOD_S, deviation
+from profiler.agent.window import deviation
 from profiler.commands import arguments, outputs
 from profiler.commands.targets import Command, Processes, Target, target_of
 from profiler.formats import export
@@ -193,7 +193,7 @@ def _sample(
     target.start()
     begun = time.monotonic()
     deadline = begun + options.duration_s
-    next_step = begun + DRAIN_PERIOD_S
+    next_step = begun + recorder.drain_period_s
     asked = False
     ending: list[str] = []
     guard = Guard("recording", _LONGEST_PAUSE_S, has_traceback=False)
@@ -217,7 +217,7 @@ def _sample(
             guard.resume()
             if guard.run(recorder.step):
                 guard.run(lambda: progress.show(time.monotonic() - begun, recorder.counts))
-            next_step = max(next_step + DRAIN_PERIOD_S, now)
+            next_step = max(next_step + recorder.drain_period_s, now)
     else:
         if isinstance(target, Processes):
             ending.append(f"stopped after {time.monotonic() - begun:.1f} s: {target.name} ended")

@@ -8,7 +8,6 @@ import time
 from bpf.sampler import SamplerConfig
 from profiler.agent.recorder import Recorder
 from profiler.agent.signals import ENDING, Signals
-from profiler.agent.window import DRAIN_PERIOD_S
 from profiler.commands import arguments, terminal
 from profiler.commands.targets import target_of
 from profiler.text import counted, tell
@@ -63,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _sample(recorder: Recorder, signals: Signals, until: float) -> bool:
     """Sample until then; return False if a signal asks to end."""
-    next_step = time.monotonic() + DRAIN_PERIOD_S
+    next_step = time.monotonic() + recorder.drain_period_s
     while time.monotonic() < until:
         met = signals.wait(min(next_step, until))
         recorder.catch_up()
@@ -71,7 +70,7 @@ def _sample(recorder: Recorder, signals: Signals, until: float) -> bool:
             return False
         if time.monotonic() >= next_step:
             recorder.step()
-            next_step = time.monotonic() + DRAIN_PERIOD_S
+            next_step = time.monotonic() + recorder.drain_period_s
     return True
 
 
