@@ -191,7 +191,7 @@ class Names:
             if file.state is _PENDING:
                 continue
             code = self._code_of(file) if file.state is _IDENTIFIED else None
-            if code is not None and not is_due and code.has_answered:
+            if code is not None and not is_due and not code.is_new:
                 continue
             offsets = self._new.pop(file)
             if code is not None and offsets:
@@ -268,6 +268,7 @@ class Names:
         for start in range(0, len(wanted), _BATCH_OFFSETS):
             some = wanted[start : start + _BATCH_OFFSETS]
             code.asked.update(some)
+            code.is_new = False
             values = {
                 "content": code.content,
                 "code": code.code,
@@ -296,7 +297,7 @@ class Names:
             except (KeyError, TypeError, ValueError):  # whatever has become of the reader
                 failure = Miss.DAMAGED
         code.failure = failure
-        code.has_answered = failure not in _PASSING
+        code.is_new = failure in _PASSING
         if failure is None:
             code.failures = 0
             return

@@ -15,7 +15,7 @@ class Code:
         named: how many functions its table names, 0 if that is not known.
         failure: why the last answer was none; `failures` is how many were none in a row.
         retry_s: when it may be asked for again (time.monotonic).
-        has_answered: whether readers have said anything of it.
+        is_new: whether nothing of it has been asked for, or not successfully.
         is_late: whether the last window was closed without an answer.
         used_in: the number of the last window with code of it.
     """
@@ -30,7 +30,7 @@ class Code:
         self.failure: Miss | None = None
         self.failures = 0
         self.retry_s = 0.0
-        self.has_answered = False
+        self.is_new = True
         self.is_late = False
         self.used_in = 0
         self._starts: list[int] = []
