@@ -201,7 +201,7 @@ def recording(split, tmp_path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]
     with running(split, "60") as busy:
         command = [EVERFLAME, "record", "-p", str(busy.pid), "--for", "60s", "-o", file]
         with running(*command, stderr=subprocess.PIPE) as process:
-            wait_for(lambda: has_events(process.pid))
+            wait_for(lambda: has_events(process.pid), 200)  # it compiles and reads tables first
             begun = cpu_s(busy.pid)
             wait_for(lambda: cpu_s(busy.pid) > begun + 0.5)
             yield process, file
@@ -230,7 +230,7 @@ def test_a_signal_ends_the_recording_and_the_file_is_written(met, recording) -> 
     process, file = recording
 
     process.send_signal(met)
-    _, talk = process.communicate(timeout=60)
+    _, talk = process.communicate(timeout=100)
 
     assert process.returncode == 0
     assert TALK in talk.decode()
@@ -266,7 +266,7 @@ def test_a_fault_in_a_step_does_not_take_what_was_counted_before(tmp_path) -> No
         told = next(line for line in process.stderr if b"survived a fault" in line)
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
         process.terminate()
-        _, talk = process.communicate(timeout=60)
+        _, talk = process.communicate(timeout=100)
 
     counts = pprof.decode(file.read_bytes()).accounting
     assert process.returncode == 0
@@ -316,7 +316,7 @@ def test_a_recording_ends_when_its_processes_have_ended(split, tmp_path) -> None
             assert recording.stderr.readline().startswith(b"sampling process ")
             process.kill()
             process.wait()
-            _, talk = recording.communicate(timeout=60)
+            _, talk = recording.communicate(timeout=100)
 
     assert recording.returncode == 0
     ended = rf"^stopped after \d+\.\d s: process {process.pid} ended$"
@@ -349,7 +349,7 @@ def test_a_process_that_ends_before_sampling_begins_is_an_error(tmp_path) -> Non
             wait_for(children.read_text, what="the child that compiles")
             process.kill()
             process.wait()
-            _, talk = recording.communicate(timeout=60)
+            _, talk = recording.communicate(timeout=100)
 
     assert recording.returncode == 2
     assert talk.decode() == (

@@ -21,7 +21,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
 
 
 def wait_for(
-    condition: Callable[[], object], timeout_s: float = 60, what: str = "the condition"
+    condition: Callable[[], object], timeout_s: float = 100, what: str = "the condition"
 ) -> None:
     """Ask again and again, less and less often: others need the CPU meanwhile."""
     deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
