@@ -23,6 +23,7 @@ SPREAD = (
     "tests/agent/test_agent.py",
     "tests/commands/test_record.py",
     "tests/commands/test_up.py",
+    "tests/symbolizer/test_hostile_files.py",
 )
 
 # A busy machine makes single examples slow; what a test may take in all is pytest's timeout.
@@ -37,6 +38,7 @@ LONGEST_FIRST = (
     "tests/service/test_connections.py",
     "tests/service/test_prefetch.py",
     "tests/storage/query/test_workers.py",
+    "tests/symbolizer/test_hostile_files.py",
 )
 """Files of a quarter of a minute and more: begun last, one would leave other workers idle."""
 
