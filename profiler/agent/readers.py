@@ -37,6 +37,8 @@ by a child that has just been started."""
 _LOOK_S = 0.5
 _HANGS_AFTER_S = 2.0
 """A child that has used no CPU time for so long, and does not wait for a CPU, hangs."""
+_LAST_LOOK_S, _LAST_HANGS_AFTER_S = 0.2, 0.75
+"""The same where the end of the sampler waits for readers."""
 _ITEM_S = 30.0
 """An item takes two seconds of CPU time at most; a busy host takes longer for them."""
 _SET_ASIDE_S = 60.0
@@ -47,7 +49,7 @@ _MAX_LEFT_BEHIND = 16
 _BUDGET_S, _BUDGET_SHARE = 30.0, 0.05
 """CPU time that readers may use at once, and the share of one CPU by which it grows again."""
 _START_PAUSE_S = 1.0
-_CLOSE_S = 0.5
+_CLOSE_S = 0.3
 """Killed children are waited for so long, all together."""
 
 
@@ -109,6 +111,7 @@ class Readers:
         self._pause_until_s = 0.0
         self._is_closed = False
         self._budget_s, self._budget_at_s = _BUDGET_S, time.monotonic()
+        self._patience = _Patience(_LOOK_S, _HANGS_AFTER_S)
 
     def fileno(self) -> int:
         """Return a descriptor that becomes readable when there are answers."""
@@ -156,7 +159,7 @@ class Readers:
                 is_first = child is next(iter(self._children.values()))
                 if now_s - child.since_s > (_FIRST_IDLE_S if is_first else _OTHERS_IDLE_S):
                     self._end(child)
-            elif child.hangs(now_s):
+            elif child.hangs(now_s, self._patience):
                 self._fail(child, Failure.HUNG)
         self._left = [left for left in self._left if left.process.poll() is None]
         self._hand_out()
@@ -170,6 +173,10 @@ class Readers:
             select.select([self._epoll], [], [], min(left_s, 0.05))
             self.poll()
         return True
+
+    def hasten(self) -> None:
+        """Give up sooner what hangs: the sampler is about to end."""
+        self._patience = _Patience(_LAST_LOOK_S, _LAST_HANGS_AFTER_S)
 
     def close(self) -> None:
         """End all children. What is asked for afterwards is never answered."""
@@ -317,6 +324,13 @@ class Readers:
         child.close()
 
 
+class _Patience(NamedTuple):
+    """How often children are looked at, and after how long without progress they hang."""
+
+    look_s: float
+    hangs_after_s: float
+
+
 class _Left(NamedTuple):
     """A child that has not ended yet, and the group at which it hangs."""
 
@@ -434,15 +448,15 @@ class _Child:
         self._is_asked = False
         self.since_s = time.monotonic()
 
-    def hangs(self, now_s: float) -> bool:
+    def hangs(self, now_s: float, patience: _Patience) -> bool:
         """Return whether it makes no progress; to be called now and then while it is asked."""
-        if now_s - self._looked_s < _LOOK_S:
+        if now_s - self._looked_s < patience.look_s:
             return False
         self._looked_s = now_s
         before_s = self.cpu_s
         if self.look() or self.cpu_s != before_s:
             self.since_s = now_s
-        return now_s - self.since_s > _HANGS_AFTER_S or now_s - self._progress_s > _ITEM_S
+        return now_s - self.since_s > patience.hangs_after_s or now_s - self._progress_s > _ITEM_S
 
     def look(self) -> bool:
         """Read its CPU time; return whether it runs or waits for a CPU."""

@@ -301,6 +301,7 @@ class Recorder:
     def stop(self) -> None:
         """End ticking; `close_window` still returns what was counted."""
         self._is_sampling = False
+        self.readers.hasten()
         self.sampler.stop()
         self._window.end()
 

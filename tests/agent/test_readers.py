@@ -1,3 +1,4 @@
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from profiler.agent import readers as module
 from profiler.agent.readers import Answer, Failure, Readers
 
 KINDS = "tests.support.reader_kinds"
@@ -137,6 +139,20 @@ def test_a_reader_that_hangs_is_replaced_and_its_group_set_aside(
     assert first["hung"] == Answer(None, Failure.HUNG)
     assert answers["same group"] == Answer(None, Failure.SET_ASIDE)
     assert answers["other group"] == Answer("content")
+
+
+def test_what_hangs_is_given_up_sooner_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal does not wait for a file system as long as sampling does."""
+    monkeypatch.setattr(module, "_HANGS_AFTER_S", 3600.0)
+    os.mkfifo(tmp_path / "fifo")
+    with contextlib.closing(Readers(tmp_path, kinds=KINDS)) as readers:
+        asked = Asked(readers)
+        asked.ask("open", "hung", path=str(tmp_path / "fifo"))
+        readers.hasten()
+
+        assert asked.wait()["hung"] == Answer(None, Failure.HUNG)
 
 
 def test_readers_have_few_privileges_and_no_network(asked: Asked) -> None:
