@@ -1,60 +1,33 @@
-"""From ticks to profiles: the pipeline that every recording command runs.
+"""From ticks to profiles: what every recording command runs.
 
-Each second: drain the kernel's maps, bring the processes up to date, find out where each address
-lies, and count the stack. What others own is read by reader children: labels and names are asked
-for when something is first seen, and are there when the window is closed, or in the next one.
-
-The module is long because it is the only one that knows all stages; each does its work elsewhere.
+Each second what the kernel has counted is drained, and goes through the stages of the `Pipeline`
+into the open window. A window ends where it is asked to end, also when the drain comes later.
 """
 
 import contextlib
 import logging
 import math
 import os
-import select
-import socket
-import tempfile
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-import numpy as np
-
 from bpf import perf_event
 from bpf.errors import SyscallError
-from bpf.records import Rings
-from bpf.sampler import Sampler, SamplerConfig
-from bpf.samples import Drain, RawSample
+from bpf.sampler import SamplerConfig
+from bpf.samples import Drain
 from bpf.tracers import find_tracers
 from profiler.agent import priority
-from profiler.agent.copied_stacks import ByMappings, CopiedStacks
-from profiler.agent.cost import Cost, return_large_blocks
-from profiler.agent.frames import FrameNumbers, Numbers
-from profiler.agent.mapped_files import MappedFiles
-from profiler.agent.names import CACHE_BYTES, Names
-from profiler.agent.readers import Answer, Readers
-from profiler.agent.supervise import RefusedError
-from profiler.agent.unwind_tables import Unwinding
+from profiler.agent.cost import return_large_blocks
+from profiler.agent.host import default_cache, refuse_time_namespace
+from profiler.agent.pipeline import Pipeline
 from profiler.agent.window import BusyTime, Clocks, Edge, OpenWindow, drain_period_s, split_drain
-from profiler.processes.activity import Activity
-from profiler.processes.address_spaces import AddressSpaces
-from profiler.processes.facts import Facts, request
-from profiler.processes.generations import clock_offsets, owner_of, parent_in_proc
-from profiler.processes.labels import Labeler, Subject, with_instance
-from profiler.processes.lifetimes import Lifetimes
 from profiler.processes.rules import Rules
 from profiler.text import listed
-from storage.profile import Accounting, Host, Loss, Profile
-from symbolizer.digest import blake2b
-from symbolizer.maps import MappingTable
-from symbolizer.symbols.kernel import Program
-from symbolizer.symbols.table import SymbolCache
+from storage.profile import Accounting, Loss, Profile
 from symbolizer.text import readable
-from symbolizer.unwind.table import UnwindCache
 
 log = logging.getLogger(__name__)
 
@@ -62,59 +35,8 @@ _NAME_TRACERS_EVERY_NS = 600 * 10**9
 _TRACERS_NAMED = 5
 _FORGET_LATE = 0.9
 """How much of the longest delay of a drain still counts after one more."""
-
-_SCAN_PERIOD_S = 5.0
-"""How often new services are looked for in /proc. Their first seconds are found all the same: a
-process's start is known."""
-
-_LIKELY_PROCESSES = 32
-"""Their files are asked for before it is known which processes are busy."""
-_MAX_BUSY_PROCESSES = 256
-_PREPARE_S, _FOLLOW_S = 4.0, 0.4
-"""How long the start waits for tables that are built, and for processes to be sampled."""
 _TABLES_S = 0.5
 """How long the closing of a window waits for the tables that its copied stacks need."""
-_READERS_S = 1.0
-"""For how long the closing of a window waits for labels and names that are being read."""
-_NEXT_ANSWER_S = 5.0
-
-
-def this_host() -> Host:
-    """Return the name of this host and an id that stays over restarts (from machine-id(5))."""
-    name = socket.gethostname()
-    seed = name
-    for path in (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id")):
-        if path.is_file() and (text := path.read_text().strip()):
-            seed = text
-            break
-    # machine-id(5) asks for a keyed hash wherever the id leaves the host.
-    return Host(name, blake2b(seed.encode(), digest_size=8, key=b"everflame").hexdigest())
-
-
-def default_cache() -> Path:
-    """Return where symbol tables are kept from one run to the next."""
-    if chosen := os.environ.get("EVERFLAME_CACHE"):
-        return Path(chosen)
-    if os.geteuid() == 0:
-        return Path("/var/cache/everflame")
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "everflame"
-
-
-def _open_cache(folder: Path) -> tuple[Path, "tempfile.TemporaryDirectory[str] | None"]:
-    """Return the cache folder, or a temporary one if it cannot be written to."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder, None
-    except OSError as error:
-        log.warning(
-            "cannot write to the cache folder %s: %s; symbols and unwind tables will be built again"
-            " next time (set EVERFLAME_CACHE to a folder that can be written)",
-            folder,
-            error.strerror,
-        )
-        temporary = tempfile.TemporaryDirectory(prefix="everflame-")
-        return Path(temporary.name), temporary
 
 
 class _Part(NamedTuple):
@@ -129,9 +51,6 @@ class _Held(NamedTuple):
 
     at: Clocks
     parts: list[_Part]
-
-
-Subjects = dict[str, Subject]
 
 
 class Recorder:
@@ -163,14 +82,10 @@ class Recorder:
         return_large_blocks()
         self.config = config
         self.period_ns = 1_000_000_000 // config.frequency_hz
-        self.cost = Cost()
-        self._host = this_host()
         self._commands = commands
-        self._next_scan_s = 0.0
         self._longest_ns = None if math.isinf(longest_window_s) else round(longest_window_s * 1e9)
         self._closed: list[Profile] = []
         self._is_sampling = False
-        self._closing_until_s = 0.0
         self._edge: Edge | None = None
         self._held: _Held | None = None
         self._late_s = 0.0
@@ -179,55 +94,17 @@ class Recorder:
         """BPF programs of others during which ticks may have been skipped, when last seen."""
         self._busy = BusyTime()
         with contextlib.ExitStack() as opened:
-            self._load((cache or default_cache()).absolute(), rules or Rules(), opened)
-            self._window = OpenWindow(self.period_ns, self._clocks)
-            self._subjects: Subjects = {}
-            self._frames = self._number_frames()
+            sampled = replace(config, copied_bytes_per_s=self.copied_bytes_per_s)
+            folder = (cache or default_cache()).absolute()
+            stages = self._stages = Pipeline(sampled, folder, rules or Rules(), commands)
+            opened.callback(stages.close)
+            self.sampler, self.readers, self.files = stages.sampler, stages.readers, stages.files
+            self.address_spaces, self.labeler = stages.address_spaces, stages.labeler
+            self.unwinding, self.copied = stages.unwinding, stages.copied
+            self.names, self.cost = stages.names, stages.cost
+            self._counted = stages.open(OpenWindow(self.period_ns, self._clocks))
             self._drained = self._window.begun
             self._opened = opened.pop_all()
-
-    def _load(self, cache: Path, rules: Rules, opened: contextlib.ExitStack) -> None:
-        """Load what must be closed, and enter it into `opened` as soon as it is there."""
-        # The records first: what maps before the first tick must be known at the first tick.
-        self._rings = Rings()
-        opened.callback(self._rings.close)
-        self._lifetimes = Lifetimes()
-        self.address_spaces = AddressSpaces(self._rings, lifetimes=self._lifetimes)
-        cache, temporary = _open_cache(cache)
-        if temporary:
-            opened.callback(temporary.cleanup)
-        self.readers = Readers(cache)
-        opened.callback(self.readers.close)
-        self.files = MappedFiles(self.readers, self.address_spaces)
-        # Readers open the files of what runs already while the programs are compiled.
-        self._activity = Activity(self.config.pids)
-        self.address_spaces.poll()
-        self.files.ask_for_all(self._activity.busiest(_LIKELY_PROCESSES))
-        config = replace(self.config, copied_bytes_per_s=self.copied_bytes_per_s)
-        self.sampler = opened.enter_context(Sampler(config, self._read_meanwhile))
-        self.names = Names(self.readers, self.files, SymbolCache(cache, CACHE_BYTES))
-        self.unwinding = Unwinding(
-            *(self.sampler, self.address_spaces, self.files, self.readers),
-            UnwindCache(cache / "unwind"),
-        )
-        self.copied = CopiedStacks(self.unwinding, self.address_spaces.mappings)
-        self._wakes = opened.enter_context(select.epoll())
-        for fd in (self._rings.fileno(), self.unwinding.fileno(), self.readers.fileno()):
-            self._wakes.register(fd, select.EPOLLIN)
-        self.labeler = Labeler(
-            rules.services,
-            parent_of=self._parent_of,
-            commands=self._commands,
-            ask=self._ask_for_facts,
-            lifetimes=self._lifetimes,
-        )
-        self._variables = rules.version_variables
-        self._wants_commands = any(rule.command is not None for rule in rules.services)
-        opened.callback(self.labeler.close)
-
-    def _read_meanwhile(self) -> None:
-        self.address_spaces.poll()
-        self.readers.poll()
 
     def __enter__(self) -> Self:
         return self
@@ -240,63 +117,25 @@ class Recorder:
     ) -> None:
         self.close()
 
-    def _parent_of(self, pid: int) -> int | None:
-        return self.address_spaces.parent_of(pid) or parent_in_proc(pid)
-
-    def _ask_for_facts(self, pid: int, start_ticks: int) -> None:
-        def learn(answer: Answer) -> None:
-            self.labeler.learn(pid, start_ticks, Facts.of_json(answer.result))
-
-        values = request(pid, start_ticks, self._variables, wants_command=self._wants_commands)
-        self.readers.ask("process", values, learn, turn=0, group=owner_of(pid))
+    @property
+    def _window(self) -> OpenWindow:
+        return self._counted.window
 
     def _clocks(self) -> Clocks:
         return Clocks.now(self._busy.read(), self.readers.cpu_ns)
 
-    def _scan(self) -> None:
-        """Look for new services now and then, whether they are sampled or not."""
-        if time.monotonic() >= self._next_scan_s:
-            with self.cost.of("labels"):
-                self.labeler.scan()
-            self._next_scan_s = time.monotonic() + _SCAN_PERIOD_S
-
     def start(self) -> None:
         """Begin to tick. A command that still waits to exec is not looked at as what it is now."""
         if not self._commands:
-            self._scan()
-        self._warm_up()
-        self._window = OpenWindow(self.period_ns, self._clocks)
-        self._subjects = {}
-        self._frames = self._number_frames()
+            self._stages.scan()
+        self._stages.warm_up()
+        self._counted = self._stages.open(OpenWindow(self.period_ns, self._clocks))
         self._drained = self._window.begun
         self._opened.enter_context(priority.raised(priority.chosen_nice(os.environ)))
         if not self.sampler.counts_skipped:
             log.warning("ticks that the kernel skips beside other BPF programs are not counted")
         self.sampler.start()
         self._is_sampling = True
-
-    def _warm_up(self) -> None:
-        """Load the tables of what runs already, so that stacks are whole from the first tick on.
-
-        Processes get known to the kernel when they are sampled: some ticks before the start do not
-        count.
-        """
-        pids = self._activity.since(_MAX_BUSY_PROCESSES)
-        if not pids:
-            return
-        self.address_spaces.poll()
-        self.unwinding.prepare(pids)
-        self._catch_up_until(self.unwinding.is_prepared, _PREPARE_S)
-        self.sampler.start()
-        self._catch_up_until(lambda: self.unwinding.follows(pids), _FOLLOW_S)
-        self.sampler.stop()
-        self.sampler.drain()
-
-    def _catch_up_until(self, is_done: Callable[[], bool], timeout_s: float) -> None:
-        until_s = time.monotonic() + timeout_s
-        while not is_done() and time.monotonic() < until_s:
-            select.select([self._wakes], [], [], 0.02)
-            self.catch_up()
 
     def stop(self) -> None:
         """End ticking; `close_window` still returns what was counted."""
@@ -308,7 +147,7 @@ class Recorder:
     @property
     def counts(self) -> Accounting:
         """Where the ticks of the open window have gone up to the last step."""
-        return self._window.accounting(self._host, {})
+        return self._window.accounting(self._stages.host, {})
 
     @property
     def drain_period_s(self) -> float:
@@ -320,28 +159,17 @@ class Recorder:
 
     def fileno(self) -> int:
         """Return a descriptor, readable when `catch_up` should not wait for the next step."""
-        return self._wakes.fileno()
+        return self._stages.fileno()
 
     def catch_up(self) -> None:
         """Read the kernel's records of processes, and answer the requests of its walks."""
-        with self.cost.of("drain"):
-            self.sampler.collect()
-        with self.cost.of("processes"):
-            self.address_spaces.poll()
-        with self.cost.of("unwind"):
-            self.unwinding.catch_up()
-            self.copied.advance()
-        self.readers.poll()
-        with self.cost.of("symbolize"):
-            self.names.ask()
+        self._stages.catch_up()
 
     def step(self) -> None:
         """Take in what was counted since the last step. To be called every `drain_period_s`."""
-        with self.cost.of("drain"):
-            self.sampler.refresh_cpus()
-            self._rings.refresh()
+        self._stages.refresh()
         self.drain()
-        self._scan()
+        self._stages.scan()
 
     def split_at(self, edge: Edge | None) -> None:
         """Set the moment at which the open window is to end.
@@ -399,7 +227,7 @@ class Recorder:
         """Count a drain in the open window; cut that if it has become longer than one may be."""
         cuts = self._window.begun.cuts(ended, self._longest_ns) if self._longest_ns else []
         if not cuts:
-            self._fold(drain)
+            self._stages.fold(self._counted, drain)
             return
         moments = (self._window.begun, *cuts, ended)
         edges_ns = [max(begun.monotonic_ns, moment.monotonic_ns) for moment in moments]
@@ -410,7 +238,7 @@ class Recorder:
         errors = []
         for part, cut in (*zip(parts, cuts, strict=True), (last, None)):
             try:
-                self._fold(part)
+                self._stages.fold(self._counted, part)
             except Exception as error:  # noqa: BLE001 - raised below: the other parts come first
                 errors.append(error)
             if cut is None:
@@ -444,7 +272,7 @@ class Recorder:
         if edge is not None and edge.utc_ns <= self._window.start_ns:
             # The window was opened so late that the edge it was to end at had passed.
             edge = None
-        self._catch_up_until(lambda: not self.copied.is_waiting, _TABLES_S)
+        self._stages.catch_up_until(lambda: not self.copied.is_waiting, _TABLES_S)
         held, self._held, self._edge = self._held, None, None
         if edge is None:
             self._fold_held(held)
@@ -469,155 +297,15 @@ class Recorder:
         self._window.take_lost(counts)
 
     def _cut(self, successor: OpenWindow, edge_ns: int | None) -> Profile:
-        window, frames = self._window, self._frames
-        self._window = successor
-        subjects, self._subjects = self._subjects, {}
-        self._frames = self._number_frames()
+        counted, self._counted = self._counted, self._stages.open(successor)
+        window = counted.window
         window.end(successor, edge_ns)
-        self._closing_until_s = time.monotonic() + _READERS_S
         try:
-            self._add(window, frames, subjects, self._release(window, is_closed=True))
-            window.settle()
-            with self.cost.of("labels"):
-                self._label(window, subjects)
-            with self.cost.of("symbolize"):
-                return self._name(window)
+            return self._stages.finish(counted, is_last=not self._is_sampling)
         except BaseException:
             window.settle()
             self.lose(window.counts)
             raise
 
-    def _label(self, window: OpenWindow, subjects: Mapping[str, Subject]) -> None:
-        """Replace what stood for the labels of a window. What is not read by then comes later."""
-        sampled = subjects.values()
-        self._wait_for_readers(lambda: self.labeler.is_complete(sampled))
-        instances = {each.source: self.labeler.instance_of(each) for each in sampled}
-        window.builder.relabel(lambda key: with_instance(key, instances))
-
-    def _name(self, window: OpenWindow) -> Profile:
-        builder = window.builder
-        named = self.names.name(builder.unnamed_locations(), self._wait_for_readers)
-        builder.replace_locations(named.locations)
-        for location, frames in named.frames:
-            window.bounded.name(location, frames)
-        window.bounded.add_modules(named.modules)
-        misses = Counter(named.misses)
-        misses.update({str(reason): number for reason, number in self.labeler.misses.items()})
-        self.labeler.misses.clear()
-        accounting = window.accounting(self._host, misses)
-        services = self.labeler.present(*window.boottime_ns)
-        return builder.build(window.window, replace(accounting, services=services))
-
-    def _wait_for_readers(self, is_done: Callable[[], bool]) -> None:
-        """Wait for what a window lacks: a second in all, after the last tick while answers come."""
-        if self.readers.wait(self._closing_until_s, is_done) or self._is_sampling:
-            return
-        answered = -1
-        while answered != self.readers.answered:
-            answered = self.readers.answered
-            if self.readers.wait(time.monotonic() + _NEXT_ANSWER_S, is_done):
-                return
-
     def close(self) -> None:
         self._opened.close()
-
-    def _fold(self, drain: Drain) -> None:
-        window = self._window
-        self.copied.hold(drain)
-        window.count(drain)
-        try:
-            with self.cost.of("processes"):
-                self.address_spaces.poll()
-                self.names.add_kernel_programs(
-                    [
-                        Program(readable(name), start, size)
-                        for start, size, name in self._rings.take_kernel_symbols()
-                    ]
-                )
-                groups = self._by_mappings(drain.samples)
-            with self.cost.of("unwind"):
-                self.unwinding.note(groups)
-                self.unwinding.catch_up()
-                self.copied.advance()
-            for mappings, samples in self._release(window).items():
-                groups[mappings] += samples
-            self._add(window, self._frames, self._subjects, groups)
-            with self.cost.of("labels"):  # while they can be read: these may wait for long
-                self._note(self.copied.waiting, self._subjects)
-        finally:
-            window.settle()
-            self.address_spaces.expire(time.monotonic_ns())
-
-    def _release(self, window: OpenWindow, *, is_closed: bool = False) -> ByMappings:
-        """Take the copied stacks that wait no more, or all; their ticks are to be added now."""
-        groups = self.copied.take_all() if is_closed else self.copied.take()
-        window.release(sum(map(len, groups.values())))
-        return groups
-
-    def _add(
-        self,
-        window: OpenWindow,
-        frames: FrameNumbers,
-        subjects: Subjects,
-        groups: Mapping[MappingTable, list[RawSample]],
-    ) -> None:
-        with self.cost.of("symbolize"):
-            samples, stacks = self._locate(frames, groups)
-            self.names.ask()
-        with self.cost.of("labels"):
-            noted = self._note(samples, subjects)
-        with self.cost.of("fold"):
-            for sample, stack, subject in zip(samples, stacks, noted, strict=True):
-                window.add(sample, stack, subject.key)
-
-    def _note(self, samples: Sequence[RawSample], subjects: Subjects) -> list[Subject]:
-        if not samples:
-            return []
-        noted = self.labeler.note(samples)
-        subjects.update({subject.source: subject for subject in noted})
-        return noted
-
-    def _by_mappings(self, samples: Sequence[RawSample]) -> dict[MappingTable, list[RawSample]]:
-        groups: dict[MappingTable, list[RawSample]] = defaultdict(list)
-        for sample in samples:
-            table = self.address_spaces.mappings(sample.pid, sample.last_ns, sample.start_ns)
-            groups[table].append(sample)
-        return groups
-
-    def _locate(
-        self, frames: FrameNumbers, groups: Mapping[MappingTable, list[RawSample]]
-    ) -> tuple[list[RawSample], list[Numbers]]:
-        """Return the samples group by group and their stacks as location numbers, root first."""
-        samples = [sample for group in groups.values() for sample in group]
-        user = [stack for table, group in groups.items() for stack in frames.user(table, group)]
-        kernel = frames.kernel([sample.kernel for sample in samples])
-        # Leaf first becomes root first, here and nowhere else.
-        return samples, [
-            np.concatenate([user_part[::-1], kernel_part[::-1]])
-            for user_part, kernel_part in zip(user, kernel, strict=True)
-        ]
-
-    def _number_frames(self) -> FrameNumbers:
-        """Return numbers for the open window: they are those of its builder."""
-        bounded = self._window.bounded
-        return FrameNumbers(
-            self._window.builder.location,
-            self.names.locate,
-            self.names.locate_kernel,
-            bounded.rest,
-            bounded.locations,
-        )
-
-
-def refuse_time_namespace() -> None:
-    """Refuse to sample where the clocks differ from those that samples carry.
-
-    Raises:
-        RefusedError: they do.
-    """
-    if offsets := clock_offsets():
-        differ = " and ".join(f"{name} by {seconds} s" for name, seconds in offsets.items())
-        raise RefusedError(
-            f"cannot sample in a time namespace: its clocks differ from the kernel's ({differ});"
-            " start the profiler outside it"
-        )

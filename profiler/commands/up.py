@@ -24,7 +24,7 @@ from typing import Any
 
 from profiler.agent import agent
 from profiler.agent.agent import AgentOptions, ChildProcesses
-from profiler.agent.recorder import default_cache
+from profiler.agent.host import default_cache
 from profiler.agent.supervise import Child, RefusedError
 from profiler.commands import arguments, demo
 from profiler.commands.agent import add_always_on, agent_options

@@ -271,7 +271,7 @@ def stops_of(recorder: Recorder, pid: int, seconds: float = 0.3) -> set[str]:
         time.sleep(0.05)
         recorder.catch_up()
         drain = recorder.sampler.drain()
-        recorder.unwinding.note(recorder._by_mappings(drain.samples))
+        recorder.unwinding.note(recorder._stages._by_mappings(drain.samples))
         recorder.catch_up()
         found |= {sample.stop for sample in drain.samples if sample.pid == pid}
     return found
@@ -376,7 +376,7 @@ def test_a_table_that_a_reader_fails_at_is_tried_again_and_then_given_up(tmp_pat
     """A lack of memory or time passes; a table at which readers fail again and again costs them."""
     monkeypatch.setattr(table_loading, "_WAIT_S", 1.0)
     crashing = partial(Readers, kinds="tests.support.crashing_kinds")
-    monkeypatch.setattr("profiler.agent.recorder.Readers", crashing)
+    monkeypatch.setattr("profiler.agent.pipeline.Readers", crashing)
     first, second = (with_rows(tmp_path, name, n) for name, n in (("a", 400_000), ("b", 402_000)))
     config = SamplerConfig(frequency_hz=499, pids=frozenset())
 
