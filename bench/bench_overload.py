@@ -17,8 +17,8 @@ honest program that calls functions in a known way. Loads:
 A window's delay is from its end to the agent's message that it is closed. A turn is what the
 sampler does before it waits again, without closing a window; "closing" is that. Growth is of the
 sampler's memory since before the load. Of the honest program: the share of whole stacks, and of
-samples with a stack that it cannot have, by its source and by its root before the load began. "end" is from SIGTERM to the agent's exit,
-while the load goes on.
+samples with a stack that it cannot have, by its source and by its root before the load began. "end"
+is from SIGTERM to the agent's exit, while the load goes on.
 
 With `--before TREE` each load runs beside the agent of another checkout as well, which has a
 `.venv` of its own, and the table shows both.
