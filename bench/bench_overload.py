@@ -49,7 +49,9 @@ from storage.profile import GOOD_STOPS, Accounting, Profile
 INTERVAL_S = 5
 QUIET_S = 2 * INTERVAL_S + 1.0
 """Before a load begins: two windows, which show what the honest program does."""
-START_S, END_S = 180.0, 60.0
+START_S, END_S = 180.0, 30.0
+KILLED_S = 5.0
+"""One that a file system holds in the kernel ends only with that, which is unmounted later."""
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "tests" / "targets"
 SUPPORT = ROOT / "tests" / "support"
@@ -309,13 +311,15 @@ def agent(folder: Path, tree: Path, frequency_hz: int) -> Iterator[Agent]:
         *(f"--store={folder / 'store'}", f"--spool={folder / 'spool'}"),
     ]
     # A session of its own, as a service has: what shares a session shares its part of the CPUs.
-    with subprocess.Popen(
+    process = subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, start_new_session=True
-    ) as process:
-        try:
-            yield Agent(process)
-        finally:
-            process.kill()
+    )
+    try:
+        yield Agent(process)
+    finally:
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(KILLED_S)
 
 
 Stacks = Counter[tuple[str, ...]]
