@@ -42,6 +42,7 @@ from bpf import syscalls
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import RawSample
 from profiler.agent.frames import FrameNumbers, Numbers
+from profiler.agent.pipeline import Pipeline
 from profiler.agent.recorder import Recorder
 from storage.profile import GOOD_STOPS, Profile
 from symbolizer.location import Kind, NamedLocation
@@ -121,20 +122,24 @@ class Watching(Recorder):
     """A recorder that shows its raw samples, besides all that it does with them."""
 
     def __init__(self, config: SamplerConfig, cache: Path) -> None:
-        super().__init__(config, cache)
         self.seen: list[RawSample] = []
         self.profile: Profile
+        seen = self.seen
 
-    def _locate(
-        self, frames: FrameNumbers, groups: Mapping[MappingTable, list[RawSample]]
-    ) -> tuple[list[RawSample], list[Numbers]]:
-        located = super()._locate(frames, groups)
-        self.seen += located[0]
-        return located
+        class Stages(Pipeline):
+            def _locate(
+                self, frames: FrameNumbers, groups: Mapping[MappingTable, list[RawSample]]
+            ) -> tuple[list[RawSample], list[Numbers]]:
+                located = super()._locate(frames, groups)
+                seen.extend(located[0])
+                return located
+
+        self.stages = Stages
+        super().__init__(config, cache)
 
     def watch(self, seconds: float) -> list[RawSample]:
         """Record for so long, as `everflame record` does, and return what was seen."""
-        self.seen = []
+        self.seen.clear()
         end_s = time.monotonic() + seconds
         next_step_s = time.monotonic() + 1
         poll = select.poll()
@@ -146,7 +151,7 @@ class Watching(Recorder):
                 self.step()
                 next_step_s += 1
         self.profile = self.close_window()
-        return self.seen
+        return list(self.seen)
 
 
 class Share(NamedTuple):

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -63,6 +63,8 @@ class Recorder:
 
     copied_bytes_per_s = 4 << 20
     """Of stacks that the kernel cannot walk yet, on each CPU: at 99 Hz for 42 KB each."""
+    stages: Callable[..., Pipeline] = Pipeline
+    """Makes the stages; whoever wants to watch them makes others."""
 
     def __init__(
         self,
@@ -96,7 +98,7 @@ class Recorder:
         with contextlib.ExitStack() as opened:
             sampled = replace(config, copied_bytes_per_s=self.copied_bytes_per_s)
             folder = (cache or default_cache()).absolute()
-            stages = self._stages = Pipeline(sampled, folder, rules or Rules(), commands)
+            stages = self._stages = self.stages(sampled, folder, rules or Rules(), commands)
             opened.callback(stages.close)
             self.sampler, self.readers, self.files = stages.sampler, stages.readers, stages.files
             self.address_spaces, self.labeler = stages.address_spaces, stages.labeler

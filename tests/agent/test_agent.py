@@ -371,6 +371,7 @@ import sys
 name, sys.argv[1:2] = sys.argv[1], []
 from bpf.sampler import Sampler
 from profiler.agent import agent
+from profiler.agent.pipeline import Pipeline
 from profiler.agent.recorder import Recorder
 from profiler.agent.status import StatusSocket
 from storage.spool.spool import Spool
@@ -403,7 +404,7 @@ elif name == "maps":
 elif name == "spool":
     Spool.add = fail_once(Spool.add)
 elif name == "name":
-    Recorder._name = fail
+    Pipeline._name = fail
 elif name == "pause":
     agent.LONGEST_WINDOW_S = 4
 from profiler.cli import main

@@ -13,6 +13,7 @@ from bpf.sampler import SamplerConfig
 from bpf.samples import CopiedStack, Drain, RawSample, StopReason
 from profiler.agent import copied_stacks
 from profiler.agent.copied_stacks import CopiedStacks
+from profiler.agent.pipeline import Pipeline
 from profiler.agent.recorder import Recorder
 from storage.profile import GOOD_STOPS, Profile
 from symbolizer.location import Miss
@@ -196,13 +197,27 @@ def test_tables_get_new_numbers_when_there_are_too_many(monkeypatch):
 # The real thing.
 
 
-class Watching(Recorder):
-    """A recorder that keeps the samples as they go into the window."""
+class Stages(Pipeline):
+    """Keeps the samples as they go into the window."""
+
+    seen = ()
 
     def _locate(self, frames, groups):
         located = super()._locate(frames, groups)
-        self.seen = [*getattr(self, "seen", []), *located[0]]
+        self.seen = [*self.seen, *located[0]]
         return located
+
+
+class Watching(Recorder):
+    stages = Stages
+
+    @property
+    def seen(self):
+        return self._stages.seen
+
+    @seen.setter
+    def seen(self, samples):
+        self._stages.seen = samples
 
 
 @pytest.fixture(scope="module")

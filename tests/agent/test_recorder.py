@@ -11,8 +11,8 @@ import pytest
 
 from bpf.sampler import Sampler, SamplerConfig
 from profiler.agent.agent import BpfCost
-from profiler.agent.frames import FrameNumbers
 from profiler.agent.recorder import Recorder
+from profiler.agent.window import Clocks
 from tests.support.targets import running
 
 
@@ -50,7 +50,7 @@ def descriptors() -> int:
 class BrokenRecorder(Recorder):
     """Fails once everything is loaded."""
 
-    def _number_frames(self) -> FrameNumbers:
+    def _clocks(self) -> Clocks:
         raise OSError("too late")
 
 
