@@ -3,9 +3,10 @@
 Workload: `--processes` copies of sleep (500), each a service of its own by its name, in no cgroup
 of theirs: every one of them needs its own stat, cgroup, exe, cmdline, environ and a version. Then
 
-- warm: a sample whose labels are known
-- fresh: the first sample of a process that is not known, its executable seen before (copies are
-  hard links to one file) and, apart, new to the labeler, whose headers have to be read
+- warm: a sample of a process that is known
+- fresh: the first sample of a process that is not known, with the facts that a reader would read:
+  its executable seen before (copies are hard links to one file) and, apart, by a new labeler, which
+  has to read the headers of the executable and the ancestors of the process, too
 - scan: one in which nothing is new, over all processes of the host
 - present: all instances' time in a window
 
@@ -29,8 +30,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bpf.samples import RawSample
 from profiler.processes.generations import boottime_ns
 from profiler.processes.labels import Labeler
+from storage.profile import Labels
+from tests.support.labelers import labeler_reading_at_once
 from tests.support.live import has_execed, sample_of, wait_for
 
 
@@ -64,32 +68,35 @@ def start(program: Path, stack: contextlib.ExitStack) -> subprocess.Popen[bytes]
 
 def measure(pids: Sequence[int], programs: Sequence[Path]) -> None:
     samples = [sample_of(pid) for pid in pids]
-    labeler = Labeler(own_pid=0)
-    labeler.labels(sample_of(os.getpid()))  # with whom they share their ancestors
+    labeler = labeler_reading_at_once(own_pid=0)
+    labels_of(labeler, sample_of(os.getpid()))  # with whom they share their ancestors
 
-    fresh = [timed(partial(labeler.labels, sample)) for sample in samples]
-    services = [dict(labeler.labels(sample))["service"] for sample in samples]
+    fresh = [timed(partial(labels_of, labeler, sample)) for sample in samples]
+    services = [dict(labels_of(labeler, sample))["service"] for sample in samples]
     assert services == [program.name for program in programs]
     report("fresh process, executable known", fresh[1:])
     unknown = []
-    for pid in pids[:50]:
-        empty = Labeler(own_pid=0)
-        empty.labels(sample_of(os.getpid()))
-        empty._versions._executables.clear()  # noqa: SLF001 - that is what is timed
-        sample = sample_of(pid)
-        unknown.append(timed(partial(empty.labels, sample)))
+    for sample in samples[:50]:
+        empty = labeler_reading_at_once(own_pid=0)
+        unknown.append(timed(partial(labels_of, empty, sample)))
         empty.close()
-    report("fresh process, executable new", unknown)
-    report("warm sample", [timed(lambda: [labeler.labels(s) for s in samples], len(samples))])
+    report("fresh process, ancestors and executable new", unknown)
+    report("warm samples", [timed(lambda: labeler.note(samples), len(samples))])
 
     labeler.scan()
     report("scan, nothing new", [timed(labeler.scan) for _ in range(50)])
     now_ns = boottime_ns()
     report("present", [timed(lambda: labeler.present(now_ns, now_ns + 1)) for _ in range(50)])
     assert len(labeler.present(now_ns, now_ns + 1)) >= len(pids)
-    first = Labeler(own_pid=0)
+    first = labeler_reading_at_once(own_pid=0)
     report("first scan", [timed(first.scan)])
     print(f"{len(os.listdir('/proc')):>8} entries in /proc")  # noqa: PTH208
+
+
+def labels_of(labeler: Labeler, sample: RawSample) -> Labels:
+    """Return the labels of a sample, as when a window closes."""
+    [subject] = labeler.note([sample])
+    return labeler.labels_of(subject)
 
 
 def timed(call: Callable[[], object], times: int = 1) -> float:
