@@ -319,6 +319,6 @@ class Unwinding:
             space = self._spaces.get(mappings)
             if space is not None:
                 places = mappings.find(np.concatenate([sample.user for sample in samples]))
-                numbers = {space.executables[i] for i in np.unique(places[places >= 0]).tolist()}
+                numbers = {space.executables[i] for i in set(places[places >= 0].tolist())}
                 used.update(self._executables[number].key for number in numbers - {0})
         self._loader.note_use(used)

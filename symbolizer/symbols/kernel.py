@@ -216,7 +216,7 @@ class RunningKernel:
 
     def _is_outdated(self, kernel: KernelMap, numbers: npt.NDArray[np.int64]) -> bool:
         is_unknown = bool((numbers < 0).any())
-        images = [kernel.images[n] for n in np.unique(numbers[numbers >= 0]).tolist()]
+        images = [kernel.images[n] for n in sorted(set(numbers[numbers >= 0].tolist()))]
         if not is_unknown and not any(
             image.name != KERNEL_NAME and not image.program for image in images
         ):
