@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +26,9 @@ from profiler.agent.reader import LONGEST_MESSAGE_BYTES
 log = logging.getLogger(__name__)
 
 KINDS = "profiler.agent.reader_kinds"
-_CHILDREN = max(2, min(4, os.cpu_count() or 1))
+_CHILDREN = max(3, min(4, os.cpu_count() or 1))
 _BATCH = 32
+"""Items that a child is given at once. Of long ones it is given one, so that others stay free."""
 _FIRST_IDLE_S, _OTHERS_IDLE_S = 90.0, 2.0
 """For how long one child stays when nothing is asked, and others. To start one takes 0.2 s of CPU
 time, and each takes some 30 MB: so one stays from one window to the next."""
@@ -83,6 +84,8 @@ class _Item(NamedTuple):
     take: Take
     group: str
     asked_s: float
+    place: int
+    """In `_waiting`."""
 
 
 class Readers:
@@ -103,7 +106,8 @@ class Readers:
         self._cache = cache
         self._kinds = kinds
         self._limit = children
-        self._waiting: tuple[deque[_Item], ...] = (deque(), deque(), deque())
+        # By turn, and within a turn those that are short first.
+        self._waiting: tuple[deque[_Item], ...] = tuple(deque() for _ in range(6))
         self._children: dict[int, _Child] = {}
         self._left: list[_Left] = []
         self._groups: dict[str, _Group] = {}
@@ -137,14 +141,23 @@ class Readers:
         }
 
     def ask(
-        self, kind: str, values: Mapping[str, Any], take: Take, *, turn: int = 1, group: str = ""
+        self,
+        kind: str,
+        values: Mapping[str, Any],
+        take: Take,
+        *,
+        turn: int = 1,
+        group: str = "",
+        is_long: bool = False,
     ) -> None:
         """Ask for something. `take` is called with the Answer, in a later `poll`.
 
-        `turn` is 0 for what comes first, 2 for what comes last. When an item hangs, others of its
-        `group`, as those on the same file system, are not read for a while.
+        `turn` is 0 for what comes first, 2 for what comes last. What takes long waits for the other
+        items of its turn; neither it nor a later turn ever has all children. When an item hangs,
+        others of its `group`, as those on the same file system, are not read for a while.
         """
-        self._waiting[turn].append(_Item(kind, values, take, group, time.monotonic()))
+        place = 2 * turn + is_long
+        self._waiting[place].append(_Item(kind, values, take, group, time.monotonic(), place))
         self._hand_out()
 
     def poll(self) -> None:
@@ -236,7 +249,7 @@ class Readers:
         if failure == Failure.HUNG and failed.group:
             self._set_aside(failed.group)
         for item in reversed(rest):
-            self._waiting[0].appendleft(item)
+            self._waiting[item.place].appendleft(item)
         self._call(failed, failure=failure)
 
     def _set_aside(self, group: str) -> None:
@@ -258,22 +271,31 @@ class Readers:
 
     def _hand_out(self) -> None:
         now_s = time.monotonic()
-        while any(self._waiting) and self._may_spend():
+        while any(self._next_turns) and self._may_spend():
             child = next((child for child in self._children.values() if child.is_idle), None)
             if child is None:
                 child = self._start(now_s)
             if child is None:
                 return
             batch = list(self._next_batch(now_s))
-            if batch and not child.ask(batch):
+            if not batch:
+                return
+            if not child.ask(batch):
                 self._fail(child, None)
+
+    @property
+    def _next_turns(self) -> Sequence[deque[_Item]]:
+        """Return what may be handed out: one child is kept for short items of the first turn."""
+        others = sum(child.is_patient for child in self._children.values())
+        return self._waiting if others < max(1, self._limit - 1) else self._waiting[:1]
 
     def _next_batch(self, now_s: float) -> Iterator[_Item]:
         """Take items of one kind, those that wait longest, out of the first turn that has any."""
         kind, taken = "", 0
         hanging = {left.group for left in self._left if left.group}
-        for waiting in self._waiting:
-            while waiting and taken < _BATCH and kind in ("", waiting[0].kind):
+        for place, waiting in enumerate(self._next_turns):
+            limit = 1 if place % 2 else _BATCH
+            while waiting and taken < limit and kind in ("", waiting[0].kind):
                 item = waiting.popleft()
                 group = self._groups.get(item.group)
                 if item.group in hanging or (group is not None and group.until_s > now_s):
@@ -285,7 +307,7 @@ class Readers:
                 return
 
     def _start(self, now_s: float) -> "_Child | None":
-        oldest_s = min(waiting[0].asked_s for waiting in self._waiting if waiting)
+        oldest_s = min(waiting[0].asked_s for waiting in self._next_turns if waiting)
         if (
             self._is_closed
             or len(self._children) >= self._limit
@@ -382,6 +404,11 @@ class _Child:
     @property
     def is_idle(self) -> bool:
         return not self._is_asked
+
+    @property
+    def is_patient(self) -> bool:
+        """Whether it may be busy for long, with nothing that comes first."""
+        return any(item.place for item in self._items)
 
     @property
     def group(self) -> str:

@@ -164,9 +164,8 @@ class TableLoader:
             return
         self._asked.add(key)
         take = partial(self._take, key)
-        self._readers.ask(
-            "table", self._files.request(file), take, turn=0, group=self._files.group(file)
-        )
+        request, group = self._files.request(file), self._files.group(file)
+        self._readers.ask("table", request, take, turn=0, group=group, is_long=True)
 
     def _take(self, key: str, answer: Answer) -> None:
         self._asked.discard(key)

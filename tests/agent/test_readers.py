@@ -31,12 +31,22 @@ class Asked:
         self.number = 0
 
     def ask(
-        self, kind: str, name: str = "", *, turn: int = 1, group: str = "", **values: Any
+        self,
+        kind: str,
+        name: str = "",
+        *,
+        turn: int = 1,
+        group: str = "",
+        is_long: bool = False,
+        **values: Any,
     ) -> None:
         self.number += 1
         name = name or kind
         self.readers.ask(
-            kind, values, lambda answer: self.answers.append((name, answer)), turn=turn, group=group
+            *(kind, values, lambda answer: self.answers.append((name, answer))),
+            turn=turn,
+            group=group,
+            is_long=is_long,
         )
 
     def wait(self, timeout_s: float = 30) -> dict[str, Answer]:
@@ -72,6 +82,19 @@ def test_items_are_answered_with_what_was_read(asked: Asked, tmp_path: Path) -> 
     assert answers["0"].result["cache"] == str(tmp_path)
     assert asked.readers.answered == 100
     assert asked.readers.cpu_ns > 0
+
+
+@pytest.mark.parametrize(("turn", "is_long"), [(0, True), (1, False)])
+def test_what_comes_first_does_not_wait_until_long_items_are_done(turn, is_long, asked):
+    """Both children would be busy for seconds."""
+    for number in range(2):
+        asked.ask("spin", f"spin {number}", turn=turn, is_long=is_long)
+    asked.readers.wait(time.monotonic() + 0.2, lambda: False)
+    asked.ask("echo", say="", turn=0)
+
+    asked.readers.wait(time.monotonic() + 30, lambda: bool(asked.answers))
+
+    assert [name for name, _ in asked.answers] == ["echo"]
 
 
 def test_a_lower_limit_of_the_user_is_kept(tmp_path: Path) -> None:
