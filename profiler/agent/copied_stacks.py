@@ -23,6 +23,7 @@ _MAX_HELD_BYTES = 16 << 20
 """Of stacks that wait. Beyond it the oldest are counted as they were walked at the tick."""
 _MAX_TABLES = 4096
 """Tables that have a number. Beyond it all of them get new ones."""
+_PENDING = missing(PENDING)
 MappingsOf = Callable[[int, int, int], MappingTable]
 """What a process had mapped: pid, when (CLOCK_MONOTONIC), its start."""
 
@@ -106,13 +107,13 @@ class CopiedStacks:
                 ready.append(held)
             else:
                 self._give_up(held)
-        answers: dict[tuple[MappingTable, int], int] = {}
+        is_pending: dict[tuple[MappingTable, int], bool] = {}  # thousands wait for a few tables
         waiting: list[_Held] = []
         for held in self._held:
             asked = (held.mappings, held.place)
-            if asked not in answers:
-                answers[asked] = self._table_of(*asked, held.copy.walked.pid)
-            (waiting if answers[asked] == missing(PENDING) else ready).append(held)
+            if asked not in is_pending:
+                is_pending[asked] = self._table_of(*asked, held.copy.walked.pid) == _PENDING
+            (waiting if is_pending[asked] else ready).append(held)
         self._held = waiting
         if ready:
             self._walk(ready)
@@ -155,7 +156,7 @@ class CopiedStacks:
         if isinstance(table, Miss):
             if table == Miss.ANONYMOUS:
                 return ANONYMOUS
-            return missing(PENDING if table == Miss.NOT_READ else Stop.NO_TABLE)
+            return _PENDING if table == Miss.NOT_READ else missing(Stop.NO_TABLE)
         if not len(table.rows):
             return missing(Stop.NO_TABLE)
         number = self._numbers.setdefault(table.key, len(self._numbers))

@@ -51,7 +51,7 @@ _LIKELY_PROCESSES = 32
 _MAX_BUSY_PROCESSES = 256
 _PREPARE_S, _FOLLOW_S = 4.0, 0.4
 """How long the start waits for tables that are built, and for processes to be sampled."""
-_READERS_S = 1.0
+_READERS_S = 0.7
 """For how long the closing of a window waits for labels and names that are being read."""
 _NEXT_ANSWER_S = 5.0
 

@@ -35,8 +35,9 @@ _NAME_TRACERS_EVERY_NS = 600 * 10**9
 _TRACERS_NAMED = 5
 _FORGET_LATE = 0.9
 """How much of the longest delay of a drain still counts after one more."""
-_TABLES_S = 0.5
-"""How long the closing of a window waits for the tables that its copied stacks need."""
+_TABLES_S, _LAST_TABLES_S = 1.0, 5.0
+"""How long the closing of a window waits for the tables that its copied stacks need, and how long
+after the last tick, when nothing is late."""
 
 
 class _Part(NamedTuple):
@@ -274,7 +275,8 @@ class Recorder:
         if edge is not None and edge.utc_ns <= self._window.start_ns:
             # The window was opened so late that the edge it was to end at had passed.
             edge = None
-        self._stages.catch_up_until(lambda: not self.copied.is_waiting, _TABLES_S)
+        waits_s = _TABLES_S if self._is_sampling else _LAST_TABLES_S
+        self._stages.catch_up_until(lambda: not self.copied.is_waiting, waits_s)
         held, self._held, self._edge = self._held, None, None
         if edge is None:
             self._fold_held(held)
