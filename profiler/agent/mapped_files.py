@@ -103,6 +103,7 @@ class MappedFile:
         "has_symbols",
         "has_table",
         "is_asked",
+        "is_wanted",
         "key",
         "miss",
         "owner",
@@ -125,7 +126,7 @@ class MappedFile:
         self.owner = 0
         self.tables: deque[tuple[ReferenceType[_Table], maps.Mapping]] = deque(maxlen=_MAX_PIDS)
         """The last address spaces that have it, with a mapping of it in each."""
-        self.is_asked = False
+        self.is_asked = self.is_wanted = False
         self.asked_s = -_SEEN_AGAIN_S
         self.pause_s = _FIRST_PAUSE_S
         self.tries = 0
@@ -201,6 +202,15 @@ class MappedFiles:
             return table.files[number]
         file = table.files[number] = self._find(table, mappings.mappings[number], pid)
         return file
+
+    def want(self, file: MappedFile) -> None:
+        """Ask first for a file that stacks go through: most that are mapped are never seen on CPU.
+
+        One that is still among the others then is read twice, which takes some milliseconds.
+        """
+        if file.state == State.PENDING and not file.is_wanted:
+            file.is_wanted = True
+            self._ask(file)
 
     def ask_for_all(self, pids: Iterable[int]) -> set[MappedFile]:
         """Ask for all files of processes that run, and return them."""
@@ -335,7 +345,7 @@ class MappedFiles:
             self._ask(file, turn=2)
         elif file.state == State.PENDING:
             if not file.is_asked:
-                self._ask(file)
+                self._ask(file, turn=1)
         elif file.miss in _OUT_OF_REACH:
             self._unfinished.setdefault(file, max(now_s, file.asked_s + file.pause_s))
 

@@ -166,6 +166,7 @@ class Unwinding:
         file = self._files.file(mappings, place, pid)
         if file is None:
             return Miss.ANONYMOUS
+        self._files.want(file)
         number = self._numbers.get(file)
         if number is not None:
             self._request(number)
@@ -307,6 +308,7 @@ class Unwinding:
         """Load the table of an executable, or let it wait until its file is known."""
         executable = self._executables[number]
         executable.is_requested = True
+        self._files.want(executable.file)
         if executable.file.state == State.IDENTIFIED:
             self._loader.load(executable.file)
         elif executable.file.state == State.FAILED:

@@ -1,5 +1,6 @@
 """Mapped files: known by their content, through whoever lives, without being opened here."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -114,6 +115,29 @@ def test_a_file_is_known_by_what_a_reader_finds_in_it(files, wait, tmp_path):
     assert file.has_table
     assert files.changed() == [file]
     assert not files.changed()
+
+
+def test_a_file_that_stacks_go_through_is_read_before_those_that_are_only_mapped(
+    address_spaces, tmp_path
+):
+    table = MappingTable.of(parse_maps(Path("/proc/self/maps").read_bytes()))
+    known: list[MappedFile] = []
+    with contextlib.closing(Readers(tmp_path, children=1)) as readers:
+        files = MappedFiles(readers, address_spaces)
+        found = [files.file(table, place, os.getpid()) for place in range(len(table.mappings))]
+        mapped = list(dict.fromkeys(file for file in found if file is not None))
+
+        def are_known() -> bool:
+            readers.poll()
+            known.extend(files.changed())
+            return len(known) == len(mapped)
+
+        files.want(mapped[-1])
+        files.want(mapped[-1])  # once is enough
+        wait_for(are_known)
+
+    assert len(mapped) > 10
+    assert known[:2] == [mapped[0], mapped[-1]]
 
 
 def test_all_mappings_of_a_file_are_one_file(files, readers, wait):
