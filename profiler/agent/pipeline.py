@@ -53,7 +53,8 @@ _PREPARE_S, _FOLLOW_S = 4.0, 0.4
 """How long the start waits for tables that are built, and for processes to be sampled."""
 _READERS_S = 0.7
 """For how long the closing of a window waits for labels and names that are being read."""
-_NEXT_ANSWER_S = 5.0
+_NEXT_ANSWER_S, _LAST_S = 5.0, 15.0
+"""After the last tick: how long the next answer is waited for, and how long all of them."""
 
 
 Subjects = dict[str, Subject]
@@ -242,7 +243,8 @@ class Pipeline:
     def finish(self, counted: Counted, *, is_last: bool) -> Profile:
         """Return the profile of a window that has ended, named as well as this host can.
 
-        What is being read is waited for, for a second in all; `is_last`: while answers come.
+        What is being read is waited for, for a second in all; if `is_last`, up to 15 s, as long as
+        answers come.
         """
         self._closing_until_s = time.monotonic() + _READERS_S
         self._is_last = is_last
@@ -325,8 +327,9 @@ class Pipeline:
         """Wait for what a window lacks: a second in all, after the last tick while answers come."""
         if self.readers.wait(self._closing_until_s, is_done) or not self._is_last:
             return
-        answered = -1
+        answered, last_s = -1, self._closing_until_s + _LAST_S
         while answered != self.readers.answered:
             answered = self.readers.answered
-            if self.readers.wait(time.monotonic() + _NEXT_ANSWER_S, is_done):
+            until_s = min(time.monotonic() + _NEXT_ANSWER_S, last_s)
+            if self.readers.wait(until_s, is_done) or time.monotonic() >= last_s:
                 return
