@@ -196,8 +196,7 @@ def test_all_children_but_one_end_soon(asked: Asked, tmp_path: Path) -> None:
     """The one that stays answers what is asked for later without being started."""
     os.mkfifo(tmp_path / "pipe")
     asked.ask("open", path=str(tmp_path / "pipe"))
-    asked.ask("echo", say="")  # waits in the same batch or for another child
-    asked.ask("echo", "other", say="")
+    asked.ask("echo", say="", turn=0)  # for which a child is kept
     wait_until(asked.readers, lambda: asked.readers.status()["children"] == 2)
     (tmp_path / "pipe").write_text("read")
     asked.wait()
