@@ -403,7 +403,9 @@ int on_tick(struct bpf_perf_event_data *ctx)
 	generation_at = active.lookup(&zero);
 	if (!generation_at)
 		return 0;
-	generation = generation_of_tick(*generation_at & 1);
+	generation = *generation_at & 1;
+	if ((u32)ids != 0) /* each CPU's idle thread has tid 0; its expiries are not counted */
+		generation = generation_of_tick(generation);
 	count = counters.lookup(&generation);
 	at = scratch.lookup(&zero);
 	if (!count || !at)
@@ -411,7 +413,7 @@ int on_tick(struct bpf_perf_event_data *ctx)
 	count->values[COUNTER_TICKS]++;
 	if (ids >> 32 == SAMPLER_PID)
 		count->values[COUNTER_OWN]++;
-	if ((u32)ids == 0) { /* each CPU's idle thread has tid 0 */
+	if ((u32)ids == 0) {
 		count->values[COUNTER_IDLE]++;
 		return 0;
 	}
@@ -498,6 +500,9 @@ int on_expire(struct bpf_raw_tracepoint_args *ctx)
 	struct expiries *count;
 	u32 zero = 0, generation, *active_at, *id, *expired;
 
+	/* On an idle CPU the kernel's timer may expire without a tick, and nothing is lost by it. */
+	if ((u32)bpf_get_current_pid_tgid() == 0)
+		return 0;
 	if (kernel_u64(timer + HRTIMER_FUNCTION) != TIMER_FUNCTION)
 		return 0;
 	active_at = active.lookup(&zero);

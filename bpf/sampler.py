@@ -335,7 +335,7 @@ class Sampler:
         return totals
 
     def _read_expiries(self, generation: int) -> np.ndarray:
-        """Return how often timers have expired since the start, in all and in this process."""
+        """Return how often timers of busy CPUs expired since the start: in all, in this process."""
         if not self.counts_skipped:
             return np.zeros(2, np.uint64)
         raw = syscalls.lookup(self._fds["expiries"], generation, 16 * self._possible_cpus)
@@ -348,7 +348,8 @@ class Sampler:
             return {}
         number, own = expired.tolist()
         draining = max(0, own - counts[Counter.OWN])
-        others = max(0, number - counts[Counter.TICKS] - draining)
+        busy = counts[Counter.TICKS] - counts[Counter.IDLE]
+        others = max(0, number - busy - draining)
         causes = {"draining": draining, "other_tracer": others}
         return {cause: ticks for cause, ticks in causes.items() if ticks}
 

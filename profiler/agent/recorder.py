@@ -131,7 +131,10 @@ class Recorder:
         """Begin to tick. A command that still waits to exec is not looked at as what it is now."""
         if not self._commands:
             self._stages.scan()
-        self._stages.warm_up()
+        try:
+            self._stages.warm_up()
+        except Exception as error:  # noqa: BLE001 - it only makes the first stacks better
+            log.warning("cannot load tables before the first tick error=%r", error)
         self._counted = self._stages.open(OpenWindow(self.period_ns, self._clocks))
         self._drained = self._window.begun
         self._opened.enter_context(priority.raised(priority.chosen_nice(os.environ)))

@@ -109,10 +109,11 @@ def test_a_file_system_that_ends_while_its_file_is_open_is_no_fault(reader, tmp_
                 "device": list(mapping.device),
                 "inode": mapping.inode,
             }
-            with identify.opened(values) as opened:
+            identifier = identify.Identifier()
+            with identifier.opened(values) as opened:
                 hung.server.kill()
                 hung.server.wait()
-                found = identify.Identifier().identify(opened)
+                found = identifier.identify(opened)
 
     assert found.build_id == build_id
 

@@ -140,3 +140,16 @@ def test_programs_of_tracepoints_are_suspects() -> None:
         os.close(fd)
 
     assert found[number] == "tracepoint"
+
+
+@pytest.mark.kernel
+@pytest.mark.alone
+def test_timers_of_idle_cpus_are_no_lost_ticks() -> None:
+    """The timer of an idle CPU may expire without a tick."""
+    with Sampler(SamplerConfig(frequency_hz=999)) as sampler:
+        sampler.start()
+        time.sleep(1)
+        drain = sampler.drain()
+
+    assert drain.idle > 500  # of one CPU at least, in a second
+    assert sum(drain.lost.values()) < 50
