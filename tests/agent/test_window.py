@@ -135,7 +135,7 @@ def check_against_clocks(profile: Profile, hz: int) -> None:
     counts = profile.accounting
     expected = hz * counts.nonidle_ns / SECOND
     assert counts.profiled_ns <= profile.window.end_ns - profile.window.start_ns
-    # What the clocks said at an edge within a drain is interpolated: busy time does not pass evenly.
+    # At an edge within a drain the clocks are interpolated, but busy time does not pass evenly.
     assert abs(counts.ticks - counts.idle - expected) < 0.1 * expected + 0.3 * hz
     assert counts.mismatch == 0
 
