@@ -211,6 +211,11 @@ class Sampler:
         """Begin to tick on every online CPU."""
         self.refresh_cpus()
 
+    @property
+    def cpus(self) -> int:
+        """How many CPUs tick."""
+        return len(self._events)
+
     def refresh_cpus(self) -> bool:
         """Follow CPUs that have come or gone; True if there were any.
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from bpf import perf_event
 from bpf.errors import SyscallError
 from bpf.sampler import SamplerConfig
 from bpf.samples import Drain
@@ -161,7 +160,7 @@ class Recorder:
 
         It is shorter where drains come late, so that the maps are not full before.
         """
-        return drain_period_s(self.config.lasts_s(len(perf_event.online_cpus())), self._late_s)
+        return drain_period_s(self.config.lasts_s(max(1, self.sampler.cpus)), self._late_s)
 
     def fileno(self) -> int:
         """Return a descriptor, readable when `catch_up` should not wait for the next step."""
