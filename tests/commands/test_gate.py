@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import orjson
@@ -25,8 +26,8 @@ RECORD = 'everflame record -F 999 --repeat 4 -o "$1.pb.gz" -- "$1/benchmark"'
 GATE = "everflame diff old-*.pb.gz -- new-*.pb.gz --markdown > report.md"
 
 
-def build(folder: Path, name: str, factor: float) -> None:
-    """Make a benchmark of 14 functions that takes 1.5 s or so, one of them slower."""
+def build(folder: Path, name: str, factor: float, rounds: int = 1000) -> float:
+    """Make a benchmark of 14 functions, one of them slower; return how long it takes."""
     weights = {**WEIGHTS, SLOWER: WEIGHTS[SLOWER] * factor}
     source = folder / f"{name}.c"
     source.write_text(
@@ -36,12 +37,15 @@ def build(folder: Path, name: str, factor: float) -> None:
             f" {{ for (long i = 0; i < {weight * 2000:.0f}; i++) n += i; n++; }}\n"
             for function, weight in weights.items()
         )
-        + "int main(void) { for (int i = 0; i < 3500; i++) {"
+        + f"int main(void) {{ for (int i = 0; i < {rounds}; i++) {{"
         + "".join(f"{function}();" for function in weights)
         + "} }\n"
     )
     (folder / name).mkdir()
     compile_target(str(source), folder / name / "benchmark", "-O1", "-fno-omit-frame-pointer")
+    begun_s = time.monotonic()
+    subprocess.run([folder / name / "benchmark"], check=True)
+    return time.monotonic() - begun_s
 
 
 def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -60,8 +64,10 @@ def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProce
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
+    # Machines differ in speed, by the hour: each run is to take 1.5 s or so.
+    rounds = round(1000 * 1.5 / build(folder, "tried", 1.0))
     for name, factor in (("old", 1.0), ("new", 1.5)):
-        build(folder, name, factor)
+        build(folder, name, factor, rounds)
     record(folder)
     return folder
 
