@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from bpf import perf_event, syscalls, tables
 from bpf.compile import MAX_PROGRAMS
+from bpf.decoding import GENERATION_AT, KernelStacks, read_copy, read_samples
 from bpf.errors import PerfEventError, SyscallError
 from bpf.load import ask_child
 from bpf.ring import RingBuffer
@@ -42,7 +43,6 @@ from bpf.samples import (
     RawSample,
     StopReason,
     Tag,
-    Words,
 )
 
 MAX_FREQUENCY_HZ = 999
@@ -61,9 +61,6 @@ _COPY_BURST_NS = 500_000_000
 """A budget that was not used may be saved up for so long: many programs begin at once."""
 _TIMER_MAPS = ("expiries", "expired_in", "tick_program")
 _GO_ON = 1000  # no StopReason has this number
-_COUNT_HEAD = [name for name in COUNT.names or () if name != "words"]
-_NO_WORDS: Words = np.empty(0, np.uint64)
-_STOP_LABELS = {reason.value: reason.label for reason in StopReason}
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +358,7 @@ class Sampler:
     def collect(self) -> None:
         """Make room for further copies, now and then between two drains."""
         for record in self._copies.take():
-            self._copied[record[_GENERATION_AT] & 1].append(record)
+            self._copied[record[GENERATION_AT] & 1].append(record)
 
     def _take_copies(self) -> None:
         """Take all records that had been begun, those of the other map generation as well.
@@ -375,38 +372,11 @@ class Sampler:
             self.collect()
 
     def _take_samples(self, generation: int) -> tuple[list[RawSample], list[CopiedStack]]:
-        keys, counts = self._counts[generation].take_all()
-        long = _stacks(*self._user_stacks[generation].take_all())
-        kernel_keys, kernel_values = self._kernel_stacks[generation].take_all()
-        kernel_stacks = _stacks(kernel_keys, kernel_values)
-        kernel = {key: _as_lookups(words) for key, words in kernel_stacks.items()}
-        kernel_stops = _stops(kernel_keys, kernel_values)
-        short, heads = _words_and_heads(counts)
-        samples = []
-        for i, (key, head) in enumerate(zip(keys.tolist(), heads, strict=True)):
-            start_ns, user_hash, kernel_hash, cgroup_id, pid, tid, exec_id, comm = key
-            number, first_ns, last_ns, leader_comm, length, stop = head
-            samples.append(
-                RawSample(
-                    pid=pid,
-                    tid=tid,
-                    start_ns=start_ns,
-                    exec_id=exec_id,
-                    cgroup_id=cgroup_id,
-                    comm=comm,
-                    leader_comm=leader_comm,
-                    first_ns=first_ns,
-                    last_ns=last_ns,
-                    samples=number,
-                    stop=_STOP_LABELS[stop],
-                    user=short[i, :length] if length <= MAX_SHORT_WORDS else long[user_hash],
-                    kernel=kernel[kernel_hash] if kernel_hash else _NO_WORDS,
-                    kernel_stop=kernel_stops.get(kernel_hash, ""),
-                )
-            )
-        copies = [
-            _copied_stack(record, kernel, kernel_stops) for record in self._copied[generation]
-        ]
+        counts = self._counts[generation].take_all()
+        long = self._user_stacks[generation].take_all()
+        kernel = KernelStacks.of(*self._kernel_stacks[generation].take_all())
+        samples = read_samples(*counts, *long, kernel)
+        copies = [read_copy(record, kernel) for record in self._copied[generation]]
         self._copied[generation].clear()
         return samples, copies
 
@@ -433,70 +403,6 @@ def _open_if_online(attr: perf_event.PerfEventAttr, cpu: int) -> int | None:
 
 def _copy_ring_bytes(cpus: int) -> int:
     return min(_MAX_COPY_RING_BYTES, _COPY_RING_BYTES << (cpus - 1).bit_length())
-
-
-assert COPY.fields
-_GENERATION_AT: int = COPY.fields["generation"][1]
-_COPY_NAMES = [name for name in COPY.names or () if name not in ("key", "registers", "unused")]
-
-
-def _copied_stack(
-    record: bytes, kernel: dict[int, Words], kernel_stops: dict[int, str]
-) -> CopiedStack:
-    head = np.frombuffer(record, COPY, 1)[0]
-    start_ns, _, kernel_hash, cgroup_id, pid, tid, exec_id, comm = head["key"].tolist()
-    first_ns, pc, start, leader_comm, size, unreadable, length, stop, _, is_return, is_cut = head[
-        _COPY_NAMES
-    ].tolist()
-    size &= ~7
-    walked = RawSample(
-        pid=pid,
-        tid=tid,
-        start_ns=start_ns,
-        exec_id=exec_id,
-        cgroup_id=cgroup_id,
-        comm=comm,
-        leader_comm=leader_comm,
-        first_ns=first_ns,
-        last_ns=first_ns,
-        samples=1,
-        stop=_STOP_LABELS[stop],
-        user=np.frombuffer(record, np.uint64, length, COPY.itemsize + size),
-        kernel=kernel[kernel_hash] if kernel_hash else _NO_WORDS,
-        kernel_stop=kernel_stops.get(kernel_hash, ""),
-    )
-    return CopiedStack(
-        walked=walked,
-        registers=head["registers"],
-        pc=pc,
-        is_return_address=bool(is_return),
-        start=start,
-        memory=np.frombuffer(record, np.uint64, size // 8, COPY.itemsize),
-        unreadable=unreadable,
-        is_cut=bool(is_cut),
-    )
-
-
-def _words_and_heads(counts: np.ndarray) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
-    return counts["words"], counts[_COUNT_HEAD].tolist()
-
-
-def _stacks(keys: np.ndarray, values: np.ndarray) -> dict[int, Words]:
-    lengths, words = values["length"].tolist(), values["words"]
-    return {key: words[i, : lengths[i]] for i, key in enumerate(keys.tolist())}
-
-
-def _stops(keys: np.ndarray, values: np.ndarray) -> dict[int, str]:
-    """Return why stacks are not whole, by their keys."""
-    stops = zip(keys.tolist(), values["stop"].tolist(), strict=True)
-    return {key: _STOP_LABELS[stop] for key, stop in stops if stop}
-
-
-def _as_lookups(kernel_words: Words) -> Words:
-    """Move callers into their call instruction; the leaf is where the tick fell."""
-    lookups = kernel_words.copy()
-    lookups[1:] -= np.uint64(1)
-    return lookups
 
 
 def kernel_constants() -> dict[str, int]:

@@ -1,0 +1,125 @@
+"""Read what the maps and the ring hold, by the layouts of samples.py, into samples and copies."""
+
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from bpf.samples import COPY, COUNT, MAX_SHORT_WORDS, CopiedStack, RawSample, StopReason, Words
+
+assert COPY.fields
+GENERATION_AT: int = COPY.fields["generation"][1]
+"""Where a record of the ring has its map generation: a byte, as there are two."""
+
+_COPY_NAMES = [name for name in COPY.names or () if name not in ("key", "registers", "unused")]
+_COUNT_HEAD = [name for name in COUNT.names or () if name != "words"]
+_NO_WORDS: Words = np.empty(0, np.uint64)
+_STOP_LABELS = {reason.value: reason.label for reason in StopReason}
+
+
+class KernelStacks(NamedTuple):
+    """Kernel stacks by their hashes: their words, and why those that are not whole are not."""
+
+    words: dict[int, Words]
+    stops: dict[int, str]
+
+    @classmethod
+    def of(cls, keys: np.ndarray, values: np.ndarray) -> Self:
+        """Read the entries of a map of kernel stacks."""
+        words = {key: _as_lookups(stack) for key, stack in _stacks(keys, values).items()}
+        return cls(words, _stops(keys, values))
+
+
+def read_samples(
+    keys: np.ndarray,
+    counts: np.ndarray,
+    long_keys: np.ndarray,
+    long_stacks: np.ndarray,
+    kernel: KernelStacks,
+) -> list[RawSample]:
+    """Return a sample for each entry of the counts map.
+
+    `long_keys` and `long_stacks` are the map of user stacks that do not stand with their counts.
+    """
+    long = _stacks(long_keys, long_stacks)
+    short, heads = _words_and_heads(counts)
+    samples = []
+    for i, (key, head) in enumerate(zip(keys.tolist(), heads, strict=True)):
+        start_ns, user_hash, kernel_hash, cgroup_id, pid, tid, exec_id, comm = key
+        number, first_ns, last_ns, leader_comm, length, stop = head
+        samples.append(
+            RawSample(
+                pid=pid,
+                tid=tid,
+                start_ns=start_ns,
+                exec_id=exec_id,
+                cgroup_id=cgroup_id,
+                comm=comm,
+                leader_comm=leader_comm,
+                first_ns=first_ns,
+                last_ns=last_ns,
+                samples=number,
+                stop=_STOP_LABELS[stop],
+                user=short[i, :length] if length <= MAX_SHORT_WORDS else long[user_hash],
+                kernel=kernel.words[kernel_hash] if kernel_hash else _NO_WORDS,
+                kernel_stop=kernel.stops.get(kernel_hash, ""),
+            )
+        )
+    return samples
+
+
+def read_copy(record: bytes, kernel: KernelStacks) -> CopiedStack:
+    """Return the copied stack of a record of the ring."""
+    head = np.frombuffer(record, COPY, 1)[0]
+    start_ns, _, kernel_hash, cgroup_id, pid, tid, exec_id, comm = head["key"].tolist()
+    first_ns, pc, start, leader_comm, size, unreadable, length, stop, _, is_return, is_cut = head[
+        _COPY_NAMES
+    ].tolist()
+    size &= ~7
+    walked = RawSample(
+        pid=pid,
+        tid=tid,
+        start_ns=start_ns,
+        exec_id=exec_id,
+        cgroup_id=cgroup_id,
+        comm=comm,
+        leader_comm=leader_comm,
+        first_ns=first_ns,
+        last_ns=first_ns,
+        samples=1,
+        stop=_STOP_LABELS[stop],
+        user=np.frombuffer(record, np.uint64, length, COPY.itemsize + size),
+        kernel=kernel.words[kernel_hash] if kernel_hash else _NO_WORDS,
+        kernel_stop=kernel.stops.get(kernel_hash, ""),
+    )
+    return CopiedStack(
+        walked=walked,
+        registers=head["registers"],
+        pc=pc,
+        is_return_address=bool(is_return),
+        start=start,
+        memory=np.frombuffer(record, np.uint64, size // 8, COPY.itemsize),
+        unreadable=unreadable,
+        is_cut=bool(is_cut),
+    )
+
+
+def _words_and_heads(counts: np.ndarray) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
+    return counts["words"], counts[_COUNT_HEAD].tolist()
+
+
+def _stacks(keys: np.ndarray, values: np.ndarray) -> dict[int, Words]:
+    lengths, words = values["length"].tolist(), values["words"]
+    return {key: words[i, : lengths[i]] for i, key in enumerate(keys.tolist())}
+
+
+def _stops(keys: np.ndarray, values: np.ndarray) -> dict[int, str]:
+    """Return why stacks are not whole, by their keys."""
+    stops = zip(keys.tolist(), values["stop"].tolist(), strict=True)
+    return {key: _STOP_LABELS[stop] for key, stop in stops if stop}
+
+
+def _as_lookups(kernel_words: Words) -> Words:
+    """Move callers into their call instruction; the leaf is where the tick fell."""
+    lookups = kernel_words.copy()
+    lookups[1:] -= np.uint64(1)
+    return lookups
