@@ -66,7 +66,7 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     constants: dict[str, int | str] = {}
     for prefix, struct, members in (
         ("TASK", "task_struct", _TASK_MEMBERS),
-        ("MM", "mm_struct", ("start_stack",)),
+        ("MM", "mm_struct", ("start_code", "start_stack")),
         ("THREAD", "thread_struct", ("fsbase",)),
     ):
         for name, offset in types.member_offsets(struct, members).items():

@@ -36,10 +36,13 @@ static __always_inline bool may_copy(struct copying *to)
 	return to->paid_ns < now;
 }
 
-/* Where the stack of the program's main thread began; 0 until all of a new program is loaded. */
-static __always_inline u64 start_of_stack(void *task)
+/*
+ * Whether the registers are of another program: until all of a new one is loaded, the thread's are those
+ * with which the old one called execve. load_elf_binary fills in start_code right before it sets them.
+ */
+static __always_inline bool is_being_loaded(void *task)
 {
-	return kernel_u64(MEMBER(task, TASK_MM, u64) + MM_START_STACK);
+	return !kernel_u64(MEMBER(task, TASK_MM, u64) + MM_START_CODE);
 }
 
 /* Return how many bytes from `start` on may be part of the stack; all that there is room for if unknown. */
@@ -48,7 +51,7 @@ static __always_inline u64 used_bytes(void *task, const struct count_key *key, u
 	u64 end;
 
 	if (key->tid == key->pid)
-		end = start_of_stack(task) + WORD;
+		end = kernel_u64(MEMBER(task, TASK_MM, u64) + MM_START_STACK) + WORD;
 	else /* as it was when the thread last left the CPU: C libraries never change it */
 		end = kernel_u64((u64)task + TASK_THREAD + THREAD_FSBASE) & ~7ULL;
 	return end > start && end - start < COPY_BYTES ? end - start : COPY_BYTES;

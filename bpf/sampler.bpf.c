@@ -362,7 +362,7 @@ int on_copy(struct bpf_perf_event_data *ctx)
 	count = counters.lookup(&generation);
 	if (!count)
 		return 0;
-	if (!start_of_stack((void *)bpf_get_current_task_btf())) {
+	if (is_being_loaded((void *)bpf_get_current_task_btf())) {
 		at->user.length = 0;
 		at->user.stop = STOP_NO_PROGRAM;
 		goto count_it;

@@ -31,6 +31,8 @@
 #define USER_ADDRESS_LIMIT 0x0000800000000000ULL /* the top byte stays free for the tag */
 #define USER_CS_64 0x33 /* __USER_CS: 64-bit code */
 #define NOT_A_SYSCALL (~0ULL) /* orig_ax outside of system calls */
+#define SYSCALL_EXECVE 59
+#define SYSCALL_EXECVEAT 322
 #define WORD 8
 
 #define DWARF_REGISTERS 16
@@ -83,7 +85,7 @@ static __always_inline bool is_in_user_mode(struct bpf_perf_event_data *ctx)
 /*
  * Registers of the thread when it was last in user mode. A tick inside the kernel finds them at
  * the top of the kernel stack. A system call's pc is that of the instruction after it, so it
- * counts as a return address; an interrupted one's is the instruction itself.
+ * counts as a return address; an interrupted one's is the instruction itself, as is a new program's.
  */
 static __always_inline u64 read_user_registers(struct bpf_perf_event_data *ctx, void *task,
 					       struct walk *walk)
@@ -96,7 +98,9 @@ static __always_inline u64 read_user_registers(struct bpf_perf_event_data *ctx, 
 	} else {
 		__builtin_memset(&saved, 0, sizeof(saved));
 		read_kernel(&saved, sizeof(saved), (const void *)bpf_task_pt_regs(task));
-		walk->pc_is_return_address = saved.orig_ax != NOT_A_SYSCALL;
+		walk->pc_is_return_address = saved.orig_ax != NOT_A_SYSCALL &&
+					     saved.orig_ax != SYSCALL_EXECVE &&
+					     saved.orig_ax != SYSCALL_EXECVEAT;
 	}
 	walk->pc = saved.ip;
 	walk->sp = saved.sp;

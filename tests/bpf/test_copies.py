@@ -1,5 +1,6 @@
 """Ticks whose stacks cannot be walked yet: what is copied of them, and how much."""
 
+import bisect
 import subprocess
 import sys
 import time
@@ -222,3 +223,38 @@ def test_a_program_that_has_ended_or_is_being_loaded_has_no_user_stack():
     assert {len(sample.user) for sample in found} == {0}
     assert min(len(sample.kernel) for sample in found) > 0
     assert StopReason.NO_PROGRAM.label not in {copy.walked.stop for copy in copied}
+    loading = range(*extent_in_kernel("load_elf_binary"))
+    loads = [any(at in loading for at in copy.walked.kernel.tolist()) for copy in copied]
+    assert sum(loads) < len(found) / 3  # before the old program goes, and after its end
+
+
+def test_a_program_that_has_not_begun_is_at_its_first_instruction():
+    """The kernel returns there from execve, but no call precedes it."""
+    entry = int.from_bytes(Path("/lib64/ld-linux-x86-64.so.2").read_bytes()[24:32], "little")
+    begun: list[CopiedStack] = []
+    with (
+        Sampler(SamplerConfig(frequency_hz=999, copied_bytes_per_s=16 << 20)) as sampler,
+        running("sh", "-c", "while :; do /bin/true; done"),
+    ):
+        sampler.start()
+
+        def are_seen() -> bool:
+            copies = sampler.drain().copies
+            begun.extend(
+                copy
+                for copy in copies
+                if len(copy.walked.kernel) and (copy.pc - entry) % PAGE == 0
+                if copy.walked.comm == b"true"
+            )
+            return len(begun) > 3
+
+        wait_for(are_seen)
+
+    assert not any(copy.is_return_address for copy in begun)
+
+
+def extent_in_kernel(name: str) -> tuple[int, int]:
+    lines = Path("/proc/kallsyms").read_text().splitlines()
+    addresses = sorted({int(line.split()[0], 16) for line in lines})
+    start = next(int(line.split()[0], 16) for line in lines if line.split()[2] == name)
+    return start, addresses[bisect.bisect_right(addresses, start)]
