@@ -139,7 +139,11 @@ class Unwinding:
                 self._request(request.executable)
 
     def note(self, groups: Mapping[MappingTable, Sequence[RawSample]]) -> None:
-        """Follow the sampled processes: those that have mapped more get another address space."""
+        """Follow the sampled processes: those that have mapped more get another address space.
+
+        Samples may be of a time when less was mapped, so they only tell whom to look at.
+        """
+        now_ns = time.monotonic_ns()
         for mappings, samples in groups.items():
             for pid in {sample.pid for sample in samples}:
                 self._files.note(mappings, pid)
@@ -148,7 +152,7 @@ class Unwinding:
                 if known is None or known.mappings is mappings:
                     continue
                 if known.generation == sample.generation:
-                    self._set(sample.generation, mappings)
+                    self._follow(sample.generation, now_ns)
         self._files.ask_again()
         now_s = time.monotonic()
         if now_s >= self._next_sweep_s:
@@ -195,7 +199,9 @@ class Unwinding:
         if not os.path.exists(f"/proc/{pid}"):  # noqa: PTH110 - a thousand times a second
             return
         mappings = self._address_spaces.mappings(pid, now_ns, start_ns)
-        if mappings.mappings:
+        known = self._known.get(pid)
+        is_known = known is not None and known.generation == generation
+        if mappings.mappings and not (is_known and known.mappings is mappings):
             self._set(generation, mappings)
 
     def _set(self, generation: ProcessGeneration, mappings: MappingTable) -> None:

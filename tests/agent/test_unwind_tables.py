@@ -299,6 +299,20 @@ def test_what_a_process_becomes_is_followed(what, recorder, tmp_path):
         wait_for(lambda: stops_of(recorder, pid) == {"root"})
 
 
+def test_a_tick_of_earlier_takes_no_mappings_from_the_walk(recorder, tmp_path):
+    """One inside execve, as an example, when nothing was mapped yet."""
+    program = compile_target("changing.c", tmp_path / "changing", *CHANGING)
+
+    with running(program, "open", "none") as process:
+        wait_for(lambda: stops_of(recorder, process.pid) == {"root"})
+        sample = next(s for s in recorder.sampler.drain().samples if s.pid == process.pid)
+        recorder.unwinding.note({MappingTable.of([]): [sample]})
+        time.sleep(0.1)
+        later = [s for s in recorder.sampler.drain().samples if s.pid == process.pid]
+
+    assert {s.stop for s in later} == {"root"}
+
+
 FRAMES = """
 volatile long n;
 __attribute__((noinline)) void spin(void) { volatile char room[SIZE]; room[0] = 1;
