@@ -200,8 +200,7 @@ class Unwinding:
             return
         mappings = self._address_spaces.mappings(pid, now_ns, start_ns)
         known = self._known.get(pid)
-        is_known = known is not None and known.generation == generation
-        if mappings.mappings and not (is_known and known.mappings is mappings):
+        if mappings.mappings and known != _Followed(generation, mappings):
             self._set(generation, mappings)
 
     def _set(self, generation: ProcessGeneration, mappings: MappingTable) -> None:
