@@ -13,14 +13,15 @@ import logging
 import os
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, ref
 
 from profiler.agent.build_ids import BuildIds
-from profiler.agent.readers import Answer, Failure, Readers
+from profiler.agent.reader_child import Answer, Failure
+from profiler.agent.readers import Readers
 from profiler.processes.address_spaces import AddressSpaces
 from profiler.processes.generations import living_thread
 from symbolizer import maps
@@ -247,6 +248,21 @@ class MappedFiles:
         mount = self._hung_mount(file) or file.key.path.rpartition(b"/")[0]
         return f"{file.key.place[0]} {os.fsdecode(mount)}"
 
+    def owner(self, file: MappedFile) -> str:
+        """Return whose file it is, for `Readers.ask`; empty for those of root on the host itself.
+
+        It has been identified. A user may have mapped it first, but cannot have made it.
+        """
+        return self._owner(file.owner, file.key.place)
+
+    def _asker(self, pids: Sequence[int], file: MappedFile) -> str:
+        """Return who has mapped a file of which nothing is known yet."""
+        users = [user for pid in pids if (user := _user_of(pid)) is not None]
+        return self._owner(0 if 0 in users else users[0], file.key.place) if users else ""
+
+    def _owner(self, user: int, place: _Place) -> str:
+        return "" if user == 0 and place == self._own_place else f"user {user} {place[0]}"
+
     def changed(self) -> list[MappedFile]:
         """Return the files of which more, or something else, is known since the last call."""
         changed, self._changed = self._changed, {}
@@ -357,8 +373,12 @@ class MappedFiles:
             return
         file.is_asked = True
         file.asked_s = time.monotonic()
+        request = self.request(file)
         self._readers.ask(
-            "file", self.request(file), partial(self._take, file), turn=turn, group=self.group(file)
+            *("file", request, partial(self._take, file)),
+            turn=turn,
+            group=self.group(file),
+            owner=self._asker(request["pids"], file),
         )
 
     def _take(self, file: MappedFile, answer: Answer) -> None:
@@ -375,6 +395,9 @@ class MappedFiles:
             self.interrupted += 1
             self._find_mount(file)
         if file.state == State.IDENTIFIED:  # what was read before still holds
+            return
+        if answer.failure == Failure.BUDGET:  # others who map it may ask at once
+            self._unfinished[file] = time.monotonic() + _WAIT_S
             return
         file.tries += 1
         self._fail(file, _MISSES.get(answer.failure, Miss.TOO_COSTLY))
@@ -447,6 +470,13 @@ def _place_of(pid: int) -> _Place | None:
         except OSError:
             pid = living_thread(pid)  # the first one may have exited, and has no links then
     return None
+
+
+def _user_of(pid: int) -> int | None:
+    try:
+        return os.stat(f"/proc/{pid}").st_uid  # noqa: PTH116 - for each file
+    except OSError:
+        return None
 
 
 def _is_there(pid: int) -> bool:

@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from profiler.agent.mapped_files import MappedFile, MappedFiles, State
 from profiler.agent.places import Code
-from profiler.agent.readers import Answer, Failure, Readers
+from profiler.agent.reader_child import Answer, Failure
+from profiler.agent.readers import Readers
 from storage.profile import adopt_module
 from symbolizer.digest import blake2b
 from symbolizer.location import (
@@ -283,6 +284,7 @@ class Names:
                 lambda answer, some=some: self._take(code, some, answer),  # type: ignore[misc]
                 turn=_LAST_TURN,
                 group="" if file is None else self._files.group(file),
+                owner="" if file is None else self._files.owner(file),
             )
 
     def _take(self, code: Code, offsets: Sequence[int], answer: Answer) -> None:

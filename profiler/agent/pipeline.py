@@ -25,7 +25,8 @@ from profiler.agent.frames import FrameNumbers, Numbers
 from profiler.agent.host import open_cache, this_host
 from profiler.agent.mapped_files import MappedFiles
 from profiler.agent.names import CACHE_BYTES, Names
-from profiler.agent.readers import Answer, Readers
+from profiler.agent.reader_child import Answer
+from profiler.agent.readers import Readers
 from profiler.agent.unwind_tables import Unwinding
 from profiler.agent.window import OpenWindow
 from profiler.processes.activity import Activity

@@ -6,22 +6,19 @@ child takes its place. One that cannot even be killed, because a file system doe
 left behind. Children exit when nothing was asked for a while, and all but one of them soon.
 """
 
-import enum
-import json
 import logging
 import os
 import select
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from profiler.agent.reader import LONGEST_MESSAGE_BYTES
+from profiler.agent.reader_budget import ReaderBudget
+from profiler.agent.reader_child import Answer, Failure, Item, Patience, ReaderChild, Take
 
 log = logging.getLogger(__name__)
 
@@ -40,52 +37,14 @@ _HANGS_AFTER_S = 2.0
 """A child that has used no CPU time for so long, and does not wait for a CPU, hangs."""
 _LAST_LOOK_S, _LAST_HANGS_AFTER_S = 0.2, 0.75
 """The same where the end of the sampler waits for readers."""
-_ITEM_S = 30.0
-"""An item takes two seconds of CPU time at most; a busy host takes longer for them."""
 _SET_ASIDE_S = 60.0
 _LONGEST_ASIDE_S = 3600.0
 _MAX_GROUPS = 1024
 _MAX_LEFT_BEHIND = 16
 """Children that cannot be killed. Beyond it nothing is read until one of them is gone."""
-_BUDGET_S, _BUDGET_SHARE = 30.0, 0.05
-"""CPU time that readers may use at once, and the share of one CPU by which it grows again."""
 _START_PAUSE_S = 1.0
 _CLOSE_S = 0.3
 """Killed children are waited for so long, all together."""
-
-
-class Failure(enum.StrEnum):
-    """Why there is no result."""
-
-    ERROR = "error"
-    """The reader raised an exception."""
-    MEMORY = "memory"
-    TIME = "time"
-    """It took more CPU time than an item may."""
-    HUNG = "hung"
-    CRASHED = "crashed"
-    SET_ASIDE = "set_aside"
-    """Something of the same group hung a while ago."""
-
-
-class Answer(NamedTuple):
-    """What became of an item: a result, or the failure."""
-
-    result: Any = None
-    failure: Failure | None = None
-
-
-Take = Callable[[Answer], None]
-
-
-class _Item(NamedTuple):
-    kind: str
-    values: Mapping[str, Any]
-    take: Take
-    group: str
-    asked_s: float
-    place: int
-    """In `_waiting`."""
 
 
 class Readers:
@@ -107,15 +66,15 @@ class Readers:
         self._kinds = kinds
         self._limit = children
         # By turn, and within a turn those that are short first.
-        self._waiting: tuple[deque[_Item], ...] = tuple(deque() for _ in range(6))
-        self._children: dict[int, _Child] = {}
+        self._waiting: tuple[deque[Item], ...] = tuple(deque() for _ in range(6))
+        self._children: dict[int, ReaderChild] = {}
         self._left: list[_Left] = []
         self._groups: dict[str, _Group] = {}
         self._epoll = select.epoll()
         self._pause_until_s = 0.0
         self._is_closed = False
-        self._budget_s, self._budget_at_s = _BUDGET_S, time.monotonic()
-        self._patience = _Patience(_LOOK_S, _HANGS_AFTER_S)
+        self._budget = ReaderBudget(time.monotonic())
+        self._patience = Patience(_LOOK_S, _HANGS_AFTER_S)
 
     def fileno(self) -> int:
         """Return a descriptor that becomes readable when there are answers."""
@@ -148,16 +107,19 @@ class Readers:
         *,
         turn: int = 1,
         group: str = "",
+        owner: str = "",
         is_long: bool = False,
     ) -> None:
         """Ask for something. `take` is called with the Answer, in a later `poll`.
 
         `turn` is 0 for what comes first, 2 for what comes last. What takes long waits for the other
         items of its turn; neither it nor a later turn ever has all children. When an item hangs,
-        others of its `group`, as those on the same file system, are not read for a while.
+        others of its `group`, as those on the same file system, are not read for a while. What one
+        `owner` has may not take the readers from all others: beyond the owner's part of the budget
+        it fails, and may be asked for again later.
         """
         place = 2 * turn + is_long
-        self._waiting[place].append(_Item(kind, values, take, group, time.monotonic(), place))
+        self._waiting[place].append(Item(kind, values, take, group, owner, time.monotonic(), place))
         self._hand_out()
 
     def poll(self) -> None:
@@ -189,7 +151,7 @@ class Readers:
 
     def hasten(self) -> None:
         """Give up sooner what hangs: the sampler is about to end."""
-        self._patience = _Patience(_LAST_LOOK_S, _LAST_HANGS_AFTER_S)
+        self._patience = Patience(_LAST_LOOK_S, _LAST_HANGS_AFTER_S)
 
     def close(self) -> None:
         """End all children. What is asked for afterwards is never answered."""
@@ -205,11 +167,11 @@ class Readers:
                 left.process.returncode = -signal.SIGKILL
         self._epoll.close()
 
-    def _take_from(self, child: "_Child") -> None:
+    def _take_from(self, child: ReaderChild) -> None:
         is_open = child.receive()
         for message in child.messages():
             if "cpu_ns" in message:
-                self._count(child.used(message["cpu_ns"] / 1e9))
+                self._count(child, message["cpu_ns"] / 1e9)
                 child.rest()
                 if message["is_last"]:
                     self._end(child)
@@ -229,15 +191,15 @@ class Readers:
         if not is_open:
             self._fail(child, None)
 
-    def _call(self, item: _Item, *, result: Any = None, failure: Failure | None = None) -> None:
+    def _call(self, item: Item, *, result: Any = None, failure: Failure | None = None) -> None:
         if failure is not None:
             self.failures[failure] += 1
         item.take(Answer(result, failure))
 
-    def _fail(self, child: "_Child", failure: Failure | None) -> None:
+    def _fail(self, child: ReaderChild, failure: Failure | None) -> None:
         """Give up a child and the item that it was reading; the others are asked again."""
         self._kill(child)
-        self._count(child.used(child.cpu_s))
+        self._count(child, child.cpu_s)
         if failure is None:
             failure = Failure.TIME if child.process.returncode == -signal.SIGPROF else None
             failure = failure or Failure.CRASHED
@@ -259,19 +221,14 @@ class Readers:
         if len(self._groups) > _MAX_GROUPS:
             del self._groups[next(iter(self._groups))]
 
-    def _count(self, cpu_s: float) -> None:
-        self.cpu_ns += round(cpu_s * 1e9)
-        self._budget_s -= cpu_s
-
-    def _may_spend(self) -> bool:
-        now_s = time.monotonic()
-        grown_s = (now_s - self._budget_at_s) * _BUDGET_SHARE
-        self._budget_s, self._budget_at_s = min(_BUDGET_S, self._budget_s + grown_s), now_s
-        return self._budget_s > 0
+    def _count(self, child: ReaderChild, cpu_s: float) -> None:
+        used_s = child.used(cpu_s)
+        self.cpu_ns += round(used_s * 1e9)
+        self._budget.spend(child.owner, used_s, time.monotonic())
 
     def _hand_out(self) -> None:
         now_s = time.monotonic()
-        while any(self._next_turns) and self._may_spend():
+        while any(self._next_turns) and self._budget.is_left(now_s):
             child = next((child for child in self._children.values() if child.is_idle), None)
             if child is None:
                 child = self._start(now_s)
@@ -284,29 +241,35 @@ class Readers:
                 self._fail(child, None)
 
     @property
-    def _next_turns(self) -> Sequence[deque[_Item]]:
+    def _next_turns(self) -> Sequence[deque[Item]]:
         """Return what may be handed out: one child is kept for short items of the first turn."""
         others = sum(child.is_patient for child in self._children.values())
         return self._waiting if others < max(1, self._limit - 1) else self._waiting[:1]
 
-    def _next_batch(self, now_s: float) -> Iterator[_Item]:
-        """Take items of one kind, those that wait longest, out of the first turn that has any."""
-        kind, taken = "", 0
+    def _next_batch(self, now_s: float) -> Iterator[Item]:
+        """Take those that wait longest, of one kind and owner, of the first turn that has any."""
+        kind, owner, taken = "", "", 0
         hanging = {left.group for left in self._left if left.group}
         for place, waiting in enumerate(self._next_turns):
             limit = 1 if place % 2 else _BATCH
-            while waiting and taken < limit and kind in ("", waiting[0].kind):
-                item = waiting.popleft()
+            while waiting and taken < limit:
+                item = waiting[0]
+                if taken and (item.kind, item.owner) != (kind, owner):
+                    break
+                waiting.popleft()
                 group = self._groups.get(item.group)
                 if item.group in hanging or (group is not None and group.until_s > now_s):
                     self._call(item, failure=Failure.SET_ASIDE)
                     continue
-                kind, taken = item.kind, taken + 1
+                if not self._budget.is_left_of(item.owner, now_s):
+                    self._call(item, failure=Failure.BUDGET)
+                    continue
+                kind, owner, taken = item.kind, item.owner, taken + 1
                 yield item
             if taken:
                 return
 
-    def _start(self, now_s: float) -> "_Child | None":
+    def _start(self, now_s: float) -> ReaderChild | None:
         oldest_s = min(waiting[0].asked_s for waiting in self._next_turns if waiting)
         if (
             self._is_closed
@@ -317,7 +280,7 @@ class Readers:
         ):
             return None
         try:
-            child = _Child(self._kinds, self._cache)
+            child = ReaderChild(self._kinds, self._cache)
         except OSError as error:
             log.warning("cannot start a reader: %s", error.strerror)
             self._pause_until_s = now_s + _START_PAUSE_S
@@ -326,12 +289,12 @@ class Readers:
         self._epoll.register(child.fileno(), select.EPOLLIN)
         return child
 
-    def _end(self, child: "_Child") -> None:
+    def _end(self, child: ReaderChild) -> None:
         """Let a child exit by itself."""
         self._forget(child)
         self._left.append(_Left(child.process, ""))
 
-    def _kill(self, child: "_Child") -> None:
+    def _kill(self, child: ReaderChild) -> None:
         self._forget(child)
         child.look()
         child.process.kill()
@@ -340,17 +303,10 @@ class Readers:
         except subprocess.TimeoutExpired:  # it waits for a file system that does not answer
             self._left.append(_Left(child.process, child.group))
 
-    def _forget(self, child: "_Child") -> None:
+    def _forget(self, child: ReaderChild) -> None:
         self._epoll.unregister(child.fileno())
         del self._children[child.fileno()]
         child.close()
-
-
-class _Patience(NamedTuple):
-    """How often children are looked at, and after how long without progress they hang."""
-
-    look_s: float
-    hangs_after_s: float
 
 
 class _Left(NamedTuple):
@@ -363,137 +319,3 @@ class _Left(NamedTuple):
 class _Group(NamedTuple):
     until_s: float
     pause_s: float
-
-
-class _Child:
-    """One reader, and the items that it was asked for and has not answered."""
-
-    def __init__(self, kinds: str, cache: Path) -> None:
-        self._ours, theirs = socket.socketpair()
-        self._received = bytearray()
-        self._items: deque[_Item] = deque()
-        self._is_asked = False
-        self.since_s = self._progress_s = self._looked_s = time.monotonic()
-        self.cpu_s = self._counted_s = 0.0
-        with theirs:
-            try:
-                self.process = subprocess.Popen(
-                    [
-                        *(sys.executable, "-P", "-m", "profiler.agent.reader"),
-                        *(str(theirs.fileno()), kinds, str(cache)),
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    process_group=0,  # a Ctrl-C is for who waits for it
-                    env={
-                        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-                        "LC_ALL": "C.UTF-8",
-                        "OPENBLAS_NUM_THREADS": "1",
-                        "PYTHONPATH": str(Path(__file__).parent.parent.parent),
-                        "PYTHONDONTWRITEBYTECODE": "1" if sys.dont_write_bytecode else "",
-                    },
-                )
-            except OSError:
-                self._ours.close()
-                raise
-
-    def fileno(self) -> int:
-        return self._ours.fileno()
-
-    @property
-    def is_idle(self) -> bool:
-        return not self._is_asked
-
-    @property
-    def is_patient(self) -> bool:
-        """Whether it may be busy for long, with nothing that comes first."""
-        return any(item.place for item in self._items)
-
-    @property
-    def group(self) -> str:
-        """The group of what it reads now."""
-        return self._items[0].group if self._items else ""
-
-    def ask(self, items: list[_Item]) -> bool:
-        """Send items of one kind; return whether the child takes them."""
-        request = {"kind": items[0].kind, "items": [item.values for item in items]}
-        content = json.dumps(request).encode()
-        self._items.extend(items)
-        self._is_asked = True
-        self.since_s = self._progress_s = self._looked_s = time.monotonic()
-        self._ours.settimeout(1.0)
-        try:
-            self._ours.sendall(len(content).to_bytes(4, "little") + content)
-        except OSError:
-            return False
-        return True
-
-    def receive(self) -> bool:
-        """Take in what has arrived; return whether the child still runs."""
-        self._ours.setblocking(False)
-        try:
-            while part := self._ours.recv(1 << 20):
-                self._received += part
-                if len(self._received) > 2 * LONGEST_MESSAGE_BYTES:
-                    return False
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
-
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """Return the whole messages that have arrived; one that cannot be read ends them."""
-        while len(self._received) >= 4:
-            size = int.from_bytes(self._received[:4], "little")
-            if len(self._received) < 4 + size:
-                return
-            content = bytes(self._received[4 : 4 + size])
-            del self._received[: 4 + size]
-            self._progress_s = time.monotonic()
-            try:
-                message = json.loads(content)
-            except (ValueError, RecursionError):
-                message = None
-            yield message if isinstance(message, dict) else {"error": "unreadable"}
-
-    def answered(self) -> _Item | None:
-        return self._items.popleft() if self._items else None
-
-    def unanswered(self) -> list[_Item]:
-        items = list(self._items)
-        self._items.clear()
-        return items
-
-    def used(self, cpu_s: float) -> float:
-        """Return the CPU time since the last call, from its CPU time so far."""
-        since_s, self._counted_s = max(0.0, cpu_s - self._counted_s), cpu_s
-        return since_s
-
-    def rest(self) -> None:
-        self._is_asked = False
-        self.since_s = time.monotonic()
-
-    def hangs(self, now_s: float, patience: _Patience) -> bool:
-        """Return whether it makes no progress; to be called now and then while it is asked."""
-        if now_s - self._looked_s < patience.look_s:
-            return False
-        self._looked_s = now_s
-        before_s = self.cpu_s
-        if self.look() or self.cpu_s != before_s:
-            self.since_s = now_s
-        return now_s - self.since_s > patience.hangs_after_s or now_s - self._progress_s > _ITEM_S
-
-    def look(self) -> bool:
-        """Read its CPU time; return whether it runs or waits for a CPU."""
-        try:
-            stat = Path(f"/proc/{self.process.pid}/stat").read_bytes()
-        except OSError:
-            return False
-        fields = stat.rpartition(b")")[2].split()
-        self.cpu_s = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-        return fields[0] == b"R"
-
-    def close(self) -> None:
-        self._ours.close()

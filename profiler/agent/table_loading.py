@@ -14,7 +14,8 @@ from typing import NamedTuple
 from bpf.sampler import Sampler
 from bpf.tables import NoRoomError, TableState
 from profiler.agent.mapped_files import MappedFile, MappedFiles, State
-from profiler.agent.readers import Answer, Failure, Readers
+from profiler.agent.reader_child import Answer, Failure
+from profiler.agent.readers import Readers
 from symbolizer.location import Miss
 from symbolizer.unwind.table import UnwindCache, UnwindTable
 
@@ -164,12 +165,17 @@ class TableLoader:
             return
         self._asked.add(key)
         take = partial(self._take, key)
-        request, group = self._files.request(file), self._files.group(file)
-        self._readers.ask("table", request, take, turn=0, group=group, is_long=True)
+        self._readers.ask(
+            *("table", self._files.request(file), take),
+            turn=0,
+            group=self._files.group(file),
+            owner=self._files.owner(file),
+            is_long=True,
+        )
 
     def _take(self, key: str, answer: Answer) -> None:
         self._asked.discard(key)
-        if answer.failure not in (None, Failure.ERROR, Failure.SET_ASIDE):
+        if answer.failure not in (None, Failure.ERROR, Failure.SET_ASIDE, Failure.BUDGET):
             self.interrupted += 1
         table = self._cache.load(key) if answer.result == key else None
         if table is not None:
@@ -178,7 +184,7 @@ class TableLoader:
                 self._take_in(key, table)
             return
         # Its reader failed, or it cannot be reached or written just now.
-        self._tries[key] = self._tries.get(key, 0) + 1
+        self._tries[key] = self._tries.get(key, 0) + (answer.failure != Failure.BUDGET)
         self._paused.add(key)
         self._next_try_s = max(self._next_try_s, time.monotonic() + _WAIT_S)
         self._set_state(key, TableState.NONE)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from profiler.agent import readers as module
-from profiler.agent.readers import Answer, Failure, Readers
+from profiler.agent.reader_child import Answer, Failure
+from profiler.agent.readers import Readers
 
 KINDS = "tests.support.reader_kinds"
 
@@ -37,6 +38,7 @@ class Asked:
         *,
         turn: int = 1,
         group: str = "",
+        owner: str = "",
         is_long: bool = False,
         **values: Any,
     ) -> None:
@@ -46,6 +48,7 @@ class Asked:
             *(kind, values, lambda answer: self.answers.append((name, answer))),
             turn=turn,
             group=group,
+            owner=owner,
             is_long=is_long,
         )
 
@@ -144,6 +147,33 @@ def test_an_item_that_fails_costs_no_other_item(
     assert answers["before"].result["said"] == "before"
     assert answers["after"].result["said"] == "after"
     assert asked.readers.failures == {failure: 1}
+
+
+def test_one_owner_does_not_take_the_readers_from_others(asked: Asked, monkeypatch) -> None:
+    monkeypatch.setattr(reader_budget, "_PART_S", 1.0)
+    asked.ask("spin", owner="user 1000")
+    asked.wait()
+
+    asked.ask("echo", "his", owner="user 1000", say="")
+    asked.ask("echo", "hers", owner="user 1001", say="")
+    asked.ask("echo", "root", say="")
+    answers = asked.wait()
+
+    assert answers["his"] == Answer(None, Failure.BUDGET)
+    assert answers["hers"].result
+    assert answers["root"].result
+
+
+def test_budgets_grow_again() -> None:
+    budget = reader_budget.ReaderBudget(now_s=0)
+    for owner in ("user 1000", "", ""):
+        budget.spend(owner, 10, now_s=0)
+
+    assert not budget.is_left(0)
+    assert budget.is_left(1)
+    assert not budget.is_left_of("user 1000", 390)
+    assert budget.is_left_of("user 1000", 410)
+    assert budget.is_left_of("", 0)
 
 
 def test_a_reader_that_hangs_is_replaced_and_its_group_set_aside(
