@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from profiler.agent import reader_budget
 from profiler.agent import readers as module
 from profiler.agent.reader_child import Answer, Failure
 from profiler.agent.readers import Readers
