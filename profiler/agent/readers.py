@@ -43,6 +43,7 @@ _MAX_GROUPS = 1024
 _MAX_LEFT_BEHIND = 16
 """Children that cannot be killed. Beyond it nothing is read until one of them is gone."""
 _START_PAUSE_S = 1.0
+_WARN_EVERY_S = 10.0
 _CLOSE_S = 0.3
 """Killed children are waited for so long, all together."""
 
@@ -71,6 +72,7 @@ class Readers:
         self._left: list[_Left] = []
         self._groups: dict[str, _Group] = {}
         self._epoll = select.epoll()
+        self._next_warning_s: dict[Failure, float] = {}
         self._pause_until_s = 0.0
         self._is_closed = False
         self._budget = ReaderBudget(time.monotonic())
@@ -207,12 +209,20 @@ class Readers:
         if not items:
             return
         failed, *rest = items
-        log.warning("a reader failed kind=%s cause=%s", failed.kind, failure)
+        self._warn(failed, failure)
         if failure == Failure.HUNG and failed.group:
             self._set_aside(failed.group)
         for item in reversed(rest):
             self._waiting[item.place].appendleft(item)
         self._call(failed, failure=failure)
+
+    def _warn(self, item: Item, failure: Failure) -> None:
+        """Log what any user may bring about as often as he likes, each failure now and then."""
+        now_s = time.monotonic()
+        if now_s >= self._next_warning_s.get(failure, 0.0):
+            self._next_warning_s[failure] = now_s + _WARN_EVERY_S
+            before = self.failures[failure]
+            log.warning("a reader failed kind=%s cause=%s before=%d", item.kind, failure, before)
 
     def _set_aside(self, group: str) -> None:
         before = self._groups.pop(group, None)

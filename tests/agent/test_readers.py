@@ -150,6 +150,17 @@ def test_an_item_that_fails_costs_no_other_item(
     assert asked.readers.failures == {failure: 1}
 
 
+def test_failures_are_logged_now_and_then(asked: Asked, caplog) -> None:
+    for number in range(3):
+        asked.ask("die", f"die {number}")
+    asked.wait()
+
+    assert asked.readers.failures == {Failure.CRASHED: 3}
+    assert [r.getMessage() for r in caplog.records] == [
+        "a reader failed kind=die cause=crashed before=0"
+    ]
+
+
 def test_one_owner_does_not_take_the_readers_from_others(asked: Asked, monkeypatch) -> None:
     monkeypatch.setattr(reader_budget, "_PART_S", 1.0)
     asked.ask("spin", owner="user 1000")
