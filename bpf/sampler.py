@@ -318,6 +318,7 @@ class Sampler:
             ended_ns=min(max(flip_begun_ns, latest_ns), flipped_ns),
             copies=copies,
             uncopied=counts[Counter.UNCOPIED],
+            counts_skipped=self.counts_skipped,
         )
 
     def wait_for_programs(self) -> None:

@@ -274,3 +274,5 @@ class Drain:
     """When the maps were flipped (CLOCK_MONOTONIC): later ticks are in the next drain."""
     copies: Sequence[CopiedStack] = ()
     uncopied: int = 0
+    counts_skipped: bool = True
+    """Whether ticks that the kernel has skipped beside other BPF programs are in `lost`."""

@@ -3,7 +3,7 @@
 import os
 import sys
 import unicodedata
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TextIO
 
 from symbolizer.text import readable
@@ -81,22 +81,22 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
-def accounted(estimated: Mapping[str, int]) -> str:
-    """Return the sentence about a profile whose counts add up, given losses that are estimates."""
-    if not sum(estimated.values()):
+def accounted(uncounted: int) -> str:
+    """Return the sentence about a profile whose counts add up.
+
+    `uncounted`: in how many windows the kernel did not let one count the ticks that it skipped.
+    """
+    if not uncounted:
         return "every tick accounted for"
-    causes = ", ".join(cause for cause, number in estimated.items() if number)
     return (
-        f"the counts add up, but {sum(estimated.values()):,} of the lost are an estimate ({causes})"
+        "the counts add up, but ticks that the kernel skipped beside other BPF programs could not"
+        f" be counted in {counted(uncounted, 'window')}"
     )
 
 
-def lost_to(cause: str, number: int, estimated: Container[str]) -> str:
-    """Return `12 ticks lost: map_full`, and of an estimate that it is one."""
-    return (
-        f"{'about ' if cause in estimated else ''}{counted(number, 'tick')} lost: {cause}"
-        f"{' (an estimate)' if cause in estimated else ''}"
-    )
+def lost_to(cause: str, number: int) -> str:
+    """Return `12 ticks lost: map_full`."""
+    return f"{counted(number, 'tick')} lost: {cause}"
 
 
 def limit_of(error: RecursionError | MemoryError) -> str:

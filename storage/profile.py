@@ -81,11 +81,6 @@ class Loss(StrEnum):
     """The store was unavailable for so long that the oldest stacks were given up."""
 
 
-ESTIMATED_LOSSES: frozenset[str] = frozenset()
-"""The causes of which the kernel does not let one know how many ticks they took: no profile with
-one of them claims that every tick is accounted for."""
-
-
 def make_labels(labels: Mapping[str, str]) -> Labels:
     return tuple(sorted(labels.items()))
 
@@ -136,6 +131,8 @@ class Accounting:
     lost: Mapping[str, int] = field(default_factory=dict)
     stops: Mapping[str, int] = field(default_factory=dict)
     """Stored samples by the reason their user stack ended."""
+    uncounted: int = 0
+    """In how many windows the kernel may have skipped ticks that it did not let one count."""
     misses: Mapping[str, int] = field(default_factory=dict)
     """Distinct locations without a name, by the reason."""
     services: Mapping[Labels, int] = field(default_factory=dict)
@@ -147,11 +144,6 @@ class Accounting:
     def mismatch(self) -> int:
         """Ticks or events that are not accounted for: zero, by the law of conservation."""
         return self.ticks - self.stored - self.idle - self.filtered - sum(self.lost.values())
-
-    @property
-    def estimated(self) -> dict[str, int]:
-        """The losses that are estimates, by their cause."""
-        return {cause: number for cause, number in self.lost.items() if cause in ESTIMATED_LOSSES}
 
     def merge(self, other: "Accounting") -> "Accounting":
         return Accounting(
@@ -165,6 +157,7 @@ class Accounting:
             stored=self.stored + other.stored,
             lost=add_counts(self.lost, other.lost),
             stops=add_counts(self.stops, other.stops),
+            uncounted=self.uncounted + other.uncounted,
             misses=add_counts(self.misses, other.misses),
             services=add_counts(self.services, other.services),
             agent_cpu_ns=self.agent_cpu_ns + other.agent_cpu_ns,

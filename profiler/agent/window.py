@@ -181,6 +181,7 @@ class OpenWindow:
         self._ended: Clocks | None = None
         self._ticks = self._idle = self._filtered = self._pending = 0
         self._lost: Counter[str] = Counter()
+        self._is_exact = True
         self._stops: Counter[str] = Counter()
 
     def count(self, drain: Drain) -> None:
@@ -192,6 +193,7 @@ class OpenWindow:
         self._idle += drain.idle
         self._filtered += drain.filtered
         self._lost.update(drain.lost)
+        self._is_exact &= drain.counts_skipped
         self._pending = sum(sample.samples for sample in drain.samples)
         if drain.samples:
             latest_ns = max(sample.last_ns for sample in drain.samples)
@@ -254,6 +256,7 @@ class OpenWindow:
             stored=self._stops.total(),
             lost={str(cause): number for cause, number in self._lost.items()},
             stops=dict(self._stops),
+            uncounted=0 if self._is_exact else 1,
         )
 
     def accounting(self, host: Host, misses: Mapping[str, int]) -> Accounting:
@@ -321,7 +324,8 @@ def split_drain(drain: Drain, edges_ns: Sequence[int]) -> list[Drain]:
         causes = {cause: numbers[place] for cause, numbers in lost.items() if numbers[place]}
         ended = idle[place] + filtered[place] + sum(causes.values())
         ticks_here, copied = stored[place] + ended, copies[place]
-        drains.append(Drain(kept, ticks_here, idle[place], filtered[place], causes, copies=copied))
+        counts = (ticks_here, idle[place], filtered[place], causes)
+        drains.append(Drain(kept, *counts, copies=copied, counts_skipped=drain.counts_skipped))
     return drains
 
 

@@ -25,7 +25,7 @@ from profiler.commands import arguments, outputs
 from profiler.commands.targets import Command, Processes, Target, target_of
 from profiler.formats import export
 from profiler.text import StatusLine, counted, lost_to, path_text, tell
-from storage.profile import ESTIMATED_LOSSES, Accounting, Profile
+from storage.profile import Accounting, Profile
 
 _LONGEST_PAUSE_S = 1.0
 """A step that fails does not end the recording: what was counted before it is written."""
@@ -260,10 +260,7 @@ def summary(profile: Profile, config: SamplerConfig) -> list[str]:
         f"{counted(counts.ticks, 'tick')} = {parts} + {lost:,} lost",
         f"the profiler took {cost:.1%} of one CPU and {counts.agent_rss_bytes / 1e6:.0f} MB",
     ]
-    lines += [
-        f"warning: {lost_to(cause, number, ESTIMATED_LOSSES)}"
-        for cause, number in counts.lost.items()
-    ]
+    lines += [f"warning: {lost_to(cause, number)}" for cause, number in counts.lost.items()]
     if warning := deviation(counts, config):
         lines.append(warning)
     return lines

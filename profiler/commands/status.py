@@ -11,7 +11,6 @@ import orjson
 from profiler.agent.status import ask, default_run_folder
 from profiler.commands import arguments
 from profiler.text import counted
-from storage.profile import ESTIMATED_LOSSES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,8 +69,7 @@ def table(status: Mapping[str, Any]) -> str:
 
 def _lost(lost: Mapping[str, int]) -> Iterator[tuple[str, str]]:
     for cause, number in lost.items():
-        is_estimate = cause in ESTIMATED_LOSSES
-        yield f"  {cause}", f"{number:,} lost{' (an estimate)' if is_estimate else ''}"
+        yield f"  {cause}", f"{number:,} lost"
 
 
 def _spool_problems(spool: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -34,7 +34,7 @@ from profiler.text import counted, lost_to, tell
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import StoreError, StoreRefused
 from storage.objects.open import default_store_url, open_store
-from storage.profile import ESTIMATED_LOSSES, Profile
+from storage.profile import Profile
 
 FIRST_INTERVAL_S = 5
 
@@ -386,10 +386,7 @@ def summary(options: AgentOptions, status: Mapping[str, Any], begun_ns: int) -> 
         f"{counted(status['ticks'], 'tick')} = {parts} filtered + {lost:,} lost",
         f"the sampler took {own:.1%} of one CPU, {others}; memory {memory} MB",
     ]
-    lines += [
-        f"warning: {lost_to(cause, number, ESTIMATED_LOSSES)}"
-        for cause, number in status["lost"].items()
-    ]
+    lines += [f"warning: {lost_to(cause, number)}" for cause, number in status["lost"].items()]
     if waiting := status["spool"]["profiles"]:
         reason = upload.get("last_error") or "they are not uploaded yet"
         windows = f"{counted(waiting, 'window')} {'waits' if waiting == 1 else 'wait'}"

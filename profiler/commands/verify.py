@@ -252,7 +252,7 @@ def _check_all(
 
 def _result(found: Verification) -> str:
     if found.is_ok:
-        return accounted(found.sums.estimated)
+        return accounted(found.sums.uncounted)
     damaged = f"{len(found.unreadable):,} more cannot be read" if found.unreadable else ""
     wrong = f"{len(found.mismatches):,} of them do not add up" if found.mismatches else ""
     return f"NOT OK: {' and '.join(filter(None, (wrong, damaged)))}"
@@ -262,13 +262,13 @@ def _report(found: Verification, *, as_json: bool) -> int:
     if as_json:
         sys.stdout.buffer.write(found.as_json() + b"\n")
         return 0 if found.is_ok else 1
-    counts, estimated = found.sums, found.sums.estimated
+    counts = found.sums
     print(
         f"{counted(counts.ticks, 'tick')} = {counts.stored:,} stored + {counts.idle:,} idle"
         f" + {counts.filtered:,} filtered + {sum(counts.lost.values()):,} lost"
     )
     for cause, number in counts.lost.items():
-        print(f"  lost to {cause}: {number:,}{' (an estimate)' if cause in estimated else ''}")
+        print(f"  lost to {cause}: {number:,}")
     for mismatch in found.mismatches:
         print(f"MISMATCH {mismatch['key']}: {mismatch['ticks']:,} ticks, sum {mismatch['sum']:,}")
     for problem in found.unreadable:

@@ -69,6 +69,7 @@ class DataCoverage:
     stored: Count
     lost: Mapping[str, Count]
     stops: Mapping[str, Count]
+    uncounted: Count
     complete: Annotated[float, Meta(ge=0, le=1)] | None
     nonidle_ns: Count
     profiled_ns: Count
@@ -91,6 +92,7 @@ class DataCoverage:
             stored=accounting.stored,
             lost={str(cause): count for cause, count in accounting.lost.items()},
             stops=stops,
+            uncounted=accounting.uncounted,
             complete=good / ended if ended else None,
             nonidle_ns=accounting.nonidle_ns,
             profiled_ns=accounting.profiled_ns,

@@ -1,7 +1,7 @@
 // Coverage: which data the page shows, and what is missing from them.
 
 import { el, icon } from "./dom.js";
-import { number, safeName, share, span } from "./format.js";
+import { counted, number, safeName, share, span } from "./format.js";
 
 const LOSSES = {
   map_full: "a table in the kernel was full",
@@ -116,6 +116,14 @@ export class CoverageStrip {
       "div",
       { class: "coverage-details" },
       facts("Where every tick went", accounts),
+      coverage.uncounted
+        ? el(
+            "p",
+            {},
+            `In ${counted(coverage.uncounted, "window")} the kernel did not let the profiler count ` +
+              "the ticks that it skipped beside other BPF programs.",
+          )
+        : null,
       facts("Why samples were lost", losses.length ? losses : [["no samples were lost", "", ""]]),
       facts("How user stacks end", stops.length ? stops : [["no stacks", "", ""]]),
       facts("Sources", sources),

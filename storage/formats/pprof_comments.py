@@ -66,6 +66,7 @@ def accounting_comment(profile: Profile) -> str:
         "stored": accounting.stored,
         "lost": dict(accounting.lost),
         "stops": dict(accounting.stops),
+        "uncounted": accounting.uncounted,
         "misses": dict(accounting.misses),
         "services": [
             {"labels": dict(labels), "present_ns": present_ns}
@@ -217,6 +218,7 @@ def _parse_accounting(record: _Record) -> Ours:
         stored=record.integer("stored"),
         lost=record.counts("lost"),
         stops=record.counts("stops"),
+        uncounted=record.integer("uncounted"),
         misses=record.counts("misses"),
         services=services,
         agent_cpu_ns=agent.integer("cpu_ns"),

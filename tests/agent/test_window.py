@@ -224,6 +224,16 @@ def drains(draw) -> Drain:
     return Drain(samples, stored + idle + filtered + full, idle, filtered, {"map_full": full})
 
 
+@pytest.mark.parametrize(("exact", "uncounted"), [(True, 0), (False, 1)])
+def test_a_window_says_that_skipped_ticks_were_not_counted(exact, uncounted):
+    window = OpenWindow(10_000_000, lambda: clocks(60))
+
+    for part in split_drain(Drain([], 2, 2, 0, {}, counts_skipped=exact), [0, 500, 1001]):
+        window.count(part)
+
+    assert window.counts.uncounted == uncounted
+
+
 @given(drains(), st.lists(moments, max_size=5))
 def test_the_parts_of_a_drain_are_the_drain(drain, cuts):
     """Every count, the law of conservation in each part, and each sample within its part."""

@@ -191,6 +191,18 @@ def test_a_file_that_is_missing_is_named_once(tmp_path, capfd):
     assert out.endswith("0 profiles: NOT OK: 1 more cannot be read\n")
 
 
+def test_what_was_not_counted_is_said(tmp_path, capfd):
+    profile = some.sample_profile()
+    accounting = dataclasses.replace(profile.accounting, uncounted=1)
+    profile = dataclasses.replace(profile, accounting=accounting)
+
+    assert cli.main(["verify", "--store", str(directory(tmp_path, at(profile, 0)).root)]) == 0
+
+    out = capfd.readouterr().out
+    assert "1 profile: the counts add up, but ticks that the kernel skipped" in out
+    assert out.endswith("could not be counted in 1 window\n")
+
+
 def test_one_profile_is_singular(tmp_path, capfd):
     assert (
         cli.main(["verify", "--store", str(directory(tmp_path, at(some.sample_profile(), 0)).root)])

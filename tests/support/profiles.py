@@ -232,6 +232,7 @@ accountings = st.builds(
     stored=counts,
     lost=st.dictionaries(texts, counts, max_size=2),
     stops=st.dictionaries(texts, counts, max_size=2),
+    uncounted=counts,
     misses=st.dictionaries(texts, counts, max_size=2),
     services=st.dictionaries(labels.map(make_labels), counts, max_size=2),
     agent_cpu_ns=counts,
