@@ -18,7 +18,7 @@ import numpy as np
 
 from bpf.records import Rings
 from bpf.sampler import Sampler, SamplerConfig
-from bpf.samples import Drain, RawSample
+from bpf.samples import Drain, RawSample, StopReason
 from profiler.agent.copied_stacks import ByMappings, CopiedStacks
 from profiler.agent.cost import Cost
 from profiler.agent.frames import FrameNumbers, Numbers
@@ -56,7 +56,7 @@ _READERS_S = 0.7
 """For how long the closing of a window waits for labels and names that are being read."""
 _NEXT_ANSWER_S, _LAST_S = 5.0, 15.0
 """After the last tick: how long the next answer is waited for, and how long all of them."""
-
+_NO_MAPPING = StopReason.NO_MAPPING.label
 
 Subjects = dict[str, Subject]
 
@@ -235,11 +235,19 @@ class Pipeline:
             for mappings, samples in self._release(window).items():
                 groups[mappings] += samples
             self._add(counted, groups)
+            self._doubt(groups)
             with self.cost.of("labels"):  # while they can be read: these may wait for long
                 self._note(self.copied.waiting, counted.subjects)
         finally:
             window.settle()
             self.address_spaces.expire(time.monotonic_ns())
+
+    def _doubt(self, groups: ByMappings) -> None:
+        """Have the mappings of a process read again that was in code which they do not have."""
+        for mappings, samples in groups.items():
+            for sample in samples:
+                if sample.stop == _NO_MAPPING and mappings.find(sample.user[:1])[0] < 0:
+                    self.address_spaces.doubt(sample.pid, sample.start_ns)
 
     def finish(self, counted: Counted, *, is_last: bool) -> Profile:
         """Return the profile of a window that has ended, named as well as this host can.

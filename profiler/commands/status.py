@@ -95,6 +95,7 @@ _IN_WORDS = {
     "mounts_hung": ("file system", "file systems", "that did not answer"),
     "gaps": ("gap", "gaps", "in the kernel's records of processes"),
     "degraded": ("process", "processes", "with too many mappings to be followed"),
+    "doubted": ("process", "processes", "read again: they ran code of which no record had told"),
     "dropped_logs": ("process", "processes", "whose mappings took too much memory"),
     "failed_starts": ("start", "starts", "failed"),
     "left_behind": ("reader", "readers", "left behind: a file system does not answer"),

@@ -23,12 +23,10 @@ are not read again, also after a gap, for as long as it runs the same program.
 """
 
 import logging
-import os
 import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -41,7 +39,7 @@ from bpf.records import (
     Rings,
     decode_task,
 )
-from profiler.processes.generations import TICK_NS, living_thread, other_threads, read_stat
+from profiler.processes.generations import TICK_NS, other_threads, read_stat
 from profiler.processes.lifetimes import Lifetimes
 from profiler.processes.mapping_log import (
     EXITED,
@@ -53,7 +51,8 @@ from profiler.processes.mapping_log import (
     MappingLog,
     time_of,
 )
-from symbolizer.maps import MAX_MAPPINGS, Mapping, MappingTable, TooManyMappings, read_maps
+from profiler.processes.snapshots import Doubts, maps_of
+from symbolizer.maps import MAX_MAPPINGS, Mapping, MappingTable, TooManyMappings
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +82,7 @@ class AddressSpaces:
         gaps: how often records were lost, so that all processes had to start anew.
         degraded: processes that had too many mappings to be followed.
         dropped_logs: logs dropped because all of them together were too large.
+        doubted: how often a table lacked code that its process was running.
         log_bytes: what the logs occupy now.
     """
 
@@ -94,6 +94,7 @@ class AddressSpaces:
         self.gaps = 0
         self.degraded = 0
         self.dropped_logs = 0
+        self.doubted = 0
         self.log_bytes = 0
         self._rings = rings
         self._proc = str(proc)
@@ -104,6 +105,7 @@ class AddressSpaces:
         self._ended: deque[MappingLog] = deque()
         self._long: set[MappingLog] = set()
         self._too_many: dict[int, tuple[int, int]] = {}
+        self._doubts = Doubts()
         self._next_warning_ns: dict[str, int] = {}
         self._users: WeakKeyDictionary[MappingTable, dict[int, None]] = WeakKeyDictionary()
 
@@ -145,6 +147,21 @@ class AddressSpaces:
             newer = older
         return EXITED
 
+    def doubt(self, pid: int, start_ns: int) -> None:
+        """Read again what a process has mapped: it ran code that its table does not have.
+
+        The kernel writes no record of mremap, and on a busy host it was seen to write none of an
+        exec.
+        """
+        if not self._doubts.is_due(pid, time.monotonic_ns()):
+            return
+        process = self._current.get(pid)
+        if process is None or process.exit_ns or process.is_degraded:
+            return
+        if self._start_ticks(pid) == start_ns // TICK_NS:
+            self.doubted += 1
+            self._begin_anew(process)
+
     def parent_of(self, pid: int) -> int | None:
         """Return the parent of a process, also one that has exited; None if no record names it."""
         past = self._past.get(pid)
@@ -158,6 +175,7 @@ class AddressSpaces:
             "gaps": self.gaps,
             "degraded": self.degraded,
             "dropped_logs": self.dropped_logs,
+            "doubted": self.doubted,
             "log_bytes": self.log_bytes,
         }
 
@@ -436,7 +454,7 @@ class AddressSpaces:
         try:
             if program is not None and program == self._too_many.get(process.pid):
                 raise TooManyMappings
-            mappings = self._read_maps(process) if start_ticks else []
+            mappings = maps_of(process.pid, self._proc) if start_ticks else []
         except TooManyMappings:
             mappings = None
             self._remember_too_many(process.pid, program)
@@ -469,29 +487,6 @@ class AddressSpaces:
         """Return when it started, which is unique to a pid."""
         stat = read_stat(pid, self._proc)
         return stat.start_ticks if stat else None
-
-    def _read_maps(self, process: "MappingLog") -> list[Mapping]:
-        """Read the mappings, from another thread when the first one has exited.
-
-        There are none where the kernel forbids it (ptrace(2), "access mode checking"). Paths are
-        made relative to the root of the process, as they are in records.
-        """
-        folder = f"{self._proc}/{living_thread(process.pid, self._proc)}"
-        try:
-            root = os.fsencode(Path(f"{folder}/root").readlink())
-            with Path(f"{folder}/maps").open("rb", 0) as maps:
-                mappings = read_maps(maps.fileno())
-        except PermissionError:
-            return []
-        except OSError as error:
-            raise ProcessLookupError from error
-        return mappings if root == b"/" else [_inside(root, m) for m in mappings]
-
-
-def _inside(root: bytes, mapping: Mapping) -> Mapping:
-    if mapping.path.startswith(root + b"/"):
-        return replace(mapping, path=mapping.path.removeprefix(root))
-    return mapping
 
 
 def _places(mappings: Iterable[Mapping]) -> list[tuple[int, int, int, bytes]]:

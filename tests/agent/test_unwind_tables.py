@@ -299,6 +299,20 @@ def test_what_a_process_becomes_is_followed(what, recorder, tmp_path):
         wait_for(lambda: stops_of(recorder, pid) == {"root"})
 
 
+def test_code_that_was_moved_is_found(recorder, tmp_path):
+    """The kernel writes no record of mremap."""
+    program = compile_target("moved.c", tmp_path / "moved", "-O1", *NO_FRAME_POINTERS)
+
+    with running(program) as process:
+
+        def are_whole() -> bool:
+            recorder.catch_up()
+            recorder.drain()
+            return stops_of(recorder, process.pid) == {"root"}
+
+        wait_for(are_whole, timeout_s=20)
+
+
 def test_a_tick_of_earlier_takes_no_mappings_from_the_walk(recorder, tmp_path):
     """One inside execve, as an example, when nothing was mapped yet."""
     program = compile_target("changing.c", tmp_path / "changing", *CHANGING)

@@ -789,8 +789,10 @@ def test_process_with_too_many_mappings_stays_degraded_over_a_gap(
     """Its maps are not read again, unless it runs another program by then."""
     spaces = AddressSpaces(small_rings)
     read_of: list[int] = []
-    read_maps = spaces._read_maps
-    monkeypatch.setattr(spaces, "_read_maps", lambda p: (read_of.append(p.pid), read_maps(p))[1])
+    maps_of = module.maps_of
+    monkeypatch.setattr(
+        module, "maps_of", lambda pid, *a: (read_of.append(pid), maps_of(pid, *a))[1]
+    )
     target = start()
     with contextlib.closing(Mapper(many_mappings, many_mappings.parent / "file", 65_000, 0)) as it:
         it.go_on()
