@@ -64,7 +64,8 @@ _Static_assert(sizeof(struct page) == PAGE_SIZE_IN_MAP, "tables.py: PAGE");
 struct rule {
 	u16 cfa; /* in words of 8 bytes */
 	u8 cfa_kind;
-	u8 rbp_kind;
+	u8 rbp_kind : 3;
+	u8 rbx : 5; /* where it is: RBX_UNKNOWN, RBX_SAME, or so many words below the CFA */
 	s16 rbp; /* in words of 8 bytes */
 };
 

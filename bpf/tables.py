@@ -54,6 +54,11 @@ class RbpKind(IntEnum):
     DEREF_RSP = 4
 
 
+RBX_UNKNOWN, RBX_SAME = 0, 1
+"""Where the caller's rbx is, in the bits of a row's `rbp_kind` above RbpKind; by further numbers so
+many words below the CFA."""
+
+
 class TableState(IntEnum):
     """Whether an executable has a table: nobody looked yet, it has, it has none, it has no room."""
 
@@ -153,6 +158,8 @@ def constants() -> dict[str, int]:
         "WAKE_PERIOD_NS": WAKE_PERIOD_NS,
         **{f"CFA_{kind.name}": kind.value for kind in CfaKind},
         **{f"RBP_{kind.name}": kind.value for kind in RbpKind},
+        "RBX_UNKNOWN": RBX_UNKNOWN,
+        "RBX_SAME": RBX_SAME,
         **{f"TABLE_{state.name}": state.value for state in TableState},
     }
 

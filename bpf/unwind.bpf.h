@@ -19,7 +19,7 @@
  *     lookup_page(place), lookup_row(page, low, high)   a table's page, and the row in force there
  *     send_request(request)                   ask user space for what is missing
  *
- * and as -D constants: STOP_*, CFA_*, RBP_*, TABLE_*, GO_ON, FOUND, FRAMES_PER_PROGRAM, MAX_USER_WORDS,
+ * and as -D constants: STOP_*, CFA_*, RBP_*, RBX_*, TABLE_*, GO_ON, FOUND, FRAMES_PER_PROGRAM, MAX_USER_WORDS,
  * TAG_*, PAGE_BITS, BLOCK_BITS, KNOWN_FRAMES, PROCESS_PLACES, TASK_FLAGS, TASK_MM.
  */
 #ifndef EVERFLAME_UNWIND_BPF_H
@@ -36,6 +36,7 @@
 #define WORD 8
 
 #define DWARF_REGISTERS 16
+#define DWARF_RBX 3
 
 static __always_inline struct process *lookup_process(u32 pid, u32 nth);
 static __always_inline struct mapping *lookup_mapping(u32 first, u32 count, u64 address);
@@ -63,6 +64,7 @@ struct walk {
 	u32 mappings; /* how many; 0: its address space is not known yet */
 	u8 pc_is_return_address;
 	u8 knows_others;
+	u8 knows_rbx; /* of the others; all of them where knows_others */
 	u8 knows_bp;
 	u8 has_page;
 	u8 has_requested;
@@ -120,6 +122,7 @@ static __always_inline u64 read_user_registers(struct bpf_perf_event_data *ctx, 
 	walk->others[14] = saved.r14;
 	walk->others[15] = saved.r15;
 	walk->knows_others = true;
+	walk->knows_rbx = true;
 	walk->knows_bp = true;
 	return saved.cs;
 }
@@ -152,6 +155,7 @@ static __always_inline u32 leave_by_frame_pointer(struct walk *walk, u32 why)
 	walk->bp = frame.bp;
 	walk->pc_is_return_address = true;
 	walk->knows_others = false;
+	walk->knows_rbx = false;
 	return GO_ON;
 }
 
@@ -177,6 +181,7 @@ static __always_inline u32 leave_signal_frame(struct walk *walk)
 	walk->bp = saved[SIGNAL_RBP];
 	walk->pc_is_return_address = false;
 	walk->knows_others = true;
+	walk->knows_rbx = true;
 	walk->knows_bp = true;
 	return GO_ON;
 }
@@ -219,7 +224,7 @@ static __always_inline u64 frame_address(struct walk *walk, const struct rule *r
 		*error = STOP_UNSUPPORTED_RULE;
 		return 0;
 	}
-	if (!walk->knows_others) {
+	if (!(rule->cfa_kind == CFA_REGISTER + DWARF_RBX ? walk->knows_rbx : walk->knows_others)) {
 		*error = STOP_REGISTER_LOST;
 		return 0;
 	}
@@ -227,6 +232,14 @@ static __always_inline u64 frame_address(struct walk *walk, const struct rule *r
 	asm volatile("" : "+r"(number)); /* keeps the bound visible to the verifier */
 	number &= DWARF_REGISTERS - 1;
 	return walk->others[number] + (u64)rule->cfa * WORD;
+}
+
+/* Restore the caller's rbx, of a rule that says where it is: false if it is not known all the same. */
+static __always_inline bool restore_rbx(struct walk *walk, const struct rule *rule, u64 cfa)
+{
+	if (rule->rbx == RBX_SAME)
+		return walk->knows_rbx;
+	return !read_word(&walk->others[DWARF_RBX], cfa, -(s64)rule->rbx);
 }
 
 static __always_inline u32 leave_by_rule(struct walk *walk, const struct rule *rule)
@@ -260,6 +273,7 @@ static __always_inline u32 leave_by_rule(struct walk *walk, const struct rule *r
 	} else {
 		walk->knows_bp = false;
 	}
+	walk->knows_rbx = unlikely(rule->rbx != RBX_UNKNOWN) && restore_rbx(walk, rule, cfa);
 	walk->sp = cfa;
 	walk->pc = saved[1];
 	walk->pc_is_return_address = true;
@@ -282,6 +296,7 @@ static __always_inline u32 leave_by_register(struct walk *walk, const struct rul
 	walk->sp += (u64)rule->cfa * WORD;
 	walk->pc_is_return_address = true;
 	walk->knows_others = false;
+	walk->knows_rbx = false;
 	return is_user_code(walk->pc) ? GO_ON : STOP_BAD_STACK_POINTER;
 }
 

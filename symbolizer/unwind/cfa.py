@@ -3,7 +3,7 @@
 A program (DWARF 5, section 6.4.2) is a list of instructions that move forward through a function
 and change rules: how the canonical frame address (CFA) is computed, and where the caller's
 registers are saved. Three rules are needed to walk a stack: the CFA's, rbp's and the return
-address's.
+address's; in few files rbx's, too, for which the programs are run again.
 
 Instructions are not executed one by one. All are decoded first (instructions.py); then each value
 that an instruction writes is repeated up to the next instruction that writes the same rule. In
@@ -48,13 +48,15 @@ _MAX_STEPS = 1 << 22
 _MAX_RESTORES = 1 << 20
 
 
-def run_programs(frames: CallFrames) -> Iterator[Rules]:
+def run_programs(frames: CallFrames, register: int = RBP) -> Iterator[Rules]:
     """Return the rules of all FDEs in pieces, sorted. After an FDE comes a HOLE or the next FDE.
+
+    With RBX as the `register`, what the rules say of rbp is true of rbx.
 
     Bytes between an FDE and the next multiple of 16 are padding that is never executed: they get no
     row, which saves one row per function.
     """
-    cies = _run_cies(frames)
+    cies = _run_cies(frames, register)
     steps = restores = 0
     for here in _chunks(frames.program_ends - frames.programs):
         rows, steps_here, restores_here = _run_fdes(frames, cies, here)
@@ -82,13 +84,13 @@ class _State(NamedTuple):
     Attributes:
         base: the CFA's register; or `_READY`, then kind and operand of a finished rule.
         offset: added to that register, in bytes.
-        rbp: RbpKind; from bit 8 on, the offset as 16 bits.
+        saved: where rbp is, or the register that is followed: RbpKind; from bit 8 on, the offset.
         return_address: one of the numbers below.
     """
 
     base: Ints
     offset: Ints
-    rbp: Ints
+    saved: Ints
     return_address: Ints
 
     def take(self, chosen: Ints | Flags | slice) -> "_State":
@@ -113,6 +115,7 @@ class _Cies(NamedTuple):
     data_alignments: Ints
     is_signal: Flags
     initial: _State
+    register: int
 
     def take(self, chosen: Ints | slice) -> "_Cies":
         return _Cies(
@@ -120,16 +123,18 @@ class _Cies(NamedTuple):
             self.data_alignments[chosen],
             self.is_signal[chosen],
             self.initial.take(chosen),
+            self.register,
         )
 
 
-def _run_cies(frames: CallFrames) -> _Cies:
+def _run_cies(frames: CallFrames, register: int) -> _Cies:
     nothing = np.zeros(len(frames.cies), dtype=np.int64)
     cies = _Cies(
         np.array([cie.code_alignment for cie in frames.cies]),
         np.array([cie.data_alignment for cie in frames.cies]),
         np.array([cie.is_signal_frame for cie in frames.cies]),
         _State(nothing + _NO_BASE, nothing, nothing, nothing + _ELSEWHERE),
+        register,
     )
     programs = np.array([cie.program for cie in frames.cies])
     program_ends = np.array([cie.program_end for cie in frames.cies])
@@ -181,11 +186,11 @@ def _pack(states: _State, is_signal: Flags) -> Wide:
     is_ready = base >= _READY
     is_plain = (base < RETURN_ADDRESS) & (offset & 7 == 0) & (offset >= 0) & (offset <= 8 * 0xFFFF)
     cfa = np.where(is_ready, base & 0xFFFFFF, _KINDS[base & 31] | offset >> 3)
-    rules = cfa << 16 | states.rbp << 40
+    rules = cfa << 16 | states.saved << 40
     is_signal_frame = (
         is_signal
         & (base == _ready(CfaKind.DEREF_RSP, _UCONTEXT_RSP // 8))
-        & (states.rbp == _saved_rbp(RbpKind.DEREF_RSP, _UCONTEXT_RBP // 8))
+        & (states.saved == _saved(RbpKind.DEREF_RSP, _UCONTEXT_RBP))
         & (states.return_address == _IN_UCONTEXT)
     )
     is_supported = (is_plain | is_ready) & (states.return_address == _AT_CFA_MINUS_8)
@@ -193,7 +198,7 @@ def _pack(states: _State, is_signal: Flags) -> Wide:
     in_register = states.return_address - _IN_REGISTER
     at = np.flatnonzero(is_plain & (base == RSP) & (in_register >= 0))
     kinds = int(CfaKind.RETURN_REGISTER) + in_register[at]
-    rules[at] = kinds << 32 | offset[at] >> 3 << 16 | states.rbp[at] << 40
+    rules[at] = kinds << 32 | offset[at] >> 3 << 16 | states.saved[at] << 40
     rules[is_signal_frame] = rule(CfaKind.SIGNAL)
     rules[states.return_address == _UNDEFINED] = rule(CfaKind.STOP)
     return rules.view(np.uint64)
@@ -203,10 +208,6 @@ def _ready(kind: CfaKind, cfa: int) -> int:
     return _READY | int(kind) << 16 | cfa
 
 
-def _saved_rbp(kind: RbpKind, offset: int) -> int:
-    return int(kind) | (offset & 0xFFFF) << 8
-
-
 _KINDS = np.arange(CfaKind.REGISTER, CfaKind.REGISTER + 32, dtype=np.int64)
 _KINDS[[RSP, RBP]] = CfaKind.RSP, CfaKind.RBP
 _KINDS <<= 16
@@ -214,7 +215,7 @@ _KINDS <<= 16
 
 def _gather(frames: CallFrames, starts: Ints, ends: Ints, cies: _Cies) -> Programs:
     alignments = (cies.code_alignments, cies.data_alignments)
-    return Programs.gather(frames.content, starts, ends, *alignments)
+    return Programs.gather(frames.content, starts, ends, *alignments, register=cies.register)
 
 
 class _Steps(NamedTuple):
@@ -318,14 +319,15 @@ class _Restores(NamedTuple):
 def _find_writes(instructions: Instructions, initial: _State) -> tuple[Bytes, _State]:
     """Return which columns each instruction writes, and the values it writes."""
     code, opcodes = instructions.code, instructions.opcodes
-    writes = look_up(op.WRITES_TABLE, opcodes).copy()
+    followed = instructions.programs.register
+    writes = look_up(op.WRITES_TABLES[followed], opcodes).copy()
     values = _State(*(np.zeros(len(opcodes), dtype=np.int64) for _ in op.COLUMNS))
     _write_cfa(instructions, values)
     extended = np.flatnonzero(instructions.traits & op.IS_OF_REGISTER)
     registers = read_uleb(code, instructions.positions[extended] + 1)[0]
-    writes[extended[registers == RBP]] = op.WRITES_RBP
+    writes[extended[registers == followed]] = op.WRITES_SAVED
     writes[extended[registers == RETURN_ADDRESS]] = op.WRITES_RETURN_ADDRESS
-    _write_rbp(instructions, np.flatnonzero(writes == op.WRITES_RBP), initial, values.rbp)
+    _write_saved(instructions, np.flatnonzero(writes == op.WRITES_SAVED), initial, values.saved)
     found = np.flatnonzero(writes == op.WRITES_RETURN_ADDRESS)
     if len(found):
         _write_return_address(instructions, found, initial, values.return_address)
@@ -389,22 +391,23 @@ def _saved_at(instructions: Instructions, found: Ints) -> tuple[Flags, Ints]:
     return is_saved, offsets * _factors(instructions, found)
 
 
-def _write_rbp(instructions: Instructions, found: Ints, initial: _State, rbp: Ints) -> None:
+def _write_saved(instructions: Instructions, found: Ints, initial: _State, saved: Ints) -> None:
     opcodes = instructions.opcodes[found]
     values = np.full(len(found), RbpKind.UNDEFINED, dtype=np.int64)
     is_saved, offsets = _saved_at(instructions, found)
     fits = _is_short(offsets)
-    values[is_saved & fits] = _save_rbp(RbpKind.AT_CFA, offsets[is_saved & fits])
+    values[is_saved & fits] = _saved(RbpKind.AT_CFA, offsets[is_saved & fits])
     values[opcodes == op.SAME_VALUE] = RbpKind.SAME
-    is_restored = (opcodes == op.RESTORE_EXTENDED) | (opcodes == op.RESTORE + RBP)
-    values[is_restored] = initial.rbp[instructions.owners[found[is_restored]]]
+    restore = op.RESTORE + instructions.programs.register
+    is_restored = (opcodes == op.RESTORE_EXTENDED) | (opcodes == restore)
+    values[is_restored] = initial.saved[instructions.owners[found[is_restored]]]
     here = np.flatnonzero(opcodes == op.EXPRESSION)
     registers, offsets = _read_sums(instructions.code, *_blocks(instructions, found[here]))
     fits = _is_short(offsets)
     for register, kind in ((RBP, RbpKind.DEREF_RBP), (RSP, RbpKind.DEREF_RSP)):
         chosen = fits & (registers == register)
-        values[here[chosen]] = _save_rbp(kind, offsets[chosen])
-    rbp[found] = values
+        values[here[chosen]] = _saved(kind, offsets[chosen])
+    saved[found] = values
 
 
 def _is_short(offsets: Ints) -> Flags:
@@ -412,8 +415,8 @@ def _is_short(offsets: Ints) -> Flags:
     return is_short
 
 
-def _save_rbp(kind: RbpKind, offsets: Ints) -> Ints:
-    return int(kind) | (offsets >> 3 & 0xFFFF) << 8
+def _saved(kind: RbpKind, offset: Ints | int) -> Ints | int:
+    return int(kind) | (offset >> 3 & 0xFFFF) << 8
 
 
 def _write_return_address(

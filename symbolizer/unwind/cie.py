@@ -11,7 +11,7 @@ import numpy as np
 from symbolizer.integers import MAX_LEB_BYTES
 
 # Numbers of registers in DWARF (x86-64 psABI, "DWARF Register Number Mapping").
-RBP, RSP, RETURN_ADDRESS = 6, 7, 16
+RBX, RBP, RSP, RETURN_ADDRESS = 3, 6, 7, 16
 
 DW_EH_PE_ABSPTR, DW_EH_PE_PCREL, DW_EH_PE_DATAREL, DW_EH_PE_OMIT = 0x00, 0x10, 0x30, 0xFF
 DW_EH_PE_UDATA4, DW_EH_PE_SDATA4 = 0x03, 0x0B

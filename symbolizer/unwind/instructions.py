@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from symbolizer.integers import MAX_LEB_BYTES, PADDING_BYTES, Bytes, Flags, Ints, read_uleb, view
-from symbolizer.unwind.cie import RBP, RETURN_ADDRESS
+from symbolizer.unwind.cie import RBP, RBX, RETURN_ADDRESS
 
 
 class Programs(NamedTuple):
@@ -21,6 +21,7 @@ class Programs(NamedTuple):
         code: the bytes, followed by padding.
         starts: where each program begins; `ends` are the positions of `END`.
         code_alignments: one per program, as are `data_alignments`.
+        register: the one whose saving is followed, RBP or RBX.
     """
 
     code: Bytes
@@ -28,6 +29,7 @@ class Programs(NamedTuple):
     ends: Ints
     code_alignments: Ints
     data_alignments: Ints
+    register: int
 
     @classmethod
     def gather(
@@ -37,6 +39,8 @@ class Programs(NamedTuple):
         ends: Ints,
         code_alignments: Ints,
         data_alignments: Ints,
+        *,
+        register: int,
     ) -> "Programs":
         """Copy the programs between `starts` and `ends` out of `content`."""
         sizes = ends - starts + 1
@@ -47,7 +51,7 @@ class Programs(NamedTuple):
         code = np.zeros(size + PADDING_BYTES, dtype=np.uint8)
         np.take(content, places, out=code[:size], mode="clip")
         code[after - 1] = END
-        return cls(code, after - sizes, after - 1, code_alignments, data_alignments)
+        return cls(code, after - sizes, after - 1, code_alignments, data_alignments, register)
 
 
 # Opcodes: DWARF 5, section 7.24, and GNU's.
@@ -79,13 +83,14 @@ _WITH_NUMBERS = (
 _ADVANCES = (_ADVANCE_1, _ADVANCE_2, _ADVANCE_4, *range(_ADVANCE, OFFSET))
 _WITHOUT_NUMBERS = (_NOP, REMEMBER_STATE, RESTORE_STATE, *_ADVANCES, *range(RESTORE, 256))
 
-# One bit for each part of a rule: the CFA's register, its offset, rbp, the return address.
-_WRITES_BASE, _WRITES_OFFSET, WRITES_RBP, WRITES_RETURN_ADDRESS = 1, 2, 4, 8
-COLUMNS = (_WRITES_BASE, _WRITES_OFFSET, WRITES_RBP, WRITES_RETURN_ADDRESS)
+# One bit for each part of a rule: the CFA's register, its offset, where the register that is
+# followed was saved, the return address.
+_WRITES_BASE, _WRITES_OFFSET, WRITES_SAVED, WRITES_RETURN_ADDRESS = 1, 2, 4, 8
+COLUMNS = (_WRITES_BASE, _WRITES_OFFSET, WRITES_SAVED, WRITES_RETURN_ADDRESS)
 _WRITERS = {
     _WRITES_BASE: (DEF_CFA, DEF_CFA_SF, DEF_CFA_REGISTER, DEF_CFA_EXPRESSION, RESTORE_STATE),
     _WRITES_OFFSET: (DEF_CFA, DEF_CFA_SF, DEF_CFA_OFFSET, DEF_CFA_OFFSET_SF, RESTORE_STATE),
-    WRITES_RBP: (OFFSET + RBP, RESTORE + RBP, RESTORE_STATE),
+    WRITES_SAVED: (RESTORE_STATE,),
     WRITES_RETURN_ADDRESS: (OFFSET + RETURN_ADDRESS, RESTORE + RETURN_ADDRESS, RESTORE_STATE),
 }
 
@@ -95,7 +100,7 @@ _TRAITS = {
     IS_ADVANCE: _ADVANCES,
     IS_OF_REGISTER: _OF_REGISTERS,
     _IS_UNKNOWN: set(range(256)) - {*_WITH_NUMBERS, *_WITHOUT_NUMBERS},
-    # Most instructions save other registers and can be skipped.
+    # Most instructions save other registers and can be skipped, unless that register is followed.
     _MATTERS: {
         *range(OFFSET),
         *(opcode for writers in _WRITERS.values() for opcode in writers),
@@ -112,8 +117,16 @@ def _tabulate(bits: Mapping[int, Collection[int]]) -> bytes:
     return bytes(sum(bit for bit, opcodes in bits.items() if n in opcodes) for n in range(256))
 
 
-_TRAITS_TABLE = _tabulate(_TRAITS)
-WRITES_TABLE = _tabulate(_WRITERS)
+def _tabulate_for(bits: Mapping[int, Collection[int]], bit: int) -> Mapping[int, bytes]:
+    """Return the table by the register that is followed: its two opcodes have `bit`, too."""
+    return {
+        register: _tabulate({**bits, bit: {*bits[bit], OFFSET + register, RESTORE + register}})
+        for register in (RBP, RBX)
+    }
+
+
+_TRAITS_TABLES = _tabulate_for(_TRAITS, _MATTERS)
+WRITES_TABLES = _tabulate_for(_WRITERS, WRITES_SAVED)
 _FIXED_WIDTHS_TABLE = bytes(
     {_ADVANCE_1: 2, _ADVANCE_2: 3, _ADVANCE_4: 5}.get(n, 1) for n in range(256)
 )
@@ -150,7 +163,7 @@ class Instructions(NamedTuple):
     @classmethod
     def decode(cls, programs: Programs) -> "Instructions":
         code, ends = programs.code, programs.ends
-        code_traits = look_up(_TRAITS_TABLE, code)
+        code_traits = look_up(_TRAITS_TABLES[programs.register], code)
         widths = _find_widths(code, code_traits)
         is_start = _mark_starts(widths, programs.starts, ends)
         positions = np.flatnonzero(is_start & (code_traits[: len(is_start)] & _MATTERS > 0))

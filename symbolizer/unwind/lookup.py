@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from symbolizer.maps import MappingTable
-from symbolizer.unwind.rules import ROW, CfaKind
+from symbolizer.unwind.rules import RBX_SHIFT, RBX_UNKNOWN, ROW, CfaKind
 from symbolizer.unwind.table import PAGE_BITS, UnwindTable
 from symbolizer.unwind.walk import PENDING, Rule, Stop
 
@@ -24,8 +24,9 @@ _PAGE_ROWS = 16
 _IN_PAGE = (1 << PAGE_BITS) - 1
 _MAX_PAGE = 1 << 32
 _ROW = struct.Struct("<2xHBBh")
-_HOLE = Rule(CfaKind.HOLE, 0, 0, 0)
-_ANONYMOUS = Rule(CfaKind.FRAME_POINTER, 0, 0, 0)
+_RBP_KINDS = (1 << RBX_SHIFT) - 1
+_HOLE = Rule(CfaKind.HOLE, 0, 0, 0, RBX_UNKNOWN)
+_ANONYMOUS = Rule(CfaKind.FRAME_POINTER, 0, 0, 0, RBX_UNKNOWN)
 
 ANONYMOUS = -1
 """In place of a table's number: memory without a file, whose code a runtime has compiled."""
@@ -76,7 +77,7 @@ class RulePages:
         row = page.rows[place * ROW.itemsize : (place + 1) * ROW.itemsize]
         rule = self._rules.get(row[2:])
         if rule is None:
-            rule = self._rules[row[2:]] = Rule(*_fields(row))
+            rule = self._rules[row[2:]] = _rule_of(row)
         return rule
 
     def _add(self, key: int) -> _Page:
@@ -96,10 +97,9 @@ class RulePages:
         return page
 
 
-def _fields(row: bytes) -> tuple[int, int, int, int]:
-    """Return a row as a Rule has it."""
-    cfa, cfa_kind, rbp_kind, rbp = _ROW.unpack(row)
-    return cfa_kind, cfa, rbp_kind, rbp
+def _rule_of(row: bytes) -> Rule:
+    cfa, cfa_kind, kinds, rbp = _ROW.unpack(row)
+    return Rule(cfa_kind, cfa, kinds & _RBP_KINDS, rbp, kinds >> RBX_SHIFT)
 
 
 class _Space:

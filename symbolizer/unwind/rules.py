@@ -2,6 +2,10 @@
 
 A rule and the low bits of its first address fit into 8 bytes. Such rows are bisected by the walk in
 the kernel.
+
+A file's rules also say where the caller's rbx is, if some of its CFAs are based on rbx: glibc's
+lazy binding (`_dl_runtime_resolve`) aligns the stack and keeps the old stack pointer there. The
+functions that it calls, and that save rbx, are in the same file: no other file's table grows.
 """
 
 import enum
@@ -42,7 +46,8 @@ class CfaKind(enum.IntEnum):
     """After the system call that creates a thread: rsp + 8; in the new thread (rax is 0), STOP."""
     REGISTER = 16
     """And above: this plus DWARF's number of a register; the CFA is that register + 8 * cfa. Such
-    registers are known only in the leaf and in frames that a signal interrupted."""
+    registers are known only in the leaf and in frames that a signal interrupted; rbx also where all
+    frames below say where it is."""
     RETURN_REGISTER = 32
     """And above: this plus the number of the register that holds the return address; the CFA is
     rsp + 8 * cfa. glibc's vfork() needs it."""
@@ -62,10 +67,17 @@ class RbpKind(enum.IntEnum):
     """At rsp + 8 * rbp."""
 
 
+RBX_SHIFT = 3
+RBX_UNKNOWN, RBX_SAME, RBX_MAX = 0, 1, 31
+"""The bits of `rbp_kind` above RbpKind say where the caller's rbx is: not known, where it was, or
+so many words below the CFA, from 2 on (at CFA - 8 is the return address)."""
+
+
 ROW = np.dtype(
     [("pc_low", "<u2"), ("cfa", "<u2"), ("cfa_kind", "u1"), ("rbp_kind", "u1"), ("rbp", "<i2")]
 )
-"""A rule, and the low 16 bits of the first ELF address it applies to."""
+"""A rule, and the low 16 bits of the first ELF address it applies to. In `rbp_kind` the low 3 bits
+are RbpKind, those above say where rbx is."""
 
 
 def rule(kind: CfaKind, cfa: int = 0) -> int:

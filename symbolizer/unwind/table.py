@@ -28,7 +28,7 @@ PAGE = np.dtype([("number", "<u4"), ("first", "<u4"), ("count", "<u4")])
 
 _MAGIC = b"EFLUNWD\n"
 # Raise this when the layout changes, or the rule that any address gets.
-_VERSION = 1
+_VERSION = 2
 # magic, version, CRC-32 of all that follows it, key (NUL-padded), pages, rows
 _HEADER = struct.Struct("<8sII136sQQ")
 _CHECKED_FROM = 16

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from symbolizer.integers import Wide
-from symbolizer.unwind.rules import CfaKind, RbpKind
+from symbolizer.unwind.rules import RBX_SAME, RBX_UNKNOWN, CfaKind, RbpKind
 
 _WORD = 8
 _ALL_BITS = (1 << 64) - 1
@@ -24,7 +24,7 @@ _LIMIT = 1 << 47
 _LOWEST_CODE = 4096
 _PAGE_BITS = 12
 _REGISTERS = 16
-_RAX, _RBP, _RSP = 0, 6, 7
+_RAX, _RBX, _RBP, _RSP = 0, 3, 6, 7
 # struct rt_sigframe at rsp when a handler has returned: the registers of its ucontext begin at 40.
 _SIGNAL_REGISTERS_OFFSET = 40
 _SIGNAL_ORDER = (8, 9, 10, 11, 12, 13, 14, 15, 5, 4, 6, 3, 1, 0, 2, 7)
@@ -35,6 +35,7 @@ _SIGNAL = struct.Struct(f"<{len(_SIGNAL_ORDER) + 1}Q")
 
 # As locals of the module: an attribute of an enumeration is looked up at each frame otherwise.
 _BY_RSP, _BY_RBP = int(CfaKind.RSP), int(CfaKind.RBP)
+_BY_RBX = CfaKind.REGISTER + _RBX
 _RBP_SAME, _RBP_AT_CFA = int(RbpKind.SAME), int(RbpKind.AT_CFA)
 
 
@@ -82,12 +83,13 @@ class StackCopy(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A row of an unwind table, as rules.py defines its kinds and operands."""
+    """A row of an unwind table, as rules.py defines its kinds and operands; `rbx` is apart."""
 
     cfa_kind: int
     cfa: int
     rbp_kind: int
     rbp: int
+    rbx: int
 
 
 FindRule = Callable[[int, int], Rule | int]
@@ -137,7 +139,7 @@ class _Walk:
 
     __slots__ = (
         *("_memory", "_registers", "_size", "_start", "_unreadable"),
-        *("bp", "is_beyond", "is_return", "knows_bp", "knows_others", "pc", "sp"),
+        *("bp", "is_beyond", "is_return", "knows_bp", "knows_others", "knows_rbx", "pc", "sp"),
     )
 
     def __init__(self, stack: StackCopy) -> None:
@@ -145,7 +147,7 @@ class _Walk:
         self.pc = stack.pc
         self.sp, self.bp = self._registers[_RSP], self._registers[_RBP]
         self.is_return = int(stack.is_return_address)
-        self.knows_bp = self.knows_others = True
+        self.knows_bp = self.knows_rbx = self.knows_others = True
         self.is_beyond = False
         self._start = stack.start
         self._memory = stack.memory.data
@@ -172,11 +174,11 @@ class _Walk:
             return why
         self.bp, self.pc = saved
         self.sp = bp + 2 * _WORD
-        self.is_return, self.knows_others = 1, False
+        self.is_return, self.knows_rbx, self.knows_others = 1, False, False
         return _GO_ON
 
     def leave_by_rule(self, rule: Rule) -> int:  # noqa: C901, PLR0911 - runs for every frame
-        cfa_kind, operand, rbp_kind, rbp = rule
+        cfa_kind, operand, rbp_kind, rbp, rbx = rule
         if cfa_kind == _BY_RSP:
             cfa = self.sp + operand * _WORD & _ALL_BITS
         elif cfa_kind == _BY_RBP:
@@ -199,6 +201,7 @@ class _Walk:
             self.bp, self.knows_bp = saved[0], True
         elif not self._restore_bp(rbp_kind, rbp, cfa):
             return Stop.UNREADABLE
+        self.knows_rbx = rbx != RBX_UNKNOWN and self._restore_rbx(rbx, cfa)
         self.sp = cfa
         self.pc = pc = saved[1]
         self.is_return, self.knows_others = 1, False
@@ -233,7 +236,7 @@ class _Walk:
             self._registers[register] = value
         self.sp, self.bp = self._registers[_RSP], self._registers[_RBP]
         self.pc, self.is_return = saved[-1], 0
-        self.knows_others = self.knows_bp = True
+        self.knows_bp = self.knows_rbx = self.knows_others = True
         return _GO_ON
 
     def _leave_by_register(self, rule: Rule) -> int:
@@ -242,7 +245,7 @@ class _Walk:
             return Stop.REGISTER_LOST
         self.pc = self._value_of(rule.cfa_kind)
         self.sp = self.sp + rule.cfa * _WORD & _ALL_BITS
-        self.is_return, self.knows_others = 1, False
+        self.is_return, self.knows_rbx, self.knows_others = 1, False, False
         return _GO_ON if _is_user_code(self.pc) else Stop.BAD_STACK_POINTER
 
     def _value_of(self, kind: int) -> int:
@@ -267,6 +270,16 @@ class _Walk:
             self.knows_bp = True
         return True
 
+    def _restore_rbx(self, place: int, cfa: int) -> bool:
+        """Restore the caller's rbx; False if it is not known."""
+        if place == RBX_SAME:
+            return self.knows_rbx
+        saved = self._read(cfa - place * _WORD & _ALL_BITS, _ONE)
+        if saved is None:
+            return False
+        self._registers[_RBX] = saved[0]
+        return True
+
     def _rare_frame_address(  # noqa: PLR0911 - one for each kind
         self, kind: int, operand: int
     ) -> tuple[int, int]:
@@ -288,7 +301,7 @@ class _Walk:
             return read[0] + (operand >> 8) * _WORD & _ALL_BITS, _GO_ON
         if kind < CfaKind.REGISTER:
             return 0, Stop.UNSUPPORTED_RULE
-        if not self.knows_others:
+        if not (self.knows_rbx if kind == _BY_RBX else self.knows_others):
             return 0, Stop.REGISTER_LOST
         return self._value_of(kind) + operand * _WORD & _ALL_BITS, _GO_ON
 

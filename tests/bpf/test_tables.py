@@ -69,6 +69,8 @@ def test_the_kernel_and_the_tables_makers_speak_of_the_same():
     """Two packages that do not know each other name the same kinds by the same numbers."""
     assert numbers(tables.CfaKind) == numbers(rules.CfaKind)
     assert numbers(tables.RbpKind) == numbers(rules.RbpKind)
+    assert (tables.RBX_UNKNOWN, tables.RBX_SAME) == (rules.RBX_UNKNOWN, rules.RBX_SAME)
+    assert max(tables.RbpKind) < 1 << rules.RBX_SHIFT
     assert rules.ROW == tables.ROW
 
 

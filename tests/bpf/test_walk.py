@@ -15,10 +15,11 @@ from bpf.samples import MAX_USER_WORDS, USER_STACK, StopReason
 from bpf.tables import MAPPING, PAGE, TABLE, CfaKind, RbpKind, TableState
 from symbolizer.maps import Mapping, MappingTable
 from symbolizer.unwind import table as unwind
+from symbolizer.unwind.cie import RBX
 from symbolizer.unwind.lookup import ANONYMOUS, RuleFinder, RulePages, missing
-from symbolizer.unwind.rules import ROW
+from symbolizer.unwind.rules import RBX_MAX, RBX_SAME, RBX_SHIFT, ROW
 from symbolizer.unwind.table import UnwindTable
-from symbolizer.unwind.walk import PENDING, StackCopy, Stop, WalkedStack, walk
+from symbolizer.unwind.walk import PENDING, Rule, StackCopy, Stop, WalkedStack, walk
 from tests.support.targets import SOURCES
 
 BPF = Path(tables.__file__).parent
@@ -28,6 +29,7 @@ STACK = np.dtype(
         *(("words", "u8"), ("unreadable", "u4"), ("pc_is_return_address", "u4")),
     ]
 )
+BY_RBX = CfaKind.REGISTER + RBX
 CODE, STACK_START = 0x5500_0000_0000, 0x7FFC_0000_0000
 MISSING = {
     TableState.UNKNOWN: Stop.NO_TABLE_YET,
@@ -85,6 +87,11 @@ class World:
         is_plt = np.isin(rows["cfa_kind"], [CfaKind.PLT, CfaKind.PLT_LAZY])
         rows["cfa"][is_plt] = random.integers(0, 17, int(is_plt.sum()))
         rows["rbp_kind"] = random.choice([*[0] * 60, *[1] * 20, *range(6)], len(rows))
+        if random.random() < 0.8:  # as in ld.so, whose rules say where rbx is
+            places = np.array([*[RBX_SAME] * 40, *range(RBX_MAX + 1)], np.uint8)
+            rows["rbp_kind"] |= random.choice(places, len(rows)) << RBX_SHIFT
+            is_by_rbx = random.random(len(rows)) < 0.04
+            rows["cfa_kind"][is_by_rbx] = BY_RBX
         rows["rbp"] = random.choice([-2, -2, -2, *range(-6, 7)], len(rows))
         if is_tame:
             rows["cfa_kind"], rows["cfa"], rows["rbp_kind"] = CfaKind.RSP, 2, RbpKind.SAME
@@ -127,7 +134,8 @@ class World:
             pc = int(memory[0])
         registers[7] = start + 128 + int(random.choice([0, 0, 0, 0, 8, 64, 3]))
         if random.random() < 0.7:
-            registers[6] = registers[7] + random.integers(0, 20).astype(np.uint64) * np.uint64(8)
+            higher = random.integers(0, [20, 60]).astype(np.uint64) * np.uint64(8)
+            registers[[6, RBX]] = registers[7] + higher
         return StackCopy(
             registers,
             int(pc),
@@ -137,7 +145,7 @@ class World:
             int(random.integers(0, 1 << 14)) if random.random() < 0.1 else 0,
         )
 
-    def by_python(self) -> list[WalkedStack]:
+    def finder(self) -> RuleFinder:
         def table_of(mappings: MappingTable, place: int) -> int:
             executable = self.executable(place)
             if executable in self.states:
@@ -145,8 +153,20 @@ class World:
             return executable or ANONYMOUS
 
         pages = RulePages(self.tables.__getitem__)
-        finder = RuleFinder([self.mappings] * len(self.stacks), table_of, pages)
-        return walk(self.stacks, finder, MAX_USER_WORDS)
+        return RuleFinder([self.mappings] * len(self.stacks), table_of, pages)
+
+    def by_python(self) -> list[WalkedStack]:
+        return walk(self.stacks, self.finder(), MAX_USER_WORDS)
+
+    def callers_left_by_rbx(self, walked: list[WalkedStack]) -> int:
+        """Return how many frames were left by an rbx that frames below had saved, or left alone."""
+        find = self.finder()
+        rules = [
+            find(place, address)
+            for place, stack in enumerate(walked)
+            for address in stack.addresses[1:-1].tolist()
+        ]
+        return sum(isinstance(rule, Rule) and rule.cfa_kind == BY_RBX for rule in rules)
 
     def by_kernels_walk(self, library: ctypes.CDLL, space: int) -> np.ndarray:
         mappings = np.zeros(len(self.mappings.mappings), MAPPING)
@@ -205,7 +225,8 @@ def test_both_walks_find_the_same_frames_of_random_stacks(seed, kernels_walk):
         assert (one.addresses.tolist(), one.stop) == (expected, other["stop"]), place
     ends = Counter(each.stop for each in walked)
     assert ends.keys() == set(Stop)
-    assert sum(len(each.addresses) > 10 for each in walked) > 40
+    assert sum(len(each.addresses) > 10 for each in walked) > 30
+    assert world.callers_left_by_rbx(walked) > 1
 
 
 def test_all_kinds_of_rules_are_among_the_random_ones():
@@ -213,7 +234,9 @@ def test_all_kinds_of_rules_are_among_the_random_ones():
     rows = np.concatenate([table.rows for table in world.tables.values()])
 
     assert {kind.value for kind in CfaKind} <= set(rows["cfa_kind"].tolist())
-    assert {kind.value for kind in RbpKind} <= set(rows["rbp_kind"].tolist())
+    rbp_kinds = rows["rbp_kind"] & (1 << RBX_SHIFT) - 1
+    assert {kind.value for kind in RbpKind} <= set(rbp_kinds.tolist())
+    assert set(range(RBX_MAX + 1)) == set((rows["rbp_kind"] >> RBX_SHIFT).tolist())
 
 
 def stack_of(words: list[int], *, is_cut: bool = False) -> tuple[StackCopy, RuleFinder]:

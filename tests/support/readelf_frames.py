@@ -9,7 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from symbolizer.unwind.rules import CfaKind, RbpKind
+from symbolizer.unwind.cie import RBX
+from symbolizer.unwind.rules import (
+    RBX_MAX,
+    RBX_SAME,
+    RBX_SHIFT,
+    RBX_UNKNOWN,
+    CfaKind,
+    RbpKind,
+)
 from symbolizer.unwind.table import UnwindTable
 
 REGISTERS = {
@@ -23,13 +31,14 @@ UNKNOWN = (CfaKind.PLT, CfaKind.PLT_LAZY, CfaKind.DEREF_RBP, CfaKind.DEREF_RSP)
 
 
 class Row(NamedTuple):
-    """A line of `readelf -wF`: its range, and three of its columns, empty if it lacks them."""
+    """A line of `readelf -wF`: its range, and four of its columns, empty if it lacks them."""
 
     start: int
     end: int
     cfa: str
     rbp: str
     ra: str
+    rbx: str
 
 
 def read_rows(path: Path, section: str = "frames-interp") -> Iterator[Row]:
@@ -63,7 +72,7 @@ class _Entry:
         if cells[0] == "LOC":
             self.columns = {name: place for place, name in enumerate(cells)}
             return
-        places = (self.columns.get(name) for name in ("CFA", "rbp", "ra"))
+        places = (self.columns.get(name) for name in ("CFA", "rbp", "ra", "rbx"))
         texts = ("" if place is None else cells[place] for place in places)
         self.rows.append(Row(int(cells[0], 16), self.end, *texts))
 
@@ -125,6 +134,13 @@ def expected_rbp(row: Row) -> tuple[tuple[RbpKind, ...], int | None]:
     return (RbpKind.UNDEFINED,), 0
 
 
+def expected_rbx(row: Row) -> int:
+    if row.rbx in ("", "u", "s"):
+        return RBX_SAME
+    words = -int(row.rbx[1:]) // 8 if row.rbx.startswith("c") else 0
+    return words if RBX_SAME < words <= RBX_MAX else RBX_UNKNOWN
+
+
 class Comparison(NamedTuple):
     rows: int
     different: list[tuple[Row, str]]
@@ -132,7 +148,11 @@ class Comparison(NamedTuple):
 
 
 def compare(path: Path, table: UnwindTable, chunk: int = 100_000) -> Comparison:
-    """Compare the rules at the first and last address of each row of readelf with it."""
+    """Compare the rules at the first and last address of each row of readelf with it.
+
+    In a table with a CFA that is based on rbx, rules say where rbx is; in others none does.
+    """
+    knows_rbx = bool((table.rows["cfa_kind"] == CfaKind.REGISTER + RBX).any())
     count = unsupported = 0
     different: list[tuple[Row, str]] = []
     known: dict[tuple[object, ...], bool] = {}
@@ -145,17 +165,22 @@ def compare(path: Path, table: UnwindTable, chunk: int = 100_000) -> Comparison:
         for row, first, last in zip(part, starts.tolist(), ends.tolist(), strict=True):
             key = (*row[2:], *first[1:])
             if key not in known:
-                known[key] = _agrees(row, *first[1:])
+                known[key] = _agrees(row, knows_rbx, *first[1:])
             if not known[key] or first[1:] != last[1:]:
                 different.append((row, f"{first[1:]} .. {last[1:]}"))
     return Comparison(count, different, unsupported)
 
 
-def _agrees(row: Row, cfa: int, kind: int, rbp_kind: int, rbp: int) -> bool:
+def _agrees(  # noqa: PLR0917 - the columns of a row
+    row: Row, knows_rbx: bool, cfa: int, kind: int, rbp_kind: int, rbp: int
+) -> bool:
+    rbp_kind, rbx = rbp_kind & 7, rbp_kind >> RBX_SHIFT
     kinds, operand = expected_kinds(row)
     if kind not in kinds or operand not in (None, cfa):
         return False
     if kind in (CfaKind.STOP, CfaKind.SIGNAL, CfaKind.UNSUPPORTED):
-        return (rbp_kind, rbp) == (0, 0)
+        return (rbp_kind, rbp, rbx) == (0, 0, RBX_UNKNOWN)
+    if rbx != (expected_rbx(row) if knows_rbx and kind < CfaKind.RETURN_REGISTER else RBX_UNKNOWN):
+        return False
     rbp_kinds, rbp_operand = expected_rbp(row)
     return rbp_kind in rbp_kinds and rbp_operand in (None, rbp)

@@ -117,6 +117,7 @@ u64 walk_all(u32 space, const struct mapping *mappings, u32 mapping_count,
 			.mappings = mapping_count,
 			.pc_is_return_address = stack->pc_is_return_address,
 			.knows_others = true,
+			.knows_rbx = true,
 			.knows_bp = true,
 		};
 		u32 stop = GO_ON;

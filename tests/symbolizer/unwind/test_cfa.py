@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from symbolizer.symbols.elf import MemorySource
 from symbolizer.unwind import cfa
 from symbolizer.unwind.build import build
-from symbolizer.unwind.rules import CfaKind, RbpKind
+from symbolizer.unwind.cie import RBX
+from symbolizer.unwind.rules import (
+    RBX_MAX,
+    RBX_SAME,
+    RBX_SHIFT,
+    RBX_UNKNOWN,
+    CfaKind,
+    RbpKind,
+)
 from tests.support.elf_files import build as compile_text
 from tests.support.elf_files import read_symbols
 from tests.support.frame_files import CODE, FRAMES, FrameSection, block, cie, make_elf, sleb, uleb
@@ -215,13 +223,32 @@ def frame_programs(draw):
 
 
 def rules_of_pyelftools(section: bytes, start: int) -> list[tuple[int, tuple[int, int, int, int]]]:
-    """Return the locations and rules of the only FDE, as pyelftools interprets it."""
+    """Return the locations and rules of the only FDE, as pyelftools interprets it.
+
+    They say where rbx is if the CFA of one of them is based on it.
+    """
     structs = DWARFStructs(little_endian=True, dwarf_format=32, address_size=8)
     stream = io.BytesIO(section)
     entries = CallFrameInfo(stream, len(section), FRAMES, structs, True).get_entries()
     fde = entries[1]
     fde.header["initial_location"] = start
-    return [(line["pc"], expected_rule(line)) for line in fde.get_decoded().table]
+    lines = fde.get_decoded().table
+    rules = [(line["pc"], expected_rule(line)) for line in lines]
+    if CfaKind.REGISTER + RBX not in (kind for _, (kind, *_) in rules):
+        return rules
+    return [
+        (pc, (kind, operand, rbp_kind | expected_rbx(kind, line.get(RBX)) << RBX_SHIFT, rbp))
+        for line, (pc, (kind, operand, rbp_kind, rbp)) in zip(lines, rules, strict=True)
+    ]
+
+
+def expected_rbx(kind: int, rule) -> int:
+    if kind in (CfaKind.STOP, CfaKind.UNSUPPORTED) or kind >= CfaKind.RETURN_REGISTER:
+        return RBX_UNKNOWN
+    if rule is None or rule.type == "SAME_VALUE":
+        return RBX_SAME
+    is_saved = rule.type == "OFFSET" and rule.arg % 8 == 0 and -8 * RBX_MAX <= rule.arg < -8
+    return -rule.arg // 8 if is_saved else RBX_UNKNOWN
 
 
 def expected_rule(line) -> tuple[int, int, int, int]:
@@ -279,6 +306,7 @@ def expected_rbp(rule) -> tuple[int, int]:
     code_alignment=st.sampled_from([1, 1, 2, 4]),
     data_alignment=st.sampled_from([-8, -8, 8, -4]),
 )
+@example(b"\x83\x04\x0c\x03\x20\x44\xc3\x44\x0c\x07\x08", 1, -8)  # rbx was saved, and is the CFA
 @example(b"\x09\x10\x00", 1, -8)  # the return address is in rax
 @example(b"\x09\x10\x10\x0e\x80\x01", 1, -8)  # it is in itself, which says nothing
 def test_rules_equal_those_of_pyelftools(program, code_alignment, data_alignment):
