@@ -1,6 +1,7 @@
 """Stacks that were copied: unwound when their tables come, counted in any case."""
 
 import contextlib
+import os
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from profiler.agent.pipeline import Pipeline
 from profiler.agent.recorder import Recorder
 from storage.profile import GOOD_STOPS, Profile
 from symbolizer.location import Miss
-from symbolizer.maps import Mapping, MappingTable
+from symbolizer.maps import Mapping, MappingTable, parse_maps
 from symbolizer.unwind import table as unwind
 from symbolizer.unwind.rules import ROW, CfaKind
 from symbolizer.unwind.table import UnwindTable
@@ -198,9 +199,14 @@ def test_tables_get_new_numbers_when_there_are_too_many(monkeypatch):
 
 
 class Stages(Pipeline):
-    """Keeps the samples as they go into the window."""
+    """Keeps the samples as they go into the window, and which of them were copied stacks."""
 
-    seen = ()
+    seen = late = ()
+
+    def _release(self, window, **options):
+        groups = super()._release(window, **options)
+        self.late = [*self.late, *(sample for group in groups.values() for sample in group)]
+        return groups
 
     def _locate(self, frames, groups):
         located = super()._locate(frames, groups)
@@ -218,6 +224,10 @@ class Watching(Recorder):
     @seen.setter
     def seen(self, samples):
         self._stages.seen = samples
+
+    @property
+    def late(self):
+        return self._stages.late
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +293,52 @@ def test_first_ticks_have_the_frames_that_later_ones_have(way, parked, recorder)
     assert len(callers) >= 3
     assert often > 0.9 * sum(s.samples for s in samples if not len(s.kernel)), stacks
     assert {s.stop for s in samples} <= GOOD_STOPS
+    close(recorder)
+
+
+@pytest.fixture(scope="module")
+def lazy(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lazy")
+    library = folder / "liblazy.so"
+    compile_target("lazy.c", library, "-O2", "-DLIBRARY", "-shared", "-fPIC")
+    linked = ("-Wl,-z,lazy", "-Wl,--no-as-needed", f"-Wl,-rpath,{folder}", str(library))
+    return compile_target("lazy.c", folder / "lazy", "-O2", "-fomit-frame-pointer", *linked)
+
+
+@pytest.mark.kernel
+def test_stacks_through_lazy_binding_are_whole(lazy, recorder):
+    """The dynamic linker aligns the stack there, and finds its way back by rbx, which those that it
+    calls save: walked here and walked by the kernel, main() and its callers are above it."""
+    close(recorder)
+    with sampled(recorder, lazy) as process:
+
+        def own(samples: list[RawSample]) -> list[RawSample]:
+            return [s for s in samples if s.pid == process.pid and s.comm == b"lazy"]
+
+        def is_walked_by_the_kernel() -> bool:
+            recorder.catch_up()
+            recorder.drain()
+            return sum(s.samples for s in own(recorder.seen)) > 300 + len(own(recorder.late))
+
+        wait_for(is_walked_by_the_kernel)
+        mappings = MappingTable.of(parse_maps(Path(f"/proc/{process.pid}/maps").read_bytes()))
+        late = own(recorder.late)
+        at_once = [s for s in own(recorder.seen) if not any(s is each for each in late)]
+
+    def files_of(sample: RawSample) -> list[str]:
+        """Return the files of a stack, leaf first."""
+        places = mappings.find(sample.user)
+        return [Path(os.fsdecode(mappings.mappings[n].path)).name for n in places.tolist()]
+
+    assert {s.stop for s in (*late, *at_once)} <= GOOD_STOPS
+    for samples in (late, at_once):
+        callees = []
+        for files in map(files_of, samples):
+            if len(set(files)) > 1:  # not the linker's own beginning
+                assert files[-4:] == ["lazy", "libc.so.6", "libc.so.6", "lazy"]
+                callees.append(files[:-4])
+        assert sum(len(each) > 3 for each in callees) > 5, callees
+        assert {name for each in callees for name in each[1:]} == {"ld-linux-x86-64.so.2"}
     close(recorder)
 
 

@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from symbolizer.symbols.elf import MemorySource
+from symbolizer.unwind import build as build_module
 from symbolizer.unwind import cfa
 from symbolizer.unwind.build import build
 from symbolizer.unwind.cie import RBX
@@ -398,6 +399,37 @@ def test_broken_program_breaks_only_its_function(program):
     assert rule_at(table, CODE + 31) == (CfaKind.UNSUPPORTED, 0, 0, 0)
     assert rule_at(table, CODE + 32) == (CfaKind.RSP, 1, 0, 0)
     assert rule_at(table, CODE + 33) == (CfaKind.RSP, 2, 0, 0)
+
+
+SAVES_RBX = bytes.fromhex("410e10 8302 41c3 41837f 41830b 418320 4108030c0708")
+"""Six places of rbx, one for each byte of code from the second on: 2 words below the CFA, where it
+was, 127 words below the CFA, 11, 32, and where it was."""
+
+
+@pytest.mark.parametrize(
+    ("other", "limit", "places"),
+    [
+        (b"\x0c\x03\x20", 1 << 16, [RBX_SAME, 2, RBX_SAME, RBX_UNKNOWN, 11, RBX_UNKNOWN, RBX_SAME]),
+        (b"\x0c\x0a\x20", 1 << 16, [RBX_UNKNOWN] * 7),
+        (b"\x0c\x03\x20", 4, [RBX_UNKNOWN] * 7),
+    ],
+    ids=["a CFA is based on rbx", "on r10", "the file is large"],
+)
+def test_rules_say_where_rbx_is_if_another_function_needs_it(monkeypatch, other, limit, places):
+    """Then those of all functions do; else a table has no row that it would not have without."""
+    monkeypatch.setattr(build_module, "_MAX_ROWS_WITH_RBX", limit)
+    section = FrameSection()
+    section.add_cie()
+    section.add_fde(CODE, 32, SAVES_RBX)
+    section.add_fde(CODE + 32, 32, b"\x41" + other)
+
+    table = build(MemorySource(make_elf({b".eh_frame": section.content})))
+
+    rules = [rule_at(table, CODE + n) for n in range(7)]
+    assert [rbp_kind >> RBX_SHIFT for _, _, rbp_kind, _ in rules] == places
+    assert all(rbp_kind & 7 == RbpKind.SAME for _, _, rbp_kind, _ in rules)
+    assert [words for _, words, _, _ in rules] == [1, *[2] * 5, 1]
+    assert len(table.rows) == (9 if RBX_SAME in places else 5)
 
 
 def test_functions_that_align_the_stack_have_rules(tmp_path):
