@@ -1,7 +1,8 @@
 """Find unwind rules of handwritten and linker-made code that has no call frame information.
 
 Such code is recognised by its bytes, which are the same in every file: a program's entry point, the
-return from a signal handler, the creation of threads, and lld's PLT stubs.
+return from a signal handler, the creation of threads, what runs as a file is loaded and unloaded,
+and lld's PLT stubs.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import numpy as np
 from symbolizer.integers import Wide
 from symbolizer.symbols.elf import SHT_PROGBITS, Elf, UnreadableElf
 from symbolizer.symbols.functions import read_functions
-from symbolizer.unwind.rules import CfaKind, Range, Rules, rule
+from symbolizer.unwind.rules import CfaKind, Range, RbpKind, Rules, rule
 
 
 def find_handwritten_rules(elf: Elf, rules: Rules) -> Rules:
@@ -27,6 +28,7 @@ def find_handwritten_rules(elf: Elf, rules: Rules) -> Rules:
     found = [*_find_plt(elf), *_find_signal_returns(elf, holes), *_find_entry(elf, holes)]
     found += _find_callers_of_main(elf, holes)
     found += _find_clones(elf, holes)
+    found += _find_start_files(elf, holes)
     return Rules.of_ranges(found)
 
 
@@ -135,6 +137,62 @@ def _find_clones(elf: Elf, holes: _Holes) -> Iterator[Range]:
                 yield at + _MUSL_CLONE_SYSCALL, at + len(_MUSL_CLONE) + 2, rule(CfaKind.CLONE)
 
 
+def _compile(code: str) -> re.Pattern[bytes]:
+    """Compile a regular expression of code: bytes are hexadecimal, NOPS and BODY any number."""
+    text = re.sub("[0-9a-f]{2}", r"\\x\g<0>", code.replace(" ", ""))
+    nops = r"[\x00\x0f\x1f\x2e\x40\x44\x66\x80\x84\x90]{0,15}"
+    return re.compile(text.replace("NOPS", nops).replace("BODY", ".{0,64}?").encode(), re.DOTALL)
+
+
+# Every program and library has some code of object files without call frame information: _init and
+# _fini of the C library (crti.o), and from GCC (crtbegin.o) register_tm_clones, its counterpart,
+# __do_global_dtors_aux, and frame_dummy, a jump to the first.
+_INIT = _compile(
+    "((?:f30f1efa)? 4883ec08)((?:(?:488b05|48c7c0).... 4885c0 74. ffd0)? (?:e8....)* 4883c408)(c3)"
+)
+_MUSL_INIT = _compile("NOPS (50)(58)(c3)")
+_HALVE = "4889f0 48c1ee3f 48c1f803 4801c6 48d1fe 74."
+_JUMP, _JUMP_AT = "488b05.... 4885c0 74. ffe0", "b8.... 4885c0 74. bf.... ffe0"
+_CLONES = _compile(
+    f"((?: 488d3d.... 488d05.... 4839f8 74. {_JUMP}"
+    f"| 488d3d.... 488d35.... 4829fe {_HALVE} {_JUMP}"
+    f"| b8.... 483d.... 74. {_JUMP_AT}"
+    f"| be.... 4881ee.... {_HALVE} {_JUMP_AT}) NOPS c3)"
+)
+_DESTRUCTORS = _compile(
+    "((?:f30f1efa)? 803d....00 75. 55)"
+    "((?:48833d....00)? 4889e5)"
+    "(BODY c605....01 5d)"
+    "(c3 NOPS c3 (?:NOPS (?:f30f1efa)? (?:eb. | e9....))?)"
+)
+_MAX_START_HOLES = 1 << 10
+_MAX_START_BYTES = 1 << 10
+_CALLED, _PUSHED = rule(CfaKind.RSP, 1), rule(CfaKind.RSP, 2)
+_RBP_IS_PUSHED = int(RbpKind.AT_CFA) << 40 | (-2 & 0xFFFF) << 48
+_PUSHED_RBP, _FRAMED = _PUSHED | _RBP_IS_PUSHED, rule(CfaKind.RBP, 2) | _RBP_IS_PUSHED
+
+
+def _find_start_files(elf: Elf, holes: _Holes) -> Iterator[Range]:
+    """Return rules of what runs as a file is loaded and unloaded, the first code in some hole.
+
+    Page faults are often there: nothing of the file was needed before.
+    """
+    for start, end in itertools.islice(_in_code_sections(elf, holes), _MAX_START_HOLES):
+        for address, content in _read_code(elf, start, min(end, start + _MAX_START_BYTES), 1):
+            for found in filter(None, [*_INIT.finditer(content), _MUSL_INIT.match(content)]):
+                yield from _ranges(address, found, _CALLED, _PUSHED, _CALLED)
+            for found in _CLONES.finditer(content):
+                yield from _ranges(address, found, _CALLED)
+            for found in _DESTRUCTORS.finditer(content):
+                yield from _ranges(address, found, _CALLED, _PUSHED_RBP, _FRAMED, _CALLED)
+
+
+def _ranges(address: int, found: re.Match[bytes], *rules: int) -> Iterator[Range]:
+    """Return the place of each group of a match in code at an address, with its rule."""
+    for group, number in enumerate(rules, start=1):
+        yield address + found.start(group), address + found.end(group), number
+
+
 # call *%rbx or another register; mov %eax, %edi; call.
 _CALL_AND_EXIT = re.compile(rb"\xff[\xd0-\xd7]\x89\xc7\xe8(....)", re.DOTALL)
 
@@ -197,13 +255,15 @@ def _in_code_sections(elf: Elf, holes: _Holes) -> Iterator[tuple[int, int]]:
         yield from holes.within(start, end)
 
 
-def _read_code(elf: Elf, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+def _read_code(
+    elf: Elf, start: int, end: int, shortest: int = len(_SIGNAL_RETURN)
+) -> Iterator[tuple[int, bytes]]:
     """Return code in pieces with their addresses; they overlap by less than the pattern."""
     for p_vaddr, p_offset, p_filesz in elf.segments:
         first, last = max(start, p_vaddr), min(end, p_vaddr + p_filesz)
         for address in range(first, last, _SEARCHED_CHUNK_BYTES):
             size = min(_SEARCHED_CHUNK_BYTES + len(_SIGNAL_RETURN) - 1, last - address)
-            if size >= len(_SIGNAL_RETURN):
+            if size >= shortest:
                 yield address, elf.source.read_at(address - p_vaddr + p_offset, size)
 
 

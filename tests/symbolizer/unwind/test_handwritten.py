@@ -1,6 +1,8 @@
 """Unwind rules of code without call frame information: stubs, entry points, signal returns."""
 
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +48,68 @@ def test_plt_stubs_have_rules(tmp_path, flags, kind, pushed_at):
     for stub in read_plt(path):
         if not start <= stub < start + size:
             assert rule_at(table, stub) == (CfaKind.RSP, 1, 0, 0)
+
+
+def disassemble(path: Path, *options: str) -> list[tuple[int, str, str]]:
+    """Return address, name and operands of each instruction."""
+    command = ["objdump", "-d", "--no-show-raw-insn", *options, path]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"^ *([0-9a-f]+):\s+(\S+) *(.*)$", listing, re.MULTILINE)
+    return [(int(address, 16), name, operands) for address, name, operands in found]
+
+
+COMPILERS = [
+    pytest.param(("gcc",), id="glibc"),
+    pytest.param(("gcc", "-static"), id="static"),
+    pytest.param(("gcc", "-fuse-ld=lld"), id="lld", marks=needs("ld.lld", "lld")),
+    pytest.param(("musl-gcc", "-static"), id="musl", marks=needs("musl-gcc", "musl-tools")),
+]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_init_and_fini_have_rules(tmp_path, compiler):
+    """C libraries write them in assembly; they move the stack pointer by a word and back again."""
+    path = tmp_path / "program"
+    command = [*compiler, "-x", "c", "-", "-o", path]
+    subprocess.run(command, input=PROGRAM.encode(), check=True, timeout=60, capture_output=True)
+    table = read_unwind_table(path)
+    lines = disassemble(path, "-j", ".init", "-j", ".fini")
+
+    words = 1
+    for address, name, operands in lines:
+        assert rule_at(table, address) == (CfaKind.RSP, words, 0, 0)
+        words += (name == "push" or (name, operands) == ("sub", "$0x8,%rsp")) - (
+            name == "pop" or (name, operands) == ("add", "$0x8,%rsp")
+        )
+    assert [name for _, name, _ in lines].count("ret") == 2
+    assert words == 1
+
+
+@pytest.mark.parametrize("flags", [(), ("-no-pie",), ("-shared", "-fPIC"), ("-static",)])
+def test_functions_of_crtbegin_have_rules(tmp_path, flags):
+    """GCC's start and end of each file; the one that saves rbp has a frame pointer then."""
+    path = compile_text(tmp_path / "program", PROGRAM, *flags)
+    table = read_unwind_table(path)
+    named = [b"deregister_tm_clones", b"register_tm_clones", b"__do_global_dtors_aux"]
+    named += [b"frame_dummy"] * ("-static" not in flags)  # which registers call frames there
+    symbols = {symbol.name: symbol for symbol in read_symbols(path)}
+    starts = sorted(symbol.address for symbol in symbols.values())
+
+    for name in named:
+        start = symbols[name].address
+        end = min(address for address in starts if address > start)
+        options = (f"--start-address={start}", f"--stop-address={end}")
+        is_pushed = has_frame = False
+        for address, opcode, operands in disassemble(path, *options):
+            if opcode in ("nop", "nopl", "nopw", "cs", "xchg", "data16"):
+                continue
+            kind, rbp = (
+                (CfaKind.RBP if has_frame else CfaKind.RSP),
+                (1, -2) if is_pushed else (0, 0),
+            )
+            assert rule_at(table, address) == (kind, 2 if is_pushed else 1, *rbp), (name, operands)
+            is_pushed = opcode == "push" or (is_pushed and opcode != "pop")
+            has_frame = operands == "%rsp,%rbp" or (has_frame and opcode != "pop")
 
 
 def test_start_stops(tmp_path):
