@@ -40,6 +40,7 @@ class CfaKind(IntEnum):
     UNSUPPORTED = 9
     FRAME_POINTER = 10
     CLONE = 11
+    OTHER_STACK = 12
     REGISTER = 16
     RETURN_REGISTER = 32
 

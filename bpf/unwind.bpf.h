@@ -428,7 +428,9 @@ static __always_inline u32 leave_by_rare_rule(struct walk *walk, const struct ru
 		return leave_signal_frame(walk);
 	if (rule->cfa_kind == CFA_HOLE)
 		return leave_by_frame_pointer(walk, STOP_HOLE);
-	if (rule->cfa_kind == CFA_FRAME_POINTER)
+	if (rule->cfa_kind == CFA_OTHER_STACK)
+		walk->sp = 0; /* wherever the caller's frame is, it may be */
+	if (rule->cfa_kind == CFA_FRAME_POINTER || rule->cfa_kind == CFA_OTHER_STACK)
 		return leave_by_frame_pointer(walk, STOP_BAD_FRAME_POINTER);
 	if (rule->cfa_kind == CFA_CLONE && walk->knows_others && walk->others[0] == 0)
 		return STOP_ROOT; /* the thread that has just been made */

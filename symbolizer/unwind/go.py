@@ -9,7 +9,7 @@ not read, because it does not say where the stack is switched.
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -28,6 +28,10 @@ _FIRST_FUNCTIONS = (
 _SWITCHES = (b"runtime.mcall", b"runtime.morestack")
 _TAKE_STACK = re.compile(rb"[\x48\x49]\x8b[\x60-\x67]\x38")
 _SWITCH_BYTES = 256
+# They call a function on the thread's own stack, where it finds the frame pointer of their frame,
+# which is on the goroutine's. Before Go 1.21 they had none.
+_CALL_ELSEWHERE = (b"runtime.systemstack", b"runtime.asmcgocall")
+_SET_UP_FRAME = bytes.fromhex("554889e5")  # push %rbp; mov %rsp, %rbp
 _SIGNAL_HANDLER = b"runtime.sigtramp"
 
 _WITHOUT_FRAME = rule(CfaKind.RSP, 1)
@@ -44,7 +48,7 @@ def read_go_rules(elf: Elf) -> Rules | None:
     if table is None or text is None:
         return None
     starts = table.functions.starts
-    named = table.find_named((*_FIRST_FUNCTIONS, *_SWITCHES, _SIGNAL_HANDLER))
+    named = table.find_named((*_FIRST_FUNCTIONS, *_SWITCHES, *_CALL_ELSEWHERE, _SIGNAL_HANDLER))
     frames = _read_frames(table, named.get(_SIGNAL_HANDLER, []))
     rules = Rules(frames.addresses + np.uint64(text), frames.rules)
     first = [
@@ -59,15 +63,28 @@ def read_go_rules(elf: Elf) -> Rules | None:
 def _find_switches(
     elf: Elf, table: GoTable, named: Mapping[bytes, list[int]], text: int
 ) -> Iterator[Range]:
-    for number in itertools.chain.from_iterable(named.get(name, ()) for name in _SWITCHES):
+    def numbers(names: Iterable[bytes]) -> Iterator[int]:
+        return itertools.chain.from_iterable(named.get(name, ()) for name in names)
+
+    for start, end, code in _read_functions(elf, table, numbers(_SWITCHES), text):
+        taken = _TAKE_STACK.search(code)
+        if taken:
+            yield start + taken.end(), end, rule(CfaKind.STOP)
+    for start, end, code in _read_functions(elf, table, numbers(_CALL_ELSEWHERE), text):
+        if code.startswith(_SET_UP_FRAME):
+            yield start + len(_SET_UP_FRAME), end, rule(CfaKind.OTHER_STACK)
+
+
+def _read_functions(
+    elf: Elf, table: GoTable, numbers: Iterable[int], text: int
+) -> Iterator[tuple[int, int, bytes]]:
+    """Return where functions begin and end, and the beginning of their code."""
+    for number in numbers:
         start, end = (text + int(table.functions.starts[n]) for n in (number, number + 1))
         size = min(end - start, _SWITCH_BYTES)
         for p_vaddr, p_offset, p_filesz in elf.segments:
             if p_vaddr <= start and start + size <= p_vaddr + p_filesz:
-                code = elf.source.read_at(start - p_vaddr + p_offset, size)
-                taken = _TAKE_STACK.search(code)
-                if taken:
-                    yield start + taken.end(), end, rule(CfaKind.STOP)
+                yield start, end, elf.source.read_at(start - p_vaddr + p_offset, size)
 
 
 def _read_frames(table: GoTable, handlers: list[int]) -> Rules:

@@ -44,6 +44,8 @@ class CfaKind(enum.IntEnum):
     """The file has no rule here, but its compiler keeps frame pointers."""
     CLONE = 11
     """After the system call that creates a thread: rsp + 8; in the new thread (rax is 0), STOP."""
+    OTHER_STACK = 12
+    """As FRAME_POINTER, and rbp may be lower than rsp: the caller is on another stack."""
     REGISTER = 16
     """And above: this plus DWARF's number of a register; the CFA is that register + 8 * cfa. Such
     registers are known only in the leaf and in frames that a signal interrupted; rbx also where all

@@ -219,6 +219,9 @@ class _Walk:
             return self.leave_by_frame_pointer(Stop.HOLE)
         if kind == CfaKind.FRAME_POINTER:
             return self.leave_by_frame_pointer(Stop.BAD_FRAME_POINTER)
+        if kind == CfaKind.OTHER_STACK:
+            self.sp = 0  # wherever the caller's frame is, it may be
+            return self.leave_by_frame_pointer(Stop.BAD_FRAME_POINTER)
         if kind == CfaKind.CLONE and self.knows_others and self._registers[_RAX] == 0:
             return Stop.ROOT  # the thread that has just been made
         if kind >= CfaKind.RETURN_REGISTER:

@@ -27,6 +27,7 @@ from symbolizer.location import Miss
 from symbolizer.maps import MappingTable, parse_maps
 from symbolizer.symbols.elf import FileSource, read_elf
 from symbolizer.unwind.table import UnwindTable
+from tests.support.elf_files import build_go, read_symbols
 from tests.support.live import has_execed, stat_fields, wait_for
 from tests.support.targets import compile_target, running
 
@@ -514,3 +515,38 @@ def test_tables_are_there_for_stacks_that_are_unwound_later(recorder, tmp_path):
 
     assert len(first.rows)
     assert np.array_equal(table().rows, first.rows)
+
+
+COLLECTING = """
+package main
+import "runtime"
+type node struct { left, right *node }
+//go:noinline
+func grow(depth int) *node {
+  if depth == 0 { return nil }
+  return &node{grow(depth - 1), grow(depth - 1)}
+}
+func main() {
+  tree := grow(18)
+  for { runtime.GC(); runtime.KeepAlive(tree) }
+}
+"""
+
+
+def test_go_stacks_go_on_where_a_function_was_called_on_another_stack(recorder, tmp_path):
+    """The garbage collector marks on the threads' own stacks, which lie anywhere."""
+    program = build_go(tmp_path / "collecting", COLLECTING)
+    symbols = {symbol.name: symbol for symbol in read_symbols(program)}
+    switch = next(s for name, s in symbols.items() if name.startswith(b"runtime.systemstack.abi0"))
+
+    def is_through(sample: RawSample) -> bool:
+        low, high = (np.uint64(switch.address + size) for size in (0, switch.size))
+        return bool(((sample.user[1:] >= low) & (sample.user[1:] < high)).any())
+
+    found: list[RawSample] = []
+    with running("nice", program) as process:
+        while len(found) < 20:
+            samples = samples_of(recorder, {process.pid})[process.pid]
+            found += filter(is_through, samples)
+
+    assert {sample.stop for sample in found} == {"root"}
