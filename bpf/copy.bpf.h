@@ -36,15 +36,6 @@ static __always_inline bool may_copy(struct copying *to)
 	return to->paid_ns < now;
 }
 
-/*
- * Whether the registers are of another program: until all of a new one is loaded, the thread's are those
- * with which the old one called execve. load_elf_binary fills in start_code right before it sets them.
- */
-static __always_inline bool is_being_loaded(void *task)
-{
-	return !kernel_u64(MEMBER(task, TASK_MM, u64) + MM_START_CODE);
-}
-
 /* Return how many bytes from `start` on may be part of the stack; all that there is room for if unknown. */
 static __always_inline u64 used_bytes(void *task, const struct count_key *key, u64 start)
 {

@@ -362,11 +362,6 @@ int on_copy(struct bpf_perf_event_data *ctx)
 	count = counters.lookup(&generation);
 	if (!count)
 		return 0;
-	if (is_being_loaded((void *)bpf_get_current_task_btf())) {
-		at->user.length = 0;
-		at->user.stop = STOP_NO_PROGRAM;
-		goto count_it;
-	}
 	if (may_copy(to)) {
 		loss = put_kernel_stack(generation, at, ctx);
 		if (loss && loss < COUNTERS) {
@@ -384,7 +379,6 @@ int on_copy(struct bpf_perf_event_data *ctx)
 		}
 	}
 	count->values[COUNTER_UNCOPIED]++;
-count_it:
 	at->walk.has_requested = false;
 	programs.call(ctx, ON_WALK);
 	count->values[COUNTER_MAP_BUSY]++; /* the call has failed: it never should */

@@ -19,8 +19,9 @@
  *     lookup_page(place), lookup_row(page, low, high)   a table's page, and the row in force there
  *     send_request(request)                   ask user space for what is missing
  *
- * and as -D constants: STOP_*, CFA_*, RBP_*, RBX_*, TABLE_*, GO_ON, FOUND, FRAMES_PER_PROGRAM, MAX_USER_WORDS,
- * TAG_*, PAGE_BITS, BLOCK_BITS, KNOWN_FRAMES, PROCESS_PLACES, TASK_FLAGS, TASK_MM.
+ * and as -D constants: STOP_*, CFA_*, RBP_*, RBX_*, TABLE_*, GO_ON, FOUND, FRAMES_PER_PROGRAM,
+ * MAX_USER_WORDS, TAG_*, PAGE_BITS, BLOCK_BITS, KNOWN_FRAMES, PROCESS_PLACES, TASK_FLAGS, TASK_MM,
+ * MM_START_CODE.
  */
 #ifndef EVERFLAME_UNWIND_BPF_H
 #define EVERFLAME_UNWIND_BPF_H
@@ -545,6 +546,18 @@ static __always_inline void find_process(struct walk *walk, const struct count_k
 		request_once(walk, 0);
 }
 
+/*
+ * Whether the registers are of another program than the memory: until all of a new one is loaded, the
+ * thread's are those with which the old one called execve, and the process may be known by the old one.
+ * load_elf_binary fills in start_code right before it sets them.
+ */
+static __always_inline bool is_being_loaded(struct bpf_perf_event_data *ctx, void *task,
+					    const struct walk *walk)
+{
+	return !is_in_user_mode(ctx) && !walk->pc_is_return_address &&
+	       !kernel_u64(MEMBER(task, TASK_MM, u64) + MM_START_CODE);
+}
+
 /* Begin the walk of the current thread: GO_ON, or why it has no user stack. */
 static __always_inline u32 begin_walk(struct bpf_perf_event_data *ctx, void *task,
 				      const struct count_key *key, struct walk *walk,
@@ -560,6 +573,8 @@ static __always_inline u32 begin_walk(struct bpf_perf_event_data *ctx, void *tas
 	if (!MEMBER(task, TASK_MM, u64)) /* an exiting thread leaves its memory early */
 		return flags & PF_EXITING ? STOP_NO_PROGRAM : STOP_NO_USER_REGISTERS;
 	cs = read_user_registers(ctx, task, walk);
+	if (is_being_loaded(ctx, task, walk))
+		return STOP_NO_PROGRAM;
 	if (!is_user_code(walk->pc))
 		return STOP_NO_USER_REGISTERS;
 	if (cs != USER_CS_64) {

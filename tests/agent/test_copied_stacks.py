@@ -3,6 +3,7 @@
 import contextlib
 import os
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -334,10 +335,10 @@ def test_stacks_through_lazy_binding_are_whole(lazy, recorder):
     for samples in (late, at_once):
         callees = []
         for files in map(files_of, samples):
-            if len(set(files)) > 1:  # not the linker's own beginning
+            if files.count("lazy") > 1:  # of main(), not of what is before it
                 assert files[-4:] == ["lazy", "libc.so.6", "libc.so.6", "lazy"]
                 callees.append(files[:-4])
-        assert sum(len(each) > 3 for each in callees) > 5, callees
+        assert sum(len(each) > 2 for each in callees) > 3, callees
         assert {name for each in callees for name in each[1:]} == {"ld-linux-x86-64.so.2"}
     close(recorder)
 
@@ -373,3 +374,37 @@ def test_a_window_has_the_ticks_that_fell_into_it_though_their_stacks_waited(par
 
     assert first.total_samples == first.accounting.stored > 0
     assert recorder.copied.status()["waiting"] == 0
+
+
+REPLACED = """
+import mmap, os, time
+memory = mmap.mmap(-1, 300 << 20)
+memory.madvise(mmap.MADV_NOHUGEPAGE)
+memory[::4096] = bytes(300 << 8)
+end = time.monotonic() + 2
+while time.monotonic() < end:
+    pass
+os.execv("/bin/sleep", ["sleep", "30"])
+"""
+
+
+@pytest.mark.kernel
+def test_a_known_program_that_execs_has_no_user_stack_while_its_memory_is_freed(recorder):
+    """The registers are still those of its execve, and the memory is the next program's."""
+    close(recorder)
+    with sampled(recorder, sys.executable, "-c", REPLACED) as process:
+
+        def is_replaced() -> bool:
+            recorder.catch_up()
+            recorder.drain()
+            return Path(f"/proc/{process.pid}/comm").read_bytes() == b"sleep\n"
+
+        wait_for(is_replaced)
+        recorder.drain()
+        wait_for(lambda: recorder.catch_up() or not recorder.copied.is_waiting)
+        samples = [sample for sample in recorder.seen if sample.pid == process.pid]
+
+    ended = [s for s in samples if s.stop == StopReason.NO_PROGRAM.label and len(s.kernel)]
+    assert sum(sample.samples for sample in ended) > 2
+    assert {sample.stop for sample in samples} <= GOOD_STOPS
+    close(recorder)

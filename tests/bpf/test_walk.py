@@ -45,7 +45,8 @@ table has one rule, so that some stacks are deeper than there is room for."""
 def kernels_walk(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernel's walk, compiled by gcc; memory and tables are arrays."""
     library = tmp_path_factory.mktemp("walk") / "walk.so"
-    constants = kernel_constants() | {"FRAMES_PER_PROGRAM": 24, "TASK_FLAGS": 0, "TASK_MM": 0}
+    constants = kernel_constants() | {"FRAMES_PER_PROGRAM": 24}
+    constants |= {"TASK_FLAGS": 0, "TASK_MM": 0, "MM_START_CODE": 0}
     defined = [f"-D{name}={value}" for name, value in constants.items()]
     command = ["gcc", "-O2", "-w", "-shared", "-fPIC", f"-I{BPF}", f"-I{BPF / 'include'}", *defined]
     subprocess.run([*command, "-o", library, SOURCES / "walk.c"], check=True)
