@@ -16,6 +16,7 @@ import pytest
 
 from bpf.records import Rings
 from profiler.processes import address_spaces as module
+from profiler.processes import snapshots
 from profiler.processes.address_spaces import RETENTION_NS, AddressSpaces
 from profiler.processes.generations import is_running, read_stat
 from symbolizer import maps
@@ -800,7 +801,7 @@ def test_process_with_too_many_mappings_stays_degraded_over_a_gap(
         overflow(spaces)
         del read_of[:]
         wait_for(lambda: is_degraded(spaces, it.pid))
-    monkeypatch.setattr(module, "read_maps", too_many)
+    monkeypatch.setattr(snapshots, "read_maps", too_many)
     wait_for(lambda: is_degraded(spaces, target.pid))
     monkeypatch.undo()
     target.become("exec", SLEEP)
