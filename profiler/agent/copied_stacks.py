@@ -16,7 +16,7 @@ from storage.profile import GOOD_STOPS
 from symbolizer.location import Miss
 from symbolizer.maps import MappingTable
 from symbolizer.unwind.lookup import ANONYMOUS, RuleFinder, RulePages, missing
-from symbolizer.unwind.table import UnwindTable
+from symbolizer.unwind.table import PagedRows
 from symbolizer.unwind.walk import PENDING, StackCopy, Stop, WalkedStack, walk
 
 _MAX_HELD_BYTES = 16 << 20
@@ -29,7 +29,7 @@ MappingsOf = Callable[[int, int, int], MappingTable]
 
 
 class Tables(Protocol):
-    def table_of(self, mappings: MappingTable, place: int, pid: int) -> UnwindTable | Miss:
+    def table_of(self, mappings: MappingTable, place: int, pid: int) -> PagedRows | Miss:
         """Return the table of a mapping's file, by file offsets; NOT_READ if it may come later."""
 
 
@@ -63,7 +63,7 @@ class CopiedStacks:
 
     def _forget_tables(self) -> None:
         self._numbers: dict[str, int] = {}
-        self._at_hand: dict[int, UnwindTable] = {}
+        self._at_hand: dict[int, PagedRows] = {}
         self._pages = RulePages(self._at_hand.__getitem__)
 
     def status(self) -> dict[str, int]:
@@ -157,7 +157,7 @@ class CopiedStacks:
             if table == Miss.ANONYMOUS:
                 return ANONYMOUS
             return _PENDING if table == Miss.NOT_READ else missing(Stop.NO_TABLE)
-        if not len(table.rows):
+        if not table.row_count:
             return missing(Stop.NO_TABLE)
         number = self._numbers.setdefault(table.key, len(self._numbers))
         self._at_hand[number] = table

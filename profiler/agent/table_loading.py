@@ -17,7 +17,7 @@ from profiler.agent.mapped_files import MappedFile, MappedFiles, State
 from profiler.agent.reader_child import Answer, Failure
 from profiler.agent.readers import Readers
 from symbolizer.location import Miss
-from symbolizer.unwind.table import UnwindCache, UnwindTable
+from symbolizer.unwind.table import PagedRows, StoredTable, UnwindCache, UnwindTable
 
 _UNUSED_S = 15.0
 """A table that no sample has used for so long may go when another needs the room."""
@@ -25,8 +25,8 @@ _WAIT_S = 30.0
 """After so long a table is tried again for which there was no room, or whose reader failed."""
 _MAX_TRIES = 3
 """A table whose reader failed so often in a row is given up: it may take too much itself."""
-_KEPT_BYTES = 8 << 20
-"""Tables that are kept in memory, for stacks that are unwound here."""
+_KEPT_TABLES, _KEPT_BYTES = 64, 4 << 20
+"""Tables that are kept open for stacks that are unwound here, and what their pages may take."""
 
 
 class _LoadedTable(NamedTuple):
@@ -63,7 +63,7 @@ class TableLoader:
         self._tries: dict[str, int] = {}  # how often in a row a table's reader failed
         self._paused: set[str] = set()  # those of these tables that are not to be built now
         self._next_try_s = 0.0
-        self._kept: OrderedDict[str, UnwindTable] = OrderedDict()
+        self._kept: OrderedDict[str, StoredTable] = OrderedDict()
 
     @property
     def loaded(self) -> int:
@@ -113,29 +113,31 @@ class TableLoader:
         if key in self._paused or key in self._empty:
             self._set_state(key, TableState.NONE)
             return
-        table = self._kept.get(key) or self._cache.load(key)
+        table = self._cache.load(key)
         if table is not None:
             self._take_in(key, table)
         else:
             self._ask(file)
 
-    def read(self, file: MappedFile) -> UnwindTable | Miss:
+    def read(self, file: MappedFile) -> PagedRows | Miss:
         """Return the table of a file, also one without rows; NOT_READ if it may come later."""
         if file.state != State.IDENTIFIED:
             return file.miss or Miss.NOT_READ
         key = file.table_key
         table = self._kept.get(key)
         if table is None:
-            table = self._cache.load(key)
+            table = self._cache.open(key)
             if table is None:
                 if key in self._paused:
                     return Miss.TOO_COSTLY
                 self._ask(file)
                 return Miss.NOT_READ
             self._kept[key] = table
-            kept_bytes = sum(each.memory_bytes for each in self._kept.values())
-            while len(self._kept) > 1 and kept_bytes > _KEPT_BYTES:
-                kept_bytes -= self._kept.popitem(last=False)[1].memory_bytes
+            kept_bytes = sum(each.pages.nbytes for each in self._kept.values())
+            while len(self._kept) > 1 and (
+                len(self._kept) > _KEPT_TABLES or kept_bytes > _KEPT_BYTES
+            ):
+                kept_bytes -= self._kept.popitem(last=False)[1].pages.nbytes
         else:
             self._kept.move_to_end(key)
         return table
@@ -177,11 +179,13 @@ class TableLoader:
         self._asked.discard(key)
         if answer.failure not in (None, Failure.ERROR, Failure.SET_ASIDE, Failure.BUDGET):
             self.interrupted += 1
-        table = self._cache.load(key) if answer.result == key else None
+        is_used = key in self._executables
+        is_stored = answer.result == key and self._cache.holds(key)
+        table = self._cache.load(key) if is_stored and is_used else None
         if table is not None:
+            self._take_in(key, table)
+        if table is not None or (is_stored and not is_used):
             self._tries.pop(key, None)
-            if key in self._executables:
-                self._take_in(key, table)
             return
         # Its reader failed, or it cannot be reached or written just now.
         self._tries[key] = self._tries.get(key, 0) + (answer.failure != Failure.BUDGET)

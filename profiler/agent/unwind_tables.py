@@ -36,7 +36,7 @@ from profiler.agent.table_loading import TableLoader
 from profiler.processes.address_spaces import AddressSpaces
 from symbolizer.location import Miss
 from symbolizer.maps import MappingTable
-from symbolizer.unwind.table import UnwindCache, UnwindTable
+from symbolizer.unwind.table import PagedRows, UnwindCache
 
 _YOUNG_NS = 50_000_000
 """Younger processes are likely to be gone before it pays; those that stay are followed then."""
@@ -161,7 +161,7 @@ class Unwinding:
             self._note_use(groups)
         self._loader.try_again()
 
-    def table_of(self, mappings: MappingTable, place: int, pid: int) -> UnwindTable | Miss:
+    def table_of(self, mappings: MappingTable, place: int, pid: int) -> PagedRows | Miss:
         """Return the unwind table of a mapping's file, by file offsets; or why there is none.
 
         Works for processes that are gone as well. NOT_READ: it has been asked for, and may be there

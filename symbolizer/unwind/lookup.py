@@ -14,7 +14,7 @@ import numpy as np
 
 from symbolizer.maps import MappingTable
 from symbolizer.unwind.rules import RBX_SHIFT, RBX_UNKNOWN, ROW, CfaKind
-from symbolizer.unwind.table import PAGE_BITS, UnwindTable
+from symbolizer.unwind.table import PAGE_BITS, PagedRows
 from symbolizer.unwind.walk import PENDING, Rule, Stop
 
 _MAX_ROWS = 1 << 18
@@ -54,7 +54,7 @@ _NO_ROWS = _Page(array("H"), b"")
 class RulePages:
     """Pages of tables, by the tables' numbers. `load` returns a table whose pages are needed."""
 
-    def __init__(self, load: Callable[[int], UnwindTable], max_rows: int = _MAX_ROWS) -> None:
+    def __init__(self, load: Callable[[int], PagedRows], max_rows: int = _MAX_ROWS) -> None:
         self._load = load
         self._max_rows = max_rows
         self._clear()
@@ -89,8 +89,7 @@ class RulePages:
         at = int(np.searchsorted(table.pages["number"], np.uint32(number)))
         page = _NO_ROWS
         if at < len(table.pages) and int(table.pages["number"][at]) == number:
-            first, count = int(table.pages["first"][at]), int(table.pages["count"][at])
-            rows = table.rows[first : first + count]
+            rows = table.rows_of(at)
             page = _Page(array("H", rows["pc_low"].tolist()), rows.tobytes())
         self._pages[key] = page
         self._kept += len(page.lows) + _PAGE_ROWS

@@ -9,11 +9,12 @@ there; pages without rows are holes.
 """
 
 import contextlib
+import os
 import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,23 @@ _VERSION = 2
 # magic, version, CRC-32 of all that follows it, key (NUL-padded), pages, rows
 _HEADER = struct.Struct("<8sII136sQQ")
 _CHECKED_FROM = 16
+_CHECKED_AT_ONCE = 32 << 10
+
+
+class PagedRows(Protocol):
+    """A table of which single pages are looked at."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def pages(self) -> npt.NDArray[np.void]: ...
+
+    @property
+    def row_count(self) -> int: ...
+
+    def rows_of(self, place: int) -> npt.NDArray[np.void]:
+        """Return the rows of `pages[place]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +67,13 @@ class UnwindTable:
     rows: npt.NDArray[np.void]
 
     @property
-    def memory_bytes(self) -> int:
-        return self.pages.nbytes + self.rows.nbytes
+    def row_count(self) -> int:
+        return len(self.rows)
+
+    def rows_of(self, place: int) -> npt.NDArray[np.void]:
+        """Return the rows of `pages[place]`."""
+        _, first, count = self.pages[place].tolist()
+        return self.rows[first : first + count]
 
     def find(self, elf_addresses: Wide) -> npt.NDArray[np.void]:
         """Return the row in force at each address, as the walk does; a HOLE if there is none."""
@@ -86,19 +109,82 @@ class UnwindTable:
     @classmethod
     def read(cls, content: bytes, key: str) -> "UnwindTable | None":
         """Read a written table; None if it is damaged or another file's."""
-        if len(content) < _HEADER.size:
+        counts = _read_header(content, len(content), key)
+        if counts is None or zlib.crc32(memoryview(content)[_CHECKED_FROM:]) != counts.checksum:
             return None
-        magic, version, checksum, held, page_count, row_count = _HEADER.unpack_from(content)
-        rows_at = _HEADER.size + page_count * PAGE.itemsize
-        is_whole = (
-            (magic, version, held.rstrip(b"\0")) == (_MAGIC, _VERSION, key.encode())
-            and len(content) == rows_at + row_count * ROW.itemsize
-            and zlib.crc32(memoryview(content)[_CHECKED_FROM:]) == checksum
-        )
-        if not is_whole:
+        pages = np.frombuffer(content, PAGE, counts.pages, _HEADER.size)
+        return cls(key, pages, np.frombuffer(content, ROW, counts.rows, counts.rows_at))
+
+
+class StoredTable:
+    """A table on disk whose rows are read page by page, as they are needed.
+
+    The largest have seven megabytes, of which a walk looks at a few hundred bytes. The file stays
+    open for as long as this object lives, so that its eviction does not matter.
+
+    Attributes:
+        key, pages: as of an UnwindTable.
+        row_count: how many rows there are.
+    """
+
+    def __init__(self, fd: int, key: str, pages: npt.NDArray[np.void], counts: "_Counts") -> None:
+        """Take over the descriptor of a file that `open` has checked."""
+        self._fd = fd
+        self._rows_at = counts.rows_at
+        self.key = key
+        self.pages = pages
+        self.row_count = counts.rows
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+    @classmethod
+    def open(cls, file: BinaryIO, key: str) -> "StoredTable | None":
+        """Check a written table; None if it is damaged or another file's. `file` may be closed."""
+        fd, size = file.fileno(), os.fstat(file.fileno()).st_size
+        counts = _read_header(os.pread(fd, _HEADER.size, 0), size, key)
+        if counts is None:
             return None
-        pages = np.frombuffer(content, PAGE, page_count, _HEADER.size)
-        return cls(key, pages, np.frombuffer(content, ROW, row_count, rows_at))
+        checksum = 0
+        for at in range(_CHECKED_FROM, size, _CHECKED_AT_ONCE):
+            checksum = zlib.crc32(os.pread(fd, _CHECKED_AT_ONCE, at), checksum)
+        if checksum != counts.checksum:
+            return None
+        content = os.pread(fd, counts.pages * PAGE.itemsize, _HEADER.size)
+        pages = np.frombuffer(content, PAGE)
+        return cls(os.dup(fd), key, pages, counts)
+
+    def rows_of(self, place: int) -> npt.NDArray[np.void]:
+        """Return the rows of `pages[place]`; none if they cannot be read any more."""
+        _, first, count = self.pages[place].tolist()
+        size = count * ROW.itemsize
+        try:
+            content = os.pread(self._fd, size, self._rows_at + first * ROW.itemsize)
+        except OSError:
+            content = b""
+        return np.frombuffer(content if len(content) == size else b"", ROW)
+
+
+class _Counts(NamedTuple):
+    """What the header of a table says."""
+
+    checksum: int
+    pages: int
+    rows: int
+
+    @property
+    def rows_at(self) -> int:
+        return _HEADER.size + self.pages * PAGE.itemsize
+
+
+def _read_header(head: bytes, size: int, key: str) -> _Counts | None:
+    """Read the header of a file of this size; None if it is no table, or another file's."""
+    if len(head) < _HEADER.size:
+        return None
+    magic, version, checksum, held, page_count, row_count = _HEADER.unpack_from(head)
+    counts = _Counts(checksum, page_count, row_count)
+    is_whole = (magic, version, held.rstrip(b"\0")) == (_MAGIC, _VERSION, key.encode())
+    return counts if is_whole and size == counts.rows_at + row_count * ROW.itemsize else None
 
 
 class UnwindCache:
@@ -117,6 +203,15 @@ class UnwindCache:
             return None
         with file, contextlib.suppress(OSError):
             return UnwindTable.read(file.read(), key)
+        return None
+
+    def open(self, key: str) -> StoredTable | None:
+        """Return the table of a key, to be read in parts; None if it has to be built."""
+        file = self._files.open(key)
+        if file is None:
+            return None
+        with file, contextlib.suppress(OSError):
+            return StoredTable.open(file, key)
         return None
 
     def holds(self, key: str) -> bool:

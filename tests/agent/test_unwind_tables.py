@@ -26,7 +26,7 @@ from profiler.agent.recorder import Recorder
 from symbolizer.location import Miss
 from symbolizer.maps import MappingTable, parse_maps
 from symbolizer.symbols.elf import FileSource, read_elf
-from symbolizer.unwind.table import UnwindTable
+from symbolizer.unwind.table import PagedRows
 from tests.support.elf_files import build_go, read_symbols
 from tests.support.live import has_execed, stat_fields, wait_for
 from tests.support.targets import compile_target, running
@@ -500,21 +500,23 @@ def test_tables_are_there_for_stacks_that_are_unwound_later(recorder, tmp_path):
         mappings = recorder.address_spaces.mappings(process.pid, time.monotonic_ns())
     place = next(i for i, m in enumerate(mappings.mappings) if m.path == os.fsencode(program))
 
-    def table() -> UnwindTable | Miss:
+    def table() -> PagedRows | Miss:
         recorder.catch_up()
         return recorder.unwinding.table_of(mappings, place, process.pid)
 
     assert table() == Miss.NOT_READ
-    wait_for(lambda: isinstance(table(), UnwindTable))
+    wait_for(lambda: not isinstance(table(), Miss))
     first = table()
     recorder.unwinding._loader._kept.clear()
     for cached in recorder.unwinding._loader._cache._files.folder.iterdir():
         cached.unlink()
     assert table() == Miss.NOT_READ
-    wait_for(lambda: isinstance(table(), UnwindTable))
+    wait_for(lambda: not isinstance(table(), Miss))
 
-    assert len(first.rows)
-    assert np.array_equal(table().rows, first.rows)
+    assert first.row_count
+    again = table()
+    for page in range(len(first.pages)):
+        assert np.array_equal(again.rows_of(page), first.rows_of(page))
 
 
 COLLECTING = """
