@@ -134,6 +134,10 @@ class Names:
         self._window = 1
         self._slowest: list[tuple[float, str]] = []
 
+    def read_kernel(self) -> bool:
+        """Read a piece of the kernel's symbols; return whether all are known."""
+        return self._kernel.read()
+
     def locate(self, pid: int, mappings: MappingTable, addresses: Words) -> list[Location]:
         """Return one Location per user address; those in files are provisional.
 

@@ -153,7 +153,7 @@ def _arranged(images: Iterable[Image]) -> KernelMap:
 
 
 class RunningKernel:
-    """The kernel's map: read at first use, kept up to date by what the kernel records.
+    """The kernel's map: read by `read` or at first use, kept up to date by the kernel's records.
 
     BPF programs and other code made at run time come with `add_programs`. Modules are not recorded:
     /proc/modules is read when a module's code or unknown code was sampled. All is read again, in
@@ -182,11 +182,19 @@ class RunningKernel:
         self._pause_ns = _FIRST_PAUSE_NS
         self._resumes_ns = 0
 
+    def read(self) -> bool:
+        """Read a piece of what is to be there at the first use; return whether all of it is."""
+        if self._map is None:
+            if self._pieces is None:
+                self._begin()
+            self._go_on()
+        return self._map is not None
+
     def find(self, addresses: Wide) -> tuple[KernelMap, npt.NDArray[np.int64]]:
         """Return the map, and the index of the image that holds each address, -1 if none does."""
-        if self._map is None:
+        if self._map is None and self._pieces is None:
             self._begin()
-        self._go_on()
+        self._go_on(to_end=self._map is None)
         assert self._map is not None
         numbers = self._map.find(addresses)
         if self._pieces is None and self._is_outdated(self._map, numbers):
@@ -200,10 +208,10 @@ class RunningKernel:
 
         Code that is gone is not taken out: nothing is sampled there any more.
         """
-        if self._map is None:  # the first reading will show them
-            return
         if self._pieces is not None:
             self._programs += programs  # they may come too late for what is being read
+        if self._map is None:  # the first reading will show the others
+            return
         if len(self._map.images) + len(programs) > _MAX_PROGRAMS:
             self.forget()
             return
@@ -235,13 +243,13 @@ class RunningKernel:
         self._pieces = _read_in_pieces(self._keep, *self._paths)
         self._programs = []
 
-    def _go_on(self) -> None:
-        """Read on for a while; to the end if there is no map yet."""
+    def _go_on(self, *, to_end: bool = False) -> None:
+        """Read on, for a while or `to_end`."""
         if self._pieces is None:
             return
         until_ns = self._monotonic_ns() + _PIECE_NS
         try:
-            while self._map is None or self._monotonic_ns() < until_ns:
+            while to_end or self._monotonic_ns() < until_ns:
                 next(self._pieces)
         except StopIteration as end:
             self._pieces = None

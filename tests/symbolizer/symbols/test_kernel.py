@@ -187,6 +187,24 @@ def test_programs_that_were_recorded_need_no_reading(running):
     assert running.kernel.readings == 1
 
 
+def test_symbols_can_be_read_in_pieces_before_they_are_used(running):
+    """What is made meanwhile is known as well; nothing is read a second time."""
+    lines = [f"{0xFFFFFFFF81001800 + i:016x} t f{i}\n" for i in range(1_000)] * 10
+    with (running.folder / "kallsyms").open("a") as kallsyms:
+        kallsyms.writelines(lines)
+    running.reading_takes_ns = 30_000_000
+
+    pieces = 1
+    while not running.kernel.read():
+        running.kernel.add_programs([Program("bpf_prog_a", 0xFFFFFFFFC0700000, 100)])
+        pieces += 1
+
+    assert pieces > 1
+    assert running.at(0xFFFFFFFFC0700000) == "bpf_prog_a"
+    assert running.at(0xFFFFFFFF81001004) == KERNEL_NAME
+    assert running.kernel.readings == 1
+
+
 def test_unknown_code_is_looked_for_less_and_less_often(running):
     unknown, seconds = 0xFFFFFFFFF0000000, []
     for second in range(1, 1_000):
