@@ -50,7 +50,7 @@ def split_frames(words: Words, frame_words: Mapping[int, int] = FRAME_WORDS) -> 
     frame may lack words if the stack was truncated: both are tuples that no reader knows.
     """
     values: list[int] = words.tolist()
-    if not (words >> np.uint64(TAG_SHIFT)).any():  # all native, as nearly all stacks are
+    if not values or not max(values) >> TAG_SHIFT:  # all native, as nearly all stacks are
         return [*values]
     frames: list[RawFrame] = []
     at = 0

@@ -276,9 +276,7 @@ class Tables:
         place = self._mappings.take(len(mappings))
         if place is None:
             raise NoRoomError("cannot take in an address space: others take all the memory")
-        values = np.zeros(len(mappings), MAPPING)
-        for name in MappingRow._fields:
-            values[name] = [getattr(row, name) for row in mappings]
+        values = np.array([(*row, 0) for row in mappings], MAPPING)
         numbers = np.arange(place.first, place.end, dtype=np.uint32)
         syscalls.update_batch(self._fds["mappings"], numbers, values)
         self._spaces[space] = place

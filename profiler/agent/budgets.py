@@ -15,12 +15,12 @@ So a process that exceeds its budget changes nothing in the stacks of others, an
 below what readers accept (`storage.formats.limits.SIZE_LIMIT_BYTES`).
 """
 
+from array import array
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from bpf.samples import ProcessGeneration, RawSample
 from storage.profile import Labels, ProfileBuilder
@@ -174,9 +174,9 @@ class BoundedProfile:
         self._builder.modules.setdefault(REST, Module(REST, REST))
         return self._builder.location(REST_LOCATION, (Frame(REST, REST, Kind.NATIVE),))
 
-    def add(self, owner: Owner, labels: Labels, root_first: npt.ArrayLike, samples: int) -> None:
+    def add(self, owner: Owner, labels: Labels, root_first: Iterable[int], samples: int) -> None:
         """Count a stack of a process, given as numbers of locations."""
-        words = np.asarray(root_first, dtype=np.int32).tobytes()
+        words = array("i", root_first).tobytes()
         fitting = self._fit_labels(owner, labels)
         kept = words
         if not self._builder.has_row(fitting, words):

@@ -6,8 +6,10 @@ own memory (the heap of a runtime, compiled code in anonymous memory): its numbe
 process generation.
 """
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import chain, islice
+from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -18,8 +20,8 @@ from profiler.agent.budgets import LocationBudget, Owner
 from symbolizer.location import Location
 from symbolizer.maps import MappingTable, is_anonymous
 
-Numbers = npt.NDArray[np.int32]
-"""A stack as numbers of locations."""
+Numbers: TypeAlias = "array[int]"
+"""A stack as numbers of locations (int32). Making a numpy array of each takes much longer."""
 
 _STACKS_AT_ONCE = 64
 """Frames become Python objects, which take ten times as much as the stacks they come from."""
@@ -153,8 +155,9 @@ class FrameNumbers:
 
     def _cut(self, leaf_first: Numbers) -> Numbers:
         """Let a stack end where the first frame from the root on is beyond the budget."""
-        beyond = np.flatnonzero(leaf_first == self._rest_number)
-        return leaf_first[beyond[-1] :] if len(beyond) else leaf_first
+        if self._rest_number not in leaf_first:
+            return leaf_first
+        return leaf_first[len(leaf_first) - 1 - leaf_first[::-1].index(self._rest_number) :]
 
     def _lies_in_process(self, mappings: MappingTable, addresses: Words) -> list[bool]:
         is_own = self._is_own.get(mappings)
@@ -167,6 +170,5 @@ class FrameNumbers:
 
 def _as_numbers(stacks: Sequence[Sequence[RawFrame]], numbers: Iterable[int]) -> list[Numbers]:
     """Cut numbers, one per frame, into stacks as long as these."""
-    ends = list(accumulate(map(len, stacks)))
-    joined = np.fromiter(numbers, np.int32, ends[-1] if ends else 0)
-    return [joined[start:end] for start, end in pairwise([0, *ends])]
+    each = iter(numbers)
+    return [array("i", islice(each, len(stack))) for stack in stacks]

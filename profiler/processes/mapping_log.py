@@ -147,7 +147,7 @@ class MappingLog:
 
     def table_at(self, at_ns: int) -> MappingTable | None:
         """Return the table at a time; None when that depends on a base that is not known yet."""
-        from_ns = max((t for t in self.execs if t <= at_ns), default=0)
+        from_ns = self._exec_before(at_ns)
         first = _UNKNOWN
         if not from_ns:
             if self.base is None:
@@ -155,13 +155,15 @@ class MappingLog:
             if at_ns < self.base.end_ns:
                 return self._table_before(self.base, at_ns)
             first, from_ns, _ = self.base
-        start = bisect_right(self.records, from_ns, key=time_of)
-        end = bisect_right(self.records, at_ns, key=time_of)
-        if start >= end:
+        end = len(self.records)
+        if end and self.records[-1].time_ns > at_ns:
+            end = bisect_right(self.records, at_ns, key=time_of)
+        if not end or self.records[end - 1].time_ns <= from_ns:
             return first
         key = self.records[end - 1].time_ns
         table = self._tables.get(key)
         if table is None:
+            start = bisect_right(self.records, from_ns, key=time_of)
             nearest_ns = max((t for t in self._tables if from_ns < t < key), default=0)
             if nearest_ns:
                 first = self._tables[nearest_ns]
@@ -169,6 +171,12 @@ class MappingLog:
             table = first.after(_mappings_of(self.records[start:end]))
             self._keep(key, table)
         return table
+
+    def _exec_before(self, at_ns: int) -> int:
+        """Return when it exec'd last before a time; 0 if no record tells."""
+        if not self.execs or self.execs[-1] <= at_ns:
+            return self.execs[-1] if self.execs else 0
+        return max((t for t in self.execs if t <= at_ns), default=0)
 
     def _table_before(self, base: Base, at_ns: int) -> MappingTable:
         """Return the table at a time before the base was seen: what has not been mapped since."""
