@@ -16,7 +16,6 @@ Run as root: `python bench/bench_first_tick.py [--only shares|cost] [--seconds 1
 import argparse
 import contextlib
 import resource
-import select
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from load import commands_in, running, spawner
 from bpf import syscalls
 from bpf.sampler import SamplerConfig
 from profiler.agent.recorder import Recorder
+from profiler.agent.signals import Signals
 from storage.profile import GOOD_STOPS, Profile
 
 SHORT, NATIVE = 99.5, 99.95
@@ -57,14 +57,14 @@ class WithoutCopies(Recorder):
 def record(recorder: Recorder, seconds: float) -> None:
     """Record as `everflame record` does."""
     end_s, next_step_s = time.monotonic() + seconds, time.monotonic() + 1
-    poll = select.poll()
-    poll.register(recorder.fileno(), select.POLLIN)
-    while time.monotonic() < end_s:
-        poll.poll(1000 * max(0.0, min(end_s, next_step_s) - time.monotonic()))
-        recorder.catch_up()
-        if time.monotonic() >= next_step_s:
-            recorder.step()
-            next_step_s = time.monotonic() + recorder.drain_period_s
+    with Signals() as signals:
+        recorder.watch(signals)
+        while time.monotonic() < end_s:
+            signals.wait(min(end_s, next_step_s), rest_until_s=recorder.rests_until_s)
+            recorder.catch_up()
+            if time.monotonic() >= next_step_s:
+                recorder.step()
+                next_step_s = time.monotonic() + recorder.drain_period_s
 
 
 def share_of(profile: Profile) -> float:

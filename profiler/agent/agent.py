@@ -257,15 +257,17 @@ class Agent:
             met = (
                 signals.wait(min(until_s, *paused), only_signals=True)
                 if paused
-                else signals.wait(until_s)
+                else signals.wait(until_s, rest_until_s=self._recorder.rests_until_s)
             )
             if met in ENDING:
                 break
-            self._run("processes", self._recorder.catch_up)
+            is_due = time.monotonic() >= next_step
+            if not is_due:  # a step does the same, and more
+                self._run("processes", self._recorder.catch_up)
             self._run("status", lambda: socket.answer(self.status))
             self._run("uploader", self._uploader.supervise)
             self._run("child processes", self._children.supervise)
-            if time.monotonic() >= next_step:
+            if is_due:
                 next_step = max(next_step + self._recorder.drain_period_s, time.monotonic())
                 self._run("drain", self._recorder.step)
                 self._run("cost", self._bpf.end)
@@ -395,7 +397,7 @@ def run(options: AgentOptions, children: ChildProcesses | None = None) -> dict[s
                 commands=children.commands,
                 longest_window_s=LONGEST_WINDOW_S,
             ) as recorder:
-                signals.watch(recorder.fileno())
+                recorder.watch(signals)
                 signals.watch(socket.fileno())
                 agent = Agent(options, recorder, spool, uploader, children)
                 try:

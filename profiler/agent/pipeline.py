@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from bpf.records import Rings
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import Drain, RawSample, StopReason
@@ -52,6 +50,9 @@ _LIKELY_PROCESSES = 32
 _MAX_BUSY_PROCESSES = 256
 _PREPARE_S, _FOLLOW_S = 4.0, 0.4
 """How long the start waits for tables that are built, and for processes to be sampled."""
+_REST_S, _SHORT_REST_S = 0.25, 0.05
+"""For how long what comes is left to gather: each look costs half a millisecond, and ticks that
+cannot be walked until then are copied. It is short as long as readers have more to do."""
 _READERS_S = 0.7
 """For how long the closing of a window waits for labels and names that are being read."""
 _NEXT_ANSWER_S, _LAST_S = 5.0, 15.0
@@ -83,7 +84,7 @@ class Pipeline:
         self.host = this_host()
         self.cost = Cost()
         self._commands = commands
-        self._next_scan_s = 0.0
+        self._next_scan_s = self._caught_up_s = 0.0
         self._closing_until_s = 0.0
         self._is_last = False
         with contextlib.ExitStack() as opened:
@@ -151,6 +152,16 @@ class Pipeline:
         """Return a descriptor, readable when `catch_up` should not wait for the next step."""
         return self._wakes.fileno()
 
+    @property
+    def rests_until_s(self) -> float:
+        """When `fileno` needs to be looked at again (`time.monotonic()`); `urgent_fd` always is."""
+        return self._caught_up_s + (_SHORT_REST_S if self.readers.has_waiting else _REST_S)
+
+    @property
+    def urgent_fd(self) -> int:
+        """A descriptor that is readable when the kernel's records need their room."""
+        return self._rings.fileno()
+
     def catch_up(self) -> None:
         """Read the kernel's records of processes, and answer the requests of its walks."""
         with self.cost.of("drain"):
@@ -160,9 +171,9 @@ class Pipeline:
         with self.cost.of("unwind"):
             self.unwinding.catch_up()
             self.copied.advance()
-        self.readers.poll()
         with self.cost.of("symbolize"):
             self.names.ask()
+        self._caught_up_s = time.monotonic()
 
     def catch_up_until(self, is_done: Callable[[], bool], timeout_s: float) -> None:
         """Catch up until `is_done`, or for so long."""
@@ -175,8 +186,10 @@ class Pipeline:
         """Load the tables of what runs already, so that stacks are whole from the first tick on.
 
         Processes get known to the kernel when they are sampled: some ticks before the start do not
-        count.
+        count. The kernel's symbols take a quarter of a second, which would make a drain late.
         """
+        while not self.names.read_kernel():
+            self.catch_up()
         pids = self._activity.since(_MAX_BUSY_PROCESSES)
         if not pids:
             return
@@ -307,7 +320,7 @@ class Pipeline:
         kernel = frames.kernel([sample.kernel for sample in samples])
         # Leaf first becomes root first, here and nowhere else.
         return samples, [
-            np.concatenate([user_part[::-1], kernel_part[::-1]])
+            user_part[::-1] + kernel_part[::-1]
             for user_part, kernel_part in zip(user, kernel, strict=True)
         ]
 

@@ -4,6 +4,7 @@ import enum
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -13,9 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from profiler.agent.reader import LONGEST_MESSAGE_BYTES
+from profiler.processes.generations import read_proc
 
 _ITEM_S = 30.0
 """An item takes two seconds of CPU time at most; a busy host takes longer for them."""
+_PART_BYTES = 32 << 10
+"""Received at once. Python allocates as much for each call, and glibc maps more than 64 KB anew."""
+_SEND_TIMEOUT = struct.pack("ll", 1, 0)
+"""How long a child may take no request (struct timeval): it reads all the time when it is idle."""
 
 
 class Failure(enum.StrEnum):
@@ -67,6 +73,8 @@ class ReaderChild:
 
     def __init__(self, kinds: str, cache: Path) -> None:
         self._ours, theirs = socket.socketpair()
+        # A timeout of Python's own would take two more calls for each message.
+        self._ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SEND_TIMEOUT)
         self._received = bytearray()
         self._items: deque[Item] = deque()
         self._is_asked = False
@@ -121,7 +129,6 @@ class ReaderChild:
         self.owner = items[0].owner
         self._is_asked = True
         self.since_s = self._progress_s = self._looked_s = time.monotonic()
-        self._ours.settimeout(1.0)
         try:
             self._ours.sendall(len(content).to_bytes(4, "little") + content)
         except OSError:
@@ -130,12 +137,13 @@ class ReaderChild:
 
     def receive(self) -> bool:
         """Take in what has arrived; return whether the child still runs."""
-        self._ours.setblocking(False)
         try:
-            while part := self._ours.recv(1 << 20):
+            while part := self._ours.recv(_PART_BYTES, socket.MSG_DONTWAIT):
                 self._received += part
                 if len(self._received) > 2 * LONGEST_MESSAGE_BYTES:
                     return False
+                if len(part) < _PART_BYTES:  # there is no more for now
+                    return True
         except BlockingIOError:
             return True
         except OSError:
@@ -186,9 +194,8 @@ class ReaderChild:
 
     def look(self) -> bool:
         """Read its CPU time; return whether it runs or waits for a CPU."""
-        try:
-            stat = Path(f"/proc/{self.process.pid}/stat").read_bytes()
-        except OSError:
+        stat = read_proc(self.process.pid, "stat")
+        if not stat:
             return False
         fields = stat.rpartition(b")")[2].split()
         self.cpu_s = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")

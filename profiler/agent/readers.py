@@ -84,7 +84,12 @@ class Readers:
 
     @property
     def is_idle(self) -> bool:
-        return not any(self._waiting) and all(child.is_idle for child in self._children.values())
+        return not self.has_waiting and all(child.is_idle for child in self._children.values())
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether there is more to read than children were given."""
+        return any(self._waiting)
 
     @property
     def left_behind(self) -> int:

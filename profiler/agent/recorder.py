@@ -22,6 +22,7 @@ from profiler.agent import priority
 from profiler.agent.cost import return_large_blocks
 from profiler.agent.host import default_cache, refuse_time_namespace
 from profiler.agent.pipeline import Pipeline
+from profiler.agent.signals import Signals
 from profiler.agent.window import BusyTime, Clocks, Edge, OpenWindow, drain_period_s, split_drain
 from profiler.processes.rules import Rules
 from profiler.text import listed
@@ -165,6 +166,16 @@ class Recorder:
     def fileno(self) -> int:
         """Return a descriptor, readable when `catch_up` should not wait for the next step."""
         return self._stages.fileno()
+
+    def watch(self, signals: Signals) -> None:
+        """Let a loop be woken when `catch_up` is to be called; see `rests_until_s`."""
+        signals.watch(self._stages.fileno(), may_rest=True)
+        signals.watch(self._stages.urgent_fd)
+
+    @property
+    def rests_until_s(self) -> float:
+        """For `Signals.wait`: until then requests and answers gather, to be met at once."""
+        return self._stages.rests_until_s
 
     def catch_up(self) -> None:
         """Read the kernel's records of processes, and answer the requests of its walks."""

@@ -108,7 +108,7 @@ class TableLoader:
     def load(self, file: MappedFile) -> None:
         """Load the table of an identified file, now or when a reader has built it."""
         key = file.table_key
-        if key in self._loaded or key in self._waiting:
+        if key in self._loaded or key in self._waiting or key in self._asked:
             return
         if key in self._paused or key in self._empty:
             self._set_state(key, TableState.NONE)
@@ -126,7 +126,7 @@ class TableLoader:
         key = file.table_key
         table = self._kept.get(key)
         if table is None:
-            table = self._cache.open(key)
+            table = self._cache.open(key) if key not in self._asked else None
             if table is None:
                 if key in self._paused:
                     return Miss.TOO_COSTLY

@@ -184,7 +184,7 @@ def _sample(
         RefusedError: the processes have ended before sampling began.
     """
     progress = Progress(sys.stderr, options.duration_s)
-    signals.watch(recorder.fileno())
+    recorder.watch(signals)
     recorder.start()
     if isinstance(target, Processes) and target.has_ended():
         raise RefusedError(f"cannot record {target.name}: ended before sampling began")
@@ -203,10 +203,11 @@ def _sample(
         met = (
             signals.wait(min(until_s, guard.resumes_s), only_signals=True)
             if guard.is_paused
-            else signals.wait(until_s)
+            else signals.wait(until_s, rest_until_s=recorder.rests_until_s)
         )
-        guard.run(recorder.catch_up)
         now = time.monotonic()
+        if now < next_step:  # a step does the same, and more
+            guard.run(recorder.catch_up)
         if met in ENDING or now >= deadline:
             if asked or not isinstance(target, Command):
                 break

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         for note in target.notes:
             tell(f"everflame: {note}")
         with Recorder(config) as recorder:
-            signals.watch(recorder.fileno())
+            recorder.watch(signals)
             recorder.start()
             end = time.monotonic() + options.duration_s
             try:
@@ -64,7 +64,7 @@ def _sample(recorder: Recorder, signals: Signals, until: float) -> bool:
     """Sample until then; return False if a signal asks to end."""
     next_step = time.monotonic() + recorder.drain_period_s
     while time.monotonic() < until:
-        met = signals.wait(min(next_step, until))
+        met = signals.wait(min(next_step, until), rest_until_s=recorder.rests_until_s)
         recorder.catch_up()
         if met in ENDING:
             return False

@@ -46,3 +46,27 @@ def test_a_hangup_that_is_ignored_at_the_start_stays_ignored(before, met) -> Non
     )
 
     assert child.stdout == f"{met}\n"
+
+
+def test_a_descriptor_that_may_rest_is_met_afterwards() -> None:
+    """What comes until then gathers; another descriptor, or a signal, is met at once."""
+    with Signals() as signals:
+        resting, urgent = os.pipe(), os.pipe()
+        signals.watch(resting[0], may_rest=True)
+        signals.watch(urgent[0])
+        os.write(resting[1], b"x")
+        begun_s = time.monotonic()
+
+        signals.wait(begun_s + 30, rest_until_s=begun_s + 0.2)
+        rested_s = time.monotonic() - begun_s
+        os.write(urgent[1], b"x")
+        signals.wait(begun_s + 60, rest_until_s=begun_s + 60)
+        os.read(urgent[0], 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        met = signals.wait(begun_s + 60, rest_until_s=begun_s + 60)
+
+        assert 0.2 <= rested_s < 30
+        assert met is signal.SIGTERM
+        assert time.monotonic() - begun_s < 60
+        for fd in (*resting, *urgent):
+            os.close(fd)
