@@ -8,13 +8,17 @@ _BUSY, _DISCARD, _HEADER = 1 << 31, 1 << 30, 8
 
 
 class RingBuffer:
-    """A ring buffer in memory shared with the kernel. The descriptor stays the caller's."""
+    """A ring buffer in memory shared with the kernel. The descriptor stays the caller's.
+
+    Attributes:
+        size_bytes: of its records together.
+    """
 
     def __init__(self, fd: int, size_bytes: int) -> None:
-        self._size = size_bytes
+        self.size_bytes = size_bytes
         self._consumer = mmap.mmap(fd, mmap.PAGESIZE)
         self._producer = mmap.mmap(
-            fd, mmap.PAGESIZE + 2 * self._size, prot=mmap.PROT_READ, offset=mmap.PAGESIZE
+            fd, mmap.PAGESIZE + 2 * self.size_bytes, prot=mmap.PROT_READ, offset=mmap.PAGESIZE
         )
         self._consumed = memoryview(self._consumer).cast("Q")
         self._produced = memoryview(self._producer).cast("Q")
@@ -34,7 +38,7 @@ class RingBuffer:
         position, end = self._consumed[0], self._produced[0]
         while position < end:
             # The data are mapped twice in a row, so that no record is cut at the end.
-            at = mmap.PAGESIZE + position % self._size
+            at = mmap.PAGESIZE + position % self.size_bytes
             header = int.from_bytes(self._producer[at : at + 4], sys.byteorder)
             if header & _BUSY:
                 break

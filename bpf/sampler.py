@@ -85,7 +85,7 @@ class SamplerConfig:
     pids: frozenset[int] | None = None
     drain_period_s: float = 1.0
     tables_limit_bytes: int = tables.DEFAULT_LIMIT_BYTES
-    frames_per_program: tuple[int, ...] = (24, 16, 8, 5)
+    frames_per_program: tuple[int, ...] = (12, 8, 5)
     kernel_stack_bytes: int = 8 * MAX_KERNEL_WORDS
     copied_bytes_per_s: int = 0
 
@@ -356,10 +356,15 @@ class Sampler:
         causes = {"draining": draining, "other_tracer": others}
         return {cause: ticks for cause, ticks in causes.items() if ticks}
 
-    def collect(self) -> None:
-        """Make room for further copies, now and then between two drains."""
+    def collect(self) -> float:
+        """Make room for further copies, now and then between two drains.
+
+        Returns which part of the room was taken.
+        """
+        before = self._copies.consumed
         for record in self._copies.take():
             self._copied[record[GENERATION_AT] & 1].append(record)
+        return (self._copies.consumed - before) / self._copies.size_bytes
 
     def _take_copies(self) -> None:
         """Take all records that had been begun, those of the other map generation as well.

@@ -44,7 +44,7 @@ _ASIDE_S = 60.0
 """After so long a file system that does not answer is tried again."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 60.0
 """Between tries to reach a file by other processes."""
-_SEEN_AGAIN_S = 60.0
+_SEEN_AGAIN_S = 600.0
 _SEEN_AGAIN_WITHOUT_BUILD_ID_S = 1.0
 """A known file is looked at again, when another process maps it, if that is longer ago: it may
 have been written again under the same name."""

@@ -50,9 +50,11 @@ _LIKELY_PROCESSES = 32
 _MAX_BUSY_PROCESSES = 256
 _PREPARE_S, _FOLLOW_S = 4.0, 0.4
 """How long the start waits for tables that are built, and for processes to be sampled."""
-_REST_S, _SHORT_REST_S = 0.25, 0.05
+_REST_S, _SHORT_REST_S = 0.4, 0.05
 """For how long what comes is left to gather: each look costs half a millisecond, and ticks that
-cannot be walked until then are copied. It is short as long as readers have more to do."""
+cannot be walked until then are copied. It is short as long as readers have more to do, or copies
+have taken much of their room."""
+_MUCH_COPIED = 0.1
 _READERS_S = 0.7
 """For how long the closing of a window waits for labels and names that are being read."""
 _NEXT_ANSWER_S, _LAST_S = 5.0, 15.0
@@ -84,7 +86,7 @@ class Pipeline:
         self.host = this_host()
         self.cost = Cost()
         self._commands = commands
-        self._next_scan_s = self._caught_up_s = 0.0
+        self._next_scan_s = self._caught_up_s = self._copied_share = 0.0
         self._closing_until_s = 0.0
         self._is_last = False
         with contextlib.ExitStack() as opened:
@@ -155,7 +157,8 @@ class Pipeline:
     @property
     def rests_until_s(self) -> float:
         """When `fileno` needs to be looked at again (`time.monotonic()`); `urgent_fd` always is."""
-        return self._caught_up_s + (_SHORT_REST_S if self.readers.has_waiting else _REST_S)
+        is_busy = self.readers.has_waiting or self._copied_share > _MUCH_COPIED
+        return self._caught_up_s + (_SHORT_REST_S if is_busy else _REST_S)
 
     @property
     def urgent_fd(self) -> int:
@@ -165,7 +168,7 @@ class Pipeline:
     def catch_up(self) -> None:
         """Read the kernel's records of processes, and answer the requests of its walks."""
         with self.cost.of("drain"):
-            self.sampler.collect()
+            self._copied_share = self.sampler.collect()
         with self.cost.of("processes"):
             self.address_spaces.poll()
         with self.cost.of("unwind"):

@@ -5,6 +5,7 @@ into the open window. A window ends where it is asked to end, also when the drai
 """
 
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -135,6 +136,10 @@ class Recorder:
             self._stages.warm_up()
         except Exception as error:  # noqa: BLE001 - it only makes the first stacks better
             log.warning("cannot load tables before the first tick error=%r", error)
+        # What is there now stays: each full collection would look at it again, for 30 ms.
+        gc.collect()
+        gc.freeze()
+        self._opened.callback(gc.unfreeze)
         self._counted = self._stages.open(OpenWindow(self.period_ns, self._clocks))
         self._drained = self._window.begun
         self._opened.enter_context(priority.raised(priority.chosen_nice(os.environ)))
