@@ -48,3 +48,10 @@ def return_large_blocks() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl has no such thing, and no such habit
         libc.mallopt(_M_MMAP_THRESHOLD, 64 << 10)
+
+
+def return_freed_pages() -> None:
+    """Give back to the kernel what was freed between blocks that are in use (malloc_trim(3))."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

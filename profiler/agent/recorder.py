@@ -20,7 +20,7 @@ from bpf.sampler import SamplerConfig
 from bpf.samples import Drain
 from bpf.tracers import find_tracers
 from profiler.agent import priority
-from profiler.agent.cost import return_large_blocks
+from profiler.agent.cost import return_freed_pages, return_large_blocks
 from profiler.agent.host import default_cache, refuse_time_namespace
 from profiler.agent.pipeline import Pipeline
 from profiler.agent.signals import Signals
@@ -140,6 +140,7 @@ class Recorder:
         gc.collect()
         gc.freeze()
         self._opened.callback(gc.unfreeze)
+        return_freed_pages()  # the kernel's symbols and the first tables took some megabytes
         self._counted = self._stages.open(OpenWindow(self.period_ns, self._clocks))
         self._drained = self._window.begun
         self._opened.enter_context(priority.raised(priority.chosen_nice(os.environ)))
@@ -328,6 +329,8 @@ class Recorder:
             window.settle()
             self.lose(window.counts)
             raise
+        finally:
+            return_freed_pages()
 
     def close(self) -> None:
         self._opened.close()
