@@ -50,11 +50,11 @@ _LIKELY_PROCESSES = 32
 _MAX_BUSY_PROCESSES = 256
 _PREPARE_S, _FOLLOW_S = 4.0, 0.4
 """How long the start waits for tables that are built, and for processes to be sampled."""
-_REST_S, _SHORT_REST_S = 0.4, 0.05
+_REST_S, _SHORT_REST_S = 0.25, 0.05
 """For how long what comes is left to gather: each look costs half a millisecond, and ticks that
 cannot be walked until then are copied. It is short as long as readers have more to do, or copies
 have taken much of their room."""
-_MUCH_COPIED = 0.1
+_MUCH_COPIED = 0.05
 _READERS_S = 0.7
 """For how long the closing of a window waits for labels and names that are being read."""
 _NEXT_ANSWER_S, _LAST_S = 5.0, 15.0
