@@ -52,8 +52,9 @@ _PREPARE_S, _FOLLOW_S = 4.0, 0.4
 """How long the start waits for tables that are built, and for processes to be sampled."""
 _REST_S, _SHORT_REST_S = 0.25, 0.05
 """For how long what comes is left to gather: each look costs half a millisecond, and ticks that
-cannot be walked until then are copied. It is short as long as readers have more to do, or copies
-have taken much of their room."""
+cannot be walked until then are copied. It is shorter while readers have been asked for something or
+copies take much of their room; there is none while more waits for the readers, as a child is given
+the next table when it has answered with the last one."""
 _MUCH_COPIED = 0.05
 _READERS_S = 0.7
 """For how long the closing of a window waits for labels and names that are being read."""
@@ -157,7 +158,9 @@ class Pipeline:
     @property
     def rests_until_s(self) -> float:
         """When `fileno` needs to be looked at again (`time.monotonic()`); `urgent_fd` always is."""
-        is_busy = self.readers.has_waiting or self._copied_share > _MUCH_COPIED
+        if self.readers.has_waiting:
+            return self._caught_up_s
+        is_busy = not self.readers.is_idle or self._copied_share > _MUCH_COPIED
         return self._caught_up_s + (_SHORT_REST_S if is_busy else _REST_S)
 
     @property
