@@ -394,7 +394,7 @@ class FileReader:
         try:
             with self._identifier.opened(values) as found:
                 identity = self._identifier.identify(found)
-                if not self._cache.holds(identity.table_key):
+                if self._cache.open(identity.table_key) is None:  # damage counts as well
                     self._build(identity, found.source)
                 return identity.table_key
         except (NotOpened, UnreadableElf):

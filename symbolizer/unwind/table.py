@@ -215,8 +215,14 @@ class UnwindCache:
         return None
 
     def holds(self, key: str) -> bool:
-        """Return whether there is a table of a key, and mark it as used."""
-        return self._files.touch(key) > 0
+        """Return whether there is a table of a key, by its header, and mark it as used."""
+        file = self._files.open(key)
+        if file is None:
+            return False
+        with file, contextlib.suppress(OSError):
+            size = os.fstat(file.fileno()).st_size
+            return _read_header(file.read(_HEADER.size), size, key) is not None
+        return False
 
     def remove(self, key: str) -> None:
         """Remove a table that cannot be read, so that it is built again."""

@@ -426,6 +426,22 @@ def test_a_table_that_a_reader_fails_at_is_tried_again_and_then_given_up(tmp_pat
         assert builds_interrupted(recorder) == 4
 
 
+@pytest.mark.parametrize("place", [8, -1], ids=["another version", "damaged"])
+def test_a_table_that_cannot_be_used_is_built_again(place, tmp_path):
+    """One that another version of this program has left in the cache, or a disk has damaged."""
+    config = SamplerConfig(frequency_hz=499, pids=frozenset())
+    parked = compile_target("parked.c", tmp_path / "parked", "-O2", *NO_FRAME_POINTERS)
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        with running(parked, "recursion") as process, Recorder(config, cache) as recorder:
+            recorder.start()
+            wait_for(lambda pid=process.pid, r=recorder: stops_of(r, pid) == {"root"}, timeout_s=30)
+        for file in (cache / "unwind").iterdir():
+            content = bytearray(file.read_bytes())
+            content[place] ^= 1
+            file.write_bytes(content)
+
+
 def test_files_for_which_no_number_is_left_are_counted(tmp_path, monkeypatch):
     """The kernel knows so many at a time; stacks through others may be cut short."""
     monkeypatch.setattr(unwinding, "EXECUTABLES_CAPACITY", 2)
