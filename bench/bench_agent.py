@@ -1,21 +1,27 @@
-"""What the agent costs for ever: ten programs on both CPUs, 60 s windows into a directory.
+"""What the agent costs for ever: ten programs on both CPUs, or nothing; 60 s windows.
 
 The sampler and the uploader are watched from outside, after the first 20 s and over whole windows.
 PSS shares out what the two processes have in common. Bytes per core and day are what two full
-windows took in the store, times the windows of a day, over the CPUs.
+windows took in the store, times the windows of a day, over the CPUs. Those of the other profilers
+that are installed (perf; bcc's profile, which Debian has in bpfcc-tools) run beside it, so that all
+see the same host. Of perf only the process is seen: what it does at a tick is counted nowhere.
 
-Run as root: `python bench/bench_agent.py [--windows 2]`.
+Run as root: `python bench/bench_agent.py [--windows 2] [--load none]`.
 """
 
 import argparse
+import contextlib
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from bench_cost import START_UP_S, Reading, find_program, read
+from bench_cost import START_UP_S, Reading, cpu_seconds, find_program, read
 from load import ten_programs
 from serving import EVERFLAME, all_pids, pss_mb, rss_mb, show
 
@@ -24,6 +30,11 @@ from storage.formats import pprof
 from storage.profile import Accounting
 
 WINDOW_S = 60
+LOADS = {"programs": ten_programs, "none": contextlib.nullcontext}
+PEERS = {
+    "perf record": ("perf", "record", "-F", "99", "-a", "-g", "-o", "/dev/null"),
+    "bcc's profile": ("profile-bpfcc", "-F", "99", "-a", "-f"),
+}
 
 
 def child_of(pid: int) -> int:
@@ -38,11 +49,44 @@ def read_both(agent: int, uploader: int, program: int) -> tuple[Reading, Reading
     return read(own, program), read([uploader], program)
 
 
+@contextlib.contextmanager
+def peers() -> Iterator[dict[str, int]]:
+    """Run the other profilers; yield the pid of each."""
+    started = {
+        name: subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for name, command in PEERS.items()
+        if shutil.which(command[0])
+    }
+    try:
+        yield {name: process.pid for name, process in started.items()}
+    finally:
+        for process in started.values():
+            process.send_signal(signal.SIGINT)
+            process.wait()
+
+
+def peer_cpu_s(name: str, pid: int) -> float:
+    """Return the CPU time of a peer so far, its BPF program's included."""
+    cpu_s = cpu_seconds([pid])
+    if name == "bcc's profile":
+        program = find_program(pid)
+        cpu_s += syscalls.ProgramInfo(program).run_time_ns / 1e9
+        os.close(program)
+    return cpu_s
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--windows", type=int, default=2)
-    windows = parser.parse_args().windows
-    with tempfile.TemporaryDirectory() as name, ten_programs(), syscalls.run_time_stats():
+    parser.add_argument("--load", choices=LOADS, default="programs")
+    options = parser.parse_args()
+    windows, load = options.windows, LOADS[options.load]
+    with (
+        tempfile.TemporaryDirectory() as name,
+        load(),
+        syscalls.run_time_stats(),
+        peers() as others,
+    ):
         folder = Path(name)
         environment = {**os.environ, "EVERFLAME_RUN": str(folder / "run")}
         command = [EVERFLAME, "agent", f"--store={folder / 'store'}", f"--spool={folder / 'spool'}"]
@@ -51,9 +95,12 @@ def main() -> int:
                 program = find_program(agent.pid)
                 time.sleep(START_UP_S)
                 uploader = child_of(agent.pid)
+                of_peers = {peer: -peer_cpu_s(peer, pid) for peer, pid in others.items()}
                 first, first_other = read_both(agent.pid, uploader, program)
                 time.sleep(windows * WINDOW_S)
                 last, last_other = read_both(agent.pid, uploader, program)
+                for peer, pid in others.items():
+                    of_peers[peer] += peer_cpu_s(peer, pid)
                 rss, peak = rss_mb(agent.pid), rss_mb(agent.pid, "VmHWM")
                 pss = sum(map(pss_mb, all_pids(agent.pid)))
             finally:
@@ -81,6 +128,10 @@ def main() -> int:
         ("all processes, PSS", pss, "MB", 100.0),
         ("an object of a minute", mean_size / 1e3, "kB", None),
         ("a core and day", mean_size * 86400 / WINDOW_S / counts.cpus / 1e6, "MB", None),
+        *(
+            (f"{peer}, CPU", 100 * cpu_s / span, "% of one CPU", None)
+            for peer, cpu_s in of_peers.items()
+        ),
         ("lost", sum(counts.lost.values()), "samples", 0),
         ("law 1 mismatch", counts.mismatch, "ticks", 0),
     ]
