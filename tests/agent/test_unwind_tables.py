@@ -320,12 +320,21 @@ def test_a_tick_of_earlier_takes_no_mappings_from_the_walk(recorder, tmp_path):
 
     with running(program, "open", "none") as process:
         wait_for(lambda: stops_of(recorder, process.pid) == {"root"})
-        sample = next(s for s in recorder.sampler.drain().samples if s.pid == process.pid)
+        sample = next(iter(drained_of(recorder, process.pid)))
         recorder.unwinding.note({MappingTable.of([]): [sample]})
-        time.sleep(0.1)
-        later = [s for s in recorder.sampler.drain().samples if s.pid == process.pid]
+        recorder.sampler.drain()
+        later = drained_of(recorder, process.pid)
 
     assert {s.stop for s in later} == {"root"}
+
+
+def drained_of(recorder: Recorder, pid: int) -> list[RawSample]:
+    """Return the samples of a process, from the first drain that has any."""
+    found: list[RawSample] = []
+    wait_for(
+        lambda: found.extend(s for s in recorder.sampler.drain().samples if s.pid == pid) or found
+    )
+    return found
 
 
 FRAMES = """
