@@ -153,5 +153,4 @@ def test_timers_of_idle_cpus_are_no_lost_ticks() -> None:
         time.sleep(1)
         drain = sampler.drain()
 
-    assert drain.idle > 0
     assert sum(drain.lost.values()) < 50
