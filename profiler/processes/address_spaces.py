@@ -58,7 +58,6 @@ log = logging.getLogger(__name__)
 
 RETENTION_NS = 4_000_000_000
 """How long an ended process is kept. Samples are drained a second or two after their records."""
-
 MAX_LOG_BYTES = 8 << 20
 """All logs together; 1,000 execs a second need two thirds of it. Beyond it the oldest logs go,
 their processes need a snapshot, and `dropped_logs` says how many they were."""
