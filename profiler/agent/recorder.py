@@ -9,6 +9,7 @@ import gc
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,15 @@ from profiler.agent.cost import return_freed_pages, return_large_blocks
 from profiler.agent.host import default_cache, refuse_time_namespace
 from profiler.agent.pipeline import Pipeline
 from profiler.agent.signals import Signals
-from profiler.agent.window import BusyTime, Clocks, Edge, OpenWindow, drain_period_s, split_drain
+from profiler.agent.window import (
+    SHORTEST_DRAIN_PERIOD_S,
+    BusyTime,
+    Clocks,
+    Edge,
+    OpenWindow,
+    drain_period_s,
+    split_drain,
+)
 from profiler.processes.rules import Rules
 from profiler.text import listed
 from storage.profile import Accounting, Loss, Profile
@@ -34,8 +43,8 @@ log = logging.getLogger(__name__)
 
 _NAME_TRACERS_EVERY_NS = 600 * 10**9
 _TRACERS_NAMED = 5
-_FORGET_LATE = 0.9
-"""How much of the longest delay of a drain still counts after one more."""
+_FORGET = 0.9
+"""How much of the longest delay of a drain, and of the most work, still counts after one more."""
 _TABLES_S, _LAST_TABLES_S = 1.0, 5.0
 """How long the closing of a window waits for the tables that its copied stacks need, and how long
 after the last tick, when nothing is late."""
@@ -92,7 +101,7 @@ class Recorder:
         self._is_sampling = False
         self._edge: Edge | None = None
         self._held: _Held | None = None
-        self._late_s = 0.0
+        self._late_s = self._work = 0.0
         self._names_tracers_ns = 0
         self.tracers: tuple[str, ...] = ()
         """BPF programs of others during which ticks may have been skipped, when last seen."""
@@ -165,9 +174,11 @@ class Recorder:
     def drain_period_s(self) -> float:
         """How long a step may wait if nobody watches: fewer, larger steps cost less.
 
-        It is shorter where drains come late, so that the maps are not full before.
+        It is shorter where drains come late, so that the maps are not full before, and where they
+        are much work.
         """
-        return drain_period_s(self.config.lasts_s(max(1, self.sampler.cpus)), self._late_s)
+        lasts_s = self.config.lasts_s(max(1, self.sampler.cpus))
+        return drain_period_s(lasts_s, self._late_s, self._work)
 
     def fileno(self) -> int:
         """Return a descriptor, readable when `catch_up` should not wait for the next step."""
@@ -202,6 +213,7 @@ class Recorder:
 
     def drain(self) -> None:
         """Take in what was counted, without looking for new CPUs and services."""
+        cpu_s = time.thread_time()
         with self.cost.of("drain"):
             drain = self.sampler.drain()
         try:
@@ -215,8 +227,8 @@ class Recorder:
             self._name_tracers(now.monotonic_ns)
         begun = self._drained
         ended = self._drained = begun.at(now, drain.ended_ns)
-        late_s = ended.since(begun) / 1e9 - self.drain_period_s
-        self._late_s = max(0.0, late_s, self._late_s * _FORGET_LATE)
+        span_s = ended.since(begun) / 1e9
+        self._late_s = max(0.0, span_s - self.drain_period_s, self._late_s * _FORGET)
         if self._held is not None:
             self._held.parts.append(_Part(drain, ended))
         elif self._edge and begun.monotonic_ns <= self._edge.monotonic_ns < ended.monotonic_ns:
@@ -226,6 +238,8 @@ class Recorder:
             self._fold_until(before, begun, at)
         else:
             self._fold_until(drain, begun, ended)
+        work = (time.thread_time() - cpu_s) / max(span_s, SHORTEST_DRAIN_PERIOD_S)
+        self._work = max(work, self._work * _FORGET)
 
     def _name_tracers(self, now_ns: int) -> None:
         """Say now and then which programs of others may have kept ours from running."""

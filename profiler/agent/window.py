@@ -19,7 +19,9 @@ from profiler.agent.status import rss_bytes
 from profiler.processes.generations import TICK_NS
 from storage.profile import GOOD_STOPS, Accounting, Host, Labels, Loss, ProfileBuilder, Window
 
-_SHORTEST_DRAIN_PERIOD_S, _DRAIN_PERIOD_S, _LONGEST_DRAIN_PERIOD_S = 0.25, 1.0, 2.0
+SHORTEST_DRAIN_PERIOD_S, _DRAIN_PERIOD_S, _LONGEST_DRAIN_PERIOD_S = 0.25, 1.0, 2.0
+_TURN_S = 0.05
+"""How much CPU time one drain should take: for as long, no request of the kernel is answered."""
 _LATE_NS = 2_000_000_000
 """A window that is closed so late does not end at its edge: the ticks since then are in it."""
 _FIRST_NS = 60_000_000_000
@@ -274,13 +276,16 @@ class OpenWindow:
         )
 
 
-def drain_period_s(lasts_s: float, late_s: float) -> float:
+def drain_period_s(lasts_s: float, late_s: float, work: float = 0.0) -> float:
     """Return how long to wait between two drains.
 
-    `lasts_s` is when the maps are half full at the earliest, `late_s` how late drains have come.
+    `lasts_s` is when the maps are half full at the earliest, `late_s` how late drains have come,
+    `work` how many CPU seconds it takes to count the samples of one second.
     """
     longest_s = min(_LONGEST_DRAIN_PERIOD_S, max(_DRAIN_PERIOD_S, lasts_s))
-    return max(_SHORTEST_DRAIN_PERIOD_S, min(longest_s, lasts_s - late_s))
+    if work * longest_s > _TURN_S:
+        longest_s = _TURN_S / work
+    return max(SHORTEST_DRAIN_PERIOD_S, min(longest_s, lasts_s - late_s))
 
 
 def split_drain(drain: Drain, edges_ns: Sequence[int]) -> list[Drain]:

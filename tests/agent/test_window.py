@@ -283,6 +283,11 @@ def test_drains_are_more_frequent_where_they_come_so_late_that_maps_fill_up(
     assert drain_period_s(lasts_s, late_s) == pytest.approx(period_s)
 
 
+@pytest.mark.parametrize(("work", "period_s"), [(0.01, 2), (0.05, 1), (0.1, 0.5), (0.9, 0.25)])
+def test_drains_that_are_much_work_are_more_frequent(work, period_s):
+    assert drain_period_s(9, 0, work) == pytest.approx(period_s)
+
+
 def clocks(at_s: int) -> Clocks:
     return Clocks(at_s * SECOND, at_s * SECOND, at_s * SECOND, at_s * 10, at_s)
 
