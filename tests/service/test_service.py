@@ -147,11 +147,14 @@ def test_workers_do_not_import_the_service(folder, tmp_path):
         assert not [each for each in workers if "msgspec" in (each / "maps").read_text()]
 
 
-def exported(folder, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+ENDINGS = ("folded", "pb.gz", "speedscope.json", "svg", "json")
+
+
+def exported(folder, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from profiler.cli import main; raise SystemExit(main())"]
     command += ["export", f"--store={folder / 'store'}", f"--from={FROM}", f"--until={UNTIL}"]
     return subprocess.run(
-        [*command, "-o", str(out), *arguments],
+        [*command, *arguments],
         env={**os.environ, "EVERFLAME_CACHE": str(folder / "cli-cache")},
         check=False,
         capture_output=True,
@@ -159,20 +162,28 @@ def exported(folder, out: Path, *arguments: str) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.parametrize("ending", ["folded", "pb.gz", "speedscope.json", "svg", "json"])
-def test_exports_over_http_are_those_of_the_command(client, folder, tmp_path, ending):
-    """Byte by byte what `everflame export` writes for the same window."""
-    status, headers, body = client.get(f"/api/v1/export/cpu.{ending}", **HOUR)
-    out = tmp_path / f"cpu.{ending}"
+def files_of(folder, to: Path, *arguments: str) -> dict[str, bytes]:
+    """Return what the command writes, in each format: all by one process."""
+    files = {ending: to / f"cpu.{ending}" for ending in ENDINGS}
+    outputs = [word for file in files.values() for word in ("-o", str(file))]
 
-    assert exported(folder, out).returncode == 0
-    assert status == 200
-    assert headers["content-disposition"] == f'attachment; filename="cpu.{ending}"'
-    assert body == out.read_bytes()
-    if ending == "folded":
-        assert read_bytes(body).profile.total_samples == whole().total_samples
-    if ending == "pb.gz":
-        assert pprof.decode(body).total_value == whole().total_value
+    done = exported(folder, *outputs, *arguments)
+
+    assert done.returncode == 0, done.stderr
+    return {ending: file.read_bytes() for ending, file in files.items()}
+
+
+def test_exports_over_http_are_those_of_the_command(client, folder, tmp_path):
+    """Byte by byte what `everflame export` writes for the same window."""
+    files = files_of(folder, tmp_path)
+
+    for ending, content in files.items():
+        status, headers, body = client.get(f"/api/v1/export/cpu.{ending}", **HOUR)
+        assert status == 200
+        assert headers["content-disposition"] == f'attachment; filename="cpu.{ending}"'
+        assert body == content, ending
+    assert read_bytes(files["folded"]).profile.total_samples == whole().total_samples
+    assert pprof.decode(files["pb.gz"]).total_value == whole().total_value
 
 
 WORK = some.NAMES[some.WORK][-1].function
@@ -202,26 +213,24 @@ def flags(parameters: dict[str, str | list[str]]) -> list[str]:
         {"node": NODE},
     ],
 )
-@pytest.mark.parametrize("ending", ["folded", "pb.gz", "speedscope.json", "svg", "json"])
-def test_downloads_of_a_view_are_those_of_the_command(client, folder, tmp_path, ending, parameters):
+def test_downloads_of_a_view_are_those_of_the_command(client, folder, tmp_path, parameters):
     """And hold as much as the screen shows."""
     screen = client.json("flamegraph", **HOUR, **{"by": "comm", **parameters})
-    _, _, body = client.get(f"/api/v1/export/cpu.{ending}", **HOUR, **parameters)
-    out = tmp_path / f"cpu.{ending}"
 
-    done = exported(folder, out, *flags(parameters))
+    files = files_of(folder, tmp_path, *flags(parameters))
 
-    assert done.returncode == 0, done.stderr
-    assert body == out.read_bytes()
-    if ending == "pb.gz":
-        assert pprof.decode(body).total_value == screen["nodes"]["total"][0]
+    for ending, content in files.items():
+        _, _, body = client.get(f"/api/v1/export/cpu.{ending}", **HOUR, **parameters)
+        assert body == content, ending
+    assert pprof.decode(files["pb.gz"]).total_value == screen["nodes"]["total"][0]
 
 
 def test_a_download_of_a_node_that_is_not_there_is_refused(client, folder, tmp_path):
     """As its view is; the command says what a node is one of."""
     status, _, body = client.get("/api/v1/export/cpu.svg", node="0" * 16, **HOUR)
-    done = exported(folder, tmp_path / "cpu.svg", "--node", "0" * 16)
-    nothing = exported(folder, tmp_path / "cpu.svg", "--focus", "no such function")
+    output = ("-o", str(tmp_path / "cpu.svg"))
+    done = exported(folder, *output, "--node", "0" * 16)
+    nothing = exported(folder, *output, "--focus", "no such function")
 
     assert (status, json.loads(body)["node"]) == (404, "0" * 16)
     assert done.returncode == nothing.returncode == 2
