@@ -12,7 +12,7 @@ from playwright.sync_api import Browser
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.support.browser import CHROMIUM, View, chromium, visiting
+from tests.support.browser import CHROMIUM, Contexts, View, chromium, visiting
 from tests.support.weed import Weed
 
 pytest_plugins = ["tests.support.javascript"]
@@ -32,8 +32,9 @@ hypothesis.settings.load_profile("everflame")
 
 
 LONGEST_FIRST = (
-    "tests/agent/test_uploader.py",
+    "tests/web/test_page.py",
     "tests/web/test_compare_page.py",
+    "tests/agent/test_uploader.py",
     "tests/formats/test_speedscope.py",
     "tests/service/test_connections.py",
     "tests/service/test_prefetch.py",
@@ -107,7 +108,12 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
+@pytest.fixture(scope="module")
+def contexts(browser: Browser) -> Contexts:
+    return Contexts(browser)
+
+
 @pytest.fixture
-def visit(browser: Browser) -> Iterator[Callable[..., View]]:
-    with visiting(browser) as open_view:
+def visit(contexts: Contexts) -> Iterator[Callable[..., View]]:
+    with visiting(contexts) as open_view:
         yield open_view
