@@ -30,6 +30,7 @@ from playwright.sync_api import (
 )
 
 from tests.support.live import wait_for
+from tests.support.targets import ending_with_us
 
 CHROMIUM = "/usr/bin/chromium-headless-shell"
 """Draws what Debian's `chromium` draws, in half the CPU time: it has no window of its own."""
@@ -176,6 +177,7 @@ class Service:
         ]
         command += [f"--store={self.store}", f"--cache={self.folder / 'cache'}"]
         command += [f"--run-folder={self.folder / 'run'}"]
+        command = ending_with_us(*command, signal="TERM")
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         said = []
         for line in self.process.stderr:

@@ -18,6 +18,7 @@ from storage.profile import Profile
 from tests.support import profiles as some
 from tests.support.live import wait_for
 from tests.support.stores import at
+from tests.support.targets import ending_with_us
 
 
 class Client:
@@ -53,6 +54,7 @@ def service(
     command = [sys.executable, "-m", "profiler.commands.serve", "--listen=127.0.0.1:0"]
     command += [f"--store={folder / 'store'}", f"--cache={folder / 'cache'}"]
     command += [f"--run-folder={folder}", *arguments]
+    command = ending_with_us(*command, signal="TERM")
     with (
         (folder / "talk").open("wb") as talk,
         subprocess.Popen(command, stderr=talk, env={**os.environ, **environment}) as process,

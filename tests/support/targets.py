@@ -16,6 +16,15 @@ def compile_target(source: str, output: Path, *flags: str, compiler: str = "gcc"
     return output
 
 
+def ending_with_us(*command: str | Path, signal: str = "KILL") -> list[str | Path]:
+    """Return a command whose process gets a signal when the process that starts it is gone.
+
+    A test run that was killed cannot stop its servers. setpriv is part of util-linux; it becomes
+    the command, with the same process id.
+    """
+    return ["setpriv", "--pdeathsig", signal, *command]
+
+
 @contextlib.contextmanager
 def running(*command: str | Path, **options: object) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program for the length of the block, and kill it whatever happened inside."""

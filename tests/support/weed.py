@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from tests.support.live import wait_for
+from tests.support.targets import ending_with_us
 
 ACCESS_KEY = "everflame-test"
 SECRET_KEY = "a secret of this test"
@@ -79,7 +80,7 @@ class Weed:
         environment = {"PATH": os.defpath, "HOME": str(self.folder), **KEYS}
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [
+                ending_with_us(
                     program,
                     "mini",
                     f"-dir={self.folder}",
@@ -89,7 +90,7 @@ class Weed:
                     f"-s3.localSocket={self.folder}/s3.sock",
                     f"-filer.localSocket={self.folder}/filer.sock",
                     *options,
-                ],
+                ),
                 cwd=self.folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,
