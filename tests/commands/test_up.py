@@ -30,6 +30,7 @@ from profiler.processes.rules import Rules
 from storage.profile import Accounting, Profile, ProfileBuilder, Window
 from tests.agent.test_agent import EVERFLAME, SECOND, Clocks, Place
 from tests.support.live import wait_for
+from tests.support.services import Client
 from tests.support.targets import running
 
 ROOT = Path(__file__).parents[2]
@@ -173,55 +174,60 @@ def test_a_run_ends_by_itself_and_tells_what_it_stored(place) -> None:
     wait_for(lambda: not any(map(is_running, descendants)))
 
 
-@needs_service
-@pytest.mark.kernel
-def test_the_service_is_nobody_and_may_only_read(up) -> None:
-    """Three processes; the one that answers strangers has one capability and can get no other."""
-    children = children_of(up.pid)
+def responds(place: UpPlace) -> bool:
+    (url,) = re.findall(r"http://[\d.]+:\d+", place.talk)
+    try:
+        return Client(url).get("/healthz")[0] == 200
+    except OSError:
+        return False
 
+
+def check_rights(up: int, children: dict[str, int]) -> None:
+    """The one that answers strangers is nobody, has one capability and can get no other."""
     service = status_of(children["service"])
     assert children.keys() == {"uploader", "service"}
     assert set(service["Uid"].split()) == {str(pwd.getpwnam(service_user()).pw_uid)}
     assert service["Groups"] == ""
     assert {int(service[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd")} == {1 << 2}
     assert service["NoNewPrivs"] == "1"
-    assert status_of(up.pid)["Uid"].split()[0] == "0"
+    assert status_of(up)["Uid"].split()[0] == "0"
     assert status_of(children["uploader"])["Uid"].split()[0] == "0"
 
 
 @needs_service
 @pytest.mark.kernel
-def test_both_children_are_started_again_when_killed(up, place) -> None:
+def test_children_that_are_killed_are_started_again_with_the_same_rights(up, place) -> None:
+    """The service may only read, the first one as well as those after it."""
     first = children_of(up.pid)
+    check_rights(up.pid, first)
 
     for pid in first.values():
         os.kill(pid, signal.SIGKILL)
 
     wait_for(lambda: len(children_of(up.pid).keys() & first.keys()) == 2)
     wait_for(lambda: place.status().get("service", {}).get("starts") == 2)
-    assert not set(first.values()) & set(children_of(up.pid).values())
+    wait_for(lambda: responds(place))  # by then it has given up its rights
+    second = children_of(up.pid)
+    assert not set(first.values()) & set(second.values())
+    check_rights(up.pid, second)
 
 
 @needs_service
 @pytest.mark.kernel
-def test_children_end_when_up_is_killed(up) -> None:
-    children = children_of(up.pid)
+def test_a_second_one_is_refused_and_all_children_end_when_the_first_is_killed(up, place) -> None:
+    """Also what they have started. The refusal is one line, and changes nothing."""
+    children, descendants = children_of(up.pid), descendants_of(up.pid)
+
+    line = refusal(place)
+
+    assert f"an agent runs on this host already (pid {up.pid};" in line
+    assert children_of(up.pid) == children
 
     up.kill()
     up.wait()
 
     assert children.keys() == {"uploader", "service"}
-    wait_for(lambda: not any(map(is_running, children.values())))
-
-
-@needs_service
-@pytest.mark.kernel
-def test_what_the_service_has_started_ends_when_up_is_killed(up) -> None:
-    descendants = descendants_of(up.pid)
-
-    up.kill()
-    up.wait()
-
+    assert descendants > set(children.values())
     wait_for(lambda: not any(map(is_running, descendants)))
 
 
@@ -236,6 +242,7 @@ def test_a_signal_closes_and_stores_the_last_window(number, up, place) -> None:
 
     assert up.wait(60) == 0
     assert "sampling at 99 Hz, one object every 5 s into " in place.talk
+    assert place.talk.count("http://") == 1  # the address is told once
     assert not any(map(is_running, children.values()))
     wait_for(lambda: not any(map(is_running, descendants)))
     assert not list((place.root / "spool" / "waiting").iterdir())
@@ -257,21 +264,6 @@ def test_a_ctrl_c_while_it_starts_ends_it_as_later(place) -> None:
 
     assert "Traceback" not in place.talk
     assert "stored " in place.talk
-
-
-@needs_service
-@pytest.mark.kernel
-def test_the_address_is_told_once(up, place) -> None:
-    assert place.talk.count("http://") == 1
-
-
-@needs_service
-@pytest.mark.kernel
-def test_a_second_one_says_so_in_one_line(up, place) -> None:
-    line = refusal(place)
-
-    assert f"an agent runs on this host already (pid {up.pid};" in line
-    assert len(children_of(up.pid)) == 2
 
 
 @pytest.mark.kernel
