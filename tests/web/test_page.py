@@ -37,7 +37,7 @@ from tests.support.browser import (
 from tests.support.stores import START_NS, at, put
 from tests.support.targets import compile_target, running
 
-pytestmark = [pytest.mark.browser, pytest.mark.kernel]
+pytestmark = [pytest.mark.browser, pytest.mark.kernel, pytest.mark.timeout(300)]
 
 EVERFLAME = Path(sys.executable).with_name("everflame")
 RECORDED_S = 12
