@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -356,18 +357,37 @@ def running(version: str, at_minute: int, host: int = 1, service_of: str = "api"
     return at(moved, at_minute, f"web-{host}", f"{host:016x}")
 
 
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    """Two hosts over 80 minutes: version 1, from minute 70 on 2; jobs has no version."""
-    monkeypatch.setenv("EVERFLAME_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("EVERFLAME_STORE", raising=False)
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory) -> Path:
+    """A folder with a store and the cache of what was read of it.
+
+    Two hosts over 80 minutes: version 1, from minute 70 on 2; jobs has no version.
+    """
+    folder = tmp_path_factory.mktemp("filled")
     profiles = [
         running("1" if each < 70 else "2", each, host)
         for host in (1, 2)
         for each in range(40, 80, 2)
     ]
     jobs = [running("", each, 3, "jobs") for each in range(40, 80, 4)]
-    return directory(tmp_path / "store", *profiles, *jobs)
+    directory(folder / "store", *profiles, *jobs)
+    return folder
+
+
+@pytest.fixture
+def store(filled, monkeypatch) -> DirectoryStore:
+    """The store that all tests read."""
+    monkeypatch.setenv("EVERFLAME_CACHE", str(filled / "cache"))
+    monkeypatch.delenv("EVERFLAME_STORE", raising=False)
+    return DirectoryStore(filled / "store")
+
+
+@pytest.fixture
+def own_store(filled, tmp_path, monkeypatch) -> DirectoryStore:
+    """A copy for a test that writes, with a cache of its own."""
+    monkeypatch.setenv("EVERFLAME_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("EVERFLAME_STORE", raising=False)
+    return DirectoryStore(shutil.copytree(filled / "store", tmp_path / "store"))
 
 
 def asked(store, selector: str = "", window=None):
@@ -428,17 +448,17 @@ def test_there_is_a_reason_for_none(store, selector, window, reason):
     assert asked(store, selector, window).reason == reason
 
 
-def test_an_announcement_is_read_back(store):
+def test_an_announcement_is_read_back(own_store):
     """Saying it again changes nothing; another time is another announcement."""
-    names = [announce(TenantStore(store), "api", "2", START_NS + 5)] * 2
-    names.append(announce(TenantStore(store), "api", "2", START_NS + 5))
-    announce(TenantStore(store), "api", "2", START_NS - 1)
+    names = [announce(TenantStore(own_store), "api", "2", START_NS + 5)] * 2
+    names.append(announce(TenantStore(own_store), "api", "2", START_NS + 5))
+    announce(TenantStore(own_store), "api", "2", START_NS - 1)
 
-    assert list_announcements(TenantStore(store), minutes(0, 1)).announcements == names[:1]
-    assert list_announcements(TenantStore(store), minutes(-1, 1)).announcements == [
+    assert list_announcements(TenantStore(own_store), minutes(0, 1)).announcements == names[:1]
+    assert list_announcements(TenantStore(own_store), minutes(-1, 1)).announcements == [
         ("api", "2", START_NS - 1), ("api", "2", START_NS + 5),
     ]  # fmt: skip
-    assert list_announcements(TenantStore(store), minutes(-1, 1)).skipped == []
+    assert list_announcements(TenantStore(own_store), minutes(-1, 1)).skipped == []
 
 
 @pytest.mark.parametrize("at_ns", [0, START_NS, 2**63 - 1])
@@ -452,34 +472,34 @@ def test_announcements_of_any_time_are_found(tmp_path, at_ns):
     )
 
 
-def test_an_announcement_makes_a_found_deployment_exact(store):
+def test_an_announcement_makes_a_found_deployment_exact(own_store):
     """And one of a service without versions stands alone."""
-    announce(TenantStore(store), "api", "2", START_NS + 70 * MINUTE_NS + 12 * 10**9)
-    announce(TenantStore(store), "jobs", "7", START_NS + 75 * MINUTE_NS)
+    announce(TenantStore(own_store), "api", "2", START_NS + 70 * MINUTE_NS + 12 * 10**9)
+    announce(TenantStore(own_store), "jobs", "7", START_NS + 75 * MINUTE_NS)
 
-    jobs, api = asked(store).deployments
+    jobs, api = asked(own_store).deployments
 
     assert (jobs.service, jobs.source, jobs.hosts) == ("jobs", "announced", ())
     assert (api.source, minute(api.first_ns), api.hosts) == ("announced", 70.2, ("web-1", "web-2"))
-    assert [each.version for each in asked(store, '{service="jobs"}').deployments] == ["7"]
-    assert [each.version for each in asked(store, '{host="web-3"}').deployments] == ["7"]
-    assert [each.version for each in asked(store, '{host="web-1"}').deployments] == ["2"]
+    assert [each.version for each in asked(own_store, '{service="jobs"}').deployments] == ["7"]
+    assert [each.version for each in asked(own_store, '{host="web-3"}').deployments] == ["7"]
+    assert [each.version for each in asked(own_store, '{host="web-1"}').deployments] == ["2"]
 
 
-def test_announcements_disturb_nothing_else(store, capfd):
+def test_announcements_disturb_nothing_else(own_store, capfd):
     """Neither listings nor what is deleted when it is old."""
-    before = [key for key, _ in TenantStore(store).list_window(ALWAYS)]
-    selection = Selection.parse(str(store.root))
+    before = [key for key, _ in TenantStore(own_store).list_window(ALWAYS)]
+    selection = Selection.parse(str(own_store.root))
     listed = ls.list_hosts(selection).as_json()
 
-    announce(TenantStore(store), "api", "2", START_NS)
+    announce(TenantStore(own_store), "api", "2", START_NS)
 
-    assert [key for key, _ in TenantStore(store).list_window(ALWAYS)] == before
+    assert [key for key, _ in TenantStore(own_store).list_window(ALWAYS)] == before
     assert ls.list_hosts(selection).as_json() == listed
-    done = everflame("verify", f"--store={store.root}", "--json")
+    done = everflame("verify", f"--store={own_store.root}", "--json")
     assert json.loads(done.stdout)["unreadable"] == []
-    assert len(list(TenantStore(store).expire(START_NS // 10**9 + 10**6, 60, 0))) == len(before)
-    assert [each.key.split("/")[2] for each in store.list("")] == ["deployments"]
+    assert len(list(TenantStore(own_store).expire(START_NS // 10**9 + 10**6, 60, 0))) == len(before)
+    assert [each.key.split("/")[2] for each in own_store.list("")] == ["deployments"]
 
 
 HOSTILE = {
@@ -499,31 +519,31 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("content", "reason"), HOSTILE.items())
-def test_a_hostile_announcement_is_named_and_passed_over(store, content, reason):
+def test_a_hostile_announcement_is_named_and_passed_over(own_store, content, reason):
     """With why; what else was announced is there."""
     month = rfc3339(START_NS)[:7]
     key = f"v1/default/deployments/{month}/{'a' * 16}-{START_NS // 10**6}-{content16(content)}.json"
-    store.put(key, content)
-    announce(TenantStore(store), "jobs", "7", START_NS)
+    own_store.put(key, content)
+    announce(TenantStore(own_store), "jobs", "7", START_NS)
 
-    told = list_announcements(TenantStore(store), minutes(0, 1))
+    told = list_announcements(TenantStore(own_store), minutes(0, 1))
 
     assert [each.service for each in told.announcements] == ["jobs"]
     assert [skipped.key for skipped in told.skipped] == [key]
     assert reason in told.skipped[0].reason
-    assert (key, told.skipped[0].reason) in asked(store, window=minutes(0, 1)).skipped
+    assert (key, told.skipped[0].reason) in asked(own_store, window=minutes(0, 1)).skipped
 
 
-def test_a_damaged_or_foreign_object_is_named_and_passed_over(store):
+def test_a_damaged_or_foreign_object_is_named_and_passed_over(own_store):
     """Cut short, or under a key that no announcement has."""
-    announce(TenantStore(store), "api", "2", START_NS)
-    (stored,) = store.list("v1/default/deployments/")
-    path = store.root / stored.key
+    announce(TenantStore(own_store), "api", "2", START_NS)
+    (stored,) = own_store.list("v1/default/deployments/")
+    path = own_store.root / stored.key
     path.write_bytes(path.read_bytes()[:-9])
     month = rfc3339(START_NS)[:7]
-    store.put(f"v1/default/deployments/{month}/readme.txt", b"hello")
+    own_store.put(f"v1/default/deployments/{month}/readme.txt", b"hello")
 
-    told = list_announcements(TenantStore(store), minutes(0, 1))
+    told = list_announcements(TenantStore(own_store), minutes(0, 1))
 
     assert told.announcements == []
     assert {skipped.key: skipped.reason.partition(":")[0] for skipped in told.skipped} == {
@@ -570,18 +590,18 @@ def listed(store, *arguments: str) -> subprocess.CompletedProcess[str]:
     return everflame("deployments", f"--store={store.root}", *times, *arguments)
 
 
-def test_the_command_prints_a_table(store):
+def test_the_command_prints_a_table(own_store):
     """For people: newest first, with who stayed."""
     at_text = rfc3339(START_NS + 75 * MINUTE_NS)
     told = everflame(
-        "deployments", f"--store={store.root}", "add",
+        "deployments", f"--store={own_store.root}", "add",
         "--service=jobs", "--version=7", f"--at={at_text}",
     )  # fmt: skip
 
-    done = listed(store)
+    done = listed(own_store)
 
     assert (told.returncode, told.stdout) == (0, "")
-    assert told.stderr == f"announced jobs 7 at {at_text} in {store.root}\n"
+    assert told.stderr == f"announced jobs 7 at {at_text} in {own_store.root}\n"
     assert (done.returncode, done.stderr) == (0, "")
     head, jobs, api = [line.split() for line in done.stdout.splitlines()]
     assert head == ["BEGAN", "SETTLED", "SERVICE", "VERSION", "BEFORE", "KIND", "HOSTS", "SOURCE"]
@@ -661,10 +681,10 @@ def test_what_cannot_be_announced_is_said(tmp_path, name, at_text, message):
     assert list(store.list("")) == []
 
 
-def test_the_service_answers_and_says_why_there_is_nothing(store, tmp_path):
+def test_the_service_answers_and_says_why_there_is_nothing(own_store, tmp_path):
     """The same over HTTP; parameters that it does not know are errors."""
-    announce(TenantStore(store), "jobs", "7", START_NS + 75 * MINUTE_NS)
-    (store.root / "v1/default/deployments" / rfc3339(START_NS)[:7] / "x").write_bytes(b"?")
+    announce(TenantStore(own_store), "jobs", "7", START_NS + 75 * MINUTE_NS)
+    (own_store.root / "v1/default/deployments" / rfc3339(START_NS)[:7] / "x").write_bytes(b"?")
     times = {"from": rfc3339(minutes(60, 80).start_ns), "until": rfc3339(minutes(60, 80).end_ns)}
     with service(tmp_path, "--decode-ahead=0") as (_, client):
         answer = client.json("deployments", **times)
@@ -672,7 +692,7 @@ def test_the_service_answers_and_says_why_there_is_nothing(store, tmp_path):
         recent = client.json("deployments")
         status, _, body = client.get("/api/v1/deployments", by="service")
 
-    told = json.loads(listed(store, "--json").stdout)
+    told = json.loads(listed(own_store, "--json").stdout)
     assert answer.pop("deployments") == told["deployments"]
     assert [each["service"] for each in told["deployments"]] == ["jobs", "api"]
     assert answer["empty"] is None

@@ -59,9 +59,10 @@ def store(tmp_path_factory):
     return directory(tmp_path_factory.mktemp("store"), *found)
 
 
-@pytest.fixture
-def query(store, tmp_path):
-    return Query(TenantStore(store), tmp_path / "cache")
+@pytest.fixture(scope="module")
+def query(store, tmp_path_factory):
+    """A query of the store, which decodes each object once for all tests."""
+    return Query(TenantStore(store), tmp_path_factory.mktemp("cache"))
 
 
 def last(length: int, before: int) -> Operand:
