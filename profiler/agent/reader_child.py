@@ -193,13 +193,21 @@ class ReaderChild:
         return now_s - self.since_s > patience.hangs_after_s or now_s - self._progress_s > _ITEM_S
 
     def look(self) -> bool:
-        """Read its CPU time; return whether it runs or waits for a CPU."""
-        stat = read_proc(self.process.pid, "stat")
-        if not stat:
+        """Read its CPU time; return whether it, or a child of it, runs or waits for a CPU."""
+        pid = self.process.pid
+        fields = _stat_of(pid)
+        if not fields:
             return False
-        fields = stat.rpartition(b")")[2].split()
         self.cpu_s = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-        return fields[0] == b"R"
+        if fields[0] == b"R":
+            return True
+        children = (read_proc(pid, f"task/{pid}/children") or b"").split()
+        return any(_stat_of(int(child))[:1] == [b"R"] for child in children)
 
     def close(self) -> None:
         self._ours.close()
+
+
+def _stat_of(pid: int) -> list[bytes]:
+    """Return the fields of a process's stat from its state on; none if it is gone."""
+    return (read_proc(pid, "stat") or b"").rpartition(b")")[2].split()

@@ -1,8 +1,8 @@
 """Demangle C++ and Rust names with a `c++filt` child process.
 
-The child parses names from other users' files: its memory and CPU time are limited, it gets names
-in batches with a deadline, and it is restarted when it exits or hangs. A name that it fails on
-stays mangled.
+The child parses names from other users' files: its memory and CPU time are limited, and it is
+restarted when it exits or hangs. A name that it fails on stays mangled. The limits are CPU time, so
+that names do not depend on how busy the host is.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import select
 import subprocess
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 # Itanium C++ (and legacy Rust) and Rust v0, nothing else: c++filt would take other words for names
 # of compilers of the past. Suffixes are those of clones, such as .cold and .isra.0.
@@ -20,15 +21,20 @@ _MANGLED = re.compile(rb"(?:_Z[A-Za-z0-9_]|_R[A-Z0-9])[A-Za-z0-9_.$]{1,4095}")
 
 # c++filt takes about 10 us per name; 1,000 template-heavy ones 0.1 s.
 _BATCH = 512
-_BATCH_DEADLINE_S = 1.0
-# Less than the time without progress after which a reader is taken for one that hangs.
-_CALL_DEADLINE_S = 1.5
+# CPU time of the children in one call, and of one batch, so that one name does not use up all.
+_CALL_CPU_S = 1.0
+_BATCH_CPU_S = 0.5
+# A child that is asleep after so long has read all and has nothing to answer: it hangs.
+_LOOK_S = 0.5
+# Of a call, whatever the children do. On a busy host they need many times their CPU time.
+_CALL_S = 20.0
 # Substitutions let a name of a few hundred bytes expand to any length.
 _MEMORY_BYTES = 256 << 20
 _MAX_OUTPUT_BYTES = 4 << 20
 # Of one child, for about a million names. It may be busy with one when its parent is killed.
 _CPU_S = 10
 _RESTARTS_PER_CALL = 8
+_CPUCLOCK_SCHED = 2  # include/linux/posix-timers.h
 
 # rustc makes names unique with hashes that differ from build to build. They are removed, so that a
 # function has the same name after a deployment.
@@ -46,19 +52,24 @@ class Demangler:
         """Return each name demangled, or unchanged if that fails. Never raises."""
         result = list(names)
         waiting = [i for i, name in enumerate(names) if _MANGLED.fullmatch(_without_plt(name))]
-        give_up_at = time.monotonic() + _CALL_DEADLINE_S
+        give_up_at = time.monotonic() + _CALL_S
+        left_cpu_s = _CALL_CPU_S
         restarts = 0
-        while waiting and restarts <= _RESTARTS_PER_CALL and time.monotonic() < give_up_at:
+        while waiting and restarts <= _RESTARTS_PER_CALL and left_cpu_s > 0:
             batch = waiting[:_BATCH]
-            lines = self._ask([_without_plt(names[i]) for i in batch], give_up_at)
+            child = self._running_child()
+            if child is None or time.monotonic() > give_up_at:
+                break
+            before_s = _cpu_s(child)
+            until_s = before_s + min(_BATCH_CPU_S, left_cpu_s)
+            lines = self._ask(child, [_without_plt(names[i]) for i in batch], until_s, give_up_at)
+            left_cpu_s -= _cpu_s(child) - before_s
             for i, line in zip(batch, lines, strict=False):
                 shown = _drop_build_hashes(names[i], line)
                 result[i] = shown + b"@plt" if names[i].endswith(b"@plt") else shown
             if len(lines) < len(batch):
                 self.close()
                 restarts += 1
-                if self._program is None:
-                    break
             # The name it stopped at stays mangled, so that it cannot block the others.
             waiting = waiting[len(lines) + (len(lines) < len(batch)) :]
         return result
@@ -74,11 +85,17 @@ class Demangler:
                     pipe.close()
         child.wait()
 
-    def _ask(self, names: list[bytes], give_up_at: float) -> list[bytes]:
-        """Return the names that came back complete and in time, beginning with the first."""
-        child = self._running_child()
-        if child is None:
-            return []
+    def _ask(
+        self,
+        child: subprocess.Popen[bytes],
+        names: list[bytes],
+        until_cpu_s: float,
+        give_up_at: float,
+    ) -> list[bytes]:
+        """Return the names that came back complete and within the limits, beginning with the first.
+
+        The child may run until its CPU time is `until_cpu_s`.
+        """
         assert child.stdin is not None
         assert child.stdout is not None
         # It is returned unchanged, and proves that each line belongs to its name.
@@ -89,11 +106,15 @@ class Demangler:
         poll = select.poll()
         poll.register(child.stdout, select.POLLIN)
         poll.register(child.stdin, select.POLLOUT)
-        deadline = min(time.monotonic() + _BATCH_DEADLINE_S, give_up_at)
         try:
-            while answer.count(b"\n") <= len(names) and len(answer) < _MAX_OUTPUT_BYTES:
-                ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-                if not ready:
+            while (
+                answer.count(b"\n") <= len(names)
+                and len(answer) < _MAX_OUTPUT_BYTES
+                and _cpu_s(child) < until_cpu_s
+                and time.monotonic() < give_up_at
+            ):
+                ready = dict(poll.poll(_LOOK_S * 1000))
+                if not ready and _is_asleep(child) and not poll.poll(0):
                     break
                 if question and child.stdin.fileno() in ready:
                     question = question[os.write(child.stdin.fileno(), question[:4096]) :]
@@ -132,6 +153,19 @@ class Demangler:
                 resource.prlimit(self._child.pid, resource.RLIMIT_AS, limits)
                 resource.prlimit(self._child.pid, resource.RLIMIT_CPU, (_CPU_S, _CPU_S))
         return self._child
+
+
+def _cpu_s(process: subprocess.Popen[bytes]) -> float:
+    """Return the CPU time of a child that has not been waited for, by clock_getcpuclockid(3)."""
+    with contextlib.suppress(OSError):
+        return time.clock_gettime(~process.pid << 3 | _CPUCLOCK_SCHED)
+    return 0.0  # there is no such clock in some sandboxes
+
+
+def _is_asleep(process: subprocess.Popen[bytes]) -> bool:
+    """Return whether a process waits for an event: neither for a CPU nor for a disk."""
+    stat = Path(f"/proc/{process.pid}/stat").read_bytes()
+    return stat.rpartition(b")")[2].split()[0] == b"S"
 
 
 def _without_plt(name: bytes) -> bytes:

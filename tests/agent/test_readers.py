@@ -1,5 +1,6 @@
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -218,6 +219,14 @@ def test_what_hangs_is_given_up_sooner_at_the_end(
         readers.hasten()
 
         assert asked.wait()["hung"] == Answer(None, Failure.HUNG)
+
+
+def test_a_reader_that_waits_for_a_busy_child_does_not_hang(asked: Asked) -> None:
+    """c++filt may be a child of it, and wait for a CPU for long."""
+    asked.ask("spin in a child", cpu_s=1)
+    asked.readers.hasten()
+
+    assert asked.wait()["spin in a child"].result == -signal.SIGKILL
 
 
 def test_readers_have_few_privileges_and_no_network(asked: Asked) -> None:

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ def kinds(cache: Path) -> Mapping[str, Read]:
         "echo": lambda values: {"said": values["say"], "pid": os.getpid(), "cache": str(cache)},
         "open": lambda values: Path(values["path"]).read_text(),
         "spin": lambda _: _spin(),
+        "spin in a child": lambda values: _spin_in_child(values["cpu_s"]),
         "fill": lambda values: len(bytes(values["bytes"])),
         "raise": lambda _: 1 // 0,
         "die": lambda _: os.kill(os.getpid(), signal.SIGSEGV),
@@ -27,6 +29,12 @@ def kinds(cache: Path) -> Mapping[str, Read]:
 def _spin() -> None:
     while True:
         pass
+
+
+def _spin_in_child(cpu_s: int) -> int:
+    """Return how a child ended that is busy until it has used this much CPU time."""
+    command = f"ulimit -t {cpu_s}; while :; do :; done"
+    return subprocess.run(["sh", "-c", command], check=False).returncode
 
 
 def _touch(size: int) -> int:
