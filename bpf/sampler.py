@@ -379,13 +379,14 @@ class Sampler:
             self.collect()
 
     def _take_samples(self, generation: int) -> tuple[list[RawSample], list[CopiedStack]]:
+        # Taken first, as what they refer to is gone afterwards, whether or not this fails.
+        records = [*self._copied[generation]]
+        self._copied[generation].clear()
         counts = self._counts[generation].take_all()
         long = self._user_stacks[generation].take_all()
         kernel = KernelStacks.of(*self._kernel_stacks[generation].take_all())
         samples = read_samples(*counts, *long, kernel)
-        copies = [read_copy(record, kernel) for record in self._copied[generation]]
-        self._copied[generation].clear()
-        return samples, copies
+        return samples, [read_copy(record, kernel) for record in records]
 
     def close(self) -> None:
         """Detach and free everything; safe to call twice."""

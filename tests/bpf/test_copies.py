@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bpf import sampler as sampler_module
 from bpf.sampler import Sampler, SamplerConfig
-from bpf.samples import CopiedStack, Drain, StopReason
+from bpf.samples import CopiedStack, Drain, RawSample, StopReason
 from tests.support.live import wait_for
 from tests.support.targets import compile_target, running
 
@@ -199,6 +200,27 @@ def test_every_tick_is_stored_or_copied_while_many_processes_come_and_go(program
     assert [mismatch(drain) for drain in drains] == [0] * len(drains)
     assert len(copies) > 500
     assert len(set(moments)) == len(copies)
+
+
+def test_a_drain_that_fails_loses_its_copies_and_no_later_ones(loaded, monkeypatch):
+    """Their kernel stacks go with it. What it has taken is counted as lost: `fault`."""
+    read_samples = sampler_module.read_samples
+
+    def fail(*_: object) -> list[RawSample]:
+        monkeypatch.setattr(sampler_module, "read_samples", read_samples)
+        raise MemoryError
+
+    with running("dd", "if=/dev/zero", "of=/dev/null", "bs=64k") as process:
+        loaded.select([process.pid])
+        wait_for(lambda: loaded.collect() > 0)
+        monkeypatch.setattr(sampler_module, "read_samples", fail)
+        with pytest.raises(MemoryError):
+            loaded.drain()
+
+        drains = [loaded.drain() for _ in range(2)]
+
+    assert [mismatch(drain) for drain in drains] == [0, 0]
+    assert sum(drain.lost.get("fault", 0) for drain in drains) > 0
 
 
 def test_a_program_that_has_ended_or_is_being_loaded_has_no_user_stack():
