@@ -3,7 +3,7 @@
 The owner says which process has what mapped where, loads the rows of the executables that are
 requested, and unloads them again; `requests` returns what a walk needed and did not find. All of it
 is plain integers and arrays: who made them, and from what, is not known here. Layouts and the
-meaning of rows are those of tables.bpf.h and unwind.bpf.h.
+meaning of rows are those of tables.bpf.h and frame.bpf.h.
 """
 
 import mmap

@@ -1,7 +1,7 @@
 """Walk copied stacks: the registers of a thread and its stack memory in, addresses out.
 
-The rules are those of the walk in the kernel (bpf/unwind.bpf.h), which a test holds to the same
-answers; what the steps are called there, they are called here. Addresses are leaf first; those of
+The steps are those of the walk in the kernel (bpf/frame.bpf.h), which a test holds to the same
+answers; what they are called there, they are called here. Addresses are leaf first; those of
 callers are one byte before their return address.
 
 A stack is walked by itself, at 2 us a frame. Letting all stacks of a drain leave one frame at a
