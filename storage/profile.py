@@ -20,15 +20,14 @@ are the events seen, and its `value` is what they stand for, as bytes or nanosec
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from symbolizer.location import (
-    AddressLocation,
     Frame,
     Kind,
     Location,
@@ -255,13 +254,40 @@ class Profile:
     def group_by(self, names: Sequence[str]) -> "Profile":
         """Return the profile with only the labels in `names`; equal rows are added up."""
         wanted = set(names)
-        reduced = tuple(
-            tuple((name, value) for name, value in labels if name in wanted)
+        label_sets: dict[Labels, int] = {}
+        numbers = [
+            label_sets.setdefault(
+                tuple(pair for pair in labels if pair[0] in wanted), len(label_sets)
+            )
             for labels in self.label_sets
-        )
-        builder = ProfileBuilder.like(self)
-        builder.add_rows(self, np.arange(len(self.row_stacks)), reduced)
-        return builder.build(self.window, self.accounting)
+        ]
+        row_labels = np.array(numbers, dtype=np.int64)[self.row_labels]
+        columns = np.stack([row_labels, self.row_stacks, self.row_samples, self.row_values])
+        rows = _fold(columns, len(self.stack_offsets))
+        return replace(self, label_sets=tuple(label_sets), **rows)
+
+
+class _Rows(TypedDict):
+    """The columns of a profile's rows."""
+
+    row_labels: Indices
+    row_stacks: Indices
+    row_samples: Integers
+    row_values: Integers
+
+
+def _fold(columns: Integers, stacks: int) -> _Rows:
+    """Add up rows of (label set, stack, samples, value), sorted by the first two."""
+    key = columns[0] * stacks + columns[1]
+    order = np.argsort(key, kind="stable")
+    key = key[order]
+    firsts = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: len(key)])
+    counts = columns[2:, order]
+    counts = np.add.reduceat(counts, firsts, axis=1) if len(firsts) else counts
+    labels, stack_numbers = columns[:2, order[firsts]].astype(np.int32)
+    return _Rows(
+        row_labels=labels, row_stacks=stack_numbers, row_samples=counts[0], row_values=counts[1]
+    )
 
 
 class ProfileBuilder:
@@ -274,31 +300,22 @@ class ProfileBuilder:
         self.modules: dict[str, Module] = {}
         self._locations: dict[Location, int] = {}
         self._names: list[tuple[Frame, ...]] = []
-        self._named_s: list[int] = []
         self._label_sets: dict[Labels, int] = {}
         self._stacks: dict[bytes, int] = {}
         self._samples: Counter[tuple[int, int]] = Counter()
         self._values: Counter[tuple[int, int]] = Counter()
-        self._columns: list[Integers] = []
 
     @classmethod
     def like(cls, profile: Profile) -> "ProfileBuilder":
         return cls(profile.period_ns, profile.type, profile.unit)
 
-    def location(self, location: Location, names: tuple[Frame, ...] = (), named_s: int = 0) -> int:
-        """Return the number of a location.
-
-        `named_s` is when the names were known, see `named_second`. The best names are kept, as
-        `NameRank` describes.
-        """
+    def location(self, location: Location, names: tuple[Frame, ...] = ()) -> int:
+        """Return the number of a location; the best names are kept, see `NameRank`."""
         number = self._locations.setdefault(location, len(self._names))
         if number == len(self._names):
             self._names.append(names)
-            self._named_s.append(named_s)
-        elif names:
-            mine, at_s = self._names[number], self._named_s[number]
-            if (NameRank.of(names), named_s) > (NameRank.of(mine), at_s):
-                self._names[number], self._named_s[number] = names, named_s
+        elif NameRank.of(names) > NameRank.of(self._names[number]):
+            self._names[number] = names
         return number
 
     def unnamed_locations(self) -> list[Location]:
@@ -306,9 +323,9 @@ class ProfileBuilder:
 
     def replace_locations(self, replaced: Mapping[Location, Location]) -> None:
         """Let locations be others; counts of stacks that become equal are added up."""
-        before = zip(self._locations, self._names, self._named_s, strict=True)
-        self._locations, self._names, self._named_s = {}, [], []
-        moved = [self.location(replaced.get(each, each), names, at) for each, names, at in before]
+        before = zip(self._locations, self._names, strict=True)
+        self._locations, self._names = {}, []
+        moved = [self.location(replaced.get(each, each), names) for each, names in before]
         if len(self._locations) == len(moved):
             return
         numbers = np.array(moved, dtype=np.int32)
@@ -322,8 +339,6 @@ class ProfileBuilder:
             _sum_by_key(((labels, new[stack]), count) for (labels, stack), count in counts.items())
             for counts in (self._samples, self._values)
         )
-        for columns in self._columns:
-            columns[1] = np.array(new, dtype=np.int64)[columns[1]]
 
     def add(
         self, labels: Labels, root_first: npt.ArrayLike, samples: int, value: int | None = None
@@ -348,25 +363,6 @@ class ProfileBuilder:
         label_set, stack = self._label_sets.get(labels), self._stacks.get(words)
         return (label_set, stack) in self._samples
 
-    def add_rows(self, other: Profile, rows: Integers, label_sets: Sequence[Labels]) -> None:
-        """Count chosen rows of another profile, with `label_sets` instead of its own."""
-        stacks = np.full(len(other.stack_offsets), -1, dtype=np.int64)
-        used_stacks = np.unique(other.row_stacks[rows])
-        stacks[used_stacks] = self._adopt_stacks(other, used_stacks)
-        labels = np.full(len(label_sets), -1, dtype=np.int64)
-        for number in np.unique(other.row_labels[rows]).tolist():
-            labels[number] = self._label_set(label_sets[number])
-        self._columns.append(
-            np.stack(
-                [
-                    labels[other.row_labels[rows]],
-                    stacks[other.row_stacks[rows]],
-                    other.row_samples[rows],
-                    other.row_values[rows],
-                ]
-            )
-        )
-
     def relabel(self, replace: Callable[[Labels], Labels]) -> None:
         """Replace all label sets; those that become equal count as one."""
         before, self._label_sets = self._label_sets, {}
@@ -376,13 +372,11 @@ class ProfileBuilder:
             counts.clear()
             for (label_set, stack), number in old:
                 counts[numbers[label_set], stack] += number
-        for columns in self._columns:
-            columns[0] = np.array(numbers, dtype=np.int64)[columns[0]]
 
     def build(self, window: Window, accounting: Accounting) -> Profile:
         words = list(self._stacks)
         lengths = np.fromiter((len(stack) // 4 for stack in words), np.int64, len(words))
-        labels, stacks, samples, values = self._fold()
+        rows = [(*key, samples, self._values[key]) for key, samples in self._samples.items()]
         return Profile(
             type=self.type,
             unit=self.unit,
@@ -395,57 +389,11 @@ class ProfileBuilder:
             label_sets=tuple(self._label_sets),
             stack_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
             stack_locations=np.frombuffer(b"".join(words), dtype=np.int32),
-            row_labels=labels.astype(np.int32),
-            row_stacks=stacks.astype(np.int32),
-            row_samples=samples,
-            row_values=values,
+            **_fold(np.array(rows, dtype=np.int64).reshape(-1, 4).T, len(words)),
         )
-
-    def _fold(self) -> Integers:
-        """Return columns (label set, stack, samples, value); each pair of the first two once."""
-        single = np.array(
-            [(*key, samples, self._values[key]) for key, samples in self._samples.items()],
-            dtype=np.int64,
-        ).reshape(-1, 4)
-        columns = np.concatenate([single.T, *self._columns], axis=1)
-        if columns.shape[1] == 0:
-            return columns
-        key = columns[0] * len(self._stacks) + columns[1]
-        order = np.argsort(key, kind="stable")
-        key = key[order]
-        firsts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
-        counts = np.add.reduceat(columns[2:, order], firsts, axis=1)
-        return np.concatenate([columns[:2, order[firsts]], counts])
-
-    def _adopt_stacks(self, other: Profile, stacks: Indices) -> list[int]:
-        """Return this builder's number of each stack, adding its locations and modules."""
-        starts, ends = other.stack_offsets[stacks], other.stack_offsets[stacks + 1]
-        # Difference of marks: +1 where a used stack starts, -1 where it ends; the running sum is
-        # positive exactly on the words of used stacks.
-        marks = np.zeros(len(other.stack_locations) + 1, dtype=np.int64)
-        np.add.at(marks, starts, 1)
-        np.add.at(marks, ends, -1)
-        used = np.unique(other.stack_locations[np.cumsum(marks[:-1]) > 0])
-        numbers = np.full(len(other.locations), -1, dtype=np.int32)
-        named_s = named_second(other.window)
-        for i in used.tolist():
-            numbers[i] = self.location(other.locations[i], other.names[i], named_s)
-        self._adopt_modules(other, used)
-        words = numbers[other.stack_locations].tobytes()
-        mine = self._stacks
-        return [
-            mine.setdefault(words[start:end], len(mine))
-            for start, end in zip((starts * 4).tolist(), (ends * 4).tolist(), strict=True)
-        ]
 
     def _label_set(self, labels: Labels) -> int:
         return self._label_sets.setdefault(labels, len(self._label_sets))
-
-    def _adopt_modules(self, other: Profile, used_locations: Indices) -> None:
-        places = (other.locations[i] for i in used_locations.tolist())
-        build_ids = {place.build_id for place in places if isinstance(place, AddressLocation)}
-        for build_id in sorted(build_ids & other.modules.keys()):
-            adopt_module(self.modules, other.modules[build_id])
 
 
 def _sum_by_key(counts: Iterable[tuple[tuple[int, int], int]]) -> Counter[tuple[int, int]]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from storage.profile import (
     Accounting,
     Host,
+    NameRank,
     Profile,
     ProfileBuilder,
     Window,
@@ -263,11 +264,10 @@ def merge(profiles: Iterable[Profile]) -> Profile:
     first = profiles[0]
     builder = ProfileBuilder(min(p.period_ns for p in profiles), first.type, first.unit)
     window, accounting = first.window, Accounting()
+    names = _best_names(profiles)
     for profile in profiles:
-        names = dict(zip(profile.locations, profile.names, strict=True))
-        named_s = named_second(profile.window)
         for row in profile.rows():
-            numbers = [builder.location(each, names[each], named_s) for each in row.stack]
+            numbers = [builder.location(each, names[each]) for each in row.stack]
             builder.add(row.labels, numbers, row.samples, row.value)
             for place in row.stack:
                 if isinstance(place, AddressLocation) and place.build_id in profile.modules:
@@ -275,6 +275,18 @@ def merge(profiles: Iterable[Profile]) -> Profile:
         window = window.union(profile.window)
         accounting = accounting.merge(profile.accounting)
     return builder.build(window, accounting)
+
+
+def _best_names(profiles: Iterable[Profile]) -> dict[Location, tuple[Frame, ...]]:
+    """Return the names of each location on a stack, as `NameRank` says which."""
+    best: dict[Location, tuple[NameRank, int, tuple[Frame, ...]]] = {}
+    for profile in profiles:
+        used = {place for row in profile.rows() for place in row.stack}
+        for place, names in zip(profile.locations, profile.names, strict=True):
+            rank, named_s = NameRank.of(names), named_second(profile.window)
+            if place in used and (rank, named_s) > best.get(place, (NameRank.NONE, -1))[:2]:
+                best[place] = rank, named_s, names
+    return {place: names for place, (_, _, names) in best.items()}
 
 
 def having(profile: Profile, keep: Callable[[Mapping[str, str]], bool]) -> Profile:
