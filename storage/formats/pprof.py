@@ -1,13 +1,13 @@
 """pprof: a profile as one gzipped protobuf that every profiling tool reads (google/pprof).
 
-Encoder and decoder are in one file because each undoes what the other does, field by field.
+The encoder is in `pprof_encoder`; the decoder here undoes, field by field, what it does.
 
 Follows pprof's own conventions, so that other people's tools agree with ours:
 
 - two values per sample, `samples/count` and the profile's own (`cpu/nanoseconds`);
 - one Mapping per executable segment of a module, with addresses as linked; several Lines of one
   Location are inlined calls, innermost first;
-- stacks are leaf first. Only this file and `bpf` reverse stacks;
+- stacks are leaf first. Only the encoder, the decoder and `bpf` reverse stacks;
 - interpreted and JIT code has a Mapping named after its kind (`[python]`) without a build id.
 
 What pprof has no field for is in comments (see `pprof_comments`) and in a Function's system_name:
@@ -17,17 +17,15 @@ Files are foreign input. Names pass through `readable`, references and counts ar
 error is a ProfileError that names it.
 """
 
-import itertools
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from google.protobuf import message
 
 from storage.formats.limits import COUNT_LIMIT, OBJECT, Limits, exhaustion_named
-from storage.formats.pprof_comments import Ours, accounting_comment, modules_comment, read_comments
-from storage.formats.pprof_message import check_parts, decompress, message_class
+from storage.formats.pprof_comments import Ours, read_comments
+from storage.formats.pprof_encoder import Encoder
+from storage.formats.pprof_message import ProfileMessage, check_parts, decompress
 from storage.profile import (
     ALWAYS,
     Accounting,
@@ -45,17 +43,12 @@ from symbolizer.location import (
     Kind,
     Module,
     NamedLocation,
-    Segment,
-    is_bounded,
 )
 from symbolizer.text import readable
 
-_PAGE_BYTES = 4096
-_SAMPLES_AT_ONCE = 256
 _INLINED_LIMIT = 1 << 25
 """Inlined calls on all stacks of a foreign file; 500,000 stacks have fewer than 30 million. If a
 location has many and is many times on a stack, a file of 20 KB would fill the memory."""
-_NUMBER_LABELS = frozenset({"pid", "tid"})
 _NS_PER_UNIT = {
     "nanoseconds": 1,
     "microseconds": 1_000,
@@ -63,12 +56,10 @@ _NS_PER_UNIT = {
     "seconds": 1_000_000_000,
 }
 
-_ProfileMessage = message_class("everflame.pprof")
-
 
 def encode(profile: Profile) -> bytes:
     """Return a profile as gzipped pprof; equal profiles have equal bytes."""
-    return _Encoder(profile).encode()
+    return Encoder(profile).encode()
 
 
 def decode(content: bytes, limits: Limits = OBJECT) -> Profile:
@@ -89,189 +80,12 @@ def decode(content: bytes, limits: Limits = OBJECT) -> Profile:
 
 def decode_checked(plain: bytes) -> Profile:
     """Read decompressed pprof whose parts were counted, as `decode` does."""
-    parsed = _ProfileMessage()
+    parsed = ProfileMessage()
     try:
         parsed.ParseFromString(plain)
     except message.DecodeError:
         raise ProfileError("cannot read pprof: this is not a profile, or a damaged one") from None
     return _Decoder(parsed).decode()
-
-
-class _Encoder:
-    """The tables of one pprof message while they grow."""
-
-    def __init__(self, profile: Profile) -> None:
-        self._profile = profile
-        self._message = _ProfileMessage()
-        self._strings: dict[str, int] = {"": 0}
-        self._functions: dict[tuple[str, str, str, int], int] = {}
-        self._mappings: dict[tuple[str, str, Segment | None], Any] = {}
-
-    def encode(self) -> bytes:
-        profile, out, head = self._profile, self._message, _ProfileMessage()
-        for type_, unit in (("samples", "count"), (profile.type, profile.unit)):
-            head.sample_type.add(type=self._string(type_), unit=self._string(unit))
-        out.period_type.type = self._string(profile.type)
-        out.period_type.unit = self._string(profile.unit)
-        out.period = profile.period_ns
-        out.default_sample_type = self._string(profile.type)
-        out.time_nanos = profile.window.start_ns
-        out.duration_nanos = profile.window.end_ns - profile.window.start_ns
-        for comment in (accounting_comment(profile), modules_comment(profile.modules)):
-            out.comment.append(self._string(comment))
-        for module in _by_presence(profile):
-            for segment in module.segments or (None,):
-                self._mapping(module.build_id, module.path, segment)
-        for number in range(len(profile.locations)):
-            self._add_location(number)
-        label_sets = [self._labels(labels) for labels in profile.label_sets]
-        out.string_table.extend(text.encode("utf-8", "replace") for text in self._strings)
-        deflater = zlib.compressobj(1, zlib.DEFLATED, wbits=31)  # writes no time: deterministic
-        # Concatenated messages are one message; sample messages are released once serialized.
-        messages = itertools.chain([head], self._samples(label_sets), [out])
-        parts = [deflater.compress(each.SerializeToString(deterministic=True)) for each in messages]
-        return b"".join(parts) + deflater.flush()
-
-    def _string(self, text: str) -> int:
-        return self._strings.setdefault(text, len(self._strings))
-
-    def _mapping(self, build_id: str, path: str, segment: Segment | None) -> Any:
-        """Return the mapping of a segment; None stands for the whole file, by file offsets."""
-        key = (build_id, path, segment)
-        if key not in self._mappings:
-            start, offset, limit = 0, 0, 0
-            if segment is not None:
-                start = segment.p_vaddr - segment.p_vaddr % _PAGE_BYTES
-                offset = segment.p_offset - segment.p_offset % _PAGE_BYTES
-                limit = segment.p_vaddr + segment.p_filesz
-            self._mappings[key] = self._message.mapping.add(
-                id=len(self._mappings) + 1,
-                memory_start=start,
-                memory_limit=min(limit, 2**64 - 1),
-                file_offset=offset,
-                filename=self._string(path),
-                build_id=self._string(build_id),
-                has_functions=True,
-                has_filenames=True,
-                has_line_numbers=True,
-            )
-        return self._mappings[key]
-
-    def _add_location(self, number: int) -> None:
-        location = self._profile.locations[number]
-        if isinstance(location, NamedLocation):
-            address, place = 0, f"[{location.kind}]"
-            mapping = self._mapping("", place, None)
-            frames: Sequence[Frame] = self._profile.frames(number)
-            kind, module_name, first_line = location.kind, place, location.first_line
-        else:
-            module = self._profile.modules.get(location.build_id)
-            address, frames = location.offset, self._profile.names[number]
-            kind, module_name, first_line = Kind.NATIVE, location.build_id, 0
-            segment = None
-            path = ""
-            if module is not None:
-                address = module.elf_address(location.offset)
-                kind, module_name, path = module.kind, module.name, module.path
-                segment = _segment_of(module, location.offset)
-            mapping = self._mapping(location.build_id, path, segment)
-            if address >= mapping.memory_limit:
-                # The size of the whole file is unknown. A power of two is the same for most
-                # profiles of it, and tools merge mappings only when their sizes are equal.
-                mapping.memory_limit = min(max(_PAGE_BYTES, 1 << address.bit_length()), 2**64 - 1)
-        added = self._message.location.add(id=number + 1, mapping_id=mapping.id, address=address)
-        for i, frame in enumerate(frames):
-            usual = (Kind.INLINED if i < len(frames) - 1 else kind, module_name)
-            added.line.add(function_id=self._function(frame, usual, first_line), line=frame.line)
-        mapping.has_functions &= bool(frames) and not is_bounded(frames[0])
-        mapping.has_filenames &= bool(frames) and all(frame.file for frame in frames)
-        mapping.has_line_numbers &= bool(frames) and all(frame.line for frame in frames)
-        mapping.has_inline_frames |= len(frames) > 1
-
-    def _function(self, frame: Frame, usual: tuple[Kind, str], first_line: int) -> int:
-        system_name = frame.function
-        if (frame.kind, frame.module) != usual:
-            system_name = f"{frame.kind} {frame.module}"
-            if system_name == frame.function:
-                system_name = " " + system_name
-        key = (frame.function, system_name, frame.file, first_line)
-        if key not in self._functions:
-            self._functions[key] = len(self._functions) + 1
-            self._message.function.add(
-                id=self._functions[key],
-                name=self._string(frame.function),
-                system_name=self._string(system_name),
-                filename=self._string(frame.file),
-                start_line=first_line,
-            )
-        return self._functions[key]
-
-    def _samples(self, label_sets: Sequence[list[dict[str, int]]]) -> Iterator[Any]:
-        """Return the samples in messages of a few hundred: all at once take megabytes."""
-        profile = self._profile
-        leaf_first = profile.stack_locations[::-1] + 1
-        # Reversed as a whole, a stack that ended at `end` starts at `len - end`, leaf first.
-        starts = (len(leaf_first) - profile.stack_offsets[1:]).tolist()
-        ends = (len(leaf_first) - profile.stack_offsets[:-1]).tolist()
-        columns = (profile.row_labels, profile.row_stacks, profile.row_samples, profile.row_values)
-        for begin in range(0, len(profile.row_stacks), _SAMPLES_AT_ONCE):
-            out = _ProfileMessage()
-            rows = (column[begin : begin + _SAMPLES_AT_ONCE].tolist() for column in columns)
-            for labels, stack, samples, value in zip(*rows, strict=True):
-                location_id = leaf_first[starts[stack] : ends[stack]].tolist()
-                sample = out.sample.add(location_id=location_id, value=(samples, value))
-                for label in label_sets[labels]:
-                    sample.label.add(**label)
-            yield out
-
-    def _labels(self, labels: Labels) -> list[dict[str, int]]:
-        fields = []
-        for name, value in labels:
-            number = _label_number(value) if name in _NUMBER_LABELS else 0
-            content = {"num": number} if number else {"str": self._string(value)}
-            fields.append({"key": self._string(name), **content})
-        return fields
-
-
-def _by_presence(profile: Profile) -> list[Module]:
-    """Order modules by how often they are on a stack, the kernel's last.
-
-    The first mapping is the main binary, which pprof names in its header.
-    """
-    numbers = {build_id: i for i, build_id in enumerate(profile.modules)}
-    owners = np.array(
-        [
-            numbers.get(place.build_id, -1) if isinstance(place, AddressLocation) else -1
-            for place in profile.locations
-        ],
-        dtype=np.int64,
-    )
-    samples = np.zeros(len(profile.stack_offsets) - 1, dtype=np.int64)
-    np.add.at(samples, profile.row_stacks, profile.row_samples)
-    on_stacks = np.repeat(samples, np.diff(profile.stack_offsets))
-    presence = np.zeros(len(numbers) + 1, dtype=np.int64)  # the last one is for all the others
-    np.add.at(presence, owners[profile.stack_locations], on_stacks)
-    return sorted(
-        profile.modules.values(),
-        key=lambda module: (module.kind is Kind.KERNEL, -presence[numbers[module.build_id]]),
-    )
-
-
-def _segment_of(module: Module, offset: FileOffset) -> Segment | None:
-    for segment in module.segments:
-        if segment.p_offset <= offset < segment.p_offset + segment.p_filesz:
-            return segment
-    return None
-
-
-def _label_number(value: str) -> int:
-    """Return the number a label's value spells, 0 for anything else.
-
-    A zero cannot be told from an unset field: it stays a string.
-    """
-    if not (value.isascii() and value.isdigit() and len(value) < 19):
-        return 0
-    return int(value) if not value.startswith("0") else 0
 
 
 class _Line(NamedTuple):

@@ -19,7 +19,12 @@ from storage.columns import Columns, Texts, object_of, presence_of, rank_names, 
 from storage.formats import pprof
 from storage.formats.limits import COUNT_LIMIT, OBJECT, Limits, exhaustion_named
 from storage.formats.pprof_comments import Ours, read_comments
-from storage.formats.pprof_message import check_parts, decompress, message_class
+from storage.formats.pprof_message import (
+    ProfileMessage,
+    check_parts,
+    decompress,
+    message_class,
+)
 from storage.formats.pprof_wire import (
     Bytes,
     Pairs,
@@ -40,7 +45,6 @@ from symbolizer.text import READABLE_LIMIT, readable
 _LeanMessage: Any = message_class(
     "everflame.wire", unread=frozenset({"Sample", "Location", "Function"})
 )
-_PlainMessage: Any = message_class("everflame.wire_labels")
 
 _NUMBER_LIMIT = 2**31
 """Files with larger lines or ids are left to `pprof.decode`."""
@@ -433,7 +437,7 @@ def _read_labels(
 
 def _parse_labels(content: bytes, strings: _Strings) -> Labels:
     # The bytes after a sample's values are a valid sample that has only labels.
-    parsed = _PlainMessage(sample=[{}]).sample[0]
+    parsed = ProfileMessage(sample=[{}]).sample[0]
     parsed.ParseFromString(content)
     require(not parsed.location_id and not parsed.value)
     labels: dict[str, str] = {}

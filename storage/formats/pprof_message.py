@@ -73,6 +73,10 @@ def message_class(package: str, unread: frozenset[str] = frozenset()) -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.Profile"))
 
 
+ProfileMessage: Any = message_class("everflame.pprof")
+"""The class of whole profiles. protobuf makes classes at run time, so they have no types: Any."""
+
+
 def decompress(content: bytes, limits: Limits = OBJECT) -> bytes:
     """Return the content of gzip data, or the bytes themselves if they are not gzip.
 

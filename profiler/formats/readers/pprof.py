@@ -28,7 +28,7 @@ from profiler.formats.readers.units import unit_scale
 from profiler.text import listed
 from storage.formats import pprof
 from storage.formats.limits import FILE
-from storage.formats.pprof_message import check_parts, message_class
+from storage.formats.pprof_message import ProfileMessage, check_parts
 from storage.profile import ProfileError
 from symbolizer.text import readable
 
@@ -39,9 +39,6 @@ _EMPTY_SAMPLES_LIMIT = 1_000_000
 _CPU = re.compile(r"(?:cpu|process_cpu)(?:[-_ ]?(?:time|nanos|nanoseconds))?", re.IGNORECASE)
 _SAMPLES = re.compile(r"(?:cpu[-_])?samples?", re.IGNORECASE)
 _TYPE = re.compile(r"[^a-z0-9_.-]+")
-
-# protobuf's classes are made at run time and have no types: Any, here and below.
-_ProfileMessage: Any = message_class("everflame.foreign")
 
 
 class _Type(NamedTuple):
@@ -84,7 +81,7 @@ def read(content: bytes, options: ReadOptions) -> Reading:
             f"cannot read pprof: it holds more than {_EMPTY_SAMPLES_LIMIT:,} empty samples"
         )
     check_parts(content, FILE)
-    parsed = _ProfileMessage()
+    parsed = ProfileMessage()
     try:
         parsed.ParseFromString(content)
     except message.DecodeError:

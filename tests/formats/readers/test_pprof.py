@@ -16,11 +16,11 @@ from profiler.formats.readers.units import unit_scale
 from profiler.formats.reading import Reading, ReadOptions, read_bytes
 from storage.columns import Columns
 from storage.formats import folded, pprof
+from storage.formats.pprof_message import ProfileMessage
 from storage.profile import ProfileError
 from tests.support import profiles as some
 
 pack = functools.partial(gzip.compress, mtime=0)  # names of tests must not differ from run to run
-Message = pprof.message_class("everflame.test_readers")
 
 GO = ("samples/count", "cpu/nanoseconds")
 HEAP = ("alloc_objects/count", "alloc_space/bytes", "inuse_objects/count", "inuse_space/bytes")
@@ -30,7 +30,7 @@ def file_of(
     types, *samples: tuple[str, tuple[int, ...]], period=0, period_type="", default=""
 ) -> bytes:
     """Return pprof with samples of one function each."""
-    out = Message()
+    out = ProfileMessage()
     texts: dict[str, int] = {"": 0}
 
     def number(text: str) -> int:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from storage.formats import pprof, pprof_arrays
 from storage.formats.limits import Limits
-from storage.formats.pprof_message import decompress
+from storage.formats.pprof_message import ProfileMessage, decompress
 from storage.hashing import Hasher
 from storage.profile import Accounting, Profile, ProfileError, SchemaError, Window
 from symbolizer.location import (
@@ -57,7 +57,7 @@ def test_the_same_profile_gives_the_same_bytes():
 
 
 def message(profile: Profile):
-    parsed = pprof._ProfileMessage()
+    parsed = ProfileMessage()
     parsed.ParseFromString(gzip.decompress(pprof.encode(profile)))
     return parsed
 
@@ -295,7 +295,7 @@ def test_profiles_of_go_programs_are_read(go, tmp_path):
 def foreign(types, *, samples, locations=(), functions=(), mappings=()):
     """Write a file as some other profiler would: strings are given in place."""
     table: dict[str, int] = {"": 0}
-    parsed = pprof._ProfileMessage()
+    parsed = ProfileMessage()
 
     def index(name: str) -> int:
         return table.setdefault(name, len(table))

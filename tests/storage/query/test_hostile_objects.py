@@ -8,7 +8,7 @@ import pytest
 
 from profiler.commands.verify import verify_store
 from storage.formats import pprof
-from storage.formats.pprof_message import decompress, message_class
+from storage.formats.pprof_message import ProfileMessage, decompress
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import object_key
 from storage.objects.tenant import TenantStore
@@ -19,8 +19,6 @@ from tests.support import hostile_objects
 from tests.support.stores import at, minutes, put
 
 HUGE = 2**62
-
-_Message = message_class("everflame.test_hostile")
 
 
 @pytest.fixture
@@ -36,7 +34,7 @@ def put_content(store, minute, content):
 
 def claiming(minute, values=None, **claims):
     """Return an object whose accounting claims this, and whose samples have these values."""
-    message = _Message()
+    message = ProfileMessage()
     message.ParseFromString(decompress(pprof.encode(at(small(minute), minute))))
     number = message.comment[0]
     record = orjson.loads(message.string_table[number].removeprefix(b"everflame "))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from profiler.flamegraph import flamegraph
 from storage.columns import Columns, Times
 from storage.formats import pprof, pprof_arrays, pprof_comments
-from storage.formats.pprof_message import decompress, message_class
+from storage.formats.pprof_message import ProfileMessage, decompress
 from storage.hashing import Hasher
 from storage.merging import merge_columns
 from storage.objects.directory import DirectoryStore
@@ -146,7 +146,7 @@ def test_numbers_of_three_bytes_are_read_fast_too():
 def test_a_string_that_is_not_there_is_refused_where_nobody_looks_at_it():
     """A mapping with a build id needs no file name; a damaged one still damages the file."""
     plain = decompress(pprof.encode(some.sample_profile()))
-    damaged = message_class("everflame.test")()
+    damaged = ProfileMessage()
     damaged.ParseFromString(plain)
     damaged.mapping[1].filename = 99
 
