@@ -34,7 +34,7 @@ from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
 
 DEFAULT_LIMIT_BYTES = 1 << 30
 
-_VERSION = 6
+_VERSION = 7
 """Of the arrays' meaning. What an object is read as also depends on pprof's schema."""
 
 _PREFIX = struct.Struct("<8sII")
@@ -215,6 +215,9 @@ def _accounting_record(accounting: Accounting) -> dict[str, Any]:
 
 
 def _parse_accounting(record: Mapping[str, Any]) -> Accounting:
+    # A version that did not know one of the counts has left it out of what it read.
+    if record.keys() != {field.name for field in fields(Accounting)}:
+        raise ValueError("another version's")
     services = {_parse_labels(labels): present_ns for labels, present_ns in record["services"]}
     hosts = tuple(Host(*host) for host in record["hosts"])
     return Accounting(**{**record, "hosts": hosts, "services": services})

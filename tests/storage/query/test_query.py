@@ -36,6 +36,7 @@ from storage.profile import (
     Window,
     make_labels,
 )
+from storage.query import cache as cache_module
 from storage.query.cache import DecodedCache
 from storage.query.function_totals import FunctionTotals, merge_function_totals
 from storage.query.listing import HOUR_NS
@@ -800,6 +801,21 @@ def test_what_is_kept_comes_back_as_it_was(tmp_path):
         assert kept_times.label_sets == columns.label_sets
         assert np.array_equal(kept_times.time_counts, columns.time_counts)
         assert kept_times.accounting == profile.accounting
+
+
+def test_what_a_version_kept_that_knew_fewer_counts_is_made_again(tmp_path, monkeypatch):
+    """It left them out of what it read: their sums would be too small."""
+    cache = DecodedCache(tmp_path / "cache", lambda: KEY)
+    columns = Columns.of(some.sample_profile(), Hasher(KEY))
+    record = cache_module._accounting_record(columns.accounting)
+    del record["uncounted"]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(cache_module, "_accounting_record", lambda _: record)
+        cache.save(columns, "earlier")
+    cache.save(columns, "now")
+
+    assert cache.load(Columns, "earlier") is None
+    assert cache.load(Columns, "now") is not None
 
 
 def test_two_processes_share_a_cache(store, tmp_path):
