@@ -58,7 +58,8 @@ before, wall, cpu = memory_kb("VmRSS"), time.perf_counter(), time.process_time()
 table = build(FileSource(os.open(sys.argv[2], os.O_RDONLY)))
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 peak = memory_kb("VmHWM")
-table.save(pathlib.Path(sys.argv[3]))
+with open(sys.argv[3], "wb") as file:
+    table.write(file)
 print(wall, cpu, peak / 1024, (peak - before) / 1024, table.key)
 """
 
@@ -85,7 +86,7 @@ def measure(path: Path, repeat: int) -> Built:
             *figures, key = output.split()
             runs.append([float(figure) for figure in figures])
             start = time.perf_counter()
-            table = UnwindTable.load(saved, key)
+            table = UnwindTable.read(saved.read_bytes(), key)
             loads.append(time.perf_counter() - start)
             assert table is not None, "the saved table was not read back"
     walls, cpus, peaks, growths = zip(*runs, strict=True)
@@ -102,7 +103,8 @@ def report(path: Path, built: Built) -> bool:
     is_judged = path == LARGEST
     time_verdict = verdict(built.seconds, MOST_SECONDS, " s") if is_judged else ""
     memory_verdict = verdict(built.peak_mb, MOST_MB, " MB") if is_judged else ""
-    print(f"{path}: {len(table.rows)} rows, {table.memory_bytes / 2**20:.2f} MB")
+    size_bytes = table.pages.nbytes + table.rows.nbytes
+    print(f"{path}: {table.row_count} rows, {size_bytes / 2**20:.2f} MB")
     print(f"  build {built.seconds:.3f} s {time_verdict} cpu {built.cpu_seconds:.3f} s")
     print(f"  peak {built.peak_mb:.0f} MB {memory_verdict} growth {built.growth_mb:.0f} MB")
     print(f"  load {1000 * built.load_seconds:.1f} ms", flush=True)
