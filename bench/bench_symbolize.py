@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import pyperf
 
 from symbolizer.identify import FileReader
 from symbolizer.symbolizer import Symbolizer
-from symbolizer.symbols.kernel import read_kernel_map
+from symbolizer.symbols.kernel import RunningKernel
 from symbolizer.symbols.table import SymbolCache
 from symbolizer.symbols.variants import CodeFile
 from symbolizer.unwind.table import UnwindCache
@@ -106,7 +107,8 @@ def measure_growth(path: Path, cache: Path, tables: Path) -> tuple[int, int]:
 
 
 def read_kernel() -> None:
-    assert not read_kernel_map(lambda *_: None).is_hidden, "kallsyms shows no addresses"
+    kernel, _ = RunningKernel(lambda *_: None, time.monotonic_ns).find(np.zeros(0, np.uint64))
+    assert not kernel.is_hidden, "kallsyms shows no addresses"
 
 
 def add_library(command: list[str], args: object) -> None:

@@ -149,12 +149,9 @@ class ProgramInfo:
         info = ctypes.create_string_buffer(self._SIZE)
         attr = struct.pack("<IIQ", program_fd, self._SIZE, ctypes.addressof(info))
         _bpf(_OBJ_GET_INFO, attr, "ask about a BPF program")
-        self.run_time_ns, self.run_count, self.recursion_misses = struct.unpack_from(
-            "<QQQ", info.raw, 192
-        )
+        self.run_time_ns, self.run_count = struct.unpack_from("<QQ", info.raw, 192)
         self.type, self.id = struct.unpack_from("<II", info.raw, 0)
         self.name = info.raw[64:80].partition(b"\0")[0]
-        self.verified_instructions = struct.unpack_from("<I", info.raw, 216)[0]
 
 
 @contextlib.contextmanager

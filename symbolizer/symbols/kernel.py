@@ -102,31 +102,13 @@ class Program(NamedTuple):
     size: int
 
 
-def read_kernel_map(
-    keep: Callable[[Image, Functions, bytes], None],
-    kallsyms: Path = _KALLSYMS,
-    modules: Path = _MODULES,
-    sys: Path = _SYS,
-) -> KernelMap:
-    """Return the images of the kernel: reads 122,000 symbols in 0.1 s.
-
-    `keep` is called for each image with its functions and the strings that hold their names, so
-    that they need not all stay in memory. Without privilege all addresses read as zero, and the map
-    is empty.
-    """
-    pieces = _read_in_pieces(keep, kallsyms, modules, sys)
-    while True:
-        try:
-            next(pieces)
-        except StopIteration as end:
-            kernel: KernelMap = end.value
-            return kernel
-
-
 def _read_in_pieces(
     keep: Callable[[Image, Functions, bytes], None], kallsyms: Path, modules: Path, sys: Path
 ) -> Generator[None, None, KernelMap]:
-    """Read the map as `read_kernel_map` does, and pause every few ms."""
+    """Read the images of the kernel, and pause every few ms; 122,000 symbols take 0.1 s in all.
+
+    Without privilege all addresses read as zero, and the map is empty.
+    """
     parts: dict[bytes, _Part] = {}
     for lines in _chunks(kallsyms):
         _read_lines(lines, parts)
@@ -169,7 +151,11 @@ class RunningKernel:
         modules: Path = _MODULES,
         sys: Path = _SYS,
     ) -> None:
-        """Read nothing yet; `keep` is passed to `read_kernel_map`."""
+        """Read nothing yet.
+
+        `keep` is called for each image with its functions and the strings that hold their names,
+        so that they need not all stay in memory.
+        """
         self.readings = 0
         """How often all of it was read."""
         self._keep = keep

@@ -1,6 +1,7 @@
 """Kernel addresses: images independent of randomisation, names, and missing privilege."""
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ from symbolizer.symbols.kernel import (
     Program,
     RunningKernel,
     parse_modules,
-    read_kernel_map,
 )
 
+NOWHERE = np.zeros(0, np.uint64)
 CORE = [
     (0xFFFFFFFF81000000, "T", "_stext"),
     (0xFFFFFFFF81000000, "T", "_text"),
@@ -55,7 +56,8 @@ def read(folder):
         names = [strings[n : strings.index(b"\0", n)].decode() for n in functions.names.tolist()]
         kept[image.name] = dict(zip(functions.starts.tolist(), names, strict=True))
 
-    kernel = read_kernel_map(keep, folder / "kallsyms", folder / "modules", folder)
+    paths = folder / "kallsyms", folder / "modules", folder
+    kernel, _ = RunningKernel(keep, time.monotonic_ns, *paths).find(NOWHERE)
     return kernel, kept
 
 
@@ -135,7 +137,8 @@ def test_unprivileged_process_sees_no_kernel():
         is_right = False
         try:
             os.setuid(65534)
-            is_right = read_kernel_map(lambda *_: None).is_hidden
+            running = RunningKernel(lambda *_: None, time.monotonic_ns)
+            is_right = running.find(NOWHERE)[0].is_hidden
         finally:
             os._exit(0 if is_right else 1)
 
