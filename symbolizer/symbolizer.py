@@ -75,7 +75,7 @@ class Symbolizer:
         """
         begun_ns = time.thread_time_ns()
         failure, is_built = None, False
-        table = self._variants.own(file.content)
+        table = self._variants.own(file)
         if table is None:
             failure = Miss.NOT_KEPT
             if mapping is not None:

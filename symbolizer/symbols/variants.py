@@ -2,8 +2,11 @@
 
 A program is often deployed without the symbols that another copy of it has. Both have the same code
 (`identify.Identity.code_key`), so a stripped file takes the names of the best table that was ever
-built for its code, also by an earlier run. A table is believed if it comes from a file of root or
-of the same owner: others could have written any name into a copy.
+built for its code, also by an earlier run.
+
+A table is believed if it was read from a file of root or of the same owner. Others could have
+written any name into a copy, and into a file that was identified a moment before: a mapping writes
+without a trace in the file's times.
 """
 
 import contextlib
@@ -67,14 +70,20 @@ class Variants:
         self._memory_bytes = memory_bytes
         self._compared: dict[tuple[str, str], bool] = {}
 
-    def own(self, content: str) -> SymbolTable | None:
-        """Return the table of a content, from memory or the folder; None: build it."""
-        table = self._tables.get(content)
-        if table is not None:
-            self._tables.move_to_end(content)
-            return table
-        table = self._cache.load(content)
-        return None if table is None else self._keep(content, table)
+    def own(self, file: CodeFile) -> SymbolTable | None:
+        """Return the table of a file's content, from memory or the folder; None: build it."""
+        return self._find(file.content, file.owner)
+
+    def _find(self, content: str, owner: int) -> SymbolTable | None:
+        for key in dict.fromkeys((_key(content, 0), _key(content, owner))):
+            table = self._tables.get(key)
+            if table is not None:
+                self._tables.move_to_end(key)
+                return table
+            table = self._cache.load(key)
+            if table is not None:
+                return self._keep(key, table)
+        return None
 
     def store(
         self,
@@ -89,8 +98,8 @@ class Variants:
             OSError: it cannot be written.
             UnreadableElf: `strings` raised it.
         """
-        table = self._cache.store(file.content, functions, segments, strings)
-        return self._keep(file.content, table)
+        key = _key(file.content, file.owner)
+        return self._keep(key, self._cache.store(key, functions, segments, strings))
 
     def best(self, file: CodeFile, own: SymbolTable | None) -> SymbolTable | None:
         """Return the table that names a file, and remember its own one for other files."""
@@ -100,32 +109,33 @@ class Variants:
         for owner, (content, named) in self._index.known(file).items():
             if content == file.content or (best is not None and named <= best.named_code):
                 continue
-            table = self.own(content)
+            table = self._find(content, owner)
             if table is None:  # evicted; it is built again when its file is sampled
                 self._index.forget(file.code, owner, content)
-            elif own is None or not file.has_symbols or self._extends(content, table, file, own):
+                continue
+            keys = _key(content, owner), _key(file.content, file.owner)
+            if own is None or not file.has_symbols or self._extends(keys, table, own):
                 best = table
         if own is not None and file.owner != NOBODY:
             self._index.offer(file, own.named_code)
         return best
 
-    def _extends(self, content: str, table: SymbolTable, file: CodeFile, own: SymbolTable) -> bool:
-        pair = (content, file.content)
-        if pair not in self._compared:
+    def _extends(self, keys: tuple[str, str], table: SymbolTable, own: SymbolTable) -> bool:
+        if keys not in self._compared:
             if len(self._compared) >= _MAX_COMPARED:
                 self._compared.clear()
-            self._compared[pair] = table.extends(own)
-        return self._compared[pair]
+            self._compared[keys] = table.extends(own)
+        return self._compared[keys]
 
     def close(self) -> None:
         while self._tables:
             self._tables.popitem()[1].close()
 
-    def _keep(self, content: str, table: SymbolTable) -> SymbolTable:
-        old = self._tables.pop(content, None)
+    def _keep(self, key: str, table: SymbolTable) -> SymbolTable:
+        old = self._tables.pop(key, None)
         if old is not None:
             old.close()
-        self._tables[content] = table
+        self._tables[key] = table
         used = sum(table.memory_bytes for table in self._tables.values())
         # Two are in use at a time.
         while len(self._tables) > 2 and (
@@ -135,6 +145,11 @@ class Variants:
             used -= oldest.memory_bytes
             oldest.close()
         return table
+
+
+def _key(content: str, owner: int) -> str:
+    """Return by what a table is kept that was read from a file of this owner."""
+    return f"{content}{owner % (1 << 32):08x}" if owner else content
 
 
 class _Index:

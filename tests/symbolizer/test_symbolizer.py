@@ -1,18 +1,31 @@
 """Code of running processes is named, whatever happens to their files."""
 
 import contextlib
+import mmap
 import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from symbolizer.identify import FileReader, Identifier
 from symbolizer.location import Frame, Kind, Miss
 from symbolizer.maps import Mapping, MappingTable
+from symbolizer.symbolizer import Symbolizer
+from symbolizer.unwind.table import UnwindCache
 from tests.support.elf_files import build, read_symbols, strip
-from tests.support.naming import NO_PROCESS, Naming, code_file, mappings_of
+from tests.support.naming import (
+    NO_PROCESS,
+    Naming,
+    code_file,
+    mapping_of_file,
+    mappings_of,
+    request,
+)
 
 PROGRAM = """
 #include <stdio.h>
@@ -329,6 +342,37 @@ def test_mangled_names_are_demangled(tmp_path, naming):
         found = naming.addresses(pid, there)
 
     assert [each.function for each in found] == list(mangled.values())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="chown: run as root")
+def test_lies_of_a_file_that_was_identified_name_nobody_elses_file(tmp_path, program):
+    """Its owner can write through a mapping, which leaves the file's times as they are."""
+    copy = Path(shutil.copy(program, tmp_path / "copy"))
+    os.chown(copy, 65534, -1)
+    identifier = Identifier()
+    files = FileReader(UnwindCache(tmp_path / "unwind"), identifier)
+    symbolizer = Symbolizer(tmp_path / "cache", identifier=identifier)
+    with running(program) as (pid, (work, *_)):
+        table = mappings_of(pid)
+        place = table.mappings[table.find(np.array([work], np.uint64))[0]]
+        offset = work - place.start + place.file_offset
+
+    def name_of(file: Path, change: Callable[[], None]) -> str:
+        asked = request(NO_PROCESS, mapping_of_file(file))
+        identity = files.identify(asked)
+        change()
+        return symbolizer.names(code_file(identity), [offset], asked).places[0].calls[0].function
+
+    with copy.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+        at = content.find(b"\0work\0") + 1
+        content[at : at + 4] = b"work"  # from now on the page counts as written
+
+        def lie() -> None:
+            content[at : at + 4] = b"lies"
+
+        assert name_of(copy, lie) == "lies"
+        assert name_of(program, lambda: None) == "work"
+    symbolizer.close()
 
 
 def test_tables_beyond_the_budget_are_read_from_the_cache_again(tmp_path, naming):
