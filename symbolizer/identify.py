@@ -276,6 +276,8 @@ def _identify(elf: Elf, owner: int) -> Identity:
     code_key = code.hexdigest()
     frames = [s for s in elf.sections if s.name == b".debug_frame" and s.type != SHT_NOBITS]
     table_key = _extended(code_key, elf, frames)
+    if owner == NOBODY:  # what was hashed need not be what is read next: nobody else's has this key
+        table_key = blake2b(table_key.encode(), digest_size=20, key=b"nobody").hexdigest()
     names = [s for s in elf.sections if s.name in _NAME_SECTIONS and s.type != SHT_NOBITS]
     symbols = next((s for s in elf.sections if s.type == SHT_SYMTAB), None)
     return Identity(
@@ -377,8 +379,7 @@ class FileReader:
                 has_table = self._cache.holds(identity.table_key)
                 if not has_table and identity.frame_bytes <= _SMALL_FRAME_BYTES:
                     with contextlib.suppress(OSError):
-                        self._build(identity, found.source)
-                        has_table = True
+                        has_table = self._build(identity, found.source)
         except NotOpened as error:
             return {"miss": error.reason, "build_id": error.build_id}
         except UnreadableElf as error:
@@ -386,7 +387,7 @@ class FileReader:
         return {**identity._asdict(), "has_table": has_table}
 
     def build_table(self, values: Mapping[str, Any]) -> str:
-        """Build the unwind table of a mapping's file; return its key, or "" if it has none.
+        """Build the unwind table of a mapping's file; return its key, or "" if it gets none.
 
         Raises:
             OSError: it cannot be written.
@@ -394,9 +395,9 @@ class FileReader:
         try:
             with self._identifier.opened(values) as found:
                 identity = self._identifier.identify(found)
-                if self._cache.open(identity.table_key) is None:  # damage counts as well
-                    self._build(identity, found.source)
-                return identity.table_key
+                is_kept = self._cache.open(identity.table_key) is not None  # and not damaged
+                is_kept = is_kept or self._build(identity, found.source)
+                return identity.table_key if is_kept else ""
         except (NotOpened, UnreadableElf):
             return ""
 
@@ -404,9 +405,28 @@ class FileReader:
         """Return where the file system of a `path` is mounted in the namespace of `pids`."""
         return os.fsdecode(mount_of(values["pids"], os.fsencode(values["path"])))
 
-    def _build(self, identity: Identity, source: Source) -> None:
+    def _build(self, identity: Identity, source: Source) -> bool:
+        """Build and store a table, which all files of one content share; return whether it was.
+
+        It is not if the file has changed since it was identified, or cannot be read any more.
+        """
+        is_doubtful = identity.owner != 0
         try:
             table = build(source, by_file_offset=True)
         except UnreadableElf:
-            table = UnwindTable("", np.zeros(0, PAGE), np.zeros(0, ROW))
+            table, is_doubtful = UnwindTable("", np.zeros(0, PAGE), np.zeros(0, ROW)), True
+        if is_doubtful and not is_still(identity, source):
+            return False
         self._cache.store(replace(table, key=identity.table_key))
+        return True
+
+
+def is_still(identity: Identity, source: Source) -> bool:
+    """Return whether a file holds what it was identified by; its times do not prove it.
+
+    Who may write to it can do so through a mapping, which changes them only at its first write.
+    """
+    try:
+        return _identify(read_elf(source), identity.owner) == identity
+    except UnreadableElf:
+        return False

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from symbolizer.identify import Identifier, NotOpened, OpenedMapping
+from symbolizer.identify import Identifier, NotOpened, OpenedMapping, is_still
 from symbolizer.integers import Wide
 from symbolizer.location import Call, Miss, Place
 from symbolizer.symbols.demangle import Demangler
@@ -96,11 +96,15 @@ class Symbolizer:
     def _build(
         self, file: CodeFile, mapping: Mapping[str, Any]
     ) -> tuple[SymbolTable | None, Miss | None]:
-        """Read the symbols of a file that is proved to have the content."""
+        """Read the symbols of a file that is proved to have the content, and the owner."""
         try:
             with self._reopened(file, mapping) as found:
                 functions, strings = read_functions(found.elf)
-                return self._variants.store(file, functions, found.elf.segments, strings), None
+                table = self._variants.store(file, functions, found.elf.segments, strings)
+                if file.owner and not is_still(self._identifier.identify(found), found.source):
+                    self._variants.remove(file)
+                    return None, Miss.FILE_REPLACED
+                return table, None
         except (NotOpened, UnreadableElf) as error:
             return None, error.reason
         except OSError:  # no space left for the table
@@ -109,7 +113,8 @@ class Symbolizer:
     @contextlib.contextmanager
     def _reopened(self, file: CodeFile, mapping: Mapping[str, Any]) -> Iterator[OpenedMapping]:
         with self._identifier.opened(mapping) as found:
-            if self._identifier.identify(found).content_key != file.content:
+            identity = self._identifier.identify(found)
+            if (identity.content_key, identity.owner) != (file.content, file.owner):
                 raise NotOpened(Miss.FILE_REPLACED, found.build_id)
             yield found
 

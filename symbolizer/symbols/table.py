@@ -177,12 +177,16 @@ class SymbolCache:
         with file:
             table = _read_table(file, key)
         if table is None:
-            self._files.remove(f"{key}.symbols")
+            self.remove(key)
         return table
 
     def holds(self, key: str) -> bool:
         """Return whether there is a table of a key, and mark it as used."""
         return self._files is not None and self._files.touch(f"{key}.symbols") > 0
+
+    def remove(self, key: str) -> None:
+        if self._files is not None:
+            self._files.remove(f"{key}.symbols")
 
     def store(
         self,

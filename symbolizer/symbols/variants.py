@@ -101,6 +101,12 @@ class Variants:
         key = _key(file.content, file.owner)
         return self._keep(key, self._cache.store(key, functions, segments, strings))
 
+    def remove(self, file: CodeFile) -> None:
+        """Remove the table that `store` wrote for a file."""
+        key = _key(file.content, file.owner)
+        self._tables.pop(key).close()
+        self._cache.remove(key)
+
     def best(self, file: CodeFile, own: SymbolTable | None) -> SymbolTable | None:
         """Return the table that names a file, and remember its own one for other files."""
         if not _CODE.fullmatch(file.code):

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,10 @@ from symbolizer.identify import FileReader, Identifier
 from symbolizer.location import Frame, Kind, Miss
 from symbolizer.maps import Mapping, MappingTable
 from symbolizer.symbolizer import Symbolizer
+from symbolizer.symbols.elf import FileSource, read_elf
 from symbolizer.unwind.table import UnwindCache
 from tests.support.elf_files import build, read_symbols, strip
+from tests.support.file_systems import hanging
 from tests.support.naming import (
     NO_PROCESS,
     Naming,
@@ -345,7 +346,7 @@ def test_mangled_names_are_demangled(tmp_path, naming):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="chown: run as root")
-def test_lies_of_a_file_that_was_identified_name_nobody_elses_file(tmp_path, program):
+def test_symbols_of_a_file_that_has_changed_name_nothing(tmp_path, program):
     """Its owner can write through a mapping, which leaves the file's times as they are."""
     copy = Path(shutil.copy(program, tmp_path / "copy"))
     os.chown(copy, 65534, -1)
@@ -357,22 +358,72 @@ def test_lies_of_a_file_that_was_identified_name_nobody_elses_file(tmp_path, pro
         place = table.mappings[table.find(np.array([work], np.uint64))[0]]
         offset = work - place.start + place.file_offset
 
-    def name_of(file: Path, change: Callable[[], None]) -> str:
-        asked = request(NO_PROCESS, mapping_of_file(file))
-        identity = files.identify(asked)
-        change()
-        return symbolizer.names(code_file(identity), [offset], asked).places[0].calls[0].function
-
+    asked, program_asked = (request(NO_PROCESS, mapping_of_file(file)) for file in (copy, program))
     with copy.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
         at = content.find(b"\0work\0") + 1
         content[at : at + 4] = b"work"  # from now on the page counts as written
+        identity = code_file(files.identify(asked))
+        content[at : at + 4] = b"lies"
 
-        def lie() -> None:
-            content[at : at + 4] = b"lies"
-
-        assert name_of(copy, lie) == "lies"
-        assert name_of(program, lambda: None) == "work"
+        changed = symbolizer.names(identity, [offset], asked)
+        again = symbolizer.names(identity, [offset])
+    of_root = code_file(files.identify(program_asked))
+    named = symbolizer.names(of_root, [offset], program_asked)
     symbolizer.close()
+
+    assert (changed.failure, again.failure) == (Miss.FILE_REPLACED, Miss.NOT_KEPT)
+    assert of_root.content == identity.content
+    assert named.places[0].calls[0].function == "work"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="chown: run as root")
+def test_symbols_of_a_users_file_name_no_other_users_file(tmp_path, naming, program):
+    """They are read again from a file of that other user with the same content."""
+    os.chown(program, 65534, -1)
+    mapping = mapping_of_file(program)
+    asked = request(NO_PROCESS, mapping)
+    identity = code_file(naming.identify(NO_PROCESS, mapping))
+
+    of_owner = naming.symbolizer.names(identity, [0], asked)
+    of_another = naming.symbolizer.names(identity._replace(owner=0), [0], asked)
+
+    assert (of_owner.failure, of_another.failure) == (None, Miss.FILE_REPLACED)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="chown: run as root")
+def test_unwind_rules_of_a_file_that_has_changed_are_not_kept(tmp_path, program):
+    """They would hold for all files that have what it had."""
+    copy = Path(shutil.copy(program, tmp_path / "copy"))
+    os.chown(copy, 65534, -1)
+    identifier = Identifier()
+    asked = request(NO_PROCESS, mapping_of_file(copy))
+    with copy.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+        elf = read_elf(FileSource(file.fileno()))
+        at = next(section.offset for section in elf.sections if section.name == b".eh_frame")
+        content[at] = content[at]  # from now on the page counts as written
+        identity = FileReader(UnwindCache(tmp_path / "first"), identifier).identify(asked)
+        content[at : at + 64] = bytes(64)
+
+        cache = UnwindCache(tmp_path / "second")
+        answer = FileReader(cache, identifier).build_table(asked)
+
+    assert identity["has_table"]
+    assert (answer, cache.holds(identity["table_key"])) == ("", False)
+
+
+@pytest.mark.kernel
+def test_what_a_server_sends_is_shared_with_nothing(tmp_path, program):
+    """A file system of FUSE may send one content to be hashed, and another one to be read."""
+    files = FileReader(UnwindCache(tmp_path / "unwind"))
+    with hanging(tmp_path / "mount", program) as served, served.ending():
+        theirs, ours = (
+            files.identify(request(NO_PROCESS, mapping_of_file(file)))
+            for file in (served.file, program)
+        )
+
+    assert theirs["code_key"] == ours["code_key"]
+    assert theirs["table_key"] != ours["table_key"]
+    assert theirs["content_key"] != ours["content_key"]
 
 
 def test_tables_beyond_the_budget_are_read_from_the_cache_again(tmp_path, naming):
