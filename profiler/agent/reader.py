@@ -9,7 +9,7 @@ Run as `python -P -m profiler.agent.reader FD KINDS CACHE`, where FD is one end 
 socket, KINDS names a module that defines `kinds(cache)` and CACHE is the folder for tables. A
 message is its length in 4 bytes, little-endian, and JSON. A request has a `kind` and `items`; the
 answer is one message per item in their order, `{"result": …}` or `{"error": "…"}`, and then
-`{"cpu_ns": …, "is_last": …}`: its CPU time so far, and whether it exits now.
+`{"is_last": …}`: whether it exits now.
 """
 
 import contextlib
@@ -66,12 +66,8 @@ def _answer(channel: socket.socket, kinds: Mapping[str, Read]) -> None:
     while (request := receive(channel)) is not None:
         for item in request["items"]:
             send(channel, _read(kinds[request["kind"]], item))
-        own, children = (
-            resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        )
-        is_last = own.ru_maxrss << 10 > _KEPT_BYTES
-        cpu_s = sum(part.ru_utime + part.ru_stime for part in (own, children))
-        send(channel, {"cpu_ns": round(cpu_s * 1e9), "is_last": is_last})
+        is_last = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 > _KEPT_BYTES
+        send(channel, {"is_last": is_last})
         if is_last:
             return
 

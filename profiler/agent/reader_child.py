@@ -173,9 +173,9 @@ class ReaderChild:
         self._items.clear()
         return items
 
-    def used(self, cpu_s: float) -> float:
-        """Return the CPU time since the last call, from its CPU time so far."""
-        since_s, self._counted_s = max(0.0, cpu_s - self._counted_s), cpu_s
+    def used(self) -> float:
+        """Return the CPU time, as of the last look, since the last call."""
+        since_s, self._counted_s = self.cpu_s - self._counted_s, self.cpu_s
         return since_s
 
     def rest(self) -> None:

@@ -29,6 +29,8 @@ _BATCH = 32
 _FIRST_IDLE_S, _OTHERS_IDLE_S = 90.0, 2.0
 """For how long one child stays when nothing is asked, and others. To start one takes 0.2 s of CPU
 time, and each takes some 30 MB: so one stays from one window to the next."""
+_MAX_WAITING = 8192
+"""Items that wait for a child. Beyond it those go that have waited longest of the last turn."""
 _SECOND_AFTER_S = 0.5
 """Another child is started when something has waited for so long: most are answered earlier, also
 by a child that has just been started."""
@@ -69,8 +71,9 @@ class Readers:
         # By turn, and within a turn those that are short first.
         self._waiting: tuple[deque[Item], ...] = tuple(deque() for _ in range(6))
         self._children: dict[int, ReaderChild] = {}
+        self._refused: deque[tuple[Item, Failure]] = deque()
         self._left: list[_Left] = []
-        self._groups: dict[str, _Group] = {}
+        self._aside = SetAside()
         self._epoll = select.epoll()
         self._next_warning_s: dict[Failure, float] = {}
         self._pause_until_s = 0.0
@@ -84,7 +87,8 @@ class Readers:
 
     @property
     def is_idle(self) -> bool:
-        return not self.has_waiting and all(child.is_idle for child in self._children.values())
+        is_asked = self.has_waiting or self._refused
+        return not is_asked and all(child.is_idle for child in self._children.values())
 
     @property
     def has_waiting(self) -> bool:
@@ -127,10 +131,16 @@ class Readers:
         """
         place = 2 * turn + is_long
         self._waiting[place].append(Item(kind, values, take, group, owner, time.monotonic(), place))
+        if sum(map(len, self._waiting)) > _MAX_WAITING:
+            last = next(waiting for waiting in reversed(self._waiting) if waiting)
+            self._refused.append((last.popleft(), Failure.BUDGET))
         self._hand_out()
 
     def poll(self) -> None:
         """Call back with what has been answered, and look after the children."""
+        for _ in range(len(self._refused)):
+            item, failure = self._refused.popleft()
+            self._call(item, failure=failure)
         for fd, _ in self._epoll.poll(0):
             child = self._children.get(fd)
             if child is not None:
@@ -177,8 +187,9 @@ class Readers:
     def _take_from(self, child: ReaderChild) -> None:
         is_open = child.receive()
         for message in child.messages():
-            if "cpu_ns" in message:
-                self._count(child, message["cpu_ns"] / 1e9)
+            if "is_last" in message:
+                child.look()
+                self._count(child)
                 child.rest()
                 if message["is_last"]:
                     self._end(child)
@@ -206,7 +217,7 @@ class Readers:
     def _fail(self, child: ReaderChild, failure: Failure | None) -> None:
         """Give up a child and the item that it was reading; the others are asked again."""
         self._kill(child)
-        self._count(child, child.cpu_s)
+        self._count(child)
         if failure is None:
             failure = Failure.TIME if child.process.returncode == -signal.SIGPROF else None
             failure = failure or Failure.CRASHED
@@ -216,7 +227,7 @@ class Readers:
         failed, *rest = items
         self._warn(failed, failure)
         if failure == Failure.HUNG and failed.group:
-            self._set_aside(failed.group)
+            self._aside.add(failed.group, time.monotonic())
         for item in reversed(rest):
             self._waiting[item.place].appendleft(item)
         self._call(failed, failure=failure)
@@ -229,15 +240,8 @@ class Readers:
             before = self.failures[failure]
             log.warning("a reader failed kind=%s cause=%s before=%d", item.kind, failure, before)
 
-    def _set_aside(self, group: str) -> None:
-        before = self._groups.pop(group, None)
-        pause_s = min(2 * before.pause_s, _LONGEST_ASIDE_S) if before else _SET_ASIDE_S
-        self._groups[group] = _Group(time.monotonic() + pause_s, pause_s)
-        if len(self._groups) > _MAX_GROUPS:
-            del self._groups[next(iter(self._groups))]
-
-    def _count(self, child: ReaderChild, cpu_s: float) -> None:
-        used_s = child.used(cpu_s)
+    def _count(self, child: ReaderChild) -> None:
+        used_s = child.used()
         self.cpu_ns += round(used_s * 1e9)
         self._budget.spend(child.owner, used_s, time.monotonic())
 
@@ -272,12 +276,11 @@ class Readers:
                 if taken and (item.kind, item.owner) != (kind, owner):
                     break
                 waiting.popleft()
-                group = self._groups.get(item.group)
-                if item.group in hanging or (group is not None and group.until_s > now_s):
-                    self._call(item, failure=Failure.SET_ASIDE)
+                if item.group in hanging or self._aside.holds(item.group, now_s):
+                    self._refused.append((item, Failure.SET_ASIDE))
                     continue
                 if not self._budget.is_left_of(item.owner, now_s):
-                    self._call(item, failure=Failure.BUDGET)
+                    self._refused.append((item, Failure.BUDGET))
                     continue
                 kind, owner, taken = item.kind, item.owner, taken + 1
                 yield item
@@ -331,6 +334,29 @@ class _Left(NamedTuple):
     group: str
 
 
-class _Group(NamedTuple):
+class _Pause(NamedTuple):
     until_s: float
-    pause_s: float
+    length_s: float
+
+
+class SetAside:
+    """Groups of which an item hung, and until when (`time.monotonic()`) nothing of them is read.
+
+    A pause is twice as long as the one before it, if a group hangs again soon after that.
+    """
+
+    def __init__(self) -> None:
+        self._pauses: dict[str, _Pause] = {}
+
+    def holds(self, group: str, now_s: float) -> bool:
+        pause = self._pauses.get(group)
+        return pause is not None and now_s < pause.until_s
+
+    def add(self, group: str, now_s: float) -> None:
+        before = self._pauses.pop(group, None)
+        length_s = _SET_ASIDE_S
+        if before and now_s < before.until_s + before.length_s:
+            length_s = min(2 * before.length_s, _LONGEST_ASIDE_S)
+        self._pauses[group] = _Pause(now_s + length_s, length_s)
+        if len(self._pauses) > _MAX_GROUPS:
+            del self._pauses[next(iter(self._pauses))]

@@ -13,7 +13,7 @@ import pytest
 from profiler.agent import reader_budget
 from profiler.agent import readers as module
 from profiler.agent.reader_child import Answer, Failure
-from profiler.agent.readers import Readers
+from profiler.agent.readers import Readers, SetAside
 
 KINDS = "tests.support.reader_kinds"
 
@@ -205,6 +205,46 @@ def test_a_reader_that_hangs_is_replaced_and_its_group_set_aside(
     assert first["hung"] == Answer(None, Failure.HUNG)
     assert answers["same group"] == Answer(None, Failure.SET_ASIDE)
     assert answers["other group"] == Answer("content")
+
+
+def test_a_group_is_set_aside_for_longer_only_if_it_hangs_again_soon() -> None:
+    """A file system that fails once a day is not left alone for an hour in the end."""
+    aside = SetAside()
+    aside.add("slow", now_s=0)
+
+    assert aside.holds("slow", 59)
+    assert not aside.holds("slow", 61)
+    aside.add("slow", now_s=61)
+    assert aside.holds("slow", 61 + 119)
+
+    aside.add("slow", now_s=86400)
+    assert aside.holds("slow", 86400 + 59)
+    assert not aside.holds("slow", 86400 + 61)
+    assert not aside.holds("fast", 86400)
+
+
+def test_what_is_refused_is_answered_by_a_later_poll(asked: Asked) -> None:
+    """Whoever asks is not called back while asking."""
+    asked.readers._aside.add("slow", time.monotonic())
+
+    asked.ask("echo", say="", group="slow")
+
+    assert asked.answers == []
+    assert asked.wait()["echo"] == Answer(None, Failure.SET_ASIDE)
+
+
+def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is read for long, what is needed least goes, the longest waiting first."""
+    monkeypatch.setattr(module, "_MAX_WAITING", 10)
+    with contextlib.closing(Readers(tmp_path, kinds=KINDS, children=0)) as readers:
+        asked = Asked(readers)
+        asked.ask("echo", "first turn", turn=0, say="")
+        for number in range(20):
+            asked.ask("echo", f"{number}", turn=2, say="")
+        readers.poll()
+
+        assert asked.answers == [(f"{n}", Answer(None, Failure.BUDGET)) for n in range(11)]
+        assert readers.status()["waiting"] == 10
 
 
 def test_what_hangs_is_given_up_sooner_at_the_end(
