@@ -12,6 +12,8 @@ from symbolizer.text import readable
 
 _MAX_CMDLINE_BYTES = 128 << 10
 _MAX_ARGUMENTS = 512
+_MAX_ARGUMENT_BYTES = 4096
+"""Of each: no path is longer (PATH_MAX), and the patterns of names take time by its square."""
 
 
 class FactsReader:
@@ -40,6 +42,7 @@ def read_facts(pid: int, start_ticks: int, versions: Versions, wants_command: bo
         exe, cwd = files.link("exe"), files.link("cwd")
         cmdline = (files.read("cmdline", _MAX_CMDLINE_BYTES) or b"").rstrip(b"\0")
         arguments = cmdline.split(b"\0", _MAX_ARGUMENTS)[:_MAX_ARGUMENTS]
+        arguments = [argument[:_MAX_ARGUMENT_BYTES] for argument in arguments]
         program = describe(exe, arguments, before.comm, cwd)
         sources = versions.read(files, program)
         after = read_stat(pid)

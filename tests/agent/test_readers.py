@@ -14,6 +14,11 @@ from profiler.agent import reader_budget
 from profiler.agent import readers as module
 from profiler.agent.reader_child import Answer, Failure
 from profiler.agent.readers import Readers, SetAside
+from profiler.processes.facts import request
+from profiler.processes.generations import read_stat
+from tests.support.elf_files import build
+from tests.support.live import has_execed, wait_for
+from tests.support.targets import running
 
 KINDS = "tests.support.reader_kinds"
 
@@ -245,6 +250,25 @@ def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
         assert asked.answers == [(f"{n}", Answer(None, Failure.BUDGET)) for n in range(11)]
         assert readers.status()["waiting"] == 10
+
+
+def test_arguments_of_any_length_are_read_in_time(tmp_path: Path) -> None:
+    """The patterns of names would take minutes for what a process may pass as one argument."""
+    python = build(tmp_path / "python3", "#include <unistd.h>\nint main() { pause(); }")
+    with (
+        running(python, "a" + 33_000 * "1.1" + "!") as process,
+        contextlib.closing(Readers(tmp_path)) as readers,
+    ):
+        wait_for(lambda: has_execed(process.pid))
+        stat = read_stat(process.pid)
+        assert stat is not None
+        values = request(process.pid, stat.start_ticks, (), wants_command=False)
+        answers: list[Answer] = []
+        readers.ask("process", values, answers.append)
+        readers.wait(time.monotonic() + 60, lambda: bool(answers))
+
+    assert answers[0].failure is None
+    assert answers[0].result["name"] == "a"
 
 
 def test_what_hangs_is_given_up_sooner_at_the_end(
