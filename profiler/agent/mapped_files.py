@@ -255,6 +255,11 @@ class MappedFiles:
         """
         return self._owner(file.owner, file.key.place)
 
+    def owner_of_process(self, pid: int) -> str:
+        """Return whose process it is, for `Readers.ask`; empty as for files."""
+        user, place = _user_of(pid), _place_of(pid)
+        return "" if user is None or place is None else self._owner(user, place)
+
     def _asker(self, pids: Sequence[int], file: MappedFile) -> str:
         """Return who has mapped a file of which nothing is known yet."""
         users = [user for pid in pids if (user := _user_of(pid)) is not None]

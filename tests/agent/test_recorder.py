@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from bpf.sampler import Sampler, SamplerConfig
+from profiler.agent import reader_budget
 from profiler.agent.agent import BpfCost
+from profiler.agent.reader_child import Failure
 from profiler.agent.recorder import Recorder
 from profiler.agent.window import Clocks
+from tests.support.live import has_execed, start_ns_of, wait_for
 from tests.support.targets import running
 
 
@@ -136,3 +139,35 @@ def test_a_process_that_maps_without_end_takes_no_room_from_others(tmp_path: Pat
     assert some.pid in known
     assert many.pid not in known
     assert stops["no_process_yet"] > 0
+
+
+@pytest.mark.kernel
+def test_processes_of_a_user_are_read_from_the_budget_of_that_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they say about themselves can be made to take long, and there can be many of them."""
+    monkeypatch.setattr(reader_budget, "_PART_S", 0.0)
+    user = ("setpriv", "--reuid=65534", "--clear-groups", "sleep", "600")
+    commands: set[int] = set()
+    with Recorder(SamplerConfig(), tmp_path, commands=commands) as recorder:
+
+        def service_of(process: subprocess.Popen[bytes]) -> str:
+            commands.add(process.pid)
+            wait_for(lambda: has_execed(process.pid))
+            start_ns = start_ns_of(process.pid)
+
+            def is_known() -> bool:
+                recorder.labeler.scan()
+                recorder.readers.poll()
+                return bool(recorder.labeler.instance(process.pid, start_ns))
+
+            wait_for(is_known)
+            return dict(recorder.labeler.instance(process.pid, start_ns))["service"]
+
+        services = []
+        for command in (user, user, ("sleep", "600")):
+            with running(*command) as process:
+                services.append(service_of(process))
+
+        assert services == ["sleep", "sleep", "sleep"]
+        assert recorder.readers.failures == {Failure.BUDGET: 1}
