@@ -279,7 +279,7 @@ class MappedFiles:
         if not self._readers.left_behind:  # else a reader still waits for its answer
             self._hung = {m: until_s for m, until_s in self._hung.items() if until_s > now_s}
         for file, from_s in list(self._unfinished.items()):
-            if file.key not in self._files or self._files[file.key] is not file:
+            if file.state != State.PENDING and not _is_mapped(file):
                 del self._unfinished[file]
             elif from_s <= now_s and not file.is_asked:
                 del self._unfinished[file]
@@ -443,8 +443,7 @@ class MappedFiles:
     def _try_another(self, file: MappedFile) -> None:
         """Ask again by a process that was not asked, or that has it by then, in a while."""
         file.pause_s = min(2 * file.pause_s, _LONGEST_PAUSE_S)
-        if any(reference() is not None for reference, _ in file.tables):
-            self._unfinished[file] = time.monotonic() + file.pause_s
+        self._unfinished[file] = time.monotonic() + file.pause_s
 
     def _hung_mount(self, file: MappedFile) -> bytes:
         """Return the mount that a file is on, if that does not answer."""
@@ -465,6 +464,11 @@ class MappedFiles:
         asked = self.request(file)
         values = {"pids": asked["pids"], "path": asked["path"]}
         self._readers.ask("mount", values, take, turn=0)
+
+
+def _is_mapped(file: MappedFile) -> bool:
+    """Return whether a table that has the file is still in use."""
+    return any(reference() is not None for reference, _ in file.tables)
 
 
 def _place_of(pid: int) -> _Place | None:

@@ -313,6 +313,28 @@ def test_a_program_that_was_built_again_is_another_one(files, wait, tmp_path):
     assert {file.build_id[:5] for file in found} == {"hash-"}
 
 
+def test_what_nobody_has_mapped_any_more_is_not_asked_for_again(
+    files, readers, wait, tmp_path, monkeypatch
+):
+    """Else every file that was ever on a file system that does not answer would be kept."""
+    monkeypatch.setattr("profiler.agent.mapped_files._ASIDE_S", 0.0)
+    monkeypatch.setattr("profiler.agent.mapped_files._MAX_RECENT", 0)
+    namespace = Path("/proc/self/ns/mnt").readlink()
+    readers._aside.add(f"{namespace} {tmp_path}", time.monotonic())
+    program = spinning(tmp_path, "program")
+    with running(program) as process:
+        table, place = mapped(process.pid, program)
+        files.file(table, place, process.pid)
+        wait(lambda: files.status()["failed"] == 1)
+    del table
+
+    def is_forgotten() -> bool:
+        files.changed()  # as the sampler does
+        return not files.status()["files"]
+
+    wait(is_forgotten)
+
+
 def test_a_file_system_that_does_not_answer_costs_its_own_files_only(
     files, readers, wait, tmp_path, monkeypatch
 ):
