@@ -44,10 +44,10 @@ _ASIDE_S = 60.0
 """After so long a file system that does not answer is tried again."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 60.0
 """Between tries to reach a file by other processes."""
-_SEEN_AGAIN_S = 600.0
+_SEEN_AGAIN_S = 60.0
 _SEEN_AGAIN_WITHOUT_BUILD_ID_S = 1.0
 """A known file is looked at again, when another process maps it, if that is longer ago: it may
-have been written again under the same name."""
+have been written again under the same name. One with a build id only when stacks go through it."""
 _MAX_HUNG_MOUNTS = 256
 
 _OUT_OF_REACH = {Miss.NO_FILE, Miss.FILE_REPLACED, Miss.NOT_PERMITTED}
@@ -93,6 +93,7 @@ class MappedFile:
         has_symbols: whether it has a symbol table of its own.
         owner: the user id of its owner.
         has_table: whether its unwind table was in the cache when it was identified.
+        is_mapped_again: whether another address space has it since it was asked for.
     """
 
     __slots__ = (
@@ -104,6 +105,7 @@ class MappedFile:
         "has_symbols",
         "has_table",
         "is_asked",
+        "is_mapped_again",
         "is_wanted",
         "key",
         "miss",
@@ -127,7 +129,7 @@ class MappedFile:
         self.owner = 0
         self.tables: deque[tuple[ReferenceType[_Table], maps.Mapping]] = deque(maxlen=_MAX_PIDS)
         """The last address spaces that have it, with a mapping of it in each."""
-        self.is_asked = self.is_wanted = False
+        self.is_asked = self.is_wanted = self.is_mapped_again = False
         self.asked_s = -_SEEN_AGAIN_S
         self.pause_s = _FIRST_PAUSE_S
         self.tries = 0
@@ -212,6 +214,13 @@ class MappedFiles:
         if file.state == State.PENDING and not file.is_wanted:
             file.is_wanted = True
             self._ask(file)
+
+    def note_use(self, files: Iterable[MappedFile]) -> None:
+        """Look again at files that stacks go through, where others have mapped them since."""
+        until_s = time.monotonic() - _SEEN_AGAIN_S
+        for file in files:
+            if file.is_mapped_again and not file.is_asked and file.asked_s <= until_s:
+                self._ask(file, turn=2)
 
     def ask_for_all(self, pids: Iterable[int]) -> set[MappedFile]:
         """Ask for all files of processes that run, and return them."""
@@ -358,12 +367,11 @@ class MappedFiles:
         if file.state == State.IDENTIFIED:
             if file.key.path == b"[vdso]":
                 return
-            lasts_s = _SEEN_AGAIN_S if file.key.build_id else _SEEN_AGAIN_WITHOUT_BUILD_ID_S
-            if file.is_asked or file.asked_s + lasts_s > now_s:
-                if not file.key.build_id:
-                    self._unfinished.setdefault(file, file.asked_s + lasts_s)
-                return
-            self._ask(file, turn=2)
+            if file.key.build_id:
+                file.is_mapped_again = True
+            else:
+                from_s = file.asked_s + _SEEN_AGAIN_WITHOUT_BUILD_ID_S
+                self._unfinished.setdefault(file, from_s)
         elif file.state == State.PENDING:
             if not file.is_asked:
                 self._ask(file, turn=1)
@@ -376,7 +384,7 @@ class MappedFiles:
                 self._fail(file, Miss.NO_ANSWER)
                 self._unfinished[file] = time.monotonic() + _ASIDE_S
             return
-        file.is_asked = True
+        file.is_asked, file.is_mapped_again = True, False
         file.asked_s = time.monotonic()
         request = self.request(file)
         self._readers.ask(

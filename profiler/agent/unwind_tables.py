@@ -320,12 +320,13 @@ class Unwinding:
             self._tables.set_state(number, TableState.NONE)
 
     def _note_use(self, groups: Mapping[MappingTable, Sequence[RawSample]]) -> None:
-        """Remember which tables these samples have used: one second of every few is enough."""
-        used: set[str] = set()
+        """Remember which files these samples have used: one second of every few is enough."""
+        used: set[int] = set()
         for mappings, samples in groups.items():
             space = self._spaces.get(mappings)
             if space is not None:
                 places = mappings.find(np.concatenate([sample.user for sample in samples]))
-                numbers = {space.executables[i] for i in set(places[places >= 0].tolist())}
-                used.update(self._executables[number].key for number in numbers - {0})
-        self._loader.note_use(used)
+                used.update(space.executables[i] for i in set(places[places >= 0].tolist()))
+        executables = [self._executables[number] for number in used - {0}]
+        self._loader.note_use(executable.key for executable in executables)
+        self._files.note_use(executable.file for executable in executables)

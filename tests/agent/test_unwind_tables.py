@@ -19,7 +19,7 @@ import pytest
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import RawSample
 from bpf.tables import SHARD_BYTES
-from profiler.agent import table_loading
+from profiler.agent import mapped_files, table_loading
 from profiler.agent import unwind_tables as unwinding
 from profiler.agent.readers import Readers
 from profiler.agent.recorder import Recorder
@@ -27,7 +27,7 @@ from symbolizer.location import Miss
 from symbolizer.maps import MappingTable, parse_maps
 from symbolizer.symbols.elf import FileSource, read_elf
 from symbolizer.unwind.table import PagedRows
-from tests.support.elf_files import build_go, read_symbols
+from tests.support.elf_files import build, build_go, read_symbols
 from tests.support.live import has_execed, stat_fields, wait_for
 from tests.support.targets import compile_target, running
 
@@ -372,6 +372,34 @@ def with_rows(folder: Path, name: str, count: int) -> Path:
     return compile_target(
         "parked.c", folder / name, "-O2", *NO_FRAME_POINTERS, str(folder / f"{name}.s")
     )
+
+
+def test_a_program_that_got_other_names_is_looked_at_again_when_it_is_sampled(
+    recorder, tmp_path, monkeypatch
+):
+    """Its build id, its path and its inode are the same: the linker hashes no names."""
+    monkeypatch.setattr(mapped_files, "_SEEN_AGAIN_S", 0.0)
+    program = tmp_path / "program"
+
+    def functions_of(pid: int) -> set[str]:
+        recorder.sampler.select({pid})
+        recorder.step()
+        recorder.catch_up()
+        time.sleep(0.2)
+        names = recorder.close_window().names
+        return {frame.function for frames in names for frame in frames}
+
+    for name in ("before", "after"):
+        source = f"volatile long n; int {name}() {{ while (n >= 0) n++; return 1; }}"
+        built = build(
+            tmp_path / name,
+            f"{source} int main() {{ return {name}() + 1; }}",
+            *("-O1", "-Wl,--build-id=0x00112233445566778899aabbccddeeff00112244"),
+        )
+        program.touch(mode=0o755)
+        program.write_bytes(built.read_bytes())
+        with running(program) as process:
+            wait_for(lambda name=name, pid=process.pid: name in functions_of(pid))
 
 
 def test_tables_in_use_stay_and_those_that_are_not_make_room(tmp_path, monkeypatch):
