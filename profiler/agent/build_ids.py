@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 _MAX_CLAIMS = 4_096
 _MAX_CONTENTS = 16
+_MAX_FUNCTIONS_BYTES = 4 << 20
+"""Of all samples of functions: up to 11 KB each, 3 KB of most programs that are not stripped."""
 
 
 class _Claim:
@@ -42,6 +45,7 @@ class BuildIds:
     def __init__(self) -> None:
         self.misclaimed = 0
         self._claims: OrderedDict[str, _Claim] = OrderedDict()
+        self._functions_bytes = 0
 
     def of(self, result: Mapping[str, Any]) -> str:
         """Return a file's build id, or `hash-` and a hash if another content has it.
@@ -54,8 +58,6 @@ class BuildIds:
         claim = self._claims.get(build_id)
         if claim is None:
             claim = self._claims[build_id] = _Claim(code_key)
-            if len(self._claims) > _MAX_CLAIMS:
-                self._claims.popitem(last=False)
         self._claims.move_to_end(build_id)
         if content_key in claim.contents:
             return build_id
@@ -70,11 +72,18 @@ class BuildIds:
             self.misclaimed += 1
             return f"hash-{content_key}"
         if has_symbols and len(functions) >= len(claim.functions):
+            self._functions_bytes += len(functions) - len(claim.functions)
             claim.functions, claim.symbols_owner = functions, owner
         if len(claim.contents) < _MAX_CONTENTS:
             claim.contents.add(content_key)
             claim.owners.add(owner)
+        self._evict()
         return build_id
+
+    def _evict(self) -> None:
+        while len(self._claims) > _MAX_CLAIMS or self._functions_bytes > _MAX_FUNCTIONS_BYTES:
+            _, oldest = self._claims.popitem(last=False)
+            self._functions_bytes -= len(oldest.functions)
 
 
 def contradict(first: str, second: str) -> bool:
@@ -86,12 +95,19 @@ def contradict(first: str, second: str) -> bool:
     Raises:
         ValueError: one is not such a sample.
     """
+    samples = [_parse(sample) for sample in (first, second)]
+    if not all(map(len, samples)):
+        return False  # as for nearly every file
     names: dict[int, tuple[set[int], set[int]]] = {}
-    for nth, sample in enumerate((first, second)):
-        try:
-            content = base64.b64decode(sample, validate=True)
-        except binascii.Error as error:
-            raise ValueError("cannot compare functions: the sample is damaged") from error
-        for address, name in np.frombuffer(content, "<u4").reshape(-1, 2).tolist():
+    for nth, sample in enumerate(samples):
+        for address, name in sample.tolist():
             names.setdefault(address, (set(), set()))[nth].add(name)
     return any(ours and theirs and not ours & theirs for ours, theirs in names.values())
+
+
+def _parse(sample: str) -> npt.NDArray[np.uint32]:
+    try:
+        content = base64.b64decode(sample, validate=True)
+    except binascii.Error as error:
+        raise ValueError("cannot compare functions: the sample is damaged") from error
+    return np.frombuffer(content, "<u4").reshape(-1, 2)
