@@ -152,7 +152,7 @@ class AddressSpaces:
         The kernel writes no record of mremap, and on a busy host it was seen to write none of an
         exec.
         """
-        if not self._doubts.is_due(pid, time.monotonic_ns()):
+        if not self._doubts.is_due(pid, start_ns, time.monotonic_ns()):
             return
         process = self._current.get(pid)
         if process is None or process.exit_ns or process.is_degraded:

@@ -18,15 +18,16 @@ class Doubts:
     """
 
     def __init__(self) -> None:
-        self._pauses: dict[int, tuple[int, int]] = {}
+        self._pauses: dict[tuple[int, int], tuple[int, int]] = {}
 
-    def is_due(self, pid: int, now_ns: int) -> bool:
-        """Return whether to look at it now; if so, the next time is later."""
-        next_ns, pause_ns = self._pauses.pop(pid, (0, _FIRST_PAUSE_NS))
+    def is_due(self, pid: int, start_ns: int, now_ns: int) -> bool:
+        """Return whether to look at a process now; if so, the next time is later."""
+        process = pid, start_ns
+        next_ns, pause_ns = self._pauses.pop(process, (0, _FIRST_PAUSE_NS))
         is_due = now_ns >= next_ns
         if is_due:
             next_ns, pause_ns = now_ns + pause_ns, min(2 * pause_ns, _LONGEST_PAUSE_NS)
-        self._pauses[pid] = next_ns, pause_ns
+        self._pauses[process] = next_ns, pause_ns
         if len(self._pauses) > _MAX_PROCESSES:
             del self._pauses[next(iter(self._pauses))]
         return is_due
