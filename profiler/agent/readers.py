@@ -46,6 +46,8 @@ _MAX_LEFT_BEHIND = 16
 """Children that cannot be killed. Beyond it nothing is read until one of them is gone."""
 _START_PAUSE_S = 1.0
 _WARN_EVERY_S = 10.0
+_REAP_S = 0.05
+"""How long a child that has closed its socket is waited for, as its status says why."""
 _CLOSE_S = 0.3
 """Killed children are waited for so long, all together."""
 
@@ -216,7 +218,7 @@ class Readers:
 
     def _fail(self, child: ReaderChild, failure: Failure | None) -> None:
         """Give up a child and the item that it was reading; the others are asked again."""
-        self._kill(child)
+        self._kill(child, _REAP_S if failure is None else 0.0)
         self._count(child)
         if failure is None:
             failure = Failure.TIME if child.process.returncode == -signal.SIGPROF else None
@@ -312,13 +314,13 @@ class Readers:
         self._forget(child)
         self._left.append(_Left(child.process, ""))
 
-    def _kill(self, child: ReaderChild) -> None:
+    def _kill(self, child: ReaderChild, wait_s: float = 0.0) -> None:
         self._forget(child)
         child.look()
         child.process.kill()
         try:
-            child.process.wait(0.05)
-        except subprocess.TimeoutExpired:  # it waits for a file system that does not answer
+            child.process.wait(wait_s)
+        except subprocess.TimeoutExpired:  # it may wait for a file system that does not answer
             self._left.append(_Left(child.process, child.group))
 
     def _forget(self, child: ReaderChild) -> None:

@@ -1,5 +1,6 @@
 """A file system that does not answer: its files stay unknown, and sampling goes on."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from bpf.sampler import SamplerConfig
+from profiler.agent.reader_child import Answer, Failure
+from profiler.agent.readers import Readers
 from profiler.agent.recorder import Recorder
 from profiler.processes.programs import Program
 from profiler.processes.versions import Versions
@@ -74,6 +77,32 @@ def test_sampling_goes_on_beside_a_file_system_that_does_not_answer(tmp_path):
     assert accounting.misses.get(str(Miss.NO_ANSWER), 0) >= 1
     assert accounting.stops["root"] > 50
     assert output.read_text()
+
+
+@pytest.mark.alone
+def test_no_time_is_spent_on_readers_that_hang(tmp_path):
+    """Several that were found to hang at once had held the sampler up for 50 ms each."""
+    answers: list[Answer] = []
+    with (
+        hanging(tmp_path / "mount", Path("/bin/sleep")) as hung,
+        contextlib.closing(Readers(tmp_path, kinds="tests.support.reader_kinds")) as readers,
+        hung.ending(),
+    ):
+        drop_caches(hung.file)
+        hung.flag.touch()
+        for number in range(3):
+            place = {"turn": 0, "group": f"{number}", "owner": f"{number}"}
+            readers.ask("open", {"path": str(hung.file)}, answers.append, **place)
+        wait_for(lambda: readers.poll() or readers.status()["children"] == 3)
+        longest_s, deadline_s = 0.0, time.monotonic() + 30
+        while len(answers) < 3 and time.monotonic() < deadline_s:
+            time.sleep(2.5)  # so that several are given up by one poll
+            begun_s = time.monotonic()
+            readers.poll()
+            longest_s = max(longest_s, time.monotonic() - begun_s)
+
+    assert [answer.failure for answer in answers] == [Failure.HUNG] * 3
+    assert longest_s < 0.1
 
 
 @pytest.mark.parametrize("reader", ["mapping", "version"])
