@@ -30,11 +30,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bpf.samples import RawSample
 from profiler.processes.generations import boottime_ns
-from profiler.processes.labels import Labeler
-from storage.profile import Labels
-from tests.support.labelers import labeler_reading_at_once
+from tests.support.labelers import labeler_reading_at_once, labels_of
 from tests.support.live import has_execed, sample_of, wait_for
 
 
@@ -91,12 +88,6 @@ def measure(pids: Sequence[int], programs: Sequence[Path]) -> None:
     first = labeler_reading_at_once(own_pid=0)
     report("first scan", [timed(first.scan)])
     print(f"{len(os.listdir('/proc')):>8} entries in /proc")  # noqa: PTH208
-
-
-def labels_of(labeler: Labeler, sample: RawSample) -> Labels:
-    """Return the labels of a sample, as when a window closes."""
-    [subject] = labeler.note([sample])
-    return labeler.labels_of(subject)
 
 
 def timed(call: Callable[[], object], times: int = 1) -> float:

@@ -75,7 +75,6 @@ class Instances:
         live: running processes by pid, as they were last read.
         kernel: the labels of kernel threads.
         containers: what container runtimes' files say.
-        relabellings: how often the labels of a running instance have changed.
         on_join: called with each process whose service is known now.
         asleep_ns: what CLOCK_BOOTTIME was ahead of CLOCK_MONOTONIC at the last scan.
     """
@@ -95,7 +94,6 @@ class Instances:
         self.reads = 0
         self.live: dict[int, Generation] = {}
         self.containers = Containers(root)
-        self.relabellings = 0
         self.uncounted = 0
         self.on_join: Callable[[Generation], None] = lambda _: None
         self.asleep_ns = _asleep_ns()
@@ -448,8 +446,6 @@ class Instances:
         instance.presence = self.presence(labels)
         for _ in instance.members:
             instance.open(now_ns)
-        if instance.members:
-            self.relabellings += 1
 
     def _next_turn(self) -> list[Generation]:
         if not self._turn:

@@ -28,7 +28,7 @@ from symbolizer.text import readable
 
 MAX_CACHED_LABELS = 4_096
 """Label sets by thread name and process. The oldest go; a process that still runs is not read
-again for them. They take some 600 bytes each."""
+again for them. They take some 1,000 bytes each."""
 
 
 _SOURCE, _KERNEL = "", "kernel"
@@ -114,18 +114,6 @@ class Labeler:
             subject.process is not None and subject.process.is_waiting for subject in subjects
         )
 
-    def labels_of(self, subject: "Subject") -> Labels:
-        """Return what is known by now of a thread, its process and its service instance."""
-        instance = self.instance_of(subject)
-        if instance is not subject.instance:
-            subject.instance = instance
-            subject.labels = with_instance(subject.key, {subject.source: instance})
-        return subject.labels
-
-    def labels(self, sample: RawSample) -> Labels:
-        """Note a sample and return its labels."""
-        return self.labels_of(self.note([sample])[0])
-
     def instance_of(self, subject: "Subject") -> Labels:
         """Return what is known by now of a process's service instance."""
         if subject.is_kernel:
@@ -142,13 +130,6 @@ class Labeler:
             if presence is not None:
                 presence.add(process.begin_ns, process.left_ns or boottime_ns())
         return labels
-
-    def instance(self, pid: int, start_ns: int) -> Labels:
-        """Return the labels of the service instance alone; nothing if the process is not known."""
-        process = self._instances.find(pid, start_ns)
-        if process is None:
-            return ()
-        return self._instances.kernel if process.is_kernel else process.labels
 
     def scan(self) -> None:
         """Take in processes that have come and gone. To be called every few seconds."""
@@ -245,25 +226,26 @@ class Subject:
         key: its labels, with `source` in place of those of its service instance.
         process: None if it was gone before it could be read.
         kin: what is known of it else.
-        nameless: labels if nothing is known.
     """
 
-    __slots__ = ("begin_ns", "instance", "key", "kin", "labels", "nameless", "process", "source")
+    __slots__ = ("begin_ns", "key", "kin", "process", "source")
 
     def __init__(self, source: str, sample: RawSample, process: Generation | None = None) -> None:
         self.source = source
         self.process = process
         self.kin = Kin(None, False, (b"", ""), sample.leader_comm, sample.cgroup_id)
         self.begin_ns = sample.start_ns
-        self.nameless = make_labels({"service": readable(sample.leader_comm)})
         self.key: Labels = (
             (_SOURCE, source),
             ("comm", readable(sample.leader_comm)),
             ("pid", str(sample.pid)),
             ("thread", readable(sample.comm)),
         )
-        self.instance: Labels | None = None
-        self.labels: Labels = ()
+
+    @property
+    def nameless(self) -> Labels:
+        """The labels of its service instance if nothing is known."""
+        return make_labels({"service": dict(self.key)["comm"]})
 
     @property
     def is_kernel(self) -> bool:

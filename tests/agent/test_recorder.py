@@ -15,6 +15,7 @@ from profiler.agent.agent import BpfCost
 from profiler.agent.reader_child import Failure
 from profiler.agent.recorder import Recorder
 from profiler.agent.window import Clocks
+from tests.support.labelers import labels_of_instance
 from tests.support.live import has_execed, start_ns_of, wait_for
 from tests.support.targets import running
 
@@ -159,10 +160,10 @@ def test_processes_of_a_user_are_read_from_the_budget_of_that_user(
             def is_known() -> bool:
                 recorder.labeler.scan()
                 recorder.readers.poll()
-                return bool(recorder.labeler.instance(process.pid, start_ns))
+                return bool(labels_of_instance(recorder.labeler, process.pid, start_ns))
 
             wait_for(is_known)
-            return dict(recorder.labeler.instance(process.pid, start_ns))["service"]
+            return dict(labels_of_instance(recorder.labeler, process.pid, start_ns))["service"]
 
         services = []
         for command in (user, user, ("sleep", "600")):

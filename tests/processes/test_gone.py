@@ -23,7 +23,7 @@ from profiler.processes.labels import with_instance
 from profiler.processes.lifetimes import Lifetimes
 from profiler.processes.rules import make_rule
 from tests.support.cgroup_trees import cgroup_tree, outside_of_units
-from tests.support.labelers import labeler_reading_at_once
+from tests.support.labelers import labeler_reading_at_once, labels_of_instance, labels_of_subject
 from tests.support.live import sample_of, started, wait_for
 from tests.support.targets import compile_target, running
 
@@ -54,7 +54,7 @@ class Watched:
     def note(self, *samples: RawSample) -> list[dict[str, str]]:
         self.spaces.poll()
         subjects = self.labeler.note(samples)
-        return [dict(self.labeler.labels_of(subject)) for subject in subjects]
+        return [dict(labels_of_subject(self.labeler, subject)) for subject in subjects]
 
     def present(self) -> dict[str, int]:
         """Return how long each service ran since the last call."""
@@ -310,7 +310,7 @@ def test_labels_are_known_when_the_answer_comes(tmp_path: Path) -> None:
             if pid != process.pid:  # its ancestors
                 watched.labeler.learn(pid, start_ticks, None)
         watched.labeler.learn(*ask.read(process.pid))
-        labels = watched.labeler.labels_of(subject)
+        labels = labels_of_subject(watched.labeler, subject)
         instances = {subject.source: watched.labeler.instance_of(subject)}
 
         assert not is_complete
@@ -343,7 +343,7 @@ def test_process_that_cannot_be_read_is_its_executable(copy_of) -> None:
         for pid, start_ticks in ask.asked:
             watched.labeler.learn(pid, start_ticks, None)
 
-        assert dict(watched.labeler.labels_of(subject))["service"] == "hung-one"
+        assert dict(labels_of_subject(watched.labeler, subject))["service"] == "hung-one"
         assert watched.labeler.is_complete([subject])
 
 
@@ -364,7 +364,7 @@ def test_answer_about_the_program_before_an_exec_is_not_believed(copy_of) -> Non
         ask.asked.clear()
         watched.note(sample_of(process.pid, exec_id=2))
         watched.labeler.learn(*early)
-        between = watched.labeler.instance(process.pid, sample_of(process.pid).start_ns)
+        between = labels_of_instance(watched.labeler, process.pid, sample_of(process.pid).start_ns)
         watched.labeler.learn(*ask.read(process.pid))
         labels = watched.note(sample_of(process.pid, exec_id=2))[0]
 

@@ -20,7 +20,7 @@ from profiler.processes.labels import MAX_CACHED_LABELS, Labeler
 from profiler.processes.rules import make_rule
 from tests.processes.test_containers import ID, UID, write_docker, write_kubernetes, write_podman
 from tests.support.cgroup_trees import CgroupTree, cgroup_tree, outside_of_units
-from tests.support.labelers import labeler_reading_at_once
+from tests.support.labelers import labeler_reading_at_once, labels_of, labels_of_instance
 from tests.support.live import (
     TICK_NS,
     has_execed,
@@ -83,11 +83,11 @@ def nowhere() -> Iterator[None]:
 
 
 def service_of(labeler: Labeler, pid: int, **changes: object) -> str:
-    return dict(labeler.labels(sample_of(pid, **changes)))["service"]
+    return dict(labels_of(labeler, sample_of(pid, **changes)))["service"]
 
 
 def instance_of(labeler: Labeler, pid: int) -> dict[str, str]:
-    return dict(labeler.instance(pid, start_ns_of(pid)))
+    return dict(labels_of_instance(labeler, pid, start_ns_of(pid)))
 
 
 def gone(*command: str | Path) -> int:
@@ -100,7 +100,9 @@ def gone(*command: str | Path) -> int:
 def test_thread_and_process_are_labelled(labeler: Labeler, copy_sleep) -> None:
     """comm is the leader's name, thread the thread's, pid the process."""
     with started(copy_sleep("quiet"), "60") as process:
-        labels = dict(labeler.labels(sample_of(process.pid, leader_comm=b"quiet", comm=b"worker")))
+        labels = dict(
+            labels_of(labeler, sample_of(process.pid, leader_comm=b"quiet", comm=b"worker"))
+        )
 
     assert labels.pop("version")
     assert labels == {
@@ -116,10 +118,10 @@ def test_labels_are_sorted_and_the_same_object_every_time(labeler: Labeler, copy
     with started(copy_sleep("quiet"), "60") as process:
         sample = sample_of(process.pid)
 
-        labels = labeler.labels(sample)
+        labels = labels_of(labeler, sample)
 
         assert labels == tuple(sorted(labels))
-        assert labeler.labels(sample._replace(samples=3)) is labels
+        assert labels_of(labeler, sample._replace(samples=3)) == labels
 
 
 def test_unit_names_the_service(labeler: Labeler, tree: CgroupTree) -> None:
@@ -127,7 +129,7 @@ def test_unit_names_the_service(labeler: Labeler, tree: CgroupTree) -> None:
     with started("sleep", "60") as process:
         tree.move(process.pid, "system.slice/api.service/workers")
 
-        labels = dict(labeler.labels(sample_of(process.pid)))
+        labels = dict(labels_of(labeler, sample_of(process.pid)))
 
     assert (labels["service"], labels["unit"]) == ("api", "api.service")
 
@@ -245,14 +247,14 @@ def test_rule_comes_before_all(copy_sleep, tmp_path: Path) -> None:
             tree.move(three.pid, "system.slice/api-1.service")
             assert service_of(labeler, two.pid) == "by-command"
             assert service_of(labeler, three.pid) == "by-unit"
-            assert dict(labeler.labels(sample_of(three.pid)))["unit"] == "api-1.service"
+            assert dict(labels_of(labeler, sample_of(three.pid)))["unit"] == "api-1.service"
 
 
 def test_kernel_threads_are_one_service(labeler: Labeler) -> None:
-    """With the kernel's release as the version, sampled or asked for."""
+    """With the kernel's release as the version."""
     kthreadd = sample_of(2, stop="kernel_thread")
 
-    labels = dict(labeler.labels(kthreadd))
+    labels = dict(labels_of(labeler, kthreadd))
 
     assert labels == {
         "service": "[kernel]",
@@ -261,7 +263,6 @@ def test_kernel_threads_are_one_service(labeler: Labeler) -> None:
         "thread": "kthreadd",
         "pid": "2",
     }
-    assert instance_of(labeler, 2)["service"] == "[kernel]"
 
 
 def test_profiler_and_its_children_are_one_service(copy_sleep) -> None:
@@ -304,11 +305,11 @@ def test_older_process_that_is_seen_later_settles_the_version(labeler: Labeler) 
         with started("sleep", "60", env=CLEAN | {"GIT_SHA": "young"}) as worker:
             for process in (master, worker):
                 tree.move(process.pid, "system.slice/api.service")
-            assert dict(labeler.labels(sample_of(worker.pid)))["version"] == "young"
+            assert dict(labels_of(labeler, sample_of(worker.pid)))["version"] == "young"
 
             labeler.scan()
 
-            assert dict(labeler.labels(sample_of(worker.pid)))["version"] == "old"
+            assert dict(labels_of(labeler, sample_of(worker.pid)))["version"] == "old"
 
 
 def test_version_follows_a_restart(labeler: Labeler) -> None:
@@ -318,7 +319,7 @@ def test_version_follows_a_restart(labeler: Labeler) -> None:
         for sha in ("one", "two"):
             with started("sleep", "60", env=CLEAN | {"GIT_SHA": sha}) as process:
                 tree.move(process.pid, "system.slice/api.service")
-                versions.append(dict(labeler.labels(sample_of(process.pid)))["version"])
+                versions.append(dict(labels_of(labeler, sample_of(process.pid)))["version"])
 
     assert versions == ["one", "two"]
 
@@ -350,8 +351,8 @@ def test_children_inherit_version_outside_of_units(labeler: Labeler, tmp_path: P
         labeler.scan()
 
         assert instance_of(labeler, child) == {"service": "forker", "version": "abc"}
-        assert labeler.instance(child, start_ns_of(child)) is labeler.instance(
-            process.pid, start_ns_of(process.pid)
+        assert labels_of_instance(labeler, child, start_ns_of(child)) is labels_of_instance(
+            labeler, process.pid, start_ns_of(process.pid)
         )
         os.kill(child, signal.SIGKILL)
 
@@ -361,7 +362,7 @@ def test_exec_changes_the_service(labeler: Labeler, copy_sleep) -> None:
     command = ("sh", "-c", f"read x; exec {copy_sleep('quiet')} 60")
     with started(*command, stdin=subprocess.PIPE) as process:
         before = sample_of(process.pid, exec_id=7)
-        assert dict(labeler.labels(before))["service"] in ("sh", "dash", "bash")
+        assert dict(labels_of(labeler, before))["service"] in ("sh", "dash", "bash")
 
         process.stdin.write(b"\n")
         process.stdin.flush()
@@ -369,7 +370,7 @@ def test_exec_changes_the_service(labeler: Labeler, copy_sleep) -> None:
         wait_for(lambda: has_execed(process.pid))
 
         assert service_of(labeler, process.pid, exec_id=8) == "quiet"
-        assert dict(labeler.labels(before))["service"] != "quiet"
+        assert dict(labels_of(labeler, before))["service"] != "quiet"
 
 
 def test_exec_without_samples_is_seen_by_the_scan(labeler: Labeler, copy_sleep) -> None:
@@ -395,7 +396,7 @@ def test_sample_from_before_an_exec_does_not_name_the_new_program(
         early = sample_of(process.pid, comm=b"forked", first_ns=1, last_ns=2)
 
         assert service_of(labeler, process.pid, comm=b"forked", first_ns=1) != "quiet"
-        assert dict(labeler.labels(early))["comm"] == "forked"
+        assert dict(labels_of(labeler, early))["comm"] == "forked"
         assert service_of(labeler, process.pid, exec_id=2) == "quiet"
 
 
@@ -412,7 +413,7 @@ def test_process_that_renames_itself_keeps_its_service(labeler: Labeler, tmp_pat
         process.stdin.flush()
         wait_for(lambda: Path(f"/proc/{process.pid}/comm").read_text() == "busy\n")
 
-        labels = dict(labeler.labels(sample_of(process.pid)))
+        labels = dict(labels_of(labeler, sample_of(process.pid)))
 
     assert (labels["service"], labels["comm"]) == ("renamer", "busy")
 
@@ -422,7 +423,7 @@ def test_reused_pid_is_another_process(labeler: Labeler, copy_sleep) -> None:
     """A pid that is used again takes no label with it, in either direction."""
     with started(copy_sleep("first"), "60") as process:
         first = sample_of(process.pid)
-        assert dict(labeler.labels(first))["service"] == "first"
+        assert dict(labels_of(labeler, first))["service"] == "first"
         labeler.scan()
     pid = process.pid
     time.sleep(2 * TICK_NS / SECOND_NS)  # in /proc, starts within one tick look the same
@@ -436,8 +437,10 @@ def test_reused_pid_is_another_process(labeler: Labeler, copy_sleep) -> None:
             pytest.skip("another process took the pid every time")
 
         assert service_of(labeler, pid) == "second"
-        assert dict(labeler.labels(first._replace(comm=b"late")))["service"] == "first"
-        assert labeler.instance(pid, first.start_ns) != labeler.instance(pid, start_ns_of(pid))
+        assert dict(labels_of(labeler, first._replace(comm=b"late")))["service"] == "first"
+        assert labels_of_instance(labeler, pid, first.start_ns) != labels_of_instance(
+            labeler, pid, start_ns_of(pid)
+        )
         labeler.scan()
         assert instance_of(labeler, pid)["service"] == "second"
 
@@ -452,7 +455,7 @@ def test_earlier_process_of_a_pid_is_not_taken_for_the_running_one(
             process.pid, start_ns=start_ns_of(process.pid) - SECOND_NS, comm=b"older"
         )
 
-        assert dict(labeler.labels(sample))["service"] == "older"
+        assert dict(labels_of(labeler, sample))["service"] == "older"
         assert service_of(labeler, process.pid) == "quiet"
 
 
@@ -466,7 +469,7 @@ def test_exited_process_is_of_its_cgroup(labeler: Labeler) -> None:
         labeler.scan()
         sample = sample_of(gone("true"), start_ns=boottime_ns(), cgroup_id=cgroup_id, comm=b"x")
 
-        labels = dict(labeler.labels(sample))
+        labels = dict(labels_of(labeler, sample))
 
     assert (labels["service"], labels["version"], labels["unit"]) == ("api", "abc", "api.service")
 
@@ -478,7 +481,7 @@ def test_exited_process_of_a_cgroup_without_others_is_of_its_unit(labeler: Label
             cgroup_id = tree.move(process.pid, "system.slice/job.service")
         sample = sample_of(process.pid, start_ns=boottime_ns(), cgroup_id=cgroup_id, comm=b"x")
 
-        assert dict(labeler.labels(sample))["service"] == "job"
+        assert dict(labels_of(labeler, sample))["service"] == "job"
 
 
 def test_exited_process_is_of_its_ancestors(tmp_path: Path, copy_sleep) -> None:
@@ -489,7 +492,7 @@ def test_exited_process_is_of_its_ancestors(tmp_path: Path, copy_sleep) -> None:
         labeler = labeler_reading_at_once(own_pid=0, parent_of=family.get)
         sample = sample_of(child, start_ns=boottime_ns(), comm=b"cc1")
 
-        labels = dict(labeler.labels(sample))
+        labels = dict(labels_of(labeler, sample))
 
     assert (labels["service"], labels["comm"]) == ("maker", "cc1")
 
@@ -498,7 +501,7 @@ def test_exited_process_without_relatives_is_its_name(labeler: Labeler) -> None:
     """comm is all that a sample has."""
     sample = sample_of(gone("true"), start_ns=boottime_ns(), comm=b"a\n\xff")
 
-    assert dict(labeler.labels(sample))["service"] == r"a\n\xff"
+    assert dict(labels_of(labeler, sample))["service"] == r"a\n\xff"
 
 
 def test_process_that_was_read_keeps_its_labels_after_its_end(labeler: Labeler, copy_sleep) -> None:
@@ -508,7 +511,7 @@ def test_process_that_was_read_keeps_its_labels_after_its_end(labeler: Labeler, 
         labeler.scan()
     labeler.scan()
 
-    assert dict(labeler.labels(sample))["service"] == "quiet"
+    assert dict(labels_of(labeler, sample))["service"] == "quiet"
 
 
 def test_ancestors_of_another_cgroup_lend_no_name(copy_sleep) -> None:
@@ -519,7 +522,7 @@ def test_ancestors_of_another_cgroup_lend_no_name(copy_sleep) -> None:
         labeler = labeler_reading_at_once(own_pid=0, parent_of={pid: shim.pid}.get)
         sample = sample_of(pid, start_ns=boottime_ns(), comm=b"x", cgroup_id=elsewhere + 1000)
 
-        assert dict(labeler.labels(sample))["service"] == "x"
+        assert dict(labels_of(labeler, sample))["service"] == "x"
 
 
 def reachable(root: object) -> Iterator[object]:
@@ -537,7 +540,7 @@ def test_nothing_else_of_an_environment_is_kept(labeler: Labeler) -> None:
     environment = CLEAN | {"PASSWORD": SECRET, "GIT_SHA": "abc", "OTEL_RESOURCE_ATTRIBUTES": SECRET}
     with started("sleep", "60", env=environment) as process:
         labeler.scan()
-        labeler.labels(sample_of(process.pid))
+        labels_of(labeler, sample_of(process.pid))
         labeler.present(0, boottime_ns())
 
         kept = [thing for thing in reachable(labeler) if isinstance(thing, str | bytes)]
@@ -571,7 +574,7 @@ def test_huge_arguments_are_read_in_part(labeler: Labeler) -> None:
     with started(PYTHON, *arguments, env=environment) as process:
         sample = sample_of(process.pid)
         begin = time.process_time()
-        labels = dict(labeler.labels(sample))
+        labels = dict(labels_of(labeler, sample))
         elapsed_s = time.process_time() - begin
 
     assert labels["service"].startswith("python")
@@ -582,7 +585,7 @@ def test_cache_of_labels_is_bounded(labeler: Labeler) -> None:
     """A thread that renames itself for ever takes no more memory."""
     sample = sample_of(2, stop="kernel_thread")
     for number in range(MAX_CACHED_LABELS * 2):
-        labeler.labels(sample._replace(comm=b"%d" % number))
+        labels_of(labeler, sample._replace(comm=b"%d" % number))
 
     assert len(labeler._subjects) <= MAX_CACHED_LABELS
 
@@ -602,7 +605,7 @@ def test_instances_beyond_the_limit_have_no_time_and_are_counted(
 
     with started(copy_sleep("one-too-many"), "30") as process:
         labeler.scan()
-        labels = labeler.labels(sample_of(process.pid))
+        labels = labels_of(labeler, sample_of(process.pid))
         present = labeler.present(0, boottime_ns())
 
     assert dict(labels)["service"] == "one-too-many"
@@ -629,8 +632,8 @@ def test_overlapping_processes_count_once(labeler: Labeler, copy_sleep) -> None:
         end_ns = boottime_ns()
         begin_ns = end_ns - 50
 
-        assert labeler.instance(one.pid, start_ns_of(one.pid)) == labeler.instance(
-            two.pid, start_ns_of(two.pid)
+        assert labels_of_instance(labeler, one.pid, start_ns_of(one.pid)) == labels_of_instance(
+            labeler, two.pid, start_ns_of(two.pid)
         )
         assert present(labeler, begin_ns, end_ns)["quiet"] == 50
 
@@ -662,7 +665,7 @@ def test_process_that_no_scan_saw_counts_to_its_last_sample(labeler: Labeler) ->
     start_ns = boottime_ns()
     sample = sample_of(gone("true"), start_ns=start_ns, comm=b"brief", last_ns=0)
     for last_ms in (2, 5, 3):
-        labeler.labels(sample._replace(last_ns=start_ns - asleep_ns + last_ms * 1_000_000))
+        labels_of(labeler, sample._replace(last_ns=start_ns - asleep_ns + last_ms * 1_000_000))
 
     quiet_ns = present(labeler, start_ns - SECOND_NS, start_ns + SECOND_NS)["brief"]
 
@@ -716,7 +719,7 @@ def test_real_samples_are_labelled(labeler: Labeler, tmp_path: Path) -> None:
             sampler.stop()
             samples = sampler.drain().samples
 
-        labels: set[Labels] = {labeler.labels(sample) for sample in samples}
+        labels: set[Labels] = {labels_of(labeler, sample) for sample in samples}
 
     assert samples[0].cgroup_id == cgroup_id
     assert len(labels) == 1
