@@ -171,7 +171,10 @@ class GoneProcesses:
         path, build_id = readable(kin.program[0]), kin.program[1]
         if not build_id:  # its file was not in the page cache
             build_id = self._builds.get(path, "")
-        elif len(self._builds) < _MAX_KNOWN or path in self._builds:
+        else:
+            self._builds.pop(path, None)
+            if len(self._builds) >= _MAX_KNOWN:
+                drop_oldest(self._builds, _MAX_KNOWN // 2)
             self._builds[path] = build_id
         script = _script(path, readable(kin.comm))
         for relative in (*_relatives(kin.anchor), _ANYONE):

@@ -19,6 +19,7 @@ from profiler.processes.address_spaces import AddressSpaces
 from profiler.processes.facts import Facts, request
 from profiler.processes.facts_reader import FactsReader
 from profiler.processes.generations import boottime_ns, read_stat
+from profiler.processes.gone import Kin
 from profiler.processes.labels import with_instance
 from profiler.processes.lifetimes import Lifetimes
 from profiler.processes.rules import make_rule
@@ -277,6 +278,21 @@ def test_gone_process_follows_a_rule_for_its_executable(copy_of) -> None:
         sample, _ = gone(watched, program)
 
         assert watched.note(sample)[0]["service"] == "chosen"
+
+
+def test_the_build_of_a_program_is_known_however_many_others_there_were() -> None:
+    """The kernel does not say it of a file that is not in the page cache."""
+    labeler = labeler_reading_at_once()
+
+    def labels_of_build(number: int, build_id: str) -> dict[str, str]:
+        kin = Kin(None, False, (b"/srv/%d" % number, build_id), b"program", 0)
+        return dict(labeler._gone.labels(kin))
+
+    for number in range(5_000):
+        labels_of_build(number, f"{number:040x}")
+
+    assert labels_of_build(4_999, "")["version"] == f"{4_999:040x}"
+    labeler.close()
 
 
 class Asked:
