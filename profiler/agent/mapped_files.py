@@ -399,7 +399,8 @@ class MappedFiles:
         if answer.failure is None:
             try:
                 self._take_result(file, answer.result)
-            except (KeyError, TypeError, ValueError):  # a reader that its file has taken over
+            except (ArithmeticError, KeyError, TypeError, ValueError):
+                # A reader that its file has taken over.
                 self._fail(file, Miss.DAMAGED)
             return
         if answer.failure in _COSTLY:

@@ -313,6 +313,21 @@ def test_a_program_that_was_built_again_is_another_one(files, wait, tmp_path):
     assert {file.build_id[:5] for file in found} == {"hash-"}
 
 
+def test_a_damaged_answer_costs_its_file_only(address_spaces, tmp_path):
+    """A reader may be taken over by what it reads, and JSON has numbers without end."""
+    (tmp_path / "garble-files").touch()
+    program = spinning(tmp_path, "program")
+    with (
+        contextlib.closing(Readers(tmp_path, kinds="tests.support.slow_kinds")) as readers,
+        running(program) as process,
+    ):
+        files = MappedFiles(readers, address_spaces)
+        file = files.file(*mapped(process.pid, program), process.pid)
+        readers.wait(time.monotonic() + 30, lambda: file.state != State.PENDING)
+
+    assert (file.state, file.miss) == (State.FAILED, Miss.DAMAGED)
+
+
 def test_what_nobody_has_mapped_any_more_is_not_asked_for_again(
     files, readers, wait, tmp_path, monkeypatch
 ):
