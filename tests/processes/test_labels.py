@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -263,6 +264,20 @@ def test_kernel_threads_are_one_service(labeler: Labeler) -> None:
         "thread": "kthreadd",
         "pid": "2",
     }
+
+
+def test_paths_of_cgroups_take_a_few_megabytes(labeler: Labeler) -> None:
+    """Who may make cgroups can make any number of them, with paths of 4 KB."""
+    tracemalloc.start()
+    try:
+        for number in range(4_096):
+            part = b"%06d.scope-%0200d" % (number, number)
+            labeler._instances._place(b"0::/" + b"/".join([part] * 18) + b"\n")
+        kept_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert kept_bytes < 10 << 20
 
 
 def test_profiler_and_its_children_are_one_service(copy_sleep) -> None:
