@@ -132,16 +132,17 @@ class AddressSpaces:
         return table
 
     def _mappings(self, pid: int, at_ns: int, start_ns: int | None) -> MappingTable:
-        process = self._current.get(pid)
-        if process is None:
-            process = self._add(MappingLog(pid, self._trusted_ns))
+        # Added only to be read: no record will ever end one that had exited by then.
+        process = self._current.get(pid) or MappingLog(pid, self._trusted_ns)
         if at_ns >= process.begin_ns:
-            return self._table(process, at_ns, start_ns)
+            return self._table(self._add(process), at_ns, start_ns)
         newer = process
         for older in reversed(self._past.get(pid, ())):
             if older.begin_ns <= at_ns <= older.end_ns:
                 return self._table(older, at_ns, start_ns)
             if older.begin_ns <= at_ns:
+                if newer is process:
+                    self._add(process)
                 return self._table_in_gap(older, newer, start_ns)
             newer = older
         return EXITED
@@ -236,7 +237,6 @@ class AddressSpaces:
             self._cut(start_ns, max(gap.end_ns for gap in gaps))
             records = records[before:]
         self._append(records)
-
         for pid in self._rings.take_doubtful():
             if pid in self._current:
                 self._begin_anew(self._current[pid])

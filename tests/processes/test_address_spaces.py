@@ -523,6 +523,17 @@ def test_ended_processes_are_kept_for_a_while(spaces: AddressSpaces) -> None:
     assert TRUE in paths(spaces.mappings(pid, at_ns))
 
 
+def test_process_that_had_exited_before_the_records_is_not_kept(spaces: AddressSpaces) -> None:
+    """As one that exits within a gap: nothing would ever tell of its end."""
+    pid, _ = run("/bin/true")
+    later(spaces)
+
+    table = spaces.mappings(pid, spaces._trusted_ns - 1)
+
+    assert table.missing == "[exited]"
+    assert pid not in spaces._current
+
+
 def overflow(spaces: AddressSpaces) -> int:
     """Run programs until records are lost, and return a time in the gap."""
     spaces.poll()
