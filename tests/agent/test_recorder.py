@@ -1,6 +1,7 @@
 """What a recorder loses when the machine refuses it something, and how that is counted."""
 
 import contextlib
+import os
 import resource
 import subprocess
 import sys
@@ -148,13 +149,14 @@ def test_processes_of_a_user_are_read_from_the_budget_of_that_user(
 ) -> None:
     """What they say about themselves can be made to take long, and there can be many of them."""
     monkeypatch.setattr(reader_budget, "_PART_S", 0.0)
-    user = ("setpriv", "--reuid=65534", "--clear-groups", "sleep", "600")
+    user = ("setpriv", "--reuid=61234", "--clear-groups", "sleep", "600")
     commands: set[int] = set()
     with Recorder(SamplerConfig(), tmp_path, commands=commands) as recorder:
 
-        def service_of(process: subprocess.Popen[bytes]) -> str:
+        def version_of(process: subprocess.Popen[bytes]) -> str:
             commands.add(process.pid)
-            wait_for(lambda: has_execed(process.pid))
+            comm = Path(f"/proc/{process.pid}/comm")
+            wait_for(lambda: comm.read_text() == "sleep\n" and has_execed(process.pid))
             start_ns = start_ns_of(process.pid)
 
             def is_known() -> bool:
@@ -163,12 +165,13 @@ def test_processes_of_a_user_are_read_from_the_budget_of_that_user(
                 return bool(labels_of_instance(recorder.labeler, process.pid, start_ns))
 
             wait_for(is_known)
-            return dict(labels_of_instance(recorder.labeler, process.pid, start_ns))["service"]
+            labels = dict(labels_of_instance(recorder.labeler, process.pid, start_ns))
+            return labels.get("version", "")
 
-        services = []
+        versions = []
         for command in (user, user, ("sleep", "600")):
-            with running(*command) as process:
-                services.append(service_of(process))
+            with running(*command, env={**os.environ, "SERVICE_VERSION": "1.5"}) as process:
+                versions.append(version_of(process))
 
-        assert services == ["sleep", "sleep", "sleep"]
-        assert recorder.readers.failures == {Failure.BUDGET: 1}
+        assert versions == ["1.5", "", "1.5"]
+        assert recorder.readers.failures[Failure.BUDGET] >= 1
