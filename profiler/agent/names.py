@@ -222,6 +222,7 @@ class Names:
         finally:
             self._numbers, self._numbered = {}, []
             self._window += 1
+            self._forget_unopened()
             self._forget_unused()
 
     def slowest(self) -> list[dict[str, str | float]]:
@@ -300,7 +301,8 @@ class Names:
         else:
             try:
                 failure = self._take_in(code, answer.result)
-            except (KeyError, TypeError, ValueError):  # whatever has become of the reader
+            except (ArithmeticError, KeyError, TypeError, ValueError):
+                # A reader that its file has taken over.
                 failure = Miss.DAMAGED
         code.failure = failure
         code.is_new = failure in _PASSING
@@ -433,6 +435,14 @@ class Names:
         if not build_id.startswith(_PROVISIONAL):
             return None
         return self._numbered[int(build_id.removeprefix(_PROVISIONAL))]
+
+    def _forget_unopened(self) -> None:
+        """Forget what was sampled in files that could not be read: it is not in later windows."""
+        unopened = [file for file in self._new if file.state is _PENDING]
+        for file in unopened:
+            self._new[file] = set()
+        for file in unopened[:-_MAX_FILES]:
+            del self._new[file]
 
     def _forget_unused(self) -> None:
         """Keep what the last window used, and before that as much as there is room for."""

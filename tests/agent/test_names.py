@@ -392,10 +392,11 @@ def test_a_window_does_not_wait_long_for_names(tmp_path, rings, program):
     assert identified in ([], places)  # this host may be too slow even for that
 
 
-def test_a_damaged_answer_costs_the_names_of_its_file_only(tmp_path, rings, program):
+@pytest.mark.parametrize("garbled", ['{"places": [["x"]]}', '{"named": Infinity}'])
+def test_a_damaged_answer_costs_the_names_of_its_file_only(tmp_path, rings, program, garbled):
     """A reader may be taken over by what it reads."""
     with running_agent(tmp_path / "cache", rings, SLOW) as agent, started(program) as process:
-        (agent.cache / "garble").touch()
+        (agent.cache / "garble").write_text(garbled)
         window = agent.name(process)
 
     assert window.functions(process) == [None] * 3
