@@ -95,7 +95,7 @@ def measure(tree: Path, seconds: int, output: Path, cache: Path) -> Cost:
     """Record this machine for `seconds` with the checkout `tree`, and watch it from outside."""
     command = [tree / ".venv/bin/everflame", "record", "-a", "--for", f"{seconds}s", "-o", output]
     environment = {**os.environ, "EVERFLAME_CACHE": str(cache)}
-    with subprocess.Popen(command, env=environment) as process:
+    with subprocess.Popen(command, env=environment, cwd=tree) as process:
         program = find_program(process.pid)
         time.sleep(START_UP_S)
         first = read(all_pids(process.pid), program)
