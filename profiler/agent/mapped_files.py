@@ -13,17 +13,17 @@ import logging
 import os
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, ref
 
 from profiler.agent.build_ids import BuildIds
+from profiler.agent.reader_budget import Owners, Place, place_of
 from profiler.agent.reader_child import Answer, Failure
 from profiler.agent.readers import Readers
 from profiler.processes.address_spaces import AddressSpaces
-from profiler.processes.generations import living_thread
 from symbolizer import maps
 from symbolizer.location import ElfAddress, FileOffset, Miss, Segment
 from symbolizer.maps import MappingTable, is_anonymous
@@ -58,9 +58,6 @@ _MISSES = {
 }
 _COSTLY = {Failure.MEMORY, Failure.TIME, Failure.CRASHED}
 
-_Place = tuple[str, str]
-"""A mount namespace, and a root in it."""
-
 
 class State(Enum):
     """What is known of a file."""
@@ -73,7 +70,7 @@ class State(Enum):
 class FileKey(NamedTuple):
     """A file as the kernel describes it, without a look at the file itself."""
 
-    place: _Place
+    place: Place
     build_id: str
     device: tuple[int, int]
     inode: int
@@ -142,7 +139,7 @@ class _Table:
 
     def __init__(self, mappings: MappingTable) -> None:
         self.mappings = ref(mappings)
-        self.place: _Place = ("", "")
+        self.place: Place = ("", "")
         self.is_certain = False
         self.pids: deque[int] = deque(maxlen=_MAX_PIDS)
         self.files: dict[int, MappedFile | None] = {}
@@ -161,8 +158,8 @@ class MappedFiles:
         self._unfinished: dict[MappedFile, float] = {}  # those to ask again, and not before when
         self._build_ids = BuildIds()
         self._changed: dict[MappedFile, None] = {}
-        self._hung: dict[tuple[_Place, bytes], float] = {}
-        self._own_place = _place_of(os.getpid()) or ("", "")
+        self._hung: dict[tuple[Place, bytes], float] = {}
+        self.owners = Owners()
         self._beyond = MappedFile(FileKey(("", ""), "", (0, 0), 0, b""))
         self._beyond.state, self._beyond.miss = State.FAILED, Miss.TOO_COSTLY
         self.unnumbered = 0
@@ -262,20 +259,7 @@ class MappedFiles:
 
         It has been identified. A user may have mapped it first, but cannot have made it.
         """
-        return self._owner(file.owner, file.key.place)
-
-    def owner_of_process(self, pid: int) -> str:
-        """Return whose process it is, for `Readers.ask`; empty as for files."""
-        user, place = _user_of(pid), _place_of(pid)
-        return "" if user is None or place is None else self._owner(user, place)
-
-    def _asker(self, pids: Sequence[int], file: MappedFile) -> str:
-        """Return who has mapped a file of which nothing is known yet."""
-        users = [user for pid in pids if (user := _user_of(pid)) is not None]
-        return self._owner(0 if 0 in users else users[0], file.key.place) if users else ""
-
-    def _owner(self, user: int, place: _Place) -> str:
-        return "" if user == 0 and place == self._own_place else f"user {user} {place[0]}"
+        return self.owners.of_user(file.owner, file.key.place)
 
     def changed(self) -> list[MappedFile]:
         """Return the files of which more, or something else, is known since the last call."""
@@ -298,11 +282,11 @@ class MappedFiles:
         """Find out in which namespace and root a process's paths are, or those of its parent."""
         candidates = (pid, *self._parents(pid))
         for nth, candidate in enumerate(candidates):
-            place = _place_of(candidate)
+            place = place_of(candidate)
             if place is not None:
                 table.place, table.is_certain = place, nth == 0
                 return
-        table.place = table.place if table.place != ("", "") else self._own_place
+        table.place = table.place if table.place != ("", "") else self.owners.own_place
 
     def _parents(self, pid: int) -> Iterator[int]:
         for _ in range(2):
@@ -391,7 +375,7 @@ class MappedFiles:
             *("file", request, partial(self._take, file)),
             turn=turn,
             group=self.group(file),
-            owner=self._asker(request["pids"], file),
+            owner=self.owners.of_any(request["pids"], file.key.place),
         )
 
     def _take(self, file: MappedFile, answer: Answer) -> None:
@@ -478,23 +462,6 @@ class MappedFiles:
 def _is_mapped(file: MappedFile) -> bool:
     """Return whether a table that has the file is still in use."""
     return any(reference() is not None for reference, _ in file.tables)
-
-
-def _place_of(pid: int) -> _Place | None:
-    """Return the mount namespace and the root of a process: two links, which never wait."""
-    for _ in range(2):
-        try:
-            return os.readlink(f"/proc/{pid}/ns/mnt"), os.readlink(f"/proc/{pid}/root")  # noqa: PTH115
-        except OSError:
-            pid = living_thread(pid)  # the first one may have exited, and has no links then
-    return None
-
-
-def _user_of(pid: int) -> int | None:
-    try:
-        return os.stat(f"/proc/{pid}").st_uid  # noqa: PTH116 - for each file
-    except OSError:
-        return None
 
 
 def _is_there(pid: int) -> bool:

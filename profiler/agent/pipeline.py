@@ -149,7 +149,7 @@ class Pipeline:
             self.labeler.learn(pid, start_ticks, Facts.of_json(answer.result))
 
         values = request(pid, start_ticks, self._variables, wants_command=self._wants_commands)
-        owner = self.files.owner_of_process(pid)
+        owner = self.files.owners.of_process(pid)
         self.readers.ask("process", values, learn, turn=0, group=owner_of(pid), owner=owner)
 
     def fileno(self) -> int:

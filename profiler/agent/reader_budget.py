@@ -5,12 +5,56 @@ and there can be as many as he likes. So the budget as a whole is small beside a
 root on the host itself, of whom most services are, has more than a part of it.
 """
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
+
+from profiler.processes.generations import living_thread
+
+Place: TypeAlias = tuple[str, str]
+"""A mount namespace, and a root in it."""
 
 _WHOLE_S, _WHOLE_SHARE = 30.0, 0.05
 """CPU time that may be used at once, and the share of one CPU by which it grows again."""
 _PART_S, _PART_SHARE = 6.0, 0.01
 _MAX_OWNERS = 1024
+
+
+class Owners:
+    """Whose budget something is charged to: '' for what root on the host itself has."""
+
+    def __init__(self) -> None:
+        self.own_place = place_of(os.getpid()) or ("", "")
+
+    def of_user(self, user: int, place: Place) -> str:
+        return "" if user == 0 and place == self.own_place else f"user {user} {place[0]}"
+
+    def of_process(self, pid: int) -> str:
+        user, place = _user_of(pid), place_of(pid)
+        return "" if user is None or place is None else self.of_user(user, place)
+
+    def of_any(self, pids: Iterable[int], place: Place) -> str:
+        """Return the owner of what these processes have mapped: root, if one of them is root's."""
+        users = [user for pid in pids if (user := _user_of(pid)) is not None]
+        return self.of_user(0 if 0 in users else users[0], place) if users else ""
+
+
+def place_of(pid: int) -> Place | None:
+    """Return the mount namespace and the root of a process: two links, which never wait."""
+    for _ in range(2):
+        try:
+            return os.readlink(f"/proc/{pid}/ns/mnt"), os.readlink(f"/proc/{pid}/root")  # noqa: PTH115
+        except OSError:
+            pid = living_thread(pid)  # the first one may have exited, and has no links then
+    return None
+
+
+def _user_of(pid: int) -> int | None:
+    try:
+        return os.stat(f"/proc/{pid}").st_uid  # noqa: PTH116 - for each file
+    except OSError:
+        return None
 
 
 @dataclass(slots=True)
