@@ -27,6 +27,10 @@ _File = tuple[int, int, Path]
 """Time of the last use, size, path."""
 
 
+class UnwrittenError(OSError):
+    """A file cannot be written to the cache just now: its disk is full, for example."""
+
+
 class FileCache:
     """Files below `folder` by name; names are relative paths of at most two segments.
 
@@ -69,20 +73,23 @@ class FileCache:
         """Write a file within the block; if the block raises, there is no such file.
 
         Raises:
-            OSError: the file cannot be written.
+            UnwrittenError: the file cannot be written.
         """
         path = self.folder / name
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         partial = path.with_name(f".{os.urandom(8).hex()}{_PARTIAL}")
         try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with os.fdopen(fd, "w+b") as file:
                 yield file
                 file.flush()
                 written_bytes = os.fstat(file.fileno()).st_size
             partial.replace(path)
+        except OSError as error:
+            raise UnwrittenError(error.errno, error.strerror, str(path)) from error
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
         self._count(written_bytes)
 
     def touch(self, name: str) -> int:

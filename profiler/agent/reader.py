@@ -25,6 +25,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from symbolizer.file_cache import UnwrittenError
+
 Read = Callable[[Mapping[str, Any]], Any]
 """Reads one item: the values that it was asked with in, what JSON can hold out."""
 
@@ -79,6 +81,8 @@ def _read(read: Read, item: Mapping[str, Any]) -> dict[str, Any]:
         return {"result": read(item)}
     except (MemoryError, RecursionError) as error:
         return {"error": type(error).__name__}
+    except UnwrittenError as error:
+        return {"error": UnwrittenError.__name__, "reason": error.strerror}
     except Exception as error:  # noqa: BLE001 - the next item has nothing to do with it
         return {"error": f"{type(error).__name__}: {error}"[:1000]}
     finally:

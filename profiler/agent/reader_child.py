@@ -29,6 +29,8 @@ class Failure(enum.StrEnum):
 
     ERROR = "error"
     """The reader raised an exception."""
+    UNWRITTEN = "unwritten"
+    """What was read cannot be kept: the cache cannot be written just now."""
     MEMORY = "memory"
     TIME = "time"
     """It took more CPU time than an item may."""

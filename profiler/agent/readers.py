@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 from profiler.agent.reader_budget import ReaderBudget
 from profiler.agent.reader_child import Answer, Failure, Item, Patience, ReaderChild, Take
+from symbolizer.file_cache import UnwrittenError
+from symbolizer.text import readable
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +48,18 @@ _MAX_LEFT_BEHIND = 16
 """Children that cannot be killed. Beyond it nothing is read until one of them is gone."""
 _START_PAUSE_S = 1.0
 _WARN_EVERY_S = 10.0
+_WARN_OF_CACHE_EVERY_S = 600.0
 _REAP_S = 0.05
 """How long a child that has closed its socket is waited for, as its status says why."""
 _CLOSE_S = 0.3
 """Killed children are waited for so long, all together."""
+
+
+_FAILURES = {
+    MemoryError.__name__: Failure.MEMORY,
+    UnwrittenError.__name__: Failure.UNWRITTEN,
+}
+"""By the error that a reader sends; others are Failure.ERROR."""
 
 
 class Readers:
@@ -203,9 +213,11 @@ class Readers:
                 return
             self.answered += 1
             if "error" in message:
-                is_memory = message["error"] == MemoryError.__name__
                 log.debug("cannot read kind=%s: %s", item.kind, message["error"])
-                self._call(item, failure=Failure.MEMORY if is_memory else Failure.ERROR)
+                failure = _FAILURES.get(str(message["error"]), Failure.ERROR)
+                if failure == Failure.UNWRITTEN:
+                    self._warn_of_cache(str(message.get("reason")))
+                self._call(item, failure=failure)
             else:
                 self._call(item, result=message.get("result"))
         if not is_open:
@@ -241,6 +253,17 @@ class Readers:
             self._next_warning_s[failure] = now_s + _WARN_EVERY_S
             before = self.failures[failure]
             log.warning("a reader failed kind=%s cause=%s before=%d", item.kind, failure, before)
+
+    def _warn_of_cache(self, reason: str) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._next_warning_s.get(Failure.UNWRITTEN, 0.0):
+            self._next_warning_s[Failure.UNWRITTEN] = now_s + _WARN_OF_CACHE_EVERY_S
+            log.warning(
+                "cannot write to the cache folder %s: %s; stacks through files without an unwind"
+                " table are not whole for as long",
+                self._cache,
+                readable(reason.encode("utf-8", "backslashreplace")),
+            )
 
     def _count(self, child: ReaderChild) -> None:
         used_s = child.used()

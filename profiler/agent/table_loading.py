@@ -28,6 +28,10 @@ _MAX_TRIES = 3
 _KEPT_TABLES, _KEPT_BYTES = 64, 4 << 20
 """Tables that are kept open for stacks that are unwound here, and what their pages may take."""
 
+_INTERRUPTIONS = {Failure.MEMORY, Failure.TIME, Failure.HUNG, Failure.CRASHED}
+_NOT_ITS_FAULT = {Failure.BUDGET, Failure.UNWRITTEN}
+"""Failures that say nothing of what the table takes: it is tried for as long as it is in use."""
+
 
 class _LoadedTable(NamedTuple):
     number: int
@@ -177,7 +181,7 @@ class TableLoader:
 
     def _take(self, key: str, answer: Answer) -> None:
         self._asked.discard(key)
-        if answer.failure not in (None, Failure.ERROR, Failure.SET_ASIDE, Failure.BUDGET):
+        if answer.failure in _INTERRUPTIONS:
             self.interrupted += 1
         is_used = key in self._executables
         is_stored = answer.result == key and self._cache.holds(key)
@@ -187,8 +191,8 @@ class TableLoader:
         if table is not None or (is_stored and not is_used):
             self._tries.pop(key, None)
             return
-        # Its reader failed, or it cannot be reached or written just now.
-        self._tries[key] = self._tries.get(key, 0) + (answer.failure != Failure.BUDGET)
+        # Its reader failed, or it cannot be reached just now, or the cache cannot be written.
+        self._tries[key] = self._tries.get(key, 0) + (answer.failure not in _NOT_ITS_FAULT)
         self._paused.add(key)
         self._next_try_s = max(self._next_try_s, time.monotonic() + _WAIT_S)
         self._set_state(key, TableState.NONE)

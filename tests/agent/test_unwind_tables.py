@@ -21,6 +21,7 @@ from bpf.samples import RawSample
 from bpf.tables import SHARD_BYTES
 from profiler.agent import mapped_files, table_loading
 from profiler.agent import unwind_tables as unwinding
+from profiler.agent.reader_child import Failure
 from profiler.agent.readers import Readers
 from profiler.agent.recorder import Recorder
 from symbolizer.location import Miss
@@ -28,6 +29,7 @@ from symbolizer.maps import MappingTable, parse_maps
 from symbolizer.symbols.elf import FileSource, read_elf
 from symbolizer.unwind.table import PagedRows
 from tests.support.elf_files import build, build_go, read_symbols
+from tests.support.file_systems import fill, small
 from tests.support.live import has_execed, stat_fields, wait_for
 from tests.support.targets import compile_target, running
 
@@ -461,6 +463,27 @@ def test_a_table_that_a_reader_fails_at_is_tried_again_and_then_given_up(tmp_pat
             wait_for(lambda: stops_of(recorder, process.pid) == {"no_table"})
 
         assert builds_interrupted(recorder) == 4
+
+
+def test_tables_are_built_once_the_disk_of_the_cache_has_room_again(tmp_path, monkeypatch, caplog):
+    """However long it was full: what ran meanwhile has whole stacks again, and the log says why."""
+    monkeypatch.setattr(table_loading, "_WAIT_S", 0.2)
+    parked = compile_target("parked.c", tmp_path / "parked", "-O2", *NO_FRAME_POINTERS)
+    config = SamplerConfig(frequency_hz=499, pids=frozenset())
+    with small(tmp_path / "cache", 8 << 20) as cache, Recorder(config, cache) as recorder:
+        filler = fill(cache)
+        recorder.start()
+        with running(parked, "recursion") as process:
+            failures = recorder.readers.failures
+            wait_for(lambda: stops_of(recorder, process.pid) and failures[Failure.UNWRITTEN] > 20)
+            is_whole_without = "root" in stops_of(recorder, process.pid)
+            filler.unlink()
+
+            wait_for(lambda: stops_of(recorder, process.pid) == {"root"})
+
+    assert not is_whole_without
+    assert "No space left on device" in caplog.text
+    assert builds_interrupted(recorder) == 0
 
 
 @pytest.mark.parametrize("place", [8, -1], ids=["another version", "damaged"])

@@ -45,6 +45,27 @@ def hanging(folder: Path, content: Path) -> Iterator[HangingFileSystem]:
             subprocess.run(["umount", "--lazy", folder], check=False, timeout=10)
 
 
+@contextlib.contextmanager
+def small(folder: Path, size_bytes: int) -> Iterator[Path]:
+    """Mount a file system of this size until the block ends."""
+    folder.mkdir()
+    options = ("-t", "tmpfs", "-o", f"size={size_bytes}", "none")
+    subprocess.run(["mount", *options, folder], check=True, timeout=10)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=False, timeout=10)
+
+
+def fill(folder: Path) -> Path:
+    """Return a file that takes all that is left of the file system of a folder."""
+    filler = folder / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)) == 4096:
+            pass
+    return filler
+
+
 def drop_caches(path: Path) -> None:
     """Have the pages of a file read again that nobody has mapped."""
     fd = os.open(path, os.O_RDONLY)
