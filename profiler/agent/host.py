@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import socket
 import tempfile
 from pathlib import Path
@@ -50,6 +51,30 @@ def open_cache(folder: Path) -> tuple[Path, "tempfile.TemporaryDirectory[str] | 
         )
         temporary = tempfile.TemporaryDirectory(prefix="everflame-")
         return Path(temporary.name), temporary
+
+
+_FILES, _FILES_OF_CPU = 256, 4
+"""What a sampler has open at most: a descriptor for each table that it keeps, for maps of the
+kernel, and for events and rings of each CPU."""
+
+
+def allow_open_files() -> None:
+    """Raise this process's own limit on open files to what sampling needs, if it is lower.
+
+    Raises:
+        RefusedError: it cannot be raised so far.
+    """
+    needed = _FILES + _FILES_OF_CPU * (os.cpu_count() or 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+    if allowed < needed:
+        raise RefusedError(
+            f"cannot sample: this process may open only {hard} files (allow {needed}:"
+            f" `ulimit -n {needed}`, or LimitNOFILE={needed} in a systemd unit)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def refuse_time_namespace() -> None:

@@ -22,7 +22,7 @@ from bpf.samples import Drain
 from bpf.tracers import find_tracers
 from profiler.agent import priority
 from profiler.agent.cost import return_freed_pages, return_large_blocks
-from profiler.agent.host import default_cache, refuse_time_namespace
+from profiler.agent.host import allow_open_files, default_cache, refuse_time_namespace
 from profiler.agent.pipeline import Pipeline
 from profiler.agent.signals import Signals
 from profiler.agent.window import (
@@ -92,6 +92,7 @@ class Recorder:
         into parts of at most `longest_window_s`: see `take_closed`.
         """
         refuse_time_namespace()
+        allow_open_files()
         return_large_blocks()
         self.config = config
         self.period_ns = 1_000_000_000 // config.frequency_hz

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bpf.sampler import Sampler, SamplerConfig
-from profiler.agent import reader_budget
+from profiler.agent import host, reader_budget
 from profiler.agent.agent import BpfCost
 from profiler.agent.reader_child import Failure
 from profiler.agent.recorder import Recorder
@@ -19,6 +19,8 @@ from profiler.agent.window import Clocks
 from tests.support.labelers import labels_of_instance
 from tests.support.live import has_execed, start_ns_of, wait_for
 from tests.support.targets import running
+
+EVERFLAME = Path(sys.executable).with_name("everflame")
 
 
 def spin_until(is_true) -> None:
@@ -46,6 +48,31 @@ def test_ticks_that_were_drained_are_counted_although_no_file_can_be_opened(tmp_
 
     assert counts.lost["fault"] > 0
     assert counts.mismatch == 0
+
+
+def test_what_sampling_has_to_open_is_allowed_or_refused_with_the_remedy(monkeypatch) -> None:
+    """A limit of the process itself is raised; one that is set for it is named."""
+    monkeypatch.setattr(host.os, "cpu_count", lambda: 16)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
+        host.allow_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (320, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+    with running(
+        *("bash", "-c", 'ulimit -n 64; exec "$@"', "limited"),
+        *(EVERFLAME, "record", "--for", "1s", "-o", "-"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        written, told = process.communicate(timeout=60)
+
+    assert (process.returncode, written) == (2, b"")
+    assert b"may open only 64 files" in told
+    assert b"ulimit -n" in told
+    assert b"Traceback" not in told
 
 
 def descriptors() -> int:
