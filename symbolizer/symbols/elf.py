@@ -8,6 +8,7 @@ Layouts and names are those of the ELF gABI and the x86-64 psABI.
 
 import io
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -37,6 +38,7 @@ _MAX_NOTE_PARTS = 64
 _MAX_DYNAMIC_BYTES = 65_536
 _MAX_SECTION_NAME_BYTES = 1 << 20
 _MAX_HEADER_READS_BYTES = 1 << 16
+_EHDR_BYTES = 64
 
 _HASHED_BLOCK_BYTES = 4096
 _HASHED_BLOCKS = 64
@@ -241,6 +243,7 @@ class _Stream(io.RawIOBase):
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self._header = _without_lost_sections(source)
         self._position = 0
         self._left = _MAX_HEADER_READS_BYTES
 
@@ -258,9 +261,31 @@ class _Stream(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:  # typeshed's WriteableBuffer is for stubs only
         size = max(0, min(len(buffer), self._left, self._source.size - self._position))
         self._left -= size
-        buffer[:size] = self._source.read_at(self._position, size)
+        content = self._source.read_at(self._position, size)
+        buffer[:size] = (
+            self._header[self._position : self._position + size]
+            + content[max(0, len(self._header) - self._position) :]
+        )
         self._position += size
         return size
+
+
+def _without_lost_sections(source: Source) -> bytes:
+    """Return the file's header, without a table of sections that is not in the file.
+
+    Tools that shrink or pack programs leave it behind or cut it off with the end of the file. The
+    kernel does not look at it, and such a program runs.
+    """
+    header = bytearray(source.read_at(0, min(_EHDR_BYTES, source.size)))
+    if len(header) < _EHDR_BYTES:
+        return bytes(header)
+    form, at, counts_at = ("<Q", 0x28, 0x3A) if header[4] == 2 else ("<I", 0x20, 0x2E)
+    (offset,) = struct.unpack_from(form, header, at)
+    size, count = struct.unpack_from("<HH", header, counts_at)
+    if offset + size * max(count, 1) > source.size:
+        struct.pack_into(form, header, at, 0)
+        struct.pack_into("<HHH", header, counts_at, size, 0, 0)
+    return bytes(header)
 
 
 def _read_header(source: Source) -> _Header:

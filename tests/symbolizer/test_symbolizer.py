@@ -272,7 +272,7 @@ def test_unnamed_function_of_a_running_program_is_named_after_its_start(tmp_path
 def test_address_in_a_damaged_file_has_a_reason(tmp_path, naming, program):
     """Mapped files can be damaged, too."""
     content = bytearray(program.read_bytes())
-    content[40:48] = b"\xff" * 8  # e_shoff
+    content[32:40] = b"\xff" * 8  # e_phoff
     program.write_bytes(content)
     status = program.stat()
     device = (os.major(status.st_dev), os.minor(status.st_dev))

@@ -7,6 +7,7 @@ import pytest
 
 from symbolizer.location import Miss
 from symbolizer.symbols.elf import FileSource, UnreadableElf, read_elf
+from symbolizer.unwind import build as unwind_build
 from tests.support.elf_files import (
     build,
     read_elf_header,
@@ -54,6 +55,34 @@ def test_file_without_build_id_is_identified_by_its_content(tmp_path):
 
     assert ids[0].startswith("hash-")
     assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize("damage", ["elsewhere", "cut off", "odd counts"])
+def test_program_without_its_section_headers_keeps_its_unwind_rules(damage, tmp_path):
+    """The kernel runs it, as it looks at program headers only; so the build id stays, too."""
+    path = build(tmp_path / "whole", "int main(void){return 1;}", "-Wl,--build-id=0xabcd")
+    content = bytearray(path.read_bytes())
+    shoff = int.from_bytes(content[0x28:0x30], "little")
+    if damage == "elsewhere":
+        content[0x28:0x30] = (2**63 - 8).to_bytes(8, "little")
+    elif damage == "odd counts":
+        content[0x28:0x30] = (2**63 - 8).to_bytes(8, "little")
+        content[0x3A:0x40] = b"\x40\0\0\0\xff\xff"
+    else:
+        del content[shoff:]
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(content)
+
+    tables = []
+    for each in (path, damaged):
+        fd = os.open(each, os.O_RDONLY)
+        elf, table = read_elf(FileSource(fd)), unwind_build.build(FileSource(fd))
+        tables.append((elf.build_id, elf.segments, table.rows.tobytes()))
+        os.close(fd)
+
+    assert tables[0] == tables[1]
+    assert tables[0][0] == "abcd"
+    assert tables[0][2]
 
 
 @pytest.mark.parametrize(
