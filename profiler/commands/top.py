@@ -1,7 +1,7 @@
 """`everflame top`: which functions used the CPUs in the last seconds, redrawn over and over."""
 
 import argparse
-import os
+import shutil
 import sys
 import time
 
@@ -16,6 +16,9 @@ from storage.profile import Profile
 
 # Alternate screen and hidden cursor, and back: what was on the terminal is there again at the end.
 _ENTER, _LEAVE, _HOME = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l", "\x1b[H\x1b[J"
+
+_SIZE = (100, 30)
+"""Columns and lines where the terminal does not say how many it has, or there is none."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +80,8 @@ def _sample(recorder: Recorder, signals: Signals, until: float) -> bool:
 def screen(profile: Profile, *, is_screen: bool) -> str:
     """Lay out one redraw for the terminal's size."""
     counts = profile.accounting
-    size = os.get_terminal_size() if is_screen else os.terminal_size((100, 30))
+    # Serial consoles, and terminals without a window, say that they have no lines and no columns.
+    columns, lines = shutil.get_terminal_size(_SIZE) if is_screen else _SIZE
     seconds = counts.profiled_ns / 1e9
     cores = profile.total_value / counts.profiled_ns if counts.profiled_ns else 0.0
     head = (
@@ -85,6 +89,5 @@ def screen(profile: Profile, *, is_screen: bool) -> str:
         f" {cores:.2f} of {counted(counts.cpus, 'core')} used, {counted(counts.stored, 'sample')},"
         f" {sum(counts.lost.values()):,} lost"
     )
-    columns = Columns.of(profile)
-    table = terminal.function_table(columns, width=size.columns, limit=max(1, size.lines - 5))
-    return f"{head[: size.columns]}\n\n{table}"
+    table = terminal.function_table(Columns.of(profile), width=columns, limit=max(1, lines - 5))
+    return f"{head[:columns]}\n\n{table}"

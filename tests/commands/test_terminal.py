@@ -1,7 +1,10 @@
 """The terminal: tables and flame graphs that fit, with and without colours."""
 
 import io
+import os
+import pty
 import re
+import sys
 
 import pytest
 from hypothesis import given
@@ -160,3 +163,28 @@ def test_padded_text_has_exactly_the_width(content, width):
     """Wide and zero-width characters are counted as they are drawn."""
     assert text.cells(text.pad(content, width)) == width
     assert text.cells(text.fit(content, width)) <= width
+
+
+def test_top_draws_on_a_terminal_that_does_not_say_its_size():
+    """A serial console, or a terminal that nobody has given a window, has 0 lines of 0 columns."""
+    code = (
+        "from profiler.commands.top import screen;"
+        "from tests.support.profiles import sample_profile;"
+        "print(screen(sample_profile(), is_screen=True))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    pid, drawn = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, "-c", code], environment)
+    shown = b""
+    try:
+        while part := os.read(drawn, 4096):
+            shown += part
+    except OSError:  # its other side is closed
+        pass
+    os.close(drawn)
+    os.waitpid(pid, 0)
+
+    lines = shown.decode().splitlines()
+    assert lines[0].startswith("everflame top  ")
+    assert len([line for line in lines if "%" in line]) > 1
