@@ -100,8 +100,7 @@ class Spool:
         """When the first profile that was added begins; earlier ones are another process's."""
         self._damaged = 0
         self._last_error = ""
-        for name in FOLDERS:
-            make_folder(folder / name)
+        self._make_folders()
         for path in (folder / PARTIAL).iterdir():
             path.unlink()
         self._settle()
@@ -118,6 +117,10 @@ class Spool:
         content = pprof.encode(profile)
         if self._first_ns is None:
             self._first_ns = profile.window.start_ns
+        try:
+            self._make_folders()  # somebody may have removed them
+        except OSError as error:
+            self._note(error)
         if not self._keep(object_key(profile, content, self._tenant), content):
             stackless = tombstone(profile)
             self._count_given_up(stackless)
@@ -136,6 +139,10 @@ class Spool:
             unwritten_ticks=self._unwritten_ticks(),
             last_error=self._last_error,
         )
+
+    def _make_folders(self) -> None:
+        for name in FOLDERS:
+            make_folder(self._folder / name)
 
     def _keep(self, key: ObjectKey, content: bytes) -> bool:
         """Write a profile, giving up older ones until it fits; False if it never fits."""

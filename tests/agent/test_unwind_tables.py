@@ -471,7 +471,8 @@ def test_tables_are_built_once_the_disk_of_the_cache_has_room_again(tmp_path, mo
     parked = compile_target("parked.c", tmp_path / "parked", "-O2", *NO_FRAME_POINTERS)
     config = SamplerConfig(frequency_hz=499, pids=frozenset())
     with small(tmp_path / "cache", 8 << 20) as cache, Recorder(config, cache) as recorder:
-        filler = fill(cache)
+        filler = cache / "filler"
+        fill(filler)
         recorder.start()
         with running(parked, "recursion") as process:
             failures = recorder.readers.failures

@@ -48,7 +48,7 @@ def hanging(folder: Path, content: Path) -> Iterator[HangingFileSystem]:
 @contextlib.contextmanager
 def small(folder: Path, size_bytes: int) -> Iterator[Path]:
     """Mount a file system of this size until the block ends."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     options = ("-t", "tmpfs", "-o", f"size={size_bytes}", "none")
     subprocess.run(["mount", *options, folder], check=True, timeout=10)
     try:
@@ -57,13 +57,11 @@ def small(folder: Path, size_bytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", folder], check=False, timeout=10)
 
 
-def fill(folder: Path) -> Path:
-    """Return a file that takes all that is left of the file system of a folder."""
-    filler = folder / "filler"
-    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-        while file.write(bytes(4096)) == 4096:
+def fill(path: Path) -> None:
+    """Write a file that takes all that is left of its file system."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
             pass
-    return filler
 
 
 def drop_caches(path: Path) -> None:

@@ -1,8 +1,7 @@
 """The spool: closed profiles are kept within a bound, and those given up are still counted."""
 
-import contextlib
 import os
-import subprocess
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +15,7 @@ from storage.objects.keys import ObjectKey
 from storage.profile import Host, Profile
 from storage.spool.spool import Spool, tombstone
 from storage.spool.upload_queue import UploadQueue, usage
+from tests.support.file_systems import fill, small
 from tests.support.profiles import profiles
 from tests.support.windows import SIZE_BYTES, START_S, minutes, once, window
 
@@ -315,20 +315,25 @@ def test_the_spool_belongs_to_its_owner_alone(tmp_path: Path) -> None:
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600)
 
 
+def test_a_spool_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    """Only what waited in it is gone: the next window is kept with its stacks."""
+    spool = Spool(tmp_path / "spool")
+    first, second = window(0), window(1)
+    spool.add(first)
+    shutil.rmtree(tmp_path / "spool")
+
+    spool.add(second)
+
+    assert contents(tmp_path / "spool") == [second]
+    assert spool.status().unwritten_ticks == 0
+    assert spool.status().last_error == ""
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Return a disk of 512 KB, mounted for the test."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", tmp_path], check=True)
-    try:
-        yield tmp_path
-    finally:
-        subprocess.run(["umount", "--lazy", tmp_path], check=True)
-
-
-def fill(path: Path) -> None:
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
+    with small(tmp_path, 512 << 10) as disk:
+        yield disk
 
 
 @pytest.mark.kernel
