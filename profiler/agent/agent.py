@@ -24,11 +24,12 @@ from typing import Any
 from bpf import syscalls
 from bpf.errors import SyscallError
 from bpf.sampler import Sampler, SamplerConfig
+from profiler.agent.cost import rss_bytes
 from profiler.agent.guard import Guard
 from profiler.agent.ready import announce
 from profiler.agent.recorder import Recorder
 from profiler.agent.signals import ENDING, Signals
-from profiler.agent.status import StatusSocket, rss_bytes, uploader_state
+from profiler.agent.status import StatusSocket, uploader_state
 from profiler.agent.supervise import Child, RefusedError, host_lock
 from profiler.agent.window import Edges, deviation
 from profiler.processes.rules import Rules

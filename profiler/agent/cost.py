@@ -1,8 +1,10 @@
-"""What the sampler itself costs in CPU time and memory."""
+"""What a process of the agent costs in CPU time and memory."""
 
 import ctypes
+import resource
 import time
 from collections import Counter
+from pathlib import Path
 from types import TracebackType
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -37,6 +39,11 @@ class _Part:
         at: TracebackType | None,
     ) -> None:
         self._cpu_ns[self._part] += time.thread_time_ns() - self._begun_ns
+
+
+def rss_bytes() -> int:
+    """Return the resident memory of this process (proc_pid_statm(5))."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def return_large_blocks() -> None:

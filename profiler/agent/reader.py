@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from profiler.agent.cost import rss_bytes
 from symbolizer.file_cache import UnwrittenError
 
 Read = Callable[[Mapping[str, Any]], Any]
@@ -68,7 +69,8 @@ def _answer(channel: socket.socket, kinds: Mapping[str, Read]) -> None:
     while (request := receive(channel)) is not None:
         for item in request["items"]:
             send(channel, _read(kinds[request["kind"]], item))
-        is_last = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 > _KEPT_BYTES
+        # Not ru_maxrss, which begins with the memory of the sampler that has forked this process.
+        is_last = rss_bytes() > _KEPT_BYTES
         send(channel, {"is_last": is_last})
         if is_last:
             return

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -140,9 +139,3 @@ def uploader_state(spool: Path) -> dict[str, Any]:
     except (OSError, orjson.JSONDecodeError):
         return {}
     return state if isinstance(state, dict) else {}
-
-
-def rss_bytes() -> int:
-    """Return the resident memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()

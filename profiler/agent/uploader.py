@@ -30,8 +30,9 @@ from typing import Protocol
 import orjson
 
 from profiler.agent import metrics
+from profiler.agent.cost import rss_bytes
 from profiler.agent.signals import Signals
-from profiler.agent.status import UPLOADER_STATE, rss_bytes
+from profiler.agent.status import UPLOADER_STATE
 from profiler.exposition import AddressError
 from storage.objects.directory import DirectoryStore, make_folder
 from storage.objects.keys import (

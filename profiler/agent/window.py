@@ -14,8 +14,8 @@ from bpf import perf_event
 from bpf.sampler import SamplerConfig
 from bpf.samples import CopiedStack, Drain, RawSample
 from profiler.agent.budgets import BoundedProfile, Owner
+from profiler.agent.cost import rss_bytes
 from profiler.agent.frames import Numbers
-from profiler.agent.status import rss_bytes
 from profiler.processes.generations import TICK_NS
 from storage.profile import GOOD_STOPS, Accounting, Host, Labels, Loss, ProfileBuilder, Window
 

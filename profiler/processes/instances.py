@@ -481,8 +481,11 @@ class Instances:
 
 
 def _asleep_ns() -> int:
-    """Return what CLOCK_BOOTTIME is ahead of CLOCK_MONOTONIC: the machine's time asleep."""
-    return boottime_ns() - time.monotonic_ns()
+    """Return what CLOCK_BOOTTIME is ahead of CLOCK_MONOTONIC: the machine's time asleep.
+
+    What passes between the two readings makes it less.
+    """
+    return max(boottime_ns() - time.monotonic_ns() for _ in range(3))
 
 
 def drop_oldest(cache: dict[_Key, _Value], count: int) -> None:

@@ -341,6 +341,17 @@ def test_a_child_that_has_grown_is_replaced(asked: Asked) -> None:
     assert asked.wait()["after"].result["pid"] != before
 
 
+def test_a_child_of_a_large_parent_stays(asked: Asked) -> None:
+    """A process begins with the peak memory of its parent, by getrusage(2)."""
+    parent = bytearray(b"x" * (200 << 20))
+    asked.ask("echo", "before", say="")
+    before = asked.wait()["before"].result["pid"]
+    del parent
+    asked.ask("echo", "after", say="")
+
+    assert asked.wait()["after"].result["pid"] == before
+
+
 def test_children_end_with_their_parent(tmp_path: Path) -> None:
     """A killed agent leaves no reader behind."""
     script = (

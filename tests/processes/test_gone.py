@@ -115,7 +115,7 @@ def gone(watched: Watched, *command: str | Path) -> tuple[RawSample, int]:
             break
         assert time.monotonic() < deadline_s, "its records were lost"
     life = lives[-1]
-    at_ns = life.begin_ns + 1000 - (boottime_ns() - time.monotonic_ns())
+    at_ns = (life.begin_ns + life.end_ns) // 2 - (boottime_ns() - time.monotonic_ns())
     name = os.fsencode(Path(command[0]).name)[:15]
     sample = sample_of(
         process.pid, start_ns=life.start_ns, comm=name, first_ns=at_ns, last_ns=at_ns

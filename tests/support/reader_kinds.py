@@ -37,9 +37,14 @@ def _spin_in_child(cpu_s: int) -> int:
     return subprocess.run(["sh", "-c", command], check=False).returncode
 
 
+_kept: list[bytearray] = []
+"""What a reader has not returned to the kernel."""
+
+
 def _touch(size: int) -> int:
     content = bytearray(size)
     content[:: resource.getpagesize()] = b"x" * len(content[:: resource.getpagesize()])
+    _kept.append(content)
     return len(content)
 
 
