@@ -218,8 +218,8 @@ class Pipeline:
         """Look for new services now and then, whether they are sampled or not."""
         if time.monotonic() >= self._next_scan_s:
             with self.cost.of("labels"):
-                self.labeler.scan()
-            self._next_scan_s = time.monotonic() + _SCAN_PERIOD_S
+                is_all = self.labeler.scan()
+            self._next_scan_s = time.monotonic() + (_SCAN_PERIOD_S if is_all else 0.0)
 
     def open(self, window: OpenWindow) -> Counted:
         """Return a window to count in."""

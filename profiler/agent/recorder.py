@@ -255,10 +255,11 @@ class Recorder:
         self.tracers = tuple(
             f"{readable(each.name) or f'program {each.number}'} ({each.kind})" for each in tracers
         )
-        log.warning(
-            "ticks are skipped while BPF programs of others run suspects=%s",
-            listed(self.tracers, _TRACERS_NAMED) or "unknown",
-        )
+        if self.tracers:
+            suspects = listed(self.tracers, _TRACERS_NAMED)
+            log.warning("ticks are skipped while BPF programs of others run suspects=%s", suspects)
+        else:
+            log.info("ticks were skipped while this agent read its maps, or by what has ended")
 
     def _fold_until(self, drain: Drain, begun: Clocks, ended: Clocks) -> None:
         """Count a drain in the open window; cut that if it has become longer than one may be."""

@@ -131,9 +131,9 @@ class Labeler:
                 presence.add(process.begin_ns, process.left_ns or boottime_ns())
         return labels
 
-    def scan(self) -> None:
-        """Take in processes that have come and gone. To be called every few seconds."""
-        self._instances.scan()
+    def scan(self) -> bool:
+        """Take in processes that have come and gone; see `Instances.scan`."""
+        return self._instances.scan()
 
     def present(self, window_start_ns: int, window_end_ns: int) -> dict[Labels, int]:
         """Return how long each instance ran within a window, as `Instances.present` does.

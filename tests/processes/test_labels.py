@@ -460,6 +460,24 @@ def test_reused_pid_is_another_process(labeler: Labeler, copy_sleep) -> None:
         assert instance_of(labeler, pid)["service"] == "second"
 
 
+def test_processes_that_come_at_once_are_taken_in_part_by_part(
+    labeler: Labeler, copy_sleep, monkeypatch
+) -> None:
+    """Thousands would keep the sampler from its drains."""
+    monkeypatch.setattr(instances, "_MAX_READ_PER_SCAN", 3)
+    program = copy_sleep("crowd")
+    assert labeler.scan()
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(started(program, "60")) for _ in range(10)]
+        calls = 1
+        while not labeler.scan():
+            calls += 1
+        services = {instance_of(labeler, process.pid)["service"] for process in crowd}
+
+    assert calls >= 4
+    assert services == {"crowd"}
+
+
 def test_earlier_process_of_a_pid_is_not_taken_for_the_running_one(
     labeler: Labeler, copy_sleep
 ) -> None:
