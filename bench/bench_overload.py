@@ -14,11 +14,11 @@ honest program that calls functions in a known way. Loads:
   on a file system that stops answering;
 - files: the hostile files of tests/support/hostile_files.py, executed one after the other.
 
-A window's delay is from its end to the agent's message that it is closed. A turn is what the
-sampler does before it waits again, without closing a window; "closing" is that. Growth is of the
-sampler's memory since before the load. Of the honest program: the share of whole stacks, and of
-samples with a stack that it cannot have, by its source and by its root before the load began. "end"
-is from SIGTERM to the agent's exit, while the load goes on.
+A window's delay is from its end to the agent's message that it is closed; that of the last one is
+part of "end", from SIGTERM to the agent's exit while the load goes on. A turn is what the sampler
+does before it waits again, without closing a window; "closing" is that. Growth is of the sampler's
+memory since before the load. Of the honest program: the share of whole stacks, and of samples with
+a stack that it cannot have, by its source and by its root before the load began.
 
 With `--before TREE` each load runs beside the agent of another checkout as well, which has a
 `.venv` of its own, and the table shows both.
@@ -396,7 +396,7 @@ def figures(profiles: list[Profile], begun_ns: int, watched: Agent, turns: list[
         counts = counts.merge(profile.accounting)
         stacks += found
         whole += found_whole
-    ends_s = [profile.window.end_ns / 1e9 for profile in profiles]
+    ends_s = [profile.window.end_ns / 1e9 for profile in profiles[:-1]]
     late_s = [closed - end for closed, end in zip(watched.closed_s, ends_s, strict=False)]
     complete = sum(counts.stops.get(each, 0) for each in GOOD_STOPS)
     deepest = max(before, key=len, default=())
