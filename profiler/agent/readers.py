@@ -274,6 +274,9 @@ class Readers:
         now_s = time.monotonic()
         while any(self._next_turns) and self._budget.is_left(now_s):
             child = next((child for child in self._children.values() if child.is_idle), None)
+            if child is not None and not child.receive():  # somebody has killed it
+                self._fail(child, None)
+                continue
             if child is None:
                 child = self._start(now_s)
             if child is None:

@@ -21,6 +21,7 @@ from profiler.agent.mapped_files import MappedFiles
 from profiler.agent.names import Named, Names
 from profiler.agent.readers import Readers
 from profiler.processes.address_spaces import AddressSpaces
+from profiler.processes.generations import is_running
 from storage.profile import NameRank
 from symbolizer.location import AddressLocation, Kind, Location, Miss
 from symbolizer.maps import MappingTable
@@ -28,6 +29,7 @@ from symbolizer.symbols.kernel import KERNEL_NAME
 from symbolizer.symbols.table import SymbolCache
 from tests.support.elf_files import build, read_symbols, strip
 from tests.support.file_systems import hanging
+from tests.support.live import wait_for
 from tests.support.naming import mappings_of
 from tests.support.targets import running
 
@@ -147,6 +149,7 @@ class Agent:
             for pid in child.read_text().split():
                 if b"profiler.agent.reader" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(int(pid), signal.SIGKILL)
+                    wait_for(lambda pid=int(pid): not is_running(pid))
 
     def name(self, *processes: Process) -> Window:
         """Return a closed window in which these were sampled, one after the other."""

@@ -352,6 +352,17 @@ def test_a_child_of_a_large_parent_stays(asked: Asked) -> None:
     assert asked.wait()["after"].result["pid"] == before
 
 
+def test_a_child_that_was_killed_while_it_was_idle_costs_nothing(asked: Asked) -> None:
+    asked.ask("echo", "before", say="")
+    before = asked.wait()["before"].result["pid"]
+    os.kill(before, signal.SIGKILL)
+    wait_for(lambda: read_stat(before) is None or read_stat(before).is_exited)
+    asked.ask("echo", "after", say="")
+
+    assert asked.wait()["after"].result["pid"] != before
+    assert not asked.readers.failures
+
+
 def test_children_end_with_their_parent(tmp_path: Path) -> None:
     """A killed agent leaves no reader behind."""
     script = (
