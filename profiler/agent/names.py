@@ -302,8 +302,9 @@ class Names:
             try:
                 failure = self._take_in(code, answer.result)
             except (ArithmeticError, KeyError, TypeError, ValueError):
-                # A reader that its file has taken over.
-                failure = Miss.DAMAGED
+                failure = Miss.DAMAGED  # a reader that its file has taken over
+        if failure is Miss.NOT_KEPT and self._tables.holds(code.content):
+            failure = None  # it was stored since this was asked
         code.failure = failure
         code.is_new = failure in _PASSING
         if failure is None:
@@ -439,8 +440,7 @@ class Names:
     def _forget_unopened(self) -> None:
         """Forget what was sampled in files that could not be read: it is not in later windows."""
         unopened = [file for file in self._new if file.state is _PENDING]
-        for file in unopened:
-            self._new[file] = set()
+        self._new.update((file, set()) for file in unopened)
         for file in unopened[:-_MAX_FILES]:
             del self._new[file]
 
