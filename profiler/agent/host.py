@@ -12,6 +12,10 @@ from profiler.processes.generations import clock_offsets
 from storage.profile import Host
 from symbolizer.digest import blake2b
 
+_FILES, _FILES_OF_CPU = 256, 4
+"""What a sampler has open at most: a descriptor for each table that it keeps, for maps of the
+kernel, and for events and rings of each CPU."""
+
 log = logging.getLogger(__name__)
 
 
@@ -51,11 +55,6 @@ def open_cache(folder: Path) -> tuple[Path, "tempfile.TemporaryDirectory[str] | 
         )
         temporary = tempfile.TemporaryDirectory(prefix="everflame-")
         return Path(temporary.name), temporary
-
-
-_FILES, _FILES_OF_CPU = 256, 4
-"""What a sampler has open at most: a descriptor for each table that it keeps, for maps of the
-kernel, and for events and rings of each CPU."""
 
 
 def allow_open_files() -> None:
