@@ -54,6 +54,7 @@ _LAST_TURN = 2
 _MAX_PLACES = 16_384
 """Ranges of offsets that are kept, some 400 bytes each with their text."""
 _MAX_FILES = 8192
+_UNUSED_WINDOWS, _FORGET_EVERY = 60, 10  # windows in which a place was not used, between two looks
 _RETRY_S, _LONGEST_RETRY_S = 60.0, 3600.0
 _ASK_EVERY_S = 10.0
 """How often names are asked for of files that have a table: few large requests cost less."""
@@ -446,22 +447,21 @@ class Names:
 
     def _forget_unused(self) -> None:
         """Keep what the last window used, and before that as much as there is room for."""
+        if self._window % _FORGET_EVERY == 0:
+            self._forget_places(self._window - _UNUSED_WINDOWS)
         if self._kept > _MAX_PLACES:
-            for code in self._codes.values():
-                self._kept -= code.forget(self._window - 1)
-            for _, code in self._images.values():
-                self._kept -= code.forget(self._window - 1)
+            self._forget_places(self._window - 1)
         if self._kept > _MAX_PLACES:
-            for code in self._all_codes():
-                code.forget(math.inf)
-            self._kept = 0
+            self._forget_places(math.inf)
         if len(self._codes) > _MAX_FILES:
-            unused = [k for k, c in self._codes.items() if c.used_in < self._window - 1]
-            for key in unused:
-                if not self._codes[key].asked:
+            for key, code in list(self._codes.items()):
+                if code.used_in < self._window - 1 and not code.asked:
                     self._kept -= self._codes.pop(key).forget(math.inf)
         if len(self._best) > _MAX_FILES:
             self._best.clear()
+
+    def _forget_places(self, before: float) -> None:
+        self._kept -= sum(code.forget(before) for code in self._all_codes())
 
     # The kernel.
 

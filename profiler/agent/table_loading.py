@@ -25,8 +25,9 @@ _WAIT_S = 30.0
 """After so long a table is tried again for which there was no room, or whose reader failed."""
 _MAX_TRIES = 3
 """A table whose reader failed so often in a row is given up: it may take too much itself."""
-_KEPT_TABLES, _KEPT_BYTES = 64, 4 << 20
-"""Tables that are kept open for stacks that are unwound here, and what their pages may take."""
+_KEPT_TABLES, _KEPT_BYTES, _KEPT_S = 64, 4 << 20, 60.0
+"""Tables that are kept open for stacks that are unwound here, what their pages may take, and how
+long one is kept that no stack needs."""
 
 _INTERRUPTIONS = {Failure.MEMORY, Failure.TIME, Failure.HUNG, Failure.CRASHED}
 _NOT_ITS_FAULT = {Failure.BUDGET, Failure.UNWRITTEN}
@@ -35,6 +36,11 @@ _NOT_ITS_FAULT = {Failure.BUDGET, Failure.UNWRITTEN}
 
 class _LoadedTable(NamedTuple):
     number: int
+    used_s: float
+
+
+class _KeptTable(NamedTuple):
+    table: StoredTable
     used_s: float
 
 
@@ -67,7 +73,7 @@ class TableLoader:
         self._tries: dict[str, int] = {}  # how often in a row a table's reader failed
         self._paused: set[str] = set()  # those of these tables that are not to be built now
         self._next_try_s = 0.0
-        self._kept: OrderedDict[str, StoredTable] = OrderedDict()
+        self._kept: OrderedDict[str, _KeptTable] = OrderedDict()  # the longest unused first
 
     @property
     def loaded(self) -> int:
@@ -128,7 +134,8 @@ class TableLoader:
         if file.state != State.IDENTIFIED:
             return file.miss or Miss.NOT_READ
         key = file.table_key
-        table = self._kept.get(key)
+        kept = self._kept.pop(key, None)
+        table = kept.table if kept else None
         if table is None:
             table = self._cache.open(key) if key not in self._asked else None
             if table is None:
@@ -136,21 +143,18 @@ class TableLoader:
                     return Miss.TOO_COSTLY
                 self._ask(file)
                 return Miss.NOT_READ
-            self._kept[key] = table
-            kept_bytes = sum(each.pages.nbytes for each in self._kept.values())
-            while len(self._kept) > 1 and (
-                len(self._kept) > _KEPT_TABLES or kept_bytes > _KEPT_BYTES
-            ):
-                kept_bytes -= self._kept.popitem(last=False)[1].pages.nbytes
-        else:
-            self._kept.move_to_end(key)
+        self._kept[key] = _KeptTable(table, time.monotonic())
+        if kept is None:
+            self._bound_kept()
         return table
 
     def note_use(self, keys: Iterable[str]) -> None:
-        """Remember that samples have used these tables just now."""
+        """Remember that samples have used these tables just now. To be called now and then."""
         now_s = time.monotonic()
         for key in self._loaded.keys() & set(keys):
             self._loaded[key] = self._loaded[key]._replace(used_s=now_s)
+        while self._kept and next(iter(self._kept.values())).used_s < now_s - _KEPT_S:
+            self._kept.popitem(last=False)
 
     def try_again(self) -> None:
         """Let those be requested again that waited long enough. To be called now and then."""
@@ -164,6 +168,11 @@ class TableLoader:
             self._set_state(key, TableState.UNKNOWN)
         self._waiting.clear()
         self._paused &= given_up
+
+    def _bound_kept(self) -> None:
+        kept_bytes = sum(each.table.pages.nbytes for each in self._kept.values())
+        while len(self._kept) > 1 and (len(self._kept) > _KEPT_TABLES or kept_bytes > _KEPT_BYTES):
+            kept_bytes -= self._kept.popitem(last=False)[1].table.pages.nbytes
 
     def _ask(self, file: MappedFile) -> None:
         key = file.table_key

@@ -50,7 +50,7 @@ OWN_SERVICE = "everflame"
 MAX_ANCESTORS = 32
 
 _MAX_READ_PER_SCAN = 250  # after the first scan; 0.13 ms each
-_MAX_ENDED = 2_048  # processes that were read and have ended, for their late samples and children
+_MAX_ENDED = 1_024  # processes that were read and have ended, for their late samples and children
 _MAX_WAITING = 4_096  # of those that have ended, too
 _MAX_PLACES = 1_024
 """Paths of cgroups that are kept parsed, up to 6 KB each. Parsing one takes 0.1 ms."""
@@ -238,7 +238,7 @@ class Instances:
         process.end()
         self._ended.pop((process.pid, process.stat.start_ticks), None)
         if len(self._ended) >= _MAX_ENDED:
-            drop_oldest(self._ended, _MAX_ENDED // 2)
+            drop_oldest(self._ended, _MAX_ENDED // 8)
         self._ended[process.pid, process.stat.start_ticks] = process
         del instance.members[process]
         instance.close(process.left_ns)

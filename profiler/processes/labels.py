@@ -11,8 +11,9 @@ of a process, because it was gone or cannot be read: then its kin tell (`gone`).
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from bpf.samples import RawSample
 from profiler.processes.cgroups import CgroupIds
@@ -20,15 +21,18 @@ from profiler.processes.containers import ContainerMiss
 from profiler.processes.facts import Ask, Facts
 from profiler.processes.generations import Generation, boottime_ns, parent_in_proc
 from profiler.processes.gone import GoneProcesses, Kin
-from profiler.processes.instances import Instances, drop_oldest
+from profiler.processes.instances import Instances
 from profiler.processes.lifetimes import Lifetimes
 from profiler.processes.rules import ServiceRule
 from storage.profile import Labels, make_labels
 from symbolizer.text import readable
 
 MAX_CACHED_LABELS = 4_096
-"""Label sets by thread name and process. The oldest go; a process that still runs is not read
-again for them. They take some 1,000 bytes each."""
+"""Label sets by thread name and process, some 1,000 bytes each. Those go that no window has used
+since the last one; a process that still runs is not read again for them."""
+
+_Key = TypeVar("_Key", bound=Hashable)
+_Value = TypeVar("_Value")
 
 
 _SOURCE, _KERNEL = "", "kernel"
@@ -74,8 +78,8 @@ class Labeler:
         self._cgroup_ids = CgroupIds()
         self._gone = GoneProcesses(self._instances, self._cgroup_ids, parent_of or parent_in_proc)
         self._instances.on_join = self._gone.learn
-        self._subjects: dict[tuple[object, ...], Subject] = {}
-        self._sources: dict[Generation | Kin, str] = {}
+        self._subjects: _Recent[tuple[object, ...], Subject] = _Recent(MAX_CACHED_LABELS)
+        self._sources: _Recent[Generation | Kin, str] = _Recent(MAX_CACHED_LABELS)
         self._noted = 0
 
     @property
@@ -142,6 +146,8 @@ class Labeler:
         """
         self._gone.settle()
         self._gone.assign()
+        self._subjects.age()
+        self._sources.age()
         return self._instances.present(window_start_ns, window_end_ns)
 
     def _note(self, sample: RawSample) -> "Subject":
@@ -149,9 +155,7 @@ class Labeler:
         subject = self._subjects.get(key)
         if subject is None:
             subject = self._subject(sample)
-            if len(self._subjects) >= MAX_CACHED_LABELS:
-                drop_oldest(self._subjects, MAX_CACHED_LABELS // 2)
-            self._subjects[key] = subject
+            self._subjects.add(key, subject)
         if subject.is_gone and sample.pid not in self._instances.live:
             last_ns = sample.last_ns + self._instances.asleep_ns
             self._gone.count(subject.kin, subject.begin_ns, max(last_ns, subject.begin_ns))
@@ -188,10 +192,9 @@ class Labeler:
         """Return a number: one for all processes that are of one service for certain."""
         source = self._sources.get(process)
         if source is None:
-            if len(self._sources) >= MAX_CACHED_LABELS:
-                drop_oldest(self._sources, MAX_CACHED_LABELS // 2)
             self._noted += 1
-            source = self._sources[process] = str(self._noted)
+            source = str(self._noted)
+            self._sources.add(process, source)
         return source
 
     def _current(self, sample: RawSample) -> Generation | None:
@@ -217,6 +220,33 @@ class Labeler:
             process.exec_id = sample.exec_id
         process.cgroup_id = sample.cgroup_id
         return process if process.exec_id == sample.exec_id else None
+
+
+class _Recent(Generic[_Key, _Value]):
+    """What was used since `age` was called the last time but one; at most `limit` values."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._new: dict[_Key, _Value] = {}
+        self._old: dict[_Key, _Value] = {}
+
+    def __len__(self) -> int:
+        return len(self._new) + len(self._old)
+
+    def get(self, key: _Key) -> _Value | None:
+        value = self._new.get(key)
+        if value is None and key in self._old:
+            value = self._old.pop(key)
+            self.add(key, value)
+        return value
+
+    def add(self, key: _Key, value: _Value) -> None:
+        if len(self._new) >= self._limit // 2:
+            self.age()
+        self._new[key] = value
+
+    def age(self) -> None:
+        self._old, self._new = self._new, {}
 
 
 class Subject:

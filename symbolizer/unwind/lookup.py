@@ -17,8 +17,8 @@ from symbolizer.unwind.rules import RBX_SHIFT, RBX_UNKNOWN, ROW, CfaKind
 from symbolizer.unwind.table import PAGE_BITS, PagedRows
 from symbolizer.unwind.walk import PENDING, Rule, Stop
 
-_MAX_ROWS = 1 << 18
-"""Of kept pages. Beyond it all of them go: those in use are read again."""
+_MAX_ROWS = 1 << 17
+"""Of kept pages. Half of them go at a time, those that were not looked at for longest."""
 _PAGE_ROWS = 16
 """What a page takes besides its rows, counted as rows."""
 _IN_PAGE = (1 << PAGE_BITS) - 1
@@ -57,10 +57,8 @@ class RulePages:
     def __init__(self, load: Callable[[int], PagedRows], max_rows: int = _MAX_ROWS) -> None:
         self._load = load
         self._max_rows = max_rows
-        self._clear()
-
-    def _clear(self) -> None:
         self._pages: dict[int, _Page] = {}
+        self._before: dict[int, _Page] = {}
         self._rules: dict[bytes, Rule] = {}  # few differ
         self._kept = 0
 
@@ -81,19 +79,22 @@ class RulePages:
         return rule
 
     def _add(self, key: int) -> _Page:
-        """Read a page from its table."""
-        if self._kept > self._max_rows:
-            self._clear()
-        table = self._load(key >> 32)
-        number = key & (_MAX_PAGE - 1)
-        at = int(np.searchsorted(table.pages["number"], np.uint32(number)))
-        page = _NO_ROWS
-        if at < len(table.pages) and int(table.pages["number"][at]) == number:
-            rows = table.rows_of(at)
-            page = _Page(array("H", rows["pc_low"].tolist()), rows.tobytes())
+        """Keep a page that is looked at again, or for the first time."""
+        if self._kept > self._max_rows // 2:
+            self._before, self._pages, self._rules, self._kept = self._pages, {}, {}, 0
+        page = self._before.pop(key, None) or self._load_page(key)
         self._pages[key] = page
         self._kept += len(page.lows) + _PAGE_ROWS
         return page
+
+    def _load_page(self, key: int) -> _Page:
+        table = self._load(key >> 32)
+        number = key & (_MAX_PAGE - 1)
+        at = int(np.searchsorted(table.pages["number"], np.uint32(number)))
+        if at == len(table.pages) or int(table.pages["number"][at]) != number:
+            return _NO_ROWS
+        rows = table.rows_of(at)
+        return _Page(array("H", rows["pc_low"].tolist()), rows.tobytes())
 
 
 def _rule_of(row: bytes) -> Rule:

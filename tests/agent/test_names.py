@@ -238,6 +238,25 @@ def test_a_window_without_new_code_asks_nothing(agent, program):
     assert module.elf_address(first.final(process, process.functions[0]).offset) == linked
 
 
+def test_names_that_no_window_uses_are_forgotten(agent, program):
+    """A host that runs something else each day holds those of the last hour."""
+    with started(program) as process:
+        agent.name(process)
+        held = agent.names._kept
+        for _ in range(names_module._UNUSED_WINDOWS + names_module._FORGET_EVERY):
+            again = agent.window()
+            again.sample(process, process.functions[:1])
+            again.close()
+        forgotten = held - agent.names._kept
+        answered = agent.readers.answered
+        last = agent.name(process)
+
+    assert [frames[0].function for _, frames in again.named.frames] == [FUNCTIONS[0]]
+    assert forgotten == held - 1
+    assert last.functions(process) == list(FUNCTIONS)
+    assert agent.readers.answered > answered
+
+
 def test_addresses_outside_files_have_a_reason(agent, program):
     """Anonymous code, unmapped addresses and exited processes are locations without a name."""
     table = MappingTable.of([], "[exited]")

@@ -568,7 +568,7 @@ def test_stacks_are_whole_from_the_first_tick_that_counts(tmp_path):
     assert set(stops) == {"root"}
 
 
-def test_tables_are_there_for_stacks_that_are_unwound_later(recorder, tmp_path):
+def test_tables_are_there_for_stacks_that_are_unwound_later(recorder, tmp_path, monkeypatch):
     """Also of a process that is gone, and after the cache on disk has lost them."""
     program = compile_target("parked.c", tmp_path / "parked", "-O2", *NO_FRAME_POINTERS)
     with running(program, "recursion") as process:
@@ -584,7 +584,12 @@ def test_tables_are_there_for_stacks_that_are_unwound_later(recorder, tmp_path):
     assert table() == Miss.NOT_READ
     wait_for(lambda: not isinstance(table(), Miss))
     first = table()
-    recorder.unwinding._loader._kept.clear()
+    kept = recorder.unwinding._loader._kept
+    recorder.unwinding._loader.note_use([])
+    assert first.key in kept
+    monkeypatch.setattr(table_loading, "_KEPT_S", -1.0)
+    recorder.unwinding._loader.note_use([])
+    assert not kept  # nor a descriptor of what nobody uses
     for cached in recorder.unwinding._loader._cache._files.folder.iterdir():
         cached.unlink()
     assert table() == Miss.NOT_READ

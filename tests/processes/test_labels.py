@@ -623,6 +623,18 @@ def test_cache_of_labels_is_bounded(labeler: Labeler) -> None:
     assert len(labeler._subjects) <= MAX_CACHED_LABELS
 
 
+def test_labels_of_what_is_no_longer_sampled_are_forgotten(labeler: Labeler) -> None:
+    """A host where processes come and go for weeks holds those of the last two windows."""
+    stays = sample_of(2, stop="kernel_thread")
+    first = labeler.note([stays])
+    for number in range(10):
+        assert labeler.note([stays]) == first
+        labeler.note([stays._replace(comm=b"%d" % number)])
+        labeler.present(0, 1)
+
+    assert len(labeler._subjects) == 2
+
+
 def present(labeler: Labeler, start_ns: int, end_ns: int) -> dict[str, int]:
     services = labeler.present(start_ns, end_ns)
     return {dict(labels)["service"]: duration_ns for labels, duration_ns in services.items()}
