@@ -44,6 +44,9 @@ def main() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     channel = socket.socket(fileno=int(sys.argv[1]))
     request = json.loads(sys.stdin.buffer.read())
+    if request["nice"]:
+        with contextlib.suppress(OSError):  # it may only lower its priority
+            os.setpriority(os.PRIO_PROCESS, 0, request["nice"])
     try:
         answer, descriptors = _load(request)
     except BpfError as error:

@@ -79,6 +79,7 @@ class SamplerConfig:
         kernel_stack_bytes: what the kernel may write of its own stack; a deeper one is cut.
         copied_bytes_per_s: of stacks that cannot be walked yet, on each CPU; for an owner that
             unwinds the copies.
+        compiling_nice: the priority of the child that compiles, where that is permitted.
     """
 
     frequency_hz: int = 99
@@ -89,6 +90,7 @@ class SamplerConfig:
     frames_per_program: tuple[int, ...] = (12, 8, 5)
     kernel_stack_bytes: int = 8 * MAX_KERNEL_WORDS
     copied_bytes_per_s: int = 0
+    compiling_nice: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.frequency_hz <= MAX_FREQUENCY_HZ:
@@ -467,5 +469,6 @@ def _load(
         "frames_per_program": config.frames_per_program,
         "timer_programs": ["on_expire"],
         "timer_maps": _TIMER_MAPS,
+        "nice": config.compiling_nice,
     }
     return ask_child(json.dumps(request).encode(), meanwhile)

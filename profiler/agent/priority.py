@@ -1,13 +1,14 @@
 """Priority: the sampler gets a CPU in time on a busy host, and takes none from it.
 
 The kernel's maps hold a few seconds of ticks. On two CPUs with 22 busy programs a sampler of usual
-priority may wait for longer than that, and the ticks that find no room are lost. So while it
-samples it has a nice value of -10, by which it gets about half of a CPU if it needs that, and is
-soon let run. It is a share, not a right of way: a real-time policy (SCHED_RR) would let it run
-before everything else, and a fault in it could starve a CPU. EVERFLAME_NICE sets another value,
-from -20 to 19; 0 leaves the priority as it is.
+priority may wait for longer than that, and the ticks that find no room are lost. So it has a nice
+value of -10, by which it gets about half of a CPU if it needs that, and is soon let run. It is a
+share, not a right of way: a real-time policy (SCHED_RR) would let it run before everything else,
+and a fault in it could starve a CPU. EVERFLAME_NICE sets another value, from -20 to 19; 0 leaves
+the priority as it is. The child that compiles the BPF programs has the same one: else the first
+tick comes 20 s after the start.
 
-Children begin with the usual priority (SCHED_RESET_ON_FORK, sched(7)): recorded commands, readers
+Other children begin with the usual priority (SCHED_RESET_ON_FORK, sched(7)): recorded commands, readers
 of files, the uploader, the service.
 """
 

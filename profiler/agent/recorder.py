@@ -107,8 +107,13 @@ class Recorder:
         self.tracers: tuple[str, ...] = ()
         """BPF programs of others during which ticks may have been skipped, when last seen."""
         self._busy = BusyTime()
+        nice = priority.chosen_nice(os.environ)
         with contextlib.ExitStack() as opened:
-            sampled = replace(config, copied_bytes_per_s=self.copied_bytes_per_s)
+            # Some seconds of work come before the first tick: a busy host must not wait a minute.
+            opened.enter_context(priority.raised(nice))
+            sampled = replace(
+                config, copied_bytes_per_s=self.copied_bytes_per_s, compiling_nice=nice
+            )
             folder = (cache or default_cache()).absolute()
             stages = self._stages = self.stages(sampled, folder, rules or Rules(), commands)
             opened.callback(stages.close)
@@ -153,7 +158,6 @@ class Recorder:
         return_freed_pages()  # the kernel's symbols and the first tables took some megabytes
         self._counted = self._stages.open(OpenWindow(self.period_ns, self._clocks))
         self._drained = self._window.begun
-        self._opened.enter_context(priority.raised(priority.chosen_nice(os.environ)))
         if not self.sampler.counts_skipped:
             log.warning("ticks that the kernel skips beside other BPF programs are not counted")
         self.sampler.start()
