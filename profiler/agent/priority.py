@@ -8,8 +8,8 @@ and a fault in it could starve a CPU. EVERFLAME_NICE sets another value, from -2
 the priority as it is. The child that compiles the BPF programs has the same one: else the first
 tick comes 20 s after the start.
 
-Other children begin with the usual priority (SCHED_RESET_ON_FORK, sched(7)): recorded commands, readers
-of files, the uploader, the service.
+Other children begin with the usual priority (SCHED_RESET_ON_FORK, sched(7)): recorded commands,
+readers of files, the uploader, the service.
 """
 
 import contextlib
