@@ -2,18 +2,27 @@
 
 Whatever is cached can be made again, so a file that is gone or cannot be read is a miss, never an
 error. A file appears complete or not at all: it is written under another name and renamed. Several
-processes may share a folder. A file's time of modification is the time of its last use, to the
-minute, since file systems may not record reads (mount(8), noatime).
+processes may share a folder. A file's time of access is the time of its last use, to the minute: it
+is set, since file systems may not record reads (mount(8), noatime).
+
+Pins keep files from being evicted. They are shared locks on bytes of one file, a byte per name, so
+the kernel removes them when their process ends (fcntl(2), "Open file description locks"); whoever
+evicts a file must get the exclusive lock first.
 """
 
 import contextlib
+import fcntl
 import os
 import stat
+import struct
 import threading
 import time
-from collections.abc import Collection, Iterator
+import weakref
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from symbolizer.digest import blake2b
 
 _MEASURED_EVERY_BYTES = 32 << 20
 """The folder is measured after so much was written, or an eighth of a smaller budget."""
@@ -22,6 +31,8 @@ _PARTIAL = ".part"
 _PARTIAL_LASTS_NS = 3600 * 1_000_000_000
 """A partial file that is older belongs to a process that crashed: no write takes so long."""
 _KEPT_LONGEST_PART = 4
+_PINS = ".pins"
+_FLOCK = struct.Struct("hhqqi4x")  # fcntl.h's struct flock on 64-bit machines
 
 _File = tuple[int, int, Path]
 """Time of the last use, size, path."""
@@ -29,6 +40,13 @@ _File = tuple[int, int, Path]
 
 class UnwrittenError(OSError):
     """A file cannot be written to the cache just now: its disk is full, for example."""
+
+
+class Pins:
+    """Keeps files from being evicted, by any process, as long as it exists."""
+
+    def __init__(self, fd: int) -> None:
+        weakref.finalize(self, os.close, fd)
 
 
 class FileCache:
@@ -56,6 +74,21 @@ class FileCache:
         self._lock = threading.Lock()
         self._unmeasured_bytes = _MEASURED_EVERY_BYTES  # what was there before is not known
 
+    def pin(self, names: Iterable[str]) -> Pins:
+        """Keep files from being evicted as long as the result exists, and no longer.
+
+        Whether they are there is to be asked afterwards. Takes one file descriptor.
+
+        Raises:
+            OSError: the folder cannot be written to, or its file system has no such locks.
+        """
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(self.folder / _PINS, os.O_RDWR | os.O_CREAT, 0o600)
+        pins = Pins(fd)
+        for name in names:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _lock_of(name, fcntl.F_RDLCK))
+        return pins
+
     def open(self, name: str) -> BinaryIO | None:
         """Return a cached file, open for reading, and mark it as used; None if there is none."""
         path = self.folder / name
@@ -64,8 +97,9 @@ class FileCache:
         except OSError:
             return None
         with contextlib.suppress(OSError):
-            if os.fstat(file.fileno()).st_mtime_ns < time.time_ns() - _USED_TO_NS:
-                os.utime(path)
+            status, now_ns = os.fstat(file.fileno()), time.time_ns()
+            if status.st_atime_ns < now_ns - _USED_TO_NS:
+                os.utime(file.fileno(), ns=(now_ns, status.st_mtime_ns))
         return file
 
     @contextlib.contextmanager
@@ -96,10 +130,11 @@ class FileCache:
         """Mark a file as used without reading it; return its size, 0 if there is none."""
         path = self.folder / name
         try:
-            os.utime(path)
-            return path.stat().st_size
+            status = path.stat()
+            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
         except OSError:
             return 0
+        return status.st_size
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(OSError):
@@ -123,23 +158,43 @@ class FileCache:
             with contextlib.suppress(OSError):
                 status = path.stat(follow_symlinks=False)
                 if stat.S_ISREG(status.st_mode) and not path.name.endswith(_PARTIAL):
-                    found.append((status.st_mtime_ns, status.st_size, path))
+                    found.append((status.st_atime_ns, status.st_size, path))
         return found
 
     def _evict(self) -> None:
-        """Remove the longest unused files down to nine tenths of the budget, if it is exceeded."""
+        """Remove the longest unused files down to nine tenths of the budget, if it is exceeded.
+
+        Those that are pinned stay.
+        """
         self._remove_partial()
         files = sorted(self._files())
         excess_bytes = sum(size for _, size, _ in files) - self.limit_bytes
         if excess_bytes <= 0:
             return
         excess_bytes += self.limit_bytes // 10  # so that not every write has to make room
-        for _, size, path in self._in_order(files):
-            if excess_bytes <= 0:
-                break
-            with contextlib.suppress(OSError):
-                path.unlink()
-                excess_bytes -= size
+        with self._evicting() as pins_fd:
+            for _, size, path in self._in_order(files):
+                if excess_bytes <= 0:
+                    break
+                with contextlib.suppress(OSError):
+                    if pins_fd is not None:  # raises if it is pinned
+                        name = path.relative_to(self.folder).as_posix()
+                        fcntl.fcntl(pins_fd, fcntl.F_OFD_SETLK, _lock_of(name, fcntl.F_WRLCK))
+                    path.unlink()
+                    excess_bytes -= size
+
+    @contextlib.contextmanager
+    def _evicting(self) -> Iterator[int | None]:
+        """Return the file of locks, which are released when the block ends; None: no pin exists."""
+        try:
+            fd = os.open(self.folder / _PINS, os.O_RDWR)
+        except OSError:
+            yield None
+            return
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def _in_order(self, files: list[_File]) -> list[_File]:
         """Return files in the order of eviction, from the order of their last use."""
@@ -159,3 +214,10 @@ class FileCache:
                 with contextlib.suppress(OSError):
                     if path.stat(follow_symlinks=False).st_mtime_ns < oldest_ns:
                         path.unlink()
+
+
+def _lock_of(name: str, kind: int) -> bytes:
+    """Return a lock of the byte that stands for a file; two names with one byte do no harm."""
+    digest = blake2b(name.encode(), digest_size=8).digest()
+    place = int.from_bytes(digest, "big") >> 2  # within off_t
+    return _FLOCK.pack(kind, os.SEEK_SET, place, 1, 0)

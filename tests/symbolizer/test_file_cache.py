@@ -125,3 +125,21 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_the_write_alone(tmp_path
     assert cache.open("one") is None
     assert cache.touch("one") == 0
     assert cache.size_bytes() == 0
+
+
+def test_a_pinned_file_is_not_evicted(tmp_path: Path) -> None:
+    """By whichever cache object or process; another one goes in its place."""
+    cache = FileCache(tmp_path, 1000, files="[a-z]*")
+    put(cache, "old", 400, age_s=2 * HOUR_S)
+    put(cache, "young", 400, age_s=HOUR_S)
+    pins = [cache.pin(["old", "not there"]), cache.pin(["old"])]
+
+    put(FileCache(tmp_path, 1000, files="[a-z]*"), "new", 400, age_s=60)
+    assert names(cache) == {".pins", "old", "new"}
+
+    del pins[0]
+    put(cache, "newer", 400, age_s=30)
+    assert "old" in names(cache)
+    pins.clear()
+    put(cache, "newest", 400)
+    assert "old" not in names(cache)
