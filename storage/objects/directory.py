@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import stat
@@ -26,6 +27,10 @@ _PARTIAL = ".partial"
 _LINK_ATTEMPTS = 100
 _PARTIAL_LIFE_S = 3600
 """An older temporary file is from a crash: no put takes this long."""
+_LOCK = ".lock"
+_LOCK_PAUSE_S = 0.002
+_LOCK_WAIT_S = 30.0
+"""The lock is held for a few milliseconds, unless its holder is stopped or its disk hangs."""
 
 
 class DirectoryStore:
@@ -34,6 +39,12 @@ class DirectoryStore:
     A new object is written to a temporary file, synced, then linked to its name: the link fails if
     the name exists, and no reader sees half a file. Temporary files are in a folder of their own
     that is never listed; those of a crash are removed by the first put an hour later.
+
+    An object is replaced by renaming a synced temporary file, under a lock that all processes
+    share; the kernel releases it when its holder ends, however that happens. The tag of an object
+    is its file's time of modification, inode and size: no file is written to after it has its name,
+    and a replacement's time is always later than that of the file before. Once a store has a lock,
+    objects are deleted under it too.
     """
 
     def __init__(self, root: Path) -> None:
@@ -51,27 +62,63 @@ class DirectoryStore:
                 _check_file(path)
                 sync_folder(path.parent)  # its writer may have died before syncing
                 return False
-            self._clean()
-            partial = self.root / _PARTIAL / f"{os.getpid()}-{os.urandom(8).hex()}"
-            make_folder(partial.parent)
+            partial = self._new_partial()
             try:
                 write_synced(partial, content)
                 return self._link(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
 
+    def replace(self, key: str, content: bytes, tag: str | None) -> str | None:
+        path = self._path(key)
+        with self._explaining("write", key):
+            before = _status(path)
+            if not _has_tag(path, before, tag):
+                return None
+            partial = self._new_partial()
+            try:
+                later_than_ns = 0 if before is None else before.st_mtime_ns
+                written = _write_synced_later(partial, content, later_than_ns)
+                with self._locked():
+                    # The same tag as above means the same file, so that the time is later still.
+                    before = _status(path)
+                    if not _has_tag(path, before, tag):
+                        return None
+                    if before is not None:
+                        partial.replace(path)
+                        sync_folder(path.parent)
+                    elif not self._link(partial, path):
+                        return None
+                return _tag(written)
+            finally:
+                partial.unlink(missing_ok=True)
+
     def get(self, key: str) -> bytes:
+        return self.get_tagged(key)[0]
+
+    def get_tagged(self, key: str) -> tuple[bytes, str]:
         with self._explaining("read", key), _open_file(self._path(key)) as file:
             content = file.read(LARGEST_OBJECT_BYTES + 1)
+            tag = _tag(os.fstat(file.fileno()))
         if len(content) > LARGEST_OBJECT_BYTES:
             raise ObjectTooLarge(key)
-        return content
+        return content, tag
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         check_range(start, length)
         with self._explaining("read", key), _open_file(self._path(key)) as file:
             file.seek(start)
             return file.read(length)
+
+    @contextlib.contextmanager
+    def open(self, key: str) -> Iterator[BinaryIO]:
+        """Return an object's own file, `root / key`, open for reading within the block.
+
+        Raises:
+            ObjectMissing: there is no such object.
+        """
+        with self._explaining("read", key), _open_file(self._path(key)) as file:
+            yield file
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[StoredObject]:
         with self._explaining("list", prefix):
@@ -81,7 +128,9 @@ class DirectoryStore:
     def delete(self, key: str) -> None:
         path = self._path(key)
         with contextlib.suppress(ObjectMissing), self._explaining("delete", key):
-            path.unlink()
+            has_lock = (self.root / _LOCK).exists()
+            with self._locked() if has_lock else contextlib.nullcontext():
+                path.unlink()
             with contextlib.suppress(OSError):  # it is not empty, or was removed already
                 while path.parent != self.root:
                     path = path.parent
@@ -97,6 +146,35 @@ class DirectoryStore:
         if self._was_there and not is_there:
             raise StoreUnavailable(f"the folder {self.root} of the store is not there any more")
         self._was_there |= is_there
+
+    def _new_partial(self) -> Path:
+        """Return the name of a new temporary file, in its folder."""
+        self._clean()
+        partial = self.root / _PARTIAL / f"{os.getpid()}-{os.urandom(8).hex()}"
+        make_folder(partial.parent)
+        return partial
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other threads and processes from changing objects, for the length of the block.
+
+        Raises:
+            StoreUnavailable: another one held the lock all the time.
+        """
+        fd = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            deadline = time.monotonic() + _LOCK_WAIT_S
+            while not _try_lock(fd):
+                if time.monotonic() > deadline:
+                    raise StoreUnavailable(
+                        f"another process has held {self.root / _LOCK} for {_LOCK_WAIT_S:.0f} s"
+                    )
+                time.sleep(_LOCK_PAUSE_S)
+            yield
+        finally:
+            # A process that was forked meanwhile has the descriptor too, and closes it later.
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)
 
     def _link(self, partial: Path, path: Path) -> bool:
         for attempts_left in reversed(range(_LINK_ATTEMPTS)):
@@ -131,7 +209,7 @@ class DirectoryStore:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     status = (self.root / key).stat(follow_symlinks=False)
                     if stat.S_ISREG(status.st_mode):
-                        yield StoredObject(key, status.st_size, status.st_mtime_ns)
+                        yield StoredObject(key, status.st_size, status.st_mtime_ns, _tag(status))
 
     def _clean(self) -> None:
         """Remove temporary files of crashes, once per store object."""
@@ -214,10 +292,45 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _check_file(path: Path) -> None:
-    """Raise an OSError if something else than a file has the name of an object."""
-    if not stat.S_ISREG(path.stat(follow_symlinks=False).st_mode):
+def _check_file(path: Path) -> os.stat_result:
+    """Return the status of an object's file.
+
+    Raises:
+        FileNotFoundError: there is no object.
+        FileExistsError: something else than a file has its name.
+    """
+    status = path.stat(follow_symlinks=False)
+    if not stat.S_ISREG(status.st_mode):
         raise FileExistsError(errno.EPERM, "something else than a file has its name", str(path))
+    return status
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return _check_file(path)
+    except FileNotFoundError:
+        return None
+
+
+def _tag(status: os.stat_result) -> str:
+    return f"{status.st_mtime_ns:x}-{status.st_ino:x}-{status.st_size:x}"
+
+
+def _has_tag(path: Path, status: os.stat_result | None, tag: str | None) -> bool:
+    if status is None:
+        return tag is None
+    if _tag(status) == tag:
+        return True
+    sync_folder(path.parent)  # the writer who was first may have died before syncing
+    return False
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def make_folder(folder: Path) -> None:
@@ -242,6 +355,28 @@ def write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_synced_later(path: Path, content: bytes, than_ns: int) -> os.stat_result:
+    """Write a new file as `write_synced` does, modified after a time; return its status.
+
+    The kernel's own times only change every few milliseconds.
+    """
+    with open(path, "xb", opener=_open_private) as file:
+        file.write(content)
+        file.flush()
+        at_ns, step_ns = max(time.time_ns(), than_ns + 1), 1
+        while True:
+            os.utime(file.fileno(), ns=(at_ns, at_ns))
+            status = os.fstat(file.fileno())
+            if status.st_mtime_ns > than_ns:
+                break
+            # The file system keeps whole microseconds or seconds: see ext4(5) on inodes of 128
+            # bytes.
+            step_ns *= 1000
+            at_ns = than_ns + step_ns
+        os.fsync(file.fileno())
+    return status
 
 
 def _open_private(path: str, flags: int) -> int:

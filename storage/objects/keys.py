@@ -1,7 +1,8 @@
 """Keys of objects, the interface of object stores, and their errors.
 
-An object is written once and never changed: `put` does nothing if the key exists, so a retry
-neither loses nor duplicates anything. Keys are paths of plain segments, sorted by their bytes.
+A profile is written once and never changed: `put` does nothing if the key exists, so a retry
+neither loses nor duplicates anything. What must change is replaced only by whoever has seen its
+last content (`replace`). Keys are paths of plain segments, sorted by their bytes.
 
 The key of a profile says what was measured, when and where, so a window is found by listing alone:
 
@@ -17,7 +18,7 @@ window, and a complete file from a damaged one.
 import re
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from symbolizer.digest import sha256
 
@@ -45,8 +46,22 @@ class StoreError(Exception):
     ├── StoreUnavailable
     ├── StoreRefused
     ├── ObjectMissing
-    └── ObjectTooLarge
+    ├── ObjectTooLarge
+    └── DamagedObject
     """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a worker process raise it: it is made again without its own constructor."""
+        return _made_again, (type(self), self.args, self.__dict__)
+
+
+def _made_again(
+    kind: type[StoreError], arguments: tuple[Any, ...], state: dict[str, Any]
+) -> StoreError:
+    error = kind.__new__(kind)
+    error.args = arguments
+    error.__dict__.update(state)
+    return error
 
 
 class StoreUnavailable(StoreError):  # noqa: N818 - names what happened, as the two below do
@@ -67,10 +82,17 @@ class ObjectMissing(StoreError):  # noqa: N818
 
 
 class ObjectTooLarge(StoreError):  # noqa: N818
-    """The object has more bytes than any that the profiler writes."""
+    """The object has more bytes than its reader takes."""
+
+    def __init__(self, key: str, limit_bytes: int = LARGEST_OBJECT_BYTES) -> None:
+        super().__init__(f"{key!r} has more than {limit_bytes} bytes")
+
+
+class DamagedObject(StoreError):  # noqa: N818
+    """The object's content is not the one that its key names."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"{key!r} has more than {LARGEST_OBJECT_BYTES} bytes")
+        super().__init__(f"the object {key!r} is damaged: its content does not match its name")
 
 
 class StoredObject(NamedTuple):
@@ -78,6 +100,8 @@ class StoredObject(NamedTuple):
     size_bytes: int
     modified_ns: int
     """When the object was written, by the store's clock; S3 rounds to seconds."""
+    tag: str = ""
+    """The tag of its content: see `ObjectStore.replace`."""
 
 
 class ObjectStore(Protocol):
@@ -88,6 +112,28 @@ class ObjectStore(Protocol):
 
     def put(self, key: str, content: bytes) -> bool:
         """Write an object durably; return False and change nothing if the key exists."""
+
+    def replace(self, key: str, content: bytes, tag: str | None) -> str | None:
+        """Write an object durably if it still has this tag; return its new tag.
+
+        The tag None stands for no object. Returns None and changes nothing if the object has
+        another tag or, for a tag, does not exist: somebody else was first. Of several writers that
+        have seen the same tag, one wins.
+
+        A tag may stand for the content alone: to write the same content again may not change it.
+
+        After StoreUnavailable the object may be the old or the new one, and a writer whose response
+        was lost may be told None although it won: read again, and make a change that does no harm
+        when it is made twice.
+        """
+
+    def get_tagged(self, key: str) -> tuple[bytes, str]:
+        """Return an object's content, as `get` does, and its tag.
+
+        Raises:
+            ObjectMissing: there is no such object.
+            ObjectTooLarge: it has more than LARGEST_OBJECT_BYTES.
+        """
 
     def get(self, key: str) -> bytes:
         """Return an object's content.
@@ -175,6 +221,7 @@ _KEY_PATTERN = re.compile(
     re.ASCII,
 )
 _HOST_ID_PATTERN = re.compile(r"[0-9a-f]{16}")
+_PROVED_PATTERN = re.compile(r"-([0-9a-f]{16})\.[^/]+\Z")
 
 
 def object_key(profile: "Profile", content: bytes, tenant: str) -> ObjectKey:
@@ -201,6 +248,12 @@ def object_key(profile: "Profile", content: bytes, tenant: str) -> ObjectKey:
 def content16(content: bytes) -> str:
     digest: str = sha256(content).hexdigest()
     return digest[:16]
+
+
+def content16_in(key: str) -> str | None:
+    """Return the content16 by which a key proves its object's content; None if it has none."""
+    match = _PROVED_PATTERN.search(key)
+    return None if match is None else match[1]
 
 
 def type_in_key(name: str) -> str:

@@ -1,7 +1,9 @@
 """Tenant: the profiles of one tenant in an object store, found by their keys alone."""
 
+import calendar
 import heapq
 import itertools
+import re
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,11 +28,18 @@ from storage.objects.keys import (
 if TYPE_CHECKING:  # the uploader needs no numpy, which is a third of its memory
     from storage.profile import Profile, Window
 
-HOUR_NS = LONGEST_WINDOW_S * NS_PER_S
+HOUR_S, DAY_S = LONGEST_WINDOW_S, 24 * LONGEST_WINDOW_S
+HOUR_NS = HOUR_S * NS_PER_S
 
 _FOREVER_NS = 2**63
 _UNTYPED_SLASHES = 2
 """In what follows the prefix in a key without a type: hour, host, name."""
+_COMPACTED_SETTLED_NS = 2 * HOUR_NS
+_WHOLE_DAY = "dd"
+_TIME = r"(?P<type>[^/]+)/(?P<day>\d{4}-[01]\d-[0-3]\d)"
+_MANIFEST = re.compile(_TIME + r"(?:T(?P<hour>[012]\d))?\.json", re.ASCII)
+_BLOCK = re.compile(_TIME + r"/(?P<hour>[012]\d|dd)-[a-z0-9_]+-[0-9a-f]{16}\.parquet", re.ASCII)
+"""Keys of what is compacted, without what those of all begin with."""
 _NEWEST_LISTED = 1000  # S3 lists as many with one request
 
 
@@ -39,6 +48,47 @@ class _Listed(NamedTuple):
     """The key from its hour on: what two layouts' keys of a profile have in common."""
     key: ObjectKey
     stored: StoredObject
+
+
+class _Expirable(NamedTuple):
+    """What is deleted at once: a profile, or a compacted hour or day."""
+
+    start_ns: int
+    end_ns: int
+    is_profile: bool
+    objects: tuple[StoredObject, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(stored.size_bytes for stored in self.objects)
+
+    @property
+    def modified_ns(self) -> int:
+        return max(stored.modified_ns for stored in self.objects)
+
+
+def _age(each: _Expirable) -> tuple[int, bool, int]:
+    """Return what sorts by hour: profiles by start, the compacted hour, the day if it ends then."""
+    if each.is_profile:
+        return (each.start_ns // HOUR_NS, False, each.start_ns)
+    return ((each.end_ns - 1) // HOUR_NS, True, -each.start_ns)
+
+
+def _by_hour(profiles: Iterator[_Listed]) -> Iterator[_Expirable]:
+    """Return profiles that come by hour in the order of their starts."""
+    for _, hour in itertools.groupby(profiles, lambda listed: listed.key.start_s // HOUR_S):
+        for _, key, stored in sorted(hour, key=lambda listed: listed.key.start_s):
+            yield _Expirable(key.start_ns, key.end_ns, True, (stored,))
+
+
+def _window_of(name: str) -> tuple[int, int] | None:
+    """Return when an hour (`2026-11-30T09`) or a day (`2026-11-30`) starts and ends, if it does."""
+    is_hour = "T" in name
+    try:
+        start_s = calendar.timegm(time.strptime(name, "%Y-%m-%dT%H" if is_hour else "%Y-%m-%d"))
+    except ValueError:
+        return None
+    return start_s * NS_PER_S, (start_s + (HOUR_S if is_hour else DAY_S)) * NS_PER_S
 
 
 class TenantStore:
@@ -122,6 +172,16 @@ class TenantStore:
             if start_ns <= key.start_ns < end_ns:
                 yield key
 
+    def list_hour(
+        self, start_ns: int, type_: str = CPU
+    ) -> Iterator[tuple[ObjectKey, StoredObject]]:
+        """Return the profiles that start in an hour, each once, by host and start, lazily."""
+        previous = ""
+        for place, key, stored in self._list_hours(start_ns, start_ns + HOUR_NS, {type_}):
+            if place != previous:
+                yield key, stored
+            previous = place
+
     def list_all(self) -> Iterator[tuple[ObjectKey | None, StoredObject]]:
         """Return every object stored where profiles are, by key; its key is None for no profile.
 
@@ -138,41 +198,78 @@ class TenantStore:
                 continue
             yield key, stored
 
-    def expire(self, now_s: int, keep_s: int, keep_bytes: int) -> Iterator[StoredObject]:
-        """Delete the oldest profiles of all types, and return each of them.
+    def expire(
+        self, now_s: int, keep_s: int, keep_bytes: int, keep_compacted_s: int = 0
+    ) -> Iterator[StoredObject]:
+        """Delete the oldest profiles of all types and what is compacted; return what is deleted.
 
-        Deletes those that ended `keep_s` ago, then as many as exceed `keep_bytes`; a limit of 0 is
-        none. Other objects are kept.
+        Deletes profiles that ended `keep_s` ago, compacted hours and days that ended
+        `keep_compacted_s` ago, then as much as exceeds `keep_bytes` in all; a limit of 0 is none.
+        Other objects are kept, and so is a compacted hour or day that was written to within two
+        hours: a compactor may be about to name a new file of it.
 
         Raises:
             StoreRefused: some may not be deleted; all others were.
         """
         refusal: StoreRefused | None = None
-        types = {CPU, *self._types()}
-        excess_bytes = 0
-        if keep_bytes:
-            every = self._list_hours(0, _FOREVER_NS, types)
-            excess_bytes = sum(stored.size_bytes for _, _, stored in every) - keep_bytes
-        oldest_ns = (now_s - keep_s) * NS_PER_S if keep_s else 0
-        every = self._list_hours(0, _FOREVER_NS, types)
-        by_hour = itertools.groupby(every, lambda listed: listed[1].start_s // LONGEST_WINDOW_S)
-        oldest_first = (
-            each
-            for _, hour in by_hour
-            for each in sorted(hour, key=lambda listed: listed[1].start_s)
-        )
-        for _, key, stored in oldest_first:
-            if excess_bytes <= 0 and key.end_ns > oldest_ns:
+        types = {CPU, *self.types()}
+        compacted = self._list_compacted() if keep_bytes or keep_compacted_s else []
+        excess_bytes = self._size_bytes(types, compacted) - keep_bytes if keep_bytes else 0
+        limits_ns = {
+            True: (now_s - keep_compacted_s) * NS_PER_S if keep_compacted_s else 0,
+            False: (now_s - keep_s) * NS_PER_S if keep_s else 0,
+        }
+        settled_ns = now_s * NS_PER_S - _COMPACTED_SETTLED_NS
+        profiles = self._list_hours(0, _FOREVER_NS, types)
+        for each in heapq.merge(_by_hour(profiles), compacted, key=_age):
+            if not limits_ns:
                 break
-            try:
-                self.store.delete(stored.key)
-            except StoreRefused as error:
-                refusal = error
-            else:
-                excess_bytes -= stored.size_bytes
-                yield stored
+            is_compacted = not each.is_profile
+            if is_compacted not in limits_ns:
+                continue
+            if excess_bytes <= 0 and each.end_ns > limits_ns[is_compacted]:
+                del limits_ns[is_compacted]  # what follows of its kind is younger
+                continue
+            if is_compacted and each.modified_ns > settled_ns:
+                continue
+            for stored in each.objects:
+                try:
+                    self.store.delete(stored.key)
+                except StoreRefused as error:
+                    refusal = error
+                else:
+                    excess_bytes -= stored.size_bytes
+                    yield stored
         if refusal is not None:
             raise refusal
+
+    def _size_bytes(self, types: Collection[str], compacted: Collection["_Expirable"]) -> int:
+        every = self._list_hours(0, _FOREVER_NS, types)
+        profiles_bytes = sum(stored.size_bytes for _, _, stored in every)
+        return profiles_bytes + sum(each.size_bytes for each in compacted)
+
+    def _list_compacted(self) -> list["_Expirable"]:
+        """Return the compacted hours and days by age, each with its manifest before its files.
+
+        They are known by their keys alone: see `storage.blocks.manifest`.
+        """
+        found: dict[tuple[str, str], list[StoredObject]] = {}
+        for folder, pattern in (("manifests", _MANIFEST), ("blocks", _BLOCK)):
+            prefix = f"v1/{self.tenant}/{folder}/"
+            for stored in self.store.list(prefix):
+                match = pattern.fullmatch(stored.key.removeprefix(prefix))
+                if match is None:
+                    continue
+                name = match["day"]
+                if match["hour"] not in {None, _WHOLE_DAY}:
+                    name = f"{name}T{match['hour']}"
+                found.setdefault((match["type"], name), []).append(stored)
+        every = [
+            _Expirable(*window, is_profile=False, objects=tuple(objects))
+            for (_, name), objects in found.items()
+            if (window := _window_of(name)) is not None
+        ]
+        return sorted(every, key=_age)
 
     def _find_last_hour(self, hour: int, before_ns: int, type_: str) -> int | None:
         """Return the last hour since 1970 with a profile that starts before `before_ns`.
@@ -235,8 +332,8 @@ class TenantStore:
             if key is not None:
                 yield _Listed(place, key, stored)
 
-    def _types(self) -> Iterator[str]:
-        """Return the types that have a profile, listing one key of each."""
+    def types(self) -> Iterator[str]:
+        """Return the types whose keys have one and that have a profile, listing one key of each."""
         prefix = profiles_prefix(self.tenant)
         start_after = f"{prefix}:"  # after all digits, before all letters
         names: set[str] = set()

@@ -1,6 +1,8 @@
 """Stores for tests: directories with profiles at chosen minutes."""
 
 import dataclasses
+import hashlib
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +64,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._objects: dict[str, bytes] = {}
+        self._lock = threading.Lock()
         self.listed = 0
 
     def put(self, key: str, content: bytes) -> bool:
@@ -69,6 +72,20 @@ class MemoryStore:
         is_new = key not in self._objects
         self._objects.setdefault(key, content)
         return is_new
+
+    def replace(self, key: str, content: bytes, tag: str | None) -> str | None:
+        check_key(key)
+        with self._lock:
+            if (self._tag(key) if key in self._objects else None) != tag:
+                return None
+            self._objects[key] = content
+            return self._tag(key)
+
+    def get_tagged(self, key: str) -> tuple[bytes, str]:
+        return self.get(key), self._tag(key)
+
+    def _tag(self, key: str) -> str:
+        return hashlib.md5(self._objects[key]).hexdigest()
 
     def get(self, key: str) -> bytes:
         if key not in self._objects:
@@ -83,7 +100,8 @@ class MemoryStore:
         for key in sorted(self._objects):
             if key.startswith(prefix) and key > start_after:
                 self.listed += 1
-                yield StoredObject(key, len(self._objects[key]), time.time_ns())
+                content = self._objects[key]
+                yield StoredObject(key, len(content), time.time_ns(), self._tag(key))
 
     def delete(self, key: str) -> None:
         self._objects.pop(key, None)

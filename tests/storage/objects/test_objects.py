@@ -648,7 +648,9 @@ def test_doctor_passes_a_store_that_works(store: ObjectStore, request, tmp_path:
 
     found = checks(url, endpoint)
 
-    assert list(found) == ["store", "store_write", "store_conditional", "store_clock"]
+    assert list(found) == [
+        "store", "store_write", "store_conditional", "store_replace", "store_clock",
+    ]  # fmt: skip
     assert {check.status for check in found.values()} == {doctor.Status.OK}
     assert keys(store) == []
 
@@ -676,6 +678,31 @@ def test_doctor_fails_a_store_that_replaces_objects(tmp_path: Path, monkeypatch)
     found = checks(str(tmp_path / "store"))
 
     assert found["store_conditional"].status is doctor.Status.FAIL
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_doctor_warns_of_a_store_whose_changes_are_lost(
+    tmp_path: Path, monkeypatch, is_told: bool
+) -> None:
+    """One that replaces whatever is there, as the store notices itself or not: agents work."""
+
+    def overwriting(self: DirectoryStore, key: str, content: bytes, _tag: str | None) -> str | None:
+        if is_told:
+            raise StoreRefused(f"cannot replace {key!r}: it ignores If-Match", "use a server")
+        return replace(self, key, content, self.get_tagged(key)[1])
+
+    replace = DirectoryStore.replace
+    monkeypatch.setattr(DirectoryStore, "replace", overwriting)
+
+    found = checks(str(tmp_path / "store"))
+
+    assert [name for name, check in found.items() if check.status is not doctor.Status.OK] == [
+        "store_replace"
+    ]
+    assert found["store_replace"].status is doctor.Status.WARN
+    assert "everflame compact" in found["store_replace"].detail
+    assert "use a server" in found["store_replace"].remedy
+    assert keys(DirectoryStore(tmp_path / "store")) == []
 
 
 def test_doctor_warns_of_a_clock_that_is_not_the_stores(tmp_path: Path, monkeypatch) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.objects.directory import DirectoryStore
-from storage.objects.keys import NS_PER_S, ObjectKey, ObjectStore, StoreRefused
+from storage.objects.keys import NS_PER_S, ObjectKey, ObjectStore, StoreRefused, hour_of
 from storage.objects.tenant import TenantStore
 from storage.profile import Window
 from tests.support.stores import START_NS, MemoryStore
@@ -208,6 +208,73 @@ def test_profiles_beyond_the_size_expire_oldest_first(store: ObjectStore) -> Non
     left = [key.start_s for key, _ in profiles.list_all() if key]
     assert min(left) == START_S + 60 * 5
     assert list(profiles.expire(START_S, keep_s=0, keep_bytes=95)) == []
+
+
+NOW_S = int(time.time()) + 3 * HOUR_S
+"""Later than what a test writes counts as young."""
+FIRST_S = NOW_S // HOUR_S * HOUR_S - 20 * HOUR_S
+
+
+def compacted(name: str, type_: str) -> list[str]:
+    """Return the keys of an hour or a day as a compactor makes them: the manifest, then files."""
+    day, _, hour = name.partition("T")
+    stem = f"v1/default/blocks/{type_}/{day}/{hour or 'dd'}"
+    files = [f"{stem}-{table}-{'0' * 16}.parquet" for table in ("objects", "samples_1h")]
+    return [f"v1/default/manifests/{type_}/{name}.json", *files]
+
+
+PROFILES = [window_key(FIRST_S + HOUR_S * hour).text for hour in (0, 1, 2)]
+IN_ORDER = [
+    key
+    for hour, type_ in enumerate(("cpu", "wall", "cpu"))
+    for key in (PROFILES[hour], *compacted(hour_of(FIRST_S + HOUR_S * hour), type_))
+]
+OTHERS = [
+    "v1/default/key",
+    "v1/default/manifests/cpu/2026-02-31T09.json",
+    "v1/default/manifests/cpu/later.json",
+    "v1/default/blocks/cpu/2026-01-01/00-later",
+    "v1/other/manifests/cpu/2026-01-01T00.json",
+]
+
+
+@pytest.mark.parametrize(
+    ("limits", "deleted"),
+    [
+        ((0, 0, 0), []),
+        ((0, 96, 0), []),
+        ((0, 95, 0), IN_ORDER[:1]),
+        ((0, 87, 0), IN_ORDER[:4]),
+        ((0, 64, 0), IN_ORDER[:4]),
+        ((0, 63, 0), IN_ORDER[:5]),
+        ((NOW_S - FIRST_S - HOUR_S - 60, 0, 0), PROFILES[:2]),
+        ((0, 0, NOW_S - FIRST_S - 2 * HOUR_S), [*IN_ORDER[1:4], *IN_ORDER[5:8]]),
+        ((NOW_S - FIRST_S - HOUR_S - 60, 64, NOW_S - FIRST_S - 2 * HOUR_S), IN_ORDER[:8]),
+    ],
+)
+def test_what_is_compacted_expires_as_profiles_do(tmp_path, limits, deleted) -> None:
+    """In one size with them, hour by hour: profiles, then the manifest, then its files."""
+    store = DirectoryStore(tmp_path)
+    for key in (*IN_ORDER, *OTHERS):
+        store.put(key, b"x" * 8)
+
+    removed = TenantStore(store).expire(NOW_S, *limits)
+
+    assert [each.key for each in removed] == deleted
+    assert keys(store) == sorted({*IN_ORDER, *OTHERS} - {*deleted})
+
+
+def test_the_rollup_of_a_day_expires_after_its_hours(tmp_path) -> None:
+    """What a compactor has just written stays, as it may be about to name it."""
+    store = DirectoryStore(tmp_path)
+    day = hour_of(FIRST_S)[:10]
+    every = [*compacted(f"{day}T23", "cpu"), *compacted(day, "cpu")]
+    for key in every:
+        store.put(key, b"x" * 8)
+    tenant = TenantStore(store)
+
+    assert list(tenant.expire(int(time.time()), 0, 1, 1)) == []
+    assert [each.key for each in tenant.expire(NOW_S + 48 * HOUR_S, 0, 0, HOUR_S)] == every
 
 
 starts_s = st.lists(
