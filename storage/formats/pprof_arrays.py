@@ -8,32 +8,26 @@ Files in any other form are left to `pprof.decode`, which reads every form and n
 with a damaged file. Both return the same profile; a test compares them.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from google.protobuf import message
 
 from storage.columns import Columns, Texts, object_of, presence_of, rank_names, times_of
 from storage.formats import pprof
 from storage.formats.limits import COUNT_LIMIT, OBJECT, Limits, exhaustion_named
 from storage.formats.pprof_comments import Ours, read_comments
-from storage.formats.pprof_message import (
-    ProfileMessage,
-    check_parts,
-    decompress,
-    message_class,
-)
+from storage.formats.pprof_message import ProfileMessage, check_parts, decompress, split
 from storage.formats.pprof_wire import (
     Bytes,
-    Pairs,
+    Flags,
+    Messages,
     UnusualError,
-    is_ascending,
-    numbers_at,
     numbers_from,
+    numbers_in,
     require,
-    require_tags,
 )
 from storage.grouping import ranges
 from storage.hashing import Hasher, Hashes, hash_locations
@@ -41,13 +35,17 @@ from storage.profile import Indices, Integers, Labels, make_labels
 from symbolizer.location import Kind, Module
 from symbolizer.text import READABLE_LIMIT, readable
 
-# protobuf makes classes at run time, so they have no types: Any, here and below.
-_LeanMessage: Any = message_class(
-    "everflame.wire", unread=frozenset({"Sample", "Location", "Function"})
-)
-
 _NUMBER_LIMIT = 2**31
 """Files with larger lines or ids are left to `pprof.decode`."""
+
+_REMEMBERED_BYTES = 4096
+"""Longer strings are made readable again in each object that has them."""
+
+_LINES_LIMIT = 256
+"""Lines of a location: each is read with those of all other locations."""
+
+_Sample: Any = type(ProfileMessage().sample.add())
+"""protobuf makes classes at run time, so they have no types: Any, here and below."""
 
 _NO_USUAL = (Kind.REST, "\n")
 """Not equal to any kind and module of a file: names contain no line ends."""
@@ -62,28 +60,30 @@ def decode(content: bytes, hasher: Hasher, limits: Limits = OBJECT) -> Columns:
     """
     with exhaustion_named():
         plain = decompress(content, limits)
-        check_parts(plain, limits)
+        parts = check_parts(plain, limits)
         try:
-            return _decode_ours(plain, hasher)
+            return _decode_ours(plain, hasher, parts)
         except (UnusualError, message.DecodeError):
             return Columns.of(pprof.decode_checked(plain), hasher)
 
 
-def _decode_ours(content: bytes, hasher: Hasher) -> Columns:
-    parsed = _LeanMessage()
-    parsed.ParseFromString(content)
-    raw = list(parsed.string_table)
-    require(all(0 < i < len(raw) for i in parsed.comment) and raw[:1] == [b""])
-    ours = read_comments(raw[i] for i in parsed.comment)
+def _decode_ours(content: bytes, hasher: Hasher, parts: Any = None) -> Columns:
+    parts = split(content) if parts is None else parts
+    raw: list[bytes] = list(parts.string_table)
+    comments = numbers_in(np.frombuffer(b"".join(parts.comment), np.uint8))[0].tolist()
+    require(all(0 < i < len(raw) for i in comments) and raw[:1] == [b""])
+    ours = read_comments(raw[i] for i in comments)
     if ours is None:
         raise UnusualError
+    parsed = _parse_heads(parts)
     types = [(_text(raw, t.type), _text(raw, t.unit)) for t in parsed.sample_type]
     require(len(types) == 2 and types[0] == ("samples", "count") and types[1][0] == ours.type)
     require((ours.type, types[1][1]) == ("cpu", "nanoseconds"))
-    strings = _Strings(raw, hasher)
-    functions = _read_functions(list(parsed.function), len(raw))
-    places = _read_locations(list(parsed.location), parsed.mapping, functions, ours, strings)
-    stacks = _read_samples(list(parsed.sample), len(places.locations))
+    strings = _Strings(raw, hasher, frozenset(comments))
+    functions = _read_functions(list(parts.function), len(raw))
+    require(all((functions[:, 1:4] != i).all() for i in comments))
+    places = _read_locations(list(parts.location), parsed.mapping, functions, ours, strings)
+    stacks = _read_samples(list(parts.sample), len(places.locations))
     label_sets, label_numbers = _read_labels(stacks.labels, strings)
     texts = strings.texts
     hashes = hash_locations(strings.hashes, places.locations, places.named)
@@ -94,7 +94,8 @@ def _decode_ours(content: bytes, hasher: Hasher) -> Columns:
     ordered, first, which = np.unique(stack_hashes, return_index=True, return_inverse=True)
     if len(first) < len(stack_hashes):  # several label sets have one stack
         rows = np.stack([label_numbers, which], axis=1)
-        require(len(np.unique(rows[:, 0] * (len(first) + 1) + rows[:, 1])) == len(rows))
+        keys = np.sort(rows[:, 0] * (len(first) + 1) + rows[:, 1])
+        require((keys[1:] != keys[:-1]).all())
         lengths = offsets[first + 1] - offsets[first]
         words = words[ranges(offsets[first], lengths)]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -133,22 +134,44 @@ def _decode_ours(content: bytes, hasher: Hasher) -> Columns:
     )
 
 
+def _parse_heads(parts: Any) -> Any:
+    """Return a message with the types of values and the mappings, which are few."""
+    require(len(parts.sample_type) == 2)
+    parsed = ProfileMessage()
+    for content in parts.sample_type:
+        parsed.sample_type.add().ParseFromString(content)
+    for content in parts.mapping:
+        parsed.mapping.add().ParseFromString(content)
+    return parsed
+
+
 def _text(raw: Sequence[bytes], index: int) -> str:
     require(0 <= index < len(raw))
     return readable(raw[index])
 
 
 class _Strings:
-    """The file's strings as a table of texts; texts that are not in the file are added to it."""
+    """The file's strings as a table of texts; texts that are not in the file are added to it.
 
-    def __init__(self, raw: Sequence[bytes], hasher: Hasher) -> None:
-        self._texts = _make_readable(raw)
+    Comments are left out: that of the accounting is different in every file, and a Hasher would
+    remember it. No name may be the same string.
+    """
+
+    def __init__(self, raw: Sequence[bytes], hasher: Hasher, comments: frozenset[int]) -> None:
+        self._comments = comments
+        names = list(raw)
+        for i in comments:
+            names[i] = b""
+        self._texts = make_readable(names)
+        for i in comments:
+            self._texts[i] = b"\n%d" % i  # no readable text has a line end
         self._hasher = hasher
         self._numbers: dict[bytes, int] = {}
         self.count = len(self._texts)
         self._base = hasher.texts(self._texts)
 
     def __getitem__(self, index: int) -> str:
+        require(0 <= index < self.count and index not in self._comments)
         return self._texts[index].decode()
 
     def require_distinct(self) -> None:
@@ -173,30 +196,37 @@ class _Strings:
         return np.concatenate([self._base, added])
 
 
-def _make_readable(raw: Sequence[bytes]) -> list[bytes]:
+@functools.lru_cache(maxsize=1024)
+def _readable(name: bytes) -> bytes:
+    return readable(name).encode()
+
+
+def make_readable(raw: Sequence[bytes]) -> list[bytes]:
     """Apply `readable` to each string; short plain ASCII needs no call."""
     lengths = np.fromiter(map(len, raw), np.int64, len(raw))
     content = np.frombuffer(b"".join(raw), np.uint8)
-    odd_at = np.flatnonzero((content < 0x20) | (content > 0x7E))
+    odd_at = np.flatnonzero(content - np.uint8(0x20) > 0x7E - 0x20)  # below 0x20 it wraps
     is_odd = lengths > READABLE_LIMIT
     is_odd[np.searchsorted(np.cumsum(lengths), odd_at, side="right")] = True
     texts = list(raw)
     for i in np.flatnonzero(is_odd).tolist():
-        texts[i] = readable(raw[i]).encode()
+        make = _readable if lengths[i] < _REMEMBERED_BYTES else _readable.__wrapped__
+        texts[i] = make(raw[i])
     return texts
 
 
-def _read_functions(messages: Sequence[bytes], strings: int) -> Integers:
-    """Return (0, name, system name, file, first line) by id; ids count from 1, line 0 is unused."""
-    pairs = Pairs.of(messages)
-    require_tags(pairs.tags, (0x08, 0x10, 0x18, 0x20, 0x28))
-    require(is_ascending(pairs.owner, pairs.tags))
-    require((pairs.values < _NUMBER_LIMIT).all())
-    table = np.zeros((len(messages) + 1, 6), dtype=np.int64)
-    table[pairs.owner + 1, (pairs.tags >> np.uint64(3)).astype(np.int64)] = pairs.values
-    require(np.array_equal(table[:, 1], np.arange(len(table))))
-    require((table[:, 2:5] < strings).all())
-    return table[:, 1:]
+def _read_functions(contents: Sequence[bytes], strings: int) -> Integers:
+    """Return a line (id, name, system name, file, first line) by id; ids count from 1."""
+    messages = Messages.of(contents)
+    fields = [messages.number(tag) for tag in (0x08, 0x10, 0x18, 0x20, 0x28)]
+    messages.require_read()
+    table = np.zeros((len(messages) + 1, 5), dtype=np.int64)
+    for i, numbers in enumerate(fields):
+        require((numbers < _NUMBER_LIMIT).all())
+        table[1:, i] = numbers
+    require(np.array_equal(table[:, 0], np.arange(len(table))))
+    require((table[:, 1:4] < strings).all())
+    return table
 
 
 class _Places(NamedTuple):
@@ -209,54 +239,40 @@ class _Places(NamedTuple):
 
 
 def _read_locations(
-    messages: Sequence[bytes],
+    contents: Sequence[bytes],
     mappings: Sequence[Any],
     functions: Integers,
     ours: Ours,
     strings: _Strings,
 ) -> _Places:
-    pairs = Pairs.of(messages)
-    count = len(messages)
-    opens = pairs.tags == 0x22
-    line_of = np.cumsum(opens) - 1
-    line_at = np.flatnonzero(opens)
-    line_owner = pairs.owner[line_at]
-    first_line = np.searchsorted(line_owner, np.arange(count + 1))
-    # A pair belongs to a line if a line of the same location opens before it.
-    is_inner = ~opens & (line_of >= first_line[pairs.owner])
-    is_outer = ~opens & ~is_inner
-    outer = np.flatnonzero(is_outer)
-    require_tags(pairs.tags[outer], (0x08, 0x10, 0x18))
-    require(is_ascending(pairs.owner[outer], pairs.tags[outer]))
-    table = np.zeros((count, 4), dtype=np.uint64)
-    fields = (pairs.tags[outer] >> np.uint64(3)).astype(np.int64)
-    table[pairs.owner[outer], fields] = pairs.values[outer]
-    require(np.array_equal(table[:, 1], np.arange(1, count + 1, dtype=np.uint64)))
-    lines = _read_lines(pairs, np.flatnonzero(is_inner), line_of, line_at, len(functions))
-    return _Locator(mappings, functions, ours, strings).locate(table, lines, first_line)
+    messages = Messages.of(contents)
+    ids, mapping, address = (messages.number(tag) for tag in (0x08, 0x10, 0x18))
+    require(np.array_equal(ids, np.arange(1, len(messages) + 1, dtype=np.uint64)))
+    lines, owner = _read_lines(messages, len(functions))
+    messages.require_read()
+    require((mapping <= len(mappings)).all())
+    counts = np.bincount(owner, minlength=len(messages))
+    first_line = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    locator = _Locator(mappings, functions, ours, strings)
+    return locator.locate(mapping.astype(np.int64), address, lines, first_line)
 
 
-def _read_lines(
-    pairs: Pairs, inner: Integers, line_of: Integers, line_at: Integers, functions: int
-) -> Integers:
-    """Return (function id, line) for every line of every location, in their order."""
-    require_tags(pairs.tags[inner], (0x08, 0x10))
-    require(is_ascending(line_of[inner], pairs.tags[inner]))
-    require((pairs.values[inner] < _NUMBER_LIMIT).all())
-    owner = pairs.owner[line_at]
-    # Each line's bytes must end where the next line of the location begins, or the location ends.
-    ends = pairs.message_ends[owner].copy()
-    same = owner[1:] == owner[:-1]
-    ends[:-1][same] = pairs.starts[line_at[1:]][same]
-    # A line's own length is one byte: at most two tags and numbers of five bytes.
-    declared = pairs.starts[line_at] + 2 + pairs.values[line_at].astype(np.int64)
-    require((pairs.values[line_at] < 0x80).all() and np.array_equal(declared, ends))
-    lines = np.zeros((len(line_at), 3), dtype=np.int64)
-    lines[line_of[inner], (pairs.tags[inner] >> np.uint64(3)).astype(np.int64)] = pairs.values[
-        inner
-    ]
-    require(((lines[:, 1] > 0) & (lines[:, 1] < functions)).all())
-    return lines[:, 1:]
+def _read_lines(messages: Messages, functions: int) -> tuple[Integers, Integers]:
+    """Return (function id, line) for every line of every location, in their order, and of which."""
+    lines, owners = [np.zeros((0, 2), np.int64)], [np.zeros(0, np.int64)]
+    for _ in range(_LINES_LIMIT):
+        left = messages.unread()
+        if len(left) == 0:
+            break
+        inner = messages.inner(0x22, left)
+        function, line = inner.number(0x08), inner.number(0x10)
+        inner.require_read()
+        require(((function > 0) & (function < functions)).all() and (line < _NUMBER_LIMIT).all())
+        lines.append(np.stack([function, line], axis=1).astype(np.int64))
+        owners.append(left)
+    owner = np.concatenate(owners)
+    order = np.argsort(owner, kind="stable")
+    return np.concatenate(lines)[order], owner[order]
 
 
 class _Locator:
@@ -272,9 +288,11 @@ class _Locator:
         require(len(by_id) == len(mappings) and sorted(by_id) == list(range(1, len(by_id) + 1)))
         self._mappings = [by_id[i] for i in sorted(by_id)]
 
-    def locate(self, table: Hashes, lines: Integers, first_line: Integers) -> _Places:
-        mapping = table[:, 2].astype(np.int64) - 1
-        require(((mapping >= 0) & (mapping < len(self._mappings))).all())
+    def locate(
+        self, mapping_ids: Integers, address: Hashes, lines: Integers, first_line: Integers
+    ) -> _Places:
+        require((mapping_ids > 0).all())
+        mapping = mapping_ids - 1
         described = [self._describe(each) for each in self._mappings]
         build_ids, kinds, modules = np.array(described, np.int64).reshape(-1, 3).T
         starts, offsets = (
@@ -282,17 +300,16 @@ class _Locator:
             for name in ("memory_start", "file_offset")
         )
         is_named = build_ids[mapping] < 0
-        address = table[:, 3]
-        inside = address >= starts[mapping]
-        offset = np.where(inside, address - starts[mapping] + offsets[mapping], address)
+        start = starts[mapping]
+        offset = np.where(address >= start, address - start + offsets[mapping], address)
         line_counts = np.diff(first_line)
-        owner = np.repeat(np.arange(len(table)), line_counts)
+        owner = np.repeat(np.arange(len(mapping)), line_counts)
         frames = self._frames(lines, owner, first_line, kinds[mapping], modules[mapping])
         at = np.flatnonzero(is_named)
         require((line_counts[at] == 1).all())
         theirs = first_line[at]
         function = self._functions[lines[theirs, 0]]
-        locations = np.zeros((len(table), 3), dtype=np.uint64)
+        locations = np.zeros((len(mapping), 3), dtype=np.uint64)
         locations[:, 0] = np.where(is_named, 0, build_ids[mapping])
         locations[:, 1] = np.where(is_named, np.uint64(0), offset)
         locations[at, 0] = frames[theirs, 0]
@@ -371,17 +388,17 @@ def _read_samples(messages: Sequence[bytes], locations: int) -> _Samples:
     at = ends - lengths
     # location_id, if the stack is not empty: a tag, a length, and as many bytes of numbers.
     has_stack = data[at] == 0x0A
-    length, first = _lengths_from(data, at + 1, has_stack)
-    first = np.where(has_stack, first, at)
+    length, first = _lengths_from(data, at + has_stack, has_stack)
     past = first + length
     require((past < ends).all())
     require((data[past] == 0x12).all())
     # The two values, then labels.
-    length, value_at = _lengths_from(data, past + 1, np.ones(len(at), dtype=bool))
+    each = np.ones(len(at), dtype=bool)
+    length, value_at = _lengths_from(data, past + 1, each)
     values_end = value_at + length
     require((values_end <= ends).all())
-    samples, value_at = numbers_from(data, value_at)
-    values, value_at = numbers_from(data, value_at)
+    samples, value_at = numbers_from(data, value_at, each)
+    values, value_at = numbers_from(data, value_at, each)
     require(np.array_equal(value_at, values_end))
     counts = np.stack([samples, values], axis=1)
     require((counts < np.uint64(COUNT_LIMIT)).all())
@@ -400,26 +417,24 @@ def _read_samples(messages: Sequence[bytes], locations: int) -> _Samples:
     return _Samples(offsets, words - 1, counts[kept].astype(np.int64), labels)
 
 
-def _lengths_from(
-    data: Bytes, at: Integers, present: npt.NDArray[np.bool_]
-) -> tuple[Integers, Integers]:
+def _lengths_from(data: Bytes, at: Integers, present: Flags) -> tuple[Integers, Integers]:
     """Return the lengths that begin at these bytes, 0 where none is present, and their ends."""
-    lengths, ends = numbers_from(data, at)
-    lengths[~present] = 0
+    lengths, ends = numbers_from(data, at, present)
     require((lengths < _NUMBER_LIMIT).all())
     return lengths.astype(np.int64), ends
 
 
 def _read_words(data: Bytes, first: Integers, past: Integers) -> tuple[Indices, Integers]:
     """Return the numbers within these bounds, concatenated, and how many are in each."""
-    is_end = data < 0x80
-    require(is_end[past[past > first] - 1].all())
     bounds = np.stack([first, past], axis=1).reshape(-1)
     between = np.diff(bounds, prepend=0, append=len(data))
-    ends = np.flatnonzero(is_end & np.repeat(np.arange(len(between)) % 2 == 1, between))
-    words = numbers_at(data, ends)
+    content = data[np.repeat(np.arange(len(between)) % 2 == 1, between)]
+    words, ends = numbers_in(content)
     require((words < _NUMBER_LIMIT).all())
-    return words.astype(np.int32), np.diff(np.searchsorted(ends, past), prepend=0)
+    stack_ends = np.cumsum(past - first)
+    # Of empty stacks before all others, that is the last byte of all.
+    require(len(content) == 0 or (content[stack_ends - 1] < 0x80).all())
+    return words.astype(np.int32), np.diff(np.searchsorted(ends, stack_ends), prepend=0)
 
 
 def _read_labels(
@@ -437,13 +452,11 @@ def _read_labels(
 
 def _parse_labels(content: bytes, strings: _Strings) -> Labels:
     # The bytes after a sample's values are a valid sample that has only labels.
-    parsed = ProfileMessage(sample=[{}]).sample[0]
-    parsed.ParseFromString(content)
+    parsed = _Sample.FromString(content)
     require(not parsed.location_id and not parsed.value)
     labels: dict[str, str] = {}
     for label in parsed.label:
-        require(max(label.key, label.str) < strings.count and min(label.key, label.str) >= 0)
-        key = strings[label.key]
+        key, text, number = strings[label.key], strings[label.str], label.num
         require(key not in labels and not label.num_unit)
-        labels[key] = str(label.num) if label.num else strings[label.str]
+        labels[key] = str(number) if number else text
     return make_labels(labels)

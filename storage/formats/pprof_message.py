@@ -117,21 +117,33 @@ _Parts: Any = message_class(
 )
 
 
-def check_parts(plain: bytes, limits: Limits = OBJECT) -> None:
+def split(plain: bytes) -> Any:
+    """Return a message whose own fields are parsed, and all messages in it are left as bytes.
+
+    Raises:
+        DecodeError: of google.protobuf.message: this is not a profile, or a damaged one.
+    """
+    parts = _Parts()
+    parts.ParseFromString(plain)
+    return parts
+
+
+def check_parts(plain: bytes, limits: Limits = OBJECT) -> Any:
     """Count the parts of a message before it is parsed, which takes many times its size.
+
+    Return what `split` does, or None for a small message, of which nothing is counted.
 
     Raises:
         ProfileError: it is damaged, or exceeds a limit.
     """
     if len(plain) <= _SMALL_BYTES:
-        return
+        return None
     # A number ends in a byte below 0x80, and every field and message begins with one.
     ends = _count_numbers([plain])
     if ends > limits.fields:
         _check_fields(plain, limits.fields)
-    parts = _Parts()
     try:
-        parts.ParseFromString(plain)
+        parts = split(plain)
     except message.DecodeError:
         raise ProfileError("cannot read pprof: this is not a profile, or a damaged one") from None
     for name, found, limit in (
@@ -154,11 +166,12 @@ def check_parts(plain: bytes, limits: Limits = OBJECT) -> None:
     ):
         if ends > limit and _count_numbers(found) > limit:
             raise ProfileError(f"cannot read pprof: {_exceeded(limit, name)}")
-    size_bytes = sum(map(len, parts.string_table))
-    if size_bytes > limits.string_bytes + limits.comment_bytes:
+    limit_bytes = limits.string_bytes + limits.comment_bytes
+    if len(plain) > limit_bytes and sum(map(len, parts.string_table)) > limit_bytes:
         raise ProfileError(
             f"cannot read pprof: {_exceeded(limits.string_bytes, 'bytes in strings')}"
         )
+    return parts
 
 
 def _exceeded(limit: int, what: str) -> str:

@@ -5,15 +5,15 @@ A message is a row of tags, each with a variable-length integer or a length and 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from storage.hashing import Hashes, Numbers
+from storage.hashing import Hashes
 from storage.profile import Integers
 
 Bytes = npt.NDArray[np.uint8]
+Flags = npt.NDArray[np.bool_]
 Unsigned = npt.NDArray[np.uint32] | Hashes
 
 _LONGEST = 10
@@ -29,31 +29,23 @@ def require(condition: object) -> None:
         raise UnusualError
 
 
-def require_tags(tags: Unsigned, allowed: tuple[int, ...]) -> None:
-    is_allowed = np.zeros(256, dtype=bool)
-    is_allowed[list(allowed)] = True
-    require((tags < 256).all() and is_allowed[tags].all())
-
-
-class Varints(NamedTuple):
-    """All variable-length integers of bytes that hold nothing else."""
-
-    values: Unsigned
-    """32 bits wide if all fit, else 64."""
-    ends: Integers
-    """Position of each one's last byte."""
-
-    @classmethod
-    def of(cls, content: Bytes) -> "Varints":
-        if len(content) == 0:
-            return cls(np.zeros(0, np.uint64), np.zeros(0, np.int64))
-        require(content[-1] < 0x80)
-        ends = np.flatnonzero(content < 0x80)
-        return cls(numbers_at(content, ends), ends)
+def numbers_in(content: Bytes) -> tuple[Unsigned, Integers]:
+    """Return all variable-length integers of bytes that hold nothing else, and their last bytes."""
+    require(len(content) == 0 or content[-1] < 0x80)
+    is_last = content < 0x80
+    ends = np.flatnonzero(is_last)
+    if not (is_last[1:] | is_last[:-1]).all():
+        return numbers_at(content, ends), ends
+    # All have one byte or two, as nearly always: shifts of all bytes are faster than look-ups.
+    numbers = content.astype(np.uint16)
+    has_more = content[:-1] >> 7
+    numbers[1:] <<= has_more * np.uint8(7)
+    numbers[1:] |= (content[:-1] & 0x7F) * has_more
+    return numbers.take(ends).astype(np.uint32), ends
 
 
 def numbers_at(content: Bytes, ends: Integers) -> Unsigned:
-    """Return the variable-length integers that end at these bytes.
+    """Return the variable-length integers that end at these bytes, 32 bits wide, or 64 if needed.
 
     The first of them must begin right after the end of another number, or at byte 0.
     """
@@ -86,49 +78,66 @@ def numbers_at(content: Bytes, ends: Integers) -> Unsigned:
     return values
 
 
-def numbers_from(content: Bytes, starts: Integers) -> tuple[Hashes, Integers]:
+def numbers_from(content: Bytes, starts: Integers, present: Flags) -> tuple[Hashes, Integers]:
     """Return the variable-length integers that begin at these bytes, and their ends.
 
-    One that goes past the end of `content` ends there or raises UnusualError.
+    Where none is present it is 0, and ends where it starts. One that goes past the end of `content`
+    ends there or raises UnusualError.
     """
-    values = np.zeros(len(starts), dtype=np.uint64)
-    at, left = starts.copy(), np.arange(len(starts))
+    values, ends = np.zeros(len(starts), dtype=np.uint64), starts.copy()
+    # All at once, also those that have ended: choosing takes longer than reading.
+    has_more = present.astype(np.uint8)
     for i in range(_LONGEST):
-        byte = content.take(at[left], mode="clip")
-        values[left] |= (byte & np.uint64(0x7F)) << np.uint64(7 * i)
-        at[left] += 1
-        left = left[byte >= 0x80]
-        if len(left) == 0:
-            return values, at
+        byte = content.take(ends, mode="clip")
+        values |= ((byte & 0x7F) * has_more).astype(np.uint64) << np.uint64(7 * i)
+        ends += has_more
+        has_more &= byte >> 7
+        if not has_more.any():
+            return values, ends
     raise UnusualError
 
 
-class Pairs(NamedTuple):
-    """Messages whose fields are all a tag and a number, as one list of pairs."""
+class Messages:
+    """Messages of one type. Their fields are read in the order of their tags, of all at once.
 
-    owner: Integers
-    """Number of the message."""
-    tags: Unsigned
-    values: Unsigned
-    starts: Integers
-    """Position of the tag; one more at the end."""
-    message_ends: Integers
+    `at` is where each one's next field begins, `ends` where the message does.
+    """
+
+    def __init__(self, content: Bytes, at: Integers, ends: Integers) -> None:
+        self._content = content
+        self._ends = ends
+        self._at = at
 
     @classmethod
-    def of(cls, messages: Sequence[bytes]) -> "Pairs":
-        content = b"".join(messages)
+    def of(cls, messages: Sequence[bytes]) -> "Messages":
         lengths = np.fromiter(map(len, messages), np.int64, len(messages))
+        require((lengths > 0).all())
         ends = np.cumsum(lengths)
-        values, number_ends = Varints.of(np.frombuffer(content, np.uint8))
-        require(len(values) % 2 == 0)
-        starts = np.append([0], number_ends[1::2] + 1)
-        # Every message must end where a pair does.
-        past = np.searchsorted(starts, ends)
-        require(np.array_equal(starts[past], ends))
-        owner = np.repeat(np.arange(len(messages)), np.diff(past, prepend=0))
-        return cls(owner, values[::2], values[1::2], starts, ends)
+        return cls(np.frombuffer(b"".join(messages), np.uint8), ends - lengths, ends)
 
+    def __len__(self) -> int:
+        return len(self._ends)
 
-def is_ascending(major: Numbers, minor: Unsigned) -> bool:
-    key = major * 256 + np.minimum(minor, 255).astype(np.int64)
-    return bool((key[1:] > key[:-1]).all())
+    def number(self, tag: int) -> Hashes:
+        """Read a field with a number; it is 0 in messages that lack it."""
+        is_there = (self._content.take(self._at, mode="clip") == tag) & (self._at < self._ends)
+        values, self._at = numbers_from(self._content, self._at + is_there, is_there)
+        return values
+
+    def unread(self) -> Integers:
+        """Return which messages have more fields, by their position."""
+        return np.flatnonzero(self._at < self._ends)
+
+    def inner(self, tag: int, which: Integers) -> "Messages":
+        """Read a field of some messages that is a message itself, of less than 128 bytes."""
+        at = self._at[which]
+        lengths = self._content.take(at + 1, mode="clip")
+        ends = at + 2 + lengths
+        require((self._content[at] == tag).all() and (lengths < 0x80).all())
+        require((ends <= self._ends[which]).all())
+        self._at[which] = ends
+        return Messages(self._content, at + 2, ends)
+
+    def require_read(self) -> None:
+        """Require that the fields that were read are all, and end where their messages do."""
+        require(np.array_equal(self._at, self._ends))
