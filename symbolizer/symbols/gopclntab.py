@@ -24,6 +24,7 @@ from symbolizer.symbols.elf import SHT_PROGBITS, Elf, Section, UnreadableElf
 # kubectl has 67,000 functions; the limit is for crafted files.
 _MAX_FUNCTIONS = 1 << 20
 _CHUNK_BYTES = 1 << 20
+_MAX_TABLE_BYTES = 1 << 28  # kubectl's has 20 MB
 
 _HEADER_BYTES = 72
 _POINTER_BYTES = 8
@@ -125,6 +126,22 @@ class GoPlaces(NamedTuple):
     lines: Ints
 
 
+class GoParts(NamedTuple):
+    """The whole section, and the positions in it at which its parts begin.
+
+    Attributes:
+        units: files by compilation unit, numbers of 4 bytes.
+        tables: changes of values by address; they end where the functions begin.
+    """
+
+    content: bytes
+    names: int
+    units: int
+    files: int
+    tables: int
+    functions: int
+
+
 class Depth(NamedTuple):
     """How many bytes the stack pointer is below the frame's top, in a range within a function."""
 
@@ -197,6 +214,8 @@ class GoTable:
     Attributes:
         functions: all of them.
         has_depths: whether it says how deep the stack is in each function.
+        has_first_lines: whether records say at which line a function begins, as since Go 1.20.
+        address: where the section is, as linked.
         names_area: position in the file of the functions' names; `names_bytes` is their size.
         files_area: position in the file of the names of files, and their size.
     """
@@ -225,6 +244,8 @@ class GoTable:
             raise UnreadableElf(Miss.DAMAGED)
         self.functions = self._read_functions()
         self.has_depths = layout.flags >= 0
+        self.has_first_lines = layout.first_line >= 0
+        self.address = section.address
         self.names_area = section.offset + self._names[0]
         self.names_bytes = max(0, self._names[1] - self._names[0])
         self.files_area = (
@@ -244,6 +265,14 @@ class GoTable:
         if not is_sorted or (starts > _MAX_ADDRESS).any():
             raise UnreadableElf(Miss.DAMAGED)
         return GoFunctions(starts, self._gather(records + self._layout.name, "<i4"), records)
+
+    def read_parts(self) -> GoParts:
+        """Return all of it, for those who look up addresses. Needs `has_first_lines`."""
+        if self._section.size > _MAX_TABLE_BYTES:
+            raise UnreadableElf(Miss.TOO_LARGE)
+        content = self._read(0, self._section.size)
+        starts = (self._names[0], self._units_at, self._files[0], self._pcs[0])
+        return GoParts(content, *starts, self._functions_at)
 
     def strings(self) -> Iterator[bytes]:
         """Return pieces of the strings that hold the functions' names, NUL-terminated."""
