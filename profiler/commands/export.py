@@ -11,6 +11,7 @@ from profiler.flamegraph.flamegraph import ROOT_ID
 from profiler.flamegraph.stacks import Group
 from profiler.flamegraph.views import NoSuchNodeError, View
 from profiler.formats import export
+from profiler.text import path_text
 from storage.columns import Columns
 
 
@@ -20,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  everflame export cpu.pb.gz -o cpu.speedscope.json\n"
         "  everflame export cpu.pb.gz -o - --by '' | flamegraph.pl > cpu.svg\n"
         "  everflame export -o api.svg --from now-1h -q '{service=\"api\"}'\n"
-        "  everflame export -o parse.folded --focus parse --hide memcpy\n\n"
+        "  everflame export -o parse.folded --focus parse --hide memcpy\n"
+        "  everflame export --for go-pgo -q '{service=\"api\"}' --from now-1d -o default.pgo\n\n"
         "Without FILE it reads the store, by default the last hour."
     )
     parser.add_argument("file", metavar="FILE", nargs="?", help=FILE_HELP)
@@ -31,6 +33,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_window(parser)
     arguments.add_query(parser)
     add_reading_options(parser)
+    _add_purpose(parser)
+
+
+def _add_purpose(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("profile-guided optimization")
+    group.add_argument(
+        "--for",
+        dest="purpose",
+        choices=("go-pgo",),
+        help="write what `go build -pgo=FILE` takes, whatever the file is called: the samples of"
+        " one Go program, with the lines of calls",
+    )
+    group.add_argument(
+        "--binary",
+        dest="binaries",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="the program that was sampled, stripped or not; its build id is compared (default:"
+        " the file at the path where it ran); may be repeated, for several builds",
+    )
 
 
 def _add_view(parser: argparse.ArgumentParser) -> None:
@@ -70,18 +93,55 @@ def run(options: argparse.Namespace) -> int:
     """Write the profile into every output; return the exit status."""
     if not options.outputs:
         raise ValueError("export: name the file to write with -o FILE")
-    outputs.check(options.outputs)
+    _check(options)
     if options.file is None:
         answer = selected(options, start="now-1h").answer()
         for key, reason in answer.coverage.skipped:
             print(f"everflame: skipped {key}: {reason}", file=sys.stderr)
-        profile, by = _viewed(options, answer.profile)
+        whole = answer.profile
     else:
         arguments.refuse_store(options, "export")
         read = read_file(options.file, reading_options(options))
-        profile, by = _viewed(options, Columns.of(read))
+        whole = Columns.of(read)
+    if options.purpose:
+        _write_go_pgo(whole, options)
+        return 0
+    profile, by = _viewed(options, whole)
     outputs.write_all(profile, options.outputs, by)
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Fail early, before anything is read.
+
+    Raises:
+        ValueError: an option has nothing to do with what is written.
+        OSError: a file cannot be written.
+    """
+    if not options.purpose:
+        if options.binaries:
+            raise ValueError("export: --binary is for --for go-pgo")
+        for file in options.outputs:
+            if file.endswith(".pgo"):
+                raise ValueError(f"export: to write {path_text(file)}, add --for go-pgo")
+        outputs.check(options.outputs)
+        return
+    drawn = ("by", "focus", "hide", "callers", "invert", "node")
+    used = [name for name in drawn if getattr(options, name)]
+    if options.group != Group.FUNCTION:
+        used.append("group")
+    if used:
+        raise ValueError(f"export: --for go-pgo takes whole stacks: leave out --{used[0]}")
+    outputs.check_places(options.outputs)
+
+
+def _write_go_pgo(profile: Columns, options: argparse.Namespace) -> None:
+    from profiler.formats import go_pgo  # noqa: PLC0415 - other exports parse no ELF files
+
+    written = go_pgo.encode(profile, options.binaries)
+    outputs.put_all(written.content, options.outputs)
+    for remark in written.remarks:
+        print(f"everflame: {remark}", file=sys.stderr)
 
 
 def _viewed(options: argparse.Namespace, profile: Columns) -> tuple[Columns, tuple[str, ...]]:
