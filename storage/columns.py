@@ -67,7 +67,7 @@ class Texts:
         return [blob[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-class _TextNumbers(dict[str, int]):
+class TextNumbers(dict[str, int]):
     """Numbers texts in the order in which they are looked up."""
 
     def __missing__(self, text: str) -> int:
@@ -167,7 +167,7 @@ class Columns:
         made so here, but not with decoded objects.
         """
         hasher = hasher or process_hasher()
-        texts = _TextNumbers()
+        texts = TextNumbers()
         is_named = np.array([isinstance(each, NamedLocation) for each in profile.locations], bool)
         addresses = [each for each in profile.locations if isinstance(each, AddressLocation)]
         named = [each for each in profile.locations if isinstance(each, NamedLocation)]

@@ -2,8 +2,13 @@
 
 import numpy as np
 
-from storage.hashing import Numbers
+from storage.hashing import Hashes, Numbers
 from storage.profile import Integers
+
+_STEPS = 16
+"""Of n evenly spread hashes hardly ever have more one beginning of log2(n) bits."""
+_AT_ONCE = 1 << 15
+"""What is looked up at a time fits into the processor's cache."""
 
 
 def group_keys(keys: Numbers) -> tuple[Integers, Integers]:
@@ -58,3 +63,53 @@ def ranges(starts: Numbers, lengths: Numbers) -> Integers:
     shift = starts.astype(np.int64) - (ends - lengths)
     numbers: Integers = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(shift, lengths)
     return numbers
+
+
+def sort_distinct(hashes: Hashes) -> Hashes:
+    """Return hashes in their order, each once.
+
+    `np.unique` looks for them in a hash table since numpy 2.3, which takes five times as long where
+    most are distinct.
+    """
+    ordered = np.sort(hashes)
+    is_first = np.ones(len(ordered), dtype=bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    distinct_ones: Hashes = ordered[is_first]
+    return distinct_ones
+
+
+class HashIndex:
+    """Finds hashes among others that ascend.
+
+    As hashes are spread evenly, their first bits say nearly where they are: that is five times as
+    fast as a binary search among half a million.
+    """
+
+    def __init__(self, hashes: Hashes) -> None:
+        bits = max(1, len(hashes).bit_length())
+        self._shift = np.uint64(64 - bits)
+        self._hashes = hashes
+        counts = np.bincount((hashes >> self._shift).astype(np.int64), minlength=1 << bits)
+        self._firsts = np.cumsum(counts) - counts
+        # What is looked for is never behind the last one.
+        self._ended = np.append(hashes, np.uint64(np.iinfo(np.uint64).max))
+
+    def find(self, wanted: Hashes) -> Integers:
+        """Return where each wanted hash is, -1 for those that are not there."""
+        found = np.empty(len(wanted), dtype=np.int64)
+        for first in range(0, len(wanted), _AT_ONCE):
+            found[first : first + _AT_ONCE] = self._find(wanted[first : first + _AT_ONCE])
+        return found
+
+    def _find(self, wanted: Hashes) -> Integers:
+        ended = self._ended
+        at: Integers = self._firsts.take((wanted >> self._shift).astype(np.int64))
+        behind = np.flatnonzero(ended.take(at) < wanted)
+        for _ in range(_STEPS):
+            if not len(behind):
+                break
+            at[behind] += 1
+            behind = behind[ended.take(at[behind]) < wanted[behind]]
+        at[behind] = np.searchsorted(self._hashes, wanted[behind])
+        at[(ended.take(at) != wanted) | (at == len(self._hashes))] = -1
+        return at

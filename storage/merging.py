@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from storage.columns import LARGEST_NAME_KEY, Columns, Texts, name_keys
-from storage.grouping import add_groups, group_keys, number_groups, ranges
+from storage.grouping import HashIndex, add_groups, group_keys, number_groups, ranges
 from storage.hashing import Hashes, Numbers
 from storage.profile import Accounting, Integers, Labels, NameRank, Window, adopt_module
 from symbolizer.location import Module
@@ -40,7 +40,7 @@ def merge_columns(parts: Sequence[Columns]) -> Columns:
     return Columns(
         **head._asdict(),
         period_ns=min(part.period_ns for part in parts),
-        modules=_merge_modules(parts, used),
+        modules=merge_modules(parts, used),
         label_sets=label_sets,
         texts=tables.texts,
         location_hashes=tables.hashes,
@@ -195,10 +195,7 @@ def _gather_stacks(
         starts = part.stack_offsets[numbers].astype(np.int64)
         lengths[mine] = part.stack_offsets[numbers + 1] - starts
         words.append(part.stack_words.take(ranges(starts, lengths[mine])))
-        is_used = np.zeros(len(part.locations), dtype=bool)
-        # Narrow numbers are slow as an index; `take` and a wide copy are not.
-        is_used[_used_words(part).astype(np.int64, copy=False)] = True
-        numbers = np.flatnonzero(is_used)
+        numbers = used_locations(part)
         used.append(numbers)
         hashes.append(part.location_hashes[numbers])
         ranks.append(LARGEST_NAME_KEY - name_keys(part.name_ranks, part.named_s)[numbers])
@@ -230,13 +227,14 @@ def _prefer_names(places: _Chosen, parts: Sequence[Columns], used: Sequence[Inte
     for i, part in enumerate(parts):
         mine = places.of_part(i)
         best[mine] = name_keys(part.name_ranks, part.named_s)[number[mine]]
+    index = HashIndex(hashes)
     for i, (part, mine) in enumerate(zip(parts, used, strict=True)):
         is_unused = part.name_ranks > NameRank.NONE
         is_unused[mine] = False
         unused = np.flatnonzero(is_unused)
         theirs = part.location_hashes[unused]
-        found = np.minimum(np.searchsorted(hashes, theirs), len(hashes) - 1)
-        is_there = hashes[found] == theirs
+        found = index.find(theirs)
+        is_there = found >= 0
         at, unused = order[found[is_there]], unused[is_there]
         keys = name_keys(part.name_ranks[unused], part.named_s[unused])
         is_better = keys > best[at]
@@ -247,6 +245,14 @@ def _prefer_names(places: _Chosen, parts: Sequence[Columns], used: Sequence[Inte
     position = np.empty(len(order), dtype=np.int64)
     position[order] = np.arange(len(order))
     return _Chosen(places.hashes[order], owner[order], number[order], position[places.chosen])
+
+
+def used_locations(part: Columns) -> Integers:
+    """Return the numbers of the locations that are on a stack of any row."""
+    is_used = np.zeros(len(part.locations), dtype=bool)
+    # Narrow numbers are slow as an index; `take` and a wide copy are not.
+    is_used[_used_words(part).astype(np.int64, copy=False)] = True
+    return np.flatnonzero(is_used)
 
 
 def _used_words(part: Columns) -> Numbers:
@@ -391,7 +397,8 @@ def adopt_texts(numbers: dict[bytes, int], texts: Texts, used: Iterable[Numbers]
     return mine
 
 
-def _merge_modules(parts: Sequence[Columns], used: Sequence[Integers]) -> dict[str, Module]:
+def merge_modules(parts: Sequence[Columns], used: Sequence[Integers]) -> dict[str, Module]:
+    """Return the modules of the locations that are used of each part."""
     modules: dict[str, Module] = {}
     for part, theirs in zip(parts, used, strict=True):
         places = part.locations[theirs]

@@ -164,6 +164,12 @@ def unnamed(module: str, kind: Kind) -> Frame:
     return Frame(f"[{inner}]", module, kind)
 
 
+REST = "[rest]"
+REST_LOCATION = AddressLocation(REST, FileOffset(0))
+"""What stands for the part of a stack that is left out, to bound what a profile takes."""
+REST_FRAME = Frame(REST, REST, Kind.NATIVE)
+
+
 class Call(NamedTuple):
     """A function at a place in a file, without what depends on where the file is.
 

@@ -24,11 +24,15 @@ import numpy as np
 
 from bpf.samples import ProcessGeneration, RawSample
 from storage.profile import Labels, ProfileBuilder
-from symbolizer.location import AddressLocation, FileOffset, Frame, Kind, Location, Module
-
-REST = "[rest]"
-REST_LOCATION = AddressLocation(REST, FileOffset(0))
-"""What stands for the part of a stack that is beyond a budget."""
+from symbolizer.location import (
+    REST,
+    REST_FRAME,
+    REST_LOCATION,
+    AddressLocation,
+    Frame,
+    Location,
+    Module,
+)
 
 _LOCATION_BYTES = 400
 _ROW_BYTES, _ROW_FRAME_BYTES = 500, 12
@@ -172,7 +176,7 @@ class BoundedProfile:
     def rest(self) -> int:
         """Return the number of the location that stands for what is beyond a budget."""
         self._builder.modules.setdefault(REST, Module(REST, REST))
-        return self._builder.location(REST_LOCATION, (Frame(REST, REST, Kind.NATIVE),))
+        return self._builder.location(REST_LOCATION, (REST_FRAME,))
 
     def add(self, owner: Owner, labels: Labels, root_first: Iterable[int], samples: int) -> None:
         """Count a stack of a process, given as numbers of locations."""

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from bpf.sampler import SamplerConfig
 from bpf.samples import ProcessGeneration
 from profiler.agent.budgets import (
-    REST,
-    REST_LOCATION,
     BoundedProfile,
     Limit,
     Limits,
@@ -27,7 +25,15 @@ from storage.formats.pprof_head import read_head
 from storage.formats.pprof_message import check_parts, decompress
 from storage.hashing import Hasher
 from storage.profile import Accounting, Labels, Profile, ProfileBuilder, Window, make_labels
-from symbolizer.location import AddressLocation, FileOffset, Frame, Kind, Module
+from symbolizer.location import (
+    REST,
+    REST_LOCATION,
+    AddressLocation,
+    FileOffset,
+    Frame,
+    Kind,
+    Module,
+)
 from tests.support.live import wait_for
 from tests.support.targets import compile_target, running
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from bpf.samples import Tag, split_frames
-from profiler.agent.budgets import REST_LOCATION, Budget, Limit, Limits, LocationBudget
+from profiler.agent.budgets import Budget, Limit, Limits, LocationBudget
 from profiler.agent.frames import FrameNumbers
-from symbolizer.location import AddressLocation, FileOffset
+from symbolizer.location import REST_LOCATION, AddressLocation, FileOffset
 from symbolizer.maps import Mapping, MappingTable
 from tests.support.live import sample_of
 

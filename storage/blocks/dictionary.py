@@ -1,0 +1,276 @@
+"""Read what the ids of samples mean: stacks, locations, their names and modules, label sets.
+
+All of them may be in files of several parts; what is equal has equal ids. Of several names for one
+location the best wins, as `storage.profile.NameRank` says.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from storage.blocks.loading import ADDRESS
+from storage.blocks.parquet import Engine, LocalFile, of_table, reading_engine
+from storage.blocks.rollup import Stacks
+from storage.blocks.tables import fetch_stacks, one_of_each
+from storage.columns import OBJECT_FIELDS, Columns, TextNumbers, Texts
+from storage.formats.pprof_arrays import make_readable
+from storage.grouping import HashIndex, ranges, sort_distinct
+from storage.hashing import Hashes, Numbers
+from storage.profile import (
+    Accounting,
+    Indices,
+    Integers,
+    Labels,
+    NameRank,
+    ProfileError,
+    Window,
+    make_labels,
+)
+from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
+from symbolizer.text import readable
+
+_WORDS_AT_ONCE = 1 << 18
+_STACKS_AT_ONCE = 1 << 13
+
+
+def read_label_sets(files: Sequence[LocalFile]) -> dict[int, Labels]:
+    """Return label sets and hosts by id.
+
+    Raises:
+        ProfileError: a file is damaged or not one of ours.
+        SchemaError: a later version wrote one.
+    """
+    with reading_engine() as opened:
+        return fetch_label_sets(opened, files)
+
+
+def read_label_pairs(files: Sequence[LocalFile]) -> list[tuple[int, Labels]]:
+    """Return all pairs of an id and a label set, also those that files contradict each other in.
+
+    Raises: as `read_label_sets`.
+    """
+    chosen = of_table(files, "label_sets")
+    if not chosen:
+        return []
+    with reading_engine() as opened:
+        opened.check(chosen)
+        query = "SELECT DISTINCT set_id, map_entries(labels) AS pairs FROM {files}"
+        opened.load("label_pairs", query, chosen)
+        return [_label_set(*row) for row in opened.rows("SELECT set_id, pairs FROM label_pairs")]
+
+
+def fetch_label_sets(opened: Engine, files: Sequence[LocalFile]) -> dict[int, Labels]:
+    """Do what `read_label_sets` does, with a connection that is open."""
+    chosen = of_table(files, "label_sets")
+    if not chosen:
+        return {}
+    opened.check(chosen)
+    opened.load("label_sets", one_of_each("label_sets", len(chosen)), chosen)
+    rows = opened.rows("SELECT set_id, map_entries(labels) FROM label_sets ORDER BY set_id")
+    return dict(_label_set(*row) for row in rows)
+
+
+def _label_set(number: int, pairs: Sequence[Mapping[str, str]]) -> tuple[int, Labels]:
+    return number, make_labels({clean(each["key"]): clean(each["value"]) for each in pairs})
+
+
+def read_dictionary(files: Sequence[LocalFile], wanted: Hashes | None = None) -> Columns:
+    """Return stacks, their locations, names and modules, as Columns without rows or objects.
+
+    `stack_hashes` ascend. With `wanted` only these stacks; only locations that these have.
+
+    Raises:
+        ProfileError: a file is damaged or not one of ours, or something is missing in all of them.
+        SchemaError: a later version wrote one.
+    """
+    with reading_engine() as opened:
+        return fetch_dictionary(opened, files, wanted)
+
+
+def fetch_dictionary(opened: Engine, files: Sequence[LocalFile], wanted: Hashes | None) -> Columns:
+    """Do what `read_dictionary` does, with a connection that is open."""
+    chosen = {table: of_table(files, table) for table in ("stacks", "frames", "names", "modules")}
+    opened.check([each for some in chosen.values() for each in some])
+    stacks = _read_stacks(opened, chosen["stacks"], wanted)
+    opened.load("ids", "SELECT DISTINCT frame_id FROM {files}", chosen["frames"])
+    ids = np.sort(opened.arrays("SELECT frame_id FROM ids")["frame_id"])
+    words = _index_words(HashIndex(ids), stacks.frame_ids)
+    if int(words.min(initial=0)) < 0:
+        raise ProfileError(f"cannot read {names_of(files)}: locations of stacks are missing")
+    is_used = np.zeros(len(ids), dtype=bool)
+    is_used[words] = True
+    used = np.flatnonzero(is_used)
+    if len(used) < len(ids):
+        words = (np.cumsum(is_used) - 1).astype(np.int32).take(words)
+    opened.register("used", {"frame_id": ids[used]})
+    for table in ("frames", "names"):
+        rows = "(SELECT * FROM {files} SEMI JOIN used USING (frame_id))"
+        query = one_of_each(table, len(chosen[table]), rows)
+        opened.load(table, f"SELECT * FROM ({query}) ORDER BY frame_id", chosen[table])
+    addressed = f"(SELECT build_id FROM frames WHERE kind = '{ADDRESS}')"
+    rows = f"(SELECT * FROM {{files}} SEMI JOIN {addressed} USING (build_id))"
+    query = one_of_each("modules", len(chosen["modules"]), rows)
+    opened.load("modules", query, chosen["modules"])
+    frames = opened.arrays("SELECT * FROM frames")
+    names = opened.arrays(
+        "SELECT frame_id, name_rank, named_s, CAST(len(frames) AS BIGINT) AS calls FROM names"
+    )
+    calls = opened.arrays("SELECT unnest(shown) FROM (SELECT unnest(frames) AS shown FROM names)")
+    modules = opened.rows("SELECT build_id, path, kind, segments FROM modules ORDER BY 1")
+    if not np.array_equal(frames["frame_id"], ids[used]) or has_repeated(names["frame_id"]):
+        raise ProfileError(f"cannot read {names_of(files)}: a location is there twice")
+    order = np.argsort(stacks.ids)
+    offsets, words = _reorder(words, stacks.offsets, order)
+    return replace(
+        _locations_of(frames, names, calls),
+        modules={module.build_id: module for module in map(_module_of, modules)},
+        stack_hashes=stacks.ids[order],
+        stack_offsets=offsets,
+        stack_words=words,
+    )
+
+
+def _index_words(index: HashIndex, frame_ids: Hashes) -> Indices:
+    """Return where each location of stacks is in the index, -1 where it is not.
+
+    In pieces, here and below: new memory for all at once takes longer than the work.
+    """
+    words = np.empty(len(frame_ids), dtype=np.int32)
+    for first in range(0, len(words), _WORDS_AT_ONCE):
+        piece = slice(first, first + _WORDS_AT_ONCE)
+        words[piece] = index.find(frame_ids[piece])
+    return words
+
+
+def _reorder(words: Indices, offsets: Integers, order: Integers) -> tuple[Integers, Indices]:
+    """Return the offsets and words of stacks in another order."""
+    starts, lengths = offsets[order], offsets[order + 1] - offsets[order]
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    reordered = np.empty_like(words)
+    for first in range(0, len(order), _STACKS_AT_ONCE):
+        last = min(first + _STACKS_AT_ONCE, len(order))
+        at = ranges(starts[first:last], lengths[first:last])
+        reordered[ends[first] : ends[last]] = words.take(at)
+    return ends, reordered
+
+
+def _read_stacks(opened: Engine, files: Sequence[LocalFile], wanted: Hashes | None) -> Stacks:
+    """Return the stacks of some files, each once, in the order of the files."""
+    needed = None if wanted is None else sort_distinct(wanted)
+    known = np.zeros(0, dtype=np.uint64)
+    parts = []
+    for file in files:
+        opened.register("listed", {"stack_id": known if needed is None else needed})
+        join = "ANTI" if needed is None else "SEMI"
+        query = f"SELECT * FROM {{files}} {join} JOIN listed USING (stack_id)"
+        opened.load("fetched", query, [file])
+        part = fetch_stacks(opened)
+        parts.append(part)
+        if needed is None:
+            known = np.concatenate([known, part.ids])
+        else:
+            needed = needed[HashIndex(np.sort(part.ids)).find(needed) < 0]
+    stacks = Stacks.joined(parts)
+    if has_repeated(np.sort(stacks.ids)):
+        raise ProfileError(f"cannot read {names_of(files)}: a stack is there twice")
+    if needed is not None and len(needed):
+        raise ProfileError(f"cannot read {names_of(files)}: {len(needed)} stacks are missing")
+    return stacks
+
+
+def _locations_of(
+    frames: Mapping[str, Numbers], names: Mapping[str, Numbers], calls: Mapping[str, Numbers]
+) -> Columns:
+    """Return the tables of locations, which ascend by their ids as the rows given do."""
+    numbers = TextNumbers()
+    is_address = frames["kind"] == ADDRESS
+    kinds = {*frames["kind"][~is_address].tolist(), *calls["kind"].tolist()}
+    if not kinds <= {str(kind) for kind in Kind}:
+        raise ProfileError("cannot read blocks: there are unknown kinds of frames")
+    lines = np.concatenate([frames["first_line"], frames["line"], calls["line"]])
+    if lines.min(initial=0) < 0 or names["name_rank"].max(initial=0) > NameRank.REAL:
+        raise ProfileError("cannot read blocks: a line or rank of a name is impossible")
+    texts = np.where(is_address, frames["build_id"], frames["function"])
+    locations = np.zeros((len(texts), 3), dtype=np.uint64)
+    locations[:, 0] = numbers.numbers(texts.tolist())
+    locations[is_address, 1] = frames["frame_offset"][is_address]
+    named_at = np.flatnonzero(~is_address)
+    locations[named_at, 2] = np.arange(1, len(named_at) + 1)
+    named = np.zeros((len(named_at), 5), dtype=np.int64)
+    for i, name in enumerate(("module", "kind", "file")):
+        named[:, i] = numbers.numbers(frames[name][named_at].tolist())
+    named[:, 3], named[:, 4] = frames["first_line"][named_at], frames["line"][named_at]
+    table = np.zeros((len(calls["line"]), 5), dtype=np.int64)
+    for i, name in enumerate(("function", "module", "kind", "file")):
+        table[:, i] = numbers.numbers(calls[name].tolist())
+    table[:, 4] = calls["line"]
+    at = np.searchsorted(frames["frame_id"], names["frame_id"])
+    counts, ranks, named_s = (np.zeros(len(texts), dtype=np.int64) for _ in range(3))
+    counts[at], ranks[at], named_s[at] = names["calls"], names["name_rank"], names["named_s"]
+    nothing = np.zeros((0, 2), dtype=np.int64)
+    return Columns(
+        type="",
+        unit="",
+        period_ns=1,
+        window=Window(0, 0),
+        accounting=Accounting(),
+        modules={},
+        label_sets=(),
+        texts=Texts.of(make_readable(numbers.contents())),
+        location_hashes=frames["frame_id"],
+        locations=locations,
+        named=named,
+        frame_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
+        frames=table,
+        name_ranks=ranks,
+        named_s=named_s,
+        stack_hashes=np.zeros(0, np.uint64),
+        stack_offsets=np.zeros(1, np.int64),
+        stack_words=np.zeros(0, np.int32),
+        rows=nothing,
+        counts=nothing,
+        objects=np.zeros((0, len(OBJECT_FIELDS)), dtype=np.int64),
+        times=nothing,
+        time_counts=nothing,
+        present_sets=(),
+        presence=np.zeros((0, 3), dtype=np.int64),
+    )
+
+
+def _module_of(row: tuple[str, str, str, Sequence[Mapping[str, int]]]) -> Module:
+    build_id, path, kind, segments = row
+    try:
+        known = Kind(kind)
+    except ValueError:
+        raise ProfileError("cannot read blocks: a module has an unknown kind") from None
+    if any(s is None or None in s.values() for s in segments):
+        raise ProfileError("cannot read blocks: a value is missing")
+    return Module(
+        clean(build_id),
+        clean(path),
+        known,
+        tuple(
+            Segment(ElfAddress(s["p_vaddr"]), FileOffset(s["p_offset"]), s["p_filesz"])
+            for s in segments
+        ),
+    )
+
+
+def has_repeated(ascending: Hashes) -> bool:
+    return bool((ascending[1:] == ascending[:-1]).any())
+
+
+def names_of(files: Sequence[LocalFile]) -> str:
+    return ", ".join(str(each.path) for each in files)
+
+
+def clean(text: str | None) -> str:
+    """Return a text that is safe to show: what we wrote stays as it is.
+
+    Raises:
+        ProfileError: it is null.
+    """
+    if text is None:
+        raise ProfileError("cannot read blocks: a value is missing")
+    return readable(text.encode("utf-8", "backslashreplace"))

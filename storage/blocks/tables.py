@@ -1,0 +1,229 @@
+"""Write the tables of blocks, and merge those of several parts into one.
+
+What is merged is exact: each row of the samples stays as it is, each location and stack occurs
+once, and of several names the best wins. Nothing depends on the order of the parts. Rollups are
+added up; where they have many stacks, rare ones are folded (`storage.blocks.rollup`).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from storage.blocks.block import Block
+from storage.blocks.loading import SUMS, insert_rest, insert_stacks, load_block, load_label_sets
+from storage.blocks.parquet import (
+    DEFAULT_MEMORY_BYTES,
+    DETAIL,
+    DICTIONARY,
+    ROLLUPS,
+    TABLES,
+    Engine,
+    LocalFile,
+    engine,
+    of_table,
+)
+from storage.blocks.rollup import FOLDED_ABOVE, Stacks, fold, keep_common, rest_id
+from storage.grouping import sort_distinct
+from storage.hashing import Hasher, Hashes
+from storage.profile import ProfileError
+
+_FIRST_BUCKET_S = min(ROLLUPS)
+_FIRST_ROLLUP = ROLLUPS[_FIRST_BUCKET_S]
+
+_ONE_OF_EACH = {
+    "stacks": "SELECT stack_id, any_value(frame_ids) AS frame_ids FROM {} GROUP BY stack_id",
+    "frames": "SELECT frame_id, min(COLUMNS(* EXCLUDE frame_id)) FROM {} GROUP BY frame_id",
+    # As `storage.profile.NameRank` chooses, ties by what the names are.
+    "names": (
+        "SELECT frame_id, unnest(max({{'name_rank': name_rank, 'named_s': named_s,"
+        " 'frames': frames}})) FROM {} GROUP BY frame_id"
+    ),
+    # As `storage.profile.adopt_module` chooses.
+    "modules": (
+        "SELECT build_id, unnest(min({{'is_bare': len(segments) = 0, 'path': path, 'kind': kind,"
+        " 'segments': segments}})) FROM {} GROUP BY build_id"
+    ),
+    "label_sets": "SELECT set_id, any_value(labels) AS labels FROM {} GROUP BY set_id",
+}
+
+
+def one_of_each(table: str, files: int, chosen: str = "{files}") -> str:
+    """Return a query for the lines of a dictionary's table, each id once: of several the best.
+
+    `chosen` is what they are read from. A single file has each id once.
+    """
+    return (_ONE_OF_EACH[table] if files > 1 else "SELECT * FROM {}").format(chosen)
+
+
+def write_block(block: Block, folder: Path) -> list[LocalFile]:
+    """Write a block as one part: a file of each table but those of longer rollups.
+
+    The files are named after their tables. The folder must not have such files yet.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with engine(folder=folder) as opened:
+        load_block(opened, block)
+        sets = sort_distinct(block.samples.sets)
+        opened.register("sets", {"set_id": sets, "rolled_id": block.labels.roll_up(sets)})
+        load_label_sets(opened, block.labels)
+        opened.run(
+            f"CREATE TEMP TABLE rollup AS SELECT {_bucket(_FIRST_BUCKET_S)} AS ts,"
+            f" rolled_id AS set_id, stack_id, {SUMS} FROM detail JOIN sets USING (set_id)"
+            " GROUP BY ALL"
+        )
+        _fold_rollup(opened, block.hasher)
+        sources = {table: table for table in TABLES} | {DETAIL: "detail", _FIRST_ROLLUP: "rollup"}
+        return [
+            opened.write(table, f"SELECT * FROM {sources[table]}", folder)
+            for table in TABLES
+            if table == _FIRST_ROLLUP or table not in ROLLUPS.values()
+        ]
+
+
+def merge_parts(
+    files: Sequence[LocalFile],
+    folder: Path,
+    hasher: Hasher,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+) -> list[LocalFile]:
+    """Merge all files of several parts into one part; the order of the parts does not show.
+
+    Raises:
+        ProfileError: a file is damaged or not one of ours, or two parts hold the same object.
+        SchemaError: a later version wrote one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with engine(memory_bytes, folder) as opened:
+        opened.check(files)
+        refuse_repeated(opened, files)
+        rollups = of_table(files, _FIRST_ROLLUP)
+        merged = {}
+        for table in (DETAIL, "times", "objects", "presence"):
+            query = "SELECT * FROM {files}"
+            merged[table] = opened.write(table, query, folder, of_table(files, table))
+        opened.load(
+            "rollup", f"SELECT ts, set_id, stack_id, {SUMS} FROM {{files}} GROUP BY ALL", rollups
+        )
+        for table in DICTIONARY:
+            chosen = of_table(files, table)
+            opened.load(table, one_of_each(table, len(chosen)), chosen)
+        _fold_rollup(opened, hasher)
+        for table, source in ((_FIRST_ROLLUP, "rollup"), *zip(DICTIONARY, DICTIONARY, strict=True)):
+            query = f"SELECT * FROM {source}"
+            merged[table] = opened.write(table, query, folder)
+    return [merged[table] for table in TABLES if table in merged]
+
+
+def merge_dictionaries(
+    files: Sequence[LocalFile],
+    folder: Path,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    wanted: Hashes | None = None,
+) -> list[LocalFile]:
+    """Merge the DICTIONARY files of several parts into one of each table.
+
+    With `wanted` only these stacks, and the locations, names and modules that they need.
+
+    Raises:
+        ProfileError: a file is damaged or not one of ours.
+        SchemaError: a later version wrote one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with engine(memory_bytes, folder) as opened:
+        chosen = {table: of_table(files, table) for table in DICTIONARY}
+        opened.check([each for some in chosen.values() for each in some])
+        needed = dict.fromkeys(DICTIONARY, "")
+        if wanted is not None:
+            opened.register("wanted", {"stack_id": sort_distinct(wanted)})
+            needed["stacks"] = "SEMI JOIN wanted USING (stack_id)"
+            needed["frames"] = needed["names"] = "SEMI JOIN used USING (frame_id)"
+            needed["modules"] = "SEMI JOIN frames USING (build_id)"
+        for table in DICTIONARY:
+            if table == "frames" and wanted is not None:
+                opened.run(
+                    "CREATE TEMP TABLE used AS"
+                    " SELECT DISTINCT unnest(frame_ids) AS frame_id FROM stacks"
+                )
+            rows = f"(SELECT * FROM {{files}} {needed[table]})"
+            query = one_of_each(table, len(chosen[table]), rows)
+            opened.load(table, query, chosen[table])
+        return [opened.write(table, f"SELECT * FROM {table}", folder) for table in DICTIONARY]
+
+
+def roll_up(
+    files: Sequence[LocalFile],
+    bucket_s: int,
+    folder: Path,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+) -> LocalFile:
+    """Add up rollups into longer buckets of ROLLUPS. Totals stay equal.
+
+    Raises:
+        ValueError: they are no rollups, or not of shorter buckets.
+        ProfileError: a file is damaged or not one of ours, or sums exceed 64 bits.
+        SchemaError: a later version wrote one.
+    """
+    shorter = {table for seconds, table in ROLLUPS.items() if seconds < bucket_s}
+    if bucket_s not in ROLLUPS or not files or not {each.table for each in files} <= shorter:
+        raise ValueError(f"cannot add these up to buckets of {bucket_s} s")
+    folder.mkdir(parents=True, exist_ok=True)
+    table = ROLLUPS[bucket_s]
+    with engine(memory_bytes, folder) as opened:
+        opened.check(files)
+        query = (
+            f"SELECT {_bucket(bucket_s)} AS ts, set_id, stack_id, {SUMS} FROM {{files}}"
+            f" GROUP BY ALL"
+        )
+        return opened.write(table, query, folder, files)
+
+
+def refuse_repeated(opened: Engine, files: Sequence[LocalFile]) -> None:
+    """Refuse parts of which two hold the same object: it would count twice.
+
+    Raises:
+        ProfileError: there is one.
+    """
+    chosen = of_table(files, "objects")
+    opened.load("contents", "SELECT content16 FROM {files}", chosen)
+    repeated = opened.rows(
+        "SELECT content16 FROM contents GROUP BY content16 HAVING count(*) > 1 ORDER BY 1 LIMIT 1"
+    )
+    if repeated:
+        names = ", ".join(str(each.path) for each in chosen)
+        raise ProfileError(f"cannot read {names}: the object {repeated[0][0]} is there twice")
+
+
+def fetch_stacks(opened: Engine) -> Stacks:
+    """Return the stacks of the table `fetched` (stack_id, frame_ids), and drop it."""
+    heads = opened.arrays("SELECT stack_id, CAST(len(frame_ids) AS BIGINT) AS length FROM fetched")
+    words = opened.arrays("SELECT unnest(frame_ids) AS frame_id FROM fetched")
+    opened.run("DROP TABLE fetched")
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(heads["length"])])
+    return Stacks(heads["stack_id"], offsets, words["frame_id"])
+
+
+def _bucket(bucket_s: int) -> str:
+    return f"CAST(ts - ts % {bucket_s} AS UINTEGER)"
+
+
+def _fold_rollup(opened: Engine, hasher: Hasher) -> None:
+    """Fold the rare stacks of the table `rollup`, if it has many. New ones go into `stacks`."""
+    totals = opened.arrays(f"SELECT stack_id, {SUMS} FROM rollup GROUP BY stack_id")
+    if len(totals["stack_id"]) <= FOLDED_ABOVE:
+        return
+    opened.register("totals", totals)
+    kept = keep_common(totals["stack_id"], totals["samples"], totals["value"])
+    opened.run(
+        "CREATE TEMP TABLE fetched AS SELECT * FROM stacks SEMI JOIN totals USING (stack_id)"
+    )
+    stacks = fetch_stacks(opened)
+    folded = fold(stacks, kept, hasher)
+    opened.register("folded", {"stack_id": folded.rare, "folded_id": folded.folded})
+    opened.run(
+        "CREATE OR REPLACE TEMP TABLE rollup AS"
+        f" SELECT ts, set_id, coalesce(folded_id, stack_id) AS stack_id, {SUMS}"
+        " FROM rollup LEFT JOIN folded USING (stack_id) GROUP BY ALL"
+    )
+    insert_stacks(opened, folded.stacks)
+    insert_rest(opened, rest_id(hasher))

@@ -1,0 +1,136 @@
+"""Rollups: rare stacks are folded where there are many, and totals stay exact."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage.blocks import tables
+from storage.blocks.block import Block
+from storage.blocks.dictionary import read_dictionary
+from storage.blocks.parquet import DETAIL
+from storage.blocks.reading import sum_samples
+from storage.blocks.rollup import Stacks, fold, keep_common, rest_id
+from storage.blocks.tables import merge_parts, write_block
+from storage.columns import Columns
+from storage.hashing import Hasher
+from storage.profile import Profile, Window
+from symbolizer.location import REST_LOCATION
+from tests.support import profiles as some
+from tests.support.blocks import ALWAYS, HASHER, files_of, stored
+
+locations = st.integers(1, 4)
+stacks = st.lists(st.lists(locations, max_size=6).map(tuple), min_size=1, max_size=12, unique=True)
+
+
+def make_stacks(words: list[tuple[int, ...]]) -> Stacks:
+    """Return stacks of locations whose ids are spread like hashes."""
+    flat = np.array([word for each in words for word in each], dtype=np.uint64)
+    offsets = np.cumsum([0, *map(len, words)])
+    ids = flat * np.uint64(0x9E3779B97F4A7C15)
+    return Stacks(HASHER.stacks(ids, offsets, np.arange(len(ids))), offsets, ids)
+
+
+@given(stacks, st.data())
+def test_a_rare_stack_is_folded_into_its_longest_kept_prefix(words, data):
+    """Not all of it: what is left is one location `[rest]`."""
+    kept_words = data.draw(st.lists(st.sampled_from(words), max_size=4, unique=True))
+    whole, kept = make_stacks(words), make_stacks(kept_words)
+
+    folded = fold(whole, np.sort(kept.ids), HASHER)
+
+    rare = [each for each in words if each not in kept_words]
+    prefixes = {each[:n] for each in kept_words for n in range(len(each) + 1)}
+    expected = []
+    for each in rare:
+        length = max((n for n in range(len(each)) if each[:n] in prefixes), default=0)
+        of_words = make_stacks([each[:length]]).frame_ids
+        expected.append([*of_words.tolist(), rest_id(HASHER)])
+    by_id = {
+        number: folded.stacks.frame_ids[start:end].tolist()
+        for number, start, end in zip(
+            folded.stacks.ids.tolist(),
+            folded.stacks.offsets[:-1].tolist(),
+            folded.stacks.offsets[1:].tolist(),
+            strict=True,
+        )
+    }
+    assert folded.rare.tolist() == make_stacks(rare).ids.tolist()
+    assert [by_id[number] for number in folded.folded.tolist()] == expected
+    again = HASHER.stacks(
+        folded.stacks.frame_ids, folded.stacks.offsets, np.arange(len(folded.stacks.frame_ids))
+    )
+    assert again.tolist() == folded.stacks.ids.tolist()
+
+
+def test_stacks_with_most_samples_are_kept_ties_by_id():
+    """As few as have 99 of 100 samples."""
+    ids = np.array([5, 3, 9, 1], dtype=np.uint64)
+
+    assert keep_common(ids, np.array([98, 1, 0, 1])).tolist() == [1, 5]
+    assert keep_common(ids, np.array([1, 1, 1, 1])).tolist() == [1, 3, 5, 9]
+    assert keep_common(ids[:0], np.zeros(0, np.int64)).tolist() == []
+
+
+def test_stacks_with_most_of_the_value_are_kept_as_well():
+    """A single allocation may have most of the bytes."""
+    ids = np.array([5, 3, 9, 1], dtype=np.uint64)
+
+    assert keep_common(ids, np.array([99, 1, 0, 0]), np.array([9, 2**60, 1, 0])).tolist() == [3, 5]
+
+
+def _many(seed: int) -> Profile:
+    profile = some.synthetic(400, 12, functions=200, seed=seed)
+    samples = np.where(np.arange(len(profile.row_samples)) % 10 == 0, 1000, 1)
+    start_ns = seed * 60_000_000_000
+    return Profile(
+        **{
+            name: getattr(profile, name)
+            for name in Profile.__dataclass_fields__
+            if name not in {"row_samples", "row_values", "window"}
+        },
+        row_samples=samples,
+        row_values=samples * profile.period_ns,
+        window=Window(start_ns, start_ns + 60_000_000_000),
+    )
+
+
+def test_rollups_of_many_stacks_are_folded_exactly(tmp_path, monkeypatch):
+    """In a part, and again when parts are merged; detail keeps every stack."""
+    monkeypatch.setattr(tables, "FOLDED_ABOVE", 100)
+    parts = []
+    for seed in (1, 2):
+        block = Block.of([stored(_many(seed))], HASHER)
+        parts.append(write_block(block, tmp_path / str(seed)))
+    merged = merge_parts([*parts[0], *parts[1]], tmp_path / "merged", HASHER)
+
+    for files in (*parts, merged):
+        detail = sum_samples(files_of(files, DETAIL), **ALWAYS)
+        rolled = sum_samples(files_of(files, "samples_10m"), **ALWAYS)
+        assert rolled.samples.sum() == detail.samples.sum()
+        assert rolled.values.sum() == detail.values.sum()
+        assert len(np.unique(rolled.stacks)) < len(np.unique(detail.stacks)) / 2
+        columns = read_dictionary(files, np.unique(rolled.stacks))
+        rest = np.flatnonzero(columns.location_hashes == np.uint64(rest_id(HASHER)))
+        ends = columns.stack_offsets[1:]
+        ends_in_rest = np.isin(columns.stack_words[ends - 1], rest)
+        is_new = ~np.isin(columns.stack_hashes, detail.stacks)
+        assert is_new.any()
+        assert ends_in_rest[is_new].all()
+        profile = columns.to_profile()
+        number = profile.locations.index(REST_LOCATION)
+        assert profile.frames(number)[0].function == "[rest]"
+        read_dictionary(files, np.unique(detail.stacks))
+
+
+def test_prefixes_are_the_hashes_of_shorter_stacks():
+    """A prefix of a stack hashes to what the stack of these locations does."""
+    columns = Columns.of(some.sample_profile(), Hasher(b"k"))
+    hasher = Hasher(b"k")
+    hashes = columns.location_hashes.take(columns.stack_words)
+    prefixes = hasher.prefixes(hashes.copy(), columns.stack_offsets)
+
+    for start, end in zip(columns.stack_offsets[:-1], columns.stack_offsets[1:], strict=True):
+        for stop in range(start + 1, end + 1):
+            words = columns.stack_words[start:stop]
+            alone = hasher.stacks(columns.location_hashes, np.array([0, len(words)]), words)
+            assert prefixes[stop - 1] == alone[0]

@@ -1,0 +1,44 @@
+"""Objects as readers decode them, and the files of blocks made of them."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from storage.blocks.block import DROPPED_LABELS, Block
+from storage.blocks.parquet import LocalFile
+from storage.blocks.tables import write_block
+from storage.columns import Columns
+from storage.formats import pprof
+from storage.hashing import Hasher
+from storage.objects.keys import ObjectKey, object_key
+from storage.profile import Profile
+from storage.query.decoding import decode_object
+
+HASHER = Hasher(b"tests" * 8)
+ALWAYS = {"start_s": 0, "end_s": 1 << 32}
+
+Decoded = tuple[ObjectKey, Columns]
+
+
+def stored(profile: Profile, hasher: Hasher = HASHER) -> Decoded:
+    """Encode a profile as an object, and decode it as readers do."""
+    content = pprof.encode(profile)
+    key = object_key(profile, content, "default")
+    return key, decode_object(key, content, hasher)
+
+
+def without_processes(columns: Columns) -> Columns:
+    """Leave out the labels that blocks drop; label sets that become equal stay apart."""
+    reduced = tuple(
+        tuple(pair for pair in labels if pair[0] not in DROPPED_LABELS)
+        for labels in columns.label_sets
+    )
+    return dataclasses.replace(columns, label_sets=reduced)
+
+
+def write(profiles: Sequence[Decoded], folder: Path) -> list[LocalFile]:
+    return write_block(Block.of(profiles, HASHER), folder)
+
+
+def files_of(files: Sequence[LocalFile], *tables: str) -> list[LocalFile]:
+    return [each for each in files if each.table in tables]
