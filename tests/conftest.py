@@ -23,6 +23,7 @@ SPREAD = (
     "tests/agent/test_agent.py",
     "tests/commands/test_record.py",
     "tests/commands/test_up.py",
+    "tests/storage/blocks/test_killed_compactors.py",
     "tests/symbolizer/test_hostile_files.py",
 )
 
@@ -38,6 +39,8 @@ LONGEST_FIRST = (
     "tests/formats/test_speedscope.py",
     "tests/service/test_connections.py",
     "tests/service/test_prefetch.py",
+    "tests/storage/blocks/test_killed_compactors.py",
+    "tests/storage/blocks/test_merges.py",
     "tests/storage/query/test_workers.py",
     "tests/symbolizer/test_hostile_files.py",
 )

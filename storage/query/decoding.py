@@ -41,10 +41,9 @@ from storage.objects.keys import (
 )
 from storage.profile import ProfileError
 from storage.query.cache import pack, unpack
-from storage.query.coverage import Part, failed_part
-from storage.query.listing import ListedObject, never_interrupt
+from storage.query.coverage import ListedObject, Part, failed_part
 from storage.query.self_samples import ObjectSelfSamples, join_self_samples
-from storage.query.threads import Turns, map_ahead
+from storage.query.threads import Turns, map_ahead, never_interrupt
 from storage.query.workers import NoWorkersError, Workers
 
 FETCHES = 4
@@ -275,7 +274,7 @@ def _decode_packed(fetched: _Fetched, key: bytes, cpu_limit_s: float = _CPU_LIMI
     Raises:
         MemoryError: the worker has no memory left. What took it may be any of several objects.
     """
-    bounded = functools.partial(_cpu_limited, cpu_limit_s)
+    bounded = functools.partial(cpu_limited, cpu_limit_s)
     parts, failures = decode_objects(fetched, _hasher_of(key), bounded, is_worker=True)
     packed = [
         (part.keys, pack(part.value), pack(part.self_samples))
@@ -300,7 +299,7 @@ def _unpack_parts(packed: _Packed) -> Decoded:
 
 
 @contextlib.contextmanager
-def _cpu_limited(seconds: float) -> Iterator[None]:
+def cpu_limited(seconds: float = _CPU_LIMIT_S) -> Iterator[None]:
     """Bound the CPU time that this process takes for the block, in its main thread.
 
     Raises:

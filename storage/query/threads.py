@@ -14,6 +14,10 @@ _One = TypeVar("_One")
 _Other = TypeVar("_Other")
 
 
+def never_interrupt() -> None:
+    """Do nothing, where a caller wants to interrupt nothing."""
+
+
 def map_ahead(
     pool: ThreadPoolExecutor,
     act: Callable[[_One], _Other],

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from storage.objects.keys import ObjectKey
 from storage.query.workers import LoneWorker, Workers
 
 
@@ -34,7 +35,8 @@ class _DeadlyLoneWorker(LoneWorker):
 
 def act_or_die(start_s: int, act: Callable[..., Any], *things: Any) -> Any:
     """Run in the worker."""
-    fetched = things[0] if things else []
-    if any(key.start_s == start_s for key, _ in fetched):
+    listed = [each for thing in things if isinstance(thing, list) for each in thing]
+    keys = [each if isinstance(each, ObjectKey) else each[0] for each in listed]
+    if any(key.start_s == start_s for key in keys):
         os.kill(os.getpid(), signal.SIGKILL)
     return act(*things)

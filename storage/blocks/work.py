@@ -1,0 +1,341 @@
+"""Work: what is done to the data of an hour, as functions that other processes can run.
+
+They take and return values, read and write the store, and name nothing in a manifest: that is the
+compactor's. So they can be run again, in any process or machine, and one that was killed leaves
+files that nothing names.
+"""
+
+import contextlib
+import functools
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from storage.blocks.block import Block
+from storage.blocks.manifest import (
+    DAY_S,
+    HOUR_S,
+    File,
+    Part,
+    Unreadable,
+    block_key,
+    part_id,
+    producer,
+)
+from storage.blocks.parquet import DETAIL, LocalFile
+from storage.blocks.reading import sum_samples
+from storage.blocks.tables import merge_dictionaries, merge_parts, roll_up, write_block
+from storage.columns import Columns
+from storage.formats.limits import OutOfMemoryError
+from storage.hashing import Hasher
+from storage.objects.copies import Copies
+from storage.objects.keys import (
+    CPU,
+    LARGEST_OBJECT_BYTES,
+    ObjectKey,
+    ObjectMissing,
+    ObjectStore,
+    ObjectTooLarge,
+    content16,
+    type_in_key,
+)
+from storage.profile import ProfileError
+from storage.query.decoding import cpu_limited, decode_object
+from storage.query.threads import map_ahead
+from storage.query.workers import LoneWorker
+from symbolizer.text import readable
+
+_PART_BYTES = 128 << 20
+"""Decoded objects of so many bytes are written as one part: they are in memory at once."""
+_FETCHES = 4
+_COPIES_BYTES = 2 << 30
+_TYPE_UNITS = {CPU: "nanoseconds"}
+"""Types whose unit is fixed. Of other types the first part decides for an hour."""
+_REASON_LIMIT = 500
+_LAST_S = (1 << 32) - 1
+"""Tables have times of 32 bits."""
+_WORK = "work-"
+_WORK_LASTS_S = 3 * 3600.0
+"""A folder of work that was not touched for so long is a killed process's."""
+
+_hasher_of = functools.lru_cache(maxsize=1)(Hasher)
+
+
+class Place(NamedTuple):
+    """What a piece of work needs wherever it is done."""
+
+    store: ObjectStore
+    tenant: str
+    type: str
+    name: str
+    """The hour or day, as its manifest is called."""
+    key: bytes
+    """The tenant's."""
+    folder: Path
+
+
+class NewPart(NamedTuple):
+    """A part whose files are stored, and which no manifest names yet."""
+
+    part: Part
+    unit: str
+    keys: tuple[str, ...]
+    """Of its objects."""
+    contents: frozenset[str]
+    """The content16 of each of them."""
+
+
+class Folded(NamedTuple):
+    parts: list[NewPart]
+    unreadable: list[Unreadable]
+
+
+def fold_objects(place: Place, keys: Sequence[ObjectKey]) -> Folded:
+    """Decode level-0 objects and store the parts made of them, which nothing names yet.
+
+    An object that is gone is left out: whoever deleted it knows that it is in a part.
+
+    Raises:
+        StoreError: the store cannot be reached, or refuses.
+        MemoryError: there is too little. What took it may be any of several objects.
+    """
+    hasher = _hasher_of(place.key)
+    folded = Folded([], [])
+    by_unit: dict[str, list[tuple[ObjectKey, Columns]]] = {}
+    gathered_bytes = 0
+
+    def make_parts() -> None:
+        nonlocal gathered_bytes
+        for unit, profiles in by_unit.items():
+            folded.parts.append(_make_part(place, unit, profiles, hasher))
+        by_unit.clear()
+        gathered_bytes = 0
+
+    with ThreadPoolExecutor(_FETCHES, "fetch") as pool:
+        fetch = functools.partial(_fetch, place.store)
+        for key, content in zip(keys, map_ahead(pool, fetch, keys), strict=True):
+            if content is None:
+                continue
+            columns = _decode(key, content, hasher)
+            if isinstance(columns, str):
+                reason = columns[:_REASON_LIMIT]
+                folded.unreadable.append(Unreadable(key.text, reason, producer(), time.time_ns()))
+                continue
+            by_unit.setdefault(columns.unit, []).append((key, columns))
+            gathered_bytes += _size_of(columns)
+            if gathered_bytes > _PART_BYTES:
+                make_parts()
+    make_parts()
+    return folded
+
+
+def _make_part(
+    place: Place, unit: str, profiles: list[tuple[ObjectKey, Columns]], hasher: Hasher
+) -> NewPart:
+    keys = [key for key, _ in profiles]
+    contents = frozenset(key.content16 for key in keys)
+    with _working_folder(place.folder) as folder:
+        files = [_put(place, file) for file in write_block(Block.of(profiles, hasher), folder)]
+    part = Part(
+        id=part_id(contents),
+        objects=len(contents),
+        samples=sum(columns.total_samples for _, columns in profiles),
+        value=sum(columns.total_value for _, columns in profiles),
+        start_s=min(key.start_s for key in keys),
+        end_s=max(key.start_s + key.length_s for key in keys),
+        files=tuple(files),
+        made_ns=time.time_ns(),
+    )
+    return NewPart(part, unit, tuple(key.text for key in keys), contents)
+
+
+def fold_alone(worker: LoneWorker, place: Place, keys: Sequence[ObjectKey]) -> Folded:
+    """Fold in a process apart; what kills it or takes all its memory is found by halves.
+
+    Raises:
+        StoreError: the store cannot be reached, or refuses.
+        NoWorkersError: the process cannot be started.
+    """
+    try:
+        return worker.run(fold_objects, place, keys)
+    except (BrokenExecutor, MemoryError) as error:
+        if len(keys) > 1:
+            middle = len(keys) // 2
+            one = fold_alone(worker, place, keys[:middle])
+            other = fold_alone(worker, place, keys[middle:])
+            return Folded(one.parts + other.parts, one.unreadable + other.unreadable)
+        reason = "compacting it takes more memory than a worker may have"
+        if isinstance(error, BrokenExecutor):
+            reason = "two workers were killed while they compacted it: is memory short?"
+        return Folded([], [Unreadable(keys[0].text, reason, producer(), time.time_ns())])
+
+
+def merge_files(place: Place, parts: Sequence[Part], memory_bytes: int) -> list[File]:
+    """Merge some parts; return the files of the merged one, which nothing names yet.
+
+    Raises:
+        ObjectTooLarge: one would be too large for a store.
+        StoreError: a file is missing, or the store cannot be reached.
+        ProfileError: a file is damaged, or the sums of the merged part differ.
+    """
+    files = [file for part in parts for file in part.files]
+    with _fetched(place, files) as local, _working_folder(place.folder) as folder:
+        merged = merge_parts(local, folder, _hasher_of(place.key), memory_bytes)
+        _check_sums([file for file in merged if file.table == DETAIL], parts)
+        return [_put(place, file) for file in merged]
+
+
+def roll_up_files(
+    place: Place,
+    parts: Sequence[Part],
+    rollups: Sequence[File],
+    dictionary: Sequence[File],
+    memory_bytes: int,
+) -> list[File]:
+    """Sum rollups of parts into buckets of the place's hour or day; return files not named yet.
+
+    With files of the dictionary it is joined, too, as far as these samples need it.
+
+    Raises: as `merge_files` does.
+    """
+    with (
+        _fetched(place, [*rollups, *dictionary]) as local,
+        _working_folder(place.folder) as folder,
+    ):
+        bucket_s = HOUR_S if "T" in place.name else DAY_S
+        rollup = roll_up(local[: len(rollups)], bucket_s, folder, memory_bytes)
+        stacks = _check_sums([rollup], parts)
+        made = [rollup]
+        if dictionary:
+            made += merge_dictionaries(local[len(rollups) :], folder, memory_bytes, stacks)
+        return [_put(place, file) for file in made]
+
+
+def _check_sums(files: Sequence[LocalFile], parts: Sequence[Part]) -> "np.ndarray":
+    """Check that files have all samples of some parts, as nothing may be lost; return their stacks.
+
+    Raises:
+        ProfileError: they do not.
+    """
+    if not files:
+        return np.zeros(0, np.uint64)
+    found = sum_samples(files, start_s=0, end_s=_LAST_S)
+    sums = int(found.samples.sum()), int(found.values.sum())
+    expected = sum(part.samples for part in parts), sum(part.value for part in parts)
+    if sums != expected:
+        raise ProfileError(
+            f"cannot compact: {files[0].table} would have {sums[0]:,} samples of"
+            f" {expected[0]:,} and a value of {sums[1]:,} of {expected[1]:,}"
+        )
+    return np.unique(found.stacks)
+
+
+def _fetch(store: ObjectStore, key: ObjectKey) -> bytes | ObjectTooLarge | None:
+    try:
+        return store.get(key.text)
+    except ObjectMissing:
+        return None
+    except ObjectTooLarge as error:
+        return error
+
+
+def _decode(key: ObjectKey, content: bytes | ObjectTooLarge, hasher: Hasher) -> Columns | str:
+    """Return an object's columns, or why it cannot be read.
+
+    Raises:
+        MemoryError: there is too little.
+    """
+    if isinstance(content, ObjectTooLarge):
+        return str(content)
+    if key.start_s + key.length_s > _LAST_S:
+        return "its window ends after the year 2105"
+    # A signal measures CPU time, and only the main thread of a process gets those.
+    is_main = threading.current_thread() is threading.main_thread()
+    try:
+        with cpu_limited() if is_main else contextlib.nullcontext():
+            columns = decode_object(key, content, hasher)
+    except OutOfMemoryError:
+        raise MemoryError from None
+    except ProfileError as error:
+        return readable(str(error).encode())
+    if type_in_key(columns.type) != key.type:
+        return f"it is of the type {columns.type!r}, and its key says {key.type}"
+    unit = _TYPE_UNITS.get(key.type, columns.unit)
+    if columns.unit != unit:
+        return f"it is measured in {columns.unit!r} instead of {unit}"
+    return columns
+
+
+def _size_of(columns: Columns) -> int:
+    stacks = columns.stack_words.nbytes + columns.stack_hashes.nbytes
+    rows = columns.rows.nbytes + columns.counts.nbytes
+    return (
+        stacks + rows + columns.frames.nbytes + columns.locations.nbytes + len(columns.texts.blob)
+    )
+
+
+def _put(place: Place, file: LocalFile) -> File:
+    """Store a file under a name that nothing had before.
+
+    Raises:
+        ObjectTooLarge: it has more bytes than a reader takes.
+    """
+    content = _make_unique(file.path.read_bytes())
+    key = block_key(place.tenant, place.type, place.name, file.table, content16(content))
+    if len(content) > LARGEST_OBJECT_BYTES:
+        raise ObjectTooLarge(key)
+    place.store.put(key, content)
+    return File(file.table, key, len(content), file.rows)
+
+
+def _make_unique(parquet: bytes) -> bytes:
+    """Return a Parquet file of the same content that is equal to no other.
+
+    A file that was put before may be garbage that somebody is just deleting: a put that finds it
+    would name what is gone a moment later. Random bytes stand before the footer, where no offset
+    leads: the footer is found from the end, and its offsets count from the start.
+    """
+    footer_bytes = int.from_bytes(parquet[-8:-4], "little") + 8
+    at = len(parquet) - footer_bytes
+    return parquet[:at] + secrets.token_bytes(16) + parquet[at:]
+
+
+@contextlib.contextmanager
+def _fetched(place: Place, files: Sequence[File]) -> Iterator[list[LocalFile]]:
+    """Return local copies of files, which stay for the length of the block."""
+    paths = copies_in(place.store, place.folder).fetch([file.key for file in files])
+    yield local_files(files, paths)
+    del paths
+
+
+def local_files(files: Sequence[File], paths: Sequence[Path]) -> list[LocalFile]:
+    return [LocalFile(file.table, path, file.rows) for file, path in zip(files, paths, strict=True)]
+
+
+def copies_in(store: ObjectStore, folder: Path) -> Copies:
+    return Copies(store, folder / "copies", _COPIES_BYTES)
+
+
+@contextlib.contextmanager
+def _working_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder for the length of the block; `clean` removes what a killed process left."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(prefix=_WORK, dir=folder) as name:
+        yield Path(name)
+
+
+def clean(folder: Path) -> None:
+    """Remove what killed processes have left in the folder of compactors."""
+    oldest_s = time.time() - _WORK_LASTS_S
+    for path in folder.glob(f"{_WORK}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < oldest_s:
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,70 @@
+"""Stores that kill their process at a chosen change, before it is done.
+
+What a store has is all that is left of a killed compactor, and only three requests change it. So
+killing before each of these in turn is killing at every step that anybody else can tell from
+another: to be killed after a change is to be killed before the next one.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import ObjectStore
+from storage.objects.s3 import S3Store
+from tests.support.weed import BUCKET
+
+
+class DeadlyDirectory(DirectoryStore):
+    """Kills the process instead of change number `dies_at`; 0 for never."""
+
+    dies_at = 0
+    changes = 0
+
+    def put(self, key: str, content: bytes) -> bool:
+        _die_or_count(self)
+        return super().put(key, content)
+
+    def replace(self, key: str, content: bytes, tag: str | None) -> str | None:
+        _die_or_count(self)
+        return super().replace(key, content, tag)
+
+    def delete(self, key: str) -> None:
+        _die_or_count(self)
+        super().delete(key)
+
+
+class DeadlyBucket(S3Store):
+    """The same with a bucket."""
+
+    dies_at = 0
+    changes = 0
+
+    def put(self, key: str, content: bytes) -> bool:
+        _die_or_count(self)
+        return super().put(key, content)
+
+    def replace(self, key: str, content: bytes, tag: str | None) -> str | None:
+        _die_or_count(self)
+        return super().replace(key, content, tag)
+
+    def delete(self, key: str) -> None:
+        _die_or_count(self)
+        super().delete(key)
+
+
+def _die_or_count(store: DeadlyDirectory | DeadlyBucket) -> None:
+    store.changes += 1
+    if store.changes == store.dies_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def open_deadly(url: str, endpoint: str, dies_at: int) -> ObjectStore:
+    """Return the store at `s3://BUCKET/prefix` or a path."""
+    store: DeadlyDirectory | DeadlyBucket
+    if url.startswith("s3://"):
+        store = DeadlyBucket(BUCKET, url.removeprefix(f"s3://{BUCKET}/"), endpoint)
+    else:
+        store = DeadlyDirectory(Path(url))
+    store.dies_at = dies_at
+    return store
