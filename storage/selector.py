@@ -246,3 +246,7 @@ def _quote(text: str) -> str:
         for character in text
     )
     return f'"{escaped}"'
+
+
+EMPTY = Selector()
+"""Selects everything."""

@@ -18,7 +18,6 @@ from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Window
 from storage.query.cache import default_folder
 from storage.query.coverage import Skipped
-from storage.query.listing import nearest_objects
 from storage.query.query import Answer, Query
 from storage.query.workers import Workers
 from storage.selector import Selector
@@ -90,7 +89,7 @@ class Selection:
             more = len(skipped) - 1
             also = f" and {more} more" if more else ""
             text += f" (skipped {key}{also}: {reason})"
-        if objects or (self.selector.matchers and any(True for _ in self.objects())):
+        if objects or (self.selector.matchers and self.query().has_data(self.window)):
             services = self.query().label_values(self.window, "service")
             listed = ", ".join(list(services)[:8]) or "none"
             return f"{text}; services there: {listed}"
@@ -98,10 +97,7 @@ class Selection:
 
     def where_data_are(self) -> str:
         """Say where the nearest data are, or that there are none in the store."""
-        nearest = [
-            from_until(Window(key.start_ns, key.end_ns))
-            for key in nearest_objects(self.store, self.window)
-        ]
+        nearest = [from_until(each) for each in self.query().nearest(self.window)]
         if nearest:
             return f"the nearest data are from {' and '.join(nearest)}"
         return f"the store {self.store} is empty{why_empty(self.store.store)}"

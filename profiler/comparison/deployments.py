@@ -98,7 +98,7 @@ def deployments_in(
 
     @functools.cache  # deployments of one day look at the same hours
     def has_data(window: Window) -> bool:
-        return any(True for _ in query.objects(window))
+        return query.has_data(window)
 
     def matched(each: Deployment) -> Match:
         same = [other for other in merged if other.service == each.service]
@@ -108,7 +108,7 @@ def deployments_in(
         deployments=tuple(chosen),
         matches=tuple(map(matched, chosen)),
         all_ns=tuple(each.first_ns for each in merged),
-        has_objects=bool(chosen) or any(True for _ in query.objects(window)),
+        has_objects=bool(chosen) or query.has_data(window),
         services=tuple(sorted(services)),
         has_versions=bool(sightings.instances),
         skipped=(*presence.coverage.skipped, *announced.skipped),

@@ -119,7 +119,7 @@ class Past:
 
     def _has_data(self, back_ns: int) -> bool:
         window = self._back(self.span, back_ns, back_ns)
-        return any(True for _ in self._query.objects(window))
+        return self._query.has_data(window)
 
     def _valid(self, query: Query, backs: Sequence[int]) -> list["Position"]:
         """Return the positions at which the service ran on the same hosts, in one version."""

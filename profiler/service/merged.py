@@ -19,12 +19,13 @@ from profiler.flamegraph.flamegraph import ROOT_ID, FlameGraph, Screen, draw
 from profiler.flamegraph.paths import Paths
 from profiler.flamegraph.stacks import Group, Stacks
 from profiler.flamegraph.views import NoSuchNodeError, View
+from storage.blocks.block import DROPPED_LABELS
 from storage.columns import Columns
 from storage.objects.tenant import TenantStore
 from storage.profile import Window
-from storage.query.query import EMPTY, Answer, Query
+from storage.query.query import Answer, Query
 from storage.query.threads import Turns
-from storage.selector import Selector
+from storage.selector import EMPTY, Selector
 from symbolizer.location import Frame
 
 KEPT_WORDS = 6_000_000
@@ -111,6 +112,11 @@ class PanelRequest:
     def view(self) -> View:
         """What the paths depend on, except the node that is zoomed into."""
         return View(self.by, self.group, self.invert, self.callers, self.focus, self.hide)
+
+    @property
+    def labels(self) -> frozenset[str]:
+        """The labels of rows that are looked at."""
+        return frozenset((*self.by, *self.selector.names))
 
     @property
     def needs_no_stacks(self) -> bool:
@@ -261,9 +267,13 @@ class MergedProfiles:
         self._kept: Kept[ProfileKey, MergedProfile] = Kept()
         self._merging = Turns()
 
-    def key(self, request: PanelRequest) -> ProfileKey:
-        """Name what a request asks for: as long as it is the same, so is the merged profile."""
-        objects = self.query.fingerprint(request.window, request.type)
+    def key(self, request: PanelRequest, labels: frozenset[str] | None = None) -> ProfileKey:
+        """Name what a request asks for: as long as it is the same, so is the merged profile.
+
+        `labels` are those that its rows must have, by default those that the request looks at.
+        """
+        labels = request.labels if labels is None else labels
+        objects = self.query.fingerprint(request.window, request.type, labels)
         return (objects, str(request.selector), request.type)
 
     def has(self, request: PanelRequest) -> bool:
@@ -286,7 +296,7 @@ class MergedProfiles:
             if known is not None:
                 return known
             query = self.query.interruptible(check)
-            answer = query.profile(request.window, request.selector, request.type)
+            answer = query.profile(request.window, request.selector, request.type, request.labels)
             merged = MergedProfile(answer)
             if answer.coverage.is_lasting:
                 self._kept.put(key, merged)
@@ -295,8 +305,10 @@ class MergedProfiles:
     def _whole_of(self, request: PanelRequest) -> MergedProfile | None:
         """Return the profile of the whole window if it is kept and a part of it is asked for.
 
-        Not for a part of the hosts: its accounting is that of its objects.
+        Not for a part of the hosts: its accounting is that of its objects. Nor by labels that
+        compacted hours do not have: these are skipped then.
         """
-        if not request.selector.matchers or "host" in request.selector.names:
+        names = request.selector.names
+        if not names or "host" in names or DROPPED_LABELS & names:
             return None
-        return self._kept.get(self.key(replace(request, selector=EMPTY)))
+        return self._kept.get(self.key(replace(request, selector=EMPTY), request.labels))

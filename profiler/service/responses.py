@@ -125,15 +125,12 @@ class Empty:
         if samples:
             return None
         has_objects = coverage.objects or (
-            request.selector.matchers and any(True for _ in query.objects(request.window))
+            request.selector.matchers and query.has_data(request.window)
         )
         if has_objects:
             services = query.label_values(request.window, "service")
             return cls("nothing_matches", [], list(services)[:NAMED_SERVICES])
-        nearest = [
-            WindowMs.of(Window(key.start_ns, key.end_ns))
-            for key in query.nearest_objects(request.window)
-        ]
+        nearest = [WindowMs.of(each) for each in query.nearest(request.window)]
         return cls("no_data_in_range" if nearest else "no_data_ever", nearest, [])
 
 

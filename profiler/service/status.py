@@ -116,6 +116,6 @@ def _latest_hosts(query: Query, search: HostSearch, span: Window, now_ns: int) -
     end_ns = span.end_ns
     if end_ns > now_ns + HOUR_NS:  # a host whose clock is ahead does not hide the others
         end_ns = max(
-            (key.end_ns for key in query.nearest_objects(Window(now_ns, _FAR_NS))), default=end_ns
+            (each.end_ns for each in query.nearest(Window(now_ns, _FAR_NS))), default=end_ns
         )
     return search.find(max(span.start_ns, end_ns - HOUR_NS), end_ns, _HOSTS_WITHIN_S)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from storage.columns import Columns, Times
+from storage.objects.keys import ObjectKey, StoredObject
 from storage.profile import Accounting, Host, Window
 from storage.query.function_totals import FunctionTotals
 from storage.query.resolve import LocationNames
@@ -20,6 +21,13 @@ Kept = TypeVar("Kept", Columns, FunctionTotals, LocationNames, Times, ObjectSelf
 Derived = TypeVar("Derived", Columns, FunctionTotals, LocationNames, Times)
 _Asked = TypeVar("_Asked", Columns, FunctionTotals, Times)
 _Rows = TypeVar("_Rows", Columns, FunctionTotals)
+
+
+class ListedObject(NamedTuple):
+    """A level-0 object of a window."""
+
+    key: ObjectKey
+    stored: StoredObject
 
 
 class Skipped(NamedTuple):
@@ -86,10 +94,14 @@ def choose_parts(
         skipped += part.skipped
         is_lasting &= part.is_lasting
         value = part.value
-        if value is None or not has_host(value.accounting, selector):
+        if value is None or not has_host(value, selector):
             continue
         if value.type != type_:
             reason = f"it is of the type {value.type}, not {type_}"
+            skipped += [Skipped(key, reason) for key in part.keys]
+            continue
+        if chosen and value.unit != chosen[0].unit:  # as two programs may measure one type
+            reason = f"it is measured in {value.unit}, others in {chosen[0].unit}"
             skipped += [Skipped(key, reason) for key in part.keys]
             continue
         objects += len(value.objects)
@@ -112,9 +124,21 @@ def merging_early(
     return merge_early
 
 
-def has_host(accounting: Accounting, selector: Selector) -> bool:
-    """Return whether the selector's matchers of `host` accept any of the object's hosts."""
+def has_host(
+    value: Columns | FunctionTotals | Times | ObjectSelfSamples, selector: Selector
+) -> bool:
+    """Return whether the selector's matchers of `host` accept any host of the objects.
+
+    It is the one of their accounting, or one that rows name themselves, as of imported profiles.
+    """
     matchers = tuple(each for each in selector.matchers if each.name == "host")
-    if not matchers or len(accounting.hosts) != 1:
+    hosts = value.accounting.hosts
+    if not matchers or len(hosts) != 1:
         return True
-    return Selector(matchers).accepts({"host": accounting.hosts[0].name})
+    match value:
+        case FunctionTotals() | ObjectSelfSamples():
+            label_sets = value.service_sets
+        case _:
+            label_sets = value.label_sets
+    own = (dict(labels).get("host", "") for labels in label_sets)
+    return any(Selector(matchers).choose({"host": name} for name in {hosts[0].name, *own}))

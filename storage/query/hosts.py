@@ -1,7 +1,8 @@
 """Hosts: which hosts stored a profile lately, and their names, read from one object of each.
 
 The key of an object names its host by an id, so hosts are found by listing. Only the newest object
-of each host is read, and of that one only the accounting, which has the name.
+of each host is read, and of that one only the accounting, which has the name. A compacted hour has
+a table of its objects, with the names of their hosts.
 
 A large fleet takes longer than a reader waits. A search therefore ends after a given time with what
 it has, says what is left, and the next one continues from there.
@@ -9,15 +10,29 @@ it has, says what is left, and the next one continues from there.
 
 import contextlib
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from storage.formats.pprof_head import read_head
-from storage.objects.keys import CPU, ObjectKey, ObjectStore, StoreError, content16
+from storage.objects.keys import (
+    CPU,
+    DamagedObject,
+    ObjectKey,
+    ObjectMissing,
+    ObjectStore,
+    StoreError,
+    content16,
+)
 from storage.objects.tenant import TenantStore
-from storage.profile import ProfileError
+from storage.profile import ProfileError, Window
+from storage.query.blocks import Blocks
+from storage.query.compacted import CompactedHour
 from storage.query.listing import HOUR_NS
+
+if TYPE_CHECKING:
+    from storage.blocks.hosts import HostObjects
 
 _FETCHES = 8
 
@@ -31,7 +46,7 @@ class FoundHosts:
     hosts: tuple[int, int]
     """Of how many hosts the name was looked up, and how many were found."""
     hours: tuple[int, int]
-    """How many hours of the store were listed, and how many there are to list."""
+    """How many hours of the store were listed and read, and how many there are."""
 
     @property
     def is_complete(self) -> bool:
@@ -41,9 +56,15 @@ class FoundHosts:
 class HostSearch:
     """Finds the hosts that have an object from a time on. For one thread at a time."""
 
-    def __init__(self, store: TenantStore, type_: str = CPU) -> None:
+    def __init__(
+        self, store: TenantStore, type_: str = CPU, *, blocks: Blocks | None = None
+    ) -> None:
         self._store = store
         self._type = type_
+        self._blocks = blocks
+        self._compacted: dict[str, list[HostObjects]] = {}
+        """Of the compacted hours that were last asked for, by their keys."""
+        self._reading: dict[str, Future[None]] = {}
         self._newest: dict[str, ObjectKey] = {}
         """Of each host, by id."""
         self._names: dict[str, tuple[int, tuple[str, ...]]] = {}
@@ -61,18 +82,73 @@ class HostSearch:
             StoreError: the store cannot be listed.
         """
         deadline_s = time.monotonic() + within_s
-        hours = self._list(start_ns, end_ns, deadline_s)
-        named = self._read_names(deadline_s)
-        names = {
-            name
-            for host_id in self._newest
-            for name in self._names.get(host_id, (0, (host_id,)))[1]
+        compacted = self._list_compacted(start_ns, end_ns)
+        late = self._read_compacted(compacted, deadline_s)
+        unlisted = {
+            hour.start_ns // HOUR_NS
+            for hour in compacted
+            if self._blocks and hour.key in self._compacted and self._blocks.is_settled(hour)
         }
-        return FoundHosts(sorted(names), (named, len(self._newest)), hours)
+        listed, hours = self._list(start_ns, end_ns, unlisted, deadline_s)
+        hosts = {
+            host.host_id: host
+            for hour in compacted
+            for host in self._compacted.get(hour.key, ())
+            if host.latest_start_ns >= start_ns
+        }
+        for host in hosts.values():
+            number = host.latest_start_ns // HOUR_NS
+            if self._names.get(host.host_id, (-1,))[0] < number:
+                self._names[host.host_id] = (number, host.names)
+        ids = self._newest.keys() | hosts.keys()
+        unnamed = self._read_names(ids, deadline_s)
+        names = {name for id_ in ids for name in self._names.get(id_, (0, (id_,)))[1]}
+        return FoundHosts(
+            sorted(names), (len(ids) - unnamed, len(ids)), (min(listed, hours - late), hours)
+        )
 
-    def _list(self, start_ns: int, end_ns: int, deadline_s: float) -> tuple[int, int]:
+    def _list_compacted(self, start_ns: int, end_ns: int) -> list[CompactedHour]:
+        """Return the compacted hours, in order."""
+        if self._blocks is None:
+            return []
+        first, last = start_ns // HOUR_NS, (end_ns - 1) // HOUR_NS
+        return self._blocks.hours(Window(first * HOUR_NS, (last + 1) * HOUR_NS), self._type).hours
+
+    def _read_compacted(self, hours: list[CompactedHour], deadline_s: float) -> int:
+        """Read the hosts of compacted hours that are not known; return how many are left."""
+        keys = {hour.key for hour in hours}
+        for key in self._compacted.keys() - keys:
+            del self._compacted[key]
+        self._reading = {key: each for key, each in self._reading.items() if not each.done()}
+        unknown = [hour for hour in hours if hour.key not in self._compacted]
+        if not unknown:
+            return 0
+        pool = ThreadPoolExecutor(2, "hosts")
+        try:
+            for hour in reversed(unknown):
+                if hour.key not in self._reading:
+                    self._reading[hour.key] = pool.submit(self._read_hour, hour)
+            reading = [self._reading[hour.key] for hour in unknown]
+            wait(reading, max(0.0, deadline_s - time.monotonic()))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return sum(hour.key not in self._compacted for hour in unknown)
+
+    def _read_hour(self, hour: CompactedHour) -> None:
+        """Note the hosts of a compacted hour; in a thread, as `_read` does names."""
+        assert self._blocks is not None
+        with contextlib.suppress(StoreError):  # the store may be back the next time
+            try:
+                self._compacted[hour.key] = self._blocks.hosts(hour)
+            except (ProfileError, ObjectMissing, DamagedObject):
+                self._compacted[hour.key] = []
+
+    def _list(
+        self, start_ns: int, end_ns: int, unlisted: Collection[int], deadline_s: float
+    ) -> tuple[int, int]:
         """Note the newest object of each host; return how many hours of how many were listed."""
-        hours = tuple(range((end_ns - 1) // HOUR_NS, start_ns // HOUR_NS - 1, -1))
+        every = range((end_ns - 1) // HOUR_NS, start_ns // HOUR_NS - 1, -1)
+        hours = tuple(hour for hour in every if hour not in unlisted)
         sweep = self._sweep
         if sweep is None or sweep.hours != hours:
             sweep = _Sweep(self._store, self._type, hours)
@@ -88,12 +164,15 @@ class HostSearch:
                 break
         # Those of earlier searches stay until all hours are listed.
         self._newest = {**(self._newest if is_late else {}), **sweep.newest}
-        return sweep.listed, len(hours)
+        return sweep.listed + len(every) - len(hours), len(every)
 
-    def _read_names(self, deadline_s: float) -> int:
-        """Read the names that are not known for the hour; return of how many hosts they are."""
+    def _read_names(self, ids: Collection[str], deadline_s: float) -> int:
+        """Read the names that are not known for the hour; return of how many hosts not in time.
+
+        What is known of other hosts than `ids` is forgotten.
+        """
         for known in (self._names, self._unreadable):
-            for host_id in known.keys() - self._newest.keys():
+            for host_id in known.keys() - set(ids):
                 del known[host_id]
         unknown = [
             key
@@ -102,14 +181,14 @@ class HostSearch:
             and self._unreadable.get(host_id) != key
         ]
         if not unknown:
-            return len(self._newest)
+            return 0
         pool = ThreadPoolExecutor(_FETCHES, "hosts")
         try:
             reading = [pool.submit(self._read, key) for key in unknown]
             _, late = wait(reading, max(0.0, deadline_s - time.monotonic()))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        return len(self._newest) - len(late)
+        return len(late)
 
     def _read(self, key: ObjectKey) -> None:
         """Note the names in an object; in a thread, so that a late one is known the next time."""

@@ -1,41 +1,43 @@
-"""Parts: reads a window part by part, from what is kept on disk or from the objects.
+"""Parts: reads a window part by part, from what is kept on disk, compacted hours or objects.
 
-A part is an object, or a span of a host (`storage.query.listing`) whose objects are merged. Spans
-that lie wholly in a window are kept merged once they are old enough that no more objects are
-expected. Each kind of value (Columns, FunctionTotals, LocationNames, Times, ObjectSelfSamples) is
+A part is a compacted hour (`storage.query.blocks`), an object that is in none, or a span of a host
+(`storage.query.listing`) whose objects are merged. Spans that lie wholly in a window are kept
+merged once they are old enough that no more objects are expected, and so are compacted hours. Each
+kind of value (Columns, FunctionTotals, LocationNames, Times, ObjectSelfSamples) is
 kept in a file of its own, named by what it was made from: a late object changes the name of its
 span, so that no file is ever out of date. FunctionTotals of a part some of whose locations have
 better names in other parts are made with these names, and named by a digest of them as well.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Generic, NamedTuple
+from typing import Any, Generic, NamedTuple
 
-import numpy as np
-
+from storage.blocks.block import DROPPED_LABELS
 from storage.columns import Columns, Times
-from storage.merging import adopt_names, without_stacks
 from storage.objects.keys import NS_PER_S
 from storage.profile import Window
+from storage.query.blocks import Blocks
 from storage.query.cache import DecodedCache
-from storage.query.coverage import Derived, Kept, Part, Skipped
+from storage.query.compacted import CompactedHour
+from storage.query.coverage import Derived, Kept, ListedObject, Part, Skipped
 from storage.query.decoding import FETCHES, Decoder, Progress, join_parts
 from storage.query.function_totals import FunctionTotals
 from storage.query.listing import (
     HOUR_NS,
     SPANS_NS,
-    ListedObject,
     Listing,
     is_inside,
     overlap,
     split_spans,
     union,
 )
-from storage.query.resolve import KnownNames, LocationNames
+from storage.query.resolve import LocationNames
 from storage.query.self_samples import ObjectSelfSamples
 from storage.query.threads import Turns, map_ahead
+from storage.selector import EMPTY, Selector
 
 _SETTLED_AFTER_NS = 300 * NS_PER_S
 """How long after its end a span waits for late objects before it is kept merged."""
@@ -46,8 +48,10 @@ _PREPARED_SHARE = 0.75
 """How much of the cache objects that nobody has asked for may take."""
 _KINDS = (Columns, FunctionTotals, LocationNames, Times, ObjectSelfSamples)
 
-_Span = tuple[list[ListedObject], bool]
+Span = tuple[list[ListedObject], bool]
 """Objects of one host, and whether they are all of a span that may be kept merged."""
+Source = Sequence[ListedObject] | CompactedHour
+"""What one part is read from."""
 
 
 class Prepared(NamedTuple):
@@ -64,17 +68,12 @@ class Reader(Generic[Kept]):
     kind: type[Kept]
     of_object: Callable[[ListedObject], Part[Kept]]
     of_span: Callable[[Sequence[ListedObject]], list[Part[Kept]]]
+    of_hour: Callable[[CompactedHour], Part[Kept]]
 
-
-@dataclass(frozen=True, slots=True)
-class Naming:
-    """The names that the parts of some windows have for their locations."""
-
-    known: KnownNames = field(default_factory=KnownNames)
-    sources: list[list[ListedObject]] = field(default_factory=list)
-    """The objects of each part, in the order in which their names were added."""
-    tables: dict[int, list[Columns]] = field(default_factory=dict)
-    """The location tables of parts that were needed, by part."""
+    def of(self, source: Source) -> list[Part[Kept]]:
+        if isinstance(source, CompactedHour):
+            return [self.of_hour(source)]
+        return self.of_span(source) if len(source) > 1 else [self.of_object(source[0])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +81,13 @@ class Parts:
     """Reads the parts of windows. Safe to use from several threads."""
 
     listing: Listing
+    blocks: Blocks
     cache: DecodedCache
     decoder: Decoder
     now_ns: Callable[[], int]
     progress: Progress = field(default_factory=Progress)
+    hosts: Selector = EMPTY
+    """Matchers of the label `host`: objects of other hosts may be left out."""
     _turns: Turns = field(default_factory=Turns)
     _unkept: dict[str, int] = field(default_factory=dict)
     """When a part was prepared that could not be kept, by name."""
@@ -95,14 +97,41 @@ class Parts:
         listing, progress = replace(self.listing, check=check), replace(self.progress, check=check)
         return replace(self, listing=listing, progress=progress)
 
-    def name(self, objects: Sequence[ListedObject]) -> str:
-        """Name what is decoded from objects. Time and size tell a repaired one from a damaged."""
-        listed = (f"{s.key} {s.size_bytes} {s.modified_ns}" for _, s in objects)
+    def of_hosts(self, selector: Selector, names: Iterable[str] = ()) -> "Parts":
+        """Return parts like these that may leave out the objects of hosts not selected.
+
+        Selectors of labels that compaction drops, and answers by these `names`, take level 0.
+        """
+        matchers = tuple(each for each in selector.matchers if each.name == "host")
+        is_level0 = not DROPPED_LABELS.isdisjoint((*selector.names, *names))
+        listing = self.listing.of_level0() if is_level0 else self.listing
+        return replace(self, listing=listing, hosts=Selector(matchers))
+
+    def name(self, source: Source) -> str:
+        """Name what is read from objects. Time and size tell a repaired one from a damaged."""
+        if isinstance(source, CompactedHour):
+            return self.cache.name([str(self.listing.store), source.key, str(self.hosts)])
+        listed = (f"{s.key} {s.size_bytes} {s.modified_ns}" for _, s in source)
         return self.cache.name([str(self.listing.store), *listed])
+
+    def name_of_window(self, window: Window, labels: frozenset[str] | None) -> str:
+        """Name what a window holds: as long as the name is the same, so is every answer."""
+        listed = self.listing.at(window)
+        hours = (hour.key for hour in listed.hours)
+        kind = "rollups" if self.blocks.uses_rollups(listed.hours, labels) else "detail"
+        return self.cache.name([self.name(listed.objects), kind, *hours])
 
     @property
     def columns(self) -> Reader[Columns]:
-        return Reader(Columns, self._columns_of_object, self._columns_of_span)
+        return self.selected_columns(EMPTY)
+
+    def selected_columns(self, selector: Selector) -> Reader[Columns]:
+        """Return a reader that may leave out, of compacted hours, what is not selected."""
+
+        def of_hour(hour: CompactedHour) -> Part[Columns]:
+            return self._columns_of_hour(hour, selector)
+
+        return Reader(Columns, self._columns_of_object, self._columns_of_span, of_hour)
 
     @property
     def function_totals(self) -> Reader[FunctionTotals]:
@@ -116,71 +145,14 @@ class Parts:
             LocationNames, lambda columns: LocationNames.of(columns, self.decoder.hasher)
         )
 
-    def naming(self, windows: Sequence[Window]) -> "Naming":
-        """Read the names of all locations in windows."""
-        naming = Naming()
-        for window in union(windows, 1):
-            objects = list(self.listing.objects(window))
-            listed = {each.stored.key: each for each in objects}
-            spans = self._spans(objects, window, SPANS_NS)
-            for part in self._read_spans(self.location_names, spans):
-                if part.value is not None:
-                    naming.known.add(part.value)
-                    naming.sources.append([listed[key] for key in part.keys])
-        return naming
-
-    def function_totals_with(self, naming: "Naming") -> Reader[FunctionTotals]:
-        """Return a reader of function totals with the best names of those that were read."""
-        if not naming.known.is_disputed:
-            return self.function_totals
-
-        def of_span(objects: Sequence[ListedObject]) -> list[Part[FunctionTotals]]:
-            names = self._read_one(self.location_names, objects)
-            better = [naming.known.better(each.value) for each in names if each.value is not None]
-            if not any(len(each.sources) for each in better):
-                return self._read_one(self.function_totals, objects)
-            prints = [each.fingerprint for each in better]
-            name = self.cache.name([self.name(objects), *prints])
-            keys = tuple(each.stored.key for each in objects)
-            known = self.cache.load(FunctionTotals, name)
-            if known is not None:
-                return [Part(keys, known[0], tuple(Skipped(*each) for each in known[1] or ()))]
-
-            def make(columns: Columns) -> FunctionTotals:
-                return FunctionTotals.of(self.named(columns, naming), self.decoder.hasher)
-
-            parts = [each.derive(make) for each in self._read_one(self.columns, objects)]
-            for each in parts:
-                if each.value is not None and each.is_lasting and each.keys == keys:
-                    self.cache.save(each.value, name, each.skipped)
-            return parts
-
-        return Reader(FunctionTotals, lambda listed: of_span([listed])[0], of_span)
-
-    def named(self, columns: Columns, naming: "Naming") -> Columns:
-        """Return a profile with the best names of those that were read."""
-        if not naming.known.is_disputed:
-            return columns
-        better = naming.known.better(LocationNames.of(columns, self.decoder.hasher))
-        sources = np.unique(better.sources).tolist()
-        others = [each for number in sources for each in self._named_by(naming, number)]
-        return adopt_names(columns, others, better.location_hashes)
-
-    def _named_by(self, naming: "Naming", number: int) -> list[Columns]:
-        """Return the location tables of a part, without its stacks."""
-        known = naming.tables.get(number)
-        if known is None:
-            parts = self._read_one(self.columns, naming.sources[number])
-            known = [without_stacks(each.value) for each in parts if each.value is not None]
-            naming.tables[number] = known
-        return known
-
-    def _read_one(self, reader: Reader[Kept], objects: Sequence[ListedObject]) -> list[Part[Kept]]:
-        return reader.of_span(objects) if len(objects) > 1 else [reader.of_object(objects[0])]
-
     @property
     def times(self) -> Reader[Times]:
-        return self._derived(Times, Times.of)
+        derived = self._derived(Times, Times.of)
+
+        def read(hour: CompactedHour) -> Part[Times]:
+            return self.blocks.times(hour, self.hosts)
+
+        return replace(derived, of_hour=lambda hour: self._of_hour(Times, hour, read))
 
     @property
     def self_samples(self) -> Reader[ObjectSelfSamples]:
@@ -188,12 +160,27 @@ class Parts:
             ObjectSelfSamples,
             lambda listed: self._self_samples_of_span([listed])[0],
             self._self_samples_of_span,
+            lambda hour: self._of_hour(ObjectSelfSamples, hour, self._self_samples_of_hour),
         )
 
     def read(self, reader: Reader[Kept], window: Window) -> Iterator[Part[Kept]]:
         """Return the parts of a window in the order of their keys."""
-        spans = self._spans(self.listing.objects(window), window, SPANS_NS)
-        yield from self._read_spans(reader, spans)
+        listed = self.listing.at(window)
+        yield from _skipped(listed.skipped)
+        spans = self.spans(listed.objects, window, SPANS_NS)
+        yield from self.read_spans(reader, itertools.chain(listed.hours, spans))
+
+    def read_profile(
+        self, window: Window, selector: Selector, labels: frozenset[str] | None
+    ) -> Iterator[Part[Columns]]:
+        """Return the profiles of a window; see `Blocks.profile` for those of compacted hours."""
+        listed = self.listing.at(window)
+        yield from _skipped(listed.skipped)
+        if listed.hours:
+            self.progress.check()
+            yield from self.blocks.profile(listed.hours, selector, labels)
+        spans = self.spans(listed.objects, window, SPANS_NS)
+        yield from self.read_spans(self.columns, spans)
 
     def read_around(self, reader: Reader[Kept], windows: Sequence[Window]) -> Iterator[Part[Kept]]:
         """Return the parts of windows; the whole hours around them where these are kept.
@@ -202,10 +189,14 @@ class Parts:
         """
         joined = union(windows, 1)
 
-        def spans() -> Iterator[_Span]:
+        def spans() -> Iterator[Span | CompactedHour]:
             for hours in union(windows, HOUR_NS):
-                objects = self.listing.objects(hours)
-                for listed, is_whole in self._spans(objects, hours, SPANS_NS[:1]):
+                found = self.listing.at(hours)
+                for compacted in found.hours:
+                    if any(overlap(window, compacted.window) for window in joined):
+                        yield compacted
+                objects = found.objects
+                for listed, is_whole in self.spans(objects, hours, SPANS_NS[:1]):
                     number = listed[0].key.start_ns // HOUR_NS
                     hour = Window(number * HOUR_NS, (number + 1) * HOUR_NS)
                     asked = [
@@ -221,9 +212,9 @@ class Parts:
                         yield listed, True
                         continue
                     for window, some in asked:
-                        yield from self._spans(some, window, SPANS_NS)
+                        yield from self.spans(some, window, SPANS_NS)
 
-        yield from self._read_spans(reader, spans())
+        yield from self.read_spans(reader, spans())
 
     def prepare(self, window: Window) -> Iterator[Prepared]:
         """Decode and keep what will be asked about a window, its latest part first.
@@ -264,7 +255,7 @@ class Parts:
         self, window: Window, settled_ns: int
     ) -> dict[str, Sequence[ListedObject]]:
         """Return by name the latest hours by the spans of which they are made, then whole hours."""
-        objects = list(self.listing.objects(window))
+        objects = self.listing.at(window).objects
         recent = [each for each in objects if each.key.start_ns >= self.now_ns() - _RECENT_NS]
         spans = [
             (listed, is_whole)
@@ -286,23 +277,27 @@ class Parts:
         return sum(sizes) if all(sizes) else 0
 
     def _read_group(self, group: Sequence[ListedObject]) -> None:
-        self._read_one(self.columns, group)
-        self._read_one(self.function_totals, group)
-        self._read_one(self.location_names, group)
-        self._read_one(self.times, group)
-        self._read_one(self.self_samples, group)
+        self.columns.of(group)
+        self.function_totals.of(group)
+        self.location_names.of(group)
+        self.times.of(group)
+        self.self_samples.of(group)
 
-    def _spans(
+    def spans(
         self, objects: Iterable[ListedObject], window: Window, spans_ns: Sequence[int]
-    ) -> Iterator[_Span]:
+    ) -> Iterator[Span]:
         """Cut the objects of a window into spans that may be kept merged, and others."""
         end_ns = min(window.end_ns, self.now_ns() - _SETTLED_AFTER_NS)
         yield from split_spans(objects, window.start_ns, end_ns, spans_ns)
 
-    def _read_spans(self, reader: Reader[Kept], spans: Iterable[_Span]) -> Iterator[Part[Kept]]:
+    def read_spans(
+        self, reader: Reader[Kept], spans: Iterable[Span | CompactedHour]
+    ) -> Iterator[Part[Kept]]:
         with ThreadPoolExecutor(FETCHES, "one") as ones, ThreadPoolExecutor(3, "span") as pool:
 
-            def read(span: _Span) -> list[Part[Kept]]:
+            def read(span: Span | CompactedHour) -> list[Part[Kept]]:
+                if isinstance(span, CompactedHour):
+                    return [reader.of_hour(span)]
                 listed, is_whole = span
                 if is_whole:
                     return reader.of_span(listed)
@@ -340,7 +335,45 @@ class Parts:
                     self.cache.save(each.value, self.name(objects), each.skipped)
             return parts
 
-        return Reader(kind, of_object, of_span)
+        def of_hour(hour: CompactedHour) -> Part[Derived]:
+            def read(hour: CompactedHour) -> Part[Derived]:
+                return self._columns_of_hour(hour, EMPTY).derive(make)
+
+            return self._of_hour(kind, hour, read)
+
+        return Reader(kind, of_object, of_span, of_hour)
+
+    def _of_hour(
+        self,
+        kind: type[Kept],
+        hour: CompactedHour,
+        read: Callable[[CompactedHour], Part[Kept]],
+    ) -> Part[Kept]:
+        """Read a compacted hour; a whole one is kept, as all that is made of it."""
+        name = self.name(hour)
+        known = self.cache.load(kind, name) if hour.is_whole else None
+        if known is not None:
+            return Part((hour.key,), known[0])
+        with self._turns.of(f"{kind.__name__} {name}", self.progress.check):
+            known = self.cache.load(kind, name) if hour.is_whole else None
+            if known is not None:
+                return Part((hour.key,), known[0])
+            part = read(hour)
+            if part.value is not None and part.is_lasting and hour.is_whole:
+                self.cache.save(part.value, name)
+            return part
+
+    def _columns_of_hour(self, hour: CompactedHour, selector: Selector) -> Part[Columns]:
+        """Read an hour; if it is not kept, without what is not selected."""
+        if selector.matchers:
+            known = self.cache.load(Columns, self.name(hour)) if hour.is_whole else None
+            if known is None:
+                return self.blocks.columns(hour, selector)
+            return Part((hour.key,), known[0])
+        return self._of_hour(Columns, hour, lambda hour: self.blocks.columns(hour, self.hosts))
+
+    def _self_samples_of_hour(self, hour: CompactedHour) -> Part[ObjectSelfSamples]:
+        return self.blocks.self_samples(hour, self.decoder.hasher)
 
     def _columns_of_object(self, listed: ListedObject) -> Part[Columns]:
         name = self.name([listed])
@@ -439,3 +472,8 @@ class Parts:
             return None
         self_samples = self.cache.load(ObjectSelfSamples, self.name(objects))
         return replace(known, self_samples=self_samples[0] if self_samples else None)
+
+
+def _skipped(skipped: tuple[Skipped, ...]) -> Iterator[Part[Any]]:
+    if skipped:
+        yield Part((), None, skipped, is_lasting=False)

@@ -1,8 +1,9 @@
 """Query: any window and selection of a store, as one profile, a timeline or a table of functions.
 
 A window is half-open. An object counts as a whole when its start lies inside. Objects are aligned
-to their length, so aligned windows neither lose nor double any. Only the objects of the window are
-fetched, each is decoded once, and the result is kept in a cache on disk.
+to their length, so aligned windows neither lose nor double any. What is compacted is read from the
+files of its hour; other objects of the window are fetched, each is decoded once, and the result is
+kept in a cache on disk.
 
 The label `host` comes from the object's accounting where its rows have none. An object that is
 damaged, of a later schema or of another type is named in the answer and never stops it.
@@ -20,10 +21,12 @@ import numpy as np
 
 from storage.columns import Columns
 from storage.merging import merge_columns
-from storage.objects.keys import CPU, NS_PER_S, ObjectKey
+from storage.objects.copies import Copies
+from storage.objects.keys import CPU, NS_PER_S
 from storage.objects.tenant import TenantStore
 from storage.objects.tenant_key import read_tenant_key
 from storage.profile import Accounting, ProfileBuilder, Window
+from storage.query.blocks import Blocks
 from storage.query.cache import DEFAULT_LIMIT_BYTES, DecodedCache
 from storage.query.coverage import Coverage, choose_parts, has_host, merging_early
 from storage.query.decoding import DecodeCounts, Decoder
@@ -34,15 +37,14 @@ from storage.query.function_totals import (
     SelfSamples,
     merge_function_totals,
 )
-from storage.query.listing import ListedObject, Listing, overlap
-from storage.query.parts import Naming, Parts, Prepared
+from storage.query.listing import Listing, overlap
+from storage.query.naming import Naming
+from storage.query.parts import Parts, Prepared
 from storage.query.presence import ServicePresence, make_presence
 from storage.query.resolve import KnownNames
 from storage.query.timeline import Timeline, make_timeline
 from storage.query.workers import Workers
-from storage.selector import Selector
-
-EMPTY = Selector()
+from storage.selector import EMPTY, Selector
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class _Resolved:
         type_ = parts.listing.type
         with self._lock:
             if type_ not in self._by_type:
-                self._by_type[type_] = parts.naming(self.windows)
+                self._by_type[type_] = Naming.of(parts, self.windows)
             return self._by_type[type_]
 
 
@@ -84,6 +86,9 @@ class Query:
 
     With `workers` (see `storage.query.workers`) objects are decoded in these processes, else in
     threads of this one, which Python runs one at a time.
+
+    Attributes:
+        blocks: the compacted hours, for what is asked of them alone.
     """
 
     def __init__(
@@ -100,7 +105,10 @@ class Query:
         cache = DecodedCache(cache_folder, key, cache_bytes)
         decoder = Decoder(store.store, key, workers)
         self._decoder = decoder
-        self._parts = Parts(Listing(store), cache, decoder, now_ns)
+        # Both are bounded by the same number; which of the two fills depends on what is compacted.
+        copies = Copies(store.store, cache_folder / "blocks", cache_bytes)
+        self.blocks = Blocks(store, copies, lambda: decoder.hasher)
+        self._parts = Parts(Listing(store, self.blocks), self.blocks, cache, decoder, now_ns)
         self._resolved = _Resolved(())
 
     def interruptible(self, check: Callable[[], None]) -> "Query":
@@ -144,7 +152,7 @@ class Query:
         windows = self._resolved.windows
         if any(w.start_ns <= window.start_ns and window.end_ns <= w.end_ns for w in windows):
             return self._resolved.read(parts)
-        return parts.naming((*windows, window))
+        return Naming.of(parts, (*windows, window))
 
     def _parts_of(self, type_: str) -> Parts:
         return replace(self._parts, listing=self._parts.listing.of_type(type_))
@@ -162,32 +170,52 @@ class Query:
         """What happened to workers since this query was made; its copies count together."""
         return self._decoder.counts
 
-    def objects(self, window: Window) -> Iterator[ListedObject]:
-        """Return the objects that start inside a window, by hour, host and start; none is read."""
-        yield from self._parts.listing.objects(window)
+    def has_data(self, window: Window) -> bool:
+        """Return whether any data start inside a window; none are read."""
+        listed = self._parts.listing.at(window)
+        blocks = self._parts.blocks
+        return bool(listed.objects) or not all(map(blocks.is_empty, listed.hours))
 
-    def nearest_objects(self, window: Window) -> list[ObjectKey]:
-        """Return the last object before a window and the first one after it, if there are any."""
+    def nearest(self, window: Window) -> list[Window]:
+        """Return when the last data before a window and the first ones after it are from."""
         return self._parts.listing.nearest(window)
 
     def span(self) -> Window | None:
         """Return when the data of the store begin and end; None if there are none."""
         return self._parts.listing.span()
 
-    def fingerprint(self, window: Window, type: str = CPU) -> str:  # noqa: A002
-        """Name the objects of a window: as long as the name is the same, so is every answer."""
-        parts = self._parts_of(type)
-        return parts.name(list(parts.listing.objects(window)))
+    def fingerprint(
+        self,
+        window: Window,
+        type: str = CPU,  # noqa: A002
+        labels: frozenset[str] | None = None,
+    ) -> str:
+        """Name the data of a window: as long as the name is the same, so is every answer.
+
+        `labels` are those that `profile` is asked for.
+        """
+        return self._parts_of(type).name_of_window(window, labels)
 
     def prepare(self, window: Window) -> Iterator[Prepared]:
         """Decode and keep what will be asked about a window; see `Parts.prepare`."""
         yield from self._parts.prepare(window)
 
-    def profile(self, window: Window, selector: Selector = EMPTY, type: str = "cpu") -> Answer:  # noqa: A002 - the field's word
-        """Merge what was sampled in a window under the selected labels."""
+    def profile(
+        self,
+        window: Window,
+        selector: Selector = EMPTY,
+        type: str = "cpu",  # noqa: A002 - the field's word
+        labels: frozenset[str] | None = None,
+    ) -> Answer:
+        """Merge what was sampled in a window under the selected labels.
+
+        `labels` are those of the rows that the caller looks at, None: all. With few of them a long
+        window of a large fleet may be read from rollups, which fold rare stacks into `[rest]`.
+        """
         early = merging_early(merge_columns, selector)
-        parts = self._parts_of(type)
-        read = parts.read(parts.columns, window)
+        parts = self._parts_of(type).of_hosts(selector, labels or ())
+        wanted = None if labels is None else labels.union(selector.names)
+        read = parts.read_profile(window, selector, wanted)
         columns, coverage = choose_parts(read, window, selector, type, early)
         chosen = [each.filter(selector) for each in columns]
         if not chosen:
@@ -217,7 +245,7 @@ class Query:
         Raises:
             ValueError: the step is not positive.
         """
-        of_type = self._parts_of(type)
+        of_type = self._parts_of(type).of_hosts(selector, by)
         read = of_type.read(of_type.times, window)
         parts, coverage = choose_parts(read, window, selector, type)
         return make_timeline(
@@ -269,19 +297,19 @@ class Query:
         Stacks are read only for labels of single processes (PROCESS_LABELS), which kept function
         totals leave out.
         """
-        parts = self._parts_of(type)
+        parts = self._parts_of(type).of_hosts(selector, by)
         parts = replace(parts, listing=parts.listing.held(window))
         if PROCESS_LABELS & {*selector.names, *by}:
-            read = parts.read(parts.columns, window)
+            read = parts.read(parts.selected_columns(selector), window)
             stacks, coverage = choose_parts(read, window, selector, type)
             if not stacks:
                 return [], coverage
             left_out, hasher = PROCESS_LABELS.difference(by), self._decoder.hasher
             naming = self._naming(parts, window)
-            chosen = (parts.named(each.filter(selector), naming) for each in stacks)
+            chosen = (naming.named(each.filter(selector)) for each in stacks)
             return [FunctionTotals.of(each, hasher, left_out) for each in chosen], coverage
         early = merging_early(merge_function_totals, selector)
-        kept = parts.read(parts.function_totals_with(self._naming(parts, window)), window)
+        kept = parts.read(self._naming(parts, window).function_totals(), window)
         totals, coverage = choose_parts(kept, window, selector, type, early)
         return [each.filter(selector) for each in totals], coverage
 
@@ -303,7 +331,7 @@ class Query:
         known, found = KnownNames(), []
         for part in self._parts.read_around(self._parts.self_samples, windows):
             value = part.value
-            if value is None or value.type != "cpu" or not has_host(value.accounting, selector):
+            if value is None or value.type != "cpu" or not has_host(value, selector):
                 continue
             for i, window in enumerate(windows):
                 if overlap(window, value.window):
@@ -318,14 +346,16 @@ class Query:
 
     def presence(self, window: Window, selector: Selector = EMPTY) -> ServicePresence:
         """Return for how long each selected service was there in each object."""
-        read = self._parts.read_around(self._parts.times, [window])
+        of_hosts = self._parts.of_hosts(selector)
+        read = of_hosts.read_around(of_hosts.times, [window])
         parts, coverage = choose_parts(read, window, selector, "cpu")
         return make_presence(parts, coverage, selector)
 
     def labels(self, window: Window, selector: Selector = EMPTY) -> dict[str, dict[str, int]]:
         """Return the names of labels, their values, and the samples each value has."""
         found: dict[str, dict[str, int]] = {}
-        for part in self._parts.read(self._parts.times, window):
+        parts = self._parts.of_hosts(selector)
+        for part in parts.read(parts.times, window):
             if part.value is None:
                 continue
             chosen = part.value.filter(selector)

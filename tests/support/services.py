@@ -5,8 +5,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -14,7 +17,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from profiler.service.app import Service
+from profiler.service.connections import Server
+from profiler.service.merged import MergedProfiles
+from profiler.service.status import About
+from storage.objects.keys import ObjectStore
+from storage.objects.tenant import TenantStore
 from storage.profile import Profile
+from storage.query.query import Query
 from tests.support import profiles as some
 from tests.support.live import wait_for
 from tests.support.stores import at
@@ -84,3 +94,23 @@ def profile_of(minute: int) -> Profile:
         ),
         minute,
     )
+
+
+@contextlib.contextmanager
+def serving(
+    store: ObjectStore, folder: Path, deadline_s: float = 30, now_ns=time.time_ns
+) -> Iterator[tuple[Service, Client]]:
+    profiles = TenantStore(store)
+    service = Service(
+        MergedProfiles(profiles, Query(profiles, folder / "cache")),
+        About("memory", folder),
+        now_ns=now_ns,
+        deadline_s=deadline_s,
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = Server(service.app(), service.slots)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener.dup()]})
+        thread.start()
+        yield service, Client(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        server.should_exit = True
+        thread.join(30)

@@ -2,13 +2,17 @@
 
 import dataclasses
 
+import pytest
+
 from storage.formats import pprof
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import ObjectKey
 from storage.objects.tenant import TenantStore
 from storage.profile import Host
 from storage.query.hosts import HostSearch
+from storage.query.query import Query
 from tests.support import profiles as some
+from tests.support.compacted import compact, delete, level0
 from tests.support.live import wait_for
 from tests.support.stores import CountingStore, at, directory, minutes, put
 
@@ -118,3 +122,54 @@ def test_an_object_that_cannot_be_read_is_read_once(tmp_path):
     assert len(store.read) == 1
     put(store, of_host(0, 62))
     assert find(search, 30, 90).names == ["web-0"]
+
+
+def of_query(store: DirectoryStore, folder) -> HostSearch:
+    query = Query(TenantStore(store), folder)
+    return HostSearch(TenantStore(store), blocks=query.blocks)
+
+
+@pytest.mark.parametrize("gone", ["none", "half", "all"])
+def test_hosts_of_compacted_hours_are_found(tmp_path, gone):
+    """By name, with those that are not compacted; no object of theirs is read."""
+    store = directory(
+        tmp_path / "store",
+        *(of_host(n, minute) for n in range(3) for minute in (10 + 20 * n, 61)),
+        of_host(3, 10),
+        of_host(4, 59),
+    )
+    compact(store, tmp_path / "work")
+    keys = level0(store)
+    delete(store, {"none": [], "half": keys[::2], "all": keys}[gone])
+    put(store, of_host(5, 62))
+    counting = CountingStore(store.root)
+    search = of_query(counting, tmp_path / "cache")
+
+    found = find(search, 30, 90)
+
+    assert found.names == ["web-0", "web-1", "web-2", "web-4", "web-5"]
+    assert (found.is_complete, found.hosts, found.hours) == (True, (5, 5), (2, 2))
+    assert [ObjectKey.parse(key).host_id for key in counting.read if "/l0/" in key] == [host_id(5)]
+
+
+def test_a_search_of_compacted_hours_continues(tmp_path):
+    """Without any time for it, what is missing is said, and known the next time."""
+    store = directory(tmp_path / "store", of_host(0, 10), of_host(1, 61))
+    compact(store, tmp_path / "work")
+    delete(store, level0(store))
+    search = of_query(store, tmp_path / "cache")
+
+    wait_for(lambda: find(search, 0, 90, within_s=0).is_complete)
+    assert find(search, 0, 90, within_s=0).names == ["web-0", "web-1"]
+
+
+def test_compacted_hours_that_cannot_be_read_hide_no_other(tmp_path):
+    """The objects of theirs that are left are found all the same."""
+    store = directory(tmp_path / "store", of_host(0, 10), of_host(1, 61))
+    compact(store, tmp_path / "work")
+    for path in store.root.rglob("*-objects-*"):
+        path.write_bytes(b"?")
+
+    found = find(of_query(store, tmp_path / "cache"), 0, 90)
+
+    assert (found.is_complete, found.names) == (True, ["web-0", "web-1"])

@@ -1,0 +1,110 @@
+"""Naming: the best names that the parts of some windows have for their locations.
+
+So a function has one name in all of them: see `storage.query.resolve`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from storage.columns import Columns
+from storage.merging import adopt_names, without_stacks
+from storage.profile import Window
+from storage.query.compacted import CompactedHour
+from storage.query.coverage import ListedObject, Part, Skipped
+from storage.query.function_totals import FunctionTotals
+from storage.query.listing import SPANS_NS, union
+from storage.query.parts import Parts, Reader, Source, Span
+from storage.query.resolve import KnownNames, LocationNames
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """The names of some windows."""
+
+    parts: Parts
+    known: KnownNames = field(default_factory=KnownNames)
+    sources: list[Source] = field(default_factory=list)
+    """What each part was read from, in the order in which their names were added."""
+    tables: dict[int, list[Columns]] = field(default_factory=dict)
+    """The location tables of parts that were needed, by part."""
+
+    @classmethod
+    def of(cls, parts: Parts, windows: Sequence[Window]) -> "Naming":
+        """Read the names of all locations in windows."""
+        naming = cls(parts)
+        for window in union(windows, 1):
+            found = parts.listing.at(window)
+            listed: dict[str, ListedObject | CompactedHour] = {
+                each.stored.key: each for each in found.objects
+            }
+            listed |= {hour.key: hour for hour in found.hours}
+            spans = parts.spans(found.objects, window, SPANS_NS)
+            every: list[Span | CompactedHour] = [*found.hours, *spans]
+            for part in parts.read_spans(parts.location_names, every):
+                if part.value is not None:
+                    naming.known.add(part.value)
+                    naming.sources.append(_source_of([listed[key] for key in part.keys]))
+        return naming
+
+    def function_totals(self) -> Reader[FunctionTotals]:
+        """Return a reader of function totals with the best names."""
+        parts = self.parts
+        if not self.known.is_disputed:
+            return parts.function_totals
+
+        def of(source: Source) -> list[Part[FunctionTotals]]:
+            names = parts.location_names.of(source)
+            better = [self.known.better(each.value) for each in names if each.value is not None]
+            if not any(len(each.sources) for each in better):
+                return parts.function_totals.of(source)
+            prints = [each.fingerprint for each in better]
+            name = parts.cache.name([parts.name(source), *prints])
+            keys = _keys_of(source)
+            known = parts.cache.load(FunctionTotals, name)
+            if known is not None:
+                return [Part(keys, known[0], tuple(Skipped(*each) for each in known[1] or ()))]
+
+            def make(columns: Columns) -> FunctionTotals:
+                return FunctionTotals.of(self.named(columns), parts.decoder.hasher)
+
+            made = [each.derive(make) for each in parts.columns.of(source)]
+            for each in made:
+                if each.value is not None and each.is_lasting and each.keys == keys:
+                    parts.cache.save(each.value, name, each.skipped)
+            return made
+
+        return Reader(FunctionTotals, lambda listed: of([listed])[0], of, lambda hour: of(hour)[0])
+
+    def named(self, columns: Columns) -> Columns:
+        """Return a profile with the best names."""
+        if not self.known.is_disputed:
+            return columns
+        better = self.known.better(LocationNames.of(columns, self.parts.decoder.hasher))
+        sources = np.unique(better.sources).tolist()
+        others = [each for number in sources for each in self._named_by(number)]
+        return adopt_names(columns, others, better.location_hashes)
+
+    def _named_by(self, number: int) -> list[Columns]:
+        """Return the location tables of a part, without its stacks."""
+        known = self.tables.get(number)
+        if known is None:
+            parts = self.parts.columns.of(self.sources[number])
+            known = [without_stacks(each.value) for each in parts if each.value is not None]
+            self.tables[number] = known
+        return known
+
+
+def _source_of(listed: Sequence[ListedObject | CompactedHour]) -> Source:
+    """Return what the keys of a part stand for: an hour is a part of its own."""
+    first = listed[0]
+    if isinstance(first, CompactedHour):
+        return first
+    return [each for each in listed if isinstance(each, ListedObject)]
+
+
+def _keys_of(source: Source) -> tuple[str, ...]:
+    if isinstance(source, CompactedHour):
+        return (source.key,)
+    return tuple(each.stored.key for each in source)
