@@ -26,7 +26,7 @@ from typing import Any, TextIO
 
 COMMANDS = {
     "record": "sample this machine, some processes or a command, and write a profile",
-    "top": "show live which functions use the CPUs",
+    "top": "show which functions use the CPUs: live, or of all hosts in a store",
     "flamegraph": "draw a profile as a flame graph, in the terminal or into a file",
     "export": "convert a profile, or write a time range of a store into a file",
     "ls": "list the hosts, windows, services and versions in a store",
@@ -37,6 +37,7 @@ COMMANDS = {
     "up": "profile this host and serve its flame graphs (agent and page)",
     "agent": "profile this host continuously into a directory or S3",
     "serve": "serve the flame graphs of a store: the page and its API",
+    "compact": "turn a store's profiles into few columnar files, and delete what has expired",
     "status": "show the status of this host's agent",
     "doctor": "check whether this host can be profiled, and how to fix what is missing",
     "completion": "print a script that completes commands and options in a shell",

@@ -82,7 +82,7 @@ class AgentOptions:
     """What to tell when sampling has begun."""
 
 
-def _uploader_command(options: AgentOptions) -> list[str]:
+def uploader_command(options: AgentOptions) -> list[str]:
     """Return its command line. It is not imported, because its libraries take memory."""
     store = options.store or default_store_url()
     command = [sys.executable, "-P", "-m", "profiler.agent.uploader"]
@@ -94,6 +94,9 @@ def _uploader_command(options: AgentOptions) -> list[str]:
         command.append(f"--jitter-s={shortest_s * _JITTER_SHARE}")
     else:
         command += kept_arguments(options)
+        if options.keep_s is not None:
+            # Who asks for a time wants nothing that is older; else it is the compactor's to delete.
+            command.append(f"--keep-compacted-s={math.ceil(options.keep_s)}")
     if options.metrics_listen:
         command.append(f"--metrics-listen={options.metrics_listen}")
         command.append(f"--run-folder={options.run_folder}")
@@ -388,7 +391,7 @@ def run(options: AgentOptions, children: ChildProcesses | None = None) -> dict[s
         Signals() as signals,
         StatusSocket(options.run_folder) as socket,
     ):
-        uploader = Child("uploader", _uploader_command(options), unblocks_sigterm=True)
+        uploader = Child("uploader", uploader_command(options), unblocks_sigterm=True)
         try:
             children.start()
             spool = _open_spool(options)

@@ -75,7 +75,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class UploaderOptions:
-    """What an uploader does; 0 for `keep_s` and `keep_bytes` keeps everything."""
+    """What an uploader does; 0 for a limit of what is kept keeps everything."""
 
     spool: Path
     store: str
@@ -84,6 +84,8 @@ class UploaderOptions:
     """Profiles are sent up to so long after their window: a fleet's windows end together."""
     keep_s: int = 0
     keep_bytes: int = 0
+    keep_compacted_s: int = 0
+    """`keep_s` of what is compacted, whose compactor may have been told another time."""
     grace_s: float = 10.0
     """After SIGTERM it goes on for so long at most."""
     parent: int = 0
@@ -112,8 +114,9 @@ class UploaderState:
     damaged: int = 0
     """Files that were not what their names say, quarantined."""
     expired: int = 0
-    """Objects removed by retention."""
+    """Profiles removed by retention."""
     expired_bytes: int = 0
+    """Their size, and that of what else was removed."""
     last_upload_ns: int = 0
     last_error: str = ""
     """Why the store takes nothing now; empty as long as it does."""
@@ -365,8 +368,10 @@ class Uploader:
             store = self._store = self._store or self._open_store()
             if isinstance(store, DirectoryStore):
                 now_s = self._clock.now_ns() // NS_PER_S
-                for removed in TenantStore(store).expire(now_s, options.keep_s, options.keep_bytes):
-                    self.state.expired += 1
+                for removed in TenantStore(store).expire(
+                    now_s, options.keep_s, options.keep_bytes, options.keep_compacted_s
+                ):
+                    self.state.expired += ObjectKey.parse(removed.key) is not None
                     self.state.expired_bytes += removed.size_bytes
         except _EXPECTED as error:
             _log.warning("failed to remove old profiles error=%s", error)
@@ -461,6 +466,7 @@ def _parse_options() -> UploaderOptions:
     parser.add_argument("--jitter-s", type=float, default=0.0)
     parser.add_argument("--keep-s", type=int, default=0)
     parser.add_argument("--keep-bytes", type=int, default=0)
+    parser.add_argument("--keep-compacted-s", type=int, default=0)
     parser.add_argument("--grace-s", type=float, default=10.0)
     parser.add_argument("--parent", type=int, default=0)
     parser.add_argument("--metrics-listen", default="")

@@ -14,6 +14,9 @@ _LIMIT = 2**63
 _UNITS_S = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600, "d": 86400}
 
 
+Container = argparse._ActionsContainer  # noqa: SLF001 - what parsers and their groups have in common
+
+
 def duration_s(text: str) -> float:
     """Parse `30s`, `2m`, `1.5h`, `90` (seconds)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)", text)
@@ -65,6 +68,12 @@ def ready_fd(text: str) -> int:
 
 def label_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
 
 
 def percent(text: str) -> int:
@@ -147,7 +156,7 @@ def add_by(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_store(parser: argparse.ArgumentParser, usual: str = "") -> None:
+def add_store(parser: Container, usual: str = "") -> None:
     parser.add_argument(
         "--store",
         default=usual,
@@ -163,7 +172,7 @@ def add_store(parser: argparse.ArgumentParser, usual: str = "") -> None:
     )
 
 
-def add_window(parser: argparse.ArgumentParser) -> None:
+def add_window(parser: Container) -> None:
     parser.add_argument(
         "--from",
         dest="start",
@@ -176,7 +185,7 @@ def add_window(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_query(parser: argparse.ArgumentParser) -> None:
+def add_query(parser: Container) -> None:
     parser.add_argument(
         "-q",
         "--query",
@@ -197,7 +206,7 @@ def refuse_store(options: argparse.Namespace, command: str) -> None:
         raise ValueError(f"{command}: name files, or use --store, --from, --until, -q; not both")
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
+def add_json(parser: Container) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -1,4 +1,7 @@
-"""`everflame top`: which functions used the CPUs in the last seconds, redrawn over and over."""
+"""`everflame top`: which functions used the CPUs in the last seconds, redrawn over and over.
+
+With a store or a time it is a table of what the store holds: see `profiler.commands.fleet_top`.
+"""
 
 import argparse
 import shutil
@@ -8,7 +11,7 @@ import time
 from bpf.sampler import SamplerConfig
 from profiler.agent.recorder import Recorder
 from profiler.agent.signals import ENDING, Signals
-from profiler.commands import arguments, terminal
+from profiler.commands import arguments, fleet_top, terminal
 from profiler.commands.targets import target_of
 from profiler.text import counted, tell
 from storage.columns import Columns
@@ -22,7 +25,14 @@ _SIZE = (100, 30)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "examples:\n  everflame top\n  everflame top -p 1234 --interval 5s"
+    parser.epilog = (
+        "examples:\n"
+        "  everflame top\n"
+        "  everflame top -p 1234 --interval 5s\n"
+        "  everflame top --store s3://profiles --from now-24h\n"
+        "  everflame top --from now-1h --by service,version -q '{service=~\"api.*\"}'\n"
+        "  everflame top --from now-24h --group service"
+    )
     arguments.add_sampling(parser)
     parser.add_argument(
         "--interval",
@@ -31,6 +41,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help="time between redraws (default 2s)",
     )
+    fleet = parser.add_argument_group(
+        "of a store, in place of this machine (with --store, --from, --until or -q)"
+    )
+    arguments.add_store(fleet)
+    arguments.add_window(fleet)
+    arguments.add_query(fleet)
+    fleet.add_argument(
+        "--by",
+        type=arguments.label_names,
+        metavar="LABEL,...",
+        help="labels to tell apart, such as service,version,host (default: none)",
+    )
+    fleet.add_argument(
+        "--group",
+        choices=fleet_top.GROUPS,
+        default="function",
+        help="what a line stands for (default function)",
+    )
+    fleet.add_argument(
+        "--limit",
+        type=arguments.positive,
+        default=40,
+        metavar="N",
+        help="lines to print (default 40)",
+    )
+    arguments.add_json(fleet)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -38,6 +74,13 @@ def run(options: argparse.Namespace) -> int:
 
     If stdout is not a terminal, print one table after the other.
     """
+    of_store = (options.store, options.s3_endpoint, options.start, options.end, options.query)
+    if any(of_store):
+        if options.pids:
+            raise ValueError("top: -p is for this machine; use -q to select from a store")
+        return fleet_top.run(options)
+    if options.by or options.json or options.group != "function":
+        raise ValueError("top: --by, --group and --json need --store or --from")
     is_screen = sys.stdout.isatty()
     with Signals() as signals:
         target = target_of(options.pids)

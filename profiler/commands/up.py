@@ -1,13 +1,15 @@
 """`everflame up`: the agent of this host and the page with its flame graphs, until Ctrl-C.
 
-There are three processes. This one is the sampler, exactly as in `everflame agent`; its children
-are the uploader and the service (`profiler.commands.serve`). The service does not run as root and
-only reads the store: see `profiler.service.confine`. With `--demo` there is a fourth, which runs
-example programs.
+There are four processes. This one is the sampler, exactly as in `everflame agent`; its children
+are the uploader, the service (`profiler.commands.serve`), and a small one that compacts the store
+from time to time (`profiler.service.compaction`). The service does not run as root and only reads
+the store; what compacts may write it, and nothing else: see `profiler.service.confine`. With
+`--demo` there is another one, which runs example programs.
 """
 
 import argparse
 import contextlib
+import math
 import os
 import pwd
 import shlex
@@ -148,6 +150,12 @@ class ServiceAndDemo(ChildProcesses):
         command.append(f"--decode-ahead={decode_ahead}")
         self._service = Child("service", command, service_environment(options, cache))
         self._cache = cache
+        self._compaction_cache = default_cache() / "compaction"
+        self._compaction = Child(
+            "compactor",
+            compaction_command(options, self._compaction_cache, is_root=bool(self._user)),
+            service_environment(options, self._compaction_cache),
+        )
         self._demo = Child("demo", demo.command(self._user)) if has_demo else None
         self._is_ready = False
         self._begun_s = self._next_probe_s = 0.0
@@ -159,6 +167,7 @@ class ServiceAndDemo(ChildProcesses):
     def start(self) -> None:
         check_store(self._options)
         self._cache.mkdir(parents=True, exist_ok=True)
+        self._compaction_cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         if os.geteuid() == 0:
             account = pwd.getpwnam(self._user)
             hand_over(self._cache, account)
@@ -166,6 +175,7 @@ class ServiceAndDemo(ChildProcesses):
             os.chown(self._options.run_folder / "agent.sock", account.pw_uid, -1)
         self._begun_s = time.monotonic()
         self._service.supervise()
+        self._compaction.supervise()
         self._start_demo()
 
     def begun(self) -> None:
@@ -173,6 +183,7 @@ class ServiceAndDemo(ChildProcesses):
 
     def supervise(self) -> None:
         self._service.supervise()
+        self._compaction.supervise()
         self._start_demo()
         if self._is_ready:
             return
@@ -211,10 +222,14 @@ class ServiceAndDemo(ChildProcesses):
             )
 
     def status(self) -> dict[str, Any]:
-        return {"service": {**self._service.state(), **_cost_with_workers(self._service.pid)}}
+        return {
+            name: {**child.state(), **_cost_with_workers(child.pid)}
+            for name, child in (("service", self._service), ("compactor", self._compaction))
+        }
 
     def end(self) -> None:
-        children = [child for child in (self._service, self._demo) if child is not None]
+        every = (self._service, self._compaction, self._demo)
+        children = [child for child in every if child is not None]
         for child in children:
             child.ask_to_end()
         for child in children:
@@ -274,6 +289,31 @@ def service_command(
     if agent.is_directory(store):
         serve += agent.kept_arguments(options)
     return [*confine, "--", *serve]
+
+
+def compaction_command(options: AgentOptions, cache: Path, *, is_root: bool) -> list[str]:
+    """Return the command line that compacts the store every ten minutes.
+
+    Root stays root, as the store is its own, but loses all rights to do anything else.
+    """
+    store = options.store
+    confine = [sys.executable, "-P", "-m", "profiler.service.confine", f"--parent={os.getpid()}"]
+    confine += [f"--user={'root' if is_root else ''}", f"--write={cache}"]
+    if agent.is_directory(store):
+        confine.append(f"--write={directory_of(store)}")
+    else:
+        confine += [f"--read={path}" for path in _folders_to_read(store)]
+    repeat = [sys.executable, "-P", "-m", "profiler.service.compaction", f"--parent={os.getpid()}"]
+    compact = [sys.executable, "-P", "-m", "profiler.commands.compact", f"--store={store}"]
+    if options.endpoint:
+        compact.append(f"--s3-endpoint={options.endpoint}")
+    if options.keep_s is not None:
+        # Asked for a time, nothing is kept for longer, in whatever detail.
+        keep_s = math.ceil(options.keep_s)
+        kept = [f"level0={min(keep_s, agent.KEEP_S)}s"]
+        kept += [f"{level}={keep_s}s" for level in ("detail", "10m", "1h", "1d")]
+        compact.append(f"--keep={','.join(kept)}")
+    return [*confine, "--", *repeat, *compact]
 
 
 def _folders_to_read(store: str) -> Iterator[Path]:

@@ -102,7 +102,7 @@ class Service:
     ) -> None:
         self._profiles = profiles
         self._comparisons = Comparisons(profiles)
-        self._hosts = HostSearch(profiles.store)
+        self._hosts = HostSearch(profiles.store, blocks=profiles.query.blocks)
         self._about = about
         self._prefetched = prefetched
         self._now_ns = now_ns

@@ -504,9 +504,14 @@ def test_what_is_too_old_or_too_much_is_removed_and_counted(tmp_path: Path) -> N
     clock.offset_s = START_S + 100 * 60
     clock.end_when = lambda: clock.elapsed_s > 150
 
-    uploader(spool, store, clock, keep_s=60 * 60).run()
+    manifest = "v1/default/manifests/cpu/2001-01-01T00.json"
+    store.put(manifest, b"{}")
+    os.utime(store.root / manifest, (0, 0))
+
+    uploader(spool, store, clock, keep_s=60 * 60, keep_compacted_s=60 * 60).run()
 
     assert stored(store) == once(*range(42, 100))
+    assert [each.key for each in store.list("v1/default/manifests")] == []
     state = read_state(spool)
     assert (state["uploaded"], state["expired"]) == (100, 42)
 

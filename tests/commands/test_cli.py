@@ -21,7 +21,7 @@ def test_help_does_not_wait_for_the_libraries_of_the_commands() -> None:
         "from profiler import cli\n"
         "try:\n    cli.main(['--help'])\n"
         "except SystemExit:\n    pass\n"
-        "print(*{'numpy', 'orjson', 'boto3'} & set(sys.modules), file=sys.stderr)\n"
+        "print(*{'numpy', 'orjson', 'boto3', 'duckdb'} & set(sys.modules), file=sys.stderr)\n"
     )
 
     child = subprocess.run(

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from profiler.agent.agent import AgentOptions, kept_arguments
+from profiler.agent.agent import AgentOptions, kept_arguments, uploader_command
 from profiler.agent.supervise import RefusedError
 from profiler.agent.window import Edges
 from profiler.commands.up import (
     ServiceAndDemo,
+    compaction_command,
     directions,
     free_address,
     hand_over,
@@ -92,6 +93,7 @@ def children_of(pid: int) -> dict[str, int]:
     names = {
         "profiler.agent.uploader": "uploader",
         "profiler.commands.serve": "service",
+        "profiler.service.compaction": "compactor",
         "demo.py": "demo",
     }
     found = {}
@@ -182,10 +184,24 @@ def responds(place: UpPlace) -> bool:
         return False
 
 
+def is_confined(pid: int) -> bool:
+    """Return whether a process has become the command that its launcher starts."""
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"profiler.service.confine" not in command and b"compaction" in command
+    return False
+
+
 def check_rights(up: int, children: dict[str, int]) -> None:
-    """The one that answers strangers is nobody, has one capability and can get no other."""
-    service = status_of(children["service"])
-    assert children.keys() == {"uploader", "service"}
+    """The one that answers strangers is nobody, has one capability and can get no other.
+
+    The one that compacts root's store is root, and has no capability at all.
+    """
+    service, compactor = status_of(children["service"]), status_of(children["compactor"])
+    assert children.keys() == {"uploader", "service", "compactor"}
+    assert set(compactor["Uid"].split()) == {"0"}
+    assert {int(compactor[name], 16) for name in ("CapInh", "CapPrm", "CapEff")} == {0}
+    assert compactor["NoNewPrivs"] == "1"
     assert set(service["Uid"].split()) == {str(pwd.getpwnam(service_user()).pw_uid)}
     assert service["Groups"] == ""
     assert {int(service[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd")} == {1 << 2}
@@ -198,15 +214,17 @@ def check_rights(up: int, children: dict[str, int]) -> None:
 @pytest.mark.kernel
 def test_children_that_are_killed_are_started_again_with_the_same_rights(up, place) -> None:
     """The service may only read, the first one as well as those after it."""
+    wait_for(lambda: is_confined(children_of(up.pid).get("compactor", up.pid)))
     first = children_of(up.pid)
     check_rights(up.pid, first)
 
     for pid in first.values():
         os.kill(pid, signal.SIGKILL)
 
-    wait_for(lambda: len(children_of(up.pid).keys() & first.keys()) == 2)
+    wait_for(lambda: len(children_of(up.pid).keys() & first.keys()) == 3)
     wait_for(lambda: place.status().get("service", {}).get("starts") == 2)
     wait_for(lambda: responds(place))  # by then it has given up its rights
+    wait_for(lambda: is_confined(children_of(up.pid)["compactor"]))
     second = children_of(up.pid)
     assert not set(first.values()) & set(second.values())
     check_rights(up.pid, second)
@@ -226,7 +244,7 @@ def test_a_second_one_is_refused_and_all_children_end_when_the_first_is_killed(u
     up.kill()
     up.wait()
 
-    assert children.keys() == {"uploader", "service"}
+    assert children.keys() == {"uploader", "service", "compactor"}
     assert descendants > set(children.values())
     wait_for(lambda: not any(map(is_running, descendants)))
 
@@ -400,6 +418,18 @@ def test_less_than_a_second_is_not_for_ever(tmp_path) -> None:
     assert kept_arguments(options) == ["--keep-s=1", "--keep-bytes=5000000000"]
 
 
+def test_a_time_to_keep_is_also_that_of_what_is_compacted(tmp_path: Path) -> None:
+    """If it was asked for; else it is the compactor's. In a bucket nothing is deleted."""
+    usual = agent_options(tmp_path)
+    for options, arguments in (
+        (usual, []),
+        (replace(usual, keep_s=3600.5), ["--keep-compacted-s=3601"]),
+        (replace(usual, keep_s=3600.5, store="s3://profiles"), []),
+    ):
+        found = [each for each in uploader_command(options) if "compacted" in each]
+        assert found == arguments
+
+
 def test_secrets_of_the_environment_stay_with_the_uploader(tmp_path, monkeypatch) -> None:
     """A bucket's keys are the service's too; without a bucket it gets none."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
@@ -410,6 +440,18 @@ def test_secrets_of_the_environment_stay_with_the_uploader(tmp_path, monkeypatch
     assert "secret" not in service_environment(options, tmp_path).values()
     assert service_environment(bucket, tmp_path)["AWS_SECRET_ACCESS_KEY"] == "secret"
     assert "DATABASE_PASSWORD" not in service_environment(bucket, tmp_path)
+
+
+def test_a_time_to_keep_is_that_of_every_level(tmp_path) -> None:
+    """Who asks for seven days wants nothing that is older, in whatever detail."""
+    usual = agent_options(tmp_path)
+
+    command = compaction_command(replace(usual, keep_s=604800.0), tmp_path, is_root=False)
+
+    kept = [each for each in command if each.startswith("--keep=")]
+    levels = ("detail", "10m", "1h", "1d")
+    assert kept == [",".join(["--keep=level0=172800s", *(f"{each}=604800s" for each in levels)])]
+    assert not any("--keep" in each for each in compaction_command(usual, tmp_path, is_root=False))
 
 
 CONFINED = """

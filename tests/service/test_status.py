@@ -1,25 +1,17 @@
 """Status and readiness over large and slow stores: few keys are listed, few objects are read."""
 
-import contextlib
 import json
 import os
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from profiler.service.app import Service
-from profiler.service.connections import Server
-from profiler.service.merged import MergedProfiles
-from profiler.service.status import About
 from storage.formats import pprof
 from storage.objects.directory import DirectoryStore
-from storage.objects.keys import ObjectKey, ObjectStore, StoredObject
+from storage.objects.keys import ObjectKey, StoredObject
 from storage.objects.tenant import TenantStore
-from storage.query.query import Query
 from tests.support.live import wait_for
-from tests.support.services import Client, profile_of
+from tests.support.services import profile_of, serving
 from tests.support.stores import START_NS, CountingStore, MemoryStore, at, minutes
 
 OBJECTS = 20_000
@@ -62,26 +54,6 @@ def fill_host(folder: Path, name: str, host_id: str) -> str:
         earlier.parent.mkdir(parents=True, exist_ok=True)
         os.link(folder / key.text, earlier)
     return key.text
-
-
-@contextlib.contextmanager
-def serving(
-    store: ObjectStore, folder: Path, deadline_s: float = 30, now_ns=time.time_ns
-) -> Iterator[tuple[Service, Client]]:
-    profiles = TenantStore(store)
-    service = Service(
-        MergedProfiles(profiles, Query(profiles, folder / "cache")),
-        About("memory", folder),
-        now_ns=now_ns,
-        deadline_s=deadline_s,
-    )
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = Server(service.app(), service.slots)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener.dup()]})
-        thread.start()
-        yield service, Client(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        server.should_exit = True
-        thread.join(30)
 
 
 def test_status_and_readiness_list_few_keys_of_a_large_store(tmp_path):

@@ -1,0 +1,309 @@
+"""`everflame compact`: turn a store's profiles into few columnar files, delete what has expired.
+
+Any number of compactors may run on a store at the same time. With --every it runs until a signal
+ends it; `everflame up` starts it every ten minutes (`profiler.service.compaction`).
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+
+import orjson
+
+from profiler.commands import arguments
+from profiler.text import counted, tell
+from storage.blocks.compactor import Compactor, Report
+from storage.blocks.retention import LEVELS, Keep, KeepError, lifecycle, lifecycle_limits
+from storage.blocks.rounds import Rounds
+from storage.objects.keys import StoreError, StoreUnavailable
+from storage.objects.open import default_store_url, open_tenant
+from storage.query.cache import default_folder
+from storage.query.workers import Workers
+
+PATIENCE_S = 600.0
+"""With --every, few new objects wait so long for others."""
+_SHOWN_UNREADABLE = 5
+_WORKER_BYTES = 3 << 30
+"""What a worker may reserve. It uses a quarter of it: DuckDB has a limit of its own."""
+_LEAST_LEVEL0_S = 3600.0
+"""A reader that has looked for compacted hours just before must still find their objects."""
+_DEFAULTS = "level0=2d,detail=14d,10m=30d,1h=90d,1d=400d"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n"
+        "  everflame compact --dry-run\n"
+        "  everflame compact --store s3://profiles/prod --every 60s\n"
+        "  everflame compact --keep detail=30d,1d=800d\n"
+        "  everflame compact --store s3://profiles --lifecycle > rules.json\n"
+        "  aws s3api put-bucket-lifecycle-configuration --bucket profiles \\\n"
+        "    --lifecycle-configuration file://rules.json\n\n"
+        "Agents upload an object per host and window (level 0). This command turns those of an\n"
+        "hour into a few Parquet files in the same store, sums them into buckets of ten minutes,\n"
+        "an hour and a day, and deletes what is older than --keep. Queries read both. It needs\n"
+        "the right to write and delete in the store, and may run anywhere, several times at once,\n"
+        "and be killed at any moment.\n\n"
+        "Levels of --keep: level0 (counted from compaction), detail (by host and window), and the\n"
+        "sums 10m, 1h and 1d (counted from the end of the hour or day). Queries use the finest\n"
+        "level that is left. A coarser level is kept at least as long as the finer ones.\n\n"
+        "The exit status is 1 if an hour or day could not be compacted (objects that cannot be\n"
+        "read are named and do not count), and 2 if the store cannot be used."
+    )
+    arguments.add_json(parser)
+    arguments.add_store(parser)
+    parser.add_argument(
+        "--every",
+        type=arguments.duration_s,
+        default=0.0,
+        metavar="TIME",
+        help="repeat after this time, such as 60s, until a signal ends it (default: run once)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="change nothing, and show what would be done"
+    )
+    parser.add_argument(
+        "--keep",
+        type=keep,
+        default=Keep.of({}),
+        metavar="LEVEL=TIME,...",
+        help=f"how long levels are kept; those not named keep their default ({_DEFAULTS})",
+    )
+    parser.add_argument(
+        "--lifecycle",
+        action="store_true",
+        help="print lifecycle rules for the bucket of --store as JSON, and do nothing else",
+    )
+    parser.add_argument(
+        "--workers",
+        type=workers,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that decode and merge, each with up to 1 GB (default: one per CPU, at"
+        " most 4)",
+    )
+
+
+def keep(text: str) -> Keep:
+    """Parse `detail=30d,1h=180d`."""
+    asked = {}
+    for each in filter(None, text.split(",")):
+        level, _, duration = each.partition("=")
+        if level not in LEVELS or not duration:
+            raise argparse.ArgumentTypeError(
+                f"{each!r} is not a level and a time (try detail=30d; levels: {', '.join(LEVELS)})"
+            )
+        asked[level] = arguments.duration_s(duration)
+    if "level0" in asked:
+        asked["level0"] = max(asked["level0"], _LEAST_LEVEL0_S)
+    try:
+        return Keep.of(asked)
+    except KeepError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def workers(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes (1 to 64)")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compact once, or until a signal; return 1 if an hour or day could not be compacted.
+
+    Raises:
+        StoreError: the store cannot be used.
+    """
+    if options.lifecycle:
+        return _print_lifecycle(options)
+    patience_s = PATIENCE_S if options.every else 0.0
+    with _working(options.workers) as executor:
+        rounds = make_rounds(options, executor, patience_s, tell_line)
+        if not options.every:
+            return _show(rounds.run_once(), options)
+        return _repeat(rounds, options)
+
+
+def make_rounds(
+    options: argparse.Namespace,
+    executor: Executor,
+    patience_s: float,
+    tell_progress: Callable[[str], None],
+) -> Rounds:
+    """Return the rounds of a store, which have not begun."""
+    store = open_tenant(options.store, options.s3_endpoint or None)
+    folder = default_folder().parent / "compact"
+
+    def make(type_: str) -> Compactor:
+        return Compactor(
+            store,
+            folder,
+            executor,
+            type_=type_,
+            patience_s=patience_s,
+            is_dry=options.dry_run,
+            tell=tell_progress,
+        )
+
+    return Rounds(store, folder, make, options.keep, hours_at_once=options.workers)
+
+
+@contextlib.contextmanager
+def _working(count: int) -> Iterator[Executor]:
+    """Run so many workers for the length of the block; a single one is started for each task."""
+    executor = Workers(count, memory_bytes=_WORKER_BYTES)
+    try:
+        if count > 1:
+            executor.start()
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _repeat(rounds: Rounds, options: argparse.Namespace) -> int:
+    """Compact again and again until SIGINT or SIGTERM."""
+    ends = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt_once(ends))
+    try:
+        while not ends.is_set():
+            begun_s = time.monotonic()
+            try:
+                _show(rounds.run_once(), options)
+            except StoreUnavailable as error:
+                tell_line(f"{error}; trying again in {options.every:g} s")
+            ends.wait(max(0.0, begun_s + options.every - time.monotonic()))
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _interrupt_once(ends: threading.Event) -> Callable[[int, object], None]:
+    """Return a handler that ends what goes on; nothing is lost by that."""
+
+    def end(_number: int, _frame: object) -> None:
+        if not ends.is_set():
+            ends.set()
+            raise KeyboardInterrupt
+
+    return end
+
+
+def tell_line(line: str) -> None:
+    tell(f"everflame: {line}")
+
+
+def _show(report: Report, options: argparse.Namespace) -> int:
+    """Print what was done: a line, or JSON. Return the exit status."""
+    if options.json:
+        sys.stdout.buffer.write(as_json(report, is_dry=options.dry_run) + b"\n")
+        sys.stdout.buffer.flush()
+    elif not options.every or any(report.counts.values()):
+        print(summary(report, is_dry=options.dry_run), flush=True)
+    for key, reason in list(report.unreadable.items())[:_SHOWN_UNREADABLE]:
+        tell_line(f"cannot read {key}: {reason}")
+    more = len(report.unreadable) - _SHOWN_UNREADABLE
+    if more > 0:
+        tell_line(f"and {counted(more, 'more object')} that cannot be read")
+    for name, reason in report.problems.items():
+        tell_line(f"cannot compact {name}: {reason}")
+    return 1 if report.problems else 0
+
+
+def summary(report: Report, *, is_dry: bool) -> str:
+    """Return a line that says what was done, or would be."""
+    count = report.counts
+    done = []
+    if count["objects"]:
+        into = "" if is_dry else f" into {counted(count['parts'], 'part')}"
+        done.append(f"{counted(count['objects'], 'object')} folded{into}")
+    if count["merged"]:
+        done.append(f"{counted(count['merged'], 'part')} merged")
+    rollups = [f"{count[name]:,} {name}" for name in ("hourly", "daily") if count[name]]
+    if rollups:
+        done.append(f"rollups made: {' and '.join(rollups)}")
+    expired = [f"{level} of {count[level]:,}" for level in ("detail", "10m", "1h") if count[level]]
+    if expired:
+        done.append(f"expired: {', '.join(expired)} hours")
+    if count["1d"]:
+        done.append(f"expired: {counted(count['1d'], 'day')}")
+    deleted = []
+    if count["level0"]:
+        deleted.append(counted(count["level0"], "level-0 object"))
+    if count["garbage"]:
+        deleted.append(counted(count["garbage"], "unused file"))
+    if deleted:
+        done.append(f"deleted: {' and '.join(deleted)}")
+    if not done:
+        return "nothing to do"
+    return f"{'would be done: ' if is_dry else ''}{'; '.join(done)}"
+
+
+def as_json(report: Report, *, is_dry: bool) -> bytes:
+    """Return the shape of `compact --json`."""
+    count = report.counts
+    return orjson.dumps(
+        {
+            "schema": 1,
+            "dry_run": is_dry,
+            **{
+                name: count[name]
+                for name in ("objects", "parts", "conflicts", "merged", "hourly", "daily")
+            },
+            "expired": {level: count[level] for level in LEVELS[1:]},
+            "deleted": {name: count[name] for name in ("level0", "garbage")},
+            "unreadable": [{"key": k, "reason": v} for k, v in report.unreadable.items()],
+            "problems": [{"name": k, "reason": v} for k, v in report.problems.items()],
+        }
+    )
+
+
+def _print_lifecycle(options: argparse.Namespace) -> int:
+    """Print the rules for the bucket of the store.
+
+    Raises:
+        ValueError: the store is a directory.
+    """
+    url = options.store or default_store_url()
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    if not url.startswith("s3://") or not bucket:
+        raise ValueError(
+            f"lifecycle rules are for buckets, and {url!r} is none (try --store s3://)"
+        )
+    prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+    rules = lifecycle(prefix, options.keep)
+    sys.stdout.buffer.write(orjson.dumps(rules, option=orjson.OPT_INDENT_2) + b"\n")
+    tell_line(lifecycle_limits(options.keep))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compact once as part of `everflame up`: patiently, with one process, and few words."""
+    parser = argparse.ArgumentParser(prog="python -m profiler.commands.compact")
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--s3-endpoint", default="")
+    parser.add_argument("--keep", type=keep, default=Keep.of({}))
+    options = parser.parse_args(argv)
+    options.dry_run, options.workers = False, 1
+    try:
+        with _working(options.workers) as executor:
+            report = make_rounds(options, executor, PATIENCE_S, lambda _: None).run_once()
+    except (StoreError, OSError, RuntimeError, MemoryError) as error:  # there is another time
+        tell_line(f"cannot compact: {error}")
+        return 2
+    for name, reason in report.problems.items():
+        tell_line(f"cannot compact {name}: {reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    # As in `profiler.commands.serve`: workers need not import this module.
+    sys.modules[__name__].__spec__ = None
+    del sys.modules[__name__].__file__
+    sys.exit(main())
