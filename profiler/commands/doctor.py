@@ -463,7 +463,7 @@ def store_checks(url: str, endpoint: str | None = None) -> list[Check]:
     return checks
 
 
-_STORE_CHECKS = ("store", "store_write", "store_conditional", "store_clock")
+_STORE_CHECKS = ("store", "store_write", "store_conditional", "store_replace", "store_clock")
 
 
 def _try_store(store: ObjectStore) -> Iterator[Check]:
@@ -477,7 +477,9 @@ def _try_store(store: ObjectStore) -> Iterator[Check]:
         yield Check("store_write", Status.OK, "an object was written")
         yield _judge_second_put(is_new=store.put(probe, b"another"))
         modified_ns = next(store.list(probe)).modified_ns
-        yield _judge_store_clock((modified_ns - (before_ns + time.time_ns()) // 2) / 1e9)
+        ahead_s = (modified_ns - (before_ns + time.time_ns()) // 2) / 1e9
+        yield _try_replacement(store, probe)
+        yield _judge_store_clock(ahead_s)
     finally:
         left = _delete(store, probe)
     if left is not None:
@@ -503,6 +505,30 @@ def _judge_second_put(*, is_new: bool) -> Check:
         Status.FAIL,
         "it replaces existing objects: a retry could count a window twice",
         "use a server that knows If-None-Match (Amazon's, MinIO, SeaweedFS 4, Ceph 19 do)",
+    )
+
+
+def _try_replacement(store: ObjectStore, probe: str) -> Check:
+    """Replace the object twice, the second time as somebody who has not seen the first.
+
+    Only `everflame compact` needs that, so its lack is a warning.
+    """
+    name = "store_replace"
+    try:
+        _, tag = store.get_tagged(probe)
+        is_replaced = store.replace(probe, b"changed", tag) is not None
+        is_overwritten = store.replace(probe, b"too late", tag) is not None
+    except StoreRefused as error:
+        problem = f"everflame compact cannot work here: {error.problem}"
+        return Check(name, Status.WARN, problem, error.remedy)
+    if is_replaced and not is_overwritten:
+        return Check(name, Status.OK, "an object is replaced only by who has seen its last content")
+    return Check(
+        name,
+        Status.WARN,
+        "everflame compact cannot work here: "
+        + ("changes made at the same time are lost" if is_replaced else "nothing can be replaced"),
+        "use a server that knows If-Match (Amazon's, MinIO and SeaweedFS 4 do)",
     )
 
 

@@ -1,18 +1,22 @@
 """`everflame verify`: check of profiles that ticks = stored + idle + filtered + lost.
 
 The samples must also add up to the number that the accounting calls stored: a file cannot claim
-more samples than it contains. Of a store every object is read, never the cache, and gaps between
-the windows of a host are reported. A gap is not a failure: the host may have been off.
+more samples than it contains. Of a store every object is read, never the cache, and every compacted
+file that counts (`storage.blocks.checking`); an object that is compacted and still there counts
+once. Gaps between the windows of a host are reported. A gap is not a failure: the host may have
+been off.
 """
 
 import argparse
 import secrets
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import orjson
@@ -23,8 +27,19 @@ from profiler.commands.selection import selected
 from profiler.formats.reading import ReadOptions
 from profiler.text import accounted, counted
 from profiler.times import rfc3339
+from storage.blocks.checking import Checked as CheckedBlocks
+from storage.blocks.checking import check_compacted
+from storage.blocks.manifest import manifest_types, named_by
 from storage.hashing import Hasher
-from storage.objects.keys import ObjectKey, ObjectStore, StoredObject, StoreError
+from storage.objects.keys import (
+    CPU,
+    ObjectKey,
+    ObjectMissing,
+    ObjectStore,
+    StoredObject,
+    StoreError,
+    hour_of,
+)
 from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Accounting, ProfileError, Window
 from storage.query.decoding import decode_object
@@ -43,8 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n  everflame verify cpu.pb.gz\n  everflame verify --store s3://profiles/prod\n\n"
         "Without FILE it reads the store, and also reports gaps between the windows of a host.\n"
-        "The exit status is 1 if ticks differ from stored + idle + filtered + lost, or if a\n"
-        "profile cannot be read, and 2 if there is no profile in the time range."
+        "Of compacted files it also checks that their sums are those of their manifest.\n"
+        "The exit status is 1 if ticks differ from stored + idle + filtered + lost, if sums\n"
+        "differ, or if a profile or file cannot be read, and 2 if there is no profile in the\n"
+        "time range."
     )
     parser.add_argument("files", metavar="FILE", nargs="*", help=FILE_HELP)
     arguments.add_json(parser)
@@ -68,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"everflame: verified {counted(number, 'object')}", file=sys.stderr)
 
     found = verify_store(selection.store, selection.window, tell=tell)
-    if found.objects or found.unreadable:
+    if found.objects or not found.is_ok:
         return _report(found, as_json=options.json)
     if options.json:
         sys.stdout.buffer.write(found.as_json() + b"\n")
@@ -90,11 +107,17 @@ class _Checked(NamedTuple):
     accounting: Accounting
     samples: int
     problem: str = ""
+    is_counted: bool = False
+    """It is compacted, too, and was counted there."""
 
 
 @dataclass(slots=True)
 class Verification:
-    """What was found; the sums are over all readable objects."""
+    """What was found; the sums are over all readable objects.
+
+    A mismatch of a compacted file has the manifest's number of samples as `ticks`, or its value if
+    only that differs.
+    """
 
     objects: int = 0
     sums: Accounting = field(default_factory=Accounting)
@@ -110,12 +133,24 @@ class Verification:
         if checked.problem:
             self.unreadable.append({"key": checked.key, "reason": checked.problem})
             return
+        if checked.is_counted:
+            return
         self.objects += 1
         counts = checked.accounting
         self.sums = self.sums.merge(counts)
         accounted = counts.ticks - counts.mismatch - counts.stored + checked.samples
         if counts.ticks != accounted or counts.stored != checked.samples:
             self.mismatches.append({"key": checked.key, "ticks": counts.ticks, "sum": accounted})
+
+    def add_blocks(self, checked: CheckedBlocks) -> None:
+        """Add what was found in the compacted files of an hour or a day."""
+        self.objects += len(checked.objects)
+        self.sums = self.sums.merge(checked.accounting)
+        self.mismatches += [
+            {"key": each.key, "ticks": each.expected, "sum": each.sum}
+            for each in checked.mismatches
+        ]
+        self.unreadable += [{"key": each.key, "reason": each.reason} for each in checked.unreadable]
 
     def as_json(self) -> bytes:
         """Return the shape of `verify --json`."""
@@ -180,25 +215,76 @@ def verify_store(
     """Read every object that starts inside the window. `tell` gets their number now and then.
 
     What lies among the profiles and is none is named as unreadable when the whole store is asked
-    for.
+    for. Compacted files are read first, so that what is compacted meanwhile counts as an object.
     """
     found = Verification()
-    windows: dict[str, list[Window]] = {}
-    names: dict[str, str] = {}
-    next_s = time.monotonic() + _PROGRESS_S
-    listed = _listed(store, window, windows)
-    for number, (key, checked) in enumerate(_check_all(store.store, listed), start=1):
+    hosts = _Hosts()
+    progress = _Progress(tell)
+    compacted: dict[tuple[str, str], CheckedBlocks] = {}
+    quarantined: dict[str, str] = {}
+    types = {CPU, *manifest_types(store)} if window == ALWAYS else {CPU}
+    with tempfile.TemporaryDirectory(prefix="everflame-verify-") as folder:
+        for type_ in sorted(types):
+            for blocks in check_compacted(store, type_, window, Path(folder)):
+                found.add_blocks(blocks)
+                quarantined.update(blocks.quarantined)
+                for each in blocks.objects:
+                    hosts.add(each.key, each.host)
+                progress.add(len(blocks.objects))
+                compacted[type_, blocks.name] = blocks
+                blocks.objects.clear()
+
+    def is_compacted(key: ObjectKey) -> bool:
+        blocks = compacted.get((key.type, hour_of(key.start_s)))
+        return blocks is not None and blocks.has(key.content16)
+
+    for key, checked in _check_all(store.store, _listed(store, window), is_compacted):
         found.add(checked)
-        if key is not None and len(checked.accounting.hosts) == 1:
-            names[key.host_id] = checked.accounting.hosts[0].name
-        if time.monotonic() >= next_s:
-            tell(number)
-            next_s = time.monotonic() + _PROGRESS_S
-    for host_id, theirs in windows.items():
-        name = names.get(host_id) or host_id
-        found.gaps += [Gap(name, missing) for missing in find_gaps(theirs)]
-    found.gaps.sort()
+        if key is not None:
+            quarantined.pop(key.text, None)
+            names = checked.accounting.hosts
+            if not checked.is_counted:
+                hosts.add(key, names[0].name if len(names) == 1 else "")
+        progress.add(1)
+    for text, reason in quarantined.items():
+        found.add(_Checked(text, Accounting(), 0, reason))
+    found.gaps = hosts.gaps()
     return found
+
+
+class _Hosts:
+    """The windows of each host, and its name."""
+
+    def __init__(self) -> None:
+        self._windows: dict[str, list[Window]] = {}
+        self._names: dict[str, str] = {}
+
+    def add(self, key: ObjectKey, name: str) -> None:
+        self._windows.setdefault(key.host_id, []).append(Window(key.start_ns, key.end_ns))
+        if name:
+            self._names[key.host_id] = name
+
+    def gaps(self) -> list[Gap]:
+        return sorted(
+            Gap(self._names.get(host_id, host_id), missing)
+            for host_id, theirs in self._windows.items()
+            for missing in find_gaps(theirs)
+        )
+
+
+class _Progress:
+    """Tells now and then how many objects have been checked."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self._tell = tell
+        self._number = 0
+        self._next_s = time.monotonic() + _PROGRESS_S
+
+    def add(self, number: int) -> None:
+        self._number += number
+        if time.monotonic() >= self._next_s:
+            self._tell(self._number)
+            self._next_s = time.monotonic() + _PROGRESS_S
 
 
 def find_gaps(windows: Iterable[Window]) -> list[Window]:
@@ -216,23 +302,20 @@ def find_gaps(windows: Iterable[Window]) -> list[Window]:
     return gaps
 
 
-def _listed(
-    store: TenantStore, window: Window, windows: dict[str, list[Window]]
-) -> Iterator[tuple[str, ObjectKey | None]]:
-    """Return what is listed, noting the windows of each host."""
+def _listed(store: TenantStore, window: Window) -> Iterator[tuple[str, ObjectKey | None]]:
+    """Return what is listed."""
     pairs: Iterable[tuple[ObjectKey | None, StoredObject]] = store.list_window(window)
     if window == ALWAYS:
         pairs = store.list_all()
     for key, stored in pairs:
-        if key is None:
-            yield stored.key, None
-        elif window.start_ns <= key.start_ns < window.end_ns:
-            windows.setdefault(key.host_id, []).append(Window(key.start_ns, key.end_ns))
+        if key is None or window.start_ns <= key.start_ns < window.end_ns:
             yield stored.key, key
 
 
 def _check_all(
-    store: ObjectStore, listed: Iterator[tuple[str, ObjectKey | None]]
+    store: ObjectStore,
+    listed: Iterator[tuple[str, ObjectKey | None]],
+    is_compacted: Callable[[ObjectKey], bool],
 ) -> Iterator[tuple[ObjectKey | None, _Checked]]:
     hasher = Hasher(secrets.token_bytes(32))
 
@@ -240,11 +323,16 @@ def _check_all(
         text, key = pair
         if key is None:
             return key, _Checked(text, Accounting(), 0, "its name is not that of a profile")
+        is_counted = is_compacted(key)
         try:
             columns = decode_object(key, store.get(text), hasher)
         except (ProfileError, StoreError) as error:
-            return key, _Checked(text, Accounting(), 0, str(error))
-        return key, _Checked(text, columns.accounting, int(columns.counts[:, 0].sum()))
+            # What is compacted may be deleted at any time.
+            is_expired = is_counted and isinstance(error, ObjectMissing)
+            problem = "" if is_expired else str(error)
+            return key, _Checked(text, Accounting(), 0, problem, is_counted)
+        samples = int(columns.counts[:, 0].sum())
+        return key, _Checked(text, columns.accounting, samples, is_counted=is_counted)
 
     with ThreadPoolExecutor(_FETCHES, "verify") as pool:
         yield from map_ahead(pool, check, listed, _AHEAD)
@@ -270,7 +358,10 @@ def _report(found: Verification, *, as_json: bool) -> int:
     for cause, number in counts.lost.items():
         print(f"  lost to {cause}: {number:,}")
     for mismatch in found.mismatches:
-        print(f"MISMATCH {mismatch['key']}: {mismatch['ticks']:,} ticks, sum {mismatch['sum']:,}")
+        numbers = f"{mismatch['ticks']:,} ticks, sum {mismatch['sum']:,}"
+        if named_by(str(mismatch["key"])):
+            numbers = f"{mismatch['ticks']:,} by its manifest, sum {mismatch['sum']:,}"
+        print(f"MISMATCH {mismatch['key']}: {numbers}")
     for problem in found.unreadable:
         print(f"UNREADABLE {problem['key']}: {problem['reason']}")
     for host, window in found.gaps:

@@ -21,6 +21,7 @@ from storage.objects.tenant import TenantStore
 from storage.query.query import Query
 from storage.selector import Selector
 from tests.support import profiles as some
+from tests.support.compacted import compact, delete, level0
 from tests.support.stores import START_NS, at, directory, minutes, put
 
 BETWEEN = minutes(30, 40)
@@ -241,3 +242,54 @@ def test_what_takes_long_says_what_it_reads_on_a_terminal_alone(store, tmp_path,
         shown = out.getvalue()
         query.profile(minutes(0, 120))  # which is kept by now
         assert out.getvalue() == shown
+
+
+KNOWN = ("host", "host_id", "objects", "from_ms", "until_ms", "services")
+
+
+@pytest.mark.parametrize(
+    "asked", [(), ("-q", '{service=~"api|jobs"}'), ("--until", rfc3339(minutes(0, 2).end_ns))]
+)
+def test_compacted_objects_are_listed_once(store, tmp_path, capfd, asked):
+    """Whether they are still there or not, and how many they are is said; a late one is none."""
+
+    def of(found):
+        return [{name: host[name] for name in KNOWN} for host in found["hosts"]]
+
+    late = at(some.sample_profile(), 63, "web-2", "ff00000000000000")
+    put(store, late)
+    before = listed(capfd, *asked)
+    store.delete(level0(store)[-1].text)
+    compact(store, tmp_path / "work", has_rollups=True)
+    keys = level0(store)
+    put(store, late)
+
+    for gone in ([], keys[::2], keys):
+        delete(store, gone)
+        found = listed(capfd, *asked)
+        assert of(found) == of(before)
+        is_late_listed = asked[:1] != ("--until",)
+        assert found["compacted"]["objects"] == found["objects"] - is_late_listed
+    files = [each for each in store.list("v1/default/blocks/") if "/dd-" not in each.key]
+    size_bytes = sum(each.size_bytes for each in files)
+    if not asked:
+        assert found["compacted"]["bytes"] == size_bytes
+        assert found["bytes"] == size_bytes + sum(s.size_bytes for s in store.list("v1/default/l0"))
+    assert found["skipped"] == []
+    assert cli.main(["ls"]) == 0
+    assert "5 objects, 4 of them compacted into" in capfd.readouterr().out
+
+
+def test_a_compacted_hour_that_cannot_be_read_is_named(store, tmp_path, capfd):
+    """What is left of it in level 0 is listed, and the other hours are."""
+    compact(store, tmp_path / "work")
+    keys = level0(store)
+    delete(store, [keys[0], keys[-1]])
+    min(store.root.rglob("*-objects-*")).write_bytes(b"?")
+
+    found = listed(capfd)
+
+    assert [(host["host"], host["objects"]) for host in found["hosts"]] == [
+        ("web-1", 2), ("web-2", 1),
+    ]  # fmt: skip
+    assert [each["key"] for each in found["skipped"]] == ["2026-05-28T20"]

@@ -1,6 +1,9 @@
 """verify: law 1 over files and stores, gaps, and objects that cannot be read."""
 
 import dataclasses
+import shutil
+import tempfile
+import time
 
 import orjson
 import pytest
@@ -9,11 +12,15 @@ from profiler import cli
 from profiler.commands import verify
 from profiler.commands.verify import find_gaps, verify_store
 from profiler.times import rfc3339
-from storage.objects.keys import DEFAULT_TENANT, object_key
+from storage.blocks.manifest import Manifests
+from storage.formats import pprof
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import CPU, DEFAULT_TENANT, hour_of, object_key
 from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Window
 from tests.support import profiles as some
-from tests.support.stores import MINUTE_NS, START_NS, at, directory, minutes, put
+from tests.support.compacted import change_hour, compact, delete, level0, merge, replace
+from tests.support.stores import MINUTE_NS, START_NS, MemoryStore, at, directory, minutes, put
 
 
 def test_a_sound_store_adds_up(tmp_path):
@@ -221,3 +228,268 @@ def test_a_file_without_anything_in_it_is_not_sound(content, tmp_path, capfd):
     assert cli.main(["verify", str(file)]) == 1
 
     assert f"UNREADABLE {file}: it is empty: it contains no samples\n" in capfd.readouterr().out
+
+
+HOURS = [hour_of(START_NS // 10**9 + 3600 * i) for i in range(3)]
+
+
+def fleet(folder):
+    """Two hosts for three hours; web-2 misses its last twenty minutes but one."""
+    profiles = [at(some.sample_profile(), i) for i in range(0, 180, 20)]
+    profiles += [
+        at(some.sample_profile(), i, "web-2", "f" * 16) for i in range(0, 180, 20) if i != 140
+    ]
+    return directory(folder, *profiles)
+
+
+def test_what_is_compacted_counts_once(tmp_path):
+    """With rollups, whether or not level 0 is still there; a late object is only there."""
+    store = fleet(tmp_path / "store")
+    keys = level0(store)
+    late = at(some.sample_profile(), 5)
+    put(store, late)
+    windows = (ALWAYS, minutes(60, 141))
+    expected = [verify_store(TenantStore(store), window).as_json() for window in windows]
+    assert [orjson.loads(each)["objects"] for each in expected] == [18, 9]
+    delete(store, [key for key in level0(store) if key not in keys])
+    compact(store, tmp_path / "work", has_rollups=True)
+    put(store, late)
+
+    for gone in ([], keys[::2], keys):
+        delete(store, gone)
+        found = [verify_store(TenantStore(store), window).as_json() for window in windows]
+        assert found == expected
+
+
+def test_a_compacted_object_that_does_not_add_up_is_named_once(tmp_path, capfd):
+    """By its own key."""
+    store = fleet(tmp_path / "store")
+    bad = at(some.sample_profile(), 1)
+    bad = dataclasses.replace(bad, accounting=dataclasses.replace(bad.accounting, ticks=24))
+    key = put(store, bad)
+    before = verify_store(TenantStore(store), ALWAYS)
+    compact(store, tmp_path / "work")
+
+    assert verify_store(TenantStore(store), ALWAYS).as_json() == before.as_json()
+    delete(store, level0(store))
+    assert verify_store(TenantStore(store), ALWAYS).as_json() == before.as_json()
+    assert cli.main(["verify", "--store", str(store.root)]) == 1
+    assert f"MISMATCH {key.text}: 24 ticks, sum 23" in capfd.readouterr().out
+
+
+def take_file(table):
+    """Let the parts of an hour name another hour's file of a table."""
+
+    def change(store, hours):
+        others = Manifests(store, DEFAULT_TENANT, CPU).hour(hours[1]).files
+        (other,) = [file for file in others if file.table == table]
+        change_hour(
+            store,
+            hours[0],
+            lambda manifest: replace(
+                manifest,
+                parts=tuple(
+                    replace(
+                        part,
+                        files=tuple(other if f.table == table else f for f in part.files),
+                    )
+                    for part in manifest.parts
+                ),
+                hourly=replace(manifest.hourly, files=(other,))
+                if table == "samples_1h"
+                else manifest.hourly,
+            ),
+        )
+
+    return change
+
+
+def change_part(**change):
+    def edit(store, hours):
+        def changed(manifest):
+            return replace(
+                manifest, parts=tuple(replace(part, **change) for part in manifest.parts)
+            )
+
+        change_hour(store, hours[0], changed)
+
+    return edit
+
+
+def damage(pattern, edit):
+    def change(store, _hours):
+        path = min(store.root.rglob(pattern))
+        edit(path)
+
+    return change
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+DAMAGES = {
+    "a file is missing": damage("*-samples_detail-*", lambda path: path.unlink()),
+    "a file is cut": damage("*-names-*", cut),
+    "the objects are missing": damage("*-objects-*", lambda path: path.unlink()),
+    "a rollup is cut": damage("*-samples_1h-*", cut),
+    "a day is cut": damage("dd-samples_1d-*", cut),
+    "a manifest is damaged": damage("*T*.json", cut),
+    "a later manifest": damage("*T*.json", lambda path: path.write_text('{"schema": 99}')),
+    "other samples": change_part(samples=1),
+    "another value": change_part(value=1),
+    "other stacks": take_file("stacks"),
+    "another hour": take_file("samples_1h"),
+    "fewer objects": change_part(objects=1),
+}
+
+
+@pytest.fixture(scope="module")
+def compacted(tmp_path_factory):
+    """A store of two hours of which all is compacted, with rollups, and level 0 deleted."""
+    folder = tmp_path_factory.mktemp("compacted")
+    profiles = [at(some.sample_profile(), i) for i in (0, 1)]
+    profiles.append(at(some.build([({"service": "other"}, [some.named("x")], 5)]), 61))
+    store = directory(folder / "store", *profiles)
+    compact(store, folder / "work", has_rollups=True)
+    delete(store, level0(store))
+    assert verify_store(TenantStore(store), ALWAYS).is_ok
+    return store.root
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_damaged_compacted_files_are_named(compacted, tmp_path, capfd, what):
+    """Each by its key, once; and no path of a copy shows."""
+    store = DirectoryStore(shutil.copytree(compacted, tmp_path / "store"))
+
+    DAMAGES[what](store, HOURS)
+
+    found = verify_store(TenantStore(store), ALWAYS)
+    assert not found.is_ok
+    assert verify._report(found, as_json=False) == 1
+    out = capfd.readouterr().out
+    named = [each["key"] for each in (*found.unreadable, *found.mismatches)]
+    assert all(key.startswith("v1/default/") and out.count(key) == 1 for key in named)
+    assert str(tmp_path) not in out
+
+
+def test_an_object_that_could_not_be_compacted_is_named_once(tmp_path):
+    """By the manifest, also after it was deleted, or because it is still there."""
+    store = directory(tmp_path / "store", at(some.sample_profile(), 0))
+    content = b"\x1f\x8b damaged"
+    key = object_key(at(some.sample_profile(), 1), content, DEFAULT_TENANT).text
+    store.put(key, content)
+    compact(store, tmp_path / "work")
+
+    for _ in range(2):
+        found = verify_store(TenantStore(store), ALWAYS)
+        assert [each["key"] for each in found.unreadable] == [key]
+        assert found.objects == 1
+        assert verify_store(TenantStore(store), minutes(5, 9)).is_ok
+        store.delete(key)
+
+
+def test_two_parts_with_one_object_are_named(tmp_path):
+    """It would count twice."""
+    store = directory(tmp_path / "store", at(some.sample_profile(), 0))
+    compact(store, tmp_path / "work")
+
+    def twice(manifest):
+        (part,) = manifest.parts
+        return replace(manifest, parts=(part, replace(part, id="f" * 16)))
+
+    change_hour(store, HOURS[0], twice)
+
+    (problem,) = verify_store(TenantStore(store), ALWAYS).unreadable
+    assert problem["key"] == f"v1/default/manifests/cpu/{HOURS[0]}.json"
+
+
+def test_a_store_is_sound_after_its_oldest_hours_have_expired(tmp_path):
+    """By size, with all that is compacted of them; what is left counts as before."""
+    store = fleet(tmp_path / "store")
+    compact(store, tmp_path / "work", has_rollups=True)
+    tenant = TenantStore(store)
+    size_bytes = sum(each.size_bytes for each in store.list("v1/default/") if "key" not in each.key)
+    in_three_hours_s = time.time_ns() // 10**9 + 3 * 3600
+
+    assert list(tenant.expire(in_three_hours_s, 0, size_bytes)) == []
+    removed = list(tenant.expire(in_three_hours_s, 0, size_bytes // 2))
+
+    assert sum(each.size_bytes for each in removed) >= size_bytes // 2
+    found = verify_store(tenant, ALWAYS)
+    assert found.is_ok
+    assert 0 < found.objects < 17
+    delete(store, level0(store))
+    assert verify_store(tenant, ALWAYS).as_json() == found.as_json()
+
+
+def test_compacted_files_of_a_bucket_are_checked_as_copies(tmp_path, monkeypatch):
+    """Which are named by their keys, and gone afterwards."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    store = MemoryStore()
+    tenant = TenantStore(store)
+    for minute in (0, 70):
+        profile = at(some.sample_profile(), minute)
+        tenant.put_profile(profile, pprof.encode(profile))
+    compact(store, tmp_path / "work", has_rollups=True)
+    delete(store, level0(store))
+    assert verify_store(tenant, ALWAYS).is_ok
+    (detail, rolled, *_) = [each.key for each in store.list("") if "-samples" in each.key]
+    content = store.get(rolled)
+    for key in (detail, rolled):
+        store.delete(key)
+    store.put(rolled, content[:-4])
+
+    found = verify_store(tenant, ALWAYS)
+
+    assert {each["key"] for each in found.unreadable} == {detail, rolled}
+    assert not any(str(tmp_path) in each["reason"] for each in found.unreadable)
+    assert list((tmp_path / "temporary").glob("everflame-verify-*")) == []
+
+
+def test_hours_of_which_levels_have_expired_are_sound(compacted, tmp_path):
+    """Detail, then the finer rollups, and then all but the rollup of the day."""
+    store = DirectoryStore(shutil.copytree(compacted, tmp_path / "store"))
+    before = verify_store(TenantStore(store), ALWAYS).as_json()
+
+    for tables in ({"samples_detail"}, {"samples_detail", "samples_10m"}):
+
+        def expire(manifest, tables=tables):
+            parts = tuple(
+                replace(part, files=tuple(f for f in part.files if f.table not in tables))
+                for part in manifest.parts
+            )
+            return replace(manifest, parts=parts)
+
+        change_hour(store, HOURS[0], expire)
+        assert verify_store(TenantStore(store), ALWAYS).as_json() == before
+    for hour in HOURS:
+        store.delete(f"v1/default/manifests/cpu/{hour}.json")
+    assert verify_store(TenantStore(store), ALWAYS).is_ok
+    damage("dd-samples_1d-*", cut)(store, HOURS)
+    assert not verify_store(TenantStore(store), ALWAYS).is_ok
+
+
+def test_what_is_merged_meanwhile_is_checked_anew(tmp_path):
+    """A compactor replaces the files of an hour after its manifest was read."""
+    store = directory(tmp_path / "store", at(some.sample_profile(), 0))
+    compact(store, tmp_path / "work")
+    put(store, at(some.sample_profile(), 1))
+    compact(store, tmp_path / "work")
+    delete(store, level0(store))
+    expected = verify_store(TenantStore(store), ALWAYS).as_json()
+
+    class MergedMeanwhile(DirectoryStore):
+        reads = 0
+
+        def get_tagged(self, key):
+            found = super().get_tagged(key)
+            self.reads += 1
+            if self.reads == 2:
+                merge(store, tmp_path / "work", HOURS[0])
+            return found
+
+    watched = MergedMeanwhile(store.root)
+    assert verify_store(TenantStore(watched), ALWAYS).as_json() == expected
+    assert watched.reads > 2
