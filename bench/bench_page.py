@@ -1,6 +1,6 @@
 """The page on 200,000 stacks, beside speedscope and d3-flame-graph on the same profile.
 
-Workload: the hour of fleet.py (200,000 stacks, 3.6 million boxes, from a fixed seed) as sixty
+Workload: the hour of page_hour.py (200,000 stacks, 3.6 million boxes, from a fixed seed) as sixty
 objects in a directory, and the real service over it. All three draw the graph alone, as wide as
 Chromium's page of 1280 x 1024 without a window, each in a browser of its own.
 
@@ -29,8 +29,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import fleet
 import orjson
+import page_hour
 from serving import Row, Serving, serving, show
 from viewers import LIMIT_S, Browser, GaveUpError, other_viewers
 
@@ -56,7 +56,7 @@ PAINT = "everflame:first-paint"
 def fill(folder: Path) -> Columns:
     """Store the hour and return all of it as one."""
     store, minutes = DirectoryStore(folder), []
-    for profile in fleet.minutes(START_NS):
+    for profile in page_hour.minutes(START_NS):
         content = pprof.encode(profile)
         (host,), start_s = profile.accounting.hosts, profile.window.start_ns // NS_PER_S
         key = ObjectKey(DEFAULT_TENANT, host.host_id, start_s, 60, content16(content))
@@ -145,7 +145,7 @@ def write_files(
     (folder / "export.speedscope.json").write_bytes(exported)
     folded = flamegraph.build(Columns.of(read_bytes(exported).profile))
     (folder / "export.nested.json").write_bytes(as_nested(folded))
-    speedscope.STACK_LIMIT = fleet.STACKS + 1
+    speedscope.STACK_LIMIT = page_hour.STACKS + 1
     (folder / "all.speedscope.json").write_bytes(speedscope.encode(profile, ("service",)))
     (folder / "all.nested.json").write_bytes(as_nested(tree))
     document = orjson.loads((folder / "all.speedscope.json").read_bytes())

@@ -1,316 +1,431 @@
-"""An hour of a fleet as a profile: 200,000 stacks and 3.6 million boxes, from a fixed seed.
+"""A fleet of hosts, and what their agents would store: level-0 objects of a minute, from a seed.
 
-Five programs in four languages (C++, Python, Go, Java, C++) and the kernel below all of them. Each
-has some thousands of functions in layers; a function calls up to eight of the next layers, the
-first of them most. A stack is a walk from the program's start along such calls; deeper ones end
-sooner, and a quarter of them goes on in the kernel. Walks are taken until 200,000 different ones
-are seen: a stack's samples are how often it was walked, so a few are hot and most were seen once,
-as in real profiles. Names are put together as people put them together: namespaces, classes,
-arguments and templates in C++, packages and receivers in Go, files in Python.
+Five services in C++, JavaScript's runtime, Go, Python and C, with the names that these programs
+have on this machine, run on four kinds of hosts, two of them on each, beside the kernel's threads.
+Two services are deployed in the day, host by host: their code then has another build id, or other
+lines. A service has 500,000 different stacks a day of some 30 frames, in a call tree; how often one
+is seen falls with its rank as a power law (Zipf and Mandelbrot), so that 215,000 have 99 % of the
+samples. A host has some 1,500 of them in a minute, in 3,500 places of the code. Load swings over
+the day and differs by host.
+
+Labels are those of an agent: service, version, comm, pid and thread; the host is in the accounting,
+which adds up. Now and then ticks are lost, a window is missing, or is a tombstone.
+
+Every window follows from the seed, the host and the minute alone, so several processes make them.
+`Fleet.draw` returns one as arrays, `encode` as an object, `columns` as its reader would; stacks
+have one number in the whole fleet, and `dictionary` knows them all. So data of 10,000 hosts can be
+made without a single object.
+
+Run: `python bench/fleet.py --store FOLDER|s3://BUCKET [--hosts 1000] [--minutes 60]`.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import argparse
+import ctypes
+import functools
+import hashlib
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
+from object_writer import PERIOD_NS, Shape
+from programs import SERVICES, Program, Programs
 
-from storage.profile import Accounting, Host, Profile, ProfileBuilder, Window, make_labels
-from symbolizer.location import (
-    AddressLocation,
-    FileOffset,
-    Frame,
-    Kind,
-    Location,
-    Module,
-    NamedLocation,
+from storage.columns import Columns, object_of, presence_of, times_of
+from storage.formats import pprof
+from storage.grouping import distinct, ranges
+from storage.hashing import Hasher
+from storage.objects.directory import DirectoryStore
+from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectKey, ObjectStore, content16
+from storage.objects.open import open_store
+from storage.objects.tenant_key import make_tenant_key
+from storage.profile import (
+    Accounting,
+    Host,
+    Integers,
+    Labels,
+    Loss,
+    NameRank,
+    ProfileBuilder,
+    Window,
+    make_labels,
 )
 
-STACKS = 200_000
-PERIOD_NS = 1_000_000_000 // 99
-MINUTE_NS = 60_000_000_000
+DAY_NS = 1_780_000_000_000_000_000 // (86_400 * NS_PER_S) * (86_400 * NS_PER_S)
+MINUTE_NS = 60 * NS_PER_S
+STACKS = 500_000
+HOUR = 9
+"""The hour that is made by default: `search` is deployed in it."""
 
-_WALKS_AT_ONCE = 100_000
-_LAYERS = 52
-_CALLEES = 8
-_DEEPEST = 72
-_KERNEL_LAYERS = 16
-_TO_KERNEL = 0.25
-_STRAIGHT = 0.49
-_STRAIGHTNESS = 0.98
-_SLOPE = 1.8
-"""Of how often a function calls its first callee, its second, and so on: a power law."""
+_CPUS = 4
+_TICKS = _CPUS * 99 * 60
+_SAMPLES = 3_000
+"""Of a host in a minute on average: 0.5 busy CPUs, some 1,500 different stacks."""
+_SWING, _HOST_SD = 0.4, 0.2
+_SLOPE, _FLATTENED = 1.3, 8.0
+"""Of rank r a stack has (r + 8) ** -1.3 of the samples."""
+_HOTTEST = 300
+"""Of a service: their frames are in the tables of each of its objects."""
+_ROLLOUT = 20
+"""Minutes from the first host of a deployment to the last."""
+_KINDS = ((0, 2, 5), (1, 2, 5), (3, 4, 5), (0, 1, 5))
+"""Services of the kinds of hosts."""
+_MISSING, _TOMBSTONES, _LOSSES = 1 / 5_000, 1 / 5_000, 1 / 100
+_LABELS = ("service", "version", "comm", "pid", "thread")
 
-
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-_NOUNS = _words(
-    "account address batch block buffer cache cart catalog chunk client column config connection"
-    " context cursor document edge encoder event feature field filter frame graph handler header"
-    " index invoice iterator key ledger lock message metric node offer order packet page parser"
-    " partition payload payment plan posting price product profile query queue record region"
-    " request response result route row rule scheduler schema segment session shard signal slot"
-    " snapshot span stock stream table task tensor term ticket token trace transaction tree user"
-    " value vector view wallet worker"
-)
-_VERBS = _words(
-    "accept add append apply build check collect commit compare compute convert copy create decode"
-    " dispatch do encode evaluate execute fetch find flush format get handle insert intersect"
-    " invalidate load lookup make map match merge next normalize notify open parse peek poll"
-    " prepare process pull push read reduce release render resolve run scan score select send"
-    " serialize set shuffle sort split start store sum to transform update validate visit wait"
-    " walk write"
-)
-_SPACES = _words("search index net storage rpc base ranking text sql cluster io metrics auth")
+_Running = tuple[tuple[int, int], ...]
+"""Services and their versions, as indices."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Program:
-    """What runs: its labels, its binary, and how many functions it and the kernel below have."""
+class Drawn(NamedTuple):
+    """A window of a host: rows of (label set, stack, samples), and what it says of itself.
 
-    service: str
-    version: str
-    module: Module
-    kind: Kind
-    functions: int
-    share: float
+    `sets` are indices into `Fleet.label_sets`; `stacks` are the fleet's numbers. Rows are sorted by
+    both, and each pair is in one of them. A tombstone has none.
+    """
 
-
-def _module(number: int, path: str, kind: Kind = Kind.NATIVE) -> Module:
-    return Module(f"{number:040x}", path, kind)
-
-
-_KERNEL = _module(1, "[kernel.kallsyms]", Kind.KERNEL)
-_POSTGRES = _module(6, "/usr/lib/postgresql/16/bin/postgres")
-_GATEWAY = _module(4, "/usr/local/bin/gateway", Kind.GO)
-_PROGRAMS = (
-    _Program("search", "2026.5.1", _module(2, "/srv/search/bin/searchd"), Kind.NATIVE, 9000, 0.4),
-    _Program("checkout", "1.42.0", _module(3, "[python]"), Kind.PYTHON, 3000, 0.25),
-    _Program("gateway", "v3.7.2", _GATEWAY, Kind.GO, 3500, 0.2),
-    _Program("ledger", "7.0.9", _module(5, "[jit]"), Kind.JIT, 3000, 0.1),
-    _Program("postgres", "16.4", _POSTGRES, Kind.NATIVE, 1500, 0.05),
-)
-_KERNEL_FUNCTIONS = 1200
+    host: int
+    window: Window
+    running: _Running
+    sets: Integers
+    stacks: Integers
+    samples: Integers
+    accounting: Accounting
 
 
-def minutes(start_ns: int, seed: int = 1) -> Iterator[Profile]:
-    """Return the fleet's hour as sixty profiles of a minute, together STACKS different stacks."""
-    random = np.random.default_rng(seed)
-    names = _Names(random)
-    graphs = [_calls(random, program.functions, _LAYERS) for program in _PROGRAMS]
-    below = _calls(random, _KERNEL_FUNCTIONS, _KERNEL_LAYERS)
-    rows, samples = _walk(random, graphs, below)
-    tables = [
-        [names.of(program, i, graph.layer[i]) for i in range(program.functions)]
-        for program, graph in zip(_PROGRAMS, graphs, strict=True)
+class Fleet:
+    """Makes the windows of any host and minute of a day.
+
+    Attributes:
+        hosts: their names and ids.
+        stacks: how many numbers of stacks there are; those of two versions differ.
+    """
+
+    def __init__(self, hosts: int, *, stacks: int = STACKS, seed: int = 1) -> None:
+        """Make so many stacks a service, which takes some seconds."""
+        self.hosts = [
+            Host(f"node-{i:05}", hashlib.sha256(f"node-{i}".encode()).hexdigest()[:16])
+            for i in range(hosts)
+        ]
+        self._seed = seed
+        self._programs = Programs(np.random.default_rng(seed), stacks)
+        self.stacks = self._programs.stacks
+        self._shape_of = functools.cache(self._make_shape)
+        self._sets_of = functools.lru_cache(maxsize=4)(self._make_sets)
+
+    def draw(self, host: int, minute: int) -> Drawn | None:
+        """Return the window of a host that starts at a minute of the day; None if it has none."""
+        random = np.random.default_rng((self._seed, host, minute))
+        is_missing, has_losses, is_tombstone = random.random(3) < (_MISSING, _LOSSES, _TOMBSTONES)
+        if is_missing:
+            return None
+        running = self._running(host, minute)
+        load = 1 + _SWING * math.sin(2 * math.pi * (minute / 1440 - 0.3))
+        load *= math.exp(_HOST_SD * math.sin(1.0 + 12.9898 * host))
+        total = sum(SERVICES[service].share * part for service, _, part in running)
+        keys, first_set = [], 0
+        for service, version, part in running:
+            described, program = SERVICES[service], self._programs.of[service]
+            mean = _SAMPLES * load * described.share * part / total
+            rows = _draw_rows(random, program, int(random.poisson(mean)))
+            process = random.integers(0, described.processes, len(rows))
+            threads = len(described.threads)
+            sets = first_set + process * threads + self._programs.threads[rows]
+            first_set += described.processes * threads
+            keys.append(sets * self.stacks + program.numbers_of(rows, version))
+        key, samples = np.unique(np.concatenate(keys), return_counts=True)
+        sets, stacks = np.divmod(key, self.stacks)
+        window = Window(DAY_NS + minute * MINUTE_NS, DAY_NS + (minute + 1) * MINUTE_NS)
+        pairs = tuple((service, version) for service, version, _ in running)
+        drawn = Drawn(host, window, pairs, sets, stacks, samples, Accounting())
+        accounting = self._accounting(random, drawn, running, has_losses=bool(has_losses))
+        if is_tombstone:
+            none = np.zeros(0, np.int64)
+            lost = {**accounting.lost, Loss.SPOOL_FULL.value: accounting.stored}
+            accounting = replace(accounting, stored=0, lost=lost, stops={})
+            return Drawn(host, window, pairs, none, none, none, accounting)
+        return drawn._replace(accounting=accounting)
+
+    def label_sets(self, drawn: Drawn) -> list[Labels]:
+        """Return the label sets that `sets` of a window refer to, without the host."""
+        return self._sets_of(drawn.host, drawn.running)[0]
+
+    def encode(self, drawn: Drawn) -> bytes:
+        """Return a window as a level-0 object."""
+        if not len(drawn.stacks):
+            return pprof.encode(ProfileBuilder(PERIOD_NS).build(drawn.window, drawn.accounting))
+        shape = self._shape_of(drawn.running)
+        offsets, words = self._programs.stacks_of(drawn.stacks)
+        used = shape.used(words)
+        accounting = replace(drawn.accounting, misses={"no symbol": shape.misses(used)})
+        return shape.encode(
+            (offsets, words),
+            used,
+            drawn.samples,
+            (self._sets_of(drawn.host, drawn.running)[1], drawn.sets),
+            window=drawn.window,
+            accounting=accounting,
+        )
+
+    def dictionary(self, hasher: Hasher) -> Columns:
+        """Return all stacks of the fleet, without rows: number n of a window is stack n here.
+
+        500,000 stacks a service take 1 GB, and some seconds to make.
+        """
+        return self._programs.dictionary(hasher, Window(DAY_NS, DAY_NS + 1440 * MINUTE_NS))
+
+    def columns(self, drawn: Drawn, dictionary: Columns) -> Columns:
+        """Return a window as `storage.query.decoding.decode_object` does, made from arrays."""
+        hashes, first, which = np.unique(
+            dictionary.stack_hashes[drawn.stacks], return_index=True, return_inverse=True
+        )
+        stacks = drawn.stacks[first]
+        starts = dictionary.stack_offsets[stacks]
+        lengths = dictionary.stack_offsets[stacks + 1] - starts
+        words = dictionary.stack_words[ranges(starts, lengths)]
+        places, words = distinct(words, len(dictionary.locations))
+        locations = dictionary.locations[places]
+        at = np.flatnonzero(locations[:, 2])
+        named = dictionary.named[locations[at, 2].astype(np.int64) - 1]
+        locations[at, 2] = np.arange(1, len(at) + 1)
+        frame_starts = dictionary.frame_offsets[places]
+        counts = dictionary.frame_offsets[places + 1] - frame_starts
+        ranks = dictionary.name_ranks[places]
+        is_empty = not len(stacks)
+        misses = {"no symbol": int((ranks == NameRank.BOUNDED).sum())}
+        accounting = replace(drawn.accounting, misses={} if is_empty else misses)
+        sets, set_of = distinct(drawn.sets, len(self.label_sets(drawn)))
+        rows = np.stack([set_of, which], axis=1)
+        values = np.stack([drawn.samples, drawn.samples * PERIOD_NS], axis=1)
+        times, time_counts = times_of(rows, values)
+        present_sets, presence = presence_of(accounting)
+        columns = replace(
+            dictionary,
+            period_ns=PERIOD_NS,
+            window=drawn.window,
+            accounting=accounting,
+            modules={} if is_empty else self._shape_of(drawn.running).modules,
+            label_sets=tuple(self.label_sets(drawn)[i] for i in sets.tolist()),
+            location_hashes=dictionary.location_hashes[places],
+            locations=locations,
+            named=named,
+            frame_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
+            frames=dictionary.frames[ranges(frame_starts, counts)],
+            name_ranks=ranks,
+            named_s=np.where(counts > 0, drawn.window.end_ns // NS_PER_S, 0),
+            stack_hashes=hashes,
+            stack_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            stack_words=words.astype(np.int32),
+            rows=rows,
+            counts=values,
+            objects=object_of(drawn.window, accounting),
+            times=times,
+            time_counts=time_counts,
+            present_sets=present_sets,
+            presence=presence,
+        )
+        return columns.with_label("host", self.hosts[drawn.host].name)
+
+    def key(self, drawn: Drawn, content: bytes) -> ObjectKey:
+        """Return the key under which the object of a window is stored."""
+        start_s = drawn.window.start_ns // NS_PER_S
+        host_id = self.hosts[drawn.host].host_id
+        return ObjectKey(DEFAULT_TENANT, host_id, start_s, 60, content16(content))
+
+    def _running(self, host: int, minute: int) -> list[tuple[int, int, float]]:
+        """Return what runs on a host: services, their versions, and for what part of the minute."""
+        running = []
+        for service in _KINDS[host % len(_KINDS)]:
+            at = SERVICES[service].deployed + _ROLLOUT * host / len(self.hosts)
+            before = min(max(at - minute, 0.0), 1.0)
+            running += [(service, v, part) for v, part in ((0, before), (1, 1 - before)) if part]
+        return running
+
+    def _accounting(
+        self,
+        random: np.random.Generator,
+        drawn: Drawn,
+        running: Iterable[tuple[int, int, float]],
+        *,
+        has_losses: bool,
+    ) -> Accounting:
+        stored = int(drawn.samples.sum())
+        lost = {Loss.MAP_BUSY.value: int(random.integers(1, 20))} if has_losses else {}
+        busy = stored + sum(lost.values())
+        # Half of the ticks of idle CPUs come.
+        idle = max(0, (_TICKS - busy) // 2)
+        kernel = int(drawn.samples[self._programs.is_kernel(drawn.stacks)].sum())
+        cut = (stored - kernel) // 100
+        return Accounting(
+            hosts=(self.hosts[drawn.host],),
+            cpus=_CPUS,
+            nonidle_ns=int(busy * PERIOD_NS * random.normal(1, 0.002)),
+            profiled_ns=MINUTE_NS,
+            ticks=busy + idle,
+            idle=idle,
+            stored=stored,
+            lost=lost,
+            stops={"root": stored - kernel - cut, "kernel_thread": kernel, "hole": cut},
+            services={
+                SERVICES[service].labels(version): int(part * MINUTE_NS)
+                for service, version, part in running
+            },
+            agent_cpu_ns=int(random.normal(900e6, 50e6)),
+            agent_rss_bytes=50 << 20,
+        )
+
+    def _make_shape(self, running: _Running) -> Shape:
+        hottest, modules, texts = [], {}, {}
+        for service, version in running:
+            program, described = self._programs.of[service], SERVICES[service]
+            stacks = program.numbers_of(program.by_rank[:_HOTTEST], version)
+            hottest.append(self._programs.stacks_of(stacks)[1])
+            modules |= dict.fromkeys(program.modules[version])
+            names = (described.name, described.versions[version], described.comm)
+            texts |= dict.fromkeys([*_LABELS, *names, *described.threads])
+        with_code = [each for each in modules if each.build_id]
+        return Shape(self._programs.code, np.concatenate(hottest), with_code, list(texts))
+
+    def _make_sets(self, host: int, running: _Running) -> tuple[list[Labels], list[bytes]]:
+        sets = []
+        for service, version in running:
+            described = SERVICES[service]
+            for process in range(described.processes):
+                mixed = host * 7919 + service * 613 + process * 37 + version * 11_003
+                for thread in described.threads:
+                    labels = {
+                        **dict(described.labels(version)),
+                        "comm": described.comm,
+                        "pid": str(300 + mixed % 4_000_000),
+                        "thread": thread,
+                    }
+                    sets.append(make_labels(labels))
+        shape = self._shape_of(running)
+        return sets, [shape.label_bytes(labels) for labels in sets]
+
+
+def _draw_rows(random: np.random.Generator, program: Program, count: int) -> Integers:
+    """Return rows of the tables of call trees, by inverting the distribution of ranks."""
+    ranks = len(program.by_rank)
+    low, high = (each ** (1 - _SLOPE) for each in (_FLATTENED, _FLATTENED + ranks))
+    drawn = (low - random.random(count) * (low - high)) ** (1 / (1 - _SLOPE)) - _FLATTENED
+    return program.by_rank[np.clip(drawn.astype(np.int64), 0, ranks - 1)]
+
+
+class Made(NamedTuple):
+    """What was written: objects, their bytes, samples and rows, and the CPU time it took."""
+
+    objects: int = 0
+    size_bytes: int = 0
+    samples: int = 0
+    rows: int = 0
+    cpu_s: float = 0.0
+
+    def plus(self, other: "Made") -> "Made":
+        return Made(*(one + more for one, more in zip(self, other, strict=True)))
+
+
+def fill(
+    fleet: Fleet,
+    url: str,
+    minutes: Sequence[int],
+    *,
+    endpoint: str | None = None,
+    processes: int = 0,
+) -> Made:
+    """Store the windows of all hosts, in several processes, by default one per CPU."""
+    make_tenant_key(open_store(url, endpoint), DEFAULT_TENANT)
+    processes = min(processes or os.cpu_count() or 1, len(fleet.hosts))
+    # They are forked, so that they share the fleet's arrays.
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+
+    def work(mine: Sequence[int]) -> None:
+        results.put(_fill_hosts(fleet, open_store(url, endpoint), mine, minutes))
+
+    started = [
+        context.Process(target=work, args=(range(i, len(fleet.hosts), processes),))
+        for i in range(processes)
     ]
-    kernel = [names.of_kernel(i) for i in range(_KERNEL_FUNCTIONS)]
-    firsts = np.cumsum([0, *(len(table) for table in tables)])
-    everything = [*(each for table in tables for each in table), *kernel]
-    which = random.integers(0, 60, len(rows))
-    for minute in range(60):
-        mine = np.flatnonzero(which == minute)
-        window = Window(start_ns + minute * MINUTE_NS, start_ns + (minute + 1) * MINUTE_NS)
-        yield _build(everything, firsts, rows[mine], samples[mine], window)
+    for each in started:
+        each.start()
+    for each in started:
+        each.join()
+    if any(each.exitcode for each in started):
+        raise RuntimeError("cannot make the fleet: a process has failed")
+    return functools.reduce(Made.plus, [results.get() for _ in started], Made())
 
 
-def _build(
-    everything: list[tuple[Location, Frame]],
-    firsts: np.ndarray,
-    rows: np.ndarray,
-    samples: np.ndarray,
-    window: Window,
-) -> Profile:
-    builder = ProfileBuilder(PERIOD_NS)
-    modules = [_KERNEL, *(program.module for program in _PROGRAMS)]
-    builder.modules.update({each.build_id: each for each in modules if each.path[0] != "["})
-    builder.modules[_KERNEL.build_id] = _KERNEL
-    used = np.unique(rows[rows >= 0])
-    numbers = np.zeros(len(everything), dtype=np.int64)
-    for place in used.tolist():
-        location, frame = everything[place]
-        names = (frame,) if isinstance(location, AddressLocation) else ()
-        numbers[place] = builder.location(location, names)
-    owners = np.searchsorted(firsts, rows[:, 0], side="right") - 1
-    for row, owner, count in zip(rows, owners.tolist(), samples.tolist(), strict=True):
-        program = _PROGRAMS[owner]
-        labels = {
-            "service": program.service,
-            "version": program.version,
-            "comm": program.service,
-            "pid": str(1000 + owner),
-        }
-        builder.add(make_labels(labels), numbers[row[row >= 0]], count)
-    stored = int(samples.sum())
-    accounting = Accounting(
-        hosts=(Host("web-1", "00112233445566aa"),),
-        cpus=64,
-        ticks=stored,
-        stored=stored,
-        profiled_ns=MINUTE_NS,
-        nonidle_ns=stored * PERIOD_NS,
-        stops={"chain_end": stored},
+def _fill_hosts(
+    fleet: Fleet, store: ObjectStore, hosts: Iterable[int], minutes: Sequence[int]
+) -> Made:
+    keep_freed_memory()
+    made, started = Made(), time.process_time()
+    for host in hosts:
+        for minute in minutes:
+            drawn = fleet.draw(host, minute)
+            if drawn is None:
+                continue
+            content = fleet.encode(drawn)
+            _put(store, fleet.key(drawn, content).text, content)
+            samples = int(drawn.samples.sum())
+            made = made.plus(Made(1, len(content), samples, len(drawn.samples)))
+    return made._replace(cpu_s=time.process_time() - started)
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed, as workers do (`storage.query.workers`).
+
+    Else a third of the time goes into pages that are new each time.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        mmap_threshold, trim_threshold = -3, -1
+        libc.mallopt(mmap_threshold, 1 << 28)
+        libc.mallopt(trim_threshold, 1 << 28)
+
+
+def _put(store: ObjectStore, key: str, content: bytes) -> None:
+    if not isinstance(store, DirectoryStore):
+        store.put(key, content)
+        return
+    # Without fsync, which is not what is measured here.
+    path = store.root / key
+    try:
+        path.write_bytes(content)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--store", required=True, help="a folder or s3://bucket/prefix")
+    parser.add_argument("--s3-endpoint", help="URL of an S3 server other than Amazon's")
+    parser.add_argument("--hosts", type=int, default=1_000)
+    parser.add_argument("--minutes", type=int, default=60)
+    parser.add_argument("--first-minute", type=int, default=60 * HOUR, help="of the day")
+    parser.add_argument("--stacks", type=int, default=STACKS, help="of a service and day")
+    parser.add_argument("--processes", type=int, default=0, help="by default one per CPU")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    started = time.monotonic()
+    fleet = Fleet(options.hosts, stacks=options.stacks, seed=options.seed)
+    ready = time.monotonic()
+    minutes = range(options.first_minute, options.first_minute + options.minutes)
+    made = fill(
+        fleet, options.store, minutes, endpoint=options.s3_endpoint, processes=options.processes
     )
-    return builder.build(window, accounting)
-
-
-@dataclass(frozen=True, slots=True)
-class _Calls:
-    """Who calls whom: `callees[f]` are the functions that f calls, the likeliest first."""
-
-    layer: np.ndarray
-    callees: np.ndarray
-    is_straight: np.ndarray
-    """It nearly always calls the first of them, as most functions of frameworks do."""
-    starts: int
-    """So many of the first functions are where threads begin."""
-
-
-def _calls(random: np.random.Generator, functions: int, layers: int) -> _Calls:
-    # Few functions near the start, most in the middle: main, frameworks, then everything else.
-    weights = np.minimum(np.arange(1, layers + 1) ** 1.5, 4.0 * layers)
-    bounds = np.ceil(np.cumsum(weights) / weights.sum() * functions).astype(np.int64)
-    layer = np.searchsorted(bounds, np.arange(functions), side="right")
-    first = np.concatenate([[0], bounds])
-    # Most calls go one layer down, some two or three.
-    to = np.minimum(
-        layer[:, None] + random.choice((1, 2, 3), (functions, _CALLEES), p=(0.8, 0.15, 0.05)),
-        layers - 1,
+    print(
+        f"{made.objects:,} objects, {made.size_bytes / 1e6:,.0f} MB, {made.samples:,} samples,"
+        f" {made.rows:,} rows: {time.monotonic() - ready:.1f} s after {ready - started:.1f} s of"
+        f" preparation, CPU {made.cpu_s / max(1, made.objects) * 1e3:.2f} ms an object"
     )
-    low, high = first[to], np.maximum(first[to + 1], first[to] + 1)
-    callees = low + (random.random((functions, _CALLEES)) * (high - low)).astype(np.int64)
-    is_straight = random.random(functions) < _STRAIGHT
-    return _Calls(layer, np.minimum(callees, functions - 1), is_straight, int(bounds[0]))
 
 
-def _walk(
-    random: np.random.Generator, graphs: list[_Calls], below: _Calls
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return different walks as rows of function numbers, -1 past their end, and their counts."""
-    seen: dict[bytes, int] = {}
-    counts: list[int] = []
-    firsts = np.cumsum([0, *(len(graph.layer) for graph in graphs)])
-    shares = [program.share for program in _PROGRAMS]
-    while len(counts) < STACKS:
-        rows = np.full((_WALKS_AT_ONCE, _DEEPEST + _KERNEL_LAYERS), -1, dtype=np.int32)
-        owners = random.choice(len(graphs), _WALKS_AT_ONCE, p=shares)
-        for owner, graph in enumerate(graphs):
-            mine = np.flatnonzero(owners == owner)
-            rows[mine, :_DEEPEST] = _walks_in(random, graph, len(mine), _DEEPEST, firsts[owner])
-        depth = (rows >= 0).sum(axis=1)
-        inner = np.flatnonzero(random.random(_WALKS_AT_ONCE) < _TO_KERNEL)
-        tails = _walks_in(random, below, len(inner), _KERNEL_LAYERS, firsts[-1])
-        for i in range(_KERNEL_LAYERS):
-            rows[inner, depth[inner] + i] = tails[:, i]
-        for row in rows:
-            key = row.tobytes()
-            number = seen.setdefault(key, len(counts))
-            if number < len(counts):
-                counts[number] += 1
-            elif len(counts) < STACKS:
-                counts.append(1)
-            else:
-                break
-    width = _DEEPEST + _KERNEL_LAYERS
-    content = b"".join(list(seen)[:STACKS])
-    return np.frombuffer(content, np.int32).reshape(-1, width), np.array(counts, dtype=np.int64)
-
-
-def _walks_in(
-    random: np.random.Generator, graph: _Calls, count: int, deepest: int, first: int
-) -> np.ndarray:
-    rows = np.full((count, deepest), -1, dtype=np.int64)
-    weights = 1 / np.arange(1, _CALLEES + 1) ** _SLOPE
-    cumulative = np.cumsum(weights) / weights.sum()
-    last = graph.layer[-1]
-    at = random.integers(0, graph.starts, count)
-    alive = np.arange(count)
-    for i in range(deepest):
-        rows[alive, i] = at + first
-        layer = graph.layer[at]
-        ends = random.random(len(alive)) < 0.2 * (layer / last) ** 3 + (layer == last)
-        alive, at = alive[~ends], at[~ends]
-        is_first = graph.is_straight[at] & (random.random(len(alive)) < _STRAIGHTNESS)
-        choice = np.searchsorted(cumulative, random.random(len(alive)) * ~is_first)
-        at = graph.callees[at, np.minimum(choice, _CALLEES - 1)]
-    return rows
-
-
-class _Names:
-    """Makes a place and a name for each function of a program, which no other function has."""
-
-    def __init__(self, random: np.random.Generator) -> None:
-        self._random = random
-        self._used: set[str] = set()
-
-    def of(self, program: _Program, number: int, layer: int) -> tuple[Location, Frame]:
-        name, kind = program.module.name, program.kind
-        if layer == 0:
-            usual = {Kind.GO: "runtime.goexit", Kind.PYTHON: "<module>"}.get(kind, "_start")
-            function = usual if number == 0 else f"{usual}_{number}"
-        elif kind is Kind.NATIVE:
-            function = self._unused(self._cpp if program.service == "search" else self._c)
-        else:
-            of_kind = {Kind.PYTHON: self._snake, Kind.GO: self._go, Kind.JIT: self._java}
-            function = self._unused(of_kind[kind])
-        ending = {Kind.PYTHON: "py", Kind.GO: "go", Kind.JIT: "java"}.get(kind, "cc")
-        file = f"src/{self._pick(_SPACES)}/{self._pick(_NOUNS)}.{ending}"
-        line = 10 + number % 900
-        frame = Frame(function, name, kind, file, line)
-        if kind in {Kind.PYTHON, Kind.JIT}:
-            return NamedLocation(function, name, kind, file, line - 7, line), frame
-        return AddressLocation(program.module.build_id, FileOffset(0x1000 + 64 * number)), frame
-
-    def of_kernel(self, number: int) -> tuple[Location, Frame]:
-        usual = ("entry_SYSCALL_64_after_hwframe", "do_syscall_64", "asm_exc_page_fault")
-        function = usual[number] if number < len(usual) else self._unused(self._c)
-        place = AddressLocation(_KERNEL.build_id, FileOffset(0x1000 + 64 * number))
-        return place, Frame(function, _KERNEL.name, Kind.KERNEL)
-
-    def _unused(self, make: Callable[[], str]) -> str:
-        while True:
-            name = make()
-            if name not in self._used:
-                self._used.add(name)
-                return name
-
-    def _pick(self, words: list[str]) -> str:
-        return words[int(self._random.integers(len(words)))]
-
-    def _snake(self) -> str:
-        name = f"{self._pick(_VERBS)}_{self._pick(_NOUNS)}"
-        more = self._random.integers(3)
-        if more == 0:
-            return f"{self._camel(2)}.{name}"
-        return f"_{name}" if more == 1 else f"{name}_{self._pick(_NOUNS)}"
-
-    def _camel(self, words: int) -> str:
-        return "".join(self._pick(_NOUNS).capitalize() for _ in range(words))
-
-    def _c(self) -> str:
-        ending = self._pick(["", "_locked", "_slow", "_one"])
-        return f"{self._pick(_SPACES)}_{self._pick(_VERBS)}_{self._pick(_NOUNS)}{ending}"
-
-    def _cpp(self) -> str:
-        scope = f"{self._pick(_SPACES)}::{self._camel(2)}"
-        if self._random.random() < 0.3:
-            scope += f"<std::shared_ptr<{self._pick(_SPACES)}::{self._camel(1)}> >"
-        arguments = ", ".join(
-            self._pick(["unsigned long", "std::string const&", f"{self._camel(1)} const*", "int"])
-            for _ in range(int(self._random.integers(3)))
-        )
-        return f"{scope}::{self._pick(_VERBS)}{self._camel(1)}({arguments})"
-
-    def _go(self) -> str:
-        package = f"github.com/example/gateway/internal/{self._pick(_NOUNS)}"
-        verb = f"{self._pick(_VERBS).capitalize()}{self._camel(1)}"
-        return (
-            f"{package}.(*{self._camel(2)}).{verb}"
-            if self._random.random() < 0.6
-            else f"{package}.{verb}"
-        )
-
-    def _java(self) -> str:
-        package = f"com.example.ledger.{self._pick(_SPACES)}"
-        return f"{package}.{self._camel(2)}.{self._pick(_VERBS)}{self._camel(1)}"
+if __name__ == "__main__":
+    main()
