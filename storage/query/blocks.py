@@ -68,7 +68,7 @@ _CONTENTS_KEPT = 300_000
 """Objects of parts that are remembered by their content, some 100 bytes each."""
 _NAMES_KEPT_S = 30.0
 _SAMPLES = (DETAIL, *ROLLUPS.values())
-_MANY_ROWS = 1_000_000
+_MANY_ROWS = 4_000_000
 """Rows of detail in the whole hours of a window beyond which rollups are read: a second's work."""
 _BUCKETS_S = {table: seconds for seconds, table in ROLLUPS.items()}
 _STEPS = (
@@ -195,12 +195,15 @@ class Blocks:
             return [whole]
         return [self._columns([hour], selector, uses_rollups=uses_rollups) for hour in hours]
 
-    def uses_rollups(self, hours: Sequence[CompactedHour], labels: frozenset[str] | None) -> bool:
-        """Return whether `profile` reads rollups of whole hours, though there is detail."""
-        if labels is None or not labels.issubset(ROLLUP_LABELS):
-            return False
+    def is_large(self, hours: Sequence[CompactedHour]) -> bool:
+        """Return whether the whole ones of some hours have more rows than are kept and merged."""
         files = (file for hour in hours if hour.is_whole for file in files_of(hour, DETAIL))
         return sum(file.rows for file in files) > _MANY_ROWS
+
+    def uses_rollups(self, hours: Sequence[CompactedHour], labels: frozenset[str] | None) -> bool:
+        """Return whether `profile` reads rollups of whole hours, though there is detail."""
+        are_enough = labels is not None and labels.issubset(ROLLUP_LABELS)
+        return are_enough and self.is_large(hours)
 
     def columns(self, hour: CompactedHour, selector: Selector) -> Part[Columns]:
         """Read the profile of an hour with all labels; only selected rows."""

@@ -64,6 +64,11 @@ def files_of(hour: CompactedHour, *tables: str) -> list[File]:
     return [file for part in hour.manifest.parts for file in part.files if file.table in tables]
 
 
+def has_detail(hour: CompactedHour) -> bool:
+    """Return whether the samples of an hour are kept with all of their labels."""
+    return all(part.files_of(DETAIL) for part in hour.manifest.parts)
+
+
 def samples_of(hour: CompactedHour, *, prefers_rollup: bool) -> list[File]:
     """Return the files with the samples of an hour, each sample once, as detailed as they are kept.
 

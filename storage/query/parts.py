@@ -21,7 +21,7 @@ from storage.objects.keys import NS_PER_S
 from storage.profile import Window
 from storage.query.blocks import Blocks
 from storage.query.cache import DecodedCache
-from storage.query.compacted import CompactedHour
+from storage.query.compacted import CompactedHour, has_detail
 from storage.query.coverage import Derived, Kept, ListedObject, Part, Skipped
 from storage.query.decoding import FETCHES, Decoder, Progress, join_parts
 from storage.query.function_totals import FunctionTotals
@@ -173,12 +173,18 @@ class Parts:
     def read_profile(
         self, window: Window, selector: Selector, labels: frozenset[str] | None
     ) -> Iterator[Part[Columns]]:
-        """Return the profiles of a window; see `Blocks.profile` for those of compacted hours."""
+        """Return the profiles of a window.
+
+        Compacted hours are kept one by one and merged, or if they are large, read together:
+        see `Blocks.profile`.
+        """
         listed = self.listing.at(window)
         yield from _skipped(listed.skipped)
-        if listed.hours:
+        if self.blocks.is_large(listed.hours):
             self.progress.check()
             yield from self.blocks.profile(listed.hours, selector, labels)
+        else:
+            yield from self.read_spans(self.selected_columns(selector), listed.hours)
         spans = self.spans(listed.objects, window, SPANS_NS)
         yield from self.read_spans(self.columns, spans)
 
@@ -350,26 +356,31 @@ class Parts:
         read: Callable[[CompactedHour], Part[Kept]],
     ) -> Part[Kept]:
         """Read a compacted hour; a whole one is kept, as all that is made of it."""
-        name = self.name(hour)
-        known = self.cache.load(kind, name) if hour.is_whole else None
+        known = self._kept_hour(kind, hour)
         if known is not None:
-            return Part((hour.key,), known[0])
+            return known
+        name = self.name(hour)
         with self._turns.of(f"{kind.__name__} {name}", self.progress.check):
-            known = self.cache.load(kind, name) if hour.is_whole else None
+            known = self._kept_hour(kind, hour)
             if known is not None:
-                return Part((hour.key,), known[0])
+                return known
             part = read(hour)
             if part.value is not None and part.is_lasting and hour.is_whole:
-                self.cache.save(part.value, name)
+                self.cache.save(part.value, name, part.skipped)
             return part
+
+    def _kept_hour(self, kind: type[Kept], hour: CompactedHour) -> Part[Kept] | None:
+        known = self.cache.load(kind, self.name(hour)) if hour.is_whole else None
+        if known is None:
+            return None
+        return Part((hour.key,), known[0], tuple(Skipped(*each) for each in known[1] or ()))
 
     def _columns_of_hour(self, hour: CompactedHour, selector: Selector) -> Part[Columns]:
         """Read an hour; if it is not kept, without what is not selected."""
         if selector.matchers:
-            known = self.cache.load(Columns, self.name(hour)) if hour.is_whole else None
-            if known is None:
-                return self.blocks.columns(hour, selector)
-            return Part((hour.key,), known[0])
+            # Of expired detail not all labels are left, which reading it says.
+            known = self._kept_hour(Columns, hour) if has_detail(hour) else None
+            return known or self.blocks.columns(hour, selector)
         return self._of_hour(Columns, hour, lambda hour: self.blocks.columns(hour, self.hosts))
 
     def _self_samples_of_hour(self, hour: CompactedHour) -> Part[ObjectSelfSamples]:
