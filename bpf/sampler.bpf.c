@@ -6,6 +6,9 @@
  *
  * Maps stand twice, as two map generations. `active` names the one that ticks write to; user space
  * flips it, waits until no program can still hold the old number, and empties the idle one in peace.
+ *
+ * The file is long because bcc knows maps only in the file that it compiles: all code with maps of
+ * its own stands here.
  */
 #include "sampler.bpf.h"
 #include "tables.bpf.h"

@@ -30,7 +30,8 @@ PATIENCE_S = 600.0
 """With --every, few new objects wait so long for others."""
 _SHOWN_UNREADABLE = 5
 _WORKER_BYTES = 3 << 30
-"""What a worker may reserve. It uses a quarter of it: DuckDB has a limit of its own."""
+"""What a worker may reserve. It uses some 1 GB: DuckDB, which has a limit of its own, reserves more
+than it uses."""
 _LEAST_LEVEL0_S = 3600.0
 """A reader that has looked for compacted hours just before must still find their objects."""
 _DEFAULTS = "level0=2d,detail=14d,10m=30d,1h=90d,1d=400d"
@@ -85,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=workers,
         default=min(4, os.cpu_count() or 1),
         metavar="N",
-        help="processes that decode and merge, each with up to 1 GB (default: one per CPU, at"
+        help="processes that decode and merge, each with about 1 GB (default: one per CPU, at"
         " most 4)",
     )
 
