@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,22 @@ from symbolizer.maps import read_maps
 from symbolizer.symbols.elf import FileSource, read_elf
 from tests.support.elf_files import build
 from tests.support.file_systems import drop_caches, hanging
-from tests.support.live import has_execed, started, wait_for
+from tests.support.live import cpu_s, started, wait_for
 from tests.support.targets import running
 
 pytestmark = pytest.mark.kernel
 
-SPIN = "volatile long n; int spin(void) { while (n >= 0) n++; return 1; } int main(void) { %s }"
+SPIN = """
+#include <unistd.h>
+volatile long n;
+int spin(void) {
+  while (n >= 0)
+    if (n++ == 1000 && write(1, "!", 1) != 1)
+      return 0;
+  return 1;
+}
+int main(void) { %s }
+"""
 EVERFLAME = Path(sys.executable).with_name("everflame")
 
 
@@ -38,12 +49,13 @@ def test_sampling_goes_on_beside_a_file_system_that_does_not_answer(tmp_path):
     other = build(tmp_path / "other", SPIN % "return spin() + 1;")
     with (
         hanging(tmp_path / "mount", content) as hung,
-        running(hung.file) as one,
-        running(other) as two,
+        running(hung.file, stdout=subprocess.PIPE) as one,
+        running(other, stdout=subprocess.PIPE) as two,
         hung.ending(),
     ):
         for process in (one, two):
-            wait_for(lambda pid=process.pid: has_execed(pid))
+            # Before that it would wait for the page of its own code, and never be on a CPU.
+            assert process.stdout.read(1) == b"!"
         drop_caches(hung.file)
         hung.flag.touch()
         pids = frozenset({one.pid, two.pid})
@@ -51,7 +63,8 @@ def test_sampling_goes_on_beside_a_file_system_that_does_not_answer(tmp_path):
             recorder.start()
             wait_for(lambda: stepped(recorder)["failed"] == 1)
             recorder.close_window()
-            wait_for(lambda: stepped(recorder) and recorder.counts.stored > 200)
+            wait_for(is_sampled(recorder, one.pid))
+            wait_for(is_sampled(recorder, two.pid))
             accounting = recorder.close_window().accounting
 
         output = tmp_path / "recorded.folded"
@@ -69,9 +82,10 @@ def test_sampling_goes_on_beside_a_file_system_that_does_not_answer(tmp_path):
             os.close(theirs)
             os.read(ready, 1)
             os.close(ready)
-            time.sleep(1)  # so that a reader hangs when the recording ends
+            used_s = cpu_s(one.pid)
+            wait_for(lambda: cpu_s(one.pid) > used_s + 0.3)
             recording.send_signal(signal.SIGTERM)
-            assert recording.wait(10) == 0
+            assert recording.wait(30) == 0
 
     assert accounting.mismatch == 0
     assert accounting.misses.get(str(Miss.NO_ANSWER), 0) >= 1
@@ -145,6 +159,17 @@ def test_a_file_system_that_ends_while_its_file_is_open_is_no_fault(reader, tmp_
                 found = identifier.identify(opened)
 
     assert found.build_id == build_id
+
+
+def is_sampled(recorder: Recorder, pid: int) -> Callable[[], bool]:
+    """Return whether a process has used a CPU for as long as 100 ticks take, from now on."""
+    until_s = cpu_s(pid) + 100 / recorder.config.frequency_hz
+
+    def is_reached() -> bool:
+        stepped(recorder)
+        return cpu_s(pid) >= until_s
+
+    return is_reached
 
 
 def stepped(recorder: Recorder) -> dict[str, int]:

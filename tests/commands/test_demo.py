@@ -13,7 +13,7 @@ import pytest
 
 from profiler.commands import demo
 from tests.commands.test_up import UpPlace, descendants_of, is_running, needs_service
-from tests.support.live import stat_fields, wait_for
+from tests.support.live import cpu_s, stat_fields, wait_for
 from tests.support.targets import running
 
 SERVICES = {("shop", "1.4.0"), ("shop", "1.5.0"), ("search", "2026.1"), ("report", "7.2")}
@@ -44,11 +44,6 @@ def programs_of(pid: int) -> dict[str, int]:
         if len(arguments) > 1 and arguments[1].endswith(("shop.py", "search.py", "report.pl")):
             found[arguments[1].partition("everflame-demo-")[2].partition("/")[2]] = child
     return found
-
-
-def cpu_s(pid: int) -> float:
-    fields = stat_fields(pid)
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_each_program_takes_a_bounded_share_and_is_nice(parent) -> None:

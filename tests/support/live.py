@@ -36,6 +36,12 @@ def stat_fields(pid: int) -> list[bytes]:
     return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
 
 
+def cpu_s(pid: int) -> float:
+    """Return the CPU time that a process has used (fields 14 and 15, utime and stime)."""
+    fields = stat_fields(pid)
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def has_execed(pid: int) -> bool:
     """Return whether arguments and environment of the program are in place (field 51, env_end).
 
