@@ -1,58 +1,18 @@
 """`everflame top` over a store: which functions, modules or services of a fleet use the CPUs.
 
-Cores are CPU seconds per second of the time that data cover. The trend compares them with those of
-the same time a week before.
+What it prints is computed by `profiler.fleet`, as the page's view of a fleet is.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import orjson
 
 from profiler.commands import terminal
-from profiler.commands.selection import NothingSelectedError, Selection, selected
+from profiler.commands.selection import NothingSelectedError, selected
+from profiler.fleet import FleetTop, Line, read_top
 from profiler.text import cells, counted, fit, pad, percent
-from profiler.times import NS_PER_S, from_until
-from storage.profile import Labels, Window
-from storage.query.function_totals import FunctionTotal
-from storage.query.query import Query
-
-GROUPS = ("function", "module", "service")
-_WEEK_NS = 7 * 86_400 * NS_PER_S
-_LEAST_COVERED = 0.5
-"""A week before there must be data for so much of the time, or there is no trend."""
-
-Key = tuple[Labels, str, str, str]
-"""Labels, function, module and kind; a module or service has no function."""
-
-
-class Cost(NamedTuple):
-    """CPU time in ns: of a function itself, and with all that it calls; None where unknown."""
-
-    self: int
-    total: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What ran in a window, and for how many ns of it there are data."""
-
-    window: Window
-    covered_ns: int
-    whole: int
-    rows: dict[Key, Cost]
-    skipped: int
-
-    @property
-    def is_covered(self) -> bool:
-        length_ns = self.window.end_ns - self.window.start_ns
-        return self.covered_ns >= _LEAST_COVERED * length_ns
-
-    def cores(self, value: int) -> float:
-        return value / max(1, self.covered_ns)
+from profiler.times import from_until
 
 
 def run(options: argparse.Namespace) -> int:
@@ -62,109 +22,34 @@ def run(options: argparse.Namespace) -> int:
         ValueError, StoreError: as `selected`; NothingSelectedError if there is no sample.
     """
     selection = selected(options, start="now-1h")
-    query = selection.query()
-    read = _READERS[options.group]
     by = tuple(options.by or ())
-    now = read(query, selection, selection.window, by)
-    if not now.whole:
+    top = read_top(selection.query(), selection.window, selection.selector, options.group, by)
+    if not top.now.whole:
         raise NothingSelectedError(selection.why_nothing())
-    before = None
-    if selection.window.start_ns >= _WEEK_NS:
-        earlier = Window(*(at - _WEEK_NS for at in selection.window))
-        if query.has_data(earlier):
-            before = read(query, selection, earlier, by)
-            before = before if before.is_covered else None
     if options.json:
-        sys.stdout.buffer.write(_as_json(now, before, options) + b"\n")
+        sys.stdout.buffer.write(_as_json(top, options) + b"\n")
         return 0
-    print(_table(now, before, options, terminal.width(sys.stdout)))
-    if now.skipped:
-        print(f"everflame: {counted(now.skipped, 'object')} could not be read", file=sys.stderr)
+    print(_table(top, options, terminal.width(sys.stdout)))
+    skipped = len(top.now.coverage.skipped)
+    if skipped:
+        print(f"everflame: {counted(skipped, 'object')} could not be read", file=sys.stderr)
     return 0
 
 
-def _functions(query: Query, selection: Selection, window: Window, by: tuple[str, ...]) -> Costs:
-    found = query.functions(window, selection.selector, by)
-    rows = {_key(row): Cost(row.self, row.total) for row in found.rows if row.total}
-    skipped = len(found.coverage.skipped)
-    return Costs(window, _covered_ns(query, selection, window), found.total, rows, skipped)
-
-
-def _modules(query: Query, selection: Selection, window: Window, by: tuple[str, ...]) -> Costs:
-    functions = _functions(query, selection, window, by)
-    rows: dict[Key, Cost] = {}
-    for (labels, _, module, kind), cost in functions.rows.items():
-        key = (labels, "", module, kind)
-        rows[key] = Cost(cost.self + rows.get(key, Cost(0, None)).self, None)
-    used = {key: cost for key, cost in rows.items() if cost.self}
-    return Costs(window, functions.covered_ns, functions.whole, used, functions.skipped)
-
-
-def _services(query: Query, selection: Selection, window: Window, by: tuple[str, ...]) -> Costs:
-    length_ns = window.end_ns - window.start_ns
-    labels = ("service", *(name for name in by if name != "service"))
-    found = query.timeline(window, selection.selector, step_ns=length_ns, by=labels)
-    rows = {
-        (each.labels, "", "", ""): Cost(int(each.values.sum()), int(each.values.sum()))
-        for each in found.series
-    }
-    whole = sum(cost.self for cost in rows.values())
-    skipped = len(found.coverage.skipped)
-    return Costs(window, int(found.covered_ns.sum()), whole, rows, skipped)
-
-
-_Reader = Callable[[Query, Selection, Window, tuple[str, ...]], Costs]
-_READERS: dict[str, _Reader] = {
-    "function": _functions,
-    "module": _modules,
-    "service": _services,
-}
-
-
-def _covered_ns(query: Query, selection: Selection, window: Window) -> int:
-    length_ns = window.end_ns - window.start_ns
-    found = query.timeline(window, selection.selector, step_ns=length_ns)
-    return int(found.covered_ns.sum())
-
-
-def _key(row: FunctionTotal) -> Key:
-    return (row.labels, row.frame.function, row.frame.module, str(row.frame.kind))
-
-
-def _largest(rows: Iterable[tuple[Key, Cost]]) -> list[tuple[Key, Cost]]:
-    return sorted(rows, key=lambda row: (-row[1].self, -(row[1].total or 0), row[0]))
-
-
-def _trend(key: Key, cost: Cost, now: Costs, before: Costs | None) -> float | None:
-    """Return by which part the cores of a row have grown in a week; None if that is unknown.
-
-    Infinity: there was none of it.
-    """
-    if before is None:
-        return None
-    earlier = before.rows.get(key)
-    if earlier is None or not earlier.self:
-        return float("inf") if cost.self else None
-    return now.cores(cost.self) / before.cores(earlier.self) - 1
-
-
-def _as_json(now: Costs, before: Costs | None, options: argparse.Namespace) -> bytes:
-    def record(key: Key, cost: Cost) -> dict[str, object]:
-        labels, function, module, kind = key
-        earlier = before.rows.get(key, Cost(0, 0)) if before else None
+def _as_json(top: FleetTop, options: argparse.Namespace) -> bytes:
+    def record(line: Line) -> dict[str, object]:
         return {
-            "labels": dict(labels),
-            "function": function,
-            "module": module,
-            "kind": kind,
-            "self_ns": cost.self,
-            "total_ns": cost.total,
-            "cores": now.cores(cost.self),
-            "share": cost.self / now.whole,
-            "cores_week_before": before.cores(earlier.self) if before and earlier else None,
+            "labels": dict(line.labels),
+            **line.name._asdict(),
+            "self_ns": line.self_ns,
+            "total_ns": line.total_ns if options.group != "service" else line.self_ns,
+            "cores": line.cores,
+            "share": line.share,
+            "cores_week_before": line.cores_week_before,
         }
 
-    rows = _largest(now.rows.items())
+    now = top.now
+    lines, count = top.lines(limit=options.limit)
     return orjson.dumps(
         {
             "schema": 1,
@@ -175,45 +60,44 @@ def _as_json(now: Costs, before: Costs | None, options: argparse.Namespace) -> b
             "query": options.query,
             "group": options.group,
             "cores": now.cores(now.whole),
-            "rows": [record(*row) for row in rows[: options.limit]],
-            "more": max(0, len(rows) - options.limit),
+            "rows": list(map(record, lines)),
+            "more": count - len(lines),
         }
     )
 
 
-def _table(now: Costs, before: Costs | None, options: argparse.Namespace, width: int) -> str:
-    rows = _largest(now.rows.items())
-    names = sorted({name for (labels, *_), _ in rows for name, _ in labels})
+def _table(top: FleetTop, options: argparse.Namespace, width: int) -> str:
+    now, group = top.now, options.group
+    names = sorted({name for labels in now.label_sets for name, _ in labels})
     texts = [name.upper() for name in names]
-    texts += {"function": ["FUNCTION", "MODULE"], "module": ["MODULE"], "service": []}[
-        options.group
-    ]
+    texts += {"function": ["FUNCTION", "MODULE"], "module": ["MODULE"], "service": []}[group]
     head = ["CORES", "SELF", "TOTAL", "WEEK"]
-    if options.group != "function":
+    if group != "function":
         del head[2]
     table = [(head, texts)]
-    for key, cost in rows[: options.limit]:
-        labels, function, module, _ = key
-        numbers = [f"{now.cores(cost.self):,.3f}", percent(cost.self, now.whole)]
-        if options.group == "function":
-            numbers.append(percent(cost.total or 0, now.whole))
-        numbers.append(_trend_text(_trend(key, cost, now, before)))
-        values = [dict(labels).get(name, "") for name in names]
-        values += {"function": [function, module], "module": [module], "service": []}[options.group]
+    lines, count = top.lines(limit=options.limit)
+    for line in lines:
+        numbers = [f"{line.cores:,.3f}", percent(line.self_ns, now.whole)]
+        if group == "function":
+            numbers.append(percent(line.total_ns or 0, now.whole))
+        numbers.append(_trend_text(line.trend))
+        values = [dict(line.labels).get(name, "") for name in names]
+        function, module, _ = line.name
+        values += {"function": [function, module], "module": [module], "service": []}[group]
         table.append((numbers, values))
     widths = [max(cells(left[i]) for left, _ in table) for i in range(len(head))]
     room = max(20, width - sum(widths) - 2 * len(widths))
-    lines = [f"{now.cores(now.whole):,.2f} cores used {from_until(now.window)}", ""]
+    texts_of = [f"{now.cores(now.whole):,.2f} cores used {from_until(now.window)}", ""]
     sizes = _sizes([right for _, right in table], room)
     for left, right in table:
         parts = [text.rjust(size) for text, size in zip(left, widths, strict=True)]
         parts += [pad(fit(text, size), size) for text, size in zip(right, sizes, strict=True)]
-        lines.append(fit("  ".join(parts).rstrip(), width))
-    if len(rows) > options.limit:
-        lines.append(f"and {counted(len(rows) - options.limit, 'more ' + options.group)}")
-    if before is None:
-        lines.append("no trend: the store has too little of the week before")
-    return "\n".join(lines)
+        texts_of.append(fit("  ".join(parts).rstrip(), width))
+    if count > len(lines):
+        texts_of.append(f"and {counted(count - len(lines), 'more ' + group)}")
+    if top.before is None:
+        texts_of.append("no trend: the store has too little of the week before")
+    return "\n".join(texts_of)
 
 
 def _sizes(rows: list[list[str]], room: int) -> list[int]:

@@ -13,6 +13,7 @@ from profiler.agent.recorder import Recorder
 from profiler.agent.signals import ENDING, Signals
 from profiler.commands import arguments, fleet_top, terminal
 from profiler.commands.targets import target_of
+from profiler.fleet import GROUPS
 from profiler.text import counted, tell
 from storage.columns import Columns
 from storage.profile import Profile
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fleet.add_argument(
         "--group",
-        choices=fleet_top.GROUPS,
+        choices=GROUPS,
         default="function",
         help="what a line stands for (default function)",
     )
