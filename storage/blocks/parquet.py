@@ -37,10 +37,45 @@ ROLLUPS = {600: "samples_10m", 3600: "samples_1h", 86400: "samples_1d"}
 """Table by the length of its buckets in seconds."""
 DICTIONARY = ("stacks", "frames", "names", "modules", "label_sets")
 """Tables that say what ids mean. Files of them may be read together with any samples."""
+HEADS = ("objects", "times", "presence")
+"""Tables with a row or more for each object."""
+HEADS_10M = tuple(f"{table}_10m" for table in HEADS)
+"""The same with a line for each host and ten minutes, made when an hour is rolled up."""
+PART = (DETAIL, ROLLUPS[600], *HEADS, *DICTIONARY)
+"""The tables of a part. All others are rollups of an hour or a day."""
+FUNCTIONS = "functions"
+"""What the ids of functions mean."""
 
 _SAMPLES = {"samples": "BIGINT", "value": "BIGINT"}
 _ROLLUP = {"ts": "UINTEGER", "set_id": "UBIGINT", "stack_id": "UBIGINT", **_SAMPLES}
 _COUNTS = "MAP(VARCHAR, BIGINT)"
+_TIMES = {"object_id": "UBIGINT", "host_id": "UBIGINT", "set_id": "UBIGINT", **_SAMPLES}
+_PRESENCE = {"object_id": "UBIGINT", "set_id": "UBIGINT", "present_ns": "BIGINT"}
+_OBJECT_NUMBERS = (
+    "start_ns", "end_ns", "period_ns", "cpus", "nonidle_ns", "profiled_ns", "ticks", "idle",
+    "filtered", "stored", "uncounted", "agent_cpu_ns", "agent_rss_bytes",
+)  # fmt: skip
+_OBJECTS = {
+    "object_id": "UBIGINT",
+    "content16": "VARCHAR",
+    "type": "VARCHAR",
+    "unit": "VARCHAR",
+    "start_s": "UINTEGER",
+    "length_s": "UINTEGER",
+    "host_key": "VARCHAR",
+    "host": "VARCHAR",
+    "host_id": "UBIGINT",
+    "hosts": 'STRUCT("name" VARCHAR, host_id VARCHAR)[]',
+    **dict.fromkeys(_OBJECT_NUMBERS, "BIGINT"),
+    **dict.fromkeys(("lost", "stops", "misses"), _COUNTS),
+}
+_FUNCTION_SAMPLES = {
+    "ts": "UINTEGER",
+    "host_id": "UBIGINT",
+    "set_id": "UBIGINT",
+    "function_id": "UBIGINT",
+    **_SAMPLES,
+}
 TABLES: Mapping[str, Mapping[str, str]] = {
     DETAIL: {
         "ts": "UINTEGER",
@@ -50,7 +85,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         **_SAMPLES,
     },
     **dict.fromkeys(ROLLUPS.values(), _ROLLUP),
-    "times": {"object_id": "UBIGINT", "host_id": "UBIGINT", "set_id": "UBIGINT", **_SAMPLES},
+    "times": _TIMES,
     "stacks": {"stack_id": "UBIGINT", "frame_ids": "UBIGINT[]"},
     "frames": {
         "frame_id": "UBIGINT",
@@ -77,35 +112,28 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "segments": "STRUCT(p_vaddr UBIGINT, p_offset UBIGINT, p_filesz UBIGINT)[]",
     },
     "label_sets": {"set_id": "UBIGINT", "labels": "MAP(VARCHAR, VARCHAR)"},
-    "objects": {
-        "object_id": "UBIGINT",
-        "content16": "VARCHAR",
-        "type": "VARCHAR",
-        "unit": "VARCHAR",
-        "start_s": "UINTEGER",
-        "length_s": "UINTEGER",
-        "host_key": "VARCHAR",
-        "host": "VARCHAR",
-        "host_id": "UBIGINT",
-        "hosts": 'STRUCT("name" VARCHAR, host_id VARCHAR)[]',
-        "start_ns": "BIGINT",
-        "end_ns": "BIGINT",
-        "period_ns": "BIGINT",
-        "cpus": "BIGINT",
-        "nonidle_ns": "BIGINT",
-        "profiled_ns": "BIGINT",
-        "ticks": "BIGINT",
-        "idle": "BIGINT",
-        "filtered": "BIGINT",
-        "stored": "BIGINT",
-        "uncounted": "BIGINT",
-        "agent_cpu_ns": "BIGINT",
-        "agent_rss_bytes": "BIGINT",
-        "lost": _COUNTS,
-        "stops": _COUNTS,
-        "misses": _COUNTS,
+    "objects": _OBJECTS,
+    "presence": _PRESENCE,
+    "objects_10m": {**_OBJECTS, "objects": "BIGINT"},
+    "times_10m": _TIMES,
+    "presence_10m": _PRESENCE,
+    "functions_10m": _FUNCTION_SAMPLES,
+    "functions_1h": {
+        "ts": "UINTEGER",
+        "set_id": "UBIGINT",
+        "function_id": "UBIGINT",
+        **_SAMPLES,
+        "total_samples": "BIGINT",
+        "total_value": "BIGINT",
     },
-    "presence": {"object_id": "UBIGINT", "set_id": "UBIGINT", "present_ns": "BIGINT"},
+    "functions_1d": _FUNCTION_SAMPLES,
+    FUNCTIONS: {
+        "function_id": "UBIGINT",
+        "function": "VARCHAR",
+        "module": "VARCHAR",
+        "kind": "VARCHAR",
+        "file": "VARCHAR",
+    },
 }
 
 _ORDER = {
@@ -119,6 +147,13 @@ _ORDER = {
     "label_sets": "set_id",
     "objects": "start_s, host_key, length_s, content16",
     "presence": "object_id, set_id, present_ns",
+    "objects_10m": "start_s, host_key, host, object_id",
+    "times_10m": "object_id, host_id, set_id",
+    "presence_10m": "object_id, set_id",
+    "functions_10m": "function_id, set_id, host_id, ts",
+    "functions_1h": "function_id, set_id, ts",
+    "functions_1d": "function_id, set_id, host_id",
+    FUNCTIONS: "function_id",
 }
 """By what each table is sorted: that makes it small, and the order of parts does not show."""
 

@@ -16,8 +16,8 @@ from storage.blocks.parquet import (
     DEFAULT_MEMORY_BYTES,
     DETAIL,
     DICTIONARY,
+    PART,
     ROLLUPS,
-    TABLES,
     Engine,
     LocalFile,
     engine,
@@ -73,12 +73,8 @@ def write_block(block: Block, folder: Path) -> list[LocalFile]:
             " GROUP BY ALL"
         )
         _fold_rollup(opened, block.hasher)
-        sources = {table: table for table in TABLES} | {DETAIL: "detail", _FIRST_ROLLUP: "rollup"}
-        return [
-            opened.write(table, f"SELECT * FROM {sources[table]}", folder)
-            for table in TABLES
-            if table == _FIRST_ROLLUP or table not in ROLLUPS.values()
-        ]
+        sources = {table: table for table in PART} | {DETAIL: "detail", _FIRST_ROLLUP: "rollup"}
+        return [opened.write(table, f"SELECT * FROM {sources[table]}", folder) for table in PART]
 
 
 def merge_parts(
@@ -112,7 +108,7 @@ def merge_parts(
         for table, source in ((_FIRST_ROLLUP, "rollup"), *zip(DICTIONARY, DICTIONARY, strict=True)):
             query = f"SELECT * FROM {source}"
             merged[table] = opened.write(table, query, folder)
-    return [merged[table] for table in TABLES if table in merged]
+    return [merged[table] for table in PART]
 
 
 def merge_dictionaries(
