@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 from object_writer import PERIOD_NS, Shape
-from programs import SERVICES, Program, Programs
+from programs import FIVE, Layout, Program, Programs
 
 from storage.columns import Columns, object_of, presence_of, times_of
 from storage.formats import pprof
@@ -61,8 +61,8 @@ STACKS = 500_000
 HOUR = 9
 """The hour that is made by default: `search` is deployed in it."""
 
-_CPUS = 4
-_TICKS = _CPUS * 99 * 60
+CPUS = 4
+_TICKS = CPUS * 99 * 60
 _SAMPLES = 3_000
 """Of a host in a minute on average: 0.5 busy CPUs, some 1,500 different stacks."""
 _SWING, _HOST_SD = 0.4, 0.2
@@ -72,8 +72,6 @@ _HOTTEST = 300
 """Of a service: their frames are in the tables of each of its objects."""
 _ROLLOUT = 20
 """Minutes from the first host of a deployment to the last."""
-_KINDS = ((0, 2, 5), (1, 2, 5), (3, 4, 5), (0, 1, 5))
-"""Services of the kinds of hosts."""
 _MISSING, _TOMBSTONES, _LOSSES = 1 / 5_000, 1 / 5_000, 1 / 100
 _LABELS = ("service", "version", "comm", "pid", "thread")
 
@@ -102,18 +100,23 @@ class Fleet:
 
     Attributes:
         hosts: their names and ids.
+        services: what they run, and `programs` what that has on its stacks.
         stacks: how many numbers of stacks there are; those of two versions differ.
     """
 
-    def __init__(self, hosts: int, *, stacks: int = STACKS, seed: int = 1) -> None:
+    def __init__(
+        self, hosts: int, *, stacks: int = STACKS, seed: int = 1, layout: Layout = FIVE
+    ) -> None:
         """Make so many stacks a service, which takes some seconds."""
         self.hosts = [
             Host(f"node-{i:05}", hashlib.sha256(f"node-{i}".encode()).hexdigest()[:16])
             for i in range(hosts)
         ]
         self._seed = seed
-        self._programs = Programs(np.random.default_rng(seed), stacks)
-        self.stacks = self._programs.stacks
+        self._kinds = layout.kinds
+        self.services = layout.services
+        self.programs = Programs(np.random.default_rng(seed), stacks, layout)
+        self.stacks = self.programs.stacks
         self._shape_of = functools.cache(self._make_shape)
         self._sets_of = functools.lru_cache(maxsize=4)(self._make_sets)
 
@@ -124,17 +127,15 @@ class Fleet:
         if is_missing:
             return None
         running = self._running(host, minute)
-        load = 1 + _SWING * math.sin(2 * math.pi * (minute / 1440 - 0.3))
-        load *= math.exp(_HOST_SD * math.sin(1.0 + 12.9898 * host))
-        total = sum(SERVICES[service].share * part for service, _, part in running)
+        total = sum(self.services[service].share * part for service, _, part in running)
         keys, first_set = [], 0
         for service, version, part in running:
-            described, program = SERVICES[service], self._programs.of[service]
-            mean = _SAMPLES * load * described.share * part / total
+            described, program = self.services[service], self.programs.of[service]
+            mean = self.mean_samples(host, minute) * described.share * part / total
             rows = _draw_rows(random, program, int(random.poisson(mean)))
             process = random.integers(0, described.processes, len(rows))
             threads = len(described.threads)
-            sets = first_set + process * threads + self._programs.threads[rows]
+            sets = first_set + process * threads + self.programs.threads[rows]
             first_set += described.processes * threads
             keys.append(sets * self.stacks + program.numbers_of(rows, version))
         key, samples = np.unique(np.concatenate(keys), return_counts=True)
@@ -150,6 +151,15 @@ class Fleet:
             return Drawn(host, window, pairs, none, none, none, accounting)
         return drawn._replace(accounting=accounting)
 
+    def services_of(self, host: int) -> tuple[int, ...]:
+        """Return what runs on a host, as indices."""
+        return self._kinds[host % len(self._kinds)]
+
+    def mean_samples(self, host: int, minute: int) -> float:
+        """Return how many samples a minute of a host has on average."""
+        load = 1 + _SWING * math.sin(2 * math.pi * (minute / 1440 - 0.3))
+        return _SAMPLES * load * math.exp(_HOST_SD * math.sin(1.0 + 12.9898 * host))
+
     def label_sets(self, drawn: Drawn) -> list[Labels]:
         """Return the label sets that `sets` of a window refer to, without the host."""
         return self._sets_of(drawn.host, drawn.running)[0]
@@ -159,7 +169,7 @@ class Fleet:
         if not len(drawn.stacks):
             return pprof.encode(ProfileBuilder(PERIOD_NS).build(drawn.window, drawn.accounting))
         shape = self._shape_of(drawn.running)
-        offsets, words = self._programs.stacks_of(drawn.stacks)
+        offsets, words = self.programs.stacks_of(drawn.stacks)
         used = shape.used(words)
         accounting = replace(drawn.accounting, misses={"no symbol": shape.misses(used)})
         return shape.encode(
@@ -176,7 +186,7 @@ class Fleet:
 
         500,000 stacks a service take 1 GB, and some seconds to make.
         """
-        return self._programs.dictionary(hasher, Window(DAY_NS, DAY_NS + 1440 * MINUTE_NS))
+        return self.programs.dictionary(hasher, Window(DAY_NS, DAY_NS + 1440 * MINUTE_NS))
 
     def columns(self, drawn: Drawn, dictionary: Columns) -> Columns:
         """Return a window as `storage.query.decoding.decode_object` does, made from arrays."""
@@ -184,17 +194,8 @@ class Fleet:
             dictionary.stack_hashes[drawn.stacks], return_index=True, return_inverse=True
         )
         stacks = drawn.stacks[first]
-        starts = dictionary.stack_offsets[stacks]
-        lengths = dictionary.stack_offsets[stacks + 1] - starts
-        words = dictionary.stack_words[ranges(starts, lengths)]
-        places, words = distinct(words, len(dictionary.locations))
-        locations = dictionary.locations[places]
-        at = np.flatnonzero(locations[:, 2])
-        named = dictionary.named[locations[at, 2].astype(np.int64) - 1]
-        locations[at, 2] = np.arange(1, len(at) + 1)
-        frame_starts = dictionary.frame_offsets[places]
-        counts = dictionary.frame_offsets[places + 1] - frame_starts
-        ranks = dictionary.name_ranks[places]
+        chosen = choose_stacks(dictionary, stacks)
+        ranks = chosen.name_ranks
         is_empty = not len(stacks)
         misses = {"no symbol": int((ranks == NameRank.BOUNDED).sum())}
         accounting = replace(drawn.accounting, misses={} if is_empty else misses)
@@ -204,22 +205,14 @@ class Fleet:
         times, time_counts = times_of(rows, values)
         present_sets, presence = presence_of(accounting)
         columns = replace(
-            dictionary,
+            chosen,
             period_ns=PERIOD_NS,
             window=drawn.window,
             accounting=accounting,
             modules={} if is_empty else self._shape_of(drawn.running).modules,
             label_sets=tuple(self.label_sets(drawn)[i] for i in sets.tolist()),
-            location_hashes=dictionary.location_hashes[places],
-            locations=locations,
-            named=named,
-            frame_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
-            frames=dictionary.frames[ranges(frame_starts, counts)],
-            name_ranks=ranks,
-            named_s=np.where(counts > 0, drawn.window.end_ns // NS_PER_S, 0),
+            named_s=np.where(np.diff(chosen.frame_offsets) > 0, drawn.window.end_ns // NS_PER_S, 0),
             stack_hashes=hashes,
-            stack_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-            stack_words=words.astype(np.int32),
             rows=rows,
             counts=values,
             objects=object_of(drawn.window, accounting),
@@ -239,8 +232,8 @@ class Fleet:
     def _running(self, host: int, minute: int) -> list[tuple[int, int, float]]:
         """Return what runs on a host: services, their versions, and for what part of the minute."""
         running = []
-        for service in _KINDS[host % len(_KINDS)]:
-            at = SERVICES[service].deployed + _ROLLOUT * host / len(self.hosts)
+        for service in self.services_of(host):
+            at = self.services[service].deployed + _ROLLOUT * host / len(self.hosts)
             before = min(max(at - minute, 0.0), 1.0)
             running += [(service, v, part) for v, part in ((0, before), (1, 1 - before)) if part]
         return running
@@ -258,11 +251,11 @@ class Fleet:
         busy = stored + sum(lost.values())
         # Half of the ticks of idle CPUs come.
         idle = max(0, (_TICKS - busy) // 2)
-        kernel = int(drawn.samples[self._programs.is_kernel(drawn.stacks)].sum())
+        kernel = int(drawn.samples[self.programs.is_kernel(drawn.stacks)].sum())
         cut = (stored - kernel) // 100
         return Accounting(
             hosts=(self.hosts[drawn.host],),
-            cpus=_CPUS,
+            cpus=CPUS,
             nonidle_ns=int(busy * PERIOD_NS * random.normal(1, 0.002)),
             profiled_ns=MINUTE_NS,
             ticks=busy + idle,
@@ -271,7 +264,7 @@ class Fleet:
             lost=lost,
             stops={"root": stored - kernel - cut, "kernel_thread": kernel, "hole": cut},
             services={
-                SERVICES[service].labels(version): int(part * MINUTE_NS)
+                self.services[service].labels(version): int(part * MINUTE_NS)
                 for service, version, part in running
             },
             agent_cpu_ns=int(random.normal(900e6, 50e6)),
@@ -281,19 +274,19 @@ class Fleet:
     def _make_shape(self, running: _Running) -> Shape:
         hottest, modules, texts = [], {}, {}
         for service, version in running:
-            program, described = self._programs.of[service], SERVICES[service]
+            program, described = self.programs.of[service], self.services[service]
             stacks = program.numbers_of(program.by_rank[:_HOTTEST], version)
-            hottest.append(self._programs.stacks_of(stacks)[1])
+            hottest.append(self.programs.stacks_of(stacks)[1])
             modules |= dict.fromkeys(program.modules[version])
             names = (described.name, described.versions[version], described.comm)
             texts |= dict.fromkeys([*_LABELS, *names, *described.threads])
         with_code = [each for each in modules if each.build_id]
-        return Shape(self._programs.code, np.concatenate(hottest), with_code, list(texts))
+        return Shape(self.programs.code, np.concatenate(hottest), with_code, list(texts))
 
     def _make_sets(self, host: int, running: _Running) -> tuple[list[Labels], list[bytes]]:
         sets = []
         for service, version in running:
-            described = SERVICES[service]
+            described = self.services[service]
             for process in range(described.processes):
                 mixed = host * 7919 + service * 613 + process * 37 + version * 11_003
                 for thread in described.threads:
@@ -306,6 +299,40 @@ class Fleet:
                     sets.append(make_labels(labels))
         shape = self._shape_of(running)
         return sets, [shape.label_bytes(labels) for labels in sets]
+
+
+def choose_stacks(dictionary: Columns, stacks: Integers) -> Columns:
+    """Return some stacks of a dictionary, and the locations that they need; without rows."""
+    starts = dictionary.stack_offsets[stacks]
+    lengths = dictionary.stack_offsets[stacks + 1] - starts
+    words = dictionary.stack_words[ranges(starts, lengths)]
+    places, words = distinct(words, len(dictionary.locations))
+    locations = dictionary.locations[places]
+    at = np.flatnonzero(locations[:, 2])
+    named = dictionary.named[locations[at, 2].astype(np.int64) - 1]
+    locations[at, 2] = np.arange(1, len(at) + 1)
+    frame_starts = dictionary.frame_offsets[places]
+    counts = dictionary.frame_offsets[places + 1] - frame_starts
+    return replace(
+        dictionary,
+        location_hashes=dictionary.location_hashes[places],
+        locations=locations,
+        named=named,
+        frame_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
+        frames=dictionary.frames[ranges(frame_starts, counts)],
+        name_ranks=dictionary.name_ranks[places],
+        named_s=dictionary.named_s[places],
+        stack_hashes=dictionary.stack_hashes[stacks],
+        stack_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        stack_words=words.astype(np.int32),
+    )
+
+
+def rank_shares(ranks: int) -> "np.ndarray":
+    """Return which part of a service's samples each of its stacks has, the hottest first."""
+    reached = (_FLATTENED + np.arange(ranks + 1)) ** (1 - _SLOPE)
+    shares: np.ndarray = (reached[:-1] - reached[1:]) / (reached[0] - reached[-1])
+    return shares
 
 
 def _draw_rows(random: np.random.Generator, program: Program, count: int) -> Integers:

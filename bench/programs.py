@@ -35,6 +35,12 @@ class Service(NamedTuple):
     share: float
     """Of the load of its hosts, beside that of other services."""
     deployed: int = NEVER
+    like: str = ""
+    """The service whose program it runs a build of; by default its own."""
+
+    @property
+    def program(self) -> str:
+        return self.like or self.name
 
     def labels(self, version: int) -> Labels:
         return make_labels({"service": self.name, "version": self.versions[version]})
@@ -53,7 +59,45 @@ SERVICES = (
             0.03),
 )  # fmt: skip
 
-_OWN_FUNCTIONS, _LIBRARY_FUNCTIONS, _KERNEL_FUNCTIONS = 2_000, 700, 1_200
+
+class Layout(NamedTuple):
+    """What a fleet runs, the kernel's threads last, and which of these each kind of host runs."""
+
+    services: tuple[Service, ...]
+    kinds: tuple[tuple[int, ...], ...]
+    functions: int = 2_000
+    """Of a service's own code."""
+
+
+FIVE = Layout(SERVICES, ((0, 2, 5), (1, 2, 5), (3, 4, 5), (0, 1, 5)))
+ONE = Layout(
+    (SERVICES[0]._replace(versions=("2026.11.4",), deployed=NEVER), SERVICES[-1]), ((0, 1),)
+)
+
+
+def _many(count: int) -> Layout:
+    """Return services like those of FIVE, two on a host: few on many hosts, most on few."""
+    services = []
+    for i in range(count):
+        like = SERVICES[i % (len(SERVICES) - 1)]
+        build = f"{i // (len(SERVICES) - 1):02}"
+        deployed = like.deployed if build == "00" else NEVER
+        versions = like.versions if build == "00" else like.versions[-1:]
+        name = f"{like.name}-{build}"
+        services.append(
+            like._replace(name=name, versions=versions, deployed=deployed, like=like.name)
+        )
+    kinds = []
+    for i in range(2 * count):
+        first, second = int(count * (i / (2 * count)) ** 2), (7 * i + 3) % count
+        kinds.append((first, second if second != first else (second + 1) % count, count))
+    return Layout((*services, SERVICES[-1]), tuple(kinds), functions=600)
+
+
+FIFTY = _many(50)
+LAYOUTS = {"five": FIVE, "one": ONE, "fifty": FIFTY}
+
+_LIBRARY_FUNCTIONS, _KERNEL_FUNCTIONS = 700, 1_200
 _KERNEL_STACKS = 20
 """The kernel's threads have so many times fewer stacks than a service."""
 _MOVED_LINES = 5
@@ -81,15 +125,16 @@ class Programs:
 
     Attributes:
         code: what the words of stacks refer to.
-        of: a program for each of SERVICES.
+        of: a program for each of the layout's services.
         stacks: how many numbers of stacks there are.
         threads: by row of the tables of the call trees, in which of its service's threads it is.
     """
 
-    def __init__(self, random: np.random.Generator, stacks: int) -> None:
+    def __init__(self, random: np.random.Generator, stacks: int, layout: Layout = FIVE) -> None:
         """Read the binaries and grow so many stacks a service, 60 MB for 500,000."""
         self.code = Code()
         self.of: list[Program] = []
+        self._layout = layout
         trees, self._places = self._make(random, stacks)
         depths = np.concatenate([np.diff(each.offsets) for each in trees])
         self._offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(depths)])
@@ -155,8 +200,13 @@ class Programs:
         places: tuple[list[Indices], list[Indices]] = ([], [])
         trees: list[CallTree] = []
         first = number = first_place = 0
-        for service in SERVICES:
-            own = _own_binary(service.name, random)
+        own_of: dict[str, Binary | None] = {}
+        for service in self._layout.services:
+            if service.program not in own_of:
+                own_of[service.program] = _own_binary(
+                    service.program, self._layout.functions, random
+                )
+            own = _built_for(service, own_of[service.program])
             versions = len(service.versions)
             modules = [[each.module for each in (*libraries, kernel)]] * 2
             if own is None:
@@ -200,16 +250,27 @@ class Programs:
         return later, modules
 
 
-def _own_binary(service: str, random: np.random.Generator) -> Binary | None:
+def _own_binary(program: str, functions: int, random: np.random.Generator) -> Binary | None:
     """Return the program that a service runs; None for the kernel's threads."""
-    if service == "[kernel]":
+    if program == "[kernel]":
         return None
-    if service == "checkout":
-        return binaries.read_python(_OWN_FUNCTIONS, random)
-    path = binaries.find_file(binaries.PROGRAMS[service]) or binaries.interpreter()
-    found = binaries.read_native(path, _OWN_FUNCTIONS, random)
+    if program == "checkout":
+        return binaries.read_python(functions, random)
+    path = binaries.find_file(binaries.PROGRAMS[program]) or binaries.interpreter()
+    found = binaries.read_native(path, functions, random)
     if found is None:
         raise RuntimeError(f"cannot read the functions of {path}")
-    # A service has a file of its own, whatever it was made from.
-    module = replace(found.module, path=f"/srv/{service}/bin/{path.name}")
+    return found
+
+
+def _built_for(service: Service, found: Binary | None) -> Binary | None:
+    """Return a program as a service has it: in a file of its own, whatever it was made from."""
+    if found is None or found.is_named:
+        return found
+    path = f"/srv/{service.name}/bin/{found.module.name}"
+    module = replace(found.module, path=path)
+    if service.like:
+        text = f"{service.name} {module.build_id}"
+        build_id = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        module = replace(module, build_id=build_id)
     return Binary(module, found.functions)
