@@ -83,7 +83,10 @@ def prepare(folder: Path, cache: Path) -> None:
     query = Query(
         TenantStore(DirectoryStore(folder)), cache, workers=workers, now_ns=lambda: NOW_NS
     )
-    for _ in query.prepare(Window(START_NS, END_NS)):
+    window = Window(START_NS, END_NS)
+    query.profile(window)
+    query.functions(window)
+    for _ in query.self_samples([window]):
         pass
     workers.shutdown()
 

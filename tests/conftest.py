@@ -38,7 +38,6 @@ LONGEST_FIRST = (
     "tests/agent/test_uploader.py",
     "tests/formats/test_speedscope.py",
     "tests/service/test_connections.py",
-    "tests/service/test_prefetch.py",
     "tests/storage/blocks/test_killed_compactors.py",
     "tests/storage/blocks/test_merges.py",
     "tests/storage/query/test_workers.py",

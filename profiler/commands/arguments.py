@@ -76,12 +76,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def percent(text: str) -> int:
-    if not text.isdecimal() or int(text) > 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage (0 to 100)")
-    return int(text)
-
-
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add which processes to sample, how often and for how long."""
     target = parser.add_mutually_exclusive_group()
@@ -211,18 +205,10 @@ def add_json(parser: Container) -> None:
 
 
 def add_page(parser: argparse.ArgumentParser) -> None:
-    """Add the address of the page, and how much is decoded before it is requested."""
+    """Add the address of the page."""
     parser.add_argument(
         "--listen",
         default="127.0.0.1:4040",
         metavar="HOST:PORT",
         help="address of the page (default 127.0.0.1:4040)",
-    )
-    parser.add_argument(
-        "--decode-ahead",
-        type=percent,
-        default=10,
-        metavar="PERCENT",
-        help="share of one otherwise idle CPU for decoding the last day in advance"
-        " (default 10; 0 turns it off)",
     )

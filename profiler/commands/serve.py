@@ -21,7 +21,6 @@ from profiler.service import addresses
 from profiler.service.app import Service
 from profiler.service.connections import Server
 from profiler.service.merged import MergedProfiles
-from profiler.service.prefetch import DEFAULT_PERCENT, Prefetcher
 from profiler.service.status import About
 from storage.objects.keys import ObjectStore, StoredObject, StoreError, StoreRefused
 from storage.objects.open import default_store_url, open_tenant
@@ -49,31 +48,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     asked = [f"--store={options.store}", f"--s3-endpoint={options.s3_endpoint}"]
-    asked += [f"--listen={options.listen}", f"--decode-ahead={options.decode_ahead}"]
-    return main(asked)
+    return main([*asked, f"--listen={options.listen}"])
 
 
 def serve(
-    listener: socket,
-    store: TenantStore,
-    about: About,
-    cache: Path,
-    prefetcher: Prefetcher,
-    *,
-    is_quiet: bool = False,
+    listener: socket, store: TenantStore, about: About, cache: Path, *, is_quiet: bool = False
 ) -> int:
     """Serve until SIGINT or SIGTERM."""
     _settle_memory()
     workers = start_workers(min(4, os.cpu_count() or 1))
     profiles = MergedProfiles(store, Query(store, cache, workers=workers))
-    service = Service(profiles, about, prefetcher.progress)
-    prefetcher.start()
+    service = Service(profiles, about)
     if not is_quiet:
         _tell(f"the page is at http://{addresses.shown(listener.getsockname()[:2])}/")
     try:
         Server(service.app(), service.slots).run(sockets=[listener])
     finally:
-        prefetcher.end()
         has_ended = service.end(_END_WITHIN_S)
         workers.shutdown(wait=has_ended, cancel_futures=True)
     if not has_ended:
@@ -157,8 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         if not options.quiet:
             check(store.store)
         cache = options.cache or default_folder()
-        prefetcher = Prefetcher(url, options.s3_endpoint, cache, options.decode_ahead)
-        return serve(listener, store, about, cache, prefetcher, is_quiet=options.quiet)
+        return serve(listener, store, about, cache, is_quiet=options.quiet)
     except (addresses.ListenError, StoreError) as error:
         _tell(str(error))
         return 2
@@ -175,7 +164,6 @@ def _parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--keep-s", type=int, default=0)
     parser.add_argument("--keep-bytes", type=int, default=0)
-    parser.add_argument("--decode-ahead", type=int, default=DEFAULT_PERCENT)
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     return parser.parse_args(argv)
 

@@ -86,9 +86,7 @@ def run(options: argparse.Namespace) -> int:
         store=asked.store or default_store_url(),
         first_interval_s=min(FIRST_INTERVAL_S, asked.interval_s),
     )
-    children = ServiceAndDemo(
-        asked, address, has_demo=options.demo, decode_ahead=options.decode_ahead
-    )
+    children = ServiceAndDemo(asked, address, has_demo=options.demo)
     begun_ns = time.time_ns()
     status = agent.run(asked, children)
     if children.has_failed:
@@ -135,19 +133,13 @@ class ServiceAndDemo(ChildProcesses):
     """The service, and the demo if it is asked for, in the agent's loop."""
 
     def __init__(
-        self,
-        options: AgentOptions,
-        address: tuple[str, int],
-        *,
-        has_demo: bool = False,
-        decode_ahead: int = 0,
+        self, options: AgentOptions, address: tuple[str, int], *, has_demo: bool = False
     ) -> None:
         self._options = options
         self._host, self._port = address
         self._user = service_user()
         cache = default_cache() / "service"
         command = service_command(options, address, cache, self._user)
-        command.append(f"--decode-ahead={decode_ahead}")
         self._service = Child("service", command, service_environment(options, cache))
         self._cache = cache
         self._compaction_cache = default_cache() / "compaction"

@@ -96,7 +96,6 @@ class Service:
         self,
         profiles: MergedProfiles,
         about: About,
-        prefetched: Callable[[], Mapping[str, Any]] = dict,
         now_ns: Callable[[], int] = time.time_ns,
         deadline_s: float = DEADLINE_S,
     ) -> None:
@@ -104,7 +103,6 @@ class Service:
         self._comparisons = Comparisons(profiles)
         self._hosts = HostSearch(profiles.store, blocks=profiles.query.blocks)
         self._about = about
-        self._prefetched = prefetched
         self._now_ns = now_ns
         self._started_ns = now_ns()
         panels = SharedComputations(deadline_s, _THREADS, "panels")
@@ -314,7 +312,6 @@ class Service:
                     self._about,
                     started_ns=self._started_ns,
                     now_ns=self._now_ns(),
-                    prefetched=self._prefetched(),
                 )
             )
 
@@ -346,7 +343,6 @@ class Service:
             single(f"{_METRIC}_shared_total", "counter", sum(each.shared for each in computations)),
             single(f"{_METRIC}_ended_total", "counter", sum(each.ended for each in computations)),
             *_worker_metrics(self._profiles.query.counts),
-            *_prefetch_metrics(self._prefetched()),
         ]
         return exposition.encode(metrics), exposition.CONTENT_TYPE
 
@@ -356,17 +352,6 @@ def _worker_metrics(counts: DecodeCounts) -> list[Metric]:
     return [
         single(f"{_METRIC}_workers_{name}_total", "counter", value)
         for name, value in counts._asdict().items()
-    ]
-
-
-def _prefetch_metrics(prefetched: Mapping[str, Any]) -> list[Metric]:
-    if not prefetched:
-        return []
-    cpu_s = round(prefetched["cpu_ns"] / 1e9, 3)
-    return [
-        single(f"{_METRIC}_decoded_ahead_total", "counter", prefetched["decoded"]),
-        single(f"{_METRIC}_decode_ahead_waiting", "gauge", prefetched["waiting"]),
-        single(f"{_METRIC}_decode_ahead_cpu_seconds_total", "counter", cpu_s),
     ]
 
 

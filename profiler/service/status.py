@@ -1,13 +1,12 @@
 """Status: what this service, its store and the agent of its host are."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta
 
 from profiler.agent import status
@@ -40,17 +39,6 @@ class Retention:
 
 
 @dataclass(frozen=True)
-class PrefetchProgress:
-    """Objects decoded before they were asked for, since the start."""
-
-    decoded: Count
-    waiting: Count
-    cpu_ns: Count
-    at_ms: Count
-    error: str
-
-
-@dataclass(frozen=True)
 class Partial:
     """Of what was done in time, how much, and of how much; asking again continues."""
 
@@ -73,7 +61,6 @@ class Status:
         Partial | None, Meta(description="how many hosts were found in time; null: all of them")
     ]
     agent: Annotated[dict[str, Any] | None, Meta(description="as everflame status --json")]
-    ahead: PrefetchProgress | None
 
 
 def service_status(
@@ -83,7 +70,6 @@ def service_status(
     *,
     started_ns: int,
     now_ns: int,
-    prefetched: Mapping[str, Any],
 ) -> Status:
     """Return the status of the service. The store is asked through `query` and `search`.
 
@@ -107,7 +93,6 @@ def service_status(
         hosts=found.names if found else [],
         partial=Partial(found.hosts, found.hours) if found and not found.is_complete else None,
         agent=agent,
-        ahead=msgspec.convert(prefetched, PrefetchProgress) if prefetched else None,
     )
 
 

@@ -112,10 +112,6 @@ class DecodedCache:
         """Mark a saved file as used without reading it; return its size, 0 if it is gone."""
         return self._files.touch(self._path(kind, name))
 
-    @property
-    def limit_bytes(self) -> int:
-        return self._files.limit_bytes
-
     def size_bytes(self) -> int:
         return self._files.size_bytes()
 

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic
 
 from storage.blocks.block import DROPPED_LABELS
 from storage.columns import Columns, Times
@@ -41,24 +41,11 @@ from storage.selector import EMPTY, Selector
 
 _SETTLED_AFTER_NS = 300 * NS_PER_S
 """How long after its end a span waits for late objects before it is kept merged."""
-_RECENT_NS = HOUR_NS * 5 // 2
-"""Windows of the last hour begin inside of ten minutes, as does one before it that it is compared
-with."""
-_PREPARED_SHARE = 0.75
-"""How much of the cache objects that nobody has asked for may take."""
-_KINDS = (Columns, FunctionTotals, LocationNames, Times, ObjectSelfSamples)
 
 Span = tuple[list[ListedObject], bool]
 """Objects of one host, and whether they are all of a span that may be kept merged."""
 Source = Sequence[ListedObject] | CompactedHour
 """What one part is read from."""
-
-
-class Prepared(NamedTuple):
-    """A part of a window that was decoded and kept, and how many objects are left to decode."""
-
-    objects: int
-    left: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +76,6 @@ class Parts:
     hosts: Selector = EMPTY
     """Matchers of the label `host`: objects of other hosts may be left out."""
     _turns: Turns = field(default_factory=Turns)
-    _unkept: dict[str, int] = field(default_factory=dict)
-    """When a part was prepared that could not be kept, by name."""
 
     def interruptible(self, check: Callable[[], None]) -> "Parts":
         """Return parts like these that call `check` between objects: what it raises ends it."""
@@ -221,73 +206,6 @@ class Parts:
                         yield from self.spans(some, window, SPANS_NS)
 
         yield from self.read_spans(reader, spans())
-
-    def prepare(self, window: Window) -> Iterator[Prepared]:
-        """Decode and keep what will be asked about a window, its latest part first.
-
-        Yields each part that was not kept before; a caller that stops iterating ends it. What is
-        kept is marked as used. It goes back no further than most of the cache reaches.
-        """
-        settled_ns = self.now_ns() - _SETTLED_AFTER_NS
-        groups = self._groups_to_prepare(window, settled_ns)
-        reach_bytes = int(self.cache.limit_bytes * _PREPARED_SHARE)
-        kept_bytes: dict[str, int] = {}
-        left_bytes = reach_bytes
-        for name in groups:
-            if left_bytes < 0:
-                break
-            kept_bytes[name] = self._touch(name)
-            left_bytes -= kept_bytes[name]
-        missing = {
-            name
-            for name, size in kept_bytes.items()
-            if size == 0 and self._unkept.get(name, 0) < settled_ns
-        }
-        left = sum(len(groups[name]) for name in missing)
-        for name, size_bytes in kept_bytes.items():
-            reach_bytes -= size_bytes
-            if name in missing:
-                self._read_group(groups[name])
-                made_bytes = self._touch(name)
-                if made_bytes == 0:  # it cannot be kept, as where types differ
-                    self._unkept[name] = self.now_ns()
-                reach_bytes -= made_bytes
-                left -= len(groups[name])
-                yield Prepared(len(groups[name]), left)
-            if reach_bytes < 0:
-                return
-
-    def _groups_to_prepare(
-        self, window: Window, settled_ns: int
-    ) -> dict[str, Sequence[ListedObject]]:
-        """Return by name the latest hours by the spans of which they are made, then whole hours."""
-        objects = self.listing.at(window).objects
-        recent = [each for each in objects if each.key.start_ns >= self.now_ns() - _RECENT_NS]
-        spans = [
-            (listed, is_whole)
-            for some, spans_ns in ((recent, SPANS_NS[1:]), (objects, SPANS_NS))
-            for listed, is_whole in sorted(
-                split_spans(some, window.start_ns, settled_ns, spans_ns),
-                key=lambda part: -part[0][-1].key.end_ns,
-            )
-        ]
-        return {
-            self.name(group): group
-            for listed, is_whole in spans
-            for group in ([listed] if is_whole else [[each] for each in reversed(listed)])
-        }
-
-    def _touch(self, name: str) -> int:
-        """Mark what is kept under a name as used; return its size, 0 if a kind is missing."""
-        sizes = [self.cache.touch(kind, name) for kind in _KINDS]
-        return sum(sizes) if all(sizes) else 0
-
-    def _read_group(self, group: Sequence[ListedObject]) -> None:
-        self.columns.of(group)
-        self.function_totals.of(group)
-        self.location_names.of(group)
-        self.times.of(group)
-        self.self_samples.of(group)
 
     def spans(
         self, objects: Iterable[ListedObject], window: Window, spans_ns: Sequence[int]

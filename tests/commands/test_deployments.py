@@ -686,7 +686,7 @@ def test_the_service_answers_and_says_why_there_is_nothing(own_store, tmp_path):
     announce(TenantStore(own_store), "jobs", "7", START_NS + 75 * MINUTE_NS)
     (own_store.root / "v1/default/deployments" / rfc3339(START_NS)[:7] / "x").write_bytes(b"?")
     times = {"from": rfc3339(minutes(60, 80).start_ns), "until": rfc3339(minutes(60, 80).end_ns)}
-    with service(tmp_path, "--decode-ahead=0") as (_, client):
+    with service(tmp_path) as (_, client):
         answer = client.json("deployments", **times)
         none = client.json("deployments", query='{service="none"}', **times)
         recent = client.json("deployments")

@@ -312,7 +312,7 @@ def test_a_status_that_hangs_does_not_block_other_requests(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"--s3-endpoint=http://127.0.0.1:{silent.getsockname()[1]}"
         keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
-        arguments = ("--store=s3://bucket", endpoint, "--decode-ahead=0")
+        arguments = ("--store=s3://bucket", endpoint)
         host = b" HTTP/1.1\r\nHost: localhost\r\n"
         status = b"GET /api/v1/status" + host
         hanging = [b"GET /readyz" + host, status + b"Accept-Encoding: gzip\r\n", status, status]

@@ -134,7 +134,7 @@ def test_labels_and_their_values_are_listed(client):
 def test_workers_do_not_import_the_service(folder, tmp_path):
     """They decode; msgspec and DuckDB are the service's alone: a start takes half of their CPU."""
     (tmp_path / "store").symlink_to(folder / "store")
-    with service(tmp_path, "--decode-ahead=0") as (process, client):
+    with service(tmp_path) as (process, client):
         client.json("flamegraph", **HOUR)
 
         workers = [
@@ -361,7 +361,7 @@ def test_metrics_count_pools_of_workers_that_were_lost(tmp_path):
         return line
 
     directory(tmp_path / "store", profile_of(0))
-    with service(tmp_path, "--decode-ahead=0") as (process, client):
+    with service(tmp_path) as (process, client):
         before = lost()
         worker = next(
             pid

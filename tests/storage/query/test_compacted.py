@@ -545,19 +545,6 @@ def test_objects_answer_where_their_compacted_hour_cannot_be_read(tmp_path, edit
     assert [skipped.key for skipped in answer.coverage.skipped] == [hour_of(keys[0].start_s)]
 
 
-def test_what_is_compacted_is_not_prepared(tmp_path):
-    """Only the objects that are in no part are decoded ahead, whether the others are there."""
-    both = Compacted(tmp_path)
-    keys = [both.put(at(small(minute), minute)) for minute in (0, 10, 70)]
-    both.compact()
-    both.expire(keys[:1])
-    late = both.put(at(small(80), 80))
-    _, query = both.queries(tmp_path / "cache")
-
-    assert [each.objects for each in query.prepare(minutes(0, 180))] == [1]
-    assert late.start_ns == minutes(80, 81).start_ns
-
-
 @pytest.mark.parametrize("text", ['{pid="7"}', '{pid!="7",service="api"}', '{tid="1"}'])
 def test_compacted_hours_are_skipped_for_labels_that_they_lack(tmp_path, text):
     """And named: what is left in level 0 is not all that there was."""

@@ -280,7 +280,7 @@ def test_self_samples_of_any_window_need_no_object_where_hours_are_kept(store, t
     never_settled = Query(TenantStore(store), tmp_path / "cache", now_ns=lambda: START_NS)
     expected = [functions_of(never_settled, window, text) for window in asked]
     query = Query(TenantStore(store), tmp_path / "cache")
-    list(query.prepare(minutes(0, 180)))
+    list(query.self_samples([minutes(0, 180)]))
     store.fetched.clear()
 
     together: list[Counter[tuple[object, ...]]] = [Counter() for _ in asked]
@@ -309,7 +309,7 @@ def test_self_samples_are_made_again_where_only_stacks_were_kept(store, tmp_path
     for minute in range(0, 120, 7):
         put(store, at(small(minute), minute))
     query = Query(TenantStore(store), tmp_path / "cache")
-    list(query.prepare(minutes(0, 120)))
+    list(query.self_samples([minutes(0, 120)]))
     for path in (tmp_path / "cache").rglob("*.objectselfsamples"):
         path.unlink()
 
@@ -516,7 +516,7 @@ def test_services_that_were_there_are_known_object_by_object(store, query, tmp_p
         assert sorted(starts) == [60, 90]
         assert sorted(part.rows[:, 2].tolist()) == [1060, 1090]
     assert not len(query.presence(minutes(400, 500)).rows)
-    list(query.prepare(minutes(0, 180)))
+    query.timeline(minutes(0, 180))
     store.fetched.clear()
     assert len(query.presence(minutes(31, 91), selector).rows) == 2
     assert not store.fetched

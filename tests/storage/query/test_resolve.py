@@ -157,8 +157,8 @@ def test_a_location_is_one_function_in_all_that_is_shown_of_a_window(tmp_path):
     for number in range(0, 60, 10):
         put(store, minute(number, 0, BOUNDED))
     query = Query(TenantStore(store), tmp_path / "cache")
-    for _ in query.prepare(minutes(0, 60)):
-        pass
+    query.profile(minutes(0, 60))
+    list(query.self_samples([minutes(0, 60)]))
     before = query.functions(minutes(0, 60), API)
     assert {row.frame.function for row in before.rows} == {
         "main",
