@@ -5,9 +5,9 @@ the same time a week before.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -50,8 +50,9 @@ class Spread(NamedTuple):
 class Costs:
     """What ran in a window, and for how many ns of it there are data.
 
-    `lines` are (label set, name), each once. `counts` has the CPU time in ns of each: itself, and
-    with all that it calls, which is zero where it is not known.
+    `lines` are (label set, name), each once, in an order that is the same however the data were
+    read: of equal lines a table shows the same ones first. `counts` has the CPU time in ns of each:
+    itself, and with all that it calls, which is zero where it is not known.
     """
 
     window: Window
@@ -61,8 +62,8 @@ class Costs:
     whole: int
     samples: int
     label_sets: tuple[Labels, ...]
-    keys: tuple[Hashable, ...]
-    """By name, what it is called in other windows too."""
+    keys: tuple[Any, ...]
+    """By name, what stands for it in other windows too: numbers or texts, which can be sorted."""
     names: Callable[[Integers], list[Name]]
     lines: Integers
     counts: Integers
@@ -229,7 +230,7 @@ def read_costs(
     A service is told apart by the label `service`, whatever `by` is.
     """
     if group == "service":
-        return _services(query, window, selector, by, type)
+        return _in_order(_services(query, window, selector, by, type))
     totals, coverage = query.function_totals(window, selector, by, type)
     length_ns = window.end_ns - window.start_ns
     covered = query.timeline(window, selector, step_ns=length_ns, type=type).covered_ns
@@ -239,7 +240,19 @@ def read_costs(
     samples, whole = totals.time_counts.sum(axis=0).tolist()
     costs = replace(costs, unit=totals.unit, whole=whole, samples=samples)
     of_group = _modules if group == "module" else _functions
-    return of_group(costs, totals)
+    return _in_order(of_group(costs, totals))
+
+
+def _in_order(costs: Costs) -> Costs:
+    """Return the same, with lines sorted by labels and keys."""
+    ranks = []
+    for values in (costs.label_sets, costs.keys):
+        sorted_ = sorted(range(len(values)), key=values.__getitem__)
+        ranks.append(np.argsort(np.array(sorted_, dtype=np.int64)))
+    sets, names = ranks
+    order = np.lexsort((names[costs.lines[:, 1]], sets[costs.lines[:, 0]]))
+    spreads = tuple(costs.spreads[at] for at in order) if costs.spreads else ()
+    return replace(costs, lines=costs.lines[order], counts=costs.counts[order], spreads=spreads)
 
 
 def _nothing(window: Window, coverage: Coverage, covered_ns: int, type_: str) -> Costs:

@@ -30,6 +30,7 @@ from profiler.service.connections import ConnectionSlots
 from profiler.service.deployments import deployments
 from profiler.service.diff import diff_graph, diff_table
 from profiler.service.flame_graph import flame_graph
+from profiler.service.fleet import Fleet
 from profiler.service.labels import label_names, label_values
 from profiler.service.merged import Check, MergedProfiles
 from profiler.service.page import GZIPPED, Guard, accepts_gzip, last_response, page_routes
@@ -76,6 +77,8 @@ _OF_A_WINDOW = {
     "top": "the table of functions",
     "diff": "the comparison",
     "diff_top": "the comparison of functions",
+    "fleet_services": "the list of services",
+    "fleet_top": "the table of the fleet",
     "timeline": "the timeline",
     "deployments": "the list of deployments",
     "labels": "the list of labels",
@@ -101,6 +104,7 @@ class Service:
     ) -> None:
         self._profiles = profiles
         self._comparisons = Comparisons(profiles)
+        self._fleet = Fleet(profiles)
         self._hosts = HostSearch(profiles.store, blocks=profiles.query.blocks)
         self._about = about
         self._now_ns = now_ns
@@ -122,6 +126,8 @@ class Service:
             "top": self._top,
             "diff": self._diff,
             "diff_top": self._diff_top,
+            "fleet_services": self._fleet_services,
+            "fleet_top": self._fleet_top,
             "timeline": self._timeline,
             "deployments": self._deployments,
             "labels": self._labels,
@@ -264,6 +270,14 @@ class Service:
             return json_body(diff_table(compared, request, gate, given.limit, check))
 
         return compute
+
+    def _fleet_services(self, given: p.FleetServicesParameters, asked: Asked) -> Compute:
+        request = given.request(asked.now_ns)
+        return lambda check: json_body(self._fleet.services(request, check))
+
+    def _fleet_top(self, given: p.FleetTopParameters, asked: Asked) -> Compute:
+        request = given.request(asked.now_ns)
+        return lambda check: json_body(self._fleet.functions(request, check))
 
     def _timeline(self, given: p.TimelineParameters, asked: Asked) -> Compute:
         request, step_ns = p.panel_request(given, asked.now_ns), given.step_ns()

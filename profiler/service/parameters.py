@@ -19,6 +19,7 @@ from profiler.comparison.sides import Operand
 from profiler.flamegraph.flamegraph import ROOT_ID
 from profiler.flamegraph.stacks import Group
 from profiler.service.exports import NAME_PATTERN
+from profiler.service.fleet import FleetRequest, FunctionGroup, FunctionOrder, ServiceOrder
 from profiler.service.merged import PanelRequest
 from profiler.service.problems import ProblemError, bad_parameter, bad_request
 from profiler.service.top_table import Sort
@@ -60,6 +61,15 @@ Labels = Annotated[
     Meta(
         title=f"at most {_MOST_LABELS} labels with commas between them",
         description=f"labels drawn above the stacks, with commas between, at most {_MOST_LABELS}",
+        max_length=_TEXT_LIMIT,
+        pattern=rf"^([^,\u0000]*,){{0,{_MOST_LABELS - 1}}}[^,\u0000]*$",
+    ),
+]
+Split = Annotated[
+    str,
+    Meta(
+        title=f"at most {_MOST_LABELS} labels with commas between them",
+        description=f"labels that tell rows apart, with commas between, at most {_MOST_LABELS}",
         max_length=_TEXT_LIMIT,
         pattern=rf"^([^,\u0000]*,){{0,{_MOST_LABELS - 1}}}[^,\u0000]*$",
     ),
@@ -223,6 +233,41 @@ class TimelineParameters(TypeParameters):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FleetParameters(TypeParameters):
+    """What is asked of a whole fleet."""
+
+    by: Split = ""
+    search: Annotated[
+        Text, Meta(description="part of a function, module or label's value, in any case")
+    ] = ""
+    trend: Annotated[_Flag, Meta(description="0: without the week before, in less time")] = "1"
+    limit: Limit = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetServicesParameters(FleetParameters):
+    sort: Annotated[
+        ServiceOrder, Meta(description="of the table; growth: most cores more than a week before")
+    ] = "cores"
+
+    def request(self, now_ns: int) -> FleetRequest:
+        panel = panel_request(self, now_ns)
+        return FleetRequest(panel, "service", self.sort, self.limit, self.trend == "1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetTopParameters(FleetParameters):
+    group: Annotated[FunctionGroup, Meta(description="what a row is")] = "function"
+    sort: Annotated[
+        FunctionOrder, Meta(description="of the table; growth: most cores more than a week before")
+    ] = "self"
+
+    def request(self, now_ns: int) -> FleetRequest:
+        panel = panel_request(self, now_ns)
+        return FleetRequest(panel, self.group, self.sort, self.limit, self.trend == "1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportParameters(TypeParameters, DiffParameters, ViewParameters):
     by: Labels = "comm"
 
@@ -274,9 +319,10 @@ def panel_request(parameters: RangeParameters, now_ns: int) -> PanelRequest:
             hide=tuple(filter(None, parameters.hide)),
             node=int(parameters.node, 16),
         )
-    if isinstance(parameters, ViewParameters | TimelineParameters):
+    if isinstance(parameters, ViewParameters | TimelineParameters | FleetParameters):
         request = replace(request, by=tuple(filter(None, parameters.by.split(","))))
-    if isinstance(parameters, FlameGraphParameters | TopParameters | DiffTopParameters):
+    searching = FlameGraphParameters | TopParameters | DiffTopParameters | FleetParameters
+    if isinstance(parameters, searching):
         request = replace(request, search=parameters.search)
     if isinstance(parameters, FlameGraphParameters | DiffGraphParameters):
         request = replace(request, width_px=float(parameters.width))

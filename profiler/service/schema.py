@@ -16,6 +16,7 @@ from profiler.service import parameters as p
 from profiler.service.deployments import Deployments
 from profiler.service.diff import Diff, DiffTop
 from profiler.service.flame_graph import FlameGraph
+from profiler.service.fleet import FleetFunctions, FleetServices
 from profiler.service.labels import Labels, LabelValues
 from profiler.service.problems import Problem
 from profiler.service.status import Status
@@ -73,6 +74,18 @@ ENDPOINTS = {
         p.DiffTopParameters,
         _json(DiffTop),
         _OR_MISSING,
+    ),
+    "fleet_services": Endpoint(
+        "/api/v1/fleet/services",
+        "The services of a fleet by the cores they use, with hosts, versions and trend",
+        p.FleetServicesParameters,
+        _json(FleetServices),
+    ),
+    "fleet_top": Endpoint(
+        "/api/v1/fleet/top",
+        "The functions or modules of a fleet by the cores they use, with their trend",
+        p.FleetTopParameters,
+        _json(FleetFunctions),
     ),
     "timeline": Endpoint(
         "/api/v1/timeline", "CPU time per step", p.TimelineParameters, _json(TimelinePanel)

@@ -14,6 +14,8 @@ SELECTORS = ["", '{service="api",host="web-1"}', '{service="none"}']
 PANELS = {
     "flamegraph": {"by": "host,service"},
     "top": {"by": "service"},
+    "fleet/services": {"by": "version"},
+    "fleet/top": {"by": "service", "sort": "name"},
     "timeline": {"by": "service"},
     "deployments": {},
     "labels/service/values": {},
