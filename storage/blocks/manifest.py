@@ -88,10 +88,13 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Rollup(msgspec.Struct, frozen=True):
-    """The samples of some parts in longer buckets."""
+    """The samples of some parts in longer buckets, their heads, and what these need."""
 
     parts: tuple[str, ...]
     files: tuple[File, ...]
+
+    def files_of(self, *tables: str) -> tuple[File, ...]:
+        return tuple(file for file in self.files if file.table in tables)
 
 
 class Unreadable(msgspec.Struct, frozen=True):
@@ -135,7 +138,12 @@ class HourManifest(msgspec.Struct, frozen=True):
 
 
 class DayManifest(msgspec.Struct, frozen=True):
-    """The rollup of a day, named `2026-11-30`, and the dictionary that its stacks need."""
+    """The rollups of a day, named `2026-11-30`, as far as its hours are over, and what they need.
+
+    An hour counts in it only while its manifest names the same parts (`holds`), or once it has
+    expired. Until the day is made anew, a changed hour is read from its own files; then
+    `samples_1d`, which cannot do without it, is not valid.
+    """
 
     type: str
     day: str
@@ -148,19 +156,29 @@ class DayManifest(msgspec.Struct, frozen=True):
     value: int = 0
     files: tuple[File, ...] = ()
 
+    def files_of(self, *tables: str) -> tuple[File, ...]:
+        return tuple(file for file in self.files if file.table in tables)
+
+    def holds(self, hour: HourManifest) -> bool:
+        """Return whether it has the samples of exactly the parts of an hour."""
+        return self.hours.get(hour.hour[-2:]) == hour.part_ids
+
+    def valid_hours(self, hours: Mapping[str, HourManifest]) -> list[str]:
+        """Return which of the hours that it is made of count (`2026-11-30T09`), in order.
+
+        `hours` are all manifests of the day; an hour without a part there has expired.
+        """
+        names = (f"{self.day}T{hour}" for hour in sorted(self.hours))
+        current = ((name, hours.get(name)) for name in names)
+        return [name for name, hour in current if not hour or not hour.parts or self.holds(hour)]
+
     def is_valid(self, hours: Mapping[str, HourManifest]) -> bool:
         """Return whether it is made of exactly the parts of these hours (`2026-11-30T09`).
 
         An hour without a manifest has expired, or never had a part: it does not contradict.
         """
-        current = {
-            hour[-2:]: manifest.part_ids
-            for hour, manifest in hours.items()
-            if hour.startswith(self.day) and manifest.parts
-        }
-        return all(self.hours.get(hour) == ids for hour, ids in current.items()) and all(
-            current.get(hour, ids) == ids for hour, ids in self.hours.items()
-        )
+        inside = [each for name, each in hours.items() if name.startswith(self.day) and each.parts]
+        return all(map(self.holds, inside))
 
 
 Manifest = TypeVar("Manifest", HourManifest, DayManifest)

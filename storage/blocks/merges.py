@@ -1,17 +1,16 @@
-"""Merges: parts of an hour into fewer parts, and their samples into rollups of hours and days.
+"""Merges: parts of an hour into fewer parts, and their samples into rollups of the hour.
 
 What is written replaces nothing that has changed meanwhile: see `storage.blocks.compactor`.
 """
 
-import itertools
 from collections.abc import Sequence
 
 from msgspec.structs import replace
 
 from storage.blocks.compactor import Compactor, awake_s
-from storage.blocks.manifest import HOUR_S, DayManifest, HourManifest, Listed, Part, Rollup, part_id
-from storage.blocks.parquet import DICTIONARY, ROLLUPS
-from storage.blocks.work import merge_files, roll_up_files
+from storage.blocks.manifest import HourManifest, Part, Rollup, part_id
+from storage.blocks.parquet import HEADS_10M, ROLLUPS
+from storage.blocks.work import merge_files, roll_up_hour
 from storage.objects.keys import ObjectTooLarge
 from storage.profile import ProfileError
 
@@ -126,18 +125,23 @@ def _merge(compactor: Compactor, hour: str, chosen: Sequence[Part]) -> bool:
     return is_merged
 
 
+def is_rolled_up(manifest: HourManifest) -> bool:
+    """Return whether an hour has all rollups of its parts. Older versions made no heads."""
+    tables = {file.table for file in manifest.hourly.files} if manifest.hourly else set()
+    return manifest.has_hourly and tables.issuperset(HEADS_10M)
+
+
 def roll_up(compactor: Compactor, hour: str) -> bool:
-    """Make the hourly rollup if the hour is over and has none of its parts; return whether.
+    """Make the hourly rollups if the hour is over and has none of its parts; return whether.
 
     Raises:
         RollupTooLargeError: it would have more bytes than readers take.
         StoreError, ProfileError: as `merge`.
     """
     manifest = compactor.manifests.hour(hour)
-    if not compactor.is_over(hour) or not manifest.parts or manifest.has_hourly:
+    if not compactor.is_over(hour) or not manifest.parts or is_rolled_up(manifest):
         return False
-    sources = [part.files_of(_TEN_MINUTES) for part in manifest.parts]
-    if not all(sources):
+    if not all(part.files_of(_TEN_MINUTES) for part in manifest.parts):
         return False  # they have expired
     if compactor.is_dry:
         compactor.report.add(hourly=1)
@@ -146,10 +150,8 @@ def roll_up(compactor: Compactor, hour: str) -> bool:
     try:
         files = compactor.work(
             hour,
-            roll_up_files,
+            roll_up_hour,
             list(manifest.parts),
-            list(itertools.chain.from_iterable(sources)),
-            [],
             compactor.memory_bytes,
         )
     except ObjectTooLarge as error:
@@ -157,7 +159,7 @@ def roll_up(compactor: Compactor, hour: str) -> bool:
     rollup = Rollup(manifest.part_ids, tuple(files))
 
     def put_in_place(current: HourManifest) -> HourManifest | None:
-        is_same = current.part_ids == manifest.part_ids and not current.has_hourly
+        is_same = current.part_ids == manifest.part_ids and not is_rolled_up(current)
         return (
             replace(current, hourly=rollup) if is_same and compactor.is_in_time(begun_s) else None
         )
@@ -168,70 +170,3 @@ def roll_up(compactor: Compactor, hour: str) -> bool:
     if is_made:
         compactor.tell(f"{hour}: rolled up")
     return is_made
-
-
-def finish_day(compactor: Compactor, day: str, known: Listed | None = None) -> bool:
-    """Make the rollup of a day that is over, once all of its hours have theirs; return whether.
-
-    `known` are the manifests of that day, if they have just been listed.
-
-    Raises: as `roll_up`.
-    """
-    if not compactor.is_over(day):
-        return False
-    if known is None:
-        known = compactor.manifests.list(day, day)
-    hours = {
-        name: each for name, each in known.hours.items() if name.startswith(day) and each.parts
-    }
-    before = known.days.get(day)
-    is_damaged = any(name.startswith(day) for name in known.problems)
-    is_ready = bool(hours) and all(each.has_hourly for each in hours.values())
-    # Hours that have expired are only in the rollup: what is there is more than could be made.
-    have_expired = before is not None and not before.hours.keys() <= {name[-2:] for name in hours}
-    is_done = before is not None and before.is_valid(hours)
-    # Each late object would have a whole day read again.
-    is_due = not compactor.patience_s or compactor.is_time_again(day, known.modified_ns.get(day, 0))
-    if is_damaged or not is_ready or have_expired or is_done or not is_due:
-        return False
-    if compactor.is_dry:
-        compactor.report.add(daily=1)
-        return True
-    begun_s = awake_s()
-    made = _make_day(compactor, day, hours)
-
-    def put_in_place(current: DayManifest) -> DayManifest | None:
-        return made if compactor.is_in_time(begun_s) and not current.is_valid(hours) else None
-
-    after = compactor.manifests.change_day(day, put_in_place)
-    is_made = after.files == made.files
-    compactor.report.add(daily=is_made, conflicts=not is_made)
-    if is_made:
-        compactor.tell(f"{day}: rolled up")
-    return is_made
-
-
-def _make_day(compactor: Compactor, day: str, hours: dict[str, HourManifest]) -> DayManifest:
-    hourly = [file for each in hours.values() if each.hourly for file in each.hourly.files]
-    files = [file for each in hours.values() for file in each.files]
-    parts = [part for each in hours.values() for part in each.parts]
-    try:
-        made = compactor.work(
-            day,
-            roll_up_files,
-            parts,
-            [file for file in hourly if file.table == ROLLUPS[HOUR_S]],
-            [file for file in files if file.table in DICTIONARY],
-            compactor.memory_bytes,
-        )
-    except ObjectTooLarge as error:
-        raise RollupTooLargeError(f"the rollup of the day is too large: {error}") from error
-    return DayManifest(
-        compactor.type,
-        day,
-        unit=next(iter(hours.values())).unit,
-        hours={name[-2:]: each.part_ids for name, each in hours.items()},
-        samples=sum(part.samples for part in parts),
-        value=sum(part.value for part in parts),
-        files=tuple(made),
-    )

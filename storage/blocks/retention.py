@@ -9,8 +9,12 @@
 Ages of the other levels count from the end of their hour or day. A level is removed from its
 manifest; its files are then garbage, which is deleted when no reader can still be using it.
 Level-0 objects are deleted themselves, and only if a part contains them. An hour's manifest goes
-only when the rollup of its day contains it. So whatever is deleted, a coarser level has it, until
+only when the rollups of its day contain it. So whatever is deleted, a coarser level has it, until
 that has expired too.
+
+A day older than the level 1h has neither stacks by hour nor functions by host any more: flame
+graphs are of whole days then. It keeps its heads and the functions by hour, so that timelines, the
+top and what there is to know of hosts are still exact: they are small beside the stacks.
 
 Ages are measured by the store's clock: one of a machine that is ahead deletes nothing.
 """
@@ -24,6 +28,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from storage.blocks.compactor import Compactor, awake_s
+from storage.blocks.day import can_make_again
 from storage.blocks.manifest import (
     DayManifest,
     HourManifest,
@@ -33,7 +38,7 @@ from storage.blocks.manifest import (
     is_known,
     named_by,
 )
-from storage.blocks.parquet import DETAIL, ROLLUPS
+from storage.blocks.parquet import DETAIL, FUNCTIONS, ROLLUPS
 from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectMissing, StoreError
 from storage.profile import ProfileError
 
@@ -44,6 +49,10 @@ _LATE_DAYS = 8
 """How much later than its hour a file may be written: a week, and a day for the day's rollup."""
 _PROBE_LASTS_NS = 3600 * NS_PER_S
 _TEN_MINUTES = ROLLUPS[600]
+_FUNCTIONS_10M = frozenset({"functions_10m", FUNCTIONS})
+"""Tables of an hour's rollups that expire with buckets of ten minutes."""
+_HOUR_OF_DAY = frozenset({ROLLUPS[3600], "functions_1d"})
+"""Tables of a day that expire with its hours."""
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +109,7 @@ def expire(compactor: Compactor, keep: Keep) -> None:
     for hour, manifest in known.hours.items():
         age_s = (now_ns - end_ns_of(hour)) / NS_PER_S
         day = known.days.get(hour[:10])
-        is_in_day = day is not None and day.hours.get(hour[-2:]) == manifest.part_ids
+        is_in_day = day is not None and day.holds(manifest)
         if age_s > keep.day_s or (age_s > keep.hour_s and is_in_day):
             compactor.report.add(**{"1h": 1})
             if not compactor.is_dry:
@@ -109,20 +118,31 @@ def expire(compactor: Compactor, keep: Keep) -> None:
         tables = {DETAIL} if age_s > keep.detail_s else set()
         if age_s > keep.ten_minutes_s and manifest.has_hourly:
             tables.add(_TEN_MINUTES)
+            tables |= _FUNCTIONS_10M if is_in_day else set()
         _expire_tables(compactor, manifest, tables)
-    for day_name in known.days:
-        if (now_ns - end_ns_of(day_name)) / NS_PER_S > keep.day_s:
+    for day_name, day in known.days.items():
+        age_s = (now_ns - end_ns_of(day_name)) / NS_PER_S
+        if age_s > keep.day_s:
             compactor.report.add(**{"1d": 1})
             if not compactor.is_dry:
                 compactor.manifests.delete(day_name)
+        elif age_s > keep.hour_s and day.files_of(*_HOUR_OF_DAY):
+            compactor.report.add(**{"1h": 1})
+            if not compactor.is_dry:
+                compactor.manifests.change_day(day_name, _without_hours)
+
+
+def _without_hours(day: DayManifest) -> DayManifest:
+    files = tuple(file for file in day.files if file.table not in _HOUR_OF_DAY)
+    return replace(day, files=files)
 
 
 def _expire_tables(compactor: Compactor, manifest: HourManifest, tables: set[str]) -> None:
-    """Remove the files of some tables from an hour's parts."""
-    gone = tables & {file.table for part in manifest.parts for file in part.files}
+    """Remove the files of some tables from an hour."""
+    gone = tables & {file.table for file in manifest.files}
     if not gone:
         return
-    compactor.report.add(**{"detail": DETAIL in gone, "10m": _TEN_MINUTES in gone})
+    compactor.report.add(**{"detail": DETAIL in gone, "10m": bool(gone - {DETAIL})})
     if compactor.is_dry:
         return
 
@@ -133,7 +153,11 @@ def _expire_tables(compactor: Compactor, manifest: HourManifest, tables: set[str
             replace(part, files=tuple(file for file in part.files if file.table not in expired))
             for part in current.parts
         )
-        return replace(current, parts=parts)
+        hourly = current.hourly and replace(
+            current.hourly,
+            files=tuple(file for file in current.hourly.files if file.table not in expired),
+        )
+        return replace(current, parts=parts, hourly=hourly)
 
     compactor.manifests.change_hour(manifest.hour, remove)
 
@@ -215,42 +239,63 @@ def collect_garbage(compactor: Compactor) -> int:
 
 
 def _drop_incomplete(compactor: Compactor, known: Listed, stored: set[str]) -> None:
-    """Take back parts whose files are missing, if level 0 still has their objects.
+    """Take back parts and rollups whose files are missing, if they can be made again.
 
     Nothing of this program deletes such files; a bucket's lifecycle rule or a person may.
     """
     for hour, manifest in known.hours.items():
-        missing = {
-            file.key
-            for file in manifest.files
-            if file.key not in stored and _is_missing(compactor, file.key)
-        }
-        if not missing:
-            continue
-        compactor.report.problems[hour] = f"files are missing: {', '.join(sorted(missing))}"
-        lost = [part for part in manifest.parts if any(f.key in missing for f in part.files)]
-        whole = [part for part in manifest.parts if part not in lost]
-        try:
-            kept = compactor.contents_of(whole)
-        except (ProfileError, StoreError):
-            continue
-        at_level0 = {key.content16 for key, _ in compactor.level0(hour)}
-        # The list of a part's objects may be what is missing: then their number must do.
-        if compactor.is_dry or sum(part.objects for part in lost) > len(at_level0 - kept):
-            continue
-        gone = {part.id for part in lost}
+        if missing := _missing_of(compactor, hour, manifest, stored):
+            _drop_parts(compactor, manifest, missing)
+    for name, day in known.days.items():
+        hours = {hour[-2:]: each for hour, each in known.hours.items() if hour.startswith(name)}
+        missing = _missing_of(compactor, name, day, stored)
+        if missing and not compactor.is_dry and can_make_again(day, hours):
+            log.warning("files are missing: its rollups are made again day=%s", name)
+            compactor.manifests.change_day(name, _emptied)
 
-        def drop(
-            current: HourManifest, gone: set[str] = gone, missing: set[str] = missing
-        ) -> HourManifest:
-            parts = tuple(part for part in current.parts if part.id not in gone)
-            hourly = current.hourly
-            if hourly and any(file.key in missing for file in hourly.files):
-                hourly = None
-            return replace(current, parts=parts, hourly=hourly)
 
-        log.warning("files are missing: its objects are compacted again hour=%s", hour)
-        compactor.manifests.change_hour(hour, drop)
+def _emptied(day: DayManifest) -> DayManifest:
+    return DayManifest(day.type, day.day, unit=day.unit)
+
+
+def _missing_of(
+    compactor: Compactor, name: str, manifest: HourManifest | DayManifest, stored: set[str]
+) -> set[str]:
+    """Return which files of an hour or a day are missing, and report it."""
+    missing = {
+        file.key
+        for file in manifest.files
+        if file.key not in stored and _is_missing(compactor, file.key)
+    }
+    if missing:
+        compactor.report.problems[name] = f"files are missing: {', '.join(sorted(missing))}"
+    return missing
+
+
+def _drop_parts(compactor: Compactor, manifest: HourManifest, missing: set[str]) -> None:
+    """Take back the parts of an hour that lack files, if level 0 still has their objects."""
+    lost = [part for part in manifest.parts if any(f.key in missing for f in part.files)]
+    whole = [part for part in manifest.parts if part not in lost]
+    try:
+        kept = compactor.contents_of(whole)
+    except (ProfileError, StoreError):
+        return
+    at_level0 = {key.content16 for key, _ in compactor.level0(manifest.hour)}
+    # The list of a part's objects may be what is missing: then their number must do.
+    if compactor.is_dry or sum(part.objects for part in lost) > len(at_level0 - kept):
+        return
+    gone = {part.id for part in lost}
+
+    def drop(current: HourManifest) -> HourManifest:
+        parts = tuple(part for part in current.parts if part.id not in gone)
+        hourly = current.hourly
+        is_lost = hourly and any(file.key in missing for file in hourly.files)
+        if is_lost and all(part.files_of(_TEN_MINUTES) for part in current.parts):
+            hourly = None
+        return replace(current, parts=parts, hourly=hourly)
+
+    log.warning("files are missing: its objects are compacted again hour=%s", manifest.hour)
+    compactor.manifests.change_hour(manifest.hour, drop)
 
 
 def _is_missing(compactor: Compactor, key: str) -> bool:

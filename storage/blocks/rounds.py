@@ -15,8 +15,9 @@ from pathlib import Path
 import duckdb
 
 from storage.blocks.compactor import SETTLED_NS, Compactor, Report
+from storage.blocks.day import renew_day
 from storage.blocks.manifest import HourManifest, Listed, end_ns_of, manifest_types
-from storage.blocks.merges import finish_day, merge, roll_up
+from storage.blocks.merges import is_rolled_up, merge, roll_up
 from storage.blocks.retention import Keep, collect_garbage, expire, is_in_rollup
 from storage.blocks.work import clean
 from storage.objects.keys import (
@@ -130,7 +131,7 @@ class Rounds:
             if _is_due(compactor, hour, known, now_ns)
         }
         unfinished = {
-            name for name, hour in known.hours.items() if hour.parts and not hour.has_hourly
+            name for name, hour in known.hours.items() if hour.parts and not is_rolled_up(hour)
         }
 
         def compact(hour: str) -> None:
@@ -149,7 +150,7 @@ class Rounds:
         known = compactor.manifests.list(first)
         for day in sorted(days):
             with _naming_problems(compactor, day):
-                finish_day(compactor, day, known if day >= first else None)
+                renew_day(compactor, day, known if day >= first else None)
 
 
 def _is_due(compactor: Compactor, hour: str, known: Listed, now_ns: int) -> bool:

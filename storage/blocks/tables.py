@@ -18,6 +18,7 @@ from storage.blocks.parquet import (
     DICTIONARY,
     PART,
     ROLLUPS,
+    TABLES,
     Engine,
     LocalFile,
     engine,
@@ -28,6 +29,11 @@ from storage.grouping import sort_distinct
 from storage.hashing import Hasher, Hashes
 from storage.profile import ProfileError
 
+PIECE_BYTES = 48 << 20
+"""A rollup or dictionary with more bytes is written as several files: no object may have more than
+64 MB."""
+_SPLIT_BY = ("stack_id", "function_id")
+"""Of tables that have neither: their first column."""
 _FIRST_BUCKET_S = min(ROLLUPS)
 _FIRST_ROLLUP = ROLLUPS[_FIRST_BUCKET_S]
 
@@ -116,13 +122,15 @@ def merge_dictionaries(
     folder: Path,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     wanted: Hashes | None = None,
+    wanted_sets: Hashes | None = None,
 ) -> list[LocalFile]:
-    """Merge the DICTIONARY files of several parts into one of each table.
+    """Merge the DICTIONARY files of several parts into one of each table, or several if large.
 
-    With `wanted` only these stacks, and the locations, names and modules that they need.
+    With `wanted` only these stacks, and the locations, names and modules that they need; with
+    `wanted_sets` only these label sets.
 
     Raises:
-        ProfileError: a file is damaged or not one of ours.
+        ProfileError: a file is damaged or not one of ours, or something that is wanted is missing.
         SchemaError: a later version wrote one.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,6 +143,9 @@ def merge_dictionaries(
             needed["stacks"] = "SEMI JOIN wanted USING (stack_id)"
             needed["frames"] = needed["names"] = "SEMI JOIN used USING (frame_id)"
             needed["modules"] = "SEMI JOIN frames USING (build_id)"
+        if wanted_sets is not None:
+            opened.register("wanted_sets", {"set_id": sort_distinct(wanted_sets)})
+            needed["label_sets"] = "SEMI JOIN wanted_sets USING (set_id)"
         for table in DICTIONARY:
             if table == "frames" and wanted is not None:
                 opened.run(
@@ -144,7 +155,49 @@ def merge_dictionaries(
             rows = f"(SELECT * FROM {{files}} {needed[table]})"
             query = one_of_each(table, len(chosen[table]), rows)
             opened.load(table, query, chosen[table])
-        return [opened.write(table, f"SELECT * FROM {table}", folder) for table in DICTIONARY]
+        if wanted is not None:
+            _refuse_missing(opened, "wanted", "stack_id", "stacks")
+            _refuse_missing(opened, "used", "frame_id", "frames")
+        if wanted_sets is not None:
+            _refuse_missing(opened, "wanted_sets", "set_id", "label_sets")
+        return [
+            file
+            for table in DICTIONARY
+            for file in write_in_pieces(opened, table, f"SELECT * FROM {table}", folder)
+        ]
+
+
+def _refuse_missing(opened: Engine, wanted: str, column: str, table: str) -> None:
+    query = (
+        f"SELECT count(*) FROM (SELECT {column} FROM {wanted} ANTI JOIN {table} USING ({column}))"
+    )
+    ((missing,),) = opened.rows(query)
+    if missing:
+        raise ProfileError(f"cannot merge blocks: {missing:,} of what is wanted is not in {table}")
+
+
+def write_in_pieces(
+    opened: Engine, table: str, query: str, folder: Path, files: Sequence[LocalFile] = ()
+) -> list[LocalFile]:
+    """Do what `Engine.write` does, with several files if one would be large.
+
+    Each has the rows of some stacks, functions or other ids.
+    """
+    whole = opened.write(table, query, folder, files)
+    size_bytes = whole.path.stat().st_size
+    if size_bytes <= PIECE_BYTES:
+        return [whole]
+    whole.path.unlink()
+    columns = TABLES[table]
+    by = next((name for name in _SPLIT_BY if name in columns), next(iter(columns)))
+    count = 2 * size_bytes // PIECE_BYTES
+    pieces = []
+    for number in range(count):
+        inside = folder / f"{table}-{number}"
+        inside.mkdir()
+        some = f"SELECT * FROM ({query}) WHERE hash({by}) % {count} = {number}"
+        pieces.append(opened.write(table, some, inside, files))
+    return pieces
 
 
 def roll_up(
@@ -152,16 +205,16 @@ def roll_up(
     bucket_s: int,
     folder: Path,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
-) -> LocalFile:
-    """Add up rollups into longer buckets of ROLLUPS. Totals stay equal.
+) -> list[LocalFile]:
+    """Add up rollups into longer buckets of ROLLUPS, as one file or several. Totals stay equal.
 
     Raises:
-        ValueError: they are no rollups, or not of shorter buckets.
+        ValueError: they are no rollups, or some of longer buckets.
         ProfileError: a file is damaged or not one of ours, or sums exceed 64 bits.
         SchemaError: a later version wrote one.
     """
-    shorter = {table for seconds, table in ROLLUPS.items() if seconds < bucket_s}
-    if bucket_s not in ROLLUPS or not files or not {each.table for each in files} <= shorter:
+    known = {table for seconds, table in ROLLUPS.items() if seconds <= bucket_s}
+    if bucket_s not in ROLLUPS or not files or not {each.table for each in files} <= known:
         raise ValueError(f"cannot add these up to buckets of {bucket_s} s")
     folder.mkdir(parents=True, exist_ok=True)
     table = ROLLUPS[bucket_s]
@@ -171,7 +224,7 @@ def roll_up(
             f"SELECT {_bucket(bucket_s)} AS ts, set_id, stack_id, {SUMS} FROM {{files}}"
             f" GROUP BY ALL"
         )
-        return opened.write(table, query, folder, files)
+        return write_in_pieces(opened, table, query, folder, files)
 
 
 def refuse_repeated(opened: Engine, files: Sequence[LocalFile]) -> None:

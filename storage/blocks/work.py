@@ -17,11 +17,11 @@ from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from storage.blocks.block import Block
+from storage.blocks.daily import DAILY, HOURLY, write_day
+from storage.blocks.heads import write_heads
+from storage.blocks.loading import SUMS
 from storage.blocks.manifest import (
-    DAY_S,
     HOUR_S,
     File,
     Part,
@@ -30,9 +30,8 @@ from storage.blocks.manifest import (
     part_id,
     producer,
 )
-from storage.blocks.parquet import DETAIL, LocalFile
-from storage.blocks.reading import sum_samples
-from storage.blocks.tables import merge_dictionaries, merge_parts, roll_up, write_block
+from storage.blocks.parquet import DETAIL, HEADS, ROLLUPS, LocalFile, of_table, reading_engine
+from storage.blocks.tables import merge_parts, roll_up, write_block
 from storage.columns import Columns
 from storage.formats.limits import OutOfMemoryError
 from storage.hashing import Hasher
@@ -62,6 +61,8 @@ _TYPE_UNITS = {CPU: "nanoseconds"}
 _REASON_LIMIT = 500
 _LAST_S = (1 << 32) - 1
 """Tables have times of 32 bits."""
+_ROLLED_UP = frozenset({ROLLUPS[600], *HEADS, "label_sets"})
+"""Tables of parts of which the rollups of an hour are made."""
 _WORK = "work-"
 _WORK_LASTS_S = 3 * 3600.0
 """A folder of work that was not touched for so long is a killed process's."""
@@ -189,53 +190,75 @@ def merge_files(place: Place, parts: Sequence[Part], memory_bytes: int) -> list[
     files = [file for part in parts for file in part.files]
     with _fetched(place, files) as local, _working_folder(place.folder) as folder:
         merged = merge_parts(local, folder, _hasher_of(place.key), memory_bytes)
-        _check_sums([file for file in merged if file.table == DETAIL], parts)
+        _check_sums(merged, (DETAIL, ROLLUPS[600], "times"), *_sums_of(parts))
         return [_put(place, file) for file in merged]
 
 
-def roll_up_files(
-    place: Place,
-    parts: Sequence[Part],
-    rollups: Sequence[File],
-    dictionary: Sequence[File],
-    memory_bytes: int,
-) -> list[File]:
-    """Sum rollups of parts into buckets of the place's hour or day; return files not named yet.
-
-    With files of the dictionary it is joined, too, as far as these samples need it.
+def roll_up_hour(place: Place, parts: Sequence[Part], memory_bytes: int) -> list[File]:
+    """Make the rollups of all parts of an hour; return their files, which nothing names yet.
 
     Raises: as `merge_files` does.
     """
-    with (
-        _fetched(place, [*rollups, *dictionary]) as local,
-        _working_folder(place.folder) as folder,
-    ):
-        bucket_s = HOUR_S if "T" in place.name else DAY_S
-        rollup = roll_up(local[: len(rollups)], bucket_s, folder, memory_bytes)
-        stacks = _check_sums([rollup], parts)
-        made = [rollup]
-        if dictionary:
-            made += merge_dictionaries(local[len(rollups) :], folder, memory_bytes, stacks)
+    files = [file for part in parts for file in part.files if file.table in _ROLLED_UP]
+    with _fetched(place, files) as local, _working_folder(place.folder) as folder:
+        samples = [file for file in local if file.table == ROLLUPS[600]]
+        made = roll_up(samples, HOUR_S, folder, memory_bytes)
+        made += write_heads(local, folder, _hasher_of(place.key), memory_bytes)
+        _check_sums(made, (HOURLY, "times_10m"), *_sums_of(parts))
         return [_put(place, file) for file in made]
 
 
-def _check_sums(files: Sequence[LocalFile], parts: Sequence[Part]) -> "np.ndarray":
-    """Check that files have all samples of some parts, as nothing may be lost; return their stacks.
+def write_day_files(
+    place: Place, source: "DaySource", samples: int, value: int, memory_bytes: int
+) -> list[File]:
+    """Make the files of a day, which nothing names yet; all its samples must have these sums.
+
+    Raises: as `merge_files` does.
+    """
+    groups = (source.previous, source.rollups, source.dictionary)
+    files = [file for group in groups for file in group]
+    with _fetched(place, files) as local, _working_folder(place.folder) as folder:
+        rest = iter(local)
+        previous, rollups, dictionary = ([next(rest) for _ in group] for group in groups)
+        made = write_day(previous, rollups, dictionary, folder, memory_bytes)
+        _check_sums(made, (HOURLY, DAILY, "times_10m"), samples, value)
+        return [_put(place, file) for file in made]
+
+
+class DaySource(NamedTuple):
+    """What a day is made of, as `storage.blocks.daily.write_day` takes it."""
+
+    previous: Sequence[File]
+    rollups: Sequence[File]
+    dictionary: Sequence[File]
+
+
+def _sums_of(parts: Sequence[Part]) -> tuple[int, int]:
+    return sum(part.samples for part in parts), sum(part.value for part in parts)
+
+
+def _check_sums(
+    files: Sequence[LocalFile], tables: Sequence[str], samples: int, value: int
+) -> None:
+    """Check that each of some tables has all samples, as nothing may be lost.
 
     Raises:
-        ProfileError: they do not.
+        ProfileError: one does not.
     """
-    if not files:
-        return np.zeros(0, np.uint64)
-    found = sum_samples(files, start_s=0, end_s=_LAST_S)
-    sums = int(found.samples.sum()), int(found.values.sum())
-    expected = sum(part.samples for part in parts), sum(part.value for part in parts)
-    if sums != expected:
-        raise ProfileError(
-            f"cannot compact: {files[0].table} would have {sums[0]:,} samples of"
-            f" {expected[0]:,} and a value of {sums[1]:,} of {expected[1]:,}"
-        )
-    return np.unique(found.stacks)
+    for table in tables:
+        chosen = of_table(files, table)
+        if not chosen:
+            continue
+        with reading_engine() as opened:
+            opened.load("summed", f"SELECT {SUMS} FROM {{files}}", chosen)
+            ((found, found_value),) = opened.rows(
+                "SELECT coalesce(samples, 0), coalesce(value, 0) FROM summed"
+            )
+        if (found, found_value) != (samples, value):
+            raise ProfileError(
+                f"cannot compact: {table} would have {found:,} samples of {samples:,} and a value"
+                f" of {found_value:,} of {value:,}"
+            )
 
 
 def _fetch(store: ObjectStore, key: ObjectKey) -> bytes | ObjectTooLarge | None:

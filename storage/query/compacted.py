@@ -15,7 +15,7 @@ from storage.query.coverage import Skipped
 HEADS = ("objects", "presence", "times")
 """Tables with a row or more for each object."""
 _PART_SUMS = ("objects", "samples", "value")
-_TEN_MINUTES = ROLLUPS[600]
+_TEN_MINUTES, _HOURLY = ROLLUPS[600], ROLLUPS[3600]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def samples_of(hour: CompactedHour, *, prefers_rollup: bool) -> list[File]:
     manifest = hour.manifest
     hourly = manifest.hourly
     if prefers_rollup and hourly is not None and manifest.has_hourly:
-        return list(hourly.files)
+        return list(hourly.files_of(_HOURLY))
     levels = (_TEN_MINUTES, DETAIL) if prefers_rollup else (DETAIL, _TEN_MINUTES)
     by_part = {
         part.id: next((files for level in levels if (files := part.files_of(level))), ())
@@ -91,7 +91,7 @@ def samples_of(hour: CompactedHour, *, prefers_rollup: bool) -> list[File]:
     left = {id_: files for id_, files in by_part.items() if id_ not in rolled_up}
     if hourly is None or not rolled_up <= by_part.keys() or not all(left.values()):
         return []
-    return [*hourly.files, *(file for files in left.values() for file in files)]
+    return [*hourly.files_of(_HOURLY), *(file for files in left.values() for file in files)]
 
 
 def check_named(hours: Sequence[CompactedHour], files: Sequence[File]) -> None:

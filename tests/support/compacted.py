@@ -8,6 +8,7 @@ import msgspec
 
 from storage.blocks import merges
 from storage.blocks.compactor import Compactor
+from storage.blocks.day import renew_day
 from storage.blocks.manifest import HourManifest, Manifests
 from storage.objects.keys import CPU, DEFAULT_TENANT, ObjectKey, ObjectStore
 from storage.objects.tenant import TenantStore
@@ -28,7 +29,7 @@ def compact(store: ObjectStore, folder: Path, *, has_rollups: bool = False) -> N
                 if has_rollups:
                     merges.roll_up(compactor, hour)
             for day in sorted({hour[:10] for hour in hours}) if has_rollups else ():
-                merges.finish_day(compactor, day)
+                renew_day(compactor, day)
 
 
 def merge(store: ObjectStore, folder: Path, hour: str) -> None:

@@ -166,21 +166,26 @@ def read_store(expected: Expected, type_: str = "cpu") -> Sums:
     store = expected.store
     manifests = hour_manifests(store, type_)
     parts = [part for manifest in manifests.values() for part in manifest["parts"]]
-    rollups = []
+    rollups: list[tuple[list[Any], list[Any]]] = []
+
+    def add(parts: list[Any], files: list[Any], *tables: str) -> None:
+        rollups.extend((parts, files_of([{"files": files}], table)) for table in tables)
+
     for manifest in manifests.values():
         hourly = manifest["hourly"]
         if hourly and sorted(hourly["parts"]) == sorted(part["id"] for part in manifest["parts"]):
-            rollups.append((manifest["parts"], hourly["files"]))
+            add(manifest["parts"], hourly["files"], "samples_1h", "times_10m")
     prefix = f"v1/default/manifests/{type_}/"
     for each in [each.key for each in store.list(prefix) if "T" not in each.key[len(prefix) :]]:
         day = orjson.loads(store.get(each))
+        add([day], day["files"], "samples_1h", "samples_1d", "times_10m")
         names = {name[11:]: manifest for name, manifest in manifests.items() if day["day"] in name}
         ids = {hour: sorted(part["id"] for part in each["parts"]) for hour, each in names.items()}
-        if ids == day["hours"]:
-            inside = [part for manifest in names.values() for part in manifest["parts"]]
-            rollups.append((inside, [f for f in day["files"] if f["table"] == "samples_1d"]))
+        if all(ids.get(hour) == held for hour, held in day["hours"].items()):
+            inside = [part for hour in day["hours"] for part in names[hour]["parts"]]
+            add(inside, day["files"], "samples_1d")
     detail, ten = files_of(parts, "samples_detail"), files_of(parts, "samples_10m")
-    longer = [file for _, files in rollups for file in files]
+    longer = list({file["key"]: file for _, files in rollups for file in files}.values())
     with reading(store, [*files_of(parts, "objects"), *detail, *ten, *longer]) as rows_of:
         query = "SELECT filename, sum(samples)::BIGINT, sum(value)::BIGINT FROM files GROUP BY ALL"
         sums = {name: (s, v) for name, s, v in rows_of([*detail, *ten, *longer], query)}
@@ -201,7 +206,7 @@ def read_store(expected: Expected, type_: str = "cpu") -> Sums:
         assert found(files_of([part], "samples_detail")) == claimed([part])
         assert found(files_of([part], "samples_10m")) == claimed([part])
     for inside, files in rollups:
-        assert found(files) == claimed(inside)
+        assert found(files) == claimed(inside), [file["key"] for file in files]
     twice = [content for content, times in seen.items() if times > 1]
     assert not twice, f"counted twice: {twice}"
     at_level0 = {

@@ -4,14 +4,12 @@ import pytest
 
 from storage.blocks import merges
 from storage.blocks.manifest import File, Part
-from storage.blocks.merges import choose_parts, finish_day, merge, roll_up
+from storage.blocks.merges import choose_parts, merge, roll_up
 from tests.support.compaction import (
-    DAY_S,
     DAY_START_S,
     HOUR_S,
     Expected,
     compactor_of,
-    day_manifest,
     files_of,
     hour_manifests,
     hour_name,
@@ -23,10 +21,8 @@ from tests.support.compaction import (
 
 START_S = DAY_START_S + 9 * HOUR_S
 HOUR = hour_name(START_S)
-DAY = HOUR[:10]
 GOES_ON_S = START_S + 1800
 IS_OVER_S = START_S + HOUR_S + 600
-DAY_IS_OVER_S = DAY_START_S + DAY_S + 600
 
 
 @pytest.fixture
@@ -130,59 +126,14 @@ def test_the_hourly_rollup_is_made_when_the_hour_is_over(expected, store, tmp_pa
     assert not roll_up(compactor, HOUR)
 
     hourly = hour_manifests(store)[HOUR]["hourly"]
-    (samples,) = hourly["files"]
-    assert samples["table"] == "samples_1h"
-    assert queried(store, [samples], "SELECT DISTINCT ts FROM files") == [(START_S,)]
-    assert sums_of(store, [samples]) == expected.total[1:]
+    samples = files_of([hourly], "samples_1h")
+    assert queried(store, samples, "SELECT DISTINCT ts FROM files") == [(START_S,)]
+    assert sums_of(store, samples) == expected.total[1:]
     fold_parts(expected, tmp_path, 1, START_S + 600)
     assert not compactor.manifests.hour(HOUR).has_hourly
     assert roll_up(compactor, HOUR)
-    assert sums_of(store, hour_manifests(store)[HOUR]["hourly"]["files"]) == expected.total[1:]
-
-
-def test_the_rollup_of_a_day_is_made_of_all_its_hours(expected, store, tmp_path):
-    """With the dictionary of its stacks, for when the hours have expired."""
-    for hour in (3, 9, 23):
-        fold_parts(expected, tmp_path, 2, DAY_START_S + hour * HOUR_S)
-    compactor = compactor_of(store, tmp_path, DAY_IS_OVER_S)
-    names = sorted(hour_manifests(store))
-    assert not finish_day(compactor, DAY), "no hour has its rollup yet"
-    for hour in names[:2]:
-        roll_up(compactor, hour)
-    assert not finish_day(compactor, DAY), "one is missing"
-    roll_up(compactor, names[2])
-    assert not finish_day(compactor_of(store, tmp_path, DAY_START_S + DAY_S), DAY)
-
-    assert finish_day(compactor, DAY)
-    assert not finish_day(compactor, DAY)
-
-    day = day_manifest(store, DAY)
-    assert sorted(day["hours"]) == ["03", "09", "23"]
-    samples = [file for file in day["files"] if file["table"] == "samples_1d"]
-    assert queried(store, samples, "SELECT DISTINCT ts FROM files") == [(DAY_START_S,)]
-    assert sums_of(store, samples) == expected.total[1:] == (day["samples"], day["value"])
-    stacks = [file for file in day["files"] if file["table"] == "stacks"]
-    known = set(queried(store, stacks, "SELECT stack_id FROM files"))
-    assert set(queried(store, samples, "SELECT DISTINCT stack_id FROM files")) == known
-    assert {file["table"] for file in day["files"]} >= {"frames", "names", "modules", "label_sets"}
-
-
-def test_a_day_is_rolled_up_again_when_an_hour_of_it_has_changed(expected, store, tmp_path):
-    """Until then its rollup is not valid."""
-    fold_parts(expected, tmp_path, 2)
-    compactor = compactor_of(store, tmp_path, DAY_IS_OVER_S)
-    roll_up(compactor, HOUR)
-    finish_day(compactor, DAY)
-    fold_parts(expected, tmp_path, 1, START_S + 1200)
-    manifests = compactor.manifests.list(DAY, DAY)
-    assert not manifests.days[DAY].is_valid(manifests.hours)
-
-    roll_up(compactor, HOUR)
-    assert finish_day(compactor, DAY)
-
-    manifests = compactor.manifests.list(DAY, DAY)
-    assert manifests.days[DAY].is_valid(manifests.hours)
-    assert manifests.days[DAY].samples == expected.total.samples
+    samples = files_of([hour_manifests(store)[HOUR]["hourly"]], "samples_1h")
+    assert sums_of(store, samples) == expected.total[1:]
 
 
 def test_a_rollup_of_other_parts_is_dropped(expected, store, tmp_path):

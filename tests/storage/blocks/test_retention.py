@@ -109,12 +109,15 @@ def test_levels_expire_one_after_the_other(expected, store, tmp_path):
     assert {"samples_detail", "samples_10m"} <= tables_of(store, hours[1])
     assert tables_of(store, hours[20]) & {"samples_detail", "samples_10m"} == {"samples_10m"}
     assert tables_of(store, hours[40]) & {"samples_detail", "samples_10m"} == set()
-    assert sums_of(store, found[hours[40]]["hourly"]["files"]) == tuple(
-        found[hours[40]]["parts"][0][name] for name in ("samples", "value")
-    )
+    for table in ("samples_1h", "times_10m"):
+        assert sums_of(store, files_of([found[hours[40]]["hourly"]], table)) == tuple(
+            found[hours[40]]["parts"][0][name] for name in ("samples", "value")
+        )
+    assert files_of([day_manifest(store, hours[40][:10])], "samples_1h")
     gone = day_manifest(store, hours[100][:10])
-    samples = [file for file in gone["files"] if file["table"] == "samples_1d"]
-    assert sums_of(store, samples) == (gone["samples"], gone["value"])
+    assert not files_of([gone], "samples_1h")
+    for table in ("samples_1d", "times_10m"):
+        assert sums_of(store, files_of([gone], table)) == (gone["samples"], gone["value"])
     assert gone["samples"] == profile(days_ago(100), 1, 100).total_samples + sum(
         profile(days_ago(100) + 60 * minute, 1, 100).total_samples for minute in (1, 2)
     )

@@ -71,7 +71,7 @@ def test_all_hours_are_compacted_newest_first_and_days_after_them(expected, stor
 
     assert report["objects"] == len(offsets)
     assert report["hourly"] == 4
-    assert report["daily"] == 2
+    assert report["daily"] == 3
     assert set(hour_manifests(store)) == {hour_name(NOW_S - 1800 + each) for each in offsets}
     assert read_store(expected) == expected.total
     again = rounds_of(store, tmp_path, Clock(NOW_S), 0.0).run_once()

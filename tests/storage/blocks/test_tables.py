@@ -251,8 +251,8 @@ def test_rollups_keep_totals_by_service(tmp_path):
         made.append(stored(dataclasses.replace(some.sample_profile(), window=window)))
     files = write(made, tmp_path / "part")
     (ten,) = files_of(files, "samples_10m")
-    hour = roll_up([ten], 3600, tmp_path / "hour")
-    day = roll_up([hour, hour._replace(path=hour.path)][:1], 86400, tmp_path / "day")
+    (hour,) = roll_up([ten], 3600, tmp_path / "hour")
+    (day,) = roll_up([hour], 86400, tmp_path / "day")
     expected = merge_columns([columns for _, columns in made])
     label_sets = read_label_sets(files)
 
