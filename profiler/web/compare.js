@@ -216,6 +216,8 @@ function commonText({ relative, low, high, verdict }, whole) {
 export const CHANGES = {
   id: "changes-filter",
   label: "Functions by change",
+  noun: "function",
+  hint: "Filter functions and modules",
   none: "No function changed. “Show unchanged” lists the others, with the smallest change that could be detected.",
   columns: [
     { key: "verdict", title: "Change", class: "verdict-cell" },

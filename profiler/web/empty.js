@@ -8,16 +8,20 @@ import { formatWindow } from "./times.js";
 
 const SERVICES_SHOWN = 40;
 
-/** Return the nodes to show instead of an empty flame graph; null if it is not empty. */
+/** Return the nodes to show instead of an empty flame graph or list; null if it is not empty. */
 export function emptyState(response, page) {
-  const { empty, nodes } = response;
+  const { empty } = response;
   if (empty?.reason === "no_data_ever") return noDataEver(page);
   if (empty?.reason === "no_data_in_range") return noDataInRange(empty.nearest ?? [], page);
   if (empty?.reason === "nothing_matches" && page.selection.matchers.length) {
     return nothingMatches(empty.services ?? [], page);
   }
-  if (empty || nodes.frame.length === 0 || !(nodes.total[0] > 0)) return noStack(page);
-  return null;
+  return empty || isBlank(response) ? noStack(page) : null;
+}
+
+/** Return whether a response has no CPU time to show: that of a flame graph or of a fleet. */
+export function isBlank({ nodes, cpu_ns: cpuNs }) {
+  return nodes ? !(nodes.total[0] > 0) : !(cpuNs > 0);
 }
 
 function noDataEver({ loader, refresh }) {
@@ -84,8 +88,8 @@ function nothingMatches(services, { state, change }) {
   ];
 }
 
-function noStack({ state: { callers, focus, hide, node }, change }) {
-  const isChanged = callers || focus.length || hide.length;
+function noStack({ state: { callers, focus, hide, node }, selection, change }) {
+  const isChanged = !selection.isFleet && (callers || focus.length || hide.length);
   const showAll = () => change({ callers: "", focus: [], hide: [], node: "" });
   const text = isChanged
     ? "No stack in this range passes the stack filters above."
@@ -94,7 +98,7 @@ function noStack({ state: { callers, focus, hide, node }, change }) {
   return [
     el("h3", { text: isChanged ? "No stacks left" : "No samples" }),
     el("p", { text }),
-    ...(isChanged || node ? [el("p", { class: "row" }, all)] : []),
+    ...(isChanged || (node && !selection.isFleet) ? [el("p", { class: "row" }, all)] : []),
   ];
 }
 

@@ -104,12 +104,27 @@ export function quantity(value, unit) {
 
 /** Return CPU time over a window as cores: `0.42 cores`, `1.00 core`. */
 export function cores(ns, windowMs) {
-  if (!(windowMs > 0)) return `${DASH} cores`;
-  const used = ns / (windowMs * 1e6);
-  if (used > 0 && used < 0.001) return "<0.001 cores";
-  const digits = used === 0 ? 0 : used < 0.1 ? 3 : used < 10 ? 2 : used < 100 ? 1 : 0;
-  const text = used >= 100 ? number(used) : used.toFixed(digits);
+  return windowMs > 0 ? coresUsed(ns / (windowMs * 1e6)) : `${DASH} cores`;
+}
+
+/** Return a number of cores: `0.42 cores`, `1.00 core`. */
+export function coresUsed(used) {
+  const text = coreCount(used);
   return `${text} ${Number(text) === 1 ? "core" : "cores"}`;
+}
+
+/** Return a number of cores without the word: `0.42`, and `<0.001` for what would round to zero. */
+export function coreCount(used) {
+  if (used > 0 && used < 0.001) return "<0.001";
+  const digits = used === 0 ? 0 : used < 0.1 ? 3 : used < 10 ? 2 : used < 100 ? 1 : 0;
+  return used >= 100 ? number(used) : used.toFixed(digits);
+}
+
+/** Return a change of a number of cores: `+0.42`, `−13.1`, `±0`. */
+export function coreChange(by) {
+  const text = coreCount(Math.abs(by));
+  if (by === 0 || text.startsWith("<")) return "±0";
+  return `${by < 0 ? "−" : "+"}${text}`;
 }
 
 /** Return a size: `512 B`, `40.1 MiB`. */

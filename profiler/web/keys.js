@@ -9,9 +9,11 @@ const KEYS = [
       ["/", "search"],
       ["n  N", "next, previous match"],
       ["s", "go to the selector"],
+      ["f", "show the fleet, or the graph"],
       ["t", "go to the timeline"],
-      ["g", "go to the graph"],
+      ["g", "go to the graph, or the list"],
       ["1  2  3", "show graph, table, both"],
+      ["1  2  3  4", "fleet: services, versions, modules, functions"],
       ["i", "invert"],
       ["v", "switch icicle and flame"],
       ["0", "reset the zoom"],
@@ -46,7 +48,7 @@ const KEYS = [
     "Table",
     [
       ["↑ ↓", "move between rows"],
-      ["Enter", "select the function"],
+      ["Enter", "select the function, or open the row's flame graph"],
     ],
   ],
 ];

@@ -3,7 +3,9 @@
 import { address, Api, isCancelled } from "./api.js";
 
 /** The parts of the page that have a request of their own, drawn when its response arrives. */
-export const PANELS = ["flame", "diff", "timeline", "services", "top", "changes", "deployments"];
+export const PANELS = [
+  ...["flame", "diff", "fleet", "timeline", "services", "top", "changes", "deployments", "trend"],
+];
 const SLOW_MS = 300;
 
 export class Loader {

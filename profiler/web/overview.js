@@ -47,6 +47,7 @@ export class Overview {
     byId("target").hidden = !isComparison;
     byId("timeline-whole").hidden = state.over === "" || isComparison;
     byId("timeline-zoom").hidden = state.over === "";
+    byId("services").hidden = selection.isFleet;
     byId("timeline-range").textContent = formatWindow(shown.from, shown.until, state.tz);
   }
 
@@ -174,6 +175,11 @@ export class Overview {
       );
     });
     legend.replaceChildren(...chips);
+  }
+
+  /** Numbers of colours by service. */
+  get colours() {
+    return this.#colours;
   }
 
   #toggle(name, value, isChosen) {

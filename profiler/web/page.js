@@ -7,21 +7,23 @@
 import { publishColours } from "./compare.js";
 import { Comparison } from "./comparison.js";
 import { fillIcons, showCrumbs } from "./controls.js";
-import { button, changeTracker, el } from "./dom.js";
-import { awayNotice, emptyState, errorState } from "./empty.js";
+import { button, changeTracker, el, set } from "./dom.js";
+import { awayNotice, emptyState, errorState, isBlank } from "./empty.js";
 import { bytes, counted, safeName, share, span } from "./format.js";
 import { bindKeys, showHelp } from "./keys.js";
+import { Fleet } from "./fleet.js";
 import { Loader } from "./loader.js";
 import { Overview } from "./overview.js";
 import { Profile } from "./profile.js";
 import { Selection } from "./selection.js";
-import { changeState, endComparison, isStep, parseState, printState } from "./state.js";
+import { changeState, endComparison, isStep, LISTS, parseState, printState } from "./state.js";
 import { bindTheme } from "./theme.js";
 import { formatWindow } from "./times.js";
 import { Toast } from "./toast.js";
 import { Toolbar } from "./toolbar.js";
 
 const RESIZE_MS = 200;
+const TABS = ["graph", "table", "both", "both"];
 
 const byId = (id) => document.getElementById(id);
 
@@ -43,6 +45,7 @@ class Page {
     this.overview = new Overview(this);
     this.comparison = new Comparison(this);
     this.profile = new Profile(this);
+    this.fleet = new Fleet(this);
     this.#bind();
     let timer = 0;
     addEventListener("popstate", () => this.#go(parseState(location.search)));
@@ -68,9 +71,8 @@ class Page {
   /** Apply a change to the state, the address and the views. */
   change = (change) => {
     const next = changeState(this.state, change);
-    const text = printState(next);
-    if (text !== printState(this.state)) {
-      const url = `${location.pathname}${text}`;
+    if (printState(next) !== printState(this.state)) {
+      const url = this.#addressOf(next);
       if (isStep(this.state, next)) history.pushState(null, "", url);
       else history.replaceState(null, "", url);
     }
@@ -82,8 +84,28 @@ class Page {
     if (await this.loader.refresh()) this.#go(this.state);
   };
 
+  /** Return a link to the page after a change; a plain click applies it without loading the page. */
+  link = (change, properties) => {
+    const onClick = (event) => {
+      event.stopPropagation();
+      if (event.button || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
+      event.preventDefault();
+      this.change(change);
+    };
+    const href = this.#addressOf(changeState(this.state, change));
+    return el("a", { ...properties, href, on: { click: onClick } });
+  };
+
+  #addressOf(state) {
+    return `${location.pathname}${printState(state)}`;
+  }
+
   toggleComparison = () => {
     this.change(this.selection.isComparison ? endComparison() : { mode: "compare" });
+  };
+
+  toggleFleet = () => {
+    this.change(this.selection.isFleet ? { mode: "" } : this.selection.ofFleet("services"));
   };
 
   compareDeployment = ({ compare: windows, compare_reason: reason }) => {
@@ -104,17 +126,50 @@ class Page {
     this.overview.render();
     this.comparison.render();
     this.profile.render();
+    this.fleet.render();
+    this.#showViews();
+  }
+
+  /** Show which view of the page this is, with links to the others. */
+  #showViews() {
+    const { selection, state } = this;
+    const { isFleet } = selection;
+    const views = [
+      ["Flame graph", isFleet ? { mode: "" } : {}, !isFleet],
+      ["Fleet", isFleet ? {} : selection.ofFleet("services"), isFleet],
+    ];
+    const links = views.map(([text, change, isCurrent]) => {
+      const current = { "aria-current": isCurrent ? "page" : null };
+      return this.link(change, { text, class: "view", ...current });
+    });
+    if (this.#isNew("views", printState(state))) {
+      const place = [...byId("views").children].indexOf(document.activeElement);
+      byId("views").replaceChildren(...links);
+      links[place]?.focus();
+    }
+    const skip = isFleet ? ["#fleet", "Skip to the list"] : ["#graph", "Skip to the flame graph"];
+    set(document.querySelector(".skip"), { href: skip[0], text: skip[1] });
   }
 
   // Responses
 
   #draw(panel, arrivedAt) {
-    if (panel === this.selection.graphPanel) {
+    const { isFleet, mainPanel } = this.selection;
+    if (panel === "fleet" || panel === "trend") {
+      this.fleet.draw();
+      if (panel === mainPanel) {
+        this.profile.showCoverage(this.#main.response);
+        this.#showFoot();
+      }
+    } else if (panel === "timeline") {
+      this.overview.drawTimeline();
+      this.fleet.draw(); // its colours are those of the layers
+    } else if (isFleet && panel !== "deployments") return;
+    else if (panel === mainPanel) {
       this.profile.drawGraph(arrivedAt);
       this.comparison.draw();
       this.#showFoot();
-    } else if (panel === "timeline") this.overview.drawTimeline();
-    else if (panel === "services") this.overview.drawServices();
+    } else if (panel === "services") this.overview.drawServices();
     else if (panel === "deployments") this.overview.drawDeployments();
     else if (panel === "top") this.profile.drawTop();
     else if (panel === "changes") {
@@ -126,12 +181,19 @@ class Page {
   #fail(panel) {
     this.overview.fail(panel);
     this.profile.fail(panel);
+    this.fleet.fail(panel);
+  }
+
+  /** {response, error} of the panel that is most of what the page shows. */
+  get #main() {
+    return this.loader.of(this.selection.mainPanel);
   }
 
   #showSlow(isSlow) {
     const progress = byId("progress");
     progress.hidden = !isSlow;
-    for (const id of ["graph", "verdict"]) byId(id).classList.toggle("waiting", isSlow);
+    for (const id of ["graph", "verdict", "fleet-table"])
+      byId(id).classList.toggle("waiting", isSlow);
     const cancel = () => {
       this.loader.cancel();
       this.toast.show("Cancelled. The page may still show previous data.");
@@ -144,14 +206,14 @@ class Page {
     progress.replaceChildren(...(isSlow ? parts : []));
   }
 
-  /** Show the outcome of the flame graph's request: the panes, or why there is nothing to draw. */
+  /** Show the outcome of the main request: the panes, or why there is nothing to show. */
   #showState() {
-    const { graphPanel, isComparison } = this.selection;
-    const { response, error } = this.loader.of(graphPanel);
+    const { isComparison, isFleet } = this.selection;
+    const { response, error } = this.#main;
     const { isBusy, status } = this.loader;
     const place = byId("state");
     const empty = error || !response || isComparison ? null : emptyState(response, this);
-    const isStale = error?.isAway && response?.nodes.frame.length > 0;
+    const isStale = error?.isAway && response && !isBlank(response);
     const box = error && !isStale ? errorState(error, this) : empty;
     document.documentElement.dataset.state = stateName({ isBusy, error, empty, response });
     byId("notice").replaceChildren(...(isStale ? [awayNotice(error, this)] : []));
@@ -159,7 +221,9 @@ class Page {
     // A focused button in it keeps the focus while other responses arrive.
     const isNew = this.#isNew("state", box && printState(this.state), error, response, status);
     if (isNew) place.replaceChildren(...(box ?? []));
-    byId("panes").hidden = box !== null;
+    byId("panes").hidden = box !== null || isFleet;
+    byId("fleet").hidden = box !== null || !isFleet;
+    this.fleet.wait();
     if (response === null && box === null) this.#showWaiting();
     if (error && !isStale) showCrumbs(byId("crumbs"), []);
     if (isComparison && !isStale && (error || !response)) {
@@ -177,7 +241,7 @@ class Page {
   }
 
   #showFoot() {
-    const { agent, host_seconds: hostSeconds } = this.profile.response;
+    const { agent, host_seconds: hostSeconds } = this.#main.response;
     const parts = [];
     if (agent && hostSeconds > 0) {
       const part = share(agent.cpu_ns, hostSeconds * 1e9);
@@ -209,21 +273,25 @@ class Page {
     help.addEventListener("click", (event) => event.target === help && help.close());
     bindTheme(byId("theme"), () => this.profile.graph.recolour());
     const ofComparison = (side) => () => this.selection.isComparison && this.change({ side });
+    const place = (number) => () => {
+      const { isFleet } = this.selection;
+      this.change(isFleet ? { mode: LISTS[number] } : { tab: TABS[number] });
+    };
+    const ofGraph = (act) => () => this.selection.isFleet || act();
     const actions = {
-      "/": () => this.profile.focusSearch(),
+      "/": () => (this.selection.isFleet ? this.fleet : this.profile).focusSearch(),
       "?": () => showHelp(help),
       s: () => this.toolbar.selector.focus(),
       t: () => this.overview.timeline.focus(),
-      g: () => this.profile.graph.focus(),
-      n: () => this.profile.step(1),
-      N: () => this.profile.step(-1),
-      1: () => this.change({ tab: "graph" }),
-      2: () => this.change({ tab: "table" }),
-      3: () => this.change({ tab: "both" }),
-      i: () => this.change({ invert: !this.state.invert }),
-      v: () => this.change({ view: this.state.view === "icicle" ? "flame" : "icicle" }),
-      0: () => this.change({ node: "" }),
-      d: () => this.toggleComparison(),
+      f: () => this.toggleFleet(),
+      g: () => (this.selection.isFleet ? this.fleet.table : this.profile.graph).focus(),
+      n: ofGraph(() => this.profile.step(1)),
+      N: ofGraph(() => this.profile.step(-1)),
+      ...Object.fromEntries([1, 2, 3, 4].map((key) => [key, place(key - 1)])),
+      i: ofGraph(() => this.change({ invert: !this.state.invert })),
+      v: ofGraph(() => this.change({ view: this.state.view === "icicle" ? "flame" : "icicle" })),
+      0: ofGraph(() => this.change({ node: "" })),
+      d: ofGraph(() => this.toggleComparison()),
       b: ofComparison("before"),
       a: ofComparison("after"),
       u: ofComparison(""),

@@ -10,7 +10,7 @@ import { safeName } from "./format.js";
 import { FlameGraphView } from "./graph.js";
 import { DetailPanel } from "./panel.js";
 import * as selector from "./selector.js";
-import { COSTS, FunctionTable } from "./table.js";
+import { COSTS, Table } from "./table.js";
 import { formatWindow, isRelative } from "./times.js";
 import { viewOf } from "./tree.js";
 
@@ -75,8 +75,8 @@ export class Profile {
         change({ row: rowKey(row) === this.#state.row ? "" : rowKey(row), select: "" });
       },
     };
-    this.table = new FunctionTable(byId("pane-table"), COSTS, callbacks);
-    this.changes = new FunctionTable(byId("pane-changes"), CHANGES, callbacks);
+    this.table = new Table(byId("pane-table"), COSTS, callbacks);
+    this.changes = new Table(byId("pane-changes"), CHANGES, callbacks);
     const onChange = (event) => change({ changes: event.target.checked ? "all" : "" });
     const all = el("input", { type: "checkbox", id: "changes-all", on: { change: onChange } });
     this.changes.head.append(
@@ -136,12 +136,14 @@ export class Profile {
   /** Show what depends only on the state. */
   render() {
     const { state, selection, tab } = this.#page;
-    const { isComparison } = selection;
+    const { isComparison, isFleet } = selection;
     this.search.show(state.search);
     byId("panes").dataset.tab = tab;
     byId("panes").classList.toggle("compared", isComparison);
     for (const id of ["changes-legend", "pane-changes"]) byId(id).hidden = !isComparison;
     for (const id of ["coverage", "pane-table"]) byId(id).hidden = isComparison;
+    for (const id of ["profile-tools", "panes"]) byId(id).hidden = isFleet;
+    if (isFleet) byId("crumbs").hidden = true; // until a graph is drawn
     const isOther = this.#drawn && (this.#drawn.colour === "change") !== isComparison;
     if (isOther) this.graph.dim(true); // until the response comes
     byId("changes-all").checked = state.changes === "all";
@@ -164,15 +166,17 @@ export class Profile {
     this.graph.dim(false);
     this.#highlight(this.#highlighted);
     this.graph.select(select || null);
-    if (!isComparison) {
-      const { coverage, samples, window } = response;
-      const shown = { coverage, samples, window };
-      // A zoom has a response of its own, but the same coverage.
-      if (this.#isNew("coverage", JSON.stringify(shown))) this.coverage.show(shown);
-    }
+    if (!isComparison) this.showCoverage(response);
     this.#showCrumbs();
     this.#showPanel();
     this.#showUnder();
+  }
+
+  /** Show what data a response is made of. */
+  showCoverage({ coverage, samples, window }) {
+    const shown = { coverage, samples, window };
+    // A zoom has a response of its own, but the same coverage.
+    if (this.#isNew("coverage", JSON.stringify(shown))) this.coverage.show(shown);
   }
 
   drawTop() {

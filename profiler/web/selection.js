@@ -6,7 +6,9 @@ import {
   beforeWindow,
   compare,
   freezeState,
+  freshGraph,
   isComparison,
+  isFleet,
   narrowTo,
   outerWindow,
   queryParams,
@@ -22,6 +24,9 @@ const NARROW_PX = 900;
 const CHANGES_LIMIT = 1000;
 /** The parameters of the after side. */
 const SIDE = ["query", "from", "until"];
+/** Lists of the fleet whose rows are services. */
+const SERVICE_LISTS = ["services", "versions"];
+const WEEK_BEFORE = "-7d";
 /** The timeline shows this share of the compared range more at each end. */
 const CONTEXT = 0.15;
 
@@ -62,6 +67,11 @@ export class Selection {
     return isComparison(this.state);
   }
 
+  /** Whether a list of the fleet is shown in place of a flame graph. */
+  get isFleet() {
+    return isFleet(this.state);
+  }
+
   /** Whether the graph is zoomed into a node below the overall root. */
   get isZoomed() {
     return Boolean(this.state.node) && this.state.node !== ROOT_ID;
@@ -70,6 +80,11 @@ export class Selection {
   /** The panel whose response the graph is drawn from. */
   get graphPanel() {
     return this.isComparison ? "diff" : "flame";
+  }
+
+  /** The panel whose response is most of what the page shows. */
+  get mainPanel() {
+    return this.isFleet ? "fleet" : this.graphPanel;
   }
 
   get matchers() {
@@ -115,6 +130,10 @@ export class Selection {
       services: ["labels/service/values", [...rest, ...times(this.window)]],
       deployments: ["deployments", [...query, ...range]],
     };
+    if (this.isFleet) {
+      const { timeline, deployments } = around;
+      return { timeline, deployments, ...this.#fleetRequests() };
+    }
     if (this.isComparison) {
       const after = common.filter(([name]) => SIDE.includes(name));
       const limit = ["limit", String(CHANGES_LIMIT)];
@@ -133,6 +152,36 @@ export class Selection {
       // The details of a selected row come from it even if the table is not shown.
       top: this.tabAt(pagePx) === "graph" && !state.row ? null : ["top", top],
     };
+  }
+
+  /** How the list of the fleet is sorted, as the service names it. */
+  get fleetSort() {
+    const { mode, order } = this.state;
+    const isOfServices = SERVICE_LISTS.includes(mode);
+    const largest = isOfServices ? "cores" : "self";
+    if (order === "total") return mode === "functions" ? order : largest;
+    if (order === "hosts") return isOfServices ? order : largest;
+    return order || largest;
+  }
+
+  /** The list, and with its trend again: that takes longer, because it needs a second window. */
+  #fleetRequests() {
+    const { mode, split, filter, rows, q } = this.state;
+    const isOfServices = SERVICE_LISTS.includes(mode);
+    const by = isOfServices ? (mode === "versions" ? "version" : "") : split;
+    const sort = this.fleetSort;
+    const path = isOfServices ? "fleet/services" : "fleet/top";
+    const params = [
+      ...(q ? [["query", q]] : []),
+      ...times(this.window),
+      ...(by ? [["by", by]] : []),
+      ...(mode === "modules" ? [["group", "module"]] : []),
+      ["sort", sort],
+      ["limit", String(rows)],
+      ...(filter ? [["search", filter]] : []),
+    ];
+    if (sort === "growth") return { fleet: [path, params], trend: null };
+    return { fleet: [path, [...params, ["trend", "0"]]], trend: [path, params] };
   }
 
   /** Return the parameters that the graph and downloads have in common. */
@@ -168,6 +217,46 @@ export class Selection {
   toggled(matcher, isChosen) {
     const change = isChosen ? selector.remove : selector.add;
     return { q: selector.print(change(this.matchers, matcher)) };
+  }
+
+  /** Show a list of the whole fleet, whatever service is selected. */
+  ofFleet(mode) {
+    const others = this.matchers.filter((each) => !["service", "version"].includes(each.name));
+    return { ...freshGraph(), mode, q: selector.print(others) };
+  }
+
+  /** Show the flame graph of a row of the fleet: of its labels, and of its function if it has one. */
+  graphOf(row) {
+    const q = this.#queryOf(row);
+    const { function: name, module } = row;
+    if (this.state.mode === "modules") return { mode: "functions", q, filter: module };
+    const focus = name ? { focus: [name], row: `${name}\n${module}` } : {};
+    return { ...freshGraph(), ...focus, mode: "", q };
+  }
+
+  /** Compare a row of the fleet with the same time a week before. */
+  trendOf(row) {
+    const { function: name, module } = row;
+    const marked = name ? { row: `${name}\n${module}` } : {};
+    const filter = this.state.mode === "modules" ? { filter: module } : {};
+    const before = { mode: "compare", before_from: WEEK_BEFORE };
+    return { ...freshGraph(), ...marked, ...filter, ...before, q: this.#queryOf(row) };
+  }
+
+  /** The labels that tell the rows of the list of the fleet apart. */
+  get fleetLabels() {
+    const { mode, split } = this.state;
+    if (mode === "services") return ["service"];
+    if (mode === "versions") return ["service", "version"];
+    return split.split(",").filter(Boolean);
+  }
+
+  #queryOf({ labels }) {
+    const matchers = this.fleetLabels.reduce(
+      (kept, name) => selector.add(kept, { name, operator: "=", value: labels[name] ?? "" }),
+      this.matchers,
+    );
+    return selector.print(matchers);
   }
 
   /** Swap the sides of a comparison. */

@@ -13,7 +13,9 @@ export const DEFAULTS = Object.freeze({
   q: "", // the selector
   from: "now-1h",
   until: "now",
-  mode: "", // compare: this selection is the after side, the next three are the before side
+  // compare: this selection is the after side, the next three are the before side; services,
+  // versions, modules or functions: a list of those of the whole fleet in place of a flame graph
+  mode: "",
   before_query: SAME,
   before_from: "", // empty: right before the other window; -1d: a day before it; else a time
   before_until: "",
@@ -35,13 +37,18 @@ export const DEFAULTS = Object.freeze({
   view: "icicle",
   tab: "", // graph, table or both; empty: what the screen has room for
   sort: "self",
+  order: "", // of a list of the fleet; empty: largest first
+  split: "", // labels that tell the functions or modules of the fleet apart, a comma list
   filter: "", // of the table
   rows: 200, // of the table
   tz: "utc",
 });
 
+/** The lists of the fleet. */
+export const LISTS = ["services", "versions", "modules", "functions"];
+
 const CHOICES = {
-  mode: ["", "compare"],
+  mode: ["", "compare", ...LISTS],
   side: ["", "before", "after"],
   changes: ["", "all"],
   group: ["function", "line", "file", "module"],
@@ -49,6 +56,7 @@ const CHOICES = {
   view: ["icicle", "flame"],
   tab: ["", "graph", "table", "both"],
   sort: ["self", "total", "name", "module"],
+  order: ["", "total", "growth", "hosts", "name"],
   tz: ["utc", "local"],
   rows: [200, 1000, 5000],
 };
@@ -62,6 +70,9 @@ const REFINEMENTS = new Set(["search", "filter", "select", "row", "rows", "tz"])
 
 /** A change of these makes node ids invalid. */
 const OTHER_TREE = ["by", "group", "invert", "callers", "hide"];
+
+/** What chooses stacks, boxes and rows of one flame graph, and means nothing in another. */
+const OF_A_GRAPH = ["callers", "focus", "hide", "node", "select", "row", "search", "over"];
 
 /** Read the part of an address behind the `?`. */
 export function parseState(search) {
@@ -95,6 +106,11 @@ export function changeState(state, change) {
   if (change.select && change.row === undefined) next.row = "";
   if (change.row && change.select === undefined) next.select = "";
   if ((isOther || next.node !== state.node) && change.select === undefined) next.select = "";
+  if (next.mode !== state.mode && (isFleet(state) || isFleet(next))) {
+    // Another table: what was typed for the first does not fit it.
+    if (change.filter === undefined) next.filter = "";
+    if (change.rows === undefined) next.rows = DEFAULTS.rows;
+  }
   const isMoved = next.from !== state.from || next.until !== state.until;
   if (isMoved && change.over === undefined) next.over = "";
   return next;
@@ -116,6 +132,17 @@ export function narrowTo(state, window) {
 /** Return whether two selections are compared. */
 export function isComparison(state) {
   return state.mode === "compare";
+}
+
+/** Return whether a list of the fleet is shown. */
+export function isFleet(state) {
+  return LISTS.includes(state.mode);
+}
+
+/** Return the change that shows a flame graph with nothing chosen in it. */
+export function freshGraph() {
+  const chosen = Object.fromEntries(OF_A_GRAPH.map((name) => [name, DEFAULTS[name]]));
+  return { ...endComparison(), ...chosen };
 }
 
 /** Return the window of the before side; both windows are in ms. */

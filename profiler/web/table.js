@@ -1,4 +1,4 @@
-// Table: functions and their costs, from all data.
+// Table: rows with their costs, as of functions, from all data.
 //
 // A plain <table>: its headings sort it, one row is in the tab order, arrow keys move between rows.
 
@@ -9,6 +9,8 @@ import { cores, counted, cpuTime, number, safeName, share } from "./format.js";
 export const COSTS = {
   id: "table-filter",
   label: "Functions by CPU time",
+  noun: "function",
+  hint: "Filter functions and modules",
   none: "No functions",
   columns: [
     { key: "self", title: "Self", sort: "self", class: "num", hint: "Time in the function itself" },
@@ -64,18 +66,20 @@ export function rowName(row) {
   });
 }
 
-export class FunctionTable {
+export class Table {
   #kind;
   #callbacks;
   #rows = [];
   #marked = null;
   #active = 0;
+  #links = [];
   #nextStep = STEPS[0];
 
   /**
    * `kind` describes the columns, as COSTS does: `cells` makes those of a row, one of which has the
-   * `rowName`. Callbacks: onSort(key), onFilter(text), onRows(count), onHover(row | null),
-   * onSelect(row). A row is a function of the response.
+   * `rowName`; `show` may be given another kind. Callbacks: onSort(key), onFilter(text),
+   * onRows(count), onHover(row | null), onSelect(row). A row is a function of the response, or
+   * what its kind says.
    */
   constructor(container, kind, callbacks) {
     this.#kind = kind;
@@ -85,8 +89,6 @@ export class FunctionTable {
     this.filter = el("input", {
       type: "search",
       id: kind.id,
-      placeholder: "Filter functions",
-      "aria-label": "Filter functions and modules",
       autocomplete: "off",
       spellcheck: "false",
       on: {
@@ -105,33 +107,36 @@ export class FunctionTable {
       hidden: true,
       click: () => callbacks.onRows(this.#nextStep),
     });
-    this.table = el(
-      "table",
-      { "aria-label": kind.label },
-      el("thead", {}, this.headings),
-      this.body,
-    );
+    this.table = el("table", {}, el("thead", {}, this.headings), this.body);
+    this.#showKind();
     this.scroller = el("div", { class: "table-scroll" }, this.table);
     this.head = el("div", { class: "table-head" }, this.filter, this.caption);
     container.append(this.head, this.scroller, el("div", { class: "table-more" }, this.more));
   }
 
   /**
-   * Show functions; `all` is the number of all of them. `context` is passed to the kind's cells.
+   * Show rows; `all` is the number of all of them. `context` is passed to the kind's cells. If
+   * `isSame`, they are those shown now with more known about them: the focus stays where it is.
    */
-  show(functions, { all, sort = "", filter, limit, context }) {
+  show(rows, { all, sort = "", filter, limit, context, kind = this.#kind, isSame = false }) {
     if (!this.isTyped() && this.filter.value.trim() !== filter) this.filter.value = filter;
-    this.#rows = functions;
-    this.#active = 0;
+    this.#kind = kind;
+    this.#showKind();
+    this.#rows = rows;
+    const active = isSame ? Math.min(this.#active, Math.max(0, rows.length - 1)) : 0;
     this.#nextStep = STEPS.find((step) => step > limit) ?? limit;
     this.#showHeadings(sort);
-    const kept = this.body.contains(document.activeElement);
-    this.body.replaceChildren(...functions.map((row, i) => this.#row(row, i, context)));
-    this.#buttonOf(0)?.setAttribute("tabindex", "0");
-    if (kept) this.#focusRow(0);
-    const shown = functions.length;
+    const { activeElement: focused } = document;
+    const kept = this.body.contains(focused);
+    const place = kept ? [...this.#linksOf(this.#active)].indexOf(focused) : -1;
+    this.body.replaceChildren(...rows.map((row, i) => this.#row(row, i, context)));
+    this.#activate(active);
+    if (kept && isSame && place >= 0) this.#linksOf(active)[place]?.focus({ preventScroll: true });
+    else if (kept) this.#focusRow(active);
+    const shown = rows.length;
+    const { noun } = kind;
     this.caption.textContent =
-      shown < all ? `${number(shown)} of ${counted(all, "function")}` : counted(all, "function");
+      shown < all ? `${number(shown)} of ${counted(all, noun)}` : counted(all, noun);
     if (shown === 0)
       this.body.append(
         el(
@@ -139,8 +144,8 @@ export class FunctionTable {
           {},
           el("td", {
             class: "muted none",
-            colspan: this.#kind.columns.length,
-            text: filter ? `No function matches “${safeName(filter)}”` : this.#kind.none,
+            colspan: kind.columns.length,
+            text: filter ? `No ${noun} matches “${safeName(filter)}”` : kind.none,
           }),
         ),
       );
@@ -175,12 +180,22 @@ export class FunctionTable {
     this.#focusRow(this.#active);
   }
 
+  #showKind() {
+    const { label, noun, hint } = this.#kind;
+    this.table.setAttribute("aria-label", label);
+    this.filter.setAttribute("aria-label", hint);
+    this.filter.placeholder = `Filter ${noun}s`;
+  }
+
   #showHeadings(sort) {
+    const focused = this.headings.contains(document.activeElement)
+      ? document.activeElement.dataset.sort
+      : null;
     this.headings.replaceChildren(
       ...this.#kind.columns.map((column) => {
         const isSorted = column.sort === sort;
         const ariaSort = isSorted
-          ? ["name", "module"].includes(sort)
+          ? ["name", "module"].includes(column.sort)
             ? "ascending"
             : "descending"
           : column.sort
@@ -207,6 +222,8 @@ export class FunctionTable {
         return heading;
       }),
     );
+    const again = [...this.headings.querySelectorAll("button")];
+    if (focused !== null) again.find((each) => each.dataset.sort === focused)?.focus();
   }
 
   #row(row, i, context) {
@@ -246,16 +263,22 @@ export class FunctionTable {
   #focusRow(number) {
     const last = this.#rows.length - 1;
     if (last < 0) return;
-    this.#buttonOf(this.#active)?.setAttribute("tabindex", "-1");
-    this.#active = Math.min(last, Math.max(0, number));
-    const name = this.#buttonOf(this.#active);
-    name.setAttribute("tabindex", "0");
-    name.focus({ preventScroll: true });
-    this.#reveal(this.body.children[this.#active]);
+    this.#activate(Math.min(last, Math.max(0, number)));
+    const row = this.body.children[this.#active];
+    row.querySelector(".row-name").focus({ preventScroll: true });
+    this.#reveal(row);
   }
 
-  #buttonOf(i) {
-    return this.body.children[i]?.querySelector("button");
+  /** Put a row into the tab order in place of the last one: its name, and what else it links to. */
+  #activate(number) {
+    for (const each of this.#links) each.setAttribute("tabindex", "-1");
+    this.#active = number;
+    this.#links = this.#linksOf(number);
+    for (const each of this.#links) each.setAttribute("tabindex", "0");
+  }
+
+  #linksOf(number) {
+    return [...(this.body.children[number]?.querySelectorAll(".row-name, .row-link") ?? [])];
   }
 
   /** Scroll inside the table only: the page must not jump. */

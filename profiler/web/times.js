@@ -16,6 +16,7 @@ export const RANGES = [
   ["now-6h", "now", "Last 6 hours"],
   ["now-12h", "now", "Last 12 hours"],
   ["now-24h", "now", "Last 24 hours"],
+  ["now-7d", "now", "Last 7 days"],
 ];
 
 /** Parse a time; null if the text is not one, or none between 1970 and 2262. */

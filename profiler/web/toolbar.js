@@ -56,7 +56,7 @@ export class Toolbar {
 
   render() {
     const { state, selection, loader, tab } = this.#page;
-    const { window, isComparison, matchers } = selection;
+    const { window, isComparison, isFleet, matchers } = selection;
     const name = formatRange(state.from, state.until, loader.nowMs, state.tz);
     this.selector.show(state.q);
     this.range.show({ from: state.from, until: state.until, tz: state.tz, window, name });
@@ -66,6 +66,7 @@ export class Toolbar {
     byId("group").value = state.group;
     byId("color").value = state.color;
     byId("compare-button").setAttribute("aria-pressed", String(isComparison));
+    for (const id of ["compare-button", "download-menu"]) byId(id).hidden = isFleet;
     byId("side").hidden = !isComparison;
     byId("color-pick").hidden = isComparison;
     byId("tools-graph").hidden = tab === "table";
@@ -74,10 +75,12 @@ export class Toolbar {
     this.#showSplits();
     this.#showMatchers();
     this.#showModifiers();
-    this.#showDownloads();
+    if (!isFleet) this.#showDownloads();
     const values = matchers.filter((each) => each.operator === "=").map((each) => each.value);
     const what = values.map(safeName).join(", ");
-    const shown = isComparison ? `Compare ${what || "all services"}` : what || "All services";
+    const whole = isFleet ? "" : what || "All services";
+    const list = isFleet ? `Fleet ${state.mode}${what && ` of ${what}`}` : "";
+    const shown = isComparison ? `Compare ${what || "all services"}` : whole || list;
     document.title = `${shown} · ${name} – Everflame`;
   }
 
@@ -134,6 +137,7 @@ export class Toolbar {
       class: "modifier",
       remove: () => this.#page.change(change),
     });
+    if (this.#page.selection.isFleet) return controls.showChips(byId("modifiers"), []);
     controls.showChips(byId("modifiers"), [
       ...(callers ? [chip("callers of", callers, { callers: "" })] : []),
       ...focus.map((name) => chip("focus on", name, { focus: without(focus, name) })),
