@@ -2,7 +2,8 @@
 
 For each object of a part, ticks must be stored + idle + filtered + lost, and its rows must add up
 to what was stored. Each table of samples must add up to what the manifest says, and all ids in it
-must have a meaning. Files are read from the store. Rollups that do not count are left out.
+must have a meaning; heads of ten minutes must stand for all objects and their ticks. Files are read
+from the store. Rollups of an hour that do not count are left out.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from storage.blocks.manifest import (
 )
 from storage.blocks.parquet import (
     DETAIL,
+    FUNCTIONS,
     ROLLUPS,
     Engine,
     LocalFile,
@@ -51,12 +53,17 @@ _COPIES_BYTES = 1 << 30
 """What is copied of a bucket at a time; an hour's files may be more."""
 _ATTEMPTS = 3
 _SAMPLES = (DETAIL, *ROLLUPS.values())
+_FUNCTIONS = ("functions_10m", "functions_1h", "functions_1d")
+_OF_OBJECTS = ("times", "presence", "times_10m", "presence_10m")
+_BY_HOST = ("times", "times_10m", "functions_10m", "functions_1d")
 _REFERENCES = (
     (_SAMPLES, "stack_id", "stacks", "stack_id"),
     (("stacks",), "unnest(frame_ids)", "frames", "frame_id"),
-    ((*_SAMPLES, "times", "presence"), "set_id", "label_sets", "set_id"),
-    ((DETAIL, "times"), "host_id", "label_sets", "set_id"),
+    ((*_SAMPLES, *_OF_OBJECTS, *_FUNCTIONS), "set_id", "label_sets", "set_id"),
+    ((DETAIL, *_BY_HOST), "host_id", "label_sets", "set_id"),
     (("times", "presence"), "object_id", "objects", "object_id"),
+    (("times_10m", "presence_10m"), "object_id", "objects_10m", "object_id"),
+    (_FUNCTIONS, "function_id", FUNCTIONS, "function_id"),
 )
 """Tables, what their rows refer to, and the table and column that must have it."""
 _COUNTS = ("ticks", "idle", "filtered", "stored", "uncounted")
@@ -156,7 +163,7 @@ def check_compacted(
             yield _check_newest(manifests, copies, name, window)
     for name, day in sorted(listed.days.items()):
         hours = {hour: each for hour, each in listed.hours.items() if hour.startswith(name)}
-        if _overlaps(name, window) and day.is_valid(hours):
+        if _overlaps(name, window):
             yield _check_day(copies, day, hours)
 
 
@@ -204,10 +211,11 @@ def _check_hour(
                 sum(part.samples for part in manifest.parts),
                 sum(part.value for part in manifest.parts),
             )
-            hourly = [file for file in manifest.hourly.files if file.table in _SAMPLES]
-            _check_sums(opened, local, hourly, expected, found)
+            for table in (ROLLUPS[3600], "times_10m"):
+                _check_sums(opened, local, manifest.hourly.files_of(table), expected, found)
             if len(whole) == len(manifest.parts):
-                _check_references(opened, local, _join(whole), found)
+                _check_references(opened, local, _join([*whole, local]), found)
+                _check_heads(opened, local, _join(whole), found)
     every = np.sort(np.concatenate([np.zeros(0, np.uint64), *contents]))
     found.contents = np.unique(every)
     if repeated := len(every) - len(found.contents):
@@ -217,19 +225,38 @@ def _check_hour(
 
 
 def _check_day(copies: Copies, day: DayManifest, hours: dict[str, HourManifest]) -> Checked:
-    """Check the rollup of a day; its sums are those of its hours, if all are still there."""
+    """Check the rollups of a day; its sums are those of its hours, if all are still there."""
     found = Checked(day.type, day.day)
     expected = (day.samples, day.value)
-    parts = [part for hour in hours.values() for part in hour.parts]
-    if {hour[-2:] for hour, each in hours.items() if each.parts} == day.hours.keys():
+    held = [hours.get(f"{day.day}T{hour}") for hour in day.hours]
+    inside = [each for each in held if each is not None and day.holds(each)]
+    if len(inside) == len(held):
+        parts = [part for each in inside for part in each.parts]
         expected = (sum(part.samples for part in parts), sum(part.value for part in parts))
     with reading_engine() as opened:
         local = _fetch(opened, copies, day.files, found)
-        daily = [file for file in day.files if file.table in _SAMPLES]
-        _check_sums(opened, local, daily, expected, found)
+        for table in (*_SAMPLES, "times_10m"):
+            _check_sums(opened, local, day.files_of(table), expected, found)
         if len(local.keys) == len(day.files):
             _check_references(opened, local, local, found)
     return found
+
+
+def _check_heads(opened: Engine, hourly: _Local, parts: _Local, found: Checked) -> None:
+    """Check that heads of ten minutes stand for all objects of an hour. All must be readable."""
+    heads, objects = of_table(hourly.files, "objects_10m"), of_table(parts.files, "objects")
+    if not heads:
+        return  # an older version made the rollup
+    with _naming(hourly.keys[heads[0]], found):
+        sums = [f"coalesce(sum({name}), 0)" for name in _COUNTS]
+        counts = []
+        for number, chosen in (("count(*)", objects), ("coalesce(sum(objects), 0)", heads)):
+            opened.load("counted", f"SELECT {', '.join([number, *sums])} FROM {{files}}", chosen)
+            counts.append(opened.rows("SELECT * FROM counted")[0])
+        if counts[0] != counts[1]:
+            names = ", ".join(("objects", *_COUNTS))
+            reason = f"its {names} are {counts[1]}, those of the objects {counts[0]}"
+            found.note(hourly.keys[heads[0]], reason)
 
 
 def _fetch(opened: Engine, copies: Copies, files: Sequence[File], found: Checked) -> _Local:

@@ -278,28 +278,21 @@ def test_a_compacted_object_that_does_not_add_up_is_named_once(tmp_path, capfd):
 
 
 def take_file(table):
-    """Let the parts of an hour name another hour's file of a table."""
+    """Let the parts and rollups of an hour name another hour's file of a table."""
 
     def change(store, hours):
         others = Manifests(store, DEFAULT_TENANT, CPU).hour(hours[1]).files
         (other,) = [file for file in others if file.table == table]
-        change_hour(
-            store,
-            hours[0],
-            lambda manifest: replace(
-                manifest,
-                parts=tuple(
-                    replace(
-                        part,
-                        files=tuple(other if f.table == table else f for f in part.files),
-                    )
-                    for part in manifest.parts
-                ),
-                hourly=replace(manifest.hourly, files=(other,))
-                if table == "samples_1h"
-                else manifest.hourly,
-            ),
-        )
+
+        def taken(holder):
+            files = tuple(other if f.table == table else f for f in holder.files)
+            return replace(holder, files=files)
+
+        def edit(manifest):
+            parts = tuple(map(taken, manifest.parts))
+            return replace(manifest, parts=parts, hourly=taken(manifest.hourly))
+
+        change_hour(store, hours[0], edit)
 
     return change
 
@@ -340,6 +333,10 @@ DAMAGES = {
     "another value": change_part(value=1),
     "other stacks": take_file("stacks"),
     "another hour": take_file("samples_1h"),
+    "heads are cut": damage("*-presence_10m-*", cut),
+    "heads of another hour": take_file("objects_10m"),
+    "times of another hour": take_file("times_10m"),
+    "heads of a day are missing": damage("dd-objects_10m-*", lambda path: path.unlink()),
     "fewer objects": change_part(objects=1),
 }
 
