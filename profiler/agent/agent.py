@@ -33,6 +33,7 @@ from profiler.agent.status import StatusSocket, uploader_state
 from profiler.agent.supervise import Child, RefusedError, host_lock
 from profiler.agent.window import Edges, deviation
 from profiler.processes.rules import Rules
+from storage.objects.keys import DEFAULT_TENANT
 from storage.objects.open import default_store_url
 from storage.profile import GOOD_STOPS, Accounting, Loss, Profile, add_counts
 from storage.spool.spool import Spool
@@ -80,6 +81,7 @@ class AgentOptions:
     """The length of windows in the first minute, 0 for that of all others."""
     ready_fd: int | None = None
     """What to tell when sampling has begun."""
+    tenant: str = DEFAULT_TENANT
 
 
 def uploader_command(options: AgentOptions) -> list[str]:
@@ -89,6 +91,7 @@ def uploader_command(options: AgentOptions) -> list[str]:
     command += [f"--spool={options.spool}", f"--store={store}", f"--parent={os.getpid()}"]
     if options.endpoint:
         command.append(f"--endpoint={options.endpoint}")
+    command.append(f"--tenant={options.tenant}")
     if not is_directory(store):
         shortest_s = options.first_interval_s or options.interval_s
         command.append(f"--jitter-s={shortest_s * _JITTER_SHARE}")
@@ -344,6 +347,7 @@ class Agent:
             "pid": os.getpid(),
             "host": counts.hosts[0].name,
             "host_id": counts.hosts[0].host_id,
+            "tenant": self._options.tenant,
             "uptime_s": round(time.monotonic() - self._begun_s, 3),
             "interval_s": self._options.interval_s,
             "frequency_hz": self._options.frequency_hz,
@@ -415,7 +419,7 @@ def run(options: AgentOptions, children: ChildProcesses | None = None) -> dict[s
 
 def _open_spool(options: AgentOptions) -> Spool:
     try:
-        return Spool(options.spool, options.spool_limit_bytes)
+        return Spool(options.spool, options.spool_limit_bytes, options.tenant)
     except OSError as error:
         raise RefusedError(
             f"cannot keep windows in {options.spool}: {error.strerror} (choose another --spool)"
@@ -429,9 +433,10 @@ def greeting(options: AgentOptions) -> str:
     if is_directory(store):
         days = (options.keep_s or KEEP_S) / 86400
         kept = f"{days:g} days or {(options.keep_bytes or KEEP_BYTES) / 1e9:g} GB"
+    whose = "" if options.tenant == DEFAULT_TENANT else f" (tenant {options.tenant})"
     is_shorter_first = 0 < options.first_interval_s < options.interval_s
     first = f" ({options.first_interval_s} s at first)" if is_shorter_first else ""
     return (
         f"sampling at {options.frequency_hz} Hz, one object every {options.interval_s} s{first}"
-        f" into {store}, kept {kept}; waiting ones lie in {options.spool}"
+        f" into {store}{whose}, kept {kept}; waiting ones lie in {options.spool}"
     )

@@ -36,6 +36,7 @@ from profiler.agent.status import UPLOADER_STATE
 from profiler.exposition import AddressError
 from storage.objects.directory import DirectoryStore, make_folder
 from storage.objects.keys import (
+    DEFAULT_TENANT,
     NS_PER_S,
     ObjectKey,
     ObjectStore,
@@ -80,6 +81,8 @@ class UploaderOptions:
     spool: Path
     store: str
     endpoint: str | None = None
+    tenant: str = DEFAULT_TENANT
+    """Whose profiles are deleted when they are old; what is sent says itself whose it is."""
     jitter_s: float = 0.0
     """Profiles are sent up to so long after their window: a fleet's windows end together."""
     keep_s: int = 0
@@ -368,7 +371,7 @@ class Uploader:
             store = self._store = self._store or self._open_store()
             if isinstance(store, DirectoryStore):
                 now_s = self._clock.now_ns() // NS_PER_S
-                for removed in TenantStore(store).expire(
+                for removed in TenantStore(store, self._options.tenant).expire(
                     now_s, options.keep_s, options.keep_bytes, options.keep_compacted_s
                 ):
                     self.state.expired += ObjectKey.parse(removed.key) is not None
@@ -463,6 +466,7 @@ def _parse_options() -> UploaderOptions:
     parser.add_argument("--spool", type=Path, required=True)
     parser.add_argument("--store", required=True)
     parser.add_argument("--endpoint")
+    parser.add_argument("--tenant", default=DEFAULT_TENANT)
     parser.add_argument("--jitter-s", type=float, default=0.0)
     parser.add_argument("--keep-s", type=int, default=0)
     parser.add_argument("--keep-bytes", type=int, default=0)

@@ -8,6 +8,7 @@ from profiler.agent import agent, status
 from profiler.commands import arguments
 from profiler.exposition import AddressError, parse_address
 from profiler.processes.rules import Rules, load_rules
+from storage.objects.open import checked_tenant
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +122,7 @@ def agent_options(options: argparse.Namespace) -> agent.AgentOptions:
         run_folder=status.default_run_folder(),
         store=options.store,
         endpoint=options.s3_endpoint,
+        tenant=checked_tenant(options.tenant),
         keep_s=options.keep,
         keep_bytes=options.keep_bytes,
         metrics_listen=options.metrics_listen,

@@ -164,6 +164,13 @@ def add_store(parser: Container, usual: str = "") -> None:
         metavar="URL",
         help="URL of an S3 server other than Amazon's",
     )
+    parser.add_argument(
+        "--tenant",
+        default=usual,
+        metavar="NAME",
+        help="whose profiles, if several tenants share the store (default: EVERFLAME_TENANT, else"
+        " `default`)",
+    )
 
 
 def add_window(parser: Container) -> None:
@@ -195,9 +202,12 @@ def refuse_store(options: argparse.Namespace, command: str) -> None:
     Raises:
         ValueError: one of them is there.
     """
-    asked = (options.store, options.start, options.end, getattr(options, "query", ""))
+    query = getattr(options, "query", "")
+    asked = (options.store, options.tenant, options.start, options.end, query)
     if any(asked):
-        raise ValueError(f"{command}: name files, or use --store, --from, --until, -q; not both")
+        raise ValueError(
+            f"{command}: name files, or use --store, --tenant, --from, --until, -q; not both"
+        )
 
 
 def add_json(parser: Container) -> None:

@@ -6,6 +6,7 @@ ends it; `everflame up` starts it every ten minutes (`profiler.service.compactio
 
 import argparse
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -17,12 +18,14 @@ from concurrent.futures import Executor
 import orjson
 
 from profiler.commands import arguments
+from profiler.commands.selection import opened
 from profiler.text import counted, tell
 from storage.blocks.compactor import Compactor, Report
 from storage.blocks.retention import LEVELS, Keep, KeepError, lifecycle, lifecycle_limits
 from storage.blocks.rounds import Rounds
 from storage.objects.keys import StoreError, StoreUnavailable
-from storage.objects.open import default_store_url, open_tenant
+from storage.objects.open import default_store_url, open_store
+from storage.objects.tenant import TenantStore, list_tenants
 from storage.query.cache import default_folder
 from storage.query.workers import Workers
 
@@ -59,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     arguments.add_json(parser)
     arguments.add_store(parser)
+    parser.add_argument(
+        "--all-tenants",
+        action="store_true",
+        help="compact the profiles of every tenant in the store, one after the other",
+    )
     parser.add_argument(
         "--every",
         type=arguments.duration_s,
@@ -121,24 +129,51 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         StoreError: the store cannot be used.
     """
+    if options.all_tenants and options.tenant:
+        raise ValueError("compact: name a --tenant or use --all-tenants, not both")
     if options.lifecycle:
         return _print_lifecycle(options)
     patience_s = PATIENCE_S if options.every else 0.0
     with _working(options.workers) as executor:
-        rounds = make_rounds(options, executor, patience_s, tell_line)
-        if not options.every:
-            return _show(rounds.run_once(), options)
-        return _repeat(rounds, options)
+        known: dict[str, Rounds] = {}
+
+        def run_once() -> int:
+            """Compact each tenant once; return the exit status."""
+            status = 0
+            for store in tenants(options):
+                about = f"{store.tenant}: " if options.all_tenants else ""
+                if store.tenant not in known:
+                    tell_progress = functools.partial(_tell_about, about)
+                    known[store.tenant] = make_rounds(
+                        store, options, executor, patience_s, tell_progress
+                    )
+                report = known[store.tenant].run_once()
+                status |= _show(report, options, store.tenant, about)
+            return status
+
+        return _repeat(run_once, options.every) if options.every else run_once()
+
+
+def tenants(options: argparse.Namespace) -> list[TenantStore]:
+    """Return whose profiles are to be compacted.
+
+    Raises:
+        StoreError: the URL names no store, or its tenants cannot be listed.
+    """
+    if not options.all_tenants:
+        return [opened(options)]
+    store = open_store(options.store, options.s3_endpoint or None)
+    return [TenantStore(store, name) for name in list_tenants(store)]
 
 
 def make_rounds(
+    store: TenantStore,
     options: argparse.Namespace,
     executor: Executor,
     patience_s: float,
     tell_progress: Callable[[str], None],
 ) -> Rounds:
-    """Return the rounds of a store, which have not begun."""
-    store = open_tenant(options.store, options.s3_endpoint or None)
+    """Return the rounds of a tenant, which have not begun."""
     folder = default_folder().parent / "compact"
 
     def make(type_: str) -> Compactor:
@@ -167,7 +202,7 @@ def _working(count: int) -> Iterator[Executor]:
         executor.shutdown(cancel_futures=True)
 
 
-def _repeat(rounds: Rounds, options: argparse.Namespace) -> int:
+def _repeat(run_once: Callable[[], int], every_s: float) -> int:
     """Compact again and again until SIGINT or SIGTERM."""
     ends = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -176,10 +211,10 @@ def _repeat(rounds: Rounds, options: argparse.Namespace) -> int:
         while not ends.is_set():
             begun_s = time.monotonic()
             try:
-                _show(rounds.run_once(), options)
+                run_once()
             except StoreUnavailable as error:
-                tell_line(f"{error}; trying again in {options.every:g} s")
-            ends.wait(max(0.0, begun_s + options.every - time.monotonic()))
+                tell_line(f"{error}; trying again in {every_s:g} s")
+            ends.wait(max(0.0, begun_s + every_s - time.monotonic()))
     except KeyboardInterrupt:
         pass
     return 0
@@ -200,20 +235,25 @@ def tell_line(line: str) -> None:
     tell(f"everflame: {line}")
 
 
-def _show(report: Report, options: argparse.Namespace) -> int:
-    """Print what was done: a line, or JSON. Return the exit status."""
+def _tell_about(about: str, line: str) -> None:
+    tell_line(f"{about}{line}")
+
+
+def _show(report: Report, options: argparse.Namespace, tenant: str, about: str) -> int:
+    """Print what was done: a line that begins with `about`, or JSON. Return the exit status."""
+    has_done = any(number for name, number in report.counts.items() if name != "pinned")
     if options.json:
-        sys.stdout.buffer.write(as_json(report, is_dry=options.dry_run) + b"\n")
+        sys.stdout.buffer.write(as_json(report, tenant, is_dry=options.dry_run) + b"\n")
         sys.stdout.buffer.flush()
-    elif not options.every or any(report.counts.values()):
-        print(summary(report, is_dry=options.dry_run), flush=True)
+    elif not options.every or has_done:
+        print(f"{about}{summary(report, is_dry=options.dry_run)}", flush=True)
     for key, reason in list(report.unreadable.items())[:_SHOWN_UNREADABLE]:
         tell_line(f"cannot read {key}: {reason}")
     more = len(report.unreadable) - _SHOWN_UNREADABLE
     if more > 0:
-        tell_line(f"and {counted(more, 'more object')} that cannot be read")
+        tell_line(f"{about}and {counted(more, 'more object')} that cannot be read")
     for name, reason in report.problems.items():
-        tell_line(f"cannot compact {name}: {reason}")
+        tell_line(f"{about}cannot compact {name}: {reason}")
     return 1 if report.problems else 0
 
 
@@ -241,17 +281,19 @@ def summary(report: Report, *, is_dry: bool) -> str:
         deleted.append(counted(count["garbage"], "unused file"))
     if deleted:
         done.append(f"deleted: {' and '.join(deleted)}")
-    if not done:
-        return "nothing to do"
-    return f"{'would be done: ' if is_dry else ''}{'; '.join(done)}"
+    text = f"{'would be done: ' if is_dry else ''}{'; '.join(done)}" if done else "nothing to do"
+    if count["pinned"]:
+        text += f"; kept by pins: {counted(count['pinned'], 'hour')}"
+    return text
 
 
-def as_json(report: Report, *, is_dry: bool) -> bytes:
+def as_json(report: Report, tenant: str, *, is_dry: bool) -> bytes:
     """Return the shape of `compact --json`."""
     count = report.counts
     return orjson.dumps(
         {
             "schema": 1,
+            "tenant": tenant,
             "dry_run": is_dry,
             **{
                 name: count[name]
@@ -259,6 +301,7 @@ def as_json(report: Report, *, is_dry: bool) -> bytes:
             },
             "expired": {level: count[level] for level in LEVELS[1:]},
             "deleted": {name: count[name] for name in ("level0", "garbage")},
+            "pinned": count["pinned"],
             "unreadable": [{"key": k, "reason": v} for k, v in report.unreadable.items()],
             "problems": [{"name": k, "reason": v} for k, v in report.problems.items()],
         }
@@ -278,7 +321,8 @@ def _print_lifecycle(options: argparse.Namespace) -> int:
             f"lifecycle rules are for buckets, and {url!r} is none (try --store s3://)"
         )
     prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-    rules = lifecycle(prefix, options.keep)
+    names = [store.tenant for store in tenants(options)]
+    rules = {"Rules": [rule for n in names for rule in lifecycle(prefix, options.keep, n)["Rules"]]}
     sys.stdout.buffer.write(orjson.dumps(rules, option=orjson.OPT_INDENT_2) + b"\n")
     tell_line(lifecycle_limits(options.keep))
     return 0
@@ -289,12 +333,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m profiler.commands.compact")
     parser.add_argument("--store", required=True)
     parser.add_argument("--s3-endpoint", default="")
+    parser.add_argument("--tenant", default="")
     parser.add_argument("--keep", type=keep, default=Keep.of({}))
     options = parser.parse_args(argv)
     options.dry_run, options.workers = False, 1
     try:
         with _working(options.workers) as executor:
-            report = make_rounds(options, executor, PATIENCE_S, lambda _: None).run_once()
+            rounds = make_rounds(opened(options), options, executor, PATIENCE_S, lambda _: None)
+            report = rounds.run_once()
     except (StoreError, OSError, RuntimeError, MemoryError) as error:  # there is another time
         tell_line(f"cannot compact: {error}")
         return 2

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 import orjson
 
 from profiler.commands import arguments
-from profiler.commands.selection import Selection, selected
+from profiler.commands.selection import Selection, opened, selected
 from profiler.comparison.announcements import announce
 from profiler.comparison.deployments import FoundDeployments, deployments_in
 from profiler.comparison.rollouts import Deployment
 from profiler.text import in_columns, listed
 from profiler.times import from_until, parse_time, rfc3339, whole_second
-from storage.objects.open import open_tenant
 
 _NAMED = 8
 
@@ -70,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
 def _add(options: argparse.Namespace) -> int:
     if options.start or options.end or options.query or options.json:
         raise ValueError("deployments add: remove --from, --until, -q and --json")
-    store = open_tenant(options.store, options.s3_endpoint or None)
+    store = opened(options)
     at_ns = parse_time(options.at, time.time_ns())
     announced = announce(store, options.service, options.version, at_ns)
     print(

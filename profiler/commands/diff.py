@@ -124,6 +124,7 @@ def run(options: argparse.Namespace) -> int:
     settings = Options(
         store=options.store,
         endpoint=options.s3_endpoint,
+        tenant=options.tenant,
         gate=Gate.parse(options.fail_over),
         strict=options.strict,
         as_json=options.json,
@@ -141,6 +142,7 @@ class Options:
     store: str
     endpoint: str
     gate: Gate
+    tenant: str = ""
     strict: bool = False
     last_deploy: Selection | None = None
     """Where to look for the last deployment; None if two sides are named."""
@@ -236,7 +238,7 @@ def _of_store(
     try:
         return of_store(*_in_store(before, after, options, now_ns))
     except EmptySideError as error:
-        store = open_tenant(options.store, options.endpoint or None)
+        store = open_tenant(options.store, options.endpoint or None, options.tenant)
         selection = Selection(store, error.operand.window, error.operand.selector)
         try:
             selection.answer()
@@ -250,7 +252,7 @@ def _pair(
 ) -> Pair:
     """Read the stacks of both sides; the verdict needed only function totals."""
     if files is None:
-        query = query_of(open_tenant(options.store, options.endpoint or None))
+        query = query_of(open_tenant(options.store, options.endpoint or None, options.tenant))
         profiles = [
             only_hosts(query.profile(side.window, Selector.parse(side.query)).profile, side.hosts)
             for side in (found.before, found.after)
@@ -274,7 +276,7 @@ def _in_store(
         raise ComparisonError(
             "cannot compare several windows: name one on each side (hosts are its replicates)"
         )
-    store = open_tenant(options.store, options.endpoint or None)
+    store = open_tenant(options.store, options.endpoint or None, options.tenant)
     query = query_of(store)
     sides = _operand(before[0], now_ns), _operand(after[0], now_ns)
     services = {

@@ -19,6 +19,7 @@ import numpy as np
 
 from profiler.commands import arguments
 from profiler.commands.files import FILE_HELP, add_reading_options, reading_options
+from profiler.commands.selection import opened
 from profiler.formats.reading import Reading, ReadOptions, read
 from profiler.text import counted, limit_of, quantity
 from profiler.times import NS_PER_S, TimeError, parse_time
@@ -26,7 +27,6 @@ from storage.formats import pprof, pprof_arrays
 from storage.formats.limits import COUNT_LIMIT
 from storage.hashing import Hasher
 from storage.objects.keys import LONGEST_WINDOW_S
-from storage.objects.open import open_tenant
 from storage.objects.tenant import TenantStore
 from storage.objects.tenant_key import make_tenant_key
 from storage.profile import Host, Profile, ProfileError, Window, make_labels
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
         frequency_hz=options.frequency,
         reading=reading_options(options),
     )
-    store = open_tenant(options.store, options.s3_endpoint or None)
+    store = opened(options)
     return import_files(options.files, store, asked, time.time_ns())
 
 

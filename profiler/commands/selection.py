@@ -41,6 +41,7 @@ class Selection:
         store: str,
         endpoint: str = "",
         *,
+        tenant: str = "",
         start: str | None = None,
         end: str | None = None,
         query: str = "",
@@ -50,13 +51,14 @@ class Selection:
 
         Raises:
             ValueError: a time or the selector cannot be read.
-            StoreError: the URL names no store.
+            StoreError: the URL names no store, or the tenant's name cannot be one.
         """
         now_ns = time.time_ns() if now_ns is None else now_ns
         window = ALWAYS
         if start or end:
             window = parse_window(start or "0", end or "now", now_ns)
-        return cls(open_tenant(store, endpoint or None), window, Selector.parse(query))
+        opened = open_tenant(store, endpoint or None, tenant)
+        return cls(opened, window, Selector.parse(query))
 
     def query(self) -> Query:
         return query_of(self.store)
@@ -129,10 +131,20 @@ def selected(options: argparse.Namespace, start: str | None = None) -> Selection
     return Selection.parse(
         options.store,
         options.s3_endpoint,
+        tenant=options.tenant,
         start=options.start or start,
         end=options.end,
         query=getattr(options, "query", ""),
     )
+
+
+def opened(options: argparse.Namespace) -> TenantStore:
+    """Return what `--store`, `--s3-endpoint` and `--tenant` name.
+
+    Raises:
+        StoreError: the URL names no store, or the tenant's name cannot be one.
+    """
+    return open_tenant(options.store, options.s3_endpoint or None, options.tenant)
 
 
 def query_of(store: TenantStore) -> Query:

@@ -22,8 +22,8 @@ from profiler.service.app import Service
 from profiler.service.connections import Server
 from profiler.service.merged import MergedProfiles
 from profiler.service.status import About
-from storage.objects.keys import ObjectStore, StoredObject, StoreError, StoreRefused
-from storage.objects.open import default_store_url, open_tenant
+from storage.objects.keys import StoredObject, StoreError, StoreRefused
+from storage.objects.open import default_store_url, default_tenant, open_tenant
 from storage.objects.tenant import TenantStore
 from storage.query.cache import default_folder
 from storage.query.query import Query
@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     asked = [f"--store={options.store}", f"--s3-endpoint={options.s3_endpoint}"]
-    return main([*asked, f"--listen={options.listen}"])
+    asked.append(f"--tenant={options.tenant}")
+    asked += [f"--listen={options.listen}", f"--decode-ahead={options.decode_ahead}"]
+    return main(asked)
 
 
 def serve(
@@ -86,17 +88,18 @@ def _settle_memory() -> None:
         libc.mallopt(trim_threshold, 1 << 20)
 
 
-def check(store: ObjectStore) -> None:
-    """Report what is wrong with a store, so that nobody wonders about an empty page.
+def check(tenant: TenantStore) -> None:
+    """Report what is wrong with a tenant's store, so that nobody wonders about an empty page.
 
     Raises:
         StoreRefused: it cannot be read until somebody fixes it.
     """
+    store = tenant.store
     found: SimpleQueue[StoredObject | StoreError | None] = SimpleQueue()
 
     def ask() -> None:
         try:
-            found.put(next(iter(store.list("v1/")), None))
+            found.put(next(iter(store.list(f"v1/{tenant.tenant}/")), None))
         except StoreError as error:
             found.put(error)
 
@@ -112,16 +115,20 @@ def check(store: ObjectStore) -> None:
     if isinstance(first, StoreError):
         _tell(f"{first}; the page shows this until it is over")
     elif first is None:
-        _tell(_why_empty(store))
+        _tell(_why_empty(tenant))
 
 
-def _why_empty(store: ObjectStore) -> str:
+def _why_empty(tenant: TenantStore) -> str:
+    store = tenant.store
+    command = f"everflame agent --store {shlex.quote(str(store))}"
+    if tenant.tenant != default_tenant():
+        command += f" --tenant {tenant.tenant}"
     if is_missing(store):
         return (
             f"the folder {store} does not exist; the page stays empty until an agent creates it:"
-            f" check --store, or run everflame agent --store {shlex.quote(str(store))}"
+            f" check --store, or run {command}"
         )
-    return f"{store} is empty; run everflame agent --store {shlex.quote(str(store))} to fill it"
+    return f"{tenant} is empty; run {command} to fill it"
 
 
 def _tell(line: str) -> None:
@@ -134,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     url = options.store or default_store_url()
     about = About(
         store=url,
+        tenant=options.tenant or default_tenant(),
         run_folder=options.run_folder or status.default_run_folder(),
         keep_s=options.keep_s,
         keep_bytes=options.keep_bytes,
@@ -143,11 +151,12 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         listener = addresses.bind(options.listen)
-        store = open_tenant(url, options.s3_endpoint or None)
+        store = open_tenant(url, options.s3_endpoint or None, options.tenant)
         if not options.quiet:
-            check(store.store)
+            check(store)
         cache = options.cache or default_folder()
-        return serve(listener, store, about, cache, is_quiet=options.quiet)
+        prefetcher = Prefetcher(url, options.s3_endpoint, store.tenant, cache, options.decode_ahead)
+        return serve(listener, store, about, cache, prefetcher, is_quiet=options.quiet)
     except (addresses.ListenError, StoreError) as error:
         _tell(str(error))
         return 2
@@ -159,6 +168,7 @@ def _parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m profiler.commands.serve")
     parser.add_argument("--store", default="")
     parser.add_argument("--s3-endpoint", default="")
+    parser.add_argument("--tenant", default="")
     parser.add_argument("--listen", default="127.0.0.1:4040")
     parser.add_argument("--run-folder", type=Path)
     parser.add_argument("--cache", type=Path)

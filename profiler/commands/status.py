@@ -11,6 +11,7 @@ import orjson
 from profiler.agent.status import ask, default_run_folder
 from profiler.commands import arguments
 from profiler.text import counted
+from storage.objects.keys import DEFAULT_TENANT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,7 @@ def table(status: Mapping[str, Any]) -> str:
     own_mb = _megabytes(status["sampler"]["rss_bytes"])
     used_mb, limit_mb = _megabytes(spool["size_bytes"]), _megabytes(spool["limit_bytes"])
     waiting = f"{counted(spool['profiles'], 'window')} waiting, {used_mb} of {limit_mb}"
+    tenant = status.get("tenant", DEFAULT_TENANT)
     lines = [
         ("agent", f"pid {status['pid']} on {status['host']}, up {_duration(status['uptime_s'])}"),
         ("sampling", f"{rate}, {windows} closed, {counted(status['faults'], 'fault')}"),
@@ -53,6 +55,7 @@ def table(status: Mapping[str, Any]) -> str:
         *_more("readers", status.get("readers", {})),
         ("memory", f"sampler {own_mb}, uploader {_megabytes(upload.get('rss_bytes', 0))}"),
         ("spool", waiting),
+        *([] if tenant == DEFAULT_TENANT else [("tenant", tenant)]),
         *_spool_problems(spool),
         *_upload(upload),
         *_more("service", {"failed_starts": status.get("service", {}).get("failed_starts", 0)}),

@@ -75,8 +75,8 @@ def run(options: argparse.Namespace) -> int:
 
     If stdout is not a terminal, print one table after the other.
     """
-    of_store = (options.store, options.s3_endpoint, options.start, options.end, options.query)
-    if any(of_store):
+    named = (options.store, options.s3_endpoint, options.tenant)
+    if any((*named, options.start, options.end, options.query)):
         if options.pids:
             raise ValueError("top: -p is for this machine; use -q to select from a store")
         return fleet_top.run(options)

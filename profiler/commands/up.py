@@ -35,7 +35,7 @@ from profiler.service import addresses
 from profiler.text import counted, lost_to, tell
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import StoreError, StoreRefused
-from storage.objects.open import default_store_url, open_store
+from storage.objects.open import default_store_url, default_tenant, open_store
 from storage.profile import Profile
 
 FIRST_INTERVAL_S = 5
@@ -274,7 +274,7 @@ def service_command(
     confine += [f"--user={user}", f"--write={cache}"]
     confine += [f"--read={path}" for path in _folders_to_read(store)]
     serve = [sys.executable, "-P", "-m", "profiler.commands.serve", f"--store={store}"]
-    serve += [f"--listen={addresses.shown(address)}", "--quiet"]
+    serve += [f"--tenant={options.tenant}", f"--listen={addresses.shown(address)}", "--quiet"]
     serve += [f"--run-folder={options.run_folder}", f"--cache={cache}"]
     if options.endpoint:
         serve.append(f"--s3-endpoint={options.endpoint}")
@@ -299,6 +299,7 @@ def compaction_command(options: AgentOptions, cache: Path, *, is_root: bool) -> 
     compact = [sys.executable, "-P", "-m", "profiler.commands.compact", f"--store={store}"]
     if options.endpoint:
         compact.append(f"--s3-endpoint={options.endpoint}")
+    compact.append(f"--tenant={options.tenant}")
     if options.keep_s is not None:
         # Asked for a time, nothing is kept for longer, in whatever detail.
         keep_s = math.ceil(options.keep_s)
@@ -428,6 +429,8 @@ def summary(options: AgentOptions, status: Mapping[str, Any], begun_ns: int) -> 
     place = "" if options.store == default_store_url() else f" --store {shlex.quote(options.store)}"
     if options.endpoint:
         place += f" --s3-endpoint {shlex.quote(options.endpoint)}"
+    if options.tenant != default_tenant():
+        place += f" --tenant {options.tenant}"
     return [
         *lines,
         f"look again:  {command}serve{place}",

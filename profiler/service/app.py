@@ -337,7 +337,8 @@ class Service:
     def _readyz(self, _given: p.NoParameters, _asked: Asked) -> Compute:
         def compute(_check: Check) -> Body:
             # Raises if the store cannot be reached.
-            next(self._profiles.store.store.list("v1/"), None)
+            store = self._profiles.store
+            next(store.store.list(f"v1/{store.tenant}/"), None)
             return json_body(Ready(True))
 
         return compute

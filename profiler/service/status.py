@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from profiler.agent import status
 from profiler.service.responses import SCHEMA, Count, WindowMs
+from storage.objects.keys import DEFAULT_TENANT
 from storage.profile import Window
 from storage.query.hosts import FoundHosts, HostSearch
 from storage.query.listing import HOUR_NS
@@ -30,6 +31,7 @@ class About:
     run_folder: Path
     keep_s: int = 0
     keep_bytes: int = 0
+    tenant: str = DEFAULT_TENANT
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Status:
     schema: Literal[1]
     version: str
     store: str
+    tenant: str
     type: str
     now_ms: Count
     started_ms: Count
@@ -85,6 +88,7 @@ def service_status(
         schema=SCHEMA,
         version=version("everflame"),
         store=about.store,
+        tenant=about.tenant,
         type="cpu",
         now_ms=now_ns // 1_000_000,
         started_ms=started_ns // 1_000_000,

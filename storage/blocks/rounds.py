@@ -6,6 +6,7 @@ up every ten minutes. What fails of an hour is named, and does not stop others.
 """
 
 import contextlib
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -47,7 +48,7 @@ class Rounds:
 
     `make` returns the compactor of a type, which is kept: it remembers what it has read. If its
     compactors are patient, not all is looked at in each round. When what has expired was last
-    deleted is kept in the folder, as a process may make a single round.
+    deleted of this tenant is kept in the folder, as a process may make a single round.
     """
 
     def __init__(
@@ -99,7 +100,8 @@ class Rounds:
 
     @property
     def _cleaned(self) -> Path:
-        return self._folder / "cleaned"
+        place = f"{self._store.store}\0{self._store.tenant}".encode()
+        return self._folder / f"cleaned-{hashlib.blake2b(place, digest_size=8).hexdigest()}"
 
     def _is_cleaning_due(self) -> bool:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

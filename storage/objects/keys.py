@@ -32,6 +32,7 @@ LONGEST_WINDOW_S = 3600
 LARGEST_OBJECT_BYTES = 64 * 1024 * 1024
 
 DEFAULT_TENANT = "default"
+_TENANT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 CPU = "cpu"
 """The type of profiles of CPU time, and of those whose keys name no type."""
 
@@ -213,7 +214,7 @@ class ObjectKey(NamedTuple):
 
 _TYPE = r"[a-z][a-z0-9_]{0,31}"
 _KEY_PATTERN = re.compile(
-    r"v1/(?P<tenant>[A-Za-z0-9][A-Za-z0-9._-]{0,63})/l0/"
+    rf"v1/(?P<tenant>{_TENANT})/l0/"
     rf"(?:(?P<type>{_TYPE})/)?\d{{4}}-\d\d-\d\dT\d\d/"
     r"(?P<host_id>[0-9a-f]{16})/"
     r"(?P<start_s>\d{1,11})-(?P<length_s>\d{1,4})-(?P<content16>[0-9a-f]{16})"
@@ -263,6 +264,10 @@ def type_in_key(name: str) -> str:
     """
     spelled = re.sub(r"[^a-z0-9_]", "_", name)
     return (spelled if spelled[:1].isalpha() else f"type_{spelled}")[:32]
+
+
+def is_tenant(name: str) -> bool:
+    return re.fullmatch(_TENANT, name, re.ASCII) is not None
 
 
 def is_type(name: str) -> bool:

@@ -1,10 +1,10 @@
-"""Open a store by its URL: a directory or a bucket."""
+"""Open a store by its URL, a directory or a bucket, and a tenant in it by its name."""
 
 import os
 from pathlib import Path
 
 from storage.objects.directory import DirectoryStore
-from storage.objects.keys import ObjectStore, StoreRefused
+from storage.objects.keys import DEFAULT_TENANT, ObjectStore, StoreRefused, is_tenant
 from storage.objects.tenant import TenantStore
 
 
@@ -14,9 +14,34 @@ def default_store_url() -> str:
     return os.environ.get("EVERFLAME_STORE") or str(Path(place).expanduser())
 
 
-def open_tenant(url: str = "", endpoint: str | None = None) -> TenantStore:
-    """Return the profiles in the store at a URL; see `open_store`."""
-    return TenantStore(open_store(url, endpoint))
+def default_tenant() -> str:
+    """Return EVERFLAME_TENANT, else the tenant of whoever names none."""
+    return os.environ.get("EVERFLAME_TENANT") or DEFAULT_TENANT
+
+
+def open_tenant(url: str = "", endpoint: str | None = None, tenant: str = "") -> TenantStore:
+    """Return the profiles of a tenant in the store at a URL; see `open_store`, `default_tenant`.
+
+    Raises:
+        StoreRefused: as `open_store`, or this cannot be a tenant's name.
+    """
+    return TenantStore(open_store(url, endpoint), checked_tenant(tenant))
+
+
+def checked_tenant(name: str = "") -> str:
+    """Return a tenant's name, that of `default_tenant` for an empty one.
+
+    Raises:
+        StoreRefused: it cannot be one.
+    """
+    asked = name or default_tenant()
+    if not is_tenant(asked):
+        raise StoreRefused(
+            f"{asked!r} cannot be the name of a tenant",
+            "use 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first;"
+            f" correct {'--tenant' if name else 'EVERFLAME_TENANT'}",
+        )
+    return asked
 
 
 def open_store(url: str = "", endpoint: str | None = None) -> ObjectStore:

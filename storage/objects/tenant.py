@@ -19,11 +19,13 @@ from storage.objects.keys import (
     StoreRefused,
     hour_of,
     hours_prefix,
+    is_tenant,
     is_type,
     object_key,
     profiles_prefix,
     type_in_key,
 )
+from storage.objects.pins import Held
 
 if TYPE_CHECKING:  # the uploader needs no numpy, which is a third of its memory
     from storage.profile import Profile, Window
@@ -56,6 +58,7 @@ class _Expirable(NamedTuple):
     start_ns: int
     end_ns: int
     is_profile: bool
+    type: str
     objects: tuple[StoredObject, ...]
 
     @property
@@ -78,7 +81,7 @@ def _by_hour(profiles: Iterator[_Listed]) -> Iterator[_Expirable]:
     """Return profiles that come by hour in the order of their starts."""
     for _, hour in itertools.groupby(profiles, lambda listed: listed.key.start_s // HOUR_S):
         for _, key, stored in sorted(hour, key=lambda listed: listed.key.start_s):
-            yield _Expirable(key.start_ns, key.end_ns, True, (stored,))
+            yield _Expirable(key.start_ns, key.end_ns, True, key.type, (stored,))
 
 
 def _window_of(name: str) -> tuple[int, int] | None:
@@ -109,7 +112,10 @@ class TenantStore:
         self._check = check
 
     def __str__(self) -> str:
-        return str(self.store)
+        """Return the store's name and, unless it is the default one, the tenant's."""
+        if self.tenant == DEFAULT_TENANT:
+            return str(self.store)
+        return f"{self.store} (tenant {self.tenant})"
 
     def interruptible(self, check: Callable[[], None]) -> "TenantStore":
         """Return the same profiles, whose listings end with what `check` raises."""
@@ -206,12 +212,14 @@ class TenantStore:
         Deletes profiles that ended `keep_s` ago, compacted hours and days that ended
         `keep_compacted_s` ago, then as much as exceeds `keep_bytes` in all; a limit of 0 is none.
         Other objects are kept, and so is a compacted hour or day that was written to within two
-        hours: a compactor may be about to name a new file of it.
+        hours: a compactor may be about to name a new file of it. What a pin holds is kept, too
+        (`storage.objects.pins`), and its size counts towards `keep_bytes`.
 
         Raises:
             StoreRefused: some may not be deleted; all others were.
         """
         refusal: StoreRefused | None = None
+        held = Held(self.store, self.tenant)
         types = {CPU, *self.types()}
         compacted = self._list_compacted() if keep_bytes or keep_compacted_s else []
         excess_bytes = self._size_bytes(types, compacted) - keep_bytes if keep_bytes else 0
@@ -230,7 +238,8 @@ class TenantStore:
             if excess_bytes <= 0 and each.end_ns > limits_ns[is_compacted]:
                 del limits_ns[is_compacted]  # what follows of its kind is younger
                 continue
-            if is_compacted and each.modified_ns > settled_ns:
+            is_changing = is_compacted and each.modified_ns > settled_ns
+            if is_changing or held.holds(each.type, each.start_ns, each.end_ns):
                 continue
             for stored in each.objects:
                 try:
@@ -265,8 +274,8 @@ class TenantStore:
                     name = f"{name}T{match['hour']}"
                 found.setdefault((match["type"], name), []).append(stored)
         every = [
-            _Expirable(*window, is_profile=False, objects=tuple(objects))
-            for (_, name), objects in found.items()
+            _Expirable(*window, is_profile=False, type=type_, objects=tuple(objects))
+            for (type_, name), objects in found.items()
             if (window := _window_of(name)) is not None
         ]
         return sorted(every, key=_age)
@@ -345,6 +354,20 @@ class TenantStore:
             if is_type(name):
                 yield name
             start_after = f"{prefix}{name}/~"  # after all hours of the type
+
+
+def list_tenants(store: ObjectStore) -> Iterator[str]:
+    """Return the tenants that have an object in a store, listing one key of each."""
+    start_after = "v1/"
+    names: set[str] = set()
+    while (stored := next(iter(store.list("v1/", start_after)), None)) is not None:
+        name = stored.key.split("/")[1]
+        if name in names:
+            return
+        names.add(name)
+        if is_tenant(name):
+            yield name
+        start_after = f"v1/{name}/~"  # after all names in its folder
 
 
 def _common_start(one: str, other: str) -> str:

@@ -63,6 +63,7 @@ def test_json_has_all_counts(expected, capfd) -> None:
     found = orjson.loads(captured.out)
     assert found == {
         "schema": 1,
+        "tenant": "default",
         "dry_run": False,
         "objects": 4,
         "parts": 1,
@@ -72,6 +73,7 @@ def test_json_has_all_counts(expected, capfd) -> None:
         "daily": 0,
         "expired": {"detail": 0, "10m": 0, "1h": 0, "1d": 0},
         "deleted": {"level0": 0, "garbage": 0},
+        "pinned": 0,
         "unreadable": [{"key": bad, "reason": found["unreadable"][0]["reason"]}],
         "problems": [],
     }

@@ -2,6 +2,7 @@
 
 from profiler.commands.serve import check
 from storage.objects.directory import DirectoryStore
+from storage.objects.tenant import TenantStore
 from tests.support.live import wait_for
 from tests.support.services import profile_of, service
 from tests.support.stores import directory, minutes
@@ -26,7 +27,7 @@ def test_an_empty_folder_is_said(tmp_path, capfd):
     """With the command that fills this one."""
     (tmp_path / "a store").mkdir()
 
-    check(DirectoryStore(tmp_path / "a store"))
+    check(TenantStore(DirectoryStore(tmp_path / "a store")))
 
     asked = f"run everflame agent --store '{tmp_path / 'a store'}' to fill it"
     assert asked in capfd.readouterr().err

@@ -147,7 +147,8 @@ def test_what_has_expired_is_deleted_once_an_hour_whatever_process_does_it(
     expected.put(profile(NOW_S - 1800 - 21 * DAY_S))
     second = rounds_of(store, tmp_path, Clock(NOW_S)).run_once()
     then_s = time.time() - 2 * HOUR_S
-    os.utime(tmp_path / "cleaned", (then_s, then_s))
+    (cleaned,) = tmp_path.glob("cleaned-*")
+    os.utime(cleaned, (then_s, then_s))
     third = rounds_of(store, tmp_path, Clock(NOW_S)).run_once()
 
     assert [each["detail"] for each in (first, second, third)] == [1, 0, 1]

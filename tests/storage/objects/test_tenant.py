@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import NS_PER_S, ObjectKey, ObjectStore, StoreRefused, hour_of
-from storage.objects.tenant import TenantStore
+from storage.objects.tenant import TenantStore, list_tenants
 from storage.profile import Window
 from tests.support.stores import START_NS, MemoryStore
 
@@ -364,3 +364,14 @@ def test_the_first_and_the_newest_object_of_a_real_store(store: ObjectStore) -> 
     assert profiles.newest_object() == stored[-1]
     assert profiles.newest_object(stored[9].start_ns) == stored[8]
     assert profiles.first_object(stored[9].start_ns) == stored[9]
+
+
+def test_every_tenant_of_a_store_is_found(store: ObjectStore) -> None:
+    """Servers differ in how they sort a folder and names that begin with its name."""
+    names = ["a", "a-b", "a.b", "a_b", "ab", "A", "default", "x" * 64]
+    for name in names:
+        store.put(f"v1/{name}/key", b"")
+        store.put(f"v1/{name}/l0/cpu/~", b"")
+    store.put("v1/.up/probe", b"")
+
+    assert sorted(list_tenants(store)) == sorted(names)
