@@ -38,6 +38,7 @@ COMMANDS = {
     "agent": "profile this host continuously into a directory or S3",
     "serve": "serve the flame graphs of a store: the page and its API",
     "compact": "turn a store's profiles into few columnar files, and delete what has expired",
+    "pin": "keep a window of a store from everything that deletes; list and remove pins",
     "status": "show the status of this host's agent",
     "doctor": "check whether this host can be profiled, and how to fix what is missing",
     "completion": "print a script that completes commands and options in a shell",

@@ -32,10 +32,13 @@ from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import MAX_USER_WORDS
 from bpf.tracers import find_tracers
 from profiler.commands import arguments
+from profiler.commands.pin import kept_by
 from profiler.processes.generations import clock_offsets
-from profiler.text import listed
+from profiler.text import counted, listed
 from storage.objects.keys import ObjectStore, StoreError, StoreRefused
-from storage.objects.open import open_store
+from storage.objects.open import open_tenant
+from storage.objects.pins import Pins
+from storage.objects.tenant import TenantStore
 from symbolizer.text import readable
 
 SCHEMA = 1
@@ -84,17 +87,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     store = options.store or os.environ.get("EVERFLAME_STORE")
-    return main(options.json, store, options.s3_endpoint or None)
+    return main(options.json, store, options.s3_endpoint or None, options.tenant)
 
 
-def main(as_json: bool, store: str | None = None, endpoint: str | None = None) -> int:
+def main(
+    as_json: bool, store: str | None = None, endpoint: str | None = None, tenant: str = ""
+) -> int:
     """Print every check to stdout and return the exit status: 1 when one of them failed.
 
     With `store`, the URL of an object store, that is checked too.
     """
     checks = run_checks()
     if store is not None:
-        checks += store_checks(store, endpoint)
+        checks += store_checks(store, endpoint, tenant)
     print(format_json(checks) if as_json else format_table(checks))
     return 0 if _is_fit(checks) else 1
 
@@ -445,15 +450,16 @@ def check_steal() -> Check:
     )
 
 
-def store_checks(url: str, endpoint: str | None = None) -> list[Check]:
-    """Try an object store with a small object, which is deleted again.
+def store_checks(url: str, endpoint: str | None = None, tenant: str = "") -> list[Check]:
+    """Try an object store with a small object, which is deleted again, and the tenant's pins.
 
     The checks end with the first that fails, because the later ones need what it tried.
     """
     checks: list[Check] = []
     try:
-        store = open_store(url, endpoint)
-        checks.extend(_try_store(store))  # keeps those given before one raises
+        store = open_tenant(url, endpoint, tenant)
+        checks.extend(_try_store(store.store))  # keeps those given before one raises
+        checks.append(_judge_pins(store))
     except StoreRefused as error:
         name = _STORE_CHECKS[len(checks)]
         checks.append(Check(name, Status.FAIL, error.problem, error.remedy))
@@ -463,7 +469,14 @@ def store_checks(url: str, endpoint: str | None = None) -> list[Check]:
     return checks
 
 
-_STORE_CHECKS = ("store", "store_write", "store_conditional", "store_replace", "store_clock")
+_STORE_CHECKS = (
+    "store",
+    "store_write",
+    "store_conditional",
+    "store_replace",
+    "store_clock",
+    "store_pins",
+)
 
 
 def _try_store(store: ObjectStore) -> Iterator[Check]:
@@ -530,6 +543,32 @@ def _try_replacement(store: ObjectStore, probe: str) -> Check:
         + ("changes made at the same time are lost" if is_replaced else "nothing can be replaced"),
         "use a server that knows If-Match (Amazon's, MinIO and SeaweedFS 4 do)",
     )
+
+
+def _judge_pins(store: TenantStore) -> Check:
+    """Judge whether what is pinned is still there: a bucket's lifecycle rules ignore pins."""
+    name = "store_pins"
+    pins = list(Pins(store.store, store.tenant).every())
+    damaged = [pin for pin in pins if pin.problem]
+    past = [pin for pin in pins if pin.end_ns < time.time_ns()]
+    empty = [pin.name for pin in past if kept_by(store, pin).is_empty]
+    if damaged:
+        return Check(
+            name,
+            Status.WARN,
+            f"the pin {damaged[0].key} cannot be read: {damaged[0].problem}",
+            "its window is kept all the same; remove it by this key, and pin the window again",
+        )
+    if empty:
+        return Check(
+            name,
+            Status.WARN,
+            f"nothing is left of what is pinned as {', '.join(empty)}",
+            "look for lifecycle rules of the bucket and for agents of older versions, which ignore"
+            " pins; everflame pin --remove removes the pin",
+        )
+    windows = counted(len(pins), "window")
+    return Check(name, Status.OK, f"{windows} pinned in {store}" if pins else "nothing is pinned")
 
 
 def _judge_store_clock(ahead_s: float) -> Check:

@@ -19,11 +19,13 @@ import numpy as np
 import orjson
 
 from profiler.commands import arguments
+from profiler.commands.pin import as_record, pins_in, window_text
 from profiler.commands.selection import Selection, selected, why_empty
 from profiler.text import counted, in_columns, quantity
 from profiler.times import rfc3339
 from storage.hashing import Hasher
 from storage.objects.keys import DamagedObject, ObjectKey, ObjectMissing, StoredObject, StoreError
+from storage.objects.pins import Pin
 from storage.profile import ALWAYS, Labels, ProfileError
 from storage.query.compacted import CompactedHour
 from storage.query.coverage import Skipped
@@ -95,6 +97,8 @@ class Listing:
     skipped: list[Skipped]
     compacted_bytes: int = 0
     """The size of the files of compacted hours."""
+    pins: tuple[Pin, ...] = ()
+    """Those that hold something of the window."""
 
     @property
     def objects(self) -> int:
@@ -111,6 +115,7 @@ class Listing:
                 "objects": self.objects,
                 "bytes": sum(host.bytes for host in self.hosts),
                 "compacted": {"objects": self.compacted, "bytes": self.compacted_bytes},
+                "pins": [as_record(pin) for pin in self.pins],
                 "services_of": "latest" if self.is_latest_only else "window",
                 "hosts": [
                     {
@@ -156,7 +161,8 @@ def list_hosts(selection: Selection) -> Listing:
     every = hosts.by_id.values()
     chosen = [host for host in every if host.services or not selection.selector.matchers]
     chosen.sort(key=lambda host: (host.name, host.host_id))
-    return Listing(chosen, is_latest_only, skipped, compacted_bytes)
+    pins = tuple(pins_in(selection.store, selection.window))
+    return Listing(chosen, is_latest_only, skipped, compacted_bytes, pins)
 
 
 class _Hosts:
@@ -317,4 +323,5 @@ def _table(listing: Listing) -> str:
             f" {quantity(listing.compacted_bytes, 'bytes')}, {size} in all"
         )
     lines.append(f"{objects}, {size}; services are those of each host's {where}")
+    lines += [f"pinned: {pin.name}, {pin.type} {window_text(pin)}" for pin in listing.pins]
     return "\n".join(lines)

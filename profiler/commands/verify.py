@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ import orjson
 
 from profiler.commands import arguments
 from profiler.commands.files import FILE_HELP, add_reading_options, read_file, reading_options
+from profiler.commands.pin import as_record, pins_in, window_text
 from profiler.commands.selection import selected
 from profiler.formats.reading import ReadOptions
 from profiler.text import accounted, counted
@@ -40,6 +41,7 @@ from storage.objects.keys import (
     StoreError,
     hour_of,
 )
+from storage.objects.pins import Pin
 from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Accounting, ProfileError, Window
 from storage.query.decoding import decode_object
@@ -100,6 +102,13 @@ class Gap(NamedTuple):
     window: Window
 
 
+class HeldPin(NamedTuple):
+    """A pin, and how many objects the store has of its window."""
+
+    pin: Pin
+    objects: int
+
+
 class _Checked(NamedTuple):
     """What was read of one profile: its accounting and the samples of its rows, or why not."""
 
@@ -124,6 +133,7 @@ class Verification:
     mismatches: list[dict[str, int | str]] = field(default_factory=list)
     unreadable: list[dict[str, str]] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
+    pins: list[HeldPin] = field(default_factory=list)
 
     @property
     def is_ok(self) -> bool:
@@ -152,6 +162,12 @@ class Verification:
         ]
         self.unreadable += [{"key": each.key, "reason": each.reason} for each in checked.unreadable]
 
+    def add_pins(self, pins: Sequence[HeldPin]) -> None:
+        self.pins += pins
+        for pin, _ in pins:
+            if pin.problem:
+                self.unreadable.append({"key": pin.key, "reason": pin.problem})
+
     def as_json(self) -> bytes:
         """Return the shape of `verify --json`."""
         lost: Counter[str] = Counter(self.sums.lost)
@@ -175,6 +191,7 @@ class Verification:
                     }
                     for host, window in self.gaps
                 ],
+                "pins": [{**as_record(pin), "objects": objects} for pin, objects in self.pins],
             }
         )
 
@@ -218,7 +235,7 @@ def verify_store(
     for. Compacted files are read first, so that what is compacted meanwhile counts as an object.
     """
     found = Verification()
-    hosts = _Hosts()
+    hosts = _Hosts(pins_in(store, window))
     progress = _Progress(tell)
     compacted: dict[tuple[str, str], CheckedBlocks] = {}
     quarantined: dict[str, str] = {}
@@ -249,20 +266,29 @@ def verify_store(
     for text, reason in quarantined.items():
         found.add(_Checked(text, Accounting(), 0, reason))
     found.gaps = hosts.gaps()
+    found.add_pins(hosts.pins())
     return found
 
 
 class _Hosts:
-    """The windows of each host, and its name."""
+    """The windows of each host, and its name; how many of them some pins hold."""
 
-    def __init__(self) -> None:
+    def __init__(self, pins: Sequence[Pin]) -> None:
+        self._pins = pins
+        self._pinned: Counter[str] = Counter()
         self._windows: dict[str, list[Window]] = {}
         self._names: dict[str, str] = {}
 
     def add(self, key: ObjectKey, name: str) -> None:
-        self._windows.setdefault(key.host_id, []).append(Window(key.start_ns, key.end_ns))
+        window = Window(key.start_ns, key.end_ns)
+        self._windows.setdefault(key.host_id, []).append(window)
+        held = (pin for pin in self._pins if pin.type == key.type)
+        self._pinned.update(pin.key for pin in held if pin.overlaps(*window))
         if name:
             self._names[key.host_id] = name
+
+    def pins(self) -> list[HeldPin]:
+        return [HeldPin(pin, self._pinned[pin.key]) for pin in self._pins]
 
     def gaps(self) -> list[Gap]:
         return sorted(
@@ -366,5 +392,7 @@ def _report(found: Verification, *, as_json: bool) -> int:
         print(f"UNREADABLE {problem['key']}: {problem['reason']}")
     for host, window in found.gaps:
         print(f"GAP {host}: nothing from {rfc3339(window.start_ns)} until {rfc3339(window.end_ns)}")
+    for pin, objects in found.pins:
+        print(f"PINNED {pin.name}: {counted(objects, 'profile')} from {window_text(pin)}")
     print(f"{counted(found.objects, 'profile')}: {_result(found)}")
     return 0 if found.is_ok else 1

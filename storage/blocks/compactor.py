@@ -91,7 +91,8 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)
     """objects: folded into parts; parts: made of them; conflicts: work dropped because another
     compactor was faster; merged: parts merged into others; hourly, daily: rollups made; deleted
-    objects: level0, garbage; hours or days of which a level has expired: detail, 10m, 1h, 1d."""
+    objects: level0, garbage; hours or days of which a level has expired: detail, 10m, 1h, 1d;
+    pinned: hours that pins keep from expiring."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Reasons by key, of those found in this run."""
     problems: dict[str, str] = field(default_factory=dict)

@@ -9,8 +9,9 @@
 Ages of the other levels count from the end of their hour or day. A level is removed from its
 manifest; its files are then garbage, which is deleted when no reader can still be using it.
 Level-0 objects are deleted themselves, and only if a part contains them. An hour's manifest goes
-only when the rollups of its day contain it. So whatever is deleted, a coarser level has it, until
-that has expired too.
+only when the rollup of its day contains it. So whatever is deleted, a coarser level has it, until
+that has expired too. Of an hour or a day that a pin overlaps (`storage.objects.pins`) nothing is
+deleted.
 
 A day older than the level 1h has neither stacks by hour nor functions by host any more: flame
 graphs are of whole days then. It keeps its heads and the functions by hour, so that timelines, the
@@ -37,9 +38,11 @@ from storage.blocks.manifest import (
     end_ns_of,
     is_known,
     named_by,
+    start_s_of,
 )
 from storage.blocks.parquet import DETAIL, FUNCTIONS, ROLLUPS
 from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectMissing, StoreError
+from storage.objects.pins import Held
 from storage.profile import ProfileError
 
 LEVELS = ("level0", "detail", "10m", "1h", "1d")
@@ -105,9 +108,12 @@ def expire(compactor: Compactor, keep: Keep) -> None:
     """
     now_ns = _store_now_ns(compactor)
     known = compactor.manifests.list()
-    _expire_level0(compactor, keep, known, now_ns)
+    held = Held(compactor.store, compactor.tenant.tenant)
+    _expire_level0(compactor, keep, known, now_ns, held)
     for hour, manifest in known.hours.items():
         age_s = (now_ns - end_ns_of(hour)) / NS_PER_S
+        if age_s > keep.detail_s and _is_pinned(compactor, held, hour):
+            continue
         day = known.days.get(hour[:10])
         is_in_day = day is not None and day.holds(manifest)
         if age_s > keep.day_s or (age_s > keep.hour_s and is_in_day):
@@ -120,9 +126,10 @@ def expire(compactor: Compactor, keep: Keep) -> None:
             tables.add(_TEN_MINUTES)
             tables |= _FUNCTIONS_10M if is_in_day else set()
         _expire_tables(compactor, manifest, tables)
-    for day_name, day in known.days.items():
-        age_s = (now_ns - end_ns_of(day_name)) / NS_PER_S
-        if age_s > keep.day_s:
+    for day_name in known.days:
+        if _is_pinned(compactor, held, day_name):
+            continue
+        if (now_ns - end_ns_of(day_name)) / NS_PER_S > keep.day_s:
             compactor.report.add(**{"1d": 1})
             if not compactor.is_dry:
                 compactor.manifests.delete(day_name)
@@ -135,6 +142,14 @@ def expire(compactor: Compactor, keep: Keep) -> None:
 def _without_hours(day: DayManifest) -> DayManifest:
     files = tuple(file for file in day.files if file.table not in _HOUR_OF_DAY)
     return replace(day, files=files)
+
+
+def _is_pinned(compactor: Compactor, held: Held, name: str) -> bool:
+    """Return whether a pin holds an hour or a day; hours are counted, as they would expire."""
+    is_held = held.holds(compactor.type, start_s_of(name) * NS_PER_S, end_ns_of(name))
+    if is_held and "T" in name:
+        compactor.report.add(pinned=1)
+    return is_held
 
 
 def _expire_tables(compactor: Compactor, manifest: HourManifest, tables: set[str]) -> None:
@@ -162,8 +177,10 @@ def _expire_tables(compactor: Compactor, manifest: HourManifest, tables: set[str
     compactor.manifests.change_hour(manifest.hour, remove)
 
 
-def _expire_level0(compactor: Compactor, keep: Keep, known: Listed, now_ns: int) -> None:
-    """Delete the level-0 objects that parts have contained for long enough.
+def _expire_level0(
+    compactor: Compactor, keep: Keep, known: Listed, now_ns: int, held: Held
+) -> None:
+    """Delete the level-0 objects that parts have contained for long enough, and no pin holds.
 
     Those that cannot be read, and those that came when their hour was only in the day's rollup, are
     kept as long as detail is; what is in no part as long as the coarsest level.
@@ -190,7 +207,8 @@ def _expire_level0(compactor: Compactor, keep: Keep, known: Listed, now_ns: int)
         is_late = manifest is None and is_in_rollup(known, hour) and age_s > keep.detail_s
         for key, stored in compactor.level0(hour):
             is_useless = key.text in useless or is_late or age_s > keep.day_s
-            if key.content16 in gone or is_useless:
+            is_expired = key.content16 in gone or is_useless
+            if is_expired and not held.holds(compactor.type, key.start_ns, key.end_ns):
                 compactor.report.add(level0=1)
                 if not compactor.is_dry:
                     compactor.store.delete(stored.key)
@@ -363,6 +381,7 @@ def lifecycle_limits(keep: Keep) -> str:
         " So these rules delete compacted files when the coarsest level has expired: they cannot"
         " express detail, 10m and 1h. And they delete level 0"
         f" {_days(max(keep.level0_s, keep.detail_s))} days after its upload, compacted or not."
+        " They ignore pins: they delete pinned windows, too."
         " `everflame compact` deletes each level when it is due: use the rules in addition to it,"
         " never in its place."
     )

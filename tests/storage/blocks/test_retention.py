@@ -15,6 +15,7 @@ from storage.blocks.retention import (
 )
 from storage.blocks.rounds import Rounds
 from storage.objects.keys import NS_PER_S
+from storage.objects.pins import Pins
 from storage.objects.tenant import TenantStore
 from tests.support.compaction import (
     DAY_S,
@@ -302,6 +303,42 @@ def test_a_dry_run_changes_nothing_and_counts_what_would_be_done(expected, store
     assert report["detail"] == 1, "the other hour's details have expired already"
     assert report["garbage"] > 0
     assert sorted(each.key for each in store.list("")) == before
+
+
+def test_what_is_pinned_stays_in_all_its_detail(expected, store, tmp_path):
+    """Level 0, the hour and its day; other hours of that day expire, and once it is not pinned any
+    more, so does what was."""
+    start_s = days_ago(500)
+    kept = [expected.put(profile(start_s + 60 * minute)).text for minute in range(3)]
+    expected.put(profile(start_s + 5 * HOUR_S))
+    pins = Pins(store, "default")
+    pins.add(pins.checked("cpu", start_s * NS_PER_S + 1, start_s * NS_PER_S + 2, "incident"))
+    compact(store, tmp_path)
+    hour = hour_name(start_s)
+    compact(store, tmp_path, Keep.of({"level0": 0.0}))
+    report = compact(store, tmp_path, Keep.of({"level0": 0.0}), is_dry=True)
+
+    assert set(hour_manifests(store)) == {hour}
+    assert {"samples_detail", "samples_10m"} <= tables_of(store, hour)
+    assert day_manifest(store, hour[:10])["hours"].keys() == {hour[-2:], "14"}
+    assert [each.key for each in store.list("v1/default/l0/")] == kept[:1]
+    assert (report["pinned"], report["1h"], report["1d"], report["level0"]) == (1, 0, 0, 0)
+    pins.remove("incident")
+    compact(store, tmp_path, Keep.of({"level0": 0.0}))
+    assert list(store.list("v1/default/manifests/")) == []
+    assert list(store.list("v1/default/l0/")) == []
+
+
+def test_a_pin_of_a_type_or_a_tenant_holds_nothing_of_others(expected, store, tmp_path):
+    start_s = days_ago(20)
+    expected.put(profile(start_s))
+    for tenant, type_ in (("default", "heap"), ("other", "cpu")):
+        pins = Pins(store, tenant)
+        pins.add(pins.checked(type_, start_s * NS_PER_S, (start_s + 60) * NS_PER_S, "x"))
+
+    report = compact(store, tmp_path)
+
+    assert (report["detail"], report["pinned"]) == (1, 0)
 
 
 def test_lifecycle_rules_are_what_s3_takes(weed, tmp_path):

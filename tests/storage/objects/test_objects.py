@@ -650,6 +650,7 @@ def test_doctor_passes_a_store_that_works(store: ObjectStore, request, tmp_path:
 
     assert list(found) == [
         "store", "store_write", "store_conditional", "store_replace", "store_clock",
+        "store_pins",
     ]  # fmt: skip
     assert {check.status for check in found.values()} == {doctor.Status.OK}
     assert keys(store) == []
