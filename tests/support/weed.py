@@ -62,8 +62,9 @@ def is_listening(port: int) -> bool:
 class Weed:
     """An S3 server with keys and one bucket, which can go away and come back with its objects."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
+        self._options = options
         ports = free_ports(2 * len(_SERVERS))
         self._ports = dict(zip(_SERVERS, zip(ports[::2], ports[1::2], strict=True), strict=True))
         self.port = self._ports["s3"][0]
@@ -90,6 +91,7 @@ class Weed:
                     f"-s3.localSocket={self.folder}/s3.sock",
                     f"-filer.localSocket={self.folder}/filer.sock",
                     *options,
+                    *self._options,
                 ),
                 cwd=self.folder,
                 env=environment,
