@@ -29,6 +29,7 @@ from storage.blocks.loading import insert_stacks
 from storage.blocks.parquet import DETAIL, LocalFile, engine
 from storage.blocks.reading import read_columns, sum_samples
 from storage.blocks.rollup import Stacks
+from storage.blocks.slices import Slice
 from storage.blocks.tables import merge_parts, roll_up, write_block
 from storage.columns import Columns
 from storage.formats import pprof
@@ -168,8 +169,10 @@ def bench_parts(hosts: int, minutes: int, objects: int, folder: Path) -> None:
         rows,
     )
     assert sums.samples.sum() == total
+    detail_of = Slice(tuple(detail), ((start_s, end_s),))
+    whole = Slice(tuple(merged), ((start_s, end_s),))
     columns = measure(
-        "columns of all of it", lambda: read_columns(merged, start_s=start_s, end_s=end_s), rows
+        "columns of all of it", lambda: read_columns([detail_of], [whole], merged), rows
     )
     assert columns is not None
     assert columns.total_samples == total

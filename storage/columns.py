@@ -127,10 +127,11 @@ class Columns:
     and when they were known (`named_second`). `rows` has a line (label set, stack) per row,
     `counts` its samples and value.
 
-    Merging keeps for each object what a timeline needs: `objects` has a
-    line of OBJECT_FIELDS per object, `times` a line (object, label set) with `time_counts`
-    (samples, value). And what a comparison needs: `presence` has a line (object, present set,
-    present_ns) per service that was there, sampled or not, and `present_sets` are their labels.
+    Merging keeps for each object what a timeline needs: `objects` has a line of OBJECT_FIELDS per
+    object, or per some objects that are added up, `times` a line (object, label set) with
+    `time_counts` (samples, value). And what a comparison needs: `presence` has a line (object,
+    present set, present_ns) per service that was there, sampled or not, and `present_sets` are
+    their labels.
     """
 
     type: str
@@ -403,8 +404,12 @@ OBJECT_FIELDS = (
     "filtered",
     "stored",
     "lost",
+    "objects",
+    "length_ns",
 )
-"""Columns of `Columns.objects`."""
+"""Columns of `Columns.objects`: when objects start and end, their counts added up, how many objects
+a line stands for, and how long the longest of them is, 0 if that is not known."""
+OBJECT_COUNT = OBJECT_FIELDS.index("objects")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -452,8 +457,14 @@ def _present(presence: Numbers, label_sets: Sequence[Labels], selector: Selector
 def object_of(window: Window, accounting: Accounting) -> Integers:
     """Return the one line of `objects` that a single profile has."""
     lost = min(sum(accounting.lost.values()), 2**62)
-    counts = [getattr(accounting, name) for name in OBJECT_FIELDS[2:-1]]
-    return np.array([[*window, *counts, lost]], dtype=np.int64)
+    counts = [getattr(accounting, name) for name in OBJECT_FIELDS[2:-3]]
+    length_ns = window.end_ns - window.start_ns
+    return np.array([[*window, *counts, lost, 1, length_ns]], dtype=np.int64)
+
+
+def count_objects(objects: Numbers) -> int:
+    """Return how many objects the lines of `objects` stand for."""
+    return int(objects[:, OBJECT_COUNT].sum())
 
 
 def key_starts_ns(objects: Numbers) -> Integers:

@@ -27,7 +27,7 @@ from storage.hashing import Hasher
 from storage.objects.keys import DamagedObject, ObjectKey, ObjectMissing, StoredObject, StoreError
 from storage.objects.pins import Pin
 from storage.profile import ALWAYS, Labels, ProfileError
-from storage.query.compacted import CompactedHour
+from storage.query.compacted import Compacted
 from storage.query.coverage import Skipped
 from storage.query.decoding import decode_object
 from storage.query.listing import CompactedContents
@@ -149,7 +149,7 @@ def list_hosts(selection: Selection) -> Listing:
         try:
             compacted_bytes += hosts.add_hour(query, hour)
         except (ProfileError, ObjectMissing, DamagedObject) as error:
-            skipped.append(Skipped(hour.manifest.hour, str(error)))
+            skipped.append(Skipped(hour.name, str(error)))
     contents = CompactedContents(query.blocks, compacted.hours)
     for key, stored in selection.objects():
         hosts.add(key, stored, is_compacted=contents.has(key))
@@ -171,7 +171,7 @@ class _Hosts:
     def __init__(self) -> None:
         self.by_id: dict[str, HostListing] = {}
         self.latest: dict[str, tuple[ObjectKey, StoredObject]] = {}
-        self._latest_compacted: dict[str, tuple[int, CompactedHour, int]] = {}
+        self._latest_compacted: dict[str, tuple[int, Compacted, int]] = {}
         """By host: when the latest compacted object starts, its hour, and its id there."""
 
     def _of(self, host_id: str) -> HostListing:
@@ -189,7 +189,7 @@ class _Hosts:
             self._latest_compacted.pop(key.host_id, None)
             self.latest[key.host_id] = (key, stored)
 
-    def add_hour(self, query: Query, hour: CompactedHour) -> int:
+    def add_hour(self, query: Query, hour: Compacted) -> int:
         """Add the compacted objects of an hour; return the size of its files.
 
         Raises:
@@ -197,7 +197,7 @@ class _Hosts:
         """
         found = query.blocks.hosts(hour)
         size_bytes = sum(file.bytes for file in hour.manifest.files)
-        every = sum(part.objects for part in hour.manifest.parts)
+        every = sum(part.objects for part in hour.parts)
         counted_bytes = 0
         numbers = itertools.accumulate(each.objects for each in found)
         for each, number in zip(found, numbers, strict=True):
@@ -219,14 +219,14 @@ class _Hosts:
     def read_latest_compacted(self, query: Query) -> list[Skipped]:
         """Read the services of the hosts whose latest object is compacted."""
         skipped = []
-        by_hour: dict[str, tuple[CompactedHour, dict[int, HostListing]]] = {}
+        by_hour: dict[str, tuple[Compacted, dict[int, HostListing]]] = {}
         for host_id, (_, hour, object_id) in self._latest_compacted.items():
             by_hour.setdefault(hour.key, (hour, {}))[1][object_id] = self.by_id[host_id]
         for hour, hosts in by_hour.values():
             try:
                 services = query.blocks.services(hour, hosts)
             except (ProfileError, ObjectMissing, DamagedObject) as error:
-                skipped.append(Skipped(hour.manifest.hour, str(error)))
+                skipped.append(Skipped(hour.name, str(error)))
                 continue
             for object_id, sampled in services.items():
                 for labels, samples in sampled:

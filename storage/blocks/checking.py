@@ -34,7 +34,7 @@ from storage.blocks.parquet import (
     of_table,
     reading_engine,
 )
-from storage.blocks.reading import seconds_of
+from storage.blocks.slices import seconds_of
 from storage.hashing import Hashes
 from storage.objects.copies import Copies, FetchedFiles
 from storage.objects.keys import (

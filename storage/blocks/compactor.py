@@ -41,7 +41,7 @@ from storage.blocks.manifest import (
     start_s_of,
 )
 from storage.blocks.parquet import DEFAULT_MEMORY_BYTES
-from storage.blocks.reading import read_contents
+from storage.blocks.times import read_contents
 from storage.blocks.work import (
     Folded,
     NewPart,

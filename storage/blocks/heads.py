@@ -90,6 +90,11 @@ def write_heads(
         ]
 
 
+def first_id(start_s: int) -> int:
+    """Return the least `object_id` of the ten minutes that start at a second or later."""
+    return -(-start_s // BUCKET_S) << _HOST_BITS
+
+
 def _load_rolled_sets(opened: Engine, files: Sequence[LocalFile], hasher: Hasher) -> LabelIds:
     """Make the tables `known_sets` and `rolled` (set_id, rolled_id); return the rolled up sets."""
     opened.load("known_sets", one_of_each("label_sets", len(files)), files)

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import numpy as np
 
 from storage.blocks.dictionary import clean, fetch_label_sets
-from storage.blocks.parquet import LocalFile, of_table, reading_engine
+from storage.blocks.parquet import HEADS, HEADS_10M, LocalFile, of_table, reading_engine
+from storage.blocks.slices import Slice, files_in, rows_in
 from storage.objects.keys import NS_PER_S
 from storage.profile import Labels, Window
 
-_IS_INSIDE = "start_s >= {} AND start_s < {}"
+_TABLES = (HEADS[0], HEADS_10M[0])
 _AGE = "CAST(start_s AS BIGINT) * 4096 + length_s"
 """What sorts objects by start, then by length: a window is at most an hour."""
 
@@ -27,25 +28,27 @@ class HostObjects(NamedTuple):
     """The latest object's id in the other tables."""
 
 
-def read_hosts(files: Sequence[LocalFile], *, start_s: int, end_s: int) -> list[HostObjects]:
-    """Return the hosts with objects that start in some seconds, by id.
+def read_hosts(slices: Sequence[Slice]) -> list[HostObjects]:
+    """Return the hosts with objects that start in the seconds of slices, by id.
 
     Raises:
         ProfileError: a file is damaged or not one of ours.
         SchemaError: a later version wrote one.
     """
-    chosen = of_table(files, "objects")
-    if not chosen:
+    files = files_in(slices, *_TABLES)
+    if not files:
         return []
+    names = "object_id, host_key, hosts, start_s, length_s"
+    columns = {_TABLES[0]: f"{names}, 1 AS objects", _TABLES[1]: f"{names}, objects"}
     query = (
-        f"SELECT host_key, count(*) AS objects, min(start_s) AS first_s, max(start_s) AS latest_s,"
-        " max(CAST(start_s AS BIGINT) + length_s) AS end_s,"
+        f"SELECT host_key, sum(objects)::BIGINT AS objects, min(start_s) AS first_s,"
+        " max(start_s) AS latest_s, max(CAST(start_s AS BIGINT) + length_s) AS end_s,"
         f" arg_max(object_id, {_AGE}) AS latest_id, arg_max(hosts, {_AGE}) AS hosts"
-        f" FROM {{files}} WHERE {_IS_INSIDE.format(int(start_s), int(end_s))} GROUP BY host_key"
+        f" FROM ({rows_in(slices, columns, _starts_inside)}) GROUP BY host_key"
     )
     with reading_engine() as opened:
-        opened.check(chosen)
-        opened.load("theirs", query, chosen)
+        opened.check(files)
+        opened.load("theirs", query, files)
         rows = opened.rows(
             "SELECT host_key, objects, first_s, latest_s, end_s, latest_id, hosts FROM theirs"
             " ORDER BY host_key"
@@ -61,6 +64,10 @@ def read_hosts(files: Sequence[LocalFile], *, start_s: int, end_s: int) -> list[
         )
         for host_id, objects, first_s, latest_s, end_s, latest_id, hosts in rows
     ]
+
+
+def _starts_inside(_table: str, start_s: int, end_s: int) -> str:
+    return f"(start_s >= {start_s:d} AND start_s < {end_s:d})"
 
 
 def read_services(
@@ -89,28 +96,24 @@ def read_services(
     return found
 
 
-def read_edges(
-    files: Sequence[LocalFile], *, start_s: int, end_s: int
-) -> tuple[Window, Window] | None:
-    """Return the windows of the first and of the last object that start in some seconds.
+def read_edges(slices: Sequence[Slice]) -> tuple[Window, Window] | None:
+    """Return the windows of the first and of the last object that start in the seconds of slices.
 
     Raises: as `read_hosts`.
     """
-    chosen = of_table(files, "objects")
-    if not chosen:
+    files = files_in(slices, *_TABLES)
+    if not files:
         return None
-    query = (
-        f"SELECT min({_AGE}) AS earliest, max({_AGE}) AS latest FROM {{files}}"
-        f" WHERE {_IS_INSIDE.format(int(start_s), int(end_s))}"
-    )
+    rows = rows_in(slices, dict.fromkeys(_TABLES, "start_s, length_s"), _starts_inside)
+    query = f"SELECT min({_AGE}) AS earliest, max({_AGE}) AS latest FROM ({rows})"
     with reading_engine() as opened:
-        opened.check(chosen)
-        opened.load("edges", query, chosen)
-        rows = opened.rows(
+        opened.check(files)
+        opened.load("edges", query, files)
+        rows_ = opened.rows(
             "SELECT earliest // 4096, earliest % 4096, latest // 4096, latest % 4096"
             " FROM edges WHERE earliest IS NOT NULL"
         )
-    for first_s, first_length_s, last_s, last_length_s in rows:
+    for first_s, first_length_s, last_s, last_length_s in rows_:
         return (
             Window(first_s * NS_PER_S, (first_s + first_length_s) * NS_PER_S),
             Window(last_s * NS_PER_S, (last_s + last_length_s) * NS_PER_S),

@@ -20,13 +20,15 @@ that must not be lost needs a higher schema, which older versions refuse.
 """
 
 import calendar
+import contextlib
 import functools
 import importlib.metadata
 import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
@@ -37,6 +39,7 @@ from storage.objects.keys import (
     ObjectMissing,
     ObjectStore,
     ObjectTooLarge,
+    StoredObject,
     hour_of,
     is_type,
 )
@@ -54,6 +57,10 @@ _REMEMBERED = 4096
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
 """Before a change is tried again that somebody else was faster with, by chance up to twice that."""
 _CHANGE_ATTEMPTS = 50
+
+_READ_AHEAD = 8
+"""Manifests that are read at a time, unless there are only a few."""
+_FEW_MANIFESTS = 4
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -234,18 +241,25 @@ class Manifests:
         """Return a day's manifest; None if there is none. Raises what `hour` does."""
         return self._load(day, DayManifest)[0]
 
-    def list(self, first: str = "", last: str = "9999") -> Listed:
+    def list(self, first: str = "", last: str = "9999", *, with_day: bool = False) -> Listed:
         """Return the manifests from hour or day `first` to `last`, both included.
 
-        A day sorts before its hours. One request lists a thousand; only those that have changed
-        since this object last read them are read.
+        A day sorts before its hours; `with_day` returns that of an hour `first` as well. One
+        request lists a thousand; only those that have changed since this object last read them are
+        read, several at a time.
         """
         found = Listed({}, {}, {}, {})
-        stem = self._prefix + _common_start(first, last)
-        for stored in self.store.list(stem, start_after=f"{self._prefix}{first}"):
+        earliest = first[:10] if with_day else first
+        stem = self._prefix + _common_start(earliest, last)
+        listed = []
+        for stored in self.store.list(stem, start_after=f"{self._prefix}{earliest}"):
             name = stored.key[len(self._prefix) :].removesuffix(".json")
             if name[: len(last)] > last:
                 break
+            if name >= first or name == earliest:
+                listed.append((name, stored))
+        self._read_ahead([each for each in listed if is_known(each[0])])
+        for name, stored in listed:
             if not is_known(name):
                 found.problems[name] = SchemaError(
                     f"{stored.key}: this version does not know what it is"
@@ -264,6 +278,24 @@ class Manifests:
             except ProfileError as error:
                 found.problems[name] = error
         return found
+
+    def _read_ahead(self, listed: Sequence[tuple[str, StoredObject]]) -> None:
+        """Read manifests that are not known, several at a time: a request mostly waits."""
+        unread = [name for name, stored in listed if self._known.get(name, ("",))[0] != stored.tag]
+        if len(unread) < _FEW_MANIFESTS:
+            return
+
+        def read(name: str) -> None:
+            # What is wrong with one is told when it is asked for.
+            with contextlib.suppress(ProfileError):
+                if _HOUR.fullmatch(name):
+                    self._load(name, HourManifest)
+                else:
+                    self._load(name, DayManifest)
+
+        with ThreadPoolExecutor(min(_READ_AHEAD, len(unread))) as pool:
+            for _ in pool.map(read, unread):
+                pass
 
     def change_hour(
         self, hour: str, edit: Callable[[HourManifest], HourManifest | None]

@@ -268,7 +268,7 @@ class Engine:
         if "{files}" in query:
             if not files:
                 raise ProfileError("cannot read blocks: a table is missing")
-            query = query.replace("{files}", _rows_of(files))
+            query = query.replace("{files}", scan_of(files))
         try:
             self._connection.execute(query)
             return fetch()
@@ -277,7 +277,7 @@ class Engine:
         except duckdb.Error as error:
             for each in files:
                 with _error_of([each]):
-                    self._fetch(f"SELECT bit_xor(hash(COLUMNS(*))) FROM {_rows_of([each])}")
+                    self._fetch(f"SELECT bit_xor(hash(COLUMNS(*))) FROM {scan_of([each])}")
             if isinstance(error, duckdb.IOException):
                 raise OSError(str(error)) from error
             with _error_of(files):
@@ -350,7 +350,7 @@ class Engine:
                 raise SchemaError(f"cannot read {path}: {reason}")
             layout = (file.table, columns_of[path])
             if layout not in is_known:
-                described = self._fetch(f"DESCRIBE SELECT * FROM {_rows_of([file])}")
+                described = self._fetch(f"DESCRIBE SELECT * FROM {scan_of([file])}")
                 if [each[:2] for each in described] != self._expected(file.table):
                     reason = f"its columns are not those of {file.table}"
                     raise ProfileError(f"cannot read {path}: {reason}")
@@ -378,6 +378,8 @@ _Mark = tuple[LocalFile, int, int, int, int]
 _checked: set[_Mark] = set()
 """Files that have been checked, with what shows that one was changed since."""
 _CHECKED_KEPT = 8192
+_CHECKED_EVERY_S = 0.1
+"""Whether a query is to be interrupted."""
 
 
 def _seen(file: LocalFile) -> _Mark:
@@ -449,13 +451,52 @@ os.register_at_fork(after_in_child=_shared.forget)
 
 
 @contextlib.contextmanager
-def reading_engine() -> Iterator[Engine]:
-    """Open a connection to read with, beside those of other threads."""
-    opened = Engine(_shared.connection())
+def reading_engine(check: Callable[[], None] | None = None) -> Iterator[Engine]:
+    """Open a connection to read with, beside those of other threads.
+
+    `check` is called all the time from another thread: what it raises interrupts the query that
+    runs, and is raised here.
+    """
+    connection = _shared.connection()
+    opened = Engine(connection)
+    watch = contextlib.nullcontext() if check is None else _interrupting(connection, check)
     try:
-        yield opened
+        with watch:
+            yield opened
     finally:
         opened.close()
+
+
+@contextlib.contextmanager
+def _interrupting(
+    connection: duckdb.DuckDBPyConnection, check: Callable[[], None]
+) -> Iterator[None]:
+    raised: list[BaseException] = []
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(_CHECKED_EVERY_S):
+            try:
+                check()
+            except BaseException as error:  # noqa: BLE001 - it is raised where the block ends
+                raised.append(error)
+                # Between two queries nothing is interrupted: the next one is.
+                while not is_over.wait(_CHECKED_EVERY_S):
+                    connection.interrupt()
+                return
+
+    watching = threading.Thread(target=watch, name="watch", daemon=True)
+    watching.start()
+    try:
+        yield
+    except Exception:
+        if not raised:
+            raise
+    finally:
+        is_over.set()
+        watching.join()
+    if raised:
+        raise raised[0]
 
 
 @contextlib.contextmanager
@@ -488,7 +529,8 @@ def _error_of(files: Sequence[LocalFile]) -> Iterator[None]:
         raise ProfileError(f"cannot read {names}: {error}") from error
 
 
-def _rows_of(files: Sequence[LocalFile]) -> str:
+def scan_of(files: Sequence[LocalFile]) -> str:
+    """Return what stands in a query for the rows of files."""
     return f"read_parquet({_paths_of(files)}, hive_partitioning = false)"
 
 

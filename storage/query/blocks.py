@@ -6,12 +6,13 @@ before the objects are listed: so an object that is compacted meanwhile counts o
 """
 
 import contextlib
+import copy
 import itertools
 import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -29,8 +30,10 @@ from storage.blocks.manifest import (
     start_s_of,
 )
 from storage.blocks.manifest import Part as CompactedPart
-from storage.blocks.parquet import DETAIL, DICTIONARY, ROLLUPS, LocalFile
+from storage.blocks.parquet import DETAIL, DICTIONARY, HEADS, LocalFile
 from storage.blocks.scratch import ScratchFolder
+from storage.blocks.slices import Slice, files_in, seconds_of
+from storage.blocks.times import Lines, read_contents, read_times
 from storage.columns import Columns, Times
 from storage.hashing import Hasher, Hashes
 from storage.objects.copies import Copies
@@ -45,14 +48,19 @@ from storage.objects.keys import (
 from storage.objects.tenant import HOUR_NS, TenantStore
 from storage.profile import ALWAYS, Labels, ProfileError, Window
 from storage.query.compacted import (
-    HEADS,
+    Chosen,
+    Compacted,
+    CompactedDay,
     CompactedHour,
     CompactedHours,
+    check_heads,
     check_named,
     check_whole,
     files_of,
-    is_aligned,
-    samples_of,
+    has_detail,
+    plan_heads,
+    plan_samples,
+    rows_of_detail,
 )
 from storage.query.compacted_samples import read_self_samples
 from storage.query.coverage import Part, Skipped
@@ -67,14 +75,10 @@ compacted."""
 _CONTENTS_KEPT = 300_000
 """Objects of parts that are remembered by their content, some 100 bytes each."""
 _NAMES_KEPT_S = 30.0
-_SAMPLES = (DETAIL, *ROLLUPS.values())
 _MANY_ROWS = 4_000_000
 """Rows of detail in the whole hours of a window beyond which rollups are read: a second's work."""
-_BUCKETS_S = {table: seconds for seconds, table in ROLLUPS.items()}
-_STEPS = (
-    "its samples are kept in steps of {} minutes: those count that begin in the window"
-    " (choose one that begins and ends with a step)"
-)
+_MANY_HEADS = 20_000
+"""Objects of a window beyond which heads of ten minutes are read where these are enough."""
 
 _Read = TypeVar("_Read", Columns, Times, ObjectSelfSamples)
 
@@ -96,34 +100,55 @@ class Blocks:
         self._starts_ns: dict[str, tuple[float, list[int]]] = {}
         self._of_our_key: set[str] = set()
         self._lock = threading.Lock()
+        self._check: Callable[[], None] | None = None
+
+    def interruptible(self, check: Callable[[], None]) -> "Blocks":
+        """Return the same blocks; what `check` raises ends what they read."""
+        other = copy.copy(self)
+        other._check = check  # noqa: SLF001 - a copy of this very object
+        return other
 
     def hours(self, window: Window, type_: str = CPU) -> CompactedHours:
-        """Return the hours of a window that have compacted objects, in order."""
+        """Return what is compacted of a window, in order."""
         first, last = (hour_of(at // NS_PER_S) for at in (window.start_ns, window.end_ns - 1))
-        listed = self._manifests_of(type_).list(first, last)
-        hours = []
-        for _, manifest in sorted(listed.hours.items()):
-            cut = CompactedHour.of(manifest).cut(window) if manifest.parts else None
-            if cut is not None:
-                hours.append(cut)
-        problems = sorted(listed.problems.items())
-        return CompactedHours(hours, tuple(Skipped(name, str(why)) for name, why in problems))
+        manifests = self._manifests_of(type_)
+        listed = manifests.list(first, last, with_day=True)
+        found: list[Compacted] = []
+        problems = {name: str(why) for name, why in listed.problems.items()}
+        for name, manifest in listed.hours.items():
+            day = listed.days.get(name[:10])
+            is_held = day is not None and day.hours.get(name[-2:]) == manifest.part_ids
+            hour = CompactedHour.of(manifest, day if is_held else None)
+            cut = hour.cut(window) if manifest.parts else None
+            found += [cut] if cut is not None else []
+        for name, day in listed.days.items():
+            if any(f"{name}T{hour}" not in listed.hours for hour in day.hours):
+                # Some may only lie outside of the window.
+                known = manifests.list(name, f"{name}T23")
+                kept = {other[-2:] for other in (*known.hours, *known.problems) if "T" in other}
+                alone = CompactedDay.of(day, frozenset(day.hours.keys() - kept)).cut(window)
+                found += [alone] if alone is not None else []
+        found.sort(key=lambda each: each.window.start_ns)
+        skipped = tuple(Skipped(*each) for each in sorted(problems.items()))
+        return CompactedHours(found, skipped)
 
-    def is_settled(self, hour: CompactedHour) -> bool:
+    def is_settled(self, hour: Compacted) -> bool:
         """Return whether level 0 of the hour need not be listed."""
+        if isinstance(hour, CompactedDay):
+            return True
         is_large = sum(part.objects for part in hour.manifest.parts) > _MANY_OBJECTS
         settled_ns = hour.start_ns + HOUR_NS + _SETTLED_AFTER_NS
         return is_large and hour.manifest.listed_ns >= settled_ns
 
-    def contents(self, hour: CompactedHour) -> list[frozenset[str]]:
+    def contents(self, hour: Compacted) -> list[frozenset[str]]:
         """Return the content16 of the objects of each part of an hour.
 
         Raises:
             ProfileError, StoreError: one cannot be read.
         """
-        return [self._contents_of(part) for part in hour.manifest.parts]
+        return [self._contents_of(part) for part in hour.parts]
 
-    def is_empty(self, hour: CompactedHour) -> bool:
+    def is_empty(self, hour: Compacted) -> bool:
         """Return whether no compacted object starts in what is asked for of an hour.
 
         What cannot be read is not empty.
@@ -131,9 +156,7 @@ class Blocks:
         if hour.is_whole:
             return False
         try:
-            with self._fetched(files_of(hour, "objects")) as files:
-                start_s, end_s = reading.seconds_of(hour.window)
-                return read_edges(files, start_s=start_s, end_s=end_s) is None
+            return self._edges_in(hour) is None
         except (ProfileError, StoreError, OSError):
             return False
 
@@ -159,18 +182,19 @@ class Blocks:
         near += [edges[0] for edges in itertools.islice(filter(None, first), 1)]
         return near
 
-    def hosts(self, hour: CompactedHour) -> list[HostObjects]:
+    def hosts(self, hour: Compacted, *, is_coarse: bool = False) -> list[HostObjects]:
         """Return the hosts with compacted objects in an hour, by id.
+
+        If coarse, their latest object is known by ten minutes.
 
         Raises:
             ProfileError, StoreError: they cannot be read.
         """
-        with self._fetched(files_of(hour, "objects")) as files:
-            start_s, end_s = reading.seconds_of(hour.window)
-            return read_hosts(files, start_s=start_s, end_s=end_s)
+        with self._sliced(plan_heads([hour], is_coarse=is_coarse)) as slices:
+            return read_hosts(slices)
 
     def services(
-        self, hour: CompactedHour, object_ids: Iterable[int]
+        self, hour: Compacted, object_ids: Iterable[int]
     ) -> dict[int, list[tuple[Labels, int]]]:
         """Return what was sampled in compacted objects: their label sets without host, and samples.
 
@@ -181,66 +205,70 @@ class Blocks:
             return read_services(files, object_ids)
 
     def profile(
-        self, hours: Sequence[CompactedHour], selector: Selector, labels: frozenset[str] | None
+        self, hours: Sequence[Compacted], selector: Selector, labels: frozenset[str] | None
     ) -> list[Part[Columns]]:
         """Read the profile of successive hours as one, or one by one if any cannot be read.
 
         Rows have the labels that detail keeps, and `host`. If these hours have so many that reading
-        takes long, rows of whole hours have only those of `labels` that rollups keep, unless there
-        are others; None stands for all that there are.
+        takes long, rows have only those of `labels` that rollups keep, unless there are others;
+        None stands for all that there are. Then it is not known in which objects they occurred.
         """
-        uses_rollups = self.uses_rollups(hours, labels)
-        whole = self._columns(hours, selector, uses_rollups=uses_rollups)
+        rolls_up = self.uses_rollups(hours, labels)
+        whole = self._columns(hours, selector, rolls_up=rolls_up)
         if whole.value is not None or len(hours) < 2 or not whole.skipped:
             return [whole]
-        return [self._columns([hour], selector, uses_rollups=uses_rollups) for hour in hours]
+        return [self._columns([hour], selector, rolls_up=rolls_up) for hour in hours]
 
-    def is_large(self, hours: Sequence[CompactedHour]) -> bool:
-        """Return whether the whole ones of some hours have more rows than are kept and merged."""
-        files = (file for hour in hours if hour.is_whole for file in files_of(hour, DETAIL))
-        return sum(file.rows for file in files) > _MANY_ROWS
+    def is_large(self, hours: Sequence[Compacted]) -> bool:
+        """Return whether the whole ones of some hours have more rows than are kept and merged.
 
-    def uses_rollups(self, hours: Sequence[CompactedHour], labels: frozenset[str] | None) -> bool:
+        Hours that only their day has are not kept either.
+        """
+        if any(isinstance(hour, CompactedDay) for hour in hours):
+            return True
+        return sum(map(rows_of_detail, (hour for hour in hours if hour.is_whole))) > _MANY_ROWS
+
+    def uses_rollups(self, hours: Sequence[Compacted], labels: frozenset[str] | None) -> bool:
         """Return whether `profile` reads rollups of whole hours, though there is detail."""
         are_enough = labels is not None and labels.issubset(ROLLUP_LABELS)
         return are_enough and self.is_large(hours)
 
-    def columns(self, hour: CompactedHour, selector: Selector) -> Part[Columns]:
+    def columns(self, hour: Compacted, selector: Selector) -> Part[Columns]:
         """Read the profile of an hour with all labels; only selected rows."""
-        return self._columns([hour], selector, uses_rollups=False)
+        return self._columns([hour], selector, rolls_up=False)
 
     def _columns(
-        self, hours: Sequence[CompactedHour], selector: Selector, *, uses_rollups: bool
+        self, hours: Sequence[Compacted], selector: Selector, *, rolls_up: bool
     ) -> Part[Columns]:
-        samples, notes = [], []
-        for hour in hours:
-            some = samples_of(hour, prefers_rollup=uses_rollups and hour.is_whole)
-            samples += some
-            longest_s = max(_BUCKETS_S.get(file.table, 1) for file in some) if some else 0
-            if not hour.is_whole and longest_s > 1 and not is_aligned(hour.window, longest_s):
-                notes.append(Skipped(hour.manifest.hour, _STEPS.format(longest_s // 60)))
+        plan = plan_samples(hours, rolls_up=rolls_up)
+        heads = plan_heads(hours, is_coarse=rolls_up)
+        lines = Lines.ALL if rolls_up else Lines.EACH
         other_labels = selector.names - {*ROLLUP_LABELS, "host"}
-        has_rollups = any(file.table in _BUCKETS_S for file in samples)
 
-        def read(files: list[LocalFile], start_s: int, end_s: int) -> Columns | None:
-            if not all(samples_of(hour, prefers_rollup=False) for hour in hours):
+        def read(local: Mapping[File, LocalFile]) -> Columns | None:
+            check_heads(hours, heads)
+            if plan.missing:
                 raise ProfileError("its samples have expired")
-            if has_rollups and other_labels:
+            if plan.has_rollups and other_labels:
                 names = ", ".join(sorted(other_labels))
                 raise ProfileError(f"cannot choose by {names}: the detail has expired")
-            sets, hosts = _choose(files, selector)
+            dictionary = [local[file] for file in plan.dictionary]
+            labels = [file for each in heads for file in each.files if file.table == "label_sets"]
+            dictionary += [local[file] for file in labels if file not in plan.dictionary]
+            sets, hosts = _choose(dictionary, selector)
             columns = reading.read_columns(
-                files,
-                start_s=start_s,
-                end_s=end_s,
+                _local(plan.samples, local),
+                _local(heads, local),
+                dictionary,
+                lines,
                 sets=sets,
                 hosts=hosts,
-                samples_of=[file for file in files if file.table in _SAMPLES],
+                check=self._check,
             )
             if not selector.matchers:
                 check_whole(hours, columns)
             # Both tables have all samples: one of other files than these does not go unseen.
-            if columns is not None and not notes:
+            if columns is not None and not plan.notes:
                 sums = columns.counts.sum(axis=0), columns.time_counts.sum(axis=0)
                 if not np.array_equal(*sums):
                     raise ProfileError(
@@ -249,54 +277,91 @@ class Blocks:
                     )
             return columns
 
-        others = [file for hour in hours for file in files_of(hour, *DICTIONARY, *HEADS)]
-        part = self._read(hours, [*samples, *others], read)
+        chosen = (*plan.samples, *heads)
+        files = [*(file for each in chosen for file in each.files), *plan.dictionary]
+        part = self._read(hours, files, read)
+        notes = tuple(plan.notes)
         return replace(part, skipped=(*part.skipped, *notes)) if part.value is not None else part
 
-    def times(self, hour: CompactedHour, selector: Selector) -> Part[Times]:
-        """Read what timelines need of an hour, without its stacks; only selected lines."""
+    def has_many(self, hours: Sequence[Compacted]) -> bool:
+        """Return whether hours have so many objects that not each of them is looked at."""
+        return sum(part.objects for hour in hours for part in hour.parts) > _MANY_HEADS or any(
+            isinstance(hour, CompactedDay) for hour in hours
+        )
 
-        def read(files: list[LocalFile], start_s: int, end_s: int) -> Times | None:
-            sets, hosts = _choose(files, selector)
-            times = reading.read_times(files, start_s=start_s, end_s=end_s, sets=sets, hosts=hosts)
-            if not selector.matchers:
-                check_whole([hour], times)
+    def times(
+        self,
+        hours: Sequence[Compacted],
+        selector: Selector,
+        lines: Lines = Lines.EACH,
+        *,
+        is_coarse: bool = False,
+    ) -> list[Part[Times]]:
+        """Read what timelines need of some hours as one, or one by one if any cannot be read.
+
+        Only selected lines. If coarse, from heads of ten minutes where there are some: with the
+        labels that rollups keep, and the host.
+        """
+        whole = self._times(hours, selector, lines, is_coarse=is_coarse)
+        if whole.value is not None or len(hours) < 2 or not whole.skipped:
+            return [whole]
+        return [self._times([hour], selector, lines, is_coarse=is_coarse) for hour in hours]
+
+    def _times(
+        self, hours: Sequence[Compacted], selector: Selector, lines: Lines, *, is_coarse: bool
+    ) -> Part[Times]:
+        heads = plan_heads(hours, is_coarse=is_coarse)
+
+        def read(local: Mapping[File, LocalFile]) -> Times | None:
+            check_heads(hours, heads)
+            slices = _local(heads, local)
+            sets, hosts = _choose(files_in(slices, "label_sets"), selector)
+            times = read_times(slices, lines, sets=sets, hosts=hosts, check=self._check)
+            if not selector.matchers and lines is not Lines.LABELS:
+                check_whole(hours, times)
             return times
 
-        return self._read([hour], files_of(hour, "label_sets", *HEADS), read)
+        return self._read(hours, [file for each in heads for file in each.files], read)
 
-    def self_samples(self, hour: CompactedHour, hasher: Hasher) -> Part[ObjectSelfSamples]:
+    def self_samples(self, hour: Compacted, hasher: Hasher) -> Part[ObjectSelfSamples]:
         """Read the self samples of an hour by location, for each second in which objects begin."""
 
-        def read(files: list[LocalFile], start_s: int, end_s: int) -> ObjectSelfSamples | None:
-            if not all(part.files_of(DETAIL) for part in hour.manifest.parts):
+        def read(local: Mapping[File, LocalFile]) -> ObjectSelfSamples | None:
+            if not has_detail(hour):
                 raise ProfileError("its samples by object have expired")
-            return read_self_samples(files, start_s, end_s, hasher)
+            return read_self_samples(list(local.values()), *seconds_of(hour.window), hasher)
 
         return self._read([hour], files_of(hour, DETAIL, *DICTIONARY, *HEADS), read)
 
     def _read(
         self,
-        hours: Sequence[CompactedHour],
+        hours: Sequence[Compacted],
         files: Sequence[File],
-        read: Callable[[list[LocalFile], int, int], _Read | None],
+        read: Callable[[Mapping[File, LocalFile]], _Read | None],
     ) -> Part[_Read]:
         """Read files of successive hours; what cannot be read is named, and when it is from."""
         keys = tuple(hour.key for hour in hours)
-        window = Window(hours[0].window.start_ns, hours[-1].window.end_ns)
+        unique = list(dict.fromkeys(files))
         try:
-            check_named(hours, files)
-            with self._fetched(files) as local:
-                self._check_key(files, local)
-                return Part(keys, read(local, *reading.seconds_of(window)))
+            check_named(hours)
+            with self._fetched(unique) as local:
+                self._check_key(unique, local)
+                return Part(keys, read(dict(zip(unique, local, strict=True))))
         except (ProfileError, StoreError, OSError) as error:
-            skipped = tuple(Skipped(hour.manifest.hour, str(error)) for hour in hours)
+            skipped = tuple(Skipped(hour.name, str(error)) for hour in hours)
             return Part(keys, None, skipped, isinstance(error, ProfileError))
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             # Files that were not made by this program may hold anything.
             _log.warning("cannot read compacted hours: %r", error)
             reason = f"its files are damaged: {error}"
-            return Part(keys, None, tuple(Skipped(hour.manifest.hour, reason) for hour in hours))
+            return Part(keys, None, tuple(Skipped(hour.name, reason) for hour in hours))
+
+    @contextlib.contextmanager
+    def _sliced(self, chosen: Sequence[Chosen]) -> Iterator[list[Slice]]:
+        """Fetch chosen files, as `_fetched` does."""
+        files = [file for each in chosen for file in each.files]
+        with self._fetched(files) as local:
+            yield _local(chosen, dict(zip(files, local, strict=True)))
 
     @contextlib.contextmanager
     def _fetched(self, files: Sequence[File]) -> Iterator[list[LocalFile]]:
@@ -349,7 +414,7 @@ class Blocks:
                 self._contents.move_to_end(part.id)
                 return known
         with self._fetched(part.files_of("objects")) as files:
-            contents = frozenset(reading.read_contents(files))
+            contents = frozenset(read_contents(files))
         if len(contents) != part.objects:
             raise ProfileError(f"its part has {len(contents)} objects, not {part.objects}")
         with self._lock:
@@ -367,11 +432,26 @@ class Blocks:
                 self._manifests[type_] = known
             return known
 
+    def _starts_of(self, names: Collection[str], type_: str) -> Iterator[int]:
+        """Return when the hours of some manifests start, and those that only a day has."""
+        for name in names:
+            if "T" in name:
+                yield start_s_of(name) * NS_PER_S
+                continue
+            if any(other.startswith(f"{name}T") for other in names):
+                continue  # its first hours are the first that expire: a day later all have
+            with contextlib.suppress(ProfileError):
+                day = self._manifests_of(type_).day(name)
+                for hour in day.hours if day is not None else ():
+                    yield start_s_of(f"{name}T{hour}") * NS_PER_S
+
     def _span_of(self, start_ns: int, type_: str) -> Window | None:
         """Return when the compacted objects of an hour begin and end, all of it if in doubt."""
         whole = Window(start_ns, start_ns + HOUR_NS)
         hours, skipped = self.hours(whole, type_)
-        parts = [part for hour in hours for part in hour.manifest.parts]
+        if any(isinstance(hour, CompactedDay) for hour in hours):
+            return whole
+        parts = [part for hour in hours for part in hour.parts]
         if not parts:
             return whole if skipped else None
         start_s = min(part.start_s for part in parts)
@@ -383,13 +463,15 @@ class Blocks:
             cut = hour.cut(window)
             if cut is None:
                 continue
-            start_s, end_s = reading.seconds_of(cut.window)
             try:
-                with self._fetched(files_of(hour, "objects")) as files:
-                    return read_edges(files, start_s=start_s, end_s=end_s)
+                return self._edges_in(cut)
             except (ProfileError, StoreError, OSError):
                 return cut.window, cut.window
         return None
+
+    def _edges_in(self, hour: Compacted) -> tuple[Window, Window] | None:
+        with self._sliced(plan_heads([hour], is_coarse=False)) as slices:
+            return read_edges(slices)
 
     def _hour_starts_ns(self, type_: str) -> list[int]:
         """Return when the hours that have a manifest start, sorted, as known for half a minute."""
@@ -400,10 +482,13 @@ class Blocks:
                 stored.key.removeprefix(prefix).removesuffix(".json")
                 for stored in self._store.store.list(prefix)
             )
-            hours = (name for name in names if "T" in name and is_known(name))
-            starts_ns = [start_s_of(name) * NS_PER_S for name in hours]
+            starts_ns = sorted(self._starts_of({name for name in names if is_known(name)}, type_))
             self._starts_ns[type_] = (time.monotonic(), starts_ns)
         return starts_ns
+
+
+def _local(chosen: Sequence[Chosen], local: Mapping[File, LocalFile]) -> list[Slice]:
+    return [Slice(tuple(local[file] for file in each.files), each.spans) for each in chosen]
 
 
 def _choose(files: Sequence[LocalFile], selector: Selector) -> tuple[Hashes | None, Hashes | None]:

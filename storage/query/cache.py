@@ -34,7 +34,7 @@ from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
 
 DEFAULT_LIMIT_BYTES = 1 << 30
 
-_VERSION = 7
+_VERSION = 8
 """Of the arrays' meaning. What an object is read as also depends on pprof's schema."""
 
 _PREFIX = struct.Struct("<8sII")

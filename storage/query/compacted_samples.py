@@ -11,6 +11,7 @@ import numpy as np
 from storage.blocks import reading
 from storage.blocks.dictionary import read_dictionary, read_label_sets
 from storage.blocks.parquet import DETAIL, LocalFile
+from storage.blocks.times import read_heads
 from storage.grouping import distinct
 from storage.hashing import Hasher
 from storage.objects.keys import NS_PER_S
@@ -32,7 +33,7 @@ def read_self_samples(
         ProfileError: a file is damaged or not one of ours.
         SchemaError: a later version wrote one.
     """
-    heads = reading.read_heads(files, start_s=start_s, end_s=end_s)
+    heads = read_heads(files, start_s=start_s, end_s=end_s)
     if heads is None:
         return None
     details = [file for file in files if file.table == DETAIL]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from storage.columns import Columns, Times
+from storage.columns import Columns, Times, count_objects
 from storage.objects.keys import ObjectKey, StoredObject
 from storage.profile import Accounting, Host, Window
 from storage.query.function_totals import FunctionTotals
@@ -67,7 +67,7 @@ class Part(Generic[Kept]):
     self_samples: ObjectSelfSamples | None = None
     """With Columns: the self samples of each object, which merged Columns no longer tell apart."""
 
-    def derive(self: "Part[Columns]", make: Callable[[Columns], Derived]) -> "Part[Derived]":
+    def derive(self, make: Callable[[Kept], Derived]) -> "Part[Derived]":
         value = None if self.value is None else make(self.value)
         return Part(self.keys, value, self.skipped, self.is_lasting)
 
@@ -104,7 +104,7 @@ def choose_parts(
             reason = f"it is measured in {value.unit}, others in {chosen[0].unit}"
             skipped += [Skipped(key, reason) for key in part.keys]
             continue
-        objects += len(value.objects)
+        objects += count_objects(value.objects)
         accounting = accounting.merge(value.accounting)
         chosen.append(value)
         chosen = merge_early(chosen)

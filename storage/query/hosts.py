@@ -28,7 +28,7 @@ from storage.objects.keys import (
 from storage.objects.tenant import TenantStore
 from storage.profile import ProfileError, Window
 from storage.query.blocks import Blocks
-from storage.query.compacted import CompactedHour
+from storage.query.compacted import Compacted
 from storage.query.listing import HOUR_NS
 
 if TYPE_CHECKING:
@@ -107,14 +107,14 @@ class HostSearch:
             sorted(names), (len(ids) - unnamed, len(ids)), (min(listed, hours - late), hours)
         )
 
-    def _list_compacted(self, start_ns: int, end_ns: int) -> list[CompactedHour]:
+    def _list_compacted(self, start_ns: int, end_ns: int) -> list[Compacted]:
         """Return the compacted hours, in order."""
         if self._blocks is None:
             return []
         first, last = start_ns // HOUR_NS, (end_ns - 1) // HOUR_NS
         return self._blocks.hours(Window(first * HOUR_NS, (last + 1) * HOUR_NS), self._type).hours
 
-    def _read_compacted(self, hours: list[CompactedHour], deadline_s: float) -> int:
+    def _read_compacted(self, hours: list[Compacted], deadline_s: float) -> int:
         """Read the hosts of compacted hours that are not known; return how many are left."""
         keys = {hour.key for hour in hours}
         for key in self._compacted.keys() - keys:
@@ -134,12 +134,12 @@ class HostSearch:
             pool.shutdown(wait=False, cancel_futures=True)
         return sum(hour.key not in self._compacted for hour in unknown)
 
-    def _read_hour(self, hour: CompactedHour) -> None:
+    def _read_hour(self, hour: Compacted) -> None:
         """Note the hosts of a compacted hour; in a thread, as `_read` does names."""
         assert self._blocks is not None
         with contextlib.suppress(StoreError):  # the store may be back the next time
             try:
-                self._compacted[hour.key] = self._blocks.hosts(hour)
+                self._compacted[hour.key] = self._blocks.hosts(hour, is_coarse=True)
             except (ProfileError, ObjectMissing, DamagedObject):
                 self._compacted[hour.key] = []
 

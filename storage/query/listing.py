@@ -21,7 +21,7 @@ from storage.objects.keys import (
 from storage.objects.tenant import TenantStore
 from storage.profile import ProfileError, Window
 from storage.query.blocks import Blocks
-from storage.query.compacted import CompactedHour
+from storage.query.compacted import Compacted, CompactedDay, CompactedHour
 from storage.query.coverage import ListedObject, Skipped
 from storage.query.threads import never_interrupt
 
@@ -45,7 +45,7 @@ class Listed(NamedTuple):
     """
 
     objects: list[ListedObject]
-    hours: list[CompactedHour]
+    hours: list[Compacted]
     skipped: tuple[Skipped, ...] = ()
 
     def inside(self, window: Window) -> "Listed":
@@ -139,19 +139,29 @@ class Listing:
         ]
         hours = [hour for hour in compacted.hours if hour.start_ns not in contents.problems]
         unlisted = [hour for hour in hours if self.blocks.is_settled(hour)]
-        unreadable = [each for hour in unlisted for each in hour.manifest.unreadable]
+        unreadable = [
+            each
+            for hour in unlisted
+            if isinstance(hour, CompactedHour)
+            for each in hour.manifest.unreadable
+        ]
         quarantined = (Skipped(each.key, each.reason) for each in unreadable)
         problems = (*compacted.skipped, *contents.problems.values())
         return Listed(objects, hours, (*problems, *quarantined)), not contents.problems
 
-    def _unsettled(self, window: Window, hours: Iterable[CompactedHour]) -> Iterator[Window]:
+    def _unsettled(self, window: Window, hours: Iterable[Compacted]) -> Iterator[Window]:
         """Return the pieces of a window whose objects are to be listed, in order."""
         start_ns = window.start_ns
-        for hour in hours:
-            if self.blocks.is_settled(hour):
-                if start_ns < hour.window.start_ns:
-                    yield Window(start_ns, hour.window.start_ns)
-                start_ns = hour.window.end_ns
+        settled = (
+            piece
+            for hour in hours
+            if self.blocks.is_settled(hour)
+            for piece in (hour.held if isinstance(hour, CompactedDay) else (hour.window,))
+        )
+        for piece in sorted(settled):
+            if start_ns < piece.start_ns:
+                yield Window(start_ns, piece.start_ns)
+            start_ns = piece.end_ns
         if start_ns < window.end_ns:
             yield Window(start_ns, window.end_ns)
 
@@ -185,11 +195,11 @@ class CompactedContents:
     Where that cannot be read, the hour cannot be read either, and its objects are what is left.
     """
 
-    def __init__(self, blocks: Blocks, hours: Iterable[CompactedHour]) -> None:
+    def __init__(self, blocks: Blocks, hours: Iterable[Compacted]) -> None:
         self.problems: dict[int, Skipped] = {}
         """By when an hour starts."""
         self._blocks = blocks
-        self._hours = {hour.start_ns: hour for hour in hours}
+        self._hours = {hour.start_ns: hour for hour in hours if hour.parts}
         self._known: dict[int, list[frozenset[str]]] = {}
 
     def has(self, key: ObjectKey) -> bool:
@@ -201,21 +211,21 @@ class CompactedContents:
         hour = self._hours.get(key.start_ns // HOUR_NS * HOUR_NS)
         return hour is not None and any(key.content16 in each for each in self._of(hour))
 
-    def gone(self, hour: CompactedHour, store: TenantStore, type_: str) -> Skipped | None:
+    def gone(self, hour: Compacted, store: TenantStore, type_: str) -> Skipped | None:
         """Return how many objects of a whole hour are only there compacted; None if none is."""
         left = set[str]().union(*self._of(hour))
         left.difference_update(key.content16 for key, _ in store.list_hour(hour.start_ns, type_))
         if left:
-            return Skipped(hour.manifest.hour, _GONE.format(len(left)))
+            return Skipped(hour.name, _GONE.format(len(left)))
         return self.problems.get(hour.start_ns)
 
-    def _of(self, hour: CompactedHour) -> list[frozenset[str]]:
+    def _of(self, hour: Compacted) -> list[frozenset[str]]:
         if hour.start_ns not in self._known:
             try:
                 self._known[hour.start_ns] = self._blocks.contents(hour)
             except (ProfileError, ObjectMissing, DamagedObject, OSError) as error:
                 self._known[hour.start_ns] = []
-                self.problems[hour.start_ns] = Skipped(hour.manifest.hour, str(error))
+                self.problems[hour.start_ns] = Skipped(hour.name, str(error))
         return self._known[hour.start_ns]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from storage.columns import Columns
 from storage.merging import adopt_names, without_stacks
 from storage.profile import Window
-from storage.query.compacted import CompactedHour
+from storage.query.compacted import Compacted
 from storage.query.coverage import ListedObject, Part, Skipped
 from storage.query.function_totals import FunctionTotals
 from storage.query.listing import SPANS_NS, union
@@ -36,12 +36,12 @@ class Naming:
         naming = cls(parts)
         for window in union(windows, 1):
             found = parts.listing.at(window)
-            listed: dict[str, ListedObject | CompactedHour] = {
+            listed: dict[str, ListedObject | Compacted] = {
                 each.stored.key: each for each in found.objects
             }
             listed |= {hour.key: hour for hour in found.hours}
             spans = parts.spans(found.objects, window, SPANS_NS)
-            every: list[Span | CompactedHour] = [*found.hours, *spans]
+            every: list[Span | Compacted] = [*found.hours, *spans]
             for part in parts.read_spans(parts.location_names, every):
                 if part.value is not None:
                     naming.known.add(part.value)
@@ -96,15 +96,15 @@ class Naming:
         return known
 
 
-def _source_of(listed: Sequence[ListedObject | CompactedHour]) -> Source:
+def _source_of(listed: Sequence[ListedObject | Compacted]) -> Source:
     """Return what the keys of a part stand for: an hour is a part of its own."""
     first = listed[0]
-    if isinstance(first, CompactedHour):
+    if isinstance(first, Compacted):
         return first
     return [each for each in listed if isinstance(each, ListedObject)]
 
 
 def _keys_of(source: Source) -> tuple[str, ...]:
-    if isinstance(source, CompactedHour):
+    if isinstance(source, Compacted):
         return (source.key,)
     return tuple(each.stored.key for each in source)

@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic
 
-from storage.blocks.block import DROPPED_LABELS
+from storage.blocks.block import DROPPED_LABELS, ROLLUP_LABELS
+from storage.blocks.times import Lines
 from storage.columns import Columns, Times
 from storage.objects.keys import NS_PER_S
 from storage.profile import Window
 from storage.query.blocks import Blocks
 from storage.query.cache import DecodedCache
-from storage.query.compacted import CompactedHour, has_detail
+from storage.query.compacted import Compacted, has_detail
 from storage.query.coverage import Derived, Kept, ListedObject, Part, Skipped
 from storage.query.decoding import FETCHES, Decoder, Progress, join_parts
 from storage.query.function_totals import FunctionTotals
@@ -44,7 +45,7 @@ _SETTLED_AFTER_NS = 300 * NS_PER_S
 
 Span = tuple[list[ListedObject], bool]
 """Objects of one host, and whether they are all of a span that may be kept merged."""
-Source = Sequence[ListedObject] | CompactedHour
+Source = Sequence[ListedObject] | Compacted
 """What one part is read from."""
 
 
@@ -55,10 +56,10 @@ class Reader(Generic[Kept]):
     kind: type[Kept]
     of_object: Callable[[ListedObject], Part[Kept]]
     of_span: Callable[[Sequence[ListedObject]], list[Part[Kept]]]
-    of_hour: Callable[[CompactedHour], Part[Kept]]
+    of_hour: Callable[[Compacted], Part[Kept]]
 
     def of(self, source: Source) -> list[Part[Kept]]:
-        if isinstance(source, CompactedHour):
+        if isinstance(source, Compacted):
             return [self.of_hour(source)]
         return self.of_span(source) if len(source) > 1 else [self.of_object(source[0])]
 
@@ -79,8 +80,10 @@ class Parts:
 
     def interruptible(self, check: Callable[[], None]) -> "Parts":
         """Return parts like these that call `check` between objects: what it raises ends it."""
-        listing, progress = replace(self.listing, check=check), replace(self.progress, check=check)
-        return replace(self, listing=listing, progress=progress)
+        blocks = self.blocks.interruptible(check)
+        listing = replace(self.listing, blocks=blocks, check=check)
+        progress = replace(self.progress, check=check)
+        return replace(self, listing=listing, blocks=blocks, progress=progress)
 
     def of_hosts(self, selector: Selector, names: Iterable[str] = ()) -> "Parts":
         """Return parts like these that may leave out the objects of hosts not selected.
@@ -94,7 +97,7 @@ class Parts:
 
     def name(self, source: Source) -> str:
         """Name what is read from objects. Time and size tell a repaired one from a damaged."""
-        if isinstance(source, CompactedHour):
+        if isinstance(source, Compacted):
             return self.cache.name([str(self.listing.store), source.key, str(self.hosts)])
         listed = (f"{s.key} {s.size_bytes} {s.modified_ns}" for _, s in source)
         return self.cache.name([str(self.listing.store), *listed])
@@ -113,7 +116,7 @@ class Parts:
     def selected_columns(self, selector: Selector) -> Reader[Columns]:
         """Return a reader that may leave out, of compacted hours, what is not selected."""
 
-        def of_hour(hour: CompactedHour) -> Part[Columns]:
+        def of_hour(hour: Compacted) -> Part[Columns]:
             return self._columns_of_hour(hour, selector)
 
         return Reader(Columns, self._columns_of_object, self._columns_of_span, of_hour)
@@ -132,12 +135,18 @@ class Parts:
 
     @property
     def times(self) -> Reader[Times]:
-        derived = self._derived(Times, Times.of)
+        return self._times(Lines.EACH)
 
-        def read(hour: CompactedHour) -> Part[Times]:
-            return self.blocks.times(hour, self.hosts)
+    def _times(self, lines: Lines) -> Reader[Times]:
+        """Return a reader of Times that adds up lines of compacted hours."""
 
-        return replace(derived, of_hour=lambda hour: self._of_hour(Times, hour, read))
+        def read(hour: Compacted) -> Part[Times]:
+            return self.blocks.times([hour], self.hosts, lines)[0]
+
+        def of_hour(hour: Compacted) -> Part[Times]:
+            return self._of_hour(Times, hour, read, "" if lines is Lines.EACH else lines.name)
+
+        return replace(self._derived(Times, Times.of), of_hour=of_hour)
 
     @property
     def self_samples(self) -> Reader[ObjectSelfSamples]:
@@ -166,12 +175,54 @@ class Parts:
         listed = self.listing.at(window)
         yield from _skipped(listed.skipped)
         if self.blocks.is_large(listed.hours):
-            self.progress.check()
-            yield from self.blocks.profile(listed.hours, selector, labels)
+            yield from self._read_together(
+                listed.hours, lambda: self.blocks.profile(listed.hours, selector, labels)
+            )
         else:
             yield from self.read_spans(self.selected_columns(selector), listed.hours)
         spans = self.spans(listed.objects, window, SPANS_NS)
         yield from self.read_spans(self.columns, spans)
+
+    def read_times(
+        self,
+        window: Window,
+        selector: Selector,
+        labels: frozenset[str],
+        lines: Lines,
+        *,
+        is_coarse: bool,
+    ) -> Iterator[Part[Times]]:
+        """Return the selected Times of a window for a reader that needs only some labels and lines.
+
+        Of hours with many objects lines are added up, and if ten minutes are fine enough, heads are
+        read in place of objects if they have these labels.
+        """
+        listed = self.listing.at(window)
+        yield from _skipped(listed.skipped)
+        others: list[Compacted] = []
+        if not self.blocks.has_many(listed.hours):
+            others, reader = listed.hours, self.times
+        elif lines is Lines.LABELS or (is_coarse and labels <= {*ROLLUP_LABELS, "host"}):
+            reader = self.times
+            yield from self._read_together(
+                listed.hours,
+                lambda: self.blocks.times(listed.hours, selector, lines, is_coarse=is_coarse),
+            )
+        else:
+            others, reader = listed.hours, self._times(lines)
+        spans = self.spans(listed.objects, window, SPANS_NS)
+        for part in self.read_spans(reader, itertools.chain(others, spans)):
+            yield part.derive(lambda value: value.filter(selector))
+
+    def _read_together(
+        self, hours: Sequence[Compacted], read: Callable[[], list[Part[Kept]]]
+    ) -> Iterator[Part[Kept]]:
+        """Return what is read of several hours at once."""
+        self.progress.check()
+        parts = read()
+        self.progress.report(sum(part.objects for hour in hours for part in hour.parts))
+        self.progress.report(0)
+        yield from parts
 
     def read_around(self, reader: Reader[Kept], windows: Sequence[Window]) -> Iterator[Part[Kept]]:
         """Return the parts of windows; the whole hours around them where these are kept.
@@ -180,7 +231,7 @@ class Parts:
         """
         joined = union(windows, 1)
 
-        def spans() -> Iterator[Span | CompactedHour]:
+        def spans() -> Iterator[Span | Compacted]:
             for hours in union(windows, HOUR_NS):
                 found = self.listing.at(hours)
                 for compacted in found.hours:
@@ -215,12 +266,12 @@ class Parts:
         yield from split_spans(objects, window.start_ns, end_ns, spans_ns)
 
     def read_spans(
-        self, reader: Reader[Kept], spans: Iterable[Span | CompactedHour]
+        self, reader: Reader[Kept], spans: Iterable[Span | Compacted]
     ) -> Iterator[Part[Kept]]:
         with ThreadPoolExecutor(FETCHES, "one") as ones, ThreadPoolExecutor(3, "span") as pool:
 
-            def read(span: Span | CompactedHour) -> list[Part[Kept]]:
-                if isinstance(span, CompactedHour):
+            def read(span: Span | Compacted) -> list[Part[Kept]]:
+                if isinstance(span, Compacted):
                     return [reader.of_hour(span)]
                 listed, is_whole = span
                 if is_whole:
@@ -259,8 +310,8 @@ class Parts:
                     self.cache.save(each.value, self.name(objects), each.skipped)
             return parts
 
-        def of_hour(hour: CompactedHour) -> Part[Derived]:
-            def read(hour: CompactedHour) -> Part[Derived]:
+        def of_hour(hour: Compacted) -> Part[Derived]:
+            def read(hour: Compacted) -> Part[Derived]:
                 return self._columns_of_hour(hour, EMPTY).derive(make)
 
             return self._of_hour(kind, hour, read)
@@ -270,16 +321,20 @@ class Parts:
     def _of_hour(
         self,
         kind: type[Kept],
-        hour: CompactedHour,
-        read: Callable[[CompactedHour], Part[Kept]],
+        hour: Compacted,
+        read: Callable[[Compacted], Part[Kept]],
+        mark: str = "",
     ) -> Part[Kept]:
-        """Read a compacted hour; a whole one is kept, as all that is made of it."""
-        known = self._kept_hour(kind, hour)
+        """Read a compacted hour; a whole one is kept, as all that is made of it.
+
+        `mark` tells values of one kind apart.
+        """
+        name = self.name(hour) + mark
+        known = self._kept_hour(kind, hour, name)
         if known is not None:
             return known
-        name = self.name(hour)
         with self._turns.of(f"{kind.__name__} {name}", self.progress.check):
-            known = self._kept_hour(kind, hour)
+            known = self._kept_hour(kind, hour, name)
             if known is not None:
                 return known
             part = read(hour)
@@ -287,21 +342,22 @@ class Parts:
                 self.cache.save(part.value, name, part.skipped)
             return part
 
-    def _kept_hour(self, kind: type[Kept], hour: CompactedHour) -> Part[Kept] | None:
-        known = self.cache.load(kind, self.name(hour)) if hour.is_whole else None
+    def _kept_hour(self, kind: type[Kept], hour: Compacted, name: str) -> Part[Kept] | None:
+        known = self.cache.load(kind, name) if hour.is_whole else None
         if known is None:
             return None
         return Part((hour.key,), known[0], tuple(Skipped(*each) for each in known[1] or ()))
 
-    def _columns_of_hour(self, hour: CompactedHour, selector: Selector) -> Part[Columns]:
+    def _columns_of_hour(self, hour: Compacted, selector: Selector) -> Part[Columns]:
         """Read an hour; if it is not kept, without what is not selected."""
         if selector.matchers:
             # Of expired detail not all labels are left, which reading it says.
-            known = self._kept_hour(Columns, hour) if has_detail(hour) else None
+            name = self.name(hour)
+            known = self._kept_hour(Columns, hour, name) if has_detail(hour) else None
             return known or self.blocks.columns(hour, selector)
         return self._of_hour(Columns, hour, lambda hour: self.blocks.columns(hour, self.hosts))
 
-    def _self_samples_of_hour(self, hour: CompactedHour) -> Part[ObjectSelfSamples]:
+    def _self_samples_of_hour(self, hour: Compacted) -> Part[ObjectSelfSamples]:
         return self.blocks.self_samples(hour, self.decoder.hasher)
 
     def _columns_of_object(self, listed: ListedObject) -> Part[Columns]:

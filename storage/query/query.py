@@ -13,12 +13,14 @@ import copy
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from storage.blocks.block import ROLLUP_LABELS
+from storage.blocks.times import Lines
 from storage.columns import Columns
 from storage.merging import merge_columns
 from storage.objects.copies import Copies
@@ -42,7 +44,13 @@ from storage.query.naming import Naming
 from storage.query.parts import Parts
 from storage.query.presence import ServicePresence, make_presence
 from storage.query.resolve import KnownNames
-from storage.query.timeline import Timeline, make_timeline
+from storage.query.timeline import (
+    Timeline,
+    choose_lines,
+    choose_step,
+    is_coarse,
+    make_timeline,
+)
 from storage.query.workers import Workers
 from storage.selector import EMPTY, Selector
 
@@ -241,14 +249,23 @@ class Query:
         Raises:
             ValueError: the step is not positive.
         """
+        labels = frozenset((*by, *selector.names))
         of_type = self._parts_of(type).of_hosts(selector, by)
-        read = of_type.read(of_type.times, window)
-        parts, coverage = choose_parts(read, window, selector, type)
+        length_ns = choose_step(step_ns)
+        for may_be_coarse in (True, False):
+            coarse = may_be_coarse and is_coarse(window, length_ns, is_aligned=is_aligned)
+            lines = choose_lines(window, length_ns, labels, is_aligned=is_aligned)
+            read = of_type.read_times(window, selector, labels, lines, is_coarse=coarse)
+            parts, coverage = choose_parts(read, window, selector, type)
+            length_ns = choose_step(step_ns, parts)
+            fits = choose_lines(window, length_ns, labels, is_aligned=is_aligned) is lines
+            if fits and (not coarse or is_coarse(window, length_ns, is_aligned=is_aligned)):
+                break
         return make_timeline(
             parts,
             coverage,
             selector,
-            step_ns=step_ns,
+            step_ns=length_ns,
             by=by,
             type_=type,
             is_aligned=is_aligned,
@@ -347,14 +364,38 @@ class Query:
         parts, coverage = choose_parts(read, window, selector, "cpu")
         return make_presence(parts, coverage, selector)
 
-    def labels(self, window: Window, selector: Selector = EMPTY) -> dict[str, dict[str, int]]:
-        """Return the names of labels, their values, and the samples each value has."""
+    def presence_by_ten_minutes(
+        self, window: Window, selector: Selector = EMPTY
+    ) -> ServicePresence:
+        """Return the same with a line for each host and ten minutes where there are many objects.
+
+        Ten minutes count as a whole for the window in which they begin.
+        """
+        of_hosts, labels = self._parts.of_hosts(selector), selector.names
+        read = of_hosts.read_times(window, selector, labels, Lines.EACH, is_coarse=True)
+        parts, coverage = choose_parts(read, window, selector, "cpu")
+        return make_presence(parts, coverage, selector)
+
+    def labels(
+        self,
+        window: Window,
+        selector: Selector = EMPTY,
+        names: Iterable[str] = ROLLUP_LABELS,
+    ) -> dict[str, dict[str, int]]:
+        """Return the names of labels, their values, and the samples each value has.
+
+        If a window has many objects, only the labels that rollups keep and the host need be among
+        them, and these `names`.
+        """
         found: dict[str, dict[str, int]] = {}
         parts = self._parts.of_hosts(selector)
-        for part in parts.read(parts.times, window):
+        asked = selector.names.union(names)
+        is_coarse = asked <= {*ROLLUP_LABELS, "host"}
+        read = parts.read_times(window, selector, asked, Lines.LABELS, is_coarse=is_coarse)
+        for part in read:
             if part.value is None:
                 continue
-            chosen = part.value.filter(selector)
+            chosen = part.value
             samples = np.zeros(len(chosen.label_sets), dtype=np.int64)
             np.add.at(samples, chosen.times[:, 1], chosen.time_counts[:, 0])
             for labels, count in zip(chosen.label_sets, samples.tolist(), strict=True):
@@ -365,5 +406,5 @@ class Query:
 
     def label_values(self, window: Window, name: str, selector: Selector = EMPTY) -> dict[str, int]:
         """Return the values of one label and the samples each has, most first."""
-        values = self.labels(window, selector).get(name, {})
+        values = self.labels(window, selector, (name,)).get(name, {})
         return dict(sorted(values.items(), key=lambda pair: (-pair[1], pair[0])))

@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from storage.blocks import reading, times
 from storage.blocks.block import DROPPED_LABELS, Block
-from storage.blocks.parquet import LocalFile
+from storage.blocks.parquet import DETAIL, LocalFile
+from storage.blocks.slices import Slice
 from storage.blocks.tables import write_block
-from storage.columns import Columns
+from storage.columns import Columns, Times
 from storage.formats import pprof
 from storage.hashing import Hasher
 from storage.objects.keys import ObjectKey, object_key
@@ -42,3 +44,16 @@ def write(profiles: Sequence[Decoded], folder: Path) -> list[LocalFile]:
 
 def files_of(files: Sequence[LocalFile], *tables: str) -> list[LocalFile]:
     return [each for each in files if each.table in tables]
+
+
+def read_columns(
+    files: Sequence[LocalFile], *, start_s: int, end_s: int, **chosen: Sequence[int]
+) -> Columns | None:
+    """Return the Columns of the objects in files that start in some seconds, from detail."""
+    spans = ((start_s, end_s),)
+    detail = Slice(tuple(files_of(files, DETAIL)), spans)
+    return reading.read_columns([detail], [Slice(tuple(files), spans)], files, **chosen)
+
+
+def read_times(files: Sequence[LocalFile], *, start_s: int, end_s: int) -> Times | None:
+    return times.read_times([Slice(tuple(files), ((start_s, end_s),))])

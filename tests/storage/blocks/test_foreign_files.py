@@ -13,7 +13,7 @@ from storage.blocks.parquet import DETAIL, SCHEMA, TABLES, LocalFile
 from storage.formats.limits import OutOfMemoryError
 from storage.profile import ProfileError, SchemaError, Window
 from tests.support import profiles as some
-from tests.support.blocks import ALWAYS, HASHER, files_of, stored, write
+from tests.support.blocks import ALWAYS, HASHER, files_of, read_columns, stored, write
 
 
 def copied(query: str, path: Path, table: str, schema: int = SCHEMA) -> None:
@@ -26,7 +26,7 @@ def refusals(file: LocalFile, files: list[LocalFile], folder: Path | None = None
     if file.table == "samples_10m":
         asks = [lambda: reading.sum_samples([file], **ALWAYS)]
     else:
-        asks = [lambda: reading.read_columns(files, **ALWAYS)]
+        asks = [lambda: read_columns(files, **ALWAYS)]
     if folder is not None:
         asks.append(lambda: tables.merge_parts(files, folder, HASHER))
     for ask in asks:
@@ -162,7 +162,7 @@ def test_samples_without_their_stacks_are_refused(tmp_path, files):
     )
 
     with pytest.raises(ProfileError, match="missing"):
-        reading.read_columns(swapped, **ALWAYS)
+        read_columns(swapped, **ALWAYS)
 
 
 def test_a_path_with_odd_characters_is_only_a_path(tmp_path):
@@ -170,7 +170,7 @@ def test_a_path_with_odd_characters_is_only_a_path(tmp_path):
     folder = tmp_path / "it's [a]*?" / "type=cpu {x}"
     files = write([stored(some.sample_profile())], folder)
 
-    found = reading.read_columns(files, **ALWAYS)
+    found = read_columns(files, **ALWAYS)
 
     assert found is not None
     assert found.total_samples == some.sample_profile().total_samples

@@ -11,15 +11,10 @@ from hypothesis import strategies as st
 from storage.blocks.block import ROLLUP_LABELS, Block, labels_id
 from storage.blocks.dictionary import read_label_sets
 from storage.blocks.parquet import DETAIL
-from storage.blocks.reading import (
-    read_columns,
-    read_contents,
-    read_heads,
-    read_times,
-    seconds_of,
-    sum_samples,
-)
+from storage.blocks.reading import sum_samples
+from storage.blocks.slices import seconds_of
 from storage.blocks.tables import merge_parts, roll_up
+from storage.blocks.times import read_contents, read_heads
 from storage.columns import Columns, Times
 from storage.merging import merge_columns
 from storage.objects.keys import NS_PER_S
@@ -32,7 +27,17 @@ from storage.profile import (
 )
 from symbolizer.location import AddressLocation, Frame, Location
 from tests.support import profiles as some
-from tests.support.blocks import ALWAYS, HASHER, Decoded, files_of, stored, without_processes, write
+from tests.support.blocks import (
+    ALWAYS,
+    HASHER,
+    Decoded,
+    files_of,
+    read_columns,
+    read_times,
+    stored,
+    without_processes,
+    write,
+)
 
 
 def sum_times(times: Times | Columns) -> dict[tuple[tuple[int, ...], Labels], tuple[int, int]]:
