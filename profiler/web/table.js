@@ -128,11 +128,11 @@ export class Table {
     this.#showHeadings(sort);
     const { activeElement: focused } = document;
     const kept = this.body.contains(focused);
-    const place = kept ? [...this.#linksOf(this.#active)].indexOf(focused) : -1;
+    const isLink = kept && isSame && focused.matches(".row-link");
     this.body.replaceChildren(...rows.map((row, i) => this.#row(row, i, context)));
     this.#activate(active);
-    if (kept && isSame && place >= 0) this.#linksOf(active)[place]?.focus({ preventScroll: true });
-    else if (kept) this.#focusRow(active);
+    if (kept) this.#focusRow(active);
+    if (isLink) this.body.children[active]?.querySelector(".row-link")?.focus();
     const shown = rows.length;
     const { noun } = kind;
     this.caption.textContent =

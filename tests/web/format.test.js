@@ -49,6 +49,17 @@ test("cores are CPU time over the window's length", () => {
   assert.equal(format.cores(0, 60_000), "0 cores");
 });
 
+test("a change of cores has a sign, and none if it would round to zero", () => {
+  const cases = [
+    [0.42, "+0.42"],
+    [-13.06, "−13.1"],
+    [0.0002, "±0"],
+    [0, "±0"],
+  ];
+
+  for (const [by, text] of cases) assert.equal(format.coreChange(by), text);
+});
+
 test("cores over no time are not a number", () => {
   assert.equal(format.cores(60e9, 0), "– cores");
 });

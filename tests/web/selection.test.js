@@ -45,6 +45,55 @@ test("only panels that are shown have a request", () => {
   ]);
 });
 
+test("a list of the fleet does not wait for its trend, unless it is sorted by it", () => {
+  const { fleet, trend, ...others } = select({ mode: "services" }).requests(SIZES);
+  const grown = select({ mode: "versions", order: "growth" }).requests(SIZES);
+
+  assert.deepEqual(Object.keys(others).sort(), ["deployments", "timeline"]);
+  assert.equal(fleet[0], "fleet/services");
+  assert.deepEqual(parametersOf(fleet, "trend"), ["0"]);
+  assert.deepEqual(fleet[1].slice(0, -1), trend[1]);
+  assert.equal(grown.trend, null);
+  assert.deepEqual(parametersOf(grown.fleet, "sort"), ["growth"]);
+  assert.deepEqual(parametersOf(grown.fleet, "by"), ["version"]);
+});
+
+test("a list of the fleet is sorted only by what it has", () => {
+  const sorts = (mode) =>
+    ["", "total", "growth", "hosts", "name"].map((order) => select({ mode, order }).fleetSort);
+
+  assert.deepEqual(sorts("services"), ["cores", "cores", "growth", "hosts", "name"]);
+  assert.deepEqual(sorts("functions"), ["self", "total", "growth", "self", "name"]);
+  assert.deepEqual(sorts("modules"), ["self", "self", "growth", "self", "name"]);
+  const { fleet } = select({ mode: "modules", split: "service", filter: "x" }).requests(SIZES);
+  assert.equal(fleet[0], "fleet/top");
+  assert.deepEqual(parametersOf(fleet, "group"), ["module"]);
+  assert.deepEqual(parametersOf(fleet, "by"), ["service"]);
+  assert.deepEqual(parametersOf(fleet, "search"), ["x"]);
+});
+
+test("a row of the fleet leads to its graph and to the week before", () => {
+  const typed = { q: '{host="a",service="db"}', hide: ["f"], node: "0123456789abcdef" };
+  const apply = (state, change) => changeState({ ...DEFAULTS, ...state }, change);
+  const services = { mode: "services", ...typed };
+  const functions = { mode: "functions", split: "service", ...typed };
+  const row = { labels: { service: "api" }, function: "f", module: "m" };
+
+  const graph = apply(services, select(services).graphOf({ labels: {} }));
+  const trend = apply(functions, select(functions).trendOf(row));
+  const modules = select({ mode: "modules" }).graphOf({ labels: {}, function: "", module: "m" });
+
+  assert.deepEqual([graph.mode, graph.q, graph.hide], ["", '{host="a",service=""}', []]);
+  assert.equal(graph.node, "");
+  assert.deepEqual(
+    [trend.mode, trend.q, trend.row],
+    ["compare", '{host="a",service="api"}', "f\nm"],
+  );
+  assert.equal(new Selection(trend, NOW_MS).before.until, NOW_MS - 7 * 24 * 60 * MINUTE_MS);
+  assert.deepEqual([modules.mode, modules.filter], ["functions", "m"]);
+  assert.equal(select(typed).ofFleet("services").q, '{host="a"}');
+});
+
 test("panes depend on the width of the page", () => {
   assert.equal(select().tabAt(1280), "both");
   assert.equal(select().tabAt(1000), "graph");

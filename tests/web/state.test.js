@@ -40,6 +40,8 @@ test("every state reads back from its address", () => {
     view: "flame",
     tab: "both",
     sort: "name",
+    order: "growth",
+    split: "service,version",
     filter: "é",
     rows: 1000,
     tz: "local",
@@ -54,6 +56,21 @@ test("what means nothing is read as the default", () => {
   );
 
   assert.deepEqual(read, { ...DEFAULTS });
+});
+
+test("a filter and more rows belong to one list of the fleet", () => {
+  const typed = { ...DEFAULTS, mode: "services", filter: "api", rows: 1000, order: "growth" };
+
+  const other = changeState(typed, { mode: "functions" });
+  const graph = changeState(typed, { mode: "" });
+  const chosen = changeState(typed, { mode: "functions", filter: "libc" });
+
+  assert.deepEqual([other.filter, other.rows, other.order], ["", 200, "growth"]);
+  assert.equal(graph.filter, "");
+  assert.equal(chosen.filter, "libc");
+  assert.equal(changeState(typed, { order: "name" }).filter, "api");
+  const table = { ...DEFAULTS, filter: "f" };
+  assert.equal(changeState(table, { mode: "compare" }).filter, "f");
 });
 
 test("an empty list of labels is kept apart from the default", () => {

@@ -742,7 +742,7 @@ def test_a_range_is_read_in_the_zone_that_is_chosen(hand, recording):
 
     hand.press("#range-button")
     presets = page.locator("#ranges button").all_inner_texts()
-    assert presets[:1] + presets[-1:] == ["Last 15 minutes", "Last 24 hours"]
+    assert presets[:1] + presets[-1:] == ["Last 15 minutes", "Last 7 days"]
     assert page.locator("#custom-from").input_value() == from_
     hand.type_range(until, from_)
     expect(page.locator("#custom-problem")).to_have_text("The range must end after it starts.")
