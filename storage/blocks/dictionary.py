@@ -90,10 +90,10 @@ def read_dictionary(files: Sequence[LocalFile], wanted: Hashes | None = None) ->
 
 def fetch_dictionary(opened: Engine, files: Sequence[LocalFile], wanted: Hashes | None) -> Columns:
     """Do what `read_dictionary` does, with a connection that is open."""
-    chosen = {table: of_table(files, table) for table in ("stacks", "frames", "names", "modules")}
-    opened.check([each for some in chosen.values() for each in some])
-    stacks = _read_stacks(opened, chosen["stacks"], wanted)
-    opened.load("ids", "SELECT DISTINCT frame_id FROM {files}", chosen["frames"])
+    stack_files = of_table(files, "stacks")
+    opened.check([*stack_files, *of_table(files, "frames")])
+    stacks = _read_stacks(opened, stack_files, wanted)
+    opened.load("ids", "SELECT DISTINCT frame_id FROM {files}", of_table(files, "frames"))
     ids = np.sort(opened.arrays("SELECT frame_id FROM ids")["frame_id"])
     words = _index_words(HashIndex(ids), stacks.frame_ids)
     if int(words.min(initial=0)) < 0:
@@ -103,10 +103,34 @@ def fetch_dictionary(opened: Engine, files: Sequence[LocalFile], wanted: Hashes 
     used = np.flatnonzero(is_used)
     if len(used) < len(ids):
         words = (np.cumsum(is_used) - 1).astype(np.int32).take(words)
-    opened.register("used", {"frame_id": ids[used]})
+    locations = fetch_locations(opened, files, ids[used])
+    order = np.argsort(stacks.ids)
+    offsets, words = _reorder(words, stacks.offsets, order)
+    return replace(
+        locations,
+        stack_hashes=stacks.ids[order],
+        stack_offsets=offsets,
+        stack_words=words,
+    )
+
+
+def fetch_locations(
+    opened: Engine, files: Sequence[LocalFile], wanted: Hashes | None = None
+) -> Columns:
+    """Return locations, their names and modules, as Columns without stacks, rows or objects.
+
+    They ascend by their ids. With `wanted` only these, which ascend.
+
+    Raises: as `read_dictionary`.
+    """
+    chosen = {table: of_table(files, table) for table in ("frames", "names", "modules")}
+    opened.check([each for some in chosen.values() for each in some])
+    needed = ""
+    if wanted is not None:
+        opened.register("used", {"frame_id": wanted})
+        needed = "SEMI JOIN used USING (frame_id)"
     for table in ("frames", "names"):
-        rows = "(SELECT * FROM {files} SEMI JOIN used USING (frame_id))"
-        query = one_of_each(table, len(chosen[table]), rows)
+        query = one_of_each(table, len(chosen[table]), f"(SELECT * FROM {{files}} {needed})")
         opened.load(table, f"SELECT * FROM ({query}) ORDER BY frame_id", chosen[table])
     addressed = f"(SELECT build_id FROM frames WHERE kind = '{ADDRESS}')"
     rows = f"(SELECT * FROM {{files}} SEMI JOIN {addressed} USING (build_id))"
@@ -118,16 +142,13 @@ def fetch_dictionary(opened: Engine, files: Sequence[LocalFile], wanted: Hashes 
     )
     calls = opened.arrays("SELECT unnest(shown) FROM (SELECT unnest(frames) AS shown FROM names)")
     modules = opened.rows("SELECT build_id, path, kind, segments FROM modules ORDER BY 1")
-    if not np.array_equal(frames["frame_id"], ids[used]) or has_repeated(names["frame_id"]):
+    ids = frames["frame_id"]
+    is_whole = wanted is None or np.array_equal(ids, wanted)
+    if not is_whole or has_repeated(ids) or has_repeated(names["frame_id"]):
         raise ProfileError(f"cannot read {names_of(files)}: a location is there twice")
-    order = np.argsort(stacks.ids)
-    offsets, words = _reorder(words, stacks.offsets, order)
     return replace(
         _locations_of(frames, names, calls),
         modules={module.build_id: module for module in map(_module_of, modules)},
-        stack_hashes=stacks.ids[order],
-        stack_offsets=offsets,
-        stack_words=words,
     )
 
 

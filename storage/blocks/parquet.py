@@ -76,6 +76,13 @@ _FUNCTION_SAMPLES = {
     "function_id": "UBIGINT",
     **_SAMPLES,
 }
+_GROUP_SAMPLES = {
+    "ts": "UINTEGER",
+    "group_id": "UTINYINT",
+    "set_id": "UBIGINT",
+    "function_id": "UBIGINT",
+    **_SAMPLES,
+}
 TABLES: Mapping[str, Mapping[str, str]] = {
     DETAIL: {
         "ts": "UINTEGER",
@@ -127,12 +134,16 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "total_value": "BIGINT",
     },
     "functions_1d": _FUNCTION_SAMPLES,
+    "function_groups_1h": _GROUP_SAMPLES,
+    "function_groups_1d": _GROUP_SAMPLES,
     FUNCTIONS: {
         "function_id": "UBIGINT",
         "function": "VARCHAR",
         "module": "VARCHAR",
         "kind": "VARCHAR",
         "file": "VARCHAR",
+        "files": "UTINYINT",
+        "weak_ids": "UBIGINT[]",
     },
 }
 
@@ -150,9 +161,11 @@ _ORDER = {
     "objects_10m": "start_s, host_key, host, object_id",
     "times_10m": "object_id, host_id, set_id",
     "presence_10m": "object_id, set_id",
-    "functions_10m": "function_id, set_id, host_id, ts",
-    "functions_1h": "function_id, set_id, ts",
-    "functions_1d": "function_id, set_id, host_id",
+    "functions_10m": "set_id, function_id, host_id, ts",
+    "functions_1h": "set_id, function_id, ts",
+    "functions_1d": "set_id, function_id, host_id, ts",
+    "function_groups_1h": "set_id, function_id, group_id, ts",
+    "function_groups_1d": "set_id, function_id, group_id, ts",
     FUNCTIONS: "function_id",
 }
 """By what each table is sorted: that makes it small, and the order of parts does not show."""

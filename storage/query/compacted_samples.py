@@ -14,10 +14,10 @@ from storage.blocks.parquet import DETAIL, LocalFile
 from storage.blocks.times import read_heads
 from storage.grouping import distinct
 from storage.hashing import Hasher
+from storage.location_functions import hash_functions
 from storage.objects.keys import NS_PER_S
 from storage.profile import make_labels
 from storage.query.function_totals import PROCESS_LABELS, fold, service_sets_of
-from storage.query.resolve import hash_functions
 from storage.query.self_samples import ObjectSelfSamples
 
 

@@ -16,11 +16,17 @@ from typing import NamedTuple
 import numpy as np
 
 from storage.columns import Columns, Texts
-from storage.grouping import add_groups, agree_on_files, group_keys, number_groups, ranges
+from storage.grouping import add_groups, group_keys, number_groups, ranges
 from storage.hashing import Hasher, Hashes, Numbers
-from storage.merging import add_heads, adopt_texts, join_lines, merge_label_sets
+from storage.location_functions import (
+    FILES_DIFFER,
+    NO_FILE,
+    LocationFunctions,
+    adopt_functions,
+    functions_of_stacks,
+)
+from storage.merging import add_heads, join_lines, merge_label_sets
 from storage.profile import Accounting, Integers, Labels, Window
-from storage.query.resolve import hash_functions
 from storage.selector import Selector
 from symbolizer.location import Frame, Kind
 
@@ -29,9 +35,6 @@ PROCESS_LABELS = frozenset({"comm", "pid", "thread", "tid"})
 
 _DENSE_LIMIT = 1 << 16
 """FunctionTotals that are cheap to lay out in full, however few lines there are."""
-
-NO_FILE, FILES_DIFFER = 0, 1
-"""The file of a function where it is not 2 + the number of its text."""
 
 
 class FunctionTotal(NamedTuple):
@@ -84,7 +87,7 @@ class FunctionTotals:
         cls, columns: Columns, hasher: Hasher, left_out: frozenset[str] = PROCESS_LABELS
     ) -> "FunctionTotals":
         """Add up the functions of every stack, by the labels that are not left out."""
-        boxes = _Boxes.of(columns, hasher)
+        boxes = LocationFunctions.of(columns, hasher)
         of_label, service_sets = service_sets_of(columns.label_sets, left_out)
         rows, counts = _sum_functions(columns, boxes, of_label)
         return cls(
@@ -226,7 +229,7 @@ class _MergedFunctions(NamedTuple):
         is_known = np.zeros(len(firsts), dtype=bool)
         for part, mine in zip(parts, numbers, strict=True):
             table = part.functions.astype(np.int64)
-            tables.append(_adopt_functions(texts, part.texts, table, ~is_known[mine]))
+            tables.append(adopt_functions(texts, part.texts, table, ~is_known[mine]))
             new = ~is_known[mine]
             chosen[mine[new]] = tables[-1][new]
             is_known[mine] = True
@@ -234,18 +237,6 @@ class _MergedFunctions(NamedTuple):
             chosen[mine[old], 3] = _join_files(chosen[mine[old], 3], tables[-1][old, 3])
         unique_hashes = hashes[order[firsts]]
         return cls(Texts.of(list(texts)), unique_hashes, chosen, numbers)
-
-
-def _adopt_functions(
-    texts: dict[bytes, int], theirs: Texts, table: Integers, is_new: Numbers
-) -> Integers:
-    has_file = table[:, 3] > FILES_DIFFER
-    files = table[has_file, 3] - 2
-    mine = adopt_texts(texts, theirs, [table[is_new, :3], files])
-    adopted = table.copy()
-    adopted[is_new, :3] = mine[table[is_new, :3]]
-    adopted[has_file, 3] = mine[files] + 2
-    return adopted
 
 
 def _join_files(one: Integers, other: Integers) -> Integers:
@@ -265,49 +256,14 @@ def service_sets_of(
     return np.array(of_label, dtype=np.int64), tuple(numbers)
 
 
-class _Boxes(NamedTuple):
-    """The functions of some profiles, and those that each location stands for."""
-
-    texts: Texts
-    hashes: Hashes
-    table: Integers
-    offsets: Integers
-    """Location i stands for `numbers[offsets[i]:offsets[i + 1]]`, innermost first."""
-    numbers: Integers
-
-    @classmethod
-    def of(cls, columns: Columns, hasher: Hasher) -> "_Boxes":
-        shown = columns.shown_frames()
-        texts, flat = shown.texts, shown.table
-        hashes = hash_functions(shown, hasher)
-        firsts, order = group_keys(hashes)
-        which = number_groups(firsts, order)
-        table = flat[order[firsts], :4]
-        # A function's file, if all of its frames that have one agree on it.
-        is_empty = np.diff(texts.offsets) == 0
-        files = np.where(is_empty[flat[:, 3]], -1, flat[:, 3])
-        table[:, 3] = agree_on_files(files[order], firsts) + 2
-        numbers: dict[bytes, int] = {}
-        table = _adopt_functions(numbers, texts, table, np.ones(len(table), dtype=bool))
-        return cls(Texts.of(list(numbers)), hashes[order[firsts]], table, shown.offsets, which)
-
-
 def _sum_functions(
-    columns: Columns, boxes: _Boxes, of_label: Integers
+    columns: Columns, boxes: LocationFunctions, of_label: Integers
 ) -> tuple[Integers, Integers]:
     count = len(boxes.hashes)
     stack_offsets = columns.stack_offsets.astype(np.int64)
-    depths = np.diff(stack_offsets)
-    # Which functions are on each stack, each once.
     words = columns.stack_words.astype(np.int64)
-    per_word = np.diff(boxes.offsets)[words]
-    owner = np.repeat(np.repeat(np.arange(len(depths)), depths), per_word)
-    box = boxes.numbers[ranges(boxes.offsets[words], per_word)]
-    pairs = np.sort(owner * max(count, 1) + box)
-    pairs = pairs[np.diff(pairs, prepend=-1) > 0]
-    owner, box = np.divmod(pairs, max(count, 1))
-    sizes = np.bincount(owner, minlength=len(depths))
-    starts = np.cumsum(sizes) - sizes
+    offsets, box = functions_of_stacks(stack_offsets, words, boxes)
+    starts, sizes = offsets[:-1], np.diff(offsets)
     # Counts by (service set, stack), then by every function on the stack.
     services = of_label[columns.rows[:, 0]] if len(of_label) else np.zeros(0, np.int64)
     rows, counts = fold(services, columns.rows[:, 1], columns.counts)
@@ -318,7 +274,7 @@ def _sum_functions(
         box[ranges(starts[stack], length)],
         np.repeat(counts, length, axis=0),
     )
-    filled = np.flatnonzero(depths[stack])
+    filled = np.flatnonzero(stack_offsets[stack + 1] > stack_offsets[stack])
     leaf = words[stack_offsets[stack[filled] + 1] - 1]
     selves, self_counts = fold(service[filled], boxes.numbers[boxes.offsets[leaf]], counts[filled])
     result = np.zeros((len(totals), 4), dtype=np.int64)

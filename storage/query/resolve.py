@@ -20,6 +20,7 @@ import numpy.typing as npt
 from storage.columns import Columns, ShownFrames, name_keys
 from storage.grouping import distinct
 from storage.hashing import Hasher, Hashes, Numbers, chain, process_hasher
+from storage.location_functions import hash_functions
 from storage.merging import adopt_names
 from storage.profile import Integers
 
@@ -158,10 +159,3 @@ def _hash_names(shown: ShownFrames, hasher: Hasher) -> Hashes:
     files = hasher.texts(shown.texts.take(used))[which]
     frames = chain(hash_functions(shown, hasher), files, shown.table[:, 4])
     return hasher.stacks(frames, shown.offsets, np.arange(len(frames)))
-
-
-def hash_functions(shown: ShownFrames, hasher: Hasher) -> Hashes:
-    """Return the hash of each shown frame's (function, module, kind), as boxes are told apart."""
-    used, which = distinct(shown.table[:, :3], len(shown.texts))
-    by_text = hasher.texts(shown.texts.take(used))
-    return chain(*(by_text[which[:, i]] for i in range(3)))

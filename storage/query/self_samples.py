@@ -16,6 +16,7 @@ import numpy as np
 from storage.columns import Columns, key_starts_ns, name_keys
 from storage.grouping import distinct, ranges
 from storage.hashing import Hasher, Hashes, Numbers
+from storage.location_functions import hash_functions
 from storage.merging import add_heads, merge_label_sets
 from storage.profile import Accounting, Integers, Labels, Window
 from storage.query.function_totals import (
@@ -24,7 +25,7 @@ from storage.query.function_totals import (
     fold,
     service_sets_of,
 )
-from storage.query.resolve import LocationNames, hash_functions
+from storage.query.resolve import LocationNames
 from storage.selector import Selector
 
 

@@ -1,0 +1,344 @@
+"""Functions: the series of what each function cost, written when hours and days are rolled up.
+
+Tables of functions and comparisons are answered from these instead of stacks:
+
+- `functions_10m` and `functions_1d`: self samples and self value by host, per ten minutes and day.
+- `functions_1h`: self and total of all hosts together. A total counts a stack once, however often
+  the function is on it.
+- `function_groups_1h` and `function_groups_1d`: self by group of hosts. A host's group is its id
+  modulo HOST_GROUPS. A fleet of thousands of hosts is compared by these: a comparison needs
+  replicates, and 32 of them tell the noise as well as thousands do, in a thirtieth of the rows.
+- `functions`: what the function ids mean. `files` is the number of source files that are known of a
+  function, 2 for several; `file` is the only one.
+
+Label sets are those of rollups (`ROLLUP_LABELS`). All are made of detail and therefore exact: no
+stack is folded. Stacks without frames have no function and are left out, as from function totals.
+
+A function has the best names that the parts of its hour know. Where these are not real names, it
+lists its locations (`weak_ids`): if an hour read together with it names one of them better, its
+series shows another function than the flame graph does, and readers can tell.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage.blocks.block import ROLLUP_LABELS, labels_id
+from storage.blocks.dictionary import fetch_label_sets, fetch_locations
+from storage.blocks.loading import SUMS
+from storage.blocks.parquet import (
+    DEFAULT_MEMORY_BYTES,
+    DETAIL,
+    FUNCTIONS,
+    Arrays,
+    Engine,
+    LocalFile,
+    engine,
+    of_table,
+)
+from storage.blocks.rollup import Stacks
+from storage.blocks.tables import fetch_stacks, one_of_each
+from storage.columns import Columns
+from storage.grouping import HashIndex, add_groups, group_keys, ranges
+from storage.hashing import Hasher
+from storage.location_functions import FILES_DIFFER, LocationFunctions, functions_of_stacks
+from storage.profile import Integers, NameRank, ProfileError
+
+FUNCTIONS_10M, FUNCTIONS_1H, FUNCTIONS_1D = "functions_10m", "functions_1h", "functions_1d"
+GROUPS_1H, GROUPS_1D = "function_groups_1h", "function_groups_1d"
+OF_HOUR = (FUNCTIONS_10M, FUNCTIONS_1H, GROUPS_1H, FUNCTIONS)
+"""The tables that `write_hour` writes."""
+OF_DAY = (FUNCTIONS_1H, FUNCTIONS_1D, GROUPS_1D, FUNCTIONS)
+"""The tables that `write_day` writes."""
+
+HOST_GROUPS = 32
+
+_FILE_ROWS = 10_000_000
+"""Rows of one file, some 4 bytes each: no object may have more than 64 MB."""
+_WORDS_AT_ONCE = 1 << 21
+"""Frames of stacks whose functions are added up at a time: each takes some 100 bytes meanwhile."""
+_TOTALS = (
+    "CAST(sum(total_samples) AS BIGINT) AS total_samples,"
+    " CAST(sum(total_value) AS BIGINT) AS total_value"
+)
+_ONE_OF_EACH = (
+    "SELECT function_id, function, module, kind, CASE WHEN files = 1 THEN file ELSE '' END AS file,"
+    " files, weak_ids FROM (SELECT function_id, min(function) AS function, min(module) AS module,"
+    " min(kind) AS kind, max(file) AS file,"
+    " greatest(max(files), least(count(DISTINCT file) FILTER (file <> ''), 2)) AS files,"
+    " list_sort(list_distinct(flatten(list(weak_ids)))) AS weak_ids"
+    " FROM {files} GROUP BY function_id)"
+)
+
+
+def write_hour(
+    files: Sequence[LocalFile],
+    folder: Path,
+    hasher: Hasher,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+) -> list[LocalFile]:
+    """Write the tables OF_HOUR of all parts of an hour; of large ones several files.
+
+    `files` are those of detail and of the dictionary of all parts.
+
+    Raises:
+        ProfileError: a file is damaged or not one of ours, or something is missing.
+        SchemaError: a later version wrote one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    detail = of_table(files, DETAIL)
+    with engine(memory_bytes, folder) as opened:
+        opened.check([*detail, *of_table(files, "stacks")])
+        locations = fetch_locations(opened, files)
+        functions = LocationFunctions.of(locations, hasher)
+        _load_sets(opened, files, hasher)
+        opened.register(
+            "leaves",
+            {
+                "frame_id": locations.location_hashes,
+                "function_id": functions.hashes[functions.innermost],
+            },
+        )
+        chosen = of_table(files, "stacks")
+        opened.load("stacks", one_of_each("stacks", len(chosen)), chosen)
+        opened.run(
+            "CREATE TEMP TABLE leaf_of AS SELECT stack_id, function_id"
+            " FROM stacks JOIN leaves ON frame_ids[-1] = frame_id"
+        )
+        opened.load(
+            "self_10m",
+            "SELECT CAST(ts - ts % 600 AS UINTEGER) AS ts, host_id, rolled_id AS set_id,"
+            f" function_id, {SUMS} FROM {{files}} JOIN sets USING (set_id)"
+            " JOIN leaf_of USING (stack_id) GROUP BY ALL",
+            detail,
+        )
+        opened.load(
+            "stack_sums",
+            "SELECT CAST(min(ts - ts % 3600) AS UINTEGER) AS ts, rolled_id AS set_id, stack_id,"
+            f" {SUMS} FROM {{files}} JOIN sets USING (set_id) GROUP BY rolled_id, stack_id",
+            detail,
+        )
+        _check_complete(opened, detail)
+        _load_totals(opened, locations, functions)
+        opened.run(
+            f"CREATE TEMP TABLE self_1h AS SELECT set_id, function_id, {SUMS} FROM self_10m"
+            " GROUP BY ALL"
+        )
+        _load_functions(opened, locations, functions)
+        return [
+            *_write(opened, FUNCTIONS_10M, "self_10m", folder),
+            *_write(
+                opened,
+                FUNCTIONS_1H,
+                "(SELECT ts, set_id, function_id, coalesce(samples, 0) AS samples,"
+                " coalesce(value, 0) AS value, total_samples, total_value"
+                " FROM totals LEFT JOIN self_1h USING (set_id, function_id))",
+                folder,
+            ),
+            *_write(opened, GROUPS_1H, _grouped("self_10m", 3600), folder),
+            opened.write(
+                FUNCTIONS,
+                "SELECT * FROM functions SEMI JOIN totals USING (function_id)",
+                folder,
+            ),
+        ]
+
+
+def write_day(
+    files: Sequence[LocalFile], folder: Path, memory_bytes: int = DEFAULT_MEMORY_BYTES
+) -> list[LocalFile]:
+    """Write the tables OF_DAY from those of some hours and of the day so far.
+
+    `files` are the tables OF_HOUR of hours that the day does not hold yet, and the tables OF_DAY of
+    those that it holds, if there are any. Other tables are left out.
+
+    Raises:
+        ProfileError: a file is damaged or not one of ours.
+        SchemaError: a later version wrote one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = [each for each in files if each.table in {*OF_HOUR, *OF_DAY}]
+    with engine(memory_bytes, folder) as opened:
+        opened.check(known)
+        for daily, finer in ((FUNCTIONS_1D, FUNCTIONS_10M), (GROUPS_1D, GROUPS_1H)):
+            _load_days(opened, f"sums_{daily}", of_table(known, daily), of_table(known, finer))
+        opened.load("hours", "SELECT * FROM {files}", of_table(known, FUNCTIONS_1H))
+        opened.load(FUNCTIONS, _ONE_OF_EACH, of_table(known, FUNCTIONS))
+        return [
+            *_write(opened, FUNCTIONS_1H, "hours", folder),
+            *_write(opened, FUNCTIONS_1D, f"sums_{FUNCTIONS_1D}", folder),
+            *_write(opened, GROUPS_1D, f"sums_{GROUPS_1D}", folder),
+            opened.write(FUNCTIONS, f"SELECT * FROM {FUNCTIONS}", folder),
+        ]
+
+
+def one_of_each_function(files: int) -> str:
+    """Return a query for what is known of the functions in `{files}`, each once."""
+    return _ONE_OF_EACH if files > 1 else "SELECT * FROM {files}"
+
+
+def _load_sets(opened: Engine, files: Sequence[LocalFile], hasher: Hasher) -> None:
+    """Make a table `sets`: by label set the id of what rollups keep of it."""
+    label_sets = fetch_label_sets(opened, files)
+    rolled = [
+        labels_id(tuple(pair for pair in labels if pair[0] in ROLLUP_LABELS), hasher)
+        for labels in label_sets.values()
+    ]
+    opened.register(
+        "sets",
+        {
+            "set_id": np.array(list(label_sets), dtype=np.uint64),
+            "rolled_id": np.array(rolled, dtype=np.uint64),
+        },
+    )
+
+
+def _check_complete(opened: Engine, detail: Sequence[LocalFile]) -> None:
+    """Check that the sums are those of all detail, but for stacks without frames.
+
+    Raises:
+        ProfileError: they are not: a label set, stack or location is missing.
+    """
+    opened.load("whole", f"SELECT {SUMS} FROM {{files}}", detail)
+    opened.run(
+        "CREATE TEMP TABLE frameless AS SELECT * FROM stack_sums"
+        " SEMI JOIN (SELECT stack_id FROM stacks WHERE len(frame_ids) = 0) USING (stack_id)"
+    )
+    whole, by_stack, of_functions, frameless = (
+        opened.rows(f"SELECT coalesce(sum(samples), 0), coalesce(sum(value), 0) FROM {rows}")[0]
+        for rows in ("whole", "stack_sums", "self_10m", "frameless")
+    )
+    found = tuple(one + other for one, other in zip(of_functions, frameless, strict=True))
+    if not whole == by_stack == found:
+        raise ProfileError(
+            f"cannot add up functions: samples and value are {found}, those of all stacks {whole}"
+        )
+
+
+def _load_totals(opened: Engine, locations: Columns, functions: LocationFunctions) -> None:
+    """Make a table `totals` of the totals of functions, from `stack_sums` and `stacks`."""
+    opened.run(
+        "CREATE TEMP TABLE totals (ts UINTEGER, set_id UBIGINT, function_id UBIGINT,"
+        " total_samples BIGINT, total_value BIGINT)"
+    )
+    words = opened.rows("SELECT coalesce(sum(len(frame_ids)), 0) FROM stacks")[0][0]
+    pieces = 1 + int(words) // _WORDS_AT_ONCE
+    index = HashIndex(locations.location_hashes)
+    # Ids are spread evenly, so that their last digits cut stacks into pieces of one size.
+    for piece in range(pieces):
+        is_chosen = f"stack_id % {pieces} = {piece}"
+        opened.run(f"CREATE TEMP TABLE fetched AS SELECT * FROM stacks WHERE {is_chosen}")
+        stacks = fetch_stacks(opened)
+        sums = opened.arrays(f"SELECT * FROM stack_sums WHERE {is_chosen} ORDER BY stack_id")
+        if not len(stacks.ids) or not len(sums["stack_id"]):
+            continue
+        order = np.argsort(stacks.ids)
+        at = order[HashIndex(stacks.ids[order]).find(sums["stack_id"])]
+        words_of = index.find(stacks.frame_ids)
+        rows = _sum_totals(stacks, words_of, functions, sums, at)
+        opened.register("added", rows)
+        opened.run("INSERT INTO totals SELECT * FROM added")
+    opened.run(
+        "CREATE OR REPLACE TEMP TABLE totals AS"
+        f" SELECT min(ts) AS ts, set_id, function_id, {_TOTALS} FROM totals"
+        " GROUP BY set_id, function_id"
+    )
+
+
+def _sum_totals(
+    stacks: Stacks, words: Integers, functions: LocationFunctions, sums: Arrays, at: Integers
+) -> dict[str, Any]:
+    """Return lines of `totals`; line i of the sums is of stack `at[i]`."""
+    offsets, numbers = functions_of_stacks(stacks.offsets, words, functions)
+    lengths = offsets[at + 1] - offsets[at]
+    sets, of_line = np.unique(sums["set_id"], return_inverse=True)
+    count = len(functions.hashes)
+    keys = np.repeat(of_line, lengths) * count + numbers[ranges(offsets[at], lengths)]
+    firsts, order = group_keys(keys)
+    counts = np.stack([sums["samples"], sums["value"]], axis=1)
+    totals = add_groups(np.repeat(counts, lengths, axis=0)[order], firsts)
+    set_numbers, function_numbers = np.divmod(keys[order[firsts]], count)
+    return {
+        "ts": np.full(len(firsts), sums["ts"].min(), dtype=np.uint32),
+        "set_id": sets[set_numbers],
+        "function_id": functions.hashes[function_numbers],
+        "total_samples": totals[:, 0],
+        "total_value": totals[:, 1],
+    }
+
+
+def _load_functions(opened: Engine, locations: Columns, functions: LocationFunctions) -> None:
+    """Make a table `functions` of all functions that locations stand for."""
+    table = functions.table
+    files = np.minimum(table[:, 3], FILES_DIFFER + 1)
+    has_file = files > FILES_DIFFER
+    texts = [functions.texts.take(table[:, i]) for i in range(3)]
+    of_file = functions.texts.take(np.where(has_file, table[:, 3] - 2, 0))
+    names = [[text.decode() for text in column] for column in texts]
+    shown = [text.decode() if known else "" for text, known in zip(of_file, has_file, strict=True)]
+    opened.register(
+        "known_functions",
+        {
+            "function_id": functions.hashes,
+            "function": np.array(names[0], dtype=object),
+            "module": np.array(names[1], dtype=object),
+            "kind": np.array(names[2], dtype=object),
+            "file": np.array(shown, dtype=object),
+            # None, one or several, as they are counted in the table.
+            "files": np.array([0, 2, 1], dtype=np.uint8)[files],
+        },
+    )
+    is_weak = (locations.name_ranks < NameRank.REAL) & (locations.locations[:, 2] == 0)
+    weak = np.flatnonzero(is_weak)
+    opened.register(
+        "weak",
+        {
+            "function_id": functions.hashes[functions.innermost[weak]],
+            "frame_id": locations.location_hashes[weak],
+        },
+    )
+    opened.run(
+        "CREATE TEMP TABLE functions AS SELECT known_functions.*,"
+        " coalesce(weak_ids, []::UBIGINT[]) AS weak_ids FROM known_functions LEFT JOIN"
+        " (SELECT function_id, list(frame_id ORDER BY frame_id) AS weak_ids FROM weak"
+        " GROUP BY function_id) USING (function_id)"
+    )
+
+
+def _grouped(rows: str, bucket_s: int) -> str:
+    return (
+        f"(SELECT CAST(ts - ts % {bucket_s} AS UINTEGER) AS ts,"
+        f" CAST(host_id % {HOST_GROUPS} AS UTINYINT) AS group_id, set_id, function_id, {SUMS}"
+        f" FROM {rows} GROUP BY ALL)"
+    )
+
+
+def _load_days(opened: Engine, name: str, *some: Sequence[LocalFile]) -> None:
+    """Make a table of the sums by day of several kinds of files that have equal columns."""
+    kinds = [files for files in some if files]
+    for i, files in enumerate(kinds):
+        query = (
+            "SELECT CAST(ts - ts % 86400 AS UINTEGER) AS ts, * EXCLUDE (ts, samples, value),"
+            f" {SUMS} FROM {{files}} GROUP BY ALL"
+        )
+        opened.load(f"{name}_{i}", query, files)
+    rows = " UNION ALL ".join(f"SELECT * FROM {name}_{i}" for i in range(len(kinds)))
+    opened.run(
+        f"CREATE TEMP TABLE {name} AS SELECT * EXCLUDE (samples, value), {SUMS} FROM ({rows})"
+        " GROUP BY ALL"
+    )
+
+
+def _write(opened: Engine, table: str, rows: str, folder: Path) -> list[LocalFile]:
+    """Write rows as a table, in as many files as it needs."""
+    count = int(opened.rows(f"SELECT count(*) FROM {rows}")[0][0])
+    pieces = 1 + count // _FILE_ROWS
+    written = []
+    for piece in range(pieces):
+        place = folder if pieces == 1 else folder / f"{table}-{piece}"
+        place.mkdir(exist_ok=True)
+        where = "" if pieces == 1 else f" WHERE function_id % {pieces} = {piece}"
+        written.append(opened.write(table, f"SELECT * FROM {rows}{where}", place))
+    return written
