@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from storage.blocks import functions
 from storage.blocks.manifest import DAY_S, HOUR_S
 from storage.blocks.parquet import (
     DEFAULT_MEMORY_BYTES,
     DICTIONARY,
+    FUNCTIONS,
     HEADS_10M,
     ROLLUPS,
     LocalFile,
@@ -65,6 +67,8 @@ def write_day(
             chosen = of_table(files, table)
             opened.check(chosen)
             made += write_in_pieces(opened, table, "SELECT * FROM {files}", folder, chosen)
+    if of_table(files, FUNCTIONS):
+        made += functions.write_day(files, folder, memory_bytes)
     known = [each for each in (*files, *dictionary) if each.table in DICTIONARY]
     stacks, sets = _wanted(made, folder, memory_bytes)
     return [*made, *merge_dictionaries(known, folder, memory_bytes, stacks, sets)]

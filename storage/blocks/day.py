@@ -14,9 +14,10 @@ from msgspec.structs import replace
 
 from storage.blocks.compactor import Compactor, awake_s
 from storage.blocks.daily import DAILY, HOURLY
+from storage.blocks.functions import SERIES
 from storage.blocks.manifest import DayManifest, File, HourManifest, Listed
 from storage.blocks.merges import RollupTooLargeError, is_rolled_up
-from storage.blocks.parquet import DICTIONARY, HEADS_10M
+from storage.blocks.parquet import DICTIONARY, FUNCTIONS, HEADS_10M
 from storage.blocks.work import DaySource, write_day_files
 from storage.objects.keys import DamagedObject, ObjectMissing, ObjectTooLarge
 from storage.profile import ProfileError
@@ -116,7 +117,12 @@ def _renewals(before: DayManifest, hours: Hours, *, is_again: bool) -> list[_Ren
 
 def _add(before: DayManifest, new: Hours) -> _Renewal:
     """Add hours to what a day has."""
-    source = DaySource(before.files, _rollups_of(new.values()), _dictionaries_of(new.values()))
+    rollups = _rollups_of(new.values())
+    has_functions = not before.hours or bool(before.files_of(FUNCTIONS))
+    if not has_functions or not any(file.table == FUNCTIONS for file in rollups):
+        before = replace(before, files=_without_functions(before.files))
+        rollups = _without_functions(rollups)
+    source = DaySource(before.files, rollups, _dictionaries_of(new.values()))
     samples, value = _sums_of(new.values())
     made = replace(
         _empty(before, new),
@@ -150,8 +156,16 @@ def _sums_of(hours: Iterable[HourManifest]) -> tuple[int, int]:
     return sum(part.samples for part in parts), sum(part.value for part in parts)
 
 
-def _rollups_of(hours: Iterable[HourManifest]) -> list[File]:
-    return [file for each in hours if each.hourly for file in each.hourly.files]
+def _rollups_of(hours: Iterable[HourManifest]) -> tuple[File, ...]:
+    """Return the rollups of hours; those of functions only if all hours have them."""
+    rollups = [each.hourly for each in hours if each.hourly]
+    files = tuple(file for each in rollups for file in each.files)
+    has_functions = all(each.files_of(FUNCTIONS) for each in rollups)
+    return files if has_functions else _without_functions(files)
+
+
+def _without_functions(files: Iterable[File]) -> tuple[File, ...]:
+    return tuple(file for file in files if file.table not in SERIES)
 
 
 def _dictionaries_of(hours: Iterable[HourManifest]) -> list[File]:

@@ -39,7 +39,7 @@ from storage.blocks.parquet import (
     of_table,
 )
 from storage.blocks.rollup import Stacks
-from storage.blocks.tables import fetch_stacks, one_of_each
+from storage.blocks.tables import fetch_stacks, one_of_each, write_in_pieces
 from storage.columns import Columns
 from storage.grouping import HashIndex, add_groups, group_keys, ranges
 from storage.hashing import Hasher
@@ -52,16 +52,20 @@ OF_HOUR = (FUNCTIONS_10M, FUNCTIONS_1H, GROUPS_1H, FUNCTIONS)
 """The tables that `write_hour` writes."""
 OF_DAY = (FUNCTIONS_1H, FUNCTIONS_1D, GROUPS_1D, FUNCTIONS)
 """The tables that `write_day` writes."""
+SERIES = frozenset({*OF_HOUR, *OF_DAY})
 
 HOST_GROUPS = 32
 
-_FILE_ROWS = 10_000_000
-"""Rows of one file, some 4 bytes each: no object may have more than 64 MB."""
 _WORDS_AT_ONCE = 1 << 21
 """Frames of stacks whose functions are added up at a time: each takes some 100 bytes meanwhile."""
 _TOTALS = (
     "CAST(sum(total_samples) AS BIGINT) AS total_samples,"
     " CAST(sum(total_value) AS BIGINT) AS total_value"
+)
+_GROUPED = (
+    "SELECT CAST(ts - ts % 3600 AS UINTEGER) AS ts,"
+    f" CAST(host_id % {HOST_GROUPS} AS UTINYINT) AS group_id, set_id, function_id, {SUMS}"
+    " FROM self_10m GROUP BY ALL"
 )
 _ONE_OF_EACH = (
     "SELECT function_id, function, module, kind, CASE WHEN files = 1 THEN file ELSE '' END AS file,"
@@ -128,16 +132,16 @@ def write_hour(
         )
         _load_functions(opened, locations, functions)
         return [
-            *_write(opened, FUNCTIONS_10M, "self_10m", folder),
-            *_write(
+            *write_in_pieces(opened, FUNCTIONS_10M, "SELECT * FROM self_10m", folder),
+            *write_in_pieces(
                 opened,
                 FUNCTIONS_1H,
-                "(SELECT ts, set_id, function_id, coalesce(samples, 0) AS samples,"
+                "SELECT ts, set_id, function_id, coalesce(samples, 0) AS samples,"
                 " coalesce(value, 0) AS value, total_samples, total_value"
-                " FROM totals LEFT JOIN self_1h USING (set_id, function_id))",
+                " FROM totals LEFT JOIN self_1h USING (set_id, function_id)",
                 folder,
             ),
-            *_write(opened, GROUPS_1H, _grouped("self_10m", 3600), folder),
+            *write_in_pieces(opened, GROUPS_1H, _GROUPED, folder),
             opened.write(
                 FUNCTIONS,
                 "SELECT * FROM functions SEMI JOIN totals USING (function_id)",
@@ -159,7 +163,7 @@ def write_day(
         SchemaError: a later version wrote one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    known = [each for each in files if each.table in {*OF_HOUR, *OF_DAY}]
+    known = [each for each in files if each.table in SERIES]
     with engine(memory_bytes, folder) as opened:
         opened.check(known)
         for daily, finer in ((FUNCTIONS_1D, FUNCTIONS_10M), (GROUPS_1D, GROUPS_1H)):
@@ -167,9 +171,9 @@ def write_day(
         opened.load("hours", "SELECT * FROM {files}", of_table(known, FUNCTIONS_1H))
         opened.load(FUNCTIONS, _ONE_OF_EACH, of_table(known, FUNCTIONS))
         return [
-            *_write(opened, FUNCTIONS_1H, "hours", folder),
-            *_write(opened, FUNCTIONS_1D, f"sums_{FUNCTIONS_1D}", folder),
-            *_write(opened, GROUPS_1D, f"sums_{GROUPS_1D}", folder),
+            *write_in_pieces(opened, FUNCTIONS_1H, "SELECT * FROM hours", folder),
+            *write_in_pieces(opened, FUNCTIONS_1D, f"SELECT * FROM sums_{FUNCTIONS_1D}", folder),
+            *write_in_pieces(opened, GROUPS_1D, f"SELECT * FROM sums_{GROUPS_1D}", folder),
             opened.write(FUNCTIONS, f"SELECT * FROM {FUNCTIONS}", folder),
         ]
 
@@ -307,14 +311,6 @@ def _load_functions(opened: Engine, locations: Columns, functions: LocationFunct
     )
 
 
-def _grouped(rows: str, bucket_s: int) -> str:
-    return (
-        f"(SELECT CAST(ts - ts % {bucket_s} AS UINTEGER) AS ts,"
-        f" CAST(host_id % {HOST_GROUPS} AS UTINYINT) AS group_id, set_id, function_id, {SUMS}"
-        f" FROM {rows} GROUP BY ALL)"
-    )
-
-
 def _load_days(opened: Engine, name: str, *some: Sequence[LocalFile]) -> None:
     """Make a table of the sums by day of several kinds of files that have equal columns."""
     kinds = [files for files in some if files]
@@ -329,16 +325,3 @@ def _load_days(opened: Engine, name: str, *some: Sequence[LocalFile]) -> None:
         f"CREATE TEMP TABLE {name} AS SELECT * EXCLUDE (samples, value), {SUMS} FROM ({rows})"
         " GROUP BY ALL"
     )
-
-
-def _write(opened: Engine, table: str, rows: str, folder: Path) -> list[LocalFile]:
-    """Write rows as a table, in as many files as it needs."""
-    count = int(opened.rows(f"SELECT count(*) FROM {rows}")[0][0])
-    pieces = 1 + count // _FILE_ROWS
-    written = []
-    for piece in range(pieces):
-        place = folder if pieces == 1 else folder / f"{table}-{piece}"
-        place.mkdir(exist_ok=True)
-        where = "" if pieces == 1 else f" WHERE function_id % {pieces} = {piece}"
-        written.append(opened.write(table, f"SELECT * FROM {rows}{where}", place))
-    return written

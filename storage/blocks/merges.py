@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from storage.blocks.compactor import Compactor, awake_s
+from storage.blocks.functions import OF_HOUR
 from storage.blocks.manifest import HourManifest, Part, Rollup, part_id
-from storage.blocks.parquet import HEADS_10M, ROLLUPS
+from storage.blocks.parquet import DETAIL, HEADS_10M, ROLLUPS
 from storage.blocks.work import merge_files, roll_up_hour
 from storage.objects.keys import ObjectTooLarge
 from storage.profile import ProfileError
@@ -126,9 +127,15 @@ def _merge(compactor: Compactor, hour: str, chosen: Sequence[Part]) -> bool:
 
 
 def is_rolled_up(manifest: HourManifest) -> bool:
-    """Return whether an hour has all rollups of its parts. Older versions made no heads."""
+    """Return whether an hour has all rollups of its parts that can be made.
+
+    Older versions made no heads and no functions, which cannot be made once detail has expired.
+    """
     tables = {file.table for file in manifest.hourly.files} if manifest.hourly else set()
-    return manifest.has_hourly and tables.issuperset(HEADS_10M)
+    has_functions = tables.issuperset(OF_HOUR) or not all(
+        part.files_of(DETAIL) for part in manifest.parts
+    )
+    return manifest.has_hourly and tables.issuperset(HEADS_10M) and has_functions
 
 
 def roll_up(compactor: Compactor, hour: str) -> bool:

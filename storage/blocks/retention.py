@@ -30,6 +30,7 @@ from msgspec.structs import replace
 
 from storage.blocks.compactor import Compactor, awake_s
 from storage.blocks.day import can_make_again
+from storage.blocks.functions import FUNCTIONS_1D, FUNCTIONS_10M, GROUPS_1D
 from storage.blocks.manifest import (
     DayManifest,
     HourManifest,
@@ -52,9 +53,9 @@ _LATE_DAYS = 8
 """How much later than its hour a file may be written: a week, and a day for the day's rollup."""
 _PROBE_LASTS_NS = 3600 * NS_PER_S
 _TEN_MINUTES = ROLLUPS[600]
-_FUNCTIONS_10M = frozenset({"functions_10m", FUNCTIONS})
+_FUNCTIONS_10M = frozenset({FUNCTIONS_10M, FUNCTIONS})
 """Tables of an hour's rollups that expire with buckets of ten minutes."""
-_HOUR_OF_DAY = frozenset({ROLLUPS[3600], "functions_1d"})
+_HOUR_OF_DAY = frozenset({ROLLUPS[3600], FUNCTIONS_1D, GROUPS_1D})
 """Tables of a day that expire with its hours."""
 
 log = logging.getLogger(__name__)

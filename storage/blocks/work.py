@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from storage.blocks.block import Block
 from storage.blocks.daily import DAILY, HOURLY, write_day
+from storage.blocks.functions import write_hour
 from storage.blocks.heads import write_heads
 from storage.blocks.loading import SUMS
 from storage.blocks.manifest import (
@@ -30,7 +31,15 @@ from storage.blocks.manifest import (
     part_id,
     producer,
 )
-from storage.blocks.parquet import DETAIL, HEADS, ROLLUPS, LocalFile, of_table, reading_engine
+from storage.blocks.parquet import (
+    DETAIL,
+    DICTIONARY,
+    HEADS,
+    ROLLUPS,
+    LocalFile,
+    of_table,
+    reading_engine,
+)
 from storage.blocks.tables import merge_parts, roll_up, write_block
 from storage.columns import Columns
 from storage.formats.limits import OutOfMemoryError
@@ -61,7 +70,7 @@ _TYPE_UNITS = {CPU: "nanoseconds"}
 _REASON_LIMIT = 500
 _LAST_S = (1 << 32) - 1
 """Tables have times of 32 bits."""
-_ROLLED_UP = frozenset({ROLLUPS[600], *HEADS, "label_sets"})
+_ROLLED_UP = frozenset({DETAIL, ROLLUPS[600], *HEADS, *DICTIONARY})
 """Tables of parts of which the rollups of an hour are made."""
 _WORK = "work-"
 _WORK_LASTS_S = 3 * 3600.0
@@ -204,6 +213,8 @@ def roll_up_hour(place: Place, parts: Sequence[Part], memory_bytes: int) -> list
         samples = [file for file in local if file.table == ROLLUPS[600]]
         made = roll_up(samples, HOUR_S, folder, memory_bytes)
         made += write_heads(local, folder, _hasher_of(place.key), memory_bytes)
+        if all(part.files_of(DETAIL) for part in parts):
+            made += write_hour(local, folder, _hasher_of(place.key), memory_bytes)
         _check_sums(made, (HOURLY, "times_10m"), *_sums_of(parts))
         return [_put(place, file) for file in made]
 

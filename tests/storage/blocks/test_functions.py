@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from storage.blocks import functions
+from storage.blocks import tables
 from storage.blocks.block import ROLLUP_LABELS, labels_id
+from storage.blocks.dictionary import read_dictionary
 from storage.blocks.functions import (
     FUNCTIONS_1D,
     FUNCTIONS_1H,
@@ -25,7 +26,6 @@ from storage.blocks.functions import (
     write_hour,
 )
 from storage.blocks.parquet import FUNCTIONS, LocalFile, engine, of_table
-from storage.blocks.reading import read_columns
 from storage.blocks.tables import merge_parts
 from storage.columns import Columns
 from storage.merging import adopt_names, merge_columns
@@ -33,7 +33,7 @@ from storage.objects.keys import NS_PER_S
 from storage.profile import Host, ProfileError, Window
 from storage.query.function_totals import FunctionTotals
 from tests.support import profiles as some
-from tests.support.blocks import ALWAYS, HASHER, Decoded, files_of, stored, write
+from tests.support.blocks import HASHER, Decoded, files_of, stored, write
 
 SLOW = settings(
     max_examples=4,
@@ -109,8 +109,7 @@ def selves(lines: Counter[tuple[tuple[int, ...], str]]) -> Counter[tuple[tuple[i
 
 def named(made: Sequence[Decoded], files: Sequence[LocalFile]) -> list[Columns]:
     """Return objects one by one, with the names that the files have for their locations."""
-    whole = read_columns(files, **ALWAYS)
-    assert whole is not None
+    whole = read_dictionary(files)
     return [
         dataclasses.replace(
             adopt_names(columns, [whole], columns.location_hashes), modules=whole.modules
@@ -205,11 +204,11 @@ def test_large_tables_are_several_files(tmp_path, monkeypatch):
     made = [stored(some.build([({}, [some.named(f"f{i}")], i + 1) for i in range(40)], {}, {}))]
     files = write(made, tmp_path / "part")
     whole = write_hour(files, tmp_path / "whole", HASHER)
-    monkeypatch.setattr(functions, "_FILE_ROWS", 10)
+    monkeypatch.setattr(tables, "PIECE_BYTES", 1500)
 
     pieces = write_hour(files, tmp_path / "pieces", HASHER)
 
-    assert len(of_table(pieces, FUNCTIONS_10M)) > 3
+    assert len(of_table(pieces, FUNCTIONS_10M)) > 1
     assert len({each.path for each in pieces}) == len(pieces)
     for table in OF_HOUR:
         assert rows_of(pieces, table) == rows_of(whole, table)
