@@ -48,9 +48,9 @@ from tests.support.deadly_stores import open_deadly
 
 GRACE_S = 4.0
 """S3 has times to the second, so ages may seem to be a second more or less."""
-HOURS = (3, 4, 24)
-"""Since the start of a day, which is over. The last hour goes on."""
-NOW_S = DAY_START_S + 24 * HOUR_S + 1800
+HOURS = (3, 4, 24, 25)
+"""Since the start of a day, which is over. The last hour goes on, and so does its day."""
+NOW_S = DAY_START_S + 25 * HOUR_S + 1800
 _LONGEST_LIFE_S, _FOREVER_S = 0.6, 60.0
 
 
@@ -187,7 +187,7 @@ class Trial:
         if not is_killed:
             return 0, _FOREVER_S
         if self.random.random() < 0.6:
-            return self.random.randint(1, 40), _FOREVER_S
+            return self.random.randint(1, 80), _FOREVER_S
         return 0, self.random.uniform(0.02, _LONGEST_LIFE_S)
 
     def note(self, status: int) -> None:
