@@ -287,7 +287,7 @@ def test_large_tables_are_several_files(expected, store, tmp_path, monkeypatch):
     compactor = compactor_of(store, tmp_path, DAY_IS_OVER_S)
     renew_day(compactor, DAY)
     whole = rows_of(store, check_day(expected))
-    monkeypatch.setattr(tables, "PIECE_BYTES", 800)
+    monkeypatch.setattr(tables, "PIECE_BYTES", 400)
     compactor.manifests.delete(DAY)
 
     assert renew_day(compactor, DAY)
