@@ -58,7 +58,7 @@ HOST_GROUPS = 32
 
 _WORDS_AT_ONCE = 1 << 21
 """Frames of stacks whose functions are added up at a time: each takes some 100 bytes meanwhile."""
-_TOTALS = (
+TOTALS = (
     "CAST(sum(total_samples) AS BIGINT) AS total_samples,"
     " CAST(sum(total_value) AS BIGINT) AS total_value"
 )
@@ -246,7 +246,7 @@ def _load_totals(opened: Engine, locations: Columns, functions: LocationFunction
         opened.run("INSERT INTO totals SELECT * FROM added")
     opened.run(
         "CREATE OR REPLACE TEMP TABLE totals AS"
-        f" SELECT min(ts) AS ts, set_id, function_id, {_TOTALS} FROM totals"
+        f" SELECT min(ts) AS ts, set_id, function_id, {TOTALS} FROM totals"
         " GROUP BY set_id, function_id"
     )
 

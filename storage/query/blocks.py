@@ -64,6 +64,7 @@ from storage.query.compacted import (
 )
 from storage.query.compacted_samples import read_self_samples
 from storage.query.coverage import Part, Skipped
+from storage.query.function_totals import FunctionTotals
 from storage.query.self_samples import ObjectSelfSamples
 from storage.selector import Selector
 
@@ -80,7 +81,7 @@ _MANY_ROWS = 4_000_000
 _MANY_HEADS = 20_000
 """Objects of a window beyond which heads of ten minutes are read where these are enough."""
 
-_Read = TypeVar("_Read", Columns, Times, ObjectSelfSamples)
+_Read = TypeVar("_Read", Columns, FunctionTotals, Times, ObjectSelfSamples)
 
 
 _log = logging.getLogger(__name__)
@@ -100,12 +101,12 @@ class Blocks:
         self._starts_ns: dict[str, tuple[float, list[int]]] = {}
         self._of_our_key: set[str] = set()
         self._lock = threading.Lock()
-        self._check: Callable[[], None] | None = None
+        self.check: Callable[[], None] | None = None
 
     def interruptible(self, check: Callable[[], None]) -> "Blocks":
         """Return the same blocks; what `check` raises ends what they read."""
         other = copy.copy(self)
-        other._check = check  # noqa: SLF001 - a copy of this very object
+        other.check = check
         return other
 
     def hours(self, window: Window, type_: str = CPU) -> CompactedHours:
@@ -237,6 +238,10 @@ class Blocks:
         """Read the profile of an hour with all labels; only selected rows."""
         return self._columns([hour], selector, rolls_up=False)
 
+    def rolled_up(self, hour: Compacted, selector: Selector) -> Part[Columns]:
+        """Read the profile of all hosts of an hour together, with the labels that rollups keep."""
+        return self._columns([hour], selector, rolls_up=True)
+
     def _columns(
         self, hours: Sequence[Compacted], selector: Selector, *, rolls_up: bool
     ) -> Part[Columns]:
@@ -255,15 +260,15 @@ class Blocks:
             dictionary = [local[file] for file in plan.dictionary]
             labels = [file for each in heads for file in each.files if file.table == "label_sets"]
             dictionary += [local[file] for file in labels if file not in plan.dictionary]
-            sets, hosts = _choose(dictionary, selector)
+            sets, hosts = choose_ids(dictionary, selector)
             columns = reading.read_columns(
-                _local(plan.samples, local),
-                _local(heads, local),
+                slices_of(plan.samples, local),
+                slices_of(heads, local),
                 dictionary,
                 lines,
                 sets=sets,
                 hosts=hosts,
-                check=self._check,
+                check=self.check,
             )
             if not selector.matchers:
                 check_whole(hours, columns)
@@ -279,7 +284,7 @@ class Blocks:
 
         chosen = (*plan.samples, *heads)
         files = [*(file for each in chosen for file in each.files), *plan.dictionary]
-        part = self._read(hours, files, read)
+        part = self.read(hours, files, read)
         notes = tuple(plan.notes)
         return replace(part, skipped=(*part.skipped, *notes)) if part.value is not None else part
 
@@ -314,14 +319,14 @@ class Blocks:
 
         def read(local: Mapping[File, LocalFile]) -> Times | None:
             check_heads(hours, heads)
-            slices = _local(heads, local)
-            sets, hosts = _choose(files_in(slices, "label_sets"), selector)
-            times = read_times(slices, lines, sets=sets, hosts=hosts, check=self._check)
+            slices = slices_of(heads, local)
+            sets, hosts = choose_ids(files_in(slices, "label_sets"), selector)
+            times = read_times(slices, lines, sets=sets, hosts=hosts, check=self.check)
             if not selector.matchers and lines is not Lines.LABELS:
                 check_whole(hours, times)
             return times
 
-        return self._read(hours, [file for each in heads for file in each.files], read)
+        return self.read(hours, [file for each in heads for file in each.files], read)
 
     def self_samples(self, hour: Compacted, hasher: Hasher) -> Part[ObjectSelfSamples]:
         """Read the self samples of an hour by location, for each second in which objects begin."""
@@ -331,9 +336,9 @@ class Blocks:
                 raise ProfileError("its samples by object have expired")
             return read_self_samples(list(local.values()), *seconds_of(hour.window), hasher)
 
-        return self._read([hour], files_of(hour, DETAIL, *DICTIONARY, *HEADS), read)
+        return self.read([hour], files_of(hour, DETAIL, *DICTIONARY, *HEADS), read)
 
-    def _read(
+    def read(
         self,
         hours: Sequence[Compacted],
         files: Sequence[File],
@@ -361,7 +366,7 @@ class Blocks:
         """Fetch chosen files, as `_fetched` does."""
         files = [file for each in chosen for file in each.files]
         with self._fetched(files) as local:
-            yield _local(chosen, dict(zip(files, local, strict=True)))
+            yield slices_of(chosen, dict(zip(files, local, strict=True)))
 
     @contextlib.contextmanager
     def _fetched(self, files: Sequence[File]) -> Iterator[list[LocalFile]]:
@@ -487,11 +492,13 @@ class Blocks:
         return starts_ns
 
 
-def _local(chosen: Sequence[Chosen], local: Mapping[File, LocalFile]) -> list[Slice]:
+def slices_of(chosen: Sequence[Chosen], local: Mapping[File, LocalFile]) -> list[Slice]:
     return [Slice(tuple(local[file] for file in each.files), each.spans) for each in chosen]
 
 
-def _choose(files: Sequence[LocalFile], selector: Selector) -> tuple[Hashes | None, Hashes | None]:
+def choose_ids(
+    files: Sequence[LocalFile], selector: Selector
+) -> tuple[Hashes | None, Hashes | None]:
     """Return the ids of the label sets and of the hosts that a selector accepts; None: of all."""
     if not selector.matchers:
         return None, None

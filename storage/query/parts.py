@@ -160,7 +160,7 @@ class Parts:
     def read(self, reader: Reader[Kept], window: Window) -> Iterator[Part[Kept]]:
         """Return the parts of a window in the order of their keys."""
         listed = self.listing.at(window)
-        yield from _skipped(listed.skipped)
+        yield from skipped_parts(listed.skipped)
         spans = self.spans(listed.objects, window, SPANS_NS)
         yield from self.read_spans(reader, itertools.chain(listed.hours, spans))
 
@@ -173,7 +173,7 @@ class Parts:
         see `Blocks.profile`.
         """
         listed = self.listing.at(window)
-        yield from _skipped(listed.skipped)
+        yield from skipped_parts(listed.skipped)
         if self.blocks.is_large(listed.hours):
             yield from self._read_together(
                 listed.hours, lambda: self.blocks.profile(listed.hours, selector, labels)
@@ -198,7 +198,7 @@ class Parts:
         read in place of objects if they have these labels.
         """
         listed = self.listing.at(window)
-        yield from _skipped(listed.skipped)
+        yield from skipped_parts(listed.skipped)
         others: list[Compacted] = []
         if not self.blocks.has_many(listed.hours):
             others, reader = listed.hours, self.times
@@ -459,6 +459,6 @@ class Parts:
         return replace(known, self_samples=self_samples[0] if self_samples else None)
 
 
-def _skipped(skipped: tuple[Skipped, ...]) -> Iterator[Part[Any]]:
+def skipped_parts(skipped: tuple[Skipped, ...]) -> Iterator[Part[Any]]:
     if skipped:
         yield Part((), None, skipped, is_lasting=False)

@@ -32,6 +32,7 @@ from storage.query.blocks import Blocks
 from storage.query.cache import DEFAULT_LIMIT_BYTES, DecodedCache
 from storage.query.coverage import Coverage, choose_parts, has_host, merging_early
 from storage.query.decoding import DecodeCounts, Decoder
+from storage.query.function_series import FunctionSeries, HostGroups
 from storage.query.function_totals import (
     PROCESS_LABELS,
     FunctionTotal,
@@ -322,9 +323,40 @@ class Query:
             chosen = (naming.named(each.filter(selector)) for each in stacks)
             return [FunctionTotals.of(each, hasher, left_out) for each in chosen], coverage
         early = merging_early(merge_function_totals, selector)
-        kept = parts.read(self._naming(parts, window).function_totals(), window)
+        series = FunctionSeries(parts)
+        if "host" not in {*selector.names, *by} and series.is_used(
+            window, selector.names.union(by)
+        ):
+            kept = series.read_totals(window, selector)
+        else:
+            kept = parts.read(self._naming(parts, window).function_totals(), window)
         totals, coverage = choose_parts(kept, window, selector, type, early)
         return [each.filter(selector) for each in totals], coverage
+
+    def is_read_from_series(self, window: Window, labels: Iterable[str] = ()) -> bool:
+        """Return whether functions of a window are read from what compaction has added up.
+
+        That is so if there is much of it, and only if series have the labels.
+        """
+        return FunctionSeries(self._parts).is_used(window, labels)
+
+    def host_groups(self) -> HostGroups:
+        """Return the groups of hosts that `self_by_host` can add hosts up to."""
+        return HostGroups(self._decoder.hasher)
+
+    def self_by_host(
+        self, window: Window, selector: Selector, groups: HostGroups | None = None
+    ) -> tuple[FunctionTotals | None, Coverage]:
+        """Return the self samples of each function by host, or by group of hosts, from series.
+
+        Totals are 0. The selector has labels that series have. None if the window holds nothing.
+        """
+        parts = self._parts.of_hosts(selector)
+        parts = replace(parts, listing=parts.listing.held(window))
+        early = merging_early(merge_function_totals, EMPTY)
+        read = FunctionSeries(parts).read_self(window, selector, groups)
+        found, coverage = choose_parts(read, window, EMPTY, CPU, early)
+        return (merge_function_totals(found) if found else None), coverage
 
     def self_samples(
         self, windows: Sequence[Window], selector: Selector = EMPTY
