@@ -26,7 +26,7 @@ import numpy as np
 from storage.blocks.block import Block
 from storage.blocks.dictionary import read_dictionary
 from storage.blocks.loading import insert_stacks
-from storage.blocks.parquet import DETAIL, LocalFile, engine
+from storage.blocks.parquet import DETAIL, LocalFile, engine, of_table
 from storage.blocks.reading import read_columns, sum_samples
 from storage.blocks.rollup import Stacks
 from storage.blocks.slices import Slice
@@ -161,7 +161,7 @@ def bench_parts(hosts: int, minutes: int, objects: int, folder: Path) -> None:
         f"{len(parts)} parts merged", lambda: merge_parts(files, folder / "merged", HASHER), rows
     )
     show(merged, "the merged part")
-    detail = [file for file in merged if file.table == DETAIL]
+    detail = of_table(merged, DETAIL)
     start_s, end_s = START_S, START_S + 3600
     sums = measure(
         f"sum of {detail[0].rows} rows of detail",

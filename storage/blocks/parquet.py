@@ -7,7 +7,9 @@ manifest says. DuckDB runs in this process with a connection per call, within a 
 moves to a temporary folder what does not fit.
 
 Ids are 64-bit hashes under the tenant's key (`storage.hashing`), equal on all machines, so files of
-any parts can be joined. Numbers are exact: sums of 64 bits that overflow are errors.
+any parts can be joined. Only detail numbers its stacks, in the order of the table `stacks` of its
+part: an id takes 1 to 2 bytes a row, a number 0.4. The columns `part` and `stack` of both tables
+join them (`scan_of`). Numbers are exact: sums of 64 bits that overflow are errors.
 """
 
 import atexit
@@ -85,15 +87,21 @@ _GROUP_SAMPLES = {
 }
 TABLES: Mapping[str, Mapping[str, str]] = {
     DETAIL: {
+        "part": "UBIGINT",
         "ts": "UINTEGER",
         "host_id": "UBIGINT",
         "set_id": "UBIGINT",
-        "stack_id": "UBIGINT",
+        "stack": "UINTEGER",
         **_SAMPLES,
     },
     **dict.fromkeys(ROLLUPS.values(), _ROLLUP),
     "times": _TIMES,
-    "stacks": {"stack_id": "UBIGINT", "frame_ids": "UBIGINT[]"},
+    "stacks": {
+        "part": "UBIGINT",
+        "stack": "UINTEGER",
+        "stack_id": "UBIGINT",
+        "frame_ids": "UBIGINT[]",
+    },
     "frames": {
         "frame_id": "UBIGINT",
         "build_id": "VARCHAR",
@@ -148,7 +156,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
 }
 
 _ORDER = {
-    DETAIL: "set_id, stack_id, host_id, ts, samples, value",
+    DETAIL: "host_id, set_id, stack, ts, samples, value",
     **dict.fromkeys(ROLLUPS.values(), "set_id, stack_id, ts"),
     "times": "object_id, host_id, set_id",
     "stacks": "frame_ids, stack_id",
@@ -179,9 +187,15 @@ _ROW_LIMIT = 1 << 31
 _VALUE_LIMIT = 1 << 27
 """Values of a column of lists. A few kilobytes may stand for as many; a million stacks have 30
 million frames."""
-_ROW_GROUP_ROWS = {DETAIL: 1 << 20}
-_FEW_ROWS = 122_880
-"""Rows of a row group of the other tables, whose rows may be hundreds of bytes long."""
+_ROW_GROUP_ROWS = 122_880
+"""Rows may be hundreds of bytes long, and a host's rows of detail are few."""
+_OPTIONS = {
+    # Ascending numbers take some bits each as differences, which the first version has not.
+    DETAIL: ", PARQUET_VERSION v2",
+    # Neighbours begin alike, which zstd finds, but not if a dictionary's numbers have 17 bits each.
+    "stacks": ", DICTIONARY_SIZE_LIMIT 1, COMPRESSION_LEVEL 9",
+}
+"""How tables are written that take most of the space."""
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 _Fetched = TypeVar("_Fetched")
@@ -248,11 +262,18 @@ class Engine:
         self._over(f"CREATE OR REPLACE TEMP TABLE {table} AS {query}", files)
 
     def write(
-        self, table: str, query: str, folder: Path, files: Sequence[LocalFile] = ()
+        self,
+        table: str,
+        query: str,
+        folder: Path,
+        files: Sequence[LocalFile] = (),
+        *,
+        part: int = 0,
     ) -> LocalFile:
         """Write what a query returns, sorted, as a file of a table, and return the file.
 
-        In the query `{files}` stands for the rows of some files.
+        In the query `{files}` stands for the rows of some files, as `scan_of` returns them. Stacks
+        are numbered here, as those of a part if its detail refers to them.
 
         Raises:
             ProfileError: a file is damaged.
@@ -264,10 +285,16 @@ class Engine:
         )
         options = (
             "FORMAT parquet, COMPRESSION zstd,"
-            f" ROW_GROUP_SIZE {_ROW_GROUP_ROWS.get(table, _FEW_ROWS)},"
+            f" ROW_GROUP_SIZE {_ROW_GROUP_ROWS}{_OPTIONS.get(table, '')},"
             f" KV_METADATA {{'{_SCHEMA_KEY}': '{SCHEMA}', '{_TABLE_KEY}': '{table}'}}"
         )
         ordered = f"SELECT {columns} FROM ({query}) ORDER BY {_ORDER[table]}"
+        if table == "stacks":
+            ordered = (
+                f"SELECT CAST({part} AS UBIGINT) AS part,"
+                " CAST(row_number() OVER () - 1 AS UINTEGER) AS stack, stack_id, frame_ids"
+                f" FROM (SELECT stack_id, frame_ids FROM ({query}) ORDER BY {_ORDER[table]})"
+            )
         self._over(f"COPY ({ordered}) TO {_literal(path)} ({options})", files)
         rows = self.rows(f"SELECT num_rows FROM parquet_file_metadata({_literal(path)})")
         return LocalFile(table, path, int(rows[0][0]))
@@ -526,8 +553,33 @@ def engine(
 
 
 def of_table(files: Iterable[LocalFile], table: str) -> list[LocalFile]:
-    """Return the files of one table, sorted by their names, so that no order shows."""
+    """Return the files of one table, sorted by their names, so that no order shows.
+
+    With those of detail come all of stacks, by which `scan_of` knows the ids of its stacks.
+    """
+    known = list(files)
+    chosen = _named(known, table)
+    return [*chosen, *_named(known, "stacks")] if table == DETAIL and chosen else chosen
+
+
+def _named(files: Iterable[LocalFile], table: str) -> list[LocalFile]:
     return sorted((each for each in files if each.table == table), key=lambda each: each.path.name)
+
+
+def scan_of(files: Sequence[LocalFile]) -> str:
+    """Return what stands in a query for the rows of files of one table.
+
+    Rows of detail have `part` and `stack`. If the stacks of all their parts are among the files
+    they have `stack_id` instead, null if a stack is missing.
+    """
+    detail = [each for each in files if each.table == DETAIL]
+    if not detail or len(detail) == len(files):
+        return _rows_of(files)
+    stacks = [each for each in files if each.table == "stacks"]
+    return (
+        f"(SELECT ts, host_id, set_id, stack_id, samples, value FROM {_rows_of(detail)}"
+        f" LEFT JOIN (SELECT part, stack, stack_id FROM {_rows_of(stacks)}) USING (part, stack))"
+    )
 
 
 @contextlib.contextmanager

@@ -148,12 +148,15 @@ def read_columns(
     with reading_engine(check) as opened:
         if not load_objects(opened, heads, lines, hosts):
             return None
-        label_sets = fetch_label_sets(opened, dictionary)
-        known = fetch_heads(opened, heads, label_sets, lines)
-        times = fetch_times(opened, heads, known, label_sets, lines, sets=sets, hosts=hosts)
-        rows = _fetch_rows(opened, samples, sets, hosts, by_host=lines is Lines.EACH)
-        stacks = fetch_dictionary(opened, dictionary, rows.stacks)
-    return make_columns(known, rows, stacks, label_sets, times)
+        label_sets = fetch_label_sets(opened, files)
+        heads = _heads_of(opened, files, label_sets)
+        times = _times_of(opened, files, heads, label_sets, sets=sets, hosts=hosts)
+        rows_of = of_table(files, DETAIL)
+        if samples_of is not None:
+            rows_of = [*samples_of, *of_table(files, "stacks")]
+        samples = _fetch_rows(opened, rows_of, start_s=start_s, end_s=end_s, sets=sets, hosts=hosts)
+        dictionary = fetch_dictionary(opened, files, samples.stacks)
+    return make_columns(heads, samples, dictionary, label_sets, times)
 
 
 def _fetch_rows(
@@ -164,10 +167,10 @@ def _fetch_rows(
     *,
     by_host: bool,
 ) -> Samples:
-    """Return the rows of slices over all times, by host where they are detail."""
-    files = files_in(slices, *_SAMPLES)
-    opened.check(files)
-    if hosts is not None and any(each.table != DETAIL for each in files):
+    """Return the rows of files over all times, by host where they are detail."""
+    detail = of_table(files, DETAIL)
+    rollups = [each for each in files if each.table in ROLLUPS.values()]
+    if rollups and hosts is not None:
         raise ProfileError("cannot tell hosts apart: the detail has expired")
     conditions = []
     for name, column, ids in (("sets", "set_id", sets), ("hosts", "host_id", hosts)):

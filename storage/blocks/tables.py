@@ -5,6 +5,8 @@ once, and of several names the best wins. Nothing depends on the order of the pa
 added up; where they have many stacks, rare ones are folded (`storage.blocks.rollup`).
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from storage.blocks.parquet import (
     DEFAULT_MEMORY_BYTES,
     DETAIL,
     DICTIONARY,
+    HEADS,
     PART,
     ROLLUPS,
     TABLES,
@@ -59,7 +62,9 @@ def one_of_each(table: str, files: int, chosen: str = "{files}") -> str:
 
     `chosen` is what they are read from. A single file has each id once.
     """
-    return (_ONE_OF_EACH[table] if files > 1 else "SELECT * FROM {}").format(chosen)
+    if files > 1:
+        return _ONE_OF_EACH[table].format(chosen)
+    return f"SELECT {'stack_id, frame_ids' if table == 'stacks' else '*'} FROM {chosen}"
 
 
 def write_block(block: Block, folder: Path) -> list[LocalFile]:
@@ -79,8 +84,16 @@ def write_block(block: Block, folder: Path) -> list[LocalFile]:
             " GROUP BY ALL"
         )
         _fold_rollup(opened, block.hasher)
-        sources = {table: table for table in PART} | {DETAIL: "detail", _FIRST_ROLLUP: "rollup"}
-        return [opened.write(table, f"SELECT * FROM {sources[table]}", folder) for table in PART]
+        part = functools.reduce(operator.xor, (each.object_id for each in block.objects))
+        written = {"stacks": _write_stacks(opened, folder, part)}
+        sources = {table: f"SELECT * FROM {table}" for table in PART} | {
+            _FIRST_ROLLUP: "SELECT * FROM rollup",
+            DETAIL: f"SELECT {part} AS part, * FROM detail JOIN numbered USING (stack_id)",
+        }
+        for table in PART:
+            if table not in written:
+                written[table] = opened.write(table, sources[table], folder)
+        return [written[table] for table in PART]
 
 
 def merge_parts(
@@ -99,21 +112,41 @@ def merge_parts(
     with engine(memory_bytes, folder) as opened:
         opened.check(files)
         refuse_repeated(opened, files)
-        rollups = of_table(files, _FIRST_ROLLUP)
-        merged = {}
-        for table in (DETAIL, "times", "objects", "presence"):
-            query = "SELECT * FROM {files}"
-            merged[table] = opened.write(table, query, folder, of_table(files, table))
         opened.load(
-            "rollup", f"SELECT ts, set_id, stack_id, {SUMS} FROM {{files}} GROUP BY ALL", rollups
+            "rollup",
+            f"SELECT ts, set_id, stack_id, {SUMS} FROM {{files}} GROUP BY ALL",
+            of_table(files, _FIRST_ROLLUP),
         )
         for table in DICTIONARY:
             chosen = of_table(files, table)
             opened.load(table, one_of_each(table, len(chosen)), chosen)
         _fold_rollup(opened, hasher)
-        for table, source in ((_FIRST_ROLLUP, "rollup"), *zip(DICTIONARY, DICTIONARY, strict=True)):
-            query = f"SELECT * FROM {source}"
-            merged[table] = opened.write(table, query, folder)
+        opened.load(
+            "part", "SELECT bit_xor(object_id) AS part FROM {files}", of_table(files, "objects")
+        )
+        ((part,),) = opened.rows("SELECT part FROM part")
+        merged = {"stacks": _write_stacks(opened, folder, part)}
+        opened.load(
+            "renumbered",
+            "SELECT part, numbered.stack AS stack, old.stack AS old_stack FROM {files} AS old"
+            " JOIN numbered USING (stack_id)",
+            of_table(files, "stacks"),
+        )
+        merged[DETAIL] = opened.write(
+            DETAIL,
+            f"SELECT {part} AS part, ts, host_id, set_id, renumbered.stack AS stack, samples, value"
+            " FROM {files} AS old JOIN renumbered"
+            " ON old.part = renumbered.part AND old.stack = old_stack",
+            folder,
+            [each for each in files if each.table == DETAIL],
+        )
+        for table in PART:
+            if table in HEADS:
+                query = "SELECT * FROM {files}"
+                merged[table] = opened.write(table, query, folder, of_table(files, table))
+            elif table not in merged:
+                source = "rollup" if table == _FIRST_ROLLUP else table
+                merged[table] = opened.write(table, f"SELECT * FROM {source}", folder)
     return [merged[table] for table in PART]
 
 
@@ -241,6 +274,13 @@ def refuse_repeated(opened: Engine, files: Sequence[LocalFile]) -> None:
     if repeated:
         names = ", ".join(str(each.path) for each in chosen)
         raise ProfileError(f"cannot read {names}: the object {repeated[0][0]} is there twice")
+
+
+def _write_stacks(opened: Engine, folder: Path, part: int) -> LocalFile:
+    """Write the table `stacks` as that of a part; make a table `numbered` of their numbers."""
+    file = opened.write("stacks", "SELECT * FROM stacks", folder, part=part)
+    opened.load("numbered", "SELECT stack, stack_id FROM {files}", [file])
+    return file
 
 
 def fetch_stacks(opened: Engine) -> Stacks:

@@ -31,16 +31,9 @@ from storage.blocks.manifest import (
     part_id,
     producer,
 )
-from storage.blocks.parquet import (
-    DETAIL,
-    DICTIONARY,
-    HEADS,
-    ROLLUPS,
-    LocalFile,
-    of_table,
-    reading_engine,
-)
-from storage.blocks.tables import merge_parts, roll_up, write_block
+from storage.blocks.parquet import DETAIL, LocalFile, of_table
+from storage.blocks.reading import sum_samples
+from storage.blocks.tables import merge_dictionaries, merge_parts, roll_up, write_block
 from storage.columns import Columns
 from storage.formats.limits import OutOfMemoryError
 from storage.hashing import Hasher
@@ -199,7 +192,7 @@ def merge_files(place: Place, parts: Sequence[Part], memory_bytes: int) -> list[
     files = [file for part in parts for file in part.files]
     with _fetched(place, files) as local, _working_folder(place.folder) as folder:
         merged = merge_parts(local, folder, _hasher_of(place.key), memory_bytes)
-        _check_sums(merged, (DETAIL, ROLLUPS[600], "times"), *_sums_of(parts))
+        _check_sums(of_table(merged, DETAIL), parts)
         return [_put(place, file) for file in merged]
 
 

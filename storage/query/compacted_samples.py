@@ -10,8 +10,7 @@ import numpy as np
 
 from storage.blocks import reading
 from storage.blocks.dictionary import read_dictionary, read_label_sets
-from storage.blocks.parquet import DETAIL, LocalFile
-from storage.blocks.times import read_heads
+from storage.blocks.parquet import DETAIL, LocalFile, of_table
 from storage.grouping import distinct
 from storage.hashing import Hasher
 from storage.location_functions import hash_functions
@@ -36,8 +35,9 @@ def read_self_samples(
     heads = read_heads(files, start_s=start_s, end_s=end_s)
     if heads is None:
         return None
-    details = [file for file in files if file.table == DETAIL]
-    rows = reading.sum_samples(details, start_s=start_s, end_s=end_s, by_host=True, bucket_s=1)
+    rows = reading.sum_samples(
+        of_table(files, DETAIL), start_s=start_s, end_s=end_s, by_host=True, bucket_s=1
+    )
     columns = read_dictionary(files, rows.stacks)
     label_sets = read_label_sets(files)
     starts_s, of_second = np.unique(rows.ts, return_inverse=True)

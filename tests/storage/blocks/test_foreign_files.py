@@ -144,14 +144,11 @@ def test_sums_beyond_64_bits_are_refused(tmp_path, files):
     """They are never cut."""
     (detail,) = files_of(files, DETAIL)
     path = tmp_path / "large.parquet"
-    copied(
-        f"SELECT * REPLACE ({2**62} AS value, 1 AS stack_id) FROM read_parquet('{detail.path}')",
-        path,
-        DETAIL,
-    )
+    equal = f"{2**62} AS value, 0::UINTEGER AS stack"
+    copied(f"SELECT * REPLACE ({equal}) FROM read_parquet('{detail.path}')", path, DETAIL)
 
     with pytest.raises(ProfileError, match=r"large\.parquet"):
-        reading.sum_samples([detail._replace(path=path)], **ALWAYS)
+        reading.sum_samples([detail._replace(path=path), *files_of(files, "stacks")], **ALWAYS)
 
 
 def test_samples_without_their_stacks_are_refused(tmp_path, files):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from storage.blocks import tables
 from storage.blocks.block import Block
 from storage.blocks.dictionary import read_dictionary
-from storage.blocks.parquet import DETAIL
+from storage.blocks.parquet import DETAIL, of_table
 from storage.blocks.reading import sum_samples
 from storage.blocks.rollup import Stacks, fold, keep_common, rest_id
 from storage.blocks.tables import merge_parts, write_block
@@ -104,7 +104,7 @@ def test_rollups_of_many_stacks_are_folded_exactly(tmp_path, monkeypatch):
     merged = merge_parts([*parts[0], *parts[1]], tmp_path / "merged", HASHER)
 
     for files in (*parts, merged):
-        detail = sum_samples(files_of(files, DETAIL), **ALWAYS)
+        detail = sum_samples(of_table(files, DETAIL), **ALWAYS)
         rolled = sum_samples(files_of(files, "samples_10m"), **ALWAYS)
         assert rolled.samples.sum() == detail.samples.sum()
         assert rolled.values.sum() == detail.values.sum()

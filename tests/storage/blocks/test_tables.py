@@ -4,15 +4,22 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+import duckdb
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage.blocks.block import ROLLUP_LABELS, Block, labels_id
 from storage.blocks.dictionary import read_label_sets
-from storage.blocks.parquet import DETAIL
-from storage.blocks.reading import sum_samples
-from storage.blocks.slices import seconds_of
+from storage.blocks.parquet import DETAIL, of_table
+from storage.blocks.reading import (
+    read_columns,
+    read_contents,
+    read_heads,
+    read_times,
+    seconds_of,
+    sum_samples,
+)
 from storage.blocks.tables import merge_parts, roll_up
 from storage.blocks.times import read_contents, read_heads
 from storage.columns import Columns, Times
@@ -199,8 +206,36 @@ def test_hosts_and_sets_can_be_chosen(tmp_path):
     assert of_set.total_samples == 2 * 5
     assert sum(counts[0] for counts in sum_times(of_set).values()) == 10
     assert (
-        sum_samples(files_of(files, DETAIL), **ALWAYS, sets=[], hosts=[host_id]).samples.sum() == 0
+        sum_samples(of_table(files, DETAIL), **ALWAYS, sets=[], hosts=[host_id]).samples.sum() == 0
     )
+
+
+def test_any_engine_joins_detail_and_stacks(tmp_path):
+    """By `part` and `stack`, of several parts at once; a host's rows stand together."""
+    made = [
+        stored(dataclasses.replace(some.synthetic(50, 9, seed=i), window=Window(i, i + 1)))
+        for i in range(3)
+    ]
+    parts = [write([each], tmp_path / str(i)) for i, each in enumerate(made)]
+    merged = merge_parts([*parts[0], *parts[1]], tmp_path / "merged", HASHER)
+    files = [*merged, *parts[2]]
+    detail, stacks = ([str(each.path) for each in files_of(files, t)] for t in (DETAIL, "stacks"))
+
+    rows = duckdb.execute(
+        "SELECT stack_id, len(frame_ids), CAST(sum(samples) AS BIGINT) FROM read_parquet($detail)"
+        " JOIN read_parquet($stacks) USING (part, stack) GROUP BY ALL ORDER BY stack_id",
+        {"detail": detail, "stacks": stacks},
+    ).fetchall()
+    hosts = duckdb.execute("SELECT host_id FROM read_parquet($1)", [detail[0]]).fetchall()
+
+    expected = merge_columns([columns for _, columns in made])
+    by_stack = dict.fromkeys(expected.stack_hashes.tolist(), 0)
+    for (_, stack), (samples, _) in zip(
+        expected.rows.tolist(), expected.counts.tolist(), strict=True
+    ):
+        by_stack[int(expected.stack_hashes[stack])] += samples
+    assert [(id_, samples) for id_, _, samples in rows] == sorted(by_stack.items())
+    assert hosts == sorted(hosts)
 
 
 def test_other_types_keep_value_beside_samples(tmp_path):
