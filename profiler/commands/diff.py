@@ -252,11 +252,13 @@ def _pair(
 ) -> Pair:
     """Read the stacks of both sides; the verdict needed only function totals."""
     if files is None:
-        query = query_of(open_tenant(options.store, options.endpoint or None, options.tenant))
-        profiles = [
-            only_hosts(query.profile(side.window, Selector.parse(side.query)).profile, side.hosts)
-            for side in (found.before, found.after)
-        ]
+        query = query_of(open_tenant(options.store, options.endpoint or None))
+        profiles = []
+        for side in (found.before, found.after):
+            labels = frozenset[str]() if side.has_all_hosts else None
+            answer = query.profile(side.window, Selector.parse(side.query), labels=labels)
+            hosts = None if side.has_all_hosts else side.hosts
+            profiles.append(only_hosts(answer.profile, hosts))
     else:
         profiles = [merge_columns(side) for side in files]
     units = [profile.unit for profile in profiles]

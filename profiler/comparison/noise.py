@@ -8,13 +8,22 @@ hosts.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
 from profiler.comparison import verdict
-from profiler.comparison.sides import PresenceByHost, Side, WindowPair, service_selector
+from profiler.comparison.sides import (
+    Operand,
+    Side,
+    WindowPair,
+    by_row,
+    read_presence,
+    read_self,
+    service_selector,
+)
 from profiler.comparison.verdict import Contrast, Costs, Floats, Noise, NoiseSource
 from profiler.text import counted
 from profiler.times import NS_PER_S, length_text
@@ -56,7 +65,7 @@ class Past:
         self.span = Window(min(w.start_ns for w in windows), max(w.end_ns for w in windows))
         self.length_ns = max(w.end_ns - w.start_ns for w in windows)
         overlap = max(w.start_ns for w in windows) < min(w.end_ns for w in windows)
-        has_common = set(pair.hosts[0]) & set(pair.hosts[1])
+        has_common = set(pair.rows[0]) & set(pair.rows[1])
         self.is_possible = not (overlap and has_common)
         """Otherwise both sides are the same at all earlier positions."""
         span_ns = self.span.end_ns - self.span.start_ns
@@ -72,20 +81,25 @@ class Past:
         if not self.is_possible:
             return
         query, positions = self._positions()
-        samples = self._samples(query, [back_ns for back_ns, _ in positions])
-        for number, (_, seconds) in enumerate(positions):
+        read = self._samples(query, [each.back_ns for each in positions])
+        for (_, seconds), samples in zip(positions, read, strict=True):
             before, after = (
-                Costs(samples[side][number], np.array([seconds[side][host] for host in hosts]))
-                for side, hosts in enumerate(self._pair.hosts)
+                Costs(samples[side], np.array([seconds[side][row] for row in rows]))
+                for side, rows in enumerate(self._pair.rows)
             )
             if before.samples.any() and after.samples.any():
                 yield before, after
 
-    def _samples(self, query: Query, backs: Sequence[int]) -> list[Floats]:
-        """Return for each side the self samples by position, host and function, read once."""
+    def _samples(self, query: Query, backs: Sequence[int]) -> Iterator[tuple[Floats, Floats]]:
+        """Return for each position the self samples of both sides by row and function."""
+        if self._pair.is_from_series:
+            for back_ns in backs:
+                yield self._read_position(query, back_ns, 0), self._read_position(query, back_ns, 1)
+            return
         table, sides = self._pair.table, range(len(self._selectors))
-        found = [np.zeros((len(backs), len(h), len(table.frames))) for h in self._pair.hosts]
-        numbers = [{host: j for j, host in enumerate(hosts)} for hosts in self._pair.hosts]
+        found = [np.zeros((len(backs), len(h), len(table.frames))) for h in self._pair.rows]
+        numbers = [{host: j for j, host in enumerate(hosts)} for hosts in self._pair.rows]
+        # All positions are read at once: they share the hours that they lie in.
         for selector in dict.fromkeys(self._selectors):
             asked = [side for side in sides if self._selectors[side] == selector]
             places = [(side, number) for side in asked for number in range(len(backs))]
@@ -93,7 +107,13 @@ class Past:
             for i, part in query.self_samples(windows, selector):
                 side, number = places[i]
                 found[side][number] += table.samples(part, numbers[side])
-        return found
+        yield from zip(*found, strict=True)
+
+    def _read_position(self, query: Query, back_ns: int, side: int) -> Floats:
+        rows = {row: i for i, row in enumerate(self._pair.rows[side])}
+        operand = Operand(self._selectors[side], self._window(side, back_ns))
+        sums = read_self(query, operand, self._pair.groups)
+        return self._pair.table.counts(sums, rows)[:, :, 2]
 
     def _positions(self) -> tuple[Query, list["Position"]]:
         """Return the positions on other days at the same hours, or those that follow each other."""
@@ -125,11 +145,13 @@ class Past:
         """Return the positions at which the service ran on the same hosts, in one version."""
         window = self._back(self.span, backs[-1], backs[0])
         knowns = [service_selector(each) for each in self._selectors]
-        presences = [
-            PresenceByHost(query.presence(window, known)) for known in dict.fromkeys(knowns)
-        ]
+        presences = [read_presence(query, window, known) for known in dict.fromkeys(knowns)]
         of_side = [presences[0], presences[-1]]
-        hosts = {*self._pair.hosts[0], *self._pair.hosts[1]}
+        hosts = {
+            host
+            for read, rows in zip(self._pair.reads, self._pair.rows, strict=True)
+            for host in (rows if self._pair.groups is None else read.hosts)
+        }
         found = []
         for back_ns in backs:
             span = self._back(self.span, back_ns, back_ns)
@@ -142,12 +164,12 @@ class Past:
             if len({service for service, _ in versions}) == 1 and len(versions) > 1:
                 continue
             seconds = tuple(
-                presence.seconds(known, self._window(i, back_ns), hosts)
+                by_row(presence.seconds(known, self._window(i, back_ns), hosts), self._pair.groups)
                 for i, (known, presence) in enumerate(zip(knowns, of_side, strict=True))
             )
             if all(
-                set(hosts) <= each.keys()
-                for hosts, each in zip(self._pair.hosts, seconds, strict=True)
+                set(rows) <= each.keys()
+                for rows, each in zip(self._pair.rows, seconds, strict=True)
             ):
                 found.append(Position(back_ns, seconds))
         return found
@@ -163,7 +185,7 @@ class Past:
 class Position(NamedTuple):
     back_ns: int
     seconds: tuple[dict[str, float], ...]
-    """By side: how long the service ran, by host."""
+    """By side: how long the service ran, by row."""
 
 
 def estimate_noise(
@@ -173,9 +195,11 @@ def estimate_noise(
     now = pair.contrast(before.costs, after.costs)
     if len(past) >= verdict.MIN_POSITIONS:
         return pair.against(now, past)
-    hosts = len(before.hosts), len(after.hosts)
+    hosts = before.rows, after.rows
     if pair.is_paired and hosts[0] >= verdict.MIN_HOSTS:
-        return now, verdict.noise_of_hosts(now)
+        noise = verdict.noise_of_hosts(now)
+        source = NoiseSource.GROUPS if before.is_grouped else noise.source
+        return now, replace(noise, source=source)
     is_enough = min(hosts) >= verdict.MIN_REPLICATES and sum(hosts) >= verdict.MIN_HOSTS
     if not pair.is_paired and is_enough:
         return verdict.contrast_of_replicates(before.costs, after.costs, NoiseSource.HOSTS)
@@ -184,7 +208,7 @@ def estimate_noise(
 
 def too_little(past: Past, sides: Sequence[Side], positions: int) -> str:
     """Return a warning that says how much data a verdict needs, and what could show then."""
-    hosts = len(sides[0].hosts)
+    hosts = sides[0].rows
     text = (
         f"too little data for a verdict: {counted(positions, 'earlier position')} of the same"
         f" length (it takes {verdict.MIN_POSITIONS}), {counted(hosts, 'host')} (or"

@@ -18,6 +18,7 @@ NAME_WIDTH = 60
 _NOISE = {
     NoiseSource.HISTORY: "{} earlier positions of the same length, on the same hosts",
     NoiseSource.HOSTS: "differences between {} hosts",
+    NoiseSource.GROUPS: "differences between {} groups of hosts",
     NoiseSource.REPLICATES: "differences between {} runs",
     NoiseSource.NONE: "unknown",
 }

@@ -63,6 +63,8 @@ class NoiseSource(StrEnum):
 
     HISTORY = "history"
     HOSTS = "hosts"
+    GROUPS = "groups"
+    """Of hosts."""
     REPLICATES = "replicates"
     NONE = "none"
 

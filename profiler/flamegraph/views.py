@@ -147,8 +147,10 @@ def _columns_of(profile: Columns, paths: Paths, chosen: Integers) -> Columns:
     return Columns.of(changed)
 
 
-def only_hosts(profile: Columns, hosts: Sequence[str]) -> Columns:
-    """Return the rows of some hosts, without merging anything again."""
+def only_hosts(profile: Columns, hosts: Sequence[str] | None) -> Columns:
+    """Return the rows of some hosts, without merging anything again; None: of all."""
+    if hosts is None:
+        return profile
     wanted = set(hosts)
     is_wanted = [dict(labels).get("host", "") in wanted for labels in profile.label_sets]
     return profile if all(is_wanted) else profile.with_label_sets(is_wanted)

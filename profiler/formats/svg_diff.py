@@ -98,6 +98,7 @@ _HATCHES = (
 _NOISE = {
     NoiseSource.HISTORY: "judged by {} earlier positions",
     NoiseSource.HOSTS: "judged by {} hosts",
+    NoiseSource.GROUPS: "judged by {} groups of hosts",
     NoiseSource.REPLICATES: "judged by {} runs",
     NoiseSource.NONE: "too little data for a verdict",
 }

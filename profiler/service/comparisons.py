@@ -130,7 +130,7 @@ class Comparisons:
             found = of_store(query, operands[0], operands[1], changes_ns)
             check()
             chosen = [
-                only_hosts(answer.profile, side.hosts)
+                only_hosts(answer.profile, None if side.has_all_hosts else side.hosts)
                 for answer, side in zip(merged, (found.before, found.after), strict=True)
             ]
             made = Compared(
