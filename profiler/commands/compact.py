@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import functools
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from concurrent.futures import Executor
 
 import orjson
 
+from profiler.cluster import ClusterError, ClusterExecutor
 from profiler.commands import arguments
 from profiler.commands.selection import opened
 from profiler.text import counted, tell
@@ -35,6 +37,9 @@ _SHOWN_UNREADABLE = 5
 _WORKER_BYTES = 3 << 30
 """What a worker may reserve. It uses some 1 GB: DuckDB, which has a limit of its own, reserves more
 than it uses."""
+_MOST_AT_ONCE = 64
+"""Hours that are compacted at once in a cluster, a thread each that waits for its workers. Each has
+several pieces of work under way."""
 _LEAST_LEVEL0_S = 3600.0
 """A reader that has looked for compacted hours just before must still find their objects."""
 _DEFAULTS = "level0=2d,detail=14d,10m=30d,1h=90d,1d=400d"
@@ -46,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  everflame compact --dry-run\n"
         "  everflame compact --store s3://profiles/prod --every 60s\n"
         "  everflame compact --keep detail=30d,1d=800d\n"
+        "  everflame compact --store s3://profiles --cluster tcp://scheduler:8786\n"
         "  everflame compact --store s3://profiles --lifecycle > rules.json\n"
         "  aws s3api put-bucket-lifecycle-configuration --bucket profiles \\\n"
         "    --lifecycle-configuration file://rules.json\n\n"
@@ -97,6 +103,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes that decode and merge, each with about 1 GB (default: one per CPU, at"
         " most 4)",
     )
+    parser.add_argument(
+        "--cluster",
+        type=cluster_address,
+        default="",
+        metavar="tcp://HOST:PORT",
+        help="scheduler of a Dask cluster whose workers decode and merge in place of --workers;"
+        " they must reach the store by the same --store",
+    )
 
 
 def keep(text: str) -> Keep:
@@ -117,6 +131,15 @@ def keep(text: str) -> Keep:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def cluster_address(text: str) -> str:
+    """Check the address of a scheduler; argparse checks the default, which is empty, as well."""
+    if text and not re.fullmatch(r"(tcp|tls)://[^/\s]+:\d{1,5}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not the address of a scheduler (try tcp://HOST:8786)"
+        )
+    return text
+
+
 def workers(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 64:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes (1 to 64)")
@@ -134,7 +157,7 @@ def run(options: argparse.Namespace) -> int:
     if options.lifecycle:
         return _print_lifecycle(options)
     patience_s = PATIENCE_S if options.every else 0.0
-    with _working(options.workers) as executor:
+    with _working(options) as executor:
         known: dict[str, Rounds] = {}
 
         def run_once() -> int:
@@ -187,15 +210,28 @@ def make_rounds(
             tell=tell_progress,
         )
 
-    return Rounds(store, folder, make, options.keep, hours_at_once=options.workers)
+    at_once = options.workers
+    if isinstance(executor, ClusterExecutor):
+        at_once = min(max(at_once, executor.threads), _MOST_AT_ONCE)
+    return Rounds(store, folder, make, options.keep, hours_at_once=at_once)
 
 
 @contextlib.contextmanager
-def _working(count: int) -> Iterator[Executor]:
-    """Run so many workers for the length of the block; a single one is started for each task."""
-    executor = Workers(count, memory_bytes=_WORKER_BYTES)
+def _working(options: argparse.Namespace) -> Iterator[Executor]:
+    """Run workers for the length of the block, or use those of a cluster.
+
+    A single worker is started for each task.
+
+    Raises:
+        ClusterError: the cluster cannot be used.
+    """
+    executor: Executor
+    if options.cluster and not options.dry_run:  # which hands out no work
+        executor = ClusterExecutor(options.cluster, memory_bytes=_WORKER_BYTES)
+    else:
+        executor = Workers(options.workers, memory_bytes=_WORKER_BYTES)
     try:
-        if count > 1:
+        if isinstance(executor, Workers) and options.workers > 1:
             executor.start()
         yield executor
     finally:
@@ -212,7 +248,7 @@ def _repeat(run_once: Callable[[], int], every_s: float) -> int:
             begun_s = time.monotonic()
             try:
                 run_once()
-            except StoreUnavailable as error:
+            except (StoreUnavailable, ClusterError) as error:
                 tell_line(f"{error}; trying again in {every_s:g} s")
             ends.wait(max(0.0, begun_s + every_s - time.monotonic()))
     except KeyboardInterrupt:
@@ -336,9 +372,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tenant", default="")
     parser.add_argument("--keep", type=keep, default=Keep.of({}))
     options = parser.parse_args(argv)
-    options.dry_run, options.workers = False, 1
+    options.dry_run, options.workers, options.cluster = False, 1, ""
     try:
-        with _working(options.workers) as executor:
+        with _working(options) as executor:
             rounds = make_rounds(opened(options), options, executor, PATIENCE_S, lambda _: None)
             report = rounds.run_once()
     except (StoreError, OSError, RuntimeError, MemoryError) as error:  # there is another time

@@ -54,7 +54,7 @@ from storage.blocks.work import (
 from storage.objects.keys import CPU, NS_PER_S, ObjectKey, StoredObject, hour_of
 from storage.objects.tenant import HOUR_NS, TenantStore
 from storage.objects.tenant_key import make_tenant_key, read_tenant_key
-from storage.query.workers import LoneWorker, NoWorkersError, Workers
+from storage.query.workers import HasLoneWorker, LoneWorker, NoWorkersError
 
 GRACE_S = 3600.0
 """What no manifest names is deleted once it is so old: it may be about to be named, and readers may
@@ -390,7 +390,7 @@ class Compactor:
 
     def _lone_worker(self) -> LoneWorker:
         executor = self._executor
-        return executor.lone_worker() if isinstance(executor, Workers) else LoneWorker()
+        return executor.lone_worker() if isinstance(executor, HasLoneWorker) else LoneWorker()
 
     def _place(self, name: str) -> Place:
         return Place(self.store, self.tenant.tenant, self.type, name, self._key, self._folder)

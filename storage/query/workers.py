@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 LATE_AFTER = 6
 """Chunks that are decoded before workers are started: a second's work."""
@@ -210,6 +210,14 @@ class LoneWorker:
         except BrokenExecutor:
             self.__exit__()
             raise
+
+
+@runtime_checkable
+class HasLoneWorker(Protocol):
+    """An executor that says which process does what may kill its workers."""
+
+    def lone_worker(self) -> LoneWorker:
+        """Return one, which is not started yet."""
 
 
 def start_workers(count: int) -> Workers:
