@@ -146,29 +146,9 @@ class Decoder:
             return DecodeCounts()
         return DecodeCounts(*self._workers.counts, self._again, self._skipped)
 
-    def decode(
-        self,
-        objects: Sequence[ListedObject],
-        progress: Progress,
-        keep: Callable[[Part[Columns]], None] = lambda _: None,
-    ) -> list[Part[Columns]]:
-        """Fetch and decode objects. Those of a chunk are merged, as far as they add up.
-
-        When the progress ends it, what was decoded by then is given to `keep`: whoever asks again
-        gets further.
-        """
+    def decode(self, objects: Sequence[ListedObject], progress: Progress) -> list[Part[Columns]]:
+        """Fetch and decode objects. Those of a chunk are merged, as far as they add up."""
         read: list[Part[Columns]] = []
-        try:
-            self._decode_into(read, objects, progress)
-        except BaseException:
-            for part in read:
-                keep(part)
-            raise
-        return read
-
-    def _decode_into(
-        self, read: list[Part[Columns]], objects: Sequence[ListedObject], progress: Progress
-    ) -> None:
         waiting: deque[Callable[[], Decoded]] = deque()
         stored_of = {key.text: stored for key, stored in objects}
 
@@ -201,6 +181,7 @@ class Decoder:
             waiting.append(self._start(chunk, progress))
         while waiting:
             take()
+        return read
 
     def _fetch(self, listed: ListedObject) -> bytes | Part[Columns]:
         stored = listed.stored

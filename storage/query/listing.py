@@ -1,13 +1,13 @@
 """Listing: what a window holds: objects, and hours that are compacted. Cuts objects into spans.
 
-A span is an hour of one host, or ten minutes of it. Spans that lie wholly in a window are kept
-merged (`storage.query.parts`), so that 24 hours of a host are 24 files and not 1,440.
+A span is ten minutes of one host, the longest that objects wait for a compactor that runs as often.
+Spans that lie wholly in a window are kept merged (`storage.query.parts`): a tenth of the files.
 """
 
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -26,11 +26,7 @@ from storage.query.coverage import ListedObject, Skipped
 from storage.query.threads import never_interrupt
 
 HOUR_NS = 3600 * NS_PER_S
-SPANS_NS = (HOUR_NS, HOUR_NS // 6)
-"""Lengths of the spans that are kept merged: whole hours, and ten minutes of the hours in which a
-window begins and ends. The last hour begins and ends inside an hour, and is what most people ask
-for."""
-
+SPAN_NS = HOUR_NS // 6
 
 _GONE = (
     "{:,} of its objects are only there compacted, without labels of single processes (pid, tid)"
@@ -239,24 +235,15 @@ def nearest_objects(store: TenantStore, window: Window, type_: str = CPU) -> lis
 
 
 def split_spans(
-    objects: Iterable[ListedObject], start_ns: int, end_ns: int, spans_ns: Sequence[int]
+    objects: Iterable[ListedObject], start_ns: int, end_ns: int
 ) -> Iterator[tuple[list[ListedObject], bool]]:
-    """Cut objects into spans of a host; return with each whether it lies wholly between two times.
-
-    Spans that do not are cut into the shorter ones of `spans_ns`, if there are any.
-    """
+    """Cut objects into spans; return with each whether it lies wholly between two times."""
 
     def span_of(each: ListedObject) -> tuple[int, str]:
-        return each.key.start_ns // spans_ns[0], each.key.host_id
+        return each.key.start_ns // SPAN_NS, each.key.host_id
 
     for (number, _), group in itertools.groupby(objects, span_of):
-        part = list(group)
-        if start_ns <= number * spans_ns[0] and (number + 1) * spans_ns[0] <= end_ns:
-            yield part, True
-        elif spans_ns[1:]:
-            yield from split_spans(part, start_ns, end_ns, spans_ns[1:])
-        else:
-            yield part, False
+        yield list(group), start_ns <= number * SPAN_NS and (number + 1) * SPAN_NS <= end_ns
 
 
 def union(windows: Iterable[Window], grid_ns: int) -> list[Window]:

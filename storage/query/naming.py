@@ -14,7 +14,7 @@ from storage.profile import Window
 from storage.query.compacted import Compacted
 from storage.query.coverage import ListedObject, Part, Skipped
 from storage.query.function_totals import FunctionTotals
-from storage.query.listing import SPANS_NS, union
+from storage.query.listing import union
 from storage.query.parts import Parts, Reader, Source, Span
 from storage.query.resolve import KnownNames, LocationNames
 
@@ -40,8 +40,8 @@ class Naming:
                 each.stored.key: each for each in found.objects
             }
             listed |= {hour.key: hour for hour in found.hours}
-            spans = parts.spans(found.objects, window, SPANS_NS)
-            every: list[Span | Compacted] = [*found.hours, *spans]
+            spans = parts.spans(found.objects, window)
+            every: list[Span | CompactedHour] = [*found.hours, *spans]
             for part in parts.read_spans(parts.location_names, every):
                 if part.value is not None:
                     naming.known.add(part.value)

@@ -26,15 +26,7 @@ from storage.query.compacted import Compacted, has_detail
 from storage.query.coverage import Derived, Kept, ListedObject, Part, Skipped
 from storage.query.decoding import FETCHES, Decoder, Progress, join_parts
 from storage.query.function_totals import FunctionTotals
-from storage.query.listing import (
-    HOUR_NS,
-    SPANS_NS,
-    Listing,
-    is_inside,
-    overlap,
-    split_spans,
-    union,
-)
+from storage.query.listing import HOUR_NS, SPAN_NS, Listing, is_inside, overlap, split_spans, union
 from storage.query.resolve import LocationNames
 from storage.query.self_samples import ObjectSelfSamples
 from storage.query.threads import Turns, map_ahead
@@ -160,8 +152,8 @@ class Parts:
     def read(self, reader: Reader[Kept], window: Window) -> Iterator[Part[Kept]]:
         """Return the parts of a window in the order of their keys."""
         listed = self.listing.at(window)
-        yield from skipped_parts(listed.skipped)
-        spans = self.spans(listed.objects, window, SPANS_NS)
+        yield from _skipped(listed.skipped)
+        spans = self.spans(listed.objects, window)
         yield from self.read_spans(reader, itertools.chain(listed.hours, spans))
 
     def read_profile(
@@ -180,7 +172,7 @@ class Parts:
             )
         else:
             yield from self.read_spans(self.selected_columns(selector), listed.hours)
-        spans = self.spans(listed.objects, window, SPANS_NS)
+        spans = self.spans(listed.objects, window)
         yield from self.read_spans(self.columns, spans)
 
     def read_times(
@@ -225,7 +217,7 @@ class Parts:
         yield from parts
 
     def read_around(self, reader: Reader[Kept], windows: Sequence[Window]) -> Iterator[Part[Kept]]:
-        """Return the parts of windows; the whole hours around them where these are kept.
+        """Return the parts of windows; what is kept of the whole hours and spans around them.
 
         For kinds of values that hold each object on its own: the caller leaves out the others.
         """
@@ -238,32 +230,29 @@ class Parts:
                     if any(overlap(window, compacted.window) for window in joined):
                         yield compacted
                 objects = found.objects
-                for listed, is_whole in self.spans(objects, hours, SPANS_NS[:1]):
-                    number = listed[0].key.start_ns // HOUR_NS
-                    hour = Window(number * HOUR_NS, (number + 1) * HOUR_NS)
+                for listed, is_whole in self.spans(objects, hours):
+                    number = listed[0].key.start_ns // SPAN_NS
+                    span = Window(number * SPAN_NS, (number + 1) * SPAN_NS)
                     asked = [
-                        (window, [each for each in listed if is_inside(each.key, window)])
+                        some
                         for window in joined
-                        if overlap(window, hour)
+                        if overlap(window, span)
+                        and (some := [each for each in listed if is_inside(each.key, window)])
                     ]
-                    count = sum(len(some) for _, some in asked)
-                    if count == 0:
+                    is_all = sum(map(len, asked)) == len(listed)
+                    if not asked:
                         continue
-                    is_all = count == len(listed)
                     if is_whole and (is_all or self.cache.touch(reader.kind, self.name(listed))):
                         yield listed, True
-                        continue
-                    for window, some in asked:
-                        yield from self.spans(some, window, SPANS_NS)
+                    else:
+                        yield from ((some, False) for some in asked)
 
         yield from self.read_spans(reader, spans())
 
-    def spans(
-        self, objects: Iterable[ListedObject], window: Window, spans_ns: Sequence[int]
-    ) -> Iterator[Span]:
+    def spans(self, objects: Iterable[ListedObject], window: Window) -> Iterator[Span]:
         """Cut the objects of a window into spans that may be kept merged, and others."""
         end_ns = min(window.end_ns, self.now_ns() - _SETTLED_AFTER_NS)
-        yield from split_spans(objects, window.start_ns, end_ns, spans_ns)
+        yield from split_spans(objects, window.start_ns, end_ns)
 
     def read_spans(
         self, reader: Reader[Kept], spans: Iterable[Span | Compacted]
@@ -410,13 +399,7 @@ class Parts:
     ) -> list[Part[Columns]]:
         """Decode and merge what is not kept of a span; anew: all of it."""
         read, missing = ([], objects) if anew else self._kept_parts(objects)
-        listed = {each.stored.key: each for each in objects}
-
-        def keep(part: Part[Columns]) -> None:
-            if part.value is not None and part.is_lasting:
-                self._keep(part, self.name([listed[key] for key in part.keys]))
-
-        parts = join_parts([*read, *self.decoder.decode(missing, self.progress, keep)])
+        parts = join_parts([*read, *self.decoder.decode(missing, self.progress)])
         if len(parts) != 1 or parts[0].value is None:
             return parts
         whole = replace(parts[0], keys=tuple(each.stored.key for each in objects))
@@ -435,27 +418,17 @@ class Parts:
     def _kept_parts(
         self, objects: Sequence[ListedObject]
     ) -> tuple[list[Part[Columns]], list[ListedObject]]:
-        """Return what is kept of a span's shorter spans and objects, and the objects left over."""
-        read: list[Part[Columns]] = []
-        missing: list[ListedObject] = []
-        for span, _ in split_spans(objects, 0, 0, SPANS_NS[1:]):
-            if len(span) < len(objects):
-                known = self._kept_part(span)
-                more, rest = ([known], []) if known is not None else self._kept_parts(span)
-            else:
-                found = [(each, self._kept_part([each])) for each in span]
-                rest = [each for each, known in found if known is None]
-                more = join_parts([known for _, known in found if known is not None])
-            read += more
-            missing += rest
-        return read, missing
+        """Return what is kept of a span's objects, and the objects left over."""
+        found = [(each, self._kept_part(each)) for each in objects]
+        kept = [known for _, known in found if known is not None]
+        return join_parts(kept), [each for each, known in found if known is None]
 
-    def _kept_part(self, objects: Sequence[ListedObject]) -> Part[Columns] | None:
-        """Return what is kept of a part to be merged, with its self samples if they are kept."""
-        known = self._kept_span(Columns, objects)
+    def _kept_part(self, listed: ListedObject) -> Part[Columns] | None:
+        """Return what is kept of an object, with its self samples if they are kept."""
+        known = self._kept_span(Columns, [listed])
         if known is None:
             return None
-        self_samples = self.cache.load(ObjectSelfSamples, self.name(objects))
+        self_samples = self.cache.load(ObjectSelfSamples, self.name([listed]))
         return replace(known, self_samples=self_samples[0] if self_samples else None)
 
 
