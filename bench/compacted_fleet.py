@@ -10,7 +10,8 @@ hours and days, and what else it keeps. The service reads the result as any othe
   hottest stacks are spread over all hosts by their load; each other one over one host for every
   FEW samples, so that there are a tenth as many rows by host as in a real hour. Rollups, which are
   without hosts, have the real size.
-- Hours of earlier days have the same, with all samples of an hour at its start.
+- Hours of earlier days have the same with all samples of an hour at its start, but for the hour
+  before the last day.
 - The last minutes of the last hour (`--detail-minutes`) are windows of a minute as fleet.py draws
   them, each row by row: what one host did is asked of these.
 
@@ -101,22 +102,23 @@ class CompactedFleet:
         """Return an hour of one object per host and ten minutes."""
         start_s = start_s_of(hour)
         is_last_day = start_s >= self._last_day_s
+        is_fine = start_s >= self._last_day_s - HOUR_S
         random = np.random.default_rng((7, start_s))
         buckets = HOUR_S // BUCKET_S
         hosts = len(self._fleet.hosts)
         rows: list[Rows] = []
-        lasting = range(buckets) if is_last_day else range(1)
+        lasting = range(buckets if is_fine else 1)
         for bucket in lasting:
             minute = (start_s + bucket * BUCKET_S) % DAY_S // 60
             length_min = HOUR_S // 60 // len(lasting)
             for running in self._running(minute, is_last_day=is_last_day):
                 drawn = self._draw(random, running, length_min)
-                if not is_last_day:  # which of the hour's objects has a row does not matter
+                if not is_fine:  # which of the hour's objects has a row does not matter
                     bucket = random.integers(0, buckets, len(drawn.objects))  # noqa: PLW2901
                 rows.append(drawn._replace(objects=drawn.objects + bucket * hosts))
         all_rows = Rows(*map(np.concatenate, zip(*rows, strict=True)))
         starts_s = start_s + BUCKET_S * (np.arange(buckets * hosts) // hosts)
-        ts = starts_s if is_last_day else np.full(len(starts_s), start_s)
+        ts = starts_s if is_fine else np.full(len(starts_s), start_s)
         return self._block(all_rows, np.arange(buckets * hosts) % hosts, starts_s, ts)
 
     def minutes(self, minutes: Sequence[int]) -> Block:
@@ -261,7 +263,9 @@ class CompactedFleet:
     def _whole(
         self, objects: list[BlockObject], samples: Samples, times: ObjectTimes, stacks: Integers
     ) -> Block:
-        dictionary = fleet.choose_stacks(self._dictionary, stacks)
+        # Two services that run the same code may have a stack in common.
+        firsts = np.unique(self._dictionary.stack_hashes[stacks], return_index=True)[1]
+        dictionary = fleet.choose_stacks(self._dictionary, stacks[np.sort(firsts)])
         return Block(
             type=CPU,
             unit="nanoseconds",

@@ -201,6 +201,7 @@ class Programs:
         trees: list[CallTree] = []
         first = number = first_place = 0
         own_of: dict[str, Binary | None] = {}
+        named: dict[str, Integers] = {}
         for service in self._layout.services:
             if service.program not in own_of:
                 own_of[service.program] = _own_binary(
@@ -215,7 +216,12 @@ class Programs:
             else:
                 zones = Zones(len(own.functions), len(in_libraries), len(shared[-1]))
                 count = stacks // versions
-                owned = [self.code.add(own)] * 2
+                # Named code is the same in whatever runs it.
+                if own.is_named and service.program in named:
+                    owned = [named[service.program]] * 2
+                else:
+                    owned = [self.code.add(own)] * 2
+                    named[service.program] = owned[0]
                 modules = [[own.module, *modules[0]]] * 2
                 if versions > 1:
                     owned[1], modules[1] = self._deploy(own, owned[0], modules[0])
