@@ -33,8 +33,6 @@ from storage.profile import make_labels
 
 BUCKET_S = 600
 _HOST_BITS = 41
-_LARGEST = 2**62
-"""Longer presence of a service is cut, as where objects are read."""
 _LARGEST_OF = frozenset({"cpus", "agent_rss_bytes"})
 """Counts of which the largest stands for all; others are added up."""
 
@@ -75,7 +73,7 @@ def write_heads(
         )
         opened.run(
             "CREATE TEMP TABLE presence_10m AS SELECT head_id AS object_id, rolled_id AS set_id,"
-            f" CAST(least(sum(present_ns), {_LARGEST}) AS BIGINT) AS present_ns"
+            " CAST(sum(present_ns) AS BIGINT) AS present_ns"
             " FROM presence JOIN heads USING (object_id) JOIN rolled USING (set_id) GROUP BY ALL"
         )
         load_label_sets(opened, labels)
