@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,7 +30,6 @@ _USED_TO_NS = 60 * 1_000_000_000
 _PARTIAL = ".part"
 _PARTIAL_LASTS_NS = 3600 * 1_000_000_000
 """A partial file that is older belongs to a process that crashed: no write takes so long."""
-_KEPT_LONGEST_PART = 4
 _PINS = ".pins"
 _FLOCK = struct.Struct("hhqqi4x")  # fcntl.h's struct flock on 64-bit machines
 
@@ -53,24 +52,15 @@ class FileCache:
     """Files below `folder` by name; names are relative paths of at most two segments.
 
     `files` is a glob pattern of what counts against the budget, which may take in what other
-    versions of this program left in neighbouring folders. Files with a suffix in `kept_longest`
-    are evicted last, as long as they take no more than a quarter of the budget.
+    versions of this program left in neighbouring folders.
 
     Safe to use from several threads.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        limit_bytes: int,
-        *,
-        files: str = "*",
-        kept_longest: Collection[str] = (),
-    ) -> None:
+    def __init__(self, folder: Path, limit_bytes: int, *, files: str = "*") -> None:
         self.folder = folder
         self.limit_bytes = limit_bytes
         self._pattern = files
-        self._kept_longest = kept_longest
         self._lock = threading.Lock()
         self._unmeasured_bytes = _MEASURED_EVERY_BYTES  # what was there before is not known
 
@@ -173,7 +163,7 @@ class FileCache:
             return
         excess_bytes += self.limit_bytes // 10  # so that not every write has to make room
         with self._evicting() as pins_fd:
-            for _, size, path in self._in_order(files):
+            for _, size, path in files:
                 if excess_bytes <= 0:
                     break
                 with contextlib.suppress(OSError):
@@ -195,17 +185,6 @@ class FileCache:
             yield fd
         finally:
             os.close(fd)
-
-    def _in_order(self, files: list[_File]) -> list[_File]:
-        """Return files in the order of eviction, from the order of their last use."""
-        room_bytes = self.limit_bytes // _KEPT_LONGEST_PART
-        first: list[_File] = []
-        last: list[_File] = []
-        for file in reversed(files):
-            is_kept = file[2].suffix in self._kept_longest and room_bytes >= file[1]
-            room_bytes -= file[1] if is_kept else 0
-            (last if is_kept else first).append(file)
-        return [*reversed(first), *reversed(last)]
 
     def _remove_partial(self) -> None:
         oldest_ns = time.time_ns() - _PARTIAL_LASTS_NS

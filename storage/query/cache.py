@@ -51,8 +51,6 @@ _Kind = (
     | type[ObjectSelfSamples]
 )
 _Kept = TypeVar("_Kept", Columns, FunctionTotals, LocationNames, Times, ObjectSelfSamples)
-_LONG_KEPT = frozenset({".times", ".objectselfsamples"})
-"""Comparisons ask for these of many days, so they are evicted last."""
 
 
 class DecodedCache:
@@ -68,7 +66,7 @@ class DecodedCache:
     ) -> None:
         self._key = key
         # Files of other versions count as well, and so leave in time.
-        self._files = FileCache(folder, limit_bytes, files="decoded-*/*", kept_longest=_LONG_KEPT)
+        self._files = FileCache(folder, limit_bytes, files="decoded-*/*")
 
     @functools.cached_property
     def _folder(self) -> str:

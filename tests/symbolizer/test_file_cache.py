@@ -81,17 +81,6 @@ def test_reading_a_file_keeps_it(tmp_path: Path) -> None:
     assert names(cache) == {"read", "new"}
 
 
-def test_files_of_one_suffix_are_kept_longest_up_to_a_quarter(tmp_path: Path) -> None:
-    cache = FileCache(tmp_path, 1000, kept_longest={".hours"})
-    put(cache, "a.hours", 200, age_s=5 * HOUR_S)
-    put(cache, "b.hours", 200, age_s=6 * HOUR_S)
-    put(cache, "c.bulk", 500, age_s=HOUR_S)
-
-    put(cache, "d.bulk", 300)
-
-    assert names(cache) == {"a.hours", "d.bulk"}
-
-
 def test_the_budget_counts_only_what_the_pattern_matches(tmp_path: Path) -> None:
     """Other files may lie in the folder, and stay."""
     cache = FileCache(tmp_path, 1000, files="*.table")

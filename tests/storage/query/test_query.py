@@ -756,28 +756,6 @@ def test_the_cache_keeps_to_its_size_and_to_what_was_used_last(tmp_path):
     assert cache.load(Columns, f"{0:040x}") is None
 
 
-def test_what_comparisons_need_of_many_days_is_kept_longer(tmp_path):
-    """But takes no more than a part of the cache: stacks have the rest."""
-    cache = DecodedCache(tmp_path / "cache", lambda: KEY, limit_bytes=360_000)
-    hasher = Hasher(KEY)
-    columns = Columns.of(some.synthetic(200, 10, 500), hasher)
-    self_samples = ObjectSelfSamples.of(columns, hasher)
-
-    for i in range(40):
-        cache.save(self_samples, f"{i:040x}")
-        cache.save(columns, f"{i:040x}")
-
-    assert cache.size_bytes() <= 360_000
-    kept = {
-        kind: [i for i in range(40) if cache.load(kind, f"{i:040x}") is not None]
-        for kind in (Columns, ObjectSelfSamples)
-    }
-    assert 0 < len(kept[Columns]) < len(kept[ObjectSelfSamples])
-    assert kept[Columns][-1] == kept[ObjectSelfSamples][-1] == 39
-    sizes = [path.stat().st_size for path in (tmp_path / "cache").rglob("*.objectselfsamples")]
-    assert sum(sizes) <= 180_000
-
-
 def test_what_is_kept_comes_back_as_it_was(tmp_path):
     """Columns, totals and times, with accounting, modules and labels of any content."""
     cache = DecodedCache(tmp_path / "cache", lambda: KEY)
