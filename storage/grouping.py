@@ -3,10 +3,11 @@
 import numpy as np
 
 from storage.hashing import Hashes, Numbers
-from storage.profile import Integers
+from storage.profile import Indices, Integers
 
 _STEPS = 16
 """Of n evenly spread hashes hardly ever have more one beginning of log2(n) bits."""
+_CACHED_BITS = 20
 _AT_ONCE = 1 << 15
 """What is looked up at a time fits into the processor's cache."""
 
@@ -79,18 +80,21 @@ def sort_distinct(hashes: Hashes) -> Hashes:
 
 
 class HashIndex:
-    """Finds hashes among others that ascend.
+    """Finds hashes among others that ascend, at most 2^31.
 
     As hashes are spread evenly, their first bits say nearly where they are: that is five times as
-    fast as a binary search among half a million.
+    fast as a binary search among half a million. With some more bits hardly any has to be looked
+    for: three times as fast again, as long as the table fits into the processor's cache.
     """
 
     def __init__(self, hashes: Hashes) -> None:
-        bits = max(1, len(hashes).bit_length())
+        bits = len(hashes).bit_length()
+        bits = min(bits + 4, max(bits + 1, _CACHED_BITS))
         self._shift = np.uint64(64 - bits)
         self._hashes = hashes
         counts = np.bincount((hashes >> self._shift).astype(np.int64), minlength=1 << bits)
-        self._firsts = np.cumsum(counts) - counts
+        firsts = np.cumsum(counts) - counts
+        self._firsts: Indices = firsts.astype(np.int32)
         # What is looked for is never behind the last one.
         self._ended = np.append(hashes, np.uint64(np.iinfo(np.uint64).max))
 
@@ -101,9 +105,9 @@ class HashIndex:
             found[first : first + _AT_ONCE] = self._find(wanted[first : first + _AT_ONCE])
         return found
 
-    def _find(self, wanted: Hashes) -> Integers:
+    def _find(self, wanted: Hashes) -> Indices:
         ended = self._ended
-        at: Integers = self._firsts.take((wanted >> self._shift).astype(np.int64))
+        at: Indices = self._firsts.take((wanted >> self._shift).view(np.int64))
         behind = np.flatnonzero(ended.take(at) < wanted)
         for _ in range(_STEPS):
             if not len(behind):
@@ -113,3 +117,13 @@ class HashIndex:
         at[behind] = np.searchsorted(self._hashes, wanted[behind])
         at[(ended.take(at) != wanted) | (at == len(self._hashes))] = -1
         return at
+
+
+def find_hashes(hashes: Hashes, wanted: Hashes) -> Integers:
+    """Return where each wanted hash is among others in any order, -1 for those that are not."""
+    order = np.argsort(hashes)
+    found = HashIndex(hashes[order]).find(wanted)
+    if not len(order):
+        return found
+    places: Integers = np.where(found < 0, -1, order[found])
+    return places

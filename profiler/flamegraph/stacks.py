@@ -84,7 +84,9 @@ class Stacks:
             if locations:
                 words = words.astype(np.int64) + locations
             if len(numbers) == len(first):
-                mine = numbers.take(words)
+                mine = np.empty(len(words), dtype=numbers.dtype)
+                for at in range(0, len(words), _PART_BOXES):  # indices are widened meanwhile
+                    numbers.take(words[at : at + _PART_BOXES], out=mine[at : at + _PART_BOXES])
             else:
                 # Each word becomes the boxes of its location: one, or several when inlined.
                 counts = per_location.take(words)

@@ -5,17 +5,25 @@ location the best wins, as `storage.profile.NameRank` says.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from storage.blocks.loading import ADDRESS
-from storage.blocks.parquet import Engine, LocalFile, of_table, reading_engine
-from storage.blocks.rollup import Stacks
-from storage.blocks.tables import fetch_stacks, one_of_each
+from storage.blocks.parquet import (
+    Engine,
+    LocalFile,
+    numbered_scan_of,
+    of_table,
+    reading_engine,
+)
+from storage.blocks.tables import one_of_each
 from storage.columns import OBJECT_FIELDS, Columns, TextNumbers, Texts
 from storage.formats.pprof_arrays import make_readable
-from storage.grouping import HashIndex, ranges, sort_distinct
+from storage.grouping import HashIndex, sort_distinct
 from storage.hashing import Hashes, Numbers
 from storage.profile import (
     Accounting,
@@ -30,8 +38,9 @@ from storage.profile import (
 from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
 from symbolizer.text import readable
 
-_WORDS_AT_ONCE = 1 << 18
-_STACKS_AT_ONCE = 1 << 13
+_STACKS_AT_ONCE = 122_880
+"""Those of a row group, some 3 million words."""
+_HEADS = "stack_id, CAST(len(frame_ids) AS BIGINT) AS length"
 
 
 def read_label_sets(files: Sequence[LocalFile]) -> dict[int, Labels]:
@@ -78,7 +87,7 @@ def _label_set(number: int, pairs: Sequence[Mapping[str, str]]) -> tuple[int, La
 def read_dictionary(files: Sequence[LocalFile], wanted: Hashes | None = None) -> Columns:
     """Return stacks, their locations, names and modules, as Columns without rows or objects.
 
-    `stack_hashes` ascend. With `wanted` only these stacks; only locations that these have.
+    With `wanted` only these stacks; only locations that these have.
 
     Raises:
         ProfileError: a file is damaged or not one of ours, or something is missing in all of them.
@@ -90,12 +99,13 @@ def read_dictionary(files: Sequence[LocalFile], wanted: Hashes | None = None) ->
 
 def fetch_dictionary(opened: Engine, files: Sequence[LocalFile], wanted: Hashes | None) -> Columns:
     """Do what `read_dictionary` does, with a connection that is open."""
-    stack_files = of_table(files, "stacks")
-    opened.check([*stack_files, *of_table(files, "frames")])
-    stacks = _read_stacks(opened, stack_files, wanted)
-    opened.load("ids", "SELECT DISTINCT frame_id FROM {files}", of_table(files, "frames"))
-    ids = np.sort(opened.arrays("SELECT frame_id FROM ids")["frame_id"])
-    words = _index_words(HashIndex(ids), stacks.frame_ids)
+    chosen = {table: of_table(files, table) for table in ("stacks", "frames", "names", "modules")}
+    opened.check([each for some in chosen.values() for each in some])
+    ids = sort_distinct(
+        opened.arrays_of("SELECT frame_id FROM {files}", chosen["frames"])["frame_id"]
+    )
+    stacks = _read_stacks(opened, chosen["stacks"], wanted, HashIndex(ids))
+    words = stacks.words
     if int(words.min(initial=0)) < 0:
         raise ProfileError(f"cannot read {names_of(files)}: locations of stacks are missing")
     is_used = np.zeros(len(ids), dtype=bool)
@@ -149,55 +159,108 @@ def fetch_locations(
     return replace(
         _locations_of(frames, names, calls),
         modules={module.build_id: module for module in map(_module_of, modules)},
+        stack_hashes=stacks.ids,
+        stack_offsets=stacks.offsets,
+        stack_words=words,
     )
 
 
-def _index_words(index: HashIndex, frame_ids: Hashes) -> Indices:
-    """Return where each location of stacks is in the index, -1 where it is not.
+class _Stacks(NamedTuple):
+    """Stacks by id; stack i is `words[offsets[i]:offsets[i + 1]]`: numbers of locations."""
 
-    In pieces, here and below: new memory for all at once takes longer than the work.
+    ids: Hashes
+    offsets: Integers
+    words: Indices
+
+    @classmethod
+    def of(cls, heads: Mapping[str, Numbers]) -> "_Stacks":
+        """Return stacks of some lengths whose words are yet to be filled in."""
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(heads["length"])])
+        return cls(heads["stack_id"], offsets, np.empty(int(offsets[-1]), dtype=np.int32))
+
+    def only(self, is_wanted: npt.NDArray[np.bool_]) -> "_Stacks":
+        lengths = np.diff(self.offsets)
+        words = self.words[np.repeat(is_wanted, lengths)]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[is_wanted])])
+        return _Stacks(self.ids[is_wanted], offsets, words)
+
+
+def _read_stacks(
+    opened: Engine, files: Sequence[LocalFile], wanted: Hashes | None, locations: HashIndex
+) -> _Stacks:
+    """Return the stacks of some files, each once: those of the largest file, then others.
+
+    In a file stacks that begin alike stand together, and so they stay: what is drawn of them then
+    finds them near each other.
     """
-    words = np.empty(len(frame_ids), dtype=np.int32)
-    for first in range(0, len(words), _WORDS_AT_ONCE):
-        piece = slice(first, first + _WORDS_AT_ONCE)
-        words[piece] = index.find(frame_ids[piece])
-    return words
-
-
-def _reorder(words: Indices, offsets: Integers, order: Integers) -> tuple[Integers, Indices]:
-    """Return the offsets and words of stacks in another order."""
-    starts, lengths = offsets[order], offsets[order + 1] - offsets[order]
-    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    reordered = np.empty_like(words)
-    for first in range(0, len(order), _STACKS_AT_ONCE):
-        last = min(first + _STACKS_AT_ONCE, len(order))
-        at = ranges(starts[first:last], lengths[first:last])
-        reordered[ends[first] : ends[last]] = words.take(at)
-    return ends, reordered
-
-
-def _read_stacks(opened: Engine, files: Sequence[LocalFile], wanted: Hashes | None) -> Stacks:
-    """Return the stacks of some files, each once, in the order of the files."""
     needed = None if wanted is None else sort_distinct(wanted)
     known = np.zeros(0, dtype=np.uint64)
-    parts = []
-    for file in files:
-        opened.register("listed", {"stack_id": known if needed is None else needed})
-        join = "ANTI" if needed is None else "SEMI"
-        query = f"SELECT * FROM {{files}} {join} JOIN listed USING (stack_id)"
-        opened.load("fetched", query, [file])
-        part = fetch_stacks(opened)
+    parts: list[_Stacks] = []
+    for file in sorted(files, key=lambda each: -each.rows):
+        if needed is not None and not len(needed):
+            break
+        part = _read_file(opened, file, known, needed, locations)
         parts.append(part)
-        if needed is None:
-            known = np.concatenate([known, part.ids])
-        else:
+        known = np.concatenate([known, part.ids])
+        if needed is not None:
             needed = needed[HashIndex(np.sort(part.ids)).find(needed) < 0]
-    stacks = Stacks.joined(parts)
-    if has_repeated(np.sort(stacks.ids)):
+    if has_repeated(np.sort(known)):
         raise ProfileError(f"cannot read {names_of(files)}: a stack is there twice")
     if needed is not None and len(needed):
         raise ProfileError(f"cannot read {names_of(files)}: {len(needed)} stacks are missing")
+    lengths = [np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)]
+    words = [np.zeros(0, np.int32), *(part.words for part in parts)]
+    return _Stacks(
+        known,
+        np.cumsum(np.concatenate(lengths)),
+        parts[0].words if len(parts) == 1 else np.concatenate(words),
+    )
+
+
+def _read_file(
+    opened: Engine,
+    file: LocalFile,
+    known: Hashes,
+    needed: Hashes | None,
+    locations: HashIndex,
+) -> _Stacks:
+    """Return the stacks of a file that are needed and not known."""
+    # If most are needed it is faster to look for them here.
+    is_whole = not len(known) if needed is None else 2 * len(needed) > file.rows
+    if is_whole:
+        heads = opened.arrays_of(f"SELECT {_HEADS} FROM {{files}}", [file])
+        stacks = _Stacks.of(heads)
+        _number_words(file, stacks, locations)
+        if needed is None:
+            return stacks
+        is_needed = HashIndex(needed).find(stacks.ids) >= 0
+        return stacks if is_needed.all() else stacks.only(is_needed)
+    opened.register("listed", {"stack_id": known if needed is None else needed})
+    join = "ANTI" if needed is None else "SEMI"
+    opened.load("fetched", f"SELECT * FROM {{files}} {join} JOIN listed USING (stack_id)", [file])
+    stacks = _Stacks.of(opened.arrays(f"SELECT {_HEADS} FROM fetched"))
+    words = opened.arrays("SELECT unnest(frame_ids) AS frame_id FROM fetched")["frame_id"]
+    opened.run("DROP TABLE fetched")
+    stacks.words[:] = locations.find(words)
     return stacks
+
+
+def _number_words(file: LocalFile, stacks: _Stacks, locations: HashIndex) -> None:
+    """Fill in the words of all stacks of a file, two pieces at a time."""
+
+    def number(first: int) -> None:
+        last = min(first + _STACKS_AT_ONCE, file.rows)
+        query = (
+            f"SELECT unnest(frame_ids) AS frame_id FROM {numbered_scan_of(file)}"
+            f" WHERE file_row_number >= {first} AND file_row_number < {last}"
+        )
+        with reading_engine() as opened:
+            words = opened.arrays_of(query, [file])["frame_id"]
+        stacks.words[stacks.offsets[first] : stacks.offsets[last]] = locations.find(words)
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(number, range(0, file.rows, _STACKS_AT_ONCE)):
+            pass
 
 
 def _locations_of(

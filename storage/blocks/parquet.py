@@ -599,6 +599,11 @@ def scan_of(files: Sequence[LocalFile]) -> str:
     return f"read_parquet({_paths_of(files)}, hive_partitioning = false)"
 
 
+def numbered_scan_of(file: LocalFile) -> str:
+    """Return the same of a file, whose rows then have a `file_row_number`."""
+    return f"read_parquet({_paths_of([file])}, hive_partitioning = false, file_row_number = true)"
+
+
 def _paths_of(files: Sequence[LocalFile]) -> str:
     return f"[{', '.join(_literal(each.path) for each in files)}]"
 

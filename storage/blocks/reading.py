@@ -30,10 +30,12 @@ from storage.blocks.times import (
     register_ids,
 )
 from storage.columns import Columns, Times
-from storage.grouping import HashIndex, add_groups, group_keys
+from storage.formats.limits import COUNT_LIMIT
+from storage.grouping import add_groups, find_hashes, group_keys
 from storage.profile import Labels, ProfileError
 
 _SAMPLES = (DETAIL, *ROLLUPS.values())
+_FEW_ROWS = 1_000_000
 
 
 def sum_samples(
@@ -148,15 +150,12 @@ def read_columns(
     with reading_engine(check) as opened:
         if not load_objects(opened, heads, lines, hosts):
             return None
-        label_sets = fetch_label_sets(opened, files)
-        heads = _heads_of(opened, files, label_sets)
-        times = _times_of(opened, files, heads, label_sets, sets=sets, hosts=hosts)
-        rows_of = of_table(files, DETAIL)
-        if samples_of is not None:
-            rows_of = [*samples_of, *of_table(files, "stacks")]
-        samples = _fetch_rows(opened, rows_of, start_s=start_s, end_s=end_s, sets=sets, hosts=hosts)
-        dictionary = fetch_dictionary(opened, files, samples.stacks)
-    return make_columns(heads, samples, dictionary, label_sets, times)
+        label_sets = fetch_label_sets(opened, dictionary)
+        known = fetch_heads(opened, heads, label_sets, lines, hosts)
+        times = fetch_times(opened, heads, known, label_sets, lines, sets=sets, hosts=hosts)
+        rows = _fetch_rows(opened, samples, sets, hosts, by_host=lines is Lines.EACH)
+        stacks = fetch_dictionary(opened, dictionary, rows.stacks)
+    return make_columns(known, rows, stacks, label_sets, times)
 
 
 def _fetch_rows(
@@ -183,13 +182,19 @@ def _fetch_rows(
     rows = rows_in(slices, columns, _starts_inside, " AND ".join(conditions))
     if not rows:
         raise ProfileError("cannot read blocks: a table is missing")
-    query = (
-        f"SELECT host_id, set_id, stack_id, {SUMS}, min(samples) AS least, min(value) AS"
-        f" least_value FROM ({rows}) GROUP BY ALL"
-    )
+    is_rolled_up = all(each.table != DETAIL for each in files)
+    # Few rows are added up as fast by numpy, which does it in any case (`make_columns`).
+    query = f"SELECT *, samples AS least, value AS least_value FROM ({rows})"
+    if sum(each.rows for each in files) > _FEW_ROWS or not is_rolled_up:
+        query = (
+            f"SELECT host_id, set_id, stack_id, {SUMS}, min(samples) AS least, min(value) AS"
+            f" least_value FROM ({rows}) GROUP BY ALL"
+        )
     sums = opened.arrays_of(query, files)
     if min(sums["least"].min(initial=0), sums["least_value"].min(initial=0)) < 0:
         raise ProfileError("cannot read blocks: there are negative counts")
+    if max(sums[name].sum(dtype=np.float64) for name in ("samples", "value")) > COUNT_LIMIT:
+        raise ProfileError("cannot read blocks: there are impossible counts")
     names = ("host_id", "set_id", "stack_id", "samples", "value")
     nowhen = np.zeros(len(sums["stack_id"]), np.uint32)
     return Samples(nowhen, *(sums[name] for name in names))
@@ -219,7 +224,7 @@ def make_columns(
         [numbers.setdefault(label(label_sets, *pair), len(numbers)) for pair in pairs.pairs],
         dtype=np.int64,
     )
-    stacks = HashIndex(dictionary.stack_hashes).find(samples.stacks)
+    stacks = find_hashes(dictionary.stack_hashes, samples.stacks)
     if len(stacks) and int(stacks.min()) < 0:
         raise ProfileError("cannot read blocks: a stack is missing")
     count = max(1, len(dictionary.stack_hashes))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from storage.blocks.dictionary import clean, fetch_label_sets
-from storage.blocks.heads import first_id
+from storage.blocks.heads import BUCKET_START, first_id
 from storage.blocks.loading import OBJECT_COUNTS, OBJECT_MAPS, SUMS
 from storage.blocks.parquet import HEADS, HEADS_10M, Engine, LocalFile, of_table, reading_engine
 from storage.blocks.slices import Slice, files_in, rows_in
@@ -27,8 +27,11 @@ Ids = Sequence[int] | Hashes
 _OBJECTS, _OBJECTS_10M = HEADS[0], HEADS_10M[0]
 _LARGEST = 2**62
 """Longer presence of a service in an object is cut, as in `storage.columns.presence_of`."""
-_LARGEST_OF = frozenset({"cpus", "agent_rss_bytes"})
-"""Counts of which the largest stands for all; others are added up."""
+_HOW = {
+    **dict.fromkeys(("cpus", "agent_rss_bytes", "end_ns", "length_ns"), "max"),
+    **dict.fromkeys(("period_ns", "start_ns"), "min"),
+}
+"""What of several objects stands for all; other numbers are added up."""
 _LOST = "CAST(coalesce(list_sum(map_values(lost)), 0) AS BIGINT)"
 _NUMBERS = (*OBJECT_COUNTS, "period_ns", "start_ns", "end_ns")
 
@@ -106,7 +109,7 @@ def read_times(
         if not load_objects(opened, slices, lines, hosts):
             return None
         label_sets = fetch_label_sets(opened, files_in(slices, "label_sets"))
-        heads = fetch_heads(opened, slices, label_sets, lines)
+        heads = fetch_heads(opened, slices, label_sets, lines, hosts)
         return fetch_times(opened, slices, heads, label_sets, lines, sets=sets, hosts=hosts)
 
 
@@ -154,12 +157,34 @@ def load_objects(
         _starts_inside,
         is_chosen,
     )
-    opened.load(
-        "chosen",
-        f"SELECT * EXCLUDE ({order}), {number} - 1 AS number FROM ({found})",
-        files,
-    )
+    if _are_apart(slices, lines, hosts):
+        sums = ", ".join(
+            f"{_HOW.get(name, 'sum')}({name})::BIGINT AS {name}"
+            for name in (*_NUMBERS, "lost", "objects", "length_ns")
+        )
+        found = f"SELECT type, unit, start_s, {sums} FROM ({found}) GROUP BY type, unit, start_s"
+    order = order.replace("start_s, ", "") if "GROUP BY" not in found else ""
+    left_out = f"EXCLUDE ({order})" if order else ""
+    opened.load("chosen", f"SELECT * {left_out}, {number} - 1 AS number FROM ({found})", files)
     return opened.rows("SELECT count(*) FROM chosen") != [(0,)]
+
+
+def _are_apart(slices: Sequence[Slice], lines: Lines, hosts: Ids | None) -> bool:
+    """Return whether lines can be added up table by table, without joining those of an object.
+
+    So it is for heads of all hosts, whose ids tell when they are from.
+    """
+    return lines is not Lines.EACH and hosts is None and not files_in(slices, _OBJECTS)
+
+
+def _joined(rows: str, *, lines: Lines, are_apart: bool) -> str:
+    """Return what selects rows of a table of HEADS with the `number` of their lines."""
+    if not are_apart:
+        return f"({rows}) JOIN chosen USING (object_id)"
+    if lines is not Lines.SECOND:
+        return f"(SELECT *, 0 AS number FROM ({rows}))"
+    starts = f"(SELECT *, {BUCKET_START} AS start_s FROM ({rows}))"
+    return f"{starts} JOIN (SELECT DISTINCT start_s, number FROM chosen) USING (start_s)"
 
 
 def _rows(slices: Sequence[Slice], table: str, columns: str, condition: str = "") -> str:
@@ -179,16 +204,19 @@ def _has_id_inside(table: str, start_s: int, end_s: int) -> str:
 
 
 def fetch_heads(
-    opened: Engine, slices: Sequence[Slice], label_sets: Mapping[int, Labels], lines: Lines
+    opened: Engine,
+    slices: Sequence[Slice],
+    label_sets: Mapping[int, Labels],
+    lines: Lines,
+    hosts: Ids | None = None,
 ) -> Heads:
-    """Return what is known of the objects in the table `chosen`."""
+    """Return what is known of the objects in the table `chosen`, which was made for `hosts`."""
+    are_apart = _are_apart(slices, lines, hosts)
     kinds = opened.rows("SELECT DISTINCT type, unit FROM chosen")
     if len(kinds) != 1:
         raise ProfileError("cannot read blocks: their objects are of different types or units")
     _check_numbers(opened, is_each=not files_in(slices, _OBJECTS_10M))
-    sums = ", ".join(
-        f"max({name})" if name in _LARGEST_OF else f"sum({name})" for name in OBJECT_COUNTS
-    )
+    sums = ", ".join(f"{_HOW.get(name, 'sum')}({name})" for name in OBJECT_COUNTS)
     # Python's integers: the counts of many objects may exceed 64 bits, and the merge has them so.
     (row,) = opened.rows(f"SELECT min(period_ns), min(start_ns), max(end_ns), {sums} FROM chosen")
     counts = dict(zip(OBJECT_COUNTS, map(int, row[3:]), strict=True))
@@ -198,7 +226,7 @@ def fetch_heads(
         "described",
         f"SELECT {described} FROM"
         f" ({_rows(slices, _OBJECTS, described)})"
-        " SEMI JOIN chosen USING (object_id)",
+        f"{'' if are_apart else ' SEMI JOIN chosen USING (object_id)'}",
         files,
     )
     maps = {
@@ -211,18 +239,15 @@ def fetch_heads(
         }
         for name in OBJECT_MAPS
     }
-    hosts = opened.rows(
+    named = opened.rows(
         "SELECT DISTINCT host.name, host.host_id FROM (SELECT unnest(hosts) AS host FROM described)"
     )
     opened.run("DROP TABLE described")
-    present = _rows(slices, "presence", "object_id, set_id, present_ns")
-    opened.load(
-        "present",
-        "SELECT number, set_id, present_ns FROM"
-        f" ({present or 'SELECT 0::UBIGINT object_id, 0::UBIGINT set_id, 0 present_ns LIMIT 0'})"
-        " JOIN chosen USING (object_id)",
-        files,
-    )
+    present = _rows(slices, "presence", "object_id, set_id, present_ns") or _NO_PRESENCE
+    joined = _joined(present, lines=Lines.ALL, are_apart=are_apart)
+    kept_ns = "present_ns" if lines is Lines.EACH else "sum(present_ns) AS present_ns"
+    grouped = "" if lines is Lines.EACH else " GROUP BY ALL"
+    opened.load("present", f"SELECT number, set_id, {kept_ns} FROM {joined}{grouped}", files)
     services: dict[Labels, int] = {}
     for set_id, present_ns in opened.rows(
         "SELECT set_id, sum(present_ns) FROM present GROUP BY set_id"
@@ -238,7 +263,7 @@ def fetch_heads(
         period_ns=int(row[0]),
         window=Window(int(row[1]), int(row[2])),
         accounting=Accounting(
-            hosts=tuple(sorted(Host(clean(name), clean(host_id)) for name, host_id in hosts)),
+            hosts=tuple(sorted(Host(clean(name), clean(host_id)) for name, host_id in named)),
             services=services,
             **counts,
             lost=maps["lost"],
@@ -270,9 +295,8 @@ def _check_numbers(opened: Engine, *, is_each: bool) -> None:
 
 def _fetch_objects(opened: Engine) -> Integers:
     """Return `objects` of Columns."""
-    of_field = {"start_ns": "min", "end_ns": "max", "cpus": "max", "length_ns": "max"}
     sums = ", ".join(
-        f"CAST({of_field.get(name, 'sum')}({name}) AS BIGINT) AS {name}" for name in OBJECT_FIELDS
+        f"CAST({_HOW.get(name, 'sum')}({name}) AS BIGINT) AS {name}" for name in OBJECT_FIELDS
     )
     columns = opened.arrays(f"SELECT {sums} FROM chosen GROUP BY number ORDER BY number")
     return np.stack([columns[name].astype(np.int64) for name in OBJECT_FIELDS], axis=1)
@@ -307,6 +331,7 @@ def fetch_times(
     hosts: Ids | None,
 ) -> Times:
     """Return the lines of the objects in the table `chosen`."""
+    are_apart = _are_apart(slices, lines, hosts)
     conditions = ["true"]
     for name, column, ids in (("sets", "set_id", sets), ("hosts", "host_id", hosts)):
         register_ids(opened, f"wanted_{name}", ids)
@@ -327,7 +352,8 @@ def fetch_times(
     opened.load(
         "lines",
         f"SELECT number, {grouped[0]}, {SUMS}, min(samples) AS least, min(value) AS least_value"
-        f" FROM ({found or _NO_TIMES}) JOIN chosen USING (object_id) GROUP BY {grouped[1]}"
+        f" FROM {_joined(found or _NO_TIMES, lines=lines, are_apart=are_apart)}"
+        f" GROUP BY {grouped[1]}"
         " ORDER BY number, host_id, set_id",
         files_in(slices, *HEADS, *HEADS_10M),
     )
@@ -352,6 +378,9 @@ def fetch_times(
     )
 
 
+_NO_PRESENCE = (
+    "SELECT 0::UBIGINT AS object_id, 0::UBIGINT AS set_id, 0::BIGINT AS present_ns LIMIT 0"
+)
 _NO_TIMES = (
     "SELECT 0::UBIGINT AS object_id, 0::UBIGINT AS host_id, 0::UBIGINT AS set_id,"
     " 0::BIGINT AS samples, 0::BIGINT AS value LIMIT 0"

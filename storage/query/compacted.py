@@ -291,8 +291,11 @@ def _plan_hour(plan: SamplesPlan, hour: CompactedHour, *, rolls_up: bool) -> Non
 
 def _finest(part: Part, *, prefers_rollup: bool = False) -> tuple[File, ...]:
     """Return the files with the samples of a part, of ten minutes if preferred."""
-    tables = (_TEN_MINUTES, DETAIL) if prefers_rollup else (DETAIL, _TEN_MINUTES)
-    return part.files_of(tables[0]) or part.files_of(tables[1])
+    detail = part.files_of(DETAIL)
+    if detail and not (prefers_rollup and part.files_of(_TEN_MINUTES)):
+        # Detail may number the stacks of its part, so they belong to it.
+        return (*detail, *part.files_of("stacks"))
+    return part.files_of(_TEN_MINUTES)
 
 
 def plan_heads(hours: Sequence[Compacted], *, is_coarse: bool) -> list[Chosen]:

@@ -10,8 +10,9 @@ import numpy as np
 
 from storage.blocks import reading
 from storage.blocks.dictionary import read_dictionary, read_label_sets
-from storage.blocks.parquet import DETAIL, LocalFile, of_table
-from storage.grouping import distinct
+from storage.blocks.parquet import DETAIL, LocalFile
+from storage.blocks.times import read_heads
+from storage.grouping import distinct, find_hashes
 from storage.hashing import Hasher
 from storage.location_functions import hash_functions
 from storage.objects.keys import NS_PER_S
@@ -49,7 +50,7 @@ def read_self_samples(
         for host, set_ in pairs.tolist()
     ]
     of_label, service_sets = service_sets_of(labels, PROCESS_LABELS)
-    stacks = np.searchsorted(columns.stack_hashes, rows.stacks)
+    stacks = find_hashes(columns.stack_hashes, rows.stacks)
     offsets = columns.stack_offsets.astype(np.int64)
     has_leaf = offsets[stacks + 1] > offsets[stacks]
     leaves = columns.stack_words[offsets[stacks[has_leaf] + 1] - 1]
