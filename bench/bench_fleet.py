@@ -7,6 +7,7 @@ question is the whole hour as one profile. All answers must have the same sample
 - `Query` over level 0: what the service does today, with nothing cached, and a worker per CPU.
 - `protobuf`: each object is parsed and its samples are added up by location and label, as
   `pprof -proto` merges files.
+- `pprof`: Go's own `go tool pprof -proto` merges the files, if there is Go.
 - the compacted store (`everflame compact`, workers and all), read by `Query` with nothing cached.
 - `DuckDB`: SELECT stack, SUM(samples) GROUP BY stack, over the Parquet file of folded text.
 
@@ -200,6 +201,28 @@ def protobuf(folder: Path) -> Iterator[Row]:
     yield "level 0, protobuf: peak memory", rss_mb(os.getpid(), "VmHWM"), "MB", None
 
 
+def pprof_tool(folder: Path) -> Iterator[Row]:
+    """Have pprof itself merge the objects, which keeps labels."""
+    go, merged = shutil.which("go"), folder / "merged.pb.gz"
+    if go is None:
+        return
+    paths = sorted(map(str, (folder / "store").rglob("*.pb.gz")))
+    command = [go, "tool", "pprof", "-proto", f"-output={merged}", *paths]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    took_s = time.perf_counter() - started
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    parsed = ProfileMessage()
+    parsed.ParseFromString(decompress(merged.read_bytes()))
+    assert sum(sample.value[0] for sample in parsed.sample) == _samples(folder)
+    yield "level 0, go tool pprof: rows", len(parsed.sample), "rows", None
+    yield "level 0, go tool pprof: hour", took_s, "s", None
+    yield "level 0, go tool pprof: CPU", sum(used[:2]) - sum(before[:2]), "s", None
+    yield "level 0, go tool pprof: peak memory", used.ru_maxrss / 1024, "MB", None
+    yield "level 0, go tool pprof: merged file", merged.stat().st_size / 1e6, "MB", None
+
+
 def _merge(
     counts: Counter[tuple[object, ...]], numbers: dict[tuple[object, ...], int], content: bytes
 ) -> None:
@@ -370,6 +393,7 @@ MEASURED: dict[str, Callable[[Path], Iterator[Row]]] = {
     "decode": decode,
     "query": query,
     "protobuf": protobuf,
+    "pprof": pprof_tool,
     "write-parquet": write_parquet,
     "parquet": group_text,
     "compacted": compacted,
