@@ -127,17 +127,22 @@ def expire(compactor: Compactor, keep: Keep) -> None:
             tables.add(_TEN_MINUTES)
             tables |= _FUNCTIONS_10M if is_in_day else set()
         _expire_tables(compactor, manifest, tables)
-    for day_name in known.days:
-        if _is_pinned(compactor, held, day_name):
+    _expire_days(compactor, keep, known, now_ns, held)
+
+
+def _expire_days(compactor: Compactor, keep: Keep, known: Listed, now_ns: int, held: Held) -> None:
+    for name, day in known.days.items():
+        age_s = (now_ns - end_ns_of(name)) / NS_PER_S
+        if _is_pinned(compactor, held, name):
             continue
-        if (now_ns - end_ns_of(day_name)) / NS_PER_S > keep.day_s:
+        if age_s > keep.day_s:
             compactor.report.add(**{"1d": 1})
             if not compactor.is_dry:
-                compactor.manifests.delete(day_name)
+                compactor.manifests.delete(name)
         elif age_s > keep.hour_s and day.files_of(*_HOUR_OF_DAY):
             compactor.report.add(**{"1h": 1})
             if not compactor.is_dry:
-                compactor.manifests.change_day(day_name, _without_hours)
+                compactor.manifests.change_day(name, _without_hours)
 
 
 def _without_hours(day: DayManifest) -> DayManifest:

@@ -54,7 +54,7 @@ from storage.query.compacted import (
 )
 from storage.query.coverage import Part
 from storage.query.function_totals import FunctionTotals, fold
-from storage.query.listing import SPANS_NS, Listed
+from storage.query.listing import Listed
 from storage.query.parts import Parts, skipped_parts
 from storage.selector import Selector
 
@@ -263,7 +263,7 @@ class FunctionSeries:
             yield part.derive(lambda totals: _without_totals(totals.filter(selector), groups))
 
     def _of_objects(self, listed: Listed, window: Window) -> Iterator[Part[FunctionTotals]]:
-        spans = self.parts.spans(listed.objects, window, SPANS_NS)
+        spans = self.parts.spans(listed.objects, window)
         return self.parts.read_spans(self.parts.function_totals, spans)
 
     def _totals(self, hours: Sequence[Compacted], selector: Selector) -> list[Part[FunctionTotals]]:

@@ -202,7 +202,7 @@ class Parts:
             )
         else:
             others, reader = listed.hours, self._times(lines)
-        spans = self.spans(listed.objects, window, SPANS_NS)
+        spans = self.spans(listed.objects, window)
         for part in self.read_spans(reader, itertools.chain(others, spans)):
             yield part.derive(lambda value: value.filter(selector))
 
