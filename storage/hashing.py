@@ -61,37 +61,18 @@ class Hasher:
         """
         offsets = offsets.astype(np.int64, copy=False)
         lengths: npt.NDArray[np.int64] = offsets[1:] - offsets[:-1]
-        sums, _ = self._sums(location_hashes.take(words), offsets, lengths)
-        return chain(sums[offsets[1:]] - sums[offsets[:-1]], lengths)
-
-    def prefixes(self, hashes: Hashes, offsets: Numbers) -> Hashes:
-        """Return, for each word of stacks, the hash of the stack that ends with it.
-
-        `hashes` are the locations' hashes, word by word; they are overwritten.
-        """
-        offsets = offsets.astype(np.int64, copy=False)
-        lengths: npt.NDArray[np.int64] = offsets[1:] - offsets[:-1]
-        sums, depth = self._sums(hashes, offsets, lengths)
-        return chain(sums[1:] - np.repeat(sums[offsets[:-1]], lengths), depth + 1)
-
-    def _sums(
-        self, hashes: Hashes, offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
-    ) -> tuple[Hashes, npt.NDArray[np.int64]]:
-        """Return the running sum of the products of all words, and the depth of each word.
-
-        The hashes are overwritten.
-        """
         deepest = int(lengths.max(initial=0))
         factors = self._factors  # another thread may replace them with fewer meanwhile
         if len(factors) < deepest:
             depths = np.arange(1, 2 * deepest + 1, dtype=np.uint64)
             self._factors = factors = mix(depths * _GOLDEN + self._seed) | np.uint64(1)
-        depth = np.arange(len(hashes))
+        depth = np.arange(len(words))
         depth -= np.repeat(offsets[:-1], lengths)
+        hashes = location_hashes.take(words)
         hashes *= factors.take(depth)
         sums = np.zeros(len(hashes) + 1, dtype=np.uint64)
         np.cumsum(hashes, out=sums[1:])
-        return sums, depth
+        return chain(sums[offsets[1:]] - sums[offsets[:-1]], lengths)
 
     def texts(self, texts: Sequence[bytes]) -> Hashes:
         known = self._known

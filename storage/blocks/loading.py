@@ -43,8 +43,11 @@ _AT_ONCE = 50_000
 """Stacks that are put together at a time: 25 MB."""
 
 
-def load_block(opened: Engine, block: Block) -> None:
-    """Make the tables detail, times, objects, presence and those of the dictionary."""
+def load_block(opened: Engine, block: Block, stacks: Stacks) -> None:
+    """Make the tables detail, times, objects, presence and those of the dictionary.
+
+    `stacks` are those of the block.
+    """
     samples, times = block.samples, block.times
     opened.register(
         "block_samples",
@@ -77,7 +80,7 @@ def load_block(opened: Engine, block: Block) -> None:
     )
     _load_objects(opened, block)
     opened.run("CREATE TEMP TABLE stacks (stack_id UBIGINT, frame_ids UBIGINT[])")
-    insert_stacks(opened, Stacks.of(block.dictionary))
+    insert_stacks(opened, stacks)
     _load_frames(opened, block.dictionary)
     _load_modules(opened, block.dictionary.modules.values())
 

@@ -269,11 +269,13 @@ class Engine:
         files: Sequence[LocalFile] = (),
         *,
         part: int = 0,
+        is_sorted: bool = False,
     ) -> LocalFile:
         """Write what a query returns, sorted, as a file of a table, and return the file.
 
         In the query `{files}` stands for the rows of some files, as `scan_of` returns them. Stacks
-        are numbered here, as those of a part if its detail refers to them.
+        are numbered here, as those of a part if its detail refers to them. Rows that are sorted
+        enough stay in their order.
 
         Raises:
             ProfileError: a file is damaged.
@@ -288,12 +290,13 @@ class Engine:
             f" ROW_GROUP_SIZE {_ROW_GROUP_ROWS}{_OPTIONS.get(table, '')},"
             f" KV_METADATA {{'{_SCHEMA_KEY}': '{SCHEMA}', '{_TABLE_KEY}': '{table}'}}"
         )
-        ordered = f"SELECT {columns} FROM ({query}) ORDER BY {_ORDER[table]}"
+        order = "" if is_sorted else f"ORDER BY {_ORDER[table]}"
+        ordered = f"SELECT {columns} FROM ({query}) {order}"
         if table == "stacks":
             ordered = (
                 f"SELECT CAST({part} AS UBIGINT) AS part,"
                 " CAST(row_number() OVER () - 1 AS UINTEGER) AS stack, stack_id, frame_ids"
-                f" FROM (SELECT stack_id, frame_ids FROM ({query}) ORDER BY {_ORDER[table]})"
+                f" FROM (SELECT stack_id, frame_ids FROM ({query}) {order})"
             )
         self._over(f"COPY ({ordered}) TO {_literal(path)} ({options})", files)
         rows = self.rows(f"SELECT num_rows FROM parquet_file_metadata({_literal(path)})")

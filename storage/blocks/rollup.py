@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from storage.columns import Columns
-from storage.grouping import HashIndex, ranges, sort_distinct
+from storage.grouping import HashIndex, group_keys, ranges
 from storage.hashing import Hasher, Hashes, Numbers, hash_locations
 from storage.profile import Integers
 from symbolizer.location import REST_LOCATION
@@ -20,8 +21,10 @@ from symbolizer.location import REST_LOCATION
 FOLDED_ABOVE = 20_000
 """Stacks that a block keeps in any case."""
 _KEPT_PERCENT = 99
-_AT_ONCE = 1 << 21
-"""Words whose prefixes are hashed at a time: each takes some 50 bytes meanwhile."""
+_WORDS_AT_ONCE = 31
+"""Frames by which stacks are sorted at once: 128 bytes each with the number of their group."""
+
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,10 +37,17 @@ class Stacks:
 
     @classmethod
     def of(cls, columns: Columns) -> "Stacks":
+        """Return all stacks of a profile, sorted by the ids of their locations (`sort_stacks`)."""
+        ranks = np.empty(len(columns.location_hashes), dtype=np.uint32)
+        ranks[np.argsort(columns.location_hashes)] = np.arange(len(ranks), dtype=np.uint32)
+        offsets = columns.stack_offsets.astype(np.int64)
+        order = sort_stacks(offsets, ranks.take(columns.stack_words))
+        starts, lengths = offsets[order], np.diff(offsets)[order]
+        words = columns.stack_words.take(ranges(starts, lengths))
         return cls(
-            columns.stack_hashes,
-            columns.stack_offsets.astype(np.int64),
-            columns.location_hashes.take(columns.stack_words),
+            columns.stack_hashes[order],
+            np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            columns.location_hashes.take(words),
         )
 
     @classmethod
@@ -57,16 +67,6 @@ class Stacks:
         lengths = self.offsets[numbers + 1] - starts
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         return Stacks(self.ids[numbers], offsets, self.frame_ids[ranges(starts, lengths)])
-
-    def chunks(self) -> "list[Integers]":
-        """Return the numbers of all stacks in pieces of at most _AT_ONCE words, or of one stack."""
-        bounds = np.searchsorted(
-            self.offsets, np.arange(0, int(self.offsets[-1]) + _AT_ONCE, _AT_ONCE)
-        )
-        bounds = np.unique(np.concatenate([[0], bounds, [len(self.ids)]]))
-        numbers = np.arange(len(self.ids))
-        pieces = np.split(numbers, bounds[1:-1])
-        return [each for each in pieces if len(each)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,46 +90,102 @@ def keep_common(ids: Hashes, *counts: Numbers) -> Hashes:
 
     Of equal counts the smaller ids come first.
     """
-    kept = [np.zeros(0, np.uint64)]
+    by_id = np.argsort(ids)
+    is_kept = np.zeros(len(ids), dtype=bool)
     for each in counts:
-        order = np.lexsort((ids, -each.astype(np.int64)))
+        ordered = each[by_id].astype(np.int64)
+        order = np.argsort(-ordered, kind="stable")
         # Floats are close enough to choose by, and do not overflow.
-        reached = np.cumsum(each[order].astype(np.float64))
+        reached = np.cumsum(ordered[order].astype(np.float64))
         wanted = reached[-1] * (_KEPT_PERCENT / 100) if len(reached) else 0.0
-        kept.append(ids[order[: int(np.searchsorted(reached, wanted)) + 1]])
-    return np.unique(np.concatenate(kept))
+        is_kept[order[: int(np.searchsorted(reached, wanted)) + 1]] = True
+    return ids[by_id[is_kept]]
+
+
+def sort_stacks(offsets: Integers, words: Numbers) -> Integers:
+    """Return an order of stacks in which those that begin alike are neighbours.
+
+    They are sorted by their words, which are below 2^32 - 1, root first.
+    """
+    starts, lengths = offsets[:-1], np.diff(offsets)
+    order = np.arange(len(lengths))
+    # Places in the order whose stacks are not told apart by their first words yet, and the number
+    # of the group that is equal so far. The next words of all are sorted at once, as texts.
+    places, groups, depth = order.copy(), np.zeros(len(order), np.uint32), 0
+    while len(places):
+        mine = order[places]
+        counts = np.clip(lengths[mine] - depth, 0, _WORDS_AT_ONCE)
+        keys = np.zeros((len(mine), 1 + _WORDS_AT_ONCE), dtype=">u4")
+        keys[:, 0] = groups
+        column = 1 + ranges(np.zeros_like(counts), counts)
+        keys[np.repeat(np.arange(len(mine)), counts), column] = (
+            words[ranges(starts[mine] + depth, counts)] + 1
+        )
+        texts = keys.view(f"S{keys.itemsize * keys.shape[1]}")[:, 0]
+        by_text = np.argsort(texts, kind="stable")
+        mine, texts = mine[by_text], texts[by_text]
+        order[places] = mine
+        depth += _WORDS_AT_ONCE
+        is_first = np.ones(len(texts), dtype=bool)
+        is_first[1:] = texts[1:] != texts[:-1]
+        group = np.cumsum(is_first) - 1
+        goes_on = np.bincount(group, weights=lengths[mine] > depth) > 0
+        is_open = (goes_on & (np.bincount(group) > 1))[group]
+        places, groups = places[is_open], group[is_open].astype(np.uint32)
+    return order
 
 
 def fold(stacks: Stacks, kept: Hashes, hasher: Hasher) -> Folded:
-    """Fold the stacks that are not among the sorted `kept`."""
+    """Fold the stacks that are not among `kept`, which ascend. Stacks are sorted by their frames.
+
+    So the kept one with the longest equal beginning is the nearest before or after.
+    """
     is_kept = HashIndex(kept).find(stacks.ids) >= 0
-    common = stacks.take(np.flatnonzero(is_kept))
-    prefixes = [sort_distinct(_prefixes(common.take(piece), hasher)) for piece in common.chunks()]
-    known = HashIndex(sort_distinct(np.concatenate([np.zeros(0, np.uint64), *prefixes])))
-    rare = stacks.take(np.flatnonzero(~is_kept))
-    folded = Stacks.joined([_fold_some(rare.take(piece), known, hasher) for piece in rare.chunks()])
-    _, firsts = np.unique(folded.ids, return_index=True)
-    return Folded(rare.ids, folded.ids, folded.take(firsts))
-
-
-def _prefixes(stacks: Stacks, hasher: Hasher) -> Hashes:
-    return hasher.prefixes(stacks.frame_ids.copy(), stacks.offsets)
-
-
-def _fold_some(stacks: Stacks, known: HashIndex, hasher: Hasher) -> Stacks:
-    """Return by stack what it is counted as; `known` are the prefixes of kept stacks."""
-    prefixes = _prefixes(stacks, hasher)
-    starts, lengths = stacks.offsets[:-1], np.diff(stacks.offsets)
-    # Not all of a stack: what is left of it is the rest. A prefix of a known one is known as well.
-    low, high = np.zeros_like(lengths), np.maximum(lengths - 1, 0)
-    while len(open_ := np.flatnonzero(low < high)):
-        middle = (low[open_] + high[open_] + 1) // 2
-        wanted = prefixes[starts[open_] + middle - 1]
-        is_known = known.find(wanted) >= 0
-        low[open_] = np.where(is_known, middle, low[open_])
-        high[open_] = np.where(is_known, high[open_], middle - 1)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(low + 1)])
+    shared = _shared_before(stacks)
+    after = np.append(shared[1:], 0)
+    longest = np.maximum(
+        _least_since(shared, is_kept), _least_since(after[::-1], is_kept[::-1])[::-1]
+    )
+    rare = np.flatnonzero(~is_kept)
+    starts, lengths = stacks.offsets[rare], stacks.offsets[rare + 1] - stacks.offsets[rare]
+    # Not all of a stack: what is left of it is the rest.
+    longest = np.minimum(longest[rare], np.maximum(lengths - 1, 0))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(longest + 1)])
     words = np.full(int(offsets[-1]), rest_id(hasher), dtype=np.uint64)
-    words[ranges(offsets[:-1], low)] = stacks.frame_ids[ranges(starts, low)]
-    numbers = np.arange(len(words))
-    return Stacks(hasher.stacks(words, offsets, numbers), offsets, words)
+    words[ranges(offsets[:-1], longest)] = stacks.frame_ids[ranges(starts, longest)]
+    ids = hasher.stacks(words, offsets, np.arange(len(words)))
+    firsts, order = group_keys(ids)
+    # In their order, which is nearly sorted.
+    distinct = np.sort(order[firsts])
+    return Folded(stacks.ids[rare], ids, Stacks(ids, offsets, words).take(distinct))
+
+
+def _shared_before(stacks: Stacks) -> Integers:
+    """Return by stack how many of its first frames are those of the stack before it."""
+    lengths = np.diff(stacks.offsets)
+    before = np.concatenate([np.zeros(1, np.int64), lengths[:-1]])
+    numbers = np.arange(len(stacks.frame_ids))
+    depth = numbers - np.repeat(stacks.offsets[:-1], lengths)
+    back = np.repeat(before, lengths)
+    differs = depth >= back
+    differs |= stacks.frame_ids.take(numbers - back) != stacks.frame_ids
+    depth[~differs] = len(numbers)
+    shared = lengths.copy()
+    has_frames = np.flatnonzero(lengths)
+    if len(has_frames):
+        first = np.minimum.reduceat(depth, stacks.offsets[:-1][has_frames])
+        shared[has_frames] = np.minimum(first, lengths[has_frames])
+    return shared
+
+
+def _least_since(numbers: Integers, is_mark: Flags) -> Integers:
+    """Return by place the least number since the last mark, which is after the marked place.
+
+    Before the first mark it is 0.
+    """
+    marks: Integers = np.cumsum(is_mark) - is_mark
+    # Numbers after a mark are all below those before it.
+    step = np.int64(1) << 40
+    least: Integers = np.minimum.accumulate(numbers - marks * step) + marks * step
+    least[marks == 0] = 0
+    return least

@@ -28,15 +28,12 @@ from storage.blocks.parquet import (
     of_table,
 )
 from storage.blocks.rollup import FOLDED_ABOVE, Stacks, fold, keep_common, rest_id
-from storage.grouping import sort_distinct
+from storage.grouping import HashIndex, sort_distinct
 from storage.hashing import Hasher, Hashes
 from storage.profile import ProfileError
 
-PIECE_BYTES = 48 << 20
-"""A rollup or dictionary with more bytes is written as several files: no object may have more than
-64 MB."""
-_SPLIT_BY = ("stack_id", "function_id")
-"""Of tables that have neither: their first column."""
+_STACKS_AT_ONCE = 100_000
+"""Stacks that are fetched at a time, 30 MB."""
 _FIRST_BUCKET_S = min(ROLLUPS)
 _FIRST_ROLLUP = ROLLUPS[_FIRST_BUCKET_S]
 
@@ -74,7 +71,8 @@ def write_block(block: Block, folder: Path) -> list[LocalFile]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with engine(folder=folder) as opened:
-        load_block(opened, block)
+        stacks = Stacks.of(block.dictionary)
+        load_block(opened, block, stacks)
         sets = sort_distinct(block.samples.sets)
         opened.register("sets", {"set_id": sets, "rolled_id": block.labels.roll_up(sets)})
         load_label_sets(opened, block.labels)
@@ -83,7 +81,7 @@ def write_block(block: Block, folder: Path) -> list[LocalFile]:
             f" rolled_id AS set_id, stack_id, {SUMS} FROM detail JOIN sets USING (set_id)"
             " GROUP BY ALL"
         )
-        _fold_rollup(opened, block.hasher)
+        _fold_rollup(opened, block.hasher, stacks)
         part = functools.reduce(operator.xor, (each.object_id for each in block.objects))
         written = {"stacks": _write_stacks(opened, folder, part)}
         sources = {table: f"SELECT * FROM {table}" for table in PART} | {
@@ -119,7 +117,10 @@ def merge_parts(
         )
         for table in DICTIONARY:
             chosen = of_table(files, table)
-            opened.load(table, one_of_each(table, len(chosen)), chosen)
+            query = one_of_each(table, len(chosen))
+            if table == "stacks":
+                query = f"SELECT * FROM ({query}) ORDER BY frame_ids"
+            opened.load(table, query, chosen)
         _fold_rollup(opened, hasher)
         opened.load(
             "part", "SELECT bit_xor(object_id) AS part FROM {files}", of_table(files, "objects")
@@ -278,7 +279,7 @@ def refuse_repeated(opened: Engine, files: Sequence[LocalFile]) -> None:
 
 def _write_stacks(opened: Engine, folder: Path, part: int) -> LocalFile:
     """Write the table `stacks` as that of a part; make a table `numbered` of their numbers."""
-    file = opened.write("stacks", "SELECT * FROM stacks", folder, part=part)
+    file = opened.write("stacks", "SELECT * FROM stacks", folder, part=part, is_sorted=True)
     opened.load("numbered", "SELECT stack, stack_id FROM {files}", [file])
     return file
 
@@ -296,17 +297,17 @@ def _bucket(bucket_s: int) -> str:
     return f"CAST(ts - ts % {bucket_s} AS UINTEGER)"
 
 
-def _fold_rollup(opened: Engine, hasher: Hasher) -> None:
-    """Fold the rare stacks of the table `rollup`, if it has many. New ones go into `stacks`."""
+def _fold_rollup(opened: Engine, hasher: Hasher, stacks: Stacks | None = None) -> None:
+    """Fold the rare stacks of the table `rollup`, if it has many. New ones go into `stacks`.
+
+    Stacks are sorted, in that table as well.
+    """
     totals = opened.arrays(f"SELECT stack_id, {SUMS} FROM rollup GROUP BY stack_id")
     if len(totals["stack_id"]) <= FOLDED_ABOVE:
         return
-    opened.register("totals", totals)
     kept = keep_common(totals["stack_id"], totals["samples"], totals["value"])
-    opened.run(
-        "CREATE TEMP TABLE fetched AS SELECT * FROM stacks SEMI JOIN totals USING (stack_id)"
-    )
-    stacks = fetch_stacks(opened)
+    if stacks is None:
+        stacks = _fetch_some(opened, np.sort(totals["stack_id"]))
     folded = fold(stacks, kept, hasher)
     opened.register("folded", {"stack_id": folded.rare, "folded_id": folded.folded})
     opened.run(
@@ -316,3 +317,16 @@ def _fold_rollup(opened: Engine, hasher: Hasher) -> None:
     )
     insert_stacks(opened, folded.stacks)
     insert_rest(opened, rest_id(hasher))
+
+
+def _fetch_some(opened: Engine, wanted: Hashes) -> Stacks:
+    """Return those of the table `stacks` that are wanted, in its order; the ids ascend."""
+    index = HashIndex(wanted)
+    ((count,),) = opened.rows("SELECT count(*) FROM stacks")
+    pieces = []
+    for first in range(0, count, _STACKS_AT_ONCE):
+        rows = f"rowid >= {first} AND rowid < {first + _STACKS_AT_ONCE}"
+        opened.run(f"CREATE TEMP TABLE fetched AS SELECT * FROM stacks WHERE {rows}")
+        piece = fetch_stacks(opened)
+        pieces.append(piece.take(np.flatnonzero(index.find(piece.ids) >= 0)))
+    return Stacks.joined(pieces)

@@ -9,10 +9,8 @@ from storage.blocks.block import Block
 from storage.blocks.dictionary import read_dictionary
 from storage.blocks.parquet import DETAIL, of_table
 from storage.blocks.reading import sum_samples
-from storage.blocks.rollup import Stacks, fold, keep_common, rest_id
+from storage.blocks.rollup import Stacks, fold, keep_common, rest_id, sort_stacks
 from storage.blocks.tables import merge_parts, write_block
-from storage.columns import Columns
-from storage.hashing import Hasher
 from storage.profile import Profile, Window
 from symbolizer.location import REST_LOCATION
 from tests.support import profiles as some
@@ -35,10 +33,12 @@ def test_a_rare_stack_is_folded_into_its_longest_kept_prefix(words, data):
     """Not all of it: what is left is one location `[rest]`."""
     kept_words = data.draw(st.lists(st.sampled_from(words), max_size=4, unique=True))
     whole, kept = make_stacks(words), make_stacks(kept_words)
+    _, numbers = np.unique(whole.frame_ids, return_inverse=True)
+    order = sort_stacks(whole.offsets, numbers.astype(np.uint32))
 
-    folded = fold(whole, np.sort(kept.ids), HASHER)
+    folded = fold(whole.take(order), np.sort(kept.ids), HASHER)
 
-    rare = [each for each in words if each not in kept_words]
+    rare = [words[i] for i in order.tolist() if words[i] not in kept_words]
     prefixes = {each[:n] for each in kept_words for n in range(len(each) + 1)}
     expected = []
     for each in rare:
@@ -60,6 +60,16 @@ def test_a_rare_stack_is_folded_into_its_longest_kept_prefix(words, data):
         folded.stacks.frame_ids, folded.stacks.offsets, np.arange(len(folded.stacks.frame_ids))
     )
     assert again.tolist() == folded.stacks.ids.tolist()
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=70).map(tuple), unique=True))
+def test_stacks_are_sorted_by_their_frames(words):
+    """Also those that are told apart only by frames far from the root."""
+    flat = np.array([word for each in words for word in each], dtype=np.uint32)
+
+    order = sort_stacks(np.cumsum([0, *map(len, words)]), flat)
+
+    assert [words[i] for i in order.tolist()] == sorted(words)
 
 
 def test_stacks_with_most_samples_are_kept_ties_by_id():
@@ -120,17 +130,3 @@ def test_rollups_of_many_stacks_are_folded_exactly(tmp_path, monkeypatch):
         number = profile.locations.index(REST_LOCATION)
         assert profile.frames(number)[0].function == "[rest]"
         read_dictionary(files, np.unique(detail.stacks))
-
-
-def test_prefixes_are_the_hashes_of_shorter_stacks():
-    """A prefix of a stack hashes to what the stack of these locations does."""
-    columns = Columns.of(some.sample_profile(), Hasher(b"k"))
-    hasher = Hasher(b"k")
-    hashes = columns.location_hashes.take(columns.stack_words)
-    prefixes = hasher.prefixes(hashes.copy(), columns.stack_offsets)
-
-    for start, end in zip(columns.stack_offsets[:-1], columns.stack_offsets[1:], strict=True):
-        for stop in range(start + 1, end + 1):
-            words = columns.stack_words[start:stop]
-            alone = hasher.stacks(columns.location_hashes, np.array([0, len(words)]), words)
-            assert prefixes[stop - 1] == alone[0]
