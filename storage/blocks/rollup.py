@@ -1,9 +1,13 @@
 """Rollups fold rare stacks, so that an hour of a fleet has not many more stacks than matter.
 
-The stacks with 99 % of a block's samples are kept, and those with 99 % of its value: few
-allocations may have most of the bytes. Each other one is counted as its longest prefix
-that a kept stack begins with, and the location `[rest]` below it, as the agent does with what is
-beyond its budgets. Totals stay exact. Blocks with few stacks keep them all.
+The stacks with 99 % of the samples are kept, and those with 99 % of the value: few allocations may
+have most of the bytes. Each other one is counted as its longest prefix that a kept stack begins
+with, and the location `[rest]` below it, as the agent does with what is beyond its budgets. Totals
+stay exact. Blocks with few stacks keep them all.
+
+A block is folded, and so is all that is merged of it. What was folded before, by the agent too,
+counts against the 1 %, and each time half of what is left of it may be folded: so however often
+blocks are merged, 99 % are kept.
 """
 
 from collections.abc import Sequence
@@ -20,11 +24,9 @@ from symbolizer.location import REST_LOCATION
 
 FOLDED_ABOVE = 20_000
 """Stacks that a block keeps in any case."""
-_KEPT_PERCENT = 99
-_WORDS_AT_ONCE = 31
-"""Frames by which stacks are sorted at once: 128 bytes each with the number of their group."""
-
-Flags = npt.NDArray[np.bool_]
+_FOLDED_SHARE = 0.01
+_AT_ONCE = 1 << 21
+"""Words whose prefixes are hashed at a time: each takes some 50 bytes meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,54 +87,24 @@ def rest_id(hasher: Hasher) -> int:
     return int(hash_locations(texts, place, np.zeros((0, 5), np.int64))[0])
 
 
-def keep_common(ids: Hashes, *counts: Numbers) -> Hashes:
-    """Return the stacks with the most of each count that have 99 % of it, sorted by id.
+def keep_common(ids: Hashes, is_folded: npt.NDArray[np.bool_], *counts: Numbers) -> Hashes:
+    """Return the stacks to keep, sorted by id: those with the most of each count.
 
-    Of equal counts the smaller ids come first.
+    What the other ones have, and those that are folded already, is 1 % of each count at most, or
+    only the folded ones are left out. Of equal counts the smaller ids come first.
     """
     by_id = np.argsort(ids)
     is_kept = np.zeros(len(ids), dtype=bool)
     for each in counts:
-        ordered = each[by_id].astype(np.int64)
-        order = np.argsort(-ordered, kind="stable")
+        order = np.lexsort((ids, -each.astype(np.int64)))
+        order = order[~is_folded[order]]
         # Floats are close enough to choose by, and do not overflow.
-        reached = np.cumsum(ordered[order].astype(np.float64))
-        wanted = reached[-1] * (_KEPT_PERCENT / 100) if len(reached) else 0.0
-        is_kept[order[: int(np.searchsorted(reached, wanted)) + 1]] = True
-    return ids[by_id[is_kept]]
-
-
-def sort_stacks(offsets: Integers, words: Numbers) -> Integers:
-    """Return an order of stacks in which those that begin alike are neighbours.
-
-    They are sorted by their words, which are below 2^32 - 1, root first.
-    """
-    starts, lengths = offsets[:-1], np.diff(offsets)
-    order = np.arange(len(lengths))
-    # Places in the order whose stacks are not told apart by their first words yet, and the number
-    # of the group that is equal so far. The next words of all are sorted at once, as texts.
-    places, groups, depth = order.copy(), np.zeros(len(order), np.uint32), 0
-    while len(places):
-        mine = order[places]
-        counts = np.clip(lengths[mine] - depth, 0, _WORDS_AT_ONCE)
-        keys = np.zeros((len(mine), 1 + _WORDS_AT_ONCE), dtype=">u4")
-        keys[:, 0] = groups
-        column = 1 + ranges(np.zeros_like(counts), counts)
-        keys[np.repeat(np.arange(len(mine)), counts), column] = (
-            words[ranges(starts[mine] + depth, counts)] + 1
-        )
-        texts = keys.view(f"S{keys.itemsize * keys.shape[1]}")[:, 0]
-        by_text = np.argsort(texts, kind="stable")
-        mine, texts = mine[by_text], texts[by_text]
-        order[places] = mine
-        depth += _WORDS_AT_ONCE
-        is_first = np.ones(len(texts), dtype=bool)
-        is_first[1:] = texts[1:] != texts[:-1]
-        group = np.cumsum(is_first) - 1
-        goes_on = np.bincount(group, weights=lengths[mine] > depth) > 0
-        is_open = (goes_on & (np.bincount(group) > 1))[group]
-        places, groups = places[is_open], group[is_open].astype(np.uint32)
-    return order
+        reached = np.cumsum(each[order].astype(np.float64))
+        folded = float(each[is_folded].sum(dtype=np.float64))
+        whole = float(reached[-1]) if len(reached) else 0.0
+        spare = max(0.0, (whole + folded) * _FOLDED_SHARE - folded) / 2
+        kept.append(ids[order[: int(np.searchsorted(reached, whole - spare)) + 1]])
+    return np.unique(np.concatenate(kept))
 
 
 def fold(stacks: Stacks, kept: Hashes, hasher: Hasher) -> Folded:

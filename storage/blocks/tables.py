@@ -305,9 +305,16 @@ def _fold_rollup(opened: Engine, hasher: Hasher, stacks: Stacks | None = None) -
     totals = opened.arrays(f"SELECT stack_id, {SUMS} FROM rollup GROUP BY stack_id")
     if len(totals["stack_id"]) <= FOLDED_ABOVE:
         return
-    kept = keep_common(totals["stack_id"], totals["samples"], totals["value"])
-    if stacks is None:
-        stacks = _fetch_some(opened, np.sort(totals["stack_id"]))
+    opened.register("totals", totals)
+    ends = opened.arrays(
+        f"SELECT stack_id FROM stacks WHERE frame_ids[-1] = {rest_id(hasher)} ORDER BY stack_id"
+    )
+    is_folded = HashIndex(ends["stack_id"]).find(totals["stack_id"]) >= 0
+    kept = keep_common(totals["stack_id"], is_folded, totals["samples"], totals["value"])
+    opened.run(
+        "CREATE TEMP TABLE fetched AS SELECT * FROM stacks SEMI JOIN totals USING (stack_id)"
+    )
+    stacks = fetch_stacks(opened)
     folded = fold(stacks, kept, hasher)
     opened.register("folded", {"stack_id": folded.rare, "folded_id": folded.folded})
     opened.run(

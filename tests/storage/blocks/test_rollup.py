@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from storage.blocks import tables
 from storage.blocks.block import Block
 from storage.blocks.dictionary import read_dictionary
-from storage.blocks.parquet import DETAIL, of_table
+from storage.blocks.parquet import DETAIL, LocalFile
 from storage.blocks.reading import sum_samples
 from storage.blocks.rollup import Stacks, fold, keep_common, rest_id, sort_stacks
 from storage.blocks.tables import merge_parts, write_block
@@ -62,35 +62,41 @@ def test_a_rare_stack_is_folded_into_its_longest_kept_prefix(words, data):
     assert again.tolist() == folded.stacks.ids.tolist()
 
 
-@given(st.lists(st.lists(st.integers(0, 2), max_size=70).map(tuple), unique=True))
-def test_stacks_are_sorted_by_their_frames(words):
-    """Also those that are told apart only by frames far from the root."""
-    flat = np.array([word for each in words for word in each], dtype=np.uint32)
-
-    order = sort_stacks(np.cumsum([0, *map(len, words)]), flat)
-
-    assert [words[i] for i in order.tolist()] == sorted(words)
+NONE = np.zeros(4, dtype=bool)
 
 
 def test_stacks_with_most_samples_are_kept_ties_by_id():
-    """As few as have 99 of 100 samples."""
+    """Half of what may be folded in all, 1 of 100 samples, is left for later."""
     ids = np.array([5, 3, 9, 1], dtype=np.uint64)
 
-    assert keep_common(ids, np.array([98, 1, 0, 1])).tolist() == [1, 5]
-    assert keep_common(ids, np.array([1, 1, 1, 1])).tolist() == [1, 3, 5, 9]
-    assert keep_common(ids[:0], np.zeros(0, np.int64)).tolist() == []
+    assert keep_common(ids, NONE, np.array([198, 1, 0, 1])).tolist() == [1, 5]
+    assert keep_common(ids, NONE, np.array([1, 1, 1, 1])).tolist() == [1, 3, 5, 9]
+    assert keep_common(ids[:0], NONE[:0], np.zeros(0, np.int64)).tolist() == []
 
 
 def test_stacks_with_most_of_the_value_are_kept_as_well():
     """A single allocation may have most of the bytes."""
     ids = np.array([5, 3, 9, 1], dtype=np.uint64)
 
-    assert keep_common(ids, np.array([99, 1, 0, 0]), np.array([9, 2**60, 1, 0])).tolist() == [3, 5]
+    kept = keep_common(ids, NONE, np.array([299, 1, 0, 0]), np.array([9, 2**60, 1, 0]))
+    assert kept.tolist() == [3, 5]
 
 
-def _many(seed: int) -> Profile:
+def test_what_was_folded_before_counts():
+    """Once 1 of 100 samples are folded nothing else is; folded stacks are none to keep."""
+    ids = np.array([5, 3, 9, 1], dtype=np.uint64)
+    is_folded = np.array([False, False, False, True])
+
+    assert keep_common(ids, is_folded, np.array([990, 2, 3, 5])).tolist() == [5, 9]
+    assert keep_common(ids, is_folded, np.array([980, 5, 5, 10])).tolist() == [3, 5, 9]
+    assert keep_common(ids, is_folded, np.array([1, 0, 5, 9000])).tolist() == [5, 9]
+
+
+def _many(seed: int, *, is_even: bool = False) -> Profile:
+    """Return a profile of many stacks: few are common, or each is a little rarer than another."""
     profile = some.synthetic(400, 12, functions=200, seed=seed)
-    samples = np.where(np.arange(len(profile.row_samples)) % 10 == 0, 1000, 1)
+    numbers = np.arange(len(profile.row_samples))
+    samples = 1 + 3000 // (1 + numbers) if is_even else np.where(numbers % 10 == 0, 3000, 1)
     start_ns = seed * 60_000_000_000
     return Profile(
         **{
@@ -130,3 +136,35 @@ def test_rollups_of_many_stacks_are_folded_exactly(tmp_path, monkeypatch):
         number = profile.locations.index(REST_LOCATION)
         assert profile.frames(number)[0].function == "[rest]"
         read_dictionary(files, np.unique(detail.stacks))
+
+
+def test_most_samples_are_kept_however_often_parts_are_merged(tmp_path, monkeypatch):
+    """Each merge may fold a part of what may be folded in all."""
+    monkeypatch.setattr(tables, "FOLDED_ABOVE", 100)
+    merged: list[LocalFile] = []
+    for seed in range(1, 7):
+        part = write_block(
+            Block.of([stored(_many(seed, is_even=True))], HASHER), tmp_path / str(seed)
+        )
+        merged = merge_parts([*merged, *part], tmp_path / f"{seed}-merged", HASHER)
+
+    rolled = sum_samples(files_of(merged, "samples_10m"), **ALWAYS)
+    columns = read_dictionary(merged, np.unique(rolled.stacks))
+    rest = np.flatnonzero(columns.location_hashes == np.uint64(rest_id(HASHER)))
+    ends_in_rest = np.isin(columns.stack_words[columns.stack_offsets[1:] - 1], rest)
+    folded = np.isin(rolled.stacks, columns.stack_hashes[ends_in_rest])
+    assert 0 < rolled.samples[folded].sum() <= rolled.samples.sum() / 100
+
+
+def test_prefixes_are_the_hashes_of_shorter_stacks():
+    """A prefix of a stack hashes to what the stack of these locations does."""
+    columns = Columns.of(some.sample_profile(), Hasher(b"k"))
+    hasher = Hasher(b"k")
+    hashes = columns.location_hashes.take(columns.stack_words)
+    prefixes = hasher.prefixes(hashes.copy(), columns.stack_offsets)
+
+    for start, end in zip(columns.stack_offsets[:-1], columns.stack_offsets[1:], strict=True):
+        for stop in range(start + 1, end + 1):
+            words = columns.stack_words[start:stop]
+            alone = hasher.stacks(columns.location_hashes, np.array([0, len(words)]), words)
+            assert prefixes[stop - 1] == alone[0]
