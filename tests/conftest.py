@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -102,6 +103,38 @@ def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def go(tmp_path: Path) -> Callable[..., str]:
+    """Run Go's tools, which include the pprof that everybody has."""
+    found = shutil.which("go")
+    if found is None:
+        pytest.skip("no go: install the package golang-go")
+    environment = {
+        **os.environ,
+        # Go builds its pprof when it is first used: keep it, in the folder that git ignores.
+        "GOCACHE": str(Path(__file__).parents[1] / ".cache" / "go"),
+        "GOFLAGS": "",
+        "GOTOOLCHAIN": "local",
+        "GOTELEMETRY": "off",
+        "PPROF_TMPDIR": str(tmp_path),
+        "HOME": str(tmp_path),
+    }
+
+    def run(*arguments: str | Path) -> str:
+        done = subprocess.run(
+            [found, *arguments],
+            check=False,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(scope="module")

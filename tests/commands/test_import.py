@@ -11,24 +11,11 @@ from profiler.formats.reading import read
 from storage.formats import pprof
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import ObjectKey
+from tests.formats.readers.test_perf_script import SCRIPT
 from tests.support import profiles as some
 
 FILES = Path(__file__).parents[1] / "formats" / "files"
 NOW_NS = 1_780_000_000_000_000_000
-SCRIPT = b"""# ========
-# captured on    : Sat Nov 21 10:00:00 2026
-#
-perl 12345/12346 [001]  1234.567890:   10101010 cpu-clock:pppH:\x20
-\tffffffff81000010 do_syscall_64+0x1 ([kernel.kallsyms])
-\t    7f0000002000 [unknown] (/usr/lib/libc.so.6 (deleted))
-\t    7f0000001000 Perl_runops(int, (anonymous namespace)::x) const+0x12 (/usr/bin/perl)
-
-      my worker 1 77/77 [000]  1235.567890:   10101010 cpu-clock:pppH:\x20
-\t    7f0000001000 a;b\xff+0x1 (/tmp/perf-77.map)
-\t    7f0000001001 clamp (inlined)
-\t    7f0000001001 main+0x1 (/srv/api)
-
-"""
 
 
 def imported(folder, *arguments):

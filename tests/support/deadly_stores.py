@@ -8,6 +8,7 @@ another: to be killed after a change is to be killed before the next one.
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import ObjectStore
@@ -15,48 +16,36 @@ from storage.objects.s3 import S3Store
 from tests.support.weed import BUCKET
 
 
-class DeadlyDirectory(DirectoryStore):
-    """Kills the process instead of change number `dies_at`; 0 for never."""
+class Deadly:
+    """Kills the process instead of change number `dies_at` of a store; 0 for never."""
 
     dies_at = 0
     changes = 0
 
-    def put(self, key: str, content: bytes) -> bool:
-        _die_or_count(self)
-        return super().put(key, content)
+    def put(self, *what: Any) -> Any:
+        self._die_or_count()
+        return super().put(*what)
 
-    def replace(self, key: str, content: bytes, tag: str | None) -> str | None:
-        _die_or_count(self)
-        return super().replace(key, content, tag)
+    def replace(self, *what: Any) -> Any:
+        self._die_or_count()
+        return super().replace(*what)
 
-    def delete(self, key: str) -> None:
-        _die_or_count(self)
-        super().delete(key)
+    def delete(self, *what: Any) -> Any:
+        self._die_or_count()
+        return super().delete(*what)
 
-
-class DeadlyBucket(S3Store):
-    """The same with a bucket."""
-
-    dies_at = 0
-    changes = 0
-
-    def put(self, key: str, content: bytes) -> bool:
-        _die_or_count(self)
-        return super().put(key, content)
-
-    def replace(self, key: str, content: bytes, tag: str | None) -> str | None:
-        _die_or_count(self)
-        return super().replace(key, content, tag)
-
-    def delete(self, key: str) -> None:
-        _die_or_count(self)
-        super().delete(key)
+    def _die_or_count(self) -> None:
+        self.changes += 1
+        if self.changes == self.dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _die_or_count(store: DeadlyDirectory | DeadlyBucket) -> None:
-    store.changes += 1
-    if store.changes == store.dies_at:
-        os.kill(os.getpid(), signal.SIGKILL)
+class DeadlyDirectory(Deadly, DirectoryStore):
+    pass
+
+
+class DeadlyBucket(Deadly, S3Store):
+    pass
 
 
 def open_deadly(url: str, endpoint: str, dies_at: int) -> ObjectStore:

@@ -2,10 +2,6 @@
 
 import functools
 import gzip
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -178,31 +174,6 @@ def test_a_mutated_file_is_a_profile_or_an_error(data):
     except ProfileError:
         return
     assert found.profile.total_samples >= 0
-
-
-@pytest.fixture
-def go(tmp_path):
-    """Run Go's tools, which include the pprof that everybody has."""
-    found = shutil.which("go")
-    if found is None:
-        pytest.skip("no go: install the package golang-go")
-    environment = {
-        **os.environ,
-        # Go builds its pprof when it is first used: keep it, in the folder that git ignores.
-        "GOCACHE": str(Path(__file__).parents[3] / ".cache" / "go"),
-        "GOFLAGS": "",
-        "GOTOOLCHAIN": "local",
-        "GOTELEMETRY": "off",
-        "PPROF_TMPDIR": str(tmp_path),
-        "HOME": str(tmp_path),
-    }
-
-    def run(*arguments) -> str:
-        return subprocess.run(
-            [found, *arguments], env=environment, capture_output=True, text=True, check=True
-        ).stdout
-
-    return run
 
 
 @pytest.mark.timeout(600)  # of which Go's first build may take some minutes on a busy machine

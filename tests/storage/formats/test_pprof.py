@@ -4,8 +4,6 @@ import dataclasses
 import gzip
 import os
 import re
-import shutil
-import subprocess
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -170,39 +168,6 @@ def test_files_of_ours_that_another_tool_merged_add_up(go, tmp_path):
     both = pprof.decode((tmp_path / "both.pb.gz").read_bytes())
     assert both == some.merge([first, second])
     assert both.accounting.mismatch == 0
-
-
-@pytest.fixture
-def go(tmp_path):
-    """Run Go's tools, which include the pprof that everybody has."""
-    found = shutil.which("go")
-    if found is None:
-        pytest.skip("no go: install the package golang-go")
-    environment = {
-        **os.environ,
-        # Go builds its pprof when it is first used: keep it, in the folder that git ignores.
-        "GOCACHE": str(Path(__file__).parents[3] / ".cache" / "go"),
-        "GOFLAGS": "",
-        "GOTOOLCHAIN": "local",
-        "GOTELEMETRY": "off",
-        "PPROF_TMPDIR": str(tmp_path),
-        "HOME": str(tmp_path),
-    }
-
-    def run(*arguments: str) -> str:
-        done = subprocess.run(
-            [found, *arguments],
-            check=False,
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
 
 
 def test_go_tool_pprof_counts_the_same_functions(go, tmp_path):
