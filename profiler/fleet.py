@@ -16,6 +16,7 @@ from storage.profile import Integers, Labels, Window
 from storage.query.coverage import Coverage
 from storage.query.function_totals import FunctionTotals, fold
 from storage.query.query import Query
+from storage.query.timeline import cover
 from storage.selector import Selector
 
 Group = Literal["function", "module", "service"]
@@ -232,11 +233,9 @@ def read_costs(
     if group == "service":
         return _in_order(_services(query, window, selector, by, type))
     totals, coverage = query.function_totals(window, selector, by, type)
-    length_ns = window.end_ns - window.start_ns
-    covered = query.timeline(window, selector, step_ns=length_ns, type=type).covered_ns
-    costs = _nothing(window, coverage, int(covered.sum()), type)
     if totals is None:
-        return costs
+        return _nothing(window, coverage, 0, type)
+    costs = _nothing(window, coverage, cover(totals.objects), type)
     samples, whole = totals.time_counts.sum(axis=0).tolist()
     costs = replace(costs, unit=totals.unit, whole=whole, samples=samples)
     of_group = _modules if group == "module" else _functions

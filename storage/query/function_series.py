@@ -284,7 +284,7 @@ class FunctionSeries:
             labelled = [local[file] for file in files if file.table == "label_sets"]
             sets, _ = choose_ids(labelled, selector)
             check = self.blocks.check
-            times = read_times(head_slices, Lines.ALL, sets=sets, check=check)
+            times = read_times(head_slices, Lines.SECOND, sets=sets, check=check)
             if times is None:
                 return None
             sums = read_totals(slices_of(plan.chosen, local), sets=sets, check=check)

@@ -8,6 +8,7 @@ import numpy as np
 
 from storage.blocks.times import Lines
 from storage.columns import OBJECT_FIELDS, Times
+from storage.hashing import Numbers
 from storage.objects.keys import NS_PER_S
 from storage.profile import Integers, Labels, Window
 from storage.query.coverage import Coverage
@@ -101,6 +102,12 @@ def make_timeline(
     unit = parts[0].unit if parts else "nanoseconds"
     covered_ns = _cover_steps(np.concatenate(intervals), count)
     return Timeline(type_, unit, origin_ns, step_ns, tuple(series), totals, covered_ns, coverage)
+
+
+def cover(objects: Numbers) -> int:
+    """Return for how many ns at least one of some objects was profiled."""
+    intervals = np.column_stack([np.zeros(len(objects), np.int64), objects[:, :2]])
+    return int(_cover_steps(intervals.astype(np.int64), 1)[0])
 
 
 def _cover_steps(intervals: Integers, steps: int) -> Integers:

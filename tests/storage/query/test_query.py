@@ -37,6 +37,7 @@ from storage.profile import (
     make_labels,
 )
 from storage.query import cache as cache_module
+from storage.query import function_totals
 from storage.query.cache import DecodedCache
 from storage.query.function_totals import FunctionTotals, merge_function_totals
 from storage.query.listing import HOUR_NS
@@ -215,6 +216,19 @@ def test_sums_add_up_over_objects(profiles):
         merged = merge_function_totals(parts).by(())
         found = {row.frame[:3]: row.self_samples for row in merged.function_totals()}
         assert +Counter(found) == +expected
+
+
+@pytest.mark.parametrize("frames", [1, 7, 100, 5000])
+def test_sums_of_many_frames_are_made_in_pieces(monkeypatch, frames):
+    """A fleet's hour has a hundred million frames, which are not laid out at once."""
+    columns = Columns.of(some.synthetic(200, 12, functions=40), HASHER)
+    whole = FunctionTotals.of(columns, HASHER)
+    monkeypatch.setattr(function_totals, "_FRAMES_AT_ONCE", frames)
+
+    pieces = FunctionTotals.of(columns, HASHER)
+
+    assert np.array_equal(pieces.rows, whole.rows)
+    assert np.array_equal(pieces.counts, whole.counts)
 
 
 @given(st.lists(some.profiles(), min_size=1, max_size=4))
