@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from storage.blocks.dictionary import clean
+from storage.blocks.functions import SERIES
 from storage.blocks.manifest import (
     DayManifest,
     File,
@@ -53,7 +54,7 @@ _COPIES_BYTES = 1 << 30
 """What is copied of a bucket at a time; an hour's files may be more."""
 _ATTEMPTS = 3
 _SAMPLES = (DETAIL, *ROLLUPS.values())
-_FUNCTIONS = ("functions_10m", "functions_1h", "functions_1d")
+_FUNCTIONS = tuple(sorted(SERIES - {FUNCTIONS}))
 _OF_OBJECTS = ("times", "presence", "times_10m", "presence_10m")
 _BY_HOST = ("times", "times_10m", "functions_10m", "functions_1d")
 _REFERENCES = (
@@ -213,6 +214,7 @@ def _check_hour(
             )
             for table in (ROLLUPS[3600], "times_10m"):
                 _check_sums(opened, local, manifest.hourly.files_of(table), expected, found)
+            _check_functions(opened, local, manifest.hourly.files, found)
             if len(whole) == len(manifest.parts):
                 _check_references(opened, local, _join([*whole, local]), found)
                 _check_heads(opened, local, _join(whole), found)
@@ -237,6 +239,7 @@ def _check_day(copies: Copies, day: DayManifest, hours: dict[str, HourManifest])
         local = _fetch(opened, copies, day.files, found)
         for table in (*_SAMPLES, "times_10m"):
             _check_sums(opened, local, day.files_of(table), expected, found)
+        _check_functions(opened, local, day.files, found)
         if len(local.keys) == len(day.files):
             _check_references(opened, local, local, found)
     return found
@@ -366,17 +369,40 @@ def _check_sums(
     found: Checked,
 ) -> None:
     """Check that the rows of files of samples add up to so many samples and such a value."""
+    sums = _sums_of(opened, local, files, found)
+    if sums is not None:
+        found.compare(files[0].key, expected, sums)
+
+
+def _check_functions(opened: Engine, local: _Local, files: Sequence[File], found: Checked) -> None:
+    """Check that all series of functions add up to the same samples and value.
+
+    They may be fewer than those of stacks: stacks without frames have no function.
+    """
+    expected: tuple[int, int] | None = None
+    for table in _FUNCTIONS:
+        chosen = [file for file in files if file.table == table]
+        sums = _sums_of(opened, local, chosen, found)
+        if sums is not None:
+            found.compare(chosen[0].key, expected or sums, sums)
+            expected = expected or sums
+
+
+def _sums_of(
+    opened: Engine, local: _Local, files: Sequence[File], found: Checked
+) -> tuple[int, int] | None:
+    """Return the sums of samples and of the value of files of a table; None if one is not there."""
     wanted = {file.key for file in files}
     chosen = [file for file, key in local.keys.items() if key in wanted]
     if not files or len(chosen) != len(wanted):
-        return  # expired, or named already
+        return None  # expired, or named already
+    sums: list[tuple[int, int]] = []
     with _naming(files[0].key, found):
         query = "SELECT sum(samples) AS samples, sum(value) AS value FROM {files}"
         opened.load("summed", query, chosen)
-        ((samples, value),) = opened.rows(
-            "SELECT coalesce(samples, 0), coalesce(value, 0) FROM summed"
-        )
-        found.compare(files[0].key, expected, (int(samples), int(value)))
+        query = "SELECT coalesce(samples, 0), coalesce(value, 0) FROM summed"
+        sums = [(int(samples), int(value)) for samples, value in opened.rows(query)]
+    return sums[0] if sums else None
 
 
 def _check_references(opened: Engine, rows: _Local, known: _Local, found: Checked) -> None:

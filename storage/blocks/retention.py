@@ -30,7 +30,7 @@ from msgspec.structs import replace
 
 from storage.blocks.compactor import Compactor, awake_s
 from storage.blocks.day import can_make_again
-from storage.blocks.functions import FUNCTIONS_1D, FUNCTIONS_10M, GROUPS_1D
+from storage.blocks.functions import FUNCTIONS_1D, GROUPS_1D, OF_HOUR
 from storage.blocks.manifest import (
     DayManifest,
     HourManifest,
@@ -41,7 +41,7 @@ from storage.blocks.manifest import (
     named_by,
     start_s_of,
 )
-from storage.blocks.parquet import DETAIL, FUNCTIONS, ROLLUPS
+from storage.blocks.parquet import DETAIL, ROLLUPS
 from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectMissing, StoreError
 from storage.objects.pins import Held
 from storage.profile import ProfileError
@@ -53,8 +53,8 @@ _LATE_DAYS = 8
 """How much later than its hour a file may be written: a week, and a day for the day's rollup."""
 _PROBE_LASTS_NS = 3600 * NS_PER_S
 _TEN_MINUTES = ROLLUPS[600]
-_FUNCTIONS_10M = frozenset({FUNCTIONS_10M, FUNCTIONS})
-"""Tables of an hour's rollups that expire with buckets of ten minutes."""
+_FUNCTIONS_OF_HOUR = frozenset(OF_HOUR)
+"""Tables of an hour's rollups that expire with buckets of ten minutes. The day has coarser ones."""
 _HOUR_OF_DAY = frozenset({ROLLUPS[3600], FUNCTIONS_1D, GROUPS_1D})
 """Tables of a day that expire with its hours."""
 
@@ -125,7 +125,7 @@ def expire(compactor: Compactor, keep: Keep) -> None:
         tables = {DETAIL} if age_s > keep.detail_s else set()
         if age_s > keep.ten_minutes_s and manifest.has_hourly:
             tables.add(_TEN_MINUTES)
-            tables |= _FUNCTIONS_10M if is_in_day else set()
+            tables |= _FUNCTIONS_OF_HOUR if is_in_day else set()
         _expire_tables(compactor, manifest, tables)
     _expire_days(compactor, keep, known, now_ns, held)
 

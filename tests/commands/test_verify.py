@@ -336,6 +336,7 @@ DAMAGES = {
     "heads are cut": damage("*-presence_10m-*", cut),
     "heads of another hour": take_file("objects_10m"),
     "times of another hour": take_file("times_10m"),
+    "functions of another hour": take_file("functions_1h"),
     "heads of a day are missing": damage("dd-objects_10m-*", lambda path: path.unlink()),
     "fewer objects": change_part(objects=1),
 }
