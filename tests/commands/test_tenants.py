@@ -113,14 +113,12 @@ def test_a_comparison_is_of_one_tenant(shared, capfd) -> None:
 
 
 def test_the_service_shows_one_tenant(tmp_path) -> None:
-    """As does what decodes ahead for it."""
     fill(open_store(str(tmp_path / "store")))
 
-    with service(tmp_path, "--tenant=team-a", "--decode-ahead=100") as (_, client):
+    with service(tmp_path, "--tenant=team-a") as (_, client):
         window_asked = {"from": FROM, "until": UNTIL}
         graph = client.json("flamegraph", by="service", **window_asked)
         values = client.json("labels/service/values", **window_asked)
-        wait_for(lambda: client.json("status")["ahead"])
         status = client.json("status")
 
     assert (graph["coverage"]["hosts"], graph["samples"]) == (1, 8)
