@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import costs
 import fleet
 import numpy as np
 from bench_agent import LOADS
@@ -82,6 +83,7 @@ class Trial:
         self._source = source
         self._folder = folder
         self._contents: dict[str, str] = {}
+        self.figures: dict[str, float] = {}
         self._keys = [
             key for stored in source.list("v1/") if (key := ObjectKey.parse(stored.key)) is not None
         ]
@@ -101,6 +103,12 @@ class Trial:
         requests: Counter[str] = self._bucket.counts() - before
         for stored in store.list(f"v1/{DEFAULT_TENANT}/l0/"):
             store.delete(stored.key)
+        if not self._contents:
+            self.figures = {
+                "compact_ms": 1e3 * used.cpu_s / self.objects,
+                "get_an_object": requests["GET"] / self.objects,
+                "put_an_object": requests["PUT"] / self.objects,
+            }
         self._contents[name] = content(store, self.window)
         assert len(set(self._contents.values())) == 1, "the results differ"
         yield f"{name}: time", took_s, "s", None
@@ -197,6 +205,8 @@ def fleet_hour(bucket: Bucket, folder: Path, options: argparse.Namespace) -> Ite
                 f"Dask cluster, workers: {workers}",
                 lambda url: in_cluster(workers, folder, bucket, url),  # noqa: B023 - likewise
             )
+    figures = {**trial.figures, "object_bytes": made.size_bytes / made.objects}
+    costs.keep(options.figures, figures)
     cpus = options.hosts * fleet.CPUS * options.minutes / 60
     yield from at_rest(trial.store, trial.objects, cpus)
 
@@ -275,6 +285,7 @@ def main() -> int:
     parser.add_argument("--stacks", type=int, default=fleet.STACKS, help="of a service and day")
     parser.add_argument("--cluster", action="store_true", help="also by a Dask cluster")
     parser.add_argument("--record", type=int, default=0, metavar="MINUTES")
+    parser.add_argument("--figures", type=Path, help="a file for costs.py")
     parser.add_argument("--load", choices=LOADS, default="programs", help="beside --record")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, bucket_in(Path(name) / "weed") as bucket:

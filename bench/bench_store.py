@@ -29,17 +29,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import compacted_fleet
+import costs
 import fleet
 import numpy as np
 from bucket import Bucket, bucket_in
 from serving import EVERFLAME, Reply, Row, Serving, all_pids, pss_mb, rss_mb, serving, show
 
-from storage.blocks.manifest import Manifests
+from storage.blocks.manifest import File, Manifests
+from storage.blocks.parquet import DETAIL
 from storage.blocks.retention import LEVELS
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import CPU, DEFAULT_TENANT, NS_PER_S, ObjectStore, hour_of
@@ -49,7 +51,7 @@ DAY_S, MINUTE_S = 86_400, 60
 END_S = fleet.DAY_NS // NS_PER_S + DAY_S
 FOREVER = ",".join(f"{level}=9000d" for level in LEVELS)
 """The fleet's days are long ago: nothing of them may expire at once."""
-RSS_MB = 600.0
+RSS_MB, AT_REST_MB = 600.0, 2.0
 
 
 class Question(NamedTuple):
@@ -184,6 +186,47 @@ def samples_of(store: ObjectStore) -> dict[str, int]:
     return {name: sum(part.samples for part in each.parts) for name, each in hours.items()}
 
 
+def at_rest(store: ObjectStore, hosts: int, figures: Path | None) -> Iterator[Row]:
+    """Show what a day of the fleet of one service takes, by the level whose retention it has.
+
+    By host and object there are rows of each window only in the last hour: these are taken for all
+    hours, in proportion to samples.
+    """
+    day = hour_of(END_S - 1)[:10]
+    listed = Manifests(store, DEFAULT_TENANT, CPU).list(day, day + "T99")
+    hours = list(listed.hours.values())
+    last = listed.hours[hour_of(END_S - 1)]
+    samples = {hour.hour: sum(part.samples for part in hour.parts) for hour in hours}
+    times = sum(samples.values()) / samples[last.hour]
+
+    def size(files: Iterable[File], tables: Collection[str]) -> float:
+        return float(sum(file.bytes for file in files if file.table in tables))
+
+    by_object = ("objects", "times", "presence")
+    of_parts = [file for hour in hours for part in hour.parts for file in part.files]
+    of_last = [file for part in last.parts for file in part.files]
+    of_hours = [file for hour in hours if hour.hourly for file in hour.hourly.files]
+    of_day = listed.days[day].files if day in listed.days else ()
+    shared = {file.table for file in of_parts} - {DETAIL, *by_object}
+    levels = {
+        "detail": times * size(of_last, [DETAIL]),
+        "10m": times * size(of_last, by_object) + size(of_parts, shared),
+        "1h": size(of_hours, {file.table for file in of_hours}),
+        "1d": size(of_day, {file.table for file in of_day}),
+    }
+    core_days = sum(samples.values()) / 99 / DAY_S
+    rows = sum(file.rows for file in of_last if file.table == DETAIL)
+    yield "detail", size(of_last, [DETAIL]) / rows, "bytes a row", None
+    for level, size_bytes in levels.items():
+        yield f"a day at rest, {level}", size_bytes / 1e6, "MB", None
+        yield "    of a core busy all day", size_bytes / 1e6 / core_days, "MB", None
+    whole_mb = sum(levels.values()) / 1e6
+    yield "a day at rest, all levels", whole_mb, "MB", None
+    yield "    of a core busy all day", whole_mb / core_days, "MB", AT_REST_MB
+    yield "    of one of the hosts' CPUs", whole_mb / hosts / fleet.CPUS, "MB", AT_REST_MB
+    costs.keep(figures, {f"{level}_bytes": each / hosts for level, each in levels.items()})
+
+
 class UnansweredError(Exception):
     """The service says why, such as that an answer took too long."""
 
@@ -273,6 +316,7 @@ def main() -> int:
     parser.add_argument("--days", type=int, default=7, help="of the fleet of one service")
     parser.add_argument("--detail-minutes", type=int, default=60)
     parser.add_argument("--stacks", type=int, default=0, help="of a service")
+    parser.add_argument("--figures", type=Path, help="a file for costs.py")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--again", action="store_true", help="compact the parts anew")
     parser.add_argument("--prepare", action="store_true", help="make the stores, and ask nothing")
@@ -291,6 +335,9 @@ def main() -> int:
             made[layout] = Made(url, samples_of(open_store(url, bucket.endpoint)))
         if options.prepare:
             return 0
+        if "one" in made and not options.only:
+            store = open_store(made["one"].url, bucket.endpoint)
+            missed += show(at_rest(store, options.hosts, options.figures))
         arguments = [f"--s3-endpoint={bucket.endpoint}"]
         asked = [
             question
