@@ -159,46 +159,93 @@ class Block:
             ValueError: there is none, or they are of different types or units.
             ProfileError: one begins later than 32 bits of seconds reach, in 2106.
         """
-        labels = LabelIds(hasher)
-        objects: dict[str, BlockObject] = {}
-        kinds: set[tuple[str, str]] = set()
-        samples, times = [], []
-        batch: list[Columns] = []
-        dictionaries: list[Columns] = []
+        builder = BlockBuilder(hasher)
         for key, columns in profiles:
-            kinds.add((columns.type, columns.unit))
-            if len(kinds) > 1:
-                raise ValueError("cannot make a block of different types or units")
-            if key.start_s > _LAST_SECOND:
-                raise ProfileError(f"cannot compact {key.text}: it begins after 2106")
-            if key.content16 in objects:
-                continue
-            objects[key.content16] = BlockObject(
-                key, columns.period_ns, columns.window, columns.accounting
-            )
-            hosts, sets, of_label_set = labels.split(columns.label_sets)
-            samples.append(_samples_of(key, columns, hosts, sets, of_label_set))
-            times.append(_times_of(key, columns, hosts, sets, of_label_set))
-            batch.append(columns)
-            if len(batch) == _BATCH:
-                dictionaries.append(_merge_dictionaries(batch))
-                batch = []
-        if batch:
-            dictionaries.append(_merge_dictionaries(batch))
-        if not objects:
+            builder.add(key, columns)
+        return builder.build()
+
+
+class BlockBuilder:
+    """Adds objects of one type and unit to a block, one after the other, as `Block.of` takes them.
+
+    Attributes:
+        size_bytes: what is held, nearly.
+    """
+
+    def __init__(self, hasher: Hasher) -> None:
+        self.size_bytes = 0
+        self._hasher = hasher
+        self._labels = LabelIds(hasher)
+        self._objects: dict[str, BlockObject] = {}
+        self._kinds: set[tuple[str, str]] = set()
+        self._samples: list[tuple[Numbers, Hashes, Hashes, Hashes, Integers, Integers]] = []
+        self._times: list[tuple[Hashes, Hashes, Hashes, Integers, Integers]] = []
+        self._batch: list[Columns] = []
+        self._dictionaries: list[Columns] = []
+
+    def add(self, key: ObjectKey, columns: Columns) -> None:
+        """Add an object, unless its content is there.
+
+        Raises:
+            ValueError: it is of another type or unit than those before.
+            ProfileError: it begins later than 32 bits of seconds reach, in 2106.
+        """
+        self._kinds.add((columns.type, columns.unit))
+        if len(self._kinds) > 1:
+            raise ValueError("cannot make a block of different types or units")
+        if key.start_s > _LAST_SECOND:
+            raise ProfileError(f"cannot compact {key.text}: it begins after 2106")
+        if key.content16 in self._objects:
+            return
+        self._objects[key.content16] = BlockObject(
+            key, columns.period_ns, columns.window, columns.accounting
+        )
+        hosts, sets, of_label_set = self._labels.split(columns.label_sets)
+        rows = _samples_of(key, columns, hosts, sets, of_label_set)
+        self._samples.append(rows)
+        self._times.append(_times_of(key, columns, hosts, sets, of_label_set))
+        self._batch.append(columns)
+        self.size_bytes += sum(each.nbytes for each in rows) + _size_of(columns)
+        if len(self._batch) == _BATCH:
+            self._merge_batch()
+
+    def _merge_batch(self) -> None:
+        self.size_bytes -= sum(map(_size_of, self._batch))
+        self._dictionaries.append(_merge_dictionaries(self._batch))
+        self.size_bytes += _size_of(self._dictionaries[-1])
+        self._batch.clear()
+
+    def build(self) -> Block:
+        """Return the block; nothing may be added after that.
+
+        Raises:
+            ValueError: it has no objects.
+        """
+        if not self._objects:
             raise ValueError("cannot make a block of no objects")
-        ((type_, unit),) = kinds
-        whole = len(dictionaries) > 1
-        return cls(
+        if self._batch:
+            self._merge_batch()
+        ((type_, unit),) = self._kinds
+        is_whole = len(self._dictionaries) == 1
+        return Block(
             type=type_,
             unit=unit,
-            objects=tuple(objects.values()),
-            samples=Samples(*map(np.concatenate, zip(*samples, strict=True))),
-            times=ObjectTimes(*map(np.concatenate, zip(*times, strict=True))),
-            dictionary=_merge_dictionaries(dictionaries) if whole else dictionaries[0],
-            labels=labels,
-            hasher=hasher,
+            objects=tuple(self._objects.values()),
+            samples=Samples(*map(np.concatenate, zip(*self._samples, strict=True))),
+            times=ObjectTimes(*map(np.concatenate, zip(*self._times, strict=True))),
+            dictionary=self._dictionaries[0]
+            if is_whole
+            else _merge_dictionaries(self._dictionaries),
+            labels=self._labels,
+            hasher=self._hasher,
         )
+
+
+def _size_of(columns: Columns) -> int:
+    """Return how many bytes a profile has without its rows."""
+    tables = columns.locations, columns.named, columns.frames, columns.location_hashes
+    stacks = columns.stack_words, columns.stack_hashes, columns.stack_offsets
+    return sum(each.nbytes for each in (*tables, *stacks)) + len(columns.texts.blob)
 
 
 def _samples_of(

@@ -39,8 +39,8 @@ SUMS = "CAST(sum(samples) AS BIGINT) AS samples, CAST(sum(value) AS BIGINT) AS v
 
 _USUAL_DEPTH = 64
 """Deeper stacks are put together in another way, that takes more time and less memory."""
-_AT_ONCE = 50_000
-"""Stacks that are put together at a time: 25 MB."""
+_AT_ONCE = 20_000
+"""Stacks that are put together at a time: 10 MB."""
 
 
 def load_block(opened: Engine, block: Block, stacks: Stacks) -> None:

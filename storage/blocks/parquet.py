@@ -437,10 +437,10 @@ def _complete(columns: Arrays | None) -> dict[str, npt.NDArray[Any]]:
     return {name: np.asarray(each) for name, each in columns.items()}
 
 
-def _connect(temporary: str, memory_bytes: int) -> duckdb.DuckDBPyConnection:
+def _connect(temporary: str, memory_bytes: int, threads: int) -> duckdb.DuckDBPyConnection:
     return duckdb.connect(
         config={
-            "threads": min(4, os.cpu_count() or 1),
+            "threads": threads,
             "memory_limit": f"{memory_bytes >> 10}KiB",
             "temp_directory": temporary,
             "max_temp_directory_size": f"{_TEMPORARY_BYTES >> 20}MiB",
@@ -466,7 +466,9 @@ class _Shared:
     def connection(self) -> duckdb.DuckDBPyConnection:
         with self._lock:
             if self._database is None:
-                self._database = _connect(_temporary(), DEFAULT_MEMORY_BYTES)
+                self._database = _connect(
+                    _temporary(), DEFAULT_MEMORY_BYTES, threads=min(4, os.cpu_count() or 1)
+                )
             return self._database.cursor()
 
     def forget(self) -> None:
@@ -546,9 +548,12 @@ def _interrupting(
 def engine(
     memory_bytes: int = DEFAULT_MEMORY_BYTES, folder: Path | None = None
 ) -> Iterator[Engine]:
-    """Open a database that moves what does not fit to a folder of its own inside `folder`."""
+    """Open a database to write with, that moves what does not fit to a folder inside `folder`.
+
+    It has one thread: a compactor has a worker for each CPU, and each thread takes memory.
+    """
     with tempfile.TemporaryDirectory(prefix="everflame-blocks-", dir=folder) as temporary:
-        opened = Engine(_connect(temporary, memory_bytes))
+        opened = Engine(_connect(temporary, memory_bytes, threads=1))
         try:
             yield opened
         finally:

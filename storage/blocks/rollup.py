@@ -24,9 +24,14 @@ from symbolizer.location import REST_LOCATION
 
 FOLDED_ABOVE = 20_000
 """Stacks that a block keeps in any case."""
-_FOLDED_SHARE = 0.01
-_AT_ONCE = 1 << 21
-"""Words whose prefixes are hashed at a time: each takes some 50 bytes meanwhile."""
+_KEPT_PERCENT = 99
+_WORDS_AT_ONCE = 31
+"""Frames by which stacks are sorted at once: 128 bytes each with the number of their group."""
+
+_STACKS_AT_ONCE = 1 << 13
+"""Stacks whose frames are looked at at once: each takes 1 kB meanwhile."""
+
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,12 +104,44 @@ def keep_common(ids: Hashes, is_folded: npt.NDArray[np.bool_], *counts: Numbers)
         order = np.lexsort((ids, -each.astype(np.int64)))
         order = order[~is_folded[order]]
         # Floats are close enough to choose by, and do not overflow.
-        reached = np.cumsum(each[order].astype(np.float64))
-        folded = float(each[is_folded].sum(dtype=np.float64))
-        whole = float(reached[-1]) if len(reached) else 0.0
-        spare = max(0.0, (whole + folded) * _FOLDED_SHARE - folded) / 2
-        kept.append(ids[order[: int(np.searchsorted(reached, whole - spare)) + 1]])
-    return np.unique(np.concatenate(kept))
+        reached = np.cumsum(ordered[order].astype(np.float64))
+        wanted = reached[-1] * (_KEPT_PERCENT / 100) if len(reached) else 0.0
+        is_kept[order[: int(np.searchsorted(reached, wanted)) + 1]] = True
+    return ids[by_id[is_kept]]
+
+
+def sort_stacks(offsets: Integers, words: Numbers) -> Integers:
+    """Return an order of stacks in which those that begin alike are neighbours.
+
+    They are sorted by their words, which are below 2^32 - 1, root first.
+    """
+    starts, lengths = offsets[:-1], np.diff(offsets)
+    order = np.arange(len(lengths))
+    # Places in the order whose stacks are not told apart by their first words yet, and the number
+    # of the group that is equal so far. The next words of all are sorted at once, as texts.
+    places, groups, depth = order.copy(), np.zeros(len(order), np.uint32), 0
+    while len(places):
+        mine = order[places]
+        counts = np.clip(lengths[mine] - depth, 0, _WORDS_AT_ONCE)
+        keys = np.zeros((len(mine), 1 + _WORDS_AT_ONCE), dtype=">u4")
+        keys[:, 0] = groups
+        for first in range(0, len(mine), _STACKS_AT_ONCE):
+            some = slice(first, first + _STACKS_AT_ONCE)
+            row = np.repeat(np.arange(len(keys))[some], counts[some])
+            column = 1 + ranges(np.zeros_like(counts[some]), counts[some])
+            keys[row, column] = words[ranges(starts[mine[some]] + depth, counts[some])] + 1
+        texts = keys.view(f"S{keys.itemsize * keys.shape[1]}")[:, 0]
+        by_text = np.argsort(texts, kind="stable")
+        mine, texts = mine[by_text], texts[by_text]
+        order[places] = mine
+        depth += _WORDS_AT_ONCE
+        is_first = np.ones(len(texts), dtype=bool)
+        is_first[1:] = texts[1:] != texts[:-1]
+        group = np.cumsum(is_first) - 1
+        goes_on = np.bincount(group, weights=lengths[mine] > depth) > 0
+        is_open = (goes_on & (np.bincount(group) > 1))[group]
+        places, groups = places[is_open], group[is_open].astype(np.uint32)
+    return order
 
 
 def fold(stacks: Stacks, kept: Hashes, hasher: Hasher) -> Folded:
@@ -134,6 +171,15 @@ def fold(stacks: Stacks, kept: Hashes, hasher: Hasher) -> Folded:
 
 def _shared_before(stacks: Stacks) -> Integers:
     """Return by stack how many of its first frames are those of the stack before it."""
+    shared = np.zeros(len(stacks.ids), dtype=np.int64)
+    for first in range(0, len(shared), _STACKS_AT_ONCE):
+        # The first of these is compared with the last of those before.
+        some = np.arange(max(0, first - 1), min(first + _STACKS_AT_ONCE, len(shared)))
+        shared[some[1:]] = _shared_of(stacks.take(some))[1:]
+    return shared
+
+
+def _shared_of(stacks: Stacks) -> Integers:
     lengths = np.diff(stacks.offsets)
     before = np.concatenate([np.zeros(1, np.int64), lengths[:-1]])
     numbers = np.arange(len(stacks.frame_ids))

@@ -17,11 +17,9 @@ from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from storage.blocks.block import Block
-from storage.blocks.daily import DAILY, HOURLY, write_day
-from storage.blocks.functions import write_hour
-from storage.blocks.heads import write_heads
-from storage.blocks.loading import SUMS
+import numpy as np
+
+from storage.blocks.block import Block, BlockBuilder
 from storage.blocks.manifest import (
     HOUR_S,
     File,
@@ -55,7 +53,7 @@ from storage.query.workers import LoneWorker
 from symbolizer.text import readable
 
 _PART_BYTES = 128 << 20
-"""Decoded objects of so many bytes are written as one part: they are in memory at once."""
+"""Objects whose rows and tables have so many bytes are written as one part."""
 _FETCHES = 4
 _COPIES_BYTES = 2 << 30
 _TYPE_UNITS = {CPU: "nanoseconds"}
@@ -112,15 +110,11 @@ def fold_objects(place: Place, keys: Sequence[ObjectKey]) -> Folded:
     """
     hasher = _hasher_of(place.key)
     folded = Folded([], [])
-    by_unit: dict[str, list[tuple[ObjectKey, Columns]]] = {}
-    gathered_bytes = 0
+    by_unit: dict[str, BlockBuilder] = {}
 
     def make_parts() -> None:
-        nonlocal gathered_bytes
-        for unit, profiles in by_unit.items():
-            folded.parts.append(_make_part(place, unit, profiles, hasher))
-        by_unit.clear()
-        gathered_bytes = 0
+        while by_unit:
+            folded.parts.append(_make_part(place, by_unit.popitem()[1].build()))
 
     with ThreadPoolExecutor(_FETCHES, "fetch") as pool:
         fetch = functools.partial(_fetch, place.store)
@@ -132,32 +126,29 @@ def fold_objects(place: Place, keys: Sequence[ObjectKey]) -> Folded:
                 reason = columns[:_REASON_LIMIT]
                 folded.unreadable.append(Unreadable(key.text, reason, producer(), time.time_ns()))
                 continue
-            by_unit.setdefault(columns.unit, []).append((key, columns))
-            gathered_bytes += _size_of(columns)
-            if gathered_bytes > _PART_BYTES:
+            by_unit.setdefault(columns.unit, BlockBuilder(hasher)).add(key, columns)
+            if sum(each.size_bytes for each in by_unit.values()) > _PART_BYTES:
                 make_parts()
     make_parts()
     return folded
 
 
-def _make_part(
-    place: Place, unit: str, profiles: list[tuple[ObjectKey, Columns]], hasher: Hasher
-) -> NewPart:
-    keys = [key for key, _ in profiles]
+def _make_part(place: Place, block: Block) -> NewPart:
+    keys = [each.key for each in block.objects]
     contents = frozenset(key.content16 for key in keys)
     with _working_folder(place.folder) as folder:
-        files = [_put(place, file) for file in write_block(Block.of(profiles, hasher), folder)]
+        files = [_put(place, file) for file in write_block(block, folder)]
     part = Part(
         id=part_id(contents),
         objects=len(contents),
-        samples=sum(columns.total_samples for _, columns in profiles),
-        value=sum(columns.total_value for _, columns in profiles),
+        samples=sum(block.times.samples.tolist()),
+        value=sum(block.times.values.tolist()),
         start_s=min(key.start_s for key in keys),
         end_s=max(key.start_s + key.length_s for key in keys),
         files=tuple(files),
         made_ns=time.time_ns(),
     )
-    return NewPart(part, unit, tuple(key.text for key in keys), contents)
+    return NewPart(part, block.unit, tuple(key.text for key in keys), contents)
 
 
 def fold_alone(worker: LoneWorker, place: Place, keys: Sequence[ObjectKey]) -> Folded:
@@ -299,14 +290,6 @@ def _decode(key: ObjectKey, content: bytes | ObjectTooLarge, hasher: Hasher) -> 
     if columns.unit != unit:
         return f"it is measured in {columns.unit!r} instead of {unit}"
     return columns
-
-
-def _size_of(columns: Columns) -> int:
-    stacks = columns.stack_words.nbytes + columns.stack_hashes.nbytes
-    rows = columns.rows.nbytes + columns.counts.nbytes
-    return (
-        stacks + rows + columns.frames.nbytes + columns.locations.nbytes + len(columns.texts.blob)
-    )
 
 
 def _put(place: Place, file: LocalFile) -> File:

@@ -1,10 +1,11 @@
 """Rollups: rare stacks are folded where there are many, and totals stay exact."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.blocks import tables
+from storage.blocks import rollup, tables
 from storage.blocks.block import Block
 from storage.blocks.dictionary import read_dictionary
 from storage.blocks.parquet import DETAIL, LocalFile
@@ -36,7 +37,9 @@ def test_a_rare_stack_is_folded_into_its_longest_kept_prefix(words, data):
     _, numbers = np.unique(whole.frame_ids, return_inverse=True)
     order = sort_stacks(whole.offsets, numbers.astype(np.uint32))
 
-    folded = fold(whole.take(order), np.sort(kept.ids), HASHER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollup, "_STACKS_AT_ONCE", 3)
+        folded = fold(whole.take(order), np.sort(kept.ids), HASHER)
 
     rare = [words[i] for i in order.tolist() if words[i] not in kept_words]
     prefixes = {each[:n] for each in kept_words for n in range(len(each) + 1)}
@@ -62,7 +65,16 @@ def test_a_rare_stack_is_folded_into_its_longest_kept_prefix(words, data):
     assert again.tolist() == folded.stacks.ids.tolist()
 
 
-NONE = np.zeros(4, dtype=bool)
+@given(st.lists(st.lists(st.integers(0, 2), max_size=70).map(tuple), unique=True))
+def test_stacks_are_sorted_by_their_frames(words):
+    """Also those that are told apart only by frames far from the root."""
+    flat = np.array([word for each in words for word in each], dtype=np.uint32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollup, "_STACKS_AT_ONCE", 3)
+        order = sort_stacks(np.cumsum([0, *map(len, words)]), flat)
+
+    assert [words[i] for i in order.tolist()] == sorted(words)
 
 
 def test_stacks_with_most_samples_are_kept_ties_by_id():
