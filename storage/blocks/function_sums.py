@@ -40,7 +40,7 @@ _SETS_NAMED = 64
 
 
 class FunctionSums(NamedTuple):
-    """Sums of functions, a line in each array; sorted by unit, set and function.
+    """Sums of functions, a line in each array, in any order.
 
     A unit is a host's id, or the number of its group; 0 where all hosts are added up. `counts` has
     a line (samples, value), and of totals also (total samples, total value).
@@ -61,11 +61,13 @@ class KnownFunctions(NamedTuple):
 
 
 class LeafSums(NamedTuple):
-    """Self samples by leaf location, and what is known of these locations.
+    """Self samples by leaf location, and what is known of these locations; sorted by second.
 
     `locations` are Columns without stacks, and a line of `leaves` is the number of one of theirs.
+    The seconds are 0 where all are added up.
     """
 
+    seconds: Integers
     hosts: Hashes
     sets: Hashes
     leaves: Integers
@@ -148,7 +150,7 @@ def _fetch(
         opened.load(
             "function_sums", f"SELECT {keys}, function_id, {sums} FROM ({rows}) GROUP BY ALL", files
         )
-        found = opened.arrays("SELECT * FROM function_sums ORDER BY unit, set_id, function_id")
+        found = opened.arrays("SELECT * FROM function_sums")
     names = [name for name in found if name not in ("unit", "set_id", "function_id")]
     counts = np.stack([found[name].astype(np.int64) for name in names], axis=1)
     if counts.min(initial=0) < 0:
@@ -207,34 +209,37 @@ def read_functions(
 
 
 def read_leaves(
-    details: Sequence[Slice],
-    dictionary: Sequence[LocalFile],
+    files: Sequence[LocalFile],
+    span: tuple[int, int],
     *,
+    by_second: bool = False,
     sets: Ids | None = None,
     hosts: Ids | None = None,
     check: Callable[[], None] | None = None,
 ) -> LeafSums:
-    """Add up self samples of detail by host, label set and leaf.
+    """Add up self samples of detail between two seconds by host, label set and leaf.
+
+    The files are those of detail and of its dictionary.
 
     Raises:
         ProfileError: as `read_self`, or a stack or location is missing.
     """
-    conditions = []
+    conditions = [f"ts >= {span[0]:d}", f"ts < {span[1]:d}"]
     if sets is not None:
         conditions.append("set_id IN (SELECT id FROM wanted_sets)")
     if hosts is not None:
         conditions.append("host_id IN (SELECT id FROM wanted_hosts)")
-    columns = {DETAIL: "host_id, set_id, stack_id, samples, value"}
-    rows = rows_in(details, columns, _starts_inside, " AND ".join(conditions))
-    files, stacks = files_in(details, DETAIL), of_table(dictionary, "stacks")
+    details, stacks = of_table(files, DETAIL), of_table(files, "stacks")
+    second = "ts" if by_second else "0"
     with reading_engine(check) as opened:
-        opened.check([*files, *stacks])
+        opened.check([*details, *stacks])
         register_ids(opened, "wanted_sets", sets)
         register_ids(opened, "wanted_hosts", hosts)
         opened.load(
             "stack_sums",
-            f"SELECT host_id, set_id, stack_id, {SUMS} FROM ({rows}) GROUP BY ALL",
-            files,
+            f"SELECT CAST({second} AS BIGINT) AS second, host_id, set_id, stack_id, {SUMS}"
+            f" FROM {{files}} WHERE {' AND '.join(conditions)} GROUP BY ALL",
+            details,
         )
         # An empty stack has no leaf and counts for no function.
         opened.load(
@@ -248,13 +253,13 @@ def read_leaves(
         if missing != [(0,)]:
             raise ProfileError("cannot read blocks: a stack is missing")
         sums = opened.arrays(
-            f"SELECT host_id, set_id, leaf, {SUMS} FROM stack_sums JOIN leaf_of USING (stack_id)"
-            " WHERE has_leaf GROUP BY ALL ORDER BY ALL"
+            f"SELECT second, host_id, set_id, leaf, {SUMS} FROM stack_sums"
+            " JOIN leaf_of USING (stack_id) WHERE has_leaf GROUP BY ALL ORDER BY ALL"
         )
         leaves = sort_distinct(sums["leaf"])
-        locations = fetch_locations(opened, dictionary, leaves)
+        locations = fetch_locations(opened, files, leaves)
     counts = np.stack([sums["samples"], sums["value"]], axis=1)
     if counts.min(initial=0) < 0:
         raise ProfileError("cannot read blocks: there are negative counts")
     at = np.searchsorted(locations.location_hashes, sums["leaf"])
-    return LeafSums(sums["host_id"], sums["set_id"], at, counts, locations)
+    return LeafSums(sums["second"], sums["host_id"], sums["set_id"], at, counts, locations)

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from storage.blocks import reading
-from storage.blocks.dictionary import read_dictionary, read_label_sets
-from storage.blocks.parquet import DETAIL, LocalFile
+from storage.blocks.dictionary import read_label_sets
+from storage.blocks.function_sums import read_leaves
+from storage.blocks.parquet import LocalFile
 from storage.blocks.times import read_heads
-from storage.grouping import distinct, find_hashes
 from storage.hashing import Hasher
-from storage.location_functions import hash_functions
+from storage.location_functions import LocationFunctions
 from storage.objects.keys import NS_PER_S
 from storage.profile import make_labels
 from storage.query.function_totals import PROCESS_LABELS, fold, service_sets_of
@@ -36,33 +35,23 @@ def read_self_samples(
     heads = read_heads(files, start_s=start_s, end_s=end_s)
     if heads is None:
         return None
-    rows = reading.sum_samples(
-        of_table(files, DETAIL), start_s=start_s, end_s=end_s, by_host=True, bucket_s=1
-    )
-    columns = read_dictionary(files, rows.stacks)
-    label_sets = read_label_sets(files)
-    starts_s, of_second = np.unique(rows.ts, return_inverse=True)
+    leaves = read_leaves(files, (start_s, end_s), by_second=True)
+    label_sets, columns = read_label_sets(files), leaves.locations
+    starts_s, of_second = np.unique(leaves.seconds, return_inverse=True)
     pairs, of_pair = np.unique(
-        np.stack([rows.hosts, rows.sets], axis=1), axis=0, return_inverse=True
+        np.stack([leaves.hosts, leaves.sets], axis=1), axis=0, return_inverse=True
     )
     labels = [
         make_labels({**dict(label_sets[set_]), **dict(label_sets[host])})
         for host, set_ in pairs.tolist()
     ]
     of_label, service_sets = service_sets_of(labels, PROCESS_LABELS)
-    stacks = find_hashes(columns.stack_hashes, rows.stacks)
-    offsets = columns.stack_offsets.astype(np.int64)
-    has_leaf = offsets[stacks + 1] > offsets[stacks]
-    leaves = columns.stack_words[offsets[stacks[has_leaf] + 1] - 1]
-    places, which = distinct(leaves, len(columns.locations))
-    shown = columns.shown_frames(places)
-    function_hashes, functions = np.unique(
-        hash_functions(shown, hasher)[shown.offsets[:-1]], return_inverse=True
-    )
+    functions = LocationFunctions.of(columns, hasher)
+    function_hashes, numbers = np.unique(functions.hashes[functions.innermost], return_inverse=True)
     # By second, then by (service set, location), as one number each.
-    width = max(1, len(places))
-    services = of_label[of_pair[has_leaf]] if len(of_label) else np.zeros(0, np.int64)
-    keys, counts = fold(of_second[has_leaf], services * width + which, rows.samples[has_leaf, None])
+    width = max(1, len(columns.location_hashes))
+    services = of_label[of_pair] if len(of_label) else np.zeros(0, np.int64)
+    keys, counts = fold(of_second, services * width + leaves.leaves, leaves.counts[:, :1])
     return ObjectSelfSamples(
         type=heads.type,
         unit=heads.unit,
@@ -70,10 +59,10 @@ def read_self_samples(
         accounting=heads.accounting,
         objects=np.stack([starts_s.astype(np.int64) * NS_PER_S] * 2, axis=1),
         service_sets=service_sets,
-        location_hashes=columns.location_hashes[places],
-        functions=functions,
-        name_ranks=columns.name_ranks[places],
-        named_s=columns.named_s[places],
+        location_hashes=columns.location_hashes,
+        functions=numbers,
+        name_ranks=columns.name_ranks,
+        named_s=columns.named_s,
         function_hashes=function_hashes,
         line_offsets=np.searchsorted(keys[:, 0], np.arange(len(starts_s) + 1)),
         lines=np.stack(np.divmod(keys[:, 1], width), axis=1),

@@ -331,7 +331,6 @@ class FunctionSeries:
         self, hour: Compacted, selector: Selector, groups: HostGroups | None
     ) -> Part[FunctionTotals]:
         detail, dictionary = files_of(hour, DETAIL), files_of(hour, *DICTIONARY)
-        spans = (seconds_of(hour.window),)
 
         def read(local: "_Local") -> FunctionTotals:
             if not detail:
@@ -339,8 +338,8 @@ class FunctionSeries:
             meanings = [local[file] for file in dictionary]
             sets, hosts = choose_ids(meanings, selector)
             leaves = read_leaves(
-                slices_of([Chosen(tuple(detail), spans)], local),
-                meanings,
+                list(local.values()),
+                seconds_of(hour.window),
                 sets=sets,
                 hosts=hosts,
                 check=self.blocks.check,
