@@ -255,6 +255,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=0.0, help="begin no round after this time")
     parser.add_argument("--every-change", action="store_true")
     options = parser.parse_args()
     place = Place(options.store, options.s3_endpoint, options.folder)
@@ -264,15 +265,21 @@ def main() -> int:
         print(f"killed before {killed} changes in {time.monotonic() - begun_s:.0f} s: all exact")
         return 0
     trial = Trial(place, options.seed)
+    done = 0
     for number in range(1, options.rounds + 1):
+        if 0 < options.seconds < time.monotonic() - begun_s:
+            break
         trial.put(trial.random.randint(1, 6))
         trial.race(trial.random.randint(2, 4), is_killed=number % 10 != 0)
         trial.check()
+        done = number
         if number % 50 == 0:
-            print(f"{number} rounds, {trial.killed} killed", file=sys.stderr, flush=True)
+            took_s = time.monotonic() - begun_s
+            said = f"{number} rounds, {trial.killed} killed, {took_s:.0f} s"
+            print(said, file=sys.stderr, flush=True)
     trial.finish()
     print(
-        f"{options.rounds} rounds, {trial.killed} compactors killed,"
+        f"{done} rounds, {trial.killed} compactors killed,"
         f" {len(trial.sums)} objects in {time.monotonic() - begun_s:.0f} s: all exact"
     )
     return 0
