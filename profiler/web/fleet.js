@@ -36,6 +36,8 @@ const byId = (id) => document.getElementById(id);
 export class Fleet {
   #page;
   #isNew = changeTracker();
+  /** By row, its service and the element with its colour. */
+  #swatches = [];
 
   /** `page` has state, selection and loader, applies changes and makes links of them (page.js). */
   constructor(page) {
@@ -94,11 +96,11 @@ export class Fleet {
     const isPending = this.#hasTrend && (trend.isOld || !trend.response) && !trend.error;
     const problem = this.#hasTrend ? trend.error : null;
     const { filter, rows } = state;
-    const colours =
-      state.mode === "services" && state.series === "service" ? overview.colours : null;
+    const hasColours = state.mode === "services" && state.series === "service";
     const isSame = !this.#isNew("rows", loader.of("fleet").key);
-    const shown = [response, printState(state), colours, isPending, problem];
-    if (!this.#isNew("table", ...shown)) return;
+    const shown = [response, printState(state), isPending, problem];
+    if (!this.#isNew("table", ...shown)) return this.#paint(overview.colours);
+    this.#swatches = [];
     const lines = response.services ?? response.functions;
     const most = Math.max(0, ...lines.map((row) => row.cores));
     this.table.show(lines, {
@@ -107,9 +109,10 @@ export class Fleet {
       filter,
       limit: rows,
       kind: this.#kind(response.coverage),
-      context: { most, colours, isPending, hasTrend: response.week_before !== null },
+      context: { most, hasColours, isPending, hasTrend: response.week_before !== null },
       isSame,
     });
+    this.#paint(overview.colours);
     this.#showSummary(response, { isPending, problem });
   }
 
@@ -224,7 +227,14 @@ export class Fleet {
     };
   }
 
-  #nameCell(row, { colours }) {
+  /** Give services the colours of their layers in the timeline. */
+  #paint(colours) {
+    for (const [service, swatch] of this.#swatches) {
+      swatch.className = `swatch ${colourClass(colours.get(service))}`;
+    }
+  }
+
+  #nameCell(row, { hasColours }) {
     const { selection, link } = this.#page;
     const name = nameOf(row, this.#page.state.mode);
     const title = this.#page.state.mode === "modules" ? "Its functions" : "Its flame graph";
@@ -234,10 +244,10 @@ export class Fleet {
       text: name,
       title: `${name}: ${title}`,
     };
-    const colour = colours?.get(row.labels.service);
     const labels = this.#page.selection.fleetLabels.map((each) => safeName(row.labels[each] ?? ""));
     const isSplit = row.function !== undefined && labels.length > 0;
-    const swatch = colours ? el("i", { class: `swatch ${colourClass(colour)}` }) : null;
+    const swatch = hasColours ? el("i") : null;
+    if (swatch) this.#swatches.push([row.labels.service, swatch]);
     return el(
       "td",
       { class: "name" },
