@@ -156,7 +156,9 @@ def load_label_sets(opened: Engine, labels: LabelIds) -> None:
     _register_rows(opened, "new_pairs", pairs, "number", "position", "name:", "text:")
     opened.run(
         "CREATE TEMP TABLE label_sets AS"
-        " SELECT set_id, map_from_entries(coalesce(pairs, [])) AS labels FROM new_sets LEFT JOIN ("
+        # Where all sets are empty the list would be one of nothing.
+        " SELECT set_id, CAST(map_from_entries(coalesce(pairs, []))"
+        f" AS {TABLES['label_sets']['labels']}) AS labels FROM new_sets LEFT JOIN ("
         + _lists("new_pairs", "{'k': name, 'v': text}", "pairs")
         + ") USING (number)"
     )

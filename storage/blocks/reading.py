@@ -25,6 +25,7 @@ from storage.blocks.times import (
     Pairs,
     fetch_heads,
     fetch_times,
+    is_among,
     label,
     load_objects,
     register_ids,
@@ -171,11 +172,10 @@ def _fetch_rows(
     rollups = [each for each in files if each.table in ROLLUPS.values()]
     if rollups and hosts is not None:
         raise ProfileError("cannot tell hosts apart: the detail has expired")
-    conditions = []
-    for name, column, ids in (("sets", "set_id", sets), ("hosts", "host_id", hosts)):
-        register_ids(opened, f"wanted_{name}", ids)
-        if ids is not None:
-            conditions.append(f"{column} IN (SELECT id FROM wanted_{name})")
+    conditions = [
+        *is_among(opened, "set_id", "wanted_sets", sets),
+        *is_among(opened, "host_id", "wanted_hosts", hosts),
+    ]
     host = "host_id" if by_host else "0::UBIGINT"
     columns = dict.fromkeys(_SAMPLES, "0::UBIGINT AS host_id, set_id, stack_id, samples, value")
     columns[DETAIL] = f"{host} AS host_id, set_id, stack_id, samples, value"

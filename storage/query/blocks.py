@@ -61,6 +61,7 @@ from storage.query.compacted import (
     plan_heads,
     plan_samples,
     rows_of_detail,
+    without_day,
 )
 from storage.query.compacted_samples import read_self_samples
 from storage.query.coverage import Part, Skipped
@@ -93,7 +94,7 @@ class Blocks:
     def __init__(
         self, store: TenantStore, copies: Copies, hasher: Callable[[], Hasher] | None = None
     ) -> None:
-        self._store = store
+        self.store = store
         self._copies = copies
         self._hasher = hasher
         self._manifests: dict[str, Manifests] = {}
@@ -218,7 +219,9 @@ class Blocks:
         whole = self._columns(hours, selector, rolls_up=rolls_up)
         if whole.value is not None or len(hours) < 2 or not whole.skipped:
             return [whole]
-        return [self._columns([hour], selector, rolls_up=rolls_up) for hour in hours]
+        # Each from its own files: those of its day may be what cannot be read.
+        alone = map(without_day, hours)
+        return [self._columns([hour], selector, rolls_up=rolls_up) for hour in alone]
 
     def is_large(self, hours: Sequence[Compacted]) -> bool:
         """Return whether the whole ones of some hours have more rows than are kept and merged.
@@ -310,7 +313,8 @@ class Blocks:
         whole = self._times(hours, selector, lines, is_coarse=is_coarse)
         if whole.value is not None or len(hours) < 2 or not whole.skipped:
             return [whole]
-        return [self._times([hour], selector, lines, is_coarse=is_coarse) for hour in hours]
+        alone = map(without_day, hours)
+        return [self._times([hour], selector, lines, is_coarse=is_coarse) for hour in alone]
 
     def _times(
         self, hours: Sequence[Compacted], selector: Selector, lines: Lines, *, is_coarse: bool
@@ -382,7 +386,7 @@ class Blocks:
             except StoreRefused:
                 folder = stack.enter_context(contextlib.closing(ScratchFolder())).path
                 size_bytes = max(1, sum(file.bytes for file in files))
-                paths = Copies(self._store.store, folder, size_bytes).fetch(keys)
+                paths = Copies(self.store.store, folder, size_bytes).fetch(keys)
             yield [
                 LocalFile(file.table, path, file.rows)
                 for file, path in zip(files, paths, strict=True)
@@ -433,7 +437,7 @@ class Blocks:
         with self._lock:
             known = self._manifests.get(type_)
             if known is None:
-                known = Manifests(self._store.store, self._store.tenant, type_in_key(type_))
+                known = Manifests(self.store.store, self.store.tenant, type_in_key(type_))
                 self._manifests[type_] = known
             return known
 
@@ -482,10 +486,10 @@ class Blocks:
         """Return when the hours that have a manifest start, sorted, as known for half a minute."""
         read_s, starts_ns = self._starts_ns.get(type_, (-_NAMES_KEPT_S, []))
         if time.monotonic() - read_s > _NAMES_KEPT_S:
-            prefix = manifests_prefix(self._store.tenant, type_in_key(type_))
+            prefix = manifests_prefix(self.store.tenant, type_in_key(type_))
             names = (
                 stored.key.removeprefix(prefix).removesuffix(".json")
-                for stored in self._store.store.list(prefix)
+                for stored in self.store.store.list(prefix)
             )
             starts_ns = sorted(self._starts_of({name for name in names if is_known(name)}, type_))
             self._starts_ns[type_] = (time.monotonic(), starts_ns)

@@ -176,6 +176,11 @@ def _of(files: Iterable[File], *tables: str) -> tuple[File, ...]:
     return tuple(file for file in files if file.table in tables)
 
 
+def without_day(hour: Compacted) -> Compacted:
+    """Return an hour as if its day had no rollup; not if only that has it."""
+    return replace(hour, day=None) if isinstance(hour, CompactedHour) else hour
+
+
 def has_detail(hour: Compacted) -> bool:
     """Return whether the samples of an hour are kept with all of their labels."""
     return bool(hour.parts) and all(part.files_of(DETAIL) for part in hour.parts)
@@ -241,7 +246,7 @@ def _plan_day(plan: SamplesPlan, held: Sequence[Compacted]) -> bool:
         plan.samples.append(Chosen(by_day, ((start_s, start_s + 1),)))
     elif by_hour:
         plan.samples.append(Chosen(by_hour, spans))
-        plan.notes.extend(_note(hour, HOUR_S) for hour in alone if not _is_aligned(hour, HOUR_S))
+        plan.notes.extend(_note(hour, HOUR_S) for hour in alone if not is_aligned(hour, HOUR_S))
     else:
         for hour in alone:
             if not by_day or hour.hours != day.hours.keys():
@@ -269,7 +274,7 @@ def _plan_hour(plan: SamplesPlan, hour: CompactedHour, *, rolls_up: bool) -> Non
     longest_s = 1
     for part in manifest.parts:
         is_inside = start_s <= part.start_s and part.end_s <= end_s
-        takes_rollup = rolls_up and (is_inside or _is_aligned(hour, _BUCKETS_S[_TEN_MINUTES]))
+        takes_rollup = rolls_up and (is_inside or is_aligned(hour))
         found = _finest(part, prefers_rollup=takes_rollup)
         files += found
         left |= set() if found else {part.id}
@@ -284,7 +289,7 @@ def _plan_hour(plan: SamplesPlan, hour: CompactedHour, *, rolls_up: bool) -> Non
         own = (part for part in manifest.parts if part.id not in rolled_up)
         files = [*_of(hourly.files, _HOURS), *(file for part in own for file in _finest(part))]
         longest_s = HOUR_S
-    if not hour.is_whole and longest_s > 1 and not _is_aligned(hour, longest_s):
+    if not hour.is_whole and longest_s > 1 and not is_aligned(hour, longest_s):
         plan.notes.append(_note(hour, longest_s))
     plan.samples.append(Chosen(tuple(files), (span,)))
 
@@ -312,7 +317,7 @@ def plan_heads(hours: Sequence[Compacted], *, is_coarse: bool) -> list[Chosen]:
             day: DayManifest | None = hour.manifest
             spans = [seconds_of(window) for window in hour.held]
         else:
-            day = hour.day if is_coarse and _is_aligned(hour, _BUCKETS_S[_TEN_MINUTES]) else None
+            day = hour.day if is_coarse and is_aligned(hour) else None
         files = _heads_in(day.files) if day is not None else ()
         if files:
             of_days.setdefault(files, []).extend(spans)
@@ -340,7 +345,7 @@ def check_heads(hours: Sequence[Compacted], heads: Sequence[Chosen]) -> None:
 def _hourly_heads(hour: CompactedHour) -> tuple[File, ...]:
     """Return the heads of an hour, if there are some that count for its window."""
     manifest = hour.manifest
-    is_usable = manifest.has_hourly and _is_aligned(hour, _BUCKETS_S[_TEN_MINUTES])
+    is_usable = manifest.has_hourly and is_aligned(hour)
     return _heads_in(manifest.hourly.files) if is_usable and manifest.hourly else ()
 
 
@@ -397,6 +402,7 @@ def check_whole(hours: Sequence[Compacted], value: Columns | Times | None) -> No
         raise ProfileError(f"its {', '.join(_PART_SUMS)} are {found}, its manifest says {expected}")
 
 
-def _is_aligned(hour: Compacted, bucket_s: int) -> bool:
+def is_aligned(hour: Compacted, bucket_s: int = 600) -> bool:
+    """Return whether what is asked for of an hour begins and ends with a bucket."""
     bucket_ns = bucket_s * NS_PER_S
     return hour.window.start_ns % bucket_ns == 0 and hour.window.end_ns % bucket_ns == 0

@@ -22,7 +22,7 @@ from storage.objects.keys import NS_PER_S
 from storage.profile import Window
 from storage.query.blocks import Blocks
 from storage.query.cache import DecodedCache
-from storage.query.compacted import Compacted, has_detail
+from storage.query.compacted import Compacted, has_detail, is_aligned
 from storage.query.coverage import Derived, Kept, ListedObject, Part, Skipped
 from storage.query.decoding import FETCHES, Decoder, Progress, join_parts
 from storage.query.function_totals import FunctionTotals
@@ -161,19 +161,41 @@ class Parts:
     ) -> Iterator[Part[Columns]]:
         """Return the profiles of a window.
 
-        Compacted hours are kept one by one and merged, or if they are large, read together:
-        see `Blocks.profile`.
+        Compacted hours are kept one by one and merged, or if they are large, read together, and
+        what is read of rollups is kept as a whole: see `Blocks.profile`.
         """
         listed = self.listing.at(window)
         yield from skipped_parts(listed.skipped)
         if self.blocks.is_large(listed.hours):
             yield from self._read_together(
-                listed.hours, lambda: self.blocks.profile(listed.hours, selector, labels)
+                listed.hours, lambda: self._profile_of(listed.hours, selector, labels)
             )
         else:
             yield from self.read_spans(self.selected_columns(selector), listed.hours)
         spans = self.spans(listed.objects, window)
         yield from self.read_spans(self.columns, spans)
+
+    def _profile_of(
+        self, hours: Sequence[Compacted], selector: Selector, labels: frozenset[str] | None
+    ) -> list[Part[Columns]]:
+        """Read the profile of large hours. It is kept if it may be asked for again: once rolled up.
+
+        A day of a fleet takes 45 MB. Windows that end now are others each time.
+        """
+        is_kept = self.blocks.uses_rollups(hours, labels) and all(map(is_aligned, hours))
+        if not is_kept:
+            return self.blocks.profile(hours, selector, labels)
+        keys = tuple(hour.key for hour in hours)
+        name = self.cache.name([str(self.listing.store), "rolled up", str(selector), *keys])
+        with self._turns.of(name, self.progress.check):
+            known = self.cache.load(Columns, name)
+            if known is not None:
+                return [Part(keys, known[0], tuple(Skipped(*each) for each in known[1] or ()))]
+            parts = self.blocks.profile(hours, selector, labels)
+            for each in parts:
+                if each.value is not None and each.is_lasting and each.keys == keys:
+                    self.cache.save(each.value, name, each.skipped)
+            return parts
 
     def read_times(
         self,

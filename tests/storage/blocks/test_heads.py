@@ -146,3 +146,14 @@ def test_an_object_that_is_in_two_parts_has_no_heads(tmp_path):
 
     with pytest.raises(ProfileError, match="twice"):
         write_heads(files_of(files, "objects", "times", "presence", "label_sets"), tmp_path, HASHER)
+
+
+def test_heads_of_objects_without_any_labels_are_written(tmp_path):
+    """Their rolled up label set is empty, and there is no other."""
+    made = some.build([({}, [some.MAIN], 3)], window=Window(START_S * NS, (START_S + 60) * NS))
+    accounting = Accounting(hosts=(Host("web-1", "1" * 16),))
+    part = write([stored(dataclasses.replace(made, accounting=accounting))], tmp_path / "part")
+
+    heads = write_heads(part, tmp_path / "heads", HASHER)
+
+    assert [each.rows for each in files_of(heads, "times_10m")] == [1]

@@ -1,20 +1,27 @@
 """Whatever is uploaded, compacted, merged and deleted in whatever order: answers are level 0's.
 
+Also those that are read from rollups and heads, as those of a fleet are.
+
 EVERFLAME_EXAMPLES=1000 tries as many stores, which takes an hour.
 """
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
+import msgspec
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from storage.blocks.compactor import Compactor
+from storage.blocks.day import renew_day
+from storage.blocks.manifest import DayManifest, Manifests, start_s_of
 from storage.blocks.merges import merge, roll_up
 from storage.columns import Columns
 from storage.formats import pprof
@@ -23,6 +30,8 @@ from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectKey
 from storage.objects.tenant import TenantStore
 from storage.objects.tenant_key import KEY_BYTES
 from storage.profile import Accounting, Host, Profile, ProfileBuilder, Window, make_labels
+from storage.query import blocks
+from storage.query.hosts import HostSearch
 from storage.query.query import Query
 from storage.selector import EMPTY, Selector
 from symbolizer.location import AddressLocation, Frame, Kind, Location
@@ -45,6 +54,7 @@ PLACES: list[Location] = [
 VALUES = ["api", "jobs", "", "007", "web-1", "db-7", readable(b'\x1b[31m"}'), "漢字"]
 DROPPED = ("pid", "tid")
 ALL = minutes(-61, 300)
+DAY_NS = 86400 * NS_PER_S
 
 labels = st.dictionaries(
     st.sampled_from(["service", "version", "comm", "pid", "tid", "host", "empty"]),
@@ -175,11 +185,35 @@ class Stores:
                 merge(compactor, hour)
             elif step == "roll up":
                 roll_up(compactor, hour)
+                renew_day(compactor, hour[:10])
             elif step == "delete":
                 gone = compactor.contents_of(manifest.parts)
                 for key, _ in list(compactor.level0(hour)):
                     if key.content16 in gone and self._random.random() < 0.6:
                         self.store.delete(key.text)
+
+    def expire(self, *, by_hour: bool) -> None:
+        """Compact everything; let all hours expire that their day has, then what it has by hour."""
+        for step in ("fold", "roll up"):
+            self.do(step)
+        for type_ in TYPES:
+            manifests = Manifests(self.store, DEFAULT_TENANT, type_.replace("-", "_"))
+            listed = manifests.list()
+            for name, hour in listed.hours.items():
+                day = listed.days.get(name[:10])
+                if day is not None and day.holds(hour):
+                    for key, _ in TenantStore(self.store).list_hour(
+                        start_s_of(name) * NS_PER_S, manifests.type
+                    ):
+                        self.store.delete(key.text)
+                    manifests.delete(name)
+            for name in listed.days if by_hour else ():
+                manifests.change_day(name, without_hours)
+
+
+def without_hours(day: DayManifest) -> DayManifest:
+    kept = tuple(file for file in day.files if file.table not in {"samples_1h", "functions_1d"})
+    return msgspec.structs.replace(day, files=kept)
 
 
 def check_equal(
@@ -229,11 +263,74 @@ def check_equal(
     assert compacted.has_data(window) == plain.has_data(window)
 
 
-def counts_of(columns: Columns) -> dict[object, tuple[int, int]]:
-    """Return samples and value by labels and stack, with processes and threads added up."""
+def check_rolled_up(
+    plain: Query, rolled: Query, window: Window, selector: Selector, type_: str
+) -> None:
+    """Compare all that rollups answer: by the labels that they keep, and hosts by ten minutes."""
+    names = ("service", "version")
+    one, other = (
+        each.profile(window, selector, type_, frozenset(names)) for each in (plain, rolled)
+    )
+    assert not other.coverage.skipped
+    assert other.coverage.objects == one.coverage.objects
+    assert without_services(other.coverage.accounting) == without_services(one.coverage.accounting)
+    assert counts_of(other.profile, names) == counts_of(one.profile, names)
+    for by in (names, ("service", "host"), ()):
+        lines = [
+            each.timeline(window, selector, 10 * MINUTE_NS, by, type=type_, is_aligned=True)
+            for each in (plain, rolled)
+        ]
+        assert [each.labels for each in lines[1].series] == [
+            each.labels for each in lines[0].series
+        ]
+        for left, right in zip(lines[0].series, lines[1].series, strict=True):
+            assert np.array_equal(left.samples, right.samples)
+            assert np.array_equal(left.values, right.values)
+        for name, total in lines[0].totals.items():
+            assert np.array_equal(total, lines[1].totals[name]), name
+        assert lines[1].coverage.objects == lines[0].coverage.objects
+    if type_ != "cpu":
+        return
+    known = [each.labels(window, selector) for each in (plain, rolled)]
+    for name in (*names, "host"):
+        assert known[1].get(name) == known[0].get(name)
+    presences = (each.presence_by_ten_minutes(window, selector) for each in (plain, rolled))
+    sums = [seconds_by_labels(each, names) for each in presences]
+    assert sums[1] == sums[0]
+    hosts = [
+        HostSearch(each.blocks.store, blocks=each.blocks).find(*window, within_s=30).names
+        for each in (plain, rolled)
+    ]
+    assert hosts[1] == hosts[0]
+
+
+def without_services(accounting: Accounting) -> Accounting:
+    return dataclasses.replace(accounting, services={})
+
+
+def seconds_by_labels(presence: object, names: Sequence[str]) -> dict[object, int]:
+    found: dict[object, int] = {}
+    for _, of_labels, present_ns in presence.rows.tolist():
+        labels = tuple(pair for pair in presence.label_sets[of_labels] if pair[0] in names)
+        found[labels] = found.get(labels, 0) + present_ns
+    return {labels: present_ns for labels, present_ns in found.items() if present_ns}
+
+
+def counts_of(
+    columns: Columns, names: Sequence[str] | None = None
+) -> dict[object, tuple[int, int]]:
+    """Return samples and value by labels and stack, with processes and threads added up.
+
+    With `names` only these labels tell rows apart.
+    """
     found: dict[object, tuple[int, int]] = {}
     for row in columns.to_profile().rows():
-        key = (tuple(pair for pair in row.labels if pair[0] not in DROPPED), row.stack)
+        kept = (
+            pair
+            for pair in row.labels
+            if pair[0] not in DROPPED and (not names or pair[0] in names)
+        )
+        key = (tuple(kept), row.stack)
         samples, value = found.get(key, (0, 0))
         found[key] = (samples + row.samples, value + row.value)
     return found
@@ -286,3 +383,56 @@ def test_any_store_answers_as_level_0(first, steps, asked, random):
             for window, selector in [(ALL, EMPTY), *asked]:
                 for type_ in TYPES:
                     check_equal(plain, query, window, selector, type_)
+
+
+def rollup_selectors() -> st.SearchStrategy[Selector]:
+    one = st.tuples(
+        st.sampled_from(["service", "version"]),
+        st.sampled_from(["=", "!=", "=~", "!~"]),
+        st.sampled_from(VALUES),
+    )
+    texts = st.lists(one, max_size=2).map(
+        lambda all_: ",".join(
+            f'{name}{op}"{escaped(value, is_regex="~" in op)}"' for name, op, value in all_
+        )
+    )
+    return texts.map(lambda text: Selector.parse(f"{{{text}}}") if text else EMPTY)
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate] if EXAMPLES < 50 else list(Phase),
+)
+@given(
+    st.lists(uploads(), min_size=2, max_size=5),
+    steps,
+    st.lists(st.tuples(windows(), rollup_selectors()), min_size=2, max_size=3),
+    st.sampled_from(["", "hours", "all by hour"]),
+    st.randoms(use_true_random=False),
+)
+def test_rollups_answer_as_level_0(first, steps, asked, expired, random):
+    """As if all hours were large: of days, hours and ten minutes, with late objects and edges."""
+    day = Window(START_NS // DAY_NS * DAY_NS, (START_NS // DAY_NS + 1) * DAY_NS)
+    with (
+        tempfile.TemporaryDirectory() as name,
+        mock.patch.object(blocks, "_MANY_ROWS", -1),
+        mock.patch.object(blocks, "_MANY_HEADS", -1),
+    ):
+        stores = Stores(Path(name), random)
+        for step in (*first, "fold", "roll up", *steps):
+            stores.do(step)
+        plain, query = (
+            Query(TenantStore(store), Path(name) / "cache" / store.root.name)
+            for store in (stores.plain, stores.store)
+        )
+        for window, selector in [(ALL, EMPTY), (day, EMPTY), *asked]:
+            for type_ in TYPES:
+                check_rolled_up(plain, query, window, selector, type_)
+        if expired:
+            stores.expire(by_hour=expired == "all by hour")
+            for _ in range(2):  # read, then kept
+                for selector in (EMPTY, *(selector for _, selector in asked)):
+                    for type_ in TYPES:
+                        check_rolled_up(plain, query, day, selector, type_)
