@@ -3,7 +3,6 @@
 import bisect
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -189,16 +188,18 @@ def test_every_tick_is_stored_or_copied_while_many_processes_come_and_go(program
     with Sampler(config) as sampler, running(*loop), running(program, "down", "2000"):
         sampler.start()
         drains = []
-        for _ in range(30):
-            time.sleep(0.05)
+
+        def are_enough() -> bool:
             drains.append(sampler.drain())
+            return sum(len(drain.copies) for drain in drains) > 500
+
+        wait_for(are_enough)
         sampler.stop()
         drains.append(sampler.drain())
 
     copies = [copy for drain in drains for copy in drain.copies]
     moments = [(copy.walked.tid, copy.walked.first_ns) for copy in copies]
     assert [mismatch(drain) for drain in drains] == [0] * len(drains)
-    assert len(copies) > 500
     assert len(set(moments)) == len(copies)
 
 

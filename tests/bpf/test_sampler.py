@@ -23,7 +23,7 @@ from bpf.samples import (
     StopReason,
 )
 from storage.profile import Loss
-from tests.support.live import wait_for
+from tests.support.live import spinning, wait_for
 from tests.support.targets import compile_target, running
 
 pytestmark = pytest.mark.kernel
@@ -56,7 +56,7 @@ def sampler_of(loaded: Sampler) -> Iterator[Callable[[subprocess.Popen[bytes]], 
 
 @pytest.fixture
 def busy(split: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with running(split, "60") as process:
+    with spinning(split, "60") as process:
         yield process
 
 
@@ -181,7 +181,7 @@ def mapped_range(pid: int, path: Path) -> range:
 def test_a_system_call_shows_both_stacks(tmp_path, sampler_of) -> None:
     """Reading from /dev/zero is kernel work that a user stack asked for."""
     chain = compile_target("chain.c", tmp_path / "chain")
-    with running(chain, "60", "kernel") as process:
+    with spinning(chain, "60", "kernel") as process:
         drain = drain_for(sampler_of(process), 1.0)
 
     both = [sample for sample in drain.samples if len(sample.kernel) and len(sample.user) >= 3]
@@ -196,7 +196,7 @@ def test_a_system_call_shows_both_stacks(tmp_path, sampler_of) -> None:
 def test_a_kernel_stack_that_is_not_whole_says_why(size_bytes, length, reason, tmp_path) -> None:
     """It is deeper than the room for it, or the kernel refuses: 12 bytes are no whole words."""
     chain = compile_target("chain.c", tmp_path / "chain")
-    with running(chain, "60", "kernel") as process:
+    with spinning(chain, "60", "kernel") as process:
         config = SamplerConfig(999, pids=frozenset({process.pid}), kernel_stack_bytes=size_bytes)
         with Sampler(config) as sampler:
             drain = drain_for(sampler, 1.0)
@@ -209,7 +209,7 @@ def test_a_kernel_stack_that_is_not_whole_says_why(size_bytes, length, reason, t
 
 def test_a_whole_kernel_stack_has_no_reason(tmp_path, sampler_of) -> None:
     chain = compile_target("chain.c", tmp_path / "chain")
-    with running(chain, "60", "kernel") as process:
+    with spinning(chain, "60", "kernel") as process:
         drain = drain_for(sampler_of(process), 1.0)
 
     assert any(len(sample.kernel) for sample in drain.samples)
@@ -253,7 +253,7 @@ def test_stacks_that_just_fit_beside_their_count_are_whole(tmp_path, loaded, sam
 
 
 def test_a_deeper_stack_than_there_is_room_for_is_marked_truncated(tmp_path, sampler_of) -> None:
-    with running(compile_deep(tmp_path), "1000") as process:
+    with spinning(compile_deep(tmp_path), "1000") as process:
         drain = drain_for(sampler_of(process), 0.5)
 
     stacks = [sample for sample in drain.samples if not len(sample.kernel)]
@@ -263,7 +263,7 @@ def test_a_deeper_stack_than_there_is_room_for_is_marked_truncated(tmp_path, sam
 
 def test_smaller_programs_are_tried_where_the_verifier_refuses(tmp_path) -> None:
     """One that leaves 100,000 frames is refused by any kernel; one of 5 goes on in itself."""
-    with running(compile_deep(tmp_path), "1000") as process:
+    with spinning(compile_deep(tmp_path), "1000") as process:
         config = SamplerConfig(pids=frozenset({process.pid}), frames_per_program=(100_000, 5))
         with Sampler(config) as sampler:
             stacks = [each for each in drain_for(sampler, 0.5).samples if not len(each.kernel)]

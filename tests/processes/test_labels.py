@@ -34,6 +34,7 @@ from tests.support.live import (
 from tests.support.targets import compile_target
 
 if TYPE_CHECKING:
+    from bpf.samples import RawSample
     from storage.profile import Labels
 
 pytestmark = pytest.mark.kernel
@@ -759,10 +760,10 @@ def test_real_samples_are_labelled(labeler: Labeler, tmp_path: Path) -> None:
     with cgroup_tree("v2") as tree, started(program, "60") as process:
         cgroup_id = tree.move(process.pid, "system.slice/api.service")
         with Sampler(SamplerConfig(frequency_hz=999, pids=frozenset({process.pid}))) as sampler:
+            samples: list[RawSample] = []
             sampler.start()
-            time.sleep(0.2)
+            wait_for(lambda: samples.extend(sampler.drain().samples) or samples)
             sampler.stop()
-            samples = sampler.drain().samples
 
         labels: set[Labels] = {labels_of(labeler, sample) for sample in samples}
 

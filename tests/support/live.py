@@ -58,6 +58,18 @@ def started(*command: str | Path, **options: object) -> Iterator[subprocess.Pope
         yield process
 
 
+@contextlib.contextmanager
+def spinning(*command: str | Path, **options: object) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program for the length of the block, which begins when its start is long over.
+
+    On a busy machine a program may have its arguments for seconds before it reaches its main loop.
+    The loader takes some milliseconds of CPU time.
+    """
+    with running(*command, **options) as process:
+        wait_for(lambda: cpu_s(process.pid) >= 0.05)
+        yield process
+
+
 def start_ns_of(pid: int) -> int:
     """Return a start that a sample of this process may have: /proc knows it to 10 ms."""
     return int(stat_fields(pid)[19]) * TICK_NS + 1_234_567
