@@ -131,7 +131,9 @@ def in_cluster(workers: int, folder: Path, bucket: Bucket, url: str) -> Used:
     with dask_cluster(folder / f"dask-{workers}-{time.monotonic_ns()}") as cluster:
         for _ in range(workers):
             cluster.add_worker()
-        used = compact(url, bucket.endpoint, folder, f"--cluster={cluster.address}")
+        pids = [each.pid for each in (cluster.scheduler, *cluster.workers)]
+        asked = f"--cluster={cluster.address}"
+        used = compact(url, bucket.endpoint, folder, asked, beside=pids)
     return used._replace(cpu_s=_cpu_of_children() - before)
 
 

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,8 +159,13 @@ class Used(NamedTuple):
     peak_mb: float
 
 
-def compact(url: str, endpoint: str, scratch: Path, *options: str) -> Used:
-    """Run `everflame compact` once, so that it does all that is due."""
+def compact(
+    url: str, endpoint: str, scratch: Path, *options: str, beside: Sequence[int] = ()
+) -> Used:
+    """Run `everflame compact` once, so that it does all that is due.
+
+    Memory is that of its processes, and of those that work for it `beside` them.
+    """
     command = [EVERFLAME, "compact", f"--store={url}", f"--s3-endpoint={endpoint}", "--json"]
     command += [f"--keep={FOREVER}", *options]
     environment = {**os.environ, "EVERFLAME_CACHE": str(scratch / "compact")}
@@ -168,7 +173,8 @@ def compact(url: str, endpoint: str, scratch: Path, *options: str) -> Used:
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as running:
         peak_mb = 0.0
         while running.poll() is None:
-            peak_mb = max(peak_mb, sum(map(pss_mb, all_pids(running.pid))))
+            pids = [pid for root in (running.pid, *beside) for pid in all_pids(root)]
+            peak_mb = max(peak_mb, sum(map(pss_mb, pids)))
             time.sleep(0.2)
         assert running.stdout is not None
         report = json.loads(running.stdout.read())
