@@ -42,8 +42,7 @@ from programs import LAYOUTS, Layout
 
 from storage.blocks import work
 from storage.blocks.block import DROPPED_LABELS, Block, BlockObject, LabelIds, ObjectTimes, Samples
-from storage.blocks.manifest import HourManifest, Manifests, Part, part_id, start_s_of
-from storage.blocks.tables import write_block
+from storage.blocks.manifest import HourManifest, Manifests, Part, start_s_of
 from storage.grouping import add_groups, group_keys
 from storage.hashing import Hasher, Hashes
 from storage.objects.keys import CPU, DEFAULT_TENANT, NS_PER_S, ObjectKey, hour_of
@@ -346,7 +345,8 @@ def fill(
     def make(piece: _Piece) -> Part:
         hour, minutes = piece
         place = work.Place(open_store(url, endpoint), DEFAULT_TENANT, CPU, hour, key, scratch)
-        return store_part(place, compacted.minutes(minutes) if minutes else compacted.hour(hour))
+        block = compacted.minutes(minutes) if minutes else compacted.hour(hour)
+        return work._make_part(place, block).part  # noqa: SLF001 - as compaction itself does
 
     parts: dict[str, list[Part]] = {}
     for (hour, _), part in _in_processes(make, pieces, processes or os.cpu_count() or 1):
@@ -401,23 +401,6 @@ def _in_processes(
                     raise RuntimeError("cannot make the fleet: a process has failed") from None
     for each in started:
         each.join()
-
-
-def store_part(place: work.Place, block: Block) -> Part:
-    """Store a block as compaction does; return its part, which nothing names yet."""
-    with work._working_folder(place.folder) as folder:  # noqa: SLF001 - the writer's own steps
-        files = [work._put(place, each) for each in write_block(block, folder)]  # noqa: SLF001
-    keys = [each.key for each in block.objects]
-    return Part(
-        id=part_id(key.content16 for key in keys),
-        objects=len(keys),
-        samples=int(block.samples.samples.sum()),
-        value=int(block.samples.values.sum()),
-        start_s=min(key.start_s for key in keys),
-        end_s=max(key.start_s + key.length_s for key in keys),
-        files=tuple(files),
-        made_ns=time.time_ns(),
-    )
 
 
 def name_parts(manifests: Manifests, hour: str, parts: Sequence[Part]) -> None:
