@@ -2,8 +2,8 @@
 
 A day of 1,000 hosts is 1.4 million objects, and to make and compact them takes hours. Here each
 hour is written at once as the part that compaction would have made of it, by the store's own writer
-(`storage.blocks.tables.write_block`), and `everflame compact` then does all the rest: rollups of
-hours and days, and what else it keeps. The service reads the result as any other store.
+(`storage.blocks.work`), and `everflame compact` then does all the rest: rollups of hours and days,
+and what else it keeps. The service reads the result as any other store.
 
 - An hour of the last day is made of one object per host and ten minutes. How often each stack of a
   service was seen in the fleet follows the power law of fleet.py, for ten minutes at a time. The
