@@ -27,6 +27,8 @@ from symbolizer.location import Frame
 
 _LOAD = 0.2
 """If all functions together change by more than this part, a warning says so."""
+_LISTED_S = 60.0
+"""What a window holds is listed once for a comparison, which asks several questions about it."""
 _ALIKE = 3
 """So many functions in common make two modules look like one."""
 
@@ -80,7 +82,7 @@ def of_store(
     Raises:
         EmptySideError: a side has no samples.
     """
-    query = query.resolving((before.window, after.window))
+    query = query.resolving((before.window, after.window)).believing(_LISTED_S)
     pair = WindowPair.read(query, before, after)
     sides = pair.sides()
     past = Past(query, pair, changes_ns)
@@ -110,7 +112,7 @@ def calibrate(
     Raises:
         ComparisonError: there are too few of them.
     """
-    query = query.resolving((before.window, after.window))
+    query = query.resolving((before.window, after.window)).believing(_LISTED_S)
     pair = WindowPair.read(query, before, after)
     past = list(Past(query, pair, changes_ns).costs())
     if len(past) <= verdict.MIN_POSITIONS:

@@ -34,6 +34,7 @@ const NOISE = {
   history: (count) =>
     `estimated from ${counted(count, "earlier pair")} of windows of the same length, on the same hosts`,
   hosts: (count) => `estimated from the differences between ${counted(count, "host")}`,
+  groups: (count) => `estimated from the differences between ${counted(count, "group")} of hosts`,
   replicates: (count) => `estimated from the differences between ${counted(count, "run")}`,
 };
 

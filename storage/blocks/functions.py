@@ -14,9 +14,9 @@ Tables of functions and comparisons are answered from these instead of stacks:
 Label sets are those of rollups (`ROLLUP_LABELS`). All are made of detail and therefore exact: no
 stack is folded. Stacks without frames have no function and are left out, as from function totals.
 
-A function has the best names that the parts of its hour know. Where these are not real names, it
-lists its locations (`weak_ids`): if an hour read together with it names one of them better, its
-series shows another function than the flame graph does, and readers can tell.
+A function has the best names that the parts of its hour know. One without a real name lists its
+locations (`weak_ids`): they lead whoever reads the files to `frames`, and to the `names` that other
+hours may have for them.
 """
 
 from collections.abc import Sequence

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from profiler.comparison import comparison, sides
+from profiler.comparison import comparison, report, sides
 from profiler.comparison.comparison import Comparison
+from profiler.comparison.gate import Gate, verdict_of
 from profiler.comparison.sides import Operand
 from profiler.comparison.verdict import NoiseSource
 from storage.objects.directory import DirectoryStore
@@ -118,3 +119,16 @@ def test_groups_of_hosts_judge_as_hosts_do(stores, tmp_path, first, source):
         assert one.hosts == other.hosts
         assert one.cores == pytest.approx(other.cores)
         assert one.coverage.accounting == other.coverage.accounting
+
+
+@pytest.mark.usefixtures("fleet")
+def test_a_report_says_that_hosts_are_compared_in_groups(stores, tmp_path):
+    """How many groups tell the noise; the sides still name how many hosts they have."""
+    asked = Operand(API, window(0, 1)), Operand(API, window(1, 2))
+    _, found = compared(stores, tmp_path, *asked)
+    gate = Gate.parse("relative>=10%")
+
+    text = report.as_text(found, verdict_of(found, gate), gate)
+
+    assert f"differences between {found.positions} groups of hosts" in text
+    assert f"{HOSTS} hosts" in text
