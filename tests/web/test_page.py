@@ -1118,10 +1118,12 @@ def test_a_slow_request_shows_progress_and_can_be_cancelled(motion, visit, recor
         page = view.page
         cancel, notice = view.button("Cancel", "#progress"), page.locator("#notice")
         expect(cancel).to_be_hidden()
+        place = page.locator("#graph .flame").bounding_box()
 
         service.process.send_signal(signal.SIGSTOP)
         page.locator("#refresh").click()
         expect(cancel).to_be_visible()
+        assert page.locator("#graph .flame").bounding_box() == place
         assert (page.evaluate(MOVING) > 0) == (motion == "no-preference")
         cancel.click()
         expect(cancel).to_be_hidden()
