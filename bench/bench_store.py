@@ -82,7 +82,10 @@ def questions(days: int) -> list[Question]:
         Question("timeline, 24 h", "one", "timeline", day, END_S, {}, 0.3, None, True),
         Question("one host's last 15 min", "one", "flamegraph", END_S - 15 * MINUTE_S, END_S,
                  host, 0.3),
-        Question("fleet top, 24 h", "fifty", "top", day, END_S, {}, 0.5, None, True),
+        Question("fleet top, 24 h", "fifty", "fleet/top", day, END_S, {}, 0.5, None, True),
+        Question("services of the fleet, 24 h", "fifty", "fleet/services", day, END_S, {}, 0.5,
+                 None, True),
+        Question("table of functions, 24 h", "one", "top", day, END_S, {}, None, None, True),
         Question("flame graph, 24 h of 50 services", "fifty", "flamegraph", day, END_S, width,
                  None, None, True),
     ]  # fmt: skip
