@@ -244,9 +244,8 @@ class Manifests:
     def list(self, first: str = "", last: str = "9999", *, with_day: bool = False) -> Listed:
         """Return the manifests from hour or day `first` to `last`, both included.
 
-        A day sorts before its hours; `with_day` returns that of an hour `first` as well. One
-        request lists a thousand; only those that have changed since this object last read them are
-        read, several at a time.
+        A day sorts before its hours; `with_day` returns that of an hour `first` as well. Only
+        those that have changed since this object last read them are read, several at a time.
         """
         found = Listed({}, {}, {}, {})
         earliest = first[:10] if with_day else first

@@ -10,9 +10,8 @@ import copy
 import itertools
 import logging
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -25,9 +24,6 @@ from storage.blocks.hosts import HostObjects, read_edges, read_hosts, read_servi
 from storage.blocks.manifest import (
     File,
     Manifests,
-    is_known,
-    manifests_prefix,
-    start_s_of,
 )
 from storage.blocks.manifest import Part as CompactedPart
 from storage.blocks.parquet import DETAIL, DICTIONARY, HEADS, LocalFile
@@ -46,7 +42,7 @@ from storage.objects.keys import (
     type_in_key,
 )
 from storage.objects.tenant import HOUR_NS, TenantStore
-from storage.profile import ALWAYS, Labels, ProfileError, Window
+from storage.profile import Labels, ProfileError, Window
 from storage.query.compacted import (
     Chosen,
     Compacted,
@@ -76,7 +72,6 @@ it half an hour after its end: 60,000 keys take 60 requests. What comes later sh
 compacted."""
 _CONTENTS_KEPT = 300_000
 """Objects of parts that are remembered by their content, some 100 bytes each."""
-_NAMES_KEPT_S = 30.0
 _MANY_ROWS = 4_000_000
 """Rows of detail in the whole hours of a window beyond which rollups are read: a second's work."""
 _MANY_HEADS = 20_000
@@ -99,7 +94,8 @@ class Blocks:
         self._hasher = hasher
         self._manifests: dict[str, Manifests] = {}
         self._contents: OrderedDict[str, frozenset[str]] = OrderedDict()
-        self._starts_ns: dict[str, tuple[float, list[int]]] = {}
+        self.known_starts: dict[str, tuple[float, list[int]]] = {}
+        """When hours start, by type, and when that was listed (`storage.query.extent`)."""
         self._of_our_key: set[str] = set()
         self._lock = threading.Lock()
         self.check: Callable[[], None] | None = None
@@ -124,8 +120,9 @@ class Blocks:
             cut = hour.cut(window) if manifest.parts else None
             found += [cut] if cut is not None else []
         for name, day in listed.days.items():
-            if any(f"{name}T{hour}" not in listed.hours for hour in day.hours):
-                # Some may only lie outside of the window.
+            inside = {each for hour in day.hours if first <= (each := f"{name}T{hour}") <= last}
+            if inside - listed.hours.keys() - problems.keys():
+                # Whether all hours of the day have expired, or only the first ones.
                 known = manifests.list(name, f"{name}T23")
                 kept = {other[-2:] for other in (*known.hours, *known.problems) if "T" in other}
                 alone = CompactedDay.of(day, frozenset(day.hours.keys() - kept)).cut(window)
@@ -158,31 +155,9 @@ class Blocks:
         if hour.is_whole:
             return False
         try:
-            return self._edges_in(hour) is None
+            return self.edges(hour) is None
         except (ProfileError, StoreError, OSError):
             return False
-
-    def span(self, type_: str = CPU) -> Window | None:
-        """Return when compacted objects begin and end; None if there are none."""
-        starts_ns = self._hour_starts_ns(type_)
-        spans = (self._span_of(at_ns, type_) for at_ns in starts_ns)
-        first = next((span for span in spans if span is not None), None)
-        spans = (self._span_of(at_ns, type_) for at_ns in reversed(starts_ns))
-        last = next((span for span in spans if span is not None), None)
-        return first.union(last) if first is not None and last is not None else None
-
-    def nearest(self, window: Window, type_: str = CPU) -> list[Window]:
-        """Return when the last compacted object before a window is from, and the first after it."""
-        starts_ns = self._hour_starts_ns(type_)
-        before = Window(0, window.start_ns)
-        after = Window(window.end_ns, ALWAYS.end_ns)
-        earlier = (at_ns for at_ns in reversed(starts_ns) if at_ns < before.end_ns)
-        later = (at_ns for at_ns in starts_ns if at_ns + HOUR_NS > after.start_ns)
-        last = (self._edges_of(at_ns, before, type_) for at_ns in earlier)
-        first = (self._edges_of(at_ns, after, type_) for at_ns in later)
-        near = [edges[1] for edges in itertools.islice(filter(None, last), 1)]
-        near += [edges[0] for edges in itertools.islice(filter(None, first), 1)]
-        return near
 
     def hosts(self, hour: Compacted, *, is_coarse: bool = False) -> list[HostObjects]:
         """Return the hosts with compacted objects in an hour, by id.
@@ -441,59 +416,14 @@ class Blocks:
                 self._manifests[type_] = known
             return known
 
-    def _starts_of(self, names: Collection[str], type_: str) -> Iterator[int]:
-        """Return when the hours of some manifests start, and those that only a day has."""
-        for name in names:
-            if "T" in name:
-                yield start_s_of(name) * NS_PER_S
-                continue
-            if any(other.startswith(f"{name}T") for other in names):
-                continue  # its first hours are the first that expire: a day later all have
-            with contextlib.suppress(ProfileError):
-                day = self._manifests_of(type_).day(name)
-                for hour in day.hours if day is not None else ():
-                    yield start_s_of(f"{name}T{hour}") * NS_PER_S
+    def edges(self, hour: Compacted) -> tuple[Window, Window] | None:
+        """Return the windows of the first and the last object of an hour; None if it has none.
 
-    def _span_of(self, start_ns: int, type_: str) -> Window | None:
-        """Return when the compacted objects of an hour begin and end, all of it if in doubt."""
-        whole = Window(start_ns, start_ns + HOUR_NS)
-        hours, skipped = self.hours(whole, type_)
-        if any(isinstance(hour, CompactedDay) for hour in hours):
-            return whole
-        parts = [part for hour in hours for part in hour.parts]
-        if not parts:
-            return whole if skipped else None
-        start_s = min(part.start_s for part in parts)
-        return Window(start_s * NS_PER_S, max(part.end_s for part in parts) * NS_PER_S)
-
-    def _edges_of(self, start_ns: int, window: Window, type_: str) -> tuple[Window, Window] | None:
-        """Return the first and the last compacted object of an hour that start in a window."""
-        for hour in self.hours(Window(start_ns, start_ns + HOUR_NS), type_).hours:
-            cut = hour.cut(window)
-            if cut is None:
-                continue
-            try:
-                return self._edges_in(cut)
-            except (ProfileError, StoreError, OSError):
-                return cut.window, cut.window
-        return None
-
-    def _edges_in(self, hour: Compacted) -> tuple[Window, Window] | None:
+        Raises:
+            ProfileError, StoreError: they cannot be read.
+        """
         with self._sliced(plan_heads([hour], is_coarse=False)) as slices:
             return read_edges(slices)
-
-    def _hour_starts_ns(self, type_: str) -> list[int]:
-        """Return when the hours that have a manifest start, sorted, as known for half a minute."""
-        read_s, starts_ns = self._starts_ns.get(type_, (-_NAMES_KEPT_S, []))
-        if time.monotonic() - read_s > _NAMES_KEPT_S:
-            prefix = manifests_prefix(self.store.tenant, type_in_key(type_))
-            names = (
-                stored.key.removeprefix(prefix).removesuffix(".json")
-                for stored in self.store.store.list(prefix)
-            )
-            starts_ns = sorted(self._starts_of({name for name in names if is_known(name)}, type_))
-            self._starts_ns[type_] = (time.monotonic(), starts_ns)
-        return starts_ns
 
 
 def slices_of(chosen: Sequence[Chosen], local: Mapping[File, LocalFile]) -> list[Slice]:

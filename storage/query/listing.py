@@ -23,6 +23,7 @@ from storage.profile import ProfileError, Window
 from storage.query.blocks import Blocks
 from storage.query.compacted import Compacted, CompactedDay, CompactedHour
 from storage.query.coverage import ListedObject, Skipped
+from storage.query.extent import nearest_to, span_of
 from storage.query.threads import never_interrupt
 
 HOUR_NS = 3600 * NS_PER_S
@@ -165,7 +166,7 @@ class Listing:
         """Return when the last data before a window are from, and the first ones after it."""
         objects = nearest_objects(self._interruptible, window, self.type)
         near = [Window(key.start_ns, key.end_ns) for key in objects]
-        near += self.blocks.nearest(window, self.type)
+        near += nearest_to(self.blocks, window, self.type)
         before = [each for each in near if each.start_ns < window.start_ns]
         after = [each for each in near if each.start_ns >= window.end_ns]
         return [*sorted(before, key=lambda each: each.end_ns)[-1:], *sorted(after)[:1]]
@@ -174,7 +175,7 @@ class Listing:
         """Return when the data of the store begin and end; None if there are none."""
         profiles = self._interruptible
         first, newest = profiles.first_object(0, self.type), profiles.newest_object(type_=self.type)
-        spans = [self.blocks.span(self.type)]
+        spans = [span_of(self.blocks, self.type)]
         if first is not None and newest is not None:
             spans.append(Window(first.start_ns, newest.end_ns))
         known = [span for span in spans if span is not None]
