@@ -51,7 +51,7 @@ class Hasher:
         self._key = key[:64]
         self._known: dict[bytes, int] = {}
         self._lock = threading.Lock()
-        self._seed = np.uint64(self._learn([b"\0depths"])[0])
+        self._seed = np.uint64(self._learn(b"\0depths"))
         self._factors = np.zeros(0, np.uint64)
 
     def stacks(self, location_hashes: Hashes, offsets: Numbers, words: Numbers) -> Hashes:
@@ -75,25 +75,22 @@ class Hasher:
         return chain(sums[offsets[1:]] - sums[offsets[:-1]], lengths)
 
     def texts(self, texts: Sequence[bytes]) -> Hashes:
-        known = self._known
-        try:
-            return np.fromiter(map(known.__getitem__, texts), np.uint64, len(texts))
-        except KeyError:
-            return np.array(self._learn(texts), dtype=np.uint64)
+        hashes = list(map(self._known.get, texts))
+        if None in hashes:
+            hashes = [
+                self._learn(text) if known is None else known
+                for text, known in zip(texts, hashes, strict=True)
+            ]
+        return np.array(hashes, dtype=np.uint64)
 
-    def _learn(self, texts: Sequence[bytes]) -> list[int]:
-        hashes = []
-        for text in texts:
-            number = self._known.get(text)
-            if number is None:
-                digest = blake2b(text, digest_size=8, key=self._key).digest()
-                number = int.from_bytes(digest, "little")
-                with self._lock:
-                    if len(self._known) >= _HASHED_LIMIT:
-                        self._known = {}
-                    self._known[text] = number
-            hashes.append(number)
-        return hashes
+    def _learn(self, text: bytes) -> int:
+        digest = blake2b(text, digest_size=8, key=self._key).digest()
+        number = int.from_bytes(digest, "little")
+        with self._lock:
+            if len(self._known) >= _HASHED_LIMIT:
+                self._known = {}
+            self._known[text] = number
+        return number
 
 
 @functools.cache

@@ -193,7 +193,7 @@ _OPTIONS = {
     # Ascending numbers take some bits each as differences, which the first version has not.
     DETAIL: ", PARQUET_VERSION v2",
     # Neighbours begin alike, which zstd finds, but not if a dictionary's numbers have 17 bits each.
-    "stacks": ", DICTIONARY_SIZE_LIMIT 1, COMPRESSION_LEVEL 9",
+    "stacks": ", DICTIONARY_SIZE_LIMIT 1",
 }
 """How tables are written that take most of the space."""
 
@@ -270,12 +270,13 @@ class Engine:
         *,
         part: int = 0,
         is_sorted: bool = False,
+        level: int = 3,
     ) -> LocalFile:
         """Write what a query returns, sorted, as a file of a table, and return the file.
 
         In the query `{files}` stands for the rows of some files, as `scan_of` returns them. Stacks
         are numbered here, as those of a part if its detail refers to them. Rows that are sorted
-        enough stay in their order.
+        enough stay in their order. `level` is zstd's.
 
         Raises:
             ProfileError: a file is damaged.
@@ -286,7 +287,7 @@ class Engine:
             f'CAST("{name}" AS {type_}) AS "{name}"' for name, type_ in TABLES[table].items()
         )
         options = (
-            "FORMAT parquet, COMPRESSION zstd,"
+            f"FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL {level},"
             f" ROW_GROUP_SIZE {_ROW_GROUP_ROWS}{_OPTIONS.get(table, '')},"
             f" KV_METADATA {{'{_SCHEMA_KEY}': '{SCHEMA}', '{_TABLE_KEY}': '{table}'}}"
         )
