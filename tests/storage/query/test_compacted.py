@@ -1,6 +1,7 @@
 """Queries of compacted hours: every answer is that of the objects they were made of."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -172,10 +173,12 @@ def test_answers_are_those_of_the_objects(tmp_path):
         both.put(at(small(minute), minute, "web-3", f"{3:016x}"))
 
     plain, query = both.queries(tmp_path / "cache")
-    for _ in range(2):  # read, then kept
+    for selector in reversed(SELECTORS):  # whole hours are kept of the last alone
         for window in WINDOWS:
-            for selector in SELECTORS:
-                check_equal(plain, query, window, selector)
+            check_equal(plain, query, window, selector)
+    for window, selector in zip(WINDOWS, itertools.cycle(SELECTORS[1:]), strict=False):
+        check_equal(plain, query, window, EMPTY)
+        check_equal(plain, query, window, selector)
 
 
 def test_rollups_answer_where_their_labels_are_enough(tmp_path, monkeypatch):
