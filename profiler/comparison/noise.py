@@ -16,12 +16,10 @@ import numpy as np
 
 from profiler.comparison import verdict
 from profiler.comparison.sides import (
-    Operand,
     Side,
     WindowPair,
     by_row,
     read_presence,
-    read_self,
     service_selector,
 )
 from profiler.comparison.verdict import Contrast, Costs, Floats, Noise, NoiseSource
@@ -111,8 +109,8 @@ class Past:
 
     def _read_position(self, query: Query, back_ns: int, side: int) -> Floats:
         rows = {row: i for i, row in enumerate(self._pair.rows[side])}
-        operand = Operand(self._selectors[side], self._window(side, back_ns))
-        sums = read_self(query, operand, self._pair.groups)
+        selector, window = self._selectors[side], self._window(side, back_ns)
+        sums, _ = query.self_by_host(window, selector, self._pair.groups)
         return self._pair.table.counts(sums, rows)[:, :, 2]
 
     def _positions(self) -> tuple[Query, list["Position"]]:

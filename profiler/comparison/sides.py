@@ -274,16 +274,21 @@ class SideData(NamedTuple):
 
     @classmethod
     def of(
-        cls, query: Query, operand: Operand, presence: "PresenceByHost", groups: HostGroups | None
+        cls,
+        query: Query,
+        operand: Operand,
+        presence: "PresenceByHost",
+        groups: HostGroups | None,
+        *,
+        is_from_series: bool,
     ) -> "SideData":
         selector, window = operand
         known, totals = service_selector(selector), None
-        if reads_series(query, operand):
-            totals, coverage = query.function_totals(window, selector, by=())
-            sums = read_self(query, operand, groups)
+        if is_from_series:
+            sums, _ = query.self_by_host(window, selector, groups)
+            totals, coverage = query.totals_of_hosts(window, selector)
         else:
             sums, coverage = query.function_totals(window, selector, by=("host",))
-            sums = groups.grouped(sums) if sums is not None and groups is not None else sums
         sampled = sums.service_sets if sums is not None and groups is None else ()
         hosts = [dict(labels).get("host", "") for labels in sampled]
         seconds = presence.seconds(known, window, hosts)
@@ -299,19 +304,15 @@ class SideData(NamedTuple):
         )
 
 
-def reads_series(query: Query, operand: Operand) -> bool:
-    """Return whether the functions of a side are read from series: not of hosts that it chooses."""
-    names = operand.selector.names
-    return "host" not in names and query.is_read_from_series(operand.window, names)
+def reads_series(query: Query, *operands: Operand) -> bool:
+    """Return whether functions are read from series: not if a side chooses hosts.
 
-
-def read_self(query: Query, operand: Operand, groups: HostGroups | None) -> FunctionTotals | None:
-    """Return the self samples of functions by row; None if there are none."""
-    selector, window = operand
-    if query.is_read_from_series(window, selector.names):
-        return query.self_by_host(window, selector, groups)[0]
-    sums, _ = query.function_totals(window, selector, by=("host",))
-    return groups.grouped(sums) if sums is not None and groups is not None else sums
+    If there is much on any side both are, so that functions are named alike.
+    """
+    names = frozenset[str]().union(*(each.selector.names for each in operands))
+    return "host" not in names and any(
+        query.is_read_from_series(each.window, names) for each in operands
+    )
 
 
 def read_presence(query: Query, window: Window, selector: Selector) -> "PresenceByHost":
@@ -354,12 +355,13 @@ class WindowPair:
             hosts.append(set(presences[-1].seconds(known, each.window)))
         most = max(map(len, hosts))
         is_fleet = most > _MOST_ALONE and len(hosts[0] & hosts[1]) >= _MOSTLY * most
-        is_large = any(reads_series(query, each) for each in (before, after))
+        is_large = reads_series(query, before, after)
         groups = query.host_groups() if is_fleet and is_large else None
-        reads = (
-            SideData.of(query, before, presences[0], groups),
-            SideData.of(query, after, presences[1], groups),
+        one, other = (
+            SideData.of(query, each, presence, groups, is_from_series=is_large)
+            for each, presence in zip((before, after), presences, strict=True)
         )
+        reads = (one, other)
         for name, read in zip(("before", "after"), reads, strict=True):
             if read.is_empty:
                 raise EmptySideError(name, read.operand)

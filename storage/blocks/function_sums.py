@@ -196,16 +196,15 @@ def read_functions(
         raise ProfileError("cannot read blocks: a function is missing, or is there twice")
     if not set(found["kind"].tolist()) <= {str(kind) for kind in Kind}:
         raise ProfileError("cannot read blocks: there are unknown kinds of functions")
-    numbers: dict[bytes, int] = {}
+    numbers: dict[str, int] = {}
     table = np.zeros((len(ids), 4), dtype=np.int64)
     for i, name in enumerate(("function", "module", "kind", "file")):
-        texts = (clean(text).encode() for text in found[name].tolist())
-        table[:, i] = [numbers.setdefault(text, len(numbers)) for text in texts]
+        table[:, i] = [numbers.setdefault(text, len(numbers)) for text in found[name].tolist()]
     files_known = found["files"]
     table[:, 3] = np.where(
         files_known == 1, table[:, 3] + 2, np.where(files_known == 0, NO_FILE, FILES_DIFFER)
     )
-    return KnownFunctions(Texts.of(list(numbers)), ids, table)
+    return KnownFunctions(Texts.of([clean(text).encode() for text in numbers]), ids, table)
 
 
 def read_leaves(

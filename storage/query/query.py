@@ -363,6 +363,21 @@ class Query:
         found, coverage = choose_parts(read, window, EMPTY, CPU, early)
         return (merge_function_totals(found) if found else None), coverage
 
+    def totals_of_hosts(
+        self, window: Window, selector: Selector
+    ) -> tuple[FunctionTotals | None, Coverage]:
+        """Return self and total of each function of all hosts together, from series.
+
+        The selector has labels that series have, and not `host`. None if the window holds nothing.
+        """
+        parts = self._parts
+        parts = replace(parts, listing=parts.listing.held(window))
+        early = merging_early(merge_function_totals, selector)
+        read = FunctionSeries(parts).read_totals(window, selector)
+        found, coverage = choose_parts(read, window, selector, CPU, early)
+        chosen = [each.filter(selector) for each in found]
+        return (merge_function_totals(chosen).by(()) if chosen else None), coverage
+
     def self_samples(
         self, windows: Sequence[Window], selector: Selector = EMPTY
     ) -> Iterator[tuple[int, SelfSamples]]:

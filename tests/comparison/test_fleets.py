@@ -1,7 +1,9 @@
 """Comparisons of fleets: read from series by groups of hosts, they judge as those of hosts do."""
 
 import dataclasses
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from profiler.comparison.comparison import Comparison
 from profiler.comparison.gate import Gate, verdict_of
 from profiler.comparison.sides import Operand
 from profiler.comparison.verdict import NoiseSource
+from storage.blocks.functions import FUNCTIONS_1H, GROUPS_1H
+from storage.blocks.parquet import DETAIL
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import DEFAULT_TENANT, NS_PER_S
 from storage.objects.tenant import TenantStore
@@ -85,6 +89,18 @@ def compared(
     return one, other
 
 
+class OpenedFiles(DirectoryStore):
+    """A directory that notes which files of blocks are opened."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.opened: list[str] = []
+
+    def open(self, key: str) -> AbstractContextManager[BinaryIO]:
+        self.opened.append(key)
+        return super().open(key)
+
+
 @pytest.fixture
 def fleet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a store of a few hosts be one of a fleet."""
@@ -119,6 +135,19 @@ def test_groups_of_hosts_judge_as_hosts_do(stores, tmp_path, first, source):
         assert one.hosts == other.hosts
         assert one.cores == pytest.approx(other.cores)
         assert one.coverage.accounting == other.coverage.accounting
+
+
+@pytest.mark.usefixtures("fleet")
+def test_a_fleet_is_compared_without_its_stacks(stores, tmp_path):
+    """Series and heads are all that is read of whole hours, also where there are no data."""
+    store = OpenedFiles(stores[1].root)
+    asked = Operand(API, window(0, 1)), Operand(API, window(1, 2))
+
+    comparison.of_store(Query(TenantStore(store), tmp_path / "cache"), *asked, CHANGES_NS)
+
+    tables = {key.rsplit("/", 1)[1].split("-")[1] for key in store.opened}
+    assert {FUNCTIONS_1H, GROUPS_1H} <= tables
+    assert tables.isdisjoint({DETAIL, "samples_10m", "stacks", "names", "times"})
 
 
 @pytest.mark.usefixtures("fleet")
