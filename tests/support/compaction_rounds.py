@@ -8,7 +8,8 @@ garbage meanwhile, with a grace of seconds. Every tenth round nobody is killed, 
 must be compacted and no file be left that no manifest names.
 
 Processes are forked from one that has imported everything: a round takes a second. With
---every-change a compactor of a small store is killed before each of its changes in turn.
+--every-change 1 a compactor of a small store is killed before each of its changes in turn, with 2
+before every second one.
 """
 
 import argparse
@@ -236,15 +237,15 @@ class Trial:
         self.check()
 
 
-def kill_at_each_change(place: Place, seed: int) -> int:
-    """Kill a compactor before each of its changes in turn; return how often."""
+def kill_at_each_change(place: Place, seed: int, step: int) -> int:
+    """Kill a compactor before each of its changes in turn, or every so many; return how often."""
     trial = Trial(place, seed)
     trial.hours = HOURS[:1]
     status = -signal.SIGKILL
     while status == -signal.SIGKILL:
         trial.put(2)
 
-        def compact(number: int = trial.killed + 1) -> None:
+        def compact(number: int = 1 + step * trial.killed) -> None:
             store = open_deadly(place.url, place.endpoint, number)
             # Without deletions: killed ones leave more garbage than the next ones would delete.
             place.rounds(store, grace_s=3600.0).run_once()
@@ -263,13 +264,12 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=0.0, help="begin no round after this time")
-    parser.add_argument("--every-change", action="store_true")
+    parser.add_argument("--every-change", type=int, default=0, metavar="STEP")
     options = parser.parse_args()
     place = Place(options.store, options.s3_endpoint, options.folder)
     begun_s = time.monotonic()
     if options.every_change:
-        killed = kill_at_each_change(place, options.seed)
+        killed = kill_at_each_change(place, options.seed, options.every_change)
         print(f"killed before {killed} changes in {time.monotonic() - begun_s:.0f} s: all exact")
         return 0
     trial = Trial(place, options.seed)
