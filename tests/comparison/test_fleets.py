@@ -139,7 +139,7 @@ def test_groups_of_hosts_judge_as_hosts_do(stores, tmp_path, first, source):
 
 @pytest.mark.usefixtures("fleet")
 def test_a_fleet_is_compared_without_its_stacks(stores, tmp_path):
-    """Series and heads are all that is read of whole hours, also where there are no data."""
+    """Series are read, and what is known of objects; also where there are no data."""
     store = OpenedFiles(stores[1].root)
     asked = Operand(API, window(0, 1)), Operand(API, window(1, 2))
 
@@ -147,7 +147,7 @@ def test_a_fleet_is_compared_without_its_stacks(stores, tmp_path):
 
     tables = {key.rsplit("/", 1)[1].split("-")[1] for key in store.opened}
     assert {FUNCTIONS_1H, GROUPS_1H} <= tables
-    assert tables.isdisjoint({DETAIL, "samples_10m", "stacks", "names", "times"})
+    assert tables.isdisjoint({DETAIL, "samples_10m", "stacks", "names"})
 
 
 @pytest.mark.usefixtures("fleet")
