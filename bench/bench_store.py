@@ -37,6 +37,7 @@ import compacted_fleet
 import costs
 import fleet
 import numpy as np
+from bench_cost import cpu_seconds
 from bucket import Bucket, bucket_in
 from serving import EVERFLAME, Reply, Row, Serving, all_pids, pss_mb, rss_mb, serving, show
 
@@ -259,20 +260,22 @@ def ask(service: Serving, question: Question, made: Made) -> Reply:
 def time_question(
     question: Question, made: Made, bucket: Bucket, runs: int, arguments: list[str]
 ) -> Iterator[Row]:
-    cold, restarted, again, memory = [], [], [], []
+    cold, restarted, again, memory, used_s = [], [], [], [], []
     requests: Counter[str] = Counter()
     for _ in range(runs):
         with tempfile.TemporaryDirectory() as name:
             cache = Path(name)
             with serving(made.url, cache, *arguments) as service:
-                before = bucket.counts()
+                before, started_s = bucket.counts(), cpu_seconds(all_pids(service.pid))
                 cold.append(ask(service, question, made))
                 requests = bucket.counts() - before
+                used_s.append(cpu_seconds(all_pids(service.pid)) - started_s)
                 again.append(ask(service, question, made).took_s)
                 memory.append(rss_mb(service.pid, "VmHWM"))
             with serving(made.url, cache, *arguments) as service:
                 restarted.append(ask(service, question, made).took_s)
     yield question.name + ", cold", statistics.median(r.took_s for r in cold), "s", question.cold_s
+    yield "    CPU time of the service and its processes", statistics.median(used_s), "s", None
     yield "    restarted", statistics.median(restarted), "s", question.restarted_s
     yield "    again", statistics.median(again), "s", None
     yield "    peak RSS of the service", max(memory), "MB", RSS_MB
