@@ -252,7 +252,7 @@ def _pair(
 ) -> Pair:
     """Read the stacks of both sides; the verdict needed only function totals."""
     if files is None:
-        query = query_of(open_tenant(options.store, options.endpoint or None))
+        query = query_of(open_tenant(options.store, options.endpoint or None, options.tenant))
         profiles = []
         for side in (found.before, found.after):
             labels = frozenset[str]() if side.has_all_hosts else None

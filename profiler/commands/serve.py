@@ -48,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     asked = [f"--store={options.store}", f"--s3-endpoint={options.s3_endpoint}"]
-    asked.append(f"--tenant={options.tenant}")
-    asked += [f"--listen={options.listen}", f"--decode-ahead={options.decode_ahead}"]
+    asked += [f"--tenant={options.tenant}", f"--listen={options.listen}"]
     return main(asked)
 
 
@@ -155,8 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         if not options.quiet:
             check(store)
         cache = options.cache or default_folder()
-        prefetcher = Prefetcher(url, options.s3_endpoint, store.tenant, cache, options.decode_ahead)
-        return serve(listener, store, about, cache, prefetcher, is_quiet=options.quiet)
+        return serve(listener, store, about, cache, is_quiet=options.quiet)
     except (addresses.ListenError, StoreError) as error:
         _tell(str(error))
         return 2

@@ -99,12 +99,12 @@ def read_dictionary(files: Sequence[LocalFile], wanted: Hashes | None = None) ->
 
 def fetch_dictionary(opened: Engine, files: Sequence[LocalFile], wanted: Hashes | None) -> Columns:
     """Do what `read_dictionary` does, with a connection that is open."""
-    chosen = {table: of_table(files, table) for table in ("stacks", "frames", "names", "modules")}
-    opened.check([each for some in chosen.values() for each in some])
+    stack_files = of_table(files, "stacks")
+    opened.check([*stack_files, *of_table(files, "frames")])
     ids = sort_distinct(
-        opened.arrays_of("SELECT frame_id FROM {files}", chosen["frames"])["frame_id"]
+        opened.arrays_of("SELECT frame_id FROM {files}", of_table(files, "frames"))["frame_id"]
     )
-    stacks = _read_stacks(opened, chosen["stacks"], wanted, HashIndex(ids))
+    stacks = _read_stacks(opened, stack_files, wanted, HashIndex(ids))
     words = stacks.words
     if int(words.min(initial=0)) < 0:
         raise ProfileError(f"cannot read {names_of(files)}: locations of stacks are missing")
@@ -113,13 +113,10 @@ def fetch_dictionary(opened: Engine, files: Sequence[LocalFile], wanted: Hashes 
     used = np.flatnonzero(is_used)
     if len(used) < len(ids):
         words = (np.cumsum(is_used) - 1).astype(np.int32).take(words)
-    locations = fetch_locations(opened, files, ids[used])
-    order = np.argsort(stacks.ids)
-    offsets, words = _reorder(words, stacks.offsets, order)
     return replace(
-        locations,
-        stack_hashes=stacks.ids[order],
-        stack_offsets=offsets,
+        fetch_locations(opened, files, ids[used]),
+        stack_hashes=stacks.ids,
+        stack_offsets=stacks.offsets,
         stack_words=words,
     )
 
@@ -159,9 +156,6 @@ def fetch_locations(
     return replace(
         _locations_of(frames, names, calls),
         modules={module.build_id: module for module in map(_module_of, modules)},
-        stack_hashes=stacks.ids,
-        stack_offsets=stacks.offsets,
-        stack_words=words,
     )
 
 

@@ -35,8 +35,6 @@ BUCKET_S = 600
 _HOST_BITS = 41
 BUCKET_START = f"CAST((object_id >> {_HOST_BITS}) * {BUCKET_S} AS UINTEGER)"
 """When the ten minutes of an `object_id` start."""
-_LARGEST = 2**62
-"""Longer presence of a service is cut, as where objects are read."""
 _LARGEST_OF = frozenset({"cpus", "agent_rss_bytes"})
 """Counts of which the largest stands for all; others are added up."""
 

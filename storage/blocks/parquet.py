@@ -321,7 +321,7 @@ class Engine:
         except duckdb.Error as error:
             for each in files:
                 with _error_of([each]):
-                    self._fetch(f"SELECT bit_xor(hash(COLUMNS(*))) FROM {scan_of([each])}")
+                    self._fetch(f"SELECT bit_xor(hash(COLUMNS(*))) FROM {_rows_of([each])}")
             if isinstance(error, duckdb.IOException):
                 raise OSError(str(error)) from error
             with _error_of(files):
@@ -394,7 +394,7 @@ class Engine:
                 raise SchemaError(f"cannot read {path}: {reason}")
             layout = (file.table, columns_of[path])
             if layout not in is_known:
-                described = self._fetch(f"DESCRIBE SELECT * FROM {scan_of([file])}")
+                described = self._fetch(f"DESCRIBE SELECT * FROM {_rows_of([file])}")
                 if [each[:2] for each in described] != self._expected(file.table):
                     reason = f"its columns are not those of {file.table}"
                     raise ProfileError(f"cannot read {path}: {reason}")
@@ -603,13 +603,12 @@ def _error_of(files: Sequence[LocalFile]) -> Iterator[None]:
         raise ProfileError(f"cannot read {names}: {error}") from error
 
 
-def scan_of(files: Sequence[LocalFile]) -> str:
-    """Return what stands in a query for the rows of files."""
+def _rows_of(files: Sequence[LocalFile]) -> str:
     return f"read_parquet({_paths_of(files)}, hive_partitioning = false)"
 
 
 def numbered_scan_of(file: LocalFile) -> str:
-    """Return the same of a file, whose rows then have a `file_row_number`."""
+    """Return what stands for the rows of a file, which then have a `file_row_number`."""
     return f"read_parquet({_paths_of([file])}, hive_partitioning = false, file_row_number = true)"
 
 

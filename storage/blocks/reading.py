@@ -167,10 +167,11 @@ def _fetch_rows(
     *,
     by_host: bool,
 ) -> Samples:
-    """Return the rows of files over all times, by host where they are detail."""
-    detail = of_table(files, DETAIL)
-    rollups = [each for each in files if each.table in ROLLUPS.values()]
-    if rollups and hosts is not None:
+    """Return the rows of slices over all times, by host where they are detail."""
+    files = files_in(slices, *_SAMPLES)
+    read_of = [*files, *files_in(slices, "stacks")]
+    opened.check(read_of)
+    if hosts is not None and any(each.table != DETAIL for each in files):
         raise ProfileError("cannot tell hosts apart: the detail has expired")
     conditions = [
         *is_among(opened, "set_id", "wanted_sets", sets),
@@ -190,7 +191,7 @@ def _fetch_rows(
             f"SELECT host_id, set_id, stack_id, {SUMS}, min(samples) AS least, min(value) AS"
             f" least_value FROM ({rows}) GROUP BY ALL"
         )
-    sums = opened.arrays_of(query, files)
+    sums = opened.arrays_of(query, read_of)
     if min(sums["least"].min(initial=0), sums["least_value"].min(initial=0)) < 0:
         raise ProfileError("cannot read blocks: there are negative counts")
     if max(sums[name].sum(dtype=np.float64) for name in ("samples", "value")) > COUNT_LIMIT:

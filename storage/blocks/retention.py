@@ -9,7 +9,7 @@
 Ages of the other levels count from the end of their hour or day. A level is removed from its
 manifest; its files are then garbage, which is deleted when no reader can still be using it.
 Level-0 objects are deleted themselves, and only if a part contains them. An hour's manifest goes
-only when the rollup of its day contains it. So whatever is deleted, a coarser level has it, until
+only when the rollups of its day contain it. So whatever is deleted, a coarser level has it, until
 that has expired too. Of an hour or a day that a pin overlaps (`storage.objects.pins`) nothing is
 deleted.
 
@@ -127,22 +127,22 @@ def expire(compactor: Compactor, keep: Keep) -> None:
             tables.add(_TEN_MINUTES)
             tables |= _FUNCTIONS_OF_HOUR if is_in_day else set()
         _expire_tables(compactor, manifest, tables)
-    _expire_days(compactor, keep, known, now_ns, held)
-
-
-def _expire_days(compactor: Compactor, keep: Keep, known: Listed, now_ns: int, held: Held) -> None:
     for name, day in known.days.items():
         age_s = (now_ns - end_ns_of(name)) / NS_PER_S
-        if _is_pinned(compactor, held, name):
-            continue
-        if age_s > keep.day_s:
-            compactor.report.add(**{"1d": 1})
-            if not compactor.is_dry:
-                compactor.manifests.delete(name)
-        elif age_s > keep.hour_s and day.files_of(*_HOUR_OF_DAY):
-            compactor.report.add(**{"1h": 1})
-            if not compactor.is_dry:
-                compactor.manifests.change_day(name, _without_hours)
+        if age_s > min(keep.hour_s, keep.day_s) and not _is_pinned(compactor, held, name):
+            _expire_day(compactor, name, day, is_over=age_s > keep.day_s)
+
+
+def _expire_day(compactor: Compactor, name: str, day: DayManifest, *, is_over: bool) -> None:
+    """Remove a day, or of one that is not over yet what is kept as long as the level 1h."""
+    if is_over:
+        compactor.report.add(**{"1d": 1})
+        if not compactor.is_dry:
+            compactor.manifests.delete(name)
+    elif day.files_of(*_HOUR_OF_DAY):
+        compactor.report.add(**{"1h": 1})
+        if not compactor.is_dry:
+            compactor.manifests.change_day(name, _without_hours)
 
 
 def _without_hours(day: DayManifest) -> DayManifest:

@@ -24,7 +24,7 @@ from symbolizer.location import REST_LOCATION
 
 FOLDED_ABOVE = 20_000
 """Stacks that a block keeps in any case."""
-_KEPT_PERCENT = 99
+_FOLDED_SHARE = 0.01
 _WORDS_AT_ONCE = 31
 """Frames by which stacks are sorted at once: 128 bytes each with the number of their group."""
 
@@ -69,6 +69,13 @@ class Stacks:
             np.concatenate([nothing, *(part.frame_ids for part in parts)]),
         )
 
+    def end_with(self, frame_id: int) -> Flags:
+        """Return whether a location is the last one, by stack."""
+        is_last = np.zeros(len(self.ids), dtype=bool)
+        has_frames = np.flatnonzero(np.diff(self.offsets))
+        is_last[has_frames] = self.frame_ids[self.offsets[1:][has_frames] - 1] == frame_id
+        return is_last
+
     def take(self, numbers: Integers) -> "Stacks":
         starts = self.offsets[numbers]
         lengths = self.offsets[numbers + 1] - starts
@@ -92,7 +99,7 @@ def rest_id(hasher: Hasher) -> int:
     return int(hash_locations(texts, place, np.zeros((0, 5), np.int64))[0])
 
 
-def keep_common(ids: Hashes, is_folded: npt.NDArray[np.bool_], *counts: Numbers) -> Hashes:
+def keep_common(ids: Hashes, is_folded: Flags, *counts: Numbers) -> Hashes:
     """Return the stacks to keep, sorted by id: those with the most of each count.
 
     What the other ones have, and those that are folded already, is 1 % of each count at most, or
@@ -101,12 +108,15 @@ def keep_common(ids: Hashes, is_folded: npt.NDArray[np.bool_], *counts: Numbers)
     by_id = np.argsort(ids)
     is_kept = np.zeros(len(ids), dtype=bool)
     for each in counts:
-        order = np.lexsort((ids, -each.astype(np.int64)))
-        order = order[~is_folded[order]]
+        ordered, folded = each[by_id].astype(np.int64), is_folded[by_id]
+        order = np.argsort(-ordered, kind="stable")
+        order = order[~folded[order]]
         # Floats are close enough to choose by, and do not overflow.
         reached = np.cumsum(ordered[order].astype(np.float64))
-        wanted = reached[-1] * (_KEPT_PERCENT / 100) if len(reached) else 0.0
-        is_kept[order[: int(np.searchsorted(reached, wanted)) + 1]] = True
+        already = float(ordered[folded].sum(dtype=np.float64))
+        whole = float(reached[-1]) if len(reached) else 0.0
+        spare = max(0.0, (whole + already) * _FOLDED_SHARE - already) / 2
+        is_kept[order[: int(np.searchsorted(reached, whole - spare)) + 1]] = True
     return ids[by_id[is_kept]]
 
 

@@ -37,6 +37,11 @@ _MERGED_LEVEL = 5
 times the time. Level 9 takes another 1.5 times as long for 4 %."""
 _STACKS_AT_ONCE = 100_000
 """Stacks that are fetched at a time, 30 MB."""
+PIECE_BYTES = 48 << 20
+"""A rollup or dictionary with more bytes is written as several files: no object may have more than
+64 MB."""
+_SPLIT_BY = ("stack_id", "function_id")
+"""Of tables that have neither: their first column."""
 _FIRST_BUCKET_S = min(ROLLUPS)
 _FIRST_ROLLUP = ROLLUPS[_FIRST_BUCKET_S]
 
@@ -309,16 +314,11 @@ def _fold_rollup(opened: Engine, hasher: Hasher, stacks: Stacks | None = None) -
     totals = opened.arrays(f"SELECT stack_id, {SUMS} FROM rollup GROUP BY stack_id")
     if len(totals["stack_id"]) <= FOLDED_ABOVE:
         return
-    opened.register("totals", totals)
-    ends = opened.arrays(
-        f"SELECT stack_id FROM stacks WHERE frame_ids[-1] = {rest_id(hasher)} ORDER BY stack_id"
-    )
-    is_folded = HashIndex(ends["stack_id"]).find(totals["stack_id"]) >= 0
+    if stacks is None:
+        stacks = _fetch_some(opened, np.sort(totals["stack_id"]))
+    folded_before = HashIndex(np.sort(stacks.ids[stacks.end_with(rest_id(hasher))]))
+    is_folded = folded_before.find(totals["stack_id"]) >= 0
     kept = keep_common(totals["stack_id"], is_folded, totals["samples"], totals["value"])
-    opened.run(
-        "CREATE TEMP TABLE fetched AS SELECT * FROM stacks SEMI JOIN totals USING (stack_id)"
-    )
-    stacks = fetch_stacks(opened)
     folded = fold(stacks, kept, hasher)
     opened.register("folded", {"stack_id": folded.rare, "folded_id": folded.folded})
     opened.run(

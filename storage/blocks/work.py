@@ -17,9 +17,11 @@ from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from storage.blocks.block import Block, BlockBuilder
+from storage.blocks.daily import DAILY, HOURLY, write_day
+from storage.blocks.functions import write_hour
+from storage.blocks.heads import write_heads
+from storage.blocks.loading import SUMS
 from storage.blocks.manifest import (
     HOUR_S,
     File,
@@ -29,9 +31,16 @@ from storage.blocks.manifest import (
     part_id,
     producer,
 )
-from storage.blocks.parquet import DETAIL, LocalFile, of_table
-from storage.blocks.reading import sum_samples
-from storage.blocks.tables import merge_dictionaries, merge_parts, roll_up, write_block
+from storage.blocks.parquet import (
+    DETAIL,
+    DICTIONARY,
+    HEADS,
+    ROLLUPS,
+    LocalFile,
+    of_table,
+    reading_engine,
+)
+from storage.blocks.tables import merge_parts, roll_up, write_block
 from storage.columns import Columns
 from storage.formats.limits import OutOfMemoryError
 from storage.hashing import Hasher
@@ -183,7 +192,7 @@ def merge_files(place: Place, parts: Sequence[Part], memory_bytes: int) -> list[
     files = [file for part in parts for file in part.files]
     with _fetched(place, files) as local, _working_folder(place.folder) as folder:
         merged = merge_parts(local, folder, _hasher_of(place.key), memory_bytes)
-        _check_sums(of_table(merged, DETAIL), parts)
+        _check_sums(merged, (DETAIL, ROLLUPS[600], "times"), *_sums_of(parts))
         return [_put(place, file) for file in merged]
 
 

@@ -115,7 +115,7 @@ class Blocks:
         problems = {name: str(why) for name, why in listed.problems.items()}
         for name, manifest in listed.hours.items():
             day = listed.days.get(name[:10])
-            is_held = day is not None and day.hours.get(name[-2:]) == manifest.part_ids
+            is_held = day is not None and day.holds(manifest)
             hour = CompactedHour.of(manifest, day if is_held else None)
             cut = hour.cut(window) if manifest.parts else None
             found += [cut] if cut is not None else []

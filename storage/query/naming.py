@@ -41,7 +41,7 @@ class Naming:
             }
             listed |= {hour.key: hour for hour in found.hours}
             spans = parts.spans(found.objects, window)
-            every: list[Span | CompactedHour] = [*found.hours, *spans]
+            every: list[Span | Compacted] = [*found.hours, *spans]
             for part in parts.read_spans(parts.location_names, every):
                 if part.value is not None:
                     naming.known.add(part.value)

@@ -32,7 +32,7 @@ from storage.query.self_samples import ObjectSelfSamples
 from storage.query.threads import Turns, map_ahead
 from storage.selector import EMPTY, Selector
 
-SETTLED_AFTER_NS = 300 * NS_PER_S
+_SETTLED_AFTER_NS = 300 * NS_PER_S
 """How long after its end a span waits for late objects before it is kept merged."""
 
 Span = tuple[list[ListedObject], bool]
@@ -69,8 +69,6 @@ class Parts:
     hosts: Selector = EMPTY
     """Matchers of the label `host`: objects of other hosts may be left out."""
     _turns: Turns = field(default_factory=Turns)
-    unkept: dict[str, int] = field(default_factory=dict)
-    """When a part was prepared that could not be kept, by name (`storage.query.preparing`)."""
 
     def interruptible(self, check: Callable[[], None]) -> "Parts":
         """Return parts like these that call `check` between objects: what it raises ends it."""
@@ -154,7 +152,7 @@ class Parts:
     def read(self, reader: Reader[Kept], window: Window) -> Iterator[Part[Kept]]:
         """Return the parts of a window in the order of their keys."""
         listed = self.listing.at(window)
-        yield from _skipped(listed.skipped)
+        yield from skipped_parts(listed.skipped)
         spans = self.spans(listed.objects, window)
         yield from self.read_spans(reader, itertools.chain(listed.hours, spans))
 
@@ -273,12 +271,10 @@ class Parts:
 
         yield from self.read_spans(reader, spans())
 
-    def spans(
-        self, objects: Iterable[ListedObject], window: Window, spans_ns: Sequence[int]
-    ) -> Iterator[Span]:
+    def spans(self, objects: Iterable[ListedObject], window: Window) -> Iterator[Span]:
         """Cut the objects of a window into spans that may be kept merged, and others."""
-        end_ns = min(window.end_ns, self.now_ns() - SETTLED_AFTER_NS)
-        yield from split_spans(objects, window.start_ns, end_ns, spans_ns)
+        end_ns = min(window.end_ns, self.now_ns() - _SETTLED_AFTER_NS)
+        yield from split_spans(objects, window.start_ns, end_ns)
 
     def read_spans(
         self, reader: Reader[Kept], spans: Iterable[Span | Compacted]

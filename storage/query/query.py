@@ -43,7 +43,6 @@ from storage.query.function_totals import (
 from storage.query.listing import Listing, overlap
 from storage.query.naming import Naming
 from storage.query.parts import Parts
-from storage.query.preparing import Prepared, prepare
 from storage.query.presence import ServicePresence, make_presence
 from storage.query.resolve import KnownNames
 from storage.query.timeline import (
@@ -205,10 +204,6 @@ class Query:
         `labels` are those that `profile` is asked for.
         """
         return self._parts_of(type).name_of_window(window, labels)
-
-    def prepare(self, window: Window) -> Iterator[Prepared]:
-        """Decode and keep what will be asked about a window; see `preparing`."""
-        yield from prepare(self._parts, window)
 
     def profile(
         self,

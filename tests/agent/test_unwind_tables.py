@@ -268,14 +268,12 @@ def test_stacks_are_whole_below_the_vdso_and_in_the_kernel(recorder, tmp_path):
 def stops_of(recorder: Recorder, pid: int, seconds: float = 0.3) -> set[str]:
     """Return why the stacks of a process end just now, while the recorder goes on.
 
-    At least one does: on a busy machine a process may have no CPU for longer.
+    None may: on a busy machine a process may have no CPU for as long, or its stacks are copied.
     """
     recorder.sampler.select([pid])
     found: set[str] = set()
-    now_s = time.monotonic()
-    end_s, deadline_s = now_s + seconds, now_s + 30
-    while (now_s := time.monotonic()) < end_s or not found:
-        assert now_s < deadline_s, "the process is never on a CPU"
+    end_s = time.monotonic() + seconds
+    while time.monotonic() < end_s:
         time.sleep(0.05)
         recorder.catch_up()
         drain = recorder.sampler.drain()
@@ -430,7 +428,9 @@ def test_tables_in_use_stay_and_those_that_are_not_make_room(tmp_path, monkeypat
             wait_for(lambda: stops_of(recorder, one.pid) == {"root"})
             two.send_signal(signal.SIGCONT)
             wait_for(lambda: stops_of(recorder, two.pid) == {"no_room"})
-            assert stops_of(recorder, one.pid) == {"root"}
+            stops: set[str] = set()
+            wait_for(lambda: stops.update(stops_of(recorder, one.pid)) or stops)
+            assert stops == {"root"}
             assert recorder.unwinding.status()["tables_waiting"] == 1
             one.send_signal(signal.SIGSTOP)
             wait_for(lambda: stops_of(recorder, two.pid) == {"root"})

@@ -41,11 +41,12 @@ def test_it_says_what_it_has_done_and_repeats_nothing(expected, capfd) -> None:
     assert cli.main(["compact", "--workers=1"]) == 0
     second = capfd.readouterr()
 
-    assert first.out == "3 objects folded into 1 part; rollups made: 1 hourly\n"
+    assert first.out == "3 objects folded into 1 part; rollups made: 1 hourly and 1 daily\n"
     hour = hour_name(start_s())
     assert first.err.splitlines() == [
         f"everflame: {hour}: objects folded: 3",
         f"everflame: {hour}: rolled up",
+        f"everflame: {hour[:10]}: hours rolled up: 1",
     ]
     assert (second.out, second.err) == ("nothing to do\n", "")
     assert read_store(expected) == expected.total
@@ -70,7 +71,7 @@ def test_json_has_all_counts(expected, capfd) -> None:
         "conflicts": 0,
         "merged": 0,
         "hourly": 1,
-        "daily": 0,
+        "daily": 1,
         "expired": {"detail": 0, "10m": 0, "1h": 0, "1d": 0},
         "deleted": {"level0": 0, "garbage": 0},
         "pinned": 0,

@@ -87,7 +87,7 @@ def test_commands_see_one_tenant(shared, capfd, monkeypatch, is_by_variable) -> 
         if is_by_variable:
             monkeypatch.setenv("EVERFLAME_TENANT", name)
             option = ()
-            cli.main(["compact", *shared, "--workers=1", "--keep=1d=9999d"])
+            cli.main(["compact", *shared, "--workers=1", "--keep=detail=9999d"])
             capfd.readouterr()
         for command, *arguments in READING:
             status, text = run(capfd, command, *shared, *option, *arguments)
@@ -181,7 +181,7 @@ def test_all_tenants_are_compacted(tmp_path, capfd, monkeypatch) -> None:
     monkeypatch.setenv("EVERFLAME_STORE", str(tmp_path / "store"))
     store = open_store(str(tmp_path / "store"))
     fill(store)
-    whole = ("compact", "--workers=1", "--keep=1d=9999d", "--all-tenants")
+    whole = ("compact", "--workers=1", "--keep=detail=9999d", "--all-tenants")
 
     status = cli.main([*whole, "--json"])
     records = [orjson.loads(line) for line in capfd.readouterr().out.splitlines()]

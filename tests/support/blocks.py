@@ -6,7 +6,7 @@ from pathlib import Path
 
 from storage.blocks import reading, times
 from storage.blocks.block import DROPPED_LABELS, Block
-from storage.blocks.parquet import DETAIL, LocalFile
+from storage.blocks.parquet import DETAIL, LocalFile, of_table
 from storage.blocks.slices import Slice
 from storage.blocks.tables import write_block
 from storage.columns import Columns, Times
@@ -51,7 +51,7 @@ def read_columns(
 ) -> Columns | None:
     """Return the Columns of the objects in files that start in some seconds, from detail."""
     spans = ((start_s, end_s),)
-    detail = Slice(tuple(files_of(files, DETAIL)), spans)
+    detail = Slice(tuple(of_table(files, DETAIL)), spans)
     return reading.read_columns([detail], [Slice(tuple(files), spans)], files, **chosen)
 
 

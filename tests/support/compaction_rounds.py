@@ -264,6 +264,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=0.0, help="begin no round after this time")
     parser.add_argument("--every-change", type=int, default=0, metavar="STEP")
     options = parser.parse_args()
     place = Place(options.store, options.s3_endpoint, options.folder)

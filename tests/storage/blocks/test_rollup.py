@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from storage.blocks import rollup, tables
 from storage.blocks.block import Block
 from storage.blocks.dictionary import read_dictionary
-from storage.blocks.parquet import DETAIL, LocalFile
+from storage.blocks.parquet import DETAIL, LocalFile, of_table
 from storage.blocks.reading import sum_samples
 from storage.blocks.rollup import Stacks, fold, keep_common, rest_id, sort_stacks
 from storage.blocks.tables import merge_parts, write_block
@@ -75,6 +75,9 @@ def test_stacks_are_sorted_by_their_frames(words):
         order = sort_stacks(np.cumsum([0, *map(len, words)]), flat)
 
     assert [words[i] for i in order.tolist()] == sorted(words)
+
+
+NONE = np.zeros(4, dtype=bool)
 
 
 def test_stacks_with_most_samples_are_kept_ties_by_id():
@@ -166,17 +169,3 @@ def test_most_samples_are_kept_however_often_parts_are_merged(tmp_path, monkeypa
     ends_in_rest = np.isin(columns.stack_words[columns.stack_offsets[1:] - 1], rest)
     folded = np.isin(rolled.stacks, columns.stack_hashes[ends_in_rest])
     assert 0 < rolled.samples[folded].sum() <= rolled.samples.sum() / 100
-
-
-def test_prefixes_are_the_hashes_of_shorter_stacks():
-    """A prefix of a stack hashes to what the stack of these locations does."""
-    columns = Columns.of(some.sample_profile(), Hasher(b"k"))
-    hasher = Hasher(b"k")
-    hashes = columns.location_hashes.take(columns.stack_words)
-    prefixes = hasher.prefixes(hashes.copy(), columns.stack_offsets)
-
-    for start, end in zip(columns.stack_offsets[:-1], columns.stack_offsets[1:], strict=True):
-        for stop in range(start + 1, end + 1):
-            words = columns.stack_words[start:stop]
-            alone = hasher.stacks(columns.location_hashes, np.array([0, len(words)]), words)
-            assert prefixes[stop - 1] == alone[0]
