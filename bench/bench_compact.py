@@ -40,9 +40,9 @@ from serving import EVERFLAME, Row, show
 
 from storage.blocks.compactor import Compactor
 from storage.blocks.manifest import Manifests
-from storage.blocks.parquet import DETAIL, DICTIONARY, ROLLUPS
 from storage.blocks.retention import Keep
 from storage.blocks.rounds import Rounds
+from storage.blocks.schema import DETAIL, DICTIONARY, ROLLUPS
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import CPU, DEFAULT_TENANT, NS_PER_S, ObjectKey, ObjectStore
 from storage.objects.open import open_store

@@ -39,8 +39,8 @@ import numpy as np
 from serving import EVERFLAME, Row, all_pids, pss_mb, rss_mb, show
 
 from storage.blocks.manifest import Manifests
-from storage.blocks.parquet import DETAIL, DICTIONARY
 from storage.blocks.retention import LEVELS
+from storage.blocks.schema import DETAIL, DICTIONARY
 from storage.columns import Columns
 from storage.formats import pprof, pprof_arrays
 from storage.formats.pprof_message import ProfileMessage, decompress

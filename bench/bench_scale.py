@@ -31,8 +31,9 @@ from bench_blocks import Apart
 from serving import Row, show
 
 from storage.blocks.block import Block
-from storage.blocks.parquet import DETAIL, DICTIONARY, ROLLUPS, LocalFile
+from storage.blocks.parquet import LocalFile
 from storage.blocks.reading import sum_samples
+from storage.blocks.schema import DETAIL, DICTIONARY, ROLLUPS
 from storage.blocks.tables import merge_parts, roll_up, write_block
 from storage.columns import Columns
 from storage.hashing import Hasher

@@ -42,8 +42,8 @@ from bucket import Bucket, bucket_in
 from serving import EVERFLAME, Reply, Row, Serving, all_pids, pss_mb, rss_mb, serving, show
 
 from storage.blocks.manifest import File, Manifests
-from storage.blocks.parquet import DETAIL
 from storage.blocks.retention import LEVELS
+from storage.blocks.schema import DETAIL
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import CPU, DEFAULT_TENANT, NS_PER_S, ObjectStore, hour_of
 from storage.objects.open import open_store

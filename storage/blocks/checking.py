@@ -26,15 +26,8 @@ from storage.blocks.manifest import (
     manifests_prefix,
     start_s_of,
 )
-from storage.blocks.parquet import (
-    DETAIL,
-    FUNCTIONS,
-    ROLLUPS,
-    Engine,
-    LocalFile,
-    of_table,
-    reading_engine,
-)
+from storage.blocks.parquet import Engine, LocalFile, of_table, reading_engine
+from storage.blocks.schema import DETAIL, FUNCTIONS, ROLLUPS
 from storage.blocks.slices import seconds_of
 from storage.hashing import Hashes
 from storage.objects.copies import Copies, FetchedFiles

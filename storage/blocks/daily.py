@@ -11,16 +11,8 @@ import numpy as np
 
 from storage.blocks import functions
 from storage.blocks.manifest import DAY_S, HOUR_S
-from storage.blocks.parquet import (
-    DEFAULT_MEMORY_BYTES,
-    DICTIONARY,
-    FUNCTIONS,
-    HEADS_10M,
-    ROLLUPS,
-    LocalFile,
-    engine,
-    of_table,
-)
+from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, LocalFile, engine, of_table
+from storage.blocks.schema import DICTIONARY, FUNCTIONS, HEADS_10M, ROLLUPS
 from storage.blocks.tables import merge_dictionaries, roll_up, write_in_pieces
 from storage.grouping import sort_distinct
 from storage.hashing import Hashes

@@ -17,7 +17,7 @@ from storage.blocks.daily import DAILY, HOURLY
 from storage.blocks.functions import SERIES
 from storage.blocks.manifest import DayManifest, File, HourManifest, Listed
 from storage.blocks.merges import RollupTooLargeError, is_rolled_up
-from storage.blocks.parquet import DICTIONARY, FUNCTIONS, HEADS_10M
+from storage.blocks.schema import DICTIONARY, FUNCTIONS, HEADS_10M
 from storage.blocks.work import DaySource, write_day_files
 from storage.objects.keys import DamagedObject, ObjectMissing, ObjectTooLarge
 from storage.profile import ProfileError

@@ -13,13 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.blocks.loading import ADDRESS
-from storage.blocks.parquet import (
-    Engine,
-    LocalFile,
-    numbered_scan_of,
-    of_table,
-    reading_engine,
-)
+from storage.blocks.parquet import Engine, LocalFile, numbered_scan_of, of_table, reading_engine
 from storage.blocks.tables import one_of_each
 from storage.columns import OBJECT_FIELDS, Columns, TextNumbers, Texts
 from storage.formats.pprof_arrays import make_readable

@@ -21,7 +21,8 @@ from storage.blocks.functions import (
     one_of_each_function,
 )
 from storage.blocks.loading import SUMS
-from storage.blocks.parquet import DETAIL, FUNCTIONS, LocalFile, of_table, reading_engine
+from storage.blocks.parquet import LocalFile, of_table, reading_engine
+from storage.blocks.schema import DETAIL, FUNCTIONS
 from storage.blocks.slices import Slice, files_in, rows_in
 from storage.blocks.times import Ids, register_ids
 from storage.columns import Columns, Texts

@@ -28,17 +28,9 @@ import numpy as np
 from storage.blocks.block import ROLLUP_LABELS, labels_id
 from storage.blocks.dictionary import fetch_label_sets, fetch_locations
 from storage.blocks.loading import SUMS
-from storage.blocks.parquet import (
-    DEFAULT_MEMORY_BYTES,
-    DETAIL,
-    FUNCTIONS,
-    Arrays,
-    Engine,
-    LocalFile,
-    engine,
-    of_table,
-)
+from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, Arrays, Engine, LocalFile, engine, of_table
 from storage.blocks.rollup import Stacks
+from storage.blocks.schema import DETAIL, FUNCTIONS
 from storage.blocks.tables import fetch_stacks, one_of_each, write_in_pieces
 from storage.columns import Columns
 from storage.grouping import HashIndex, add_groups, group_keys, ranges

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from storage.blocks.block import Block, LabelIds
-from storage.blocks.parquet import TABLES, Engine
+from storage.blocks.parquet import Engine
 from storage.blocks.rollup import Stacks
+from storage.blocks.schema import TABLES
 from storage.columns import Columns
 from storage.grouping import ranges
 from storage.profile import NameRank, make_labels

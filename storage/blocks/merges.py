@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from storage.blocks.compactor import Compactor, awake_s
 from storage.blocks.functions import OF_HOUR
 from storage.blocks.manifest import HourManifest, Part, Rollup, part_id
-from storage.blocks.parquet import DETAIL, HEADS_10M, ROLLUPS
+from storage.blocks.schema import DETAIL, HEADS_10M, ROLLUPS
 from storage.blocks.work import merge_files, roll_up_hour
 from storage.objects.keys import ObjectTooLarge
 from storage.profile import ProfileError

@@ -1,15 +1,12 @@
-"""Parquet files of blocks: their tables, and DuckDB, which reads and writes them.
+"""Parquet files of blocks, and DuckDB, which reads and writes them.
 
-Each file holds one table of TABLES, in plain Parquet types that any engine reads. Its key-value
-metadata hold the number of its schema and the table's name. Before anything is read of a file, its
+Each file holds one table of `storage.blocks.schema`. Its key-value metadata hold the number of its
+schema and the table's name. Before anything is read of a file, its
 schema, columns and number of rows are checked against what this version writes and against what the
 manifest says. DuckDB runs in this process with a connection per call, within a memory limit, and
 moves to a temporary folder what does not fit.
 
-Ids are 64-bit hashes under the tenant's key (`storage.hashing`), equal on all machines, so files of
-any parts can be joined. Only detail numbers its stacks, in the order of the table `stacks` of its
-part: an id takes 1 to 2 bytes a row, a number 0.4. The columns `part` and `stack` of both tables
-join them (`scan_of`). Numbers are exact: sums of 64 bits that overflow are errors.
+Numbers are exact: sums of 64 bits that overflow are errors.
 """
 
 import atexit
@@ -26,157 +23,12 @@ import duckdb
 import numpy as np
 import numpy.typing as npt
 
+from storage.blocks.schema import DETAIL, ORDER, SCHEMA, TABLES
 from storage.blocks.scratch import ScratchFolder
 from storage.formats.limits import OutOfMemoryError
 from storage.profile import ProfileError, SchemaError
 
-SCHEMA = 1
-"""Of the tables and of what their columns mean."""
 _SCHEMA_KEY, _TABLE_KEY = "everflame.schema", "everflame.table"
-
-DETAIL = "samples_detail"
-ROLLUPS = {600: "samples_10m", 3600: "samples_1h", 86400: "samples_1d"}
-"""Table by the length of its buckets in seconds."""
-DICTIONARY = ("stacks", "frames", "names", "modules", "label_sets")
-"""Tables that say what ids mean. Files of them may be read together with any samples."""
-HEADS = ("objects", "times", "presence")
-"""Tables with a row or more for each object."""
-HEADS_10M = tuple(f"{table}_10m" for table in HEADS)
-"""The same with a line for each host and ten minutes, made when an hour is rolled up."""
-PART = (DETAIL, ROLLUPS[600], *HEADS, *DICTIONARY)
-"""The tables of a part. All others are rollups of an hour or a day."""
-FUNCTIONS = "functions"
-"""What the ids of functions mean."""
-
-_SAMPLES = {"samples": "BIGINT", "value": "BIGINT"}
-_ROLLUP = {"ts": "UINTEGER", "set_id": "UBIGINT", "stack_id": "UBIGINT", **_SAMPLES}
-_COUNTS = "MAP(VARCHAR, BIGINT)"
-_TIMES = {"object_id": "UBIGINT", "host_id": "UBIGINT", "set_id": "UBIGINT", **_SAMPLES}
-_PRESENCE = {"object_id": "UBIGINT", "set_id": "UBIGINT", "present_ns": "BIGINT"}
-_OBJECT_NUMBERS = (
-    "start_ns", "end_ns", "period_ns", "cpus", "nonidle_ns", "profiled_ns", "ticks", "idle",
-    "filtered", "stored", "uncounted", "agent_cpu_ns", "agent_rss_bytes",
-)  # fmt: skip
-_OBJECTS = {
-    "object_id": "UBIGINT",
-    "content16": "VARCHAR",
-    "type": "VARCHAR",
-    "unit": "VARCHAR",
-    "start_s": "UINTEGER",
-    "length_s": "UINTEGER",
-    "host_key": "VARCHAR",
-    "host": "VARCHAR",
-    "host_id": "UBIGINT",
-    "hosts": 'STRUCT("name" VARCHAR, host_id VARCHAR)[]',
-    **dict.fromkeys(_OBJECT_NUMBERS, "BIGINT"),
-    **dict.fromkeys(("lost", "stops", "misses"), _COUNTS),
-}
-_FUNCTION_SAMPLES = {
-    "ts": "UINTEGER",
-    "host_id": "UBIGINT",
-    "set_id": "UBIGINT",
-    "function_id": "UBIGINT",
-    **_SAMPLES,
-}
-_GROUP_SAMPLES = {
-    "ts": "UINTEGER",
-    "group_id": "UTINYINT",
-    "set_id": "UBIGINT",
-    "function_id": "UBIGINT",
-    **_SAMPLES,
-}
-TABLES: Mapping[str, Mapping[str, str]] = {
-    DETAIL: {
-        "part": "UBIGINT",
-        "ts": "UINTEGER",
-        "host_id": "UBIGINT",
-        "set_id": "UBIGINT",
-        "stack": "UINTEGER",
-        **_SAMPLES,
-    },
-    **dict.fromkeys(ROLLUPS.values(), _ROLLUP),
-    "times": _TIMES,
-    "stacks": {
-        "part": "UBIGINT",
-        "stack": "UINTEGER",
-        "stack_id": "UBIGINT",
-        "frame_ids": "UBIGINT[]",
-    },
-    "frames": {
-        "frame_id": "UBIGINT",
-        "build_id": "VARCHAR",
-        "frame_offset": "UBIGINT",
-        "function": "VARCHAR",
-        "module": "VARCHAR",
-        "kind": "VARCHAR",
-        "file": "VARCHAR",
-        "first_line": "BIGINT",
-        "line": "BIGINT",
-    },
-    "names": {
-        "frame_id": "UBIGINT",
-        "name_rank": "UTINYINT",
-        "named_s": "BIGINT",
-        "frames": 'STRUCT("function" VARCHAR, "module" VARCHAR, kind VARCHAR, file VARCHAR,'
-        " line BIGINT)[]",
-    },
-    "modules": {
-        "build_id": "VARCHAR",
-        "path": "VARCHAR",
-        "kind": "VARCHAR",
-        "segments": "STRUCT(p_vaddr UBIGINT, p_offset UBIGINT, p_filesz UBIGINT)[]",
-    },
-    "label_sets": {"set_id": "UBIGINT", "labels": "MAP(VARCHAR, VARCHAR)"},
-    "objects": _OBJECTS,
-    "presence": _PRESENCE,
-    "objects_10m": {**_OBJECTS, "objects": "BIGINT"},
-    "times_10m": _TIMES,
-    "presence_10m": _PRESENCE,
-    "functions_10m": _FUNCTION_SAMPLES,
-    "functions_1h": {
-        "ts": "UINTEGER",
-        "set_id": "UBIGINT",
-        "function_id": "UBIGINT",
-        **_SAMPLES,
-        "total_samples": "BIGINT",
-        "total_value": "BIGINT",
-    },
-    "functions_1d": _FUNCTION_SAMPLES,
-    "function_groups_1h": _GROUP_SAMPLES,
-    "function_groups_1d": _GROUP_SAMPLES,
-    FUNCTIONS: {
-        "function_id": "UBIGINT",
-        "function": "VARCHAR",
-        "module": "VARCHAR",
-        "kind": "VARCHAR",
-        "file": "VARCHAR",
-        "files": "UTINYINT",
-        "weak_ids": "UBIGINT[]",
-    },
-}
-
-_ORDER = {
-    DETAIL: "host_id, set_id, stack, ts, samples, value",
-    **dict.fromkeys(ROLLUPS.values(), "set_id, stack_id, ts"),
-    "times": "object_id, host_id, set_id",
-    "stacks": "frame_ids, stack_id",
-    "frames": "build_id, frame_offset, module, file, function, frame_id",
-    "names": "frame_id",
-    "modules": "build_id",
-    "label_sets": "set_id",
-    "objects": "start_s, host_key, length_s, content16",
-    "presence": "object_id, set_id, present_ns",
-    "objects_10m": "start_s, host_key, host, object_id",
-    "times_10m": "object_id, host_id, set_id",
-    "presence_10m": "object_id, set_id",
-    "functions_10m": "set_id, function_id, host_id, ts",
-    "functions_1h": "set_id, function_id, ts",
-    "functions_1d": "set_id, function_id, host_id, ts",
-    "function_groups_1h": "set_id, function_id, group_id, ts",
-    "function_groups_1d": "set_id, function_id, group_id, ts",
-    FUNCTIONS: "function_id",
-}
-"""By what each table is sorted: that makes it small, and the order of parts does not show."""
 
 DEFAULT_MEMORY_BYTES = 512 << 20
 """What DuckDB may take at once. What is fetched as arrays comes on top."""
@@ -291,7 +143,7 @@ class Engine:
             f" ROW_GROUP_SIZE {_ROW_GROUP_ROWS}{_OPTIONS.get(table, '')},"
             f" KV_METADATA {{'{_SCHEMA_KEY}': '{SCHEMA}', '{_TABLE_KEY}': '{table}'}}"
         )
-        order = "" if is_sorted else f"ORDER BY {_ORDER[table]}"
+        order = "" if is_sorted else f"ORDER BY {ORDER[table]}"
         ordered = f"SELECT {columns} FROM ({query}) {order}"
         if table == "stacks":
             ordered = (

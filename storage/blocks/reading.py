@@ -16,7 +16,8 @@ import numpy.typing as npt
 from storage.blocks.block import Samples
 from storage.blocks.dictionary import fetch_dictionary, fetch_label_sets
 from storage.blocks.loading import SUMS
-from storage.blocks.parquet import DETAIL, ROLLUPS, Engine, LocalFile, of_table, reading_engine
+from storage.blocks.parquet import Engine, LocalFile, of_table, reading_engine
+from storage.blocks.schema import DETAIL, ROLLUPS
 from storage.blocks.slices import Slice, files_in, rows_in
 from storage.blocks.times import (
     Heads,

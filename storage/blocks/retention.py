@@ -41,7 +41,7 @@ from storage.blocks.manifest import (
     named_by,
     start_s_of,
 )
-from storage.blocks.parquet import DETAIL, ROLLUPS
+from storage.blocks.schema import DETAIL, ROLLUPS
 from storage.objects.keys import DEFAULT_TENANT, NS_PER_S, ObjectMissing, StoreError
 from storage.objects.pins import Held
 from storage.profile import ProfileError

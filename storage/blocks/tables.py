@@ -14,20 +14,9 @@ import numpy as np
 
 from storage.blocks.block import Block
 from storage.blocks.loading import SUMS, insert_rest, insert_stacks, load_block, load_label_sets
-from storage.blocks.parquet import (
-    DEFAULT_MEMORY_BYTES,
-    DETAIL,
-    DICTIONARY,
-    HEADS,
-    PART,
-    ROLLUPS,
-    TABLES,
-    Engine,
-    LocalFile,
-    engine,
-    of_table,
-)
+from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, Engine, LocalFile, engine, of_table
 from storage.blocks.rollup import FOLDED_ABOVE, Stacks, fold, keep_common, rest_id
+from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, PART, ROLLUPS, TABLES
 from storage.grouping import HashIndex, sort_distinct
 from storage.hashing import Hasher, Hashes
 from storage.profile import ProfileError

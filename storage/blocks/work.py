@@ -31,15 +31,8 @@ from storage.blocks.manifest import (
     part_id,
     producer,
 )
-from storage.blocks.parquet import (
-    DETAIL,
-    DICTIONARY,
-    HEADS,
-    ROLLUPS,
-    LocalFile,
-    of_table,
-    reading_engine,
-)
+from storage.blocks.parquet import LocalFile, of_table, reading_engine
+from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, ROLLUPS
 from storage.blocks.tables import merge_parts, roll_up, write_block
 from storage.columns import Columns
 from storage.formats.limits import OutOfMemoryError

@@ -26,7 +26,8 @@ from storage.blocks.manifest import (
     Manifests,
 )
 from storage.blocks.manifest import Part as CompactedPart
-from storage.blocks.parquet import DETAIL, DICTIONARY, HEADS, LocalFile
+from storage.blocks.parquet import LocalFile
+from storage.blocks.schema import DETAIL, DICTIONARY, HEADS
 from storage.blocks.scratch import ScratchFolder
 from storage.blocks.slices import Slice, files_in, seconds_of
 from storage.blocks.times import Lines, read_contents, read_times

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from storage.blocks.manifest import DAY_S, HOUR_S, DayManifest, File, HourManifest, Part, start_s_of
-from storage.blocks.parquet import DETAIL, DICTIONARY, HEADS, HEADS_10M, ROLLUPS
+from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, HEADS_10M, ROLLUPS
 from storage.blocks.slices import Spans, join_spans, seconds_of
 from storage.columns import Columns, Times, count_objects
 from storage.objects.keys import NS_PER_S

@@ -35,7 +35,8 @@ from storage.blocks.functions import (
     HOST_GROUPS,
 )
 from storage.blocks.manifest import HOUR_S, DayManifest, File, start_s_of
-from storage.blocks.parquet import DETAIL, DICTIONARY, FUNCTIONS, LocalFile
+from storage.blocks.parquet import LocalFile
+from storage.blocks.schema import DETAIL, DICTIONARY, FUNCTIONS
 from storage.blocks.slices import Spans, join_spans, seconds_of
 from storage.blocks.times import Lines, read_times
 from storage.columns import OBJECT_FIELDS, Times

@@ -14,7 +14,7 @@ from profiler.comparison.gate import Gate, verdict_of
 from profiler.comparison.sides import Operand
 from profiler.comparison.verdict import NoiseSource
 from storage.blocks.functions import FUNCTIONS_1H, GROUPS_1H
-from storage.blocks.parquet import DETAIL
+from storage.blocks.schema import DETAIL
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import DEFAULT_TENANT, NS_PER_S
 from storage.objects.tenant import TenantStore

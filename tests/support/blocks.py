@@ -6,7 +6,8 @@ from pathlib import Path
 
 from storage.blocks import reading, times
 from storage.blocks.block import DROPPED_LABELS, Block
-from storage.blocks.parquet import DETAIL, LocalFile, of_table
+from storage.blocks.parquet import LocalFile, of_table
+from storage.blocks.schema import DETAIL
 from storage.blocks.slices import Slice
 from storage.blocks.tables import write_block
 from storage.columns import Columns, Times

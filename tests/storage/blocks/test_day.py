@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from storage.blocks import tables
 from storage.blocks.day import renew_day
 from storage.blocks.merges import roll_up
-from storage.blocks.parquet import DICTIONARY
+from storage.blocks.schema import DICTIONARY
 from storage.objects.open import open_store
 from storage.objects.tenant import TenantStore
 from storage.objects.tenant_key import KEY_BYTES

@@ -25,7 +25,8 @@ from storage.blocks.functions import (
     write_day,
     write_hour,
 )
-from storage.blocks.parquet import FUNCTIONS, LocalFile, engine, of_table
+from storage.blocks.parquet import LocalFile, engine, of_table
+from storage.blocks.schema import FUNCTIONS
 from storage.blocks.tables import merge_parts
 from storage.columns import Columns
 from storage.merging import adopt_names, merge_columns

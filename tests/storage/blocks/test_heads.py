@@ -10,7 +10,7 @@ import pytest
 from storage.blocks.block import ROLLUP_LABELS
 from storage.blocks.heads import write_heads
 from storage.blocks.loading import OBJECT_COUNTS
-from storage.blocks.parquet import HEADS_10M
+from storage.blocks.schema import HEADS_10M
 from storage.profile import Accounting, Host, ProfileError, Window, make_labels
 from tests.support import profiles as some
 from tests.support.blocks import HASHER, files_of, stored, write

@@ -12,7 +12,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from storage.blocks.parquet import SCHEMA
+from storage.blocks.schema import SCHEMA
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import hour_of
 from storage.objects.tenant import TenantStore
