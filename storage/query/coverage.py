@@ -114,10 +114,11 @@ def choose_parts(
 def merging_early(
     merge: Callable[[Sequence[_Rows]], _Rows], selector: Selector
 ) -> Callable[[list[_Rows]], list[_Rows]]:
-    """Return a function that merges values once they have many rows."""
+    """Return a function that merges several values once they have many rows."""
 
     def merge_early(values: list[_Rows]) -> list[_Rows]:
-        if sum(len(value.rows) for value in values) < _MERGED_EARLY_ROWS:
+        is_many = sum(len(value.rows) for value in values) >= _MERGED_EARLY_ROWS
+        if len(values) < 2 or not is_many:
             return values
         return [merge([value.filter(selector) for value in values])]
 
