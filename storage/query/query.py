@@ -228,7 +228,7 @@ class Query:
             empty = ProfileBuilder(period_ns=1, type=type, unit=unit)
             return Answer(Columns.of(empty.build(window, Accounting())), coverage)
         # What is merged already holds nothing that its rows do not need.
-        is_merged = len(chosen) == 1 and not selector.matchers
+        is_merged = len(chosen) == 1 and len(chosen[0].rows) == len(columns[0].rows)
         return Answer(chosen[0] if is_merged else merge_columns(chosen), coverage)
 
     def timeline(
