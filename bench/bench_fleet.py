@@ -19,6 +19,7 @@ Run: `python bench/bench_fleet.py [--hosts 10] [--minutes 60] [--folder FOLDER] 
 
 import argparse
 import contextlib
+import gzip
 import itertools
 import json
 import os
@@ -214,7 +215,7 @@ def pprof_tool(folder: Path) -> Iterator[Row]:
     took_s = time.perf_counter() - started
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     parsed = ProfileMessage()
-    parsed.ParseFromString(decompress(merged.read_bytes()))
+    parsed.ParseFromString(gzip.decompress(merged.read_bytes()))
     assert sum(sample.value[0] for sample in parsed.sample) == _samples(folder)
     yield "level 0, go tool pprof: rows", len(parsed.sample), "rows", None
     yield "level 0, go tool pprof: hour", took_s, "s", None

@@ -117,8 +117,9 @@ def merging_early(
     """Return a function that merges several values once they have many rows."""
 
     def merge_early(values: list[_Rows]) -> list[_Rows]:
-        is_many = sum(len(value.rows) for value in values) >= _MERGED_EARLY_ROWS
-        if len(values) < 2 or not is_many:
+        merged, *others = (len(value.rows) for value in values)
+        # At least as many as are merged already: each row is merged a few times at most.
+        if sum(others) < max(merged, _MERGED_EARLY_ROWS):
             return values
         return [merge([value.filter(selector) for value in values])]
 

@@ -235,7 +235,9 @@ def rules_of_pyelftools(section: bytes, start: int) -> list[tuple[int, tuple[int
     fde.header["initial_location"] = start
     lines = fde.get_decoded().table
     rules = [(line["pc"], expected_rule(line)) for line in lines]
-    if CfaKind.REGISTER + RBX not in (kind for kind, *_ in dict(rules).values()):
+    end = start + fde.header["address_range"]
+    kinds = {rule[0] for pc, rule in dict(rules).items() if pc < end}
+    if CfaKind.REGISTER + RBX not in kinds:
         return rules
     return [
         (pc, (kind, operand, rbp_kind | expected_rbx(kind, line.get(RBX)) << RBX_SHIFT, rbp))
@@ -309,6 +311,7 @@ def expected_rbp(rule) -> tuple[int, int]:
 )
 @example(b"\x83\x04\x0c\x03\x20\x44\xc3\x44\x0c\x07\x08", 1, -8)  # rbx was saved, and is the CFA
 @example(b"\x0c\x03\x00\x40\x0d\x06", 1, -8)  # rbx is the CFA, but for no byte of the code
+@example(b"g\x02\xf4\x03\xe5\x00\x0c\x03\x00", 4, -8)  # only from the end of the code on
 @example(b"\x09\x10\x00", 1, -8)  # the return address is in rax
 @example(b"\x09\x10\x10\x0e\x80\x01", 1, -8)  # it is in itself, which says nothing
 def test_rules_equal_those_of_pyelftools(program, code_alignment, data_alignment):
