@@ -13,7 +13,7 @@ An hour's data are those of the parts that its manifest names, and every level-0
 content16 is in none of their `objects` tables. No two parts of a manifest have an object in common.
 
 Rollups repeat the parts' samples in longer buckets. One is valid only for exactly the parts that it
-names: `HourManifest.has_hourly`, `DayManifest.is_valid`.
+names: `HourManifest.has_hourly`, `DayManifest.holds`.
 
 Fields that this version does not know are ignored, and lost when it replaces the manifest: a field
 that must not be lost needs a higher schema, which older versions refuse.
@@ -27,7 +27,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, NamedTuple, TypeVar
 
@@ -169,23 +169,6 @@ class DayManifest(msgspec.Struct, frozen=True):
     def holds(self, hour: HourManifest) -> bool:
         """Return whether it has the samples of exactly the parts of an hour."""
         return self.hours.get(hour.hour[-2:]) == hour.part_ids
-
-    def valid_hours(self, hours: Mapping[str, HourManifest]) -> list[str]:
-        """Return which of the hours that it is made of count (`2026-11-30T09`), in order.
-
-        `hours` are all manifests of the day; an hour without a part there has expired.
-        """
-        names = (f"{self.day}T{hour}" for hour in sorted(self.hours))
-        current = ((name, hours.get(name)) for name in names)
-        return [name for name, hour in current if not hour or not hour.parts or self.holds(hour)]
-
-    def is_valid(self, hours: Mapping[str, HourManifest]) -> bool:
-        """Return whether it is made of exactly the parts of these hours (`2026-11-30T09`).
-
-        An hour without a manifest has expired, or never had a part: it does not contradict.
-        """
-        inside = [each for name, each in hours.items() if name.startswith(self.day) and each.parts]
-        return all(map(self.holds, inside))
 
 
 Manifest = TypeVar("Manifest", HourManifest, DayManifest)
