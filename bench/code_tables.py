@@ -16,6 +16,7 @@ from storage.formats.pprof_message import ProfileMessage
 from storage.grouping import ranges
 from storage.hashing import Hasher, Hashes, hash_locations
 from storage.profile import Accounting, Integers, Window
+from storage.stack_tree import StackLists
 from symbolizer.location import FileOffset, Kind, Module
 
 _HASHED_AT_ONCE = 100_000
@@ -212,8 +213,7 @@ class Code:
             name_ranks=ranks,
             named_s=named_s,
             stack_hashes=stack_hashes,
-            stack_offsets=offsets,
-            stack_words=words.astype(np.int32, copy=False),
+            stacks=StackLists(offsets, words.astype(np.int32, copy=False)),
             rows=np.zeros((0, 2), np.int64),
             counts=np.zeros((0, 2), np.int64),
             objects=np.zeros((0, 10), np.int64),

@@ -54,6 +54,7 @@ from storage.profile import (
     Window,
     make_labels,
 )
+from storage.stack_tree import StackLists, lists_of
 
 DAY_NS = 1_780_000_000_000_000_000 // (86_400 * NS_PER_S) * (86_400 * NS_PER_S)
 MINUTE_NS = 60 * NS_PER_S
@@ -303,10 +304,8 @@ class Fleet:
 
 def choose_stacks(dictionary: Columns, stacks: Integers) -> Columns:
     """Return some stacks of a dictionary, and the locations that they need; without rows."""
-    starts = dictionary.stack_offsets[stacks]
-    lengths = dictionary.stack_offsets[stacks + 1] - starts
-    words = dictionary.stack_words[ranges(starts, lengths)]
-    places, words = distinct(words, len(dictionary.locations))
+    chosen = lists_of(dictionary.stacks.take(stacks))
+    places, words = distinct(chosen.words, len(dictionary.locations))
     locations = dictionary.locations[places]
     at = np.flatnonzero(locations[:, 2])
     named = dictionary.named[locations[at, 2].astype(np.int64) - 1]
@@ -323,8 +322,7 @@ def choose_stacks(dictionary: Columns, stacks: Integers) -> Columns:
         name_ranks=dictionary.name_ranks[places],
         named_s=dictionary.named_s[places],
         stack_hashes=dictionary.stack_hashes[stacks],
-        stack_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        stack_words=words.astype(np.int32),
+        stacks=StackLists(chosen.offsets, words.astype(np.int32)),
     )
 
 

@@ -29,6 +29,7 @@ from storage.profile import (
     named_second,
 )
 from storage.selector import Selector
+from storage.stack_tree import StackLists, Stacks, lists_of
 from symbolizer.location import (
     AddressLocation,
     FileOffset,
@@ -150,8 +151,7 @@ class Columns:
     name_ranks: Numbers
     named_s: Numbers
     stack_hashes: Hashes
-    stack_offsets: Numbers
-    stack_words: Numbers
+    stacks: Stacks
     rows: Numbers
     counts: Numbers
     objects: Numbers
@@ -207,8 +207,7 @@ class Columns:
             name_ranks=ranks,
             named_s=named_s,
             stack_hashes=hasher.stacks(hashes, profile.stack_offsets, profile.stack_locations),
-            stack_offsets=profile.stack_offsets,
-            stack_words=profile.stack_locations,
+            stacks=StackLists(profile.stack_offsets, profile.stack_locations),
             rows=rows,
             counts=counts,
             objects=object_of(profile.window, profile.accounting),
@@ -217,6 +216,16 @@ class Columns:
             present_sets=present_sets,
             presence=presence,
         )
+
+    @property
+    def stack_offsets(self) -> Numbers:
+        """Where stacks begin and end in `stack_words`."""
+        return lists_of(self.stacks).offsets
+
+    @property
+    def stack_words(self) -> Numbers:
+        """The locations of all stacks, root first."""
+        return lists_of(self.stacks).words
 
     @property
     def total_samples(self) -> int:

@@ -16,6 +16,7 @@ from storage.columns import LARGEST_NAME_KEY, Columns, Texts, name_keys
 from storage.grouping import HashIndex, add_groups, group_keys, number_groups, ranges
 from storage.hashing import Hashes, Numbers
 from storage.profile import Accounting, Integers, Labels, NameRank, Window, adopt_module
+from storage.stack_tree import StackLists, Stacks, join_stacks
 from symbolizer.location import Module
 
 
@@ -35,7 +36,7 @@ def merge_columns(parts: Sequence[Columns]) -> Columns:
         [part.present_sets for part in parts], [part.presence[:, 1] for part in parts]
     )
     rows, counts, stacks = _merge_rows(parts, label_numbers)
-    words, offsets, places, used = _gather_stacks(parts, stacks)
+    joined, places, used = _gather_stacks(parts, stacks)
     tables = _gather_locations(parts, places)
     return Columns(
         **head._asdict(),
@@ -51,8 +52,7 @@ def merge_columns(parts: Sequence[Columns]) -> Columns:
         name_ranks=tables.name_ranks,
         named_s=tables.named_s,
         stack_hashes=stacks.hashes,
-        stack_offsets=offsets,
-        stack_words=words,
+        stacks=joined,
         rows=rows,
         counts=counts,
         times=join_lines(parts, [part.times for part in parts], label_numbers),
@@ -182,34 +182,28 @@ def _merge_rows(
 
 def _gather_stacks(
     parts: Sequence[Columns], stacks: _Chosen
-) -> tuple[Integers, Integers, _Chosen, list[Integers]]:
-    """Return the words and offsets of the chosen stacks, and the locations to take for them.
+) -> tuple[Stacks, _Chosen, list[Integers]]:
+    """Return the chosen stacks, and the locations to take for them.
 
     Also, by part, the numbers of the locations that its rows use.
     """
-    lengths = np.zeros(len(stacks.hashes), dtype=np.int64)
-    words, hashes, used, ranks = [], [], [], []
+    chosen, hashes, used, ranks = [], [], [], []
     for i, part in enumerate(parts):
-        mine = stacks.of_part(i)
-        numbers = stacks.number[mine]
-        starts = part.stack_offsets[numbers].astype(np.int64)
-        lengths[mine] = part.stack_offsets[numbers + 1] - starts
-        words.append(part.stack_words.take(ranges(starts, lengths[mine])))
+        chosen.append(part.stacks.take(stacks.number[stacks.of_part(i)]))
         numbers = used_locations(part)
         used.append(numbers)
         hashes.append(part.location_hashes[numbers])
         ranks.append(LARGEST_NAME_KEY - name_keys(part.name_ranks, part.named_s)[numbers])
     places = _Chosen.among(hashes, used, np.concatenate(ranks))
     places = _prefer_names(places, parts, used)
-    flat, at = [], 0
-    for part, numbers, mine in zip(parts, used, words, strict=True):
-        number_of = np.zeros(len(part.locations), dtype=np.int32)
-        number_of[numbers] = places.chosen[at : at + len(numbers)]
+    number_of, at = [], 0
+    for part, numbers in zip(parts, used, strict=True):
+        mine = np.zeros(len(part.locations), dtype=np.int32)
+        mine[numbers] = places.chosen[at : at + len(numbers)]
+        number_of.append(mine)
         at += len(numbers)
-        flat.append(number_of.take(mine))
-    # Stacks are in the order of their parts, so the words of one part follow those of another.
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    return np.concatenate(flat), offsets, places, used
+    # Stacks are in the order of their parts.
+    return join_stacks(chosen, number_of), places, used
 
 
 def _prefer_names(places: _Chosen, parts: Sequence[Columns], used: Sequence[Integers]) -> _Chosen:
@@ -256,15 +250,10 @@ def used_locations(part: Columns) -> Integers:
 
 
 def _used_words(part: Columns) -> Numbers:
-    """Return the words of the stacks that rows still point to."""
+    """Return the locations of the stacks that rows still point to, some of them several times."""
     is_used = np.zeros(len(part.stack_hashes), dtype=bool)
     is_used[part.rows[:, 1]] = True
-    if is_used.all():
-        return part.stack_words
-    numbers = np.flatnonzero(is_used)
-    starts = part.stack_offsets[numbers].astype(np.int64)
-    used: Numbers = part.stack_words.take(ranges(starts, part.stack_offsets[numbers + 1] - starts))
-    return used
+    return (part.stacks if is_used.all() else part.stacks.take(np.flatnonzero(is_used))).words
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,8 +368,7 @@ def without_stacks(columns: Columns) -> Columns:
     return replace(
         columns,
         stack_hashes=columns.stack_hashes[:0],
-        stack_offsets=columns.stack_offsets[:1],
-        stack_words=columns.stack_words[:0].copy(),
+        stacks=StackLists(np.zeros(1, np.int64), np.zeros(0, np.int32)),
         rows=columns.rows[:0],
         counts=columns.counts[:0],
     )

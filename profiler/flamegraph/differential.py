@@ -305,7 +305,7 @@ class Pair:
     def _raw_rows(self) -> Rows:
         """Return the rows of both profiles, those of the after side numbered after the others."""
         before, after = Rows.of(self.before), Rows.of(self.after)
-        stacks = after.stacks + len(self.before.stack_offsets) - 1
+        stacks = after.stacks + len(self.before.stacks)
         labels = after.labels + len(self.before.label_sets)
         return Rows(
             np.concatenate([before.stacks, stacks]),

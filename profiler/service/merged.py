@@ -251,7 +251,7 @@ class MergedProfile:
 
 def words_of(profile: Columns) -> int:
     """Return the room that a profile takes with what is made of it, in words of its stacks."""
-    return len(profile.stack_words) + _LOCATION_WORDS * len(profile.locations)
+    return profile.stacks.size + _LOCATION_WORDS * len(profile.locations)
 
 
 ProfileKey = tuple[str, str, str]

@@ -29,6 +29,7 @@ from storage.profile import (
     Window,
     make_labels,
 )
+from storage.stack_tree import StackLists
 from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
 from symbolizer.text import readable
 
@@ -110,8 +111,7 @@ def fetch_dictionary(opened: Engine, files: Sequence[LocalFile], wanted: Hashes 
     return replace(
         fetch_locations(opened, files, ids[used]),
         stack_hashes=stacks.ids,
-        stack_offsets=stacks.offsets,
-        stack_words=words,
+        stacks=StackLists(stacks.offsets, words),
     )
 
 
@@ -298,8 +298,7 @@ def _locations_of(
         name_ranks=ranks,
         named_s=named_s,
         stack_hashes=np.zeros(0, np.uint64),
-        stack_offsets=np.zeros(1, np.int64),
-        stack_words=np.zeros(0, np.int32),
+        stacks=StackLists(np.zeros(1, np.int64), np.zeros(0, np.int32)),
         rows=nothing,
         counts=nothing,
         objects=np.zeros((0, len(OBJECT_FIELDS)), dtype=np.int64),

@@ -32,6 +32,7 @@ from storage.formats.pprof_wire import (
 from storage.grouping import ranges
 from storage.hashing import Hasher, Hashes, hash_locations
 from storage.profile import Indices, Integers, Labels, make_labels
+from storage.stack_tree import StackLists
 from symbolizer.location import Kind, Module
 from symbolizer.text import READABLE_LIMIT, readable
 
@@ -122,8 +123,7 @@ def _decode_ours(content: bytes, hasher: Hasher, parts: Any = None) -> Columns:
         name_ranks=ranks,
         named_s=named_s,
         stack_hashes=stack_hashes,
-        stack_offsets=offsets,
-        stack_words=words,
+        stacks=StackLists(offsets, words),
         rows=rows,
         counts=stacks.counts,
         objects=object_of(ours.window, ours.accounting),

@@ -29,18 +29,20 @@ from storage.profile import Accounting, Host, Labels, Window
 from storage.query.function_totals import FunctionTotals
 from storage.query.resolve import LocationNames
 from storage.query.self_samples import ObjectSelfSamples
+from storage.stack_tree import StackLists, StackTree
 from symbolizer.file_cache import FileCache
 from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
 
 DEFAULT_LIMIT_BYTES = 1 << 30
 
-_VERSION = 8
+_VERSION = 9
 """Of the arrays' meaning. What an object is read as also depends on pprof's schema."""
 
 _PREFIX = struct.Struct("<8sII")
 _MARK = b"everfl1\n"
 _ALIGNMENT = 64
-_BULK = frozenset({"texts.blob", "stack_words", "lines", "line_samples"})
+_STACKS = {"lists": StackLists, "tree": StackTree}
+_BULK = frozenset({"texts.blob", "words", "parents", "ends", "lines", "line_samples"})
 
 _Value = Columns | FunctionTotals | LocationNames | Times | ObjectSelfSamples
 _Kind = (
@@ -130,6 +132,9 @@ def pack(value: _Value, note: Any = None) -> bytes:
         if isinstance(content, Texts):
             arrays["texts.blob"] = np.frombuffer(content.blob, np.uint8)
             arrays["texts.offsets"] = _narrow(content.offsets)
+        elif isinstance(content, StackLists | StackTree):
+            meta[field.name] = "lists" if isinstance(content, StackLists) else "tree"
+            arrays |= {each.name: _narrow(getattr(content, each.name)) for each in fields(content)}
         elif isinstance(content, np.ndarray):
             arrays[field.name] = _narrow(content)
         elif isinstance(content, Accounting):
@@ -182,6 +187,9 @@ def unpack(kind: type[_Kept], content: bytes) -> tuple[_Kept, Any]:
     if "texts.blob" in arrays:
         blob = values.pop("texts.blob").tobytes()
         values["texts"] = Texts(blob, values.pop("texts.offsets"))
+    if "stacks" in meta:
+        stacks = _STACKS[meta["stacks"]]
+        values["stacks"] = stacks(*(values.pop(each.name) for each in fields(stacks)))
     if "window" in meta:
         values["window"] = Window(*meta["window"])
         values["accounting"] = _parse_accounting(meta["accounting"])

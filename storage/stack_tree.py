@@ -1,0 +1,230 @@
+"""Stacks of locations: as lists, or as the tree that they are the branches of.
+
+Stacks that begin alike share nodes: half a million stacks have 15 million frames, and a tree of
+them a million nodes. So large profiles are read, added up and drawn as trees; what needs whole
+stacks makes lists of them.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.grouping import group_keys, number_groups, ranges
+from storage.hashing import Numbers
+from storage.profile import Indices, Integers
+
+DEEPEST = 4096
+"""Levels of a tree. Each takes some calls of numpy, and a foreign file may hold a single stack of a
+million frames: such stacks stay lists."""
+ROOT = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StackLists:
+    """Stack i is `words[offsets[i]:offsets[i + 1]]`, root first: numbers of locations."""
+
+    offsets: Numbers
+    words: Numbers
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def size(self) -> int:
+        """How many numbers of locations it has."""
+        return len(self.words)
+
+    def take(self, stacks: Integers) -> "StackLists":
+        """Return some of the stacks, in this order."""
+        starts = self.offsets[stacks].astype(np.int64)
+        lengths = self.offsets[stacks + 1].astype(np.int64) - starts
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        return StackLists(offsets, self.words.take(ranges(starts, lengths)))
+
+
+@dataclass(frozen=True, eq=False)
+class StackTree:
+    """Node i is the location `words[i]`, called from node `parents[i]`; ROOT has no caller.
+
+    Parents ascend. So each stands before its children, and all nodes of one depth stand together.
+    Siblings are different locations. Stack i ends at node `ends[i]`, an empty one at ROOT.
+    """
+
+    parents: Indices
+    words: Indices
+    ends: Indices
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has, but for those of lists that were made of it."""
+        return 2 * len(self.words) + len(self.ends)
+
+    @classmethod
+    def of(cls, stacks: StackLists) -> "StackTree | None":
+        """Return the tree of stacks; None if there are some of more than DEEPEST frames."""
+        starts, past = (each.astype(np.int64) for each in (stacks.offsets[:-1], stacks.offsets[1:]))
+        if int((past - starts).max(initial=0)) > DEEPEST:
+            return None
+        ends = np.full(len(starts), ROOT, dtype=np.int32)
+        alive = np.flatnonzero(past > starts)
+        parents, words, first, depth = [], [], 0, 0
+        while len(alive):
+            mine = stacks.words.take(starts[alive] + depth)
+            parent, word, number = _distinct(ends[alive], mine)
+            parents.append(parent)
+            words.append(word)
+            ends[alive] = first + number
+            first, depth = first + len(word), depth + 1
+            alive = alive[past[alive] - starts[alive] > depth]
+        return cls(_joined(parents), _joined(words), ends)
+
+    @functools.cached_property
+    def levels(self) -> list[slice]:
+        """The nodes of each depth."""
+        first, past = 0, int(np.searchsorted(self.parents, 0))
+        levels = []
+        while past > first:
+            levels.append(slice(first, past))
+            first, past = past, int(np.searchsorted(self.parents, past))
+        return levels
+
+    def check(self) -> None:
+        """Check what is said of trees above, but for the locations.
+
+        Raises:
+            ValueError: it is not so.
+        """
+        parents = self.parents
+        is_sorted = not len(parents) or (
+            int(parents[0]) == ROOT and bool((parents[1:] >= parents[:-1]).all())
+        )
+        if not is_sorted or bool((parents >= np.arange(len(parents))).any()):
+            raise ValueError("nodes of a tree are not in their order")
+        if len(self.levels) > DEEPEST:
+            raise ValueError("a tree of stacks is too deep")
+        for level in self.levels:
+            if len(_distinct(parents[level], self.words[level])[0]) < level.stop - level.start:
+                raise ValueError("two nodes of a tree are the same")
+
+    def take(self, stacks: Integers) -> "StackTree":
+        """Return the tree of some of the stacks, in this order, with the nodes they need."""
+        ends = self.ends.take(stacks)
+        is_used = np.zeros(len(self.parents), dtype=bool)
+        is_used[ends[ends >= 0]] = True
+        for level in reversed(self.levels[1:]):
+            is_used[self.parents[level][is_used[level]]] = True
+        if is_used.all():
+            return StackTree(self.parents, self.words, ends)
+        numbers = np.append(np.cumsum(is_used, dtype=np.int32) - 1, np.int32(ROOT))
+        parents = numbers.take(self.parents[is_used])  # that of ROOT is the last one
+        return StackTree(parents, self.words[is_used], numbers.take(ends))
+
+    def sums(self, counts: Integers) -> Integers:
+        """Return by node the sum of counts by stack of all stacks that go through it."""
+        sums = np.zeros(len(self.parents), dtype=np.int64)
+        has_frames = self.ends >= 0
+        np.add.at(sums, self.ends[has_frames], counts[has_frames])
+        for level in reversed(self.levels[1:]):
+            parents = self.parents[level]
+            firsts = np.flatnonzero(np.diff(parents, prepend=ROOT))
+            sums[parents[firsts]] += np.add.reduceat(sums[level], firsts)
+        return sums
+
+    @functools.cached_property
+    def lists(self) -> StackLists:
+        """The same stacks as lists."""
+        depths = np.zeros(len(self.parents) + 1, dtype=np.int64)  # that of ROOT is the last one
+        for depth, level in enumerate(self.levels, 1):
+            depths[level] = depth
+        lengths = depths.take(self.ends)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        words = np.empty(int(offsets[-1]), dtype=self.words.dtype)
+        alive = np.flatnonzero(lengths)
+        node, at = self.ends[alive], offsets[alive + 1] - 1
+        starts = offsets[alive]
+        while len(node):
+            words[at] = self.words.take(node)
+            goes_on = at > starts
+            node, at, starts = self.parents.take(node)[goes_on], at[goes_on] - 1, starts[goes_on]
+        return StackLists(offsets, words)
+
+
+Stacks = StackLists | StackTree
+
+
+def lists_of(stacks: Stacks) -> StackLists:
+    return stacks if isinstance(stacks, StackLists) else stacks.lists
+
+
+def join_stacks(parts: Sequence[Stacks], numbers: Sequence[Numbers]) -> Stacks:
+    """Return the stacks of one part after those of another; a tree if one of them is.
+
+    `numbers` say by part which location each of its words is.
+    """
+    if not all(isinstance(part, StackLists) for part in parts):
+        trees = [StackTree.of(part) if isinstance(part, StackLists) else part for part in parts]
+        found = [tree for tree in trees if tree is not None]
+        if len(found) == len(parts):
+            return merge_trees(found, numbers)
+    lists = [lists_of(part) for part in parts]
+    lengths = [np.diff(each.offsets).astype(np.int64) for each in lists]
+    offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
+    words = [number.take(each.words) for number, each in zip(numbers, lists, strict=True)]
+    return StackLists(offsets, np.concatenate(words))
+
+
+def merge_trees(trees: Sequence[StackTree], numbers: Sequence[Numbers]) -> StackTree:
+    """Return a tree of all stacks, those of one tree after those of another.
+
+    `numbers` say by tree which location each of its words is. Different locations of a tree stay
+    different.
+    """
+    if len(trees) == 1:
+        only = trees[0]
+        return StackTree(only.parents, numbers[0].take(only.words), only.ends)
+    places = [np.empty(len(tree.parents) + 1, dtype=np.int32) for tree in trees]
+    for place in places:
+        place[ROOT] = ROOT
+    parents, words, first = [], [], 0
+    for depth in range(max((len(tree.levels) for tree in trees), default=0)):
+        levels = [tree.levels[depth] if depth < len(tree.levels) else slice(0, 0) for tree in trees]
+        above = [
+            place.take(tree.parents[level])
+            for place, tree, level in zip(places, trees, levels, strict=True)
+        ]
+        mine = [
+            number.take(tree.words[level])
+            for number, tree, level in zip(numbers, trees, levels, strict=True)
+        ]
+        parent, word, number_of = _distinct(np.concatenate(above), np.concatenate(mine))
+        parents.append(parent)
+        words.append(word)
+        ends = np.cumsum([level.stop - level.start for level in levels])
+        for place, level, end in zip(places, levels, ends.tolist(), strict=True):
+            place[level] = first + number_of[end - (level.stop - level.start) : end]
+        first += len(word)
+    ends_of = [place.take(tree.ends) for place, tree in zip(places, trees, strict=True)]
+    return StackTree(_joined(parents), _joined(words), np.concatenate(ends_of))
+
+
+def _distinct(parents: Indices, words: Numbers) -> tuple[Indices, Indices, Integers]:
+    """Return the distinct pairs, sorted, and by given pair which of them it is."""
+    width = int(words.max(initial=0)) + 1
+    key = (parents.astype(np.int64) + 1) * width + words
+    firsts, order = group_keys(key)
+    above, word = np.divmod(key[order[firsts]], width)
+    return (
+        (above - 1).astype(np.int32),
+        word.astype(np.int32),
+        number_groups(firsts, order),
+    )
+
+
+def _joined(pieces: Sequence[npt.NDArray[np.int32]]) -> Indices:
+    return np.concatenate([np.zeros(0, np.int32), *pieces])
