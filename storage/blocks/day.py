@@ -1,8 +1,8 @@
 """The day, so far: rollups of all hours of a day that are over, renewed with each further one.
 
 A renewal takes the day's previous files and those of the new hours, so it reads no hour twice. If
-an hour has changed that the day has already, because late objects have come, the day is made of
-all its hours' rollups again; of the previous files only the dictionary is needed then.
+an hour has changed that the day has already, because late objects have come, the samples of the
+other hours are taken from the previous files, and all else from all hours' rollups again.
 What is written replaces nothing that has changed meanwhile: see `storage.blocks.compactor`.
 """
 
@@ -15,9 +15,9 @@ from msgspec.structs import replace
 from storage.blocks.compactor import Compactor, awake_s
 from storage.blocks.daily import DAILY, HOURLY
 from storage.blocks.functions import SERIES
-from storage.blocks.manifest import DayManifest, File, HourManifest, Listed
+from storage.blocks.manifest import DayManifest, File, HourManifest, Listed, start_s_of
 from storage.blocks.merges import RollupTooLargeError, is_rolled_up
-from storage.blocks.schema import DICTIONARY, FUNCTIONS, HEADS_10M
+from storage.blocks.schema import DICTIONARY, FUNCTIONS, HEADS_10M, STACK_TREE
 from storage.blocks.work import DaySource, write_day_files
 from storage.objects.keys import DamagedObject, ObjectMissing, ObjectTooLarge
 from storage.profile import ProfileError
@@ -122,7 +122,7 @@ def _add(before: DayManifest, new: Hours) -> _Renewal:
     if not has_functions or not any(file.table == FUNCTIONS for file in rollups):
         before = replace(before, files=_without_functions(before.files))
         rollups = _without_functions(rollups)
-    source = DaySource(before.files, rollups, _dictionaries_of(new.values()))
+    source = DaySource(_previous_of(before.files), rollups, _dictionaries_of(new.values()))
     samples, value = _sums_of(new.values())
     made = replace(
         _empty(before, new),
@@ -134,12 +134,29 @@ def _add(before: DayManifest, new: Hours) -> _Renewal:
 
 
 def _rebuild(before: DayManifest, hours: Hours) -> _Renewal:
-    """Make a day of its hours; its dictionary knows all that hours have which it holds."""
-    others = [each for each in hours.values() if not before.holds(each)]
-    dictionary = [*before.files_of(*DICTIONARY), *_dictionaries_of(others)]
+    """Make a day of its hours; the samples of those that it holds are taken from its files.
+
+    Its stacks are folded, so what their rollups have may be nowhere but in parts any more.
+    """
+    others = {hour: each for hour, each in hours.items() if not before.holds(each)}
+    held = {hour: each for hour, each in hours.items() if hour not in others}
+    rollups = _rollups_of(hours.values())
+    of_held = {file.key for file in _rollups_of(held.values()) if file.table == HOURLY}
+    source = DaySource(
+        _previous_of(before.files_of(HOURLY, *DICTIONARY, STACK_TREE)),
+        tuple(file for file in rollups if file.key not in of_held),
+        _dictionaries_of(others.values()),
+        tuple(start_s_of(f"{before.day}T{hour}") for hour in before.hours if hour not in held),
+    )
     samples, value = _sums_of(hours.values())
     made = replace(_empty(before, hours), hours=_ids_of(hours), samples=samples, value=value)
-    return _Renewal(made, DaySource((), _rollups_of(hours.values()), dictionary))
+    return _Renewal(made, source)
+
+
+def _previous_of(files: Sequence[File]) -> tuple[File, ...]:
+    """Return those of a day's files that a renewal needs: stacks as a tree or else as lists."""
+    has_tree = any(file.table == STACK_TREE for file in files)
+    return tuple(file for file in files if not (has_tree and file.table == "stacks"))
 
 
 def _empty(before: DayManifest, hours: Hours) -> DayManifest:

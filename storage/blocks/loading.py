@@ -86,12 +86,13 @@ def load_block(opened: Engine, block: Block, stacks: Stacks) -> None:
     _load_modules(opened, block.dictionary.modules.values())
 
 
-def insert_stacks(opened: Engine, stacks: Stacks) -> None:
-    """Insert stacks into the table `stacks`, but for those that it has."""
+def insert_stacks(opened: Engine, stacks: Stacks, *, are_new: bool = False) -> None:
+    """Insert stacks into the table `stacks`, but for those that it has, unless all are new."""
+    missing = "" if are_new else "ANTI JOIN stacks USING (stack_id)"
     lengths = np.diff(stacks.offsets)
     usual = np.flatnonzero(lengths <= _USUAL_DEPTH)
     for first in range(0, len(usual), _AT_ONCE):
-        _insert_usual(opened, stacks.take(usual[first : first + _AT_ONCE]))
+        _insert_usual(opened, stacks.take(usual[first : first + _AT_ONCE]), missing)
     deep = stacks.take(np.flatnonzero(lengths > _USUAL_DEPTH))
     if len(deep.ids):
         numbers = np.arange(len(deep.ids))
@@ -107,11 +108,11 @@ def insert_stacks(opened: Engine, stacks: Stacks) -> None:
         words = _lists("new_words", "frame_id", "frame_ids")
         opened.run(
             f"INSERT INTO stacks SELECT stack_id, frame_ids FROM new_stacks JOIN ({words})"
-            " USING (number) ANTI JOIN stacks USING (stack_id)"
+            f" USING (number) {missing}"
         )
 
 
-def _insert_usual(opened: Engine, stacks: Stacks) -> None:
+def _insert_usual(opened: Engine, stacks: Stacks, missing: str) -> None:
     """Insert stacks that are not deep, from an array for each depth: eight times as fast."""
     lengths = stacks.offsets[1:] - stacks.offsets[:-1]
     by_depth = np.zeros((_USUAL_DEPTH, len(lengths)), dtype=np.uint64)
@@ -121,7 +122,7 @@ def _insert_usual(opened: Engine, stacks: Stacks) -> None:
     opened.register("new_stacks", {"stack_id": stacks.ids, "depth": lengths, **columns})
     opened.run(
         f"INSERT INTO stacks SELECT stack_id, list_value({', '.join(columns)})[1:depth]"
-        " FROM new_stacks ANTI JOIN stacks USING (stack_id)"
+        f" FROM new_stacks {missing}"
     )
 
 

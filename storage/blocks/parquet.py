@@ -23,7 +23,7 @@ import duckdb
 import numpy as np
 import numpy.typing as npt
 
-from storage.blocks.schema import DETAIL, ORDER, SCHEMA, TABLES
+from storage.blocks.schema import DETAIL, ORDER, SCHEMA, STACK_TREE, TABLES
 from storage.blocks.scratch import ScratchFolder
 from storage.formats.limits import OutOfMemoryError
 from storage.profile import ProfileError, SchemaError
@@ -44,6 +44,7 @@ _ROW_GROUP_ROWS = 122_880
 _OPTIONS = {
     # Ascending numbers take some bits each as differences, which the first version has not.
     DETAIL: ", PARQUET_VERSION v2",
+    STACK_TREE: ", PARQUET_VERSION v2",
     # Neighbours begin alike, which zstd finds, but not if a dictionary's numbers have 17 bits each.
     "stacks": ", DICTIONARY_SIZE_LIMIT 1",
 }

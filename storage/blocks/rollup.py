@@ -160,7 +160,7 @@ def fold(stacks: Stacks, kept: Hashes, hasher: Hasher) -> Folded:
     So the kept one with the longest equal beginning is the nearest before or after.
     """
     is_kept = HashIndex(kept).find(stacks.ids) >= 0
-    shared = _shared_before(stacks)
+    shared = shared_before(stacks)
     after = np.append(shared[1:], 0)
     longest = np.maximum(
         _least_since(shared, is_kept), _least_since(after[::-1], is_kept[::-1])[::-1]
@@ -179,7 +179,7 @@ def fold(stacks: Stacks, kept: Hashes, hasher: Hasher) -> Folded:
     return Folded(stacks.ids[rare], ids, Stacks(ids, offsets, words).take(distinct))
 
 
-def _shared_before(stacks: Stacks) -> Integers:
+def shared_before(stacks: Stacks) -> Integers:
     """Return by stack how many of its first frames are those of the stack before it."""
     shared = np.zeros(len(stacks.ids), dtype=np.int64)
     for first in range(0, len(shared), _STACKS_AT_ONCE):

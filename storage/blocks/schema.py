@@ -24,6 +24,13 @@ PART = (DETAIL, ROLLUPS[600], *HEADS, *DICTIONARY)
 """The tables of a part. All others are rollups of an hour or a day."""
 FUNCTIONS = "functions"
 """What the ids of functions mean."""
+STACK_TREE = "stack_tree"
+"""The stacks of a day once more, as a tree (`storage.blocks.frame_tree`); a day may lack it.
+
+Rows stand in order of depth, those of a depth by `parent` and `frame_id`. `parent` is the number of
+a row, or NO_PARENT. Where no stack ends `stack_id` is 0. A stack without locations has no row.
+"""
+NO_PARENT = (1 << 32) - 1
 
 _SAMPLES = {"samples": "BIGINT", "value": "BIGINT"}
 _ROLLUP = {"ts": "UINTEGER", "set_id": "UBIGINT", "stack_id": "UBIGINT", **_SAMPLES}
@@ -129,6 +136,12 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "file": "VARCHAR",
         "files": "UTINYINT",
         "weak_ids": "UBIGINT[]",
+    },
+    STACK_TREE: {
+        "parent": "UINTEGER",
+        "frame_id": "UBIGINT",
+        "stack_id": "UBIGINT",
+        "is_stack": "BOOLEAN",
     },
 }
 

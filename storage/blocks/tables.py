@@ -74,7 +74,7 @@ def write_block(block: Block, folder: Path) -> list[LocalFile]:
         opened.register("sets", {"set_id": sets, "rolled_id": block.labels.roll_up(sets)})
         load_label_sets(opened, block.labels)
         opened.run(
-            f"CREATE TEMP TABLE rollup AS SELECT {_bucket(_FIRST_BUCKET_S)} AS ts,"
+            f"CREATE TEMP TABLE rollup AS SELECT {bucket_of(_FIRST_BUCKET_S)} AS ts,"
             f" rolled_id AS set_id, stack_id, {SUMS} FROM detail JOIN sets USING (set_id)"
             " GROUP BY ALL"
         )
@@ -151,49 +151,43 @@ def merge_parts(
 def merge_dictionaries(
     files: Sequence[LocalFile],
     folder: Path,
+    wanted: Hashes,
+    wanted_sets: Hashes,
+    *,
+    rest: int,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    wanted: Hashes | None = None,
-    wanted_sets: Hashes | None = None,
 ) -> list[LocalFile]:
-    """Merge the DICTIONARY files of several parts into one of each table, or several if large.
+    """Merge the DICTIONARY files of several parts, but for stacks, into one of each or several.
 
-    With `wanted` only these stacks, and the locations, names and modules that they need; with
-    `wanted_sets` only these label sets.
+    Only the locations `wanted` and their names and modules are in them, and the label sets
+    `wanted_sets`. The location `[rest]`, whose id is `rest`, need not be in any of the files.
 
     Raises:
         ProfileError: a file is damaged or not one of ours, or something that is wanted is missing.
         SchemaError: a later version wrote one.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    needed = {
+        "frames": "SEMI JOIN wanted USING (frame_id)",
+        "names": "SEMI JOIN wanted USING (frame_id)",
+        "modules": "SEMI JOIN frames USING (build_id)",
+        "label_sets": "SEMI JOIN wanted_sets USING (set_id)",
+    }
     with engine(memory_bytes, folder) as opened:
-        chosen = {table: of_table(files, table) for table in DICTIONARY}
+        chosen = {table: of_table(files, table) for table in needed}
         opened.check([each for some in chosen.values() for each in some])
-        needed = dict.fromkeys(DICTIONARY, "")
-        if wanted is not None:
-            opened.register("wanted", {"stack_id": sort_distinct(wanted)})
-            needed["stacks"] = "SEMI JOIN wanted USING (stack_id)"
-            needed["frames"] = needed["names"] = "SEMI JOIN used USING (frame_id)"
-            needed["modules"] = "SEMI JOIN frames USING (build_id)"
-        if wanted_sets is not None:
-            opened.register("wanted_sets", {"set_id": sort_distinct(wanted_sets)})
-            needed["label_sets"] = "SEMI JOIN wanted_sets USING (set_id)"
-        for table in DICTIONARY:
-            if table == "frames" and wanted is not None:
-                opened.run(
-                    "CREATE TEMP TABLE used AS"
-                    " SELECT DISTINCT unnest(frame_ids) AS frame_id FROM stacks"
-                )
-            rows = f"(SELECT * FROM {{files}} {needed[table]})"
-            query = one_of_each(table, len(chosen[table]), rows)
+        opened.register("wanted", {"frame_id": sort_distinct(wanted)})
+        opened.register("wanted_sets", {"set_id": sort_distinct(wanted_sets)})
+        for table, join in needed.items():
+            query = one_of_each(table, len(chosen[table]), f"(SELECT * FROM {{files}} {join})")
             opened.load(table, query, chosen[table])
-        if wanted is not None:
-            _refuse_missing(opened, "wanted", "stack_id", "stacks")
-            _refuse_missing(opened, "used", "frame_id", "frames")
-        if wanted_sets is not None:
-            _refuse_missing(opened, "wanted_sets", "set_id", "label_sets")
+        if np.uint64(rest) in wanted:
+            insert_rest(opened, rest)
+        _refuse_missing(opened, "wanted", "frame_id", "frames")
+        _refuse_missing(opened, "wanted_sets", "set_id", "label_sets")
         return [
             file
-            for table in DICTIONARY
+            for table in needed
             for file in write_in_pieces(opened, table, f"SELECT * FROM {table}", folder)
         ]
 
@@ -208,17 +202,22 @@ def _refuse_missing(opened: Engine, wanted: str, column: str, table: str) -> Non
 
 
 def write_in_pieces(
-    opened: Engine, table: str, query: str, folder: Path, files: Sequence[LocalFile] = ()
+    opened: Engine,
+    table: str,
+    query: str,
+    folder: Path,
+    files: Sequence[LocalFile] = (),
+    *,
+    is_sorted: bool = False,
 ) -> list[LocalFile]:
     """Do what `Engine.write` does, with several files if one would be large.
 
     Each has the rows of some stacks, functions or other ids.
     """
-    whole = opened.write(table, query, folder, files)
+    whole = opened.write(table, query, folder, files, is_sorted=is_sorted)
     size_bytes = whole.path.stat().st_size
     if size_bytes <= PIECE_BYTES:
         return [whole]
-    whole.path.unlink()
     columns = TABLES[table]
     by = next((name for name in _SPLIT_BY if name in columns), next(iter(columns)))
     count = 2 * size_bytes // PIECE_BYTES
@@ -226,8 +225,9 @@ def write_in_pieces(
     for number in range(count):
         inside = folder / f"{table}-{number}"
         inside.mkdir()
-        some = f"SELECT * FROM ({query}) WHERE hash({by}) % {count} = {number}"
-        pieces.append(opened.write(table, some, inside, files))
+        some = f"SELECT * FROM {{files}} WHERE hash({by}) % {count} = {number}"
+        pieces.append(opened.write(table, some, inside, [whole], is_sorted=True))
+    whole.path.unlink()
     return pieces
 
 
@@ -252,7 +252,7 @@ def roll_up(
     with engine(memory_bytes, folder) as opened:
         opened.check(files)
         query = (
-            f"SELECT {_bucket(bucket_s)} AS ts, set_id, stack_id, {SUMS} FROM {{files}}"
+            f"SELECT {bucket_of(bucket_s)} AS ts, set_id, stack_id, {SUMS} FROM {{files}}"
             f" GROUP BY ALL"
         )
         return write_in_pieces(opened, table, query, folder, files)
@@ -291,7 +291,7 @@ def fetch_stacks(opened: Engine) -> Stacks:
     return Stacks(heads["stack_id"], offsets, words["frame_id"])
 
 
-def _bucket(bucket_s: int) -> str:
+def bucket_of(bucket_s: int) -> str:
     return f"CAST(ts - ts % {bucket_s} AS UINTEGER)"
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from storage.blocks.block import Block, BlockBuilder
-from storage.blocks.daily import DAILY, HOURLY, write_day
+from storage.blocks.daily import DAILY, HOURLY, DayFiles, write_day
 from storage.blocks.functions import write_hour
 from storage.blocks.heads import write_heads
 from storage.blocks.loading import SUMS
@@ -217,17 +217,19 @@ def write_day_files(
     with _fetched(place, files) as local, _working_folder(place.folder) as folder:
         rest = iter(local)
         previous, rollups, dictionary = ([next(rest) for _ in group] for group in groups)
-        made = write_day(previous, rollups, dictionary, folder, memory_bytes)
+        day = DayFiles(previous, rollups, dictionary, source.replaced)
+        made = write_day(day, folder, _hasher_of(place.key), memory_bytes)
         _check_sums(made, (HOURLY, DAILY, "times_10m"), samples, value)
         return [_put(place, file) for file in made]
 
 
 class DaySource(NamedTuple):
-    """What a day is made of, as `storage.blocks.daily.write_day` takes it."""
+    """What a day is made of, as `storage.blocks.daily.DayFiles`."""
 
     previous: Sequence[File]
     rollups: Sequence[File]
     dictionary: Sequence[File]
+    replaced: Sequence[int] = ()
 
 
 def _sums_of(parts: Sequence[Part]) -> tuple[int, int]:

@@ -185,7 +185,7 @@ def test_an_hour_that_has_changed_is_made_anew_in_its_day(expected, store, tmp_p
     manifests = compactor.manifests.list(DAY, DAY)
     assert all(manifests.days[DAY].holds(hour) for hour in manifests.hours.values())
     assert len(manifests.hours) == len(day["hours"]) == 3
-    assert {hour for hour, tables in read.items() if "stacks" in tables} == {"04", "dd"}
+    assert {hour for hour, tables in read.items() if "frames" in tables} == {"04", "dd"}
 
 
 def test_a_changed_hour_waits_for_the_next_one_if_compactors_are_patient(expected, store, tmp_path):
