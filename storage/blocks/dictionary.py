@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from storage.blocks.loading import ADDRESS
 from storage.blocks.parquet import Engine, LocalFile, numbered_scan_of, of_table, reading_engine
+from storage.blocks.schema import STACK_TREE
 from storage.blocks.tables import one_of_each
 from storage.columns import OBJECT_FIELDS, Columns, TextNumbers, Texts
 from storage.formats.pprof_arrays import make_readable
@@ -21,7 +22,6 @@ from storage.grouping import HashIndex, sort_distinct
 from storage.hashing import Hashes, Numbers
 from storage.profile import (
     Accounting,
-    Indices,
     Integers,
     Labels,
     NameRank,
@@ -29,7 +29,7 @@ from storage.profile import (
     Window,
     make_labels,
 )
-from storage.stack_tree import StackLists
+from storage.stack_tree import StackLists, Stacks, StackTree, join_stacks
 from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
 from symbolizer.text import readable
 
@@ -94,24 +94,22 @@ def read_dictionary(files: Sequence[LocalFile], wanted: Hashes | None = None) ->
 
 def fetch_dictionary(opened: Engine, files: Sequence[LocalFile], wanted: Hashes | None) -> Columns:
     """Do what `read_dictionary` does, with a connection that is open."""
-    stack_files = of_table(files, "stacks")
+    stack_files = [*of_table(files, STACK_TREE), *of_table(files, "stacks")]
     opened.check([*stack_files, *of_table(files, "frames")])
     ids = sort_distinct(
         opened.arrays_of("SELECT frame_id FROM {files}", of_table(files, "frames"))["frame_id"]
     )
-    stacks = _read_stacks(opened, stack_files, wanted, HashIndex(ids))
-    words = stacks.words
-    if int(words.min(initial=0)) < 0:
+    stack_ids, stacks = _read_stacks(opened, stack_files, wanted, HashIndex(ids))
+    if int(stacks.words.min(initial=0)) < 0:
         raise ProfileError(f"cannot read {names_of(files)}: locations of stacks are missing")
     is_used = np.zeros(len(ids), dtype=bool)
-    is_used[words] = True
+    is_used[stacks.words] = True
     used = np.flatnonzero(is_used)
     if len(used) < len(ids):
-        words = (np.cumsum(is_used) - 1).astype(np.int32).take(words)
+        words = (np.cumsum(is_used) - 1).astype(np.int32).take(stacks.words)
+        stacks = replace(stacks, words=words)
     return replace(
-        fetch_locations(opened, files, ids[used]),
-        stack_hashes=stacks.ids,
-        stacks=StackLists(stacks.offsets, words),
+        fetch_locations(opened, files, ids[used]), stack_hashes=stack_ids, stacks=stacks
     )
 
 
@@ -154,29 +152,21 @@ def fetch_locations(
 
 
 class _Stacks(NamedTuple):
-    """Stacks by id; stack i is `words[offsets[i]:offsets[i + 1]]`: numbers of locations."""
+    """Stacks by id, whose words are numbers of locations."""
 
     ids: Hashes
-    offsets: Integers
-    words: Indices
-
-    @classmethod
-    def of(cls, heads: Mapping[str, Numbers]) -> "_Stacks":
-        """Return stacks of some lengths whose words are yet to be filled in."""
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(heads["length"])])
-        return cls(heads["stack_id"], offsets, np.empty(int(offsets[-1]), dtype=np.int32))
+    stacks: Stacks
 
     def only(self, is_wanted: npt.NDArray[np.bool_]) -> "_Stacks":
-        lengths = np.diff(self.offsets)
-        words = self.words[np.repeat(is_wanted, lengths)]
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[is_wanted])])
-        return _Stacks(self.ids[is_wanted], offsets, words)
+        if is_wanted.all():
+            return self
+        return _Stacks(self.ids[is_wanted], self.stacks.take(np.flatnonzero(is_wanted)))
 
 
 def _read_stacks(
     opened: Engine, files: Sequence[LocalFile], wanted: Hashes | None, locations: HashIndex
 ) -> _Stacks:
-    """Return the stacks of some files, each once: those of the largest file, then others.
+    """Return the stacks of some files, each once: those of the largest tree or file, then others.
 
     In a file stacks that begin alike stand together, and so they stay: what is drawn of them then
     finds them near each other.
@@ -184,10 +174,13 @@ def _read_stacks(
     needed = None if wanted is None else sort_distinct(wanted)
     known = np.zeros(0, dtype=np.uint64)
     parts: list[_Stacks] = []
-    for file in sorted(files, key=lambda each: -each.rows):
+    for file in sorted(files, key=lambda each: (each.table != STACK_TREE, -each.rows)):
         if needed is not None and not len(needed):
             break
-        part = _read_file(opened, file, known, needed, locations)
+        if file.table == STACK_TREE:
+            part = _read_tree(opened, file, known, needed, locations)
+        else:
+            part = _read_file(opened, file, known, needed, locations)
         parts.append(part)
         known = np.concatenate([known, part.ids])
         if needed is not None:
@@ -196,13 +189,33 @@ def _read_stacks(
         raise ProfileError(f"cannot read {names_of(files)}: a stack is there twice")
     if needed is not None and len(needed):
         raise ProfileError(f"cannot read {names_of(files)}: {len(needed)} stacks are missing")
-    lengths = [np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)]
-    words = [np.zeros(0, np.int32), *(part.words for part in parts)]
-    return _Stacks(
-        known,
-        np.cumsum(np.concatenate(lengths)),
-        parts[0].words if len(parts) == 1 else np.concatenate(words),
-    )
+    if not parts:
+        return _Stacks(known, StackLists(np.zeros(1, np.int64), np.zeros(0, np.int32)))
+    if len(parts) == 1:
+        return parts[0]
+    highest = max(int(part.stacks.words.max(initial=0)) for part in parts)
+    numbers = np.arange(highest + 1, dtype=np.int32)
+    return _Stacks(known, join_stacks([part.stacks for part in parts], [numbers] * len(parts)))
+
+
+def _read_tree(
+    opened: Engine, file: LocalFile, known: Hashes, needed: Hashes | None, locations: HashIndex
+) -> _Stacks:
+    """Return the stacks of a tree that are needed and not known."""
+    nodes = opened.arrays_of("SELECT parent, frame_id, stack_id, is_stack FROM {files}", [file])
+    ends = np.flatnonzero(nodes["is_stack"]).astype(np.int32)
+    words = locations.find(nodes["frame_id"]).astype(np.int32)
+    tree = StackTree(nodes["parent"].view(np.int32), words, ends)
+    try:
+        tree.check()
+    except ValueError as error:
+        raise ProfileError(f"cannot read {file.path}: {error}") from error
+    ids = nodes["stack_id"][ends]
+    if needed is None:
+        is_wanted = HashIndex(np.sort(known)).find(ids) < 0
+    else:
+        is_wanted = HashIndex(needed).find(ids) >= 0
+    return _Stacks(ids, tree).only(is_wanted)
 
 
 def _read_file(
@@ -217,24 +230,25 @@ def _read_file(
     is_whole = not len(known) if needed is None else 2 * len(needed) > file.rows
     if is_whole:
         heads = opened.arrays_of(f"SELECT {_HEADS} FROM {{files}}", [file])
-        stacks = _Stacks.of(heads)
-        _number_words(file, stacks, locations)
-        if needed is None:
-            return stacks
-        is_needed = HashIndex(needed).find(stacks.ids) >= 0
-        return stacks if is_needed.all() else stacks.only(is_needed)
+        part = _Stacks(heads["stack_id"], _number_words(file, _offsets_of(heads), locations))
+        return part if needed is None else part.only(HashIndex(needed).find(part.ids) >= 0)
     opened.register("listed", {"stack_id": known if needed is None else needed})
     join = "ANTI" if needed is None else "SEMI"
     opened.load("fetched", f"SELECT * FROM {{files}} {join} JOIN listed USING (stack_id)", [file])
-    stacks = _Stacks.of(opened.arrays(f"SELECT {_HEADS} FROM fetched"))
+    heads = opened.arrays(f"SELECT {_HEADS} FROM fetched")
     words = opened.arrays("SELECT unnest(frame_ids) AS frame_id FROM fetched")["frame_id"]
     opened.run("DROP TABLE fetched")
-    stacks.words[:] = locations.find(words)
-    return stacks
+    found = locations.find(words).astype(np.int32)
+    return _Stacks(heads["stack_id"], StackLists(_offsets_of(heads), found))
 
 
-def _number_words(file: LocalFile, stacks: _Stacks, locations: HashIndex) -> None:
-    """Fill in the words of all stacks of a file, two pieces at a time."""
+def _offsets_of(heads: Mapping[str, Numbers]) -> Integers:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(heads["length"])])
+
+
+def _number_words(file: LocalFile, offsets: Integers, locations: HashIndex) -> StackLists:
+    """Return all stacks of a file, read two pieces at a time."""
+    numbered = np.empty(int(offsets[-1]), dtype=np.int32)
 
     def number(first: int) -> None:
         last = min(first + _STACKS_AT_ONCE, file.rows)
@@ -244,11 +258,12 @@ def _number_words(file: LocalFile, stacks: _Stacks, locations: HashIndex) -> Non
         )
         with reading_engine() as opened:
             words = opened.arrays_of(query, [file])["frame_id"]
-        stacks.words[stacks.offsets[first] : stacks.offsets[last]] = locations.find(words)
+        numbered[offsets[first] : offsets[last]] = locations.find(words)
 
     with ThreadPoolExecutor(2) as pool:
         for _ in pool.map(number, range(0, file.rows, _STACKS_AT_ONCE)):
             pass
+    return StackLists(offsets, numbered)
 
 
 def _locations_of(
