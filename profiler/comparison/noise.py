@@ -143,7 +143,15 @@ class Past:
         """Return the positions at which the service ran on the same hosts, in one version."""
         window = self._back(self.span, backs[-1], backs[0])
         knowns = [service_selector(each) for each in self._selectors]
-        presences = [read_presence(query, window, known) for known in dict.fromkeys(knowns)]
+        edges_ns = {
+            edge_ns
+            for back_ns in backs
+            for each in (self.span, *(read.operand.window for read in self._pair.reads))
+            for edge_ns in self._back(each, back_ns, back_ns)
+        }
+        presences = [
+            read_presence(query, window, known, edges_ns) for known in dict.fromkeys(knowns)
+        ]
         of_side = [presences[0], presences[-1]]
         hosts = {
             host

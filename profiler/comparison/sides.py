@@ -208,6 +208,7 @@ class PresenceByHost:
     """When services ran on which hosts, as every object says in its head."""
 
     def __init__(self, presence: ServicePresence) -> None:
+        self.coverage = presence.coverage
         labels = [dict(each) for each in presence.label_sets]
         self._labels = labels
         number, self._set, self._present_ns = presence.rows.T
@@ -285,8 +286,9 @@ class SideData(NamedTuple):
         selector, window = operand
         known, totals = service_selector(selector), None
         if is_from_series:
-            sums, _ = query.self_by_host(window, selector, groups)
-            totals, coverage = query.totals_of_hosts(window, selector)
+            sums, of_sums = query.self_by_host(window, selector, groups)
+            totals, of_totals = query.totals_of_hosts(window, selector)
+            coverage = presence.coverage.lacking(of_sums, of_totals)
         else:
             sums, coverage = query.function_totals(window, selector, by=("host",))
         sampled = sums.service_sets if sums is not None and groups is None else ()
@@ -315,10 +317,15 @@ def reads_series(query: Query, *operands: Operand) -> bool:
     )
 
 
-def read_presence(query: Query, window: Window, selector: Selector) -> "PresenceByHost":
-    """Return when services ran; of a fleet ten minutes count in the window in which they begin."""
+def read_presence(
+    query: Query, window: Window, selector: Selector, edges_ns: Iterable[int] = ()
+) -> "PresenceByHost":
+    """Return when services ran; of a fleet ten minutes count in the window in which they begin.
+
+    Windows inside of this one may begin and end at `edges_ns`.
+    """
     if query.is_read_from_series(window, selector.names):
-        return PresenceByHost(query.presence_by_ten_minutes(window, selector))
+        return PresenceByHost(query.presence_by_host(window, selector, edges_ns))
     return PresenceByHost(query.presence(window, selector))
 
 

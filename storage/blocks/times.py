@@ -22,6 +22,7 @@ from storage.columns import OBJECT_FIELDS, Times
 from storage.formats.limits import COUNT_LIMIT, OBJECT_COUNT_LIMIT
 from storage.grouping import distinct, sort_distinct
 from storage.hashing import Hashes
+from storage.objects.keys import NS_PER_S
 from storage.profile import Accounting, Host, Integers, Labels, ProfileError, Window, make_labels
 
 Ids = Sequence[int] | Hashes
@@ -42,6 +43,7 @@ class Lines(Enum):
     """What a line of `objects`, `times` and `presence` stands for."""
 
     EACH = "each object, or the ten minutes of a host where heads are read"
+    HOST = "all objects of a host that start between two successive edges"
     SECOND = "all objects that start in a second, or in ten minutes, without their hosts"
     ALL = "all objects, without their hosts"
     LABELS = "all objects: label sets are added up, and hosts are, one without the other"
@@ -96,19 +98,20 @@ def read_times(
     *,
     sets: Ids | None = None,
     hosts: Ids | None = None,
+    edges_s: Sequence[int] = (),
     check: Callable[[], None] | None = None,
 ) -> Times | None:
     """Return the Times of the objects that start in the seconds of slices; None if none does.
 
-    `sets` and `hosts` choose lines by id. Objects of other hosts are left out. `check` may end it,
-    as in `reading_engine`.
+    `sets` and `hosts` choose lines by id. Objects of other hosts are left out. `edges_s` are those
+    of Lines.HOST. `check` may end it, as in `reading_engine`.
 
     Raises:
         ProfileError: as `read_heads`.
         SchemaError: a later version wrote a file.
     """
     with reading_engine(check) as opened:
-        if not load_objects(opened, slices, lines, hosts):
+        if not load_objects(opened, slices, lines, hosts, edges_s):
             return None
         label_sets = fetch_label_sets(opened, files_in(slices, "label_sets"))
         heads = fetch_heads(opened, slices, label_sets, lines, hosts)
@@ -134,7 +137,11 @@ def is_among(opened: Engine, column: str, name: str, ids: Ids | None) -> list[st
 
 
 def load_objects(
-    opened: Engine, slices: Sequence[Slice], lines: Lines, hosts: Ids | None = None
+    opened: Engine,
+    slices: Sequence[Slice],
+    lines: Lines,
+    hosts: Ids | None = None,
+    edges_s: Sequence[int] = (),
 ) -> bool:
     """Make a table `chosen` of the objects of slices, numbered; return whether there are any.
 
@@ -160,6 +167,7 @@ def load_objects(
     order = "start_s, host_key, length_s, content16"
     number = {
         Lines.EACH: f"row_number() OVER (ORDER BY {order}, object_id)",
+        Lines.HOST: f"dense_rank() OVER (ORDER BY {_interval(edges_s)}, host)",
         Lines.SECOND: "dense_rank() OVER (ORDER BY start_s)",
     }.get(lines, "1")
     kept = f"object_id, host, type, unit, {', '.join(_NUMBERS)}, {_LOST} AS lost"
@@ -184,12 +192,19 @@ def load_objects(
     return opened.rows("SELECT count(*) FROM chosen") != [(0,)]
 
 
+def _interval(edges_s: Sequence[int]) -> str:
+    """Return how many of some times are not after an object's start, in whole seconds."""
+    passed = (f"(start_ns // {NS_PER_S} >= {edge:d})::INTEGER" for edge in edges_s)
+    return " + ".join(passed) or "0"
+
+
 def _are_apart(slices: Sequence[Slice], lines: Lines, hosts: Ids | None) -> bool:
     """Return whether lines can be added up table by table, without joining those of an object.
 
     So it is for heads of all hosts, whose ids tell when they are from.
     """
-    return lines is not Lines.EACH and hosts is None and not files_in(slices, _OBJECTS)
+    is_by_host = lines in (Lines.EACH, Lines.HOST)
+    return not is_by_host and hosts is None and not files_in(slices, _OBJECTS)
 
 
 def _joined(rows: str, *, lines: Lines, are_apart: bool) -> str:
@@ -260,8 +275,11 @@ def fetch_heads(
     opened.run("DROP TABLE described")
     present = _rows(slices, "presence", "object_id, set_id, present_ns") or _NO_PRESENCE
     joined = _joined(present, lines=Lines.ALL, are_apart=are_apart)
-    kept_ns = "present_ns" if lines is Lines.EACH else "sum(present_ns) AS present_ns"
-    grouped = "" if lines is Lines.EACH else " GROUP BY ALL"
+    kept_ns, grouped = "sum(present_ns) AS present_ns", " GROUP BY ALL"
+    if lines is Lines.EACH:
+        kept_ns, grouped = "present_ns", ""
+    elif lines is Lines.HOST:
+        kept_ns = f"least(sum(greatest(present_ns, 0)), {_LARGEST})::BIGINT AS present_ns"
     opened.load("present", f"SELECT number, set_id, {kept_ns} FROM {joined}{grouped}", files)
     services: dict[Labels, int] = {}
     for set_id, present_ns in opened.rows(
@@ -270,7 +288,7 @@ def fetch_heads(
         services[labels_of(label_sets, set_id)] = int(present_ns)
     present_sets: tuple[Labels, ...] = ()
     presence: Integers = np.zeros((0, 3), np.int64)
-    if lines is Lines.EACH:
+    if lines in (Lines.EACH, Lines.HOST):
         present_sets, presence = _fetch_presence(opened, label_sets)
     return Heads(
         type=clean(kinds[0][0]),
@@ -322,7 +340,8 @@ def _fetch_presence(
 ) -> tuple[tuple[Labels, ...], Integers]:
     """Return `present_sets` and `presence` of Columns, with the label `host` of each object."""
     lines = opened.arrays("SELECT * FROM present ORDER BY number, set_id")
-    host_of = opened.arrays("SELECT host FROM chosen ORDER BY number")["host"]
+    of_line = "SELECT any_value(host) AS host FROM chosen GROUP BY number ORDER BY number"
+    host_of = opened.arrays(of_line)["host"]
     hosts, of_object = np.unique(host_of, return_inverse=True)
     numbers = Pairs.of(of_object[lines["number"]].astype(np.uint64), lines["set_id"])
     present_sets = []
@@ -357,6 +376,7 @@ def fetch_times(
     )
     grouped = {
         Lines.EACH: ("host_id, set_id", "ALL"),
+        Lines.HOST: ("host_id, set_id", "ALL"),
         Lines.SECOND: ("0::UBIGINT AS host_id, set_id", "ALL"),
         Lines.ALL: ("0::UBIGINT AS host_id, set_id", "ALL"),
         Lines.LABELS: (

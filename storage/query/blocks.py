@@ -280,20 +280,30 @@ class Blocks:
         lines: Lines = Lines.EACH,
         *,
         is_coarse: bool = False,
+        edges_s: Sequence[int] = (),
     ) -> list[Part[Times]]:
         """Read what timelines need of some hours as one, or one by one if any cannot be read.
 
         Only selected lines. If coarse, from heads of ten minutes where there are some: with the
-        labels that rollups keep, and the host.
+        labels that rollups keep, and the host. `edges_s` are those of Lines.HOST.
         """
-        whole = self._times(hours, selector, lines, is_coarse=is_coarse)
+
+        def read(some: Sequence[Compacted]) -> Part[Times]:
+            return self._times(some, selector, lines, is_coarse=is_coarse, edges_s=edges_s)
+
+        whole = read(hours)
         if whole.value is not None or len(hours) < 2 or not whole.skipped:
             return [whole]
-        alone = map(without_day, hours)
-        return [self._times([hour], selector, lines, is_coarse=is_coarse) for hour in alone]
+        return [read([hour]) for hour in map(without_day, hours)]
 
     def _times(
-        self, hours: Sequence[Compacted], selector: Selector, lines: Lines, *, is_coarse: bool
+        self,
+        hours: Sequence[Compacted],
+        selector: Selector,
+        lines: Lines,
+        *,
+        is_coarse: bool,
+        edges_s: Sequence[int],
     ) -> Part[Times]:
         heads = plan_heads(hours, is_coarse=is_coarse)
 
@@ -301,7 +311,9 @@ class Blocks:
             check_heads(hours, heads)
             slices = slices_of(heads, local)
             sets, hosts = choose_ids(files_in(slices, "label_sets"), selector)
-            times = read_times(slices, lines, sets=sets, hosts=hosts, check=self.check)
+            times = read_times(
+                slices, lines, sets=sets, hosts=hosts, edges_s=edges_s, check=self.check
+            )
             if not selector.matchers and lines is not Lines.LABELS:
                 check_whole(hours, times)
             return times

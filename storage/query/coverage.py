@@ -1,7 +1,7 @@
 """Coverage: which parts of a window an answer is made of, and which objects are missing from it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, TypeVar
 
 from storage.columns import Columns, Times, count_objects
@@ -51,6 +51,12 @@ class Coverage:
     @property
     def hosts(self) -> tuple[Host, ...]:
         return self.accounting.hosts
+
+    def lacking(self, *others: "Coverage") -> "Coverage":
+        """Return this with what is skipped in other readings of the window as well."""
+        skipped = (each for coverage in (self, *others) for each in coverage.skipped)
+        is_lasting = all(coverage.is_lasting for coverage in (self, *others))
+        return replace(self, skipped=tuple(dict.fromkeys(skipped)), is_lasting=is_lasting)
 
 
 @dataclass(frozen=True, slots=True)

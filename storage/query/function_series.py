@@ -243,14 +243,17 @@ class FunctionSeries:
             return True
         return sum(map(_rows_inside, hours)) > _MANY_ROWS
 
-    def read_totals(self, window: Window, selector: Selector) -> Iterator[Part[FunctionTotals]]:
+    def read_totals(
+        self, window: Window, selector: Selector, *, has_heads: bool = True
+    ) -> Iterator[Part[FunctionTotals]]:
         """Return self and total of the functions of a window by the labels that rollups keep.
 
-        The selector has no other labels, and not `host`.
+        The selector has no other labels, and not `host`. Without heads, parts that are read from
+        series say nothing of their objects.
         """
         listed = self.parts.listing.at(window)
         yield from skipped_parts(listed.skipped)
-        yield from self._totals(listed.hours, selector)
+        yield from self._totals(listed.hours, selector, has_heads=has_heads)
         yield from self._of_objects(listed, window)
 
     def read_self(
@@ -267,32 +270,39 @@ class FunctionSeries:
         spans = self.parts.spans(listed.objects, window)
         return self.parts.read_spans(self.parts.function_totals, spans)
 
-    def _totals(self, hours: Sequence[Compacted], selector: Selector) -> list[Part[FunctionTotals]]:
+    def _totals(
+        self, hours: Sequence[Compacted], selector: Selector, *, has_heads: bool
+    ) -> list[Part[FunctionTotals]]:
         plan = plan_totals(hours)
-        parts = [self._totals_of(plan, selector)] if plan.hours else []
+        parts = [self._totals_of(plan, selector, has_heads=has_heads)] if plan.hours else []
         hasher = self.hasher
         for hour in plan.rest:
             part = self.blocks.rolled_up(hour, selector)
             parts.append(part.derive(lambda columns: FunctionTotals.of(columns, hasher)))
         return parts
 
-    def _totals_of(self, plan: SeriesPlan, selector: Selector) -> Part[FunctionTotals]:
-        heads = plan_heads(plan.hours, is_coarse=True)
+    def _totals_of(
+        self, plan: SeriesPlan, selector: Selector, *, has_heads: bool
+    ) -> Part[FunctionTotals]:
+        heads = plan_heads(plan.hours, is_coarse=True) if has_heads else []
+        labels = _label_files(plan.hours)
         files = [file for each in (*plan.chosen, *heads) for file in each.files]
 
         def read(local: "_Local") -> FunctionTotals | None:
-            head_slices = slices_of(heads, local)
-            labelled = [local[file] for file in files if file.table == "label_sets"]
+            labelled = [local[file] for file in labels]
             sets, _ = choose_ids(labelled, selector)
             check = self.blocks.check
-            times = read_times(head_slices, Lines.SECOND, sets=sets, check=check)
+            times: Times | None = _head_of(plan.hours)
+            if has_heads:
+                slices = slices_of(heads, local)
+                times = read_times(slices, Lines.SECOND, sets=sets, check=check)
             if times is None:
                 return None
             sums = read_totals(slices_of(plan.chosen, local), sets=sets, check=check)
             known = _read_meanings(plan, local, sums, check)
             return _of_sums(times, sums, known, _names_of(sums.sets, read_label_sets(labelled)))
 
-        return self.blocks.read(plan.hours, [*files, *plan.meanings], read)
+        return self.blocks.read(plan.hours, [*files, *labels, *plan.meanings], read)
 
     def _self_samples(
         self, hours: Sequence[Compacted], selector: Selector, groups: HostGroups | None

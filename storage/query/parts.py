@@ -205,11 +205,13 @@ class Parts:
         lines: Lines,
         *,
         is_coarse: bool,
+        edges_s: Sequence[int] = (),
     ) -> Iterator[Part[Times]]:
         """Return the selected Times of a window for a reader that needs only some labels and lines.
 
         Of hours with many objects lines are added up, and if ten minutes are fine enough, heads are
-        read in place of objects if they have these labels.
+        read in place of objects if they have these labels. `edges_s` are those of Lines.HOST, whose
+        reader takes lines of single objects as well.
         """
         listed = self.listing.at(window)
         yield from skipped_parts(listed.skipped)
@@ -220,10 +222,13 @@ class Parts:
             reader = self.times
             yield from self._read_together(
                 listed.hours,
-                lambda: self.blocks.times(listed.hours, selector, lines, is_coarse=is_coarse),
+                lambda: self.blocks.times(
+                    listed.hours, selector, lines, is_coarse=is_coarse, edges_s=edges_s
+                ),
             )
         else:
-            others, reader = listed.hours, self._times(lines)
+            others = listed.hours
+            reader = self.times if lines is Lines.HOST else self._times(lines)
         spans = self.spans(listed.objects, window)
         for part in self.read_spans(reader, itertools.chain(others, spans)):
             yield part.derive(lambda value: value.filter(selector))

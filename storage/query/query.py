@@ -364,11 +364,12 @@ class Query:
         """Return self and total of each function of all hosts together, from series.
 
         The selector has labels that series have, and not `host`. None if the window holds nothing.
+        What is known of objects is not read: neither it nor the coverage says anything of them.
         """
         parts = self._parts
         parts = replace(parts, listing=parts.listing.held(window))
         early = merging_early(merge_function_totals, selector)
-        read = FunctionSeries(parts).read_totals(window, selector)
+        read = FunctionSeries(parts).read_totals(window, selector, has_heads=False)
         found, coverage = choose_parts(read, window, selector, CPU, early)
         chosen = [each.filter(selector) for each in found]
         return (merge_function_totals(chosen).by(()) if chosen else None), coverage
@@ -411,15 +412,19 @@ class Query:
         parts, coverage = choose_parts(read, window, selector, "cpu")
         return make_presence(parts, coverage, selector)
 
-    def presence_by_ten_minutes(
-        self, window: Window, selector: Selector = EMPTY
+    def presence_by_host(
+        self, window: Window, selector: Selector = EMPTY, edges_ns: Iterable[int] = ()
     ) -> ServicePresence:
-        """Return the same with a line for each host and ten minutes where there are many objects.
+        """Return the same with a line for each host where there are many objects.
 
-        Ten minutes count as a whole for the window in which they begin.
+        There is one for each time between `edges_ns` in which the host has objects. Ten minutes
+        count as a whole for the time in which their first object begins.
         """
         of_hosts, labels = self._parts.of_hosts(selector), selector.names
-        read = of_hosts.read_times(window, selector, labels, Lines.EACH, is_coarse=True)
+        edges_s = sorted({-(-edge // NS_PER_S) for edge in edges_ns})
+        read = of_hosts.read_times(
+            window, selector, labels, Lines.HOST, is_coarse=True, edges_s=edges_s
+        )
         parts, coverage = choose_parts(read, window, selector, "cpu")
         return make_presence(parts, coverage, selector)
 

@@ -294,8 +294,9 @@ def check_rolled_up(
     known = [each.labels(window, selector) for each in (plain, rolled)]
     for name in (*names, "host"):
         assert known[1].get(name) == known[0].get(name)
-    presences = (each.presence_by_ten_minutes(window, selector) for each in (plain, rolled))
-    sums = [seconds_by_labels(each, names) for each in presences]
+    edge_ns = START_NS + 40 * MINUTE_NS
+    presences = [each.presence_by_host(window, selector, [edge_ns]) for each in (plain, rolled)]
+    sums = [seconds_by_labels(each, names, edge_ns) for each in presences]
     assert sums[1] == sums[0]
     hosts = [
         HostSearch(each.blocks.store, blocks=each.blocks).find(*window, within_s=30).names
@@ -308,12 +309,14 @@ def without_services(accounting: Accounting) -> Accounting:
     return dataclasses.replace(accounting, services={})
 
 
-def seconds_by_labels(presence: object, names: Sequence[str]) -> dict[object, int]:
+def seconds_by_labels(presence: object, names: Sequence[str], edge_ns: int) -> dict[object, int]:
+    """Return presence by labels before and after an edge."""
     found: dict[object, int] = {}
-    for _, of_labels, present_ns in presence.rows.tolist():
+    for number, of_labels, present_ns in presence.rows.tolist():
         labels = tuple(pair for pair in presence.label_sets[of_labels] if pair[0] in names)
-        found[labels] = found.get(labels, 0) + present_ns
-    return {labels: present_ns for labels, present_ns in found.items() if present_ns}
+        key = (labels, presence.objects[number][0] >= edge_ns)
+        found[key] = found.get(key, 0) + present_ns
+    return {key: present_ns for key, present_ns in found.items() if present_ns}
 
 
 def counts_of(

@@ -114,6 +114,21 @@ def test_edges_are_read_from_ten_minutes(store, tmp_path):
     assert "there is no object" in ragged.coverage.skipped[0].reason
 
 
+def test_presence_has_a_line_for_each_host_between_edges(store, tmp_path):
+    """However many objects there are, and of both sides of an edge if a host has objects there."""
+    query = ask(store, tmp_path)
+
+    whole = query.presence_by_host(DAY)
+    cut = query.presence_by_host(DAY, edges_ns=[minutes(130, 131).start_ns])
+
+    assert len(whole.objects) == 2
+    assert len(cut.objects) == 3
+    for each in (whole, cut):
+        assert each.coverage.objects == len(MADE)
+        assert {dict(labels)["host"] for labels in each.label_sets} == {"web-0", "web-2"}
+        assert each.rows[:, 2].sum() == sum(each.coverage.accounting.services.values()) > 0
+
+
 def test_days_whose_hours_have_expired_show(store, tmp_path):
     """First by hour, then as a whole; timelines, labels and where data are stay exact."""
     manifests = Manifests(store, DEFAULT_TENANT, "cpu")
