@@ -9,7 +9,7 @@ difference that they always had is subtracted.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,12 +72,16 @@ class Comparison:
 
 
 def of_store(
-    query: Query, before: Operand, after: Operand, changes_ns: Sequence[int] = ()
+    query: Query,
+    before: Operand,
+    after: Operand,
+    changes_ns: Sequence[int] | Callable[[], Sequence[int]] = (),
 ) -> Comparison:
     """Compare two windows of a store.
 
     An earlier position counts as unchanged past only if neither one of the times `changes_ns` nor
-    a change of the label version lies inside it.
+    a change of the label version lies inside it. A function that returns these times is called
+    once both windows are read, so that a caller can find them out meanwhile.
 
     Raises:
         EmptySideError: a side has no samples.
@@ -85,7 +89,7 @@ def of_store(
     query = query.resolving((before.window, after.window)).believing(_LISTED_S)
     pair = WindowPair.read(query, before, after)
     sides = pair.sides()
-    past = Past(query, pair, changes_ns)
+    past = Past(query, pair, changes_ns() if callable(changes_ns) else changes_ns)
     contrasts = [pair.contrast(*costs) for costs in past.costs()]
     now, noise = estimate_noise(pair, sides[0], sides[1], contrasts)
     warnings = pair.warnings()

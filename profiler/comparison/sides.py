@@ -15,6 +15,7 @@ Likewise the resolution that series are read in (`storage.query.function_series`
 buckets that lie wholly inside of a window add up to the samples of that window, to the last one.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,6 +36,7 @@ from storage.query.function_totals import FunctionTotals, SelfSamples, merge_fun
 from storage.query.presence import ServicePresence
 from storage.query.query import Query
 from storage.query.resolve import resolve_columns
+from storage.query.threads import run_both
 from storage.selector import Selector
 from symbolizer.location import Frame
 
@@ -355,20 +357,30 @@ class WindowPair:
 
     @classmethod
     def read(cls, query: Query, before: Operand, after: Operand) -> "WindowPair":
-        presences, hosts = [], []
-        for each in (before, after):
-            known = service_selector(each.selector)
-            presences.append(read_presence(query, each.window, known))
-            hosts.append(set(presences[-1].seconds(known, each.window)))
+        operands = (before, after)
+        knowns = [service_selector(each.selector) for each in operands]
+        presences = run_both(
+            *(
+                functools.partial(read_presence, query, each.window, known)
+                for each, known in zip(operands, knowns, strict=True)
+            )
+        )
+        hosts = [
+            set(presence.seconds(known, each.window))
+            for each, known, presence in zip(operands, knowns, presences, strict=True)
+        ]
         most = max(map(len, hosts))
         is_fleet = most > _MOST_ALONE and len(hosts[0] & hosts[1]) >= _MOSTLY * most
         is_large = reads_series(query, before, after)
         groups = query.host_groups() if is_fleet and is_large else None
-        one, other = (
-            SideData.of(query, each, presence, groups, is_from_series=is_large)
-            for each, presence in zip((before, after), presences, strict=True)
+        reads = run_both(
+            *(
+                functools.partial(
+                    SideData.of, query, each, presence, groups, is_from_series=is_large
+                )
+                for each, presence in zip(operands, presences, strict=True)
+            )
         )
-        reads = (one, other)
         for name, read in zip(("before", "after"), reads, strict=True):
             if read.is_empty:
                 raise EmptySideError(name, read.operand)

@@ -4,11 +4,12 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from profiler.comparison.comparison import of_store
 from profiler.comparison.deployments import announced_ns
-from profiler.comparison.sides import Operand
+from profiler.comparison.sides import EmptySideError, Operand
 from profiler.flamegraph.differential import Pair, UnionGraph, UnionPaths
 from profiler.flamegraph.flamegraph import Screen
 from profiler.flamegraph.views import View, only_hosts, path_to
@@ -113,21 +114,20 @@ class Comparisons:
             if known is not None and known.made_s > time.monotonic() - _KEPT_S:
                 return known
             query = profiles.query.interruptible(check)
-            merged = [profiles.select(side, check).answer for side in sides]
-            for name, side, answer in zip(("before", "after"), sides, merged, strict=True):
-                _refuse_empty(query, name, side, answer)
-            operands = [Operand(side.selector, side.window) for side in sides]
-            # What is merged already names the services: the store is only listed for this.
-            services = {
-                value
-                for answer in merged
-                for labels in answer.profile.label_sets
-                for name, value in labels
-                if name == "service"
-            }
-            windows = before.window, request.window
-            changes_ns = announced_ns(profiles.store, services, *windows, check)
-            found = of_store(query, operands[0], operands[1], changes_ns)
+            before_side, after_side = (Operand(side.selector, side.window) for side in sides)
+            # The verdict needs no stacks: they are merged while its series are read.
+            with ThreadPoolExecutor(1, "merge") as pool:
+                merging = pool.submit(self._merge, sides, query, check)
+
+                def changes_ns() -> Sequence[int]:
+                    return self._announced_ns(sides, merging.result(), check)
+
+                try:
+                    found = of_store(query, before_side, after_side, changes_ns)
+                except EmptySideError:
+                    merging.result()  # it knows why
+                    raise
+                merged = merging.result()
             check()
             chosen = [
                 only_hosts(answer.profile, None if side.has_all_hosts else side.hosts)
@@ -141,6 +141,33 @@ class Comparisons:
             if all(answer.coverage.is_lasting for answer in merged):
                 self._kept.put(key, made)
             return made
+
+    def _merge(
+        self, sides: Sequence[PanelRequest], query: Query, check: Check
+    ) -> tuple[Answer, Answer]:
+        """Return the profiles of both sides.
+
+        Raises:
+            NothingToCompareError: one is empty.
+        """
+        before, after = (self._profiles.select(side, check).answer for side in sides)
+        for name, side, answer in zip(("before", "after"), sides, (before, after), strict=True):
+            _refuse_empty(query, name, side, answer)
+        return before, after
+
+    def _announced_ns(
+        self, sides: Sequence[PanelRequest], merged: Sequence[Answer], check: Check
+    ) -> Sequence[int]:
+        # What is merged already names the services: the store is only listed for this.
+        services = {
+            value
+            for answer in merged
+            for labels in answer.profile.label_sets
+            for name, value in labels
+            if name == "service"
+        }
+        before, after = (side.window for side in sides)
+        return announced_ns(self._profiles.store, services, before, after, check)
 
 
 def _refuse_empty(query: Query, side: str, request: PanelRequest, answer: Answer) -> None:

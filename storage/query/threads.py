@@ -38,6 +38,16 @@ def map_ahead(
             future.cancel()
 
 
+def run_both(one: Callable[[], _One], other: Callable[[], _Other]) -> tuple[_One, _Other]:
+    """Return what two functions return that run at the same time, the other in a thread.
+
+    Of two exceptions the first function's is raised. Both have ended then.
+    """
+    with ThreadPoolExecutor(1, "other") as pool:
+        waiting = pool.submit(other)
+        return one(), waiting.result()
+
+
 class Turns:
     """Lets one thread at a time do a named job; threads that waited find it done."""
 
