@@ -6,8 +6,11 @@ enough days. If there are too few such positions, it is estimated from the diffe
 hosts.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from statistics import NormalDist
 from typing import NamedTuple
@@ -27,6 +30,7 @@ from profiler.text import counted
 from profiler.times import NS_PER_S, length_text
 from storage.profile import Window
 from storage.query.query import Query
+from storage.query.threads import map_ahead
 from storage.selector import Selector
 
 MINUTE_NS = 60 * NS_PER_S
@@ -41,6 +45,8 @@ multiples of their length, and ten minutes of them are kept merged."""
 HISTORY_NS = _DAY_NS
 """How far back to look for positions that follow each other."""
 _MOST_POSITIONS = 24
+_AT_ONCE = 2
+"""Positions read at a time: while one waits for the store, another is added up."""
 _MOST_DAYS = 14
 _SMALL = 0.01
 """Of the total: a warning names the smallest change that shows in a function of this size."""
@@ -91,8 +97,8 @@ class Past:
     def _samples(self, query: Query, backs: Sequence[int]) -> Iterator[tuple[Floats, Floats]]:
         """Return for each position the self samples of both sides by row and function."""
         if self._pair.is_from_series:
-            for back_ns in backs:
-                yield self._read_position(query, back_ns, 0), self._read_position(query, back_ns, 1)
+            with ThreadPoolExecutor(_AT_ONCE, "position") as pool:
+                yield from map_ahead(pool, functools.partial(self._read_position, query), backs)
             return
         table, sides = self._pair.table, range(len(self._selectors))
         found = [np.zeros((len(backs), len(h), len(table.frames))) for h in self._pair.rows]
@@ -107,11 +113,18 @@ class Past:
                 found[side][number] += table.samples(part, numbers[side])
         yield from zip(*found, strict=True)
 
-    def _read_position(self, query: Query, back_ns: int, side: int) -> Floats:
-        rows = {row: i for i, row in enumerate(self._pair.rows[side])}
-        selector, window = self._selectors[side], self._window(side, back_ns)
-        sums, _ = query.self_by_host(window, selector, self._pair.groups)
-        return self._pair.table.counts(sums, rows)[:, :, 2]
+    def _read_position(self, query: Query, back_ns: int) -> tuple[Floats, Floats]:
+        table, groups, found = self._pair.table, self._pair.groups, []
+        for side, (selector, names) in enumerate(
+            zip(self._selectors, self._pair.rows, strict=True)
+        ):
+            rows = {row: i for i, row in enumerate(names)}
+            samples = np.zeros((len(rows), len(table.frames)))
+            window = self._window(side, back_ns)
+            for part in query.self_samples_from_series(window, selector, groups):
+                samples += table.samples(part, rows)
+            found.append(samples)
+        return found[0], found[1]
 
     def _positions(self) -> tuple[Query, list["Position"]]:
         """Return the positions on other days at the same hours, or those that follow each other."""
@@ -123,9 +136,9 @@ class Past:
             if back_ns < self.span.start_ns
         ]
         if len(daily) >= verdict.MIN_POSITIONS and self._has_data(daily[verdict.MIN_POSITIONS - 1]):
-            found = []
-            for back_ns in daily:
-                found += self._valid(self._query, [back_ns])
+            with ThreadPoolExecutor(_AT_ONCE, "position") as pool:
+                read = map_ahead(pool, lambda back_ns: self._valid(self._query, [back_ns]), daily)
+                found = list(itertools.chain.from_iterable(read))
             if len(found) >= verdict.MIN_POSITIONS:
                 return self._query, found
         backs = [self.step_ns * (i + 1) for i in range(_MOST_POSITIONS)]

@@ -142,11 +142,12 @@ class FunctionTable:
 
     def counts(self, sums: FunctionTotals | None, hosts: dict[str, int]) -> Floats:
         """Return (self, total, both in samples) by host and function."""
-        counts = np.zeros((len(hosts), len(self.hashes), 4))
+        counts = np.zeros((len(hosts) * len(self.hashes), 4))
         if sums is not None:
             cells, known = self._cells(sums.self_samples(), hosts)
-            np.add.at(counts.reshape(-1, 4), cells, sums.counts[known])
-        return counts
+            for i, column in enumerate(sums.counts[known].T):
+                counts[:, i] = np.bincount(cells, column, len(counts))
+        return counts.reshape(len(hosts), len(self.hashes), 4)
 
     def samples(self, part: SelfSamples, hosts: dict[str, int]) -> Floats:
         """Return the self samples by host and function."""

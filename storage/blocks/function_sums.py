@@ -60,6 +60,12 @@ class KnownFunctions(NamedTuple):
     hashes: Hashes
     table: Integers
 
+    @classmethod
+    def nameless(cls, functions: Hashes) -> "KnownFunctions":
+        """Return some functions whose names are not known, and all empty here."""
+        ids = sort_distinct(functions)
+        return cls(Texts.of([b""]), ids, np.zeros((len(ids), 4), np.int64))
+
 
 class LeafSums(NamedTuple):
     """Self samples by leaf location, and what is known of these locations; sorted by second.

@@ -257,12 +257,20 @@ class FunctionSeries:
         yield from self._of_objects(listed, window)
 
     def read_self(
-        self, window: Window, selector: Selector, groups: HostGroups | None
+        self,
+        window: Window,
+        selector: Selector,
+        groups: HostGroups | None,
+        *,
+        has_names: bool = True,
     ) -> Iterator[Part[FunctionTotals]]:
-        """Return the self samples of functions by host, or by group of hosts. Totals are 0."""
+        """Return the self samples of functions by host, or by group of hosts. Totals are 0.
+
+        Without names, what is read from series tells functions by their hashes alone.
+        """
         listed = self.parts.listing.at(window)
         yield from skipped_parts(listed.skipped)
-        yield from self._self_samples(listed.hours, selector, groups)
+        yield from self._self_samples(listed.hours, selector, groups, has_names=has_names)
         for part in self._of_objects(listed, window):
             yield part.derive(lambda totals: _without_totals(totals.filter(selector), groups))
 
@@ -305,15 +313,29 @@ class FunctionSeries:
         return self.blocks.read(plan.hours, [*files, *labels, *plan.meanings], read)
 
     def _self_samples(
-        self, hours: Sequence[Compacted], selector: Selector, groups: HostGroups | None
+        self,
+        hours: Sequence[Compacted],
+        selector: Selector,
+        groups: HostGroups | None,
+        *,
+        has_names: bool,
     ) -> list[Part[FunctionTotals]]:
         chooses_hosts = any(each.name == _HOST for each in selector.matchers)
         plan = plan_self(hours, has_groups=groups is not None and not chooses_hosts)
-        parts = [self._self_of(plan, selector, groups)] if plan.hours else []
+        if not has_names:
+            plan = plan._replace(meanings=[])
+        parts = []
+        if plan.hours:
+            parts = [self._self_of(plan, selector, groups, has_names=has_names)]
         return [*parts, *(self._leaves_of(hour, selector, groups) for hour in plan.rest)]
 
     def _self_of(
-        self, plan: SeriesPlan, selector: Selector, groups: HostGroups | None
+        self,
+        plan: SeriesPlan,
+        selector: Selector,
+        groups: HostGroups | None,
+        *,
+        has_names: bool,
     ) -> Part[FunctionTotals]:
         labels = _label_files(plan.hours)
         files = [file for each in plan.chosen for file in each.files]
@@ -328,7 +350,9 @@ class FunctionSeries:
                 hosts=hosts,
                 check=self.blocks.check,
             )
-            known = _read_meanings(plan, local, sums, self.blocks.check)
+            known = KnownFunctions.nameless(sums.functions)
+            if has_names:
+                known = _read_meanings(plan, local, sums, self.blocks.check)
             if groups is None:
                 names = _names_of(sums.units, read_label_sets(labelled))
             else:

@@ -358,6 +358,19 @@ class Query:
         found, coverage = choose_parts(read, window, EMPTY, CPU, early)
         return (merge_function_totals(found) if found else None), coverage
 
+    def self_samples_from_series(
+        self, window: Window, selector: Selector, groups: HostGroups | None = None
+    ) -> list[SelfSamples]:
+        """Return what `self_by_host` does, part by part: functions are known by their hashes alone.
+
+        So they need not be looked up, as for windows that are compared with one whose functions are
+        known.
+        """
+        parts = self._parts.of_hosts(selector)
+        read = FunctionSeries(parts).read_self(window, selector, groups, has_names=False)
+        found, _ = choose_parts(read, window, EMPTY, CPU)
+        return [each.self_samples() for each in found]
+
     def totals_of_hosts(
         self, window: Window, selector: Selector
     ) -> tuple[FunctionTotals | None, Coverage]:

@@ -13,7 +13,7 @@ from storage.objects.tenant_key import KEY_BYTES
 from storage.profile import Window
 from storage.query import function_series
 from storage.query.function_series import plan_self, plan_totals
-from storage.query.function_totals import FunctionTotals
+from storage.query.function_totals import FunctionTotals, SelfSamples
 from storage.query.query import Query
 from storage.selector import EMPTY, Selector
 from tests.support.compacted import compact, delete, level0
@@ -88,6 +88,14 @@ def self_counts(totals: FunctionTotals | None) -> Counter[tuple[object, ...]]:
     return +found
 
 
+def by_hash(parts: list[SelfSamples]) -> Counter[tuple[object, ...]]:
+    found: Counter[tuple[object, ...]] = Counter()
+    for part in parts:
+        for (labels, function), samples in zip(part.lines, part.samples, strict=True):
+            found[part.service_sets[labels], int(part.function_hashes[function])] += int(samples)
+    return +found
+
+
 @pytest.mark.parametrize("name", WINDOWS)
 def test_series_say_what_stacks_say(queries, name):
     """Self and total by service, and self by host, of any window and selection."""
@@ -118,6 +126,8 @@ def test_groups_have_the_sums_of_their_hosts(queries, name):
         found, _ = compacted.self_by_host(WINDOWS[name], selector, groups)
 
         assert self_counts(found) == expected
+        parts = compacted.self_samples_from_series(WINDOWS[name], selector, groups)
+        assert by_hash(parts) == (by_hash([found.self_samples()]) if found is not None else {})
 
 
 def tables_of(query: Query, asked: Window) -> list[tuple[set[str], int]]:
