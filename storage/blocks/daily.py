@@ -77,7 +77,8 @@ def write_day(
 ) -> list[LocalFile]:
     """Write all tables of a day: its previous files and the rollups of more hours together.
 
-    The table STACK_TREE is left out if its file would be too large for readers.
+    The table STACK_TREE is left out if its file would be too large for readers, or if there is a
+    stack without locations, which no agent writes: a tree has no node for it.
 
     Raises:
         ProfileError: a file is damaged or not one of ours, something is missing that they refer to,
@@ -108,7 +109,7 @@ def write_day(
     if of_table(files, FUNCTIONS):
         made += functions.write_day(files, folder, memory_bytes)
     with engine(memory_bytes, folder) as opened:
-        made += _write_tree(opened, tree, folder)
+        made += [] if has_empty else _write_tree(opened, tree, folder)
         made += _write_stacks(opened, tree, [empty] if has_empty else [], folder)
     frames = sort_distinct(tree.frame_ids)
     rest = rest_id(hasher)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from storage.blocks.manifest import DAY_S, HOUR_S, DayManifest, File, HourManifest, Part, start_s_of
-from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, HEADS_10M, ROLLUPS
+from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, HEADS_10M, ROLLUPS, STACK_TREE
 from storage.blocks.slices import Spans, join_spans, seconds_of
 from storage.columns import Columns, Times, count_objects
 from storage.objects.keys import NS_PER_S
@@ -255,10 +255,17 @@ def _plan_day(plan: SamplesPlan, held: Sequence[Compacted]) -> bool:
             plan.samples.append(Chosen(by_day, (seconds_of(hour.window),)))
             plan.notes.append(_note(hour, DAY_S))
         if alone:
-            plan.dictionary.extend(_of(day.files, *DICTIONARY))
+            plan.dictionary.extend(_dictionary_of(day.files))
         return False
-    plan.dictionary.extend(_of(day.files, *DICTIONARY))
+    plan.dictionary.extend(_dictionary_of(day.files))
     return True
+
+
+def _dictionary_of(files: Iterable[File]) -> tuple[File, ...]:
+    """Return what says what ids of a day mean: of its stacks the tree, if it has one."""
+    has_tree = any(file.table == STACK_TREE for file in files)
+    tables = {*DICTIONARY, STACK_TREE} - ({"stacks"} if has_tree else set())
+    return _of(files, *tables)
 
 
 def _plan_hour(plan: SamplesPlan, hour: CompactedHour, *, rolls_up: bool) -> None:
