@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from storage.grouping import group_keys, number_groups, ranges
+from storage.grouping import ranges
 from storage.hashing import Numbers
 from storage.profile import Indices, Integers
 
@@ -87,11 +87,12 @@ class StackTree:
     @functools.cached_property
     def levels(self) -> list[slice]:
         """The nodes of each depth."""
-        first, past = 0, int(np.searchsorted(self.parents, 0))
+        # What is looked for is of their type: else all of them are converted each time.
+        first, past = 0, int(np.searchsorted(self.parents, np.int32(0)))
         levels = []
         while past > first:
             levels.append(slice(first, past))
-            first, past = past, int(np.searchsorted(self.parents, past))
+            first, past = past, int(np.searchsorted(self.parents, np.int32(past)))
         return levels
 
     def check(self) -> None:
@@ -217,13 +218,15 @@ def _distinct(parents: Indices, words: Numbers) -> tuple[Indices, Indices, Integ
     """Return the distinct pairs, sorted, and by given pair which of them it is."""
     width = int(words.max(initial=0)) + 1
     key = (parents.astype(np.int64) + 1) * width + words
-    firsts, order = group_keys(key)
-    above, word = np.divmod(key[order[firsts]], width)
-    return (
-        (above - 1).astype(np.int32),
-        word.astype(np.int32),
-        number_groups(firsts, order),
-    )
+    # Pieces that ascend, as those of trees do, are merged in time that grows like their length.
+    order = np.argsort(key, kind="stable")
+    ordered = key[order]
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    numbers = np.empty(len(order), dtype=np.int64)
+    numbers[order] = np.cumsum(is_first) - 1
+    above, word = np.divmod(ordered[is_first], width)
+    return (above - 1).astype(np.int32), word.astype(np.int32), numbers
 
 
 def _joined(pieces: Sequence[npt.NDArray[np.int32]]) -> Indices:
