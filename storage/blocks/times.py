@@ -167,7 +167,6 @@ def load_objects(
     order = "start_s, host_key, length_s, content16"
     number = {
         Lines.EACH: f"row_number() OVER (ORDER BY {order}, object_id)",
-        Lines.HOST: f"dense_rank() OVER (ORDER BY {_interval(edges_s)}, host)",
         Lines.SECOND: "dense_rank() OVER (ORDER BY start_s)",
     }.get(lines, "1")
     kept = f"object_id, host, type, unit, {', '.join(_NUMBERS)}, {_LOST} AS lost"
@@ -188,14 +187,28 @@ def load_objects(
         found = f"SELECT type, unit, start_s, {sums} FROM ({found}) GROUP BY type, unit, start_s"
     order = order.replace("start_s, ", "") if "GROUP BY" not in found else ""
     left_out = f"EXCLUDE ({order})" if order else ""
-    opened.load("chosen", f"SELECT * {left_out}, {number} - 1 AS number FROM ({found})", files)
+    if lines is Lines.HOST:
+        _number_hosts(opened, f"SELECT * {left_out} FROM ({found})", edges_s, files)
+    else:
+        opened.load("chosen", f"SELECT * {left_out}, {number} - 1 AS number FROM ({found})", files)
     return opened.rows("SELECT count(*) FROM chosen") != [(0,)]
 
 
-def _interval(edges_s: Sequence[int]) -> str:
-    """Return how many of some times are not after an object's start, in whole seconds."""
+def _number_hosts(
+    opened: Engine, found: str, edges_s: Sequence[int], files: Sequence[LocalFile]
+) -> None:
+    """Make the table `chosen` of objects found, numbered by host and by the edges they are between.
+
+    Distinct hosts are few: to rank the objects themselves takes twice as long.
+    """
     passed = (f"(start_ns // {NS_PER_S} >= {edge:d})::INTEGER" for edge in edges_s)
-    return " + ".join(passed) or "0"
+    opened.load("found", f"SELECT *, {' + '.join(passed) or '0'} AS edges FROM ({found})", files)
+    opened.run(
+        "CREATE TEMP TABLE chosen AS SELECT * EXCLUDE (edges) FROM found JOIN ("
+        "SELECT *, row_number() OVER (ORDER BY edges, host) - 1 AS number"
+        " FROM (SELECT DISTINCT edges, host FROM found)) USING (edges, host)"
+    )
+    opened.run("DROP TABLE found")
 
 
 def _are_apart(slices: Sequence[Slice], lines: Lines, hosts: Ids | None) -> bool:
@@ -203,8 +216,12 @@ def _are_apart(slices: Sequence[Slice], lines: Lines, hosts: Ids | None) -> bool
 
     So it is for heads of all hosts, whose ids tell when they are from.
     """
-    is_by_host = lines in (Lines.EACH, Lines.HOST)
-    return not is_by_host and hosts is None and not files_in(slices, _OBJECTS)
+    return lines not in (Lines.EACH, Lines.HOST) and _are_all(slices, hosts)
+
+
+def _are_all(slices: Sequence[Slice], hosts: Ids | None) -> bool:
+    """Return whether all rows of slices count whose ids are inside of them."""
+    return hosts is None and not files_in(slices, _OBJECTS)
 
 
 def _joined(rows: str, *, lines: Lines, are_apart: bool) -> str:
@@ -256,7 +273,7 @@ def fetch_heads(
         "described",
         f"SELECT {described} FROM"
         f" ({_rows(slices, _OBJECTS, described)})"
-        f"{'' if are_apart else ' SEMI JOIN chosen USING (object_id)'}",
+        f"{'' if _are_all(slices, hosts) else ' SEMI JOIN chosen USING (object_id)'}",
         files,
     )
     maps = {
