@@ -1,12 +1,12 @@
 """pprof's message: its protobuf classes, made from a table, the gzip around it, and its limits."""
 
 import contextlib
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+from isal import isal_zlib
 
 from storage.formats.limits import OBJECT, Limits
 from storage.profile import ProfileError
@@ -90,7 +90,7 @@ def decompress(content: bytes, limits: Limits = OBJECT) -> bytes:
         members += 1
         if members > limits.members:
             raise ProfileError(f"cannot read pprof: {_exceeded(limits.members, 'gzip members')}")
-        inflater, at = zlib.decompressobj(wbits=31), 0
+        inflater, at = isal_zlib.decompressobj(wbits=31), 0
         while not inflater.eof and room >= 0:
             if at == len(rest):
                 raise ProfileError("cannot read pprof: the gzip data end too early")
@@ -98,7 +98,7 @@ def decompress(content: bytes, limits: Limits = OBJECT) -> bytes:
             at += len(piece)
             try:
                 parts.append(inflater.decompress(piece, room + 1))
-            except zlib.error:
+            except isal_zlib.error:  # type: ignore[misc] # its stub has the class as a value
                 raise ProfileError("cannot read pprof: damaged gzip") from None
             room -= len(parts[-1])
         if room < 0:

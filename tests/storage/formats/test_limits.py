@@ -24,7 +24,7 @@ OBJECT_BYTES = hostile_objects.ROOM_BYTES // SCALE
 SMALLER = Limits(
     **{each.name: getattr(OBJECT, each.name) // SCALE for each in dataclasses.fields(Limits)}
 )
-MEMORY_BYTES = 64 << 20
+MEMORY_BYTES = 68 << 20
 """What a reader may take to refuse an object of the smaller limits, and the test to make it."""
 
 REASONS = (
