@@ -29,9 +29,8 @@ from storage.formats.pprof_wire import (
     numbers_in,
     require,
 )
-from storage.grouping import ranges
-from storage.hashing import Hasher, Hashes, hash_locations
-from storage.profile import Indices, Integers, Labels, make_labels
+from storage.hashing import Hasher, Hashes, Numbers, hash_locations
+from storage.profile import Integers, Labels, make_labels
 from storage.stack_tree import StackLists
 from symbolizer.location import Kind, Module
 from symbolizer.text import READABLE_LIMIT, readable
@@ -88,21 +87,10 @@ def _decode_ours(content: bytes, hasher: Hasher, parts: Any = None) -> Columns:
     label_sets, label_numbers = _read_labels(stacks.labels, strings)
     texts = strings.texts
     hashes = hash_locations(strings.hashes, places.locations, places.named)
-    ordered = np.sort(hashes)
-    require((ordered[1:] != ordered[:-1]).all())
     stack_hashes = hasher.stacks(hashes, stacks.offsets, stacks.words)
-    offsets, words = stacks.offsets, stacks.words
-    ordered, first, which = np.unique(stack_hashes, return_index=True, return_inverse=True)
-    if len(first) < len(stack_hashes):  # several label sets have one stack
-        rows = np.stack([label_numbers, which], axis=1)
-        keys = np.sort(rows[:, 0] * (len(first) + 1) + rows[:, 1])
-        require((keys[1:] != keys[:-1]).all())
-        lengths = offsets[first + 1] - offsets[first]
-        words = words[ranges(offsets[first], lengths)]
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        stack_hashes = ordered
-    else:
-        rows = np.stack([label_numbers, np.arange(len(stack_hashes))], axis=1)
+    require(_are_distinct(hashes) and _are_distinct(stack_hashes))
+    rows = np.stack([label_numbers, stacks.numbers], axis=1)
+    require(_are_distinct(rows[:, 0] * (len(stack_hashes) + 1) + rows[:, 1]))
     times, time_counts = times_of(rows, stacks.counts)
     present_sets, presence = presence_of(ours.accounting)
     ranks, named_s = rank_names(texts, places.frame_offsets, places.frames, ours.window)
@@ -123,7 +111,7 @@ def _decode_ours(content: bytes, hasher: Hasher, parts: Any = None) -> Columns:
         name_ranks=ranks,
         named_s=named_s,
         stack_hashes=stack_hashes,
-        stacks=StackLists(offsets, words),
+        stacks=StackLists(stacks.offsets, stacks.words.astype(np.int32)),
         rows=rows,
         counts=stacks.counts,
         objects=object_of(ours.window, ours.accounting),
@@ -132,6 +120,11 @@ def _decode_ours(content: bytes, hasher: Hasher, parts: Any = None) -> Columns:
         present_sets=present_sets,
         presence=presence,
     )
+
+
+def _are_distinct(numbers: Numbers) -> bool:
+    ordered = np.sort(numbers)
+    return bool((ordered[1:] != ordered[:-1]).all())
 
 
 def _parse_heads(parts: Any) -> Any:
@@ -175,8 +168,7 @@ class _Strings:
         return self._texts[index].decode()
 
     def require_distinct(self) -> None:
-        ordered = np.sort(self._base)
-        require((ordered[1:] != ordered[:-1]).all())
+        require(_are_distinct(self._base))
 
     def number(self, text: str) -> int:
         """Return the number of a text; a new one is added."""
@@ -372,14 +364,16 @@ class _Locator:
 
 class _Samples(NamedTuple):
     offsets: Integers
-    words: Indices
+    words: Integers
+    """The distinct stacks, root first: stack i is `words[offsets[i]:offsets[i + 1]]`."""
+    numbers: Integers
+    """Each sample's stack."""
     counts: Integers
     labels: list[bytes]
     """Each sample's labels, as encoded in the file."""
 
 
 def _read_samples(messages: Sequence[bytes], locations: int) -> _Samples:
-    """Return the samples, last one first: reversing all words at once makes stacks root first."""
     content = b"".join(messages)
     data = np.frombuffer(content, np.uint8)
     lengths = np.fromiter(map(len, messages), np.int64, len(messages))
@@ -401,20 +395,22 @@ def _read_samples(messages: Sequence[bytes], locations: int) -> _Samples:
     values, value_at = numbers_from(data, value_at, each)
     require(np.array_equal(value_at, values_end))
     counts = np.stack([samples, values], axis=1)
-    require((counts < np.uint64(COUNT_LIMIT)).all())
+    require((counts < np.uint64(COUNT_LIMIT)).all() and counts.any(axis=1).all())
     require((counts.sum(axis=0, dtype=np.float64) < 2.0**61).all())
-    words, depths = _read_words(data, first, past)
+    # Samples of several processes or threads have one stack, which then has the same bytes.
+    stacks: dict[bytes, int] = {}
+    bounds = zip(first.tolist(), past.tolist(), strict=True)
+    numbers = [stacks.setdefault(content[start:end], len(stacks)) for start, end in bounds]
+    offsets, words = _read_words(list(stacks))
     require(((words >= 1) & (words <= locations)).all())
-    kept = np.flatnonzero(counts.any(axis=1))[::-1]
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(depths[::-1])])
-    words = words[::-1]
-    if len(kept) < len(counts):
-        mine = len(counts) - 1 - kept
-        words = words[ranges(offsets[mine], depths[kept])]
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(depths[kept])])
-    bounds = zip(values_end[kept].tolist(), ends[kept].tolist(), strict=True)
-    labels = [content[start:end] for start, end in bounds]
-    return _Samples(offsets, words - 1, counts[kept].astype(np.int64), labels)
+    bounds = zip(values_end.tolist(), ends.tolist(), strict=True)
+    return _Samples(
+        offsets,
+        words - 1,
+        np.array(numbers, dtype=np.int64),
+        counts.astype(np.int64),
+        [content[start:end] for start, end in bounds],
+    )
 
 
 def _lengths_from(data: Bytes, at: Integers, present: Flags) -> tuple[Integers, Integers]:
@@ -424,17 +420,18 @@ def _lengths_from(data: Bytes, at: Integers, present: Flags) -> tuple[Integers, 
     return lengths.astype(np.int64), ends
 
 
-def _read_words(data: Bytes, first: Integers, past: Integers) -> tuple[Indices, Integers]:
-    """Return the numbers within these bounds, concatenated, and how many are in each."""
-    bounds = np.stack([first, past], axis=1).reshape(-1)
-    between = np.diff(bounds, prepend=0, append=len(data))
-    content = data[np.repeat(np.arange(len(between)) % 2 == 1, between)]
+def _read_words(stacks: Sequence[bytes]) -> tuple[Integers, Integers]:
+    """Return the offsets and the words, root first, of stacks as they are encoded: leaf first."""
+    # The last one first: reversing all words at once then makes stacks root first.
+    content = np.frombuffer(b"".join(stacks[::-1]), np.uint8)
     words, ends = numbers_in(content)
     require((words < _NUMBER_LIMIT).all())
-    stack_ends = np.cumsum(past - first)
+    stack_ends = np.cumsum(np.fromiter(map(len, stacks[::-1]), np.int64, len(stacks)))
     # Of empty stacks before all others, that is the last byte of all.
     require(len(content) == 0 or (content[stack_ends - 1] < 0x80).all())
-    return words.astype(np.int32), np.diff(np.searchsorted(ends, stack_ends), prepend=0)
+    depths = np.diff(np.searchsorted(ends, stack_ends), prepend=0)[::-1]
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(depths)])
+    return offsets, words[::-1].astype(np.int64)
 
 
 def _read_labels(
