@@ -33,7 +33,7 @@ from storage.blocks.rollup import Stacks
 from storage.blocks.schema import DETAIL, FUNCTIONS
 from storage.blocks.tables import fetch_stacks, one_of_each, write_in_pieces
 from storage.columns import Columns
-from storage.grouping import HashIndex, add_groups, group_keys, ranges
+from storage.grouping import HashIndex, distinct, group_keys, number_groups, ranges
 from storage.hashing import Hasher
 from storage.location_functions import FILES_DIFFER, LocationFunctions, functions_of_stacks
 from storage.profile import Integers, NameRank, ProfileError
@@ -84,9 +84,10 @@ def write_hour(
         SchemaError: a later version wrote one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    detail = of_table(files, DETAIL)
+    detail = [each for each in of_table(files, DETAIL) if each.table == DETAIL]
+    chosen = of_table(files, "stacks")
     with engine(memory_bytes, folder) as opened:
-        opened.check([*detail, *of_table(files, "stacks")])
+        opened.check([*detail, *chosen])
         locations = fetch_locations(opened, files)
         functions = LocationFunctions.of(locations, hasher)
         _load_sets(opened, files, hasher)
@@ -97,23 +98,24 @@ def write_hour(
                 "function_id": functions.hashes[functions.innermost],
             },
         )
-        chosen = of_table(files, "stacks")
         opened.load("stacks", one_of_each("stacks", len(chosen)), chosen)
-        opened.run(
-            "CREATE TEMP TABLE leaf_of AS SELECT stack_id, function_id"
-            " FROM stacks JOIN leaves ON frame_ids[-1] = frame_id"
+        opened.load(
+            "placed",
+            "SELECT part, stack, stack_id, function_id"
+            " FROM {files} LEFT JOIN leaves ON frame_ids[-1] = frame_id",
+            chosen,
         )
+        placed = "FROM {files} JOIN placed USING (part, stack) JOIN sets USING (set_id)"
         opened.load(
             "self_10m",
             "SELECT CAST(ts - ts % 600 AS UINTEGER) AS ts, host_id, rolled_id AS set_id,"
-            f" function_id, {SUMS} FROM {{files}} JOIN sets USING (set_id)"
-            " JOIN leaf_of USING (stack_id) GROUP BY ALL",
+            f" function_id, {SUMS} {placed} WHERE function_id IS NOT NULL GROUP BY ALL",
             detail,
         )
         opened.load(
             "stack_sums",
             "SELECT CAST(min(ts - ts % 3600) AS UINTEGER) AS ts, rolled_id AS set_id, stack_id,"
-            f" {SUMS} FROM {{files}} JOIN sets USING (set_id) GROUP BY rolled_id, stack_id",
+            f" {SUMS} {placed} GROUP BY rolled_id, stack_id",
             detail,
         )
         _check_complete(opened, detail)
@@ -251,18 +253,26 @@ def _sum_totals(
     lengths = offsets[at + 1] - offsets[at]
     sets, of_line = np.unique(sums["set_id"], return_inverse=True)
     count = len(functions.hashes)
-    keys = np.repeat(of_line, lengths) * count + numbers[ranges(offsets[at], lengths)]
-    firsts, order = group_keys(keys)
-    counts = np.stack([sums["samples"], sums["value"]], axis=1)
-    totals = add_groups(np.repeat(counts, lengths, axis=0)[order], firsts)
-    set_numbers, function_numbers = np.divmod(keys[order[firsts]], count)
+    keys = np.repeat(of_line * count, lengths) + numbers[ranges(offsets[at], lengths)]
+    # A service has a fraction of all functions, so a table of all pairs is not much larger.
+    is_dense = len(sets) * count <= _WORDS_AT_ONCE
+    found, which = distinct(keys, len(sets) * count) if is_dense else _distinct_sorted(keys)
+    totals = np.zeros((2, len(found)), dtype=np.int64)
+    for total, name in zip(totals, ("samples", "value"), strict=True):
+        np.add.at(total, which, np.repeat(sums[name], lengths))
+    set_numbers, function_numbers = np.divmod(found, count)
     return {
-        "ts": np.full(len(firsts), sums["ts"].min(), dtype=np.uint32),
+        "ts": np.full(len(found), sums["ts"].min(), dtype=np.uint32),
         "set_id": sets[set_numbers],
         "function_id": functions.hashes[function_numbers],
-        "total_samples": totals[:, 0],
-        "total_value": totals[:, 1],
+        "total_samples": totals[0],
+        "total_value": totals[1],
     }
+
+
+def _distinct_sorted(keys: Integers) -> tuple[Integers, Integers]:
+    firsts, order = group_keys(keys)
+    return keys[order[firsts]], number_groups(firsts, order)
 
 
 def _load_functions(opened: Engine, locations: Columns, functions: LocationFunctions) -> None:
