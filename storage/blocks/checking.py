@@ -2,8 +2,9 @@
 
 For each object of a part, ticks must be stored + idle + filtered + lost, and its rows must add up
 to what was stored. Each table of samples must add up to what the manifest says, and all ids in it
-must have a meaning; heads of ten minutes must stand for all objects and their ticks. Files are read
-from the store. Rollups of an hour that do not count are left out.
+must have a meaning; heads of ten minutes must stand for all objects and their ticks. Files must
+have no other hosts and times than the manifest says: by these readers leave them out. Files are
+read from the store. Rollups of an hour that do not count are left out.
 """
 
 import contextlib
@@ -193,6 +194,7 @@ def _check_hour(
             local = _fetch(opened, copies, part.files, found)
             objects = _check_objects(opened, manifests, part, local, window=window, found=found)
             contents.append(objects)
+            _check_ranges(opened, part, local, found)
             expected = (part.samples, part.value)
             for table in (DETAIL, ROLLUPS[600], "times"):
                 _check_sums(opened, local, part.files_of(table), expected, found)
@@ -310,6 +312,29 @@ def _check_objects(
             )
             _check_ticks(opened, manifests, window, found)
     return contents
+
+
+def _check_ranges(opened: Engine, part: Part, local: _Local, found: Checked) -> None:
+    """Check that a part has no other hosts and no other times than the manifest says."""
+    hosts_of = {file.key: file.hosts for file in part.files}
+    for file, key in local.keys.items():
+        if not file.rows or file.table not in {DETAIL, "objects"}:
+            continue
+        with _naming(key, found):
+            if (named := hosts_of[key]) is not None:
+                first, last = _range_of(opened, file, "host_id")
+                if first < int(named[0], 16) or last > int(named[1], 16):
+                    found.note(key, "it has rows of other hosts than its manifest says")
+            first, last = _range_of(opened, file, "ts" if file.table == DETAIL else "start_s")
+            if first < part.start_s or last >= part.end_s:
+                found.note(key, "it has rows of other times than its manifest says")
+
+
+def _range_of(opened: Engine, file: LocalFile, column: str) -> tuple[int, int]:
+    """Return the least and the largest value of a column of a file that has rows."""
+    query = f"SELECT min({column}) AS first, max({column}) AS last FROM {{files}}"
+    values = opened.arrays_of(query, [file])
+    return int(values["first"][0]), int(values["last"][0])
 
 
 def _check_ticks(opened: Engine, manifests: Manifests, window: Window, found: Checked) -> None:

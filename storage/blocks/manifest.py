@@ -32,7 +32,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
+import numpy as np
 
+from storage.hashing import Hashes
 from storage.objects.keys import (
     NS_PER_S,
     ObjectKey,
@@ -60,16 +62,28 @@ _CHANGE_ATTEMPTS = 50
 
 _READ_AHEAD = 8
 """Manifests that are read at a time, unless there are only a few."""
-_FEW_MANIFESTS = 4
+_FEW_MANIFESTS = 2
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
+_HostId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
 
 
-class File(msgspec.Struct, frozen=True):
+class File(msgspec.Struct, frozen=True, omit_defaults=True):
     table: str
     key: str
     bytes: _Count
     rows: _Count
+    hosts: tuple[_HostId, _HostId] | None = None
+    """The least and the largest host id of its rows, in hex: numbers of JSON are not that exact.
+    None, as of older versions' files: it may have rows of any host."""
+
+    def may_have(self, hosts: Hashes) -> bool:
+        """Return whether it may have rows of some hosts, whose ids ascend."""
+        if self.hosts is None:
+            return True
+        first, last = (np.uint64(int(each, 16)) for each in self.hosts)
+        at = int(np.searchsorted(hosts, first))
+        return at < len(hosts) and bool(hosts[at] <= last)
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -85,6 +99,10 @@ class Part(msgspec.Struct, frozen=True):
     files: tuple[File, ...]
     made_ns: _Count = 0
     """When the youngest of its objects was compacted."""
+
+    def has_starts_in(self, start_s: int, end_s: int) -> bool:
+        """Return whether objects of it may start in some seconds."""
+        return self.start_s < end_s and start_s < self.end_s
 
     @property
     def size_bytes(self) -> int:

@@ -38,6 +38,8 @@ from storage.profile import Labels, ProfileError
 
 _SAMPLES = (DETAIL, *ROLLUPS.values())
 _FEW_ROWS = 1_000_000
+_KINDS = (np.uint32, np.uint64, np.uint64, np.uint64, np.int64, np.int64)
+"""Of the columns of Samples."""
 
 
 def sum_samples(
@@ -117,10 +119,9 @@ def _fetch_sums(
 
 def _add_up(opened: Engine, found: Sequence[Mapping[str, npt.NDArray[Any]]]) -> Any:
     names = ("ts", "host_id", "set_id", "stack_id", "samples", "value")
-    kinds = (np.uint32, np.uint64, np.uint64, np.uint64, np.int64, np.int64)
     joined = {
         name: np.concatenate([np.zeros(0, kind), *(each[name] for each in found)])
-        for name, kind in zip(names, kinds, strict=True)
+        for name, kind in zip(names, _KINDS, strict=True)
     }
     opened.register("several", joined)
     query = f"SELECT ts, host_id, set_id, stack_id, {SUMS} FROM several GROUP BY ALL"
@@ -182,6 +183,9 @@ def _fetch_rows(
     columns = dict.fromkeys(_SAMPLES, "0::UBIGINT AS host_id, set_id, stack_id, samples, value")
     columns[DETAIL] = f"{host} AS host_id, set_id, stack_id, samples, value"
     rows = rows_in(slices, columns, _starts_inside, " AND ".join(conditions))
+    if not slices:  # no file has rows of these hosts
+        nothing: list[npt.NDArray[Any]] = [np.zeros(0, each) for each in _KINDS]
+        return Samples(*nothing)
     if not rows:
         raise ProfileError("cannot read blocks: a table is missing")
     is_rolled_up = all(each.table != DETAIL for each in files)

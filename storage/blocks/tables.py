@@ -29,6 +29,10 @@ _STACKS_AT_ONCE = 100_000
 PIECE_BYTES = 48 << 20
 """A rollup or dictionary with more bytes is written as several files: no object may have more than
 64 MB."""
+_DETAIL_BYTES = 4 << 20
+"""Detail is written as files of about this size, each of successive hosts, where a part has several
+times as much: who asks for one host fetches one of them. Smaller ones would save little beside the
+other files of the part, and make more objects: a part has 14 at most."""
 _SPLIT_BY = ("stack_id", "function_id")
 """Of tables that have neither: their first column."""
 _FIRST_BUCKET_S = min(ROLLUPS)
@@ -85,10 +89,11 @@ def write_block(block: Block, folder: Path) -> list[LocalFile]:
             _FIRST_ROLLUP: "SELECT * FROM rollup",
             DETAIL: f"SELECT {part} AS part, * FROM detail JOIN numbered USING (stack_id)",
         }
+        detail = _write_detail(opened, sources[DETAIL], folder)
         for table in PART:
-            if table not in written:
+            if table not in written and table != DETAIL:
                 written[table] = opened.write(table, sources[table], folder)
-        return [written[table] for table in PART]
+        return [*detail, *written.values()]
 
 
 def merge_parts(
@@ -130,8 +135,8 @@ def merge_parts(
             " JOIN numbered USING (stack_id)",
             of_table(files, "stacks"),
         )
-        merged[DETAIL] = opened.write(
-            DETAIL,
+        detail = _write_detail(
+            opened,
             f"SELECT {part} AS part, ts, host_id, set_id, renumbered.stack AS stack, samples, value"
             " FROM {files} AS old JOIN renumbered"
             " ON old.part = renumbered.part AND old.stack = old_stack",
@@ -142,10 +147,10 @@ def merge_parts(
             if table in HEADS:
                 query = "SELECT * FROM {files}"
                 merged[table] = opened.write(table, query, folder, of_table(files, table))
-            elif table not in merged:
+            elif table not in merged and table != DETAIL:
                 source = "rollup" if table == _FIRST_ROLLUP else table
                 merged[table] = opened.write(table, f"SELECT * FROM {source}", folder)
-    return [merged[table] for table in PART]
+    return [*detail, *merged.values()]
 
 
 def merge_dictionaries(
@@ -227,6 +232,37 @@ def write_in_pieces(
         inside.mkdir()
         some = f"SELECT * FROM {{files}} WHERE hash({by}) % {count} = {number}"
         pieces.append(opened.write(table, some, inside, [whole], is_sorted=True))
+    whole.path.unlink()
+    return pieces
+
+
+def _write_detail(
+    opened: Engine, query: str, folder: Path, files: Sequence[LocalFile] = ()
+) -> list[LocalFile]:
+    """Write detail as `Engine.write` does, with several files if one would be large.
+
+    Each has all rows of some successive hosts.
+    """
+    whole = opened.write(DETAIL, query, folder, files)
+    count = whole.path.stat().st_size // _DETAIL_BYTES
+    if count < 2:
+        return [whole]
+    found = opened.arrays_of(
+        "SELECT host_id, count(*) AS rows FROM {files} GROUP BY host_id ORDER BY host_id", [whole]
+    )
+    before = np.cumsum(found["rows"]) - found["rows"]
+    firsts = np.flatnonzero(np.diff(before * count // whole.rows, prepend=-1))
+    if len(firsts) < 2:
+        return [whole]
+    pieces = []
+    for number, hosts in enumerate(np.split(found["host_id"], firsts[1:])):
+        inside = folder / f"{DETAIL}-{number}"
+        inside.mkdir()
+        rows = (
+            "SELECT * FROM {files} WHERE"
+            f" host_id BETWEEN {hosts[0]}::UBIGINT AND {hosts[-1]}::UBIGINT"
+        )
+        pieces.append(opened.write(DETAIL, rows, inside, [whole], is_sorted=True))
     whole.path.unlink()
     return pieces
 

@@ -146,7 +146,7 @@ def _make_part(place: Place, block: Block) -> NewPart:
         samples=sum(block.times.samples.tolist()),
         value=sum(block.times.values.tolist()),
         start_s=min(key.start_s for key in keys),
-        end_s=max(key.start_s + key.length_s for key in keys),
+        end_s=max(key.start_s + max(1, key.length_s) for key in keys),
         files=tuple(files),
         made_ns=time.time_ns(),
     )
@@ -307,7 +307,17 @@ def _put(place: Place, file: LocalFile) -> File:
     if len(content) > LARGEST_OBJECT_BYTES:
         raise ObjectTooLarge(key)
     place.store.put(key, content)
-    return File(file.table, key, len(content), file.rows)
+    return File(file.table, key, len(content), file.rows, _hosts_of(file))
+
+
+def _hosts_of(file: LocalFile) -> tuple[str, str] | None:
+    """Return the range of the hosts of detail, as a manifest has it; None for other tables."""
+    if file.table != DETAIL or not file.rows:
+        return None
+    with reading_engine() as opened:
+        query = "SELECT min(host_id) AS first, max(host_id) AS last FROM {files}"
+        found = opened.arrays_of(query, [file])
+    return f"{int(found['first'][0]):016x}", f"{int(found['last'][0]):016x}"
 
 
 def _make_unique(parquet: bytes) -> bytes:

@@ -27,7 +27,7 @@ from storage.blocks.manifest import (
 )
 from storage.blocks.manifest import Part as CompactedPart
 from storage.blocks.parquet import LocalFile
-from storage.blocks.schema import DETAIL, DICTIONARY, HEADS
+from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, ROLLUPS
 from storage.blocks.scratch import ScratchFolder
 from storage.blocks.slices import Slice, files_in, seconds_of
 from storage.blocks.times import Lines, read_contents, read_times
@@ -75,6 +75,7 @@ _CONTENTS_KEPT = 300_000
 """Objects of parts that are remembered by their content, some 100 bytes each."""
 _MANY_ROWS = 4_000_000
 """Rows of detail in the whole hours of a window beyond which rollups are read: a second's work."""
+_BY_STACK = frozenset({DETAIL, *ROLLUPS.values(), "stacks"})
 _MANY_HEADS = 20_000
 """Objects of a window beyond which heads of ten minutes are read where these are enough."""
 
@@ -236,19 +237,19 @@ class Blocks:
             if plan.has_rollups and other_labels:
                 names = ", ".join(sorted(other_labels))
                 raise ProfileError(f"cannot choose by {names}: the detail has expired")
-            dictionary = [local[file] for file in plan.dictionary]
-            labels = [file for each in heads for file in each.files if file.table == "label_sets"]
-            dictionary += [local[file] for file in labels if file not in plan.dictionary]
-            sets, hosts = choose_ids(dictionary, selector)
-            columns = reading.read_columns(
-                slices_of(plan.samples, local),
-                slices_of(heads, local),
-                dictionary,
-                lines,
-                sets=sets,
-                hosts=hosts,
-                check=self.check,
-            )
+            label_sets = [file for file in local if file.table == "label_sets"]
+            sets, hosts = choose_ids([local[file] for file in label_sets], selector)
+            chosen = plan if hosts is None else plan.of_hosts(np.sort(hosts))
+            with self._fetched_beside(local, chosen.files) as known:
+                columns = reading.read_columns(
+                    slices_of(chosen.samples, known),
+                    slices_of(heads, known),
+                    [known[file] for file in dict.fromkeys((*chosen.dictionary, *label_sets))],
+                    lines,
+                    sets=sets,
+                    hosts=hosts,
+                    check=self.check,
+                )
             if not selector.matchers:
                 check_whole(hours, columns)
             # Both tables have all samples: one of other files than these does not go unseen.
@@ -261,9 +262,11 @@ class Blocks:
                     )
             return columns
 
-        chosen = (*plan.samples, *heads)
-        files = [*(file for each in chosen for file in each.files), *plan.dictionary]
-        part = self.read(hours, files, read)
+        first = [*(file for each in heads for file in each.files), *plan.files]
+        if any(each.name == "host" for each in selector.matchers):
+            # Most bytes are in files that are chosen once it is known what the hosts' ids are.
+            first = [file for file in first if file.table not in _BY_STACK]
+        part = self.read(hours, first, read)
         notes = tuple(plan.notes)
         return replace(part, skipped=(*part.skipped, *notes)) if part.value is not None else part
 
@@ -359,6 +362,18 @@ class Blocks:
         files = [file for each in chosen for file in each.files]
         with self._fetched(files) as local:
             yield slices_of(chosen, dict(zip(files, local, strict=True)))
+
+    @contextlib.contextmanager
+    def _fetched_beside(
+        self, local: Mapping[File, LocalFile], files: Sequence[File]
+    ) -> Iterator[Mapping[File, LocalFile]]:
+        """Fetch those of some files that are not at hand yet; return all that are then."""
+        more = [file for file in files if file not in local]
+        if not more:
+            yield local
+            return
+        with self._fetched(more) as fetched:
+            yield {**local, **dict(zip(more, fetched, strict=True))}
 
     @contextlib.contextmanager
     def _fetched(self, files: Sequence[File]) -> Iterator[list[LocalFile]]:

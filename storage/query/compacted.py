@@ -3,7 +3,8 @@
 The coarsest files are read that answer a question (`plan_samples`, `plan_heads`): those of a day
 for its whole hours, then those of an hour, of ten minutes where an edge of a window is aligned to
 them or a part lies inside of it, and else detail. An hour's rollup is read only if it was made of
-exactly the parts that the hour has now.
+exactly the parts that the hour has now. Parts whose objects all start before or after a window are
+left out, and files of detail that have rows of other hosts only (`SamplesPlan.of_hosts`).
 """
 
 import itertools
@@ -15,6 +16,7 @@ from storage.blocks.manifest import DAY_S, HOUR_S, DayManifest, File, HourManife
 from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, HEADS_10M, ROLLUPS, STACK_TREE
 from storage.blocks.slices import Spans, join_spans, seconds_of
 from storage.columns import Columns, Times, count_objects
+from storage.hashing import Hashes
 from storage.objects.keys import NS_PER_S
 from storage.objects.tenant import HOUR_NS
 from storage.profile import ProfileError, Window
@@ -23,6 +25,7 @@ from storage.query.coverage import Skipped
 _PART_SUMS = ("objects", "samples", "value")
 _TEN_MINUTES, _HOURS, _DAYS = ROLLUPS.values()
 _BUCKETS_S = {table: seconds for seconds, table in ROLLUPS.items()}
+_SAMPLES = frozenset({DETAIL, *_BUCKETS_S})
 _ROWS_OF_DETAIL = 6
 """What a row of ten minutes stands for in a fleet; one of an hour stands for three of these."""
 _STEPS = (
@@ -62,6 +65,12 @@ class CompactedHour:
     @property
     def parts(self) -> tuple[Part, ...]:
         return self.manifest.parts
+
+    @property
+    def parts_inside(self) -> tuple[Part, ...]:
+        """Return the parts whose objects may start in the window."""
+        start_s, end_s = seconds_of(self.window)
+        return tuple(part for part in self.parts if part.has_starts_in(start_s, end_s))
 
     @classmethod
     def of(cls, manifest: HourManifest, day: DayManifest | None = None) -> "CompactedHour":
@@ -105,6 +114,10 @@ class CompactedDay:
     @property
     def parts(self) -> tuple[Part, ...]:
         """None is left."""
+        return ()
+
+    @property
+    def parts_inside(self) -> tuple[Part, ...]:
         return ()
 
     @classmethod
@@ -161,6 +174,29 @@ class SamplesPlan(NamedTuple):
     def has_rollups(self) -> bool:
         return any(file.table in _BUCKETS_S for each in self.samples for file in each.files)
 
+    @property
+    def files(self) -> tuple[File, ...]:
+        """Return all files, each once."""
+        named = (*(file for each in self.samples for file in each.files), *self.dictionary)
+        return tuple(dict.fromkeys(named))
+
+    def of_hosts(self, hosts: Hashes) -> "SamplesPlan":
+        """Return the plan without files that have no rows of some hosts, whose ids ascend.
+
+        A manifest that names wrong ranges is found out: what is known of the objects, which is in
+        other files, then has samples that are not in these (`storage.query.blocks`).
+        """
+        kept: list[Chosen] = []
+        gone: set[File] = set()
+        for files, spans in self.samples:
+            chosen = tuple(each for each in files if each.table != DETAIL or each.may_have(hosts))
+            if any(each.table in _SAMPLES for each in chosen):
+                kept.append(Chosen(chosen, spans))
+            else:
+                gone.update(chosen)
+        dictionary = [file for file in self.dictionary if file not in gone]
+        return self._replace(samples=kept, dictionary=dictionary)
+
 
 def _both(one: Window, other: Window) -> Window | None:
     start_ns, end_ns = max(one.start_ns, other.start_ns), min(one.end_ns, other.end_ns)
@@ -170,6 +206,11 @@ def _both(one: Window, other: Window) -> Window | None:
 def files_of(hour: Compacted, *tables: str) -> list[File]:
     """Return the files of an hour's parts that hold some tables."""
     return [file for part in hour.parts for file in part.files if file.table in tables]
+
+
+def files_inside(hour: Compacted, *tables: str) -> list[File]:
+    """Return what `files_of` does, of the parts whose objects may start in the window."""
+    return [file for part in hour.parts_inside for file in part.files if file.table in tables]
 
 
 def _of(files: Iterable[File], *tables: str) -> tuple[File, ...]:
@@ -272,33 +313,38 @@ def _plan_hour(plan: SamplesPlan, hour: CompactedHour, *, rolls_up: bool) -> Non
     """Plan to read an hour from its own files."""
     manifest, hourly = hour.manifest, hour.manifest.hourly
     start_s, end_s = span = seconds_of(hour.window)
-    plan.dictionary.extend(files_of(hour, *DICTIONARY))
+    plan.dictionary.extend(files_inside(hour, *DICTIONARY))
     if rolls_up and hour.is_whole and hourly is not None and manifest.has_hourly:
         plan.samples.append(Chosen(_of(hourly.files, _HOURS), (span,)))
         return
-    files: list[File] = []
+    found: list[Chosen] = []
     left: set[str] = set()
     longest_s = 1
-    for part in manifest.parts:
+    for part in hour.parts_inside:
         is_inside = start_s <= part.start_s and part.end_s <= end_s
         takes_rollup = rolls_up and (is_inside or is_aligned(hour))
-        found = _finest(part, prefers_rollup=takes_rollup)
-        files += found
-        left |= set() if found else {part.id}
+        files = _finest(part, prefers_rollup=takes_rollup)
+        bucket_s = max((_BUCKETS_S.get(each.table, 1) for each in files), default=1)
+        # All of a part inside counts, also if its first bucket begins before the window.
+        first_s = start_s - start_s % bucket_s if is_inside else start_s
+        found.append(Chosen(files, ((first_s, end_s),)))
+        left |= set() if files else {part.id}
         if not is_inside:
-            longest_s = max([longest_s, *(_BUCKETS_S.get(each.table, 1) for each in found)])
+            longest_s = max(longest_s, bucket_s)
     if left:
         # What has expired is in the hourly rollup, which may be older than the last parts.
         rolled_up = set(hourly.parts) if hourly else set()
         if hourly is None or not left <= rolled_up <= set(manifest.part_ids):
             plan.missing.append(hour.name)
             return
-        own = (part for part in manifest.parts if part.id not in rolled_up)
-        files = [*_of(hourly.files, _HOURS), *(file for part in own for file in _finest(part))]
+        own = (part for part in hour.parts_inside if part.id not in rolled_up)
+        rest = (file for part in own for file in _finest(part))
+        found = [Chosen((*_of(hourly.files, _HOURS), *rest), (span,))]
+        plan.dictionary.extend(files_of(hour, *DICTIONARY))  # the rollup is of all parts
         longest_s = HOUR_S
     if not hour.is_whole and longest_s > 1 and not is_aligned(hour, longest_s):
         plan.notes.append(_note(hour, longest_s))
-    plan.samples.append(Chosen(tuple(files), (span,)))
+    plan.samples.extend(each for each in found if each.files)
 
 
 def _finest(part: Part, *, prefers_rollup: bool = False) -> tuple[File, ...]:
@@ -331,7 +377,7 @@ def plan_heads(hours: Sequence[Compacted], *, is_coarse: bool) -> list[Chosen]:
             continue
         if isinstance(hour, CompactedHour):
             files = _hourly_heads(hour) if is_coarse else ()
-            own = tuple(files_of(hour, *HEADS, "label_sets"))
+            own = tuple(files_inside(hour, *HEADS, "label_sets"))
             found.append(Chosen(files or own, tuple(spans)))
     found += [Chosen(files, join_spans(spans)) for files, spans in of_days.items()]
     return found

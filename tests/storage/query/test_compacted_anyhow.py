@@ -1,6 +1,7 @@
 """Whatever is uploaded, compacted, merged and deleted in whatever order: answers are level 0's.
 
-Also those that are read from rollups and heads, as those of a fleet are.
+Also those that are read from rollups and heads, as those of a fleet are, and from detail in
+several files.
 
 EVERFLAME_EXAMPLES=1000 tries as many stores, which takes an hour.
 """
@@ -19,6 +20,7 @@ import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from storage.blocks import tables
 from storage.blocks.compactor import Compactor
 from storage.blocks.day import renew_day
 from storage.blocks.manifest import DayManifest, Manifests, start_s_of
@@ -167,7 +169,7 @@ class Stores:
             TenantStore(self.plain).put_profile(step.profile, content)
             self._keys.append(TenantStore(self.store).put_profile(step.profile, content)[0])
             return
-        with ThreadPoolExecutor(1) as executor:
+        with ThreadPoolExecutor(1) as executor, mock.patch.object(tables, "_DETAIL_BYTES", 512):
             for type_ in TYPES:
                 compactor = Compactor(
                     TenantStore(self.store), self._work, executor, type_=type_.replace("-", "_")

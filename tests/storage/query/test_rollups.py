@@ -107,7 +107,7 @@ def test_edges_are_read_from_ten_minutes(store, tmp_path):
     query = ask(store, tmp_path)
 
     aligned = query.profile(minutes(20, 80), labels=OF_SERVICE)
-    ragged = query.profile(minutes(21, 75), labels=OF_SERVICE)
+    ragged = query.profile(minutes(11, 75), labels=OF_SERVICE)
 
     assert aligned.coverage.skipped == ()
     assert aligned.profile.total_samples == 4 + 5
