@@ -31,7 +31,7 @@ from storage.profile import (
 )
 from storage.stack_tree import StackLists, Stacks, StackTree, join_stacks
 from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
-from symbolizer.text import readable
+from symbolizer.text import READABLE_LIMIT, readable
 
 _STACKS_AT_ONCE = 122_880
 """Those of a row group, some 3 million words."""
@@ -359,4 +359,6 @@ def clean(text: str | None) -> str:
     """
     if text is None:
         raise ProfileError("cannot read blocks: a value is missing")
+    if len(text) <= READABLE_LIMIT and text.isascii() and text.isprintable():
+        return text  # as nearly all are, of thousands
     return readable(text.encode("utf-8", "backslashreplace"))

@@ -28,6 +28,8 @@ BUCKET_S = 600
 _HOST_BITS = 41
 BUCKET_START = f"CAST((object_id >> {_HOST_BITS}) * {BUCKET_S} AS UINTEGER)"
 """When the ten minutes of an `object_id` start."""
+HOST_BITS = f"(object_id & {(1 << _HOST_BITS) - 1})"
+"""What tells the host of an `object_id`."""
 _LARGEST_OF = frozenset({"cpus", "agent_rss_bytes"})
 """Counts of which the largest stands for all; others are added up."""
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from storage.blocks.dictionary import clean, fetch_label_sets
-from storage.blocks.heads import BUCKET_START, first_id
+from storage.blocks.heads import BUCKET_S, BUCKET_START, HOST_BITS, first_id
 from storage.blocks.loading import OBJECT_COUNTS, OBJECT_MAPS, SUMS
 from storage.blocks.parquet import Engine, LocalFile, of_table, reading_engine
 from storage.blocks.schema import HEADS, HEADS_10M
@@ -36,6 +36,7 @@ _HOW = {
 """What of several objects stands for all; other numbers are added up."""
 _FEW_IDS = 100
 _LOST = "CAST(coalesce(list_sum(map_values(lost)), 0) AS BIGINT)"
+_START = f"start_ns // {NS_PER_S}"
 _NUMBERS = (*OBJECT_COUNTS, "period_ns", "start_ns", "end_ns")
 
 
@@ -114,8 +115,10 @@ def read_times(
         if not load_objects(opened, slices, lines, hosts, edges_s):
             return None
         label_sets = fetch_label_sets(opened, files_in(slices, "label_sets"))
-        heads = fetch_heads(opened, slices, label_sets, lines, hosts)
-        return fetch_times(opened, slices, heads, label_sets, lines, sets=sets, hosts=hosts)
+        heads = fetch_heads(opened, slices, label_sets, lines, hosts, edges_s=edges_s)
+        return fetch_times(
+            opened, slices, heads, label_sets, lines, sets=sets, hosts=hosts, edges_s=edges_s
+        )
 
 
 def register_ids(opened: Engine, name: str, ids: Ids | None) -> None:
@@ -159,14 +162,15 @@ def load_objects(
     if hosts is not None:
         is_chosen = "(host_id IN (SELECT id FROM wanted_hosts) OR len(hosts) <> 1"
         # Rows may name a host of their own, as those of imported profiles do.
-        own = _rows(slices, "times", "object_id", "host_id IN (SELECT id FROM wanted_hosts)")
-        if own:
-            opened.load("having_host", f"SELECT DISTINCT object_id FROM ({own})", files)
+        named = _rows(slices, "times", "object_id", "host_id IN (SELECT id FROM wanted_hosts)")
+        if named:
+            opened.load("having_host", f"SELECT DISTINCT object_id FROM ({named})", files)
             is_chosen += " OR object_id IN (SELECT object_id FROM having_host)"
         is_chosen += ")"
     order = "start_s, host_key, length_s, content16"
     number = {
         Lines.EACH: f"row_number() OVER (ORDER BY {order}, object_id)",
+        Lines.HOST: f"dense_rank() OVER (ORDER BY {_passed(edges_s, _START)}, host)",
         Lines.SECOND: "dense_rank() OVER (ORDER BY start_s)",
     }.get(lines, "1")
     kept = f"object_id, host, type, unit, {', '.join(_NUMBERS)}, {_LOST} AS lost"
@@ -179,44 +183,41 @@ def load_objects(
         _starts_inside,
         is_chosen,
     )
-    if _are_apart(slices, lines, hosts):
+    left_out = "EXCLUDE (host_key, length_s, content16)"
+    if _are_apart(slices, lines, hosts, edges_s):
         sums = ", ".join(
             f"{_HOW.get(name, 'sum')}({name})::BIGINT AS {name}"
             for name in (*_NUMBERS, "lost", "objects", "length_ns")
         )
-        found = f"SELECT type, unit, start_s, {sums} FROM ({found}) GROUP BY type, unit, start_s"
-    order = order.replace("start_s, ", "") if "GROUP BY" not in found else ""
-    left_out = f"EXCLUDE ({order})" if order else ""
-    if lines is Lines.HOST:
-        _number_hosts(opened, f"SELECT * {left_out} FROM ({found})", edges_s, files)
-    else:
-        opened.load("chosen", f"SELECT * {left_out}, {number} - 1 AS number FROM ({found})", files)
+        kept, keys, left_out = "start_s", "start_s", ""
+        if lines is Lines.HOST:
+            kept, keys = f"{_host_line(edges_s)}, any_value(host) AS host", "edges, host_bits"
+            number = f"row_number() OVER (ORDER BY {keys})"
+        found = f"SELECT type, unit, {kept}, {sums} FROM ({found}) GROUP BY type, unit, {keys}"
+    opened.load("chosen", f"SELECT * {left_out}, {number} - 1 AS number FROM ({found})", files)
     return opened.rows("SELECT count(*) FROM chosen") != [(0,)]
 
 
-def _number_hosts(
-    opened: Engine, found: str, edges_s: Sequence[int], files: Sequence[LocalFile]
-) -> None:
-    """Make the table `chosen` of objects found, numbered by host and by the edges they are between.
-
-    Distinct hosts are few: to rank the objects themselves takes twice as long.
-    """
-    passed = (f"(start_ns // {NS_PER_S} >= {edge:d})::INTEGER" for edge in edges_s)
-    opened.load("found", f"SELECT *, {' + '.join(passed) or '0'} AS edges FROM ({found})", files)
-    opened.run(
-        "CREATE TEMP TABLE chosen AS SELECT * EXCLUDE (edges) FROM found JOIN ("
-        "SELECT *, row_number() OVER (ORDER BY edges, host) - 1 AS number"
-        " FROM (SELECT DISTINCT edges, host FROM found)) USING (edges, host)"
-    )
-    opened.run("DROP TABLE found")
+def _passed(edges_s: Sequence[int], second: str) -> str:
+    """Return how many edges are not after a second."""
+    return " + ".join(f"({second} >= {edge:d})::INTEGER" for edge in edges_s) or "0"
 
 
-def _are_apart(slices: Sequence[Slice], lines: Lines, hosts: Ids | None) -> bool:
+def _host_line(edges_s: Sequence[int]) -> str:
+    """Return what an `object_id` of heads says of the line of a host that it belongs to."""
+    return f"{_passed(edges_s, BUCKET_START)} AS edges, {HOST_BITS} AS host_bits"
+
+
+def _are_apart(
+    slices: Sequence[Slice], lines: Lines, hosts: Ids | None, edges_s: Sequence[int] = ()
+) -> bool:
     """Return whether lines can be added up table by table, without joining those of an object.
 
-    So it is for heads of all hosts, whose ids tell when they are from.
+    So it is for heads of all hosts, whose ids tell when they are from, and of which host.
     """
-    return lines not in (Lines.EACH, Lines.HOST) and _are_all(slices, hosts)
+    if lines is Lines.EACH or any(edge % BUCKET_S for edge in edges_s):
+        return False
+    return _are_all(slices, hosts)
 
 
 def _are_all(slices: Sequence[Slice], hosts: Ids | None) -> bool:
@@ -224,10 +225,15 @@ def _are_all(slices: Sequence[Slice], hosts: Ids | None) -> bool:
     return hosts is None and not files_in(slices, _OBJECTS)
 
 
-def _joined(rows: str, *, lines: Lines, are_apart: bool) -> str:
+def _joined(rows: str, *, lines: Lines, edges_s: Sequence[int], are_apart: bool) -> str:
     """Return what selects rows of a table of HEADS with the `number` of their lines."""
     if not are_apart:
         return f"({rows}) JOIN chosen USING (object_id)"
+    if lines is Lines.HOST:
+        marked = f"(SELECT *, {_host_line(edges_s)} FROM ({rows}))"
+        return (
+            f"{marked} JOIN (SELECT edges, host_bits, number FROM chosen) USING (edges, host_bits)"
+        )
     if lines is not Lines.SECOND:
         return f"(SELECT *, 0 AS number FROM ({rows}))"
     starts = f"(SELECT *, {BUCKET_START} AS start_s FROM ({rows}))"
@@ -256,9 +262,14 @@ def fetch_heads(
     label_sets: Mapping[int, Labels],
     lines: Lines,
     hosts: Ids | None = None,
+    *,
+    edges_s: Sequence[int] = (),
 ) -> Heads:
-    """Return what is known of the objects in the table `chosen`, which was made for `hosts`."""
-    are_apart = _are_apart(slices, lines, hosts)
+    """Return what is known of the objects in the table `chosen`.
+
+    It was made for the same `lines`, `hosts` and `edges_s`.
+    """
+    are_apart = _are_apart(slices, lines, hosts, edges_s)
     kinds = opened.rows("SELECT DISTINCT type, unit FROM chosen")
     if len(kinds) != 1:
         raise ProfileError("cannot read blocks: their objects are of different types or units")
@@ -291,7 +302,8 @@ def fetch_heads(
     )
     opened.run("DROP TABLE described")
     present = _rows(slices, "presence", "object_id, set_id, present_ns") or _NO_PRESENCE
-    joined = _joined(present, lines=Lines.ALL, are_apart=are_apart)
+    lines_present = lines if lines is Lines.HOST else Lines.ALL
+    joined = _joined(present, lines=lines_present, edges_s=edges_s, are_apart=are_apart)
     kept_ns, grouped = "sum(present_ns) AS present_ns", " GROUP BY ALL"
     if lines is Lines.EACH:
         kept_ns, grouped = "present_ns", ""
@@ -380,9 +392,10 @@ def fetch_times(
     *,
     sets: Ids | None,
     hosts: Ids | None,
+    edges_s: Sequence[int] = (),
 ) -> Times:
-    """Return the lines of the objects in the table `chosen`."""
-    are_apart = _are_apart(slices, lines, hosts)
+    """Return the lines of the objects in the table `chosen`, which was made for them."""
+    are_apart = _are_apart(slices, lines, hosts, edges_s)
     conditions = [
         "true",
         *is_among(opened, "set_id", "wanted_sets", sets),
@@ -401,10 +414,11 @@ def fetch_times(
             "GROUPING SETS ((number, host_id), (number, set_id))",
         ),
     }[lines]
+    joined = _joined(found or _NO_TIMES, lines=lines, edges_s=edges_s, are_apart=are_apart)
     opened.load(
         "lines",
         f"SELECT number, {grouped[0]}, {SUMS}, min(samples) AS least, min(value) AS least_value"
-        f" FROM {_joined(found or _NO_TIMES, lines=lines, are_apart=are_apart)}"
+        f" FROM {joined}"
         f" GROUP BY {grouped[1]}"
         " ORDER BY number, host_id, set_id",
         files_in(slices, *HEADS, *HEADS_10M),

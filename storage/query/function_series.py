@@ -63,7 +63,7 @@ _TEN_MINUTES_NS = 600 * NS_PER_S
 _HOST = "host"
 _MANY_ROWS = 4_000_000
 """Rows of detail in a window beyond which series are read: with fewer, stacks are as fast, and all
-locations have the best names that are known now."""
+have the best names that are known now."""
 
 
 class HostGroups:
@@ -114,6 +114,8 @@ class SeriesPlan(NamedTuple):
 
     def add(self, hour: Compacted, files: Sequence[File], spans: Spans) -> None:
         self.hours.append(hour)
+        if self.chosen and self.chosen[-1].files == tuple(files):  # that of a day, read once
+            spans = join_spans([*self.chosen.pop().spans, *spans])
         self.chosen.append(Chosen(tuple(files), spans))
         self.meanings.extend(_meanings(hour))
 
@@ -266,7 +268,7 @@ class FunctionSeries:
     ) -> Iterator[Part[FunctionTotals]]:
         """Return the self samples of functions by host, or by group of hosts. Totals are 0.
 
-        Without names, what is read from series tells functions by their hashes alone.
+        Without names, series tell functions by their hashes alone.
         """
         listed = self.parts.listing.at(window)
         yield from skipped_parts(listed.skipped)
@@ -323,10 +325,8 @@ class FunctionSeries:
         chooses_hosts = any(each.name == _HOST for each in selector.matchers)
         plan = plan_self(hours, has_groups=groups is not None and not chooses_hosts)
         if not has_names:
-            plan = plan._replace(meanings=[])
-        parts = []
-        if plan.hours:
-            parts = [self._self_of(plan, selector, groups, has_names=has_names)]
+            plan.meanings.clear()
+        parts = [self._self_of(plan, selector, groups, has_names=has_names)] if plan.hours else []
         return [*parts, *(self._leaves_of(hour, selector, groups) for hour in plan.rest)]
 
     def _self_of(

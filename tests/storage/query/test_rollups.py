@@ -114,15 +114,19 @@ def test_edges_are_read_from_ten_minutes(store, tmp_path):
     assert "there is no object" in ragged.coverage.skipped[0].reason
 
 
-def test_presence_has_a_line_for_each_host_between_edges(store, tmp_path):
-    """However many objects there are, and of both sides of an edge if a host has objects there."""
+@pytest.mark.parametrize("edge", [120, 125])
+def test_presence_has_a_line_for_each_host_between_edges(store, tmp_path, edge):
+    """On both sides of an edge if a host has objects there, also inside of ten minutes."""
     query = ask(store, tmp_path)
 
     whole = query.presence_by_host(DAY)
-    cut = query.presence_by_host(DAY, edges_ns=[minutes(130, 131).start_ns])
+    cut = query.presence_by_host(DAY, edges_ns=[minutes(edge, 180).start_ns])
 
     assert len(whole.objects) == 2
     assert len(cut.objects) == 3
+    assert sorted(start - START_NS for start, _ in cut.objects.tolist()) == [
+        minute * MINUTE_NS for minute in (0, 70, 130)
+    ]
     for each in (whole, cut):
         assert each.coverage.objects == len(MADE)
         assert {dict(labels)["host"] for labels in each.label_sets} == {"web-0", "web-2"}
