@@ -24,7 +24,7 @@ import duckdb
 import numpy as np
 
 from storage.blocks.block import Block
-from storage.blocks.dictionary import read_dictionary
+from storage.blocks.dictionary import read_dictionary, read_label_sets
 from storage.blocks.loading import insert_stacks
 from storage.blocks.parquet import LocalFile, engine, of_table
 from storage.blocks.reading import read_columns, sum_samples
@@ -173,7 +173,9 @@ def bench_parts(hosts: int, minutes: int, objects: int, folder: Path) -> None:
     detail_of = Slice(tuple(detail), ((start_s, end_s),))
     whole = Slice(tuple(merged), ((start_s, end_s),))
     columns = measure(
-        "columns of all of it", lambda: read_columns([detail_of], [whole], merged), rows
+        "columns of all of it",
+        lambda: read_columns([detail_of], [whole], merged, read_label_sets(merged)),
+        rows,
     )
     assert columns is not None
     assert columns.total_samples == total

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import duckdb
 import numpy as np
+import numpy.ma
 import numpy.typing as npt
 
 from storage.blocks.schema import DETAIL, ORDER, SCHEMA, STACK_TREE, TABLES
@@ -286,7 +287,7 @@ def _seen(file: LocalFile) -> _Mark:
 
 def _complete(columns: Arrays | None) -> dict[str, npt.NDArray[Any]]:
     assert columns is not None
-    if any(np.ma.is_masked(each) for each in columns.values()):
+    if any(numpy.ma.is_masked(each) for each in columns.values()):
         raise ProfileError("cannot read blocks: a value is missing")
     return {name: np.asarray(each) for name, each in columns.items()}
 

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.blocks.block import Samples
-from storage.blocks.dictionary import fetch_dictionary, fetch_label_sets
+from storage.blocks.dictionary import fetch_dictionary
 from storage.blocks.loading import SUMS
 from storage.blocks.parquet import Engine, LocalFile, of_table, reading_engine
-from storage.blocks.schema import DETAIL, ROLLUPS
+from storage.blocks.schema import DETAIL, HEADS, HEADS_10M, ROLLUPS
 from storage.blocks.slices import Slice, files_in, rows_in
 from storage.blocks.times import (
     Heads,
@@ -132,6 +132,7 @@ def read_columns(
     samples: Sequence[Slice],
     heads: Sequence[Slice],
     dictionary: Sequence[LocalFile],
+    label_sets: Mapping[int, Labels],
     lines: Lines = Lines.EACH,
     *,
     sets: Ids | None = None,
@@ -141,7 +142,8 @@ def read_columns(
     """Return the Columns of the objects that start in the seconds of slices; None if none does.
 
     Rows are those of `samples`: slices of any samples tables that together have each sample once.
-    What is known of the objects comes from `heads` (see `storage.blocks.times`). The label `host`
+    What is known of the objects comes from `heads` (see `storage.blocks.times`). `label_sets` has
+    those of both, and the hosts. The label `host`
     is among the labels of rows from detail if `lines` tell objects apart. With `sets` or `hosts`
     only these rows and their times. Objects of other hosts are left out; else what is known of them
     stays that of all, as in `Columns.filter`. `check` may end it, as in `reading_engine`.
@@ -151,9 +153,10 @@ def read_columns(
         SchemaError: a later version wrote one.
     """
     with reading_engine(check) as opened:
+        # All at once: that takes a few queries, however many files there are.
+        opened.check([*files_in(heads, *HEADS, *HEADS_10M), *_rows_of(samples), *dictionary])
         if not load_objects(opened, heads, lines, hosts):
             return None
-        label_sets = fetch_label_sets(opened, dictionary)
         known = fetch_heads(opened, heads, label_sets, lines, hosts)
         times = fetch_times(opened, heads, known, label_sets, lines, sets=sets, hosts=hosts)
         rows = _fetch_rows(opened, samples, sets, hosts, by_host=lines is Lines.EACH)
@@ -171,7 +174,7 @@ def _fetch_rows(
 ) -> Samples:
     """Return the rows of slices over all times, by host where they are detail."""
     files = files_in(slices, *_SAMPLES)
-    read_of = [*files, *files_in(slices, "stacks")]
+    read_of = _rows_of(slices)
     opened.check(read_of)
     if hosts is not None and any(each.table != DETAIL for each in files):
         raise ProfileError("cannot tell hosts apart: the detail has expired")
@@ -204,6 +207,11 @@ def _fetch_rows(
     names = ("host_id", "set_id", "stack_id", "samples", "value")
     nowhen = np.zeros(len(sums["stack_id"]), np.uint32)
     return Samples(nowhen, *(sums[name] for name in names))
+
+
+def _rows_of(slices: Sequence[Slice]) -> list[LocalFile]:
+    """Return the files that `_fetch_rows` reads."""
+    return files_in(slices, *_SAMPLES, "stacks")
 
 
 def _starts_inside(_table: str, start_s: int, end_s: int) -> str:

@@ -237,14 +237,16 @@ class Blocks:
             if plan.has_rollups and other_labels:
                 names = ", ".join(sorted(other_labels))
                 raise ProfileError(f"cannot choose by {names}: the detail has expired")
-            label_sets = [file for file in local if file.table == "label_sets"]
-            sets, hosts = choose_ids([local[file] for file in label_sets], selector)
+            labelled = [file for file in local if file.table == "label_sets"]
+            label_sets = read_label_sets([local[file] for file in labelled])
+            sets, hosts = choose_among(label_sets, selector)
             chosen = plan if hosts is None else plan.of_hosts(np.sort(hosts))
             with self._fetched_beside(local, chosen.files) as known:
                 columns = reading.read_columns(
                     slices_of(chosen.samples, known),
                     slices_of(heads, known),
-                    [known[file] for file in dict.fromkeys((*chosen.dictionary, *label_sets))],
+                    [known[file] for file in chosen.dictionary],
+                    label_sets,
                     lines,
                     sets=sets,
                     hosts=hosts,
@@ -462,9 +464,13 @@ def choose_ids(
     files: Sequence[LocalFile], selector: Selector
 ) -> tuple[Hashes | None, Hashes | None]:
     """Return the ids of the label sets and of the hosts that a selector accepts; None: of all."""
-    if not selector.matchers:
-        return None, None
-    label_sets = read_label_sets(files)
+    return choose_among(read_label_sets(files) if selector.matchers else {}, selector)
+
+
+def choose_among(
+    label_sets: Mapping[int, Labels], selector: Selector
+) -> tuple[Hashes | None, Hashes | None]:
+    """Return what `choose_ids` does, of label sets by id."""
     of_hosts = Selector(tuple(each for each in selector.matchers if each.name == "host"))
     of_sets = Selector(tuple(each for each in selector.matchers if each.name != "host"))
 

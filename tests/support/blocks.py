@@ -6,6 +6,7 @@ from pathlib import Path
 
 from storage.blocks import reading, times
 from storage.blocks.block import DROPPED_LABELS, Block
+from storage.blocks.dictionary import read_label_sets
 from storage.blocks.parquet import LocalFile, of_table
 from storage.blocks.schema import DETAIL
 from storage.blocks.slices import Slice
@@ -53,7 +54,8 @@ def read_columns(
     """Return the Columns of the objects in files that start in some seconds, from detail."""
     spans = ((start_s, end_s),)
     detail = Slice(tuple(of_table(files, DETAIL)), spans)
-    return reading.read_columns([detail], [Slice(tuple(files), spans)], files, **chosen)
+    labels = read_label_sets(files)
+    return reading.read_columns([detail], [Slice(tuple(files), spans)], files, labels, **chosen)
 
 
 def read_times(files: Sequence[LocalFile], *, start_s: int, end_s: int) -> Times | None:
