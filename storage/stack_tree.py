@@ -87,31 +87,28 @@ class StackTree:
     @functools.cached_property
     def levels(self) -> list[slice]:
         """The nodes of each depth."""
-        # What is looked for is of their type: else all of them are converted each time.
-        first, past = 0, int(np.searchsorted(self.parents, np.int32(0)))
+        kind = self.parents.dtype.type  # a number of another type would have all of them converted
+        first, past = 0, int(np.searchsorted(self.parents, kind(0)))
         levels = []
         while past > first:
             levels.append(slice(first, past))
-            first, past = past, int(np.searchsorted(self.parents, np.int32(past)))
+            first, past = past, int(np.searchsorted(self.parents, kind(past)))
         return levels
 
     def check(self) -> None:
-        """Check what is said of trees above, but for the locations.
+        """Check that nodes are sorted by their parent and their location, and none is there twice.
 
         Raises:
             ValueError: it is not so.
         """
-        parents = self.parents
-        is_sorted = not len(parents) or (
-            int(parents[0]) == ROOT and bool((parents[1:] >= parents[:-1]).all())
-        )
+        parents, words = self.parents, self.words
+        is_next = parents[1:] > parents[:-1]
+        is_next |= (parents[1:] == parents[:-1]) & (words[1:] > words[:-1])
+        is_sorted = bool(is_next.all()) and int(parents[:1].max(initial=ROOT)) == ROOT
         if not is_sorted or bool((parents >= np.arange(len(parents))).any()):
             raise ValueError("nodes of a tree are not in their order")
-        if len(self.levels) > DEEPEST:
+        if int(parents.min(initial=ROOT)) < ROOT or len(self.levels) > DEEPEST:
             raise ValueError("a tree of stacks is too deep")
-        for level in self.levels:
-            if len(_distinct(parents[level], self.words[level])[0]) < level.stop - level.start:
-                raise ValueError("two nodes of a tree are the same")
 
     def take(self, stacks: Integers) -> "StackTree":
         """Return the tree of some of the stacks, in this order, with the nodes they need."""
@@ -214,19 +211,17 @@ def merge_trees(trees: Sequence[StackTree], numbers: Sequence[Numbers]) -> Stack
     return StackTree(_joined(parents), _joined(words), np.concatenate(ends_of))
 
 
-def _distinct(parents: Indices, words: Numbers) -> tuple[Indices, Indices, Integers]:
+def _distinct(parents: Indices, words: Numbers) -> tuple[Indices, Indices, Indices]:
     """Return the distinct pairs, sorted, and by given pair which of them it is."""
-    width = int(words.max(initial=0)) + 1
-    key = (parents.astype(np.int64) + 1) * width + words
-    # Pieces that ascend, as those of trees do, are merged in time that grows like their length.
-    order = np.argsort(key, kind="stable")
+    key = ((parents.astype(np.int64) + 1) << 32) | words
+    order = np.argsort(key, kind="stable")  # pieces that ascend are only merged
     ordered = key[order]
-    is_first = np.ones(len(order), dtype=bool)
+    is_first = np.ones(len(key), dtype=bool)
     is_first[1:] = ordered[1:] != ordered[:-1]
-    numbers = np.empty(len(order), dtype=np.int64)
-    numbers[order] = np.cumsum(is_first) - 1
-    above, word = np.divmod(ordered[is_first], width)
-    return (above - 1).astype(np.int32), word.astype(np.int32), numbers
+    found = ordered[is_first]
+    numbers = np.empty(len(key), dtype=np.int32)
+    numbers[order] = np.cumsum(is_first, dtype=np.int32) - 1
+    return ((found >> 32) - 1).astype(np.int32), found.astype(np.int32), numbers
 
 
 def _joined(pieces: Sequence[npt.NDArray[np.int32]]) -> Indices:

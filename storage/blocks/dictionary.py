@@ -108,9 +108,7 @@ def fetch_dictionary(opened: Engine, files: Sequence[LocalFile], wanted: Hashes 
     if len(used) < len(ids):
         words = (np.cumsum(is_used) - 1).astype(np.int32).take(stacks.words)
         stacks = replace(stacks, words=words)
-    return replace(
-        fetch_locations(opened, files, ids[used]), stack_hashes=stack_ids, stacks=stacks
-    )
+    return replace(fetch_locations(opened, files, ids[used]), stack_hashes=stack_ids, stacks=stacks)
 
 
 def fetch_locations(

@@ -7,6 +7,7 @@ known of objects is read by `storage.blocks.times`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -152,15 +153,20 @@ def read_columns(
         ProfileError: a file is damaged or not one of ours, or as `storage.blocks.times.read_heads`.
         SchemaError: a later version wrote one.
     """
-    with reading_engine(check) as opened:
-        # All at once: that takes a few queries, however many files there are.
-        opened.check([*files_in(heads, *HEADS, *HEADS_10M), *_rows_of(samples), *dictionary])
+
+    def read_samples() -> tuple[Samples, Columns]:
+        with reading_engine(check) as opened:
+            rows = _fetch_rows(opened, samples, sets, hosts, by_host=lines is Lines.EACH)
+            return rows, fetch_dictionary(opened, dictionary, rows.stacks)
+
+    with ThreadPoolExecutor(1) as pool, reading_engine(check) as opened:
         if not load_objects(opened, heads, lines, hosts):
             return None
+        reading = pool.submit(read_samples)
+        label_sets = fetch_label_sets(opened, dictionary)
         known = fetch_heads(opened, heads, label_sets, lines, hosts)
         times = fetch_times(opened, heads, known, label_sets, lines, sets=sets, hosts=hosts)
-        rows = _fetch_rows(opened, samples, sets, hosts, by_host=lines is Lines.EACH)
-        stacks = fetch_dictionary(opened, dictionary, rows.stacks)
+        rows, stacks = reading.result()
     return make_columns(known, rows, stacks, label_sets, times)
 
 

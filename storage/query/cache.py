@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
@@ -69,6 +70,7 @@ class DecodedCache:
         self._key = key
         # Files of other versions count as well, and so leave in time.
         self._files = FileCache(folder, limit_bytes, files="decoded-*/*")
+        self._is_saving = threading.Lock()
 
     @functools.cached_property
     def _folder(self) -> str:
@@ -98,6 +100,24 @@ class DecodedCache:
         """Keep a value, and a note that JSON can hold."""
         with contextlib.suppress(orjson.JSONEncodeError):  # damaged counts: sums beyond 64 bits
             self.save_packed(type(value), pack(value, note), name)
+
+    def save_later(self, value: _Kept, name: str, note: Any = None) -> None:
+        """Do what `save` does meanwhile: an answer need not wait for a disk.
+
+        At most one value is saved so at a time; a further one is saved at once. A process that ends
+        waits for it.
+        """
+        if not self._is_saving.acquire(blocking=False):
+            self.save(value, name, note)
+            return
+
+        def save() -> None:
+            try:
+                self.save(value, name, note)
+            finally:
+                self._is_saving.release()
+
+        threading.Thread(target=save, name="save").start()
 
     def save_packed(self, kind: type[_Kept], content: bytes, name: str) -> None:
         """Keep a value that is packed already."""

@@ -194,7 +194,7 @@ class Parts:
             parts = self.blocks.profile(hours, selector, labels)
             for each in parts:
                 if each.value is not None and each.is_lasting and each.keys == keys:
-                    self.cache.save(each.value, name, each.skipped)
+                    self.cache.save_later(each.value, name, each.skipped)
             return parts
 
     def read_times(
