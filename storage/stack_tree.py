@@ -87,12 +87,12 @@ class StackTree:
     @functools.cached_property
     def levels(self) -> list[slice]:
         """The nodes of each depth."""
-        kind = self.parents.dtype.type  # a number of another type would have all of them converted
-        first, past = 0, int(np.searchsorted(self.parents, kind(0)))
-        levels = []
+        levels, first = [], 0
+        # Of the type of the parents, or all of these would be converted for each level.
+        past = int(np.searchsorted(self.parents, np.int32(0)))
         while past > first:
             levels.append(slice(first, past))
-            first, past = past, int(np.searchsorted(self.parents, kind(past)))
+            first, past = past, int(np.searchsorted(self.parents, np.int32(past)))
         return levels
 
     def check(self) -> None:
