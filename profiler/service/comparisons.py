@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from profiler.comparison.comparison import of_store
+from profiler.comparison.comparison import Function, of_store
 from profiler.comparison.deployments import announced_ns
 from profiler.comparison.sides import EmptySideError, Operand
-from profiler.flamegraph.differential import Pair, UnionGraph, UnionPaths
+from profiler.flamegraph.differential import Pair, Reason, UnionGraph, UnionPaths
 from profiler.flamegraph.flamegraph import Screen
 from profiler.flamegraph.views import View, only_hosts, path_to
 from profiler.service.merged import (
@@ -32,9 +32,13 @@ from storage.query.query import Answer, Query
 from storage.query.threads import Turns
 from storage.selector import Selector
 
+FunctionKey = tuple[str, str, str]
+"""Function, module and kind."""
 _KEPT_S = 300.0
 """How long a comparison is kept: new objects of its sides lead to another one at once, but late
 objects of the time before may make it more certain."""
+_LISTED_S = 60.0
+"""A comparison is of what was listed when it began, however long it takes."""
 
 
 class NothingToCompareError(LookupError):
@@ -90,6 +94,13 @@ class Compared:
             while len(self.drawn) > KEPT_GRAPHS:
                 self.drawn.popitem(last=False)
             return shown, *self.drawn[key]
+
+    def reasons(
+        self, functions: Sequence[Function]
+    ) -> tuple[frozenset[FunctionKey], dict[FunctionKey, tuple[Reason, ...]]]:
+        """Return the functions that moved between callers, and what explains changes of some."""
+        with self.lock:  # the graph, which is asked for at the same time, takes the same steps
+            return self.pair.moved, self.pair.reasons(functions)
 
 
 class Comparisons:
@@ -150,7 +161,9 @@ class Comparisons:
         Raises:
             NothingToCompareError: one is empty.
         """
-        before, after = (self._profiles.select(side, check).answer for side in sides)
+        # What is compared has been listed, to see whether that is known.
+        profiles = self._profiles.believing(_LISTED_S)
+        before, after = (profiles.select(side, check).answer for side in sides)
         for name, side, answer in zip(("before", "after"), sides, (before, after), strict=True):
             _refuse_empty(query, name, side, answer)
         return before, after

@@ -234,7 +234,7 @@ def diff_table(
     shown = functions[:limit]
     summary = _summary(compared, gate, shown)
     check()
-    moved, reasons = pair.moved, pair.reasons(shown)
+    moved, reasons = compared.reasons(shown)
     for record in summary["functions"]:
         key = (record["function"], record["module"], record["kind"])
         record["moved"] = key in moved

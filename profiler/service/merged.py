@@ -5,6 +5,7 @@ that a change in the store is never missed. What was made of it is kept with it:
 views, the graphs drawn of them, and the services selected from it.
 """
 
+import copy
 import itertools
 import threading
 from collections import OrderedDict
@@ -266,6 +267,12 @@ class MergedProfiles:
         self.query = query.believing(_BELIEVED_S)
         self._kept: Kept[ProfileKey, MergedProfile] = Kept()
         self._merging = Turns()
+
+    def believing(self, listing_s: float) -> "MergedProfiles":
+        """Return the same, which lists a window again only after so many seconds."""
+        other = copy.copy(self)
+        other.query = self.query.believing(listing_s)
+        return other
 
     def key(self, request: PanelRequest, labels: frozenset[str] | None = None) -> ProfileKey:
         """Name what a request asks for: as long as it is the same, so is the merged profile.

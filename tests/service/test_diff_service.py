@@ -9,7 +9,10 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +21,14 @@ from profiler.comparison.announcements import announce
 from profiler.comparison.gate import Gate
 from profiler.comparison.sides import Operand
 from profiler.flamegraph import flamegraph
+from profiler.service import merged
 from profiler.service.comparisons import Comparisons
 from profiler.service.diff import diff_graph
 from profiler.service.merged import MergedProfiles, PanelRequest
 from profiler.service.sharing import json_body
 from storage.columns import Columns
 from storage.objects.directory import DirectoryStore
+from storage.objects.keys import StoredObject
 from storage.objects.tenant import TenantStore
 from storage.profile import Profile
 from storage.query.query import Query
@@ -383,6 +388,46 @@ def test_a_comparison_may_end_at_any_step(folder, tmp_path):
 
     assert steps > 16
     assert found == expected
+
+
+class ListedStore(DirectoryStore):
+    """A directory that notes what is listed."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.listed: list[str] = []
+
+    def list(self, prefix: str, **asked: Any) -> Iterator[StoredObject]:
+        self.listed.append(prefix)
+        return super().list(prefix, **asked)
+
+
+def test_a_comparison_takes_no_step_twice(folder, tmp_path, monkeypatch):
+    """It lists each side once, and the table waits while the graph judges the stacks."""
+    store = ListedStore(folder / "store")
+    profiles = TenantStore(store)
+    query = Query(profiles, tmp_path / "cache")
+    monkeypatch.setattr(merged, "_BELIEVED_S", 1e-9)
+    comparisons = Comparisons(MergedProfiles(profiles, query))
+    sides = [
+        Operand(Selector.parse(API["query"]), minutes(END - (i + 1) * LENGTH, END - i * LENGTH))
+        for i in range(2)
+    ]
+    list(profiles.list_window(sides[0].window, "cpu"))
+    of_window, store.listed = store.listed, []
+
+    compared = comparisons.compare(PanelRequest(*sides[0][::-1]), sides[1], lambda: None)
+
+    # Each side and their past in two pieces: the hour before a window may reach into it.
+    assert all(store.listed.count(prefix) <= 8 for prefix in of_window)
+    with compared.lock, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(compared.reasons, compared.pair.found.functions)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.2)
+        compared.lock.release()
+        moved, _ = waiting.result(30)
+        compared.lock.acquire()
+    assert {function for function, *_ in moved} == {"shared"}
 
 
 def test_metrics_count_comparisons_by_endpoint(client):
