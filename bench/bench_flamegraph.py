@@ -146,7 +146,9 @@ def viewed() -> UnionPaths:
 def zoomed_union() -> UnionGraph:
     """Draw what stands on the first frame of the first stack."""
     paths = viewed().paths
-    return sides().draw(viewed(), [int(paths.boxes[paths.starts[0]])], Screen(SCREEN_PX))
+    return sides().draw(
+        viewed(), [int(paths.shape.boxes_at(paths.shape.first()[:1], 0)[0])], Screen(SCREEN_PX)
+    )
 
 
 def export_minute(ending: str) -> bytes:

@@ -122,13 +122,11 @@ class UnionPaths:
 
     def sums_along(self, path: Sequence[int]) -> list[dict[str, int]]:
         """Return the cost of each of these boxes, from the first one on."""
-        found = []
-        for i in range(len(path)):
-            rows = self.paths.through(path[: i + 1]).samples
-            sums = [int(column[rows].sum()) for column in self.counts]
-            names = ("before", "after", "before_samples", "after_samples")
-            found.append(dict(zip(names, sums, strict=True)))
-        return found
+        names = ("before", "after", "before_samples", "after_samples")
+        columns = [column[self.paths.samples] for column in self.counts]
+        return [
+            dict(zip(names, sums, strict=True)) for sums in self.paths.sums_along(path, columns)
+        ]
 
 
 @dataclass(slots=True, eq=False)
@@ -167,8 +165,8 @@ class Pair:
             before, after = function.total
             whole = (before * scale.before + after * scale.after) / 2
             wholes[numbers.get(_key(function.frame), [])] = whole
-        rows, boxes = paths.pairs()
-        is_asked = np.isfinite(wholes[boxes]) & (boxes != leaves[rows])
+        rows, boxes = paths.shape.pairs(np.isfinite(wholes))
+        is_asked = boxes != leaves[rows]
         rows, boxes = rows[is_asked], boxes[is_asked]
         pairs, which = np.unique(boxes * size + leaves[rows], return_inverse=True)
         above, below = np.divmod(pairs, size)
@@ -237,9 +235,10 @@ class Pair:
         counts = tuple(column[chosen] for column in shown.counts)
         depth = None if shown.own_depth is None else shown.own_depth - len(path)
         tree = grow(paths, counts, widths, screen, depth)
-        own = tree.nodes
         codes = shown.codes[chosen]
-        if shown.callers:
+        if not shown.callers:
+            own = tree.nodes()
+        else:
             codes, own = self._code_of(shown.callers), np.zeros(1, np.int64)
             counts = tuple(total[:1] for total in tree.totals)
         return UnionGraph(
@@ -335,9 +334,7 @@ class Pair:
         _, first, which = np.unique(marks[raw.stacks], return_index=True, return_inverse=True)
         counts = self._counts(raw, which, len(first))
         numbers = raw.stacks[first]
-        starts, ends = stacks.offsets[numbers], stacks.offsets[numbers + 1]
-        leaves = np.full(len(first), len(stacks.frames), np.int64)
-        leaves[ends > starts] = stacks.boxes[ends[ends > starts] - 1]
+        leaves = stacks.leaves(of_empty=len(stacks.frames))[numbers]
         functions = {_key(each.frame): each for each in self.found.functions}
         known = [functions.get(_key(frame)) for frame in stacks.frames]
         of_frame = np.array([_CODES[f.change] if f else UNCHANGED for f in known] + [0], np.int8)

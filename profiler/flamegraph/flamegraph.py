@@ -10,6 +10,7 @@ is too many to visit one by one. If the width of the screen is known, boxes that
 cut while the tree grows, and only the drawn ones are made (bench/bench_flamegraph.py).
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -248,11 +249,17 @@ class Tree(NamedTuple):
     end: Indices
     totals: tuple[Integers, ...]
     selves: tuple[Integers, ...]
-    nodes: Integers
-    """By path: the node at which it ends, or that of a wanted depth; -1 where there is none."""
+    positions: Integers
+    """By node, counted level by level: its number here. The last one is for those without."""
+    numbers: Callable[[], Integers]
+    """Gives for each path the node at which it ends, counted level by level; -1: there is none."""
     cut_nodes: int
     cut: tuple[int, ...]
     """The totals of what was cut."""
+
+    def nodes(self) -> Integers:
+        """Return by path the node at which it ends, or that of a wanted depth, or -1."""
+        return self.positions.take(self.numbers())
 
 
 def grow(
@@ -269,33 +276,39 @@ def grow(
     root = len(paths.frames)
     deeper, rest = root + 1, root + 2
     whole = float(widths([column.sum(keepdims=True) for column in columns])[0])
+    shape = paths.shape
+    if depth is not None or shape.depth > DEPTH_LIMIT:
+        shape = shape.lists  # of paths that part or end deeper a node is not one place
     rows = _Rows(
-        columns=columns,
+        columns=tuple(shape.sums(column) for column in columns),
         widths=widths,
         rest=rest,
         least=screen.least_px * whole / screen.width_px if screen else 0.0,
     )
-    levels = [_Level.root(rows, frame=root)]
-    is_there = paths.ends > paths.starts
-    alive = np.flatnonzero(is_there)
+    zero = np.zeros(1, np.int64)
+    levels = [_Level(zero, zero + root, tuple(zero + column.sum() for column in columns))]
+    # The node of each place: its number when they are counted level by level.
+    number = np.full(shape.places, 0 if depth == 0 else -1, dtype=np.int32)
+    count = 1
+    alive = shape.first()
     node = np.zeros(len(alive), dtype=np.int64)
-    # The node that is returned of each path: its depth, and its number among those.
-    is_root = ~is_there if depth is None else np.full(len(is_there), depth == 0)
-    reached, number = np.where(is_root, 0, -1), np.where(is_root, 0, -1)
     for i in range(DEPTH_LIMIT):
         if len(alive) == 0:
             break
-        boxes = paths.boxes[paths.starts[alive] + i].astype(np.int64)
-        left = paths.ends[alive] - paths.starts[alive] - i
+        boxes = shape.boxes_at(alive, i).astype(np.int64)
         if i == DEPTH_LIMIT - 1:
-            boxes[left > 1] = deeper
+            boxes[shape.next(alive, i)[1]] = deeper
         level, node = _Level.below(rows, alive, node, boxes)
         levels.append(level)
-        is_told = left == 1 if depth is None else np.full(len(alive), depth == i + 1)
-        reached[alive[is_told]], number[alive[is_told]] = i + 1, node[is_told]
-        goes_on = (left > 1) & (node >= 0)
-        alive, node = alive[goes_on], node[goes_on]
-    return _lay_out((*paths.frames, paths.root, DEEPER, REST), levels, (reached, number))
+        if depth in (None, i + 1):
+            number[alive] = np.where(node >= 0, count + node, -1)
+        count += len(level.parent)
+        is_drawn = node >= 0
+        alive, above = shape.next(alive[is_drawn], i)
+        node = node[is_drawn][above]
+    of_empty = 0 if depth in (None, 0) else -1
+    frames = (*paths.frames, paths.root, DEEPER, REST)
+    return _lay_out(frames, levels, functools.partial(shape.by_path, number, of_empty))
 
 
 def top_functions(profile: Columns, group: Group = Group.FUNCTION) -> list[FunctionRow]:
@@ -335,7 +348,7 @@ def fields_of_graph(profile: Columns, graph: FlameGraph, query: str = "") -> dic
 
 
 class _Rows(NamedTuple):
-    """The counts of each path, and how small ones are drawn."""
+    """The counts of each place, and how small ones are drawn."""
 
     columns: tuple[Integers, ...]
     widths: Widths
@@ -355,11 +368,6 @@ class _Level(NamedTuple):
     cut: tuple[int, ...] = ()
 
     @classmethod
-    def root(cls, rows: _Rows, frame: int) -> "_Level":
-        zero = np.zeros(1, np.int64)
-        return cls(zero, zero + frame, tuple(zero + column.sum() for column in rows.columns))
-
-    @classmethod
     def below(
         cls,
         rows: _Rows,
@@ -367,10 +375,10 @@ class _Level(NamedTuple):
         node: Integers,
         boxes: Integers,
     ) -> tuple["_Level", Integers]:
-        """Return the next level, and the number in it of the node of each row that is alive.
+        """Return the next level, and the number in it of the node of each place that is alive.
 
-        `node` says in which node of the level above each of these rows stands, `boxes` which box
-        comes next. What is too narrow becomes a box of kind `rest`, whose rows are in node -1.
+        `node` says in which node of the level above each of these places stands, `boxes` which box
+        comes next. What is too narrow becomes a box of kind `rest`, whose places are in node -1.
         """
         rest = rows.rest
         width = rest + 1
@@ -417,7 +425,7 @@ class _Level(NamedTuple):
 
 
 def _lay_out(
-    frames: tuple[Frame, ...], levels: list[_Level], told: tuple[Integers, Integers]
+    frames: tuple[Frame, ...], levels: list[_Level], numbers: Callable[[], Integers]
 ) -> Tree:
     """Put levels into preorder: subtree sizes from the bottom up, positions from the top down."""
     sizes = [np.ones(len(level.parent), dtype=np.int64) for level in levels]
@@ -452,11 +460,6 @@ def _lay_out(
                 column[position] = part
     is_used = np.zeros(len(frames), dtype=bool)
     is_used[frame] = True
-    firsts = np.cumsum([0, *map(len, positions)])
-    reached, number = told
-    is_drawn = (reached >= 0) & (number >= 0)
-    nodes = np.full(len(reached), -1, dtype=np.int64)
-    nodes[is_drawn] = np.concatenate(positions)[firsts[reached[is_drawn]] + number[is_drawn]]
     return Tree(
         frames=tuple(frames[i] for i in np.flatnonzero(is_used).tolist()),
         frame=(np.cumsum(is_used, dtype=np.int32) - 1)[frame],
@@ -465,7 +468,8 @@ def _lay_out(
         end=end,
         totals=totals,
         selves=own_totals,
-        nodes=nodes,
+        positions=np.append(np.concatenate(positions), -1),
+        numbers=numbers,
         cut_nodes=sum(level.cut_nodes for level in levels),
         cut=tuple(sum(level.cut[i] for level in levels[1:]) for i in range(len(totals))),
     )

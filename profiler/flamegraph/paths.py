@@ -6,18 +6,20 @@ inverted graph) are made by changing paths. Paths are drawn (`profiler.flamegrap
 added up (`functions`).
 """
 
-import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from profiler.flamegraph.stacks import Group, Part, Stacks, split_parts
+from profiler.flamegraph import trees
+from profiler.flamegraph.path_lists import Flags, PathLists
+from profiler.flamegraph.path_tree import PathTree
+from profiler.flamegraph.stacks import Group, Stacks, split_parts
 from storage.columns import Columns
 from storage.profile import Indices, Integers, label_frames
+from storage.stack_tree import StackTree
 from symbolizer.location import Frame, Kind
 
 ROOT = Frame("all", "", Kind.LABEL)
@@ -43,7 +45,7 @@ class Matches(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Paths:
-    """Path i is `boxes[starts[i]:ends[i]]`, numbers of `frames`; it counts `values[i]`."""
+    """Path i is that of `shape`, in numbers of `frames`; it counts `values[i]`."""
 
     unit: str
     frames: tuple[Frame, ...]
@@ -51,9 +53,7 @@ class Paths:
     functions_count: int
     """How many of the frames are not labels."""
     root: Frame
-    boxes: Indices
-    starts: Integers
-    ends: Integers
+    shape: PathLists | PathTree
     heads: int
     """How many labels each path begins with."""
     values: Integers
@@ -78,29 +78,13 @@ class Paths:
         first = len(stacks.frames)
         number = {frame: first + i for i, frame in enumerate(labels)}
         depth = len(heads[0]) if heads else 0
-        numbers = rows.stacks.astype(np.int64)
-        starts, ends = stacks.offsets[numbers], stacks.offsets[numbers + 1]
-        boxes = stacks.boxes
-        if depth:
-            lengths = ends - starts + depth
-            path_ends = np.cumsum(lengths)
-            path_starts = path_ends - lengths
-            boxes = np.empty(int(lengths.sum()), dtype=np.int32)
-            table = np.array([[number[frame] for frame in head] for head in heads], np.int32)
-            for i in range(depth):
-                boxes[path_starts + i] = table[rows.labels, i]
-            for part in split_parts(starts, ends):
-                to = (path_starts[part.rows] + depth)[part.owner] + part.within
-                boxes[to] = stacks.boxes.take(part.place)
-            starts, ends = path_starts, path_ends
+        table = np.array([[number[frame] for frame in head] for head in heads], np.int32)
         return cls(
             unit=unit,
             frames=(*stacks.frames, *labels),
             functions_count=first,
             root=ROOT,
-            boxes=boxes,
-            starts=starts,
-            ends=ends,
+            shape=_shape_of(stacks, table.reshape(len(heads), depth), rows),
             heads=depth,
             values=rows.values,
             samples=rows.samples,
@@ -116,12 +100,7 @@ class Paths:
 
     def inverted(self) -> "Paths":
         """Return the paths leaf first; their labels stay where they are."""
-
-        def turn(part: Part) -> Integers:
-            last = self.ends[part.rows] - 1 + self.heads
-            return np.where(part.within < self.heads, part.place, last[part.owner] - part.within)
-
-        return self._turned(turn)
+        return replace(self, shape=self.shape.inverted(self.heads))
 
     def callers(self, function: str) -> "Paths":
         """Return what called a function, nearest first; it is the root itself.
@@ -129,62 +108,40 @@ class Paths:
         A stack counts once, from the innermost call of it.
         """
         wanted = self._boxes_of(function)
-        last = self._last_with(wanted)
-        kept = np.flatnonzero(last >= 0)
-        chosen = replace(self._only(kept), ends=last[kept], heads=0)
         numbers = np.flatnonzero(wanted)
         root = self.frames[numbers[0]] if len(numbers) else Frame(function, "", Kind.NATIVE)
-
-        def turn(part: Part) -> Integers:
-            return (chosen.ends[part.rows] - 1)[part.owner] - part.within
-
-        return replace(chosen._turned(turn), root=root)  # noqa: SLF001 - paths like these
+        return replace(self._with(*self.shape.above_last(wanted)), root=root, heads=0)
 
     def focus(self, function: str) -> "Paths":
         """Keep the paths that have a function."""
-        return self._only(np.flatnonzero(self._last_with(self._boxes_of(function)) >= 0))
+        is_found, _ = self.shape.find(self._boxes_of(function))
+        kept = np.flatnonzero(is_found)
+        return self._with(self.shape.only(kept), kept)
 
     def hide(self, function: str) -> "Paths":
         """Take a function out of all paths; its callees take its place."""
-        hidden = self._boxes_of(function)
-        lengths = np.zeros(len(self.starts), dtype=np.int64)
-        pieces = [np.zeros(0, dtype=np.int32)]
-        for part in self._parts():
-            boxes = self.boxes.take(part.place)
-            kept = ~hidden.take(boxes)
-            pieces.append(boxes[kept])
-            counts = lengths[part.rows]
-            counts += np.bincount(part.owner[kept], minlength=len(counts))
-        ends = np.cumsum(lengths)
-        return replace(self, boxes=np.concatenate(pieces), starts=ends - lengths, ends=ends)
+        return replace(self, shape=self.shape.without(self._boxes_of(function)))
 
     def through(self, path: Sequence[int]) -> "Paths":
         """Return the paths that begin with these boxes, from the last of them on."""
-        chosen = self._only(deque(self._along(path), maxlen=1)[0])
-        above = max(0, len(path) - 1)
-        return replace(chosen, starts=chosen.starts + above, heads=max(0, self.heads - above))
-
-    def sums_along(self, path: Sequence[int]) -> list[tuple[int, int]]:
-        """Return the total value and samples of each of these boxes, from the first one on."""
-        rows = itertools.islice(self._along(path), 1, None)
-        return [(int(self.values[each].sum()), int(self.samples[each].sum())) for each in rows]
-
-    def _along(self, path: Sequence[int]) -> Iterator[Integers]:
-        """Return all rows, then those that begin with the first box, the first two, and so on."""
-        alive = np.arange(len(self.starts))
-        yield alive
-        for i, box in enumerate(path):
-            alive = alive[self.ends[alive] - self.starts[alive] > i]
-            alive = alive[self.boxes[self.starts[alive] + i] == box]
-            yield alive
+        return self._behind(path, with_last=True) if path else self
 
     def below(self, path: Sequence[int]) -> "Paths":
         """Return the paths below the box that these boxes lead to, which becomes the root."""
         if not path:
             return self
-        chosen = self.through(path)
-        root = self.frames[path[-1]]
-        return replace(chosen, starts=chosen.starts + 1, root=root, heads=max(0, chosen.heads - 1))
+        return replace(self._behind(path, with_last=False), root=self.frames[path[-1]])
+
+    def sums_along(
+        self, path: Sequence[int], columns: Sequence[Integers] = ()
+    ) -> list[tuple[int, ...]]:
+        """Return the totals of each of these boxes, from the first one on.
+
+        Those of columns of counts by path, by default of values and samples.
+        """
+        columns = columns or (self.values, self.samples)
+        sums = [self.shape.sums(column) for column in columns] if path else []
+        return [tuple(int(column[places].sum()) for column in sums) for places in self._along(path)]
 
     def search(self, text: str) -> Matches:
         """Count the paths with a function or module that has `text` in it, in any case.
@@ -197,52 +154,24 @@ class Paths:
             return wanted in frame.function.casefold() or wanted in frame.module.casefold()
 
         is_match = np.fromiter(map(matches, self.frames), bool, len(self.frames))
-        is_found = np.zeros(len(self.starts), dtype=bool)
-        is_used = np.zeros(len(self.frames), dtype=bool)
-        for part in self._parts():
-            boxes = self.boxes.take(part.place)
-            hits = np.flatnonzero(is_match.take(boxes))
-            is_used[boxes[hits]] = True
-            is_found[part.rows][part.owner[hits]] = True
+        is_found, is_used = self.shape.find(is_match)
         if self.root is not ROOT and matches(self.root):
             is_found[:] = True
         samples = int(self.samples[is_found].sum())
         return Matches(int(self.values[is_found].sum()), samples, int(is_used.sum()))
-
-    def pairs(self) -> tuple[Integers, Integers]:
-        """Return which function is in which path: numbers of paths, and of their boxes."""
-        found = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
-        for part in self._parts():
-            owner, box = self._distinct(part)
-            found.append((owner + part.rows.start, box))
-        rows, boxes = zip(*found, strict=True)
-        return np.concatenate(rows), np.concatenate(boxes)
-
-    def _distinct(self, part: Part) -> tuple[Integers, Integers]:
-        """Return the functions of some paths, once by path: its path in the part, its number."""
-        count = max(self.functions_count, 1)
-        boxes = self.boxes.take(part.place).astype(np.int64)
-        is_function = boxes < self.functions_count
-        words = np.sort(part.owner[is_function] * count + boxes[is_function])
-        owner, box = np.divmod(words[np.diff(words, prepend=-1) > 0], count)
-        return owner, box
 
     def functions(self) -> list[FunctionRow]:
         """Return the table of functions, largest self first; recursion counts once in the total.
 
         Labels are not functions, and neither is the root.
         """
-        count, size = self.functions_count, len(self.starts)
+        count = self.functions_count
         columns = (self.values, self.samples)
-        totals = [np.zeros(count, dtype=np.int64) for _ in columns]
-        for part in self._parts():
-            owner, box = self._distinct(part)
-            for total, column in zip(totals, columns, strict=True):
-                np.add.at(total, box, column[part.rows][owner])
-        filled = np.flatnonzero(self.ends > self.starts) if size else np.zeros(0, np.int64)
-        leaves = self.boxes[self.ends[filled] - 1].astype(np.int64)
-        filled, leaves = filled[leaves < count], leaves[leaves < count]
-        self_totals = [sum_by(leaves, column[filled], count) for column in columns]
+        is_function = np.arange(len(self.frames)) < count
+        totals = [total[:count] for total in self.shape.totals(columns, is_function)]
+        leaves = self.shape.leaves(of_empty=count)
+        ending = np.flatnonzero(leaves < count)
+        self_totals = [sum_by(leaves[ending], column[ending], count) for column in columns]
         order = np.lexsort((np.arange(count), -totals[0], -self_totals[0]))
         table = (self_totals[0], totals[0], self_totals[1], totals[1])
         rows = zip(*(column[order].tolist() for column in table), strict=True)
@@ -251,41 +180,56 @@ class Paths:
             for number, row in zip(order.tolist(), rows, strict=True)
         ]
 
-    def _boxes_of(self, function: str) -> npt.NDArray[np.bool_]:
+    def _boxes_of(self, function: str) -> Flags:
         # Labels come last: a service with the name of a function is not one.
         named = np.zeros(len(self.frames), dtype=bool)
         for i, frame in enumerate(self.frames[: self.functions_count]):
             named[i] = frame.function == function
         return named
 
-    def _parts(self) -> Iterator[Part]:
-        return split_parts(self.starts, self.ends)
+    def _along(self, path: Sequence[int]) -> Iterator[Integers]:
+        """Return the places where the first of these boxes is, the second below it, and so on."""
+        shape, places = self.shape, self.shape.first()
+        for depth, box in enumerate(path):
+            if depth:
+                places, _ = shape.next(places, depth - 1)
+            places = places[shape.boxes_at(places, depth) == box]
+            yield places
 
-    def _turned(self, turn: Callable[[Part], Integers]) -> "Paths":
-        """Return paths as long as these, with the boxes that `turn` returns for each part."""
-        ends = np.cumsum(self.ends - self.starts)
-        starts = ends - (self.ends - self.starts)
-        boxes = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.int32)
-        for part in self._parts():
-            boxes[starts[part.rows][0] :][: len(part.owner)] = self.boxes.take(turn(part))
-        return replace(self, boxes=boxes, starts=starts, ends=ends)
+    def _behind(self, path: Sequence[int], with_last: bool) -> "Paths":
+        (places,) = deque(self._along(path), maxlen=1)
+        depth = len(path) - 1
+        chosen = self._with(*self.shape.branch(places, depth, with_last))
+        return replace(chosen, heads=max(0, self.heads - depth - (not with_last)))
 
-    def _only(self, rows: Integers) -> "Paths":
-        return replace(
-            self,
-            starts=self.starts[rows],
-            ends=self.ends[rows],
-            values=self.values[rows],
-            samples=self.samples[rows],
-        )
+    def _with(self, shape: PathLists | PathTree, kept: Integers) -> "Paths":
+        """Return some of the paths, changed to those of a shape."""
+        return replace(self, shape=shape, values=self.values[kept], samples=self.samples[kept])
 
-    def _last_with(self, wanted: npt.NDArray[np.bool_]) -> Integers:
-        """Return where in `boxes` each path has one of the wanted for the last time, or -1."""
-        last = np.full(len(self.starts), -1, dtype=np.int64)
-        for part in self._parts():
-            hits = np.flatnonzero(wanted.take(self.boxes.take(part.place)))
-            last[part.rows][part.owner[hits]] = part.place[hits]  # of several, the last one stays
-        return last
+
+def _shape_of(stacks: Stacks, heads: Indices, rows: "Rows") -> PathLists | PathTree:
+    """Return a path by row: its line of `heads`, then its stack."""
+    if isinstance(stacks.stacks, StackTree):
+        tree = stacks.stacks.take(rows.stacks)
+        if not heads.shape[1]:
+            return PathTree(tree)
+        labelled = trees.below_labels(tree, heads, rows.labels)
+        if labelled is not None:
+            return PathTree(labelled)
+    lists, depth = stacks.lists, heads.shape[1]
+    starts, ends = lists.offsets[rows.stacks], lists.offsets[rows.stacks + 1]
+    if not depth:
+        return PathLists(lists.words, starts, ends)
+    lengths = ends - starts + depth
+    path_ends = np.cumsum(lengths)
+    path_starts = path_ends - lengths
+    boxes = np.empty(int(lengths.sum()), dtype=np.int32)
+    for i in range(depth):
+        boxes[path_starts + i] = heads[rows.labels, i]
+    for part in split_parts(starts, ends):
+        to = (path_starts[part.rows] + depth)[part.owner] + part.within
+        boxes[to] = lists.words.take(part.place)
+    return PathLists(boxes, path_starts, path_ends)
 
 
 class Rows(NamedTuple):

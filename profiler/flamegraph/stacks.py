@@ -13,9 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from profiler.flamegraph import trees
 from storage.columns import Columns, ShownFrames
 from storage.grouping import agree_on_files, distinct, group_keys, number_groups, ranges
 from storage.profile import Indices, Integers
+from storage.stack_tree import StackLists, StackTree, lists_of, merge_trees
 from symbolizer.location import Frame, Kind
 
 _PART_BOXES = 1 << 17
@@ -64,39 +66,47 @@ def split_parts(starts: Integers, ends: Integers) -> Iterator[Part]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stacks:
-    """Stack i is `boxes[offsets[i]:offsets[i + 1]]`, root first: numbers of `frames`."""
+    """Stacks of boxes: `stacks` has numbers of `frames`.
+
+    They are a tree if those of one of the profiles are. In that of several profiles equal stacks
+    end at the same node.
+    """
 
     frames: tuple[Frame, ...]
     """In the order of their names."""
-    offsets: Integers
-    boxes: Indices
+    stacks: StackLists | StackTree
 
     @classmethod
     def of(cls, profiles: Sequence[Columns], group: Group) -> "Stacks":
         """Return the stacks of all profiles, those of one after those of another."""
         shown = ShownFrames.joined([each.shown_frames() for each in profiles])
         frames, numbers = _number_boxes(shown, group)
-        first, per_location = shown.offsets[:-1], np.diff(shown.offsets)
-        lengths, boxes = [np.zeros(1, np.int64)], []
-        locations = 0
-        for each in profiles:
-            words, ends = each.stack_words, each.stack_offsets.astype(np.int64)
-            if locations:
-                words = words.astype(np.int64) + locations
-            if len(numbers) == len(first):
-                mine = np.empty(len(words), dtype=numbers.dtype)
-                for at in range(0, len(words), _PART_BOXES):  # indices are widened meanwhile
-                    numbers.take(words[at : at + _PART_BOXES], out=mine[at : at + _PART_BOXES])
-            else:
-                # Each word becomes the boxes of its location: one, or several when inlined.
-                counts = per_location.take(words)
-                mine = numbers.take(ranges(first.take(words), counts))
-                ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])[ends]
-            lengths.append(np.diff(ends))
-            boxes.append(mine)
-            locations += len(each.locations)
-        stacks = cls(frames, np.concatenate(lengths).cumsum(), np.concatenate(boxes))
-        return stacks._without_repeats() if group in {Group.FILE, Group.MODULE} else stacks
+        joins = group in {Group.FILE, Group.MODULE}
+        boxes = _Boxes(shown.offsets[:-1], np.diff(shown.offsets), numbers)
+        locations = np.cumsum([0, *(len(each.locations) for each in profiles)]).tolist()
+        parts = [boxes.part(*bounds) for bounds in itertools.pairwise(locations)]
+        tree = _tree_of(profiles, parts, joins)
+        if tree is not None:
+            return cls(frames, tree)
+        lists = _lists_of(profiles, parts)
+        return cls(frames, _without_repeats(lists) if joins else lists)
+
+    def __len__(self) -> int:
+        return len(self.stacks)
+
+    @property
+    def lists(self) -> StackLists:
+        return lists_of(self.stacks)
+
+    def leaves(self, of_empty: int) -> Integers:
+        """Return the last box of each stack."""
+        if isinstance(self.stacks, StackTree):
+            return np.append(self.stacks.words, of_empty).take(self.stacks.ends)
+        starts, ends = self.stacks.offsets[:-1], self.stacks.offsets[1:]
+        leaves = np.full(len(starts), of_empty, dtype=np.int64)
+        filled = np.flatnonzero(ends > starts)
+        leaves[filled] = self.stacks.words[ends[filled] - 1]
+        return leaves
 
     def fingerprints(self) -> npt.NDArray[np.uint64]:
         """Return a number by stack, the same for the same boxes in the same order.
@@ -104,27 +114,84 @@ class Stacks:
         The numbers are drawn anew each time, so that nobody can craft two stacks with the same one.
         """
         random = np.random.default_rng()
+        if isinstance(self.stacks, StackTree):
+            count = len(self.stacks.parents) + 1
+            return random.integers(2**64, size=count, dtype=np.uint64).take(self.stacks.ends)
         words = random.integers(2**64, size=len(self.frames), dtype=np.uint64)
-        starts, ends = self.offsets[:-1], self.offsets[1:]
+        starts, ends = self.stacks.offsets[:-1], self.stacks.offsets[1:]
         longest = int((ends - starts).max(initial=0))
         base = random.integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
         powers = np.full(longest, base, dtype=np.uint64).cumprod(dtype=np.uint64)
         found = np.zeros(len(starts), dtype=np.uint64)
         for part in split_parts(starts, ends):
-            terms = words[self.boxes.take(part.place)] * powers[part.within]
+            terms = words[self.stacks.words.take(part.place)] * powers[part.within]
             sums = np.concatenate([np.zeros(1, np.uint64), terms.cumsum(dtype=np.uint64)])
             last = (ends - starts)[part.rows].cumsum()
             found[part.rows] = np.diff(sums[np.concatenate([np.zeros(1, np.int64), last])])
         return found
 
-    def _without_repeats(self) -> "Stacks":
-        """Return the stacks with boxes that follow each other directly as one."""
-        if not len(self.boxes):
-            return self
-        differs = np.concatenate([[True], self.boxes[1:] != self.boxes[:-1]])
-        differs[self.offsets[:-1][np.diff(self.offsets) > 0]] = True
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(differs)])[self.offsets]
-        return Stacks(self.frames, offsets, self.boxes[differs])
+
+class _Boxes(NamedTuple):
+    """Location i is shown as `numbers[firsts[i]:][:counts[i]]`, outermost first."""
+
+    firsts: Integers
+    counts: Integers
+    numbers: Indices
+
+    def part(self, first: int, past: int) -> "_Boxes":
+        return _Boxes(self.firsts[first:past], self.counts[first:past], self.numbers)
+
+
+def _lists_of(profiles: Sequence[Columns], parts: Sequence[_Boxes]) -> StackLists:
+    lengths, boxes = [np.zeros(1, np.int64)], []
+    for each, (firsts, counts, numbers) in zip(profiles, parts, strict=True):
+        words, ends = each.stack_words, each.stack_offsets.astype(np.int64)
+        if int(counts.max(initial=1)) == 1:
+            of_location = numbers.take(firsts)
+            mine = np.empty(len(words), dtype=numbers.dtype)
+            for at in range(0, len(words), _PART_BOXES):  # indices are widened meanwhile
+                of_location.take(words[at : at + _PART_BOXES], out=mine[at : at + _PART_BOXES])
+        else:
+            # Each word becomes the boxes of its location: one, or several when inlined.
+            lengths_of = counts.take(words)
+            mine = numbers.take(ranges(firsts.take(words), lengths_of))
+            ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_of)])[ends]
+        lengths.append(np.diff(ends))
+        boxes.append(mine)
+    return StackLists(np.concatenate(lengths).cumsum(), np.concatenate(boxes))
+
+
+def _tree_of(profiles: Sequence[Columns], parts: Sequence[_Boxes], joins: bool) -> StackTree | None:
+    """Return the stacks as a tree; None if all are lists, or if some are too long for a tree.
+
+    `joins` says to make one of boxes that follow each other directly.
+    """
+    if not any(isinstance(each.stacks, StackTree) for each in profiles):
+        return None
+    found = []
+    for each, boxes in zip(profiles, parts, strict=True):
+        tree = StackTree.of(each.stacks) if isinstance(each.stacks, StackLists) else each.stacks
+        expanded = None if tree is None else trees.expand(tree, *boxes)
+        if expanded is None:
+            return None
+        if joins:
+            above = np.append(expanded.words, np.int32(-1)).take(expanded.parents)
+            expanded = trees.contract(expanded, expanded.words == above)
+        found.append(expanded)
+    if len(found) == 1:
+        return found[0]
+    count = max(int(tree.words.max(initial=-1)) for tree in found) + 1
+    return merge_trees(found, [np.arange(count)] * len(found))
+
+
+def _without_repeats(lists: StackLists) -> StackLists:
+    """Return stacks with boxes that follow each other directly as one."""
+    if not len(lists.words):
+        return lists
+    differs = np.concatenate([[True], lists.words[1:] != lists.words[:-1]])
+    differs[lists.offsets[:-1][np.diff(lists.offsets) > 0]] = True
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(differs)])[lists.offsets]
+    return StackLists(offsets, lists.words[differs])
 
 
 def _number_boxes(shown: ShownFrames, group: Group) -> tuple[tuple[Frame, ...], Indices]:

@@ -118,13 +118,14 @@ def _columns_of(profile: Columns, paths: Paths, chosen: Integers) -> Columns:
 
     Their samples are the rows of the profile that they come from.
     """
+    lists = paths.shape.only(chosen).lists
     frames = (*paths.frames, paths.root)
     first = 0 if paths.root is ROOT else 1
-    starts = paths.starts[chosen] + paths.heads
-    lengths = paths.ends[chosen] - starts + first
+    starts = lists.starts + paths.heads
+    lengths = lists.ends - starts + first
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     words = np.full(int(offsets[-1]), len(paths.frames), dtype=np.int32)
-    boxes = paths.boxes[ranges(starts, lengths - first)]
+    boxes = lists.boxes[ranges(starts, lengths - first)]
     words[ranges(offsets[:-1] + first, lengths - first)] = boxes
     rows = Rows.of(profile.with_rows(paths.samples[chosen]))
     changed = Profile(

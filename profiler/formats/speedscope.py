@@ -62,7 +62,7 @@ def _largest(profile: Columns, heads: Sequence[Sequence[Frame]], shown: _Shown) 
     boxes = Stacks.of([profile], Group.FUNCTION)
     frames = [shown.setdefault(_identity(frame), frame) for frame in boxes.frames]
     stacks: dict[tuple[Frame, ...], tuple[int, int]] = {}
-    bounds, words = boxes.offsets.tolist(), boxes.boxes.tolist()
+    bounds, words = boxes.lists.offsets.tolist(), boxes.lists.words.tolist()
     rows = Rows.of(profile)
     columns = (rows.labels, rows.stacks, rows.samples, rows.values)
     for labels, stack, samples, value in zip(*(c.tolist() for c in columns), strict=True):

@@ -17,10 +17,16 @@ Listed = Counter[tuple[str, ...]]
 def listed(paths: Paths) -> Listed:
     """Return the values by path, as names."""
     counts: Listed = Counter()
-    bounds = zip(paths.starts.tolist(), paths.ends.tolist(), paths.values.tolist(), strict=True)
-    for start, end, value in bounds:
-        counts[tuple(paths.frames[box].function for box in paths.boxes[start:end])] += value
+    for boxes, value in zip(rows_of(paths), paths.values.tolist(), strict=True):
+        counts[tuple(paths.frames[box].function for box in boxes)] += value
     return counts
+
+
+def rows_of(paths: Paths) -> list[list[int]]:
+    """Return the boxes of each path."""
+    lists = paths.shape.lists
+    bounds = zip(lists.starts.tolist(), lists.ends.tolist(), strict=True)
+    return [lists.boxes[start:end].tolist() for start, end in bounds]
 
 
 def changed(paths: Paths, change) -> Listed:
@@ -94,10 +100,7 @@ def test_what_is_looked_at_in_parts_is_the_whole(monkeypatch):
 def test_what_stands_on_a_box_is_the_rest_of_its_paths(profile, data):
     """Following boxes from the root keeps the paths that begin with them."""
     paths = Paths.of(Columns.of(profile), ("comm",))
-    rows = [
-        paths.boxes[start:end].tolist()
-        for start, end in zip(paths.starts.tolist(), paths.ends.tolist(), strict=True)
-    ]
+    rows = rows_of(paths)
     if not rows:
         return
     row = data.draw(st.sampled_from(rows))
@@ -126,10 +129,8 @@ def test_a_search_counts_each_path_once(profile, text):
     found = paths.search(text)
 
     expected, functions = 0, set()
-    for start, end, value in zip(
-        paths.starts.tolist(), paths.ends.tolist(), paths.values.tolist(), strict=True
-    ):
-        frames = [paths.frames[box] for box in paths.boxes[start:end]]
+    for boxes, value in zip(rows_of(paths), paths.values.tolist(), strict=True):
+        frames = [paths.frames[box] for box in boxes]
         hits = {
             frame
             for frame in frames

@@ -57,8 +57,8 @@ def boxes_of(profiles: Sequence[Profile], group: Group) -> Boxes:
 
 
 def listed(stacks: Stacks) -> Boxes:
-    bounds = itertools.pairwise(stacks.offsets.tolist())
-    boxes = stacks.boxes.tolist()
+    bounds = itertools.pairwise(stacks.lists.offsets.tolist())
+    boxes = stacks.lists.words.tolist()
     return [tuple(stacks.frames[box] for box in boxes[start:end]) for start, end in bounds]
 
 
