@@ -27,7 +27,7 @@ from storage.blocks.block import Block
 from storage.blocks.dictionary import read_dictionary, read_label_sets
 from storage.blocks.loading import insert_stacks
 from storage.blocks.parquet import LocalFile, engine, of_table
-from storage.blocks.reading import read_columns, sum_samples
+from storage.blocks.reading import Stored, read_columns, sum_samples
 from storage.blocks.rollup import Stacks
 from storage.blocks.schema import DETAIL
 from storage.blocks.slices import Slice
@@ -174,7 +174,7 @@ def bench_parts(hosts: int, minutes: int, objects: int, folder: Path) -> None:
     whole = Slice(tuple(merged), ((start_s, end_s),))
     columns = measure(
         "columns of all of it",
-        lambda: read_columns([detail_of], [whole], merged, read_label_sets(merged)),
+        lambda: read_columns([whole], read_label_sets(merged), lambda: Stored([detail_of], merged)),
         rows,
     )
     assert columns is not None

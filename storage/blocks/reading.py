@@ -9,7 +9,7 @@ known of objects is read by `storage.blocks.times`.
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from storage.blocks.block import Samples
 from storage.blocks.dictionary import fetch_dictionary
 from storage.blocks.loading import SUMS
 from storage.blocks.parquet import Engine, LocalFile, of_table, reading_engine
-from storage.blocks.schema import DETAIL, HEADS, HEADS_10M, ROLLUPS
+from storage.blocks.schema import DETAIL, ROLLUPS
 from storage.blocks.slices import Slice, files_in, rows_in
 from storage.blocks.times import (
     Heads,
@@ -129,11 +129,18 @@ def _add_up(opened: Engine, found: Sequence[Mapping[str, npt.NDArray[Any]]]) -> 
     return opened.arrays(query)
 
 
+class Stored(NamedTuple):
+    """Samples, and what their ids mean."""
+
+    samples: Sequence[Slice]
+    """Slices of any samples tables that together have each sample once."""
+    dictionary: Sequence[LocalFile]
+
+
 def read_columns(
-    samples: Sequence[Slice],
     heads: Sequence[Slice],
-    dictionary: Sequence[LocalFile],
     label_sets: Mapping[int, Labels],
+    fetch: Callable[[], Stored],
     lines: Lines = Lines.EACH,
     *,
     sets: Ids | None = None,
@@ -142,31 +149,29 @@ def read_columns(
 ) -> Columns | None:
     """Return the Columns of the objects that start in the seconds of slices; None if none does.
 
-    Rows are those of `samples`: slices of any samples tables that together have each sample once.
-    What is known of the objects comes from `heads` (see `storage.blocks.times`). `label_sets` has
-    those of both, and the hosts. The label `host`
-    is among the labels of rows from detail if `lines` tell objects apart. With `sets` or `hosts`
-    only these rows and their times. Objects of other hosts are left out; else what is known of them
-    stays that of all, as in `Columns.filter`. `check` may end it, as in `reading_engine`.
+    What is known of the objects comes from `heads` (see `storage.blocks.times`). Only then `fetch`
+    is called, which returns where their rows are. `label_sets` has the ids of both, and of hosts.
+    The label `host` is among the labels of rows from detail if `lines` tell objects apart. With
+    `sets` or `hosts` only these rows and their times. Objects of other hosts are left out; else
+    what is known of them stays that of all, as in `Columns.filter`. `check` may end it, as in
+    `reading_engine`.
 
     Raises:
         ProfileError: a file is damaged or not one of ours, or as `storage.blocks.times.read_heads`.
         SchemaError: a later version wrote one.
     """
-
-    def read_samples() -> tuple[Samples, Columns]:
-        with reading_engine(check) as opened:
-            rows = _fetch_rows(opened, samples, sets, hosts, by_host=lines is Lines.EACH)
-            return rows, fetch_dictionary(opened, dictionary, rows.stacks)
-
-    with ThreadPoolExecutor(1) as pool, reading_engine(check) as opened:
+    with reading_engine(check) as opened:
         if not load_objects(opened, heads, lines, hosts):
             return None
         reading = pool.submit(read_samples)
         label_sets = fetch_label_sets(opened, dictionary)
         known = fetch_heads(opened, heads, label_sets, lines, hosts)
         times = fetch_times(opened, heads, known, label_sets, lines, sets=sets, hosts=hosts)
-        rows, stacks = reading.result()
+        samples, dictionary = fetch()
+        # All at once: that takes a few queries, however many files there are.
+        opened.check([*_rows_of(samples), *dictionary])
+        rows = _fetch_rows(opened, samples, sets, hosts, by_host=lines is Lines.EACH)
+        stacks = fetch_dictionary(opened, dictionary, rows.stacks)
     return make_columns(known, rows, stacks, label_sets, times)
 
 

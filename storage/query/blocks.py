@@ -12,6 +12,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
@@ -27,7 +28,7 @@ from storage.blocks.manifest import (
 )
 from storage.blocks.manifest import Part as CompactedPart
 from storage.blocks.parquet import LocalFile
-from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, ROLLUPS
+from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, HEADS_10M
 from storage.blocks.scratch import ScratchFolder
 from storage.blocks.slices import Slice, files_in, seconds_of
 from storage.blocks.times import Lines, read_contents, read_times
@@ -75,7 +76,7 @@ _CONTENTS_KEPT = 300_000
 """Objects of parts that are remembered by their content, some 100 bytes each."""
 _MANY_ROWS = 4_000_000
 """Rows of detail in the whole hours of a window beyond which rollups are read: a second's work."""
-_BY_STACK = frozenset({DETAIL, *ROLLUPS.values(), "stacks"})
+_OF_HEADS = frozenset({*HEADS, *HEADS_10M, "label_sets"})
 _MANY_HEADS = 20_000
 """Objects of a window beyond which heads of ten minutes are read where these are enough."""
 
@@ -241,12 +242,17 @@ class Blocks:
             label_sets = read_label_sets([local[file] for file in labelled])
             sets, hosts = choose_among(label_sets, selector)
             chosen = plan if hosts is None else plan.of_hosts(np.sort(hosts))
-            with self._fetched_beside(local, chosen.files) as known:
+            with self._fetching(file for file in chosen.files if file not in local) as rest:
+
+                def fetch() -> reading.Stored:
+                    known = {**local, **rest()}
+                    dictionary = [known[file] for file in chosen.dictionary]
+                    return reading.Stored(slices_of(chosen.samples, known), dictionary)
+
                 columns = reading.read_columns(
-                    slices_of(chosen.samples, known),
-                    slices_of(heads, known),
-                    [known[file] for file in chosen.dictionary],
+                    slices_of(heads, local),
                     label_sets,
+                    fetch,
                     lines,
                     sets=sets,
                     hosts=hosts,
@@ -266,8 +272,9 @@ class Blocks:
 
         first = [*(file for each in heads for file in each.files), *plan.files]
         if any(each.name == "host" for each in selector.matchers):
-            # Most bytes are in files that are chosen once it is known what the hosts' ids are.
-            first = [file for file in first if file.table not in _BY_STACK]
+            # Most bytes are in files that are chosen once it is known what the hosts' ids are, and
+            # fetched while heads are read.
+            first = [file for file in first if file.table in _OF_HEADS]
         part = self.read(hours, first, read)
         notes = tuple(plan.notes)
         return replace(part, skipped=(*part.skipped, *notes)) if part.value is not None else part
@@ -366,16 +373,15 @@ class Blocks:
             yield slices_of(chosen, dict(zip(files, local, strict=True)))
 
     @contextlib.contextmanager
-    def _fetched_beside(
-        self, local: Mapping[File, LocalFile], files: Sequence[File]
-    ) -> Iterator[Mapping[File, LocalFile]]:
-        """Fetch those of some files that are not at hand yet; return all that are then."""
-        more = [file for file in files if file not in local]
-        if not more:
-            yield local
+    def _fetching(self, files: Iterable[File]) -> Iterator[Callable[[], Mapping[File, LocalFile]]]:
+        """Fetch files in another thread; what is returned waits for them, and returns them."""
+        unique = list(dict.fromkeys(files))
+        if not unique:
+            yield dict
             return
-        with self._fetched(more) as fetched:
-            yield {**local, **dict(zip(more, fetched, strict=True))}
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(1, "ahead") as pool:
+            fetching = pool.submit(stack.enter_context, self._fetched(unique))
+            yield lambda: dict(zip(unique, fetching.result(), strict=True))
 
     @contextlib.contextmanager
     def _fetched(self, files: Sequence[File]) -> Iterator[list[LocalFile]]:

@@ -54,8 +54,8 @@ def read_columns(
     """Return the Columns of the objects in files that start in some seconds, from detail."""
     spans = ((start_s, end_s),)
     detail = Slice(tuple(of_table(files, DETAIL)), spans)
-    labels = read_label_sets(files)
-    return reading.read_columns([detail], [Slice(tuple(files), spans)], files, labels, **chosen)
+    heads, rows = Slice(tuple(files), spans), reading.Stored([detail], files)
+    return reading.read_columns([heads], read_label_sets(files), lambda: rows, **chosen)
 
 
 def read_times(files: Sequence[LocalFile], *, start_s: int, end_s: int) -> Times | None:
