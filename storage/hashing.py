@@ -69,8 +69,7 @@ class Hasher:
             self._factors = factors = mix(depths * _GOLDEN + self._seed) | np.uint64(1)
         depth = np.arange(len(words))
         depth -= np.repeat(offsets[:-1], lengths)
-        # With narrow numbers `take` needs ten times as long.
-        hashes = location_hashes.take(words.astype(np.int64, copy=False))
+        hashes = location_hashes.take(words)
         hashes *= factors.take(depth)
         sums = np.zeros(len(lengths), dtype=np.uint64)
         has_words = np.flatnonzero(lengths)

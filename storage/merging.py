@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from storage.columns import LARGEST_NAME_KEY, Columns, Texts, name_keys
-from storage.grouping import HashIndex, add_groups, group_keys, number_groups, ranges
+from storage.grouping import HashIndex, add_groups, distinct, group_keys, number_groups, ranges
 from storage.hashing import Hashes, Numbers
 from storage.profile import Accounting, Integers, Labels, NameRank, Window, adopt_module
 from storage.stack_tree import StackLists, Stacks, join_stacks
@@ -36,21 +36,15 @@ def merge_columns(parts: Sequence[Columns]) -> Columns:
         [part.present_sets for part in parts], [part.presence[:, 1] for part in parts]
     )
     rows, counts, stacks = _merge_rows(parts, label_numbers)
-    joined, places, used = _gather_stacks(parts, stacks)
-    tables = _gather_locations(parts, places)
+    chosen = [part.stacks.take(stacks.number[stacks.of_part(i)]) for i, part in enumerate(parts)]
+    used = [used_locations(part) for part in parts]
+    joined, places = _join_stacks(parts, chosen, used)
     return Columns(
         **head._asdict(),
+        **_gather_locations(parts, places)._asdict(),
         period_ns=min(part.period_ns for part in parts),
         modules=merge_modules(parts, used),
         label_sets=label_sets,
-        texts=tables.texts,
-        location_hashes=tables.hashes,
-        locations=tables.locations,
-        named=tables.named,
-        frame_offsets=tables.frame_offsets,
-        frames=tables.frames,
-        name_ranks=tables.name_ranks,
-        named_s=tables.named_s,
         stack_hashes=stacks.hashes,
         stacks=joined,
         rows=rows,
@@ -59,6 +53,34 @@ def merge_columns(parts: Sequence[Columns]) -> Columns:
         time_counts=np.concatenate([part.time_counts for part in parts]).astype(np.int64),
         present_sets=present_sets,
         presence=join_lines(parts, [part.presence for part in parts], present_numbers),
+    )
+
+
+def merge_stacks(parts: Sequence[Columns], stacks: Sequence[Integers]) -> Columns:
+    """Return some stacks of each part, all of them different, with locations as `merge_columns`.
+
+    There are no modules, rows or objects.
+    """
+    chosen = [part.stacks.take(numbers) for part, numbers in zip(parts, stacks, strict=True)]
+    used = [
+        distinct(each.words, len(part.locations))[0]
+        for part, each in zip(parts, chosen, strict=True)
+    ]
+    joined, places = _join_stacks(parts, chosen, used)
+    hashes = [part.stack_hashes.take(each) for part, each in zip(parts, stacks, strict=True)]
+    first = parts[0]
+    return replace(
+        without_stacks(first),
+        **_gather_locations(parts, places)._asdict(),
+        modules={},
+        label_sets=(),
+        stack_hashes=np.concatenate(hashes),
+        stacks=joined,
+        objects=first.objects[:0],
+        times=first.times[:0],
+        time_counts=first.time_counts[:0],
+        present_sets=(),
+        presence=first.presence[:0],
     )
 
 
@@ -180,18 +202,15 @@ def _merge_rows(
     return rows, add_groups(counts[by_key], firsts), stacks
 
 
-def _gather_stacks(
-    parts: Sequence[Columns], stacks: _Chosen
-) -> tuple[Stacks, _Chosen, list[Integers]]:
+def _join_stacks(
+    parts: Sequence[Columns], chosen: Sequence[Stacks], used: Sequence[Integers]
+) -> tuple[Stacks, _Chosen]:
     """Return the chosen stacks, and the locations to take for them.
 
-    Also, by part, the numbers of the locations that its rows use.
+    `used` are by part the numbers of the locations that are needed.
     """
-    chosen, hashes, used, ranks = [], [], [], []
-    for i, part in enumerate(parts):
-        chosen.append(part.stacks.take(stacks.number[stacks.of_part(i)]))
-        numbers = used_locations(part)
-        used.append(numbers)
+    hashes, ranks = [], []
+    for part, numbers in zip(parts, used, strict=True):
         hashes.append(part.location_hashes[numbers])
         ranks.append(LARGEST_NAME_KEY - name_keys(part.name_ranks, part.named_s)[numbers])
     places = _Chosen.among(hashes, used, np.concatenate(ranks))
@@ -203,7 +222,7 @@ def _gather_stacks(
         number_of.append(mine)
         at += len(numbers)
     # Stacks are in the order of their parts.
-    return join_stacks(chosen, number_of), places, used
+    return join_stacks(chosen, number_of), places
 
 
 def _prefer_names(places: _Chosen, parts: Sequence[Columns], used: Sequence[Integers]) -> _Chosen:
@@ -256,12 +275,11 @@ def _used_words(part: Columns) -> Numbers:
     return (part.stacks if is_used.all() else part.stacks.take(np.flatnonzero(is_used))).words
 
 
-@dataclass(frozen=True, slots=True)
-class _LocationTables:
+class _LocationTables(NamedTuple):
     """The tables of locations of a merge; the fields are those of Columns."""
 
     texts: Texts
-    hashes: Hashes
+    location_hashes: Hashes
     locations: Integers
     named: Integers
     frame_offsets: Integers
@@ -300,7 +318,7 @@ def _gather_locations(parts: Sequence[Columns], chosen: _Chosen) -> _LocationTab
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(frame_counts))])
     return _LocationTables(
         texts=Texts.of(list(numbers)),
-        hashes=chosen.hashes,
+        location_hashes=chosen.hashes,
         locations=np.concatenate(locations),
         named=np.concatenate(named),
         frame_offsets=offsets,

@@ -15,7 +15,7 @@ import numpy as np
 from storage.columns import Columns
 from storage.grouping import add_groups, distinct, group_keys
 from storage.hashing import Hasher, Hashes, Numbers
-from storage.merging import merge_columns, merge_modules, used_locations
+from storage.merging import merge_modules, merge_stacks
 from storage.objects.keys import ObjectKey
 from storage.profile import (
     Accounting,
@@ -24,7 +24,6 @@ from storage.profile import (
     ProfileError,
     Window,
     adopt_module,
-    make_labels,
 )
 
 DROPPED_LABELS = frozenset({"pid", "tid"})
@@ -144,7 +143,7 @@ class Block:
     samples: Samples
     times: ObjectTimes
     dictionary: Columns
-    """All stacks, their locations, names and modules; its rows mean nothing."""
+    """All stacks, their locations, names and modules, without rows."""
     labels: LabelIds
     hasher: Hasher
 
@@ -285,45 +284,21 @@ def _times_of(
 
 
 def _merge_dictionaries(parts: Sequence[Columns]) -> Columns:
-    """Return all stacks that rows have, with locations and modules as `merge_columns` has them.
+    """Return all of their stacks, with locations and modules as `merge_columns` has them.
 
     A stack is taken from the first object that has it: most objects add few new ones.
     """
-    used = [distinct(part.rows[:, 1], len(part.stack_hashes))[0] for part in parts]
-    hashes = np.concatenate(
-        [part.stack_hashes.take(stacks) for part, stacks in zip(parts, used, strict=True)]
-    )
+    hashes = np.concatenate([part.stack_hashes for part in parts])
     firsts, order = group_keys(hashes)
     is_first = np.zeros(len(hashes), dtype=bool)
     if len(hashes):
         is_first[np.minimum.reduceat(order, firsts)] = True
-    by_part = np.split(is_first, np.cumsum([len(stacks) for stacks in used])[:-1])
-    merged = merge_columns(
-        [
-            _only_stacks(part, stacks[is_new])
-            for part, stacks, is_new in zip(parts, used, by_part, strict=True)
-        ]
-    )
-    modules = merge_modules(parts[:1], [used_locations(parts[0])])
-    for part in parts[1:]:
+    by_part = np.split(is_first, np.cumsum([len(part.stack_hashes) for part in parts])[:-1])
+    merged = merge_stacks(parts, [np.flatnonzero(is_new) for is_new in by_part])
+    modules = merge_modules([], [])
+    for part in parts:
         if any(modules.get(each.build_id) != each for each in part.modules.values()):
-            for module in merge_modules([part], [used_locations(part)]).values():
+            used = distinct(part.stacks.words, len(part.locations))[0]
+            for module in merge_modules([part], [used]).values():
                 adopt_module(modules, module)
     return replace(merged, modules=modules)
-
-
-def _only_stacks(columns: Columns, stacks: Integers) -> Columns:
-    """Return a profile with a row for each of some stacks, and nothing else that takes merging."""
-    return replace(
-        columns,
-        accounting=Accounting(),
-        modules={},
-        label_sets=(make_labels({}),),
-        rows=np.stack([np.zeros_like(stacks), stacks], axis=1),
-        counts=np.zeros((len(stacks), 2), dtype=np.int64),
-        objects=columns.objects[:0],
-        times=columns.times[:0],
-        time_counts=columns.time_counts[:0],
-        present_sets=(),
-        presence=columns.presence[:0],
-    )

@@ -31,7 +31,7 @@ from storage.blocks.loading import SUMS
 from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, Arrays, Engine, LocalFile, engine, of_table
 from storage.blocks.rollup import Stacks
 from storage.blocks.schema import DETAIL, FUNCTIONS
-from storage.blocks.tables import fetch_stacks, one_of_each, write_in_pieces
+from storage.blocks.tables import STACKS_OF_PARTS, fetch_stacks, write_in_pieces
 from storage.columns import Columns
 from storage.grouping import HashIndex, distinct, group_keys, number_groups, ranges
 from storage.hashing import Hasher
@@ -98,7 +98,7 @@ def write_hour(
                 "function_id": functions.hashes[functions.innermost],
             },
         )
-        opened.load("stacks", one_of_each("stacks", len(chosen)), chosen)
+        opened.load("stacks", STACKS_OF_PARTS, chosen)
         opened.load(
             "placed",
             "SELECT part, stack, stack_id, function_id"
