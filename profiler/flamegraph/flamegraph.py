@@ -280,7 +280,7 @@ def grow(
     if depth is not None or shape.depth > DEPTH_LIMIT:
         shape = shape.lists  # of paths that part or end deeper a node is not one place
     rows = _Rows(
-        columns=tuple(shape.sums(column) for column in columns),
+        counters=tuple(shape.counter(column) for column in columns),
         widths=widths,
         rest=rest,
         least=screen.least_px * whole / screen.width_px if screen else 0.0,
@@ -348,9 +348,9 @@ def fields_of_graph(profile: Columns, graph: FlameGraph, query: str = "") -> dic
 
 
 class _Rows(NamedTuple):
-    """The counts of each place, and how small ones are drawn."""
+    """What gives the counts of places, and how small ones are drawn."""
 
-    columns: tuple[Integers, ...]
+    counters: tuple[Callable[[Integers], Integers], ...]
     widths: Widths
     rest: int
     """The box of what is less than `least`."""
@@ -390,8 +390,8 @@ class _Level(NamedTuple):
         firsts = np.flatnonzero(is_first)
         chosen = alive[order]
         totals = [
-            np.add.reduceat(column[chosen], firsts) if len(firsts) else firsts
-            for column in rows.columns
+            np.add.reduceat(count(chosen), firsts) if len(firsts) else firsts
+            for count in rows.counters
         ]
         parent, frame = np.divmod(ordered[firsts], width)
         is_kept = rows.widths(totals) >= rows.least

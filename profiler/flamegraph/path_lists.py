@@ -50,9 +50,9 @@ class PathLists:
         which = np.flatnonzero(self.ends[places] - self.starts[places] > depth + 1)
         return places[which], which
 
-    def sums(self, column: Integers) -> Integers:
-        """Return by place the sum of a count by path."""
-        return column
+    def counter(self, column: Integers) -> Callable[[Integers], Integers]:
+        """Return what gives for some places the sums of a count by path."""
+        return column.take
 
     def by_path(self, values: Indices | Integers, of_empty: int) -> Integers:
         """Return for each path the value of the place at which it ends."""

@@ -4,7 +4,9 @@ The work is about its nodes, of which there are far fewer than boxes in lists: c
 added up by node once, and drawing goes from a node to those below it.
 """
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +17,7 @@ from storage.profile import Indices, Integers
 from storage.stack_tree import ROOT, StackTree
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class PathTree:
     """Path i ends at node `tree.ends[i]`, and each node is on one of the paths.
 
@@ -54,9 +56,17 @@ class PathTree:
         """Return the places one deeper than some of a depth, and below which of them each is."""
         return trees.children(self.tree, places, depth)
 
-    def sums(self, column: Integers) -> Integers:
-        """Return by place the sum of a count by path."""
-        return self.tree.sums(column)
+    @functools.cached_property
+    def ranges(self) -> trees.Ranges:
+        """The paths in an order in which those through a node stand together."""
+        return trees.ranges_of(self.tree)
+
+    def counter(self, column: Integers) -> Callable[[Integers], Integers]:
+        """Return what gives for some places the sums of a count by path."""
+        order, firsts, pasts = self.ranges
+        sums = np.zeros(len(order) + 1, dtype=np.int64)
+        np.cumsum(column.take(order), out=sums[1:])
+        return lambda places: sums.take(pasts.take(places)) - sums.take(firsts.take(places))
 
     def by_path(self, values: Indices | Integers, of_empty: int) -> Integers:
         """Return for each path the value of the place at which it ends."""
@@ -116,7 +126,7 @@ class PathTree:
         words = self.tree.words.take(nodes)
         totals = [np.zeros(len(wanted), dtype=np.int64) for _ in columns]
         for total, column in zip(totals, columns, strict=True):
-            np.add.at(total, words, self.sums(column).take(nodes))
+            np.add.at(total, words, self.counter(column)(nodes))
         return totals
 
     def without(self, hidden: Flags) -> "PathTree":
@@ -133,17 +143,15 @@ class PathTree:
 
     def _outermost(self, wanted: Flags) -> Integers:
         """Return the nodes of wanted boxes that are below none of the same box."""
-        is_wanted = wanted.take(self.tree.words)
-        firsts, pasts = trees.preorder(self.tree)
-        # By box, in preorder: sorted by 16 bits at a time, which takes a tenth of the time.
-        order = np.empty(len(firsts), dtype=np.int64)
-        order[firsts] = np.arange(len(firsts))
-        for shift in (0, 16):
-            bits = (self.tree.words.take(order) >> shift).astype(np.uint16)
-            order = order[np.argsort(bits, kind="stable")]
-        nodes = order[is_wanted.take(order)]
-        box = self.tree.words.take(nodes) * np.int64(len(firsts) + 1)
-        # A node of the same box that begins before and ends after it is above it.
+        _, firsts, pasts = self.ranges
+        # By box, by the paths through them, the upper ones first. Sorted by 16 bits at a time,
+        # which takes a tenth of the time.
+        nodes = np.flatnonzero(wanted.take(self.tree.words))
+        for keys, shift in itertools.product((firsts, self.tree.words), (0, 16)):
+            bits = (keys.take(nodes) >> shift).astype(np.uint16)
+            nodes = nodes[np.argsort(bits, kind="stable")]
+        box = self.tree.words.take(nodes) * np.int64(len(self.tree.ends) + 1)
+        # A node of the same box above it has its paths, and one that is not has none of them.
         reach = np.maximum.accumulate(box + pasts.take(nodes))
         is_below = np.zeros(len(nodes), dtype=bool)
         is_below[1:] = reach[:-1] > (box + firsts.take(nodes))[1:]

@@ -140,8 +140,10 @@ class Paths:
         Those of columns of counts by path, by default of values and samples.
         """
         columns = columns or (self.values, self.samples)
-        sums = [self.shape.sums(column) for column in columns] if path else []
-        return [tuple(int(column[places].sum()) for column in sums) for places in self._along(path)]
+        counters = [self.shape.counter(column) for column in columns] if path else []
+        return [
+            tuple(int(count(places).sum()) for count in counters) for places in self._along(path)
+        ]
 
     def search(self, text: str) -> Matches:
         """Count the paths with a function or module that has `text` in it, in any case.

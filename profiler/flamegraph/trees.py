@@ -5,6 +5,8 @@ locations they may have siblings of one box: several locations are one function.
 these, and only where it gets to them.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -155,22 +157,39 @@ def _merge(some: Integers, more: Integers) -> tuple[Integers, Integers, Integers
     return np.insert(some, added, more[is_new]), places, at + np.cumsum(is_new) - is_new
 
 
-def preorder(tree: StackTree) -> tuple[Integers, Integers]:
-    """Return where each node stands in preorder, and just past which one its branch ends."""
+class Ranges(NamedTuple):
+    """Stacks in such an order that those that go through a node stand together.
+
+    Through node i go the stacks `order[firsts[i]:pasts[i]]`.
+    """
+
+    order: Integers
+    firsts: Indices
+    pasts: Indices
+
+
+def ranges_of(tree: StackTree) -> Ranges:
+    """Return the stacks of a tree in the order of a walk over it."""
     count = len(tree.parents)
-    sizes = np.ones(count + 1, dtype=np.int64)  # that of ROOT, all of them, is the last one
+    # How many end at each node; those at ROOT stand last.
+    own = np.roll(np.bincount(tree.ends + 1, minlength=count + 1), -1).astype(np.int32)
+    sizes = own.copy()
+    families = []
     for level in reversed(tree.levels):
-        parents = tree.parents[level]
-        firsts = np.flatnonzero(_is_first(parents))
-        sizes[parents[firsts]] += np.add.reduceat(sizes[level], firsts)
-    places = np.full(count + 1, -1, dtype=np.int64)
-    for level in tree.levels:
-        parents, size = tree.parents[level], sizes[level]
-        before = np.cumsum(size) - size
-        is_first = _is_first(parents)
-        of_first = before[is_first][np.cumsum(is_first) - 1]
-        places[level] = places.take(parents) + 1 + before - of_first
-    return places[:-1], places[:-1] + sizes[:-1]
+        heads = np.flatnonzero(_is_first(tree.parents[level]))
+        above = tree.parents[level].take(heads)
+        before = np.zeros(level.stop - level.start + 1, dtype=np.int32)
+        np.cumsum(sizes[level], out=before[1:])
+        bounds = np.append(heads, len(before) - 1)
+        sizes[above] += np.diff(before.take(bounds))
+        families.append((level, above, before[:-1], bounds))
+    firsts = np.zeros(count + 1, dtype=np.int32)
+    for level, above, before, bounds in reversed(families):
+        # Behind the stacks that end at the parent, and those of the siblings before.
+        shift = firsts.take(above) + own.take(above) - before.take(bounds[:-1])
+        firsts[level] = before + np.repeat(shift, np.diff(bounds))
+    order = np.argsort(firsts.take(tree.ends), kind="stable")
+    return Ranges(order, firsts[:-1], firsts[:-1] + sizes[:-1])
 
 
 def _is_first(parents: Indices | Integers) -> npt.NDArray[np.bool_]:
