@@ -7,6 +7,8 @@ const RFC3339 = /^\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d
 // As the service reads them (profiler/times.py): plain numbers, and the latest time.
 const FIRST_MILLISECONDS = 1e11;
 const LATEST_MS = 9_223_372_036_854;
+const STEP_MS = 10 * MS.m;
+const LONG_MS = 6 * MS.h;
 
 /** The presets: from, until, name. */
 export const RANGES = [
@@ -46,10 +48,16 @@ export function isRelative(from, until) {
   return from.startsWith("now") || until.startsWith("now");
 }
 
-/** Return {from, until} in ms, or null if the texts are not a window. */
+/**
+ * Return {from, until} in ms, or null if the texts are not a window. A long one that moves with the
+ * clock begins with the ten minutes in which it would: compacted data are added up by ten minutes,
+ * and the rest of them would take longer than all others.
+ */
 export function resolveWindow(from, until, nowMs) {
   const window = { from: parseTime(from, nowMs), until: parseTime(until, nowMs) };
   if (window.from === null || window.until === null || window.from >= window.until) return null;
+  const isLong = window.until - window.from >= LONG_MS;
+  if (isLong && from.startsWith("now")) window.from -= window.from % STEP_MS;
   return window;
 }
 
