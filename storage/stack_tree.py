@@ -62,8 +62,9 @@ class StackTree:
 
     @property
     def size(self) -> int:
-        """How many numbers it has, but for those of lists that were made of it."""
-        return 2 * len(self.words) + len(self.ends)
+        """How many numbers it has, with those of lists if they were made of it."""
+        lists = vars(self).get("lists")
+        return 2 * len(self.words) + len(self.ends) + (lists.size if lists else 0)
 
     @classmethod
     def of(cls, stacks: StackLists) -> "StackTree | None":

@@ -163,7 +163,7 @@ class Ranges(NamedTuple):
     Through node i go the stacks `order[firsts[i]:pasts[i]]`.
     """
 
-    order: Integers
+    order: Indices
     firsts: Indices
     pasts: Indices
 
@@ -189,7 +189,7 @@ def ranges_of(tree: StackTree) -> Ranges:
         shift = firsts.take(above) + own.take(above) - before.take(bounds[:-1])
         firsts[level] = before + np.repeat(shift, np.diff(bounds))
     order = np.argsort(firsts.take(tree.ends), kind="stable")
-    return Ranges(order, firsts[:-1], firsts[:-1] + sizes[:-1])
+    return Ranges(order.astype(np.int32), firsts[:-1], firsts[:-1] + sizes[:-1])
 
 
 def _is_first(parents: Indices | Integers) -> npt.NDArray[np.bool_]:

@@ -22,6 +22,7 @@ from profiler.service.merged import (
     PanelRequest,
     PathToNode,
     ProfileKey,
+    larger_words,
     words_of,
 )
 from profiler.service.responses import NAMED_SERVICES, Empty
@@ -60,11 +61,14 @@ class Compared:
     drawn: OrderedDict[tuple[View, int, float], tuple[PathToNode, UnionGraph]] = field(
         default_factory=OrderedDict
     )
+    views_words: int = 0
+    """What views take that are larger than both sides."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def words(self) -> int:
-        return sum(words_of(each) for each in (self.pair.before, self.pair.after))
+        sides = (self.pair.before, self.pair.after)
+        return sum(words_of(each) for each in sides) + self.views_words
 
     def draw(
         self, request: PanelRequest, check: Check
@@ -82,6 +86,8 @@ class Compared:
             self.views.move_to_end(view)
             while len(self.views) > KEPT_VIEWS:
                 self.views.popitem(last=False)
+            paths = (each.paths for each in self.views.values())
+            self.views_words = larger_words(paths, self.pair.before, self.pair.after)
             check()
             key = (view, request.node, request.width_px)
             if key not in self.drawn:

@@ -9,7 +9,7 @@ import copy
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -27,11 +27,16 @@ from storage.profile import Window
 from storage.query.query import Answer, Query
 from storage.query.threads import Turns
 from storage.selector import EMPTY, Selector
+from storage.stack_tree import StackTree
 from symbolizer.location import Frame
 
 KEPT_WORDS = 6_000_000
 """Boxes of all stacks of the merged profiles that are kept, 12 to 20 bytes each with all that is
 made of them: four hours of a host. The last one used is kept whatever its size."""
+_NODE_WORDS = 3
+"""What a node takes of stacks that are a tree: 12 bytes, and 16 in each view with labels."""
+_ROW_WORDS = 6
+"""What a row takes of these: 44 bytes, and 24 in each view."""
 _LOCATION_WORDS = 30
 """What a location takes with its names and its box: 530 bytes each in a profile of a million."""
 KEPT_VIEWS = 3
@@ -207,11 +212,14 @@ class MergedProfile:
     stacks: tuple[Group, Stacks] | None = None
     views: OrderedDict[View, ProfileView] = field(default_factory=OrderedDict)
     selections: OrderedDict[str, "MergedProfile"] = field(default_factory=OrderedDict)
+    views_words: int = 0
+    """What views take that are larger than the profile."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def words(self) -> int:
-        return words_of(self.answer.profile)
+        of_selections = sum(each.views_words for each in list(self.selections.values()))
+        return words_of(self.answer.profile) + self.views_words + of_selections
 
     def select(self, selector: Selector) -> "MergedProfile":
         """Return the rows that a selector chooses, without reading or merging anything again."""
@@ -234,6 +242,8 @@ class MergedProfile:
                 known = self.views[request.view] = ProfileView(self._paths_of(request))
                 while len(self.views) > KEPT_VIEWS:
                     self.views.popitem(last=False)
+                shown = (view.paths for view in self.views.values())
+                self.views_words = larger_words(shown, self.answer.profile)
             self.views.move_to_end(request.view)
             return known
 
@@ -252,7 +262,19 @@ class MergedProfile:
 
 def words_of(profile: Columns) -> int:
     """Return the room that a profile takes with what is made of it, in words of its stacks."""
-    return profile.stacks.size + _LOCATION_WORDS * len(profile.locations)
+    words, stacks = profile.stacks.size, profile.stacks
+    if isinstance(stacks, StackTree):
+        words += (_NODE_WORDS - 2) * len(stacks.words) + _ROW_WORDS * len(profile.rows)
+    return words + _LOCATION_WORDS * len(profile.locations)
+
+
+def larger_words(views: Iterable[Paths], *profiles: Columns) -> int:
+    """Return by how many words views are larger than what they are of.
+
+    A tree has more nodes if its stacks have many labels, and becomes lists if it is inverted.
+    """
+    usual = sum(profile.stacks.size + 2 * len(profile.rows) for profile in profiles)
+    return sum(max(0, view.shape.size - usual) for view in views)
 
 
 ProfileKey = tuple[str, str, str]

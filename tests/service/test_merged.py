@@ -11,13 +11,14 @@ import pytest
 from profiler.flamegraph import flamegraph
 from profiler.flamegraph.views import NoSuchNodeError
 from profiler.service.flame_graph import flame_graph
-from profiler.service.merged import Kept, MergedProfiles, PanelRequest
+from profiler.service.merged import Kept, MergedProfile, MergedProfiles, PanelRequest
 from profiler.service.sharing import json_body
 from profiler.service.top_table import top_table
 from storage.columns import Columns
 from storage.objects.tenant import TenantStore
 from storage.query.query import Query
 from storage.selector import Selector
+from storage.stack_tree import StackTree
 from tests.support import profiles as some
 from tests.support.stores import at, directory, minutes
 
@@ -139,6 +140,27 @@ def test_locations_take_room_as_stacks_do(new_profiles):
 
     profile = merged.answer.profile
     assert merged.words >= len(profile.stack_words) + 20 * len(profile.locations)
+
+
+def test_a_tree_takes_the_room_of_what_is_made_of_it(new_profiles):
+    """Views that are lists are far larger than it, and so are lists that a file was made of."""
+    shared = [some.named(f"shared_{i}") for i in range(40)]
+    deep = Columns.of(
+        some.build([({"comm": "a"}, [*shared, some.named(f"leaf_{i}")], 1) for i in range(200)])
+    )
+    tree = replace(deep, stacks=StackTree.of(deep.stacks))
+    answer = new_profiles().merge(ALL, go_on).answer
+    merged = MergedProfile(replace(answer, profile=tree))
+    alone = merged.words
+
+    merged.view(ALL)
+    assert merged.words == alone
+    chosen = merged.select(Selector.parse('{comm="a"}'))
+    chosen.view(replace(ALL, invert=True))
+    inverted = merged.words
+    assert inverted > alone + len(deep.stack_words) // 2
+    assert len(tree.stack_words) == len(deep.stack_words)
+    assert merged.words == inverted + len(deep.stack_words)
 
 
 def test_the_values_used_last_are_kept():
