@@ -56,6 +56,7 @@ _REFERENCES = (
     (("stacks",), "unnest(frame_ids)", "frames", "frame_id"),
     ((*_SAMPLES, *_OF_OBJECTS, *_FUNCTIONS), "set_id", "label_sets", "set_id"),
     ((DETAIL, *_BY_HOST), "host_id", "label_sets", "set_id"),
+    ((DETAIL,), "host_id", "times", "host_id"),
     (("times", "presence"), "object_id", "objects", "object_id"),
     (("times_10m", "presence_10m"), "object_id", "objects_10m", "object_id"),
     (_FUNCTIONS, "function_id", FUNCTIONS, "function_id"),

@@ -78,12 +78,11 @@ class File(msgspec.Struct, frozen=True, omit_defaults=True):
     None, as of older versions' files: it may have rows of any host."""
 
     def may_have(self, hosts: Hashes) -> bool:
-        """Return whether it may have rows of some hosts, whose ids ascend."""
+        """Return whether it may have rows of some hosts, by their ids."""
         if self.hosts is None:
             return True
         first, last = (np.uint64(int(each, 16)) for each in self.hosts)
-        at = int(np.searchsorted(hosts, first))
-        return at < len(hosts) and bool(hosts[at] <= last)
+        return bool(((hosts >= first) & (hosts <= last)).any())
 
 
 class Part(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ import numpy as np
 from storage.blocks.dictionary import clean, fetch_label_sets
 from storage.blocks.heads import BUCKET_S, BUCKET_START, HOST_BITS, first_id
 from storage.blocks.loading import OBJECT_COUNTS, OBJECT_MAPS, SUMS
-from storage.blocks.parquet import Engine, LocalFile, of_table, reading_engine
+from storage.blocks.parquet import Engine, LocalFile, of_table, reading_engine, scan_of
 from storage.blocks.schema import HEADS, HEADS_10M
 from storage.blocks.slices import Slice, files_in, rows_in
 from storage.blocks.tables import refuse_repeated
@@ -76,6 +76,26 @@ def read_contents(files: Sequence[LocalFile]) -> set[str]:
     with reading_engine() as opened:
         opened.check(chosen)
         return set(opened.arrays_of("SELECT content16 FROM {files}", chosen)["content16"].tolist())
+
+
+def having_hosts(files: Sequence[LocalFile], hosts: Ids) -> set[LocalFile]:
+    """Return those files of `times` that have samples of some hosts.
+
+    Raises:
+        ProfileError: a file is damaged or not one of ours.
+        SchemaError: a later version wrote one.
+    """
+    if not files:
+        return set()
+    with reading_engine() as opened:
+        opened.check(files)
+        condition = " AND ".join(is_among(opened, "host_id", "wanted_hosts", hosts))
+        queries = (
+            f"(SELECT {number} AS number FROM {scan_of([file])} WHERE {condition} LIMIT 1)"
+            for number, file in enumerate(files)
+        )
+        found = opened.arrays_of(" UNION ALL ".join(queries), files)
+    return {files[number] for number in found["number"].tolist()}
 
 
 def read_heads(files: Sequence[LocalFile], *, start_s: int, end_s: int) -> Heads | None:

@@ -31,7 +31,7 @@ from storage.blocks.parquet import LocalFile
 from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, HEADS_10M
 from storage.blocks.scratch import ScratchFolder
 from storage.blocks.slices import Slice, files_in, seconds_of
-from storage.blocks.times import Lines, read_contents, read_times
+from storage.blocks.times import Lines, having_hosts, read_contents, read_times
 from storage.columns import Columns, Times
 from storage.hashing import Hasher, Hashes
 from storage.objects.copies import Copies
@@ -241,7 +241,9 @@ class Blocks:
             labelled = [file for file in local if file.table == "label_sets"]
             label_sets = read_label_sets([local[file] for file in labelled])
             sets, hosts = choose_among(label_sets, selector)
-            chosen = plan if hosts is None else plan.of_hosts(np.sort(hosts))
+            chosen = plan
+            if hosts is not None:
+                chosen = plan.of_hosts(hosts, parts_without(hours, local, hosts))
             with self._fetching(file for file in chosen.files if file not in local) as rest:
 
                 def fetch() -> reading.Stored:
@@ -464,6 +466,23 @@ class Blocks:
 
 def slices_of(chosen: Sequence[Chosen], local: Mapping[File, LocalFile]) -> list[Slice]:
     return [Slice(tuple(local[file] for file in each.files), each.spans) for each in chosen]
+
+
+def parts_without(
+    hours: Sequence[Compacted], local: Mapping[File, LocalFile], hosts: Hashes
+) -> set[str]:
+    """Return the ids of the parts that have no samples of some hosts: their heads say so.
+
+    What was compacted at once when its hour was over has each host in one part.
+    """
+    heads = {
+        part.id: [local[file] for file in part.files_of("times") if file in local]
+        for hour in hours
+        for part in hour.parts_inside
+    }
+    known = list(itertools.chain.from_iterable(heads.values()))
+    having = having_hosts(known, hosts)
+    return {part for part, files in heads.items() if files and having.isdisjoint(files)}
 
 
 def choose_ids(

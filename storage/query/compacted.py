@@ -8,7 +8,7 @@ left out, and files of detail that have rows of other hosts only (`SamplesPlan.o
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -157,6 +157,8 @@ class Chosen(NamedTuple):
 
     files: tuple[File, ...]
     spans: Spans
+    part: str = ""
+    """The id of the part that they are all of; empty if they are of several, or of none."""
 
 
 class SamplesPlan(NamedTuple):
@@ -180,20 +182,23 @@ class SamplesPlan(NamedTuple):
         named = (*(file for each in self.samples for file in each.files), *self.dictionary)
         return tuple(dict.fromkeys(named))
 
-    def of_hosts(self, hosts: Hashes) -> "SamplesPlan":
-        """Return the plan without files that have no rows of some hosts, whose ids ascend.
+    def of_hosts(self, hosts: Hashes, absent: Collection[str]) -> "SamplesPlan":
+        """Return the plan without files that have no rows of some hosts, by their ids.
 
-        A manifest that names wrong ranges is found out: what is known of the objects, which is in
-        other files, then has samples that are not in these (`storage.query.blocks`).
+        `absent` are the ids of parts that have none. A manifest that names wrong ranges is found
+        out: what is known of the objects, which is in other files, then has samples that are not in
+        these (`storage.query.blocks`).
         """
         kept: list[Chosen] = []
         gone: set[File] = set()
-        for files, spans in self.samples:
-            chosen = tuple(each for each in files if each.table != DETAIL or each.may_have(hosts))
-            if any(each.table in _SAMPLES for each in chosen):
-                kept.append(Chosen(chosen, spans))
+        for each in self.samples:
+            files = tuple(
+                file for file in each.files if file.table != DETAIL or file.may_have(hosts)
+            )
+            if each.part not in absent and any(file.table in _SAMPLES for file in files):
+                kept.append(each._replace(files=files))
             else:
-                gone.update(chosen)
+                gone.update(files)
         dictionary = [file for file in self.dictionary if file not in gone]
         return self._replace(samples=kept, dictionary=dictionary)
 
@@ -327,7 +332,7 @@ def _plan_hour(plan: SamplesPlan, hour: CompactedHour, *, rolls_up: bool) -> Non
         bucket_s = max((_BUCKETS_S.get(each.table, 1) for each in files), default=1)
         # All of a part inside counts, also if its first bucket begins before the window.
         first_s = start_s - start_s % bucket_s if is_inside else start_s
-        found.append(Chosen(files, ((first_s, end_s),)))
+        found.append(Chosen(files, ((first_s, end_s),), part.id))
         left |= set() if files else {part.id}
         if not is_inside:
             longest_s = max(longest_s, bucket_s)

@@ -134,6 +134,24 @@ def test_parts_of_other_times_are_not_read(compacted, tmp_path):
     assert counts_of(answer.profile) == wanted
 
 
+def test_parts_without_the_host_are_not_read(tmp_path):
+    """Only of its own part are samples and stacks fetched; heads say which that is."""
+    both = Compacted(tmp_path)
+    for host in range(3):
+        key = both.put(at(small(10 * host), 5, f"web-{host}", f"{host:016x}"))
+        both.compact()
+        both.expire([key])
+    wanted = expected(both, tmp_path, ALL, on(1))
+    assert len(parts_of(both)) == 3
+    for number, part in enumerate(parts_of(both)):
+        if number != 1:
+            remove(both, [*part.files_of("samples_detail"), *part.files_of("stacks")])
+    answer = ask(both, tmp_path, ALL, on(1))
+
+    assert not answer.coverage.skipped
+    assert counts_of(answer.profile) == wanted
+
+
 @pytest.mark.parametrize("selector", ['{host="web-9"}', '{host=~"web-[24]"}', '{host!="web-0"}'])
 def test_any_choice_of_hosts_is_as_at_level_0(compacted, tmp_path, selector):
     """Of none, of some and of all but one."""
