@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from storage.blocks.frame_tree import EMPTY_STACK, Locations, read_tree
 from storage.blocks.loading import ADDRESS
 from storage.blocks.parquet import Engine, LocalFile, numbered_scan_of, of_table, reading_engine
 from storage.blocks.schema import STACK_TREE
@@ -29,7 +30,7 @@ from storage.profile import (
     Window,
     make_labels,
 )
-from storage.stack_tree import StackLists, Stacks, StackTree, join_stacks
+from storage.stack_tree import StackLists, Stacks, join_stacks
 from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
 from symbolizer.text import READABLE_LIMIT, readable
 
@@ -99,9 +100,7 @@ def fetch_dictionary(opened: Engine, files: Sequence[LocalFile], wanted: Hashes 
     ids = sort_distinct(
         opened.arrays_of("SELECT frame_id FROM {files}", of_table(files, "frames"))["frame_id"]
     )
-    stack_ids, stacks = _read_stacks(opened, stack_files, wanted, HashIndex(ids))
-    if int(stacks.words.min(initial=0)) < 0:
-        raise ProfileError(f"cannot read {names_of(files)}: locations of stacks are missing")
+    stack_ids, stacks = _read_stacks(opened, stack_files, wanted, Locations.of(ids))
     is_used = np.zeros(len(ids), dtype=bool)
     is_used[stacks.words] = True
     used = np.flatnonzero(is_used)
@@ -162,7 +161,7 @@ class _Stacks(NamedTuple):
 
 
 def _read_stacks(
-    opened: Engine, files: Sequence[LocalFile], wanted: Hashes | None, locations: HashIndex
+    opened: Engine, files: Sequence[LocalFile], wanted: Hashes | None, locations: Locations
 ) -> _Stacks:
     """Return the stacks of some files, each once: those of the largest tree or file, then others.
 
@@ -183,6 +182,9 @@ def _read_stacks(
         known = np.concatenate([known, part.ids])
         if needed is not None:
             needed = needed[HashIndex(np.sort(part.ids)).find(needed) < 0]
+    if needed is not None and np.array_equal(needed, [EMPTY_STACK]):  # it is in no tree
+        parts.append(_Stacks(needed, StackLists(np.zeros(2, np.int64), np.zeros(0, np.int32))))
+        known, needed = np.concatenate([known, needed]), needed[:0]
     if has_repeated(np.sort(known)):
         raise ProfileError(f"cannot read {names_of(files)}: a stack is there twice")
     if needed is not None and len(needed):
@@ -197,23 +199,14 @@ def _read_stacks(
 
 
 def _read_tree(
-    opened: Engine, file: LocalFile, known: Hashes, needed: Hashes | None, locations: HashIndex
+    opened: Engine, file: LocalFile, known: Hashes, needed: Hashes | None, locations: Locations
 ) -> _Stacks:
     """Return the stacks of a tree that are needed and not known."""
-    nodes = opened.arrays_of("SELECT parent, frame_id, stack_id, is_stack FROM {files}", [file])
-    ends = np.flatnonzero(nodes["is_stack"]).astype(np.int32)
-    words = locations.find(nodes["frame_id"]).astype(np.int32)
-    tree = StackTree(nodes["parent"].view(np.int32), words, ends)
-    try:
-        tree.check()
-    except ValueError as error:
-        raise ProfileError(f"cannot read {file.path}: {error}") from error
-    ids = nodes["stack_id"][ends]
+    read = read_tree(opened, file, locations)
+    found = _Stacks(read.ids, read.tree)
     if needed is None:
-        is_wanted = HashIndex(np.sort(known)).find(ids) < 0
-    else:
-        is_wanted = HashIndex(needed).find(ids) >= 0
-    return _Stacks(ids, tree).only(is_wanted)
+        return found.only(HashIndex(np.sort(known)).find(found.ids) < 0)
+    return found.only(HashIndex(needed).find(found.ids) >= 0)
 
 
 def _read_file(
@@ -221,7 +214,7 @@ def _read_file(
     file: LocalFile,
     known: Hashes,
     needed: Hashes | None,
-    locations: HashIndex,
+    locations: Locations,
 ) -> _Stacks:
     """Return the stacks of a file that are needed and not known."""
     # If most are needed it is faster to look for them here.
@@ -236,15 +229,14 @@ def _read_file(
     heads = opened.arrays(f"SELECT {_HEADS} FROM fetched")
     words = opened.arrays("SELECT unnest(frame_ids) AS frame_id FROM fetched")["frame_id"]
     opened.run("DROP TABLE fetched")
-    found = locations.find(words).astype(np.int32)
-    return _Stacks(heads["stack_id"], StackLists(_offsets_of(heads), found))
+    return _Stacks(heads["stack_id"], StackLists(_offsets_of(heads), locations.find(words)))
 
 
 def _offsets_of(heads: Mapping[str, Numbers]) -> Integers:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(heads["length"])])
 
 
-def _number_words(file: LocalFile, offsets: Integers, locations: HashIndex) -> StackLists:
+def _number_words(file: LocalFile, offsets: Integers, locations: Locations) -> StackLists:
     """Return all stacks of a file, read two pieces at a time."""
     numbered = np.empty(int(offsets[-1]), dtype=np.int32)
 
