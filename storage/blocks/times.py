@@ -46,6 +46,7 @@ class Lines(Enum):
     EACH = "each object, or the ten minutes of a host where heads are read"
     HOST = "all objects of a host that start between two successive edges"
     SECOND = "all objects that start in a second, or in ten minutes, without their hosts"
+    SPAN = "objects as for SECOND; a host's samples of a label set are all added up, as of object 0"
     ALL = "all objects, without their hosts"
     LABELS = "all objects: label sets are added up, and hosts are, one without the other"
 
@@ -192,6 +193,7 @@ def load_objects(
         Lines.EACH: f"row_number() OVER (ORDER BY {order}, object_id)",
         Lines.HOST: f"dense_rank() OVER (ORDER BY {_passed(edges_s, _START)}, host)",
         Lines.SECOND: "dense_rank() OVER (ORDER BY start_s)",
+        Lines.SPAN: "dense_rank() OVER (ORDER BY start_s)",
     }.get(lines, "1")
     kept = f"object_id, host, type, unit, {', '.join(_NUMBERS)}, {_LOST} AS lost"
     found = rows_in(
@@ -425,19 +427,20 @@ def fetch_times(
         slices, "times", "object_id, host_id, set_id, samples, value", " AND ".join(conditions)
     )
     grouped = {
-        Lines.EACH: ("host_id, set_id", "ALL"),
-        Lines.HOST: ("host_id, set_id", "ALL"),
-        Lines.SECOND: ("0::UBIGINT AS host_id, set_id", "ALL"),
-        Lines.ALL: ("0::UBIGINT AS host_id, set_id", "ALL"),
+        Lines.EACH: ("number, host_id, set_id", "ALL"),
+        Lines.HOST: ("number, host_id, set_id", "ALL"),
+        Lines.SECOND: ("number, 0::UBIGINT AS host_id, set_id", "ALL"),
+        Lines.SPAN: ("0 AS number, host_id, set_id", "ALL"),
+        Lines.ALL: ("number, 0::UBIGINT AS host_id, set_id", "ALL"),
         Lines.LABELS: (
-            "coalesce(host_id, 0) AS host_id, coalesce(set_id, 0) AS set_id",
+            "number, coalesce(host_id, 0) AS host_id, coalesce(set_id, 0) AS set_id",
             "GROUPING SETS ((number, host_id), (number, set_id))",
         ),
     }[lines]
     joined = _joined(found or _NO_TIMES, lines=lines, edges_s=edges_s, are_apart=are_apart)
     opened.load(
         "lines",
-        f"SELECT number, {grouped[0]}, {SUMS}, min(samples) AS least, min(value) AS least_value"
+        f"SELECT {grouped[0]}, {SUMS}, min(samples) AS least, min(value) AS least_value"
         f" FROM {joined}"
         f" GROUP BY {grouped[1]}"
         " ORDER BY number, host_id, set_id",

@@ -59,6 +59,8 @@ def choose_step(step_ns: int | Callable[[int], int], parts: Sequence[Times] = ()
 
 def choose_lines(window: Window, step_ns: int, by: Iterable[str], *, is_aligned: bool) -> Lines:
     """Return how far lines may be added up so that each still begins in one step."""
+    if "host" in by and not is_aligned and window.start_ns + step_ns >= window.end_ns:
+        return Lines.SPAN
     is_whole = step_ns % NS_PER_S == 0 and (is_aligned or window.start_ns % NS_PER_S == 0)
     return Lines.SECOND if is_whole and "host" not in by else Lines.EACH
 
