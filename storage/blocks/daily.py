@@ -5,10 +5,11 @@ hour and a label set stay exact. A day with many stacks folds rare ones again: e
 folded others, so together they would have several times the stacks that matter.
 
 Of the samples of a day and of their value, 99 % keep their stacks, however often it is renewed and
-whatever of it was folded before; or, if agents have folded more, all but that. Which stacks are
-rare depends on what a day has when it is renewed. So of one that was made hour by hour other stacks
-may be folded than of one that was made at once, and no more. Of equal renewals equal files are made
-in whatever order files come.
+whatever of it was folded before; or, if agents have folded more, all but that. Only if an hour is
+replaced can it be less, by 1 % of what that hour had. Which stacks are rare depends on what a day
+has when it is renewed: of one that is made hour by hour other stacks may be folded than of one that
+is made at once, but as much; `storage.blocks.day` makes it at once when it is over. Equal renewals
+make equal files, in whatever order files are given.
 """
 
 from collections.abc import Sequence

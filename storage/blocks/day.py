@@ -2,7 +2,9 @@
 
 A renewal takes the day's previous files and those of the new hours, so it reads no hour twice. If
 an hour has changed that the day has already, because late objects have come, the samples of the
-other hours are taken from the previous files, and all else from all hours' rollups again.
+other hours are taken from the previous files, and all else from all hours' rollups again. A day
+that is over, and has folded stacks, takes the samples of all its hours from their rollups once
+more: which stacks it keeps does not depend on how often it was renewed then.
 What is written replaces nothing that has changed meanwhile: see `storage.blocks.compactor`.
 """
 
@@ -15,8 +17,9 @@ from msgspec.structs import replace
 from storage.blocks.compactor import Compactor, awake_s
 from storage.blocks.daily import DAILY, HOURLY
 from storage.blocks.functions import SERIES
-from storage.blocks.manifest import DayManifest, File, HourManifest, Listed, start_s_of
+from storage.blocks.manifest import DayManifest, File, HourManifest, Listed, end_ns_of, start_s_of
 from storage.blocks.merges import RollupTooLargeError, is_rolled_up
+from storage.blocks.rollup import FOLDED_ABOVE
 from storage.blocks.schema import DICTIONARY, FUNCTIONS, HEADS_10M, STACK_TREE
 from storage.blocks.work import DaySource, write_day_files
 from storage.objects.keys import DamagedObject, ObjectMissing, ObjectTooLarge
@@ -24,6 +27,8 @@ from storage.profile import ProfileError
 
 _TABLES = frozenset({HOURLY, DAILY, *HEADS_10M, *DICTIONARY})
 """What a day has until some of it expires."""
+_FOLDED = frozenset({HOURLY, DAILY, "stacks", STACK_TREE})
+"""Tables of a day whose stacks are folded."""
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +65,8 @@ def renew_day(compactor: Compactor, day: str, known: Listed | None = None) -> bo
     hours = {
         name[-2:]: each for name, each in known.hours.items() if name.startswith(day) and each.parts
     }
-    renewals = _renewals(before, hours, is_again=is_again)
+    is_over = compactor.now_ns() >= end_ns_of(day)
+    renewals = _renewals(before, hours, is_again=is_again, is_over=is_over)
     if not renewals:
         return False
     if compactor.is_dry:
@@ -93,7 +99,9 @@ def can_make_again(before: DayManifest, hours: Hours) -> bool:
     )
 
 
-def _renewals(before: DayManifest, hours: Hours, *, is_again: bool) -> list[_Renewal]:
+def _renewals(
+    before: DayManifest, hours: Hours, *, is_again: bool, is_over: bool
+) -> list[_Renewal]:
     """Return how a day can be renewed, the cheapest way first; nothing if there is no need."""
     ready = {hour: each for hour, each in sorted(hours.items()) if is_rolled_up(each)}
     new = {hour: each for hour, each in ready.items() if hour not in before.hours}
@@ -107,6 +115,9 @@ def _renewals(before: DayManifest, hours: Hours, *, is_again: bool) -> list[_Ren
         if is_whole:
             renewals.append(_rebuild(before, ready))
     elif new and is_whole:
+        has_many = sum(file.rows for file in before.files_of("stacks")) > FOLDED_ABOVE
+        if is_over and has_many and can_rebuild:
+            renewals.append(_add_last(before, ready, new))
         renewals.append(_add(before, new))
     else:
         return []
@@ -131,6 +142,16 @@ def _add(before: DayManifest, new: Hours) -> _Renewal:
         value=before.value + value,
     )
     return _Renewal(made, source)
+
+
+def _add_last(before: DayManifest, hours: Hours, new: Hours) -> _Renewal:
+    """Add hours to a day, and take its samples from the rollups of all hours."""
+    day, source = _add(before, new)
+    held = [each for hour, each in hours.items() if hour not in new]
+    kept = tuple(file for file in source.previous if file.table not in _FOLDED)
+    samples = tuple(file for file in _rollups_of(held) if file.table == HOURLY)
+    dictionary = (*source.dictionary, *_dictionaries_of(held))
+    return _Renewal(day, DaySource(kept, (*source.rollups, *samples), dictionary))
 
 
 def _rebuild(before: DayManifest, hours: Hours) -> _Renewal:

@@ -3,6 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
+from storage.blocks import day as day_module
 from storage.blocks import tables
 from storage.blocks.day import renew_day
 from storage.blocks.merges import roll_up
@@ -162,6 +163,24 @@ def test_a_renewal_reads_the_day_and_the_new_hour_and_nothing_else(expected, sto
 
         assert sorted(read) == [f"{hour:02}", *(["dd"] if number else [])]
         assert "samples_detail" not in read[f"{hour:02}"]
+
+
+def test_a_day_that_is_over_folds_the_samples_of_all_hours_at_once(
+    expected, store, tmp_path, monkeypatch
+):
+    """So how often it was renewed does not show; all else of its hours is not read again."""
+    monkeypatch.setattr(day_module, "FOLDED_ABOVE", 0)
+    for hour in (3, 4):
+        read = renew(put_hour(expected, tmp_path, hour, first=hour))
+    assert sorted(read) == ["04", "dd"]
+
+    read = renew(put_hour(expected, tmp_path, 23, first=23))
+
+    assert sorted(read) == ["03", "04", "23", "dd"]
+    assert read["03"] == {"samples_1h", *DICTIONARY}
+    assert not read["dd"] & {"samples_1h", "samples_1d", "stacks", "stack_tree"}
+    assert {"times_10m", "functions_1h"} <= read["dd"]
+    check_day(expected)
 
 
 def test_an_hour_that_has_changed_is_made_anew_in_its_day(expected, store, tmp_path):
