@@ -61,7 +61,7 @@ class PathTree:
         """The paths in an order in which those through a node stand together."""
         return trees.ranges_of(self.tree)
 
-    def counter(self, column: Integers) -> Callable[[Integers], Integers]:
+    def counter(self, column: Integers) -> Callable[[Indices | Integers], Integers]:
         """Return what gives for some places the sums of a count by path."""
         order, firsts, pasts = self.ranges
         sums = np.zeros(len(order) + 1, dtype=np.int64)
@@ -141,12 +141,12 @@ class PathTree:
         """Return what stands above the last wanted box, nearest first, and of which paths."""
         return self.lists.above_last(wanted)
 
-    def _outermost(self, wanted: Flags) -> Integers:
+    def _outermost(self, wanted: Flags) -> Indices:
         """Return the nodes of wanted boxes that are below none of the same box."""
         _, firsts, pasts = self.ranges
         # By box, by the paths through them, the upper ones first. Sorted by 16 bits at a time,
         # which takes a tenth of the time.
-        nodes = np.flatnonzero(wanted.take(self.tree.words))
+        nodes = np.flatnonzero(wanted.take(self.tree.words)).astype(np.int32)
         for keys, shift in itertools.product((firsts, self.tree.words), (0, 16)):
             bits = (keys.take(nodes) >> shift).astype(np.uint16)
             nodes = nodes[np.argsort(bits, kind="stable")]
@@ -155,5 +155,4 @@ class PathTree:
         reach = np.maximum.accumulate(box + pasts.take(nodes))
         is_below = np.zeros(len(nodes), dtype=bool)
         is_below[1:] = reach[:-1] > (box + firsts.take(nodes))[1:]
-        outermost: Integers = nodes[~is_below]
-        return outermost
+        return nodes[~is_below]

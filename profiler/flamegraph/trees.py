@@ -23,10 +23,10 @@ def expand(
     Word i stands for `numbers[firsts[i]:][:counts[i]]`, at least one. None if a stack becomes
     longer than DEEPEST.
     """
+    if int(counts.max(initial=1)) == 1:
+        return StackTree(tree.parents, numbers.take(firsts).take(tree.words), tree.ends)
     lengths = counts.take(tree.words)
     words = numbers.take(ranges(firsts.take(tree.words), lengths))
-    if len(words) == len(lengths):
-        return StackTree(tree.parents, words, tree.ends)
     depths = np.zeros(len(lengths) + 1, dtype=np.int64)  # that of ROOT is the last one
     for level in tree.levels:
         depths[level] = depths.take(tree.parents[level]) + lengths[level]
@@ -123,26 +123,26 @@ def below_labels(tree: StackTree, heads: Indices, labels: Integers) -> StackTree
     bounds = np.searchsorted(level_of[order[firsts]], np.arange(len(starts) + 1))
     # From the deepest level upwards: pairs at which stacks end, and parents of those below.
     places = np.zeros(len(end_keys), dtype=np.int64)
-    found: list[tuple[Integers, Integers]] = []
+    found: list[tuple[Indices, Indices]] = []
     parent_keys, which = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for i in range(len(starts) - 1, -1, -1):
         ending = slice(bounds[i], bounds[i + 1])
         keys, of_parents, places[ending] = _merge(parent_keys, end_keys[ending])
         if found:
-            found[-1] = (found[-1][0], of_parents.take(which))
+            found[-1] = (found[-1][0], of_parents.take(which).astype(np.int32))
         heads_here = keys // size
         nodes_here = keys - heads_here * size
-        found.append((nodes_here, heads_here))
+        found.append((tree.words.take(nodes_here), heads_here.astype(np.int32)))
         pair_parents: Integers = heads_here * size + tree.parents.take(nodes_here)
         is_first = _is_first(pair_parents)
         parent_keys, which = pair_parents[is_first], np.cumsum(is_first) - 1
     found.reverse()
     parents, words, first, before = [above.parents], [above.words], last.stop, last.start
-    for i, (nodes_here, parent) in enumerate(found):
-        parents.append((parent + before).astype(np.int32))
-        words.append(tree.words.take(nodes_here))
+    for i, (word, parent) in enumerate(found):
+        parents.append(parent + np.int32(before))
+        words.append(word)
         places[bounds[i] : bounds[i + 1]] += first
-        before, first = first, first + len(nodes_here)
+        before, first = first, first + len(word)
     ends = above.ends.copy()
     ends[has_frames] = places.take(number_groups(firsts, order))
     return StackTree(np.concatenate(parents), np.concatenate(words), ends)
@@ -174,20 +174,23 @@ def ranges_of(tree: StackTree) -> Ranges:
     # How many end at each node; those at ROOT stand last.
     own = np.roll(np.bincount(tree.ends + 1, minlength=count + 1), -1).astype(np.int32)
     sizes = own.copy()
-    families = []
-    for level in reversed(tree.levels):
+
+    def families(level: slice) -> tuple[Integers, Indices, Indices]:
+        """Return where nodes of one parent begin and end, the parents, and the sizes added up."""
         heads = np.flatnonzero(_is_first(tree.parents[level]))
-        above = tree.parents[level].take(heads)
         before = np.zeros(level.stop - level.start + 1, dtype=np.int32)
         np.cumsum(sizes[level], out=before[1:])
-        bounds = np.append(heads, len(before) - 1)
+        return np.append(heads, len(before) - 1), tree.parents[level].take(heads), before
+
+    for level in reversed(tree.levels):
+        bounds, above, before = families(level)
         sizes[above] += np.diff(before.take(bounds))
-        families.append((level, above, before[:-1], bounds))
     firsts = np.zeros(count + 1, dtype=np.int32)
-    for level, above, before, bounds in reversed(families):
+    for level in tree.levels:
         # Behind the stacks that end at the parent, and those of the siblings before.
+        bounds, above, before = families(level)
         shift = firsts.take(above) + own.take(above) - before.take(bounds[:-1])
-        firsts[level] = before + np.repeat(shift, np.diff(bounds))
+        firsts[level] = before[:-1] + np.repeat(shift, np.diff(bounds))
     order = np.argsort(firsts.take(tree.ends), kind="stable")
     return Ranges(order.astype(np.int32), firsts[:-1], firsts[:-1] + sizes[:-1])
 
