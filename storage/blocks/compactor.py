@@ -101,7 +101,8 @@ class Report:
 
     def add(self, **counts: int) -> None:
         with self._lock:
-            self.counts.update(counts)
+            for name, count in counts.items():
+                self.counts[name] += int(count)
 
     def __getitem__(self, name: str) -> int:
         return self.counts[name]

@@ -78,6 +78,8 @@ def test_json_has_all_counts(expected, capfd) -> None:
         "unreadable": [{"key": bad, "reason": found["unreadable"][0]["reason"]}],
         "problems": [],
     }
+    counts = ("objects", "parts", "conflicts", "merged", "hourly", "daily", "pinned")
+    assert {type(found[name]) for name in counts} == {int}
     assert f"cannot read {bad}: its content is not what its key says" in captured.err
 
 
