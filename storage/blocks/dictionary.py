@@ -217,8 +217,12 @@ def _read_file(
     locations: Locations,
 ) -> _Stacks:
     """Return the stacks of a file that are needed and not known."""
-    # If most are needed it is faster to look for them here.
-    is_whole = not len(known) if needed is None else 2 * len(needed) > file.rows
+    is_whole = needed is None and not len(known)
+    if needed is not None:
+        ids = opened.arrays_of("SELECT stack_id FROM {files}", [file])["stack_id"]
+        needed = needed[HashIndex(np.sort(ids)).find(needed) >= 0]
+        # If most are needed it is faster to look for them here.
+        is_whole = 2 * len(needed) > len(ids)
     if is_whole:
         heads = opened.arrays_of(f"SELECT {_HEADS} FROM {{files}}", [file])
         part = _Stacks(heads["stack_id"], _number_words(file, _offsets_of(heads), locations))
