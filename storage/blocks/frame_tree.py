@@ -20,7 +20,10 @@ from storage.hashing import Hasher, Hashes
 from storage.profile import Indices, Integers, ProfileError
 
 _LISTED_WORDS = 1 << 20
-"""Words of stacks that are listed at a time: each takes some 20 bytes meanwhile."""
+"""Locations of stacks that are listed at a time: each takes some 30 bytes meanwhile."""
+_STACKS_AT_ONCE = 122_880
+"""Those of a row group, 30 MB, and four times as much until they are a tree. Whoever fetches fewer
+at a time decodes each row group more than once."""
 
 Flags = npt.NDArray[np.bool_]
 
