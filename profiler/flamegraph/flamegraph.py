@@ -277,8 +277,8 @@ def grow(
     deeper, rest = root + 1, root + 2
     whole = float(widths([column.sum(keepdims=True) for column in columns])[0])
     shape = paths.shape
-    if depth is not None or shape.depth > DEPTH_LIMIT:
-        shape = shape.lists  # of paths that part or end deeper a node is not one place
+    if not shape.is_walkable(DEPTH_LIMIT if depth is None else depth):
+        shape = shape.lists
     rows = _Rows(
         counters=tuple(shape.counter(column) for column in columns),
         widths=widths,
@@ -288,7 +288,7 @@ def grow(
     zero = np.zeros(1, np.int64)
     levels = [_Level(zero, zero + root, tuple(zero + column.sum() for column in columns))]
     # The node of each place: its number when they are counted level by level.
-    number = np.full(shape.places, 0 if depth == 0 else -1, dtype=np.int32)
+    number = np.full(shape.slots, 0 if depth == 0 else -1, dtype=np.int32)
     count = 1
     alive = shape.first()
     node = np.zeros(len(alive), dtype=np.int64)
@@ -301,7 +301,7 @@ def grow(
         level, node = _Level.below(rows, alive, node, boxes)
         levels.append(level)
         if depth in (None, i + 1):
-            number[alive] = np.where(node >= 0, count + node, -1)
+            number[shape.slots_of(alive)] = np.where(node >= 0, count + node, -1)
         count += len(level.parent)
         is_drawn = node >= 0
         alive, above = shape.next(alive[is_drawn], i)

@@ -30,13 +30,17 @@ class PathLists:
         return len(self.boxes) + 2 * len(self.starts)
 
     @property
-    def depth(self) -> int:
-        return int((self.ends - self.starts).max(initial=0))
-
-    @property
-    def places(self) -> int:
-        """How many places there are to walk over."""
+    def slots(self) -> int:
+        """How many numbers `slots_of` returns."""
         return len(self.starts)
+
+    def slots_of(self, places: Integers) -> Integers:
+        """Return where something is kept of each place: of those of a path, the last one's."""
+        return places
+
+    def is_walkable(self, depth: int) -> bool:  # noqa: ARG002 - a place is of one path
+        """Return whether a walk may stop at a depth."""
+        return True
 
     def first(self) -> Integers:
         """Return the places at the first boxes."""
@@ -54,9 +58,9 @@ class PathLists:
         """Return what gives for some places the sums of a count by path."""
         return column.take
 
-    def by_path(self, values: Indices | Integers, of_empty: int) -> Integers:
-        """Return for each path the value of the place at which it ends."""
-        return np.where(self.ends > self.starts, values, of_empty)
+    def by_path(self, values: Indices, of_empty: int) -> Integers:
+        """Return for each path the value in the slot of the place at which it ends."""
+        return np.where(self.ends > self.starts, values.astype(np.int64), of_empty)
 
     def branch(self, places: Integers, depth: int, with_them: bool) -> tuple["PathLists", Integers]:
         """Return the paths that go through places of a depth, and which paths these are.

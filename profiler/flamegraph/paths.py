@@ -15,7 +15,7 @@ import numpy as np
 
 from profiler.flamegraph import trees
 from profiler.flamegraph.path_lists import Flags, PathLists
-from profiler.flamegraph.path_tree import PathTree
+from profiler.flamegraph.path_tree import PathClimbs, PathTree
 from profiler.flamegraph.stacks import Group, Stacks, split_parts
 from storage.columns import Columns
 from storage.profile import Indices, Integers, label_frames
@@ -53,7 +53,7 @@ class Paths:
     functions_count: int
     """How many of the frames are not labels."""
     root: Frame
-    shape: PathLists | PathTree
+    shape: PathLists | PathTree | PathClimbs
     heads: int
     """How many labels each path begins with."""
     values: Integers
@@ -204,7 +204,7 @@ class Paths:
         chosen = self._with(*self.shape.branch(places, depth, with_last))
         return replace(chosen, heads=max(0, self.heads - depth - (not with_last)))
 
-    def _with(self, shape: PathLists | PathTree, kept: Integers) -> "Paths":
+    def _with(self, shape: PathLists | PathTree | PathClimbs, kept: Integers) -> "Paths":
         """Return some of the paths, changed to those of a shape."""
         return replace(self, shape=shape, values=self.values[kept], samples=self.samples[kept])
 

@@ -43,19 +43,26 @@ def contract(tree: StackTree, is_dropped: npt.NDArray[np.bool_]) -> StackTree:
     """Return the tree without some nodes; what was below these is below their parents."""
     if not is_dropped.any():
         return tree
-    nearest = np.arange(len(is_dropped) + 1, dtype=np.int32)  # kept node, from each one upwards
-    nearest[ROOT] = ROOT
-    depths = np.zeros(len(nearest), dtype=np.int64)
+    depths = np.zeros(len(is_dropped) + 1, dtype=np.int64)
     for level in tree.levels:
-        above, mine = tree.parents[level], is_dropped[level]
-        nearest[level] = np.where(mine, nearest.take(above), nearest[level])
-        depths[level] = depths.take(above) + ~mine
+        depths[level] = depths.take(tree.parents[level]) + ~is_dropped[level]
     kept = np.flatnonzero(~is_dropped)
-    numbers = np.full(len(nearest), ROOT, dtype=np.int32)
+    numbers = np.full(len(depths), ROOT, dtype=np.int32)
     numbers[kept] = np.arange(len(kept), dtype=np.int32)
-    parents = numbers.take(nearest.take(tree.parents[kept]))
-    ends = numbers.take(nearest.take(tree.ends))
+    above = nearest(tree, ~is_dropped)
+    parents = numbers.take(above.take(tree.parents[kept]))
+    ends = numbers.take(above.take(tree.ends))
     return _in_order(parents, tree.words[kept], depths[kept], ends)
+
+
+def nearest(tree: StackTree, is_wanted: npt.NDArray[np.bool_]) -> Indices:
+    """Return for each node the first wanted one from it upwards; the last number is for ROOT."""
+    found = np.arange(len(is_wanted) + 1, dtype=np.int32)
+    found[ROOT] = ROOT
+    for level in tree.levels:
+        above = found.take(tree.parents[level])
+        found[level] = np.where(is_wanted[level], found[level], above)
+    return found
 
 
 def branch(

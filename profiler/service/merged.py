@@ -271,7 +271,7 @@ def words_of(profile: Columns) -> int:
 def larger_words(views: Iterable[Paths], *profiles: Columns) -> int:
     """Return by how many words views are larger than what they are of.
 
-    A tree has more nodes if its stacks have many labels, and becomes lists if it is inverted.
+    A tree has more nodes below labels, if most of its stacks have many of these.
     """
     usual = sum(profile.stacks.size + 2 * len(profile.rows) for profile in profiles)
     return sum(max(0, view.shape.size - usual) for view in views)

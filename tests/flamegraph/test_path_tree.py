@@ -12,7 +12,7 @@ from profiler.flamegraph import flamegraph, views
 from profiler.flamegraph.differential import Pair, UnionGraph
 from profiler.flamegraph.flamegraph import FlameGraph, Screen
 from profiler.flamegraph.path_lists import PathLists
-from profiler.flamegraph.path_tree import PathTree
+from profiler.flamegraph.path_tree import PathClimbs, PathTree
 from profiler.flamegraph.paths import Paths
 from profiler.flamegraph.stacks import Group, Stacks
 from profiler.flamegraph.views import View
@@ -114,10 +114,12 @@ def assert_same_answers(lists: Paths, tree: Paths, text: str, screen: Screen | N
     assert lists.functions() == tree.functions()
     whole = flamegraph.draw(lists)
     assert whole.total[0] == tree.total
-    found = [
-        flamegraph.grow(each, (each.values,), lambda t: t[0], screen) for each in (lists, tree)
-    ]
-    assert found[0].nodes().tolist() == found[1].nodes().tolist()
+    for depth in (None, 0, 1, 3):
+        nodes = [
+            flamegraph.grow(each, (each.values,), lambda t: t[0], screen, depth).nodes().tolist()
+            for each in (lists, tree)
+        ]
+        assert nodes[0] == nodes[1]
 
 
 @settings(max_examples=300)
@@ -129,6 +131,7 @@ def test_a_tree_answers_as_lists_do(profile, view, text, screen, data):
         wanted = [i for i in range(len(profile.row_stacks)) if data.draw(st.booleans())]
     lists, tree = both(profile, view, wanted)
 
+    assert isinstance(tree.shape, PathClimbs if view.invert or view.callers else PathTree)
     assert_same_answers(lists, tree, text, screen)
     paths = sorted({boxes for boxes, _, _ in listed(lists) if boxes})
     if not paths:

@@ -143,10 +143,10 @@ def test_locations_take_room_as_stacks_do(new_profiles):
 
 
 def test_a_tree_takes_the_room_of_what_is_made_of_it(new_profiles):
-    """Views that are lists are far larger than it, and so are lists that a file was made of."""
+    """Nodes of their own below each label, and lists that a file was made of."""
     shared = [some.named(f"shared_{i}") for i in range(40)]
     deep = Columns.of(
-        some.build([({"comm": "a"}, [*shared, some.named(f"leaf_{i}")], 1) for i in range(200)])
+        some.build([({"comm": f"{i}"}, [*shared, some.named(f"leaf_{i}")], 1) for i in range(200)])
     )
     tree = replace(deep, stacks=StackTree.of(deep.stacks))
     answer = new_profiles().merge(ALL, go_on).answer
@@ -154,13 +154,13 @@ def test_a_tree_takes_the_room_of_what_is_made_of_it(new_profiles):
     alone = merged.words
 
     merged.view(ALL)
+    merged.view(replace(ALL, invert=True))
     assert merged.words == alone
-    chosen = merged.select(Selector.parse('{comm="a"}'))
-    chosen.view(replace(ALL, invert=True))
-    inverted = merged.words
-    assert inverted > alone + len(deep.stack_words) // 2
+    merged.select(Selector.parse('{comm!=""}')).view(replace(ALL, by=("comm",)))
+    labelled = merged.words
+    assert labelled > alone + len(deep.stack_words)
     assert len(tree.stack_words) == len(deep.stack_words)
-    assert merged.words == inverted + len(deep.stack_words)
+    assert merged.words == labelled + len(deep.stack_words)
 
 
 def test_the_values_used_last_are_kept():
