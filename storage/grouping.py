@@ -8,6 +8,9 @@ from storage.profile import Indices, Integers
 _STEPS = 16
 """Of n evenly spread hashes hardly ever have more one beginning of log2(n) bits."""
 _CACHED_BITS = 20
+_MOST_PLACES = 8
+"""Keys are found in a table of all possible ones, five bytes each, if those are at most so many
+times as many: to sort keys takes longer."""
 _AT_ONCE = 1 << 15
 """What is looked up at a time fits into the processor's cache."""
 
@@ -55,6 +58,22 @@ def distinct(numbers: Numbers, limit: int) -> tuple[Integers, Integers]:
     is_used = np.zeros(limit, dtype=bool)
     is_used[wide] = True
     return np.flatnonzero(is_used), (np.cumsum(is_used) - 1)[wide]
+
+
+def find_firsts(keys: Integers, limit: int) -> tuple[Integers, Integers]:
+    """Return where each key below a limit is first, and by place which of the distinct ones it is.
+
+    The distinct ones ascend.
+    """
+    if limit > _MOST_PLACES * len(keys):
+        _, firsts, which = np.unique(keys, return_index=True, return_inverse=True)
+        return firsts, which
+    is_used = np.zeros(limit, dtype=bool)
+    is_used[keys] = True
+    which = (np.cumsum(is_used, dtype=np.int32) - np.int32(1))[keys].astype(np.int64)
+    firsts = np.empty(int(is_used.sum()), dtype=np.int64)
+    firsts[which[::-1]] = np.arange(len(keys))[::-1]  # of several, the one written last stays
+    return firsts, which
 
 
 def ranges(starts: Numbers, lengths: Numbers) -> Integers:

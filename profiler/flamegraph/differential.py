@@ -28,6 +28,7 @@ from profiler.flamegraph.paths import Paths, Rows, sum_by
 from profiler.flamegraph.stacks import Group, Stacks
 from profiler.flamegraph.views import NoSuchNodeError, Shown, View
 from storage.columns import Columns
+from storage.grouping import find_firsts
 from storage.profile import Indices, Integers, label_frames
 from storage.query.resolve import resolve_columns
 from symbolizer.location import Frame
@@ -55,8 +56,8 @@ _REASONS = 3
 _REASON_SHARE = 0.01
 """Of a function's total: smaller parts do not explain its change."""
 
-_Marked = tuple[Stacks, npt.NDArray[np.uint64]]
-"""Stacks of both sides, and the fingerprint of each."""
+_Numbered = tuple[Stacks, Integers, int]
+"""Stacks of both sides, a number of each, which equal ones share, and a limit of these numbers."""
 _Counts = tuple[Integers, Integers, Integers, Integers]
 """Values before and after, then samples before and after."""
 _Key = tuple[str, str, str]
@@ -136,7 +137,7 @@ class Pair:
     found: Comparison
     before: Columns
     after: Columns
-    _stacks: dict[Group, _Marked] = field(default_factory=dict)
+    _stacks: dict[Group, _Numbered] = field(default_factory=dict)
     _judged: "_Judged | None" = None
 
     def __post_init__(self) -> None:
@@ -184,15 +185,14 @@ class Pair:
 
     def view(self, view: View, check: Callable[[], None] = lambda: None) -> UnionPaths:
         """Return the stacks of both sides as a view shows them."""
-        stacks, marks = self._stacks_of(view.group)
+        stacks, number_of, limit = self._stacks_of(view.group)
         check()
         heads = label_frames((*self.before.label_sets, *self.after.label_sets), view.by)
         raw = self._raw_rows()
         numbers: dict[tuple[Frame, ...], int] = {}
         table = np.array([numbers.setdefault(head, len(numbers)) for head in heads], np.int64)
-        salt = np.random.default_rng().integers(2**64, size=len(numbers), dtype=np.uint64)
-        keys = marks[raw.stacks] ^ salt[table[raw.labels]]
-        _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+        keys = table[raw.labels] * limit + number_of[raw.stacks]
+        first, which = find_firsts(keys, len(numbers) * limit)
         counts = self._counts(raw, which, len(first))
         check()
         weights = raw.values * np.repeat(self.scale, [len(self.before.rows), len(self.after.rows)])
@@ -290,12 +290,12 @@ class Pair:
         changes = (each.change for each in self.found.functions if each.frame.function == function)
         return np.array([next((_CODES[change] for change in changes), UNCHANGED)], np.int8)
 
-    def _stacks_of(self, group: Group) -> _Marked:
+    def _stacks_of(self, group: Group) -> _Numbered:
         known = self._stacks
         if group in known:
             return known[group]
         stacks = Stacks.of([self.before, self.after], group)
-        found = (stacks, stacks.fingerprints())
+        found = (stacks, *stacks.numbered())
         # Verdicts are of functions; of the other groups, the last one asked for is kept.
         kept = [each for each in known.items() if each[0] is Group.FUNCTION]
         self._stacks = dict([*kept, (group, found)])
@@ -329,9 +329,9 @@ class Pair:
         return self._judged
 
     def _judge_anew(self) -> "_Judged":
-        stacks, marks = self._stacks_of(Group.FUNCTION)
+        stacks, number_of, limit = self._stacks_of(Group.FUNCTION)
         raw = self._raw_rows()
-        _, first, which = np.unique(marks[raw.stacks], return_index=True, return_inverse=True)
+        first, which = find_firsts(number_of[raw.stacks], limit)
         counts = self._counts(raw, which, len(first))
         numbers = raw.stacks[first]
         leaves = stacks.leaves(of_empty=len(stacks.frames))[numbers]
@@ -406,8 +406,8 @@ def _most_costly(
 
     If two weigh the same it is unchanged: swapped sides then agree. Unchanged weighs nothing.
     """
-    sums = np.zeros((len(VERDICTS), size))
-    np.add.at(sums, (codes, which), weights)
+    cells = codes.astype(np.int64) * size + which
+    sums = np.bincount(cells, weights, len(VERDICTS) * size).reshape(len(VERDICTS), size)
     sums[UNCHANGED] = 0
     largest = sums.max(axis=0)
     is_one = (sums >= largest * (1 - _EQUAL)).sum(axis=0) == 1

@@ -108,27 +108,33 @@ class Stacks:
         leaves[filled] = self.stacks.words[ends[filled] - 1]
         return leaves
 
-    def fingerprints(self) -> npt.NDArray[np.uint64]:
-        """Return a number by stack, the same for the same boxes in the same order.
-
-        The numbers are drawn anew each time, so that nobody can craft two stacks with the same one.
-        """
-        random = np.random.default_rng()
+    def numbered(self) -> tuple[Integers, int]:
+        """Return a number by stack, the same for the same boxes in the same order, and a limit."""
         if isinstance(self.stacks, StackTree):
-            count = len(self.stacks.parents) + 1
-            return random.integers(2**64, size=count, dtype=np.uint64).take(self.stacks.ends)
-        words = random.integers(2**64, size=len(self.frames), dtype=np.uint64)
-        starts, ends = self.stacks.offsets[:-1], self.stacks.offsets[1:]
-        longest = int((ends - starts).max(initial=0))
-        base = random.integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-        powers = np.full(longest, base, dtype=np.uint64).cumprod(dtype=np.uint64)
-        found = np.zeros(len(starts), dtype=np.uint64)
-        for part in split_parts(starts, ends):
-            terms = words[self.stacks.words.take(part.place)] * powers[part.within]
-            sums = np.concatenate([np.zeros(1, np.uint64), terms.cumsum(dtype=np.uint64)])
-            last = (ends - starts)[part.rows].cumsum()
-            found[part.rows] = np.diff(sums[np.concatenate([np.zeros(1, np.int64), last])])
-        return found
+            return self.stacks.ends.astype(np.int64) + 1, len(self.stacks.parents) + 1
+        prints = _fingerprints(self.stacks, len(self.frames))
+        known, numbers = np.unique(prints, return_inverse=True)
+        return numbers, len(known)
+
+
+def _fingerprints(lists: StackLists, boxes: int) -> npt.NDArray[np.uint64]:
+    """Return a number by stack, the same for the same boxes in the same order.
+
+    The numbers are drawn anew each time, so that nobody can craft two stacks with the same one.
+    """
+    random = np.random.default_rng()
+    words = random.integers(2**64, size=boxes, dtype=np.uint64)
+    starts, ends = lists.offsets[:-1], lists.offsets[1:]
+    longest = int((ends - starts).max(initial=0))
+    base = random.integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    powers = np.full(longest, base, dtype=np.uint64).cumprod(dtype=np.uint64)
+    found = np.zeros(len(starts), dtype=np.uint64)
+    for part in split_parts(starts, ends):
+        terms = words[lists.words.take(part.place)] * powers[part.within]
+        sums = np.concatenate([np.zeros(1, np.uint64), terms.cumsum(dtype=np.uint64)])
+        last = (ends - starts)[part.rows].cumsum()
+        found[part.rows] = np.diff(sums[np.concatenate([np.zeros(1, np.int64), last])])
+    return found
 
 
 class _Boxes(NamedTuple):
