@@ -395,7 +395,7 @@ def _read_samples(messages: Sequence[bytes], locations: int) -> _Samples:
     values, value_at = numbers_from(data, value_at, each)
     require(np.array_equal(value_at, values_end))
     counts = np.stack([samples, values], axis=1)
-    require((counts < np.uint64(COUNT_LIMIT)).all() and counts.any(axis=1).all())
+    require((counts < np.uint64(COUNT_LIMIT)).all() and (samples | values).all())
     require((counts.sum(axis=0, dtype=np.float64) < 2.0**61).all())
     # Samples of several processes or threads have one stack, which then has the same bytes.
     stacks: dict[bytes, int] = {}
