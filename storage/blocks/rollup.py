@@ -7,7 +7,7 @@ stay exact. Blocks with few stacks keep them all.
 
 A block is folded, and so is all that is merged of it. What was folded before, by the agent too,
 counts against the 1 %, and each time half of what is left of it may be folded: so however often
-blocks are merged, 99 % are kept.
+blocks are merged, 99 % are kept. A day folds again (`storage.blocks.daily`), and all that is left.
 """
 
 from collections.abc import Sequence
