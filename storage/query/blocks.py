@@ -241,8 +241,9 @@ class Blocks:
             labelled = [file for file in local if file.table == "label_sets"]
             label_sets = read_label_sets([local[file] for file in labelled])
             sets, hosts = choose_among(label_sets, selector)
-            chosen = plan
-            if hosts is not None:
+            if hosts is None:
+                chosen = plan.of_all()
+            else:
                 chosen = plan.of_hosts(hosts, parts_without(hours, local, hosts))
             with self._fetching(file for file in chosen.files if file not in local) as rest:
 

@@ -182,6 +182,13 @@ class SamplesPlan(NamedTuple):
         named = (*(file for each in self.samples for file in each.files), *self.dictionary)
         return tuple(dict.fromkeys(named))
 
+    def of_all(self) -> "SamplesPlan":
+        """Return the plan with files of the same seconds together: fewer queries read them."""
+        files: dict[Spans, tuple[File, ...]] = {}
+        for each in self.samples:
+            files[each.spans] = (*files.get(each.spans, ()), *each.files)
+        return self._replace(samples=[Chosen(some, spans) for spans, some in files.items()])
+
     def of_hosts(self, hosts: Hashes, absent: Collection[str]) -> "SamplesPlan":
         """Return the plan without files that have no rows of some hosts, by their ids.
 
