@@ -28,7 +28,7 @@ from profiler.flamegraph.paths import Paths, Rows, sum_by
 from profiler.flamegraph.stacks import Group, Stacks
 from profiler.flamegraph.views import NoSuchNodeError, Shown, View
 from storage.columns import Columns
-from storage.grouping import find_firsts
+from storage.grouping import add_groups, group_keys, number_groups
 from storage.profile import Indices, Integers, label_frames
 from storage.query.resolve import resolve_columns
 from symbolizer.location import Frame
@@ -169,9 +169,11 @@ class Pair:
         rows, boxes = paths.shape.pairs(np.isfinite(wholes))
         is_asked = boxes != leaves[rows]
         rows, boxes = rows[is_asked], boxes[is_asked]
-        pairs, which = np.unique(boxes * size + leaves[rows], return_inverse=True)
-        above, below = np.divmod(pairs, size)
-        sums = [sum_by(which, column[rows], len(pairs)) for column in (paths.values, paths.samples)]
+        keys = boxes * size + leaves[rows]
+        firsts, order = group_keys(keys)
+        above, below = np.divmod(keys[order[firsts]], size)
+        chosen = rows[order]
+        sums = [add_groups(column[chosen], firsts) for column in (paths.values, paths.samples)]
         growth = np.abs(self._growth(*sums))
         explains = np.flatnonzero(growth >= _REASON_SHARE * wholes[above])
         found: dict[_Key, tuple[Reason, ...]] = {}
@@ -191,8 +193,8 @@ class Pair:
         raw = self._raw_rows()
         numbers: dict[tuple[Frame, ...], int] = {}
         table = np.array([numbers.setdefault(head, len(numbers)) for head in heads], np.int64)
-        keys = table[raw.labels] * limit + number_of[raw.stacks]
-        first, which = find_firsts(keys, len(numbers) * limit)
+        salt = np.random.default_rng().integers(2**64, size=len(numbers), dtype=np.uint64)
+        first, which = _distinct(marks[raw.stacks] ^ salt[table[raw.labels]])
         counts = self._counts(raw, which, len(first))
         check()
         weights = raw.values * np.repeat(self.scale, [len(self.before.rows), len(self.after.rows)])
@@ -331,7 +333,7 @@ class Pair:
     def _judge_anew(self) -> "_Judged":
         stacks, number_of, limit = self._stacks_of(Group.FUNCTION)
         raw = self._raw_rows()
-        first, which = find_firsts(number_of[raw.stacks], limit)
+        first, which = _distinct(marks[raw.stacks])
         counts = self._counts(raw, which, len(first))
         numbers = raw.stacks[first]
         leaves = stacks.leaves(of_empty=len(stacks.frames))[numbers]
@@ -342,14 +344,9 @@ class Pair:
         moved = _find_moved(leaves, counts, known)
         codes[moved] = MOVED
         chosen = np.isin(codes, (MORE, LESS, NEW, GONE))
-        paths = Paths.of_rows(
-            stacks,
-            [()],
-            Rows(
-                numbers[chosen], np.zeros(chosen.sum(), np.int64), *(c[chosen] for c in counts[:2])
-            ),
-            self.before.unit,
-        )
+        labels = np.zeros(chosen.sum(), np.int64)
+        rows = Rows(numbers[chosen], labels, *(column[chosen] for column in counts[:2]))
+        paths = Paths.of_rows(stacks, [()], rows, self.before.unit)
         return _Judged(
             codes=codes[which],
             moved=frozenset(_key(stacks.frames[i]) for i in np.unique(leaves[moved]).tolist()),
@@ -397,6 +394,12 @@ class _Judged(NamedTuple):
     """The stacks of changed functions; `values` count before, `samples` after."""
     leaves: Integers
     """By such a stack: the box at its end."""
+
+
+def _distinct(keys: npt.NDArray[np.uint64]) -> tuple[Integers, Integers]:
+    """Return where there is one of each distinct key, and by key which of these it is."""
+    firsts, order = group_keys(keys)
+    return order[firsts], number_groups(firsts, order)
 
 
 def _most_costly(

@@ -111,19 +111,19 @@ class PathTree:
 
     def pairs(self, wanted: Flags) -> tuple[Integers, Integers]:
         """Return which wanted boxes are in which path, each once: numbers of paths and boxes."""
-        tree, count = self.tree, max(len(wanted), 1)
-        nearest = trees.nearest(tree, wanted.take(tree.words))
-        paths = np.arange(len(tree.ends))
-        node = nearest.take(tree.ends)
-        found = [paths[:0]]
+        tree = self.tree
+        is_asked = np.zeros(len(tree.parents), dtype=bool)
+        is_asked[self._outermost(wanted)] = True
+        nearest = trees.nearest(tree, is_asked)
+        paths, nodes = np.arange(len(tree.ends)), nearest.take(tree.ends)
+        found = [(paths[:0], tree.words[:0])]
         while len(paths):
-            is_one = node >= 0
-            paths, node = paths[is_one], node[is_one]
-            found.append(paths * count + tree.words.take(node))
-            node = nearest.take(tree.parents.take(node))
-        keys = np.sort(np.concatenate(found))
-        path, box = np.divmod(keys[np.diff(keys, prepend=-1) > 0], count)
-        return path, box
+            is_one = nodes != ROOT
+            paths, nodes = paths[is_one], nodes[is_one]
+            found.append((paths, tree.words.take(nodes)))
+            nodes = nearest.take(tree.parents.take(nodes))
+        of_paths, boxes = zip(*found, strict=True)
+        return np.concatenate(of_paths), np.concatenate(boxes).astype(np.int64)
 
     def totals(self, columns: Sequence[Integers], wanted: Flags) -> list[Integers]:
         """Return by box the counts of the paths that have it, if it is wanted."""
