@@ -1,5 +1,7 @@
 """Grouping: find equal numbers of arrays by sorting, which is what merging consists of."""
 
+from typing import Literal
+
 import numpy as np
 
 from storage.hashing import Hashes, Numbers
@@ -15,9 +17,14 @@ _AT_ONCE = 1 << 15
 """What is looked up at a time fits into the processor's cache."""
 
 
-def group_keys(keys: Numbers) -> tuple[Integers, Integers]:
-    """Return an order in which equal keys stand together, and where in it each group starts."""
-    order = np.argsort(keys)
+def group_keys(
+    keys: Numbers, kind: Literal["quicksort", "stable"] = "quicksort"
+) -> tuple[Integers, Integers]:
+    """Return an order in which equal keys stand together, and where in it each group starts.
+
+    Where most keys ascend already, `stable` takes half the time.
+    """
+    order = np.argsort(keys, kind=kind)
     ordered = keys[order]
     is_first = np.ones(len(keys), dtype=bool)
     is_first[1:] = ordered[1:] != ordered[:-1]
