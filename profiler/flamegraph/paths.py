@@ -4,6 +4,10 @@ A path is a row: its labels' frames, then its stack (`profiler.flamegraph.stacks
 Views of a flame graph (only what is below a box, only stacks with a function, its callers, the
 inverted graph) are made by changing paths. Paths are drawn (`profiler.flamegraph.flamegraph`) or
 added up (`functions`).
+
+They have a shape, which answers for them: lists of boxes, the branches of a tree, or walks up one.
+Drawing walks over places of a shape, from each to those one deeper. A place of a tree is a node, of
+all paths through it; of other shapes it is one of a path.
 """
 
 from collections import deque
