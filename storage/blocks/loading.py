@@ -86,13 +86,14 @@ def load_block(opened: Engine, block: Block, stacks: Stacks) -> None:
     _load_modules(opened, block.dictionary.modules.values())
 
 
-def insert_stacks(opened: Engine, stacks: Stacks, *, are_new: bool = False) -> None:
-    """Insert stacks into the table `stacks`, but for those that it has, unless all are new."""
-    missing = "" if are_new else "ANTI JOIN stacks USING (stack_id)"
+def insert_stacks(opened: Engine, stacks: Stacks) -> None:
+    """Insert stacks, all of them different, into the table `stacks`, but for those that it has."""
+    has_some = opened.rows("SELECT count(*) FROM stacks") != [(0,)]
+    new = "ANTI JOIN stacks USING (stack_id)" if has_some else ""
     lengths = np.diff(stacks.offsets)
     usual = np.flatnonzero(lengths <= _USUAL_DEPTH)
     for first in range(0, len(usual), _AT_ONCE):
-        _insert_usual(opened, stacks.take(usual[first : first + _AT_ONCE]), missing)
+        _insert_usual(opened, stacks.take(usual[first : first + _AT_ONCE]), new)
     deep = stacks.take(np.flatnonzero(lengths > _USUAL_DEPTH))
     if len(deep.ids):
         numbers = np.arange(len(deep.ids))
@@ -108,21 +109,22 @@ def insert_stacks(opened: Engine, stacks: Stacks, *, are_new: bool = False) -> N
         words = _lists("new_words", "frame_id", "frame_ids")
         opened.run(
             f"INSERT INTO stacks SELECT stack_id, frame_ids FROM new_stacks JOIN ({words})"
-            f" USING (number) {missing}"
+            f" USING (number) {new}"
         )
 
 
-def _insert_usual(opened: Engine, stacks: Stacks, missing: str) -> None:
+def _insert_usual(opened: Engine, stacks: Stacks, new: str) -> None:
     """Insert stacks that are not deep, from an array for each depth: eight times as fast."""
     lengths = stacks.offsets[1:] - stacks.offsets[:-1]
-    by_depth = np.zeros((_USUAL_DEPTH, len(lengths)), dtype=np.uint64)
+    deepest = int(lengths.max(initial=1))
+    by_depth = np.zeros((deepest, len(lengths)), dtype=np.uint64)
     depth = np.arange(len(stacks.frame_ids)) - np.repeat(stacks.offsets[:-1], lengths)
     by_depth[depth, np.repeat(np.arange(len(lengths)), lengths)] = stacks.frame_ids
     columns = {f"word_{i}": words for i, words in enumerate(by_depth)}
     opened.register("new_stacks", {"stack_id": stacks.ids, "depth": lengths, **columns})
     opened.run(
         f"INSERT INTO stacks SELECT stack_id, list_value({', '.join(columns)})[1:depth]"
-        f" FROM new_stacks {missing}"
+        f" FROM new_stacks {new}"
     )
 
 
