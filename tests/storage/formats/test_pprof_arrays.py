@@ -83,6 +83,45 @@ def test_a_name_that_is_the_comment_is_read_as_the_thorough_reader_reads_it():
         assert some.named_locations(read) == some.named_locations(thorough)
 
 
+def test_a_stack_of_several_threads_is_there_once_however_it_is_encoded():
+    """Equal bytes are one stack; a number of more bytes than it needs is left to the other."""
+    rows = [({"thread": str(i)}, [some.MAIN, some.WORK], 1 + i) for i in range(3)]
+    content = decompress(pprof.encode(some.build(rows, {})))
+
+    columns = pprof_arrays.decode(content, HASHER)
+
+    assert len(columns.rows) == 3
+    assert len(columns.stack_hashes) == 1
+    assert fast(content) == pprof.decode(content)
+    samples = {each.SerializeToString(): each for each in parsed(content).sample}
+    encoded_sample = next(each for each in samples if samples[each].value[0] == 2)
+    assert encoded_sample[:2] == b"\x0a\x02"
+    longer = b"\x0a\x03" + encoded_sample[2:3] + bytes([encoded_sample[3] | 0x80, 0])
+    unusual = content.replace(
+        bytes([0x12, len(encoded_sample)]) + encoded_sample,
+        bytes([0x12, len(encoded_sample) + 1]) + longer + encoded_sample[4:],
+    )
+    assert len(unusual) == len(content) + 1
+    with pytest.raises(UnusualError):
+        fast(unusual)
+    assert pprof_arrays.decode(unusual, HASHER).to_profile() == pprof.decode(content)
+
+
+def test_samples_that_count_nothing_are_left_out():
+    """Of our own files, only damaged ones have such."""
+    message = parsed(decompress(pprof.encode(some.sample_profile())))
+    message.sample[0].value[:] = [0, 0]
+    content = message.SerializeToString()
+
+    assert pprof_arrays.decode(content, HASHER).to_profile() == pprof.decode(content)
+
+
+def parsed(plain: bytes) -> ProfileMessage:
+    message = ProfileMessage()
+    message.ParseFromString(plain)
+    return message
+
+
 def test_what_is_different_in_every_object_is_not_remembered():
     """A Hasher remembers texts; of a fleet's hour, 60,000 accountings would be among them."""
     hasher = Hasher(b"k" * 32)
