@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from storage.blocks import tables
+from storage.blocks import functions, tables
 from storage.blocks.block import ROLLUP_LABELS, labels_id
 from storage.blocks.dictionary import read_dictionary
 from storage.blocks.functions import (
@@ -28,7 +28,8 @@ from storage.blocks.functions import (
 from storage.blocks.parquet import LocalFile, engine, of_table
 from storage.blocks.schema import FUNCTIONS
 from storage.blocks.tables import merge_parts
-from storage.columns import Columns
+from storage.columns import Columns, Texts
+from storage.location_functions import LocationFunctions, functions_of_stacks
 from storage.merging import adopt_names, merge_columns
 from storage.objects.keys import NS_PER_S
 from storage.profile import Host, ProfileError, Window
@@ -225,3 +226,40 @@ def test_functions_of_files_that_do_not_belong_together_are_refused(tmp_path):
 
     with pytest.raises(ProfileError, match="cannot"):
         write_hour(mixed, tmp_path / "hour", HASHER)
+
+
+def test_totals_do_not_depend_on_how_much_is_added_up_at_once(tmp_path, monkeypatch):
+    """Few pairs of a label set and a function have a table, many are sorted."""
+    rows = [
+        ({"service": f"s{i % 3}"}, [some.MAIN, some.WORK, some.MAIN, some.READ][: 1 + i % 4], 1 + i)
+        for i in range(12)
+    ]
+    files = write([stored(some.build(rows, {}))], tmp_path / "part")
+
+    whole = write_hour(files, tmp_path / "whole", HASHER)
+    monkeypatch.setattr(functions, "_WORDS_AT_ONCE", 4)
+    pieces = write_hour(files, tmp_path / "pieces", HASHER)
+
+    for table in OF_HOUR:
+        assert rows_of(whole, table) == rows_of(pieces, table)
+        assert rows_of(whole, table)
+
+
+def test_functions_of_many_stacks_are_those_of_few():
+    """Numbers of a stack and a function are 32 bits wide together, or 64 if needed."""
+    count = 1 << 13
+    locations = LocationFunctions(
+        Texts.of([]),
+        np.arange(count, dtype=np.uint64),
+        np.zeros((count, 4), np.int64),
+        np.arange(count + 1),
+        np.arange(count)[::-1].copy(),
+    )
+    words = np.array([count - 1, 0, 0, 5, 5])
+    for empty in (0, 1 << 20):
+        offsets = np.concatenate([np.zeros(1 + empty, np.int64), [3, 5]])
+
+        found, numbers = functions_of_stacks(offsets, words, locations)
+
+        assert found[empty:].tolist() == [0, 2, 3]
+        assert numbers.tolist() == [0, count - 1, count - 6]
