@@ -22,6 +22,7 @@ from profiler.cluster import ClusterError, ClusterExecutor
 from profiler.commands import arguments
 from profiler.commands.selection import opened
 from profiler.text import counted, tell
+from storage.blocks.budget import MemoryBudget, budget_of
 from storage.blocks.compactor import Compactor, Report
 from storage.blocks.retention import LEVELS, Keep, KeepError, lifecycle, lifecycle_limits
 from storage.blocks.rounds import Rounds
@@ -31,6 +32,7 @@ from storage.objects.tenant import TenantStore, list_tenants
 from storage.query.cache import default_folder
 from storage.query.workers import Workers
 
+DEFAULT_MEMORY_BYTES = 1_000_000_000
 PATIENCE_S = 600.0
 """With --every, few new objects wait so long for others."""
 _SHOWN_UNREADABLE = 5
@@ -100,8 +102,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=workers,
         default=min(4, os.cpu_count() or 1),
         metavar="N",
-        help="processes that decode and merge, each with about 1 GB (default: one per CPU, at"
-        " most 4)",
+        help="processes that decode and merge (default: one per CPU, at most 4)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=arguments.size_bytes,
+        default=DEFAULT_MEMORY_BYTES,
+        metavar="SIZE",
+        help="what all processes together should take; with more, more of a large fleet is done"
+        " at once (default: 1GB)",
     )
     parser.add_argument(
         "--cluster",
@@ -198,6 +207,7 @@ def make_rounds(
 ) -> Rounds:
     """Return the rounds of a tenant, which have not begun."""
     folder = default_folder().parent / "compact"
+    budget = _budget(options, executor)
 
     def make(type_: str) -> Compactor:
         return Compactor(
@@ -206,6 +216,7 @@ def make_rounds(
             executor,
             type_=type_,
             patience_s=patience_s,
+            budget=budget,
             is_dry=options.dry_run,
             tell=tell_progress,
         )
@@ -214,6 +225,13 @@ def make_rounds(
     if isinstance(executor, ClusterExecutor):
         at_once = min(max(at_once, executor.threads), _MOST_AT_ONCE)
     return Rounds(store, folder, make, options.keep, hours_at_once=at_once)
+
+
+def _budget(options: argparse.Namespace, executor: Executor) -> MemoryBudget:
+    """Return what work may take here. The workers of a cluster have their own limits."""
+    if isinstance(executor, ClusterExecutor):
+        return MemoryBudget()
+    return budget_of(options.memory, options.workers)
 
 
 @contextlib.contextmanager
@@ -373,6 +391,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=keep, default=Keep.of({}))
     options = parser.parse_args(argv)
     options.dry_run, options.workers, options.cluster = False, 1, ""
+    options.memory = DEFAULT_MEMORY_BYTES
     try:
         with _working(options) as executor:
             rounds = make_rounds(opened(options), options, executor, PATIENCE_S, lambda _: None)

@@ -30,7 +30,9 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
+from storage.blocks.budget import FOLD_BYTES, MemoryBudget, expected_bytes
 from storage.blocks.manifest import (
+    File,
     HourManifest,
     Manifests,
     Part,
@@ -116,8 +118,9 @@ class Compactor:
     """Compacts the profiles of one type of a tenant. Several threads may call its methods.
 
     With `patience_s` few new objects of an hour that goes on wait for others, at most so long;
-    without, all that is there is folded. `is_dry` changes nothing, and the report counts what would
-    be done.
+    without, all that is there is folded. `memory_bytes` is what DuckDB may take at most for
+    a piece of work, which waits for its share of `budget`. `is_dry` changes nothing, and the report
+    counts what would be done.
 
     Attributes:
         manifests: of this type.
@@ -136,6 +139,7 @@ class Compactor:
         grace_s: float = GRACE_S,
         patience_s: float = 0.0,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        budget: MemoryBudget | None = None,
         is_dry: bool = False,
         tell: Callable[[str], None] = _tell_nothing,
     ) -> None:
@@ -148,6 +152,7 @@ class Compactor:
         self.grace_s = grace_s
         self.patience_s = patience_s
         self.memory_bytes = memory_bytes
+        self._budget = budget or MemoryBudget()
         self.is_dry = is_dry
         self.tell = tell
         self._folder = folder
@@ -262,7 +267,7 @@ class Compactor:
         try:
             for batch in (*_batches(objects), None):
                 if batch is not None:
-                    waiting.append((awake_s(), batch, self._submit(fold_objects, place, batch)))
+                    waiting.append((awake_s(), batch, self._submit_fold(place, batch)))
                 while waiting and (batch is None or len(waiting) >= _IN_FLIGHT):
                     begun_s, keys, future = waiting.popleft()
                     done.append((begun_s, self._result_of(place, keys, future)))
@@ -288,8 +293,21 @@ class Compactor:
                 return future.result()
         except (BrokenExecutor, MemoryError):
             pass
-        with self._lone_worker() as worker:
+        with self._budget.taking(FOLD_BYTES), self._lone_worker() as worker:
             return fold_alone(worker, place, keys)
+
+    def _submit_fold(self, place: Place, keys: Sequence[ObjectKey]) -> "Future[Folded] | None":
+        """Wait for memory, and hand a batch to the executor as `_submit` does."""
+        taken_bytes = self._budget.take(FOLD_BYTES)
+        future = None
+        try:
+            future = self._submit(fold_objects, place, keys)
+        finally:
+            if future is None:
+                self._budget.give_back(taken_bytes)
+        if future is not None:
+            future.add_done_callback(lambda _: self._budget.give_back(taken_bytes))
+        return future
 
     def _name_parts(self, hour: str, done: Sequence[tuple[float, Folded]]) -> int:
         """Name new parts in the manifest, those of which no object is in another part there.
@@ -363,24 +381,30 @@ class Compactor:
             while sum(map(len, self._contents.values())) > _REMEMBERED_CONTENTS:
                 del self._contents[next(iter(self._contents))]
 
-    def work(self, name: str, act: Callable[..., _Made], *things: object) -> _Made:
-        """Have `act(place, *things)` done for an hour or a day.
+    def work(
+        self, name: str, act: Callable[..., _Made], *things: object, reads: Iterable[File]
+    ) -> _Made:
+        """Have `act(place, *things, memory_bytes)` done for an hour or a day, which reads files.
 
-        It is done by the executor, or by a process of its own if that has just lost a worker.
+        It is done once there is memory for it, by the executor, or by a process of its own if that
+        has just lost a worker.
 
         Raises:
             BrokenExecutor: that one was killed, too.
             MemoryError: there is too little.
         """
-        place = self._place(name)
-        future = self._submit(act, place, *things)
-        try:
-            if future is not None:
-                return future.result()
-        except BrokenExecutor:
-            pass
-        with self._lone_worker() as worker:
-            return worker.run(act, place, *things)
+        read_bytes = sum(file.bytes for file in reads)
+        memory_bytes = self._budget.engine_bytes(read_bytes, self.memory_bytes)
+        all_things = (self._place(name), *things, memory_bytes)
+        with self._budget.taking(expected_bytes(read_bytes, memory_bytes)):
+            future = self._submit(act, *all_things)
+            try:
+                if future is not None:
+                    return future.result()
+            except BrokenExecutor:
+                pass
+            with self._lone_worker() as worker:
+                return worker.run(act, *all_things)
 
     def _submit(self, act: Callable[..., _Made], *things: object) -> "Future[_Made] | None":
         """Hand work to the executor; None if it takes none now, because it has lost a worker."""

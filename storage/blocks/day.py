@@ -214,9 +214,10 @@ def _dictionaries_of(hours: Iterable[HourManifest]) -> list[File]:
 def _make(compactor: Compactor, renewals: Sequence[_Renewal]) -> DayManifest:
     """Make a day in the first way that works; its files are stored, and nothing names them yet."""
     for number, (day, source) in enumerate(renewals, 1):
-        things = (source, day.samples, day.value, compactor.memory_bytes)
+        things = (source, day.samples, day.value)
+        reads = [file for group in source for file in group]
         try:
-            files = compactor.work(day.day, write_day_files, *things)
+            files = compactor.work(day.day, write_day_files, *things, reads=reads)
         except ObjectTooLarge as error:
             raise RollupTooLargeError(f"the rollup of the day is too large: {error}") from error
         except (ProfileError, ObjectMissing, DamagedObject) as error:

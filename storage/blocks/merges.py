@@ -11,7 +11,7 @@ from storage.blocks.compactor import Compactor, awake_s
 from storage.blocks.functions import OF_HOUR
 from storage.blocks.manifest import HourManifest, Part, Rollup, part_id
 from storage.blocks.schema import DETAIL, HEADS_10M, ROLLUPS
-from storage.blocks.work import merge_files, roll_up_hour
+from storage.blocks.work import files_to_roll_up, merge_files, roll_up_hour
 from storage.objects.keys import ObjectTooLarge
 from storage.profile import ProfileError
 
@@ -97,7 +97,8 @@ def choose_parts(parts: Sequence[Part], *, is_over: bool) -> list[Part]:
 def _merge(compactor: Compactor, hour: str, chosen: Sequence[Part]) -> bool:
     """Replace parts by one; return False if others have changed them meanwhile."""
     begun_s = awake_s()
-    files = compactor.work(hour, merge_files, list(chosen), compactor.memory_bytes)
+    reads = [file for part in chosen for file in part.files]
+    files = compactor.work(hour, merge_files, list(chosen), reads=reads)
     gone = {part.id for part in chosen}
     merged = Part(
         id=part_id(gone),
@@ -159,7 +160,7 @@ def roll_up(compactor: Compactor, hour: str) -> bool:
             hour,
             roll_up_hour,
             list(manifest.parts),
-            compactor.memory_bytes,
+            reads=files_to_roll_up(manifest.parts),
         )
     except ObjectTooLarge as error:
         raise RollupTooLargeError(f"the hourly rollup is too large: {error}") from error

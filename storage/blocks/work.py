@@ -202,7 +202,7 @@ def roll_up_hour(place: Place, parts: Sequence[Part], memory_bytes: int) -> list
 
     Raises: as `merge_files` does.
     """
-    files = [file for part in parts for file in part.files if file.table in _ROLLED_UP]
+    files = files_to_roll_up(parts)
     with _fetched(place, files) as local, _working_folder(place.folder) as folder:
         samples = [file for file in local if file.table == ROLLUPS[600]]
         made = roll_up(samples, HOUR_S, folder, memory_bytes)
@@ -211,6 +211,11 @@ def roll_up_hour(place: Place, parts: Sequence[Part], memory_bytes: int) -> list
             made += write_hour(local, folder, _hasher_of(place.key), memory_bytes)
         _check_sums(made, (HOURLY, "times_10m"), *_sums_of(parts))
         return [_put(place, file) for file in made]
+
+
+def files_to_roll_up(parts: Sequence[Part]) -> list[File]:
+    """Return the files of which `roll_up_hour` makes the rollups of some parts."""
+    return [file for part in parts for file in part.files if file.table in _ROLLED_UP]
 
 
 def write_day_files(

@@ -38,10 +38,10 @@ def renew(compactor):
     read = {}
     work = compactor.work
 
-    def work_watched(name, act, source, *things):
+    def work_watched(name, act, source, *things, **more):
         for file in (*source.previous, *source.rollups, *source.dictionary):
             read.setdefault(file.key.rpartition("/")[2][:2], set()).add(file.table)
-        return work(name, act, source, *things)
+        return work(name, act, source, *things, **more)
 
     compactor.work = work_watched
     assert renew_day(compactor, DAY)
@@ -229,8 +229,8 @@ def test_a_renewal_is_dropped_if_another_compactor_was_faster(expected, store, t
     compactor = put_hour(expected, tmp_path, 4)
     work = compactor.work
 
-    def work_late(*things):
-        done = work(*things)
+    def work_late(*things, **more):
+        done = work(*things, **more)
         compactor.work = work
         other = put_hour(expected, tmp_path / "other", 9)
         assert renew_day(other, DAY)

@@ -99,8 +99,8 @@ def test_a_merge_is_dropped_if_a_part_of_it_is_no_longer_there(expected, store, 
     compactor = compactor_of(store, tmp_path, IS_OVER_S)
     work = compactor.work
 
-    def work_and_lose(*things):
-        done = work(*things)
+    def work_and_lose(*things, **more):
+        done = work(*things, **more)
         compactor.work = work
         merge(compactor_of(store, tmp_path / "other", IS_OVER_S), HOUR)
         expected.put(profile(START_S + 1800, 7))
@@ -142,8 +142,8 @@ def test_a_rollup_of_other_parts_is_dropped(expected, store, tmp_path):
     compactor = compactor_of(store, tmp_path, IS_OVER_S)
     work = compactor.work
 
-    def work_and_fold(*things):
-        done = work(*things)
+    def work_and_fold(*things, **more):
+        done = work(*things, **more)
         compactor.work = work
         fold_parts(expected, tmp_path, 1, START_S + 900)
         return done
