@@ -15,7 +15,7 @@ over the one decision per function (`profiler.comparison.comparison`).
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,12 +25,11 @@ from profiler.comparison.comparison import Comparison, Function
 from profiler.comparison.verdict import Change, Floats, NoiseSource
 from profiler.flamegraph.flamegraph import Screen, grow
 from profiler.flamegraph.paths import Paths, Rows, sum_by
-from profiler.flamegraph.stacks import Group, Stacks
+from profiler.flamegraph.stacks import Group, PairStacks
 from profiler.flamegraph.views import NoSuchNodeError, Shown, View
 from storage.columns import Columns
 from storage.grouping import add_groups, group_keys, number_groups
 from storage.profile import Indices, Integers, label_frames
-from storage.query.resolve import resolve_columns
 from symbolizer.location import Frame
 
 VERDICTS = ("unchanged", "more", "less", "new", "gone", "moved", "too little data")
@@ -56,8 +55,6 @@ _REASONS = 3
 _REASON_SHARE = 0.01
 """Of a function's total: smaller parts do not explain its change."""
 
-_Numbered = tuple[Stacks, Integers, int]
-"""Stacks of both sides, a number of each, which equal ones share, and a limit of these numbers."""
 _Counts = tuple[Integers, Integers, Integers, Integers]
 """Values before and after, then samples before and after."""
 _Key = tuple[str, str, str]
@@ -137,12 +134,14 @@ class Pair:
     found: Comparison
     before: Columns
     after: Columns
-    _stacks: dict[Group, _Numbered] = field(default_factory=dict)
+    made: InitVar[PairStacks | None] = None
+    """Stacks of both, if they were made while both were compared."""
+    stacks: PairStacks = field(init=False)
     _judged: "_Judged | None" = None
 
-    def __post_init__(self) -> None:
-        """Name the locations of both as well as one of them can: a better name is no change."""
-        self.before, self.after = resolve_columns([self.before, self.after])
+    def __post_init__(self, made: PairStacks | None) -> None:
+        self.stacks = PairStacks(self.before, self.after) if made is None else made
+        self.before, self.after = self.stacks.before, self.stacks.after
 
     @property
     def scale(self) -> Scale:
@@ -187,7 +186,7 @@ class Pair:
 
     def view(self, view: View, check: Callable[[], None] = lambda: None) -> UnionPaths:
         """Return the stacks of both sides as a view shows them."""
-        stacks, number_of, limit = self._stacks_of(view.group)
+        stacks, number_of, limit = self.stacks.of_group(view.group)
         check()
         heads = label_frames((*self.before.label_sets, *self.after.label_sets), view.by)
         raw = self._raw_rows()
@@ -292,17 +291,6 @@ class Pair:
         changes = (each.change for each in self.found.functions if each.frame.function == function)
         return np.array([next((_CODES[change] for change in changes), UNCHANGED)], np.int8)
 
-    def _stacks_of(self, group: Group) -> _Numbered:
-        known = self._stacks
-        if group in known:
-            return known[group]
-        stacks = Stacks.of([self.before, self.after], group)
-        found = (stacks, *stacks.numbered())
-        # Verdicts are of functions; of the other groups, the last one asked for is kept.
-        kept = [each for each in known.items() if each[0] is Group.FUNCTION]
-        self._stacks = dict([*kept, (group, found)])
-        return found
-
     def _raw_rows(self) -> Rows:
         """Return the rows of both profiles, those of the after side numbered after the others."""
         before, after = Rows.of(self.before), Rows.of(self.after)
@@ -331,7 +319,7 @@ class Pair:
         return self._judged
 
     def _judge_anew(self) -> "_Judged":
-        stacks, number_of, limit = self._stacks_of(Group.FUNCTION)
+        stacks, number_of, limit = self.stacks.of_group(Group.FUNCTION)
         raw = self._raw_rows()
         first, which = _distinct(marks[raw.stacks])
         counts = self._counts(raw, which, len(first))

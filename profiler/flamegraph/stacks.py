@@ -17,6 +17,7 @@ from profiler.flamegraph import trees
 from storage.columns import Columns, ShownFrames
 from storage.grouping import agree_on_files, distinct, group_keys, number_groups, ranges
 from storage.profile import Indices, Integers
+from storage.query.resolve import resolve_columns
 from storage.stack_tree import StackLists, StackTree, lists_of, merge_trees
 from symbolizer.location import Frame, Kind
 
@@ -115,6 +116,36 @@ class Stacks:
         prints = _fingerprints(self.stacks, len(self.frames))
         known, numbers = np.unique(prints, return_inverse=True)
         return numbers, len(known)
+
+
+class NumberedStacks(NamedTuple):
+    """Stacks, a number of each, which equal ones share, and a limit of these numbers."""
+
+    stacks: Stacks
+    numbers: Integers
+    limit: int
+
+
+class PairStacks:
+    """The stacks of two profiles, those of the after side numbered after the others.
+
+    Locations of both are named as well as one of them can: a better name is no change.
+    """
+
+    def __init__(self, before: Columns, after: Columns) -> None:
+        self.before, self.after = resolve_columns([before, after])
+        self._known: dict[Group, NumberedStacks] = {}
+
+    def of_group(self, group: Group) -> NumberedStacks:
+        """Return them with a group's boxes.
+
+        Verdicts are of functions, which are kept; of the other groups, the last one asked for.
+        """
+        if group not in self._known:
+            stacks = Stacks.of([self.before, self.after], group)
+            kept = [each for each in self._known.items() if each[0] is Group.FUNCTION]
+            self._known = dict([*kept, (group, NumberedStacks(stacks, *stacks.numbered()))])
+        return self._known[group]
 
 
 def _fingerprints(lists: StackLists, boxes: int) -> npt.NDArray[np.uint64]:

@@ -12,6 +12,7 @@ from profiler.comparison.deployments import announced_ns
 from profiler.comparison.sides import EmptySideError, Operand
 from profiler.flamegraph.differential import Pair, Reason, UnionGraph, UnionPaths
 from profiler.flamegraph.flamegraph import Screen
+from profiler.flamegraph.stacks import Group, PairStacks
 from profiler.flamegraph.views import View, only_hosts, path_to
 from profiler.service.merged import (
     KEPT_GRAPHS,
@@ -137,42 +138,49 @@ class Comparisons:
                 merging = pool.submit(self._merge, sides, query, check)
 
                 def changes_ns() -> Sequence[int]:
-                    return self._announced_ns(sides, merging.result(), check)
+                    return self._announced_ns(sides, merging.result()[0], check)
 
                 try:
                     found = of_store(query, before_side, after_side, changes_ns)
                 except EmptySideError:
                     merging.result()  # it knows why
                     raise
-                merged = merging.result()
+                answers, stacks = merging.result()
             check()
-            chosen = [
+            compared = (found.before, found.after)
+            before_rows, after_rows = (
                 only_hosts(answer.profile, None if side.has_all_hosts else side.hosts)
-                for answer, side in zip(merged, (found.before, found.after), strict=True)
-            ]
+                for answer, side in zip(answers, compared, strict=True)
+            )
+            is_all = all(side.has_all_hosts for side in compared)
+            pair = Pair(found, before_rows, after_rows, stacks if is_all else None)
             made = Compared(
-                pair=Pair(found, before=chosen[0], after=chosen[1]),
-                coverages=(merged[0].coverage, merged[1].coverage),
+                pair=pair,
+                coverages=(answers[0].coverage, answers[1].coverage),
                 made_s=time.monotonic(),
             )
-            if all(answer.coverage.is_lasting for answer in merged):
+            if all(answer.coverage.is_lasting for answer in answers):
                 self._kept.put(key, made)
             return made
 
     def _merge(
         self, sides: Sequence[PanelRequest], query: Query, check: Check
-    ) -> tuple[Answer, Answer]:
-        """Return the profiles of both sides.
+    ) -> tuple[tuple[Answer, Answer], PairStacks]:
+        """Return the profiles of both sides, and their stacks as they are drawn at first.
 
         Raises:
             NothingToCompareError: one is empty.
         """
         # What is compared has been listed, to see whether that is known.
         profiles = self._profiles.believing(_LISTED_S)
+        # One after the other: to read both at once takes 100 MB more.
         before, after = (profiles.select(side, check).answer for side in sides)
         for name, side, answer in zip(("before", "after"), sides, (before, after), strict=True):
             _refuse_empty(query, name, side, answer)
-        return before, after
+        check()
+        stacks = PairStacks(before.profile, after.profile)
+        stacks.of_group(Group.FUNCTION)
+        return (before, after), stacks
 
     def _announced_ns(
         self, sides: Sequence[PanelRequest], merged: Sequence[Answer], check: Check

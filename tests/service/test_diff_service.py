@@ -21,6 +21,7 @@ from profiler.comparison.announcements import announce
 from profiler.comparison.gate import Gate
 from profiler.comparison.sides import Operand
 from profiler.flamegraph import flamegraph
+from profiler.flamegraph.stacks import Stacks
 from profiler.service import merged
 from profiler.service.comparisons import Comparisons
 from profiler.service.diff import diff_graph
@@ -30,7 +31,7 @@ from storage.columns import Columns
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import StoredObject
 from storage.objects.tenant import TenantStore
-from storage.profile import Profile
+from storage.profile import Integers, Profile
 from storage.query.query import Query
 from storage.selector import Selector
 from tests.support import profiles as some
@@ -403,7 +404,7 @@ class ListedStore(DirectoryStore):
 
 
 def test_a_comparison_takes_no_step_twice(folder, tmp_path, monkeypatch):
-    """It lists each side once, and the table waits while the graph judges the stacks."""
+    """It lists each side and makes their stacks once; the table waits while the graph is drawn."""
     store = ListedStore(folder / "store")
     profiles = TenantStore(store)
     query = Query(profiles, tmp_path / "cache")
@@ -416,8 +417,20 @@ def test_a_comparison_takes_no_step_twice(folder, tmp_path, monkeypatch):
     list(profiles.list_window(sides[0].window, "cpu"))
     of_window, store.listed = store.listed, []
 
-    compared = comparisons.compare(PanelRequest(*sides[0][::-1]), sides[1], lambda: None)
+    made: list[Stacks] = []
+    numbered = Stacks.numbered
 
+    def note(stacks: Stacks) -> tuple[Integers, int]:
+        made.append(stacks)
+        return numbered(stacks)
+
+    monkeypatch.setattr(Stacks, "numbered", note)
+    request = PanelRequest(*sides[0][::-1])
+
+    compared = comparisons.compare(request, sides[1], lambda: None)
+    diff_graph(compared, request, Gate(0.1, 0.005), lambda: None)
+
+    assert len(made) == 1
     # Each side and their past in two pieces: the hour before a window may reach into it.
     assert all(store.listed.count(prefix) <= 8 for prefix in of_window)
     with compared.lock, ThreadPoolExecutor(1) as pool:
