@@ -19,6 +19,9 @@ _READ_RATIO, _ENGINE_RATIO = 2, 25
 of 640,000 stacks and 4.5 million rows (24 MB) takes 0.6 GB."""
 _LEAST_BYTES, _MOST_BYTES = 64 << 20, 300 << 20
 """What is taken beside DuckDB: arrays are fetched in pieces."""
+_APART_BYTES = 64 << 20
+"""Work that reads more is done by a process of its own. A worker keeps some 200 MB after it, in
+pieces that cannot be given back; a process takes less than a second to start."""
 _LEAST_ENGINE_BYTES = 128 << 20
 """With less, DuckDB fails."""
 
@@ -69,6 +72,10 @@ class MemoryBudget:
             yield
         finally:
             self.give_back(taken_bytes)
+
+    def is_apart(self, read_bytes: int) -> bool:
+        """Return whether work that reads so much is done by a process that ends after it."""
+        return self.total_bytes is not None and read_bytes > _APART_BYTES
 
     def engine_bytes(self, read_bytes: int, most_bytes: int) -> int:
         """Return DuckDB's limit for work that reads files of so many bytes."""

@@ -386,8 +386,8 @@ class Compactor:
     ) -> _Made:
         """Have `act(place, *things, memory_bytes)` done for an hour or a day, which reads files.
 
-        It is done once there is memory for it, by the executor, or by a process of its own if that
-        has just lost a worker.
+        It is done once there is memory for it, by the executor, or by a process of its own if it is
+        large or the executor has just lost a worker.
 
         Raises:
             BrokenExecutor: that one was killed, too.
@@ -397,7 +397,8 @@ class Compactor:
         memory_bytes = self._budget.engine_bytes(read_bytes, self.memory_bytes)
         all_things = (self._place(name), *things, memory_bytes)
         with self._budget.taking(expected_bytes(read_bytes, memory_bytes)):
-            future = self._submit(act, *all_things)
+            is_apart = self._budget.is_apart(read_bytes)
+            future = None if is_apart else self._submit(act, *all_things)
             try:
                 if future is not None:
                     return future.result()

@@ -1,13 +1,16 @@
 """Memory budget: pieces of work that would take too much together run one after the other."""
 
+import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from storage.blocks.budget import FOLD_BYTES, MemoryBudget, budget_of, expected_bytes
+from storage.blocks.merges import roll_up
 from storage.blocks.retention import Keep
 from storage.blocks.rounds import Rounds
+from storage.blocks.work import fold_objects
 from storage.objects.directory import DirectoryStore
 from storage.objects.tenant import TenantStore
 from tests.support.compaction import (
@@ -75,6 +78,31 @@ def test_large_work_of_any_number_of_workers_fits_in_what_all_may_take(workers):
     assert budget.total_bytes >= FOLD_BYTES
     assert 4 * expected_bytes(1 << 20, most) < budget_of(1_000_000_000, 4).total_bytes
     assert MemoryBudget().engine_bytes(2 << 30, most) == most
+
+
+class Foldless(ThreadPoolExecutor):
+    """Does nothing but fold."""
+
+    def submit(self, act, /, *things, **more):
+        assert act is fold_objects
+        return super().submit(act, *things, **more)
+
+
+def test_large_work_is_done_by_a_process_that_ends_after_it(tmp_path, monkeypatch):
+    """A worker would keep much of its memory."""
+    monkeypatch.setattr("storage.blocks.budget._APART_BYTES", 0)
+    store = DirectoryStore(tmp_path / "store")
+    expected = Expected(store)
+    expected.put(profile(DAY_START_S))
+    compactor = compactor_of(store, tmp_path, DAY_START_S + 2 * HOUR_S, budget=MemoryBudget(1))
+    (hour,) = compactor.occupied_hours()
+    with Foldless() as compactor._executor:
+        compactor.fold(hour)
+        assert roll_up(compactor, hour)
+
+    assert not MemoryBudget().is_apart(1 << 40)
+    assert not multiprocessing.active_children()
+    assert read_store(expected) == expected.total
 
 
 class Crowded(ThreadPoolExecutor):
