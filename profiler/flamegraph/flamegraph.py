@@ -277,7 +277,7 @@ def grow(
     deeper, rest = root + 1, root + 2
     whole = float(widths([column.sum(keepdims=True) for column in columns])[0])
     shape = paths.shape
-    if not shape.is_walkable(DEPTH_LIMIT if depth is None else depth):
+    if not shape.is_walkable(DEPTH_LIMIT if depth is None else min(depth, DEPTH_LIMIT)):
         shape = shape.lists
     rows = _Rows(
         counters=tuple(shape.counter(column) for column in columns),
