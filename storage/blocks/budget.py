@@ -10,9 +10,9 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 
-PROCESS_BYTES, WORKER_BYTES = 64 << 20, 48 << 20
+PROCESS_BYTES, WORKER_BYTES = 64 << 20, 64 << 20
 """What the process that hands out work takes, and each worker that has nothing to do."""
-FOLD_BYTES = 320 << 20
+FOLD_BYTES = 300 << 20
 """A batch of level-0 objects: 240 of 25 MB in all, as arrays and as tables."""
 _READ_RATIO, _ENGINE_RATIO = 2, 25
 """Memory by byte of the Parquet files that are read: arrays, and DuckDB's as far as it may. An hour
@@ -23,7 +23,7 @@ _APART_BYTES = 64 << 20
 """Work that reads more is done by a process of its own. A worker keeps some 200 MB after it, in
 pieces that cannot be given back; a process takes less than a second to start."""
 _LEAST_ENGINE_BYTES = 128 << 20
-"""With less, DuckDB fails."""
+"""No lower limit is given to DuckDB, which moves to a disk what does not fit."""
 
 
 class MemoryBudget:

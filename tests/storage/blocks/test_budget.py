@@ -75,7 +75,7 @@ def test_large_work_of_any_number_of_workers_fits_in_what_all_may_take(workers):
         assert 128 << 20 <= engine_bytes <= most
         if workers <= 4:
             assert expected_bytes(read_bytes, engine_bytes) <= budget.total_bytes
-    assert budget.total_bytes >= FOLD_BYTES
+    assert budget.total_bytes >= min(workers, 2 if workers <= 4 else 1) * FOLD_BYTES
     assert 4 * expected_bytes(1 << 20, most) < budget_of(1_000_000_000, 4).total_bytes
     assert MemoryBudget().engine_bytes(2 << 30, most) == most
 
