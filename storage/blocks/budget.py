@@ -19,9 +19,9 @@ _READ_RATIO, _ENGINE_RATIO = 2, 25
 of 640,000 stacks and 4.5 million rows (24 MB) takes 0.6 GB."""
 _LEAST_BYTES, _MOST_BYTES = 64 << 20, 300 << 20
 """What is taken beside DuckDB: arrays are fetched in pieces."""
-_APART_BYTES = 64 << 20
-"""Work that reads more is done by a process of its own. A worker keeps some 200 MB after it, in
-pieces that cannot be given back; a process takes less than a second to start."""
+_APART_BYTES = 16 << 20
+"""Work that reads more is done by a process of its own. A worker keeps 80 to 200 MB after it, in
+pieces that cannot be given back; to start a process takes 0.2 s of CPU, and such work ten."""
 _LEAST_ENGINE_BYTES = 128 << 20
 """No lower limit is given to DuckDB, which moves to a disk what does not fit."""
 
