@@ -8,7 +8,6 @@ stacks makes lists of them.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -89,12 +88,12 @@ class StackTree:
     @functools.cached_property
     def levels(self) -> list[slice]:
         """The nodes of each depth."""
-        levels, first = [], 0
-        # Of the type of the parents, or all of these would be converted for each level.
-        past = int(np.searchsorted(self.parents, np.int32(0)))
+        kind = self.parents.dtype.type  # a number of another type would have all of them converted
+        first, past = 0, int(np.searchsorted(self.parents, kind(0)))
+        levels = []
         while past > first:
             levels.append(slice(first, past))
-            first, past = past, int(np.searchsorted(self.parents, np.int32(past)))
+            first, past = past, int(np.searchsorted(self.parents, kind(past)))
         return levels
 
     def check(self) -> None:
@@ -202,8 +201,7 @@ def merge_trees(trees: Sequence[StackTree], numbers: Sequence[Numbers]) -> Stack
             number.take(tree.words[level])
             for number, tree, level in zip(numbers, trees, levels, strict=True)
         ]
-        pairs = np.concatenate(above), np.concatenate(mine)
-        parent, word, number_of = _distinct(*pairs, kind="stable")  # parents nearly ascend
+        parent, word, number_of = _distinct(np.concatenate(above), np.concatenate(mine))
         parents.append(parent)
         words.append(word)
         ends = np.cumsum([level.stop - level.start for level in levels])
@@ -214,19 +212,17 @@ def merge_trees(trees: Sequence[StackTree], numbers: Sequence[Numbers]) -> Stack
     return StackTree(_joined(parents), _joined(words), np.concatenate(ends_of))
 
 
-def _distinct(
-    parents: Indices, words: Numbers, kind: Literal["quicksort", "stable"] = "quicksort"
-) -> tuple[Indices, Indices, Integers]:
+def _distinct(parents: Indices, words: Numbers) -> tuple[Indices, Indices, Indices]:
     """Return the distinct pairs, sorted, and by given pair which of them it is."""
-    width = int(words.max(initial=0)) + 1
-    key = (parents.astype(np.int64) + 1) * width + words
-    firsts, order = group_keys(key, kind)
-    above, word = np.divmod(key[order[firsts]], width)
-    return (
-        (above - 1).astype(np.int32),
-        word.astype(np.int32),
-        number_groups(firsts, order),
-    )
+    key = ((parents.astype(np.int64) + 1) << 32) | words
+    order = np.argsort(key, kind="stable")  # pieces that ascend are only merged
+    ordered = key[order]
+    is_first = np.ones(len(key), dtype=bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    found = ordered[is_first]
+    numbers = np.empty(len(key), dtype=np.int32)
+    numbers[order] = np.cumsum(is_first, dtype=np.int32) - 1
+    return ((found >> 32) - 1).astype(np.int32), found.astype(np.int32), numbers
 
 
 def _joined(pieces: Sequence[npt.NDArray[np.int32]]) -> Indices:

@@ -28,7 +28,7 @@ from profiler.flamegraph.paths import Paths, Rows, sum_by
 from profiler.flamegraph.stacks import Group, PairStacks
 from profiler.flamegraph.views import NoSuchNodeError, Shown, View
 from storage.columns import Columns
-from storage.grouping import add_groups, group_keys, number_groups
+from storage.grouping import add_groups, find_firsts, group_keys
 from storage.profile import Indices, Integers, label_frames
 from symbolizer.location import Frame
 
@@ -192,8 +192,8 @@ class Pair:
         raw = self._raw_rows()
         numbers: dict[tuple[Frame, ...], int] = {}
         table = np.array([numbers.setdefault(head, len(numbers)) for head in heads], np.int64)
-        salt = np.random.default_rng().integers(2**64, size=len(numbers), dtype=np.uint64)
-        first, which = _distinct(marks[raw.stacks] ^ salt[table[raw.labels]])
+        keys = table[raw.labels] * limit + number_of[raw.stacks]
+        first, which = find_firsts(keys, len(numbers) * limit)
         counts = self._counts(raw, which, len(first))
         check()
         weights = raw.values * np.repeat(self.scale, [len(self.before.rows), len(self.after.rows)])
@@ -321,7 +321,7 @@ class Pair:
     def _judge_anew(self) -> "_Judged":
         stacks, number_of, limit = self.stacks.of_group(Group.FUNCTION)
         raw = self._raw_rows()
-        first, which = _distinct(marks[raw.stacks])
+        first, which = find_firsts(number_of[raw.stacks], limit)
         counts = self._counts(raw, which, len(first))
         numbers = raw.stacks[first]
         leaves = stacks.leaves(of_empty=len(stacks.frames))[numbers]
@@ -382,12 +382,6 @@ class _Judged(NamedTuple):
     """The stacks of changed functions; `values` count before, `samples` after."""
     leaves: Integers
     """By such a stack: the box at its end."""
-
-
-def _distinct(keys: npt.NDArray[np.uint64]) -> tuple[Integers, Integers]:
-    """Return where there is one of each distinct key, and by key which of these it is."""
-    firsts, order = group_keys(keys)
-    return order[firsts], number_groups(firsts, order)
 
 
 def _most_costly(

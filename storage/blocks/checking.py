@@ -2,9 +2,10 @@
 
 For each object of a part, ticks must be stored + idle + filtered + lost, and its rows must add up
 to what was stored. Each table of samples must add up to what the manifest says, and all ids in it
-must have a meaning; heads of ten minutes must stand for all objects and their ticks. Files must
-have no other hosts and times than the manifest says: by these readers leave them out. Files are
-read from the store. Rollups of an hour that do not count are left out.
+must have a meaning; heads of ten minutes must stand for all objects and their ticks, and the tree
+of a day's stacks for all of them. Files must have no other hosts and times than the manifest says:
+by these readers leave them out. Files are read from the store. Rollups of an hour that do not count
+are left out.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from storage.blocks.dictionary import clean
+from storage.blocks.frame_tree import FrameTree, read_lists, read_locations, read_tree
 from storage.blocks.functions import SERIES
 from storage.blocks.manifest import (
     DayManifest,
@@ -28,7 +30,7 @@ from storage.blocks.manifest import (
     start_s_of,
 )
 from storage.blocks.parquet import Engine, LocalFile, of_table, reading_engine
-from storage.blocks.schema import DETAIL, FUNCTIONS, ROLLUPS
+from storage.blocks.schema import DETAIL, FUNCTIONS, ROLLUPS, STACK_TREE
 from storage.blocks.slices import seconds_of
 from storage.hashing import Hashes
 from storage.objects.copies import Copies, FetchedFiles
@@ -238,7 +240,21 @@ def _check_day(copies: Copies, day: DayManifest, hours: dict[str, HourManifest])
         _check_functions(opened, local, day.files, found)
         if len(local.keys) == len(day.files):
             _check_references(opened, local, local, found)
+            _check_tree(opened, local, found)
     return found
+
+
+def _check_tree(opened: Engine, day: _Local, found: Checked) -> None:
+    """Check that the tree of a day has the same stacks as its lists. All must be readable."""
+    for file in of_table(day.files, STACK_TREE):  # an older version has made days without one
+        with _naming(day.keys[file], found):
+            locations = read_locations(opened, day.files)
+            tree = read_tree(opened, file, locations)
+            lists = [
+                read_lists(opened, each, locations)[0] for each in of_table(day.files, "stacks")
+            ]
+            if not tree.equals(FrameTree.joined(locations, lists)):
+                found.note(day.keys[file], "its stacks are not those of the table stacks")
 
 
 def _check_heads(opened: Engine, hourly: _Local, parts: _Local, found: Checked) -> None:

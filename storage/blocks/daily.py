@@ -12,6 +12,7 @@ is made at once, but as much; `storage.blocks.day` makes it at once when it is o
 make equal files, in whatever order files are given.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,14 @@ from typing import NamedTuple
 import numpy as np
 
 from storage.blocks import functions
-from storage.blocks.frame_tree import FrameTree, fold_tree
+from storage.blocks.frame_tree import (
+    EMPTY_STACK,
+    FrameTree,
+    Locations,
+    read_lists,
+    read_locations,
+    read_tree,
+)
 from storage.blocks.loading import SUMS, insert_stacks
 from storage.blocks.manifest import DAY_S, HOUR_S
 from storage.blocks.parquet import (
@@ -28,20 +36,18 @@ from storage.blocks.parquet import (
     Engine,
     LocalFile,
     engine,
-    numbered_scan_of,
     of_table,
     scan_of,
 )
 from storage.blocks.rollup import FOLDED_ABOVE, Stacks, keep_common, rest_id
-from storage.blocks.schema import DICTIONARY, FUNCTIONS, HEADS_10M, NO_PARENT, ROLLUPS, STACK_TREE
+from storage.blocks.schema import DICTIONARY, FUNCTIONS, HEADS_10M, ROLLUPS, STACK_TREE
 from storage.blocks.tables import (
     PIECE_BYTES,
     bucket_of,
-    fetch_stacks,
     merge_dictionaries,
     write_in_pieces,
 )
-from storage.grouping import sort_distinct
+from storage.grouping import find_hashes, sort_distinct
 from storage.hashing import Hasher, Hashes
 from storage.profile import ProfileError
 
@@ -54,8 +60,6 @@ _LABEL_SETS = (
     ("presence_10m", "set_id"),
 )
 """Columns of a table that refer to label sets."""
-_STACKS_AT_ONCE = 1 << 16
-"""Stacks that are fetched at a time, 20 MB, and four times as much until they are a tree."""
 
 
 class DayFiles(NamedTuple):
@@ -78,8 +82,8 @@ def write_day(
 ) -> list[LocalFile]:
     """Write all tables of a day: its previous files and the rollups of more hours together.
 
-    The table STACK_TREE is left out if its file would be too large for readers, or if there is a
-    stack without locations, which no agent writes: a tree has no node for it.
+    The table STACK_TREE is left out if its file would be too large for readers, or if a stack has
+    more than DEEPEST locations. Such stacks are not folded.
 
     Raises:
         ProfileError: a file is damaged or not one of ours, something is missing that they refer to,
@@ -93,14 +97,12 @@ def write_day(
     known = [
         each for each in (*files, *source.dictionary) if each.table in (*DICTIONARY, STACK_TREE)
     ]
-    empty = int(hasher.stacks(np.zeros(0, np.uint64), np.zeros(2, np.int64), np.zeros(0, int))[0])
-    wanted = totals["stack_id"]
-    has_empty = bool((wanted == np.uint64(empty)).any())
-    wanted = wanted[wanted != np.uint64(empty)]
+    rest = rest_id(hasher)
     with engine(memory_bytes, folder) as opened:
-        tree = _read_stacks(opened, known, wanted)
+        locations = read_locations(opened, known, rest)
+        tree, others = _read_stacks(opened, known, totals["stack_id"], locations)
     with engine(memory_bytes, folder) as opened:
-        tree = _fold(opened, tree, totals, hasher)
+        tree = _fold(opened, tree, totals, rest, hasher)
         made = _write_samples(opened, source, folder)
         for table in HEADS_10M:
             chosen = of_table(files, table)
@@ -110,52 +112,12 @@ def write_day(
     if of_table(files, FUNCTIONS):
         made += functions.write_day(files, folder, memory_bytes)
     with engine(memory_bytes, folder) as opened:
-        made += [] if has_empty else _write_tree(opened, tree, folder)
-        made += _write_stacks(opened, tree, [empty] if has_empty else [], folder)
-    frames = sort_distinct(tree.frame_ids)
-    rest = rest_id(hasher)
+        if not len(others.frame_ids):
+            made += _write_tree(opened, tree, folder)
+        made += _write_stacks(opened, tree, others, folder)
+    frames = np.concatenate([tree.used_locations(), others.frame_ids])
     meanings = merge_dictionaries(known, folder, frames, sets, rest=rest, memory_bytes=memory_bytes)
     return [*made, *meanings]
-
-
-def read_tree(opened: Engine, file: LocalFile) -> FrameTree:
-    """Return the tree of a file of STACK_TREE.
-
-    Raises:
-        ProfileError: it is damaged or not one of ours.
-        SchemaError: a later version wrote it.
-    """
-    opened.check([file])
-    rows = opened.arrays_of("SELECT * FROM {files}", [file])
-    parents = rows["parent"].astype(np.int64)
-    parents[parents == NO_PARENT] = -1
-    try:
-        return FrameTree.checked(
-            parents.astype(np.int32), rows["frame_id"], rows["stack_id"], rows["is_stack"]
-        )
-    except ProfileError as error:
-        raise ProfileError(f"cannot read {file.path}: {error}") from error
-
-
-def read_lists(opened: Engine, file: LocalFile, wanted: Hashes) -> FrameTree:
-    """Return those stacks of a file of `stacks` that are wanted, as a tree. Not all may be there.
-
-    Raises:
-        ProfileError: it is damaged or not one of ours.
-        SchemaError: a later version wrote it.
-    """
-    opened.check([file])
-    opened.register("wanted", {"stack_id": wanted})
-    pieces = [FrameTree.empty()]
-    for first in range(0, file.rows, _STACKS_AT_ONCE):
-        query = (
-            f"SELECT stack_id, frame_ids FROM {numbered_scan_of(file)}"
-            " SEMI JOIN wanted USING (stack_id)"
-            f" WHERE file_row_number >= {first} AND file_row_number < {first + _STACKS_AT_ONCE}"
-        )
-        opened.load("fetched", query, [file])
-        pieces.append(FrameTree.of(fetch_stacks(opened)))
-    return FrameTree.joined(pieces)
 
 
 def _totals_of(opened: Engine, source: DayFiles) -> Arrays:
@@ -170,53 +132,67 @@ def _totals_of(opened: Engine, source: DayFiles) -> Arrays:
 
 def _rows_of(source: DayFiles, table: str) -> str:
     """Return what stands in a query for the rows of a day, the previous ones being of a table."""
-    rows = (
-        [f"SELECT * FROM {scan_of(added)}"] if (added := of_table(source.rollups, HOURLY)) else []
-    )
+    rows = []
+    if added := of_table(source.rollups, HOURLY):
+        rows.append(f"SELECT * FROM {scan_of(added)}")
     if previous := of_table(source.previous, table):
-        kept = f"ts NOT IN ({', '.join(map(str, source.replaced))})" if source.replaced else "true"
-        rows.append(f"SELECT * FROM {scan_of(previous)} WHERE {kept}")
+        left_out = ", ".join(map(str, source.replaced))
+        kept = f"WHERE ts NOT IN ({left_out})" if left_out else ""
+        rows.append(f"SELECT * FROM {scan_of(previous)} {kept}")
     if not rows:
         raise ProfileError("cannot make a day: a table is missing")
     return f"({' UNION ALL '.join(rows)})"
 
 
-def _read_stacks(opened: Engine, known: Sequence[LocalFile], wanted: Hashes) -> FrameTree:
-    """Return the tree of the stacks that are wanted, which ascend.
+def _read_stacks(
+    opened: Engine, known: Sequence[LocalFile], wanted: Hashes, locations: Locations
+) -> tuple[FrameTree, Stacks]:
+    """Return the stacks that are wanted, which ascend, as a tree, and those that can be in none.
 
     Raises:
-        ProfileError: some are not there, or are there twice.
+        ProfileError: some are not there.
     """
-    trees = [read_tree(opened, file) for file in of_table(known, STACK_TREE)]
+    trees = [read_tree(opened, file, locations) for file in of_table(known, STACK_TREE)]
+    others = [Stacks.joined([])]
     missing = wanted
-    if trees:
-        missing = missing[trees[0].nodes_of(missing) < 0]
+    if (missing == np.uint64(EMPTY_STACK)).any():
+        others.append(Stacks(np.array([EMPTY_STACK], np.uint64), np.zeros(2, np.int64), wanted[:0]))
+    for ids in (others[-1].ids, *(tree.ids for tree in trees)):
+        missing = missing[find_hashes(ids, missing) < 0]
     # The more a file has the fewer others are needed.
     for file in sorted(of_table(known, "stacks"), key=lambda each: (-each.rows, each.path.name)):
         if len(missing):
-            trees.append(read_lists(opened, file, missing))
-            missing = missing[trees[-1].nodes_of(missing) < 0]
-    tree = FrameTree.joined(trees or [FrameTree.empty()])
-    tree = tree.only(tree.nodes_of(wanted))
-    if len(missing) or np.count_nonzero(tree.is_stack) != len(wanted):
+            tree, more = read_lists(opened, file, locations, missing)
+            trees.append(tree)
+            others.append(more)
+            missing = missing[find_hashes(np.concatenate([tree.ids, more.ids]), missing) < 0]
+    if len(missing):
         raise ProfileError(f"cannot make a day: {len(missing):,} of its stacks are missing")
-    return tree
+    tree = FrameTree.joined(locations, trees)
+    is_wanted = find_hashes(wanted, tree.ids) >= 0
+    if not is_wanted.all():
+        tree = tree.only(np.flatnonzero(is_wanted))
+    return tree, Stacks.joined(others)
 
 
-def _fold(opened: Engine, tree: FrameTree, totals: Arrays, hasher: Hasher) -> FrameTree:
-    """Fold rare stacks, if there are many; make a table `folded` that says of which became what."""
-    nothing = np.zeros(0, np.uint64)
-    mapping = {"stack_id": nothing, "folded_id": nothing}
+def _fold(opened: Engine, tree: FrameTree, totals: Arrays, rest: int, hasher: Hasher) -> FrameTree:
+    """Fold rare stacks, if there are many; make a table `folded` that says of which became what.
+
+    Stacks that others became are in it as well.
+    """
+    rare, folded = np.zeros((2, 0), np.uint64)
     ids = totals["stack_id"]
     if len(ids) > FOLDED_ABOVE:
-        nodes = tree.nodes_of(ids)
-        ends_in_rest = tree.frame_ids.take(nodes) == np.uint64(rest_id(hasher))
-        is_folded = ends_in_rest & (nodes >= 0)
-        kept = keep_common(ids, is_folded, totals["samples"], totals["value"])
-        rare, folded, tree = fold_tree(tree, kept, hasher)
+        is_folded = find_hashes(tree.ids[tree.ends_in(rest)], ids) >= 0
+        # All of what may be folded yet: nothing is made of days.
+        common = keep_common(ids, is_folded, totals["samples"], totals["value"], share=1.0)
+        counts = np.stack([totals["samples"], totals["value"]], axis=1)
+        counts = counts[find_hashes(ids, tree.ids)]
+        rare, folded, tree = tree.fold(common.ids, rest, hasher, counts, common.least)
         has_changed = rare != folded
-        mapping = {"stack_id": rare[has_changed], "folded_id": folded[has_changed]}
-    opened.register("mapping", mapping)
+        rests = sort_distinct(folded[has_changed])
+        rare, folded = (np.concatenate([each[has_changed], rests]) for each in (rare, folded))
+    opened.register("mapping", {"stack_id": rare, "folded_id": folded})
     opened.run("CREATE TEMP TABLE folded AS SELECT * FROM mapping")
     return tree
 
@@ -224,16 +200,22 @@ def _fold(opened: Engine, tree: FrameTree, totals: Arrays, hasher: Hasher) -> Fr
 def _write_samples(opened: Engine, source: DayFiles, folder: Path) -> list[LocalFile]:
     """Write HOURLY and DAILY of a day, with the stacks of the table `folded` counted as others."""
     files = [each for each in (*source.previous, *source.rollups) if each.table in (HOURLY, DAILY)]
-    made: list[LocalFile] = []
-    for table, bucket_s in ((HOURLY, HOUR_S), (DAILY, DAY_S)):
-        rows = _rows_of(source, HOURLY if source.replaced else table)
-        query = (
-            f"SELECT {bucket_of(bucket_s)} AS ts, set_id,"
-            f" coalesce(folded_id, stack_id) AS stack_id, {SUMS}"
-            f" FROM {rows} LEFT JOIN folded USING (stack_id) GROUP BY ALL"
-        )
-        made += write_in_pieces(opened, table, query, folder, files)
-    return made
+    rows = _rows_of(source, HOURLY)
+    by_hour = (
+        # All other rows are of different hours, label sets or stacks: they need not be added up.
+        f"SELECT * FROM {rows} ANTI JOIN folded USING (stack_id) UNION ALL BY NAME"
+        f" SELECT ts, set_id, folded_id AS stack_id, {SUMS}"
+        f" FROM {rows} JOIN folded USING (stack_id) GROUP BY ALL"
+    )
+    rows = _rows_of(source, HOURLY if source.replaced else DAILY)
+    by_day = (
+        f"SELECT {bucket_of(DAY_S)} AS ts, set_id, coalesce(folded_id, stack_id) AS stack_id,"
+        f" {SUMS} FROM {rows} LEFT JOIN folded USING (stack_id) GROUP BY ALL"
+    )
+    return [
+        *write_in_pieces(opened, HOURLY, by_hour, folder, files),
+        *write_in_pieces(opened, DAILY, by_day, folder, files),
+    ]
 
 
 def _label_sets_of(opened: Engine, made: Sequence[LocalFile]) -> Hashes:
@@ -246,11 +228,13 @@ def _label_sets_of(opened: Engine, made: Sequence[LocalFile]) -> Hashes:
 
 
 def _write_tree(opened: Engine, tree: FrameTree, folder: Path) -> list[LocalFile]:
+    stack_ids, is_stack = tree.by_node()
+    # As a number without a sign ROOT is NO_PARENT.
     rows: Arrays = {
-        "parent": np.where(tree.parents < 0, NO_PARENT, tree.parents).astype(np.uint32),
-        "frame_id": tree.frame_ids,
-        "stack_id": tree.stack_ids,
-        "is_stack": tree.is_stack,
+        "parent": tree.tree.parents.view(np.uint32),
+        "frame_id": tree.locations.ids.take(tree.tree.words),
+        "stack_id": stack_ids,
+        "is_stack": is_stack,
     }
     opened.register("nodes", rows)
     file = opened.write(STACK_TREE, "SELECT * FROM nodes", folder, is_sorted=True)
@@ -260,14 +244,9 @@ def _write_tree(opened: Engine, tree: FrameTree, folder: Path) -> list[LocalFile
     return []
 
 
-def _write_stacks(
-    opened: Engine, tree: FrameTree, empty: Sequence[int], folder: Path
-) -> list[LocalFile]:
-    """Write the stacks of a tree as lists, and those without locations."""
+def _write_stacks(opened: Engine, tree: FrameTree, others: Stacks, folder: Path) -> list[LocalFile]:
+    """Write the stacks of a tree and others as lists."""
     opened.run("CREATE TEMP TABLE stacks (stack_id UBIGINT, frame_ids UBIGINT[])")
-    ids = np.array(empty, dtype=np.uint64)
-    nothing = np.zeros(0, np.uint64)
-    insert_stacks(opened, Stacks(ids, np.zeros(len(ids) + 1, np.int64), nothing), are_new=True)
-    for some in tree.lists():
+    for some in itertools.chain([others], tree.lists()):
         insert_stacks(opened, some, are_new=True)
     return write_in_pieces(opened, "stacks", "SELECT * FROM stacks", folder, is_sorted=True)

@@ -215,7 +215,7 @@ def _make(compactor: Compactor, renewals: Sequence[_Renewal]) -> DayManifest:
     """Make a day in the first way that works; its files are stored, and nothing names them yet."""
     for number, (day, source) in enumerate(renewals, 1):
         things = (source, day.samples, day.value)
-        reads = [file for group in source for file in group]
+        reads = (*source.previous, *source.rollups, *source.dictionary)
         try:
             files = compactor.work(day.day, write_day_files, *things, reads=reads)
         except ObjectTooLarge as error:

@@ -1,12 +1,10 @@
-"""Stacks of blocks as a tree: what begins alike is there once.
+"""Stacks of blocks as a tree, with their ids: the stacks of a day are added up and folded as one.
 
-500,000 stacks of 30 locations are 15 million words as lists, and a million nodes as a tree. Nodes
-stand in order of depth, those of a level by their parent and their location. So a parent stands
-before its children, and equal sets of stacks are equal trees. A stack without locations has no
-node, and no tree says whether it is there.
+Nodes of a depth stand in the order of their parents and locations, so equal sets of stacks are
+equal trees. A stack without locations has no node, and no tree says whether it is there: rows refer
+to it as EMPTY_STACK under any key. Stacks of more than DEEPEST locations are in no tree either.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,10 +12,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from storage.blocks.rollup import Stacks, rest_id, shared_before
-from storage.grouping import HashIndex, ranges
-from storage.hashing import Hasher, Hashes
+from storage.blocks.parquet import Engine, LocalFile, numbered_scan_of, of_table
+from storage.blocks.rollup import Stacks
+from storage.blocks.tables import fetch_stacks
+from storage.grouping import HashIndex, find_hashes, sort_distinct
+from storage.hashing import Hasher, Hashes, chain
 from storage.profile import Indices, Integers, ProfileError
+from storage.stack_tree import DEEPEST, ROOT, StackLists, StackTree, merge_trees
+
+EMPTY_STACK = int(chain(np.zeros(1, np.uint64), np.zeros(1, np.int64))[0])
+"""The id of the stack without locations (`storage.hashing.Hasher.stacks`)."""
 
 _LISTED_WORDS = 1 << 20
 """Locations of stacks that are listed at a time: each takes some 30 bytes meanwhile."""
@@ -28,184 +32,145 @@ at a time decodes each row group more than once."""
 Flags = npt.NDArray[np.bool_]
 
 
-class _Nodes(NamedTuple):
-    """Nodes in any order in which parents stand before their children; some may be there twice."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Locations:
+    """The ids of locations, ascending; trees that are joined have the same."""
 
-    depths: Integers
-    parents: Integers
-    frame_ids: Hashes
-    stack_ids: Hashes
-    is_stack: Flags
+    ids: Hashes
+    _index: HashIndex
+
+    @classmethod
+    def of(cls, ids: Hashes) -> "Locations":
+        return cls(ids, HashIndex(ids))
+
+    def find(self, wanted: Hashes) -> Indices:
+        """Return the numbers of some locations.
+
+        Raises:
+            ProfileError: one is missing.
+        """
+        words: Indices = self._index.find(wanted).astype(np.int32)
+        if words.min(initial=0) < 0:
+            raise ProfileError("locations of stacks are missing")
+        return words
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FrameTree:
-    """Node i is the location `frame_ids[i]`, called from node `parents[i]`, which is -1 at roots.
+    """The stacks `tree`, whose ids are `ids` and whose words are numbers of `locations`."""
 
-    The nodes of depth d are those from `levels[d]` to `levels[d + 1]`. Where `is_stack`, the stack
-    `stack_ids[i]` ends; elsewhere that is 0.
-    """
-
-    levels: Integers
-    parents: Indices
-    frame_ids: Hashes
-    stack_ids: Hashes
-    is_stack: Flags
+    locations: Locations
+    tree: StackTree
+    ids: Hashes
 
     @classmethod
-    def empty(cls) -> "FrameTree":
-        nothing = np.zeros(0, np.uint64)
-        return cls(
-            np.zeros(1, np.int64), np.zeros(0, np.int32), nothing, nothing, np.zeros(0, np.bool_)
-        )
-
-    @classmethod
-    def of(cls, stacks: Stacks) -> "FrameTree":
-        """Return the tree of stacks in any order; if it is that of their frames it takes less."""
-        return _distinct_tree(_nodes_of(stacks))
-
-    @classmethod
-    def checked(
-        cls, parents: Indices, frame_ids: Hashes, stack_ids: Hashes, is_stack: Flags
-    ) -> "FrameTree":
-        """Return a tree whose nodes have been read.
+    def of(cls, stacks: Stacks, locations: Locations) -> "FrameTree":
+        """Return the tree of stacks of which each has 1 to DEEPEST locations.
 
         Raises:
-            ProfileError: they are not in order, or a stack is there twice.
+            ProfileError: a location is missing.
         """
-        steps = np.diff(parents)
-        # Parents ascend over all levels.
-        is_next = (steps > 0) | ((steps == 0) & (frame_ids[1:] > frame_ids[:-1]))
-        levels = [0]
-        while (end := int(np.searchsorted(parents, levels[-1]))) > levels[-1]:
-            levels.append(end)
-        ids = np.sort(stack_ids[is_stack])
-        if (
-            levels[-1] != len(parents)
-            or parents.min(initial=-1) < -1
-            or not is_next.all()
-            or (ids[1:] == ids[:-1]).any()
-            or stack_ids[~is_stack].any()
-        ):
-            raise ProfileError("the nodes of its tree are not in order")
-        return cls(np.array(levels, dtype=np.int64), parents, frame_ids, stack_ids, is_stack)
+        tree = StackTree.of(StackLists(stacks.offsets, locations.find(stacks.frame_ids)))
+        assert tree is not None, f"a stack has more than {DEEPEST} locations"
+        return cls(locations, tree, stacks.ids)
 
     @classmethod
-    def joined(cls, trees: "Sequence[FrameTree]") -> "FrameTree":
-        """Return the tree of all stacks of some trees."""
-        if len(trees) == 1:
-            return trees[0]
-        firsts = np.cumsum([0, *(len(tree) for tree in trees)]).tolist()
-        parts = [
-            _Nodes(
-                tree.depths(),
-                np.where(tree.parents < 0, -1, tree.parents + np.int64(first)),
-                tree.frame_ids,
-                tree.stack_ids,
-                tree.is_stack,
-            )
-            for first, tree in zip(firsts, trees, strict=False)
-        ]
-        return _distinct_tree(_Nodes(*map(np.concatenate, zip(*parts, strict=True))))
-
-    def __len__(self) -> int:
-        return len(self.parents)
+    def joined(cls, locations: Locations, trees: "Sequence[FrameTree]") -> "FrameTree":
+        """Return the tree of all stacks of some trees, none of which two of them have."""
+        nothing, no_ids = np.zeros(0, np.int32), np.zeros(0, np.uint64)
+        if not trees:
+            return cls(locations, StackTree(nothing, nothing, nothing), no_ids)
+        same = np.arange(len(locations.ids), dtype=np.int32)
+        tree = merge_trees([each.tree for each in trees], [same] * len(trees))
+        return cls(locations, tree, np.concatenate([no_ids, *(each.ids for each in trees)]))
 
     def equals(self, other: "FrameTree") -> bool:
-        names = ("parents", "frame_ids", "stack_ids", "is_stack")
-        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
+        """Return whether the same stacks are in both, whose locations are the same."""
+        mine, others = self.by_node(), other.by_node()
+        pairs = [*zip(mine, others, strict=True), (self.tree.parents, other.tree.parents)]
+        return all(np.array_equal(*pair) for pair in [*pairs, (self.tree.words, other.tree.words)])
 
-    def depths(self) -> Integers:
-        """Return the depth of each node, 0 at roots."""
-        depths: Integers = np.repeat(np.arange(len(self.levels) - 1), np.diff(self.levels))
-        return depths
+    def only(self, stacks: Integers) -> "FrameTree":
+        """Return the tree of some of the stacks."""
+        return FrameTree(self.locations, self.tree.take(stacks), self.ids[stacks])
 
-    def nodes_of(self, stack_ids: Hashes) -> Integers:
-        """Return the nodes where stacks end, -1 for those that are not there."""
-        ends = np.flatnonzero(self.is_stack)
-        ids = self.stack_ids[ends]
-        order = np.argsort(ids)
-        found = HashIndex(ids[order]).find(stack_ids)
-        if not len(ends):
-            return found
-        nodes: Integers = np.where(found < 0, -1, ends[order[found]])
-        return nodes
+    def by_node(self) -> tuple[Hashes, Flags]:
+        """Return the id of the stack that ends at each node, 0 if there is none, and if there is.
 
-    def on_paths(self, nodes: Integers) -> Flags:
-        """Return by node whether it is one of some nodes or leads to one."""
-        is_on = np.zeros(len(self), dtype=bool)
-        is_on[nodes] = True
-        for first, end in self._levels_up():
-            is_on[self.parents[first:end][is_on[first:end]]] = True
-        return is_on
+        Raises:
+            ProfileError: two stacks end at one node, or one at two nodes.
+        """
+        is_stack = np.zeros(len(self.tree.parents), dtype=bool)
+        is_stack[self.tree.ends] = True
+        ids = np.zeros(len(is_stack), dtype=np.uint64)
+        ids[self.tree.ends] = self.ids
+        ordered = np.sort(self.ids)
+        is_repeated = bool((ordered[1:] == ordered[:-1]).any())
+        if np.count_nonzero(is_stack) < len(self.ids) or is_repeated:
+            raise ProfileError("a stack is there twice")
+        return ids, is_stack
 
-    def only(self, nodes: Integers) -> "FrameTree":
-        """Return the tree of the stacks that end at some nodes."""
-        is_on = self.on_paths(nodes)
-        is_end = np.zeros(len(self), dtype=bool)
-        is_end[nodes] = True
-        is_end &= self.is_stack
-        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(is_on)])
-        parents = self.parents[is_on]
-        levels = before[self.levels]
-        return FrameTree(
-            levels[: int(np.count_nonzero(np.diff(levels))) + 1],
-            np.where(parents < 0, -1, before.take(parents)).astype(np.int32),
-            self.frame_ids[is_on],
-            np.where(is_end, self.stack_ids, np.uint64(0))[is_on],
-            is_end[is_on],
-        )
-
-    def stacks_at(self, nodes: Integers) -> Stacks:
-        """Return the paths to some nodes, with the ids of the stacks that end there."""
-        depths = np.searchsorted(self.levels, nodes, side="right") - 1
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(depths + 1)])
-        words = np.empty(int(offsets[-1]), dtype=np.uint64)
-        at, places = nodes, offsets[1:] - 1
-        while len(at):
-            words[places] = self.frame_ids.take(at)
-            at = self.parents.take(at).astype(np.int64)
-            is_open = at >= 0
-            at, places = at[is_open], places[is_open] - 1
-        return Stacks(self.stack_ids.take(nodes), offsets, words)
+    def used_locations(self) -> Hashes:
+        """Return the ids of its locations, ascending."""
+        is_used = np.zeros(len(self.locations.ids), dtype=bool)
+        is_used[self.tree.words] = True
+        return self.locations.ids[is_used]
 
     def lists(self) -> Iterator[Stacks]:
-        """Return all stacks as lists, in the order of their frames, some at a time."""
-        ends = np.flatnonzero(self.is_stack)
-        ends = ends[np.argsort(self._places().take(ends))]
-        words = np.cumsum(np.searchsorted(self.levels, ends, side="right"))
-        first = 0
-        while first < len(ends):
-            before = words[first - 1] if first else 0
-            some = int(np.searchsorted(words, before + _LISTED_WORDS, side="right"))
-            yield self.stacks_at(ends[first : max(some, first + 1)])
-            first = max(some, first + 1)
+        """Return all stacks as lists, in the order of their locations, some at a time."""
+        order = np.argsort(_places(self.tree).take(self.tree.ends))
+        for some in _some(self.tree, self.tree.ends[order]):
+            lists = StackTree(self.tree.parents, self.tree.words, self.tree.ends[order[some]]).lists
+            yield Stacks(self.ids[order[some]], lists.offsets, self.locations.ids.take(lists.words))
 
-    def _places(self) -> Integers:
-        """Return by node how many come before it if each is followed by all below it."""
-        sizes = np.ones(len(self), dtype=np.int64)
-        for first, end in self._levels_up():
-            starts = _starts(self.parents[first:end])
-            sizes[self.parents[first:end][starts]] += np.add.reduceat(sizes[first:end], starts)
-        places = np.zeros(len(self), dtype=np.int64)
-        for depth in range(len(self.levels) - 1):
-            first, end = self.levels[depth : depth + 2].tolist()
-            before = np.cumsum(sizes[first:end]) - sizes[first:end]
-            if depth:
-                parents = self.parents[first:end]
-                starts = _starts(parents)
-                before -= np.repeat(before[starts], np.diff(np.append(starts, end - first)))
-                before += places.take(parents) + 1
-            places[first:end] = before
-        return places
+    def ends_in(self, location: int) -> Flags:
+        """Return by stack whether its last location is one with this id."""
+        last = self.tree.words.take(self.tree.ends)
+        is_it: Flags = (self.locations.ids == np.uint64(location)).take(last)
+        return is_it
 
-    def _levels_up(self) -> Iterator[tuple[int, int]]:
-        """Return where each level begins and ends, the deepest first, without the roots."""
-        bounds = self.levels.tolist()
-        return zip(bounds[-2:0:-1], bounds[:1:-1], strict=True)
+    def fold(
+        self, kept: Hashes, rest: int, hasher: Hasher, counts: Integers, least: Sequence[int]
+    ) -> "Folded":
+        """Fold the stacks that are not among `kept`, as `storage.blocks.rollup.fold` does.
+
+        But a rest is counted further up the tree until it has `least` of one of the counts, with
+        others that are counted there. So there are not more rests than matter, and no node loses
+        as much. `counts` has a line for each stack. What was folded before is folded again. `rest`
+        is the id of the location `[rest]`, which must be among the locations.
+        """
+        tree, locations = self.tree, self.locations
+        is_kept = np.zeros(len(self.ids), dtype=bool)
+        found = find_hashes(self.ids, kept)
+        is_kept[found[found >= 0]] = True
+        # The nearest node from each to the root that is on the way to a stack that is kept.
+        nearest = np.full(len(tree.parents), ROOT, dtype=np.int32)
+        nearest[tree.ends[is_kept]] = tree.ends[is_kept]
+        for level in reversed(tree.levels[1:]):
+            above = tree.parents[level][nearest[level] >= 0]
+            nearest[above] = above
+        _fill_down(tree, nearest)
+        # Not all of a stack: what is left of it is the rest.
+        parents = tree.parents.take(tree.ends[~is_kept])
+        nodes = np.where(parents < 0, np.int32(ROOT), nearest.take(parents))
+        nodes = _large_enough(tree, nodes, counts[~is_kept], least).take(nodes)
+        nodes, of_rare = np.unique(nodes, return_inverse=True)
+        word = locations.find(np.array([rest], dtype=np.uint64))
+        left = [self.only(np.flatnonzero(is_kept))]
+        for some in _some(tree, nodes):
+            lists = StackTree(tree.parents, tree.words, nodes[some]).lists
+            words = np.insert(lists.words, lists.offsets[1:], word)
+            offsets = lists.offsets + np.arange(len(lists.offsets))
+            ids = hasher.stacks(locations.ids, offsets, words)
+            with_rest = StackTree.of(StackLists(offsets, words))
+            assert with_rest is not None
+            left.append(FrameTree(locations, with_rest, ids))
+        folded = FrameTree.joined(locations, left)
+        ids_of_rests = folded.ids[len(left[0].ids) :]
+        return Folded(self.ids[~is_kept], ids_of_rests[of_rare], folded)
 
 
-class FoldedTree(NamedTuple):
+class Folded(NamedTuple):
     """A tree without rare stacks; stack `rare[i]` is counted as its stack `folded[i]`."""
 
     rare: Hashes
@@ -213,102 +178,136 @@ class FoldedTree(NamedTuple):
     tree: FrameTree
 
 
-def fold_tree(tree: FrameTree, kept: Hashes, hasher: Hasher) -> FoldedTree:
-    """Fold the stacks that are not among `kept`, as `storage.blocks.rollup.fold` does.
+def _fill_down(tree: StackTree, numbers: Indices) -> None:
+    """Give each node whose number is ROOT that of its parent."""
+    for level in tree.levels[1:]:
+        mine, above = numbers[level], numbers.take(tree.parents[level])
+        numbers[level] = np.where(mine < 0, above, mine)
 
-    What is folded already is folded further if no kept stack begins with what it was folded into.
+
+def _large_enough(
+    tree: StackTree, nodes: Indices, counts: Integers, least: Sequence[int]
+) -> Indices:
+    """Return by node where rests are counted whose nodes these are; the last one is for ROOT."""
+    sums = np.zeros((len(tree.parents), len(least)), dtype=np.float64)
+    enough = np.maximum(least, 1)
+    has_node = nodes >= 0
+    np.add.at(sums, nodes[has_node], counts[has_node])
+    chosen = np.full(len(sums) + 1, ROOT, dtype=np.int32)
+    for level in reversed(tree.levels):
+        is_enough = (sums[level] >= enough).any(axis=1)
+        chosen[:-1][level] = np.where(is_enough, np.arange(level.start, level.stop), ROOT)
+        if level.start:
+            sums[level][is_enough] = 0
+            starts = np.flatnonzero(np.diff(tree.parents[level], prepend=ROOT))
+            above = tree.parents[level][starts]
+            sums[above] += np.add.reduceat(sums[level], starts)
+    _fill_down(tree, chosen)
+    return chosen
+
+
+def read_locations(opened: Engine, files: Sequence[LocalFile], *more: int) -> Locations:
+    """Return the locations in the files of `frames`, and some more.
+
+    Raises:
+        ProfileError: one is damaged or not one of ours.
+        SchemaError: a later version wrote one.
     """
-    rest = rest_id(hasher)
-    is_kept = np.zeros(len(tree), dtype=bool)
-    is_kept[tree.nodes_of(kept)] = True
-    is_rare = tree.is_stack & ~is_kept
-    # The nearest node from each to the root on the way to a kept stack, -1 if there is none.
-    nearest = np.where(tree.on_paths(np.flatnonzero(is_kept)), np.arange(len(tree)), -1)
-    for first, end in zip(tree.levels[1:-1].tolist(), tree.levels[2:].tolist(), strict=True):
-        mine = nearest[first:end]
-        above = nearest.take(tree.parents[first:end])
-        mine[mine < 0] = above[mine < 0]
-    rare = np.flatnonzero(is_rare)
-    # Not all of a stack: what is left of it is the rest.
-    parents = tree.parents.take(rare)
-    ends = np.where(parents < 0, -1, nearest.take(parents))
-    places, of_rare = np.unique(ends, return_inverse=True)
-    rests = tree.stacks_at(places[places >= 0])
-    lengths = np.diff(rests.offsets)
-    lengths = np.concatenate([np.zeros(int((places < 0).sum()), np.int64), lengths])
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths + 1)])
-    words = np.full(int(offsets[-1]), rest, dtype=np.uint64)
-    words[ranges(offsets[:-1], lengths)] = rests.frame_ids
-    ids = hasher.stacks(words, offsets, np.arange(len(words)))
-    left = [tree.only(np.flatnonzero(is_kept)), FrameTree.of(Stacks(ids, offsets, words))]
-    return FoldedTree(tree.stack_ids[rare], ids[of_rare], FrameTree.joined(left))
+    chosen = of_table(files, "frames")
+    opened.check(chosen)
+    ids = [np.array(more, dtype=np.uint64)]
+    if chosen:
+        ids.append(opened.arrays_of("SELECT frame_id FROM {files}", chosen)["frame_id"])
+    return Locations.of(sort_distinct(np.concatenate(ids)))
 
 
-def _starts(parents: Indices) -> Integers:
-    """Return where in a level each node's children begin."""
-    is_first = np.ones(len(parents), dtype=bool)
-    is_first[1:] = parents[1:] != parents[:-1]
-    return np.flatnonzero(is_first)
+def read_tree(opened: Engine, file: LocalFile, locations: Locations) -> FrameTree:
+    """Return the tree of a file of STACK_TREE.
 
-
-def _nodes_of(stacks: Stacks) -> _Nodes:
-    """Return what stacks have that the one before each does not begin with."""
-    lengths = np.diff(stacks.offsets)
-    depth = np.arange(len(stacks.frame_ids)) - np.repeat(stacks.offsets[:-1], lengths)
-    shared = shared_before(stacks)
-    at = np.flatnonzero(depth >= np.repeat(shared, lengths))
-    depths = depth[at]
-    # Of the nodes of a depth, the last one before is that of the stack.
-    by_depth = np.argsort(depths, kind="stable")
-    bounds = np.searchsorted(depths[by_depth], np.arange(int(lengths.max(initial=0)) + 1))
-    bounds = np.append(bounds, len(at))
-    parents = np.full(len(at), -1, dtype=np.int64)
-    after = np.cumsum(lengths - shared)
-    by_length = np.argsort(lengths, kind="stable")
-    of_length = np.searchsorted(lengths[by_length], np.arange(len(bounds) + 1))
-    stack_ids, is_stack = np.zeros(len(at), np.uint64), np.zeros(len(at), np.bool_)
-    above = by_depth[:0]
-    for each in range(len(bounds) - 1):
-        mine = by_depth[bounds[each] : bounds[each + 1]]
-        if each:
-            parents[mine] = above[np.searchsorted(above, mine) - 1]
-        ending = by_length[of_length[each + 1] : of_length[each + 2]]
-        if len(ending):
-            ends = mine[np.searchsorted(mine, after[ending]) - 1]
-            stack_ids[ends], is_stack[ends] = stacks.ids[ending], True
-        above = mine
-    return _Nodes(depths, parents, stacks.frame_ids[at], stack_ids, is_stack)
-
-
-def _distinct_tree(nodes: _Nodes) -> FrameTree:
-    """Return the tree of nodes, each once and in order."""
-    by_depth = np.argsort(nodes.depths, kind="stable")
-    deepest = int(nodes.depths.max(initial=-1))
-    bounds = np.searchsorted(nodes.depths[by_depth], np.arange(deepest + 2)).tolist()
-    numbers = np.full(len(by_depth), -1, dtype=np.int32)
-    levels = [0]
-    parents: list[Indices] = [np.zeros(0, np.int32)]
-    frame_ids: list[Hashes] = [np.zeros(0, np.uint64)]
-    for first, end in itertools.pairwise(bounds):
-        mine = by_depth[first:end]
-        above = nodes.parents.take(mine)
-        above = np.where(above < 0, np.int32(-1), numbers.take(above)).astype(np.int32)
-        frames = nodes.frame_ids.take(mine)
-        order = np.lexsort((frames, above))
-        above, frames = above[order], frames[order]
-        is_first = np.ones(len(order), dtype=bool)
-        is_first[1:] = (above[1:] != above[:-1]) | (frames[1:] != frames[:-1])
-        numbers[mine[order]] = levels[-1] + np.cumsum(is_first) - 1
-        parents.append(above[is_first])
-        frame_ids.append(frames[is_first])
-        levels.append(levels[-1] + int(is_first.sum()))
-    stack_ids, is_stack = np.zeros(levels[-1], np.uint64), np.zeros(levels[-1], np.bool_)
-    ends = numbers[nodes.is_stack]
-    stack_ids[ends], is_stack[ends] = nodes.stack_ids[nodes.is_stack], True
-    return FrameTree(
-        np.array(levels, dtype=np.int64),
-        np.concatenate(parents),
-        np.concatenate(frame_ids),
-        stack_ids,
-        is_stack,
+    Raises:
+        ProfileError: it is damaged or not one of ours, or lacks a location.
+        SchemaError: a later version wrote it.
+    """
+    opened.check([file])
+    nodes = opened.arrays_of("SELECT parent, frame_id FROM {files}", [file])
+    query = (
+        "SELECT CAST(file_row_number AS INTEGER) AS node, stack_id"
+        f" FROM {numbered_scan_of(file)} WHERE is_stack"
     )
+    stacks = opened.arrays_of(query, [file])
+    try:
+        # As a number with a sign NO_PARENT is ROOT.
+        parents, words = nodes["parent"].view(np.int32), locations.find(nodes["frame_id"])
+        tree = StackTree(parents, words, stacks["node"])
+        tree.check()
+    except (ProfileError, ValueError) as error:
+        raise ProfileError(f"cannot read {file.path}: {error}") from error
+    return FrameTree(locations, tree, stacks["stack_id"])
+
+
+def read_lists(
+    opened: Engine, file: LocalFile, locations: Locations, wanted: Hashes | None = None
+) -> tuple[FrameTree, Stacks]:
+    """Return the stacks of a file of `stacks` as a tree, and those that can be in none.
+
+    With `wanted` only these, as far as they are there.
+
+    Raises:
+        ProfileError: it is damaged or not one of ours, or lacks a location.
+        SchemaError: a later version wrote it.
+    """
+    opened.check([file])
+    needed = ""
+    if wanted is not None:
+        opened.register("wanted", {"stack_id": wanted})
+        needed = "SEMI JOIN wanted USING (stack_id)"
+    trees: list[FrameTree] = []
+    others = [Stacks.joined([])]
+    for first in range(0, file.rows, _STACKS_AT_ONCE):
+        query = (
+            f"SELECT stack_id, frame_ids FROM {numbered_scan_of(file)} {needed}"
+            f" WHERE file_row_number >= {first} AND file_row_number < {first + _STACKS_AT_ONCE}"
+        )
+        opened.load("fetched", query, [file])
+        stacks = fetch_stacks(opened)
+        lengths = np.diff(stacks.offsets)
+        is_branch = (lengths > 0) & (lengths <= DEEPEST)
+        if not is_branch.all():
+            others.append(stacks.take(np.flatnonzero(~is_branch)))
+            stacks = stacks.take(np.flatnonzero(is_branch))
+        try:
+            trees.append(FrameTree.of(stacks, locations))
+        except ProfileError as error:
+            raise ProfileError(f"cannot read {file.path}: {error}") from error
+    return FrameTree.joined(locations, trees), Stacks.joined(others)
+
+
+def _some(tree: StackTree, ends: Indices) -> Iterator[slice]:
+    """Cut stacks that end at some nodes into pieces that have some words."""
+    firsts = np.array([level.start for level in tree.levels], dtype=np.int64)
+    words = np.cumsum(np.searchsorted(firsts, ends, side="right") + 1)
+    first = 0
+    while first < len(ends):
+        before = words[first - 1] if first else 0
+        end = int(np.searchsorted(words, before + _LISTED_WORDS, side="right"))
+        yield slice(first, max(end, first + 1))
+        first = max(end, first + 1)
+
+
+def _places(tree: StackTree) -> Indices:
+    """Return by node how many come before it if each is followed by all below it."""
+    sizes = np.ones(len(tree.parents), dtype=np.int32)
+    for level in reversed(tree.levels[1:]):
+        parents = tree.parents[level]
+        starts = np.flatnonzero(np.diff(parents, prepend=ROOT))
+        sizes[parents[starts]] += np.add.reduceat(sizes[level], starts)
+    places = np.zeros(len(sizes), dtype=np.int32)
+    for level in tree.levels:
+        before = np.cumsum(sizes[level]) - sizes[level]
+        if level.start:
+            parents = tree.parents[level]
+            starts = np.flatnonzero(np.diff(parents, prepend=ROOT))
+            before -= np.repeat(before[starts], np.diff(np.append(starts, len(parents))))
+            before += places.take(parents) + 1
+        places[level] = before
+    return places

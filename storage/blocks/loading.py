@@ -86,9 +86,12 @@ def load_block(opened: Engine, block: Block, stacks: Stacks) -> None:
     _load_modules(opened, block.dictionary.modules.values())
 
 
-def insert_stacks(opened: Engine, stacks: Stacks) -> None:
-    """Insert stacks, all of them different, into the table `stacks`, but for those that it has."""
-    has_some = opened.rows("SELECT count(*) FROM stacks") != [(0,)]
+def insert_stacks(opened: Engine, stacks: Stacks, *, are_new: bool = False) -> None:
+    """Insert stacks, all of them different, into the table `stacks`, but for those that it has.
+
+    If they are new it has none of them.
+    """
+    has_some = not are_new and opened.rows("SELECT count(*) FROM stacks") != [(0,)]
     new = "ANTI JOIN stacks USING (stack_id)" if has_some else ""
     lengths = np.diff(stacks.offsets)
     usual = np.flatnonzero(lengths <= _USUAL_DEPTH)
@@ -318,9 +321,11 @@ def _load_modules(opened: Engine, modules: Iterable[Module]) -> None:
     names = ("number", "position", "p_vaddr", "p_offset", "p_filesz")
     opened.register("new_segments", {name: segments[:, i] for i, name in enumerate(names)})
     segment = "{'p_vaddr': p_vaddr, 'p_offset': p_offset, 'p_filesz': p_filesz}"
+    # Texts of which there are none would have no type.
+    texts = ", ".join(f"CAST({name} AS VARCHAR) AS {name}" for name in ("build_id", "path", "kind"))
     opened.run(
         "CREATE TEMP TABLE modules AS"
-        " SELECT build_id, path, kind, coalesce(segments, []) AS segments FROM new_modules"
+        f" SELECT {texts}, coalesce(segments, []) AS segments FROM new_modules"
         f" LEFT JOIN ({_lists('new_segments', segment, 'segments')}) USING (number)"
     )
 

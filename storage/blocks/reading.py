@@ -149,29 +149,33 @@ def read_columns(
 ) -> Columns | None:
     """Return the Columns of the objects that start in the seconds of slices; None if none does.
 
-    What is known of the objects comes from `heads` (see `storage.blocks.times`). Only then `fetch`
-    is called, which returns where their rows are. `label_sets` has the ids of both, and of hosts.
-    The label `host` is among the labels of rows from detail if `lines` tell objects apart. With
-    `sets` or `hosts` only these rows and their times. Objects of other hosts are left out; else
-    what is known of them stays that of all, as in `Columns.filter`. `check` may end it, as in
-    `reading_engine`.
+    What is known of the objects comes from `heads` (see `storage.blocks.times`). Meanwhile `fetch`
+    is called in another thread, which returns where their rows are. `label_sets` has the ids of
+    both, and of hosts. The label `host` is among the labels of rows from detail if `lines` tell
+    objects apart. With `sets` or `hosts` only these rows and their times. Objects of other hosts
+    are left out; else what is known of them stays that of all, as in `Columns.filter`. `check` may
+    end it, as in `reading_engine`.
 
     Raises:
         ProfileError: a file is damaged or not one of ours, or as `storage.blocks.times.read_heads`.
         SchemaError: a later version wrote one.
     """
-    with reading_engine(check) as opened:
+
+    def read_samples() -> tuple[Samples, Columns]:
+        samples, dictionary = fetch()
+        with reading_engine(check) as opened:
+            # All at once: that takes a few queries, however many files there are.
+            opened.check([*_rows_of(samples), *dictionary])
+            rows = _fetch_rows(opened, samples, sets, hosts, by_host=lines is Lines.EACH)
+            return rows, fetch_dictionary(opened, dictionary, rows.stacks)
+
+    with ThreadPoolExecutor(1) as pool, reading_engine(check) as opened:
         if not load_objects(opened, heads, lines, hosts):
             return None
         reading = pool.submit(read_samples)
-        label_sets = fetch_label_sets(opened, dictionary)
         known = fetch_heads(opened, heads, label_sets, lines, hosts)
         times = fetch_times(opened, heads, known, label_sets, lines, sets=sets, hosts=hosts)
-        samples, dictionary = fetch()
-        # All at once: that takes a few queries, however many files there are.
-        opened.check([*_rows_of(samples), *dictionary])
-        rows = _fetch_rows(opened, samples, sets, hosts, by_host=lines is Lines.EACH)
-        stacks = fetch_dictionary(opened, dictionary, rows.stacks)
+        rows, stacks = reading.result()
     return make_columns(known, rows, stacks, label_sets, times)
 
 

@@ -25,6 +25,8 @@ from symbolizer.location import REST_LOCATION
 FOLDED_ABOVE = 20_000
 """Stacks that a block keeps in any case."""
 _FOLDED_SHARE = 0.01
+_SHARE_AT_ONCE = 0.5
+"""Of what may be folded yet: what is merged may be folded again."""
 _WORDS_AT_ONCE = 31
 """Frames by which stacks are sorted at once: 128 bytes each with the number of their group."""
 
@@ -99,14 +101,29 @@ def rest_id(hasher: Hasher) -> int:
     return int(hash_locations(texts, place, np.zeros((0, 5), np.int64))[0])
 
 
-def keep_common(ids: Hashes, is_folded: Flags, *counts: Numbers) -> Hashes:
-    """Return the stacks to keep, sorted by id: those with the most of each count.
+@dataclass(frozen=True, slots=True, eq=False)
+class Common:
+    """The stacks to keep, sorted by id, and by count the least that one has which is kept for it.
+
+    That is 0 if none is.
+    """
+
+    ids: Hashes
+    least: tuple[int, ...]
+
+
+def keep_common(
+    ids: Hashes, is_folded: Flags, *counts: Numbers, share: float = _SHARE_AT_ONCE
+) -> Common:
+    """Return the stacks to keep: those with the most of each count.
 
     What the other ones have, and those that are folded already, is 1 % of each count at most, or
-    only the folded ones are left out. Of equal counts the smaller ids come first.
+    only the folded ones are left out. Of what may be folded yet a share is. Of equal counts the
+    smaller ids come first.
     """
     by_id = np.argsort(ids)
     is_kept = np.zeros(len(ids), dtype=bool)
+    least = []
     for each in counts:
         ordered, folded = each[by_id].astype(np.int64), is_folded[by_id]
         order = np.argsort(-ordered, kind="stable")
@@ -115,9 +132,11 @@ def keep_common(ids: Hashes, is_folded: Flags, *counts: Numbers) -> Hashes:
         reached = np.cumsum(ordered[order].astype(np.float64))
         already = float(ordered[folded].sum(dtype=np.float64))
         whole = float(reached[-1]) if len(reached) else 0.0
-        spare = max(0.0, (whole + already) * _FOLDED_SHARE - already) / 2
-        is_kept[order[: int(np.searchsorted(reached, whole - spare)) + 1]] = True
-    return ids[by_id[is_kept]]
+        spare = max(0.0, (whole + already) * _FOLDED_SHARE - already) * share
+        order = order[: int(np.searchsorted(reached, whole - spare)) + 1]
+        is_kept[order] = True
+        least.append(int(ordered[order].min()) if len(order) else 0)
+    return Common(ids[by_id[is_kept]], tuple(least))
 
 
 def sort_stacks(offsets: Integers, words: Numbers) -> Integers:

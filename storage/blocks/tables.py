@@ -352,7 +352,7 @@ def _fold_rollup(opened: Engine, hasher: Hasher, stacks: Stacks | None = None) -
     folded_before = HashIndex(np.sort(stacks.ids[stacks.end_with(rest_id(hasher))]))
     is_folded = folded_before.find(totals["stack_id"]) >= 0
     kept = keep_common(totals["stack_id"], is_folded, totals["samples"], totals["value"])
-    folded = fold(stacks, kept, hasher)
+    folded = fold(stacks, kept.ids, hasher)
     opened.register("folded", {"stack_id": folded.rare, "folded_id": folded.folded})
     opened.run(
         "CREATE OR REPLACE TEMP TABLE rollup AS"

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import time
 
+import duckdb
 import orjson
 import pytest
 
@@ -12,10 +13,11 @@ from profiler import cli
 from profiler.commands import verify
 from profiler.commands.verify import find_gaps, verify_store
 from profiler.times import rfc3339
-from storage.blocks.manifest import Manifests
+from storage.blocks.manifest import Manifests, block_key
+from storage.blocks.schema import SCHEMA, STACK_TREE
 from storage.formats import pprof
 from storage.objects.directory import DirectoryStore
-from storage.objects.keys import CPU, DEFAULT_TENANT, hour_of, object_key
+from storage.objects.keys import CPU, DEFAULT_TENANT, content16, hour_of, object_key
 from storage.objects.tenant import TenantStore
 from storage.profile import ALWAYS, Window
 from tests.support import profiles as some
@@ -297,6 +299,27 @@ def take_file(table):
     return change
 
 
+def take_leaf(store, hours):
+    """Let the tree of a day lack the last stack, in a file that is sound by itself."""
+    manifests = Manifests(store, DEFAULT_TENANT, CPU)
+    (file,) = manifests.day(hours[0][:10]).files_of(STACK_TREE)
+    path, changed = store.root / file.key, store.root.parent / "changed.parquet"
+    with duckdb.connect() as connection:
+        connection.execute(
+            f"COPY (SELECT * FROM '{path}' LIMIT {file.rows - 1}) TO '{changed}' (FORMAT parquet,"
+            f" KV_METADATA {{'everflame.schema': '{SCHEMA}', 'everflame.table': '{STACK_TREE}'}})"
+        )
+    content = changed.read_bytes()
+    key = block_key(DEFAULT_TENANT, CPU, hours[0][:10], STACK_TREE, content16(content))
+    store.put(key, content)
+    other = replace(file, key=key, bytes=len(content), rows=file.rows - 1)
+
+    def edit(day):
+        return replace(day, files=tuple(other if f == file else f for f in day.files))
+
+    manifests.change_day(hours[0][:10], edit)
+
+
 def change_part(**change):
     def edit(store, hours):
         def changed(manifest):
@@ -337,6 +360,8 @@ DAMAGES = {
     "heads of another hour": take_file("objects_10m"),
     "times of another hour": take_file("times_10m"),
     "functions of another hour": take_file("functions_1h"),
+    "a tree is cut": damage("dd-stack_tree-*", cut),
+    "a tree lacks a stack": take_leaf,
     "heads of a day are missing": damage("dd-objects_10m-*", lambda path: path.unlink()),
     "fewer objects": change_part(objects=1),
 }

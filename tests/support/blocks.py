@@ -4,10 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from storage.blocks import reading, times
 from storage.blocks.block import DROPPED_LABELS, Block
 from storage.blocks.dictionary import read_label_sets
 from storage.blocks.parquet import LocalFile, of_table
+from storage.blocks.rollup import Stacks
 from storage.blocks.schema import DETAIL
 from storage.blocks.slices import Slice
 from storage.blocks.tables import write_block
@@ -60,3 +63,11 @@ def read_columns(
 
 def read_times(files: Sequence[LocalFile], *, start_s: int, end_s: int) -> Times | None:
     return times.read_times([Slice(tuple(files), ((start_s, end_s),))])
+
+
+def make_stacks(words: Sequence[tuple[int, ...]]) -> Stacks:
+    """Return stacks of locations whose ids are spread like hashes."""
+    flat = np.array([word for each in words for word in each], dtype=np.uint64)
+    offsets = np.cumsum([0, *map(len, words)])
+    ids = flat * np.uint64(0x9E3779B97F4A7C15)
+    return Stacks(HASHER.stacks(ids, offsets, np.arange(len(ids))), offsets, ids)

@@ -161,7 +161,8 @@ def files_of(parts: list[Any], table: str) -> list[Any]:
 def read_store(expected: Expected, type_: str = "cpu") -> Sums:
     """Return the sums that the format stands for, and check what must hold in between.
 
-    Each object is in one part at most, and parts and rollups have the samples that they claim.
+    Each object is in one part at most, parts and rollups have the samples that they claim, and days
+    have their stacks as a tree.
     """
     store = expected.store
     manifests = hour_manifests(store, type_)
@@ -179,6 +180,7 @@ def read_store(expected: Expected, type_: str = "cpu") -> Sums:
     for each in [each.key for each in store.list(prefix) if "T" not in each.key[len(prefix) :]]:
         day = orjson.loads(store.get(each))
         add([day], day["files"], "samples_1h", "samples_1d", "times_10m")
+        check_tree(store, day)
         names = {name[11:]: manifest for name, manifest in manifests.items() if day["day"] in name}
         ids = {hour: sorted(part["id"] for part in each["parts"]) for hour, each in names.items()}
         if all(ids.get(hour) == held for hour, held in day["hours"].items()):
@@ -223,6 +225,14 @@ def read_store(expected: Expected, type_: str = "cpu") -> Sums:
     )
     samples, value = claimed(parts)
     return Sums(len(seen) + more.objects, samples + more.samples, value + more.value)
+
+
+def check_tree(store: ObjectStore, day: Any) -> None:
+    """Check that a day's stacks as a tree are those that it has as lists."""
+    query = "SELECT stack_id FROM files WHERE is_stack ORDER BY ALL"
+    in_tree = queried(store, files_of([day], "stack_tree"), query)
+    query = "SELECT stack_id FROM files WHERE len(frame_ids) > 0 ORDER BY ALL"
+    assert in_tree == queried(store, files_of([day], "stacks"), query)
 
 
 def files_in(store: ObjectStore) -> set[str]:

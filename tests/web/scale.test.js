@@ -165,7 +165,10 @@ test("a window must end after it starts", () => {
   assert.equal(times.resolveWindow("now", "now-1h", NOON), null);
   const later = NOON + 7 * 60_000 + 1;
   const day = 24 * 3_600_000;
-  assert.deepEqual(times.resolveWindow("now-24h", "now", later), { from: NOON - day, until: later });
+  assert.deepEqual(times.resolveWindow("now-24h", "now", later), {
+    from: NOON - day,
+    until: later,
+  });
   const fixed = String(later - day);
   assert.equal(times.resolveWindow(fixed, "now", later).from, later - day);
 });

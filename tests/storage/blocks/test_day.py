@@ -255,7 +255,7 @@ def test_a_renewal_that_took_too_long_is_dropped(expected, store, tmp_path):
     assert hasty.manifests.day(DAY) is None
 
 
-@pytest.mark.parametrize("table", ["samples_1h", "samples_1d", "stacks", "times_10m"])
+@pytest.mark.parametrize("table", ["samples_1h", "samples_1d", "stack_tree", "times_10m"])
 def test_a_day_whose_files_are_damaged_is_made_of_its_hours(table, expected, store, tmp_path):
     """With the next hour, as long as all hours are there."""
     renew_day(put_hour(expected, tmp_path, 3), DAY)
@@ -301,6 +301,23 @@ def test_a_day_of_an_older_version_is_made_again(expected, store, tmp_path):
     assert renew_day(compactor, DAY)
 
     check_day(expected)
+
+
+def test_a_day_without_a_tree_gets_one_with_its_next_hour(expected, store, tmp_path):
+    """An older version made it; then its stacks are read as lists."""
+    compactor = put_hour(expected, tmp_path, 3)
+    renew_day(compactor, DAY)
+    compactor.manifests.change_day(
+        DAY,
+        lambda day: replace(day, files=tuple(f for f in day.files if f.table != "stack_tree")),
+    )
+    assert not renew_day(compactor, DAY)
+
+    read = renew(put_hour(expected, tmp_path, 4, first=4))
+
+    assert "stacks" in read["dd"]
+    assert files_of([check_day(expected)], "stack_tree")
+    assert "stacks" not in renew(put_hour(expected, tmp_path, 9, first=9))["dd"]
 
 
 def test_large_tables_are_several_files(expected, store, tmp_path, monkeypatch):

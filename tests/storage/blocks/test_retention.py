@@ -117,6 +117,7 @@ def test_levels_expire_one_after_the_other(expected, store, tmp_path):
     assert files_of([day_manifest(store, hours[40][:10])], "samples_1h")
     gone = day_manifest(store, hours[100][:10])
     assert not files_of([gone], "samples_1h")
+    assert files_of([gone], "stack_tree")
     for table in ("samples_1d", "times_10m"):
         assert sums_of(store, files_of([gone], table)) == (gone["samples"], gone["value"])
     assert gone["samples"] == profile(days_ago(100), 1, 100).total_samples + sum(

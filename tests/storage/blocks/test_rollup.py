@@ -10,24 +10,16 @@ from storage.blocks.block import Block
 from storage.blocks.dictionary import read_dictionary
 from storage.blocks.parquet import LocalFile, of_table
 from storage.blocks.reading import sum_samples
-from storage.blocks.rollup import Stacks, fold, keep_common, rest_id, sort_stacks
+from storage.blocks.rollup import fold, keep_common, rest_id, sort_stacks
 from storage.blocks.schema import DETAIL
 from storage.blocks.tables import merge_parts, write_block
 from storage.profile import Profile, Window
 from symbolizer.location import REST_LOCATION
 from tests.support import profiles as some
-from tests.support.blocks import ALWAYS, HASHER, files_of, stored
+from tests.support.blocks import ALWAYS, HASHER, files_of, make_stacks, stored
 
 locations = st.integers(1, 4)
 stacks = st.lists(st.lists(locations, max_size=6).map(tuple), min_size=1, max_size=12, unique=True)
-
-
-def make_stacks(words: list[tuple[int, ...]]) -> Stacks:
-    """Return stacks of locations whose ids are spread like hashes."""
-    flat = np.array([word for each in words for word in each], dtype=np.uint64)
-    offsets = np.cumsum([0, *map(len, words)])
-    ids = flat * np.uint64(0x9E3779B97F4A7C15)
-    return Stacks(HASHER.stacks(ids, offsets, np.arange(len(ids))), offsets, ids)
 
 
 @given(stacks, st.data())
@@ -85,9 +77,9 @@ def test_stacks_with_most_samples_are_kept_ties_by_id():
     """Half of what may be folded in all, 1 of 100 samples, is left for later."""
     ids = np.array([5, 3, 9, 1], dtype=np.uint64)
 
-    assert keep_common(ids, NONE, np.array([198, 1, 0, 1])).tolist() == [1, 5]
-    assert keep_common(ids, NONE, np.array([1, 1, 1, 1])).tolist() == [1, 3, 5, 9]
-    assert keep_common(ids[:0], NONE[:0], np.zeros(0, np.int64)).tolist() == []
+    assert keep_common(ids, NONE, np.array([198, 1, 0, 1])).ids.tolist() == [1, 5]
+    assert keep_common(ids, NONE, np.array([1, 1, 1, 1])).ids.tolist() == [1, 3, 5, 9]
+    assert keep_common(ids[:0], NONE[:0], np.zeros(0, np.int64)).ids.tolist() == []
 
 
 def test_stacks_with_most_of_the_value_are_kept_as_well():
@@ -95,7 +87,7 @@ def test_stacks_with_most_of_the_value_are_kept_as_well():
     ids = np.array([5, 3, 9, 1], dtype=np.uint64)
 
     kept = keep_common(ids, NONE, np.array([299, 1, 0, 0]), np.array([9, 2**60, 1, 0]))
-    assert kept.tolist() == [3, 5]
+    assert kept.ids.tolist() == [3, 5]
 
 
 def test_what_was_folded_before_counts():
@@ -103,9 +95,9 @@ def test_what_was_folded_before_counts():
     ids = np.array([5, 3, 9, 1], dtype=np.uint64)
     is_folded = np.array([False, False, False, True])
 
-    assert keep_common(ids, is_folded, np.array([990, 2, 3, 5])).tolist() == [5, 9]
-    assert keep_common(ids, is_folded, np.array([980, 5, 5, 10])).tolist() == [3, 5, 9]
-    assert keep_common(ids, is_folded, np.array([1, 0, 5, 9000])).tolist() == [5, 9]
+    assert keep_common(ids, is_folded, np.array([990, 2, 3, 5])).ids.tolist() == [5, 9]
+    assert keep_common(ids, is_folded, np.array([980, 5, 5, 10])).ids.tolist() == [3, 5, 9]
+    assert keep_common(ids, is_folded, np.array([1, 0, 5, 9000])).ids.tolist() == [5, 9]
 
 
 def _many(seed: int, *, is_even: bool = False) -> Profile:
@@ -170,3 +162,16 @@ def test_most_samples_are_kept_however_often_parts_are_merged(tmp_path, monkeypa
     ends_in_rest = np.isin(columns.stack_words[columns.stack_offsets[1:] - 1], rest)
     folded = np.isin(rolled.stacks, columns.stack_hashes[ends_in_rest])
     assert 0 < rolled.samples[folded].sum() <= rolled.samples.sum() / 100
+
+
+def test_stacks_of_named_locations_are_folded_as_well(tmp_path, monkeypatch):
+    """A block may know no module at all."""
+    monkeypatch.setattr(tables, "FOLDED_ABOVE", 1)
+    rows = [({}, [some.named("main"), some.named(name)], n) for name, n in (("a", 9999), ("b", 1))]
+
+    files = write_block(Block.of([stored(some.build(rows))], HASHER), tmp_path)
+
+    rolled = sum_samples(files_of(files, "samples_10m"), **ALWAYS)
+    columns = read_dictionary(files, np.unique(rolled.stacks))
+    assert sorted(rolled.samples.tolist()) == [1, 9999]
+    assert REST_LOCATION in columns.to_profile().locations
