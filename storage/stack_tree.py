@@ -124,17 +124,6 @@ class StackTree:
         parents = numbers.take(self.parents[is_used])  # that of ROOT is the last one
         return StackTree(parents, self.words[is_used], numbers.take(ends))
 
-    def sums(self, counts: Integers) -> Integers:
-        """Return by node the sum of counts by stack of all stacks that go through it."""
-        sums = np.zeros(len(self.parents), dtype=np.int64)
-        has_frames = self.ends >= 0
-        np.add.at(sums, self.ends[has_frames], counts[has_frames])
-        for level in reversed(self.levels[1:]):
-            parents = self.parents[level]
-            firsts = np.flatnonzero(np.diff(parents, prepend=ROOT))
-            sums[parents[firsts]] += np.add.reduceat(sums[level], firsts)
-        return sums
-
     @functools.cached_property
     def lists(self) -> StackLists:
         """The same stacks as lists."""

@@ -65,17 +65,6 @@ def test_a_merged_tree_has_all_stacks_in_their_order(parts: list[Lists]) -> None
     assert len(merged.parents) == len(prefixes(renamed))
 
 
-@given(SOME_STACKS)
-def test_a_node_counts_all_stacks_that_go_through_it(stacks: Lists) -> None:
-    made, counts = tree(stacks), np.arange(1, len(stacks) + 1)
-    nodes = StackTree(made.parents, made.words, np.arange(len(made.parents), dtype=np.int32)).lists
-    expected = [
-        sum(int(n) for n, stack in zip(counts, stacks, strict=True) if stack[: len(path)] == path)
-        for path in plain(nodes)
-    ]
-    assert made.sums(counts).tolist() == expected
-
-
 def test_stacks_that_are_too_deep_make_no_tree() -> None:
     assert StackTree.of(lists([[0] * DEEPEST])) is not None
     assert StackTree.of(lists([[0] * (DEEPEST + 1)])) is None
