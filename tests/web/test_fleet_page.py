@@ -253,8 +253,7 @@ def test_a_link_can_be_opened_in_another_tab(visit, service):
     with view.page.context.expect_page() as opened:
         link.click(modifiers=["Control"])
     other = opened.value
-    other.wait_for_load_state()
-    assert "service%3D%22api%22" in other.url
+    other.wait_for_url(lambda url: "service%3D%22api%22" in url)
     other.close()
     assert view.parameters()["mode"] == "services"
 

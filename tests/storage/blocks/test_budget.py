@@ -96,12 +96,13 @@ def test_large_work_is_done_by_a_process_that_ends_after_it(tmp_path, monkeypatc
     expected.put(profile(DAY_START_S))
     compactor = compactor_of(store, tmp_path, DAY_START_S + 2 * HOUR_S, budget=MemoryBudget(1))
     (hour,) = compactor.occupied_hours()
+    before = set(multiprocessing.active_children())
     with Foldless() as compactor._executor:
         compactor.fold(hour)
         assert roll_up(compactor, hour)
 
     assert not MemoryBudget().is_apart(1 << 40)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
     assert read_store(expected) == expected.total
 
 

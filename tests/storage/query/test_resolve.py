@@ -234,7 +234,7 @@ def test_a_name_that_became_known_is_no_change(tmp_path, first_named, selector):
             *(name.function for (name,) in NAMED.values()),
         }
         pair = Pair(found, *(query.profile(side.window, API).profile for side in sides))
-        names = {frame.function for frame in pair._stacks_of(Group.FUNCTION)[0].frames}
+        names = {frame.function for frame in pair.stacks.of_group(Group.FUNCTION).stacks.frames}
         assert not any("+0x" in name for name in names)
 
 
