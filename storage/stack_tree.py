@@ -6,7 +6,8 @@ stacks makes lists of them.
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,13 +89,13 @@ class StackTree:
     @functools.cached_property
     def levels(self) -> list[slice]:
         """The nodes of each depth."""
-        kind = self.parents.dtype.type  # a number of another type would have all of them converted
-        first, past = 0, int(np.searchsorted(self.parents, kind(0)))
-        levels = []
-        while past > first:
-            levels.append(slice(first, past))
-            first, past = past, int(np.searchsorted(self.parents, kind(past)))
-        return levels
+        return list(_levels_of(self.parents))
+
+    @property
+    def listed_words(self) -> int:
+        """How many words its stacks have as lists."""
+        firsts = np.array([level.start for level in self.levels], dtype=np.int64)
+        return int(np.searchsorted(firsts, self.ends, side="right").sum())
 
     def check(self) -> None:
         """Check that nodes are sorted by their parent and their location, and none is there twice.
@@ -108,7 +109,8 @@ class StackTree:
         is_sorted = bool(is_next.all()) and int(parents[:1].max(initial=ROOT)) == ROOT
         if not is_sorted or bool((parents >= np.arange(len(parents))).any()):
             raise ValueError("nodes of a tree are not in their order")
-        if int(parents.min(initial=ROOT)) < ROOT or len(self.levels) > DEEPEST:
+        # A file of some kilobytes may hold a stack of 100 million: its levels are not all listed.
+        if next(itertools.islice(_levels_of(parents), DEEPEST, None), None) is not None:
             raise ValueError("a tree of stacks is too deep")
 
     def take(self, stacks: Integers) -> "StackTree":
@@ -199,6 +201,15 @@ def merge_trees(trees: Sequence[StackTree], numbers: Sequence[Numbers]) -> Stack
         first += len(word)
     ends_of = [place.take(tree.ends) for place, tree in zip(places, trees, strict=True)]
     return StackTree(_joined(parents), _joined(words), np.concatenate(ends_of))
+
+
+def _levels_of(parents: Indices) -> Iterator[slice]:
+    """Go through the nodes of each depth; parents ascend."""
+    kind = parents.dtype.type  # a number of another type would have all of them converted
+    first, past = 0, int(np.searchsorted(parents, kind(0)))
+    while past > first:
+        yield slice(first, past)
+        first, past = past, int(np.searchsorted(parents, kind(past)))
 
 
 def _distinct(parents: Indices, words: Numbers) -> tuple[Indices, Indices, Indices]:

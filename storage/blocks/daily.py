@@ -82,7 +82,7 @@ def write_day(
 ) -> list[LocalFile]:
     """Write all tables of a day: its previous files and the rollups of more hours together.
 
-    The table STACK_TREE is left out if its file would be too large for readers, or if a stack has
+    The table STACK_TREE is left out if it would be too large for readers, or if a stack has
     more than DEEPEST locations. Such stacks are not folded.
 
     Raises:
@@ -229,6 +229,8 @@ def _label_sets_of(opened: Engine, made: Sequence[LocalFile]) -> Hashes:
 
 def _write_tree(opened: Engine, tree: FrameTree, folder: Path) -> list[LocalFile]:
     stack_ids, is_stack = tree.by_node()
+    if not tree.is_readable:
+        return []
     # As a number without a sign ROOT is NO_PARENT.
     rows: Arrays = {
         "parent": tree.tree.parents.view(np.uint32),

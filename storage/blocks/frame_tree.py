@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from storage.blocks.parquet import Engine, LocalFile, numbered_scan_of, of_table
+from storage.blocks.parquet import VALUE_LIMIT, Engine, LocalFile, numbered_scan_of, of_table
 from storage.blocks.rollup import Stacks
 from storage.blocks.tables import fetch_stacks
 from storage.grouping import HashIndex, find_hashes, sort_distinct
@@ -28,6 +28,9 @@ _LISTED_WORDS = 1 << 20
 _STACKS_AT_ONCE = 122_880
 """Those of a row group, 30 MB, and four times as much until they are a tree. Whoever fetches fewer
 at a time decodes each row group more than once."""
+
+NODE_LIMIT = 1 << 25
+"""Nodes of a file: each takes some 30 bytes while it is read, and may be one bit there."""
 
 Flags = npt.NDArray[np.bool_]
 
@@ -89,6 +92,11 @@ class FrameTree:
         mine, others = self.by_node(), other.by_node()
         pairs = [*zip(mine, others, strict=True), (self.tree.parents, other.tree.parents)]
         return all(np.array_equal(*pair) for pair in [*pairs, (self.tree.words, other.tree.words)])
+
+    @property
+    def is_readable(self) -> bool:
+        """Return whether readers accept it: some want lists of all its stacks."""
+        return len(self.tree.parents) <= NODE_LIMIT and self.tree.listed_words <= VALUE_LIMIT
 
     def only(self, stacks: Integers) -> "FrameTree":
         """Return the tree of some of the stacks."""
@@ -229,6 +237,8 @@ def read_tree(opened: Engine, file: LocalFile, locations: Locations) -> FrameTre
         SchemaError: a later version wrote it.
     """
     opened.check([file])
+    if file.rows > NODE_LIMIT:
+        raise ProfileError(f"cannot read {file.path}: it has more than {NODE_LIMIT:,} nodes")
     nodes = opened.arrays_of("SELECT parent, frame_id FROM {files}", [file])
     query = (
         "SELECT CAST(file_row_number AS INTEGER) AS node, stack_id"
@@ -242,7 +252,10 @@ def read_tree(opened: Engine, file: LocalFile, locations: Locations) -> FrameTre
         tree.check()
     except (ProfileError, ValueError) as error:
         raise ProfileError(f"cannot read {file.path}: {error}") from error
-    return FrameTree(locations, tree, stacks["stack_id"])
+    read = FrameTree(locations, tree, stacks["stack_id"])
+    if not read.is_readable:
+        raise ProfileError(f"cannot read {file.path}: its stacks have too many locations")
+    return read
 
 
 def read_lists(

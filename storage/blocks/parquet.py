@@ -37,7 +37,7 @@ _TEMPORARY_BYTES = 16 << 30
 """What DuckDB may move to a disk at once: most of what is free, if it may choose."""
 _ROW_LIMIT = 1 << 31
 """Rows of one file. An hour of 10,000 hosts has half as many."""
-_VALUE_LIMIT = 1 << 27
+VALUE_LIMIT = 1 << 27
 """Values of a column of lists. A few kilobytes may stand for as many; a million stacks have 30
 million frames."""
 _ROW_GROUP_ROWS = 122_880
@@ -256,7 +256,7 @@ class Engine:
             if rows_of[path] != file.rows or file.rows > _ROW_LIMIT:
                 reason = f"it has {rows_of[path]} rows, not {file.rows}"
                 raise ProfileError(f"cannot read {path}: {reason}")
-            if values_of.get(path, 0) > _VALUE_LIMIT:
+            if values_of.get(path, 0) > VALUE_LIMIT:
                 raise ProfileError(f"cannot read {path}: its lists have too many values")
             if path in lacking:
                 raise ProfileError(f"cannot read {path}: values are missing")

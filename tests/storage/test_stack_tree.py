@@ -38,6 +38,7 @@ def prefixes(stacks: Lists) -> set[tuple[int, ...]]:
 def test_a_tree_has_a_node_for_each_beginning_of_its_stacks(stacks: Lists) -> None:
     made = tree(stacks)
     assert plain(made.lists) == stacks
+    assert made.listed_words == sum(map(len, stacks))
     assert len(made.parents) == len(prefixes(stacks))
 
 

@@ -234,13 +234,17 @@ def test_an_hour_is_replaced_in_a_day_that_is_folded(tmp_path):
     check_day(after, [hours[0], changed, hours[2]])
 
 
-@pytest.mark.parametrize("left_out", ["too large", "too deep"])
+@pytest.mark.parametrize("left_out", ["too large", "too deep", "too many nodes", "too many words"])
 def test_a_day_may_lack_the_tree_and_gets_it_later(left_out, tmp_path, monkeypatch):
     """As one that an older version has made does."""
     hours = [write_hour(hour, stacks_of(5), tmp_path) for hour in range(2)]
     with monkeypatch.context() as patch:
         if left_out == "too large":
             patch.setattr(daily, "PIECE_BYTES", 400)
+        elif left_out == "too many nodes":
+            patch.setattr(frame_tree, "NODE_LIMIT", 50)
+        elif left_out == "too many words":
+            patch.setattr(frame_tree, "VALUE_LIMIT", 50)
         else:
             patch.setattr(frame_tree, "DEEPEST", 7)
         before = write_day(source_of(hours[:1]), tmp_path / "before", HASHER)

@@ -118,7 +118,7 @@ def test_a_later_schema_is_refused(tmp_path, files):
 def test_a_file_of_too_many_rows_or_values_is_refused(files, monkeypatch):
     """A few bytes may stand for billions of them: they are counted before they are read."""
     (stacks,) = files_of(files, "stacks")
-    monkeypatch.setattr(parquet, "_VALUE_LIMIT", 3)
+    monkeypatch.setattr(parquet, "VALUE_LIMIT", 3)
     with pytest.raises(ProfileError, match="too many values"):
         read_dictionary([stacks])
     monkeypatch.undo()

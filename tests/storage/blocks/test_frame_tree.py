@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.blocks import frame_tree
-from storage.blocks.frame_tree import EMPTY_STACK, FrameTree, Locations
+from storage.blocks.frame_tree import EMPTY_STACK, FrameTree, Locations, read_tree
+from storage.blocks.parquet import engine
 from storage.blocks.rollup import Stacks, fold, rest_id, sort_stacks
+from storage.blocks.schema import NO_PARENT, STACK_TREE
 from storage.profile import ProfileError
 from tests.support.blocks import HASHER, make_stacks
 
@@ -134,3 +136,29 @@ def test_a_stack_that_is_there_twice_is_refused():
 def test_the_stack_without_locations_has_one_id_under_all_keys():
     """So readers of a tree, which does not have it, know it."""
     assert make_stacks([()]).ids.tolist() == [EMPTY_STACK]
+
+
+PARENTS = {
+    "one stack of so many locations": (f"if(i = 0, {NO_PARENT}, i - 1)", 200_000, "too deep"),
+    "deep stacks that part at the end": (
+        f"if(i = 0, {NO_PARENT}, least(i, 4095) - 1)",
+        60_000,
+        "too many locations",
+    ),
+    "more nodes than any tree has": (str(NO_PARENT), frame_tree.NODE_LIMIT + 1, "nodes"),
+}
+
+
+@pytest.mark.parametrize(("parent", "rows", "reason"), PARENTS.values(), ids=PARENTS)
+def test_some_kilobytes_do_not_become_gigabytes(parent, rows, reason, tmp_path):
+    """A file says nearly the same of each row, and what is made of it would fill the memory."""
+    query = (
+        f"SELECT {parent} AS parent, i AS frame_id, i AS stack_id, i >= 4095 AS is_stack"
+        f" FROM range({rows}) numbers(i)"
+    )
+    known = Locations.of(np.arange(min(rows, 200_000), dtype=np.uint64))
+    with engine(folder=tmp_path) as opened:
+        file = opened.write(STACK_TREE, query, tmp_path, is_sorted=True)
+        assert file.path.stat().st_size < 1 << 20
+        with pytest.raises(ProfileError, match=reason):
+            read_tree(opened, file, known)
