@@ -466,6 +466,11 @@ def numbered_scan_of(file: LocalFile) -> str:
     return f"read_parquet({_paths_of([file])}, hive_partitioning = false, file_row_number = true)"
 
 
+def named_scan_of(files: Sequence[LocalFile]) -> str:
+    """Return what stands for the rows of files, which then have the path as `filename`."""
+    return f"read_parquet({_paths_of(files)}, hive_partitioning = false, filename = true)"
+
+
 def _paths_of(files: Sequence[LocalFile]) -> str:
     return f"[{', '.join(_literal(each.path) for each in files)}]"
 

@@ -14,7 +14,7 @@ import numpy as np
 from storage.blocks.dictionary import clean, fetch_label_sets
 from storage.blocks.heads import BUCKET_S, BUCKET_START, HOST_BITS, first_id
 from storage.blocks.loading import OBJECT_COUNTS, OBJECT_MAPS, SUMS
-from storage.blocks.parquet import Engine, LocalFile, of_table, reading_engine, scan_of
+from storage.blocks.parquet import Engine, LocalFile, named_scan_of, of_table, reading_engine
 from storage.blocks.schema import HEADS, HEADS_10M
 from storage.blocks.slices import Slice, files_in, rows_in
 from storage.blocks.tables import refuse_repeated
@@ -79,8 +79,10 @@ def read_contents(files: Sequence[LocalFile]) -> set[str]:
         return set(opened.arrays_of("SELECT content16 FROM {files}", chosen)["content16"].tolist())
 
 
-def having_hosts(files: Sequence[LocalFile], hosts: Ids) -> set[LocalFile]:
-    """Return those files of `times` that have samples of some hosts.
+def having_hosts(
+    files: Sequence[LocalFile], hosts: Ids, check: Callable[[], None] | None = None
+) -> set[LocalFile]:
+    """Return those files of `times` that have samples of some hosts. `check` may end it.
 
     Raises:
         ProfileError: a file is damaged or not one of ours.
@@ -88,15 +90,13 @@ def having_hosts(files: Sequence[LocalFile], hosts: Ids) -> set[LocalFile]:
     """
     if not files:
         return set()
-    with reading_engine() as opened:
+    with reading_engine(check) as opened:
         opened.check(files)
         condition = " AND ".join(is_among(opened, "host_id", "wanted_hosts", hosts))
-        queries = (
-            f"(SELECT {number} AS number FROM {scan_of([file])} WHERE {condition} LIMIT 1)"
-            for number, file in enumerate(files)
-        )
-        found = opened.arrays_of(" UNION ALL ".join(queries), files)
-    return {files[number] for number in found["number"].tolist()}
+        # A query for each file would take DuckDB 5 s to plan for those of two weeks, 4,000.
+        query = f"SELECT DISTINCT filename FROM {named_scan_of(files)} WHERE {condition}"
+        found = set(opened.arrays_of(query, files)["filename"].tolist())
+    return {each for each in files if str(each.path) in found}
 
 
 def read_heads(files: Sequence[LocalFile], *, start_s: int, end_s: int) -> Heads | None:

@@ -244,7 +244,7 @@ class Blocks:
             if hosts is None:
                 chosen = plan.of_all()
             else:
-                chosen = plan.of_hosts(hosts, parts_without(hours, local, hosts))
+                chosen = plan.of_hosts(hosts, parts_without(hours, local, hosts, self.check))
             with self._fetching(file for file in chosen.files if file not in local) as rest:
 
                 def fetch() -> reading.Stored:
@@ -470,7 +470,10 @@ def slices_of(chosen: Sequence[Chosen], local: Mapping[File, LocalFile]) -> list
 
 
 def parts_without(
-    hours: Sequence[Compacted], local: Mapping[File, LocalFile], hosts: Hashes
+    hours: Sequence[Compacted],
+    local: Mapping[File, LocalFile],
+    hosts: Hashes,
+    check: Callable[[], None] | None,
 ) -> set[str]:
     """Return the ids of the parts that have no samples of some hosts: their heads say so.
 
@@ -482,7 +485,7 @@ def parts_without(
         for part in hour.parts_inside
     }
     known = list(itertools.chain.from_iterable(heads.values()))
-    having = having_hosts(known, hosts)
+    having = having_hosts(known, hosts, check)
     return {part for part, files in heads.items() if files and having.isdisjoint(files)}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from storage.blocks import tables
@@ -16,6 +17,8 @@ from storage.blocks.checking import check_compacted
 from storage.blocks.compactor import Compactor
 from storage.blocks.manifest import File, Manifests
 from storage.blocks.merges import merge
+from storage.blocks.parquet import engine
+from storage.blocks.times import having_hosts
 from storage.objects.keys import CPU, DEFAULT_TENANT, hour_of
 from storage.objects.tenant import TenantStore
 from storage.profile import Window
@@ -160,6 +163,22 @@ def test_any_choice_of_hosts_is_as_at_level_0(compacted, tmp_path, selector):
 
     assert not answer.coverage.skipped
     assert counts_of(answer.profile) == expected(compacted, tmp_path, ALL, chosen)
+
+
+def test_files_that_have_a_host_are_found_whatever_they_are_called(tmp_path):
+    """All are looked through at once; hosts may be more than stand in a query."""
+    files = []
+    for number in range(3):
+        folder = tmp_path / f"it's [{number}] *?=5"
+        folder.mkdir()
+        with engine(folder=folder) as opened:
+            row = (
+                f"SELECT 1 AS object_id, {number} AS host_id, 1 AS set_id, 1 AS samples, 1 AS value"
+            )
+            files.append(opened.write("times", row, folder))
+    for wanted in ([], [1], [0, 2], [7], [2, *range(9, 200)]):
+        expected = {file for number, file in enumerate(files) if number in wanted}
+        assert having_hosts(files, np.array(wanted, np.uint64)) == expected
 
 
 def test_ranges_may_be_missing(compacted, tmp_path):
