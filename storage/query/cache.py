@@ -104,8 +104,8 @@ class DecodedCache:
     def save_later(self, value: _Kept, name: str, note: Any = None) -> None:
         """Do what `save` does meanwhile: an answer need not wait for a disk.
 
-        At most one value is saved so at a time; a further one is saved at once. A process that ends
-        waits for it.
+        At most one value is saved so at a time; a further one is saved at once, as is one for which
+        no thread can be started. A process that ends waits for it.
         """
         if not self._is_saving.acquire(blocking=False):
             self.save(value, name, note)
@@ -117,7 +117,10 @@ class DecodedCache:
             finally:
                 self._is_saving.release()
 
-        threading.Thread(target=save, name="save").start()
+        try:
+            threading.Thread(target=save, name="save").start()
+        except RuntimeError:  # where a container may have no more of them, or while Python ends
+            save()
 
     def save_packed(self, kind: type[_Kept], content: bytes, name: str) -> None:
         """Keep a value that is packed already."""

@@ -795,6 +795,28 @@ def test_what_is_kept_comes_back_as_it_was(tmp_path):
         assert kept_times.accounting == profile.accounting
 
 
+def test_what_is_kept_later_is_kept_at_once_where_no_thread_can_be_started(tmp_path, monkeypatch):
+    """The answer is there anyway; and what comes after it is kept later again."""
+    cache = DecodedCache(tmp_path / "cache", lambda: KEY)
+    columns = Columns.of(some.sample_profile(), Hasher(KEY))
+    with monkeypatch.context() as full:
+
+        def refuse(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        full.setattr(threading.Thread, "start", refuse)
+        for name in ("one", "other"):
+            cache.save_later(columns, name)
+            assert cache.load(Columns, name) is not None
+    started = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda each: started.append(each) or start(each))
+    cache.save_later(columns, "later")
+    (saving,) = started
+    saving.join()
+    assert cache.load(Columns, "later") is not None
+
+
 def test_what_a_version_kept_that_knew_fewer_counts_is_made_again(tmp_path, monkeypatch):
     """It left them out of what it read: their sums would be too small."""
     cache = DecodedCache(tmp_path / "cache", lambda: KEY)
