@@ -230,6 +230,9 @@ class Blocks:
         heads = plan_heads(hours, is_coarse=rolls_up)
         lines = Lines.ALL if rolls_up else Lines.EACH
         other_labels = selector.names - {*ROLLUP_LABELS, "host"}
+        # One host is only read from detail, whatever there is of parts without it.
+        chooses_hosts = any(each.name == "host" for each in selector.matchers)
+        notes = () if chooses_hosts else tuple(plan.notes)
 
         def read(local: Mapping[File, LocalFile]) -> Columns | None:
             check_heads(hours, heads)
@@ -264,7 +267,7 @@ class Blocks:
             if not selector.matchers:
                 check_whole(hours, columns)
             # Both tables have all samples: one of other files than these does not go unseen.
-            if columns is not None and not plan.notes:
+            if columns is not None and not notes:
                 sums = columns.counts.sum(axis=0), columns.time_counts.sum(axis=0)
                 if not np.array_equal(*sums):
                     raise ProfileError(
@@ -274,12 +277,11 @@ class Blocks:
             return columns
 
         first = [*(file for each in heads for file in each.files), *plan.files]
-        if any(each.name == "host" for each in selector.matchers):
+        if chooses_hosts:
             # Most bytes are in files that are chosen once it is known what the hosts' ids are, and
             # fetched while heads are read.
             first = [file for file in first if file.table in _OF_HEADS]
         part = self.read(hours, first, read)
-        notes = tuple(plan.notes)
         return replace(part, skipped=(*part.skipped, *notes)) if part.value is not None else part
 
     def has_many(self, hours: Sequence[Compacted]) -> bool:

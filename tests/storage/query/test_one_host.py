@@ -218,6 +218,31 @@ def test_wrong_ranges_are_found_out(compacted, tmp_path, change):
     assert all("other hosts" in each.reason for each in checked.unreadable)
 
 
+@pytest.mark.parametrize("change", [None, claim_nothing])
+def test_what_has_expired_of_other_hosts_does_not_matter(tmp_path, change):
+    """The host's own part is exact: nothing is said of steps, and wrong ranges are found out."""
+    both = Compacted(tmp_path)
+    for host in range(2):
+        key = both.put(at(small(host), 12 + host, f"web-{host}", f"{host:016x}"))
+        both.compact()
+        both.expire([key])
+    path = manifest_path(both)
+    manifest = json.loads(path.read_bytes())
+    first = min(manifest["parts"], key=lambda part: part["start_s"])
+    first["files"] = [file for file in first["files"] if file["table"] != "samples_detail"]
+    path.write_bytes(json.dumps(manifest).encode())
+    if change is not None:
+        change_files(both, change)
+    inside = Window(minutes(12, 13).start_ns + 5 * 10**9, minutes(0, 20).end_ns)
+    answer = ask(both, tmp_path, inside, on(1))
+
+    if change is None:
+        assert not answer.coverage.skipped
+        assert counts_of(answer.profile) == expected(both, tmp_path, inside, on(1))
+    else:
+        assert "contradict" in answer.coverage.skipped[0].reason
+
+
 @pytest.mark.parametrize("hosts", [["x", "y"], ["0" * 16], "0" * 16, [1, 2], ["F" * 16, "F" * 16]])
 def test_a_range_that_is_none_is_damage(compacted, tmp_path, hosts):
     """The manifest is named, and nothing is read by half."""
