@@ -9,6 +9,7 @@ import contextlib
 import copy
 import itertools
 import logging
+import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -195,10 +196,9 @@ class Blocks:
         """
         rolls_up = self.uses_rollups(hours, labels)
         whole = self._columns(hours, selector, rolls_up=rolls_up)
-        if whole.value is not None or len(hours) < 2 or not whole.skipped:
+        alone = _alone(hours)
+        if whole.value is not None or not alone or not whole.skipped:
             return [whole]
-        # Each from its own files: those of its day may be what cannot be read.
-        alone = map(without_day, hours)
         return [self._columns([hour], selector, rolls_up=rolls_up) for hour in alone]
 
     def is_large(self, hours: Sequence[Compacted]) -> bool:
@@ -309,9 +309,10 @@ class Blocks:
             return self._times(some, selector, lines, is_coarse=is_coarse, edges_s=edges_s)
 
         whole = read(hours)
-        if whole.value is not None or len(hours) < 2 or not whole.skipped:
+        alone = _alone(hours)
+        if whole.value is not None or not alone or not whole.skipped:
             return [whole]
-        return [read([hour]) for hour in map(without_day, hours)]
+        return [read([hour]) for hour in alone]
 
     def _times(
         self,
@@ -465,6 +466,16 @@ class Blocks:
         """
         with self._sliced(plan_heads([hour], is_coarse=False)) as slices:
             return read_edges(slices)
+
+
+def _alone(hours: Sequence[Compacted]) -> list[Compacted]:
+    """Return hours to be read one by one from their own files; none if that is nothing else.
+
+    Those of their day may be what cannot be read, or its tree.
+    """
+    alone = [without_day(hour) for hour in hours]
+    is_other = len(hours) > 1 or any(map(operator.is_not, alone, hours))
+    return alone if is_other else []
 
 
 def slices_of(chosen: Sequence[Chosen], local: Mapping[File, LocalFile]) -> list[Slice]:

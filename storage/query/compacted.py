@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import msgspec
+
 from storage.blocks.manifest import DAY_S, HOUR_S, DayManifest, File, HourManifest, Part, start_s_of
 from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, HEADS_10M, ROLLUPS, STACK_TREE
 from storage.blocks.slices import Spans, join_spans, seconds_of
@@ -230,8 +232,17 @@ def _of(files: Iterable[File], *tables: str) -> tuple[File, ...]:
 
 
 def without_day(hour: Compacted) -> Compacted:
-    """Return an hour as if its day had no rollup; not if only that has it."""
-    return replace(hour, day=None) if isinstance(hour, CompactedHour) else hour
+    """Return an hour as if its day had no rollup; what only the day has, as if that had no tree.
+
+    Its stacks are there as lists as well. The same object if that makes no difference.
+    """
+    if isinstance(hour, CompactedHour):
+        return hour if hour.day is None else replace(hour, day=None)
+    day = hour.manifest
+    files = tuple(file for file in day.files if file.table != STACK_TREE)
+    if len(files) == len(day.files) or not any(file.table == "stacks" for file in files):
+        return hour
+    return replace(hour, manifest=msgspec.structs.replace(day, files=files))
 
 
 def has_detail(hour: Compacted) -> bool:

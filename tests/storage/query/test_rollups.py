@@ -101,6 +101,29 @@ def test_hours_answer_where_their_day_cannot_be_read(store, tmp_path, table):
     assert by_step(query, DAY, 10 * MINUTE_NS) == list(MADE.values())
 
 
+def test_a_day_is_read_from_lists_where_its_tree_cannot_be_read(store, tmp_path):
+    """Also if nothing else is left of its hours."""
+    for path in store.root.rglob("manifests/cpu/*T*.json"):
+        path.unlink()
+    remove(store, "*-stack_tree-*.parquet")
+
+    answer = ask(store, tmp_path).profile(DAY, labels=OF_SERVICE)
+
+    assert not answer.coverage.skipped
+    assert answer.profile.total_samples == TOTAL
+
+
+def test_a_single_hour_is_read_from_its_own_files_where_its_day_cannot_be_read(store, tmp_path):
+    remove(store, "dd-samples_1h-*.parquet", "dd-times_10m-*.parquet")
+    query, samples = ask(store, tmp_path), MADE[0] + MADE[20]
+
+    answer = query.profile(minutes(0, 60), labels=OF_SERVICE)
+
+    assert not answer.coverage.skipped
+    assert answer.profile.total_samples == samples
+    assert sum(by_step(query, minutes(0, 60), 10 * MINUTE_NS)) == samples
+
+
 def test_edges_are_read_from_ten_minutes(store, tmp_path):
     """Where they are aligned, detail is not fetched; elsewhere it is."""
     remove(store, "*-samples_detail-*")
