@@ -109,8 +109,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.size_bytes,
         default=DEFAULT_MEMORY_BYTES,
         metavar="SIZE",
-        help="what all processes together should take; with more, more of a large fleet is done"
-        " at once (default: 1GB)",
+        help="memory that all processes together should take, which is some 500MB at least; with"
+        " more, more of a large fleet is done at once (default: 1GB; workers of --cluster have"
+        " limits of their own)",
     )
     parser.add_argument(
         "--cluster",
