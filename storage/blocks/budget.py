@@ -9,6 +9,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 
 PROCESS_BYTES, WORKER_BYTES = 64 << 20, 64 << 20
 """What the process that hands out work takes, and each worker that has nothing to do."""
@@ -39,11 +40,23 @@ class MemoryBudget:
         self._taken_bytes = 0
         self._waiting: deque[object] = deque()
         self._changed = threading.Condition()
+        self._is_over = False
+
+    def end(self) -> None:
+        """Let no further work begin: who waits, or comes later, gets a CancelledError."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
 
     def take(self, size_bytes: int) -> int:
-        """Wait until so much is free; return what `give_back` is to be called with."""
+        """Wait until so much is free; return what `give_back` is to be called with.
+
+        Raises:
+            CancelledError: no further work is to begin.
+        """
         total_bytes = self.total_bytes
         if total_bytes is None:
+            self._refuse()
             return 0
         size_bytes = min(size_bytes, total_bytes)
         me = object()
@@ -51,13 +64,23 @@ class MemoryBudget:
             self._waiting.append(me)
             try:
                 self._changed.wait_for(
-                    lambda: self._waiting[0] is me and self._taken_bytes + size_bytes <= total_bytes
+                    lambda: (
+                        self._is_over
+                        or (
+                            self._waiting[0] is me and self._taken_bytes + size_bytes <= total_bytes
+                        )
+                    )
                 )
+                self._refuse()
                 self._taken_bytes += size_bytes
             finally:
                 self._waiting.remove(me)
                 self._changed.notify_all()
         return size_bytes
+
+    def _refuse(self) -> None:
+        if self._is_over:
+            raise CancelledError
 
     def give_back(self, size_bytes: int) -> None:
         with self._changed:

@@ -169,6 +169,13 @@ class Compactor:
             make_tenant_key(self.store, self.tenant.tenant)
         return read_tenant_key(self.store, self.tenant.tenant)
 
+    def end(self) -> None:
+        """Let no further work begin, here and where the budget is shared: it raises CancelledError.
+
+        What has been done is kept.
+        """
+        self._budget.end()
+
     def is_over(self, name: str) -> bool:
         """Return whether an hour or a day is over, and what belongs to it has been uploaded."""
         return self.now_ns() >= end_ns_of(name) + SETTLED_NS

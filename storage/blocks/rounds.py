@@ -146,8 +146,13 @@ class Rounds:
         # Newest first: they are what most people look at.
         hours = sorted(listed | unfinished, reverse=True)
         with ThreadPoolExecutor(self._hours_at_once, "hour") as pool:
-            for _ in map_ahead(pool, compact, hours, self._hours_at_once):
-                pass
+            try:
+                for _ in map_ahead(pool, compact, hours, self._hours_at_once):
+                    pass
+            except KeyboardInterrupt:
+                # Or it would end only once all is done for the hours that have begun.
+                compactor.end()
+                raise
         days = {hour[:10] for hour in (*known.hours, *hours)}
         known = compactor.manifests.list(first)
         for day in sorted(days):

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 
@@ -63,6 +63,48 @@ def test_a_piece_larger_than_all_runs_alone_and_frees_all_after_an_error():
         fail()
     assert budget.take(100) == 100
     assert MemoryBudget().take(1000) == 0
+
+
+@pytest.mark.parametrize("total_bytes", [100, None])
+def test_no_work_begins_after_the_end(total_bytes):
+    """Neither what waits nor what comes later."""
+    budget = MemoryBudget(total_bytes)
+    held = budget.take(60)
+    with ThreadPoolExecutor(1) as pool:
+        if total_bytes is not None:
+            waiting = pool.submit(budget.take, 60)
+            while not budget._waiting:
+                threading.Event().wait(0.001)
+        budget.end()
+        if total_bytes is not None:
+            assert isinstance(waiting.exception(WITHIN_S), CancelledError)
+    budget.give_back(held)
+    with pytest.raises(CancelledError):
+        budget.take(1)
+
+
+def test_an_interrupted_round_begins_no_further_work(tmp_path):
+    """It does not do all of the hours that have begun first; what was done is kept."""
+    store, budget = DirectoryStore(tmp_path / "store"), MemoryBudget()
+    expected = Expected(store)
+    for hour in range(3):
+        expected.put(profile(DAY_START_S + hour * HOUR_S))
+
+    def interrupt(line):
+        assert "folded" in line
+        raise KeyboardInterrupt
+
+    def make(type_):
+        now_s = DAY_START_S + 5 * HOUR_S
+        folder = tmp_path / "work"
+        return compactor_of(store, folder, now_s, type_=type_, budget=budget, tell=interrupt)
+
+    with pytest.raises(KeyboardInterrupt):
+        Rounds(TenantStore(store), tmp_path / "work", make, Keep.of({})).run_once()
+    with pytest.raises(CancelledError):
+        budget.take(1)
+    assert hour_manifests(store)
+    assert read_store(expected) == expected.total
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 64])
