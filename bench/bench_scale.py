@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,10 +84,12 @@ def merge(folder: Path, hosts: int, objects: int) -> Iterator[Row]:
     merged = merge_parts(files, folder / "merged", HASHER)
     cpu_s = time.process_time() - started
     peak_mb = _peak_mb()
-    _check([each for each in merged if each.table == DETAIL], folder)
+    _check([each for each in merged if each.table in (DETAIL, "stacks")], folder)
     _keep(merged, folder, "merge")
-    sizes = {each.table: each.path.stat().st_size for each in merged}
-    rows = {each.table: each.rows for each in merged}
+    sizes, rows = Counter[str](), Counter[str]()
+    for each in merged:
+        sizes[each.table] += each.path.stat().st_size
+        rows[each.table] += each.rows
     yield "merge: CPU an object", 1e3 * cpu_s / objects, "ms", None
     yield "merge: peak memory", peak_mb, "MB", None
     yield "merged: detail", sizes[DETAIL] / rows[DETAIL], "bytes a row", None
@@ -101,7 +104,7 @@ def hourly(folder: Path, hosts: int, objects: int) -> Iterator[Row]:
     started = time.process_time()
     rolled = roll_up(files, 3600, folder / "hourly")
     cpu_s = time.process_time() - started
-    _check([rolled], folder)
+    _check(rolled, folder)
     yield "roll up: CPU an object", 1e3 * cpu_s / objects, "ms", None
 
 

@@ -5,8 +5,7 @@ once, and of several names the best wins. Nothing depends on the order of the pa
 added up; where they have many stacks, rare ones are folded (`storage.blocks.rollup`).
 """
 
-import functools
-import operator
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,7 +90,7 @@ def write_block(block: Block, folder: Path) -> list[LocalFile]:
             " GROUP BY ALL"
         )
         _fold_rollup(opened, block.hasher, stacks)
-        part = functools.reduce(operator.xor, (each.object_id for each in block.objects))
+        part = _number_part(block.hasher, [each.object_id for each in block.objects])
         written = {"stacks": _write_stacks(opened, folder, part)}
         sources = {table: f"SELECT * FROM {table}" for table in PART} | {
             _FIRST_ROLLUP: "SELECT * FROM rollup",
@@ -132,10 +131,8 @@ def merge_parts(
                 query = f"{STACKS_OF_PARTS} ORDER BY frame_ids"
             opened.load(table, query, chosen)
         _fold_rollup(opened, hasher)
-        opened.load(
-            "part", "SELECT bit_xor(object_id) AS part FROM {files}", of_table(files, "objects")
-        )
-        ((part,),) = opened.rows("SELECT part FROM part")
+        objects = opened.arrays_of("SELECT object_id FROM {files}", of_table(files, "objects"))
+        part = _number_part(hasher, objects["object_id"])
         merged = {"stacks": _write_stacks(opened, folder, part, _MERGED_LEVEL)}
         opened.load(
             "renumbered",
@@ -316,6 +313,16 @@ def refuse_repeated(opened: Engine, files: Sequence[LocalFile]) -> None:
     if repeated:
         names = ", ".join(str(each.path) for each in chosen)
         raise ProfileError(f"cannot read {names}: the object {repeated[0][0]} is there twice")
+
+
+def _number_part(hasher: Hasher, object_ids: Sequence[int] | Hashes) -> int:
+    """Return the number of the part that has some objects, in whatever order.
+
+    It depends on the tenant's key: else somebody could upload objects of which two parts become
+    that have one number, and stacks of one would be taken for those of the other.
+    """
+    ids = np.sort(np.array(object_ids, dtype="<u8")).tobytes()
+    return int(hasher.texts([hashlib.blake2b(ids, digest_size=16).digest()])[0])
 
 
 def _write_stacks(opened: Engine, folder: Path, part: int, level: int = 3) -> LocalFile:

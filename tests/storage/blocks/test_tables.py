@@ -233,6 +233,23 @@ def test_any_engine_joins_detail_and_stacks(tmp_path):
     assert hosts == sorted(hosts)
 
 
+def test_parts_are_told_apart_whatever_the_ids_of_their_objects(tmp_path):
+    """Ids are hashes of contents: whoever uploads many can choose some that cancel each other."""
+    made = []
+    for i, number in enumerate((1, 2, 3, 4, 8, 12)):
+        profile = dataclasses.replace(some.synthetic(50, 9, seed=i), window=Window(i, i + 1))
+        key, columns = stored(profile)
+        made.append((key._replace(content16=f"{number:016x}"), columns))
+    parts = [write(made[:3], tmp_path / "one"), write(made[3:], tmp_path / "other")]
+
+    merged = merge_parts([*parts[0], *parts[1]], tmp_path / "merged", HASHER)
+
+    (detail,) = files_of(merged, DETAIL)
+    total = f"SELECT CAST(sum(samples) AS BIGINT) FROM '{detail.path}'"
+    expected = sum(columns.total_samples for _, columns in made)
+    assert duckdb.execute(total).fetchall() == [(expected,)]
+
+
 def test_other_types_keep_value_beside_samples(tmp_path):
     """Bytes of an allocation are no multiple of its samples."""
     profile = some.sample_profile()
