@@ -31,6 +31,7 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from storage.blocks.budget import FOLD_BYTES, MemoryBudget, expected_bytes
+from storage.blocks.hosts import read_contents
 from storage.blocks.manifest import (
     File,
     HourManifest,
@@ -43,7 +44,6 @@ from storage.blocks.manifest import (
     start_s_of,
 )
 from storage.blocks.parquet import DEFAULT_MEMORY_BYTES
-from storage.blocks.times import read_contents
 from storage.blocks.work import (
     Folded,
     NewPart,

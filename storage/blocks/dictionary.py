@@ -4,6 +4,7 @@ All of them may be in files of several parts; what is equal has equal ids. Of se
 location the best wins, as `storage.profile.NameRank` says.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,6 +31,7 @@ from storage.profile import (
     Window,
     make_labels,
 )
+from storage.selector import Selector
 from storage.stack_tree import StackLists, Stacks, join_stacks
 from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
 from symbolizer.text import READABLE_LIMIT, readable
@@ -78,6 +80,30 @@ def fetch_label_sets(opened: Engine, files: Sequence[LocalFile]) -> dict[int, La
 
 def _label_set(number: int, pairs: Sequence[Mapping[str, str]]) -> tuple[int, Labels]:
     return number, make_labels({clean(each["key"]): clean(each["value"]) for each in pairs})
+
+
+def choose_ids(
+    files: Sequence[LocalFile], selector: Selector
+) -> tuple[Hashes | None, Hashes | None]:
+    """Return the ids of the label sets and of the hosts that a selector accepts; None: of all."""
+    return choose_among(read_label_sets(files) if selector.matchers else {}, selector)
+
+
+def choose_among(
+    label_sets: Mapping[int, Labels], selector: Selector
+) -> tuple[Hashes | None, Hashes | None]:
+    """Return what `choose_ids` does, of label sets by id."""
+    of_hosts = Selector(tuple(each for each in selector.matchers if each.name == "host"))
+    of_sets = Selector(tuple(each for each in selector.matchers if each.name != "host"))
+
+    def ids(selector: Selector) -> Hashes | None:
+        if not selector.matchers:
+            return None
+        numbers, sets = list(label_sets), list(label_sets.values())
+        chosen = selector.choose(map(dict, sets))
+        return np.array(list(itertools.compress(numbers, chosen)), np.uint64)
+
+    return ids(of_sets), ids(of_hosts)
 
 
 def read_dictionary(files: Sequence[LocalFile], wanted: Hashes | None = None) -> Columns:

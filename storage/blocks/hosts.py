@@ -120,3 +120,18 @@ def read_edges(slices: Sequence[Slice]) -> tuple[Window, Window] | None:
             Window(last_s * NS_PER_S, (last_s + last_length_s) * NS_PER_S),
         )
     return None
+
+
+def read_contents(files: Sequence[LocalFile]) -> set[str]:
+    """Return the `content16` of all objects in the files.
+
+    Raises:
+        ProfileError: a file is damaged or not one of ours.
+        SchemaError: a later version wrote one.
+    """
+    chosen = of_table(files, HEADS[0])
+    if not chosen:
+        return set()
+    with reading_engine() as opened:
+        opened.check(chosen)
+        return set(opened.arrays_of("SELECT content16 FROM {files}", chosen)["content16"].tolist())

@@ -64,21 +64,6 @@ class Heads(NamedTuple):
     presence: Integers
 
 
-def read_contents(files: Sequence[LocalFile]) -> set[str]:
-    """Return the `content16` of all objects in the files.
-
-    Raises:
-        ProfileError: a file is damaged or not one of ours.
-        SchemaError: a later version wrote one.
-    """
-    chosen = of_table(files, _OBJECTS)
-    if not chosen:
-        return set()
-    with reading_engine() as opened:
-        opened.check(chosen)
-        return set(opened.arrays_of("SELECT content16 FROM {files}", chosen)["content16"].tolist())
-
-
 def having_hosts(
     files: Sequence[LocalFile], hosts: Ids, check: Callable[[], None] | None = None
 ) -> set[LocalFile]:

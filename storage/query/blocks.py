@@ -9,7 +9,6 @@ import contextlib
 import copy
 import itertools
 import logging
-import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,8 +20,19 @@ import numpy as np
 
 from storage.blocks import reading
 from storage.blocks.block import ROLLUP_LABELS, labels_id
-from storage.blocks.dictionary import read_label_pairs, read_label_sets
-from storage.blocks.hosts import HostObjects, read_edges, read_hosts, read_services
+from storage.blocks.dictionary import (
+    choose_among,
+    choose_ids,
+    read_label_pairs,
+    read_label_sets,
+)
+from storage.blocks.hosts import (
+    HostObjects,
+    read_contents,
+    read_edges,
+    read_hosts,
+    read_services,
+)
 from storage.blocks.manifest import (
     File,
     Manifests,
@@ -32,7 +42,7 @@ from storage.blocks.parquet import LocalFile
 from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, HEADS_10M
 from storage.blocks.scratch import ScratchFolder
 from storage.blocks.slices import Slice, files_in, seconds_of
-from storage.blocks.times import Lines, having_hosts, read_contents, read_times
+from storage.blocks.times import Lines, having_hosts, read_times
 from storage.columns import Columns, Times
 from storage.hashing import Hasher, Hashes
 from storage.objects.copies import Copies
@@ -55,12 +65,13 @@ from storage.query.compacted import (
     check_heads,
     check_named,
     check_whole,
+    each_without_day,
     files_of,
     has_detail,
     plan_heads,
     plan_samples,
     rows_of_detail,
-    without_day,
+    slices_of,
 )
 from storage.query.compacted_samples import read_self_samples
 from storage.query.coverage import Part, Skipped
@@ -196,7 +207,7 @@ class Blocks:
         """
         rolls_up = self.uses_rollups(hours, labels)
         whole = self._columns(hours, selector, rolls_up=rolls_up)
-        alone = _alone(hours)
+        alone = each_without_day(hours)
         if whole.value is not None or not alone or not whole.skipped:
             return [whole]
         return [self._columns([hour], selector, rolls_up=rolls_up) for hour in alone]
@@ -309,7 +320,7 @@ class Blocks:
             return self._times(some, selector, lines, is_coarse=is_coarse, edges_s=edges_s)
 
         whole = read(hours)
-        alone = _alone(hours)
+        alone = each_without_day(hours)
         if whole.value is not None or not alone or not whole.skipped:
             return [whole]
         return [read([hour]) for hour in alone]
@@ -468,20 +479,6 @@ class Blocks:
             return read_edges(slices)
 
 
-def _alone(hours: Sequence[Compacted]) -> list[Compacted]:
-    """Return hours to be read one by one from their own files; none if that is nothing else.
-
-    Those of their day may be what cannot be read, or its tree.
-    """
-    alone = [without_day(hour) for hour in hours]
-    is_other = len(hours) > 1 or any(map(operator.is_not, alone, hours))
-    return alone if is_other else []
-
-
-def slices_of(chosen: Sequence[Chosen], local: Mapping[File, LocalFile]) -> list[Slice]:
-    return [Slice(tuple(local[file] for file in each.files), each.spans) for each in chosen]
-
-
 def parts_without(
     hours: Sequence[Compacted],
     local: Mapping[File, LocalFile],
@@ -500,27 +497,3 @@ def parts_without(
     known = list(itertools.chain.from_iterable(heads.values()))
     having = having_hosts(known, hosts, check)
     return {part for part, files in heads.items() if files and having.isdisjoint(files)}
-
-
-def choose_ids(
-    files: Sequence[LocalFile], selector: Selector
-) -> tuple[Hashes | None, Hashes | None]:
-    """Return the ids of the label sets and of the hosts that a selector accepts; None: of all."""
-    return choose_among(read_label_sets(files) if selector.matchers else {}, selector)
-
-
-def choose_among(
-    label_sets: Mapping[int, Labels], selector: Selector
-) -> tuple[Hashes | None, Hashes | None]:
-    """Return what `choose_ids` does, of label sets by id."""
-    of_hosts = Selector(tuple(each for each in selector.matchers if each.name == "host"))
-    of_sets = Selector(tuple(each for each in selector.matchers if each.name != "host"))
-
-    def ids(selector: Selector) -> Hashes | None:
-        if not selector.matchers:
-            return None
-        numbers, sets = list(label_sets), list(label_sets.values())
-        chosen = selector.choose(map(dict, sets))
-        return np.array(list(itertools.compress(numbers, chosen)), np.uint64)
-
-    return ids(of_sets), ids(of_hosts)

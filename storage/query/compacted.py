@@ -8,15 +8,17 @@ left out, and files of detail that have rows of other hosts only (`SamplesPlan.o
 """
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import msgspec
 
 from storage.blocks.manifest import DAY_S, HOUR_S, DayManifest, File, HourManifest, Part, start_s_of
+from storage.blocks.parquet import LocalFile
 from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, HEADS_10M, ROLLUPS, STACK_TREE
-from storage.blocks.slices import Spans, join_spans, seconds_of
+from storage.blocks.slices import Slice, Spans, join_spans, seconds_of
 from storage.columns import Columns, Times, count_objects
 from storage.hashing import Hashes
 from storage.objects.keys import NS_PER_S
@@ -212,6 +214,10 @@ class SamplesPlan(NamedTuple):
         return self._replace(samples=kept, dictionary=dictionary)
 
 
+def slices_of(chosen: Sequence[Chosen], local: Mapping[File, LocalFile]) -> list[Slice]:
+    return [Slice(tuple(local[file] for file in each.files), each.spans) for each in chosen]
+
+
 def _both(one: Window, other: Window) -> Window | None:
     start_ns, end_ns = max(one.start_ns, other.start_ns), min(one.end_ns, other.end_ns)
     return Window(start_ns, end_ns) if start_ns < end_ns else None
@@ -243,6 +249,16 @@ def without_day(hour: Compacted) -> Compacted:
     if len(files) == len(day.files) or not any(file.table == "stacks" for file in files):
         return hour
     return replace(hour, manifest=msgspec.structs.replace(day, files=files))
+
+
+def each_without_day(hours: Sequence[Compacted]) -> list[Compacted]:
+    """Return hours to be read one by one from their own files; none if that is nothing else.
+
+    Those of their day may be what cannot be read, or its tree.
+    """
+    alone = [without_day(hour) for hour in hours]
+    is_other = len(hours) > 1 or any(map(operator.is_not, alone, hours))
+    return alone if is_other else []
 
 
 def has_detail(hour: Compacted) -> bool:

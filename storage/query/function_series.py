@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from storage.blocks.block import ROLLUP_LABELS, labels_id
-from storage.blocks.dictionary import read_label_sets
+from storage.blocks.dictionary import choose_ids, read_label_sets
 from storage.blocks.function_sums import (
     FunctionSums,
     KnownFunctions,
@@ -44,7 +44,7 @@ from storage.hashing import Hasher, Hashes
 from storage.location_functions import LocationFunctions
 from storage.objects.keys import NS_PER_S
 from storage.profile import Accounting, Labels, ProfileError, Window
-from storage.query.blocks import Blocks, choose_ids, slices_of
+from storage.query.blocks import Blocks
 from storage.query.compacted import (
     Chosen,
     Compacted,
@@ -52,6 +52,7 @@ from storage.query.compacted import (
     files_of,
     plan_heads,
     rows_of_detail,
+    slices_of,
 )
 from storage.query.coverage import Part
 from storage.query.function_totals import FunctionTotals, fold

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from storage.blocks.block import ROLLUP_LABELS, Block, labels_id
 from storage.blocks.dictionary import read_label_sets
+from storage.blocks.hosts import read_contents
 from storage.blocks.parquet import of_table
 from storage.blocks.reading import sum_samples
 from storage.blocks.schema import DETAIL
 from storage.blocks.slices import seconds_of
 from storage.blocks.tables import merge_parts, roll_up
-from storage.blocks.times import read_contents, read_heads
+from storage.blocks.times import read_heads
 from storage.columns import Columns, Times
 from storage.merging import merge_columns
 from storage.objects.keys import NS_PER_S
