@@ -639,6 +639,7 @@ def test_go_stacks_go_on_where_a_function_was_called_on_another_stack(recorder, 
     with running("nice", program) as process:
         while len(found) < 20:
             samples = samples_of(recorder, {process.pid})[process.pid]
-            found += [each for each in samples if is_through(each) and each.stop != "no_table_yet"]
+            # While a table or mappings are being written, ticks are walked by frame pointers.
+            found += [each for each in samples if is_through(each) and "yet" not in each.stop]
 
     assert {sample.stop for sample in found} == {"root"}
