@@ -199,22 +199,26 @@ def bench_sums(folder: Path) -> None:
             "made",
             {
                 "ts": (START_S + 600 * random.integers(0, 144, len(which))).astype(np.uint32),
+                "part": np.full(len(which), 1, dtype=np.uint64),
                 "set_id": (which % 20).astype(np.uint64),
-                "stack_id": stacks[which],
+                "stack": which,
                 "samples": samples,
                 "value": samples * PERIOD_NS,
             },
         )
+        opened.register("ids", {"stack_id": stacks})
+        query = "SELECT stack_id, []::UBIGINT[] AS frame_ids FROM ids"
+        numbered = opened.write("stacks", query, folder, part=1, is_sorted=True)
         file = opened.write("samples_10m", "SELECT * FROM made", folder)
     show([file], "rollup")
     sums = measure(
         "sum of 5 million rollup rows",
-        lambda: sum_samples([file], start_s=START_S, end_s=START_S + 86400),
+        lambda: sum_samples([file, numbered], start_s=START_S, end_s=START_S + 86400),
         len(which),
     )
     assert len(sums) == len(np.unique(which))
     assert sums.samples.sum() == samples.sum()
-    measure("rolled up to hours", lambda: roll_up([file], 3600, folder), len(which))
+    measure("rolled up to hours", lambda: roll_up([file, numbered], folder), len(which))
 
 
 def bench_dictionary(folder: Path) -> None:
@@ -241,10 +245,9 @@ def bench_dictionary(folder: Path) -> None:
             "stacks": "SELECT * FROM stacks",
             "frames": "SELECT frame_id, 'ab' AS build_id, 16 * number AS frame_offset,"
             " '' AS function, '' AS module, 'address' AS kind, '' AS file, 0 AS first_line,"
-            " 0 AS line FROM ids",
-            "names": "SELECT frame_id, 2 AS name_rank, 1 AS named_s, [{'function':"
+            " 0 AS line, 2 AS name_rank, 1 AS named_s, [{'function':"
             " 'some::name::of_function_' || number, 'module': 'server', 'kind': 'native',"
-            " 'file': 'src/a.cc', 'line': number % 1000}] AS frames FROM ids",
+            " 'file': 'src/a.cc', 'line': number % 1000}] AS names FROM ids",
             "modules": "SELECT 'ab' AS build_id, '/srv/server' AS path, 'native' AS kind,"
             " [] AS segments",
         }

@@ -32,7 +32,7 @@ from bench_blocks import Apart
 from serving import Row, show
 
 from storage.blocks.block import Block
-from storage.blocks.parquet import LocalFile
+from storage.blocks.parquet import LocalFile, of_table
 from storage.blocks.reading import sum_samples
 from storage.blocks.schema import DETAIL, DICTIONARY, ROLLUPS
 from storage.blocks.tables import merge_parts, roll_up, write_block
@@ -100,11 +100,11 @@ def merge(folder: Path, hosts: int, objects: int) -> Iterator[Row]:
 
 def hourly(folder: Path, hosts: int, objects: int) -> Iterator[Row]:
     del hosts
-    files = [each for each in _kept(folder, "merge") if each.table == ROLLUPS[600]]
+    files = of_table(_kept(folder, "merge"), ROLLUPS[600])
     started = time.process_time()
-    rolled = roll_up(files, 3600, folder / "hourly")
+    rolled = roll_up(files, folder / "hourly")
     cpu_s = time.process_time() - started
-    _check(rolled, folder)
+    _check([*rolled, *of_table(files, "stacks")], folder)
     yield "roll up: CPU an object", 1e3 * cpu_s / objects, "ms", None
 
 

@@ -122,7 +122,7 @@ def write_day(
 
 def _totals_of(opened: Engine, source: DayFiles) -> Arrays:
     """Return the sums of a day's stacks."""
-    files = [each for each in (*source.previous, *source.rollups) if each.table in (HOURLY, DAILY)]
+    files = _samples_of(source)
     opened.check(files)
     table = HOURLY if source.replaced else DAILY
     query = f"SELECT stack_id, {SUMS} FROM {_rows_of(source, table)} GROUP BY stack_id"
@@ -130,15 +130,27 @@ def _totals_of(opened: Engine, source: DayFiles) -> Arrays:
     return opened.arrays("SELECT * FROM totals ORDER BY stack_id")
 
 
+def _samples_of(source: DayFiles) -> list[LocalFile]:
+    """Return the files that `_rows_of` reads."""
+    previous = [each for each in source.previous if each.table in (HOURLY, DAILY)]
+    return [*previous, *_added_of(source)]
+
+
+def _added_of(source: DayFiles) -> list[LocalFile]:
+    """Return the samples of the hours that are added, and the stacks that they number."""
+    return of_table([*source.rollups, *source.dictionary], HOURLY)
+
+
 def _rows_of(source: DayFiles, table: str) -> str:
     """Return what stands in a query for the rows of a day, the previous ones being of a table."""
+    columns = "ts, set_id, stack_id, samples, value"
     rows = []
-    if added := of_table(source.rollups, HOURLY):
-        rows.append(f"SELECT * FROM {scan_of(added)}")
-    if previous := of_table(source.previous, table):
+    if added := _added_of(source):
+        rows.append(f"SELECT {columns} FROM {scan_of(added)}")
+    if previous := [each for each in source.previous if each.table == table]:
         left_out = ", ".join(map(str, source.replaced))
         kept = f"WHERE ts NOT IN ({left_out})" if left_out else ""
-        rows.append(f"SELECT * FROM {scan_of(previous)} {kept}")
+        rows.append(f"SELECT {columns} FROM {scan_of(previous)} {kept}")
     if not rows:
         raise ProfileError("cannot make a day: a table is missing")
     return f"({' UNION ALL '.join(rows)})"
@@ -199,7 +211,7 @@ def _fold(opened: Engine, tree: FrameTree, totals: Arrays, rest: int, hasher: Ha
 
 def _write_samples(opened: Engine, source: DayFiles, folder: Path) -> list[LocalFile]:
     """Write HOURLY and DAILY of a day, with the stacks of the table `folded` counted as others."""
-    files = [each for each in (*source.previous, *source.rollups) if each.table in (HOURLY, DAILY)]
+    files = _samples_of(source)
     rows = _rows_of(source, HOURLY)
     by_hour = (
         # All other rows are of different hours, label sets or stacks: they need not be added up.
@@ -213,7 +225,7 @@ def _write_samples(opened: Engine, source: DayFiles, folder: Path) -> list[Local
         f" {SUMS} FROM {rows} LEFT JOIN folded USING (stack_id) GROUP BY ALL"
     )
     return [
-        *write_in_pieces(opened, HOURLY, by_hour, folder, files),
+        *write_in_pieces(opened, HOURLY, by_hour, folder, files, like=DAILY),
         *write_in_pieces(opened, DAILY, by_day, folder, files),
     ]
 

@@ -20,12 +20,12 @@ from storage.blocks.functions import SERIES
 from storage.blocks.manifest import DayManifest, File, HourManifest, Listed, end_ns_of, start_s_of
 from storage.blocks.merges import RollupTooLargeError, is_rolled_up
 from storage.blocks.rollup import FOLDED_ABOVE
-from storage.blocks.schema import DICTIONARY, FUNCTIONS, HEADS_10M, STACK_TREE
+from storage.blocks.schema import DICTIONARY, FUNCTIONS, HEADS_10M, NAMES, STACK_TREE
 from storage.blocks.work import DaySource, write_day_files
 from storage.objects.keys import DamagedObject, ObjectMissing, ObjectTooLarge
 from storage.profile import ProfileError
 
-_TABLES = frozenset({HOURLY, DAILY, *HEADS_10M, *DICTIONARY})
+_TABLES = frozenset({HOURLY, DAILY, *HEADS_10M, *DICTIONARY} - {NAMES})
 """What a day has until some of it expires."""
 _FOLDED = frozenset({HOURLY, DAILY, "stacks", STACK_TREE})
 """Tables of a day whose stacks are folded."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from storage.blocks.frame_tree import EMPTY_STACK, Locations, read_tree
 from storage.blocks.loading import ADDRESS
 from storage.blocks.parquet import Engine, LocalFile, numbered_scan_of, of_table, reading_engine
-from storage.blocks.schema import STACK_TREE
+from storage.blocks.schema import NAMES, STACK_TREE
 from storage.blocks.tables import one_of_each
 from storage.columns import OBJECT_FIELDS, Columns, TextNumbers, Texts
 from storage.formats.pprof_arrays import make_readable
@@ -145,13 +145,13 @@ def fetch_locations(
 
     Raises: as `read_dictionary`.
     """
-    chosen = {table: of_table(files, table) for table in ("frames", "names", "modules")}
+    chosen = {table: of_table(files, table) for table in ("frames", NAMES, "modules")}
     opened.check([each for some in chosen.values() for each in some])
     needed = ""
     if wanted is not None:
         opened.register("used", {"frame_id": wanted})
         needed = "SEMI JOIN used USING (frame_id)"
-    for table in ("frames", "names"):
+    for table in ("frames", NAMES):
         query = one_of_each(table, len(chosen[table]), f"(SELECT * FROM {{files}} {needed})")
         opened.load(table, f"SELECT * FROM ({query}) ORDER BY frame_id", chosen[table])
     addressed = f"(SELECT build_id FROM frames WHERE kind = '{ADDRESS}')"

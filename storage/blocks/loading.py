@@ -12,7 +12,7 @@ import numpy as np
 from storage.blocks.block import Block, LabelIds
 from storage.blocks.parquet import Engine
 from storage.blocks.rollup import Stacks
-from storage.blocks.schema import TABLES
+from storage.blocks.schema import NAMES, OLDER, TABLES
 from storage.columns import Columns
 from storage.grouping import ranges
 from storage.profile import NameRank, make_labels
@@ -140,11 +140,12 @@ def insert_rest(opened: Engine, rest_id: int) -> None:
     )
     for table, key, values in (
         ("frames", str(rest_id), f"'{REST}', 0, '', '', '{ADDRESS}', '', 0, 0"),
-        ("names", str(rest_id), f"{NameRank.REAL:d}, 0, [{frame}]"),
+        (NAMES, str(rest_id), f"{NameRank.REAL:d}, 0, [{frame}]"),
         ("modules", f"'{REST}'", f"'{REST}', '{kind}', []"),
     ):
-        names = ", ".join(f'"{name}"' for name in TABLES[table])
-        column = next(iter(TABLES[table]))
+        columns = {**TABLES, **OLDER}[table]
+        names = ", ".join(f'"{name}"' for name in columns)
+        column = next(iter(columns))
         opened.run(
             f"INSERT INTO {table} ({names}) SELECT {key}, {values}"
             f" WHERE {key} NOT IN (SELECT {column} FROM {table})"
@@ -273,7 +274,7 @@ def _load_frames(opened: Engine, columns: Columns) -> None:
     has_names = np.flatnonzero(counts)
     opened.run(
         "CREATE TEMP TABLE names (frame_id UBIGINT, name_rank UTINYINT, named_s BIGINT,"
-        f" frames {TABLES['names']['frames']})"
+        f" frames {OLDER[NAMES]['frames']})"
     )
     # Most have one frame. Lists of more are put together, which takes longer.
     for is_one in (True, False):

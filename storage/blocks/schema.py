@@ -2,25 +2,29 @@
 
 All columns are of plain Parquet types that any engine reads, and none is null. Ids are 64-bit
 hashes under the tenant's key (`storage.hashing`), equal on all machines, so files of any parts can
-be joined. Only detail numbers its stacks, in the order of the table `stacks` of its part: an id
-takes 1 to 2 bytes a row, a number 0.4. The columns `part` and `stack` of both tables join them.
+be joined. Only samples of parts and hours refer to stacks by `part` and `stack`: the number, from
+0, of a row in the file of `stacks` that has this `part`. An id takes up to 8 bytes a row, as it
+cannot be compressed, a number less than 1. Days have stacks of their own, by id.
 """
 
 from collections.abc import Mapping
 
-SCHEMA = 1
-"""Of the tables and of what their columns mean."""
+SCHEMA = 2
+"""Of the tables and of what their columns mean. Those of schema 1 are read as well (OLDER)."""
 
 DETAIL = "samples_detail"
 ROLLUPS = {600: "samples_10m", 3600: "samples_1h", 86400: "samples_1d"}
 """Table by the length of its buckets in seconds."""
-DICTIONARY = ("stacks", "frames", "names", "modules", "label_sets")
+_WRITTEN_DICTIONARY = ("stacks", "frames", "modules", "label_sets")
+NAMES = "names"
+"""The names of locations, which schema 1 had apart from `frames`."""
+DICTIONARY = (*_WRITTEN_DICTIONARY, NAMES)
 """Tables that say what ids mean. Files of them may be read together with any samples."""
 HEADS = ("objects", "times", "presence")
 """Tables with a row or more for each object."""
 HEADS_10M = tuple(f"{table}_10m" for table in HEADS)
 """The same with a line for each host and ten minutes, made when an hour is rolled up."""
-PART = (DETAIL, ROLLUPS[600], *HEADS, *DICTIONARY)
+PART = (DETAIL, ROLLUPS[600], *HEADS, *_WRITTEN_DICTIONARY)
 """The tables of a part. All others are rollups of an hour or a day."""
 FUNCTIONS = "functions"
 """What the ids of functions mean."""
@@ -34,6 +38,13 @@ NO_PARENT = (1 << 32) - 1
 
 _SAMPLES = {"samples": "BIGINT", "value": "BIGINT"}
 _ROLLUP = {"ts": "UINTEGER", "set_id": "UBIGINT", "stack_id": "UBIGINT", **_SAMPLES}
+_NUMBERED = {
+    "part": "UBIGINT",
+    "ts": "UINTEGER",
+    "set_id": "UBIGINT",
+    "stack": "UINTEGER",
+    **_SAMPLES,
+}
 _COUNTS = "MAP(VARCHAR, BIGINT)"
 _TIMES = {"object_id": "UBIGINT", "host_id": "UBIGINT", "set_id": "UBIGINT", **_SAMPLES}
 _PRESENCE = {"object_id": "UBIGINT", "set_id": "UBIGINT", "present_ns": "BIGINT"}
@@ -69,6 +80,19 @@ _GROUP_SAMPLES = {
     "function_id": "UBIGINT",
     **_SAMPLES,
 }
+_NAMES = 'STRUCT("function" VARCHAR, "module" VARCHAR, kind VARCHAR, file VARCHAR, line BIGINT)[]'
+_FRAME = {
+    "frame_id": "UBIGINT",
+    "build_id": "VARCHAR",
+    "frame_offset": "UBIGINT",
+    "function": "VARCHAR",
+    "module": "VARCHAR",
+    "kind": "VARCHAR",
+    "file": "VARCHAR",
+    "first_line": "BIGINT",
+    "line": "BIGINT",
+}
+_RANK = {"name_rank": "UTINYINT", "named_s": "BIGINT"}
 TABLES: Mapping[str, Mapping[str, str]] = {
     DETAIL: {
         "part": "UBIGINT",
@@ -78,32 +102,12 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "stack": "UINTEGER",
         **_SAMPLES,
     },
-    **dict.fromkeys(ROLLUPS.values(), _ROLLUP),
+    ROLLUPS[600]: _NUMBERED,
+    ROLLUPS[3600]: _NUMBERED,
+    ROLLUPS[86400]: _ROLLUP,
     "times": _TIMES,
-    "stacks": {
-        "part": "UBIGINT",
-        "stack": "UINTEGER",
-        "stack_id": "UBIGINT",
-        "frame_ids": "UBIGINT[]",
-    },
-    "frames": {
-        "frame_id": "UBIGINT",
-        "build_id": "VARCHAR",
-        "frame_offset": "UBIGINT",
-        "function": "VARCHAR",
-        "module": "VARCHAR",
-        "kind": "VARCHAR",
-        "file": "VARCHAR",
-        "first_line": "BIGINT",
-        "line": "BIGINT",
-    },
-    "names": {
-        "frame_id": "UBIGINT",
-        "name_rank": "UTINYINT",
-        "named_s": "BIGINT",
-        "frames": 'STRUCT("function" VARCHAR, "module" VARCHAR, kind VARCHAR, file VARCHAR,'
-        " line BIGINT)[]",
-    },
+    "stacks": {"part": "UBIGINT", "stack_id": "UBIGINT", "frame_ids": "UBIGINT[]"},
+    "frames": {**_FRAME, **_RANK, "names": _NAMES},
     "modules": {
         "build_id": "VARCHAR",
         "path": "VARCHAR",
@@ -145,13 +149,29 @@ TABLES: Mapping[str, Mapping[str, str]] = {
     },
 }
 
+OLDER: Mapping[str, Mapping[str, str]] = {
+    "frames": _FRAME,
+    NAMES: {"frame_id": "UBIGINT", **_RANK, "frames": _NAMES},
+    "stacks": {
+        "part": "UBIGINT",
+        "stack": "UINTEGER",
+        "stack_id": "UBIGINT",
+        "frame_ids": "UBIGINT[]",
+    },
+    ROLLUPS[600]: _ROLLUP,
+    ROLLUPS[3600]: _ROLLUP,
+}
+"""The columns that tables of schema 1 had, where they were others; those of a day's hours still
+are."""
+
 ORDER = {
     DETAIL: "host_id, set_id, stack, ts, samples, value",
-    **dict.fromkeys(ROLLUPS.values(), "set_id, stack_id, ts"),
+    ROLLUPS[600]: "set_id, part, stack, ts",
+    ROLLUPS[3600]: "set_id, part, stack, ts",
+    ROLLUPS[86400]: "set_id, stack_id, ts",
     "times": "object_id, host_id, set_id",
     "stacks": "frame_ids, stack_id",
     "frames": "build_id, frame_offset, module, file, function, frame_id",
-    "names": "frame_id",
     "modules": "build_id",
     "label_sets": "set_id",
     "objects": "start_s, host_key, length_s, content16",
@@ -164,6 +184,6 @@ ORDER = {
     "functions_1d": "set_id, function_id, host_id, ts",
     "function_groups_1h": "set_id, function_id, group_id, ts",
     "function_groups_1d": "set_id, function_id, group_id, ts",
-    FUNCTIONS: "function_id",
+    FUNCTIONS: "module, function, function_id",
 }
 """By what each table is sorted: that makes it small, and the order of parts does not show."""

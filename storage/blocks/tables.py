@@ -15,14 +15,11 @@ from storage.blocks.block import Block
 from storage.blocks.loading import SUMS, insert_rest, insert_stacks, load_block, load_label_sets
 from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, Engine, LocalFile, engine, of_table
 from storage.blocks.rollup import FOLDED_ABOVE, Stacks, fold, keep_common, rest_id
-from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, PART, ROLLUPS, TABLES
+from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, NAMES, PART, ROLLUPS, TABLES
 from storage.grouping import HashIndex, sort_distinct
 from storage.hashing import Hasher, Hashes
 from storage.profile import ProfileError
 
-_MERGED_LEVEL = 5
-"""Of zstd, for stacks of merged parts, which stay longer: an eighth less than by level 3, in 1.4
-times the time. Level 9 takes another 1.5 times as long for 4 %."""
 _STACKS_AT_ONCE = 100_000
 """Stacks that are fetched at a time, 30 MB."""
 PIECE_BYTES = 48 << 20
@@ -32,16 +29,22 @@ _DETAIL_BYTES = 4 << 20
 """Detail is written as files of about this size, each of successive hosts, where a part has several
 times as much: who asks for one host fetches one of them. Smaller ones would save little beside the
 other files of the part, and make more objects: a part has 14 at most."""
-_SPLIT_BY = ("stack_id", "function_id")
-"""Of tables that have neither: their first column."""
-_FIRST_BUCKET_S = min(ROLLUPS)
+_SPLIT_BY = ("stack_id", "stack", "function_id")
+"""Of tables that have none of them: their first column."""
+_FIRST_BUCKET_S, _HOUR_S = sorted(ROLLUPS)[:2]
 _FIRST_ROLLUP = ROLLUPS[_FIRST_BUCKET_S]
 
+_LINES = {
+    "stacks": "SELECT stack_id, frame_ids FROM {}",
+    "frames": "SELECT * EXCLUDE (name_rank, named_s, names) FROM {}",
+    NAMES: "SELECT frame_id, name_rank, named_s, names AS frames FROM {} WHERE len(names) > 0",
+}
+"""The lines of a dictionary's table as they are loaded, where these are not all columns."""
 _ONE_OF_EACH = {
     "stacks": "SELECT stack_id, any_value(frame_ids) AS frame_ids FROM {} GROUP BY stack_id",
     "frames": "SELECT frame_id, min(COLUMNS(* EXCLUDE frame_id)) FROM {} GROUP BY frame_id",
     # As `storage.profile.NameRank` chooses, ties by what the names are.
-    "names": (
+    NAMES: (
         "SELECT frame_id, unnest(max({{'name_rank': name_rank, 'named_s': named_s,"
         " 'frames': frames}})) FROM {} GROUP BY frame_id"
     ),
@@ -59,9 +62,15 @@ def one_of_each(table: str, files: int, chosen: str = "{files}") -> str:
 
     `chosen` is what they are read from. A single file has each id once.
     """
-    if files > 1:
-        return _ONE_OF_EACH[table].format(chosen)
-    return f"SELECT {'stack_id, frame_ids' if table == 'stacks' else '*'} FROM {chosen}"
+    lines = _LINES.get(table, "SELECT * FROM {}").format(chosen)
+    return _ONE_OF_EACH[table].format(f"({lines})") if files > 1 else lines
+
+
+_WITH_NAMES = (
+    "SELECT frames.*, coalesce(name_rank, 0) AS name_rank, coalesce(named_s, 0) AS named_s,"
+    " coalesce(known.frames, []) AS names FROM frames LEFT JOIN names AS known USING (frame_id)"
+)
+"""The lines of `frames` as they are written, of the tables `frames` and `names`."""
 
 
 STACKS_OF_PARTS = (
@@ -93,7 +102,8 @@ def write_block(block: Block, folder: Path) -> list[LocalFile]:
         part = _number_part(block.hasher, [each.object_id for each in block.objects])
         written = {"stacks": _write_stacks(opened, folder, part)}
         sources = {table: f"SELECT * FROM {table}" for table in PART} | {
-            _FIRST_ROLLUP: "SELECT * FROM rollup",
+            "frames": _WITH_NAMES,
+            _FIRST_ROLLUP: f"SELECT {part} AS part, * FROM rollup JOIN numbered USING (stack_id)",
             DETAIL: f"SELECT {part} AS part, * FROM detail JOIN numbered USING (stack_id)",
         }
         detail = _write_detail(opened, sources[DETAIL], folder)
@@ -133,7 +143,7 @@ def merge_parts(
         _fold_rollup(opened, hasher)
         objects = opened.arrays_of("SELECT object_id FROM {files}", of_table(files, "objects"))
         part = _number_part(hasher, objects["object_id"])
-        merged = {"stacks": _write_stacks(opened, folder, part, _MERGED_LEVEL)}
+        merged = {"stacks": _write_stacks(opened, folder, part)}
         opened.load(
             "renumbered",
             "SELECT part, numbered.stack AS stack, old.stack AS old_stack FROM {files} AS old"
@@ -153,8 +163,13 @@ def merge_parts(
                 query = "SELECT * FROM {files}"
                 merged[table] = opened.write(table, query, folder, of_table(files, table))
             elif table not in merged and table != DETAIL:
-                source = "rollup" if table == _FIRST_ROLLUP else table
-                merged[table] = opened.write(table, f"SELECT * FROM {source}", folder)
+                sources = {
+                    "frames": _WITH_NAMES,
+                    _FIRST_ROLLUP: f"SELECT {part} AS part, * FROM rollup"
+                    " JOIN numbered USING (stack_id)",
+                }
+                query = sources.get(table, f"SELECT * FROM {table}")
+                merged[table] = opened.write(table, query, folder)
     return [*detail, *merged.values()]
 
 
@@ -179,7 +194,7 @@ def merge_dictionaries(
     folder.mkdir(parents=True, exist_ok=True)
     needed = {
         "frames": "SEMI JOIN wanted USING (frame_id)",
-        "names": "SEMI JOIN wanted USING (frame_id)",
+        NAMES: "SEMI JOIN wanted USING (frame_id)",
         "modules": "SEMI JOIN frames USING (build_id)",
         "label_sets": "SEMI JOIN wanted_sets USING (set_id)",
     }
@@ -195,10 +210,12 @@ def merge_dictionaries(
             insert_rest(opened, rest)
         _refuse_missing(opened, "wanted", "frame_id", "frames")
         _refuse_missing(opened, "wanted_sets", "set_id", "label_sets")
+        sources = {table: f"SELECT * FROM {table}" for table in needed if table != NAMES}
+        sources["frames"] = _WITH_NAMES
         return [
             file
-            for table in needed
-            for file in write_in_pieces(opened, table, f"SELECT * FROM {table}", folder)
+            for table, query in sources.items()
+            for file in write_in_pieces(opened, table, query, folder)
         ]
 
 
@@ -219,16 +236,17 @@ def write_in_pieces(
     files: Sequence[LocalFile] = (),
     *,
     is_sorted: bool = False,
+    like: str = "",
 ) -> list[LocalFile]:
     """Do what `Engine.write` does, with several files if one would be large.
 
     Each has the rows of some stacks, functions or other ids.
     """
-    whole = opened.write(table, query, folder, files, is_sorted=is_sorted)
+    whole = opened.write(table, query, folder, files, is_sorted=is_sorted, like=like)
     size_bytes = whole.path.stat().st_size
     if size_bytes <= PIECE_BYTES:
         return [whole]
-    columns = TABLES[table]
+    columns = TABLES[like or table]
     by = next((name for name in _SPLIT_BY if name in columns), next(iter(columns)))
     count = 2 * size_bytes // PIECE_BYTES
     pieces = []
@@ -236,7 +254,7 @@ def write_in_pieces(
         inside = folder / f"{table}-{number}"
         inside.mkdir()
         some = f"SELECT * FROM {{files}} WHERE hash({by}) % {count} = {number}"
-        pieces.append(opened.write(table, some, inside, [whole], is_sorted=True))
+        pieces.append(opened.write(table, some, inside, [whole], is_sorted=True, like=like))
     whole.path.unlink()
     return pieces
 
@@ -273,30 +291,36 @@ def _write_detail(
 
 
 def roll_up(
-    files: Sequence[LocalFile],
-    bucket_s: int,
-    folder: Path,
-    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    files: Sequence[LocalFile], folder: Path, memory_bytes: int = DEFAULT_MEMORY_BYTES
 ) -> list[LocalFile]:
-    """Add up rollups into longer buckets of ROLLUPS, as one file or several. Totals stay equal.
+    """Add up the rollups of all parts of an hour, as one file or several. Totals stay equal.
+
+    `files` are those of ten minutes and of stacks. A stack is that of the first part that has it.
 
     Raises:
-        ValueError: they are no rollups, or some of longer buckets.
-        ProfileError: a file is damaged or not one of ours, or sums exceed 64 bits.
+        ProfileError: a file is damaged or not one of ours, a stack is missing, or sums exceed 64
+            bits.
         SchemaError: a later version wrote one.
     """
-    known = {table for seconds, table in ROLLUPS.items() if seconds <= bucket_s}
-    if bucket_s not in ROLLUPS or not files or not {each.table for each in files} <= known:
-        raise ValueError(f"cannot add these up to buckets of {bucket_s} s")
     folder.mkdir(parents=True, exist_ok=True)
-    table = ROLLUPS[bucket_s]
+    samples, stacks = of_table(files, _FIRST_ROLLUP), of_table(files, "stacks")
     with engine(memory_bytes, folder) as opened:
-        opened.check(files)
-        query = (
-            f"SELECT {bucket_of(bucket_s)} AS ts, set_id, stack_id, {SUMS} FROM {{files}}"
-            f" GROUP BY ALL"
+        opened.check(samples)
+        opened.load(
+            "places",
+            "SELECT stack_id, min(part) AS part, arg_min(stack, part) AS stack FROM {files}"
+            " GROUP BY stack_id",
+            stacks,
         )
-        return write_in_pieces(opened, table, query, folder, files)
+        opened.load(
+            "sums",
+            f"SELECT {bucket_of(_HOUR_S)} AS ts, set_id, stack_id, {SUMS} FROM {{files}}"
+            " GROUP BY ALL",
+            samples,
+        )
+        _refuse_missing(opened, "sums", "stack_id", "places")
+        query = "SELECT * FROM sums JOIN places USING (stack_id)"
+        return write_in_pieces(opened, ROLLUPS[_HOUR_S], query, folder)
 
 
 def refuse_repeated(opened: Engine, files: Sequence[LocalFile]) -> None:
@@ -325,10 +349,10 @@ def _number_part(hasher: Hasher, object_ids: Sequence[int] | Hashes) -> int:
     return int(hasher.texts([hashlib.blake2b(ids, digest_size=16).digest()])[0])
 
 
-def _write_stacks(opened: Engine, folder: Path, part: int, level: int = 3) -> LocalFile:
+def _write_stacks(opened: Engine, folder: Path, part: int) -> LocalFile:
     """Write the table `stacks` as that of a part; make a table `numbered` of their numbers."""
     query = "SELECT * FROM stacks"
-    file = opened.write("stacks", query, folder, part=part, is_sorted=True, level=level)
+    file = opened.write("stacks", query, folder, part=part, is_sorted=True)
     opened.load("numbered", "SELECT stack, stack_id FROM {files}", [file])
     return file
 

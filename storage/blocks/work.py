@@ -24,7 +24,6 @@ from storage.blocks.functions import write_hour
 from storage.blocks.heads import write_heads
 from storage.blocks.loading import SUMS
 from storage.blocks.manifest import (
-    HOUR_S,
     File,
     Part,
     Unreadable,
@@ -32,7 +31,7 @@ from storage.blocks.manifest import (
     part_id,
     producer,
 )
-from storage.blocks.parquet import LocalFile, of_table, reading_engine
+from storage.blocks.parquet import LocalFile, reading_engine
 from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, ROLLUPS
 from storage.blocks.tables import merge_parts, roll_up, write_block
 from storage.columns import Columns
@@ -204,8 +203,7 @@ def roll_up_hour(place: Place, parts: Sequence[Part], memory_bytes: int) -> list
     """
     files = files_to_roll_up(parts)
     with _fetched(place, files) as local, _working_folder(place.folder) as folder:
-        samples = [file for file in local if file.table == ROLLUPS[600]]
-        made = roll_up(samples, HOUR_S, folder, memory_bytes)
+        made = roll_up(local, folder, memory_bytes)
         made += write_heads(local, folder, _hasher_of(place.key), memory_bytes)
         if all(part.files_of(DETAIL) for part in parts):
             made += write_hour(local, folder, _hasher_of(place.key), memory_bytes)
@@ -258,7 +256,7 @@ def _check_sums(
         ProfileError: one does not.
     """
     for table in tables:
-        chosen = of_table(files, table)
+        chosen = [each for each in files if each.table == table]
         if not chosen:
             continue
         with reading_engine() as opened:

@@ -354,7 +354,8 @@ def _plan_hour(plan: SamplesPlan, hour: CompactedHour, *, rolls_up: bool) -> Non
     start_s, end_s = span = seconds_of(hour.window)
     plan.dictionary.extend(files_inside(hour, *DICTIONARY))
     if rolls_up and hour.is_whole and hourly is not None and manifest.has_hourly:
-        plan.samples.append(Chosen(_of(hourly.files, _HOURS), (span,)))
+        numbered = files_of(hour, "stacks")
+        plan.samples.append(Chosen((*_of(hourly.files, _HOURS), *numbered), (span,)))
         return
     found: list[Chosen] = []
     left: set[str] = set()
@@ -378,7 +379,8 @@ def _plan_hour(plan: SamplesPlan, hour: CompactedHour, *, rolls_up: bool) -> Non
             return
         own = (part for part in hour.parts_inside if part.id not in rolled_up)
         rest = (file for part in own for file in _finest(part))
-        found = [Chosen((*_of(hourly.files, _HOURS), *rest), (span,))]
+        named = (*_of(hourly.files, _HOURS), *rest, *files_of(hour, "stacks"))
+        found = [Chosen(tuple(dict.fromkeys(named)), (span,))]
         plan.dictionary.extend(files_of(hour, *DICTIONARY))  # the rollup is of all parts
         longest_s = HOUR_S
     if not hour.is_whole and longest_s > 1 and not is_aligned(hour, longest_s):
@@ -388,11 +390,11 @@ def _plan_hour(plan: SamplesPlan, hour: CompactedHour, *, rolls_up: bool) -> Non
 
 def _finest(part: Part, *, prefers_rollup: bool = False) -> tuple[File, ...]:
     """Return the files with the samples of a part, of ten minutes if preferred."""
-    detail = part.files_of(DETAIL)
-    if detail and not (prefers_rollup and part.files_of(_TEN_MINUTES)):
-        # Detail may number the stacks of its part, so they belong to it.
-        return (*detail, *part.files_of("stacks"))
-    return part.files_of(_TEN_MINUTES)
+    samples, rollup = part.files_of(DETAIL), part.files_of(_TEN_MINUTES)
+    if rollup and (prefers_rollup or not samples):
+        samples = rollup
+    # They may number the stacks of their part, which therefore belong to them.
+    return (*samples, *part.files_of("stacks")) if samples else ()
 
 
 def plan_heads(hours: Sequence[Compacted], *, is_coarse: bool) -> list[Chosen]:

@@ -147,7 +147,7 @@ def test_a_fleet_is_compared_without_its_stacks(stores, tmp_path):
 
     tables = {key.rsplit("/", 1)[1].split("-")[1] for key in store.opened}
     assert {FUNCTIONS_1H, GROUPS_1H} <= tables
-    assert tables.isdisjoint({DETAIL, "samples_10m", "stacks", "names"})
+    assert tables.isdisjoint({DETAIL, "samples_10m", "stacks", "frames"})
 
 
 @pytest.mark.usefixtures("fleet")

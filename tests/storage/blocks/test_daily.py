@@ -16,7 +16,7 @@ from storage.blocks.daily import DayFiles, write_day
 from storage.blocks.dictionary import read_dictionary
 from storage.blocks.frame_tree import EMPTY_STACK
 from storage.blocks.heads import write_heads
-from storage.blocks.parquet import LocalFile, of_table
+from storage.blocks.parquet import LocalFile, of_table, scan_of
 from storage.blocks.rollup import rest_id
 from storage.blocks.schema import DICTIONARY, NO_PARENT, SCHEMA, STACK_TREE
 from storage.blocks.tables import roll_up, write_block
@@ -70,7 +70,7 @@ def write_hour(hour: int, stacks: list[list[str]], folder: Path) -> list[LocalFi
 def write_profile(made: Profile, hour: int, folder: Path) -> list[LocalFile]:
     """Write an hour of one object, and its rollups."""
     part = write_block(Block.of([stored(made)], HASHER), folder / f"{hour:02}")
-    hourly = roll_up(files_of(part, "samples_10m"), HOUR_S, folder / f"{hour:02}h")
+    hourly = roll_up(part, folder / f"{hour:02}h")
     heads = write_heads(part, folder / f"{hour:02}h", HASHER)
     return [*hourly, *heads, *files_of(part, *DICTIONARY)]
 
@@ -86,8 +86,11 @@ def source_of(hours: list[list[LocalFile]], previous: list[LocalFile] = ()) -> D
 
 def rows_of(files: list[LocalFile], table: str, query: str) -> list[tuple]:
     """Return the rows of a query over the files of a table, in the order of a single file."""
-    paths = [str(each.path) for each in of_table(files, table)]
+    chosen = of_table(files, table)
+    paths = [str(each.path) for each in chosen]
     scanned = f"read_parquet({paths}, file_row_number = true)"
+    if table == "samples_1h":
+        scanned = scan_of(chosen)
     with duckdb.connect(config={"threads": 1}) as connection:
         return connection.execute(query.replace("files", scanned)).fetchall()
 

@@ -16,7 +16,7 @@ from storage.blocks.tables import merge_parts, write_block
 from storage.profile import Profile, Window
 from symbolizer.location import REST_LOCATION
 from tests.support import profiles as some
-from tests.support.blocks import ALWAYS, HASHER, files_of, make_stacks, stored
+from tests.support.blocks import ALWAYS, HASHER, make_stacks, stored
 
 locations = st.integers(1, 4)
 stacks = st.lists(st.lists(locations, max_size=6).map(tuple), min_size=1, max_size=12, unique=True)
@@ -129,7 +129,7 @@ def test_rollups_of_many_stacks_are_folded_exactly(tmp_path, monkeypatch):
 
     for files in (*parts, merged):
         detail = sum_samples(of_table(files, DETAIL), **ALWAYS)
-        rolled = sum_samples(files_of(files, "samples_10m"), **ALWAYS)
+        rolled = sum_samples(of_table(files, "samples_10m"), **ALWAYS)
         assert rolled.samples.sum() == detail.samples.sum()
         assert rolled.values.sum() == detail.values.sum()
         assert len(np.unique(rolled.stacks)) < len(np.unique(detail.stacks)) / 2
@@ -156,7 +156,7 @@ def test_most_samples_are_kept_however_often_parts_are_merged(tmp_path, monkeypa
         )
         merged = merge_parts([*merged, *part], tmp_path / f"{seed}-merged", HASHER)
 
-    rolled = sum_samples(files_of(merged, "samples_10m"), **ALWAYS)
+    rolled = sum_samples(of_table(merged, "samples_10m"), **ALWAYS)
     columns = read_dictionary(merged, np.unique(rolled.stacks))
     rest = np.flatnonzero(columns.location_hashes == np.uint64(rest_id(HASHER)))
     ends_in_rest = np.isin(columns.stack_words[columns.stack_offsets[1:] - 1], rest)
@@ -171,7 +171,7 @@ def test_stacks_of_named_locations_are_folded_as_well(tmp_path, monkeypatch):
 
     files = write_block(Block.of([stored(some.build(rows))], HASHER), tmp_path)
 
-    rolled = sum_samples(files_of(files, "samples_10m"), **ALWAYS)
+    rolled = sum_samples(of_table(files, "samples_10m"), **ALWAYS)
     columns = read_dictionary(files, np.unique(rolled.stacks))
     assert sorted(rolled.samples.tolist()) == [1, 9999]
     assert REST_LOCATION in columns.to_profile().locations
