@@ -26,9 +26,10 @@ import numpy as np
 from storage.blocks.block import Block
 from storage.blocks.dictionary import read_dictionary, read_label_sets
 from storage.blocks.loading import insert_stacks
-from storage.blocks.parquet import LocalFile, engine, of_table
+from storage.blocks.parquet import engine
 from storage.blocks.reading import Stored, read_columns, sum_samples
 from storage.blocks.rollup import Stacks
+from storage.blocks.scans import LocalFile, of_table
 from storage.blocks.schema import DETAIL
 from storage.blocks.slices import Slice
 from storage.blocks.tables import merge_parts, roll_up, write_block

@@ -32,8 +32,8 @@ from bench_blocks import Apart
 from serving import Row, show
 
 from storage.blocks.block import Block
-from storage.blocks.parquet import LocalFile, of_table
 from storage.blocks.reading import sum_samples
+from storage.blocks.scans import LocalFile, of_table
 from storage.blocks.schema import DETAIL, DICTIONARY, ROLLUPS
 from storage.blocks.tables import merge_parts, roll_up, write_block
 from storage.columns import Columns

@@ -29,7 +29,8 @@ from storage.blocks.manifest import (
     manifests_prefix,
     start_s_of,
 )
-from storage.blocks.parquet import Engine, LocalFile, of_table, reading_engine
+from storage.blocks.parquet import Engine, reading_engine
+from storage.blocks.scans import LocalFile, of_table
 from storage.blocks.schema import DETAIL, FUNCTIONS, ROLLUPS, STACK_TREE
 from storage.blocks.slices import seconds_of
 from storage.hashing import Hashes
@@ -448,8 +449,9 @@ def _check_references(opened: Engine, rows: _Local, known: _Local, found: Checke
             mine = [each for each in rows.files if each.table == table]
             if not mine:
                 continue
-            # Samples may number stacks of files that are not among the rows.
-            some = of_table([*mine, *of_table(known.files, "stacks")], table)
+            # What they number may be in files that are not among the rows.
+            numbered = (each for each in known.files if each.table in {"stacks", FUNCTIONS})
+            some = of_table([*mine, *numbered], table)
             with _naming(rows.keys[some[0]], found):
                 opened.load("wanted", f"SELECT DISTINCT {column} AS id FROM {{files}}", some)
                 opened.load("known", f"SELECT {target_column} AS id FROM {{files}}", targets)

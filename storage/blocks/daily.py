@@ -30,16 +30,9 @@ from storage.blocks.frame_tree import (
 )
 from storage.blocks.loading import SUMS, insert_stacks
 from storage.blocks.manifest import DAY_S, HOUR_S
-from storage.blocks.parquet import (
-    DEFAULT_MEMORY_BYTES,
-    Arrays,
-    Engine,
-    LocalFile,
-    engine,
-    of_table,
-    scan_of,
-)
+from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, Arrays, Engine, engine
 from storage.blocks.rollup import FOLDED_ABOVE, Stacks, keep_common, rest_id
+from storage.blocks.scans import LocalFile, of_table, scan_of
 from storage.blocks.schema import DICTIONARY, FUNCTIONS, HEADS_10M, ROLLUPS, STACK_TREE
 from storage.blocks.tables import (
     PIECE_BYTES,
@@ -225,7 +218,7 @@ def _write_samples(opened: Engine, source: DayFiles, folder: Path) -> list[Local
         f" {SUMS} FROM {rows} LEFT JOIN folded USING (stack_id) GROUP BY ALL"
     )
     return [
-        *write_in_pieces(opened, HOURLY, by_hour, folder, files, like=DAILY),
+        *write_in_pieces(opened, HOURLY, by_hour, folder, files, by_id=True),
         *write_in_pieces(opened, DAILY, by_day, folder, files),
     ]
 

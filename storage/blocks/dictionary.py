@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from storage.blocks.frame_tree import EMPTY_STACK, Locations, read_tree
 from storage.blocks.loading import ADDRESS
-from storage.blocks.parquet import Engine, LocalFile, numbered_scan_of, of_table, reading_engine
+from storage.blocks.parquet import Engine, reading_engine
+from storage.blocks.scans import LocalFile, numbered_scan_of, of_table
 from storage.blocks.schema import NAMES, STACK_TREE
 from storage.blocks.tables import one_of_each
 from storage.columns import OBJECT_FIELDS, Columns, TextNumbers, Texts

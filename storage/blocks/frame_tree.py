@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from storage.blocks.parquet import VALUE_LIMIT, Engine, LocalFile, numbered_scan_of, of_table
+from storage.blocks.parquet import VALUE_LIMIT, Engine
 from storage.blocks.rollup import Stacks
+from storage.blocks.scans import LocalFile, numbered_scan_of, of_table
 from storage.blocks.tables import fetch_stacks
 from storage.grouping import HashIndex, find_hashes, sort_distinct
 from storage.hashing import Hasher, Hashes, chain

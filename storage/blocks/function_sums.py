@@ -21,7 +21,8 @@ from storage.blocks.functions import (
     one_of_each_function,
 )
 from storage.blocks.loading import SUMS
-from storage.blocks.parquet import LocalFile, of_table, reading_engine
+from storage.blocks.parquet import reading_engine
+from storage.blocks.scans import LocalFile, of_table
 from storage.blocks.schema import DETAIL, FUNCTIONS
 from storage.blocks.slices import Slice, files_in, rows_in
 from storage.blocks.times import Ids, register_ids
@@ -137,7 +138,7 @@ def _fetch(
     hosts: Ids | None,
     check: Callable[[], None] | None,
 ) -> FunctionSums:
-    files = files_in(slices, *columns)
+    files = files_in(slices, *columns, FUNCTIONS)
     conditions = []
     if sets is not None:
         chosen = np.unique(np.array(sets, dtype=np.uint64)).tolist()

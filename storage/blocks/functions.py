@@ -28,8 +28,9 @@ import numpy as np
 from storage.blocks.block import ROLLUP_LABELS, labels_id
 from storage.blocks.dictionary import fetch_label_sets, fetch_locations
 from storage.blocks.loading import SUMS
-from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, Arrays, Engine, LocalFile, engine, of_table
+from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, Arrays, Engine, engine
 from storage.blocks.rollup import Stacks
+from storage.blocks.scans import LocalFile, numbered_scan_of, of_table
 from storage.blocks.schema import DETAIL, FUNCTIONS
 from storage.blocks.tables import STACKS_OF_PARTS, fetch_stacks, write_in_pieces
 from storage.columns import Columns
@@ -120,28 +121,34 @@ def write_hour(
         )
         _check_complete(opened, detail)
         _load_totals(opened, locations, functions)
+        ((part,),) = opened.rows("SELECT coalesce(min(part), 0) FROM placed")
         opened.run(
             f"CREATE TEMP TABLE self_1h AS SELECT set_id, function_id, {SUMS} FROM self_10m"
             " GROUP BY ALL"
         )
         _load_functions(opened, locations, functions)
-        return [
-            *write_in_pieces(opened, FUNCTIONS_10M, "SELECT * FROM self_10m", folder),
-            *write_in_pieces(
-                opened,
-                FUNCTIONS_1H,
-                "SELECT ts, set_id, function_id, coalesce(samples, 0) AS samples,"
-                " coalesce(value, 0) AS value, total_samples, total_value"
-                " FROM totals LEFT JOIN self_1h USING (set_id, function_id)",
-                folder,
-            ),
-            *write_in_pieces(opened, GROUPS_1H, _GROUPED, folder),
-            opened.write(
-                FUNCTIONS,
-                "SELECT * FROM functions SEMI JOIN totals USING (function_id)",
-                folder,
-            ),
+        query = f"SELECT *, {part} AS part FROM functions SEMI JOIN totals USING (function_id)"
+        known = opened.write(FUNCTIONS, query, folder)
+        opened.run(
+            "CREATE TEMP TABLE numbered AS"
+            " SELECT function_id, part, file_row_number AS function_row"
+            f" FROM {numbered_scan_of(known)}"
+        )
+        queries = {
+            FUNCTIONS_10M: "SELECT * FROM self_10m",
+            FUNCTIONS_1H: "SELECT ts, set_id, function_id, coalesce(samples, 0) AS samples,"
+            " coalesce(value, 0) AS value, total_samples, total_value"
+            " FROM totals LEFT JOIN self_1h USING (set_id, function_id)",
+            GROUPS_1H: _GROUPED,
+        }
+        made = [
+            file
+            for table, rows in queries.items()
+            for file in write_in_pieces(
+                opened, table, f"SELECT * FROM ({rows}) JOIN numbered USING (function_id)", folder
+            )
         ]
+        return [*made, known]
 
 
 def write_day(
@@ -165,10 +172,10 @@ def write_day(
         opened.load("hours", "SELECT * FROM {files}", of_table(known, FUNCTIONS_1H))
         opened.load(FUNCTIONS, _ONE_OF_EACH, of_table(known, FUNCTIONS))
         return [
-            *write_in_pieces(opened, FUNCTIONS_1H, "SELECT * FROM hours", folder),
+            *write_in_pieces(opened, FUNCTIONS_1H, "SELECT * FROM hours", folder, by_id=True),
             *write_in_pieces(opened, FUNCTIONS_1D, f"SELECT * FROM sums_{FUNCTIONS_1D}", folder),
             *write_in_pieces(opened, GROUPS_1D, f"SELECT * FROM sums_{GROUPS_1D}", folder),
-            opened.write(FUNCTIONS, f"SELECT * FROM {FUNCTIONS}", folder),
+            opened.write(FUNCTIONS, f"SELECT *, 0 AS part FROM {FUNCTIONS}", folder),
         ]
 
 

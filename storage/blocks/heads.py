@@ -18,7 +18,8 @@ import numpy as np
 from storage.blocks.block import ROLLUP_LABELS, LabelIds
 from storage.blocks.dictionary import clean
 from storage.blocks.loading import OBJECT_COUNTS, OBJECT_MAPS, SUMS, load_label_sets
-from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, Engine, LocalFile, engine, of_table
+from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, Engine, engine
+from storage.blocks.scans import LocalFile, of_table
 from storage.blocks.schema import HEADS, HEADS_10M
 from storage.blocks.tables import one_of_each, refuse_repeated
 from storage.hashing import Hasher

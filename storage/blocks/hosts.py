@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from storage.blocks.dictionary import clean, fetch_label_sets
-from storage.blocks.parquet import LocalFile, of_table, reading_engine
+from storage.blocks.parquet import reading_engine
+from storage.blocks.scans import LocalFile, of_table
 from storage.blocks.schema import HEADS, HEADS_10M
 from storage.blocks.slices import Slice, files_in, rows_in
 from storage.objects.keys import NS_PER_S

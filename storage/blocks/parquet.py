@@ -15,21 +15,29 @@ import ctypes
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import duckdb
 import numpy as np
 import numpy.ma
 import numpy.typing as npt
 
+from storage.blocks.scans import (
+    REFERS,
+    LocalFile,
+    literal,
+    no_values,
+    paths_of,
+    plain_rows_of,
+    scan_of,
+)
 from storage.blocks.schema import (
-    DETAIL,
     FUNCTIONS,
-    NAMES,
     OLDER,
     ORDER,
+    ORDER_BY_ID,
     ROLLUPS,
     SCHEMA,
     STACK_TREE,
@@ -54,7 +62,7 @@ _ROW_GROUP_ROWS = 122_880
 """Rows may be hundreds of bytes long, and a host's rows of detail are few."""
 _OPTIONS = {
     # Ascending numbers take some bits each as differences, which the first version has not.
-    **dict.fromkeys((DETAIL, *ROLLUPS.values(), STACK_TREE), ", PARQUET_VERSION v2"),
+    **dict.fromkeys((*REFERS, ROLLUPS[86400], STACK_TREE), ", PARQUET_VERSION v2"),
     # Neighbours begin alike, which zstd finds, but not if a dictionary's numbers have 17 bits each.
     "stacks": ", DICTIONARY_SIZE_LIMIT 1",
 }
@@ -66,14 +74,6 @@ times the time; level 12 takes another 1.7 times as long for 1 %."""
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 _Fetched = TypeVar("_Fetched")
-
-
-class LocalFile(NamedTuple):
-    """A Parquet file of one table on this machine; `rows` is what the manifest says."""
-
-    table: str
-    path: Path
-    rows: int
 
 
 class Engine:
@@ -137,13 +137,13 @@ class Engine:
         *,
         part: int = 0,
         is_sorted: bool = False,
-        like: str = "",
+        by_id: bool = False,
     ) -> LocalFile:
         """Write what a query returns, sorted, as a file of a table, and return the file.
 
         In the query `{files}` stands for the rows of some files, as `scan_of` returns them. Stacks
         are those of a part if its samples refer to them. Rows that are sorted enough stay in their
-        order. With `like` it has the columns of that table.
+        order. With `by_id` it refers to ids, as tables of days do.
 
         Raises:
             ProfileError: a file is damaged.
@@ -152,22 +152,22 @@ class Engine:
         path = folder / f"{table}.parquet"
         columns = ", ".join(
             f'CAST("{name}" AS {type_}) AS "{name}"'
-            for name, type_ in TABLES[like or table].items()
+            for name, type_ in (OLDER if by_id else TABLES)[table].items()
         )
         options = (
             f"FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL {_LEVELS.get(table, 3)},"
             f" ROW_GROUP_SIZE {_ROW_GROUP_ROWS}{_OPTIONS.get(table, '')},"
             f" KV_METADATA {{'{_SCHEMA_KEY}': '{SCHEMA}', '{_TABLE_KEY}': '{table}'}}"
         )
-        order = "" if is_sorted else f"ORDER BY {ORDER[like or table]}"
+        order = "" if is_sorted else f"ORDER BY {(ORDER_BY_ID if by_id else ORDER)[table]}"
         ordered = f"SELECT {columns} FROM ({query}) {order}"
         if table == "stacks":
             ordered = (
                 f"SELECT CAST({part} AS UBIGINT) AS part, stack_id, frame_ids"
                 f" FROM (SELECT stack_id, frame_ids FROM ({query}) {order})"
             )
-        self._over(f"COPY ({ordered}) TO {_literal(path)} ({options})", files)
-        rows = self.rows(f"SELECT num_rows FROM parquet_file_metadata({_literal(path)})")
+        self._over(f"COPY ({ordered}) TO {literal(path)} ({options})", files)
+        rows = self.rows(f"SELECT num_rows FROM parquet_file_metadata({literal(path)})")
         return LocalFile(table, path, int(rows[0][0]))
 
     def _over(
@@ -188,7 +188,7 @@ class Engine:
         except duckdb.Error as error:
             for each in files:
                 with _error_of([each]):
-                    self._fetch(f"SELECT bit_xor(hash(COLUMNS(*))) FROM {_rows_of([each])}")
+                    self._fetch(f"SELECT bit_xor(hash(COLUMNS(*))) FROM {plain_rows_of([each])}")
             if isinstance(error, duckdb.IOException):
                 raise OSError(str(error)) from error
             with _error_of(files):
@@ -219,7 +219,7 @@ class Engine:
 
     def _check(self, files: Sequence[LocalFile]) -> None:
         """Check all files with a query for each kind of metadata: a file takes less than 1 ms."""
-        paths = _paths_of(files)
+        paths = paths_of(files)
         notes: dict[tuple[str, str], str] = {
             (path, bytes(key).decode("utf-8", "replace")): bytes(value).decode("utf-8", "replace")
             for path, key, value in self._fetch(
@@ -261,7 +261,7 @@ class Engine:
                 raise SchemaError(f"cannot read {path}: {reason}")
             layout = (file.table, columns_of[path])
             if layout not in is_known:
-                described = self._fetch(f"DESCRIBE SELECT * FROM {_rows_of([file])}")
+                described = self._fetch(f"DESCRIBE SELECT * FROM {plain_rows_of([file])}")
                 if [each[:2] for each in described] not in self._expected(file.table):
                     reason = f"its columns are not those of {file.table}"
                     raise ProfileError(f"cannot read {path}: {reason}")
@@ -277,7 +277,7 @@ class Engine:
     def _expected(self, table: str) -> list[list[tuple[str, str]]]:
         """Return the columns and types that a table may have, as DuckDB spells them."""
         layouts = [known[table] for known in (TABLES, OLDER) if table in known]
-        queries = [f"DESCRIBE SELECT {_no_values(columns)}" for columns in layouts]
+        queries = [f"DESCRIBE SELECT {no_values(columns)}" for columns in layouts]
         return [[each[:2] for each in self._fetch(query)] for query in queries]
 
     def _fetch(self, query: str) -> list[tuple[Any, ...]]:
@@ -427,77 +427,6 @@ def engine(
             opened.close()
 
 
-def of_table(files: Iterable[LocalFile], table: str) -> list[LocalFile]:
-    """Return the files of one table, sorted by their names, so that no order shows.
-
-    With those of samples that number stacks come all of stacks, by which `scan_of` knows their ids.
-    Names are in `frames` as well.
-    """
-    known = list(files)
-    chosen = _named(known, table)
-    if table == NAMES:
-        return [*chosen, *_named(known, "frames")]
-    return [*chosen, *_named(known, "stacks")] if table in _NUMBERED and chosen else chosen
-
-
-def _named(files: Iterable[LocalFile], table: str) -> list[LocalFile]:
-    return sorted((each for each in files if each.table == table), key=lambda each: each.path.name)
-
-
-def scan_of(files: Sequence[LocalFile]) -> str:
-    """Return what stands in a query for the rows of files of one table.
-
-    Rows of samples that number stacks have `part` and `stack`. If the stacks of all their parts are
-    among the files they have `stack_id` instead, null if a stack is missing. Rows of stacks have
-    their number `stack`. Rows of `frames` that schema 1 wrote have no `names`, and those of NAMES
-    have little else.
-    """
-    if any(each.table in {"frames", NAMES} for each in files):
-        rows = _mixed_rows_of(files, NAMES, "frames")
-        return f"(SELECT * EXCLUDE (frames) REPLACE (coalesce(names, frames) AS names) FROM {rows})"
-    samples = [each for each in files if each.table in _NUMBERED]
-    if not samples:
-        are_stacks = bool(files) and all(each.table == "stacks" for each in files)
-        return _numbered_stacks(files) if are_stacks else _rows_of(files)
-    is_detail = samples[0].table == DETAIL
-    rows = _rows_of(samples) if is_detail else _mixed_rows_of(samples, ROLLUPS[600], ROLLUPS[600])
-    stacks = [each for each in files if each.table == "stacks"]
-    if not stacks:
-        return rows
-    chosen = "host_id, known.stack_id"
-    if not is_detail:
-        chosen = "coalesce(numbered.stack_id, known.stack_id) AS stack_id"
-    return (
-        f"(SELECT ts, set_id, {chosen}, samples, value FROM {rows} AS numbered"
-        f" LEFT JOIN {_numbered_stacks(stacks)} AS known USING (part, stack))"
-    )
-
-
-def _numbered_stacks(files: Sequence[LocalFile]) -> str:
-    """Return what stands for the rows of stacks, which have the number `stack` in their file."""
-    return (
-        "(SELECT part, CAST(file_row_number AS UINTEGER) AS stack, stack_id, frame_ids"
-        f" FROM read_parquet({_paths_of(files)}, hive_partitioning = false, union_by_name = true,"
-        " file_row_number = true))"
-    )
-
-
-def _mixed_rows_of(files: Sequence[LocalFile], older: str, newer: str) -> str:
-    """Return what stands for the rows of files that have the columns of either schema.
-
-    Those that a file does not have are null.
-    """
-    every = _no_values({**OLDER[older], **TABLES[newer]})
-    return (
-        f"(SELECT {every} WHERE false"
-        f" UNION ALL BY NAME SELECT * FROM {_rows_of(files, are_alike=False)})"
-    )
-
-
-_NUMBERED = frozenset({DETAIL, ROLLUPS[600], ROLLUPS[3600]})
-"""Tables whose rows refer to stacks by part and number."""
-
-
 @contextlib.contextmanager
 def _error_of(files: Sequence[LocalFile]) -> Iterator[None]:
     """Turn DuckDB's errors into ProfileErrors that name the files."""
@@ -508,32 +437,3 @@ def _error_of(files: Sequence[LocalFile]) -> Iterator[None]:
         raise OutOfMemoryError(f"cannot read {names}: {error}") from error
     except duckdb.Error as error:
         raise ProfileError(f"cannot read {names}: {error}") from error
-
-
-def _rows_of(files: Sequence[LocalFile], *, are_alike: bool = True) -> str:
-    options = "" if are_alike else ", union_by_name = true"
-    return f"read_parquet({_paths_of(files)}, hive_partitioning = false{options})"
-
-
-def _no_values(columns: Mapping[str, str]) -> str:
-    """Return a null of each of some columns, to be selected."""
-    return ", ".join(f'CAST(NULL AS {type_}) AS "{name}"' for name, type_ in columns.items())
-
-
-def numbered_scan_of(file: LocalFile) -> str:
-    """Return what stands for the rows of a file, which then have a `file_row_number`."""
-    return f"read_parquet({_paths_of([file])}, hive_partitioning = false, file_row_number = true)"
-
-
-def named_scan_of(files: Sequence[LocalFile]) -> str:
-    """Return what stands for the rows of files, which then have the path as `filename`."""
-    return f"read_parquet({_paths_of(files)}, hive_partitioning = false, filename = true)"
-
-
-def _paths_of(files: Sequence[LocalFile]) -> str:
-    return f"[{', '.join(_literal(each.path) for each in files)}]"
-
-
-def _literal(path: Path) -> str:
-    text = str(path).replace("'", "''")
-    return f"'{text}'"

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from storage.blocks.block import Samples
 from storage.blocks.dictionary import fetch_dictionary
 from storage.blocks.loading import SUMS
-from storage.blocks.parquet import Engine, LocalFile, of_table, reading_engine
+from storage.blocks.parquet import Engine, reading_engine
+from storage.blocks.scans import LocalFile, of_table
 from storage.blocks.schema import DETAIL, ROLLUPS
 from storage.blocks.slices import Slice, files_in, rows_in
 from storage.blocks.times import (

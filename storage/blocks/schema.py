@@ -3,8 +3,9 @@
 All columns are of plain Parquet types that any engine reads, and none is null. Ids are 64-bit
 hashes under the tenant's key (`storage.hashing`), equal on all machines, so files of any parts can
 be joined. Only samples of parts and hours refer to stacks by `part` and `stack`: the number, from
-0, of a row in the file of `stacks` that has this `part`. An id takes up to 8 bytes a row, as it
-cannot be compressed, a number less than 1. Days have stacks of their own, by id.
+0, of a row in the file of `stacks` that has this `part`; so do functions of hours by `part` and
+`function_row`. An id takes up to 8 bytes a row, as it cannot be compressed, a number less than 1.
+Days refer to stacks and functions by id.
 """
 
 from collections.abc import Mapping
@@ -93,6 +94,31 @@ _FRAME = {
     "line": "BIGINT",
 }
 _RANK = {"name_rank": "UTINYINT", "named_s": "BIGINT"}
+_FUNCTION_TOTALS = {
+    "ts": "UINTEGER",
+    "set_id": "UBIGINT",
+    "function_id": "UBIGINT",
+    **_SAMPLES,
+    "total_samples": "BIGINT",
+    "total_value": "BIGINT",
+}
+_FUNCTIONS = {
+    "function_id": "UBIGINT",
+    "function": "VARCHAR",
+    "module": "VARCHAR",
+    "kind": "VARCHAR",
+    "file": "VARCHAR",
+    "files": "UTINYINT",
+    "weak_ids": "UBIGINT[]",
+}
+
+
+def _by_row(columns: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the columns of a table that refers to functions by `part` and `function_row`."""
+    others = {name: type_ for name, type_ in columns.items() if name != "function_id"}
+    return {"part": "UBIGINT", **others, "function_row": "UINTEGER"}
+
+
 TABLES: Mapping[str, Mapping[str, str]] = {
     DETAIL: {
         "part": "UBIGINT",
@@ -120,27 +146,12 @@ TABLES: Mapping[str, Mapping[str, str]] = {
     "objects_10m": {**_OBJECTS, "objects": "BIGINT"},
     "times_10m": _TIMES,
     "presence_10m": _PRESENCE,
-    "functions_10m": _FUNCTION_SAMPLES,
-    "functions_1h": {
-        "ts": "UINTEGER",
-        "set_id": "UBIGINT",
-        "function_id": "UBIGINT",
-        **_SAMPLES,
-        "total_samples": "BIGINT",
-        "total_value": "BIGINT",
-    },
+    "functions_10m": _by_row(_FUNCTION_SAMPLES),
+    "functions_1h": _by_row(_FUNCTION_TOTALS),
     "functions_1d": _FUNCTION_SAMPLES,
-    "function_groups_1h": _GROUP_SAMPLES,
+    "function_groups_1h": _by_row(_GROUP_SAMPLES),
     "function_groups_1d": _GROUP_SAMPLES,
-    FUNCTIONS: {
-        "function_id": "UBIGINT",
-        "function": "VARCHAR",
-        "module": "VARCHAR",
-        "kind": "VARCHAR",
-        "file": "VARCHAR",
-        "files": "UTINYINT",
-        "weak_ids": "UBIGINT[]",
-    },
+    FUNCTIONS: {**_FUNCTIONS, "part": "UBIGINT"},
     STACK_TREE: {
         "parent": "UINTEGER",
         "frame_id": "UBIGINT",
@@ -160,9 +171,13 @@ OLDER: Mapping[str, Mapping[str, str]] = {
     },
     ROLLUPS[600]: _ROLLUP,
     ROLLUPS[3600]: _ROLLUP,
+    "functions_10m": _FUNCTION_SAMPLES,
+    "functions_1h": _FUNCTION_TOTALS,
+    "function_groups_1h": _GROUP_SAMPLES,
+    FUNCTIONS: _FUNCTIONS,
 }
-"""The columns that tables of schema 1 had, where they were others; those of a day's hours still
-are."""
+"""The columns that tables of schema 1 had, where they were others. Those of a day's hours still are
+(ORDER_BY_ID)."""
 
 ORDER = {
     DETAIL: "host_id, set_id, stack, ts, samples, value",
@@ -179,11 +194,13 @@ ORDER = {
     "objects_10m": "start_s, host_key, host, object_id",
     "times_10m": "object_id, host_id, set_id",
     "presence_10m": "object_id, set_id",
-    "functions_10m": "set_id, function_id, host_id, ts",
-    "functions_1h": "set_id, function_id, ts",
+    "functions_10m": "set_id, part, function_row, host_id, ts",
+    "functions_1h": "set_id, part, function_row, ts",
     "functions_1d": "set_id, function_id, host_id, ts",
-    "function_groups_1h": "set_id, function_id, group_id, ts",
+    "function_groups_1h": "set_id, part, function_row, group_id, ts",
     "function_groups_1d": "set_id, function_id, group_id, ts",
     FUNCTIONS: "module, function, function_id",
 }
 """By what each table is sorted: that makes it small, and the order of parts does not show."""
+ORDER_BY_ID = {ROLLUPS[3600]: "set_id, stack_id, ts", "functions_1h": "set_id, function_id, ts"}
+"""The same of tables of a day, of which those of hours have numbers."""

@@ -7,7 +7,7 @@ tables: each is a slice, and a query adds up the rows of all of them at once.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from storage.blocks.parquet import LocalFile, of_table, scan_of
+from storage.blocks.scans import LocalFile, of_table, scan_of
 from storage.objects.keys import NS_PER_S
 from storage.profile import Window
 

@@ -13,9 +13,10 @@ import numpy as np
 
 from storage.blocks.block import Block
 from storage.blocks.loading import SUMS, insert_rest, insert_stacks, load_block, load_label_sets
-from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, Engine, LocalFile, engine, of_table
+from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, Engine, engine
 from storage.blocks.rollup import FOLDED_ABOVE, Stacks, fold, keep_common, rest_id
-from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, NAMES, PART, ROLLUPS, TABLES
+from storage.blocks.scans import LocalFile, of_table
+from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, NAMES, OLDER, PART, ROLLUPS, TABLES
 from storage.grouping import HashIndex, sort_distinct
 from storage.hashing import Hasher, Hashes
 from storage.profile import ProfileError
@@ -29,7 +30,7 @@ _DETAIL_BYTES = 4 << 20
 """Detail is written as files of about this size, each of successive hosts, where a part has several
 times as much: who asks for one host fetches one of them. Smaller ones would save little beside the
 other files of the part, and make more objects: a part has 14 at most."""
-_SPLIT_BY = ("stack_id", "stack", "function_id")
+_SPLIT_BY = ("stack_id", "stack", "function_id", "function_row")
 """Of tables that have none of them: their first column."""
 _FIRST_BUCKET_S, _HOUR_S = sorted(ROLLUPS)[:2]
 _FIRST_ROLLUP = ROLLUPS[_FIRST_BUCKET_S]
@@ -236,17 +237,17 @@ def write_in_pieces(
     files: Sequence[LocalFile] = (),
     *,
     is_sorted: bool = False,
-    like: str = "",
+    by_id: bool = False,
 ) -> list[LocalFile]:
     """Do what `Engine.write` does, with several files if one would be large.
 
     Each has the rows of some stacks, functions or other ids.
     """
-    whole = opened.write(table, query, folder, files, is_sorted=is_sorted, like=like)
+    whole = opened.write(table, query, folder, files, is_sorted=is_sorted, by_id=by_id)
     size_bytes = whole.path.stat().st_size
     if size_bytes <= PIECE_BYTES:
         return [whole]
-    columns = TABLES[like or table]
+    columns = (OLDER if by_id else TABLES)[table]
     by = next((name for name in _SPLIT_BY if name in columns), next(iter(columns)))
     count = 2 * size_bytes // PIECE_BYTES
     pieces = []
@@ -254,7 +255,7 @@ def write_in_pieces(
         inside = folder / f"{table}-{number}"
         inside.mkdir()
         some = f"SELECT * FROM {{files}} WHERE hash({by}) % {count} = {number}"
-        pieces.append(opened.write(table, some, inside, [whole], is_sorted=True, like=like))
+        pieces.append(opened.write(table, some, inside, [whole], is_sorted=True, by_id=by_id))
     whole.path.unlink()
     return pieces
 

@@ -14,7 +14,8 @@ import numpy as np
 from storage.blocks.dictionary import clean, fetch_label_sets
 from storage.blocks.heads import BUCKET_S, BUCKET_START, HOST_BITS, first_id
 from storage.blocks.loading import OBJECT_COUNTS, OBJECT_MAPS, SUMS
-from storage.blocks.parquet import Engine, LocalFile, named_scan_of, of_table, reading_engine
+from storage.blocks.parquet import Engine, reading_engine
+from storage.blocks.scans import LocalFile, named_scan_of, of_table
 from storage.blocks.schema import HEADS, HEADS_10M
 from storage.blocks.slices import Slice, files_in, rows_in
 from storage.blocks.tables import refuse_repeated

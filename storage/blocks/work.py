@@ -31,7 +31,8 @@ from storage.blocks.manifest import (
     part_id,
     producer,
 )
-from storage.blocks.parquet import LocalFile, reading_engine
+from storage.blocks.parquet import reading_engine
+from storage.blocks.scans import LocalFile
 from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, ROLLUPS
 from storage.blocks.tables import merge_parts, roll_up, write_block
 from storage.columns import Columns

@@ -38,7 +38,7 @@ from storage.blocks.manifest import (
     Manifests,
 )
 from storage.blocks.manifest import Part as CompactedPart
-from storage.blocks.parquet import LocalFile
+from storage.blocks.scans import LocalFile
 from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, HEADS_10M
 from storage.blocks.scratch import ScratchFolder
 from storage.blocks.slices import Slice, files_in, seconds_of

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from storage.blocks.manifest import DAY_S, HOUR_S, DayManifest, File, HourManifest, Part, start_s_of
-from storage.blocks.parquet import LocalFile
+from storage.blocks.scans import LocalFile
 from storage.blocks.schema import DETAIL, DICTIONARY, HEADS, HEADS_10M, ROLLUPS, STACK_TREE
 from storage.blocks.slices import Slice, Spans, join_spans, seconds_of
 from storage.columns import Columns, Times, count_objects
@@ -354,8 +354,8 @@ def _plan_hour(plan: SamplesPlan, hour: CompactedHour, *, rolls_up: bool) -> Non
     start_s, end_s = span = seconds_of(hour.window)
     plan.dictionary.extend(files_inside(hour, *DICTIONARY))
     if rolls_up and hour.is_whole and hourly is not None and manifest.has_hourly:
-        numbered = files_of(hour, "stacks")
-        plan.samples.append(Chosen((*_of(hourly.files, _HOURS), *numbered), (span,)))
+        files = (*_of(hourly.files, _HOURS), *files_of(hour, "stacks"))
+        plan.samples.append(Chosen(files, (span,)))
         return
     found: list[Chosen] = []
     left: set[str] = set()

@@ -10,7 +10,7 @@ import numpy as np
 
 from storage.blocks.dictionary import read_label_sets
 from storage.blocks.function_sums import read_leaves
-from storage.blocks.parquet import LocalFile
+from storage.blocks.scans import LocalFile
 from storage.blocks.times import read_heads
 from storage.hashing import Hasher
 from storage.location_functions import LocationFunctions

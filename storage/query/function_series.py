@@ -35,7 +35,7 @@ from storage.blocks.functions import (
     HOST_GROUPS,
 )
 from storage.blocks.manifest import HOUR_S, DayManifest, File, start_s_of
-from storage.blocks.parquet import LocalFile
+from storage.blocks.scans import LocalFile
 from storage.blocks.schema import DETAIL, DICTIONARY, FUNCTIONS
 from storage.blocks.slices import Spans, join_spans, seconds_of
 from storage.blocks.times import Lines, read_times
@@ -49,6 +49,7 @@ from storage.query.compacted import (
     Chosen,
     Compacted,
     CompactedDay,
+    CompactedHour,
     files_of,
     plan_heads,
     rows_of_detail,
@@ -115,6 +116,9 @@ class SeriesPlan(NamedTuple):
 
     def add(self, hour: Compacted, files: Sequence[File], spans: Spans) -> None:
         self.hours.append(hour)
+        hourly = hour.manifest.hourly if isinstance(hour, CompactedHour) else None
+        if hourly and hourly.files_of(files[0].table)[:1] == files[:1]:  # they number functions
+            files = (*files, *hourly.files_of(FUNCTIONS))
         if self.chosen and self.chosen[-1].files == tuple(files):  # that of a day, read once
             spans = join_spans([*self.chosen.pop().spans, *spans])
         self.chosen.append(Chosen(tuple(files), spans))

@@ -9,8 +9,8 @@ import numpy as np
 from storage.blocks import reading, times
 from storage.blocks.block import DROPPED_LABELS, Block
 from storage.blocks.dictionary import read_label_sets
-from storage.blocks.parquet import LocalFile, of_table
 from storage.blocks.rollup import Stacks
+from storage.blocks.scans import LocalFile, of_table
 from storage.blocks.schema import DETAIL
 from storage.blocks.slices import Slice
 from storage.blocks.tables import write_block

@@ -16,8 +16,8 @@ from storage.blocks.daily import DayFiles, write_day
 from storage.blocks.dictionary import read_dictionary
 from storage.blocks.frame_tree import EMPTY_STACK
 from storage.blocks.heads import write_heads
-from storage.blocks.parquet import LocalFile, of_table, scan_of
 from storage.blocks.rollup import rest_id
+from storage.blocks.scans import LocalFile, of_table, scan_of
 from storage.blocks.schema import DICTIONARY, NO_PARENT, SCHEMA, STACK_TREE
 from storage.blocks.tables import roll_up, write_block
 from storage.profile import Profile, ProfileError, Window

@@ -9,7 +9,7 @@ import pytest
 
 from storage.blocks import parquet, reading, tables
 from storage.blocks.dictionary import read_dictionary
-from storage.blocks.parquet import LocalFile
+from storage.blocks.scans import LocalFile
 from storage.blocks.schema import DETAIL, SCHEMA, TABLES
 from storage.formats.limits import OutOfMemoryError
 from storage.profile import ProfileError, SchemaError, Window

@@ -25,8 +25,9 @@ from storage.blocks.functions import (
     write_day,
     write_hour,
 )
-from storage.blocks.parquet import LocalFile, engine, of_table
-from storage.blocks.schema import FUNCTIONS
+from storage.blocks.parquet import engine
+from storage.blocks.scans import LocalFile, of_table
+from storage.blocks.schema import FUNCTIONS, OLDER, TABLES
 from storage.blocks.tables import merge_parts
 from storage.columns import Columns, Texts
 from storage.location_functions import LocationFunctions, functions_of_stacks
@@ -68,7 +69,8 @@ def rows_of(files: Sequence[LocalFile], table: str) -> list[tuple[Any, ...]]:
     chosen = of_table(files, table)
     with engine() as opened:
         opened.check(chosen)
-        opened.load("found", "SELECT * FROM {files}", chosen)
+        columns = ", ".join(f'"{name}"' for name in {**TABLES, **OLDER}[table])
+        opened.load("found", f"SELECT {columns} FROM {{files}}", chosen)
         return opened.rows("SELECT * FROM found ORDER BY ALL")
 
 

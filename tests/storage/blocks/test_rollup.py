@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from storage.blocks import rollup, tables
 from storage.blocks.block import Block
 from storage.blocks.dictionary import read_dictionary
-from storage.blocks.parquet import LocalFile, of_table
 from storage.blocks.reading import sum_samples
 from storage.blocks.rollup import fold, keep_common, rest_id, sort_stacks
+from storage.blocks.scans import LocalFile, of_table
 from storage.blocks.schema import DETAIL
 from storage.blocks.tables import merge_parts, write_block
 from storage.profile import Profile, Window

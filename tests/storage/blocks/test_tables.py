@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from storage.blocks.block import ROLLUP_LABELS, Block, labels_id
 from storage.blocks.dictionary import read_label_sets
 from storage.blocks.hosts import read_contents
-from storage.blocks.parquet import of_table
 from storage.blocks.reading import sum_samples
+from storage.blocks.scans import of_table
 from storage.blocks.schema import DETAIL
 from storage.blocks.slices import seconds_of
 from storage.blocks.tables import merge_parts, roll_up

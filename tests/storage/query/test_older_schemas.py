@@ -1,6 +1,8 @@
 """Stores that older versions compacted: answers are level 0's, and newer parts go beside them."""
 
+import itertools
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -59,15 +61,14 @@ class Older:
     def compactor(self) -> Compactor:
         return compactor_of(self.store, self.folder / "work", DAY_START_S + 10 * HOUR_S + 600)
 
-    def check(self, name: str) -> None:
+    def check(self, name: str, windows: Sequence[Window] = WINDOWS[1:3]) -> None:
         """Compare answers from detail and from rollups with those of the objects."""
         plain, query = (
             Query(TenantStore(each), self.folder / f"{name}-{each.root.name}")
             for each in (self.plain, self.store)
         )
-        for asked in WINDOWS:
-            for selector in SELECTORS:
-                check_equal(plain, query, asked, selector)
+        for asked, selector in zip(windows, itertools.cycle(SELECTORS), strict=False):
+            check_equal(plain, query, asked, selector)
             answers = [
                 each.profile(asked, labels=frozenset({"service"})) for each in (plain, query)
             ]
@@ -83,7 +84,7 @@ def older(tmp_path, monkeypatch):
 
 def test_what_schema_1_compacted_is_read(older):
     """From detail, rollups of ten minutes and hours, and from the day."""
-    older.check("as it was")
+    older.check("as it was", WINDOWS)
 
 
 def test_what_schema_1_compacted_is_merged_with_newer_parts(older):
