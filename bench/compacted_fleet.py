@@ -49,6 +49,7 @@ from storage.objects.keys import CPU, DEFAULT_TENANT, NS_PER_S, ObjectKey, hour_
 from storage.objects.open import open_store
 from storage.objects.tenant_key import make_tenant_key, read_tenant_key
 from storage.profile import Accounting, Integers, Labels, Window, make_labels
+from storage.query.workers import Place
 
 HOUR_S, BUCKET_S, DAY_S = 3600, 600, 86_400
 FEW = 50
@@ -344,7 +345,7 @@ def fill(
 
     def make(piece: _Piece) -> Part:
         hour, minutes = piece
-        place = work.Place(open_store(url, endpoint), DEFAULT_TENANT, CPU, hour, key, scratch)
+        place = Place(open_store(url, endpoint), DEFAULT_TENANT, key, scratch, CPU, hour)
         block = compacted.minutes(minutes) if minutes else compacted.hour(hour)
         return work._make_part(place, block).part  # noqa: SLF001 - as compaction itself does
 

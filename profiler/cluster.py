@@ -24,10 +24,10 @@ from concurrent.futures import BrokenExecutor, Executor, Future, InvalidStateErr
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
-from storage.blocks.work import Place, clean
+from storage.blocks.work import clean
 from storage.objects.tenant_key import read_tenant_key
 from storage.query.cache import default_folder
-from storage.query.workers import LoneWorker
+from storage.query.workers import LoneWorker, Place
 
 _PACKAGES = ("everflame", "distributed", "duckdb", "numpy")
 """Those whose versions must be the same everywhere, beside Python's: they send each other arrays

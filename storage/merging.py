@@ -68,14 +68,25 @@ def merge_stacks(parts: Sequence[Columns], stacks: Sequence[Integers]) -> Column
     ]
     joined, places = _join_stacks(parts, chosen, used)
     hashes = [part.stack_hashes.take(each) for part, each in zip(parts, stacks, strict=True)]
+    return replace(_tables_of(parts, places), stack_hashes=np.concatenate(hashes), stacks=joined)
+
+
+def take_locations(parts: Sequence[Columns], locations: Sequence[Integers]) -> Columns:
+    """Return some locations of each part, all of them different, with their names alone."""
+    hashes = [part.location_hashes[mine] for part, mine in zip(parts, locations, strict=True)]
+    number = np.concatenate(locations)
+    part = np.repeat(np.arange(len(parts)), [len(mine) for mine in locations])
+    return _tables_of(parts, _Chosen(np.concatenate(hashes), part, number, np.arange(len(number))))
+
+
+def _tables_of(parts: Sequence[Columns], places: "_Chosen") -> Columns:
+    """Return the chosen locations of parts, without stacks, modules, rows and objects."""
     first = parts[0]
     return replace(
         without_stacks(first),
         **_gather_locations(parts, places)._asdict(),
         modules={},
         label_sets=(),
-        stack_hashes=np.concatenate(hashes),
-        stacks=joined,
         objects=first.objects[:0],
         times=first.times[:0],
         time_counts=first.time_counts[:0],

@@ -47,7 +47,6 @@ from storage.blocks.parquet import DEFAULT_MEMORY_BYTES
 from storage.blocks.work import (
     Folded,
     NewPart,
-    Place,
     copies_in,
     fold_alone,
     fold_objects,
@@ -56,7 +55,7 @@ from storage.blocks.work import (
 from storage.objects.keys import CPU, NS_PER_S, ObjectKey, StoredObject, hour_of
 from storage.objects.tenant import HOUR_NS, TenantStore
 from storage.objects.tenant_key import make_tenant_key, read_tenant_key
-from storage.query.workers import HasLoneWorker, LoneWorker, NoWorkersError
+from storage.query.workers import HasLoneWorker, LoneWorker, NoWorkersError, Place
 
 GRACE_S = 3600.0
 """What no manifest names is deleted once it is so old: it may be about to be named, and readers may
@@ -426,7 +425,7 @@ class Compactor:
         return executor.lone_worker() if isinstance(executor, HasLoneWorker) else LoneWorker()
 
     def _place(self, name: str) -> Place:
-        return Place(self.store, self.tenant.tenant, self.type, name, self._key, self._folder)
+        return Place(self.store, self.tenant.tenant, self._key, self._folder, self.type, name)
 
 
 def awake_s() -> float:

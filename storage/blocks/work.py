@@ -52,7 +52,7 @@ from storage.objects.keys import (
 from storage.profile import ProfileError
 from storage.query.decoding import cpu_limited, decode_object
 from storage.query.threads import map_ahead
-from storage.query.workers import LoneWorker
+from storage.query.workers import LoneWorker, Place
 from symbolizer.text import readable
 
 _PART_BYTES = 128 << 20
@@ -74,19 +74,6 @@ _WORK_LASTS_S = 3 * 3600.0
 """A folder of work that was not touched for so long is a killed process's."""
 
 _hasher_of = functools.lru_cache(maxsize=1)(Hasher)
-
-
-class Place(NamedTuple):
-    """What a piece of work needs wherever it is done."""
-
-    store: ObjectStore
-    tenant: str
-    type: str
-    name: str
-    """The hour or day, as its manifest is called."""
-    key: bytes
-    """The tenant's."""
-    folder: Path
 
 
 class NewPart(NamedTuple):

@@ -94,7 +94,6 @@ _MANY_HEADS = 20_000
 
 _Read = TypeVar("_Read", Columns, FunctionTotals, Times, ObjectSelfSamples)
 
-
 _log = logging.getLogger(__name__)
 
 
@@ -197,20 +196,18 @@ class Blocks:
             return read_services(files, object_ids)
 
     def profile(
-        self, hours: Sequence[Compacted], selector: Selector, labels: frozenset[str] | None
+        self, hours: Sequence[Compacted], selector: Selector, *, rolls_up: bool
     ) -> list[Part[Columns]]:
         """Read the profile of successive hours as one, or one by one if any cannot be read.
 
-        Rows have the labels that detail keeps, and `host`. If these hours have so many that reading
-        takes long, rows have only those of `labels` that rollups keep, unless there are others;
-        None stands for all that there are. Then it is not known in which objects they occurred.
+        Rows have the labels that detail keeps, and `host`. If they are rolled up, they have only
+        those that rollups keep, and it is not known in which objects they occurred.
         """
-        rolls_up = self.uses_rollups(hours, labels)
-        whole = self._columns(hours, selector, rolls_up=rolls_up)
+        whole = self.samples(hours, selector, rolls_up=rolls_up)
         alone = each_without_day(hours)
         if whole.value is not None or not alone or not whole.skipped:
             return [whole]
-        return [self._columns([hour], selector, rolls_up=rolls_up) for hour in alone]
+        return [self.samples([hour], selector, rolls_up=rolls_up) for hour in alone]
 
     def is_large(self, hours: Sequence[Compacted]) -> bool:
         """Return whether the whole ones of some hours have more rows than are kept and merged.
@@ -222,21 +219,25 @@ class Blocks:
         return sum(map(rows_of_detail, (hour for hour in hours if hour.is_whole))) > _MANY_ROWS
 
     def uses_rollups(self, hours: Sequence[Compacted], labels: frozenset[str] | None) -> bool:
-        """Return whether `profile` reads rollups of whole hours, though there is detail."""
+        """Return whether hours have so many rows that rollups of whole ones are to be read.
+
+        Not if there are other `labels` than these keep; None stands for all that there are.
+        """
         are_enough = labels is not None and labels.issubset(ROLLUP_LABELS)
         return are_enough and self.is_large(hours)
 
     def columns(self, hour: Compacted, selector: Selector) -> Part[Columns]:
         """Read the profile of an hour with all labels; only selected rows."""
-        return self._columns([hour], selector, rolls_up=False)
+        return self.samples([hour], selector, rolls_up=False)
 
     def rolled_up(self, hour: Compacted, selector: Selector) -> Part[Columns]:
         """Read the profile of all hosts of an hour together, with the labels that rollups keep."""
-        return self._columns([hour], selector, rolls_up=True)
+        return self.samples([hour], selector, rolls_up=True)
 
-    def _columns(
+    def samples(
         self, hours: Sequence[Compacted], selector: Selector, *, rolls_up: bool
     ) -> Part[Columns]:
+        """Read the profile of successive hours as one; see `profile`."""
         plan = plan_samples(hours, rolls_up=rolls_up)
         heads = plan_heads(hours, is_coarse=rolls_up)
         lines = Lines.ALL if rolls_up else Lines.EACH

@@ -128,7 +128,7 @@ class Decoder:
         self, store: ObjectStore, key: Callable[[], bytes], workers: Workers | None
     ) -> None:
         self._store = store
-        self._key = key
+        self.key = key
         self._workers = workers
         self._failures: dict[StoredObject, tuple[Failure, float]] = {}
         self._alone = Turns()
@@ -138,7 +138,7 @@ class Decoder:
 
     @functools.cached_property
     def hasher(self) -> Hasher:
-        return Hasher(self._key())
+        return Hasher(self.key())
 
     @property
     def counts(self) -> DecodeCounts:
@@ -201,7 +201,7 @@ class Decoder:
         if workers is None:
             return functools.partial(decode_objects, fetched, self.hasher)
         try:
-            future = workers.submit(_decode_packed, fetched, self._key())
+            future = workers.submit(_decode_packed, fetched, self.key())
         except RuntimeError:  # none runs at the moment, or they are shut down
             return functools.partial(decode_objects, fetched, self.hasher)
 
@@ -228,7 +228,7 @@ class Decoder:
             for key, content in fetched:
                 progress.check()
                 try:
-                    packed = worker.run(_decode_packed, [(key, content)], self._key())
+                    packed = worker.run(_decode_packed, [(key, content)], self.key())
                     parts, failures = _unpack_parts(packed)
                 except BrokenExecutor:
                     _log.warning("skipped an object: two workers were killed key=%s", key.text)

@@ -4,19 +4,21 @@ So a function has one name in all of them: see `storage.query.resolve`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from storage.columns import Columns
-from storage.merging import adopt_names, without_stacks
+from storage.merging import adopt_names, take_locations, without_stacks
 from storage.profile import Window
+from storage.query.cache import pack
 from storage.query.compacted import Compacted
 from storage.query.coverage import ListedObject, Part, Skipped
 from storage.query.function_totals import FunctionTotals
 from storage.query.listing import union
-from storage.query.parts import Parts, Reader, Source, Span
-from storage.query.resolve import KnownNames, LocationNames
+from storage.query.parts import Parts
+from storage.query.readers import Asked, Reader, Source, Span
+from storage.query.resolve import Better, KnownNames, LocationNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,15 @@ class Naming:
                     naming.sources.append(_source_of([listed[key] for key in part.keys]))
         return naming
 
+    @classmethod
+    def by_table(cls, parts: Parts, table: Columns) -> "Naming":
+        """Return names that another process knows better: those of a table of locations."""
+        naming = cls(parts)
+        naming.known.add(LocationNames.of(table, parts.decoder.hasher))
+        naming.known.is_disputed = True
+        naming.tables[0] = [table]
+        return naming
+
     def function_totals(self) -> Reader[FunctionTotals]:
         """Return a reader of function totals with the best names."""
         parts = self.parts
@@ -55,12 +66,9 @@ class Naming:
             return parts.function_totals
 
         def of(source: Source) -> list[Part[FunctionTotals]]:
-            names = parts.location_names.of(source)
-            better = [self.known.better(each.value) for each in names if each.value is not None]
-            if not any(len(each.sources) for each in better):
+            name = name_of(source)
+            if name == parts.name(source):
                 return parts.function_totals.of(source)
-            prints = [each.fingerprint for each in better]
-            name = parts.cache.name([parts.name(source), *prints])
             keys = _keys_of(source)
             known = parts.cache.load(FunctionTotals, name)
             if known is not None:
@@ -75,7 +83,56 @@ class Naming:
                     parts.cache.save(each.value, name, each.skipped)
             return made
 
-        return Reader(FunctionTotals, lambda listed: of([listed])[0], of, lambda hour: of(hour)[0])
+        def name_of(source: Source) -> str:
+            better = self._better(source)
+            if not any(len(each.sources) for each in better):
+                return parts.name(source)
+            return parts.cache.name([parts.name(source), *(each.fingerprint for each in better)])
+
+        return Reader(
+            FunctionTotals,
+            lambda listed: of([listed])[0],
+            of,
+            lambda hour: of(hour)[0],
+            self._asked() if parts.elsewhere is not None else None,
+            name_of,
+        )
+
+    def _better(self, source: Source) -> list[Better]:
+        """Return by part of a source the names that other parts know better."""
+        names = self.parts.location_names.of(source)
+        return [self.known.better(each.value) for each in names if each.value is not None]
+
+    def _asked(self) -> Asked | None:
+        """Return what another process needs to read function totals with the best names."""
+        better = [each for source in self.sources for each in self._better(source)]
+        if not sum(len(each.sources) for each in better):
+            return None
+        every = np.concatenate([each.location_hashes for each in better])
+        hashes, firsts = np.unique(every, return_index=True)
+        owners = np.concatenate([each.sources for each in better])[firsts]
+        self._read_tables(np.unique(owners).tolist())
+        tables, chosen = [], []
+        for number in np.unique(owners).tolist():
+            left = hashes[owners == number]
+            for table in self._named_by(number):
+                tables.append(table)
+                chosen.append(np.flatnonzero(np.isin(table.location_hashes, left)))
+                left = np.setdiff1d(left, table.location_hashes)
+        names = pack(take_locations(tables, chosen))
+        return Asked(FunctionTotals, self.parts.hosts, names=names)
+
+    def _read_tables(self, numbers: Sequence[int]) -> None:
+        """Read the location tables of parts, where others may read them."""
+        number_of = {_keys_of(self.sources[number]): number for number in numbers}
+        asked = Asked(Columns, self.parts.hosts, has_stacks=False)
+        sources: list[Span | Compacted] = [
+            source if isinstance(source, Compacted) else (list(source), True)
+            for source in map(self.sources.__getitem__, numbers)
+        ]
+        for part in self.parts.read_spans(replace(self.parts.columns, asked=asked), sources):
+            if part.value is not None and part.keys in number_of:
+                self.tables[number_of[part.keys]] = [without_stacks(part.value)]
 
     def named(self, columns: Columns) -> Columns:
         """Return a profile with the best names."""

@@ -9,51 +9,39 @@ span, so that no file is ever out of date. FunctionTotals of a part some of whos
 better names in other parts are made with these names, and named by a digest of them as well.
 """
 
+import functools
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic
+from pathlib import Path
+from typing import Any
 
 from storage.blocks.block import DROPPED_LABELS, ROLLUP_LABELS
 from storage.blocks.times import Lines
 from storage.columns import Columns, Times
+from storage.objects.copies import Copies
 from storage.objects.keys import NS_PER_S
+from storage.objects.tenant import TenantStore
+from storage.objects.tenant_key import read_tenant_key
 from storage.profile import Window
 from storage.query.blocks import Blocks
-from storage.query.cache import DecodedCache
+from storage.query.cache import DEFAULT_LIMIT_BYTES, DecodedCache
 from storage.query.compacted import Compacted, has_detail, is_aligned
 from storage.query.coverage import Derived, Kept, ListedObject, Part, Skipped
 from storage.query.decoding import FETCHES, Decoder, Progress, join_parts
 from storage.query.function_totals import FunctionTotals
 from storage.query.listing import HOUR_NS, SPAN_NS, Listing, is_inside, overlap, split_spans, union
+from storage.query.readers import Asked, Reader, ReadsElsewhere, Source, Span
 from storage.query.resolve import LocationNames
 from storage.query.self_samples import ObjectSelfSamples
 from storage.query.threads import Turns, map_ahead
+from storage.query.workers import Workers
 from storage.selector import EMPTY, Selector
 
 _SETTLED_AFTER_NS = 300 * NS_PER_S
 """How long after its end a span waits for late objects before it is kept merged."""
-
-Span = tuple[list[ListedObject], bool]
-"""Objects of one host, and whether they are all of a span that may be kept merged."""
-Source = Sequence[ListedObject] | Compacted
-"""What one part is read from."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reader(Generic[Kept]):
-    """How to read one kind of value: of an object, and of all objects of a span."""
-
-    kind: type[Kept]
-    of_object: Callable[[ListedObject], Part[Kept]]
-    of_span: Callable[[Sequence[ListedObject]], list[Part[Kept]]]
-    of_hour: Callable[[Compacted], Part[Kept]]
-
-    def of(self, source: Source) -> list[Part[Kept]]:
-        if isinstance(source, Compacted):
-            return [self.of_hour(source)]
-        return self.of_span(source) if len(source) > 1 else [self.of_object(source[0])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +56,8 @@ class Parts:
     progress: Progress = field(default_factory=Progress)
     hosts: Selector = EMPTY
     """Matchers of the label `host`: objects of other hosts may be left out."""
+    elsewhere: ReadsElsewhere | None = None
+    """What has other processes read much of a window."""
     _turns: Turns = field(default_factory=Turns)
 
     def interruptible(self, check: Callable[[], None]) -> "Parts":
@@ -111,7 +101,8 @@ class Parts:
         def of_hour(hour: Compacted) -> Part[Columns]:
             return self._columns_of_hour(hour, selector)
 
-        return Reader(Columns, self._columns_of_object, self._columns_of_span, of_hour)
+        asked = Asked(Columns, self.hosts, selector)
+        return Reader(Columns, self._columns_of_object, self._columns_of_span, of_hour, asked)
 
     @property
     def function_totals(self) -> Reader[FunctionTotals]:
@@ -127,18 +118,19 @@ class Parts:
 
     @property
     def times(self) -> Reader[Times]:
-        return self._times(Lines.EACH)
+        return self.times_by(Lines.EACH)
 
-    def _times(self, lines: Lines) -> Reader[Times]:
+    def times_by(self, lines: Lines) -> Reader[Times]:
         """Return a reader of Times that adds up lines of compacted hours."""
 
         def read(hour: Compacted) -> Part[Times]:
             return self.blocks.times([hour], self.hosts, lines)[0]
 
         def of_hour(hour: Compacted) -> Part[Times]:
-            return self._of_hour(Times, hour, read, "" if lines is Lines.EACH else lines.name)
+            return self._of_hour(Times, hour, read, asked.mark)
 
-        return replace(self._derived(Times, Times.of), of_hour=of_hour)
+        asked = Asked(Times, self.hosts, lines=lines)
+        return replace(self._derived(Times, Times.of), of_hour=of_hour, asked=asked)
 
     @property
     def self_samples(self) -> Reader[ObjectSelfSamples]:
@@ -147,6 +139,7 @@ class Parts:
             lambda listed: self._self_samples_of_span([listed])[0],
             self._self_samples_of_span,
             lambda hour: self._of_hour(ObjectSelfSamples, hour, self._self_samples_of_hour),
+            Asked(ObjectSelfSamples, self.hosts),
         )
 
     def read(self, reader: Reader[Kept], window: Window) -> Iterator[Part[Kept]]:
@@ -182,20 +175,27 @@ class Parts:
 
         A day of a fleet takes 45 MB. Windows that end now are others each time.
         """
-        is_kept = self.blocks.uses_rollups(hours, labels) and all(map(is_aligned, hours))
-        if not is_kept:
-            return self.blocks.profile(hours, selector, labels)
+        rolls_up = self.blocks.uses_rollups(hours, labels)
+        if not rolls_up or not all(map(is_aligned, hours)):
+            return self._read_large(hours, selector, rolls_up=rolls_up)
         keys = tuple(hour.key for hour in hours)
         name = self.cache.name([str(self.listing.store), "rolled up", str(selector), *keys])
         with self._turns.of(name, self.progress.check):
             known = self.cache.load(Columns, name)
             if known is not None:
                 return [Part(keys, known[0], tuple(Skipped(*each) for each in known[1] or ()))]
-            parts = self.blocks.profile(hours, selector, labels)
+            parts = self._read_large(hours, selector, rolls_up=rolls_up)
             for each in parts:
                 if each.value is not None and each.is_lasting and each.keys == keys:
                     self.cache.save_later(each.value, name, each.skipped)
             return parts
+
+    def _read_large(
+        self, hours: Sequence[Compacted], selector: Selector, *, rolls_up: bool
+    ) -> list[Part[Columns]]:
+        if self.elsewhere is None:
+            return self.blocks.profile(hours, selector, rolls_up=rolls_up)
+        return self.elsewhere.profile(self, hours, selector, rolls_up=rolls_up)
 
     def read_times(
         self,
@@ -228,7 +228,7 @@ class Parts:
             )
         else:
             others = listed.hours
-            reader = self.times if lines is Lines.HOST else self._times(lines)
+            reader = self.times if lines is Lines.HOST else self.times_by(lines)
         spans = self.spans(listed.objects, window)
         for part in self.read_spans(reader, itertools.chain(others, spans)):
             yield part.derive(lambda value: value.filter(selector))
@@ -284,6 +284,14 @@ class Parts:
     def read_spans(
         self, reader: Reader[Kept], spans: Iterable[Span | Compacted]
     ) -> Iterator[Part[Kept]]:
+        """Return the parts of spans and hours in their order; other processes may read some."""
+        if self.elsewhere is None or reader.asked is None:
+            return self.read_here(reader, spans)
+        return self.elsewhere.read(self, reader, list(spans))
+
+    def read_here(
+        self, reader: Reader[Kept], spans: Iterable[Span | Compacted]
+    ) -> Iterator[Part[Kept]]:
         with ThreadPoolExecutor(FETCHES, "one") as ones, ThreadPoolExecutor(3, "span") as pool:
 
             def read(span: Span | Compacted) -> list[Part[Kept]]:
@@ -332,7 +340,7 @@ class Parts:
 
             return self._of_hour(kind, hour, read)
 
-        return Reader(kind, of_object, of_span, of_hour)
+        return Reader(kind, of_object, of_span, of_hour, Asked(kind, self.hosts))
 
     def _of_hour(
         self,
@@ -457,6 +465,24 @@ class Parts:
             return None
         self_samples = self.cache.load(ObjectSelfSamples, self.name([listed]))
         return replace(known, self_samples=self_samples[0] if self_samples else None)
+
+
+def open_parts(
+    store: TenantStore,
+    cache_folder: Path,
+    cache_bytes: int = DEFAULT_LIMIT_BYTES,
+    now_ns: Callable[[], int] = time.time_ns,
+    workers: Workers | None = None,
+) -> Parts:
+    """Return the parts of a store; `storage.query.query.Query` says what the arguments are."""
+    # Read when there is an object to be decoded: whoever stored it has made the key before.
+    key = functools.cache(lambda: read_tenant_key(store.store, store.tenant))
+    cache = DecodedCache(cache_folder, key, cache_bytes)
+    decoder = Decoder(store.store, key, workers)
+    # Both are bounded by the same number; which of the two fills depends on what is compacted.
+    copies = Copies(store.store, cache_folder / "blocks", cache_bytes)
+    blocks = Blocks(store, copies, lambda: decoder.hasher)
+    return Parts(Listing(store, blocks), blocks, cache, decoder, now_ns)
 
 
 def skipped_parts(skipped: tuple[Skipped, ...]) -> Iterator[Part[Any]]:

@@ -10,10 +10,10 @@ damaged, of a later schema or of another type is named in the answer and never s
 """
 
 import copy
-import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,15 +23,12 @@ from storage.blocks.block import ROLLUP_LABELS
 from storage.blocks.times import Lines
 from storage.columns import Columns
 from storage.merging import merge_columns
-from storage.objects.copies import Copies
 from storage.objects.keys import CPU, NS_PER_S
 from storage.objects.tenant import TenantStore
-from storage.objects.tenant_key import read_tenant_key
 from storage.profile import Accounting, ProfileBuilder, Window
-from storage.query.blocks import Blocks
-from storage.query.cache import DEFAULT_LIMIT_BYTES, DecodedCache
+from storage.query.cache import DEFAULT_LIMIT_BYTES
 from storage.query.coverage import Coverage, choose_parts, has_host, merging_early
-from storage.query.decoding import DecodeCounts, Decoder
+from storage.query.decoding import DecodeCounts
 from storage.query.function_series import FunctionSeries, HostGroups
 from storage.query.function_totals import (
     PROCESS_LABELS,
@@ -42,7 +39,7 @@ from storage.query.function_totals import (
 )
 from storage.query.listing import Listing, overlap
 from storage.query.naming import Naming
-from storage.query.parts import Parts
+from storage.query.parts import Parts, open_parts
 from storage.query.presence import ServicePresence, make_presence
 from storage.query.resolve import KnownNames
 from storage.query.timeline import (
@@ -52,7 +49,8 @@ from storage.query.timeline import (
     is_coarse,
     make_timeline,
 )
-from storage.query.workers import Workers
+from storage.query.wide import Wide
+from storage.query.workers import Place, Workers
 from storage.selector import EMPTY, Selector
 
 
@@ -94,7 +92,8 @@ class Query:
     """Reads a store. Safe to use from several threads; several may share a cache folder.
 
     With `workers` (see `storage.query.workers`) objects are decoded in these processes, else in
-    threads of this one, which Python runs one at a time.
+    threads of this one, which Python runs one at a time. With `executor`, its workers read the
+    parts of wide windows (see `storage.query.wide`), with the same result.
 
     Attributes:
         blocks: the compacted hours, for what is asked of them alone.
@@ -108,16 +107,17 @@ class Query:
         cache_bytes: int = DEFAULT_LIMIT_BYTES,
         now_ns: Callable[[], int] = time.time_ns,
         workers: Workers | None = None,
+        executor: Executor | None = None,
     ) -> None:
-        # Read when there is an object to be decoded: whoever stored it has made the key before.
-        key = functools.cache(lambda: read_tenant_key(store.store, store.tenant))
-        cache = DecodedCache(cache_folder, key, cache_bytes)
-        decoder = Decoder(store.store, key, workers)
-        self._decoder = decoder
-        # Both are bounded by the same number; which of the two fills depends on what is compacted.
-        copies = Copies(store.store, cache_folder / "blocks", cache_bytes)
-        self.blocks = Blocks(store, copies, lambda: decoder.hasher)
-        self._parts = Parts(Listing(store, self.blocks), self.blocks, cache, decoder, now_ns)
+        parts = open_parts(store, cache_folder, cache_bytes, now_ns, workers)
+        self._decoder, self.blocks = parts.decoder, parts.blocks
+        if executor is not None:
+
+            def place() -> Place:
+                return Place(store.store, store.tenant, parts.decoder.key(), cache_folder)
+
+            parts = replace(parts, elsewhere=Wide(executor, place))
+        self._parts = parts
         self._resolved = _Resolved(())
 
     def interruptible(self, check: Callable[[], None]) -> "Query":

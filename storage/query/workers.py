@@ -24,6 +24,8 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
+from storage.objects.keys import CPU, ObjectStore
+
 LATE_AFTER = 6
 """Chunks that are decoded before workers are started: a second's work."""
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 60.0
@@ -42,6 +44,21 @@ BrokenExecutor, which is one."""
 _environment = threading.Lock()
 _Done = TypeVar("_Done")
 _log = logging.getLogger(__name__)
+
+
+class Place(NamedTuple):
+    """What a piece of work needs wherever it is done."""
+
+    store: ObjectStore
+    tenant: str
+    key: bytes
+    """The tenant's."""
+    folder: Path
+    type: str = CPU
+    name: str = ""
+    """The hour or day that is written, as its manifest is called."""
+    home: str = ""
+    """Work of the same name has left files in the cache of whoever did it: best do it there."""
 
 
 class NoWorkersError(RuntimeError):
