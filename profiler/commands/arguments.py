@@ -196,6 +196,27 @@ def add_query(parser: Container) -> None:
     )
 
 
+def cluster_address(text: str) -> str:
+    """Check the address of a scheduler; argparse checks the default, which is empty, as well."""
+    if text and not re.fullmatch(r"(tcp|tls)://[^/\s]+:\d{1,5}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not the address of a scheduler (try tcp://HOST:8786)"
+        )
+    return text
+
+
+def add_cluster(parser: Container, what: str = "read long time ranges") -> None:
+    """Add a cluster that does what this process would do else."""
+    parser.add_argument(
+        "--cluster",
+        type=cluster_address,
+        default="",
+        metavar="tcp://HOST:PORT",
+        help=f"scheduler of a Dask cluster whose workers {what}; they must reach the store by"
+        " the same --store",
+    )
+
+
 def refuse_store(options: argparse.Namespace, command: str) -> None:
     """Refuse the options that select from a store, because files were named.
 
@@ -203,7 +224,8 @@ def refuse_store(options: argparse.Namespace, command: str) -> None:
         ValueError: one of them is there.
     """
     query = getattr(options, "query", "")
-    asked = (options.store, options.tenant, options.start, options.end, query)
+    cluster = getattr(options, "cluster", "")
+    asked = (options.store, options.tenant, options.start, options.end, query, cluster)
     if any(asked):
         raise ValueError(
             f"{command}: name files, or use --store, --tenant, --from, --until, -q; not both"

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import functools
 import os
-import re
 import signal
 import sys
 import threading
@@ -113,14 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " more, more of a large fleet is done at once (default: 1GB; workers of --cluster have"
         " limits of their own)",
     )
-    parser.add_argument(
-        "--cluster",
-        type=cluster_address,
-        default="",
-        metavar="tcp://HOST:PORT",
-        help="scheduler of a Dask cluster whose workers decode and merge in place of --workers;"
-        " they must reach the store by the same --store",
-    )
+    arguments.add_cluster(parser, "decode and merge in place of --workers")
 
 
 def keep(text: str) -> Keep:
@@ -139,15 +131,6 @@ def keep(text: str) -> Keep:
         return Keep.of(asked)
     except KeepError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def cluster_address(text: str) -> str:
-    """Check the address of a scheduler; argparse checks the default, which is empty, as well."""
-    if text and not re.fullmatch(r"(tcp|tls)://[^/\s]+:\d{1,5}", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not the address of a scheduler (try tcp://HOST:8786)"
-        )
-    return text
 
 
 def workers(text: str) -> int:

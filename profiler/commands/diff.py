@@ -8,6 +8,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ import orjson
 
 from profiler.commands import arguments, deployments
 from profiler.commands.files import FILE_HELP, add_reading_options, read_file, reading_options
-from profiler.commands.selection import NothingSelectedError, Selection, query_of, selected
+from profiler.commands.selection import (
+    NothingSelectedError,
+    Selection,
+    in_cluster,
+    query_of,
+    selected,
+)
 from profiler.comparison.comparison import Comparison, calibrate, of_profiles, of_store
 from profiler.comparison.deployments import announced_ns, deployments_in
 from profiler.comparison.gate import DEFAULT_GATE, Gate, verdict_of
@@ -97,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " the total (default %(default)s)",
     )
     arguments.add_store(parser)
+    arguments.add_cluster(parser)
     add_reading_options(parser, has_sides=False)
 
 
@@ -121,20 +129,23 @@ def run(options: argparse.Namespace) -> int:
             )
         if options.query or options.start or options.end:
             raise ValueError("diff: -q, --from and --until need --last-deploy")
-    settings = Options(
-        store=options.store,
-        endpoint=options.s3_endpoint,
-        tenant=options.tenant,
-        gate=Gate.parse(options.fail_over),
-        strict=options.strict,
-        as_json=options.json,
-        as_markdown=options.markdown,
-        last_deploy=selected(options, start="now-7d") if options.last_deploy else None,
-        calibrate=options.calibrate,
-        output=options.output,
-        reading=reading_options(options),
-    )
-    return diff(before, after, settings, time.time_ns())
+    with in_cluster(options) as executor:
+        last = selected(options, "now-7d", executor) if options.last_deploy else None
+        settings = Options(
+            store=options.store,
+            endpoint=options.s3_endpoint,
+            tenant=options.tenant,
+            gate=Gate.parse(options.fail_over),
+            strict=options.strict,
+            as_json=options.json,
+            as_markdown=options.markdown,
+            last_deploy=last,
+            calibrate=options.calibrate,
+            output=options.output,
+            reading=reading_options(options),
+            executor=executor,
+        )
+        return diff(before, after, settings, time.time_ns())
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +164,8 @@ class Options:
     """The file of the differential graph; `-` is stdout, and nothing else is printed there."""
     reading: ReadOptions = field(default_factory=ReadOptions)
     """Which part of files is read."""
+    executor: Executor | None = None
+    """Whose workers read wide windows."""
 
 
 def diff(before: Sequence[str], after: Sequence[str], options: Options, now_ns: int) -> int:
@@ -239,7 +252,8 @@ def _of_store(
         return of_store(*_in_store(before, after, options, now_ns))
     except EmptySideError as error:
         store = open_tenant(options.store, options.endpoint or None, options.tenant)
-        selection = Selection(store, error.operand.window, error.operand.selector)
+        operand = error.operand
+        selection = Selection(store, operand.window, operand.selector, options.executor)
         try:
             selection.answer()
         except NothingSelectedError as nothing:  # it says where the nearest data are
@@ -252,7 +266,8 @@ def _pair(
 ) -> Pair:
     """Read the stacks of both sides; the verdict needed only function totals."""
     if files is None:
-        query = query_of(open_tenant(options.store, options.endpoint or None, options.tenant))
+        store = open_tenant(options.store, options.endpoint or None, options.tenant)
+        query = query_of(store, options.executor)
         profiles = []
         for side in (found.before, found.after):
             labels = frozenset[str]() if side.has_all_hosts else None
@@ -279,7 +294,7 @@ def _in_store(
             "cannot compare several windows: name one on each side (hosts are its replicates)"
         )
     store = open_tenant(options.store, options.endpoint or None, options.tenant)
-    query = query_of(store)
+    query = query_of(store, options.executor)
     sides = _operand(before[0], now_ns), _operand(after[0], now_ns)
     services = {
         service

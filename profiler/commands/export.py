@@ -6,7 +6,7 @@ import sys
 
 from profiler.commands import arguments, outputs
 from profiler.commands.files import FILE_HELP, add_reading_options, read_file, reading_options
-from profiler.commands.selection import selected
+from profiler.commands.selection import in_cluster, selected
 from profiler.flamegraph.flamegraph import ROOT_ID
 from profiler.flamegraph.stacks import Group
 from profiler.flamegraph.views import NoSuchNodeError, View
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  everflame export cpu.pb.gz -o - --by '' | flamegraph.pl > cpu.svg\n"
         "  everflame export -o api.svg --from now-1h -q '{service=\"api\"}'\n"
         "  everflame export -o parse.folded --focus parse --hide memcpy\n"
+        "  everflame export -o week.svg --from now-7d --cluster tcp://scheduler:8786\n"
         "  everflame export --for go-pgo -q '{service=\"api\"}' --from now-1d -o default.pgo\n\n"
         "Without FILE it reads the store, by default the last hour."
     )
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_store(parser)
     arguments.add_window(parser)
     arguments.add_query(parser)
+    arguments.add_cluster(parser)
     add_reading_options(parser)
     _add_purpose(parser)
 
@@ -95,7 +97,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("export: name the file to write with -o FILE")
     _check(options)
     if options.file is None:
-        answer = selected(options, start="now-1h").answer()
+        with in_cluster(options) as executor:
+            answer = selected(options, "now-1h", executor).answer()
         for key, reason in answer.coverage.skipped:
             print(f"everflame: skipped {key}: {reason}", file=sys.stderr)
         whole = answer.profile

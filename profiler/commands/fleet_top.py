@@ -9,7 +9,7 @@ import sys
 import orjson
 
 from profiler.commands import terminal
-from profiler.commands.selection import NothingSelectedError, selected
+from profiler.commands.selection import NothingSelectedError, in_cluster, selected
 from profiler.fleet import FleetTop, Line, read_top
 from profiler.text import cells, counted, fit, pad, percent
 from profiler.times import from_until
@@ -21,11 +21,12 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError, StoreError: as `selected`; NothingSelectedError if there is no sample.
     """
-    selection = selected(options, start="now-1h")
     by = tuple(options.by or ())
-    top = read_top(selection.query(), selection.window, selection.selector, options.group, by)
-    if not top.now.whole:
-        raise NothingSelectedError(selection.why_nothing())
+    with in_cluster(options) as executor:
+        selection = selected(options, "now-1h", executor)
+        top = read_top(selection.query(), selection.window, selection.selector, options.group, by)
+        if not top.now.whole:
+            raise NothingSelectedError(selection.why_nothing())
     if options.json:
         sys.stdout.buffer.write(_as_json(top, options) + b"\n")
         return 0

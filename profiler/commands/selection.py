@@ -1,14 +1,17 @@
 """Selection: the part of a store that `--store`, `--from`, `--until` and `-q` select."""
 
 import argparse
+import contextlib
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 from typing import TextIO
 
+from profiler.cluster import ClusterExecutor
 from profiler.text import StatusLine, counted
 from profiler.times import from_until, parse_window
 from storage.objects.directory import DirectoryStore
@@ -34,6 +37,8 @@ class Selection:
     store: TenantStore
     window: Window
     selector: Selector
+    executor: Executor | None = None
+    """Whose workers read wide windows."""
 
     @classmethod
     def parse(
@@ -61,7 +66,7 @@ class Selection:
         return cls(opened, window, Selector.parse(query))
 
     def query(self) -> Query:
-        return query_of(self.store)
+        return query_of(self.store, self.executor)
 
     def objects(self) -> Iterator[tuple[ObjectKey, StoredObject]]:
         """Return the objects that start inside the window; none is read."""
@@ -121,14 +126,33 @@ def _shown(window: Window) -> str:
     return from_until(window)
 
 
-def selected(options: argparse.Namespace, start: str | None = None) -> Selection:
+@contextlib.contextmanager
+def in_cluster(options: argparse.Namespace) -> Iterator[Executor | None]:
+    """Return the workers that `--cluster` names for the length of the block, None if it does not.
+
+    Raises:
+        ClusterError: the cluster cannot be used.
+    """
+    if not options.cluster:
+        yield None
+        return
+    executor = ClusterExecutor(options.cluster)
+    try:
+        yield executor
+    finally:
+        executor.shutdown()
+
+
+def selected(
+    options: argparse.Namespace, start: str | None = None, executor: Executor | None = None
+) -> Selection:
     """Return what `--store`, `--from`, `--until` and `-q` select; `start` is the default `--from`.
 
     Raises:
         ValueError: a time or the selector cannot be read.
         StoreError: the URL names no store.
     """
-    return Selection.parse(
+    selection = Selection.parse(
         options.store,
         options.s3_endpoint,
         tenant=options.tenant,
@@ -136,6 +160,7 @@ def selected(options: argparse.Namespace, start: str | None = None) -> Selection
         end=options.end,
         query=getattr(options, "query", ""),
     )
+    return replace(selection, executor=executor)
 
 
 def opened(options: argparse.Namespace) -> TenantStore:
@@ -147,10 +172,11 @@ def opened(options: argparse.Namespace) -> TenantStore:
     return open_tenant(options.store, options.s3_endpoint or None, options.tenant)
 
 
-def query_of(store: TenantStore) -> Query:
+def query_of(store: TenantStore, executor: Executor | None = None) -> Query:
     """Return a query for a command, which shows its progress on the terminal."""
     workers = Workers(min(4, os.cpu_count() or 1))
-    return Query(store, default_folder(), workers=workers).watched(Decoding(sys.stderr))
+    query = Query(store, default_folder(), workers=workers, executor=executor)
+    return query.watched(Decoding(sys.stderr))
 
 
 class Decoding:

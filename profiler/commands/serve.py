@@ -15,6 +15,7 @@ from queue import Empty, SimpleQueue
 from socket import socket
 
 from profiler.agent import status
+from profiler.cluster import ClusterIfThere
 from profiler.commands import arguments
 from profiler.commands.selection import is_missing
 from profiler.service import addresses
@@ -39,26 +40,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  everflame serve\n"
         "  everflame serve --store s3://profiles/prod --listen 127.0.0.1:4040\n\n"
-        "The service only reads the store. To see the page from another machine:\n"
+        "The service only reads the store. Without its cluster it reads by itself, and says so\n"
+        "on stderr. To see the page from another machine:\n"
         "  ssh -L 4040:127.0.0.1:4040 USER@HOST"
     )
     arguments.add_store(parser)
     arguments.add_page(parser)
+    arguments.add_cluster(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     asked = [f"--store={options.store}", f"--s3-endpoint={options.s3_endpoint}"]
     asked += [f"--tenant={options.tenant}", f"--listen={options.listen}"]
-    return main(asked)
+    return main([*asked, f"--cluster={options.cluster}"])
 
 
 def serve(
-    listener: socket, store: TenantStore, about: About, cache: Path, *, is_quiet: bool = False
+    listener: socket,
+    store: TenantStore,
+    about: About,
+    cache: Path,
+    *,
+    cluster: ClusterIfThere | None = None,
+    is_quiet: bool = False,
 ) -> int:
     """Serve until SIGINT or SIGTERM."""
     _settle_memory()
     workers = start_workers(min(4, os.cpu_count() or 1))
-    profiles = MergedProfiles(store, Query(store, cache, workers=workers))
+    profiles = MergedProfiles(store, Query(store, cache, workers=workers, executor=cluster))
     service = Service(profiles, about)
     if not is_quiet:
         _tell(f"the page is at http://{addresses.shown(listener.getsockname()[:2])}/")
@@ -66,6 +75,8 @@ def serve(
         Server(service.app(), service.slots).run(sockets=[listener])
     finally:
         has_ended = service.end(_END_WITHIN_S)
+        if cluster is not None:
+            cluster.shutdown(wait=has_ended)
         workers.shutdown(wait=has_ended, cancel_futures=True)
     if not has_ended:
         sys.stderr.flush()
@@ -154,7 +165,10 @@ def main(argv: list[str] | None = None) -> int:
         if not options.quiet:
             check(store)
         cache = options.cache or default_folder()
-        return serve(listener, store, about, cache, is_quiet=options.quiet)
+        cluster = ClusterIfThere(options.cluster) if options.cluster else None
+        if cluster is not None:
+            cluster.start()
+        return serve(listener, store, about, cache, cluster=cluster, is_quiet=options.quiet)
     except (addresses.ListenError, StoreError) as error:
         _tell(str(error))
         return 2
@@ -168,6 +182,7 @@ def _parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--s3-endpoint", default="")
     parser.add_argument("--tenant", default="")
     parser.add_argument("--listen", default="127.0.0.1:4040")
+    parser.add_argument("--cluster", type=arguments.cluster_address, default="")
     parser.add_argument("--run-folder", type=Path)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--keep-s", type=int, default=0)

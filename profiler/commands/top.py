@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_store(fleet)
     arguments.add_window(fleet)
     arguments.add_query(fleet)
+    arguments.add_cluster(fleet)
     fleet.add_argument(
         "--by",
         type=arguments.label_names,
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
 
     If stdout is not a terminal, print one table after the other.
     """
-    named = (options.store, options.s3_endpoint, options.tenant)
+    named = (options.store, options.s3_endpoint, options.tenant, options.cluster)
     if any((*named, options.start, options.end, options.query)):
         if options.pids:
             raise ValueError("top: -p is for this machine; use -q to select from a store")

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -55,13 +55,16 @@ class Client:
 
 @contextlib.contextmanager
 def service(
-    folder: Path, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})
+    folder: Path,
+    *arguments: str,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    run: Sequence[str] = ("-m", "profiler.commands.serve"),
 ) -> Iterator[tuple[subprocess.Popen[bytes], Client]]:
     """Run a service over `folder/store`; its standard error is in `folder/talk`.
 
     It must end without an error, unless the block has ended it.
     """
-    command = [sys.executable, "-m", "profiler.commands.serve", "--listen=127.0.0.1:0"]
+    command = [sys.executable, *run, "--listen=127.0.0.1:0"]
     command += [f"--store={folder / 'store'}", f"--cache={folder / 'cache'}"]
     command += [f"--run-folder={folder}", *arguments]
     command = ending_with_us(*command, signal="TERM")
