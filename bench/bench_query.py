@@ -10,10 +10,16 @@ Cold: nothing is in the cache of decoded objects; the files of the store are in 
 Warm: a new process, only the cache on disk is there. Every answer is checked against the sums of
 what was put in. Each line is the median of several runs, each in a process of its own.
 
-Run: `python bench/bench_query.py [--day] [--folder FOLDER]`. The day takes minutes to make.
+With --cluster instead a day of one host, of which nothing is compacted, cold: read by this process
+with a process for each CPU, and by the workers of a Dask cluster on the same machine, one and two.
+CPU time is that of all processes, and of the one that asks. All find the same.
+
+Run: `python bench/bench_query.py [--day | --cluster] [--folder FOLDER]`. The day takes minutes to
+make.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -174,6 +180,66 @@ def ask(question: str, folder: Path, cache: Path) -> dict[str, float | int]:
     return took
 
 
+def ask_wide(folder: Path, cache: Path, cluster: str) -> dict[str, float | int]:
+    """Read a day in this process, or by a cluster; return what it took."""
+    from profiler.cluster import ClusterExecutor  # noqa: PLC0415 - needs the extra cluster
+
+    workers = None if cluster else start_workers(os.cpu_count() or 1)
+    executor = ClusterExecutor(cluster) if cluster else None
+    started, before_s = time.perf_counter(), time.process_time()
+    query = Query(TenantStore(DirectoryStore(folder)), cache, workers=workers, executor=executor)
+    answer = query.profile(Window(START_NS, START_NS + 24 * HOUR_NS))
+    took = {"took_s": time.perf_counter() - started, "own_s": time.process_time() - before_s}
+    for each in (workers, executor):
+        if each is not None:
+            each.shutdown()
+    counts = answer.profile.counts.sum(axis=0)
+    stacks = np.sort(answer.profile.stack_hashes)
+    return {
+        **took,
+        "objects": answer.coverage.objects,
+        "samples": answer.profile.total_samples,
+        "content": zlib.crc32(stacks.tobytes(), int(counts[1]) % 2**32),
+    }
+
+
+def measure_wide(folder: Path) -> None:
+    """Print what a day takes by this machine alone, and by clusters of one and two workers."""
+    from tests.support.dask_clusters import dask_cluster  # noqa: PLC0415 - likewise
+
+    found = []
+    for workers in (0, 1, 2):
+        with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+            before_s = children_s()
+            command = [sys.executable, __file__, "--ask", "wide", "--folder", str(folder)]
+            command += ["--cache", f"{name}/cache"]
+            if workers:
+                cluster = dask_cluster(Path(name) / "dask")
+                running = stack.enter_context(cluster)
+                for _ in range(workers):
+                    running.add_worker()
+                command += ["--address", running.address]
+            # The repository is where tests.support is.
+            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+            done = subprocess.run(command, check=True, capture_output=True, env=environment)
+            found.append(json.loads(done.stdout))
+            stack.close()
+            found[-1]["all_s"] = children_s() - before_s
+    assert len({(each["samples"], each["objects"], each["content"]) for each in found}) == 1
+    assert found[0]["samples"] == json.loads(folder.with_suffix(".json").read_text())
+    print(f"a day of {found[0]['objects']:,} objects, nothing compacted, nothing cached")
+    names = ("by itself", "a cluster of one worker", "a cluster of two workers")
+    for name, each in zip(names, found, strict=True):
+        cpu = f"CPU {each['all_s']:.1f} s, {each['own_s']:.1f} s of it where it is asked"
+        print(f"  {name}: {each['took_s']:.1f} s, {cpu}")
+    print(f"  two workers against one: {found[2]['took_s'] / found[1]['took_s']:.2f} of the time")
+
+
+def children_s() -> float:
+    used = os.times()
+    return used.children_user + used.children_system
+
+
 def measure(question: str, folder: Path, cache: Path, is_cold: bool, runs: int) -> None:
     answers = []
     for _ in range(runs):
@@ -201,15 +267,25 @@ def measure(question: str, folder: Path, cache: Path, is_cold: bool, runs: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--day", action="store_true", help="also 24 hours of 3 hosts")
+    parser.add_argument("--cluster", action="store_true", help="a day, also by a Dask cluster")
     parser.add_argument("--folder", type=Path, help="where the stores are made and kept")
     parser.add_argument("--ask", help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--address", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.ask == "wide":
+        print(json.dumps(ask_wide(options.folder, options.cache, options.address)))
+        return
     if options.ask:
         print(json.dumps(ask(options.ask, options.folder, options.cache)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
+        if options.cluster:
+            if not (folder / "wide").exists():
+                fill(folder / "wide", hosts=1, hours=24)
+            measure_wide(folder / "wide")
+            return
         hour, day = folder / "hour", folder / "day"
         if not hour.exists():
             fill(hour, hosts=1, hours=2)
