@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from storage.blocks.functions import FUNCTIONS_1D, FUNCTIONS_1H, FUNCTIONS_10M, GROUPS_1D, GROUPS_1H
+from storage.blocks.schema import FUNCTIONS
 from storage.objects.directory import DirectoryStore
 from storage.objects.keys import DEFAULT_TENANT, NS_PER_S
 from storage.objects.tenant import TenantStore
@@ -130,11 +131,15 @@ def test_groups_have_the_sums_of_their_hosts(queries, name):
         assert by_hash(parts) == (by_hash([found.self_samples()]) if found is not None else {})
 
 
+NUMBERS = {FUNCTIONS}
+"""Series of hours number functions; their table says which these are."""
+
+
 def tables_of(query: Query, asked: Window) -> list[tuple[set[str], int]]:
     """Return the tables that series of a window are read from, and how many pieces have none."""
     hours = query.blocks.hours(asked).hours
     return [
-        ({file.table for each in plan.chosen for file in each.files}, len(plan.rest))
+        ({file.table for each in plan.chosen for file in each.files} - NUMBERS, len(plan.rest))
         for plan in (
             plan_totals(hours),
             plan_self(hours, has_groups=False),
