@@ -346,7 +346,7 @@ def cut(path):
 
 DAMAGES = {
     "a file is missing": damage("*-samples_detail-*", lambda path: path.unlink()),
-    "a file is cut": damage("*-names-*", cut),
+    "a file is cut": damage("*-frames-*", cut),
     "the objects are missing": damage("*-objects-*", lambda path: path.unlink()),
     "a rollup is cut": damage("*-samples_1h-*", cut),
     "a day is cut": damage("dd-samples_1d-*", cut),
