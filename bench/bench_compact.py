@@ -13,7 +13,8 @@ With `--record MINUTES` the real agent records ten programs on this machine inst
 minute, and what it stored is compacted, with the rollup of its hour, as if that were over: all of
 it, and the first half. From these two an hour is extrapolated, each table by itself: as its bytes
 grew when the minutes doubled, they are taken to grow with each further doubling (a power law, such
-as that by which new words of a text become rarer), at most in proportion to time.
+as that by which new words of a text become rarer), at most in proportion to time. With `--recording
+STORE` that is a recording made before, whose minutes are of one hour.
 
 Run: `python bench/bench_compact.py [--hosts 20] [--minutes 60] [--cluster] [--record MINUTES]`.
 """
@@ -244,9 +245,8 @@ def compact_later(store: ObjectStore, folder: Path) -> None:
     assert not report.problems, report.problems
 
 
-def real_agent(bucket: Bucket, folder: Path, minutes: int, load: str) -> Iterator[Row]:
-    """Extrapolate an hour of this machine from a few minutes."""
-    source = record(folder, minutes, load)
+def real_agent(bucket: Bucket, folder: Path, source: DirectoryStore, minutes: int) -> Iterator[Row]:
+    """Extrapolate an hour of this machine from a few minutes of it."""
     whole = sorted(
         (key.start_s, stored.key)
         for stored in source.list("v1/")
@@ -287,12 +287,16 @@ def main() -> int:
     parser.add_argument("--stacks", type=int, default=fleet.STACKS, help="of a service and day")
     parser.add_argument("--cluster", action="store_true", help="also by a Dask cluster")
     parser.add_argument("--record", type=int, default=0, metavar="MINUTES")
+    parser.add_argument("--recording", type=Path, help="a store for --record that is there")
     parser.add_argument("--figures", type=Path, help="a file for costs.py")
     parser.add_argument("--load", choices=LOADS, default="programs", help="beside --record")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, bucket_in(Path(name) / "weed") as bucket:
         if options.record:
-            return 1 if show(real_agent(bucket, Path(name), options.record, options.load)) else 0
+            source = DirectoryStore(options.recording or Path(name) / "real")
+            if not options.recording:
+                source = record(Path(name), options.record, options.load)
+            return 1 if show(real_agent(bucket, Path(name), source, options.record)) else 0
         return 1 if show(fleet_hour(bucket, Path(name), options)) else 0
 
 
