@@ -18,17 +18,25 @@ from typing import NamedTuple
 EVERFLAME = Path(sys.executable).with_name("everflame")
 
 
+class Least(float):
+    """An aim that a figure has to reach."""
+
+
 Row = tuple[str, float, str, float | None]
-"""A figure: what it is, its value and unit, and the most that it may be."""
+"""A figure: what it is, its value and unit, and the most that it may be, or its `Least`."""
 
 
 def show(rows: Iterable[Row]) -> int:
     """Print figures as they come; return how many missed their aim."""
     missed = 0
-    for what, value, unit, most in rows:
-        verdict = "" if most is None else "ok" if value <= most else "MISSED"
-        missed += verdict == "MISSED"
-        aim = "" if most is None else f"  (at most {most:g}: {verdict})"
+    for what, value, unit, bound in rows:
+        aim = ""
+        if bound is not None:
+            is_least = isinstance(bound, Least)
+            is_met = value >= bound if is_least else value <= bound
+            missed += not is_met
+            verdict = "ok" if is_met else "MISSED"
+            aim = f"  (at {'least' if is_least else 'most'} {bound:g}: {verdict})"
         print(f"{what:46} {value:10,.3f} {unit}{aim}", flush=True)
     return missed
 
