@@ -53,7 +53,10 @@ PYTHON_FRAMES, NATIVE_FRAMES = 30, 20
 ROUNDS = 5
 
 EVALUATION = "_PyEval_EvalFrameDefault"
-STARTS = frozenset({"_start", "clone", "__clone", "clone3", "__clone3", "start_thread"})
+STARTS = frozenset(
+    {"_start", "clone", "__clone", "clone3", "__clone3", "start_thread", "[ld-linux-x86-64.so.2]"}
+)
+"""Where threads begin, and programs: in the dynamic loader, which often has no symbols."""
 
 _DEEP_PYTHON = """
 import ctypes, sys
@@ -187,16 +190,21 @@ def measure_tick(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     script = [str(folder / "deep.py"), str(folder / "deep.so"), *depths]
     python = native_python(options).command(*script)
     with syscalls.run_time_stats():
-        for name, command, most in (
-            ("Python stack", python, PYTHON_TICK_US),
-            (f"native stack of {DEPTH}", native, NATIVE_TICK_US),
+        for name, command, most, least in (
+            ("Python stack", python, PYTHON_TICK_US, Least(PYTHON_FRAMES)),
+            (f"native stack of {DEPTH}", native, NATIVE_TICK_US, None),
         ):
-            cost, frames = tick_cost(command, folder, options.seconds)
-            yield f"BPF time of a sample, {name}, {frames}", cost, "us", most
+            cost, of_python, others = tick_cost(command, folder, options.seconds)
+            yield f"BPF time of a sample, {name}", cost, "us", most
+            yield "    Python frames", of_python, "", least
+            yield "    other frames", others, "", None
 
 
-def tick_cost(command: list[str], folder: Path, seconds: float) -> tuple[float, str]:
-    """Return the BPF run time of a tick in us where each CPU runs a command, and its frames."""
+def tick_cost(command: list[str], folder: Path, seconds: float) -> tuple[float, int, int]:
+    """Return the BPF run time of a tick in us where each CPU runs a command.
+
+    Also the frames of its most frequent kind of stack: Python's, and others.
+    """
     with contextlib.ExitStack() as stack:
         for _ in range(os.cpu_count() or 1):
             pid = stack.enter_context(running(command))
@@ -210,13 +218,13 @@ def tick_cost(command: list[str], folder: Path, seconds: float) -> tuple[float, 
             recorder.step()
         profile = recorder.close_window()
     comm = Path(command[0]).name
-    shapes: Counter[str] = Counter()
+    shapes: Counter[tuple[int, int]] = Counter()
     for row in profile.rows():
         if dict(row.labels).get("comm", "").startswith(comm[:15]):
             python = len(python_stack(row.stack))
-            shapes[f"{python} Python + {len(row.stack) - python} others"] += row.samples
+            shapes[python, len(row.stack) - python] += row.samples
     assert shapes, f"no sample of process {pid}: {comm}"
-    return statistics.median(costs), shapes.most_common(1)[0][0]
+    return statistics.median(costs), *shapes.most_common(1)[0][0]
 
 
 def measure_beside(options: argparse.Namespace, folder: Path) -> Iterator[Row]:

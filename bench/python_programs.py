@@ -127,7 +127,7 @@ def make_venv(folder: Path, python: Path) -> Path:
     venv = folder / "venv"
     subprocess.run([python, "-m", "venv", venv], check=True)
     pip = [venv / "bin/python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", *PACKAGES], check=True, timeout=600)
+    subprocess.run([*pip, "install", "--no-compile", *PACKAGES], check=True, timeout=600)
     # What the loop with pip installs again and again.
     wheels = folder / "wheels"
     subprocess.run([*pip, "download", "--dest", wheels, "flask"], check=True, timeout=600)

@@ -54,9 +54,6 @@ def spin(count):
     return total
 
 
-# Methods
-
-
 class Base:
     def method(self):
         return spin(300)
@@ -144,9 +141,6 @@ def methods(clock):
         del shape
 
 
-# Generators
-
-
 def numbers(count):
     for i in range(count):
         yield spin(60) + i
@@ -174,9 +168,6 @@ def generators(clock):
         receiver.send(1)
         receiver.close()
         _first, *_rest = numbers(2)
-
-
-# C functions that call back
 
 
 def by_key(value):
@@ -223,9 +214,6 @@ def callbacks(clock):
         f"{Formatted():x}"
 
 
-# Recursion
-
-
 def descend(depth):
     if depth > 1:
         return descend(depth - 1) + 1
@@ -256,8 +244,6 @@ def deep(clock):
         descend(GREAT_DEPTH)
 
 
-# Code that is made at run time, and class bodies
-
 MADE = compile(
     "def made(count):\n    return spin(count)\n\nmade(310)\nclass Made:\n    spin(140)\n",
     "<made>",
@@ -275,9 +261,6 @@ def generated(clock):
 
             class Inner:
                 second = spin(170)
-
-
-# Exceptions and contexts
 
 
 class Guard:
@@ -321,9 +304,6 @@ def exceptions(clock):
             spin(1)
 
 
-# Tasks
-
-
 class Opened:
     async def __aenter__(self):
         await asyncio.sleep(0)
@@ -361,9 +341,6 @@ def tasks(clock):
     asyncio.run(rounds(clock))
 
 
-# Threads
-
-
 def turning(clock, count):
     while clock.goes_on():
         spin(count)
@@ -380,9 +357,7 @@ def threads(clock):
         each.join()
 
 
-# Shares that are known: each function has the same loop of its own
-
-
+# Each has the same loop of its own, so that the shares are known.
 def hot(count):
     total = 0
     for i in range(count):
@@ -418,9 +393,6 @@ MODES = {
         split,
     )
 }  # fmt: skip
-
-
-# What it knows of itself
 
 
 def name_of(code):
