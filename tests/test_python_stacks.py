@@ -59,7 +59,8 @@ def test_stacks_that_lack_a_frame_or_have_a_wrong_line_are_wrong() -> None:
         above, below = stack[:depth], stack[depth + 1 :]
         moved = frame._replace(line=frame.line + 1000)
 
-        assert tree.fault_of((*above, *below)) != ""
+        # Without the last frame it is one of the moment before the call.
+        assert (tree.fault_of((*above, *below)) == "") == (not below)
         assert tree.fault_of((*above, moved, *below)) != ""
         assert tree.fault_of((*above, frame._replace(function="other"), *below)) != ""
     assert tree.fault_of(()) == "no Python frame"
