@@ -63,11 +63,14 @@ _Static_assert(sizeof(struct page) == PAGE_SIZE_IN_MAP, "tables.py: PAGE");
 /* How a frame is left. */
 struct rule {
 	u16 cfa; /* in words of 8 bytes */
-	u8 cfa_kind;
+	u8 cfa_kind : 7;
+	u8 evaluates : 1; /* it is in CPython's evaluation loop */
 	u8 rbp_kind : 3;
 	u8 rbx : 5; /* where it is: RBX_UNKNOWN, RBX_SAME, or so many words below the CFA */
 	s16 rbp; /* in words of 8 bytes */
 };
+
+_Static_assert(EVALUATES == 1 << 7, "tables.py: the bit above the kind");
 
 struct row {
 	u16 pc_low; /* of the first instruction it holds for, within its page */

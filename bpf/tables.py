@@ -45,6 +45,10 @@ class CfaKind(IntEnum):
     RETURN_REGISTER = 32
 
 
+EVALUATES = 0x80
+"""Added to the kind of a row in CPython's evaluation loop, whose frame is left as the kind says."""
+
+
 class RbpKind(IntEnum):
     """Where the caller's frame pointer is."""
 
@@ -159,6 +163,7 @@ def constants() -> dict[str, int]:
         "WAKE_PERIOD_NS": WAKE_PERIOD_NS,
         **{f"CFA_{kind.name}": kind.value for kind in CfaKind},
         **{f"RBP_{kind.name}": kind.value for kind in RbpKind},
+        "EVALUATES": EVALUATES,
         "RBX_UNKNOWN": RBX_UNKNOWN,
         "RBX_SAME": RBX_SAME,
         **{f"TABLE_{state.name}": state.value for state in TableState},

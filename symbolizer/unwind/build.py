@@ -1,7 +1,8 @@
 """Build the unwind table of an object file.
 
 The rules come from call frame information (cfi.py, cfa.py); where that has holes, from known
-handwritten code and from Go's table (handwritten.py, go.py).
+handwritten code and from Go's table (handwritten.py, go.py). Those of CPython's evaluation loop are
+marked (runtimes/cpython.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from symbolizer.integers import Wide
 from symbolizer.location import Miss
+from symbolizer.runtimes.cpython import Image, read_image
 from symbolizer.symbols.elf import Elf, Source, UnreadableElf, read_elf
 from symbolizer.unwind.cfa import run_programs
 from symbolizer.unwind.cfi import CallFrames, read_debug_frame, read_eh_frame
@@ -52,9 +54,20 @@ def build(source: Source, *, by_file_offset: bool = False) -> UnwindTable:
     """
     elf = read_elf(source)
     rules = _read_rules(elf)
+    image = _read_image(elf, rules)
+    if image is not None and image.evaluation:
+        rules = rules.marked(image.evaluation)
     if by_file_offset:
         rules = _as_file_offsets(rules, elf)
-    return UnwindTable(elf.build_id, *_cut_into_pages(rules))
+    return UnwindTable(elf.build_id, *_cut_into_pages(rules), image)
+
+
+def _read_image(elf: Elf, rules: Rules) -> Image | None:
+    """Return an interpreter's image; None also if the symbols of a file are damaged."""
+    try:
+        return read_image(elf, rules)
+    except UnreadableElf:
+        return None
 
 
 def _read_rules(elf: Elf) -> Rules:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from symbolizer.maps import MappingTable
-from symbolizer.unwind.rules import RBX_SHIFT, RBX_UNKNOWN, ROW, CfaKind
+from symbolizer.unwind.rules import EVALUATES, RBX_SHIFT, RBX_UNKNOWN, ROW, CfaKind
 from symbolizer.unwind.table import PAGE_BITS, PagedRows
 from symbolizer.unwind.walk import PENDING, Rule, Stop
 
@@ -99,7 +99,9 @@ class RulePages:
 
 def _rule_of(row: bytes) -> Rule:
     cfa, cfa_kind, kinds, rbp = _ROW.unpack(row)
-    return Rule(cfa_kind, cfa, kinds & _RBP_KINDS, rbp, kinds >> RBX_SHIFT)
+    is_evaluation = cfa_kind >= EVALUATES
+    kind = cfa_kind & ~EVALUATES
+    return Rule(kind, cfa, kinds & _RBP_KINDS, rbp, kinds >> RBX_SHIFT, is_evaluation)
 
 
 class _Space:

@@ -55,6 +55,11 @@ class CfaKind(enum.IntEnum):
     rsp + 8 * cfa. glibc's vfork() needs it."""
 
 
+EVALUATES = 0x80
+"""Added to the CfaKind of a row in CPython's evaluation loop: where a walk leaves such a frame, a
+chain of Python frames belongs. How it is left is the same."""
+
+
 class RbpKind(enum.IntEnum):
     """Where the caller's rbp is. Below, `rbp` is the row's operand, in units of 8 bytes."""
 
@@ -78,8 +83,9 @@ so many words below the CFA, from 2 on (at CFA - 8 is the return address)."""
 ROW = np.dtype(
     [("pc_low", "<u2"), ("cfa", "<u2"), ("cfa_kind", "u1"), ("rbp_kind", "u1"), ("rbp", "<i2")]
 )
-"""A rule, and the low 16 bits of the first ELF address it applies to. In `rbp_kind` the low 3 bits
-are RbpKind, those above say where rbx is."""
+"""A rule, and the low 16 bits of the first ELF address it applies to. In `cfa_kind` the low 7 bits
+are CfaKind, the highest is EVALUATES. In `rbp_kind` the low 3 bits are RbpKind, those above say
+where rbx is."""
 
 
 def rule(kind: CfaKind, cfa: int = 0) -> int:
@@ -120,6 +126,15 @@ class Rules(NamedTuple):
         addresses = addresses[np.append(True, addresses[1:] != addresses[:-1])]
         own = self.at(addresses)
         rules = np.where(own == rule(CfaKind.HOLE), lower.at(addresses), own)
+        return Rules(addresses, rules).without_repetitions()
+
+    def marked(self, ranges: Iterable[tuple[int, int]]) -> "Rules":
+        """Return the rules with EVALUATES in disjoint, sorted ranges, except in HOLEs."""
+        edges = np.array(list(ranges), dtype=np.uint64).reshape(-1)
+        addresses = np.union1d(self.addresses, edges)
+        rules = self.at(addresses)
+        is_marked = np.searchsorted(edges, addresses, side="right") % 2 == 1
+        rules[is_marked & (rules != rule(CfaKind.HOLE))] |= np.uint64(EVALUATES << 32)
         return Rules(addresses, rules).without_repetitions()
 
     def without_repetitions(self) -> "Rules":

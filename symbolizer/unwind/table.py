@@ -6,6 +6,8 @@ made by build.py, which alone reads object files.
 The rows are cut into pages of 4 KiB of addresses, so that a row needs only the low bits of its
 address, and a look-up touches few cache lines. The rule in force at the start of a page is repeated
 there; pages without rows are holes.
+
+If the file is an interpreter, what is known of it stands behind the rows (runtimes/image.py).
 """
 
 import contextlib
@@ -21,6 +23,7 @@ import numpy.typing as npt
 
 from symbolizer.file_cache import FileCache
 from symbolizer.integers import Wide
+from symbolizer.runtimes.image import MAX_IMAGE_BYTES, Image
 from symbolizer.unwind.rules import ROW
 
 PAGE_BITS = 12
@@ -29,9 +32,9 @@ PAGE = np.dtype([("number", "<u4"), ("first", "<u4"), ("count", "<u4")])
 
 _MAGIC = b"EFLUNWD\n"
 # Raise this when the layout changes, or the rule that any address gets.
-_VERSION = 2
-# magic, version, CRC-32 of all that follows it, key (NUL-padded), pages, rows
-_HEADER = struct.Struct("<8sII136sQQ")
+_VERSION = 3
+# magic, version, CRC-32 of all that follows it, key (NUL-padded), pages, rows, bytes of the image
+_HEADER = struct.Struct("<8sII136sQQQ")
 _CHECKED_FROM = 16
 _CHECKED_AT_ONCE = 32 << 10
 
@@ -48,6 +51,9 @@ class PagedRows(Protocol):
     @property
     def row_count(self) -> int: ...
 
+    @property
+    def image(self) -> Image | None: ...
+
     def rows_of(self, place: int) -> npt.NDArray[np.void]:
         """Return the rows of `pages[place]`."""
 
@@ -60,11 +66,13 @@ class UnwindTable:
         key: the file's build id, or what the table was stored by.
         pages: of dtype PAGE, sorted by number.
         rows: of dtype ROW, page after page.
+        image: of an interpreter's file.
     """
 
     key: str
     pages: npt.NDArray[np.void]
     rows: npt.NDArray[np.void]
+    image: Image | None = None
 
     @property
     def row_count(self) -> int:
@@ -98,13 +106,16 @@ class UnwindTable:
         Raises:
             OSError: it cannot be written.
         """
-        counts = (self.key.encode(), len(self.pages), len(self.rows))
+        image = b"" if self.image is None else self.image.pack()
+        counts = (self.key.encode(), len(self.pages), len(self.rows), len(image))
         checksum = zlib.crc32(_HEADER.pack(_MAGIC, _VERSION, 0, *counts)[_CHECKED_FROM:])
         checksum = zlib.crc32(self.pages.view(np.uint8).data, checksum)
         checksum = zlib.crc32(self.rows.view(np.uint8).data, checksum)
+        checksum = zlib.crc32(image, checksum)
         file.write(_HEADER.pack(_MAGIC, _VERSION, checksum, *counts))
         file.write(self.pages.view(np.uint8).data)
         file.write(self.rows.view(np.uint8).data)
+        file.write(image)
 
     @classmethod
     def read(cls, content: bytes, key: str) -> "UnwindTable | None":
@@ -112,8 +123,11 @@ class UnwindTable:
         counts = _read_header(content, len(content), key)
         if counts is None or zlib.crc32(memoryview(content)[_CHECKED_FROM:]) != counts.checksum:
             return None
+        image = Image.unpack(content[counts.image_at :])
+        if image is None and counts.image_bytes:
+            return None
         pages = np.frombuffer(content, PAGE, counts.pages, _HEADER.size)
-        return cls(key, pages, np.frombuffer(content, ROW, counts.rows, counts.rows_at))
+        return cls(key, pages, np.frombuffer(content, ROW, counts.rows, counts.rows_at), image)
 
 
 class StoredTable:
@@ -123,16 +137,24 @@ class StoredTable:
     open for as long as this object lives, so that its eviction does not matter.
 
     Attributes:
-        key, pages: as of an UnwindTable.
+        key, pages, image: as of an UnwindTable.
         row_count: how many rows there are.
     """
 
-    def __init__(self, fd: int, key: str, pages: npt.NDArray[np.void], counts: "_Counts") -> None:
+    def __init__(
+        self,
+        fd: int,
+        key: str,
+        pages: npt.NDArray[np.void],
+        image: Image | None,
+        counts: "_Counts",
+    ) -> None:
         """Take over the descriptor of a file that `open` has checked."""
         self._fd = fd
         self._rows_at = counts.rows_at
         self.key = key
         self.pages = pages
+        self.image = image
         self.row_count = counts.rows
 
     def __del__(self) -> None:
@@ -152,7 +174,10 @@ class StoredTable:
             return None
         content = os.pread(fd, counts.pages * PAGE.itemsize, _HEADER.size)
         pages = np.frombuffer(content, PAGE)
-        return cls(os.dup(fd), key, pages, counts)
+        image = Image.unpack(os.pread(fd, counts.image_bytes, counts.image_at))
+        if image is None and counts.image_bytes:
+            return None
+        return cls(os.dup(fd), key, pages, image, counts)
 
     def rows_of(self, place: int) -> npt.NDArray[np.void]:
         """Return the rows of `pages[place]`; none if they cannot be read any more."""
@@ -171,20 +196,26 @@ class _Counts(NamedTuple):
     checksum: int
     pages: int
     rows: int
+    image_bytes: int
 
     @property
     def rows_at(self) -> int:
         return _HEADER.size + self.pages * PAGE.itemsize
+
+    @property
+    def image_at(self) -> int:
+        return self.rows_at + self.rows * ROW.itemsize
 
 
 def _read_header(head: bytes, size: int, key: str) -> _Counts | None:
     """Read the header of a file of this size; None if it is no table, or another file's."""
     if len(head) < _HEADER.size:
         return None
-    magic, version, checksum, held, page_count, row_count = _HEADER.unpack_from(head)
-    counts = _Counts(checksum, page_count, row_count)
+    magic, version, checksum, held, *sizes = _HEADER.unpack_from(head)
+    counts = _Counts(checksum, *sizes)
     is_whole = (magic, version, held.rstrip(b"\0")) == (_MAGIC, _VERSION, key.encode())
-    return counts if is_whole and size == counts.rows_at + row_count * ROW.itemsize else None
+    is_whole &= counts.image_bytes <= MAX_IMAGE_BYTES
+    return counts if is_whole and size == counts.image_at + counts.image_bytes else None
 
 
 class UnwindCache:

@@ -83,13 +83,17 @@ class StackCopy(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A row of an unwind table, as rules.py defines its kinds and operands; `rbx` is apart."""
+    """A row of an unwind table, as rules.py defines its kinds and operands.
+
+    `rbx` and EVALUATES are apart: whether the row is in CPython's evaluation loop.
+    """
 
     cfa_kind: int
     cfa: int
     rbp_kind: int
     rbp: int
     rbx: int
+    is_evaluation: bool = False
 
 
 FindRule = Callable[[int, int], Rule | int]
@@ -178,7 +182,7 @@ class _Walk:
         return _GO_ON
 
     def leave_by_rule(self, rule: Rule) -> int:  # noqa: C901, PLR0911 - runs for every frame
-        cfa_kind, operand, rbp_kind, rbp, rbx = rule
+        cfa_kind, operand, rbp_kind, rbp, rbx, _ = rule
         if cfa_kind == _BY_RSP:
             cfa = self.sp + operand * _WORD & _ALL_BITS
         elif cfa_kind == _BY_RBP:

@@ -71,6 +71,7 @@ def test_the_kernel_and_the_tables_makers_speak_of_the_same():
     assert numbers(tables.RbpKind) == numbers(rules.RbpKind)
     assert (tables.RBX_UNKNOWN, tables.RBX_SAME) == (rules.RBX_UNKNOWN, rules.RBX_SAME)
     assert max(tables.RbpKind) < 1 << rules.RBX_SHIFT
+    assert rules.EVALUATES == tables.EVALUATES
     assert rules.ROW == tables.ROW
 
 

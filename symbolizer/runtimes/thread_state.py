@@ -1,0 +1,224 @@
+"""Find where CPython keeps a thread's state, from the code of its exported one-line functions.
+
+From 3.12 on it is in the thread-local variable `_Py_tss_tstate`, which is not exported, but these
+functions return it. How they address it is one of the forms of the ELF TLS psABI ("ELF Handling For
+Thread-Local Storage", 4.4 and 4.5), as the linker has relaxed them. To 3.11 the state is the value
+of a pthread key.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from symbolizer.runtimes.image import Refusal, StateKind
+from symbolizer.symbols.elf import SHT_DYNSYM, SHT_RELA, Elf
+from symbolizer.symbols.named import Symbol, has_string
+
+GETTERS = (
+    *(b"PyThreadState_GetUnchecked", b"_PyThreadState_UncheckedGet"),
+    *(b"_PyThreadState_GetCurrent", b"PyThreadState_Get"),
+)
+KEY_GETTER = b"PyGILState_GetThisThreadState"
+
+_GETTER_BYTES = 64
+_MAX_RELOCATIONS_BYTES = 64 << 20
+_CHUNK_BYTES = 1 << 20
+_RELA = np.dtype([("r_offset", "<u8"), ("r_info", "<u8"), ("r_addend", "<i8")])
+R_X86_64_DTPMOD64, R_X86_64_DTPOFF64, R_X86_64_TPOFF64, R_X86_64_TLSDESC = 16, 17, 18, 36
+
+
+class ThreadState(NamedTuple):
+    """Where it is, as in an Image."""
+
+    kind: StateKind
+    address: int
+    offset: int = 0
+
+
+def find_in_tls(elf: Elf, symbols: Sequence[Symbol]) -> ThreadState | Refusal:
+    """Return where `_Py_tss_tstate` is; `symbols` are those of GETTERS.
+
+    Raises:
+        UnreadableElf: damaged, or too large.
+    """
+    for name in GETTERS:
+        for symbol in symbols:
+            if symbol.name == name and symbol.size:
+                found = _decode(elf, symbol.address, read_code(elf, symbol, _GETTER_BYTES))
+                if found is not None:
+                    is_supported = found.kind != StateKind.DYNAMIC_TLS or has_glibc(elf)
+                    return found if is_supported else Refusal.UNSUPPORTED_LIBC
+    return Refusal.NO_THREAD_STATE
+
+
+def find_key(elf: Elf, symbols: Sequence[Symbol], key: int) -> ThreadState | Refusal:
+    """Return where the key is, if the function that looks it up agrees that it is at `key`.
+
+    Args:
+        elf: the interpreter's file.
+        symbols: those of KEY_GETTER and `_PyRuntime`.
+        key: the address of the Py_tss_t, whose second word it is.
+    """
+    runtime = next(s.address for s in symbols if s.name == b"_PyRuntime")
+    getters = [s for s in symbols if s.name == KEY_GETTER]
+    if not any(_mentions(s, read_code(elf, s, _GETTER_BYTES), key, runtime) for s in getters):
+        return Refusal.NO_THREAD_STATE
+    if not has_glibc(elf):
+        return Refusal.UNSUPPORTED_LIBC
+    return ThreadState(StateKind.KEY, key + 4)
+
+
+def has_glibc(elf: Elf) -> bool:
+    """Return whether a file needs glibc, by its DT_NEEDED."""
+    return has_string(elf, SHT_DYNSYM, b"\0libc.so.6\0")
+
+
+def read_code(elf: Elf, symbol: Symbol, limit: int) -> bytes:
+    """Return the first bytes of a function, none if it is not in an executable segment."""
+    size = min(symbol.size, limit)
+    for p_vaddr, p_offset, p_filesz in elf.segments:
+        if p_vaddr <= symbol.address and symbol.address + size <= p_vaddr + p_filesz:
+            return elf.source.read_at(symbol.address - p_vaddr + p_offset, size)
+    return b""
+
+
+def _compile(code: str) -> re.Pattern[bytes]:
+    """Compile a regular expression of code: bytes are hexadecimal, WORD is one of 32 bits."""
+    text = re.sub("[0-9a-f]{2}", r"\\x\g<0>", code.replace(" ", ""))
+    text = re.sub("([A-Z]+)_WORD", r"(?P<\1>.{4})", text).replace("WORD", ".{4}")
+    return re.compile(text.encode(), re.DOTALL)
+
+
+# endbr64; push %rbp; mov %rsp, %rbp, or another way to align the stack.
+_BEGIN = "(?: f30f1efa)? (?: 55 (?: 4889e5)? | 50 | 4883ec08)?"
+_END = "(?: 5d | 58 | 59 | 5a | 4883c408)?"
+# ret, or test %rax, %rax of PyThreadState_Get.
+_DONE = f"{_END} (?: c3 | 4885c0)"
+# mov (%rax), %rax; mov x(%rax), %rax
+_LOAD = "488b (?: 00 | 40 (?P<BYTE>.) | 80 (?P<DISP>.{4}))"
+_LOAD_FS = "64 488b (?: 00 | 40 (?P<BYTE>.) | 80 (?P<DISP>.{4}))"
+_FS_0 = "(?: 66)* 64 488b 0425 00000000"
+_CALL = "(?: 66 | 67 | 48)* (?: e8 WORD | ff15 WORD)"
+
+_LOCAL_EXEC = tuple(
+    _compile(f"{_BEGIN} {code} {_DONE}")
+    for code in (
+        "64 488b 0425 IMM_WORD",  # mov %fs:x, %rax
+        f"{_FS_0} {_END} {_LOAD}",  # mov %fs:0, %rax; mov x(%rax), %rax
+        f"{_FS_0} 488d80 IMM_WORD {_END} {_LOAD}",  # lea x(%rax), %rax between them
+        f"48c7c0 IMM_WORD (?: 6690)? {_END} {_LOAD_FS}",  # mov $x, %rax; mov %fs:(%rax), %rax
+    )
+)
+_INITIAL_EXEC = tuple(
+    _compile(f"{_BEGIN} {code} {_DONE}")
+    for code in (
+        f"488b05 SLOT_WORD (?P<AFTER>) (?: 6690)? {_END} {_LOAD_FS}",
+        f"{_FS_0} 480305 SLOT_WORD (?P<AFTER>) {_END} {_LOAD}",
+    )
+)
+_DYNAMIC = _compile(
+    f"{_BEGIN} (?: 66)? 488d3d SLOT_WORD (?P<AFTER>) {_CALL} (?: 90)? {_END} {_LOAD} {_DONE}"
+)
+_DESCRIPTOR = _compile(f"{_BEGIN} 488d05 SLOT_WORD (?P<AFTER>) ff10 {_END} {_LOAD_FS} {_DONE}")
+
+
+def _decode(elf: Elf, address: int, code: bytes) -> ThreadState | None:
+    """Decode a function that returns a thread-local variable; None if it has no known form."""
+    for pattern in _LOCAL_EXEC:
+        found = pattern.match(code)
+        if found:
+            return ThreadState(StateKind.STATIC_TLS, 0, _displacement(found) + _word(found, "IMM"))
+    for pattern in _INITIAL_EXEC:
+        found = pattern.match(code)
+        if found:
+            slot = _slot(found, address)
+            is_filled = _relocation_at(elf, slot) == R_X86_64_TPOFF64
+            state = ThreadState(StateKind.GOT_TLS, slot, _displacement(found))
+            return state if is_filled else None
+    found = _DYNAMIC.match(code)
+    if found:
+        return _decode_dynamic(elf, _slot(found, address), _displacement(found))
+    found = _DESCRIPTOR.match(code)
+    if found and _relocation_at(elf, _slot(found, address)) == R_X86_64_TLSDESC:
+        # glibc puts the offset from the fs base behind the function if the module's block is
+        # static, as it is in all that is loaded with the program; else an address.
+        slot = _slot(found, address) + 8
+        return ThreadState(StateKind.GOT_TLS, slot, _displacement(found))
+    return None
+
+
+def _decode_dynamic(elf: Elf, slot: int, displacement: int) -> ThreadState | None:
+    """Read a tls_index in the GOT: the module's number, which the loader sets, and an offset."""
+    is_filled = _relocation_at(elf, slot) == R_X86_64_DTPMOD64
+    offset = read_word(elf, slot + 8)
+    if not is_filled or offset is None or _relocation_at(elf, slot + 8) is not None:
+        return None
+    return ThreadState(StateKind.DYNAMIC_TLS, slot, offset + displacement)
+
+
+def _word(found: re.Match[bytes], name: str) -> int:
+    word = found.groupdict().get(name)
+    return 0 if word is None else int.from_bytes(word, "little", signed=True)
+
+
+def _displacement(found: re.Match[bytes]) -> int:
+    return _word(found, "BYTE") + _word(found, "DISP")
+
+
+def _slot(found: re.Match[bytes], address: int) -> int:
+    return address + found.end("AFTER") + _word(found, "SLOT")
+
+
+def _relocation_at(elf: Elf, address: int) -> int | None:
+    """Return r_info of an address's relocation, its type if it has no symbol; None if none is."""
+    for section in elf.sections:
+        if section.type != SHT_RELA:
+            continue
+        chunk_bytes = _CHUNK_BYTES // _RELA.itemsize * _RELA.itemsize
+        for chunk in elf.chunks(section, chunk_bytes, _MAX_RELOCATIONS_BYTES):
+            rows = np.frombuffer(chunk, _RELA, len(chunk) // _RELA.itemsize)
+            found = rows["r_info"][rows["r_offset"] == address]
+            if len(found):
+                return int(found[0])
+    return None
+
+
+def read_word(elf: Elf, address: int, size: int = 8) -> int | None:
+    """Return the word that the file has at an address; None if there is none."""
+    content = read_bytes(elf, address, size)
+    return int.from_bytes(content, "little") if len(content) == size else None
+
+
+def read_bytes(elf: Elf, address: int, size: int) -> bytes:
+    """Return up to `size` bytes of what is loaded at an address."""
+    for p_vaddr, p_offset, p_filesz in elf.loaded:
+        if p_vaddr <= address < p_vaddr + p_filesz:
+            end = min(address + size, p_vaddr + p_filesz)
+            return elf.source.read_at(address - p_vaddr + p_offset, end - address)
+    return b""
+
+
+# lea x(%r), %rdi; lea x(%rip), %rdi; mov x(%rip), %edi; mov $x, %edi
+_MENTION = re.compile(rb"[\x48\x49]\x8d([\xb8-\xbf\x3d])|\x8b(\x3d)|(\xbf)", re.DOTALL)
+
+
+def _mentions(function: Symbol, code: bytes, key: int, runtime: int) -> bool:
+    """Return whether code computes the key's address, or reads the key."""
+    for found in _MENTION.finditer(code):
+        operand = code[found.end() : found.end() + 4]
+        word = int.from_bytes(operand, "little", signed=True)
+        after = function.address + found.end() + 4
+        lea, load, _ = found.groups()
+        if lea is not None and lea != b"\x3d":
+            is_key = runtime + word == key
+        elif lea is not None:
+            is_key = after + word == key
+        elif load is not None:
+            is_key = after + word == key + 4
+        else:
+            is_key = word == key
+        if len(operand) == 4 and is_key:
+            return True
+    return False
