@@ -22,8 +22,10 @@ from symbolizer.runtimes.layouts import (
 )
 from symbolizer.runtimes.thread_state import (
     GETTERS,
-    KEY_GETTER,
+    GILSTATE_GETTER,
+    RUNTIME,
     ThreadState,
+    find_detached,
     find_in_tls,
     find_key,
     read_bytes,
@@ -39,11 +41,11 @@ from symbolizer.unwind.rules import Rules
 
 __all__ = ["NONE", "Image", "Layout", "Refusal", "StateKind", "Style", "read_image"]
 
-_RUNTIME, _CODE_TYPE, _VERSION = b"_PyRuntime", b"PyCode_Type", b"Py_Version"
+_CODE_TYPE, _VERSION = b"PyCode_Type", b"Py_Version"
 _GET_VERSION, _TRACED_REFERENCES = b"Py_GetVersion", b"_Py_PrintReferences"
 _NAMES = (
-    *(EVALUATION_LOOP, _RUNTIME, _CODE_TYPE, _VERSION, _GET_VERSION, _TRACED_REFERENCES),
-    *(*GETTERS, KEY_GETTER),
+    *(EVALUATION_LOOP, RUNTIME, _CODE_TYPE, _VERSION, _GET_VERSION, _TRACED_REFERENCES),
+    *(*GETTERS, GILSTATE_GETTER),
 )
 _LAST_WITH_KEY = max(KEYS)
 
@@ -62,7 +64,7 @@ def read_image(elf: Elf, rules: Rules | None = None) -> Image | None:
         return None
     symbols = list(find_symbols(elf, _NAMES))
     by_name: Mapping[bytes, Symbol] = {s.name: s for s in symbols if s.size}
-    if _RUNTIME not in by_name or EVALUATION_LOOP not in by_name:
+    if RUNTIME not in by_name or EVALUATION_LOOP not in by_name:
         return None
     version = _read_version(elf, by_name)
     found = _read_layout(elf, by_name, version)
@@ -71,7 +73,7 @@ def read_image(elf: Elf, rules: Rules | None = None) -> Image | None:
     is_free_threaded, layout = found
     loop = [s for s in symbols if s.name.startswith(EVALUATION_LOOP)]
     evaluation = find_evaluation_loop(elf, _read_rules(elf) if rules is None else rules, loop)
-    state = _find_thread_state(elf, symbols, by_name[_RUNTIME], minor_of(version))
+    state, detached = _find_thread_state(elf, symbols, minor_of(version))
     refusal = Refusal.NONE
     if not evaluation:
         refusal = Refusal.NO_EVALUATION_LOOP
@@ -92,6 +94,7 @@ def read_image(elf: Elf, rules: Rules | None = None) -> Image | None:
         state.address,
         state.offset,
         _shift_of(elf, by_name[EVALUATION_LOOP].address),
+        *detached,
     )
 
 
@@ -155,7 +158,7 @@ def _read_layout(
     if not is_final(version):
         return Refusal.UNKNOWN_VERSION
     if minor_of(version) >= FIRST_WITH_DEBUG_OFFSETS:
-        content = read_bytes(elf, symbols[_RUNTIME].address, DEBUG_OFFSETS_BYTES)
+        content = read_bytes(elf, symbols[RUNTIME].address, DEBUG_OFFSETS_BYTES)
         return read_debug_offsets(content, version)
     if _TRACED_REFERENCES in symbols:  # --with-trace-refs: objects have two words more
         return Refusal.UNKNOWN_BUILD
@@ -163,12 +166,19 @@ def _read_layout(
     return Refusal.UNKNOWN_VERSION if layout is None else (False, layout)
 
 
+_NOT_THERE = ThreadState(StateKind.NONE, 0)
+
+
 def _find_thread_state(
-    elf: Elf, symbols: Sequence[Symbol], runtime: Symbol, minor: int
-) -> ThreadState | Refusal:
+    elf: Elf, symbols: Sequence[Symbol], minor: int
+) -> tuple[ThreadState | Refusal, ThreadState]:
+    """Return where it is, and where it is if it is not there, without the lock."""
     if minor <= _LAST_WITH_KEY:
-        return find_key(elf, symbols, runtime.address + KEYS[minor])
-    return find_in_tls(elf, symbols)
+        return find_key(elf, symbols, KEYS[minor]), _NOT_THERE
+    detached = find_detached(elf, symbols)
+    if isinstance(detached, Refusal):
+        detached = _NOT_THERE
+    return find_in_tls(elf, symbols), detached
 
 
 def _shift_of(elf: Elf, address: int) -> int:

@@ -3,8 +3,8 @@
 Compilers move what they take for rare out of a function, and with profiles of a training run that
 may be most of it: of Debian's python3.14, 1,184 bytes of the loop are in the function and 84,423 in
 `_PyEval_EvalFrameDefault.cold`. .symtab names such parts. In a stripped file they are found without
-names: a part that is jumped to has an FDE of its own, whose first rule is not that of a function's
-entry, and at the jump the same rule is in force as at its target.
+names: a part that is jumped to, and that jumps back, has an FDE of its own, whose first rule is not
+that of a function's entry, and at each jump the same rule is in force as at its target.
 
 An interpreter whose handlers are functions that call each other in tail position
 (--with-tail-call-interp) needs nothing more: the handlers are called by
@@ -26,6 +26,8 @@ EVALUATION_LOOP = b"_PyEval_EvalFrameDefault"
 
 _MAX_LOOP_BYTES = 4 << 20
 """Of all parts. The largest have 90 KB, in builds without optimization 300 KB."""
+_MAX_EXAMINED_BYTES = 16 << 20
+"""Of code that may be a part."""
 _AT_ENTRY = np.uint64(rule(CfaKind.RSP, 1))
 
 Range = tuple[int, int]
@@ -45,16 +47,28 @@ def find_evaluation_loop(elf: Elf, rules: Rules, symbols: Sequence[Symbol]) -> t
     parts = {(s.address, s.address + s.size) for s in symbols if s.size and _is_code(elf, s)}
     if not any(s.name == EVALUATION_LOOP and s.size for s in symbols):
         return ()
-    starts, ends = _find_parts(elf, rules)
-    found = set(parts)
-    while found and len(parts) < MAX_RANGES and _size_of(parts) < _MAX_LOOP_BYTES:
-        code = found.pop()
-        for number in _find_jumps(elf, rules, code, (starts, ends)):
-            part = int(starts[number]), int(ends[number])
-            if not any(start <= part[0] and part[1] <= end for start, end in parts):
-                parts.add(part)
+    if len(parts) <= MAX_RANGES and _size_of(parts) <= _MAX_LOOP_BYTES:
+        parts = _with_jumped_to(elf, rules, parts)
+    joined = _join(parts)
+    return joined if len(joined) <= MAX_RANGES and _size_of(parts) <= _MAX_LOOP_BYTES else ()
+
+
+def _with_jumped_to(elf: Elf, rules: Rules, parts: set[Range]) -> set[Range]:
+    """Add the parts that these jump to and that jump back."""
+    others = _find_others(elf, rules)
+    found, unread = set(parts), sorted(parts)
+    examined = 0
+    while unread and len(found) <= MAX_RANGES and examined < _MAX_EXAMINED_BYTES:
+        for part in _find_targets(elf, rules, unread.pop(), others):
+            examined += part[1] - part[0]
+            is_known = any(start <= part[0] and part[1] <= end for start, end in found)
+            if is_known or examined > _MAX_EXAMINED_BYTES:
+                continue
+            starts, ends = np.array(_join(found), dtype=np.uint64).T
+            if _find_targets(elf, rules, part, (starts, ends)):
                 found.add(part)
-    return _join(parts) if _size_of(parts) < _MAX_LOOP_BYTES else ()
+                unread.append(part)
+    return found
 
 
 def _is_code(elf: Elf, symbol: Symbol) -> bool:
@@ -66,7 +80,7 @@ def _size_of(parts: set[Range]) -> int:
     return sum(end - start for start, end in parts)
 
 
-def _find_parts(elf: Elf, rules: Rules) -> tuple[Wide, Wide]:
+def _find_others(elf: Elf, rules: Rules) -> tuple[Wide, Wide]:
     """Return the FDE ranges that do not begin as functions do, sorted."""
     starts, ends = read_fde_ranges(elf)
     at_start = rules.at(starts)
@@ -79,30 +93,31 @@ def _find_parts(elf: Elf, rules: Rules) -> tuple[Wide, Wide]:
 # byte, as if an instruction began there: the rules at both ends tell which are jumps.
 _JUMP = 0xE9
 _PREFIX, _CONDITIONAL = 0x0F, 0x80
-_DISPLACEMENT_BYTES = 4
+_JUMP_BYTES = 5
 
 
-def _find_jumps(elf: Elf, rules: Rules, code: Range, parts: tuple[Wide, Wide]) -> list[int]:
-    """Return the numbers of the parts that the code between two addresses jumps to."""
+def _find_targets(elf: Elf, rules: Rules, code: Range, parts: tuple[Wide, Wide]) -> list[Range]:
+    """Return those parts, given by their starts and ends, that code jumps to."""
     starts, ends = parts
     start, end = code
     segment = next((s for s in elf.segments if 0 <= start - s.p_vaddr < s.p_filesz), None)
-    if segment is None or end > segment.p_vaddr + segment.p_filesz or not len(starts):
+    if segment is None or end > segment.p_vaddr + segment.p_filesz:
+        return []
+    if end - start <= _JUMP_BYTES or end - start > _MAX_LOOP_BYTES or not len(starts):
         return []
     content = elf.source.read_at(start - segment.p_vaddr + segment.p_offset, end - start)
-    opcodes = np.frombuffer(content[:-_DISPLACEMENT_BYTES], np.uint8)
+    opcodes = np.frombuffer(content, np.uint8)[: 1 - _JUMP_BYTES]
     is_jump = opcodes == _JUMP
     is_jump[1:] |= (opcodes[:-1] == _PREFIX) & (opcodes[1:] & 0xF0 == _CONDITIONAL)
     places = np.flatnonzero(is_jump)
     words = np.ndarray((len(content) - 3,), "<i4", content, strides=(1,))
     sources = (start + places).astype(np.uint64)
-    targets = (start + places + 5 + words[places + 1]).astype(np.uint64)
+    targets = (start + places + _JUMP_BYTES + words[places + 1]).astype(np.uint64)
     numbers = np.searchsorted(starts, targets, side="right") - 1
     is_inside = (numbers >= 0) & (targets < ends[numbers])
     is_inside &= (targets < np.uint64(start)) | (targets >= np.uint64(end))
     is_inside[is_inside] = rules.at(sources[is_inside]) == rules.at(targets[is_inside])
-    found: list[int] = np.unique(numbers[is_inside]).tolist()
-    return found
+    return [(int(starts[n]), int(ends[n])) for n in np.unique(numbers[is_inside]).tolist()]
 
 
 def _join(parts: set[Range]) -> tuple[Range, ...]:

@@ -146,6 +146,9 @@ class Image(NamedTuple):
         evaluation: first addresses and ends of the parts of the evaluation loop, sorted.
         code_type: PyCode_Type.
         state_kind: a StateKind, with what it says of `state_address` and `state_offset`.
+        detached_kind: from 3.12 on, the same for where a thread keeps its state while it does not
+            hold the lock: then it is not where the other fields say, which hold a null pointer.
+            This state, that of PyGILState, is of the thread's first interpreter.
         code_shift: what the addresses of the loop's segment are higher than its file offsets. A
             mapping of that segment at `start` from `file_offset` on loads the file's address A at
             start - file_offset - code_shift + A.
@@ -161,6 +164,9 @@ class Image(NamedTuple):
     state_address: int = 0
     state_offset: int = 0
     code_shift: int = 0
+    detached_kind: StateKind = StateKind.NONE
+    detached_address: int = 0
+    detached_offset: int = 0
 
     def pack(self) -> bytes:
         """Return it as bytes, at most MAX_IMAGE_BYTES."""
@@ -169,12 +175,15 @@ class Image(NamedTuple):
             self.free_threaded,
             _REFUSALS.index(self.refusal),
             self.state_kind,
+            self.detached_kind,
             self.layout is not None,
             len(self.evaluation),
             self.code_type,
             self.state_address,
             self.state_offset,
             self.code_shift,
+            self.detached_address,
+            self.detached_offset,
         )
         ranges = b"".join(_RANGE.pack(*each) for each in self.evaluation)
         return head + ranges + (b"" if self.layout is None else _LAYOUT.pack(*self.layout))
@@ -189,13 +198,12 @@ class Image(NamedTuple):
 
     @classmethod
     def _unpack(cls, content: bytes) -> "Image":
-        version, free_threaded, refusal, kind, has_layout, ranges, *words = _HEAD.unpack_from(
-            content
-        )
+        head = _HEAD.unpack_from(content)
+        version, free_threaded, refusal, kind, detached_kind, has_layout, ranges, *words = head
         layout_at = _HEAD.size + ranges * _RANGE.size
         if ranges > MAX_RANGES or len(content) != layout_at + has_layout * _LAYOUT.size:
             raise ValueError("wrong size")
-        code_type, state_address, state_offset, code_shift = words
+        code_type, state_address, state_offset, code_shift, *detached = words
         layout = Layout(*_LAYOUT.unpack_from(content, layout_at)) if has_layout else None
         if layout is not None and not layout.is_sound:
             raise ValueError("wild offsets")
@@ -210,10 +218,12 @@ class Image(NamedTuple):
             state_address,
             state_offset,
             code_shift,
+            StateKind(detached_kind),
+            *detached,
         )
 
 
 _REFUSALS = list(Refusal)
-_HEAD = struct.Struct("<I?BB?BQQqq")
+_HEAD = struct.Struct("<I?BBB?BQQqqQq")
 _RANGE = struct.Struct("<QQ")
 _LAYOUT = struct.Struct(f"<{len(Layout._fields)}H")

@@ -103,8 +103,6 @@ LAYOUTS: Mapping[int, Layout] = MappingProxyType(
 
 KEYS: Mapping[int, int] = MappingProxyType({8: 1392, 9: 584, 10: 584, 11: 592})
 """By minor version: _PyRuntimeState.gilstate.autoTSSkey, a Py_tss_t."""
-KEY_IN_TSS = 4
-"""Py_tss_t._key."""
 
 DEBUG_WORDS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
     {

@@ -1,13 +1,14 @@
 """Find where CPython keeps a thread's state, from the code of its exported one-line functions.
 
-From 3.12 on it is in the thread-local variable `_Py_tss_tstate`, which is not exported, but these
-functions return it. How they address it is one of the forms of the ELF TLS psABI ("ELF Handling For
-Thread-Local Storage", 4.4 and 4.5), as the linker has relaxed them. To 3.11 the state is the value
-of a pthread key.
+From 3.12 on it is in the thread-local variable `_Py_tss_tstate` while the thread holds the lock (or
+is attached, in a free-threaded interpreter). That is not exported, but these functions return it.
+How they address it is one of the forms of "ELF Handling For Thread-Local Storage", 4.4 and 4.5, as
+the linker has relaxed them. The state that PyGILState keeps is there without the lock, too: up to
+3.14 it is the value of a pthread key, later another such variable. Up to 3.11 there is only that.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +21,12 @@ GETTERS = (
     *(b"PyThreadState_GetUnchecked", b"_PyThreadState_UncheckedGet"),
     *(b"_PyThreadState_GetCurrent", b"PyThreadState_Get"),
 )
-KEY_GETTER = b"PyGILState_GetThisThreadState"
+GILSTATE_GETTER = b"PyGILState_GetThisThreadState"
+RUNTIME = b"_PyRuntime"
 
 _GETTER_BYTES = 64
+_KEY_IN_TSS = 4
+"""Py_tss_t._key."""
 _MAX_RELOCATIONS_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 _RELA = np.dtype([("r_offset", "<u8"), ("r_info", "<u8"), ("r_addend", "<i8")])
@@ -44,30 +48,52 @@ def find_in_tls(elf: Elf, symbols: Sequence[Symbol]) -> ThreadState | Refusal:
         UnreadableElf: damaged, or too large.
     """
     for name in GETTERS:
-        for symbol in symbols:
-            if symbol.name == name and symbol.size:
-                found = _decode(elf, symbol.address, read_code(elf, symbol, _GETTER_BYTES))
-                if found is not None:
-                    is_supported = found.kind != StateKind.DYNAMIC_TLS or has_glibc(elf)
-                    return found if is_supported else Refusal.UNSUPPORTED_LIBC
+        found = _find_returned(elf, symbols, name)
+        if found is not None:
+            return found
     return Refusal.NO_THREAD_STATE
 
 
-def find_key(elf: Elf, symbols: Sequence[Symbol], key: int) -> ThreadState | Refusal:
-    """Return where the key is, if the function that looks it up agrees that it is at `key`.
+def find_key(elf: Elf, symbols: Sequence[Symbol], at: int | None = None) -> ThreadState | Refusal:
+    """Return where the pthread key of PyGILState is, from the function that looks it up.
 
     Args:
         elf: the interpreter's file.
-        symbols: those of KEY_GETTER and `_PyRuntime`.
-        key: the address of the Py_tss_t, whose second word it is.
+        symbols: those of GILSTATE_GETTER and `_PyRuntime`.
+        at: the place of the Py_tss_t in `_PyRuntime`, if it is known: it has to be that.
     """
-    runtime = next(s.address for s in symbols if s.name == b"_PyRuntime")
-    getters = [s for s in symbols if s.name == KEY_GETTER]
-    if not any(_mentions(s, read_code(elf, s, _GETTER_BYTES), key, runtime) for s in getters):
+    runtime = next(s for s in symbols if s.name == RUNTIME and s.size)
+    getters = [s for s in symbols if s.name == GILSTATE_GETTER]
+    keys = {
+        key - runtime.address
+        for s in getters
+        for key in _addresses_in(s, read_code(elf, s, _GETTER_BYTES), runtime)
+    }
+    keys = {key for key in keys if 0 < key < runtime.size and at in (None, key)}
+    if len(keys) != 1:
         return Refusal.NO_THREAD_STATE
     if not has_glibc(elf):
         return Refusal.UNSUPPORTED_LIBC
-    return ThreadState(StateKind.KEY, key + 4)
+    return ThreadState(StateKind.KEY, runtime.address + keys.pop() + _KEY_IN_TSS)
+
+
+def find_detached(elf: Elf, symbols: Sequence[Symbol]) -> ThreadState | Refusal:
+    """Return where the state of PyGILState is: from 3.15 on in `_Py_tss_gilstate`."""
+    found = _find_returned(elf, symbols, GILSTATE_GETTER)
+    return find_key(elf, symbols) if found is None else found
+
+
+def _find_returned(
+    elf: Elf, symbols: Sequence[Symbol], name: bytes
+) -> ThreadState | Refusal | None:
+    """Return where the variable is that a function returns; None if that cannot be decoded."""
+    for symbol in symbols:
+        if symbol.name == name and symbol.size:
+            found = _decode(elf, symbol.address, read_code(elf, symbol, _GETTER_BYTES))
+            if found is not None:
+                is_supported = found.kind != StateKind.DYNAMIC_TLS or has_glibc(elf)
+                return found if is_supported else Refusal.UNSUPPORTED_LIBC
+    return None
 
 
 def has_glibc(elf: Elf) -> bool:
@@ -200,25 +226,26 @@ def read_bytes(elf: Elf, address: int, size: int) -> bytes:
     return b""
 
 
-# lea x(%r), %rdi; lea x(%rip), %rdi; mov x(%rip), %edi; mov $x, %edi
-_MENTION = re.compile(rb"[\x48\x49]\x8d([\xb8-\xbf\x3d])|\x8b(\x3d)|(\xbf)", re.DOTALL)
+# lea x(%r), %r; lea x(%rip), %rdi; mov x(%rip), %edi; mov $x, %edi
+_OPERAND = re.compile(
+    rb"[\x48\x49]\x8d(?:(?P<BASED>[\x80-\xbf])|(?P<NEAR>\x3d))|(?P<KEY>\x8b\x3d)|(?P<AT>\xbf)"
+)
 
 
-def _mentions(function: Symbol, code: bytes, key: int, runtime: int) -> bool:
-    """Return whether code computes the key's address, or reads the key."""
-    for found in _MENTION.finditer(code):
-        operand = code[found.end() : found.end() + 4]
+def _addresses_in(function: Symbol, code: bytes, runtime: Symbol) -> Iterator[int]:
+    """Return addresses of a Py_tss_t that code may compute, or whose key it may read."""
+    for place in range(len(code)):  # an operand may look like an instruction
+        found = _OPERAND.match(code, place)
+        operand = b"" if found is None else code[found.end() : found.end() + 4]
+        if found is None or len(operand) < 4:
+            continue
         word = int.from_bytes(operand, "little", signed=True)
         after = function.address + found.end() + 4
-        lea, load, _ = found.groups()
-        if lea is not None and lea != b"\x3d":
-            is_key = runtime + word == key
-        elif lea is not None:
-            is_key = after + word == key
-        elif load is not None:
-            is_key = after + word == key + 4
+        if found["BASED"]:
+            yield runtime.address + word
+        elif found["NEAR"]:
+            yield after + word
+        elif found["KEY"]:
+            yield after + word - _KEY_IN_TSS
         else:
-            is_key = word == key
-        if len(operand) == 4 and is_key:
-            return True
-    return False
+            yield word
