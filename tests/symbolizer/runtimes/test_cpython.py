@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import pytest
 
-from symbolizer.runtimes.cpython import NONE, Image, Layout, Refusal, StateKind, Style, read_image
-from symbolizer.symbols.elf import FileSource, read_elf
+from symbolizer.runtimes.cpython import NONE, Image, Layout, Style
+from tests.support.python_images import Process, image_of, known_image_of
 from tests.support.pythons import VERSIONS, Interpreter, installed, need, need_python
 from tests.support.unwind_tables import needs, read_unwind_table
 
@@ -60,41 +60,6 @@ def need_build(name: str) -> Interpreter:
     return need(name) if "-" in name else need_python((int(major), int(minor)))
 
 
-def image_of(path: Path) -> Image | None:
-    with path.open("rb") as file:
-        return read_image(read_elf(FileSource(file.fileno())))
-
-
-def known_image_of(path: Path) -> tuple[Image, Layout]:
-    image = image_of(path)
-    assert image is not None
-    assert image.refusal == Refusal.NONE
-    assert image.layout is not None
-    return image, image.layout
-
-
-class Process(NamedTuple):
-    pid: int
-    thread_id: int
-
-    def read(self, address: int, size: int) -> bytes:
-        with Path(f"/proc/{self.pid}/mem").open("rb", buffering=0) as memory:
-            return os.pread(memory.fileno(), size, address)
-
-    def word(self, address: int, form: str = "Q") -> int:
-        (number,) = struct.unpack(f"<{form}", self.read(address, struct.calcsize(form)))
-        return int(number)
-
-    def bias(self, file: Path, code_shift: int) -> int:
-        """Return what is added to a file's addresses, from the mapping of its code."""
-        inode = file.stat().st_ino
-        for line in Path(f"/proc/{self.pid}/maps").read_text().splitlines():
-            addresses, flags, offset, _, number, *_ = line.split()
-            if int(number) == inode and "x" in flags:
-                return int(addresses.partition("-")[0], 16) - int(offset, 16) - code_shift
-        raise AssertionError(f"{file} is not mapped")
-
-
 @contextlib.contextmanager
 def stopped(interpreter: Interpreter, how: str, folder: Path) -> Iterator[Process]:
     """Run the program until its thread waits without the lock, or runs with it; then stop it."""
@@ -126,30 +91,6 @@ def state_of(task: str) -> str:
     return Path(f"/proc/{task}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def thread_state(process: Process, image: Image, bias: int) -> tuple[int, int]:
-    """Return the thread's state as it is with the lock, and as it is without it."""
-    return (
-        read_place(process, image.state_kind, image.state_address + bias, image.state_offset),
-        read_place(
-            process, image.detached_kind, image.detached_address + bias, image.detached_offset
-        ),
-    )
-
-
-def read_place(process: Process, kind: StateKind, address: int, offset: int) -> int:
-    base = process.thread_id  # pthread_self() is the fs base
-    if kind == StateKind.NONE:
-        return 0
-    if kind == StateKind.KEY:
-        return process.word(base + 0x310 + 16 * process.word(address, "I") + 8)
-    if kind == StateKind.DYNAMIC_TLS:
-        block = process.word(process.word(base + 8) + 16 * process.word(address))
-        return process.word(block + offset)
-    if kind == StateKind.GOT_TLS:
-        return process.word(base + process.word(address, "q") + offset)
-    return process.word(base + offset)
-
-
 class Frame(NamedTuple):
     """`instruction` is an offset in the code; `is_last` of its evaluation, if that can be told."""
 
@@ -161,8 +102,7 @@ class Frame(NamedTuple):
 
 
 def read_frames(process: Process, image: Image, layout: Layout, bias: int) -> list[Frame]:
-    attached, detached = thread_state(process, image, bias)
-    state = attached or detached
+    state = process.thread_state(image, bias) or process.detached_state(image, bias)
     assert process.word(state + layout.state_thread_id) == process.thread_id
     holder = state if layout.cframe_frame == NONE else process.word(state + layout.state_frame)
     offset = layout.state_frame if layout.cframe_frame == NONE else layout.cframe_frame
@@ -259,7 +199,8 @@ def test_a_thread_that_waits_has_its_state_where_pygilstate_keeps_it(build, tmp_
 
     with stopped(interpreter, "waits", tmp_path) as process:
         bias = process.bias(interpreter.runtime_file, image.code_shift)
-        attached, detached = thread_state(process, image, bias)
+        attached = process.thread_state(image, bias)
+        detached = process.detached_state(image, bias)
         state_of_thread = process.word((attached or detached) + layout.state_thread_id)
 
     assert state_of_thread == process.thread_id

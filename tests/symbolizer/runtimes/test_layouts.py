@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from symbolizer.runtimes.image import NONE, Layout, Refusal, Style
 from symbolizer.runtimes.layouts import (
     DEBUG_OFFSETS_BYTES,
-    DEBUG_OFFSETS_COOKIE,
     DEBUG_WORDS,
     KEYS,
     LAYOUTS,
@@ -21,6 +20,7 @@ from symbolizer.runtimes.layouts import (
 )
 from tests.support.debian_roots import CannotFetchError, fetch_root
 from tests.support.elf_files import build
+from tests.support.python_images import VERSION, debug_offsets
 from tests.support.unwind_tables import needs
 
 PROGRAM = Path(__file__).with_name("layout.c")
@@ -106,43 +106,6 @@ def test_debug_offsets_are_read_where_the_headers_have_them(minor, option, tmp_p
         }
 
 
-VERSION = 0x030E02F0
-
-
-def debug_offsets(version: int = VERSION, **changes: int) -> bytes:
-    """Return debug offsets of 3.14 as those of a real build, but for the changes."""
-    offsets = {
-        "version": version,
-        "free_threaded": 0,
-        "thread_state.current_frame": 72,
-        "thread_state.thread_id": 152,
-        "interpreter_frame.previous": 8,
-        "interpreter_frame.executable": 0,
-        "interpreter_frame.instr_ptr": 56,
-        "interpreter_frame.owner": 74,
-        "interpreter_frame.tlbc_index": 0,
-        "code_object.co_tlbc": 0,
-        "code_object.filename": 112,
-        "code_object.qualname": 128,
-        "code_object.linetable": 136,
-        "code_object.firstlineno": 68,
-        "code_object.co_code_adaptive": 208,
-        "pyobject.size": 16,
-        "pyobject.ob_type": 8,
-        "bytes_object.ob_size": 16,
-        "bytes_object.ob_sval": 32,
-        "unicode_object.state": 32,
-        "unicode_object.length": 16,
-        "unicode_object.asciiobject_size": 40,
-    }
-    content = bytearray(DEBUG_OFFSETS_BYTES)
-    content[:8] = DEBUG_OFFSETS_COOKIE
-    for name, number in (offsets | changes).items():
-        at = 8 * DEBUG_WORDS[name][1]
-        content[at : at + 8] = number.to_bytes(8, "little")
-    return bytes(content)
-
-
 def test_debug_offsets_give_a_layout():
     read = read_debug_offsets(debug_offsets(), VERSION)
 
@@ -174,7 +137,7 @@ def test_versions_that_are_not_final_or_not_known_are_refused(version):
     ],
 )
 def test_offsets_that_cannot_be_are_refused(changes):
-    read = read_debug_offsets(debug_offsets(**changes), VERSION)
+    read = read_debug_offsets(debug_offsets(changes=changes), VERSION)
 
     assert read == Refusal.UNKNOWN_DEBUG_OFFSETS
 
