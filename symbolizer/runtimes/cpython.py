@@ -21,6 +21,7 @@ from symbolizer.runtimes.layouts import (
     read_debug_offsets,
 )
 from symbolizer.runtimes.thread_state import (
+    ADDRESS_LIMIT,
     GETTERS,
     GILSTATE_GETTER,
     RUNTIME,
@@ -77,7 +78,7 @@ def read_image(elf: Elf, rules: Rules | None = None) -> Image | None:
     refusal = Refusal.NONE
     if not evaluation:
         refusal = Refusal.NO_EVALUATION_LOOP
-    elif _CODE_TYPE not in by_name:
+    elif _CODE_TYPE not in by_name or by_name[_CODE_TYPE].address >= ADDRESS_LIMIT:
         refusal = Refusal.NO_CODE_TYPE
     elif isinstance(state, Refusal):
         refusal = state
@@ -99,7 +100,7 @@ def read_image(elf: Elf, rules: Rules | None = None) -> Image | None:
 
 
 def _read_rules(elf: Elf) -> Rules:
-    pieces = run_programs(read_eh_frame(elf), RBP)
+    pieces = [Rules.of_ranges([]), *run_programs(read_eh_frame(elf), RBP)]
     return Rules(*(np.concatenate(columns) for columns in zip(*pieces, strict=True)))
 
 

@@ -33,12 +33,21 @@ _RELA = np.dtype([("r_offset", "<u8"), ("r_info", "<u8"), ("r_addend", "<i8")])
 R_X86_64_DTPMOD64, R_X86_64_DTPOFF64, R_X86_64_TPOFF64, R_X86_64_TLSDESC = 16, 17, 18, 36
 
 
+ADDRESS_LIMIT = 1 << 47
+_OFFSET_LIMIT = 1 << 31
+
+
 class ThreadState(NamedTuple):
     """Where it is, as in an Image."""
 
     kind: StateKind
     address: int
     offset: int = 0
+
+    @property
+    def is_bounded(self) -> bool:
+        is_address = 0 <= self.address < ADDRESS_LIMIT
+        return is_address and -_OFFSET_LIMIT <= self.offset < _OFFSET_LIMIT
 
 
 def find_in_tls(elf: Elf, symbols: Sequence[Symbol]) -> ThreadState | Refusal:
@@ -74,7 +83,8 @@ def find_key(elf: Elf, symbols: Sequence[Symbol], at: int | None = None) -> Thre
         return Refusal.NO_THREAD_STATE
     if not has_glibc(elf):
         return Refusal.UNSUPPORTED_LIBC
-    return ThreadState(StateKind.KEY, runtime.address + keys.pop() + _KEY_IN_TSS)
+    found = ThreadState(StateKind.KEY, runtime.address + keys.pop() + _KEY_IN_TSS)
+    return found if found.is_bounded else Refusal.NO_THREAD_STATE
 
 
 def find_detached(elf: Elf, symbols: Sequence[Symbol]) -> ThreadState | Refusal:
@@ -90,7 +100,7 @@ def _find_returned(
     for symbol in symbols:
         if symbol.name == name and symbol.size:
             found = _decode(elf, symbol.address, read_code(elf, symbol, _GETTER_BYTES))
-            if found is not None:
+            if found is not None and found.is_bounded:
                 is_supported = found.kind != StateKind.DYNAMIC_TLS or has_glibc(elf)
                 return found if is_supported else Refusal.UNSUPPORTED_LIBC
     return None

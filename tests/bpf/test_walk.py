@@ -12,7 +12,7 @@ import pytest
 from bpf import tables
 from bpf.sampler import kernel_constants
 from bpf.samples import MAX_USER_WORDS, USER_STACK, StopReason
-from bpf.tables import MAPPING, PAGE, TABLE, CfaKind, RbpKind, TableState
+from bpf.tables import EVALUATES, MAPPING, PAGE, TABLE, CfaKind, RbpKind, TableState
 from symbolizer.maps import Mapping, MappingTable
 from symbolizer.unwind import table as unwind
 from symbolizer.unwind.cie import RBX
@@ -96,6 +96,7 @@ class World:
         rows["rbp"] = random.choice([-2, -2, -2, *range(-6, 7)], len(rows))
         if is_tame:
             rows["cfa_kind"], rows["cfa"], rows["rbp_kind"] = CfaKind.RSP, 2, RbpKind.SAME
+        rows["cfa_kind"][random.random(len(rows)) < 0.1] |= EVALUATES
         return UnwindTable("", pages, rows)
 
     def random_mappings(self) -> MappingTable:
@@ -234,7 +235,9 @@ def test_all_kinds_of_rules_are_among_the_random_ones():
     world = World(0, 1)
     rows = np.concatenate([table.rows for table in world.tables.values()])
 
-    assert {kind.value for kind in CfaKind} <= set(rows["cfa_kind"].tolist())
+    kinds = set(rows["cfa_kind"].tolist())
+    assert {kind.value for kind in CfaKind} <= kinds
+    assert {CfaKind.RSP | EVALUATES, CfaKind.RBP | EVALUATES} <= kinds
     rbp_kinds = rows["rbp_kind"] & (1 << RBX_SHIFT) - 1
     assert {kind.value for kind in RbpKind} <= set(rbp_kinds.tolist())
     assert set(range(RBX_MAX + 1)) == set((rows["rbp_kind"] >> RBX_SHIFT).tolist())

@@ -1,5 +1,6 @@
 """Unwind tables: pages and rows, limits, and the file they are stored in."""
 
+import dataclasses
 import io
 import struct
 import tempfile
@@ -9,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from symbolizer.location import Miss
+from symbolizer.runtimes.image import Image, Refusal, StateKind
+from symbolizer.runtimes.layouts import LAYOUTS
 from symbolizer.symbols.elf import MemorySource, UnreadableElf
 from symbolizer.unwind.build import build
 from symbolizer.unwind.rules import CfaKind
@@ -166,6 +169,44 @@ def test_stored_table_is_read_page_by_page():
     assert (stored.pages == table.pages).all()
     for place in range(len(table.pages)):
         assert (stored.rows_of(place) == table.rows_of(place)).all()
+
+
+IMAGE = Image(
+    version=0x030C01F0,
+    free_threaded=False,
+    layout=LAYOUTS[12],
+    refusal=Refusal.NONE,
+    evaluation=((CODE, CODE + 8), (CODE + 32, CODE + 64)),
+    code_type=1 << 47,
+    state_kind=StateKind.STATIC_TLS,
+    state_offset=-24,
+    detached_kind=StateKind.KEY,
+    detached_address=1 << 40,
+)
+
+
+@pytest.mark.parametrize("image", [IMAGE, Image(0, True, None, Refusal.UNKNOWN_VERSION), None])
+def test_table_of_an_interpreter_has_its_image(image):
+    """It is read with the table and with the part of it that is read first."""
+    table = dataclasses.replace(build(MemorySource(make_elf({}))), image=image)
+    content = content_of(table)
+
+    loaded, stored = UnwindTable.read(content, table.key), opened(content, table.key)
+
+    assert loaded is not None
+    assert stored is not None
+    assert loaded.image == stored.image == image
+
+
+@pytest.mark.parametrize("packed", [b"x", b"\0" * 80, b"x" * 1024, b"\0" * 1025])
+def test_table_with_a_damaged_image_is_not_loaded(packed, monkeypatch):
+    """Whoever wrote it had a checksum for it."""
+    table = dataclasses.replace(build(MemorySource(make_elf({}))), image=IMAGE)
+    monkeypatch.setattr(Image, "pack", lambda _: packed)
+    content = content_of(table)
+
+    assert UnwindTable.read(content, table.key) is None
+    assert opened(content, table.key) is None
 
 
 def test_table_of_another_file_is_not_loaded(tmp_path):
