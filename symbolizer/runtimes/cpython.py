@@ -5,7 +5,6 @@ all offsets are bounded, and what is not known for sure is a Refusal.
 """
 
 import re
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from symbolizer.runtimes.thread_state import (
     GETTERS,
     GILSTATE_GETTER,
     RUNTIME,
+    Symbols,
     ThreadState,
     find_detached,
     find_in_tls,
@@ -34,7 +34,7 @@ from symbolizer.runtimes.thread_state import (
     read_word,
 )
 from symbolizer.symbols.elf import SHT_DYNSYM, Elf
-from symbolizer.symbols.named import Symbol, find_symbols, has_string
+from symbolizer.symbols.named import find_symbols, has_string
 from symbolizer.unwind.cfa import run_programs
 from symbolizer.unwind.cfi import read_eh_frame
 from symbolizer.unwind.cie import RBP
@@ -63,40 +63,40 @@ def read_image(elf: Elf, rules: Rules | None = None) -> Image | None:
     """
     if not _may_be_interpreter(elf):
         return None
-    symbols = list(find_symbols(elf, _NAMES))
-    by_name: Mapping[bytes, Symbol] = {s.name: s for s in symbols if s.size}
-    if RUNTIME not in by_name or EVALUATION_LOOP not in by_name:
+    found = list(find_symbols(elf, _NAMES))
+    symbols = {symbol.name: symbol for symbol in found if symbol.size}
+    if RUNTIME not in symbols or EVALUATION_LOOP not in symbols:
         return None
-    version = _read_version(elf, by_name)
-    found = _read_layout(elf, by_name, version)
-    if isinstance(found, Refusal):
-        return Image(version, False, None, found)
-    is_free_threaded, layout = found
-    loop = [s for s in symbols if s.name.startswith(EVALUATION_LOOP)]
-    evaluation = find_evaluation_loop(elf, _read_rules(elf) if rules is None else rules, loop)
+    version = _read_version(elf, symbols)
+    known = _read_layout(elf, symbols, version)
+    if isinstance(known, Refusal):
+        return Image(version, False, None, known)
+    is_free_threaded, layout = known
+    parts = [symbol for symbol in found if symbol.name.startswith(EVALUATION_LOOP)]
+    evaluation = find_evaluation_loop(elf, _read_rules(elf) if rules is None else rules, parts)
     state, detached = _find_thread_state(elf, symbols, minor_of(version))
-    refusal = Refusal.NONE
-    if not evaluation:
-        refusal = Refusal.NO_EVALUATION_LOOP
-    elif _CODE_TYPE not in by_name or by_name[_CODE_TYPE].address >= ADDRESS_LIMIT:
-        refusal = Refusal.NO_CODE_TYPE
-    elif isinstance(state, Refusal):
-        refusal = state
-    if refusal or isinstance(state, Refusal):
+    if isinstance(state, Refusal):
+        return Image(version, is_free_threaded, None, state)
+    if not evaluation or not _has_code_type(symbols):
+        refusal = Refusal.NO_CODE_TYPE if evaluation else Refusal.NO_EVALUATION_LOOP
         return Image(version, is_free_threaded, None, refusal)
     return Image(
         version,
         is_free_threaded,
         layout,
-        refusal,
+        Refusal.NONE,
         evaluation,
-        by_name[_CODE_TYPE].address,
+        symbols[_CODE_TYPE].address,
         state.kind,
         state.address,
         state.offset,
-        _shift_of(elf, by_name[EVALUATION_LOOP].address),
+        _shift_of(elf, symbols[EVALUATION_LOOP].address),
         *detached,
     )
+
+
+def _has_code_type(symbols: Symbols) -> bool:
+    return _CODE_TYPE in symbols and symbols[_CODE_TYPE].address < ADDRESS_LIMIT
 
 
 def _read_rules(elf: Elf) -> Rules:
@@ -113,7 +113,7 @@ def _may_be_interpreter(elf: Elf) -> bool:
     return has_string(elf, SHT_DYNSYM, b"\0_PyRuntime\0")
 
 
-def _read_version(elf: Elf, symbols: Mapping[bytes, Symbol]) -> int:
+def _read_version(elf: Elf, symbols: Symbols) -> int:
     """Return PY_VERSION_HEX; 0 if it is not known."""
     if _VERSION in symbols:  # from 3.11 on
         return read_word(elf, symbols[_VERSION].address, 4) or 0
@@ -152,9 +152,7 @@ def _parse_version(text: bytes) -> int:
     return 0 if found is None else 3 << 24 | int(found[1]) << 16 | int(found[2]) << 8 | 0xF0
 
 
-def _read_layout(
-    elf: Elf, symbols: Mapping[bytes, Symbol], version: int
-) -> tuple[bool, Layout] | Refusal:
+def _read_layout(elf: Elf, symbols: Symbols, version: int) -> tuple[bool, Layout] | Refusal:
     """Return whether the interpreter is free-threaded, and its layout."""
     if not is_final(version):
         return Refusal.UNKNOWN_VERSION
@@ -171,7 +169,7 @@ _NOT_THERE = ThreadState(StateKind.NONE, 0)
 
 
 def _find_thread_state(
-    elf: Elf, symbols: Sequence[Symbol], minor: int
+    elf: Elf, symbols: Symbols, minor: int
 ) -> tuple[ThreadState | Refusal, ThreadState]:
     """Return where it is, and where it is if it is not there, without the lock."""
     if minor <= _LAST_WITH_KEY:

@@ -8,13 +8,14 @@ the linker has relaxed them. The state that PyGILState keeps is there without th
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from symbolizer.location import Miss
 from symbolizer.runtimes.image import Refusal, StateKind
-from symbolizer.symbols.elf import SHT_DYNSYM, SHT_RELA, Elf
+from symbolizer.symbols.elf import SHT_DYNSYM, SHT_RELA, Elf, UnreadableElf
 from symbolizer.symbols.named import Symbol, has_string
 
 GETTERS = (
@@ -27,7 +28,8 @@ RUNTIME = b"_PyRuntime"
 _GETTER_BYTES = 64
 _KEY_IN_TSS = 4
 """Py_tss_t._key."""
-_MAX_RELOCATIONS_BYTES = 64 << 20
+_MAX_RELOCATIONS_BYTES = 32 << 20
+"""Of all sections; libpython has 500 KB."""
 _CHUNK_BYTES = 1 << 20
 _RELA = np.dtype([("r_offset", "<u8"), ("r_info", "<u8"), ("r_addend", "<i8")])
 R_X86_64_DTPMOD64, R_X86_64_DTPOFF64, R_X86_64_TPOFF64, R_X86_64_TLSDESC = 16, 17, 18, 36
@@ -50,60 +52,58 @@ class ThreadState(NamedTuple):
         return is_address and -_OFFSET_LIMIT <= self.offset < _OFFSET_LIMIT
 
 
-def find_in_tls(elf: Elf, symbols: Sequence[Symbol]) -> ThreadState | Refusal:
-    """Return where `_Py_tss_tstate` is; `symbols` are those of GETTERS.
+Symbols = Mapping[bytes, Symbol]
+"""By name: those of GETTERS, GILSTATE_GETTER and RUNTIME, as far as the file has them."""
+
+
+def find_in_tls(elf: Elf, symbols: Symbols) -> ThreadState | Refusal:
+    """Return where `_Py_tss_tstate` is.
 
     Raises:
         UnreadableElf: damaged, or too large.
     """
     for name in GETTERS:
-        found = _find_returned(elf, symbols, name)
+        found = _find_returned(elf, symbols.get(name))
         if found is not None:
             return found
     return Refusal.NO_THREAD_STATE
 
 
-def find_key(elf: Elf, symbols: Sequence[Symbol], at: int | None = None) -> ThreadState | Refusal:
+def find_key(elf: Elf, symbols: Symbols, at: int | None = None) -> ThreadState | Refusal:
     """Return where the pthread key of PyGILState is, from the function that looks it up.
 
-    Args:
-        elf: the interpreter's file.
-        symbols: those of GILSTATE_GETTER and `_PyRuntime`.
-        at: the place of the Py_tss_t in `_PyRuntime`, if it is known: it has to be that.
+    `at` is the place of the Py_tss_t in `_PyRuntime`, if it is known: it has to be that.
     """
-    runtime = next(s for s in symbols if s.name == RUNTIME and s.size)
-    getters = [s for s in symbols if s.name == GILSTATE_GETTER]
-    keys = {
-        key - runtime.address
-        for s in getters
-        for key in _addresses_in(s, read_code(elf, s, _GETTER_BYTES), runtime)
-    }
+    runtime, getter = symbols[RUNTIME], symbols.get(GILSTATE_GETTER)
+    code = b"" if getter is None else read_code(elf, getter, _GETTER_BYTES)
+    found = set() if getter is None else set(_addresses_in(getter, code, runtime))
+    keys = {address - runtime.address for address in found}
     keys = {key for key in keys if 0 < key < runtime.size and at in (None, key)}
     if len(keys) != 1:
         return Refusal.NO_THREAD_STATE
-    if not has_glibc(elf):
-        return Refusal.UNSUPPORTED_LIBC
-    found = ThreadState(StateKind.KEY, runtime.address + keys.pop() + _KEY_IN_TSS)
-    return found if found.is_bounded else Refusal.NO_THREAD_STATE
+    state = ThreadState(StateKind.KEY, runtime.address + keys.pop() + _KEY_IN_TSS)
+    return _checked(elf, state) or Refusal.NO_THREAD_STATE
 
 
-def find_detached(elf: Elf, symbols: Sequence[Symbol]) -> ThreadState | Refusal:
+def find_detached(elf: Elf, symbols: Symbols) -> ThreadState | Refusal:
     """Return where the state of PyGILState is: from 3.15 on in `_Py_tss_gilstate`."""
-    found = _find_returned(elf, symbols, GILSTATE_GETTER)
-    return find_key(elf, symbols) if found is None else found
+    return _find_returned(elf, symbols.get(GILSTATE_GETTER)) or find_key(elf, symbols)
 
 
-def _find_returned(
-    elf: Elf, symbols: Sequence[Symbol], name: bytes
-) -> ThreadState | Refusal | None:
+def _find_returned(elf: Elf, function: Symbol | None) -> ThreadState | Refusal | None:
     """Return where the variable is that a function returns; None if that cannot be decoded."""
-    for symbol in symbols:
-        if symbol.name == name and symbol.size:
-            found = _decode(elf, symbol.address, read_code(elf, symbol, _GETTER_BYTES))
-            if found is not None and found.is_bounded:
-                is_supported = found.kind != StateKind.DYNAMIC_TLS or has_glibc(elf)
-                return found if is_supported else Refusal.UNSUPPORTED_LIBC
-    return None
+    if function is None:
+        return None
+    state = _decode(elf, function.address, read_code(elf, function, _GETTER_BYTES))
+    return None if state is None else _checked(elf, state)
+
+
+def _checked(elf: Elf, state: ThreadState) -> ThreadState | Refusal | None:
+    """Return a state that can be found in processes; None if it is where nothing can be."""
+    if not state.is_bounded:
+        return None
+    needs_glibc = state.kind in (StateKind.KEY, StateKind.DYNAMIC_TLS)
+    return Refusal.UNSUPPORTED_LIBC if needs_glibc and not has_glibc(elf) else state
 
 
 def has_glibc(elf: Elf) -> bool:
@@ -209,10 +209,11 @@ def _slot(found: re.Match[bytes], address: int) -> int:
 
 def _relocation_at(elf: Elf, address: int) -> int | None:
     """Return r_info of an address's relocation, its type if it has no symbol; None if none is."""
-    for section in elf.sections:
-        if section.type != SHT_RELA:
-            continue
-        chunk_bytes = _CHUNK_BYTES // _RELA.itemsize * _RELA.itemsize
+    sections = [section for section in elf.sections if section.type == SHT_RELA]
+    if sum(section.size for section in sections) > _MAX_RELOCATIONS_BYTES:
+        raise UnreadableElf(Miss.TOO_LARGE)
+    chunk_bytes = _CHUNK_BYTES // _RELA.itemsize * _RELA.itemsize
+    for section in sections:
         for chunk in elf.chunks(section, chunk_bytes, _MAX_RELOCATIONS_BYTES):
             rows = np.frombuffer(chunk, _RELA, len(chunk) // _RELA.itemsize)
             found = rows["r_info"][rows["r_offset"] == address]

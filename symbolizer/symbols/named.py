@@ -7,7 +7,7 @@ import numpy as np
 
 from symbolizer.symbols.elf import SHT_DYNSYM, SHT_SYMTAB, Elf, Section
 
-_MAX_STRINGS_BYTES = 128 << 20
+_MAX_STRINGS_BYTES = 64 << 20
 _MAX_SYMBOLS_BYTES = 96 << 20
 _CHUNK_BYTES = 1 << 20
 _MAX_NAME_BYTES = 96
@@ -33,27 +33,34 @@ class Symbol(NamedTuple):
 def find_symbols(elf: Elf, beginnings: Collection[bytes]) -> Iterator[Symbol]:
     """Return symbols of a 64-bit file whose name is one of `beginnings`, or is one and a dot.
 
-    Those of .symtab come first; most of .dynsym repeats them.
+    Those of .symtab come first; most of .dynsym repeats them. A table that is too large is left
+    out.
 
     Raises:
-        UnreadableElf: a table is damaged or too large.
+        UnreadableElf: a table is damaged.
     """
     for kind in (SHT_SYMTAB, SHT_DYNSYM):
-        table = next((section for section in elf.sections if section.type == kind), None)
-        if table is not None and table.link < len(elf.sections):
-            names = dict(_find_names(elf, elf.sections[table.link], beginnings))
-            if names:
-                yield from _find_named(elf, table, names)
+        table, strings = _find_table(elf, kind)
+        if table is None or strings is None or table.size > _MAX_SYMBOLS_BYTES:
+            continue
+        names = dict(_find_names(elf, strings, beginnings))
+        if names:
+            yield from _find_named(elf, table, names)
 
 
 def has_string(elf: Elf, kind: int, string: bytes) -> bool:
     """Return whether a symbol table's strings hold this one, or one that ends with it."""
-    return any(
-        string in text
-        for table in elf.sections
-        if table.type == kind and table.link < len(elf.sections)
-        for _, text in _read_strings(elf, elf.sections[table.link])
-    )
+    _, strings = _find_table(elf, kind)
+    return strings is not None and any(string in text for _, text in _read_strings(elf, strings))
+
+
+def _find_table(elf: Elf, kind: int) -> tuple[Section | None, Section | None]:
+    """Return the symbol table of a kind and its strings; no strings if they are too large."""
+    table = next((section for section in elf.sections if section.type == kind), None)
+    if table is None or table.link >= len(elf.sections):
+        return table, None
+    strings = elf.sections[table.link]
+    return table, strings if strings.size <= _MAX_STRINGS_BYTES else None
 
 
 def _find_names(
