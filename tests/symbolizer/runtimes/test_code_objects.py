@@ -1,0 +1,311 @@
+"""Code objects of real interpreters, read from their memory as the kernel side copies them."""
+
+import ast
+import json
+import os
+import struct
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from symbolizer.runtimes.code_objects import (
+    CODE_SLOT,
+    FILE_SLOT,
+    HEADER,
+    LINES_SLOT,
+    NAME_SLOT,
+    UNNAMED,
+    CodeObject,
+    Parts,
+    parse_code,
+    split_record,
+)
+from symbolizer.text import readable
+from tests.support.pythons import VERSIONS, need, need_python
+
+PROGRAM = Path(__file__).with_name("sample_code.py")
+
+
+class Layout(NamedTuple):
+    object_type: int
+    code_name: int
+    code_file: int
+    code_lines: int
+    code_first_line: int
+    str_length: int
+    str_state: int
+    str_ascii: int
+    str_compact: int
+    bytes_size: int
+    bytes_data: int
+
+
+TO_3_10 = Layout(8, 112, 104, 120, 40, 16, 32, 48, 72, 16, 32)
+IN_3_11 = Layout(8, 128, 112, 136, 72, 16, 32, 48, 72, 16, 32)
+FROM_3_12 = Layout(8, 128, 112, 136, 68, 16, 32, 40, 56, 16, 32)
+FREE_THREADED = Layout(24, 144, 128, 152, 84, 32, 48, 56, 72, 32, 48)
+
+
+def layout_of(version_hex: int, is_free_threaded: bool = False) -> Layout:
+    minor = version_hex >> 16
+    if is_free_threaded:
+        return FREE_THREADED
+    return TO_3_10 if minor <= 0x030A else IN_3_11 if minor == 0x030B else FROM_3_12
+
+
+@dataclass(frozen=True)
+class Running:
+    pid: int
+    version_hex: int
+    layout: Layout
+    codes: list[dict[str, Any]]
+
+    def parts(self, code: dict[str, Any]) -> Parts:
+        """Return what the kernel side copies of a code object."""
+        layout = self.layout
+        head = self._read(code["address"], CODE_SLOT)
+
+        def behind(offset: int, limit: int) -> bytes:
+            return self._read(int.from_bytes(head[offset : offset + 8], "little"), limit)
+
+        return Parts(
+            head,
+            behind(layout.code_name, NAME_SLOT),
+            behind(layout.code_file, FILE_SLOT),
+            behind(layout.code_lines, LINES_SLOT),
+        )
+
+    def parse(self, code: dict[str, Any]) -> CodeObject:
+        parsed = parse_code(self.version_hex, self.layout, self.parts(code))
+        assert parsed is not None
+        return parsed
+
+    def _read(self, address: int, size: int) -> bytes:
+        with Path(f"/proc/{self.pid}/mem").open("rb", buffering=0) as memory:
+            return os.pread(memory.fileno(), size, address)
+
+
+@pytest.fixture(scope="module", params=[*VERSIONS, "3.14t-own"], ids=str)
+def running(request: pytest.FixtureRequest) -> Iterator[Running]:
+    """A process of an interpreter, with its own description of its code objects."""
+    wanted = request.param
+    interpreter = need(wanted) if isinstance(wanted, str) else need_python(wanted)
+    command = interpreter.command("-X", "utf8", PROGRAM)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        described = json.loads(process.stdout.readline())
+        for code in described["codes"]:
+            code["name"], code["file"] = map(ast.literal_eval, (code["name"], code["file"]))
+        layout = layout_of(described["version_hex"], interpreter.is_free_threaded)
+        yield Running(process.pid, described["version_hex"], layout, described["codes"])
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def shown(text: str) -> str:
+    return readable(text.encode("utf-8", "backslashreplace"))
+
+
+def step_of(version_hex: int) -> int:
+    """Return by how much a frame's instruction grows from one to the next."""
+    return 1 if version_hex >> 16 == 0x030A else 2
+
+
+def test_names_and_first_lines_are_those_of_the_interpreter(running):
+    """Names of all widths, with surrogates and controls; what was cut is what it begins with."""
+    for code in running.codes:
+        parsed = running.parse(code)
+
+        assert parsed.first_line == code["first_line"]
+        for text, is_cut, whole in (
+            (parsed.name, parsed.is_name_cut, shown(code["name"]) or UNNAMED),
+            (parsed.file, parsed.is_file_cut, shown(code["file"])),
+        ):
+            if is_cut:
+                assert text.endswith("…")
+                assert whole.startswith(text[:-1])
+                assert len(text) > 100
+            else:
+                assert text == whole
+
+
+def test_only_names_beyond_the_slot_are_cut(running):
+    """A name is cut if and only if its object takes more than the slot."""
+    cut = [code for code in running.codes if running.parse(code).is_name_cut]
+    names = {code["name"][:1] for code in cut}
+
+    assert names == {"n", "数", "é", "😀"}
+
+
+def test_each_instruction_has_the_line_that_the_interpreter_says(running):
+    """Compared for every instruction of every code object whose table is whole."""
+    step = step_of(running.version_hex)
+    compared = 0
+    for code in running.codes:
+        parsed = running.parse(code)
+        if parsed.is_line_table_cut:
+            continue
+
+        lines = [parsed.line(k * step) for k in range(len(code["lines"]))]
+
+        assert lines == code["lines"], code["name"]
+        compared += len(lines)
+    assert compared > 500
+
+
+def test_lines_beyond_a_cut_are_unknown_and_those_before_are_right(running):
+    """Of a table that is longer than its slot, the copied part is used."""
+    step = step_of(running.version_hex)
+    long = next(code for code in running.codes if code["name"] == "long")
+    parsed = running.parse(long)
+
+    lines = [parsed.line(k * step) for k in range(len(long["lines"]))]
+    known = [line for line in lines if line]
+
+    assert parsed.is_line_table_cut
+    assert 500 < len(known) < len(lines)
+    assert known == long["lines"][: len(known)]
+    assert set(lines[len(known) :]) == {0}
+
+
+def test_table_cut_anywhere_says_nothing_wrong(running):
+    """Whatever byte the cut falls on, a line is the right one or unknown."""
+    step = step_of(running.version_hex)
+    plain = next(code for code in running.codes if code["name"] in ("backwards", "generator"))
+    whole = running.parts(plain)
+    for size in range(running.layout.bytes_data + 60):
+        parts = whole._replace(lines=whole.lines[:size])
+        parsed = parse_code(running.version_hex, running.layout, parts)
+
+        assert parsed is not None
+        for k, line in enumerate(plain["lines"]):
+            assert parsed.line(k * step) in (0, line)
+
+
+def test_instruction_before_the_first_has_the_first_line(running):
+    """A frame that has not begun points before the first; to 3.10 it has -1 for an instruction."""
+    parsed = running.parse(next(code for code in running.codes if code["name"] == "backwards"))
+
+    if running.version_hex >> 16 >= 0x030B:
+        assert parsed.line(0xFFFFFFFE) == parsed.first_line
+        assert parsed.line(0xFFFFFFFF) == 0
+        assert parsed.line(1 << 20) == 0
+    else:
+        assert parsed.line(0xFFFFFFFF) == parsed.first_line
+
+
+def test_unreadable_parts_leave_what_is_known(running):
+    """Without its name or its first line there is no code object; the rest may be missing."""
+    parts = running.parts(next(code for code in running.codes if code["name"] == "backwards"))
+
+    def parse(**changed: bytes) -> CodeObject | None:
+        return parse_code(running.version_hex, running.layout, parts._replace(**changed))
+
+    assert parse(name=b"") is None
+    assert parse(code=parts.code[:40]) is None
+    without = parse(file=b"", lines=b"")
+    assert without is not None
+    assert (without.name, without.file, without.line(0)) == ("backwards", "", 0)
+
+
+def str_object(layout: Layout, state: int, text: bytes, length: int) -> bytes:
+    content = bytearray(layout.str_ascii)
+    struct.pack_into("<Q", content, layout.str_length, length)
+    struct.pack_into("<I", content, layout.str_state, state)
+    return bytes(content) + text
+
+
+@pytest.mark.parametrize("interned_bits", [2, 8, 16])
+def test_free_threaded_strings_have_their_bits_elsewhere(interned_bits):
+    """3.13 has `interned` in 2 bits, 3.14 in 8; all are told apart."""
+    state = 3 | (1 | 8 | 16) << interned_bits
+    name = str_object(FREE_THREADED, state, b"run", 3)
+
+    parsed = parse_code(0x030E00F0, FREE_THREADED, Parts(bytes(256), name, b"", b""))
+
+    assert parsed is not None
+    assert parsed.name == "run"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        str_object(FROM_3_12, 1 << 2 | 16 << 2, b"run", 3),  # not compact
+        str_object(FROM_3_12, 3 << 2 | 8 << 2, b"run", 3),  # no width
+        str_object(FROM_3_12, (1 | 8 | 16) << 2, b"run", 1 << 40),
+        str_object(FROM_3_12, (1 | 8 | 16) << 2, b"run", (1 << 64) - 1),
+        bytes(30),
+    ],
+)
+def test_what_is_no_string_has_no_name(name):
+    """Memory that was reused is not shown as a name where its header tells it."""
+    assert parse_code(0x030C0000, FROM_3_12, Parts(bytes(256), name, b"", b"")) is None
+
+
+def test_characters_beyond_unicode_are_replaced():
+    """Four bytes per character may hold any number."""
+    content = bytes(16) + struct.pack("<II", 0x11FFFF, 0x41)
+    name = str_object(FROM_3_12, (4 | 8) << 2, content, 2)
+
+    parsed = parse_code(0x030C0000, FROM_3_12, Parts(bytes(256), name, b"", b""))
+
+    assert parsed is not None
+    assert parsed.name == "\ufffdA"
+
+
+HEXES = [0x03080000, 0x030A0000, 0x030B0000, 0x030C0000, 0x030F0000]
+PART = st.binary(max_size=600)
+
+
+@given(st.sampled_from(HEXES), st.builds(Parts, PART, PART, PART, PART), st.integers(0, 2**32 - 1))
+def test_any_bytes_are_read_or_refused(version_hex, parts, instruction):
+    """Nothing raises; names are bounded, and lines are numbers that a line can have."""
+    for layout in (layout_of(version_hex), FREE_THREADED):
+        parsed = parse_code(version_hex, layout, parts)
+        if parsed is not None:
+            assert len(parsed.name) <= 1025
+            assert 0 <= parsed.line(instruction) < 1 << 31
+
+
+@given(st.sampled_from(HEXES), st.binary(max_size=4096), st.integers(-(1 << 63), (1 << 63) - 1))
+def test_any_line_table_is_read_within_bounds(version_hex, table, size):
+    """A table of any bytes gives at most one line for each of its bytes."""
+    layout = layout_of(version_hex)
+    name = str_object(layout, (1 | 8 | 16) << 2, b"run", 3)
+    lines = bytes(16) + struct.pack("<q", size) + bytes(8) + table
+
+    parsed = parse_code(version_hex, layout, Parts(bytes(256), name, b"", lines))
+
+    assert parsed is not None
+    seen = [parsed.line(offset) for offset in range(0, 70000, 70)]
+    assert all(0 <= line < 1 << 31 for line in seen)
+    assert len(parsed._runs.ends) <= len(table) + 1
+
+
+def record_of(parts: Parts) -> bytes:
+    slots = (CODE_SLOT, NAME_SLOT, FILE_SLOT, 0)
+    content = b"".join(part.ljust(slot, b"\xee") for part, slot in zip(parts, slots, strict=True))
+    return HEADER.pack(*map(len, parts)) + content
+
+
+PARTS = st.builds(Parts, *(st.binary(max_size=slot) for slot in (256, 512, 512, 4096)))
+
+
+@given(PARTS)
+def test_record_is_split_into_its_parts(parts):
+    """What is in a slot beyond its part is left out."""
+    assert split_record(record_of(parts)) == parts
+
+
+@given(st.binary(max_size=2000))
+def test_damaged_record_is_refused(record):
+    """Sizes that contradict the length give nothing."""
+    parts = split_record(record)
+
+    assert parts is None or sum(map(len, parts)) <= len(record)
