@@ -42,9 +42,14 @@ UNNAMED = "<unnamed>"
 _PYTHON_3_10 = 0x030A0000
 _PYTHON_3_11 = 0x030B0000
 
+_BEFORE_FIRST = 0xFFFFFFFF
+_BEFORE_FIRST_3_11 = 0xFFFFFFFE
+"""Up to 3.12 a frame has the instruction executed last, which is -1, or one of two bytes before."""
+
 _MOST_LINE = (1 << 31) - 1
 _MOST_LENGTH = (1 << 31) - 1
 _OPEN_END = (1 << 31) - 1
+"""Beyond any instruction: code is at most that long."""
 
 
 class Layout(Protocol):
@@ -115,18 +120,17 @@ class CodeObject:
         """Return the line of an instruction; 0 if it has none or is not known.
 
         The instruction is as the frame has it, as 32 bits: bytes from the first instruction on;
-        in 3.10 a number of instructions, which are two bytes each. An instruction before the first
-        belongs to a frame that has not begun: the interpreter says the first line, too. From 3.11
-        on 0xffffffff is no instruction.
+        in 3.10 a number of instructions, which are two bytes each. One before the first belongs to
+        a frame that has not begun: the interpreter says the first line, too.
         """
-        offset = instruction - (1 << 32) if instruction >> 31 else instruction
-        if _PYTHON_3_10 <= self.version_hex < _PYTHON_3_11:
-            offset *= 2
-        if offset < 0:
-            is_begin = self.version_hex < _PYTHON_3_11 or offset != -1
-            return self.first_line if is_begin else 0
-        run = bisect_right(self._runs.ends, offset)
-        return self._runs.lines[run] if run < len(self._runs.ends) else 0
+        is_from_3_11 = self.version_hex >= _PYTHON_3_11
+        if instruction == (_BEFORE_FIRST_3_11 if is_from_3_11 else _BEFORE_FIRST):
+            return self.first_line
+        is_counted = self.version_hex >= _PYTHON_3_10 and not is_from_3_11
+        offset = instruction * 2 if is_counted else instruction
+        ends, lines = self._runs
+        run = bisect_right(ends, offset)
+        return lines[run] if run < len(lines) else 0
 
     @cached_property
     def _runs(self) -> "_Runs":

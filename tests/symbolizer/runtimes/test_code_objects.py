@@ -198,6 +198,7 @@ def test_instruction_before_the_first_has_the_first_line(running):
         assert parsed.line(1 << 20) == 0
     else:
         assert parsed.line(0xFFFFFFFF) == parsed.first_line
+    assert parsed.line(0x80000000) == 0
 
 
 def test_unreadable_parts_leave_what_is_known(running):
