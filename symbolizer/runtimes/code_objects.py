@@ -24,8 +24,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from symbolizer.runtimes.image import Layout
 from symbolizer.text import readable
 
 HEADER = struct.Struct("<4H")
@@ -50,27 +51,6 @@ _MOST_LINE = (1 << 31) - 1
 _MOST_LENGTH = (1 << 31) - 1
 _OPEN_END = (1 << 31) - 1
 """Beyond any instruction: code is at most that long."""
-
-
-class Layout(Protocol):
-    """What of an interpreter's layout is needed here: offsets in bytes, all less than 256."""
-
-    @property
-    def object_type(self) -> int: ...
-    @property
-    def code_first_line(self) -> int: ...
-    @property
-    def str_length(self) -> int: ...
-    @property
-    def str_state(self) -> int: ...
-    @property
-    def str_ascii(self) -> int: ...
-    @property
-    def str_compact(self) -> int: ...
-    @property
-    def bytes_size(self) -> int: ...
-    @property
-    def bytes_data(self) -> int: ...
 
 
 class Parts(NamedTuple):
@@ -200,24 +180,13 @@ class _Form(NamedTuple):
     is_ascii: bool
 
 
-_INTERNED_BITS = (2,)
-_INTERNED_BITS_FREE_THREADED = (2, 8, 16)
-"""3.13 has the same bits as others; later `interned` is of 8 bits, and was of 16 before 3.14.0."""
-_OB_TYPE = 8
-
-
 def _form(layout: Layout, state: int) -> _Form | None:
-    """Return what the state of a str object says: above `interned` are kind, compact and ascii.
-
-    `interned` is at most 3 and `kind` never 0 (but for strings that are not ready, to 3.11), so the
-    place that has a kind is the right one.
-    """
-    is_free_threaded = layout.object_type != _OB_TYPE
-    for shift in _INTERNED_BITS_FREE_THREADED if is_free_threaded else _INTERNED_BITS:
-        kind, is_compact, is_ascii = state >> shift & 7, state >> shift & 8, state >> shift & 16
-        if kind in (1, 2, 4) and is_compact and (kind == 1 or not is_ascii):
-            return _Form(kind, bool(is_ascii))
-    return None
+    """Return what the state of a str object says; None if it is not of a compact one."""
+    bits = state >> layout.str_kind_bit
+    kind, is_compact, is_ascii = bits & 7, bits & 8, bits & 16
+    if kind not in (1, 2, 4) or not is_compact or (is_ascii and kind != 1):
+        return None
+    return _Form(kind, bool(is_ascii))
 
 
 def _decode(content: bytes, width: int) -> str:

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -26,37 +26,20 @@ from symbolizer.runtimes.code_objects import (
     parse_code,
     split_record,
 )
+from symbolizer.runtimes.cpython import Image, Layout, read_image
+from symbolizer.runtimes.layouts import LAYOUTS
+from symbolizer.symbols.elf import FileSource, read_elf
 from symbolizer.text import readable
-from tests.support.pythons import VERSIONS, need, need_python
+from tests.support.pythons import VERSIONS, Interpreter, need, need_python
 
 PROGRAM = Path(__file__).with_name("sample_code.py")
 
 
-class Layout(NamedTuple):
-    object_type: int
-    code_name: int
-    code_file: int
-    code_lines: int
-    code_first_line: int
-    str_length: int
-    str_state: int
-    str_ascii: int
-    str_compact: int
-    bytes_size: int
-    bytes_data: int
-
-
-TO_3_10 = Layout(8, 112, 104, 120, 40, 16, 32, 48, 72, 16, 32)
-IN_3_11 = Layout(8, 128, 112, 136, 72, 16, 32, 48, 72, 16, 32)
-FROM_3_12 = Layout(8, 128, 112, 136, 68, 16, 32, 40, 56, 16, 32)
-FREE_THREADED = Layout(24, 144, 128, 152, 84, 32, 48, 56, 72, 32, 48)
-
-
-def layout_of(version_hex: int, is_free_threaded: bool = False) -> Layout:
-    minor = version_hex >> 16
-    if is_free_threaded:
-        return FREE_THREADED
-    return TO_3_10 if minor <= 0x030A else IN_3_11 if minor == 0x030B else FROM_3_12
+FROM_3_12 = LAYOUTS[12]
+FREE_THREADED = FROM_3_12._replace(
+    object_type=24, code_first_line=84, str_length=32, str_state=48, str_ascii=56, str_compact=72,
+    bytes_size=32, bytes_data=48, str_kind_bit=8,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +52,7 @@ class Running:
     def parts(self, code: dict[str, Any]) -> Parts:
         """Return what the kernel side copies of a code object."""
         layout = self.layout
-        head = self._read(code["address"], CODE_SLOT)
+        head = self._read(code["address"], layout.code_bytes)
 
         def behind(offset: int, limit: int) -> bytes:
             return self._read(int.from_bytes(head[offset : offset + 8], "little"), limit)
@@ -99,13 +82,22 @@ def running(request: pytest.FixtureRequest) -> Iterator[Running]:
     command = interpreter.command("-X", "utf8", PROGRAM)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
+        image = image_of(interpreter)
+        assert image.layout is not None, image.refusal
         described = json.loads(process.stdout.readline())
+        assert described["version_hex"] == image.version
         for code in described["codes"]:
             code["name"], code["file"] = map(ast.literal_eval, (code["name"], code["file"]))
-        layout = layout_of(described["version_hex"], interpreter.is_free_threaded)
-        yield Running(process.pid, described["version_hex"], layout, described["codes"])
+        yield Running(process.pid, image.version, image.layout, described["codes"])
         assert process.stdin is not None
         process.stdin.close()
+
+
+def image_of(interpreter: Interpreter) -> Image:
+    with interpreter.runtime_file.open("rb") as file:
+        image = read_image(read_elf(FileSource(file.fileno())))
+    assert image is not None
+    return image
 
 
 def shown(text: str) -> str:
@@ -222,11 +214,9 @@ def str_object(layout: Layout, state: int, text: bytes, length: int) -> bytes:
     return bytes(content) + text
 
 
-@pytest.mark.parametrize("interned_bits", [2, 8, 16])
-def test_free_threaded_strings_have_their_bits_elsewhere(interned_bits):
-    """3.13 has `interned` in 2 bits, 3.14 in 8; all are told apart."""
-    state = 3 | (1 | 8 | 16) << interned_bits
-    name = str_object(FREE_THREADED, state, b"run", 3)
+def test_free_threaded_strings_have_their_width_elsewhere():
+    """From 3.14 on `interned` is a byte of its own there."""
+    name = str_object(FREE_THREADED, 3 | (1 | 8 | 16) << 8, b"run", 3)
 
     parsed = parse_code(0x030E00F0, FREE_THREADED, Parts(bytes(256), name, b"", b""))
 
@@ -260,28 +250,46 @@ def test_characters_beyond_unicode_are_replaced():
     assert parsed.name == "\ufffdA"
 
 
-HEXES = [0x03080000, 0x030A0000, 0x030B0000, 0x030C0000, 0x030F0000]
+KNOWN = st.sampled_from(
+    [
+        *((3 << 24 | minor << 16, layout) for minor, layout in LAYOUTS.items()),
+        (0x030E00F0, FREE_THREADED),
+    ]
+)
 PART = st.binary(max_size=600)
 
 
-@given(st.sampled_from(HEXES), st.builds(Parts, PART, PART, PART, PART), st.integers(0, 2**32 - 1))
-def test_any_bytes_are_read_or_refused(version_hex, parts, instruction):
-    """Nothing raises; names are bounded, and lines are numbers that a line can have."""
-    for layout in (layout_of(version_hex), FREE_THREADED):
-        parsed = parse_code(version_hex, layout, parts)
-        if parsed is not None:
-            assert len(parsed.name) <= 1025
-            assert 0 <= parsed.line(instruction) < 1 << 31
+@given(KNOWN, st.builds(Parts, PART, PART, PART, PART), st.integers(0, 2**32 - 1))
+def test_any_bytes_are_read_or_refused(known, parts, instruction):
+    """Nothing raises, and lines are numbers that a line can have."""
+    parsed = parse_code(*known, parts)
+
+    assert parsed is None or 0 <= parsed.line(instruction) < 1 << 31
 
 
-@given(st.sampled_from(HEXES), st.binary(max_size=4096), st.integers(-(1 << 63), (1 << 63) - 1))
-def test_any_line_table_is_read_within_bounds(version_hex, table, size):
+@given(KNOWN, st.sampled_from([9, 10, 12, 25]), PART, st.integers(0, 1000))
+def test_any_characters_become_one_printable_line(known, form, content, length):
+    """Whatever a string's memory has in it, its name is bounded, and it encodes to UTF-8."""
+    _, layout = known
+    name = str_object(layout, form << layout.str_kind_bit, content, length)
+
+    parsed = parse_code(*known, Parts(bytes(256), name, name, b""))
+
+    assert parsed is not None
+    assert parsed.name.isprintable()
+    assert 0 < len(parsed.name.encode()) <= 4 * 1025
+    assert parsed.file == (parsed.name if length else "")
+
+
+@given(KNOWN, st.binary(max_size=4096), st.integers(-(1 << 63), (1 << 63) - 1))
+def test_any_line_table_is_read_within_bounds(known, table, size):
     """A table of any bytes gives at most one line for each of its bytes."""
-    layout = layout_of(version_hex)
-    name = str_object(layout, (1 | 8 | 16) << 2, b"run", 3)
-    lines = bytes(16) + struct.pack("<q", size) + bytes(8) + table
+    _, layout = known
+    name = str_object(layout, (1 | 8 | 16) << layout.str_kind_bit, b"run", 3)
+    header = bytearray(layout.bytes_data)
+    struct.pack_into("<q", header, layout.bytes_size, size)
 
-    parsed = parse_code(version_hex, layout, Parts(bytes(256), name, b"", lines))
+    parsed = parse_code(*known, Parts(bytes(256), name, b"", bytes(header) + table))
 
     assert parsed is not None
     seen = [parsed.line(offset) for offset in range(0, 70000, 70)]
