@@ -1,23 +1,13 @@
 """Parse what the kernel side has copied of a CPython code object.
 
 It copies the bytes when it first sees a code object, so names are those of the moment of the
-sample, and no process is read later. A record is HEADER and four parts, each in a slot of fixed
-size except the last, which ends where its bytes end:
-
-    code    the first `layout.code_bytes` of the code object
-    name    the str object of its qualified name (up to 3.10: its name), header included
-    file    the str object of its file name
-    lines   the bytes object of its line table
-
-A part may be empty (its memory was not readable) or cut at the size of its slot. All of it comes
-from a process that may have changed it meanwhile, or means harm: nothing here raises, and the work
-is bounded by the sizes of the slots.
+sample, and no process is read later. All of it comes from a process that may have changed it
+meanwhile, or means harm: nothing here raises, and the work is bounded by the size of the parts.
 
 Formats: Include/cpython/unicodeobject.h; Objects/lnotab_notes.txt of 3.9 and of 3.10;
 InternalDocs/code_objects.md of 3.14 for 3.11 and later.
 """
 
-import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -28,14 +18,6 @@ from typing import NamedTuple
 
 from symbolizer.runtimes.image import Layout
 from symbolizer.text import readable
-
-HEADER = struct.Struct("<4H")
-"""How many bytes of each slot were copied: code, name, file, lines."""
-CODE_SLOT = 256
-NAME_SLOT = 512
-FILE_SLOT = 512
-LINES_SLOT = 4096
-_SLOTS = (CODE_SLOT, NAME_SLOT, FILE_SLOT, LINES_SLOT)
 
 UNNAMED = "<unnamed>"
 """What a code object is called whose name is the empty string."""
@@ -54,24 +36,19 @@ _OPEN_END = (1 << 31) - 1
 
 
 class Parts(NamedTuple):
+    """What was copied. A part is empty if its memory was not readable, and may be cut.
+
+    Attributes:
+        code: the first `layout.code_bytes` of the code object.
+        name: the str object of its qualified name (up to 3.10: its name), header included.
+        file: the str object of its file name.
+        lines: the bytes object of its line table.
+    """
+
     code: bytes
     name: bytes
     file: bytes
     lines: bytes
-
-
-def split_record(record: bytes) -> Parts | None:
-    """Return the parts of a record; None if its sizes contradict its length."""
-    if len(record) < HEADER.size:
-        return None
-    parts, start = [], HEADER.size
-    for size, slot in zip(HEADER.unpack_from(record), _SLOTS, strict=True):
-        part = record[start : start + size]
-        if size > slot or len(part) < size:
-            return None
-        parts.append(part)
-        start += slot
-    return Parts(*parts)
 
 
 @dataclass(frozen=True)

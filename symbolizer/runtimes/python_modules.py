@@ -19,6 +19,7 @@ so the name is that of the file alone: shorter than the true one, but no other. 
 then share a name; the file tells them apart.
 """
 
+import functools
 import re
 
 _PACKAGE_ROOTS = frozenset({"site-packages", "dist-packages"})
@@ -40,8 +41,10 @@ _SOURCES = "src"
 
 _SUFFIX = ".py"
 _CUT = "…"
+_FILES_KEPT = 4096
 
 
+@functools.lru_cache(maxsize=_FILES_KEPT)
 def module_of(file: str) -> str:
     """Return the dotted name of the module of a code object's file; empty if it cannot be told.
 

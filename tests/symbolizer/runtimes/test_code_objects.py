@@ -14,18 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from symbolizer.runtimes.code_objects import (
-    CODE_SLOT,
-    FILE_SLOT,
-    HEADER,
-    LINES_SLOT,
-    NAME_SLOT,
-    UNNAMED,
-    CodeObject,
-    Parts,
-    parse_code,
-    split_record,
-)
+from symbolizer.runtimes.code_objects import UNNAMED, CodeObject, Parts, parse_code
 from symbolizer.runtimes.cpython import Image, Layout, read_image
 from symbolizer.runtimes.layouts import LAYOUTS
 from symbolizer.symbols.elf import FileSource, read_elf
@@ -33,8 +22,8 @@ from symbolizer.text import readable
 from tests.support.pythons import VERSIONS, Interpreter, need, need_python
 
 PROGRAM = Path(__file__).with_name("sample_code.py")
-
-
+NAME_BYTES, FILE_BYTES, LINES_BYTES = 512, 512, 4096
+"""The most that the kernel side copies."""
 FROM_3_12 = LAYOUTS[12]
 FREE_THREADED = FROM_3_12._replace(
     object_type=24, code_first_line=84, str_length=32, str_state=48, str_ascii=56, str_compact=72,
@@ -59,9 +48,9 @@ class Running:
 
         return Parts(
             head,
-            behind(layout.code_name, NAME_SLOT),
-            behind(layout.code_file, FILE_SLOT),
-            behind(layout.code_lines, LINES_SLOT),
+            behind(layout.code_name, NAME_BYTES),
+            behind(layout.code_file, FILE_BYTES),
+            behind(layout.code_lines, LINES_BYTES),
         )
 
     def parse(self, code: dict[str, Any]) -> CodeObject:
@@ -127,8 +116,8 @@ def test_names_and_first_lines_are_those_of_the_interpreter(running):
                 assert text == whole
 
 
-def test_only_names_beyond_the_slot_are_cut(running):
-    """A name is cut if and only if its object takes more than the slot."""
+def test_only_names_beyond_the_limit_are_cut(running):
+    """A name is cut if and only if its object takes more than is copied."""
     cut = [code for code in running.codes if running.parse(code).is_name_cut]
     names = {code["name"][:1] for code in cut}
 
@@ -152,7 +141,7 @@ def test_each_instruction_has_the_line_that_the_interpreter_says(running):
 
 
 def test_lines_beyond_a_cut_are_unknown_and_those_before_are_right(running):
-    """Of a table that is longer than its slot, the copied part is used."""
+    """Of a table that is longer than the limit, the copied part is used."""
     step = step_of(running.version_hex)
     long = next(code for code in running.codes if code["name"] == "long")
     parsed = running.parse(long)
@@ -295,26 +284,3 @@ def test_any_line_table_is_read_within_bounds(known, table, size):
     seen = [parsed.line(offset) for offset in range(0, 70000, 70)]
     assert all(0 <= line < 1 << 31 for line in seen)
     assert len(parsed._runs.ends) <= len(table) + 1
-
-
-def record_of(parts: Parts) -> bytes:
-    slots = (CODE_SLOT, NAME_SLOT, FILE_SLOT, 0)
-    content = b"".join(part.ljust(slot, b"\xee") for part, slot in zip(parts, slots, strict=True))
-    return HEADER.pack(*map(len, parts)) + content
-
-
-PARTS = st.builds(Parts, *(st.binary(max_size=slot) for slot in (256, 512, 512, 4096)))
-
-
-@given(PARTS)
-def test_record_is_split_into_its_parts(parts):
-    """What is in a slot beyond its part is left out."""
-    assert split_record(record_of(parts)) == parts
-
-
-@given(st.binary(max_size=2000))
-def test_damaged_record_is_refused(record):
-    """Sizes that contradict the length give nothing."""
-    parts = split_record(record)
-
-    assert parts is None or sum(map(len, parts)) <= len(record)
