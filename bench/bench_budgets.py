@@ -52,7 +52,7 @@ def measure(kind: str, seconds: int) -> list[Row]:
     window = OpenWindow(1, lambda: Clocks(0, 0, 0, 0, 0))
     frames = FrameNumbers(
         window.builder.location,
-        lambda _pid, _table, words: [
+        lambda _generation, _table, words: [
             AddressLocation("[jit]", FileOffset(word)) for word in words.tolist()
         ],
         lambda _words: [],

@@ -135,11 +135,15 @@ class ProcessFiles:
             return None
         return next(self._reopen(_try_open("exe", self._process), is_certain=True), None)
 
-    def open_file(self, path: bytes) -> OpenedFile | None:
-        """Open a regular file by its path in the process's root; links cannot leave that root."""
+    def open_file(self, path: bytes, *, may_be_link: bool = True) -> OpenedFile | None:
+        """Open a regular file by its path in the process's root; links cannot leave that root.
+
+        Unless it `may_be_link` the file itself may not be a link; the folders that it is in may be.
+        """
         if self._process < 0:
             return None
-        return next(self._reopen(self._open_in_root(path), is_certain=False), None)
+        flags = 0 if may_be_link else os.O_NOFOLLOW
+        return next(self._reopen(self._open_in_root(path, flags), is_certain=False), None)
 
     def resolve(self, path: bytes) -> bytes:
         """Return a path in the root of the process with all links resolved; b"" if not found."""
@@ -178,15 +182,16 @@ class ProcessFiles:
                     self._maps = read_maps(fd)
         return self._maps
 
-    def _open_in_root(self, path: bytes) -> int:
+    def _open_in_root(self, path: bytes, flags: int = 0) -> int:
         if self._root < 0:
             self._root = _try_open("root", self._process, os.O_PATH | os.O_DIRECTORY)
-        return self._open_below(self._root, path)
+        return self._open_below(self._root, path, flags)
 
-    def _open_below(self, root: int, path: bytes) -> int:
+    def _open_below(self, root: int, path: bytes, flags: int = 0) -> int:
         if root < 0 or not path.startswith(b"/") or b"\0" in path:
             return -1
-        how = _OPEN_HOW.pack(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+        flags |= os.O_PATH | os.O_CLOEXEC
+        how = _OPEN_HOW.pack(flags, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
         fd: int = _libc.syscall(
             ctypes.c_long(_SYS_OPENAT2),
             ctypes.c_int(root),

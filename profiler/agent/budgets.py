@@ -29,9 +29,11 @@ from symbolizer.location import (
     REST_FRAME,
     REST_LOCATION,
     AddressLocation,
+    FileOffset,
     Frame,
     Location,
     Module,
+    NamedLocation,
 )
 
 _LOCATION_BYTES = 400
@@ -197,6 +199,19 @@ class BoundedProfile:
         """Name a location, unless its module has too many or too long names."""
         if self._names.take(location, frames):
             self._builder.location(location, frames)
+
+    def affordable(self, locations: Mapping[Location, Location]) -> dict[Location, Location]:
+        """Return locations by those that they replace; names that are too much are left out.
+
+        A location that is known by its name alone is then only known by its module.
+        """
+        return {
+            place: AddressLocation(named.module, FileOffset(0))
+            if isinstance(named, NamedLocation)
+            and not self._names.take(named, (Frame(*named[:4], named.line),))
+            else named
+            for place, named in locations.items()
+        }
 
     def add_modules(self, modules: Mapping[str, Module]) -> None:
         """Add modules; one whose path is too much is shown by its build id."""

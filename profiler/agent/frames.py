@@ -26,8 +26,8 @@ Numbers: TypeAlias = "array[int]"
 _STACKS_AT_ONCE = 64
 """Frames become Python objects, which take ten times as much as the stacks they come from."""
 
-Locate = Callable[[int, MappingTable, Words], list[Location]]
-"""Where native addresses lie: pid, its mappings, addresses."""
+Locate = Callable[[ProcessGeneration, MappingTable, Words], list[Location]]
+"""Where native addresses lie: whose they are, its mappings, addresses."""
 
 
 class FrameNumbers:
@@ -133,7 +133,7 @@ class FrameNumbers:
     def _number_nowhere(self, owner: Owner, mappings: MappingTable) -> int:
         number = self._nowhere.get(mappings)
         if number is None:
-            (place,) = self._locate(owner.generation.pid, mappings, np.zeros(1, np.uint64))
+            (place,) = self._locate(owner.generation, mappings, np.zeros(1, np.uint64))
             number = self._nowhere[mappings] = self._number(place)
         return number
 
@@ -144,7 +144,7 @@ class FrameNumbers:
         frames: Sequence[RawFrame],
         words: Words,
     ) -> None:
-        numbers = map(self._number, self._locate(generation.pid, mappings, words))
+        numbers = map(self._number, self._locate(generation, mappings, words))
         for frame, number, is_own in zip(
             frames, numbers, self._lies_in_process(mappings, words), strict=True
         ):

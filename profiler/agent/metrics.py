@@ -17,6 +17,7 @@ from profiler.agent import status
 from profiler.exposition import Metric, labelled, single
 
 _REQUEST_TIMEOUT_S = 10.0
+_PARTS = ("readers", "files", "mappings", "labels", "perf_map", "jitdump", "jit_locations")
 _MOST_REQUESTS = 8
 """Requests at a time, each with a thread: Prometheus has one. Further connections are closed."""
 
@@ -88,7 +89,7 @@ def metrics_of(status: Mapping[str, Any]) -> Iterator[Metric]:
         "uploader": upload.get("rss_bytes", 0),
     }
     figures = {name: value for name, value in upload.items() if isinstance(value, int | float)}
-    for part in ("readers", "files", "mappings", "labels"):
+    for part in _PARTS:
         yield labelled(f"everflame_{part}", "gauge", "figure", status.get(part, {}))
     yield labelled("everflame_lost_ticks_total", "counter", "cause", status["lost"])
     yield labelled("everflame_stack_ends_total", "counter", "reason", status["stops"])

@@ -14,13 +14,15 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from bpf.samples import ProcessGeneration
+from profiler.agent.jit_names import JIT, JitNames
 from profiler.agent.mapped_files import MappedFile, MappedFiles, State
-from profiler.agent.places import Code
+from profiler.agent.places import Code, Named, Source
 from profiler.agent.reader_child import Answer, Failure
 from profiler.agent.readers import Readers
 from storage.profile import adopt_module
@@ -29,7 +31,6 @@ from symbolizer.location import (
     AddressLocation,
     Call,
     FileOffset,
-    Frame,
     Kind,
     Location,
     Miss,
@@ -64,12 +65,10 @@ _SLOWEST = 5
 # Members of an enum are looked up slowly, and these with each wake.
 _PENDING, _IDENTIFIED = State.PENDING, State.IDENTIFIED
 _PROVISIONAL = "file "
-_JIT = "[jit]"
 _UNKNOWN_KERNEL = "[kernel]"
 _PSEUDO_MISSES = {
     "[exited]": Miss.EXITED,
     "[unknown]": Miss.NO_MAPPING,
-    _JIT: Miss.ANONYMOUS,
     KERNEL_NAME: Miss.KERNEL_HIDDEN,
     _UNKNOWN_KERNEL: Miss.KERNEL_UNKNOWN,
 }
@@ -82,30 +81,6 @@ _PASSING = frozenset({Miss.NOT_KEPT, Miss.NO_FILE, Miss.FILE_REPLACED, Miss.NOT_
 """Reasons that another process with the same file may end."""
 
 
-class _Source(NamedTuple):
-    """Where names of a module come from; `miss` is why there are none."""
-
-    module: Module
-    code: Code | None
-    miss: Miss | None
-
-
-class Named(NamedTuple):
-    """What a closed window's locations are.
-
-    Attributes:
-        locations: the final location of each provisional one.
-        frames: names of final locations; one may be named several times, by variants of its file.
-        modules: by build id.
-        misses: how many final locations have no name, by Miss.
-    """
-
-    locations: dict[Location, Location]
-    frames: list[tuple[Location, tuple[Frame, ...]]]
-    modules: dict[str, Module]
-    misses: Counter[str]
-
-
 class Names:
     """Locates addresses, and names them when their window closes. Not thread-safe."""
 
@@ -114,12 +89,14 @@ class Names:
         readers: Readers,
         files: MappedFiles,
         tables: SymbolCache,
+        jit: JitNames,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """Read nothing yet; `tables` is where readers find the kernel's symbols."""
         self._readers = readers
         self._files = files
         self._tables = tables
+        self.jit = jit
         self._kernel = RunningKernel(self._keep_image, monotonic_ns)
         self._kernel_again_s = 0.0
         self._images: dict[str, tuple[Module, Code]] = {}
@@ -139,8 +116,10 @@ class Names:
         """Read a piece of the kernel's symbols; return whether all are known."""
         return self._kernel.read()
 
-    def locate(self, pid: int, mappings: MappingTable, addresses: Words) -> list[Location]:
-        """Return one Location per user address; those in files are provisional.
+    def locate(
+        self, generation: ProcessGeneration, mappings: MappingTable, addresses: Words
+    ) -> list[Location]:
+        """Return one Location per user address; those in files and of compilers are provisional.
 
         Pass the address of the instruction to look up: for a caller, its return address - 1.
         """
@@ -151,7 +130,7 @@ class Names:
         ):
             place = places.get(number)
             if place is None:
-                place = places[number] = self._place(pid, mappings, number)
+                place = places[number] = self._place(generation, mappings, number)
             module, start, new = place
             locations.append(AddressLocation(module, FileOffset(address - start)))
             if new is not None:
@@ -189,6 +168,7 @@ class Names:
         Code is asked for at once when it is new: its file may be gone soon. What else is new in it
         is asked for now and then, or when `is_due`.
         """
+        self.jit.ask(is_due=is_due)
         now_s = time.monotonic()
         is_due = is_due or now_s >= self._next_ask_s
         if is_due:
@@ -222,6 +202,7 @@ class Names:
             return self._resolve(places)
         finally:
             self._numbers, self._numbered = {}, []
+            self.jit.end_window()
             self._window += 1
             self._forget_unopened()
             self._forget_unused()
@@ -231,17 +212,18 @@ class Names:
         return [{"path": path, "ms": ms} for ms, path in sorted(self._slowest, reverse=True)]
 
     def _place(
-        self, pid: int, mappings: MappingTable, place: int
+        self, generation: ProcessGeneration, mappings: MappingTable, place: int
     ) -> tuple[str, int, set[int] | None]:
         """Return a module, what to subtract from an address, and where to note what is new."""
         if place < 0:
             return mappings.missing, 0, None
         mapping = mappings.mappings[place]
         if is_anonymous(mapping.path):
-            return _JIT, 0, None
+            module, new = self.jit.place(generation, mappings)
+            return module, 0, new
         if mapping.path.startswith(b"[") and mapping.path != b"[vdso]":
             return readable(mapping.path), 0, None
-        file = self._files.file(mappings, place, pid)
+        file = self._files.file(mappings, place, generation.pid)
         if file is None:
             return readable(mapping.path), 0, None
         number = self._numbers.get(file)
@@ -362,8 +344,13 @@ class Names:
 
         def is_done() -> bool:
             self.ask(is_due=True)
-            return not any(file in self._new for file in waited_for) and not any(
-                code.asked and not code.is_late and not code.failures for code in self._all_codes()
+            return (
+                self.jit.is_complete()
+                and not any(file in self._new for file in waited_for)
+                and not any(
+                    code.asked and not code.is_late and not code.failures
+                    for code in self._all_codes()
+                )
             )
 
         wait(is_done)
@@ -377,7 +364,7 @@ class Names:
             yield code
 
     def _resolve(self, places: Sequence[AddressLocation]) -> Named:
-        known: dict[str, _Source] = {}
+        known: dict[str, Source] = {}
         modules: dict[str, Module] = {}
         for build_id in dict.fromkeys(place.build_id for place in places):
             source = self._source_of(build_id)
@@ -389,6 +376,10 @@ class Names:
         for place in places:
             source = known.get(place.build_id)
             if source is None:
+                continue
+            named_alone = self.jit.find(place)
+            if named_alone is not None:
+                named.locations[place] = named_alone
                 continue
             module = modules[source.module.build_id]
             final = AddressLocation(module.build_id, place.offset)
@@ -405,33 +396,32 @@ class Names:
         named.misses.update(str(reason) for reason in reasons.values() if reason is not None)
         return named
 
-    def _source_of(self, build_id: str) -> "_Source | None":
+    def _source_of(self, build_id: str) -> Source | None:
         """Return the module of a location, what names it, and else why nothing does."""
         file = self._file_of(build_id)
         if file is not None:
             return self._source_of_file(file)
         if build_id in self._images:
             module, code = self._images[build_id]
-            return _Source(module, code, code.failure)
+            return Source(module, code, code.failure)
+        if (miss := self.jit.miss_of(build_id)) is not None:
+            return Source(JIT, None, miss)
         if not build_id.startswith("["):
             return None
-        kind = Kind.NATIVE
-        if build_id in (KERNEL_NAME, _UNKNOWN_KERNEL):
-            kind = Kind.KERNEL
-        elif build_id == _JIT:
-            kind = Kind.JIT
+        is_kernel = build_id in (KERNEL_NAME, _UNKNOWN_KERNEL)
+        kind = Kind.KERNEL if is_kernel else Kind.NATIVE
         reason = _PSEUDO_MISSES.get(build_id, Miss.NO_CODE_KNOWN)
-        return _Source(Module(build_id, build_id, kind), None, reason)
+        return Source(Module(build_id, build_id, kind), None, reason)
 
-    def _source_of_file(self, file: MappedFile) -> "_Source":
+    def _source_of_file(self, file: MappedFile) -> Source:
         if file.state == State.FAILED and file.key.path.startswith(b"/memfd:"):
-            return _Source(Module(_JIT, _JIT, Kind.JIT), None, Miss.ANONYMOUS)
+            return Source(JIT, None, Miss.ANONYMOUS)
         path = readable(file.key.path)
         module = Module(file.build_id or f"[{path.strip('[]')}]", path, segments=file.segments)
         if file.state != State.IDENTIFIED:
-            return _Source(module, None, file.miss)
+            return Source(module, None, file.miss)
         code = self._code_of(file)
-        return _Source(module, code, code.failure)
+        return Source(module, code, code.failure)
 
     def _file_of(self, build_id: str) -> MappedFile | None:
         if not build_id.startswith(_PROVISIONAL):

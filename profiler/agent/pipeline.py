@@ -21,6 +21,7 @@ from profiler.agent.copied_stacks import ByMappings, CopiedStacks
 from profiler.agent.cost import Cost
 from profiler.agent.frames import FrameNumbers, Numbers
 from profiler.agent.host import open_cache, this_host
+from profiler.agent.jit_names import JitNames
 from profiler.agent.mapped_files import MappedFiles
 from profiler.agent.names import CACHE_BYTES, Names
 from profiler.agent.reader_child import Answer
@@ -117,7 +118,8 @@ class Pipeline:
         self.address_spaces.poll()
         self.files.ask_for_all(self._activity.busiest(_LIKELY_PROCESSES))
         self.sampler = opened.enter_context(Sampler(config, self._read_meanwhile))
-        self.names = Names(self.readers, self.files, SymbolCache(cache, CACHE_BYTES))
+        self.jit = JitNames(self.readers, self._lifetimes.begin_of)
+        self.names = Names(self.readers, self.files, SymbolCache(cache, CACHE_BYTES), self.jit)
         self.unwinding = Unwinding(
             *(self.sampler, self.address_spaces, self.files, self.readers),
             UnwindCache(cache / "unwind"),
@@ -341,7 +343,7 @@ class Pipeline:
     def _name(self, window: OpenWindow) -> Profile:
         builder = window.builder
         named = self.names.name(builder.unnamed_locations(), self._wait_for_readers)
-        builder.replace_locations(named.locations)
+        builder.replace_locations(window.bounded.affordable(named.locations))
         for location, frames in named.frames:
             window.bounded.name(location, frames)
         window.bounded.add_modules(named.modules)

@@ -1,8 +1,10 @@
 """What is known of the code of a file: for ranges of offsets, which functions are there."""
 
 from bisect import bisect_right
+from collections import Counter
+from typing import NamedTuple
 
-from symbolizer.location import Miss, Place
+from symbolizer.location import Frame, Location, Miss, Module, Place
 
 
 class Code:
@@ -67,3 +69,27 @@ class Code:
             self._places = [self._places[number] for number in kept]
             self._used_in = [self._used_in[number] for number in kept]
         return forgotten
+
+
+class Source(NamedTuple):
+    """Where names of a module come from; `miss` is why there are none."""
+
+    module: Module
+    code: Code | None
+    miss: Miss | None
+
+
+class Named(NamedTuple):
+    """What a closed window's locations are.
+
+    Attributes:
+        locations: the final location of each provisional one.
+        frames: names of final locations; one may be named several times, by variants of its file.
+        modules: by build id.
+        misses: how many final locations have no name, by Miss.
+    """
+
+    locations: dict[Location, Location]
+    frames: list[tuple[Location, tuple[Frame, ...]]]
+    modules: dict[str, Module]
+    misses: Counter[str]

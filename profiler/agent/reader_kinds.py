@@ -8,6 +8,7 @@ from profiler.agent.reader import Read
 from profiler.processes.facts_reader import FactsReader
 from symbolizer.identify import FileReader, Identifier
 from symbolizer.identities import Identities
+from symbolizer.runtimes.written_code import WrittenCode
 from symbolizer.symbolizer import Symbolizer
 from symbolizer.symbols.variants import CodeFile
 from symbolizer.unwind.table import UnwindCache
@@ -23,6 +24,7 @@ def kinds(cache: Path) -> Mapping[str, Read]:
         "table": files.build_table,
         "mount": files.find_mount,
         "process": FactsReader().read,
+        "written_code": WrittenCode().read,
         "names": lambda values: _names(symbolizer, values),
     }
 

@@ -27,6 +27,7 @@ from bpf.records import (
     decode_mmap2,
     decode_task,
 )
+from bpf.samples import ProcessGeneration
 from profiler.processes.generations import boottime_ns, is_running
 
 _KEPT_NS = 5_000_000_000
@@ -181,6 +182,12 @@ class Lifetimes:
         if life is not None and life.holds(at_ns):
             return life
         return next((life for life in self._past.get(pid, ()) if life.holds(at_ns)), None)
+
+    def begin_of(self, generation: ProcessGeneration) -> int:
+        """Return when a process that still runs began what it runs: its start or its last exec."""
+        life = self._current.get(generation.pid)
+        has_execed = life is not None and life.begin_ns > life.start_ns
+        return max(generation.start_ns, life.begin_ns if life and has_execed else 0)
 
     def is_of(self, pid: int, execution: Execution) -> bool:
         """Return whether a process runs what an exec has begun."""

@@ -57,8 +57,9 @@ class Located:
     def number(self, location: AddressLocation) -> int:
         return self.numbers.setdefault(location, len(self.numbers))
 
-    def locate(self, pid, _mappings, addresses):
+    def locate(self, generation, _mappings, addresses):
         """Return what lies at an address: code of the file, or something of this process."""
+        pid = generation.pid
         self.asked.append((pid, tuple(sorted(addresses.tolist()))))
         return [
             AddressLocation("file" if a < HEAP else f"heap of {pid}", FileOffset(a))

@@ -17,6 +17,7 @@ import pytest
 
 from bpf.records import Rings
 from profiler.agent import names as names_module
+from profiler.agent.jit_names import JitNames
 from profiler.agent.mapped_files import MappedFiles
 from profiler.agent.names import Named, Names
 from profiler.agent.readers import Readers
@@ -29,7 +30,7 @@ from symbolizer.symbols.kernel import KERNEL_NAME
 from symbolizer.symbols.table import SymbolCache
 from tests.support.elf_files import build, read_symbols, strip
 from tests.support.file_systems import hanging
-from tests.support.live import wait_for
+from tests.support.live import generation_of, wait_for
 from tests.support.naming import mappings_of
 from tests.support.targets import running
 
@@ -78,7 +79,9 @@ class Window:
     def sample(self, process: Process, addresses: Sequence[int] | None = None) -> None:
         addresses = process.functions if addresses is None else addresses
         table = self._agent.mappings(process.pid)
-        found = self._agent.names.locate(process.pid, table, np.array(addresses, np.uint64))
+        found = self._agent.names.locate(
+            generation_of(process.pid), table, np.array(addresses, np.uint64)
+        )
         self._located += found
         self._of.update(zip([(process.pid, a) for a in addresses], found, strict=True))
         self._agent.names.ask()
@@ -115,7 +118,8 @@ class Agent:
 
     def start_names(self, spaces: AddressSpaces) -> Names:
         files = MappedFiles(self.readers, spaces)
-        return Names(self.readers, files, SymbolCache(self.cache, names_module.CACHE_BYTES))
+        jit = JitNames(self.readers, lambda generation: generation.start_ns)
+        return Names(self.readers, files, SymbolCache(self.cache, names_module.CACHE_BYTES), jit)
 
     def mappings(self, pid: int) -> MappingTable:
         return self._tables.setdefault(pid, mappings_of(pid))
@@ -263,7 +267,7 @@ def test_addresses_outside_files_have_a_reason(agent, program):
     with started(program) as process:
         window = agent.window()
         window.sample(process, [8])
-        gone = agent.names.locate(process.pid, table, np.array([8], np.uint64))
+        gone = agent.names.locate(generation_of(process.pid), table, np.array([8], np.uint64))
         named = agent.names.name([window.final(process, 8), *gone], agent.wait)
 
     assert named.locations == {place: place for place in named.locations}

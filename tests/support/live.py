@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bpf.samples import RawSample
+from bpf.samples import ProcessGeneration, RawSample
 from tests.support.targets import running
 
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
@@ -73,6 +73,11 @@ def spinning(*command: str | Path, **options: object) -> Iterator[subprocess.Pop
 def start_ns_of(pid: int) -> int:
     """Return a start that a sample of this process may have: /proc knows it to 10 ms."""
     return int(stat_fields(pid)[19]) * TICK_NS + 1_234_567
+
+
+def generation_of(pid: int) -> ProcessGeneration:
+    """Return the generation that `sample_of` would be of."""
+    return ProcessGeneration(pid, start_ns_of(pid), 1)
 
 
 def sample_of(pid: int, **changes: object) -> RawSample:
