@@ -147,9 +147,15 @@ class JitNames:
     wrote before a matter of the past.
     """
 
-    def __init__(self, readers: Readers, begin_ns: Callable[[ProcessGeneration], int]) -> None:
+    def __init__(
+        self,
+        readers: Readers,
+        begin_ns: Callable[[ProcessGeneration], int],
+        monotonic_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._readers = readers
         self._begin_ns = begin_ns
+        self._monotonic_s = monotonic_s
         self._owners = Owners()
         self._processes: OrderedDict[ProcessGeneration, _Process] = OrderedDict()
         self._numbers: dict[ProcessGeneration, int] = {}
@@ -199,7 +205,7 @@ class JitNames:
 
         Where there was no file lately it is not asked for sooner even then.
         """
-        now_s = time.monotonic()
+        now_s = self._monotonic_s()
         if not is_due and now_s < self._next_s:
             return
         self._next_s = now_s + _PAUSE_S / 10
