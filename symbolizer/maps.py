@@ -377,3 +377,11 @@ def is_anonymous(path: bytes) -> bool:
         or path.startswith((b"//anon", b"/dev/zero", b"/SYSV", b"/anon_hugepage", b"[anon"))
         or path in (b"[heap]", b"[stack]")
     )
+
+
+def is_of_compiler(path: bytes) -> bool:
+    """Return whether code in a mapping may be a just-in-time compiler's.
+
+    It is in memory without a file; .NET maps a file in memory twice, to write and to run it.
+    """
+    return is_anonymous(path) or path.startswith(b"/memfd:doublemapper")

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from bpf.samples import ProcessGeneration, RawFrame, RawSample, Words, split_frames
 from profiler.agent.budgets import LocationBudget, Owner
 from symbolizer.location import Location
-from symbolizer.maps import MappingTable, is_anonymous
+from symbolizer.maps import MappingTable, is_of_compiler
 
 Numbers: TypeAlias = "array[int]"
 """A stack as numbers of locations (int32). Making a numpy array of each takes much longer."""
@@ -162,7 +162,7 @@ class FrameNumbers:
     def _lies_in_process(self, mappings: MappingTable, addresses: Words) -> list[bool]:
         is_own = self._is_own.get(mappings)
         if is_own is None:
-            kinds = [is_anonymous(mapping.path) for mapping in mappings.mappings]
+            kinds = [is_of_compiler(mapping.path) for mapping in mappings.mappings]
             is_own = self._is_own[mappings] = np.array(kinds)
         kept: list[bool] = is_own[mappings.find(addresses)].tolist()
         return kept

@@ -311,7 +311,7 @@ class JitNames:
         outcomes = {kind: Outcome(result[kind]) for kind in _KINDS}
         for kind, outcome in outcomes.items():
             if kind == "perf_map" or process.dumps:
-                self._counts[kind][outcome] += 1
+                self._counts[kind][str(outcome)] += 1
         before = {each for each in process.asked if process.ranges.find(each) is not None}
         if len(process.ranges) > _MAX_RANGES_OF_PROCESS:
             process.ranges = _Ranges()

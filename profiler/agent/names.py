@@ -38,7 +38,7 @@ from symbolizer.location import (
     NamedLocation,
     Place,
 )
-from symbolizer.maps import MappingTable, is_anonymous
+from symbolizer.maps import MappingTable, is_of_compiler
 from symbolizer.symbols.candidates import Functions
 from symbolizer.symbols.kernel import KERNEL_NAME, Image, Program, RunningKernel
 from symbolizer.symbols.table import SymbolCache
@@ -218,7 +218,7 @@ class Names:
         if place < 0:
             return mappings.missing, 0, None
         mapping = mappings.mappings[place]
-        if is_anonymous(mapping.path):
+        if is_of_compiler(mapping.path):
             module, new = self.jit.place(generation, mappings)
             return module, 0, new
         if mapping.path.startswith(b"[") and mapping.path != b"[vdso]":

@@ -53,6 +53,7 @@ def table(status: Mapping[str, Any]) -> str:
         *_more("mappings", status.get("mappings", {})),
         *_more("labels", status.get("labels", {})),
         *_more("readers", status.get("readers", {})),
+        *_jit(status),
         ("memory", f"sampler {own_mb}, uploader {_megabytes(upload.get('rss_bytes', 0))}"),
         ("spool", waiting),
         *([] if tenant == DEFAULT_TENANT else [("tenant", tenant)]),
@@ -68,6 +69,20 @@ def table(status: Mapping[str, Any]) -> str:
     ]
     wide = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:{wide}}  {text}".rstrip() for name, text in lines)
+
+
+def _jit(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Return how much code of just-in-time compilers has names, and what came of the files."""
+    places = status.get("jit_locations", {})
+    sampled = places.get("named", 0) + places.get("unnamed", 0)
+    if not sampled:
+        return
+    yield "jit", f"{places['named']:,} of {sampled:,} locations named"
+    for kind, words in (("perf_map", "perf maps"), ("jitdump", "jitdumps")):
+        outcomes = {name: number for name, number in status[kind].items() if name != "asked"}
+        if outcomes:
+            counts = (f"{number:,} {name.replace('_', ' ')}" for name, number in outcomes.items())
+            yield f"  {words}", ", ".join(counts)
 
 
 def _lost(lost: Mapping[str, int]) -> Iterator[tuple[str, str]]:

@@ -291,6 +291,7 @@ def test_metrics_are_served_from_loopback(place) -> None:
     sample = re.compile(r'# TYPE .*|everflame_[a-z_]+(\{[a-z]+="[a-z_]+"\})? -?[0-9.e+-]+')
     assert [line for line in lines if not sample.fullmatch(line)] == []
     assert any(line.startswith("everflame_ticks_total ") for line in lines)
+    assert any(line.startswith('everflame_perf_map{figure="asked"} ') for line in lines)
 
 
 def fetch(port: int, path: str) -> bytes:

@@ -107,3 +107,18 @@ def test_every_counter_of_what_went_wrong_is_said_in_words():
     sound = ONE_OF_EACH | {"labels": {"instances_uncounted": 0}, "readers": {}, "service": {}}
     names = [line.split()[0] for line in table(sound).splitlines()]
     assert not {"labels", "readers", "service"} & set(names)
+
+
+def test_code_of_compilers_is_said_with_what_became_of_its_maps():
+    """Nothing is said where no such code was sampled."""
+    parts = {
+        "jit_locations": {"processes": 2, "ranges": 9, "named": 1200, "unnamed": 34},
+        "perf_map": {"asked": 7, "read": 4, "other_owner": 3},
+        "jitdump": {"asked": 0},
+    }
+    lines = [" ".join(line.split()) for line in table(ONE_OF_EACH | parts).splitlines()]
+
+    assert "jit 1,200 of 1,234 locations named" in lines
+    assert "perf maps 4 read, 3 other owner" in lines
+    assert not any(line.startswith("jitdumps") for line in lines)
+    assert "jit" not in table(ONE_OF_EACH)

@@ -2,6 +2,7 @@
 //
 //   jit none          says nothing about it
 //   jit map           writes /tmp/perf-PID.map
+//   jit memfd         writes the same map of code in a file in memory, which is mapped twice
 //   jit dump FOLDER   writes FOLDER/jit-PID.dump, with lines, and maps it
 //
 // Prints the addresses of both functions, in hexadecimal, when all is written.
@@ -100,17 +101,28 @@ static void write_dump(uint8_t *code, const char *folder) {
   if (mmap(NULL, PAGE, PROT_READ | PROT_EXEC, MAP_PRIVATE, fileno(dump), 0) == MAP_FAILED) exit(1);
 }
 
+// Returns memory to write code to, and in `code` where it runs.
+static uint8_t *make_room(int is_file, uint8_t **code) {
+  int fd = is_file ? memfd_create("doublemapper", MFD_CLOEXEC) : -1;
+  if (is_file && ftruncate(fd, PAGE)) exit(1);
+  int flags = is_file ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+  *code = mmap(NULL, PAGE, PROT_READ | PROT_EXEC | (is_file ? 0 : PROT_WRITE), flags, fd, 0);
+  if (*code == MAP_FAILED) exit(1);
+  return is_file ? mmap(NULL, PAGE, PROT_READ | PROT_WRITE, flags, fd, 0) : *code;
+}
+
 int main(int argc, char **argv) {
-  uint8_t *code = mmap(NULL, PAGE, PROT_READ | PROT_WRITE | PROT_EXEC,
-                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (argc < 2 || code == MAP_FAILED) return 1;
-  memcpy(code, leaf_code, sizeof leaf_code);
+  if (argc < 2) return 1;
+  uint8_t *code;
+  uint8_t *written = make_room(!strcmp(argv[1], "memfd"), &code);
+  if (written == MAP_FAILED) return 1;
+  memcpy(written, leaf_code, sizeof leaf_code);
   uint8_t *caller = code + CALLER_AT;
   const uint8_t caller_code[CALLER_SIZE] = {0x55, 0x48, 0x89, 0xe5, 0xe8, 0, 0, 0, 0, 0x5d, 0xc3};
-  memcpy(caller, caller_code, sizeof caller_code);
+  memcpy(written + CALLER_AT, caller_code, sizeof caller_code);
   int32_t to_leaf = (int32_t)(code - (caller + 9));
-  memcpy(caller + 5, &to_leaf, sizeof to_leaf);
-  if (!strcmp(argv[1], "map")) write_map(code);
+  memcpy(written + CALLER_AT + 5, &to_leaf, sizeof to_leaf);
+  if (!strcmp(argv[1], "map") || !strcmp(argv[1], "memfd")) write_map(code);
   if (!strcmp(argv[1], "dump") && argc > 2) write_dump(code, argv[2]);
   printf("%lx %lx\n", (unsigned long)code, (unsigned long)caller);
   fflush(stdout);

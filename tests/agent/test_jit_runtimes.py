@@ -1,0 +1,228 @@
+"""Names of what real runtimes compile, from the process to the stacks of a recording."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from bpf.sampler import SamplerConfig
+from profiler.agent.recorder import Recorder
+from storage.profile import Profile
+from symbolizer.location import Frame, Kind
+from tests.support.jit_programs import jit_program, map_of
+from tests.support.targets import SOURCES, compile_target, running
+
+pytestmark = pytest.mark.kernel
+
+NODE = Path(sys.executable).with_name("node")
+CALLS = ["--no-turbo-inlining", "--no-maglev-inlining"]
+"""Functions that are inlined have no code of their own."""
+PYTHON = """
+def leaf(n):
+    total = 0
+    for i in range(n):
+        total += i * i
+    return total
+
+class Box:
+    def method(self):
+        return leaf(10_000)
+
+while True:
+    Box().method()
+"""
+
+Stack = tuple[Frame, ...]
+
+
+@contextlib.contextmanager
+def recording(pid: int, folder: Path) -> Iterator[Recorder]:
+    with Recorder(SamplerConfig(499, pids=frozenset({pid})), folder / "cache") as recorder:
+        recorder.start()
+        yield recorder
+
+
+def stacks_of(profile: Profile) -> Iterator[Stack]:
+    """Return what is drawn: all stacks, root first."""
+    offsets = profile.stack_offsets.tolist()
+    for start, end in pairwise(offsets):
+        numbers = profile.stack_locations[start:end].tolist()
+        yield tuple(frame for n in numbers for frame in reversed(profile.frames(n)))
+
+
+def record_until(recorder: Recorder, is_seen: Callable[[Stack], bool]) -> Stack:
+    """Close one window after another until one has such a stack; return that."""
+    until_s = time.monotonic() + 90
+    while time.monotonic() < until_s:
+        for _ in range(3):
+            time.sleep(0.5)  # ticks are what is waited for
+            recorder.step()
+        stack = next(filter(is_seen, stacks_of(recorder.close_window())), None)
+        if stack is not None:
+            return stack
+    pytest.fail(f"no such stack; {recorder.jit.status()}")
+
+
+def has(*functions: str) -> Callable[[Stack], bool]:
+    """Return whether a stack has these functions, one right after the other."""
+
+    def is_in(stack: Stack) -> bool:
+        names = [frame.function for frame in stack]
+        places = range(len(names) - len(functions) + 1)
+        return any(tuple(names[at : at + len(functions)]) == functions for at in places)
+
+    return is_in
+
+
+def frame_of(stack: Stack, function: str) -> Frame:
+    return next(frame for frame in stack if frame.function == function)
+
+
+@pytest.fixture(scope="module")
+def jit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_target("jit.c", tmp_path_factory.mktemp("jit") / "jit")
+
+
+@pytest.mark.parametrize("memory", ["map", "memfd"])
+def test_a_program_s_own_map_names_its_code_in_whole_stacks(jit: Path, tmp_path: Path, memory: str):
+    """In anonymous memory, and as .NET has it, in a file in memory."""
+    with jit_program(jit, memory) as program, recording(program.pid, tmp_path) as recorder:
+        stack = record_until(recorder, has("main", "made_caller", "made_leaf"))
+
+    assert stack[-1] == Frame("made_leaf", "[jit]", Kind.JIT)
+
+
+def test_a_program_s_own_jitdump_names_its_code_and_lines(jit: Path, tmp_path: Path):
+    with (
+        jit_program(jit, "dump", tmp_path) as program,
+        recording(program.pid, tmp_path) as recorder,
+    ):
+        stack = record_until(recorder, has("main", "dumped_caller", "dumped_leaf"))
+
+    assert stack[-1] == Frame("dumped_leaf", "[jit]", Kind.JIT, "/srv/made.src", 11)
+
+
+def test_code_without_a_map_stays_a_box_with_a_reason(jit: Path, tmp_path: Path):
+    with jit_program(jit, "none") as program, recording(program.pid, tmp_path) as recorder:
+        stack = record_until(recorder, has("main", "[jit]", "[jit]"))
+        status = recorder.jit.status()
+
+    assert stack[-1] == Frame("[jit]", "[jit]", Kind.JIT)
+    assert status["perf_map"]["no_file"] >= 1
+    assert status["jit_locations"]["unnamed"] >= 1
+
+
+def test_a_program_does_not_take_over_the_map_of_the_one_it_replaced(jit: Path, tmp_path: Path):
+    """An exec keeps pid and start; the map that was written before it tells of other memory."""
+    script = (
+        'printf "10000 7fffffff0000 made_by_the_shell\\n" > /tmp/perf-$$.map; read line;'
+        f"exec {jit} none"
+    )
+    with (
+        running("bash", "-c", script, stdin=subprocess.PIPE) as process,
+        recording(process.pid, tmp_path) as recorder,
+    ):
+        process.stdin.write(b"go on\n")
+        process.stdin.flush()
+        try:
+            stack = record_until(recorder, has("main", "[jit]", "[jit]"))
+            status = recorder.jit.status()
+        finally:
+            map_of(process.pid).unlink()
+
+    assert "made_by_the_shell" not in [frame.function for frame in stack]
+    assert status["perf_map"]["outdated"] >= 1
+
+
+def test_javascript_is_named_by_node_s_perf_map(tmp_path: Path):
+    command = [NODE, *CALLS, "--perf-basic-prof", SOURCES / "spin.js", "200"]
+    with running(*command, cwd=tmp_path) as process, recording(process.pid, tmp_path) as recorder:
+        try:
+            stack = record_until(recorder, has("outer", "inner"))
+            getter = record_until(recorder, has("get size"))
+        finally:
+            map_of(process.pid).unlink(missing_ok=True)
+
+    file = str(SOURCES / "spin.js")
+    assert frame_of(stack, "inner") == Frame("inner", "[jit]", Kind.JIT, file, 2)
+    assert frame_of(stack, "outer") == Frame("outer", "[jit]", Kind.JIT, file, 17)
+    assert frame_of(getter, "get size").line == 10
+    assert [frame.function for frame in stack[:2]] == ["_start", "__libc_start_main"]
+
+
+def test_javascript_is_named_by_node_s_jitdump(tmp_path: Path):
+    command = [NODE, *CALLS, "--perf-prof", SOURCES / "spin.js", "200"]
+    with running(*command, cwd=tmp_path) as process, recording(process.pid, tmp_path) as recorder:
+        stack = record_until(recorder, has("inner"))
+        lines = set()
+        while not lines & {4, 5}:
+            frame = frame_of(record_until(recorder, has("inner")), "inner")
+            lines.add(frame.line)
+
+    assert frame_of(stack, "inner").file == str(SOURCES / "spin.js")
+    assert lines <= set(range(2, 7))
+
+
+def perf_pythons() -> list[Path]:
+    """Return interpreters that can write a perf map, 3.12 and later."""
+    folders = [*Path(os.environ.get("PYENV_ROOT", "/root/.pyenv")).glob("versions/3.*/bin")]
+    found = [shutil.which(f"python3.{minor}") for minor in range(12, 20)]
+    candidates = [*(Path(path) for path in found if path), *(each / "python3" for each in folders)]
+    return [each for each in candidates if _can_write_a_map(each)]
+
+
+def _can_write_a_map(python: Path) -> bool:
+    code = "import sys; sys.activate_stack_trampoline('perf')"
+    ran = subprocess.run([python, "-c", code], check=False, capture_output=True, timeout=60)
+    return ran.returncode == 0
+
+
+def test_python_is_named_by_its_perf_map(tmp_path: Path):
+    pythons = perf_pythons()
+    if not pythons:
+        pytest.skip("no Python 3.12 or later with perf trampolines (install python3.12)")
+    script = tmp_path / "spin.py"
+    script.write_text(PYTHON)
+    with running(pythons[0], "-X", "perf", script) as process:
+        try:
+            with recording(process.pid, tmp_path) as recorder:
+                stack = record_until(
+                    recorder, lambda stack: {"Box.method", "leaf"} <= {f.function for f in stack}
+                )
+        finally:
+            map_of(process.pid).unlink(missing_ok=True)
+
+    names = [frame.function for frame in stack if frame.module == "[python]"]
+    assert names == ["<module>", "Box.method", "leaf"]
+    assert frame_of(stack, "leaf") == Frame("leaf", "[python]", Kind.PYTHON, str(script))
+
+
+def test_java_is_named_by_the_map_that_jcmd_has_it_write(tmp_path: Path):
+    """It is written while the process is sampled already, from the first window on."""
+    javac, java, jcmd = (shutil.which(name) for name in ("javac", "java", "jcmd"))
+    if not (javac and java and jcmd):
+        pytest.skip("no JDK (install openjdk-17-jdk-headless)")
+    subprocess.run([javac, "-d", tmp_path, SOURCES / "Spin.java"], check=True, timeout=100)
+    command = [java, "-XX:+PreserveFramePointer", "-cp", tmp_path, "Spin", "200"]
+    with running(*command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        map_command = [jcmd, str(process.pid), "Compiler.perfmap"]
+        if subprocess.run(map_command, check=False, timeout=100).returncode:
+            pytest.skip("this JDK writes no perf map (17 and later do)")
+        try:
+            with recording(process.pid, tmp_path) as recorder:
+                stack = record_until(
+                    recorder, lambda stack: any("Spin.leaf" in f.function for f in stack)
+                )
+        finally:
+            map_of(process.pid).unlink(missing_ok=True)
+
+    leaf = next(frame for frame in stack if "Spin.leaf" in frame.function)
+    assert leaf.kind is Kind.JIT
