@@ -37,7 +37,7 @@ from symbolizer.text import readable
 JIT = Module("[jit]", "[jit]", Kind.JIT)
 PROVISIONAL = "jit "
 _PAUSE_S, _LONGEST_PAUSE_S = 3.0, 60.0
-"""Between two questions about a process, and where the last ones told nothing new."""
+"""From an answer to the next question about its process; longer if it told nothing new."""
 _LAST_TURN = 2
 _MAX_PROCESSES = 1024
 _MAX_RANGES, _MAX_RANGES_OF_PROCESS = 16_384, 4096
@@ -89,8 +89,8 @@ class _Process:
     """One generation: its addresses of this window, and what is known of them."""
 
     __slots__ = (
+        "answered_s",
         "asked",
-        "asked_s",
         "begin_ns",
         "dumps",
         "generation",
@@ -116,20 +116,20 @@ class _Process:
         self.ranges = _Ranges()
         self.miss = Miss.NOT_READ
         self.is_asked = self.is_late = self.is_gone = self.is_partial = False
-        self.asked_s, self.pause_s = -_LONGEST_PAUSE_S, _PAUSE_S
+        self.answered_s, self.pause_s = -_LONGEST_PAUSE_S, _PAUSE_S
 
     def is_due(self, now_s: float, *, is_last: bool) -> bool:
         """Return whether to ask for its addresses; `is_last`: before its window ends."""
         if self.is_asked or self.is_gone or not (self.new or self.unknown):
             return False
-        if self.is_partial or now_s >= self.asked_s + self.pause_s:
+        if self.is_partial or now_s >= self.answered_s + self.pause_s:
             return True
         if self.miss != Miss.NOT_IN_MAP or not self.new:
             return False
         if is_last:
             return True
         is_new = any(self.ranges.find(address) is None for address in self.new)
-        return is_new and now_s >= self.asked_s + _PAUSE_S
+        return is_new and now_s >= self.answered_s + _PAUSE_S
 
     def next_question(self) -> list[int]:
         """Return the addresses to ask for: those that are new, and some that had no answer."""
@@ -197,7 +197,7 @@ class JitNames:
         dumps = self._dumps_in(mappings)
         if dumps != process.dumps:
             process.dumps = dumps
-            process.asked_s, process.pause_s = -_LONGEST_PAUSE_S, _PAUSE_S
+            process.answered_s, process.pause_s = -_LONGEST_PAUSE_S, _PAUSE_S
         return f"{PROVISIONAL}{number}", process.new
 
     def ask(self, *, is_due: bool = False) -> None:
@@ -211,7 +211,7 @@ class JitNames:
         self._next_s = now_s + _PAUSE_S / 10
         for process in self._numbered:
             if process.is_due(now_s, is_last=is_due):
-                self._ask(process, now_s)
+                self._ask(process)
 
     def is_complete(self) -> bool:
         """Return whether nothing is asked for, but where an answer was late before."""
@@ -264,12 +264,12 @@ class JitNames:
             dumps = self._dumps[mappings] = tuple(found[:_MAX_DUMPS])
         return dumps
 
-    def _ask(self, process: _Process, now_s: float) -> None:
+    def _ask(self, process: _Process) -> None:
         generation = process.generation
         if self._begin_ns(generation) != process.begin_ns:  # it has exec'd since
             process.is_gone = True
             return
-        process.is_asked, process.asked_s = True, now_s
+        process.is_asked = True
         values = {
             "pid": generation.pid,
             "start_ticks": generation.start_ns // TICK_NS,
@@ -288,6 +288,7 @@ class JitNames:
 
     def _take(self, process: _Process, window: set[int], answer: Answer) -> None:
         process.is_asked = process.is_late = process.is_partial = False
+        process.answered_s = self._monotonic_s()
         told = 0
         if answer.failure is not None:
             process.miss = _FAILURES.get(answer.failure, Miss.TOO_COSTLY)

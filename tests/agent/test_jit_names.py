@@ -1,6 +1,7 @@
 """Code in anonymous memory: when readers are asked for its names, and what it is called then."""
 
 import contextlib
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,8 +21,9 @@ from storage.profile import ProfileBuilder
 from symbolizer.location import AddressLocation, Kind, Location, Miss, NamedLocation
 from symbolizer.maps import Mapping, MappingTable
 from symbolizer.symbols.table import SymbolCache
+from tests.support.file_systems import hanging
 from tests.support.jit_programs import jit_program, map_of, write_as
-from tests.support.live import generation_of, started
+from tests.support.live import generation_of, started, wait_for
 from tests.support.naming import mappings_of
 from tests.support.targets import compile_target, running
 
@@ -138,6 +140,21 @@ def test_python_and_node_functions_are_split_into_name_file_and_line(agent: Agen
         made("f", "/a.js", 3, 3),
         NamedLocation("A.g", "[python]", Kind.PYTHON, "/a.py", 0, 0),
     ]
+
+
+def test_the_private_map_of_another_user_s_process_is_read(agent: Agent):
+    """Python writes its maps for nobody else to read."""
+    user = 12345
+    with started("setpriv", f"--reuid={user}", "--clear-groups", "sleep", "100") as process:
+        wait_for(lambda: Path(f"/proc/{process.pid}").stat().st_uid == user)
+        write_as(user, map_of(process.pid), b"20000 10 private\n")
+        map_of(process.pid).chmod(0o600)
+        try:
+            found = agent.names_of(process.pid, [0x20000], ANONYMOUS)
+        finally:
+            map_of(process.pid).unlink()
+
+    assert found == [made("private")]
 
 
 def reasons_of(named: Named) -> dict[str, int]:
@@ -311,3 +328,28 @@ def test_a_reader_that_a_file_has_taken_over_is_not_believed(agent: Agent, sleep
         agent.jit._take(process, process.new, jit_names.Answer(result))
 
     assert agent.jit.find(located[0]) == made(r"\x1b[2J", "f", 1000, 0)
+
+
+def test_a_map_that_does_not_answer_costs_its_own_names_alone(
+    agent: Agent, sleeper: int, tmp_path: Path
+):
+    """Its file system hangs whoever opens it; another process is named in the same window."""
+    (tmp_path / "content").write_bytes(b"20000 10 never_read\n")
+    map_of(sleeper).touch()
+    with (
+        hanging(tmp_path / "mount", tmp_path / "content") as system,
+        started("sleep", "100") as other,
+        contextlib.ExitStack() as mounted,
+    ):
+        subprocess.run(["mount", "--bind", system.file, map_of(sleeper)], check=True)
+        mounted.callback(subprocess.run, ["umount", "--lazy", map_of(sleeper)], check=False)
+        system.flag.touch()
+        map_of(other.pid).write_bytes(b"20000 10 other\n")
+        mounted.callback(map_of(other.pid).unlink)
+        located = [agent.locate(pid, [0x20000], ANONYMOUS)[0] for pid in (sleeper, other.pid)]
+        with system.ending():
+            named = agent.close(located)
+
+    assert named.locations[located[1]] == made("other")
+    assert reasons_of(named) == {Miss.NO_ANSWER: 1}
+    assert agent.jit.status()["perf_map"] == {"asked": 2, "failed_hung": 1, "read": 1}

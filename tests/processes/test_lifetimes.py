@@ -12,7 +12,7 @@ import pytest
 from bpf.records import Rings
 from profiler.processes.generations import boottime_ns, read_stat
 from profiler.processes.lifetimes import Lifetime, Lifetimes
-from tests.support.live import wait_for
+from tests.support.live import generation_of, wait_for
 from tests.support.targets import compile_target, running
 
 pytestmark = pytest.mark.kernel
@@ -148,3 +148,23 @@ def test_thousand_processes_a_second_take_bounded_memory(recorded: Recorded) -> 
 
     assert not recorded.lifetimes.take_ended()
     assert recorded.lifetimes.find(ended[-1].pid, ended[-1].begin_ns) is None
+
+
+def test_a_process_begins_what_it_runs_with_its_last_exec(recorded: Recorded) -> None:
+    """Before an exec, and of a process that is older than the records, it is its start."""
+    with subprocess.Popen(["sh", "-c", "read x; exec sleep 100"], stdin=subprocess.PIPE) as shell:
+        generation = generation_of(shell.pid)
+        recorded.poll()
+        first_ns = recorded.lifetimes.begin_of(generation)
+        before_ns = boottime_ns()
+        assert shell.stdin is not None
+        shell.stdin.write(b"go on\n")
+        shell.stdin.close()
+        wait_for(lambda: b"sleep" in Path(f"/proc/{shell.pid}/comm").read_bytes())
+        recorded.poll()
+        execed_ns = recorded.lifetimes.begin_of(generation)
+        shell.kill()
+
+    assert generation.start_ns <= first_ns < before_ns < execed_ns < boottime_ns()
+    own = generation_of(os.getpid())
+    assert recorded.lifetimes.begin_of(own) == own.start_ns
