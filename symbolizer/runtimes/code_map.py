@@ -16,6 +16,7 @@ Integers = npt.NDArray[np.int64]
 MAX_RANGES = 200_000
 """Of one map. Large programs have some ten thousand functions."""
 MAX_VALUE_BYTES = 32 << 20
+_UNUSED_VALUES = 1024
 _END_OF_ADDRESSES = 1 << 63
 
 
@@ -85,44 +86,61 @@ class CodeMap(Generic[Value]):
         ]
 
     def _settle(self) -> None:
-        """Put what is new into place, and drop what no address has any more."""
+        """Put what is new into place. This touches only what it overlaps: most is left as it is."""
         if not self._new:
             return
-        new, self._new, self._new_bytes = self._new, [], 0
-        kept, count = self._kept, len(self._values)
-        # By age: values are numbered in the order in which they were added.
-        by_age = np.argsort(kept.values, kind="stable")
-        starts = np.array([each[0] for each in new], np.int64)
-        ends = np.array([each[1] for each in new], np.int64)
-        every = _Entries(
-            np.append(kept.starts[by_age], starts),
-            np.append(kept.ends[by_age], ends),
-            np.append(kept.values[by_age], np.arange(count, count + len(new))),
+        new, self._new, count = self._new, [], len(self._values)
+        self._kept_bytes, self._new_bytes = self._kept_bytes + self._new_bytes, 0
+        entries = _Entries(
+            np.array([each[0] for each in new], np.int64),
+            np.array([each[1] for each in new], np.int64),
+            np.arange(count, count + len(new)),
         )
-        sizes = np.append(self._sizes, np.array([each[3] for each in new], np.int64))
-        self._keep(_flatten(every), sizes, [*self._values, *(each[2] for each in new)])
+        self._values += [each[2] for each in new]
+        self._sizes = np.append(self._sizes, np.array([each[3] for each in new], np.int64))
+        is_hit = _overlapped(self._kept, entries)
+        hit, rest = (
+            _Entries(*(column[places] for column in self._kept)) for places in (is_hit, ~is_hit)
+        )
+        by_age = np.argsort(hit.values, kind="stable")  # values are numbered as they were added
+        every = (np.append(h[by_age], e) for h, e in zip(hit, entries, strict=True))
+        flat = _flatten(_Entries(*every))
+        places = np.searchsorted(rest.starts, flat.starts)
+        self._kept = _Entries(
+            *(np.insert(one, places, other) for one, other in zip(rest, flat, strict=True))
+        )
+        is_much = len(self._kept.starts) > self._max_ranges
+        is_much |= self._kept_bytes > self._max_value_bytes
+        if is_much or len(self._values) > 2 * len(self._kept.starts) + _UNUSED_VALUES:
+            self._compact()
 
-    def _keep(self, flat: _Entries, sizes: Integers, values: list[Value]) -> None:
-        """Keep the values that are in use, up to the limits, the youngest first."""
-        used, ranges = np.unique(flat.values, return_counts=True)
+    def _compact(self) -> None:
+        """Drop values that no address has any more, then the oldest ones up to the limits."""
+        kept, sizes, values = self._kept, self._sizes, self._values
+        used, ranges = np.unique(kept.values, return_counts=True)
         from_youngest = np.cumsum(ranges[::-1])
         bytes_from_youngest = np.cumsum(sizes[used][::-1])
         fits = (from_youngest <= self._max_ranges) & (bytes_from_youngest <= self._max_value_bytes)
-        kept_count = int(np.count_nonzero(fits))
-        oldest = len(used) - kept_count
-        if oldest:
-            self.dropped += int(from_youngest[-1])
-            self.dropped -= int(from_youngest[kept_count - 1]) if kept_count else 0
-        used = used[oldest:]
-        is_kept = np.isin(flat.values, used)
+        count = int(np.count_nonzero(fits))
+        self.dropped += int(ranges[: len(used) - count].sum())
+        used = used[len(used) - count :]
+        is_kept = np.isin(kept.values, used)
         self._values = [values[number] for number in used.tolist()]
         self._sizes = sizes[used]
         self._kept_bytes = int(self._sizes.sum())
         self._kept = _Entries(
-            flat.starts[is_kept],
-            flat.ends[is_kept],
-            np.searchsorted(used, flat.values[is_kept]).astype(np.int64),
+            kept.starts[is_kept],
+            kept.ends[is_kept],
+            np.searchsorted(used, kept.values[is_kept]).astype(np.int64),
         )
+
+
+def _overlapped(kept: _Entries, entries: _Entries) -> npt.NDArray[np.bool_]:
+    """Return which of the kept ranges any entry overlaps."""
+    changes = np.zeros(len(kept.starts) + 1, np.int64)
+    np.add.at(changes, np.searchsorted(kept.ends, entries.starts, side="right"), 1)
+    np.add.at(changes, np.searchsorted(kept.starts, entries.ends, side="left"), -1)
+    return np.cumsum(changes)[:-1] > 0
 
 
 def _flatten(entries: _Entries) -> _Entries:
