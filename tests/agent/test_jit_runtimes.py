@@ -155,7 +155,6 @@ def test_javascript_is_named_by_node_s_perf_map(tmp_path: Path):
     assert frame_of(stack, "inner") == Frame("inner", "[jit]", Kind.JIT, file, 2)
     assert frame_of(stack, "outer") == Frame("outer", "[jit]", Kind.JIT, file, 16)
     assert frame_of(getter, "get size").line == 9
-    assert [frame.function for frame in stack[:2]] == ["_start", "__libc_start_main"]
 
 
 def test_javascript_is_named_by_node_s_jitdump(tmp_path: Path):
@@ -180,9 +179,11 @@ def perf_pythons() -> list[Path]:
 
 
 def _can_write_a_map(python: Path) -> bool:
-    code = "import sys; sys.activate_stack_trampoline('perf')"
-    ran = subprocess.run([python, "-c", code], check=False, capture_output=True, timeout=60)
-    return ran.returncode == 0
+    script = "import sys; sys.activate_stack_trampoline('perf')"
+    with running(python, "-c", script, stderr=subprocess.DEVNULL) as process:
+        process.wait(60)
+        map_of(process.pid).unlink(missing_ok=True)
+        return process.returncode == 0
 
 
 def test_python_is_named_by_its_perf_map(tmp_path: Path):
