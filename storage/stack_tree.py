@@ -203,6 +203,24 @@ def merge_trees(trees: Sequence[StackTree], numbers: Sequence[Numbers]) -> Stack
     return StackTree(_joined(parents), _joined(words), np.concatenate(ends_of))
 
 
+def tree_of_nodes(
+    parents: Indices, words: Indices, depths: Integers | Indices, ends: Indices
+) -> StackTree:
+    """Return the tree of nodes in any order; equal siblings become one. Roots are of depth 0."""
+    # Sorting 16 bits takes a tenth of the time.
+    order = np.argsort(depths.astype(np.uint16), kind="stable")
+    places = np.full(len(parents) + 1, ROOT, dtype=np.int32)
+    above, below, first, past = [], [], 0, 0
+    for count in np.bincount(depths).tolist():
+        nodes = order[past : past + count]
+        parent, word, number = _distinct(places.take(parents[nodes]), words[nodes])
+        places[nodes] = first + number
+        above.append(parent)
+        below.append(word)
+        first, past = first + len(word), past + count
+    return StackTree(_joined(above), _joined(below), places.take(ends))
+
+
 def _levels_of(parents: Indices) -> Iterator[slice]:
     """Go through the nodes of each depth; parents ascend."""
     kind = parents.dtype.type  # a number of another type would have all of them converted

@@ -150,6 +150,15 @@ def add_by(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_python_native(parser: Container, more: str = "") -> None:
+    """Add the option to show what interpreters add to stacks."""
+    parser.add_argument(
+        "--python-native",
+        action="store_true",
+        help="show the Python interpreter's own C functions around Python functions" + more,
+    )
+
+
 def add_store(parser: Container, usual: str = "") -> None:
     parser.add_argument(
         "--store",

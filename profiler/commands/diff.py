@@ -30,7 +30,7 @@ from profiler.comparison.gate import DEFAULT_GATE, Gate, verdict_of
 from profiler.comparison.report import NAME_WIDTH, as_json, as_markdown, as_text
 from profiler.comparison.sides import ComparisonError, EmptySideError, Operand
 from profiler.flamegraph.differential import Pair
-from profiler.flamegraph.views import only_hosts
+from profiler.flamegraph.views import View, only_hosts
 from profiler.formats import export
 from profiler.formats.reading import OneSideError, ReadOptions
 from profiler.text import counted, fit, listed, path_text
@@ -83,6 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="also write a differential flame graph; the ending selects the format: .svg,"
         " .folded (as difffolded.pl), .speedscope.json or .json; - writes folded stacks to stdout",
+    )
+    arguments.add_python_native(
+        parser, " in the graph; functions are compared without them in any case"
     )
     arguments.add_json(parser)
     parser.add_argument(
@@ -190,7 +193,9 @@ def diff(before: Sequence[str], after: Sequence[str], options: Options, now_ns: 
         moved = sorted(function for function, *_ in pair.moved)
         record = orjson.loads(as_json(found, verdict, options.gate))
         record.pop("functions")
-        export.put(export.encode_pair(pair, options.output, record=record), options.output)
+        view = View(export.DEFAULT_BY, python_native=options.python_native)
+        content = export.encode_pair(pair, options.output, view, record=record)
+        export.put(content, options.output)
     if options.output == export.STDOUT:
         return verdict.exit_code
     if options.as_json:

@@ -77,6 +77,11 @@ def _add_view(parser: argparse.ArgumentParser) -> None:
         default="function",
         help="what a box of the graph stands for (default function)",
     )
+    arguments.add_python_native(
+        parser,
+        "; .pb.gz has them in any case, unless --group, --hide, --callers or --invert"
+        " changes its stacks",
+    )
     parser.add_argument(
         "--node",
         metavar="ID",
@@ -110,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
         _write_go_pgo(whole, options)
         return 0
     profile, by = _viewed(options, whole)
-    outputs.write_all(profile, options.outputs, by)
+    outputs.write_all(profile, options.outputs, by, python_native=options.python_native)
     return 0
 
 
@@ -129,12 +134,14 @@ def _check(options: argparse.Namespace) -> None:
                 raise ValueError(f"export: to write {path_text(file)}, add --for go-pgo")
         outputs.check(options.outputs)
         return
-    drawn = ("by", "focus", "hide", "callers", "invert", "node")
+    drawn = ("by", "focus", "hide", "callers", "invert", "node", "python_native")
     used = [name for name in drawn if getattr(options, name)]
     if options.group != Group.FUNCTION:
         used.append("group")
     if used:
-        raise ValueError(f"export: --for go-pgo takes whole stacks: leave out --{used[0]}")
+        raise ValueError(
+            f"export: --for go-pgo takes whole stacks: leave out --{used[0].replace('_', '-')}"
+        )
     outputs.check_places(options.outputs)
 
 
@@ -156,13 +163,15 @@ def _viewed(options: argparse.Namespace, profile: Columns) -> tuple[Columns, tup
         callers=options.callers,
         focus=tuple(options.focus),
         hide=tuple(options.hide),
+        python_native=options.python_native,
     )
     try:
         shown = view.shown(profile, ROOT_ID if options.node is None else options.node)
     except NoSuchNodeError as error:
         raise ValueError(
             f"nothing selected: no stack goes through the node {error}; its id depends on --by,"
-            " --group, --invert, --callers, --focus and --hide: give them as in the link"
+            " --group, --invert, --callers, --focus, --hide and --python-native: give them as in the"
+            " link"
         ) from error
     if profile.total_samples and not shown.profile.total_samples:
         names = ", ".join(filter(None, (*options.focus, options.callers)))

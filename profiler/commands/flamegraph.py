@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help=FILE_HELP)
     arguments.add_outputs(parser)
     arguments.add_by(parser)
+    arguments.add_python_native(parser)
     add_reading_options(parser)
 
 
@@ -26,6 +27,9 @@ def run(options: argparse.Namespace) -> int:
     profile = read_file(options.file, reading_options(options))
     if not options.outputs:
         by = export.DEFAULT_BY if options.by is None else options.by
-        print(terminal.flame_chart(Columns.of(profile), by, sys.stdout))
-    outputs.write_all(profile, options.outputs, options.by)
+        chart = terminal.flame_chart(
+            Columns.of(profile), by, sys.stdout, python_native=options.python_native
+        )
+        print(chart)
+    outputs.write_all(profile, options.outputs, options.by, python_native=options.python_native)
     return 0

@@ -42,10 +42,16 @@ def check(files: Sequence[str]) -> None:
 
 
 def write(
-    profile: "Profile | Columns", files: Sequence[str], by: tuple[str, ...] | None
+    profile: "Profile | Columns",
+    files: Sequence[str],
+    by: tuple[str, ...] | None,
+    *,
+    python_native: bool = False,
 ) -> tuple[list[str], OSError | None]:
     """Write every file. Return those that were written, and the error of the first that was not."""
-    return _write_each(files, lambda file: export.write(profile, file, by=by))
+    return _write_each(
+        files, lambda file: export.write(profile, file, by=by, python_native=python_native)
+    )
 
 
 def _write_each(
@@ -67,14 +73,18 @@ def _write_each(
 
 
 def write_all(
-    profile: "Profile | Columns", files: Sequence[str], by: tuple[str, ...] | None
+    profile: "Profile | Columns",
+    files: Sequence[str],
+    by: tuple[str, ...] | None,
+    *,
+    python_native: bool = False,
 ) -> None:
     """Write every file, and say so on stderr.
 
     Raises:
         OSError: one of them cannot be written; the others are.
     """
-    _tell(*write(profile, files, by))
+    _tell(*write(profile, files, by, python_native=python_native))
 
 
 def put_all(content: bytes, files: Sequence[str]) -> None:

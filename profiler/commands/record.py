@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_ready(parser)
     arguments.add_outputs(parser)
     arguments.add_by(parser)
+    arguments.add_python_native(parser, " (.pb.gz has them in any case)")
     parser.set_defaults(command=())
     parser.add_argument(
         "--repeat",
@@ -85,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
         duration_s=options.duration_s,
         outputs=tuple(options.outputs),
         by=options.by,
+        python_native=options.python_native,
         ready_fd=options.ready_fd,
     )
     if not options.repeat:
@@ -113,6 +115,7 @@ class RecordOptions:
     outputs: tuple[str, ...]
     by: tuple[str, ...] | None
     ready_fd: int | None = None
+    python_native: bool = False
 
 
 def record(options: RecordOptions, environment: dict[str, str]) -> int:
@@ -133,14 +136,17 @@ def record(options: RecordOptions, environment: dict[str, str]) -> int:
             ending = _sample(recorder, target, options, signals)
             profile = recorder.cut_window()
             unselected = recorder.sampler.unselected
-    written, error = outputs.write(profile, files, options.by)
+    written, error = outputs.write(profile, files, options.by, python_native=options.python_native)
     if not options.outputs:
         # Memory that sampling does not need.
         from profiler.commands import terminal  # noqa: PLC0415
         from storage.columns import Columns  # noqa: PLC0415
 
         width = terminal.width(sys.stdout)
-        print(terminal.function_table(Columns.of(profile), width=width, limit=25))
+        table = terminal.function_table(
+            Columns.of(profile), width=width, limit=25, python_native=options.python_native
+        )
+        print(table)
     talk = [*ending, *summary(profile, config)]
     if unselected:
         left_out = counted(unselected, "process", "processes")

@@ -12,6 +12,7 @@ from typing import TextIO
 from profiler.flamegraph import flamegraph
 from profiler.flamegraph.flamegraph import FlameGraph
 from profiler.flamegraph.paths import FunctionRow
+from profiler.flamegraph.views import View
 from profiler.text import cells, counted, fit, pad, percent, quantity
 from storage.columns import Columns
 from symbolizer.location import Frame, Kind
@@ -48,9 +49,9 @@ def has_colours(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def function_table(profile: Columns, width: int, limit: int) -> str:
+def function_table(profile: Columns, width: int, limit: int, *, python_native: bool = False) -> str:
     """Lay out the functions with the largest self time, with what they call in the total."""
-    rows = flamegraph.top_functions(profile)
+    rows = flamegraph.top_functions(View(python_native=python_native).folded(profile))
     whole = profile.total_value
     table = [("SELF", "", "TOTAL", "", "FUNCTION", "MODULE")]
     table += [_row(row, whole, profile.unit) for row in rows[:limit]]
@@ -70,9 +71,11 @@ def function_table(profile: Columns, width: int, limit: int) -> str:
     return "\n".join(lines)
 
 
-def flame_chart(profile: Columns, by: Sequence[str], stream: TextIO) -> str:
+def flame_chart(
+    profile: Columns, by: Sequence[str], stream: TextIO, *, python_native: bool = False
+) -> str:
     """Draw the flame graph as the stream can show it: in coloured cells, or as a tree of text."""
-    graph = flamegraph.build(profile, by)
+    graph = flamegraph.build(View(python_native=python_native).folded(profile), by)
     draw = icicle if has_colours(stream) else tree
     return draw(graph, width(stream))
 

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help="time between redraws (default 2s)",
     )
+    arguments.add_python_native(parser)
     fleet = parser.add_argument_group(
         "of a store, in place of this machine (with --store, --from, --until or -q)"
     )
@@ -80,6 +81,11 @@ def run(options: argparse.Namespace) -> int:
     if any((*named, options.start, options.end, options.query)):
         if options.pids:
             raise ValueError("top: -p is for this machine; use -q to select from a store")
+        if options.python_native:
+            raise ValueError(
+                "top: --python-native is for this machine: a store keeps no table with the"
+                " interpreter's functions (the page shows one, and so does export)"
+            )
         return fleet_top.run(options)
     if options.by or options.json or options.group != "function":
         raise ValueError("top: --by, --group and --json need --store or --from")
@@ -99,7 +105,11 @@ def run(options: argparse.Namespace) -> int:
                 while going and not target.has_ended() and (now := time.monotonic()) < end:
                     going = _sample(recorder, signals, min(now + options.interval, end))
                     sys.stdout.write(_HOME if is_screen else "")
-                    print(screen(recorder.close_window(), is_screen=is_screen), flush=True)
+                    profile = recorder.close_window()
+                    drawn = screen(
+                        profile, is_screen=is_screen, python_native=options.python_native
+                    )
+                    print(drawn, flush=True)
             finally:
                 sys.stdout.write(_LEAVE if is_screen else "")
                 sys.stdout.flush()
@@ -122,7 +132,7 @@ def _sample(recorder: Recorder, signals: Signals, until: float) -> bool:
     return True
 
 
-def screen(profile: Profile, *, is_screen: bool) -> str:
+def screen(profile: Profile, *, is_screen: bool, python_native: bool = False) -> str:
     """Lay out one redraw for the terminal's size."""
     counts = profile.accounting
     # Serial consoles, and terminals without a window, say that they have no lines and no columns.
@@ -134,5 +144,10 @@ def screen(profile: Profile, *, is_screen: bool) -> str:
         f" {cores:.2f} of {counted(counts.cpus, 'core')} used, {counted(counts.stored, 'sample')},"
         f" {sum(counts.lost.values()):,} lost"
     )
-    table = terminal.function_table(Columns.of(profile), width=columns, limit=max(1, lines - 5))
+    table = terminal.function_table(
+        Columns.of(profile),
+        width=columns,
+        limit=max(1, lines - 5),
+        python_native=python_native,
+    )
     return f"{head[:columns]}\n\n{table}"

@@ -2,7 +2,8 @@
 
 A node holds what both sides cost there. It is as wide as the mean of both in cores per host, so the
 graph nests and shows what only one side has. Changes are not tested again here: each node takes
-over the one decision per function (`profiler.comparison.comparison`).
+over the one decision per function (`profiler.comparison.comparison`). If what interpreters add to
+stacks is drawn, its cost is still that of the function it is added to.
 
 - A node is *more*, *less*, *new* or *gone* where its function is, and where its own self time went
   the same way, less the common change. An inverted graph says so at the leaf function, one of
@@ -186,7 +187,9 @@ class Pair:
 
     def view(self, view: View, check: Callable[[], None] = lambda: None) -> UnionPaths:
         """Return the stacks of both sides as a view shows them."""
-        stacks, number_of, limit = self.stacks.of_group(view.group)
+        stacks, number_of, limit = self.stacks.of_group(
+            view.group, python_native=view.python_native
+        )
         check()
         heads = label_frames((*self.before.label_sets, *self.after.label_sets), view.by)
         raw = self._raw_rows()

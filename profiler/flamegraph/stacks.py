@@ -16,6 +16,7 @@ import numpy.typing as npt
 from profiler.flamegraph import trees
 from storage.columns import Columns, ShownFrames
 from storage.grouping import agree_on_files, distinct, group_keys, number_groups, ranges
+from storage.interpreters import fold_interpreters
 from storage.profile import Indices, Integers
 from storage.query.resolve import resolve_columns
 from storage.stack_tree import StackLists, StackTree, lists_of, merge_trees
@@ -134,18 +135,23 @@ class PairStacks:
 
     def __init__(self, before: Columns, after: Columns) -> None:
         self.before, self.after = resolve_columns([before, after])
-        self._known: dict[Group, NumberedStacks] = {}
+        self._known: dict[tuple[Group, bool], NumberedStacks] = {}
 
-    def of_group(self, group: Group) -> NumberedStacks:
-        """Return them with a group's boxes.
+    def of_group(self, group: Group, *, python_native: bool = False) -> NumberedStacks:
+        """Return them with a group's boxes, and with what interpreters add to them if asked for.
 
-        Verdicts are of functions, which are kept; of the other groups, the last one asked for.
+        Verdicts are of functions without that, which are kept; of all others, the last ones asked
+        for.
         """
-        if group not in self._known:
-            stacks = Stacks.of([self.before, self.after], group)
-            kept = [each for each in self._known.items() if each[0] is Group.FUNCTION]
-            self._known = dict([*kept, (group, NumberedStacks(stacks, *stacks.numbered()))])
-        return self._known[group]
+        key = (group, python_native)
+        if key not in self._known:
+            sides = [self.before, self.after]
+            if not python_native:
+                sides = [fold_interpreters(each) for each in sides]
+            stacks = Stacks.of(sides, group)
+            kept = [each for each in self._known.items() if each[0] == (Group.FUNCTION, False)]
+            self._known = dict([*kept, (key, NumberedStacks(stacks, *stacks.numbered()))])
+        return self._known[key]
 
 
 def _fingerprints(lists: StackLists, boxes: int) -> npt.NDArray[np.uint64]:

@@ -15,6 +15,7 @@ from profiler.flamegraph.paths import ROOT, Paths, Rows
 from profiler.flamegraph.stacks import Group
 from storage.columns import Columns
 from storage.grouping import ranges
+from storage.interpreters import fold_interpreters
 from storage.merging import merge_columns
 from storage.profile import Integers, Profile
 from symbolizer.location import NamedLocation
@@ -35,16 +36,22 @@ class View:
     callers: str = ""
     focus: tuple[str, ...] = ()
     hide: tuple[str, ...] = ()
+    python_native: bool = False
+    """With what interpreters add to stacks (`storage.interpreters`)."""
 
     @property
     def keeps_stacks(self) -> bool:
-        """Return whether the stacks that are left are as they were sampled."""
+        """Return whether the stacks that are left can be those that were sampled."""
         changes = (self.invert, self.callers, self.hide)
         return self.group is Group.FUNCTION and not any(changes)
 
     @property
     def is_whole(self) -> bool:
         return self.keeps_stacks and not self.focus
+
+    def folded(self, profile: Columns) -> Columns:
+        """Return a profile without what interpreters add to its stacks, unless that is shown."""
+        return profile if self.python_native else fold_interpreters(profile)
 
     def of(self, paths: Paths) -> Paths:
         """Look at paths that were grouped and labelled as this view says."""
@@ -62,12 +69,15 @@ class View:
     ) -> "Shown":
         """Return what this view leaves of a profile, only the stacks that go through a node.
 
+        Stacks that are kept are as they were sampled: `folded` leaves out of them what interpreters
+        add, where that is not to be shown.
+
         Raises:
             NoSuchNodeError: no stack goes there.
         """
         if self.is_whole and node == ROOT_ID:
             return Shown(profile, self.by)
-        whole = Paths.of(profile, self.by, self.group)
+        whole = Paths.of(self.folded(profile), self.by, self.group)
         check()
         # Row numbers in place of samples: so each path that is left knows its row.
         paths = self.of(replace(whole, samples=np.arange(len(whole.samples))))

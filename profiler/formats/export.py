@@ -2,7 +2,8 @@
 
 Every format contains the same counts. What each can hold differs: `.pb.gz` everything; `.folded`
 and `.speedscope.json` names and counts; `.svg` and `.json` a drawing, which cannot be read back.
-Files are read by `profiler.formats.reading`.
+All but pprof leave out what interpreters add to stacks (`storage.interpreters`), unless it is asked
+for. Files are read by `profiler.formats.reading`.
 
 What a query merged is Columns, what was just recorded or read from a file a Profile. pprof is
 written from a Profile, all else from Columns: the one is made of the other only where it must be.
@@ -86,7 +87,13 @@ def check_folder(file: str) -> None:
             ) from error
 
 
-def encode(profile: "Profile | Columns", file: str, by: Sequence[str] | None = None) -> bytes:
+def encode(
+    profile: "Profile | Columns",
+    file: str,
+    by: Sequence[str] | None = None,
+    *,
+    python_native: bool = False,
+) -> bytes:
     """Return the profile in the format that the ending of `file` names.
 
     Raises:
@@ -95,7 +102,8 @@ def encode(profile: "Profile | Columns", file: str, by: Sequence[str] | None = N
     ending = ending_of(file)
     if ending == _PPROF:
         return _write_pprof(profile if isinstance(profile, Profile) else profile.to_profile())
-    return _WRITERS[ending](_as_columns(profile), DEFAULT_BY if by is None else by)
+    shown = _as_columns(profile, python_native=python_native)
+    return _WRITERS[ending](shown, DEFAULT_BY if by is None else by)
 
 
 def encode_pair(
@@ -125,7 +133,8 @@ def encode_pair(
     if ending in _PAIR_WRITERS:
         before, after = pair.shown(view, node, check)
         check()
-        return _PAIR_WRITERS[ending](before.profile, after.profile, after.by)
+        first, second = (view.folded(each.profile) for each in (before, after))
+        return _PAIR_WRITERS[ending](first, second, after.by)
     shown = pair.view(view, check)
     check()
     path = [box for _, box in path_to(shown.paths, node, check)]
@@ -157,7 +166,13 @@ def pair_ending(file: str) -> str:
     )
 
 
-def write(profile: "Profile | Columns", file: str, by: Sequence[str] | None = None) -> None:
+def write(
+    profile: "Profile | Columns",
+    file: str,
+    by: Sequence[str] | None = None,
+    *,
+    python_native: bool = False,
+) -> None:
     """Write a profile in the format that the ending names; `-` is folded text on stdout.
 
     A file appears complete or not at all. pprof keeps labels on its samples and ignores `by`.
@@ -166,7 +181,7 @@ def write(profile: "Profile | Columns", file: str, by: Sequence[str] | None = No
         ExportError: the ending names no format.
         OSError: the file cannot be written.
     """
-    put(encode(profile, file, by), file)
+    put(encode(profile, file, by, python_native=python_native), file)
 
 
 def put(content: bytes, file: str) -> None:
@@ -198,10 +213,12 @@ _Writer = Callable[["Columns", Sequence[str]], bytes]
 # ruff: noqa: PLC0415
 
 
-def _as_columns(profile: "Profile | Columns") -> "Columns":
+def _as_columns(profile: "Profile | Columns", *, python_native: bool) -> "Columns":
     from storage.columns import Columns
+    from storage.interpreters import fold_interpreters
 
-    return profile if isinstance(profile, Columns) else Columns.of(profile)
+    columns = profile if isinstance(profile, Columns) else Columns.of(profile)
+    return columns if python_native else fold_interpreters(columns)
 
 
 def _write_pprof(profile: Profile) -> bytes:

@@ -55,7 +55,8 @@ def export_profile(
     check()
     shown = request.view.shown(merged.answer.profile, request.node, check)
     check()
-    return export.encode(shown.profile, name, shown.by), _media_type(name)
+    content = export.encode(shown.profile, name, shown.by, python_native=request.python_native)
+    return content, _media_type(name)
 
 
 def export_comparison(

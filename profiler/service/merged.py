@@ -113,11 +113,20 @@ class PanelRequest:
     node: int = ROOT_ID
     search: str = ""
     width_px: float = 1200.0
+    python_native: bool = False
 
     @property
     def view(self) -> View:
         """What the paths depend on, except the node that is zoomed into."""
-        return View(self.by, self.group, self.invert, self.callers, self.focus, self.hide)
+        return View(
+            self.by,
+            self.group,
+            self.invert,
+            self.callers,
+            self.focus,
+            self.hide,
+            self.python_native,
+        )
 
     @property
     def labels(self) -> frozenset[str]:
@@ -127,7 +136,7 @@ class PanelRequest:
     @property
     def needs_no_stacks(self) -> bool:
         """Return whether the totals of functions are enough to answer it."""
-        return self.view.is_whole and self.node == ROOT_ID
+        return self.view.is_whole and self.node == ROOT_ID and not self.python_native
 
 
 @dataclass(slots=True)
@@ -209,7 +218,8 @@ class MergedProfile:
     answer: Answer
     whole: "MergedProfile | None" = None
     """Of a selection: what it was selected from, which has the same stacks."""
-    stacks: tuple[Group, Stacks] | None = None
+    stacks: tuple[Group, bool, Stacks] | None = None
+    """Those of a group, with or without what interpreters add to them."""
     views: OrderedDict[View, ProfileView] = field(default_factory=OrderedDict)
     selections: OrderedDict[str, "MergedProfile"] = field(default_factory=OrderedDict)
     views_words: int = 0
@@ -249,15 +259,16 @@ class MergedProfile:
 
     def _paths_of(self, request: PanelRequest) -> Paths:
         view, profile = request.view, self.answer.profile
-        return view.of(Paths.of_stacks(self._stacks_of(view.group), profile, view.by))
+        return view.of(Paths.of_stacks(self._stacks_of(view), profile, view.by))
 
-    def _stacks_of(self, group: Group) -> Stacks:
+    def _stacks_of(self, view: View) -> Stacks:
         if self.whole is not None:
             with self.whole.lock:
-                return self.whole._stacks_of(group)  # noqa: SLF001 - of the same class
-        if self.stacks is None or self.stacks[0] is not group:
-            self.stacks = (group, Stacks.of([self.answer.profile], group))
-        return self.stacks[1]
+                return self.whole._stacks_of(view)  # noqa: SLF001 - of the same class
+        key = (view.group, view.python_native)
+        if self.stacks is None or self.stacks[:2] != key:
+            self.stacks = (*key, Stacks.of([view.folded(self.answer.profile)], view.group))
+        return self.stacks[2]
 
 
 def words_of(profile: Columns) -> int:

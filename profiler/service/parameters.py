@@ -126,6 +126,9 @@ class ViewParameters(RangeParameters):
         _Functions, Meta(description="only stacks with this function; may be repeated")
     ] = ()
     hide: Annotated[_Functions, Meta(description="a function to leave out; may be repeated")] = ()
+    python_native: Annotated[
+        _Flag, Meta(description="1: with the interpreter's own frames around Python functions")
+    ] = "0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +321,7 @@ def panel_request(parameters: RangeParameters, now_ns: int) -> PanelRequest:
             focus=tuple(filter(None, parameters.focus)),
             hide=tuple(filter(None, parameters.hide)),
             node=int(parameters.node, 16),
+            python_native=parameters.python_native == "1",
         )
     if isinstance(parameters, ViewParameters | TimelineParameters | FleetParameters):
         request = replace(request, by=tuple(filter(None, parameters.by.split(","))))

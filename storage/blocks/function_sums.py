@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from storage.blocks import folded_leaves
 from storage.blocks.dictionary import clean, fetch_locations
 from storage.blocks.functions import (
     FUNCTIONS_1D,
@@ -226,6 +227,8 @@ def read_leaves(
 ) -> LeafSums:
     """Add up self samples of detail between two seconds by host, label set and leaf.
 
+    What interpreters add to stacks is left out (`storage.interpreters`).
+
     The files are those of detail and of its dictionary.
 
     Raises:
@@ -256,6 +259,12 @@ def read_leaves(
             " SEMI JOIN stack_sums USING (stack_id) GROUP BY stack_id",
             stacks,
         )
+        if folded_leaves.load_of_files(opened, files):
+            opened.run(
+                "CREATE OR REPLACE TEMP TABLE leaf_of AS SELECT stack_id, has_leaf,"
+                " coalesce(folded_leaves.leaf, leaf_of.leaf) AS leaf"
+                " FROM leaf_of LEFT JOIN folded_leaves USING (stack_id)"
+            )
         missing = opened.rows("SELECT count(*) FROM stack_sums ANTI JOIN leaf_of USING (stack_id)")
         if missing != [(0,)]:
             raise ProfileError("cannot read blocks: a stack is missing")

@@ -13,6 +13,7 @@ Tables of functions and comparisons are answered from these instead of stacks:
 
 Label sets are those of rollups (`ROLLUP_LABELS`). All are made of detail and therefore exact: no
 stack is folded. Stacks without frames have no function and are left out, as from function totals.
+So is what interpreters add to stacks (`storage.interpreters`).
 
 A function has the best names that the parts of its hour know. One without a real name lists its
 locations (`weak_ids`): they lead whoever reads the files to `frames`, and to the `names` that other
@@ -25,19 +26,20 @@ from typing import Any
 
 import numpy as np
 
+from storage.blocks import folded_leaves
 from storage.blocks.block import ROLLUP_LABELS, labels_id
 from storage.blocks.dictionary import fetch_label_sets, fetch_locations
 from storage.blocks.loading import SUMS
-from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, Arrays, Engine, engine
-from storage.blocks.rollup import Stacks
-from storage.blocks.scans import LocalFile, numbered_scan_of, of_table
+from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, Arrays, Engine, LocalFile, engine, of_table
 from storage.blocks.schema import DETAIL, FUNCTIONS
 from storage.blocks.tables import STACKS_OF_PARTS, fetch_stacks, write_in_pieces
 from storage.columns import Columns
 from storage.grouping import HashIndex, distinct, group_keys, number_groups, ranges
 from storage.hashing import Hasher
+from storage.interpreters import fold, roles_of
 from storage.location_functions import FILES_DIFFER, LocationFunctions, functions_of_stacks
 from storage.profile import Integers, NameRank, ProfileError
+from storage.stack_tree import StackLists, lists_of
 
 FUNCTIONS_10M, FUNCTIONS_1H, FUNCTIONS_1D = "functions_10m", "functions_1h", "functions_1d"
 GROUPS_1H, GROUPS_1D = "function_groups_1h", "function_groups_1d"
@@ -100,10 +102,13 @@ def write_hour(
             },
         )
         opened.load("stacks", STACKS_OF_PARTS, chosen)
+        folded, leaf = "", "frame_ids[-1]"
+        if folded_leaves.load_of_hour(opened, locations):
+            folded, leaf = "LEFT JOIN folded_leaves USING (stack_id)", f"coalesce(leaf, {leaf})"
         opened.load(
             "placed",
             "SELECT part, stack, stack_id, function_id"
-            " FROM {files} LEFT JOIN leaves ON frame_ids[-1] = frame_id",
+            f" FROM {{files}} {folded} LEFT JOIN leaves ON {leaf} = frame_id",
             chosen,
         )
         placed = "FROM {files} JOIN placed USING (part, stack) JOIN sets USING (set_id)"
@@ -230,7 +235,7 @@ def _load_totals(opened: Engine, locations: Columns, functions: LocationFunction
     )
     words = opened.rows("SELECT coalesce(sum(len(frame_ids)), 0) FROM stacks")[0][0]
     pieces = 1 + int(words) // _WORDS_AT_ONCE
-    index = HashIndex(locations.location_hashes)
+    index, roles = HashIndex(locations.location_hashes), roles_of(locations)
     # Ids are spread evenly, so that their last digits cut stacks into pieces of one size.
     for piece in range(pieces):
         is_chosen = f"stack_id % {pieces} = {piece}"
@@ -241,8 +246,10 @@ def _load_totals(opened: Engine, locations: Columns, functions: LocationFunction
             continue
         order = np.argsort(stacks.ids)
         at = order[HashIndex(stacks.ids[order]).find(sums["stack_id"])]
-        words_of = index.find(stacks.frame_ids)
-        rows = _sum_totals(stacks, words_of, functions, sums, at)
+        lists = StackLists(stacks.offsets, index.find(stacks.frame_ids))
+        if roles is not None:
+            lists = lists_of(fold(lists, roles))
+        rows = _sum_totals(lists, functions, sums, at)
         opened.register("added", rows)
         opened.run("INSERT INTO totals SELECT * FROM added")
     opened.run(
@@ -253,10 +260,10 @@ def _load_totals(opened: Engine, locations: Columns, functions: LocationFunction
 
 
 def _sum_totals(
-    stacks: Stacks, words: Integers, functions: LocationFunctions, sums: Arrays, at: Integers
+    stacks: StackLists, functions: LocationFunctions, sums: Arrays, at: Integers
 ) -> dict[str, Any]:
     """Return lines of `totals`; line i of the sums is of stack `at[i]`."""
-    offsets, numbers = functions_of_stacks(stacks.offsets, words, functions)
+    offsets, numbers = functions_of_stacks(stacks.offsets, stacks.words, functions)
     lengths = offsets[at + 1] - offsets[at]
     sets, of_line = np.unique(sums["set_id"], return_inverse=True)
     count = len(functions.hashes)

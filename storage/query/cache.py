@@ -36,7 +36,7 @@ from symbolizer.location import ElfAddress, FileOffset, Kind, Module, Segment
 
 DEFAULT_LIMIT_BYTES = 1 << 30
 
-_VERSION = 9
+_VERSION = 10
 """Of the arrays' meaning. What an object is read as also depends on pprof's schema."""
 
 _PREFIX = struct.Struct("<8sII")

@@ -3,6 +3,7 @@
 Computed once per decoded object or hour; a fiftieth of the size of its stacks. Functions are told
 apart as boxes of the flame graph are: by (function, module, kind). Recursion counts once in the
 total. They are added up per label set, without the labels of single processes (PROCESS_LABELS).
+What interpreters add to stacks is left out (`storage.interpreters`).
 
 Totals of functions do not follow from totals of locations, because of recursion and inlined calls.
 So they are made of stacks whose names are resolved (`storage.query.resolve`), and those of a part
@@ -18,6 +19,7 @@ import numpy as np
 from storage.columns import Columns, Texts
 from storage.grouping import add_groups, group_keys, number_groups, ranges
 from storage.hashing import Hasher, Hashes, Numbers
+from storage.interpreters import fold_stacks
 from storage.location_functions import (
     FILES_DIFFER,
     NO_FILE,
@@ -28,6 +30,7 @@ from storage.location_functions import (
 from storage.merging import add_heads, join_lines, merge_label_sets
 from storage.profile import Accounting, Integers, Labels, Window
 from storage.selector import Selector
+from storage.stack_tree import Stacks, lists_of
 from symbolizer.location import Frame, Kind
 
 PROCESS_LABELS = frozenset({"comm", "pid", "thread", "tid"})
@@ -92,7 +95,7 @@ class FunctionTotals:
         """Add up the functions of every stack, by the labels that are not left out."""
         boxes = LocationFunctions.of(columns, hasher)
         of_label, service_sets = service_sets_of(columns.label_sets, left_out)
-        rows, counts = _sum_functions(columns, boxes, of_label)
+        rows, counts = _sum_functions(columns, fold_stacks(columns), boxes, of_label)
         return cls(
             type=columns.type,
             unit=columns.unit,
@@ -260,11 +263,12 @@ def service_sets_of(
 
 
 def _sum_functions(
-    columns: Columns, boxes: LocationFunctions, of_label: Integers
+    columns: Columns, stacks: Stacks, boxes: LocationFunctions, of_label: Integers
 ) -> tuple[Integers, Integers]:
     count = len(boxes.hashes)
-    stack_offsets = columns.stack_offsets.astype(np.int64)
-    words = columns.stack_words.astype(np.int64, copy=False)
+    lists = lists_of(stacks)
+    stack_offsets = lists.offsets.astype(np.int64)
+    words = lists.words.astype(np.int64, copy=False)
     services = of_label[columns.rows[:, 0]] if len(of_label) else np.zeros(0, np.int64)
     rows, counts = fold(services, columns.rows[:, 1], columns.counts)
     service, stack = rows.T

@@ -1,6 +1,7 @@
 """Self samples of each object by location: the noise of a comparison is estimated from them.
 
-They count how many self samples each location had under each service. The functions of the
+They count how many self samples each location had under each service, without what interpreters
+add to stacks (`storage.interpreters`). The functions of the
 locations, as they were known when the object was decoded, are in a table of their own, so that a
 better name changes no count (`storage.query.resolve`). They take at most a third of the size of
 the stacks. Each object is kept on its own, because windows of comparisons do not begin with an
@@ -16,6 +17,7 @@ import numpy as np
 from storage.columns import Columns, key_starts_ns, name_keys
 from storage.grouping import distinct, ranges
 from storage.hashing import Hasher, Hashes, Numbers
+from storage.interpreters import fold_stacks
 from storage.location_functions import hash_functions
 from storage.merging import add_heads, merge_label_sets
 from storage.profile import Accounting, Integers, Labels, Window
@@ -27,6 +29,7 @@ from storage.query.function_totals import (
 )
 from storage.query.resolve import LocationNames
 from storage.selector import Selector
+from storage.stack_tree import lists_of
 
 
 class LocationSamples(NamedTuple):
@@ -72,11 +75,12 @@ class ObjectSelfSamples:
     def of(cls, columns: Columns, hasher: Hasher) -> "ObjectSelfSamples":
         """Add up the leaves of one object's stacks, by the labels of its services."""
         of_label, service_sets = service_sets_of(columns.label_sets, PROCESS_LABELS)
-        stack_offsets = columns.stack_offsets.astype(np.int64)
+        stacks = lists_of(fold_stacks(columns))
+        stack_offsets = stacks.offsets.astype(np.int64)
         stack = columns.rows[:, 1].astype(np.int64)
         has_leaf = stack_offsets[stack + 1] > stack_offsets[stack]
         ends = stack_offsets[stack[has_leaf] + 1]
-        places, which = distinct(columns.stack_words[ends - 1], len(columns.locations))
+        places, which = distinct(stacks.words[ends - 1], len(columns.locations))
         shown = columns.shown_frames(places)
         function_hashes, functions = np.unique(
             hash_functions(shown, hasher)[shown.offsets[:-1]], return_inverse=True

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from storage.blocks import functions, tables
+from storage.blocks import folded_leaves, functions, tables
 from storage.blocks.block import ROLLUP_LABELS, labels_id
 from storage.blocks.dictionary import read_dictionary
 from storage.blocks.functions import (
@@ -36,6 +36,7 @@ from storage.objects.keys import NS_PER_S
 from storage.profile import Host, ProfileError, Window
 from storage.query.function_totals import FunctionTotals
 from tests.support import profiles as some
+from tests.support import python_stacks
 from tests.support.blocks import HASHER, Decoded, files_of, stored, write
 
 SLOW = settings(
@@ -185,6 +186,31 @@ def assert_functions_are_those_of(files: Sequence[LocalFile], columns: Sequence[
         for number, frame in zip(used.tolist(), totals.frames(used), strict=True)
     }
     assert {row[0]: row[1:5] for row in rows_of(files, FUNCTIONS)} == expected
+
+
+def test_what_interpreters_add_to_stacks_is_no_function(tmp_path, monkeypatch):
+    """Python functions have the time of the loop, and as many samples are there as before."""
+    made = [stored(python_stacks.shop_profile())]
+    files = write(made, tmp_path / "part")
+    expected = expected_lines(made[0][1], None, made[0][0].start_s // HOUR_S * HOUR_S)
+
+    whole = write_hour(files, tmp_path / "whole", HASHER)
+    monkeypatch.setattr(functions, "_WORDS_AT_ONCE", 4)
+    monkeypatch.setattr(folded_leaves, "_WORDS_AT_ONCE", 4)
+    pieces = write_hour(files, tmp_path / "pieces", HASHER)
+
+    for each in (whole, pieces):
+        names = (*SELF, "total_samples", "total_value")
+        assert +found_lines(each, FUNCTIONS_1H, names) == +expected
+        shown = {row[1] for row in rows_of(each, FUNCTIONS)}
+        assert {"Shop.price", "PyLong_Add", "dot"} <= shown
+        assert shown.isdisjoint({python_stacks.LOOP, "slot_tp_call", "list_sort"})
+        total = sum(
+            count
+            for (_, name), count in found_lines(each, FUNCTIONS_10M, SELF).items()
+            if name == "samples"
+        )
+        assert total == made[0][1].total_samples
 
 
 def test_functions_say_how_well_they_are_known(tmp_path):

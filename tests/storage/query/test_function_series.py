@@ -1,5 +1,6 @@
 """Functions of fleets: read from series, they are what the stacks of all objects say."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from storage.objects.directory import DirectoryStore
 from storage.objects.keys import DEFAULT_TENANT, NS_PER_S
 from storage.objects.tenant import TenantStore
 from storage.objects.tenant_key import KEY_BYTES
-from storage.profile import Window
+from storage.profile import Profile, Window
 from storage.query import function_series
 from storage.query.function_series import plan_self, plan_totals
 from storage.query.function_totals import FunctionTotals, SelfSamples
@@ -19,6 +20,7 @@ from storage.query.query import Query
 from storage.selector import EMPTY, Selector
 from tests.support.compacted import compact, delete, level0
 from tests.support.compaction import Expected, profile
+from tests.support.python_stacks import LOOP, STACKS, profile_of
 
 DAY_S = 20_000 * 86_400
 START_S = DAY_S + 22 * 3600
@@ -28,6 +30,14 @@ MINUTES = [*range(0, 240, 10), 5, 64, 118, 119, 121]
 
 def window(first: float, last: float) -> Window:
     return Window(int((START_S + 60 * first) * NS_PER_S), int((START_S + 60 * last) * NS_PER_S))
+
+
+def shop(start_s: int) -> Profile:
+    """Return a window of a fourth host, which runs a Python program."""
+    head = profile(start_s, host=4)
+    stacks = [(names, samples + start_s // 60 % 7) for names, samples in STACKS]
+    made = profile_of(stacks, service="s1", comm="python3")
+    return dataclasses.replace(made, window=head.window, accounting=head.accounting)
 
 
 WINDOWS = {
@@ -55,6 +65,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[DirectoryStore, Di
         for minute in MINUTES
         for host in (1, 2, 3)
     ]
+    made += [shop(START_S + 60 * minute) for minute in MINUTES]
     for each in made:
         Expected(plain).put(each)
     for each in made:
@@ -111,6 +122,24 @@ def test_series_say_what_stacks_say(queries, name):
         by_host, _ = plain.function_totals(WINDOWS[name], selector, ("host",))
         theirs, _ = compacted.self_by_host(WINDOWS[name], selector)
         assert self_counts(theirs) == self_counts(by_host)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_the_time_of_the_loop_is_that_of_python_functions(queries, name):
+    """No function that an interpreter adds to stacks has samples, however they are read."""
+    plain, compacted = queries
+    asked = WINDOWS[name]
+    for query in (plain, compacted):
+        rows = {row.frame.function: row for row in query.functions(asked, by=()).rows}
+        if "Shop.price" not in rows:
+            continue
+        assert rows["Shop.price"].self_samples > rows["PyDict_GetItem"].self_samples > 0
+        assert {LOOP, "_PyObject_MakeTpCall", "list_sort"}.isdisjoint(rows)
+        by_host, _ = query.self_by_host(asked, EMPTY)
+        selves = self_counts(by_host)
+        functions = {frame.function for _, frame, _ in selves}
+        assert "Shop.price" in functions
+        assert LOOP not in functions
 
 
 @pytest.mark.parametrize("name", WINDOWS)
