@@ -135,13 +135,11 @@ def _check(options: argparse.Namespace) -> None:
         outputs.check(options.outputs)
         return
     drawn = ("by", "focus", "hide", "callers", "invert", "node", "python_native")
-    used = [name for name in drawn if getattr(options, name)]
+    used = [name.replace("_", "-") for name in drawn if getattr(options, name)]
     if options.group != Group.FUNCTION:
         used.append("group")
     if used:
-        raise ValueError(
-            f"export: --for go-pgo takes whole stacks: leave out --{used[0].replace('_', '-')}"
-        )
+        raise ValueError(f"export: --for go-pgo takes whole stacks: leave out --{used[0]}")
     outputs.check_places(options.outputs)
 
 
@@ -170,8 +168,8 @@ def _viewed(options: argparse.Namespace, profile: Columns) -> tuple[Columns, tup
     except NoSuchNodeError as error:
         raise ValueError(
             f"nothing selected: no stack goes through the node {error}; its id depends on --by,"
-            " --group, --invert, --callers, --focus, --hide and --python-native: give them as in the"
-            " link"
+            " --group, --invert, --callers, --focus, --hide and --python-native: give them as in"
+            " the link"
         ) from error
     if profile.total_samples and not shown.profile.total_samples:
         names = ", ".join(filter(None, (*options.focus, options.callers)))

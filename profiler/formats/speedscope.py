@@ -2,13 +2,15 @@
 
 The viewer's limits are kept: frames deeper than DEPTH_LIMIT and stacks beyond STACK_LIMIT are
 folded into frames of kind `rest` that say so, weights are integers whose sum a JavaScript number
-holds, frames have neither empty files nor lines. Our own files carry extra keys, which the schema
+holds, frames have no empty files. Python functions have the line on which they begin. Our own files
+carry extra keys, which the schema
 allows and the viewer ignores: a frame's module and kind, and the samples of each stack. Files are
 read by `profiler.formats.readers.speedscope`.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import orjson
 
 from profiler.flamegraph.flamegraph import DEEPER
@@ -34,7 +36,8 @@ _SCHEMA = "https://www.speedscope.app/file-format-schema.json"
 _Counted = Sequence[tuple[tuple[Frame, ...], tuple[int, int]]]
 """Stacks, root first, each with its samples and its value."""
 _Shown = dict[tuple[str, str], Frame]
-"""Frames by what the viewer identifies them by: two of one key would be two boxes of one name."""
+"""Frames by what the viewer identifies them by: two of one key would be two boxes of one name.
+Their line is the first of the function, 0 if it is not known."""
 
 
 def encode(profile: Columns, by: Sequence[str] = ("comm",)) -> bytes:
@@ -60,7 +63,9 @@ def encode_pair(before: Columns, after: Columns, by: Sequence[str] = ("comm",)) 
 
 def _largest(profile: Columns, heads: Sequence[Sequence[Frame]], shown: _Shown) -> _Counted:
     boxes = Stacks.of([profile], Group.FUNCTION)
-    frames = [shown.setdefault(_identity(frame), frame) for frame in boxes.frames]
+    lines = _first_lines(profile)
+    begun = (frame._replace(line=lines.get(frame[:4], 0)) for frame in boxes.frames)
+    frames = [shown.setdefault(_identity(frame), frame) for frame in begun]
     stacks: dict[tuple[Frame, ...], tuple[int, int]] = {}
     bounds, words = boxes.lists.offsets.tolist(), boxes.lists.words.tolist()
     rows = Rows.of(profile)
@@ -78,6 +83,22 @@ def _largest(profile: Columns, heads: Sequence[Sequence[Frame]], shown: _Shown) 
         rest = (sum(samples for samples, _ in cut), sum(value for _, value in cut))
         largest = [*largest[: STACK_LIMIT - 1], ((SMALLER,), rest)]
     return largest
+
+
+def _first_lines(profile: Columns) -> dict[tuple[str, str, Kind, str], int]:
+    """Return where Python functions begin, if all that have one name agree on it."""
+    texts = profile.texts
+    found: dict[tuple[str, str, Kind, str], int] = {}
+    places = profile.locations[profile.locations[:, 2] > 0]
+    named = profile.named[places[:, 2].astype(np.int64) - 1]
+    is_python = np.array([text == Kind.PYTHON.encode() for text in texts.take(named[:, 1])], bool)
+    at = np.flatnonzero(is_python)
+    columns = (places[at, 0], named[at, 0], named[at, 2])
+    names = zip(*([text.decode() for text in texts.take(each)] for each in columns), strict=True)
+    for (function, module, file), line in zip(names, named[at, 3].tolist(), strict=True):
+        key = (function, module, Kind.PYTHON, file)
+        found[key] = line if found.get(key, line) == line else 0
+    return found
 
 
 def _identity(frame: Frame) -> tuple[str, str]:
@@ -130,7 +151,13 @@ def _document(
     return orjson.dumps(document, default=list)
 
 
-def _frame_record(frame: Frame) -> dict[str, str]:
+def _frame_record(frame: Frame) -> dict[str, str | int]:
     name, file = _identity(frame)
-    record = {"name": name, "kind": frame.kind, "module": frame.module, "file": file}
+    record: dict[str, str | int] = {
+        "name": name,
+        "kind": frame.kind,
+        "module": frame.module,
+        "file": file,
+        "line": frame.line,
+    }
     return {key: value for key, value in record.items() if value}

@@ -29,6 +29,7 @@ export const DEFAULTS = Object.freeze({
   callers: "", // the function whose callers are shown
   focus: [], // functions: only stacks with all of them
   hide: [], // functions: taken out of the stacks
+  python_native: false, // with what the Python interpreter adds to stacks
   node: "", // the id of the box zoomed to
   select: "", // the id of the selected box
   row: "", // the row selected in the table: function, newline, module
@@ -69,7 +70,7 @@ const LABEL = /^[A-Za-z_][A-Za-z0-9_.]*$/;
 const REFINEMENTS = new Set(["search", "filter", "select", "row", "rows", "tz"]);
 
 /** A change of these makes node ids invalid. */
-const OTHER_TREE = ["by", "group", "invert", "callers", "hide"];
+const OTHER_TREE = ["by", "group", "invert", "callers", "hide", "python_native"];
 
 /** What chooses stacks, boxes and rows of one flame graph, and means nothing in another. */
 const OF_A_GRAPH = ["callers", "focus", "hide", "node", "select", "row", "search", "over"];
@@ -209,6 +210,7 @@ export function queryParams(state, window) {
     ["by", state.by],
     ...state.focus.map((each) => ["focus", each]),
     ...state.hide.map((each) => ["hide", each]),
+    ["python_native", state.python_native ? "1" : ""],
   ].filter(([name, value]) => value !== "" || name === "by");
 }
 

@@ -46,7 +46,7 @@ export class Toolbar {
       onZone: (tz) => page.change({ tz }),
     });
     new Menu(byId("download-menu"));
-    for (const id of ["view", "side", "tab", "invert", "by", "group", "color"]) {
+    for (const id of ["view", "side", "tab", "invert", "python_native", "by", "group", "color"]) {
       controls.bindChoice(byId(id), (value) => page.change({ [id]: value }));
     }
     byId("compare-button").addEventListener("click", () => page.toggleComparison());
@@ -62,7 +62,8 @@ export class Toolbar {
     this.range.show({ from: state.from, until: state.until, tz: state.tz, window, name });
     for (const id of ["view", "side"]) controls.checkRadio(byId(id), state[id]);
     controls.checkRadio(byId("tab"), tab);
-    byId("invert").checked = state.invert;
+    for (const id of ["invert", "python_native"]) byId(id).checked = state[id];
+    if (state.python_native) this.offerPythonNative();
     byId("group").value = state.group;
     byId("color").value = state.color;
     byId("compare-button").setAttribute("aria-pressed", String(isComparison));
@@ -82,6 +83,11 @@ export class Toolbar {
     const list = isFleet ? `Fleet ${state.mode}${what && ` of ${what}`}` : "";
     const shown = isComparison ? `Compare ${what || "all services"}` : whole || list;
     document.title = `${shown} · ${name} – Everflame`;
+  }
+
+  /** Show the switch for what the Python interpreter adds to stacks: once there is Python code. */
+  offerPythonNative() {
+    byId("python-native-pick").hidden = false;
   }
 
   copyLink() {

@@ -1,7 +1,8 @@
 r"""Folded text: one line per stack, root first, `frame;frame;frame COUNT` (Brendan Gregg's format).
 
 An edge format that many tools read and write. It keeps the names and the sample counts; modules,
-addresses, files, times and the accounting are lost. Kernel, inlined and JIT frames carry the marks
+addresses, files, times and the accounting are lost, but for the modules of Python functions, which
+are part of the name (`package.module.Class.method`). Kernel, inlined and JIT frames carry the marks
 `_[k]`, `_[i]`, `_[j]` of flamegraph.pl, all others look native when they are read back. Files of
 any program are read by `profiler.formats.readers.folded`.
 
@@ -59,10 +60,12 @@ def _counts(profile: Columns, heads_frames: Sequence[Sequence[Frame]]) -> dict[s
     shown = profile.shown_frames()
     used = np.unique(shown.table[:, 2])
     kinds = {i: Kind(each.decode()) for i, each in zip(used, shown.texts.take(used), strict=True)}
-    functions = shown.texts.take(shown.table[:, 0])
+    functions, modules = (shown.texts.take(shown.table[:, i]) for i in (0, 1))
     names = [
-        _escape(function.decode(), kinds[kind])
-        for function, kind in zip(functions, shown.table[:, 2].tolist(), strict=True)
+        _escape(full_name(function.decode(), module.decode(), kinds[kind]), kinds[kind])
+        for function, module, kind in zip(
+            functions, modules, shown.table[:, 2].tolist(), strict=True
+        )
     ]
     locations = [
         ";".join(reversed(names[start:end]))
@@ -82,6 +85,12 @@ def _counts(profile: Columns, heads_frames: Sequence[Sequence[Frame]]) -> dict[s
         line = _TO_ESCAPE_IN_LINE.sub(lambda match: f"\\x{ord(match[0]):02x}", line)
         counts[line] = counts.get(line, 0) + samples
     return counts
+
+
+def full_name(function: str, module: str, kind: Kind) -> str:
+    """Return how a function is called where its module is not shown beside it."""
+    has_module = kind is Kind.PYTHON and module and not module.startswith("[")
+    return f"{module}.{function}" if has_module else function
 
 
 def frame_of(text: bytes) -> Frame:

@@ -168,6 +168,7 @@ BAD = {
     "group": ["thread", "FUNCTION", "function,line"],
     "node": ["xyz", "0" * 15, "0" * 17, "CBF29CE484222325", "-000000000000001", "٣" * 16, "0x" * 8],
     "invert": ["yes", "2", "-1", "true"],
+    "python_native": ["yes", "2", "-1", "true"],
     "callers": ["x" * 5000, "\0"],
     "focus": ["x" * 5000, "a\0b"],
     "hide": ["x" * 5000, "a\0b", ["a"] * 41],

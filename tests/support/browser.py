@@ -45,7 +45,7 @@ ARGUMENTS = (
 )
 FLAME_PARAMETERS = (
     *("query", "from", "until", "by", "group", "node"),
-    *("invert", "callers", "focus", "hide"),
+    *("invert", "callers", "focus", "hide", "python_native"),
 )
 ROW_PX = 20
 WIDE = {"width": 1280, "height": 900}

@@ -32,6 +32,7 @@ test("every state reads back from its address", () => {
     callers: "std::vector<int>::push_back(int const&)",
     focus: ["main", "a+b"],
     hide: ["%s"],
+    python_native: true,
     node: "0123456789abcdef",
     select: "cbf29ce484222325",
     row: "memset",
@@ -82,6 +83,7 @@ test("a change of the tree forgets the zoom, a change of the time keeps it", () 
   const zoomed = { ...DEFAULTS, node: "0123456789abcdef", select: "0123456789abcdef" };
 
   assert.equal(changeState(zoomed, { invert: true }).node, "");
+  assert.equal(changeState(zoomed, { python_native: true }).node, "");
   assert.equal(changeState(zoomed, { hide: ["f"] }).select, "");
   assert.equal(changeState(zoomed, { from: "now-3h" }).node, zoomed.node);
   assert.equal(changeState(zoomed, { q: '{service="api"}' }).node, zoomed.node);
