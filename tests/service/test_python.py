@@ -12,7 +12,7 @@ from tests.support.python_stacks import LOOP, STACKS, profile_of
 from tests.support.services import service
 from tests.support.stores import MINUTE_NS, at, directory, minutes
 
-END, LENGTH = 40, 4
+END, LENGTH = 40, 2
 FROM, MIDDLE, UNTIL = (
     str(minutes(each, END).start_ns // 1_000_000) for each in (END - 2 * LENGTH, END - LENGTH, END)
 )
