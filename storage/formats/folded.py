@@ -60,11 +60,11 @@ def _counts(profile: Columns, heads_frames: Sequence[Sequence[Frame]]) -> dict[s
     shown = profile.shown_frames()
     used = np.unique(shown.table[:, 2])
     kinds = {i: Kind(each.decode()) for i, each in zip(used, shown.texts.take(used), strict=True)}
-    functions, modules = (shown.texts.take(shown.table[:, i]) for i in (0, 1))
+    columns = (shown.texts.take(shown.table[:, i]) for i in (0, 1, 3))
     names = [
-        _escape(full_name(function.decode(), module.decode(), kinds[kind]), kinds[kind])
-        for function, module, kind in zip(
-            functions, modules, shown.table[:, 2].tolist(), strict=True
+        _escape(full_name(function.decode(), module.decode(), file.decode(), kind), kind)
+        for function, module, file, kind in zip(
+            *columns, map(kinds.__getitem__, shown.table[:, 2].tolist()), strict=True
         )
     ]
     locations = [
@@ -87,10 +87,13 @@ def _counts(profile: Columns, heads_frames: Sequence[Sequence[Frame]]) -> dict[s
     return counts
 
 
-def full_name(function: str, module: str, kind: Kind) -> str:
-    """Return how a function is called where its module is not shown beside it."""
-    has_module = kind is Kind.PYTHON and module and not module.startswith("[")
-    return f"{module}.{function}" if has_module else function
+def full_name(function: str, module: str, file: str, kind: Kind) -> str:
+    """Return how a function is called where its module is not shown beside it.
+
+    A box of a whole file or module has that for its function.
+    """
+    is_in_module = kind is Kind.PYTHON and module and not module.startswith("[")
+    return f"{module}.{function}" if is_in_module and function not in {module, file} else function
 
 
 def frame_of(text: bytes) -> Frame:

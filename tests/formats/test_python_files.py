@@ -66,6 +66,23 @@ def test_folded_text_names_the_module_of_a_python_function():
     assert sum(int(line.rpartition(" ")[2]) for line in lines) == shop_profile().total_samples
 
 
+@pytest.mark.parametrize(
+    ("group", "line"),
+    [
+        (Group.LINE, "shop.pricing.main;shop.pricing.Shop.price;PyDict_GetItem 12"),
+        (Group.FILE, "python3.11;/srv/shop/shop.py;python3.11 20"),
+        (Group.MODULE, "python3.11;shop.pricing;python3.11 20"),
+    ],
+)
+def test_folded_text_of_other_boxes_names_these(group, line):
+    """A module is not named twice."""
+    shown = View(group=group).shown(Columns.of(shop_profile()))
+
+    lines = export.encode(shown.profile, "p.folded").decode().splitlines()
+
+    assert any(each.endswith(line) for each in lines), lines
+
+
 def test_speedscope_has_the_file_and_the_first_line_of_python_functions():
     """Its viewer shows both; one function stays one frame, whatever its lines."""
     stacks = [((LOOP, f"py:{name}"), 1) for name in LINES]
