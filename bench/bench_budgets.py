@@ -20,7 +20,7 @@ from serving import Row, rss_mb, show
 
 from bpf.samples import Drain, RawSample
 from profiler.agent.cost import return_large_blocks
-from profiler.agent.frames import FrameNumbers
+from profiler.agent.frames import FrameNumbers, Locators, Numbering
 from profiler.agent.window import Clocks, OpenWindow
 from storage.formats import pprof
 from storage.profile import Accounting, Window
@@ -51,12 +51,14 @@ def measure(kind: str, seconds: int) -> list[Row]:
     table = MappingTable.of([Mapping(BASE, BASE + SIZE, 0, b"//anon")])
     window = OpenWindow(1, lambda: Clocks(0, 0, 0, 0, 0))
     frames = FrameNumbers(
-        window.builder.location,
-        lambda _generation, _table, words: [
-            AddressLocation("[jit]", FileOffset(word)) for word in words.tolist()
-        ],
-        lambda _words: [],
-        window.bounded.rest,
+        Numbering(window.builder.location, window.builder.knows, window.bounded.rest),
+        Locators(
+            lambda _generation, _table, words: [
+                AddressLocation("[jit]", FileOffset(word)) for word in words.tolist()
+            ],
+            lambda _words: [],
+            lambda _generation, _frame: None,
+        ),
         window.bounded.locations,
     )
     random = np.random.default_rng(1)

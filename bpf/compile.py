@@ -21,6 +21,8 @@ from bpf.errors import BpfError, BtfError
 HERE = Path(__file__).parent
 MAX_PROGRAMS = 32
 """A program may call the next 33 times, on old kernels 32 (MAX_TAIL_CALL_CNT)."""
+MAX_WALK_PROGRAMS = 19
+"""Of these, for the native walk; the others are for interpreter frames and a copy."""
 
 _TASK_MEMBERS = (
     "pid",
@@ -69,7 +71,10 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     constants: dict[str, int | str] = {}
     for prefix, struct, members in (
         ("TASK", "task_struct", _TASK_MEMBERS),
-        ("MM", "mm_struct", ("start_code", "start_stack")),
+        ("MM", "mm_struct", ("start_code", "start_stack", "exe_file")),
+        ("FILE", "file", ("f_inode",)),
+        ("INODE", "inode", ("i_ino", "i_sb")),
+        ("SUPER", "super_block", ("s_dev",)),
         ("THREAD", "thread_struct", ("fsbase",)),
     ):
         for name, offset in types.member_offsets(struct, members).items():
@@ -132,7 +137,11 @@ def _compile(
 ) -> tuple[Any, dict[str, int], int]:
     """Compile and load; where the verifier finds a program too large, smaller ones are tried."""
     for frames in choices:
-        limits = {"FRAMES_PER_PROGRAM": frames, "MAX_PROGRAMS": MAX_PROGRAMS}
+        limits = {
+            "FRAMES_PER_PROGRAM": frames,
+            "MAX_PROGRAMS": MAX_PROGRAMS,
+            "MAX_WALK_PROGRAMS": MAX_WALK_PROGRAMS,
+        }
         defined = {**constants, **limits}
         module = bpf(
             src_file=str(HERE / "sampler.bpf.c").encode(),

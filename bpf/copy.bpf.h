@@ -15,14 +15,14 @@
 #define MEMORY_PAGE 4096
 #define COPY_PAGES (COPY_BYTES / MEMORY_PAGE)
 #define RED_ZONE 128 /* below the stack pointer, in use all the same (System V ABI, 3.2.2) */
-#define WORDS_MASK 2047
+#define WORDS_MASK 16383
 _Static_assert(MAX_USER_WORDS * WORD <= WORDS_MASK, "no bit of a size is cut off");
 _Static_assert(COPY_PAGES + 1 <= 32, "a bit for each page");
 
 struct copying {
 	u64 paid_ns; /* up to this moment the budget of this CPU is spent */
 	struct copy copy;
-	u8 content[COPY_BYTES + 2 * MEMORY_PAGE];
+	u8 content[COPY_BYTES + WORDS_MASK + 1];
 };
 
 /* A budget of bytes per second and CPU, of which COPY_BURST_NS may be saved up. */

@@ -4,14 +4,18 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from bpf.interpreters import ChainEnd
 from bpf.samples import (
     COPY,
     COUNT,
     COUNT_KEY,
+    MAX_NATIVE_WORDS,
     MAX_SHORT_WORDS,
+    TAG_SHIFT,
     CopiedStack,
     RawSample,
     StopReason,
+    Tag,
     Words,
 )
 
@@ -23,6 +27,8 @@ _COPY_NAMES = [name for name in COPY.names or () if name not in ("key", "registe
 _COUNT_HEAD = [name for name in COUNT.names or () if name != "words"]
 _USER_STACK_AT = (COUNT_KEY.names or ()).index("user_stack")
 _NO_WORDS: Words = np.empty(0, np.uint64)
+_CUT_OFF = Tag.REASON << TAG_SHIFT | ChainEnd.TRUNCATED
+"""The last word of a stack that has more interpreter frames than there is room for."""
 _STOP_LABELS = {reason.value: reason.label for reason in StopReason}
 
 
@@ -42,20 +48,22 @@ class KernelStacks(NamedTuple):
 def read_samples(
     keys: np.ndarray,
     counts: np.ndarray,
-    long_keys: np.ndarray,
-    long_stacks: np.ndarray,
+    long: tuple[np.ndarray, np.ndarray],
+    deep: tuple[np.ndarray, np.ndarray],
     kernel: KernelStacks,
 ) -> list[RawSample]:
     """Return a sample for each entry of the counts map.
 
-    `long_keys` and `long_stacks` are the map of user stacks that do not stand with their counts.
+    `long` and `deep` are the maps of user stacks that do not stand with their counts.
     """
-    long = _stacks(long_keys, long_stacks)
+    apart = _stacks(*long) | _stacks(*deep)
     short, heads = _words_and_heads(counts)
     samples = []
     for i, (key, head) in enumerate(zip(keys.tolist(), heads, strict=True)):
         number, first_ns, last_ns, leader_comm, length, stop = head
-        user = short[i, :length] if length <= MAX_SHORT_WORDS else long[key[_USER_STACK_AT]]
+        user = short[i, :length] if length <= MAX_SHORT_WORDS else apart[key[_USER_STACK_AT]]
+        if length > MAX_NATIVE_WORDS and user[-1] == _CUT_OFF:
+            stop = StopReason.TRUNCATED
         samples.append(_sample(key, leader_comm, first_ns, last_ns, number, stop, user, kernel))
     return samples
 

@@ -45,10 +45,12 @@ struct walk {
 	u8 knows_bp;
 	u8 has_page;
 	u8 has_requested;
+	u8 evaluates; /* the frame that was left last is of an interpreter's loop */
 	struct mapping mapping; /* that of the last step; most frames have a neighbour in it */
 	struct table table; /* of that mapping */
 	struct page page; /* and the last page of it */
 	u32 page_number;
+	struct runtime runtime;
 };
 
 static __always_inline bool is_user_code(u64 address)

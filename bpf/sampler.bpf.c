@@ -12,6 +12,7 @@
  */
 #include "sampler.bpf.h"
 #include "tables.bpf.h"
+#include "chain.bpf.h"
 
 BPF_F_TABLE("array", u32, struct process, processes, PROCESSES_CAPACITY, MMAPABLE);
 BPF_ARRAY(mappings, struct mapping, MAPPINGS_CAPACITY);
@@ -23,6 +24,10 @@ BPF_PERCPU_ARRAY(known, struct known_space, KNOWN_SPACES);
 BPF_RINGBUF_OUTPUT(requests, REQUEST_PAGES);
 BPF_RINGBUF_OUTPUT(copies, COPY_RING_PAGES);
 BPF_ARRAY(last_wake_ns, u64, 1);
+BPF_ARRAY(interpreters, struct interpreter, INTERPRETERS_CAPACITY);
+BPF_TABLE("lru_hash", struct program_key, struct program, known_programs, PROGRAMS_CAPACITY);
+BPF_ARRAY(seen_codes, u64, SEEN_PLACES);
+BPF_RINGBUF_OUTPUT(codes, CODE_RING_PAGES);
 
 /* Of a map within a map, for which bcc has no word. */
 #define lookup_in(map, key) \
@@ -126,10 +131,20 @@ static __always_inline void send_request(struct request *request)
 	requests.ringbuf_output(request, sizeof(*request), flags);
 }
 
+static __always_inline struct interpreter *lookup_interpreter(u32 number)
+{
+	return interpreters.lookup(&number);
+}
+
+static __always_inline u64 *lookup_seen(u32 place)
+{
+	return seen_codes.lookup(&place);
+}
+
 #include "unwind.bpf.h"
 #include "copy.bpf.h"
 
-enum { ON_WALK, ON_COPY }; /* places in `programs` */
+enum { ON_WALK, ON_COPY, ON_CHAIN, ON_CODES }; /* places in `programs` */
 
 struct scratch {
 	struct count_key key;
@@ -145,17 +160,23 @@ struct scratch {
 	u64 leader;
 	u32 generation;
 	u32 programs; /* how many have walked this stack */
+	u32 native_length; /* of the stack, the words of the native walk */
+	u32 has_chain; /* its interpreter frames are still to be read */
+	struct chain chain;
 };
 
 BPF_ARRAY(active, u32, 1);
 BPF_PERCPU_ARRAY(counters, struct counters, 2);
 BPF_PERCPU_ARRAY(scratch, struct scratch, 1);
 BPF_ARRAY(copying, struct copying, CPUS); /* a value of a per-CPU array may have 32 KB at most */
-BPF_PROG_ARRAY(programs, 2);
+BPF_PROG_ARRAY(programs, 4);
+BPF_ARRAY(code_records, struct code_record, CPUS);
 BPF_HASH(counts_0, struct count_key, struct count, CAPACITY);
 BPF_HASH(counts_1, struct count_key, struct count, CAPACITY);
-BPF_HASH(user_stacks_0, u64, struct user_stack, LONG_CAPACITY);
-BPF_HASH(user_stacks_1, u64, struct user_stack, LONG_CAPACITY);
+BPF_HASH(user_stacks_0, u64, struct long_stack, LONG_CAPACITY);
+BPF_HASH(user_stacks_1, u64, struct long_stack, LONG_CAPACITY);
+BPF_HASH(deep_stacks_0, u64, struct user_stack, DEEP_CAPACITY);
+BPF_HASH(deep_stacks_1, u64, struct user_stack, DEEP_CAPACITY);
 BPF_HASH(kernel_stacks_0, u64, struct kernel_stack, CAPACITY);
 BPF_HASH(kernel_stacks_1, u64, struct kernel_stack, CAPACITY);
 
@@ -219,26 +240,47 @@ static __always_inline u32 loss_of(long error)
 	return error == -7 /* E2BIG */ ? COUNTER_MAP_FULL : COUNTER_MAP_BUSY;
 }
 
+/* Put a stack beyond MAX_LONG_WORDS, or its leaf part if there are too many. */
+static __always_inline bool put_deep_stack(u32 generation, struct scratch *at, u64 hash)
+{
+	if (generation) {
+		if (deep_stacks_1.lookup(&hash) || !deep_stacks_1.insert(&hash, &at->user))
+			return true;
+	} else {
+		if (deep_stacks_0.lookup(&hash) || !deep_stacks_0.insert(&hash, &at->user))
+			return true;
+	}
+	at->user.length = MAX_LONG_WORDS;
+	at->user.stop = STOP_TRUNCATED;
+	return false;
+}
+
 static __always_inline u32 put_user_stack(u32 generation, struct scratch *at)
 {
-	u64 hash = mix(0, ((u64)at->user.stop << 32) | at->user.length);
+	u64 hash = mix(at->chain.hash, ((u64)at->user.stop << 32) | at->user.length);
+	struct long_stack *stack = (struct long_stack *)&at->user;
 	long error = 0;
 
-	for (u32 i = 0; i < MAX_USER_WORDS; i++) {
+	for (u32 i = 0; i < MAX_NATIVE_WORDS + 1; i++) {
 		asm volatile("" : "+r"(i));
-		if (i >= at->user.length)
+		if (i >= at->native_length)
 			break;
 		hash = mix(hash, at->user.words[i]);
 	}
 	at->key.user_stack = hash;
 	if (at->user.length <= MAX_SHORT_WORDS)
 		return 0;
+	if (unlikely(at->user.length > MAX_LONG_WORDS)) {
+		if (put_deep_stack(generation, at, hash))
+			return 0;
+		at->key.user_stack = hash = mix(hash, 1);
+	}
 	if (generation) {
 		if (!user_stacks_1.lookup(&hash))
-			error = user_stacks_1.insert(&hash, &at->user);
+			error = user_stacks_1.insert(&hash, stack);
 	} else {
 		if (!user_stacks_0.lookup(&hash))
-			error = user_stacks_0.insert(&hash, &at->user);
+			error = user_stacks_0.insert(&hash, stack);
 	}
 	return loss_of(error);
 }
@@ -307,8 +349,9 @@ static __always_inline u32 add_count(u32 generation, struct scratch *at, u64 lea
 }
 
 /*
- * Put the tick where it belongs, now that both stacks are known. A stack whose walk lacked something is
- * copied instead; the copying program comes back if it may not.
+ * Put the tick where it belongs, now that both stacks are known. Interpreter frames are read first, by
+ * a program that comes back. A stack whose walk lacked something is copied instead; the copying program
+ * comes back if it may not.
  */
 static __always_inline int count_tick(struct bpf_perf_event_data *ctx, struct scratch *at)
 {
@@ -316,6 +359,12 @@ static __always_inline int count_tick(struct bpf_perf_event_data *ctx, struct sc
 	struct counters *count = counters.lookup(&generation);
 	u32 loss;
 
+	if (!at->native_length)
+		at->native_length = at->user.length;
+	if (at->has_chain) {
+		at->has_chain = false;
+		programs.call(ctx, ON_CHAIN);
+	}
 	if (COPY_NS_PER_BYTE && unlikely(at->walk.has_requested) && at->programs < MAX_PROGRAMS - 1)
 		programs.call(ctx, ON_COPY);
 	loss = put_user_stack(generation, at);
@@ -343,12 +392,119 @@ int on_walk(struct bpf_perf_event_data *ctx)
 	if (stop == GO_ON)
 		stop = walk_on(&at->walk, &at->user);
 	if (stop == GO_ON) {
-		if (++at->programs < MAX_PROGRAMS)
+		if (++at->programs < MAX_WALK_PROGRAMS)
 			programs.call(ctx, ON_WALK);
 		stop = STOP_TRUNCATED;
 	}
 	at->user.stop = stop;
 	return count_tick(ctx, at);
+}
+
+/*
+ * Find the runtime of a process that user space does not know yet: by its program's file, if that is
+ * known from another process. What is found is checked as ever, so that a file with the number of an
+ * earlier one does no harm.
+ */
+static __always_inline void find_program(void *task, struct walk *walk)
+{
+	u64 mm = MEMBER(task, TASK_MM, u64), file = kernel_u64(mm + MM_EXE_FILE);
+	u64 inode = kernel_u64(file + FILE_F_INODE);
+	struct program_key key = {
+		.inode = kernel_u64(inode + INODE_I_INO),
+		.device = kernel_u32(kernel_u64(inode + INODE_I_SB) + SUPER_S_DEV),
+	};
+	struct program *program = known_programs.lookup(&key);
+
+	if (!file || !program)
+		return;
+	walk->runtime.interpreter = program->interpreter;
+	walk->runtime.bias = kernel_u64(mm + MM_START_CODE) - program->start_code;
+}
+
+/* Read the interpreter's frames behind the native ones, and then go on. */
+int on_chain(struct bpf_perf_event_data *ctx)
+{
+	u32 zero = 0, why = GO_ON, number;
+	struct scratch *at = scratch.lookup(&zero);
+	void *task = (void *)bpf_get_current_task_btf();
+	struct interpreter *layout;
+
+	if (!at)
+		return 0;
+	if (!at->chain.programs && !at->walk.mappings)
+		find_program(task, &at->walk);
+	number = at->walk.runtime.interpreter;
+	layout = lookup_interpreter(number);
+	if (number && layout) {
+		if (!at->chain.programs) {
+			at->chain.identity = mix(mix(at->key.pid, at->key.start_ns), at->key.exec_id);
+			/* User space may not have taken them all: they are new again from time to time. */
+			at->chain.identity += (bpf_ktime_get_ns() + at->key.start_ns) >> SEEN_SHIFT;
+			why = begin_chain(&at->chain, &at->walk, layout,
+					  kernel_u64((u64)task + TASK_THREAD + THREAD_FSBASE));
+		}
+		for (u32 i = 0; i < CHAIN_FRAMES && why == GO_ON; i++) {
+			asm volatile("" : "+r"(i));
+			why = leave_interpreter_frame(&at->chain, &at->user, layout,
+						      layout->code_type + at->walk.runtime.bias);
+		}
+		if (why == GO_ON) {
+			if (++at->chain.programs <= CHAIN_PROGRAMS)
+				programs.call(ctx, ON_CHAIN);
+			why = CHAIN_TRUNCATED;
+		}
+		end_chain(&at->chain, &at->user, why);
+		if (at->chain.found)
+			programs.call(ctx, ON_CODES);
+	}
+	programs.call(ctx, ON_WALK);
+	return 0;
+}
+
+/* Send code objects that are new; what finds no room is new again the next time. */
+int on_codes(struct bpf_perf_event_data *ctx)
+{
+	u32 zero = 0, cpu = bpf_get_smp_processor_id(), number, size, place;
+	struct scratch *at = scratch.lookup(&zero);
+	struct code_record *record = code_records.lookup(&cpu);
+	struct interpreter *layout;
+	u64 *seen, key;
+
+	if (!at || !record)
+		return 0;
+	number = at->walk.runtime.interpreter;
+	layout = lookup_interpreter(number);
+	if (!layout)
+		return 0;
+	record->start_ns = at->key.start_ns;
+	record->exec_id = at->key.exec_id;
+	record->cgroup_id = at->key.cgroup_id;
+	record->pid = at->key.pid;
+	record->interpreter = number;
+	for (u32 i = 0; i < CODES_PER_PROGRAM; i++) {
+		asm volatile("" : "+r"(i));
+		place = at->chain.sent;
+		if (place >= at->chain.found)
+			break;
+		asm volatile("" : "+r"(place));
+		place &= NEW_CODES - 1;
+		at->chain.sent = place + 1;
+		key = key_of_code(&at->chain, at->chain.codes[place], at->chain.checksums[place]);
+		record->checksum = at->chain.checksums[place];
+		size = read_code(record, layout, at->chain.codes[place]);
+		asm volatile("" : "+r"(size));
+		if (size > CODE_HEAD + CODE_CONTENT)
+			size = CODE_HEAD + CODE_CONTENT;
+		if (!codes.ringbuf_output(record, size, BPF_RB_NO_WAKEUP))
+			continue;
+		seen = lookup_seen(key % SEEN_PLACES);
+		if (seen)
+			*seen = 0;
+	}
+	if (at->chain.sent < at->chain.found)
+		programs.call(ctx, ON_CODES);
+	programs.call(ctx, ON_WALK);
+	return 0;
 }
 
 /* Send registers and stack to user space; beyond the budget the tick is counted as it was walked. */
@@ -416,6 +572,12 @@ int on_tick(struct bpf_perf_event_data *ctx)
 	}
 	at->generation = generation;
 	at->programs = 0;
+	at->native_length = 0;
+	at->has_chain = false;
+	at->chain.hash = 0;
+	at->chain.programs = 0;
+	at->chain.found = 0;
+	at->chain.sent = 0;
 	leader = MEMBER(task, TASK_GROUP_LEADER, const char *);
 	at->leader = (u64)leader;
 	start_ns = MEMBER(leader, TASK_START_BOOTTIME, u64);
@@ -431,8 +593,10 @@ int on_tick(struct bpf_perf_event_data *ctx)
 	bpf_get_current_comm(at->key.comm, COMM_SIZE);
 
 	stop = begin_walk(ctx, (void *)task, &at->key, &at->walk, &at->user);
-	if (stop == GO_ON)
+	if (stop == GO_ON) {
+		at->has_chain = at->walk.runtime.interpreter || !at->walk.mappings;
 		stop = walk_on(&at->walk, &at->user);
+	}
 	if (stop == GO_ON) {
 		at->programs = 1;
 		at->user.stop = GO_ON;

@@ -34,6 +34,14 @@ struct user_stack {
 };
 _Static_assert(sizeof(struct user_stack) == USER_STACK_SIZE, "samples.py: USER_STACK");
 
+/* As much of it as nearly all stacks need that do not stand with their count. */
+struct long_stack {
+	u32 length;
+	u32 stop;
+	u64 words[MAX_LONG_WORDS];
+};
+_Static_assert(sizeof(struct long_stack) == LONG_STACK_SIZE, "samples.py: LONG_STACK");
+
 /*
  * Most user stacks are short, and most that are seen in a second are seen once: such a stack stands
  * with its count. A longer one stands in a map of its own; here is its beginning.

@@ -21,10 +21,11 @@ from typing import Self
 
 import numpy as np
 
-from bpf import perf_event, syscalls, tables
-from bpf.compile import MAX_PROGRAMS
+from bpf import interpreters, perf_event, syscalls, tables
+from bpf.compile import MAX_WALK_PROGRAMS
 from bpf.decoding import GENERATION_AT, KernelStacks, read_copy, read_samples
 from bpf.errors import PerfEventError, SyscallError
+from bpf.interpreters import CodeContent, Interpreters, KnownPrograms, read_code
 from bpf.load import ask_child
 from bpf.ring import RingBuffer
 from bpf.samples import (
@@ -32,7 +33,10 @@ from bpf.samples import (
     COUNT,
     COUNT_KEY,
     KERNEL_STACK,
+    LONG_STACK,
     MAX_KERNEL_WORDS,
+    MAX_LONG_WORDS,
+    MAX_NATIVE_WORDS,
     MAX_SHORT_WORDS,
     MAX_USER_WORDS,
     TAG_SHIFT,
@@ -51,7 +55,11 @@ _MAP_GENERATIONS = (0, 1)
 _MAPS_BYTES = 16 << 20
 """What the maps of stacks may take in the kernel for drains that come late."""
 _ENTRY_BYTES = 2 * (
-    COUNT_KEY.itemsize + COUNT.itemsize + USER_STACK.itemsize // 2 + KERNEL_STACK.itemsize
+    COUNT_KEY.itemsize
+    + COUNT.itemsize
+    + LONG_STACK.itemsize // 2
+    + USER_STACK.itemsize // 4
+    + KERNEL_STACK.itemsize
 )
 _COPY_BYTES = 1 << 16
 """Of one stack: Python's and compilers' may be deep. A power of two."""
@@ -87,7 +95,7 @@ class SamplerConfig:
     pids: frozenset[int] | None = None
     drain_period_s: float = 1.0
     tables_limit_bytes: int = tables.DEFAULT_LIMIT_BYTES
-    frames_per_program: tuple[int, ...] = (12, 8, 5)
+    frames_per_program: tuple[int, ...] = (14, 8, 5)
     kernel_stack_bytes: int = 8 * MAX_KERNEL_WORDS
     copied_bytes_per_s: int = 0
     compiling_nice: int = 0
@@ -133,8 +141,8 @@ class Sampler:
         possible = Path("/sys/devices/system/cpu/possible").read_text()
         self._possible_cpus = len(perf_event.parse_cpus(possible))
         self._fds, frames = _load(config, self._possible_cpus, meanwhile)
-        self.deepest_stack = min(MAX_USER_WORDS, frames * MAX_PROGRAMS)
-        """User frames that are followed: fewer than MAX_USER_WORDS if the verifier is strict."""
+        self.deepest_stack = min(MAX_NATIVE_WORDS, frames * MAX_WALK_PROGRAMS)
+        """Native frames that are followed: as many as fit, unless the verifier is strict."""
         self._events: dict[int, tuple[int, int]] = {}
         """By CPU: the event, and the CPU's `online_id` when it was opened."""
         self._tracepoints: list[int] = []
@@ -155,10 +163,15 @@ class Sampler:
         """Open what must be closed, and enter it into `opened` as soon as it is there."""
         self.tables = tables.Tables(self._fds, config.tables_limit_bytes, self._possible_cpus)
         opened.callback(self.tables.close)
+        self.interpreters = Interpreters(self._fds["interpreters"])
+        self.known_programs = KnownPrograms(self._fds["known_programs"])
+        self._codes = RingBuffer(self._fds["codes"], interpreters.CODE_RING_BYTES)
+        opened.callback(self._codes.close)
         self._copies = RingBuffer(self._fds["copies"], _copy_ring_bytes(self._possible_cpus))
         opened.callback(self._copies.close)
         self._counts = self._readers("counts", COUNT_KEY, COUNT)
-        self._user_stacks = self._readers("user_stacks", np.dtype(np.uint64), USER_STACK)
+        self._user_stacks = self._readers("user_stacks", np.dtype(np.uint64), LONG_STACK)
+        self._deep_stacks = self._readers("deep_stacks", np.dtype(np.uint64), USER_STACK)
         self._kernel_stacks = self._readers("kernel_stacks", np.dtype(np.uint64), KERNEL_STACK)
         self._barrier_inner = syscalls.create_map(syscalls.MAP_TYPE_ARRAY, 4, 4, 1)
         opened.callback(os.close, self._barrier_inner)
@@ -369,6 +382,13 @@ class Sampler:
             self._copied[record[GENERATION_AT] & 1].append(record)
         return (self._copies.consumed - before) / self._copies.size_bytes
 
+    def take_codes(self) -> list[CodeContent]:
+        """Return the code objects that were seen for the first time since the last call.
+
+        Those of a sample are there when it is drained, unless there were too many for the ring.
+        """
+        return [read_code(record) for record in self._codes.take()]
+
     def _take_copies(self) -> None:
         """Take all records that had been begun, those of the other map generation as well.
 
@@ -386,8 +406,9 @@ class Sampler:
         self._copied[generation].clear()
         counts = self._counts[generation].take_all()
         long = self._user_stacks[generation].take_all()
+        deep = self._deep_stacks[generation].take_all()
         kernel = KernelStacks.of(*self._kernel_stacks[generation].take_all())
-        samples = read_samples(*counts, *long, kernel)
+        samples = read_samples(*counts, long, deep, kernel)
         return samples, [read_copy(record, kernel) for record in records]
 
     def close(self) -> None:
@@ -419,12 +440,15 @@ def kernel_constants() -> dict[str, int]:
     """Return what the programs are compiled with, whatever is sampled."""
     constants = {
         "MAX_USER_WORDS": MAX_USER_WORDS,
+        "MAX_NATIVE_WORDS": MAX_NATIVE_WORDS,
+        "MAX_LONG_WORDS": MAX_LONG_WORDS,
         "MAX_SHORT_WORDS": MAX_SHORT_WORDS,
         "MAX_KERNEL_WORDS": MAX_KERNEL_WORDS,
         "KERNEL_STACK_BYTES": 8 * MAX_KERNEL_WORDS,
         "COUNT_KEY_SIZE": COUNT_KEY.itemsize,
         "COUNT_SIZE": COUNT.itemsize,
         "USER_STACK_SIZE": USER_STACK.itemsize,
+        "LONG_STACK_SIZE": LONG_STACK.itemsize,
         "KERNEL_STACK_SIZE": KERNEL_STACK.itemsize,
         "COUNTERS": len(Counter),
         "COPY_SIZE": COPY.itemsize,
@@ -435,7 +459,8 @@ def kernel_constants() -> dict[str, int]:
     constants |= {f"TAG_{tag.name}": tag.value for tag in Tag}
     constants |= {f"STOP_{reason.name}": reason.value for reason in StopReason}
     constants |= {f"COUNTER_{counter.name}": counter.value for counter in Counter}
-    return constants | tables.constants() | {"GO_ON": _GO_ON, "FOUND": _GO_ON}
+    constants |= tables.constants() | interpreters.constants()
+    return constants | {"GO_ON": _GO_ON, "FOUND": _GO_ON}
 
 
 def _load(
@@ -445,17 +470,22 @@ def _load(
     constants = kernel_constants() | {
         "CAPACITY": config.capacity(cpus),
         "LONG_CAPACITY": max(1024, config.capacity(cpus) // 2),
+        "DEEP_CAPACITY": config.capacity(cpus) // 4,
         "KERNEL_STACK_BYTES": config.kernel_stack_bytes,
         "COPY_RING_PAGES": _copy_ring_bytes(cpus) // mmap.PAGESIZE,
+        "CODE_RING_PAGES": interpreters.CODE_RING_BYTES // mmap.PAGESIZE,
         "COPY_NS_PER_BYTE": round(1e9 / (config.copied_bytes_per_s or math.inf)),
         "CPUS": cpus,
         "SAMPLER_PID": os.getpid(),
     }
-    programs = {"on_tick": "PERF_EVENT", "on_walk": "PERF_EVENT", "on_copy": "PERF_EVENT"}
+    # As the enumeration in sampler.bpf.c has them.
+    calls = ["on_walk", "on_copy", "on_chain", "on_codes"]
+    programs = dict.fromkeys(("on_tick", *calls), "PERF_EVENT")
     programs["on_expire"] = "RAW_TRACEPOINT"
     # An array of programs is emptied when nobody holds it.
     maps = ["active", "counters", "programs", "copies", *_TIMER_MAPS, *tables.MAPS]
-    for name in ("counts", "user_stacks", "kernel_stacks"):
+    maps += interpreters.MAPS
+    for name in ("counts", "user_stacks", "deep_stacks", "kernel_stacks"):
         maps += [f"{name}_{generation}" for generation in _MAP_GENERATIONS]
     if config.pids is not None:
         constants["SELECTED_CAPACITY"] = _SELECTED_CAPACITY
@@ -465,7 +495,7 @@ def _load(
         "constants": constants,
         "programs": programs,
         "maps": maps,
-        "calls": ["on_walk", "on_copy"],  # as the enumeration in sampler.bpf.c has them
+        "calls": calls,
         "frames_per_program": config.frames_per_program,
         "timer_programs": ["on_expire"],
         "timer_maps": _TIMER_MAPS,

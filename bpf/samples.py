@@ -18,48 +18,57 @@ Words = npt.NDArray[np.uint64]
 MAX_KERNEL_WORDS = 127
 """kernel.perf_event_max_stack's default: bpf_get_stack refuses a larger buffer on some kernels."""
 
-MAX_USER_WORDS = 255
-"""Words of one user stack. Deeper stacks keep the leaf part and say `truncated`."""
+MAX_NATIVE_WORDS = 255
+"""Words of the native walk of one user stack. Deeper ones keep the leaf part: `truncated`."""
+
+MAX_USER_WORDS = 1279
+"""Words of one user stack, with those of interpreter frames: 512 of these."""
+
+MAX_LONG_WORDS = 255
+"""A longer stack stands in a map that has room for few; if that is full, it keeps its leaf part."""
 
 MAX_SHORT_WORDS = 63
 """A user stack of so many words stands with its count; longer ones, which are few, apart."""
-
 
 TAG_SHIFT = 56
 """The top byte of a frame's first word is its tag; no user address reaches it."""
 
 
 class Tag(IntEnum):
-    """What a frame is made of: how many words it has, and who knows what they mean."""
+    """What a word of a user stack begins. The words of the native walk come first."""
 
     NATIVE = 0
     """Machine code: one word, the address to look up."""
+    EVALUATION = 1
+    """The same of an interpreter's loop; a second word is the frame's CFA."""
+    PYTHON = 2
+    """A frame of CPython: the address of its code object, and a second word: that object's checksum
+    (32 bits) and the instruction, in bytes from the first one (32 bits)."""
+    ENTRY = 3
+    """The end of an evaluation; the address lies in the native frame of its loop."""
+    REASON = 4
+    """Why the interpreter's frames end here: a ChainEnd."""
+    ALONE = 5
+    """As PYTHON, and all of an evaluation."""
 
 
-FRAME_WORDS: Mapping[int, int] = {Tag.NATIVE: 1}
-"""How many words a frame of each tag has. Runtimes have two or three."""
-
-RawFrame = int | tuple[int, ...]
-"""The words of one user frame: a native frame's address, or all words of a runtime's frame."""
+FRAME_WORDS: Mapping[int, int] = {Tag.EVALUATION: 2, Tag.PYTHON: 2, Tag.ALONE: 2}
+"""How many words follow each tag, itself included, if not one."""
 
 
-def split_frames(words: Words, frame_words: Mapping[int, int] = FRAME_WORDS) -> list[RawFrame]:
-    """Return the frames of a user stack, in the order of its words.
+class PythonFrame(NamedTuple):
+    """A frame of CPython, by what the kernel program knows of it."""
 
-    Only the first word of a frame is tagged. A frame of an unknown tag is one word, and the last
-    frame may lack words if the stack was truncated: both are tuples that no reader knows.
-    """
-    values: list[int] = words.tolist()
-    if not values or not max(values) >> TAG_SHIFT:  # all native, as nearly all stacks are
-        return [*values]
-    frames: list[RawFrame] = []
-    at = 0
-    while at < len(values):
-        tag = values[at] >> TAG_SHIFT
-        end = at + frame_words.get(tag, 1)
-        frames.append(values[at] if tag == Tag.NATIVE else tuple(values[at:end]))
-        at = end
-    return frames
+    code: int
+    checksum: int
+    instruction: int
+
+
+CUT_OFF = PythonFrame(0, 0, 0)
+"""In place of the outer frames of a chain that has more than there is room for."""
+
+RawFrame = int | PythonFrame
+"""One user frame: a native frame's address, or an interpreter's frame."""
 
 
 class StopReason(IntEnum):
@@ -189,6 +198,7 @@ def stack_dtype(max_words: int) -> np.dtype[np.void]:
 
 
 USER_STACK = stack_dtype(MAX_USER_WORDS)
+LONG_STACK = stack_dtype(MAX_LONG_WORDS)
 KERNEL_STACK = stack_dtype(MAX_KERNEL_WORDS)
 
 
@@ -209,7 +219,7 @@ class RawSample(NamedTuple):
     """A stack of a thread and how often it was seen in one drain.
 
     Words are leaf first. Callers' addresses are already one byte before their return address.
-    `user` words are for `split_frames`, `kernel` words are addresses. `pid` is the process (the
+    `user` words are for `bpf.frames`, `kernel` words are addresses. `pid` is the process (the
     kernel's tgid), `tid` the thread. `start_ns` is the process's start on CLOCK_BOOTTIME,
     `first_ns` and `last_ns` are on CLOCK_MONOTONIC. `exec_id` changes with every exec.
     """

@@ -20,6 +20,13 @@
 
 #include "sampler.bpf.h"
 
+/* The interpreter that a process has, by its number (0: none), and where its file is loaded. */
+struct runtime {
+	u64 bias; /* what its addresses are higher than as linked */
+	u32 interpreter;
+	u32 unused;
+};
+
 /*
  * User space writes these through shared memory. A process has one of PROCESS_PLACES places that its
  * pid selects; a hash table of the kernel's would be three more waits for memory.
@@ -32,7 +39,8 @@ struct process {
 	u32 space; /* a number that no other address space has had */
 	u32 first;
 	u32 count;
-	u64 unused[3]; /* a line of memory each */
+	struct runtime runtime;
+	u64 unused; /* a line of memory each */
 };
 _Static_assert(sizeof(struct process) == PROCESS_SIZE, "tables.py: PROCESS");
 
@@ -96,6 +104,20 @@ struct known_space {
 };
 _Static_assert(sizeof(struct known_space) == KNOWN_SPACE_SIZE, "tables.py: KNOWN_SPACE_SIZE");
 _Static_assert(KNOWN_RULES == 256, "a place in `last` is a byte");
+
+/* A program that user space knows, by its file: the runtime of processes that it does not know yet. */
+struct program_key {
+	u64 inode;
+	u32 device;
+	u32 unused;
+};
+
+struct program {
+	u64 start_code; /* mm->start_code, if it is loaded where it is linked */
+	u32 interpreter;
+	u32 unused;
+};
+_Static_assert(sizeof(struct program) == PROGRAM_SIZE, "interpreters.py: PROGRAM");
 
 struct request {
 	u64 start_ns;

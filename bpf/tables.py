@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from bpf import syscalls
 from bpf.errors import BpfError, SyscallError
+from bpf.interpreters import NO_RUNTIME, RUNTIME, Runtime, runtime_words
 from bpf.ring import RingBuffer
 from bpf.room import Extent, Room
 from bpf.samples import ProcessGeneration
@@ -76,7 +77,8 @@ class TableState(IntEnum):
 PROCESS = np.dtype(
     [
         *(("version", "u8"), ("start_ns", "u8"), ("exec_id", "u8"), ("pid", "u4")),
-        *(("space", "u4"), ("first", "u4"), ("count", "u4"), ("unused", "u8", (3,))),
+        *(("space", "u4"), ("first", "u4"), ("count", "u4"), ("runtime", RUNTIME)),
+        ("unused", "u8"),
     ]
 )
 MAPPING = np.dtype(
@@ -290,9 +292,11 @@ class Tables:
         """Remove an address space. No process may have it any more."""
         self._mappings.leave([self._spaces.pop(space)])
 
-    def set_process(self, generation: ProcessGeneration, space: int) -> None:
-        """Say which address space a process has in its current generation."""
-        self._processes.put(generation, space, self._spaces[space])
+    def set_process(
+        self, generation: ProcessGeneration, space: int, runtime: Runtime = NO_RUNTIME
+    ) -> None:
+        """Say which address space and runtime a process has in its current generation."""
+        self._processes.put(generation, space, self._spaces[space], runtime)
 
     def remove_process(self, pid: int) -> None:
         self._processes.remove(pid)
@@ -392,7 +396,9 @@ class _ProcessPlaces:
         self._words = memoryview(self._memory).cast("Q")
         self._next = 0
 
-    def put(self, generation: ProcessGeneration, space: int, mappings: Extent) -> None:
+    def put(
+        self, generation: ProcessGeneration, space: int, mappings: Extent, runtime: Runtime
+    ) -> None:
         """Put it into a place. If all are taken, another process loses its own and asks again."""
         pid, start_ns, exec_id = generation
         places = list(self._places(pid))
@@ -405,12 +411,12 @@ class _ProcessPlaces:
             self._next += 1
             place = places[self._next % PROCESS_PLACES]
         values = (start_ns, exec_id, pid | space << 32, mappings.first | mappings.count << 32)
-        self._write(place, values)
+        self._write(place, (*values, *runtime_words(runtime)))
 
     def remove(self, pid: int) -> None:
         for place in self._places(pid):
             if self._pid_at(place) == pid:
-                self._write(place, (0, 0, 0, 0))
+                self._write(place, (0,) * 6)
 
     def close(self) -> None:
         self._words.release()

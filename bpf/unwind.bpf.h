@@ -2,8 +2,9 @@
 /*
  * The user stack of the current thread: registers, stack memory and tables in, tagged words out,
  * leaf first, with the reason it ended. A native frame is one word, the address to look up, so callers
- * are one byte before their return address. Its top byte is the tag (TAG_NATIVE is 0); a frame of a
- * runtime has further words, as FRAME_WORDS in samples.py says.
+ * are one byte before their return address. Its top byte is the tag (TAG_NATIVE is 0). That of an
+ * interpreter's loop has a second word, its CFA: there belong frames of the interpreter's own stack
+ * (chain.bpf.h).
  *
  * Each step finds the rule for an instruction in the tables and leaves a frame by it (frame.bpf.h).
  * Where there is no rule, because a runtime compiled the code or the table is not here yet, saved frame
@@ -19,7 +20,7 @@
  *     lookup_page(place), lookup_row(page, low, high)   a table's page, and the row in force there
  *     send_request(request)                   ask user space for what is missing
  *
- * and as -D constants: STOP_*, CFA_*, TABLE_*, GO_ON, FOUND, FRAMES_PER_PROGRAM, MAX_USER_WORDS,
+ * and as -D constants: STOP_*, CFA_*, TABLE_*, GO_ON, FOUND, FRAMES_PER_PROGRAM, MAX_NATIVE_WORDS,
  * TAG_*, PAGE_BITS, BLOCK_BITS, KNOWN_FRAMES, PROCESS_PLACES, TASK_FLAGS, TASK_MM, MM_START_CODE.
  */
 #ifndef EVERFLAME_UNWIND_BPF_H
@@ -214,6 +215,7 @@ static __always_inline u32 leave_frame(struct walk *walk, struct known_space *sp
 	struct rule *rule;
 	u32 why;
 
+	walk->evaluates = false;
 	if (unlikely(!walk->mappings))
 		return leave_by_frame_pointer(walk, STOP_NO_PROCESS_YET);
 	if (depth < KNOWN_FRAMES)
@@ -226,9 +228,25 @@ static __always_inline u32 leave_frame(struct walk *walk, struct known_space *sp
 			return leave_by_frame_pointer(walk, why);
 	}
 	rule = &known->rule;
+	walk->evaluates = rule->evaluates;
 	if (likely(rule->cfa_kind == CFA_RSP || rule->cfa_kind == CFA_RBP))
 		return leave_by_rule(walk, rule);
 	return leave_by_rare_rule(walk, rule);
+}
+
+#define NATIVE_WORDS_MASK 255
+_Static_assert(MAX_NATIVE_WORDS <= NATIVE_WORDS_MASK, "no bit of a length is cut off");
+
+/* The frame that was left is of an interpreter's loop: say so, and where it lies. */
+static __always_inline void push_cfa(struct walk *walk, struct user_stack *stack)
+{
+	u32 last = stack->length - 1;
+
+	asm volatile("" : "+r"(last)); /* keeps the bound visible to the verifier */
+	last &= NATIVE_WORDS_MASK;
+	stack->words[last] |= (u64)TAG_EVALUATION << TAG_SHIFT;
+	stack->words[last + 1] = walk->sp;
+	stack->length = last + 2;
 }
 
 /* Leave up to FRAMES_PER_PROGRAM frames; GO_ON where there are more. */
@@ -244,11 +262,14 @@ static __always_inline u32 walk_on(struct walk *walk, struct user_stack *stack)
 		u32 length = stack->length;
 
 		asm volatile("" : "+r"(length)); /* keeps the bound visible to the verifier */
-		if (length >= MAX_USER_WORDS)
+		if (length >= MAX_NATIVE_WORDS)
 			return STOP_TRUNCATED;
 		stack->words[length] = (u64)TAG_NATIVE << TAG_SHIFT | address;
-		stack->length = length + 1;
 		stop = leave_frame(walk, space, address, length);
+		stack->length = length + 1;
+		if (unlikely(walk->evaluates) && stop == GO_ON)
+			push_cfa(walk, stack);
+		asm volatile("" ::: "memory"); /* both paths look alike to the verifier again */
 	}
 	return stop;
 }
@@ -281,10 +302,12 @@ static __always_inline bool copy_process(struct walk *walk, struct process *proc
 	walk->space = process->space;
 	walk->first_mapping = process->first;
 	walk->mappings = process->count;
+	walk->runtime = process->runtime;
 	asm volatile("" ::: "memory");
 	if (*(volatile u64 *)&process->version == version)
 		return true;
 	walk->mappings = 0;
+	walk->runtime.interpreter = 0;
 	return false;
 }
 
@@ -299,6 +322,7 @@ static __always_inline void find_process(struct walk *walk, const struct count_k
 	walk->has_page = false;
 	walk->mapping.end = 0;
 	walk->mappings = 0;
+	walk->runtime.interpreter = 0;
 	for (u32 i = 0; i < PROCESS_PLACES; i++) {
 		process = lookup_process(key->pid, i);
 		if (process && process->pid == key->pid)

@@ -110,6 +110,14 @@ kernel thread, and of a program that has ended or is just being loaded. A stack 
 reason is incomplete."""
 
 
+_RUNTIME = "runtime"
+
+
+def runtime_counts(runtime: str, counts: Mapping[str, int]) -> dict[str, int]:
+    """Return what was counted of a runtime's frames as it stands among `Accounting.misses`."""
+    return {f"{_RUNTIME}/{runtime}/{what}": number for what, number in counts.items() if number}
+
+
 @dataclass(frozen=True, slots=True)
 class Accounting:
     """Where every tick or event of a profile went, and what profiling cost.
@@ -133,11 +141,26 @@ class Accounting:
     uncounted: int = 0
     """In how many windows the kernel may have skipped ticks that it did not let one count."""
     misses: Mapping[str, int] = field(default_factory=dict)
-    """Distinct locations without a name, by the reason."""
+    """Distinct locations without a name, by the reason; and what `runtimes` returns."""
     services: Mapping[Labels, int] = field(default_factory=dict)
     """For how many ns each service instance had at least one process, sampled or not."""
     agent_cpu_ns: int = 0
     agent_rss_bytes: int = 0
+
+    @property
+    def runtimes(self) -> dict[str, dict[str, int]]:
+        """Return of each runtime what was counted of reading its frames.
+
+        `attempts` are samples, `frames` those of all of them; other counts are samples whose frames
+        are not all there, by the reason.
+        """
+        found: dict[str, dict[str, int]] = {}
+        for key, number in self.misses.items():
+            prefix, _, rest = key.partition("/")
+            runtime, _, what = rest.partition("/")
+            if prefix == _RUNTIME and what:
+                found.setdefault(runtime, {})[what] = number
+        return found
 
     @property
     def mismatch(self) -> int:
@@ -317,6 +340,10 @@ class ProfileBuilder:
         elif NameRank.of(names) > NameRank.of(self._names[number]):
             self._names[number] = names
         return number
+
+    def knows(self, location: Location) -> bool:
+        """Return whether a location has a number."""
+        return location in self._locations
 
     def unnamed_locations(self) -> list[Location]:
         return [place for place, number in self._locations.items() if not self._names[number]]

@@ -16,8 +16,11 @@ import numpy as np
 from symbolizer.identify import Identifier, NotOpened, OpenedMapping, is_still
 from symbolizer.integers import Wide
 from symbolizer.location import Call, Miss, Place
+from symbolizer.runtimes.cpython import read_image
+from symbolizer.runtimes.evaluation import EVALUATION_LOOP
+from symbolizer.symbols.candidates import Functions
 from symbolizer.symbols.demangle import Demangler
-from symbolizer.symbols.elf import UnreadableElf
+from symbolizer.symbols.elf import Elf, UnreadableElf
 from symbolizer.symbols.functions import read_functions
 from symbolizer.symbols.table import SymbolTable
 from symbolizer.symbols.variants import CodeFile, Variants
@@ -41,6 +44,16 @@ class FileNames(NamedTuple):
     named: int = 0
     build_ms: float = 0.0
     failure: Miss | None = None
+
+
+def _read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
+    """Return a file's functions; an interpreter's loop has its name in all its parts."""
+    try:
+        image = read_image(elf)
+    except UnreadableElf:
+        image = None
+    parts = image.evaluation if image is not None else ()
+    return read_functions(elf, parts, EVALUATION_LOOP)
 
 
 class Symbolizer:
@@ -99,7 +112,7 @@ class Symbolizer:
         """Read the symbols of a file that is proved to have the content, and the owner."""
         try:
             with self._reopened(file, mapping) as found:
-                functions, strings = read_functions(found.elf)
+                functions, strings = _read_functions(found.elf)
                 table = self._variants.store(file, functions, found.elf.segments, strings)
                 if file.owner and not is_still(self._identifier.identify(found), found.source):
                     self._variants.remove(file)

@@ -379,6 +379,7 @@ class Agent:
             "mappings": recorder.address_spaces.status(),
             "copied_stacks": recorder.copied.status(),
             "labels": recorder.labeler.status(),
+            "cpython": {**recorder.unwinding.runtimes.status(), **recorder.python.status()},
             **recorder.jit.status(),
             "slowest_binaries": recorder.names.slowest(),
             **self._children.status(),

@@ -67,8 +67,8 @@ class Limits(NamedTuple):
     times as much, and then an object still takes less than readers accept of one.
     """
 
-    locations: Limit = Limit(4 << 20, 8 << 20, 16 << 20)
-    rows: Limit = Limit(2560 << 10, 8 << 20, 16 << 20)
+    locations: Limit = Limit(6 << 20, 12 << 20, 20 << 20)
+    rows: Limit = Limit(4 << 20, 14 << 20, 20 << 20)
     label_sets: Limit = Limit(512 << 10, 6 << 20, 8 << 20)
     module_names_bytes: int = 4 << 20
     names_bytes: int = 12 << 20

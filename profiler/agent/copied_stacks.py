@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from bpf.samples import MAX_USER_WORDS, CopiedStack, Drain, RawSample, StopReason
+from bpf.frames import with_native
+from bpf.samples import MAX_NATIVE_WORDS, CopiedStack, Drain, RawSample, StopReason
 from storage.profile import GOOD_STOPS
 from symbolizer.location import Miss
 from symbolizer.maps import MappingTable
@@ -139,7 +140,7 @@ class CopiedStacks:
             lambda mappings, place: self._table_of(mappings, place, pids[mappings]),
             self._pages,
         )
-        walked = walk([_as_stack(held.copy) for held in ready], finder, MAX_USER_WORDS)
+        walked = walk([_as_stack(held.copy) for held in ready], finder, MAX_NATIVE_WORDS)
         for number, (held, result) in enumerate(zip(ready, walked, strict=True)):
             if result.stop == PENDING:
                 held.place = finder.pending[number]
@@ -197,6 +198,7 @@ def _better(at_tick: RawSample, late: WalkedStack) -> RawSample:
     in part.
     """
     stop = StopReason(late.stop).label
-    if stop not in GOOD_STOPS and len(late.addresses) < len(at_tick.user):
+    words = with_native(at_tick.user, late.addresses, late.loops)
+    if stop not in GOOD_STOPS and len(words) < len(at_tick.user):
         return at_tick
-    return at_tick._replace(user=late.addresses, stop=stop)
+    return at_tick._replace(user=words, stop=stop)

@@ -7,16 +7,20 @@ process generation.
 """
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
-from bpf.samples import ProcessGeneration, RawFrame, RawSample, Words, split_frames
+from bpf.frames import split_frames
+from bpf.interpreters import ChainEnd
+from bpf.samples import ProcessGeneration, PythonFrame, RawFrame, RawSample, Words
 from profiler.agent.budgets import LocationBudget, Owner
+from storage.profile import GOOD_STOPS
 from symbolizer.location import Location
 from symbolizer.maps import MappingTable, is_of_compiler
 
@@ -26,30 +30,52 @@ Numbers: TypeAlias = "array[int]"
 _STACKS_AT_ONCE = 64
 """Frames become Python objects, which take ten times as much as the stacks they come from."""
 
-Locate = Callable[[ProcessGeneration, MappingTable, Words], list[Location]]
-"""Where native addresses lie: whose they are, its mappings, addresses."""
+_FRAMES_OF_A_LOCATION = 4
+"""Frames that take as much as a location, if that is known: processes have many in common."""
+
+_NO_FRAME = -2
+"""In place of a number: this is not shown."""
+
+ATTEMPTS, FRAMES = "attempts", "frames"
+
+
+class Numbering(NamedTuple):
+    """The numbers of a window's locations, and that of what is beyond the budget of a process."""
+
+    number: Callable[[Location], int]
+    is_known: Callable[[Location], bool]
+    rest: Callable[[], int]
+
+
+class Locators(NamedTuple):
+    """Where frames lie: native addresses of a process, the kernel's, an interpreter's."""
+
+    native: Callable[[ProcessGeneration, MappingTable, Words], list[Location]]
+    kernel: Callable[[Words], list[Location]]
+    python: Callable[[ProcessGeneration, PythonFrame], Location | None]
 
 
 class FrameNumbers:
     """Numbers of the frames of one window. Not thread-safe.
 
-    `locate` finds native code and `locate_kernel` the kernel's; `number` returns the number that a
+    `number` returns the number that a
     location has in the window's profile, `rest` that of what is beyond the `budget` of a process.
+
+    Attributes:
+        python: samples of threads of interpreters, the frames found in all of them, and samples
+            whose frames are not all there, by the reason.
     """
 
     def __init__(
         self,
-        number: Callable[[Location], int],
-        locate: Locate,
-        locate_kernel: Callable[[Words], list[Location]],
-        rest: Callable[[], int],
+        numbering: Numbering,
+        locate: Locators,
         budget: LocationBudget,
     ) -> None:
-        self._number = number
+        self._numbering = numbering
         self._locate = locate
-        self._locate_kernel = locate_kernel
-        self._rest = rest
         self._budget = budget
+        self.python: Counter[str] = Counter()
         self._shared: WeakKeyDictionary[MappingTable, dict[RawFrame, int]] = WeakKeyDictionary()
         self._own: dict[ProcessGeneration, dict[RawFrame, int]] = {}
         self._is_own: WeakKeyDictionary[MappingTable, npt.NDArray[np.bool_]] = WeakKeyDictionary()
@@ -69,7 +95,7 @@ class FrameNumbers:
         for owner, places in by_owner.items():
             for start in range(0, len(places), _STACKS_AT_ONCE):
                 some = places[start : start + _STACKS_AT_ONCE]
-                stacks = [split_frames(samples[place].user) for place in some]
+                stacks = [self._frames_of(samples[place]) for place in some]
                 numbered.update(zip(some, self._stacks(owner, mappings, stacks), strict=True))
         return [numbered[place] for place in range(len(samples))]
 
@@ -80,9 +106,19 @@ class FrameNumbers:
         """
         frames = [words.tolist() for words in stacks]
         new = list({frame for stack in frames for frame in stack})
-        places = self._locate_kernel(np.array(new, dtype=np.uint64)) if new else []
-        numbers = dict(zip(new, map(self._number, places), strict=True))
+        places = self._locate.kernel(np.array(new, dtype=np.uint64)) if new else []
+        numbers = dict(zip(new, map(self._numbering.number, places), strict=True))
         return _as_numbers(frames, map(numbers.__getitem__, chain.from_iterable(frames)))
+
+    def _frames_of(self, sample: RawSample) -> list[RawFrame]:
+        frames, chain = split_frames(sample.user, is_whole=sample.stop in GOOD_STOPS)
+        if chain is not None:
+            number = sample.samples
+            self.python[ATTEMPTS] += number
+            self.python[FRAMES] += number * chain.frames
+            if chain.end != ChainEnd.WHOLE:
+                self.python[chain.end.label] += number
+        return frames
 
     def _stacks(
         self, owner: Owner, mappings: MappingTable, stacks: Sequence[Sequence[RawFrame]]
@@ -102,7 +138,9 @@ class FrameNumbers:
         if not own:
             return _as_numbers(stacks, map(shared.__getitem__, frames))
         numbered = _as_numbers(stacks, (own[f] if f in own else shared[f] for f in frames))
-        return [self._cut(numbers) for numbers in numbered] if others else numbered
+        if others:
+            numbered = [self._cut(numbers) for numbers in numbered]
+        return [_without_no_frames(numbers) for numbers in numbered]
 
     def _find(
         self, owner: Owner, mappings: MappingTable, frames: Sequence[RawFrame]
@@ -111,47 +149,83 @@ class FrameNumbers:
 
         Returned are the numbers of those that are not kept: they lie nowhere, or are too many.
         """
-        # No runtime has a reader yet: a frame of one is where address 0 is, nowhere.
-        words = np.array([f if isinstance(f, int) else 0 for f in frames], dtype=np.uint64)
+        native = [frame for frame in frames if isinstance(frame, int)]
+        others = self._find_native(owner, mappings, native) if native else {}
+        if len(native) < len(frames):
+            python = [frame for frame in frames if isinstance(frame, PythonFrame)]
+            others |= self._find_python(owner, python)
+        return others
+
+    def _find_native(
+        self, owner: Owner, mappings: MappingTable, frames: Sequence[int]
+    ) -> dict[RawFrame, int]:
+        words = np.array(frames, dtype=np.uint64)
         is_nowhere = mappings.find(words) < 0
         others: dict[RawFrame, int] = {}
         if is_nowhere.any():
             nowhere = self._number_nowhere(owner, mappings)
             others = {frames[place]: nowhere for place in np.flatnonzero(is_nowhere).tolist()}
-        places = np.flatnonzero(~is_nowhere)
-        granted = self._budget.take(owner, len(places)) if len(places) else 0
-        if granted < len(places):
-            self._rest_number = self._rest()
-            others |= {frames[place]: self._rest_number for place in places[granted:].tolist()}
-        places = places[:granted]
-        if granted:
-            self._keep(
-                owner.generation, mappings, [frames[i] for i in places.tolist()], words[places]
-            )
+        words = words[~is_nowhere]
+        afforded = self._afford(owner, len(words))
+        others |= self._as_rest(words[afforded:].tolist())
+        if not afforded:
+            return others
+        found = self._locate.native(owner.generation, mappings, words[:afforded])
+        are_own = self._lie_in_process(mappings, words[:afforded])
+        own, shared = self._own.setdefault(owner.generation, {}), self._shared[mappings]
+        numbers = self._number_all(owner, found)
+        for frame, number, is_own in zip(words[:afforded].tolist(), numbers, are_own, strict=True):
+            if number is None:
+                others |= self._as_rest([frame])
+            else:
+                (own if is_own else shared)[frame] = number
         return others
+
+    def _find_python(self, owner: Owner, frames: Sequence[PythonFrame]) -> dict[RawFrame, int]:
+        """Locate an interpreter's frames; those that are no functions have no number."""
+        afforded = self._afford(owner, len(frames))
+        others = self._as_rest(frames[afforded:])
+        own = self._own.setdefault(owner.generation, {})
+        shown: dict[PythonFrame, Location] = {}
+        for frame in frames[:afforded]:
+            place = self._locate.python(owner.generation, frame)
+            if place is None:
+                own[frame] = _NO_FRAME
+            else:
+                shown[frame] = place
+        numbers = self._number_all(owner, [*shown.values()])
+        for frame, number in zip(shown, numbers, strict=True):
+            if number is None:
+                others |= self._as_rest([frame])
+            else:
+                own[frame] = number
+        return others
+
+    def _afford(self, owner: Owner, frames: int) -> int:
+        """Charge as many frames as a process may still have; return how many these are."""
+        wanted = -(-frames // _FRAMES_OF_A_LOCATION)
+        granted = self._budget.take(owner, wanted) if wanted else 0
+        return min(frames, granted * _FRAMES_OF_A_LOCATION)
+
+    def _number_all(self, owner: Owner, found: Sequence[Location]) -> list[int | None]:
+        """Number locations; the first process that has one is charged for it, if it can be."""
+        new = [*dict.fromkeys(each for each in found if not self._numbering.is_known(each))]
+        granted = self._budget.take(owner, len(new)) if new else 0
+        refused = frozenset(new[granted:])
+        number = self._numbering.number
+        return [None if each in refused else number(each) for each in found]
+
+    def _as_rest(self, frames: Sequence[RawFrame]) -> dict[RawFrame, int]:
+        if frames:
+            self._rest_number = self._numbering.rest()
+        return dict.fromkeys(frames, self._rest_number)
 
     def _number_nowhere(self, owner: Owner, mappings: MappingTable) -> int:
         number = self._nowhere.get(mappings)
         if number is None:
-            (place,) = self._locate(owner.generation, mappings, np.zeros(1, np.uint64))
-            number = self._nowhere[mappings] = self._number(place)
+            (place,) = self._locate.native(owner.generation, mappings, np.zeros(1, np.uint64))
+            number = self._nowhere[mappings] = self._numbering.number(place)
         return number
-
-    def _keep(
-        self,
-        generation: ProcessGeneration,
-        mappings: MappingTable,
-        frames: Sequence[RawFrame],
-        words: Words,
-    ) -> None:
-        numbers = map(self._number, self._locate(generation, mappings, words))
-        for frame, number, is_own in zip(
-            frames, numbers, self._lies_in_process(mappings, words), strict=True
-        ):
-            if is_own:
-                self._own.setdefault(generation, {})[frame] = number
-            else:
-                self._shared[mappings][frame] = number
 
     def _cut(self, leaf_first: Numbers) -> Numbers:
         """Let a stack end where the first frame from the root on is beyond the budget."""
@@ -159,13 +233,19 @@ class FrameNumbers:
             return leaf_first
         return leaf_first[len(leaf_first) - 1 - leaf_first[::-1].index(self._rest_number) :]
 
-    def _lies_in_process(self, mappings: MappingTable, addresses: Words) -> list[bool]:
+    def _lie_in_process(self, mappings: MappingTable, addresses: Words) -> list[bool]:
         is_own = self._is_own.get(mappings)
         if is_own is None:
             kinds = [is_of_compiler(mapping.path) for mapping in mappings.mappings]
             is_own = self._is_own[mappings] = np.array(kinds)
         kept: list[bool] = is_own[mappings.find(addresses)].tolist()
         return kept
+
+
+def _without_no_frames(numbers: Numbers) -> Numbers:
+    if _NO_FRAME not in numbers:
+        return numbers
+    return array("i", [number for number in numbers if number != _NO_FRAME])
 
 
 def _as_numbers(stacks: Sequence[Sequence[RawFrame]], numbers: Iterable[int]) -> list[Numbers]:

@@ -17,7 +17,16 @@ from profiler.agent import status
 from profiler.exposition import Metric, labelled, single
 
 _REQUEST_TIMEOUT_S = 10.0
-_PARTS = ("readers", "files", "mappings", "labels", "perf_map", "jitdump", "jit_locations")
+_PARTS = (
+    "readers",
+    "files",
+    "mappings",
+    "labels",
+    "cpython",
+    "perf_map",
+    "jitdump",
+    "jit_locations",
+)
 _MOST_REQUESTS = 8
 """Requests at a time, each with a thread: Prometheus has one. Further connections are closed."""
 

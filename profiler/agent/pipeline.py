@@ -14,16 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from bpf.frames import leaf_address
 from bpf.records import Rings
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import Drain, RawSample, StopReason
 from profiler.agent.copied_stacks import ByMappings, CopiedStacks
 from profiler.agent.cost import Cost
-from profiler.agent.frames import FrameNumbers, Numbers
+from profiler.agent.frames import FrameNumbers, Locators, Numbering, Numbers
 from profiler.agent.host import open_cache, this_host
 from profiler.agent.jit_names import JitNames
 from profiler.agent.mapped_files import MappedFiles
 from profiler.agent.names import CACHE_BYTES, Names
+from profiler.agent.python_code import CPYTHON, PythonCode
 from profiler.agent.reader_child import Answer
 from profiler.agent.readers import Readers
 from profiler.agent.unwind_tables import Unwinding
@@ -35,7 +37,7 @@ from profiler.processes.generations import owner_of, parent_in_proc
 from profiler.processes.labels import Labeler, Subject, with_instance
 from profiler.processes.lifetimes import Lifetimes
 from profiler.processes.rules import Rules
-from storage.profile import Profile
+from storage.profile import Profile, runtime_counts
 from symbolizer.maps import MappingTable
 from symbolizer.symbols.kernel import Program
 from symbolizer.symbols.table import SymbolCache
@@ -124,6 +126,7 @@ class Pipeline:
             *(self.sampler, self.address_spaces, self.files, self.readers),
             UnwindCache(cache / "unwind"),
         )
+        self.python = PythonCode(self.unwinding.runtimes.interpreters)
         self.copied = CopiedStacks(self.unwinding, self.address_spaces.mappings)
         self._wakes = opened.enter_context(select.epoll())
         for fd in (self._rings.fileno(), self.unwinding.fileno(), self.readers.fileno()):
@@ -175,6 +178,7 @@ class Pipeline:
         """Read the kernel's records of processes, and answer the requests of its walks."""
         with self.cost.of("drain"):
             self._copied_share = self.sampler.collect()
+            self.python.take(self.sampler.take_codes())
         with self.cost.of("processes"):
             self.address_spaces.poll()
         with self.cost.of("unwind"):
@@ -227,10 +231,8 @@ class Pipeline:
         """Return a window to count in."""
         bounded = window.bounded
         frames = FrameNumbers(
-            window.builder.location,
-            self.names.locate,
-            self.names.locate_kernel,
-            bounded.rest,
+            Numbering(window.builder.location, window.builder.knows, bounded.rest),
+            Locators(self.names.locate, self.names.locate_kernel, self.python.locate),
             bounded.locations,
         )
         return Counted(window, frames, {})
@@ -238,6 +240,7 @@ class Pipeline:
     def fold(self, counted: Counted, drain: Drain) -> None:
         """Count what was drained in an open window."""
         window = counted.window
+        self.python.take(self.sampler.take_codes())
         self.copied.hold(drain)
         window.count(drain)
         try:
@@ -268,7 +271,7 @@ class Pipeline:
         """Have the mappings of a process read again that was in code which they do not have."""
         for mappings, samples in groups.items():
             for sample in samples:
-                if sample.stop == _NO_MAPPING and mappings.find(sample.user[:1])[0] < 0:
+                if sample.stop == _NO_MAPPING and mappings.find(leaf_address(sample.user))[0] < 0:
                     self.address_spaces.doubt(sample.pid, sample.start_ns)
 
     def finish(self, counted: Counted, *, is_last: bool) -> Profile:
@@ -284,7 +287,7 @@ class Pipeline:
         with self.cost.of("labels"):
             self._label(counted)
         with self.cost.of("symbolize"):
-            return self._name(counted.window)
+            return self._name(counted)
 
     def _add(
         self,
@@ -340,7 +343,8 @@ class Pipeline:
         instances = {each.source: self.labeler.instance_of(each) for each in sampled}
         counted.window.builder.relabel(lambda key: with_instance(key, instances))
 
-    def _name(self, window: OpenWindow) -> Profile:
+    def _name(self, counted: Counted) -> Profile:
+        window = counted.window
         builder = window.builder
         named = self.names.name(builder.unnamed_locations(), self._wait_for_readers)
         builder.replace_locations(window.bounded.affordable(named.locations))
@@ -350,6 +354,8 @@ class Pipeline:
         misses = Counter(named.misses)
         misses.update({str(reason): number for reason, number in self.labeler.misses.items()})
         self.labeler.misses.clear()
+        misses.update(runtime_counts(CPYTHON, counted.frames.python))
+        self.python.counts.update(counted.frames.python)
         accounting = window.accounting(self.host, misses)
         services = self.labeler.present(*window.boottime_ns)
         return builder.build(window.window, replace(accounting, services=services))

@@ -17,6 +17,7 @@ from profiler.agent.mapped_files import MappedFile, MappedFiles, State
 from profiler.agent.reader_child import Answer, Failure
 from profiler.agent.readers import Readers
 from symbolizer.location import Miss
+from symbolizer.runtimes.image import Image
 from symbolizer.unwind.table import PagedRows, StoredTable, UnwindCache, UnwindTable
 
 _UNUSED_S = 15.0
@@ -74,6 +75,7 @@ class TableLoader:
         self._paused: set[str] = set()  # those of these tables that are not to be built now
         self._next_try_s = 0.0
         self._kept: OrderedDict[str, _KeptTable] = OrderedDict()  # the longest unused first
+        self._new_images: list[tuple[str, Image]] = []
 
     @property
     def loaded(self) -> int:
@@ -169,6 +171,11 @@ class TableLoader:
         self._waiting.clear()
         self._paused &= given_up
 
+    def take_images(self) -> list[tuple[str, Image]]:
+        """Return what is known of interpreters that were loaded since the last call, by key."""
+        new, self._new_images = self._new_images, []
+        return new
+
     def _bound_kept(self) -> None:
         kept_bytes = sum(each.table.pages.nbytes for each in self._kept.values())
         while len(self._kept) > 1 and (len(self._kept) > _KEPT_TABLES or kept_bytes > _KEPT_BYTES):
@@ -208,6 +215,8 @@ class TableLoader:
 
     def _take_in(self, key: str, table: UnwindTable) -> None:
         """Load a table into the kernel, if there is room or can be."""
+        if table.image is not None:
+            self._new_images.append((key, table.image))
         if not len(table.rows):
             self._empty.add(key)
             self._set_state(key, TableState.NONE)

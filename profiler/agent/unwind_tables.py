@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bpf.interpreters import NO_RUNTIME, Runtime
 from bpf.sampler import Sampler
 from bpf.samples import ProcessGeneration, RawSample
 from bpf.tables import (
@@ -32,6 +33,7 @@ from bpf.tables import (
 )
 from profiler.agent.mapped_files import MappedFile, MappedFiles, State
 from profiler.agent.readers import Readers
+from profiler.agent.runtimes import Runtimes
 from profiler.agent.table_loading import TableLoader
 from profiler.processes.address_spaces import AddressSpaces
 from symbolizer.location import Miss
@@ -75,7 +77,11 @@ class _Executable:
 
 
 class Unwinding:
-    """Not to be used from several threads at once."""
+    """Not to be used from several threads at once.
+
+    Attributes:
+        runtimes: the interpreters that the kernel knows.
+    """
 
     def __init__(
         self,
@@ -90,8 +96,11 @@ class Unwinding:
         self._files = files
         self._readers = readers
         self._loader = TableLoader(sampler, readers, files, cache)
+        self.runtimes = Runtimes(sampler, self._interpreters_in_use)
         self._known: dict[int, _Followed] = {}
         self._spaces: dict[MappingTable, _Space] = {}
+        self._runtime: dict[MappingTable, Runtime] = {}
+        """Of those in `_spaces`."""
         self._next_space = 1
         self._numbers: dict[MappedFile, int] = {}
         self._executables: dict[int, _Executable] = {}
@@ -137,6 +146,9 @@ class Unwinding:
         for request in requests:
             if request.executable in self._executables:
                 self._request(request.executable)
+        for key, image in self._loader.take_images():
+            self.runtimes.take(key, image)
+            self._renew(key)
 
     def note(self, groups: Mapping[MappingTable, Sequence[RawSample]]) -> None:
         """Follow the sampled processes: those that have mapped more get another address space.
@@ -174,7 +186,11 @@ class Unwinding:
         number = self._numbers.get(file)
         if number is not None:
             self._request(number)
-        return self._loader.read(file)
+        table = self._loader.read(file)
+        if not isinstance(table, Miss) and table.image is not None:
+            self.runtimes.take(file.table_key, table.image)
+            self.runtimes.add_program(file.table_key, file)
+        return table
 
     def prepare(self, pids: Iterable[int]) -> None:
         """Have the tables of processes that run built, and load them when these are followed."""
@@ -214,12 +230,36 @@ class Unwinding:
         except NoRoomError:
             self._forget_oldest()
             return  # its next sample asks again
-        self._tables.set_process(generation, space.number)
+        self._tables.set_process(generation, space.number, self._runtime_of(mappings, space))
         space.pids.add(pid)
         before = self._known.pop(pid, None)  # to the end: the oldest come first
         self._known[pid] = _Followed(generation, mappings)
         if before and before.mappings is not mappings:
             self._leave(pid, before.mappings)
+
+    def _runtime_of(self, mappings: MappingTable, space: "_Space") -> Runtime:
+        """Return the interpreter that is mapped in an address space, as far as it is known."""
+        for mapping, number in zip(mappings.mappings, space.executables, strict=True):
+            executable = self._executables.get(number)
+            runtime = self.runtimes.runtime(executable.key, mapping) if executable else None
+            if runtime is not None:
+                self._runtime[mappings] = runtime
+                return runtime
+        return NO_RUNTIME
+
+    def _interpreters_in_use(self) -> set[int]:
+        return {runtime.interpreter for runtime in self._runtime.values()}
+
+    def _renew(self, key: str) -> None:
+        """Let the kernel know which processes have an interpreter that has become known."""
+        numbers = {n for n, executable in self._executables.items() if executable.key == key}
+        for number in numbers:
+            self.runtimes.add_program(key, self._executables[number].file)
+        for mappings, space in self._spaces.items():
+            if numbers.intersection(space.executables):
+                runtime = self._runtime_of(mappings, space)
+                for pid in space.pids:
+                    self._tables.set_process(self._known[pid].generation, space.number, runtime)
 
     def _add_space(self, mappings: MappingTable, pid: int) -> "_Space":
         executables = [
@@ -273,6 +313,7 @@ class Unwinding:
         space.pids.discard(pid)
         if not space.pids:
             del self._spaces[mappings]
+            self._runtime.pop(mappings, None)
             self._tables.remove_space(space.number)
             self._release(space.executables)
 
@@ -306,6 +347,8 @@ class Unwinding:
         if file.state == State.IDENTIFIED and not executable.key:
             executable.key = file.table_key
             self._loader.add(number, file)
+            if self.runtimes.knows(executable.key):  # by another file with the same content
+                self._renew(executable.key)
         if executable.is_requested:
             self._request(number)
 

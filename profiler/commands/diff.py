@@ -132,21 +132,24 @@ def run(options: argparse.Namespace) -> int:
             )
         if options.query or options.start or options.end:
             raise ValueError("diff: -q, --from and --until need --last-deploy")
-    settings = Options(
-        store=options.store,
-        endpoint=options.s3_endpoint,
-        tenant=options.tenant,
-        gate=Gate.parse(options.fail_over),
-        strict=options.strict,
-        as_json=options.json,
-        as_markdown=options.markdown,
-        last_deploy=selected(options, start="now-7d") if options.last_deploy else None,
-        calibrate=options.calibrate,
-        output=options.output,
-        python_native=options.python_native,
-        reading=reading_options(options),
-    )
-    return diff(before, after, settings, time.time_ns())
+    with in_cluster(options) as executor:
+        last = selected(options, "now-7d", executor) if options.last_deploy else None
+        settings = Options(
+            store=options.store,
+            endpoint=options.s3_endpoint,
+            tenant=options.tenant,
+            gate=Gate.parse(options.fail_over),
+            strict=options.strict,
+            as_json=options.json,
+            as_markdown=options.markdown,
+            last_deploy=last,
+            calibrate=options.calibrate,
+            output=options.output,
+            python_native=options.python_native,
+            reading=reading_options(options),
+            executor=executor,
+        )
+        return diff(before, after, settings, time.time_ns())
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from bpf.btf import VMLINUX, Btf
 from bpf.errors import BpfError, LoadError, PerfEventError, SyscallError
 from bpf.records import RING_PAGES
 from bpf.sampler import Sampler, SamplerConfig
-from bpf.samples import MAX_USER_WORDS
+from bpf.samples import MAX_NATIVE_WORDS
 from bpf.tracers import find_tracers
 from profiler.commands import arguments
 from profiler.commands.pin import kept_by
@@ -299,7 +299,7 @@ def check_programs() -> Check:
     except BpfError as error:
         return Check("programs", Status.FAIL, str(error), _GIVE_RIGHTS)
     detail = f"compiled and loaded in {time.monotonic() - start:.1f} s"
-    if depth < MAX_USER_WORDS:
+    if depth < MAX_NATIVE_WORDS:
         detail += f"; this kernel's verifier accepts small ones only, for stacks of {depth} frames"
         return Check("programs", Status.WARN, detail, "none is needed; a newer kernel accepts more")
     return Check("programs", Status.OK, f"{detail}, for stacks of up to {depth} frames")

@@ -53,6 +53,7 @@ def table(status: Mapping[str, Any]) -> str:
         *_more("mappings", status.get("mappings", {})),
         *_more("labels", status.get("labels", {})),
         *_more("readers", status.get("readers", {})),
+        *_python(status.get("cpython", {})),
         *_jit(status),
         ("memory", f"sampler {own_mb}, uploader {_megabytes(upload.get('rss_bytes', 0))}"),
         ("spool", waiting),
@@ -137,6 +138,32 @@ def _more(name: str, state: Mapping[str, int]) -> Iterator[tuple[str, str]]:
         told.append(f"{counted(number, one, several)} {happened}".rstrip())
     if told:
         yield name, "; ".join(told)
+
+
+_PYTHON_ENDS = {
+    "no_python": "of threads that run no Python",
+    "no_state": "without a thread state",
+    "other_thread": "with the state of another thread",
+    "unreadable": "with memory that was not there",
+    "no_code": "with a frame that is of no code object",
+    "truncated": "deeper than a record has room for",
+}
+
+
+def _python(state: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Return how many samples of interpreters have their frames, and why others have not."""
+    if state.get("attempts"):
+        frames, samples = state.get("frames", 0), state["attempts"]
+        yield "python", f"{counted(frames, 'frame')} in {counted(samples, 'sample')}"
+    for reason, words in _PYTHON_ENDS.items():
+        if state.get(reason):
+            yield f"  {reason}", f"{counted(state[reason], 'sample')} {words}"
+    for name, number in state.items():
+        if name.startswith("refused_"):
+            reason = name.removeprefix("refused_").replace("_", " ")
+            yield "  refused", f"{counted(number, 'interpreter')}: {reason}"
+    if state.get("frames_unnamed"):
+        yield "  unnamed", f"{counted(state['frames_unnamed'], 'frame')} without a code object"
 
 
 def _upload(upload: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

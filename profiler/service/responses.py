@@ -70,6 +70,7 @@ class DataCoverage:
     lost: Mapping[str, Count]
     stops: Mapping[str, Count]
     uncounted: Count
+    runtimes: Mapping[str, Mapping[str, Count]]
     complete: Annotated[float, Meta(ge=0, le=1)] | None
     nonidle_ns: Count
     profiled_ns: Count
@@ -93,6 +94,7 @@ class DataCoverage:
             lost={str(cause): count for cause, count in accounting.lost.items()},
             stops=stops,
             uncounted=accounting.uncounted,
+            runtimes=accounting.runtimes,
             complete=good / ended if ended else None,
             nonidle_ns=accounting.nonidle_ns,
             profiled_ns=accounting.profiled_ns,

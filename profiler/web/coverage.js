@@ -36,6 +36,17 @@ const STOPS = {
   compat: ["cut", "a 32-bit program; only the leaf is kept"],
 };
 
+const RUNTIMES = {
+  attempts: "samples of threads in programs with an interpreter",
+  frames: "functions found on all their stacks",
+  no_python: "the thread runs no Python",
+  no_state: "the interpreter's state of the thread was not found",
+  other_thread: "what was found is not this thread's",
+  unreadable: "memory of the interpreter could not be read",
+  no_code: "a frame is not of a code object",
+  truncated: "there are more frames than a record can hold; the leaf side is kept",
+};
+
 /** Completeness of the data in one line, with details on demand. */
 export class CoverageStrip {
   constructor(container) {
@@ -99,6 +110,13 @@ export class CoverageStrip {
       `${number(count)} · ${share(count, stored)}`,
       known(STOPS, reason, ["", ""]).join(": ").replace(/^: $/, ""),
     ]);
+    const runtimes = Object.entries(coverage.runtimes ?? {}).flatMap(([name, counts]) =>
+      entries(counts).map(([what, count]) => [
+        `${spoken(name)}, ${spoken(what)}`,
+        number(count),
+        known(RUNTIMES, what, ""),
+      ]),
+    );
     const profiledMs = coverage.profiled_ns / 1e6 / Math.max(1, coverage.hosts);
     const sources = [
       ["Hosts", number(coverage.hosts), listed],
@@ -126,6 +144,7 @@ export class CoverageStrip {
         : null,
       facts("Why samples were lost", losses.length ? losses : [["no samples were lost", "", ""]]),
       facts("How user stacks end", stops.length ? stops : [["no stacks", "", ""]]),
+      runtimes.length ? facts("Frames of runtimes", runtimes) : null,
       facts("Sources", sources),
       coverage.skipped.length
         ? facts(

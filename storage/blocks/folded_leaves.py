@@ -10,7 +10,9 @@ import numpy as np
 
 from storage.blocks.dictionary import fetch_locations
 from storage.blocks.frame_tree import Locations
-from storage.blocks.parquet import Engine, LocalFile, of_table
+from storage.blocks.parquet import Engine
+from storage.blocks.scans import LocalFile, of_table
+from storage.blocks.schema import NAMES
 from storage.blocks.tables import fetch_stacks
 from storage.columns import Columns
 from storage.hashing import Hashes
@@ -20,8 +22,6 @@ from symbolizer.location import Kind
 
 _WORDS_AT_ONCE = 1 << 21
 """Frames of stacks that are fetched at a time."""
-_LOCATIONS = {"frames": "", "names": "frames[-1]."}
-"""Tables of locations, and where they say what is in a stack."""
 
 
 def load_of_hour(opened: Engine, locations: Columns) -> bool:
@@ -62,23 +62,23 @@ def load_of_files(opened: Engine, files: Sequence[LocalFile]) -> bool:
 
 def _find_loops(opened: Engine, files: Sequence[LocalFile]) -> Hashes:
     """Return the locations of evaluation loops; none where there are no Python frames."""
-    found, count = [np.zeros(0, np.uint64)], 0
-    for table, frame in _LOCATIONS.items():
-        chosen = of_table(files, table)
-        opened.check(chosen)
-        is_loop = " OR ".join(
-            f"starts_with({frame}\"function\", '{prefix}')" for prefix in LOOP_PREFIXES
-        )
-        query = (
-            f"SELECT frame_id, {frame}kind = '{Kind.PYTHON}' AS is_python FROM {{files}}"
-            f" WHERE {frame}kind = '{Kind.PYTHON}' OR {is_loop}"
-        )
-        opened.load("of_runtimes", query, chosen)
-        ((here,),) = opened.rows("SELECT count(*) FROM of_runtimes WHERE is_python")
-        count += here
-        loops = opened.arrays("SELECT DISTINCT frame_id FROM of_runtimes WHERE NOT is_python")
-        found.append(loops["frame_id"])
-    return np.concatenate(found) if count else found[0]
+    chosen = of_table(files, NAMES)
+    opened.check(chosen)
+    is_loop = " OR ".join(f"starts_with(name, '{prefix}')" for prefix in LOOP_PREFIXES)
+    opened.load(
+        "of_runtimes",
+        f"SELECT frame_id, kind = '{Kind.PYTHON}' AS is_python FROM (SELECT frame_id,"
+        ' coalesce(names[-1]."function", "function") AS name,'
+        " coalesce(names[-1].kind, kind) AS kind FROM {files})"
+        f" WHERE kind = '{Kind.PYTHON}' OR {is_loop}",
+        chosen,
+    )
+    ((count,),) = opened.rows("SELECT count(*) FROM of_runtimes WHERE is_python")
+    if not count:
+        return np.zeros(0, np.uint64)
+    loops = opened.arrays("SELECT DISTINCT frame_id FROM of_runtimes WHERE NOT is_python")
+    found: Hashes = loops["frame_id"]
+    return found
 
 
 def _load_ending(opened: Engine, table: str, leaf: str, loops: Hashes) -> None:

@@ -30,7 +30,8 @@ from storage.blocks import folded_leaves
 from storage.blocks.block import ROLLUP_LABELS, labels_id
 from storage.blocks.dictionary import fetch_label_sets, fetch_locations
 from storage.blocks.loading import SUMS
-from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, Arrays, Engine, LocalFile, engine, of_table
+from storage.blocks.parquet import DEFAULT_MEMORY_BYTES, Arrays, Engine, engine
+from storage.blocks.scans import LocalFile, numbered_scan_of, of_table
 from storage.blocks.schema import DETAIL, FUNCTIONS
 from storage.blocks.tables import STACKS_OF_PARTS, fetch_stacks, write_in_pieces
 from storage.columns import Columns

@@ -14,7 +14,7 @@ next function begins at the same address. The parts of an FDE range that no name
 unnamed function.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -67,10 +67,13 @@ _SYM[64].names = ("st_name", "st_info", "st_other", "st_shndx", "st_value", "st_
 _SYM[32].names = ("st_name", "st_value", "st_size", "st_info", "st_other", "st_shndx")
 
 
-def read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
+def read_functions(
+    elf: Elf, parts: Sequence[tuple[int, int]] = (), name_of_parts: bytes = b""
+) -> tuple[Functions, Iterator[bytes]]:
     """Return the functions, and pieces of the strings that hold their names, NUL-terminated.
 
-    The strings are those of the functions only. Go's functions have a file and a line.
+    The strings are those of the functions only. Go's functions have a file and a line. `parts` are
+    ranges of addresses, sorted, of which is known what they are though no symbol says so.
 
     Raises:
         UnreadableElf: with the reason; also while the strings are read.
@@ -95,6 +98,8 @@ def read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
     entry_name = strings.add_text(_ENTRY_NAME)
     functions = _add_entry(elf, space, functions, entry_name, fde_ranges)
     functions = _add_unnamed(functions, fde_ranges)
+    if parts:
+        functions = _name_parts(space, functions, parts, strings.add_text(name_of_parts))
     return _keep_strings(go.add_places(functions), strings)
 
 
@@ -398,6 +403,20 @@ def _add_unnamed(functions: Functions, fde_ranges: _FdeRanges) -> Functions:
         insert(functions.ends, ends),
         insert(functions.names, names),
     )
+
+
+def _name_parts(
+    space: _OffsetSpace, functions: Functions, parts: Sequence[tuple[int, int]], name: int
+) -> Functions:
+    """Name the unnamed functions inside some ranges of addresses."""
+    bounds = np.array(parts, dtype=np.uint64)
+    starts, _ = space.offsets(bounds[:, 0])
+    lasts, _ = space.offsets(bounds[:, 1] - np.uint64(1))
+    part = np.searchsorted(starts, functions.starts, side="right") - 1
+    is_inside = (part >= 0) & (functions.starts <= lasts[part])
+    is_unnamed = functions.names & IN_FDE_RANGE != 0
+    names = np.where(is_inside & is_unnamed, np.uint32(name), functions.names)
+    return replace(functions, names=names)
 
 
 def _uncovered(

@@ -101,23 +101,32 @@ FindRule = Callable[[int, int], Rule | int]
 
 
 class WalkedStack(NamedTuple):
-    """Addresses, leaf first, and a Stop or PENDING."""
+    """Addresses, leaf first, and a Stop or PENDING.
+
+    Attributes:
+        loops: places of frames of an interpreter's loop, each with its CFA.
+    """
 
     addresses: Wide
     stop: int
+    loops: tuple[tuple[int, int], ...] = ()
 
 
-def walk(stacks: Sequence[StackCopy], find: FindRule, max_frames: int) -> list[WalkedStack]:
-    """Walk all stacks; a stack whose rules are PENDING ends there."""
-    return [_walk(stack, number, find, max_frames) for number, stack in enumerate(stacks)]
+def walk(stacks: Sequence[StackCopy], find: FindRule, max_words: int) -> list[WalkedStack]:
+    """Walk all stacks; a stack whose rules are PENDING ends there.
+
+    A frame is a word, as in the kernel, and one of an interpreter's loop is two.
+    """
+    return [_walk(stack, number, find, max_words) for number, stack in enumerate(stacks)]
 
 
-def _walk(stack: StackCopy, number: int, find: FindRule, max_frames: int) -> WalkedStack:
+def _walk(stack: StackCopy, number: int, find: FindRule, max_words: int) -> WalkedStack:
     state = _Walk(stack)
     addresses: list[int] = []
+    loops: list[tuple[int, int]] = []
     stop = _GO_ON
     while stop == _GO_ON:
-        if len(addresses) >= max_frames:
+        if len(addresses) + len(loops) >= max_words:
             stop = Stop.TRUNCATED
             break
         address = state.pc - state.is_return
@@ -129,9 +138,11 @@ def _walk(stack: StackCopy, number: int, find: FindRule, max_frames: int) -> Wal
             stop = state.leave_by_rule(rule)
         else:
             stop = state.leave_by_rare_rule(rule)
+        if stop == _GO_ON and not isinstance(rule, int) and rule.is_evaluation:
+            loops.append((len(addresses) - 1, state.sp))
     if stop == Stop.UNREADABLE and state.is_beyond and stack.is_cut:
         stop = Stop.TRUNCATED  # it was copied in part
-    return WalkedStack(np.array(addresses, np.uint64), int(stop))
+    return WalkedStack(np.array(addresses, np.uint64), int(stop), tuple(loops))
 
 
 def _is_user_code(address: int) -> bool:

@@ -1,50 +1,23 @@
-"""Frames: how words of stacks are split, and which processes share the numbers of which frames."""
+"""Frames: which processes share the numbers of which frames, and what is counted of them."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
-from bpf.samples import Tag, split_frames
+from bpf.interpreters import ChainEnd
+from bpf.samples import TAG_SHIFT, Tag
 from profiler.agent.budgets import Budget, Limit, Limits, LocationBudget
-from profiler.agent.frames import FrameNumbers
+from profiler.agent.frames import FrameNumbers, Locators, Numbering
 from symbolizer.location import REST_LOCATION, AddressLocation, FileOffset
 from symbolizer.maps import Mapping, MappingTable
 from tests.support.live import sample_of
 
 TEXT, HEAP = 0x40_0000, 0x7F00_0000_0000
-TWO, THREE = 2 << 56, 3 << 56
-FRAME_WORDS = {Tag.NATIVE: 1, 2: 2, 3: 3}
 
 
 def words(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.uint64)
-
-
-def test_a_native_stack_has_a_frame_per_word():
-    assert split_frames(words(TEXT, HEAP)) == [TEXT, HEAP]
-
-
-def test_frames_of_runtimes_have_several_words():
-    """Only the first word is tagged: the others may look like any tag."""
-    stack = words(TEXT, TWO | 5, THREE | 6, HEAP, THREE | 7, HEAP, TWO | 8, HEAP)
-
-    assert split_frames(stack, FRAME_WORDS) == [
-        TEXT,
-        (TWO | 5, THREE | 6),
-        HEAP,
-        (THREE | 7, HEAP, TWO | 8),
-        HEAP,
-    ]
-
-
-@pytest.mark.parametrize("stack", [(TWO | 5,), (THREE | 5, 6)])
-def test_a_frame_that_was_cut_keeps_the_words_there_are(stack):
-    assert split_frames(words(TEXT, *stack), FRAME_WORDS) == [TEXT, stack]
-
-
-def test_a_frame_of_an_unknown_tag_is_one_word():
-    assert split_frames(words(9 << 56, TEXT)) == [(9 << 56,), TEXT]
 
 
 @dataclass
@@ -53,6 +26,8 @@ class Located:
 
     asked: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     numbers: dict[AddressLocation, int] = field(default_factory=dict)
+    is_shared: bool = False
+    base: int = 0
 
     def number(self, location: AddressLocation) -> int:
         return self.numbers.setdefault(location, len(self.numbers))
@@ -62,9 +37,14 @@ class Located:
         pid = generation.pid
         self.asked.append((pid, tuple(sorted(addresses.tolist()))))
         return [
-            AddressLocation("file" if a < HEAP else f"heap of {pid}", FileOffset(a))
+            AddressLocation("file" if a < HEAP else f"heap of {pid}", FileOffset(a - self.base))
             for a in addresses.tolist()
         ]
+
+    def locate_python(self, generation, frame):
+        self.asked.append((generation.pid, (frame.code,)))
+        owner = "all" if self.is_shared else generation.pid
+        return AddressLocation(f"python of {owner}", FileOffset(frame.code))
 
     def locate_kernel(self, addresses):
         return [AddressLocation("kernel", FileOffset(a)) for a in addresses.tolist()]
@@ -82,10 +62,12 @@ def frames(located) -> FrameNumbers:
 
 def numbers_of(located, limits: Limits) -> FrameNumbers:
     return FrameNumbers(
-        located.number,
-        located.locate,
-        located.locate_kernel,
-        lambda: located.number(REST_LOCATION),
+        Numbering(
+            located.number,
+            located.numbers.__contains__,
+            lambda: located.number(REST_LOCATION),
+        ),
+        Locators(located.locate, located.locate_kernel, located.locate_python),
         LocationBudget(Budget(limits.locations)),
     )
 
@@ -131,14 +113,50 @@ def test_what_is_known_is_not_located_again(frames, located, mappings):
     assert [stack.tolist() for stack in second] == [[first[0][1]], [first[0][0]]]
 
 
-def test_a_frame_of_a_runtime_lies_nowhere(frames, located, mappings):
-    """No runtime is known yet."""
-    unknown = 9 << 56 | TEXT
+def python(code: int) -> tuple[int, int]:
+    return Tag.PYTHON << TAG_SHIFT | code, 5 << 32 | 8
 
-    stacks = frames.user(mappings, [sample(10, unknown, TEXT), sample(11, unknown, TEXT)])
 
-    assert located.asked == [(10, (0,)), (10, (TEXT,))]
-    assert stacks[0].tolist() == stacks[1].tolist()
+def test_python_frames_are_those_of_a_process(frames, located, mappings):
+    """Forked processes have their code objects at the same addresses; they may differ by now."""
+    entry = Tag.ENTRY << TAG_SHIFT | 1
+    stack = (Tag.EVALUATION << TAG_SHIFT | TEXT, 2, *python(HEAP), entry)
+
+    first, second = frames.user(mappings, [sample(10, *stack), sample(11, *stack)])
+
+    assert located.asked == [(10, (TEXT,)), (10, (HEAP,)), (11, (HEAP,))]
+    assert first[1] == second[1]
+    assert first[0] != second[0]
+
+
+def test_functions_that_processes_have_in_common_are_charged_once(located, mappings):
+    """Workers run the same program, each with code objects of its own."""
+    frames = numbers_of(located, Limits(locations=Limit(20 * 400, 24 * 400, 24 * 400)))
+    located.is_shared = True
+    stack = [word for code in range(16) for word in python(HEAP + 64 * code)]
+
+    (first,) = frames.user(mappings, [sample(10, *stack)])
+    (second,) = frames.user(mappings, [sample(11, *stack)])
+    (third,) = frames.user(mappings, [sample(12, *stack)])
+
+    assert first == second
+    assert len(set(first)) == 16
+    assert third.tolist() == [located.number(REST_LOCATION)]
+
+
+def test_samples_and_frames_of_interpreters_are_counted(frames, mappings):
+    reason = Tag.REASON << TAG_SHIFT
+    chain = (*python(HEAP), *python(HEAP + 64))
+    samples = [
+        sample(10, TEXT),
+        sample(10, TEXT, *chain)._replace(samples=3),
+        sample(10, TEXT, reason | ChainEnd.NO_PYTHON),
+        sample(10, TEXT, *chain, reason | ChainEnd.TRUNCATED)._replace(samples=2),
+    ]
+
+    frames.user(mappings, samples)
+
+    assert frames.python == {"attempts": 6, "frames": 10, "no_python": 1, "truncated": 2}
 
 
 def test_addresses_outside_of_all_mappings_are_one_location(frames, located, mappings):
@@ -151,8 +169,11 @@ def test_addresses_outside_of_all_mappings_are_one_location(frames, located, map
 
 
 def test_a_stack_ends_where_a_process_has_too_many_locations(located, mappings):
-    """Root first they are kept, other processes have theirs, and nothing more is located."""
-    frames = numbers_of(located, Limits(locations=Limit(3 * 400, 100 * 400, 100 * 400)))
+    """Root first they are kept, other processes have theirs, and nothing more is located.
+
+    Six frames take two locations, and three of them as many.
+    """
+    frames = numbers_of(located, Limits(locations=Limit(5 * 400, 100 * 400, 100 * 400)))
     rest = located.number(REST_LOCATION)
 
     (cut,) = frames.user(mappings, [sample(10, *range(TEXT, TEXT + 6))])
@@ -161,8 +182,21 @@ def test_a_stack_ends_where_a_process_has_too_many_locations(located, mappings):
 
     assert cut.tolist() == again.tolist() == [rest, *other.tolist()[3:]]
     assert rest not in other
-    assert located.asked[0] == (10, (TEXT + 3, TEXT + 4, TEXT + 5))
     assert len(located.asked) == 2
+
+
+def test_processes_of_a_program_are_not_charged_for_what_others_have(located):
+    """Each has its files elsewhere, and shares their locations with the first."""
+    frames = numbers_of(located, Limits(locations=Limit(200 * 400, 200 * 400, 200 * 400)))
+    stacks = []
+    for pid in range(12):
+        start = TEXT + 4096 * pid
+        mappings = MappingTable.of([Mapping(start, start + 4096, 0, b"/usr/bin/worker")])
+        located.base = start
+        stacks += frames.user(mappings, [sample(pid, *range(start, start + 40))])
+
+    assert all(stack == stacks[0] for stack in stacks)
+    assert located.number(REST_LOCATION) not in stacks[0]
 
 
 def test_kernel_words_are_addresses(frames, located):

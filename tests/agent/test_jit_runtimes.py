@@ -51,11 +51,12 @@ def recording(pid: int, folder: Path) -> Iterator[Recorder]:
 
 
 def stacks_of(profile: Profile) -> Iterator[Stack]:
-    """Return what is drawn: all stacks, root first."""
+    """Return the user's part of what is drawn: all stacks, root first."""
     offsets = profile.stack_offsets.tolist()
     for start, end in pairwise(offsets):
         numbers = profile.stack_locations[start:end].tolist()
-        yield tuple(frame for n in numbers for frame in reversed(profile.frames(n)))
+        frames = (frame for n in numbers for frame in reversed(profile.frames(n)))
+        yield tuple(frame for frame in frames if frame.kind is not Kind.KERNEL)
 
 
 def record_until(recorder: Recorder, is_seen: Callable[[Stack], bool]) -> Stack:
@@ -172,7 +173,7 @@ def test_javascript_is_named_by_node_s_jitdump(tmp_path: Path):
 
 def perf_pythons() -> list[Path]:
     """Return interpreters that can write a perf map, 3.12 and later."""
-    folders = [*Path(os.environ.get("PYENV_ROOT", "/root/.pyenv")).glob("versions/3.*/bin")]
+    folders = [*Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.*/bin")]
     found = [shutil.which(f"python3.{minor}") for minor in range(12, 20)]
     candidates = [*(Path(path) for path in found if path), *(each / "python3" for each in folders)]
     return [each for each in candidates if _can_write_a_map(each)]

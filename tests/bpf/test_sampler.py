@@ -15,8 +15,8 @@ from bpf import perf_event, syscalls
 from bpf.errors import BpfError
 from bpf.sampler import Sampler, SamplerConfig
 from bpf.samples import (
+    MAX_NATIVE_WORDS,
     MAX_SHORT_WORDS,
-    MAX_USER_WORDS,
     Counter,
     Drain,
     RawSample,
@@ -258,17 +258,17 @@ def test_a_deeper_stack_than_there_is_room_for_is_marked_truncated(tmp_path, sam
 
     stacks = [sample for sample in drain.samples if not len(sample.kernel)]
     assert {sample.stop for sample in stacks} == {StopReason.TRUNCATED.label}
-    assert {len(sample.user) for sample in stacks} == {MAX_USER_WORDS}
+    assert {len(sample.user) for sample in stacks} == {MAX_NATIVE_WORDS}
 
 
 def test_smaller_programs_are_tried_where_the_verifier_refuses(tmp_path) -> None:
-    """One that leaves 100,000 frames is refused by any kernel; one of 5 goes on in itself."""
+    """One that leaves 100,000 frames is refused by any kernel; one of 8 goes on in itself."""
     with spinning(compile_deep(tmp_path), "1000") as process:
-        config = SamplerConfig(pids=frozenset({process.pid}), frames_per_program=(100_000, 5))
+        config = SamplerConfig(pids=frozenset({process.pid}), frames_per_program=(100_000, 8))
         with Sampler(config) as sampler:
             stacks = [each for each in drain_for(sampler, 0.5).samples if not len(each.kernel)]
 
-            assert 100 < sampler.deepest_stack < MAX_USER_WORDS
+            assert 100 < sampler.deepest_stack < MAX_NATIVE_WORDS
             assert {len(each.user) for each in stacks} == {sampler.deepest_stack}
             assert {each.stop for each in stacks} == {StopReason.TRUNCATED.label}
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from bpf import tables
+from bpf.frames import with_native
 from bpf.sampler import kernel_constants
-from bpf.samples import MAX_USER_WORDS, USER_STACK, StopReason
+from bpf.samples import MAX_NATIVE_WORDS, USER_STACK, StopReason
 from bpf.tables import EVALUATES, MAPPING, PAGE, TABLE, CfaKind, RbpKind, TableState
 from symbolizer.maps import Mapping, MappingTable
 from symbolizer.unwind import table as unwind
@@ -29,6 +30,7 @@ STACK = np.dtype(
         *(("words", "u8"), ("unreadable", "u4"), ("pc_is_return_address", "u4")),
     ]
 )
+NO_WORDS = np.empty(0, np.uint64)
 BY_RBX = CfaKind.REGISTER + RBX
 CODE, STACK_START = 0x5500_0000_0000, 0x7FFC_0000_0000
 MISSING = {
@@ -158,7 +160,7 @@ class World:
         return RuleFinder([self.mappings] * len(self.stacks), table_of, pages)
 
     def by_python(self) -> list[WalkedStack]:
-        return walk(self.stacks, self.finder(), MAX_USER_WORDS)
+        return walk(self.stacks, self.finder(), MAX_NATIVE_WORDS)
 
     def callers_left_by_rbx(self, walked: list[WalkedStack]) -> int:
         """Return how many frames were left by an rbx that frames below had saved, or left alone."""
@@ -224,9 +226,11 @@ def test_both_walks_find_the_same_frames_of_random_stacks(seed, kernels_walk):
     found = world.by_kernels_walk(kernels_walk, seed + 1)
     for place, (one, other) in enumerate(zip(walked, found, strict=True)):
         expected = other["words"][: other["length"]].tolist()
-        assert (one.addresses.tolist(), one.stop) == (expected, other["stop"]), place
+        words = with_native(NO_WORDS, one.addresses, one.loops).tolist()
+        assert (words, one.stop) == (expected, other["stop"]), place
     ends = Counter(each.stop for each in walked)
     assert ends.keys() == set(Stop)
+    assert sum(map(len, (each.loops for each in walked))) > 100
     assert sum(len(each.addresses) > 10 for each in walked) > 30
     assert world.callers_left_by_rbx(walked) > 1
 
@@ -293,7 +297,7 @@ def test_pages_of_tables_are_kept_up_to_a_limit():
             return world.executable(place) % (LOADED + 1) or ANONYMOUS
 
         finder = RuleFinder([world.mappings] * len(world.stacks), table_of, pages)
-        walked = walk(world.stacks, finder, MAX_USER_WORDS)
+        walked = walk(world.stacks, finder, MAX_NATIVE_WORDS)
         return [(each.addresses.tolist(), each.stop) for each in walked]
 
     kept, dropped = RulePages(load), RulePages(load, max_rows=50)

@@ -15,7 +15,7 @@ from storage.formats import pprof, pprof_arrays
 from storage.hashing import process_hasher
 from symbolizer.location import Kind, NamedLocation
 from tests.support.profiles import build
-from tests.support.python_stacks import LINES, LOOP, profile_of, shop_profile
+from tests.support.python_profiles import LINES, LOOP, profile_of, shop_profile
 
 FOLDED_ENDINGS = (".folded", ".speedscope.json", ".svg", ".json")
 

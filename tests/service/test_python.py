@@ -8,7 +8,7 @@ import pytest
 
 from storage.profile import Profile
 from tests.support.profiles import make_labels
-from tests.support.python_stacks import LOOP, STACKS, profile_of
+from tests.support.python_profiles import LOOP, STACKS, profile_of
 from tests.support.services import service
 from tests.support.stores import MINUTE_NS, at, directory, minutes
 

@@ -22,7 +22,7 @@ from storage.interpreters import (
 from storage.merging import merge_columns
 from storage.stack_tree import StackLists, StackTree, lists_of
 from tests.support.profiles import sample_profile, synthetic
-from tests.support.python_stacks import CALL, LOOP, MAIN, profile_of, shop_profile
+from tests.support.python_profiles import CALL, LOOP, MAIN, profile_of, shop_profile
 
 _ROLES = np.array(
     [

@@ -5,9 +5,9 @@
     python_calls.py MODE --park N        stop at the Nth place where a thread would spend time
 
 The tree is what the interpreter itself reports to a hook (`sys.setprofile`) during some rounds:
-`functions` is a list of [qualified name, file, first line, lines], `nodes` one of [parent, line of
-the call in the parent, function], parents first, parent -1 for what has no caller. A function's
-last frame may be at any of its lines.
+`functions` is a list of [qualified name, file, first line, lines, is a generator], `nodes` one of
+[parent, line of the call in the parent, function], parents first, parent -1 for what has no
+caller. A function's last frame may be at any of its lines.
 
 A parked thread prints one line of JSON with its `tid`, its `name` and its `stack`, root first, of
 [function, file, line]. It then stays at that place, and uses its CPU in one C function that does
@@ -404,6 +404,9 @@ def lines_of(code):
     return sorted({line for _, line in dis.findlinestarts(code) if line} | {code.co_firstlineno})
 
 
+_GENERATORS = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
+
+
 class Tree:
     """Every stack that the interpreter's own hook for profilers has told of."""
 
@@ -413,7 +416,7 @@ class Tree:
 
     def __call__(self, frame, event, _):
         # A generator may be entered by an exception, which some versions do not call a call.
-        is_generator = frame.f_code.co_flags & (CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR)
+        is_generator = frame.f_code.co_flags & _GENERATORS
         if event == "call" or (event == "return" and is_generator):
             self.add(frame)
 
@@ -432,11 +435,12 @@ class Tree:
         """Return the number of a function by what it is: class bodies may be made each time."""
         function = (name_of(code), code.co_filename, code.co_firstlineno)
         if function not in self.functions:
-            self.functions[function] = (len(self.functions), lines_of(code))
+            is_generator = bool(code.co_flags & _GENERATORS)
+            self.functions[function] = (len(self.functions), lines_of(code), is_generator)
         return self.functions[function][0]
 
     def write(self):
-        functions = [[*function, lines] for function, (_, lines) in self.functions.items()]
+        functions = [[*function, *more] for function, (_, *more) in self.functions.items()]
         json.dump({"functions": functions, "nodes": list(self.nodes)}, sys.stdout)
 
 

@@ -7,7 +7,7 @@ from playwright.sync_api import expect
 
 from tests.support import profiles as some
 from tests.support.browser import Service, View, barriers, outside, serving
-from tests.support.python_stacks import LOOP, shop_profile
+from tests.support.python_profiles import LOOP, shop_profile
 from tests.support.stores import START_NS, at, directory
 
 pytestmark = pytest.mark.browser

@@ -20,7 +20,7 @@ from storage.query.query import Query
 from storage.selector import EMPTY, Selector
 from tests.support.compacted import compact, delete, level0
 from tests.support.compaction import Expected, profile
-from tests.support.python_stacks import LOOP, STACKS, profile_of
+from tests.support.python_profiles import LOOP, STACKS, profile_of
 
 DAY_S = 20_000 * 86_400
 START_S = DAY_S + 22 * 3600

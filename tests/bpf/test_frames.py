@@ -1,0 +1,126 @@
+"""Interpreter frames stand in a stack where the interpreter called and was called."""
+
+import numpy as np
+import pytest
+
+from bpf.frames import Chain, leaf_address, split_frames, with_native
+from bpf.interpreters import ChainEnd
+from bpf.samples import CUT_OFF, TAG_SHIFT, PythonFrame, Tag
+
+LOOP, EXTENSION, START = 0x40_0000, 0x50_0000, 0x60_0000
+
+
+def words(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.uint64)
+
+
+def loop(cfa: int, address: int = LOOP) -> tuple[int, int]:
+    return Tag.EVALUATION << TAG_SHIFT | address, cfa
+
+
+def python(code: int, tag: Tag = Tag.PYTHON) -> tuple[int, int]:
+    return tag << TAG_SHIFT | code, code << 32 | 2 * code
+
+
+def entry(address: int) -> int:
+    return Tag.ENTRY << TAG_SHIFT | address
+
+
+def reason(why: ChainEnd) -> int:
+    return Tag.REASON << TAG_SHIFT | why
+
+
+def frame(code: int) -> PythonFrame:
+    return PythonFrame(code, code, 2 * code)
+
+
+def test_a_native_stack_has_a_frame_per_word():
+    assert split_frames(words(START, LOOP), is_whole=True) == ([START, LOOP], None)
+
+
+def test_frames_stand_before_the_native_frame_that_evaluates_them():
+    """Leaf first: the interpreter calls an extension, which calls the interpreter again."""
+    stack = words(
+        *loop(100), EXTENSION, *loop(300), START,
+        *python(1), *python(2), entry(90), *python(3), entry(290),
+    )  # fmt: skip
+
+    frames, chain = split_frames(stack, is_whole=True)
+
+    assert frames == [frame(1), frame(2), LOOP, EXTENSION, frame(3), LOOP, START]
+    assert chain == Chain(3, ChainEnd.WHOLE)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_loop_that_has_not_entered_its_frame_has_none(is_whole):
+    """What the thread has is that of the loop further out, as its address says."""
+    stack = words(*loop(100), EXTENSION, *loop(300), START, *python(3), entry(290))
+
+    frames, _ = split_frames(stack, is_whole=is_whole)
+
+    assert frames == [LOOP, EXTENSION, frame(3), LOOP, START]
+
+
+def test_frames_that_are_each_an_evaluation_follow_each_other_as_the_loops_do():
+    stack = words(*loop(100), *loop(200), START, *python(1, Tag.ALONE), *python(2, Tag.ALONE))
+
+    assert split_frames(stack, is_whole=True)[0] == [frame(1), LOOP, frame(2), LOOP, START]
+
+
+def test_of_these_the_innermost_loop_may_have_none():
+    """As many are missing as there are fewer frames than loops, if all loops were walked."""
+    stack = words(*loop(100), *loop(200), START, *python(2, Tag.ALONE))
+
+    assert split_frames(stack, is_whole=True)[0] == [LOOP, frame(2), LOOP, START]
+    assert split_frames(stack, is_whole=False)[0] == [frame(2), LOOP, LOOP, START]
+
+
+def test_frames_without_a_loop_are_further_out_than_what_was_walked():
+    stack = words(*loop(100), EXTENSION, *python(1), entry(90), *python(2), entry(900))
+
+    assert split_frames(stack, is_whole=False)[0] == [frame(1), LOOP, EXTENSION, frame(2)]
+
+
+def test_a_chain_that_ends_early_says_why():
+    stack = words(*loop(100), START, *python(1), reason(ChainEnd.UNREADABLE))
+
+    frames, chain = split_frames(stack, is_whole=True)
+
+    assert frames == [LOOP, START, frame(1)] or frames == [frame(1), LOOP, START]
+    assert chain == Chain(1, ChainEnd.UNREADABLE)
+
+
+def test_a_chain_that_is_cut_says_where():
+    stack = words(*loop(100), START, *python(1), *python(2), reason(ChainEnd.TRUNCATED))
+
+    frames, chain = split_frames(stack, is_whole=True)
+
+    assert frames == [frame(1), frame(2), CUT_OFF, LOOP, START]
+    assert chain == Chain(2, ChainEnd.TRUNCATED)
+
+
+def test_a_thread_without_python_has_a_chain_without_frames():
+    stack = words(START, reason(ChainEnd.NO_PYTHON))
+
+    assert split_frames(stack, is_whole=True) == ([START], Chain(0, ChainEnd.NO_PYTHON))
+
+
+@pytest.mark.parametrize(
+    "cut", [(Tag.PYTHON << TAG_SHIFT | 1,), (9 << TAG_SHIFT,), (Tag.REASON << TAG_SHIFT | 99,)]
+)
+def test_words_that_mean_nothing_are_left_out(cut):
+    assert split_frames(words(START, *cut), is_whole=True) == ([START], None)
+
+
+def test_a_later_walk_of_the_same_tick_keeps_the_interpreters_frames():
+    at_tick = words(EXTENSION, *loop(7), *python(1), entry(90))
+    addresses = words(EXTENSION, LOOP, START)
+
+    stack = with_native(at_tick, addresses, [(1, 100)])
+
+    assert stack.tolist() == [EXTENSION, *loop(100), START, *python(1), entry(90)]
+
+
+def test_the_leaf_has_no_tag():
+    assert leaf_address(words(*loop(7), START)).tolist() == [LOOP]
+    assert leaf_address(words()).tolist() == []
