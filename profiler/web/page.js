@@ -167,8 +167,6 @@ class Page {
     } else if (isFleet && panel !== "deployments") return;
     else if (panel === mainPanel) {
       this.profile.drawGraph(arrivedAt);
-      const { frames } = this.profile.response;
-      if (frames.some(([, , kind]) => kind === "python")) this.toolbar.offerPythonNative();
       this.comparison.draw();
       this.#showFoot();
     } else if (panel === "services") this.overview.drawServices();

@@ -63,7 +63,6 @@ export class Toolbar {
     for (const id of ["view", "side"]) controls.checkRadio(byId(id), state[id]);
     controls.checkRadio(byId("tab"), tab);
     for (const id of ["invert", "python_native"]) byId(id).checked = state[id];
-    if (state.python_native) this.offerPythonNative();
     byId("group").value = state.group;
     byId("color").value = state.color;
     byId("compare-button").setAttribute("aria-pressed", String(isComparison));
@@ -83,11 +82,6 @@ export class Toolbar {
     const list = isFleet ? `Fleet ${state.mode}${what && ` of ${what}`}` : "";
     const shown = isComparison ? `Compare ${what || "all services"}` : whole || list;
     document.title = `${shown} · ${name} – Everflame`;
-  }
-
-  /** Show the switch for what the Python interpreter adds to stacks: once there is Python code. */
-  offerPythonNative() {
-    byId("python-native-pick").hidden = false;
   }
 
   copyLink() {
