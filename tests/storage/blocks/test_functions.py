@@ -36,7 +36,7 @@ from storage.objects.keys import NS_PER_S
 from storage.profile import Host, ProfileError, Window
 from storage.query.function_totals import FunctionTotals
 from tests.support import profiles as some
-from tests.support import python_stacks
+from tests.support import python_profiles
 from tests.support.blocks import HASHER, Decoded, files_of, stored, write
 
 SLOW = settings(
@@ -190,7 +190,7 @@ def assert_functions_are_those_of(files: Sequence[LocalFile], columns: Sequence[
 
 def test_what_interpreters_add_to_stacks_is_no_function(tmp_path, monkeypatch):
     """Python functions have the time of the loop, and as many samples are there as before."""
-    made = [stored(python_stacks.shop_profile())]
+    made = [stored(python_profiles.shop_profile())]
     files = write(made, tmp_path / "part")
     expected = expected_lines(made[0][1], None, made[0][0].start_s // HOUR_S * HOUR_S)
 
@@ -204,7 +204,7 @@ def test_what_interpreters_add_to_stacks_is_no_function(tmp_path, monkeypatch):
         assert +found_lines(each, FUNCTIONS_1H, names) == +expected
         shown = {row[1] for row in rows_of(each, FUNCTIONS)}
         assert {"Shop.price", "PyLong_Add", "dot"} <= shown
-        assert shown.isdisjoint({python_stacks.LOOP, "slot_tp_call", "list_sort"})
+        assert shown.isdisjoint({python_profiles.LOOP, "slot_tp_call", "list_sort"})
         total = sum(
             count
             for (_, name), count in found_lines(each, FUNCTIONS_10M, SELF).items()
