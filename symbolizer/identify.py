@@ -370,8 +370,9 @@ class FileReader:
     def identify(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the Identity of a mapping's file; build its unwind table too, if that is small.
 
-        `has_table` says whether it is in the cache. If the file cannot be identified, the answer
-        has `miss` and the build id, if that is known.
+        `has_table` says whether it is in the cache, `inode` is its device and inode, zeros for the
+        vDSO. If the file cannot be identified, the answer has `miss` and the build id, if that is
+        known.
         """
         try:
             with self._identifier.opened(values) as found:
@@ -384,7 +385,9 @@ class FileReader:
             return {"miss": error.reason, "build_id": error.build_id}
         except UnreadableElf as error:
             return {"miss": error.reason, "build_id": values["build_id"]}
-        return {**identity._asdict(), "has_table": has_table}
+        status = found.file[1] if found.file else None
+        inode = (status.st_dev, status.st_ino) if status else (0, 0)
+        return {**identity._asdict(), "has_table": has_table, "inode": inode}
 
     def build_table(self, values: Mapping[str, Any]) -> str:
         """Build the unwind table of a mapping's file; return its key, or "" if it gets none.

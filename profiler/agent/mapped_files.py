@@ -89,6 +89,8 @@ class MappedFile:
         segments: its executable segments.
         has_symbols: whether it has a symbol table of its own.
         owner: the user id of its owner.
+        inode: its device, as stat(2) has it, and inode. The kernel's records of files with a build
+            id do not say.
         has_table: whether its unwind table was in the cache when it was identified.
         is_mapped_again: whether another address space has it since it was asked for.
     """
@@ -101,6 +103,7 @@ class MappedFile:
         "content_key",
         "has_symbols",
         "has_table",
+        "inode",
         "is_asked",
         "is_mapped_again",
         "is_wanted",
@@ -124,6 +127,7 @@ class MappedFile:
         self.segments: tuple[Segment, ...] = ()
         self.has_symbols = self.has_table = False
         self.owner = 0
+        self.inode = (0, 0)
         self.tables: deque[tuple[ReferenceType[_Table], maps.Mapping]] = deque(maxlen=_MAX_PIDS)
         """The last address spaces that have it, with a mapping of it in each."""
         self.is_asked = self.is_wanted = self.is_mapped_again = False
@@ -414,6 +418,8 @@ class MappedFiles:
             if miss in _OUT_OF_REACH:
                 self._try_another(file)
             return
+        device, inode = result["inode"]
+        file.inode = int(device), int(inode)
         if file.state == State.IDENTIFIED and file.content_key == result["content_key"]:
             return
         segments = tuple(

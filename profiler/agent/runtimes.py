@@ -4,6 +4,7 @@ What is known of an interpreter's file (`symbolizer.runtimes`) comes with its un
 process it is loaded somewhere; that is all that differs from one process to another.
 """
 
+import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection
 
@@ -86,13 +87,13 @@ class Runtimes:
     def add_program(self, key: str, file: MappedFile) -> None:
         """Let the frames of programs of this file be found before they are known themselves."""
         image = self._images.get(key)
-        if image is None or not file.segments or not file.key.inode:
+        device, inode = file.inode
+        if image is None or not file.segments or not inode:
             return
         number = self._number(key, image)
         if not number:
             return
-        major, minor = file.key.device
-        place = (major << _MINOR_BITS | minor, file.key.inode)
+        place = (os.major(device) << _MINOR_BITS | os.minor(device), inode)
         start_code = min(segment.p_vaddr for segment in file.segments)
         self._programs.put(*place, number, start_code)
         self._places.setdefault(number, set()).add(place)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from storage.profile import Profile
-from tests.support.python_recordings import Recording, recording, stacks_of
+from symbolizer.location import Kind
+from tests.support.python_recordings import Recording, frames_of, recording, stacks_of
 from tests.support.python_stacks import PythonStack, busy, judge, tree_of
 from tests.support.pythons import Interpreter, installed, need_python
 from tests.support.targets import running
@@ -61,6 +62,7 @@ while True:
     exec(compile(text, f"/srv/{number:03}.py", "exec"), made)
     made.popitem()[1](8_000)
 """
+SHORT = "import time\nwhile time.process_time() < 0.1: sum(i & 3 for i in range(1000))\n"
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +163,38 @@ def test_a_process_in_another_mount_and_pid_namespace_has_its_functions(
     stacks = stacks_of(profiles, pid)
     assert all(stack[0][:2] == ("<module>", f"{folder}/hidden.py") for stack in stacks)
     assert {stack[1].function for stack in stacks if len(stack) > 1} == {"hidden"}
+
+
+def test_scripts_of_a_tenth_of_a_second_have_their_functions(
+    recorded: Recording, tmp_path: Path
+) -> None:
+    """The program is known by then, as those of cron jobs and hooks are."""
+    script = tmp_path / "short.py"
+    script.write_text(SHORT)
+    # A process whose interpreter is a library is known after its first 50 ms only.
+    python = next((p for p in installed() if not p.libpython and p.root == Path("/")), None)
+    if python is None:
+        pytest.skip("no interpreter that is one executable")
+    loop = f"while :; do {python.executable} {script}; done"
+    with busy(python, "split") as known:
+        recorded.settle(known.pid)
+    with running("sh", "-c", loop) as shell:
+        recorded.recorder.sampler.select([shell.pid])
+        profiles = recorded.until(lambda found: len(evaluating(found)) >= 300, "samples")
+
+    stacks = evaluating(profiles)
+    with_functions = sum(stacks)
+    assert with_functions >= 0.9 * len(stacks)
+
+
+def evaluating(profiles: list[Profile]) -> list[bool]:
+    """Return of each sample that runs Python code whether its functions are known."""
+    found = []
+    for stack, samples in frames_of(profiles):
+        functions = [frame.function for frame in stack if frame.kind is Kind.PYTHON]
+        if functions or any(frame.function.startswith(EVALUATION) for frame in stack):
+            found += samples * [bool(functions) and "[python]" not in functions]
+    return found
 
 
 def test_an_interpreter_that_is_replaced_on_disk_keeps_its_functions(
