@@ -23,30 +23,24 @@ import numpy as np
 
 from bpf import interpreters, perf_event, syscalls, tables
 from bpf.compile import MAX_WALK_PROGRAMS
+from bpf.constants import kernel_constants
 from bpf.decoding import GENERATION_AT, KernelStacks, read_copy, read_samples
 from bpf.errors import PerfEventError, SyscallError
 from bpf.interpreters import CodeContent, Interpreters, KnownPrograms, read_code
 from bpf.load import ask_child
 from bpf.ring import RingBuffer
 from bpf.samples import (
-    COPY,
     COUNT,
     COUNT_KEY,
     KERNEL_STACK,
     LONG_STACK,
     MAX_KERNEL_WORDS,
-    MAX_LONG_WORDS,
     MAX_NATIVE_WORDS,
-    MAX_SHORT_WORDS,
-    MAX_USER_WORDS,
-    TAG_SHIFT,
     USER_STACK,
     CopiedStack,
     Counter,
     Drain,
     RawSample,
-    StopReason,
-    Tag,
 )
 
 MAX_FREQUENCY_HZ = 999
@@ -61,14 +55,9 @@ _ENTRY_BYTES = 2 * (
     + USER_STACK.itemsize // 4
     + KERNEL_STACK.itemsize
 )
-_COPY_BYTES = 1 << 16
-"""Of one stack: Python's and compilers' may be deep. A power of two."""
 _COPY_RING_BYTES, _MAX_COPY_RING_BYTES = 1 << 20, 1 << 24
 """Of each CPU, and of all: room for what the budget allows in a drain's period."""
-_COPY_BURST_NS = 500_000_000
-"""A budget that was not used may be saved up for so long: many programs begin at once."""
 _TIMER_MAPS = ("expiries", "expired_in", "tick_program")
-_GO_ON = 1000  # no StopReason has this number
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,33 +423,6 @@ def _open_if_online(attr: perf_event.PerfEventAttr, cpu: int) -> int | None:
 
 def _copy_ring_bytes(cpus: int) -> int:
     return min(_MAX_COPY_RING_BYTES, _COPY_RING_BYTES << (cpus - 1).bit_length())
-
-
-def kernel_constants() -> dict[str, int]:
-    """Return what the programs are compiled with, whatever is sampled."""
-    constants = {
-        "MAX_USER_WORDS": MAX_USER_WORDS,
-        "MAX_NATIVE_WORDS": MAX_NATIVE_WORDS,
-        "MAX_LONG_WORDS": MAX_LONG_WORDS,
-        "MAX_SHORT_WORDS": MAX_SHORT_WORDS,
-        "MAX_KERNEL_WORDS": MAX_KERNEL_WORDS,
-        "KERNEL_STACK_BYTES": 8 * MAX_KERNEL_WORDS,
-        "COUNT_KEY_SIZE": COUNT_KEY.itemsize,
-        "COUNT_SIZE": COUNT.itemsize,
-        "USER_STACK_SIZE": USER_STACK.itemsize,
-        "LONG_STACK_SIZE": LONG_STACK.itemsize,
-        "KERNEL_STACK_SIZE": KERNEL_STACK.itemsize,
-        "COUNTERS": len(Counter),
-        "COPY_SIZE": COPY.itemsize,
-        "COPY_BYTES": _COPY_BYTES,
-        "COPY_BURST_NS": _COPY_BURST_NS,
-        "TAG_SHIFT": TAG_SHIFT,
-    }
-    constants |= {f"TAG_{tag.name}": tag.value for tag in Tag}
-    constants |= {f"STOP_{reason.name}": reason.value for reason in StopReason}
-    constants |= {f"COUNTER_{counter.name}": counter.value for counter in Counter}
-    constants |= tables.constants() | interpreters.constants()
-    return constants | {"GO_ON": _GO_ON, "FOUND": _GO_ON}
 
 
 def _load(

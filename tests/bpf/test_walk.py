@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bpf import tables
+from bpf.constants import kernel_constants
 from bpf.frames import with_native
-from bpf.sampler import kernel_constants
 from bpf.samples import MAX_NATIVE_WORDS, USER_STACK, StopReason
 from bpf.tables import EVALUATES, MAPPING, PAGE, TABLE, CfaKind, RbpKind, TableState
 from symbolizer.maps import Mapping, MappingTable
