@@ -39,8 +39,8 @@ def test_go_build_takes_the_profile_of_a_stripped_program_and_uses_it(tmp_path) 
     assert "samples of program" in exported.stderr
     if go_version() >= (1, 23):
         edges = read_edges(tmp_path / "default.pgo")
-        hottest, *_ = max(edges, key=edges.__getitem__)
-        assert hottest == "main.total"
+        # Which call is the hottest depends on the CPU; this one is hot on each.
+        assert edges["main.total", "main.(*mixing).score", 4] > 0.1 * sum(edges.values())
     for decision in DECISIONS:
         assert decision not in said_before
         assert decision in said_after
