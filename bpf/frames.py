@@ -76,7 +76,7 @@ class _Parts:
     @property
     def chain(self) -> Chain | None:
         if self._end is None and not self._found:
-            return None
+            return Chain(0, ChainEnd.UNKNOWN_INTERPRETER) if self._loops else None
         return Chain(self._found, self._end or ChainEnd.WHOLE)
 
     def add(self, tag: int, word: int, more: Sequence[int]) -> None:

@@ -68,6 +68,8 @@ class ChainEnd(IntEnum):
     """A frame is not of a code object."""
     TRUNCATED = 6
     """There is no room for more frames."""
+    UNKNOWN_INTERPRETER = 7
+    """The interpreter was not known yet: its process or its file is new."""
 
     @property
     def label(self) -> str:
@@ -84,7 +86,12 @@ INTERPRETER = np.dtype(
 )
 RUNTIME = np.dtype([("bias", "u8"), ("interpreter", "u4"), ("unused", "u4")])
 PROGRAM_KEY = np.dtype([("inode", "u8"), ("device", "u4"), ("unused", "u4")])
-PROGRAM = np.dtype([("start_code", "u8"), ("interpreter", "u4"), ("unused", "u4")])
+PROGRAM = np.dtype(
+    [
+        *(("start_code", "u8"), ("debug", "u8"), ("dynamic", "u8")),
+        *(("interpreter", "u4"), ("unused", "u4")),
+    ]
+)
 CODE_RECORD = np.dtype(
     [
         *(("start_ns", "u8"), ("exec_id", "u8"), ("cgroup_id", "u8")),
@@ -119,6 +126,26 @@ class Runtime(NamedTuple):
 
 
 NO_RUNTIME = Runtime(0, 0)
+
+
+class Program(NamedTuple):
+    """A program's interpreter, by its number; all addresses are as linked.
+
+    Attributes:
+        start_code: what the kernel says of a process whose program is loaded where it is linked
+            (`mm->start_code`).
+        debug: where the program has the address of the dynamic loader's list of files, in which the
+            library with the interpreter is; 0 if the program is the interpreter.
+        dynamic: this library's dynamic section.
+    """
+
+    interpreter: int
+    start_code: int
+    debug: int
+    dynamic: int
+
+
+NO_PROGRAM = Program(0, 0, 0, 0)
 
 
 class StatePlace(NamedTuple):
@@ -223,14 +250,14 @@ class KnownPrograms:
         self._known: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         """Those that were put last: they are surely there."""
 
-    def put(self, device: int, inode: int, interpreter: int, start_code: int) -> None:
-        """Say which interpreter a program is; 0 for none.
+    def put(self, device: int, inode: int, program: Program) -> None:
+        """Say which interpreter a program has; NO_PROGRAM for none.
 
         The file is known by its inode and device, as the kernel has it (MKDEV: major << 20 |
-        minor). `start_code` is what the kernel says of a process whose program is loaded where it
-        is linked (`mm->start_code`).
+        minor).
         """
-        value = np.array([(start_code, interpreter, 0)], PROGRAM).tobytes()
+        fields = (program.start_code, program.debug, program.dynamic, program.interpreter, 0)
+        value = np.array([fields], PROGRAM).tobytes()
         key = (inode, device)
         if self._known.get(key) == value:
             return

@@ -401,6 +401,37 @@ int on_walk(struct bpf_perf_event_data *ctx)
 }
 
 /*
+ * Find where a program has loaded the library with the interpreter; `bias` is the program's own. The
+ * dynamic loader's list of files is glibc's and musl's (link.h): struct r_debug and struct link_map.
+ */
+#define R_MAP 8
+#define MAX_LIBRARIES 16
+struct link_map {
+	u64 bias;
+	u64 name;
+	u64 dynamic;
+	u64 next;
+};
+
+static __always_inline bool find_library(const struct program *program, u64 *bias)
+{
+	struct link_map library = {};
+
+	if (read_pointer(&library.next, program->debug + *bias) ||
+	    read_pointer(&library.next, library.next + R_MAP))
+		return false;
+	for (u32 i = 0; i < MAX_LIBRARIES; i++) {
+		if (!library.next || read_user(&library, sizeof(library), (const void *)library.next))
+			return false;
+		if (library.dynamic - library.bias == program->dynamic) {
+			*bias = library.bias;
+			return true;
+		}
+	}
+	return false;
+}
+
+/*
  * Find the runtime of a process that user space does not know yet: by its program's file, if that is
  * known from another process. What is found is checked as ever, so that a file with the number of an
  * earlier one does no harm.
@@ -417,8 +448,9 @@ static __always_inline void find_program(void *task, struct walk *walk)
 
 	if (!file || !program)
 		return;
-	walk->runtime.interpreter = program->interpreter;
 	walk->runtime.bias = kernel_u64(mm + MM_START_CODE) - program->start_code;
+	if (!program->debug || find_library(program, &walk->runtime.bias))
+		walk->runtime.interpreter = program->interpreter;
 }
 
 /* Read the interpreter's frames behind the native ones, and then go on. */

@@ -114,6 +114,8 @@ struct program_key {
 
 struct program {
 	u64 start_code; /* mm->start_code, if it is loaded where it is linked */
+	u64 debug; /* of its struct r_debug, where the address is; 0: it has the interpreter in itself */
+	u64 dynamic; /* the dynamic section of the library with the interpreter */
 	u32 interpreter;
 	u32 unused;
 };

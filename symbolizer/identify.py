@@ -290,6 +290,7 @@ def _identify(elf: Elf, owner: int) -> Identity:
         has_symbols=symbols is not None,
         owner=owner,
         frame_bytes=sum(s.size for s in (*hashed, *frames) if s.name.endswith(_FRAME_SECTIONS)),
+        dynamic=[*elf.dynamic],
     )
 
 

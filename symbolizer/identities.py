@@ -26,7 +26,7 @@ from symbolizer.file_cache import FileCache
 _MAX_KEPT = 2048
 _DISK_BYTES = 16 << 20
 _MAX_FILE_BYTES = 256 << 10
-_FORMAT = 1
+_FORMAT = 2
 """To be raised when the same file gets other keys than before."""
 _SETTLED_NS = 60 * 10**9
 
@@ -42,6 +42,7 @@ class Identity(NamedTuple):
         has_symbols: whether it has a .symtab.
         owner: the user id of the file's owner, or NOBODY.
         frame_bytes: what an unwind table would be built from.
+        dynamic: the fields of its `Dynamic`.
     """
 
     build_id: str
@@ -53,6 +54,7 @@ class Identity(NamedTuple):
     has_symbols: bool
     owner: int
     frame_bytes: int
+    dynamic: list[int]
 
 
 class Identities:
@@ -134,4 +136,5 @@ def _checked(values: dict[str, Any]) -> Identity:
         has_symbols=bool(values["has_symbols"]),
         owner=int(values["owner"]),
         frame_bytes=int(values["frame_bytes"]),
+        dynamic=[int(number) for number in values["dynamic"]],
     )

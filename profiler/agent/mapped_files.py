@@ -27,6 +27,7 @@ from profiler.processes.address_spaces import AddressSpaces
 from symbolizer import maps
 from symbolizer.location import ElfAddress, FileOffset, Miss, Segment
 from symbolizer.maps import MappingTable, is_anonymous
+from symbolizer.symbols.elf import NOT_DYNAMIC, Dynamic
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class MappedFile:
             not IDENTIFIED: what the kernel says, else empty.
         code_key, table_key, content_key: see `symbolizer.identify`; empty until it is IDENTIFIED.
         segments: its executable segments.
+        dynamic: what the dynamic loader knows it by.
         has_symbols: whether it has a symbol table of its own.
         owner: the user id of its owner.
         inode: its device, as stat(2) has it, and inode. The kernel's records of files with a build
@@ -101,6 +103,7 @@ class MappedFile:
         "build_id",
         "code_key",
         "content_key",
+        "dynamic",
         "has_symbols",
         "has_table",
         "inode",
@@ -125,6 +128,7 @@ class MappedFile:
         self.build_id = key.build_id
         self.code_key = self.table_key = self.content_key = ""
         self.segments: tuple[Segment, ...] = ()
+        self.dynamic = NOT_DYNAMIC
         self.has_symbols = self.has_table = False
         self.owner = 0
         self.inode = (0, 0)
@@ -134,6 +138,11 @@ class MappedFile:
         self.asked_s = -_SEEN_AGAIN_S
         self.pause_s = _FIRST_PAUSE_S
         self.tries = 0
+
+    @property
+    def is_program(self) -> bool:
+        """Whether it is no library: it was identified."""
+        return bool(self.dynamic.debug) or not self.dynamic.address
 
 
 class _Table:
@@ -430,6 +439,7 @@ class MappedFiles:
         file.code_key, file.table_key = str(result["code_key"]), str(result["table_key"])
         file.content_key = str(result["content_key"])
         file.segments = segments
+        file.dynamic = Dynamic(*map(int, result["dynamic"]))
         file.has_symbols, file.has_table = bool(result["has_symbols"]), bool(result["has_table"])
         file.owner = int(result["owner"])
         file.state, file.miss, file.tries = State.IDENTIFIED, None, 0

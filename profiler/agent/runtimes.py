@@ -8,7 +8,14 @@ import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection
 
-from bpf.interpreters import INTERPRETERS_CAPACITY, LAYOUT_FIELDS, Runtime, StatePlace
+from bpf.interpreters import (
+    INTERPRETERS_CAPACITY,
+    LAYOUT_FIELDS,
+    NO_PROGRAM,
+    Program,
+    Runtime,
+    StatePlace,
+)
 from bpf.sampler import Sampler
 from profiler.agent.mapped_files import MappedFile
 from profiler.agent.python_code import Interpreter
@@ -84,18 +91,23 @@ class Runtimes:
         number = self._number(key, image)
         return Runtime(number, bias) if number else None
 
-    def add_program(self, key: str, file: MappedFile) -> None:
-        """Let the frames of programs of this file be found before they are known themselves."""
+    def add_program(self, key: str, file: MappedFile, program: MappedFile | None = None) -> None:
+        """Let the frames of a program be found before its processes are known.
+
+        The file with a table's key is the program itself, or a library that `program` loads.
+        """
         image = self._images.get(key)
-        device, inode = file.inode
-        if image is None or not file.segments or not inode:
+        program = program or file
+        device, inode = program.inode
+        if image is None or not program.segments or not inode:
             return
         number = self._number(key, image)
         if not number:
             return
         place = (os.major(device) << _MINOR_BITS | os.minor(device), inode)
-        start_code = min(segment.p_vaddr for segment in file.segments)
-        self._programs.put(*place, number, start_code)
+        start_code = min(segment.p_vaddr for segment in program.segments)
+        library = (0, 0) if program is file else (program.dynamic.debug, file.dynamic.address)
+        self._programs.put(*place, Program(number, start_code, *library))
         self._places.setdefault(number, set()).add(place)
 
     def _number(self, key: str, image: Image) -> int:
@@ -138,7 +150,7 @@ class Runtimes:
         number = self._numbers.pop(key)
         del self.interpreters[number]
         for place in self._places.pop(number, ()):
-            self._programs.put(*place, 0, 0)
+            self._programs.put(*place, NO_PROGRAM)
 
 
 def _fields_of(layout: Layout) -> dict[str, int]:

@@ -186,17 +186,37 @@ class Unwinding:
         number = self._numbers.get(file)
         if number is not None:
             self._request(number)
-        table = self._loader.read(file)
-        if not isinstance(table, Miss) and table.image is not None:
-            self.runtimes.take(file.table_key, table.image)
-            self.runtimes.add_program(file.table_key, file)
-        return table
+        return self._read(file)
 
     def prepare(self, pids: Iterable[int]) -> None:
         """Have the tables of processes that run built, and load them when these are followed."""
         self._prepared = self._files.ask_for_all(pids)
         for file in self._prepared:
             self._loader.prepare(file)
+
+    def learn_interpreters(self, pids: Iterable[int]) -> None:
+        """Let the kernel know the interpreters in these processes before they are sampled."""
+        own = self._files.ask_for_all([os.getpid()])
+        for pid in pids:
+            files = self._files.ask_for_all([pid])
+            # A child that waits to exec has what we have, and what its program is going to have.
+            for some in (files & own, files - own):
+                self._learn(file for file in some if file.state == State.IDENTIFIED)
+
+    def _learn(self, files: Iterable[MappedFile]) -> None:
+        """Take note of the interpreters among the files of a process."""
+        tables = {file: self._read(file) for file in files}
+        programs = [file for file in tables if file.is_program]
+        for file, table in tables.items():
+            if not isinstance(table, Miss) and table.image is not None:
+                self._add_programs(file.table_key, file, programs)
+
+    def _add_programs(
+        self, key: str, interpreter: MappedFile, programs: Sequence[MappedFile]
+    ) -> None:
+        """Let the interpreter of these programs be known before their processes are."""
+        for program in [interpreter] if interpreter.is_program else programs:
+            self.runtimes.add_program(key, interpreter, program)
 
     def is_prepared(self) -> bool:
         """Return whether all that `prepare` asked for has been answered."""
@@ -242,8 +262,11 @@ class Unwinding:
         for mapping, number in zip(mappings.mappings, space.executables, strict=True):
             executable = self._executables.get(number)
             runtime = self.runtimes.runtime(executable.key, mapping) if executable else None
-            if runtime is not None:
+            if executable and runtime is not None:
                 self._runtime[mappings] = runtime
+                files = [self._executables[each].file for each in {*space.executables} - {0}]
+                programs = [each for each in files if each.dynamic.debug]
+                self._add_programs(executable.key, executable.file, programs)
                 return runtime
         return NO_RUNTIME
 
@@ -253,8 +276,6 @@ class Unwinding:
     def _renew(self, key: str) -> None:
         """Let the kernel know which processes have an interpreter that has become known."""
         numbers = {n for n, executable in self._executables.items() if executable.key == key}
-        for number in numbers:
-            self.runtimes.add_program(key, self._executables[number].file)
         for mappings, space in self._spaces.items():
             if numbers.intersection(space.executables):
                 runtime = self._runtime_of(mappings, space)
@@ -332,6 +353,15 @@ class Unwinding:
         self._leave(pid, self._known.pop(pid).mappings)
 
     # Tables.
+
+    def _read(self, file: MappedFile) -> PagedRows | Miss:
+        """Return the table of a file, and take note of the interpreter that it may be of."""
+        table = self._loader.read(file)
+        if not isinstance(table, Miss) and table.image is not None:
+            self.runtimes.take(file.table_key, table.image)
+            if file.is_program:
+                self.runtimes.add_program(file.table_key, file)
+        return table
 
     def _bring_up_to_date(self, file: MappedFile) -> None:
         """Let the kernel know what is known of a file by now."""

@@ -26,7 +26,7 @@ PF_X = 0x1
 SHT_PROGBITS, SHT_SYMTAB, SHT_STRTAB, SHT_RELA, SHT_NOTE, SHT_DYNSYM = 1, 2, 3, 4, 7, 11
 SHT_NOBITS = 8
 SHF_ALLOC, SHF_EXECINSTR, SHF_COMPRESSED = 0x2, 0x4, 0x800
-DT_SONAME, DT_FLAGS_1, DF_1_PIE = 14, 0x6FFFFFFB, 0x08000000
+DT_SONAME, DT_DEBUG, DT_FLAGS_1, DF_1_PIE = 14, 21, 0x6FFFFFFB, 0x08000000
 
 # The largest real files (browsers, databases) have about 50 sections, 15 segments, and notes of 200
 # bytes. Files beyond these limits are not programs.
@@ -36,6 +36,7 @@ _MAX_EXECUTABLE_SEGMENTS = 64
 _MAX_NOTE_BYTES = 65_536
 _MAX_NOTE_PARTS = 64
 _MAX_DYNAMIC_BYTES = 65_536
+_MAX_PATH_BYTES = 4_096
 _MAX_SECTION_NAME_BYTES = 1 << 20
 _MAX_HEADER_READS_BYTES = 1 << 16
 _EHDR_BYTES = 64
@@ -140,6 +141,21 @@ class Section(NamedTuple):
         return bool(self.flags & SHF_EXECINSTR)
 
 
+class Dynamic(NamedTuple):
+    """What the dynamic loader knows a file by (gABI, "Dynamic Section").
+
+    Attributes:
+        address: of the dynamic section.
+        debug: where the loader puts the address of its list of files (DT_DEBUG); 0 in libraries.
+    """
+
+    address: int
+    debug: int
+
+
+NOT_DYNAMIC = Dynamic(0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Elf:
     """The headers of one file, validated.
@@ -151,6 +167,7 @@ class Elf:
         entry_point: e_entry as it is in the header, 0 for none.
         loaded: all PT_LOADs, whatever their permissions.
         eh_frame_hdr: PT_GNU_EH_FRAME.
+        dynamic: NOT_DYNAMIC if it is linked statically, or has 32 bits.
     """
 
     source: Source
@@ -163,6 +180,7 @@ class Elf:
     entry_point: ElfAddress
     loaded: tuple[Segment, ...]
     eh_frame_hdr: Segment | None
+    dynamic: Dynamic
 
     def read(self, section: Section, limit_bytes: int) -> bytes:
         """Read a whole section. Compressed ones are refused: they could expand to any size."""
@@ -210,7 +228,24 @@ def read_elf(source: Source) -> Elf:
         entry_point=ElfAddress(header.entry),
         loaded=_find_segments(phdrs[is_loaded]),
         eh_frame_hdr=next(iter(_find_segments(phdrs[phdrs["p_type"] == PT_GNU_EH_FRAME])), None),
+        dynamic=_find_dynamic(source, header, phdrs),
     )
+
+
+def read_loader(source: Source) -> bytes:
+    """Return the path of the program that loads this one (PT_INTERP); empty if none does.
+
+    Raises:
+        UnreadableElf: with the reason.
+    """
+    if source.size < 4 or source.read_at(0, 4) != b"\x7fELF":
+        raise UnreadableElf(Miss.NOT_ELF)
+    header = _read_header(source)
+    phdrs = _read_table(source, header.phoff, header.phnum, _PHDR[header.bits], _MAX_SEGMENTS)
+    for row in phdrs[phdrs["p_type"] == PT_INTERP]:
+        size = min(int(row["p_filesz"]), _MAX_PATH_BYTES)
+        return source.read_at(int(row["p_offset"]), size).partition(b"\0")[0]
+    return b""
 
 
 def hash_content(source: Source) -> str:
@@ -375,7 +410,7 @@ def _find_entry(source: Source, header: _Header, phdrs: npt.NDArray[np.void]) ->
         return None
     is_program = True
     if header.is_shared:
-        tags = _read_dynamic(source, header, phdrs)
+        tags = dict(_read_dynamic(source, header, phdrs))
         has_interpreter = bool((phdrs["p_type"] == PT_INTERP).any())
         is_program = bool(tags.get(DT_FLAGS_1, 0) & DF_1_PIE) or (
             has_interpreter and DT_SONAME not in tags
@@ -383,11 +418,24 @@ def _find_entry(source: Source, header: _Header, phdrs: npt.NDArray[np.void]) ->
     return ElfAddress(header.entry) if is_program else None
 
 
-def _read_dynamic(source: Source, header: _Header, phdrs: npt.NDArray[np.void]) -> dict[int, int]:
+def _find_dynamic(source: Source, header: _Header, phdrs: npt.NDArray[np.void]) -> Dynamic:
+    rows = phdrs[phdrs["p_type"] == PT_DYNAMIC]
+    if header.bits != 64 or not len(rows):
+        return NOT_DYNAMIC
+    address = int(rows[0]["p_vaddr"])
+    tags = [tag for tag, _ in _read_dynamic(source, header, phdrs)]
+    debug = address + 16 * tags.index(DT_DEBUG) + 8 if DT_DEBUG in tags else 0
+    return Dynamic(address, debug) if max(address, debug) < 1 << 63 else NOT_DYNAMIC
+
+
+def _read_dynamic(
+    source: Source, header: _Header, phdrs: npt.NDArray[np.void]
+) -> list[tuple[int, int]]:
+    """Return the entries of the dynamic section: tags and values."""
     for row in phdrs[phdrs["p_type"] == PT_DYNAMIC]:
         size = min(int(row["p_filesz"]), _MAX_DYNAMIC_BYTES) // 16 * 16
         content = source.read_at(int(row["p_offset"]), size)
         pairs = np.frombuffer(content, "<u8" if header.bits == 64 else "<u4").reshape(-1, 2)
         end = np.flatnonzero(pairs[:, 0] == 0)
-        return dict(pairs[: int(end[0]) if len(end) else len(pairs)].tolist())
-    return {}
+        return [*map(tuple, pairs[: int(end[0]) if len(end) else len(pairs)].tolist())]
+    return []

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from storage.profile import Profile
 from symbolizer.location import Kind
 from tests.support.python_recordings import Recording, frames_of, recording, stacks_of
 from tests.support.python_stacks import PythonStack, busy, judge, tree_of
-from tests.support.pythons import Interpreter, installed, need_python
+from tests.support.pythons import Interpreter, installed, interpreters, need_python
 from tests.support.targets import running
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600)]
@@ -165,17 +166,18 @@ def test_a_process_in_another_mount_and_pid_namespace_has_its_functions(
     assert {stack[1].function for stack in stacks if len(stack) > 1} == {"hidden"}
 
 
+@pytest.mark.parametrize("has_library", [False, True])
 def test_scripts_of_a_tenth_of_a_second_have_their_functions(
-    recorded: Recording, tmp_path: Path
+    has_library: bool, recorded: Recording, tmp_path: Path
 ) -> None:
     """The program is known by then, as those of cron jobs and hooks are."""
     script = tmp_path / "short.py"
     script.write_text(SHORT)
-    # A process whose interpreter is a library is known after its first 50 ms only.
-    python = next((p for p in installed() if not p.libpython and p.root == Path("/")), None)
+    python = next((p for p in interpreters() if bool(p.libpython) == has_library), None)
     if python is None:
-        pytest.skip("no interpreter that is one executable")
-    loop = f"while :; do {python.executable} {script}; done"
+        pytest.skip(f"no interpreter {'with' if has_library else 'without'} a library")
+    command = shlex.join(python.command(script))
+    loop = f"while :; do {command}; done"
     with busy(python, "split") as known:
         recorded.settle(known.pid)
     with running("sh", "-c", loop) as shell:
