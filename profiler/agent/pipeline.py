@@ -118,7 +118,7 @@ class Pipeline:
         # Readers open the files of what runs already while the programs are compiled.
         self._activity = Activity(config.pids)
         self.address_spaces.poll()
-        self.files.ask_for_all(self._activity.busiest(_LIKELY_PROCESSES))
+        self.files.ask_for_all([*self._commands, *self._activity.busiest(_LIKELY_PROCESSES)])
         self.sampler = opened.enter_context(Sampler(config, self._read_meanwhile))
         self.jit = JitNames(self.readers, self._lifetimes.begin_of)
         self.names = Names(self.readers, self.files, SymbolCache(cache, CACHE_BYTES), self.jit)
@@ -204,11 +204,12 @@ class Pipeline:
         while not self.names.read_kernel():
             self.catch_up()
         pids = self._activity.since(_MAX_BUSY_PROCESSES)
+        self.address_spaces.poll()
+        self.unwinding.prepare([*self._commands, *pids])
+        self.catch_up_until(self.unwinding.is_prepared, _PREPARE_S)
+        self.unwinding.learn_interpreters(self._commands)
         if not pids:
             return
-        self.address_spaces.poll()
-        self.unwinding.prepare(pids)
-        self.catch_up_until(self.unwinding.is_prepared, _PREPARE_S)
         self.sampler.start()
         self.catch_up_until(lambda: self.unwinding.follows(pids), _FOLLOW_S)
         self.sampler.stop()

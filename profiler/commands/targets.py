@@ -9,6 +9,7 @@ from typing import Protocol
 
 from profiler.agent.supervise import RefusedError
 from profiler.processes.generations import is_running, list_processes, process_of, read_stat
+from profiler.processes.loading import find_loaded, mapped
 from profiler.text import listed, path_text
 
 _NAMED = 5
@@ -98,14 +99,16 @@ class Command:
     ) -> None:
         gate, self._open_gate = os.pipe()
         try:
-            self._pid = os.fork()
+            # The child has what the command will map, so it is prepared for as if it ran.
+            with mapped(find_loaded(command[0], environment)):
+                self._pid = os.fork()
+                if self._pid == 0:
+                    _become(command, environment, ignored, gate, self._open_gate)
         except OSError as error:
             raise RefusedError(
                 f"cannot start {command[0]}: {error.strerror} (see ulimit -u, and pids.max and the"
                 " memory limit of the cgroup)"
             ) from error
-        if self._pid == 0:
-            _become(command, environment, ignored, gate, self._open_gate)
         os.close(gate)
         self._status: int | None = None
         self.name = path_text(shlex.join(command))
