@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 
@@ -106,6 +107,8 @@ class Unwinding:
         self._executables: dict[int, _Executable] = {}
         self._free = deque(range(1, EXECUTABLES_CAPACITY))
         self._prepared: set[MappedFile] = set()
+        self._with_library: WeakSet[MappingTable] = WeakSet()
+        """Those whose program was noted."""
         self._young: list[UnwindRequest] = []
         self._next_sweep_s = 0.0
         self._unnumbered = 0
@@ -186,7 +189,10 @@ class Unwinding:
         number = self._numbers.get(file)
         if number is not None:
             self._request(number)
-        return self._read(file)
+        table = self._read(file)
+        if not isinstance(table, Miss) and table.image is not None and not file.is_program:
+            self._note_library(mappings, file, pid)
+        return table
 
     def prepare(self, pids: Iterable[int]) -> None:
         """Have the tables of processes that run built, and load them when these are followed."""
@@ -227,6 +233,16 @@ class Unwinding:
         """Return whether the kernel knows all of these processes that still run."""
         unknown = [pid for pid in pids if pid not in self._known]
         return not any(os.path.exists(f"/proc/{pid}") for pid in unknown)  # noqa: PTH110
+
+    def _note_library(self, mappings: MappingTable, interpreter: MappedFile, pid: int) -> None:
+        """Take note of a program with its interpreter in a library: it may never run for longer."""
+        if mappings in self._with_library:
+            return
+        files = [self._files.file(mappings, n, pid) for n in range(len(mappings.mappings))]
+        programs = [file for file in files if file is not None and file.dynamic.debug]
+        if programs:
+            self._with_library.add(mappings)
+            self._add_programs(interpreter.table_key, interpreter, programs)
 
     # Processes and their address spaces.
 

@@ -189,6 +189,24 @@ def test_scripts_of_a_tenth_of_a_second_have_their_functions(
     assert with_functions >= 0.9 * len(stacks)
 
 
+def test_scripts_become_known_though_none_of_them_runs_for_long(tmp_path: Path) -> None:
+    """Each is gone before it is taken in; the interpreter is in a library."""
+    script = tmp_path / "shorter.py"
+    script.write_text(SHORT.replace("0.1", "0.03"))
+    python = next((p for p in interpreters() if p.libpython), None)
+    if python is None:
+        pytest.skip("no interpreter with a library")
+    loop = f"while :; do {shlex.join(python.command(script))}; done"
+    with recording(tmp_path / "cache") as recorded, running("sh", "-c", loop) as shell:
+        recorded.recorder.sampler.select([shell.pid])
+
+        def is_known(profiles: list[Profile]) -> bool:
+            stacks = evaluating(profiles[-3:])
+            return len(stacks) >= 20 and sum(stacks) >= 0.8 * len(stacks)
+
+        recorded.until(is_known, "functions of scripts of 30 ms")
+
+
 def evaluating(profiles: list[Profile]) -> list[bool]:
     """Return of each sample that runs Python code whether its functions are known."""
     found = []
