@@ -60,6 +60,8 @@ class Recording:
         What is recorded from then on is a steady state.
         """
         self.recorder.sampler.select(pids)
+        self.recorder.step()
+        self.recorder.close_window()  # one of them may have been another program until now
         waiting = set(pids)
 
         def are_known(profiles: list[Profile]) -> bool:
