@@ -8,6 +8,7 @@
  *     TAG_ALONE | code object     the same, and it is all of an evaluation (CPython up to 3.10)
  *     TAG_ENTRY | address         the end of an evaluation; the address lies in the native frame of
  *                                 the function that evaluates, so that user space finds the place
+ *     TAG_DETACHED                before frames of TAG_ALONE: the thread may have others further in
  *     TAG_REASON | reason         why the chain is not whole, at its end
  *
  * A frame takes two reads of the process's memory: the frame, and the code object, whose type is checked
@@ -153,21 +154,42 @@ static __always_inline u64 find_place(const struct state_place *place, u64 bias,
 		    read_pointer(&block, vector + value * DTV_SIZE) || block == DTV_UNALLOCATED)
 			return 0;
 		return block + (s64)place->offset;
+	case STATE_HOLDER:
+		return at;
 	}
 	return 0;
 }
 
+static __always_inline u32 push_word(struct user_stack *stack, struct chain *chain, u64 word)
+{
+	u32 length = stack->length;
+
+	asm volatile("" : "+r"(length)); /* keeps the bound visible to the verifier */
+	if (length >= MAX_USER_WORDS)
+		return CHAIN_TRUNCATED;
+	stack->words[length] = word;
+	stack->length = length + 1;
+	chain->hash = mix(chain->hash, word);
+	return GO_ON;
+}
+
 /* Find the innermost frame: GO_ON, or why there is none. */
-static __always_inline u32 begin_chain(struct chain *chain, const struct walk *walk,
-				       const struct interpreter *layout, u64 thread)
+static __always_inline u32 begin_chain(struct chain *chain, struct user_stack *stack,
+				       const struct walk *walk, const struct interpreter *layout,
+				       u64 thread)
 {
 	u64 at = find_place(&layout->state, walk->runtime.bias, thread), state = 0, owner = 0;
+	bool is_detached = false;
 
 	chain->programs = 1;
 	chain->frame = 0;
 	if (at && read_pointer(&state, at))
 		return CHAIN_NO_STATE;
+	if (state && layout->state.kind == STATE_HOLDER &&
+	    (read_pointer(&owner, state + layout->state_thread_id) || owner != thread))
+		state = 0; /* of the thread that has the lock now */
 	if (!state) {
+		is_detached = true;
 		at = find_place(&layout->detached, walk->runtime.bias, thread);
 		if (at && read_pointer(&state, at))
 			return CHAIN_NO_STATE;
@@ -185,19 +207,10 @@ static __always_inline u32 begin_chain(struct chain *chain, const struct walk *w
 		    read_pointer(&chain->frame, chain->cframe + layout->cframe_frame))
 			return CHAIN_UNREADABLE;
 	}
-	return chain->frame ? GO_ON : CHAIN_NO_PYTHON;
-}
-
-static __always_inline u32 push_word(struct user_stack *stack, struct chain *chain, u64 word)
-{
-	u32 length = stack->length;
-
-	asm volatile("" : "+r"(length)); /* keeps the bound visible to the verifier */
-	if (length >= MAX_USER_WORDS)
-		return CHAIN_TRUNCATED;
-	stack->words[length] = word;
-	stack->length = length + 1;
-	chain->hash = mix(chain->hash, word);
+	if (!chain->frame)
+		return CHAIN_NO_PYTHON;
+	if (is_detached && layout->style == STYLE_FRAME_PER_CALL)
+		return push_word(stack, chain, (u64)TAG_DETACHED << TAG_SHIFT);
 	return GO_ON;
 }
 

@@ -5,21 +5,26 @@ run of interpreter frames, belongs to the native frame of the interpreter's loop
 happens: the word that ends the evaluation is an address inside that native frame.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from bpf.interpreters import ChainEnd
-from bpf.samples import CUT_OFF, FRAME_WORDS, TAG_SHIFT, PythonFrame, RawFrame, Tag, Words
+from bpf.samples import FRAME_WORDS, TAG_SHIFT, PythonFrame, RawFrame, Tag, Words
 
 _ADDRESS, _LOW = (1 << TAG_SHIFT) - 1, (1 << 32) - 1
 
 _NATIVE, _EVALUATION, _PYTHON = int(Tag.NATIVE), int(Tag.EVALUATION), int(Tag.PYTHON)
-_ENTRY, _REASON, _ALONE = int(Tag.ENTRY), int(Tag.REASON), int(Tag.ALONE)
+_ENTRY, _REASON = int(Tag.ENTRY), int(Tag.REASON)
+_ALONE, _DETACHED = int(Tag.ALONE), int(Tag.DETACHED)
 
 _ENDS = {end.value: end for end in ChainEnd}
+_CUT_SHORT = frozenset({ChainEnd.UNREADABLE, ChainEnd.NO_CODE, ChainEnd.TRUNCATED})
+"""Further frames were there, but were not read."""
+_NOT_FOUND = frozenset({ChainEnd.NO_STATE, ChainEnd.OTHER_THREAD})
+_DEEPEST_AT_EDGE = 1
+"""Native frames above a loop that calls a function of its own at its beginning or end."""
 
 
 class _Evaluation(NamedTuple):
@@ -29,6 +34,13 @@ class _Evaluation(NamedTuple):
     entry: int
 
 
+class _Loop(NamedTuple):
+    """A native frame of an interpreter's loop: its place among these, and its CFA."""
+
+    place: int
+    cfa: int
+
+
 class Chain(NamedTuple):
     """How many interpreter frames there are, and why there are no more."""
 
@@ -36,11 +48,10 @@ class Chain(NamedTuple):
     end: ChainEnd
 
 
-def split_frames(words: Words, *, is_whole: bool) -> tuple[list[RawFrame], Chain | None]:
+def split_frames(words: Words) -> tuple[list[RawFrame], Chain | None]:
     """Return the frames of a user stack, leaf first; the chain is None if it was not asked for.
 
-    `is_whole` says that the native walk has come to the outermost frame. Words of unknown tags, and
-    reasons of unknown numbers, are left out.
+    Words of unknown tags, and reasons of unknown numbers, are left out.
     """
     values: list[int] = words.tolist()
     if not values or not max(values) >> TAG_SHIFT:  # all native, as nearly all stacks are
@@ -54,7 +65,7 @@ def split_frames(words: Words, *, is_whole: bool) -> tuple[list[RawFrame], Chain
         at += size
     if parts.frames:  # the rest of its evaluation is not known
         parts.end_evaluation(0)
-    return parts.interleave(is_whole=is_whole), parts.chain
+    return parts.interleave(), parts.chain
 
 
 class _Parts:
@@ -67,9 +78,9 @@ class _Parts:
     def __init__(self) -> None:
         self.frames: list[RawFrame] = []
         self._native: list[int] = []
-        self._loops: list[tuple[int, int]] = []
-        """Places in `_native`, and CFAs."""
+        self._loops: list[_Loop] = []
         self._evaluations: list[_Evaluation] = []
+        self._is_detached = False
         self._found = 0
         self._end: ChainEnd | None = None
 
@@ -84,49 +95,91 @@ class _Parts:
         if tag == _NATIVE:
             self._native.append(word)
         elif tag == _EVALUATION:
-            self._loops += [(len(self._native), cfa) for cfa in more]
+            self._loops += [_Loop(len(self._native), cfa) for cfa in more]
             self._native.append(word)
         elif tag == _ENTRY:
             self.end_evaluation(word)
         elif tag == _REASON:
             self._end = _ENDS.get(word)
-            if self._end is ChainEnd.TRUNCATED:
-                self.frames.append(CUT_OFF)
+            if self._end in _CUT_SHORT:
+                self.frames.append(self._end.mark)
         elif tag in (_PYTHON, _ALONE) and more:
             self.frames.append(PythonFrame(word, more[0] >> 32, more[0] & _LOW))
             self._found += 1
             if tag == _ALONE:
                 self.end_evaluation(0)
+        elif tag == _DETACHED:
+            self._is_detached = True
 
     def end_evaluation(self, entry: int) -> None:
         self._evaluations.append(_Evaluation(self.frames, entry))
         self.frames = []
 
-    def interleave(self, *, is_whole: bool) -> list[RawFrame]:
+    def interleave(self) -> list[RawFrame]:
         """Put the frames of each evaluation before the native frame of its loop: that called them.
 
-        Evaluations without an address follow each other as the loops do. Then the innermost loop
-        may have none: it has not entered its frame yet, or has left it, which shows where the stack
-        is whole. Evaluations without a loop are further out than what was walked.
+        Evaluations without a loop are further out than what was walked.
         """
-        evaluations = deque(self._evaluations)
-        is_ordered = bool(evaluations) and not evaluations[0].entry
-        idle = len(self._loops) - len(evaluations) if is_ordered and is_whole else 0
+        evaluated, outside = self._assign()
+        if self.chain is not None and self._end not in _CUT_SHORT:
+            self._mark(evaluated)
         frames: list[RawFrame] = []
         at = 0
-        for number, (place, cfa) in enumerate(self._loops):
+        for number, (place, _) in enumerate(self._loops):
             frames += self._native[at:place]
             at = place
-            if is_ordered:
-                if evaluations and number >= idle:
-                    frames += evaluations.popleft().frames
+            frames += evaluated.get(number, ())
+        return [*frames, *self._native[at:], *outside]
+
+    def _assign(self) -> tuple[dict[int, list[RawFrame]], list[RawFrame]]:
+        """Return the frames of loops, by their number from the innermost on, and those of none.
+
+        An evaluation without an address is of the loop behind that of the one before it.
+        """
+        evaluated: dict[int, list[RawFrame]] = {}
+        outside: list[RawFrame] = []
+        number = self._first_evaluated() - 1
+        for frames, entry in self._evaluations:
+            if not entry:
+                number += 1
             else:
-                while evaluations and 0 < evaluations[0].entry < cfa:
-                    frames += evaluations.popleft().frames
-        frames += self._native[at:]
-        for evaluation in evaluations:
-            frames += evaluation.frames
-        return frames
+                number = max(number, 0)
+                while number < len(self._loops) and entry >= self._loops[number].cfa:
+                    number += 1
+            if number < len(self._loops):
+                evaluated[number] = [*evaluated.get(number, ()), *frames]
+            else:
+                outside += frames
+        return evaluated, outside
+
+    def _first_evaluated(self) -> int:
+        """Return the innermost loop that has frames, if no address says it.
+
+        Those further in have none: it is one that is entering its frame, or has left it; or they
+        are of an interpreter that the thread's first one called.
+        """
+        if self._end is not None:
+            return 0
+        idle = max(0, len(self._loops) - len(self._evaluations))
+        return idle if self._is_detached or (idle == 1 and self._is_at_edge(0)) else 0
+
+    def _is_at_edge(self, number: int) -> bool:
+        """Return whether a loop may be entering its frame or have left it: it calls little then."""
+        return number == 0 and self._loops[0].place <= _DEEPEST_AT_EDGE
+
+    def _mark(self, evaluated: dict[int, list[RawFrame]]) -> None:
+        """Let stacks show where loops have no frames, although they have called something."""
+        end = self._end if self._end in _NOT_FOUND else ChainEnd.OTHER_STACK
+        bare = [
+            number
+            for number in range(len(self._loops))
+            if number not in evaluated and not self._is_at_edge(number)
+        ]
+        for number in bare:
+            if number - 1 not in bare:
+                evaluated[number] = [end.mark]
+        if bare:
+            self._end = end
 
 
 def leaf_address(words: Words) -> Words:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bpf import syscalls
-from bpf.samples import ProcessGeneration
+from bpf.samples import ProcessGeneration, PythonFrame
 
 ABSENT = 0xFFFF
 """In place of an offset: this version has no such member."""
@@ -50,10 +50,12 @@ class StateKind(IntEnum):
     """In the block of a module, whose number is at `state_address`."""
     GOT_TLS = 4
     """At the offset from the thread's base that is at `state_address`, and `state_offset`."""
+    HOLDER = 5
+    """At `state_address`, if the thread that is meant there is this one."""
 
 
 class ChainEnd(IntEnum):
-    """Why a chain of interpreter frames ends; all but the first are told by a word of the stack."""
+    """Why a chain of frames is not longer; the kernel says all of these but the first and last."""
 
     WHOLE = 0
     NO_PYTHON = 1
@@ -68,8 +70,14 @@ class ChainEnd(IntEnum):
     """A frame is not of a code object."""
     TRUNCATED = 6
     """There is no room for more frames."""
-    UNKNOWN_INTERPRETER = 7
-    """The interpreter was not known yet: its process or its file is new."""
+    OTHER_STACK = 7
+    """Further frames of the thread are not on this chain: they are of another interpreter, which
+    called this one or which it called, or of a greenlet."""
+
+    @property
+    def mark(self) -> PythonFrame:
+        """Return what stands in a stack in place of the frames that are missing there."""
+        return PythonFrame(0, self.value, 0)
 
     @property
     def label(self) -> str:

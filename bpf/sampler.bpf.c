@@ -472,7 +472,7 @@ int on_chain(struct bpf_perf_event_data *ctx)
 			at->chain.identity = mix(mix(at->key.pid, at->key.start_ns), at->key.exec_id);
 			/* User space may not have taken them all: they are new again from time to time. */
 			at->chain.identity += (bpf_ktime_get_ns() + at->key.start_ns) >> SEEN_SHIFT;
-			why = begin_chain(&at->chain, &at->walk, layout,
+			why = begin_chain(&at->chain, &at->user, &at->walk, layout,
 					  kernel_u64((u64)task + TASK_THREAD + THREAD_FSBASE));
 		}
 		for (u32 i = 0; i < CHAIN_FRAMES && why == GO_ON; i++) {

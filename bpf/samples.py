@@ -50,6 +50,9 @@ class Tag(IntEnum):
     """Why the interpreter's frames end here: a ChainEnd."""
     ALONE = 5
     """As PYTHON, and all of an evaluation."""
+    DETACHED = 6
+    """Before such frames: they are of the thread's first interpreter, which may have called another
+    one. Frames of other versions say themselves where they belong."""
 
 
 FRAME_WORDS: Mapping[int, int] = {Tag.EVALUATION: 2, Tag.PYTHON: 2, Tag.ALONE: 2}
@@ -63,9 +66,6 @@ class PythonFrame(NamedTuple):
     checksum: int
     instruction: int
 
-
-CUT_OFF = PythonFrame(0, 0, 0)
-"""In place of the outer frames of a chain that has more than there is room for."""
 
 RawFrame = int | PythonFrame
 """One user frame: a native frame's address, or an interpreter's frame."""

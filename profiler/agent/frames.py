@@ -20,7 +20,6 @@ from bpf.frames import split_frames
 from bpf.interpreters import ChainEnd
 from bpf.samples import ProcessGeneration, PythonFrame, RawFrame, RawSample, Words
 from profiler.agent.budgets import LocationBudget, Owner
-from storage.profile import GOOD_STOPS
 from symbolizer.location import Location
 from symbolizer.maps import MappingTable, is_of_compiler
 
@@ -111,7 +110,7 @@ class FrameNumbers:
         return _as_numbers(frames, map(numbers.__getitem__, chain.from_iterable(frames)))
 
     def _frames_of(self, sample: RawSample) -> list[RawFrame]:
-        frames, chain = split_frames(sample.user, is_whole=sample.stop in GOOD_STOPS)
+        frames, chain = split_frames(sample.user)
         if chain is not None:
             number = sample.samples
             self.python[ATTEMPTS] += number

@@ -11,8 +11,8 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
-from bpf.interpreters import CodeContent
-from bpf.samples import CUT_OFF, ProcessGeneration, PythonFrame
+from bpf.interpreters import ChainEnd, CodeContent
+from bpf.samples import ProcessGeneration, PythonFrame
 from symbolizer.location import Kind, NamedLocation
 from symbolizer.runtimes.code_objects import CodeObject, Parts, parse_code
 from symbolizer.runtimes.image import Layout
@@ -23,8 +23,10 @@ CPYTHON = "cpython"
 PYTHON = "[python]"
 UNKNOWN = NamedLocation(PYTHON, PYTHON, Kind.PYTHON, "", 0, 0)
 """A Python function whose code object was not read."""
-TRUNCATED = NamedLocation("[truncated]", PYTHON, Kind.PYTHON, "", 0, 0)
-"""The outer functions of a stack that is deeper than a record has room for."""
+_MARKS = {
+    end.mark: UNKNOWN._replace(function=f"[{end.label.replace('_', ' ')}]") for end in ChainEnd
+}
+"""In place of functions that a stack does not have: by the reason, such as `[truncated]`."""
 _CLEANUP = "__init__"
 """The file, by its name, of what the interpreter runs below each `__init__` since 3.13."""
 
@@ -165,8 +167,8 @@ class PythonCode:
 
         None for a frame that is not a function's, and that the interpreter itself does not show.
         """
-        if frame == CUT_OFF:
-            return TRUNCATED
+        if not frame.code:
+            return _MARKS.get(frame, UNKNOWN)
         codes = self._codes.get(generation)
         code = codes.use((frame.code, frame.checksum)) if codes else None
         if code is None:

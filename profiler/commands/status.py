@@ -147,7 +147,7 @@ _PYTHON_ENDS = {
     "unreadable": "with memory that was not there",
     "no_code": "with a frame that is of no code object",
     "truncated": "deeper than a record has room for",
-    "unknown_interpreter": "in an interpreter that was not known yet",
+    "other_stack": "with functions of another interpreter or of a greenlet, which are not shown",
 }
 
 

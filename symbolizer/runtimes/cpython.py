@@ -13,6 +13,7 @@ from symbolizer.runtimes.image import NONE, Image, Layout, Refusal, StateKind, S
 from symbolizer.runtimes.layouts import (
     DEBUG_OFFSETS_BYTES,
     FIRST_WITH_DEBUG_OFFSETS,
+    HOLDERS,
     KEYS,
     LAYOUTS,
     is_final,
@@ -173,7 +174,10 @@ def _find_thread_state(
 ) -> tuple[ThreadState | Refusal, ThreadState]:
     """Return where it is, and where it is if it is not there, without the lock."""
     if minor <= _LAST_WITH_KEY:
-        return find_key(elf, symbols, KEYS[minor]), _NOT_THERE
+        own = find_key(elf, symbols, KEYS[minor])
+        if isinstance(own, Refusal):
+            return own, _NOT_THERE
+        return ThreadState(StateKind.HOLDER, symbols[RUNTIME].address + HOLDERS[minor]), own
     detached = find_detached(elf, symbols)
     if isinstance(detached, Refusal):
         detached = _NOT_THERE

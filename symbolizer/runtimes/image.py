@@ -133,6 +133,8 @@ class StateKind(enum.IntEnum):
     `state_address`: glibc has its address at *(fs:8) + 16 * number."""
     GOT_TLS = 4
     """At the fs base + the word in the GOT slot at `state_address` + `state_offset`."""
+    HOLDER = 5
+    """At `state_address` is that of the thread that holds the lock, which may be another one."""
 
 
 class Image(NamedTuple):
@@ -146,9 +148,10 @@ class Image(NamedTuple):
         evaluation: first addresses and ends of the parts of the evaluation loop, sorted.
         code_type: PyCode_Type.
         state_kind: a StateKind, with what it says of `state_address` and `state_offset`.
-        detached_kind: from 3.12 on, the same for where a thread keeps its state while it does not
-            hold the lock: then it is not where the other fields say, which hold a null pointer.
-            This state, that of PyGILState, is of the thread's first interpreter.
+        detached_kind: the same for where a thread keeps its state while it does not hold the lock:
+            then it is not where the other fields say. This is the state of PyGILState. A thread may
+            have others, one for each interpreter that it has run: to 3.11 this is the first, later
+            the one that held the lock last.
         code_shift: what the addresses of the loop's segment are higher than its file offsets. A
             mapping of that segment at `start` from `file_offset` on loads the file's address A at
             start - file_offset - code_shift + A.

@@ -103,6 +103,8 @@ LAYOUTS: Mapping[int, Layout] = MappingProxyType(
 
 KEYS: Mapping[int, int] = MappingProxyType({8: 1392, 9: 584, 10: 584, 11: 592})
 """By minor version: _PyRuntimeState.gilstate.autoTSSkey, a Py_tss_t."""
+HOLDERS: Mapping[int, int] = MappingProxyType({8: 1368, 9: 568, 10: 568, 11: 576})
+"""By minor version: _PyRuntimeState.gilstate.tstate_current, of the thread that holds the lock."""
 
 DEBUG_WORDS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
     {

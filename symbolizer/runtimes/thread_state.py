@@ -3,8 +3,10 @@
 From 3.12 on it is in the thread-local variable `_Py_tss_tstate` while the thread holds the lock (or
 is attached, in a free-threaded interpreter). That is not exported, but these functions return it.
 How they address it is one of the forms of "ELF Handling For Thread-Local Storage", 4.4 and 4.5, as
-the linker has relaxed them. The state that PyGILState keeps is there without the lock, too: up to
-3.14 it is the value of a pthread key, later another such variable. Up to 3.11 there is only that.
+the linker has relaxed them. Up to 3.11 `_PyRuntime` has the state of whoever holds the lock. The
+state that PyGILState keeps is there without the lock, too: up to 3.14 it is the value of a pthread
+key, later another such variable. It is another one where a thread runs several interpreters, as
+those of uWSGI and mod_wsgi do.
 """
 
 import re

@@ -106,7 +106,12 @@ class Process(NamedTuple):
         raise AssertionError(f"{file} is not mapped")
 
     def thread_state(self, image: Image, bias: int) -> int:
-        return self._read(image.state_kind, image.state_address + bias, image.state_offset)
+        """Return the state that the thread has when it holds the lock, else 0."""
+        state = self._read(image.state_kind, image.state_address + bias, image.state_offset)
+        if image.state_kind == StateKind.HOLDER and state and image.layout is not None:
+            is_own = self.word(state + image.layout.state_thread_id) == self.thread_id
+            return state if is_own else 0
+        return state
 
     def detached_state(self, image: Image, bias: int) -> int:
         """Return the state that the thread has when it does not hold the lock."""
@@ -117,6 +122,8 @@ class Process(NamedTuple):
         base = self.thread_id
         if kind == StateKind.NONE:
             return 0
+        if kind == StateKind.HOLDER:
+            return self.word(address)
         if kind == StateKind.KEY:
             return self.word(base + 0x310 + 16 * self.word(address, "I") + 8)
         if kind == StateKind.DYNAMIC_TLS:

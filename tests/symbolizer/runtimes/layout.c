@@ -28,6 +28,7 @@ int main(int count, char **arguments)
 	P("version", PY_VERSION_HEX);
 #if PY_MINOR_VERSION <= 11
 	P("key", offsetof(_PyRuntimeState, gilstate.autoTSSkey));
+	P("holder", offsetof(_PyRuntimeState, gilstate.tstate_current));
 #endif
 
 	P("state_thread_id", offsetof(PyThreadState, thread_id));
