@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TextIO
 
+from symbolizer.location import Frame
 from symbolizer.text import readable
 
 ELLIPSIS = "…"
@@ -34,6 +35,12 @@ def fit(text: str, width: int) -> str:
             break
         kept.append(character)
     return "".join(kept) + ELLIPSIS
+
+
+def fit_name(frame: Frame, width: int, *, with_line: bool = False) -> str:
+    """Return the longest name of a frame that fits; the shortest one is cut if none does."""
+    names = frame.names(with_line=with_line)
+    return next((name for name in names if cells(name) <= width), fit(names[-1], width))
 
 
 def pad(text: str, width: int) -> str:

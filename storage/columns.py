@@ -94,7 +94,8 @@ class TextNumbers(dict[str, int]):
 class ShownFrames:
     """How locations are shown: location i as `table[offsets[i]:offsets[i + 1]]`, innermost first.
 
-    A line of `table` is (function, module, kind, file: texts; line). Two numbers may have one text.
+    A line of `table` is (function, module, kind, file: texts; line, the function's first line). Two
+    numbers may have one text; a line that is not known is 0.
     """
 
     texts: Texts
@@ -242,16 +243,16 @@ class Columns:
         starts = self.frame_offsets[places].astype(np.int64)
         counts = self.frame_offsets[places + 1].astype(np.int64) - starts
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.maximum(counts, 1))])
-        table = np.zeros((int(offsets[-1]), 5), dtype=np.int64)
+        table = np.zeros((int(offsets[-1]), 6), dtype=np.int64)
         framed = np.flatnonzero(counts)
         at = ranges(offsets[framed], counts[framed])
-        table[at] = self.frames[ranges(starts[framed], counts[framed])]
+        table[at, :5] = self.frames[ranges(starts[framed], counts[framed])]
         of_place = self.locations[places].astype(np.int64)
         named = np.flatnonzero(of_place[:, 2])
         lines = self.named[of_place[named, 2] - 1]
         table[offsets[named], 0] = of_place[named, 0]
         table[offsets[named], 1:4] = lines[:, :3]
-        table[offsets[named], 4] = lines[:, 4]
+        table[offsets[named], 4:] = lines[:, [4, 3]]
         bare = np.flatnonzero((counts == 0) & (of_place[:, 2] == 0))
         if not len(bare):
             return ShownFrames(self.texts, offsets, table)
@@ -260,7 +261,7 @@ class Columns:
         frames = [frame_of_module(self.modules, build_id) for build_id in build_ids]
         # A text that the table has already gets a second number: only these few are looked at.
         added: dict[bytes, int] = {}
-        shown = np.zeros((len(frames), 5), dtype=np.int64)
+        shown = np.zeros((len(frames), 6), dtype=np.int64)
         for i, frame in enumerate(frames):
             shown[i, :4] = [
                 added.setdefault(text.encode(), len(self.texts) + len(added)) for text in frame[:4]

@@ -44,16 +44,16 @@ def add_groups(counts: Numbers, firsts: Integers) -> Integers:
     return np.add.reduceat(counts, firsts, axis=0) if len(firsts) else counts[:0]
 
 
-def agree_on_files(files: Integers, firsts: Integers) -> Integers:
-    """Return by group the file that all of its lines agree on which have one.
+def agree(numbers: Integers, firsts: Integers) -> Integers:
+    """Return by group the number that all of its lines agree on which have one.
 
-    Without a file a line has a negative number, and a group -2; -1 is a group whose files differ.
+    A line without one has a negative number, and a group -2; -1 is a group whose numbers differ.
     Groups start at `firsts`.
     """
     if not len(firsts):
-        return files[:0]
-    largest = np.maximum.reduceat(files, firsts)
-    known = np.where(files < 0, np.iinfo(np.int64).max, files)
+        return numbers[:0]
+    largest = np.maximum.reduceat(numbers, firsts)
+    known = np.where(numbers < 0, np.iinfo(np.int64).max, numbers)
     is_one = largest == np.minimum.reduceat(known, firsts)
     agreed: Integers = np.where(largest < 0, -2, np.where(is_one, largest, -1))
     return agreed

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from storage.columns import Columns, ShownFrames, Texts
-from storage.grouping import agree_on_files, distinct, group_keys, number_groups, ranges
+from storage.grouping import agree, distinct, group_keys, number_groups, ranges
 from storage.hashing import Hasher, Hashes, Numbers, chain
 from storage.merging import adopt_texts
 from storage.profile import Integers
@@ -40,7 +40,7 @@ class LocationFunctions(NamedTuple):
         # A function's file, if all of its frames that have one agree on it.
         is_empty = np.diff(texts.offsets) == 0
         files = np.where(is_empty[flat[:, 3]], -1, flat[:, 3])
-        table[:, 3] = agree_on_files(files[order], firsts) + 2
+        table[:, 3] = agree(files[order], firsts) + 2
         numbers: dict[bytes, int] = {}
         table = adopt_functions(numbers, texts, table, np.ones(len(table), dtype=bool))
         return cls(Texts.of(list(numbers)), hashes[order[firsts]], table, shown.offsets, which)

@@ -151,6 +151,30 @@ class Frame(NamedTuple):
     file: str = ""
     line: int = 0
 
+    def names(self, *, with_line: bool = False) -> tuple[str, ...]:
+        """Return what it is called where its module does not stand beside it, longest first.
+
+        A Python function is `package.module.qualname`, `module.qualname` or `qualname`, and a
+        module's own code, which each has, never without the module. All else has one name: a box
+        of a whole file or module, too, which has that for its function.
+        """
+        name = f"{self.function}:{self.line}" if with_line and self.line else self.function
+        module = "" if self.module.startswith("[") else self.module
+        if self.kind is not Kind.PYTHON or self.function in {module, self.file} or not module:
+            return (name,)
+        names = [f"{module}.{name}", f"{module.rpartition('.')[2]}.{name}"]
+        if self.function != "<module>":
+            names.append(name)
+        return tuple(dict.fromkeys(names))
+
+    def has_name(self, name: str) -> bool:
+        """Return whether it is called so."""
+        return name == self.function or name in self.names()
+
+    def matches(self, text: str) -> bool:
+        """Return whether its longest name or its module has `text` in it, which is casefolded."""
+        return text in self.names()[0].casefold() or text in self.module.casefold()
+
 
 def bounded(module: str, kind: Kind, start: ElfAddress) -> Frame:
     """Return the frame of a function that has no name but a known first address."""

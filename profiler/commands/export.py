@@ -9,7 +9,7 @@ from profiler.commands.files import FILE_HELP, add_reading_options, read_file, r
 from profiler.commands.selection import in_cluster, selected
 from profiler.flamegraph.flamegraph import ROOT_ID
 from profiler.flamegraph.stacks import Group
-from profiler.flamegraph.views import NoSuchNodeError, View
+from profiler.flamegraph.views import NoSuchNodeError, Shown, View
 from profiler.formats import export
 from profiler.text import path_text
 from storage.columns import Columns
@@ -114,8 +114,14 @@ def run(options: argparse.Namespace) -> int:
     if options.purpose:
         _write_go_pgo(whole, options)
         return 0
-    profile, by = _viewed(options, whole)
-    outputs.write_all(profile, options.outputs, by, python_native=options.python_native)
+    shown = _viewed(options, whole)
+    outputs.write_all(
+        shown.profile,
+        options.outputs,
+        shown.by,
+        by_line=shown.by_line,
+        python_native=options.python_native,
+    )
     return 0
 
 
@@ -152,8 +158,8 @@ def _write_go_pgo(profile: Columns, options: argparse.Namespace) -> None:
         print(f"everflame: {remark}", file=sys.stderr)
 
 
-def _viewed(options: argparse.Namespace, profile: Columns) -> tuple[Columns, tuple[str, ...]]:
-    """Return the selected part of a profile, and the labels to draw above its stacks."""
+def _viewed(options: argparse.Namespace, profile: Columns) -> Shown:
+    """Return the selected part of a profile, as it is to be drawn."""
     view = View(
         by=export.DEFAULT_BY if options.by is None else options.by,
         group=Group(options.group),
@@ -174,4 +180,4 @@ def _viewed(options: argparse.Namespace, profile: Columns) -> tuple[Columns, tup
     if profile.total_samples and not shown.profile.total_samples:
         names = ", ".join(filter(None, (*options.focus, options.callers)))
         raise ValueError(f"nothing selected: there is no stack with {names}")
-    return shown.profile, shown.by
+    return shown

@@ -46,11 +46,15 @@ def write(
     files: Sequence[str],
     by: tuple[str, ...] | None,
     *,
+    by_line: bool = False,
     python_native: bool = False,
 ) -> tuple[list[str], OSError | None]:
     """Write every file. Return those that were written, and the error of the first that was not."""
     return _write_each(
-        files, lambda file: export.write(profile, file, by=by, python_native=python_native)
+        files,
+        lambda file: export.write(
+            profile, file, by=by, by_line=by_line, python_native=python_native
+        ),
     )
 
 
@@ -77,6 +81,7 @@ def write_all(
     files: Sequence[str],
     by: tuple[str, ...] | None,
     *,
+    by_line: bool = False,
     python_native: bool = False,
 ) -> None:
     """Write every file, and say so on stderr.
@@ -84,7 +89,7 @@ def write_all(
     Raises:
         OSError: one of them cannot be written; the others are.
     """
-    _tell(*write(profile, files, by, python_native=python_native))
+    _tell(*write(profile, files, by, by_line=by_line, python_native=python_native))
 
 
 def put_all(content: bytes, files: Sequence[str]) -> None:

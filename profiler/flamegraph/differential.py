@@ -291,7 +291,7 @@ class Pair:
         return growth
 
     def _code_of(self, function: str) -> npt.NDArray[np.int8]:
-        changes = (each.change for each in self.found.functions if each.frame.function == function)
+        changes = (each.change for each in self.found.functions if each.frame.has_name(function))
         return np.array([next((_CODES[change] for change in changes), UNCHANGED)], np.int8)
 
     def _raw_rows(self) -> Rows:

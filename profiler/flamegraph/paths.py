@@ -152,16 +152,14 @@ class Paths:
     def search(self, text: str) -> Matches:
         """Count the paths with a function or module that has `text` in it, in any case.
 
-        The root is one of the functions too: everything below a match is found.
+        Functions are searched for by the longest of their names. The root is one of the functions
+        too: everything below a match is found.
         """
         wanted = text.casefold()
 
-        def matches(frame: Frame) -> bool:
-            return wanted in frame.function.casefold() or wanted in frame.module.casefold()
-
-        is_match = np.fromiter(map(matches, self.frames), bool, len(self.frames))
+        is_match = np.array([frame.matches(wanted) for frame in self.frames], dtype=bool)
         is_found, is_used = self.shape.find(is_match)
-        if self.root is not ROOT and matches(self.root):
+        if self.root is not ROOT and self.root.matches(wanted):
             is_found[:] = True
         samples = int(self.samples[is_found].sum())
         return Matches(int(self.values[is_found].sum()), samples, int(is_used.sum()))
@@ -190,7 +188,7 @@ class Paths:
         # Labels come last: a service with the name of a function is not one.
         named = np.zeros(len(self.frames), dtype=bool)
         for i, frame in enumerate(self.frames[: self.functions_count]):
-            named[i] = frame.function == function
+            named[i] = frame.has_name(function)
         return named
 
     def _along(self, path: Sequence[int]) -> Iterator[Integers]:

@@ -1,7 +1,8 @@
 """Stacks: those of profiles as numbers of boxes, which is all that is drawn of them.
 
 A box is (function, module, kind), or a line, file or module (`Group`). Boxes are told apart by
-arrays of numbers; only those that differ become a `Frame`, in the order of their names.
+arrays of numbers; only those that differ become a `Frame`, in the order of their names. The line of
+a function is the one on which it begins, as far as that is known.
 """
 
 import itertools
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from profiler.flamegraph import trees
 from storage.columns import Columns, ShownFrames
-from storage.grouping import agree_on_files, distinct, group_keys, number_groups, ranges
+from storage.grouping import agree, distinct, group_keys, number_groups, ranges
 from storage.interpreters import fold_interpreters
 from storage.profile import Indices, Integers
 from storage.query.resolve import resolve_columns
@@ -249,9 +250,11 @@ def _number_boxes(shown: ShownFrames, group: Group) -> tuple[tuple[Frame, ...], 
     boxes = [key[at] for key in keys]
     if group is Group.LINE:
         boxes[4] = shown.table[at, 4]
-    elif group is Group.FUNCTION:  # shown, but it tells no box apart
-        files = numbers[order, 3]
-        boxes[3] = np.maximum(agree_on_files(np.where(files == _EMPTY, -1, files), firsts), _EMPTY)
+    elif group is Group.FUNCTION:  # file and first line are shown, but tell no box apart
+        files, lines = numbers[order, 3], shown.table[order, 5]
+        boxes[3] = np.maximum(agree(np.where(files == _EMPTY, -1, files), firsts), _EMPTY)
+        begins = agree(np.where(lines == 0, -1, lines), firsts)
+        boxes[4] = np.where(boxes[3] == _EMPTY, 0, np.maximum(begins, 0))
     kinds = {i: Kind(texts[i]) for i in np.unique(boxes[2]).tolist()}
     function, module, kind, file, line = (box.tolist() for box in boxes)
     text = texts.__getitem__

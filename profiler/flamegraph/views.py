@@ -18,7 +18,7 @@ from storage.grouping import ranges
 from storage.interpreters import fold_interpreters
 from storage.merging import merge_columns
 from storage.profile import Integers, Profile
-from symbolizer.location import NamedLocation
+from symbolizer.location import Frame, NamedLocation
 
 _WIDTHS_PX = (1_200, 36_000, 1_200_000)
 """A node is searched for among few boxes first; last, among all."""
@@ -38,6 +38,11 @@ class View:
     hide: tuple[str, ...] = ()
     python_native: bool = False
     """With what interpreters add to stacks (`storage.interpreters`)."""
+
+    @property
+    def by_line(self) -> bool:
+        """Return whether boxes are lines of functions. They are named after these then."""
+        return self.group is Group.LINE
 
     @property
     def keeps_stacks(self) -> bool:
@@ -88,19 +93,22 @@ class View:
         if self.keeps_stacks:
             chosen = profile.with_rows(rows)
         else:
-            chosen = _columns_of(profile, paths, np.flatnonzero(np.isin(paths.samples, rows)))
+            kept = np.flatnonzero(np.isin(paths.samples, rows))
+            chosen = _columns_of(profile, paths, kept, self.group)
         # Callers are of all labels: their graph begins with the function.
         by = () if self.callers else self.by
         # A file has the names of its own stacks alone; merging leaves out all others.
-        return Shown(merge_columns([chosen]), by)
+        return Shown(merge_columns([chosen]), by, self.by_line)
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A profile, and the labels that are drawn above its stacks."""
+    """A profile, the labels that are drawn above its stacks, and what its boxes are."""
 
     profile: Columns
     by: tuple[str, ...]
+    by_line: bool = False
+    """Boxes are lines of functions. Those of whole files and modules are functions here."""
 
 
 def path_to(
@@ -123,7 +131,7 @@ def path_to(
     raise NoSuchNodeError(f"{node:016x}")
 
 
-def _columns_of(profile: Columns, paths: Paths, chosen: Integers) -> Columns:
+def _columns_of(profile: Columns, paths: Paths, chosen: Integers, group: Group) -> Columns:
     """Return chosen paths as stacks of names, without the labels that they begin with.
 
     Their samples are the rows of the profile that they come from.
@@ -145,7 +153,7 @@ def _columns_of(profile: Columns, paths: Paths, chosen: Integers) -> Columns:
         window=profile.window,
         accounting=profile.accounting,
         modules={},
-        locations=tuple(NamedLocation(*each[:4], 0, each.line) for each in frames),
+        locations=tuple(NamedLocation(*each[:4], *_lines_of(each, group)) for each in frames),
         names=tuple((each,) for each in frames),
         label_sets=profile.label_sets,
         stack_offsets=offsets,
@@ -156,6 +164,11 @@ def _columns_of(profile: Columns, paths: Paths, chosen: Integers) -> Columns:
         row_values=rows.values,
     )
     return Columns.of(changed)
+
+
+def _lines_of(box: Frame, group: Group) -> tuple[int, int]:
+    """Return the first line of the function that a box is of, and the box's own."""
+    return (0, box.line) if group is Group.LINE else (box.line, 0)
 
 
 def only_hosts(profile: Columns, hosts: Sequence[str] | None) -> Columns:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import orjson
 
@@ -92,9 +92,12 @@ def encode(
     file: str,
     by: Sequence[str] | None = None,
     *,
+    by_line: bool = False,
     python_native: bool = False,
 ) -> bytes:
     """Return the profile in the format that the ending of `file` names.
+
+    `by_line` tells the source lines of functions apart, as pprof does in any case.
 
     Raises:
         ExportError: the ending names no format.
@@ -103,7 +106,7 @@ def encode(
     if ending == _PPROF:
         return _write_pprof(profile if isinstance(profile, Profile) else profile.to_profile())
     shown = _as_columns(profile, python_native=python_native)
-    return _WRITERS[ending](shown, DEFAULT_BY if by is None else by)
+    return _WRITERS[ending](shown, DEFAULT_BY if by is None else by, by_line=by_line)
 
 
 def encode_pair(
@@ -134,12 +137,13 @@ def encode_pair(
         before, after = pair.shown(view, node, check)
         check()
         first, second = (view.folded(each.profile) for each in (before, after))
-        return _PAIR_WRITERS[ending](first, second, after.by)
+        return _PAIR_WRITERS[ending](first, second, after.by, by_line=view.by_line)
     shown = pair.view(view, check)
     check()
     path = [box for _, box in path_to(shown.paths, node, check)]
     if ending == ".svg":
-        return svg_diff.draw(pair, pair.draw(shown, path, svg_diff.SCREEN))
+        graph = pair.draw(shown, path, svg_diff.SCREEN)
+        return svg_diff.draw(pair, graph, by_line=view.by_line)
     graph = pair.draw(shown, path, Screen(JSON_WIDTH_PX))
     return orjson.dumps(
         {**record, **fields_of_pair(pair, graph)}, option=orjson.OPT_SERIALIZE_NUMPY
@@ -171,6 +175,7 @@ def write(
     file: str,
     by: Sequence[str] | None = None,
     *,
+    by_line: bool = False,
     python_native: bool = False,
 ) -> None:
     """Write a profile in the format that the ending names; `-` is folded text on stdout.
@@ -181,7 +186,7 @@ def write(
         ExportError: the ending names no format.
         OSError: the file cannot be written.
     """
-    put(encode(profile, file, by, python_native=python_native), file)
+    put(encode(profile, file, by, by_line=by_line, python_native=python_native), file)
 
 
 def put(content: bytes, file: str) -> None:
@@ -206,7 +211,15 @@ def put(content: bytes, file: str) -> None:
         part.unlink(missing_ok=True)
 
 
-_Writer = Callable[["Columns", Sequence[str]], bytes]
+class _Writer(Protocol):
+    def __call__(self, profile: "Columns", by: Sequence[str], *, by_line: bool) -> bytes: ...
+
+
+class _PairWriter(Protocol):
+    def __call__(
+        self, before: "Columns", after: "Columns", by: Sequence[str], *, by_line: bool
+    ) -> bytes: ...
+
 
 # Each format is imported when it is needed: the sampling process is to stay small, and what only
 # draws or encodes would be 6 MB of it.
@@ -227,44 +240,50 @@ def _write_pprof(profile: Profile) -> bytes:
     return pprof.encode(profile)
 
 
-def _write_speedscope(profile: "Columns", by: Sequence[str]) -> bytes:
+def _write_speedscope(profile: "Columns", by: Sequence[str], *, by_line: bool) -> bytes:
     from profiler.formats import speedscope
 
-    return speedscope.encode(profile, by)
+    return speedscope.encode(profile, by, by_line=by_line)
 
 
-def _write_folded(profile: "Columns", by: Sequence[str]) -> bytes:
+def _write_folded(profile: "Columns", by: Sequence[str], *, by_line: bool) -> bytes:
     from storage.formats import folded
 
-    return folded.encode(profile, by)
+    return folded.encode(profile, by, by_line=by_line)
 
 
-def _write_svg(profile: "Columns", by: Sequence[str]) -> bytes:
+def _write_svg(profile: "Columns", by: Sequence[str], *, by_line: bool) -> bytes:
     from profiler.formats import svg
 
-    return svg.draw(profile, by)
+    return svg.draw(profile, by, by_line=by_line)
 
 
-def _write_json(profile: "Columns", by: Sequence[str]) -> bytes:
+def _write_json(profile: "Columns", by: Sequence[str], *, by_line: bool) -> bytes:
     from profiler.flamegraph import flamegraph
+    from profiler.flamegraph.stacks import Group
 
-    graph = flamegraph.build(profile, by, screen=flamegraph.Screen(JSON_WIDTH_PX))
+    group = Group.LINE if by_line else Group.FUNCTION
+    graph = flamegraph.build(profile, by, group, screen=flamegraph.Screen(JSON_WIDTH_PX))
     return orjson.dumps(
         flamegraph.fields_of_graph(profile, graph),
         option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_SORT_KEYS,
     )
 
 
-def _pair_as_speedscope(before: "Columns", after: "Columns", by: Sequence[str]) -> bytes:
+def _pair_as_speedscope(
+    before: "Columns", after: "Columns", by: Sequence[str], *, by_line: bool
+) -> bytes:
     from profiler.formats import speedscope
 
-    return speedscope.encode_pair(before, after, by)
+    return speedscope.encode_pair(before, after, by, by_line=by_line)
 
 
-def _pair_as_folded(before: "Columns", after: "Columns", by: Sequence[str]) -> bytes:
+def _pair_as_folded(
+    before: "Columns", after: "Columns", by: Sequence[str], *, by_line: bool
+) -> bytes:
     from storage.formats import folded
 
-    return folded.encode_pair(before, after, by)
+    return folded.encode_pair(before, after, by, by_line=by_line)
 
 
 _WRITERS: dict[str, _Writer] = {
@@ -276,7 +295,7 @@ _WRITERS: dict[str, _Writer] = {
 }
 _PPROF = ".pb.gz"
 _ENDINGS = (_PPROF, *_WRITERS)
-_PAIR_WRITERS: dict[str, Callable[["Columns", "Columns", Sequence[str]], bytes]] = {
+_PAIR_WRITERS: dict[str, _PairWriter] = {
     ".speedscope.json": _pair_as_speedscope,
     ".folded": _pair_as_folded,
 }

@@ -2,15 +2,15 @@
 
 The viewer's limits are kept: frames deeper than DEPTH_LIMIT and stacks beyond STACK_LIMIT are
 folded into frames of kind `rest` that say so, weights are integers whose sum a JavaScript number
-holds, frames have no empty files. Python functions have the line on which they begin. Our own files
-carry extra keys, which the schema
-allows and the viewer ignores: a frame's module and kind, and the samples of each stack. Files are
-read by `profiler.formats.readers.speedscope`.
+holds, frames have no empty files. The viewer shows a box's name alone, so that of a Python function
+begins with its module; its line is the one on which it begins, if boxes are functions. Our own
+files carry extra keys, which the schema allows and the viewer ignores: a frame's function without
+its module, its module and kind, and the samples of each stack. Files are read by
+`profiler.formats.readers.speedscope`.
 """
 
 from collections.abc import Sequence
 
-import numpy as np
 import orjson
 
 from profiler.flamegraph.flamegraph import DEEPER
@@ -35,44 +35,78 @@ _SCHEMA = "https://www.speedscope.app/file-format-schema.json"
 
 _Counted = Sequence[tuple[tuple[Frame, ...], tuple[int, int]]]
 """Stacks, root first, each with its samples and its value."""
-_Shown = dict[tuple[str, str], Frame]
-"""Frames by what the viewer identifies them by: two of one key would be two boxes of one name.
-Their line is the first of the function, 0 if it is not known."""
 
 
-def encode(profile: Columns, by: Sequence[str] = ("comm",)) -> bytes:
-    """Write the stacks as one profile, the labels in `by` as their first frames."""
-    stacks = _largest(profile, label_frames(profile.label_sets, by), {})
+def encode(profile: Columns, by: Sequence[str] = ("comm",), *, by_line: bool = False) -> bytes:
+    """Write the stacks as one profile, the labels in `by` as their first frames.
+
+    `by_line` tells the source lines of functions apart.
+    """
+    frames = _Frames(by_line)
+    stacks = _largest(profile, label_frames(profile.label_sets, by), frames)
     hosts = " ".join(host.name for host in profile.accounting.hosts[:3])
     name = f"{profile.type} {hosts}".rstrip()
-    return _document(name, [(name, profile, stacks)], profile.window)
+    return _document(name, [(name, profile, stacks)], profile.window, frames)
 
 
-def encode_pair(before: Columns, after: Columns, by: Sequence[str] = ("comm",)) -> bytes:
+def encode_pair(
+    before: Columns, after: Columns, by: Sequence[str] = ("comm",), *, by_line: bool = False
+) -> bytes:
     """Write two profiles over one table of frames, called before and after; this one is shown."""
     heads = label_frames((*before.label_sets, *after.label_sets), by)
     middle = len(before.label_sets)
-    shown: _Shown = {}
+    frames = _Frames(by_line)
     sides = [
-        ("before", before, _largest(before, heads[:middle], shown)),
-        ("after", after, _largest(after, heads[middle:], shown)),
+        ("before", before, _largest(before, heads[:middle], frames)),
+        ("after", after, _largest(after, heads[middle:], frames)),
     ]
     name = f"{after.type} before and after"
-    return _document(name, sides, before.window.union(after.window), active=1)
+    return _document(name, sides, before.window.union(after.window), frames, active=1)
 
 
-def _largest(profile: Columns, heads: Sequence[Sequence[Frame]], shown: _Shown) -> _Counted:
-    boxes = Stacks.of([profile], Group.FUNCTION)
-    lines = _first_lines(profile)
-    begun = (frame._replace(line=lines.get(frame[:4], 0)) for frame in boxes.frames)
-    frames = [shown.setdefault(_identity(frame), frame) for frame in begun]
+class _Frames:
+    """Frames by what tells them apart in the viewer: two of one key would be two boxes of a name.
+
+    Attributes:
+        group: what each stands for, functions or lines of them.
+    """
+
+    def __init__(self, by_line: bool) -> None:
+        self.group = Group.LINE if by_line else Group.FUNCTION
+        self._known: dict[tuple[str, str], Frame] = {}
+
+    def adopt(self, frame: Frame) -> Frame:
+        """Return the first frame that the viewer does not tell from this one."""
+        return self._known.setdefault(self._identity(frame), frame)
+
+    def record(self, frame: Frame) -> dict[str, str | int]:
+        """Return a frame as the file has it."""
+        name, file = self._identity(frame)
+        record: dict[str, str | int] = {
+            "name": name,
+            "function": frame.function if frame.function != name else "",
+            "kind": frame.kind,
+            "module": frame.module,
+            "file": file,
+            "line": frame.line,
+        }
+        return {key: value for key, value in record.items() if value}
+
+    def _identity(self, frame: Frame) -> tuple[str, str]:
+        name = frame.names(with_line=self.group is Group.LINE)[0]
+        return (name or "[unknown]", frame.file or frame.module)
+
+
+def _largest(profile: Columns, heads: Sequence[Sequence[Frame]], known: _Frames) -> _Counted:
+    boxes = Stacks.of([profile], known.group)
+    frames = [known.adopt(frame) for frame in boxes.frames]
     stacks: dict[tuple[Frame, ...], tuple[int, int]] = {}
     bounds, words = boxes.lists.offsets.tolist(), boxes.lists.words.tolist()
     rows = Rows.of(profile)
     columns = (rows.labels, rows.stacks, rows.samples, rows.values)
     for labels, stack, samples, value in zip(*(c.tolist() for c in columns), strict=True):
         inner = (frames[word] for word in words[bounds[stack] : bounds[stack + 1]])
-        root_first = (*(shown.get(_identity(head), head) for head in heads[labels]), *inner)
+        root_first = (*(known.adopt(head) for head in heads[labels]), *inner)
         if len(root_first) > DEPTH_LIMIT:
             root_first = (*root_first[: DEPTH_LIMIT - 1], DEEPER)
         before = stacks.get(root_first, (0, 0))
@@ -85,28 +119,12 @@ def _largest(profile: Columns, heads: Sequence[Sequence[Frame]], shown: _Shown) 
     return largest
 
 
-def _first_lines(profile: Columns) -> dict[tuple[str, str, Kind, str], int]:
-    """Return where Python functions begin, if all that have one name agree on it."""
-    texts = profile.texts
-    found: dict[tuple[str, str, Kind, str], int] = {}
-    places = profile.locations[profile.locations[:, 2] > 0]
-    named = profile.named[places[:, 2].astype(np.int64) - 1]
-    is_python = np.array([text == Kind.PYTHON.encode() for text in texts.take(named[:, 1])], bool)
-    at = np.flatnonzero(is_python)
-    columns = (places[at, 0], named[at, 0], named[at, 2])
-    names = zip(*([text.decode() for text in texts.take(each)] for each in columns), strict=True)
-    for (function, module, file), line in zip(names, named[at, 3].tolist(), strict=True):
-        key = (function, module, Kind.PYTHON, file)
-        found[key] = line if found.get(key, line) == line else 0
-    return found
-
-
-def _identity(frame: Frame) -> tuple[str, str]:
-    return (frame.function or "[unknown]", frame.file or frame.module)
-
-
 def _document(
-    name: str, sides: Sequence[tuple[str, Columns, _Counted]], window: Window, active: int = 0
+    name: str,
+    sides: Sequence[tuple[str, Columns, _Counted]],
+    window: Window,
+    frames: _Frames,
+    active: int = 0,
 ) -> bytes:
     profile = sides[active][1]
     numbers: dict[Frame, int] = {}
@@ -139,7 +157,7 @@ def _document(
         "exporter": "everflame",
         "name": name,
         "activeProfileIndex": active,
-        "shared": {"frames": [_frame_record(frame) for frame in numbers]},
+        "shared": {"frames": [frames.record(frame) for frame in numbers]},
         "profiles": profiles,
         "everflame": {
             "type": profile.type,
@@ -149,15 +167,3 @@ def _document(
         },
     }
     return orjson.dumps(document, default=list)
-
-
-def _frame_record(frame: Frame) -> dict[str, str | int]:
-    name, file = _identity(frame)
-    record: dict[str, str | int] = {
-        "name": name,
-        "kind": frame.kind,
-        "module": frame.module,
-        "file": file,
-        "line": frame.line,
-    }
-    return {key: value for key, value in record.items() if value}

@@ -17,7 +17,8 @@ import numpy as np
 
 from profiler.flamegraph import flamegraph
 from profiler.flamegraph.flamegraph import FlameGraph
-from profiler.text import counted, fit, percent, quantity
+from profiler.flamegraph.stacks import Group
+from profiler.text import counted, fit, fit_name, percent, quantity
 from storage.columns import Columns
 from storage.profile import Window
 from symbolizer.location import Frame, Kind
@@ -69,15 +70,18 @@ svg{background:#14171c}text,.l{fill:#e8eaed}.p{fill:#14171c}.s,.c{fill:#9aa4b2}
 """
 
 
-def draw(profile: Columns, by: Sequence[str] = ("comm",)) -> bytes:
-    """Draw a profile, with the labels in `by` as boxes below the root."""
-    whole = flamegraph.build(profile, by)
+def draw(profile: Columns, by: Sequence[str] = ("comm",), *, by_line: bool = False) -> bytes:
+    """Draw a profile, with the labels in `by` as boxes below the root.
+
+    `by_line` draws a box for each source line of a function.
+    """
+    whole = flamegraph.build(profile, by, Group.LINE if by_line else Group.FUNCTION)
     graph = whole.prune(INNER_PX)
     height = _HEADER_PX + (int(graph.depth.max()) + 1) * ROW_PX + FOOTER_PX
     title = _title(profile)
     summary = "; ".join(f"{value} {caption}" for value, caption, _ in _figures(profile))
     classes: dict[str, tuple[Kind, int | None]] = {}
-    boxes = "\n".join(_boxes(graph, classes))
+    boxes = "\n".join(_boxes(graph, classes, by_line=by_line))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{attribute(title)}"',
         f' viewBox="0 0 {WIDTH_PX} {height}" width="{WIDTH_PX}" height="{height}">',
@@ -174,7 +178,9 @@ def _legend(graph: FlameGraph) -> Iterator[str]:
         yield f'<text class="s e" x="{x + 150}" y="{y}">{share}</text>'
 
 
-def _boxes(graph: FlameGraph, classes: dict[str, tuple[Kind, int | None]]) -> Iterator[str]:
+def _boxes(
+    graph: FlameGraph, classes: dict[str, tuple[Kind, int | None]], *, by_line: bool
+) -> Iterator[str]:
     """Draw every node, and collect the classes that the style sheet must hold."""
     scale = INNER_PX / max(1, int(graph.total[0]))
     left = graph.left()
@@ -188,7 +194,8 @@ def _boxes(graph: FlameGraph, classes: dict[str, tuple[Kind, int | None]]) -> It
         class_name = _class(frame.kind, variant)
         classes[class_name] = (frame.kind, variant)
         place = Place(start * scale, _HEADER_PX + depth * ROW_PX, total * scale)
-        yield box(frame, place, class_name, _tooltip(frame, graph, total, own, samples))
+        tooltip = _tooltip(frame, graph, total, own, samples)
+        yield box(frame, place, class_name, tooltip, by_line=by_line)
 
 
 class Place(NamedTuple):
@@ -199,7 +206,7 @@ class Place(NamedTuple):
     width: float
 
 
-def box(frame: Frame, place: Place, class_name: str, tooltip: str) -> str:
+def box(frame: Frame, place: Place, class_name: str, tooltip: str, *, by_line: bool) -> str:
     """Draw a box of a flame graph, with its name where there is room for it."""
     x, y, width = MARGIN_PX + place.left, place.top, place.width
     is_rest = frame.kind is Kind.REST
@@ -208,7 +215,7 @@ def box(frame: Frame, place: Place, class_name: str, tooltip: str) -> str:
     drawn = width - gap if is_rest else max(1.0, width - gap)
     label = ""
     if width >= _TEXT_LEAST_PX and not is_rest:
-        name = escape(fit(frame.function, int((width - 6) / _CELL_PX)))
+        name = escape(fit_name(frame, int((width - 6) / _CELL_PX), with_line=by_line))
         label = f'<text x="{x + 3:.2f}" y="{y + 12.5}">{name}</text>'
     return (
         f'<g><title>{escape(tooltip)}</title><rect class="{class_name}" x="{x:.2f}" y="{y}" '
@@ -217,11 +224,16 @@ def box(frame: Frame, place: Place, class_name: str, tooltip: str) -> str:
 
 
 def _tooltip(frame: Frame, graph: FlameGraph, total: int, own: int, samples: int) -> str:
-    place = f"{frame.file}:{frame.line}" if frame.line else frame.file
-    where = " ".join(filter(None, (frame.module, f"({frame.kind})", place)))
     share = percent(total, int(graph.total[0]))
     counts = f"{share}, {quantity(total, graph.unit)}, {counted(samples, 'sample')}"
-    return f"{frame.function}\n{where}\n{counts}, self {quantity(own, graph.unit)}"
+    return f"{what_it_is(frame)}\n{counts}, self {quantity(own, graph.unit)}"
+
+
+def what_it_is(frame: Frame) -> str:
+    """Return the first lines of a tooltip: the function, and where it is."""
+    place = f"{frame.file}:{frame.line}" if frame.line else frame.file
+    where = " ".join(filter(None, (frame.module, f"({frame.kind})", place)))
+    return f"{frame.function}\n{where}"
 
 
 def footer(said: str, cut_nodes: int, cut_share: str, height: int) -> str:

@@ -26,6 +26,7 @@ from profiler.formats.svg import (
     box,
     footer,
     span_text,
+    what_it_is,
 )
 from profiler.text import counted, fit, percent, quantity
 from symbolizer.location import Kind
@@ -104,8 +105,8 @@ _NOISE = {
 }
 
 
-def draw(pair: Pair, graph: UnionGraph) -> bytes:
-    """Draw a graph of a comparison, cut for SCREEN."""
+def draw(pair: Pair, graph: UnionGraph, *, by_line: bool = False) -> bytes:
+    """Draw a graph of a comparison, cut for SCREEN. Its boxes are functions, or lines of them."""
     warnings = pair.found.warnings[:_MOST_WARNINGS]
     top = _HEADER_PX + _LINE_PX * len(warnings)
     height = top + (int(graph.depth.max()) + 1) * ROW_PX + FOOTER_PX
@@ -128,7 +129,7 @@ def draw(pair: Pair, graph: UnionGraph) -> bytes:
             f"{escape(fit(warning, 160))}</text>"
             for i, warning in enumerate(warnings)
         ),
-        *_boxes(pair, graph, top),
+        *_boxes(pair, graph, top, by_line=by_line),
         footer(
             "Hover over a box for its full name and both costs.",
             graph.cut_nodes,
@@ -201,7 +202,7 @@ def _legend() -> Iterator[str]:
         x += 56 + len(words) * 6.8
 
 
-def _boxes(pair: Pair, graph: UnionGraph, top: int) -> Iterator[str]:
+def _boxes(pair: Pair, graph: UnionGraph, top: int, *, by_line: bool) -> Iterator[str]:
     widths = graph.widths(pair.scale)
     scale = INNER_PX / max(float(widths[0]), 1e-300)
     left = lefts(graph.depth, graph.parent, widths)
@@ -211,14 +212,12 @@ def _boxes(pair: Pair, graph: UnionGraph, top: int) -> Iterator[str]:
         frame = graph.frames[number]
         class_name = "r" if frame.kind is Kind.REST else _class(VERDICTS[code])
         place = Place(start, top + depth * ROW_PX, width)
-        yield box(frame, place, class_name, _tooltip(pair, graph, i))
+        yield box(frame, place, class_name, _tooltip(pair, graph, i), by_line=by_line)
 
 
 def _tooltip(pair: Pair, graph: UnionGraph, i: int) -> str:
     frame = graph.frames[graph.frame[i]]
-    place = f"{frame.file}:{frame.line}" if frame.line else frame.file
-    where = " ".join(filter(None, (frame.module, f"({frame.kind})", place)))
-    lines = [frame.function, where]
+    lines = [what_it_is(frame)]
     for name, totals, samples, scale in (
         ("before", graph.before, graph.before_samples, pair.scale.before),
         ("after", graph.after, graph.after_samples, pair.scale.after),

@@ -226,11 +226,7 @@ def diff_table(
 ) -> DiffTop:
     """Return the compared functions, changed ones first, then by cost; at most `limit`."""
     pair, text = compared.pair, request.search.casefold()
-    functions = [
-        each
-        for each in pair.found.functions
-        if text in each.frame.function.casefold() or text in each.frame.module.casefold()
-    ]
+    functions = [each for each in pair.found.functions if each.frame.matches(text)]
     shown = functions[:limit]
     summary = _summary(compared, gate, shown)
     check()

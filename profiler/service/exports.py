@@ -55,7 +55,13 @@ def export_profile(
     check()
     shown = request.view.shown(merged.answer.profile, request.node, check)
     check()
-    content = export.encode(shown.profile, name, shown.by, python_native=request.python_native)
+    content = export.encode(
+        shown.profile,
+        name,
+        shown.by,
+        by_line=shown.by_line,
+        python_native=request.python_native,
+    )
     return content, _media_type(name)
 
 

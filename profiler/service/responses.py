@@ -31,7 +31,10 @@ Counts = npt.NDArray[np.integer[Any]]
 NodeId = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
 FrameRow = Annotated[
     tuple[str, str, str, str, Count],
-    Meta(description="function, module, kind, file, line (0: unknown)"),
+    Meta(
+        description="function, module, kind, file, line (0: unknown); a function's line is the one"
+        " on which it begins"
+    ),
 ]
 ModuleFile = Annotated[
     tuple[str, str, str],

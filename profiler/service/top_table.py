@@ -67,11 +67,7 @@ def top_table(
     check()
     if request.search:
         text = request.search.casefold()
-        rows = [
-            row
-            for row in rows
-            if text in row[0].function.casefold() or text in row[0].module.casefold()
-        ]
+        rows = [row for row in rows if row[0].matches(text)]
     if not is_sorted:
         rows = sorted(rows, key=_SORTS[sort])
     return Top(

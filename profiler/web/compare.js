@@ -6,7 +6,8 @@
 import { changeColour, changeSign } from "./colour.js";
 import { SelectorInput } from "./combobox.js";
 import { button, el } from "./dom.js";
-import { coresPerHost, counted, growth, place, safeName, share } from "./format.js";
+import { fullNameOf } from "./describe.js";
+import { coresPerHost, counted, growth, namesOf, place, safeName, share } from "./format.js";
 import { RangePicker } from "./menu.js";
 import { rowName } from "./table.js";
 import { formatWindow } from "./times.js";
@@ -285,7 +286,7 @@ export function changesShown({ functions }, { filter, changes }) {
     const isShown = changes === "all" || CHANGED.has(each.verdict) || each.moved;
     return (
       isShown &&
-      (each.function.toLowerCase().includes(text) || each.module.toLowerCase().includes(text))
+      (namesOf(each)[0].toLowerCase().includes(text) || each.module.toLowerCase().includes(text))
     );
   });
 }
@@ -310,7 +311,7 @@ export function tooltipOf(box, row, response) {
     rows.push(["Verdict", `${changeSign(box.verdict)} ${box.verdict}`.trim(), ""]);
   if (row && CHANGED.has(box.verdict)) rows.push(["Growth", growthText(row), intervalText(row)]);
   if (box.isRest) return { rows };
-  return { rows, hint: box.cause ? `Mostly due to ${safeName(box.cause.function)}` : "" };
+  return { rows, hint: box.cause ? `Mostly due to ${fullNameOf(box.cause)}` : "" };
 }
 
 function sideRows({ before, after }, response) {
@@ -330,7 +331,7 @@ export function changeFacts({ frame, before, after, verdict, cause }, row, respo
   const facts = [
     [
       "Verdict",
-      [verdictText(verdict, row), cause ? `mostly due to ${safeName(cause.function)}` : ""]
+      [verdictText(verdict, row), cause ? `mostly due to ${fullNameOf(cause)}` : ""]
         .filter(Boolean)
         .join(", "),
     ],

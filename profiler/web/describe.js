@@ -1,6 +1,6 @@
 // Descriptions of the flame graph's boxes: for callbacks, tooltips and screen readers. No DOM.
 
-import { cores, counted, number, place, quantity, safeName, share } from "./format.js";
+import { cores, counted, namesOf, number, place, quantity, safeName, share } from "./format.js";
 import { comparedTo, sumOf } from "./layout.js";
 import { CHANGED, graphOf, ROOT_ID } from "./tree.js";
 
@@ -41,7 +41,7 @@ export function findBox(response, id) {
 
 /** Return a node as a screen reader reads it; `place` is {index, count} of a match, or null. */
 export function spokenNode(graph, node, type, place) {
-  const name = nameOf(graph.frameOf(node));
+  const name = fullNameOf(graph.frameOf(node));
   const of = type === "cpu" ? "of CPU" : "of the total";
   const verdict = graph.verdictOf(node);
   const change = CHANGED.has(verdict) || verdict === "moved" ? `${verdict}, ` : "";
@@ -56,7 +56,7 @@ export function spokenGraph(graph, zoomed, { total, samples, unit }) {
     ? "before and after"
     : `${quantity(total, unit)} in total, ${counted(samples, "sample")}`;
   return (
-    `Flame graph of ${nameOf(graph.frameOf(zoomed))}: ${size}. ` +
+    `Flame graph of ${fullNameOf(graph.frameOf(zoomed))}: ${size}. ` +
     "Arrow keys move, Enter zooms in, Escape zooms out, Home resets the zoom."
   );
 }
@@ -88,9 +88,14 @@ export function costRows(graph, zoomed, node, box, { unit, window, type }) {
   return rows;
 }
 
-/** Return the name to show for a frame. */
-export function nameOf(frame) {
+/** Return the name to show for a frame beside its module. */
+function nameOf(frame) {
   return safeName(frame.function) || "(no name)";
+}
+
+/** Return the name to show for a frame where its module does not stand beside it. */
+export function fullNameOf(frame) {
+  return safeName(namesOf(frame)[0]) || "(no name)";
 }
 
 function kindName(kind) {

@@ -174,6 +174,19 @@ export function windowText({ from_ms: from, until_ms: until }, zone = "utc") {
   return `${start} ${DASH} ${isOneDay ? end.slice(11) : end}${zoneName} (${span(until - from)})`;
 }
 
+/**
+ * Return what a frame is called where its module does not stand beside it, longest name first, as
+ * Frame.names() does (symbolizer/location.py). `withLine` adds its line, if that is known.
+ */
+export function namesOf({ function: called, module, kind, file, line }, withLine = false) {
+  const name = `${called}${withLine && line ? `:${line}` : ""}`;
+  const isWhole = called === module || called === file;
+  if (kind !== "python" || !module || module.startsWith("[") || isWhole) return [name];
+  const names = [`${module}.${name}`, `${module.split(".").at(-1)}.${name}`];
+  if (called !== "<module>") names.push(name);
+  return [...new Set(names)];
+}
+
 /** Return the location of code: `api.c:22`, the file alone, or "". */
 export function place(file, line) {
   return file && line ? `${file}:${line}` : file || "";

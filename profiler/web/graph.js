@@ -7,10 +7,10 @@
 // `--flame-max-height` (graph.css; default 78vh), beyond which it scrolls. The page loads graph.css.
 //
 // Methods
-//   show(response, {view, colour, factsOf, zoomPath, arrivedAt})
+//   show(response, {view, colour, withLine, factsOf, zoomPath, arrivedAt})
 //       Draw a response of /api/v1/flamegraph, or a view of a comparison (tree.js). view: "icicle"
 //       (root on top; the default) or "flame". colour: "kind" (default), "module", "self" or
-//       "change". factsOf(box) returns the tooltip's facts, {rows: [[name, value, share], ...], hint};
+//       "change". withLine: whether boxes are lines of functions, and are named so. factsOf(box) returns the tooltip's facts, {rows: [[name, value, share], ...], hint};
 //       by default the costs. zoomPath: null, or the path of a node as onZoom passes it: zoom into
 //       that node, or into the deepest one on the path that the response has. arrivedAt:
 //       performance.now() when the response arrived, the start of the measure
@@ -69,6 +69,7 @@ export class FlameGraphView {
   #response = null;
   #view = "icicle";
   #colour = "kind";
+  #withLine = false;
   #factsOf = null;
   /** The node to zoom to; one above the response's root is drawn only by the next show(). */
   #target = 0;
@@ -102,7 +103,14 @@ export class FlameGraphView {
 
   show(
     response,
-    { view = "icicle", colour = "kind", factsOf = null, zoomPath = null, arrivedAt = null } = {},
+    {
+      view = "icicle",
+      colour = "kind",
+      withLine = false,
+      factsOf = null,
+      zoomPath = null,
+      arrivedAt = null,
+    } = {},
   ) {
     const start = arrivedAt ?? performance.now();
     const selectedPath = this.#selected === null ? null : this.#graph.pathOf(this.#selected);
@@ -112,6 +120,7 @@ export class FlameGraphView {
     this.#response = response;
     this.#view = view;
     this.#colour = colour;
+    this.#withLine = withLine;
     this.#factsOf = factsOf;
     this.#painter.forgetColours();
     this.#target = zoomPath ? Math.max(0, this.#graph.findPath(zoomPath)) : 0;
@@ -185,6 +194,7 @@ export class FlameGraphView {
       graph: this.#graph,
       viewport: this.#viewport,
       colour: this.#colour,
+      withLine: this.#withLine,
       zoomed: this.#zoomed,
       matches: this.#matches,
     });

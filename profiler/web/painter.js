@@ -9,8 +9,7 @@ import {
   isNeutral,
   matchColour,
 } from "./colour.js";
-import { nameOf } from "./describe.js";
-import { shorten } from "./format.js";
+import { namesOf, safeName, shorten } from "./format.js";
 import { GAP_PX, ROW_PX } from "./viewport.js";
 
 const FONT = '12px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace';
@@ -39,11 +38,12 @@ export class Painter {
   }
 
   /**
-   * Draw what the viewport shows. `colour` is "kind", "module", "self" or "change", `zoomed` the node
-   * at full width, `matches` the search's matches (Matches).
+   * Draw what the viewport shows. `colour` is "kind", "module", "self" or "change", `withLine`
+   * whether names have lines, `zoomed` the node at full width, `matches` the search's matches
+   * (Matches).
    */
-  paint({ graph, viewport, colour, zoomed, matches }) {
-    this.#scene = { graph, boxes: viewport.boxes, colour, zoomed, matches };
+  paint({ graph, viewport, colour, withLine, zoomed, matches }) {
+    this.#scene = { graph, boxes: viewport.boxes, colour, withLine, zoomed, matches };
     const { ratio, scrollTop, width } = viewport;
     const context = this.#context;
     context.setTransform(1, 0, 0, 1, 0, 0);
@@ -85,7 +85,7 @@ export class Painter {
       if (colour.mark) this.#drawMark(colour, start, top, drawn, ratio);
       if (drawn >= TEXT_LEAST_PX) {
         context.fillStyle = colour.text;
-        const shown = this.#fitted(this.#titleOf(node[i]), drawn - 2 * TEXT_INSET_PX);
+        const shown = this.#fitted(this.#titlesOf(node[i]), drawn - 2 * TEXT_INSET_PX);
         context.fillText(shown, start + TEXT_INSET_PX, top + height / 2 + 0.5);
       }
       if (colour.isFound) this.#strokeBox(start, top, drawn, this.#scheme.foreground, []);
@@ -114,10 +114,12 @@ export class Painter {
     context.strokeRect(start + 0.75, top + 0.75, Math.max(0, width - 1.5), ROW_PX - GAP_PX - 1.5);
   }
 
-  #titleOf(node) {
-    const name = nameOf(this.#scene.graph.frameOf(node));
-    const sign = changeSign(this.#scene.graph.verdictOf(node));
-    return sign ? `${sign} ${name}` : name;
+  // What may be written into a box, longest first.
+  #titlesOf(node) {
+    const { graph, withLine } = this.#scene;
+    const names = namesOf(graph.frameOf(node), withLine).map((name) => safeName(name));
+    const sign = changeSign(graph.verdictOf(node));
+    return names.map((name) => `${sign ? `${sign} ` : ""}${name || "(no name)"}`);
   }
 
   #colourOf(node, isSum) {
@@ -163,11 +165,13 @@ export class Painter {
     return colour;
   }
 
-  #fitted(name, width) {
+  // The longest of some names that fits; the shortest one is cut if none does.
+  #fitted(names, width) {
     const length = Math.floor(width / this.#cellPx);
-    const key = `${length} ${name}`;
+    const key = `${length} ${names.join(" ")}`;
     let text = this.#texts.get(key);
     if (text === undefined) {
+      const name = names.find((each) => each.length <= length) ?? names.at(-1);
       text = shorten(name, length);
       // Characters of other scripts are wider than the font's cell.
       for (

@@ -1,7 +1,7 @@
 // Panel: details of the selected box or function, and actions on it.
 
 import { button, el } from "./dom.js";
-import { cores, counted, cpuTime, number, place, safeName, share } from "./format.js";
+import { cores, counted, cpuTime, namesOf, number, place, safeName, share } from "./format.js";
 
 const FILES_SHOWN = 3;
 
@@ -74,7 +74,7 @@ export class DetailPanel {
         () => this.#callbacks.onFilter(labelName, frame.function, true),
       ]);
     }
-    if (frame.kind !== "label") actions.push(...this.#functionActions(frame.function, isCallers));
+    if (frame.kind !== "label") actions.push(...this.#functionActions(frame, isCallers));
     this.#show(frame.function, facts, actions);
   }
 
@@ -94,9 +94,9 @@ export class DetailPanel {
     const find = [
       "Find in graph",
       "Search for this function in the graph",
-      () => this.#callbacks.onSearch(row.function),
+      () => this.#callbacks.onSearch(namesOf(row)[0]),
     ];
-    this.#show(row.function, facts, [find, ...this.#functionActions(row.function, isCallers)]);
+    this.#show(row.function, facts, [find, ...this.#functionActions(row, isCallers)]);
   }
 
   /**
@@ -109,15 +109,16 @@ export class DetailPanel {
       actions.push(["Zoom", "Zoom into this box", () => this.#callbacks.onZoom(id)]);
     if (cause)
       actions.push([
-        `Show ${cause.function}`,
+        `Show ${namesOf(cause)[0]}`,
         "Highlight the function that made most of the difference",
         () => this.#callbacks.onRow(cause),
       ]);
-    if (frame.kind !== "label") actions.push(...this.#functionActions(frame.function, isCallers));
+    if (frame.kind !== "label") actions.push(...this.#functionActions(frame, isCallers));
     this.#show(frame.function, facts, actions);
   }
 
-  #functionActions(name, isCallers) {
+  #functionActions(frame, isCallers) {
+    const [name] = namesOf(frame);
     const { onCallers, onFocus, onHide, onCopy } = this.#callbacks;
     return [
       isCallers ? null : ["Callers", "Show all callers of this function", () => onCallers(name)],

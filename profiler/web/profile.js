@@ -4,17 +4,18 @@
 import { changeFacts, CHANGES, changesShown, showLegend, tooltipOf } from "./compare.js";
 import * as controls from "./controls.js";
 import { CoverageStrip } from "./coverage.js";
-import { findBox, labelNameOf, narrowText, wideText } from "./describe.js";
+import { findBox, fullNameOf, labelNameOf, narrowText, wideText } from "./describe.js";
 import { changeTracker, el } from "./dom.js";
-import { safeName } from "./format.js";
+import { namesOf } from "./format.js";
 import { FlameGraphView } from "./graph.js";
 import { DetailPanel } from "./panel.js";
 import * as selector from "./selector.js";
 import { COSTS, Table } from "./table.js";
 import { formatWindow, isRelative } from "./times.js";
-import { viewOf } from "./tree.js";
+import { asFrame, viewOf } from "./tree.js";
 
 const WIDTH_STEP_PX = 200;
+const ROOT = ["all"];
 
 const byId = (id) => document.getElementById(id);
 
@@ -150,7 +151,7 @@ export class Profile {
   }
 
   drawGraph(arrivedAt) {
-    const { view, color, select } = this.#state;
+    const { view, color, select, group } = this.#state;
     const { isComparison } = this.#selection;
     const { response } = this;
     const colour = isComparison ? "change" : color;
@@ -160,7 +161,8 @@ export class Profile {
     if (arrivedAt !== null || !isSame) {
       const { response: diff } = this.#page.loader.of("diff");
       const factsOf = isComparison ? (box) => tooltipOf(box, this.#rowOf(box), diff) : null;
-      this.graph.show(response, { view, colour, factsOf, arrivedAt });
+      const withLine = group === "line";
+      this.graph.show(response, { view, colour, withLine, factsOf, arrivedAt });
       this.#drawn = drawn;
     }
     this.graph.dim(false);
@@ -218,12 +220,12 @@ export class Profile {
   #showCrumbs() {
     const { path, nodes, frames } = this.response;
     const isShown = this.#selection.isZoomed && nodes.frame.length > 0;
-    const steps = isShown ? [{ id: "", frame: ["all"] }, ...path] : [];
+    const steps = isShown ? [{ id: "", frame: ROOT }, ...path] : [];
     if (isShown && path.length === 0) {
       steps.push({ id: this.#state.node, frame: frames[nodes.frame[0]] });
     }
     const crumbs = steps.map(({ id, frame }) => {
-      const name = safeName(frame[0]);
+      const name = fullNameOf(asFrame(frame));
       return { name, title: name, go: () => this.#page.change({ node: id }) };
     });
     controls.showCrumbs(byId("crumbs"), crumbs);
@@ -262,7 +264,7 @@ export class Profile {
     const files = response?.modules ?? [];
     const box = select && response ? findBox(response, select) : null;
     if (box) {
-      const isCallers = callers === box.frame.function;
+      const isCallers = isCalled(box.frame, callers);
       const labelName = labelNameOf(response, box, by);
       const isZoomed = box.id === node;
       this.panel.showBox(box, { windowMs, files, labelName, isZoomed, isCallers });
@@ -270,7 +272,7 @@ export class Profile {
     }
     const picked = row ? top?.functions.find((each) => rowKey(each) === row) : null;
     if (!picked) return false;
-    const isCallers = callers === picked.function;
+    const isCallers = isCalled(picked, callers);
     this.panel.showFunction(picked, { windowMs, files, total: top.total, isCallers });
     return true;
   }
@@ -288,7 +290,7 @@ export class Profile {
         id: depth ? id : null,
         cause,
         isZoomed: id === node,
-        isCallers: callers === frame.function,
+        isCallers: isCalled(frame, callers),
       });
       return true;
     }
@@ -298,7 +300,7 @@ export class Profile {
     const frame = { file: "", line: 0, ...picked };
     const change = { frame, before, after, verdict: picked.verdict, cause: null };
     const facts = changeFacts(change, picked, response);
-    this.panel.showChange(frame, { facts, isCallers: callers === picked.function });
+    this.panel.showChange(frame, { facts, isCallers: isCalled(picked, callers) });
     return true;
   }
 
@@ -345,6 +347,10 @@ export class Profile {
     const isTable = this.#page.tab === "table";
     (isTable ? this.#shownTable.filter : this.search.input).focus();
   }
+}
+
+function isCalled(frame, name) {
+  return name === frame.function || namesOf(frame).includes(name);
 }
 
 /** Return the state's key of a row; names have no newline. */

@@ -2,6 +2,7 @@
 //
 // A plain <table>: its headings sort it, one row is in the tab order, arrow keys move between rows.
 
+import { fullNameOf } from "./describe.js";
 import { button, debounce, el } from "./dom.js";
 import { cores, counted, cpuTime, number, safeName, share } from "./format.js";
 
@@ -56,13 +57,12 @@ const FILTER_MS = 250;
 
 /** Return the button that selects a row: its name. */
 export function rowName(row) {
-  const name = safeName(row.function) || "(no name)";
   return el("button", {
     type: "button",
     class: "row-name",
     tabindex: "-1",
-    title: name,
-    text: name,
+    title: fullNameOf(row),
+    text: safeName(row.function) || "(no name)",
   });
 }
 

@@ -7,6 +7,8 @@
 //
 // Nothing here recurses: a response may be 4,096 boxes deep.
 
+import { namesOf } from "./format.js";
+
 export const ROOT_ID = "cbf29ce484222325";
 
 /** The verdicts on what costs more or less than before. */
@@ -267,7 +269,8 @@ export class Graph {
   }
 }
 
-function asFrame([name, module = "", kind = "native", file = "", line = 0]) {
+/** Return a frame of a response by the names of its fields. */
+export function asFrame([name, module = "", kind = "native", file = "", line = 0]) {
   return { function: name, module, kind, file, line };
 }
 
@@ -297,8 +300,9 @@ function makeView(diff, side) {
 
 function withText(text) {
   const lower = text.toLowerCase();
-  return ({ function: name, module, kind }) =>
-    kind !== "rest" && (name.toLowerCase().includes(lower) || module.toLowerCase().includes(lower));
+  return (frame) =>
+    frame.kind !== "rest" &&
+    (namesOf(frame)[0].toLowerCase().includes(lower) || frame.module.toLowerCase().includes(lower));
 }
 
 function ofFunction(searched) {

@@ -15,11 +15,11 @@ else a second count), white space at a line's start or a stack's end. A backslas
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from storage.columns import Columns
+from storage.columns import Columns, ShownFrames
 from storage.profile import label_frames
 from symbolizer.location import Frame, Kind, unnamed
 from symbolizer.text import readable
@@ -31,42 +31,39 @@ _ESCAPED = re.compile(r"\\x(20|23|3b|0a|0d|5b|5c)")
 _TO_ESCAPE_IN_LINE = re.compile(r"\A[# ]| (?=[0-9.][0-9.eE+-]*\Z)| \Z")
 
 
-def encode(profile: Columns, by: Sequence[str] = ("comm",)) -> bytes:
+def encode(profile: Columns, by: Sequence[str] = ("comm",), *, by_line: bool = False) -> bytes:
     """Write one line per stack, sorted, with the labels in `by` as its first frames.
 
-    The number is that of samples. A label that no row has is left out.
+    The number is that of samples. A label that no row has is left out. `by_line` tells the source
+    lines of functions apart, as `function:line`.
     """
-    counts = _counts(profile, label_frames(profile.label_sets, by))
+    counts = _counts(profile, label_frames(profile.label_sets, by), by_line=by_line)
     return "".join(f"{line} {count}\n" for line, count in sorted(counts.items())).encode()
 
 
-def encode_pair(before: Columns, after: Columns, by: Sequence[str] = ("comm",)) -> bytes:
+def encode_pair(
+    before: Columns, after: Columns, by: Sequence[str] = ("comm",), *, by_line: bool = False
+) -> bytes:
     """Write one line per stack of either, with two numbers: samples before and after.
 
     As difffolded.pl writes it, and flamegraph.pl reads it; numbers are not normalized.
     """
     heads = label_frames((*before.label_sets, *after.label_sets), by)
-    first = _counts(before, heads[: len(before.label_sets)])
-    second = _counts(after, heads[len(before.label_sets) :])
+    first = _counts(before, heads[: len(before.label_sets)], by_line=by_line)
+    second = _counts(after, heads[len(before.label_sets) :], by_line=by_line)
     lines = sorted(first.keys() | second.keys())
     return "".join(
         f"{line} {first.get(line, 0)} {second.get(line, 0)}\n" for line in lines
     ).encode()
 
 
-def _counts(profile: Columns, heads_frames: Sequence[Sequence[Frame]]) -> dict[str, int]:
+def _counts(
+    profile: Columns, heads_frames: Sequence[Sequence[Frame]], *, by_line: bool
+) -> dict[str, int]:
     """Return the samples of each line, which begins with the frames of its labels."""
     counts: dict[str, int] = {}
     shown = profile.shown_frames()
-    used = np.unique(shown.table[:, 2])
-    kinds = {i: Kind(each.decode()) for i, each in zip(used, shown.texts.take(used), strict=True)}
-    columns = (shown.texts.take(shown.table[:, i]) for i in (0, 1, 3))
-    names = [
-        _escape(full_name(function.decode(), module.decode(), file.decode(), kind), kind)
-        for function, module, file, kind in zip(
-            *columns, map(kinds.__getitem__, shown.table[:, 2].tolist()), strict=True
-        )
-    ]
+    names = [_escape(frame.names(with_line=by_line)[0], frame.kind) for frame in _frames(shown)]
     locations = [
         ";".join(reversed(names[start:end]))
         for start, end in itertools.pairwise(shown.offsets.tolist())
@@ -87,13 +84,13 @@ def _counts(profile: Columns, heads_frames: Sequence[Sequence[Frame]]) -> dict[s
     return counts
 
 
-def full_name(function: str, module: str, file: str, kind: Kind) -> str:
-    """Return how a function is called where its module is not shown beside it.
-
-    A box of a whole file or module has that for its function.
-    """
-    is_in_module = kind is Kind.PYTHON and module and not module.startswith("[")
-    return f"{module}.{function}" if is_in_module and function not in {module, file} else function
+def _frames(shown: ShownFrames) -> Iterator[Frame]:
+    used = np.unique(shown.table[:, 2])
+    kinds = {i: Kind(each.decode()) for i, each in zip(used, shown.texts.take(used), strict=True)}
+    texts = (shown.texts.take(shown.table[:, i]) for i in (0, 1, 3))
+    numbers = (shown.table[:, i].tolist() for i in (2, 4))
+    for function, module, file, kind, line in zip(*texts, *numbers, strict=True):
+        yield Frame(function.decode(), module.decode(), kinds[kind], file.decode(), line)
 
 
 def frame_of(text: bytes) -> Frame:

@@ -13,6 +13,7 @@ from storage.columns import Columns
 from storage.formats import folded
 from storage.objects.open import DirectoryStore
 from tests.support import profiles as some
+from tests.support.python_profiles import shop_profile
 
 FILES = Path(__file__).parents[1] / "formats" / "files"
 TWO_EVENTS = FILES / "perf-two-probes.perf.txt"
@@ -94,6 +95,19 @@ def test_a_comparison_in_one_file_is_compared(tmp_path, capfd):
         assert cli.main(["diff", str(both), "--json"]) == 0
         told = orjson.loads(capfd.readouterr().out)
         assert (told["before"]["samples"], told["after"]["samples"]) == (13, 12)
+
+
+def test_an_export_of_lines_has_their_numbers(tmp_path, capfd):
+    """Not those of the functions they are in, which two lines of one share."""
+    file = tmp_path / "shop.pb.gz"
+    file.write_bytes(export.encode(shop_profile(), "x.pb.gz"))
+
+    for group, line in (("function", 20), ("line", 27)):
+        written = tmp_path / f"{group}.json"
+        assert cli.main(["export", str(file), "--group", group, "-o", str(written)]) == 0
+        frames = orjson.loads(written.read_bytes())["frames"]
+        assert [each[4] for each in frames if each[0] == "Shop.price"] == [line]
+    assert "shop.pricing.Shop.price:27;" in as_folded(capfd, file, "--group=line")
 
 
 def test_warnings_go_to_stderr(capfd):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from profiler.flamegraph.stacks import Group, Stacks, _combine
 from storage.columns import Columns
 from storage.profile import Profile
-from symbolizer.location import Frame, Kind
+from symbolizer.location import Frame, Kind, NamedLocation
 from tests.support import profiles as some
 
 Boxes = list[tuple[Frame, ...]]
@@ -31,11 +31,14 @@ def box_of(frame: Frame, outermost: Frame, group: Group) -> Frame:
 def boxes_of(profiles: Sequence[Profile], group: Group) -> Boxes:
     """Return the boxes of each stack, the slow and obvious way."""
     files: dict[Frame, set[str]] = {}
+    begins: dict[Frame, set[int]] = {}
     for profile in profiles:
-        for number in range(len(profile.locations)):
+        for number, place in enumerate(profile.locations):
             for frame in profile.frames(number):
                 key = frame._replace(file="", line=0)
+                first = place.first_line if isinstance(place, NamedLocation) else 0
                 files.setdefault(key, set()).update({frame.file} - {""})
+                begins.setdefault(key, set()).update({first} - {0})
     found: Boxes = []
     for profile in profiles:
         places = {place: profile.frames(i) for i, place in enumerate(profile.locations)}
@@ -44,16 +47,18 @@ def boxes_of(profiles: Sequence[Profile], group: Group) -> Boxes:
             for place in profile.stack(number):
                 frames = places[place]
                 boxes += [box_of(each, frames[-1], group) for each in reversed(frames)]
-            if group is Group.FUNCTION:  # a file is shown where all agree on it
-                known = [files[box] for box in boxes]
-                boxes = [
-                    box._replace(file=next(iter(names)) if len(names) == 1 else "")
-                    for box, names in zip(boxes, known, strict=True)
-                ]
+            if group is Group.FUNCTION:  # a file and a line are shown where all agree on them
+                boxes = [box._replace(**place_of(files[box], begins[box])) for box in boxes]
             if group in {Group.FILE, Group.MODULE}:
                 boxes = [box for box, _ in itertools.groupby(boxes)]
             found.append(tuple(boxes))
     return found
+
+
+def place_of(files: set[str], begins: set[int]) -> dict[str, str | int]:
+    if len(files) != 1:
+        return {"file": "", "line": 0}
+    return {"file": next(iter(files)), "line": next(iter(begins)) if len(begins) == 1 else 0}
 
 
 def listed(stacks: Stacks) -> Boxes:

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import orjson
 import pytest
 
 from storage.profile import Profile
@@ -80,6 +81,38 @@ def test_downloads_have_what_the_graph_shows(client, ending):
     for native in ("0", "1"):
         _, _, body = client.get(f"/api/v1/export/p{ending}", python_native=native, **WINDOW)
         assert (LOOP.encode() in body) == (native == "1")
+
+
+def lines_in(document: dict) -> set[int]:
+    """Return the lines of the boxes of `Shop.price`."""
+    return {frame[4] for frame in document["frames"] if frame[0] == "Shop.price"}
+
+
+def test_boxes_say_where_a_function_begins_or_their_own_line(client):
+    """The graph and its download alike, of one side and of two."""
+    for group, line in (("function", 20), ("line", 27)):
+        for parameters, panel in ((WINDOW, "flamegraph"), (BOTH, "diff")):
+            asked = {"group": group, **parameters}
+            assert lines_in(client.json(panel, **asked)) == {line}
+            _, _, body = client.get("/api/v1/export/p.json", **asked)
+            assert lines_in(orjson.loads(body)) == {line}
+    for parameters in (WINDOW, BOTH):
+        _, _, body = client.get("/api/v1/export/p.folded", group="line", **parameters)
+        assert b";shop.pricing.main:75;shop.pricing.Shop.price:27;" in body
+
+
+def test_a_function_is_found_by_the_name_that_its_box_has(client):
+    """With its module, the whole of it or the last part, and by its own name."""
+    whole = client.json("flamegraph", by="", focus="Shop.key", **WINDOW)["nodes"]["total"]
+    for name in ("shop.pricing.Shop.key", "pricing.Shop.key"):
+        shown = client.json("flamegraph", by="", focus=name, **WINDOW)
+        assert shown["nodes"]["total"] == whole
+        found = client.json("flamegraph", search=name.upper(), **WINDOW)["search"]
+        assert (found["total"], found["functions"]) == (whole[0], 1)
+        table = client.json("top", search=name, **WINDOW)["functions"]
+        assert [row["function"] for row in table] == ["Shop.key"]
+        changes = client.json("diff/top", search=name, **BOTH)["functions"]
+        assert [row["function"] for row in changes] == ["Shop.key"]
 
 
 def test_a_function_whose_loop_took_longer_costs_more(client):

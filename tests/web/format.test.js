@@ -150,6 +150,28 @@ test("a place is a file, with its line if that is known", () => {
   assert.equal(format.place("", 0), "");
 });
 
+test("a Python function has its module in its name, as far as there is room", () => {
+  const frame = { module: "pkg.shop", kind: "python", file: "/srv/pkg/shop.py", line: 7 };
+  const main = { ...frame, function: "main" };
+  const body = { ...frame, function: "<module>" };
+
+  assert.deepEqual(format.namesOf(main), ["pkg.shop.main", "shop.main", "main"]);
+  assert.deepEqual(format.namesOf(main, true), ["pkg.shop.main:7", "shop.main:7", "main:7"]);
+  assert.deepEqual(format.namesOf(body), ["pkg.shop.<module>", "shop.<module>"]);
+  assert.deepEqual(format.namesOf({ ...main, module: "shop" }), ["shop.main", "main"]);
+});
+
+test("all other code has one name, as has a whole module or file", () => {
+  const frame = { function: "f", module: "libc.so.6", kind: "native", file: "f.c", line: 0 };
+  const python = { ...frame, kind: "python" };
+
+  assert.deepEqual(format.namesOf(frame, true), ["f"]);
+  assert.deepEqual(format.namesOf({ ...frame, line: 3 }, true), ["f:3"]);
+  assert.deepEqual(format.namesOf({ ...python, module: "f" }), ["f"]);
+  assert.deepEqual(format.namesOf({ ...python, file: "f" }), ["f"]);
+  assert.deepEqual(format.namesOf({ ...python, module: "[python]" }), ["f"]);
+});
+
 test("a length of time is at most two units", () => {
   assert.equal(format.span(45_000), "45 s");
   assert.equal(format.span(300_000), "5 min");

@@ -65,15 +65,30 @@ def test_a_link_may_ask_for_all_frames(visit: Callable[..., View], service: Serv
 def test_a_box_of_a_python_function_says_its_file_and_line(
     visit: Callable[..., View], service: Service
 ) -> None:
-    """The line if boxes are lines."""
+    """The line on which the function begins, or its own if boxes are lines."""
     view = visit(address(service))
     view.click_box("Shop.price")
-    expect(view.page.locator("#panel")).to_contain_text("/srv/shop/shop.py")
+    expect(view.page.locator("#panel")).to_contain_text("/srv/shop/shop.py:20")
     expect(view.page.locator("#panel")).to_contain_text("shop.pricing")
 
     lines = visit(address(service, "&group=line"))
     lines.click_box("Shop.price")
     expect(lines.page.locator("#panel")).to_contain_text("/srv/shop/shop.py:27")
+
+
+def test_a_python_function_is_spoken_of_with_its_module(
+    visit: Callable[..., View], service: Service
+) -> None:
+    """To screen readers, in buttons and in links: another module may have a function called so."""
+    view = visit(address(service))
+    view.click_box("Shop.price")
+
+    expect(view.page.locator("#graph [aria-live]")).to_contain_text("shop.pricing.Shop.price, ")
+    expect(view.page.locator("#crumbs")).to_contain_text("shop.pricing.<module>")
+    view.button("Focus", "#panel").click()
+    view.settle()
+    assert view.parameters()["focus"] == "shop.pricing.Shop.price"
+    assert view.box("Shop.price").samples == 3 * 76  # in three minutes
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

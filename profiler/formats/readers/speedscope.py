@@ -371,8 +371,9 @@ def _parse_frame(record: Any, where: str) -> Frame:  # parsed JSON may be anythi
     name = _text(_member(record, "name", where), f"{where}.name")
     file = _text(record.get("file") or "", f"{where}.file")
     module = _text(record.get("module") or "", f"{where}.module")
+    function = _text(record.get("function") or "", f"{where}.function")
     return Frame(
-        function=name,
+        function=function or name,
         module=module,
         kind=Kind(kind) if isinstance(kind, str) and kind in set(Kind) else Kind.NATIVE,
         file="" if file == module else file,
