@@ -8,6 +8,8 @@ that has a Python frame
 - the evaluation loop is left out everywhere: a Python function's own byte code is its self time;
 - the interpreter's other functions are left out as far as they called a Python frame. What a Python
   function calls last stays, such as `list_sort` or `PyDict_GetItem`: it says where time goes;
+- so are trampolines: with `-X perf` each Python function is called through code of its own, named
+  as itself in the perf map. In a profile without a Python frame of the function they stand for it;
 - so are the frames by which a thread of the interpreter starts, but for the first one. In a
   program that embeds the interpreter they stay, as do all frames of other files: C extensions.
 
@@ -32,6 +34,7 @@ from storage.hashing import Hashes, mix, process_hasher
 from storage.profile import Indices, Integers
 from storage.stack_tree import ROOT, StackLists, Stacks, StackTree, tree_of_nodes
 from symbolizer.location import Kind
+from symbolizer.runtimes.code_names import PYTHON_MODULE
 
 Roles = npt.NDArray[np.uint8]
 """By location, what it is of a stack: a sum of these."""
@@ -70,11 +73,14 @@ def roles_of(profile: Columns) -> Roles | None:
         return None
     shown = profile.shown_frames()
     # Of inlined calls, what they were inlined into is in the stack.
-    function, module, kind = shown.table[shown.offsets[1:] - 1, :3].T
+    function, module, kind, file = shown.table[shown.offsets[1:] - 1, :4].T
     is_python = _is_text(shown.texts, kind, lambda text: text == Kind.PYTHON.encode())
+    is_trampoline = _is_text(shown.texts, module, lambda text: text == PYTHON_MODULE.encode())
+    functions = function * len(shown.texts) + file
+    is_trampoline &= np.isin(functions, functions[is_python & ~is_trampoline]) & is_python
     is_native = _is_text(shown.texts, kind, lambda text: text == Kind.NATIVE.encode())
     is_loop = _is_text(shown.texts, function, lambda text: bool(_LOOP.fullmatch(text))) & is_native
-    if not is_loop.any():
+    if not is_loop.any() and not is_trampoline.any():
         return None
     files = {text for text in shown.texts.take(np.unique(module[is_loop])) if text}
     is_interpreter = _is_text(shown.texts, module, files.__contains__) & is_native
@@ -82,9 +88,9 @@ def roles_of(profile: Columns) -> Roles | None:
     is_start |= _is_text(shown.texts, module, lambda text: bool(_LIBC.fullmatch(text)))
     roles: Roles = np.zeros(len(function), dtype=np.uint8)
     for role, is_it in (
-        (PYTHON, is_python),
+        (PYTHON, is_python & ~is_trampoline),
         (LOOP, is_loop),
-        (INTERPRETER, is_interpreter),
+        (INTERPRETER, is_interpreter | is_trampoline),
         (START, is_start & is_native),
     ):
         roles[is_it] |= role

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,8 +22,18 @@ from storage.interpreters import (
 )
 from storage.merging import merge_columns
 from storage.stack_tree import StackLists, StackTree, lists_of
-from tests.support.profiles import sample_profile, synthetic
-from tests.support.python_profiles import CALL, LOOP, MAIN, profile_of, shop_profile
+from symbolizer.location import Kind, Location, NamedLocation
+from tests.support.profiles import build, sample_profile, synthetic
+from tests.support.python_profiles import (
+    CALL,
+    LOOP,
+    MAIN,
+    MODULES,
+    locations,
+    names_of,
+    profile_of,
+    shop_profile,
+)
 
 _ROLES = np.array(
     [
@@ -100,7 +111,10 @@ def test_a_folded_tree_is_one_that_files_may_hold(stacks: list[list[int]]) -> No
 
 def _folded(*stacks: Sequence[str]) -> list[list[str]]:
     """Return the names in stacks that were folded."""
-    folded = fold_interpreters(Columns.of(profile_of([(stack, 1) for stack in stacks])))
+    return _names(fold_interpreters(Columns.of(profile_of([(stack, 1) for stack in stacks]))))
+
+
+def _names(folded: Columns) -> list[list[str]]:
     profile = folded.to_profile()
     return [
         [profile.frames(i)[-1].function for i in part.tolist()]
@@ -138,6 +152,64 @@ def test_a_thread_begins_with_one_frame() -> None:
     stack = ("libc.so.6:", "libc.so.6:start_thread", "pythread_wrapper", "thread_run")
 
     assert _folded((*stack, LOOP, "py:run")) == [["[libc.so.6]", "run"]]
+
+
+TRAMPOLINES = {
+    each: NamedLocation(each, "[python]", Kind.PYTHON, "/srv/shop/shop.py", 0, 0)
+    for each in ("<module>", "main", "Shop.price")
+}
+
+
+def _with_trampolines(*stack: str) -> list[Location]:
+    """Return the locations of a stack, in which `-X:main` is the trampoline of `main`."""
+    return [
+        TRAMPOLINES[name.removeprefix("-X:")] if name.startswith("-X:") else locations(name)[0]
+        for name in stack
+    ]
+
+
+@pytest.mark.parametrize("is_tree", [False, True])
+def test_trampolines_are_left_out_where_their_python_frames_are(is_tree: bool) -> None:
+    """They are of the stacks of `python -X perf`, two frames of one name for each function."""
+    module = (*MAIN, "-X:<module>", LOOP, "py:<module>")
+    main = (*module, "-X:main", LOOP, "py:main")
+    stacks = [
+        (*main, "-X:Shop.price"),  # its frame is not there yet, nor in any other stack
+        (*main, "PyDict_GetItem"),
+        (*module, "-X:main"),
+        (*MAIN, "-X:<module>", LOOP),
+    ]
+    rows = [({}, _with_trampolines(*stack), 1) for stack in stacks]
+    profile = Columns.of(build(rows, dict(names_of(_without_trampolines(stacks))), MODULES))
+    if is_tree:
+        tree = StackTree.of(lists_of(profile.stacks))
+        assert tree is not None
+        profile = replace(profile, stacks=tree)
+
+    assert _names(fold_interpreters(profile)) == [
+        ["_start", "<module>", "main", "Shop.price"],
+        ["_start", "<module>", "main", "PyDict_GetItem"],
+        ["_start", "<module>", "main"],
+        [*map(_named, MAIN), "<module>", LOOP],
+    ]
+
+
+def _without_trampolines(stacks: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[name for name in stack if not name.startswith("-X:")] for stack in stacks]
+
+
+def _named(name: str) -> str:
+    file, colon, function = name.rpartition(":")
+    return function or f"[{file}]" if colon else name
+
+
+def test_trampolines_alone_are_the_python_frames_of_a_stack() -> None:
+    """As where the interpreter is not one whose frames can be read."""
+    stack = (*MAIN, "-X:<module>", LOOP, *CALL, "-X:main", LOOP, "PyDict_GetItem")
+    names = dict(names_of(_without_trampolines([stack])))
+    profile = Columns.of(build([({}, _with_trampolines(*stack), 1)], names, MODULES))
+
+    assert _names(fold_interpreters(profile)) == [["_start", "<module>", "main", "PyDict_GetItem"]]
 
 
 def test_a_program_that_embeds_the_interpreter_keeps_its_frames() -> None:
