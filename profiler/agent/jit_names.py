@@ -43,7 +43,7 @@ _MAX_PROCESSES = 1024
 _MAX_RANGES, _MAX_RANGES_OF_PROCESS = 16_384, 4096
 """Some 400 bytes each. Beyond it those of the processes that were sampled longest ago go."""
 _MAX_DUMPS = 4
-_DUMP = re.compile(rb".*/jit-\d+\.dump( \(deleted\))?", re.DOTALL)
+_DUMP = re.compile(rb".*/jit-(\d+-)?\d+\.dump( \(deleted\))?", re.DOTALL)
 _KINDS = ("perf_map", "jitdump")
 _REFUSED = {Outcome.OTHER_OWNER, Outcome.NOT_REGULAR, Outcome.OUTDATED, Outcome.NOT_PERMITTED}
 _FAILURES = {

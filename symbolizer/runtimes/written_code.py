@@ -3,7 +3,7 @@
 This opens files of others, so a reader child does it. A file counts if it is a regular one, of the
 process's user or of root, and was written since the process began what it runs: maps outlive their
 processes, and pids are used again. A perf map is where the process sees /tmp and by the pid that it
-sees itself, a jitdump is one that it has mapped.
+sees itself, a jitdump (`jit-PID.dump`) is one that it has mapped.
 
 What was read is kept, and read on from where it was left. A file that was written anew, under the
 same name or in place, is read from its beginning.
@@ -11,6 +11,7 @@ same name or in place, is read from its beginning.
 
 import contextlib
 import os
+import re
 import stat
 import time
 import zlib
@@ -297,8 +298,11 @@ def _open_map(files: ProcessFiles, process: _Process) -> Iterator[OpenedFile]:
 def _open_dumps(
     files: ProcessFiles, process: _Process, dumps: Sequence[Mapping[str, Any]]
 ) -> Iterator[OpenedFile]:
-    """Open the process's own jitdump: a fork has its parent's mapped as well."""
-    name = b"/jit-%d.dump" % process.own_pid
+    """Open the process's own jitdump: a fork has its parent's mapped as well.
+
+    JavaScriptCore writes the number of a thread before that of the process.
+    """
+    name = re.compile(rb".*/jit-(\d+-)?%d\.dump" % process.own_pid, re.DOTALL)
     for dump in dumps:
         mapping = maps.Mapping(
             start=dump["start"],
@@ -308,7 +312,7 @@ def _open_dumps(
             device=(dump["device"][0], dump["device"][1]),
             inode=dump["inode"],
         )
-        if not mapping.file_path.endswith(name):
+        if not name.fullmatch(mapping.file_path):
             continue
         for opened in files.candidates_inside(mapping):
             status = os.fstat(opened.fd)

@@ -105,6 +105,22 @@ def test_a_jitdump_with_another_s_pid_in_its_name_does_not_count(jit: Path, tmp_
         assert WrittenCode().read(asked)["jitdump"] == Outcome.NO_FILE
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("jit-4711-{}.dump", "read"), ("jit-{}-4711.dump", "no_file"), ("jit-1{}.dump", "no_file")],
+)
+def test_a_jitdump_may_have_a_thread_s_number_before_its_process_s(
+    tmp_path: Path, name: str, expected: str
+):
+    """JavaScriptCore names it so."""
+    with sleeping() as pid:
+        path = tmp_path / name.format(pid)
+        path.write_bytes(dump_header() + dump_load(0x7F00, 16, b"f"))
+
+        asked = question(pid, [0x7F00], [mapping_of_file(path)])
+        assert WrittenCode().read(asked)["jitdump"] == expected
+
+
 def test_a_jitdump_that_is_not_mapped_does_not_count(tmp_path: Path):
     """Its path alone proves nothing: what is there now may be another file."""
     with sleeping() as pid:
