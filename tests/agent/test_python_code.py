@@ -1,19 +1,16 @@
 """Python functions of real programs that make it hard: names, lines, and what they cost."""
 
-import contextlib
 import ctypes
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from types import CodeType
 
 import pytest
 
 from bpf.interpreters import CodeContent
-from bpf.sampler import SamplerConfig
 from bpf.samples import ProcessGeneration, PythonFrame
 from profiler.agent.python_code import UNKNOWN, Interpreter, PythonCode
 from profiler.agent.recorder import Recorder
@@ -21,6 +18,7 @@ from storage.profile import Profile
 from symbolizer.location import Kind, NamedLocation
 from symbolizer.runtimes.cpython import Image, Layout
 from tests.support.python_images import known_image_of
+from tests.support.python_recordings import recording
 from tests.support.pythons import need_python
 from tests.support.targets import running
 
@@ -37,11 +35,11 @@ while True:
 LOOP = "    while clock() < end: pass"
 
 
-@contextlib.contextmanager
-def recording(pid: int, folder: Path) -> Iterator[Recorder]:
-    with Recorder(SamplerConfig(499, pids=frozenset({pid})), folder / "cache") as recorder:
-        recorder.start()
-        yield recorder
+@pytest.fixture(scope="module")
+def recorder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorder]:
+    """A recorder that samples the processes it is told of: to start one takes seconds of CPU."""
+    with recording(tmp_path_factory.mktemp("cache")) as recorded:
+        yield recorded.recorder
 
 
 def leaves_of(profile: Profile) -> Counter[tuple[str, int]]:
@@ -72,13 +70,15 @@ def record_leaves(recorder: Recorder, least: int) -> Counter[tuple[str, int]]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("version", [(3, 8), (3, 11), (3, 12)], ids=str)
 def test_functions_that_follow_each_other_in_the_same_memory_are_told_apart(
-    tmp_path: Path, version: tuple[int, int]
+    recorder: Recorder, version: tuple[int, int]
 ):
     """The allocator hands out the same memory for each: the object, its name, its line table."""
     leaves = [("same", 2), ("same", 9), ("aaaaaaaa", 2), ("bbbbbbbb", 2)]
     sources = [f"def {name}(clock, end):\n" + "\n" * (line - 2) + LOOP for name, line in leaves]
     command = need_python(version).command("-c", GENERATED, *sources)
-    with running(*command) as process, recording(process.pid, tmp_path) as recorder:
+    recorder.close_window()
+    with running(*command) as process:
+        recorder.sampler.select([process.pid])
         found = record_leaves(recorder, 400)
 
     for leaf in leaves:
