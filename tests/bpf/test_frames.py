@@ -197,3 +197,12 @@ def test_a_later_walk_of_the_same_tick_keeps_the_interpreters_frames():
 def test_the_leaf_has_no_tag():
     assert leaf_address(words(*loop(7), START)).tolist() == [LOOP]
     assert leaf_address(words()).tolist() == []
+
+
+def test_loops_of_an_interpreter_that_is_not_known_yet_are_counted():
+    stack = words(EXTENSION, START, *loop(100), START)
+
+    frames, chain = split_frames(stack)
+
+    assert frames == [EXTENSION, START, LOOP, START]
+    assert chain == Chain(0, ChainEnd.UNKNOWN_INTERPRETER)
