@@ -40,6 +40,19 @@ while True:
     Box().method()
 """
 
+PHP = r"""<?php
+namespace App;
+function leaf($n) { for ($t = $i = 0; $i < $n; $i++) $t = ($t * 31 + $i) & 0xffffff; return $t; }
+while (true) leaf(10000);
+"""
+ERLANG = """
+-module(spin).
+-export([loop/0]).
+leaf(0, T) -> T;
+leaf(N, T) -> leaf(N - 1, (T * 31 + N) band 16#ffffff).
+loop() -> _ = leaf(10000, 0), loop().
+"""
+
 Stack = tuple[Frame, ...]
 
 
@@ -236,5 +249,42 @@ def test_java_is_named_by_the_map_that_jcmd_has_it_write(recorder: Recorder, tmp
         finally:
             map_of(process.pid).unlink(missing_ok=True)
 
-    leaf = next(frame for frame in stack if "Spin.leaf" in frame.function)
-    assert leaf.kind is Kind.JIT
+    assert frame_of(stack, "Spin.leaf(int)").kind is Kind.JIT
+
+
+def php_command(folder: Path) -> list[str | Path]:
+    (folder / "spin.php").write_text(PHP)
+    # A script that was just written is not compiled by default.
+    options = ["file_update_protection=0", "enable_cli=1"]
+    options += ["jit_buffer_size=16M", "jit=function", "jit_debug=16"]
+    return [
+        *("php", "-n", "-d", "zend_extension=opcache"),
+        *(word for option in options for word in ("-d", f"opcache.{option}")),
+        folder / "spin.php",
+    ]
+
+
+def erlang_command(folder: Path) -> list[str | Path]:
+    (folder / "spin.erl").write_text(ERLANG)
+    start = f'c:c("{folder}/spin", [{{outdir, "{folder}"}}]), spin:loop().'
+    return ["erl", "+JPperf", "map", "-noshell", "-pa", folder, "-eval", start]
+
+
+@pytest.mark.parametrize(
+    ("command_in", "functions"),
+    [(php_command, ["zend_execute", "App\\leaf"]), (erlang_command, ["spin:leaf/2"])],
+)
+def test_other_runtimes_are_named_by_their_perf_maps(
+    tmp_path: Path, command_in: Callable[[Path], list[str | Path]], functions: list[str]
+):
+    command = command_in(tmp_path)
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is missing (install php-cli, erlang-base)")
+    with running(*command, cwd=tmp_path, stdin=subprocess.DEVNULL) as process:
+        try:
+            with recording(process.pid, tmp_path) as recorder:
+                stack = record_until(recorder, has(*functions))
+        finally:
+            map_of(process.pid).unlink(missing_ok=True)
+
+    assert frame_of(stack, functions[-1]).kind is Kind.JIT
