@@ -60,6 +60,7 @@ _DOTNET_TIER = re.compile(r"\[[\w-]+\]")
 _DOTNET_STUB = re.compile(r"stub<\d+> (?P<function>\w+)<\w*>")
 _MONO = re.compile(r"(?P<type>[^ :()]+):(?P<method>[^ :()]+) \((?P<types>[^()]*)\)")
 _ERLANG = re.compile(r"\$?(?P<module>[a-z]\w*|'[^']+'):(?P<function>.+/\d+)(?:-CodeInfoPrologue)?")
+_ERLANG_OWN = re.compile(r"\$(?P<function>[a-z]\w*::\w+)")
 _ELIXIR = "Elixir."
 _PHP = re.compile(rf"(?:JIT|TRACE-\d+)\$(?P<function>[^$].*?)(?:\$(?P<line>{_LINE}))?")
 _LUA = re.compile(rf"TRACE_\d+::(?P<file>.+):(?P<line>{_LINE})")
@@ -177,6 +178,8 @@ def _spaced(types: str) -> str:
 
 
 def _split_erlang(text: str) -> CodeName | None:
+    if own := _ERLANG_OWN.fullmatch(text):
+        return CodeName(own["function"])
     found = _ERLANG.fullmatch(text)
     if found is None:
         return None

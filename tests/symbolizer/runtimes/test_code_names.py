@@ -103,7 +103,7 @@ from symbolizer.runtimes.code_names import CodeName, location_of, split_name
         (b"hot:leaf/2", CodeName("hot:leaf/2")),
         (b"erts_beamasm:normal_exit/0-CodeInfoPrologue", CodeName("erts_beamasm:normal_exit/0")),
         (b"'Elixir.App.Box':size/1", CodeName("App.Box.size/1")),
-        (b"$global::dispatch_nif", CodeName("$global::dispatch_nif")),
+        (b"$global::dispatch_nif", CodeName("global::dispatch_nif")),
         # PHP 8.4 opcache.jit_debug=16
         (b"JIT$App\\Box::size", CodeName("App\\Box::size")),
         (b"JIT$/srv/app.php", CodeName("{main}", "/srv/app.php")),
