@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pytest
 
@@ -24,7 +23,7 @@ from storage.profile import Profile, ProfileError, Window
 from storage.stack_tree import StackLists, StackTree
 from tests.support import profiles as some
 from tests.support.blocks import HASHER, files_of, stored
-from tests.support.compaction import DAY_START_S, HOUR_S, NS
+from tests.support.compaction import DAY_START_S, HOUR_S, NS, duckdb_connection
 
 FEW = 100
 """Stacks that are not folded, in these tests."""
@@ -91,7 +90,7 @@ def rows_of(files: list[LocalFile], table: str, query: str) -> list[tuple]:
     scanned = f"read_parquet({paths}, file_row_number = true)"
     if table == "samples_1h":
         scanned = scan_of(chosen)
-    with duckdb.connect(config={"threads": 1}) as connection:
+    with duckdb_connection() as connection:
         return connection.execute(query.replace("files", scanned)).fetchall()
 
 
@@ -171,7 +170,7 @@ def check_day(files: list[LocalFile], hours: list[list[LocalFile]]) -> Counter:
 def test_days_that_are_renewed_keep_99_of_100_samples_and_all_sums(tmp_path):
     """Hour by hour or at once; each hour folds other stacks, and the day has fewer for that."""
     stacks = stacks_of(1)
-    hours = [write_hour(hour, stacks, tmp_path) for hour in range(5)]
+    hours = [write_hour(hour, stacks, tmp_path) for hour in range(3)]
     assert all(REST in {s[-1] for s in lists_of(hour).values() if s} for hour in hours)
     of_hours = {
         number
@@ -275,7 +274,7 @@ def test_a_tree_that_is_damaged_is_refused(tmp_path):
     }
     for what, columns in changes.items():
         changed = tmp_path / "changed.parquet"
-        with duckdb.connect() as connection:
+        with duckdb_connection() as connection:
             connection.execute(
                 f"COPY (SELECT {columns} FROM '{file.path}') TO '{changed}' (FORMAT parquet,"
                 f" KV_METADATA {{'everflame.schema': '{SCHEMA}',"

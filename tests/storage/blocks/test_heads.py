@@ -4,7 +4,6 @@ import dataclasses
 import random
 from collections import Counter, defaultdict
 
-import duckdb
 import pytest
 
 from storage.blocks.block import ROLLUP_LABELS
@@ -14,7 +13,7 @@ from storage.blocks.schema import HEADS_10M
 from storage.profile import Accounting, Host, ProfileError, Window, make_labels
 from tests.support import profiles as some
 from tests.support.blocks import HASHER, files_of, stored, write
-from tests.support.compaction import DAY_START_S, NS
+from tests.support.compaction import DAY_START_S, NS, duckdb_connection
 
 START_S = DAY_START_S + 9 * 3600
 LABELS = (
@@ -76,7 +75,7 @@ def expected_of(objects):
 
 def found_in(files):
     """Return the same of the files, by plain SQL."""
-    connection = duckdb.connect(config={"threads": 1})
+    connection = duckdb_connection()
     rows = {
         each.table: connection.execute(f"SELECT * FROM read_parquet('{each.path}')").fetchall()
         for each in files
