@@ -343,7 +343,7 @@ def test_damaged_bytes_raise_only_unreadable_elf(program, tmp_path):
     outcomes = []
 
     tracemalloc.start()
-    for _ in range(800):
+    for _ in range(300):
         damaged = bytearray(whole)
         for _ in range(chance.choice((1, 1, 4, 40))):
             place = (
