@@ -249,21 +249,20 @@ def test_hosts_and_labels_are_added_up_and_weighed_by_time(program):
     assert scaled == (60, 6 * some.PERIOD_NS)
 
 
-def test_go_tool_pprof_reads_it(program, tmp_path):
+def test_go_tool_pprof_reads_it(program, go, tmp_path):
     """Types, period, functions with their first lines, the program and its build id."""
     caller, leaf = program.place("main.total"), program.place("main.(*mixing).score")
     (tmp_path / "default.pgo").write_bytes(
         go_pgo.encode(profile_of(([caller, leaf], 9), programs=[program])).content
     )
 
-    child = subprocess.run(["go", "tool", "pprof", "-raw", tmp_path / "default.pgo"],
-                           capture_output=True, text=True, check=True, timeout=110)  # fmt: skip
+    raw = go("tool", "pprof", "-raw", tmp_path / "default.pgo")
 
-    assert "PeriodType: cpu nanoseconds" in child.stdout
-    assert "samples/count cpu/nanoseconds" in child.stdout
-    assert f"main.total {MAIN}" in child.stdout
-    assert program.module.build_id in child.stdout
-    assert re.search(rf"\b9 +{9 * some.PERIOD_NS}: 2 1\b", child.stdout)
+    assert "PeriodType: cpu nanoseconds" in raw
+    assert "samples/count cpu/nanoseconds" in raw
+    assert f"main.total {MAIN}" in raw
+    assert program.module.build_id in raw
+    assert re.search(rf"\b9 +{9 * some.PERIOD_NS}: 2 1\b", raw)
 
 
 @pytest.fixture
