@@ -140,22 +140,34 @@ def check_against_clocks(profile: Profile, hz: int) -> None:
     assert counts.mismatch == 0
 
 
+@pytest.fixture(scope="module")
+def started(tmp_path_factory) -> Iterator[Recorder]:
+    with Recorder(SamplerConfig(frequency_hz=499), tmp_path_factory.mktemp("cache")) as recorder:
+        recorder.start()
+        yield recorder
+
+
+@pytest.fixture
+def recorder(started) -> Recorder:
+    """A recorder of all processes, whose window has just begun."""
+    started.close_window()
+    return started
+
+
 @pytest.mark.kernel
 @pytest.mark.alone
-def test_a_window_that_is_closed_late_ends_at_its_edge(tmp_path):
+def test_a_window_that_is_closed_late_ends_at_its_edge(recorder):
     """Its ticks as well: those after the edge belong to the next one."""
-    with Recorder(SamplerConfig(frequency_hz=499), tmp_path) as recorder:
-        recorder.start()
-        edge = edge_at(1)
-        recorder.split_at(edge)
-        spin(0.5)
-        recorder.step()
-        spin(1.2)
-        recorder.drain()
-        recorder.drain()
-        first = recorder.cut_window(edge)
-        spin(0.3)
-        second = recorder.close_window()
+    edge = edge_at(1)
+    recorder.split_at(edge)
+    spin(0.5)
+    recorder.step()
+    spin(1.2)
+    recorder.drain()
+    recorder.drain()
+    first = recorder.cut_window(edge)
+    spin(0.3)
+    second = recorder.close_window()
 
     assert first.window.end_ns == second.window.start_ns == edge.utc_ns
     assert first.accounting.profiled_ns > 0.95 * SECOND
@@ -167,14 +179,12 @@ def test_a_window_that_is_closed_late_ends_at_its_edge(tmp_path):
 
 @pytest.mark.kernel
 @pytest.mark.alone
-def test_a_window_that_ends_elsewhere_keeps_what_came_after_the_edge(tmp_path):
+def test_a_window_that_ends_elsewhere_keeps_what_came_after_the_edge(recorder):
     """As when it turns out that somebody has set the clock."""
-    with Recorder(SamplerConfig(frequency_hz=499), tmp_path) as recorder:
-        recorder.start()
-        recorder.split_at(edge_at(0.3))
-        spin(0.6)
-        recorder.drain()
-        whole = recorder.cut_window()
+    recorder.split_at(edge_at(0.3))
+    spin(0.6)
+    recorder.drain()
+    whole = recorder.cut_window()
 
     assert whole.accounting.profiled_ns > 0.55 * SECOND
     check_against_clocks(whole, 499)

@@ -68,6 +68,21 @@ def loaded() -> Iterator[Sampler]:
         yield sampler
 
 
+@pytest.fixture(scope="module")
+def loaded_for_all() -> Iterator[Sampler]:
+    with Sampler(SamplerConfig(frequency_hz=999, copied_bytes_per_s=16 << 20)) as sampler:
+        yield sampler
+
+
+@pytest.fixture
+def sampler_of_all(loaded_for_all: Sampler) -> Iterator[Sampler]:
+    """A sampler that copies the stacks of all processes, and ticks."""
+    loaded_for_all.start()
+    yield loaded_for_all
+    loaded_for_all.stop()
+    loaded_for_all.drain()
+
+
 def mismatch(drain: Drain) -> int:
     ended = sum(sample.samples for sample in drain.samples) + len(drain.copies)
     return drain.ticks - ended - drain.idle - drain.filtered - sum(drain.lost.values())
@@ -181,21 +196,19 @@ def test_beyond_the_budget_a_tick_is_counted_as_it_was_walked(program):
     assert 0 < sum(len(drain.copies) for drain in drains) < 0.2 * walked
 
 
-def test_every_tick_is_stored_or_copied_while_many_processes_come_and_go(program):
+def test_every_tick_is_stored_or_copied_while_many_processes_come_and_go(program, sampler_of_all):
     """Law 1 with copies, also of those that are written while the ring is read."""
-    config = SamplerConfig(frequency_hz=999, copied_bytes_per_s=16 << 20)
     loop = ["sh", "-c", "while :; do /bin/true; done"]
-    with Sampler(config) as sampler, running(*loop), running(program, "down", "2000"):
-        sampler.start()
+    with running(*loop), running(program, "down", "2000"):
         drains = []
 
         def are_enough() -> bool:
-            drains.append(sampler.drain())
+            drains.append(sampler_of_all.drain())
             return sum(len(drain.copies) for drain in drains) > 500
 
         wait_for(are_enough)
-        sampler.stop()
-        drains.append(sampler.drain())
+        sampler_of_all.stop()
+        drains.append(sampler_of_all.drain())
 
     copies = [copy for drain in drains for copy in drain.copies]
     moments = [(copy.walked.tid, copy.walked.first_ns) for copy in copies]
@@ -224,16 +237,14 @@ def test_a_drain_that_fails_loses_its_copies_and_no_later_ones(loaded, monkeypat
     assert sum(drain.lost.get("fault", 0) for drain in drains) > 0
 
 
-def test_a_program_that_has_ended_or_is_being_loaded_has_no_user_stack():
+def test_a_program_that_has_ended_or_is_being_loaded_has_no_user_stack(sampler_of_all):
     """Its memory is gone: what the kernel does there is all there is, and nothing is copied."""
-    config = SamplerConfig(frequency_hz=999, copied_bytes_per_s=16 << 20)
     loop = ["sh", "-c", "while :; do /bin/true; done"]
     found, copied = [], []
-    with Sampler(config) as sampler, running(*loop):
-        sampler.start()
+    with running(*loop):
 
         def are_seen() -> bool:
-            drain = sampler.drain()
+            drain = sampler_of_all.drain()
             assert mismatch(drain) == 0
             copied.extend(drain.copies)
             ended = StopReason.NO_PROGRAM.label
@@ -251,18 +262,14 @@ def test_a_program_that_has_ended_or_is_being_loaded_has_no_user_stack():
     assert sum(loads) < len(found) / 3  # before the old program goes, and after its end
 
 
-def test_a_program_that_has_not_begun_is_at_its_first_instruction():
+def test_a_program_that_has_not_begun_is_at_its_first_instruction(sampler_of_all):
     """The kernel returns there from execve, but no call precedes it."""
     entry = int.from_bytes(Path("/lib64/ld-linux-x86-64.so.2").read_bytes()[24:32], "little")
     begun: list[CopiedStack] = []
-    with (
-        Sampler(SamplerConfig(frequency_hz=999, copied_bytes_per_s=16 << 20)) as sampler,
-        running("sh", "-c", "while :; do /bin/true; done"),
-    ):
-        sampler.start()
+    with running("sh", "-c", "while :; do /bin/true; done"):
 
         def are_seen() -> bool:
-            copies = sampler.drain().copies
+            copies = sampler_of_all.drain().copies
             begun.extend(
                 copy
                 for copy in copies
