@@ -54,6 +54,20 @@ def sampler_of(loaded: Sampler) -> Iterator[Callable[[subprocess.Popen[bytes]], 
     loaded.drain()
 
 
+@pytest.fixture(scope="module")
+def loaded_for_all() -> Iterator[Sampler]:
+    """Programs that are loaded once, for tests that look at all processes."""
+    with Sampler(SamplerConfig(frequency_hz=999)) as sampler:
+        yield sampler
+
+
+@pytest.fixture
+def sampler_of_all(loaded_for_all: Sampler) -> Iterator[Sampler]:
+    yield loaded_for_all
+    loaded_for_all.stop()
+    loaded_for_all.drain()
+
+
 @pytest.fixture
 def busy(split: Path) -> Iterator[subprocess.Popen[bytes]]:
     with spinning(split, "60") as process:
@@ -73,19 +87,28 @@ def mismatch(drain: Drain) -> int:
     return drain.ticks - stored - drain.idle - drain.filtered - sum(drain.lost.values())
 
 
-def test_every_tick_is_stored_idle_filtered_or_lost(busy) -> None:
+def test_every_tick_is_stored_idle_filtered_or_lost(busy, sampler_of_all) -> None:
     """Law 1, over many drains while the machine works."""
-    with Sampler(SamplerConfig(frequency_hz=999)) as sampler:
-        sampler.start()
-        drains = []
-        for _ in range(20):
-            time.sleep(0.05)
-            drains.append(sampler.drain())
-        sampler.stop()
-        drains.append(sampler.drain())
+    sampler_of_all.start()
+    drains = []
+    for _ in range(20):
+        time.sleep(0.05)
+        drains.append(sampler_of_all.drain())
+    sampler_of_all.stop()
+    drains.append(sampler_of_all.drain())
 
     assert sum(drain.ticks for drain in drains) > 500
     assert [mismatch(drain) for drain in drains] == [0] * 21
+
+
+SHORT_LIVES = """
+import os, sys, time
+for _ in range(int(sys.argv[1])):
+    if not (pid := os.fork()):
+        while time.thread_time() < 0.003: pass
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
 
 
 def test_a_full_map_is_counted_as_lost(busy) -> None:
@@ -93,10 +116,9 @@ def test_a_full_map_is_counted_as_lost(busy) -> None:
     config = SamplerConfig(frequency_hz=999, drain_period_s=0.001)  # the smallest maps
     with Sampler(config) as sampler:
         sampler.start()
-        processes, drains = 50, []
-        while not any(drain.lost for drain in drains) and processes < 1000:
-            for _ in range(processes):
-                subprocess.run([sys.executable, "-c", "sum(range(10**5))"], check=True)
+        processes, drains = 400, []
+        while not any(drain.lost for drain in drains) and processes < 8000:
+            subprocess.run([sys.executable, "-c", SHORT_LIVES, str(processes)], check=True)
             drains.append(sampler.drain())
             processes *= 2
 
@@ -273,18 +295,17 @@ def test_smaller_programs_are_tried_where_the_verifier_refuses(tmp_path) -> None
             assert {each.stop for each in stacks} == {StopReason.TRUNCATED.label}
 
 
-def test_kernel_threads_have_no_user_stack(tmp_path) -> None:
+def test_kernel_threads_have_no_user_stack(sampler_of_all, tmp_path) -> None:
     """Writing back a file makes kernel threads work; none of them gets a user word."""
-    with Sampler(SamplerConfig(frequency_hz=999)) as sampler:
-        sampler.start()
-        deadline = time.monotonic() + 20
-        found = []
-        while not found and time.monotonic() < deadline:
-            (tmp_path / "file").write_bytes(os.urandom(1 << 24))
-            os.sync()
-            drain = sampler.drain()
-            kernel = StopReason.KERNEL_THREAD.label
-            found = [sample for sample in drain.samples if sample.stop == kernel]
+    sampler_of_all.start()
+    deadline = time.monotonic() + 20
+    found = []
+    while not found and time.monotonic() < deadline:
+        (tmp_path / "file").write_bytes(os.urandom(1 << 24))
+        os.sync()
+        drain = sampler_of_all.drain()
+        kernel = StopReason.KERNEL_THREAD.label
+        found = [sample for sample in drain.samples if sample.stop == kernel]
 
     assert found
     assert all(len(sample.user) == 0 and len(sample.kernel) > 0 for sample in found)
