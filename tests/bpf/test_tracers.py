@@ -92,6 +92,21 @@ def test_skipped_ticks_are_counted_exactly(calling: subprocess.Popen[bytes]) -> 
     assert all("other_tracer" not in each.lost for each in after)
 
 
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[Sampler]:
+    with Sampler(SamplerConfig(frequency_hz=999)) as sampler:
+        yield sampler
+
+
+@pytest.fixture
+def sampler(loaded: Sampler) -> Iterator[Sampler]:
+    """A sampler of all processes that ticks."""
+    loaded.start()
+    yield loaded
+    loaded.stop()
+    loaded.drain()
+
+
 def spin(seconds: float) -> None:
     begun = os.times().user
     while os.times().user < begun + seconds:
@@ -116,17 +131,15 @@ def test_another_profilers_ticks_are_not_ours() -> None:
 
 @pytest.mark.kernel
 @pytest.mark.alone
-def test_ticks_that_draining_costs_are_no_other_tracers() -> None:
+def test_ticks_that_draining_costs_are_no_other_tracers(sampler: Sampler) -> None:
     """The kernel runs no program on a CPU on which maps are read."""
     lost: Counter[str] = Counter()
-    with Sampler(SamplerConfig(frequency_hz=999)) as sampler:
-        sampler.start()
-        until_s = time.monotonic() + 30
-        while lost["draining"] < 5 and time.monotonic() < until_s:
-            drain = sampler.drain()
-            lost.update(drain.lost)
-            stored = sum(sample.samples for sample in drain.samples)
-            assert drain.ticks == stored + drain.idle + drain.filtered + sum(drain.lost.values())
+    until_s = time.monotonic() + 30
+    while lost["draining"] < 5 and time.monotonic() < until_s:
+        drain = sampler.drain()
+        lost.update(drain.lost)
+        stored = sum(sample.samples for sample in drain.samples)
+        assert drain.ticks == stored + drain.idle + drain.filtered + sum(drain.lost.values())
 
     assert lost["draining"] > 0
     assert lost["other_tracer"] <= lost["draining"]
@@ -146,11 +159,9 @@ def test_programs_of_tracepoints_are_suspects() -> None:
 
 @pytest.mark.kernel
 @pytest.mark.alone
-def test_timers_of_idle_cpus_are_no_lost_ticks() -> None:
+def test_timers_of_idle_cpus_are_no_lost_ticks(sampler: Sampler) -> None:
     """The timer of an idle CPU may expire without a tick."""
-    with Sampler(SamplerConfig(frequency_hz=999)) as sampler:
-        sampler.start()
-        time.sleep(1)
-        drain = sampler.drain()
+    time.sleep(1)
+    drain = sampler.drain()
 
     assert sum(drain.lost.values()) < 50
