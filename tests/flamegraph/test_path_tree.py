@@ -122,7 +122,7 @@ def assert_same_answers(lists: Paths, tree: Paths, text: str, screen: Screen | N
         assert nodes[0] == nodes[1]
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(profiles, asked, words, screens, st.data())
 def test_a_tree_answers_as_lists_do(profile, view, text, screen, data):
     """Drawn whole and cut, searched, added up, zoomed, in any view, of all rows and of some."""
