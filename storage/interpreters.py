@@ -8,8 +8,9 @@ that has a Python frame
 - the evaluation loop is left out everywhere: a Python function's own byte code is its self time;
 - the interpreter's other functions are left out as far as they called a Python frame. What a Python
   function calls last stays, such as `list_sort` or `PyDict_GetItem`: it says where time goes;
-- so are trampolines: with `-X perf` each Python function is called through code of its own, named
-  as itself in the perf map. In a profile without a Python frame of the function they stand for it;
+- trampolines are left out as the loop is: with `-X perf` each Python function is called through
+  code of its own, which the perf map names as the function. In a profile without a Python frame of
+  that function they stand for it;
 - so are the frames by which a thread of the interpreter starts, but for the first one. In a
   program that embeds the interpreter they stay, as do all frames of other files: C extensions.
 
@@ -89,7 +90,7 @@ def roles_of(profile: Columns) -> Roles | None:
     roles: Roles = np.zeros(len(function), dtype=np.uint8)
     for role, is_it in (
         (PYTHON, is_python & ~is_trampoline),
-        (LOOP, is_loop),
+        (LOOP, is_loop | is_trampoline),
         (INTERPRETER, is_interpreter | is_trampoline),
         (START, is_start & is_native),
     ):

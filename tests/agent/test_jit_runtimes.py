@@ -12,6 +12,8 @@ import pytest
 
 from bpf.sampler import SamplerConfig
 from profiler.agent.recorder import Recorder
+from profiler.flamegraph.views import View
+from storage.columns import Columns
 from storage.profile import Profile
 from symbolizer.location import Frame, Kind
 from tests.support.jit_programs import jit_program, map_of
@@ -72,23 +74,21 @@ def recorder(shared: Recorder) -> Recorder:
     return shared
 
 
-def stacks_of(profile: Profile, pid: int) -> Iterator[Stack]:
-    """Return the user's part of what is drawn of a process: all stacks, root first."""
-    for stack, _ in frames_of([profile], pid):
-        yield tuple(frame for frame in stack if frame.kind is not Kind.KERNEL)
+def record_until(recorder: Recorder, is_seen: Callable[[Stack], bool]) -> Stack:
+    """Close one window after another until one has such a stack; return that."""
+    return next(filter(is_seen, stacks_of(window_with(recorder, is_seen))))
 
 
-def record_until(recorder: Recorder, pid: int, is_seen: Callable[[Stack], bool]) -> Stack:
-    """Sample a process, window after window, until one has such a stack; return that."""
-    recorder.sampler.select([pid])
+def window_with(recorder: Recorder, is_seen: Callable[[Stack], bool]) -> Profile:
+    """Close one window after another until one has such a stack; return the window."""
     until_s = time.monotonic() + 90
     while time.monotonic() < until_s:
         for _ in range(3):
             time.sleep(0.5)  # ticks are what is waited for
             recorder.step()
-        stack = next(filter(is_seen, stacks_of(recorder.close_window(), pid)), None)
-        if stack is not None:
-            return stack
+        profile = recorder.close_window()
+        if any(map(is_seen, stacks_of(profile))):
+            return profile
     pytest.fail(f"no such stack; {recorder.jit.status()}")
 
 
@@ -230,7 +230,38 @@ def test_python_is_named_by_its_perf_map(recorder: Recorder, tmp_path: Path):
     assert frame_of(stack, "leaf") == Frame("leaf", "[python]", Kind.PYTHON, str(script))
 
 
-def test_java_is_named_by_the_map_that_jcmd_has_it_write(recorder: Recorder, tmp_path: Path):
+def test_trampolines_of_python_are_shown_where_they_are_asked_for(tmp_path: Path):
+    """The function that each calls stands beside it, with its module and its line."""
+    pythons = perf_pythons()
+    if not pythons:
+        pytest.skip("no Python 3.12 or later with perf trampolines (install python3.12)")
+    script = tmp_path / "spin.py"
+    script.write_text(PYTHON)
+
+    def modules_of_leaf(stack: Stack) -> list[str]:
+        return [frame.module for frame in stack if frame.function == "leaf"]
+
+    with running(pythons[0], "-X", "perf", script) as process:
+        try:
+            with recording(process.pid, tmp_path) as recorder:
+                window = window_with(
+                    recorder, lambda stack: modules_of_leaf(stack) == ["[python]", "spin"]
+                )
+        finally:
+            map_of(process.pid).unlink(missing_ok=True)
+
+    profile = Columns.of(window)
+    shown = list(stacks_of(View().folded(profile).to_profile()))
+    whole = list(stacks_of(View(python_native=True).folded(profile).to_profile()))
+    assert len(shown) == len(whole)
+    assert ["[python]", "spin"] in map(modules_of_leaf, whole)
+    assert ["spin"] in map(modules_of_leaf, shown)
+    for stack in shown:
+        if "spin" in (modules := {frame.module for frame in stack}):
+            assert "[python]" not in modules, stack
+
+
+def test_java_is_named_by_the_map_that_jcmd_has_it_write(tmp_path: Path):
     """It is written while the process is sampled already, from the first window on."""
     javac, java, jcmd = (shutil.which(name) for name in ("javac", "java", "jcmd"))
     if not (javac and java and jcmd):

@@ -189,7 +189,7 @@ def test_trampolines_are_left_out_where_their_python_frames_are(is_tree: bool) -
     assert _names(fold_interpreters(profile)) == [
         ["_start", "<module>", "main", "Shop.price"],
         ["_start", "<module>", "main", "PyDict_GetItem"],
-        ["_start", "<module>", "main"],
+        ["_start", "<module>"],
         [*map(_named, MAIN), "<module>", LOOP],
     ]
 
