@@ -13,7 +13,7 @@ from profiler.flamegraph import flamegraph
 from profiler.flamegraph.flamegraph import FlameGraph
 from profiler.flamegraph.paths import FunctionRow
 from profiler.flamegraph.views import View
-from profiler.text import cells, counted, fit, pad, percent, quantity
+from profiler.text import cells, counted, fit, fit_name, pad, percent, quantity
 from storage.columns import Columns
 from symbolizer.location import Frame, Kind
 
@@ -142,7 +142,8 @@ def _spans(graph: FlameGraph, width: int) -> Iterator[tuple[int, int, int]]:
 def _coloured(line: Sequence[tuple[int, int, Frame]]) -> str:
     parts, at = [], 0
     for i, (start, end, frame) in enumerate(line):
-        text = pad(frame.function if frame.kind is not Kind.REST else "", end - start)
+        width = end - start
+        text = pad(fit_name(frame, width) if frame.kind is not Kind.REST else "", width)
         colour = _COLOURS[frame.kind][i % 2]
         parts.append(f"{' ' * (start - at)}\x1b[38;5;16;48;5;{colour}m{text}{_RESET}")
         at = end

@@ -15,6 +15,7 @@ from profiler.commands import terminal
 from profiler.flamegraph import flamegraph
 from storage.columns import Columns
 from tests.support import profiles as some
+from tests.support.python_profiles import shop_profile
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -85,6 +86,16 @@ def test_the_icicle_has_one_line_per_level_that_tiles_the_root():
     assert lines[2].startswith("api ")
     assert lines[2][44:].startswith("python3")
     assert lines[3].startswith("main ")
+
+
+def test_the_icicle_names_the_modules_of_python_functions():
+    """As the page and the drawings do."""
+    graph = flamegraph.build(Columns.of(shop_profile()))
+
+    lines = COLOUR.sub("", terminal.icicle(graph, 100))
+
+    assert "shop.pricing.<module> " in lines
+    assert "shop.pricing.main " in lines
 
 
 def test_the_tree_indents_callees_with_their_share():
