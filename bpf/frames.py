@@ -170,11 +170,11 @@ class _Parts:
     def _mark(self, evaluated: dict[int, list[RawFrame]]) -> None:
         """Let stacks show where loops have no frames, although they have called something."""
         end = self._end if self._end in _NOT_FOUND else ChainEnd.OTHER_STACK
-        bare = [
+        bare = {
             number
             for number in range(len(self._loops))
             if number not in evaluated and not self._is_at_edge(number)
-        ]
+        }
         for number in bare:
             if number - 1 not in bare:
                 evaluated[number] = [end.mark]

@@ -1,6 +1,7 @@
 """Programs whose frames of an interpreter are made up: they harm only their own names."""
 
 import contextlib
+import json
 import resource
 import subprocess
 import time
@@ -179,6 +180,53 @@ def test_a_program_with_ever_other_functions_takes_no_more_than_its_share(
     assert reading.python.status()["code_objects_beyond_budget"]
     named = [place.function for sample in samples for place in reading.places(sample)[0]]
     assert named.count("plain") > 0.9 * len(named)
+
+
+NAMES = {
+    "": "<unnamed>",
+    "a;b\n\x1b[31m": r"a;b\n\x1b[31m",
+    "\udc80\ud800x": r"\udc80\ud800x",
+    "\u202egnp": r"\u202egnp",
+    "long" * (1 << 14): "long" * 16,
+}
+RENAMES_ITSELF = """\
+import ctypes, itertools, json, os, sys, time
+def spin():
+    end = time.thread_time() + 0.004
+    while time.thread_time() < end: pass
+functions = []
+for name in json.loads(sys.argv[1]):
+    code = spin.__code__.replace(co_name=name, co_qualname=name, co_filename=name + ".py")
+    functions.append(type(spin)(code, globals()))
+os.write(1, b"ready\\n")
+for number in itertools.count():
+    for function in functions:
+        # co_firstlineno of 3.11: where line tables begin to count
+        ctypes.c_int.from_address(id(function.__code__) + 72).value = number * 7919 - (1 << 20)
+        function()
+"""
+
+
+def test_python_functions_that_rename_themselves_are_readable(reading: Reading) -> None:
+    """Lone surrogates, control characters, 64 KB; and lines that cannot be."""
+    python = need("3.11-system")
+    reading.add(python.runtime_file)
+    command = python.command("-S", "-c", RENAMES_ITSELF, json.dumps([*NAMES]))
+    with running(*command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        samples = reading.of(process.pid, 12 * FEW)
+
+    functions: Counter[str] = Counter()
+    for sample in samples:
+        for place in reading.places(sample)[0]:
+            assert place.function.isprintable()
+            assert place.file.isprintable()
+            assert 0 <= place.line < 1 << 31
+            functions[place.function] += 1
+    for name in NAMES.values():
+        assert any(function.startswith(name) for function in functions), (name, functions)
+    assert max(map(len, functions)) <= 513
 
 
 LOOP = """\

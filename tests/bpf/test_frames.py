@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bpf.frames import Chain, leaf_address, split_frames, with_native
 from bpf.interpreters import ChainEnd
-from bpf.samples import TAG_SHIFT, PythonFrame, Tag
+from bpf.samples import FRAME_WORDS, TAG_SHIFT, PythonFrame, Tag
 
 LOOP, EXTENSION, START = 0x40_0000, 0x50_0000, 0x60_0000
 
@@ -183,6 +185,31 @@ def test_a_thread_without_python_has_a_chain_without_frames():
 )
 def test_words_that_mean_nothing_are_left_out(cut):
     assert split_frames(words(START, *cut)) == ([START], None)
+
+
+VALUES = st.integers(0, 9).flatmap(
+    lambda tag: st.integers(0, 12).map(lambda low: tag << TAG_SHIFT | low)
+)
+
+
+@given(st.lists(VALUES, max_size=60))
+def test_any_words_keep_their_frames_in_order(values):
+    """Native frames, and those of the interpreter, each from the leaf to the root."""
+    frames, chain = split_frames(words(*values))
+
+    native, python, at = [], [], 0
+    while at < len(values):
+        tag, low = values[at] >> TAG_SHIFT, values[at] & 0xFF
+        size = FRAME_WORDS.get(tag, 1)
+        if tag in {Tag.NATIVE, Tag.EVALUATION}:
+            native.append(low)
+        elif tag in {Tag.PYTHON, Tag.ALONE} and at + 1 < len(values):
+            python.append(low)
+        at += size
+    assert [frame for frame in frames if isinstance(frame, int)] == native
+    found = [frame for frame in frames if isinstance(frame, PythonFrame) and frame.code]
+    assert [frame.code for frame in found] == [code for code in python if code]
+    assert chain is None or chain.frames == len(python)
 
 
 def test_a_later_walk_of_the_same_tick_keeps_the_interpreters_frames():
