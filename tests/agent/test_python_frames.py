@@ -32,6 +32,13 @@ static volatile unsigned long count;
 static void *spins_in_c(void *nothing) { for (;;) count++; return nothing; }
 int start(void) { pthread_t thread; return pthread_create(&thread, 0, spins_in_c, 0); }
 """
+NAMED_THREADS = """
+import threading
+def spin():
+    while True: pass
+for name in ("first", "gr\u00f6\u00dfer"):
+    threading.Thread(target=spin, name=name).start()
+"""
 STARTS_A_THREAD = """
 import ctypes, os, sys
 def spins_in_python():
@@ -151,6 +158,23 @@ def test_threads_without_python_are_counted_with_the_reason(
     assert reasons <= stored - seen["python"]
     assert counts["frames"] >= 2 * seen["python"] - FEW
     assert all(each.accounting.mismatch == 0 for each in profiles)
+
+
+def test_threads_have_the_names_that_python_gives_them(recorded: Recording) -> None:
+    """From 3.14 on, the interpreter tells the kernel when they start."""
+    program = need_python((3, 14)).command("-c", NAMED_THREADS)
+    with running(*program) as process:
+        recorded.recorder.sampler.select([process.pid])
+        profiles = recorded.until(
+            lambda found: {"first", "größer"} <= threads_of(found, process.pid), "both names"
+        )
+
+    assert threads_of(profiles, process.pid) <= {"first", "größer", "python3.14"}
+
+
+def threads_of(profiles: list[Profile], pid: int) -> set[str]:
+    labels = [dict(each) for profile in profiles for each in profile.label_sets]
+    return {each.get("thread", "") for each in labels if each.get("pid") == str(pid)}
 
 
 def split(profiles: list[Profile], pid: int) -> dict[str, int]:
