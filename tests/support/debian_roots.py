@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 CACHE = Path(__file__).parents[2] / ".cache" / "roots"
@@ -47,11 +47,21 @@ class CannotFetchError(Exception):
 def fetch_root(name: str, release: str, packages: Sequence[str]) -> Path:
     """Return the folder `name` of the cache with packages of a release, made if it is not there.
 
-    It is not brought up to date: removing it is enough to have it made anew. Processes that ask
-    at the same time wait for the first.
+    It is not brought up to date: removing it is enough to have it made anew.
 
     Raises:
         CannotFetchError: this is no Debian on x86-64, or its mirror did not answer in time.
+    """
+    return fetch_once(name, lambda root: _make(root, release, packages))
+
+
+def fetch_once(name: str, make: Callable[[Path], None]) -> Path:
+    """Return the folder `name` of the cache, made on the first call of all.
+
+    A failure is believed for an hour. Processes that ask at the same time wait for the first.
+
+    Raises:
+        CannotFetchError: it cannot be made here, and `make` says why.
     """
     root, refusal = CACHE / name, CACHE / f"{name}.refused"
     if root.exists():
@@ -61,7 +71,7 @@ def fetch_root(name: str, release: str, packages: Sequence[str]) -> Path:
         if not root.exists():
             _refuse_again(refusal)
             try:
-                _make(root, release, packages)
+                make(root)
             except CannotFetchError as error:
                 refusal.write_text(str(error))
                 raise
@@ -128,7 +138,7 @@ def _mirror() -> str:
     if not KEYRING.exists():
         raise CannotFetchError(f"{KEYRING} is missing: install debian-archive-keyring")
     wanted = ("Identifier: Packages", f"Release: {release['VERSION_CODENAME']}")
-    found = _run(["apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted], 20)
+    found = run(["apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted], 20)
     if not found:
         raise CannotFetchError("apt's sources name no mirror of this release")
     return found.splitlines()[0]
@@ -136,7 +146,7 @@ def _mirror() -> str:
 
 def _apt(apt: Path, timeout_s: float, *arguments: str) -> None:
     # apt reads the file of -c last, so that it overrules the machine's own.
-    _run(["apt-get", "-qq", f"-c={apt}/apt.conf", *arguments], timeout_s)
+    run(["apt-get", "-qq", f"-c={apt}/apt.conf", *arguments], timeout_s)
 
 
 def _unpack(archives: Sequence[Path], root: Path) -> None:
@@ -147,10 +157,15 @@ def _unpack(archives: Sequence[Path], root: Path) -> None:
     (root / "tmp").mkdir()
     deadline_s = time.monotonic() + _UNPACK_S
     for archive in archives:
-        _run(["dpkg-deb", "-x", archive, root], max(1, deadline_s - time.monotonic()))
+        run(["dpkg-deb", "-x", archive, root], max(1, deadline_s - time.monotonic()))
 
 
-def _run(command: Sequence[str | Path], timeout_s: float) -> str:
+def run(command: Sequence[str | Path], timeout_s: float) -> str:
+    """Run a program that fetches, and return what it prints.
+
+    Raises:
+        CannotFetchError: it failed, is missing, or did not end in time.
+    """
     try:
         child = subprocess.run(
             command,

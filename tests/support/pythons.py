@@ -1,13 +1,15 @@
-"""CPython interpreters for tests and benches: those of this machine, and newer ones of Debian's.
+"""CPython interpreters for tests and benches: those of this machine, and others that are fetched.
 
 What is installed differs by machine, so a test asks for a version with `need_python` or a variant
 with `need`, and is skipped where there is none. Debian's newest release has three versions, each as
 a program that carries the runtime in itself, and, as `...-sid-library`, one of ours that has it
-from libpython. They run with their own C library in a root of their own.
+from libpython. They run with their own C library in a root of their own. Builds as uv installs them
+are called `standalone`, and `standalone-library` where one of our programs has libpython of them.
 
-`python -m tests.support.pythons` lists what there is, with Debian's.
+`python -m tests.support.pythons` lists what there is, with those that are fetched.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -25,6 +27,7 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
 from tests.support.debian_roots import CannotFetchError, fetch_root
+from tests.support.standalone_pythons import RELEASES, fetch_standalone, link_embedder
 
 OLDEST, NEWEST = (3, 8), (3, 15)
 VERSIONS = [(3, minor) for minor in range(OLDEST[1], NEWEST[1] + 1)]
@@ -43,10 +46,6 @@ print(json.dumps({
     "is_free_threaded": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
     "is_debug": hasattr(sys, "gettotalrefcount"),
 }))
-"""
-_EMBEDDER = """
-int Py_BytesMain(int, char **);
-int main(int count, char **arguments) { return Py_BytesMain(count, arguments); }
 """
 
 
@@ -141,12 +140,30 @@ def fetched() -> tuple[Interpreter, ...]:
     return tuple(each for each in found if each is not None)
 
 
+@functools.cache
+def standalone() -> tuple[Interpreter, ...]:
+    """Return those of python-build-standalone, fetched on the first call of all.
+
+    Raises:
+        CannotFetchError: they cannot be had here.
+    """
+    found = []
+    for version in RELEASES:
+        folder = fetch_standalone(version)
+        program = _probe(folder / "bin/python3", Path("/"), "standalone")
+        found.append(program)
+        if program is not None and program.libpython is None:
+            found.append(_probe(folder / "bin/embedded", Path("/"), "standalone-library"))
+    return tuple(each for each in found if each is not None)
+
+
 def interpreters() -> tuple[Interpreter, ...]:
     """Return all that there are here."""
-    try:
-        return (*installed(), *fetched())
-    except CannotFetchError:
-        return installed()
+    found = list(installed())
+    for others in (fetched, standalone):
+        with contextlib.suppress(CannotFetchError):
+            found += others()
+    return tuple(found)
 
 
 def need_python(version: tuple[int, int]) -> Interpreter:
@@ -160,11 +177,12 @@ def need_python(version: tuple[int, int]) -> Interpreter:
 def need(variant: str) -> Interpreter:
     """Return an interpreter by version and source, such as `3.14-sid-library`, or skip the test."""
     version, _, source = variant.partition("-")
+    sources = {"sid": fetched, "standalone": standalone}
     reason = "nor is it in Debian's newest release"
     try:
-        known = installed() if not source.startswith("sid") else fetched()
+        known = sources.get(source.partition("-")[0], installed)()
     except CannotFetchError as error:
-        known, reason = (), f"nor can Debian's be fetched: {error}"
+        known, reason = (), f"nor can it be fetched: {error}"
     for interpreter in known:
         name, _, its_source = interpreter.name.partition("-")
         if its_source == source and (name == version or name.startswith(f"{version}.")):
@@ -249,7 +267,8 @@ def _resolve(root: Path, path: Path) -> Path:
 
 
 def _find_libpython(root: Path, executable: Path, prefix: Path) -> Path | None:
-    for name in _needed(_outside(root, executable)):
+    for needed in _needed(_outside(root, executable)):
+        name = Path(needed).name  # some builds have a path, from the executable's folder on
         if name.startswith("libpython"):
             folders = (prefix / "lib", Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/local/lib"))
             for folder in folders:
@@ -282,12 +301,8 @@ def _embed(root: Path, version: str) -> Path | None:
         outside.parent.mkdir(exist_ok=True)
         unfinished = outside.with_suffix(f".{os.getpid()}")
         # The library needs a newer C library than the compiler's, but the program does not.
-        command = ["gcc", "-O2", "-x", "c", "-", "-x", "none", library, "-o", unfinished]
         try:
-            subprocess.run(
-                [*command, "-Wl,--unresolved-symbols=ignore-in-shared-libs"],
-                input=_EMBEDDER.encode(), check=True, capture_output=True, timeout=60,
-            )  # fmt: skip
+            link_embedder(library, unfinished, "-Wl,--unresolved-symbols=ignore-in-shared-libs")
         except (OSError, subprocess.SubprocessError):
             return None
         unfinished.rename(outside)
@@ -295,10 +310,11 @@ def _embed(root: Path, version: str) -> Path | None:
 
 
 def main() -> int:
-    try:
-        fetched()
-    except CannotFetchError as error:
-        print(f"Debian's cannot be fetched: {error}")
+    for what, others in (("Debian's", fetched), ("standalone builds", standalone)):
+        try:
+            others()
+        except CannotFetchError as error:
+            print(f"{what} cannot be fetched: {error}")
     for each in interpreters():
         kind = each.libpython or "in the executable"
         symbols = "stripped" if each.is_stripped else "with symbols"
