@@ -16,7 +16,7 @@ import numpy as np
 from symbolizer.identify import Identifier, NotOpened, OpenedMapping, is_still
 from symbolizer.integers import Wide
 from symbolizer.location import Call, Miss, Place
-from symbolizer.runtimes.cpython import read_image
+from symbolizer.runtimes.cpython import find_loop
 from symbolizer.runtimes.evaluation import EVALUATION_LOOP
 from symbolizer.symbols.candidates import Functions
 from symbolizer.symbols.demangle import Demangler
@@ -49,10 +49,9 @@ class FileNames(NamedTuple):
 def _read_functions(elf: Elf) -> tuple[Functions, Iterator[bytes]]:
     """Return a file's functions; an interpreter's loop has its name in all its parts."""
     try:
-        image = read_image(elf)
+        parts = find_loop(elf)
     except UnreadableElf:
-        image = None
-    parts = image.evaluation if image is not None else ()
+        parts = ()
     return read_functions(elf, parts, EVALUATION_LOOP)
 
 

@@ -5,11 +5,13 @@ all offsets are bounded, and what is not known for sure is a Refusal.
 """
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
-from symbolizer.runtimes.evaluation import EVALUATION_LOOP, find_evaluation_loop
+from symbolizer.runtimes.evaluation import EVALUATION_LOOP, Loop, find_evaluation_loop
 from symbolizer.runtimes.image import NONE, Image, Layout, Refusal, StateKind, Style
+from symbolizer.runtimes.jumps import Range
 from symbolizer.runtimes.layouts import (
     DEBUG_OFFSETS_BYTES,
     FIRST_WITH_DEBUG_OFFSETS,
@@ -35,7 +37,7 @@ from symbolizer.runtimes.thread_state import (
     read_word,
 )
 from symbolizer.symbols.elf import SHT_DYNSYM, Elf
-from symbolizer.symbols.named import find_symbols, has_string
+from symbolizer.symbols.named import Symbol, find_symbols, has_string
 from symbolizer.unwind.cfa import run_programs
 from symbolizer.unwind.cfi import read_eh_frame
 from symbolizer.unwind.cie import RBP
@@ -73,27 +75,42 @@ def read_image(elf: Elf, rules: Rules | None = None) -> Image | None:
     if isinstance(known, Refusal):
         return Image(version, False, None, known)
     is_free_threaded, layout = known
-    parts = [symbol for symbol in found if symbol.name.startswith(EVALUATION_LOOP)]
-    evaluation = find_evaluation_loop(elf, _read_rules(elf) if rules is None else rules, parts)
+    evaluating = _find_loop(elf, found, rules).evaluating
     state, detached = _find_thread_state(elf, symbols, minor_of(version))
     if isinstance(state, Refusal):
         return Image(version, is_free_threaded, None, state)
-    if not evaluation or not _has_code_type(symbols):
-        refusal = Refusal.NO_CODE_TYPE if evaluation else Refusal.NO_EVALUATION_LOOP
+    if not evaluating or not _has_code_type(symbols):
+        refusal = Refusal.NO_CODE_TYPE if evaluating else Refusal.NO_EVALUATION_LOOP
         return Image(version, is_free_threaded, None, refusal)
     return Image(
         version,
         is_free_threaded,
         layout,
         Refusal.NONE,
-        evaluation,
+        evaluating,
         symbols[_CODE_TYPE].address,
         state.kind,
         state.address,
         state.offset,
-        _shift_of(elf, symbols[EVALUATION_LOOP].address),
+        _shift_of(elf, evaluating[0][0]),
         *detached,
     )
+
+
+def find_loop(elf: Elf) -> tuple[Range, ...]:
+    """Return the parts of an interpreter's evaluation loop; none if the file is not one.
+
+    Raises:
+        UnreadableElf: damaged, or too large.
+    """
+    if not _may_be_interpreter(elf):
+        return ()
+    return _find_loop(elf, list(find_symbols(elf, (EVALUATION_LOOP,)))).parts
+
+
+def _find_loop(elf: Elf, symbols: Iterable[Symbol], rules: Rules | None = None) -> Loop:
+    parts = [symbol for symbol in symbols if symbol.name.startswith(EVALUATION_LOOP)]
+    return find_evaluation_loop(elf, _read_rules(elf) if rules is None else rules, parts)
 
 
 def _has_code_type(symbols: Symbols) -> bool:

@@ -6,17 +6,27 @@ may be most of it: of Debian's python3.14, 1,184 bytes of the loop are in the fu
 names: a part that is jumped to, and that jumps back, has an FDE of its own, whose first rule is not
 that of a function's entry, and at each jump the same rule is in force as at its target.
 
-An interpreter whose handlers are functions that call each other in tail position
-(--with-tail-call-interp) needs nothing more: the handlers are called by
-`_PyEval_EvalFrameDefault`, whose frame lies below theirs for the whole evaluation.
+An interpreter whose handlers of instructions are functions (tail_calls.py) has two kinds of code:
+what calls the first of them, whose frames are evaluations, and the handlers, in which the time of a
+Python function is spent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from symbolizer.integers import Wide
 from symbolizer.runtimes.image import MAX_RANGES
+from symbolizer.runtimes.jumps import (
+    AT_ENTRY,
+    MAX_CODE_BYTES,
+    Range,
+    Ranges,
+    find_jumps,
+    number_of,
+    take,
+)
+from symbolizer.runtimes.tail_calls import find_evaluating, find_handlers
 from symbolizer.symbols.elf import Elf
 from symbolizer.symbols.named import Symbol
 from symbolizer.unwind.fde_ranges import read_fde_ranges
@@ -24,17 +34,28 @@ from symbolizer.unwind.rules import CfaKind, Rules, rule
 
 EVALUATION_LOOP = b"_PyEval_EvalFrameDefault"
 
-_MAX_LOOP_BYTES = 4 << 20
+_MAX_LOOP_BYTES = MAX_CODE_BYTES
 """Of all parts. The largest have 90 KB, in builds without optimization 300 KB."""
 _MAX_EXAMINED_BYTES = 16 << 20
 """Of code that may be a part."""
-_AT_ENTRY = np.uint64(rule(CfaKind.RSP, 1))
-
-Range = tuple[int, int]
 
 
-def find_evaluation_loop(elf: Elf, rules: Rules, symbols: Sequence[Symbol]) -> tuple[Range, ...]:
-    """Return the first addresses and ends of the loop's parts, sorted; none if there is no loop.
+class Loop(NamedTuple):
+    """First addresses and ends of code, sorted; they are none if there is no loop.
+
+    Attributes:
+        evaluating: that whose frames are evaluations. There may be more of it: to take another
+            frame of the interpreter for one does no harm where evaluations have addresses, as they
+            do in all versions whose loop may be split into functions.
+        parts: that in which functions of Python spend their time.
+    """
+
+    evaluating: tuple[Range, ...]
+    parts: tuple[Range, ...]
+
+
+def find_evaluation_loop(elf: Elf, rules: Rules, symbols: Sequence[Symbol]) -> Loop:
+    """Return the code of the loop.
 
     Args:
         elf: the interpreter's file.
@@ -46,16 +67,28 @@ def find_evaluation_loop(elf: Elf, rules: Rules, symbols: Sequence[Symbol]) -> t
     """
     parts = {(s.address, s.address + s.size) for s in symbols if s.size and _is_code(elf, s)}
     if not any(s.name == EVALUATION_LOOP and s.size for s in symbols):
-        return ()
+        return Loop((), ())
+    ranges = _read_ranges(elf)
     if len(parts) <= MAX_RANGES and _size_of(parts) <= _MAX_LOOP_BYTES:
-        parts = _with_jumped_to(elf, rules, parts)
+        parts = _with_jumped_to(elf, rules, parts, _find_others(ranges, rules))
     joined = _join(parts)
-    return joined if len(joined) <= MAX_RANGES and _size_of(parts) <= _MAX_LOOP_BYTES else ()
+    if len(joined) > MAX_RANGES or _size_of(parts) > _MAX_LOOP_BYTES:
+        return Loop((), ())
+    handlers = find_handlers(elf, rules, ranges, joined)
+    if handlers is None:
+        return Loop(joined, joined)
+    evaluating = _join({*parts, *find_evaluating(elf, ranges, handlers)})
+    return Loop(_with_fewer_gaps(evaluating), _join({*parts, *handlers.code}))
 
 
-def _with_jumped_to(elf: Elf, rules: Rules, parts: set[Range]) -> set[Range]:
+def _read_ranges(elf: Elf) -> Ranges:
+    starts, ends = read_fde_ranges(elf)
+    order = np.argsort(starts, kind="stable")
+    return starts[order], ends[order]
+
+
+def _with_jumped_to(elf: Elf, rules: Rules, parts: set[Range], others: Ranges) -> set[Range]:
     """Add the parts that these jump to and that jump back."""
-    others = _find_others(elf, rules)
     found, unread = set(parts), sorted(parts)
     examined = 0
     while unread and len(found) <= MAX_RANGES and examined < _MAX_EXAMINED_BYTES:
@@ -80,47 +113,24 @@ def _size_of(parts: set[Range]) -> int:
     return sum(end - start for start, end in parts)
 
 
-def _find_others(elf: Elf, rules: Rules) -> tuple[Wide, Wide]:
-    """Return the FDE ranges that do not begin as functions do, sorted."""
-    starts, ends = read_fde_ranges(elf)
+def _find_others(ranges: Ranges, rules: Rules) -> Ranges:
+    """Return the FDE ranges that do not begin as functions do."""
+    starts, ends = ranges
     at_start = rules.at(starts)
-    is_part = (at_start != _AT_ENTRY) & (at_start != rule(CfaKind.HOLE))
-    order = np.argsort(starts[is_part], kind="stable")
-    return starts[is_part][order], ends[is_part][order]
+    is_part = (at_start != AT_ENTRY) & (at_start != rule(CfaKind.HOLE))
+    return starts[is_part], ends[is_part]
 
 
-# Jumps with a displacement of 32 bits: jmp, and jcc with its prefix. They are looked for at each
-# byte, as if an instruction began there: the rules at both ends tell which are jumps.
-_JUMP = 0xE9
-_PREFIX, _CONDITIONAL = 0x0F, 0x80
-_JUMP_BYTES = 5
-
-
-def _find_targets(elf: Elf, rules: Rules, code: Range, parts: tuple[Wide, Wide]) -> list[Range]:
-    """Return those parts, given by their starts and ends, that code jumps to."""
-    starts, ends = parts
-    start, end = code
-    segment = next((s for s in elf.segments if 0 <= start - s.p_vaddr < s.p_filesz), None)
-    if segment is None or end > segment.p_vaddr + segment.p_filesz:
-        return []
-    if end - start <= _JUMP_BYTES or end - start > _MAX_LOOP_BYTES or not len(starts):
-        return []
-    content = elf.source.read_at(start - segment.p_vaddr + segment.p_offset, end - start)
-    opcodes = np.frombuffer(content, np.uint8)[: 1 - _JUMP_BYTES]
-    is_jump = opcodes == _JUMP
-    is_jump[1:] |= (opcodes[:-1] == _PREFIX) & (opcodes[1:] & 0xF0 == _CONDITIONAL)
-    places = np.flatnonzero(is_jump)
-    words = np.ndarray((len(content) - 3,), "<i4", content, strides=(1,))
-    sources = (start + places).astype(np.uint64)
-    targets = (start + places + _JUMP_BYTES + words[places + 1]).astype(np.uint64)
-    numbers = np.searchsorted(starts, targets, side="right") - 1
-    is_inside = (numbers >= 0) & (targets < ends[numbers])
-    is_inside &= (targets < np.uint64(start)) | (targets >= np.uint64(end))
+def _find_targets(elf: Elf, rules: Rules, code: Range, parts: Ranges) -> list[Range]:
+    """Return those parts that code jumps to, with the same rule in force at both ends."""
+    sources, targets = find_jumps(elf, [code])
+    numbers = number_of(parts, targets)
+    is_inside = numbers >= 0
     is_inside[is_inside] = rules.at(sources[is_inside]) == rules.at(targets[is_inside])
-    return [(int(starts[n]), int(ends[n])) for n in np.unique(numbers[is_inside]).tolist()]
+    return take(parts, np.unique(numbers[is_inside]))
 
 
-def _join(parts: set[Range]) -> tuple[Range, ...]:
+def _join(parts: Iterable[Range]) -> tuple[Range, ...]:
     """Return the union of the parts."""
     joined: list[Range] = []
     for start, end in sorted(parts):
@@ -129,3 +139,10 @@ def _join(parts: set[Range]) -> tuple[Range, ...]:
         else:
             joined.append((start, end))
     return tuple(joined)
+
+
+def _with_fewer_gaps(ranges: tuple[Range, ...]) -> tuple[Range, ...]:
+    """Return MAX_RANGES at most: the smallest gaps between the ranges are filled."""
+    ends, starts = [end for _, end in ranges[:-1]], [start for start, _ in ranges[1:]]
+    gaps = sorted(zip(ends, starts, strict=True), key=lambda gap: gap[1] - gap[0])
+    return _join([*ranges, *gaps[: max(0, len(ranges) - MAX_RANGES)]])

@@ -145,16 +145,16 @@ class Image(NamedTuple):
         free_threaded: it was built without the global lock.
         layout: None if it is refused.
         refusal: why its frames cannot be read, empty if they can.
-        evaluation: first addresses and ends of the parts of the evaluation loop, sorted.
+        evaluation: first addresses and ends of the code whose frames are evaluations, sorted: the
+            parts of the loop, or what calls the functions that it is split into.
         code_type: PyCode_Type.
         state_kind: a StateKind, with what it says of `state_address` and `state_offset`.
-        detached_kind: the same for where a thread keeps its state while it does not hold the lock:
-            then it is not where the other fields say. This is the state of PyGILState. A thread may
-            have others, one for each interpreter that it has run: to 3.11 this is the first, later
-            the one that held the lock last.
-        code_shift: what the addresses of the loop's segment are higher than its file offsets. A
-            mapping of that segment at `start` from `file_offset` on loads the file's address A at
-            start - file_offset - code_shift + A.
+        detached_kind: from 3.12 on, the same for where a thread keeps its state while it does not
+            hold the lock: then it is not where the other fields say, which hold a null pointer.
+            This state, that of PyGILState, is of the thread's first interpreter.
+        code_shift: what the addresses of the segment in which `evaluation` begins are higher than
+            its file offsets. A mapping of that segment at `start` from `file_offset` on loads the
+            file's address A at start - file_offset - code_shift + A.
     """
 
     version: int

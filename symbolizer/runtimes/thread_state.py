@@ -14,7 +14,9 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from symbolizer.integers import Wide
 from symbolizer.location import Miss
 from symbolizer.runtimes.image import Refusal, StateKind
 from symbolizer.symbols.elf import SHT_DYNSYM, SHT_RELA, Elf, UnreadableElf
@@ -34,6 +36,7 @@ _MAX_RELOCATIONS_BYTES = 32 << 20
 """Of all sections; libpython has 500 KB."""
 _CHUNK_BYTES = 1 << 20
 _RELA = np.dtype([("r_offset", "<u8"), ("r_info", "<u8"), ("r_addend", "<i8")])
+R_X86_64_RELATIVE = 8
 R_X86_64_DTPMOD64, R_X86_64_DTPOFF64, R_X86_64_TPOFF64, R_X86_64_TLSDESC = 16, 17, 18, 36
 
 
@@ -211,17 +214,42 @@ def _slot(found: re.Match[bytes], address: int) -> int:
 
 def _relocation_at(elf: Elf, address: int) -> int | None:
     """Return r_info of an address's relocation, its type if it has no symbol; None if none is."""
+    for rows in _read_relocations(elf):
+        found = rows["r_info"][rows["r_offset"] == address]
+        if len(found):
+            return int(found[0])
+    return None
+
+
+def read_pointers(elf: Elf, areas: Wide, area_bytes: int) -> tuple[Wide, Wide]:
+    """Return the places in some areas of memory to which relocations write addresses, and these.
+
+    Areas are given by their first addresses, sorted; they may overlap. The places are sorted, too.
+    Pointers without a relocation, or packed ones (DT_RELR), are in the file as they will be.
+
+    Raises:
+        UnreadableElf: damaged, or too large.
+    """
+    pieces = [np.zeros((2, 0), np.uint64)]
+    for relocations in _read_relocations(elf):
+        rows = relocations[relocations["r_info"] == R_X86_64_RELATIVE]
+        places = rows["r_offset"]
+        area = np.searchsorted(areas, places, side="right") - 1
+        is_inside = (area >= 0) & (places - areas[area] < area_bytes)
+        pieces.append(np.stack([places, rows["r_addend"].view(np.uint64)])[:, is_inside])
+    found = np.concatenate(pieces, axis=1)
+    places, pointers = found[:, np.argsort(found[0], kind="stable")]
+    return places, pointers
+
+
+def _read_relocations(elf: Elf) -> Iterator[npt.NDArray[np.void]]:
     sections = [section for section in elf.sections if section.type == SHT_RELA]
     if sum(section.size for section in sections) > _MAX_RELOCATIONS_BYTES:
         raise UnreadableElf(Miss.TOO_LARGE)
     chunk_bytes = _CHUNK_BYTES // _RELA.itemsize * _RELA.itemsize
     for section in sections:
         for chunk in elf.chunks(section, chunk_bytes, _MAX_RELOCATIONS_BYTES):
-            rows = np.frombuffer(chunk, _RELA, len(chunk) // _RELA.itemsize)
-            found = rows["r_info"][rows["r_offset"] == address]
-            if len(found):
-                return int(found[0])
-    return None
+            yield np.frombuffer(chunk, _RELA, len(chunk) // _RELA.itemsize)
 
 
 def read_word(elf: Elf, address: int, size: int = 8) -> int | None:
@@ -239,9 +267,10 @@ def read_bytes(elf: Elf, address: int, size: int) -> bytes:
     return b""
 
 
-# lea x(%r), %r; lea x(%rip), %rdi; mov x(%rip), %edi; mov $x, %edi
+# lea x(%r), %r; lea x(%rip), %rdi; mov x(%r), %edi; mov x(%rip), %edi; mov $x, %edi
 _OPERAND = re.compile(
-    rb"[\x48\x49]\x8d(?:(?P<BASED>[\x80-\xbf])|(?P<NEAR>\x3d))|(?P<KEY>\x8b\x3d)|(?P<AT>\xbf)"
+    rb"[\x48\x49]\x8d(?:(?P<BASED>[\x80-\xbf])|(?P<NEAR>\x3d))"
+    rb"|\x8b(?:(?P<BASED_KEY>[\xb8-\xbf])|(?P<KEY>\x3d))|(?P<AT>\xbf)"
 )
 
 
@@ -258,6 +287,8 @@ def _addresses_in(function: Symbol, code: bytes, runtime: Symbol) -> Iterator[in
             yield runtime.address + word
         elif found["NEAR"]:
             yield after + word
+        elif found["BASED_KEY"]:
+            yield runtime.address + word - _KEY_IN_TSS
         elif found["KEY"]:
             yield after + word - _KEY_IN_TSS
         else:

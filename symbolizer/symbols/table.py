@@ -33,7 +33,7 @@ from symbolizer.symbols.candidates import (
 
 _MAGIC = b"EFLSYMS\n"
 # Raise this when the layout changes, or the name that any address gets.
-_VERSION = 4
+_VERSION = 5
 # magic, version, CRC-32 of all that follows it, key (NUL-padded), base, functions, string bytes,
 # segments, functions with files: all or none
 _HEADER = struct.Struct("<8sII136sQQQQQ")

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from storage.columns import Columns
+from storage.interpreters import fold_interpreters
 from storage.profile import Profile
 from symbolizer.location import Kind
 from tests.support.python_recordings import Recording, frames_of, recording, stacks_of
 from tests.support.python_stacks import LEAST_FRAMES, busy, judge, parked, tree_of
-from tests.support.pythons import interpreters, need_python
+from tests.support.pythons import interpreters, need, need_python
 from tests.support.targets import running
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600)]
@@ -21,6 +23,7 @@ SHALLOW = (
     "methods", "generators", "callbacks", "recursion", "generated", "exceptions", "tasks",
     "threads",
 )  # fmt: skip
+EVALUATION = "_PyEval_EvalFrameDefault"
 FEW = 40
 """Samples of one process."""
 RIGHT_PERCENT = 99.5
@@ -62,6 +65,10 @@ def count(profiles: list[Profile], pid: int) -> int:
     return stacks_of(profiles, pid).total()
 
 
+def functions_of(profiles: list[Profile], pid: int) -> set[str]:
+    return {frame.function for stack, _ in frames_of(profiles, pid) for frame in stack}
+
+
 @pytest.mark.parametrize("turn", range(2))
 def test_stacks_of_all_interpreters_are_those_that_the_programs_can_have(
     recorded: Recording, turn: int
@@ -88,6 +95,34 @@ def test_stacks_of_all_interpreters_are_those_that_the_programs_can_have(
     for profile in profiles:
         assert profile.accounting.mismatch == 0
         assert profile.accounting.runtimes["cpython"]["frames"] > 0
+
+
+@pytest.mark.parametrize("build", ["3.11-standalone", "3.14-standalone", "3.14-standalone-library"])
+def test_folded_stacks_of_standalone_builds_have_no_frames_of_the_interpreter(
+    recorded: Recording, build: str
+) -> None:
+    """Not between Python's functions, and few at the leaf: the loop has its name in all its parts.
+
+    These are stripped, and the newest runs each kind of instruction by a function of its own.
+    """
+    interpreter = need(build)
+    file = interpreter.runtime_file.name
+    tree = recorded.meanwhile(lambda: tree_of(interpreter, "callbacks"))
+    with busy(interpreter, "callbacks") as process:
+        recorded.settle(process.pid)
+        recorded.until(lambda found: EVALUATION in functions_of(found[-1:], process.pid), "names")
+        profiles = recorded.until(lambda found: count(found, process.pid) >= 10 * FEW, "samples")
+    folded = [fold_interpreters(Columns.of(profile)).to_profile() for profile in profiles]
+
+    ends: Counter[str] = Counter()
+    for stack, samples in frames_of(folded, process.pid):
+        last = max(place for place, frame in enumerate(stack) if frame.kind is Kind.PYTHON)
+        inner = [frame for frame in stack[1:last] if frame.module == file]
+        assert not inner, [frame.function for frame in stack]
+        ends["python" if last == len(stack) - 1 else "native"] += samples
+    assert ends["python"] > ends["native"]
+    verdict = judge(tree, stacks_of(folded, process.pid).items())
+    assert verdict.percent >= RIGHT_PERCENT, verdict
 
 
 def test_deep_stacks_keep_the_part_near_the_leaf(recorded: Recording) -> None:

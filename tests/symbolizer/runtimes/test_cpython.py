@@ -49,6 +49,7 @@ FUNCTIONS = [("λέξις", 3), ("Tree.größer.<locals>.nested", 12), ("Tree.gr
 BUILDS = [
     *(f"3.{minor}" for _, minor in VERSIONS),
     *(f"3.{minor}-{source}" for minor in (13, 14, 15) for source in ("sid", "sid-library")),
+    *("3.10-standalone", "3.11-standalone", "3.14-standalone", "3.14-standalone-library"),
 ]
 SIGNAL_TIMEOUT_S = 20
 MAX_FRAMES = 100

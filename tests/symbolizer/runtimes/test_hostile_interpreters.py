@@ -62,6 +62,32 @@ def parts_of_code(count: int) -> bytes:
     return bytes(section.content)
 
 
+def jumping_handlers(count: int, distance: int) -> Callable[[Path], None]:
+    """Return what writes a file with a table of functions, each of which jumps so far."""
+    section = FrameSection()
+    section.add_cie()
+    table, first = LOOP + 0x1000, LOOP + 0x2000
+    for number in range(count):
+        section.add_fde(first + 40 * number, 40, b"")
+    loop = (b"\xff\x14\xc5" + struct.pack("<I", table)).ljust(0x1000, b"\x90")
+    pointers = struct.pack("<256Q", *(first + 40 * number for number in range(256)))
+    jumps = (b"\xe9" + struct.pack("<i", distance - 5)) * 8
+    code = loop + pointers.ljust(0x1000, b"\x90") + jumps * count
+    return interpreter(loop=code, loop_bytes=64, eh_frame=bytes(section.content))
+
+
+def many_tables() -> Callable[[Path], None]:
+    """Return what writes a file with a loop of 16 KB each of whose words is that of a table."""
+    addresses = [LOOP + 0x8000 + 8 * number for number in range(2048)]
+    loop = b"".join(struct.pack("<Q", address) for address in addresses)
+    pointers = struct.pack("<Q", LOOP + 40) * (2048 + 256)
+    return interpreter(
+        loop=loop.ljust(0x8000, b"\x90") + pointers,
+        loop_bytes=len(loop),
+        eh_frame=parts_of_code(1000),
+    )
+
+
 KINDS: dict[str, Callable[[], Callable[[Path], None]]] = {
     "plain": interpreter,
     "1.4 M symbols": lambda: interpreter(repeated=200_000),
@@ -78,6 +104,9 @@ KINDS: dict[str, Callable[[], Callable[[Path], None]]] = {
         *[Part(b".rela", type=RELA, size=30 * MB, offset=0x1000) for _ in range(1000)],
         loop=bytes(32 * MB),
     ),
+    "handlers that jump from one to the next": lambda: jumping_handlers(60_000, 40),
+    "handlers that jump far away": lambda: jumping_handlers(60_000, 40 * 256),
+    "2,048 tables of handlers": many_tables,
 }
 
 
