@@ -355,13 +355,16 @@ class ProfileBuilder:
         moved = [self.location(replaced.get(each, each), names) for each, names in before]
         if len(self._locations) == len(moved):
             return
-        numbers = np.array(moved, dtype=np.int32)
+        words = np.array(moved, np.int32)[np.frombuffer(b"".join(self._stacks), np.int32)].tobytes()
         stacks: dict[bytes, int] = {}
-        new = [
-            stacks.setdefault(numbers[np.frombuffer(words, np.int32)].tobytes(), len(stacks))
-            for words in self._stacks
-        ]
+        new: list[int] = []
+        end = 0
+        for before_words in self._stacks:
+            start, end = end, end + len(before_words)
+            new.append(stacks.setdefault(words[start:end], len(stacks)))
         self._stacks = stacks
+        if len(stacks) == len(new):  # each has the number that it had
+            return
         self._samples, self._values = (
             _sum_by_key(((labels, new[stack]), count) for (labels, stack), count in counts.items())
             for counts in (self._samples, self._values)
@@ -394,6 +397,8 @@ class ProfileBuilder:
         """Replace all label sets; those that become equal count as one."""
         before, self._label_sets = self._label_sets, {}
         numbers = [self._label_set(replace(each)) for each in before]
+        if len(self._label_sets) == len(before):  # each has the number that it had
+            return
         for counts in (self._samples, self._values):
             old = list(counts.items())
             counts.clear()
