@@ -57,12 +57,7 @@ def split_frames(words: Words) -> tuple[list[RawFrame], Chain | None]:
     if not values or not max(values) >> TAG_SHIFT:  # all native, as nearly all stacks are
         return [*values], None
     parts = _Parts()
-    at = 0
-    while at < len(values):
-        tag = values[at] >> TAG_SHIFT
-        size = FRAME_WORDS.get(tag, 1)
-        parts.add(tag, values[at] & _ADDRESS, values[at + 1 : at + size])
-        at += size
+    parts.take(values)
     if parts.frames:  # the rest of its evaluation is not known
         parts.end_evaluation(0)
     return parts.interleave(), parts.chain
@@ -90,26 +85,40 @@ class _Parts:
             return Chain(0, ChainEnd.UNKNOWN_INTERPRETER) if self._loops else None
         return Chain(self._found, self._end or ChainEnd.WHOLE)
 
+    def take(self, values: Sequence[int]) -> None:
+        """Take all words of a stack. The two tags that nearly all of them have are met here."""
+        at, end = 0, len(values)
+        while at < end:
+            word = values[at]
+            tag = word >> TAG_SHIFT
+            if tag == _NATIVE:
+                self._native.append(word)
+                at += 1
+            elif tag == _PYTHON and at + 1 < end:
+                more = values[at + 1]
+                self.frames.append(PythonFrame(word & _ADDRESS, more >> 32, more & _LOW))
+                self._found += 1
+                at += 2
+            else:
+                size = FRAME_WORDS.get(tag, 1)
+                self.add(tag, word & _ADDRESS, values[at + 1 : at + size])
+                at += size
+
     def add(self, tag: int, word: int, more: Sequence[int]) -> None:
         """Take a word, without its tag, and those that belong to it."""
-        if tag == _NATIVE:
-            self._native.append(word)
-        elif tag == _EVALUATION:
-            self._loops += [_Loop(len(self._native), cfa) for cfa in more]
+        if tag == _EVALUATION:
+            self._loops += [(len(self._native), cfa) for cfa in more]
             self._native.append(word)
         elif tag == _ENTRY:
             self.end_evaluation(word)
         elif tag == _REASON:
             self._end = _ENDS.get(word)
-            if self._end in _CUT_SHORT:
-                self.frames.append(self._end.mark)
-        elif tag in (_PYTHON, _ALONE) and more:
+            if self._end is ChainEnd.TRUNCATED:
+                self.frames.append(CUT_OFF)
+        elif tag == _ALONE and more:
             self.frames.append(PythonFrame(word, more[0] >> 32, more[0] & _LOW))
             self._found += 1
-            if tag == _ALONE:
-                self.end_evaluation(0)
-        elif tag == _DETACHED:
-            self._is_detached = True
+            self.end_evaluation(0)
 
     def end_evaluation(self, entry: int) -> None:
         self._evaluations.append(_Evaluation(self.frames, entry))
