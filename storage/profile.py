@@ -48,6 +48,9 @@ Stack = tuple[Location, ...]
 
 Key = TypeVar("Key", str, Labels)
 
+_STACKS_AT_ONCE = 1024
+"""Their locations are replaced together; all of a window would take megabytes."""
+
 
 class ProfileError(ValueError):
     """Bytes that are not a profile, or are a damaged one; the message says what is wrong.
@@ -337,7 +340,7 @@ class ProfileBuilder:
         number = self._locations.setdefault(location, len(self._names))
         if number == len(self._names):
             self._names.append(names)
-        elif NameRank.of(names) > NameRank.of(self._names[number]):
+        elif names and NameRank.of(names) > NameRank.of(self._names[number]):
             self._names[number] = names
         return number
 
@@ -355,13 +358,17 @@ class ProfileBuilder:
         moved = [self.location(replaced.get(each, each), names) for each, names in before]
         if len(self._locations) == len(moved):
             return
-        words = np.array(moved, np.int32)[np.frombuffer(b"".join(self._stacks), np.int32)].tobytes()
+        numbers = np.array(moved, np.int32)
         stacks: dict[bytes, int] = {}
         new: list[int] = []
-        end = 0
-        for before_words in self._stacks:
-            start, end = end, end + len(before_words)
-            new.append(stacks.setdefault(words[start:end], len(stacks)))
+        before_words = list(self._stacks)
+        for begin in range(0, len(before_words), _STACKS_AT_ONCE):
+            some = before_words[begin : begin + _STACKS_AT_ONCE]
+            words = numbers[np.frombuffer(b"".join(some), np.int32)].tobytes()
+            end = 0
+            for stack in some:
+                start, end = end, end + len(stack)
+                new.append(stacks.setdefault(words[start:end], len(stacks)))
         self._stacks = stacks
         if len(stacks) == len(new):  # each has the number that it had
             return

@@ -97,9 +97,9 @@ class Budget:
         self._cgroups: dict[int, int] = {}
         self._all = 0
 
-    def left(self, owner: Owner, slack: float = 1.0) -> int:
+    def left(self, owner: Owner) -> int:
         """Return how many bytes the process may still take; below 0 if it has taken more."""
-        share = self.scale * slack
+        share = self.scale
         return round(
             min(
                 self._limit.process * share - self._processes.get(owner.generation, 0),
@@ -115,12 +115,16 @@ class Budget:
 
     def take(self, owner: Owner, size_bytes: int, slack: float = 1.0) -> bool:
         """Charge them, and return True; nothing is charged if they are more than is left."""
-        if size_bytes > self.left(owner, slack):
-            return False
         generation, cgroup_id = owner
-        self._processes[generation] = self._processes.get(generation, 0) + size_bytes
-        self._cgroups[cgroup_id] = self._cgroups.get(cgroup_id, 0) + size_bytes
-        self._all += size_bytes
+        of_process = self._processes.get(generation, 0) + size_bytes
+        of_cgroup = self._cgroups.get(cgroup_id, 0) + size_bytes
+        of_all = self._all + size_bytes
+        share = self.scale * slack
+        process, cgroup, everyone = self._limit
+        if of_process > process * share or of_cgroup > cgroup * share or of_all > everyone * share:
+            return False
+        self._processes[generation], self._cgroups[cgroup_id] = of_process, of_cgroup
+        self._all = of_all
         return True
 
 

@@ -8,8 +8,8 @@ process generation.
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -32,6 +32,7 @@ _STACKS_AT_ONCE = 64
 _FRAMES_OF_A_LOCATION = 4
 """Frames that take as much as a location, if that is known: processes have many in common."""
 
+_NO_NUMBERS: Numbers = array("i")
 _NO_FRAME = -2
 """In place of a number: this is not shown."""
 
@@ -87,16 +88,21 @@ class FrameNumbers:
         Addresses outside of all mappings share one number: they mean nothing, and a process can
         make up any number of them. A stack with frames beyond the budget begins with `rest`.
         """
-        numbered: dict[int, Numbers] = {}
-        by_owner: dict[Owner, list[int]] = {}
-        for place, sample in enumerate(samples):
-            by_owner.setdefault(Owner.of(sample), []).append(place)
-        for owner, places in by_owner.items():
-            for start in range(0, len(places), _STACKS_AT_ONCE):
-                some = places[start : start + _STACKS_AT_ONCE]
-                stacks = [self._frames_of(samples[place]) for place in some]
-                numbered.update(zip(some, self._stacks(owner, mappings, stacks), strict=True))
-        return [numbered[place] for place in range(len(samples))]
+        shared = self._shared.setdefault(mappings, {})
+        numbered: list[Numbers] = [_NO_NUMBERS] * len(samples)
+        for start in range(0, len(samples), _STACKS_AT_ONCE):
+            new: dict[Owner, dict[int, list[RawFrame]]] = {}
+            for place, sample in enumerate(samples[start : start + _STACKS_AT_ONCE], start):
+                frames = self._frames_of(sample)
+                try:  # one look-up a frame, where all have been located before
+                    numbered[place] = array("i", map(shared.__getitem__, frames))
+                except KeyError:
+                    new.setdefault(Owner.of(sample), {})[place] = frames
+            for owner, stacks in new.items():
+                found = self._stacks(owner, mappings, [*stacks.values()])
+                for place, numbers in zip(stacks, found, strict=True):
+                    numbered[place] = numbers
+        return numbered
 
     def kernel(self, stacks: Sequence[Words]) -> list[Numbers]:
         """Return kernel stacks, leaf first.
@@ -107,7 +113,7 @@ class FrameNumbers:
         new = list({frame for stack in frames for frame in stack})
         places = self._locate.kernel(np.array(new, dtype=np.uint64)) if new else []
         numbers = dict(zip(new, map(self._numbering.number, places), strict=True))
-        return _as_numbers(frames, map(numbers.__getitem__, chain.from_iterable(frames)))
+        return [array("i", map(numbers.__getitem__, stack)) for stack in frames]
 
     def _frames_of(self, sample: RawSample) -> list[RawFrame]:
         frames, chain = split_frames(sample.user)
@@ -124,19 +130,19 @@ class FrameNumbers:
     ) -> list[Numbers]:
         shared = self._shared.setdefault(mappings, {})
         own = self._own.get(owner.generation, {})
-        new = [
-            *dict.fromkeys(
-                f for stack in stacks for f in reversed(stack) if f not in shared and f not in own
-            )
-        ]
-        others = self._find(owner, mappings, new) if new else {}
-        own = self._own.get(owner.generation, {})
-        frames = chain.from_iterable(stacks)
-        if others:
-            own = {**others, **own}
+        unknown = set(chain.from_iterable(stacks)).difference(shared, own)
+        others: dict[RawFrame, int] = {}
+        if unknown:
+            in_order = (frame for stack in stacks for frame in reversed(stack) if frame in unknown)
+            others = self._find(owner, mappings, [*dict.fromkeys(in_order)])
+            own = {**others, **self._own.get(owner.generation, {})}
         if not own:
-            return _as_numbers(stacks, map(shared.__getitem__, frames))
-        numbered = _as_numbers(stacks, (own[f] if f in own else shared[f] for f in frames))
+            return [array("i", map(shared.__getitem__, stack)) for stack in stacks]
+        number = own.get
+        numbered = [
+            array("i", [shared[f] if (known := number(f)) is None else known for f in stack])
+            for stack in stacks
+        ]
         if others:
             numbered = [self._cut(numbers) for numbers in numbered]
         return [_without_no_frames(numbers) for numbers in numbered]
@@ -159,18 +165,19 @@ class FrameNumbers:
         self, owner: Owner, mappings: MappingTable, frames: Sequence[int]
     ) -> dict[RawFrame, int]:
         words = np.array(frames, dtype=np.uint64)
-        is_nowhere = mappings.find(words) < 0
+        lie_in = mappings.find(words)
+        is_nowhere = lie_in < 0
         others: dict[RawFrame, int] = {}
         if is_nowhere.any():
             nowhere = self._number_nowhere(owner, mappings)
             others = {frames[place]: nowhere for place in np.flatnonzero(is_nowhere).tolist()}
-        words = words[~is_nowhere]
+            words, lie_in = words[~is_nowhere], lie_in[~is_nowhere]
         afforded = self._afford(owner, len(words))
         others |= self._as_rest(words[afforded:].tolist())
         if not afforded:
             return others
         found = self._locate.native(owner.generation, mappings, words[:afforded])
-        are_own = self._lie_in_process(mappings, words[:afforded])
+        are_own = self._are_of_process(mappings)[lie_in[:afforded]].tolist()
         own, shared = self._own.setdefault(owner.generation, {}), self._shared[mappings]
         numbers = self._number_all(owner, found)
         for frame, number, is_own in zip(words[:afforded].tolist(), numbers, are_own, strict=True):
@@ -232,22 +239,16 @@ class FrameNumbers:
             return leaf_first
         return leaf_first[len(leaf_first) - 1 - leaf_first[::-1].index(self._rest_number) :]
 
-    def _lie_in_process(self, mappings: MappingTable, addresses: Words) -> list[bool]:
-        is_own = self._is_own.get(mappings)
-        if is_own is None:
+    def _are_of_process(self, mappings: MappingTable) -> npt.NDArray[np.bool_]:
+        """Return of each mapping whether its code is of the process alone."""
+        are_own = self._is_own.get(mappings)
+        if are_own is None:
             kinds = [is_of_compiler(mapping.path) for mapping in mappings.mappings]
-            is_own = self._is_own[mappings] = np.array(kinds)
-        kept: list[bool] = is_own[mappings.find(addresses)].tolist()
-        return kept
+            are_own = self._is_own[mappings] = np.array(kinds, np.bool_)
+        return are_own
 
 
 def _without_no_frames(numbers: Numbers) -> Numbers:
     if _NO_FRAME not in numbers:
         return numbers
     return array("i", [number for number in numbers if number != _NO_FRAME])
-
-
-def _as_numbers(stacks: Sequence[Sequence[RawFrame]], numbers: Iterable[int]) -> list[Numbers]:
-    """Cut numbers, one per frame, into stacks as long as these."""
-    each = iter(numbers)
-    return [array("i", islice(each, len(stack))) for stack in stacks]

@@ -151,7 +151,11 @@ class Labeler:
         return self._instances.present(window_start_ns, window_end_ns)
 
     def _note(self, sample: RawSample) -> "Subject":
-        key = (sample.generation, sample.cgroup_id, sample.leader_comm, sample.comm)
+        # All of `generation`, too, which takes as long to make as the rest.
+        key = (
+            *(sample.pid, sample.start_ns, sample.exec_id, sample.cgroup_id),
+            *(sample.leader_comm, sample.comm),
+        )
         subject = self._subjects.get(key)
         if subject is None:
             subject = self._subject(sample)
