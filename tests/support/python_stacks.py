@@ -159,8 +159,11 @@ def parked(
 
 @contextlib.contextmanager
 def busy(interpreter: Interpreter, mode: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run rounds of a mode for the length of the block: each stack is in the tree from then on."""
-    command = interpreter.command(PROGRAM, mode)
+    """Run rounds of a mode for the length of the block: each stack is in the tree from then on.
+
+    At a lower priority: others that compute beside it come first.
+    """
+    command = ["nice", "-n", "10", *interpreter.command(PROGRAM, mode)]
     with running(*command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
