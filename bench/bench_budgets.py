@@ -58,6 +58,7 @@ def measure(kind: str, seconds: int) -> list[Row]:
             ],
             lambda _words: [],
             lambda _generation, _frame: None,
+            lambda _mappings: True,
         ),
         window.bounded.locations,
     )

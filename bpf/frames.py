@@ -48,9 +48,13 @@ class Chain(NamedTuple):
     end: ChainEnd
 
 
-def split_frames(words: Words) -> tuple[list[RawFrame], Chain | None]:
+def split_frames(
+    words: Words, *, is_loop_certain: bool = True
+) -> tuple[list[RawFrame], Chain | None]:
     """Return the frames of a user stack, leaf first; the chain is None if it was not asked for.
 
+    `is_loop_certain` says that each native frame that is marked as one of the interpreter's loop is
+    one: only then it is known where frames are missing.
     Words of unknown tags, and reasons of unknown numbers, are left out.
     """
     values: list[int] = words.tolist()
@@ -60,7 +64,7 @@ def split_frames(words: Words) -> tuple[list[RawFrame], Chain | None]:
     parts.take(values)
     if parts.frames:  # the rest of its evaluation is not known
         parts.end_evaluation(0)
-    return parts.interleave(), parts.chain
+    return parts.interleave(is_loop_certain=is_loop_certain), parts.chain
 
 
 class _Parts:
@@ -124,13 +128,13 @@ class _Parts:
         self._evaluations.append(_Evaluation(self.frames, entry))
         self.frames = []
 
-    def interleave(self) -> list[RawFrame]:
+    def interleave(self, *, is_loop_certain: bool) -> list[RawFrame]:
         """Put the frames of each evaluation before the native frame of its loop: that called them.
 
         Evaluations without a loop are further out than what was walked.
         """
         evaluated, outside = self._assign()
-        if self.chain is not None and self._end not in _CUT_SHORT:
+        if is_loop_certain and self._is_read and self._end not in _CUT_SHORT:
             self._mark(evaluated)
         frames: list[RawFrame] = []
         at = 0

@@ -82,6 +82,21 @@ class Segment(NamedTuple):
     p_filesz: int
 
 
+class Dynamic(NamedTuple):
+    """What the dynamic loader knows a file by (gABI, "Dynamic Section").
+
+    Attributes:
+        address: of the dynamic section.
+        debug: where the loader puts the address of its list of files (DT_DEBUG); 0 in libraries.
+    """
+
+    address: int
+    debug: int
+
+
+NOT_DYNAMIC = Dynamic(0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Module:
     """The file behind a mapping, known by its build id.

@@ -48,11 +48,16 @@ class Numbering(NamedTuple):
 
 
 class Locators(NamedTuple):
-    """Where frames lie: native addresses of a process, the kernel's, an interpreter's."""
+    """Where frames lie: native addresses of a process, the kernel's, an interpreter's.
+
+    `is_loop_certain` says whether each native frame that is taken for one of an interpreter's loop
+    in processes with these mappings is one.
+    """
 
     native: Callable[[ProcessGeneration, MappingTable, Words], list[Location]]
     kernel: Callable[[Words], list[Location]]
     python: Callable[[ProcessGeneration, PythonFrame], Location | None]
+    is_loop_certain: Callable[[MappingTable], bool]
 
 
 class FrameNumbers:
@@ -90,10 +95,11 @@ class FrameNumbers:
         """
         shared = self._shared.setdefault(mappings, {})
         numbered: list[Numbers] = [_NO_NUMBERS] * len(samples)
+        is_loop_certain = self._locate.is_loop_certain(mappings)
         for start in range(0, len(samples), _STACKS_AT_ONCE):
             new: dict[Owner, dict[int, list[RawFrame]]] = {}
             for place, sample in enumerate(samples[start : start + _STACKS_AT_ONCE], start):
-                frames = self._frames_of(sample)
+                frames = self._frames_of(sample, is_loop_certain)
                 try:  # one look-up a frame, where all have been located before
                     numbered[place] = array("i", map(shared.__getitem__, frames))
                 except KeyError:
@@ -115,8 +121,8 @@ class FrameNumbers:
         numbers = dict(zip(new, map(self._numbering.number, places), strict=True))
         return [array("i", map(numbers.__getitem__, stack)) for stack in frames]
 
-    def _frames_of(self, sample: RawSample) -> list[RawFrame]:
-        frames, chain = split_frames(sample.user)
+    def _frames_of(self, sample: RawSample, is_loop_certain: bool) -> list[RawFrame]:
+        frames, chain = split_frames(sample.user, is_loop_certain=is_loop_certain)
         if chain is not None:
             number = sample.samples
             self.python[ATTEMPTS] += number

@@ -25,9 +25,8 @@ from profiler.agent.reader_child import Answer, Failure
 from profiler.agent.readers import Readers
 from profiler.processes.address_spaces import AddressSpaces
 from symbolizer import maps
-from symbolizer.location import ElfAddress, FileOffset, Miss, Segment
+from symbolizer.location import NOT_DYNAMIC, Dynamic, ElfAddress, FileOffset, Miss, Segment
 from symbolizer.maps import MappingTable, is_anonymous
-from symbolizer.symbols.elf import NOT_DYNAMIC, Dynamic
 
 log = logging.getLogger(__name__)
 

@@ -233,7 +233,10 @@ class Pipeline:
         bounded = window.bounded
         frames = FrameNumbers(
             Numbering(window.builder.location, window.builder.knows, bounded.rest),
-            Locators(self.names.locate, self.names.locate_kernel, self.python.locate),
+            Locators(
+                *(self.names.locate, self.names.locate_kernel, self.python.locate),
+                self.unwinding.is_loop_certain,
+            ),
             bounded.locations,
         )
         return Counted(window, frames, {})

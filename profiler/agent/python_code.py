@@ -44,10 +44,14 @@ _CODE_BYTES, _LINE_BYTES = 600, 9
 
 
 class Interpreter(NamedTuple):
-    """What is needed to read a code object: of which version, and where it has what."""
+    """What is needed to read a code object: of which version, and where it has what.
+
+    `is_split` says that native frames may be taken for the interpreter's loop that are not.
+    """
 
     version: int
     layout: Layout
+    is_split: bool = False
 
 
 class _Allowance:

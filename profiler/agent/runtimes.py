@@ -131,7 +131,7 @@ class Runtimes:
             image.code_type,
         )
         self._numbers[key] = number
-        self.interpreters[number] = Interpreter(image.version, image.layout)
+        self.interpreters[number] = Interpreter(image.version, image.layout, image.is_split)
         return number
 
     def _free_number(self) -> int:

@@ -224,6 +224,12 @@ class Unwinding:
         for program in [interpreter] if interpreter.is_program else programs:
             self.runtimes.add_program(key, interpreter, program)
 
+    def is_loop_certain(self, mappings: MappingTable) -> bool:
+        """Return whether all frames in an interpreter's loop are known to evaluate something."""
+        runtime = self._runtime.get(mappings)
+        interpreter = self.runtimes.interpreters.get(runtime.interpreter) if runtime else None
+        return interpreter is not None and not interpreter.is_split
+
     def is_prepared(self) -> bool:
         """Return whether all that `prepare` asked for has been answered."""
         pending = any(file.state == State.PENDING for file in self._prepared)

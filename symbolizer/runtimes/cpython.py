@@ -75,7 +75,8 @@ def read_image(elf: Elf, rules: Rules | None = None) -> Image | None:
     if isinstance(known, Refusal):
         return Image(version, False, None, known)
     is_free_threaded, layout = known
-    evaluating = _find_loop(elf, found, rules).evaluating
+    loop = _find_loop(elf, found, rules)
+    evaluating = loop.evaluating
     state, detached = _find_thread_state(elf, symbols, minor_of(version))
     if isinstance(state, Refusal):
         return Image(version, is_free_threaded, None, state)
@@ -94,6 +95,7 @@ def read_image(elf: Elf, rules: Rules | None = None) -> Image | None:
         state.offset,
         _shift_of(elf, evaluating[0][0]),
         *detached,
+        is_split=loop.is_split,
     )
 
 

@@ -53,6 +53,11 @@ class Loop(NamedTuple):
     evaluating: tuple[Range, ...]
     parts: tuple[Range, ...]
 
+    @property
+    def is_split(self) -> bool:
+        """Whether it is split into functions: then more than evaluations may be in `evaluating`."""
+        return self.evaluating != self.parts
+
 
 def find_evaluation_loop(elf: Elf, rules: Rules, symbols: Sequence[Symbol]) -> Loop:
     """Return the code of the loop.

@@ -149,9 +149,11 @@ class Image(NamedTuple):
             parts of the loop, or what calls the functions that it is split into.
         code_type: PyCode_Type.
         state_kind: a StateKind, with what it says of `state_address` and `state_offset`.
-        detached_kind: from 3.12 on, the same for where a thread keeps its state while it does not
-            hold the lock: then it is not where the other fields say, which hold a null pointer.
-            This state, that of PyGILState, is of the thread's first interpreter.
+        detached_kind: the same for where a thread keeps its state while it does not hold the lock:
+            then it is not where the other fields say. This is the state of PyGILState. A thread may
+            have others, one for each interpreter that it has run: to 3.11 this is the first, later
+            the one that held the lock last.
+        is_split: the loop is split into functions: in `evaluation` is what may be no evaluation.
         code_shift: what the addresses of the segment in which `evaluation` begins are higher than
             its file offsets. A mapping of that segment at `start` from `file_offset` on loads the
             file's address A at start - file_offset - code_shift + A.
@@ -170,6 +172,7 @@ class Image(NamedTuple):
     detached_kind: StateKind = StateKind.NONE
     detached_address: int = 0
     detached_offset: int = 0
+    is_split: bool = False
 
     def pack(self) -> bytes:
         """Return it as bytes, at most MAX_IMAGE_BYTES."""
@@ -180,6 +183,7 @@ class Image(NamedTuple):
             self.state_kind,
             self.detached_kind,
             self.layout is not None,
+            self.is_split,
             len(self.evaluation),
             self.code_type,
             self.state_address,
@@ -202,11 +206,12 @@ class Image(NamedTuple):
     @classmethod
     def _unpack(cls, content: bytes) -> "Image":
         head = _HEAD.unpack_from(content)
-        version, free_threaded, refusal, kind, detached_kind, has_layout, ranges, *words = head
+        version, free_threaded, refusal, kind, detached_kind, *flags, ranges = head[:8]
+        has_layout, is_split = flags
         layout_at = _HEAD.size + ranges * _RANGE.size
         if ranges > MAX_RANGES or len(content) != layout_at + has_layout * _LAYOUT.size:
             raise ValueError("wrong size")
-        code_type, state_address, state_offset, code_shift, *detached = words
+        code_type, state_address, state_offset, code_shift, *detached = head[8:]
         layout = Layout(*_LAYOUT.unpack_from(content, layout_at)) if has_layout else None
         if layout is not None and not layout.is_sound:
             raise ValueError("wild offsets")
@@ -223,10 +228,11 @@ class Image(NamedTuple):
             code_shift,
             StateKind(detached_kind),
             *detached,
+            is_split=is_split,
         )
 
 
 _REFUSALS = list(Refusal)
-_HEAD = struct.Struct("<I?BBB?BQQqqQq")
+_HEAD = struct.Struct("<I?BBB??BQQqqQq")
 _RANGE = struct.Struct("<QQ")
 _LAYOUT = struct.Struct(f"<{len(Layout._fields)}H")

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from elftools.elf.elffile import ELFFile
 
 from symbolizer.digest import blake2b
-from symbolizer.location import ElfAddress, FileOffset, Miss, Segment
+from symbolizer.location import NOT_DYNAMIC, Dynamic, ElfAddress, FileOffset, Miss, Segment
 from symbolizer.symbols.notes import parse_build_id
 
 PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE, PT_GNU_EH_FRAME = 1, 2, 3, 4, 0x6474E550
@@ -139,21 +139,6 @@ class Section(NamedTuple):
     @property
     def is_code(self) -> bool:
         return bool(self.flags & SHF_EXECINSTR)
-
-
-class Dynamic(NamedTuple):
-    """What the dynamic loader knows a file by (gABI, "Dynamic Section").
-
-    Attributes:
-        address: of the dynamic section.
-        debug: where the loader puts the address of its list of files (DT_DEBUG); 0 in libraries.
-    """
-
-    address: int
-    debug: int
-
-
-NOT_DYNAMIC = Dynamic(0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,9 @@ def numbers_of(located, limits: Limits) -> FrameNumbers:
             located.numbers.__contains__,
             lambda: located.number(REST_LOCATION),
         ),
-        Locators(located.locate, located.locate_kernel, located.locate_python),
+        Locators(
+            located.locate, located.locate_kernel, located.locate_python, lambda _mappings: True
+        ),
         LocationBudget(Budget(limits.locations)),
     )
 

@@ -155,6 +155,16 @@ def test_frames_of_a_thread_s_first_interpreter_are_those_of_its_outermost_loops
     assert chain == Chain(1, OTHER)
 
 
+def test_what_may_be_no_loop_has_no_mark():
+    """Of interpreters whose loop is split into functions more is taken for it than is."""
+    stack = words(EXTENSION, EXTENSION, *loop(100), *loop(200), START, *python(1), entry(190))
+
+    frames, chain = split_frames(stack, is_loop_certain=False)
+
+    assert frames == [EXTENSION, EXTENSION, LOOP, frame(1), LOOP, START]
+    assert chain == Chain(1, ChainEnd.WHOLE)
+
+
 def test_loops_of_a_thread_without_a_state_are_of_another_interpreter():
     stack = words(EXTENSION, START, *loop(100), START, reason(ChainEnd.NO_PYTHON))
 
