@@ -211,7 +211,7 @@ class Image(NamedTuple):
         layout_at = _HEAD.size + ranges * _RANGE.size
         if ranges > MAX_RANGES or len(content) != layout_at + has_layout * _LAYOUT.size:
             raise ValueError("wrong size")
-        code_type, state_address, state_offset, code_shift, *detached = head[8:]
+        code_type, state_address, state_offset, code_shift, at, offset = head[8:]
         layout = Layout(*_LAYOUT.unpack_from(content, layout_at)) if has_layout else None
         if layout is not None and not layout.is_sound:
             raise ValueError("wild offsets")
@@ -227,8 +227,9 @@ class Image(NamedTuple):
             state_offset,
             code_shift,
             StateKind(detached_kind),
-            *detached,
-            is_split=is_split,
+            at,
+            offset,
+            is_split,
         )
 
 

@@ -28,7 +28,7 @@ func (m *mixing) score(word uint64) uint64 {
 }
 
 func (p parity) score(word uint64) uint64 {
-	for bit := uint64(32); bit > 0; bit >>= 1 {
+	for bit := uint64(2); bit > 0; bit >>= 1 {
 		word ^= word >> bit
 	}
 	return word & p.seed & 1
