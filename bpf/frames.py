@@ -84,8 +84,13 @@ class _Parts:
         self._end: ChainEnd | None = None
 
     @property
+    def _is_read(self) -> bool:
+        """Whether the interpreter's frames were looked for."""
+        return self._end is not None or self._found > 0
+
+    @property
     def chain(self) -> Chain | None:
-        if self._end is None and not self._found:
+        if not self._is_read:
             return Chain(0, ChainEnd.UNKNOWN_INTERPRETER) if self._loops else None
         return Chain(self._found, self._end or ChainEnd.WHOLE)
 
@@ -111,18 +116,20 @@ class _Parts:
     def add(self, tag: int, word: int, more: Sequence[int]) -> None:
         """Take a word, without its tag, and those that belong to it."""
         if tag == _EVALUATION:
-            self._loops += [(len(self._native), cfa) for cfa in more]
+            self._loops += [_Loop(len(self._native), cfa) for cfa in more]
             self._native.append(word)
         elif tag == _ENTRY:
             self.end_evaluation(word)
         elif tag == _REASON:
             self._end = _ENDS.get(word)
-            if self._end is ChainEnd.TRUNCATED:
-                self.frames.append(CUT_OFF)
+            if self._end in _CUT_SHORT:
+                self.frames.append(self._end.mark)
         elif tag == _ALONE and more:
             self.frames.append(PythonFrame(word, more[0] >> 32, more[0] & _LOW))
             self._found += 1
             self.end_evaluation(0)
+        elif tag == _DETACHED:
+            self._is_detached = True
 
     def end_evaluation(self, entry: int) -> None:
         self._evaluations.append(_Evaluation(self.frames, entry))

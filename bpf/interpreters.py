@@ -73,6 +73,8 @@ class ChainEnd(IntEnum):
     OTHER_STACK = 7
     """Further frames of the thread are not on this chain: they are of another interpreter, which
     called this one or which it called, or of a greenlet."""
+    UNKNOWN_INTERPRETER = 8
+    """The interpreter was not known yet: its process or its file is new."""
 
     @property
     def mark(self) -> PythonFrame:

@@ -148,6 +148,7 @@ _PYTHON_ENDS = {
     "no_code": "with a frame that is of no code object",
     "truncated": "deeper than a record has room for",
     "other_stack": "with functions of another interpreter or of a greenlet, which are not shown",
+    "unknown_interpreter": "in an interpreter that was not known yet",
 }
 
 

@@ -46,6 +46,7 @@ const RUNTIMES = {
   no_code: "a frame is not of a code object",
   truncated: "there are more frames than a record can hold; the leaf side is kept",
   other_stack: "with functions of another interpreter or of a greenlet, which are not shown",
+  unknown_interpreter: "the interpreter was not known yet: its process or its file was new",
 };
 
 /** Completeness of the data in one line, with details on demand. */

@@ -74,20 +74,27 @@ def recorder(shared: Recorder) -> Recorder:
     return shared
 
 
-def record_until(recorder: Recorder, is_seen: Callable[[Stack], bool]) -> Stack:
-    """Close one window after another until one has such a stack; return that."""
-    return next(filter(is_seen, stacks_of(window_with(recorder, is_seen))))
+def stacks_of(profile: Profile, pid: int | None = None) -> Iterator[Stack]:
+    """Return the user's part of what is drawn, of a process or of all: all stacks, root first."""
+    for stack, _ in frames_of([profile], pid):
+        yield tuple(frame for frame in stack if frame.kind is not Kind.KERNEL)
 
 
-def window_with(recorder: Recorder, is_seen: Callable[[Stack], bool]) -> Profile:
-    """Close one window after another until one has such a stack; return the window."""
+def record_until(recorder: Recorder, pid: int, is_seen: Callable[[Stack], bool]) -> Stack:
+    """Sample a process, window after window, until one has such a stack; return that."""
+    return next(filter(is_seen, stacks_of(window_with(recorder, pid, is_seen), pid)))
+
+
+def window_with(recorder: Recorder, pid: int, is_seen: Callable[[Stack], bool]) -> Profile:
+    """Sample a process, window after window, until one has such a stack; return the window."""
+    recorder.sampler.select([pid])
     until_s = time.monotonic() + 90
     while time.monotonic() < until_s:
         for _ in range(3):
             time.sleep(0.5)  # ticks are what is waited for
             recorder.step()
         profile = recorder.close_window()
-        if any(map(is_seen, stacks_of(profile))):
+        if any(map(is_seen, stacks_of(profile, pid))):
             return profile
     pytest.fail(f"no such stack; {recorder.jit.status()}")
 
@@ -230,7 +237,9 @@ def test_python_is_named_by_its_perf_map(recorder: Recorder, tmp_path: Path):
     assert frame_of(stack, "leaf") == Frame("leaf", "[python]", Kind.PYTHON, str(script))
 
 
-def test_trampolines_of_python_are_shown_where_they_are_asked_for(tmp_path: Path):
+def test_trampolines_of_python_are_shown_where_they_are_asked_for(
+    recorder: Recorder, tmp_path: Path
+):
     """The function that each calls stands beside it, with its module and its line."""
     pythons = perf_pythons()
     if not pythons:
@@ -243,10 +252,9 @@ def test_trampolines_of_python_are_shown_where_they_are_asked_for(tmp_path: Path
 
     with running(pythons[0], "-X", "perf", script) as process:
         try:
-            with recording(process.pid, tmp_path) as recorder:
-                window = window_with(
-                    recorder, lambda stack: modules_of_leaf(stack) == ["[python]", "spin"]
-                )
+            window = window_with(
+                recorder, process.pid, lambda s: modules_of_leaf(s) == ["[python]", "spin"]
+            )
         finally:
             map_of(process.pid).unlink(missing_ok=True)
 
@@ -261,7 +269,7 @@ def test_trampolines_of_python_are_shown_where_they_are_asked_for(tmp_path: Path
             assert "[python]" not in modules, stack
 
 
-def test_java_is_named_by_the_map_that_jcmd_has_it_write(tmp_path: Path):
+def test_java_is_named_by_the_map_that_jcmd_has_it_write(recorder: Recorder, tmp_path: Path):
     """It is written while the process is sampled already, from the first window on."""
     javac, java, jcmd = (shutil.which(name) for name in ("javac", "java", "jcmd"))
     if not (javac and java and jcmd):
@@ -306,15 +314,17 @@ def erlang_command(folder: Path) -> list[str | Path]:
     [(php_command, ["zend_execute", "App\\leaf"]), (erlang_command, ["spin:leaf/2"])],
 )
 def test_other_runtimes_are_named_by_their_perf_maps(
-    tmp_path: Path, command_in: Callable[[Path], list[str | Path]], functions: list[str]
+    recorder: Recorder,
+    tmp_path: Path,
+    command_in: Callable[[Path], list[str | Path]],
+    functions: list[str],
 ):
     command = command_in(tmp_path)
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is missing (install php-cli, erlang-base)")
     with running(*command, cwd=tmp_path, stdin=subprocess.DEVNULL) as process:
         try:
-            with recording(process.pid, tmp_path) as recorder:
-                stack = record_until(recorder, has(*functions))
+            stack = record_until(recorder, process.pid, has(*functions))
         finally:
             map_of(process.pid).unlink(missing_ok=True)
 
