@@ -193,14 +193,16 @@ def test_sums_of_functions_are_those_of_the_stacks(profiles):
     """Self and total, recursion counted once, as the flame graph's own table counts them."""
     for profile in profiles:
         expected = flamegraph.top_functions(Columns.of(profile))
-        files = {row.frame for row in expected if row.total_samples}
+        # Without the line on which a function begins, which sums do not have.
+        files = {row.frame[:4] for row in expected if row.total_samples}
         for columns in (
             Columns.of(profile, HASHER),
             pprof_arrays.decode(pprof.encode(profile), HASHER),
         ):
             totals = FunctionTotals.of(columns, HASHER).by(())
             assert by_function(totals.function_totals()) == by_function(expected)
-            assert {row.frame for row in totals.function_totals() if row.total_samples} == files
+            found = totals.function_totals()
+            assert {row.frame[:4] for row in found if row.total_samples} == files
 
 
 @given(st.lists(some.profiles(), min_size=1, max_size=4))
