@@ -291,8 +291,12 @@ def matches(interpreter: Interpreter, name: str) -> bool:
 
 
 def native_python(options: argparse.Namespace) -> Interpreter:
-    """Return the newest of this machine's own root."""
-    own = [each for each in chosen(options) if each.root == Path("/")]
+    """Return the newest that is installed on this machine, or that was chosen."""
+    own = [
+        each
+        for each in chosen(options)
+        if each.root == Path("/") and (options.pythons or "standalone" not in each.name)
+    ]
     if not own:
         raise SystemExit("no interpreter of this machine's own is chosen")
     return own[-1]
