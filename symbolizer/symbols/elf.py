@@ -192,10 +192,7 @@ def read_elf(source: Source) -> Elf:
     Raises:
         UnreadableElf: with the reason.
     """
-    if source.size < 4 or source.read_at(0, 4) != b"\x7fELF":
-        raise UnreadableElf(Miss.NOT_ELF)
-    header = _read_header(source)
-    phdrs = _read_table(source, header.phoff, header.phnum, _PHDR[header.bits], _MAX_SEGMENTS)
+    header, phdrs = _read_program_headers(source)
     shdrs = _read_table(source, header.shoff, header.shnum, _SHDR[header.bits], _MAX_SECTIONS)
     sections = _read_sections(source, shdrs, header.shstrndx)
     is_loaded = phdrs["p_type"] == PT_LOAD
@@ -223,10 +220,7 @@ def read_loader(source: Source) -> bytes:
     Raises:
         UnreadableElf: with the reason.
     """
-    if source.size < 4 or source.read_at(0, 4) != b"\x7fELF":
-        raise UnreadableElf(Miss.NOT_ELF)
-    header = _read_header(source)
-    phdrs = _read_table(source, header.phoff, header.phnum, _PHDR[header.bits], _MAX_SEGMENTS)
+    _, phdrs = _read_program_headers(source)
     for row in phdrs[phdrs["p_type"] == PT_INTERP]:
         size = min(int(row["p_filesz"]), _MAX_PATH_BYTES)
         return source.read_at(int(row["p_offset"]), size).partition(b"\0")[0]
@@ -330,6 +324,14 @@ def _read_header(source: Source) -> _Header:
     if not little_endian:
         raise UnreadableElf(Miss.UNSUPPORTED)
     return header
+
+
+def _read_program_headers(source: Source) -> tuple[_Header, npt.NDArray[np.void]]:
+    if source.size < 4 or source.read_at(0, 4) != b"\x7fELF":
+        raise UnreadableElf(Miss.NOT_ELF)
+    header = _read_header(source)
+    phdrs = _read_table(source, header.phoff, header.phnum, _PHDR[header.bits], _MAX_SEGMENTS)
+    return header, phdrs
 
 
 def _read_table(
