@@ -23,8 +23,9 @@ _ENDS = {end.value: end for end in ChainEnd}
 _CUT_SHORT = frozenset({ChainEnd.UNREADABLE, ChainEnd.NO_CODE, ChainEnd.TRUNCATED})
 """Further frames were there, but were not read."""
 _NOT_FOUND = frozenset({ChainEnd.NO_STATE, ChainEnd.OTHER_THREAD})
-_DEEPEST_AT_EDGE = 1
-"""Native frames above a loop that calls a function of its own at its beginning or end."""
+_DEEPEST_AT_EDGE = 2
+"""Native frames above a loop that calls functions of its own at its beginning or end: up to 3.10 it
+checks the result when its frame is gone, and that asks for an exception."""
 
 
 class _Evaluation(NamedTuple):

@@ -87,10 +87,14 @@ def test_stacks_of_all_interpreters_are_those_that_the_programs_can_have(
             lambda found: all(count(found, pid) >= FEW for pid in pids.values()), "samples"
         )
 
+    samples = right = 0
     for interpreter, pid in pids.items():
         verdict = judge(trees[interpreter], stacks_of(profiles, pid).items())
         assert verdict.samples >= FEW
-        assert verdict.percent >= RIGHT_PERCENT, (interpreter.name, modes[interpreter], verdict)
+        wrong = verdict.samples - verdict.right
+        assert wrong <= 1 or verdict.percent >= RIGHT_PERCENT, (interpreter.name, verdict)
+        samples, right = samples + verdict.samples, right + verdict.right
+    assert 100 * right / samples >= RIGHT_PERCENT
     for profile in profiles:
         assert profile.accounting.mismatch == 0
         assert profile.accounting.runtimes["cpython"]["frames"] > 0

@@ -120,14 +120,15 @@ OTHER = ChainEnd.OTHER_STACK
 def test_loops_of_another_interpreter_have_a_mark():
     """It called that which the thread runs now, or was called by it; several loops have one."""
     stack = words(
-        EXTENSION, EXTENSION, *loop(100), *loop(200), EXTENSION, *loop(300), *loop(400), START,
-        *python(1), entry(290),
+        *(EXTENSION, EXTENSION, EXTENSION, *loop(100), *loop(200)),
+        *(EXTENSION, *loop(300), *loop(400), START),
+        *(*python(1), entry(290)),
     )  # fmt: skip
 
     frames, chain = split_frames(stack)
 
     assert frames == [
-        *(EXTENSION, EXTENSION, OTHER.mark, LOOP, LOOP, EXTENSION),
+        *(EXTENSION, EXTENSION, EXTENSION, OTHER.mark, LOOP, LOOP, EXTENSION),
         *(frame(1), LOOP, OTHER.mark, LOOP, START),
     ]
     assert chain == Chain(1, OTHER)
@@ -146,41 +147,53 @@ def test_frames_without_addresses_are_those_of_the_innermost_of_many_loops():
 
 def test_frames_of_a_thread_s_first_interpreter_are_those_of_its_outermost_loops():
     """What was found without the lock is never shown as what another interpreter runs."""
-    loops = (EXTENSION, START, *loop(100), EXTENSION, *loop(200))
+    loops = (EXTENSION, EXTENSION, START, *loop(100), EXTENSION, *loop(200))
     stack = words(*loops, START, Tag.DETACHED << TAG_SHIFT, *python(1, Tag.ALONE))
 
     frames, chain = split_frames(stack)
 
-    assert frames == [EXTENSION, START, OTHER.mark, LOOP, EXTENSION, frame(1), LOOP, START]
+    assert frames == [
+        EXTENSION,
+        EXTENSION,
+        START,
+        OTHER.mark,
+        LOOP,
+        EXTENSION,
+        frame(1),
+        LOOP,
+        START,
+    ]
     assert chain == Chain(1, OTHER)
 
 
 def test_what_may_be_no_loop_has_no_mark():
     """Of interpreters whose loop is split into functions more is taken for it than is."""
-    stack = words(EXTENSION, EXTENSION, *loop(100), *loop(200), START, *python(1), entry(190))
+    stack = words(
+        EXTENSION, EXTENSION, EXTENSION, *loop(100), *loop(200), START, *python(1), entry(190)
+    )
 
     frames, chain = split_frames(stack, is_loop_certain=False)
 
-    assert frames == [EXTENSION, EXTENSION, LOOP, frame(1), LOOP, START]
+    assert frames == [EXTENSION, EXTENSION, EXTENSION, LOOP, frame(1), LOOP, START]
     assert chain == Chain(1, ChainEnd.WHOLE)
 
 
 def test_loops_of_a_thread_without_a_state_are_of_another_interpreter():
-    stack = words(EXTENSION, START, *loop(100), START, reason(ChainEnd.NO_PYTHON))
+    stack = words(EXTENSION, EXTENSION, START, *loop(100), START, reason(ChainEnd.NO_PYTHON))
 
     frames, chain = split_frames(stack)
 
-    assert frames == [EXTENSION, START, OTHER.mark, LOOP, START]
+    assert frames == [EXTENSION, EXTENSION, START, OTHER.mark, LOOP, START]
     assert chain == Chain(0, OTHER)
 
 
 def test_loops_without_frames_say_why_these_were_not_found():
     end = ChainEnd.OTHER_THREAD
-    stack = words(EXTENSION, START, *loop(100), START, reason(end))
+    stack = words(EXTENSION, EXTENSION, START, *loop(100), START, reason(end))
 
     frames, chain = split_frames(stack)
 
-    assert frames == [EXTENSION, START, end.mark, LOOP, START]
+    assert frames == [EXTENSION, EXTENSION, START, end.mark, LOOP, START]
     assert chain == Chain(0, end)
 
 
@@ -237,9 +250,9 @@ def test_the_leaf_has_no_tag():
 
 
 def test_loops_of_an_interpreter_that_is_not_known_yet_are_counted():
-    stack = words(EXTENSION, START, *loop(100), START)
+    stack = words(EXTENSION, EXTENSION, START, *loop(100), START)
 
     frames, chain = split_frames(stack)
 
-    assert frames == [EXTENSION, START, LOOP, START]
+    assert frames == [EXTENSION, EXTENSION, START, LOOP, START]
     assert chain == Chain(0, ChainEnd.UNKNOWN_INTERPRETER)
