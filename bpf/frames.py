@@ -15,9 +15,13 @@ from bpf.samples import FRAME_WORDS, TAG_SHIFT, PythonFrame, RawFrame, Tag, Word
 
 _ADDRESS, _LOW = (1 << TAG_SHIFT) - 1, (1 << 32) - 1
 
-_NATIVE, _EVALUATION, _PYTHON = int(Tag.NATIVE), int(Tag.EVALUATION), int(Tag.PYTHON)
+_NATIVE, _EVALUATION = int(Tag.NATIVE), int(Tag.EVALUATION)
+_FIRST_TAGGED = 1 << TAG_SHIFT
+_FIRST_PYTHON, _BEHIND_PYTHON = Tag.PYTHON << TAG_SHIFT, (Tag.PYTHON + 1) << TAG_SHIFT
 _ENTRY, _REASON = int(Tag.ENTRY), int(Tag.REASON)
 _ALONE, _DETACHED = int(Tag.ALONE), int(Tag.DETACHED)
+
+_new = tuple.__new__
 
 _ENDS = {end.value: end for end in ChainEnd}
 _CUT_SHORT = frozenset({ChainEnd.UNREADABLE, ChainEnd.NO_CODE, ChainEnd.TRUNCATED})
@@ -59,7 +63,7 @@ def split_frames(
     Words of unknown tags, and reasons of unknown numbers, are left out.
     """
     values: list[int] = words.tolist()
-    if not values or not max(values) >> TAG_SHIFT:  # all native, as nearly all stacks are
+    if not values or max(values) < _FIRST_TAGGED:  # all native, as nearly all stacks are
         return [*values], None
     parts = _Parts()
     parts.take(values)
@@ -96,22 +100,25 @@ class _Parts:
         return Chain(self._found, self._end or ChainEnd.WHOLE)
 
     def take(self, values: Sequence[int]) -> None:
-        """Take all words of a stack. The two tags that nearly all of them have are met here."""
+        """Take all words of a stack. Runs of the two tags that most words have are met here."""
+        native, frames = self._native, self.frames
         at, end = 0, len(values)
         while at < end:
             word = values[at]
-            tag = word >> TAG_SHIFT
-            if tag == _NATIVE:
-                self._native.append(word)
+            if word < _FIRST_TAGGED:
+                native.append(word)
                 at += 1
-            elif tag == _PYTHON and at + 1 < end:
+            elif _FIRST_PYTHON <= word < _BEHIND_PYTHON and at + 1 < end:
                 more = values[at + 1]
-                self.frames.append(PythonFrame(word & _ADDRESS, more >> 32, more & _LOW))
+                # As PythonFrame(...), in half the time.
+                frames.append(_new(PythonFrame, (word & _ADDRESS, more >> 32, more & _LOW)))
                 self._found += 1
                 at += 2
             else:
+                tag = word >> TAG_SHIFT
                 size = FRAME_WORDS.get(tag, 1)
                 self.add(tag, word & _ADDRESS, values[at + 1 : at + size])
+                frames = self.frames
                 at += size
 
     def add(self, tag: int, word: int, more: Sequence[int]) -> None:

@@ -9,7 +9,6 @@ process generation.
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -31,6 +30,9 @@ _STACKS_AT_ONCE = 64
 
 _FRAMES_OF_A_LOCATION = 4
 """Frames that take as much as a location, if that is known: processes have many in common."""
+
+_MOST_KNOWN = 10_000
+"""Frames that one process has twice in memory."""
 
 _NO_NUMBERS: Numbers = array("i")
 _NO_FRAME = -2
@@ -83,6 +85,10 @@ class FrameNumbers:
         self.python: Counter[str] = Counter()
         self._shared: WeakKeyDictionary[MappingTable, dict[RawFrame, int]] = WeakKeyDictionary()
         self._own: dict[ProcessGeneration, dict[RawFrame, int]] = {}
+        self._known: WeakKeyDictionary[MappingTable, dict[ProcessGeneration, _Known]] = (
+            WeakKeyDictionary()
+        )
+        self._has_no_frames = False
         self._is_own: WeakKeyDictionary[MappingTable, npt.NDArray[np.bool_]] = WeakKeyDictionary()
         self._nowhere: WeakKeyDictionary[MappingTable, int] = WeakKeyDictionary()
         self._rest_number = -1
@@ -100,15 +106,16 @@ class FrameNumbers:
             new: dict[Owner, dict[int, list[RawFrame]]] = {}
             for place, sample in enumerate(samples[start : start + _STACKS_AT_ONCE], start):
                 frames = self._frames_of(sample, is_loop_certain)
+                known = self._known_of(sample.generation, mappings) if self._own else shared
                 try:  # one look-up a frame, where all have been located before
-                    numbered[place] = array("i", map(shared.__getitem__, frames))
+                    numbered[place] = array("i", map(known.__getitem__, frames))
                 except KeyError:
                     new.setdefault(Owner.of(sample), {})[place] = frames
             for owner, stacks in new.items():
                 found = self._stacks(owner, mappings, [*stacks.values()])
                 for place, numbers in zip(stacks, found, strict=True):
                     numbered[place] = numbers
-        return numbered
+        return [*map(_without_no_frames, numbered)] if self._has_no_frames else numbered
 
     def kernel(self, stacks: Sequence[Words]) -> list[Numbers]:
         """Return kernel stacks, leaf first.
@@ -134,24 +141,38 @@ class FrameNumbers:
     def _stacks(
         self, owner: Owner, mappings: MappingTable, stacks: Sequence[Sequence[RawFrame]]
     ) -> list[Numbers]:
-        shared = self._shared.setdefault(mappings, {})
+        shared = self._shared[mappings]
         own = self._own.get(owner.generation, {})
-        unknown = set(chain.from_iterable(stacks)).difference(shared, own)
-        others: dict[RawFrame, int] = {}
-        if unknown:
-            in_order = (frame for stack in stacks for frame in reversed(stack) if frame in unknown)
-            others = self._find(owner, mappings, [*dict.fromkeys(in_order)])
-            own = {**others, **self._own.get(owner.generation, {})}
-        if not own:
-            return [array("i", map(shared.__getitem__, stack)) for stack in stacks]
-        number = own.get
-        numbered = [
-            array("i", [shared[f] if (known := number(f)) is None else known for f in stack])
+        unknown = {  # from the root on: the budget may end among them
+            frame: None
+            for stack in stacks
+            for frame in reversed(stack)
+            if frame not in shared and frame not in own
+        }
+        others = self._find(owner, mappings, [*unknown]) if unknown else {}
+        known = self._known_of(owner.generation, mappings)
+        if not others:
+            return [array("i", map(known.__getitem__, stack)) for stack in stacks]
+        number = others.get
+        return [
+            self._cut(
+                array("i", [known[f] if (other := number(f)) is None else other for f in stack])
+            )
             for stack in stacks
         ]
-        if others:
-            numbered = [self._cut(numbers) for numbers in numbered]
-        return [_without_no_frames(numbers) for numbers in numbered]
+
+    def _known_of(
+        self, generation: ProcessGeneration, mappings: MappingTable
+    ) -> dict[RawFrame, int]:
+        """Return the numbers of all frames of a process that have been located."""
+        own, shared = self._own.get(generation), self._shared[mappings]
+        if own is None:
+            return shared
+        of_mappings = self._known.setdefault(mappings, {})
+        known = of_mappings.get(generation)
+        if known is None:
+            known = of_mappings[generation] = _Known(own, shared)
+        return known
 
     def _find(
         self, owner: Owner, mappings: MappingTable, frames: Sequence[RawFrame]
@@ -203,6 +224,7 @@ class FrameNumbers:
             place = self._locate.python(owner.generation, frame)
             if place is None:
                 own[frame] = _NO_FRAME
+                self._has_no_frames = True
             else:
                 shown[frame] = place
         numbers = self._number_all(owner, [*shown.values()])
@@ -252,6 +274,26 @@ class FrameNumbers:
             kinds = [is_of_compiler(mapping.path) for mapping in mappings.mappings]
             are_own = self._is_own[mappings] = np.array(kinds, np.bool_)
         return are_own
+
+
+class _Known(dict[RawFrame, int]):
+    """Numbers of a process that has frames of its own, kept here with the shared ones it used.
+
+    So each frame takes one look-up, which no Python function sees.
+    """
+
+    def __init__(self, own: dict[RawFrame, int], shared: dict[RawFrame, int]) -> None:
+        super().__init__()
+        self._own, self._shared = own, shared
+
+    def __missing__(self, frame: RawFrame) -> int:
+        number = self._own.get(frame)
+        if number is None:
+            number = self._shared[frame]
+        if len(self) >= _MOST_KNOWN:
+            self.clear()
+        self[frame] = number
+        return number
 
 
 def _without_no_frames(numbers: Numbers) -> Numbers:
