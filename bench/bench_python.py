@@ -51,6 +51,7 @@ PYTHON_TICK_US, NATIVE_TICK_US = 15.0, 5.0
 CPU_PERCENT, MEMORY_MB = 1.0, 60.0
 PYTHON_FRAMES, NATIVE_FRAMES = 30, 20
 ROUNDS = 5
+MOST_WARM_UP_S = 30.0
 
 EVALUATION = "_PyEval_EvalFrameDefault"
 STARTS = frozenset(
@@ -76,9 +77,13 @@ class Recording:
         self._recorder = recorder
 
     def of(self, pid: int, seconds: float, warm_up_s: float = 1.0) -> Profile:
-        """Record a process and what descends from it, from `warm_up_s` on: tables are read then."""
+        """Record a process and what descends from it, from `warm_up_s` on, with all tables read."""
+        unwinding, until_s = self._recorder.unwinding, time.monotonic() + MOST_WARM_UP_S
         self._recorder.sampler.select(all_pids(pid))
+        unwinding.prepare(all_pids(pid))
         record(self._recorder, warm_up_s)
+        while not unwinding.is_prepared() and time.monotonic() < until_s:
+            record(self._recorder, warm_up_s)
         self._recorder.sampler.select(all_pids(pid))
         self._recorder.close_window()
         record(self._recorder, seconds)
