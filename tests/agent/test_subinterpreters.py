@@ -67,7 +67,7 @@ RIGHT_PERCENT = 99.5
 OUTER = ("outer", "calls")
 THREAD = ("_bootstrap", "_bootstrap_inner", "run")
 MARK = "[other stack]"
-LINES = {"leaf": {4, 5, 6}, "released": {8, 9}, "work": {14, 15}}
+LINES = {"leaf": {4, 5, 6}, "released": {8, 9}, "work": {12, 13, 14, 15}}
 
 
 @pytest.fixture(scope="module")
