@@ -108,10 +108,10 @@ def parse_code(version_hex: int, layout: Layout, parts: Parts) -> CodeObject | N
     `version_hex` is as PY_VERSION_HEX has it (0x030b07f0: 3.11.7), `layout` of that interpreter.
     """
     first_line = parts.code[layout.code_first_line :][:4]
-    function = _read_text(layout, parts.name)
+    function = read_text(layout, parts.name)
     if len(first_line) < 4 or function is None:
         return None
-    path = _read_text(layout, parts.file) or _Text("", is_cut=False)
+    path = read_text(layout, parts.file) or Text("", is_cut=False)
     table = _read_bytes(layout, parts.lines)
     return CodeObject(
         version_hex=version_hex,
@@ -125,12 +125,12 @@ def parse_code(version_hex: int, layout: Layout, parts: Parts) -> CodeObject | N
     )
 
 
-class _Text(NamedTuple):
+class Text(NamedTuple):
     text: str
     is_cut: bool
 
 
-def _read_text(layout: Layout, part: bytes) -> _Text | None:
+def read_text(layout: Layout, part: bytes) -> Text | None:
     """Return a str object as readable text; None if this is none, or one that lies elsewhere.
 
     Only compact objects have their characters behind their header. All strings that a compiler or
@@ -139,7 +139,7 @@ def _read_text(layout: Layout, part: bytes) -> _Text | None:
     if len(part) < layout.str_ascii:
         return None
     length = _signed(part, layout.str_length, 8)
-    form = _form(layout, int.from_bytes(part[layout.str_state :][:4], "little"))
+    form = form_of(layout, int.from_bytes(part[layout.str_state :][:4], "little"))
     if form is None or not 0 <= length <= _MOST_LENGTH:
         return None
     start = layout.str_ascii if form.is_ascii else layout.str_compact
@@ -149,21 +149,21 @@ def _read_text(layout: Layout, part: bytes) -> _Text | None:
     # As Python itself writes lone surrogates where they cannot be encoded.
     shown = readable(text.encode("utf-8", "backslashreplace"))
     is_cut = characters < length
-    return _Text(shown + "…" if is_cut else shown, is_cut)
+    return Text(shown + "…" if is_cut else shown, is_cut)
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     width: int
     is_ascii: bool
 
 
-def _form(layout: Layout, state: int) -> _Form | None:
+def form_of(layout: Layout, state: int) -> Form | None:
     """Return what the state of a str object says; None if it is not of a compact one."""
     bits = state >> layout.str_kind_bit
     kind, is_compact, is_ascii = bits & 7, bits & 8, bits & 16
     if kind not in (1, 2, 4) or not is_compact or (is_ascii and kind != 1):
         return None
-    return _Form(kind, bool(is_ascii))
+    return Form(kind, bool(is_ascii))
 
 
 def _decode(content: bytes, width: int) -> str:

@@ -96,6 +96,7 @@ def read_image(elf: Elf, rules: Rules | None = None) -> Image | None:
         _shift_of(elf, evaluating[0][0]),
         *detached,
         is_split=loop.is_split,
+        runtime=symbols[RUNTIME].address,
     )
 
 

@@ -154,6 +154,7 @@ class Image(NamedTuple):
             have others, one for each interpreter that it has run: to 3.11 this is the first, later
             the one that held the lock last.
         is_split: the loop is split into functions: in `evaluation` is what may be no evaluation.
+        runtime: _PyRuntime.
         code_shift: what the addresses of the segment in which `evaluation` begins are higher than
             its file offsets. A mapping of that segment at `start` from `file_offset` on loads the
             file's address A at start - file_offset - code_shift + A.
@@ -173,6 +174,7 @@ class Image(NamedTuple):
     detached_address: int = 0
     detached_offset: int = 0
     is_split: bool = False
+    runtime: int = 0
 
     def pack(self) -> bytes:
         """Return it as bytes, at most MAX_IMAGE_BYTES."""
@@ -191,6 +193,7 @@ class Image(NamedTuple):
             self.code_shift,
             self.detached_address,
             self.detached_offset,
+            self.runtime,
         )
         ranges = b"".join(_RANGE.pack(*each) for each in self.evaluation)
         return head + ranges + (b"" if self.layout is None else _LAYOUT.pack(*self.layout))
@@ -211,7 +214,7 @@ class Image(NamedTuple):
         layout_at = _HEAD.size + ranges * _RANGE.size
         if ranges > MAX_RANGES or len(content) != layout_at + has_layout * _LAYOUT.size:
             raise ValueError("wrong size")
-        code_type, state_address, state_offset, code_shift, at, offset = head[8:]
+        code_type, state_address, state_offset, code_shift, at, offset, runtime = head[8:]
         layout = Layout(*_LAYOUT.unpack_from(content, layout_at)) if has_layout else None
         if layout is not None and not layout.is_sound:
             raise ValueError("wild offsets")
@@ -230,10 +233,11 @@ class Image(NamedTuple):
             at,
             offset,
             is_split,
+            runtime,
         )
 
 
 _REFUSALS = list(Refusal)
-_HEAD = struct.Struct("<I?BBB??BQQqqQq")
+_HEAD = struct.Struct("<I?BBB??BQQqqQqQ")
 _RANGE = struct.Struct("<QQ")
 _LAYOUT = struct.Struct(f"<{len(Layout._fields)}H")

@@ -32,7 +32,7 @@ PAGE = np.dtype([("number", "<u4"), ("first", "<u4"), ("count", "<u4")])
 
 _MAGIC = b"EFLUNWD\n"
 # Raise this when the layout changes, or the rule that any address gets, or what an image says.
-_VERSION = 6
+_VERSION = 7
 # magic, version, CRC-32 of all that follows it, key (NUL-padded), pages, rows, bytes of the image
 _HEADER = struct.Struct("<8sII136sQQQ")
 _CHECKED_FROM = 16

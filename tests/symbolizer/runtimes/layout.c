@@ -6,10 +6,15 @@
 #include <stdio.h>
 #include "internal/pycore_pystate.h"
 #if PY_MINOR_VERSION >= 9
+#include "internal/pycore_interp.h"
 #include "internal/pycore_runtime.h"
 #endif
 #if PY_MINOR_VERSION >= 11
 #include "internal/pycore_frame.h"
+#endif
+#if PY_MINOR_VERSION >= 11
+#include "internal/pycore_dict.h"
+#include "internal/pycore_moduleobject.h"
 #endif
 #if PY_MINOR_VERSION >= 13
 #include "internal/pycore_ceval.h"
@@ -20,6 +25,11 @@
 #include "internal/pycore_interpframe_structs.h"
 #endif
 
+#if PY_MINOR_VERSION <= 11
+#define PY_DIGITS ob_digit
+#else
+#define PY_DIGITS long_value.ob_digit
+#endif
 #define P(name, value) printf(name " %d\n", (int)(value))
 #define W(member) printf("word " #member " %d\n", (int)(offsetof(_Py_DebugOffsets, member) / 8))
 
@@ -98,6 +108,46 @@ int main(int count, char **arguments)
 	P("str_kind_bit", __builtin_ctz(*(unsigned int *)&string.state));
 	P("bytes_size", offsetof(PyVarObject, ob_size));
 	P("bytes_data", offsetof(PyBytesObject, ob_sval));
+
+#if PY_MINOR_VERSION <= 13
+	P("object interpreters", offsetof(_PyRuntimeState, interpreters.head));
+	P("object main_interpreter", offsetof(_PyRuntimeState, interpreters.main));
+	P("object next_interpreter", offsetof(PyInterpreterState, next));
+#if PY_MINOR_VERSION <= 11
+	P("object modules", offsetof(PyInterpreterState, modules));
+#else
+	P("object modules", offsetof(PyInterpreterState, imports.modules));
+#endif
+	P("object type", offsetof(PyObject, ob_type));
+	P("object type_size", offsetof(PyTypeObject, tp_basicsize));
+	P("object type_flags", offsetof(PyTypeObject, tp_flags));
+	P("object type_dict_offset", offsetof(PyTypeObject, tp_dictoffset));
+	P("object type_keys", offsetof(PyHeapTypeObject, ht_cached_keys));
+	P("object dict_keys", offsetof(PyDictObject, ma_keys));
+	P("object dict_values", offsetof(PyDictObject, ma_values));
+	P("object int_digits", offsetof(PyLongObject, PY_DIGITS));
+	P("object int_size", offsetof(PyLongObject, PY_DIGITS) - 8);
+	P("object int_digit_bits", PyLong_SHIFT);
+#if PY_MINOR_VERSION >= 11
+	P("object module_dict", offsetof(PyModuleObject, md_dict));
+	P("object keys_size", offsetof(PyDictKeysObject, dk_log2_size));
+	P("object keys_index_bytes", offsetof(PyDictKeysObject, dk_log2_index_bytes));
+	P("object keys_kind", offsetof(PyDictKeysObject, dk_kind));
+	P("object keys_count", offsetof(PyDictKeysObject, dk_nentries));
+	P("object keys_header", offsetof(PyDictKeysObject, dk_indices));
+	P("object values", offsetof(PyDictValues, values));
+#endif
+#endif
+#if PY_MINOR_VERSION == 13
+	W(runtime_state.interpreters_head);
+	W(interpreter_state.next);
+	W(interpreter_state.imports_modules);
+	W(type_object.tp_flags);
+	W(dict_object.ma_keys);
+	W(dict_object.ma_values);
+	W(long_object.lv_tag);
+	W(long_object.ob_digit);
+#endif
 
 #if PY_MINOR_VERSION >= 13
 	W(version);

@@ -51,6 +51,7 @@ IMAGES = st.builds(
     detached_kind=st.sampled_from(StateKind),
     detached_address=WORDS,
     detached_offset=SIGNED,
+    runtime=WORDS,
 )
 
 

@@ -19,6 +19,12 @@ from symbolizer.runtimes.layouts import (
     LAYOUTS,
     read_debug_offsets,
 )
+from symbolizer.runtimes.object_layouts import (
+    OBJECT_LAYOUTS,
+    OBJECT_WORDS,
+    ObjectLayout,
+    object_layout,
+)
 from tests.support.debian_roots import CannotFetchError, fetch_root
 from tests.support.elf_files import build
 from tests.support.python_images import VERSION, debug_offsets
@@ -105,6 +111,51 @@ def test_debug_offsets_are_read_where_the_headers_have_them(minor, option, tmp_p
         assert {name: word for name, word in words.items() if word != NONE} == {
             name: word for name, word in told.items() if name in words
         }
+
+
+def assert_objects_agree(layout: ObjectLayout, told: Mapping[str, int]) -> None:
+    known = {f"object {name}": number for name, number in layout._asdict().items()}
+    assert {name: known[name] for name in told if name in known} == {
+        name: number for name, number in told.items() if name in known
+    }
+    assert told["object main_interpreter"] == layout.interpreters + 8
+    assert told["object int_digit_bits"] == 30
+    if "object keys_size" in told:  # what is read of keys as bytes
+        assert [told[f"object keys_{name}"] for name in ("size", "index_bytes", "kind")] == [
+            8,
+            9,
+            10,
+        ]
+
+
+@needs("gcc", "gcc")
+@pytest.mark.parametrize("option", OPTIONS[:2])
+@pytest.mark.parametrize("minor", OBJECT_LAYOUTS)
+def test_the_table_of_objects_agrees_with_the_headers(minor, option, tmp_path):
+    for told, program in compiled(minor, option, tmp_path):
+        is_first = minor < 13 or told["version"] == 0x030D00F0
+        if is_first:
+            assert_objects_agree(OBJECT_LAYOUTS[minor], told)
+        if minor == 13:
+            content = program.with_suffix(".offsets").read_bytes()
+            read = object_layout(told["version"], content)
+            assert read is not None
+            assert_objects_agree(read, told)
+            words = {f"word {name}": word for name, word in OBJECT_WORDS.items()}
+            assert words == {name: word for name, word in told.items() if name in words}
+
+
+@needs("gcc", "gcc")
+def test_objects_of_free_threaded_builds_are_not_known(tmp_path):
+    """Theirs have another header."""
+    for told, program in compiled(13, OPTIONS[2], tmp_path):
+        content = program.with_suffix(".offsets").read_bytes()
+        assert object_layout(told["version"], content) is None
+
+
+@pytest.mark.parametrize("version", [0x030E00F0, 0x030C00B1, 0x030700F0, 0])
+def test_objects_of_other_versions_are_not_known(version):
+    assert object_layout(version, debug_offsets(version)) is None
 
 
 def test_debug_offsets_give_a_layout():

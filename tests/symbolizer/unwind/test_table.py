@@ -182,6 +182,7 @@ IMAGE = Image(
     state_offset=-24,
     detached_kind=StateKind.KEY,
     detached_address=1 << 40,
+    runtime=1 << 46,
 )
 
 
