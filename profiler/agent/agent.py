@@ -31,6 +31,7 @@ from profiler.agent.recorder import Recorder
 from profiler.agent.signals import ENDING, Signals
 from profiler.agent.status import StatusSocket, uploader_state
 from profiler.agent.supervise import Child, RefusedError, host_lock
+from profiler.agent.thread_names import THREAD_NAMES
 from profiler.agent.window import Edges, deviation
 from profiler.processes.rules import Rules
 from storage.objects.keys import DEFAULT_TENANT
@@ -380,6 +381,7 @@ class Agent:
             "copied_stacks": recorder.copied.status(),
             "labels": recorder.labeler.status(),
             "cpython": {**recorder.unwinding.runtimes.status(), **recorder.python.status()},
+            THREAD_NAMES: recorder.threads.status(),
             **recorder.jit.status(),
             "slowest_binaries": recorder.names.slowest(),
             **self._children.status(),

@@ -23,6 +23,7 @@ _PARTS = (
     "mappings",
     "labels",
     "cpython",
+    "thread_names",
     "perf_map",
     "jitdump",
     "jit_locations",

@@ -28,6 +28,7 @@ from profiler.agent.names import CACHE_BYTES, Names
 from profiler.agent.python_code import CPYTHON, PythonCode
 from profiler.agent.reader_child import Answer
 from profiler.agent.readers import Readers
+from profiler.agent.thread_names import ThreadNames
 from profiler.agent.unwind_tables import Unwinding
 from profiler.agent.window import OpenWindow
 from profiler.processes.activity import Activity
@@ -127,6 +128,7 @@ class Pipeline:
             UnwindCache(cache / "unwind"),
         )
         self.python = PythonCode(self.unwinding.runtimes.interpreters)
+        self.threads = ThreadNames(self.readers, self.unwinding.interpreter_in)
         self.copied = CopiedStacks(self.unwinding, self.address_spaces.mappings)
         self._wakes = opened.enter_context(select.epoll())
         for fd in (self._rings.fileno(), self.unwinding.fileno(), self.readers.fileno()):
@@ -137,6 +139,7 @@ class Pipeline:
             commands=self._commands,
             ask=self._ask_for_facts,
             lifetimes=self._lifetimes,
+            thread_of=self.threads.label,
         )
         self._variables = rules.version_variables
         self._wants_commands = any(rule.command is not None for rule in rules.services)
@@ -302,6 +305,7 @@ class Pipeline:
             samples, stacks = self._locate(counted.frames, groups)
             self.names.ask()
         with self.cost.of("labels"):
+            self.threads.note(groups)
             noted = self._note(samples, counted.subjects)
         with self.cost.of("fold"):
             for sample, stack, subject in zip(samples, stacks, noted, strict=True):
@@ -343,9 +347,14 @@ class Pipeline:
     def _label(self, counted: Counted) -> None:
         """Replace what stood for the labels of a window. What is not read by then comes later."""
         sampled = counted.subjects.values()
-        self._wait_for_readers(lambda: self.labeler.is_complete(sampled))
+        self._wait_for_readers(
+            lambda: self.labeler.is_complete(sampled) and self.threads.is_complete()
+        )
         instances = {each.source: self.labeler.instance_of(each) for each in sampled}
-        counted.window.builder.relabel(lambda key: with_instance(key, instances))
+        counted.window.builder.relabel(
+            lambda key: with_instance(self.threads.with_names(key), instances)
+        )
+        self.threads.end_window()
 
     def _name(self, counted: Counted) -> Profile:
         window = counted.window

@@ -5,14 +5,14 @@ sample and are there when the process is gone. They are kept by process generati
 nothing in another process, nor after an exec.
 """
 
-import time
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from bpf.interpreters import ChainEnd, CodeContent
 from bpf.samples import ProcessGeneration, PythonFrame
+from profiler.agent.allowance import Allowance
 from symbolizer.location import Kind, NamedLocation
 from symbolizer.runtimes.code_objects import CodeObject, Parts, parse_code
 from symbolizer.runtimes.image import Layout
@@ -46,35 +46,14 @@ _CODE_BYTES, _LINE_BYTES = 600, 9
 class Interpreter(NamedTuple):
     """What is needed to read a code object: of which version, and where it has what.
 
-    `is_split` says that native frames may be taken for the interpreter's loop that are not.
+    `is_split` says that native frames may be taken for the interpreter's loop that are not;
+    `runtime` is the address of `_PyRuntime`, as linked.
     """
 
     version: int
     layout: Layout
     is_split: bool = False
-
-
-class _Allowance:
-    """What each may still spend: so much at once, and so much per second."""
-
-    def __init__(self, burst: float, per_s: float) -> None:
-        self._burst, self._per_s = burst, per_s
-        self._left: dict[Hashable, float] = {}
-        """Of those that have not all."""
-        self._refilled_s = time.monotonic()
-
-    def refill(self) -> None:
-        now_s = time.monotonic()
-        more, self._refilled_s = (now_s - self._refilled_s) * self._per_s, now_s
-        self._left = {
-            who: left + more for who, left in self._left.items() if left + more < self._burst
-        }
-
-    def has(self, who: Hashable, amount: float) -> bool:
-        return self._left.get(who, self._burst) >= amount
-
-    def spend(self, who: Hashable, amount: float) -> None:
-        self._left[who] = self._left.get(who, self._burst) - amount
+    runtime: int = 0
 
 
 class _Codes:
@@ -116,7 +95,7 @@ class PythonCode:
         self._interpreters = interpreters
         self._codes: OrderedDict[ProcessGeneration, _Codes] = OrderedDict()
         """The longest unused first."""
-        self._processes, self._cgroups = _Allowance(*_OF_PROCESS), _Allowance(*_OF_CGROUP)
+        self._processes, self._cgroups = Allowance(*_OF_PROCESS), Allowance(*_OF_CGROUP)
         # Forked processes have the same functions, at the same addresses.
         self._same: WeakValueDictionary[tuple[object, ...], CodeObject] = WeakValueDictionary()
 

@@ -8,6 +8,7 @@ from profiler.agent.reader import Read
 from profiler.processes.facts_reader import FactsReader
 from symbolizer.identify import FileReader, Identifier
 from symbolizer.identities import Identities
+from symbolizer.runtimes.thread_names import read_thread_names
 from symbolizer.runtimes.written_code import WrittenCode
 from symbolizer.symbolizer import Symbolizer
 from symbolizer.symbols.variants import CodeFile
@@ -25,6 +26,7 @@ def kinds(cache: Path) -> Mapping[str, Read]:
         "mount": files.find_mount,
         "process": FactsReader().read,
         "written_code": WrittenCode().read,
+        "thread_names": read_thread_names,
         "names": lambda values: _names(symbolizer, values),
     }
 

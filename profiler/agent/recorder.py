@@ -120,7 +120,7 @@ class Recorder:
             self.sampler, self.readers, self.files = stages.sampler, stages.readers, stages.files
             self.address_spaces, self.labeler = stages.address_spaces, stages.labeler
             self.unwinding, self.copied = stages.unwinding, stages.copied
-            self.python = stages.python
+            self.python, self.threads = stages.python, stages.threads
             self.names, self.jit, self.cost = stages.names, stages.jit, stages.cost
             self._counted = stages.open(OpenWindow(self.period_ns, self._clocks))
             self._drained = self._window.begun

@@ -131,7 +131,9 @@ class Runtimes:
             image.code_type,
         )
         self._numbers[key] = number
-        self.interpreters[number] = Interpreter(image.version, image.layout, image.is_split)
+        self.interpreters[number] = Interpreter(
+            image.version, image.layout, image.is_split, image.runtime
+        )
         return number
 
     def _free_number(self) -> int:

@@ -36,6 +36,7 @@ from profiler.agent.mapped_files import MappedFile, MappedFiles, State
 from profiler.agent.readers import Readers
 from profiler.agent.runtimes import Runtimes
 from profiler.agent.table_loading import TableLoader
+from profiler.agent.thread_names import Placed
 from profiler.processes.address_spaces import AddressSpaces
 from symbolizer.location import Miss
 from symbolizer.maps import MappingTable
@@ -226,9 +227,14 @@ class Unwinding:
 
     def is_loop_certain(self, mappings: MappingTable) -> bool:
         """Return whether all frames in an interpreter's loop are known to evaluate something."""
+        placed = self.interpreter_in(mappings)
+        return placed is not None and not placed.interpreter.is_split
+
+    def interpreter_in(self, mappings: MappingTable) -> Placed | None:
+        """Return the interpreter of the processes that have mapped this, and where it is."""
         runtime = self._runtime.get(mappings)
         interpreter = self.runtimes.interpreters.get(runtime.interpreter) if runtime else None
-        return interpreter is not None and not interpreter.is_split
+        return Placed(interpreter, runtime.bias) if runtime and interpreter else None
 
     def is_prepared(self) -> bool:
         """Return whether all that `prepare` asked for has been answered."""

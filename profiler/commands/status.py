@@ -54,6 +54,7 @@ def table(status: Mapping[str, Any]) -> str:
         *_more("labels", status.get("labels", {})),
         *_more("readers", status.get("readers", {})),
         *_python(status.get("cpython", {})),
+        *_threads(status.get("thread_names", {})),
         *_jit(status),
         ("memory", f"sampler {own_mb}, uploader {_megabytes(upload.get('rss_bytes', 0))}"),
         ("spool", waiting),
@@ -138,6 +139,22 @@ def _more(name: str, state: Mapping[str, int]) -> Iterator[tuple[str, str]]:
         told.append(f"{counted(number, one, several)} {happened}".rstrip())
     if told:
         yield name, "; ".join(told)
+
+
+_NO_REFUSALS = frozenset({"processes", "threads", "asked", "read", "no_module", "exited"})
+
+
+def _threads(state: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Return how many threads have Python's names, and why others have not."""
+    if state.get("threads"):
+        yield "threads", f"{counted(state['threads'], 'thread')} named as Python does"
+    refused = [
+        f"{number:,} {reason.replace('_', ' ')}"
+        for reason, number in state.items()
+        if reason not in _NO_REFUSALS
+    ]
+    if refused:
+        yield "  not named", f"{', '.join(refused)} (processes, each time they were asked for)"
 
 
 _PYTHON_ENDS = {

@@ -56,6 +56,7 @@ class Labeler:
         commands: Collection[int] = (),
         host: str | None = None,
         lifetimes: Lifetimes | None = None,
+        thread_of: Callable[[RawSample], str | None] | None = None,
     ) -> None:
         """Take what is known of this host; nothing is read before the first `scan`.
 
@@ -64,6 +65,7 @@ class Labeler:
         `root` is where container runtimes' files are. `parent_of` returns the parent of a process
         that may have exited. `own_pid` is the profiler's first process, by default this one;
         `commands` are children of it that are not its own: the commands that it records.
+        `thread_of` returns what stands for a thread's name if that is not the kernel's.
         """
         self._instances = Instances(
             rules,
@@ -75,6 +77,7 @@ class Labeler:
             lifetimes=lifetimes,
         )
         self._lifetimes = lifetimes or Lifetimes()
+        self._thread_of = thread_of or (lambda _: None)
         self._cgroup_ids = CgroupIds()
         self._gone = GoneProcesses(self._instances, self._cgroup_ids, parent_of or parent_in_proc)
         self._instances.on_join = self._gone.learn
@@ -152,30 +155,31 @@ class Labeler:
 
     def _note(self, sample: RawSample) -> "Subject":
         # All of `generation`, too, which takes as long to make as the rest.
+        thread = self._thread_of(sample)
         key = (
             *(sample.pid, sample.start_ns, sample.exec_id, sample.cgroup_id),
-            *(sample.leader_comm, sample.comm),
+            *(sample.leader_comm, sample.comm, thread),
         )
         subject = self._subjects.get(key)
         if subject is None:
-            subject = self._subject(sample)
+            subject = self._subject(sample, thread)
             self._subjects.add(key, subject)
         if subject.is_gone and sample.pid not in self._instances.live:
             last_ns = sample.last_ns + self._instances.asleep_ns
             self._gone.count(subject.kin, subject.begin_ns, max(last_ns, subject.begin_ns))
         return subject
 
-    def _subject(self, sample: RawSample) -> "Subject":
+    def _subject(self, sample: RawSample, thread: str | None) -> "Subject":
         if sample.stop == "kernel_thread":
             return Subject(_KERNEL, sample)
         process = self._current(sample)
         if process is not None:
-            subject = Subject(self._source_of(process), sample, process)
+            subject = Subject(self._source_of(process), sample, process, thread)
             if process.labels:
                 return subject
         kin, begin_ns = self._kin(sample)
         if process is None:
-            subject = Subject(self._source_of(kin), sample)
+            subject = Subject(self._source_of(kin), sample, thread=thread)
         subject.kin, subject.begin_ns = kin, begin_ns
         return subject
 
@@ -264,7 +268,13 @@ class Subject:
 
     __slots__ = ("begin_ns", "key", "kin", "process", "source")
 
-    def __init__(self, source: str, sample: RawSample, process: Generation | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        sample: RawSample,
+        process: Generation | None = None,
+        thread: str | None = None,
+    ) -> None:
         self.source = source
         self.process = process
         self.kin = Kin(None, False, (b"", ""), sample.leader_comm, sample.cgroup_id)
@@ -273,7 +283,7 @@ class Subject:
             (_SOURCE, source),
             ("comm", readable(sample.leader_comm)),
             ("pid", str(sample.pid)),
-            ("thread", readable(sample.comm)),
+            ("thread", thread or readable(sample.comm)),
         )
 
     @property
