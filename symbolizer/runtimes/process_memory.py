@@ -14,7 +14,7 @@ import numpy as np
 
 _PIECES_OF_CALL = 1024
 """UIO_MAXIOV: what one process_vm_readv(2) takes."""
-_MAX_CALLS = 1024
+_MAX_CALLS = 400
 _MAX_BYTES = 8 << 20
 """Read in all. The interpreter of a program with 4,000 modules and 50 threads takes 0.5 MB."""
 _ADDRESS_LIMIT = 1 << 47
