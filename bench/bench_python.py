@@ -11,6 +11,9 @@
 - beside: the sampler's cost beside ten programs, and in the same seconds that of `py-spy record`
   for one process. bench_cost.py has the sampler's figures in full.
 - short: scripts that live for 100 ms, in a loop.
+- threads: what it costs a reader to find the names of 50 threads, in each interpreter up to 3.13,
+  and how many samples of threads have their names; how often it is asked when no thread is new, and
+  what a sample costs the sampler then.
 
 Run as root: `python bench/bench_python.py [--only stacks] [--seconds 20] [--pythons 3.12]`.
 """
@@ -24,8 +27,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,10 +42,19 @@ from serving import Least, Row, all_pids, show
 
 from bpf import syscalls
 from bpf.sampler import SamplerConfig
+from profiler.agent import python_code
+from profiler.agent.readers import Readers
 from profiler.agent.recorder import Recorder
+from profiler.agent.thread_names import Placed, ThreadNames
 from storage.profile import Profile
 from symbolizer.location import Kind
+from symbolizer.maps import MappingTable
+from symbolizer.runtimes.object_layouts import LAST_WITHOUT_NAMES
+from symbolizer.runtimes.thread_names import read_thread_names
+from tests.support.live import sample_of
+from tests.support.python_images import known_image_of
 from tests.support.python_stacks import MODES, SHARES, busy, judge, python_stack, tree_of
+from tests.support.python_threads import program, question, tids_of
 from tests.support.pythons import Interpreter, interpreters
 
 HZ = 499
@@ -53,6 +66,12 @@ PYTHON_FRAMES, NATIVE_FRAMES = 30, 20
 ROUNDS = 5
 MOST_WARM_UP_S = 30.0
 
+THREADS, PASSES = 50, 50
+_THREADS = """
+start(*(f"worker-{n}" for n in range(%d)), target=spin)
+tell("ready")
+held.wait()
+"""
 EVALUATION = "_PyEval_EvalFrameDefault"
 STARTS = frozenset(
     {"_start", "clone", "__clone", "clone3", "__clone3", "start_thread", "[ld-linux-x86-64.so.2]"}
@@ -277,6 +296,59 @@ def measure_short(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     yield from whole_rows(f"scripts of 100 ms, {python.name}", profile, SHORT)
 
 
+def measure_threads(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    with Recorder(SamplerConfig(frequency_hz=HZ, pids=frozenset()), folder / "cache") as recorder:
+        recorder.start()
+        for python in chosen(options):
+            if python.version[1] > LAST_WITHOUT_NAMES:
+                continue
+            with program(python, _THREADS % THREADS) as process:
+                process.stdout.readline()
+                reader_ms = pass_ms(question(python, process.pid))
+                named = Recording(recorder).of(process.pid, options.seconds / 5)
+                before = recorder.threads.status()["asked"]
+                record(recorder, options.seconds / 5)
+                later = recorder.threads.status()["asked"] - before
+                of_sample_us = sample_cost_us(recorder.readers, python, process.pid)
+            labels: Counter[str] = Counter()
+            for row in named.rows():
+                labels[dict(row.labels)["thread"]] += row.samples
+            share = 100 * sum(labels[f"worker-{n}"] for n in range(THREADS)) / labels.total()
+            yield f"{python.name}, {THREADS} threads: a reader's CPU", reader_ms, "ms", None
+            yield "    samples with their names", share, "%", Least(99.0)
+            yield "    questions when no thread is new", later, "", 0
+            yield "    a sample of a known thread", of_sample_us, "us", 5.0
+
+
+def pass_ms(asked: Mapping[str, Any]) -> float:
+    """Return the CPU time of finding the names of all threads of a process."""
+    costs = []
+    for _ in range(PASSES):
+        begun_s = time.process_time()
+        answer = read_thread_names(asked)
+        costs.append(1e3 * (time.process_time() - begun_s))
+        assert answer is not None
+        assert len(answer["names"]) == THREADS
+    return statistics.median(costs)
+
+
+def sample_cost_us(readers: Readers, python: Interpreter, pid: int) -> float:
+    """Return what a sample of a thread costs the sampler whose name is known."""
+    asked, (_, layout) = question(python, pid), known_image_of(python.runtime_file)
+    interpreter = python_code.Interpreter(asked["version"], layout, runtime=asked["runtime"])
+    threads = ThreadNames(readers, lambda _: Placed(interpreter, 0))
+    samples = [sample_of(pid, tid=tid) for tid in sorted(tids_of(pid) - {pid})]
+    groups = {MappingTable.of([]): samples}
+    threads.note(groups)
+    readers.wait(time.monotonic() + 30, lambda: threads.status()["threads"] == THREADS)
+    begun_s = time.process_time()
+    for _ in range(ROUNDS * PASSES):
+        threads.note(groups)
+        labels = [threads.label(sample) for sample in samples]
+    assert len({*labels}) == THREADS
+    return 1e6 * (time.process_time() - begun_s) / (ROUNDS * PASSES * len(samples))
+
+
 def chosen(options: argparse.Namespace) -> list[Interpreter]:
     found = [
         each
@@ -314,6 +386,7 @@ PARTS = {
     "tick": measure_tick,
     "beside": measure_beside,
     "short": measure_short,
+    "threads": measure_threads,
 }
 
 

@@ -37,9 +37,9 @@ _OF_PROCESS, _OF_ALL = (6, 0.1), (100, 2.0)
 3 ms of CPU time (bench/bench_python.py --only threads)."""
 _RENEWED_S = 600.0
 """After so long a sampled process is looked at again: threads may have got other names."""
-_MAX_AWAITED = 128
-"""Threads of a process that have provisional names in a window, each with a label set of its own.
-Others have the name of the process in it."""
+_MAX_AWAITED, _MAX_AWAITED_OF_ALL = 64, 2048
+"""Threads of a process, and of all, that have provisional names in a window, each with a label set
+of its own. Others have the name of the process until their own is read."""
 _MAX_PROCESSES, _MAX_NAMES = 1024, 16_384
 """Beyond it those go that were sampled longest ago."""
 _RETRIED = {Outcome.UNREADABLE}
@@ -162,7 +162,8 @@ class ThreadNames:
         if process is None or sample.tid in process.nameless:
             return None
         named = process.named.get(sample.tid) or process.awaited.get(sample.tid)
-        if named is None and len(process.awaited) < _MAX_AWAITED:
+        has_room = len(process.awaited) < _MAX_AWAITED and len(self._awaited) < _MAX_AWAITED_OF_ALL
+        if named is None and has_room:
             named = process.awaited[sample.tid] = f"{_PROVISIONAL}{len(self._awaited)}"
             self._awaited.append((process, sample))
         return named

@@ -154,7 +154,7 @@ def _threads(state: Mapping[str, int]) -> Iterator[tuple[str, str]]:
         if reason not in _NO_REFUSALS
     ]
     if refused:
-        yield "  not named", f"{', '.join(refused)} (processes, each time they were asked for)"
+        yield "  not read", f"threads of processes: {', '.join(refused)}"
 
 
 _PYTHON_ENDS = {

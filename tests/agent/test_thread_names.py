@@ -1,17 +1,28 @@
 """The thread label of Python's threads in what is recorded."""
 
+import contextlib
 import os
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
+from bpf.samples import RawSample
+from profiler.agent import python_code
+from profiler.agent.readers import Readers
+from profiler.agent.thread_names import Placed, ThreadNames
 from storage.profile import Profile
+from symbolizer.maps import MappingTable
+from tests.support.file_systems import hanging
 from tests.support.jit_programs import child_of
+from tests.support.live import sample_of
+from tests.support.naming import mappings_of
+from tests.support.python_images import known_image_of
 from tests.support.python_recordings import Recording, recording
-from tests.support.python_threads import program
+from tests.support.python_threads import program, question, tids_of
 from tests.support.pythons import VERSIONS, Interpreter, need_python
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600)]
@@ -211,7 +222,7 @@ def test_a_program_with_one_thread_is_not_asked(recorded: Recording) -> None:
 
 def test_counts_say_what_came_of_it(recorded: Recording) -> None:
     script = "start('one', target=spin)\nthreading._active = None\ntell('ready')\nspin()"
-    python: Interpreter = need_python((3, 11))
+    python = need_python((3, 11))
     before = recorded.recorder.threads.status().get("unreadable", 0)
     with program(python, script) as process:
         start(recorded, process)
@@ -220,3 +231,107 @@ def test_counts_say_what_came_of_it(recorded: Recording) -> None:
 
     assert found.keys() == {comm}
     assert before < recorded.recorder.threads.status()["unreadable"] <= before + 8
+
+
+Groups = dict[MappingTable, list[RawSample]]
+
+
+class Asking:
+    """The part of a recorder that names the threads of processes."""
+
+    def __init__(self, folder: Path, python: Interpreter) -> None:
+        self.readers = Readers(folder)
+        self.now_s = 0.0
+        self._python = python
+        self._placed: dict[MappingTable, Placed] = {}
+        self.threads = ThreadNames(self.readers, self._placed.get, lambda: self.now_s)
+
+    def samples(self, pid: int, runtime: int) -> Groups:
+        """Return a sample of each thread but the first of a process."""
+        image, layout = known_image_of(self._python.runtime_file)
+        table = mappings_of(pid)
+        interpreter = python_code.Interpreter(image.version, layout, runtime=runtime)
+        self._placed[table] = Placed(interpreter, 0)
+        return {table: [sample_of(pid, tid=tid) for tid in sorted(tids_of(pid) - {pid})]}
+
+    def window(self, groups: Groups) -> list[str | None]:
+        """Return the names of samples in a window that ends when all was answered."""
+        self.threads.note(groups)
+        labels = [self.threads.label(each) for samples in groups.values() for each in samples]
+        self.readers.wait(time.monotonic() + 30, self.threads.is_complete)
+        named = [label and self.threads.with_names((("thread", label),)) for label in labels]
+        self.threads.end_window()
+        return [each[0][1] if each else None for each in named]
+
+
+def test_a_changed_name_is_seen_after_ten_minutes(tmp_path: Path) -> None:
+    python = need_python((3, 11))
+    script = """
+one, = start("one")
+tell("ready")
+sys.stdin.readline()
+one.name = "changed"
+tell("ready")
+stay()
+"""
+    asking = Asking(tmp_path, python)
+    with contextlib.closing(asking.readers), program(python, script) as process:
+        process.stdout.readline()
+        groups = asking.samples(process.pid, question(python, process.pid)["runtime"])
+        first = asking.window(groups)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        names = [first]
+        for asking.now_s in (599.0, 601.0, 602.0):
+            names.append(asking.window(groups))
+            asking.readers.wait(time.monotonic() + 30, lambda: asking.readers.is_idle)
+
+    assert names == [["one"], ["one"], ["one"], ["changed"]]
+    assert asking.threads.status()["asked"] == 2
+
+
+def test_threads_beyond_what_a_window_has_room_for_have_names_in_the_next(tmp_path: Path) -> None:
+    python = need_python((3, 11))
+    script = "start(*(f'worker {n}' for n in range(100)))\ntell('ready')\nstay()"
+    asking = Asking(tmp_path, python)
+    with contextlib.closing(asking.readers), program(python, script) as process:
+        process.stdout.readline()
+        groups = asking.samples(process.pid, question(python, process.pid)["runtime"])
+        first, second = asking.window(groups), asking.window(groups)
+
+    assert len({*first} - {None}) == 64
+    assert {*second} == {f"worker {n}" for n in range(100)}
+    assert asking.threads.status()["asked"] == 1
+
+
+def test_memory_that_does_not_answer_costs_its_own_names_alone(tmp_path: Path) -> None:
+    """A page of it is of a file system that hangs whoever reads it."""
+    python = need_python((3, 11))
+    (tmp_path / "content").write_bytes(bytes(8192))
+    script = f"""
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_size_t
+libc.mmap.argtypes = [ctypes.c_size_t] * 6
+path = {str(tmp_path / "mount" / "file")!r}
+start("hung")
+tell(libc.mmap(0, 8192, 1, 2, os.open(path, os.O_RDONLY), 0))
+stay()
+"""
+    asking = Asking(tmp_path, python)
+    with (
+        contextlib.closing(asking.readers),
+        hanging(tmp_path / "mount", tmp_path / "content") as system,
+        program(python, script) as hung,
+        program(python, "start('other')\ntell('ready')\nstay()") as other,
+    ):
+        page = int(hung.stdout.readline())
+        other.stdout.readline()
+        system.flag.touch()
+        groups = asking.samples(hung.pid, page)
+        groups |= asking.samples(other.pid, question(python, other.pid)["runtime"])
+        with system.ending():
+            names = asking.window(groups)
+
+    assert names == ["python3.11", "other"]
+    assert asking.threads.status()["failed_hung"] == 1

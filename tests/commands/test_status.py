@@ -122,3 +122,13 @@ def test_code_of_compilers_is_said_with_what_became_of_its_maps():
     assert "perf maps 4 read, 3 other owner" in lines
     assert not any(line.startswith("jitdumps") for line in lines)
     assert "jit" not in table(ONE_OF_EACH)
+
+
+def test_threads_of_python_are_counted_with_why_some_have_no_names():
+    threads = {"processes": 3, "threads": 52, "asked": 9, "read": 5, "no_module": 1, "exited": 1}
+    told = {"thread_names": {**threads, "unreadable": 1, "failed_hung": 1}}
+    lines = [" ".join(line.split()) for line in table(ONE_OF_EACH | told).splitlines()]
+
+    assert "threads 52 threads named as Python does" in lines
+    assert "not read threads of processes: 1 unreadable, 1 failed hung" in lines
+    assert "not read" not in table(ONE_OF_EACH | {"thread_names": threads})

@@ -51,3 +51,8 @@ def question(python: Interpreter, pid: int) -> dict[str, Any]:
         "version": image.version,
         "runtime": image.runtime + bias,
     }
+
+
+def tids_of(pid: int) -> set[int]:
+    """Return the kernel's numbers of the threads of a process."""
+    return {int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()}

@@ -12,7 +12,7 @@ from symbolizer.runtimes.python_objects import MAX_CHARACTERS
 from symbolizer.runtimes.thread_names import Outcome, read_thread_names
 from tests.support.jit_programs import child_of
 from tests.support.live import wait_for
-from tests.support.python_threads import program, question
+from tests.support.python_threads import program, question, tids_of
 from tests.support.pythons import Interpreter, installed, interpreters, need_python
 
 # Each kind of instance that may have attributes elsewhere, and each kind of string.
@@ -54,10 +54,6 @@ def names_of(python: Interpreter, pid: int) -> Mapping[int, str]:
     assert answer is not None
     assert answer["outcome"] == Outcome.READ
     return dict(answer["names"])
-
-
-def tids_of(pid: int) -> set[int]:
-    return {int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()}
 
 
 @pytest.mark.parametrize("python", WITHOUT, ids=lambda each: each.name)
