@@ -158,13 +158,11 @@ def _interpreters(objects: PythonObjects, layout: ObjectLayout, runtime: int) ->
     """Return the main interpreter and others; the list is one that may be made to have no end."""
     at = runtime + layout.interpreters
     head, main = objects.words([at, at + 8])
-    found = [main] if main else []
-    while head and len(found) < _MAX_INTERPRETERS and (head == main or head not in found):
-        found += [head] if head != main else []
+    chain: list[int] = []
+    while head and head not in chain and len(chain) < _MAX_INTERPRETERS:
+        chain.append(head)
         (head,) = objects.words([head + layout.next_interpreter])
-        if head == main:
-            break
-    return found
+    return [each for each in dict.fromkeys((main, *chain)) if each]
 
 
 def _threads_of(
