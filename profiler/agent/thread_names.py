@@ -238,7 +238,7 @@ class ThreadNames:
             self._counts[f"failed_{answer.failure or Failure.ERROR}"] += 1
             process.new |= asked
             return
-        self._counts[outcome] += 1
+        self._counts[str(outcome)] += 1
         if outcome in _RETRIED:
             process.new |= asked
         else:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import orjson
 import pytest
 
 from bpf.samples import RawSample
@@ -334,4 +335,6 @@ stay()
             names = asking.window(groups)
 
     assert names == ["python3.11", "other"]
-    assert asking.threads.status()["failed_hung"] == 1
+    status = asking.threads.status()
+    assert orjson.loads(orjson.dumps(status)) == status  # as it is told
+    assert (status["failed_hung"], status["read"]) == (1, 1)
