@@ -55,7 +55,7 @@ from tests.support.live import sample_of
 from tests.support.python_images import known_image_of
 from tests.support.python_stacks import MODES, SHARES, busy, judge, python_stack, tree_of
 from tests.support.python_threads import program, question, tids_of
-from tests.support.pythons import Interpreter, interpreters
+from tests.support.pythons import Interpreter, installed, interpreters
 
 HZ = 499
 RIGHT, WHOLE, SHORT = Least(99.5), Least(99.0), Least(90.0)
@@ -372,7 +372,7 @@ def native_python(options: argparse.Namespace) -> Interpreter:
     own = [
         each
         for each in chosen(options)
-        if each.root == Path("/") and (options.pythons or "standalone" not in each.name)
+        if each.root == Path("/") and (options.pythons or each in installed())
     ]
     if not own:
         raise SystemExit("no interpreter of this machine's own is chosen")

@@ -55,10 +55,11 @@ def fetch_root(name: str, release: str, packages: Sequence[str]) -> Path:
     return fetch_once(name, lambda root: _make(root, release, packages))
 
 
-def fetch_once(name: str, make: Callable[[Path], None]) -> Path:
+def fetch_once(name: str, make: Callable[[Path], None], patience_s: float = _LOCK_S) -> Path:
     """Return the folder `name` of the cache, made on the first call of all.
 
-    A failure is believed for an hour. Processes that ask at the same time wait for the first.
+    A failure is believed for an hour. Processes that ask at the same time wait for the first, for
+    `patience_s` at most.
 
     Raises:
         CannotFetchError: it cannot be made here, and `make` says why.
@@ -67,7 +68,7 @@ def fetch_once(name: str, make: Callable[[Path], None]) -> Path:
     if root.exists():
         return root
     CACHE.mkdir(parents=True, exist_ok=True)
-    with _locked(CACHE / f"{name}.lock"):
+    with _locked(CACHE / f"{name}.lock", patience_s):
         if not root.exists():
             _refuse_again(refusal)
             try:
@@ -85,8 +86,8 @@ def _refuse_again(refusal: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    deadline_s = time.monotonic() + _LOCK_S
+def _locked(path: Path, patience_s: float) -> Iterator[None]:
+    deadline_s = time.monotonic() + patience_s
     with path.open("w") as file:
         while True:
             try:
@@ -117,7 +118,7 @@ def _make(root: Path, release: str, packages: Sequence[str]) -> None:
 
 def _configure(apt: Path, release: str) -> None:
     """Write apt's own folder: sources of one release, no package installed yet."""
-    source = f"deb [signed-by={KEYRING} target=Packages] {_mirror()} {release} main\n"
+    source = f"deb [signed-by={KEYRING} target=Packages] {mirror()} {release} main\n"
     for folder in ("lists/partial", "archives/partial"):
         (apt / folder).mkdir(parents=True)
     (apt / "status").touch()
@@ -125,8 +126,12 @@ def _configure(apt: Path, release: str) -> None:
     (apt / "apt.conf").write_text(_CONFIGURATION.format(apt=apt))
 
 
-def _mirror() -> str:
-    """Return the address that this machine has its Debian from."""
+def mirror() -> str:
+    """Return the address that this machine has its Debian from.
+
+    Raises:
+        CannotFetchError: this is no Debian on x86-64, or apt knows no address.
+    """
     release = {}
     with contextlib.suppress(FileNotFoundError):
         lines = Path("/etc/os-release").read_text().splitlines()
@@ -160,8 +165,8 @@ def _unpack(archives: Sequence[Path], root: Path) -> None:
         run(["dpkg-deb", "-x", archive, root], max(1, deadline_s - time.monotonic()))
 
 
-def run(command: Sequence[str | Path], timeout_s: float) -> str:
-    """Run a program that fetches, and return what it prints.
+def run(command: Sequence[str | Path], timeout_s: float, folder: Path | None = None) -> str:
+    """Run a program that fetches or compiles, in a folder, and return what it prints.
 
     Raises:
         CannotFetchError: it failed, is missing, or did not end in time.
@@ -172,6 +177,7 @@ def run(command: Sequence[str | Path], timeout_s: float) -> str:
             capture_output=True,
             text=True,
             check=True,
+            cwd=folder,
             timeout=timeout_s,
             stdin=subprocess.DEVNULL,
             env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},

@@ -17,8 +17,10 @@ from tests.support.targets import SOURCES, running
 PROGRAM = SOURCES / "python_calls.py"
 MODES = (
     "methods", "generators", "callbacks", "recursion", "deep", "generated", "exceptions", "tasks",
-    "threads", "split",
+    "threads", "parallel", "split",
 )  # fmt: skip
+THREADS = {"threads": 3, "parallel": 4}
+"""Of modes that start some; of the others one counts."""
 SHARES = {"hot": 60.0, "warm": 30.0, "cool": 10.0}
 """Of the mode `split`, in per cent: where its samples end."""
 _EXAMPLES = 5
@@ -151,7 +153,7 @@ def parked(
     Gives the process id and the threads: none if the mode has fewer places.
     """
     command = interpreter.command(PROGRAM, mode, f"--park={place}")
-    count = 3 if mode == "threads" else 1
+    count = THREADS.get(mode, 1)
     with running(*command, stdout=subprocess.PIPE) as process:
         lines = itertools.islice(process.stdout or (), count)
         yield process.pid, [_parse_parked(line) for line in lines]

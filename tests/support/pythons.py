@@ -4,7 +4,8 @@ What is installed differs by machine, so a test asks for a version with `need_py
 with `need`, and is skipped where there is none. Debian's newest release has three versions, each as
 a program that carries the runtime in itself, and, as `...-sid-library`, one of ours that has it
 from libpython. They run with their own C library in a root of their own. Builds as uv installs them
-are called `standalone`, and `standalone-library` where one of our programs has libpython of them.
+are called `standalone`, and `standalone-library` where one of our programs has libpython of them. A
+`built` one is free-threaded, and compiled here.
 
 `python -m tests.support.pythons` lists what there is, with those that are fetched.
 """
@@ -26,6 +27,7 @@ import pytest
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
+from tests.support.built_pythons import SOURCES, build_free_threaded
 from tests.support.debian_roots import CannotFetchError, fetch_root
 from tests.support.standalone_pythons import RELEASES, fetch_standalone, link_embedder
 
@@ -37,13 +39,13 @@ FOLDER_VARIABLE = "EVERFLAME_PYTHONS"
 """Names a folder with installations of one's own, such as free-threaded builds."""
 
 _PROBE = """
-import json, sys, sysconfig
+import json, sys
 print(json.dumps({
     "implementation": sys.implementation.name,
     "version": sys.version_info[:3],
     "executable": sys.executable,
     "prefix": sys.base_prefix,
-    "is_free_threaded": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    "is_free_threaded": "t" in sys.abiflags,
     "is_debug": hasattr(sys, "gettotalrefcount"),
 }))
 """
@@ -157,10 +159,22 @@ def standalone() -> tuple[Interpreter, ...]:
     return tuple(each for each in found if each is not None)
 
 
+@functools.cache
+def built() -> tuple[Interpreter, ...]:
+    """Return the free-threaded ones, compiled on the first call of all.
+
+    Raises:
+        CannotFetchError: they cannot be had here, or another process is compiling them.
+    """
+    executables = [build_free_threaded(version) / "bin/python3" for version in SOURCES]
+    found = [_probe(each, Path("/"), "built") for each in executables]
+    return tuple(each for each in found if each is not None)
+
+
 def interpreters() -> tuple[Interpreter, ...]:
     """Return all that there are here."""
     found = list(installed())
-    for others in (fetched, standalone):
+    for others in (fetched, standalone, built):
         with contextlib.suppress(CannotFetchError):
             found += others()
     return tuple(found)
@@ -177,7 +191,7 @@ def need_python(version: tuple[int, int]) -> Interpreter:
 def need(variant: str) -> Interpreter:
     """Return an interpreter by version and source, such as `3.14-sid-library`, or skip the test."""
     version, _, source = variant.partition("-")
-    sources = {"sid": fetched, "standalone": standalone}
+    sources = {"sid": fetched, "standalone": standalone, "built": built}
     reason = "nor is it in Debian's newest release"
     try:
         known = sources.get(source.partition("-")[0], installed)()
@@ -310,11 +324,12 @@ def _embed(root: Path, version: str) -> Path | None:
 
 
 def main() -> int:
-    for what, others in (("Debian's", fetched), ("standalone builds", standalone)):
+    sources = (("Debian's", fetched), ("standalone builds", standalone), ("free-threaded", built))
+    for what, others in sources:
         try:
             others()
         except CannotFetchError as error:
-            print(f"{what} cannot be fetched: {error}")
+            print(f"{what} cannot be had: {error}")
     for each in interpreters():
         kind = each.libpython or "in the executable"
         symbols = "stripped" if each.is_stripped else "with symbols"
