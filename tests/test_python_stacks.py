@@ -17,9 +17,10 @@ from tests.support.python_stacks import (
     parked,
     tree_of,
 )
-from tests.support.pythons import VERSIONS, Interpreter, need_python
+from tests.support.pythons import VERSIONS, Interpreter, need_build, need_python
 
 PY_SPY = Path(sys.executable).with_name("py-spy")
+BUILDS = [*map("{0[0]}.{0[1]}".format, VERSIONS), "3.14-built"]
 FEW_PLACES = ("recursion", "deep", "threads")
 LINES = PROGRAM.read_text().splitlines()
 SPINNING = PythonFrame("spin", "", LINES.index("def spin(count):") + 4)
@@ -36,10 +37,10 @@ def stacks_of(interpreter: Interpreter, mode: str) -> list[PythonStack]:
     return found
 
 
-@pytest.mark.parametrize("version", VERSIONS, ids="{0[0]}.{0[1]}".format)
-def test_stacks_of_parked_threads_are_in_the_tree(version: tuple[int, int]) -> None:
+@pytest.mark.parametrize("build", BUILDS)
+def test_stacks_of_parked_threads_are_in_the_tree(build: str) -> None:
     """The one comes from walking the frames, the other from the hook for profilers."""
-    interpreter = need_python(version)
+    interpreter = need_build(build)
     for mode in set(MODES) - {"deep", "split"}:  # the one takes a second, the other only has leaves
         stacks = [(each, 1) for each in stacks_of(interpreter, mode)]
 

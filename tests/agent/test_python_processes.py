@@ -14,7 +14,7 @@ from storage.profile import Profile
 from symbolizer.location import Kind
 from tests.support.python_recordings import Recording, frames_of, recording, stacks_of
 from tests.support.python_stacks import PythonStack, busy, judge, tree_of
-from tests.support.pythons import Interpreter, installed, interpreters, need_python
+from tests.support.pythons import Interpreter, installed, interpreters, need_build, need_python
 from tests.support.targets import running
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600)]
@@ -85,11 +85,11 @@ def of_each_style() -> list[Interpreter]:
     return [need_python(version) for version in ((3, 10), (3, 11), (3, 13))]
 
 
-@pytest.mark.parametrize("version", [(3, 10), (3, 11), (3, 13)], ids="{0[0]}.{0[1]}".format)
+@pytest.mark.parametrize("build", ["3.10", "3.11", "3.13", "3.14-built"])
 def test_forked_workers_have_their_own_functions_at_the_same_addresses(
-    recorded: Recording, version: tuple[int, int]
+    recorded: Recording, build: str
 ) -> None:
-    command = need_python(version).command("-c", FORKING)
+    command = need_build(build).command("-c", FORKING)
     with running(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         told = [process.stdout.readline().split() for _ in range(3)]
         pids = {int(pid): (name.decode(), int(line)) for pid, _, name, line in told}

@@ -1,8 +1,9 @@
 """Free-threaded builds of CPython (PEP 703): no package installs one, so they are compiled.
 
-The source is that of Debian's package, from the mirror in the machine's own sources; apt checks it
-by its SHA-256. A build has what the programs of the tests import and no more, without optimization
-beyond -O1, all of it in the executable: with gcc 12 that takes 100 s of CPU.
+The source is that of Debian's package, from the mirror in the machine's own sources or, as mirrors
+keep no old versions, from Debian's archive of all files; apt checks it by its SHA-256. A build has
+what the programs of the tests import and no more, all of it in the executable, by -O1: that takes
+gcc 12 some 120 s of CPU, configure included.
 """
 
 import os
@@ -12,24 +13,29 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.debian_roots import fetch_once, mirror, run
+from tests.support.debian_roots import CACHE, CannotFetchError, fetch_once, mirror, run
 
 
 class _Source(NamedTuple):
     path: str
+    sha1: str
     sha256: str
 
 
 SOURCES = {
     "3.14": _Source(
         "pool/main/p/python3.14/python3.14_3.14.7.orig.tar.xz",
+        "1239d153c968b5fa1958963acd350a42b73d895b",
         "3b48dac8fb59f62eaa67ac83c1eb12bda1b7a08406dd286e252c11a66be27f81",
     ),
 }
+_ALL_FILES = "https://snapshot.debian.org/file"
+"""By their SHA-1."""
 _APT_HELPER = "/usr/lib/apt/apt-helper"
 _MODULES = (
     *("_asyncio", "_bisect", "_ctypes", "_heapq", "_json", "_posixsubprocess", "_random", "_sha2"),
-    *("_socket", "_struct", "array", "binascii", "fcntl", "math", "select", "zlib"),
+    *("_socket", "_struct", "array", "binascii", "fcntl", "math", "select", "unicodedata"),
+    "zlib",
 )
 """Of C, beside those that each interpreter has."""
 _NOT_NEEDED = ("test", "idlelib", "tkinter", "turtledemo", "ensurepip", "pydoc_data")
@@ -38,19 +44,30 @@ _DOWNLOAD_S, _CONFIGURE_S, _MAKE_S = 120, 600, 1800
 """The last two for a machine whose CPUs others use, too."""
 
 
-def build_free_threaded(version: str) -> Path:
-    """Return the folder of an installation, compiled on the first call of all.
-
-    Its executable is bin/python3.
+def find_free_threaded(version: str) -> Path:
+    """Return the folder of an installation, whose executable is bin/python3.
 
     Raises:
-        CannotFetchError: it cannot be had here, or another process is compiling it.
+        CannotFetchError: nobody has compiled it yet: no test waits for that.
     """
-    return fetch_once(f"built-{version}", lambda folder: _make(folder, version), patience_s=0)
+    folder = CACHE / f"built-{version}"
+    if not folder.exists():
+        raise CannotFetchError("`python -m tests.support.pythons` compiles it")
+    return folder
+
+
+def compile_free_threaded() -> None:
+    """Make those that are not there yet.
+
+    Raises:
+        CannotFetchError: they cannot be had here.
+    """
+    for version in SOURCES:
+        fetch_once(f"built-{version}", lambda folder, version=version: _make(folder, version))
 
 
 def _make(folder: Path, version: str) -> None:
-    work, unfinished = folder.with_suffix(".work"), folder.with_suffix(".new")
+    work, unfinished = (folder.with_name(f"{folder.name}.{each}") for each in ("work", "new"))
     for each in (work, unfinished):
         shutil.rmtree(each, ignore_errors=True)
     try:
@@ -66,12 +83,18 @@ def _make(folder: Path, version: str) -> None:
 def _fetch(source: _Source, work: Path) -> Path:
     """Return the folder with the source."""
     work.mkdir()
-    archive = work / Path(source.path).name
-    address = f"{mirror().rstrip('/')}/{source.path}"
-    run([_APT_HELPER, "download-file", address, archive, f"SHA256:{source.sha256}"], _DOWNLOAD_S)
+    archive, address = work / Path(source.path).name, f"{mirror().rstrip('/')}/{source.path}"
+    try:
+        _download(address, archive, source.sha256)
+    except CannotFetchError:
+        _download(f"{_ALL_FILES}/{source.sha1}", archive, source.sha256)
     with tarfile.open(archive) as content:
         content.extractall(work)
     return next(work.glob("Python-*"))
+
+
+def _download(address: str, file: Path, sha256: str) -> None:
+    run([_APT_HELPER, "download-file", address, file, f"SHA256:{sha256}"], _DOWNLOAD_S)
 
 
 def _compile(source: Path) -> None:

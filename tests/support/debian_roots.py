@@ -55,11 +55,10 @@ def fetch_root(name: str, release: str, packages: Sequence[str]) -> Path:
     return fetch_once(name, lambda root: _make(root, release, packages))
 
 
-def fetch_once(name: str, make: Callable[[Path], None], patience_s: float = _LOCK_S) -> Path:
+def fetch_once(name: str, make: Callable[[Path], None]) -> Path:
     """Return the folder `name` of the cache, made on the first call of all.
 
-    A failure is believed for an hour. Processes that ask at the same time wait for the first, for
-    `patience_s` at most.
+    A failure is believed for an hour. Processes that ask at the same time wait for the first.
 
     Raises:
         CannotFetchError: it cannot be made here, and `make` says why.
@@ -68,7 +67,7 @@ def fetch_once(name: str, make: Callable[[Path], None], patience_s: float = _LOC
     if root.exists():
         return root
     CACHE.mkdir(parents=True, exist_ok=True)
-    with _locked(CACHE / f"{name}.lock", patience_s):
+    with _locked(CACHE / f"{name}.lock"):
         if not root.exists():
             _refuse_again(refusal)
             try:
@@ -86,8 +85,8 @@ def _refuse_again(refusal: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, patience_s: float) -> Iterator[None]:
-    deadline_s = time.monotonic() + patience_s
+def _locked(path: Path) -> Iterator[None]:
+    deadline_s = time.monotonic() + _LOCK_S
     with path.open("w") as file:
         while True:
             try:

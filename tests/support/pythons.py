@@ -5,9 +5,9 @@ with `need`, and is skipped where there is none. Debian's newest release has thr
 a program that carries the runtime in itself, and, as `...-sid-library`, one of ours that has it
 from libpython. They run with their own C library in a root of their own. Builds as uv installs them
 are called `standalone`, and `standalone-library` where one of our programs has libpython of them. A
-`built` one is free-threaded, and compiled here.
+`built` one is free-threaded and compiled here, from Debian's source, as no package has one.
 
-`python -m tests.support.pythons` lists what there is, with those that are fetched.
+`python -m tests.support.pythons` lists what there is, with those that are fetched and compiled.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import pytest
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
-from tests.support.built_pythons import SOURCES, build_free_threaded
+from tests.support.built_pythons import SOURCES, compile_free_threaded, find_free_threaded
 from tests.support.debian_roots import CannotFetchError, fetch_root
 from tests.support.standalone_pythons import RELEASES, fetch_standalone, link_embedder
 
@@ -161,12 +161,12 @@ def standalone() -> tuple[Interpreter, ...]:
 
 @functools.cache
 def built() -> tuple[Interpreter, ...]:
-    """Return the free-threaded ones, compiled on the first call of all.
+    """Return the free-threaded ones, compiled by this module's `main`.
 
     Raises:
-        CannotFetchError: they cannot be had here, or another process is compiling them.
+        CannotFetchError: that has not been done.
     """
-    executables = [build_free_threaded(version) / "bin/python3" for version in SOURCES]
+    executables = [find_free_threaded(version) / "bin/python3" for version in SOURCES]
     found = [_probe(each, Path("/"), "built") for each in executables]
     return tuple(each for each in found if each is not None)
 
@@ -202,6 +202,12 @@ def need(variant: str) -> Interpreter:
         if its_source == source and (name == version or name.startswith(f"{version}.")):
             return interpreter
     pytest.skip(f"Python {variant} is not installed, {reason}")
+
+
+def need_build(name: str) -> Interpreter:
+    """Return an interpreter of a version, such as `3.8`, or a variant of one, or skip the test."""
+    major, _, minor = name.partition(".")
+    return need(name) if "-" in name else need_python((int(major), int(minor)))
 
 
 def _candidates() -> Iterator[tuple[str, Path]]:
@@ -324,10 +330,14 @@ def _embed(root: Path, version: str) -> Path | None:
 
 
 def main() -> int:
-    sources = (("Debian's", fetched), ("standalone builds", standalone), ("free-threaded", built))
-    for what, others in sources:
+    sources: Mapping[str, Callable[[], object]] = {
+        "Debian's": fetched,
+        "standalone builds": standalone,
+        "free-threaded builds": compile_free_threaded,
+    }
+    for what, have in sources.items():
         try:
-            others()
+            have()
         except CannotFetchError as error:
             print(f"{what} cannot be had: {error}")
     for each in interpreters():

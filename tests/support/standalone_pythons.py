@@ -40,7 +40,7 @@ def fetch_standalone(version: str) -> Path:
 
 
 def _make(folder: Path, release: str) -> None:
-    unfinished = folder.with_suffix(".new")
+    unfinished = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(unfinished, ignore_errors=True)
     told = json.loads(run(["go", "mod", "download", "-json", f"{MODULE}@{release}"], _DOWNLOAD_S))
     source = Path(told["Dir"], _FILES)

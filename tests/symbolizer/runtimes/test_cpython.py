@@ -18,7 +18,7 @@ import pytest
 
 from symbolizer.runtimes.cpython import NONE, Image, Layout, Style
 from tests.support.python_images import Process, image_of, known_image_of
-from tests.support.pythons import VERSIONS, Interpreter, installed, need, need_python
+from tests.support.pythons import VERSIONS, Interpreter, installed, need_build
 from tests.support.unwind_tables import needs, read_unwind_table
 
 PROGRAM = """\
@@ -50,15 +50,10 @@ BUILDS = [
     *(f"3.{minor}" for _, minor in VERSIONS),
     *(f"3.{minor}-{source}" for minor in (13, 14, 15) for source in ("sid", "sid-library")),
     *("3.10-standalone", "3.11-standalone", "3.14-standalone", "3.14-standalone-library"),
+    "3.14-built",
 ]
 SIGNAL_TIMEOUT_S = 20
 MAX_FRAMES = 100
-
-
-def need_build(name: str) -> Interpreter:
-    """Return the interpreter of a version, or a variant of one, or skip the test."""
-    major, _, minor = name.partition(".")
-    return need(name) if "-" in name else need_python((int(major), int(minor)))
 
 
 @contextlib.contextmanager
