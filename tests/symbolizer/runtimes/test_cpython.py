@@ -132,7 +132,7 @@ def read_frame(
         instruction = process.word(frame + layout.frame_instruction, "i")
     else:
         instruction = process.word(frame + layout.frame_instruction)
-        instruction -= code + layout.code_instructions
+        instruction -= find_bytecode(process, layout, code, frame)
     (first_line,) = struct.unpack_from("<i", content, layout.code_first_line)
     return Frame(
         read_string(process, layout, pointer(layout.code_name)),
@@ -141,6 +141,14 @@ def read_frame(
         instruction,
         is_last,
     )
+
+
+def find_bytecode(process: Process, layout: Layout, code: int, frame: int) -> int:
+    """Return where the first instruction is, in the copy that the frame's thread has."""
+    copy = 0 if layout.frame_tlbc == NONE else process.word(frame + layout.frame_tlbc, "i")
+    if copy == 0:
+        return code + layout.code_instructions
+    return process.word(process.word(code + layout.code_tlbc) + 8 * (1 + copy))
 
 
 def read_string(process: Process, layout: Layout, address: int) -> str:
