@@ -97,7 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="report how often the test raises a false alarm on the service's unchanged past",
     )
     parser.add_argument(
-        "--strict", action="store_true", help="exit with 3 if there is too little data"
+        "--strict",
+        action="store_true",
+        help="exit with 3 if there is too little data, or the verdict is provisional",
     )
     parser.add_argument(
         "--fail-over",

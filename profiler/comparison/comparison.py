@@ -8,6 +8,7 @@ Two sides without a common host, as a canary and the other hosts, are compared a
 difference that they always had is subtracted.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,15 @@ from profiler.comparison import verdict
 from profiler.comparison.distributions import rate_interval
 from profiler.comparison.noise import Past, estimate_noise, too_little, visible_change
 from profiler.comparison.sides import ComparisonError, Operand, Side, WindowPair, sides_of_profiles
-from profiler.comparison.verdict import Change, Contrast, Costs, Judgement, Noise, NoiseSource
+from profiler.comparison.stretches import read_stretches
+from profiler.comparison.verdict import (
+    AnyNoise,
+    Change,
+    Contrast,
+    Costs,
+    Judgement,
+    NoiseSource,
+)
 from profiler.text import counted
 from storage.columns import Columns
 from storage.query.query import Query
@@ -69,6 +78,8 @@ class Comparison:
     functions: tuple[Function, ...]
     """Changed functions first, by their change of the total; then the others by cost."""
     warnings: tuple[str, ...]
+    is_provisional: bool = False
+    """The noise is known by little: what was found becomes final or is withdrawn with more data."""
 
 
 def of_store(
@@ -91,10 +102,12 @@ def of_store(
     sides = pair.sides()
     past = Past(query, pair, changes_ns() if callable(changes_ns) else changes_ns)
     contrasts = [pair.contrast(*costs) for costs in past.costs()]
-    now, noise = estimate_noise(pair, sides[0], sides[1], contrasts)
+    now, noise = estimate_noise(
+        pair, sides, contrasts, functools.partial(read_stretches, query, pair, past.changes_ns)
+    )
     warnings = pair.warnings()
     if noise is None:
-        warnings.append(too_little(past, sides, len(contrasts)))
+        warnings.append(too_little(pair, sides))
     return _judged(sides[0], sides[1], now, noise, warnings)
 
 
@@ -155,7 +168,7 @@ def of_profiles(before: Sequence[Columns], after: Sequence[Columns], name: str =
 
 
 def _judged(
-    before: Side, after: Side, now: Contrast, noise: Noise | None, warnings: list[str]
+    before: Side, after: Side, now: Contrast, noise: AnyNoise | None, warnings: list[str]
 ) -> Comparison:
     sides = before.samples.sum(axis=0), after.samples.sum(axis=0)
     found = verdict.judge(now, sides, noise) if noise else _undecided(now)
@@ -212,6 +225,7 @@ def _judged(
         common=CommonChange(growth, math.expm1(common.low), math.expm1(common.high), common.change),
         functions=tuple(functions),
         warnings=tuple(warnings),
+        is_provisional=noise is not None and noise.is_provisional,
     )
 
 
@@ -253,7 +267,7 @@ def _spread(
     return change, change - middle * (ratio - low), change + middle * (high - ratio)
 
 
-def _because(found: Judgement, i: int, noise: Noise | None) -> str:
+def _because(found: Judgement, i: int, noise: AnyNoise | None) -> str:
     if noise is None:
         return "the noise is not known"
     reach = float(found.high[i] - found.low[i]) / 2

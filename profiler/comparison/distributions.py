@@ -1,7 +1,7 @@
 """Distributions: Student's t, the interval of a rate, and the derivatives of log gamma.
 
 scipy.special has all of them, and the tests compare each with it. It is not a dependency because
-these five functions are all that is needed of it: it would add 143 MB to an installation, and to
+these six functions are all that is needed of it: it would add 143 MB to an installation, and to
 the service that answers a comparison 17 MB of memory and 0.15 s of CPU time at its first one,
 where this module takes 0.7 MB and 5 ms (scipy 1.17 beside numpy 2, one thread).
 """
@@ -18,6 +18,12 @@ Floats = npt.NDArray[np.float64]
 def student_p(t: Floats, df: Floats) -> Floats:
     """Return the two-sided p-value of Student's t: the chance of such a |t| or a larger one."""
     return incomplete_beta(df / 2, np.full_like(df, 0.5), df / (df + t * t))
+
+
+def log_student(squares: Floats, df: float) -> Floats:
+    """Return the logarithm of Student's density at t, of which the squares are given."""
+    front = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
+    return front - (df + 1) / 2 * np.log1p(squares / df)
 
 
 def rate_interval(hits: int, tries: int, level: float) -> tuple[float, float]:

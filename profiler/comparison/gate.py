@@ -49,14 +49,25 @@ class Gate(NamedTuple):
 class Verdict(NamedTuple):
     word: str
     exit_code: int
+    is_provisional: bool = False
+    """More data make it final, or withdraw it."""
 
 
 def verdict_of(found: Comparison, gate: Gate, *, is_strict: bool = False) -> Verdict:
+    """Return the verdict; if `is_strict`, one that is not final exits as one that is missing."""
+    word = _word(found, gate)
+    exit_code = REGRESSION if word == "regression" else 0
+    if is_strict and (word == "inconclusive" or found.is_provisional):
+        exit_code = INCONCLUSIVE
+    return Verdict(word, exit_code, found.is_provisional)
+
+
+def _word(found: Comparison, gate: Gate) -> str:
     if found.source == NoiseSource.NONE:
-        return Verdict("inconclusive", INCONCLUSIVE if is_strict else 0)
+        return "inconclusive"
     changes = {function.change for function in found.functions}
     if any(map(gate.fails, found.functions)):
-        return Verdict("regression", REGRESSION)
+        return "regression"
     if changes & {Change.LESS, Change.GONE} and not changes & set(_WORSE):
-        return Verdict("improvement", 0)
-    return Verdict("unchanged", 0)
+        return "improvement"
+    return "unchanged"

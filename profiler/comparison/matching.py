@@ -3,13 +3,15 @@
 Both are equally long, an hour at most. The one before ends when the first host changed; the one
 after begins two windows after the last host changed. Neither contains another deployment of the
 service. A canary is compared with the other hosts at the same time. If the past is short, the
-windows are shorter, so that there are enough earlier positions to estimate the noise from.
+windows are shorter, so that there are enough earlier positions to estimate the noise from. If it is
+too short for that as well, they are two minutes long, or as much as a third of the past, so that
+the rest of it tells how functions vary; the verdict is provisional then.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from profiler.comparison.noise import GRIDS_NS, HISTORY_NS
+from profiler.comparison.noise import GRIDS_NS, HISTORY_NS, MINUTE_NS
 from profiler.comparison.rollouts import SETTLED_WINDOWS, Deployment, DeploymentKind
 from profiler.comparison.sides import Operand
 from profiler.comparison.verdict import MIN_HOSTS, MIN_POSITIONS, MIN_REPLICATES
@@ -23,6 +25,9 @@ _GRID_NS = GRIDS_NS[0][1]
 """Longer windows are aligned to it, because their past is then read faster."""
 _LEAST_WINDOWS = 5
 """Windows are not made shorter than this to get more positions."""
+_PROVISIONAL_NS = 2 * MINUTE_NS
+_PARTS_OF_PAST = 3
+"""A window takes no more of a short past, but for its first two minutes."""
 _MOST_SPOILED = 3
 """Windows are made shorter for so many deployments of the past; for more they get too short."""
 _PROBES = (24, 15, 10, 7, 4, 2)
@@ -160,7 +165,7 @@ class _Room(NamedTuple):
 
 
 def _shortened(length_ns: int, room: _Room) -> int:
-    """Return a length for which there are enough positions, if it is not too short."""
+    """Return a length for which there are enough positions, or one that leaves some past."""
     fits_ns, positions = 0, MIN_POSITIONS + 2 * min(room.earlier, _MOST_SPOILED)
     for least_ns, grid_ns in GRIDS_NS:
         between_ns = positions * (room.gap_ns + grid_ns)
@@ -169,7 +174,10 @@ def _shortened(length_ns: int, room: _Room) -> int:
         fits_ns -= fits_ns % room.window_ns
         if room.windows * fits_ns + room.gap_ns >= least_ns:
             break
-    return min(length_ns, fits_ns) if fits_ns >= _LEAST_WINDOWS * room.window_ns else length_ns
+    if fits_ns < _LEAST_WINDOWS * room.window_ns:
+        fits_ns = max(_PROVISIONAL_NS, room.past_ns // _PARTS_OF_PAST, room.window_ns)
+        fits_ns -= fits_ns % room.window_ns
+    return min(length_ns, fits_ns)
 
 
 def _aligned(before: Window, after: Window, begin_ns: int, end_ns: int) -> tuple[Window, Window]:

@@ -9,7 +9,7 @@ hosts.
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from statistics import NormalDist
@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from profiler.comparison import verdict
+from profiler.comparison import provisional, verdict
+from profiler.comparison.provisional import ProvisionalNoise, Shape, Stretch
 from profiler.comparison.sides import (
     Side,
     WindowPair,
@@ -25,7 +26,7 @@ from profiler.comparison.sides import (
     read_presence,
     service_selector,
 )
-from profiler.comparison.verdict import Contrast, Costs, Floats, Noise, NoiseSource
+from profiler.comparison.verdict import AnyNoise, Contrast, Costs, Floats, NoiseSource
 from profiler.text import counted
 from profiler.times import NS_PER_S, length_text
 from storage.profile import Window
@@ -64,7 +65,7 @@ class Past:
     def __init__(self, query: Query, pair: WindowPair, changes_ns: Sequence[int]) -> None:
         self._query = query
         self._pair = pair
-        self._changes_ns = changes_ns
+        self.changes_ns = changes_ns
         windows = [read.operand.window for read in pair.reads]
         self.span = Window(min(w.start_ns for w in windows), max(w.end_ns for w in windows))
         self.length_ns = max(w.end_ns - w.start_ns for w in windows)
@@ -174,7 +175,7 @@ class Past:
         found = []
         for back_ns in backs:
             span = self._back(self.span, back_ns, back_ns)
-            if any(span.start_ns < at_ns < span.end_ns for at_ns in self._changes_ns):
+            if any(span.start_ns < at_ns < span.end_ns for at_ns in self.changes_ns):
                 continue
             versions = set()
             for known, presence in zip(knowns, of_side, strict=True):
@@ -208,9 +209,16 @@ class Position(NamedTuple):
 
 
 def estimate_noise(
-    pair: WindowPair, before: Side, after: Side, past: Sequence[Contrast]
-) -> tuple[Contrast, Noise | None]:
-    """Return the contrast of both sides and its noise, None if there is too little data."""
+    pair: WindowPair,
+    sides: tuple[Side, Side],
+    past: Sequence[Contrast],
+    stretches: Callable[[], Sequence[Stretch]],
+) -> tuple[Contrast, AnyNoise | None]:
+    """Return the contrast of both sides and its noise, None if there is too little data.
+
+    `stretches` reads the times around both windows; they are needed where the past is short.
+    """
+    before, after = sides
     now = pair.contrast(before.costs, after.costs)
     if len(past) >= verdict.MIN_POSITIONS:
         return pair.against(now, past)
@@ -222,25 +230,50 @@ def estimate_noise(
     is_enough = min(hosts) >= verdict.MIN_REPLICATES and sum(hosts) >= verdict.MIN_HOSTS
     if not pair.is_paired and is_enough:
         return verdict.contrast_of_replicates(before.costs, after.costs, NoiseSource.HOSTS)
+    target = _shape(before.window, after.window)
+    is_possible = pair.is_paired and target.distance_s >= target.length_s
+    if is_possible and target.length_s >= provisional.MIN_LENGTH_S:
+        return now, _provisional(now, target, before.rows, past, stretches())
     return now, None
 
 
-def too_little(past: Past, sides: Sequence[Side], positions: int) -> str:
-    """Return a warning that says how much data a verdict needs, and what could show then."""
-    hosts = sides[0].rows
-    text = (
-        f"too little data for a verdict: {counted(positions, 'earlier position')} of the same"
-        f" length (it takes {verdict.MIN_POSITIONS}), {counted(hosts, 'host')} (or"
-        f" {verdict.MIN_HOSTS})"
-    )
-    missing = verdict.MIN_POSITIONS - positions
-    if past.is_possible:
-        text += f"; profile {length_text(missing * past.step_ns)} more without a change"
-        gap_ns = past.span.end_ns - past.span.start_ns - 2 * past.length_ns
-        length_ns = (positions * past.step_ns // verdict.MIN_POSITIONS - max(0, gap_ns)) // 2
-        if length_ns >= MINUTE_NS:
-            text += f", or compare windows of {length_text(length_ns - length_ns % MINUTE_NS)}"
-    return text + visible_change(sides)
+def _provisional(
+    now: Contrast,
+    target: Shape,
+    hosts: int,
+    past: Sequence[Contrast],
+    stretches: Sequence[Stretch],
+) -> AnyNoise:
+    """Return the noise by all that is known: earlier positions, both stretches, hosts."""
+    evidence = [each for stretch in stretches for each in provisional.of_stretch(stretch, target)]
+    # Positions that follow each other lie in the stretch before already.
+    if past and not evidence:
+        evidence.append(provisional.of_positions(past))
+    evidence += provisional.of_hosts(now)
+    return ProvisionalNoise(tuple(evidence), target, hosts)
+
+
+def _shape(*windows: Window) -> Shape:
+    middles_ns = [(window.start_ns + window.end_ns) / 2 for window in windows]
+    length_ns = min(window.end_ns - window.start_ns for window in windows)
+    return Shape(length_ns / NS_PER_S, abs(middles_ns[1] - middles_ns[0]) / NS_PER_S)
+
+
+def too_little(pair: WindowPair, sides: tuple[Side, Side]) -> str:
+    """Return a warning that says what a verdict needs, and what could show then."""
+    if not pair.is_paired:
+        needs = (
+            f"the sides have {counted(sides[0].rows, 'host')} and"
+            f" {counted(sides[1].rows, 'host')}, and none in common: it takes"
+            f" {verdict.MIN_REPLICATES} on each side and {verdict.MIN_HOSTS} in all, or"
+            f" {verdict.MIN_POSITIONS} earlier pairs of windows of the same length"
+        )
+    elif (shape := _shape(*(side.window for side in sides))).distance_s < shape.length_s:
+        needs = "the windows overlap"
+    else:
+        least = length_text(round(provisional.MIN_LENGTH_S) * NS_PER_S)
+        needs = f"it takes windows of {least} or more"
+    return f"too little data for a verdict: {needs}{visible_change(sides)}"
 
 
 def visible_change(sides: Sequence[Side]) -> str:

@@ -17,6 +17,8 @@ _SHOWN = 20
 NAME_WIDTH = 60
 _NOISE = {
     NoiseSource.HISTORY: "{} earlier positions of the same length, on the same hosts",
+    NoiseSource.WITHIN: "{} comparisons of parts of the time before and after, and of hosts",
+    NoiseSource.PRIOR: "what is usual for functions of services",
     NoiseSource.HOSTS: "differences between {} hosts",
     NoiseSource.GROUPS: "differences between {} groups of hosts",
     NoiseSource.REPLICATES: "differences between {} runs",
@@ -30,6 +32,7 @@ def as_json(found: Comparison, verdict: Verdict, gate: Gate) -> bytes:
         {
             "schema": 1,
             "verdict": verdict.word,
+            "provisional": verdict.is_provisional,
             "exit_code": verdict.exit_code,
             "before": _side_record(found.before),
             "after": _side_record(found.after),
@@ -126,7 +129,8 @@ def _headline(found: Comparison, verdict: Verdict, gate: Gate) -> str:
         "unchanged": "unchanged: nothing costs more than the gate allows",
         "inconclusive": "inconclusive: too little data for a verdict",
     }
-    return words[verdict.word]
+    provisional = "provisional: " if verdict.is_provisional else ""
+    return provisional + words[verdict.word]
 
 
 def _cost(number: int) -> str:

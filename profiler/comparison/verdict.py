@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +62,10 @@ class NoiseSource(StrEnum):
     """What the noise is estimated from."""
 
     HISTORY = "history"
+    WITHIN = "within"
+    """Parts of both windows and of the times around them; provisional."""
+    PRIOR = "prior"
+    """What is usual for functions of services; provisional."""
     HOSTS = "hosts"
     GROUPS = "groups"
     """Of hosts."""
@@ -148,6 +152,45 @@ class Noise:
     variances: Floats
     counting: Floats
     common_variance: float
+    is_provisional: bool = False
+    level: float = LEVEL
+    """The rate of false discoveries."""
+
+    def test(self, now: Contrast, samples: tuple[Floats, Floats]) -> "Tested":
+        """Return p-values and how far the log ratios of functions reach."""
+        before, after = samples
+        tested = before + after >= _MIN_SAMPLES * now.cells
+        variances, df = moderate(self, now.counting, tested)
+        deviations = np.sqrt(variances)
+        p = np.ones_like(now.mean)
+        p[tested] = student_p(now.mean[tested] / deviations[tested], np.full(tested.sum(), df))
+        return Tested(tested, p, student_quantile(LEVEL, df) * deviations)
+
+
+class Tested(NamedTuple):
+    """Which functions were tested, and of each its p-value and half of its interval."""
+
+    functions: npt.NDArray[np.bool_]
+    p: Floats
+    reach: Floats
+
+
+class AnyNoise(Protocol):
+    """The noise of a contrast, however it is known."""
+
+    @property
+    def source(self) -> NoiseSource: ...
+    @property
+    def positions(self) -> int: ...
+    @property
+    def df(self) -> float: ...
+    @property
+    def common_variance(self) -> float: ...
+    @property
+    def is_provisional(self) -> bool: ...
+    @property
+    def level(self) -> float: ...
+    def test(self, now: Contrast, samples: tuple[Floats, Floats]) -> Tested: ...
 
 
 def noise_of_history(past: Sequence[Contrast], independent: int) -> Noise:
@@ -241,7 +284,7 @@ class CommonJudgement(NamedTuple):
     change: Change
 
 
-def judge_common(now: Contrast, noise: Noise | None) -> CommonJudgement:
+def judge_common(now: Contrast, noise: AnyNoise | None) -> CommonJudgement:
     """Return whether all functions together changed, and the interval of the log ratio."""
     if noise is None:
         return CommonJudgement(-math.inf, math.inf, Change.TOO_LITTLE)
@@ -262,21 +305,16 @@ class Judgement(NamedTuple):
     changes: list[Change]
 
 
-def judge(now: Contrast, samples: tuple[Floats, Floats], noise: Noise) -> Judgement:
+def judge(now: Contrast, samples: tuple[Floats, Floats], noise: AnyNoise) -> Judgement:
     """Test every function. `samples` are those of each function before and after, of all hosts."""
     ratios = now.mean
     before, after = samples
-    tested = before + after >= _MIN_SAMPLES * now.cells
-    variances, df = moderate(noise, now.counting, tested)
-    deviations = np.sqrt(variances)
-    p = np.ones_like(ratios)
-    p[tested] = student_p(ratios[tested] / deviations[tested], np.full(tested.sum(), df))
+    tested, p, reach = noise.test(now, samples)
     q = np.ones_like(ratios)
     q[tested] = adjust(p[tested])
-    reach = student_quantile(LEVEL, df) * deviations
     changes = [Change.UNCHANGED] * len(ratios)
     matters = points_of(ratios, before, after) >= MIN_POINTS
-    for i in np.flatnonzero((q <= LEVEL) & matters).tolist():
+    for i in np.flatnonzero((q <= noise.level) & matters).tolist():
         if not before[i]:
             changes[i] = Change.NEW
         elif not after[i]:

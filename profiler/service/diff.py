@@ -74,6 +74,7 @@ class DiffPanel:
     type: str
     unit: str
     verdict: Literal["regression", "improvement", "unchanged", "inconclusive"]
+    provisional: Annotated[bool, Meta(description="more data make it final, or withdraw it")]
     exit_code: Count
     before: ComparedSide
     after: ComparedSide

@@ -34,6 +34,9 @@ const HEADLINES = {
 const NOISE = {
   history: (count) =>
     `estimated from ${counted(count, "earlier pair")} of windows of the same length, on the same hosts`,
+  within: (count) =>
+    `estimated from ${counted(count, "comparison")} of parts of the time before and after, and of hosts, and from what is usual`,
+  prior: () => "what is usual for functions of services, as there are no data to estimate it from",
   hosts: (count) => `estimated from the differences between ${counted(count, "host")}`,
   groups: (count) => `estimated from the differences between ${counted(count, "group")} of hosts`,
   replicates: (count) => `estimated from the differences between ${counted(count, "run")}`,
@@ -152,7 +155,12 @@ export class Verdict {
     const { verdict, noise, common_change: common, warnings } = response;
     const [sign, word] = Object.hasOwn(HEADLINES, verdict) ? HEADLINES[verdict] : ["?", verdict];
     this.container.dataset.verdict = verdict;
-    this.#setHeadline(sign, headlineOf(verdict, word, functions));
+    const headline = headlineOf(verdict, word, functions);
+    this.container.toggleAttribute("data-provisional", response.provisional);
+    this.#setHeadline(
+      sign,
+      response.provisional ? `Provisional: ${lowerFirst(headline)}` : headline,
+    );
     const grounds = [
       [
         "Noise",
@@ -162,6 +170,8 @@ export class Verdict {
       ],
       ["Common change", commonText(common, verdict)],
     ];
+    if (response.provisional)
+      grounds.push(["Provisional", "with more data it becomes final, or is withdrawn"]);
     this.body.replaceChildren(
       el(
         "dl",
@@ -205,6 +215,10 @@ function headlineOf(verdict, word, functions) {
   if (verdict === "unchanged" && changed.length)
     return `No regression: ${counted(changed.length, "function")} changed, but within the limits of the gate`;
   return verdict === "unchanged" ? `${word}: no function costs more or less than before` : word;
+}
+
+function lowerFirst(text) {
+  return text.charAt(0).toLowerCase() + text.slice(1);
 }
 
 function commonText({ relative, low, high, verdict }, whole) {

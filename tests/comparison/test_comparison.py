@@ -19,31 +19,12 @@ from storage.profile import Window
 from storage.query.query import Query
 from storage.selector import Selector
 from tests.support import profiles as some
-from tests.support.stores import START_NS, at, directory, minutes
+from tests.support.stores import START_NS, directory, minutes
+from tests.support.varying import FUNCTIONS, minute
 
 EVERFLAME = Path(sys.executable).with_name("everflame")
 API = Selector.parse('{service="api"}')
 LENGTH = 4
-FUNCTIONS = 24
-RATES = 3000 / np.arange(1, FUNCTIONS + 1)
-
-
-def minute(rng, number: int, host: int, version: str, factors: dict[int, float]):
-    """A minute of a service whose functions vary by 5 % and are sampled."""
-    rates = RATES * np.exp(rng.normal(0, 0.05, FUNCTIONS))
-    for function, factor in factors.items():
-        rates[function] *= factor
-    labels = {"service": "api", "version": version, "comm": "api"}
-    stacks = [
-        (labels, [some.named("main"), some.named(f"function_{i}")], int(samples))
-        for i, samples in enumerate(rng.poisson(rates))
-    ]
-    stacks.append(({"service": "jobs", "comm": "jobs"}, [some.named("job")], 500))
-    profile = some.build([stack for stack in stacks if stack[2]])
-    present = {some.make_labels({"service": "api", "version": version}): 60_000_000_000}
-    accounting = dataclasses.replace(profile.accounting, services=present)
-    profile = dataclasses.replace(profile, accounting=accounting)
-    return at(profile, number, f"web-{host}", f"{host:016x}")
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +90,15 @@ def test_the_rule_is_tried_on_the_unchanged_past(query):
         comparison.calibrate(query, Operand(API, minutes(4, 6)), Operand(API, minutes(6, 8)))
 
 
-def test_without_a_past_there_is_no_verdict(query):
-    found = comparison.of_store(query, Operand(API, minutes(0, 4)), Operand(API, minutes(4, 8)))
+def test_of_less_than_a_minute_there_is_no_verdict(query):
+    begin_ns = START_NS + 4 * 60 * 10**9
+    half = Operand(API, Window(begin_ns, begin_ns + 30 * 10**9))
+    found = comparison.of_store(query, Operand(API, minutes(0, 4)), half)
 
     assert (found.source, changes(found)) == (NoiseSource.NONE, {})
     assert {each.change for each in found.functions} == {Change.TOO_LITTLE}
-    assert "too little data" in found.warnings[-1]
+    assert "it takes windows of 1 min or more" in found.warnings[-1]
+    assert "must change by" in found.warnings[-1]
 
 
 def test_an_empty_side_is_named(query):
@@ -141,6 +125,7 @@ def test_with_itself_nothing_has_changed(query):
     assert not changes(found)
     assert {each.relative[0] for each in found.functions} == {0.0}
     assert found.common.relative == 0
+    assert "the windows overlap" in found.warnings[-1]
 
 
 def test_swapping_the_sides_mirrors_every_line(query):
@@ -220,17 +205,6 @@ def test_unequal_coverage_and_losses_are_said(tmp_path):
     said = " ".join(compared.warnings)
     assert "100% of the before side's time was profiled, 50% of the after side's" in said
     assert "of the after side's ticks were lost" in said
-
-
-def test_too_little_data_says_how_much_it_takes(query):
-    operands = Operand(API, minutes(20, 24)), Operand(API, minutes(24, 28))
-    found = comparison.of_store(query, *operands)
-
-    assert found.source == NoiseSource.NONE
-    warning = found.warnings[-1]
-    assert "2 earlier positions of the same length (it takes 6)" in warning
-    assert "profile 32 min more without a change" in warning
-    assert "must change by" in warning
 
 
 def test_profiles_without_word_of_services_count_as_there(tmp_path):
