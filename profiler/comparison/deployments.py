@@ -1,11 +1,13 @@
 """Deployments: those in a part of a store, with the windows over which each is compared."""
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from profiler.comparison.announcements import list_announcements
+from profiler.comparison.comparison import Comparison, Function, changed
+from profiler.comparison.gate import Gate, verdict_of
 from profiler.comparison.matching import Match, match, service_spans
 from profiler.comparison.noise import history
 from profiler.comparison.rollouts import (
@@ -15,6 +17,8 @@ from profiler.comparison.rollouts import (
     find_deployments,
     merge_announcements,
 )
+from profiler.comparison.verdict import Change
+from profiler.text import fit
 from storage.objects.tenant import TenantStore
 from storage.profile import Window
 from storage.query.coverage import Skipped
@@ -24,6 +28,77 @@ from storage.selector import Selector
 AROUND_NS = 2 * PAUSE_NS
 """How much is read before and after a window, to see the versions before and the hosts after."""
 _LATEST_NS = 2**63 - 1
+_NAMED_FUNCTIONS = 3
+"""Of a verdict; the comparison itself has all of them."""
+_NAME_CELLS = 200
+"""A name of a function or module in a verdict is cut to so many."""
+
+
+class ChangedFunction(NamedTuple):
+    """A function that explains a verdict."""
+
+    function: str
+    module: str
+    change: Change
+    growth: float | None
+    """0.5 is 50 % more; None if the function is new or gone."""
+
+    def text(self, width: int = 2 * _NAME_CELLS) -> str:
+        """Return `parse (app) +52%`, the name cut to a width."""
+        name = f"{self.function} ({self.module})" if self.module else self.function
+        growth = self.change if self.growth is None else f"{self.growth:+.0%}"
+        return f"{fit(name, width)} {growth}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentVerdict:
+    """What the comparison of the time before and after a deployment says, or why there is none."""
+
+    word: str = ""
+    """regression, improvement, unchanged or inconclusive; empty if there is no verdict."""
+    is_provisional: bool = False
+    functions: tuple[ChangedFunction, ...] = ()
+    """The first ones that explain it; none if it is unchanged or inconclusive."""
+    reason: str = ""
+    """Why there is no verdict."""
+    is_pending: bool = False
+    """The verdict, or one of more data, is being computed."""
+
+    @property
+    def text(self) -> str:
+        """`regression (provisional)`; empty if there is no verdict."""
+        return f"{self.word} (provisional)" if self.is_provisional else self.word
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "verdict": self.word or None,
+            "provisional": self.is_provisional,
+            "functions": [each._asdict() for each in self.functions],
+            "verdict_reason": self.reason,
+            "pending": self.is_pending,
+        }
+
+
+def deployment_verdict(found: Comparison, gate: Gate) -> DeploymentVerdict:
+    """Return the verdict of a comparison, with the functions that explain it."""
+    word = verdict_of(found, gate).word
+    reasons: list[Function] = []
+    if word == "regression":
+        reasons = [each for each in found.functions if gate.fails(each)]
+    elif word == "improvement":
+        reasons = changed(found.functions)
+    # A comparison does not say yet whether its verdict is provisional.
+    return DeploymentVerdict(word, False, tuple(map(_named, reasons[:_NAMED_FUNCTIONS])))
+
+
+def _named(function: Function) -> ChangedFunction:
+    has_both = function.change not in (Change.NEW, Change.GONE)
+    return ChangedFunction(
+        function=fit(function.frame.function, _NAME_CELLS),
+        module=fit(function.frame.module, _NAME_CELLS),
+        change=function.change,
+        growth=function.relative[0] if has_both else None,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +118,13 @@ class FoundDeployments:
     """At least one of them has a version."""
     skipped: tuple[Skipped, ...]
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self, verdicts: Sequence[DeploymentVerdict] = ()) -> list[dict[str, Any]]:
+        """Return each deployment with its windows, and with its verdict if there are some."""
         pairs = zip(self.deployments, self.matches, strict=True)
-        return [{**each.as_json(), **found.as_json()} for each, found in pairs]
+        records = [{**each.as_json(), **found.as_json()} for each, found in pairs]
+        for record, verdict in zip(records, verdicts, strict=False):
+            record.update(verdict.as_json())
+        return records
 
     @property
     def reason(self) -> str:

@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from profiler import exposition
+from profiler.comparison.deployment_verdicts import DeploymentVerdicts
 from profiler.exposition import Metric, labelled, single
 from profiler.flamegraph.views import NoSuchNodeError
 from profiler.service import exports
@@ -50,6 +51,7 @@ from profiler.service.sharing import (
 from profiler.service.status import About, service_status
 from profiler.service.timeline import MOST_STEPS, timeline
 from profiler.service.top_table import top_table
+from profiler.service.verdicts import BackgroundVerdicts
 from storage.objects.keys import StoreError
 from storage.query.decoding import DecodeCounts
 from storage.query.hosts import HostSearch
@@ -112,6 +114,8 @@ class Service:
         panels = SharedComputations(deadline_s, _THREADS, "panels")
         others = {name: SharedComputations(deadline_s, 1, name) for name in _OWN_THREAD}
         self._computations = {name: others.get(name, panels) for name in ENDPOINTS}
+        self.verdicts = DeploymentVerdicts(profiles.store, profiles.query)
+        self._background = BackgroundVerdicts(self.verdicts, lambda: panels.is_busy)
         # Responses of connections that reach no application.
         self.slots = ConnectionSlots(
             busy=last_response(ProblemError(503, "Busy", "all connections are in use")),
@@ -154,7 +158,8 @@ class Service:
     def end(self, within_s: float) -> bool:
         """Let computations end and take no new ones; return whether all of them have ended."""
         deadline_s = time.monotonic() + within_s
-        every = set(self._computations.values())
+        every: set[SharedComputations | BackgroundVerdicts] = {*self._computations.values()}
+        every.add(self._background)
         for each in every:
             each.end()
         return all(each.wait(deadline_s - time.monotonic()) for each in every)
@@ -290,7 +295,9 @@ class Service:
 
     def _deployments(self, given: p.RangeParameters, asked: Asked) -> Compute:
         request = p.panel_request(given, asked.now_ns)
-        return lambda check: json_body(deployments(self._profiles, request, check))
+        return lambda check: json_body(
+            deployments(self._profiles, self._background, request, check)
+        )
 
     def _labels(self, given: p.TypeParameters, asked: Asked) -> Compute:
         request = p.panel_request(given, asked.now_ns)

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from profiler.comparison.deployments import deployments_in
+from profiler.comparison.verdict import Change
 from profiler.service.merged import Check, MergedProfiles, PanelRequest
 from profiler.service.responses import (
     NAMED_SERVICES,
@@ -17,6 +18,7 @@ from profiler.service.responses import (
     WindowMs,
     query_text,
 )
+from profiler.service.verdicts import BackgroundVerdicts
 
 _MOST_DEPLOYMENTS = 1_000
 
@@ -32,6 +34,14 @@ class ComparedWindow:
 class MatchedWindows:
     before: ComparedWindow
     after: ComparedWindow
+
+
+@dataclass(frozen=True)
+class ChangedFunction:
+    function: str
+    module: str
+    change: Change
+    growth: Annotated[float | None, Meta(description="0.5 is 50 % more; null if it is new or gone")]
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,22 @@ class Deployment:
         Meta(description="the windows to compare; if null, compare_reason says why"),
     ]
     compare_reason: str
+    verdict: Annotated[
+        Literal["regression", "improvement", "unchanged", "inconclusive"] | None,
+        Meta(description="of the comparison; null if there is none (yet)"),
+    ]
+    provisional: Annotated[
+        bool, Meta(description="more data may change the verdict: it rests on little")
+    ]
+    functions: Annotated[
+        Sequence[ChangedFunction],
+        Meta(description="at most three that explain the verdict, largest change first"),
+    ]
+    verdict_reason: Annotated[str, Meta(description="why there is no verdict")]
+    pending: Annotated[
+        bool,
+        Meta(description="the verdict, or one of more data, is being computed: ask again"),
+    ]
 
 
 @dataclass(frozen=True)
@@ -70,11 +96,13 @@ class Deployments:
     skipped: Sequence[SkippedObject]
 
 
-def deployments(profiles: MergedProfiles, request: PanelRequest, check: Check) -> Deployments:
-    """Return the deployments that began in a window, newest first."""
+def deployments(
+    profiles: MergedProfiles, verdicts: BackgroundVerdicts, request: PanelRequest, check: Check
+) -> Deployments:
+    """Return the deployments that began in a window, newest first, and the verdicts so far."""
     query = profiles.query.interruptible(check)
     found = deployments_in(profiles.store, query, request.window, request.selector, check)
-    shown = found.records()[:_MOST_DEPLOYMENTS]
+    shown = found.records(verdicts.of(found))[:_MOST_DEPLOYMENTS]
     empty = {"reason": found.reason, "services": found.services[:NAMED_SERVICES]}
     return Deployments(
         schema=SCHEMA,

@@ -93,6 +93,11 @@ class SharedComputations:
         self.shared = 0
         self.ended = 0
 
+    @property
+    def is_busy(self) -> bool:
+        """Return whether something is being computed, or waits to be."""
+        return bool(self._computations)
+
     def end(self) -> None:
         """Let all end, and take no new ones."""
         for computation in self._computations.values():
