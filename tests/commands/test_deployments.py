@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,8 @@ from storage.profile import ALWAYS, Profile, make_labels
 from storage.query.query import Query
 from storage.selector import Selector
 from tests.support import profiles as some
+from tests.support.deployments import ALL, SHOWN_HOSTILE, fill
+from tests.support.live import wait_for
 from tests.support.services import service
 from tests.support.stores import MINUTE_NS, START_NS, at, directory, minutes
 from tests.support.weed import BUCKET, Weed, using_keys
@@ -603,18 +606,20 @@ def test_the_command_prints_a_table(own_store):
     assert (told.returncode, told.stdout) == (0, "")
     assert told.stderr == f"announced jobs 7 at {at_text} in {own_store.root}\n"
     assert (done.returncode, done.stderr) == (0, "")
-    head, jobs, api = [line.split() for line in done.stdout.splitlines()]
-    assert head == ["BEGAN", "SETTLED", "SERVICE", "VERSION", "BEFORE", "KIND", "HOSTS", "SOURCE"]
-    assert jobs[2:] == ["jobs", "7", "-", "rollout", "-", "announced"]
+    head, jobs, _, api, _ = [line.split() for line in done.stdout.splitlines()]
+    assert head == [
+        "BEGAN", "SETTLED", "SERVICE", "VERSION", "BEFORE", "KIND", "HOSTS", "SOURCE", "VERDICT",
+    ]  # fmt: skip
+    assert jobs[2:] == ["jobs", "7", "-", "rollout", "-", "announced", "-"]
     assert api == [
         rfc3339(START_NS + 70 * MINUTE_NS), rfc3339(START_NS + 73 * MINUTE_NS),
-        "api", "2", "1", "rollout", "2", "found",
+        "api", "2", "1", "rollout", "2", "found", "-",
     ]  # fmt: skip
 
 
 def test_the_command_prints_json(store):
     """In Unix ms, for other programs."""
-    answer = json.loads(listed(store, "--json", "-q", '{service="api"}').stdout)
+    answer = json.loads(listed(store, "--json", "--no-verdicts", "-q", '{service="api"}').stdout)
 
     (deployment,) = answer.pop("deployments")
     compare = deployment.pop("compare")
@@ -687,7 +692,13 @@ def test_the_service_answers_and_says_why_there_is_nothing(own_store, tmp_path):
     (own_store.root / "v1/default/deployments" / rfc3339(START_NS)[:7] / "x").write_bytes(b"?")
     times = {"from": rfc3339(minutes(60, 80).start_ns), "until": rfc3339(minutes(60, 80).end_ns)}
     with service(tmp_path) as (_, client):
-        answer = client.json("deployments", **times)
+        answer: dict = {}
+
+        def is_ready() -> bool:
+            answer.update(client.json("deployments", **times))
+            return not any(each["pending"] for each in answer["deployments"])
+
+        wait_for(is_ready)
         none = client.json("deployments", query='{service="none"}', **times)
         recent = client.json("deployments")
         status, _, body = client.get("/api/v1/deployments", by="service")
@@ -703,3 +714,61 @@ def test_the_service_answers_and_says_why_there_is_nothing(own_store, tmp_path):
     assert none["empty"] == {"reason": "nothing_matches", "services": []}
     assert recent["empty"]["reason"] == "no_data_in_range"
     assert (status, json.loads(body)["parameter"]) == (400, "by")
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory) -> DirectoryStore:
+    """A store of services that became slower, became faster and stayed as they were."""
+    return fill(tmp_path_factory.mktemp("judged") / "store")
+
+
+def of_all(store, *arguments: str) -> subprocess.CompletedProcess[str]:
+    times = (f"--from={rfc3339(ALL.start_ns)}", f"--until={rfc3339(ALL.end_ns)}")
+    return everflame("deployments", f"--store={store.root}", *times, *arguments)
+
+
+def test_the_command_prints_verdicts(judged, tmp_path, monkeypatch):
+    """Each deployment's, with the functions that explain it, or why there is none."""
+    monkeypatch.setenv("EVERFLAME_CACHE", str(tmp_path / "cache"))
+
+    done = of_all(judged)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    _, fresh, why, slower, parse, new, faster, less, calm = done.stdout.splitlines()
+    assert [line.split()[-1] for line in (fresh, slower, faster, calm)] == [
+        "-", "regression", "improvement", "unchanged",
+    ]  # fmt: skip
+    assert "not comparable: it has settled only at" in why
+    assert re.fullmatch(r"    parse \(\[python\]\) \+[56]\d%", parse)
+    assert new.startswith(f"    {SHOWN_HOSTILE}"[:40])
+    assert new.endswith(" new")
+    assert re.fullmatch(r"    parse \(\[python\]\) -[45]\d%", less)
+
+
+def test_the_command_prints_verdicts_as_json(judged, tmp_path, monkeypatch):
+    """Under the names that the service uses."""
+    monkeypatch.setenv("EVERFLAME_CACHE", str(tmp_path / "cache"))
+
+    (found,) = json.loads(of_all(judged, "--json", "-q", '{service="slower"}').stdout)[
+        "deployments"
+    ]
+
+    assert (found["verdict"], found["provisional"], found["pending"]) == (
+        "regression",
+        False,
+        False,
+    )
+    assert [each["function"] for each in found["functions"]] == ["parse", SHOWN_HOSTILE]
+    assert found["verdict_reason"] == ""
+
+
+def test_verdicts_can_be_left_out(judged, tmp_path, monkeypatch):
+    """Then nothing is compared."""
+    monkeypatch.setenv("EVERFLAME_CACHE", str(tmp_path / "cache"))
+
+    done = of_all(judged, "--no-verdicts")
+
+    assert len(done.stdout.splitlines()) == 5
+    assert "VERDICT" not in done.stdout
+    for each in json.loads(of_all(judged, "--no-verdicts", "--json").stdout)["deployments"]:
+        assert "verdict" not in each
