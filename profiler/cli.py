@@ -31,6 +31,7 @@ COMMANDS = {
     "export": "convert a profile, or write a time range of a store into a file",
     "ls": "list the hosts, windows, services and versions in a store",
     "deployments": "list or announce deployments: when services changed their version",
+    "watch": "follow deployments, and call a webhook or command when one is a regression",
     "import": "store profiles of other tools: pprof, folded, speedscope, perf script",
     "verify": "check that files or a store account for every tick",
     "diff": "compare two profiles or time ranges: which functions cost more",

@@ -245,6 +245,30 @@ def add_json(parser: Container) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def webhook_url(text: str) -> str:
+    """Check the URL of a webhook; argparse checks the default, which may be empty, as well."""
+    # Only commands that may call one.
+    from profiler.service.webhook_url import WebhookError, parse_webhook  # noqa: PLC0415
+
+    try:
+        if text:
+            parse_webhook(text)
+    except WebhookError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def add_webhook(parser: Container) -> None:
+    parser.add_argument(
+        "--webhook",
+        type=webhook_url,
+        default=os.environ.get("EVERFLAME_WEBHOOK", ""),
+        metavar="URL",
+        help="POST JSON to this URL when a deployment becomes a regression (default:"
+        " EVERFLAME_WEBHOOK, which hides the URL from other users of this host)",
+    )
+
+
 def add_page(parser: argparse.ArgumentParser) -> None:
     """Add the address of the page."""
     parser.add_argument(

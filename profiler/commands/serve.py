@@ -4,12 +4,14 @@ It only reads: it needs neither root nor any credentials but those of the store.
 """
 
 import argparse
+import contextlib
 import ctypes
 import os
 import shlex
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from socket import socket
@@ -23,12 +25,15 @@ from profiler.service.app import Service
 from profiler.service.connections import Server
 from profiler.service.merged import MergedProfiles
 from profiler.service.status import About
+from profiler.service.watch import StateFile, Watch, WatchError, state_path, watching
+from profiler.service.webhook import Webhook
 from storage.objects.keys import StoredObject, StoreError, StoreRefused
 from storage.objects.open import default_store_url, default_tenant, open_tenant
 from storage.objects.tenant import TenantStore
 from storage.query.cache import default_folder
 from storage.query.query import Query
 from storage.query.workers import start_workers
+from storage.selector import EMPTY
 
 _CHECK_WITHIN_S = 5.0
 _END_WITHIN_S = 2.0
@@ -40,19 +45,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  everflame serve\n"
         "  everflame serve --store s3://profiles/prod --listen 127.0.0.1:4040\n\n"
-        "The service only reads the store. Without its cluster it reads by itself, and says so\n"
+        "The service only reads the store. With --webhook it looks for deployments once a minute,\n"
+        "as `everflame watch` does, and calls when one becomes a regression.\n"
+        "Without its cluster it reads by itself, and says so\n"
         "on stderr. To see the page from another machine:\n"
         "  ssh -L 4040:127.0.0.1:4040 USER@HOST"
     )
     arguments.add_store(parser)
     arguments.add_page(parser)
+    arguments.add_webhook(parser)
     arguments.add_cluster(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     asked = [f"--store={options.store}", f"--s3-endpoint={options.s3_endpoint}"]
     asked += [f"--tenant={options.tenant}", f"--listen={options.listen}"]
-    return main([*asked, f"--cluster={options.cluster}"])
+    return main([*asked, f"--cluster={options.cluster}", f"--webhook={options.webhook}"])
 
 
 def serve(
@@ -62,17 +70,20 @@ def serve(
     cache: Path,
     *,
     cluster: ClusterIfThere | None = None,
+    webhook: str = "",
     is_quiet: bool = False,
 ) -> int:
-    """Serve until SIGINT or SIGTERM."""
+    """Serve until SIGINT or SIGTERM; call a webhook of regressions unless it is empty."""
     _settle_memory()
     workers = start_workers(min(4, os.cpu_count() or 1))
     profiles = MergedProfiles(store, Query(store, cache, workers=workers, executor=cluster))
     service = Service(profiles, about)
+    page = f"http://{addresses.shown(listener.getsockname()[:2])}"
     if not is_quiet:
-        _tell(f"the page is at http://{addresses.shown(listener.getsockname()[:2])}/")
+        _tell(f"the page is at {page}/")
     try:
-        Server(service.app(), service.slots).run(sockets=[listener])
+        with _watching(service, profiles, cache, webhook, page):
+            Server(service.app(), service.slots).run(sockets=[listener])
     finally:
         has_ended = service.end(_END_WITHIN_S)
         if cluster is not None:
@@ -82,6 +93,27 @@ def serve(
         sys.stderr.flush()
         os._exit(0)  # a thread hangs in a request to the store, and exit would wait for it
     return 0
+
+
+@contextlib.contextmanager
+def _watching(
+    service: Service, profiles: MergedProfiles, cache: Path, webhook: str, page: str
+) -> Iterator[None]:
+    """Follow the deployments of the store for the length of the block, if there is a webhook."""
+    if not webhook:
+        yield
+        return
+    state = StateFile(state_path(cache, profiles.store, EMPTY, [webhook]))
+    watch = Watch(
+        store=profiles.store,
+        query=profiles.query,
+        verdicts=service.verdicts,
+        state=state,
+        callers=[Webhook(webhook)],
+        page=page,
+    )
+    with contextlib.closing(state), watching(watch):
+        yield
 
 
 def _settle_memory() -> None:
@@ -168,8 +200,16 @@ def main(argv: list[str] | None = None) -> int:
         cluster = ClusterIfThere(options.cluster) if options.cluster else None
         if cluster is not None:
             cluster.start()
-        return serve(listener, store, about, cache, cluster=cluster, is_quiet=options.quiet)
-    except (addresses.ListenError, StoreError) as error:
+        return serve(
+            listener,
+            store,
+            about,
+            cache,
+            cluster=cluster,
+            webhook=options.webhook,
+            is_quiet=options.quiet,
+        )
+    except (addresses.ListenError, StoreError, WatchError) as error:
         _tell(str(error))
         return 2
     except KeyboardInterrupt:
@@ -183,6 +223,7 @@ def _parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tenant", default="")
     parser.add_argument("--listen", default="127.0.0.1:4040")
     parser.add_argument("--cluster", type=arguments.cluster_address, default="")
+    arguments.add_webhook(parser)
     parser.add_argument("--run-folder", type=Path)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--keep-s", type=int, default=0)

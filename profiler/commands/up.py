@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--demo", action="store_true", help="also run a few small example programs")
     arguments.add_page(parser)
+    arguments.add_webhook(parser)
     add_always_on(parser)
 
 
@@ -86,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
         store=asked.store or default_store_url(),
         first_interval_s=min(FIRST_INTERVAL_S, asked.interval_s),
     )
-    children = ServiceAndDemo(asked, address, has_demo=options.demo)
+    children = ServiceAndDemo(asked, address, has_demo=options.demo, webhook=options.webhook)
     begun_ns = time.time_ns()
     status = agent.run(asked, children)
     if children.has_failed:
@@ -133,14 +134,22 @@ class ServiceAndDemo(ChildProcesses):
     """The service, and the demo if it is asked for, in the agent's loop."""
 
     def __init__(
-        self, options: AgentOptions, address: tuple[str, int], *, has_demo: bool = False
+        self,
+        options: AgentOptions,
+        address: tuple[str, int],
+        *,
+        has_demo: bool = False,
+        webhook: str = "",
     ) -> None:
         self._options = options
         self._host, self._port = address
         self._user = service_user()
         cache = default_cache() / "service"
         command = service_command(options, address, cache, self._user)
-        self._service = Child("service", command, service_environment(options, cache))
+        environment = service_environment(options, cache)
+        # Not on its command line, which everybody can read.
+        environment |= {"EVERFLAME_WEBHOOK": webhook} if webhook else {}
+        self._service = Child("service", command, environment)
         self._cache = cache
         self._compaction_cache = default_cache() / "compaction"
         self._compaction = Child(
