@@ -1,5 +1,5 @@
-// Api: requests to the service. One request per slot at a time, the latest wins; nothing is
-// requested again automatically.
+// Api: requests to the service. One request per slot at a time, the latest wins; only what the
+// service says is not complete yet is requested again automatically.
 
 const KEPT = 12;
 
@@ -38,12 +38,12 @@ export class Api {
   /**
    * Send a request. One with the same `slot` that still runs is cancelled (it throws an AbortError).
    * Returns {response, arrivedAt}: JSON and the performance.now() of its arrival. With `isKept` the
-   * response is kept for Back; `forget` drops all of them.
+   * response is kept for Back; `forget` drops all of them. With `isRenewed` it replaces the one kept.
    */
-  async request(slot, path, params, { isKept = false } = {}) {
+  async request(slot, path, params, { isKept = false, isRenewed = false } = {}) {
     this.cancel(slot);
     const url = address(path, params);
-    if (isKept && this.#kept.has(url))
+    if (isKept && !isRenewed && this.#kept.has(url))
       return { response: this.#kept.get(url), arrivedAt: performance.now() };
     const controller = new AbortController();
     this.#running.set(slot, controller);

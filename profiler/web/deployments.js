@@ -4,6 +4,7 @@ import { el } from "./dom.js";
 import { counted, number, safeName } from "./format.js";
 import { Menu } from "./menu.js";
 import { formatTime, zoneName } from "./times.js";
+import { badge, verdictText } from "./verdicts.js";
 
 const ANNOUNCE = "everflame deployments add --service NAME --version VERSION";
 
@@ -70,7 +71,7 @@ export class DeploymentsMenu {
   }
 
   #choice(deployment, tz, isChosen) {
-    const { first_ms: ms, compare, compare_reason: reason } = deployment;
+    const { first_ms: ms, compare } = deployment;
     return el(
       "button",
       {
@@ -89,10 +90,13 @@ export class DeploymentsMenu {
         },
       },
       el("b", { text: deploymentText(deployment) }),
-      el("span", {
-        class: "muted",
-        text: `${formatTime(ms, tz)} ${zoneName(tz)}${compare ? "" : `: ${reason ?? "cannot be compared"}`}`,
-      }),
+      el("span", { class: "muted", text: `${formatTime(ms, tz)} ${zoneName(tz)}` }),
+      el(
+        "span",
+        { class: "deployment-verdict" },
+        badge(deployment),
+        el("span", { class: compare ? "" : "muted", text: verdictText(deployment) }),
+      ),
     );
   }
 }

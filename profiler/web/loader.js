@@ -88,6 +88,7 @@ export class Loader {
     const panel = this.#panels[name];
     const request = {}; // the same request again has the same key
     panel.request = request;
+    panel.asked = [path, params];
     panel.key = key;
     panel.isOld = true;
     this.#setBusy(name, true);
@@ -110,6 +111,26 @@ export class Loader {
       else if (arrivedAt !== null) this.#callbacks.onResponse(name, arrivedAt);
     } finally {
       this.#setBusy(name, false);
+    }
+  }
+
+  /**
+   * Request what a panel shows once more, in the background: what is shown stays until the response
+   * arrives. Return false if there is no new response.
+   */
+  async renew(name) {
+    const panel = this.#panels[name];
+    const { request, asked } = panel;
+    if (!asked || this.isPending(name)) return false;
+    try {
+      const options = { isKept: true, isRenewed: true };
+      const arrived = await this.#api.request(`${name} again`, ...asked, options);
+      if (panel.request !== request) return false; // the page shows something else by now
+      panel.response = arrived.response;
+      this.#callbacks.onResponse(name, arrived.arrivedAt);
+      return true;
+    } catch {
+      return false; // what is shown is still true
     }
   }
 

@@ -11,6 +11,9 @@ import { TimelineView } from "./timeline.js";
 import { formatWindow } from "./times.js";
 
 const COLOURS = 10;
+/** Between requests for verdicts that are being computed: twice as long each time. */
+const FIRST_PAUSE_MS = 500;
+const LONGEST_PAUSE_MS = 15_000;
 
 const byId = (id) => document.getElementById(id);
 
@@ -18,6 +21,8 @@ export class Overview {
   #page;
   #colours = new Map();
   #isNew = changeTracker();
+  #timer = 0;
+  #pauseMs = FIRST_PAUSE_MS;
 
   /** `page` has state, selection and loader, and applies changes (page.js). */
   constructor(page) {
@@ -85,6 +90,25 @@ export class Overview {
       isChosen: (each) => this.#isCompared(each),
     });
     this.#redrawTimeline();
+    this.#awaitVerdicts(response);
+  }
+
+  /** Request the deployments again as long as one of their verdicts is being computed. */
+  #awaitVerdicts(response) {
+    clearTimeout(this.#timer);
+    const isPending = response?.deployments.some((each) => each.pending) ?? false;
+    document.documentElement.dataset.verdicts = isPending ? "pending" : "ready";
+    if (!isPending) {
+      this.#pauseMs = FIRST_PAUSE_MS;
+      return;
+    }
+    this.#timer = setTimeout(async () => {
+      this.#pauseMs = Math.min(2 * this.#pauseMs, LONGEST_PAUSE_MS);
+      const { loader } = this.#page;
+      if (!(await loader.renew("deployments"))) {
+        this.#awaitVerdicts(loader.of("deployments").response);
+      }
+    }, this.#pauseMs);
   }
 
   drawServices() {

@@ -4,17 +4,17 @@
 // Steps without a profile are hatched, not zero. For assistive software the chart is a slider: its text
 // has the selected steps and the cores used in them. Marks are buttons.
 
-import { deploymentText } from "./deployments.js";
 import { el, svg } from "./dom.js";
 import { cores, share, span } from "./format.js";
+import { Marks } from "./marks.js";
 import * as scale from "./scale.js";
 import { colourClass, labelOf, seriesName } from "./scale.js";
-import { formatTime, formatWindow, zoneName } from "./times.js";
+import { formatWindow } from "./times.js";
+import { byUrgency, verdictData } from "./verdicts.js";
 
 const HEIGHT_PX = 142;
 const MARGIN = { top: 20, right: 1, bottom: 20, left: 40 };
 const DRAG_PX = 4;
-const MARK_PX = 24; // what a finger needs, too
 const TOOLTIP_ROWS = 7;
 
 export class TimelineView {
@@ -51,8 +51,11 @@ export class TimelineView {
     });
     this.tooltip = el("div", { class: "tooltip", hidden: true });
     this.message = el("p", { class: "muted chart-message", hidden: true });
-    this.marks = el("div", { class: "marks", role: "group", "aria-label": "Deployments" });
-    container.append(this.chart, this.marks, this.tooltip, this.message);
+    this.marks = new Marks({
+      onMark: (deployments) => this.#callbacks.onMark(deployments),
+      onTooltip: (lines, x) => this.#showMarkTooltip(lines, x),
+    });
+    container.append(this.chart, this.marks.element, this.tooltip, this.message);
     new ResizeObserver(() => this.#draw()).observe(container);
   }
 
@@ -179,11 +182,12 @@ export class TimelineView {
           { right, bottom },
         ),
       );
-    for (const { first_ms: ms } of this.#deployments) {
-      const at = Math.round(time(ms)) + 0.5;
-      parts.push(
-        svg("line", { class: "deployment", x1: at, x2: at, y1: MARGIN.top - 2, y2: bottom }),
-      );
+    const deployments = this.#deployments;
+    // The most urgent one is drawn last, over others of that time.
+    for (const deployment of byUrgency(deployments).reverse()) {
+      const at = Math.round(time(deployment.first_ms)) + 0.5;
+      const place = { x1: at, x2: at, y1: MARGIN.top - 2, y2: bottom };
+      parts.push(svg("line", { class: "deployment", ...place, ...verdictData(deployment) }));
     }
     this.cursor = svg("line", { class: "cursor", y1: 0, y2: bottom, visibility: "hidden" });
     this.brush = svg("rect", { class: "brush", y: 0, height: bottom, visibility: "hidden" });
@@ -193,7 +197,7 @@ export class TimelineView {
     );
     this.chart.setAttribute("aria-valuemax", String(Math.max(0, this.#count - 1)));
     this.#select(this.#selection);
-    this.#drawMarks();
+    this.marks.draw(deployments, { time, right, zone: this.#shown.zone });
   }
 
   /** The deployments that began in the window, earliest first. */
@@ -204,68 +208,9 @@ export class TimelineView {
     return inside.sort((one, other) => one.first_ms - other.first_ms);
   }
 
-  #drawMarks() {
-    const { time, right } = this.#geometry;
-    const groups = [];
-    for (const deployment of this.#deployments) {
-      const x = Math.min(right - MARK_PX / 2, time(deployment.first_ms));
-      const last = groups.at(-1);
-      if (last && x - last.x < MARK_PX) last.deployments.push(deployment);
-      else groups.push({ x, deployments: [deployment] });
-    }
-    const focused = [...this.marks.children].indexOf(document.activeElement);
-    this.marks.replaceChildren(...groups.map((group) => this.#mark(group)));
-    this.marks.hidden = groups.length === 0;
-    this.marks.children[focused]?.focus();
-  }
-
-  #mark({ x, deployments }) {
-    const texts = deployments.map((each) => this.#describeDeployment(each));
-    const act =
-      deployments.length > 1
-        ? "Select one"
-        : deployments[0].compare
-          ? "Compare before and after"
-          : "";
-    const mark = el(
-      "button",
-      {
-        type: "button",
-        class: `mark ${deployments.some((each) => each.compare) ? "" : "bare"}`,
-        "aria-label": [...texts, act].filter(Boolean).join(". "),
-        on: {
-          click: () => this.#callbacks.onMark(deployments),
-          pointerenter: () => this.#showMarkTooltip(texts, act, x),
-          focus: () => this.#showMarkTooltip(texts, act, x),
-          pointerleave: () => this.#showMarkTooltip(null),
-          blur: () => this.#showMarkTooltip(null),
-        },
-      },
-      deployments.length > 1
-        ? String(deployments.length)
-        : ({ rollout: "▲", rollback: "▼", canary: "◆" }[deployments[0].kind] ?? "▲"),
-    );
-    mark.style.left = `${x}px`;
-    return mark;
-  }
-
-  #describeDeployment(deployment) {
-    const { first_ms: ms, compare, compare_reason: reason } = deployment;
-    const when = `${formatTime(ms, this.#shown.zone, { hasDate: false })} ${zoneName(this.#shown.zone)}`;
-    return [`${deploymentText(deployment)}, ${when}`, compare ? "" : reason]
-      .filter(Boolean)
-      .join(": ");
-  }
-
-  #showMarkTooltip(texts, act, x) {
-    this.tooltip.hidden = texts === null;
-    if (texts === null) return;
-    const lines = texts
-      .slice(0, TOOLTIP_ROWS)
-      .map((text, i) => el("div", { class: i === 0 ? "tooltip-head" : "", text }));
-    if (texts.length > TOOLTIP_ROWS)
-      lines.push(el("div", { class: "muted", text: `and ${texts.length - TOOLTIP_ROWS} more` }));
-    if (act) lines.push(el("div", { class: "muted", text: act }));
+  #showMarkTooltip(lines, x) {
+    this.tooltip.hidden = lines === null;
+    if (lines === null) return;
     this.tooltip.replaceChildren(...lines);
     this.#placeTooltip(x);
   }

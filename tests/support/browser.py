@@ -67,6 +67,10 @@ LIES_BEHIND = """(it) =>
   (it.compareDocumentPosition(document.activeElement) & Node.DOCUMENT_POSITION_FOLLOWING) !== 0"""
 
 STATE = "document.documentElement.dataset.state"
+IS_SETTLED = """(() => {
+  const { state, verdicts } = document.documentElement.dataset;
+  return state !== "loading" && verdicts !== "pending";
+})()"""
 
 SEEN = """async () => {
   // Two frames: what depends on sizes is drawn one frame after they are known.
@@ -312,9 +316,10 @@ class View:
     # What is shown
 
     def settle(self) -> None:
-        """Wait until the page has shown all responses."""
-        if self.page.evaluate(STATE) == "loading":
-            self.page.locator("html:not([data-state=loading])").wait_for(state="attached")
+        """Wait until the page has shown all responses, and the verdicts of deployments."""
+        if not self.page.evaluate(IS_SETTLED):
+            settled = "html:not([data-state=loading], [data-verdicts=pending])"
+            self.page.locator(settled).wait_for(state="attached")
 
     def seen(self) -> dict[str, list]:
         """Return what is shown, except what follows the pointer, as lists to compare."""

@@ -691,7 +691,10 @@ def test_a_deployment_is_compared_by_one_press_of_its_mark(hand_of, visit, servi
     mark = page.get_by_role("group", name="Deployments").get_by_role("button")
     expect(mark).to_have_attribute(
         "aria-label",
-        re.compile(r"^api 2\.0 \(previously 1\.0\), rollout on 2 hosts, \d\d:\d\d UTC\. Compare"),
+        re.compile(
+            r"^api 2\.0 \(previously 1\.0\), rollout on 2 hosts, \d\d:\d\d UTC\."
+            r" regression: parse .*\. Compare before and after$"
+        ),
     )
     mark.hover() if hand.has_pointer else view.tab_to(mark)
     expect(page.locator("#timeline .tooltip")).to_contain_text("api 2.0 (previously 1.0), rollout")
