@@ -207,6 +207,18 @@ def unnamed(module: str, kind: Kind) -> Frame:
     return Frame(f"[{inner}]", module, kind)
 
 
+def is_nameless(frame: Frame) -> bool:
+    """Return whether a frame stands for code without a name.
+
+    That is what `bounded` and `unnamed` make, and marks such as [rest] and [truncated]. Formats of
+    text have these without a module.
+    """
+    function, module = frame.function, frame.module
+    if function.startswith("[") and function.endswith("]"):
+        return not module or module.startswith("[") or function[1:-1] == module.strip("[]")
+    return is_bounded(frame)
+
+
 REST = "[rest]"
 REST_LOCATION = AddressLocation(REST, FileOffset(0))
 """What stands for the part of a stack that is left out, to bound what a profile takes."""

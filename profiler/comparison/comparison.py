@@ -18,9 +18,11 @@ import numpy as np
 
 from profiler.comparison import verdict
 from profiler.comparison.distributions import rate_interval
+from profiler.comparison.names import stack_warnings
 from profiler.comparison.noise import Past, estimate_noise, too_little, visible_change
 from profiler.comparison.sides import ComparisonError, Operand, Side, WindowPair, sides_of_profiles
 from profiler.comparison.stretches import read_stretches
+from profiler.comparison.uncertain import largest_uncertain
 from profiler.comparison.verdict import (
     AnyNoise,
     Change,
@@ -35,7 +37,7 @@ from storage.query.query import Query
 from symbolizer.location import Frame
 
 _LOAD = 0.2
-"""If all functions together change by more than this part, a warning says so."""
+"""If the load certainly changed by more than this part, a warning says so."""
 _LISTED_S = 60.0
 """What a window holds is listed once for a comparison, which asks several questions about it."""
 _ALIKE = 3
@@ -58,6 +60,8 @@ class Function(NamedTuple):
     q: float
     change: Change
     because: str
+    needs: str = ""
+    """What makes it certain, if it is one of the largest differences that are no findings."""
 
 
 class CommonChange(NamedTuple):
@@ -65,6 +69,10 @@ class CommonChange(NamedTuple):
     low: float
     high: float
     change: Change
+
+    @property
+    def is_certain(self) -> bool:
+        return self.change in (Change.MORE, Change.LESS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +84,8 @@ class Comparison:
     df: float
     common: CommonChange
     functions: tuple[Function, ...]
-    """Changed functions first, by their change of the total; then the others by cost."""
+    """Changed functions first, then the largest differences that are not certain, each by their
+    change of the total; then the others by cost."""
     warnings: tuple[str, ...]
     is_provisional: bool = False
     """The noise is known by little: what was found becomes final or is withdrawn with more data."""
@@ -172,6 +181,8 @@ def _judged(
 ) -> Comparison:
     sides = before.samples.sum(axis=0), after.samples.sum(axis=0)
     found = verdict.judge(now, sides, noise) if noise else _undecided(now)
+    found, unnamed = _withheld(before, after, now, found)
+    needs = largest_uncertain(found, now, noise, (before, after), unnamed)
     common = verdict.judge_common(now, noise)
     costs = before.self_values.sum(axis=0), after.self_values.sum(axis=0)
     wholes = [max(1.0, float(part.sum())) for part in costs]
@@ -202,27 +213,27 @@ def _judged(
                 p=p[i],
                 q=q[i],
                 change=found.changes[i],
-                because=_because(found, i, noise),
+                because=unnamed.get(i) or _because(found, i, noise),
+                needs=needs.get(i, ""),
             )
         )
     functions.sort(key=_by_weight)
     warnings += _renamed(functions)
-    large = verdict.large_functions(sides[0] + sides[1], now.cells)
-    if noise and large.sum() < verdict.MIN_COMMON:
-        warnings.append(
-            "too few functions are large enough to tell a change of the load from a change of a"
-            " function: read growth with care"
-        )
-    growth = math.expm1(now.common)
-    if abs(growth) > _LOAD:
-        warnings.append(f"the load changed: all functions together changed by {growth:+.0%}")
+    warnings += before.names.warnings() if before.names else []
+    warnings += stack_warnings([before.incomplete, after.incomplete])
+    load = CommonChange(
+        math.expm1(now.common), math.expm1(common.low), math.expm1(common.high), common.change
+    )
+    if noise:
+        large = verdict.large_functions(sides[0] + sides[1], now.cells)
+        warnings += _load_warnings(load, int((large & before.steady).sum()), before, after)
     return Comparison(
         before=before,
         after=after,
         source=noise.source if noise else NoiseSource.NONE,
         positions=noise.positions if noise else 0,
         df=noise.df if noise else 0.0,
-        common=CommonChange(growth, math.expm1(common.low), math.expm1(common.high), common.change),
+        common=load,
         functions=tuple(functions),
         warnings=tuple(warnings),
         is_provisional=noise is not None and noise.is_provisional,
@@ -249,6 +260,40 @@ def _renamed(functions: Sequence[Function]) -> list[str]:
     return found[:_ALIKE]
 
 
+def _load_warnings(load: CommonChange, functions: int, before: Side, after: Side) -> list[str]:
+    """Say if the load changed, or why that is not known."""
+    if functions < verdict.MIN_COMMON:
+        text = (
+            "a change of the load cannot be told from a change of functions: fewer than"
+            f" {verdict.MIN_COMMON} of them are large and have names on both sides"
+        )
+        return [text]
+    reach = (load.high - load.low) / 2
+    if not load.is_certain or abs(load.relative) <= _LOAD:
+        return [f"the load change is known to ±{100 * reach:.0f} % only"] if reach > _LOAD else []
+    changed_by = f"changed by {100 * load.relative:+.0f} %, which is subtracted from each"
+    whole = after.cores / before.cores - 1 if before.cores and after.cores else load.relative
+    if abs(whole) >= abs(load.relative) / 2 or before.is_of_files:
+        return [f"the load changed: most functions together {changed_by}"]
+    work = "less work, as if its CPUs were full" if load.relative < 0 else "more work"
+    text = (
+        f"most functions together {changed_by}, but the service used about as much CPU time as"
+        f" before ({100 * whole:+.0f} %): it probably did {work}"
+    )
+    return [text]
+
+
+def _withheld(
+    before: Side, after: Side, now: Contrast, found: Judgement
+) -> tuple[Judgement, dict[int, str]]:
+    """Return the judgement without what names cannot decide, and for these functions why not."""
+    if before.names is None:
+        return found, {}
+    scale = math.exp(now.common) * float(after.present_s.sum()) / float(before.present_s.sum())
+    samples = before.samples.sum(axis=0), after.samples.sum(axis=0)
+    return before.names.withhold(found, samples, scale, now.cells)
+
+
 def _undecided(now: Contrast) -> Judgement:
     ratios = now.mean
     without = np.full_like(ratios, np.inf)
@@ -269,20 +314,25 @@ def _spread(
 
 def _because(found: Judgement, i: int, noise: AnyNoise | None) -> str:
     if noise is None:
-        return "the noise is not known"
-    reach = float(found.high[i] - found.low[i]) / 2
+        return "normal variation not known"
     if found.changes[i] == Change.UNCHANGED and found.q[i] <= verdict.LEVEL:
-        return f"changed by less than {verdict.MIN_POINTS:.1%} of the total"
-    if found.changes[i] == Change.UNCHANGED:
-        return f"changes below {math.expm1(reach):.0%} would not show"
-    return f"varies by {math.expm1(reach):.0%} when nothing has changed"
+        return f"changed by less than {100 * verdict.MIN_POINTS:.1f} % of the total"
+    reach = float(found.high[i] - found.low[i]) / 2
+    return f"normal variation ±{100 * math.expm1(reach):.0f} %"
 
 
-def _by_weight(function: Function) -> tuple[bool, float]:
-    is_changed = function.change not in (Change.UNCHANGED, Change.TOO_LITTLE)
-    weight = abs(function.share[0]) if is_changed else max(function.self)
-    return not is_changed, -weight
+def _by_weight(function: Function) -> tuple[int, float]:
+    if function.change not in (Change.UNCHANGED, Change.TOO_LITTLE):
+        return 0, -abs(function.share[0])
+    if function.needs:  # as `verdict.points_of`
+        return 1, -sum(function.self) * math.tanh(abs(math.log1p(function.relative[0])) / 2)
+    return 2, -max(function.self)
 
 
 def changed(functions: Iterable[Function]) -> list[Function]:
     return [f for f in functions if f.change not in (Change.UNCHANGED, Change.TOO_LITTLE)]
+
+
+def uncertain(functions: Iterable[Function]) -> list[Function]:
+    """Return the largest differences that are not certain yet."""
+    return [f for f in functions if f.needs]

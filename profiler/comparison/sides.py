@@ -16,20 +16,21 @@ buckets that lie wholly inside of a window add up to the samples of that window,
 """
 
 import functools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from profiler.comparison import verdict
-from profiler.comparison.verdict import Contrast, Costs, Floats, Noise
+from profiler.comparison.names import Names, incomplete_part
+from profiler.comparison.verdict import Contrast, Costs, Flags, Floats, Noise
 from profiler.text import counted, listed
 from profiler.times import NS_PER_S, rfc3339
 from storage.columns import Columns, key_starts_ns
 from storage.hashing import process_hasher
-from storage.profile import Window
+from storage.profile import Window, add_counts
 from storage.query.coverage import Coverage
 from storage.query.function_series import HostGroups
 from storage.query.function_totals import FunctionTotals, SelfSamples, merge_function_totals
@@ -96,10 +97,18 @@ class Side:
     has_all_hosts: bool = True
     """Whether no host of the selection was left out."""
     is_grouped: bool = False
+    names: Names | None = None
+    """What has a name on both sides."""
+    incomplete: float | None = None
+    """The part of stacks that ended too early, of all services on these hosts; None: unknown."""
 
     @property
     def rows(self) -> int:
         return len(self.present_s)
+
+    @property
+    def is_of_files(self) -> bool:
+        return self.hosts[:1] == ("file 1",)
 
     @property
     def total(self) -> float:
@@ -114,7 +123,12 @@ class Side:
 
     @property
     def costs(self) -> Costs:
-        return Costs(self.samples, self.present_s)
+        return Costs(self.samples, self.present_s, self.steady)
+
+    @property
+    def steady(self) -> Flags:
+        """Which functions may count for the common change."""
+        return self.names.steady if self.names else np.ones(len(self.frames), np.bool_)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,6 +206,7 @@ def sides_of_profiles(
     for profiles, side in zip((before, after), sums, strict=True):
         windows = [profile.window for profile in profiles]
         counts = np.concatenate([table.counts(each, {"": 0}) for each in side])
+        stops = [profile.accounting.stops for profile in profiles]
         sides.append(
             Side(
                 name,
@@ -202,9 +217,11 @@ def sides_of_profiles(
                 counts[:, :, 0],
                 counts[:, :, 1],
                 np.array([max(1, w.end_ns - w.start_ns) / NS_PER_S for w in windows]),
+                incomplete=incomplete_part(functools.reduce(add_counts, stops)),
             )
         )
-    return sides[0], sides[1]
+    names = Names.of(table.frames, *(side.samples.sum(axis=0) for side in sides))
+    return replace(sides[0], names=names), replace(sides[1], names=names)
 
 
 class PresenceByHost:
@@ -343,6 +360,14 @@ def by_row(seconds: dict[str, float], groups: HostGroups | None) -> dict[str, fl
     return found
 
 
+def _numbered(
+    reads: Iterable[SideData], rows: Iterable[tuple[str, ...]]
+) -> Iterator[tuple[FunctionTotals | None, dict[str, int]]]:
+    """Return what was read of each side, and the numbers of its rows."""
+    for read, names in zip(reads, rows, strict=True):
+        yield read.sums, {row: i for i, row in enumerate(names)}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class WindowPair:
     """Two windows of a store, and the hosts on which they are compared."""
@@ -355,6 +380,7 @@ class WindowPair:
     table: FunctionTable
     groups: HostGroups | None
     is_from_series: bool
+    names: Names
 
     @classmethod
     def read(cls, query: Query, before: Operand, after: Operand) -> "WindowPair":
@@ -389,7 +415,10 @@ class WindowPair:
         alone = tuple(tuple(sorted(each.seconds)) for each in reads)
         rows = (tuple(common), tuple(common)) if common else (alone[0], alone[1])
         sums = (part for each in reads for part in (each.sums, each.totals) if part is not None)
-        return cls(reads, rows, bool(common), FunctionTable.of(list(sums)), groups, is_large)
+        table = FunctionTable.of(list(sums))
+        counts = (table.counts(*each) for each in _numbered(reads, rows))
+        names = Names.of(table.frames, *(each[:, :, 2].sum(axis=0) for each in counts))
+        return cls(reads, rows, bool(common), table, groups, is_large, names)
 
     def sides(self) -> tuple[Side, Side]:
         before, after = (
@@ -414,9 +443,12 @@ class WindowPair:
             coverage=read.coverage,
             has_all_hosts=hosts == read.hosts,
             is_grouped=self.groups is not None,
+            names=self.names,
+            incomplete=incomplete_part(read.coverage.accounting.stops),
         )
 
     def contrast(self, before: Costs, after: Costs) -> Contrast:
+        before = replace(before, steady=self.names.steady)
         if self.is_paired:
             return verdict.contrast(before, after)
         return verdict.contrast_of_replicates(before, after)[0]

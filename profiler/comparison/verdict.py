@@ -6,10 +6,10 @@ the large functions: a busier service raises all functions alike, which is not a
 Its interval covers the noise between positions and the spread between the functions of now.
 
 The common change is that of the work done, not that of the CPU time of the service. If a function
-grows from 6 to 28 % on a core that is full, the others do less work in the same CPU time: the common
-change is log(72 / 94), -23 %, and each call of the function costs 6.1 times as much. Simulated with
-counting and a noise of 10 % (20,000 samples, 2,000 pairs each), the median is wrong by (root mean
-square), and its interval of 95 % holds the truth in:
+grows from 6 to 28 % on a full core, the others do less work in the same CPU time: the common
+change is log(72 / 94), -23 %, and each call of the function costs 6.1 times as much. Simulated
+with counting and a noise of 10 % (20,000 samples, 2,000 pairs each), the median is wrong by (root
+mean square), and its interval of 95 % holds the truth in:
 
     12 functions, 3 of them +50 %              0.063   98 %
      6 functions, 1 of them six-fold           0.059   99 %

@@ -171,6 +171,13 @@ class DiffFunction:
     q: float
     verdict: Change
     because: str
+    needs: Annotated[
+        str,
+        Meta(
+            description="of the largest differences that are not certain yet: what it takes until"
+            " they are; else empty"
+        ),
+    ]
     fails: bool
     moved: Annotated[bool, Meta(description="from some callers to others")]
 
@@ -225,7 +232,7 @@ def diff_graph(compared: Compared, request: PanelRequest, gate: Gate, check: Che
 def diff_table(
     compared: Compared, request: PanelRequest, gate: Gate, limit: int, check: Check
 ) -> DiffTop:
-    """Return the compared functions, changed ones first, then by cost; at most `limit`."""
+    """Return the compared functions in the order of `Comparison.functions`; at most `limit`."""
     pair, text = compared.pair, request.search.casefold()
     functions = [each for each in pair.found.functions if each.frame.matches(text)]
     shown = functions[:limit]
