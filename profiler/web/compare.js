@@ -7,7 +7,16 @@ import { changeColour, changeSign } from "./colour.js";
 import { SelectorInput } from "./combobox.js";
 import { button, el } from "./dom.js";
 import { fullNameOf } from "./describe.js";
-import { coresPerHost, counted, growth, namesOf, place, safeName, share } from "./format.js";
+import {
+  coresPerHost,
+  counted,
+  growth,
+  namesOf,
+  number,
+  place,
+  safeName,
+  share,
+} from "./format.js";
 import { RangePicker } from "./menu.js";
 import { rowName } from "./table.js";
 import { formatWindow } from "./times.js";
@@ -18,17 +27,12 @@ const EARLIER = [
   ["-1d", "", "Same time yesterday"],
   ["-7d", "", "Same time a week ago"],
 ];
+const UNCERTAIN = "Largest differences, not certain yet";
 const VERDICTS = ["more", "less", "new", "gone", "moved", "unchanged", "too little data"];
-/** What the common change of all functions says about the load. */
-const LOADS = {
-  unchanged: "the load did not change",
-  more: "the load grew",
-  less: "the load shrank",
-};
 const HEADLINES = {
   regression: ["↑", "Regression"],
   improvement: ["↓", "Improvement"],
-  unchanged: ["=", "No change"],
+  unchanged: ["=", "No certain change"],
   inconclusive: ["?", "Too little data for a verdict"],
 };
 const NOISE = {
@@ -58,6 +62,11 @@ function swatch(verdict) {
     "aria-hidden": "true",
     text: changeSign(verdict),
   });
+}
+
+/** Return the mark of a difference that is no finding: hollow, in no colour of one. */
+function hollowMark() {
+  return el("i", { class: "change uncertain", "aria-hidden": "true", text: "?" });
 }
 
 /** Fill the legend of colours and marks. */
@@ -155,7 +164,7 @@ export class Verdict {
     const { verdict, noise, common_change: common, warnings } = response;
     const [sign, word] = Object.hasOwn(HEADLINES, verdict) ? HEADLINES[verdict] : ["?", verdict];
     this.container.dataset.verdict = verdict;
-    const headline = headlineOf(verdict, word, functions);
+    const headline = headlineOf(response, word, functions);
     this.container.toggleAttribute("data-provisional", response.provisional);
     this.#setHeadline(
       sign,
@@ -168,7 +177,7 @@ export class Verdict {
           ? NOISE[noise.source](noise.positions)
           : "unknown: there are no data to estimate it from",
       ],
-      ["Common change", commonText(common, verdict)],
+      ["Load change", loadText(common)],
     ];
     if (response.provisional)
       grounds.push(["Provisional", "with more data it becomes final, or is withdrawn"]);
@@ -205,27 +214,44 @@ export class Verdict {
   }
 }
 
-function headlineOf(verdict, word, functions) {
-  if (!functions) return word;
-  const changed = functions.filter((each) => CHANGED.has(each.verdict));
-  const failing = functions.filter((each) => each.fails);
-  const cost = (count) => `${counted(count, "function")} ${count === 1 ? "costs" : "cost"}`;
-  if (verdict === "regression") return `${word}: ${cost(failing.length)} more than before`;
-  if (verdict === "improvement") return `${word}: ${cost(changed.length)} less than before`;
-  if (verdict === "unchanged" && changed.length)
-    return `No regression: ${counted(changed.length, "function")} changed, but within the limits of the gate`;
-  return verdict === "unchanged" ? `${word}: no function costs more or less than before` : word;
+function headlineOf({ verdict, before, after }, word, functions) {
+  const found = functions ? outcomeOf(verdict, word, functions) : word;
+  return before.cores > 0
+    ? `${found}; service ${growth(after.cores / before.cores - 1)} CPU`
+    : found;
 }
 
 function lowerFirst(text) {
   return text.charAt(0).toLowerCase() + text.slice(1);
 }
 
-function commonText({ relative, low, high, verdict }, whole) {
-  const interval = low === null || high === null ? "" : ` (${growth(low)} to ${growth(high)})`;
-  const load = LOADS[verdict] ?? "";
-  const known = whole === "inconclusive" || !load ? "" : `: ${load}`;
-  return `${growth(relative)}${interval} in all functions${known}. It is subtracted from each function.`;
+function outcomeOf(verdict, word, functions) {
+  const changed = functions.filter((each) => CHANGED.has(each.verdict));
+  const failing = functions.filter((each) => each.fails);
+  if (verdict === "regression") return `${word}: ${mostOf(failing)}`;
+  if (verdict === "improvement") return `${word}: ${mostOf(changed)}`;
+  if (verdict === "unchanged" && changed.length)
+    return `No regression: ${counted(changed.length, "function")} changed, but within the limits of the gate`;
+  const open = functions.find((each) => each.needs);
+  if (verdict === "inconclusive" && open)
+    return `${word}; largest difference: ${safeName(namesOf(open)[0])} ${growthText(open)}, not certain yet`;
+  return word;
+}
+
+/** Name the first of some functions, with its growth, and say how many there are. */
+function mostOf([first, ...others]) {
+  if (!first) return "";
+  const more = others.length ? ` and ${number(others.length)} more` : "";
+  return `${safeName(namesOf(first)[0])} ${growthText(first)}${more}`;
+}
+
+function loadText({ relative, low, high, verdict }) {
+  const isCertain = verdict === "more" || verdict === "less";
+  const parts = [
+    low === null || high === null ? "" : `${growth(low)} to ${growth(high)}`,
+    isCertain ? "" : "not certain",
+  ].filter(Boolean);
+  return `${growth(relative)}${parts.length ? ` (${parts.join(", ")})` : ""}; subtracted from each function`;
 }
 
 /** The columns of the table of changes, for responses of /api/v1/diff/top. */
@@ -234,14 +260,14 @@ export const CHANGES = {
   label: "Functions by change",
   noun: "function",
   hint: "Filter functions and modules",
-  none: "No function changed. “Show unchanged” lists the others, with the smallest change that could be detected.",
+  none: "No function changed. “Show unchanged” lists all functions, with their normal variation.",
   columns: [
     { key: "verdict", title: "Change", class: "verdict-cell" },
     {
       key: "growth",
       title: "Growth",
       class: "num pair",
-      hint: "Growth of self time, without the common change, and its 95 % interval",
+      hint: "Growth of self time, without the load change, and its 95 % interval",
     },
     {
       key: "share",
@@ -251,17 +277,27 @@ export const CHANGES = {
     },
     { key: "name", title: "Function and reason", class: "name" },
   ],
+  heading(row, previous) {
+    if (isUncertain(row)) return previous && isUncertain(previous) ? "" : UNCERTAIN;
+    return previous && isUncertain(previous) ? "Other functions" : "";
+  },
   /** `before` and `after` are the sides of the response, `scale` turns values of rows into cores. */
   cells(row, { before, after, scale }) {
-    const { module, q } = row;
-    const verdict = verdictOf(row);
+    const { module } = row;
+    const isOpen = isUncertain(row);
+    const verdict = isOpen ? "not certain" : verdictOf(row);
     const shares = [
       share(row.self.before * scale.before, before.cores),
       share(row.self.after * scale.after, after.cores),
     ];
-    const why = safeName(row.because);
+    const why = safeName(isOpen ? row.needs : row.because);
     return [
-      el("td", { class: "verdict-cell" }, swatch(verdict), el("span", { text: verdict })),
+      el(
+        "td",
+        { class: "verdict-cell" },
+        isOpen ? hollowMark() : swatch(verdict),
+        el("span", { text: verdict }),
+      ),
       el(
         "td",
         { class: "num pair" },
@@ -272,7 +308,7 @@ export const CHANGES = {
         "td",
         { class: "num pair narrow-less" },
         el("b", { text: shares.join(" → ").replace(" % →", " →") }),
-        el("small", { text: probability(q) }),
+        el("small", { text: certainty(row), title: probability(row.q) }),
       ),
       el(
         "td",
@@ -289,20 +325,32 @@ export const CHANGES = {
   },
 };
 
+/** Return whether a row is one of the largest differences that are no findings. */
+function isUncertain({ verdict, moved, needs }) {
+  return needs !== "" && !moved && !CHANGED.has(verdict);
+}
+
 function verdictOf({ verdict, moved }) {
   return moved && !CHANGED.has(verdict) ? "moved" : verdict;
 }
 
-/** Return the rows of a response of /api/v1/diff/top that pass the filter. */
+/**
+ * Return the rows of a response of /api/v1/diff/top that pass the filter: findings, then the largest
+ * differences that are not certain, then the others, if they are asked for.
+ */
 export function changesShown({ functions }, { filter, changes }) {
   const text = filter.toLowerCase();
-  return functions.filter((each) => {
-    const isShown = changes === "all" || CHANGED.has(each.verdict) || each.moved;
-    return (
-      isShown &&
-      (namesOf(each)[0].toLowerCase().includes(text) || each.module.toLowerCase().includes(text))
-    );
-  });
+  const passing = functions.filter(
+    (each) =>
+      namesOf(each)[0].toLowerCase().includes(text) || each.module.toLowerCase().includes(text),
+  );
+  const isFinding = (each) => CHANGED.has(each.verdict) || each.moved;
+  const others = passing.filter((each) => !isFinding(each) && !isUncertain(each));
+  return [
+    ...passing.filter(isFinding),
+    ...passing.filter(isUncertain),
+    ...(changes === "all" ? others : []),
+  ];
 }
 
 function growthText({ verdict, relative }) {
@@ -314,6 +362,12 @@ function intervalText({ verdict, relative: [, low, high] }) {
   return isBounded ? `${growth(low)} to ${growth(high)}` : "";
 }
 
+/** Say how certain a finding is. */
+function certainty({ verdict, q }) {
+  if (!CHANGED.has(verdict)) return "";
+  return q < 0.001 ? "very certain" : "certain";
+}
+
 function probability(q) {
   return q < 0.001 ? "q <0.001" : `q ${q.toFixed(3)}`;
 }
@@ -323,7 +377,9 @@ export function tooltipOf(box, row, response) {
   const rows = sideRows(box, response);
   if (box.verdict && !box.isRest)
     rows.push(["Verdict", `${changeSign(box.verdict)} ${box.verdict}`.trim(), ""]);
-  if (row && CHANGED.has(box.verdict)) rows.push(["Growth", growthText(row), intervalText(row)]);
+  const isOpen = row !== null && isUncertain(row);
+  if (row && (CHANGED.has(box.verdict) || isOpen))
+    rows.push([isOpen ? "Not certain yet" : "Growth", growthText(row), intervalText(row)]);
   if (box.isRest) return { rows };
   return { rows, hint: box.cause ? `Mostly due to ${fullNameOf(box.cause)}` : "" };
 }
@@ -357,7 +413,11 @@ export function changeFacts({ frame, before, after, verdict, cause }, row, respo
   if (hasOwn)
     facts.push(
       ["Change in cores", coresText(row.cores)],
-      ["Why", `${safeName(row.because)}; ${probability(row.q)}`],
+      [
+        "Why",
+        [safeName(row.because), certainty(row), probability(row.q)].filter(Boolean).join("; "),
+      ],
+      ...(isUncertain(row) ? [["Not certain yet", safeName(row.needs)]] : []),
     );
   if (isFunction)
     facts.push(["Module", `${safeName(frame.module) || "unknown"} · ${safeName(frame.kind)}`]);

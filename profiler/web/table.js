@@ -70,6 +70,7 @@ export class Table {
   #kind;
   #callbacks;
   #rows = [];
+  #elements = [];
   #marked = null;
   #active = 0;
   #links = [];
@@ -77,7 +78,8 @@ export class Table {
 
   /**
    * `kind` describes the columns, as COSTS does: `cells` makes those of a row, one of which has the
-   * `rowName`; `show` may be given another kind. Callbacks: onSort(key), onFilter(text),
+   * `rowName`; `heading(row, previous)`, if it is there, returns the heading of the section that a
+   * row begins, or "". `show` may be given another kind. Callbacks: onSort(key), onFilter(text),
    * onRows(count), onHover(row | null), onSelect(row). A row is a function of the response, or
    * what its kind says.
    */
@@ -129,10 +131,11 @@ export class Table {
     const { activeElement: focused } = document;
     const kept = this.body.contains(focused);
     const isLink = kept && isSame && focused.matches(".row-link");
-    this.body.replaceChildren(...rows.map((row, i) => this.#row(row, i, context)));
+    this.#elements = rows.map((row, i) => this.#row(row, i, context));
+    this.body.replaceChildren(...this.#withHeadings());
     this.#activate(active);
     if (kept) this.#focusRow(active);
-    if (isLink) this.body.children[active]?.querySelector(".row-link")?.focus();
+    if (isLink) this.#elements[active]?.querySelector(".row-link")?.focus();
     const shown = rows.length;
     const { noun } = kind;
     this.caption.textContent =
@@ -163,7 +166,7 @@ export class Table {
         marked !== null &&
         row.function === marked.function &&
         (marked.module === undefined || row.module === marked.module);
-      const element = this.body.children[i];
+      const element = this.#elements[i];
       element.classList.toggle("marked", isMarked);
       element.toggleAttribute("aria-current", isMarked);
       if (isMarked) first ??= element;
@@ -245,6 +248,16 @@ export class Table {
     );
   }
 
+  #withHeadings() {
+    const { columns, heading } = this.#kind;
+    return this.#elements.flatMap((element, i) => {
+      const text = heading?.(this.#rows[i], this.#rows[i - 1] ?? null) ?? "";
+      if (!text) return [element];
+      const cell = el("th", { scope: "rowgroup", colspan: columns.length, text });
+      return [el("tr", { class: "section" }, cell), element];
+    });
+  }
+
   #onKey(event) {
     const by = {
       ArrowDown: 1,
@@ -264,7 +277,7 @@ export class Table {
     const last = this.#rows.length - 1;
     if (last < 0) return;
     this.#activate(Math.min(last, Math.max(0, number)));
-    const row = this.body.children[this.#active];
+    const row = this.#elements[this.#active];
     row.querySelector(".row-name").focus({ preventScroll: true });
     this.#reveal(row);
   }
@@ -278,7 +291,7 @@ export class Table {
   }
 
   #linksOf(number) {
-    return [...(this.body.children[number]?.querySelectorAll(".row-name, .row-link") ?? [])];
+    return [...(this.#elements[number]?.querySelectorAll(".row-name, .row-link") ?? [])];
   }
 
   /** Scroll inside the table only: the page must not jump. */

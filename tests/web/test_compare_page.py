@@ -162,7 +162,7 @@ def row(view: View, name: str) -> Locator:
 
 def rows(view: View) -> dict[str, str]:
     """Return the list of changes: by function what is said of it."""
-    found = view.page.locator("#pane-changes tbody tr").all()
+    found = view.page.locator("#pane-changes tbody tr:has(.row-name)").all()
     return {
         each.locator(".row-name").inner_text(): each.locator(".verdict-cell span").inner_text()
         for each in found
@@ -173,6 +173,7 @@ def headline(view: View) -> Locator:
     return view.page.locator("#verdict .headline span")
 
 
+REGRESSION = re.compile(r"^Regression: .+ and 1 more; service [+\u2212±]\d+(\.\d)? % CPU$")
 CHANGED = {"parse": "more", "pack": "less", SHOWN_HOSTILE: "new", "legacy": "gone"}
 LISTED = CHANGED | {"shift": "moved"}
 
@@ -186,7 +187,7 @@ def test_one_click_compares_with_the_preceding_window(hand_of, visit, service):
     hand.press(page.locator("#compare-button"))
 
     assert view.parameters()["mode"] == "compare"
-    expect(headline(view)).to_have_text("Regression: 2 functions cost more than before")
+    expect(headline(view)).to_have_text(REGRESSION)
     expect(page.locator("#before-menu .range-name")).to_contain_text("Right before: 2026-")
     expect(page.locator("#before-facts")).to_contain_text("version 1.0 · 2 hosts")
     expect(page.locator("#after-facts")).to_contain_text("version 2.0 · 2 hosts")
@@ -211,7 +212,7 @@ def test_the_before_side_can_be_selected(hand_of, visit, service):
     menu = page.locator("#before-menu")
 
     hand.press(page.locator("#swap"))
-    expect(headline(view)).to_have_text("Regression: 2 functions cost more than before")
+    expect(headline(view)).to_have_text(REGRESSION)
     expected = {"parse": "less", "pack": "more", SHOWN_HOSTILE: "gone", "legacy": "new"}
     assert expected.items() <= rows(view).items()
     assert view.parameters()["from"] == BEFORE["before_from"]
@@ -399,7 +400,7 @@ def test_selecting_a_change_highlights_its_boxes(hand_of, visit, service):
     expect(panel).to_contain_text(re.compile(r"↑ more \(fails the gate\)"))
     expect(panel).to_contain_text(re.compile(r"\+\d\d % \(\+\d\d % to \+\d\d %\)"))
     expect(panel).to_contain_text(re.compile(r"Before\s*\d+\.\d % · 0\.\d+ cores per host"))
-    expect(panel).to_contain_text("when nothing has changed; q <0.001")
+    expect(panel).to_contain_text(re.compile(r"normal variation ±\d+ %; very certain; q <0.001"))
     expect(page.locator("#pane-changes tr.marked .row-name")).to_have_text("parse")
     assert view.seen()["canvas"] != canvas
     if hand.has_pointer:
@@ -481,23 +482,92 @@ def test_a_copied_link_keeps_the_times_of_both_sides(visit, service):
 def test_an_unchanged_service_has_no_change(visit, service):
     view = visit(compared(service, q='{service="calm"}'))
     page = view.page
-    expect(headline(view)).to_have_text("No change: no function costs more or less than before")
+    expect(headline(view)).to_have_text(
+        re.compile(r"^No certain change; service [+\u2212±]\d\.\d % CPU$")
+    )
     expect(page.locator("#verdict")).to_contain_text("earlier pairs of windows of the same length")
-    expect(page.locator("#verdict")).to_contain_text("Common change")
+    expect(page.locator("#verdict")).to_contain_text(
+        re.compile(r"Load change[+\u2212±]\d.*not certain\); subtracted from each function")
+    )
     assert page.locator("#verdict").get_attribute("data-verdict") == "unchanged"
-    expect(page.locator("#pane-changes")).to_contain_text("No function changed")
+    assert set(rows(view).values()) == {"not certain"}
 
     page.locator("#changes-all").check()
     view.settle()
-    assert set(rows(view).values()) == {"unchanged"}
-    expect(page.locator("#pane-changes tbody")).to_contain_text("would not show")
+    assert set(rows(view).values()) == {"not certain", "unchanged"}
+    expect(sections(view)).to_have_text([UNCERTAIN, "Other functions"])
+    expect(page.locator("#pane-changes tbody")).to_contain_text("normal variation ±")
+
+
+UNCERTAIN = "Largest differences, not certain yet"
+
+
+def sections(view: View) -> Locator:
+    """Return the headings of the list of changes."""
+    return view.page.locator("#pane-changes tr.section")
+
+
+def test_the_largest_differences_are_listed_below_the_findings(hand_of, visit, service):
+    """Hollow, in no colour of a finding, each with what it takes; the panel says so as well."""
+    view = visit(compared(service))
+    hand, page = hand_of(view), view.page
+    expect(sections(view)).to_have_text([UNCERTAIN])
+    listed = list(rows(view).items())
+    findings = [name for name, said in listed if said != "not certain"]
+    assert set(findings) == set(LISTED)
+    names = [name for name, _ in listed]
+    assert names[: len(findings)] == findings
+    assert 1 <= len(names) - len(findings) <= 5
+
+    marks = page.locator("#pane-changes .change.uncertain")
+    expect(marks).to_have_text(["?"] * (len(names) - len(findings)))
+    fill = "(all) => all.map((each) => getComputedStyle(each).backgroundColor)"
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert set(marks.evaluate_all(fill)) == {"rgba(0, 0, 0, 0)"}
+    reasons = page.locator("#pane-changes tr:has(.uncertain) td.name > small")
+    for reason in reasons.all_inner_texts():
+        assert re.match(r"would be certain at ±\d+ %; needs |within the normal variation", reason)
+
+    open_one = names[len(findings)]
+    if hand.has_pointer:
+        hand.choose_row(open_one)
+    else:
+        hand.view.tab_to("#pane-changes .row-name[tabindex='0']")
+        hand.view.press("Home", *["ArrowDown"] * len(findings), "Enter")
+    panel = page.locator("#panel")
+    expect(panel.get_by_role("heading")).to_have_text(open_one)
+    expect(panel).to_contain_text("Not certain yet")
+    expect(page.locator("#pane-changes tr.marked .row-name")).to_have_text(open_one)
+
+
+def test_a_function_that_grew_is_first_though_nothing_is_certain(visit, service):
+    """Before the last deployment there is one minute of the new version, and no history."""
+    sides = window(0, 4) | window(-4, 0, "before_")
+    view = visit(address(service, mode="compare", q='{service="api",version=~".*"}', **sides))
+    expect(headline(view)).to_have_text(REGRESSION)
+
+    young = window(3, 5) | window(0, 2, "before_")
+    view = visit(address(service, mode="compare", q='{service="young"}', **young))
+    page = view.page
+    expect(headline(view)).to_have_text(
+        re.compile(
+            r"^Too little data for a verdict; largest difference: \S+ [+\u2212]\d+(\.\d)? %,"
+            r" not certain yet; service [+\u2212±]\d+(\.\d)? % CPU$"
+        )
+    )
+    expect(sections(view)).to_have_text([UNCERTAIN])
+    first = page.locator("#pane-changes tbody tr:has(.row-name)").first
+    assert first.locator(".row-name").inner_text() in headline(view).inner_text()
+    expect(first).to_contain_text("counting")
+    assert "No function changed" not in page.locator("#pane-changes").inner_text()
 
 
 def test_too_little_data_offers_next_steps(hand_of, visit, service):
     view = visit(compared(service, q='{service="young"}', **window(6, 8, "before_")))
     hand, page = hand_of(view), view.page
     verdict = page.locator("#verdict")
-    expect(headline(view)).to_have_text("Too little data for a verdict")
+    expect(headline(view)).to_have_text(re.compile("^Too little data for a verdict"))
     expect(verdict).to_contain_text("unknown: there are no data")
     expect(verdict.get_by_role("list", name="Warnings")).to_contain_text("it takes 6")
     colour_at = pixels(view)
@@ -510,7 +580,7 @@ def test_too_little_data_offers_next_steps(hand_of, visit, service):
     assert length(now) * 2 == length(before)
     view.back()
     hand.press(verdict.get_by_role("button", name="Show all functions"))
-    assert set(rows(view).values()) == {"too little data"}
+    assert set(rows(view).values()) == {"too little data", "not certain"}
 
 
 def test_hosts_on_one_side_only_are_named(visit, service):
@@ -709,7 +779,7 @@ def test_a_deployment_is_compared_by_one_press_of_its_mark(hand_of, visit, servi
         str(matched["after"]["from_ms"]),
         str(matched["before"]["from_ms"]),
     )
-    expect(headline(view)).to_have_text("Regression: 2 functions cost more than before")
+    expect(headline(view)).to_have_text(REGRESSION)
     assert LISTED.items() <= rows(view).items()
     expect(page.locator("#timeline .chosen-name")).to_have_text(["before", "after"])
     expect(page.locator("#legend .chip-text")).to_have_text(["1.0", "2.0"])
