@@ -122,7 +122,7 @@ class StateFile:
 
     def save(self) -> None:
         """Write what is remembered. A failure is logged: then a restart may repeat it."""
-        content = orjson.dumps(_State(1, self._deployments))
+        content = orjson.dumps(_State(1, self._deployments[-_MOST_REMEMBERED:]))
         new = self._path.with_name(f"{self._path.name}.new")
         try:
             new.write_bytes(content)
