@@ -87,8 +87,9 @@ def deployment_verdict(found: Comparison, gate: Gate) -> DeploymentVerdict:
         reasons = [each for each in found.functions if gate.fails(each)]
     elif word == "improvement":
         reasons = changed(found.functions)
-    # A comparison does not say yet whether its verdict is provisional.
-    return DeploymentVerdict(word, False, tuple(map(_named, reasons[:_NAMED_FUNCTIONS])))
+    return DeploymentVerdict(
+        word, found.is_provisional, tuple(map(_named, reasons[:_NAMED_FUNCTIONS]))
+    )
 
 
 def _named(function: Function) -> ChangedFunction:
