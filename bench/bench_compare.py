@@ -11,11 +11,16 @@ that rate (Clopper and Pearson 1934). Beside it two other rules on the same data
 share differs by more than 0.1 % of itself, as Parca colours, and a two-proportion test of pooled
 samples with the same correction. Power: how often a function that became slower is found.
 
+Short pasts: how often a verdict is wrong that is provisional, and what it finds within minutes of a
+deployment (`provisional_fleets`). `--only provisional` prints that table alone.
+
 With `--store FOLDER` the pairs are real: every service of a store that was recorded while nothing
 changed (such as an `everflame agent` beside the ten programs of load.py) is judged in windows of a
-minute, each pair by the others. `--record MINUTES` makes such a store first; it takes root.
+minute, each pair by the others; and in spans of seven minutes as if it was deployed in the middle
+of each and had no other past. `--record MINUTES` makes such a store first; it takes root.
 
-Run: `python bench/bench_compare.py [--pairs 1000] [--record 31 | --store FOLDER]`.
+Run: `python bench/bench_compare.py [--pairs 1000] [--only provisional]`, or with `--record 31` or
+`--store FOLDER`.
 """
 
 import argparse
@@ -29,13 +34,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import provisional_fleets
 from load import ten_programs
-from scipy import stats
-from scipy.signal import lfilter
 from serving import EVERFLAME
+from simulated_fleets import (
+    DEVIATIONS,
+    Line,
+    Table,
+    by_proportions,
+    by_ratio,
+    expected_minutes,
+    function_of,
+    interval,
+    is_too_often,
+    shares,
+)
 
 from profiler.comparison import comparison, verdict
-from profiler.comparison.distributions import rate_interval
 from profiler.comparison.sides import ComparisonError, Operand
 from profiler.comparison.verdict import Change, Contrast, Costs, Floats
 from storage.objects.directory import DirectoryStore
@@ -44,43 +59,23 @@ from storage.profile import Window
 from storage.query.query import Query
 from storage.selector import Matcher, Operator, Selector
 
-HZ = 99
 GAP = 10
 """Minutes between the sides."""
 POSITIONS = 6
-CORRELATION_MIN = 5.0
-FLEET_SD, HOST_SD, SWING = 0.005, 0.15, 0.5
 FLEETS = ((1, 200), (3, 200), (10, 200), (50, 60))
 """Hosts and functions."""
-DEVIATIONS = (0.05, 0.10, 0.20)
 HOURS = (1, 4)
 GROWTHS = (1.1, 1.3, 1.5)
 GOALS = ((3, 0.02, 1.3), (10, 0.05, 1.1))
 """Hosts, share of the function, factor: those that must be found in 90 % of pairs at 0.10, 1 h."""
 TABLE_SHARE = 0.02
 TABLE_PART = 10
-"""The table of what is found takes a tenth of the pairs."""
+"""The tables of what is found, and of short pasts, take a tenth of the pairs."""
 LEAST_SAMPLES = 300
 """A minute: services with fewer are not looked at."""
+LEAST_PAIRS = 100
+"""Real pairs with two minutes of past; with fewer, their rate says little."""
 MINUTE_NS = 60_000_000_000
-
-
-def shares(functions: int) -> Floats:
-    sizes = 1 / np.arange(1, functions + 1) ** 1.1
-    return sizes / sizes.sum()
-
-
-def function_of(share: float, functions: int) -> int:
-    return int(np.abs(shares(functions) - share).argmin())
-
-
-def strayed(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
-    """Return first-order autoregressive noise of variance 1 along the last axis, in minutes."""
-    keep = np.exp(-1 / CORRELATION_MIN)
-    steps = rng.standard_normal(shape, dtype=np.float32)
-    steps *= np.float32(np.sqrt(1 - keep**2))
-    steps[..., 0] /= np.sqrt(1 - keep**2)
-    return lfilter(np.float32([1]), np.float32([1, -keep]), steps, axis=-1)
 
 
 @dataclass
@@ -97,18 +92,11 @@ class Pair:
     def simulate(
         cls, rng: np.random.Generator, fleet: tuple[int, int], sd: float, hours: int = 1
     ) -> "Pair":
-        hosts, functions = fleet
         length = 60 * hours
         span = 2 * length + GAP
         minutes = span * (POSITIONS + 1)
-        day = 1 + SWING * np.sin(2 * np.pi * (np.arange(minutes) / 1440 + rng.uniform()))
-        rates = shares(functions) * np.exp(rng.normal(0, HOST_SD, fleet)) * 60 * HZ
-        noise = strayed(rng, (hosts, functions, minutes))
-        noise *= np.float32(sd)
-        noise += np.float32(FLEET_SD) * strayed(rng, (1, functions, minutes))
-        cost = np.exp(noise, out=noise)
-        cost *= day.astype(np.float32)
-        present_s = np.full(hosts, 60.0 * length)
+        rates, cost = expected_minutes(rng, fleet, sd, minutes)
+        present_s = np.full(fleet[0], 60.0 * length)
         windows = [
             # What is counted in an hour are the counts of its minutes, added up.
             rates * cost[:, :, at : at + length].sum(axis=2)
@@ -130,37 +118,6 @@ class Pair:
         samples = self.before.sum(axis=0), after.sum(axis=0)
         noise = verdict.noise_of_history(self.past, POSITIONS)
         return verdict.judge(verdict.contrast(*sides), samples, noise).changes
-
-
-def by_ratio(before: Floats, after: Floats) -> bool:
-    """Return whether any share differs by more than 0.1 % of itself."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = (after / after.sum()) / (before / before.sum()) - 1
-    return bool((np.abs(ratio) > 0.001).any())
-
-
-def by_proportions(before: Floats, after: Floats) -> bool:
-    """Return whether a test of two proportions of all samples finds any difference."""
-    totals = before.sum(), after.sum()
-    pooled = (before + after) / sum(totals)
-    deviation = np.sqrt(pooled * (1 - pooled) * (1 / totals[0] + 1 / totals[1]))
-    is_there = deviation > 0
-    z = (after / totals[1] - before / totals[0])[is_there] / deviation[is_there]
-    return bool((verdict.adjust(2 * stats.norm.sf(np.abs(z))) <= verdict.LEVEL).any())
-
-
-def interval(hits: int, pairs: int) -> str:
-    low, high = rate_interval(hits, pairs, verdict.LEVEL)
-    return f"{hits / pairs:6.1%} ({low:.1%} to {high:.1%})"
-
-
-def is_too_often(alarms: int, pairs: int) -> bool:
-    """Return whether chance alone cannot explain so many, were it one pair in twenty."""
-    return bool(stats.binomtest(alarms, pairs, 0.05, alternative="greater").pvalue < 0.025)
-
-
-Line = tuple[str, bool]
-"""What is printed, and whether it misses what was to be reached."""
 
 
 def measure_unchanged(seed: list[int], pairs: int, fleet: tuple[int, int], sd: float) -> Line:
@@ -214,12 +171,11 @@ def measure_power(seed: list[int], pairs: int, fleet: tuple[int, int], hours: in
     return f"{fleet[0]:5} {hours:5}  " + " ".join(cells), False
 
 
-def measure_simulated(pairs: int, seed: int) -> int:
-    """Print all of it, a line as soon as it and those before it are measured."""
+def tables_of(pairs: int) -> list[Table]:
     few = max(1, pairs // TABLE_PART)
     heads = [f"sd {sd:.2f} {growth - 1:+.0%}" for sd in DEVIATIONS for growth in GROWTHS]
-    tables = [
-        (
+    return [
+        Table(
             (
                 f"nothing changed, {pairs:,} pairs each: pairs with any alarm (95 % interval)\n"
                 f"hosts    sd  {'everflame':26} {'ratio > 0.1 %':>13} {'proportions':>12}"
@@ -227,12 +183,12 @@ def measure_simulated(pairs: int, seed: int) -> int:
             measure_unchanged,
             [(pairs, fleet, sd) for fleet in FLEETS for sd in DEVIATIONS],
         ),
-        (
+        Table(
             f"a function became slower, sd 0.10, an hour, {pairs:,} pairs each: found",
             measure_goal,
             [(pairs, *goal) for goal in GOALS],
         ),
-        (
+        Table(
             (
                 f"found, of {few:,} pairs each, for a function of {TABLE_SHARE:.0%} self that"
                 f" grows\nhosts hours  {' '.join(f'{head:>12}' for head in heads)}"
@@ -240,18 +196,23 @@ def measure_simulated(pairs: int, seed: int) -> int:
             measure_power,
             [(few, fleet, hours) for fleet in FLEETS for hours in HOURS],
         ),
+        provisional_fleets.table(few),
     ]
+
+
+def measure_simulated(tables: dict[int, Table], seed: int) -> int:
+    """Print the tables of these numbers, a line as soon as it and those before it are measured."""
     missed = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         started = [
             [
-                pool.submit(measure, [seed, number, i], *arguments)
-                for i, arguments in enumerate(lines)
+                pool.submit(table.measure, [seed, number, i], *arguments)
+                for i, arguments in enumerate(table.lines)
             ]
-            for number, (_, measure, lines) in enumerate(tables)
+            for number, table in tables.items()
         ]
-        for (head, _, _), lines in zip(tables, started, strict=True):
-            print(head, flush=True)
+        for table, lines in zip(tables.values(), started, strict=True):
+            print(table.head, flush=True)
             for line in lines:
                 text, is_missed = line.result()
                 missed += is_missed
@@ -274,40 +235,85 @@ def record(folder: Path, minutes: int) -> None:
 
 
 def measure_real(folder: Path) -> int:
-    """Judge the disjoint pairs of minutes of each service by all the others."""
+    """Judge real pairs of each service: by all the others, and with two minutes of past each."""
     store = DirectoryStore(folder)
     keys = [key for key, _ in TenantStore(store).list_window(Window(0, 2**62))]
     whole = [key for key in keys if key.length_s == 60]
-    last_ns = max(key.end_ns for key in whole)
-    before, after = (
-        Window(last_ns - n * MINUTE_NS, last_ns - n * MINUTE_NS + MINUTE_NS) for n in (2, 1)
-    )
-    pairs = alarms = 0
+    everything = Window(min(k.start_ns for k in whole), max(k.end_ns for k in whole))
     with tempfile.TemporaryDirectory() as cache:
         query = Query(TenantStore(store), Path(cache))
-        everything = Window(min(key.start_ns for key in whole), last_ns)
         samples = query.label_values(everything, "service")
+        large = {
+            service: number / len(whole)
+            for service, number in samples.items()
+            if number >= LEAST_SAMPLES * len(whole)
+        }
         print(f"real pairs of minutes, {len(whole)} minutes: pairs with any alarm")
-        for service, number in samples.items():
-            selector = Selector((Matcher("service", Operator.EQUAL, service),))
-            if number < LEAST_SAMPLES * len(whole):
-                continue
-            try:
-                found = comparison.calibrate(
-                    query, Operand(selector, before), Operand(selector, after)
-                )
-            except ComparisonError as error:
-                print(f"  {service:24} {error}")
-                continue
-            pairs += found.pairs
-            alarms += found.alarms
-            print(
-                f"  {service:24} {found.alarms} of {found.pairs},"
-                f" {number / len(whole):,.0f} samples a minute"
-            )
+        missed = measure_by_others(query, everything, large)
+        missed += measure_provisional(query, everything, large)
+    return missed
+
+
+def measure_by_others(query: Query, everything: Window, services: dict[str, float]) -> bool:
+    """Judge the disjoint pairs of minutes of each service by all the others."""
+    before, after = (
+        Window(everything.end_ns - n * MINUTE_NS, everything.end_ns - n * MINUTE_NS + MINUTE_NS)
+        for n in (2, 1)
+    )
+    pairs = alarms = 0
+    for service, minutely in services.items():
+        selector = Selector((Matcher("service", Operator.EQUAL, service),))
+        try:
+            found = comparison.calibrate(query, Operand(selector, before), Operand(selector, after))
+        except ComparisonError as error:
+            print(f"  {service:24} {error}")
+            continue
+        pairs += found.pairs
+        alarms += found.alarms
+        print(f"  {service:24} {found.alarms} of {found.pairs}, {minutely:,.0f} samples a minute")
     word = "MISSED" if is_too_often(alarms, pairs) or pairs < 50 else "ok"
     print(f"  all: {alarms} of {pairs}: {interval(alarms, pairs)} (at most 5 %: {word})")
     return word == "MISSED"
+
+
+def measure_provisional(query: Query, everything: Window, services: dict[str, float]) -> bool:
+    """Judge disjoint spans of each service as if it was deployed in them, after two minutes."""
+    length_ns = provisional_fleets.LEAST_MIN * MINUTE_NS
+    span_ns = 2 * length_ns + provisional_fleets.GAP_MIN * MINUTE_NS
+    begins_ns = range(everything.start_ns, everything.end_ns - span_ns + 1, span_ns)
+    # The past begins, and the time after ends, with other deployments. They lie beside the spans:
+    # what is cut into parts ends at one that lies inside of a part.
+    changes_ns = [at_ns for each in begins_ns for at_ns in (each - 1, each + span_ns + 1)]
+    print(f"the same, {provisional_fleets.LEAST_MIN} minutes on each side and no more past:")
+    pairs = alarms = 0
+    for service in services:
+        selector = Selector((Matcher("service", Operator.EQUAL, service),))
+        judged = []
+        for begin_ns in begins_ns:
+            end_ns = begin_ns + span_ns
+            sides = Window(begin_ns, begin_ns + length_ns), Window(end_ns - length_ns, end_ns)
+            try:
+                judged.append(
+                    comparison.of_store(
+                        query, *(Operand(selector, side) for side in sides), changes_ns
+                    )
+                )
+            except ComparisonError as error:
+                print(f"  {service:24} {error}")
+        provisional = [each for each in judged if each.is_provisional]
+        changed = [
+            {each.frame.name for each in found.functions if each.change != Change.UNCHANGED}
+            for found in provisional
+        ]
+        named = [", ".join(sorted(names)) for names in changed if names]
+        print(f"  {service:24} {len(named)} of {len(provisional)}{': ' * any(named)}{named or ''}")
+        pairs += len(provisional)
+        alarms += len(named)
+    is_missed = is_too_often(alarms, pairs)
+    few = "" if pairs >= LEAST_PAIRS else f"; fewer than {LEAST_PAIRS} pairs"
+    word = "MISSED" if is_missed else "ok"
+    print(f"  all: {alarms} of {pairs}: {interval(alarms, pairs)} (at most 5 %: {word}{few})")
+    return is_missed
 
 
 def main() -> int:
@@ -316,6 +322,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--store", type=Path, metavar="FOLDER")
     parser.add_argument("--record", type=int, metavar="MINUTES")
+    parser.add_argument("--only", choices=["provisional"], help="print only this table")
     options = parser.parse_args()
     if options.store:
         return measure_real(options.store)
@@ -324,7 +331,10 @@ def main() -> int:
             record(Path(folder), options.record)
             return measure_real(Path(folder) / "store")
     begun_s = time.monotonic()
-    missed = measure_simulated(options.pairs, options.seed)
+    tables = dict(enumerate(tables_of(options.pairs)))
+    if options.only:
+        tables = dict([tables.popitem()])
+    missed = measure_simulated(tables, options.seed)
     print(f"took {time.monotonic() - begun_s:.0f} s")
     return 1 if missed else 0
 
