@@ -302,7 +302,7 @@ def measure_provisional(query: Query, everything: Window, services: dict[str, fl
                 print(f"  {service:24} {error}")
         provisional = [each for each in judged if each.is_provisional]
         changed = [
-            {each.frame.name for each in found.functions if each.change != Change.UNCHANGED}
+            {each.frame.function for each in found.functions if each.change != Change.UNCHANGED}
             for found in provisional
         ]
         named = [", ".join(sorted(names)) for names in changed if names]

@@ -188,11 +188,12 @@ def _found(rng: np.random.Generator, pairs: int, case: Case) -> tuple[list[int],
 
 def table(pairs: int) -> Table:
     few = max(1, pairs // POWER_PART)
+    bands = ", ".join(f"{band:.0%}" for band in BANDS)
     head = (
-        f"short pasts, nothing changed, {pairs:,} pairs each: pairs with any alarm (95 % interval);"
-        f" a function of {SHARE:.0%} self\nthat grows, {few:,} pairs each: found, and"
-        " with x2 others called changed; beside it the rule of six positions,\nratio > 0.1 %, proportions, and"
-        f" CPython's bands from {', '.join(f'{band:.0%}' for band in BANDS)}\n"
+        f"short pasts, nothing changed, {pairs:,} pairs each: pairs with any alarm (95 % interval)."
+        f" A function of {SHARE:.0%} self\nthat grows, {few:,} pairs each: found, and with x2"
+        " others called changed. Beside it the rule of six positions,\n"
+        f"ratio > 0.1 %, proportions, and CPython's bands from {bands}\n"
         f"past after hosts   sd  {'everflame':24} {'x2':>5} {'+50%':>5} {'others':>6}"
         f"  {'six positions':17} {'ratio':>5} {'prop.':>5}  bands"
     )
