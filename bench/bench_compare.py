@@ -298,8 +298,8 @@ def measure_provisional(query: Query, everything: Window, services: dict[str, fl
                         query, *(Operand(selector, side) for side in sides), changes_ns
                     )
                 )
-            except ComparisonError as error:
-                print(f"  {service:24} {error}")
+            except ComparisonError:  # it did not run then
+                continue
         provisional = [each for each in judged if each.is_provisional]
         changed = [
             {each.frame.function for each in found.functions if each.change != Change.UNCHANGED}

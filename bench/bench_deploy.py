@@ -62,6 +62,7 @@ _SERVICE = """
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
+const char *volatile service = "%s";
 volatile unsigned long sink;
 #define WORK(name, rounds) __attribute__((noinline)) void name(void) \\
   { for (unsigned long i = 0; i < (rounds) * 2000ul; i++) sink += i ^ (sink >> 3); sink++; }
@@ -125,12 +126,13 @@ class Plan(NamedTuple):
 
 def compile_service(folder: Path, name: str, slower: float) -> Path:
     weights = {**_WEIGHTS, SLOW: _WEIGHTS[SLOW] * slower}
+    # Equal programs would have one build id, and one module's name in all services.
     functions = "\n".join(f"WORK({name}, {weight})" for name, weight in weights.items())
     calls = " ".join(f"{name}();" for name in weights)
     program = folder / str(slower) / name
     program.parent.mkdir(exist_ok=True)
     command = ["gcc", "-O2", "-x", "c", "-", "-o", str(program)]
-    subprocess.run(command, input=(_SERVICE % (functions, calls)).encode(), check=True)
+    subprocess.run(command, input=(_SERVICE % (name, functions, calls)).encode(), check=True)
     return program
 
 

@@ -74,12 +74,14 @@ def by_proportions(before: Floats, after: Floats) -> bool:
 
 def interval(hits: int, pairs: int) -> str:
     low, high = rate_interval(hits, pairs, verdict.LEVEL)
-    return f"{hits / pairs:6.1%} ({low:.1%} to {high:.1%})"
+    return f"{hits / max(1, pairs):6.1%} ({low:.1%} to {high:.1%})"
 
 
 def is_too_often(alarms: int, pairs: int) -> bool:
     """Return whether chance alone cannot explain so many, were it one pair in twenty."""
-    return bool(stats.binomtest(alarms, pairs, 0.05, alternative="greater").pvalue < 0.025)
+    return pairs > 0 and bool(
+        stats.binomtest(alarms, pairs, 0.05, alternative="greater").pvalue < 0.025
+    )
 
 
 Line = tuple[str, bool]
