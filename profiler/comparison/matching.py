@@ -174,7 +174,7 @@ def _shortened(length_ns: int, room: _Room) -> int:
         fits_ns -= fits_ns % room.window_ns
         if room.windows * fits_ns + room.gap_ns >= least_ns:
             break
-    if fits_ns < _LEAST_WINDOWS * room.window_ns:
+    if fits_ns < max(_LEAST_WINDOWS * room.window_ns, MINUTE_NS):
         fits_ns = max(_PROVISIONAL_NS, room.past_ns // _PARTS_OF_PAST, room.window_ns)
         fits_ns -= fits_ns % room.window_ns
     return min(length_ns, fits_ns)

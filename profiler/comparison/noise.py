@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from profiler.comparison import provisional, verdict
-from profiler.comparison.provisional import ProvisionalNoise, Shape, Stretch
+from profiler.comparison.provisional import Evidence, ProvisionalNoise, Shape, Stretch
 from profiler.comparison.sides import (
     Side,
     WindowPair,
@@ -49,6 +49,8 @@ _MOST_POSITIONS = 24
 _AT_ONCE = 2
 """Positions read at a time: while one waits for the store, another is added up."""
 _MOST_DAYS = 14
+_SHORT_S = 300.0
+"""For shorter windows six positions alone find too many changes (bench/bench_compare.py)."""
 _SMALL = 0.01
 """Of the total: a warning names the smallest change that shows in a function of this size."""
 
@@ -220,7 +222,10 @@ def estimate_noise(
     """
     before, after = sides
     now = pair.contrast(before.costs, after.costs)
+    target = _shape(before.window, after.window)
     if len(past) >= verdict.MIN_POSITIONS:
+        if pair.is_paired and provisional.MIN_LENGTH_S <= target.length_s < _SHORT_S:
+            return now, _of_evidence(now, target, before.rows, [provisional.of_positions(past)])
         return pair.against(now, past)
     hosts = before.rows, after.rows
     if pair.is_paired and hosts[0] >= verdict.MIN_HOSTS:
@@ -230,27 +235,20 @@ def estimate_noise(
     is_enough = min(hosts) >= verdict.MIN_REPLICATES and sum(hosts) >= verdict.MIN_HOSTS
     if not pair.is_paired and is_enough:
         return verdict.contrast_of_replicates(before.costs, after.costs, NoiseSource.HOSTS)
-    target = _shape(before.window, after.window)
     is_possible = pair.is_paired and target.distance_s >= target.length_s
     if is_possible and target.length_s >= provisional.MIN_LENGTH_S:
-        return now, _provisional(now, target, before.rows, past, stretches())
+        evidence = [e for stretch in stretches() for e in provisional.of_stretch(stretch, target)]
+        # Positions that follow each other lie in the stretch before already.
+        if past and not evidence:
+            evidence.append(provisional.of_positions(past))
+        return now, _of_evidence(now, target, before.rows, evidence)
     return now, None
 
 
-def _provisional(
-    now: Contrast,
-    target: Shape,
-    hosts: int,
-    past: Sequence[Contrast],
-    stretches: Sequence[Stretch],
-) -> AnyNoise:
-    """Return the noise by all that is known: earlier positions, both stretches, hosts."""
-    evidence = [each for stretch in stretches for each in provisional.of_stretch(stretch, target)]
-    # Positions that follow each other lie in the stretch before already.
-    if past and not evidence:
-        evidence.append(provisional.of_positions(past))
-    evidence += provisional.of_hosts(now)
-    return ProvisionalNoise(tuple(evidence), target, hosts)
+def _of_evidence(
+    now: Contrast, target: Shape, hosts: int, evidence: Sequence[Evidence]
+) -> ProvisionalNoise:
+    return ProvisionalNoise((*evidence, *provisional.of_hosts(now)), target, hosts)
 
 
 def _shape(*windows: Window) -> Shape:

@@ -38,8 +38,10 @@ from profiler.comparison.verdict import (
     contrast,
 )
 
-FALSE_DISCOVERIES = 0.035
-"""The rate of false discoveries, less than that of a final verdict: the noise is modelled."""
+FALSE_DISCOVERIES, OF_A_MINUTE = 0.035, 0.02
+"""The rate of false discoveries, less than with many earlier positions: the noise is modelled.
+The second is that of windows below two minutes, where one minute's burst looks like a change."""
+_TWO_MINUTES_S = 120.0
 MIN_SHARE = 0.01
 """Of the total, the mean of both sides: smaller functions have to wait for more data."""
 MIN_SAMPLES = 100
@@ -199,7 +201,7 @@ class ProvisionalNoise:
 
     @property
     def level(self) -> float:
-        return FALSE_DISCOVERIES
+        return FALSE_DISCOVERIES if self.target.length_s >= _TWO_MINUTES_S else OF_A_MINUTE
 
     def test(self, now: Contrast, samples: tuple[Floats, Floats]) -> Tested:
         """Return p-values and how far the log ratios of functions reach."""

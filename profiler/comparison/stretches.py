@@ -69,7 +69,8 @@ class _Reader:
         for number in range(_MOST_PARTS):
             ends_ns = (edge_ns + direction * part_ns * n for n in (number, number + 1))
             part = Window(*sorted(ends_ns))
-            if part.start_ns < 0 or any(part.start_ns < at < part.end_ns for at in changes_ns):
+            so_far = Window(min(edge_ns, part.start_ns), max(edge_ns, part.end_ns))
+            if part.start_ns < 0 or any(so_far.start_ns < at < so_far.end_ns for at in changes_ns):
                 break
             parts.append(part)
         kept = list(self._unchanged(presence, parts))[::direction]
