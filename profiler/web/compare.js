@@ -285,7 +285,7 @@ export const CHANGES = {
   cells(row, { before, after, scale }) {
     const { module } = row;
     const isOpen = isUncertain(row);
-    const verdict = isOpen ? "not certain" : verdictOf(row);
+    const verdict = isOpen ? "uncertain" : verdictOf(row);
     const shares = [
       share(row.self.before * scale.before, before.cores),
       share(row.self.after * scale.after, after.cores),
@@ -308,7 +308,10 @@ export const CHANGES = {
         "td",
         { class: "num pair narrow-less" },
         el("b", { text: shares.join(" → ").replace(" % →", " →") }),
-        el("small", { text: certainty(row), title: probability(row.q) }),
+        el("small", {
+          text: certainty(row),
+          title: CHANGED.has(row.verdict) ? probability(row.q) : null,
+        }),
       ),
       el(
         "td",
