@@ -82,9 +82,9 @@ def _needs(function: _Evidence, noise: AnyNoise | None, sides: Sequence[Side]) -
     if function.p >= 1:
         return f"too few samples to test; needs {_longer(1.0, sides)} or more"
     # What the p-value must fall to if the functions that are more certain stay as they are.
-    wanted = _normal(LEVEL * function.p / function.q)
+    wanted = _normal(noise.level * function.p / function.q)
     times = (wanted / max(_normal(function.p), 1e-9)) ** 2 - 1
-    least = function.reach * wanted / _normal(LEVEL)
+    least = function.reach * wanted / _normal(LEVEL)  # the level of the interval
     if times > _WITHIN:
         return f"within the normal variation ({_size(least)})"
     deviation = function.reach / student_quantile(LEVEL, noise.df)
