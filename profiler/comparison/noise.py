@@ -49,8 +49,6 @@ _MOST_POSITIONS = 24
 _AT_ONCE = 2
 """Positions read at a time: while one waits for the store, another is added up."""
 _MOST_DAYS = 14
-_SHORT_S = 300.0
-"""For shorter windows six positions alone find too many changes (bench/bench_compare.py)."""
 _SMALL = 0.01
 """Of the total: a warning names the smallest change that shows in a function of this size."""
 
@@ -224,7 +222,7 @@ def estimate_noise(
     now = pair.contrast(before.costs, after.costs)
     target = _shape(before.window, after.window)
     if len(past) >= verdict.MIN_POSITIONS:
-        if pair.is_paired and provisional.MIN_LENGTH_S <= target.length_s < _SHORT_S:
+        if pair.is_paired and provisional.MIN_LENGTH_S <= target.length_s < provisional.SHORT_S:
             return now, _of_evidence(now, target, before.rows, [provisional.of_positions(past)])
         return pair.against(now, past)
     hosts = before.rows, after.rows

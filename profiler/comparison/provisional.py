@@ -46,7 +46,9 @@ MIN_SHARE = 0.01
 """Of the total, the mean of both sides: smaller functions have to wait for more data."""
 MIN_SAMPLES = 100
 """On a host and side, on average; with fewer, counting alone says too little."""
-MIN_LENGTH_S = 60.0
+MIN_LENGTH_S, SHORT_S = 60.0, 300.0
+"""Windows from the one to the other are judged in this way even with six earlier positions, which
+alone find too many changes in them."""
 _MIN_SAMPLES = 20
 """The same of a function that says something about the noise."""
 _CORRELATION_S = 360.0
