@@ -98,6 +98,8 @@ _HATCHES = (
 )
 _NOISE = {
     NoiseSource.HISTORY: "judged by {} earlier positions",
+    NoiseSource.WITHIN: "judged by {} comparisons of parts of both times and of hosts",
+    NoiseSource.PRIOR: "judged by what is usual for functions of services",
     NoiseSource.HOSTS: "judged by {} hosts",
     NoiseSource.GROUPS: "judged by {} groups of hosts",
     NoiseSource.REPLICATES: "judged by {} runs",
@@ -183,7 +185,7 @@ def _header(pair: Pair, title: str) -> Iterator[str]:
     yield f'<text class="h" x="{MARGIN_PX}" y="32">{escape(fit(title, 100))}</text>'
     sides = (("before", pair.found.before), ("after", pair.found.after))
     for i, (name, side) in enumerate(sides):
-        judged = f"; {_NOISE[pair.found.source].format(pair.found.positions)}" if i else ""
+        judged = f"; {_judged(pair)}" if i else ""
         text = fit(f"{name}: {_side_text(side)}{judged}", 160)
         yield f'<text class="s" x="{MARGIN_PX}" y="{52 + _LINE_PX * i}">{escape(text)}</text>'
     x = float(MARGIN_PX)
@@ -191,6 +193,11 @@ def _header(pair: Pair, title: str) -> Iterator[str]:
         yield f'<text class="v" x="{x:.0f}" y="100">{escape(value)}</text>'
         yield f'<text class="c" x="{x:.0f}" y="117">{escape(caption)}</text>'
         x += 36 + max(len(value) * 10.5, len(caption) * 6.8)
+
+
+def _judged(pair: Pair) -> str:
+    provisional = ", provisional" if pair.found.is_provisional else ""
+    return _NOISE[pair.found.source].format(pair.found.positions) + provisional
 
 
 def _legend() -> Iterator[str]:

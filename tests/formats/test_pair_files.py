@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 
-from profiler.comparison import comparison
+from profiler.comparison import comparison, report
+from profiler.comparison.gate import DEFAULT_GATE, Gate, verdict_of
+from profiler.comparison.verdict import NoiseSource
 from profiler.flamegraph.differential import VERDICTS, Pair
 from profiler.flamegraph.views import View
 from profiler.formats import export, svg_diff
@@ -161,6 +163,17 @@ def test_warnings_stand_in_the_drawing():
     texts = [text.text for text in parse(svg_of(replace(CHANGED, found=found))).iter(f"{NS}text")]
 
     assert "left out, only on the after side: <web-3>" in texts
+
+
+@pytest.mark.parametrize("source", NoiseSource)
+def test_a_drawing_says_by_what_it_was_judged(source):
+    """Each source has words, in the reports as well."""
+    found = replace(CHANGED.found, source=source, is_provisional=True)
+    judged = replace(CHANGED, found=found)
+
+    assert b", provisional<" in svg_of(judged)
+    gate = Gate.parse(DEFAULT_GATE)
+    assert "(provisional)" in report.as_text(found, verdict_of(found, gate), gate)
 
 
 def luminance(colour: str) -> float:

@@ -193,4 +193,4 @@ def test_a_link_of_a_watch_opens_the_comparison(visit, service, tmp_path):
 
     view = visit(link_of(service.url, found.matches[0]))
 
-    expect(view.page.locator("#verdict .headline")).to_contain_text("Regression: 2 functions cost")
+    expect(view.page.locator("#verdict .headline")).to_contain_text("Regression: parse")
