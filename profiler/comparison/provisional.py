@@ -103,6 +103,7 @@ class Evidence(NamedTuple):
         counting: the variances that come from counting samples.
         factor: how much of `s` they have.
         weight: as how many independent ones each counts.
+        is_of_times: they are of different times, not of different hosts.
     """
 
     ratios: Floats
@@ -110,6 +111,7 @@ class Evidence(NamedTuple):
     counting: Floats
     factor: float
     weight: float
+    is_of_times: bool = True
 
     @property
     def positions(self) -> float:
@@ -164,7 +166,7 @@ def of_hosts(now: Contrast) -> list[Evidence]:
     helmert /= np.sqrt((helmert**2).sum(axis=1) * hosts)[:, None]
     own = now.ratios - (now.hosts_common - now.common)[:, None]
     counting = np.repeat(now.counting[None], hosts - 1, axis=0)
-    return [Evidence(helmert @ own, helmert @ now.hosts_common, counting, 1.0, 1.0)]
+    return [Evidence(helmert @ own, helmert @ now.hosts_common, counting, 1.0, 1.0, False)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,22 +185,23 @@ class ProvisionalNoise:
 
     @property
     def is_provisional(self) -> bool:
-        return self._positions(_SAME) < MIN_POSITIONS
+        same = (e for e in self.evidence if e.is_of_times and 1 / _SAME <= e.factor <= _SAME)
+        return sum(each.positions for each in same) < MIN_POSITIONS
 
     @property
     def positions(self) -> int:
-        return round(self._positions(math.inf))
+        return round(self._positions)
 
     @property
     def df(self) -> float:
-        return float(_FREEDOMS[0]) + self._positions(math.inf)
+        return float(_FREEDOMS[0]) + self._positions
 
     @property
     def common_variance(self) -> float:
         squares = sum(
             float((each.commons**2).sum()) / each.factor * each.weight for each in self.evidence
         )
-        total = _USUAL_COMMON_DF + self._positions(math.inf)
+        total = _USUAL_COMMON_DF + self._positions
         return (_USUAL_COMMON_DF * _USUAL_COMMON_SD**2 + squares) / total
 
     @property
@@ -211,7 +214,7 @@ class ProvisionalNoise:
         share = (before / max(1.0, before.sum()) + after / max(1.0, after.sum())) / 2
         tested = (share >= MIN_SHARE) & (before + after >= MIN_SAMPLES * now.cells)
         posterior, squares = self._posterior(before + after >= _MIN_SAMPLES * now.cells)
-        count = self._positions(math.inf)
+        count = self._positions
         means, p = np.zeros(len(tested)), np.zeros(int(tested.sum()))
         for i, freedom in enumerate(_FREEDOMS.tolist()):
             variances = (
@@ -227,8 +230,9 @@ class ProvisionalNoise:
         df = float(posterior.sum(axis=0) @ _FREEDOMS) + count
         return Tested(tested, all_p, student_quantile(LEVEL, df) * np.sqrt(means))
 
-    def _positions(self, most: float) -> float:
-        return sum(each.positions for each in self.evidence if 1 / most <= each.factor <= most)
+    @property
+    def _positions(self) -> float:
+        return sum(each.positions for each in self.evidence)
 
     def _posterior(self, known: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
         """Return the weight of each variance and freedom, and functions' squares by variance.
@@ -239,7 +243,7 @@ class ProvisionalNoise:
         usual = _USUAL_SD**2 * variogram(self.target) / self.hosts
         logs = -0.5 * (np.log(_VARIANCES / usual) / _USUAL_LOG_SD) ** 2
         weights = logs[:, None] + np.log(_FREEDOM_WEIGHTS)
-        squares = np.full((len(_VARIANCES), len(known)), self._positions(math.inf))
+        squares = np.full((len(_VARIANCES), len(known)), self._positions)
         squares[:, known] = 0.0
         for each in self.evidence:
             expected = each.counting[:, known] + each.factor * _VARIANCES[:, None, None]

@@ -162,6 +162,15 @@ def test_hosts_tell_the_noise_but_not_the_change(hosts):
     assert expected[0] < 3  # the change is 1,000 times as large
 
 
+def test_hosts_alone_leave_a_verdict_provisional():
+    """Fewer than eight say too little of the time between both windows."""
+    sides = (Costs(np.full((7, FUNCTIONS), 900.0), np.full(7, 60.0)) for _ in range(2))
+    noise = ProvisionalNoise(tuple(provisional.of_hosts(verdict.contrast(*sides))), TARGET, 7)
+
+    assert noise.positions == 6
+    assert (noise.source, noise.is_provisional) == (NoiseSource.WITHIN, True)
+
+
 def test_a_part_alone_says_nothing():
     rng = np.random.default_rng(7)
 
