@@ -5,6 +5,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from profiler.comparison import verdict
 from profiler.comparison.verdict import (
@@ -142,3 +144,41 @@ def test_functions_that_may_not_count_for_the_common_change_do_not():
     )
     few = Costs(before, spans, np.arange(14) >= 15 - verdict.MIN_COMMON)
     assert contrast(few, Costs(after, spans)).common == 0
+
+
+def test_a_quarter_of_the_functions_moves_the_common_change_less_than_the_median():
+    rng = np.random.default_rng(18)
+    wrong = {verdict.location: 0.0, np.median: 0.0}
+    for _ in range(50):
+        ratios = rng.normal(0, 0.1, 60)
+        ratios[:15] += math.log(1.5)
+        for middle in wrong:
+            wrong[middle] += float(middle(ratios)) / 50
+
+    assert abs(wrong[verdict.location]) < 0.5 * wrong[np.median]
+
+
+@given(st.lists(st.floats(-5, 5), min_size=5, max_size=40), st.floats(-3, 3))
+def test_the_common_change_follows_signs_and_shifts(ratios, shift):
+    values = np.array(ratios)
+    middle = verdict.location(values)
+
+    assert min(ratios) - 1e-9 <= middle <= max(ratios) + 1e-9
+    assert verdict.location(-values) == pytest.approx(-middle, abs=1e-6)
+    assert verdict.location(values + shift) == pytest.approx(middle + shift, abs=1e-6)
+
+
+def test_a_load_that_raises_functions_unequally_changes_none():
+    """It doubles, and each function costs a little more or less than twice as much."""
+    rng = np.random.default_rng(19)
+    shares = np.full(40, 1 / 40)
+    alarms = 0
+    for _ in range(40):
+        past = [contrast(costs(rng, shares), costs(rng, shares)) for _ in range(POSITIONS)]
+        grown = shares * 2 ** (1 + rng.normal(0, 0.15, len(shares)))
+        before, after = costs(rng, shares), costs(rng, grown)
+        noise = noise_of_history(past, POSITIONS)
+        found = judge(contrast(before, after), (before.samples[0], after.samples[0]), noise)
+        alarms += set(found.changes) != {Change.UNCHANGED}
+
+    assert alarms <= 4
