@@ -2,10 +2,14 @@
 
 Both are equally long, an hour at most. The one before ends when the first host changed; the one
 after begins two windows after the last host changed. Neither contains another deployment of the
-service. A canary is compared with the other hosts at the same time. If the past is short, the
-windows are shorter, so that there are enough earlier positions to estimate the noise from. If it is
-too short for that as well, they are two minutes long, or as much as a third of the past, so that
-the rest of it tells how functions vary; the verdict is provisional then.
+service. If the past is short, the windows are shorter, so that there are enough earlier positions
+to estimate the noise from. If it is too short for that as well, they are two minutes long, or as
+much as a third of the past, so that the rest of it tells how functions vary; the verdict is
+provisional then.
+
+A canary is compared with the other hosts at the same time, if the past or the number of hosts tells
+how these differ from each other. Otherwise its hosts are compared with themselves, as before it was
+known to be a canary: so a verdict never recedes.
 """
 
 from collections.abc import Callable, Sequence
@@ -95,14 +99,15 @@ def match(
         )
     first_ns = deployment.first_ns // window_ns * window_ns
     gap_ns = deployment.settled_ns - first_ns
-    if deployment.kind is DeploymentKind.CANARY:
+    if deployment.kind is DeploymentKind.CANARY and not _is_on_one_host(deployment):
         length_ns = min(HOUR_NS, after_ns)
-        if len(deployment.hosts) < MIN_REPLICATES:
+        if not _has_replicates(deployment):
             past_ns = _past_ns(first_ns, span, has_data)
             room = _Room(past_ns - gap_ns, 0, 1, window_ns, len(earlier))
-            length_ns = _shortened(length_ns, room)
-        both = Window(deployment.settled_ns, deployment.settled_ns + length_ns)
-        return _match(deployment, selector, both, both)
+            length_ns = min(length_ns, _fitting(room))
+        if length_ns:
+            both = Window(deployment.settled_ns, deployment.settled_ns + length_ns)
+            return _match(deployment, selector, both, both)
     begin_ns = max([span.start_ns, *(each.settled_ns for each in earlier[-1:])])
     before_ns = (first_ns - begin_ns) // window_ns * window_ns
     if before_ns < window_ns:
@@ -164,8 +169,19 @@ class _Room(NamedTuple):
     """Deployments in the past: each may invalidate two positions."""
 
 
-def _shortened(length_ns: int, room: _Room) -> int:
-    """Return a length for which there are enough positions, or one that leaves some past."""
+def _is_on_one_host(canary: Deployment) -> bool:
+    """Return whether a host runs both versions: it cannot be compared with itself at one time."""
+    return not set(canary.hosts).isdisjoint(canary.hosts_before)
+
+
+def _has_replicates(canary: Deployment) -> bool:
+    """Return whether hosts alone tell the noise."""
+    hosts = len(canary.hosts), len(canary.hosts_before)
+    return min(hosts) >= MIN_REPLICATES and sum(hosts) >= MIN_HOSTS
+
+
+def _fitting(room: _Room) -> int:
+    """Return a length for which there are enough positions; 0 if the past is too short for any."""
     fits_ns, positions = 0, MIN_POSITIONS + 2 * min(room.earlier, _MOST_SPOILED)
     for least_ns, grid_ns in GRIDS_NS:
         between_ns = positions * (room.gap_ns + grid_ns)
@@ -174,7 +190,13 @@ def _shortened(length_ns: int, room: _Room) -> int:
         fits_ns -= fits_ns % room.window_ns
         if room.windows * fits_ns + room.gap_ns >= least_ns:
             break
-    if fits_ns < max(_LEAST_WINDOWS * room.window_ns, MINUTE_NS):
+    return fits_ns if fits_ns >= max(_LEAST_WINDOWS * room.window_ns, MINUTE_NS) else 0
+
+
+def _shortened(length_ns: int, room: _Room) -> int:
+    """Return a length for which there are enough positions, or one that leaves some past."""
+    fits_ns = _fitting(room)
+    if not fits_ns:
         fits_ns = max(_PROVISIONAL_NS, room.past_ns // _PARTS_OF_PAST, room.window_ns)
         fits_ns -= fits_ns % room.window_ns
     return min(length_ns, fits_ns)

@@ -21,13 +21,14 @@ def deployed(
     previous: str = "1",
     version: str = "2",
     kind: DeploymentKind = DeploymentKind.ROLLOUT,
+    hosts: tuple[str, ...] = HOSTS,
+    rest: tuple[str, ...] = ("web-3",),
 ) -> Deployment:
     """Return one whose first host changed in a minute and whose last had before another."""
     first_ns, last_ns = (START_NS + at * MINUTE_NS for at in (first, last))
-    rest = ("web-3",) if kind is DeploymentKind.CANARY else ()
     settled_ns = last_ns + 2 * MINUTE_NS
     times = (first_ns, last_ns, settled_ns)
-    return Deployment("api", version, previous, *times, HOSTS, rest, kind=kind)
+    return Deployment("api", version, previous, *times, hosts, rest, kind=kind)
 
 
 def matched(
@@ -87,6 +88,27 @@ def test_a_canary_and_the_rest_have_the_same_window():
     found = matched(deployed(1441, 1442, kind=DeploymentKind.CANARY), (0, 1600))
 
     assert in_minutes(found.before) == in_minutes(found.after) == (1444, 1504)
+
+
+def test_a_canary_without_a_past_is_compared_with_itself_as_long_as_it_was_a_rollout():
+    """As many hosts as tell the noise need no past."""
+    of_rollout, of_canary = (
+        matched(deployed(5, 6, kind=kind), (0, 60))
+        for kind in (DeploymentKind.ROLLOUT, DeploymentKind.CANARY)
+    )
+    many = deployed(5, 6, kind=DeploymentKind.CANARY, hosts=HOSTS * 2, rest=("web-3",) * 4)
+
+    assert of_canary == of_rollout
+    assert in_minutes(of_canary.before) == (3, 5)
+    assert in_minutes(matched(many, (0, 60)).before) == (8, 60)
+
+
+def test_a_canary_beside_the_old_version_on_one_host_is_compared_with_what_ran_before():
+    canary = deployed(1441, 1442, kind=DeploymentKind.CANARY, hosts=("web-3",))
+    found = matched(canary, (0, 1600))
+
+    assert in_minutes(found.before) == (1380, 1440)
+    assert in_minutes(found.after) == (1450, 1510)
 
 
 @pytest.mark.parametrize(
