@@ -103,7 +103,8 @@ def _watching(
     if not webhook:
         yield
         return
-    state = StateFile(state_path(cache, profiles.store, EMPTY, [webhook]))
+    path = state_path(cache, profiles.store, EMPTY, [webhook])
+    state = StateFile(path, "leave out --webhook, or set EVERFLAME_CACHE")
     watch = Watch(
         store=profiles.store,
         query=profiles.query,

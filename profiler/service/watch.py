@@ -80,14 +80,14 @@ class _State:
 class StateFile:
     """What a watch has told. No other watch can use the file at the same time."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the file and read it; it need not exist.
+    def __init__(self, path: Path, remedy: str = "name another file with --state") -> None:
+        """Open the file and read it; it need not exist. `remedy` ends messages of errors.
 
         Raises:
             WatchError: another watch uses it, or it cannot be made.
         """
         self._path = path
-        self._lock = _locked(path)
+        self._lock = _locked(path, remedy)
         try:
             self._deployments = self._read()
         except WatchError:
@@ -147,7 +147,7 @@ class StateFile:
             return []
 
 
-def _locked(path: Path) -> BinaryIO:
+def _locked(path: Path, remedy: str) -> BinaryIO:
     """Return a file beside a state that is locked as long as it is open.
 
     Raises:
@@ -162,11 +162,9 @@ def _locked(path: Path) -> BinaryIO:
         if lock is not None:
             lock.close()
         if isinstance(error, BlockingIOError):
-            raise WatchError(
-                f"another watch uses {path}: end it, or name another file with --state"
-            ) from error
+            raise WatchError(f"another watch uses {path}: end it, or {remedy}") from error
         raise WatchError(
-            f"cannot keep what was told in {path}: {error.strerror} (name another --state)"
+            f"cannot keep what was told in {path}: {error.strerror} ({remedy})"
         ) from error
     return lock
 

@@ -1,5 +1,8 @@
 """serve: what it says of a store that holds nothing."""
 
+import subprocess
+import sys
+
 from profiler.commands.serve import check
 from storage.objects.directory import DirectoryStore
 from storage.objects.tenant import TenantStore
@@ -31,3 +34,20 @@ def test_an_empty_folder_is_said(tmp_path, capfd):
 
     asked = f"run everflame agent --store '{tmp_path / 'a store'}' to fill it"
     assert asked in capfd.readouterr().err
+
+
+def test_two_services_do_not_call_one_webhook_for_a_store(tmp_path):
+    """The second one says what to do, and does not begin."""
+    (tmp_path / "store").mkdir()
+    webhook = "--webhook=http://127.0.0.1:9/"
+    command = [sys.executable, "-m", "profiler.commands.serve", "--listen=127.0.0.1:0"]
+    command += [f"--store={tmp_path / 'store'}", f"--cache={tmp_path / 'cache'}"]
+
+    with service(tmp_path, webhook):
+        second = subprocess.run(
+            [*command, webhook, "--quiet"], check=False, capture_output=True, text=True, timeout=60
+        )
+
+    assert second.returncode == 2
+    assert "another watch uses" in second.stderr
+    assert "leave out --webhook, or set EVERFLAME_CACHE" in second.stderr

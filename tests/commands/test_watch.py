@@ -283,7 +283,7 @@ def test_a_state_that_cannot_be_written_is_said(store, tmp_path):
     done = once(store, f"--state={blocked}/state.json")
 
     assert done.returncode == 2
-    assert "name another --state" in done.stderr
+    assert "name another file with --state" in done.stderr
 
 
 # Verdicts that change, one look after the other
