@@ -3,7 +3,8 @@
 The fleets are those of `bench_compare`, but minutes are counted one by one. The past is as short as
 the line says, the sides are three minutes apart, and windows are as long as for a deployment
 (`profiler.comparison.matching`): two minutes or a third of the past, at most the time after it.
-Where the past has six earlier positions of such windows, the verdict is final, as it always was.
+Where the past has six earlier positions of such windows, the verdict is final, as it always was. In
+the last lines other services run beside, whose past of twenty minutes says what is usual.
 
 Beside it on the same data: the rule that gives no verdict without six earlier positions, with the
 past that it takes; two rules of `simulated_fleets`; and the bands in which CPython 3.15 colours the
@@ -32,7 +33,7 @@ from simulated_fleets import (
 )
 
 from profiler.comparison import provisional, verdict
-from profiler.comparison.provisional import ProvisionalNoise, Shape, Stretch
+from profiler.comparison.provisional import ProvisionalNoise, Shape, Stretch, Usual
 from profiler.comparison.verdict import Change, Contrast, Costs, Floats
 
 
@@ -41,6 +42,8 @@ class Case(NamedTuple):
     after_min: int
     hosts: int
     sd: float
+    others: int = 0
+    """Other services on the host, which vary about as much."""
 
 
 FUNCTIONS = 200
@@ -56,6 +59,9 @@ GROWTHS = (2.0, 1.5)
 GOAL = Case(2, 2, 1, 0.10)
 """Where the first growth must be found."""
 GOAL_FOUND = 0.9
+OTHERS, OTHER_FUNCTIONS, OTHER_MIN, OTHER_LOG_SD = 8, 60, 20, 0.3
+"""Services beside it, on half a core each; how differently they vary is the deviation of the
+logarithm of theirs."""
 BANDS = (0.15, 0.30, 0.50, 1.00)
 BAND_SHARE = 0.01
 POWER_PART = 2
@@ -78,15 +84,18 @@ class Deployed:
     before: Floats
     expected: Floats
     """Samples of the minutes after, were they not counted."""
+    others: list[Stretch]
+    """Of other services, on the first host."""
 
     @classmethod
     def simulate(cls, rng: np.random.Generator, case: Case) -> "Deployed":
-        past_min, after_min, hosts, sd = case
+        past_min, after_min, hosts, sd, others = case
         minutes = past_min + GAP_MIN + after_min
         rates, cost = expected_minutes(rng, (hosts, FUNCTIONS), sd, minutes)
         expected = np.moveaxis(rates[:, :, None] * cost, 2, 0)
         before = rng.poisson(expected[:past_min]).astype(float)
-        return cls(before, expected[past_min + GAP_MIN :])
+        beside = [_beside(rng, sd) for _ in range(others)]
+        return cls(before, expected[past_min + GAP_MIN :], beside)
 
     def after(self, rng: np.random.Generator, which: int = 0, factor: float = 1.0) -> Floats:
         expected = self.expected.copy()
@@ -121,7 +130,8 @@ class Deployed:
                 each for stretch in stretches for each in provisional.of_stretch(stretch, target)
             ]
             evidence += provisional.of_hosts(now)
-            noise = ProvisionalNoise(tuple(evidence), target, len(now.ratios))
+            usual = Usual.of_services(self.others, target)
+            noise = ProvisionalNoise(tuple(evidence), target, len(now.ratios), usual)
         return verdict.judge(now, (sides[0].sum(axis=0), sides[1].sum(axis=0)), noise).changes
 
     def alarms_by_history(self, after: Floats) -> bool:
@@ -151,6 +161,14 @@ class Deployed:
         return Costs(samples, np.full(len(samples), 60.0 * self.length_min))
 
 
+def _beside(rng: np.random.Generator, sd: float) -> Stretch:
+    """Return the minutes of another service before the deployment."""
+    own_sd = sd * float(np.exp(rng.normal(0, OTHER_LOG_SD)))
+    rates, cost = expected_minutes(rng, (1, OTHER_FUNCTIONS), own_sd, OTHER_MIN)
+    samples = rng.poisson(np.moveaxis(rates[:, :, None] * cost / 2, 2, 0)).astype(float)
+    return Stretch(samples, np.full((OTHER_MIN, 1), 60.0), 60.0)
+
+
 def band_of(before: Floats, after: Floats) -> int:
     """Return in how many of the bands the function is that changed the most; 0 is no colour."""
     large = before / before.sum() + after / after.sum() >= 2 * BAND_SHARE
@@ -160,7 +178,7 @@ def band_of(before: Floats, after: Floats) -> int:
 
 def measure(seed: list[int], pairs: int, case: Case) -> Line:
     rng = np.random.default_rng(seed)
-    past_min, after_min, hosts, sd = case
+    past_min, after_min, hosts, sd, others = case
     alarms = by_history = ratios = proportions = 0
     bands: Counter[int] = Counter()
     for _ in range(pairs):
@@ -173,7 +191,7 @@ def measure(seed: list[int], pairs: int, case: Case) -> Line:
         proportions += by_proportions(*sums)
         bands.update(range(band_of(*sums)))
     few = max(1, pairs // POWER_PART)
-    found, others = _found(rng, few, case)
+    found, wrong = _found(rng, few, case)
     is_goal = case == GOAL
     is_lost = is_goal and found[0] < GOAL_FOUND * few
     is_often = is_too_often(alarms, pairs)
@@ -182,8 +200,8 @@ def measure(seed: list[int], pairs: int, case: Case) -> Line:
     in_bands = "/".join(f"{bands[i] / pairs:.0%}" for i in range(len(BANDS)))
     aim = f"  (at least 90 %: {'MISSED' if is_lost else 'ok'})" if is_goal else ""
     return (
-        f"{past_min:4} {after_min:5} {hosts:5} {sd:4.2f}  {interval(alarms, pairs):24}"
-        f" {found[0] / few:5.0%} {found[1] / few:5.0%} {others / few:6.1%}"
+        f"{past_min:4} {after_min:5} {hosts:5} {others:6} {sd:4.2f}  {interval(alarms, pairs):24}"
+        f" {found[0] / few:5.0%} {found[1] / few:5.0%} {wrong / few:6.1%}"
         f"  {today:17} {ratios / pairs:5.0%} {proportions / pairs:5.0%}  {in_bands:18}"
         f" (at most 5 %: {'MISSED' if is_often else 'ok'}){aim}"
     ), is_often or is_lost
@@ -210,11 +228,14 @@ def table(pairs: int) -> Table:
         f" A function of {SHARE:.0%} self\nthat grows, {few:,} pairs each: found, and with x2"
         " others called changed. Beside it the rule of six positions,\n"
         f"ratio > 0.1 %, proportions, and CPython's bands from {bands}\n"
-        f"past after hosts   sd  {'everflame':24} {'x2':>5} {'+50%':>5} {'others':>6}"
+        f"past after hosts beside   sd  {'everflame':24} {'x2':>5} {'+50%':>5} {'wrong':>6}"
         f"  {'six positions':17} {'ratio':>5} {'prop.':>5}  bands"
     )
     lines = [
         (pairs, Case(past_min, after_min, hosts, sd))
         for hosts, past_min, after_min, sd in product(HOSTS, PASTS_MIN, AFTERS_MIN, DEVIATIONS)
+    ]
+    lines += [
+        (pairs, Case(2, after_min, 1, sd, OTHERS)) for after_min in (1, 2) for sd in DEVIATIONS
     ]
     return Table(head, measure, lines)

@@ -21,7 +21,7 @@ from profiler.comparison.distributions import rate_interval
 from profiler.comparison.names import stack_warnings
 from profiler.comparison.noise import Past, estimate_noise, too_little, visible_change
 from profiler.comparison.sides import ComparisonError, Operand, Side, WindowPair, sides_of_profiles
-from profiler.comparison.stretches import read_stretches
+from profiler.comparison.stretches import read_neighbours, read_stretches
 from profiler.comparison.uncertain import largest_uncertain
 from profiler.comparison.verdict import (
     AnyNoise,
@@ -112,7 +112,11 @@ def of_store(
     past = Past(query, pair, changes_ns() if callable(changes_ns) else changes_ns)
     contrasts = [pair.contrast(*costs) for costs in past.costs()]
     now, noise = estimate_noise(
-        pair, sides, contrasts, functools.partial(read_stretches, query, pair, past.changes_ns)
+        pair,
+        sides,
+        contrasts,
+        functools.partial(read_stretches, query, pair, past.changes_ns),
+        functools.partial(read_neighbours, query, pair),
     )
     warnings = pair.warnings()
     if noise is None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from profiler.comparison import provisional, verdict
-from profiler.comparison.provisional import Evidence, ProvisionalNoise, Shape, Stretch
+from profiler.comparison.provisional import Evidence, ProvisionalNoise, Shape, Stretch, Usual
 from profiler.comparison.sides import (
     Side,
     WindowPair,
@@ -213,10 +213,12 @@ def estimate_noise(
     sides: tuple[Side, Side],
     past: Sequence[Contrast],
     stretches: Callable[[], Sequence[Stretch]],
+    neighbours: Callable[[], Sequence[Stretch]],
 ) -> tuple[Contrast, AnyNoise | None]:
     """Return the contrast of both sides and its noise, None if there is too little data.
 
-    `stretches` reads the times around both windows; they are needed where the past is short.
+    `stretches` reads the times around both windows, and `neighbours` those of other services. They
+    are needed where the past is short.
     """
     before, after = sides
     now = pair.contrast(before.costs, after.costs)
@@ -239,14 +241,19 @@ def estimate_noise(
         # Positions that follow each other lie in the stretch before already.
         if past and not evidence:
             evidence.append(provisional.of_positions(past))
-        return now, _of_evidence(now, target, before.rows, evidence)
+        usual = Usual.of_services(neighbours(), target)
+        return now, _of_evidence(now, target, before.rows, evidence, usual)
     return now, None
 
 
 def _of_evidence(
-    now: Contrast, target: Shape, hosts: int, evidence: Sequence[Evidence]
+    now: Contrast,
+    target: Shape,
+    hosts: int,
+    evidence: Sequence[Evidence],
+    usual: Usual | None = None,
 ) -> ProvisionalNoise:
-    return ProvisionalNoise((*evidence, *provisional.of_hosts(now)), target, hosts)
+    return ProvisionalNoise((*evidence, *provisional.of_hosts(now)), target, hosts, usual)
 
 
 def _shape(*windows: Window) -> Shape:

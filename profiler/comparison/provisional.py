@@ -2,8 +2,8 @@
 
 Each *evidence* is the same contrast where nothing had changed: between parts of the time before, or
 of the time after; at earlier positions, of which there are too few; between hosts. Of one function
-each says little, so that they are taken together, with what is usual for functions of services. The
-log ratio x of a function is modelled as
+each says little, so that they are taken together, with what is usual for functions of services: of
+other services on the host, or by experience (`Usual`). The log ratio x of a function is modelled as
 
     x ~ N(0, counting + factor * s * theta),   nu / theta ~ chi2(nu)
 
@@ -55,9 +55,15 @@ _CORRELATION_S = 360.0
 _USUAL_SD, _USUAL_LOG_SD = 0.10, 1.1
 """How much the cost of a function usually varies, and how certain that is: as the standard
 deviation of its logarithm, and that of the variance's logarithm."""
+_SERVICES_LOG_SD = 0.8
+"""The part of the latter by which services of one host differ."""
 _USUAL_COMMON_SD, _USUAL_COMMON_DF = 0.2, 4.0
 """The same of the load, as so many degrees of freedom."""
 _VARIANCES = np.exp(np.linspace(math.log(1e-5), math.log(3.0), 40))
+_MOST_COUNTING = 2 / _MIN_SAMPLES
+"""The variance of counting of a function that says something about the noise, on one host."""
+_LEAST_SAID = 0.1
+"""In units of what experience says: a service that says less does not count."""
 _FREEDOMS = np.array([4.0, 6.0, 10.0, 16.0, 30.0, 100.0])
 _FREEDOM_WEIGHTS = np.array([1.0, 2.0, 3.0, 3.0, 2.0, 1.0])
 _SAME = 1.05
@@ -165,8 +171,39 @@ def of_hosts(now: Contrast) -> list[Evidence]:
     )
     helmert /= np.sqrt((helmert**2).sum(axis=1) * hosts)[:, None]
     own = now.ratios - (now.hosts_common - now.common)[:, None]
-    counting = np.repeat(now.counting[None], hosts - 1, axis=0)
+    counting = np.repeat((now.counting - now.of_load)[None], hosts - 1, axis=0)
     return [Evidence(helmert @ own, helmert @ now.hosts_common, counting, 1.0, 1.0, False)]
+
+
+class Usual(NamedTuple):
+    """What is usual of `s`: the mean and the standard deviation of its logarithm, on one host.
+
+    `services` is how many others it is known from; of none it is what experience says.
+    """
+
+    mean: float
+    sd: float
+    services: int = 0
+
+    @classmethod
+    def of_experience(cls, target: Shape) -> "Usual":
+        return cls(math.log(_USUAL_SD**2 * variogram(target)), _USUAL_LOG_SD)
+
+    @classmethod
+    def of_services(cls, stretches: Sequence[Stretch], target: Shape) -> "Usual":
+        """Return it by what other services do, each on one host.
+
+        Their variances are log-normal about a mean, which is one of those that experience expects
+        (a hierarchical normal model: Gelman et al. 2013, "Bayesian data analysis", 5.4).
+        """
+        start = cls.of_experience(target)
+        evidence = [each for each in (of_stretch(one, target) for one in stretches) if each]
+        known = [said for each in evidence if (said := _said_by(each, target, start))]
+        between = _SERVICES_LOG_SD**2
+        weights = [1 / (start.sd**2 - between), *(1 / (between + each.sd**2) for each in known)]
+        means = [start.mean, *(each.mean for each in known)]
+        mean = float(np.average(means, weights=weights))
+        return cls(mean, math.sqrt(between + 1 / sum(weights)), len(known))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,11 +213,13 @@ class ProvisionalNoise:
     evidence: tuple[Evidence, ...]
     target: Shape
     hosts: int
+    usual: Usual | None = None
+    """None: by experience."""
 
     @property
     def source(self) -> NoiseSource:
         if not self.evidence:
-            return NoiseSource.PRIOR
+            return NoiseSource.FLEET if self.services else NoiseSource.PRIOR
         return NoiseSource.WITHIN if self.is_provisional else NoiseSource.HISTORY
 
     @property
@@ -189,8 +228,13 @@ class ProvisionalNoise:
         return sum(each.positions for each in same) < MIN_POSITIONS
 
     @property
+    def services(self) -> int:
+        """How many other services say what is usual."""
+        return self.usual.services if self.usual else 0
+
+    @property
     def positions(self) -> int:
-        return round(self._positions)
+        return round(self._positions) if self.evidence else self.services
 
     @property
     def df(self) -> float:
@@ -213,7 +257,7 @@ class ProvisionalNoise:
         before, after = samples
         share = (before / max(1.0, before.sum()) + after / max(1.0, after.sum())) / 2
         tested = (share >= MIN_SHARE) & (before + after >= MIN_SAMPLES * now.cells)
-        posterior, squares = self._posterior(before + after >= _MIN_SAMPLES * now.cells)
+        posterior, squares = self.posterior(before + after >= _MIN_SAMPLES * now.cells)
         count = self._positions
         means, p = np.zeros(len(tested)), np.zeros(int(tested.sum()))
         for i, freedom in enumerate(_FREEDOMS.tolist()):
@@ -234,14 +278,14 @@ class ProvisionalNoise:
     def _positions(self) -> float:
         return sum(each.positions for each in self.evidence)
 
-    def _posterior(self, known: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    def posterior(self, known: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
         """Return the weight of each variance and freedom, and functions' squares by variance.
 
         A square is one where the variance is as expected. Of functions that are not `known` it is:
         they have too few samples to say anything.
         """
-        usual = _USUAL_SD**2 * variogram(self.target) / self.hosts
-        logs = -0.5 * (np.log(_VARIANCES / usual) / _USUAL_LOG_SD) ** 2
+        usual = self.usual or Usual.of_experience(self.target)
+        logs = -0.5 * ((np.log(_VARIANCES * self.hosts) - usual.mean) / usual.sd) ** 2
         weights = logs[:, None] + np.log(_FREEDOM_WEIGHTS)
         squares = np.full((len(_VARIANCES), len(known)), self._positions)
         squares[:, known] = 0.0
@@ -254,3 +298,18 @@ class ProvisionalNoise:
                 weights[:, i] += each.weight * density.sum(axis=(1, 2))
         posterior = np.exp(weights - weights.max())
         return posterior / posterior.sum(), squares
+
+
+def _said_by(evidence: Sequence[Evidence], target: Shape, start: Usual) -> Usual | None:
+    """Return what the evidence of a service on one host says by itself, None if next to nothing."""
+    known = np.all([each.counting.mean(axis=0) <= _MOST_COUNTING for each in evidence], axis=0)
+    noise = ProvisionalNoise(tuple(evidence), target, 1, start)
+    weights, logs = noise.posterior(known)[0].sum(axis=1), np.log(_VARIANCES)
+    mean = float(weights @ logs)
+    variance = float(weights @ (logs - mean) ** 2) + (logs[1] - logs[0]) ** 2 / 12
+    # Both are normal, nearly: precisions add up, and the prior's is taken off again.
+    precision = 1 / variance - 1 / start.sd**2
+    if precision * start.sd**2 < _LEAST_SAID:
+        return None
+    said = (mean / variance - start.mean / start.sd**2) / precision
+    return Usual(said, 1 / math.sqrt(precision))

@@ -19,6 +19,7 @@ NAME_WIDTH = 60
 _NOISE = {
     NoiseSource.HISTORY: "{} earlier positions of the same length, on the same hosts",
     NoiseSource.WITHIN: "{} comparisons of parts of the time before and after, and of hosts",
+    NoiseSource.FLEET: "what is usual for functions of {} other services on the host",
     NoiseSource.PRIOR: "what is usual for functions of services",
     NoiseSource.HOSTS: "differences between {} hosts",
     NoiseSource.GROUPS: "differences between {} groups of hosts",

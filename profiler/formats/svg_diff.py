@@ -99,6 +99,7 @@ _HATCHES = (
 _NOISE = {
     NoiseSource.HISTORY: "judged by {} earlier positions",
     NoiseSource.WITHIN: "judged by {} comparisons of parts of both times and of hosts",
+    NoiseSource.FLEET: "judged by what is usual for {} other services on the host",
     NoiseSource.PRIOR: "judged by what is usual for functions of services",
     NoiseSource.HOSTS: "judged by {} hosts",
     NoiseSource.GROUPS: "judged by {} groups of hosts",

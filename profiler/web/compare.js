@@ -40,6 +40,8 @@ const NOISE = {
     `estimated from ${counted(count, "earlier pair")} of windows of the same length, on the same hosts`,
   within: (count) =>
     `estimated from ${counted(count, "comparison")} of parts of the time before and after, and of hosts, and from what is usual`,
+  fleet: (count) =>
+    `what is usual for functions of ${counted(count, "other service")} on the host, as there are no data to estimate it from`,
   prior: () => "what is usual for functions of services, as there are no data to estimate it from",
   hosts: (count) => `estimated from the differences between ${counted(count, "host")}`,
   groups: (count) => `estimated from the differences between ${counted(count, "group")} of hosts`,

@@ -1,7 +1,9 @@
 """Provisional verdicts: their statistics against scipy's, and by what they promise."""
 
+import dataclasses
 import functools
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -14,13 +16,23 @@ from hypothesis import strategies as st
 from profiler.comparison import comparison, provisional, verdict
 from profiler.comparison.deployments import deployments_in
 from profiler.comparison.gate import Gate, verdict_of
-from profiler.comparison.provisional import Evidence, ProvisionalNoise, Shape, Stretch, variogram
+from profiler.comparison.provisional import (
+    Evidence,
+    ProvisionalNoise,
+    Shape,
+    Stretch,
+    Usual,
+    variogram,
+)
+from profiler.comparison.rollouts import DeploymentKind
+from profiler.comparison.sides import Operand
 from profiler.comparison.verdict import Change, Costs, NoiseSource
 from storage.objects.directory import DirectoryStore
 from storage.objects.tenant import TenantStore
 from storage.query.query import Query
 from storage.selector import Selector
-from tests.support.stores import directory, minutes, put
+from tests.support import profiles as some
+from tests.support.stores import at, directory, minutes, put
 from tests.support.varying import FUNCTIONS, minute
 
 API = Selector.parse('{service="api"}')
@@ -282,9 +294,109 @@ def test_a_version_that_changes_nothing_raises_no_alarm(store, tmp_path):
     assert {each.word for each in judged} == {"unchanged"}
 
 
+def test_the_verdict_of_a_canary_does_not_recede_when_it_is_known_to_be_one(tmp_path):
+    """For half an hour it is a rollout that may have more hosts."""
+    rng = np.random.default_rng(15)
+    store, kinds = directory(tmp_path / "store"), []
+    for number in range(44):
+        is_new = number >= PAST
+        put(store, minute(rng, number, 0, "2" if is_new else "1", {3: 2.0} if is_new else {}))
+        put(store, minute(rng, number, 1, "1", {}))
+        if number < PAST + SETTLED or number % 6:
+            continue
+        tenant = TenantStore(store)
+        query = Query(tenant, tmp_path / "cache")
+        listed = deployments_in(tenant, query, minutes(0, number + 1), API)
+        (deployment,), (match,) = listed.deployments, listed.matches
+        assert match.before
+        assert match.after
+        found = comparison.of_store(query, match.before, match.after, listed.all_ns)
+        named = {f.frame.function: f.change for f in comparison.changed(found.functions)}
+        assert named["function_3"] == Change.MORE, (number, found.warnings)
+        kinds.append(deployment.kind)
+
+    assert (kinds[0], kinds[-1]) == (DeploymentKind.ROLLOUT, DeploymentKind.CANARY)
+
+
 def test_a_provisional_verdict_fails_a_pipeline_but_a_strict_one(store, tmp_path):
     judged = [each for each in follow(store, tmp_path / "cache", 7, 3.0) if each]
     compared = judged[-1].compared
 
     assert verdict_of(compared, GATE) == ("regression", 1, True)
     assert verdict_of(compared, GATE, is_strict=True) == ("regression", 3, True)
+
+
+def test_what_is_usual_is_what_other_services_do():
+    rng = np.random.default_rng(12)
+    experience = Usual.of_experience(TARGET)
+    quiet, noisy = (
+        Usual.of_services([stretch(rng, 20, 1, sd) for _ in range(6)], TARGET) for sd in (0.03, 0.3)
+    )
+
+    assert Usual.of_services([], TARGET) == pytest.approx(experience)
+    assert quiet.mean < experience.mean < noisy.mean
+    assert max(quiet.sd, noisy.sd) < experience.sd
+    assert quiet.services == noisy.services == 6
+
+
+def test_services_that_are_hardly_sampled_say_nothing():
+    rng = np.random.default_rng(13)
+    rare = Stretch(rng.poisson(2.0, (20, 1, FUNCTIONS)).astype(float), np.full((20, 1), 60.0), 60.0)
+
+    assert Usual.of_services([rare], TARGET) == pytest.approx(Usual.of_experience(TARGET))
+
+
+def test_without_any_past_other_services_of_the_host_decide_how_certain_a_change_is(tmp_path):
+    reaches = []
+    for sd in (0.02, 0.4):
+        compared = beside_others(tmp_path / str(sd), sd)
+        (function,) = (f for f in compared.functions if f.frame.function == "function_3")
+        assert (compared.source, compared.is_provisional) == (NoiseSource.FLEET, True)
+        assert compared.positions == len(OTHERS)
+        reaches.append(function.relative[2] - function.relative[1])
+
+    assert reaches[1] > 1.5 * reaches[0]
+
+
+def test_other_hosts_and_versions_that_end_are_no_neighbours(tmp_path):
+    compared = beside_others(tmp_path, 0.02, host="web-1", version=lambda _: "1")
+    changing = beside_others(tmp_path / "changing", 0.02, version=str)
+
+    assert compared.source == changing.source == NoiseSource.PRIOR
+
+
+OTHERS = ("cart", "mail", "stock")
+
+
+def beside_others(
+    folder: Path,
+    sd: float,
+    host: str = "web-0",
+    version: Callable[[int], str] = lambda _: "1",
+) -> comparison.Comparison:
+    """Compare two minutes of a service that began just before, beside others of half an hour."""
+    rng = np.random.default_rng(14)
+    store = directory(folder)
+    for number in range(24):
+        if number >= 20:
+            put(store, minute(rng, number, 0, "1" if number < 21 else "2", {}))
+        put(store, minute_of_others(rng, number, host, version(number), sd))
+    before, after = minutes(20, 21), minutes(23, 24)
+    query = Query(TenantStore(store), folder / "cache")
+    return comparison.of_store(query, Operand(API, before), Operand(API, after))
+
+
+def minute_of_others(rng: np.random.Generator, number: int, host: str, version: str, sd: float):
+    stacks, present = [], {}
+    for service in OTHERS:
+        labels = {"service": service, "version": version}
+        present[some.make_labels(labels)] = 60_000_000_000
+        rates = 400 * np.exp(rng.normal(0, sd, 12))
+        stacks += [
+            ({**labels, "comm": service}, [some.named(f"{service}_{i}")], int(samples))
+            for i, samples in enumerate(rng.poisson(rates))
+        ]
+    profile = some.build(stacks)
+    accounting = dataclasses.replace(profile.accounting, services=present)
+    profile = dataclasses.replace(profile, accounting=accounting)
+    return at(profile, number, host, "beef".rjust(16, "0"))
