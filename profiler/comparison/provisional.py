@@ -11,6 +11,9 @@ other services on the host, or by experience (`Usual`). The log ratio x of a fun
 and `theta` is by how much a single function differs from that (Smyth 2004, "Linear models and
 empirical Bayes methods"). `s` and `nu` have priors, their posterior is computed on a grid, and a
 p-value is the mean of those of Student's t over it: so not knowing the noise well makes p larger.
+The degrees of freedom are those of a sum of which one part is known (Satterthwaite 1946, "An
+approximate distribution of estimates of variance components"): of a function with few samples
+little depends on how much it may vary.
 
 Parts of a few minutes lie nearer to each other than the two windows do, and noise grows with the
 distance. `variogram` says by how much, for noise with a correlation time of 6 minutes; with more
@@ -65,6 +68,9 @@ _MOST_COUNTING = 2 / _MIN_SAMPLES
 _LEAST_SAID = 0.1
 """In units of what experience says: a service that says less does not count."""
 _FREEDOMS = np.array([4.0, 6.0, 10.0, 16.0, 30.0, 100.0])
+_MOST_DF = 1e4
+_LEAST_WEIGHT = 1e-9
+"""Of a variance and a freedom that are looked at."""
 _FREEDOM_WEIGHTS = np.array([1.0, 2.0, 3.0, 3.0, 2.0, 1.0])
 _SAME = 1.05
 """Up to this factor a contrast is the same as that of the windows, which makes it a position."""
@@ -261,14 +267,14 @@ class ProvisionalNoise:
         count = self._positions
         means, p = np.zeros(len(tested)), np.zeros(int(tested.sum()))
         for i, freedom in enumerate(_FREEDOMS.tolist()):
-            variances = (
-                (now.counting + _VARIANCES[:, None]) * (freedom + squares) / (freedom + count)
-            )
-            variances = np.maximum(variances, now.counting)
+            own = _VARIANCES[:, None] * (freedom + squares) / (freedom + count)
+            variances = now.counting + own
             means += posterior[:, i] @ variances
-            t = np.abs(now.mean[tested]) / np.sqrt(variances[:, tested])
-            found = student_p(t.ravel(), np.full(t.size, freedom + count)).reshape(t.shape)
-            p += posterior[:, i] @ found
+            cells = np.ix_(posterior[:, i] > _LEAST_WEIGHT, tested)
+            t = np.abs(now.mean[tested]) / np.sqrt(variances[cells])
+            of_sum = (freedom + count) * (variances[cells] / own[cells]) ** 2
+            found = student_p(t.ravel(), np.minimum(of_sum, _MOST_DF).ravel()).reshape(t.shape)
+            p += posterior[:, i][cells[0].ravel()] @ found
         all_p = np.ones(len(tested))
         all_p[tested] = np.minimum(p, 1.0)
         df = float(posterior.sum(axis=0) @ _FREEDOMS) + count

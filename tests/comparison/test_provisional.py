@@ -103,9 +103,10 @@ def test_p_values_are_the_mean_over_what_the_noise_may_be(scipy):
                 + evidence.weight * densities.sum()
             )
             total = freedom + evidence.positions
-            own = (now.counting + variance) * (freedom + squares) / total
-            scale = np.sqrt(np.maximum(own, now.counting))
-            p[i, j] = 2 * scipy.stats.t.sf(abs(now.mean), total, scale=scale)
+            own = variance * (freedom + squares) / total
+            scale = np.sqrt(now.counting + own)
+            df = np.minimum(total * (scale**2 / own) ** 2, 1e4)
+            p[i, j] = 2 * scipy.stats.t.sf(abs(now.mean), df, scale=scale)
     posterior = np.exp(weights - weights.max())
     posterior /= posterior.sum()
 
