@@ -302,7 +302,7 @@ def measure_provisional(query: Query, everything: Window, services: dict[str, fl
                 continue
         provisional = [each for each in judged if each.is_provisional]
         changed = [
-            {each.frame.function for each in found.functions if each.change != Change.UNCHANGED}
+            {each.frame.function for each in comparison.changed(found.functions)}
             for found in provisional
         ]
         named = [", ".join(sorted(names)) for names in changed if names]

@@ -18,7 +18,7 @@ import numpy as np
 
 from profiler.comparison import verdict
 from profiler.comparison.distributions import rate_interval
-from profiler.comparison.names import stack_warnings
+from profiler.comparison.names import Names, stack_warnings
 from profiler.comparison.noise import Past, estimate_noise, too_little, visible_change
 from profiler.comparison.sides import ComparisonError, Operand, Side, WindowPair, sides_of_profiles
 from profiler.comparison.stretches import read_neighbours, read_stretches
@@ -155,9 +155,24 @@ def calibrate(
     for i, costs in enumerate(past):
         others = [*contrasts[:i], *contrasts[i + 1 :]]
         now, noise = pair.against(contrasts[i], others)
-        samples = costs[0].samples.sum(axis=0), costs[1].samples.sum(axis=0)
-        alarms += set(verdict.judge(now, samples, noise).changes) != {Change.UNCHANGED}
+        alarms += _is_alarm(pair.table.frames, costs, now, noise)
     return Calibration(len(past), alarms, *rate_interval(alarms, len(past), verdict.LEVEL))
+
+
+def _is_alarm(
+    frames: Sequence[Frame], costs: tuple[Costs, Costs], now: Contrast, noise: AnyNoise
+) -> bool:
+    """Return whether a function is called changed that has a name on both sides."""
+    samples = costs[0].samples.sum(axis=0), costs[1].samples.sum(axis=0)
+    found = verdict.judge(now, samples, noise)
+    scale = _scale(now, *(float(side.present_s.sum()) for side in costs))
+    found, _ = Names.of(frames, *samples).withhold(found, samples, scale, now.cells)
+    return not {Change.UNCHANGED, Change.TOO_LITTLE} >= {*found.changes}
+
+
+def _scale(now: Contrast, before_s: float, after_s: float) -> float:
+    """Return how many times the samples of before there are after, but for changes."""
+    return math.exp(now.common) * after_s / before_s
 
 
 def of_profiles(before: Sequence[Columns], after: Sequence[Columns], name: str = "") -> Comparison:
@@ -293,7 +308,7 @@ def _withheld(
     """Return the judgement without what names cannot decide, and for these functions why not."""
     if before.names is None:
         return found, {}
-    scale = math.exp(now.common) * float(after.present_s.sum()) / float(before.present_s.sum())
+    scale = _scale(now, *(float(side.present_s.sum()) for side in (before, after)))
     samples = before.samples.sum(axis=0), after.samples.sum(axis=0)
     return before.names.withhold(found, samples, scale, now.cells)
 

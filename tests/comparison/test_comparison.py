@@ -20,7 +20,7 @@ from storage.profile import Window
 from storage.query.query import Query
 from storage.selector import Selector
 from tests.support import profiles as some
-from tests.support.stores import START_NS, directory, minutes
+from tests.support.stores import START_NS, at, directory, minutes
 from tests.support.varying import FUNCTIONS, minute
 
 EVERFLAME = Path(sys.executable).with_name("everflame")
@@ -89,6 +89,22 @@ def test_the_rule_is_tried_on_the_unchanged_past(query):
     assert found.low <= found.alarms / found.pairs <= found.high
     with pytest.raises(ComparisonError, match="cannot calibrate: 7 earlier positions"):
         comparison.calibrate(query, Operand(API, minutes(4, 6)), Operand(API, minutes(6, 8)))
+
+
+def test_code_without_a_name_raises_no_false_alarm(tmp_path):
+    """It takes ten times as long in one minute of the past, and is never called changed."""
+    labels = {"service": "api", "comm": "api"}
+    profiles = []
+    for number in range(40):
+        stacks = [(labels, [some.named(f"function_{i}")], 800) for i in range(12)]
+        stacks.append((labels, [some.STRIPPED], 4000 if number == 21 else 400))
+        profiles.append(at(some.build(stacks), number, "web-0", "f".rjust(16, "0")))
+    query = Query(TenantStore(directory(tmp_path / "store", *profiles)), tmp_path / "cache")
+
+    before, after = minutes(36, 38), minutes(38, 40)
+    found = comparison.calibrate(query, Operand(API, before), Operand(API, after))
+
+    assert (found.alarms, found.pairs) == (0, 9)
 
 
 def test_of_less_than_a_minute_there_is_no_verdict(query):
