@@ -19,7 +19,7 @@ import numpy as np
 from profiler.comparison import verdict
 from profiler.comparison.distributions import rate_interval
 from profiler.comparison.names import Names, stack_warnings
-from profiler.comparison.noise import Past, estimate_noise, too_little, visible_change
+from profiler.comparison.noise import Past, estimate_noise, of_past, too_little, visible_change
 from profiler.comparison.sides import ComparisonError, Operand, Side, WindowPair, sides_of_profiles
 from profiler.comparison.stretches import read_neighbours, read_stretches
 from profiler.comparison.uncertain import largest_uncertain
@@ -154,7 +154,7 @@ def calibrate(
     alarms = 0
     for i, costs in enumerate(past):
         others = [*contrasts[:i], *contrasts[i + 1 :]]
-        now, noise = pair.against(contrasts[i], others)
+        now, noise = of_past(pair, contrasts[i], others)
         alarms += _is_alarm(pair.table.frames, costs, now, noise)
     return Calibration(len(past), alarms, *rate_interval(alarms, len(past), verdict.LEVEL))
 

@@ -224,9 +224,7 @@ def estimate_noise(
     now = pair.contrast(before.costs, after.costs)
     target = _shape(before.window, after.window)
     if len(past) >= verdict.MIN_POSITIONS:
-        if pair.is_paired and provisional.MIN_LENGTH_S <= target.length_s < provisional.SHORT_S:
-            return now, _of_evidence(now, target, before.rows, [provisional.of_positions(past)])
-        return pair.against(now, past)
+        return of_past(pair, now, past)
     hosts = before.rows, after.rows
     if pair.is_paired and hosts[0] >= verdict.MIN_HOSTS:
         noise = verdict.noise_of_hosts(now)
@@ -244,6 +242,15 @@ def estimate_noise(
         usual = Usual.of_services(neighbours(), target)
         return now, _of_evidence(now, target, before.rows, evidence, usual)
     return now, None
+
+
+def of_past(pair: WindowPair, now: Contrast, past: Sequence[Contrast]) -> tuple[Contrast, AnyNoise]:
+    """Return a contrast of the pair's windows and its noise by enough earlier positions."""
+    target = _shape(*(read.operand.window for read in pair.reads))
+    if pair.is_paired and provisional.MIN_LENGTH_S <= target.length_s < provisional.SHORT_S:
+        evidence = [provisional.of_positions(past)]
+        return now, _of_evidence(now, target, len(pair.rows[0]), evidence)
+    return pair.against(now, past)
 
 
 def _of_evidence(
