@@ -41,7 +41,7 @@ from profiler.comparison.verdict import (
     contrast,
 )
 
-FALSE_DISCOVERIES, OF_A_MINUTE = 0.035, 0.02
+FALSE_DISCOVERIES, OF_A_MINUTE = 0.025, 0.015
 """The rate of false discoveries, less than with many earlier positions: the noise is modelled.
 The second is that of windows below two minutes, where one minute's burst looks like a change."""
 _TWO_MINUTES_S = 120.0
@@ -177,7 +177,7 @@ def of_hosts(now: Contrast) -> list[Evidence]:
     )
     helmert /= np.sqrt((helmert**2).sum(axis=1) * hosts)[:, None]
     own = now.ratios - (now.hosts_common - now.common)[:, None]
-    counting = np.repeat((now.counting - now.of_load)[None], hosts - 1, axis=0)
+    counting = np.repeat((now.counting - now.common_spread)[None], hosts - 1, axis=0)
     return [Evidence(helmert @ own, helmert @ now.hosts_common, counting, 1.0, 1.0, False)]
 
 
@@ -266,9 +266,10 @@ class ProvisionalNoise:
         posterior, squares = self.posterior(before + after >= _MIN_SAMPLES * now.cells)
         count = self._positions
         means, p = np.zeros(len(tested)), np.zeros(int(tested.sum()))
+        known = now.counting + now.unequal
         for i, freedom in enumerate(_FREEDOMS.tolist()):
             own = _VARIANCES[:, None] * (freedom + squares) / (freedom + count)
-            variances = now.counting + own
+            variances = known + own
             means += posterior[:, i] @ variances
             cells = np.ix_(posterior[:, i] > _LEAST_WEIGHT, tested)
             t = np.abs(now.mean[tested]) / np.sqrt(variances[cells])

@@ -58,7 +58,7 @@ def largest_uncertain(
     """
     before, after = (side.samples.sum(axis=0) for side in sides)
     points = points_of(found.ratios, before, after)
-    frames, counting = sides[0].frames, now.counting - now.of_load
+    frames, counting = sides[0].frames, now.counting - now.common_spread
     largest: dict[int, str] = {}
     for i in np.argsort(-points, kind="stable").tolist():
         if points[i] < MIN_POINTS or len(largest) == _MOST:

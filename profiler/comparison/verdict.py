@@ -129,8 +129,9 @@ class Contrast:
 
     `ratios` has a row per host that is on both sides and a column per function; the `common` change
     is subtracted; `common_spread` is its variance by the spread of the functions. `counting` is the
-    variance of a column's mean if nothing changed: 2 / n for two counts of n, and `of_load`, which
-    is that of the common change. `cells` is the number of counts in a column.
+    variance of a column's mean if nothing changed: 2 / n for two counts of n, and `common_spread`.
+    `cells` is the number of counts in a column, and `unequal` the variance that a change of the load
+    adds, which the past may not have seen.
     """
 
     ratios: Floats
@@ -139,7 +140,7 @@ class Contrast:
     counting: Floats
     cells: int
     common_spread: float = 0.0
-    of_load: float = 0.0
+    unequal: float = 0.0
 
     @property
     def mean(self) -> Floats:
@@ -171,9 +172,8 @@ def contrast(before: Costs, after: Costs) -> Contrast:
     both, total = counts[0] + counts[1], spans[0] + spans[1]
     expected = [both * span / total + _GUARD for span in spans]
     counting = (1 / expected[0] + 1 / expected[1]).sum(axis=0) / len(ratios) ** 2
-    of_load = spread + (_UNEQUAL * common) ** 2
-    own = ratios - common
-    return Contrast(own, common, hosts_common, counting + of_load, cells, spread, of_load)
+    own, unequal = ratios - common, (_UNEQUAL * common) ** 2
+    return Contrast(own, common, hosts_common, counting + spread, cells, spread, unequal)
 
 
 def _steady(*sides: Costs) -> Flags:
@@ -259,7 +259,7 @@ class Noise:
         before, after = samples
         tested = before + after >= _MIN_SAMPLES * now.cells
         variances, df = moderate(self, now.counting, tested)
-        deviations = np.sqrt(variances)
+        deviations = np.sqrt(variances + now.unequal)
         p = np.ones_like(now.mean)
         p[tested] = student_p(now.mean[tested] / deviations[tested], np.full(tested.sum(), df))
         return Tested(tested, p, student_quantile(LEVEL, df) * deviations)
@@ -372,8 +372,7 @@ def contrast_of_replicates(
         counting=np.asarray(counting),
         common_variance=runs_common / df * weight,
     )
-    counted = np.asarray(counting) + spread
-    now = Contrast(ratios, common, np.array([common]), counted, cells, spread, spread)
+    now = Contrast(ratios, common, np.array([common]), np.asarray(counting) + spread, cells, spread)
     return now, noise
 
 
