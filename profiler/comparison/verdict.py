@@ -130,8 +130,8 @@ class Contrast:
     `ratios` has a row per host that is on both sides and a column per function; the `common` change
     is subtracted; `common_spread` is its variance by the spread of the functions. `counting` is the
     variance of a column's mean if nothing changed: 2 / n for two counts of n, and `common_spread`.
-    `cells` is the number of counts in a column, and `unequal` the variance that a change of the load
-    adds, which the past may not have seen.
+    `cells` is the number of counts in a column, and `unequal` the variance that a change of the
+    load adds, which the past may not have seen.
     """
 
     ratios: Floats
