@@ -75,7 +75,8 @@ class Names:
     def steady(self) -> Flags:
         """Return the functions that may count for the common change.
 
-        They have a name, and not many names of their module were lost or gained.
+        They have a name and are on both sides, and not many names of their module were lost or
+        gained.
         """
         named = self.own - self.nameless + _GUARD
         parts = named / (self.own + 2 * _GUARD)
@@ -83,7 +84,8 @@ class Names:
         chance = _CHANCE * np.sqrt(((1 - parts) / named).sum(axis=0))
         is_there = (self.own > 0).all(axis=0)
         is_moved = is_there & (shift > np.maximum(_SHIFT, chance))
-        steady: Flags = ~self.is_nameless & ~is_moved[self.module_of]
+        is_on_both = ~self.is_absent.any(axis=0)
+        steady: Flags = ~self.is_nameless & is_on_both & ~is_moved[self.module_of]
         return steady
 
     def withhold(
