@@ -50,10 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  everflame diff '{service=\"api\"}@now-3h..now-2h' -- '{service=\"api\"}@now-1h..now'\n"
         "  everflame diff old-*.pb.gz -- new-*.pb.gz --markdown\n"
         "  everflame diff --last-deploy -q '{service=\"api\"}'\n\n"
-        "The noise of a window is estimated from the same service in the day before, the noise of\n"
-        "files from the files of one side, of which there must be three or more.\n"
-        "The exit status is 0 without a regression, 1 with one, 2 if there is nothing to compare,\n"
-        "and, only with --strict, 3 if the result is inconclusive."
+        "The noise of a window is estimated from the same service in the day before. With a shorter\n"
+        "past it is estimated from the minutes around the windows and from other services; the\n"
+        "verdict is provisional then: more data may change it. The noise of files is estimated from\n"
+        "those of one side, of which there must be three or more.\n"
+        "The exit status is 0 without a regression, 1 with one, provisional or not, and 2 if there\n"
+        "is nothing to compare. With --strict it is 3 if the verdict is provisional, whatever it\n"
+        "says, or if there is too little data for one."
     )
     parser.usage = (
         "everflame diff [OPTIONS] BEFORE... -- AFTER...\n"

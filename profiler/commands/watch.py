@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "service, version, previous, verdict, provisional, functions and, with --page, link.\n"
         "--run gets the same on its standard input and as EVERFLAME_SERVICE, EVERFLAME_VERSION\n"
         "and so on; a shell is used only if you write sh -c '...'. Each is called once for each\n"
-        "deployment, and again when a provisional regression is confirmed. A call that fails is\n"
-        "logged, and repeated later.\n"
+        "deployment, and again when a provisional regression is confirmed. If one is withdrawn\n"
+        "instead, a line says so, and nobody is called. A call that fails is logged, and repeated\n"
+        "later.\n"
         "The exit status is 0, or 1 with --once if a new regression was reported."
     )
     arguments.add_store(parser)
