@@ -266,7 +266,7 @@ class ProvisionalNoise:
         posterior, squares = self.posterior(before + after >= _MIN_SAMPLES * now.cells)
         count = self._positions
         means, p = np.zeros(len(tested)), np.zeros(int(tested.sum()))
-        known = now.counting + now.unequal
+        known = now.counting + now.unequal(self.common_variance)
         for i, freedom in enumerate(_FREEDOMS.tolist()):
             own = _VARIANCES[:, None] * (freedom + squares) / (freedom + count)
             variances = known + own

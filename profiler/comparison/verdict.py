@@ -5,7 +5,7 @@ the logarithm of the ratio of after to before, less the *common change*, which i
 large functions do: a busier service raises all functions alike, which is not a change of the code.
 Its interval covers the noise between positions and the spread between the functions of now. It
 raises them not quite alike: caches hit more often, queues grow. So each function may differ by 15 %
-of the common change.
+of a common change that is larger than those of the past.
 
 The common change is that of the work done, not that of the CPU time of the service. If a function
 grows from 6 to 28 % on a full core, the others do less work in the same CPU time: the common
@@ -65,7 +65,9 @@ MIN_COMMON = 5
 With 10, a load of +30 % made functions of a service with six cost more in each of 400 pairs."""
 _UNEQUAL = 0.15
 """The standard deviation of functions' log ratios by a change of the load, as a part of the common
-change. It is assumed: a change of the load that the past has not seen says nothing about it."""
+change. It is assumed: the past says nothing of a change of the load that it has not seen."""
+_SEEN = 4.0
+"""So many times the usual variance of the common change have been seen: a day's swing has twice."""
 _OF_MAD, _OF_MEAN = 1.4826, 1.2533
 """The standard deviation of normal values is the first times their median absolute deviation, and
 the standard error of `location` at most the second times that of their mean."""
@@ -130,8 +132,7 @@ class Contrast:
     `ratios` has a row per host that is on both sides and a column per function; the `common` change
     is subtracted; `common_spread` is its variance by the spread of the functions. `counting` is the
     variance of a column's mean if nothing changed: 2 / n for two counts of n, and `common_spread`.
-    `cells` is the number of counts in a column, and `unequal` the variance that a change of the
-    load adds, which the past may not have seen.
+    `cells` is the number of counts in a column.
     """
 
     ratios: Floats
@@ -140,12 +141,15 @@ class Contrast:
     counting: Floats
     cells: int
     common_spread: float = 0.0
-    unequal: float = 0.0
 
     @property
     def mean(self) -> Floats:
         mean: Floats = self.ratios.mean(axis=0)
         return mean
+
+    def unequal(self, usual: float) -> float:
+        """Return the variance by a load that the past has not seen, which has a usual variance."""
+        return _UNEQUAL**2 * max(0.0, self.common**2 - _SEEN * usual)
 
 
 def contrast(before: Costs, after: Costs) -> Contrast:
@@ -172,8 +176,7 @@ def contrast(before: Costs, after: Costs) -> Contrast:
     both, total = counts[0] + counts[1], spans[0] + spans[1]
     expected = [both * span / total + _GUARD for span in spans]
     counting = (1 / expected[0] + 1 / expected[1]).sum(axis=0) / len(ratios) ** 2
-    own, unequal = ratios - common, (_UNEQUAL * common) ** 2
-    return Contrast(own, common, hosts_common, counting + spread, cells, spread, unequal)
+    return Contrast(ratios - common, common, hosts_common, counting + spread, cells, spread)
 
 
 def _steady(*sides: Costs) -> Flags:
@@ -259,7 +262,7 @@ class Noise:
         before, after = samples
         tested = before + after >= _MIN_SAMPLES * now.cells
         variances, df = moderate(self, now.counting, tested)
-        deviations = np.sqrt(variances + now.unequal)
+        deviations = np.sqrt(variances + now.unequal(self.common_variance))
         p = np.ones_like(now.mean)
         p[tested] = student_p(now.mean[tested] / deviations[tested], np.full(tested.sum(), df))
         return Tested(tested, p, student_quantile(LEVEL, df) * deviations)

@@ -104,7 +104,7 @@ def test_p_values_are_the_mean_over_what_the_noise_may_be(scipy):
             )
             total = freedom + evidence.positions
             own = variance * (freedom + squares) / total
-            scale = np.sqrt(now.counting + now.unequal + own)
+            scale = np.sqrt(now.counting + now.unequal(noise.common_variance) + own)
             df = np.minimum(total * (scale**2 / own) ** 2, 1e4)
             p[i, j] = 2 * scipy.stats.t.sf(abs(now.mean), df, scale=scale)
     posterior = np.exp(weights - weights.max())
