@@ -63,8 +63,6 @@ _SERVICES_LOG_SD = 0.8
 _USUAL_COMMON_SD, _USUAL_COMMON_DF = 0.2, 4.0
 """The same of the load, as so many degrees of freedom."""
 _VARIANCES = np.exp(np.linspace(math.log(1e-5), math.log(3.0), 40))
-_MOST_COUNTING = 2 / _MIN_SAMPLES
-"""The variance of counting of a function that says something about the noise, on one host."""
 _LEAST_SAID = 0.1
 """In units of what experience says: a service that says less does not count."""
 _FREEDOMS = np.array([4.0, 6.0, 10.0, 16.0, 30.0, 100.0])
@@ -203,8 +201,7 @@ class Usual(NamedTuple):
         (a hierarchical normal model: Gelman et al. 2013, "Bayesian data analysis", 5.4).
         """
         start = cls.of_experience(target)
-        evidence = [each for each in (of_stretch(one, target) for one in stretches) if each]
-        known = [said for each in evidence if (said := _said_by(each, target, start))]
+        known = [said for each in stretches if (said := _said_by(each, target, start))]
         between = _SERVICES_LOG_SD**2
         weights = [1 / (start.sd**2 - between), *(1 / (between + each.sd**2) for each in known)]
         means = [start.mean, *(each.mean for each in known)]
@@ -307,9 +304,12 @@ class ProvisionalNoise:
         return posterior / posterior.sum(), squares
 
 
-def _said_by(evidence: Sequence[Evidence], target: Shape, start: Usual) -> Usual | None:
-    """Return what the evidence of a service on one host says by itself, None if next to nothing."""
-    known = np.all([each.counting.mean(axis=0) <= _MOST_COUNTING for each in evidence], axis=0)
+def _said_by(stretch: Stretch, target: Shape, start: Usual) -> Usual | None:
+    """Return what a service on one host says by itself, None if next to nothing."""
+    evidence = of_stretch(stretch, target)
+    if not evidence:
+        return None
+    known = stretch.samples.mean(axis=(0, 1)) * target.length_s / stretch.part_s >= _MIN_SAMPLES
     noise = ProvisionalNoise(tuple(evidence), target, 1, start)
     weights, logs = noise.posterior(known)[0].sum(axis=1), np.log(_VARIANCES)
     mean = float(weights @ logs)

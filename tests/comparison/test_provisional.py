@@ -349,7 +349,7 @@ def test_services_that_are_hardly_sampled_say_nothing():
 
 def test_without_any_past_other_services_of_the_host_decide_how_certain_a_change_is(tmp_path):
     reaches = []
-    for sd in (0.02, 0.4):
+    for sd in (0.02, 1.0):
         compared = beside_others(tmp_path / str(sd), sd)
         (function,) = (f for f in compared.functions if f.frame.function == "function_3")
         assert (compared.source, compared.is_provisional) == (NoiseSource.FLEET, True)
