@@ -38,6 +38,7 @@ _OWN_CODE = frozenset({"[vdso]", "[vsyscall]"})
 """Modules in brackets that hold code of their own."""
 _TOGETHER = frozenset({Kind.KERNEL, Kind.PYTHON, Kind.JIT})
 """Kinds whose names are lost and gained together: a mark's module is not that of functions."""
+_OF_RUNTIMES = frozenset(f"{kind} code" for kind in _TOGETHER)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,8 +125,11 @@ class Names:
         here, there = self.nameless[side], self.nameless[1 - side] * scale
         module = self.module_of[i]
         gained = np.maximum(0.0, here - there)
-        whole = here[module] if self.is_absent[side][i] else gained[module]
-        return float(whole + (gained[0] if module else 0.0))
+        if not self.is_absent[side][i]:
+            return float(gained[module] + (gained[0] if module else 0.0))
+        if self.modules[module] in _OF_RUNTIMES:  # without names it is code of the runtime's file
+            return float(here[module] + gained.sum() - gained[module])
+        return float(here[module] + (gained[0] if module else 0.0))
 
     def _reason(self, i: int, side: str) -> str:
         module = self.modules[self.module_of[i]]

@@ -280,3 +280,27 @@ def test_small_differences_of_names_and_stacks_are_not_said():
     assert "12 % of the before side's samples have no function name" in warned(12, 1)[0]
     assert stack_warnings([0.01, 0.03]) == stack_warnings([None, 0.5]) == []
     assert "20 % of the before side's stacks are incomplete" in stack_warnings([0.2, 0.01])[0]
+
+
+def test_python_functions_that_become_code_without_names_are_not_gone():
+    """As if the version after ran in an interpreter that cannot be unwound."""
+    rng = np.random.default_rng(43)
+
+    def side(is_after: bool) -> list[Columns]:
+        found = []
+        for _ in range(RUNS):
+            stacks = [
+                (
+                    {"service": "api", "comm": "api"},
+                    [some.STRIPPED if is_after else some.named(f"function_{i}")],
+                    int(samples),
+                )
+                for i, samples in enumerate(rng.poisson(RATES))
+            ]
+            found.append(Columns.of(some.build(stacks)))
+        return found
+
+    there = comparison.of_profiles(side(False), side(True))
+    back = comparison.of_profiles(side(True), side(False))
+
+    assert changes(there) == changes(back) == {}
