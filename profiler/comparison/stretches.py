@@ -82,7 +82,8 @@ class _Present(NamedTuple):
         parts: Sequence[Window],
     ) -> "_Present":
         """`parts` begin at the edge: the first one with a change ends them."""
-        found, wanted = cls([], []), set(hosts)
+        found: list[tuple[Window, list[float]]] = []
+        wanted = set(hosts)
         versions: set[tuple[str, str]] = set()
         for part in parts:
             versions |= presence.versions(known, part, wanted)
@@ -90,10 +91,9 @@ class _Present(NamedTuple):
             is_one = len(versions) == 1 or len({service for service, _ in versions}) > 1
             if not is_one or not wanted <= seconds.keys():
                 break
-            found.parts.append(part)
-            found.seconds.append([seconds[host] for host in hosts])
-        is_backwards = found.parts[:2] != sorted(found.parts[:2])
-        return cls(found.parts[::-1], found.seconds[::-1]) if is_backwards else found
+            found.append((part, [seconds[host] for host in hosts]))
+        found.sort()
+        return cls([part for part, _ in found], [each for _, each in found])
 
     def stretch(self, samples: Floats, part_ns: int) -> Stretch:
         """Return it with samples by part, host and function."""
